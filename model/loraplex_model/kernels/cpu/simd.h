@@ -1,0 +1,99 @@
+// Vectors of float, written once for every instruction set.
+//
+// GCC's vector extensions give the arithmetic; `a * b + c` contracts to one FMA where the target has
+// it. LANES may exceed the hardware's width (the compiler splits such vectors), so that the AVX-512
+// code can be tested on an AVX2 machine. Sums run in a fixed order that depends on nothing but
+// the length of the row: that is what makes a row's bits independent of its batch mates.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#ifndef LANES
+#if defined(__AVX512F__)
+#define LANES 16
+#elif defined(__AVX2__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+#endif
+
+namespace loraplex {
+
+typedef float vf __attribute__((vector_size(LANES * 4)));
+typedef int32_t vi __attribute__((vector_size(LANES * 4)));
+typedef uint32_t vu __attribute__((vector_size(LANES * 4)));
+typedef uint16_t vh __attribute__((vector_size(LANES * 2)));
+
+// A bfloat16: the upper half of a float.
+struct bf16 {
+  uint16_t bits;
+};
+
+template <class To, class From>
+inline To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+inline vf set1(float x) { return x - vf{}; }
+
+inline vf load(const float* p) {
+  vf v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline vf load(const bf16* p) {
+  vh h;
+  std::memcpy(&h, p, sizeof h);
+  return bit_cast<vf>(__builtin_convertvector(h, vu) << 16);
+}
+inline float load1(const float* p) { return *p; }
+inline float load1(const bf16* p) { return bit_cast<float>(uint32_t(p->bits) << 16); }
+
+inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
+inline void store(bf16* p, vf v) {  // to the nearest, ties to even; a NaN stays one
+  vu u = bit_cast<vu>(v);
+  vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  vu quiet = (u >> 16) | 0x40;
+  vh h = __builtin_convertvector(v == v ? rounded : quiet, vh);
+  std::memcpy(p, &h, sizeof h);
+}
+inline void store1(float* p, float x) { *p = x; }
+inline void store1(bf16* p, float x) {
+  uint32_t u = bit_cast<uint32_t>(x);
+  p->bits = x == x ? (u + 0x7fff + ((u >> 16) & 1)) >> 16 : (u >> 16) | 0x40;
+}
+
+inline float sum(vf v) {  // pairwise, lanes halved
+  for (int width = LANES / 2; width; width /= 2)
+    for (int i = 0; i < width; i++) v[i] += v[i + width];
+  return v[0];
+}
+inline vf max(vf a, vf b) { return a > b ? a : b; }
+inline float max_lane(vf v) {
+  float m = v[0];
+  for (int i = 1; i < LANES; i++) m = v[i] > m ? v[i] : m;
+  return m;
+}
+
+// e^x within 2 ulp for x in [-87, 88], clamped outside; NaN goes through.
+inline vf exp(vf x) {
+  vf clamped = x > 88.0f ? set1(88.0f) : (x < -87.0f ? set1(-87.0f) : x);
+  vf n = clamped * 1.44269504f + 12582912.0f - 12582912.0f;  // rounds to an integer
+  vf r = clamped - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  vf p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  vi exponent = (__builtin_convertvector(n, vi) + 127) << 23;
+  return p * bit_cast<vf>(exponent);
+}
+
+}  // namespace loraplex

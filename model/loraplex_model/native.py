@@ -1,0 +1,161 @@
+"""The decoder on the CPU: the whole pass as one call into the C++ kernels.
+
+Weights, cache and adapters are stored in the compute dtype (bfloat16 or float32); activations and
+sums are float32. The arithmetic of a row depends on its own sequence only, so its bits are the same
+alone, in any batch, and however its prompt was cut into chunks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import byref, c_void_p
+
+import torch
+
+from loraplex_model import nf4
+from loraplex_model.adapter import AdapterTable
+from loraplex_model.batch import ForwardBatch
+from loraplex_model.kernels import build, layout
+from loraplex_model.kernels.layout import CAdapterTable, CLayer, CMatrix, CModel
+from loraplex_model.rope import cos_sin
+from loraplex_model.weights import BLOCK, BaseWeights, LayerWeights, NF4Matrix
+
+
+class NativeDecoder:
+    """Runs forward passes for one base model; owns its KV cache and its adapter table.
+
+    Not thread-safe: one pass at a time, and no adapter may change during one.
+
+    Attributes:
+        table: the resident adapters.
+        keys, values: per layer [blocks, block_size, kv_heads, head_dim], compute dtype.
+    """
+
+    def __init__(
+        self,
+        weights: BaseWeights,
+        num_blocks: int,
+        block_size: int,
+        num_slots: int,
+        *,
+        threads: int | None = None,
+        isa: str | None = None,
+        flags: tuple[str, ...] = (),
+    ) -> None:
+        """Packs the weights for the kernels. Raises `KernelsUnavailable`."""
+        config = weights.config
+        dtype = weights.embed.dtype
+        assert dtype in (torch.float32, torch.bfloat16)
+        self._library = build.load(isa, flags)
+        self._library.loraplex_workspace.restype = c_void_p
+        self._workspace = c_void_p(self._library.loraplex_workspace())
+        self._kept: list[torch.Tensor] = []
+        self.isa: str = self._library.isa
+        self.vocab_size = config.vocab_size
+        self.table = AdapterTable(num_slots, config)
+        shape = (num_blocks, block_size, config.num_kv_heads, config.head_dim)
+        self.keys = [torch.zeros(shape, dtype=dtype) for _ in weights.layers]
+        self.values = [torch.zeros(shape, dtype=dtype) for _ in weights.layers]
+
+        self._layers = (CLayer * config.num_layers)(
+            *(self._layer(i, layer, config.sliding_windows[i]) for i, layer in enumerate(weights.layers))
+        )
+        lm_head = self._dense(weights.lm_head, None)
+        cos, sin = (table.contiguous() for table in cos_sin(config, config.max_positions))
+        self._kept += [cos, sin]
+        table = self.table
+        self._model = CModel(
+            layers=self._layers,
+            embed=lm_head.data if config.tie_embeddings else self._keep(weights.embed),
+            norm=self._keep(weights.norm),
+            lm_head=lm_head,
+            cos=cos.data_ptr(),
+            sin=sin.data_ptr(),
+            adapters=CAdapterTable(
+                a=layout.address(table.a_pointers),
+                b=layout.address(table.b_pointers),
+                ranks=layout.address(table.ranks),
+                max_ranks=layout.address(table.max_ranks),
+                layers=config.num_layers,
+            ),
+            num_layers=config.num_layers,
+            hidden=config.hidden_size,
+            intermediate=config.intermediate_size,
+            heads=config.num_heads,
+            kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            block_size=block_size,
+            threads=threads or torch.get_num_threads(),
+            eps=config.rms_norm_eps,
+            attention_scale=config.head_dim**-0.5,
+            embed_in_panels=config.tie_embeddings,
+            bf16_storage=dtype == torch.bfloat16,
+        )
+
+    def __del__(self) -> None:
+        if hasattr(self, "_workspace"):
+            self._library.loraplex_free_workspace(self._workspace)
+
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        """Computes the pass; returns logits, float32 [R, vocab]. Raises `MemoryError`."""
+        logits = torch.empty(len(batch.logit_rows), self.vocab_size)
+        failed = self._library.loraplex_forward(
+            byref(self._model),
+            byref(layout.c_batch(batch)),
+            self._workspace,
+            c_void_p(logits.data_ptr()),
+        )
+        if failed:
+            raise MemoryError(f"no memory for a pass of {len(batch.tokens)} tokens")
+        return logits
+
+    def _keep(self, tensor: torch.Tensor | None) -> int | None:
+        if tensor is None:
+            return None
+        tensor = tensor.contiguous()
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+    def _layer(self, index: int, layer: LayerWeights, window: int | None) -> CLayer:
+        return CLayer(
+            input_norm=self._keep(layer.input_norm),
+            post_norm=self._keep(layer.post_norm),
+            q_norm=self._keep(layer.q_norm),
+            k_norm=self._keep(layer.k_norm),
+            qkv=self._matrix(layer.qkv, layer.qkv_bias),
+            o=self._matrix(layer.o, layer.o_bias),
+            gate_up=self._matrix(layer.gate_up, None),
+            down=self._matrix(layer.down, None),
+            keys=self.keys[index].data_ptr(),
+            values=self.values[index].data_ptr(),
+            window=window or 0,
+        )
+
+    def _matrix(self, matrix: NF4Matrix, bias: torch.Tensor | None) -> CMatrix:
+        out, fan_in = matrix.shape
+        if fan_in % BLOCK:  # blocks that straddle rows have no panel form: keep the values themselves
+            return self._dense(nf4.dequantize(matrix), bias)
+        codes, scales = layout.nf4_panels(
+            self._library, matrix.packed, nf4.absmax_float(matrix), out, fan_in
+        )
+        self._kept += [codes, scales]
+        return CMatrix(
+            data=codes.data_ptr(),
+            absmax=scales.data_ptr(),
+            bias=self._keep(bias.float()) if bias is not None else None,
+            out=out,
+            in_=fan_in,
+            kind=layout.NF4,
+        )
+
+    def _dense(self, rows: torch.Tensor, bias: torch.Tensor | None) -> CMatrix:
+        panels = layout.dense_panels(self._library, rows)
+        self._kept.append(panels)
+        return CMatrix(
+            data=panels.data_ptr(),
+            absmax=None,
+            bias=self._keep(bias.float()) if bias is not None else None,
+            out=rows.shape[0],
+            in_=rows.shape[1],
+            kind=layout.BF16 if rows.dtype == torch.bfloat16 else layout.F32,
+        )

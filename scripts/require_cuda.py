@@ -1,0 +1,13 @@
+"""Ends with a clear message unless torch sees a CUDA device. Used by `make test-gpu` and `bench-gpu`."""
+
+import sys
+
+import torch
+
+if not torch.cuda.is_available():
+    built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
+    sys.exit(
+        f"This target needs a CUDA device. torch {torch.__version__} ({built}) sees none here;"
+        " `make test` runs everything that works on a CPU."
+    )
+print(f"CUDA device: {torch.cuda.get_device_name()}")

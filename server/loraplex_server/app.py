@@ -1,0 +1,255 @@
+"""The composition root: one server process from its settings, from start to exit."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from contextlib import AsyncExitStack
+from enum import IntEnum
+from importlib.metadata import version
+from pathlib import Path
+from threading import Thread
+from typing import Final
+from wsgiref.simple_server import WSGIServer
+
+from loraplex_adapters.errors import AdapterError
+from loraplex_adapters.spec import Limits
+from loraplex_adapters.store import Store
+from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
+
+from loraplex_server.config import Config
+from loraplex_server.engine.client import EngineClient, EngineUnavailable
+from loraplex_server.engine.messages import Fatal, Hello, LoadDone, StepDone
+from loraplex_server.metrics import Metrics, serve_metrics
+from loraplex_server.registry import Registry
+from loraplex_server.rpc.adapters import AdapterService
+from loraplex_server.rpc.admission import Admission
+from loraplex_server.rpc.generation import GenerationParts, GenerationService
+from loraplex_server.rpc.interceptor import Gate, Interceptor
+from loraplex_server.rpc.server import Address, CannotListen, RpcServer
+from loraplex_server.rpc.validate import Bounds
+from loraplex_server.text.tokenizer import TextTokenizer, TokenizerError
+
+STOP_GRACE: Final = 2.0
+"""Seconds that answered calls get to reach their clients before connections are cut."""
+
+log = logging.getLogger(__name__)
+
+
+class ExitCode(IntEnum):
+    """How the process ends."""
+
+    OK = 0
+    BAD_CONFIG = 2
+    PORT_IN_USE = 3
+    NO_MODEL = 4
+    STORE_UNUSABLE = 5
+
+
+class StartFailure(Exception):
+    """The server cannot start; the message tells the operator what to do."""
+
+    def __init__(self, code: ExitCode, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+
+
+class _Observer:
+    """The engine's observer: its numbers go to the metrics, its coming and going to health."""
+
+    def __init__(self, metrics: Metrics, rpc: RpcServer) -> None:
+        self._metrics = metrics
+        self._rpc = rpc
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def on_step(self, done: StepDone) -> None:
+        self._metrics.on_step(done)
+
+    def on_load(self, done: LoadDone) -> None:
+        self._metrics.on_load(done)
+
+    def on_restart(self) -> None:
+        self._metrics.on_restart()
+        self._set_serving(False)
+
+    def on_ready(self, hello: Hello) -> None:
+        self._metrics.on_ready(hello)
+        self._set_serving(True)
+
+    def on_fatal(self, fatal: Fatal) -> None:
+        log.error("the engine does not start: %s", fatal.message, extra={"reason": fatal.reason})
+
+    def _set_serving(self, serving: bool) -> None:
+        task = asyncio.get_running_loop().create_task(self._rpc.set_serving(serving))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+class Server:
+    """One front process: `start`, then `drain`; `close` undoes whatever of it was done."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._closing = AsyncExitStack()
+        collectors = CollectorRegistry()
+        for collector in (ProcessCollector, PlatformCollector, GCCollector):
+            collector(registry=collectors)
+        self.metrics = Metrics(collectors, version("loraplex"))
+        self._gate = Gate()
+        self._rpc = RpcServer(
+            Interceptor(self._gate, self.metrics, config.write_stall_timeout), config.reflection
+        )
+        self.engine = EngineClient(_engine_command(config), _Observer(self.metrics, self._rpc))
+        self.address = Address(config.host, config.port)
+        self.admin_address = Address(config.admin_host, config.admin_port)
+
+    async def start(self) -> None:
+        """Serves when it returns. Raises StartFailure. What can fail quickly is tried first."""
+        config = self._config
+        self._bind()
+        store = await self._open_store()
+        try:
+            hello = await self.engine.start()
+        except EngineUnavailable as error:
+            raise StartFailure(ExitCode.NO_MODEL, error.message) from error
+        except OSError as error:
+            raise StartFailure(ExitCode.NO_MODEL, f"cannot start the engine: {error}") from error
+        self._closing.push_async_callback(self.engine.stop)
+        model = hello.model
+        context = min(
+            config.max_context or model.max_context,
+            model.max_context,
+            hello.num_blocks * hello.block_size,
+        )
+        try:
+            tokenizer = await asyncio.to_thread(TextTokenizer, Path(model.tokenizer_path), context)
+        except TokenizerError as error:
+            raise StartFailure(ExitCode.NO_MODEL, str(error)) from error
+        limits = Limits(max_rank=config.max_rank, max_device_bytes=hello.adapter_budget_bytes)
+        registry = Registry(store, self.engine, self.metrics, config.import_root, limits)
+        await registry.open()
+        admission = Admission(
+            config.max_running + config.max_waiting, config.max_waiting_tokens, self.metrics
+        )
+        parts = GenerationParts(
+            self.engine,
+            registry,
+            tokenizer,
+            admission,
+            self.metrics,
+            Bounds(model.vocab_size, context, model.eos_token_ids),
+        )
+        await self._rpc.start(GenerationService(parts), AdapterService(registry))
+
+    async def drain(self) -> None:
+        """Turns new work away, lets running calls finish, and ends those that do not in time."""
+        await self._rpc.lame_duck()
+        self._gate.draining = True
+        try:
+            await asyncio.wait_for(self._gate.drained(), self._config.drain_timeout)
+        except TimeoutError:
+            log.warning("drain timeout: the calls that still run are ended")
+            # Their streams end with DRAINING, which the handlers pass on to the clients.
+            await self.engine.stop()
+
+    async def close(self) -> None:
+        """Stops everything that was started. Idempotent."""
+        await self._closing.aclose()
+
+    def _bind(self) -> None:
+        try:
+            httpd, thread = serve_metrics(
+                self.metrics.registry, self.admin_address.host, self.admin_address.port
+            )
+        except OSError as error:
+            text = f"cannot listen on {self.admin_address} for metrics: {error.strerror}"
+            raise StartFailure(ExitCode.PORT_IN_USE, text) from error
+        self._closing.push_async_callback(_stop_metrics, httpd, thread)
+        self.admin_address = Address(self.admin_address.host, httpd.server_port)
+        try:
+            self.address = self._rpc.bind(self.address)
+        except CannotListen as error:
+            raise StartFailure(ExitCode.PORT_IN_USE, str(error)) from error
+        self._closing.push_async_callback(self._rpc.stop, STOP_GRACE)
+
+    async def _open_store(self) -> Store:
+        def work() -> Store:
+            self._config.import_root.mkdir(parents=True, exist_ok=True)
+            return Store(self._config.store)
+
+        try:
+            store = await asyncio.to_thread(work)
+        except AdapterError as error:
+            raise StartFailure(ExitCode.STORE_UNUSABLE, error.message) from error
+        except OSError as error:
+            text = f"cannot use {error.filename}: {error.strerror}"
+            raise StartFailure(ExitCode.STORE_UNUSABLE, text) from error
+        self._closing.push_async_callback(asyncio.to_thread, store.close)
+        return store
+
+
+async def run(config: Config) -> ExitCode:
+    """Serves until SIGTERM or SIGINT, then drains; a second signal ends the process at once."""
+    began = time.monotonic()
+    for line in config.lines():
+        log.info("config: %s", line)
+    server = Server(config)
+    stop = asyncio.Event()
+
+    def on_signal(number: int) -> None:
+        if stop.is_set():
+            if server.engine.pid is not None:
+                os.kill(server.engine.pid, signal.SIGKILL)
+            os._exit(128 + number)
+        log.info("%s: draining", signal.Signals(number).name)
+        stop.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number)
+    stopping = asyncio.create_task(stop.wait())
+    starting = asyncio.create_task(server.start())
+    try:
+        await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            starting.cancel()
+            await asyncio.wait({starting})
+            return ExitCode.OK
+        starting.result()
+        model = server.engine.hello.model
+        print(
+            f"ready: grpc {server.address} admin {server.admin_address} model {model.name} "
+            f"({model.dtype} on {model.device}) in {time.monotonic() - began:.1f} s",
+            flush=True,
+        )
+        await stopping
+        await server.drain()
+        return ExitCode.OK
+    except StartFailure as failure:
+        print(f"error: {failure.message}", file=sys.stderr, flush=True)
+        return failure.code
+    finally:
+        stopping.cancel()
+        await server.close()
+        log.info("stopped")
+
+
+def _engine_command(config: Config) -> list[str]:
+    setup = {
+        "factory": config.engine_factory,
+        "kwargs": config.runner_options(),
+        "limits": config.engine_limits(),
+    }
+    return [sys.executable, "-m", "loraplex_server.engine.process", json.dumps(setup)]
+
+
+async def _stop_metrics(httpd: WSGIServer, thread: Thread) -> None:
+    await asyncio.to_thread(httpd.shutdown)
+    await asyncio.to_thread(thread.join)
+    httpd.server_close()

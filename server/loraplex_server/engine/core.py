@@ -1,0 +1,310 @@
+"""The engine: requests in, one step at a time, outputs out.
+
+A plain object without threads, sockets or files of its own. One thread owns it; adapter files are
+read by the loader it is given. Every accepted request has exactly one last output, unless it was
+aborted, and whatever that is, it releases blocks, pins and queue place in `_end`.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from loraplex_server.engine.admission import refusal
+from loraplex_server.engine.kv import BlockPool
+from loraplex_server.engine.layout import lay_out
+from loraplex_server.engine.loader import Loader, ThreadLoader
+from loraplex_server.engine.messages import (
+    ControlDone,
+    Failure,
+    Load,
+    LoadDone,
+    Logprobs,
+    Output,
+    StepDone,
+    StepStats,
+    Submit,
+    Unload,
+)
+from loraplex_server.engine.request import Request, RequestState
+from loraplex_server.engine.residency import UNLOADED, Residency
+from loraplex_server.engine.runner import ModelRunner
+from loraplex_server.engine.sampler import NON_FINITE, Draw, Floats, logprobs, sample
+from loraplex_server.engine.sampler import finite_rows as _finite
+from loraplex_server.engine.scheduler import Limits, Logits, Row, Scheduler
+
+log = logging.getLogger(__name__)
+
+MAX_FAULTS = 3
+"""So many failed passes in a row, and the process is not worth keeping."""
+
+EXPIRED = Failure("DEADLINE_EXCEEDED", "the deadline passed before the request was finished")
+FAULT = Failure("ENGINE_FAULT", "the model failed to compute this request")
+NOT_FINITE = Failure("NON_FINITE_LOGITS", "the model's output for this request is not finite")
+
+
+class EngineCore:
+    """Everything the engine decides, over a runner that computes.
+
+    Attributes:
+        broken: the runner has failed `MAX_FAULTS` times in a row; the process should be replaced.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        limits: Limits | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        loader: Loader | None = None,
+    ) -> None:
+        """`clock` gives the seconds that deadlines are in; `loader` defaults to a thread."""
+        self._runner = runner
+        self._limits = limits or Limits()
+        self._clock = clock
+        self._pool = BlockPool(runner.num_blocks, runner.block_size)
+        self._scheduler = Scheduler(self._pool, self._limits)
+        self._residency = Residency(runner, loader or ThreadLoader(runner.read_adapter), clock)
+        self._requests: dict[int, Request] = {}
+        self._deadlines: list[tuple[float, int]] = []
+        self._outputs: list[Output] = []
+        self._arrivals = 0
+        self._steps = 0
+        self._faults = 0
+        self._sent_version = 0
+        self._stirred = False
+        self.broken = False
+
+    # commands
+
+    def add(self, submit: Submit) -> None:
+        """Takes a request, or answers in the next step why not."""
+        if submit.id in self._requests:
+            log.error("request id %d is in use; the second one is dropped", submit.id)
+            return
+        self._stirred = True
+        waiting = [r for r in self._requests.values() if r.queue_seconds is None]
+        failure = refusal(
+            submit,
+            self._runner.info,
+            self._pool.num_blocks * self._pool.block_size,
+            self._limits,
+            len(waiting),
+            sum(r.prompt_len for r in waiting),
+        )
+        if failure is not None:
+            self._outputs.append(Output(id=submit.id, error=failure))
+            return
+        self._arrivals += 1
+        draw = Draw(submit.sampling, submit.token_ids)
+        request = Request(submit, self._arrivals, self._clock(), draw)
+        self._requests[submit.id] = request
+        if submit.deadline is not None:
+            heapq.heappush(self._deadlines, (submit.deadline, submit.id))
+        if submit.adapters:
+            self._residency.want(request)
+        else:
+            self._scheduler.enqueue(request)
+
+    def abort(self, request_id: int) -> None:
+        """Drops a request at once and without an output. Unknown ids are ignored."""
+        request = self._requests.get(request_id)
+        if request is not None:
+            self._end(request)
+
+    def control(self, message: Load | Unload) -> None:
+        """Takes an order about an adapter; answered among `replies`."""
+        self._stirred = True
+        if isinstance(message, Load):
+            self._residency.load(message)
+            return
+        self._residency.unload(message)
+        if message.force:
+            for request in list(self._requests.values()):
+                if any(ref.digest == message.digest for ref in request.submit.adapters):
+                    self._end(request, UNLOADED)
+
+    def replies(self) -> list[ControlDone | LoadDone]:
+        """Takes out what control orders and adapter loads have come to since the last call."""
+        replies, self._residency.replies = self._residency.replies, []
+        return replies
+
+    # the step
+
+    def step(self) -> StepDone | None:
+        """Moves everything on by one forward pass; None if nothing came of it."""
+        self._stirred = False
+        begun = self._clock()
+        self._expire(begun)
+        self._settle()
+        rows = self._scheduler.schedule(begun)
+        if rows:
+            self._steps += 1
+            logits = self._compute(rows)
+            if logits is not None:
+                self._commit(rows, logits)
+        return self._report(rows, begun)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody waits for anything."""
+        return not self._requests and not self._outputs and self._residency.is_idle
+
+    def wait_seconds(self) -> float | None:
+        """How long `step` would bring nothing, unless a command comes or a read ends; None: for ever."""
+        if self._stirred or self._outputs or self._scheduler.running or self._scheduler.queue:
+            return 0.0
+        while self._deadlines and self._deadlines[0][1] not in self._requests:
+            heapq.heappop(self._deadlines)
+        if self._deadlines:
+            return max(0.0, self._deadlines[0][0] - self._clock())
+        return None
+
+    def check(self) -> None:
+        """Verifies that an idle engine holds nothing. Raises `AssertionError`."""
+        self._pool.check()
+        assert self.idle, "somebody still waits"
+        assert self._pool.used == 0, "a KV block was leaked"
+        assert not self._scheduler.queue, "a request was left in the queue"
+        assert not self._scheduler.running, "a request was left running"
+        self._residency.check()
+
+    def _expire(self, now: float) -> None:
+        while self._deadlines and self._deadlines[0][0] <= now:
+            deadline, request_id = heapq.heappop(self._deadlines)
+            request = self._requests.get(request_id)
+            if request is not None and request.submit.deadline == deadline:
+                self._end(request, EXPIRED)
+
+    def _settle(self) -> None:
+        settled = self._residency.settle()
+        for request in settled.granted:
+            self._scheduler.enqueue(request)
+        for request, failure in settled.refused:
+            request.state = RequestState.DONE
+            del self._requests[request.id]
+            self._outputs.append(Output(id=request.id, error=failure))
+
+    def _compute(self, rows: Sequence[Row]) -> Floats | None:
+        """The pass. A failed one costs the requests that were in it, and no others."""
+        try:
+            logits: Floats = np.asarray(self._runner.forward(lay_out(rows)))
+        except Exception:
+            log.exception("a forward pass failed; its %d requests fail", len(rows))
+            self._faults += 1
+            self.broken = self._faults >= MAX_FAULTS
+            for row in rows:
+                self._end(row.request, FAULT)
+            return None
+        self._faults = 0
+        return logits
+
+    def _commit(self, rows: Sequence[Row], logits: Floats) -> None:
+        """Books what was computed, and gives each row that is due its next token."""
+        due: list[Row] = []
+        lines: list[int] = []
+        at = 0
+        for row in rows:
+            row.request.computed += row.count
+            if row.logits is Logits.ALL and not self._score(row, logits[at : at + row.count]):
+                self._end(row.request, NOT_FINITE)
+            elif row.completes:
+                due.append(row)
+                lines.append(at + (row.count - 1 if row.logits is Logits.ALL else 0))
+            at += row.count if row.logits is Logits.ALL else row.logits is Logits.LAST
+        if not due:
+            return
+        picked = logits if len(lines) == len(logits) else logits[lines]
+        tokens = sample(picked, [row.request.draw for row in due])
+        for row, line, token in zip(due, picked, tokens, strict=True):
+            self._give(row.request, token, line)
+
+    def _score(self, row: Row, logits: Floats) -> bool:
+        """Takes the log-probabilities of prompt tokens; False if the logits are not finite."""
+        request = row.request
+        skipped = request.scored - 1 - row.start
+        wanted = logits[skipped : request.prompt_len - 1 - row.start]
+        if not all(_finite(wanted)):
+            return False
+        for line in wanted:
+            token = request.tokens[request.scored]
+            count = request.submit.prompt_logprobs or 0
+            request.prompt_logprobs.append(logprobs(line, token, count))
+            request.scored += 1
+        return True
+
+    def _give(self, request: Request, token: int, logits: Floats) -> None:
+        """Turns a chosen token into the request's output of this step."""
+        if token == NON_FINITE:
+            self._end(request, NOT_FINITE)
+            return
+        started = request.generated == 0
+        finish: str | None = None
+        if token in request.stops:
+            finish = "stop"
+        elif request.generated + 1 == request.submit.max_new_tokens:
+            finish = "length"
+        entries: list[Logprobs] = []
+        if request.submit.logprobs is not None and finish != "stop":
+            entries.append(logprobs(logits, token, request.submit.logprobs))
+        output = Output(
+            id=request.id,
+            token_ids=[] if finish == "stop" else [token],
+            logprobs=entries,
+            prompt_logprobs=request.prompt_logprobs if started else [],
+            started=started,
+            queue_seconds=(request.queue_seconds or 0.0) if started else 0.0,
+            finish=finish,
+        )
+        self._outputs.append(output)
+        if finish is None:
+            request.append(token)
+        else:
+            self._end(request)
+
+    def _end(self, request: Request, failure: Failure | None = None) -> None:
+        """The one way out: releases all that the request holds."""
+        if request.state is RequestState.FETCHING:
+            self._residency.forget(request)
+        else:
+            self._scheduler.remove(request)
+            self._residency.release(request)
+        request.state = RequestState.DONE
+        del self._requests[request.id]
+        self._stirred = True
+        if failure is not None:
+            self._outputs.append(Output(id=request.id, error=failure))
+
+    def _report(self, rows: Sequence[Row], begun: float) -> StepDone | None:
+        version = self._residency.version
+        changed = version != self._sent_version
+        if not (rows or self._outputs or changed):
+            return None
+        self._sent_version = version
+        outputs, self._outputs = self._outputs, []
+        table = self._residency.table() if changed else None
+        return StepDone(outputs, self._stats(rows, begun), table)
+
+    def _stats(self, rows: Sequence[Row], begun: float) -> StepStats:
+        decodes = sum(row.count == 1 for row in rows)
+        mixes = [row.request.mix for row in rows]
+        waiting = [r for r in self._requests.values() if r.state is not RequestState.RUNNING]
+        return StepStats(
+            step=self._steps,
+            step_seconds=self._clock() - begun,
+            decode_rows=decodes,
+            prefill_tokens=sum(row.count for row in rows) - decodes,
+            distinct_adapters=len({slot for mix in mixes for slot, _ in mix}),
+            base_rows=sum(not mix for mix in mixes),
+            running=len(self._scheduler.running),
+            waiting=len(waiting),
+            waiting_tokens=sum(len(r.tokens) for r in waiting),
+            free_blocks=self._pool.free,
+            used_blocks=self._pool.used,
+            preemptions=self._scheduler.preemptions,
+            adapter_bytes=self._residency.slots.nbytes,
+            evictions=self._residency.evictions,
+        )

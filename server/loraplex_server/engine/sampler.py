@@ -1,0 +1,188 @@
+"""Choosing the next token of each row.
+
+A row's token depends on its own logits, parameters, seed and position alone: whatever is reduced
+over the vocabulary is reduced row by row, so that not one bit of it can depend on the batch mates.
+Only what is exact in any order (the largest logit, finiteness) is taken for all rows at once.
+
+The order of operations is that of Hugging Face `generate`: bias, penalties, temperature, top-k,
+top-p, min-p. Penalties follow vLLM: repetition over prompt and output, presence and frequency over
+the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loraplex_server.engine.messages import Logprobs, SamplingParams
+
+Floats = NDArray[np.float32]
+NON_FINITE = -1
+"""In place of a token: the row's logits are not all finite."""
+
+_MASK = (1 << 64) - 1
+_SEGMENT = 256
+
+
+class Draw:
+    """One request's sampling parameters at work: its random numbers and the tokens it has seen."""
+
+    __slots__ = ("_bias_ids", "_bias_values", "_counts", "_index", "_output", "_seen", "params")
+
+    def __init__(self, params: SamplingParams, prompt: Sequence[int]) -> None:
+        self.params = params
+        self._index = 0
+        self._bias_ids = np.fromiter(params.logit_bias.keys(), np.int64)
+        self._bias_values = np.fromiter(params.logit_bias.values(), np.float32)
+        penalised = params.repetition_penalty != 1.0
+        self._seen: dict[int, None] | None = dict.fromkeys(prompt) if penalised else None
+        counted = params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
+        self._counts: dict[int, int] | None = {} if counted else None
+
+    @property
+    def is_plain_greedy(self) -> bool:
+        """Whether the token is simply the one with the largest logit."""
+        return (
+            self.params.temperature == 0.0
+            and not len(self._bias_ids)
+            and self._seen is None
+            and self._counts is None
+        )
+
+    def saw(self, token: int) -> None:
+        """Takes note of a token that was generated."""
+        self._index += 1
+        if self._seen is not None:
+            self._seen[token] = None
+        if self._counts is not None:
+            self._counts[token] = self._counts.get(token, 0) + 1
+
+    def choose(self, logits: Floats) -> int:
+        """The next token, given finite logits [vocab]; calling it twice gives the same."""
+        adjusted = self._adjust(logits)
+        if self.params.temperature == 0.0:
+            return int(adjusted.argmax())
+        adjusted = adjusted / np.float32(self.params.temperature)
+        ids, weights = candidates(adjusted, self.params.top_k, self.params.top_p, self.params.min_p)
+        at = invert(weights, uniform(self.params.seed, self._index))
+        return at if ids is None else int(ids[at])
+
+    def _adjust(self, logits: Floats) -> Floats:
+        """Applies bias and penalties, to a copy if there are any."""
+        if not len(self._bias_ids) and self._seen is None and self._counts is None:
+            return logits
+        logits = logits.copy()
+        logits[self._bias_ids] += self._bias_values
+        if self._seen is not None:
+            ids = np.fromiter(self._seen, np.int64, len(self._seen))
+            penalty = np.float32(self.params.repetition_penalty)
+            values = logits[ids]
+            logits[ids] = np.where(values < 0, values * penalty, values / penalty)
+        if self._counts:
+            ids = np.fromiter(self._counts.keys(), np.int64, len(self._counts))
+            counts = np.fromiter(self._counts.values(), np.float32, len(self._counts))
+            logits[ids] -= np.float32(self.params.frequency_penalty) * counts
+            logits[ids] -= np.float32(self.params.presence_penalty)
+        return logits
+
+
+def sample(logits: Floats, draws: Sequence[Draw]) -> list[int]:
+    """One token for each row of `logits` [rows, vocab]; `NON_FINITE` where a logit is not finite."""
+    finite = finite_rows(logits)
+    tokens: list[int] = []
+    if all(draw.is_plain_greedy for draw in draws):
+        tokens = logits.argmax(axis=1).tolist()
+        return [token if ok else NON_FINITE for token, ok in zip(tokens, finite, strict=True)]
+    for row, draw, ok in zip(logits, draws, finite, strict=True):
+        tokens.append(draw.choose(row) if ok else NON_FINITE)
+    return tokens
+
+
+def finite_rows(logits: Floats) -> list[bool]:
+    """Whether each row of `logits` [rows, vocab] is finite throughout."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        sums = logits.sum(axis=1)
+    # A sum is not finite if an addend is not; the reverse could fail for huge values, so look again.
+    return [
+        bool(np.isfinite(total)) or bool(np.isfinite(row).all())
+        for total, row in zip(sums, logits, strict=True)
+    ]
+
+
+def candidates(
+    logits: Floats, top_k: int, top_p: float, min_p: float
+) -> tuple[NDArray[np.int64] | None, Floats]:
+    """The tokens to draw from, and their weights: probabilities up to a common factor.
+
+    `logits` are finite and divided by the temperature already. The ids are None when all tokens
+    remain, in their order. The most probable token always remains. Ties at the k-th place stay.
+    """
+    weights = np.exp(logits - logits.max())
+    ids: NDArray[np.int64] | None = None
+    if 0 < top_k < len(logits):
+        ids = np.flatnonzero(logits >= np.partition(logits, -top_k)[-top_k])
+        weights = weights[ids]
+    if top_p < 1.0:
+        total = weights.sum(dtype=np.float64)
+        # Those below this bound weigh less than 1 - top_p even together: none is in the nucleus, and
+        # the rest, usually a few of many thousand, is cheap to sort.
+        maybe = np.flatnonzero(weights >= (1.0 - top_p) * total / len(weights))
+        order = maybe[np.argsort(-weights[maybe], kind="stable")]
+        before = np.cumsum(weights[order], dtype=np.float64) - weights[order]
+        kept = np.sort(order[: max(1, int(np.searchsorted(before, top_p * total)))])
+        ids = kept if ids is None else ids[kept]
+        weights = weights[kept]
+    if min_p > 0.0:
+        kept = np.flatnonzero(weights >= np.float32(min_p))
+        ids = kept if ids is None else ids[kept]
+        weights = weights[kept]
+    return ids, weights
+
+
+def invert(weights: Floats, u: float) -> int:
+    """The index where the running sum of `weights` passes the fraction `u` of the whole.
+
+    The sum goes by segments, in float64, so that a large vocabulary costs no long running sum.
+    """
+    segments = np.add.reduceat(weights, np.arange(0, len(weights), _SEGMENT), dtype=np.float64)
+    ends = np.cumsum(segments)
+    target = u * ends[-1]
+    segment = min(int(np.searchsorted(ends, target, side="right")), len(ends) - 1)
+    first = segment * _SEGMENT
+    inside = np.cumsum(weights[first : first + _SEGMENT], dtype=np.float64)
+    target -= ends[segment] - segments[segment]
+    at = min(int(np.searchsorted(inside, target, side="right")), len(inside) - 1)
+    while weights[first + at] == 0.0:
+        at -= 1  # rounding led past the last token that has any weight
+    return first + at
+
+
+def uniform(seed: int, index: int) -> float:
+    """The `index`-th random number of `seed`, in [0, 1): SplitMix64, started at a scrambled seed."""
+    state = (_scramble(seed & _MASK) + (index + 1) * 0x9E3779B97F4A7C15) & _MASK
+    return (_scramble(state) >> 11) * 2.0**-53
+
+
+def _scramble(x: int) -> int:
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & _MASK
+    return x ^ (x >> 31)
+
+
+def logprobs(logits: Floats, token: int, count: int) -> Logprobs:
+    """The model's own log-probability of `token`, and its `count` most probable tokens.
+
+    `logits` [vocab] are raw: no temperature, bias or penalty.
+    """
+    largest = logits.max()
+    total = np.exp(logits - largest).sum(dtype=np.float64)
+    shift = np.float32(np.float64(largest) + np.log(total))
+    top: list[tuple[int, float]] = []
+    count = min(count, len(logits))
+    if count:
+        best = np.argpartition(-logits, count - 1)[:count]
+        best = best[np.lexsort((best, -logits[best]))]
+        top = [(int(i), float(logits[i] - shift)) for i in best]
+    return Logprobs(token, float(logits[token] - shift), top)

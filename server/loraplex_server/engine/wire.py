@@ -1,0 +1,69 @@
+"""Frames on the socket between the two processes: a 4-byte little-endian length, then msgpack."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+
+from loraplex_server.engine.messages import FromEngine, ToEngine
+
+MAX_FRAME = 256 << 20
+"""Bytes of the largest frame: prompt log-probabilities of a long prompt stay below it."""
+
+_encoder = msgspec.msgpack.Encoder()
+_to_engine = msgspec.msgpack.Decoder(ToEngine)
+_from_engine = msgspec.msgpack.Decoder(FromEngine)
+
+
+class WireError(Exception):
+    """The bytes on the socket are no message. The connection cannot go on."""
+
+
+def encode(message: ToEngine | FromEngine) -> bytes:
+    """One frame."""
+    frame = bytearray(4)
+    _encoder.encode_into(message, frame, 4)
+    length = len(frame) - 4
+    if length > MAX_FRAME:
+        raise WireError(f"a message of {length} bytes is longer than {MAX_FRAME}")
+    frame[:4] = length.to_bytes(4, "little")
+    return bytes(frame)
+
+
+def decode_to_engine(payload: bytes | memoryview) -> ToEngine:
+    """Reads a frame's payload on the engine's side. Raises `WireError`."""
+    try:
+        return _to_engine.decode(payload)
+    except (msgspec.MsgspecError, ValueError) as error:
+        raise WireError(str(error)) from None
+
+
+def decode_from_engine(payload: bytes | memoryview) -> FromEngine:
+    """Reads a frame's payload on the front's side. Raises `WireError`."""
+    try:
+        return _from_engine.decode(payload)
+    except (msgspec.MsgspecError, ValueError) as error:
+        raise WireError(str(error)) from None
+
+
+class Frames:
+    """Cuts a stream of bytes into payloads."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """Yields every payload that `data` completes. Raises `WireError` at an oversized one."""
+        buffer = self._buffer
+        buffer += data
+        at = 0
+        while len(buffer) - at >= 4:
+            length = int.from_bytes(buffer[at : at + 4], "little")
+            if length > MAX_FRAME:
+                raise WireError(f"a frame of {length} bytes is longer than {MAX_FRAME}")
+            if len(buffer) - at < 4 + length:
+                break
+            yield bytes(buffer[at + 4 : at + 4 + length])
+            at += 4 + length
+        del buffer[:at]

@@ -1,0 +1,80 @@
+"""How many requests may be in the server at once, and how many prompt tokens may wait."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from loraplex_server.metrics import Metrics
+from loraplex_server.rpc.errors import Reason, RpcError
+
+
+class Admission:
+    """Refuses at once what would only wait; the queue is bounded in requests and in tokens.
+
+    A request waits until its prompt is computed, then it runs. The gauges of the queue are kept
+    here, so they are right even while the engine is away.
+    """
+
+    def __init__(self, max_requests: int, max_waiting_tokens: int, metrics: Metrics) -> None:
+        self._max_requests = max_requests
+        self._max_waiting_tokens = max_waiting_tokens
+        self._metrics = metrics
+        self._requests = 0
+        self._running = 0
+        self._waiting_tokens = 0
+
+    def enter(self) -> Ticket:
+        """A place in the queue, to be used as a context manager. Raises RpcError(OVERLOADED)."""
+        if self._requests >= self._max_requests:
+            raise RpcError(
+                Reason.OVERLOADED, f"{self._requests} requests are in the server; try again later"
+            )
+        return Ticket(self)
+
+    def _change(self, requests: int = 0, running: int = 0, tokens: int = 0) -> None:
+        self._requests += requests
+        self._running += running
+        self._waiting_tokens += tokens
+        self._metrics.queue_depth.set(self._requests - self._running)
+        self._metrics.queued_tokens.set(self._waiting_tokens)
+        self._metrics.running.set(self._running)
+
+    def _room_for(self, tokens: int) -> bool:
+        # A prompt of any size may wait alone, or a long one could never be answered.
+        return not self._waiting_tokens or self._waiting_tokens + tokens <= self._max_waiting_tokens
+
+
+class Ticket:
+    """One request's place. Leaving the context gives it back, whatever happened."""
+
+    __slots__ = ("_admission", "_running", "_tokens")
+
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
+        self._tokens = 0
+        self._running = False
+
+    def __enter__(self) -> Ticket:
+        self._admission._change(requests=1)
+        return self
+
+    def wait(self, tokens: int) -> None:
+        """The prompt has this many tokens. Raises RpcError(OVERLOADED)."""
+        if not self._admission._room_for(tokens):
+            raise RpcError(Reason.OVERLOADED, "too many prompt tokens are waiting; try again later")
+        self._tokens = tokens
+        self._admission._change(tokens=tokens)
+
+    def run(self) -> None:
+        """The prompt is computed."""
+        self._admission._change(running=1, tokens=-self._tokens)
+        self._running = True
+        self._tokens = 0
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._admission._change(requests=-1, running=-int(self._running), tokens=-self._tokens)

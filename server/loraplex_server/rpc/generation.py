@@ -1,0 +1,312 @@
+"""GenerationService: one generator serves both calls; the unary one drains it."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import secrets
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, Final
+
+import grpc
+from loraplex.v1 import generation_pb2, generation_pb2_grpc
+from loraplex_adapters.errors import AdapterError
+
+from loraplex_server.engine.client import EngineClient
+from loraplex_server.engine.messages import Output, SamplingParams, Submit
+from loraplex_server.logs import REQUEST_ID
+from loraplex_server.metrics import Metrics
+from loraplex_server.registry import Registry
+from loraplex_server.rpc import validate
+from loraplex_server.rpc.admission import Admission, Ticket
+from loraplex_server.rpc.completion import FINISH_REASONS, Completion, logprobs_proto
+from loraplex_server.rpc.errors import (
+    ErrorSubject,
+    Reason,
+    RpcError,
+    Violation,
+    from_adapter_error,
+    from_failure,
+    invalid,
+)
+from loraplex_server.rpc.resolve import Term, references, resolve
+from loraplex_server.text.chat import ChatRefused
+from loraplex_server.text.tokenizer import TextTokenizer, TooLong
+
+DEFAULT_MAX_NEW_TOKENS: Final = 256
+
+_Event = generation_pb2.GenerateStreamResponse
+_Context = grpc.aio.ServicerContext[Any, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationParts:
+    """What generating needs; all of it lives as long as the server."""
+
+    engine: EngineClient
+    registry: Registry
+    tokenizer: TextTokenizer
+    admission: Admission
+    metrics: Metrics
+    bounds: validate.Bounds
+
+
+class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
+    """See loraplex/v1/generation.proto."""
+
+    def __init__(self, parts: GenerationParts) -> None:
+        self._parts = parts
+        self._ids = itertools.count(1)
+
+    async def Generate(
+        self, request: generation_pb2.GenerateRequest, context: _Context
+    ) -> generation_pb2.GenerateResponse:
+        """The whole completion at once."""
+        reply = generation_pb2.GenerateResponse()
+        pieces: list[str] = []
+        async with aclosing(self._events(request, context, "")) as events:
+            async for event in events:
+                match event.WhichOneof("event"):
+                    case "started":
+                        reply.request_id = event.started.request_id
+                        reply.adapters.extend(event.started.adapters)
+                        reply.prompt_logprobs.extend(event.started.prompt_logprobs)
+                    case "delta":
+                        pieces.append(event.delta.text)
+                        reply.token_ids.extend(event.delta.token_ids)
+                        reply.logprobs.extend(event.delta.logprobs)
+                    case "finished":
+                        reply.finish_reason = event.finished.finish_reason
+                        reply.usage.CopyFrom(event.finished.usage)
+        reply.text = "".join(pieces)
+        return reply
+
+    async def GenerateStream(
+        self, request: generation_pb2.GenerateStreamRequest, context: _Context
+    ) -> AsyncGenerator[_Event, None]:
+        """The completion piece by piece."""
+        async with aclosing(self._events(request.request, context, "request.")) as events:
+            async for event in events:
+                yield event
+
+    async def _events(
+        self, request: generation_pb2.GenerateRequest, context: _Context, prefix: str
+    ) -> AsyncGenerator[_Event, None]:
+        parts = self._parts
+        clock = _Clock(parts.metrics)
+        if violations := validate.generate(request, parts.bounds, prefix):
+            raise invalid(violations)
+        with parts.admission.enter() as ticket:
+            terms = await self._resolve(request, prefix)
+            prompt = await self._tokenise(request, prefix)
+            ticket.wait(len(prompt))
+            job = _Job(request, terms, prompt, _deadline(context))
+            async with aclosing(self._run(job, ticket, clock)) as events:
+                async for event in events:
+                    yield event
+
+    async def _run(self, job: _Job, ticket: Ticket, clock: _Clock) -> AsyncGenerator[_Event, None]:
+        parts = self._parts
+        request_id = next(self._ids)
+        completion = Completion(parts.tokenizer, job.prompt, list(job.request.stop.strings))
+        code = grpc.StatusCode.CANCELLED
+        try:
+            cached = 0
+            async for output in parts.engine.submit(job.submit(request_id, parts.bounds)):
+                if output.error is not None:
+                    raise from_failure(output.error, job.subject)
+                if output.started:
+                    cached = output.cached_prompt_tokens
+                    ticket.run()
+                    clock.started(output)
+                    parts.metrics.generation_started(job.names, len(job.prompt))
+                    yield self._started(job, output)
+                clock.tokens(len(output.token_ids))
+                piece = completion.take(output)
+                if piece.token_ids or piece.text:
+                    yield _Event(
+                        delta=generation_pb2.GenerationDelta(
+                            text=piece.text,
+                            token_ids=piece.token_ids,
+                            logprobs=logprobs_proto(parts.tokenizer, piece.logprobs),
+                        )
+                    )
+                if piece.finish:
+                    # Not waiting for the client to take the last message: the rows are free now.
+                    parts.engine.abort(request_id)
+                    code = grpc.StatusCode.OK
+                    yield _finished(piece.finish, len(job.prompt), cached, completion.tokens)
+                    return
+            raise RpcError(Reason.ENGINE_FAULT, "internal error")
+        except RpcError as error:
+            code = error.code
+            raise
+        except asyncio.CancelledError:
+            if job.deadline is not None and time.monotonic() >= job.deadline:
+                code = grpc.StatusCode.DEADLINE_EXCEEDED
+            raise
+        finally:
+            parts.engine.abort(request_id)
+            parts.metrics.generation_ended(job.names, code.name, completion.tokens)
+
+    async def _resolve(
+        self, request: generation_pb2.GenerateRequest, prefix: str
+    ) -> Sequence[Term]:
+        try:
+            return await resolve(request, self._parts.registry)
+        except AdapterError as error:
+            field = "adapter_id" if request.adapter_id else "mix"
+            raise from_adapter_error(error, _subject(request), prefix + field) from error
+
+    async def _tokenise(self, request: generation_pb2.GenerateRequest, prefix: str) -> list[int]:
+        tokenizer, room = self._parts.tokenizer, self._parts.bounds.max_context
+        field = prefix + (request.WhichOneof("input") or "input")
+        try:
+            match request.WhichOneof("input"):
+                case "prompt":
+                    ids = await tokenizer.encode(request.prompt)
+                case "messages":
+                    turns = request.messages.messages
+                    ids = await tokenizer.encode_chat(
+                        [{"role": turn.role, "content": turn.content} for turn in turns]
+                    )
+                case _:
+                    ids = list(request.token_ids.ids)
+        except ChatRefused as error:
+            raise invalid([Violation(field, str(error))]) from error
+        except TooLong:
+            raise _too_long(field, f"the prompt is longer than {room - 1} tokens") from None
+        if not ids:
+            raise invalid([Violation(field, "makes no token")])
+        if len(ids) >= room:
+            text = f"the prompt has {len(ids)} tokens; at most {room - 1} leave room for an answer"
+            raise _too_long(field, text)
+        return ids
+
+    def _started(self, job: _Job, output: Output) -> _Event:
+        tokenizer = self._parts.tokenizer
+        return _Event(
+            started=generation_pb2.GenerationStarted(
+                request_id=REQUEST_ID.get(),
+                adapters=[
+                    generation_pb2.ResolvedAdapter(
+                        name=term.adapter.record.name,
+                        version=term.adapter.record.version,
+                        digest=term.adapter.digest,
+                        weight=term.weight,
+                    )
+                    for term in job.terms
+                ],
+                prompt_tokens=len(job.prompt),
+                prompt_logprobs=logprobs_proto(tokenizer, output.prompt_logprobs),
+            )
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A valid request with its adapters found and its prompt tokenised."""
+
+    request: generation_pb2.GenerateRequest
+    terms: Sequence[Term]
+    prompt: list[int]
+    deadline: float | None
+
+    @property
+    def names(self) -> list[str]:
+        """The names of its adapters, each once, for metrics."""
+        return list(dict.fromkeys(term.adapter.record.name for term in self.terms))
+
+    @property
+    def subject(self) -> ErrorSubject:
+        """What an error of the engine is about."""
+        return _subject(self.request)
+
+    def submit(self, request_id: int, bounds: validate.Bounds) -> Submit:
+        """What the engine is told; it has the last word on nothing that is decided here."""
+        request, stop = self.request, self.request.stop
+        wanted = stop.max_new_tokens if stop.HasField("max_new_tokens") else DEFAULT_MAX_NEW_TOKENS
+        ends = [] if stop.ignore_eos else bounds.eos_token_ids
+        return Submit(
+            id=request_id,
+            token_ids=self.prompt,
+            max_new_tokens=min(wanted, bounds.max_context - len(self.prompt)),
+            adapters=references(self.terms),
+            sampling=_sampling(request.sampling),
+            stop_token_ids=sorted({*ends, *stop.token_ids}),
+            logprobs=request.logprobs if request.HasField("logprobs") else None,
+            prompt_logprobs=(
+                request.prompt_logprobs if request.HasField("prompt_logprobs") else None
+            ),
+            priority=request.priority,
+            deadline=self.deadline,
+        )
+
+
+class _Clock:
+    """When tokens came, on one monotonic clock from the call's arrival on."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._last = time.monotonic()
+        self._first = True
+
+    def started(self, output: Output) -> None:
+        self._metrics.queue_wait.observe(output.queue_seconds)
+
+    def tokens(self, count: int) -> None:
+        if not count:
+            return
+        now = time.monotonic()
+        if self._first:
+            self._metrics.first_token.observe(now - self._last)
+            self._first = False
+        else:
+            self._metrics.inter_token.observe((now - self._last) / count)
+        self._last = now
+
+
+def _sampling(wire: generation_pb2.SamplingParams) -> SamplingParams:
+    given = {
+        field: getattr(wire, field)
+        for field in (
+            "temperature",
+            "top_p",
+            "top_k",
+            "min_p",
+            "repetition_penalty",
+            "presence_penalty",
+            "frequency_penalty",
+        )
+        if wire.HasField(field)
+    }
+    seed = wire.seed if wire.HasField("seed") else secrets.randbits(64)
+    return SamplingParams(**given, logit_bias=dict(wire.logit_bias), seed=seed)
+
+
+def _finished(finish: str, prompt: int, cached: int, tokens: int) -> _Event:
+    return _Event(
+        finished=generation_pb2.GenerationFinished(
+            finish_reason=FINISH_REASONS[finish],
+            usage=generation_pb2.Usage(
+                prompt_tokens=prompt, cached_prompt_tokens=cached, completion_tokens=tokens
+            ),
+        )
+    )
+
+
+def _deadline(context: _Context) -> float | None:
+    remaining = context.time_remaining()
+    return None if remaining is None else time.monotonic() + remaining
+
+
+def _subject(request: generation_pb2.GenerateRequest) -> ErrorSubject:
+    named = request.adapter_id or ", ".join(term.adapter_id for term in request.mix)
+    return ErrorSubject("loraplex.v1.Adapter", named)
+
+
+def _too_long(field: str, text: str) -> RpcError:
+    return RpcError(Reason.PROMPT_TOO_LONG, text, violations=[Violation(field, text)])

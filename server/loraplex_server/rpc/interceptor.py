@@ -1,0 +1,214 @@
+"""What stands around every call: its id, its log line, its metrics, and what a failure may say.
+
+No exception's text leaves the server. A handler raises `RpcError`; anything else becomes an
+internal error whose only clue for the client is the request's id, under which the log has the rest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Any, Final
+
+import grpc
+from google.protobuf.message import Message
+
+from loraplex_server.logs import REQUEST_ID
+from loraplex_server.metrics import Metrics
+from loraplex_server.rpc.errors import Reason, RpcError, trailers_of
+from loraplex_server.rpc.validate import is_request_id
+
+log = logging.getLogger(__name__)
+
+_OURS: Final = "/loraplex.v1."
+_MALFORMED: Final = object()
+"""Stands for a request whose bytes could not be read."""
+
+_Handler = grpc.RpcMethodHandler[Any, Any]
+_Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class Gate:
+    """Counts our calls, and turns new ones away once the server drains."""
+
+    def __init__(self) -> None:
+        self.draining = False
+        self._calls = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def enter(self) -> None:
+        """A call begins."""
+        self._calls += 1
+        self._idle.clear()
+
+    def leave(self) -> None:
+        """A call has ended."""
+        self._calls -= 1
+        if self._calls == 0:
+            self._idle.set()
+
+    async def drained(self) -> None:
+        """Returns when no call is running."""
+        await self._idle.wait()
+
+
+class Interceptor(grpc.aio.ServerInterceptor):
+    """Wraps handler and deserialiser of every unary-request method.
+
+    `write_stall_seconds` is how long one message may wait for a client that does not read.
+    """
+
+    def __init__(self, gate: Gate, metrics: Metrics, write_stall_seconds: float) -> None:
+        self._gate = gate
+        self._metrics = metrics
+        self._write_stall_seconds = write_stall_seconds
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[_Handler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> _Handler | None:
+        """See grpc.aio.ServerInterceptor."""
+        handler = await continuation(handler_call_details)
+        if handler is None or handler.request_streaming:
+            return handler
+        method = str(handler_call_details.method)
+        behave: Any = handler.unary_stream if handler.response_streaming else handler.unary_unary
+        if handler.response_streaming:
+            if not inspect.isasyncgenfunction(behave):
+                return handler  # grpc's own Watch, which writes for itself
+            return grpc.unary_stream_rpc_method_handler(
+                self._stream(method, behave),
+                _forgiving(handler.request_deserializer),
+                handler.response_serializer,
+            )
+        return grpc.unary_unary_rpc_method_handler(
+            self._unary(method, behave),
+            _forgiving(handler.request_deserializer),
+            handler.response_serializer,
+        )
+
+    def _unary(
+        self, method: str, behave: Callable[[Any, _Context], Awaitable[Message]]
+    ) -> Callable[[Any, _Context], Awaitable[Message]]:
+        async def guarded(request: Any, context: _Context) -> Message:
+            call = _Call(self._gate, self._metrics, method, request)
+            with call:
+                try:
+                    call.check(request)
+                    reply = await behave(request, context)
+                    context.set_trailing_metadata((("x-request-id", call.id),))
+                    return reply
+                except BaseException as error:
+                    await call.fail(error, context)
+                    raise
+
+        return guarded
+
+    def _stream(
+        self, method: str, behave: Callable[[Any, _Context], AsyncIterator[Message]]
+    ) -> Callable[[Any, _Context], Awaitable[None]]:
+        async def guarded(request: Any, context: _Context) -> None:
+            call = _Call(self._gate, self._metrics, method, request)
+            with call:
+                try:
+                    call.check(request)
+                    # Closing the generator is what frees the request when the client is gone.
+                    async with aclosing(behave(request, context)) as events:  # type: ignore[type-var]
+                        async for event in events:
+                            await self._write(context, event)
+                    context.set_trailing_metadata((("x-request-id", call.id),))
+                except BaseException as error:
+                    await call.fail(error, context)
+                    raise
+
+        return guarded
+
+    async def _write(self, context: _Context, event: Message) -> None:
+        try:
+            async with asyncio.timeout(self._write_stall_seconds):
+                await context.write(event)
+        except TimeoutError:
+            raise RpcError(Reason.READER_STALLED, "the client stopped reading") from None
+
+
+class _Call:
+    """One call: its id, and the record of how it ended."""
+
+    def __init__(self, gate: Gate, metrics: Metrics, method: str, request: Any) -> None:
+        self.id = _given_id(request) or uuid.uuid4().hex
+        self._gate = gate
+        self._metrics = metrics
+        self._ours = method.startswith(_OURS)
+        self._method = method.rpartition("/")[2]
+        self._code = grpc.StatusCode.OK
+        self._reason = ""
+        self._began = 0.0
+
+    def __enter__(self) -> None:
+        self._began = time.monotonic()
+        self._token = REQUEST_ID.set(self.id)
+        if self._ours:
+            self._gate.enter()
+
+    def __exit__(self, *_: object) -> None:
+        if self._ours:
+            seconds = time.monotonic() - self._began
+            self._gate.leave()
+            self._metrics.rpc_ended(self._method, self._code.name, seconds, self._reason)
+            extra = {"method": self._method, "code": self._code.name, "seconds": round(seconds, 4)}
+            if self._reason:
+                extra["reason"] = self._reason
+            log.info("call ended", extra=extra)
+        REQUEST_ID.reset(self._token)
+
+    def check(self, request: object) -> None:
+        """Raises RpcError for bytes that are no request, and while the server drains."""
+        if request is _MALFORMED:
+            raise RpcError(Reason.REQUEST_MALFORMED, "malformed request")
+        if self._ours and self._gate.draining:
+            raise RpcError(Reason.DRAINING, "the server is shutting down")
+
+    async def fail(self, error: BaseException, context: _Context) -> None:
+        """Ends the call with the error's status; returns only for what has no status to send."""
+        if isinstance(error, asyncio.CancelledError):
+            remaining = context.time_remaining()
+            late = remaining is not None and remaining <= 0
+            self._code = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
+            self._reason = Reason.DEADLINE_EXCEEDED.name if late else ""
+            return
+        if isinstance(error, grpc.aio.AbortError) or not isinstance(error, Exception):
+            return
+        if not isinstance(error, RpcError):
+            log.error("a handler failed", exc_info=error)
+            error = RpcError(Reason.ENGINE_FAULT, "internal error")
+        self._code = error.code
+        self._reason = error.reason.name
+        await context.abort(error.code, error.message, trailers_of(error, self.id))
+
+
+def _forgiving(read: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
+    """The deserialiser, except that what it cannot read reaches the handler as `_MALFORMED`."""
+    if read is None:
+        raise TypeError("a method without a deserialiser")
+
+    def attempt(data: bytes) -> Any:
+        try:
+            return read(data)
+        except Exception:
+            return _MALFORMED
+
+    return attempt
+
+
+def _given_id(request: Any) -> str:
+    given = getattr(request, "request_id", "") or getattr(
+        getattr(request, "request", None), "request_id", ""
+    )
+    return given if isinstance(given, str) and is_request_id(given) else ""

@@ -1,0 +1,99 @@
+"""The gRPC server: its options, its services, its health, and how it comes and goes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from loraplex.v1 import adapter_pb2, adapter_pb2_grpc, generation_pb2, generation_pb2_grpc
+
+from loraplex_server.rpc.adapters import AdapterService
+from loraplex_server.rpc.generation import GenerationService
+from loraplex_server.rpc.interceptor import Interceptor
+
+MAX_MESSAGE_BYTES: Final = 4 << 20
+
+SERVICES: Final = (
+    generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
+    adapter_pb2.DESCRIPTOR.services_by_name["AdapterService"].full_name,
+)
+
+_OPTIONS: Final[Sequence[tuple[str, Any]]] = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_concurrent_streams", 256),
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 20_000),
+    ("grpc.http2.max_ping_strikes", 3),
+    ("grpc.max_connection_age_ms", 1_800_000),
+    ("grpc.max_connection_age_grace_ms", 600_000),
+    ("grpc.so_reuseport", 0),
+)
+"""Idle peers are probed and reaped; connections age, so that balancers in front can rebalance."""
+
+
+class CannotListen(Exception):
+    """The address cannot be had; the message is for the operator."""
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where to listen; port 0 takes a free one."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+class RpcServer:
+    """Both services, health and, if wanted, reflection on one port."""
+
+    def __init__(self, interceptor: Interceptor, with_reflection: bool) -> None:
+        self._server = grpc.aio.server(interceptors=[interceptor], options=_OPTIONS)
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        if with_reflection:
+            names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, self._server)
+
+    def bind(self, address: Address) -> Address:
+        """Takes the port, so that a conflict shows before a model is loaded; the real address.
+
+        Raises CannotListen.
+        """
+        try:
+            port = self._server.add_insecure_port(str(address))
+        except RuntimeError:
+            port = 0
+        if port == 0:
+            raise CannotListen(f"cannot listen on {address}: is the port in use?")
+        return Address(address.host, port)
+
+    async def start(self, generation: GenerationService, adapters: AdapterService) -> None:
+        """Takes calls; health says SERVING from here on."""
+        generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, self._server)
+        adapter_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, self._server)
+        await self.set_serving(True)
+        await self._server.start()
+
+    async def set_serving(self, serving: bool) -> None:
+        """What health says of the server and of both services."""
+        status = health_pb2.HealthCheckResponse
+        value = status.SERVING if serving else status.NOT_SERVING
+        for name in (health.OVERALL_HEALTH, *SERVICES):
+            await self._health.set(name, value)
+
+    async def lame_duck(self) -> None:
+        """Health says NOT_SERVING from here on."""
+        await self._health.enter_graceful_shutdown()
+
+    async def stop(self, grace_seconds: float) -> None:
+        """Stops listening; calls that do not end in time are cancelled."""
+        await self._server.stop(grace_seconds)

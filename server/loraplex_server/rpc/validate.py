@@ -1,0 +1,216 @@
+"""Checks a request against every bound of the proto, and reports all that is wrong at once.
+
+What passes here is in range, finite and in the model's vocabulary; nothing behind it checks again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from loraplex.v1 import adapter_pb2, generation_pb2
+
+from loraplex_server.rpc.errors import Violation
+from loraplex_server.rpc.resolve import is_adapter_id, is_name
+
+MAX_MIX: Final = 8
+MAX_LOGPROBS: Final = 20
+MAX_LOGIT_BIAS: Final = 300
+MAX_STOP_STRINGS: Final = 16
+MAX_STOP_STRING_BYTES: Final = 64
+MAX_STOP_TOKENS: Final = 64
+MAX_REQUEST_ID: Final = 128
+MAX_PAGE: Final = 1000
+MAX_PATH_BYTES: Final = 4096
+MAX_PAGE_TOKEN: Final = 512
+MAX_LISTED: Final = 32
+"""Violations in one answer, which must fit a trailer."""
+
+ROLES: Final = frozenset({"system", "user", "assistant"})
+
+_ADAPTER_ID_FORM: Final = 'must be "name", "name@<version>" or "name@sha256:<64 hex digits>"'
+_NAME_FORM: Final = "must match [a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What a request is held against: the model's vocabulary, context and end-of-sequence ids."""
+
+    vocab_size: int
+    max_context: int
+    eos_token_ids: Sequence[int] = ()
+
+
+class _Findings:
+    """The violations found so far, with the fields' paths."""
+
+    def __init__(self, prefix: str) -> None:
+        self.found: list[Violation] = []
+        self._prefix = prefix
+
+    def add(self, field: str, description: str) -> None:
+        if len(self.found) < MAX_LISTED:
+            self.found.append(Violation(self._prefix + field, description))
+
+    def require(self, true: bool, field: str, description: str) -> None:
+        if not true:
+            self.add(field, description)
+
+    def between(self, field: str, value: float, low: float, high: float) -> None:
+        """Holds for low <= value <= high; NaN is in no range."""
+        self.require(low <= value <= high, field, f"must be between {low:g} and {high:g}")
+
+    def above(self, field: str, value: float, low: float, high: float) -> None:
+        """Holds for low < value <= high."""
+        self.require(
+            low < value <= high, field, f"must be greater than {low:g} and at most {high:g}"
+        )
+
+    def tokens(self, field: str, ids: Iterable[int], vocab_size: int) -> None:
+        """Every id is in the vocabulary; the first that is not is named."""
+        for i, token in enumerate(ids):
+            if token >= vocab_size:
+                self.add(
+                    f"{field}[{i}]", f"{token} is not in the vocabulary of {vocab_size} tokens"
+                )
+                return
+
+
+def is_request_id(text: str) -> bool:
+    """1 to 128 printable ASCII characters."""
+    return 0 < len(text) <= MAX_REQUEST_ID and text.isascii() and text.isprintable()
+
+
+def generate(
+    request: generation_pb2.GenerateRequest, bounds: Bounds, prefix: str = ""
+) -> list[Violation]:
+    """What is wrong with a request to generate; `prefix` goes before the fields' paths."""
+    checks = _Findings(prefix)
+    _adapters(request, checks)
+    _input(request, bounds, checks)
+    if request.HasField("sampling"):
+        _sampling(request.sampling, bounds, checks)
+    if request.HasField("stop"):
+        _stop(request.stop, bounds, checks)
+    for field in ("logprobs", "prompt_logprobs"):
+        if request.HasField(field):
+            checks.between(field, getattr(request, field), 0, MAX_LOGPROBS)
+    if request.request_id:
+        checks.require(
+            is_request_id(request.request_id),
+            "request_id",
+            f"must be 1 to {MAX_REQUEST_ID} printable ASCII characters",
+        )
+    checks.between("priority", request.priority, -100, 100)
+    return checks.found
+
+
+def _adapters(request: generation_pb2.GenerateRequest, checks: _Findings) -> None:
+    if request.adapter_id:
+        checks.require(is_adapter_id(request.adapter_id), "adapter_id", _ADAPTER_ID_FORM)
+        checks.require(not request.mix, "adapter_id", "must be empty when `mix` is set")
+    checks.require(len(request.mix) <= MAX_MIX, "mix", f"must have at most {MAX_MIX} entries")
+    for i, term in enumerate(request.mix[:MAX_MIX]):
+        checks.require(is_adapter_id(term.adapter_id), f"mix[{i}].adapter_id", _ADAPTER_ID_FORM)
+        if term.HasField("weight"):
+            checks.between(f"mix[{i}].weight", term.weight, -16, 16)
+
+
+def _input(request: generation_pb2.GenerateRequest, bounds: Bounds, checks: _Findings) -> None:
+    match request.WhichOneof("input"):
+        case "prompt":
+            checks.require(bool(request.prompt), "prompt", "must not be empty")
+        case "token_ids":
+            ids = request.token_ids.ids
+            checks.require(bool(ids), "token_ids.ids", "must not be empty")
+            # A prompt beyond the context is refused as such, before anybody looks at each token.
+            if len(ids) < bounds.max_context:
+                checks.tokens("token_ids.ids", ids, bounds.vocab_size)
+        case "messages":
+            turns = request.messages.messages
+            checks.require(bool(turns), "messages.messages", "must not be empty")
+            for i, turn in enumerate(turns):
+                if turn.role not in ROLES:
+                    field = f"messages.messages[{i}].role"
+                    checks.add(field, 'must be "system", "user" or "assistant"')
+                    break
+        case None:
+            checks.add("input", "one of `prompt`, `token_ids` or `messages` must be set")
+
+
+def _sampling(sampling: generation_pb2.SamplingParams, bounds: Bounds, checks: _Findings) -> None:
+    closed = {
+        "temperature": (0, 100),
+        "min_p": (0, 1),
+        "presence_penalty": (-2, 2),
+        "frequency_penalty": (-2, 2),
+    }
+    half_open = {"top_p": (0, 1), "repetition_penalty": (0, 100)}
+    for field, (low, high) in closed.items():
+        if sampling.HasField(field):
+            checks.between(f"sampling.{field}", getattr(sampling, field), low, high)
+    for field, (low, high) in half_open.items():
+        if sampling.HasField(field):
+            checks.above(f"sampling.{field}", getattr(sampling, field), low, high)
+    checks.require(
+        len(sampling.logit_bias) <= MAX_LOGIT_BIAS,
+        "sampling.logit_bias",
+        f"must have at most {MAX_LOGIT_BIAS} entries",
+    )
+    if len(sampling.logit_bias) <= MAX_LOGIT_BIAS:
+        for token, bias in sampling.logit_bias.items():
+            field = f"sampling.logit_bias[{token}]"
+            checks.require(token < bounds.vocab_size, field, "is not in the vocabulary")
+            checks.between(field, bias, -100, 100)
+
+
+def _stop(stop: generation_pb2.StopConditions, bounds: Bounds, checks: _Findings) -> None:
+    if stop.HasField("max_new_tokens"):
+        checks.require(stop.max_new_tokens >= 1, "stop.max_new_tokens", "must be at least 1")
+    checks.require(
+        len(stop.strings) <= MAX_STOP_STRINGS,
+        "stop.strings",
+        f"must have at most {MAX_STOP_STRINGS} entries",
+    )
+    for i, text in enumerate(stop.strings[:MAX_STOP_STRINGS]):
+        checks.require(
+            1 <= len(text.encode()) <= MAX_STOP_STRING_BYTES,
+            f"stop.strings[{i}]",
+            f"must be 1 to {MAX_STOP_STRING_BYTES} bytes",
+        )
+    checks.require(
+        len(stop.token_ids) <= MAX_STOP_TOKENS,
+        "stop.token_ids",
+        f"must have at most {MAX_STOP_TOKENS} entries",
+    )
+    checks.tokens("stop.token_ids", stop.token_ids[:MAX_STOP_TOKENS], bounds.vocab_size)
+
+
+def register(request: adapter_pb2.RegisterAdapterRequest) -> list[Violation]:
+    """What is wrong with a registration; the path itself is judged where it is opened."""
+    checks = _Findings("")
+    checks.require(is_name(request.name), "name", _NAME_FORM)
+    size = len(request.path.encode())
+    checks.require(1 <= size <= MAX_PATH_BYTES, "path", f"must be 1 to {MAX_PATH_BYTES} bytes")
+    return checks.found
+
+
+def adapter_id(text: str) -> list[Violation]:
+    """What is wrong with the `adapter_id` of an adapter call, which must name one."""
+    return [] if is_adapter_id(text) else [Violation("adapter_id", _ADAPTER_ID_FORM)]
+
+
+def name(text: str) -> list[Violation]:
+    """What is wrong with a bare name."""
+    return [] if is_name(text) else [Violation("name", _NAME_FORM)]
+
+
+def page(request: adapter_pb2.ListAdaptersRequest) -> list[Violation]:
+    """What is wrong with a request for a page."""
+    checks = _Findings("")
+    checks.between("page_size", request.page_size, 0, MAX_PAGE)
+    checks.require(
+        len(request.page_token) <= MAX_PAGE_TOKEN, "page_token", "is not a token of this server"
+    )
+    return checks.found

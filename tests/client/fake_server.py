@@ -1,0 +1,261 @@
+"""A server for client tests: both services and health, in threads, doing what a test scripts.
+
+A completion of prompt p with adapter a is the words "<a or base> says p", one word a delta. What
+clients sent is in `calls`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+from google.protobuf import any_pb2, timestamp_pb2
+from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_status import rpc_status
+from loraplex.v1 import adapter_pb2, adapter_pb2_grpc, generation_pb2, generation_pb2_grpc
+
+WAIT_S = 30.0  # how long a held call waits at most: reached only when a test fails
+DIGEST = "sha256:" + "ab" * 32
+
+
+@dataclass(frozen=True)
+class Call:
+    method: str
+    request: Any
+    metadata: dict[str, Any]
+    time_remaining: float | None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A status to answer with; `details` are messages of google.rpc, `trailers` extra metadata."""
+
+    code: grpc.StatusCode
+    message: str = "scripted"
+    details: tuple[Any, ...] = ()
+    trailers: tuple[tuple[str, Any], ...] = ()
+
+    def abort(self, context: grpc.ServicerContext) -> None:
+        if not self.details:
+            context.set_trailing_metadata(self.trailers)
+            context.abort(self.code, self.message)
+        status = status_pb2.Status(code=self.code.value[0], message=self.message)
+        for detail in self.details:
+            packed = any_pb2.Any()
+            packed.Pack(detail)
+            status.details.append(packed)
+        rich = rpc_status.to_status(status)
+        trailers = (*rich.trailing_metadata, *self.trailers)
+        context.abort_with_status(rich._replace(trailing_metadata=trailers))
+
+
+def failure(code: grpc.StatusCode, reason: str, *details: Any, **metadata: str) -> Failure:
+    """A rich failure, as the server makes them: always an ErrorInfo, then `details`."""
+    info = error_details_pb2.ErrorInfo(reason=reason, domain="loraplex", metadata=metadata)
+    return Failure(code, f"this is {reason}", (info, *details))
+
+
+def logprobs(token: int) -> generation_pb2.TokenLogprobs:
+    entry = generation_pb2.TokenLogprob(token_id=token, logprob=-0.5, text=f"<{token}>")
+    return generation_pb2.TokenLogprobs(chosen=entry, top=[entry, entry])
+
+
+@dataclass
+class FakeServer(
+    generation_pb2_grpc.GenerationServiceServicer,
+    adapter_pb2_grpc.AdapterServiceServicer,
+    health_pb2_grpc.HealthServicer,
+):
+    failures: list[Failure] = field(default_factory=list)  # each answers one call, first come
+    hold_after: int | None = None  # after so many deltas a completion waits to be cancelled
+    break_after: int | None = None  # after so many deltas a stream becomes UNAVAILABLE
+    omit_finished: bool = False
+    serving: int = health_pb2.HealthCheckResponse.SERVING
+    adapters: dict[str, adapter_pb2.Adapter] = field(default_factory=dict)
+    calls: list[Call] = field(default_factory=list)
+    holding: threading.Event = field(default_factory=threading.Event)
+    ended: threading.Event = field(default_factory=threading.Event)  # a held call was ended
+    target: str = ""
+
+    def start(self) -> None:
+        self._server = grpc.server(ThreadPoolExecutor(8))
+        generation_pb2_grpc.add_GenerationServiceServicer_to_server(self, self._server)
+        adapter_pb2_grpc.add_AdapterServiceServicer_to_server(self, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self, self._server)
+        self.target = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        self._server.start()
+
+    def stop(self) -> None:
+        self._server.stop(None).wait()
+
+    def methods(self) -> list[str]:
+        return [call.method for call in self.calls]
+
+    # GenerationService
+
+    def Generate(self, request, context):
+        self._enter("Generate", request, context)
+        words = self._words(request)
+        if self.hold_after is not None:
+            self._hold(context)
+        return generation_pb2.GenerateResponse(
+            request_id=self._request_id(request),
+            adapters=self._resolve(request),
+            text="".join(words),
+            token_ids=range(len(words)),
+            finish_reason=generation_pb2.FINISH_REASON_STOP,
+            usage=self._usage(request, words),
+            logprobs=[logprobs(i) for i in range(len(words))],
+            prompt_logprobs=[logprobs(7)],
+        )
+
+    def GenerateStream(self, request, context) -> Iterator[Any]:
+        self._enter("GenerateStream", request.request, context)
+        request = request.request
+        event = generation_pb2.GenerateStreamResponse
+        yield event(
+            started=generation_pb2.GenerationStarted(
+                request_id=self._request_id(request),
+                adapters=self._resolve(request),
+                prompt_tokens=3,
+                prompt_logprobs=[logprobs(7)],
+            )
+        )
+        words = self._words(request)
+        for index, word in enumerate(words):
+            if index == self.hold_after:
+                self._hold(context)
+                return
+            if index == self.break_after:
+                Failure(grpc.StatusCode.UNAVAILABLE, "broken off").abort(context)
+            yield event(
+                delta=generation_pb2.GenerationDelta(
+                    text=word, token_ids=[index], logprobs=[logprobs(index)]
+                )
+            )
+        if not self.omit_finished:
+            yield event(
+                finished=generation_pb2.GenerationFinished(
+                    finish_reason=generation_pb2.FINISH_REASON_STOP,
+                    usage=self._usage(request, words),
+                )
+            )
+
+    def _words(self, request) -> list[str]:
+        last = request.messages.messages[-1].content if request.HasField("messages") else ""
+        names = [request.adapter_id, *(term.adapter_id for term in request.mix)]
+        who = "+".join(name for name in names if name) or "base"
+        return [who, " says", *(f" {word}" for word in (request.prompt or last).split())]
+
+    def _resolve(self, request) -> list[generation_pb2.ResolvedAdapter]:
+        terms = [(term.adapter_id, term.weight) for term in request.mix]
+        if request.adapter_id:
+            terms.append((request.adapter_id, 1.0))
+        return [
+            generation_pb2.ResolvedAdapter(name=name, version=1, digest=DIGEST, weight=weight)
+            for name, weight in terms
+        ]
+
+    def _request_id(self, request) -> str:
+        return request.request_id or "made-by-server"
+
+    def _usage(self, request, words) -> generation_pb2.Usage:
+        return generation_pb2.Usage(
+            prompt_tokens=3, cached_prompt_tokens=1, completion_tokens=len(words)
+        )
+
+    # AdapterService
+
+    def RegisterAdapter(self, request, context):
+        self._enter("RegisterAdapter", request, context)
+        created = request.name not in self.adapters or request.replace
+        if created:
+            old = self.adapters.get(request.name)
+            self.adapters[request.name] = adapter_pb2.Adapter(
+                name=request.name,
+                version=old.version + 1 if old else 1,
+                digest=DIGEST,
+                peft_type="LORA",
+                rank=8,
+                target_modules=["q_proj", "v_proj"],
+                size_bytes=3 << 20,
+                state=adapter_pb2.ADAPTER_STATE_STORED,
+                create_time=timestamp_pb2.Timestamp(seconds=1_700_000_000),
+                base_model="tiny",
+            )
+        if request.load:
+            self._move(request.name, adapter_pb2.ADAPTER_STATE_RESIDENT)
+        return adapter_pb2.RegisterAdapterResponse(
+            adapter=self.adapters[request.name], created=created
+        )
+
+    def GetAdapter(self, request, context):
+        self._enter("GetAdapter", request, context)
+        return adapter_pb2.GetAdapterResponse(adapter=self._find(request.adapter_id, context))
+
+    def ListAdapters(self, request, context):
+        self._enter("ListAdapters", request, context)
+        names = sorted(name for name in self.adapters if name > request.page_token)
+        page = names[: request.page_size or 100]
+        return adapter_pb2.ListAdaptersResponse(
+            adapters=[self.adapters[name] for name in page],
+            next_page_token=page[-1] if len(page) < len(names) else "",
+        )
+
+    def LoadAdapter(self, request, context):
+        self._enter("LoadAdapter", request, context)
+        self._find(request.adapter_id, context)
+        self._move(request.adapter_id, adapter_pb2.ADAPTER_STATE_RESIDENT)
+        return adapter_pb2.LoadAdapterResponse(adapter=self.adapters[request.adapter_id])
+
+    def UnloadAdapter(self, request, context):
+        self._enter("UnloadAdapter", request, context)
+        self._find(request.adapter_id, context)
+        self._move(request.adapter_id, adapter_pb2.ADAPTER_STATE_STORED)
+        return adapter_pb2.UnloadAdapterResponse(adapter=self.adapters[request.adapter_id])
+
+    def DeleteAdapter(self, request, context):
+        self._enter("DeleteAdapter", request, context)
+        self._find(request.name, context)
+        del self.adapters[request.name]
+        return adapter_pb2.DeleteAdapterResponse()
+
+    def _find(self, name, context) -> adapter_pb2.Adapter:
+        if name not in self.adapters:
+            resource = error_details_pb2.ResourceInfo(resource_name=name)
+            code = grpc.StatusCode.NOT_FOUND
+            failure(code, "ADAPTER_NOT_FOUND", resource, adapter=name).abort(context)
+        return self.adapters[name]
+
+    def _move(self, name, state) -> None:
+        self.adapters[name].state = state
+        resident = state == adapter_pb2.ADAPTER_STATE_RESIDENT
+        self.adapters[name].device_bytes = 2 << 20 if resident else 0
+
+    # Health
+
+    def Check(self, request, context):
+        self._enter("Check", request, context)
+        return health_pb2.HealthCheckResponse(status=self.serving)
+
+    # Common
+
+    def _enter(self, method, request, context) -> None:
+        metadata = {pair.key: pair.value for pair in context.invocation_metadata()}
+        self.calls.append(Call(method, request, metadata, context.time_remaining()))
+        if self.failures:
+            self.failures.pop(0).abort(context)
+
+    def _hold(self, context) -> None:
+        """Wait until the client ends the call, and record that it did."""
+        if context.add_callback(self.ended.set):
+            self.holding.set()
+            self.ended.wait(WAIT_S)
+        else:
+            self.holding.set()
+            self.ended.set()

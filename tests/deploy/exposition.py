@@ -1,0 +1,44 @@
+"""The names of the series that the server exports, taken from the code that exports them."""
+
+from __future__ import annotations
+
+import re
+
+from loraplex_server.metrics import Metrics
+from prometheus_client import CollectorRegistry
+
+_SUFFIXES = {
+    "counter": ("_total",),
+    "gauge": ("",),
+    "histogram": ("_bucket", "_sum", "_count"),
+}
+PACKAGES = {"loraplex_server", "loraplex_model"}
+"""Words that look like a metric in a text and are a package (`loraplex_adapters` is both)."""
+
+_NAME = re.compile(r"\bloraplex_[a-z_]+\b(?![-/])")
+
+
+def families() -> dict[str, str]:
+    """Each family as a query names it without histogram suffixes, and its type."""
+    registry = CollectorRegistry()
+    Metrics(registry)
+    return {
+        family.name + ("_total" if family.type == "counter" else ""): family.type
+        for family in registry.collect()
+    }
+
+
+def series_names() -> set[str]:
+    """Every name that a query may use."""
+    registry = CollectorRegistry()
+    Metrics(registry)
+    return {
+        family.name + suffix
+        for family in registry.collect()
+        for suffix in _SUFFIXES[family.type]
+    }
+
+
+def mentioned(text: str) -> set[str]:
+    """The metric names that a text mentions."""
+    return set(_NAME.findall(text)) - PACKAGES

@@ -1,0 +1,263 @@
+"""A model without weights, whose next token tells on every mistake of the engine.
+
+The next token is a function of the sequence's tokens, of the adapters' digests and weights, and of
+the position. It is computed from what the engine really set up: the KV memory reached through the
+block table, and the contents published to the slots. A leaked or swapped block, a stale slot, an
+off-by-one position, a lost or repeated token: each gives a wrong integer at once.
+
+`continuation` computes the same function directly, from nothing but the request.
+
+An adapter's `path` is either a JSON object of options or a directory, in which case the options are
+read from `oracle.json` in it, if there is one. Options: `nbytes` (else the size of the files),
+`fail` (an error reason for `read_adapter`), `seconds` (how long reading takes), `nonfinite` (rows
+that use it get NaN logits).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from loraplex_adapters.errors import AdapterError
+from loraplex_model.batch import ForwardBatch
+from loraplex_server.engine.messages import AdapterRef, ModelInfo
+
+MASK = (1 << 64) - 1
+EMPTY = np.uint64(0xDEAD)
+
+
+def mix64(x: int) -> int:
+    """Scrambles 64 bits (the finaliser of SplitMix64)."""
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & MASK
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & MASK
+    return x ^ (x >> 31)
+
+
+def weights_hash(mix: list[tuple[str, float]]) -> int:
+    """One number for an adapter state, given as (digest, weight) pairs in any order."""
+    merged: dict[str, float] = {}
+    for digest, weight in mix:
+        merged[digest] = merged.get(digest, 0.0) + weight
+    text = json.dumps([(d, round(float(np.float32(w)), 6)) for d, w in sorted(merged.items())])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def entry(token: int, position: int, weights: int) -> int:
+    """What a token leaves in the KV cache."""
+    return mix64((token * 0x9E3779B97F4A7C15 + position * 0xD1B54A32D192ED03 + weights) & MASK)
+
+
+def next_token(entries: np.ndarray, vocab_size: int, forbidden: frozenset[int]) -> int:
+    """The token that follows a sequence with these KV entries (uint64, in order)."""
+    odd = np.arange(1, 2 * len(entries), 2, dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        state = int((entries * odd).sum(dtype=np.uint64))
+    token = mix64(state) % vocab_size
+    while token in forbidden:
+        token = (token + 1) % vocab_size
+    return token
+
+
+def continuation(
+    prompt: list[int],
+    mix: list[tuple[str, float]],
+    count: int,
+    vocab_size: int = 512,
+    forbidden: frozenset[int] = frozenset(),
+) -> list[int]:
+    """The `count` tokens that the oracle must answer greedily to `prompt` under `mix`."""
+    weights = weights_hash(mix)
+    entries = [entry(token, position, weights) for position, token in enumerate(prompt)]
+    out: list[int] = []
+    for _ in range(count):
+        token = next_token(np.array(entries, np.uint64), vocab_size, forbidden)
+        out.append(token)
+        entries.append(entry(token, len(entries), weights))
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class OracleAdapter:
+    """What `read_adapter` makes of a path."""
+
+    digest: str
+    nbytes: int
+    nonfinite: bool
+
+
+@dataclass
+class OracleRunner:
+    """A `ModelRunner` for tests.
+
+    Attributes:
+        forbidden: token ids that the model never says by itself (such as EOS).
+        nonfinite_token: a sequence that contains it gets NaN logits.
+        fault_token: a batch that computes it makes `forward` raise.
+        crash_token: a batch that computes it kills the process.
+        scripts: after the marker token `m`, the sequence continues with `scripts[m]`.
+        step_seconds: how long a forward pass takes at least.
+        max_tokens_seen, batches: what the engine asked for, for assertions.
+    """
+
+    num_blocks: int = 64
+    block_size: int = 4
+    num_slots: int = 4
+    adapter_budget_bytes: int = 1000
+    vocab_size: int = 512
+    max_context: int = 1024
+    eos_token_ids: list[int] = field(default_factory=list)
+    forbidden: frozenset[int] = frozenset()
+    nonfinite_token: int = -1
+    fault_token: int = -1
+    crash_token: int = -1
+    scripts: dict[int, list[int]] = field(default_factory=dict)
+    step_seconds: float = 0.0
+    tokenizer_path: str = ""
+    projections: dict[str, tuple[int, int]] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.info = ModelInfo(
+            **{
+                "name": "oracle",
+                "architecture": "oracle",
+                "fingerprint": "oracle",
+                "dtype": "float32",
+                "device": "cpu",
+                "vocab_size": self.vocab_size,
+                "num_layers": 1,
+                "hidden_size": 1,
+                "max_context": self.max_context,
+                "eos_token_ids": self.eos_token_ids,
+                "projections": self.projections,
+                "tokenizer_path": self.tokenizer_path,
+                "kernels": "oracle",
+                "weight_bytes": 0,
+                **self.model,
+            }
+        )
+        self.kv = np.full((self.num_blocks, self.block_size), EMPTY, np.uint64)
+        self.kv_tokens = np.full((self.num_blocks, self.block_size), -1, np.int64)
+        self.slots: list[OracleAdapter | None] = [None] * self.num_slots
+        self.batches: list[ForwardBatch] = []
+        self.keep_batches = False
+
+    # adapters
+
+    def read_adapter(self, ref: AdapterRef) -> OracleAdapter:
+        options: dict[str, Any] = {}
+        size = 1
+        if ref.path.startswith("{"):
+            options = json.loads(ref.path)
+        else:
+            folder = Path(ref.path)
+            if not folder.is_dir():
+                raise AdapterError("ADAPTER_INVALID", "there is no such adapter", "path")
+            size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+            if (folder / "oracle.json").exists():
+                options = json.loads((folder / "oracle.json").read_text())
+        if "seconds" in options:
+            time.sleep(options["seconds"])
+        if "fail" in options:
+            if options["fail"] == "crash":
+                raise RuntimeError("a secret of the reader")
+            raise AdapterError(options["fail"], f"made to fail: {options['fail']}", "path")
+        return OracleAdapter(
+            ref.digest, options.get("nbytes", size), options.get("nonfinite", False)
+        )
+
+    def publish_adapter(self, slot: int, adapter: OracleAdapter) -> None:
+        assert self.slots[slot] is None, f"slot {slot} is taken"
+        self.slots[slot] = adapter
+        held = sum(a.nbytes for a in self.slots if a is not None)
+        assert held <= self.adapter_budget_bytes, "over the adapter budget"
+
+    def remove_adapter(self, slot: int) -> None:
+        assert self.slots[slot] is not None, f"slot {slot} is free already"
+        self.slots[slot] = None
+
+    # the forward pass
+
+    def forward(self, batch: ForwardBatch) -> np.ndarray:
+        if self.step_seconds:
+            time.sleep(self.step_seconds)
+        if self.keep_batches:
+            self.batches.append(batch)
+        if self.crash_token in batch.tokens:
+            os._exit(9)
+        if self.fault_token in batch.tokens:
+            raise RuntimeError("a secret of the device")
+        logits = np.zeros((len(batch.logit_rows), self.vocab_size), np.float32)
+        rows = {int(token): row for row, token in enumerate(batch.logit_rows)}
+        written: set[tuple[int, int]] = set()
+        for s in range(len(batch.context_lens)):
+            begin, end = int(batch.query_starts[s]), int(batch.query_starts[s + 1])
+            table = batch.block_tables[s]
+            pairs = range(int(batch.mix_starts[s]), int(batch.mix_starts[s + 1]))
+            adapters = [
+                (self.slots[batch.mix_slots[x]], float(batch.mix_weights[x])) for x in pairs
+            ]
+            assert all(adapter is not None for adapter, _ in adapters), "a row uses an empty slot"
+            weights = weights_hash([(a.digest, w) for a, w in adapters if a is not None])
+            assert end - begin >= 1
+            assert batch.context_lens[s] == batch.positions[end - 1] + 1
+            for t in range(begin, end):
+                position = int(batch.positions[t])
+                assert position == batch.positions[begin] + t - begin
+                at = int(table[position // self.block_size]), position % self.block_size
+                assert at not in written, "two tokens of one pass share a KV entry"
+                written.add(at)
+                self.kv[at] = entry(int(batch.tokens[t]), position, weights)
+                self.kv_tokens[at] = batch.tokens[t]
+                if t in rows:
+                    blocks = table[: position // self.block_size + 1]
+                    seen = self.kv_tokens[blocks].reshape(-1)[: position + 1]
+                    entries = self.kv[blocks].reshape(-1)[: position + 1]
+                    token = self._say(seen, entries)
+                    logits[rows[t], token] = 20.0
+                    logits[rows[t], (token + 1) % self.vocab_size] = 18.0
+                    if self.nonfinite_token in seen or any(a.nonfinite for a, _ in adapters if a):
+                        logits[rows[t], 3] = np.nan
+        return logits
+
+    def _say(self, seen: np.ndarray, entries: np.ndarray) -> int:
+        for marker, script in self.scripts.items():
+            places = np.flatnonzero(seen == marker)
+            if len(places) and len(seen) - 1 - places[-1] < len(script):
+                return script[len(seen) - 1 - places[-1]]
+        return next_token(entries, self.vocab_size, self.forbidden)
+
+
+def build(**options: Any) -> OracleRunner:
+    """The factory that an engine process is started with; takes the fields of `OracleRunner`."""
+    if "refuse" in options:
+        error = RuntimeError("refused")
+        error.reason, error.message = options["refuse"], "this model cannot be served"  # type: ignore[attr-defined]
+        raise error
+    if "explode" in options:
+        raise RuntimeError("a secret of the loader")
+    if "forbidden" in options:
+        options["forbidden"] = frozenset(options["forbidden"])
+    if "scripts" in options:
+        options["scripts"] = {int(k): v for k, v in options["scripts"].items()}
+    return OracleRunner(**options)
+
+
+def command(limits: dict[str, Any] | None = None, **options: Any) -> list[str]:
+    """The command line of an engine process that runs the oracle."""
+    config = json.dumps(
+        {"factory": "engine.oracle:build", "kwargs": options, "limits": limits or {}}
+    )
+    tests = str(Path(__file__).resolve().parents[1])
+    code = (
+        "import sys; sys.path.insert(0, sys.argv.pop(1));"
+        "from loraplex_server.engine.process import main; sys.exit(main())"
+    )
+    return [sys.executable, "-c", code, tests, config]

@@ -1,0 +1,309 @@
+"""Each kernel gives what its formula gives in float64, and a row's bits do not depend on the others."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import byref, c_float, c_void_p
+
+import numpy as np
+import pytest
+import torch
+from loraplex_model.adapter import AdapterTable, LoraFactors, pack
+from loraplex_model.batch import ForwardBatch
+from loraplex_model.config import PROJECTIONS, DecoderConfig
+from loraplex_model.kernels import layout
+from loraplex_model.kernels.layout import CAdapterTable, CFused, CMatrix
+
+NF4 = torch.tensor(
+    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453]
+    + [-0.28444138169288635, -0.18477343022833334, -0.09105003625154495, 0.0]
+    + [0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224]
+    + [0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]
+)
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def pointer(tensor: torch.Tensor) -> c_void_p:
+    return c_void_p(tensor.data_ptr())
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got.double() - want).abs().max() / want.abs().max().clamp_min(1e-30))
+
+
+def matmul(library: ctypes.CDLL, matrix: CMatrix, x: torch.Tensor, threads: int = 2) -> torch.Tensor:
+    y = torch.full((x.shape[0], matrix.out), float("nan"))
+    library.loraplex_matmul(byref(matrix), pointer(x), x.shape[0], pointer(y), threads)
+    return y
+
+
+@pytest.mark.parametrize(("out", "fan_in"), [(16, 64), (40, 128), (960, 576), (130, 1536)])
+@pytest.mark.parametrize("rows", [1, 3, 4, 5, 7, 16, 33, 97, 200])
+def test_nf4_product_is_that_of_the_dequantised_matrix(
+    library: ctypes.CDLL, out: int, fan_in: int, rows: int
+) -> None:
+    torch.manual_seed(out + rows)
+    codes = torch.randint(0, 16, (out, fan_in), dtype=torch.uint8)
+    absmax = torch.rand(out, fan_in // 64) + 0.1
+    dense = NF4[codes.long()].double() * absmax.double().repeat_interleave(64, 1)
+    packed = (codes[:, ::2] << 4 | codes[:, 1::2]).contiguous()
+    panels, scales = layout.nf4_panels(library, packed, absmax, out, fan_in)
+    bias, x = torch.randn(out), torch.randn(rows, fan_in)
+    matrix = CMatrix(
+        data=panels.data_ptr(), absmax=scales.data_ptr(), bias=bias.data_ptr(), out=out, in_=fan_in
+    )
+    y = matmul(library, matrix, x)
+    assert relative_error(y, x.double() @ dense.T + bias.double()) < 1e-6
+    for row in {0, rows // 2, rows - 1}:
+        alone = matmul(library, matrix, x[row : row + 1].contiguous(), threads=1)
+        assert torch.equal(alone[0], y[row])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("out", "fan_in"), [(1, 16), (17, 48), (512, 80), (300, 576)])
+@pytest.mark.parametrize("rows", [1, 4, 6, 13, 100])
+def test_dense_product_is_the_matrix_product(
+    library: ctypes.CDLL, dtype: torch.dtype, out: int, fan_in: int, rows: int
+) -> None:
+    torch.manual_seed(out + rows)
+    weight, x = torch.randn(out, fan_in).to(dtype), torch.randn(rows, fan_in)
+    panels = layout.dense_panels(library, weight)
+    kind = layout.BF16 if dtype == torch.bfloat16 else layout.F32
+    matrix = CMatrix(data=panels.data_ptr(), out=out, in_=fan_in, kind=kind)
+    y = matmul(library, matrix, x)
+    assert relative_error(y, x.double() @ weight.double().T) < 1e-6
+    alone = matmul(library, matrix, x[-1:].contiguous())
+    assert torch.equal(alone[0], y[-1])
+
+
+def lora_config(hidden: int, kv: int) -> DecoderConfig:
+    return DecoderConfig(
+        architecture="test",
+        vocab_size=16,
+        hidden_size=hidden,
+        intermediate_size=hidden,
+        num_layers=2,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=kv,
+        rms_norm_eps=1e-5,
+        rope_inv_freq=(),
+        rope_scale=1.0,
+        max_positions=1,
+        qkv_bias=False,
+        o_bias=False,
+        qk_norm=False,
+        tie_embeddings=True,
+        sliding_windows=(None, None),
+    )
+
+
+def c_table(table: AdapterTable) -> CAdapterTable:
+    return CAdapterTable(
+        a=layout.address(table.a_pointers),
+        b=layout.address(table.b_pointers),
+        ranks=layout.address(table.ranks),
+        max_ranks=layout.address(table.max_ranks),
+        layers=table.ranks.shape[1],
+    )
+
+
+def run_lora(
+    library: ctypes.CDLL,
+    table: AdapterTable,
+    batch: ForwardBatch,
+    config: DecoderConfig,
+    dtype: torch.dtype,
+    x: torch.Tensor,
+    y: torch.Tensor,
+) -> torch.Tensor:
+    widths = [config.q_size, config.kv_size, config.kv_size]
+    columns = [0, widths[0], widths[0] + widths[1]]
+    fused = CFused(3, (0, 1, 2), tuple(columns), tuple(widths))
+    y = y.clone()
+    library.loraplex_lora(
+        byref(c_table(table)),
+        byref(layout.c_batch(batch)),
+        byref(fused),
+        1,
+        int(dtype == torch.bfloat16),
+        pointer(x),
+        x.shape[1],
+        pointer(y),
+        y.shape[1],
+    )
+    return y
+
+
+RANKS = [[1], [2], [4], [8], [16], [64], [128], [1, 2, 4, 8, 16, 64, 128, 5, 33]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden", [16, 48, 80, 112, 272, 576])
+@pytest.mark.parametrize("ranks", RANKS, ids=lambda r: "mixed" if len(r) > 1 else str(r[0]))
+@pytest.mark.parametrize("adapters", [1, 2, 8, 32])
+def test_lora_on_mixed_rows_is_the_sum_of_its_terms(
+    library: ctypes.CDLL, dtype: torch.dtype, hidden: int, ranks: list[int], adapters: int
+) -> None:
+    """Rows of 1, 4, 16 and 33 tokens, base rows, single adapters and blends, in one batch."""
+    rng = np.random.default_rng(hidden * 1000 + sum(ranks) * 10 + adapters)
+    torch.manual_seed(int(rng.integers(1 << 30)))
+    config = lora_config(hidden, kv=hidden)
+    shapes = config.projection_shapes()
+    table = AdapterTable(adapters, config)
+    for slot in range(adapters):
+        rank = ranks[slot % len(ranks)]
+        modules = {
+            (1, name): LoraFactors(
+                torch.randn(rank, hidden), torch.randn(shapes[name][1], rank), float(rng.uniform(0.1, 2))
+            )
+            for name in PROJECTIONS[:3]
+            if rng.random() < 0.8
+        }
+        modules[0, "q_proj"] = LoraFactors(torch.ones(rank, hidden), torch.ones(hidden, rank), 9.0)
+        table.publish(slot, pack(modules, config, dtype))
+
+    sequences = []
+    for length in [1, 1, 4, 1, 16, 1, 33, 1, 1]:
+        kind = rng.integers(3)
+        if kind == 0:
+            mix: tuple[tuple[int, float], ...] = ()
+        elif kind == 1:
+            mix = ((int(rng.integers(adapters)), 1.0),)
+        else:
+            mix = tuple((int(rng.integers(adapters)), float(rng.uniform(-2, 2))) for _ in range(2))
+        sequences.append(([0] * length, 0, [0], mix))
+    batch = ForwardBatch.build(sequences)
+    rows = len(batch.tokens)
+    x, base = torch.randn(rows, hidden), torch.randn(rows, 3 * hidden)
+    got = run_lora(library, table, batch, config, dtype, x, base)
+
+    want = base.double()
+    start = 0
+    for ids, _, _, mix in sequences:
+        end = start + len(ids)
+        for slot, weight in mix:
+            adapter = table.adapters[slot]
+            assert adapter is not None
+            for part in range(3):
+                factors = adapter.factors(1, part, (hidden, hidden))
+                if factors is not None:
+                    a, b = (f.double() for f in factors)
+                    delta = weight * (x[start:end].double() @ a.T) @ b
+                    want[start:end, part * hidden : (part + 1) * hidden] += delta
+        if not mix:
+            assert torch.equal(got[start:end], base[start:end]), "a base row was touched"
+        start = end
+    assert relative_error(got, want) < 2e-6
+
+    start = 0
+    for ids, _, _, mix in sequences:
+        end = start + len(ids)
+        alone = run_lora(
+            library,
+            table,
+            ForwardBatch.build([([0] * (end - start), 0, [0], mix)]),
+            config,
+            dtype,
+            x[start:end].contiguous(),
+            base[start:end].contiguous(),
+        )
+        assert torch.equal(alone, got[start:end]), "a row's bits depend on its batch mates"
+        start = end
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(1, 1, 16), (9, 3, 64), (8, 1, 24), (4, 2, 96)])
+@pytest.mark.parametrize(("position", "window"), [(0, 0), (5, 0), (16, 0), (77, 0), (77, 20), (77, 1)])
+def test_paged_attention_is_causal_softmax_attention(
+    library: ctypes.CDLL,
+    dtype: torch.dtype,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    position: int,
+    window: int,
+) -> None:
+    torch.manual_seed(position + heads)
+    block_size, blocks = 16, torch.randperm(8).int()
+    keys = torch.randn(8, block_size, kv_heads, head_dim).to(dtype)
+    values = torch.randn(8, block_size, kv_heads, head_dim).to(dtype)
+    q, out = torch.randn(heads, head_dim), torch.empty(heads, head_dim)
+    scale = head_dim**-0.5
+    library.loraplex_attention(
+        pointer(q),
+        pointer(keys),
+        pointer(values),
+        pointer(blocks),
+        int(dtype == torch.bfloat16),
+        block_size,
+        kv_heads,
+        head_dim,
+        heads,
+        position,
+        window,
+        c_float(scale),
+        pointer(out),
+    )
+    first = max(0, position - window + 1) if window else 0
+    flat = slice(first, position + 1)
+    k = keys[blocks.long()].flatten(0, 1)[flat].double().repeat_interleave(heads // kv_heads, 1)
+    v = values[blocks.long()].flatten(0, 1)[flat].double().repeat_interleave(heads // kv_heads, 1)
+    weights = torch.softmax(torch.einsum("hd,jhd->hj", q.double(), k) * scale, -1)
+    assert relative_error(out, torch.einsum("hj,jhd->hd", weights, v)) < 2e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 16, 48, 576, 577])
+def test_rms_norm_adds_the_residual_first(
+    library: ctypes.CDLL, dtype: torch.dtype, width: int
+) -> None:
+    torch.manual_seed(width)
+    x, y, weight = torch.randn(5, width), torch.randn(5, width), torch.randn(width).to(dtype)
+    total, out = x.clone(), torch.empty(5, width)
+    library.loraplex_add_rms_norm(
+        pointer(total),
+        pointer(y),
+        pointer(weight),
+        int(dtype == torch.bfloat16),
+        c_float(1e-5),
+        5,
+        width,
+        pointer(out),
+    )
+    assert torch.equal(total, x + y)
+    want = torch.nn.functional.rms_norm(total.double(), (width,), weight.double(), 1e-5)
+    assert relative_error(out, want) < 1e-6
+
+
+@pytest.mark.parametrize("half", [1, 8, 24, 32, 50])
+def test_rotation_turns_pairs_half_a_head_apart(library: ctypes.CDLL, half: int) -> None:
+    torch.manual_seed(half)
+    x, angles = torch.randn(6, 2 * half), torch.randn(6, half)
+    cos, sin, got = angles.cos(), angles.sin(), x.clone()
+    library.loraplex_rotate(pointer(got), pointer(cos), pointer(sin), 6, half)
+    pairs = torch.complex(x[:, :half].double(), x[:, half:].double())
+    turned = pairs * torch.complex(cos.double(), sin.double())
+    assert relative_error(got, torch.cat([turned.real, turned.imag], 1)) < 1e-6
+
+
+@pytest.mark.parametrize("width", [1, 16, 100, 1536])
+def test_silu_mul_is_silu_times_up(library: ctypes.CDLL, width: int) -> None:
+    torch.manual_seed(width)
+    both = torch.randn(4, 2 * width) * 6
+    both[0, 0], both[1, 0] = 200.0, -200.0
+    out = torch.empty(4, width)
+    library.loraplex_silu_mul(pointer(both), 4, width, pointer(out))
+    gate, up = both.double().chunk(2, 1)
+    want = torch.nn.functional.silu(gate) * up
+    assert torch.allclose(out.double(), want, rtol=1e-6, atol=1e-30)
+
+
+def test_bfloat16_is_rounded_to_the_nearest_even_as_torch_does(library: ctypes.CDLL) -> None:
+    bits = torch.randint(-(2**31), 2**31 - 1, (100_003,), dtype=torch.int64).to(torch.int32)
+    x = torch.cat([bits.view(torch.float32), torch.tensor([float("inf"), -float("inf"), -0.0, 1e-45])])
+    out = torch.empty(x.shape, dtype=torch.bfloat16)
+    library.loraplex_to_bf16(pointer(x), len(x), pointer(out))
+    want = x.bfloat16()
+    assert torch.equal(out.isnan(), want.isnan())
+    assert torch.equal(out.view(torch.int16)[~want.isnan()], want.view(torch.int16)[~want.isnan()])
