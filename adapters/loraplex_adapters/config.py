@@ -7,12 +7,12 @@ PEFT reads several of these keys as one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from loraplex_adapters.errors import Finding
 from loraplex_adapters.files import CONFIG_FILE
-from loraplex_adapters.patterns import is_plain
+from loraplex_adapters.patterns import Value, is_plain
 from loraplex_adapters.strict_json import loads, shown
 from loraplex_adapters.support import (
     INFORMATIONAL,
@@ -54,7 +54,7 @@ class LoraSettings:
 
 
 def parse_config(data: bytes) -> tuple[LoraSettings | None, list[Finding]]:
-    """Reads adapter_config.json. No settings where it is too broken to be held against the tensors."""
+    """Reads adapter_config.json; no settings where it is too broken to hold the tensors against."""
     try:
         config = loads(data)
     except ValueError as error:
@@ -88,18 +88,10 @@ class _Reader:
             r=rank or 0,
             lora_alpha=alpha or 0.0,
             use_rslora=self.flag("use_rslora"),
-            rank_pattern={
-                key: rank
-                for key, value in self.pattern("rank_pattern").items()
-                if (rank := self.rank("rank_pattern", value)) is not None
-            },
-            alpha_pattern={
-                key: alpha
-                for key, value in self.pattern("alpha_pattern").items()
-                if (alpha := self.alpha("alpha_pattern", value)) is not None
-            },
+            rank_pattern=self.pattern("rank_pattern", self.rank),
+            alpha_pattern=self.pattern("alpha_pattern", self.alpha),
             target_modules=self.targets(),
-            exclude_modules=self.names("exclude_modules"),
+            exclude_modules=self.excluded(),
             layers_to_transform=self.layers(),
             layers_pattern=self.names("layers_pattern"),
             base_model=self.text("base_model_name_or_path"),
@@ -108,17 +100,17 @@ class _Reader:
         return None if rank is None or alpha is None else settings
 
     def check_initialisation(self) -> None:
-        value = self.config.get("init_lora_weights", True)
-        if value is None or isinstance(value, bool) or value in PLAIN_INITIALISATIONS:
+        value = self.config.get("init_lora_weights")
+        if value is None or isinstance(value, bool):
             return
         if not isinstance(value, str):
             self.invalid("init_lora_weights", "is neither a boolean nor a name")
-            return
-        self.unsupported(
-            "init_lora_weights",
-            f"is {shown(value)}, which changes the base, so that A and B are not the whole "
-            f"delta; {way_out(value)}",
-        )
+        elif value not in PLAIN_INITIALISATIONS:
+            self.unsupported(
+                "init_lora_weights",
+                f"is {shown(value)}, which may change the base, so that A and B are not the whole "
+                f"delta; {way_out(value)}",
+            )
 
     def check_task(self) -> None:
         if self.config.get("task_type") not in (None, "CAUSAL_LM"):
@@ -160,18 +152,21 @@ class _Reader:
         self.invalid(key, "is not a string")
         return ""
 
-    def pattern(self, key: str) -> dict[str, object]:
-        """A map of plain module names; PEFT would run them as regular expressions."""
+    def pattern(self, key: str, read: Callable[[str, object], Value | None]) -> dict[str, Value]:
+        """A map whose keys are plain module names; PEFT runs them as regular expressions."""
         value = self.config.get(key)
         if value is None:
             return {}
         if not isinstance(value, dict):
             self.invalid(key, "is not a map")
             return {}
-        for name in value:
+        plain: dict[str, Value] = {}
+        for name, item in value.items():
             if not is_plain(name):
                 self.unsupported(key, f"has the key {shown(name)}, which is no plain module name")
-        return {name: item for name, item in value.items() if is_plain(name)}
+            elif (understood := read(key, item)) is not None:
+                plain[name] = understood
+        return plain
 
     def names(self, key: str) -> tuple[str, ...]:
         """Plain names, given as a list or one string."""
@@ -188,14 +183,19 @@ class _Reader:
         return tuple(names)
 
     def targets(self) -> tuple[str, ...] | None:
-        """The target list. A string is PEFT's regular expression; the tensors say what it matched."""
+        """The target list. A string is a regular expression; the tensors say what it matched."""
         value = self.config.get("target_modules")
         if isinstance(value, str) and value:
             return None
-        names = self.names("target_modules")
-        if not names and not self.findings:
+        if not value:
             self.invalid("target_modules", "names no module")
-        return names
+        return self.names("target_modules")
+
+    def excluded(self) -> tuple[str, ...]:
+        """The names that PEFT leaves out. A string has to match a whole path, unlike a list's."""
+        value = self.config.get("exclude_modules")
+        names = self.names("exclude_modules")
+        return names if not isinstance(value, str) or value.startswith("model.") else ()
 
     def layers(self) -> frozenset[int] | None:
         value = self.config.get("layers_to_transform")

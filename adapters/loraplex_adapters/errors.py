@@ -17,9 +17,9 @@ class Finding:
 class AdapterError(Exception):
     """An adapter that cannot be used, and why.
 
-    `reason` is a stable upper-snake-case word of the error table (docs/operations.md); `field` names
-    what is at fault (a configuration key, a tensor, a file); `message` is safe to show to a client.
-    `findings` lists everything that was found wrong, this first; it is never empty.
+    `reason` is a stable upper-snake-case word of the error table (docs/operations.md); `field`
+    names what is at fault (a configuration key, a tensor, a file); `message` is safe to show to a
+    client. `findings` lists everything that was found wrong, this first; it is never empty.
     """
 
     def __init__(

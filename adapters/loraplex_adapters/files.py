@@ -38,7 +38,7 @@ class RegularFile:
         self.size = os.fstat(descriptor).st_size
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fills `buffer` from `offset`; raises AdapterError(ADAPTER_INVALID) where the file ends."""
+        """Fills `buffer` from `offset`; raises AdapterError(ADAPTER_INVALID) if the file ends."""
         assert self._descriptor is not None, "the file is closed"
         filled = 0
         while filled < len(buffer):
@@ -88,8 +88,8 @@ class Directory:
     def open(self, name: str, max_bytes: int) -> RegularFile:
         """Opens the regular file `name`, a name of ours.
 
-        Raises AdapterError: ADAPTER_INVALID (missing, no regular file, unreadable), ADAPTER_TOO_LARGE,
-        and ADAPTER_UNSUPPORTED for weights that are there, but pickled.
+        Raises AdapterError: ADAPTER_INVALID (missing, no regular file, unreadable),
+        ADAPTER_TOO_LARGE, and ADAPTER_UNSUPPORTED for weights that are there, but pickled.
         """
         descriptor = self._open(name)
         if descriptor is None:
@@ -181,8 +181,8 @@ def open_below(root: Path, relative: str) -> Directory:
     """Opens the directory `relative` below `root`, following no link on the way.
 
     `root` itself is the operator's and may be a link. Raises AdapterError(FIELD_INVALID, field
-    "path") when `relative` is absolute, leaves the root, is not in plain form ("a//b", "./a"), holds
-    a NUL, passes through a link, or is no directory.
+    "path") when `relative` is absolute, leaves the root, is not in plain form ("a//b", "./a"),
+    holds a NUL, passes through a link, or is no directory.
     """
     parts = _parts(relative)
     try:

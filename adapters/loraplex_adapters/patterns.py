@@ -1,11 +1,11 @@
 """PEFT's matching of module names, for plain names only.
 
 PEFT tries the keys of `rank_pattern` and `alpha_pattern` in turn as `(.*\\.)?(KEY)$` and takes the
-first that matches. A key out of a file may be an expression that runs for hours, so only names joined
-by dots are taken; in them a dot still stands for any character, as it does for PEFT.
+first that matches. A key out of a file may be an expression that runs for hours, so only names
+joined by dots are taken; in them a dot still stands for any character, as it does for PEFT.
 
-The order of the keys is not to be trusted: PEFT trains with the order that the author wrote and saves
-them sorted. Where the order would decide, the file does not say what was trained.
+The order of the keys is not to be trusted: PEFT trains with the order that the author wrote and
+saves them sorted. Where the order would decide, the file does not say what was trained.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def suffixes(path: str) -> list[str]:
 
 
 def match(pattern: Mapping[str, Value], paths: Collection[str]) -> Matched[Value]:
-    """Looks every module path up in a pattern of plain keys; raises ValueError for too many keys."""
+    """Looks the module paths up in a pattern of plain keys; raises ValueError for too many keys."""
     names = {suffix for path in paths for suffix in suffixes(path)}
     foreign = [key for key in pattern if "." in key and key not in names]
     if len(foreign) > MAX_FOREIGN_KEYS:

@@ -50,8 +50,8 @@ class _Placement:
         self.pairs: dict[Place, dict[str, TensorLocation]] = {}
 
     def check_stamps(self, metadata: Mapping[str, str]) -> None:
-        for stamp in {self.settings.base_fingerprint, metadata.get(FINGERPRINT_KEY, "")} - {""}:
-            if stamp != self.base.fingerprint:
+        for stamp in (self.settings.base_fingerprint, metadata.get(FINGERPRINT_KEY, "")):
+            if stamp and stamp != self.base.fingerprint:
                 message = (
                     f"the adapter was made for the base {shown(stamp)}, "
                     f"this is {self.base.fingerprint}"
@@ -159,7 +159,7 @@ class _Placement:
     def check_targets(self) -> None:
         """Holds the tensors against a list of targets, as PEFT would apply it to this base.
 
-        PEFT passes over the tensors that the list does not name and starts the missing ones at zero.
+        PEFT passes over tensors that the list does not name, and starts the missing ones at zero.
         """
         if self.settings.target_modules is None or self.findings:
             return

@@ -1,8 +1,8 @@
-"""The header of a safetensors file, read by our own strict reader before anything else sees the file.
+"""The header of a safetensors file, read strictly, and without reading more than it needs.
 
 The library accepts a header of 100 MB and 800,000 empty tensors; that costs seconds and hundreds of
-megabytes before the first check of ours could run. The format: an 8-byte little-endian length, a JSON
-object of that length, and the tensors' bytes with no gap between them.
+megabytes before the first check of ours could run. The format: an 8-byte little-endian length, a
+JSON object of that length, and the tensors' bytes with no gap between them.
 """
 
 from __future__ import annotations
@@ -44,12 +44,11 @@ def read_header(read: Callable[[int, int], bytes], size: int) -> Header:
     if size < 8:
         raise _invalid("is shorter than a safetensors header")
     prefix = read(0, 8)
-    if prefix.startswith(_PICKLE_MAGIC):
-        raise AdapterError(
-            "ADAPTER_UNSUPPORTED", f"{WEIGHTS_FILE} holds a pickle, not safetensors", WEIGHTS_FILE
-        )
     length = int.from_bytes(prefix, "little")
     if length > size - 8:
+        if prefix.startswith(_PICKLE_MAGIC):
+            message = f"{WEIGHTS_FILE} holds a pickle, not safetensors"
+            raise AdapterError("ADAPTER_UNSUPPORTED", message, WEIGHTS_FILE)
         raise _invalid("is truncated: its header goes beyond its end")
     if length > MAX_HEADER_BYTES:
         raise _invalid(f"has a header of {length} bytes; at most {MAX_HEADER_BYTES} are accepted")
@@ -60,7 +59,7 @@ def read_header(read: Callable[[int, int], bytes], size: int) -> Header:
         table = loads(text)
     except ValueError as error:
         raise _invalid(f"has a header that {error}") from None
-    if not isinstance(table, dict):
+    if not isinstance(table, dict) or not text.startswith(b"{"):
         raise _invalid("has a header that is no JSON object")
     metadata = _metadata(table.pop("__metadata__", {}))
     if not table:

@@ -1,7 +1,7 @@
 """JSON from an adversary: one meaning or none.
 
-The standard parser keeps the last of two equal keys, reads NaN, Infinity and 1e400, and answers deep
-nesting with RecursionError. Here each of these is a `ValueError`.
+The standard parser keeps the last of two equal keys, reads NaN, Infinity and 1e400, and answers
+deep nesting with RecursionError. Here each of these is a `ValueError`.
 """
 
 from __future__ import annotations

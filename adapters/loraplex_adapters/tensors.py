@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from loraplex_model.adapter import LoraFactors
+from numpy.typing import NDArray
 
 from loraplex_adapters.digest import AdapterDigest
 from loraplex_adapters.errors import AdapterError
@@ -25,8 +26,8 @@ _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 def load(directory: Path, spec: AdapterSpec) -> Factors:
     """The factors of every module of `spec`.
 
-    The file is read into memory once, digested there, and the tensors are views of those very bytes:
-    nothing can change between the check and the use, and nothing is mapped that could be cut short.
+    The file is read into memory once, digested there, and the tensors are views of those bytes:
+    nothing changes between the check and the use, and nothing is mapped that could be cut short.
     Raises AdapterError(ADAPTER_CORRUPT) unless the bytes have the digest `spec.digest`.
     """
     _, weights = _read_verified(directory, spec.digest, spec.size_bytes)
@@ -36,14 +37,14 @@ def load(directory: Path, spec: AdapterSpec) -> Factors:
 def load_blob(
     directory: Path, digest: str, base: BaseShapes, limits: Limits | None = None
 ) -> tuple[AdapterSpec, Factors]:
-    """What the engine does with an `AdapterRef`: reads, verifies and places an adapter of the store.
+    """What the engine does with an `AdapterRef`: reads, verifies and places a stored adapter.
 
-    The elements are not looked at again: the digest says that they are those that were registered.
+    The elements are not looked at again: the digest says that they are what was registered.
     Raises AdapterError: ADAPTER_CORRUPT, and what `format.inspect` raises.
     """
     limits = limits or Limits()
     config, weights = _read_verified(directory, digest, limits.max_weights_bytes)
-    view = memoryview(weights)
+    view = weights.data
     header = read_header(lambda start, length: bytes(view[start : start + length]), len(weights))
     report = judge(config, header, len(weights), base, limits)
     if report.spec is None:
@@ -52,21 +53,19 @@ def load_blob(
     return spec, _factors(weights, spec)
 
 
-def _read_verified(
-    directory: Path, digest: str, max_bytes: int
-) -> tuple[bytes, np.ndarray[tuple[int], np.dtype[np.uint8]]]:
+def _read_verified(directory: Path, digest: str, max_bytes: int) -> tuple[bytes, NDArray[np.uint8]]:
     try:
         with open_directory(directory) as opened:
             with opened.open_config() as file:
                 config = file.read(0, file.size)
             with opened.open_weights(max_bytes) as file:
                 weights = np.empty(file.size, np.uint8)
-                file.read_into(memoryview(weights), 0)
+                file.read_into(weights.data, 0)
     except AdapterError as error:
         message = f"the stored adapter cannot be read: {error.message}"
         raise AdapterError("ADAPTER_CORRUPT", message, digest) from None
     actual = AdapterDigest(config, len(weights))
-    actual.update(memoryview(weights))
+    actual.update(weights.data)
     if actual.text() != digest:
         raise AdapterError(
             "ADAPTER_CORRUPT",
@@ -76,16 +75,14 @@ def _read_verified(
     return config, weights
 
 
-def _factors(weights: np.ndarray[tuple[int], np.dtype[np.uint8]], spec: AdapterSpec) -> Factors:
+def _factors(weights: NDArray[np.uint8], spec: AdapterSpec) -> Factors:
     return {
         (m.layer, m.module): LoraFactors(_tensor(weights, m.a), _tensor(weights, m.b), m.scale)
         for m in spec.modules
     }
 
 
-def _tensor(
-    weights: np.ndarray[tuple[int], np.dtype[np.uint8]], location: TensorLocation
-) -> torch.Tensor:
+def _tensor(weights: NDArray[np.uint8], location: TensorLocation) -> torch.Tensor:
     data = weights[location.start : location.end]
     dtype = _DTYPES[location.dtype]
     if location.start % dtype.itemsize:

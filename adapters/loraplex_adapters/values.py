@@ -1,4 +1,4 @@
-"""One pass over the weights: digest them, and find what is not finite or too large to compute with."""
+"""One pass over the weights: their digest, and what in them is not finite or too large."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ PIECE = 4 << 20
 def scan(
     file: RegularFile, header: Header, digest: AdapterDigest, max_abs_value: float | None
 ) -> list[Finding]:
-    """Feeds the whole file to `digest` and reports the tensors with elements beyond `max_abs_value`.
+    """Feeds the whole file to `digest` and reports tensors with elements beyond `max_abs_value`.
 
-    None leaves the elements unchecked. Reads by pieces instead of mapping the file, because a mapped
-    file that somebody shortens kills the reader. Raises AdapterError where the file cannot be read.
+    None leaves the elements unchecked. Reads by pieces instead of mapping the file, because a
+    mapped file that somebody shortens kills its reader. Raises AdapterError where it cannot read.
     """
     findings = []
     digest.update(file.read(0, header.data_start))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Sequence
 from functools import cached_property
 from types import TracebackType
@@ -217,6 +218,11 @@ class AsyncStream:
 
     async def aclose(self) -> None:
         self.cancel()
+
+    def __del__(self) -> None:
+        # Its iterator keeps a dropped grpc.aio call alive; a loop that is gone has none to cancel.
+        with contextlib.suppress(RuntimeError):
+            self._call.cancel()
 
     def __aiter__(self) -> AsyncIterator[Delta]:
         return self

@@ -17,11 +17,8 @@ from loraplex.v1 import generation_pb2
 M = TypeVar("M", bound=ProtoMessage)
 
 
-class Message(TypedDict):
-    """One turn of a conversation; `role` is "system", "user" or "assistant"."""
-
-    role: str
-    content: str
+# One turn of a conversation: {"role": "system" | "user" | "assistant", "content": ...}.
+Message = Mapping[str, str]
 
 
 class GenerateOptions(TypedDict, total=False):

@@ -56,7 +56,10 @@ class PackedAdapter:
     def factors(
         self, layer: int, projection: int, shape: tuple[int, int]
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Views `(A [r, in], B transposed [r, out])` of a module of `shape` (in, out); None at rank 0."""
+        """Views `(A [r, in], B transposed [r, out])` of a module of `shape` (in, out).
+
+        None at rank 0.
+        """
         rank = int(self.ranks[layer, projection])
         if rank == 0:
             return None

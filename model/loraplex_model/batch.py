@@ -23,7 +23,7 @@ class ForwardBatch:
         positions: int32 [T], each token's position in its own sequence.
         query_starts: int32 [S + 1]; sequence s owns tokens `query_starts[s]:query_starts[s + 1]`.
         context_lens: int32 [S], tokens of the sequence in the KV cache *after* this pass.
-        block_tables: int32 [S, B], KV block numbers of the sequence; entries past its length unread.
+        block_tables: int32 [S, B], the sequence's KV blocks; entries past its length are unread.
         mix_starts: int32 [S + 1]; sequence s applies `mix_slots[mix_starts[s]:mix_starts[s + 1]]`.
         mix_slots: int32 [X], adapter slots.
         mix_weights: float32 [X], factors on the slots' deltas.
@@ -54,7 +54,9 @@ class ForwardBatch:
         tokens: list[int] = []
         positions: list[int] = []
         starts, contexts = [0], []
-        mix_starts, slots, weights = [0], [], []
+        mix_starts = [0]
+        slots: list[int] = []
+        weights: list[float] = []
         for s, (ids, first, blocks, mix) in enumerate(sequences):
             tokens.extend(ids)
             positions.extend(range(first, first + len(ids)))

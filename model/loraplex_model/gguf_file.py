@@ -26,7 +26,9 @@ import torch
 from loraplex_model import families
 from loraplex_model.errors import ModelError
 
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
+"""Metadata types of fixed size, and their `struct` letters."""
+
 _STRING, _ARRAY = 8, 9
 _MAX_DIMENSIONS = 4
 
@@ -196,7 +198,7 @@ class _Reader:
         self._at = 4
         version, tensors, entries = self._unpack("<IQQ")
         if version not in (2, 3):
-            raise ModelError("MODEL_UNSUPPORTED", f"{self._path} is GGUF version {version}, not 2 or 3")
+            raise ModelError("MODEL_UNSUPPORTED", f"{self._path} is of GGUF version {version}")
         metadata: dict[str, Any] = {}
         for _ in range(entries):
             key = self._string()
@@ -206,7 +208,11 @@ class _Reader:
         if not isinstance(alignment, int) or alignment <= 0:
             raise self._damaged(f"alignment {alignment}")
         base = -(-self._at // alignment) * alignment
-        return GgufHeader(metadata, {name: self._place(name, base, *rest) for name, *rest in table})
+        tensors_by_name = {
+            name: self._place(name, base, shape, kind, offset)
+            for name, shape, kind, offset in table
+        }
+        return GgufHeader(metadata, tensors_by_name)
 
     def _tensor(self) -> tuple[str, tuple[int, ...], int, int]:
         name = self._string()

@@ -53,13 +53,11 @@ def load_base(
     Raises:
         ModelError: see its reasons; the message says what to do.
     """
-    if model in ("", DEFAULT):
-        source = ensure_default_model(cache_dir)
-    else:
-        source = checkpoint.locate(model)
+    is_default = model in ("", DEFAULT)
+    source = ensure_default_model(cache_dir) if is_default else checkpoint.locate(model)
     files = checkpoint.files_of(source)
     if not files:
-        raise ModelError("MODEL_INVALID", f"{source} holds no model: no config.json, no safetensors")
+        raise ModelError("MODEL_INVALID", f"{source} holds neither config.json nor safetensors")
 
     def build(directory: Path) -> None:
         _build(source, directory, progress)
@@ -89,6 +87,4 @@ def _read_decoder(path: Path) -> Converted:
     config = fields["config"]
     config["rope_inv_freq"] = tuple(config["rope_inv_freq"])
     config["sliding_windows"] = tuple(config["sliding_windows"])
-    return Converted(
-        DecoderConfig(**config), fields["fingerprint"], tuple(fields["eos_token_ids"])
-    )
+    return Converted(DecoderConfig(**config), fields["fingerprint"], tuple(fields["eos_token_ids"]))

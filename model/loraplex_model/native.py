@@ -17,7 +17,7 @@ from loraplex_model.adapter import AdapterTable
 from loraplex_model.batch import ForwardBatch
 from loraplex_model.kernels import build, layout
 from loraplex_model.kernels.layout import CAdapterTable, CLayer, CMatrix, CModel
-from loraplex_model.rope import cos_sin
+from loraplex_model.rope import tables
 from loraplex_model.weights import BLOCK, BaseWeights, LayerWeights, NF4Matrix
 
 
@@ -38,15 +38,19 @@ class NativeDecoder:
         block_size: int,
         num_slots: int,
         *,
+        max_positions: int | None = None,
         threads: int | None = None,
-        isa: str | None = None,
-        flags: tuple[str, ...] = (),
+        library: ctypes.CDLL | None = None,
     ) -> None:
-        """Packs the weights for the kernels. Raises `KernelsUnavailable`."""
+        """Packs the weights for the kernels.
+
+        `max_positions` bounds the positions of a sequence (default: the model's own context).
+        Raises `KernelsUnavailable` where `library` is None and there are no kernels to be had.
+        """
         config = weights.config
         dtype = weights.embed.dtype
         assert dtype in (torch.float32, torch.bfloat16)
-        self._library = build.load(isa, flags)
+        self._library = library or build.load()
         self._library.loraplex_workspace.restype = c_void_p
         self._workspace = c_void_p(self._library.loraplex_workspace())
         self._kept: list[torch.Tensor] = []
@@ -61,16 +65,19 @@ class NativeDecoder:
             *(self._layer(i, layer, config.sliding_windows[i]) for i, layer in enumerate(weights.layers))
         )
         lm_head = self._dense(weights.lm_head, None)
-        cos, sin = (table.contiguous() for table in cos_sin(config, config.max_positions))
-        self._kept += [cos, sin]
+        cos, sin = tables(
+            torch.arange(max_positions or config.max_positions),
+            torch.tensor(config.rope_inv_freq),
+            config.rope_scale,
+        )
         table = self.table
         self._model = CModel(
             layers=self._layers,
             embed=lm_head.data if config.tie_embeddings else self._keep(weights.embed),
             norm=self._keep(weights.norm),
             lm_head=lm_head,
-            cos=cos.data_ptr(),
-            sin=sin.data_ptr(),
+            cos=self._keep(cos),
+            sin=self._keep(sin),
             adapters=CAdapterTable(
                 a=layout.address(table.a_pointers),
                 b=layout.address(table.b_pointers),

@@ -79,7 +79,7 @@ def quantise(weight: torch.Tensor) -> NF4Matrix:
     rows, fan_in = weight.shape
     flat = weight.reshape(-1)
     packed, maxima = [], []
-    for chunk in flat.split(_CHUNK):
+    for chunk in torch.split(flat, _CHUNK):
         codes, state = bnb.quantize_4bit(chunk.float(), blocksize=BLOCK, quant_type="nf4")
         packed.append(codes.reshape(-1))
         maxima.append(state.absmax)

@@ -83,7 +83,7 @@ def read(source: TensorSource, name: str, shape: tuple[int, int]) -> NF4Matrix:
 
 def _expect(name: str, what: str, found: Any, wanted: int) -> None:
     if found != wanted:
-        raise ModelError("MODEL_UNSUPPORTED", f"{name} has {what} {found}; only {wanted} is supported")
+        raise ModelError("MODEL_UNSUPPORTED", f"{name} has {what} {found}, not {wanted}")
 
 
 def _same(name: str, what: str, found: torch.Tensor, wanted: torch.Tensor) -> None:

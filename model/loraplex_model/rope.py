@@ -55,6 +55,6 @@ def tables(
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates heads [T, heads, head_dim]; the pairs are (i, i + head_dim / 2), as in Hugging Face."""
+    """Rotates heads [T, heads, head_dim]; pairs are (i, i + head_dim / 2), as in Hugging Face."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -113,8 +113,7 @@ class StoredWriter:
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
-    flat = tensor.reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def read_weights(
@@ -189,7 +188,7 @@ class _Reader:
         offsets: tuple[float, ...] = ()
         if f"{at}.scales" in self._names:
             counts = [-(-blocks_of(count, fan_in) // NESTED_BLOCK) for count in rows]
-            scales = self._tensor(f"{at}.scales").to(self._device).split(counts)
+            scales = torch.split(self._tensor(f"{at}.scales").to(self._device), counts)
             offsets = tuple(self._tensor(f"{at}.offsets").tolist())
         return NF4Matrix(
             (sum(rows), fan_in),

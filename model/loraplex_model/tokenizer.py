@@ -29,8 +29,8 @@ class TokenizerInfo:
         architecture: as in the Hugging Face configuration.
         eos_token_ids: ids that end a generation.
         bos_token_id: the first token of a text, if the model has one.
-        adds_bos: whether `Tokenizer.encode` puts it there by itself. A chat template writes its own,
-            so its result is encoded with `add_special_tokens=False`.
+        adds_bos: whether `Tokenizer.encode` puts it there by itself. A chat template writes its
+            own, so its result is encoded with `add_special_tokens=False`.
         chat_template: Jinja source, or None.
         special_tokens: "bos_token", "eos_token", ... to text; the chat template may use them.
         has_tokenizer: False for a checkpoint without one, which takes token ids only.
@@ -90,15 +90,18 @@ def write(
 
 
 def _load(source: Path) -> Any | None:
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
         if source.is_file():
-            return AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name)
+            # AutoTokenizer ends at this class too, but parses the whole file for it (10 s)
+            return PreTrainedTokenizerFast.from_pretrained(
+                str(source.parent), gguf_file=source.name
+            )
         names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
         if not any((source / name).exists() for name in names):
             return None
-        return AutoTokenizer.from_pretrained(str(source))
+        return AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds for a malformed tokenizer
         raise ModelError(
             "MODEL_INVALID", f"the tokenizer of {source} cannot be read: {error}"

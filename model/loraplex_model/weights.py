@@ -22,9 +22,10 @@ class NF4Matrix:
     Attributes:
         shape: (out, in) of the whole stack.
         packed: uint8 [out * in / 2], two codes a byte, the first in the high half.
-        absmax: the blocks' maxima, module after module, ceil(rows * in / 64) for each (out * in / 64
-            in all where in is a multiple of 64): uint8, quantised once more; or float32, the maxima
-            themselves, for a checkpoint that was quantised only once. `nf4.absmax_float` reads both.
+        absmax: the blocks' maxima, module after module, ceil(rows * in / 64) for each (out * in /
+            64 in all where in is a multiple of 64): uint8, quantised once more; or float32, the
+            maxima themselves, for a checkpoint that was quantised only once. `nf4.absmax_float`
+            reads both.
         absmax_scales: one float32 [ceil(blocks / 256)] per module; () for float32 maxima.
         absmax_offsets: the mean that was subtracted, per module; () for float32 maxima.
         rows: each module's number of output rows.

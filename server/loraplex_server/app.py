@@ -146,6 +146,8 @@ class Server:
             Bounds(model.vocab_size, context, model.eos_token_ids),
         )
         await self._rpc.start(GenerationService(parts), AdapterService(registry))
+        # Before engine and store are closed, the calls that use them have ended.
+        self._closing.push_async_callback(self._rpc.stop, STOP_GRACE)
 
     async def drain(self) -> None:
         """Turns new work away, lets running calls finish, and ends those that do not in time."""

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import ByteSize, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-DEFAULT_MODEL: Final = "HuggingFaceTB/SmolLM2-135M-Instruct"
+DEFAULT_MODEL: Final = "default"
 ENGINE_FACTORY: Final = "loraplex_server.engine.local_runner:build"
 
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -34,7 +34,7 @@ class Config(BaseSettings):
     )
 
     model: str = Field(DEFAULT_MODEL, min_length=1)
-    """A Hugging Face causal LM: a directory, a GGUF file, or a hub id."""
+    """A Hugging Face causal LM: a directory, a GGUF file or a hub id; default is SmolLM2-135M."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """What is computed in; the base's weights are NF4 either way."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

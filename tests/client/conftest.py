@@ -12,7 +12,6 @@ def server() -> Iterator[FakeServer]:
     fake = FakeServer()
     fake.start()
     yield fake
-    fake.ended.set()
     fake.stop()
 
 

@@ -79,7 +79,9 @@ class FakeServer(
     adapters: dict[str, adapter_pb2.Adapter] = field(default_factory=dict)
     calls: list[Call] = field(default_factory=list)
     holding: threading.Event = field(default_factory=threading.Event)
-    ended: threading.Event = field(default_factory=threading.Event)  # a held call was ended
+    ended: threading.Event = field(
+        default_factory=threading.Event
+    )  # a call that was to be held is over
     target: str = ""
 
     def start(self) -> None:
@@ -248,14 +250,14 @@ class FakeServer(
     def _enter(self, method, request, context) -> None:
         metadata = {pair.key: pair.value for pair in context.invocation_metadata()}
         self.calls.append(Call(method, request, metadata, context.time_remaining()))
+        if self.hold_after is not None:
+            context.add_callback(self.ended.set)
         if self.failures:
             self.failures.pop(0).abort(context)
 
     def _hold(self, context) -> None:
-        """Wait until the client ends the call, and record that it did."""
-        if context.add_callback(self.ended.set):
+        """Wait until the client ends the call."""
+        over = threading.Event()
+        if context.add_callback(over.set):
             self.holding.set()
-            self.ended.wait(WAIT_S)
-        else:
-            self.holding.set()
-            self.ended.set()
+            over.wait(WAIT_S)

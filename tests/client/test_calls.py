@@ -25,6 +25,7 @@ from loraplex import (
     Usage,
 )
 
+COARSE = 1.05  # on the wire a long timeout is rounded up to few digits
 BUSY = failure(grpc.StatusCode.UNAVAILABLE, "OVERLOADED")
 
 
@@ -156,8 +157,7 @@ def test_a_call_has_the_clients_deadline_unless_it_gives_its_own(server: FakeSer
     default, own = (call.time_remaining for call in server.calls)
     assert default is not None
     assert own is not None
-    assert 0 < default <= 120.5
-    assert 120.5 < own <= 1000.5
+    assert 0 < default <= 120 * COARSE < own <= 1000 * COARSE
 
 
 async def test_the_async_client_sets_deadlines_too(server: FakeServer):
@@ -167,7 +167,7 @@ async def test_the_async_client_sets_deadlines_too(server: FakeServer):
     default, own = (call.time_remaining for call in server.calls)
     assert default is not None
     assert own is not None
-    assert 120.5 < default <= 500.5 < own <= 1000.5
+    assert 120 * COARSE < default <= 500 * COARSE < own <= 1000 * COARSE
 
 
 def test_no_timeout_means_no_deadline(server: FakeServer):
@@ -218,15 +218,11 @@ def test_a_stream_is_retried_before_its_first_message(server: FakeServer, client
 
 def test_a_stream_is_never_retried_after_its_first_message(server: FakeServer, client: Client):
     server.break_after = 2
-    seen = []
-    with pytest.raises(Unavailable):
-        seen.extend(client.stream("x"))
     stream = client.stream("x")
+    assert [next(stream).text, next(stream).text] == ["base", " says"]
     with pytest.raises(Unavailable):
-        for delta in stream:
-            seen.append(delta.text)
-    assert seen == ["base", " says"]
-    assert server.methods() == ["GenerateStream"] * 2  # ours, no third
+        next(stream)
+    assert server.methods() == ["GenerateStream"]
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,12 @@
 """Adapters by content: one read-only directory per digest, complete or not there at all.
 
-    <store>/lock                            taken while staging areas are made and cleared
+    <store>/lock                            taken while a store is opened
     <store>/staging/<session>/<n>/          copies in the making; a session is one open store
     <store>/blobs/sha256/<hex>/             adapter_config.json, adapter_model.safetensors
 
 A blob is written and checked in staging, flushed to the disk, and renamed into place; the rename is
-flushed too before anybody hears of it. So a crash leaves a whole blob or rubbish in staging, which the
-next store to open clears: the dead session's lock is free then, and a living one's is not.
+flushed too before anybody hears of it. So a crash leaves a whole blob or rubbish in staging, which
+the next store to open clears: the dead session's lock is free then, and a living one's is not.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ _TAKEN = (errno.ENOTEMPTY, errno.EEXIST)
 
 
 class Blobs:
-    """The blobs of one store, and this process's staging area. Safe to use from several threads."""
+    """The blobs of one store, and this process's staging area. Safe to use from several threads.
+
+    Opened under the store's `locked`: a session without a locked owner is a dead one.
+    """
 
     def __init__(self, root: Path) -> None:
         with disk_errors():
@@ -48,11 +51,10 @@ class Blobs:
                 flush(made)
             staging = root / "staging"
             staging.mkdir(exist_ok=True)
-            with _locked(root / "lock"):
-                _clear_dead_sessions(staging)
-                self._session = staging / uuid.uuid4().hex
-                self._session.mkdir()
-                self._owner: int | None = _lock(self._session / "owner")
+            _clear_dead_sessions(staging)
+            self._session = staging / uuid.uuid4().hex
+            self._session.mkdir()
+            self._owner: int | None = _lock(self._session / "owner")
 
     @contextmanager
     def staged(self, source: Directory, max_weights_bytes: int) -> Iterator[Path]:
@@ -139,6 +141,19 @@ def disk_errors() -> Iterator[None]:
         raise AdapterError("STORE_UNAVAILABLE", "the adapter store cannot be written") from error
 
 
+@contextmanager
+def locked(root: Path) -> Iterator[None]:
+    """Holds the store's own lock, making the store's directory if there is none."""
+    with disk_errors():
+        root.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def flush(directory: Path) -> None:
     """Brings a directory's entries to the disk."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -184,7 +199,7 @@ def _clear_dead_sessions(staging: Path) -> None:
 
 
 def _lock(path: Path) -> int:
-    """Takes the lock of a file and returns its descriptor; raises BlockingIOError if it is taken."""
+    """Takes a file's lock and returns its descriptor; raises BlockingIOError if it is taken."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -192,16 +207,6 @@ def _lock(path: Path) -> int:
         os.close(descriptor)
         raise
     return descriptor
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _corrupt(digest: str, why: str) -> AdapterError:

@@ -46,7 +46,7 @@ def parse_id(adapter_id: str) -> AdapterId:
     except AdapterError:
         raise AdapterError(
             "FIELD_INVALID",
-            'an adapter is named "name", "name@<version>" or "name@sha256:<64 hex digits>", where a '
-            "name has 1 to 63 characters of a-z, 0-9 and -, and no - at its ends",
+            'an adapter is named "name", "name@<version>" or "name@sha256:<64 hex digits>", where '
+            "a name has 1 to 63 characters of a-z, 0-9 and -, and no - at its ends",
             "adapter_id",
         ) from None

@@ -1,8 +1,8 @@
 """Which name and version points to which digest: a small SQLite database.
 
-Content is immutable, names move. A version is a row that never changes; a name's row holds the version
-it points to and the last number it ever used, which outlives the name's deletion, so that "name@3" never
-comes to mean something else.
+Content is immutable, names move. A version is a row that never changes; a name's row holds the
+version it points to and the last number it ever used, which outlives the name's deletion, so that
+"name@3" never comes to mean something else.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ class Index:
         return _record(row)
 
     def page(self, after: str, size: int) -> Page:
-        """Up to `size` current versions in the order of their names, from the first beyond `after`."""
+        """Up to `size` current versions in the order of names, from the first beyond `after`."""
         query = _records.where(_is_current, _names.c.name > after).order_by(_names.c.name)
         with self._reading() as connection:
             rows = connection.execute(query.limit(size + 1)).all()
@@ -241,7 +241,7 @@ def _remember(connection: sa.Connection, spec: AdapterSpec, now: float) -> None:
         )
 
 
-def _record(row: sa.Row[Any]) -> Record:
+def _record(row: Any) -> Record:
     summary = row.summary
     return Record(
         name=row.name,

@@ -10,7 +10,7 @@ from loraplex_adapters.errors import AdapterError
 from loraplex_adapters.files import Directory, open_directory
 from loraplex_adapters.format import inspect, survey
 from loraplex_adapters.spec import BaseShapes, Limits
-from loraplex_adapters.store.blobs import Blobs
+from loraplex_adapters.store.blobs import Blobs, locked
 from loraplex_adapters.store.ids import AdapterId, check_name, parse_id
 from loraplex_adapters.store.index import Index, Page, Record
 
@@ -30,12 +30,13 @@ class Store:
 
         Raises AdapterError(STORE_UNAVAILABLE) when `root` cannot be written or its index not read.
         """
-        self._blobs = Blobs(root)
-        try:
-            self._index = Index(root / "index.sqlite3")
-        except BaseException:
-            self._blobs.close()
-            raise
+        with locked(root):
+            self._blobs = Blobs(root)
+            try:
+                self._index = Index(root / "index.sqlite3")
+            except BaseException:
+                self._blobs.close()
+                raise
 
     def register(
         self,

@@ -78,11 +78,13 @@ def default_directory() -> Path:
     return Path(home) / "loraplex" / "kernels"
 
 
-def find(isa: str, flags: Sequence[str] = ()) -> Path | None:
-    """A finished build, or None."""
-    name = _name(isa, flags)
-    for directory in filter(None, (os.environ.get("LORAPLEX_KERNELS_DIR"), default_directory())):
-        path = Path(directory) / name / LIBRARY
+def find(isa: str, flags: Sequence[str] = (), directory: Path | None = None) -> Path | None:
+    """A finished build in `LORAPLEX_KERNELS_DIR` or in `directory`, or None."""
+    shipped = os.environ.get("LORAPLEX_KERNELS_DIR")
+    for place in (Path(shipped) if shipped else None, directory or default_directory()):
+        if place is None:
+            continue
+        path = place / _name(isa, flags) / LIBRARY
         if path.is_file():
             return path
     return None
@@ -128,15 +130,17 @@ def compile_kernels(isa: str, into: Path | None = None, flags: Sequence[str] = (
 
 
 @cache
-def load(isa: str | None = None, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
+def load(
+    isa: str | None = None, flags: tuple[str, ...] = (), directory: Path | None = None
+) -> ctypes.CDLL:
     """The kernels for `isa` (default: the best this processor runs), compiled if need be.
 
-    Raises `KernelsUnavailable`.
+    `LORAPLEX_ISA` overrides the default. `directory` keeps the builds. Raises `KernelsUnavailable`.
     """
     isa = isa or os.environ.get("LORAPLEX_ISA") or supported_isas()[0]
     if isa not in supported_isas():
         raise KernelsUnavailable(f"this processor cannot run {isa}; it runs {supported_isas()}")
-    path = find(isa, flags) or compile_kernels(isa, flags=flags)
+    path = find(isa, flags, directory) or compile_kernels(isa, directory, flags)
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:

@@ -186,7 +186,7 @@ class EngineClient:
         return stream
 
     def abort(self, request_id: int) -> None:
-        """Drops a request; nothing more comes on its stream. Unknown and finished ids are ignored."""
+        """Drops a request; nothing more comes on its stream. Unknown ids are ignored."""
         if self._streams.pop(request_id, None) is not None:
             self._send(Abort(request_id))
 

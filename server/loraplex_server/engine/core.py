@@ -33,8 +33,14 @@ from loraplex_server.engine.messages import (
 from loraplex_server.engine.request import Request, RequestState
 from loraplex_server.engine.residency import UNLOADED, Residency
 from loraplex_server.engine.runner import ModelRunner
-from loraplex_server.engine.sampler import NON_FINITE, Draw, Floats, logprobs, sample
-from loraplex_server.engine.sampler import finite_rows as _finite
+from loraplex_server.engine.sampler import (
+    NON_FINITE,
+    Draw,
+    Floats,
+    finite_rows,
+    logprobs,
+    sample,
+)
 from loraplex_server.engine.scheduler import Limits, Logits, Row, Scheduler
 
 log = logging.getLogger(__name__)
@@ -111,6 +117,7 @@ class EngineCore:
 
     def abort(self, request_id: int) -> None:
         """Drops a request at once and without an output. Unknown ids are ignored."""
+        self._outputs = [output for output in self._outputs if output.id != request_id]
         request = self._requests.get(request_id)
         if request is not None:
             self._end(request)
@@ -154,7 +161,7 @@ class EngineCore:
         return not self._requests and not self._outputs and self._residency.is_idle
 
     def wait_seconds(self) -> float | None:
-        """How long `step` would bring nothing, unless a command comes or a read ends; None: for ever."""
+        """How long `step` has nothing to do, if no command comes and no read ends; None: ever."""
         if self._stirred or self._outputs or self._scheduler.running or self._scheduler.queue:
             return 0.0
         while self._deadlines and self._deadlines[0][1] not in self._requests:
@@ -227,7 +234,7 @@ class EngineCore:
         request = row.request
         skipped = request.scored - 1 - row.start
         wanted = logits[skipped : request.prompt_len - 1 - row.start]
-        if not all(_finite(wanted)):
+        if not all(finite_rows(wanted)):
             return False
         for line in wanted:
             token = request.tokens[request.scored]

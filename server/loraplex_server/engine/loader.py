@@ -45,7 +45,7 @@ def read(read_adapter: Callable[[AdapterRef], LoadedAdapter], ref: AdapterRef) -
 
 
 def failure_of(error: Exception, doing: str) -> Failure:
-    """The failure to report; what is no `AdapterError` goes to the log and is reported in general."""
+    """The failure to report: an `AdapterError`'s own words; anything else goes to the log."""
     if isinstance(error, AdapterError):
         return Failure(error.reason, error.message)
     log.error("%s failed", doing, exc_info=error)

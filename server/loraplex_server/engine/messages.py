@@ -35,7 +35,7 @@ class AdapterRef(msgspec.Struct, frozen=True):
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit"):
-    """A new request. Answered by `Output`s in `StepDone`, the last of which has a finish or an error.
+    """A new request. Answered by `Output`s in `StepDone`; the last has a finish or an error.
 
     `stop_token_ids` holds the EOS ids too, unless they are to be ignored. `logprobs` and
     `prompt_logprobs` are how many alternatives to report, or None for no report at all.
@@ -69,7 +69,7 @@ class Load(msgspec.Struct, frozen=True, tag="load"):
 class Unload(msgspec.Struct, frozen=True, tag="unload"):
     """Take an adapter off the device once its requests have finished; `force` aborts them first.
 
-    Answered by `ControlDone` when the memory is free. Aborted requests end with error ADAPTER_UNLOADED.
+    Answered by `ControlDone` when the memory is free. Aborted requests end with ADAPTER_UNLOADED.
     """
 
     op: int
@@ -118,7 +118,7 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
 
 
 class Fatal(msgspec.Struct, frozen=True, tag="fatal"):
-    """The engine could not start (bad model, no memory). `message` tells the operator what to do."""
+    """The engine could not start (bad model, no memory). `message` is for the operator."""
 
     reason: str
     message: str
@@ -133,7 +133,7 @@ class Logprobs(msgspec.Struct, frozen=True):
 
 
 class Failure(msgspec.Struct, frozen=True):
-    """A typed error: a stable reason of the error table, and a text that is safe to show a client."""
+    """A typed error: a stable reason of the error table, and a text that a client may see."""
 
     reason: str
     message: str

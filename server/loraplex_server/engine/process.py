@@ -1,8 +1,8 @@
 """The engine process: `python -m loraplex_server.engine.process CONFIG`.
 
-CONFIG is a JSON object: `factory` ("module:function", which builds the runner), `kwargs` for it, and
-`limits`. The socket to the front is an inherited descriptor, named by the environment. The engine
-lives as long as the front's end of that socket is open, and not a moment longer.
+CONFIG is a JSON object: `factory` ("module:function", which builds the runner), its `kwargs`, and
+`limits` (see `Limits`). The socket to the front is an inherited descriptor that the environment
+names. The engine lives as long as the front's end of that socket is open, and not a moment longer.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def serve(core: EngineCore, inbox: Inbox, front: socket.socket) -> int:
-    """The loop: take what has come, step, send what came of it; wait when there is nothing to do."""
+    """The loop: take what has come, step, send what came of it; wait if there is nothing to do."""
     while True:
         for message in _take(inbox, core.wait_seconds()):
             match message:
@@ -112,7 +112,7 @@ def serve(core: EngineCore, inbox: Inbox, front: socket.socket) -> int:
 
 
 def _take(inbox: Inbox, wait: float | None) -> list[ToEngine]:
-    """What lies in the inbox, after waiting for something at most `wait` seconds (None: for ever)."""
+    """Empties the inbox, after waiting for something at most `wait` seconds (None: for ever)."""
     messages: list[ToEngine | None] = []
     if wait != 0.0:
         try:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from loraplex_server.engine.messages import Logprobs, Submit
 
 if TYPE_CHECKING:
-    from loraplex_server.engine.residency import Pin
     from loraplex_server.engine.sampler import Draw
+    from loraplex_server.engine.slots import Pin
 
 
 class RequestState(Enum):

@@ -49,7 +49,7 @@ class Want:
 
 @dataclass(slots=True)
 class Settled:
-    """What a call of `settle` brought: requests that have their adapters, and those that never will."""
+    """What a call of `settle` brought: who has its adapters now, and who never will."""
 
     granted: list[Request] = field(default_factory=list)
     refused: list[tuple[Request, Failure]] = field(default_factory=list)
@@ -105,7 +105,7 @@ class Residency:
         self._add(Want({message.adapter.digest: message.adapter}, op=message.op))
 
     def unload(self, message: Unload) -> None:
-        """Closes an adapter; answered when it is gone. With `force` the owner aborts its requests."""
+        """Closes an adapter; answered when it is gone. With `force` the owner ends its requests."""
         digest = message.digest
         if message.force:
             self._refuse_loads(digest, UNLOADED)
@@ -124,8 +124,8 @@ class Residency:
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing is wanted, read, or waiting to leave."""
-        return not self._wants and self._reading is None and not self._unloads
+        """Whether nothing is wanted, read, waiting to leave, or left to be answered."""
+        return not (self._wants or self._reading or self._unloads or self.replies)
 
     @property
     def needs_settling(self) -> bool:

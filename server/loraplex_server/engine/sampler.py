@@ -24,6 +24,8 @@ NON_FINITE = -1
 
 _MASK = (1 << 64) - 1
 _SEGMENT = 256
+_HUGE = np.float32(1e30)
+"""Beyond any real logit, and still finite after every adjustment."""
 
 
 class Draw:
@@ -64,8 +66,9 @@ class Draw:
         adjusted = self._adjust(logits)
         if self.params.temperature == 0.0:
             return int(adjusted.argmax())
-        adjusted = adjusted / np.float32(self.params.temperature)
-        ids, weights = candidates(adjusted, self.params.top_k, self.params.top_p, self.params.min_p)
+        with np.errstate(over="ignore"):  # at a tiny temperature all but the best go to -inf
+            scaled = (adjusted - adjusted.max()) / np.float32(max(self.params.temperature, 1e-37))
+        ids, weights = candidates(scaled, self.params.top_k, self.params.top_p, self.params.min_p)
         at = invert(weights, uniform(self.params.seed, self._index))
         return at if ids is None else int(ids[at])
 
@@ -73,23 +76,24 @@ class Draw:
         """Applies bias and penalties, to a copy if there are any."""
         if not len(self._bias_ids) and self._seen is None and self._counts is None:
             return logits
-        logits = logits.copy()
+        logits = logits.clip(-_HUGE, _HUGE)
         logits[self._bias_ids] += self._bias_values
         if self._seen is not None:
             ids = np.fromiter(self._seen, np.int64, len(self._seen))
             penalty = np.float32(self.params.repetition_penalty)
             values = logits[ids]
-            logits[ids] = np.where(values < 0, values * penalty, values / penalty)
+            with np.errstate(over="ignore"):
+                logits[ids] = np.where(values < 0, values * penalty, values / penalty)
         if self._counts:
             ids = np.fromiter(self._counts.keys(), np.int64, len(self._counts))
             counts = np.fromiter(self._counts.values(), np.float32, len(self._counts))
             logits[ids] -= np.float32(self.params.frequency_penalty) * counts
             logits[ids] -= np.float32(self.params.presence_penalty)
-        return logits
+        return logits.clip(-_HUGE, _HUGE, out=logits)
 
 
 def sample(logits: Floats, draws: Sequence[Draw]) -> list[int]:
-    """One token for each row of `logits` [rows, vocab]; `NON_FINITE` where a logit is not finite."""
+    """One token for each row of `logits` [rows, vocab]; `NON_FINITE` if they are not finite."""
     finite = finite_rows(logits)
     tokens: list[int] = []
     if all(draw.is_plain_greedy for draw in draws):
@@ -104,7 +108,7 @@ def finite_rows(logits: Floats) -> list[bool]:
     """Whether each row of `logits` [rows, vocab] is finite throughout."""
     with np.errstate(over="ignore", invalid="ignore"):
         sums = logits.sum(axis=1)
-    # A sum is not finite if an addend is not; the reverse could fail for huge values, so look again.
+    # A sum is not finite if an addend is not. Huge addends can make it so too, so look again.
     return [
         bool(np.isfinite(total)) or bool(np.isfinite(row).all())
         for total, row in zip(sums, logits, strict=True)
@@ -114,31 +118,37 @@ def finite_rows(logits: Floats) -> list[bool]:
 def candidates(
     logits: Floats, top_k: int, top_p: float, min_p: float
 ) -> tuple[NDArray[np.int64] | None, Floats]:
-    """The tokens to draw from, and their weights: probabilities up to a common factor.
+    """The tokens to draw from, in the order of their ids, and their weights.
 
-    `logits` are finite and divided by the temperature already. The ids are None when all tokens
-    remain, in their order. The most probable token always remains. Ties at the k-th place stay.
+    `logits` [vocab] are divided by the temperature already, and the largest is 0. Weights are
+    probabilities up to a common factor. The ids are None when all tokens remain. The most probable
+    token always remains; ties at the k-th place all do.
     """
-    weights = np.exp(logits - logits.max())
     ids: NDArray[np.int64] | None = None
     if 0 < top_k < len(logits):
         ids = np.flatnonzero(logits >= np.partition(logits, -top_k)[-top_k])
-        weights = weights[ids]
+    elif min_p > 0.0 and top_p >= 1.0:
+        ids = np.flatnonzero(logits >= np.float32(np.log(min_p)))
+    weights = np.exp(logits if ids is None else logits[ids])
     if top_p < 1.0:
-        total = weights.sum(dtype=np.float64)
-        # Those below this bound weigh less than 1 - top_p even together: none is in the nucleus, and
-        # the rest, usually a few of many thousand, is cheap to sort.
-        maybe = np.flatnonzero(weights >= (1.0 - top_p) * total / len(weights))
-        order = maybe[np.argsort(-weights[maybe], kind="stable")]
-        before = np.cumsum(weights[order], dtype=np.float64) - weights[order]
-        kept = np.sort(order[: max(1, int(np.searchsorted(before, top_p * total)))])
+        kept = _nucleus(weights, top_p)
         ids = kept if ids is None else ids[kept]
         weights = weights[kept]
-    if min_p > 0.0:
+    if min_p > 0.0 and ids is not None:
         kept = np.flatnonzero(weights >= np.float32(min_p))
-        ids = kept if ids is None else ids[kept]
-        weights = weights[kept]
+        ids, weights = ids[kept], weights[kept]
     return ids, weights
+
+
+def _nucleus(weights: Floats, top_p: float) -> NDArray[np.int64]:
+    """The smallest set of the heaviest whose share of the whole reaches `top_p`, as indices."""
+    total = weights.sum(dtype=np.float64)
+    # All that are lighter than this weigh less than 1 - top_p even together, so none of them is in
+    # the set; the rest, usually a few of many thousand, is cheap to sort.
+    maybe = np.flatnonzero(weights >= (1.0 - top_p) * total / len(weights))
+    order = maybe[np.argsort(-weights[maybe], kind="stable")]
+    before = np.cumsum(weights[order], dtype=np.float64) - weights[order]
+    return np.sort(order[: max(1, int(np.searchsorted(before, top_p * total)))])
 
 
 def invert(weights: Floats, u: float) -> int:
@@ -160,7 +170,7 @@ def invert(weights: Floats, u: float) -> int:
 
 
 def uniform(seed: int, index: int) -> float:
-    """The `index`-th random number of `seed`, in [0, 1): SplitMix64, started at a scrambled seed."""
+    """The `index`-th random number of `seed`, in [0, 1): SplitMix64 from a scrambled seed."""
     state = (_scramble(seed & _MASK) + (index + 1) * 0x9E3779B97F4A7C15) & _MASK
     return (_scramble(state) >> 11) * 2.0**-53
 

@@ -41,9 +41,7 @@ class Limits:
         if not 1 <= self.max_running <= self.token_budget:
             raise ValueError("max_running must be between 1 and token_budget")
         if min(self.max_waiting, self.max_waiting_tokens, self.prompt_logprob_rows) < 1:
-            raise ValueError(
-                "max_waiting, max_waiting_tokens, prompt_logprob_rows must be positive"
-            )
+            raise ValueError("every limit must be positive")
 
 
 class Logits(Enum):
@@ -100,7 +98,7 @@ class Scheduler:
             self._free(request)
 
     def schedule(self, now: float) -> list[Row]:
-        """The rows of the next step, those with an equal mix side by side; empty if none can run."""
+        """The rows of the next step, those with an equal mix side by side."""
         rows: list[Row] = []
         preempted = self._schedule_decodes(rows)
         budget = self.limits.token_budget - len(rows)
@@ -113,7 +111,7 @@ class Scheduler:
         return rows
 
     def _schedule_decodes(self, rows: list[Row]) -> bool:
-        """Adds every decode row, putting back others for its block if need be; True if it had to."""
+        """Adds every decode row, putting back others for its block; True if it had to."""
         preempted = False
         at = 0
         while at < len(self.running):
@@ -145,11 +143,10 @@ class Scheduler:
         count = min(request.remaining, budget)
         if request.wants_prompt_logits:
             count = min(count, self.limits.prompt_logprob_rows)
-        row_completes = count == request.remaining
         if request.wants_prompt_logits and request.computed + count >= request.scored:
             logits = Logits.ALL
         else:
-            logits = Logits.LAST if row_completes else Logits.NONE
+            logits = Logits.LAST if count == request.remaining else Logits.NONE
         rows.append(Row(request, request.computed, count, logits))
         return count
 

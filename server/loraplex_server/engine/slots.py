@@ -50,7 +50,7 @@ class AdapterSlots:
         self.residents: dict[str, Resident] = {}
 
     def publish(self, digest: str, path: str, adapter: LoadedAdapter) -> None:
-        """Puts an adapter into a free slot. There must be room. The runner's errors pass through."""
+        """Puts an adapter into a free slot. There must be room. Passes the runner's errors on."""
         assert digest not in self.residents, "an adapter is loaded twice"
         assert self.has_room(adapter.nbytes), "an adapter is published without room for it"
         slot = self._free[-1]

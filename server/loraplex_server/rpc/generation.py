@@ -33,7 +33,7 @@ from loraplex_server.rpc.errors import (
     invalid,
 )
 from loraplex_server.rpc.resolve import Term, references, resolve
-from loraplex_server.text.chat import ChatRefused
+from loraplex_server.text.chat import TextRefused
 from loraplex_server.text.tokenizer import TextTokenizer, TooLong
 
 DEFAULT_MAX_NEW_TOKENS: Final = 256
@@ -175,7 +175,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                     )
                 case _:
                     ids = list(request.token_ids.ids)
-        except ChatRefused as error:
+        except TextRefused as error:
             raise invalid([Violation(field, str(error))]) from error
         except TooLong:
             raise _too_long(field, f"the prompt is longer than {room - 1} tokens") from None

@@ -19,8 +19,8 @@ MAX_RENDERED: Final = 4 << 20
 """Characters; a template that makes more of a request is refused."""
 
 
-class ChatRefused(Exception):
-    """The template does not take this conversation; the message is safe to show to a client."""
+class TextRefused(Exception):
+    """What was sent cannot become tokens; the message is safe to show to a client."""
 
 
 class ChatTemplate:
@@ -39,7 +39,7 @@ class ChatTemplate:
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
         """The prompt of a conversation, up to where the assistant's next turn begins.
 
-        Raises ChatRefused.
+        Raises TextRefused.
         """
         pieces, size = [], 0
         variables: dict[str, Any] = {
@@ -53,12 +53,12 @@ class ChatTemplate:
             for piece in self._template.generate(variables):
                 size += len(piece)
                 if size > MAX_RENDERED:
-                    raise ChatRefused("the rendered conversation is too long")
+                    raise TextRefused("the rendered conversation is too long")
                 pieces.append(piece)
         except TemplateError as error:
             # Only what the template itself says is for the caller's eyes.
             said = str(error) if isinstance(error, _TemplateRefusal) else "the template failed"
-            raise ChatRefused(
+            raise TextRefused(
                 f"the model's chat template refuses this conversation: {said}"
             ) from error
         return "".join(pieces)

@@ -54,3 +54,15 @@ class Detokenizer:
 
     def _decode(self, tokens: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+
+class NoText:
+    """Stands for a `Detokenizer` where the model has no tokenizer."""
+
+    def push(self, token: int) -> str:
+        """Always ""."""
+        return ""
+
+    def finish(self) -> str:
+        """Always ""."""
+        return ""

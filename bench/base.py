@@ -1,0 +1,45 @@
+"""The default model as a Hugging Face directory, for peers that want one. Made once, under `var/`.
+
+    python bench/base.py
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+DEFAULT = Path("var/bench/base")
+
+
+def ensure(directory: Path = DEFAULT, dtype: str = "float32") -> Path:
+    """Writes weights, configuration and tokenizer to `directory` unless they are there.
+
+    The weights are those of the default model's GGUF file, dequantised by transformers.
+    """
+    if (directory / "config.json").exists():
+        return directory
+    import torch
+    from loraplex_model.default_model import ensure_default_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    gguf = Path(ensure_default_model())
+    unfinished = directory.with_name(directory.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        dtype=getattr(torch, dtype),
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    model.save_pretrained(unfinished)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(unfinished)
+    unfinished.rename(directory)
+    return directory
+
+
+if __name__ == "__main__":
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    print(ensure())
+    sys.exit(0)

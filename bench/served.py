@@ -1,0 +1,150 @@
+"""A `loraplex-server` as a child process: started on free ports, waited for, stopped with SIGTERM."""
+
+from __future__ import annotations
+
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from loraplex import Client, HealthStatus, LoraplexError
+
+READY = re.compile(r"ready: grpc (\S+) admin (\S+) ")
+
+Progress = Callable[[float, str], None]
+"""`progress(seconds since the start, the last line of the server's log)`, about once a second."""
+
+
+class ServerError(Exception):
+    """The server did not start or did not stop; the message says what to do."""
+
+
+class Server:
+    """A context manager: serving inside, stopped outside.
+
+    Attributes:
+        address: host:port of the gRPC services.
+        admin: host:port of /metrics.
+        ready_s: seconds from the start of the process until its health was SERVING.
+        exit_code: of the process, once it has been stopped.
+    """
+
+    def __init__(
+        self,
+        settings: Mapping[str, object],
+        log: Path,
+        progress: Progress | None = None,
+        timeout: float = 300.0,
+    ) -> None:
+        """`settings` become flags of `loraplex-server serve`; its log goes to the file `log`."""
+        self._settings = {"port": 0, "admin_port": 0, **settings}
+        self._log = log
+        self._progress = progress
+        self._timeout = timeout
+        self._process: subprocess.Popen[str] | None = None
+        self.address = ""
+        self.admin = ""
+        self.ready_s = 0.0
+        self.exit_code: int | None = None
+
+    def start(self) -> None:
+        """Returns when the server serves. Raises ServerError."""
+        command = [str(Path(sys.executable).with_name("loraplex-server")), "serve"]
+        for name, value in self._settings.items():
+            command += [f"--{name.replace('_', '-')}", str(value)]
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        began = time.monotonic()
+        try:
+            with self._log.open("w") as log:
+                self._process = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, text=True
+                )
+        except OSError as error:
+            raise ServerError(
+                f"cannot run {command[0]}: {error.strerror}; install the project first (make setup)"
+            ) from error
+        try:
+            self._await_ready(began)
+            with Client(self.address) as client:
+                while client.health() is not HealthStatus.SERVING:
+                    self._check_time(began)
+                    time.sleep(0.01)
+        except LoraplexError as error:
+            self.stop()
+            raise ServerError(f"the server is up but does not answer: {error}") from error
+        except BaseException:
+            self.stop()
+            raise
+        self.ready_s = time.monotonic() - began
+
+    def stop(self, grace: float = 60.0) -> int:
+        """Sends SIGTERM and waits; kills after `grace` seconds. Returns the exit code. Idempotent."""
+        process = self._process
+        if process is None:
+            raise ServerError("the server was never started")
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(grace)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+        self.exit_code = process.returncode
+        return process.returncode
+
+    def last_log_line(self) -> str:
+        """Empty when nothing has been logged."""
+        with self._log.open("rb") as file:
+            file.seek(0, 2)
+            file.seek(max(0, file.tell() - 4096))
+            lines = file.read().decode(errors="replace").splitlines()
+        return lines[-1] if lines else ""
+
+    def _await_ready(self, began: float) -> None:
+        process = self._process
+        assert process is not None
+        assert process.stdout is not None
+        while True:
+            readable, _, _ = select.select([process.stdout], [], [], 1.0)
+            if not readable:
+                self._check_time(began)
+                if self._progress is not None:
+                    self._progress(time.monotonic() - began, self.last_log_line())
+                continue
+            line = process.stdout.readline()
+            if not line:
+                process.wait()
+                raise ServerError(
+                    f"the server ended with exit code {process.returncode}: "
+                    f"{self.last_log_line() or 'it said nothing'} (its log: {self._log})"
+                )
+            match = READY.match(line)
+            if match:
+                self.address, self.admin = match.groups()
+                return
+
+    def _check_time(self, began: float) -> None:
+        if time.monotonic() - began > self._timeout:
+            raise ServerError(
+                f"the server was not ready within {self._timeout:.0f} s; see its log: {self._log}"
+            )
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()

@@ -1,0 +1,133 @@
+"""What this machine can do, and what the server would make of it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from loraplex_server.config import Config, available_cores
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the examination; `good` is False for what would keep the server from serving."""
+
+    subject: str
+    text: str
+    good: bool = True
+
+
+def examine(config: Config) -> Iterator[Finding]:
+    """Looks at everything that serving needs, without loading a model or changing a file."""
+    yield Finding("python", f"{platform.python_version()} on {platform.platform()}")
+    yield Finding("processor", f"{_processor()}, {available_cores()} cores, {_memory()}")
+    yield from _arithmetic(config)
+    yield _model(config)
+    for name in ("store", "cache", "import_root"):
+        yield _folder(name, getattr(config, name), writable=name != "import_root")
+    yield _port("grpc port", config.host, config.port)
+    yield _port("admin port", config.admin_host, config.admin_port)
+
+
+def _arithmetic(config: Config) -> Iterator[Finding]:
+    try:
+        import torch
+    except ImportError:
+        yield Finding("torch", "not installed: pip install 'loraplex[server]'", good=False)
+        return
+    from loraplex_model.kernels import build
+
+    cuda = torch.cuda.is_available()
+    gpu = torch.cuda.get_device_name() if cuda else "no CUDA device"
+    chosen = "cuda" if config.device != "cpu" and cuda else "cpu"
+    possible = config.device != "cuda" or cuda
+    yield Finding("torch", f"{torch.__version__}, {gpu}")
+    yield Finding("device", f"{chosen} (--device {config.device})", possible)
+    isas = build.supported_isas()
+    yield Finding("instructions", f"this processor runs {', '.join(isas)}")
+    compiler = _compiler()
+    yield Finding("compiler", compiler or "none found")
+    best = os.environ.get("LORAPLEX_ISA") or isas[0]
+    built = build.find(best)
+    if chosen == "cuda":
+        text = "torch and bitsandbytes on the GPU"
+    elif built is not None:
+        text = f"C++ for {best}, the best this processor runs; built in {built.parent}"
+    elif compiler:
+        text = f"C++ for {best}, the best this processor runs; compiled at the first start"
+    else:
+        text = "torch reference, many times slower: the C++ kernels need a compiler (g++)"
+    yield Finding("kernels", text)
+
+
+def _compiler() -> str:
+    path = shutil.which(os.environ.get("CXX", "c++"))
+    if path is None:
+        return ""
+    said = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
+    return f"{path}: {said.stdout.partition(chr(10))[0]}"
+
+
+def _model(config: Config) -> Finding:
+    entries = sum(1 for _ in config.cache.glob("*/model.json")) if config.cache.is_dir() else 0
+    kept = f"{entries} converted models in {config.cache}"
+    if config.model == "default":
+        return Finding("model", f"SmolLM2-135M-Instruct, the default; {kept}")
+    if Path(config.model).exists():
+        return Finding("model", f"{config.model}, on this disk; {kept}")
+    if config.model.count("/") == 1 and not config.model.startswith((".", "/")):
+        return Finding("model", f"{config.model}, from a hub at the first start; {kept}")
+    return Finding("model", f"{config.model}: there is no such file or directory", good=False)
+
+
+def _folder(name: str, path: Path, writable: bool) -> Finding:
+    if path.is_dir():
+        mode = os.R_OK | os.X_OK | (os.W_OK if writable else 0)
+        if os.access(path, mode):
+            return Finding(name, f"{path}, {shutil.disk_usage(path).free / 1e9:.1f} GB free")
+        return Finding(name, f"{path}: no permission", good=False)
+    if path.exists():
+        return Finding(name, f"{path}: not a directory", good=False)
+    parent = next(p for p in path.absolute().parents if p.exists())
+    good = os.access(parent, os.W_OK | os.X_OK)
+    return Finding(name, f"{path}: will be made" if good else f"{path}: cannot be made", good)
+
+
+def _port(name: str, host: str, port: int) -> Finding:
+    if port == 0:
+        return Finding(name, f"{host}, any free port")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            return Finding(name, f"{host}:{port}: {error.strerror}", good=False)
+    return Finding(name, f"{host}:{port} is free")
+
+
+def _processor() -> str:
+    return _read_field("/proc/cpuinfo", "model name") or platform.processor() or sys.platform
+
+
+def _memory() -> str:
+    kilobytes = _read_field("/proc/meminfo", "MemTotal").removesuffix(" kB")
+    return f"{int(kilobytes) / 1e6:.1f} GB memory" if kilobytes else "memory unknown"
+
+
+def _read_field(path: str, name: str) -> str:
+    def matches(line: str) -> bool:
+        return line.partition(":")[0].strip() == name
+
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError:
+        return ""
+    return next(filter(matches, lines), "").partition(":")[2].strip()

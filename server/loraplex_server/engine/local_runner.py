@@ -1,0 +1,189 @@
+"""The model on this machine: weights, KV tensors and adapters behind the engine's seam."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from loraplex_adapters.spec import BaseShapes, Limits
+from loraplex_adapters.tensors import load_blob
+from loraplex_model.adapter import PackedAdapter, pack
+from loraplex_model.batch import ForwardBatch
+from loraplex_model.kernels import build as kernels
+from loraplex_model.load import LoadedBase, load_base
+from loraplex_model.native import NativeDecoder
+from loraplex_model.reference import ReferenceDecoder
+from loraplex_model.weights import BaseWeights
+
+from loraplex_server.engine.messages import AdapterRef, ModelInfo
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+NUM_SLOTS = 1024
+CPU_BLOCK, CUDA_BLOCK = 16, 256  # tokens; flash attention's pages are 256
+
+
+class RunnerError(Exception):
+    """The runner cannot be built; `message` tells the operator what to do."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
+
+
+class LocalRunner:
+    """A `ModelRunner` over one decoder. See the protocol for who may call what when."""
+
+    def __init__(
+        self,
+        decoder: NativeDecoder | ReferenceDecoder,
+        info: ModelInfo,
+        num_blocks: int,
+        block_size: int,
+        adapter_budget_bytes: int,
+        limits: Limits,
+        weights: BaseWeights,
+    ) -> None:
+        self.info = info
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.num_slots = NUM_SLOTS
+        self.adapter_budget_bytes = adapter_budget_bytes
+        self._decoder = decoder
+        self._limits = limits
+        self._config = weights.config
+        self._device = weights.embed.device
+        self._shapes = BaseShapes.of(info)
+
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        """Logits, float32 [R, vocab], on the CPU."""
+        with torch.inference_mode():
+            return self._decoder.forward(batch).to("cpu", torch.float32)
+
+    def read_adapter(self, ref: AdapterRef) -> PackedAdapter:
+        """Reads, verifies and packs an adapter's files. Raises `AdapterError`."""
+        _, factors = load_blob(Path(ref.path), ref.digest, self._shapes, self._limits)
+        return pack(factors, self._config, DTYPES[self.info.dtype], self._device)
+
+    def publish_adapter(self, slot: int, adapter: PackedAdapter) -> None:
+        """Points the slot to the adapter."""
+        self._decoder.table.publish(slot, adapter)
+
+    def remove_adapter(self, slot: int) -> None:
+        """Frees the slot and the adapter's memory."""
+        self._decoder.table.remove(slot)
+
+
+def build(
+    *,
+    model: str,
+    dtype: str,
+    device: str,
+    threads: int,
+    cache: str,
+    max_context: int,
+    kv_tokens: int,
+    kv_memory: int,
+    adapter_memory: int,
+    max_rank: int,
+) -> LocalRunner:
+    """Loads the model and sizes the cache; see `Config` for the settings.
+
+    Raises `ModelError` (the model) or `RunnerError` (this machine), both with what to do.
+    """
+    on = _device(device)
+    if threads:
+        torch.set_num_threads(threads)
+    base = load_base(model, DTYPES[dtype], Path(cache), device=on)
+    weights = base.weights
+    config = weights.config
+    context = min(max_context or config.max_positions, config.max_positions)
+    block_size = CUDA_BLOCK if on.type == "cuda" else CPU_BLOCK
+    num_blocks = _num_blocks(weights, block_size, kv_tokens, kv_memory)
+    decoder = _decoder(weights, num_blocks, block_size, context, threads, Path(cache))
+    # Sampling works on a few rows; threads would only wait for each other there, and for ours.
+    if isinstance(decoder, NativeDecoder):
+        torch.set_num_threads(1)
+    info = _info(base, dtype, on, min(context, num_blocks * block_size), decoder)
+    return LocalRunner(
+        decoder, info, num_blocks, block_size, adapter_memory, Limits(max_rank=max_rank), weights
+    )
+
+
+def _device(device: str) -> torch.device:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RunnerError(
+            "NO_CUDA", "there is no CUDA device here (or torch's CPU build is installed); "
+            "use --device cpu"
+        )  # fmt: skip
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
+
+
+def _num_blocks(weights: BaseWeights, block_size: int, kv_tokens: int, kv_memory: int) -> int:
+    config = weights.config
+    token_bytes = 2 * config.num_layers * config.kv_size * weights.embed.element_size()
+    tokens = kv_tokens or kv_memory // token_bytes
+    if tokens < block_size:
+        raise RunnerError(
+            "KV_TOO_SMALL",
+            f"the KV cache holds {tokens} tokens and needs at least {block_size}: raise kv_memory "
+            f"(a token takes {token_bytes} bytes) or kv_tokens",
+        )
+    return tokens // block_size
+
+
+def _decoder(
+    weights: BaseWeights,
+    num_blocks: int,
+    block_size: int,
+    context: int,
+    threads: int,
+    cache: Path,
+) -> NativeDecoder | ReferenceDecoder:
+    if weights.embed.device.type == "cpu":
+        try:
+            return NativeDecoder(
+                weights,
+                num_blocks,
+                block_size,
+                NUM_SLOTS,
+                max_positions=context,
+                threads=threads or None,
+                library=kernels.load(directory=cache / "kernels"),
+            )
+        except kernels.KernelsUnavailable as error:
+            log.warning("no compiled kernels, so decoding will be many times slower: %s", error)
+    return ReferenceDecoder(weights, num_blocks, block_size, NUM_SLOTS)
+
+
+def _info(
+    base: LoadedBase,
+    dtype: str,
+    device: torch.device,
+    max_context: int,
+    decoder: NativeDecoder | ReferenceDecoder,
+) -> ModelInfo:
+    weights = base.weights
+    config = weights.config
+    native = isinstance(decoder, NativeDecoder)
+    return ModelInfo(
+        name=base.name,
+        architecture=config.architecture,
+        fingerprint=weights.fingerprint,
+        dtype=dtype,
+        device=str(device),
+        vocab_size=config.vocab_size,
+        num_layers=config.num_layers,
+        hidden_size=config.hidden_size,
+        max_context=max_context,
+        eos_token_ids=list(weights.eos_token_ids),
+        projections=config.projection_shapes(),
+        tokenizer_path=str(base.directory),
+        kernels=f"C++ {decoder.isa}" if native else "torch reference",
+        weight_bytes=weights.nbytes,
+    )

@@ -1,0 +1,119 @@
+"""Adapter directories for tests, written byte by byte and so as wrong as a test wants them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+from loraplex_adapters.modules import module_path
+from loraplex_adapters.spec import BaseShapes
+from numpy.typing import NDArray
+
+BASE = BaseShapes(
+    num_layers=2,
+    projections={
+        "q_proj": (32, 32),
+        "k_proj": (32, 16),
+        "v_proj": (32, 16),
+        "o_proj": (32, 32),
+        "gate_proj": (32, 48),
+        "up_proj": (32, 48),
+        "down_proj": (48, 32),
+    },
+    fingerprint="sha256:" + "ba5e" * 16,
+    dtype="float32",
+)
+
+Tensors = dict[str, NDArray[np.float32]]
+Entry = dict[str, object]
+
+
+def key(layer: int, module: str, half: str) -> str:
+    """PEFT's name of a tensor."""
+    return f"base_model.model.{module_path(layer, module)}.lora_{half}.weight"
+
+
+def lora_tensors(
+    modules: Mapping[tuple[int, str], int], base: BaseShapes = BASE, seed: int = 0
+) -> Tensors:
+    """Random float32 halves for modules of the given ranks."""
+    rng = np.random.default_rng(seed)
+    tensors: Tensors = {}
+    for (layer, module), rank in modules.items():
+        fan_in, fan_out = base.projections[module]
+        tensors[key(layer, module, "A")] = rng.normal(size=(rank, fan_in)).astype(np.float32)
+        tensors[key(layer, module, "B")] = rng.normal(size=(fan_out, rank)).astype(np.float32)
+    return tensors
+
+
+def everywhere(*modules: str, rank: int = 4, layers: int = 2) -> dict[tuple[int, str], int]:
+    """The same rank for these modules of every layer."""
+    return {(layer, module): rank for layer in range(layers) for module in modules}
+
+
+def lora_config(**changes: object) -> dict[str, object]:
+    """A configuration as PEFT writes it, with changes; a change to `...` removes the key."""
+    config: dict[str, object] = {
+        "base_model_name_or_path": "tiny",
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": 8,
+        "lora_dropout": 0.05,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": 4,
+        "rank_pattern": {},
+        "target_modules": ["q_proj", "v_proj"],
+        "task_type": "CAUSAL_LM",
+        "use_dora": False,
+        "use_rslora": False,
+    }
+    return {k: v for k, v in {**config, **changes}.items() if v is not ...}
+
+
+def entries(tensors: Tensors) -> dict[str, Entry]:
+    """The header's table for float32 tensors, one after the other."""
+    table: dict[str, Entry] = {}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        table[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    return table
+
+
+def safetensors_bytes(header: object, data: bytes) -> bytes:
+    """A file of any header, given as JSON bytes or as what is to be JSON, and any data."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+def weights_bytes(
+    tensors: Tensors, change: Callable[[dict[str, Entry]], object] | None = None
+) -> bytes:
+    """A sound file of float32 tensors, except for what `change` does to its header's table."""
+    table = entries(tensors)
+    if change:
+        change(table)
+    return safetensors_bytes(table, b"".join(t.tobytes() for t in tensors.values()))
+
+
+def write_adapter(
+    directory: Path,
+    config: Mapping[str, object] | bytes | None = None,
+    weights: bytes | Tensors | None = None,
+) -> Path:
+    """A directory with both files; by default a sound rank-4 adapter for q_proj and v_proj."""
+    directory.mkdir(parents=True, exist_ok=True)
+    if config is None:
+        config = lora_config()
+    if weights is None:
+        weights = lora_tensors(everywhere("q_proj", "v_proj"))
+    text = config if isinstance(config, bytes) else json.dumps(config).encode()
+    data = weights if isinstance(weights, bytes) else weights_bytes(weights)
+    (directory / "adapter_config.json").write_bytes(text)
+    (directory / "adapter_model.safetensors").write_bytes(data)
+    return directory

@@ -1,0 +1,216 @@
+"""Configurations: every option is served exactly or refused by its name; hostile ones cost nothing."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from adapters.adapter_files import BASE, everywhere, lora_config, lora_tensors, write_adapter
+from hypothesis import given
+from hypothesis import strategies as st
+from loraplex_adapters.config import parse_config
+from loraplex_adapters.errors import AdapterError
+from loraplex_adapters.format import examine, inspect
+from loraplex_adapters.spec import Limits
+from loraplex_adapters.strict_json import loads
+from loraplex_adapters.support import UNSUPPORTED
+
+LARGE = 10**30
+
+BROKEN: dict[str, bytes] = {
+    "empty": b"",
+    "no JSON": b"r: 4",
+    "an array": b"[]",
+    "not UTF-8": b'{"r": "\xff"}',
+    "UTF-16": '{"r": 4}'.encode("utf-16"),
+    "NaN": b'{"r": 4, "lora_alpha": NaN}',
+    "Infinity": b'{"lora_alpha": -Infinity}',
+    "a number beyond float64": b'{"lora_alpha": 1e400}',
+    "duplicate key": b'{"r": 8, "r": 999999}',
+    "duplicate key further in": b'{"rank_pattern": {"a": 1, "a": 2}}',
+    "5,000 digits": b'{"r": ' + b"9" * 5000 + b"}",
+    "20 digits": b'{"r": ' + b"9" * 20 + b"}",
+    "deep lists": b"[" * 30_000 + b"]" * 30_000,
+    "deep maps": b'{"a":' * 10_000 + b"1" + b"}" * 10_000,
+    "trailing text": b'{"r": 4} x',
+}
+
+WRONG: list[tuple[str, Any, str]] = [
+    *(("r", r, "ADAPTER_INVALID") for r in (0, -1, 1.0, 4.5, True, "4", None, ..., [4])),
+    ("r", 2**31, "RANK_TOO_LARGE"),
+    ("r", 257, "RANK_TOO_LARGE"),
+    *(("lora_alpha", a, "ADAPTER_INVALID") for a in (None, ..., "8", True, [8], 1e308, 1e6, -1e6)),
+    ("rank_pattern", {"q_proj": 0}, "ADAPTER_INVALID"),
+    ("rank_pattern", {"q_proj": True}, "ADAPTER_INVALID"),
+    ("rank_pattern", {"q_proj": 100_000}, "RANK_TOO_LARGE"),
+    ("rank_pattern", {"q_proj": 5}, "ADAPTER_INVALID"),
+    ("rank_pattern", ["q_proj"], "ADAPTER_INVALID"),
+    ("rank_pattern", {r"(.*a){30}": 4}, "ADAPTER_UNSUPPORTED"),
+    ("rank_pattern", {"(a+)+$": 4}, "ADAPTER_UNSUPPORTED"),
+    ("rank_pattern", {"q_proj|v_proj": 4}, "ADAPTER_UNSUPPORTED"),
+    ("rank_pattern", {"^model.q_proj": 4}, "ADAPTER_UNSUPPORTED"),
+    ("rank_pattern", {"": 4}, "ADAPTER_UNSUPPORTED"),
+    ("rank_pattern", {"a..b": 4}, "ADAPTER_UNSUPPORTED"),
+    ("rank_pattern", {"q_proj\n": 4}, "ADAPTER_UNSUPPORTED"),
+    ("rank_pattern", {"q" * 300: 4}, "ADAPTER_UNSUPPORTED"),
+    ("rank_pattern", {f"a.x{n}": 4 for n in range(300)}, "ADAPTER_UNSUPPORTED"),
+    ("alpha_pattern", {"q_proj": "8"}, "ADAPTER_INVALID"),
+    ("alpha_pattern", {"q_proj": 1e300}, "ADAPTER_INVALID"),
+    ("alpha_pattern", {"q_proj": 1, "self_attn.q_proj": 2}, "ADAPTER_UNSUPPORTED"),
+    ("alpha_pattern", {"self.attn.q_proj": 1, "q_proj": 2}, "ADAPTER_UNSUPPORTED"),
+    ("alpha_pattern", {"((a)*)*b": 2}, "ADAPTER_UNSUPPORTED"),
+    ("exclude_modules", r".*(q|k)+_proj", "ADAPTER_UNSUPPORTED"),
+    ("exclude_modules", [4], "ADAPTER_INVALID"),
+    ("target_modules", [], "ADAPTER_INVALID"),
+    ("target_modules", None, "ADAPTER_INVALID"),
+    ("target_modules", ["q_proj", 5], "ADAPTER_INVALID"),
+    ("target_modules", ["q_proj", "(v+)+_proj"], "ADAPTER_UNSUPPORTED"),
+    ("target_modules", ["q_proj"], "ADAPTER_INVALID"),
+    ("target_modules", ["q_proj", "v_proj", "o_proj"], "ADAPTER_INVALID"),
+    ("layers_to_transform", ["0"], "ADAPTER_INVALID"),
+    ("layers_to_transform", -1, "ADAPTER_INVALID"),
+    ("layers_to_transform", True, "ADAPTER_INVALID"),
+    ("layers_pattern", "l(a+)+yers", "ADAPTER_UNSUPPORTED"),
+    ("use_rslora", "yes", "ADAPTER_INVALID"),
+    ("base_model_name_or_path", 7, "ADAPTER_INVALID"),
+    ("init_lora_weights", 3, "ADAPTER_INVALID"),
+    ("init_lora_weights", ["pissa"], "ADAPTER_INVALID"),
+    *(
+        ("init_lora_weights", name, "ADAPTER_UNSUPPORTED")
+        for name in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "mica", "new")
+    ),
+    ("bias", "lora_only", "ADAPTER_UNSUPPORTED"),
+    ("peft_type", "IA3", "ADAPTER_UNSUPPORTED"),
+    ("peft_type", ..., "ADAPTER_UNSUPPORTED"),
+    ("peft_type", ["LORA"], "ADAPTER_UNSUPPORTED"),
+    ("task_type", "SEQ_CLS", "ADAPTER_UNSUPPORTED"),
+    ("a_new_option", True, "ADAPTER_UNSUPPORTED"),
+    ("a_new_option", 0, "ADAPTER_UNSUPPORTED"),
+    ("loraplex_base_fingerprint", 5, "ADAPTER_INVALID"),
+    ("loraplex_base_fingerprint", "sha256:" + "0" * 64, "BASE_MODEL_MISMATCH"),
+]
+
+HARMLESS: list[tuple[str, Any]] = [
+    ("a_new_option", None),
+    ("a_new_option", False),
+    ("a_new_option", {}),
+    ("a_new_option", ""),
+    ("bias", None),
+    ("lora_dropout", 0.9),
+    ("auto_mapping", {"base_model_class": "X", "parent_library": "os"}),
+    ("inference_mode", False),
+    ("exclude_modules", ["k_proj"]),
+    ("target_modules", r"((((.*)*)*)*)*_proj"),
+    ("target_modules", "all-linear"),
+    ("layers_to_transform", []),
+    ("layers_to_transform", [0, 1]),
+    ("rank_pattern", {"fc1": 9}),
+    ("rank_pattern", None),
+    ("lora_alpha", 0),
+    ("lora_alpha", -8),
+    ("loraplex_base_fingerprint", BASE.fingerprint),
+]
+
+
+@pytest.mark.parametrize("config", BROKEN.values(), ids=BROKEN)
+def test_json_with_two_meanings_or_none_is_refused(config: bytes, tmp_path: Path) -> None:
+    with pytest.raises(AdapterError) as refused:
+        inspect(write_adapter(tmp_path, config), BASE)
+    assert refused.value.reason == "ADAPTER_INVALID"
+    assert refused.value.field == "adapter_config.json"
+
+
+def test_deep_nesting_is_refused_whatever_stack_is_left() -> None:
+    def at_depth(left: int) -> None:
+        if left:
+            at_depth(left - 1)
+        else:
+            with pytest.raises(ValueError, match="nested"):
+                loads(b"[" * 30_000)
+
+    at_depth(sys.getrecursionlimit() // 2)
+
+
+@pytest.mark.parametrize(("key", "value", "reason"), WRONG)
+def test_a_wrong_option_is_refused_by_its_name(
+    key: str, value: Any, reason: str, tmp_path: Path
+) -> None:
+    report = examine(write_adapter(tmp_path, lora_config(**{key: value})), BASE)
+    assert report.spec is None
+    assert (reason, key) in {(f.reason, f.field) for f in report.findings}
+    assert all(f.message.isascii() and len(f.message) < 600 for f in report.findings)
+
+
+@pytest.mark.parametrize("key", UNSUPPORTED)
+@pytest.mark.parametrize("value", [True, 3, "x", {"a": 1}, [1]])
+def test_an_unsupported_option_is_refused_unless_it_is_off(
+    key: str, value: object, tmp_path: Path
+) -> None:
+    _, findings = parse_config(json.dumps(lora_config(**{key: value})).encode())
+    assert [(f.reason, f.field) for f in findings] == [("ADAPTER_UNSUPPORTED", key)]
+    for off in (None, False, {}, [], ""):
+        assert parse_config(json.dumps(lora_config(**{key: off})).encode())[1] == []
+
+
+@pytest.mark.parametrize(("key", "value"), HARMLESS)
+def test_an_option_without_effect_is_no_obstacle(key: str, value: Any, tmp_path: Path) -> None:
+    assert inspect(write_adapter(tmp_path, lora_config(**{key: value})), BASE).rank == 4
+
+
+def test_all_findings_are_reported_at_once(tmp_path: Path) -> None:
+    config = lora_config(use_dora=True, bias="all", r=5, modules_to_save=["lm_head"])
+    tensors = lora_tensors(everywhere("q_proj", "v_proj"))
+    tensors["surprise"] = tensors.popitem()[1]
+    with pytest.raises(AdapterError) as refused:
+        inspect(write_adapter(tmp_path, config, tensors), BASE)
+    fields = {f.field for f in refused.value.findings}
+    assert {"use_dora", "bias", "modules_to_save", "r", "surprise"} <= fields
+    first = refused.value.findings[0]
+    assert (refused.value.reason, refused.value.message) == (first.reason, first.message)
+
+
+def test_a_configuration_of_more_than_64_kib_is_not_read(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError) as refused:
+        inspect(write_adapter(tmp_path, lora_config(revision="x" * 65536)), BASE)
+    assert refused.value.reason == "ADAPTER_TOO_LARGE"
+    assert refused.value.field == "adapter_config.json"
+
+
+def test_limits_are_the_callers(tmp_path: Path) -> None:
+    source = write_adapter(tmp_path)
+    need = inspect(source, BASE).packed_bytes("float32")
+    assert inspect(source, BASE, Limits(max_rank=4, max_device_bytes=need)).rank == 4
+    for limits, reason in (
+        (Limits(max_rank=3), "RANK_TOO_LARGE"),
+        (Limits(max_device_bytes=need - 1), "ADAPTER_TOO_LARGE"),
+        (Limits(max_weights_bytes=1000), "ADAPTER_TOO_LARGE"),
+        (Limits(max_scale=1.9), "ADAPTER_INVALID"),
+        (Limits(max_abs_value=0.5), "ADAPTER_INVALID"),
+    ):
+        with pytest.raises(AdapterError) as refused:
+            inspect(source, BASE, limits)
+        assert refused.value.reason == reason
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.sampled_from(sorted(lora_config()) + sorted(UNSUPPORTED)), JSON))
+def test_no_value_of_any_key_raises_anything_but_findings(changes: dict[str, Any]) -> None:
+    settings, findings = parse_config(json.dumps({**lora_config(), **changes}).encode())
+    assert settings is not None or findings
+
+
+@given(st.binary(max_size=200))
+def test_no_bytes_raise_anything_but_findings(data: bytes) -> None:
+    settings, findings = parse_config(data)
+    assert (settings is None) == bool(findings)

@@ -1,0 +1,193 @@
+"""The documents agree with the code, with each other, and with the files that they point at."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from deploy import exposition
+from loraplex_server.config import Config
+from loraplex_server.rpc.errors import TABLE
+
+ROOT = Path(__file__).resolve().parents[2]
+OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
+DOCUMENTS = sorted({ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")})
+
+
+def tracked() -> list[Path]:
+    """The repository's text files: tracked ones, and new ones that are not ignored."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    files = [ROOT / name for name in listed.splitlines()]
+    return [file for file in files if file.is_file() and b"\0" not in file.read_bytes()[:4096]]
+
+
+def table(document: str, first: str) -> dict[str, list[str]]:
+    """The rows of the table whose first column is headed `first`: key, without backquotes, to cells."""
+    lines = iter(document.splitlines())
+    for line in lines:
+        if line.startswith(f"| {first} |"):
+            break
+    else:
+        pytest.fail(f"there is no table of {first}")
+    assert set(next(lines)) <= set("|-: ")
+    rows = {}
+    for line in lines:
+        if not line.startswith("|"):
+            break
+        key, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        rows[key.strip("`")] = cells
+    return rows
+
+
+def anchors(document: str) -> set[str]:
+    """The anchors that GitHub gives a document's headings."""
+    prose = re.sub(r"^```.*?^```", "", document, flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ +(.+?) *$", prose, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_error_table_is_the_codes() -> None:
+    documented = {reason: cells[0] for reason, cells in table(OPERATIONS, "reason").items()}
+    assert documented == {reason.name: row.code.name for reason, row in TABLE.items()}
+
+
+def test_the_configuration_table_is_the_codes() -> None:
+    rows = table(OPERATIONS, "setting")
+    shown = {name for name, field in Config.model_fields.items() if field.repr}
+    assert rows.keys() == shown
+    documented = Config.model_validate({name: cells[0].strip("`") for name, cells in rows.items()})
+    defaults = {name: field.default for name, field in Config.model_fields.items()}
+    assert {name: getattr(documented, name) for name in shown} == {n: defaults[n] for n in shown}
+
+
+def test_the_metrics_table_is_the_codes() -> None:
+    documented = {name: cells[0] for name, cells in table(OPERATIONS, "metric").items()}
+    assert documented == exposition.families()
+
+
+def test_the_table_of_exit_codes_is_the_codes() -> None:
+    from loraplex_server.app import ExitCode
+
+    assert table(OPERATIONS, "exit code").keys() == {str(int(code)) for code in ExitCode}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_metric_that_a_document_mentions_exists(document: Path) -> None:
+    known = exposition.series_names() | exposition.families().keys()
+    assert exposition.mentioned(document.read_text()) <= known
+
+
+def links(document: Path) -> Iterator[str]:
+    text = re.sub(r"^```.*?^```", "", document.read_text(), flags=re.MULTILINE | re.DOTALL)
+    yield from re.findall(r"\]\(([^)\s]+)\)", text)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_relative_links_lead_somewhere(document: Path) -> None:
+    for link in links(document):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (document.parent / path).resolve() if path else document
+        assert target.exists(), link
+        assert target.is_relative_to(ROOT), link
+        if anchor and target.suffix == ".md":
+            assert anchor in anchors(target.read_text()), link
+
+
+def test_every_make_target_that_a_document_mentions_exists() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z][a-z-]*):", makefile, re.MULTILINE))
+    for document in DOCUMENTS:
+        for target in re.findall(r"(?:^|`)make ([a-z][a-z-]*)", document.read_text(), re.MULTILINE):
+            assert target in targets, f"{document.name}: make {target}"
+
+
+def test_make_help_explains_every_target() -> None:
+    makefile = (ROOT / "Makefile").read_text().replace("\\\n", " ")
+    phony = set(re.search(r"^\.PHONY: (.+)$", makefile, re.MULTILINE).group(1).split())
+    explained = dict(re.findall(r"^([a-z-]+):.*?## (.+)$", makefile, re.MULTILINE))
+    assert explained.keys() == phony
+    shown = subprocess.run(
+        ["make", "--no-print-directory", "help"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert all(text in shown for text in explained.values())
+
+
+def test_every_dependency_is_explained() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {
+        re.match(r"[\w.-]+", requirement).group().lower()
+        for requirements in (project["dependencies"], *project["optional-dependencies"].values())
+        for requirement in requirements
+    } - {"loraplex"}
+    text = (ROOT / "docs" / "dependencies.md").read_text()
+    first_cells = re.findall(r"^\| (`[^|]+) \|", text.split("## Not packages")[0], re.MULTILINE)
+    explained = {name.lower() for cell in first_cells for name in re.findall(r"`([^`]+)`", cell)}
+    assert explained == declared
+
+
+def test_the_lock_holds_every_direct_dependency_at_an_exact_version() -> None:
+    lines = [
+        line
+        for line in (ROOT / "requirements.lock").read_text().splitlines()
+        if not line.startswith("#")
+    ]
+    pinned = {}
+    for line in lines:
+        name, _, version = line.partition("==")
+        assert re.fullmatch(r"[0-9][0-9a-z.]*", version), line
+        pinned[re.sub(r"[-_.]+", "-", name).lower()] = version
+    assert pinned["torch"] == "2.13.0"
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for requirements in (project["dependencies"], *project["optional-dependencies"].values()):
+        for requirement in requirements:
+            name = re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", requirement).group()).lower()
+            assert name == "loraplex" or name in pinned, requirement
+
+
+def test_every_test_that_the_guarantees_name_exists() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", (ROOT / "docs/guarantees.md").read_text())
+    assert named
+    for file, function in named:
+        path = ROOT / file
+        assert path.is_file(), file
+        if function:
+            tree = ast.parse(path.read_text())
+            names = {
+                node.name
+                for node in ast.walk(tree)
+                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+            } | {target.id for node in ast.walk(tree) if isinstance(node, ast.Assign)
+                 for target in node.targets if isinstance(target, ast.Name)}  # fmt: skip
+            assert function in names, f"{file}::{function}"
+
+
+def test_every_file_that_a_document_names_exists() -> None:
+    folders = "adapters|bench|client|deploy|docs|examples|model|proto|scripts|server|tests"
+    for document in DOCUMENTS:
+        for name in re.findall(rf"`((?:{folders})/[\w./-]+)`", document.read_text()):
+            assert (ROOT / name).exists(), f"{document.name}: {name}"
+
+
+def test_nothing_names_a_path_of_the_machine_it_was_written_on() -> None:
+    # The patterns are put together here so that this file does not match itself.
+    places = "|".join(["work/(main|scratch|shared)", r"root/(?!\.cache/pip\b)", "home/[a-z]", "opt/(pypi|wheels)"])
+    pattern = re.compile(rf"(?<![\w.}}])/({places})")
+    offenders = {
+        f"{file.relative_to(ROOT)}:{number}"
+        for file in tracked()
+        if file != Path(__file__)
+        for number, line in enumerate(file.read_text(errors="replace").splitlines(), 1)
+        if pattern.search(line)
+    }
+    assert not offenders

@@ -1,0 +1,116 @@
+"""Driving an `EngineCore` by hand: a clock that is set, a loader that is told when it has read."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from engine.oracle import OracleRunner
+from loraplex_server.engine.core import EngineCore
+from loraplex_server.engine.loader import ReadResult, read
+from loraplex_server.engine.messages import (
+    AdapterRef,
+    ControlDone,
+    LoadDone,
+    Output,
+    SamplingParams,
+    StepDone,
+    Submit,
+)
+from loraplex_server.engine.scheduler import Limits
+
+GREEDY = SamplingParams(temperature=0.0)
+
+
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class ManualLoader:
+    """A loader whose reads end when a test calls `finish`."""
+
+    def __init__(self, runner: OracleRunner) -> None:
+        self._runner = runner
+        self._result: ReadResult | None = None
+        self.reading: AdapterRef | None = None
+        self.started: list[str] = []
+
+    def start(self, ref: AdapterRef) -> None:
+        assert self.reading is None, "two reads at once"
+        self.reading = ref
+        self.started.append(ref.digest)
+
+    def finish(self) -> None:
+        assert self.reading is not None
+        self._result = read(self._runner.read_adapter, self.reading)
+        self.reading = None
+
+    def poll(self) -> ReadResult | None:
+        result, self._result = self._result, None
+        return result
+
+
+class Engine:
+    """A core over an oracle, with everything that came out of it, by request and by control order."""
+
+    def __init__(self, runner: OracleRunner | None = None, **limits: int) -> None:
+        self.runner = runner or OracleRunner()
+        self.runner.keep_batches = True
+        self.clock = Clock()
+        self.loader = ManualLoader(self.runner)
+        self.core = EngineCore(self.runner, Limits(**limits), self.clock, self.loader)
+        self.outputs: dict[int, list[Output]] = {}
+        self.controls: dict[int, ControlDone] = {}
+        self.loads: list[LoadDone] = []
+        self.last: StepDone | None = None
+
+    def submit(self, id: int, token_ids: list[int], max_new_tokens: int = 4, **fields: Any) -> None:
+        fields.setdefault("sampling", GREEDY)
+        self.core.add(Submit(id, token_ids, max_new_tokens, **fields))
+
+    def step(self) -> StepDone | None:
+        done = self.core.step()
+        if done is not None:
+            self.last = done
+            for output in done.outputs:
+                self.outputs.setdefault(output.id, []).append(output)
+        for reply in self.core.replies():
+            if isinstance(reply, LoadDone):
+                self.loads.append(reply)
+            else:
+                assert reply.op not in self.controls, "a control order is answered twice"
+                self.controls[reply.op] = reply
+        return done
+
+    def run(self, most: int = 1000) -> None:
+        """Steps, and lets every read end at once, until nobody waits. Bounded: waiting for ever fails."""
+        for _ in range(most):
+            if self.core.idle:
+                return
+            if self.loader.reading is not None:
+                self.loader.finish()
+            self.step()
+        raise AssertionError(f"somebody still waits after {most} steps")
+
+    def tokens(self, id: int) -> list[int]:
+        return [token for output in self.outputs.get(id, []) for token in output.token_ids]
+
+    def outcome(self, id: int) -> str | None:
+        """"stop", "length", an error's reason, or None while there is none."""
+        ends = [o for o in self.outputs.get(id, []) if o.finish is not None or o.error is not None]
+        assert len(ends) <= 1, f"request {id} ended twice"
+        if not ends:
+            return None
+        assert ends[0] is self.outputs[id][-1], f"request {id} had output after its end"
+        return ends[0].finish or (ends[0].error.reason if ends[0].error else None)
+
+
+def adapter(name: str, weight: float = 1.0, **options: Any) -> AdapterRef:
+    """A reference to an oracle adapter; see `oracle` for the options."""
+    return AdapterRef(f"sha256:{name}", json.dumps(options), weight)

@@ -1,0 +1,71 @@
+"""Fixtures of the model's tests: decoders, loaded tiny models, the real default model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from loraplex_model.load import LoadedBase, load_base
+from loraplex_model.reference import ReferenceDecoder
+
+from model import tiny
+
+
+def _native() -> Any:
+    """The native decoder's class, or the reason why there is none."""
+    try:
+        from loraplex_model.kernels import build
+        from loraplex_model.native import NativeDecoder
+    except ImportError as error:
+        return f"no native decoder: {error}"
+    try:
+        build.load()
+    except Exception as error:
+        return f"no kernels: {error}"
+    return NativeDecoder
+
+
+@pytest.fixture(params=["reference", "native"])
+def decoder_class(request: pytest.FixtureRequest) -> Any:
+    """`(weights, num_blocks, block_size, num_slots) -> decoder`, each implementation in turn."""
+    if request.param == "reference":
+        return partial(ReferenceDecoder, keep_dense=True)
+    native = _native()
+    if isinstance(native, str):
+        pytest.skip(native)
+    return native
+
+
+Load = Callable[..., LoadedBase]
+
+
+@pytest.fixture(scope="session")
+def load_tiny(tmp_path_factory: pytest.TempPathFactory) -> Load:
+    """`(variant, dtype) -> LoadedBase`, each variant written and converted once."""
+    root = tmp_path_factory.mktemp("tiny")
+
+    def load(variant: str, dtype: torch.dtype = torch.float32) -> LoadedBase:
+        directory = root / variant
+        if not directory.exists():
+            tiny.write(variant, directory)
+        return load_base(str(directory), dtype, root / "cache")
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def default_gguf(default_cache: Path) -> Path:
+    """The real default model, fetched once for the whole checkout."""
+    from loraplex_model.default_model import ensure_default_model
+
+    return ensure_default_model(default_cache)
+
+
+@pytest.fixture(scope="session")
+def default_cache() -> Path:
+    """The cache that `make demo` uses too."""
+    return Path(__file__).parents[2] / "var" / "cache"

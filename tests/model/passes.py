@@ -1,0 +1,66 @@
+"""Drives a decoder as the engine does: sequences, scattered KV blocks, flat mixed passes."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from loraplex_model.batch import ForwardBatch, Mix
+
+BLOCK_SIZE = 4
+NUM_BLOCKS = 96
+
+
+@dataclass
+class Sequence:
+    """Tokens, of which the first `done` have been computed."""
+
+    ids: list[int]
+    mix: Mix = ()
+    done: int = 0
+    blocks: list[int] = field(default_factory=list)
+    logits: list[torch.Tensor] = field(default_factory=list)
+
+
+class Driver:
+    """Runs passes; hands out KV blocks in a shuffled order, each full of NaN until it is written."""
+
+    def __init__(self, decoder: Any, seed: int = 0) -> None:
+        self.decoder = decoder
+        self.free = list(range(NUM_BLOCKS))
+        random.Random(seed).shuffle(self.free)
+        for tensors in (decoder.keys, decoder.values):
+            for tensor in tensors:
+                tensor.fill_(float("nan"))
+
+    def step(self, *parts: tuple[Sequence, int]) -> None:
+        """One pass: each sequence computes its next n tokens, and keeps their logits."""
+        rows = []
+        for sequence, n in parts:
+            first, end = sequence.done, sequence.done + n
+            while len(sequence.blocks) * BLOCK_SIZE < end:
+                sequence.blocks.append(self.free.pop())
+            rows.append((sequence.ids[first:end], first, sequence.blocks, sequence.mix))
+            sequence.done = end
+        total = sum(n for _, n in parts)
+        logits = self.decoder.forward(ForwardBatch.build(rows, logit_rows=list(range(total))))
+        for (sequence, _), part in zip(parts, logits.split([n for _, n in parts]), strict=True):
+            sequence.logits.append(part)
+
+    def preempt(self, sequence: Sequence) -> None:
+        """Takes a sequence's blocks away; it has to be computed again from its start."""
+        for block in sequence.blocks:
+            for tensors in (self.decoder.keys, self.decoder.values):
+                for tensor in tensors:
+                    tensor[block] = float("nan")
+        self.free = sequence.blocks + self.free  # others are taken first
+        sequence.blocks, sequence.logits, sequence.done = [], [], 0
+
+
+def token_ids(seed: int, count: int, vocab: int) -> list[int]:
+    """Random tokens."""
+    return torch.randint(
+        3, vocab, (count,), generator=torch.Generator().manual_seed(seed)
+    ).tolist()

@@ -1,0 +1,293 @@
+"""Every reason of the error table, seen by a client: its code, its details, and nothing more."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import pytest_asyncio
+from google.rpc import error_details_pb2
+from loraplex.v1 import adapter_pb2
+from loraplex_adapters.errors import AdapterError
+from loraplex_adapters.store import Store
+from loraplex_server.rpc import generation
+from loraplex_server.rpc.errors import TABLE, Detail, Reason
+from rpc.harness import (
+    CRASH,
+    FAULT,
+    NONFINITE,
+    Refusal,
+    Running,
+    ask,
+    refusal,
+    running,
+    streamed,
+    write_adapter,
+)
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+Scenario = Callable[[Running, pytest.MonkeyPatch], Awaitable[Any]]
+SCENARIOS: dict[Reason, Scenario] = {}
+
+KINDS = {
+    Detail.BAD_REQUEST: error_details_pb2.BadRequest,
+    Detail.RESOURCE: error_details_pb2.ResourceInfo,
+    Detail.PRECONDITION: error_details_pb2.PreconditionFailure,
+    Detail.RETRY: error_details_pb2.RetryInfo,
+    Detail.QUOTA: error_details_pb2.QuotaFailure,
+}
+
+
+def raises(reason: Reason) -> Callable[[Scenario], Scenario]:
+    """Marks what brings a reason about."""
+
+    def keep(scenario: Scenario) -> Scenario:
+        SCENARIOS[reason] = scenario
+        return scenario
+
+    return keep
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def up(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Running]:
+    folder = tmp_path_factory.mktemp("server")
+    options = {"adapter_budget_bytes": 4096, "step_seconds": 0.005, "num_blocks": 256}
+    async with running(
+        folder,
+        max_rank=8,
+        max_context=600,
+        max_running=3,
+        max_waiting=1,
+        engine_options=options,
+    ) as server:
+        yield server
+
+
+def import_adapter(up: Running, name: str, seed: int = 0, **settings: Any) -> Path:
+    return write_adapter(up.folder / "import" / name, seed, **settings)
+
+
+def register(up: Running, name: str, path: str = "") -> Awaitable[Any]:
+    return up.adapters.RegisterAdapter(
+        adapter_pb2.RegisterAdapterRequest(name=name, path=path or name)
+    )
+
+
+@raises(Reason.FIELD_INVALID)
+async def field_invalid(up: Running, patch: pytest.MonkeyPatch) -> None:
+    await up.generation.Generate(ask(sampling={"temperature": float("nan"), "top_p": 0.0}))
+
+
+@raises(Reason.PROMPT_TOO_LONG)
+async def prompt_too_long(up: Running, patch: pytest.MonkeyPatch) -> None:
+    await up.generation.Generate(ask(*[20] * 600))
+
+
+@raises(Reason.REQUEST_MALFORMED)
+async def request_malformed(up: Running, patch: pytest.MonkeyPatch) -> None:
+    await up.channel.unary_unary("/loraplex.v1.GenerationService/Generate")(b"\xff\xff\xff")
+
+
+@raises(Reason.ADAPTER_NOT_FOUND)
+async def adapter_not_found(up: Running, patch: pytest.MonkeyPatch) -> None:
+    await up.generation.Generate(ask(adapter="nobody"))
+
+
+@raises(Reason.ADAPTER_CONFLICT)
+async def adapter_conflict(up: Running, patch: pytest.MonkeyPatch) -> None:
+    await up.register("taken", 1)
+    await up.register("taken", 2)
+
+
+@raises(Reason.ADAPTER_INVALID)
+async def adapter_invalid(up: Running, patch: pytest.MonkeyPatch) -> None:
+    folder = import_adapter(up, "torn")
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-7])
+    await register(up, "torn")
+
+
+@raises(Reason.ADAPTER_UNSUPPORTED)
+async def adapter_unsupported(up: Running, patch: pytest.MonkeyPatch) -> None:
+    import_adapter(up, "dora", use_dora=True)
+    await register(up, "dora")
+
+
+@raises(Reason.BASE_MODEL_MISMATCH)
+async def base_model_mismatch(up: Running, patch: pytest.MonkeyPatch) -> None:
+    folder = import_adapter(up, "elsewhere", target_modules=["k_proj"])
+    weights = folder / "adapter_model.safetensors"
+    # The same files, made for a base with modules of another name and shape.
+    content = weights.read_bytes().replace(b"layers.0.self", b"layers.7.self")
+    weights.write_bytes(content)
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    settings["target_modules"] = ["q_proj", "v_proj"]
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    await register(up, "elsewhere")
+
+
+@raises(Reason.RANK_TOO_LARGE)
+async def rank_too_large(up: Running, patch: pytest.MonkeyPatch) -> None:
+    import_adapter(up, "wide", rank=16)
+    await register(up, "wide")
+
+
+@raises(Reason.ADAPTER_TOO_LARGE)
+async def adapter_too_large(up: Running, patch: pytest.MonkeyPatch) -> None:
+    await up.register("bloated", 3)
+    await sabotage(up, "bloated", nbytes=5000)
+    await up.generation.Generate(ask(adapter="bloated"))
+
+
+@raises(Reason.ADAPTER_CORRUPT)
+async def adapter_corrupt(up: Running, patch: pytest.MonkeyPatch) -> None:
+    await up.register("rotten", 4)
+    await sabotage(up, "rotten", fail="ADAPTER_CORRUPT")
+    await up.generation.Generate(ask(adapter="rotten"))
+
+
+async def sabotage(up: Running, name: str, **options: Any) -> None:
+    """Tells the oracle what to do when it reads the adapter's files in the store."""
+    request = adapter_pb2.GetAdapterRequest(adapter_id=name)
+    digest = (await up.adapters.GetAdapter(request)).adapter.digest
+    store = Store(up.folder / "store")
+    folder = store.path(digest)
+    store.close()
+    folder.chmod(0o755)
+    (folder / "oracle.json").write_text(json.dumps(options))
+
+
+@raises(Reason.ADAPTER_UNLOADED)
+async def adapter_unloaded(up: Running, patch: pytest.MonkeyPatch) -> None:
+    await up.register("brief", 5)
+    call = up.generation.GenerateStream(streamed(ask(new=400, adapter="brief")))
+    assert (await call.read()).WhichOneof("event") == "started"
+    unload = adapter_pb2.UnloadAdapterRequest(adapter_id="brief", force=True)
+    await up.adapters.UnloadAdapter(unload)
+    async for _ in call:
+        pass
+
+
+@raises(Reason.STORE_FULL)
+async def store_full(up: Running, patch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise AdapterError("STORE_FULL", "no space is left in the adapter store")
+
+    patch.setattr(Store, "register", full)
+    await up.register("late", 6)
+
+
+@raises(Reason.STORE_UNAVAILABLE)
+async def store_unavailable(up: Running, patch: pytest.MonkeyPatch) -> None:
+    def gone(*_: object, **__: object) -> None:
+        raise AdapterError("STORE_UNAVAILABLE", "the store's index cannot be read")
+
+    patch.setattr(Store, "resolve", gone)
+    await up.generation.Generate(ask(adapter="alpha"))
+
+
+@raises(Reason.OVERLOADED)
+async def overloaded(up: Running, patch: pytest.MonkeyPatch) -> None:
+    calls = [up.generation.GenerateStream(streamed(ask(new=500))) for _ in range(4)]
+    try:
+        for call in calls[:3]:
+            await call.read()
+        await up.generation.Generate(ask())
+        await up.generation.Generate(ask())
+    finally:
+        for call in calls:
+            call.cancel()
+
+
+@raises(Reason.DRAINING)
+async def draining(up: Running, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(up.server._gate, "draining", True)
+    await up.generation.Generate(ask())
+
+
+@raises(Reason.ENGINE_RESTARTED)
+async def engine_restarted(up: Running, patch: pytest.MonkeyPatch) -> None:
+    try:
+        await up.generation.Generate(ask(20, CRASH))
+    finally:
+        while not up.server.engine.ready:
+            await asyncio.sleep(0.01)
+
+
+@raises(Reason.DEADLINE_EXCEEDED)
+async def deadline_exceeded(up: Running, patch: pytest.MonkeyPatch) -> None:
+    loop = asyncio.get_running_loop()
+    patch.setattr(generation, "_deadline", lambda context: loop.time() + 0.05)
+    await up.generation.Generate(ask(new=500))
+
+
+@raises(Reason.NON_FINITE_LOGITS)
+async def non_finite_logits(up: Running, patch: pytest.MonkeyPatch) -> None:
+    await up.generation.Generate(ask(20, NONFINITE))
+
+
+@raises(Reason.ENGINE_FAULT)
+async def engine_fault(up: Running, patch: pytest.MonkeyPatch) -> None:
+    await up.generation.Generate(ask(20, FAULT))
+
+
+@raises(Reason.READER_STALLED)
+async def reader_stalled(up: Running, patch: pytest.MonkeyPatch) -> None:
+    # A client that does not read cannot see the status; here its writes only seem to be stuck.
+    patch.setattr("loraplex_server.rpc.interceptor.asyncio.timeout", expired)
+    async for _ in up.generation.GenerateStream(streamed(ask())):
+        pass
+
+
+def expired(_: float) -> Any:
+    return asyncio.timeout_at(0)
+
+
+async def provoke(up: Running, reason: Reason, patch: pytest.MonkeyPatch) -> Refusal:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await SCENARIOS[reason](up, patch)
+    return refusal(caught.value)
+
+
+@pytest.mark.parametrize("reason", list(Reason), ids=lambda reason: reason.name)
+async def test_a_client_sees_the_reason_as_the_table_says(
+    up: Running, reason: Reason, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = up.metric("rejected_requests_total", reason=reason.name)
+    seen = await provoke(up, reason, monkeypatch)
+    monkeypatch.undo()
+    row = TABLE[reason]
+    assert seen.reason == reason.name
+    assert seen.code == row.code
+    assert seen.trailers["x-request-id"]
+    assert len(seen.details) == (1 if row.detail is Detail.NONE else 2)
+    if row.detail is not Detail.NONE:
+        detail = seen.detail(KINDS[row.detail])
+        assert str(detail)
+    if row.detail is Detail.RETRY:
+        assert seen.trailers["grpc-retry-pushback-ms"] == str(round(row.retry_seconds * 1000))
+    else:
+        assert "grpc-retry-pushback-ms" not in seen.trailers
+    for secret in ("secret", "Traceback", str(up.folder)):
+        assert secret not in repr(seen)
+    assert up.metric("rejected_requests_total", reason=reason.name) > before
+    # The server goes on.
+    reply = await up.generation.Generate(ask(new=2))
+    assert len(reply.token_ids) == 2
+
+
+async def test_only_unavailable_tells_a_client_to_try_again() -> None:
+    for reason, row in TABLE.items():
+        assert (row.code is grpc.StatusCode.UNAVAILABLE) == (row.retry_seconds > 0), reason
+
+
+async def test_all_violations_come_at_once(up: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = await provoke(up, Reason.FIELD_INVALID, monkeypatch)
+    violations = seen.detail(error_details_pb2.BadRequest).field_violations
+    assert [v.field for v in violations] == ["sampling.temperature", "sampling.top_p"]
