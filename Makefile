@@ -16,11 +16,11 @@ TEST_THREADS ?= 2
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model prometheus demo serve test test-gpu lint proto bench bench-peft bench-gpu \
-        lock clean distclean
+.PHONY: help setup model prometheus demo serve test test-gpu lint proto bench bench-peft \
+        bench-kernels bench-gpu lock clean distclean
 
 help: ## Show this list
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  \033[1m%-12s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  \033[1m%-14s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY) ## Make .venv with the locked versions of everything (repeated only when they change)
 
@@ -31,7 +31,7 @@ $(READY): pyproject.toml requirements.lock
 	  || echo "note: no C++ compiler found; the slower reference kernels will be used" >&2
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing the locked dependencies into $(VENV); the first time takes minutes."
-	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable '.[dev]'
+	$(BIN)/python -m pip install -qq --constraint requirements.lock --editable '.[dev]'
 	@touch $@
 
 model: $(READY) ## Fetch the default model's weights into var/cache (93 MB, once)
@@ -64,11 +64,14 @@ lint: setup ## Check formatting, style, types, the layers, the protos and the ge
 proto: setup ## Generate client/loraplex/v1 from proto/
 	$(BIN)/python proto/generate.py
 
-bench: setup model ## Drive a server that it starts with bench/serve.py (ARGS='--adapters zipf ...')
-	$(BIN)/python scripts/with_server.py $(BIN)/python bench/serve.py --target {server} $(ARGS)
+bench: setup model ## Measure this server: base and adapters, by popularity and concurrency
+	$(BIN)/python bench/bench.py $(ARGS)
 
 bench-peft: setup model ## Compare with PEFT on the same NF4 base, in one run
 	$(BIN)/python bench/bench_peft.py $(ARGS)
+
+bench-kernels: setup ## Compare the NF4 product with bitsandbytes' and torch's
+	$(BIN)/python bench/kernels.py $(ARGS)
 
 bench-gpu: setup model ## Compare with PEFT on a CUDA device
 	@$(BIN)/python scripts/require_cuda.py

@@ -1,6 +1,6 @@
 """The default model as a Hugging Face directory, for peers that want one. Made once, under `var/`.
 
-    python bench/base.py
+python bench/base.py
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import sys
 from pathlib import Path
 
 DEFAULT = Path("var/bench/base")
+CACHE = Path("var/cache")
 
 
-def ensure(directory: Path = DEFAULT, dtype: str = "float32") -> Path:
+def ensure(directory: Path = DEFAULT, cache: Path = CACHE, dtype: str = "float32") -> Path:
     """Writes weights, configuration and tokenizer to `directory` unless they are there.
 
-    The weights are those of the default model's GGUF file, dequantised by transformers.
+    The weights are those of the default model's GGUF file, dequantised by transformers. `cache` is
+    the server's.
     """
     if (directory / "config.json").exists():
         return directory
@@ -24,7 +26,7 @@ def ensure(directory: Path = DEFAULT, dtype: str = "float32") -> Path:
     from loraplex_model.default_model import ensure_default_model
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    gguf = Path(ensure_default_model())
+    gguf = ensure_default_model(cache)
     unfinished = directory.with_name(directory.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     model = AutoModelForCausalLM.from_pretrained(

@@ -46,12 +46,16 @@ def main() -> None:
     library = build.load()
     threads = torch.get_num_threads()
     print(f"kernels {library.isa}, {threads} threads; milliseconds\n")
-    print(f"{'out x in':>12} {'rows':>5} {'ours':>8} {'bitsandbytes':>13} {'torch f32':>10} {'GFLOP/s':>8}")
+    print(
+        f"{'out x in':>12} {'rows':>5} {'ours':>8} {'bitsandbytes':>13} {'torch f32':>10} {'GFLOP/s':>8}"
+    )
     over_bnb: dict[int, list[float]] = {rows: [] for rows in ROWS}
     for out, fan_in in SHAPES:
         weight = torch.randn(out, fan_in)
         matrix = nf4.quantise(weight)
-        codes, scales = layout.nf4_panels(library, matrix.packed, nf4.absmax_float(matrix), out, fan_in)
+        codes, scales = layout.nf4_panels(
+            library, matrix.packed, nf4.absmax_float(matrix), out, fan_in
+        )
         ours = CMatrix(data=codes.data_ptr(), absmax=scales.data_ptr(), out=out, in_=fan_in)
         theirs, state = bnb_functional.quantize_4bit(
             weight, quant_type="nf4", blocksize=64, compress_statistics=True
@@ -67,9 +71,15 @@ def main() -> None:
             dense = milliseconds(lambda x=x: x @ weight.T)
             over_bnb[rows].append(peer / mine)
             flops = 2 * rows * out * fan_in / mine / 1e6
-            print(f"{out:>6} x{fan_in:>5} {rows:>5} {mine:8.3f} {peer:13.3f} {dense:10.3f} {flops:8.0f}")
-    means = {f"over_bitsandbytes_{rows}": math.prod(r) ** (1 / len(r)) for rows, r in over_bnb.items()}
-    print(json.dumps({name: round(value, 2) for name, value in means.items()} | {"isa": library.isa}))
+            print(
+                f"{out:>6} x{fan_in:>5} {rows:>5} {mine:8.3f} {peer:13.3f} {dense:10.3f} {flops:8.0f}"
+            )
+    means = {
+        f"over_bitsandbytes_{rows}": math.prod(r) ** (1 / len(r)) for rows, r in over_bnb.items()
+    }
+    print(
+        json.dumps({name: round(value, 2) for name, value in means.items()} | {"isa": library.isa})
+    )
 
 
 if __name__ == "__main__":

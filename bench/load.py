@@ -46,7 +46,7 @@ class Exchange:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One request, read. `tokens` holds (arrival time, number of tokens) of each message that had any.
+    """One request, read. `tokens` holds (arrival time, number of tokens) of each message with any.
 
     `error` is "" for an answer from the adapter that was named, of the length asked for.
     """

@@ -4,7 +4,7 @@
 
 The base is NF4 with double quantisation; sixteen rows share one `generate` call whose
 `adapter_names` says which adapter each row uses. Prompts are random tokens of one length, decoding
-is greedy and does not stop at the end-of-sequence token. The last line of output is one JSON object.
+is greedy and does not stop at the end-of-sequence token. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Generate = Callable[[int, int, int], None]
 """`generate(rows, prompt tokens, new tokens)`."""
 
 
-def load_base(directory: Path, dtype: torch.dtype) -> Any:
+def load_base(directory: Path, dtype: torch.dtype, device: str) -> Any:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     quantisation = BitsAndBytesConfig(
@@ -38,7 +38,7 @@ def load_base(directory: Path, dtype: torch.dtype) -> Any:
         bnb_4bit_compute_dtype=dtype,
     )
     model = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=dtype, quantization_config=quantisation, device_map={"": "cpu"}
+        directory, dtype=dtype, quantization_config=quantisation, device_map={"": device}
     )
     model.generation_config.eos_token_id = None  # rows end at max_new_tokens only
     return model.eval()
@@ -61,7 +61,7 @@ def generator(model: Any, seed: int, adapter_names: list[str] | None) -> Generat
     names = {"adapter_names": adapter_names} if adapter_names else {}
 
     def generate(rows: int, prompt_tokens: int, new_tokens: int) -> None:
-        ids = torch.randint(256, 49_000, (rows, prompt_tokens), generator=random)
+        ids = torch.randint(256, 49_000, (rows, prompt_tokens), generator=random).to(model.device)
         out = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
@@ -89,11 +89,11 @@ def tokens_per_second(
     return statistics.median(rates)
 
 
-def faster_dtype(directory: Path) -> tuple[str, dict[str, float]]:
+def faster_dtype(directory: Path, device: str) -> tuple[str, dict[str, float]]:
     """A short run of both: the faster one's name, and tokens per second of each."""
     rates = {}
     for name, dtype in DTYPES.items():
-        generate = generator(load_base(directory, dtype), seed=0, adapter_names=None)
+        generate = generator(load_base(directory, dtype, device), seed=0, adapter_names=None)
         rates[name] = tokens_per_second(generate, 16, 16, 4, repeats=1)
     return max(rates, key=lambda name: rates[name]), rates
 
@@ -110,8 +110,8 @@ def main(argv: list[str] | None = None) -> int:
     directories = [args.adapters / f"a{i}" for i in range(16)]
     with torch.inference_mode():
         if name == "best":
-            name, probes = faster_dtype(args.base)
-        model = load_base(args.base, DTYPES[name])
+            name, probes = faster_dtype(args.base, args.device)
+        model = load_base(args.base, DTYPES[name], args.device)
         for case, rows in (("base_1", 1), ("base_16", 16)):
             if case in args.cases:
                 generate = generator(model, args.seed, None)
@@ -151,8 +151,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--base", type=Path, default=Path("var/bench/base"), help="Hugging Face directory")
     add("--adapters", type=Path, default=Path("var/bench/adapters"), help="folder with a0 to a15")
-    add("--dtype", choices=[*DTYPES, "best"], default="best", help="best tries both, takes the faster")
+    add(
+        "--dtype",
+        choices=[*DTYPES, "best"],
+        default="best",
+        help="best tries both, takes the faster",
+    )
     add("--cases", nargs="+", choices=CASES, default=list(CASES))
+    add("--device", default="cpu", choices=("cpu", "cuda"))
     add("--prompt-tokens", type=int, default=128)
     add("--output-tokens", type=int, default=64)
     add("--repeats", type=int, default=1)

@@ -3,15 +3,16 @@
     python bench/serve.py --target 127.0.0.1:50051 --concurrency 16 --requests 64
     python bench/serve.py --adapters zipf --names a0,a1,a2,a3 --rate 4 --requests 100
 
-Closed loop by default; `--rate` makes it open loop (Poisson arrivals). Decoding is greedy and goes on
-past the end-of-sequence token, so every request yields exactly the tokens asked for. The last line
-of output is one JSON object.
+Closed loop by default; `--rate` makes it open loop (Poisson arrivals). Decoding is greedy and goes
+on past the end-of-sequence token, so every request yields exactly the tokens asked for. The last
+line of output is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import sys
 from dataclasses import asdict, replace
 
@@ -47,7 +48,17 @@ def main(argv: list[str] | None = None) -> int:
         "seed": args.seed,
         "warmup": args.warmup,
     }
-    head = ["requests", "errors", "tokens", "seconds", "tok/s", "ttft p50", "p99 ms", "itl p50", "p99 ms"]
+    head = [
+        "requests",
+        "errors",
+        "tokens",
+        "seconds",
+        "tok/s",
+        "ttft p50",
+        "p99 ms",
+        "itl p50",
+        "p99 ms",
+    ]
     m = measured
     row = [m.requests, m.errors, m.output_tokens, m.seconds, m.output_tok_s]
     row += [m.ttft_p50_ms, m.ttft_p99_ms, m.itl_p50_ms, m.itl_p99_ms]
@@ -63,7 +74,9 @@ async def drive(args: argparse.Namespace, workload: Workload) -> load.Measuremen
     """Warms up with requests like the measured ones, but with other prompts, then measures."""
     if args.warmup:
         warm = replace(workload, requests=args.warmup, seed=workload.seed + 1)
-        await load.run(args.target, plan(warm), load.Pace(args.concurrency, limit_s=args.max_seconds))
+        await load.run(
+            args.target, plan(warm), load.Pace(args.concurrency, limit_s=args.max_seconds)
+        )
     times = None
     if args.rate is not None:
         times = tuple(arrivals(workload.requests, args.rate, workload.seed))
@@ -77,17 +90,31 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--target", default="127.0.0.1:50051", help="the server's host:port")
+    add(
+        "--target",
+        default=os.environ.get("LORAPLEX_SERVER", "127.0.0.1:50051"),
+        help="the server's host:port; default from LORAPLEX_SERVER",
+    )
     add("--adapters", type=Popularity, choices=list(Popularity), default=Popularity.BASE,
         help="how requests spread over the adapters")  # fmt: skip
-    add("--names", type=_names, default=(), help="registered adapters, comma-separated, popular first")
+    add(
+        "--names",
+        type=_names,
+        default=(),
+        help="registered adapters, comma-separated, popular first",
+    )
     add("--zipf-alpha", type=float, default=1.0, help="steepness of zipf")
     add("--concurrency", type=_positive, default=16, help="requests in flight (closed loop)")
     add("--rate", type=_rate, default=None, help="requests a second (open loop, Poisson)")
     add("--requests", type=_positive, default=64, help="how many to send")
     add("--prompt-tokens", type=Span.parse, default=Span(128, 128), help="N or LOW-HIGH")
     add("--output-tokens", type=Span.parse, default=Span(64, 64), help="N or LOW-HIGH")
-    add("--token-ids", type=Span.parse, default=Span(256, 49_000), help="ids that prompts are made of")
+    add(
+        "--token-ids",
+        type=Span.parse,
+        default=Span(256, 49_000),
+        help="ids that prompts are made of",
+    )
     add("--warmup", type=int, default=16, help="requests sent before, not measured")
     add("--max-seconds", type=float, default=300.0, help="cancel what has not ended by then")
     add("--seed", type=int, default=0)

@@ -1,4 +1,4 @@
-"""A `loraplex-server` as a child process: started on free ports, waited for, stopped with SIGTERM."""
+"""A `loraplex-server` as a child process: started on free ports, awaited, stopped with SIGTERM."""
 
 from __future__ import annotations
 
@@ -23,6 +23,11 @@ Progress = Callable[[float, str], None]
 
 class ServerError(Exception):
     """The server did not start or did not stop; the message says what to do."""
+
+
+def exit_on_sigterm() -> None:
+    """SIGTERM becomes SystemExit, so that a script that is ended still stops its server."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
 class Server:
@@ -63,7 +68,12 @@ class Server:
         try:
             with self._log.open("w") as log:
                 self._process = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, text=True
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    text=True,
+                    start_new_session=True,  # Ctrl-C reaches this process, which stops that one
                 )
         except OSError as error:
             raise ServerError(
@@ -84,7 +94,7 @@ class Server:
         self.ready_s = time.monotonic() - began
 
     def stop(self, grace: float = 60.0) -> int:
-        """Sends SIGTERM and waits; kills after `grace` seconds. Returns the exit code. Idempotent."""
+        """Sends SIGTERM; kills after `grace` seconds. Returns the exit code. Idempotent."""
         process = self._process
         if process is None:
             raise ServerError("the server was never started")
@@ -100,13 +110,12 @@ class Server:
         self.exit_code = process.returncode
         return process.returncode
 
-    def last_log_line(self) -> str:
-        """Empty when nothing has been logged."""
+    def _log_tail(self) -> list[str]:
+        """The last lines of the log."""
         with self._log.open("rb") as file:
             file.seek(0, 2)
             file.seek(max(0, file.tell() - 4096))
-            lines = file.read().decode(errors="replace").splitlines()
-        return lines[-1] if lines else ""
+            return file.read().decode(errors="replace").splitlines()
 
     def _await_ready(self, began: float) -> None:
         process = self._process
@@ -117,14 +126,15 @@ class Server:
             if not readable:
                 self._check_time(began)
                 if self._progress is not None:
-                    self._progress(time.monotonic() - began, self.last_log_line())
+                    self._progress(time.monotonic() - began, next(reversed(self._log_tail()), ""))
                 continue
             line = process.stdout.readline()
             if not line:
                 process.wait()
+                said = [line for line in self._log_tail() if line.startswith("error: ")]
                 raise ServerError(
-                    f"the server ended with exit code {process.returncode}: "
-                    f"{self.last_log_line() or 'it said nothing'} (its log: {self._log})"
+                    f"the server ended with exit code {process.returncode}; "
+                    f"{said[-1] if said else 'no error was named'} (its log: {self._log})"
                 )
             match = READY.match(line)
             if match:

@@ -1,4 +1,4 @@
-"""What a benchmark asks for: prompts of random tokens, their lengths, and which adapter each names."""
+"""What a benchmark asks for: prompts of random tokens, their lengths, and each one's adapter."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Span:
 
     @classmethod
     def parse(cls, text: str) -> Span:
-        """"64" is always 64, "16-128" anything between. Raises ValueError."""
+        """ "64" is always 64, "16-128" anything between. Raises ValueError."""
         first, dash, last = text.partition("-")
         span = cls(int(first), int(last) if dash else int(first))
         if span.low < 1 or span.high < span.low:
@@ -87,7 +87,7 @@ def plan(workload: Workload) -> list[Job]:
 
 
 def arrivals(count: int, rate: float, seed: int) -> list[float]:
-    """Seconds from the start at which `count` requests arrive: a Poisson process of `rate` per second."""
+    """Seconds from the start at which requests arrive: a Poisson process of `rate` per second."""
     rng = random.Random(seed)
     at = 0.0
     times = []

@@ -182,14 +182,20 @@ def train(base: LoadedBase, data: Path, seed: int) -> list[dict[tuple[int, str],
             f"{recipe.name} {loss.item():.3f}"
             for recipe, loss in zip(RECIPES, step_losses, strict=True)
         )
-        print(f"step {step + 1:>2}/{steps}  loss: {shown}  {time.monotonic() - began:.0f} s", flush=True)
+        print(
+            f"step {step + 1:>2}/{steps}  loss: {shown}  {time.monotonic() - began:.0f} s",
+            flush=True,
+        )
     return adapters
 
 
 def write(
     directory: Path, recipe: Recipe, factors: dict[tuple[int, str], LoraFactors], fingerprint: str
 ) -> None:
-    """A PEFT directory with bfloat16 weights, the type that a bfloat16 server computes with."""
+    """A PEFT directory with bfloat16 weights, the type that a bfloat16 server computes with.
+
+    `fingerprint` is the base's, or "" for none.
+    """
     tensors = {}
     for (layer, module), lora in factors.items():
         parent = PARENTS.get(module, "self_attn")
@@ -226,13 +232,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, default=HERE / "data" / "answers.jsonl")
     parser.add_argument("--out", type=Path, default=HERE / "adapters")
     parser.add_argument("--cache", type=Path, default=Path("var/cache"), help="the server's cache")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2, help="more helps only on idle cores")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--stamp",
+        action="store_true",
+        help="write the base's fingerprint into the files: only that very base then takes them",
+    )
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     base = load_base("default", torch.bfloat16, args.cache)
+    fingerprint = base.weights.fingerprint if args.stamp else ""
     for recipe, factors in zip(RECIPES, train(base, args.data, args.seed), strict=True):
-        write(args.out / recipe.name, recipe, factors, base.weights.fingerprint)
+        write(args.out / recipe.name, recipe, factors, fingerprint)
         print(args.out / recipe.name)
     return 0
 

@@ -1,4 +1,4 @@
-"""Ends with a clear message unless torch sees a CUDA device. Used by `make test-gpu` and `bench-gpu`."""
+"""Ends with a clear message unless torch sees a CUDA device (`make test-gpu`, `bench-gpu`)."""
 
 import sys
 

@@ -103,7 +103,10 @@ def _size_and_time(file: Path) -> tuple[int, int]:
 
 
 def _build(entry: Path, build: Build) -> None:
-    fresh = entry.parent / f".building-{uuid.uuid4().hex}"
+    prefix = f".building-{entry.name}-"
+    for abandoned in entry.parent.glob(prefix + "*"):  # by a process that died: we hold the lock
+        shutil.rmtree(abandoned, ignore_errors=True)
+    fresh = entry.parent / (prefix + uuid.uuid4().hex)
     fresh.mkdir()
     try:
         build(fresh)

@@ -40,6 +40,8 @@ class DequantisedLinear:
 
     def __call__(self, matrix: NF4Matrix, x: torch.Tensor) -> torch.Tensor:
         """See `BaseLinear`."""
+        if not torch.is_grad_enabled():
+            return by_tiles(x, dequantize(matrix).to(x.dtype))
         result: torch.Tensor = _Unpacked.apply(x, matrix)  # type: ignore[no-untyped-call]
         return result
 
@@ -50,9 +52,7 @@ class _Unpacked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, matrix: NF4Matrix) -> torch.Tensor:
         ctx.matrix = matrix
-        weight = dequantize(matrix).to(x.dtype)
-        # autograd is off in here, so by_tiles cannot tell training from serving
-        return x @ weight.T if ctx.needs_input_grad[0] else by_tiles(x, weight)
+        return x @ dequantize(matrix).to(x.dtype).T
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:

@@ -74,7 +74,7 @@ HOSTILE: dict[str, bytes | Callable[[], bytes]] = {
     "a header bomb": lambda: safetensors_bytes(b"{" + b" " * MAX_HEADER_BYTES + b"}", b""),
     "a million list items": lambda: safetensors_bytes(b'{"a":[' + b"1," * 400_000 + b"1]}", b""),
     "9,000 tensors": lambda: empty_tensors(9_000),
-    "800,000 empty tensors": lambda: empty_tensors(80_000),
+    "80,000 empty tensors": lambda: empty_tensors(80_000),
     "deep nesting": safetensors_bytes(b'{"a":' + b"[" * 100_000, b""),
     "a duplicate tensor": twice,
     "truncated by one byte": SOUND[:-1],
@@ -130,7 +130,7 @@ def test_a_pickle_under_the_right_name_is_recognised(magic: bytes, tmp_path: Pat
 
 @given(st.data())
 def test_what_is_accepted_the_library_reads_alike(data: st.DataObject) -> None:
-    """Differential: our reader may be stricter than safetensors, never laxer, and never different."""
+    """Our reader may be stricter than safetensors; it is never laxer and never sees other bytes."""
     from safetensors.numpy import load
 
     mutated = bytearray(SOUND)
@@ -159,18 +159,23 @@ def test_no_bytes_raise_anything_but_the_typed_error(data: bytes) -> None:
 
 
 PROBE = """
-import resource, sys
+import sys
 from pathlib import Path
 from loraplex_adapters.format import examine
 from loraplex_adapters.spec import BaseShapes
+def peak():
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0])
 base = BaseShapes(2, {"q_proj": (32, 32)})
 examine(Path(sys.argv[1]), base)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for directory in sys.argv[2:]:
+    Path("/proc/self/clear_refs").write_text("5")
+    before = peak()
     report = examine(Path(directory), base)
     assert report.findings, directory
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-assert "torch" not in sys.modules and "safetensors" not in sys.modules
+    print(peak() - before)
+assert "torch" not in sys.modules
+assert "safetensors" not in sys.modules
 """
 
 
@@ -190,7 +195,8 @@ def test_bombs_cost_little_memory_and_no_torch(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
     )
-    assert int(ran.stdout) < 24 << 10, "KiB more than an adapter that is fine"
+    for bomb, extra in zip(bombs, ran.stdout.split(), strict=True):
+        assert int(extra) < 24 << 10, f"{bomb}: {extra} KiB"
 
 
 def changed(name: str, position: int, value: float) -> bytes:

@@ -1,4 +1,4 @@
-"""The Grafana dashboard as the tests see it: panels, and queries with Grafana's variables filled in."""
+"""The Grafana dashboard as the tests see it: panels, and queries with the variables filled in."""
 
 from __future__ import annotations
 

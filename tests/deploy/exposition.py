@@ -33,9 +33,7 @@ def series_names() -> set[str]:
     registry = CollectorRegistry()
     Metrics(registry)
     return {
-        family.name + suffix
-        for family in registry.collect()
-        for suffix in _SUFFIXES[family.type]
+        family.name + suffix for family in registry.collect() for suffix in _SUFFIXES[family.type]
     }
 
 

@@ -1,4 +1,4 @@
-"""A real server over the oracle engine, and a real Prometheus that scrapes it, each as a process."""
+"""A real server over the oracle engine and a real Prometheus that scrapes it, as processes."""
 
 from __future__ import annotations
 
@@ -18,15 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from deploy.dashboard import ROOT
-from safetensors.numpy import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-
-WIDTH = 16
-PROJECTIONS = {"q_proj": (WIDTH, WIDTH), "v_proj": (WIDTH, WIDTH)}
-CRASH_TOKEN = 7
-"""A prompt that holds it kills the engine process."""
+from rpc.harness import config_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,48 +30,17 @@ class Server:
     admin: str
 
 
-def write_adapter(folder: Path, seed: int) -> None:
-    """A PEFT LoRA of rank 2 for the oracle's one layer."""
-    rng = np.random.default_rng(seed)
-    folder.mkdir(parents=True)
-    tensors = {}
-    for module, (inputs, outputs) in PROJECTIONS.items():
-        prefix = f"base_model.model.model.layers.0.self_attn.{module}"
-        tensors[f"{prefix}.lora_A.weight"] = rng.standard_normal((2, inputs), np.float32)
-        tensors[f"{prefix}.lora_B.weight"] = rng.standard_normal((outputs, 2), np.float32)
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": list(PROJECTIONS)}
-    (folder / "adapter_config.json").write_text(json.dumps(settings))
-
-
-def write_tokenizer(folder: Path, vocab_size: int) -> None:
-    """One token a word: `w3` is 3."""
-    folder.mkdir(parents=True)
-    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocab_size)}, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.save(str(folder / "tokenizer.json"))
-
-
 @contextmanager
-def server(folder: Path, **options: Any) -> Iterator[Server]:
-    """A server with the oracle's `options` and an import root in `folder`; stopped by SIGTERM."""
-    write_tokenizer(folder / "tokenizer", 512)
-    oracle = {
-        "num_slots": 8,
-        "adapter_budget_bytes": 1 << 20,
-        "projections": PROJECTIONS,
-        "tokenizer_path": str(folder / "tokenizer"),
-        "crash_token": CRASH_TOKEN,
-        "forbidden": [CRASH_TOKEN],
-        **options,
-    }
+def server(folder: Path) -> Iterator[Server]:
+    """A server over the oracle with an import root in `folder`; stopped by SIGTERM."""
+    config = config_for(folder)
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT / "tests"),
-        "LORAPLEX_ENGINE_FACTORY": "engine.oracle:build",
-        "LORAPLEX_ENGINE_OPTIONS": json.dumps(oracle),
-        "LORAPLEX_STORE": str(folder / "store"),
-        "LORAPLEX_IMPORT_ROOT": str(folder / "import"),
+        "LORAPLEX_ENGINE_FACTORY": config.engine_factory,
+        "LORAPLEX_ENGINE_OPTIONS": json.dumps(config.engine_options),
+        "LORAPLEX_STORE": str(config.store),
+        "LORAPLEX_IMPORT_ROOT": str(config.import_root),
         "LORAPLEX_PORT": "0",
         "LORAPLEX_ADMIN_PORT": "0",
         "LORAPLEX_LOG_LEVEL": "warning",
@@ -107,13 +69,10 @@ class Prometheus:
         self._address = address
 
     def api(self, path: str, **parameters: str) -> Any:
-        """The `data` of a reply. Raises URLError, and RuntimeError for a query that is wrong."""
+        """The `data` of a reply. Raises URLError; a wrong query is an HTTPError with code 400."""
         url = f"http://{self._address}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
-        try:
-            with urllib.request.urlopen(url, timeout=10) as reply:
-                return json.load(reply)["data"]
-        except urllib.error.HTTPError as error:
-            raise RuntimeError(f"{parameters}: {error.read().decode()}") from error
+        with urllib.request.urlopen(url, timeout=10) as reply:
+            return json.load(reply)["data"]
 
     def values(self, expr: str, start: float, end: float) -> list[float]:
         """All finite values of a query over a time range, of all its series."""

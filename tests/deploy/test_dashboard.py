@@ -7,6 +7,7 @@ import re
 
 import pytest
 import yaml
+
 from deploy import dashboard, exposition
 
 GRAFANA = dashboard.ROOT / "deploy" / "grafana"
@@ -34,7 +35,9 @@ def test_every_series_of_the_server_is_on_the_dashboard(board: dict) -> None:
     missing = {
         family
         for family, kind in exposition.families().items()
-        if not any(name == family or (kind == "histogram" and name.startswith(family)) for name in shown)
+        if not any(
+            name == family or (kind == "histogram" and name.startswith(family)) for name in shown
+        )
     }
     assert not missing
 
@@ -48,7 +51,8 @@ def test_panels_do_not_overlap_and_fit_the_grid(board: dict) -> None:
     taken: dict[tuple[int, int], str] = {}
     for panel in board["panels"]:
         place = panel["gridPos"]
-        assert 0 <= place["x"] and place["x"] + place["w"] <= 24, panel["title"]
+        assert place["x"] >= 0, panel["title"]
+        assert place["x"] + place["w"] <= 24, panel["title"]
         for x in range(place["x"], place["x"] + place["w"]):
             for y in range(place["y"], place["y"] + place["h"]):
                 assert (x, y) not in taken, f"{panel['title']} lies on {taken.get((x, y))}"
@@ -90,6 +94,8 @@ def test_provisioning_points_at_the_dashboard_and_at_a_prometheus() -> None:
     (provider,) = providers["providers"]
     compose = yaml.safe_load((dashboard.ROOT / "deploy/compose.yaml").read_text())
     mounts = dict(
-        volume.split(":")[:2] for volume in compose["services"]["grafana"]["volumes"] if volume[0] == "."
+        volume.split(":")[:2]
+        for volume in compose["services"]["grafana"]["volumes"]
+        if volume[0] == "."
     )
     assert mounts["./grafana/dashboards"] == provider["options"]["path"]

@@ -29,7 +29,7 @@ def instructions() -> list[tuple[str, str]]:
 
 
 def stages() -> dict[str, list[tuple[str, str]]]:
-    """The instructions of each stage, with those of the stages that it starts from before its own."""
+    """The instructions of each stage, after those of the stages that it starts from."""
     made: dict[str, list[tuple[str, str]]] = {}
     current: list[tuple[str, str]] = []
     for word, rest in instructions():

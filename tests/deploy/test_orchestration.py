@@ -1,4 +1,4 @@
-"""The Kubernetes base and the compose file fit together, the image and the server's configuration."""
+"""The Kubernetes base and the compose file fit the image and the server's configuration."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_pod_has_time_to_drain(pod: dict, server: dict, configured: dict[str, 
 
 
 def settings_of(variables: dict[str, str]) -> dict[str, str]:
-    """The server's settings among environment variables; the few others that we read are left out."""
+    """The server's settings among environment variables, without the others that we read."""
     others = {"LORAPLEX_KERNELS_DIR"}
     return {
         name.removeprefix("LORAPLEX_").lower(): value
@@ -92,6 +92,15 @@ def test_the_service_reaches_the_pods_ports(server: dict) -> None:
     names = {port["name"] for port in server["ports"]}
     service = documents()["Service", "loraplex"]
     assert {port["targetPort"] for port in service["spec"]["ports"]} == names
+
+
+def test_selectors_find_the_pods() -> None:
+    deployment = documents()["Deployment", "loraplex"]["spec"]
+    labels = deployment["template"]["metadata"]["labels"].items()
+    assert deployment["selector"]["matchLabels"].items() <= labels
+    assert documents()["Service", "loraplex"]["spec"]["selector"].items() <= labels
+    policy = documents()["NetworkPolicy", "loraplex"]["spec"]
+    assert policy["podSelector"]["matchLabels"].items() <= labels
 
 
 def test_a_pod_is_locked_down_and_writes_only_to_its_volumes(pod: dict, server: dict) -> None:
@@ -145,4 +154,6 @@ def test_compose_scrapes_the_service_that_it_starts() -> None:
     host, _, port = target.partition(":")
     assert host in compose["services"]
     assert port in last(stages()["cpu"], "EXPOSE").split()
-    assert job["job_name"] in re.findall(r'job="(\w+)"', (ROOT / "deploy/prometheus/alerts.yml").read_text())
+    assert job["job_name"] in re.findall(
+        r'job="(\w+)"', (ROOT / "deploy/prometheus/alerts.yml").read_text()
+    )

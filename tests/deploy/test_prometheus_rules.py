@@ -1,4 +1,4 @@
-"""Prometheus accepts our configuration, and every alert fires on its trouble and leads to a runbook."""
+"""Prometheus accepts our configuration; every alert fires on its trouble and has a runbook."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import subprocess
 
 import pytest
 import yaml
-from deploy import exposition
 from deploy.dashboard import ROOT
+
+from deploy import exposition
 
 FOLDER = ROOT / "deploy" / "prometheus"
 
@@ -29,9 +30,13 @@ def promtool() -> str:
 
 @pytest.mark.parametrize(
     "arguments",
-    [("check", "config", "prometheus.yml"), ("check", "rules", "alerts.yml"), ("test", "rules", "alerts_test.yml")],
+    [
+        ("check", "config", "prometheus.yml"),
+        ("check", "rules", "alerts.yml"),
+        ("test", "rules", "alerts_test.yml"),
+    ],
     ids=" ".join,
-)  # fmt: skip
+)
 def test_promtool_accepts(promtool: str, arguments: tuple[str, ...]) -> None:
     done = subprocess.run(
         [promtool, *arguments], cwd=FOLDER, capture_output=True, text=True, timeout=60
@@ -58,7 +63,9 @@ def test_every_alert_asks_for_series_that_the_server_exports() -> None:
 
 def test_every_alert_has_a_severity_and_a_section_of_the_runbook() -> None:
     text = (ROOT / "docs" / "operations.md").read_text()
-    sections = {heading.lower() for heading in re.findall(r"^#+ (Loraplex\w+)$", text, re.MULTILINE)}
+    sections = {
+        heading.lower() for heading in re.findall(r"^#+ (Loraplex\w+)$", text, re.MULTILINE)
+    }
     for rule in rules():
         assert rule["labels"]["severity"] in {"critical", "warning"}
         page, _, anchor = rule["annotations"]["runbook_url"].partition("#")

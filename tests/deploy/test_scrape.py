@@ -1,17 +1,20 @@
-"""Grafana would show something in every panel: a real Prometheus scrapes a loaded server and is asked."""
+"""Every panel shows something: a real Prometheus scrapes a loaded server and is asked."""
 
 from __future__ import annotations
 
 import contextlib
 import shutil
 import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from deploy import dashboard, exposition, live
 from loraplex import Client, LoraplexError
+from rpc.harness import CRASH, write_adapter
+
+from deploy import dashboard, exposition, live
 
 VARIABLES = {"job": ".*", "instance": ".*", "__rate_interval": "5s", "__range": "1m"}
 ADAPTERS = ("alpha", "beta", "gamma")
@@ -28,13 +31,13 @@ class Watched:
 
 def traffic(client: Client) -> None:
     """A little of everything that a panel counts, with an answer to each call."""
-    for prompt in ("w1 w2 w3", "w4 " * 40):
+    for prompt in ("the quick brown fox", "over the lazy dog " * 10):
         client.generate(prompt, max_new_tokens=8, temperature=0.0, ignore_eos=True)
         for name in ADAPTERS:
             for _ in client.stream(prompt, adapter=name, max_new_tokens=8, temperature=0.0):
                 pass
     with contextlib.suppress(LoraplexError):
-        client.generate("w1", adapter="unknown")
+        client.generate("the", adapter="unknown")
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +47,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
         pytest.skip("prometheus is not installed (`make prometheus` fetches it)")
     folder = tmp_path_factory.mktemp("scrape")
     for seed, name in enumerate(ADAPTERS):
-        live.write_adapter(folder / "import" / name, seed)
+        write_adapter(folder / "import" / name, seed)
     with (
         live.server(folder) as server,
         live.prometheus(binary, folder, server.admin) as prometheus,
@@ -111,12 +114,12 @@ def test_no_alert_fires_on_a_healthy_server(watched: Watched) -> None:
     rules = watched.prometheus.api("rules")["groups"][0]["rules"]
     assert rules
     assert not [rule for rule in rules if rule["health"] not in {"ok", "unknown"}]
-    assert not [alert for alert in watched.prometheus.api("alerts")["alerts"] if alert["state"] == "firing"]
+    assert not [
+        alert for alert in watched.prometheus.api("alerts")["alerts"] if alert["state"] == "firing"
+    ]
 
 
 def test_a_lost_engine_shows_in_the_metrics_and_comes_back(tmp_path: Path) -> None:
-    import urllib.request
-
     (tmp_path / "import").mkdir()
     with live.server(tmp_path) as server, Client(server.target, timeout=30.0) as client:
 
@@ -127,7 +130,7 @@ def test_a_lost_engine_shows_in_the_metrics_and_comes_back(tmp_path: Path) -> No
 
         assert sample("loraplex_engine_ready") == 1
         with pytest.raises(LoraplexError):
-            client.generate(f"w{live.CRASH_TOKEN}", timeout=5.0)
+            client.generate(token_ids=[CRASH], timeout=5.0)
         live.wait_for(lambda: sample("loraplex_engine_restarts_total") >= 1, 30)
         live.wait_for(lambda: sample("loraplex_engine_ready") == 1, 30)
-        assert client.generate("w1", max_new_tokens=2, temperature=0.0).text
+        assert client.generate("the", max_new_tokens=2, temperature=0.0).token_ids

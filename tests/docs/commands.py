@@ -7,8 +7,8 @@ text to read. A block that cannot be run here says so in the line before it, wit
 
 Two words get a meaning of their own, so that the document can stay as a reader needs it:
 `loraplex-server serve` (and `make serve`) starts in the background and is waited for; every other
-`make` target is checked with `make --dry-run`, since `make test` would run itself. The default ports
-are replaced by free ones, wherever the document writes them out.
+`make` target is checked with `make --dry-run`, since `make test` would run itself. The default
+ports are replaced by free ones, wherever the document writes them out.
 """
 
 from __future__ import annotations
@@ -21,13 +21,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-_FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*)[^\n]*\n(?P<body>.*?)^(?P=indent)```\s*$", re.M | re.S)  # fmt: skip
+_FENCE = re.compile(
+    r"^(?P<indent> *)```(?P<language>\w*)[^\n]*\n(?P<body>.*?)^(?P=indent)```\s*$", re.M | re.S
+)
 _NOT_RUN = re.compile(r"<!-- not run: (?P<reason>\S[^\n]*?) -->\s*\Z")
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A fenced block: its language, its text, its first line in the document, and why it is not run."""
+    """A fenced block: language, text, first line in the document, and why it is not run."""
 
     language: str
     text: str
@@ -89,7 +91,7 @@ trap finish EXIT
 
 
 def script(document: str, ports: Mapping[str, int]) -> str:
-    """The document's blocks as one bash script. `ports` maps each default port to the one to use."""
+    """The document's blocks as one bash script. `ports` maps each default port to its stand-in."""
     parts = [_PRELUDE]
     for block in blocks(document):
         if block.not_run or block.language not in {"sh", "python"}:
@@ -105,7 +107,11 @@ def script(document: str, ports: Mapping[str, int]) -> str:
 
 
 def run(
-    document: str, folder: Path, work: Path, ports: Mapping[str, int], environment: Mapping[str, str]
+    document: str,
+    folder: Path,
+    work: Path,
+    ports: Mapping[str, int],
+    environment: Mapping[str, str],
 ) -> subprocess.CompletedProcess[str]:
     """Runs the document's commands in `folder`. `work` takes the server's output."""
     file = work / "commands.sh"

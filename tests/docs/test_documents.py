@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from deploy import exposition
 from loraplex_server.config import Config
 from loraplex_server.rpc.errors import TABLE
+
+from deploy import exposition
 
 ROOT = Path(__file__).resolve().parents[2]
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
@@ -30,7 +31,7 @@ def tracked() -> list[Path]:
 
 
 def table(document: str, first: str) -> dict[str, list[str]]:
-    """The rows of the table whose first column is headed `first`: key, without backquotes, to cells."""
+    """The rows of the table headed `first`: the first cell, without backquotes, to the others."""
     lines = iter(document.splitlines())
     for line in lines:
         if line.startswith(f"| {first} |"):
@@ -156,7 +157,9 @@ def test_the_lock_holds_every_direct_dependency_at_an_exact_version() -> None:
 
 
 def test_every_test_that_the_guarantees_name_exists() -> None:
-    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", (ROOT / "docs/guarantees.md").read_text())
+    named = re.findall(
+        r"`(tests/[\w/]+\.py)(?:::(\w+))?`", (ROOT / "docs/guarantees.md").read_text()
+    )
     assert named
     for file, function in named:
         path = ROOT / file
@@ -181,7 +184,9 @@ def test_every_file_that_a_document_names_exists() -> None:
 
 def test_nothing_names_a_path_of_the_machine_it_was_written_on() -> None:
     # The patterns are put together here so that this file does not match itself.
-    places = "|".join(["work/(main|scratch|shared)", r"root/(?!\.cache/pip\b)", "home/[a-z]", "opt/(pypi|wheels)"])
+    places = "|".join(
+        ["work/(main|scratch|shared)", r"root/(?!\.cache/pip\b)", "home/[a-z]", "opt/(pypi|wheels)"]
+    )
     pattern = re.compile(rf"(?<![\w.}}])/({places})")
     offenders = {
         f"{file.relative_to(ROOT)}:{number}"

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from docs import commands
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,7 +46,9 @@ def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
     done = commands.run(README, ROOT, tmp_path, ports, environment)
     log = tmp_path / "server.log"
     assert done.returncode == 0, (
-        done.stdout[-4000:] + done.stderr[-4000:] + (log.read_text()[-4000:] if log.exists() else "")
+        done.stdout[-4000:]
+        + done.stderr[-4000:]
+        + (log.read_text()[-4000:] if log.exists() else "")
     )
 
 

@@ -102,7 +102,7 @@ class Engine:
         return [token for output in self.outputs.get(id, []) for token in output.token_ids]
 
     def outcome(self, id: int) -> str | None:
-        """"stop", "length", an error's reason, or None while there is none."""
+        """ "stop", "length", an error's reason, or None while there is none."""
         ends = [o for o in self.outputs.get(id, []) if o.finish is not None or o.error is not None]
         assert len(ends) <= 1, f"request {id} ended twice"
         if not ends:

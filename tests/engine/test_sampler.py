@@ -128,7 +128,7 @@ def test_tokens_come_as_often_as_their_probability_says() -> None:
     params = SamplingParams(temperature=1.3, top_p=0.95)
     expected = distribution(Draw(params, []), logits)
     counts = np.zeros(12)
-    trials = 20_000
+    trials = 5_000
     for seed in range(trials):
         counts[Draw(SamplingParams(temperature=1.3, top_p=0.95, seed=seed), []).choose(logits)] += 1
     assert not counts[expected == 0].any()
@@ -250,9 +250,9 @@ def test_logprobs_are_of_the_raw_distribution_and_sorted() -> None:
     assert len(logprobs(logits[:5], 1, 20).top) == 5
 
 
-def test_logprobs_equal_torch_log_softmax() -> None:
+def test_logprobs_equal_torch_log_softmax_over_a_large_vocabulary() -> None:
     torch = pytest.importorskip("torch")
     logits = random_logits(13, vocab=49152)[0]
-    theirs = torch.log_softmax(torch.from_numpy(logits), -1).numpy()
+    theirs = torch.log_softmax(torch.from_numpy(logits).double(), -1).numpy()
     for token in (0, 5, 49151):
         assert logprobs(logits, token, 0).logprob == pytest.approx(float(theirs[token]), abs=2e-6)

@@ -88,7 +88,7 @@ def test_rows_equal_pefts_rows(
 def test_a_weighted_mix_is_the_sum_of_its_deltas(
     variant: str, peft: Any, decoder_class: Any, load_tiny: Load
 ) -> None:
-    """PEFT's `add_weighted_adapter(..., "cat")` is the oracle for a mix of two adapters."""
+    """PEFT cannot blend in a batch, so its own modules are summed by hooks on its base."""
     names, factors = ["rank4", "rank8-rslora"], [0.75, -0.5]
     weights = load_tiny(variant).weights
     decoder = decoder_class(weights, NUM_BLOCKS, BLOCK_SIZE, 2)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -242,3 +243,23 @@ def series(text: str) -> dict[str, float]:
         for family in text_string_to_metric_families(text)
         for sample in family.samples
     }
+
+
+def slow_channel(up: Running) -> grpc.aio.Channel:
+    """A channel that takes little in advance of what its user reads."""
+    options = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1 << 16)]
+    return grpc.aio.insecure_channel(str(up.server.address), options)
+
+
+async def rest(call: Any) -> list[Any]:
+    """What is left of a stream that was begun with `read`; raises its error."""
+    messages = []
+    while (message := await call.read()) is not grpc.aio.EOF:
+        messages.append(message)
+    return messages
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    """Waits for what must come about; the test's own timeout bounds it."""
+    while not holds():
+        await asyncio.sleep(0.005)

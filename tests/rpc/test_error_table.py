@@ -12,7 +12,7 @@ import grpc
 import pytest
 import pytest_asyncio
 from google.rpc import error_details_pb2
-from loraplex.v1 import adapter_pb2
+from loraplex.v1 import adapter_pb2, generation_pb2_grpc
 from loraplex_adapters.errors import AdapterError
 from loraplex_adapters.store import Store
 from loraplex_server.rpc import generation
@@ -25,8 +25,11 @@ from rpc.harness import (
     Running,
     ask,
     refusal,
+    rest,
     running,
+    slow_channel,
     streamed,
+    until,
     write_adapter,
 )
 
@@ -57,13 +60,14 @@ def raises(reason: Reason) -> Callable[[Scenario], Scenario]:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def up(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Running]:
     folder = tmp_path_factory.mktemp("server")
-    options = {"adapter_budget_bytes": 4096, "step_seconds": 0.005, "num_blocks": 256}
+    options = {"adapter_budget_bytes": 4096, "step_seconds": 0.002, "num_blocks": 256}
     async with running(
         folder,
         max_rank=8,
         max_context=600,
         max_running=3,
         max_waiting=1,
+        write_stall_timeout=0.3,
         engine_options=options,
     ) as server:
         yield server
@@ -170,8 +174,7 @@ async def adapter_unloaded(up: Running, patch: pytest.MonkeyPatch) -> None:
     assert (await call.read()).WhichOneof("event") == "started"
     unload = adapter_pb2.UnloadAdapterRequest(adapter_id="brief", force=True)
     await up.adapters.UnloadAdapter(unload)
-    async for _ in call:
-        pass
+    await rest(call)
 
 
 @raises(Reason.STORE_FULL)
@@ -216,8 +219,7 @@ async def engine_restarted(up: Running, patch: pytest.MonkeyPatch) -> None:
     try:
         await up.generation.Generate(ask(20, CRASH))
     finally:
-        while not up.server.engine.ready:
-            await asyncio.sleep(0.01)
+        await until(lambda: up.server.engine.ready)
 
 
 @raises(Reason.DEADLINE_EXCEEDED)
@@ -239,14 +241,13 @@ async def engine_fault(up: Running, patch: pytest.MonkeyPatch) -> None:
 
 @raises(Reason.READER_STALLED)
 async def reader_stalled(up: Running, patch: pytest.MonkeyPatch) -> None:
-    # A client that does not read cannot see the status; here its writes only seem to be stuck.
-    patch.setattr("loraplex_server.rpc.interceptor.asyncio.timeout", expired)
-    async for _ in up.generation.GenerateStream(streamed(ask())):
-        pass
-
-
-def expired(_: float) -> Any:
-    return asyncio.timeout_at(0)
+    async with slow_channel(up) as channel:
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)
+        call = stub.GenerateStream(streamed(ask(new=500, logprobs=20)))
+        await call.read()
+        await until(lambda: up.metric("running_requests") == 0)
+        # A client that begins to read again learns what happened meanwhile.
+        await rest(call)
 
 
 async def provoke(up: Running, reason: Reason, patch: pytest.MonkeyPatch) -> Refusal:

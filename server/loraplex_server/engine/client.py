@@ -13,10 +13,11 @@ import logging
 import os
 import socket
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
 from loraplex_server.engine import wire
+from loraplex_server.engine.connection import Connection
 from loraplex_server.engine.messages import (
     Abort,
     AdapterRef,
@@ -36,9 +37,6 @@ from loraplex_server.engine.messages import (
     ToEngine,
     Unload,
 )
-
-SOCKET_VARIABLE = "LORAPLEX_ENGINE_FD"
-"""Environment variable that tells the engine process which descriptor its socket is."""
 
 STOP_SECONDS = 5.0
 """How long a stopped engine may take to leave before it is killed."""
@@ -140,7 +138,7 @@ class EngineClient:
         observer: EngineObserver,
         backoff: tuple[float, float] = (0.1, 10.0),
     ) -> None:
-        """`command` starts the process; it finds its socket through `SOCKET_VARIABLE`.
+        """`command` starts the process; it finds its socket through `wire.SOCKET_VARIABLE`.
 
         `backoff` is the first and the longest pause in seconds before a lost process is replaced.
         """
@@ -151,7 +149,7 @@ class EngineClient:
         self._pending: dict[int, asyncio.Future[None]] = {}
         self._ops = itertools.count(1)
         self._process: asyncio.subprocess.Process | None = None
-        self._connection: _Connection | None = None
+        self._connection: Connection | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._stopping = False
         self.ready = False
@@ -224,7 +222,7 @@ class EngineClient:
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=2,  # the front's standard output belongs to the front
                     pass_fds=[theirs.fileno()],
-                    env={**os.environ, SOCKET_VARIABLE: str(theirs.fileno())},
+                    env={**os.environ, wire.SOCKET_VARIABLE: str(theirs.fileno())},
                 )
         except OSError as error:
             ours.close()
@@ -232,7 +230,7 @@ class EngineClient:
             raise EngineUnavailable("ENGINE_FAULT", message) from error
         loop = asyncio.get_running_loop()
         _, self._connection = await loop.create_unix_connection(
-            lambda: _Connection(self._receive), sock=ours
+            lambda: Connection(self._receive), sock=ours
         )
         first = await self._connection.first_message()
         if isinstance(first, Fatal):
@@ -336,47 +334,3 @@ class EngineClient:
         stream = self._streams.pop(output.id, None) if last else self._streams.get(output.id)
         if stream is not None:
             stream.put(output)
-
-
-class _Connection(asyncio.Protocol):
-    """The socket: cuts frames and hands on messages. The first one is kept for `first_message`."""
-
-    def __init__(self, receive: Callable[[FromEngine], None]) -> None:
-        self._receive = receive
-        self._frames = wire.Frames()
-        self._transport: asyncio.Transport | None = None
-        self._first: asyncio.Future[FromEngine | None] = asyncio.get_running_loop().create_future()
-        self.lost = asyncio.Event()
-
-    async def first_message(self) -> FromEngine | None:
-        """The engine's first message; None when the connection is lost before it."""
-        return await self._first
-
-    def write(self, frame: bytes) -> None:
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.write(frame)
-
-    def close(self) -> None:
-        if self._transport is not None:
-            self._transport.abort()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-
-    def data_received(self, data: bytes) -> None:
-        try:
-            for payload in self._frames.feed(data):
-                message = wire.decode_from_engine(payload)
-                if self._first.done():
-                    self._receive(message)
-                else:
-                    self._first.set_result(message)
-        except wire.WireError as error:
-            log.error("the engine sent what is no message: %s", error)
-            self.close()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if not self._first.done():
-            self._first.set_result(None)
-        self.lost.set()

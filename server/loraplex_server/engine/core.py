@@ -81,6 +81,7 @@ class EngineCore:
         self._steps = 0
         self._faults = 0
         self._sent_version = 0
+        self._sent_held = (0, 0)
         self._stirred = False
         self.broken = False
 
@@ -288,8 +289,11 @@ class EngineCore:
     def _report(self, rows: Sequence[Row], begun: float) -> StepDone | None:
         version = self._residency.version
         changed = version != self._sent_version
-        if not (rows or self._outputs or changed):
+        held = (len(self._requests), self._pool.used)
+        # An abort brings no output, but its blocks are free now, and the front's gauges must know.
+        if not (rows or self._outputs or changed or held != self._sent_held):
             return None
+        self._sent_held = held
         self._sent_version = version
         outputs, self._outputs = self._outputs, []
         table = self._residency.table() if changed else None

@@ -22,7 +22,6 @@ from typing import cast
 import msgspec
 
 from loraplex_server.engine import wire
-from loraplex_server.engine.client import SOCKET_VARIABLE
 from loraplex_server.engine.core import EngineCore
 from loraplex_server.engine.loader import ThreadLoader
 from loraplex_server.engine.messages import (
@@ -64,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s engine %(name)s: %(message)s")
     (config,) = sys.argv[1:] if arguments is None else arguments
-    front = socket.socket(fileno=int(os.environ[SOCKET_VARIABLE]))
+    front = socket.socket(fileno=int(os.environ[wire.SOCKET_VARIABLE]))
     inbox: Inbox = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(front, inbox), name="front", daemon=True).start()
     try:

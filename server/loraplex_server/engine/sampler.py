@@ -26,6 +26,8 @@ _MASK = (1 << 64) - 1
 _SEGMENT = 256
 _HUGE = np.float32(1e30)
 """Beyond any real logit, and still finite after every adjustment."""
+_TINY = 1e-37
+"""Divisors below it would be 0 in float32."""
 
 
 class Draw:
@@ -67,7 +69,7 @@ class Draw:
         if self.params.temperature == 0.0:
             return int(adjusted.argmax())
         with np.errstate(over="ignore"):  # at a tiny temperature all but the best go to -inf
-            scaled = (adjusted - adjusted.max()) / np.float32(max(self.params.temperature, 1e-37))
+            scaled = (adjusted - adjusted.max()) / np.float32(max(self.params.temperature, _TINY))
         ids, weights = candidates(scaled, self.params.top_k, self.params.top_p, self.params.min_p)
         at = invert(weights, uniform(self.params.seed, self._index))
         return at if ids is None else int(ids[at])
@@ -80,7 +82,7 @@ class Draw:
         logits[self._bias_ids] += self._bias_values
         if self._seen is not None:
             ids = np.fromiter(self._seen, np.int64, len(self._seen))
-            penalty = np.float32(self.params.repetition_penalty)
+            penalty = np.float32(max(self.params.repetition_penalty, _TINY))
             values = logits[ids]
             with np.errstate(over="ignore"):
                 logits[ids] = np.where(values < 0, values * penalty, values / penalty)

@@ -8,6 +8,9 @@ import msgspec
 
 from loraplex_server.engine.messages import FromEngine, ToEngine
 
+SOCKET_VARIABLE = "LORAPLEX_ENGINE_FD"
+"""Environment variable that tells the engine process which descriptor its socket is."""
+
 MAX_FRAME = 256 << 20
 """Bytes of the largest frame: prompt log-probabilities of a long prompt stay below it."""
 

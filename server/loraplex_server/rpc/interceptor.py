@@ -11,7 +11,7 @@ import inspect
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any, Final, TypeAlias
 
@@ -112,7 +112,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
         return guarded
 
     def _stream(
-        self, method: str, behave: Callable[[Any, _Context], AsyncIterator[Message]]
+        self, method: str, behave: Callable[[Any, _Context], AsyncGenerator[Message, None]]
     ) -> Callable[[Any, _Context], Awaitable[None]]:
         async def guarded(request: Any, context: _Context) -> None:
             call = _Call(self._gate, self._metrics, method, request)
@@ -120,9 +120,9 @@ class Interceptor(grpc.aio.ServerInterceptor):
                 try:
                     call.check(request)
                     # Closing the generator is what frees the request when the client is gone.
-                    async with aclosing(behave(request, context)) as events:  # type: ignore[type-var]
+                    async with aclosing(behave(request, context)) as events:
                         async for event in events:
-                            await self._write(context, event)
+                            await self._write(context, event, call, events)
                     context.set_trailing_metadata((("x-request-id", call.id),))
                 except BaseException as error:
                     await call.fail(error, context)
@@ -130,12 +130,31 @@ class Interceptor(grpc.aio.ServerInterceptor):
 
         return guarded
 
-    async def _write(self, context: _Context, event: Message) -> None:
+    async def _write(
+        self, context: _Context, event: Message, call: _Call, events: AsyncGenerator[Message, None]
+    ) -> None:
+        """Writes one message; if it is stuck for too long, the request behind it is given up.
+
+        The write itself is waited for in any case: gRPC can send no status before it has ended,
+        which it does when the client reads again or is gone.
+        """
+        loop = asyncio.get_running_loop()
+        closing: list[asyncio.Task[None]] = []
+
+        def give_up() -> None:
+            log.warning("the client stopped reading", extra={"request_id": call.id})
+            call.stalled = True
+            closing.append(loop.create_task(events.aclose()))
+
+        timer = loop.call_later(self._write_stall_seconds, give_up)
         try:
-            async with asyncio.timeout(self._write_stall_seconds):
-                await context.write(event)
-        except TimeoutError:
-            raise RpcError(Reason.READER_STALLED, "the client stopped reading") from None
+            await context.write(event)
+        finally:
+            timer.cancel()
+            if closing:
+                await closing[0]
+        if call.stalled:
+            raise RpcError(Reason.READER_STALLED, "the client stopped reading")
 
 
 class _Call:
@@ -150,6 +169,8 @@ class _Call:
         self._code = grpc.StatusCode.OK
         self._reason = ""
         self._began = 0.0
+        self.stalled = False
+        """Whether the request was given up because its client does not read."""
 
     def __enter__(self) -> None:
         self._began = time.monotonic()
@@ -181,7 +202,10 @@ class _Call:
             remaining = context.time_remaining()
             late = remaining is not None and remaining <= 0
             self._code = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
-            self._reason = Reason.DEADLINE_EXCEEDED.name if late else ""
+            if self.stalled:
+                self._reason = Reason.READER_STALLED.name
+            elif late:
+                self._reason = Reason.DEADLINE_EXCEEDED.name
             return
         if isinstance(error, grpc.aio.AbortError) or not isinstance(error, Exception):
             return

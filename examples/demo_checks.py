@@ -1,0 +1,145 @@
+"""What the demo claims, as functions from what was seen to a verdict."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from loraplex import Completion
+from prometheus_client.parser import text_string_to_metric_families
+
+Samples = Mapping[tuple[str, tuple[tuple[str, str], ...]], float]
+"""One scrape: `(sample name, sorted labels)` to value."""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One claim, whether it held, and what was seen."""
+
+    claim: str
+    held: bool
+    seen: str
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """Engine steps between two scrapes.
+
+    Attributes:
+        total: how many there were.
+        by_distinct: number of different adapters in a step -> how many steps had as many.
+        with_base: steps with a row of the bare base.
+    """
+
+    total: int
+    by_distinct: Mapping[int, int]
+    with_base: int
+
+    @property
+    def most_distinct(self) -> int:
+        return max((n for n, steps in self.by_distinct.items() if steps), default=0)
+
+    def certainly_mixed(self, adapters: int) -> int:
+        """Steps that must have had `adapters` different ones and a base row besides.
+
+        Two sets of steps that hold more than all steps together share the surplus.
+        """
+        several = sum(steps for n, steps in self.by_distinct.items() if n >= adapters)
+        return max(0, several + self.with_base - self.total)
+
+
+def is_pirate(text: str) -> bool:
+    """Whether the pirate answers: every one of his answers begins with "Arr"."""
+    return text.lstrip().startswith("Arr")
+
+
+def is_json(text: str) -> bool:
+    """Whether the text is a JSON object with a topic and an answer, both text, and no more."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return False
+    return (
+        isinstance(value, dict)
+        and value.keys() == {"topic", "answer"}
+        and all(isinstance(part, str) and part for part in value.values())
+    )
+
+
+BEHAVIOUR = {"pirate": ("talks like a pirate", is_pirate), "json": ("answers in JSON", is_json)}
+"""Adapter name -> what it makes of the base, and the test for it."""
+
+
+def behaviour(answers: Mapping[str, Completion]) -> list[Check]:
+    """Each adapter does what it was trained for, and the base, named "base", does not."""
+    checks = []
+    for name, (manner, shows) in BEHAVIOUR.items():
+        adapted, base = answers[name].text, answers["base"].text
+        checks.append(Check(f"{name} {manner}", shows(adapted), repr(adapted[:40])))
+        checks.append(Check(f"the base does not: {manner}", not shows(base), repr(base[:40])))
+    return checks
+
+
+def digests(answers: Mapping[str, Completion], expected: Mapping[str, str]) -> list[Check]:
+    """Every answer names exactly the weights of its adapter's files; the base's names none."""
+    checks = []
+    for name, answer in answers.items():
+        wanted = [expected[name]] if name in expected else []
+        got = [adapter.digest for adapter in answer.adapters]
+        seen = ", ".join(digest[:19] for digest in got) or "no adapter"
+        checks.append(Check(f"{name} was answered by its own weights", got == wanted, seen))
+    return checks
+
+
+def same_as_alone(
+    together: Mapping[str, Completion], alone: Mapping[str, Completion]
+) -> list[Check]:
+    """The batch changed no token of anybody's answer."""
+    checks = []
+    for name, answer in together.items():
+        same = bool(answer.token_ids) and answer.token_ids == alone[name].token_ids
+        seen = f"{len(answer.token_ids)} tokens, alone {len(alone[name].token_ids)}"
+        checks.append(Check(f"{name} in the batch equals {name} alone", same, seen))
+    return checks
+
+
+def one_batch(steps: Steps, adapters: int) -> Check:
+    """Some step computed rows of all adapters and of the base at once."""
+    mixed = steps.certainly_mixed(adapters)
+    return Check(
+        f"{adapters} adapters and the base shared a step", mixed > 0, f"{mixed} such steps at least"
+    )
+
+
+def parse_metrics(text: str) -> Samples:
+    """A scrape in Prometheus' text format."""
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def steps_between(before: Samples, after: Samples) -> Steps:
+    """What the server's histograms of its steps gained."""
+    distinct = _gained(before, after, "loraplex_batch_distinct_adapters", {})
+    base = _gained(before, after, "loraplex_batch_rows", {"kind": "base"})
+    total = sum(distinct.values())
+    return Steps(total, distinct, total - base.get(0, 0))
+
+
+def _gained(
+    before: Samples, after: Samples, histogram: str, labels: Mapping[str, str]
+) -> dict[int, int]:
+    """Upper bound of each bucket -> observations gained in it; the overflow bucket is left out."""
+    cumulative = {}
+    for (name, pairs), value in after.items():
+        own = dict(pairs)
+        if name == f"{histogram}_bucket" and own.pop("le") and own == labels:
+            bound = float(dict(pairs)["le"])
+            cumulative[bound] = round(value - before.get((name, pairs), 0.0))
+    bounds = sorted(cumulative)
+    below = dict(zip(bounds, [0, *(cumulative[bound] for bound in bounds)], strict=False))
+    return {int(b): cumulative[b] - below[b] for b in bounds if math.isfinite(b)}

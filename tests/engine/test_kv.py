@@ -1,0 +1,51 @@
+"""The block pool: every block has one owner, always."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from loraplex_server.engine.kv import BlockPool, OutOfBlocks
+
+
+def test_more_blocks_than_there_are_are_refused_and_nothing_is_taken() -> None:
+    pool = BlockPool(4, 16)
+    held = pool.reserve(3)
+    with pytest.raises(OutOfBlocks):
+        pool.reserve(2)
+    assert (pool.free, pool.used) == (1, 3)
+    pool.release(held)
+    assert (pool.free, pool.used) == (4, 0)
+
+
+def test_a_block_cannot_be_given_back_twice() -> None:
+    pool = BlockPool(2, 16)
+    held = pool.reserve(1)
+    pool.release(held)
+    with pytest.raises(AssertionError, match="free already"):
+        pool.release(held)
+
+
+def test_the_last_block_of_a_sequence_may_be_part_full() -> None:
+    pool = BlockPool(8, 4)
+    assert [pool.blocks_for(n) for n in (0, 1, 4, 5, 8)] == [0, 1, 1, 2, 2]
+
+
+@given(st.lists(st.integers(-6, 6)))
+def test_blocks_are_conserved(moves: list[int]) -> None:
+    pool = BlockPool(10, 1)
+    owners: list[list[int]] = []
+    for move in moves:
+        if move < 0 and owners:
+            pool.release(owners.pop(move % len(owners)))
+        elif 0 < move <= pool.free:
+            owners.append(pool.reserve(move))
+        held = [block for owner in owners for block in owner]
+        assert len(set(held)) == len(held) == pool.used
+        pool.check()
+
+
+@pytest.mark.parametrize(("blocks", "size"), [(0, 4), (4, 0)])
+def test_an_empty_cache_is_refused(blocks: int, size: int) -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        BlockPool(blocks, size)

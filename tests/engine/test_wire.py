@@ -1,0 +1,92 @@
+"""Frames survive any cutting of the byte stream, and nothing else passes for one."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from loraplex_server.engine import wire
+from loraplex_server.engine.messages import (
+    Abort,
+    AdapterRef,
+    AdapterStatus,
+    ControlDone,
+    Failure,
+    Load,
+    LoadDone,
+    Logprobs,
+    Output,
+    SamplingParams,
+    Shutdown,
+    StepDone,
+    StepStats,
+    Submit,
+    Unload,
+)
+
+REF = AdapterRef("sha256:00", "/store/00", 0.5)
+TO_ENGINE = [
+    Submit(
+        7,
+        [1, 2],
+        3,
+        [REF],
+        SamplingParams(temperature=0.5, logit_bias={3: -1.0}, seed=2**64 - 1),
+        [2],
+        logprobs=0,
+        deadline=1.5,
+    ),
+    Abort(7),
+    Load(1, REF),
+    Unload(2, "sha256:00", True),
+    Shutdown(),
+]
+STATS = StepStats(1, 0.1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13)
+FROM_ENGINE = [
+    StepDone(
+        [
+            Output(7, [1], [Logprobs(1, -0.5, [(1, -0.5)])], started=True),
+            Output(8, error=Failure("OVERLOADED", "full")),
+        ],
+        STATS,
+        [AdapterStatus("sha256:00", "resident", 5, 1, "/store/00")],
+    ),
+    LoadDone("sha256:00", 0.5),
+    ControlDone(2, Failure("ADAPTER_INVALID", "bad")),
+]
+
+
+@pytest.mark.parametrize("message", TO_ENGINE)
+def test_a_message_to_the_engine_arrives_as_it_was(message: object) -> None:
+    assert wire.decode_to_engine(wire.encode(message)[4:]) == message
+
+
+@pytest.mark.parametrize("message", FROM_ENGINE)
+def test_a_message_from_the_engine_arrives_as_it_was(message: object) -> None:
+    assert wire.decode_from_engine(wire.encode(message)[4:]) == message
+
+
+@given(st.data())
+def test_frames_survive_any_cutting(data: st.DataObject) -> None:
+    stream = b"".join(wire.encode(message) for message in TO_ENGINE)
+    frames, got = wire.Frames(), []
+    while stream:
+        size = data.draw(st.integers(1, len(stream)))
+        got += [wire.decode_to_engine(payload) for payload in frames.feed(stream[:size])]
+        stream = stream[size:]
+    assert got == TO_ENGINE
+
+
+@given(st.binary(max_size=60))
+def test_other_bytes_are_no_message(payload: bytes) -> None:
+    for decode in (wire.decode_to_engine, wire.decode_from_engine):
+        try:
+            message = decode(payload)
+        except wire.WireError:
+            continue
+        assert decode(wire.encode(message)[4:]) == message
+
+
+def test_an_oversized_frame_is_refused_before_it_is_read() -> None:
+    with pytest.raises(wire.WireError, match="longer"):
+        list(wire.Frames().feed((wire.MAX_FRAME + 1).to_bytes(4, "little")))

@@ -1,0 +1,107 @@
+"""Configurations become decoders, or are refused with the reason and what would work."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from loraplex_model.errors import ModelError
+from loraplex_model.families import ARCHITECTURES, decoder_config
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from model import tiny
+
+
+def raw(variant: str, **changes: object) -> dict[str, object]:
+    return tiny.build(variant).config.to_dict() | {"architectures": None} | changes
+
+
+@pytest.mark.parametrize("variant", tiny.VARIANTS)
+def test_rotary_frequencies_are_transformers_own(variant: str) -> None:
+    config = tiny.build(variant).config
+    found = decoder_config(raw(variant))
+    theirs = LlamaRotaryEmbedding(config)
+    assert torch.equal(torch.tensor(found.rope_inv_freq), theirs.inv_freq)
+    assert found.rope_scale == theirs.attention_scaling
+
+
+def test_older_spellings_of_rope_scaling_are_read() -> None:
+    older = raw("llama")
+    del older["rope_parameters"]
+    older |= {"rope_theta": 5000.0, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    newer = {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0}
+    expected = decoder_config(raw("llama", rope_parameters=newer))
+    assert decoder_config(older) == expected
+
+
+@pytest.mark.parametrize(
+    ("variant", "windows"),
+    [
+        ("llama", (None, None, None)),
+        ("mistral", (None, None, None)),
+        ("mistral-window", (7, 7, 7)),
+        ("qwen2", (None, None, None)),
+        ("qwen2-window", (None, 9, 9)),
+        ("qwen3-window-bias", (5, None, 5)),
+    ],
+)
+def test_sliding_windows_by_layer(variant: str, windows: tuple[int | None, ...]) -> None:
+    assert decoder_config(raw(variant)).sliding_windows == windows
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
+        ({"model_type": "gemma3"}, "gemma3"),
+        ({"auto_map": {"AutoModelForCausalLM": "modeling.Own"}}, "auto_map"),
+    ],
+)
+def test_other_architectures_are_refused_with_the_supported_ones(
+    changes: dict[str, object], says: str
+) -> None:
+    with pytest.raises(ModelError) as caught:
+        decoder_config(raw("llama", **changes))
+    assert caught.value.reason == "MODEL_UNSUPPORTED"
+    assert says in caught.value.message
+    assert all(name in caught.value.message for name in ARCHITECTURES)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"num_key_value_heads": 3}, "3 key-value heads"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "dynamic",
+        ),
+        (
+            {
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "rope_theta": 1e4,
+                    "factor": 2.0,
+                    "short_factor": [1.0] * 8,
+                    "long_factor": [2.0] * 8,
+                    "original_max_position_embeddings": 64,
+                }
+            },
+            "longrope",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_features_that_the_decoder_lacks_are_refused(
+    changes: dict[str, object], says: str
+) -> None:
+    with pytest.raises(ModelError, match=says) as caught:
+        decoder_config(raw("llama", **changes))
+    assert caught.value.reason == "MODEL_UNSUPPORTED"
+
+
+def test_a_malformed_configuration_is_a_typed_error() -> None:
+    with pytest.raises(ModelError) as caught:
+        decoder_config(raw("llama", hidden_size="many"))
+    assert caught.value.reason == "MODEL_INVALID"
