@@ -47,7 +47,7 @@ serve: setup model ## Start the server on the default model (SERVE_ARGS='--port 
 	$(BIN)/loraplex-server serve $(SERVE_ARGS)
 
 test: setup model prometheus ## Set up and run the test suite (ARGS='tests/engine -k preempt')
-	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest -rs $(ARGS)
 
 test-gpu: setup model ## Run the tests that need a CUDA device
 	@$(BIN)/python scripts/require_cuda.py

@@ -70,7 +70,7 @@ def _write_one(
         task_type="CAUSAL_LM",
         inference_mode=True,
     )
-    config.save_pretrained(directory)
+    config.save_pretrained(str(directory))
     unfinished = directory / "unfinished.safetensors"
     save_file(tensors, unfinished, metadata={"format": "pt", **stamp})
     unfinished.rename(directory / "adapter_model.safetensors")

@@ -17,6 +17,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import base
 import measure
@@ -107,7 +108,7 @@ def server_of(args: argparse.Namespace, directories: list[Path]) -> Server:
     return Server(settings, args.work / "server.log")
 
 
-def run_peer(args: argparse.Namespace, directory: Path, dtype: str) -> dict[str, object]:
+def run_peer(args: argparse.Namespace, directory: Path, dtype: str) -> dict[str, Any]:
     """PEFT in a process of its own; returns its JSON line. Raises BenchmarkError."""
     command = [
         *(sys.executable, str(HERE / "peft_peer.py")),
@@ -121,7 +122,7 @@ def run_peer(args: argparse.Namespace, directory: Path, dtype: str) -> dict[str,
     if done.returncode or not lines:
         raise BenchmarkError(f"the peer ended with exit code {done.returncode}")
     print("\n" + "\n".join(lines[:-1]), flush=True)
-    result: dict[str, object] = json.loads(lines[-1])
+    result: dict[str, Any] = json.loads(lines[-1])
     return result
 
 

@@ -18,6 +18,7 @@ from loraplex.v1 import generation_pb2 as pb
 from workload import Job
 
 METHOD = "/loraplex.v1.GenerationService/GenerateStream"
+Call = grpc.aio.UnaryStreamMultiCallable[bytes, bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,7 @@ async def run(target: str, jobs: Sequence[Job], pace: Pace) -> list[Answer]:
     """Sends the jobs over one connection and returns their answers in the same order."""
     options = [("grpc.max_receive_message_length", 64 << 20)]
     async with grpc.aio.insecure_channel(target, options=options) as channel:
-        call = channel.unary_stream(METHOD)  # no deserialiser: messages stay bytes
+        call: Call = channel.unary_stream(METHOD)  # no deserialiser: messages stay bytes
         requests = [_request(job) for job in jobs]
         exchanges = [Exchange(job) for job in jobs]
         end = time.perf_counter() + pace.limit_s
@@ -161,19 +162,18 @@ def percentile(values: Sequence[float], p: float) -> float:
 
 
 def _request(job: Job) -> bytes:
-    return pb.GenerateStreamRequest(
+    message = pb.GenerateStreamRequest(
         request=pb.GenerateRequest(
             adapter_id=job.adapter,
             token_ids=pb.TokenIds(ids=job.token_ids),
             sampling=pb.SamplingParams(temperature=0.0),
             stop=pb.StopConditions(max_new_tokens=job.output_tokens, ignore_eos=True),
         )
-    ).SerializeToString()
+    )
+    return bytes(message.SerializeToString())
 
 
-async def _exchange(
-    call: grpc.aio.UnaryStreamMultiCallable, request: bytes, exchange: Exchange, end: float
-) -> None:
+async def _exchange(call: Call, request: bytes, exchange: Exchange, end: float) -> None:
     exchange.sent = now = time.perf_counter()
     if now >= end:
         exchange.error = "OUT_OF_TIME"

@@ -132,10 +132,9 @@ class Server:
             if not line:
                 process.wait()
                 said = [line for line in self._log_tail() if line.startswith("error: ")]
-                raise ServerError(
-                    f"the server ended with exit code {process.returncode}; "
-                    f"{said[-1] if said else 'no error was named'} (its log: {self._log})"
-                )
+                why = said[-1].removeprefix("error: ") if said else "it named no error"
+                code = process.returncode
+                raise ServerError(f"the server ended with exit code {code}: {why} ({self._log})")
             match = READY.match(line)
             if match:
                 self.address, self.admin = match.groups()

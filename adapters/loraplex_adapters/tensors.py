@@ -40,7 +40,8 @@ def load_blob(
     """What the engine does with an `AdapterRef`: reads, verifies and places a stored adapter.
 
     The elements are not looked at again: the digest says that they are what was registered.
-    Raises AdapterError: ADAPTER_CORRUPT, and what `format.inspect` raises.
+    Raises AdapterError: ADAPTER_CORRUPT (missing, or not the bytes of `digest`), and what
+    `format.inspect` raises.
     """
     limits = limits or Limits()
     config, weights = _read_verified(directory, digest, limits.max_weights_bytes)

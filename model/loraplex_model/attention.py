@@ -15,6 +15,7 @@ from loraplex_model.config import DecoderConfig
 from loraplex_model.linear import TILE
 
 _PAD = 64  # keys are padded to a multiple, so that sums over them always run the same way
+_FLASH_BLOCK = 256  # FlashAttention 2 reads a paged cache only in blocks of a multiple of this
 
 
 class Attention(Protocol):
@@ -68,7 +69,8 @@ class PagedAttention:
         keys.flatten(0, 1)[self._slots] = k.to(keys.dtype)
         values.flatten(0, 1)[self._slots] = v.to(values.dtype)
         window = self._config.sliding_windows[layer]
-        if q.is_cuda:
+        flash = q.is_cuda and q.dtype != torch.float32
+        if flash and self._cache.block_size % _FLASH_BLOCK == 0:
             return self._varlen(q, keys, values, window)
         out = torch.empty_like(q)
         for s, length in enumerate(self._batch.context_lens.tolist()):

@@ -22,6 +22,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from loraplex_model.errors import ModelError
 
@@ -31,6 +32,8 @@ FORMAT = 1
 ENTRY = "entry.json"
 
 _log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 Build = Callable[[Path], None]
 """Fills an empty directory."""
@@ -84,17 +87,25 @@ def is_whole(entry: Path, *, digests: bool = False) -> bool:
 
 
 def _content_key(root: Path, files: Sequence[Path]) -> str:
-    stats = [(str(file), *_size_and_time(file)) for file in files]
+    stats = [(str(file), *_of_source(_size_and_time, file)) for file in files]
     manifest = json.dumps([FORMAT, stats]).encode()
     known = root / "sources" / hashlib.sha256(manifest).hexdigest()
     with contextlib.suppress(OSError):
         key = known.read_text("ascii").strip()
         if len(key) == 64 and key.isalnum():
             return key
-    content = [(file.name, _file_digest(file)) for file in files]
+    content = [(file.name, _of_source(_file_digest, file)) for file in files]
     key = hashlib.sha256(json.dumps([FORMAT, content]).encode()).hexdigest()
     _write(known, key.encode())
     return key
+
+
+def _of_source(read: Callable[[Path], T], file: Path) -> T:
+    """Tells a source that cannot be read from a cache that cannot be written."""
+    try:
+        return read(file)
+    except OSError as error:
+        raise ModelError("MODEL_INVALID", f"{file} cannot be read: {error}") from error
 
 
 def _size_and_time(file: Path) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from loraplex_model.errors import ModelError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _READ = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -30,11 +31,13 @@ class TensorSource(Protocol):
         config: the contents of `config.json`, or what stands for it.
         generation_config: the contents of `generation_config.json`; empty where there is none.
         rope_divisors: what to divide the rotary frequencies of `config` by; () for nothing.
+        has_tokenizer: whether a tokenizer lies with the weights.
     """
 
     config: Mapping[str, Any]
     generation_config: Mapping[str, Any]
     rope_divisors: tuple[float, ...]
+    has_tokenizer: bool
 
     def names(self) -> Collection[str]:
         """Every tensor there is, by its Hugging Face name."""
@@ -104,6 +107,7 @@ class SafetensorsSource:
             read_json(generation) if generation.exists() else {}
         )
         self.rope_divisors: tuple[float, ...] = ()
+        self.has_tokenizer = any((directory / name).exists() for name in _TOKENIZERS)
         self._files: dict[str, Any] = {}
         self._tensors: dict[str, Path] = {}
         for shard in _shards(directory):

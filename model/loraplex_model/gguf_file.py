@@ -94,12 +94,16 @@ class GgufSource:
     def __init__(self, path: Path) -> None:
         self._path = path
         with path.open("rb") as file:
-            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            try:
+                self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            except ValueError as error:
+                raise ModelError("MODEL_INVALID", f"{path} is empty") from error
         self._header = _Reader(self._bytes, path).header()
         self._names = dict(_hf_names(self._header.tensors))
         self._architecture = str(self._header.metadata.get("general.architecture"))
         self.config: Mapping[str, Any] = self._config()
         self.generation_config: Mapping[str, Any] = {}
+        self.has_tokenizer = "tokenizer.ggml.model" in self._header.metadata
         self.rope_divisors: tuple[float, ...] = ()
         if ROPE_FACTORS in self._header.tensors:
             self.rope_divisors = tuple(self._dequantise(ROPE_FACTORS).tolist())
@@ -134,8 +138,9 @@ class GgufSource:
             values = dequantize(raw.reshape(quant_shape_to_byte_shape(tensor.shape, kind)), kind)
         except (NotImplementedError, ValueError) as error:
             raise ModelError("MODEL_UNSUPPORTED", f"{self._path}: {gguf_name}: {error}") from error
-        # a copy: float32 tensors are views of the read-only file, which torch cannot hold
-        return torch.from_numpy(np.array(values, np.float32)).reshape(tensor.shape)
+        # copies float32 tensors only, which are views of the read-only file: torch wants to write
+        writable = np.require(values, np.float32, ["C", "W"])
+        return torch.from_numpy(writable).reshape(tensor.shape)
 
     def _config(self) -> dict[str, Any]:
         metadata, architecture = self._header.metadata, self._architecture

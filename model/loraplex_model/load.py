@@ -78,7 +78,8 @@ def load_base(
 def _build(source: Path, directory: Path, progress: Progress | None) -> None:
     tensors = checkpoint.open_source(source)
     built = convert(tensors, directory / stored.WEIGHTS, progress)
-    tokenizer.write(source, directory, built.config.architecture, built.eos_token_ids)
+    text = source if tensors.has_tokenizer else None
+    tokenizer.write(text, directory, built.config.architecture, built.eos_token_ids)
     (directory / DECODER).write_text(json.dumps(dataclasses.asdict(built)), "utf-8")
 
 

@@ -57,16 +57,17 @@ class TokenizerInfo:
 
 
 def write(
-    source: Path, directory: Path, architecture: str, eos_token_ids: tuple[int, ...]
+    source: Path | None, directory: Path, architecture: str, eos_token_ids: tuple[int, ...]
 ) -> TokenizerInfo:
     """Makes both files in `directory` from a checkpoint directory or GGUF file.
 
-    Raises `ModelError` (MODEL_INVALID) if there is a tokenizer but it cannot be converted.
+    `source` is None where there is no tokenizer; then only `model.json` is made.
+    Raises `ModelError` (MODEL_INVALID) if the tokenizer cannot be converted.
     """
-    tokenizer = _load(source)
-    if tokenizer is None:
+    if source is None:
         info = TokenizerInfo(architecture, eos_token_ids, None, False, None, {}, False)
     else:
+        tokenizer = _load(source)
         with tempfile.TemporaryDirectory() as scratch:
             tokenizer.save_pretrained(scratch)
             content = (Path(scratch) / TOKENIZER).read_bytes()
@@ -89,7 +90,7 @@ def write(
     return info
 
 
-def _load(source: Path) -> Any | None:
+def _load(source: Path) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
@@ -98,9 +99,6 @@ def _load(source: Path) -> Any | None:
             return PreTrainedTokenizerFast.from_pretrained(
                 str(source.parent), gguf_file=source.name
             )
-        names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-        if not any((source / name).exists() for name in names):
-            return None
         return AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds for a malformed tokenizer
         raise ModelError(

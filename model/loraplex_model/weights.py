@@ -72,3 +72,16 @@ class BaseWeights:
     lm_head: torch.Tensor
     fingerprint: str
     eos_token_ids: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, a tied head counted once."""
+        tensors = [self.embed, self.norm]
+        if self.lm_head is not self.embed:
+            tensors.append(self.lm_head)
+        for layer in self.layers:
+            dense = (layer.input_norm, layer.post_norm, layer.qkv_bias, layer.o_bias)
+            tensors += [t for t in (*dense, layer.q_norm, layer.k_norm) if t is not None]
+            for matrix in (layer.qkv, layer.o, layer.gate_up, layer.down):
+                tensors += [matrix.packed, matrix.absmax, *matrix.absmax_scales]
+        return sum(tensor.nbytes for tensor in tensors)

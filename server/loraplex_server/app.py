@@ -198,6 +198,15 @@ class Server:
 
 async def run(config: Config) -> ExitCode:
     """Serves until SIGTERM or SIGINT, then drains; a second signal ends the process at once."""
+    try:
+        await _serve(config)
+    except StartFailure as failure:
+        print(f"error: {failure.message}", file=sys.stderr, flush=True)
+        return failure.code
+    return ExitCode.OK
+
+
+async def _serve(config: Config) -> None:
     began = time.monotonic()
     for line in config.lines():
         log.info("config: %s", line)
@@ -222,7 +231,7 @@ async def run(config: Config) -> ExitCode:
         if not starting.done():
             starting.cancel()
             await asyncio.wait({starting})
-            return ExitCode.OK
+            return
         starting.result()
         model = server.engine.hello.model
         print(
@@ -232,10 +241,6 @@ async def run(config: Config) -> ExitCode:
         )
         await stopping
         await server.drain()
-        return ExitCode.OK
-    except StartFailure as failure:
-        print(f"error: {failure.message}", file=sys.stderr, flush=True)
-        return failure.code
     finally:
         stopping.cancel()
         await server.close()

@@ -52,7 +52,7 @@ with Store(top / "template") as store:
 shutil.copytree(top / "template", top / "dry")
 total = replace(top / "dry", 0)
 outcomes = {"old": 0, "new": 0}
-points = {*range(1, total + 1, max(1, total // 60)), *range(total - 60, total + 1, 6)}
+points = {*range(1, total + 1, max(1, total // 50)), *range(total - 60, total + 1, 2)}
 for point in sorted(points):
     root = top / "run"
     shutil.copytree(top / "template", root)
@@ -93,6 +93,7 @@ with Store(top / "store") as store:
             made.append(record.version)
         store.register(f"{sys.argv[3]}-{n}", source, base)
         store.verify(record.digest)
+assert "torch" not in sys.modules
 print(json.dumps(made))
 """
 
@@ -127,7 +128,7 @@ print(json.dumps(events))
 
 @pytest.fixture
 def ram(tmp_path: Path) -> Iterator[Path]:
-    """A folder in memory, where there is one: a killed process loses nothing that it wrote there."""
+    """A folder in memory, where there is one: what a killed process wrote there is not lost."""
     memory = Path("/dev/shm")
     if not os.access(memory, os.W_OK):
         yield tmp_path

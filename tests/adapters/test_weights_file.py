@@ -23,7 +23,7 @@ from adapters.adapter_files import (
     weights_bytes,
     write_adapter,
 )
-from hypothesis import example, given
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from loraplex_adapters.errors import AdapterError
 from loraplex_adapters.format import examine, inspect
@@ -388,6 +388,25 @@ def test_a_stamped_adapter_serves_on_its_own_base_only(tmp_path: Path) -> None:
 def test_a_report_of_thousands_of_findings_ends(tmp_path: Path) -> None:
     tensors = {f"stray.{n}": np.zeros((1, 1), np.float32) for n in range(3000)}
     assert len(examine(write_adapter(tmp_path, weights=tensors), BASE).findings) == 100
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_mutated_adapter_is_served_whole_or_described(
+    data: st.DataObject, tmp_path: Path
+) -> None:
+    files = {"config": json.dumps(lora_config()).encode(), "weights": SOUND}
+    for name, sound in files.items():
+        mutated = bytearray(sound)
+        for _ in range(data.draw(st.integers(0, 2))):
+            start = data.draw(st.integers(0, min(len(sound), 900)))
+            mutated[start : start + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
+        files[name] = bytes(mutated)
+    report = examine(write_adapter(tmp_path, files["config"], files["weights"]), BASE)
+    assert (report.spec is None) == bool(report.findings)
+    if report.spec:
+        held = read_header(lambda at, n: files["weights"][at : at + n], len(files["weights"]))
+        assert {t for m in report.spec.modules for t in (m.a, m.b)} == set(held.tensors)
 
 
 @given(st.binary(max_size=40), st.binary(max_size=40), st.binary(max_size=40))

@@ -12,8 +12,8 @@ _SUFFIXES = {
     "gauge": ("",),
     "histogram": ("_bucket", "_sum", "_count"),
 }
-PACKAGES = {"loraplex_server", "loraplex_model"}
-"""Words that look like a metric in a text and are a package (`loraplex_adapters` is both)."""
+OTHER_WORDS = {"loraplex_server", "loraplex_model", "loraplex_base_fingerprint"}
+"""Words that look like a metric: packages (`loraplex_adapters` is both), an adapter's stamp."""
 
 _NAME = re.compile(r"\bloraplex_[a-z_]+\b(?![-/])")
 
@@ -39,4 +39,4 @@ def series_names() -> set[str]:
 
 def mentioned(text: str) -> set[str]:
     """The metric names that a text mentions."""
-    return set(_NAME.findall(text)) - PACKAGES
+    return set(_NAME.findall(text)) - OTHER_WORDS

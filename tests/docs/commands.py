@@ -55,7 +55,7 @@ server_pid=
 start_server() {
     "$@" >"$WORK/server.out" 2>"$WORK/server.log" &
     server_pid=$!
-    for _ in $(seq 1 600); do
+    for _ in $(seq 1 2000); do # the first start converts the model
         grep -qs '^ready:' "$WORK/server.out" && return 0
         kill -0 "$server_pid" 2>/dev/null || break
         sleep 0.2
@@ -128,6 +128,6 @@ def run(
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=560,
         check=False,
     )

@@ -34,6 +34,7 @@ def test_blocks_that_are_not_run_are_few_and_explained() -> None:
     assert README.count("<!-- not run:") == len(skipped), "a marker that marks nothing"
 
 
+@pytest.mark.timeout(600)
 def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
     ports = {"50051": free_port(), "9464": free_port()}
     environment = {

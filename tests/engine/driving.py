@@ -57,7 +57,7 @@ class ManualLoader:
 
 
 class Engine:
-    """A core over an oracle, with everything that came out of it, by request and by control order."""
+    """A core over an oracle, and everything that came out of it."""
 
     def __init__(self, runner: OracleRunner | None = None, **limits: int) -> None:
         self.runner = runner or OracleRunner()
@@ -89,7 +89,7 @@ class Engine:
         return done
 
     def run(self, most: int = 1000) -> None:
-        """Steps, and lets every read end at once, until nobody waits. Bounded: waiting for ever fails."""
+        """Steps, and ends every read at once, until nobody waits; waiting for ever fails."""
         for _ in range(most):
             if self.core.idle:
                 return

@@ -155,6 +155,22 @@ def test_an_engine_that_only_fails_says_that_it_is_broken() -> None:
         engine.submit(id, [7], 5)
         engine.step()
     assert engine.core.broken
+
+
+def test_faults_with_successes_between_them_break_nothing() -> None:
+    engine = Engine(OracleRunner(fault_token=7), max_running=1)
+    for id in range(2 * MAX_FAULTS):
+        engine.submit(id, [7] if id % 2 else [1], 1)
+    engine.run()
+    assert not engine.core.broken
+
+
+def test_every_request_of_a_broken_engine_has_its_answer() -> None:
+    engine = Engine(OracleRunner(fault_token=7), max_running=1)
+    for id in range(MAX_FAULTS):
+        engine.submit(id, [7], 5)
+    engine.run()
+    assert engine.core.broken
     assert all(engine.outcome(id) == "ENGINE_FAULT" for id in range(MAX_FAULTS))
 
 
@@ -186,16 +202,21 @@ def test_prompt_logprobs_do_not_depend_on_how_the_prompt_is_cut(rows: int, budge
     assert [entry.token_id for entry in first.logprobs] == first.token_ids
 
 
-def test_prompt_logprobs_survive_preemption_once_each() -> None:
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_prompt_logprobs_survive_preemption_once_each(rows: int) -> None:
     runner = OracleRunner(num_blocks=8, block_size=2)
-    engine = Engine(runner, token_budget=4, max_running=4, prompt_logprob_rows=2)
+    engine = Engine(runner, token_budget=4, max_running=4, prompt_logprob_rows=rows)
     engine.submit(1, [1, 1], 8, priority=1)
-    prompt = [2, 3, 4, 5, 6, 7, 8]
+    prompt = [2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]
     engine.submit(2, prompt, 6, prompt_logprobs=0)
     engine.run()
     assert engine.last is not None
     assert engine.last.stats.preemptions >= 1
-    assert [entry.token_id for entry in engine.outputs[2][0].prompt_logprobs] == prompt[1:]
+    entries = engine.outputs[2][0].prompt_logprobs
+    alone = Engine()
+    alone.submit(2, prompt, 6, prompt_logprobs=0)
+    alone.run()
+    assert entries == alone.outputs[2][0].prompt_logprobs
     assert engine.tokens(2) == continuation(prompt, [], 6)
 
 
@@ -214,7 +235,7 @@ def test_sampled_tokens_depend_on_the_request_alone() -> None:
 
 
 def test_statistics_tell_what_the_step_did() -> None:
-    engine = Engine(OracleRunner(num_blocks=10, block_size=4), token_budget=8)
+    engine = Engine(OracleRunner(num_blocks=20, block_size=4), token_budget=8, max_running=8)
     engine.core.control(Load(1, adapter("a", nbytes=9)))
     engine.step()
     engine.loader.finish()
@@ -228,8 +249,8 @@ def test_statistics_tell_what_the_step_did() -> None:
     stats = done.stats
     assert (stats.step, stats.decode_rows, stats.prefill_tokens) == (2, 2, 6)
     assert (stats.distinct_adapters, stats.base_rows) == (1, 2)
-    assert (stats.running, stats.waiting, stats.waiting_tokens) == (3, 0, 0)
-    assert (stats.used_blocks, stats.free_blocks) == (7, 3)
+    assert (stats.running, stats.waiting, stats.waiting_tokens) == (3, 1, 20)
+    assert (stats.used_blocks, stats.free_blocks) == (12, 8)
     assert stats.adapter_bytes == 9
 
 

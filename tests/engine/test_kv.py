@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from loraplex_server.engine.kv import BlockPool, OutOfBlocks
 
@@ -31,6 +31,7 @@ def test_the_last_block_of_a_sequence_may_be_part_full() -> None:
     assert [pool.blocks_for(n) for n in (0, 1, 4, 5, 8)] == [0, 1, 1, 2, 2]
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(-6, 6)))
 def test_blocks_are_conserved(moves: list[int]) -> None:
     pool = BlockPool(10, 1)

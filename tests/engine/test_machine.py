@@ -29,7 +29,7 @@ CATALOGUE: dict[str, dict[str, object]] = {
     "crash": {"fail": "crash"},
     "nan": {"nbytes": 10, "nonfinite": True},
 }
-NAMES = st.sampled_from([*"aabbccdd", *CATALOGUE])
+NAMES = st.sampled_from([*"aaaaaabbbbcccd", *CATALOGUE])
 
 
 @dataclass
@@ -165,6 +165,7 @@ class EngineMachine(RuleBasedStateMachine):
     def finish_reading(self) -> None:
         self.engine.loader.finish()
 
+    @precondition(lambda self: any(asked.deadline for asked in self.asked.values()))
     @rule(seconds=st.integers(1, 3))
     def let_time_pass(self, seconds: int) -> None:
         self.engine.clock.now += seconds
@@ -248,7 +249,7 @@ class EngineMachine(RuleBasedStateMachine):
 
 
 EngineMachine.TestCase.settings = settings(
-    max_examples=120,
+    max_examples=150,
     stateful_step_count=40,
     deadline=None,
     print_blob=True,

@@ -1,4 +1,4 @@
-"""The engine as a process of its own: what survives its death, and what does not outlive the front."""
+"""The engine as a process of its own: what survives its death, and when it must not live on."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Adapters come, are shared, make room and go without anybody noticing who does not ask for them."""
+"""Adapters come, are shared, make room and go, and who does not ask for them does not notice."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from engine.driving import Engine, adapter
 from engine.oracle import OracleAdapter, OracleRunner, continuation
@@ -112,6 +113,94 @@ def test_an_adapter_in_use_stays_and_the_newcomer_waits_for_it() -> None:
     assert engine.tokens(2) == continuation([2], [("sha256:b", 1.0)], 2)
 
 
+def test_an_idle_adapter_leaves_before_one_in_use_however_recent_it_is() -> None:
+    engine = engine_with(budget=100)
+    engine.submit(1, [1], 50, adapters=[adapter("old", nbytes=50)])
+    engine.step()
+    engine.loader.finish()
+    engine.step()
+    engine.submit(2, [2], 1, adapters=[adapter("recent", nbytes=50)])
+    engine.step()
+    engine.loader.finish()
+    engine.step()
+    engine.core.control(Load(1, adapter("new", nbytes=50)))
+    engine.step()
+    engine.loader.finish()
+    engine.step()
+    assert resident(engine) == {"old": 1, "new": 0}
+
+
+def run_two_adapters(engine: Engine) -> None:
+    """Requests 1 (9 tokens) and 2 (90) run on a, request 3 (90) on b; the budget is full."""
+    for id, count, name in [(1, 9, "a"), (2, 90, "a"), (3, 90, "b")]:
+        engine.submit(id, [id], count, adapters=[adapter(name, nbytes=50)])
+    for _ in range(3):
+        engine.step()
+        if engine.loader.reading is not None:
+            engine.loader.finish()
+    engine.step()
+    assert engine.outcome(1) is None
+    assert resident(engine) == {"a": 2, "b": 1}
+
+
+def test_who_is_asked_to_make_room_stays_asked_and_the_others_stay_open() -> None:
+    engine = engine_with(budget=100)
+    run_two_adapters(engine)
+    engine.submit(4, [4], 2, adapters=[adapter("c", nbytes=50)])
+    engine.step()
+    engine.loader.finish()
+    while engine.outcome(1) is None:
+        engine.step()
+    engine.submit(5, [5], 2, adapters=[adapter("a", nbytes=50)])
+    engine.submit(6, [6], 2, adapters=[adapter("b", nbytes=50)])
+    for _ in range(3):
+        engine.step()
+    assert engine.tokens(5) == []
+    assert engine.outcome(6) == "length"
+    engine.core.abort(4)
+    for _ in range(3):
+        engine.step()
+    assert engine.outcome(5) == "length"
+
+
+def test_room_that_a_drain_will_free_is_waited_for_and_nobody_else_is_asked() -> None:
+    engine = engine_with(budget=100)
+    run_two_adapters(engine)
+    engine.core.control(Unload(1, "sha256:b"))
+    engine.submit(4, [4], 2, adapters=[adapter("c", nbytes=50)])
+    engine.step()
+    engine.loader.finish()
+    engine.submit(5, [5], 2, adapters=[adapter("a", nbytes=50)])
+    for _ in range(3):
+        engine.step()
+    assert engine.outcome(5) == "length"
+    engine.core.abort(3)
+    for _ in range(3):
+        engine.step()
+    assert engine.outcome(4) == "length"
+
+
+def test_when_room_is_wanted_no_longer_all_are_open_again_at_once() -> None:
+    engine = engine_with(budget=100)
+    engine.submit(1, [1], 90, adapters=[adapter("a", nbytes=50)])
+    engine.step()
+    engine.loader.finish()
+    engine.step()
+    engine.submit(2, [2], 2, adapters=[adapter("b", nbytes=60)])
+    engine.step()
+    engine.loader.finish()
+    engine.step()
+    engine.submit(3, [3], 2, adapters=[adapter("slow", nbytes=50)])
+    engine.submit(4, [4], 1, adapters=[adapter("a", nbytes=50)])
+    engine.step()
+    assert engine.tokens(4) == []
+    engine.core.abort(1)
+    engine.core.abort(2)
+    engine.step()
+    assert engine.loader.reading == adapter("slow", nbytes=50)
+    assert engine.outcome(4) == "length"
+
+
 def test_steady_traffic_on_one_adapter_cannot_starve_another() -> None:
     engine = engine_with(budget=100)
     engine.submit(1, [1], 4, adapters=[adapter("busy", nbytes=60)])
@@ -141,6 +230,9 @@ def test_a_mix_is_weighted_and_does_not_depend_on_the_order_it_is_written_in() -
     engine.submit(1, [1], 4, adapters=[adapter("a", 0.5), adapter("b", -2.0)])
     engine.submit(2, [1], 4, adapters=[adapter("b", -2.0), adapter("a", 0.25), adapter("a", 0.25)])
     engine.run()
+    for batch in engine.runner.batches:
+        one, other = np.split(batch.mix_slots, [batch.mix_starts[1]])
+        assert one.tolist() == other.tolist()
     expected = continuation([1], [("sha256:a", 0.5), ("sha256:b", -2.0)], 4)
     assert engine.tokens(1) == engine.tokens(2) == expected
 
@@ -234,6 +326,24 @@ def test_unloading_what_is_not_there_succeeds() -> None:
     assert engine.controls[1].error is None
 
 
+def test_an_unload_during_a_load_lets_those_who_wait_finish_and_then_frees_it() -> None:
+    engine = engine_with()
+    engine.core.control(Load(1, adapter("a")))
+    engine.submit(1, [1], 4, adapters=[adapter("a")])
+    engine.step()
+    engine.core.control(Unload(2, "sha256:a"))
+    engine.loader.finish()
+    engine.step()
+    engine.submit(2, [2], 2, adapters=[adapter("a")])
+    engine.step()
+    assert engine.controls[1].error is None
+    assert 2 not in engine.controls
+    engine.run()
+    assert engine.outcome(1) == engine.outcome(2) == "length"
+    assert engine.controls[2].error is None
+    assert len(engine.loader.started) == 2
+
+
 def test_an_abandoned_load_keeps_no_memory() -> None:
     engine = engine_with()
     engine.submit(1, [1], 2, adapters=[adapter("a")])
@@ -242,6 +352,25 @@ def test_an_abandoned_load_keeps_no_memory() -> None:
     engine.run()
     assert resident(engine) == {}
     assert engine.core._residency._read is None
+
+
+def test_an_unload_of_what_waits_for_room_is_answered_when_nobody_wants_it_any_more() -> None:
+    engine = engine_with(budget=100)
+    engine.submit(1, [1], 90, adapters=[adapter("a", nbytes=60)])
+    engine.step()
+    engine.loader.finish()
+    engine.step()
+    engine.submit(2, [2], 2, adapters=[adapter("b", nbytes=60)])
+    engine.step()
+    engine.loader.finish()
+    engine.step()
+    engine.core.control(Unload(1, "sha256:b"))
+    engine.step()
+    assert 1 not in engine.controls
+    engine.core.abort(2)
+    engine.step()
+    assert engine.controls[1].error is None
+    assert set(resident(engine)) == {"a"}
 
 
 def test_a_failure_to_publish_is_the_failure_of_that_load_only(

@@ -146,8 +146,11 @@ def test_one_seed_gives_independent_uniform_numbers() -> None:
     for neighbours in (grid[:, 1:] * grid[:, :-1], grid[1:] * grid[:-1]):
         assert abs(neighbours.mean() - 0.25) < 0.01
     assert len(set(numbers)) == len(numbers)
+    step = 0x9E3779B97F4A7C15  # what SplitMix64 adds: seeds this far apart must not run in step
+    assert uniform(1, 1) != uniform(1 + step, 0)
 
 
+@settings(deadline=None)
 @given(
     weights=st.lists(st.floats(0, 1, width=32), min_size=1, max_size=700).filter(any),
     u=st.floats(0, 1, exclude_max=True),
@@ -192,6 +195,12 @@ def test_the_draw_depends_on_seed_and_position_only() -> None:
 
     assert tokens(1) == tokens(1)
     assert tokens(1) != tokens(2)
+    flat = np.zeros((30, VOCAB), np.float32)
+    draw, repeated = Draw(SamplingParams(), []), set()
+    for row in flat:
+        repeated.add(draw.choose(row))
+        draw.saw(0)
+    assert len(repeated) > 20
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -25,7 +25,7 @@ class Sequence:
 
 
 class Driver:
-    """Runs passes; hands out KV blocks in a shuffled order, each full of NaN until it is written."""
+    """Runs passes; hands out KV blocks in a shuffled order, each full of NaN until written."""
 
     def __init__(self, decoder: Any, seed: int = 0) -> None:
         self.decoder = decoder
@@ -61,6 +61,4 @@ class Driver:
 
 def token_ids(seed: int, count: int, vocab: int) -> list[int]:
     """Random tokens."""
-    return torch.randint(
-        3, vocab, (count,), generator=torch.Generator().manual_seed(seed)
-    ).tolist()
+    return torch.randint(3, vocab, (count,), generator=torch.Generator().manual_seed(seed)).tolist()

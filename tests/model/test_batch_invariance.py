@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 from loraplex_model.adapter import LoraFactors, pack
-
-from model import tiny
 from model.conftest import Load
 from model.passes import BLOCK_SIZE, NUM_BLOCKS, Driver, Sequence, token_ids
+
+from model import tiny
 
 pytestmark = pytest.mark.parametrize("variant", ["llama", "qwen3-window-bias"])
 

@@ -128,6 +128,12 @@ def test_a_cache_that_cannot_be_written_is_a_typed_error(source: Path, tmp_path:
     assert caught.value.reason == "CACHE_FAILED"
 
 
+def test_a_source_that_cannot_be_read_is_not_blamed_on_the_cache(root: Path) -> None:
+    with pytest.raises(ModelError, match="gone") as caught:
+        cache.entry_for(root, [root / "gone"], Builder())
+    assert caught.value.reason == "MODEL_INVALID"
+
+
 def tensors(weights: BaseWeights) -> list[torch.Tensor]:
     found = [weights.embed, weights.norm, weights.lm_head]
     for layer in weights.layers:

@@ -14,10 +14,10 @@ from loraplex_model.config import PROJECTIONS
 from loraplex_model.convert import convert
 from loraplex_model.errors import ModelError
 from loraplex_model.load import LoadedBase, load_base
+from model.conftest import Load
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from model import tiny
-from model.conftest import Load
 
 
 @pytest.fixture
@@ -114,6 +114,7 @@ class CountingSource:
     def __init__(self, inner: SafetensorsSource) -> None:
         self.config, self.generation_config = inner.config, inner.generation_config
         self.rope_divisors = inner.rope_divisors
+        self.has_tokenizer = inner.has_tokenizer
         self._inner = inner
         self.alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
         self.most = 0

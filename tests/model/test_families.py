@@ -93,9 +93,7 @@ def test_other_architectures_are_refused_with_the_supported_ones(
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_features_that_the_decoder_lacks_are_refused(
-    changes: dict[str, object], says: str
-) -> None:
+def test_features_that_the_decoder_lacks_are_refused(changes: dict[str, object], says: str) -> None:
     with pytest.raises(ModelError, match=says) as caught:
         decoder_config(raw("llama", **changes))
     assert caught.value.reason == "MODEL_UNSUPPORTED"

@@ -12,9 +12,9 @@ from loraplex_model import families, nf4
 from loraplex_model.errors import ModelError
 from loraplex_model.gguf_file import ROPE_FACTORS, GgufSource
 from loraplex_model.load import load_base
+from model.conftest import Load
 
 from model import tiny
-from model.conftest import Load
 
 _NAMES = {
     "q_proj": "attn_q",

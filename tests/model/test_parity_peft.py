@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 from loraplex_model.adapter import pack
-
-from model import peft_oracle, tiny
 from model.conftest import Load
 from model.passes import BLOCK_SIZE, NUM_BLOCKS, Driver, Sequence, token_ids
+
+from model import peft_oracle, tiny
 
 VARIANTS = ("llama", "qwen2", "qwen3")
 ROWS = ("__base__", *peft_oracle.ADAPTERS, "__base__")

@@ -5,13 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from loraplex_model.adapter import LoraFactors
+from loraplex_model.batch import ForwardBatch
 from loraplex_model.forward import packed_logits
 from loraplex_model.linear import DenseLinear
 from loraplex_model.lora import RowGroup, trainable
-
-from model import peft_oracle, tiny
+from loraplex_model.reference import ReferenceDecoder
 from model.conftest import Load
 from model.passes import token_ids
+
+from model import peft_oracle, tiny
 
 STARTS = [0, 9, 16, 28]
 
@@ -63,6 +65,16 @@ def test_gradients_equal_pefts(variant: str, load_tiny: Load, tmp_path) -> None:
                     torch.testing.assert_close(mine.grad, wanted.grad, atol=1e-4, rtol=1e-4)
                     compared += 1
         assert compared == 2 * len(factors[adapter])
+
+
+def test_unpacking_anew_and_keeping_give_the_same_logits(load_tiny: Load) -> None:
+    weights = load_tiny("llama").weights
+    batch = ForwardBatch.build([(token_ids(1, 20, tiny.VOCAB), 0, [0, 1], ())])
+    one, other = (
+        ReferenceDecoder(weights, 2, 16, 1, keep_dense=keep).forward(batch)
+        for keep in (False, True)
+    )
+    assert torch.equal(one, other)
 
 
 def test_unpacking_anew_and_keeping_give_the_same_gradients(load_tiny: Load) -> None:

@@ -13,13 +13,17 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from loraplex.v1 import adapter_pb2, generation_pb2, generation_pb2_grpc
 from loraplex_server.rpc.adapters import AdapterService
 from loraplex_server.rpc.server import SERVICES
 from rpc.harness import (
+    EOS,
+    SCRIPT,
     Running,
     ask,
     expected,
+    make_tokenizer,
     refusal,
     rest,
     running,
@@ -90,9 +94,7 @@ async def test_an_expired_deadline_frees_everything(tmp_path: Path) -> None:
 
 
 async def test_a_full_queue_refuses_at_once_and_the_running_go_on(tmp_path: Path) -> None:
-    options = {**SLOW, "max_running": 2}
     async with running(tmp_path, engine_options=SLOW, max_running=2, max_waiting=3) as up:
-        del options
         calls = [up.generation.Generate(ask(20, i, new=60)) for i in range(30, 70)]
         results = await asyncio.gather(*calls, return_exceptions=True)
         answered = [i for i, r in zip(range(30, 70), results, strict=True) if not is_error(r)]
@@ -133,8 +135,8 @@ async def test_a_slow_reader_is_reaped_and_harms_nobody(tmp_path: Path) -> None:
         assert list(reply.token_ids) == expected([20, 21, 22], 20)
         await until(lambda: at_rest(up))
         stuck.cancel()
-        reaped = lambda: up.metric("rejected_requests_total", reason="READER_STALLED")  # noqa: E731
-        await until(lambda: reaped() == 1)
+        reaped = {"reason": "READER_STALLED"}
+        await until(lambda: up.metric("rejected_requests_total", **reaped) == 1)
 
 
 async def test_what_is_no_request_is_refused_and_nothing_of_it_is_told(tmp_path: Path) -> None:
@@ -159,7 +161,7 @@ async def test_a_message_of_5_mib_is_refused(tmp_path: Path) -> None:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await up.generation.Generate(request)
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        request.prompt = "x" * (4 << 20 - 100)
+        request.prompt = "x" * ((4 << 20) - 100)
         assert (await up.generation.Generate(ask(new=1))).token_ids
 
 
@@ -293,8 +295,6 @@ async def test_an_engine_killed_under_load_costs_only_what_ran(tmp_path: Path) -
 
 
 async def test_reflection_names_both_services(tmp_path: Path) -> None:
-    from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-
     async def names(up: Running) -> set[str]:
         stub = reflection_pb2_grpc.ServerReflectionStub(up.channel)
         question = reflection_pb2.ServerReflectionRequest(list_services="")
@@ -317,8 +317,6 @@ async def test_unknown_methods_are_unimplemented(tmp_path: Path) -> None:
 
 
 async def test_a_stop_string_ends_the_answer_and_frees_the_row(tmp_path: Path) -> None:
-    from rpc.harness import SCRIPT, make_tokenizer
-
     words = "the quick fox stops at the end of the dog"
     script = make_tokenizer().encode(words).ids
     async with running(tmp_path, script=script, engine_options=SLOW) as up:
@@ -340,8 +338,6 @@ async def test_a_stop_string_ends_the_answer_and_frees_the_row(tmp_path: Path) -
 
 
 async def test_eos_and_stop_tokens_end_the_answer(tmp_path: Path) -> None:
-    from rpc.harness import EOS, SCRIPT
-
     async with running(tmp_path, script=[30, 31, EOS, 32, 33]) as up:
         reply = await up.generation.Generate(ask(20, SCRIPT, new=5))
         assert list(reply.token_ids) == [30, 31]

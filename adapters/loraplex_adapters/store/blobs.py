@@ -83,6 +83,7 @@ class Blobs:
                 return
             try:
                 self.verify(digest)
+                flush(self._blobs)  # whoever renamed it may not have come to that yet
             except AdapterError:
                 # Damaged, or half deleted by hand: these bytes have just been checked, so they are
                 # better. A crash between the renames leaves no blob, which registering again mends.

@@ -111,10 +111,10 @@ def finite_rows(logits: Floats) -> list[bool]:
     with np.errstate(over="ignore", invalid="ignore"):
         sums = logits.sum(axis=1)
     # A sum is not finite if an addend is not. Huge addends can make it so too, so look again.
-    return [
-        bool(np.isfinite(total)) or bool(np.isfinite(row).all())
-        for total, row in zip(sums, logits, strict=True)
-    ]
+    finite: list[bool] = np.isfinite(sums).tolist()
+    if all(finite):
+        return finite
+    return [ok or bool(np.isfinite(row).all()) for ok, row in zip(finite, logits, strict=True)]
 
 
 def candidates(

@@ -100,19 +100,17 @@ class Scheduler:
     def schedule(self, now: float) -> list[Row]:
         """The rows of the next step, those with an equal mix side by side."""
         rows: list[Row] = []
-        preempted = self._schedule_decodes(rows)
+        self._schedule_decodes(rows)
         budget = self.limits.token_budget - len(rows)
         for request in self.running:
             if budget and request.remaining > 1:
                 budget -= self._chunk(request, budget, rows)
-        if not preempted:
-            self._admit(budget, rows, now)
+        self._admit(budget, rows, now)
         rows.sort(key=lambda row: row.request.mix)
         return rows
 
-    def _schedule_decodes(self, rows: list[Row]) -> bool:
-        """Adds every decode row, putting back others for its block; True if it had to."""
-        preempted = False
+    def _schedule_decodes(self, rows: list[Row]) -> None:
+        """Adds every decode row, putting back the last in order if it needs a block."""
         at = 0
         while at < len(self.running):
             request = self.running[at]
@@ -120,14 +118,12 @@ class Scheduler:
             if request.remaining > 1:
                 continue
             while not self._grow(request):
-                preempted = True
                 victim = self.running.pop()
                 self._preempt(victim)
                 if victim is request:
                     break
             else:
                 rows.append(Row(request, request.computed, 1, Logits.LAST))
-        return preempted
 
     def _grow(self, request: Request) -> bool:
         """Makes sure that the blocks hold all tokens; False if there are not enough."""

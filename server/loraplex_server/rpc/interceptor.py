@@ -149,6 +149,9 @@ class Interceptor(grpc.aio.ServerInterceptor):
         timer = loop.call_later(self._write_stall_seconds, give_up)
         try:
             await context.write(event)
+        except Exception as error:
+            # A write fails only when nobody is there: the cancellation is on its way to us.
+            raise asyncio.CancelledError from error
         finally:
             timer.cancel()
             if closing:

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, Final, NoReturn
 
-from jinja2 import TemplateError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -55,16 +54,18 @@ class ChatTemplate:
                 if size > MAX_RENDERED:
                     raise TextRefused("the rendered conversation is too long")
                 pieces.append(piece)
-        except TemplateError as error:
-            # Only what the template itself says is for the caller's eyes.
-            said = str(error) if isinstance(error, _TemplateRefusal) else "the template failed"
-            raise TextRefused(
-                f"the model's chat template refuses this conversation: {said}"
-            ) from error
+        except _TemplateRefusal as error:
+            # What the template itself says is for the caller's eyes; what else goes wrong is not.
+            raise TextRefused(f"the model's chat template refuses: {error}") from error
+        except TextRefused:
+            raise
+        except Exception as error:
+            text = "the model's chat template does not take this conversation"
+            raise TextRefused(text) from error
         return "".join(pieces)
 
 
-class _TemplateRefusal(TemplateError):
+class _TemplateRefusal(Exception):
     """What a template raises with `raise_exception`."""
 
 

@@ -1,0 +1,233 @@
+"""The RPC layer, the real engine and the real store, under whatever clients may do at once.
+
+The oracle's tokens tell which weights computed them at which position, so a wrong digest, a lost or
+repeated token or another request's KV block is a wrong number. Every call must end in exactly one
+way that is allowed for it, and afterwards nothing may be held for anybody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import grpc
+import pytest
+import pytest_asyncio
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from loraplex.v1 import adapter_pb2
+from rpc.harness import (
+    Running,
+    ask,
+    expected,
+    refusal,
+    running,
+    streamed,
+    until,
+    write_adapter,
+)
+from rpc.test_robustness import at_rest
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+NAMES = ["a", "b", "c", "d"]
+
+
+@dataclass(frozen=True)
+class Generate:
+    """A stream; `leave_after` messages the client is gone, or at `deadline` seconds."""
+
+    adapters: tuple[tuple[str, float], ...]
+    prompt: tuple[int, ...]
+    new: int
+    leave_after: int | None
+    deadline: float | None
+
+
+@dataclass(frozen=True)
+class Register:
+    name: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Load:
+    name: str
+
+
+@dataclass(frozen=True)
+class Unload:
+    name: str
+    force: bool
+
+
+@dataclass(frozen=True)
+class Delete:
+    name: str
+
+
+@dataclass(frozen=True)
+class KillEngine:
+    pass
+
+
+@dataclass(frozen=True)
+class Settle:
+    """Lets the calls that were begun get on."""
+
+    turns: int
+
+
+names = st.sampled_from(NAMES)
+mixes = st.lists(
+    st.tuples(names, st.sampled_from([1.0, 0.5, -1.0])), max_size=3, unique_by=lambda t: t[0]
+).map(tuple)
+generations = st.builds(
+    Generate,
+    adapters=mixes,
+    prompt=st.lists(st.integers(20, 60), min_size=1, max_size=40).map(tuple),
+    new=st.integers(1, 40),
+    leave_after=st.none() | st.none() | st.integers(0, 10),
+    deadline=st.none() | st.none() | st.sampled_from([0.001, 0.02]),
+)
+others = st.one_of(
+    st.builds(Register, names, st.integers(0, 5)),
+    st.builds(Load, names),
+    st.builds(Unload, names, st.booleans()),
+    st.builds(Delete, names),
+    st.builds(Settle, st.integers(1, 30)),
+)
+operations = st.lists(
+    st.tuples(generations, generations, generations | others, others), min_size=3, max_size=12
+).map(lambda groups: [operation for group in groups for operation in group])
+
+
+@dataclass
+class Story:
+    """What one example has done so far, and so what may happen to its calls."""
+
+    up: Running
+    killed: bool = False
+    forced: bool = False
+
+    async def do(self, operation: object) -> None:
+        up = self.up
+        try:
+            match operation:
+                case Generate():
+                    await self.generate(operation)
+                case Register(name, seed):
+                    request = adapter_pb2.RegisterAdapterRequest(
+                        name=name, path=f"seed-{seed}", replace=True
+                    )
+                    await up.adapters.RegisterAdapter(request)
+                case Load(name):
+                    reply = await up.adapters.LoadAdapter(
+                        adapter_pb2.LoadAdapterRequest(adapter_id=name)
+                    )
+                    assert reply.adapter.name == name
+                case Unload(name, force):
+                    await up.adapters.UnloadAdapter(
+                        adapter_pb2.UnloadAdapterRequest(adapter_id=name, force=force)
+                    )
+                case Delete(name):
+                    await up.adapters.DeleteAdapter(adapter_pb2.DeleteAdapterRequest(name=name))
+        except grpc.aio.AioRpcError as error:
+            self.judge(operation, error)
+
+    async def generate(self, operation: Generate) -> None:
+        """Every token that arrives is the right one for the digests that the stream named."""
+        mix = [{"adapter_id": name, "weight": weight} for name, weight in operation.adapters]
+        request = ask(*operation.prompt, new=operation.new, mix=mix)
+        call = self.up.generation.GenerateStream(streamed(request), timeout=operation.deadline)
+        events = []
+        while operation.leave_after is None or len(events) < operation.leave_after:
+            event = await call.read()
+            if event is grpc.aio.EOF:
+                break
+            events.append(event)
+            if event.WhichOneof("event") == "started":
+                state = [(r.digest, r.weight) for r in event.started.adapters]
+                seen = [(r.name, r.weight) for r in event.started.adapters]
+                assert seen == [pytest.approx(pair) for pair in operation.adapters]
+                tokens = expected(list(operation.prompt), operation.new, mix=state)
+            got = [token for e in events for token in e.delta.token_ids]
+            if events:
+                assert got == tokens[: len(got)]
+        else:
+            call.cancel()
+            return
+        kinds = [event.WhichOneof("event") for event in events]
+        assert kinds[0] == "started"
+        assert kinds.count("finished") == 1
+        assert kinds[-1] == "finished"
+        assert len(got) == operation.new
+
+    def judge(self, operation: object, error: grpc.aio.AioRpcError) -> None:
+        """Only what somebody did may have gone wrong."""
+        if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+            assert isinstance(operation, Generate)
+            assert operation.deadline is not None
+            return
+        allowed = {"ADAPTER_NOT_FOUND"}
+        if self.killed:
+            allowed.add("ENGINE_RESTARTED")
+        if self.forced:
+            allowed.add("ADAPTER_UNLOADED")
+        assert refusal(error).reason in allowed, operation
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def up(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Running]:
+    folder = tmp_path_factory.mktemp("machine")
+    for seed in range(6):
+        write_adapter(folder / "import" / f"seed-{seed}", seed)
+    size = sum(file.stat().st_size for file in (folder / "import" / "seed-0").iterdir())
+    tight = {"num_blocks": 40, "adapter_budget_bytes": 3 * size + 100, "num_slots": 3}
+    async with running(folder, max_running=6, token_budget=16, engine_options=tight) as server:
+        yield server
+
+
+async def tell(up: Running, program: list[object]) -> None:
+    """Runs a program: calls begin in its order and overlap as they may."""
+    story = Story(up)
+    story.forced = any(isinstance(o, Unload) and o.force for o in program)
+    tasks = []
+    for seed, name in enumerate(NAMES):
+        await story.do(Register(name, seed))
+    for operation in program:
+        if isinstance(operation, Settle):
+            for _ in range(operation.turns):
+                await asyncio.sleep(0.0005)
+        elif isinstance(operation, KillEngine):
+            story.killed = True
+            assert up.server.engine.pid is not None
+            os.kill(up.server.engine.pid, signal.SIGKILL)
+        else:
+            tasks.append(asyncio.create_task(story.do(operation)))
+            await asyncio.sleep(0)
+    await asyncio.gather(*tasks)
+    await until(lambda: up.server.engine.ready)
+    await until(lambda: at_rest(up))
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(program=operations)
+async def test_whatever_clients_do_every_answer_is_right_and_nothing_is_left(
+    up: Running, program: list[object]
+) -> None:
+    await tell(up, program)
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@given(before=operations, after=operations)
+async def test_an_engine_killed_anywhere_costs_only_what_ran(
+    up: Running, before: list[object], after: list[object]
+) -> None:
+    restarts = up.server.engine.restarts
+    await tell(up, [*before, KillEngine(), *after])
+    await until(lambda: up.server.engine.restarts == restarts + 1 and up.server.engine.ready)
+    await until(lambda: at_rest(up))

@@ -1,0 +1,77 @@
+"""Settings: where they come from, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from loraplex_server.config import Config, ConfigError, load
+
+
+def test_flags_beat_the_environment_which_beats_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "server.toml"
+    file.write_text('port = 1\nmax_rank = 2\nmodel = "from-file"\nkv_memory = "2MiB"\n')
+    monkeypatch.setenv("LORAPLEX_PORT", "10")
+    monkeypatch.setenv("LORAPLEX_MAX_RANK", "20")
+    config = load(file, {"port": "100"})
+    assert (config.port, config.max_rank, config.model) == (100, 20, "from-file")
+    assert config.kv_memory == 2 << 20
+    assert config.token_budget == Config().token_budget
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"port": "70000"}, "port: "),
+        ({"port": "x"}, "port: "),
+        ({"no_such": "1"}, "no_such: there is no such setting"),
+        ({"dtype": "int8"}, "dtype: "),
+        ({"max_running": "1000", "token_budget": "10"}, "max_running must be at most"),
+        ({"kv_memory": "lots"}, "kv_memory: "),
+        ({"host": "0.0.0.0"}, "--insecure"),
+        ({"host": "::"}, "--insecure"),
+        ({"host": "example.org"}, "--insecure"),
+        ({"admin_host": "10.0.0.1"}, "--insecure"),
+        ({"engine_factory": "os.system('x')"}, "engine_factory: "),
+    ],
+    ids=str,
+)
+def test_a_wrong_setting_is_named(flags: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(None, flags)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
+def test_the_loopback_needs_no_consent(host: str) -> None:
+    assert load(None, {"host": host}).host == host
+
+
+def test_the_world_is_served_only_with_consent() -> None:
+    assert load(None, {"host": "0.0.0.0", "insecure": True}).host == "0.0.0.0"
+
+
+@pytest.mark.parametrize("content", ["port = ", "port = 1\nport = 2\n", "\xff\x00"])
+def test_a_file_that_is_no_toml_is_named(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "broken.toml"
+    file.write_text(content, encoding="latin-1")
+    with pytest.raises(ConfigError, match=r"broken\.toml"):
+        load(file, {})
+    with pytest.raises(ConfigError, match=r"missing\.toml"):
+        load(tmp_path / "missing.toml", {})
+
+
+def test_the_resolved_settings_are_shown_and_hidden_ones_are_not() -> None:
+    lines = load(None, {"port": "77"}).lines()
+    assert "port = 77" in lines
+    assert not any("engine_" in line for line in lines)
+
+
+def test_the_front_refuses_before_the_engine_would() -> None:
+    config = load(None, {"max_running": "5", "max_waiting": "7", "max_waiting_tokens": "11"})
+    limits = config.engine_limits()
+    assert limits["max_waiting"] >= 12
+    assert limits["max_waiting_tokens"] >= 11

@@ -1,0 +1,120 @@
+"""Metrics: bounded labels, counters that only grow, and what the engine reports."""
+
+from __future__ import annotations
+
+import re
+
+from loraplex_server.engine.messages import AdapterStatus, Failure, LoadDone, StepDone, StepStats
+from loraplex_server.metrics import BASE_LABEL, OTHER_LABEL, Metrics
+from prometheus_client import CollectorRegistry, generate_latest
+
+
+def fresh(labels: int = 200) -> Metrics:
+    return Metrics(CollectorRegistry(), "1.2.3", labels)
+
+
+def value(metrics: Metrics, name: str, **labels: str) -> float | None:
+    return metrics.registry.get_sample_value(f"loraplex_{name}", labels)
+
+
+def adapters_seen(metrics: Metrics) -> set[str]:
+    text = generate_latest(metrics.registry).decode()
+    return set(re.findall(r'adapter="([^"]+)"', text))
+
+
+def step(**changes: object) -> StepStats:
+    zero = dict.fromkeys(StepStats.__struct_fields__, 0)
+    return StepStats(**{**zero, **changes})  # type: ignore[arg-type]
+
+
+def test_ten_thousand_names_make_at_most_the_allowed_labels() -> None:
+    metrics = fresh(labels=200)
+    for i in range(5_000):
+        metrics.adapter_registered(f"adapter-{i}")
+    for i in range(10_000):  # half of them nobody registered
+        metrics.generation_started([f"adapter-{i}"], 1)
+        metrics.generation_ended([f"adapter-{i}"], "OK", 1)
+    seen = adapters_seen(metrics)
+    assert len(seen - {BASE_LABEL, OTHER_LABEL}) == 200
+    assert value(metrics, "adapter_requests_total", adapter=OTHER_LABEL, code="OK") == 9_800
+    assert len(generate_latest(metrics.registry)) < 200_000
+
+
+def test_unknown_names_never_become_labels() -> None:
+    metrics = fresh()
+    metrics.generation_ended(["never-registered"], "OK", 1)
+    assert adapters_seen(metrics) == {BASE_LABEL, OTHER_LABEL}
+
+
+def test_a_deleted_adapter_takes_its_series_with_it_and_frees_its_place() -> None:
+    metrics = fresh(labels=1)
+    metrics.adapter_registered("a")
+    metrics.generation_ended(["a"], "OK", 1)
+    metrics.adapter_deleted("a")
+    assert "a" not in adapters_seen(metrics)
+    assert value(metrics, "adapters", state="registered") == 0
+    metrics.generation_ended(["a"], "OK", 1)  # a request that outlived it
+    assert "a" not in adapters_seen(metrics)
+    metrics.adapter_registered("b")
+    metrics.generation_ended(["b"], "OK", 1)
+    assert "b" in adapters_seen(metrics)
+
+
+def test_no_histogram_carries_an_adapter() -> None:
+    metrics = fresh()
+    metrics.adapter_registered("a")
+    metrics.generation_started(["a"], 3)
+    metrics.generation_ended(["a"], "OK", 4)
+    for line in generate_latest(metrics.registry).decode().splitlines():
+        assert not ("_bucket" in line and "adapter=" in line)
+
+
+def test_counters_go_on_over_a_restart_of_the_engine() -> None:
+    metrics = fresh()
+    metrics.on_step(StepDone([], step(preemptions=3, evictions=2)))
+    metrics.on_step(StepDone([], step(preemptions=5, evictions=2)))
+    metrics.on_restart()
+    metrics.on_step(StepDone([], step(preemptions=1, evictions=1)))
+    assert value(metrics, "preemptions_total") == 6
+    assert value(metrics, "adapter_evictions_total") == 3
+    assert value(metrics, "engine_restarts_total") == 1
+
+
+def test_the_engines_table_becomes_gauges_and_is_empty_after_a_restart() -> None:
+    metrics = fresh()
+    table = [
+        AdapterStatus("sha256:a", "resident", 10, 1),
+        AdapterStatus("sha256:b", "resident", 10, 0),
+        AdapterStatus("sha256:c", "loading", 0, 1),
+    ]
+    metrics.on_step(StepDone([], step(adapter_bytes=20), table))
+    assert value(metrics, "adapters", state="resident") == 2
+    assert value(metrics, "adapters", state="loading") == 1
+    assert value(metrics, "adapter_bytes") == 20
+    metrics.on_restart()
+    assert value(metrics, "adapters", state="resident") == 0
+    assert value(metrics, "adapter_bytes") == 0
+
+
+def test_loads_are_counted_by_result() -> None:
+    metrics = fresh()
+    metrics.on_load(LoadDone("sha256:a", 0.5))
+    metrics.on_load(LoadDone("sha256:b", 0.5, Failure("ADAPTER_INVALID", "torn")))
+    assert value(metrics, "adapter_loads_total", result="ok") == 1
+    assert value(metrics, "adapter_loads_total", result="error") == 1
+    assert value(metrics, "adapter_load_seconds_count") == 1
+
+
+def test_every_name_has_the_prefix_and_its_unit() -> None:
+    metrics = fresh()
+    for family in metrics.registry.collect():
+        assert re.fullmatch(r"loraplex_[a-z_]+", family.name)
+        assert family.documentation.endswith(".")
+        if family.type == "histogram" and "batch" not in family.name:
+            assert family.name.endswith("_seconds")
+
+
+def test_two_servers_in_one_process_share_nothing() -> None:
+    one, other = fresh(), fresh()
+    one.generation_ended([], "OK", 5)
+    assert value(other, "generated_tokens_total") == 0

@@ -1,0 +1,169 @@
+"""Tokens to text and back: whole characters, and the ids that Hugging Face gives."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from loraplex_server.text.chat import ChatTemplate, TextRefused
+from loraplex_server.text.detokenizer import Detokenizer
+from loraplex_server.text.tokenizer import TextTokenizer, TokenizerError, TooLong
+from rpc.harness import VOCAB, make_tokenizer, write_model
+from tokenizers import Tokenizer, decoders, models, processors
+
+TOKENIZER = make_tokenizer()
+SMILE = TOKENIZER.encode("é😺").ids
+
+
+def metaspace() -> Tokenizer:
+    """A SentencePiece-like tokenizer: a word's space is part of its token, bytes are fallbacks."""
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+    words += ["▁", "▁a", "▁the", "b", "é", "▁é"]
+    tokenizer = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, [], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return tokenizer
+
+
+ids = st.lists(st.integers(0, VOCAB - 1), max_size=24)
+
+
+@given(ids, ids)
+@example([20], SMILE)
+@example(SMILE[:1], SMILE[1:])
+@example([20], [*SMILE[:-1], 30, *SMILE])
+def test_the_pieces_are_the_whole_text_less_a_last_half_character(
+    prompt: list[int], completion: list[int]
+) -> None:
+    detokenizer = Detokenizer(TOKENIZER, prompt)
+    pieces = [detokenizer.push(token) for token in completion]
+    whole = TOKENIZER.decode(completion, skip_special_tokens=True)
+    assert not any(piece.endswith("\ufffd") for piece in pieces)
+    assert "".join(pieces) + detokenizer.finish() == whole.rstrip("\ufffd")
+
+
+@given(st.text(max_size=40))
+def test_text_that_is_whole_comes_back_whole(text: str) -> None:
+    detokenizer = Detokenizer(TOKENIZER, [20])
+    pieces = [detokenizer.push(token) for token in TOKENIZER.encode(text).ids]
+    assert "".join(pieces) + detokenizer.finish() == text.rstrip("\ufffd")
+
+
+@given(st.lists(st.integers(3, 264), max_size=20))
+def test_no_tokens_whatever_they_are_make_the_decoder_fail(completion: list[int]) -> None:
+    detokenizer = Detokenizer(metaspace(), [1, 260])
+    pieces = [detokenizer.push(token) for token in completion]
+    assert not any(piece.endswith("\ufffd") for piece in pieces)
+    assert not detokenizer.finish().endswith("\ufffd")
+
+
+def test_a_first_word_keeps_its_space() -> None:
+    tokenizer = metaspace()
+    the = tokenizer.token_to_id("▁the")
+    assert Detokenizer(tokenizer, [1, the]).push(the) == " the"
+
+
+def test_special_tokens_are_not_text() -> None:
+    detokenizer = Detokenizer(TOKENIZER, [20])
+    assert detokenizer.push(1) == ""
+    assert detokenizer.push(TOKENIZER.encode("x").ids[0]) == "x"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+def test_prompts_get_the_ids_that_transformers_gives(folder: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    with_bos = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    with_bos.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    (tmp_path / "model.json").write_text((folder / "model.json").read_text())
+    with_bos.save(str(tmp_path / "tokenizer.json"))
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=with_bos, bos_token="<s>", eos_token="</s>"
+    )
+    theirs.chat_template = (
+        "{% for m in messages %}<s>{{ m['role'] | upper }}\n{{ m.content | trim }}"
+        "{% if not loop.last %}{% continue %}{% endif %}</s>{% endfor %}\n"
+        "{%- if add_generation_prompt %}ASSISTANT{{ eos_token }}{% endif %}"
+    )
+    ours = TextTokenizer(tmp_path, 1000)
+    for text in ("", " ", "the quick brown fox", "é😺 <s> </s>x", "日本\x00語" * 600):
+        assert asyncio.run(ours.encode(text)) == theirs(text)["input_ids"]
+    messages = [{"role": "user", "content": " hi "}, {"role": "assistant", "content": "<b>é"}]
+    template = ChatTemplate(theirs.chat_template, {"bos_token": "<s>", "eos_token": "</s>"})
+    rendered = template.render(messages)
+    assert rendered == theirs.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True
+    )
+    ours._chat = template
+    assert asyncio.run(ours.encode_chat(messages)) == list(
+        theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    )
+
+
+def test_each_tokens_own_text_is_what_it_decodes_to(folder: Path) -> None:
+    tokenizer = TextTokenizer(folder, 100)
+    for token in range(VOCAB):
+        assert tokenizer.token_text(token) == TOKENIZER.decode([token], skip_special_tokens=False)
+    assert tokenizer.token_text(SMILE[-1]) == "\ufffd"
+
+
+def test_text_that_cannot_fit_is_refused_unread(folder: Path) -> None:
+    tokenizer = TextTokenizer(folder, 8)
+    with pytest.raises(TooLong):
+        asyncio.run(tokenizer.encode("x" * 1000))
+
+
+HOSTILE = [
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "{{ messages.append(1) }}",
+    "{{ messages[0].update({'role': 1}) }}",
+    "{{ cycler.__init__.__globals__.os.popen('true') }}",
+    "{% for i in range(100000) %}{{ 'x' * 1000 }}{% endfor %}",
+    "{{ undefined.field }}",
+    "{{ 1 / 0 }}",
+]
+
+
+@pytest.mark.parametrize("template", HOSTILE)
+def test_a_hostile_template_is_refused_and_gives_nothing_away(template: str) -> None:
+    chat = ChatTemplate(template, {})
+    with pytest.raises(TextRefused) as caught:
+        chat.render([{"role": "user", "content": "hi"}])
+    assert str(caught.value) in {
+        "the model's chat template does not take this conversation",
+        "the rendered conversation is too long",
+    }
+
+
+def test_a_model_without_a_tokenizer_takes_token_ids_only(folder: Path, tmp_path: Path) -> None:
+    content = (folder / "model.json").read_text()
+    (tmp_path / "model.json").write_text(
+        content.replace('"has_tokenizer": true', '"has_tokenizer": false')
+    )
+    tokenizer = TextTokenizer(tmp_path, 10)
+    with pytest.raises(TextRefused):
+        asyncio.run(tokenizer.encode("hi"))
+    assert tokenizer.detokenizer([1]).push(2) == ""
+    assert tokenizer.token_text(3) == ""
+
+
+def test_missing_files_are_an_operators_error(tmp_path: Path, folder: Path) -> None:
+    with pytest.raises(TokenizerError, match=r"model\.json"):
+        TextTokenizer(tmp_path, 10)
+    (tmp_path / "model.json").write_text((folder / "model.json").read_text())
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json"):
+        TextTokenizer(tmp_path, 10)
