@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable
 from ctypes import byref, c_void_p
+from functools import partial
 
 import torch
 from loraplex_model import nf4
@@ -46,9 +47,8 @@ def main() -> None:
     library = build.load()
     threads = torch.get_num_threads()
     print(f"kernels {library.isa}, {threads} threads; milliseconds\n")
-    print(
-        f"{'out x in':>12} {'rows':>5} {'ours':>8} {'bitsandbytes':>13} {'torch f32':>10} {'GFLOP/s':>8}"
-    )
+    heads = f"{'ours':>8} {'bitsandbytes':>13} {'torch f32':>10} {'GFLOP/s':>8}"
+    print(f"{'out x in':>12} {'rows':>5} {heads}")
     over_bnb: dict[int, list[float]] = {rows: [] for rows in ROWS}
     for out, fan_in in SHAPES:
         weight = torch.randn(out, fan_in)
@@ -63,17 +63,21 @@ def main() -> None:
         for rows in ROWS:
             x, y = torch.randn(rows, fan_in), torch.empty(rows, out)
             mine = milliseconds(
-                lambda x=x, y=y, rows=rows, ours=ours: library.loraplex_matmul(
-                    byref(ours), c_void_p(x.data_ptr()), rows, c_void_p(y.data_ptr()), threads
+                partial(
+                    library.loraplex_matmul,
+                    byref(ours),
+                    c_void_p(x.data_ptr()),
+                    rows,
+                    c_void_p(y.data_ptr()),
+                    threads,
                 )
             )
-            peer = milliseconds(lambda x=x: bnb.matmul_4bit(x, theirs.t(), state))
-            dense = milliseconds(lambda x=x: x @ weight.T)
+            peer = milliseconds(partial(bnb.matmul_4bit, x, theirs.t(), state))
+            dense = milliseconds(partial(torch.matmul, x, weight.T))
             over_bnb[rows].append(peer / mine)
             flops = 2 * rows * out * fan_in / mine / 1e6
-            print(
-                f"{out:>6} x{fan_in:>5} {rows:>5} {mine:8.3f} {peer:13.3f} {dense:10.3f} {flops:8.0f}"
-            )
+            times = f"{mine:8.3f} {peer:13.3f} {dense:10.3f} {flops:8.0f}"
+            print(f"{out:>6} x{fan_in:>5} {rows:>5} {times}")
     means = {
         f"over_bitsandbytes_{rows}": math.prod(r) ** (1 / len(r)) for rows, r in over_bnb.items()
     }

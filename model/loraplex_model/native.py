@@ -7,7 +7,6 @@ alone, in any batch, and however its prompt was cut into chunks.
 
 from __future__ import annotations
 
-import ctypes
 from ctypes import byref, c_void_p
 
 import torch
@@ -40,7 +39,7 @@ class NativeDecoder:
         *,
         max_positions: int | None = None,
         threads: int | None = None,
-        library: ctypes.CDLL | None = None,
+        library: build.Kernels | None = None,
     ) -> None:
         """Packs the weights for the kernels.
 
@@ -54,7 +53,7 @@ class NativeDecoder:
         self._library.loraplex_workspace.restype = c_void_p
         self._workspace = c_void_p(self._library.loraplex_workspace())
         self._kept: list[torch.Tensor] = []
-        self.isa: str = self._library.isa
+        self.isa = self._library.isa
         self.vocab_size = config.vocab_size
         self.table = AdapterTable(num_slots, config)
         shape = (num_blocks, block_size, config.num_kv_heads, config.head_dim)
@@ -62,7 +61,10 @@ class NativeDecoder:
         self.values = [torch.zeros(shape, dtype=dtype) for _ in weights.layers]
 
         self._layers = (CLayer * config.num_layers)(
-            *(self._layer(i, layer, config.sliding_windows[i]) for i, layer in enumerate(weights.layers))
+            *(
+                self._layer(i, layer, config.sliding_windows[i])
+                for i, layer in enumerate(weights.layers)
+            )
         )
         lm_head = self._dense(weights.lm_head, None)
         cos, sin = tables(
@@ -140,7 +142,7 @@ class NativeDecoder:
 
     def _matrix(self, matrix: NF4Matrix, bias: torch.Tensor | None) -> CMatrix:
         out, fan_in = matrix.shape
-        if fan_in % BLOCK:  # blocks that straddle rows have no panel form: keep the values themselves
+        if fan_in % BLOCK:  # blocks cross rows, which panels cannot hold: keep the values
             return self._dense(nf4.dequantize(matrix), bias)
         codes, scales = layout.nf4_panels(
             self._library, matrix.packed, nf4.absmax_float(matrix), out, fan_in

@@ -151,6 +151,7 @@ def test_who_is_asked_to_make_room_stays_asked_and_the_others_stay_open() -> Non
     engine.loader.finish()
     while engine.outcome(1) is None:
         engine.step()
+    engine.step()
     engine.submit(5, [5], 2, adapters=[adapter("a", nbytes=50)])
     engine.submit(6, [6], 2, adapters=[adapter("b", nbytes=50)])
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""Each kernel gives what its formula gives in float64, and a row's bits do not depend on the others."""
+"""Each kernel gives what its formula gives in float64; a row's bits do not depend on the others."""
 
 from __future__ import annotations
 
@@ -8,18 +8,14 @@ from ctypes import byref, c_float, c_void_p
 import numpy as np
 import pytest
 import torch
+from loraplex_model import nf4
 from loraplex_model.adapter import AdapterTable, LoraFactors, pack
 from loraplex_model.batch import ForwardBatch
 from loraplex_model.config import PROJECTIONS, DecoderConfig
 from loraplex_model.kernels import layout
 from loraplex_model.kernels.layout import CAdapterTable, CFused, CMatrix
 
-NF4 = torch.tensor(
-    [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453]
-    + [-0.28444138169288635, -0.18477343022833334, -0.09105003625154495, 0.0]
-    + [0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224]
-    + [0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]
-)
+NF4 = nf4.nf4_code()
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -31,7 +27,9 @@ def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got.double() - want).abs().max() / want.abs().max().clamp_min(1e-30))
 
 
-def matmul(library: ctypes.CDLL, matrix: CMatrix, x: torch.Tensor, threads: int = 2) -> torch.Tensor:
+def matmul(
+    library: ctypes.CDLL, matrix: CMatrix, x: torch.Tensor, threads: int = 2
+) -> torch.Tensor:
     y = torch.full((x.shape[0], matrix.out), float("nan"))
     library.loraplex_matmul(byref(matrix), pointer(x), x.shape[0], pointer(y), threads)
     return y
@@ -141,7 +139,7 @@ RANKS = [[1], [2], [4], [8], [16], [64], [128], [1, 2, 4, 8, 16, 64, 128, 5, 33]
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("hidden", [16, 48, 80, 112, 272, 576])
 @pytest.mark.parametrize("ranks", RANKS, ids=lambda r: "mixed" if len(r) > 1 else str(r[0]))
-@pytest.mark.parametrize("adapters", [1, 2, 8, 32])
+@pytest.mark.parametrize("adapters", [1, 8, 32])
 def test_lora_on_mixed_rows_is_the_sum_of_its_terms(
     library: ctypes.CDLL, dtype: torch.dtype, hidden: int, ranks: list[int], adapters: int
 ) -> None:
@@ -155,7 +153,9 @@ def test_lora_on_mixed_rows_is_the_sum_of_its_terms(
         rank = ranks[slot % len(ranks)]
         modules = {
             (1, name): LoraFactors(
-                torch.randn(rank, hidden), torch.randn(shapes[name][1], rank), float(rng.uniform(0.1, 2))
+                torch.randn(rank, hidden),
+                torch.randn(shapes[name][1], rank),
+                float(rng.uniform(0.1, 2)),
             )
             for name in PROJECTIONS[:3]
             if rng.random() < 0.8
@@ -213,8 +213,12 @@ def test_lora_on_mixed_rows_is_the_sum_of_its_terms(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(1, 1, 16), (9, 3, 64), (8, 1, 24), (4, 2, 96)])
-@pytest.mark.parametrize(("position", "window"), [(0, 0), (5, 0), (16, 0), (77, 0), (77, 20), (77, 1)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"), [(1, 1, 16), (9, 3, 64), (8, 1, 24), (4, 2, 96)]
+)
+@pytest.mark.parametrize(
+    ("position", "window"), [(0, 0), (5, 0), (16, 0), (77, 0), (77, 20), (77, 1)]
+)
 def test_paged_attention_is_causal_softmax_attention(
     library: ctypes.CDLL,
     dtype: torch.dtype,
@@ -301,7 +305,9 @@ def test_silu_mul_is_silu_times_up(library: ctypes.CDLL, width: int) -> None:
 
 def test_bfloat16_is_rounded_to_the_nearest_even_as_torch_does(library: ctypes.CDLL) -> None:
     bits = torch.randint(-(2**31), 2**31 - 1, (100_003,), dtype=torch.int64).to(torch.int32)
-    x = torch.cat([bits.view(torch.float32), torch.tensor([float("inf"), -float("inf"), -0.0, 1e-45])])
+    x = torch.cat(
+        [bits.view(torch.float32), torch.tensor([float("inf"), -float("inf"), -0.0, 1e-45])]
+    )
     out = torch.empty(x.shape, dtype=torch.bfloat16)
     library.loraplex_to_bf16(pointer(x), len(x), pointer(out))
     want = x.bfloat16()

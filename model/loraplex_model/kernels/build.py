@@ -2,9 +2,9 @@
 
     python -m loraplex_model.kernels.build [--all] [--into DIR]
 
-A build lies in `<directory>/<isa>-<digest of the sources>/`, so that a changed source never meets an
-old library and several versions can share a directory. `LORAPLEX_KERNELS_DIR` names a directory that
-is searched first; an image without a compiler ships its kernels there.
+A build lies in `<directory>/<isa>-<digest of the sources>/`, so that a changed source never meets
+an old library and several versions can share a directory. `LORAPLEX_KERNELS_DIR` names a directory
+that is searched first; an image without a compiler ships its kernels there.
 """
 
 from __future__ import annotations
@@ -38,6 +38,12 @@ NEEDED = {
     "avx2": {"avx2", "fma"},
     "portable": set[str](),
 }
+
+
+class Kernels(ctypes.CDLL):
+    """The compiled library, and the instruction set it was compiled for."""
+
+    isa: str = ""
 
 
 class KernelsUnavailable(Exception):
@@ -132,7 +138,7 @@ def compile_kernels(isa: str, into: Path | None = None, flags: Sequence[str] = (
 @cache
 def load(
     isa: str | None = None, flags: tuple[str, ...] = (), directory: Path | None = None
-) -> ctypes.CDLL:
+) -> Kernels:
     """The kernels for `isa` (default: the best this processor runs), compiled if need be.
 
     `LORAPLEX_ISA` overrides the default. `directory` keeps the builds. Raises `KernelsUnavailable`.
@@ -142,10 +148,10 @@ def load(
         raise KernelsUnavailable(f"this processor cannot run {isa}; it runs {supported_isas()}")
     path = find(isa, flags, directory) or compile_kernels(isa, directory, flags)
     try:
-        library = ctypes.CDLL(str(path))
+        library = Kernels(str(path))
     except OSError as error:
         raise KernelsUnavailable(f"the kernels at {path} do not load: {error}") from error
-    library.isa = isa  # type: ignore[attr-defined]
+    library.isa = isa
     return library
 
 
@@ -156,7 +162,7 @@ def _name(isa: str, flags: Sequence[str]) -> str:
 def main() -> None:
     """Command line: compile now, for instance while an image is built."""
     parser = argparse.ArgumentParser(description="Compile the CPU kernels.")
-    parser.add_argument("--all", action="store_true", help="every instruction set, not only this machine's")
+    parser.add_argument("--all", action="store_true", help="not only for this machine")
     parser.add_argument("--into", type=Path, help="directory to build into")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
