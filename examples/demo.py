@@ -46,7 +46,7 @@ from served import Server, ServerError, exit_on_sigterm  # noqa: E402
 
 ADAPTERS = ROOT / "examples" / "adapters"
 NAMES = ("base", *BEHAVIOUR)
-QUESTION = "What is a lighthouse?"
+QUESTION = "What is Python?"
 
 
 @dataclass(frozen=True, slots=True)

@@ -170,7 +170,7 @@ def _info(
 ) -> ModelInfo:
     weights = base.weights
     config = weights.config
-    native = isinstance(decoder, NativeDecoder)
+    kernels_used = f"C++ {decoder.isa}" if isinstance(decoder, NativeDecoder) else "torch"
     return ModelInfo(
         name=base.name,
         architecture=config.architecture,
@@ -184,6 +184,6 @@ def _info(
         eos_token_ids=list(weights.eos_token_ids),
         projections=config.projection_shapes(),
         tokenizer_path=str(base.directory),
-        kernels=f"C++ {decoder.isa}" if native else "torch reference",
+        kernels=kernels_used,
         weight_bytes=weights.nbytes,
     )
