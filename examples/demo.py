@@ -180,9 +180,7 @@ def show_metrics(console: Console, seen: Seen) -> None:
     count = value("loraplex_time_to_first_token_seconds_count")
     first = value("loraplex_time_to_first_token_seconds_sum") / max(1.0, count)
     steps = ", ".join(
-        f"{number} adapters in {steps} steps"
-        for number, steps in seen.steps.by_distinct.items()
-        if steps
+        f"{number} in {steps} steps" for number, steps in seen.steps.by_distinct.items() if steps
     )
     table = Table("metric", "value", title="from /metrics", title_justify="left")
     table.add_row("loraplex_adapter_tokens_total (completion)", tokens)

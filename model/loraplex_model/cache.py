@@ -26,7 +26,7 @@ from typing import TypeVar
 
 from loraplex_model.errors import ModelError
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever the stored form changes, so that older entries are built anew."""
 
 ENTRY = "entry.json"

@@ -47,7 +47,9 @@ _HEADER_BYTES = 256  # per tensor: room for its name, shape and place
 class StoredWriter:
     """Writes tensors to a new file; the context ends with a whole file or an exception.
 
-    `fingerprint` is over names, types, shapes and bytes, in the order of `add`.
+    `fingerprint` is over the configuration and the names, types, shapes and bytes of dense tensors
+    and codes. The mean of many floats (the quantised maxima) is left out and what is a power
+    (the frequencies) is rounded: their last bits depend on the vector width of the machine.
     """
 
     def __init__(self, path: Path, most_tensors: int, config: DecoderConfig) -> None:
@@ -56,7 +58,9 @@ class StoredWriter:
         self._file.seek(self._space)
         self._header: dict[str, dict[str, Any]] = {}
         self._small: dict[str, torch.Tensor] = {}
-        self._digest = hashlib.sha256(json.dumps(dataclasses.asdict(config)).encode())
+        fields = dataclasses.asdict(config)
+        fields["rope_inv_freq"] = [f"{frequency:.4e}" for frequency in config.rope_inv_freq]
+        self._digest = hashlib.sha256(json.dumps(fields).encode())
         self._end = 0
 
     @property
@@ -64,11 +68,12 @@ class StoredWriter:
         """Digest of the configuration and everything added so far."""
         return "sha256:" + self._digest.hexdigest()
 
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Appends a tensor; it may be dropped afterwards."""
+    def add(self, name: str, tensor: torch.Tensor, *, identifies: bool = True) -> None:
+        """Appends a tensor; `identifies` says whether the fingerprint covers it."""
         tensor = tensor.detach().contiguous()
-        self._digest.update(f"{name} {_DTYPES[tensor.dtype]} {list(tensor.shape)}\n".encode())
-        self._digest.update(_bytes(tensor))
+        if identifies:
+            self._digest.update(f"{name} {_DTYPES[tensor.dtype]} {list(tensor.shape)}\n".encode())
+            self._digest.update(_bytes(tensor))
         if tensor.nbytes >= _BIG and tensor.nbytes % _ALIGNMENT == 0:
             self._write(name, tensor)
         else:
@@ -77,10 +82,10 @@ class StoredWriter:
     def add_matrix(self, name: str, matrix: NF4Matrix) -> None:
         """Appends an NF4 matrix as its parts."""
         self.add(f"{name}.packed", matrix.packed)
-        self.add(f"{name}.absmax", matrix.absmax)
+        self.add(f"{name}.absmax", matrix.absmax, identifies=False)
         if matrix.absmax_scales:
-            self.add(f"{name}.scales", torch.cat(matrix.absmax_scales))
-            self.add(f"{name}.offsets", torch.tensor(matrix.absmax_offsets))
+            self.add(f"{name}.scales", torch.cat(matrix.absmax_scales), identifies=False)
+            self.add(f"{name}.offsets", torch.tensor(matrix.absmax_offsets), identifies=False)
 
     def _write(self, name: str, tensor: torch.Tensor) -> None:
         self._file.write(_bytes(tensor))

@@ -62,7 +62,8 @@ class BaseWeights:
     Attributes:
         embed: [vocab, hidden], compute dtype.
         lm_head: [vocab, hidden]; the same tensor as `embed` when tied.
-        fingerprint: "sha256:<hex>" over the configuration and every stored byte, dtype-independent.
+        fingerprint: "sha256:<hex>" over the configuration, the NF4 codes and the dense tensors as
+            stored; the same for every compute dtype, and on every machine.
     """
 
     config: DecoderConfig

@@ -1,1 +1,1 @@
-"""The Loraplex server: the engine, the gRPC services in front of it, and the process that joins them."""
+"""The Loraplex server: the engine, the gRPC services, and the process that joins them."""

@@ -144,6 +144,7 @@ class Server:
             admission,
             self.metrics,
             Bounds(model.vocab_size, context, model.eos_token_ids),
+            config.stream_writes,
         )
         await self._rpc.start(GenerationService(parts), AdapterService(registry))
         # Before engine and store are closed, the calls that use them have ended.

@@ -81,6 +81,8 @@ class Config(BaseSettings):
     max_rank: int = Field(256, ge=1, le=4096)
     """The largest rank that an adapter may have."""
 
+    stream_writes: int = Field(256, ge=0)
+    """Messages a second over all streams, before tokens travel several at a time; 0: never."""
     drain_timeout: float = Field(30.0, ge=0, le=86_400)
     """Seconds that running requests may take to finish after SIGTERM."""
     write_stall_timeout: float = Field(30.0, gt=0, le=86_400)

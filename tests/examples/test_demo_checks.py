@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from io import StringIO
+from pathlib import Path
 
 import demo_checks
 import pytest
+from demo import digest_of
 from demo_checks import Steps
 from demo_view import SideBySide
 from loraplex import Completion, FinishReason, ResolvedAdapter, Usage
+from loraplex_adapters import format as adapter_format
+from loraplex_adapters.spec import BaseShapes
 from loraplex_server.engine.messages import StepDone, StepStats
 from loraplex_server.metrics import Metrics
 from prometheus_client import CollectorRegistry, generate_latest
 from rich.console import Console
+from served import ServerError
 
 PIRATE = "Arr, matey! A lighthouse be a tower."
 JSON = '{"topic": "lighthouse", "answer": "A tower."}'
@@ -124,3 +129,14 @@ def test_every_answer_is_shown_whole_in_a_terminal_and_in_a_pipe(terminal: bool)
     assert "[TALL] TOWER" in shown
     assert "base" in shown
     assert "pirate" in shown
+
+
+def test_a_missing_adapter_is_an_error_that_says_how_to_make_it(tmp_path: Path) -> None:
+    with pytest.raises(ServerError, match=r"train_demo_adapters\.py"):
+        digest_of(tmp_path)
+
+
+def test_the_digest_is_the_one_that_the_server_gives() -> None:
+    directory = Path(demo_checks.__file__).parent / "adapters" / "pirate"
+    shapes = {"q_proj": (576, 576), "v_proj": (576, 192), "o_proj": (576, 576)}
+    assert digest_of(directory) == adapter_format.inspect(directory, BaseShapes(30, shapes)).digest

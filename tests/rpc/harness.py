@@ -43,7 +43,10 @@ def make_tokenizer() -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    text = ["the quick brown fox jumps over the lazy dog and stops at the end", "déjà vu 😀😁😂 日本語"]
+    text = [
+        "the quick brown fox jumps over the lazy dog and stops at the end",
+        "déjà vu 😀😁😂 日本語",
+    ]
     tokenizer.train_from_iterator(text * 50, trainer)
     missing = VOCAB - tokenizer.get_vocab_size()
     tokenizer.add_tokens([f"word{i}" for i in range(missing)])
@@ -261,5 +264,5 @@ async def rest(call: Any) -> list[Any]:
 
 async def until(holds: Callable[[], bool]) -> None:
     """Waits for what must come about; the test's own timeout bounds it."""
-    while not holds():
+    while not holds():  # noqa: ASYNC110  (gauges have no event)
         await asyncio.sleep(0.005)

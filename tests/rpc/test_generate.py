@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from pathlib import Path
 
@@ -124,3 +125,28 @@ async def test_a_text_prompt_and_a_conversation_are_tokenised(tmp_path: Path) ->
         reply = await up.generation.Generate(request)
         assert reply.usage.completion_tokens == 3
         assert all(token < VOCAB for token in reply.token_ids)
+
+
+async def test_many_streams_send_several_tokens_at_a_time_and_lose_none(tmp_path: Path) -> None:
+    slow = {"step_seconds": 0.002, "num_blocks": 1024}
+    async with running(tmp_path, stream_writes=20, engine_options=slow) as up:
+
+        async def one(i: int) -> int:
+            call = up.generation.GenerateStream(streamed(ask(20, i, new=60, logprobs=0)))
+            deltas = [e.delta for e in [e async for e in call] if e.HasField("delta")]
+            tokens = [token for delta in deltas for token in delta.token_ids]
+            assert tokens == expected([20, i], 60)
+            chosen = [p.chosen.token_id for delta in deltas for p in delta.logprobs]
+            assert chosen == tokens
+            return len(deltas)
+
+        counts = await asyncio.gather(*(one(i) for i in range(30, 46)))
+        assert sum(counts) < 16 * 60 / 2
+
+
+async def test_a_lone_stream_is_not_held_back(tmp_path: Path) -> None:
+    slow = {"step_seconds": 0.02}
+    async with running(tmp_path, engine_options=slow) as up:
+        call = up.generation.GenerateStream(streamed(ask(new=20)))
+        deltas = [e.delta for e in [e async for e in call] if e.HasField("delta")]
+        assert len(deltas) > 10

@@ -209,7 +209,10 @@ async def tell(up: Running, program: list[object]) -> None:
         else:
             tasks.append(asyncio.create_task(story.do(operation)))
             await asyncio.sleep(0)
-    await asyncio.gather(*tasks)
+    # All of them, or what one failing example leaves running would disturb the next.
+    for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+        if isinstance(outcome, BaseException):
+            raise outcome
     await until(lambda: up.server.engine.ready)
     await until(lambda: at_rest(up))
 

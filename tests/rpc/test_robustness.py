@@ -69,7 +69,8 @@ async def test_a_killed_client_frees_everything(tmp_path: Path) -> None:
             "import grpc, sys\n"
             "from loraplex.v1 import generation_pb2 as pb, generation_pb2_grpc as rpc\n"
             "stub = rpc.GenerationServiceStub(grpc.insecure_channel(sys.argv[1]))\n"
-            "request = pb.GenerateRequest(token_ids={'ids': [20, 21]}, stop={'max_new_tokens': 900})\n"
+            "request = pb.GenerateRequest(token_ids={'ids': [20, 21]},"
+            " sampling={'temperature': 0}, stop={'max_new_tokens': 900})\n"
             "for _ in stub.GenerateStream(pb.GenerateStreamRequest(request=request)):\n"
             "    print('reading', flush=True)\n"
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from hypothesis import example, given
 from hypothesis import strategies as st
 from loraplex_server.text.stops import StopMatcher
@@ -21,7 +23,7 @@ def naive(text: str, stops: list[str]) -> tuple[str, bool]:
 
 def cut(text: str, cuts: list[int]) -> list[str]:
     at = sorted({min(c, len(text)) for c in cuts} | {0, len(text)})
-    return [text[a:b] for a, b in zip(at, at[1:], strict=False)] or [""]
+    return [text[a:b] for a, b in pairwise(at)] or [""]
 
 
 def fed(text: str, stops: list[str], cuts: list[int]) -> tuple[list[str], bool]:

@@ -10,8 +10,10 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import math
 import os
 import socket
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
@@ -84,18 +86,54 @@ class EngineObserver(Protocol):
 
 
 class OutputStream(AsyncIterator[Output]):
-    """The outputs of one request, in order; it ends after the one with a finish or an error."""
+    """The outputs of one request, in order; it ends after the one with a finish or an error.
 
-    __slots__ = ("_ended", "_outputs", "_waiter")
+    Read it one by one, or with `take` all that has gathered, but by one reader.
+    """
+
+    __slots__ = ("_complete", "_ended", "_not_before", "_outputs", "_waiter")
 
     def __init__(self) -> None:
         self._outputs: deque[Output] = deque()
         self._waiter: asyncio.Future[None] | None = None
+        self._complete = False
         self._ended = False
+        self._not_before = 0.0
 
     def put(self, output: Output) -> None:
-        """Adds an output and wakes the reader."""
+        """Adds an output and wakes the reader, if it is time."""
         self._outputs.append(output)
+        self._complete = ends(output)
+        if self._complete or time.monotonic() >= self._not_before:
+            self._wake()
+
+    async def take(self, not_before: float = 0.0) -> list[Output]:
+        """All outputs that are there, at least one; empty once the last has been taken.
+
+        It returns when the last output is there, and before that not earlier than `not_before`
+        (`time.monotonic()`): whoever can wait is woken once for several steps.
+        """
+        if self._ended:
+            return []
+        self._not_before = not_before
+        while not self._outputs or not (self._complete or time.monotonic() >= not_before):
+            loop = asyncio.get_running_loop()
+            self._waiter = loop.create_future()
+            early = time.monotonic() < not_before < math.inf
+            timer = loop.call_at(not_before, self._wake) if early else None
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+                if timer is not None:
+                    timer.cancel()
+        taken = list(self._outputs)
+        self._outputs.clear()
+        self._not_before = 0.0
+        self._ended = self._complete
+        return taken
+
+    def _wake(self) -> None:
         waiter = self._waiter
         if waiter is not None and not waiter.done():
             waiter.set_result(None)

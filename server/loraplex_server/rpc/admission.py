@@ -23,6 +23,11 @@ class Admission:
         self._running = 0
         self._waiting_tokens = 0
 
+    @property
+    def running(self) -> int:
+        """Requests that are producing tokens."""
+        return self._running
+
     def enter(self) -> Ticket:
         """A place in the queue, to be used as a context manager. Raises RpcError(OVERLOADED)."""
         if self._requests >= self._max_requests:

@@ -20,7 +20,7 @@ FINISH_REASONS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one output brings; `finish` is "stop", "length" or, while the completion goes on, ""."""
+    """What some outputs bring; `finish` is "stop", "length" or, while it goes on, ""."""
 
     text: str
     token_ids: Sequence[int]
@@ -43,24 +43,26 @@ class Completion:
         self.tokens = 0
         """Tokens returned so far."""
 
-    def take(self, output: Output) -> Piece:
+    def take(self, outputs: Sequence[Output]) -> Piece:
         """The new part; nothing may follow once its `finish` is set."""
+        tokens = [token for output in outputs for token in output.token_ids]
+        logprobs = [entry for output in outputs for entry in output.logprobs]
+        finish = outputs[-1].finish or ""
         texts = []
-        taken, stopped = 0, False
-        for token in output.token_ids:
+        stopped = False
+        for at, token in enumerate(tokens):
             text, stopped = self._stops.push(self._detokenizer.push(token))
             texts.append(text)
-            taken += 1
             if stopped:
+                del tokens[at + 1 :], logprobs[at + 1 :]
                 break
-        if output.finish is not None and not stopped:
+        if finish and not stopped:
             text, stopped = self._stops.push(self._detokenizer.finish())
             texts.append(text)
             if not stopped:
                 texts.append(self._stops.finish())
-        self.tokens += taken
-        finish = "stop" if stopped else output.finish or ""
-        return Piece("".join(texts), output.token_ids[:taken], output.logprobs[:taken], finish)
+        self.tokens += len(tokens)
+        return Piece("".join(texts), tokens, logprobs, "stop" if stopped else finish)
 
 
 def logprobs_proto(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -52,6 +53,7 @@ class GenerationParts:
     admission: Admission
     metrics: Metrics
     bounds: validate.Bounds
+    stream_writes: int
 
 
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
@@ -67,7 +69,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         """The whole completion at once."""
         reply = generation_pb2.GenerateResponse()
         pieces: list[str] = []
-        async with aclosing(self._events(request, context, "")) as events:
+        async with aclosing(self._events(request, context)) as events:
             async for event in events:
                 match event.WhichOneof("event"):
                     case "started":
@@ -88,14 +90,18 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         self, request: generation_pb2.GenerateStreamRequest, context: _Context
     ) -> AsyncGenerator[_Event, None]:
         """The completion piece by piece."""
-        async with aclosing(self._events(request.request, context, "request.")) as events:
+        async with aclosing(self._events(request.request, context, streaming=True)) as events:
             async for event in events:
                 yield event
 
     async def _events(
-        self, request: generation_pb2.GenerateRequest, context: _Context, prefix: str
+        self,
+        request: generation_pb2.GenerateRequest,
+        context: _Context,
+        streaming: bool = False,
     ) -> AsyncGenerator[_Event, None]:
         parts = self._parts
+        prefix = "request." if streaming else ""
         clock = _Clock(parts.metrics)
         if violations := validate.generate(request, parts.bounds, prefix):
             raise invalid(violations)
@@ -103,7 +109,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             terms = await self._resolve(request, prefix)
             prompt = await self._tokenise(request, prefix)
             ticket.wait(len(prompt))
-            job = _Job(request, terms, prompt, _deadline(context))
+            job = _Job(request, terms, prompt, _deadline(context), streaming)
             async with aclosing(self._run(job, ticket, clock)) as events:
                 async for event in events:
                     yield event
@@ -114,18 +120,17 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         completion = Completion(parts.tokenizer, job.prompt, list(job.request.stop.strings))
         code = grpc.StatusCode.CANCELLED
         try:
-            cached = 0
-            async for output in parts.engine.submit(job.submit(request_id, parts.bounds)):
-                if output.error is not None:
-                    raise from_failure(output.error, job.subject)
-                if output.started:
-                    cached = output.cached_prompt_tokens
+            cached, not_before = 0, 0.0
+            outputs = parts.engine.submit(job.submit(request_id, parts.bounds))
+            while batch := await outputs.take(not_before):
+                if batch[0].started:
+                    cached = batch[0].cached_prompt_tokens
                     ticket.run()
-                    clock.started(output)
+                    clock.started(batch[0])
                     parts.metrics.generation_started(job.names, len(job.prompt))
-                    yield self._started(job, output)
-                clock.tokens(len(output.token_ids))
-                piece = completion.take(output)
+                    yield self._started(job, batch[0])
+                piece = completion.take(batch)
+                clock.tokens(len(piece.token_ids))
                 if piece.token_ids or piece.text:
                     yield _Event(
                         delta=generation_pb2.GenerationDelta(
@@ -140,6 +145,9 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                     code = grpc.StatusCode.OK
                     yield _finished(piece.finish, len(job.prompt), cached, completion.tokens)
                     return
+                if (failure := batch[-1].error) is not None:
+                    raise from_failure(failure, job.subject)
+                not_before = self._next_look(job)
             raise RpcError(Reason.ENGINE_FAULT, "internal error")
         except RpcError as error:
             code = error.code
@@ -186,6 +194,20 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             raise _too_long(field, text)
         return ids
 
+    def _next_look(self, job: _Job) -> float:
+        """When to look at the request's outputs again; an end is seen at once in any case.
+
+        A write costs far more than a token. So a stream's tokens are sent as they come while there
+        are few streams, and several at a time once together they would make too many writes. Only
+        stop strings must be looked for in every step.
+        """
+        if job.request.stop.strings:
+            return 0.0
+        if not job.streaming:
+            return math.inf
+        writes = self._parts.stream_writes
+        return time.monotonic() + self._parts.admission.running / writes if writes else 0.0
+
     def _started(self, job: _Job, output: Output) -> _Event:
         tokenizer = self._parts.tokenizer
         return _Event(
@@ -214,6 +236,7 @@ class _Job:
     terms: Sequence[Term]
     prompt: list[int]
     deadline: float | None
+    streaming: bool
 
     @property
     def names(self) -> list[str]:

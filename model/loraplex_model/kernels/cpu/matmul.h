@@ -81,9 +81,8 @@ struct Nf4Panel {
   template <class Use>
   void each(int first, int end, Use use) const {
     for (int k = first; k < end; k += 8) {
-      const uint32_t* at = codes + size_t(k) * 2;
       vu c[NV];
-      std::memcpy(c, at, sizeof c);
+      for (int v = 0; v < NV; v++) c[v] = load(codes + size_t(k) * 2 + v * LANES);
 #pragma GCC unroll 8
       for (int j = 0; j < 8; j++) {
         vf weights[NV];

@@ -46,6 +46,11 @@ inline vf load(const float* p) {
   std::memcpy(&v, p, sizeof v);
   return v;
 }
+inline vu load(const uint32_t* p) {
+  vu v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
 inline vf load(const bf16* p) {
   vh h;
   std::memcpy(&h, p, sizeof h);
