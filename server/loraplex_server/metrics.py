@@ -116,7 +116,9 @@ class Metrics:
             "time_to_first_token_seconds", "From the RPC's arrival to its first token.", _LONG
         )
         self.inter_token = histogram(
-            "inter_token_latency_seconds", "Between the tokens of one request.", _SHORT
+            "inter_token_latency_seconds",
+            "Between the tokens of one request; the mean over those that were sent together.",
+            _SHORT,
         )
         self.duration = histogram(
             "request_duration_seconds", "From an RPC's arrival to its end.", _LONG, ("method",)

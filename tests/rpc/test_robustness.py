@@ -60,7 +60,8 @@ async def test_a_cancelled_call_frees_everything(tmp_path: Path) -> None:
         for call in calls:
             call.cancel()
         await until(lambda: at_rest(up))
-        assert up.metric("requests_total", method="GenerateStream", code="CANCELLED") == 3
+        ended = {"method": "GenerateStream", "code": "CANCELLED"}
+        await until(lambda: up.metric("requests_total", **ended) == 3)
 
 
 async def test_a_killed_client_frees_everything(tmp_path: Path) -> None:
@@ -91,7 +92,8 @@ async def test_an_expired_deadline_frees_everything(tmp_path: Path) -> None:
             await up.generation.Generate(ask(new=900), timeout=0.3)
         assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         await until(lambda: at_rest(up))
-        assert up.metric("requests_total", method="Generate", code="DEADLINE_EXCEEDED") == 1
+        ended = {"method": "Generate", "code": "DEADLINE_EXCEEDED"}
+        await until(lambda: up.metric("requests_total", **ended) == 1)
 
 
 async def test_a_full_queue_refuses_at_once_and_the_running_go_on(tmp_path: Path) -> None:

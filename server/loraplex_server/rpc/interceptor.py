@@ -26,6 +26,9 @@ from loraplex_server.rpc.validate import is_request_id
 log = logging.getLogger(__name__)
 
 _OURS: Final = "/loraplex.v1."
+_CLOCK_SLACK: Final = 0.02
+"""Seconds before its deadline at which a client's cancellation still counts as the deadline."""
+
 _MALFORMED: Final = object()
 """Stands for a request whose bytes could not be read."""
 
@@ -203,7 +206,7 @@ class _Call:
         """Ends the call with the error's status; returns only for what has no status to send."""
         if isinstance(error, asyncio.CancelledError):
             remaining = context.time_remaining()
-            late = remaining is not None and remaining <= 0
+            late = remaining is not None and remaining <= _CLOCK_SLACK
             self._code = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
             if self.stalled:
                 self._reason = Reason.READER_STALLED.name

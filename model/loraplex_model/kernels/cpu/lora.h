@@ -18,6 +18,11 @@ constexpr int LORA_ROWS = 16;      // rows of a unit
 constexpr int LORA_RANKS = 32;     // ranks of a shrink unit
 constexpr int LORA_COLUMNS = 512;  // outputs of an expand unit
 
+// An adapter that nobody else in the batch uses comes from memory, a few cache lines at a time and
+// too short for the hardware to see a stream. So what comes next is asked for ahead of its use.
+constexpr int AHEAD_PER_STEP = LANES > 8 ? LANES / 8 : 1;
+constexpr int COLUMNS_AHEAD = 96;
+
 // The resident adapters, [slots][layers][7]: addresses of A [r][in] and of transposed B [r][out].
 struct AdapterTable {
   const uint64_t* a;
@@ -90,8 +95,10 @@ struct Plan {
 template <int M, int R, class T>
 inline void dots(const float* x, size_t x_stride, const T* a, int in, float scale, float* h, int h_stride) {
   vf sums[M][R] = {};
-  int k = 0;
+  int k = 0, row = 0;
   for (; k + LANES <= in; k += LANES) {
+    for (int i = 0; i < AHEAD_PER_STEP; i++, row = row + 1 == R ? 0 : row + 1)
+      __builtin_prefetch(a + size_t(R + row) * in + k);
     vf xs[M];
     for (int m = 0; m < M; m++) xs[m] = load(x + m * x_stride + k);
     for (int r = 0; r < R; r++) {
@@ -125,6 +132,10 @@ inline void shrink(const Plan& plan, const AdapterTable& table, const Fused& fus
   int h_stride = table.max_ranks[term.slot];
   const T* a = reinterpret_cast<const T*>(table.a[entry]) + size_t(unit.rank) * in;
   h += unit.part * plan.h_size + term.h + unit.rank;
+  const T* b = reinterpret_cast<const T*>(table.b[entry]) + size_t(unit.rank) * fused.width[unit.part];
+  for (int r = 0; r < ranks; r++)  // where the expansion begins
+    for (int c = 0; c < COLUMNS_AHEAD; c += 64 / sizeof(T))
+      __builtin_prefetch(b + size_t(r) * fused.width[unit.part] + c, 0, 2);
   int begin = plan.segments[unit.segment].first;
   int m = unit.first;
   for (; m + 2 <= unit.end; m += 2)
@@ -139,6 +150,7 @@ inline void accumulate(const float* h, int h_stride, const T* b, int width, int 
   vf sums[M][C] = {};
   for (int r = 0; r < ranks; r++) {
     vf bs[C];
+    __builtin_prefetch(b + size_t(r) * width + COLUMNS_AHEAD);
     for (int c = 0; c < C; c++) bs[c] = load(b + size_t(r) * width + c * LANES);
     for (int m = 0; m < M; m++)
       for (int c = 0; c < C; c++) sums[m][c] = h[m * h_stride + r] * bs[c] + sums[m][c];

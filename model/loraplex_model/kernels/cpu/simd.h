@@ -73,10 +73,23 @@ inline void store1(bf16* p, float x) {
   p->bits = x == x ? (u + 0x7fff + ((u >> 16) & 1)) >> 16 : (u >> 16) | 0x40;
 }
 
-inline float sum(vf v) {  // pairwise, lanes halved
-  for (int width = LANES / 2; width; width /= 2)
-    for (int i = 0; i < width; i++) v[i] += v[i + width];
-  return v[0];
+inline float sum(vf v) {  // pairwise: the upper half onto the lower, until one lane is left
+#if LANES == 16
+  typedef float v8 __attribute__((vector_size(32)));
+  v8 eight = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+             __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+#elif LANES == 8
+  vf eight = v;
+#endif
+  typedef float v4 __attribute__((vector_size(16)));
+#if LANES >= 8
+  v4 four = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) +
+            __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
+#else
+  v4 four = v;
+#endif
+  v4 two = four + __builtin_shufflevector(four, four, 2, 3, 2, 3);
+  return two[0] + two[1];
 }
 inline vf max(vf a, vf b) { return a > b ? a : b; }
 inline float max_lane(vf v) {
