@@ -27,7 +27,7 @@ class NativeDecoder:
 
     Attributes:
         table: the resident adapters.
-        keys, values: per layer [blocks, block_size, kv_heads, head_dim], compute dtype.
+        keys, values: per layer [blocks, kv_heads, block_size, head_dim], compute dtype.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class NativeDecoder:
         self.isa = self._library.isa
         self.vocab_size = config.vocab_size
         self.table = AdapterTable(num_slots, config)
-        shape = (num_blocks, block_size, config.num_kv_heads, config.head_dim)
+        shape = (num_blocks, config.num_kv_heads, block_size, config.head_dim)
         self.keys = [torch.zeros(shape, dtype=dtype) for _ in weights.layers]
         self.values = [torch.zeros(shape, dtype=dtype) for _ in weights.layers]
 

@@ -230,8 +230,8 @@ def test_paged_attention_is_causal_softmax_attention(
 ) -> None:
     torch.manual_seed(position + heads)
     block_size, blocks = 16, torch.randperm(8).int()
-    keys = torch.randn(8, block_size, kv_heads, head_dim).to(dtype)
-    values = torch.randn(8, block_size, kv_heads, head_dim).to(dtype)
+    keys = torch.randn(8, kv_heads, block_size, head_dim).to(dtype)
+    values = torch.randn(8, kv_heads, block_size, head_dim).to(dtype)
     q, out = torch.randn(heads, head_dim), torch.empty(heads, head_dim)
     scale = head_dim**-0.5
     library.loraplex_attention(
@@ -251,8 +251,8 @@ def test_paged_attention_is_causal_softmax_attention(
     )
     first = max(0, position - window + 1) if window else 0
     flat = slice(first, position + 1)
-    k = keys[blocks.long()].flatten(0, 1)[flat].double().repeat_interleave(heads // kv_heads, 1)
-    v = values[blocks.long()].flatten(0, 1)[flat].double().repeat_interleave(heads // kv_heads, 1)
+    k = keys.transpose(1, 2)[blocks.long()].flatten(0, 1)[flat].double().repeat_interleave(heads // kv_heads, 1)
+    v = values.transpose(1, 2)[blocks.long()].flatten(0, 1)[flat].double().repeat_interleave(heads // kv_heads, 1)
     weights = torch.softmax(torch.einsum("hd,jhd->hj", q.double(), k) * scale, -1)
     assert relative_error(out, torch.einsum("hj,jhd->hd", weights, v)) < 2e-6
 

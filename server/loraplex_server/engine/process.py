@@ -62,6 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s engine %(name)s: %(message)s")
+    # Adapters and caches are many megabytes and read all over the place: on pages of 4 KiB every
+    # other access would miss the TLB. torch reads this at its first allocation.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     (config,) = sys.argv[1:] if arguments is None else arguments
     front = socket.socket(fileno=int(os.environ[wire.SOCKET_VARIABLE]))
     inbox: Inbox = queue.SimpleQueue()

@@ -11,7 +11,8 @@
 
 namespace loraplex {
 
-// The keys (or values) of one layer: [blocks][block_size][kv_heads][head_dim].
+// The keys (or values) of one layer: [blocks][kv_heads][block_size][head_dim], so that what one head
+// reads of a block lies together.
 template <class T>
 struct Pages {
   T* data;
@@ -19,16 +20,29 @@ struct Pages {
   int block_size, kv_heads, head_dim;
 
   T* at(int position, int head) const {
-    size_t slot = size_t(blocks[position / block_size]) * block_size + position % block_size;
-    return data + (slot * kv_heads + head) * head_dim;
+    size_t place = size_t(blocks[position / block_size]) * kv_heads + head;
+    return data + (place * block_size + position % block_size) * head_dim;
+  }
+
+  // Calls use(j, pointer) for the positions j in [first, end), in order, and asks for the next block
+  // ahead: blocks are scattered, and too short for the hardware to see a stream.
+  template <class Use>
+  void each(int first, int end, int head, Use use) const {
+    for (int j = first; j < end;) {
+      int stop = std::min(end, (j / block_size + 1) * block_size);
+      const T* next = stop < end ? at(stop, head) : at(first, head);
+      for (T* p = at(j, head); j < stop; j++, p += head_dim, next += head_dim) {
+        for (int i = 0; i < head_dim; i += 64 / int(sizeof(T))) __builtin_prefetch(next + i);
+        use(j, p);
+      }
+    }
   }
 };
 
 template <int G, class T>
 inline void scores(const float* q, const Pages<T>& keys, int head, int first, int end, float scale, float* out) {
   int d = keys.head_dim, n = end - first;
-  for (int j = first; j < end; j++) {
-    const T* k = keys.at(j, head);
+  keys.each(first, end, head, [&](int j, const T* k) {
     vf sums[G] = {};
     int i = 0;
     for (; i + LANES <= d; i += LANES) {
@@ -40,7 +54,7 @@ inline void scores(const float* q, const Pages<T>& keys, int head, int first, in
       for (int t = i; t < d; t++) total = q[g * d + t] * load1(k + t) + total;
       out[g * n + j - first] = total * scale;
     }
-  }
+  });
 }
 
 // Turns scores into weights in place; returns 1 / their sum, which is applied to the output.
@@ -67,13 +81,12 @@ inline void weigh(const float* weights, const float* inverse, const Pages<T>& va
                   int end, int column, float* out) {
   int d = values.head_dim, n = end - first;
   vf sums[G][C] = {};
-  for (int j = first; j < end; j++) {
-    const T* v = values.at(j, head) + column;
+  values.each(first, end, head, [&](int j, const T* v) {
     vf vs[C];
-    for (int c = 0; c < C; c++) vs[c] = load(v + c * LANES);
+    for (int c = 0; c < C; c++) vs[c] = load(v + column + c * LANES);
     for (int g = 0; g < G; g++)
       for (int c = 0; c < C; c++) sums[g][c] = weights[g * n + j - first] * vs[c] + sums[g][c];
-  }
+  });
   for (int g = 0; g < G; g++)
     for (int c = 0; c < C; c++) store(out + g * d + column + c * LANES, sums[g][c] * inverse[g]);
 }

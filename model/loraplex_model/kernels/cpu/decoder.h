@@ -19,7 +19,7 @@ struct Layer {
   const void* q_norm;  // or null
   const void* k_norm;
   Matrix qkv, o, gate_up, down;
-  void* keys;  // [blocks][block_size][kv_heads][head_dim], storage type
+  void* keys;  // [blocks][kv_heads][block_size][head_dim], storage type
   void* values;
   int32_t window;  // 0 sees all
   int32_t reserved;
@@ -93,7 +93,7 @@ class Buffer {
 };
 
 struct Workspace {
-  Buffer x, normed, qkv, attended, added, gate_up, gated, h, scores;
+  Buffer x, normed, qkv, attended, added, gate_up, gated, h, scores, lora;
 };
 
 // The pass, for storage type T of dense weights, adapters and cache. Sums and activations are float.
@@ -116,6 +116,10 @@ class Pass {
     w.h.reserve(3 * plan_.h_size);
     longest_ = *std::max_element(b.positions, b.positions + b.num_tokens) + 1;
     w.scores.reserve(3 * longest_ * m.threads);
+    int widest = std::max({m.hidden, q_size_, m.intermediate}), rank = 0;
+    for (const Term& term : plan_.terms) rank = std::max(rank, m.adapters.max_ranks[term.slot]);
+    lora_scratch_ = plan_.empty() ? 0 : lora_scratch(widest, rank);
+    w.lora.reserve(lora_scratch_ * m.threads);
     for (int s = 0; s < b.num_sequences; s++)
       for (int t = b.query_starts[s]; t < b.query_starts[s + 1]; t++) sequence_[t] = s;
     int ff = m.intermediate;
@@ -162,6 +166,8 @@ class Pass {
     return {fused, plan_.shrink_units(fused, m.adapters), plan_.expand_units(fused)};
   }
 
+  float* lora_space() { return w.lora.data() + omp_get_thread_num() * lora_scratch_; }
+
   static float* row(Buffer& rows, int t, int width) { return rows.data() + size_t(t) * width; }
 
   // y = W x + bias, then the adapters' deltas. Base rows are not touched by the second part.
@@ -169,13 +175,15 @@ class Pass {
     int shrinks = site.shrink.size();
     team_.run(phase, shrinks + matmul_units(matrix, b.num_tokens), [&](int unit) {
       if (unit < shrinks)
-        shrink<T>(plan_, m.adapters, site.fused, layer, site.shrink[unit], x, matrix.in, w.h.data());
+        shrink<T>(plan_, m.adapters, site.fused, layer, site.shrink[unit], x, matrix.in, w.h.data(),
+                  lora_space());
       else
         matmul_unit(matrix, x, b.num_tokens, y, matrix.out, unit - shrinks);
     });
     if (plan_.empty()) return;
     team_.run(phase, site.expand.size(), [&](int unit) {
-      expand<T>(plan_, m.adapters, site.fused, layer, site.expand[unit], w.h.data(), y, matrix.out);
+      expand<T>(plan_, m.adapters, site.fused, layer, site.expand[unit], w.h.data(), y, matrix.out,
+                lora_space());
     });
   }
 
@@ -219,8 +227,10 @@ class Pass {
       rotate(x, cos, sin, d / 2);
     }
     Pages<T> keys = pages(layer.keys, t), values = pages(layer.values, t);
-    put(k, kv_size_, keys.at(position, 0));
-    put(v, kv_size_, values.at(position, 0));
+    for (int head = 0; head < m.kv_heads; head++) {
+      put(k + head * d, d, keys.at(position, head));
+      put(v + head * d, d, values.at(position, head));
+    }
   }
 
   void attention(const Layer& layer, int unit) {
@@ -244,7 +254,7 @@ class Pass {
   Team team_;
   std::vector<int> sequence_;
   int q_size_, kv_size_;
-  size_t longest_;
+  size_t longest_, lora_scratch_;
   Site sites_[4];
 };
 

@@ -76,11 +76,13 @@ template <class T>
 static void lora(const AdapterTable& table, const Batch& batch, const Fused& fused, int layer, const float* x,
                  int in, float* y, int out) {
   Plan plan = make_plan(batch, table.max_ranks);
-  std::vector<float> h(3 * plan.h_size);
+  int rank = 0;
+  for (const Term& term : plan.terms) rank = std::max(rank, table.max_ranks[term.slot]);
+  std::vector<float> h(3 * plan.h_size), scratch(lora_scratch(in, rank));
   for (const LoraUnit& unit : plan.shrink_units(fused, table))
-    shrink<T>(plan, table, fused, layer, unit, x, in, h.data());
+    shrink<T>(plan, table, fused, layer, unit, x, in, h.data(), scratch.data());
   for (const LoraUnit& unit : plan.expand_units(fused))
-    expand<T>(plan, table, fused, layer, unit, h.data(), y, out);
+    expand<T>(plan, table, fused, layer, unit, h.data(), y, out, scratch.data());
 }
 
 template <class T>

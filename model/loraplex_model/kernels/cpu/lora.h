@@ -14,13 +14,13 @@
 namespace loraplex {
 
 constexpr int PROJECTIONS = 7;
-constexpr int LORA_ROWS = 16;      // rows of a unit
+constexpr int LORA_ROWS = 48;      // rows of a unit
+constexpr int SHARED = 3;          // from so many rows on, weights are widened once for all
 constexpr int LORA_RANKS = 32;     // ranks of a shrink unit
 constexpr int LORA_COLUMNS = 512;  // outputs of an expand unit
 
 // An adapter that nobody else in the batch uses comes from memory, a few cache lines at a time and
 // too short for the hardware to see a stream. So what comes next is asked for ahead of its use.
-constexpr int AHEAD_PER_STEP = LANES > 8 ? LANES / 8 : 1;
 constexpr int COLUMNS_AHEAD = 96;
 
 // The resident adapters, [slots][layers][7]: addresses of A [r][in] and of transposed B [r][out].
@@ -91,114 +91,203 @@ struct Plan {
   }
 };
 
-// h[m][r] = x[m] . a[r], for M rows and R ranks at once.
-template <int M, int R, class T>
-inline void dots(const float* x, size_t x_stride, const T* a, int in, float scale, float* h, int h_stride) {
+// Twice LANES neighbours of a row as two vectors. bfloat16 comes as those at even and those at odd
+// places, which a shift and a mask make of one load; float simply as the first and the second half.
+struct Pair {
+  vf first, second;
+};
+inline Pair load_pair(const float* p) { return {load(p), load(p + LANES)}; }
+inline Pair load_pair(const bf16* p) {
+  vu both;
+  std::memcpy(&both, p, sizeof both);
+  return {bit_cast<vf>(both << 16), bit_cast<vf>(both & 0xffff0000u)};
+}
+constexpr int PAIR = 2 * LANES;
+
+#if LANES == 16
+#define LORAPLEX_LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define LORAPLEX_HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#define LORAPLEX_EVEN 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#define LORAPLEX_ODD 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
+#elif LANES == 8
+#define LORAPLEX_LOW 0, 8, 1, 9, 2, 10, 3, 11
+#define LORAPLEX_HIGH 4, 12, 5, 13, 6, 14, 7, 15
+#define LORAPLEX_EVEN 0, 2, 4, 6, 8, 10, 12, 14
+#define LORAPLEX_ODD 1, 3, 5, 7, 9, 11, 13, 15
+#else
+#define LORAPLEX_LOW 0, 4, 1, 5
+#define LORAPLEX_HIGH 2, 6, 3, 7
+#define LORAPLEX_EVEN 0, 2, 4, 6
+#define LORAPLEX_ODD 1, 3, 5, 7
+#endif
+
+// The order in which a T's pair holds its neighbours, and back. For float there is nothing to do.
+template <class T>
+inline Pair split(Pair p) {
+  if constexpr (sizeof(T) == 4) return p;
+  return {__builtin_shufflevector(p.first, p.second, LORAPLEX_EVEN),
+          __builtin_shufflevector(p.first, p.second, LORAPLEX_ODD)};
+}
+template <class T>
+inline Pair join(Pair p) {
+  if constexpr (sizeof(T) == 4) return p;
+  return {__builtin_shufflevector(p.first, p.second, LORAPLEX_LOW),
+          __builtin_shufflevector(p.first, p.second, LORAPLEX_HIGH)};
+}
+
+inline void store_pair(float* p, Pair v) {
+  store(p, v.first);
+  store(p + LANES, v.second);
+}
+
+// Rows of x in the order of T's pairs; the tail as it is.
+template <class T>
+inline void split_rows(const float* x, int rows, int in, float* out) {
+  for (int m = 0; m < rows; m++, x += in, out += in) {
+    int k = 0;
+    for (; k + PAIR <= in; k += PAIR) store_pair(out + k, split<T>(load_pair(x + k)));
+    std::copy(x + k, x + in, out + k);
+  }
+}
+
+// `rows` rows of `columns` weights, `stride` apart, as floats in the order of T's pairs.
+template <class T>
+inline void widen(const T* weights, int rows, size_t stride, int columns, float* out) {
+  for (int r = 0; r < rows; r++, weights += stride, out += columns) {
+    int k = 0;
+    for (; k + PAIR <= columns; k += PAIR) store_pair(out + k, load_pair(weights + k));
+    for (; k < columns; k++) out[k] = load1(weights + k);
+  }
+}
+
+// h[m][r] = scale * x[m] . a[r], for M rows (in the order of the pairs) and R ranks at once.
+template <int M, int R, class W>
+inline void dots(const float* x, const W* a, int in, float scale, float* h, int h_stride) {
   vf sums[M][R] = {};
-  int k = 0, row = 0;
-  for (; k + LANES <= in; k += LANES) {
-    for (int i = 0; i < AHEAD_PER_STEP; i++, row = row + 1 == R ? 0 : row + 1)
-      __builtin_prefetch(a + size_t(R + row) * in + k);
-    vf xs[M];
-    for (int m = 0; m < M; m++) xs[m] = load(x + m * x_stride + k);
+  int k = 0;
+  for (; k + PAIR <= in; k += PAIR) {
+    if constexpr (M == 1)  // nobody shares these weights: the next ranks come from memory too
+      for (int r = k / LANES % 2; r < R; r += 2) __builtin_prefetch(a + size_t(R + r) * in + k);
+    Pair xs[M];
+    for (int m = 0; m < M; m++) xs[m] = load_pair(x + size_t(m) * in + k);
     for (int r = 0; r < R; r++) {
-      vf as = load(a + size_t(r) * in + k);
-      for (int m = 0; m < M; m++) sums[m][r] = xs[m] * as + sums[m][r];
+      Pair as = load_pair(a + size_t(r) * in + k);
+      for (int m = 0; m < M; m++) sums[m][r] = xs[m].first * as.first + sums[m][r];
+      for (int m = 0; m < M; m++) sums[m][r] = xs[m].second * as.second + sums[m][r];
     }
   }
   for (int m = 0; m < M; m++)
     for (int r = 0; r < R; r++) {
       float total = sum(sums[m][r]);
-      for (int i = k; i < in; i++) total = x[m * x_stride + i] * load1(a + size_t(r) * in + i) + total;
+      for (int i = k; i < in; i++) total = x[size_t(m) * in + i] * load1(a + size_t(r) * in + i) + total;
       h[m * h_stride + r] = total * scale;
     }
 }
 
-template <int M, class T>
-inline void shrink_rows(const float* x, size_t x_stride, const T* a, int in, int ranks, float scale,
-                        float* h, int h_stride) {
+template <int M, class W>
+inline void shrink_rows(const float* x, const W* a, int in, int ranks, float scale, float* h, int h_stride) {
   int r = 0;
-  for (; r + 4 <= ranks; r += 4) dots<M, 4>(x, x_stride, a + size_t(r) * in, in, scale, h + r, h_stride);
-  for (; r < ranks; r++) dots<M, 1>(x, x_stride, a + size_t(r) * in, in, scale, h + r, h_stride);
+  for (; r + 4 <= ranks; r += 4) dots<M, 4>(x, a + size_t(r) * in, in, scale, h + r, h_stride);
+  for (; r < ranks; r++) dots<M, 1>(x, a + size_t(r) * in, in, scale, h + r, h_stride);
+}
+
+// Floats of scratch that `shrink` and `expand` need.
+inline size_t lora_scratch(int widest_in, int max_rank) {
+  return std::max(size_t(LORA_ROWS + LORA_RANKS) * widest_in, size_t(LORA_COLUMNS) * max_rank);
 }
 
 template <class T>
 inline void shrink(const Plan& plan, const AdapterTable& table, const Fused& fused, int layer,
-                   const LoraUnit& unit, const float* x, int in, float* h) {
+                   const LoraUnit& unit, const float* x, int in, float* h, float* scratch) {
   const Term& term = plan.terms[unit.term];
   size_t entry = table.at(term.slot, layer, fused.projection[unit.part]);
   int ranks = std::min(table.ranks[entry] - unit.rank, LORA_RANKS);
   if (ranks <= 0) return;
-  int h_stride = table.max_ranks[term.slot];
+  int h_stride = table.max_ranks[term.slot], rows = unit.end - unit.first, width = fused.width[unit.part];
   const T* a = reinterpret_cast<const T*>(table.a[entry]) + size_t(unit.rank) * in;
-  h += unit.part * plan.h_size + term.h + unit.rank;
-  const T* b = reinterpret_cast<const T*>(table.b[entry]) + size_t(unit.rank) * fused.width[unit.part];
-  for (int r = 0; r < ranks; r++)  // where the expansion begins
+  const T* b = reinterpret_cast<const T*>(table.b[entry]) + size_t(unit.rank) * width;
+  for (int r = 0; r < ranks; r++)  // where the expansion will begin
     for (int c = 0; c < COLUMNS_AHEAD; c += 64 / sizeof(T))
-      __builtin_prefetch(b + size_t(r) * fused.width[unit.part] + c, 0, 2);
-  int begin = plan.segments[unit.segment].first;
-  int m = unit.first;
-  for (; m + 2 <= unit.end; m += 2)
-    shrink_rows<2>(x + size_t(m) * in, in, a, in, ranks, term.weight, h + size_t(m - begin) * h_stride, h_stride);
-  if (m < unit.end)
-    shrink_rows<1>(x + size_t(m) * in, in, a, in, ranks, term.weight, h + size_t(m - begin) * h_stride, h_stride);
+      __builtin_prefetch(b + size_t(r) * width + c, 0, 2);
+  h += unit.part * plan.h_size + term.h + unit.rank +
+       size_t(unit.first - plan.segments[unit.segment].first) * h_stride;
+  split_rows<T>(x + size_t(unit.first) * in, rows, in, scratch);
+  int m = 0;
+  if (rows >= SHARED) {
+    float* wide = scratch + size_t(LORA_ROWS) * in;
+    widen(a, ranks, in, in, wide);
+    for (; m + 3 <= rows; m += 3)
+      shrink_rows<3>(scratch + size_t(m) * in, wide, in, ranks, term.weight, h + m * h_stride, h_stride);
+    for (; m < rows; m++)
+      shrink_rows<1>(scratch + size_t(m) * in, wide, in, ranks, term.weight, h + m * h_stride, h_stride);
+  }
+  for (; m < rows; m++)
+    shrink_rows<1>(scratch + size_t(m) * in, a, in, ranks, term.weight, h + m * h_stride, h_stride);
 }
 
-// y[m][0:C lanes] += sum over r of h[m][r] * b[r], for M rows.
-template <int M, int C, class T>
-inline void accumulate(const float* h, int h_stride, const T* b, int width, int ranks, float* y, size_t y_stride) {
-  vf sums[M][C] = {};
+// y[m][0:C pairs] += sum over r of h[m][r] * b[r], for M rows; T says in what order b's pairs are.
+template <class T, int M, int C, class W>
+inline void accumulate(const float* h, int h_stride, const W* b, size_t b_stride, int ranks, float* y,
+                       size_t y_stride) {
+  Pair sums[M][C] = {};
   for (int r = 0; r < ranks; r++) {
-    vf bs[C];
-    __builtin_prefetch(b + size_t(r) * width + COLUMNS_AHEAD);
-    for (int c = 0; c < C; c++) bs[c] = load(b + size_t(r) * width + c * LANES);
-    for (int m = 0; m < M; m++)
-      for (int c = 0; c < C; c++) sums[m][c] = h[m * h_stride + r] * bs[c] + sums[m][c];
+    if constexpr (M == 1) __builtin_prefetch(b + r * b_stride + COLUMNS_AHEAD);
+    for (int c = 0; c < C; c++) {
+      Pair bs = load_pair(b + r * b_stride + c * PAIR);
+      for (int m = 0; m < M; m++) {
+        sums[m][c].first = h[m * h_stride + r] * bs.first + sums[m][c].first;
+        sums[m][c].second = h[m * h_stride + r] * bs.second + sums[m][c].second;
+      }
+    }
   }
   for (int m = 0; m < M; m++)
     for (int c = 0; c < C; c++) {
-      float* at = y + m * y_stride + c * LANES;
-      store(at, load(at) + sums[m][c]);
+      float* at = y + m * y_stride + c * PAIR;
+      Pair old = load_pair(at), delta = join<T>(sums[m][c]);
+      store_pair(at, {old.first + delta.first, old.second + delta.second});
     }
 }
 
-template <int M, class T>
-inline void expand_rows(const float* h, int h_stride, const T* b, int width, int ranks, int columns,
+template <class T, int M, class W>
+inline void expand_rows(const float* h, int h_stride, const W* b, size_t b_stride, int ranks, int columns,
                         float* y, size_t y_stride) {
   int c = 0;
-  for (; c + 4 * LANES <= columns; c += 4 * LANES)
-    accumulate<M, 4>(h, h_stride, b + c, width, ranks, y + c, y_stride);
-  for (; c + LANES <= columns; c += LANES)
-    accumulate<M, 1>(h, h_stride, b + c, width, ranks, y + c, y_stride);
+  for (; c + 2 * PAIR <= columns; c += 2 * PAIR)
+    accumulate<T, M, 2>(h, h_stride, b + c, b_stride, ranks, y + c, y_stride);
+  for (; c + PAIR <= columns; c += PAIR)
+    accumulate<T, M, 1>(h, h_stride, b + c, b_stride, ranks, y + c, y_stride);
   for (; c < columns; c++)
     for (int m = 0; m < M; m++) {
       float total = 0;
-      for (int r = 0; r < ranks; r++) total = h[m * h_stride + r] * load1(b + size_t(r) * width + c) + total;
+      for (int r = 0; r < ranks; r++) total = h[m * h_stride + r] * load1(b + r * b_stride + c) + total;
       y[m * y_stride + c] += total;
     }
 }
 
 template <class T>
 inline void expand(const Plan& plan, const AdapterTable& table, const Fused& fused, int layer,
-                   const LoraUnit& unit, const float* h, float* y, size_t y_stride) {
+                   const LoraUnit& unit, const float* h, float* y, size_t y_stride, float* scratch) {
   const Segment& segment = plan.segments[unit.segment];
   int width = fused.width[unit.part];
-  int columns = std::min(LORA_COLUMNS, width - unit.column);
-  y += fused.column[unit.part] + unit.column;
+  int columns = std::min(LORA_COLUMNS, width - unit.column), rows = unit.end - unit.first;
+  y += fused.column[unit.part] + unit.column + unit.first * y_stride;
   for (int t = segment.term_begin; t < segment.term_end; t++) {
     const Term& term = plan.terms[t];
     size_t entry = table.at(term.slot, layer, fused.projection[unit.part]);
     int ranks = table.ranks[entry], h_stride = table.max_ranks[term.slot];
     if (!ranks) continue;
     const T* b = reinterpret_cast<const T*>(table.b[entry]) + unit.column;
-    const float* rows = h + unit.part * plan.h_size + term.h;
-    int m = unit.first;
-    for (; m + 2 <= unit.end; m += 2)
-      expand_rows<2>(rows + size_t(m - segment.first) * h_stride, h_stride, b, width, ranks, columns,
-                     y + m * y_stride, y_stride);
-    if (m < unit.end)
-      expand_rows<1>(rows + size_t(m - segment.first) * h_stride, h_stride, b, width, ranks, columns,
-                     y + m * y_stride, y_stride);
+    const float* at = h + unit.part * plan.h_size + term.h + size_t(unit.first - segment.first) * h_stride;
+    int m = 0;
+    if (rows >= SHARED) {
+      widen(b, ranks, width, columns, scratch);
+      for (; m + 3 <= rows; m += 3)
+        expand_rows<T, 3>(at + m * h_stride, h_stride, scratch, columns, ranks, columns, y + m * y_stride, y_stride);
+      for (; m < rows; m++)
+        expand_rows<T, 1>(at + m * h_stride, h_stride, scratch, columns, ranks, columns, y + m * y_stride, y_stride);
+    }
+    for (; m < rows; m++)
+      expand_rows<T, 1>(at + m * h_stride, h_stride, b, width, ranks, columns, y + m * y_stride, y_stride);
   }
 }
 
