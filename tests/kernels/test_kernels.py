@@ -250,9 +250,12 @@ def test_paged_attention_is_causal_softmax_attention(
         pointer(out),
     )
     first = max(0, position - window + 1) if window else 0
-    flat = slice(first, position + 1)
-    k = keys.transpose(1, 2)[blocks.long()].flatten(0, 1)[flat].double().repeat_interleave(heads // kv_heads, 1)
-    v = values.transpose(1, 2)[blocks.long()].flatten(0, 1)[flat].double().repeat_interleave(heads // kv_heads, 1)
+
+    def seen(pages: torch.Tensor) -> torch.Tensor:  # [positions, heads, head_dim]
+        rows = pages.transpose(1, 2)[blocks.long()].flatten(0, 1)
+        return rows[first : position + 1].double().repeat_interleave(heads // kv_heads, 1)
+
+    k, v = seen(keys), seen(values)
     weights = torch.softmax(torch.einsum("hd,jhd->hj", q.double(), k) * scale, -1)
     assert relative_error(out, torch.einsum("hj,jhd->hd", weights, v)) < 2e-6
 
