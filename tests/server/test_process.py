@@ -175,7 +175,8 @@ def test_metrics_are_served_on_the_admin_port(tmp_path: Path) -> None:
         assert seen["loraplex_generated_tokens_total[]"] == 5
         assert seen["loraplex_prompt_tokens_total[]"] == 3
         assert seen["loraplex_time_to_first_token_seconds_count[]"] == 1
-        assert seen["loraplex_inter_token_latency_seconds_count[]"] >= 1
+        # The unary call may be given everything at once, so there may be nothing between tokens.
+        assert "loraplex_inter_token_latency_seconds_count[]" in seen
         assert seen["loraplex_queue_depth[]"] == 0
         assert seen["loraplex_engine_ready[]"] == 1
         assert any(name.startswith("loraplex_model_info") for name in seen)

@@ -51,7 +51,7 @@ inline void scores(const float* q, const Pages<T>& keys, int head, int first, in
     }
     for (int g = 0; g < G; g++) {
       float total = sum(sums[g]);
-      for (int t = i; t < d; t++) total = q[g * d + t] * load1(k + t) + total;
+      for (int t = i; t < d; t++) total = multiply_add(q[g * d + t], load1(k + t), total);
       out[g * n + j - first] = total * scale;
     }
   });
@@ -105,7 +105,7 @@ inline void attend_heads(const float* q, const Pages<T>& keys, const Pages<T>& v
     for (int g = 0; g < G; g++) {
       float total = 0;
       for (int j = first; j < end; j++)
-        total = scratch[size_t(g) * n + j - first] * load1(values.at(j, head) + c) + total;
+        total = multiply_add(scratch[size_t(g) * n + j - first], load1(values.at(j, head) + c), total);
       out[g * d + c] = total * inverse[g];
     }
 }

@@ -179,7 +179,8 @@ inline void dots(const float* x, const W* a, int in, float scale, float* h, int 
   for (int m = 0; m < M; m++)
     for (int r = 0; r < R; r++) {
       float total = sum(sums[m][r]);
-      for (int i = k; i < in; i++) total = x[size_t(m) * in + i] * load1(a + size_t(r) * in + i) + total;
+      for (int i = k; i < in; i++)
+        total = multiply_add(x[size_t(m) * in + i], load1(a + size_t(r) * in + i), total);
       h[m * h_stride + r] = total * scale;
     }
 }
@@ -259,7 +260,8 @@ inline void expand_rows(const float* h, int h_stride, const W* b, size_t b_strid
   for (; c < columns; c++)
     for (int m = 0; m < M; m++) {
       float total = 0;
-      for (int r = 0; r < ranks; r++) total = h[m * h_stride + r] * load1(b + r * b_stride + c) + total;
+      for (int r = 0; r < ranks; r++)
+        total = multiply_add(h[m * h_stride + r], load1(b + r * b_stride + c), total);
       y[m * y_stride + c] += total;
     }
 }

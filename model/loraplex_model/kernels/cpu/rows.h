@@ -13,7 +13,7 @@ inline float inverse_rms(const float* x, int width, float eps) {
   int i = 0;
   for (; i + LANES <= width; i += LANES) squares = load(x + i) * load(x + i) + squares;
   float total = sum(squares);
-  for (; i < width; i++) total = x[i] * x[i] + total;
+  for (; i < width; i++) total = multiply_add(x[i], x[i], total);
   return 1.0f / std::sqrt(total / width + eps);
 }
 

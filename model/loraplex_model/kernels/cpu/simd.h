@@ -91,6 +91,15 @@ inline float sum(vf v) {  // pairwise: the upper half onto the lower, until one 
   v4 two = four + __builtin_shufflevector(four, four, 2, 3, 2, 3);
   return two[0] + two[1];
 }
+// a * b + c of single floats, for the ends of rows. Spelt out, because the compiler may turn such a loop
+// into products first and sums later, and not in every instance of a template.
+inline float multiply_add(float a, float b, float c) {
+#ifdef __FMA__
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
 inline vf max(vf a, vf b) { return a > b ? a : b; }
 inline float max_lane(vf v) {
   float m = v[0];

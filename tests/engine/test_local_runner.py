@@ -1,0 +1,162 @@
+"""The real runner: what it falls back to, what it refuses, and that one bad row fails alone."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from adapters.adapter_files import everywhere, lora_config, lora_tensors, write_adapter
+from loraplex_adapters.errors import AdapterError
+from loraplex_adapters.spec import BaseShapes
+from loraplex_adapters.store import Store
+from loraplex_model.batch import ForwardBatch
+from loraplex_server.engine.core import EngineCore
+from loraplex_server.engine.loader import ReadResult
+from loraplex_server.engine.local_runner import LocalRunner, RunnerError, build
+from loraplex_server.engine.messages import AdapterRef, Output, SamplingParams, Submit
+
+from model import tiny
+
+PROMPT = ForwardBatch.build([([1, 5, 9, 4], 0, [0], ())])
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write("llama", tmp_path_factory.mktemp("model"))
+
+
+def start(checkpoint: Path, cache: Path, **changes: object) -> LocalRunner:
+    settings: dict[str, object] = {
+        "model": str(checkpoint),
+        "dtype": "float32",
+        "device": "cpu",
+        "threads": 1,
+        "cache": str(cache),
+        "max_context": 0,
+        "kv_tokens": 512,
+        "kv_memory": 0,
+        "adapter_memory": 1 << 20,
+        "max_rank": 16,
+    }
+    return build(**(settings | changes))  # type: ignore[arg-type]
+
+
+def test_without_a_compiler_one_warning_and_the_same_answers(
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    compiled = start(checkpoint, Path("var/cache"))
+    assert compiled.info.kernels.startswith("C++")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with caplog.at_level(logging.WARNING):
+        fallback = start(checkpoint, tmp_path)
+    assert fallback.info.kernels == "torch"
+    (warning,) = [r for r in caplog.records if "kernels" in r.getMessage()]
+    assert "install g++" in warning.getMessage()
+    torch.testing.assert_close(
+        fallback.forward(PROMPT), compiled.forward(PROMPT), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_missing_device_is_refused_with_what_to_do(checkpoint: Path) -> None:
+    with pytest.raises(RunnerError, match="--device cpu") as refused:
+        start(checkpoint, Path("var/cache"), device="cuda")
+    assert refused.value.reason == "NO_CUDA"
+
+
+def test_a_cache_smaller_than_a_block_is_refused(checkpoint: Path) -> None:
+    with pytest.raises(RunnerError, match="kv_memory") as refused:
+        start(checkpoint, Path("var/cache"), kv_tokens=0, kv_memory=1000)
+    assert refused.value.reason == "KV_TOO_SMALL"
+
+
+def registered(runner: LocalRunner, folder: Path) -> AdapterRef:
+    """A random adapter on two modules, in a store."""
+    base = BaseShapes.of(runner.info)
+    modules = everywhere("q_proj", "down_proj", layers=3)
+    source = write_adapter(
+        folder / "source",
+        lora_config(target_modules=["q_proj", "down_proj"], r=4),
+        lora_tensors(modules, base),
+    )
+    store = Store(folder / "store")
+    record, _ = store.register("one", source, base)
+    return AdapterRef(record.digest, str(store.path(record.digest)))
+
+
+def test_an_adapter_of_the_store_changes_its_rows_and_no_others(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    runner = start(checkpoint, Path("var/cache"))
+    before = runner.forward(PROMPT)
+    loaded = runner.read_adapter(registered(runner, tmp_path))
+    runner.publish_adapter(0, loaded)
+    mixed = runner.forward(
+        ForwardBatch.build([([1, 5, 9, 4], 0, [0], ()), ([1, 5, 9, 4], 0, [1], ((0, 1.0),))])
+    )
+    assert torch.equal(mixed[0], before[0])
+    assert not torch.allclose(mixed[1], before[0], atol=1e-3)
+    runner.remove_adapter(0)
+    assert torch.equal(runner.forward(PROMPT), before)
+
+
+def test_bytes_that_changed_in_the_store_are_not_loaded(checkpoint: Path, tmp_path: Path) -> None:
+    runner = start(checkpoint, Path("var/cache"))
+    ref = registered(runner, tmp_path)
+    weights = Path(ref.path) / "adapter_model.safetensors"
+    weights.chmod(0o644)
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(AdapterError) as refused:
+        runner.read_adapter(ref)
+    assert refused.value.reason == "ADAPTER_CORRUPT"
+
+
+class ReadsAtOnce:
+    """A loader without a thread; the adapter named `bad` is read full of NaN."""
+
+    def __init__(self, runner: LocalRunner, good: str) -> None:
+        self.runner, self.good = runner, good
+        self.result: ReadResult | None = None
+
+    def start(self, ref: AdapterRef) -> None:
+        loaded = self.runner.read_adapter(AdapterRef(self.good, ref.path))
+        if ref.digest != self.good:
+            loaded.data.fill_(float("nan"))
+        self.result = ReadResult(ref, loaded, None)
+
+    def poll(self) -> ReadResult | None:
+        result, self.result = self.result, None
+        return result
+
+
+def test_an_adapter_with_nan_in_it_fails_its_own_rows_only(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    """Validation refuses such a file; here one is forced past it."""
+    good = registered(start(checkpoint, Path("var/cache")), tmp_path)
+    bad = AdapterRef("sha256:" + "0" * 64, good.path)
+
+    def run(requests: dict[int, list[AdapterRef]]) -> dict[int, list[Output]]:
+        runner = start(checkpoint, Path("var/cache"))
+        core = EngineCore(runner, loader=ReadsAtOnce(runner, good.digest))
+        for number, adapters in requests.items():
+            greedy = SamplingParams(temperature=0.0)
+            core.add(Submit(number, [1, 5, 9, 4], 6, adapters, greedy, logprobs=0))
+        outputs: dict[int, list[Output]] = {number: [] for number in requests}
+        for _ in range(30):
+            done = core.step()
+            for output in done.outputs if done else []:
+                outputs[output.id].append(output)
+        return outputs
+
+    together = run({1: [], 2: [good], 3: [bad]})
+    assert [output.error.reason for output in together[3] if output.error] == ["NON_FINITE_LOGITS"]
+    for number, adapters in ((1, []), (2, [good])):
+        answer = [(o.token_ids, o.logprobs) for o in together[number]]
+        assert answer == [(o.token_ids, o.logprobs) for o in run({number: adapters})[number]]
+        assert len(answer) == 6
