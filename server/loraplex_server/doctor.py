@@ -55,7 +55,7 @@ def _arithmetic(config: Config) -> Iterator[Finding]:
     compiler = _compiler()
     yield Finding("compiler", compiler or "none found")
     best = os.environ.get("LORAPLEX_ISA") or isas[0]
-    built = build.find(best)
+    built = build.find(best, directory=config.cache / "kernels")
     if chosen == "cuda":
         text = "torch and bitsandbytes on the GPU"
     elif built is not None:
@@ -76,7 +76,7 @@ def _compiler() -> str:
 
 
 def _model(config: Config) -> Finding:
-    entries = sum(1 for _ in config.cache.glob("*/model.json")) if config.cache.is_dir() else 0
+    entries = len(list(config.cache.glob("entries/*/model.json")))
     kept = f"{entries} converted models in {config.cache}"
     if config.model == "default":
         return Finding("model", f"SmolLM2-135M-Instruct, the default; {kept}")
