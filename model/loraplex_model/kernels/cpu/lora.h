@@ -167,7 +167,7 @@ inline void dots(const float* x, const W* a, int in, float scale, float* h, int 
   int k = 0;
   for (; k + PAIR <= in; k += PAIR) {
     if constexpr (M == 1)  // nobody shares these weights: the next ranks come from memory too
-      for (int r = k / LANES % 2; r < R; r += 2) __builtin_prefetch(a + size_t(R + r) * in + k);
+      for (int r = k / PAIR % 2; r < R; r += 2) __builtin_prefetch(a + size_t(R + r) * in + k);
     Pair xs[M];
     for (int m = 0; m < M; m++) xs[m] = load_pair(x + size_t(m) * in + k);
     for (int r = 0; r < R; r++) {
