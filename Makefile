@@ -12,12 +12,13 @@ export PATH := $(CURDIR)/$(BIN):$(CURDIR)/var/tools/bin:$(PATH)
 
 # Tests run tiny models: two threads show races between threads, more would only wait for each other.
 TEST_THREADS ?= 2
+FUZZ_SECONDS ?= 20
 # Arguments for pytest, for example: make test ARGS='tests/engine -k preempt'
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model prometheus demo serve test test-gpu lint proto bench bench-peft \
-        bench-kernels bench-gpu lock clean distclean
+.PHONY: help setup model prometheus demo serve test test-gpu fuzz lint proto bench bench-peft \
+        bench-kernels bench-adapters bench-gpu figures lock clean distclean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  \033[1m%-14s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +54,11 @@ test-gpu: setup model ## Run the tests that need a CUDA device
 	@$(BIN)/python scripts/require_cuda.py
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
+fuzz: setup ## Fuzz the validation of adapters for a minute, from the committed corpus on (FUZZ_SECONDS=20 a target)
+	@$(BIN)/python -c 'import atheris' 2>/dev/null || { echo "atheris has no wheel for this machine" >&2; exit 1; }
+	for target in config header adapter; do \
+	  PYTHONPATH=tests $(BIN)/python tests/fuzz/run.py $$target $(FUZZ_SECONDS) || exit 1; done
+
 lint: setup ## Check formatting, style, types, the layers, the protos and the generated stubs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -73,9 +79,15 @@ bench-peft: setup model ## Compare with PEFT on the same NF4 base, in one run
 bench-kernels: setup ## Compare the NF4 product with bitsandbytes' and torch's
 	$(BIN)/python bench/kernels.py $(ARGS)
 
+bench-adapters: setup model ## Measure the life of adapters: loads, replacement, merges, thousands, kill -9
+	$(BIN)/python bench/bench_adapters.py $(ARGS)
+
 bench-gpu: setup model ## Compare with PEFT on a CUDA device
 	@$(BIN)/python scripts/require_cuda.py
 	$(BIN)/python bench/bench_peft.py --device cuda $(ARGS)
+
+figures: setup ## Draw the figures of docs/ anew, from the server's own quantiser
+	$(BIN)/python docs/figures/draw.py
 
 lock: setup ## Write requirements.lock anew from what .venv holds
 	scripts/write-lock $(BIN)/python

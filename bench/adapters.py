@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 MODULES = (
@@ -24,13 +25,24 @@ MODULES = (
 )
 
 
-def write(base: Path, out: Path, count: int, rank: int, seed: int = 0) -> list[Path]:
+def write(
+    base: Path,
+    out: Path,
+    count: int,
+    rank: int,
+    seed: int = 0,
+    modules: Collection[str] | None = None,
+) -> list[Path]:
     """Writes adapters for the Llama-like model in the Hugging Face directory `base`.
+
+    `modules` names the linear layers; None takes all.
 
     bfloat16, alpha = rank; A as PEFT draws it, B normal with deviation 0.002. Returns their
     directories.
     """
     shapes, layers = _shapes(json.loads((base / "config.json").read_text()))
+    if modules is not None:
+        shapes = {path: shape for path, shape in shapes.items() if path.split(".")[1] in modules}
     directories = [out / f"a{i}" for i in range(count)]
     for i, directory in enumerate(directories):
         stamp = {"rank": str(rank), "seed": str(seed + i), "shapes": repr((layers, shapes))}

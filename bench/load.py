@@ -49,7 +49,8 @@ class Exchange:
 class Answer:
     """One request, read. `tokens` holds (arrival time, number of tokens) of each message with any.
 
-    `error` is "" for an answer from the adapter that was named, of the length asked for.
+    `error` is "" for an answer from the adapter that was named, of the length asked for; `digest`
+    is that of the adapter's bytes, as the server said it, "" for the base.
     """
 
     job: Job
@@ -57,6 +58,15 @@ class Answer:
     tokens: tuple[tuple[float, int], ...]
     token_ids: tuple[int, ...]
     error: str
+    digest: str = ""
+
+    @property
+    def gaps(self) -> list[float]:
+        """Seconds between tokens. The gap before a message of k tokens is k gaps of a k-th."""
+        found = []
+        for (before, _), (at, count) in zip(self.tokens, self.tokens[1:], strict=False):
+            found += [(at - before) / count] * count
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,10 +124,12 @@ def read(exchange: Exchange) -> Answer:
     ids: list[int] = []
     tokens = []
     served = None
+    digest = ""
     for at, message in exchange.messages:
         event = pb.GenerateStreamResponse.FromString(message)
         if event.HasField("started"):
             served = [adapter.name for adapter in event.started.adapters]
+            digest = "+".join(adapter.digest for adapter in event.started.adapters)
         elif event.HasField("delta") and event.delta.token_ids:
             ids.extend(event.delta.token_ids)
             tokens.append((at, len(event.delta.token_ids)))
@@ -125,16 +137,13 @@ def read(exchange: Exchange) -> Answer:
         error = "WRONG_ADAPTER"
     if not error and len(ids) != job.output_tokens:
         error = "WRONG_LENGTH"
-    return Answer(job, exchange.sent, tuple(tokens), tuple(ids), error)
+    return Answer(job, exchange.sent, tuple(tokens), tuple(ids), error, digest)
 
 
 def measure(answers: Sequence[Answer]) -> Measurement:
-    """Totals and percentiles. The gap before a message of k tokens counts as k gaps of a k-th."""
+    """Totals and percentiles."""
     ttft = [a.tokens[0][0] - a.sent for a in answers if a.tokens]
-    gaps = []
-    for answer in answers:
-        for (before, _), (at, count) in zip(answer.tokens, answer.tokens[1:], strict=False):
-            gaps += [(at - before) / count] * count
+    gaps = [gap for answer in answers for gap in answer.gaps]
     total = sum(count for a in answers for _, count in a.tokens)
     ends = [a.tokens[-1][0] for a in answers if a.tokens]
     seconds = max(ends) - min(a.sent for a in answers if a.sent) if ends else 0.0

@@ -93,6 +93,13 @@ class Server:
             raise
         self.ready_s = time.monotonic() - began
 
+    @property
+    def pid(self) -> int:
+        """Of the front process. Raises ServerError before it was started."""
+        if self._process is None:
+            raise ServerError("the server was never started")
+        return self._process.pid
+
     def stop(self, grace: float = 60.0) -> int:
         """Sends SIGTERM; kills after `grace` seconds. Returns the exit code. Idempotent."""
         process = self._process

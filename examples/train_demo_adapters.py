@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from loraplex_model.adapter import LoraFactors
+from loraplex_model.adapter import LoraFactors, lora
 from loraplex_model.config import DecoderConfig
 from loraplex_model.forward import packed_logits
 from loraplex_model.linear import DenseLinear
 from loraplex_model.load import LoadedBase, load_base
-from loraplex_model.lora import RowGroup, trainable
+from loraplex_model.mix import RowGroup
 from loraplex_model.tokenizer import TOKENIZER, TokenizerInfo
 from loraplex_model.weights import BaseWeights
 from loraplex_server.text.chat import ChatTemplate
@@ -133,7 +133,7 @@ def losses(
             )
             tokens += row.prompt + row.completion
             starts.append(len(tokens))
-        groups.append(RowGroup(torch.arange(first, len(tokens)), ((trainable(factors), 1.0),)))
+        groups.append(RowGroup(torch.arange(first, len(tokens)), ((lora(factors), 1.0),)))
         positions.append(predicting)
         targets.append([token for row in rows for token in row.completion])
     logits = packed_logits(weights, torch.tensor(tokens), starts, groups, linear)
@@ -197,10 +197,10 @@ def write(
     `fingerprint` is the base's, or "" for none.
     """
     tensors = {}
-    for (layer, module), lora in factors.items():
+    for (layer, module), m in factors.items():
         parent = PARENTS.get(module, "self_attn")
         prefix = f"base_model.model.model.layers.{layer}.{parent}.{module}"
-        for name, matrix in (("lora_A", lora.a), ("lora_B", lora.b)):
+        for name, matrix in (("lora_A", m.a), ("lora_B", m.b)):
             tensors[f"{prefix}.{name}.weight"] = matrix.detach().to(torch.bfloat16).contiguous()
     directory.mkdir(parents=True, exist_ok=True)
     text = json.dumps(peft_config(recipe), indent=2, sort_keys=True)

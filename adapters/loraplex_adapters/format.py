@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
-from loraplex_model.config import PROJECTIONS
+from loraplex_model.config import LAYER_SITES, MODEL_SITES
 
-from loraplex_adapters.config import LoraSettings, parse_config
+from loraplex_adapters.config import FINGERPRINT_KEY, Settings, parse_config
 from loraplex_adapters.digest import AdapterDigest
 from loraplex_adapters.errors import AdapterError, Finding
 from loraplex_adapters.files import WEIGHTS_FILE, Directory, open_directory
-from loraplex_adapters.placement import place
+from loraplex_adapters.modules import module_path, table_order
+from loraplex_adapters.packing import packed_bytes
+from loraplex_adapters.placement import Placement
+from loraplex_adapters.reader import MAX_STAMP, MAX_STAMPS
 from loraplex_adapters.safetensors_header import Header, read_header
 from loraplex_adapters.spec import AdapterSpec, BaseShapes, Limits, ModuleSpec
 from loraplex_adapters.strict_json import shown
+from loraplex_adapters.support import STAMP
 from loraplex_adapters.values import scan
 
 MAX_FINDINGS = 100
@@ -77,31 +83,84 @@ def judge(
 
     What could not be read is None and not judged. The spec's digest is empty: it is over all bytes.
     """
-    settings: LoraSettings | None = None
-    findings: list[Finding] = []
-    modules: tuple[ModuleSpec, ...] = ()
-    if config is not None:
-        settings, findings = parse_config(config)
-    if settings is not None and header is not None:
-        modules, misplaced = place(header, settings, base, limits)
-        findings += misplaced
-    if findings or settings is None or not modules:
+    if config is None:
+        return Report(None, ())
+    settings, findings = parse_config(config)
+    if settings is None or header is None:
         return Report(None, tuple(findings[:MAX_FINDINGS]))
-    targets = {m.module for m in modules}
-    spec = AdapterSpec(
-        digest="",
-        peft_type="LORA",
-        rank=max(m.rank for m in modules),
-        target_modules=tuple(name for name in PROJECTIONS if name in targets),
-        modules=modules,
-        size_bytes=size,
-        base_model=shown(settings.base_model),
-    )
-    packed = spec.packed_bytes(base.dtype)
+    provenance = {**_stamps(header.metadata, findings), **settings.provenance}
+    _check_base(settings, header, base, findings)
+    kind = settings.kind
+    file = Placement(kind.peft_type, header, kind.endings, base, limits, kind.whole_names)
+    modules = settings.plan.place(file)
+    file.finish()
+    findings += file.findings
+    modules.sort(key=lambda m: table_order((m.layer, m.module)))
+    _check_once(modules, findings)
+    packed = packed_bytes(modules, base)
     if limits.max_device_bytes is not None and packed > limits.max_device_bytes:
         message = f"needs {packed} bytes on the device; there are {limits.max_device_bytes}"
-        return Report(None, (Finding("ADAPTER_TOO_LARGE", message, WEIGHTS_FILE),))
+        findings.append(Finding("ADAPTER_TOO_LARGE", message, WEIGHTS_FILE))
+    if findings:
+        return Report(None, tuple(findings[:MAX_FINDINGS]))
+    spec = AdapterSpec(
+        digest="",
+        peft_type=kind.peft_type,
+        rank=max(m.rank for m in modules),
+        target_modules=tuple(_in_table_order(modules)),
+        modules=tuple(modules),
+        size_bytes=size,
+        base_model=settings.base_model,
+        virtual_tokens=max(_virtual_tokens(m) for m in modules),
+        provenance=provenance,
+        packed_bytes=packed,
+    )
     return Report(spec, ())
+
+
+def _check_base(
+    settings: Settings, header: Header, base: BaseShapes, findings: list[Finding]
+) -> None:
+    """Holds the stamps of configuration and weights against the base."""
+    stamps = (
+        settings.provenance.get(FINGERPRINT_KEY.removeprefix(STAMP)),
+        header.metadata.get(FINGERPRINT_KEY),
+    )
+    for stamp in stamps:
+        if stamp and stamp != base.fingerprint:
+            made_for = f"the adapter was made for the base {shown(stamp)}"
+            message = f"{made_for}, this is {base.fingerprint}"
+            findings.append(Finding("BASE_MODEL_MISMATCH", message, FINGERPRINT_KEY))
+
+
+def _stamps(metadata: Mapping[str, str], findings: list[Finding]) -> dict[str, str]:
+    """What the trainer stamped into the weights file, by key without the prefix."""
+    stamps = {key: text for key, text in metadata.items() if key.startswith(STAMP)}
+    if len(stamps) > MAX_STAMPS:
+        message = f"{WEIGHTS_FILE} has more than {MAX_STAMPS} stamps"
+        findings.append(Finding("ADAPTER_INVALID", message, "__metadata__"))
+        return {}
+    return {shown(k.removeprefix(STAMP)): shown(v, MAX_STAMP) for k, v in stamps.items()}
+
+
+def _check_once(modules: Sequence[ModuleSpec], findings: list[Finding]) -> None:
+    """Refuses what changes one module in two ways at once, such as A and B beside saved rows."""
+    for first, second in pairwise(modules):
+        if (first.layer, first.module) == (second.layer, second.module):
+            path = module_path(first.layer, first.module)
+            message = f"{path} is changed in two ways at once, which is not served"
+            findings.append(Finding("ADAPTER_UNSUPPORTED", message, path))
+
+
+def _in_table_order(modules: Sequence[ModuleSpec]) -> list[str]:
+    """The modules' names, each once; virtual tokens are no module."""
+    held = {m.module for m in modules}
+    return [name for name in (*LAYER_SITES, *MODEL_SITES) if name in held]
+
+
+def _virtual_tokens(module: ModuleSpec) -> int:
+    tensor = module.tensors.get("prompt") or module.tensors.get("prefix")
+    return tensor.shape[0] if tensor else 0
 
 
 def _examine(

@@ -1,95 +1,108 @@
-"""The names of modules and tensors: PEFT's spelling of them, and ours."""
+"""The names of modules: PEFT's spelling of a site, and what the base has there."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Set
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 
-from loraplex_model.config import PROJECTIONS
+from loraplex_model.config import LAYER_SITES, MODEL, MODEL_SITES, PROJECTIONS, Site
 
-from loraplex_adapters.config import LoraSettings
-from loraplex_adapters.patterns import suffixes
 from loraplex_adapters.spec import BaseShapes
 
 PREFIX = "base_model.model."
 """What PEFT puts before a module's path in the Hugging Face model."""
 
+VIRTUAL_TOKENS: Site = (MODEL, "virtual_tokens")
+"""Where an adapter's virtual tokens are placed; no module of the base."""
+
+BOTTLENECKS = {"attention_bottleneck": "self_attn", "mlp_bottleneck": "mlp"}
+"""The block that each bottleneck is beside or behind."""
+
+NORMS = ("input_layernorm", "post_attention_layernorm", "q_norm", "k_norm", "norm")
+
 BLOCKS = {
     name: "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn"
-    for name in PROJECTIONS
+    for name in (*PROJECTIONS, "q_norm", "k_norm")
 }
-"""The part of a decoder layer that each projection lies in."""
+"""The part of a decoder layer that a module lies in, where it lies in one."""
 
-Place = tuple[int, str]
-"""A module: (layer, name of the projection)."""
-
-_LORA_KEY = re.compile(
-    r"\Abase_model\.model\.model\.layers\.(0|[1-9][0-9]{0,4})\."
-    r"(self_attn|mlp)\.([a-z_]{1,32})\.lora_([AB])\.weight\Z"
-)
-
-_OTHER_KINDS = (
-    ("lora_magnitude_vector", "DoRA magnitudes"),
-    ("lora_embedding_", "LoRA on the embeddings"),
-    ("trainable_tokens_delta", "trained token embeddings"),
-    ("prompt_embeddings", "virtual tokens"),
-    ("ia3_l", "IA3"),
-    ("base_layer.", "weights of the base itself"),
-    ("lora_B.bias", "a bias beside lora_B"),
-    (".lm_head.", "a change to lm_head"),
-    (".embed_tokens.", "a change to the embeddings"),
-    ("norm.weight", "a change to a norm"),
-)
-
-
-@dataclass(frozen=True, slots=True)
-class LoraKey:
-    """A tensor name that was understood; `half` is "A" or "B"."""
-
-    layer: int
-    block: str
-    module: str
-    half: str
-
-
-def parse_key(name: str) -> LoraKey | None:
-    """Reads `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight` and its like."""
-    found = _LORA_KEY.match(name)
-    return LoraKey(int(found[1]), found[2], found[3], found[4]) if found else None
-
-
-def other_kind(name: str) -> str | None:
-    """What a tensor that is no LoRA half seems to be, where PEFT has a name for it."""
-    return next((meaning for mark, meaning in _OTHER_KINDS if mark in name), None)
+_MODEL_PATHS = {
+    "embed_tokens": "model.embed_tokens",
+    "lm_head": "lm_head",
+    "norm": "model.norm",
+    "virtual_tokens": "virtual_tokens",
+}
 
 
 def module_path(layer: int, module: str) -> str:
-    """The module's path in the Hugging Face model, which PEFT's patterns are matched with."""
-    return f"model.layers.{layer}.{BLOCKS[module]}.{module}"
+    """The module's path in the Hugging Face model, which PEFT's patterns are matched with.
+
+    A bottleneck's is that of its block.
+    """
+    if layer == MODEL:
+        return _MODEL_PATHS[module]
+    below = BOTTLENECKS.get(module) or ".".join(filter(None, (BLOCKS.get(module), module)))
+    return f"model.layers.{layer}.{below}"
 
 
-def promised(settings: LoraSettings, base: BaseShapes) -> Set[Place]:
-    """The modules of the base that PEFT would adapt for a list of target modules."""
-    return frozenset(_promised(settings, base))
-
-
-def _promised(settings: LoraSettings, base: BaseShapes) -> Iterator[Place]:
-    targets = frozenset(settings.target_modules or ())
-    excluded = frozenset(settings.exclude_modules)
+def base_sites(base: BaseShapes) -> Iterator[Site]:
+    """Every module of the base that an adapter may change, in the order of the adapter table."""
     for layer in range(base.num_layers):
-        chosen = _transforms(settings, layer)
-        for module in base.projections:
-            path = module_path(layer, module)
-            names = frozenset(suffixes(path))
-            # A full path in the list holds whatever the choice of layers says.
-            if (path in targets or (chosen and names & targets)) and not names & excluded:
-                yield layer, module
+        for name in LAYER_SITES:
+            if name not in BOTTLENECKS and has(base, name):
+                yield layer, name
+    for name in MODEL_SITES:
+        yield MODEL, name
 
 
-def _transforms(settings: LoraSettings, layer: int) -> bool:
-    if settings.layers_to_transform is None:
-        return True
-    if settings.layers_pattern and not {"layers", "model.layers"} & set(settings.layers_pattern):
-        return False
-    return layer in settings.layers_to_transform
+def has(base: BaseShapes, name: str) -> bool:
+    """Whether the base's layers have a module or place of this name."""
+    if name in PROJECTIONS:
+        return name in base.projections
+    return base.qk_norm or name not in ("q_norm", "k_norm")
+
+
+def table_order(site: Site) -> tuple[bool, int, int]:
+    """A key that sorts sites as the adapter table has them; virtual tokens come last."""
+    layer, name = site
+    if layer == MODEL:
+        return True, 0, (*MODEL_SITES, VIRTUAL_TOKENS[1]).index(name)
+    return False, layer, LAYER_SITES.index(name)
+
+
+def role_shapes(site: Site, base: BaseShapes) -> Mapping[str, tuple[int | None, ...]]:
+    """The shape of every role that a tensor can have at a site of this base.
+
+    None stands for the inner width: LoRA's rank, a bottleneck's width, the number of rows or of
+    virtual tokens. Roles that are missing have no meaning there.
+    """
+    _, name = site
+    hidden, vocab = base.hidden_size, base.vocab_size
+    if name in PROJECTIONS:
+        fan_in, fan_out = base.projections[name]
+        return {
+            "a": (None, fan_in),
+            "b": (fan_out, None),
+            "e": (None, 1),
+            "b_bias": (fan_out,),
+            "magnitude": (fan_out,),
+            "out_gain": (fan_out, 1),
+            "in_gain": (1, fan_in),
+            "bias_delta": (1, fan_out),
+            **({"bias": (fan_out,)} if name in base.biased else {}),
+        }
+    if name in NORMS:
+        return {"weight": (base.head_dim if name in ("q_norm", "k_norm") else hidden,)}
+    if name == "embed_tokens":
+        matrices = {"a": (None, vocab), "b": (hidden, None)}
+        return {**matrices, "weight": (vocab, hidden), "rows": (None, hidden)}
+    if name == "lm_head":
+        matrices = {"a": (None, hidden), "b": (vocab, None), "e": (None, 1)}
+        return {**matrices, "weight": (vocab, hidden), "rows": (None, hidden)}
+    if name in BOTTLENECKS:
+        return {
+            "down": (None, hidden),
+            "down_bias": (None,),
+            "up": (hidden, None),
+            "up_bias": (hidden,),
+        }
+    return {"prompt": (None, hidden), "prefix": (None, 2 * base.num_layers * base.kv_size)}

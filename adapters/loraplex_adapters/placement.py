@@ -1,117 +1,157 @@
-"""Puts every tensor of a weights file into its place in the base model, or says why it has none."""
+"""Puts every tensor of a weights file to a site of the base, or says why it has none.
+
+A kind claims the tensors that its configuration explains. What nobody has claimed at the end is a
+finding, so no tensor can be left out by mistake.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 
-from loraplex_model.config import PROJECTIONS
+from loraplex_model.config import Site
 
-from loraplex_adapters.config import FINGERPRINT_KEY, LoraSettings
 from loraplex_adapters.errors import Finding
 from loraplex_adapters.files import CONFIG_FILE
 from loraplex_adapters.modules import (
-    BLOCKS,
+    BOTTLENECKS,
     PREFIX,
-    Place,
+    VIRTUAL_TOKENS,
+    base_sites,
     module_path,
-    other_kind,
-    parse_key,
-    promised,
+    role_shapes,
 )
 from loraplex_adapters.patterns import Value, match
 from loraplex_adapters.safetensors_header import Header
-from loraplex_adapters.spec import BaseShapes, Limits, ModuleSpec, TensorLocation
+from loraplex_adapters.spec import BaseShapes, Limits, TensorLocation
 from loraplex_adapters.strict_json import shown
+from loraplex_adapters.targets import Targets
+
+_LAYER = re.compile(r"\Amodel\.layers\.(0|[1-9][0-9]{0,4})\.")
 
 
-def place(
-    header: Header, settings: LoraSettings, base: BaseShapes, limits: Limits
-) -> tuple[tuple[ModuleSpec, ...], list[Finding]]:
-    """The modules in the order of (layer, projection), and everything that does not fit."""
-    placement = _Placement(settings, base, limits)
-    placement.check_stamps(header.metadata)
-    placement.check_declared_ranks()
-    for tensor in header.tensors:
-        placement.take(tensor)
-    modules = placement.modules()
-    placement.check_targets()
-    return modules, placement.findings
+class Placement:
+    """One file's way into one base.
 
+    Attributes:
+        base, limits: what the file is held against.
+        findings: everything that does not fit, in the order in which it was seen.
+    """
 
-class _Placement:
-    """One file's way into one base; `place` says in which order the methods are called."""
-
-    def __init__(self, settings: LoraSettings, base: BaseShapes, limits: Limits) -> None:
-        self.settings = settings
+    def __init__(
+        self,
+        peft_type: str,
+        header: Header,
+        endings: Mapping[str, str],
+        base: BaseShapes,
+        limits: Limits,
+        whole_names: bool = False,
+    ) -> None:
         self.base = base
         self.limits = limits
         self.findings: list[Finding] = []
-        self.pairs: dict[Place, dict[str, TensorLocation]] = {}
-
-    def check_stamps(self, metadata: Mapping[str, str]) -> None:
-        for stamp in (self.settings.base_fingerprint, metadata.get(FINGERPRINT_KEY, "")):
-            if stamp and stamp != self.base.fingerprint:
-                message = (
-                    f"the adapter was made for the base {shown(stamp)}, "
-                    f"this is {self.base.fingerprint}"
-                )
-                self.find("BASE_MODEL_MISMATCH", message, FINGERPRINT_KEY)
-
-    def check_declared_ranks(self) -> None:
-        declared = {"r": self.settings.r}
-        if self.settings.rank_pattern:
-            declared["rank_pattern"] = max(self.settings.rank_pattern.values())
-        for field, rank in declared.items():
-            if rank > self.limits.max_rank:
-                message = f"{field} asks for rank {rank}; at most {self.limits.max_rank} is served"
-                self.find("RANK_TOO_LARGE", message, field)
-
-    def take(self, tensor: TensorLocation) -> None:
-        """Puts a tensor to its module, where it has one."""
-        name = shown(tensor.name)
-        key = parse_key(tensor.name)
-        if key is None:
-            kind = other_kind(tensor.name)
-            if kind:
-                self.find("ADAPTER_UNSUPPORTED", f"{name} holds {kind}, which is not served", name)
-            elif tensor.name.startswith(PREFIX) and ".lora_" in tensor.name:
-                self.find("BASE_MODEL_MISMATCH", f"{name} belongs to no module of this base", name)
+        self._peft_type = peft_type
+        self._needs = endings
+        # The longest first: "lora_B.bias" ends in "bias".
+        self._endings = sorted(endings, key=len, reverse=True)
+        self._sites = {module_path(*site): site for site in base_sites(base)}
+        for layer in range(base.num_layers):
+            for name in BOTTLENECKS:
+                self._sites[module_path(layer, name)] = (layer, name)
+        self._left: dict[Site, dict[str, TensorLocation]] = {}
+        for tensor in header.tensors:
+            if whole_names:
+                self._take_whole(tensor)
             else:
-                self.find("ADAPTER_INVALID", f"{name} is no tensor of a LoRA adapter", name)
-        elif BLOCKS.get(key.module) != key.block or key.module not in self.base.projections:
-            self.find("BASE_MODEL_MISMATCH", f"{name} belongs to no module of this base", name)
-        elif key.layer >= self.base.num_layers:
-            message = f"{name} is beyond the base's {self.base.num_layers} layers"
-            self.find("BASE_MODEL_MISMATCH", message, name)
-        elif len(tensor.shape) != 2:
-            self.find("ADAPTER_INVALID", f"{name} is no matrix", name)
-        else:
-            self.pairs.setdefault((key.layer, key.module), {})[key.half] = tensor
+                self._take(tensor)
 
-    def modules(self) -> tuple[ModuleSpec, ...]:
-        """The modules that fit, with the rank and the scale that the configuration gives them."""
-        paths = {module_path(*place): place for place in self.pairs}
-        ranks = self.matched("rank_pattern", self.settings.rank_pattern, paths)
-        alphas = self.matched("alpha_pattern", self.settings.alpha_pattern, paths)
-        found = []
-        for path, (layer, name) in paths.items():
-            rank = ranks.get(path, self.settings.r)
-            alpha = alphas.get(path, self.settings.lora_alpha)
-            scale = alpha / (math.sqrt(rank) if self.settings.use_rslora else rank)
-            if not abs(scale) <= self.limits.max_scale:
-                field = "alpha_pattern" if path in alphas else "lora_alpha"
-                message = f"{path} has scale {scale:g}; at most {self.limits.max_scale:g} is served"
-                self.find("ADAPTER_INVALID", message, field)
-            pair = self.pairs[layer, name]
-            if self.fits(path, name, pair, rank, "rank_pattern" if path in ranks else "r"):
-                found.append(ModuleSpec(layer, name, rank, scale, pair["A"], pair["B"]))
-        found.sort(key=lambda m: (m.layer, PROJECTIONS.index(m.module)))
-        return tuple(found)
+    def sites(self, *endings: str) -> list[Site]:
+        """The sites that hold an unclaimed tensor with one of these endings."""
+        return [site for site, held in self._left.items() if held.keys() & set(endings)]
+
+    def claim(self, site: Site, ending: str) -> TensorLocation | None:
+        """Takes a tensor out of the file, where it is there."""
+        return self._left.get(site, {}).pop(ending, None)
+
+    def require(self, site: Site, ending: str) -> TensorLocation | None:
+        """As `claim`; a tensor that is not there is a finding."""
+        tensor = self.claim(site, ending)
+        if tensor is None:
+            name = ending if site == VIRTUAL_TOKENS else f"{PREFIX}{module_path(*site)}.{ending}"
+            self.find("ADAPTER_INVALID", f"{name} is missing", name)
+        return tensor
+
+    def fits(self, site: Site, tensors: Mapping[str, TensorLocation | None]) -> int | None:
+        """The inner width that all of the site's tensors share, if their shapes are the base's.
+
+        None, with findings, where they are not; 0 where no role has an inner width. Tensors that
+        are None are missing, which is a finding of its own.
+        """
+        shapes = role_shapes(site, self.base)
+        inner: dict[str, int] = {}
+        for role, tensor in tensors.items():
+            if tensor is None:
+                return None
+            if role not in shapes:
+                self._no_role(site, role, tensor)
+                return None
+            expected = shapes[role]
+            if len(tensor.shape) != len(expected):
+                name = shown(tensor.name)
+                message = f"{name} has {len(tensor.shape)} dimensions; {len(expected)} are expected"
+                self.find("ADAPTER_INVALID", message, name)
+                return None
+            for size, wanted in zip(tensor.shape, expected, strict=True):
+                if wanted is None:
+                    inner[tensor.name] = size
+                elif size != wanted:
+                    name = shown(tensor.name)
+                    message = f"{name} is {size} wide; the base's {site[1]} has {wanted}"
+                    self.find("BASE_MODEL_MISMATCH", message, name)
+                    return None
+        if len(set(inner.values())) > 1:
+            sizes = " and ".join(f"{size} in {_ending(name)}" for name, size in inner.items())
+            name = shown(list(inner)[-1])
+            message = f"{module_path(*site)} has inner widths that differ: {sizes}"
+            self.find("ADAPTER_INVALID", message, name)
+            return None
+        return next(iter(inner.values()), 0)
+
+    def fits_rank(
+        self, site: Site, tensors: Mapping[str, TensorLocation | None], rank: int, field: str
+    ) -> bool:
+        """As `fits`, for tensors whose inner width `field` of the configuration says."""
+        held = self.fits(site, tensors)
+        if held is None:
+            return False
+        if held > self.limits.max_rank:
+            message = f"has rank {held}; at most {self.limits.max_rank} is served"
+            first = next(t for t in tensors.values() if t is not None)
+            self.find("RANK_TOO_LARGE", f"{module_path(*site)} {message}", shown(first.name))
+            return False
+        if held != rank:
+            message = f"has rank {held} in the weights and {rank} in {CONFIG_FILE}"
+            self.find("ADAPTER_INVALID", f"{module_path(*site)} {message}", field)
+            return False
+        return True
+
+    def check_rank(self, field: str, rank: int) -> None:
+        """Refuses a rank of the configuration that is too large, whatever the tensors say."""
+        if rank > self.limits.max_rank:
+            message = f"{field} asks for rank {rank}; at most {self.limits.max_rank} is served"
+            self.find("RANK_TOO_LARGE", message, field)
+
+    def check_scale(self, site: Site, scale: float, field: str) -> None:
+        """Refuses a scale that is too large."""
+        if not abs(scale) <= self.limits.max_scale:
+            message = f"has scale {scale:g}; at most {self.limits.max_scale:g} is served"
+            self.find("ADAPTER_INVALID", f"{module_path(*site)} {message}", field)
 
     def matched(
-        self, field: str, pattern: Mapping[str, Value], paths: Collection[str]
-    ) -> Mapping[str, Value]:
+        self, field: str, pattern: Mapping[str, Value], sites: Collection[Site]
+    ) -> Mapping[Site, Value]:
+        """What a pattern of the configuration says of each site."""
+        paths = {module_path(*site): site for site in sites}
         try:
             matched = match(pattern, paths)
         except ValueError as error:
@@ -124,56 +164,94 @@ class _Placement:
                 "trained with depends on an order that PEFT does not save"
             )
             self.find("ADAPTER_UNSUPPORTED", message, field)
-        return matched.values
+        return {paths[path]: value for path, value in matched.values.items()}
 
-    def fits(
-        self, path: str, module: str, pair: Mapping[str, TensorLocation], rank: int, field: str
-    ) -> bool:
-        """Whether both halves are there and have the shapes of this base and of `rank`."""
-        for half in "AB":
-            if half not in pair:
-                name = f"{PREFIX}{path}.lora_{half}.weight"
-                self.find("ADAPTER_INVALID", f"{name} is missing", name)
-                return False
-        a, b = pair["A"], pair["B"]
-        fan_in, fan_out = self.base.projections[module]
-        for tensor, width, expected in ((a, a.shape[1], fan_in), (b, b.shape[0], fan_out)):
-            if width != expected:
-                message = f"{tensor.name} is {width} wide; the base's {module} has {expected}"
-                self.find("BASE_MODEL_MISMATCH", message, tensor.name)
-                return False
-        held = a.shape[0]
-        if held != b.shape[1]:
-            message = f"{path} has {held} rows in lora_A and {b.shape[1]} columns in lora_B"
-            self.find("ADAPTER_INVALID", message, b.name)
-        elif held > self.limits.max_rank:
-            message = f"{path} has rank {held}; at most {self.limits.max_rank} is served"
-            self.find("RANK_TOO_LARGE", message, a.name)
-        elif held != rank:
-            message = f"{path} has rank {held} in the weights and {rank} in {CONFIG_FILE}"
-            self.find("ADAPTER_INVALID", message, field)
-        else:
-            return True
-        return False
-
-    def check_targets(self) -> None:
-        """Holds the tensors against a list of targets, as PEFT would apply it to this base.
+    def check_targets(
+        self, targets: Targets, candidates: Iterable[Site], adapted: Collection[Site]
+    ) -> None:
+        """Holds the adapted sites against a list of targets, as PEFT would apply it to this base.
 
         PEFT passes over tensors that the list does not name, and starts the missing ones at zero.
         """
-        if self.settings.target_modules is None or self.findings:
+        if targets.names is None or self.findings:
             return
-        expected = promised(self.settings, self.base)
-        if unnamed := sorted(self.pairs.keys() - expected):
+        expected = targets.promised(candidates, self.base)
+        if unnamed := sorted(set(adapted) - expected):
             message = f"{module_path(*unnamed[0])} has weights but is not among the target modules"
             self.find("ADAPTER_INVALID", message, "target_modules")
-        if missing := sorted(expected - self.pairs.keys()):
+        if missing := sorted(expected - set(adapted)):
             message = f"{module_path(*missing[0])} is a target but has no weights"
-            if missing[0][0] > max(layer for layer, _ in self.pairs):
+            if missing[0][0] > max((layer for layer, _ in adapted), default=-1) >= 0:
                 message += "; the adapter seems to be made for a base with fewer layers"
                 self.find("BASE_MODEL_MISMATCH", message, "target_modules")
             else:
                 self.find("ADAPTER_INVALID", message, "target_modules")
 
+    def finish(self) -> None:
+        """Turns every tensor that nobody has claimed into a finding."""
+        for held in self._left.values():
+            for ending, tensor in held.items():
+                name = shown(tensor.name)
+                option = self._needs[ending]
+                why = f" ({option})" if option else ""
+                message = f"{name} is there, but {CONFIG_FILE} does not account for it{why}"
+                self.find("ADAPTER_INVALID", message, name)
+        self._left.clear()
+
     def find(self, reason: str, message: str, field: str) -> None:
+        """Adds a finding."""
         self.findings.append(Finding(reason, message, field))
+
+    def _take_whole(self, tensor: TensorLocation) -> None:
+        if tensor.name in self._needs:
+            self._left.setdefault(VIRTUAL_TOKENS, {})[tensor.name] = tensor
+        else:
+            self._no_tensor(tensor)
+
+    def _take(self, tensor: TensorLocation) -> None:
+        rest = tensor.name.removeprefix(PREFIX)
+        ending = next((e for e in self._endings if rest.endswith(f".{e}")), None)
+        if ending is None or rest == tensor.name:
+            self._no_tensor(tensor)
+            return
+        path = rest[: -len(ending) - 1]
+        site = self._sites.get(path)
+        if site is None:
+            self._no_site(tensor, path)
+        else:
+            self._left.setdefault(site, {})[ending] = tensor
+
+    def _no_tensor(self, tensor: TensorLocation) -> None:
+        name = shown(tensor.name)
+        message = f"{name} is no tensor of an adapter of type {self._peft_type}"
+        self.find("ADAPTER_INVALID", message, name)
+
+    def _no_site(self, tensor: TensorLocation, path: str) -> None:
+        if self._within_module(path):
+            self._no_tensor(tensor)
+            return
+        name = shown(tensor.name)
+        message = f"{name} belongs to no module of this base"
+        found = _LAYER.match(path)
+        if found and int(found[1]) >= self.base.num_layers:
+            message = f"{name} is beyond the base's {self.base.num_layers} layers"
+        self.find("BASE_MODEL_MISMATCH", message, name)
+
+    def _within_module(self, path: str) -> bool:
+        """Whether the path goes on below a module of the base: then the module is not in doubt."""
+        parts = path.split(".")
+        above = (self._sites.get(".".join(parts[:n])) for n in range(1, min(len(parts), 8)))
+        return any(site is not None and site[1] not in BOTTLENECKS for site in above)
+
+    def _no_role(self, site: Site, role: str, tensor: TensorLocation) -> None:
+        name = shown(tensor.name)
+        if role == "bias":
+            message = f"{name} replaces a bias; the base's {site[1]} has none"
+            self.find("BASE_MODEL_MISMATCH", message, name)
+        else:
+            message = f"{name} changes {site[1]} in a way that is not served"
+            self.find("ADAPTER_UNSUPPORTED", message, name)
+
+
+def _ending(name: str) -> str:
+    return shown(name.removesuffix(".weight").rpartition(".")[2])

@@ -67,7 +67,9 @@ def read_header(read: Callable[[int, int], bytes], size: int) -> Header:
     if len(table) > MAX_TENSORS:
         raise _invalid(f"holds {len(table)} tensors; at most {MAX_TENSORS} are accepted")
     start = 8 + length
-    tensors = sorted((_location(n, e, start) for n, e in table.items()), key=lambda t: t.start)
+    tensors = sorted(
+        (_location(n, e, start) for n, e in table.items()), key=lambda t: (t.start, t.end)
+    )
     end = start
     for tensor in tensors:
         if tensor.start != end:
@@ -98,8 +100,8 @@ def _location(name: str, entry: object, data_start: int) -> TensorLocation:
             f"tensor {shown(name)} has dtype {shown(dtype, 16)}; served are {', '.join(ITEM_SIZE)}",
             shown(name),
         )
-    if not _integers(shape) or not 1 <= len(shape) <= MAX_DIMENSIONS or min(shape) < 1:
-        raise _invalid("has a tensor whose shape is not a list of positive integers", name)
+    if not _integers(shape) or not 1 <= len(shape) <= MAX_DIMENSIONS or min(shape) < 0:
+        raise _invalid("has a tensor whose shape is not a list of sizes", name)
     if not _integers(offsets) or len(offsets) != 2 or offsets[0] < 0:
         raise _invalid("has a tensor whose data_offsets are no pair of offsets", name)
     begin, end = offsets

@@ -1,80 +1,63 @@
-"""Which of PEFT's LoRA options are served: the tables that the reader of configurations goes by."""
+"""The words in which a kind says which of its options are served.
+
+Each kind of `loraplex_adapters.kinds` has a table of options. The reader of configurations goes by
+these tables, and the support matrix of docs/adapters.md is printed from them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
 
-MEANINGFUL = frozenset(
-    {
-        "alpha_pattern",
-        "base_model_name_or_path",
-        "exclude_modules",
-        "init_lora_weights",
-        "layers_pattern",
-        "layers_to_transform",
-        "lora_alpha",
-        "peft_type",
-        "r",
-        "rank_pattern",
-        "target_modules",
-        "task_type",
-        "use_rslora",
-    }
-)
-"""Keys that `config` reads."""
 
-INFORMATIONAL = frozenset(
-    {
-        "auto_mapping",  # names a class to load the base with; nothing here loads it
-        "eva_config",  # settings of an initialisation that leaves the base as it was
-        "inference_mode",
-        "lora_dropout",  # acts in training only
-        "megatron_core",
-        "peft_version",
-        "qalora_group_size",
-        "revision",
-    }
-)
-"""Keys that say nothing about the forward pass, whatever their value."""
+class Support(Enum):
+    """What happens to a key of adapter_config.json."""
 
-UNSUPPORTED: Mapping[str, str] = {
-    "alora_invocation_tokens": "activated LoRA",
-    "arrow_config": "Arrow routing",
-    "bias": "trained biases",
-    "corda_config": "CorDA, whose initialisation changes the base",
-    "ensure_weight_tying": "tied embeddings among the targets",
-    "fan_in_fan_out": "transposed base layers, which no served base has",
-    "kasa_config": "KaSA",
-    "layer_replication": "replicated layers",
-    "loftq_config": "LoftQ, whose initialisation changes the base",
-    "lora_bias": "a bias beside lora_B",
-    "lora_ga_config": "LoRA-GA, whose initialisation changes the base",
-    "megatron_config": "Megatron layers",
-    "modules_to_save": "fully trained modules",
-    "monteclora_config": "MonteCLoRA",
-    "target_parameters": "targets that are parameters instead of modules",
-    "trainable_token_indices": "trained token embeddings",
-    "use_bdlora": "block-diagonal LoRA",
-    "use_dora": "DoRA",
-    "use_qalora": "QA-LoRA",
-    "velora_config": "VeLoRA",
+    SERVED = "served"
+    """It is read, and acts or is held against the tensors."""
+    IGNORED = "no effect"
+    """It says nothing about the forward pass, whatever its value."""
+    REFUSED = "refused"
+    """It would change the forward pass; it passes only when it is switched off."""
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """A key of a configuration: what happens to it, and a word on how or why."""
+
+    support: Support
+    note: str = ""
+
+
+def served(note: str = "") -> Option:
+    """An option that acts as in PEFT."""
+    return Option(Support.SERVED, note)
+
+
+def ignored(note: str = "") -> Option:
+    """An option that means nothing when serving."""
+    return Option(Support.IGNORED, note)
+
+
+def refused(note: str) -> Option:
+    """An option that is not served; `note` names what it asks for."""
+    return Option(Support.REFUSED, note)
+
+
+STAMP = "loraplex_"
+"""Keys that begin so are stamps of a trainer; they become the adapter's provenance."""
+
+COMMON: Mapping[str, Option] = {
+    "auto_mapping": ignored("names a class to load the base with; nothing here loads it"),
+    "base_model_name_or_path": served("shown, not compared"),
+    "inference_mode": ignored(),
+    "peft_type": served(),
+    "peft_version": served("shown"),
+    "revision": served("shown"),
+    "task_type": served("CAUSAL_LM"),
 }
-"""Keys that change the forward pass in ways that are not served. They pass when `is_neutral`."""
-
-PLAIN_INITIALISATIONS = frozenset({"gaussian", "eva", "orthogonal"})
-"""Initialisations by name that leave the base as it was, so that A and B are the whole delta."""
-
-_CONVERT = (
-    "convert the adapter when saving it: "
-    "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
-)
-_RETRAIN = "train it on the served base with another initialisation"
-
-
-def way_out(initialisation: str) -> str:
-    """What the owner of an adapter with a base-changing initialisation can do."""
-    convertible = initialisation.startswith(("pissa", "corda", "olora", "lora_ga"))
-    return _CONVERT if convertible else _RETRAIN
+"""What every kind has."""
 
 
 def is_neutral(key: str, value: object) -> bool:
@@ -84,3 +67,44 @@ def is_neutral(key: str, value: object) -> bool:
     if key == "bias" and value == "none":
         return True
     return isinstance(value, str | list | dict) and not value
+
+
+UNSERVED: Mapping[str, str] = {
+    "ADAMSS": "AdaMSS",
+    "ADAPTION_PROMPT": "adaption prompts with a gate in every attention",
+    "BOFT": "orthogonal butterfly factors",
+    "C3A": "circular convolutions",
+    "CARTRIDGE": "trained KV caches with frozen first tokens",
+    "CPT": "context-aware prompts",
+    "DEFT": "DEFT",
+    "DELORA": "decoupled LoRA",
+    "FOURIERFT": "spectral coefficients",
+    "FROD": "FRoD",
+    "GLORA": "generalised LoRA",
+    "GRALORA": "granular LoRA",
+    "HIRA": "Hadamard products with the base's weights",
+    "HRA": "Householder reflections",
+    "LILY": "Lily",
+    "LOHA": "Hadamard products of low-rank factors",
+    "LOKR": "Kronecker products",
+    "MISS": "matrix shards",
+    "MULTITASK_PROMPT_TUNING": "prompts chosen by task",
+    "OFT": "orthogonal factors",
+    "OSF": "orthogonal subspaces of the base's weights",
+    "PEANUT": "PEANuT",
+    "POLY": "routed LoRA",
+    "PSOFT": "orthogonal factors in a subspace",
+    "PVERA": "probabilistic VeRA",
+    "RANDLORA": "random bases",
+    "ROAD": "rotations of activations",
+    "SHADOW": "shadow networks",
+    "SHIRA": "sparse deltas",
+    "SUPERTUNING": "sparse deltas",
+    "TINYLORA": "TinyLoRA",
+    "UNILORA": "Uni-LoRA",
+    "VBLORA": "vector banks",
+    "VERA": "shared random factors",
+    "WAVEFT": "wavelet coefficients",
+    "XLORA": "a mixture of adapters behind a gate",
+}
+"""PEFT's types that are not served, and what they are."""

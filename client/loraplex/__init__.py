@@ -10,8 +10,9 @@ Importing this package loads gRPC and protobuf, and nothing heavier.
 
 from __future__ import annotations
 
-from loraplex.aio import AsyncClient, AsyncStream
-from loraplex.client import Client, Stream
+from loraplex.aio import AsyncClient
+from loraplex.aio_streams import AsyncStream, AsyncWatch
+from loraplex.client import Client
 from loraplex.errors import (
     AdapterConflict,
     AdapterNotFound,
@@ -29,13 +30,21 @@ from loraplex.errors import (
     ServerFault,
     Unavailable,
     Unsupported,
+    UploadNotFound,
+    UploadOutOfStep,
 )
 from loraplex.requests import GenerateOptions, Message
 from loraplex.results import (
+    AdapterEvent,
+    AdapterEventKind,
     AdapterInfo,
+    AdapterSpec,
     AdapterState,
+    AdapterTable,
+    AdapterTier,
     Completion,
     Delta,
+    Finding,
     Finished,
     FinishReason,
     HealthStatus,
@@ -44,18 +53,27 @@ from loraplex.results import (
     Started,
     TokenLogprob,
     TokenLogprobs,
+    UploadProgress,
     Usage,
+    Validation,
 )
+from loraplex.streams import Stream, Watch
 
 __all__ = [
     "AdapterConflict",
+    "AdapterEvent",
+    "AdapterEventKind",
     "AdapterInfo",
     "AdapterNotFound",
     "AdapterRejected",
+    "AdapterSpec",
     "AdapterState",
+    "AdapterTable",
+    "AdapterTier",
     "AdapterUnloaded",
     "AsyncClient",
     "AsyncStream",
+    "AsyncWatch",
     "Cancelled",
     "Client",
     "Completion",
@@ -63,6 +81,7 @@ __all__ = [
     "Delta",
     "FailedPrecondition",
     "FieldViolation",
+    "Finding",
     "FinishReason",
     "Finished",
     "GenerateOptions",
@@ -82,5 +101,10 @@ __all__ = [
     "TokenLogprobs",
     "Unavailable",
     "Unsupported",
+    "UploadNotFound",
+    "UploadOutOfStep",
+    "UploadProgress",
     "Usage",
+    "Validation",
+    "Watch",
 ]

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+import os
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from functools import cached_property
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
@@ -13,17 +14,22 @@ from typing import Any, Self, TypeVar, Unpack
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from loraplex import channel, replies, requests
-from loraplex.errors import cancelled_here, from_rpc_error
+from loraplex import channel, replies, requests, uploads
+from loraplex.aio_streams import AsyncStream, AsyncWatch
+from loraplex.errors import (
+    LoraplexError,
+    Unavailable,
+    UploadNotFound,
+    from_rpc_error,
+)
 from loraplex.requests import GenerateOptions
 from loraplex.results import (
     AdapterInfo,
     Completion,
-    Delta,
-    Finished,
     HealthStatus,
     Registration,
-    Started,
+    UploadProgress,
+    Validation,
 )
 from loraplex.v1 import adapter_pb2, adapter_pb2_grpc, generation_pb2, generation_pb2_grpc
 
@@ -81,12 +87,11 @@ class AsyncClient:
         *,
         replace: bool = False,
         load: bool = False,
+        labels: Mapping[str, str] | None = None,
         timeout: float | None = None,
     ) -> Registration:
         """See `Client.register_adapter`."""
-        request = adapter_pb2.RegisterAdapterRequest(
-            name=name, path=path, replace=replace, load=load
-        )
+        request = requests.register(name, path, replace, load, labels or {})
         reply = await self._call(self._adapters.RegisterAdapter, request, timeout)
         return replies.registration(reply)
 
@@ -97,13 +102,17 @@ class AsyncClient:
         return replies.adapter(reply.adapter)
 
     async def list_adapters(
-        self, *, page_size: int = 0, timeout: float | None = None
+        self,
+        *,
+        labels: Mapping[str, str] | None = None,
+        page_size: int = 0,
+        timeout: float | None = None,
     ) -> list[AdapterInfo]:
         """See `Client.list_adapters`."""
         found: list[AdapterInfo] = []
         token = ""
         while True:
-            request = adapter_pb2.ListAdaptersRequest(page_size=page_size, page_token=token)
+            request = requests.page(page_size, token, labels or {})
             page = await self._call(self._adapters.ListAdapters, request, timeout)
             found += map(replies.adapter, page.adapters)
             token = page.next_page_token
@@ -117,10 +126,15 @@ class AsyncClient:
         return replies.adapter(reply.adapter)
 
     async def unload_adapter(
-        self, adapter_id: str, *, force: bool = False, timeout: float | None = None
+        self,
+        adapter_id: str,
+        *,
+        force: bool = False,
+        drain: float | None = None,
+        timeout: float | None = None,
     ) -> AdapterInfo:
         """See `Client.unload_adapter`."""
-        request = adapter_pb2.UnloadAdapterRequest(adapter_id=adapter_id, force=force)
+        request = requests.unload(adapter_id, force, drain)
         reply = await self._call(self._adapters.UnloadAdapter, request, timeout)
         return replies.adapter(reply.adapter)
 
@@ -128,6 +142,137 @@ class AsyncClient:
         """See `Client.delete_adapter`."""
         request = adapter_pb2.DeleteAdapterRequest(name=name)
         await self._call(self._adapters.DeleteAdapter, request, timeout)
+
+    async def list_versions(self, name: str, *, timeout: float | None = None) -> list[AdapterInfo]:
+        """See `Client.list_versions`."""
+        request = adapter_pb2.ListAdapterVersionsRequest(name=name)
+        reply = await self._call(self._adapters.ListAdapterVersions, request, timeout)
+        return [replies.adapter(version) for version in reply.adapters]
+
+    async def validate_adapter(
+        self, path: str = "", *, upload_id: str = "", timeout: float | None = None
+    ) -> Validation:
+        """See `Client.validate_adapter`."""
+        request = requests.validate(path, upload_id)
+        return replies.validation(
+            await self._call(self._adapters.ValidateAdapter, request, timeout)
+        )
+
+    async def label_adapter(
+        self,
+        adapter_id: str,
+        labels: Mapping[str, str] | None = None,
+        *,
+        remove: Sequence[str] = (),
+        timeout: float | None = None,
+    ) -> AdapterInfo:
+        """See `Client.label_adapter`."""
+        request = requests.label(adapter_id, labels or {}, remove)
+        reply = await self._call(self._adapters.LabelAdapter, request, timeout)
+        return replies.adapter(reply.adapter)
+
+    async def set_alias(
+        self,
+        alias: str,
+        adapter_id: str,
+        *,
+        expected: str | None = None,
+        timeout: float | None = None,
+    ) -> AdapterInfo:
+        """See `Client.set_alias`."""
+        request = requests.alias(alias, adapter_id, expected)
+        reply = await self._call(self._adapters.SetAlias, request, timeout)
+        return replies.adapter(reply.adapter)
+
+    async def delete_alias(self, alias: str, *, timeout: float | None = None) -> None:
+        """See `Client.delete_alias`."""
+        request = adapter_pb2.DeleteAliasRequest(alias=alias)
+        await self._call(self._adapters.DeleteAlias, request, timeout)
+
+    async def restore_adapter(self, name: str, *, timeout: float | None = None) -> AdapterInfo:
+        """See `Client.restore_adapter`."""
+        request = adapter_pb2.RestoreAdapterRequest(name=name)
+        reply = await self._call(self._adapters.RestoreAdapter, request, timeout)
+        return replies.adapter(reply.adapter)
+
+    async def pin_adapter(self, adapter_id: str, *, timeout: float | None = None) -> AdapterInfo:
+        """See `Client.pin_adapter`."""
+        request = adapter_pb2.PinAdapterRequest(adapter_id=adapter_id)
+        reply = await self._call(self._adapters.PinAdapter, request, timeout)
+        return replies.adapter(reply.adapter)
+
+    async def unpin_adapter(self, adapter_id: str, *, timeout: float | None = None) -> AdapterInfo:
+        """See `Client.unpin_adapter`."""
+        request = adapter_pb2.UnpinAdapterRequest(adapter_id=adapter_id)
+        reply = await self._call(self._adapters.UnpinAdapter, request, timeout)
+        return replies.adapter(reply.adapter)
+
+    async def merge_adapter(self, adapter_id: str, *, timeout: float | None = None) -> AdapterInfo:
+        """See `Client.merge_adapter`."""
+        request = adapter_pb2.MergeAdapterRequest(adapter_id=adapter_id)
+        reply = await self._call(self._adapters.MergeAdapter, request, timeout)
+        return replies.adapter(reply.adapter)
+
+    async def unmerge_adapter(
+        self, adapter_id: str, *, timeout: float | None = None
+    ) -> AdapterInfo:
+        """See `Client.unmerge_adapter`."""
+        request = adapter_pb2.UnmergeAdapterRequest(adapter_id=adapter_id)
+        reply = await self._call(self._adapters.UnmergeAdapter, request, timeout)
+        return replies.adapter(reply.adapter)
+
+    async def upload_adapter(
+        self,
+        name: str,
+        folder: str | os.PathLike[str],
+        *,
+        replace: bool = False,
+        load: bool = False,
+        labels: Mapping[str, str] | None = None,
+        upload_id: str = "",
+        progress: uploads.Progress | None = None,
+        timeout: float | None = None,
+    ) -> Registration:
+        """See `Client.upload_adapter`."""
+        files = await asyncio.to_thread(uploads.Files.read, folder)
+        order = uploads.Order(name, replace, load, labels)
+        return await self._upload(files, order, upload_id, progress, timeout)
+
+    async def stage_adapter(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        upload_id: str = "",
+        progress: uploads.Progress | None = None,
+        timeout: float | None = None,
+    ) -> str:
+        """See `Client.stage_adapter`."""
+        files = await asyncio.to_thread(uploads.Files.read, folder)
+        upload_id = upload_id or await self.start_upload()
+        await self._upload(files, uploads.Order(), upload_id, progress, timeout)
+        return upload_id
+
+    async def start_upload(self, *, timeout: float | None = None) -> str:
+        """See `Client.start_upload`."""
+        request = adapter_pb2.StartUploadRequest()
+        return (await self._call(self._adapters.StartUpload, request, timeout)).upload_id
+
+    async def get_upload(self, upload_id: str, *, timeout: float | None = None) -> UploadProgress:
+        """See `Client.get_upload`."""
+        request = adapter_pb2.GetUploadRequest(upload_id=upload_id)
+        return replies.upload(await self._call(self._adapters.GetUpload, request, timeout))
+
+    async def abort_upload(self, upload_id: str, *, timeout: float | None = None) -> None:
+        """See `Client.abort_upload`."""
+        request = adapter_pb2.AbortUploadRequest(upload_id=upload_id)
+        await self._call(self._adapters.AbortUpload, request, timeout)
+
+    def watch_adapters(self, *, timeout: float | None = None) -> AsyncWatch:
+        """See `Client.watch_adapters`."""
+        request = adapter_pb2.WatchAdaptersRequest()
+        return AsyncWatch(
+            self._adapters.WatchAdapters(request, **self._defaults.unbounded(timeout))
+        )
 
     async def health(
         self, service: str = "", *, timeout: float = channel.HEALTH_TIMEOUT
@@ -156,6 +301,49 @@ class AsyncClient:
     ) -> None:
         await self.close()
 
+    async def _upload(
+        self,
+        files: uploads.Files,
+        order: uploads.Order,
+        upload_id: str,
+        progress: uploads.Progress | None,
+        timeout: float | None,
+    ) -> Registration:
+        """Sends until all is there; drops what it began when going on is pointless."""
+        begun = not upload_id
+        upload_id = upload_id or await self.start_upload()
+        attempts = uploads.Attempts()
+        while True:
+            there = None
+            try:
+                there = await self.get_upload(upload_id)
+                messages = uploads.stream(files, order, upload_id, there, progress)
+                return await self._send(messages, timeout)
+            except LoraplexError as error:
+                if isinstance(error, UploadNotFound) and attempts.made and order.name:
+                    # The reply was lost, not the upload: it is registered.
+                    found = await self.get_adapter(order.name)
+                    if found.digest == files.digest:
+                        return Registration(found, created=True)
+                pause = attempts.pause(error, there)
+                if pause is None:
+                    if begun and not isinstance(error, Unavailable):
+                        with contextlib.suppress(LoraplexError):
+                            await self.abort_upload(upload_id)
+                    raise
+            await asyncio.sleep(pause)
+
+    async def _send(
+        self, messages: Iterator[adapter_pb2.UploadAdapterRequest], timeout: float | None
+    ) -> Registration:
+        try:
+            reply = await self._adapters.UploadAdapter(
+                _in_threads(messages), **self._defaults.unbounded(timeout)
+            )
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from error
+        return replies.registration(reply)
+
     async def _call(
         self, method: grpc.aio.UnaryUnaryMultiCallable[Q, R], request: Q, timeout: float | None
     ) -> R:
@@ -183,75 +371,9 @@ class AsyncClient:
         return health_pb2_grpc.HealthStub(self._channel)
 
 
-class AsyncStream:
-    """See `Stream`: the same members, with `async for`. Cancelling the reader cancels the call."""
-
-    def __init__(
-        self,
-        call: grpc.aio.UnaryStreamCall[
-            generation_pb2.GenerateStreamRequest, generation_pb2.GenerateStreamResponse
-        ],
-    ) -> None:
-        self._call = call
-        self._messages = aiter(call)
-        self._transcript = replies.Transcript()
-        self._cancelled = False
-
-    @property
-    def started(self) -> Started | None:
-        return self._transcript.started
-
-    @property
-    def finished(self) -> Finished | None:
-        return self._transcript.finished
-
-    async def completion(self) -> Completion:
-        """See `Stream.completion`."""
-        async for _ in self:
-            pass
-        return self._transcript.completion()
-
-    def cancel(self) -> None:
-        """Stop. A reader then gets Cancelled. After the end it does nothing."""
-        self._cancelled = True
-        self._call.cancel()
-
-    async def aclose(self) -> None:
-        self.cancel()
-
-    def __del__(self) -> None:
-        # Its iterator keeps a dropped grpc.aio call alive; a loop that is gone has none to cancel.
-        with contextlib.suppress(RuntimeError):
-            self._call.cancel()
-
-    def __aiter__(self) -> AsyncIterator[Delta]:
-        return self
-
-    async def __anext__(self) -> Delta:
-        try:
-            async for message in self._messages:
-                delta = self._transcript.feed(message)
-                if delta is not None:
-                    return delta
-        except asyncio.CancelledError:
-            # grpc.aio raises this for a cancelled reader and for a cancelled call alike.
-            task = asyncio.current_task()
-            if not self._cancelled or (task is not None and task.cancelling()):
-                self._call.cancel()
-                raise
-            raise cancelled_here() from None
-        except grpc.RpcError as error:
-            raise from_rpc_error(error) from error
-        self._transcript.close()
-        raise StopAsyncIteration
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.cancel()
+async def _in_threads(
+    messages: Iterator[adapter_pb2.UploadAdapterRequest],
+) -> AsyncIterator[adapter_pb2.UploadAdapterRequest]:
+    """The same messages; each is made, which reads a file, off the event loop."""
+    while (message := await asyncio.to_thread(next, messages, None)) is not None:
+        yield message

@@ -25,6 +25,16 @@ _RETRY_POLICY = {
     "retryableStatusCodes": ["UNAVAILABLE"],
 }
 
+_ONCE = (
+    "AbortUpload",
+    "DeleteAdapter",
+    "DeleteAlias",
+    "RestoreAdapter",
+    "SetAlias",
+    "StartUpload",
+    "UploadAdapter",
+)
+
 SERVICE_CONFIG: dict[str, Any] = {
     "loadBalancingConfig": [{"round_robin": {}}],
     # `grpc.health.v1` is not listed: a health check reports what is, at once.
@@ -36,8 +46,8 @@ SERVICE_CONFIG: dict[str, Any] = {
             ],
             "retryPolicy": _RETRY_POLICY,
         },
-        # Repeating a delete that did happen would answer NOT_FOUND.
-        {"name": [{"service": "loraplex.v1.AdapterService", "method": "DeleteAdapter"}]},
+        # Repeating one of these that did happen would answer wrongly, or leave something behind.
+        {"name": [{"service": "loraplex.v1.AdapterService", "method": method} for method in _ONCE]},
     ],
     # While more than half of the bucket is spent, failures are reported instead of retried.
     "retryThrottling": {"maxTokens": 100, "tokenRatio": 0.1},
@@ -84,6 +94,10 @@ class CallDefaults:
             "wait_for_ready": self.wait_for_ready,
             "metadata": self.metadata,
         }
+
+    def unbounded(self, timeout: float | None) -> CallArguments:
+        """For a call that has no usual length; None is no deadline."""
+        return {**self.arguments(None), "timeout": timeout}
 
     def probe(self, timeout: float) -> CallArguments:
         """For a health check, which never waits for a server."""

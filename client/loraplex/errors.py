@@ -95,6 +95,14 @@ class AdapterRejected(FailedPrecondition):
     """This adapter cannot be served: corrupt, unsupported, too large, or for another base."""
 
 
+class UploadNotFound(NotFound):
+    """There is no such upload: it has expired, or its adapter is registered."""
+
+
+class UploadOutOfStep(FailedPrecondition):
+    """A piece did not follow what is there, or a file is incomplete; go on from `get_upload`."""
+
+
 class AdapterUnloaded(LoraplexError):
     """The adapter was unloaded by force while the request ran. Trying again loads it again."""
 
@@ -136,6 +144,8 @@ _BY_REASON: dict[str, type[LoraplexError]] = {
     "RANK_TOO_LARGE": AdapterRejected,
     "ADAPTER_TOO_LARGE": AdapterRejected,
     "ADAPTER_UNLOADED": AdapterUnloaded,
+    "UPLOAD_NOT_FOUND": UploadNotFound,
+    "UPLOAD_OFFSET": UploadOutOfStep,
 }
 
 _BY_CODE: dict[grpc.StatusCode, type[LoraplexError]] = {

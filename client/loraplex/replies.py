@@ -22,6 +22,13 @@ _STATES: dict[int, results.AdapterState] = {
 }
 
 
+_TIERS: dict[int, results.AdapterTier] = {
+    adapter_pb2.ADAPTER_TIER_DISK: results.AdapterTier.DISK,
+    adapter_pb2.ADAPTER_TIER_HOST: results.AdapterTier.HOST,
+    adapter_pb2.ADAPTER_TIER_DEVICE: results.AdapterTier.DEVICE,
+}
+
+
 def completion(reply: generation_pb2.GenerateResponse) -> results.Completion:
     return results.Completion(
         text=reply.text,
@@ -52,11 +59,92 @@ def adapter(reply: adapter_pb2.Adapter) -> results.AdapterInfo:
             reply.create_time.ToDatetime(tzinfo=UTC) if reply.HasField("create_time") else None
         ),
         base_model=reply.base_model,
+        tier=_TIERS.get(reply.tier, results.AdapterTier.UNSPECIFIED),
+        host_bytes=reply.host_bytes,
+        merged_bytes=reply.merged_bytes,
+        pinned=reply.pinned,
+        last_use_time=(
+            reply.last_use_time.ToDatetime(tzinfo=UTC) if reply.HasField("last_use_time") else None
+        ),
+        load_seconds=(
+            reply.load_duration.ToTimedelta().total_seconds()
+            if reply.HasField("load_duration")
+            else None
+        ),
+        aliases=tuple(reply.aliases),
+        labels=dict(reply.labels),
+        provenance=dict(reply.provenance),
+        virtual_tokens=reply.virtual_tokens,
     )
 
 
-def registration(reply: adapter_pb2.RegisterAdapterResponse) -> results.Registration:
+def registration(
+    reply: adapter_pb2.RegisterAdapterResponse | adapter_pb2.UploadAdapterResponse,
+) -> results.Registration:
     return results.Registration(adapter=adapter(reply.adapter), created=reply.created)
+
+
+def upload(reply: adapter_pb2.GetUploadResponse) -> results.UploadProgress:
+    return results.UploadProgress(reply.config_bytes, reply.weights_bytes)
+
+
+def validation(reply: adapter_pb2.ValidateAdapterResponse) -> results.Validation:
+    spec = reply.spec
+    return results.Validation(
+        findings=tuple(results.Finding(f.reason, f.field, f.message) for f in reply.findings),
+        spec=results.AdapterSpec(
+            digest=spec.digest,
+            peft_type=spec.peft_type,
+            rank=spec.rank,
+            target_modules=tuple(spec.target_modules),
+            size_bytes=spec.size_bytes,
+            device_bytes=spec.device_bytes,
+            virtual_tokens=spec.virtual_tokens,
+            base_model=spec.base_model,
+            provenance=dict(spec.provenance),
+        )
+        if reply.HasField("spec")
+        else None,
+    )
+
+
+class WatchLog:
+    """Puts the parts of a watch together: feed it every message."""
+
+    def __init__(self) -> None:
+        self._parts: list[results.AdapterInfo] = []
+        self._resync = False
+
+    def feed(
+        self, message: adapter_pb2.WatchAdaptersResponse
+    ) -> results.AdapterTable | results.AdapterEvent | None:
+        """The table, once its last part is here, or a change; None for what is neither."""
+        match message.WhichOneof("event"):
+            case "table":
+                self._parts += map(adapter, message.table.adapters)
+                if not message.table.complete:
+                    return None
+                aliases = {a.alias: f"{a.name}@{a.version}" for a in message.table.aliases}
+                table = results.AdapterTable(tuple(self._parts), aliases, self._resync)
+                self._parts, self._resync = [], False
+                return table
+            case "change":
+                return results.AdapterEvent(
+                    _event_kind(message.change.type),
+                    adapter(message.change.adapter),
+                    message.change.alias,
+                )
+            case "resync":
+                self._parts, self._resync = [], True
+        return None
+
+
+def _event_kind(number: int) -> results.AdapterEventKind:
+    """The kinds' names are the wire's; one that a newer server may send is not an error."""
+    known = adapter_pb2.AdapterChangeType.DESCRIPTOR.values_by_number.get(number)
+    if known is None:
+        return results.AdapterEventKind.UNSPECIFIED
+    return results.AdapterEventKind(known.name.removeprefix("ADAPTER_CHANGE_TYPE_").lower())
 
 
 def health(status: int) -> results.HealthStatus:

@@ -12,7 +12,7 @@ from typing import TypedDict, TypeVar, Unpack
 from google.protobuf.message import Message as ProtoMessage
 
 from loraplex.errors import invalid
-from loraplex.v1 import generation_pb2
+from loraplex.v1 import adapter_pb2, generation_pb2
 
 M = TypeVar("M", bound=ProtoMessage)
 
@@ -113,6 +113,57 @@ def generate(
     )
 
 
+def register(
+    name: str, path: str, replace: bool, load: bool, labels: Mapping[str, str]
+) -> adapter_pb2.RegisterAdapterRequest:
+    return _fill(
+        adapter_pb2.RegisterAdapterRequest,
+        "",
+        name=name,
+        path=path,
+        replace=replace,
+        load=load,
+        labels=labels,
+    )
+
+
+def page(size: int, token: str, labels: Mapping[str, str]) -> adapter_pb2.ListAdaptersRequest:
+    return _fill(
+        adapter_pb2.ListAdaptersRequest, "", page_size=size, page_token=token, labels=labels
+    )
+
+
+def unload(adapter_id: str, force: bool, drain: float | None) -> adapter_pb2.UnloadAdapterRequest:
+    request = adapter_pb2.UnloadAdapterRequest(adapter_id=adapter_id, force=force)
+    if drain is not None:
+        try:
+            request.drain.FromMilliseconds(round(drain * 1000))
+        except (ValueError, OverflowError):
+            raise invalid("drain", "must be a number of seconds") from None
+    return request
+
+
+def label(
+    adapter_id: str, labels: Mapping[str, str], remove: Sequence[str]
+) -> adapter_pb2.LabelAdapterRequest:
+    return _fill(
+        adapter_pb2.LabelAdapterRequest, "", adapter_id=adapter_id, set=labels, remove=remove
+    )
+
+
+def alias(alias: str, adapter_id: str, expected: str | None) -> adapter_pb2.SetAliasRequest:
+    return _fill(
+        adapter_pb2.SetAliasRequest, "", alias=alias, adapter_id=adapter_id, expected=expected
+    )
+
+
+def validate(path: str, upload_id: str) -> adapter_pb2.ValidateAdapterRequest:
+    if bool(path) == bool(upload_id):
+        raise invalid("source", "give either path or upload_id")
+    given = {"path": path} if path else {"upload_id": upload_id}
+    return _fill(adapter_pb2.ValidateAdapterRequest, "", **given)
+
+
 def _conversation(messages: Sequence[Message]) -> generation_pb2.ChatMessages:
     turns = []
     for index, message in enumerate(messages):
@@ -129,7 +180,7 @@ def _weight(adapter_id: str, weight: float | None) -> generation_pb2.AdapterWeig
     )
 
 
-def _fill(kind: type[M], path: str, **fields: object) -> M:
+def _fill(kind: type[M], path: str, /, **fields: object) -> M:
     """A message with these fields, None meaning unset; one at a time, to name the one at fault."""
     message = kind()
     for name, value in fields.items():

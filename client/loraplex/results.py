@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 
@@ -23,6 +24,36 @@ class AdapterState(StrEnum):
     LOADING = "loading"
     RESIDENT = "resident"
     DRAINING = "draining"
+
+
+class AdapterTier(StrEnum):
+    """The nearest memory that holds an adapter."""
+
+    UNSPECIFIED = "unspecified"
+    DISK = "disk"
+    HOST = "host"
+    DEVICE = "device"
+
+
+class AdapterEventKind(StrEnum):
+    """What happened to an adapter."""
+
+    UNSPECIFIED = "unspecified"
+    REGISTERED = "registered"
+    REPLACED = "replaced"
+    DELETED = "deleted"
+    ALIAS_SET = "alias_set"
+    ALIAS_REMOVED = "alias_removed"
+    LABELLED = "labelled"
+    LOADING = "loading"
+    HOST = "host"
+    RESIDENT = "resident"
+    DRAINING = "draining"
+    EVICTED = "evicted"
+    MERGED = "merged"
+    UNMERGED = "unmerged"
+    PINNED = "pinned"
+    UNPINNED = "unpinned"
 
 
 class HealthStatus(StrEnum):
@@ -114,7 +145,11 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class AdapterInfo:
-    """A registered adapter. `device_bytes` is 0 unless it is resident; `create_time` is in UTC."""
+    """A registered adapter. `device_bytes` is 0 unless it is resident; times are in UTC.
+
+    `last_use_time` and `load_seconds` are None when it was not used, or not loaded, since the
+    server's engine started. `provenance` is what its trainer stamped into its files.
+    """
 
     name: str
     version: int
@@ -128,6 +163,16 @@ class AdapterInfo:
     active_requests: int
     create_time: datetime | None
     base_model: str
+    tier: AdapterTier = AdapterTier.UNSPECIFIED
+    host_bytes: int = 0
+    merged_bytes: int = 0
+    pinned: bool = False
+    last_use_time: datetime | None = None
+    load_seconds: float | None = None
+    aliases: tuple[str, ...] = ()
+    labels: Mapping[str, str] = field(default_factory=dict)
+    provenance: Mapping[str, str] = field(default_factory=dict)
+    virtual_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,3 +181,66 @@ class Registration:
 
     adapter: AdapterInfo
     created: bool
+
+
+@dataclass(frozen=True, slots=True)
+class UploadProgress:
+    """How many bytes of each file have arrived and are safe."""
+
+    config_bytes: int
+    weights_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that is wrong with an adapter; `field` is the key, tensor or file at fault."""
+
+    reason: str
+    field: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSpec:
+    """What an adapter's files say of it. `device_bytes` is what it would take when resident."""
+
+    digest: str
+    peft_type: str
+    rank: int
+    target_modules: tuple[str, ...]
+    size_bytes: int
+    device_bytes: int
+    virtual_tokens: int
+    base_model: str
+    provenance: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """The judgement on an adapter: all that is wrong with it or, if nothing is, its spec."""
+
+    findings: tuple[Finding, ...]
+    spec: AdapterSpec | None
+
+    @property
+    def valid(self) -> bool:
+        """Whether the server would serve it."""
+        return self.spec is not None
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterTable:
+    """All adapters by name, as a watch begins. With `resync`, changes were missed before it."""
+
+    adapters: tuple[AdapterInfo, ...]
+    aliases: Mapping[str, str]  # alias -> "name@version"
+    resync: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterEvent:
+    """A change. `adapter` is as it is now, or as it was last; `alias` where it is about one."""
+
+    kind: AdapterEventKind
+    adapter: AdapterInfo
+    alias: str = ""

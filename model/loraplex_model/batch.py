@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,9 @@ class ForwardBatch:
         mix_slots: int32 [X], adapter slots.
         mix_weights: float32 [X], factors on the slots' deltas.
         logit_rows: int32 [R], the tokens (indices into `tokens`) whose logits are wanted.
+        copies: int32 [C, 2], KV blocks (from, to) that are copied before anything is computed.
+
+    A token id of `vocab_size + j` stands for virtual token j of the sequence's adapter.
     """
 
     tokens: NDArray[np.int32]
@@ -39,6 +42,7 @@ class ForwardBatch:
     mix_slots: NDArray[np.int32]
     mix_weights: NDArray[np.float32]
     logit_rows: NDArray[np.int32]
+    copies: NDArray[np.int32] = field(default_factory=lambda: np.empty((0, 2), np.int32))
 
     @staticmethod
     def build(

@@ -5,7 +5,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""The modules of a layer that an adapter can change, in the order of the adapter table."""
+"""The matrices of a layer, in the order in which they are applied."""
+
+LAYER_SITES = (
+    *PROJECTIONS,
+    "attention_bottleneck",
+    "mlp_bottleneck",
+    "input_layernorm",
+    "post_attention_layernorm",
+    "q_norm",
+    "k_norm",
+)
+"""Everything of a layer that an adapter can change, in the order of the adapter table. The two
+bottlenecks are places, not modules: what is added after the attention and after the MLP."""
+
+MODEL_SITES = ("embed_tokens", "lm_head", "norm")
+"""What an adapter can change outside the layers; they follow the last layer in the table."""
+
+MODEL = -1
+"""The layer of a `MODEL_SITES` entry."""
+
+Site = tuple[int, str]
+"""A place that an adapter changes: (layer, name), or (`MODEL`, name)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +70,18 @@ class DecoderConfig:
     def kv_size(self) -> int:
         """Width of all key (or value) heads together."""
         return self.num_kv_heads * self.head_dim
+
+    @property
+    def num_sites(self) -> int:
+        """Entries of one adapter in the adapter table."""
+        return self.num_layers * len(LAYER_SITES) + len(MODEL_SITES)
+
+    def site_index(self, site: Site) -> int:
+        """Where a site lies in the adapter table."""
+        layer, name = site
+        if layer == MODEL:
+            return self.num_layers * len(LAYER_SITES) + MODEL_SITES.index(name)
+        return layer * len(LAYER_SITES) + LAYER_SITES.index(name)
 
     def projection_shapes(self) -> dict[str, tuple[int, int]]:
         """`(in_features, out_features)` of each module of `PROJECTIONS`."""

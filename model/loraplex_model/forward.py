@@ -15,13 +15,14 @@ from itertools import pairwise
 
 import torch
 
-from loraplex_model import rope
+from loraplex_model import mix, rope
 from loraplex_model.attention import Attention, PackedAttention
-from loraplex_model.config import DecoderConfig
+from loraplex_model.config import MODEL, DecoderConfig, Site
 from loraplex_model.linear import BaseLinear, DequantisedLinear, by_tiles
-from loraplex_model.lora import RowGroup, add_deltas
+from loraplex_model.merge import fused_matrix
+from loraplex_model.mix import RowGroup
 from loraplex_model.stored import FUSED
-from loraplex_model.weights import BaseWeights, LayerWeights, NF4Matrix
+from loraplex_model.weights import BaseWeights, LayerWeights
 
 
 def hidden_states(
@@ -36,22 +37,26 @@ def hidden_states(
     config = weights.config
     inv_freq = torch.tensor(config.rope_inv_freq, device=tokens.device)
     cos, sin = rope.tables(positions, inv_freq, config.rope_scale)
-    x = weights.embed[tokens.long()]
-    x = x.to(activation_dtype(x))
+    x = mix.embedded(tokens, weights.embed, activation_dtype(weights.embed), groups)
     cos, sin = cos.to(x.dtype), sin.to(x.dtype)
 
     for i, layer in enumerate(weights.layers):
         block = _Layer(config, i, layer, groups, linear)
-        h = rms_norm(x, layer.input_norm, config.rms_norm_eps)
-        x = x + block.attention(h, cos, sin, attention)
-        h = rms_norm(x, layer.post_norm, config.rms_norm_eps)
-        x = x + block.mlp(h)
-    return rms_norm(x, weights.norm, config.rms_norm_eps)
+        h = block.norm("input_layernorm", layer.input_norm, x)
+        out = block.attention(h, cos, sin, attention)
+        x = x + mix.add_bottlenecks(out, x, h, (i, "attention_bottleneck"), groups)
+        h = block.norm("post_attention_layernorm", layer.post_norm, x)
+        out = block.mlp(h)
+        x = x + mix.add_bottlenecks(out, x, h, (i, "mlp_bottleneck"), groups)
+    return _norm((MODEL, "norm"), weights.norm, x, config.rms_norm_eps, groups)
 
 
-def logits(weights: BaseWeights, hidden: torch.Tensor) -> torch.Tensor:
-    """float32 [R, vocab] of states [R, hidden]."""
-    return by_tiles(hidden, weights.lm_head.to(hidden.dtype)).float()
+def logits(
+    weights: BaseWeights, hidden: torch.Tensor, groups: Sequence[RowGroup] = ()
+) -> torch.Tensor:
+    """float32 [R, vocab] of states [R, hidden], whose rows `groups` count."""
+    base = by_tiles(hidden, weights.lm_head.to(hidden.dtype)).float()
+    return mix.add_head(base, hidden, groups)
 
 
 def packed_logits(
@@ -63,7 +68,7 @@ def packed_logits(
 ) -> torch.Tensor:
     """float32 [T, vocab] of whole sequences laid side by side; differentiable in the adapters.
 
-    Sequence s owns `tokens[starts[s]:starts[s + 1]]`. Groups made with `lora.trainable` receive
+    Sequence s owns `tokens[starts[s]:starts[s + 1]]`. The tensors of the groups' adapters receive
     gradients; the base is a constant.
     """
     bounds = list(starts)
@@ -73,7 +78,7 @@ def packed_logits(
     hidden = hidden_states(
         weights, tokens, positions, groups, linear or DequantisedLinear(), attention
     )
-    return logits(weights, hidden)
+    return logits(weights, hidden, groups)
 
 
 def activation_dtype(stored: torch.Tensor) -> torch.dtype:
@@ -88,8 +93,18 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return weight.to(x.dtype) * normed.to(x.dtype)
 
 
+def _norm(
+    site: Site, weight: torch.Tensor, x: torch.Tensor, eps: float, groups: Sequence[RowGroup]
+) -> torch.Tensor:
+    """`rms_norm`, with the groups' own weights on their rows."""
+    normed = rms_norm(x, weight, eps)
+    for rows, own in mix.norm_weights(site, weight, groups):
+        normed = normed.index_copy(0, rows, rms_norm(x[rows], own, eps))
+    return normed
+
+
 class _Layer:
-    """One layer's two halves; both return what is added to the residual stream."""
+    """One layer's parts; both blocks return what is added to the residual stream."""
 
     def __init__(
         self,
@@ -102,30 +117,34 @@ class _Layer:
         self._config, self._index, self._weights = config, index, weights
         self._groups, self._linear = groups, linear
 
+    def norm(self, name: str, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return _norm((self._index, name), weight, x, self._config.rms_norm_eps, self._groups)
+
     def attention(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attention
     ) -> torch.Tensor:
         config, weights = self._config, self._weights
-        qkv = self._project("qkv", weights.qkv, x, weights.qkv_bias)
+        qkv = self._project("qkv", x)
         q, k, v = (
             part.reshape(len(x), -1, config.head_dim)
             for part in torch.split(qkv, [config.q_size, config.kv_size, config.kv_size], dim=-1)
         )
         if weights.q_norm is not None and weights.k_norm is not None:
-            q = rms_norm(q, weights.q_norm, config.rms_norm_eps)
-            k = rms_norm(k, weights.k_norm, config.rms_norm_eps)
+            q = self.norm("q_norm", weights.q_norm, q)
+            k = self.norm("k_norm", weights.k_norm, k)
         q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin)
-        return self._project("o", weights.o, attend(self._index, q, k, v), weights.o_bias)
+        return self._project("o", attend(self._index, q, k, v))
 
     def mlp(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = self._project("gate_up", self._weights.gate_up, x).chunk(2, dim=-1)
-        return self._project("down", self._weights.down, torch.nn.functional.silu(gate) * up)
+        gate, up = self._project("gate_up", x).chunk(2, dim=-1)
+        return self._project("down", torch.nn.functional.silu(gate) * up)
 
-    def _project(
-        self, name: str, matrix: NF4Matrix, x: torch.Tensor, bias: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        y = self._linear(matrix, x)
-        if bias is not None:
-            y = y + bias.to(y.dtype)
-        add_deltas(y, x, self._index, zip(FUSED[name], matrix.rows, strict=True), self._groups)
-        return y
+    def _project(self, fused: str, x: torch.Tensor) -> torch.Tensor:
+        matrix, bias = fused_matrix(self._weights, fused)
+
+        def product(z: torch.Tensor) -> torch.Tensor:
+            y = self._linear(matrix, z)
+            return y if bias is None else y + bias.to(y.dtype)
+
+        modules = list(zip(FUSED[fused], matrix.rows, strict=True))
+        return mix.project(product, x, self._index, fused, modules, self._groups)

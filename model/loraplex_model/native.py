@@ -7,16 +7,21 @@ alone, in any batch, and however its prompt was cut into chunks.
 
 from __future__ import annotations
 
-from ctypes import byref, c_void_p
+from collections.abc import Sequence
+from ctypes import addressof, byref, c_void_p
 
+import numpy as np
 import torch
 
 from loraplex_model import nf4
-from loraplex_model.adapter import AdapterTable
+from loraplex_model.adapter import AdapterTable, PackedAdapter
 from loraplex_model.batch import ForwardBatch
 from loraplex_model.kernels import build, layout
-from loraplex_model.kernels.layout import CAdapterTable, CLayer, CMatrix, CModel
+from loraplex_model.kernels.layout import CLayer, CMatrix, CModel
+from loraplex_model.merge import Merged, merge_layers
+from loraplex_model.reference import copy_blocks
 from loraplex_model.rope import tables
+from loraplex_model.stored import FUSED
 from loraplex_model.weights import BLOCK, BaseWeights, LayerWeights, NF4Matrix
 
 
@@ -49,6 +54,7 @@ class NativeDecoder:
         config = weights.config
         dtype = weights.embed.dtype
         assert dtype in (torch.float32, torch.bfloat16)
+        self.weights = weights
         self._library = library or build.load()
         self._library.loraplex_workspace.restype = c_void_p
         self._workspace = c_void_p(self._library.loraplex_workspace())
@@ -72,7 +78,6 @@ class NativeDecoder:
             torch.tensor(config.rope_inv_freq),
             config.rope_scale,
         )
-        table = self.table
         self._model = CModel(
             layers=self._layers,
             embed=lm_head.data if config.tie_embeddings else self._keep(weights.embed),
@@ -80,13 +85,7 @@ class NativeDecoder:
             lm_head=lm_head,
             cos=self._keep(cos),
             sin=self._keep(sin),
-            adapters=CAdapterTable(
-                a=layout.address(table.a_pointers),
-                b=layout.address(table.b_pointers),
-                ranks=layout.address(table.ranks),
-                max_ranks=layout.address(table.max_ranks),
-                layers=config.num_layers,
-            ),
+            adapters=layout.c_adapters(self.table),
             num_layers=config.num_layers,
             hidden=config.hidden_size,
             intermediate=config.intermediate_size,
@@ -99,6 +98,7 @@ class NativeDecoder:
             attention_scale=config.head_dim**-0.5,
             embed_in_panels=config.tie_embeddings,
             bf16_storage=dtype == torch.bfloat16,
+            vocab=config.vocab_size,
         )
 
     def __del__(self) -> None:
@@ -107,6 +107,7 @@ class NativeDecoder:
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         """Computes the pass; returns logits, float32 [R, vocab]. Raises `MemoryError`."""
+        copy_blocks(batch, self.keys, self.values)
         logits = torch.empty(len(batch.logit_rows), self.vocab_size)
         failed = self._library.loraplex_forward(
             byref(self._model),
@@ -117,6 +118,33 @@ class NativeDecoder:
         if failed:
             raise MemoryError(f"no memory for a pass of {len(batch.tokens)} tokens")
         return logits
+
+    def merge(self, adapter: PackedAdapter, dtype: torch.dtype) -> Merged:
+        """Dense copies of the matrices that an adapter changes, in `dtype`, in panels.
+
+        Reads the base's weights only, so it may run beside a pass.
+        """
+        config = self.weights.config
+        changes = adapter.unpack()
+        structs: list[CMatrix] = []
+        kept: list[torch.Tensor] = []
+        addresses = np.zeros((config.num_layers, 4), np.uint64)
+        for (layer, fused), dense in merge_layers(self.weights, changes, dtype):
+            panels = layout.dense_panels(dense.weight)
+            kept += [panels] if dense.bias is None else [panels, dense.bias]
+            structs.append(_dense_matrix(panels, dense.weight.shape, dense.bias))
+            addresses[layer, list(FUSED).index(fused)] = addressof(structs[-1])
+        nbytes = sum(tensor.nbytes for tensor in kept)
+        return Merged({}, addresses, nbytes, (*structs, *kept))
+
+    def write_prefix(self, blocks: Sequence[int], keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Puts keys and values [layers, n, kv_heads, head_dim] at the first places of `blocks`."""
+        size = self._model.block_size
+        for layer, cached in enumerate(zip(self.keys, self.values, strict=True)):
+            for cache, own in zip(cached, (keys[layer], values[layer]), strict=True):
+                for i, block in enumerate(blocks):
+                    part = own[i * size : (i + 1) * size].transpose(0, 1)
+                    cache[block, :, : part.shape[1]] = part.to(cache)
 
     def _keep(self, tensor: torch.Tensor | None) -> int | None:
         if tensor is None:
@@ -158,13 +186,21 @@ class NativeDecoder:
         )
 
     def _dense(self, rows: torch.Tensor, bias: torch.Tensor | None) -> CMatrix:
-        panels = layout.dense_panels(self._library, rows)
+        panels = layout.dense_panels(rows)
+        if bias is not None:
+            bias = bias.float().contiguous()
+            self._kept.append(bias)
         self._kept.append(panels)
-        return CMatrix(
-            data=panels.data_ptr(),
-            absmax=None,
-            bias=self._keep(bias.float()) if bias is not None else None,
-            out=rows.shape[0],
-            in_=rows.shape[1],
-            kind=layout.BF16 if rows.dtype == torch.bfloat16 else layout.F32,
-        )
+        return _dense_matrix(panels, rows.shape, bias)
+
+
+def _dense_matrix(panels: torch.Tensor, shape: Sequence[int], bias: torch.Tensor | None) -> CMatrix:
+    """Points to panels and a float32 bias, which must outlive it."""
+    return CMatrix(
+        data=panels.data_ptr(),
+        absmax=None,
+        bias=bias.data_ptr() if bias is not None else None,
+        out=shape[0],
+        in_=shape[1],
+        kind=layout.BF16 if panels.dtype == torch.bfloat16 else layout.F32,
+    )

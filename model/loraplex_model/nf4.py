@@ -103,6 +103,26 @@ def stack(parts: Sequence[NF4Matrix]) -> NF4Matrix:
     )
 
 
+def split(matrix: NF4Matrix) -> list[NF4Matrix]:
+    """The modules of a stack, as views: what `stack` put together."""
+    fan_in = matrix.shape[1]
+    counts = [blocks_of(rows, fan_in) for rows in matrix.rows]
+    packed = torch.split(matrix.packed, [rows * fan_in // 2 for rows in matrix.rows])
+    return [
+        NF4Matrix(
+            (rows, fan_in),
+            packed[i],
+            absmax,
+            matrix.absmax_scales[i : i + 1],
+            matrix.absmax_offsets[i : i + 1],
+            (rows,),
+        )
+        for i, (rows, absmax) in enumerate(
+            zip(matrix.rows, torch.split(matrix.absmax, counts), strict=True)
+        )
+    ]
+
+
 def absmax_float(matrix: NF4Matrix) -> torch.Tensor:
     """The blocks' maxima as float32 [out, in / 64], bit for bit those of bitsandbytes.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import os
@@ -24,7 +25,8 @@ from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector,
 
 from loraplex_server.config import Config
 from loraplex_server.engine.client import EngineClient, EngineUnavailable
-from loraplex_server.engine.messages import Fatal, Hello, LoadDone, StepDone
+from loraplex_server.engine.messages import Fatal, Hello, LoadDone, MergeDone, StepDone
+from loraplex_server.feed import AdapterFeed
 from loraplex_server.metrics import Metrics, serve_metrics
 from loraplex_server.registry import Registry
 from loraplex_server.rpc.adapters import AdapterService
@@ -61,7 +63,11 @@ class StartFailure(Exception):
 
 
 class _Observer:
-    """The engine's observer: its numbers go to the metrics, its coming and going to health."""
+    """The engine's observer: numbers go to the metrics, its table to those who watch the adapters,
+    its coming and going to health."""
+
+    feed: AdapterFeed | None = None
+    """Who watches the adapters; None until the store is open."""
 
     def __init__(self, metrics: Metrics, rpc: RpcServer) -> None:
         self._metrics = metrics
@@ -70,12 +76,19 @@ class _Observer:
 
     def on_step(self, done: StepDone) -> None:
         self._metrics.on_step(done)
+        if done.adapters is not None and self.feed is not None:
+            self.feed.on_table(done.adapters)
 
     def on_load(self, done: LoadDone) -> None:
         self._metrics.on_load(done)
 
+    def on_merge(self, done: MergeDone) -> None:
+        self._metrics.on_merge(done)
+
     def on_restart(self) -> None:
         self._metrics.on_restart()
+        if self.feed is not None:
+            self.feed.on_table([])
         self._set_serving(False)
 
     def on_ready(self, hello: Hello) -> None:
@@ -105,7 +118,8 @@ class Server:
         self._rpc = RpcServer(
             Interceptor(self._gate, self.metrics, config.write_stall_timeout), config.reflection
         )
-        self.engine = EngineClient(_engine_command(config), _Observer(self.metrics, self._rpc))
+        self._observer = _Observer(self.metrics, self._rpc)
+        self.engine = EngineClient(_engine_command(config), self._observer)
         self.address = Address(config.host, config.port)
         self.admin_address = Address(config.admin_host, config.admin_port)
 
@@ -131,9 +145,14 @@ class Server:
             tokenizer = await asyncio.to_thread(TextTokenizer, Path(model.tokenizer_path), context)
         except TokenizerError as error:
             raise StartFailure(ExitCode.NO_MODEL, str(error)) from error
-        limits = Limits(max_rank=config.max_rank, max_device_bytes=hello.adapter_budget_bytes)
+        limits = Limits(
+            max_rank=config.max_rank,
+            max_device_bytes=hello.adapter_budget_bytes,
+            max_virtual_tokens=config.adapter_virtual_tokens,
+        )
         registry = Registry(store, self.engine, self.metrics, config.import_root, limits)
         await registry.open()
+        self._observer.feed = registry.feed
         admission = Admission(
             config.max_running + config.max_waiting, config.max_waiting_tokens, self.metrics
         )
@@ -146,14 +165,14 @@ class Server:
             Bounds(model.vocab_size, context, model.eos_token_ids),
             config.stream_writes,
         )
-        await self._rpc.start(GenerationService(parts), AdapterService(registry))
+        await self._rpc.start(GenerationService(parts), AdapterService(registry, self._gate))
         # Before engine and store are closed, the calls that use them have ended.
         self._closing.push_async_callback(self._rpc.stop, STOP_GRACE)
 
     async def drain(self) -> None:
         """Turns new work away, lets running calls finish, and ends those that do not in time."""
         await self._rpc.lame_duck()
-        self._gate.draining = True
+        self._gate.close()
         try:
             await asyncio.wait_for(self._gate.drained(), self._config.drain_timeout)
         except TimeoutError:
@@ -184,7 +203,7 @@ class Server:
     async def _open_store(self) -> Store:
         def work() -> Store:
             self._config.import_root.mkdir(parents=True, exist_ok=True)
-            return Store(self._config.store)
+            return Store(self._config.store, self._config.store_url.get_secret_value())
 
         try:
             store = await asyncio.to_thread(work)
@@ -240,6 +259,8 @@ async def _serve(config: Config) -> None:
             f"({model.dtype} on {model.device}) in {time.monotonic() - began:.1f} s",
             flush=True,
         )
+        gc.collect()
+        gc.freeze()  # what was imported lives for ever; no collection need stop the loop for it
         await stopping
         await server.drain()
     finally:
@@ -253,6 +274,7 @@ def _engine_command(config: Config) -> list[str]:
         "factory": config.engine_factory,
         "kwargs": config.runner_options(),
         "limits": config.engine_limits(),
+        "merge_auto": config.merge_auto,
     }
     return [sys.executable, "-m", "loraplex_server.engine.process", json.dumps(setup)]
 

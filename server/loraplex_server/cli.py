@@ -1,4 +1,4 @@
-"""`loraplex-server`: serve, doctor, version."""
+"""`loraplex-server`: serve, doctor, version, and what works without a server."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Annotated, Any, get_origin
 import typer
 
 from loraplex_server import app as server
-from loraplex_server import doctor, logs
+from loraplex_server import doctor, export_cli, formats, logs, store_cli
 from loraplex_server.config import Config, ConfigError, load
 
 app = typer.Typer(
@@ -94,6 +94,9 @@ def examine(file: Path | None, flags: dict[str, Any]) -> None:
 
 app.command("serve")(_settings_flags(serve))
 app.command("doctor")(_settings_flags(examine))
+formats.add_commands(app)
+export_cli.add_commands(app)
+app.add_typer(store_cli.app, name="store")
 
 
 @app.command()

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import ByteSize, Field, ValidationError, model_validator
+from pydantic import ByteSize, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 DEFAULT_MODEL: Final = "default"
@@ -44,6 +44,8 @@ class Config(BaseSettings):
 
     store: Path = Path("var/store")
     """Where registered adapters lie."""
+    store_url: SecretStr = SecretStr("")
+    """The store's index where several servers share it: postgresql://...; empty: in the store."""
     cache: Path = Path("var/cache")
     """Where quantised base models and compiled kernels lie."""
     import_root: Path = Path("var/import")
@@ -78,6 +80,18 @@ class Config(BaseSettings):
     """Prompt tokens that may wait."""
     adapter_memory: ByteSize = ByteSize(1 << 30)
     """Device bytes for adapters."""
+    host_adapter_memory: ByteSize = ByteSize(1 << 30)
+    """Host bytes for adapters that left the device or are wanted next; 0 reads them again."""
+    merge_memory: ByteSize = ByteSize(1 << 30)
+    """Device bytes for the dense copies of merged adapters; 0 refuses to merge."""
+    merge_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What dense copies are kept in; auto takes dtype."""
+    merge_auto: bool = False
+    """Merge an adapter that dominates the traffic, where that is measured to be faster."""
+    virtual_tokens: int = Field(1024, ge=0, le=1 << 20)
+    """KV cache tokens set aside for the virtual tokens of adapters; 0 serves none that has some."""
+    max_virtual_tokens: int = Field(1024, ge=0, le=1 << 20)
+    """Virtual tokens that one adapter may have; never more than are set aside."""
     max_rank: int = Field(256, ge=1, le=4096)
     """The largest rank that an adapter may have."""
 
@@ -130,8 +144,18 @@ class Config(BaseSettings):
             "kv_tokens": self.kv_tokens,
             "kv_memory": int(self.kv_memory),
             "adapter_memory": int(self.adapter_memory),
+            "host_adapter_memory": int(self.host_adapter_memory),
+            "merge_memory": int(self.merge_memory),
+            "merge_dtype": self.dtype if self.merge_dtype == "auto" else self.merge_dtype,
+            "virtual_tokens": self.virtual_tokens,
             "max_rank": self.max_rank,
+            "max_virtual_tokens": self.adapter_virtual_tokens,
         }
+
+    @property
+    def adapter_virtual_tokens(self) -> int:
+        """Virtual tokens that one adapter may really have."""
+        return min(self.virtual_tokens, self.max_virtual_tokens)
 
     def engine_limits(self) -> dict[str, int]:
         """Bounds of the engine. The front refuses first, so its queue bounds are the wider ones."""

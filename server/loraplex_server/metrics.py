@@ -1,13 +1,14 @@
 """Prometheus metrics of the front process; docs/operations.md lists them for operators.
 
 Every series lives in the `CollectorRegistry` that is passed in. An adapter's name is a label on
-counters only, never on histograms; only registered names become labels, at most `adapter_labels`
-of them, and the rest share `_other`. A deleted adapter takes its series with it.
+counters and gauges only, never on histograms; only registered names become labels, at most
+`adapter_labels` of them, and the rest share `_other`. A deleted adapter takes its series with it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from threading import Thread
 from typing import Final
 from wsgiref.simple_server import WSGIServer
@@ -20,7 +21,7 @@ from prometheus_client import (
     start_http_server,
 )
 
-from loraplex_server.engine.messages import Hello, LoadDone, ModelInfo, StepDone
+from loraplex_server.engine.messages import Hello, LoadDone, MergeDone, ModelInfo, StepDone
 
 BASE_LABEL: Final = "_base"
 OTHER_LABEL: Final = "_other"
@@ -45,6 +46,9 @@ _SHORT: Final = (
 )
 """Seconds: between tokens, engine steps."""
 _ROWS: Final = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+STATES: Final = ("host", "loading", "resident", "draining", "pinned", "merged")
+"""Of adapters in the engine; a resident one can be pinned and merged too."""
 
 
 class AdapterLabels:
@@ -90,8 +94,8 @@ class Metrics:
     ) -> None:
         self.registry = registry
         self._labels = AdapterLabels(adapter_labels)
-        self._preemptions_seen = 0
-        self._evictions_seen = 0
+        self._since_start: dict[Counter, int] = {}
+        self._prefix_blocks = 0
 
         def counter(name: str, what: str, labels: Sequence[str] = ()) -> Counter:
             return Counter(f"loraplex_{name}", what, labels, registry=registry)
@@ -127,7 +131,7 @@ class Metrics:
         self.generated_tokens = counter("generated_tokens", "Tokens returned to clients.")
         self.batch_rows = histogram(
             "batch_rows",
-            "Rows of a step: decode rows, and rows of the bare base.",
+            "Rows of a step: decode rows, of the bare base, of merged adapters.",
             _ROWS,
             ("kind",),
         )
@@ -142,15 +146,49 @@ class Metrics:
             "adapter_requests", "Generations ended, by adapter.", ("adapter", "code")
         )
         self.adapter_tokens = counter("adapter_tokens", "Tokens by adapter.", ("adapter", "kind"))
-        self.adapter_loads = counter("adapter_loads", "Loads onto the device.", ("result",))
-        self.adapter_load_seconds = histogram(
-            "adapter_load_seconds", "Reading, checking and packing one adapter.", _LONG
+        self.adapter_active = gauge(
+            "adapter_active_requests", "Generations that run or wait, by adapter.", ("adapter",)
         )
-        self.evictions = counter("adapter_evictions", "Adapters pushed off the device.")
+        self.adapter_last_use = gauge(
+            "adapter_last_use_timestamp_seconds",
+            "Unix time at which an adapter's last generation ended.",
+            ("adapter",),
+        )
+        self.adapter_loads = counter(
+            "adapter_loads", "Loads onto the device, by where from.", ("tier", "result")
+        )
+        self.adapter_load_seconds = histogram(
+            "adapter_load_seconds",
+            "Bringing one adapter to the device: from disk with reading, checking and packing.",
+            _LONG,
+            ("tier",),
+        )
+        self.unloads = counter("adapter_unloads", "Unloads that were ordered.", ("result",))
+        self.evictions = counter(
+            "adapter_evictions", "Adapters pushed out for others, by where from.", ("tier",)
+        )
+        self.prefetches = counter(
+            "adapter_prefetches", "Adapters read into host memory ahead of their turn."
+        )
+        self.prefetch_hits = counter("adapter_prefetch_hits", "Prefetched adapters that were used.")
+        self.merges = counter(
+            "adapter_merges", "Merges and unmerges.", ("change", "cause", "result")
+        )
+        self.merge_seconds = histogram(
+            "adapter_merge_seconds", "Computing the dense copies of one adapter.", _LONG
+        )
+        self.merge_step_seconds = gauge(
+            "adapter_merge_step_seconds",
+            "Step time unmerged and merged, as the last automatic decision measured it.",
+            ("weights",),
+        )
         self.adapters = gauge("adapters", "Adapters by state.", ("state",))
-        self.adapter_bytes = gauge("adapter_bytes", "Device bytes of resident adapters.")
+        self.adapter_bytes = gauge("adapter_bytes", "Bytes that adapters take.", ("tier",))
         self.adapter_budget_bytes = gauge(
-            "adapter_budget_bytes", "Device bytes that adapters may take."
+            "adapter_budget_bytes", "Bytes that adapters may take.", ("tier",)
+        )
+        self.prefix_blocks = gauge(
+            "adapter_prefix_blocks", "KV blocks set aside for virtual tokens.", ("state",)
         )
         self.engine_ready = gauge("engine_ready", "1 while the engine takes requests.")
         self.engine_restarts = counter("engine_restarts", "Times the engine was started again.")
@@ -163,16 +201,31 @@ class Metrics:
         self.build_info.labels(version).set(1)
         self._decode_rows = self.batch_rows.labels("decode")
         self._base_rows = self.batch_rows.labels("base")
+        self._merged_rows = self.batch_rows.labels("merged")
         self._free_blocks = self.kv_blocks.labels("free")
         self._used_blocks = self.kv_blocks.labels("used")
-        self._loads_ok = self.adapter_loads.labels("ok")
-        self._loads_failed = self.adapter_loads.labels("error")
+        self._device_evictions = self.evictions.labels("device")
+        self._host_evictions = self.evictions.labels("host")
         self._registered = self.adapters.labels("registered")
-        for state in ("loading", "resident", "draining"):
-            self.adapters.labels(state).set(0)
+        for tier in ("device", "host", "merged"):
+            self.adapter_bytes.labels(tier)
+            self.adapter_budget_bytes.labels(tier)
+        for result in ("ok", "error"):
+            self.unloads.labels(result)
+            for tier in ("disk", "host"):
+                self.adapter_loads.labels(tier, result)
+                self.adapter_load_seconds.labels(tier)
+            for change in ("merge", "unmerge"):
+                for cause in ("order", "automatic"):
+                    self.merges.labels(change, cause, result)
+        for weights in ("unmerged", "merged"):
+            self.merge_step_seconds.labels(weights)
         for label in (BASE_LABEL, OTHER_LABEL):
             self.adapter_tokens.labels(label, "prompt")
             self.adapter_tokens.labels(label, "completion")
+            self.adapter_active.labels(label)
+            self.adapter_last_use.labels(label)
+        self._holds_nothing()
 
     # the engine's observer
 
@@ -190,17 +243,22 @@ class Metrics:
         ).set(1)
         self._free_blocks.set(hello.num_blocks)
         self._used_blocks.set(0)
-        self.adapter_budget_bytes.set(hello.adapter_budget_bytes)
+        for tier, budget in (
+            ("device", hello.adapter_budget_bytes),
+            ("host", hello.host_budget_bytes),
+            ("merged", hello.merge_budget_bytes),
+        ):
+            self.adapter_budget_bytes.labels(tier).set(budget)
+        self._prefix_blocks = hello.prefix_blocks
+        self._holds_nothing()
         self.engine_ready.set(1)
 
     def on_restart(self) -> None:
         """The engine is gone and is being started again: it counts from 0, and holds nothing."""
         self.engine_restarts.inc()
         self.engine_ready.set(0)
-        self._preemptions_seen = self._evictions_seen = 0
-        self.adapter_bytes.set(0)
-        for state in ("loading", "resident", "draining"):
-            self.adapters.labels(state).set(0)
+        self._since_start.clear()
+        self._holds_nothing()
 
     def on_step(self, done: StepDone) -> None:
         """One step's statistics."""
@@ -208,28 +266,61 @@ class Metrics:
         if stats.decode_rows or stats.prefill_tokens:
             self._decode_rows.observe(stats.decode_rows)
             self._base_rows.observe(stats.base_rows)
+            self._merged_rows.observe(stats.merged_rows)
             self.distinct_adapters.observe(stats.distinct_adapters)
             self.step_seconds.observe(stats.step_seconds)
             self.prefill_tokens.inc(stats.prefill_tokens)
         self._free_blocks.set(stats.free_blocks)
         self._used_blocks.set(stats.used_blocks)
-        self.adapter_bytes.set(stats.adapter_bytes)
-        self.preemptions.inc(max(0, stats.preemptions - self._preemptions_seen))
-        self.evictions.inc(max(0, stats.evictions - self._evictions_seen))
-        self._preemptions_seen = stats.preemptions
-        self._evictions_seen = stats.evictions
+        self._hold(stats.adapter_bytes, stats.host_bytes, stats.merged_bytes, stats.prefix_blocks)
+        for counter, value in (
+            (self.preemptions, stats.preemptions),
+            (self._device_evictions, stats.evictions),
+            (self._host_evictions, stats.host_evictions),
+            (self.prefetches, stats.prefetches),
+            (self.prefetch_hits, stats.prefetch_hits),
+        ):
+            # The engine counts from its start, a Prometheus counter goes on over it.
+            counter.inc(max(0, value - self._since_start.get(counter, 0)))
+            self._since_start[counter] = value
         if done.adapters is not None:
             states = [adapter.state for adapter in done.adapters]
-            for state in ("loading", "resident", "draining"):
+            states += ["pinned" for adapter in done.adapters if adapter.pinned]
+            states += ["merged" for adapter in done.adapters if adapter.merged_bytes]
+            for state in STATES:
                 self.adapters.labels(state).set(states.count(state))
 
     def on_load(self, done: LoadDone) -> None:
         """An adapter load ended."""
+        result = "ok" if done.error is None else "error"
+        self.adapter_loads.labels(done.tier, result).inc()
         if done.error is None:
-            self._loads_ok.inc()
-            self.adapter_load_seconds.observe(done.seconds)
-        else:
-            self._loads_failed.inc()
+            self.adapter_load_seconds.labels(done.tier).observe(done.seconds)
+
+    def on_merge(self, done: MergeDone) -> None:
+        """An adapter was merged or unmerged, or was not."""
+        change = "merge" if done.merged else "unmerge"
+        cause = "automatic" if done.automatic else "order"
+        self.merges.labels(change, cause, "ok" if done.error is None else "error").inc()
+        if done.error is None and done.merged:
+            self.merge_seconds.observe(done.seconds)
+        for weights, seconds in (
+            ("unmerged", done.unmerged_step_seconds),
+            ("merged", done.merged_step_seconds),
+        ):
+            if seconds:
+                self.merge_step_seconds.labels(weights).set(seconds)
+
+    def _hold(self, device: int, host: int, merged: int, prefix_blocks: int) -> None:
+        for tier, size in (("device", device), ("host", host), ("merged", merged)):
+            self.adapter_bytes.labels(tier).set(size)
+        self.prefix_blocks.labels("used").set(prefix_blocks)
+        self.prefix_blocks.labels("free").set(self._prefix_blocks - prefix_blocks)
+
+    def _holds_nothing(self) -> None:
+        self._hold(0, 0, 0, 0)
+        for state in STATES:
+            self.adapters.labels(state).set(0)
 
     # what the RPC layer reports
 
@@ -246,11 +337,25 @@ class Metrics:
         for name in adapters or ("",):
             self.adapter_tokens.labels(self._labels.label(name), "prompt").inc(prompt_tokens)
 
+    @contextmanager
+    def generation(self, adapters: Iterable[str]) -> Iterator[None]:
+        """A resolved request, from its submission to its end; `adapters` as above."""
+        # A deleted adapter's series is gone from the registry by then; these still count, unseen.
+        gauges = [self.adapter_active.labels(self._labels.label(n)) for n in adapters or ("",)]
+        for one in gauges:
+            one.inc()
+        try:
+            yield
+        finally:
+            for one in gauges:
+                one.dec()
+
     def generation_ended(self, adapters: Iterable[str], code: str, tokens: int) -> None:
         """A resolved request ended with the named gRPC code, having returned `tokens`."""
         self.generated_tokens.inc(tokens)
         for name in adapters or ("",):
             label = self._labels.label(name)
+            self.adapter_last_use.labels(label).set_to_current_time()
             self.adapter_requests.labels(label, code).inc()
             self.adapter_tokens.labels(label, "completion").inc(tokens)
 
@@ -259,11 +364,20 @@ class Metrics:
         self._labels.add(name)
         self._registered.set(len(self._labels))
 
+    def adapter_unloaded(self, result: str) -> None:
+        """An ordered unload ended: "ok" or "error"."""
+        self.unloads.labels(result).inc()
+
     def adapter_deleted(self, name: str) -> None:
         """Drops the series of a deleted name; what still runs under it counts as `_other`."""
         if self._labels.remove(name):
-            self.adapter_requests.remove_by_labels({"adapter": name})
-            self.adapter_tokens.remove_by_labels({"adapter": name})
+            for family in (
+                self.adapter_requests,
+                self.adapter_tokens,
+                self.adapter_active,
+                self.adapter_last_use,
+            ):
+                family.remove_by_labels({"adapter": name})
         self._registered.set(len(self._labels))
 
 

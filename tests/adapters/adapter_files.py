@@ -22,6 +22,11 @@ BASE = BaseShapes(
         "up_proj": (32, 48),
         "down_proj": (48, 32),
     },
+    hidden_size=32,
+    vocab_size=40,
+    head_dim=8,
+    biased=frozenset({"q_proj", "k_proj", "v_proj"}),
+    qk_norm=True,
     fingerprint="sha256:" + "ba5e" * 16,
     dtype="float32",
 )

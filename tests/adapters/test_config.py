@@ -14,9 +14,12 @@ from hypothesis import strategies as st
 from loraplex_adapters.config import parse_config
 from loraplex_adapters.errors import AdapterError
 from loraplex_adapters.format import examine, inspect
+from loraplex_adapters.kinds import KINDS
 from loraplex_adapters.spec import Limits
 from loraplex_adapters.strict_json import loads
-from loraplex_adapters.support import UNSUPPORTED
+from loraplex_adapters.support import Support
+
+UNSUPPORTED = sorted(k for k, o in KINDS["LORA"].options.items() if o.support is Support.REFUSED)
 
 BROKEN: dict[str, bytes] = {
     "empty": b"",
@@ -80,14 +83,31 @@ WRONG: list[tuple[str, Any, str]] = [
         ("init_lora_weights", name, "ADAPTER_UNSUPPORTED")
         for name in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "mica", "new")
     ),
-    ("bias", "lora_only", "ADAPTER_UNSUPPORTED"),
-    ("peft_type", "IA3", "ADAPTER_UNSUPPORTED"),
+    ("bias", "some", "ADAPTER_UNSUPPORTED"),
+    ("bias", True, "ADAPTER_UNSUPPORTED"),
+    *((key, "yes", "ADAPTER_INVALID") for key in ("use_dora", "lora_bias", "ensure_weight_tying")),
+    ("modules_to_save", ["q_(a+)+"], "ADAPTER_UNSUPPORTED"),
+    ("modules_to_save", ["score"], "BASE_MODEL_MISMATCH"),
+    ("modules_to_save", {"lm_head": 1}, "ADAPTER_INVALID"),
+    *(
+        ("trainable_token_indices", ids, "ADAPTER_INVALID")
+        for ids in ([], "5", [1, 1], [-1], [True], [1.0], 5, {"embed_tokens": [3, 3]})
+    ),
+    ("trainable_token_indices", {"shared": [1]}, "ADAPTER_UNSUPPORTED"),
+    (
+        "trainable_token_indices",
+        {"embed_tokens": [1], "model.embed_tokens": [1]},
+        "ADAPTER_INVALID",
+    ),
+    ("peft_type", "VERA", "ADAPTER_UNSUPPORTED"),
+    ("peft_type", "NEW", "ADAPTER_UNSUPPORTED"),
     ("peft_type", ..., "ADAPTER_UNSUPPORTED"),
     ("peft_type", ["LORA"], "ADAPTER_UNSUPPORTED"),
     ("task_type", "SEQ_CLS", "ADAPTER_UNSUPPORTED"),
     ("a_new_option", True, "ADAPTER_UNSUPPORTED"),
     ("a_new_option", 0, "ADAPTER_UNSUPPORTED"),
     ("loraplex_base_fingerprint", 5, "ADAPTER_INVALID"),
+    ("loraplex_trainer", ["x"], "ADAPTER_INVALID"),
     ("loraplex_base_fingerprint", "sha256:" + "0" * 64, "BASE_MODEL_MISMATCH"),
 ]
 
@@ -97,6 +117,9 @@ HARMLESS: list[tuple[str, Any]] = [
     ("a_new_option", {}),
     ("a_new_option", ""),
     ("bias", None),
+    ("fan_in_fan_out", True),
+    ("ensure_weight_tying", True),
+    ("loraplex_data_sha256", "abc"),
     ("lora_dropout", 0.9),
     ("auto_mapping", {"base_model_class": "X", "parent_library": "os"}),
     ("inference_mode", False),
@@ -159,13 +182,13 @@ def test_an_option_without_effect_is_no_obstacle(key: str, value: Any, tmp_path:
 
 
 def test_all_findings_are_reported_at_once(tmp_path: Path) -> None:
-    config = lora_config(use_dora=True, bias="all", r=5, modules_to_save=["lm_head"])
+    config = lora_config(use_qalora=True, bias="odd", r=5, layer_replication=[[0, 1]])
     tensors = lora_tensors(everywhere("q_proj", "v_proj"))
     tensors["surprise"] = tensors.popitem()[1]
     with pytest.raises(AdapterError) as refused:
         inspect(write_adapter(tmp_path, config, tensors), BASE)
     fields = {f.field for f in refused.value.findings}
-    assert {"use_dora", "bias", "modules_to_save", "r", "surprise"} <= fields
+    assert {"use_qalora", "bias", "layer_replication", "r", "surprise"} <= fields
     first = refused.value.findings[0]
     assert (refused.value.reason, refused.value.message) == (first.reason, first.message)
 
@@ -179,7 +202,7 @@ def test_a_configuration_of_more_than_64_kib_is_not_read(tmp_path: Path) -> None
 
 def test_limits_are_the_callers(tmp_path: Path) -> None:
     source = write_adapter(tmp_path)
-    need = inspect(source, BASE).packed_bytes("float32")
+    need = inspect(source, BASE).packed_bytes
     assert inspect(source, BASE, Limits(max_rank=4, max_device_bytes=need)).rank == 4
     for limits, reason in (
         (Limits(max_rank=3), "RANK_TOO_LARGE"),

@@ -120,7 +120,7 @@ from loraplex_adapters.format import inspect
 from loraplex_adapters.spec import BaseShapes
 names = []
 sys.addaudithook(lambda event, args: names.append(str(args[0])) if event == "open" else None)
-base = BaseShapes(2, {"q_proj": (32, 32), "v_proj": (32, 16)})
+base = BaseShapes(2, {"q_proj": (32, 32), "k_proj": (32, 16), "v_proj": (32, 16)}, 32, 40, 8)
 inspect(Path(sys.argv[1]), base)
 print("\\n".join(names))
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import shutil
@@ -62,6 +63,8 @@ def test_a_registered_adapter_is_found_by_name_version_and_digest(
         size_bytes=(sources[0] / "adapter_model.safetensors").stat().st_size,
         base_model="tiny",
         created_at=record.created_at,
+        base_fingerprint=BASE.fingerprint,
+        provenance=spec.provenance,
     )
     assert timedelta(0) <= record.created_at - before < timedelta(minutes=5)
     for adapter_id in ("pirate", "pirate@1", f"pirate@{spec.digest}"):
@@ -261,8 +264,13 @@ def leftovers(root: Path) -> list[Path]:
 @pytest.mark.parametrize(
     ("config", "base", "limits", "reason"),
     [
-        ({"use_dora": True}, BASE, None, "ADAPTER_UNSUPPORTED"),
-        ({}, BaseShapes(2, {"q_proj": (64, 64)}), None, "BASE_MODEL_MISMATCH"),
+        ({"layer_replication": [[0, 2]]}, BASE, None, "ADAPTER_UNSUPPORTED"),
+        (
+            {},
+            dataclasses.replace(BASE, projections={"q_proj": (64, 64)}),
+            None,
+            "BASE_MODEL_MISMATCH",
+        ),
         ({}, BASE, Limits(max_rank=2), "RANK_TOO_LARGE"),
         ({}, BASE, Limits(max_abs_value=0.1), "ADAPTER_INVALID"),
     ],
@@ -396,7 +404,7 @@ def test_a_store_that_cannot_be_opened_says_so(tmp_path: Path) -> None:
     with Store(tmp_path / "newer"):
         pass
     with sqlite3.connect(tmp_path / "newer" / "index.sqlite3") as connection:
-        connection.execute("PRAGMA user_version = 99")
+        connection.execute("UPDATE meta SET value = '99' WHERE key = 'schema_version'")
     assert refusal(Store, tmp_path / "newer")[0] == "STORE_UNAVAILABLE"
 
 

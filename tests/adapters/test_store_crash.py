@@ -20,7 +20,7 @@ from loraplex_adapters.errors import AdapterError
 from loraplex_adapters.spec import BaseShapes
 from loraplex_adapters.store import Store, blobs
 
-top, base = Path(sys.argv[1]), BaseShapes(2, json.loads(sys.argv[2]))
+top, base = Path(sys.argv[1]), BaseShapes(**json.loads(sys.argv[2]))
 blobs._PIECE = 512  # several deaths within one file
 HERE = ("loraplex_adapters/store/", "sqlalchemy/engine/default.py")
 
@@ -82,7 +82,7 @@ import json, sys
 from pathlib import Path
 from loraplex_adapters.spec import BaseShapes
 from loraplex_adapters.store import Store
-top, base = Path(sys.argv[1]), BaseShapes(2, json.loads(sys.argv[2]))
+top, base = Path(sys.argv[1]), BaseShapes(**json.loads(sys.argv[2]))
 sys.stdin.readline()
 made = []
 with Store(top / "store") as store:
@@ -104,7 +104,7 @@ from loraplex_adapters.files import open_below
 from loraplex_adapters.spec import BaseShapes
 from loraplex_adapters.store import Store
 
-top, base = Path(sys.argv[1]), BaseShapes(2, json.loads(sys.argv[2]))
+top, base = Path(sys.argv[1]), BaseShapes(**json.loads(sys.argv[2]))
 
 def register(store_root):
     with Store(store_root) as store, open_below(top, "kept") as source:
@@ -125,6 +125,14 @@ events = list(seen)
 print(json.dumps(events))
 """
 
+SHAPES = {
+    "num_layers": BASE.num_layers,
+    "projections": dict(BASE.projections),
+    "hidden_size": BASE.hidden_size,
+    "vocab_size": BASE.vocab_size,
+    "head_dim": BASE.head_dim,
+}
+
 
 @pytest.fixture
 def ram(tmp_path: Path) -> Iterator[Path]:
@@ -140,7 +148,7 @@ def ram(tmp_path: Path) -> Iterator[Path]:
 def prepare(top: Path) -> list[str]:
     for seed, name in enumerate(("kept", "old", "new")):
         write_adapter(top / name, weights=lora_tensors(everywhere("q_proj", "v_proj"), seed=seed))
-    return [str(top), json.dumps(dict(BASE.projections))]
+    return [str(top), json.dumps(SHAPES)]
 
 
 def run(script: str, *arguments: str) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from adapters.adapter_files import (
-    BASE,
     entries,
     everywhere,
     key,
@@ -17,58 +17,73 @@ from adapters.adapter_files import (
     safetensors_bytes,
     write_adapter,
 )
+from adapters.peft_files import base_shapes
+from adapters.peft_kinds import Gallery
 from loraplex_adapters.errors import AdapterError
 from loraplex_adapters.format import inspect
-from loraplex_adapters.spec import BaseShapes
-from loraplex_adapters.tensors import load, load_blob
+from loraplex_adapters.tensors import load
+from loraplex_model.weights import BaseWeights
+
+BASE = base_shapes("llama")
+MODULES = everywhere("q_proj", "v_proj", layers=3)
 
 
-def test_a_loaded_adapter_has_the_files_tensors_and_scales(tmp_path: Path) -> None:
-    tensors = lora_tensors(everywhere("q_proj", "v_proj"))
-    spec = inspect(write_adapter(tmp_path, lora_config(lora_alpha=6), tensors), BASE)
-    again, factors = load_blob(tmp_path, spec.digest, BASE)
+@pytest.fixture(scope="module")
+def weights(gallery: Gallery) -> BaseWeights:
+    return gallery.weights("llama")
+
+
+def write(directory: Path, **changes: object) -> Path:
+    return write_adapter(directory, lora_config(**changes), lora_tensors(MODULES, BASE))
+
+
+def test_a_loaded_adapter_has_the_files_tensors_and_scales(
+    tmp_path: Path, weights: BaseWeights
+) -> None:
+    tensors = lora_tensors(MODULES, BASE)
+    spec = inspect(write(tmp_path, lora_alpha=6), BASE)
+    again, delta = load(tmp_path, spec.digest, BASE, weights)
     assert again == spec
-    assert factors.keys() == everywhere("q_proj", "v_proj").keys()
-    for (layer, module), lora in factors.items():
-        np.testing.assert_array_equal(lora.a.numpy(), tensors[key(layer, module, "A")])
-        np.testing.assert_array_equal(lora.b.numpy(), tensors[key(layer, module, "B")])
-        assert lora.scale == 1.5
+    assert delta.sites.keys() == MODULES.keys()
+    for (layer, module), change in delta.sites.items():
+        np.testing.assert_array_equal(change.a, tensors[key(layer, module, "A")])
+        np.testing.assert_array_equal(change.b, tensors[key(layer, module, "B")].T * 1.5)
 
 
 @pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
 @pytest.mark.parametrize("harm", ["flip", "append", "cut", "remove"])
-def test_changed_bytes_are_never_used(file: str, harm: str, tmp_path: Path) -> None:
-    spec = inspect(write_adapter(tmp_path), BASE)
+def test_changed_bytes_are_never_used(
+    file: str, harm: str, tmp_path: Path, weights: BaseWeights
+) -> None:
+    spec = inspect(write(tmp_path), BASE)
     data = (tmp_path / file).read_bytes()
     changed = {"flip": data[:-2] + bytes([data[-2] ^ 1]) + data[-1:], "append": data + b" "}
     if harm == "remove":
         (tmp_path / file).unlink()
     else:
         (tmp_path / file).write_bytes(changed.get(harm, data[:-1]))
-    for attempt in (
-        lambda: load(tmp_path, spec),
-        lambda: load_blob(tmp_path, spec.digest, BASE),
-    ):
-        with pytest.raises(AdapterError) as refused:
-            attempt()
-        assert (refused.value.reason, refused.value.field) == ("ADAPTER_CORRUPT", spec.digest)
+    with pytest.raises(AdapterError) as refused:
+        load(tmp_path, spec.digest, BASE, weights)
+    assert (refused.value.reason, refused.value.field) == ("ADAPTER_CORRUPT", spec.digest)
 
 
-def test_a_blob_of_another_base_is_refused_at_load(tmp_path: Path) -> None:
-    digest = inspect(write_adapter(tmp_path), BASE).digest
+def test_an_adapter_of_another_base_is_refused_at_load(
+    tmp_path: Path, weights: BaseWeights
+) -> None:
+    digest = inspect(write(tmp_path), BASE).digest
     wider = {name: (i * 2, o * 2) for name, (i, o) in BASE.projections.items()}
     with pytest.raises(AdapterError) as refused:
-        load_blob(tmp_path, digest, BaseShapes(2, wider))
+        load(tmp_path, digest, replace(BASE, projections=wider), weights)
     assert refused.value.reason == "BASE_MODEL_MISMATCH"
 
 
-def test_tensors_that_lie_unaligned_are_read_right(tmp_path: Path) -> None:
-    tensors = lora_tensors(everywhere("q_proj", "v_proj"))
+def test_tensors_that_lie_unaligned_are_read_right(tmp_path: Path, weights: BaseWeights) -> None:
+    tensors = lora_tensors(MODULES, BASE)
     text = dict(entries(tensors))
     for padding in range(8):
         header = {"__metadata__": {"p": "x" * padding}, **text}
         data = safetensors_bytes(header, b"".join(t.tobytes() for t in tensors.values()))
-        spec = inspect(write_adapter(tmp_path, weights=data), BASE)
-        factors = load(tmp_path, spec)
-        assert factors[1, "v_proj"].b.data_ptr() % 4 == 0
-        assert torch.equal(factors[1, "v_proj"].b, torch.from_numpy(tensors[key(1, "v_proj", "B")]))
+        spec = inspect(write_adapter(tmp_path, lora_config(), data), BASE)
+        change = load(tmp_path, spec.digest, BASE, weights)[1].sites[1, "v_proj"]
+        assert change.a.data_ptr() % 4 == 0
+        assert torch.equal(change.a, torch.from_numpy(tensors[key(1, "v_proj", "A")]))

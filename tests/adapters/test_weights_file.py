@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,6 @@ from hypothesis import strategies as st
 from loraplex_adapters.errors import AdapterError
 from loraplex_adapters.format import examine, inspect
 from loraplex_adapters.safetensors_header import MAX_HEADER_BYTES, read_header
-from loraplex_adapters.spec import BaseShapes
 
 TENSORS = lora_tensors(everywhere("q_proj", "v_proj"))
 SOUND = weights_bytes(TENSORS)
@@ -166,7 +166,7 @@ from loraplex_adapters.spec import BaseShapes
 def peak():
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0])
-base = BaseShapes(2, {"q_proj": (32, 32)})
+base = BaseShapes(2, {"q_proj": (32, 32), "k_proj": (32, 16)}, 32, 40, 8)
 examine(Path(sys.argv[1]), base)
 for directory in sys.argv[2:]:
     Path("/proc/self/clear_refs").write_text("5")
@@ -276,7 +276,7 @@ PREFIX = "base_model.model.model.layers.1.self_attn.v_proj"
 STRAY: list[tuple[str, str]] = [
     (
         "base_model.model.model.layers.1.self_attn.v_proj.lora_B.default.weight",
-        "BASE_MODEL_MISMATCH",
+        "ADAPTER_INVALID",
     ),
     ("base_model.model.transformer.h.0.attn.c_attn.lora_B.weight", "BASE_MODEL_MISMATCH"),
     ("base_model.model.model.layers.2.self_attn.v_proj.lora_B.weight", "BASE_MODEL_MISMATCH"),
@@ -284,16 +284,22 @@ STRAY: list[tuple[str, str]] = [
     ("base_model.model.model.layers.01.self_attn.v_proj.lora_B.weight", "BASE_MODEL_MISMATCH"),
     ("base_model.model.model.layers.1.mlp.v_proj.lora_B.weight", "BASE_MODEL_MISMATCH"),
     ("base_model.model.model.layers.1.self_attn.x_proj.lora_B.weight", "BASE_MODEL_MISMATCH"),
-    ("base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight\n", "BASE_MODEL_MISMATCH"),
+    ("base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight\n", "ADAPTER_INVALID"),
     ("model.layers.1.self_attn.v_proj.lora_B.weight", "ADAPTER_INVALID"),
     ("../../etc/passwd", "ADAPTER_INVALID"),
-    ("base_model.model.lm_head.lora_B.weight", "ADAPTER_UNSUPPORTED"),
-    ("base_model.model.model.embed_tokens.lora_embedding_A", "ADAPTER_UNSUPPORTED"),
-    (f"{PREFIX}.lora_magnitude_vector", "ADAPTER_UNSUPPORTED"),
-    (f"{PREFIX}.lora_B.bias", "ADAPTER_UNSUPPORTED"),
-    (f"{PREFIX}.base_layer.weight", "ADAPTER_UNSUPPORTED"),
-    (f"{PREFIX}.ia3_l", "ADAPTER_UNSUPPORTED"),
-    ("prompt_embeddings", "ADAPTER_UNSUPPORTED"),
+    ("base_model.model.model.embed_tokens.lora_embedding_A", "BASE_MODEL_MISMATCH"),
+    ("base_model.model.model.embed_tokens.lora_B.weight", "ADAPTER_INVALID"),
+    (f"{PREFIX}.lora_magnitude_vector", "ADAPTER_INVALID"),
+    (f"{PREFIX}.lora_B.bias", "ADAPTER_INVALID"),
+    (f"{PREFIX}.bias", "ADAPTER_INVALID"),
+    (f"{PREFIX}.base_layer.bias", "ADAPTER_INVALID"),
+    (f"{PREFIX}.base_layer.weight", "ADAPTER_INVALID"),
+    (f"{PREFIX}.weight", "ADAPTER_INVALID"),
+    (f"{PREFIX}.ia3_l", "ADAPTER_INVALID"),
+    ("base_model.model.model.norm.weight", "ADAPTER_INVALID"),
+    ("base_model.model.lm_head.weight", "ADAPTER_INVALID"),
+    ("base_model.model.model.embed_tokens.weight", "ADAPTER_INVALID"),
+    ("prompt_embeddings", "ADAPTER_INVALID"),
 ]
 
 
@@ -378,7 +384,7 @@ def test_a_stamped_adapter_serves_on_its_own_base_only(tmp_path: Path) -> None:
     table: dict[str, object] = {"__metadata__": {"loraplex_base_fingerprint": BASE.fingerprint}}
     stamped = safetensors_bytes({**table, **entries(TENSORS)}, DATA)
     assert inspect(write_adapter(tmp_path, weights=stamped), BASE).rank == 4
-    twin = BaseShapes(BASE.num_layers, BASE.projections, "sha256:" + "1" * 64)
+    twin = replace(BASE, fingerprint="sha256:" + "1" * 64)
     with pytest.raises(AdapterError) as refused:
         inspect(tmp_path, twin)
     assert refused.value.reason == "BASE_MODEL_MISMATCH"
@@ -406,7 +412,7 @@ def test_a_mutated_adapter_is_served_whole_or_described(
     assert (report.spec is None) == bool(report.findings)
     if report.spec:
         held = read_header(lambda at, n: files["weights"][at : at + n], len(files["weights"]))
-        assert {t for m in report.spec.modules for t in (m.a, m.b)} == set(held.tensors)
+        assert {t for m in report.spec.modules for t in m.tensors.values()} == set(held.tensors)
 
 
 @given(st.binary(max_size=40), st.binary(max_size=40), st.binary(max_size=40))

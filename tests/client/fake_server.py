@@ -78,6 +78,14 @@ class FakeServer(
     serving: int = health_pb2.HealthCheckResponse.SERVING
     adapters: dict[str, adapter_pb2.Adapter] = field(default_factory=dict)
     calls: list[Call] = field(default_factory=list)
+    uploads: dict[str, dict[int, bytearray]] = field(default_factory=dict)
+    received: dict[str, tuple[bytes, bytes]] = field(default_factory=dict)  # name -> both files
+    break_uploads: list[Failure] = field(default_factory=list)  # each ends a stream after 2 pieces
+    lose_reply: bool = False  # the next whole upload is taken, and its reply lost
+    judgement: adapter_pb2.ValidateAdapterResponse = field(
+        default_factory=adapter_pb2.ValidateAdapterResponse
+    )
+    news: list[adapter_pb2.WatchAdaptersResponse] = field(default_factory=list)
     holding: threading.Event = field(default_factory=threading.Event)
     ended: threading.Event = field(
         default_factory=threading.Event
@@ -226,6 +234,123 @@ class FakeServer(
         self._find(request.name, context)
         del self.adapters[request.name]
         return adapter_pb2.DeleteAdapterResponse()
+
+    def ListAdapterVersions(self, request, context):
+        self._enter("ListAdapterVersions", request, context)
+        newest = self._find(request.name, context)
+        versions = []
+        for version in range(newest.version, 0, -1):
+            versions.append(adapter_pb2.Adapter())
+            versions[-1].CopyFrom(newest)
+            versions[-1].version = version
+        return adapter_pb2.ListAdapterVersionsResponse(adapters=versions)
+
+    def LabelAdapter(self, request, context):
+        self._enter("LabelAdapter", request, context)
+        found = self._find(request.adapter_id, context)
+        found.labels.update(request.set)
+        for key in request.remove:
+            found.labels.pop(key, None)
+        return adapter_pb2.LabelAdapterResponse(adapter=found)
+
+    def SetAlias(self, request, context):
+        self._enter("SetAlias", request, context)
+        found = self._find(request.adapter_id, context)
+        found.aliases.append(request.alias)
+        return adapter_pb2.SetAliasResponse(adapter=found)
+
+    def DeleteAlias(self, request, context):
+        self._enter("DeleteAlias", request, context)
+        return adapter_pb2.DeleteAliasResponse()
+
+    def RestoreAdapter(self, request, context):
+        self._enter("RestoreAdapter", request, context)
+        return adapter_pb2.RestoreAdapterResponse(adapter=self._find(request.name, context))
+
+    def PinAdapter(self, request, context):
+        self._enter("PinAdapter", request, context)
+        self._find(request.adapter_id, context).pinned = True
+        self._move(request.adapter_id, adapter_pb2.ADAPTER_STATE_RESIDENT)
+        return adapter_pb2.PinAdapterResponse(adapter=self.adapters[request.adapter_id])
+
+    def UnpinAdapter(self, request, context):
+        self._enter("UnpinAdapter", request, context)
+        self._find(request.adapter_id, context).pinned = False
+        return adapter_pb2.UnpinAdapterResponse(adapter=self.adapters[request.adapter_id])
+
+    def MergeAdapter(self, request, context):
+        self._enter("MergeAdapter", request, context)
+        self._find(request.adapter_id, context).merged_bytes = 5
+        self._move(request.adapter_id, adapter_pb2.ADAPTER_STATE_RESIDENT)
+        return adapter_pb2.MergeAdapterResponse(adapter=self.adapters[request.adapter_id])
+
+    def UnmergeAdapter(self, request, context):
+        self._enter("UnmergeAdapter", request, context)
+        self._find(request.adapter_id, context).merged_bytes = 0
+        return adapter_pb2.UnmergeAdapterResponse(adapter=self.adapters[request.adapter_id])
+
+    def ValidateAdapter(self, request, context):
+        self._enter("ValidateAdapter", request, context)
+        return self.judgement
+
+    def WatchAdapters(self, request, context):
+        self._enter("WatchAdapters", request, context)
+        yield from self.news
+        if self.hold_after is not None:
+            self._hold(context)
+
+    # Uploads: what was sent is in `uploads`, file by file
+
+    def StartUpload(self, request, context):
+        self._enter("StartUpload", request, context)
+        upload_id = f"upload{len(self.uploads)}"
+        self.uploads[upload_id] = {1: bytearray(), 2: bytearray()}
+        return adapter_pb2.StartUploadResponse(upload_id=upload_id)
+
+    def GetUpload(self, request, context):
+        self._enter("GetUpload", request, context)
+        files = self._open(request.upload_id, context)
+        return adapter_pb2.GetUploadResponse(
+            config_bytes=len(files[1]), weights_bytes=len(files[2])
+        )
+
+    def AbortUpload(self, request, context):
+        self._enter("AbortUpload", request, context)
+        self._open(request.upload_id, context)
+        del self.uploads[request.upload_id]
+        return adapter_pb2.AbortUploadResponse()
+
+    def UploadAdapter(self, requests, context):
+        header = next(requests).header
+        self._enter("UploadAdapter", header, context)
+        files = self._open(header.upload_id, context)
+        for number, request in enumerate(requests, 1):
+            chunk = request.chunk
+            if len(files[chunk.file]) != chunk.offset:
+                code = grpc.StatusCode.FAILED_PRECONDITION
+                failure(code, "UPLOAD_OFFSET").abort(context)
+            files[chunk.file] += chunk.data
+            if self.break_uploads and number >= 2:
+                self.break_uploads.pop(0).abort(context)
+        if (len(files[1]), len(files[2])) != (header.config_size, header.weights_size):
+            failure(grpc.StatusCode.FAILED_PRECONDITION, "UPLOAD_OFFSET").abort(context)
+        if header.stage_only:
+            return adapter_pb2.UploadAdapterResponse()
+        self.received[header.name] = bytes(files[1]), bytes(files[2])
+        del self.uploads[header.upload_id]
+        self.adapters[header.name] = adapter_pb2.Adapter(
+            name=header.name, version=1, digest=header.expected_digest, labels=header.labels
+        )
+        if self.lose_reply:
+            self.lose_reply = False
+            Failure(grpc.StatusCode.UNAVAILABLE, "lost").abort(context)
+        return adapter_pb2.UploadAdapterResponse(adapter=self.adapters[header.name], created=True)
+
+    def _open(self, upload_id, context):
+        if upload_id not in self.uploads:
+            resource = error_details_pb2.ResourceInfo(resource_name=upload_id)
+            failure(grpc.StatusCode.NOT_FOUND, "UPLOAD_NOT_FOUND", resource).abort(context)
+        return self.uploads[upload_id]
 
     def _find(self, name, context) -> adapter_pb2.Adapter:
         if name not in self.adapters:

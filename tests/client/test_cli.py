@@ -17,6 +17,7 @@ from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2
 from loraplex.cli import app, output
 from loraplex.results import FinishReason, Usage
+from loraplex.v1 import adapter_pb2
 from typer.testing import CliRunner, Result
 
 
@@ -189,6 +190,10 @@ RESOURCE = error_details_pb2.ResourceInfo(resource_name="pirate")
         (failure(grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED"), 5, "--timeout"),
         (failure(grpc.StatusCode.ALREADY_EXISTS, "ADAPTER_CONFLICT"), 6, "--replace"),
         (failure(grpc.StatusCode.FAILED_PRECONDITION, "BASE_MODEL_MISMATCH"), 6, "adapter"),
+        (failure(grpc.StatusCode.INVALID_ARGUMENT, "ADAPTER_NOT_MIXABLE"), 2, "use it alone"),
+        (failure(grpc.StatusCode.NOT_FOUND, "UPLOAD_NOT_FOUND"), 3, "without --resume"),
+        (failure(grpc.StatusCode.RESOURCE_EXHAUSTED, "PIN_BUDGET"), 6, "unpin"),
+        (failure(grpc.StatusCode.RESOURCE_EXHAUSTED, "MERGE_BUDGET"), 6, "unmerge"),
         (failure(grpc.StatusCode.INTERNAL, "ENGINE_FAULT"), 1, ""),
         (failure(grpc.StatusCode.UNIMPLEMENTED, ""), 1, "older"),
     ],
@@ -355,3 +360,103 @@ def test_ctrl_c_in_a_chat_stops_only_the_answer(server: FakeServer):
     out, err = process.communicate("two\n", timeout=WAIT_S)
     assert (process.returncode, out, err) == (0, "\nbase says two\n", "stopped\n")
     assert [turn.content for turn in server.calls[-1].request.messages.messages] == ["two"]
+
+
+# the rest of an adapter's life
+
+
+@pytest.fixture
+def files(tmp_path):
+    (tmp_path / "adapter_config.json").write_bytes(b"{}")
+    (tmp_path / "adapter_model.safetensors").write_bytes(bytes(3000))
+    return str(tmp_path)
+
+
+def test_an_upload_prints_what_was_registered(run, server: FakeServer, files: str):
+    result = run("adapters", "upload", "pirate", files, "--label", "team=search", "--load")
+    assert result.exit_code == 0
+    assert result.stdout.startswith("pirate@1 sha256:")
+    assert result.stdout.endswith(" registered\n")
+    header = next(c.request for c in server.calls if c.method == "UploadAdapter")
+    assert (header.load, dict(header.labels)) == (True, {"team": "search"})
+
+
+def test_an_interrupted_upload_says_how_to_go_on(run, server: FakeServer, files: str):
+    late = failure(grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED")
+    server.break_uploads = [late]
+    result = run("adapters", "upload", "pirate", files)
+    assert result.exit_code == 5
+    assert "--resume upload0" in result.stderr
+    again = run("adapters", "upload", "pirate", files, "--resume", "upload0")
+    assert again.exit_code == 0
+
+
+def test_a_refused_upload_is_dropped(run, server: FakeServer, files: str):
+    server.break_uploads = [failure(grpc.StatusCode.FAILED_PRECONDITION, "ADAPTER_INVALID")]
+    assert run("adapters", "upload", "pirate", files).exit_code == 6
+    assert server.uploads == {}
+
+
+def test_validate_lists_all_findings_and_tells_by_its_exit_code(run, server, files: str):
+    bad = [adapter_pb2.AdapterFinding(reason="ADAPTER_INVALID", field=f, message="m") for f in "ab"]
+    server.judgement = adapter_pb2.ValidateAdapterResponse(findings=bad)
+    result = run("adapters", "validate", "dir")
+    assert (result.exit_code, result.stdout) == (
+        6,
+        "ADAPTER_INVALID\ta\tm\nADAPTER_INVALID\tb\tm\n",
+    )
+    good = adapter_pb2.AdapterSpec(digest=DIGEST, rank=4, provenance={"k": "v"})
+    server.judgement = adapter_pb2.ValidateAdapterResponse(spec=good)
+    result = run("adapters", "validate", files, "--local")
+    assert result.exit_code == 0
+    assert {"rank: 4", "provenance: k=v"} <= set(result.stdout.splitlines())
+    assert server.uploads == {}
+    assert json.loads(run("adapters", "validate", "dir", "--json").stdout)["spec"]["rank"] == 4
+
+
+def test_pins_merges_labels_and_aliases(run, server: FakeServer):
+    run("adapters", "register", "pirate", "dir", "--label", "team=search")
+    assert dict(server.calls[-1].request.labels) == {"team": "search"}
+    assert run("adapters", "pin", "pirate").stdout.endswith(" resident pinned\n")
+    assert run("adapters", "merge", "pirate").stdout.endswith(" resident pinned merged\n")
+    assert run("adapters", "unpin", "pirate").stdout.endswith(" resident merged\n")
+    assert run("adapters", "unmerge", "pirate").stdout.endswith(" resident\n")
+    done = run("adapters", "label", "pirate", "stage=live", "--remove", "team")
+    assert done.stdout == f"pirate@1 {DIGEST} stage=live\n"
+    done = run("adapters", "alias", "live", "pirate", "--expected", "")
+    assert done.stdout == f"live -> pirate@1 {DIGEST}\n"
+    assert server.calls[-1].request.HasField("expected")
+    assert run("adapters", "unalias", "live").stdout == "live removed\n"
+    run("adapters", "register", "pirate", "dir", "--replace")
+    assert len(run("adapters", "versions", "pirate").stdout.splitlines()) == 3
+    run("adapters", "unload", "pirate", "--drain", "2.5")
+    assert server.calls[-1].request.drain.ToMilliseconds() == 2500
+    assert run("adapters", "restore", "pirate").exit_code == 0
+    run("adapters", "list", "--label", "a=b")
+    assert dict(server.calls[-1].request.labels) == {"a": "b"}
+
+
+@pytest.mark.parametrize("label", ["x", "=v", "a"])
+def test_a_wrong_label_never_reaches_the_server(run, server: FakeServer, label: str):
+    assert run("adapters", "list", "--label", label).exit_code == 2
+    assert server.calls == []
+
+
+def test_a_watch_prints_the_table_then_a_line_for_each_change(run, server: FakeServer):
+    adapter = adapter_pb2.Adapter(name="pirate", version=1, digest=DIGEST)
+    part = adapter_pb2.WatchAdaptersResponse
+    server.news = [
+        part(table=adapter_pb2.AdapterTable(adapters=[adapter], complete=True)),
+        part(change=adapter_pb2.AdapterChange(type="ADAPTER_CHANGE_TYPE_LOADING", adapter=adapter)),
+        part(
+            change=adapter_pb2.AdapterChange(
+                type="ADAPTER_CHANGE_TYPE_ALIAS_SET", adapter=adapter, alias="live"
+            )
+        ),
+    ]
+    lines = run("adapters", "watch").stdout.splitlines()
+    assert lines[1].startswith("pirate\t1\t")
+    assert lines[2:] == [f"loading pirate@1 {DIGEST}", f"alias_set live pirate@1 {DIGEST}"]
+    table, *events = map(json.loads, run("adapters", "watch", "--json").stdout.splitlines())
+    assert [adapter["name"] for adapter in table["table"]["adapters"]] == ["pirate"]
+    assert [event["event"]["kind"] for event in events] == ["loading", "alias_set"]

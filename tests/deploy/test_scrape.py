@@ -38,6 +38,7 @@ def traffic(client: Client) -> None:
                 pass
     with contextlib.suppress(LoraplexError):
         client.generate("the", adapter="unknown")
+    client.unload_adapter(ADAPTERS[0])  # so that there is something to load again
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +87,7 @@ def test_the_panels_that_must_move_under_load_have_moved(watched: Watched) -> No
     still = {
         "Output tokens/s", "Calls ended", "Refusals and failures", "Tokens", "Time to first token",
         "Rows per step, mean", "Different adapters in a step", "Generations by adapter",
-        "Tokens by adapter", "KV blocks", "Adapter memory",
+        "Tokens by adapter", "KV blocks", "Adapter memory", "Loads and evictions", "Since last use",
     }  # fmt: skip
     for query in dashboard.queries(dashboard.load()):
         expr = query.filled(VARIABLES)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
 from engine.oracle import OracleRunner
+from loraplex_server.engine.auto_merge import MergePolicy
 from loraplex_server.engine.core import EngineCore
-from loraplex_server.engine.loader import ReadResult, read
+from loraplex_server.engine.loader import Job, Read, Result, work
 from loraplex_server.engine.messages import (
     AdapterRef,
     ControlDone,
     LoadDone,
+    MergeDone,
     Output,
     SamplingParams,
     StepDone,
@@ -33,41 +36,59 @@ class Clock:
 
 
 class ManualLoader:
-    """A loader whose reads end when a test calls `finish`."""
+    """A loader whose jobs end when a test calls `finish`.
 
-    def __init__(self, runner: OracleRunner) -> None:
+    Attributes:
+        jobs: those that are being done; at most `lanes`, and at most `lanes - 1` merges.
+        started: digests of the reads, in the order in which they were begun.
+    """
+
+    def __init__(self, runner: OracleRunner, clock: Clock) -> None:
         self._runner = runner
-        self._result: ReadResult | None = None
-        self.reading: AdapterRef | None = None
+        self._clock = clock
+        self._results: list[Result] = []
+        self.lanes = 2
+        self.jobs: list[Job] = []
         self.started: list[str] = []
 
-    def start(self, ref: AdapterRef) -> None:
-        assert self.reading is None, "two reads at once"
-        self.reading = ref
-        self.started.append(ref.digest)
+    @property
+    def reading(self) -> AdapterRef | None:
+        """The oldest job's adapter."""
+        return self.jobs[0].ref if self.jobs else None
 
-    def finish(self) -> None:
-        assert self.reading is not None
-        self._result = read(self._runner.read_adapter, self.reading)
-        self.reading = None
+    def start(self, job: Job) -> None:
+        self.jobs.append(job)
+        assert len(self.jobs) + len(self._results) <= self.lanes, "more jobs than lanes"
+        if isinstance(job, Read):
+            self.started.append(job.ref.digest)
 
-    def poll(self) -> ReadResult | None:
-        result, self._result = self._result, None
-        return result
+    def finish(self, at: int = 0, seconds: float = 0.0) -> None:
+        """Ends a job, which has taken `seconds`."""
+        result = work(self._runner, self.jobs.pop(at), self._clock)
+        self._results.append(dataclasses.replace(result, seconds=seconds))
+
+    def poll(self) -> Result | None:
+        return self._results.pop(0) if self._results else None
 
 
 class Engine:
     """A core over an oracle, and everything that came out of it."""
 
-    def __init__(self, runner: OracleRunner | None = None, **limits: int) -> None:
+    def __init__(
+        self,
+        runner: OracleRunner | None = None,
+        merge_policy: MergePolicy | None = None,
+        **limits: int,
+    ) -> None:
         self.runner = runner or OracleRunner()
         self.runner.keep_batches = True
         self.clock = Clock()
-        self.loader = ManualLoader(self.runner)
-        self.core = EngineCore(self.runner, Limits(**limits), self.clock, self.loader)
+        self.loader = ManualLoader(self.runner, self.clock)
+        self.core = EngineCore(self.runner, Limits(**limits), self.clock, self.loader, merge_policy)
         self.outputs: dict[int, list[Output]] = {}
         self.controls: dict[int, ControlDone] = {}
         self.loads: list[LoadDone] = []
+        self.merges: list[MergeDone] = []
         self.last: StepDone | None = None
 
     def submit(self, id: int, token_ids: list[int], max_new_tokens: int = 4, **fields: Any) -> None:
@@ -83,17 +104,19 @@ class Engine:
         for reply in self.core.replies():
             if isinstance(reply, LoadDone):
                 self.loads.append(reply)
+            elif isinstance(reply, MergeDone):
+                self.merges.append(reply)
             else:
                 assert reply.op not in self.controls, "a control order is answered twice"
                 self.controls[reply.op] = reply
         return done
 
     def run(self, most: int = 1000) -> None:
-        """Steps, and ends every read at once, until nobody waits; waiting for ever fails."""
+        """Steps, and ends every job at once, until nobody waits; waiting for ever fails."""
         for _ in range(most):
             if self.core.idle:
                 return
-            if self.loader.reading is not None:
+            while self.loader.jobs:
                 self.loader.finish()
             self.step()
         raise AssertionError(f"somebody still waits after {most} steps")

@@ -8,9 +8,11 @@ off-by-one position, a lost or repeated token: each gives a wrong integer at onc
 `continuation` computes the same function directly, from nothing but the request.
 
 An adapter's `path` is either a JSON object of options or a directory, in which case the options are
-read from `oracle.json` in it, if there is one. Options: `nbytes` (else the size of the files),
-`fail` (an error reason for `read_adapter`), `seconds` (how long reading takes), `nonfinite` (rows
-that use it get NaN logits).
+read from `oracle.json` in it, if there is one, and the virtual tokens from its PEFT configuration.
+Options: `nbytes` (else the size of the files), `fail` (an error reason for `read_adapter`),
+`seconds` (how long reading takes), `nonfinite` (rows that use it get NaN logits), `virtual` (how
+many virtual tokens it has), `merge_nbytes` (what its dense copies take; 0: it cannot be merged),
+`merge_fail` (merging it raises).
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,10 +74,15 @@ def continuation(
     count: int,
     vocab_size: int = 512,
     forbidden: frozenset[int] = frozenset(),
+    virtual: int = 0,
 ) -> list[int]:
-    """The `count` tokens that the oracle must answer greedily to `prompt` under `mix`."""
+    """The `count` tokens that the oracle must answer greedily to `prompt` under `mix`.
+
+    `virtual` tokens stand before the prompt; they are those of the one adapter of the mix.
+    """
     weights = weights_hash(mix)
-    entries = [entry(token, position, weights) for position, token in enumerate(prompt)]
+    tokens = [vocab_size + j for j in range(virtual)] + prompt
+    entries = [entry(token, position, weights) for position, token in enumerate(tokens)]
     out: list[int] = []
     for _ in range(count):
         token = next_token(np.array(entries, np.uint64), vocab_size, forbidden)
@@ -90,6 +98,17 @@ class OracleAdapter:
     digest: str
     nbytes: int
     nonfinite: bool
+    virtual_tokens: int = 0
+    merge_nbytes: int = 0
+    merge_fails: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class OracleMerge:
+    """What `merge_adapter` makes of an adapter."""
+
+    digest: str
+    nbytes: int
 
 
 @dataclass
@@ -103,13 +122,17 @@ class OracleRunner:
         crash_token: a batch that computes it kills the process.
         scripts: after the marker token `m`, the sequence continues with `scripts[m]`.
         step_seconds: how long a forward pass takes at least.
+        merges_files: whether adapters that are LoRA directories can be merged.
         max_tokens_seen, batches: what the engine asked for, for assertions.
     """
 
     num_blocks: int = 64
+    prefix_blocks: int = 0
     block_size: int = 4
     num_slots: int = 4
     adapter_budget_bytes: int = 1000
+    host_budget_bytes: int = 0
+    merge_budget_bytes: int = 0
     vocab_size: int = 512
     max_context: int = 1024
     eos_token_ids: list[int] = field(default_factory=list)
@@ -119,6 +142,7 @@ class OracleRunner:
     crash_token: int = -1
     scripts: dict[int, list[int]] = field(default_factory=dict)
     step_seconds: float = 0.0
+    merges_files: bool = False
     tokenizer_path: str = ""
     projections: dict[str, tuple[int, int]] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
@@ -139,12 +163,19 @@ class OracleRunner:
                 "projections": self.projections,
                 "tokenizer_path": self.tokenizer_path,
                 "kernels": "oracle",
+                "head_dim": 1,
+                "biased": [],
+                "qk_norm": False,
+                "tie_embeddings": False,
                 "weight_bytes": 0,
                 **self.model,
             }
         )
-        self.kv = np.full((self.num_blocks, self.block_size), EMPTY, np.uint64)
-        self.kv_tokens = np.full((self.num_blocks, self.block_size), -1, np.int64)
+        shape = self.num_blocks + self.prefix_blocks, self.block_size
+        self.kv = np.full(shape, EMPTY, np.uint64)
+        self.kv_tokens = np.full(shape, -1, np.int64)
+        self.prefixes: dict[int, list[int]] = {}
+        self.merges: dict[int, OracleMerge] = {}
         self.slots: list[OracleAdapter | None] = [None] * self.num_slots
         self.batches: list[ForwardBatch] = []
         self.keep_batches = False
@@ -161,8 +192,9 @@ class OracleRunner:
             if not folder.is_dir():
                 raise AdapterError("ADAPTER_INVALID", "there is no such adapter", "path")
             size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+            options = self._described(folder, size)
             if (folder / "oracle.json").exists():
-                options = json.loads((folder / "oracle.json").read_text())
+                options |= json.loads((folder / "oracle.json").read_text())
         if "seconds" in options:
             time.sleep(options["seconds"])
         if "fail" in options:
@@ -170,18 +202,62 @@ class OracleRunner:
                 raise RuntimeError("a secret of the reader")
             raise AdapterError(options["fail"], f"made to fail: {options['fail']}", "path")
         return OracleAdapter(
-            ref.digest, options.get("nbytes", size), options.get("nonfinite", False)
+            ref.digest,
+            options.get("nbytes", size),
+            options.get("nonfinite", False),
+            options.get("virtual", 0),
+            options.get("merge_nbytes", 0),
+            options.get("merge_fail", False),
         )
 
-    def publish_adapter(self, slot: int, adapter: OracleAdapter) -> None:
+    def _described(self, folder: Path, size: int) -> dict[str, Any]:
+        """What a PEFT directory says by itself; LoRA's copies take as much as its files."""
+        file = folder / "adapter_config.json"
+        config = json.loads(file.read_text()) if file.exists() else {}
+        mergeable = self.merges_files and config.get("peft_type") == "LORA"
+        virtual = config.get("num_virtual_tokens", 0)
+        return {"virtual": virtual, "merge_nbytes": size if mergeable else 0}
+
+    def publish_adapter(self, slot: int, adapter: OracleAdapter, blocks: Sequence[int]) -> None:
         assert self.slots[slot] is None, f"slot {slot} is taken"
         self.slots[slot] = adapter
         held = sum(a.nbytes for a in self.slots if a is not None)
         assert held <= self.adapter_budget_bytes, "over the adapter budget"
+        taken = [block for prefix in self.prefixes.values() for block in prefix]
+        assert not set(taken) & set(blocks), "two adapters share a prefix block"
+        assert all(self.num_blocks <= b < len(self.kv) for b in blocks), "not a prefix block"
+        assert len(blocks) == -(-adapter.virtual_tokens // self.block_size)
+        self.prefixes[slot] = list(blocks)
+        weights = weights_hash([(adapter.digest, 1.0)])
+        for j in range(adapter.virtual_tokens):
+            at = blocks[j // self.block_size], j % self.block_size
+            self.kv[at] = entry(self.vocab_size + j, j, weights)
+            self.kv_tokens[at] = self.vocab_size + j
 
     def remove_adapter(self, slot: int) -> None:
         assert self.slots[slot] is not None, f"slot {slot} is free already"
         self.slots[slot] = None
+        self.merges.pop(slot, None)
+        blocks = self.prefixes.pop(slot)
+        self.kv[blocks] = EMPTY
+        self.kv_tokens[blocks] = -1
+
+    def merge_adapter(self, adapter: OracleAdapter) -> OracleMerge:
+        if adapter.merge_fails:
+            raise RuntimeError("a secret of the merger")
+        assert adapter.merge_nbytes, "there is nothing to merge"
+        return OracleMerge(adapter.digest, adapter.merge_nbytes)
+
+    def publish_merge(self, slot: int, merged: OracleMerge) -> None:
+        adapter = self.slots[slot]
+        assert adapter is not None, f"slot {slot} is free"
+        assert adapter.digest == merged.digest, "the copies are another adapter's"
+        assert slot not in self.merges, "merged twice"
+        self.merges[slot] = merged
+        assert sum(m.nbytes for m in self.merges.values()) <= self.merge_budget_bytes
+
+    def remove_merge(self, slot: int) -> None:
+        del self.merges[slot]
 
     # the forward pass
 
@@ -196,6 +272,12 @@ class OracleRunner:
             raise RuntimeError("a secret of the device")
         logits = np.zeros((len(batch.logit_rows), self.vocab_size), np.float32)
         rows = {int(token): row for row, token in enumerate(batch.logit_rows)}
+        for source, target in batch.copies:
+            assert source >= self.num_blocks > target, (
+                "only a shared block is copied, to an own one"
+            )
+            self.kv[target] = self.kv[source]
+            self.kv_tokens[target] = self.kv_tokens[source]
         written: set[tuple[int, int]] = set()
         for s in range(len(batch.context_lens)):
             begin, end = int(batch.query_starts[s]), int(batch.query_starts[s + 1])
@@ -213,6 +295,7 @@ class OracleRunner:
                 assert position == batch.positions[begin] + t - begin
                 at = int(table[position // self.block_size]), position % self.block_size
                 assert at not in written, "two tokens of one pass share a KV entry"
+                assert at[0] < self.num_blocks, "a request writes to a shared block"
                 written.add(at)
                 self.kv[at] = entry(int(batch.tokens[t]), position, weights)
                 self.kv_tokens[at] = batch.tokens[t]

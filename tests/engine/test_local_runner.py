@@ -13,7 +13,7 @@ from loraplex_adapters.spec import BaseShapes
 from loraplex_adapters.store import Store
 from loraplex_model.batch import ForwardBatch
 from loraplex_server.engine.core import EngineCore
-from loraplex_server.engine.loader import ReadResult
+from loraplex_server.engine.loader import Job, ReadResult
 from loraplex_server.engine.local_runner import LocalRunner, RunnerError, build
 from loraplex_server.engine.messages import AdapterRef, Output, SamplingParams, Submit
 
@@ -95,7 +95,7 @@ def test_an_adapter_of_the_store_changes_its_rows_and_no_others(
     runner = start(checkpoint, Path("var/cache"))
     before = runner.forward(PROMPT)
     loaded = runner.read_adapter(registered(runner, tmp_path))
-    runner.publish_adapter(0, loaded)
+    runner.publish_adapter(0, loaded, [])
     mixed = runner.forward(
         ForwardBatch.build([([1, 5, 9, 4], 0, [0], ()), ([1, 5, 9, 4], 0, [1], ((0, 1.0),))])
     )
@@ -121,17 +121,17 @@ class ReadsAtOnce:
 
     def __init__(self, runner: LocalRunner, good: str) -> None:
         self.runner, self.good = runner, good
-        self.result: ReadResult | None = None
+        self.results: list[ReadResult] = []
+        self.lanes = 2
 
-    def start(self, ref: AdapterRef) -> None:
-        loaded = self.runner.read_adapter(AdapterRef(self.good, ref.path))
-        if ref.digest != self.good:
-            loaded.data.fill_(float("nan"))
-        self.result = ReadResult(ref, loaded, None)
+    def start(self, job: Job) -> None:
+        loaded = self.runner.read_adapter(AdapterRef(self.good, job.ref.path))
+        if job.ref.digest != self.good:
+            loaded.packed.data.view(torch.float32).fill_(float("nan"))
+        self.results.append(ReadResult(job.ref, loaded, None))
 
     def poll(self) -> ReadResult | None:
-        result, self.result = self.result, None
-        return result
+        return self.results.pop() if self.results else None
 
 
 def test_an_adapter_with_nan_in_it_fails_its_own_rows_only(

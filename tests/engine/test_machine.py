@@ -15,21 +15,38 @@ from hypothesis.stateful import (
     precondition,
     rule,
 )
-from loraplex_server.engine.messages import AdapterRef, Load, Unload
+from loraplex_server.engine.auto_merge import MergePolicy
+from loraplex_server.engine.messages import AdapterRef, Load, Merge, Pin, Unload, Unmerge
 
 BUDGET = 100
 CATALOGUE: dict[str, dict[str, object]] = {
-    "a": {"nbytes": 30},
-    "b": {"nbytes": 40},
-    "c": {"nbytes": 50},
+    "a": {"nbytes": 30, "merge_nbytes": 30},
+    "b": {"nbytes": 40, "merge_nbytes": 50},
+    "c": {"nbytes": 50, "merge_nbytes": 10, "merge_fail": True},
     "d": {"nbytes": 60},
+    "v": {"nbytes": 20, "virtual": 3},
+    "w": {"nbytes": 1, "virtual": 5, "merge_nbytes": 20},
     "whole": {"nbytes": BUDGET},
     "larger": {"nbytes": BUDGET + 1},
     "bad": {"fail": "ADAPTER_INVALID"},
     "crash": {"fail": "crash"},
     "nan": {"nbytes": 10, "nonfinite": True},
 }
-NAMES = st.sampled_from([*"aaaaaabbbbcccd", *CATALOGUE])
+NAMES = st.sampled_from([*"aaaaaabbbbcccdvvvw", *CATALOGUE])
+EAGER = MergePolicy(upper=0.6, lower=0.5, window=2, samples=1, warmup=0, trial=4, backoff=1.0)
+CONTROL_REASONS = {
+    "ADAPTER_INVALID",
+    "ENGINE_FAULT",
+    "ADAPTER_TOO_LARGE",
+    "ADAPTER_UNLOADED",
+    "PIN_BUDGET",
+    "MERGE_BUDGET",
+    "MERGE_UNSUPPORTED",
+}
+
+
+def option(name: str, key: str) -> int:
+    return int(str(CATALOGUE[name].get(key, 0)))
 
 
 @dataclass
@@ -51,10 +68,17 @@ class Asked:
         return [ref.digest.removeprefix("sha256:") for ref in self.refs]
 
     @property
+    def is_mixable(self) -> bool:
+        if not any(option(name, "virtual") for name in self.names):
+            return True
+        return len(set(self.names)) == 1 and sum(ref.weight for ref in self.refs) == 1.0
+
+    @property
     def expected(self) -> tuple[list[int], str]:
         """Its tokens and how it finishes, if nothing comes between."""
         mix = [(ref.digest, ref.weight) for ref in self.refs]
-        tokens = continuation(self.prompt, mix, self.max_new_tokens)
+        virtual = option(self.names[0], "virtual") if self.names else 0
+        tokens = continuation(self.prompt, mix, self.max_new_tokens, virtual=virtual)
         for at, token in enumerate(tokens):
             if token in self.stops:
                 return tokens[:at], "stop"
@@ -63,25 +87,45 @@ class Asked:
 
 class EngineMachine(RuleBasedStateMachine):
     @initialize(
-        num_blocks=st.integers(3, 24),
+        num_blocks=st.integers(3, 24) | st.just(40),
         block_size=st.integers(1, 4),
-        num_slots=st.integers(1, 4),
+        num_slots=st.sampled_from([1, 2, 4, 4, 6]),
         token_budget=st.integers(1, 16),
         max_running=st.integers(1, 6),
+        prefix_blocks=st.sampled_from([0, 3, 5, 8, 8]),
+        host_budget=st.sampled_from([0, 50, 120, 1000]),
+        merge_budget=st.sampled_from([0, 30, 70, 1000]),
+        device=st.sampled_from(["cpu", "cuda:0"]),
+        automatic=st.booleans(),
     )
     def start(
-        self, num_blocks: int, block_size: int, num_slots: int, token_budget: int, max_running: int
+        self,
+        num_blocks: int,
+        block_size: int,
+        num_slots: int,
+        token_budget: int,
+        max_running: int,
+        prefix_blocks: int,
+        host_budget: int,
+        merge_budget: int,
+        device: str,
+        automatic: bool,
     ) -> None:
         self.runner = OracleRunner(
             num_blocks=num_blocks,
             block_size=block_size,
             num_slots=num_slots,
             adapter_budget_bytes=BUDGET,
+            prefix_blocks=prefix_blocks,
+            host_budget_bytes=host_budget,
+            merge_budget_bytes=merge_budget,
+            model={"device": device},
             fault_token=511,
         )
         self.max_waiting = 8
         self.engine = Engine(
             self.runner,
+            EAGER if automatic else None,
             token_budget=token_budget,
             max_running=min(max_running, token_budget),
             max_waiting=self.max_waiting,
@@ -90,14 +134,16 @@ class EngineMachine(RuleBasedStateMachine):
         )
         self.asked: dict[int, Asked] = {}
         self.ops: set[int] = set()
+        self.is_held = False
+        self.may_be_unloaded: set[str] = set()
         self.faults = False
 
     @rule(
-        size=st.integers(1, 20),
+        size=st.integers(1, 8) | st.integers(1, 20),
         start=st.integers(0, 50),
         max_new_tokens=st.integers(1, 10),
-        names=st.lists(NAMES, max_size=3),
-        weights=st.tuples(*[st.sampled_from([1.0, 0.5, -2.0])] * 3),
+        names=st.lists(NAMES, max_size=1) | st.lists(NAMES, max_size=3),
+        weights=st.just((1.0, 1.0, 1.0)) | st.tuples(*[st.sampled_from([1.0, 0.5, -2.0])] * 3),
         priority=st.integers(-1, 1),
         patience=st.none() | st.integers(1, 30),
         stop_at=st.none() | st.integers(0, 9),
@@ -139,6 +185,16 @@ class EngineMachine(RuleBasedStateMachine):
             prompt_logprobs=1 if prompt_logprobs else None,
         )
 
+    @rule(
+        names=st.lists(st.sampled_from(["", "a", "b", "v", "w"]), min_size=1, max_size=4),
+        size=st.integers(1, 8),
+        max_new_tokens=st.integers(2, 10),
+    )
+    def submit_a_burst(self, names: list[str], size: int, max_new_tokens: int) -> None:
+        for name in names:
+            one = [name] if name else []
+            self.submit(size, 7, max_new_tokens, one, (1.0,), 0, None, None, False, False)
+
     @precondition(lambda self: self.asked)
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
@@ -147,32 +203,52 @@ class EngineMachine(RuleBasedStateMachine):
             self.asked[request_id].aborted = True
         self.engine.core.abort(request_id)
 
+    def next_op(self) -> int:
+        self.ops.add(len(self.ops) + 1)
+        return len(self.ops)
+
+    @rule(name=NAMES, kind=st.sampled_from(["load", "pin", "unpin", "merge"]))
+    def order(self, name: str, kind: str) -> None:
+        op, ref = self.next_op(), adapter(name, **CATALOGUE[name])
+        self.is_held |= kind in ("pin", "merge")
+        match kind:
+            case "load":
+                self.engine.core.control(Load(op, ref))
+            case "merge":
+                self.engine.core.control(Merge(op, ref))
+            case _:
+                self.engine.core.control(Pin(op, ref, kind == "pin"))
+
     @rule(name=NAMES)
-    def load(self, name: str) -> None:
-        self.ops.add(len(self.ops) + 1)
-        self.engine.core.control(Load(len(self.ops), adapter(name, **CATALOGUE[name])))
+    def unmerge(self, name: str) -> None:
+        self.engine.core.control(Unmerge(self.next_op(), f"sha256:{name}"))
 
-    @rule(name=NAMES, force=st.booleans())
-    def unload(self, name: str, force: bool) -> None:
-        self.ops.add(len(self.ops) + 1)
+    @rule(name=NAMES, force=st.booleans(), patience=st.none() | st.integers(0, 9))
+    def unload(self, name: str, force: bool, patience: int | None) -> None:
         for request_id, asked in self.asked.items():
-            if force and name in asked.names and self.engine.outcome(request_id) is None:
+            aborts = force or patience is not None
+            if aborts and name in asked.names and self.engine.outcome(request_id) is None:
                 asked.was_unloaded = True
-        self.engine.core.control(Unload(len(self.ops), f"sha256:{name}", force))
+        deadline = None if patience is None else self.engine.clock.now + patience
+        self.may_be_unloaded |= {name} if patience is not None else set()
+        message = Unload(self.next_op(), f"sha256:{name}", force, deadline)
+        self.engine.core.control(message)
 
-    @precondition(lambda self: self.engine.loader.reading is not None)
-    @rule()
-    def finish_reading(self) -> None:
-        self.engine.loader.finish()
+    @precondition(lambda self: self.engine.loader.jobs)
+    @rule(last=st.booleans(), seconds=st.sampled_from([0.0, 0.1, 5.0]))
+    def finish_a_job(self, last: bool, seconds: float) -> None:
+        self.engine.loader.finish(-1 if last else 0, seconds)
 
     @precondition(lambda self: any(asked.deadline for asked in self.asked.values()))
     @rule(seconds=st.integers(1, 3))
     def let_time_pass(self, seconds: int) -> None:
         self.engine.clock.now += seconds
 
-    @rule(times=st.integers(1, 8))
-    def step(self, times: int) -> None:
+    @rule(times=st.integers(1, 8), is_loader_fast=st.booleans())
+    def step(self, times: int, is_loader_fast: bool) -> None:
         for _ in range(times):
+            while is_loader_fast and self.engine.loader.jobs:
+                self.engine.loader.finish()
             self.engine.step()
             for request_id, asked in self.asked.items():
                 if asked.deadline is not None and asked.deadline <= self.engine.clock.now:
@@ -189,6 +265,7 @@ class EngineMachine(RuleBasedStateMachine):
             if outcome in ("stop", "length"):
                 assert (tokens, outcome) == (expected, finish)
                 assert not {"larger", "bad", "crash", "nan"} & set(asked.names)
+                assert asked.is_mixable
             elif outcome is not None:
                 assert self.is_justified(asked, outcome), f"request {request_id}: {outcome}"
             if tokens:
@@ -206,18 +283,32 @@ class EngineMachine(RuleBasedStateMachine):
             case "NON_FINITE_LOGITS":
                 return "nan" in names
             case "ADAPTER_UNLOADED":
-                return asked.was_unloaded
+                # One that was asked for while an unload was under way may meet its deadline.
+                return asked.was_unloaded or bool(names & self.may_be_unloaded)
             case "DEADLINE_EXCEEDED":
                 return asked.deadline is not None and asked.deadline <= self.engine.clock.now
             case "ADAPTER_TOO_LARGE":
-                size = sum(int(str(CATALOGUE[name].get("nbytes", 1))) for name in names)
-                return size > BUDGET or len(names) > self.runner.num_slots
+                return self.are_too_large(names)
+            case "ADAPTER_NOT_MIXABLE":
+                return not asked.is_mixable
             case "PROMPT_TOO_LONG":
                 room = self.runner.num_blocks * self.runner.block_size
-                return len(asked.prompt) + asked.max_new_tokens - 1 > room
+                virtual = option(asked.names[0], "virtual") if names else 0
+                own = virtual % self.runner.block_size + len(asked.prompt)
+                return own + asked.max_new_tokens - 1 > room
             case "OVERLOADED":
                 return len(self.asked) > 3
         return False
+
+    def are_too_large(self, names: set[str]) -> bool:
+        """Whether they cannot be there together, beside as much as may be held."""
+        share = 2 if self.is_held else 1
+        blocks = [-(-option(name, "virtual") // self.runner.block_size) for name in names]
+        return (
+            share * sum(option(name, "nbytes") or 1 for name in names) > BUDGET
+            or share * len(names) > self.runner.num_slots
+            or share * sum(blocks) > self.runner.prefix_blocks
+        )
 
     @invariant()
     def books_balance_and_queues_are_bounded(self) -> None:
@@ -225,14 +316,26 @@ class EngineMachine(RuleBasedStateMachine):
             return
         core = self.engine.core
         core._pool.check()
-        core._residency.slots.check()
+        core._slots.check()
+        core._host.check()
+        core._merging.check()
         held = [block for r in core._requests.values() for block in r.blocks]
         assert len(held) == len(set(held)) == core._pool.used
         never_started = [r for r in core._requests.values() if r.queue_seconds is None]
         assert len(never_started) <= self.max_waiting
         pins = [pin.digest for r in core._requests.values() for pin in r.pins]
-        for digest, resident in core._residency.slots.residents.items():
+        residents = core._slots.residents
+        for digest, resident in residents.items():
             assert resident.refs == pins.count(digest)
+            merged = self.runner.merges.get(resident.slot)
+            assert resident.merged_bytes == (merged.nbytes if merged else 0)
+        by_order = [r for r in residents.values() if r.held and not r.draining]
+        assert 2 * sum(r.nbytes for r in by_order) <= BUDGET
+        assert sum(m.nbytes for m in self.runner.merges.values()) <= self.runner.merge_budget_bytes
+        assert all(
+            done.error is None or done.error.reason in CONTROL_REASONS
+            for done in self.engine.controls.values()
+        )
 
     def teardown(self) -> None:
         if not hasattr(self, "engine"):
@@ -246,6 +349,19 @@ class EngineMachine(RuleBasedStateMachine):
             else:
                 assert self.engine.outcome(request_id) is not None
         assert set(self.engine.controls) == self.ops
+        self.memory_goes_back_to_the_start()
+
+    def memory_goes_back_to_the_start(self) -> None:
+        for name in CATALOGUE:
+            self.engine.core.control(Unload(self.next_op(), f"sha256:{name}"))
+        self.engine.run()
+        core = self.engine.core
+        core.check()
+        assert core._slots.residents == core._host.adapters == {}
+        assert core._slots.nbytes == core._host.nbytes == core._merging.nbytes == 0
+        assert core._slots.prefix_blocks == core._pool.used == 0
+        assert self.runner.merges == self.runner.prefixes == {}
+        assert set(self.runner.slots) == {None}
 
 
 EngineMachine.TestCase.settings = settings(

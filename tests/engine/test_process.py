@@ -23,6 +23,7 @@ from loraplex_server.engine.messages import (
     Fatal,
     Hello,
     LoadDone,
+    MergeDone,
     Output,
     SamplingParams,
     Shutdown,
@@ -40,6 +41,7 @@ class Observer:
     def __init__(self) -> None:
         self.steps: list[StepDone] = []
         self.loads: list[LoadDone] = []
+        self.merges: list[MergeDone] = []
         self.fatals: list[Fatal] = []
         self.restarts = 0
         self.readies = 0
@@ -51,6 +53,10 @@ class Observer:
 
     def on_load(self, done: LoadDone) -> None:
         self.loads.append(done)
+        self._changed.set()
+
+    def on_merge(self, done: MergeDone) -> None:
+        self.merges.append(done)
         self._changed.set()
 
     def on_restart(self) -> None:
@@ -135,6 +141,38 @@ async def test_loads_and_unloads_are_answered_with_their_reasons() -> None:
         assert [(load.digest, load.error is None) for load in observer.loads] == [
             ("sha256:a", True),
             ("sha256:bad", False),
+        ]
+
+
+async def test_pins_merges_and_tiers_are_told_of_as_they_are() -> None:
+    budgets = {"host_budget_bytes": 50, "merge_budget_bytes": 40, "prefix_blocks": 4}
+    async with engine(command(**budgets, adapter_budget_bytes=100)) as (client, observer):
+        assert client.hello.host_budget_bytes == 50
+        assert client.hello.merge_budget_bytes == 40
+        assert client.hello.prefix_blocks == 4
+        a = AdapterRef("sha256:a", json.dumps({"nbytes": 30, "merge_nbytes": 40}))
+        b = AdapterRef("sha256:b", json.dumps({"nbytes": 20, "virtual": 6, "merge_nbytes": 1}))
+        await client.pin(b, True)
+        assert client.adapters["sha256:b"].pinned
+        assert client.adapters["sha256:b"].prefix_blocks == 2
+        await client.merge(a)
+        assert client.adapters["sha256:a"].merged_bytes == 40
+        with pytest.raises(EngineFailure) as failed:
+            await client.merge(b)
+        assert failed.value.failure.reason == "MERGE_BUDGET"
+        alone = await drain(client.submit(ask(1, [1], adapters=[b])))
+        assert alone == (continuation([1], [("sha256:b", 1.0)], 5, virtual=6), "length")
+        await client.unmerge("sha256:a")
+        assert client.adapters["sha256:a"].merged_bytes == 0
+        await client.load(AdapterRef("sha256:c", json.dumps({"nbytes": 70})))
+        assert client.adapters["sha256:a"].state == "host"
+        assert client.adapters["sha256:a"].host_bytes == 30
+        await client.load(a)
+        assert [load.tier for load in observer.loads] == ["disk", "disk", "disk", "host"]
+        assert [(done.merged, done.error is None) for done in observer.merges] == [
+            (True, True),
+            (False, False),
+            (False, True),
         ]
 
 

@@ -352,7 +352,7 @@ def test_an_abandoned_load_keeps_no_memory() -> None:
     engine.core.abort(1)
     engine.run()
     assert resident(engine) == {}
-    assert engine.core._residency._read is None
+    assert engine.core._residency.fetching.staged is None
 
 
 def test_an_unload_of_what_waits_for_room_is_answered_when_nobody_wants_it_any_more() -> None:
@@ -381,7 +381,7 @@ def test_a_failure_to_publish_is_the_failure_of_that_load_only(
     load(engine, adapter("good"), 1)
     publish = engine.runner.publish_adapter
 
-    def fail_once(slot: int, loaded: OracleAdapter) -> None:
+    def fail_once(slot: int, loaded: OracleAdapter, blocks: list[int]) -> None:
         monkeypatch.setattr(engine.runner, "publish_adapter", publish)
         raise MemoryError("a secret of the device")
 

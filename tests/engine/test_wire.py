@@ -17,13 +17,17 @@ from loraplex_server.engine.messages import (
     Load,
     LoadDone,
     Logprobs,
+    Merge,
+    MergeDone,
     Output,
+    Pin,
     SamplingParams,
     Shutdown,
     StepDone,
     StepStats,
     Submit,
     Unload,
+    Unmerge,
 )
 
 REF = AdapterRef("sha256:00", "/store/00", 0.5)
@@ -40,7 +44,10 @@ TO_ENGINE = [
     ),
     Abort(7),
     Load(1, REF),
-    Unload(2, "sha256:00", True),
+    Unload(2, "sha256:00", True, deadline=5.0),
+    Pin(3, REF, True),
+    Merge(4, REF),
+    Unmerge(5, "sha256:00"),
     Shutdown(),
 ]
 STATS = StepStats(1, 0.1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13)
@@ -51,9 +58,10 @@ FROM_ENGINE = [
             Output(8, error=Failure("OVERLOADED", "full")),
         ],
         STATS,
-        [AdapterStatus("sha256:00", "resident", 5, 1, "/store/00")],
+        [AdapterStatus("sha256:00", "resident", 5, 1, "/store/00", merged_bytes=7, pinned=True)],
     ),
-    LoadDone("sha256:00", 0.5),
+    LoadDone("sha256:00", 0.5, tier="host"),
+    MergeDone("sha256:00", True, 0.5, True, 0.2, 0.1),
     ControlDone(2, Failure("ADAPTER_INVALID", "bad")),
 ]
 

@@ -139,4 +139,5 @@ def test_a_missing_adapter_is_an_error_that_says_how_to_make_it(tmp_path: Path) 
 def test_the_digest_is_the_one_that_the_server_gives() -> None:
     directory = Path(demo_checks.__file__).parent / "adapters" / "pirate"
     shapes = {"q_proj": (576, 576), "v_proj": (576, 192), "o_proj": (576, 576)}
-    assert digest_of(directory) == adapter_format.inspect(directory, BaseShapes(30, shapes)).digest
+    base = BaseShapes(30, shapes, 576, 49152, 64)
+    assert digest_of(directory) == adapter_format.inspect(directory, base).digest

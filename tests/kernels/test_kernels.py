@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from loraplex_model import nf4
-from loraplex_model.adapter import AdapterTable, LoraFactors, pack
+from loraplex_model.adapter import AdapterDelta, AdapterTable, SiteDelta, pack
 from loraplex_model.batch import ForwardBatch
 from loraplex_model.config import PROJECTIONS, DecoderConfig
 from loraplex_model.kernels import layout
-from loraplex_model.kernels.layout import CAdapterTable, CFused, CMatrix
+from loraplex_model.kernels.layout import CFused, CMatrix
 
 NF4 = nf4.nf4_code()
 DTYPES = [torch.float32, torch.bfloat16]
@@ -65,7 +65,7 @@ def test_dense_product_is_the_matrix_product(
 ) -> None:
     torch.manual_seed(out + rows)
     weight, x = torch.randn(out, fan_in).to(dtype), torch.randn(rows, fan_in)
-    panels = layout.dense_panels(library, weight)
+    panels = layout.dense_panels(weight)
     kind = layout.BF16 if dtype == torch.bfloat16 else layout.F32
     matrix = CMatrix(data=panels.data_ptr(), out=out, in_=fan_in, kind=kind)
     y = matmul(library, matrix, x)
@@ -96,13 +96,14 @@ def lora_config(hidden: int, kv: int) -> DecoderConfig:
     )
 
 
-def c_table(table: AdapterTable) -> CAdapterTable:
-    return CAdapterTable(
-        a=layout.address(table.a_pointers),
-        b=layout.address(table.b_pointers),
-        ranks=layout.address(table.ranks),
-        max_ranks=layout.address(table.max_ranks),
-        layers=table.ranks.shape[1],
+def random_delta(rng: np.random.Generator, rank: int, fan_in: int, out: int) -> SiteDelta:
+    """A random change of a projection: any of matrices, gain and bias, but not none."""
+    kind = rng.integers(1, 8)
+    return SiteDelta(
+        a=torch.randn(rank, fan_in) if kind & 1 else None,
+        b=torch.randn(rank, out) * float(rng.uniform(0.1, 2)) if kind & 1 else None,
+        gain=torch.randn(out) if kind & 2 else None,
+        bias=torch.randn(out) if kind & 4 else None,
     )
 
 
@@ -120,7 +121,7 @@ def run_lora(
     fused = CFused(3, (0, 1, 2), tuple(columns), tuple(widths))
     y = y.clone()
     library.loraplex_lora(
-        byref(c_table(table)),
+        byref(layout.c_adapters(table)),
         byref(layout.c_batch(batch)),
         byref(fused),
         1,
@@ -151,17 +152,13 @@ def test_lora_on_mixed_rows_is_the_sum_of_its_terms(
     table = AdapterTable(adapters, config)
     for slot in range(adapters):
         rank = ranks[slot % len(ranks)]
-        modules = {
-            (1, name): LoraFactors(
-                torch.randn(rank, hidden),
-                torch.randn(shapes[name][1], rank),
-                float(rng.uniform(0.1, 2)),
-            )
+        sites = {
+            (1, name): random_delta(rng, rank, hidden, shapes[name][1])
             for name in PROJECTIONS[:3]
             if rng.random() < 0.8
         }
-        modules[0, "q_proj"] = LoraFactors(torch.ones(rank, hidden), torch.ones(hidden, rank), 9.0)
-        table.publish(slot, pack(modules, config, dtype))
+        sites[0, "q_proj"] = SiteDelta(a=torch.ones(rank, hidden), b=torch.ones(rank, hidden))
+        table.publish(slot, pack(AdapterDelta(sites), dtype))
 
     sequences = []
     for length in [1, 1, 4, 1, 16, 1, 33, 1, 1]:
@@ -182,15 +179,20 @@ def test_lora_on_mixed_rows_is_the_sum_of_its_terms(
     start = 0
     for ids, _, _, mix in sequences:
         end = start + len(ids)
-        for slot, weight in mix:
-            adapter = table.adapters[slot]
-            assert adapter is not None
-            for part in range(3):
-                factors = adapter.factors(1, part, (hidden, hidden))
-                if factors is not None:
-                    a, b = (f.double() for f in factors)
-                    delta = weight * (x[start:end].double() @ a.T) @ b
-                    want[start:end, part * hidden : (part + 1) * hidden] += delta
+        for part, name in enumerate(PROJECTIONS[:3]):
+            found = [(table.delta(slot).at((1, name)), weight) for slot, weight in mix]
+            y = want[start:end, part * hidden : (part + 1) * hidden]
+            gain = 1.0
+            for change, weight in found:
+                if change is not None and change.gain is not None:
+                    gain = gain + weight * (change.gain.double() - 1)
+            y *= gain
+            for change, weight in found:
+                if change is not None and change.a is not None and change.b is not None:
+                    inner = x[start:end].double() @ change.a.double().T
+                    y += weight * inner @ change.b.double()
+                if change is not None and change.bias is not None:
+                    y += weight * change.bias.double()
         if not mix:
             assert torch.equal(got[start:end], base[start:end]), "a base row was touched"
         start = end

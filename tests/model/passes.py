@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from loraplex_model.batch import ForwardBatch, Mix
 
@@ -29,11 +30,23 @@ class Driver:
 
     def __init__(self, decoder: Any, seed: int = 0) -> None:
         self.decoder = decoder
-        self.free = list(range(NUM_BLOCKS))
+        self.free = list(range(len(decoder.keys[0])))
+        self.copies: list[tuple[int, int]] = []
         random.Random(seed).shuffle(self.free)
         for tensors in (decoder.keys, decoder.values):
             for tensor in tensors:
                 tensor.fill_(float("nan"))
+
+    def begin_after(self, shared: list[int], count: int, ids: list[int], mix: Mix) -> Sequence:
+        """A sequence behind `count` virtual tokens, whose keys and values lie in `shared` blocks.
+
+        It reads the full ones; of the last, partly filled one the next pass makes it a copy.
+        """
+        blocks = shared[: count // BLOCK_SIZE]
+        if count % BLOCK_SIZE:
+            blocks.append(self.free.pop())
+            self.copies.append((shared[len(blocks) - 1], blocks[-1]))
+        return Sequence([0] * count + ids, mix, count, blocks)
 
     def step(self, *parts: tuple[Sequence, int]) -> None:
         """One pass: each sequence computes its next n tokens, and keeps their logits."""
@@ -45,7 +58,11 @@ class Driver:
             rows.append((sequence.ids[first:end], first, sequence.blocks, sequence.mix))
             sequence.done = end
         total = sum(n for _, n in parts)
-        logits = self.decoder.forward(ForwardBatch.build(rows, logit_rows=list(range(total))))
+        batch = ForwardBatch.build(rows, logit_rows=list(range(total)))
+        if self.copies:
+            batch = replace(batch, copies=np.array(self.copies, np.int32))
+            self.copies = []
+        logits = self.decoder.forward(batch)
         for (sequence, _), part in zip(parts, logits.split([n for _, n in parts]), strict=True):
             sequence.logits.append(part)
 

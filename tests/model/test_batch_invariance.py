@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from loraplex_model.adapter import LoraFactors, pack
+from loraplex_model.adapter import LoraFactors, lora, pack
 from model.conftest import Load
 from model.passes import BLOCK_SIZE, NUM_BLOCKS, Driver, Sequence, token_ids
 
@@ -30,7 +30,7 @@ def decoder(variant: str, decoder_class: Any, load_tiny: Load) -> Any:
             for layer in range(weights.config.num_layers)
             for name, (fan_in, fan_out) in weights.config.projection_shapes().items()
         }
-        decoder.table.publish(slot, pack(modules, weights.config, torch.float32))
+        decoder.table.publish(slot, pack(lora(modules), torch.float32))
     return decoder
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from loraplex_model import default_model, families
-from loraplex_model.adapter import pack
+from loraplex_model.adapter import lora, pack
 from loraplex_model.batch import ForwardBatch
 from loraplex_model.errors import ModelError
 from loraplex_model.gguf_file import GgufSource
@@ -152,7 +152,7 @@ def rows(
     decoder = decoder_class(base.weights, blocks * len(ROWS), 16, len(ADAPTERS))
     for slot, name in enumerate(ADAPTERS):
         modules = peft_oracle.factors_of(peft, name)
-        decoder.table.publish(slot, pack(modules, base.weights.config, torch.float32))
+        decoder.table.publish(slot, pack(lora(modules), torch.float32))
     tables = [list(range(row, blocks * len(ROWS), len(ROWS))) for row in range(len(ROWS))]
     mixes = [(), ((0, 1.0),), ((1, 1.0),)]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from loraplex_model.adapter import pack
+from loraplex_model.adapter import lora, pack
 from model.conftest import Load
 from model.passes import BLOCK_SIZE, NUM_BLOCKS, Driver, Sequence, token_ids
 
@@ -55,7 +55,7 @@ def our_rows(
     slots = {}
     for slot, name in enumerate(peft_oracle.ADAPTERS):
         modules = peft_oracle.factors_of(peft, name)
-        decoder.table.publish(slot, pack(modules, weights.config, dtype))
+        decoder.table.publish(slot, pack(lora(modules), dtype))
         slots[name] = slot
     driver = Driver(decoder)
     sequences = [
@@ -94,7 +94,7 @@ def test_a_weighted_mix_is_the_sum_of_its_deltas(
     decoder = decoder_class(weights, NUM_BLOCKS, BLOCK_SIZE, 2)
     for slot, name in enumerate(names):
         modules = peft_oracle.factors_of(peft, name)
-        decoder.table.publish(slot, pack(modules, weights.config, torch.float32))
+        decoder.table.publish(slot, pack(lora(modules), torch.float32))
     sequence = Sequence(token_ids(5, 12, tiny.VOCAB), ((0, factors[0]), (1, factors[1])))
     Driver(decoder).step((sequence, 12))
 

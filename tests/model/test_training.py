@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from loraplex_model.adapter import LoraFactors
+from loraplex_model.adapter import LoraFactors, lora
 from loraplex_model.batch import ForwardBatch
 from loraplex_model.forward import packed_logits
 from loraplex_model.linear import DenseLinear
-from loraplex_model.lora import RowGroup, trainable
+from loraplex_model.mix import RowGroup
 from loraplex_model.reference import ReferenceDecoder
 from model.conftest import Load
 from model.passes import token_ids
@@ -31,15 +31,15 @@ def test_gradients_equal_pefts(variant: str, load_tiny: Load, tmp_path) -> None:
         factors.append(
             {
                 key: LoraFactors(
-                    lora.a.clone().requires_grad_(), lora.b.clone().requires_grad_(), lora.scale
+                    m.a.clone().requires_grad_(), m.b.clone().requires_grad_(), m.scale
                 )
-                for key, lora in modules.items()
+                for key, m in modules.items()
             }
         )
     ids = torch.tensor(token_ids(0, STARTS[-1], tiny.VOCAB))
     groups = [
-        RowGroup(torch.arange(0, 16), ((trainable(factors[0]), 1.0),)),
-        RowGroup(torch.arange(16, 28), ((trainable(factors[1]), 1.0),)),
+        RowGroup(torch.arange(0, 16), ((lora(factors[0]), 1.0),)),
+        RowGroup(torch.arange(16, 28), ((lora(factors[1]), 1.0),)),
     ]
     logits = packed_logits(weights, ids, STARTS, groups)
     torch.nn.functional.cross_entropy(logits, ids.roll(-1), reduction="sum").backward()
@@ -84,9 +84,7 @@ def test_unpacking_anew_and_keeping_give_the_same_gradients(load_tiny: Load) -> 
     for linear in (None, DenseLinear()):
         a = torch.full((4, 64), 0.1, requires_grad=True)
         b = torch.full((128, 4), 0.1, requires_grad=True)
-        group = RowGroup(
-            torch.arange(12), ((trainable({(0, "q_proj"): LoraFactors(a, b, 1.0)}), 1.0),)
-        )
+        group = RowGroup(torch.arange(12), ((lora({(0, "q_proj"): LoraFactors(a, b, 1.0)}), 1.0),))
         packed_logits(weights, ids, [0, 12], [group], linear).square().mean().backward()
         gradients.append((a.grad, b.grad))
     torch.testing.assert_close(gradients[0], gradients[1])

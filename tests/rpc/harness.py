@@ -96,6 +96,24 @@ def write_adapter(folder: Path, seed: int = 0, rank: int = 2, **config: Any) -> 
     return folder
 
 
+def write_prompt(folder: Path, tokens: int, seed: int = 0) -> Path:
+    """A PEFT prompt-tuning directory for a base of hidden size `WIDTH`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {
+        "peft_type": "PROMPT_TUNING",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "oracle",
+        "num_virtual_tokens": tokens,
+        "token_dim": WIDTH,
+        "num_layers": 1,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    random = np.random.default_rng(seed)
+    tensors = {"prompt_embeddings": random.normal(size=(tokens, WIDTH)).astype(np.float32)}
+    save_file(tensors, str(folder / "adapter_model.safetensors"))
+    return folder
+
+
 @dataclass
 class Running:
     """A server that takes calls."""
@@ -189,11 +207,15 @@ FORBIDDEN = frozenset({0, EOS, CRASH, NONFINITE, FAULT, SCRIPT})
 
 
 def expected(
-    prompt: list[int], count: int, digest: str = "", mix: list[tuple[str, float]] | None = None
+    prompt: list[int],
+    count: int,
+    digest: str = "",
+    mix: list[tuple[str, float]] | None = None,
+    virtual: int = 0,
 ) -> list[int]:
-    """The tokens that the oracle must say."""
+    """The tokens that the oracle must say; `virtual` tokens stand before the prompt."""
     state = mix if mix is not None else [(digest, 1.0)] if digest else []
-    return oracle.continuation(prompt, state, count, VOCAB, FORBIDDEN)
+    return oracle.continuation(prompt, state, count, VOCAB, FORBIDDEN, virtual)
 
 
 @dataclass(frozen=True)

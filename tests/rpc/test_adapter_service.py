@@ -48,7 +48,7 @@ async def test_registering_can_load_at_once(tmp_path: Path) -> None:
         adapter = await up.register("alpha", load=True)
         assert adapter.state == pb.ADAPTER_STATE_RESIDENT
         assert up.metric("adapters", state="resident") == 1
-        assert up.metric("adapter_loads_total", result="ok") == 1
+        assert up.metric("adapter_loads_total", tier="disk", result="ok") == 1
         unload = pb.UnloadAdapterRequest(adapter_id="alpha")
         for _ in range(2):  # idempotent
             reply = await up.adapters.UnloadAdapter(unload)
@@ -129,13 +129,17 @@ async def test_nothing_is_registered_from_outside_the_import_root(tmp_path: Path
 
 async def test_all_that_is_wrong_with_an_adapter_is_told(tmp_path: Path) -> None:
     async with running(tmp_path) as up:
-        write_adapter(tmp_path / "import" / "x", use_dora=True, modules_to_save=["lm_head"])
+        write_adapter(
+            tmp_path / "import" / "x", layer_replication=[[0, 1]], alora_invocation_tokens=[1]
+        )
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await up.adapters.RegisterAdapter(pb.RegisterAdapterRequest(name="a", path="x"))
         seen = refusal(caught.value)
         assert seen.reason == "ADAPTER_UNSUPPORTED"
         failed = seen.detail(error_details_pb2.PreconditionFailure).violations
-        assert {"use_dora", "modules_to_save"} <= {violation.subject for violation in failed}
+        assert {"layer_replication", "alora_invocation_tokens"} <= {
+            violation.subject for violation in failed
+        }
 
 
 async def test_a_damaged_blob_fails_its_own_requests_only(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import grpc
 import pytest
 import pytest_asyncio
 from google.rpc import error_details_pb2
-from loraplex.v1 import adapter_pb2, generation_pb2_grpc
+from loraplex.v1 import adapter_pb2, generation_pb2, generation_pb2_grpc
 from loraplex_adapters.errors import AdapterError
 from loraplex_adapters.store import Store
 from loraplex_server.rpc import generation
@@ -60,7 +60,13 @@ def raises(reason: Reason) -> Callable[[Scenario], Scenario]:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def up(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Running]:
     folder = tmp_path_factory.mktemp("server")
-    options = {"adapter_budget_bytes": 4096, "step_seconds": 0.002, "num_blocks": 256}
+    options = {
+        "adapter_budget_bytes": 4096,
+        "merge_budget_bytes": 100,
+        "prefix_blocks": 8,
+        "step_seconds": 0.002,
+        "num_blocks": 256,
+    }
     async with running(
         folder,
         max_rank=8,
@@ -119,8 +125,8 @@ async def adapter_invalid(up: Running, patch: pytest.MonkeyPatch) -> None:
 
 @raises(Reason.ADAPTER_UNSUPPORTED)
 async def adapter_unsupported(up: Running, patch: pytest.MonkeyPatch) -> None:
-    import_adapter(up, "dora", use_dora=True)
-    await register(up, "dora")
+    import_adapter(up, "other", peft_type="LOHA")
+    await register(up, "other")
 
 
 @raises(Reason.BASE_MODEL_MISMATCH)
@@ -175,6 +181,52 @@ async def adapter_unloaded(up: Running, patch: pytest.MonkeyPatch) -> None:
     unload = adapter_pb2.UnloadAdapterRequest(adapter_id="brief", force=True)
     await up.adapters.UnloadAdapter(unload)
     await rest(call)
+
+
+@raises(Reason.ADAPTER_NOT_MIXABLE)
+async def adapter_not_mixable(up: Running, patch: pytest.MonkeyPatch) -> None:
+    await up.register("prefixed", 7)
+    await sabotage(up, "prefixed", virtual=2)
+    mix = [generation_pb2.AdapterWeight(adapter_id="prefixed", weight=0.5)]
+    await up.generation.Generate(ask(mix=mix))
+
+
+@raises(Reason.PIN_BUDGET)
+async def pin_budget(up: Running, patch: pytest.MonkeyPatch) -> None:
+    await up.register("heavy", 8)
+    await sabotage(up, "heavy", nbytes=3000)
+    await up.adapters.PinAdapter(adapter_pb2.PinAdapterRequest(adapter_id="heavy"))
+
+
+@raises(Reason.MERGE_BUDGET)
+async def merge_budget(up: Running, patch: pytest.MonkeyPatch) -> None:
+    await up.register("dense", 9)
+    await sabotage(up, "dense", merge_nbytes=101)
+    await up.adapters.MergeAdapter(adapter_pb2.MergeAdapterRequest(adapter_id="dense"))
+
+
+@raises(Reason.MERGE_UNSUPPORTED)
+async def merge_unsupported(up: Running, patch: pytest.MonkeyPatch) -> None:
+    await up.register("biases", 10)
+    await sabotage(up, "biases", merge_nbytes=0)
+    await up.adapters.MergeAdapter(adapter_pb2.MergeAdapterRequest(adapter_id="biases"))
+
+
+@raises(Reason.UPLOAD_NOT_FOUND)
+async def upload_not_found(up: Running, patch: pytest.MonkeyPatch) -> None:
+    await up.adapters.GetUpload(adapter_pb2.GetUploadRequest(upload_id="0" * 32))
+
+
+@raises(Reason.UPLOAD_OFFSET)
+async def upload_offset(up: Running, patch: pytest.MonkeyPatch) -> None:
+    started = await up.adapters.StartUpload(adapter_pb2.StartUploadRequest())
+    header = adapter_pb2.UploadHeader(
+        upload_id=started.upload_id, name="gap", config_size=10, weights_size=10
+    )
+    # One chunk: grpc.aio loses the status of a stream that ends while it writes another.
+    chunk = adapter_pb2.UploadChunk(file=adapter_pb2.ADAPTER_FILE_CONFIG, offset=4, data=b"12345")
+    part = adapter_pb2.UploadAdapterRequest
+    await up.adapters.UploadAdapter(iter([part(header=header), part(chunk=chunk)]))
 
 
 @raises(Reason.STORE_FULL)

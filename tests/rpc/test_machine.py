@@ -20,6 +20,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from loraplex.v1 import adapter_pb2
 from rpc.harness import (
+    PROJECTIONS,
+    WIDTH,
     Running,
     ask,
     expected,
@@ -28,12 +30,18 @@ from rpc.harness import (
     streamed,
     until,
     write_adapter,
+    write_prompt,
 )
 from rpc.test_robustness import at_rest
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 NAMES = ["a", "b", "c", "d"]
+ALIAS = "live"
+LORAS, PROMPTS = range(5), (5, 6)
+"""Seeds of the adapters' directories: those of PROMPTS have as many virtual tokens."""
+VIRTUAL: dict[str, int] = {}
+"""By digest."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,28 @@ class Delete:
 
 
 @dataclass(frozen=True)
+class Restore:
+    name: str
+
+
+@dataclass(frozen=True)
+class SetAlias:
+    name: str
+
+
+@dataclass(frozen=True)
+class Pin:
+    name: str
+    pinned: bool
+
+
+@dataclass(frozen=True)
+class Merge:
+    name: str
+    merged: bool
+
+
+@dataclass(frozen=True)
 class KillEngine:
     pass
 
@@ -82,9 +112,13 @@ class Settle:
 
 
 names = st.sampled_from(NAMES)
-mixes = st.lists(
-    st.tuples(names, st.sampled_from([1.0, 0.5, -1.0])), max_size=3, unique_by=lambda t: t[0]
-).map(tuple)
+called = st.sampled_from([*NAMES, ALIAS])
+mixes = st.one_of(
+    called.map(lambda name: ((name, 1.0),)),
+    st.lists(
+        st.tuples(names, st.sampled_from([1.0, 0.5, -1.0])), max_size=3, unique_by=lambda t: t[0]
+    ).map(tuple),
+)
 generations = st.builds(
     Generate,
     adapters=mixes,
@@ -94,10 +128,14 @@ generations = st.builds(
     deadline=st.none() | st.none() | st.sampled_from([0.001, 0.02]),
 )
 others = st.one_of(
-    st.builds(Register, names, st.integers(0, 5)),
+    st.builds(Register, names, st.integers(0, PROMPTS[-1])),
     st.builds(Load, names),
     st.builds(Unload, names, st.booleans()),
     st.builds(Delete, names),
+    st.builds(Restore, names),
+    st.builds(SetAlias, names),
+    st.builds(Pin, names, st.booleans()),
+    st.builds(Merge, names, st.booleans()),
     st.builds(Settle, st.integers(1, 30)),
 )
 operations = st.lists(
@@ -123,7 +161,9 @@ class Story:
                     request = adapter_pb2.RegisterAdapterRequest(
                         name=name, path=f"seed-{seed}", replace=True
                     )
-                    await up.adapters.RegisterAdapter(request)
+                    told = (await up.adapters.RegisterAdapter(request)).adapter
+                    VIRTUAL[told.digest] = told.virtual_tokens
+                    assert told.virtual_tokens == (seed in PROMPTS) * seed
                 case Load(name):
                     reply = await up.adapters.LoadAdapter(
                         adapter_pb2.LoadAdapterRequest(adapter_id=name)
@@ -135,6 +175,22 @@ class Story:
                     )
                 case Delete(name):
                     await up.adapters.DeleteAdapter(adapter_pb2.DeleteAdapterRequest(name=name))
+                case Restore(name):
+                    await up.adapters.RestoreAdapter(adapter_pb2.RestoreAdapterRequest(name=name))
+                case SetAlias(name):
+                    await up.adapters.SetAlias(
+                        adapter_pb2.SetAliasRequest(alias=ALIAS, adapter_id=name)
+                    )
+                case Pin(name, True):
+                    await up.adapters.PinAdapter(adapter_pb2.PinAdapterRequest(adapter_id=name))
+                case Pin(name, False):
+                    await up.adapters.UnpinAdapter(adapter_pb2.UnpinAdapterRequest(adapter_id=name))
+                case Merge(name, True):
+                    await up.adapters.MergeAdapter(adapter_pb2.MergeAdapterRequest(adapter_id=name))
+                case Merge(name, False):
+                    await up.adapters.UnmergeAdapter(
+                        adapter_pb2.UnmergeAdapterRequest(adapter_id=name)
+                    )
         except grpc.aio.AioRpcError as error:
             self.judge(operation, error)
 
@@ -152,8 +208,10 @@ class Story:
             if event.WhichOneof("event") == "started":
                 state = [(r.digest, r.weight) for r in event.started.adapters]
                 seen = [(r.name, r.weight) for r in event.started.adapters]
-                assert seen == [pytest.approx(pair) for pair in operation.adapters]
-                tokens = expected(list(operation.prompt), operation.new, mix=state)
+                if operation.adapters != ((ALIAS, 1.0),):
+                    assert seen == [pytest.approx(pair) for pair in operation.adapters]
+                virtual = VIRTUAL.get(state[0][0], 0) if state else 0
+                tokens = expected(list(operation.prompt), operation.new, mix=state, virtual=virtual)
             got = [token for e in events for token in e.delta.token_ids]
             if events:
                 assert got == tokens[: len(got)]
@@ -173,6 +231,15 @@ class Story:
             assert operation.deadline is not None
             return
         allowed = {"ADAPTER_NOT_FOUND"}
+        if isinstance(operation, Generate):
+            if any(weight != 1.0 for _, weight in operation.adapters):
+                allowed.add("ADAPTER_NOT_MIXABLE")
+            if len(operation.adapters) > 1:  # what is pinned or merged may leave no room for all
+                allowed |= {"ADAPTER_NOT_MIXABLE", "ADAPTER_TOO_LARGE"}
+        if isinstance(operation, Pin | Merge):
+            allowed |= {"PIN_BUDGET", "MERGE_BUDGET", "MERGE_UNSUPPORTED", "ADAPTER_UNLOADED"}
+        if isinstance(operation, Restore):
+            allowed.add("ADAPTER_CONFLICT")  # the name is not deleted
         if self.killed:
             allowed.add("ENGINE_RESTARTED")
         if self.forced:
@@ -183,10 +250,22 @@ class Story:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def up(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Running]:
     folder = tmp_path_factory.mktemp("machine")
-    for seed in range(6):
+    for seed in LORAS:
         write_adapter(folder / "import" / f"seed-{seed}", seed)
+    for seed in PROMPTS:
+        write_prompt(folder / "import" / f"seed-{seed}", seed, seed)
     size = sum(file.stat().st_size for file in (folder / "import" / "seed-0").iterdir())
-    tight = {"num_blocks": 40, "adapter_budget_bytes": 3 * size + 100, "num_slots": 3}
+    tight = {
+        "num_blocks": 40,
+        "prefix_blocks": 4,
+        "adapter_budget_bytes": 3 * size + 100,
+        "host_budget_bytes": 2 * size + 100,
+        "merge_budget_bytes": size + 100,
+        "merges_files": True,
+        "projections": {**PROJECTIONS, "k_proj": (WIDTH, WIDTH)},
+        "model": {"hidden_size": WIDTH},
+        "num_slots": 3,
+    }
     async with running(folder, max_running=6, token_budget=16, engine_options=tight) as server:
         yield server
 
@@ -213,8 +292,27 @@ async def tell(up: Running, program: list[object]) -> None:
     for outcome in await asyncio.gather(*tasks, return_exceptions=True):
         if isinstance(outcome, BaseException):
             raise outcome
-    await until(lambda: up.server.engine.ready)
+    engine = up.server.engine
+    await until(lambda: engine.ready)
     await until(lambda: at_rest(up))
+    within_budgets(up)
+    for digest in list(engine.adapters):
+        await engine.unload(digest, force=True)
+    await until(lambda: not engine.adapters and at_rest(up))
+    if engine.stats is not None:
+        held = engine.stats
+        assert (held.adapter_bytes, held.host_bytes, held.merged_bytes) == (0, 0, 0)
+        assert held.prefix_blocks == 0
+
+
+def within_budgets(up: Running) -> None:
+    """What the engine tells that it holds is no more than it may."""
+    hello, stats = up.server.engine.hello, up.server.engine.stats
+    if stats is not None:
+        assert stats.adapter_bytes <= hello.adapter_budget_bytes
+        assert stats.host_bytes <= hello.host_budget_bytes
+        assert stats.merged_bytes <= hello.merge_budget_bytes
+        assert stats.prefix_blocks <= hello.prefix_blocks
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))

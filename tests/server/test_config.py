@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +76,25 @@ def test_the_front_refuses_before_the_engine_would() -> None:
     limits = config.engine_limits()
     assert limits["max_waiting"] >= 12
     assert limits["max_waiting_tokens"] >= 11
+
+
+def test_dense_copies_are_kept_in_what_is_computed_in_unless_told() -> None:
+    for flags, dtype in (
+        ({}, "bfloat16"),
+        ({"dtype": "float32"}, "float32"),
+        ({"merge_dtype": "float32"}, "float32"),
+        ({"dtype": "float32", "merge_dtype": "bfloat16"}, "bfloat16"),
+    ):
+        assert load(None, flags).runner_options()["merge_dtype"] == dtype
+
+
+def test_an_adapter_may_have_no_more_virtual_tokens_than_are_set_aside() -> None:
+    assert load(None, {"virtual_tokens": "100"}).adapter_virtual_tokens == 100
+    assert load(None, {"max_virtual_tokens": "50"}).adapter_virtual_tokens == 50
+
+
+def test_the_runner_takes_every_option_that_it_is_given() -> None:
+    from loraplex_server.engine.local_runner import build
+
+    taken = inspect.signature(build).parameters.keys()
+    assert Config().runner_options().keys() == taken

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import re
 
-from loraplex_server.engine.messages import AdapterStatus, Failure, LoadDone, StepDone, StepStats
+from loraplex_server.engine.messages import (
+    AdapterStatus,
+    Failure,
+    LoadDone,
+    MergeDone,
+    StepDone,
+    StepStats,
+)
 from loraplex_server.metrics import BASE_LABEL, OTHER_LABEL, Metrics
 from prometheus_client import CollectorRegistry, generate_latest
 
@@ -71,38 +78,90 @@ def test_no_histogram_carries_an_adapter() -> None:
 
 def test_counters_go_on_over_a_restart_of_the_engine() -> None:
     metrics = fresh()
-    metrics.on_step(StepDone([], step(preemptions=3, evictions=2)))
-    metrics.on_step(StepDone([], step(preemptions=5, evictions=2)))
+    metrics.on_step(StepDone([], step(preemptions=3, evictions=2, host_evictions=4)))
+    metrics.on_step(StepDone([], step(preemptions=5, evictions=2, prefetches=3, prefetch_hits=2)))
     metrics.on_restart()
-    metrics.on_step(StepDone([], step(preemptions=1, evictions=1)))
+    metrics.on_step(StepDone([], step(preemptions=1, evictions=1, prefetches=1)))
     assert value(metrics, "preemptions_total") == 6
-    assert value(metrics, "adapter_evictions_total") == 3
+    assert value(metrics, "adapter_evictions_total", tier="device") == 3
+    assert value(metrics, "adapter_evictions_total", tier="host") == 4
+    assert value(metrics, "adapter_prefetches_total") == 4
+    assert value(metrics, "adapter_prefetch_hits_total") == 2
     assert value(metrics, "engine_restarts_total") == 1
 
 
 def test_the_engines_table_becomes_gauges_and_is_empty_after_a_restart() -> None:
     metrics = fresh()
     table = [
-        AdapterStatus("sha256:a", "resident", 10, 1),
+        AdapterStatus("sha256:a", "resident", 10, 1, pinned=True, merged_bytes=7),
         AdapterStatus("sha256:b", "resident", 10, 0),
         AdapterStatus("sha256:c", "loading", 0, 1),
+        AdapterStatus("sha256:d", "host", 0, 0, host_bytes=5),
     ]
-    metrics.on_step(StepDone([], step(adapter_bytes=20), table))
-    assert value(metrics, "adapters", state="resident") == 2
-    assert value(metrics, "adapters", state="loading") == 1
-    assert value(metrics, "adapter_bytes") == 20
+    held = {"adapter_bytes": 20, "host_bytes": 5, "merged_bytes": 7, "prefix_blocks": 3}
+    metrics.on_step(StepDone([], step(**held), table))
+    counts = {"resident": 2, "loading": 1, "host": 1, "pinned": 1, "merged": 1, "draining": 0}
+    for state, count in counts.items():
+        assert value(metrics, "adapters", state=state) == count, state
+    sizes = {"device": 20, "host": 5, "merged": 7}
+    for tier, size in sizes.items():
+        assert value(metrics, "adapter_bytes", tier=tier) == size, tier
+    assert value(metrics, "adapter_prefix_blocks", state="used") == 3
     metrics.on_restart()
-    assert value(metrics, "adapters", state="resident") == 0
-    assert value(metrics, "adapter_bytes") == 0
+    for state in counts:
+        assert value(metrics, "adapters", state=state) == 0, state
+    for tier in sizes:
+        assert value(metrics, "adapter_bytes", tier=tier) == 0, tier
+    assert value(metrics, "adapter_prefix_blocks", state="used") == 0
 
 
-def test_loads_are_counted_by_result() -> None:
+def test_loads_are_counted_by_tier_and_result() -> None:
     metrics = fresh()
     metrics.on_load(LoadDone("sha256:a", 0.5))
+    metrics.on_load(LoadDone("sha256:a", 0.01, tier="host"))
     metrics.on_load(LoadDone("sha256:b", 0.5, Failure("ADAPTER_INVALID", "torn")))
-    assert value(metrics, "adapter_loads_total", result="ok") == 1
-    assert value(metrics, "adapter_loads_total", result="error") == 1
-    assert value(metrics, "adapter_load_seconds_count") == 1
+    assert value(metrics, "adapter_loads_total", tier="disk", result="ok") == 1
+    assert value(metrics, "adapter_loads_total", tier="host", result="ok") == 1
+    assert value(metrics, "adapter_loads_total", tier="disk", result="error") == 1
+    assert value(metrics, "adapter_load_seconds_count", tier="disk") == 1
+    assert value(metrics, "adapter_load_seconds_sum", tier="host") == 0.01
+
+
+def test_merges_are_counted_and_show_the_measurement_that_decided() -> None:
+    metrics = fresh()
+    metrics.on_merge(MergeDone("sha256:a", True, 0.5))
+    metrics.on_merge(MergeDone("sha256:b", True, 0.25, True, 0.030, 0.020))
+    metrics.on_merge(MergeDone("sha256:b", False, 0.0, True, 0.030, 0.031))
+    failed = Failure("MERGE_BUDGET", "no room")
+    metrics.on_merge(MergeDone("sha256:c", True, 0.0, error=failed))
+    for change, cause, result in (
+        ("merge", "order", "ok"),
+        ("merge", "order", "error"),
+        ("merge", "automatic", "ok"),
+        ("unmerge", "automatic", "ok"),
+    ):
+        labels = {"change": change, "cause": cause, "result": result}
+        assert value(metrics, "adapter_merges_total", **labels) == 1, labels
+    assert value(metrics, "adapter_merge_seconds_count") == 2
+    assert value(metrics, "adapter_merge_step_seconds", weights="unmerged") == 0.030
+    assert value(metrics, "adapter_merge_step_seconds", weights="merged") == 0.031
+
+
+def test_what_is_active_is_counted_by_adapter_and_survives_deletions() -> None:
+    metrics = fresh()
+    metrics.adapter_registered("a")
+    with metrics.generation([]), metrics.generation(["a"]):
+        assert value(metrics, "adapter_active_requests", adapter="a") == 1
+        assert value(metrics, "adapter_active_requests", adapter=BASE_LABEL) == 1
+        metrics.adapter_deleted("a")
+        metrics.adapter_registered("a")
+        with metrics.generation(["a"]):
+            assert value(metrics, "adapter_active_requests", adapter="a") == 1
+    # The one that outlived the deletion took nothing from its successor's number.
+    assert value(metrics, "adapter_active_requests", adapter="a") == 0
+    assert value(metrics, "adapter_active_requests", adapter=BASE_LABEL) == 0
+    metrics.generation_ended(["a"], "OK", 1)
+    assert (value(metrics, "adapter_last_use_timestamp_seconds", adapter="a") or 0) > 0
 
 
 def test_every_name_has_the_prefix_and_its_unit() -> None:

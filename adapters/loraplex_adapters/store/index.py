@@ -1,256 +1,255 @@
-"""Which name and version points to which digest: a small SQLite database.
-
-Content is immutable, names move. A version is a row that never changes; a name's row holds the
-version it points to and the last number it ever used, which outlives the name's deletion, so that
-"name@3" never comes to mean something else.
-"""
+"""Which name and version points to which digest. Every change is one transaction."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.exc import SQLAlchemyError
 
 from loraplex_adapters.errors import AdapterError
 from loraplex_adapters.spec import AdapterSpec
+from loraplex_adapters.store import lookup, records, schema
+from loraplex_adapters.store.database import Database
 from loraplex_adapters.store.ids import AdapterId
+from loraplex_adapters.store.labels import check_count
+from loraplex_adapters.store.records import Page, Record
 
-SCHEMA_VERSION = 1
-_BUSY_SECONDS = 30.0
-
-_tables = sa.MetaData()
-_blobs = sa.Table(
-    "blobs",
-    _tables,
-    sa.Column("digest", sa.String, primary_key=True),
-    sa.Column("summary", sa.JSON, nullable=False),
-    sa.Column("created_at", sa.Float, nullable=False),
-)
-_names = sa.Table(
-    "names",
-    _tables,
-    sa.Column("name", sa.String, primary_key=True),
-    sa.Column("current_version", sa.Integer),  # null: the name was deleted
-    sa.Column("last_version", sa.Integer, nullable=False),
-)
-_versions = sa.Table(
-    "versions",
-    _tables,
-    sa.Column("name", sa.ForeignKey("names.name"), primary_key=True),
-    sa.Column("version", sa.Integer, primary_key=True),
-    sa.Column("digest", sa.ForeignKey("blobs.digest"), nullable=False, index=True),
-    sa.Column("created_at", sa.Float, nullable=False),
-)
-_records = (
-    sa.select(
-        _versions.c.name,
-        _versions.c.version,
-        _versions.c.digest,
-        _versions.c.created_at,
-        _blobs.c.summary,
-    )
-    .join(_blobs, _blobs.c.digest == _versions.c.digest)
-    .join(_names, _names.c.name == _versions.c.name)
-)
-_is_current = _versions.c.version == _names.c.current_version
+_names, _versions, _blobs = schema.names.c, schema.versions.c, schema.blobs.c
+_labels = schema.labels.c
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
-    """One version of a registered adapter. `created_at` is in UTC; the rest is of `AdapterSpec`."""
+class Registration:
+    """What a name is to point to.
+
+    Attributes:
+        base_fingerprint: of the base that the adapter was checked against.
+        replace: whether the name may hold other bytes until now.
+    """
 
     name: str
-    version: int
-    digest: str
-    peft_type: str
-    rank: int
-    target_modules: tuple[str, ...]
-    size_bytes: int
-    base_model: str
-    created_at: datetime
-
-
-@dataclass(frozen=True, slots=True)
-class Page:
-    """A page of a listing; `next_page_token` is "" on the last one."""
-
-    records: tuple[Record, ...]
-    next_page_token: str
+    spec: AdapterSpec
+    base_fingerprint: str
+    labels: Mapping[str, str]
+    replace: bool
 
 
 class Index:
-    """The database. Safe to use from several threads and processes; a change is one transaction.
+    """Names, versions and labels. Safe to use from several threads and processes.
 
     Every method raises AdapterError(STORE_UNAVAILABLE or STORE_FULL) when the database fails.
     """
 
-    def __init__(self, file: Path) -> None:
-        self._engine = sa.create_engine(
-            sa.URL.create("sqlite", database=str(file)), connect_args={"timeout": _BUSY_SECONDS}
-        )
-        sa.event.listen(self._engine, "connect", _configure)
-        sa.event.listen(self._engine, "begin", _begin)
-        with self._writing() as connection:
-            version = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
-            if version not in (0, SCHEMA_VERSION):
-                raise AdapterError(
-                    "STORE_UNAVAILABLE",
-                    "the adapter store was made by another version of the server",
-                )
-            if version == 0:
-                _tables.create_all(connection)
-                connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA_VERSION}")
+    def __init__(self, database: Database) -> None:
+        self._database = database
 
-    def point(self, name: str, spec: AdapterSpec, replace: bool) -> tuple[Record, bool]:
-        """Points `name` to the content of `spec`; the flag says whether that is a new version.
+    def point(
+        self, wanted: Registration, is_stored: Callable[[str], bool]
+    ) -> tuple[Record, bool] | None:
+        """Points a name to content; the flag says whether that is a new version.
 
-        Raises AdapterError(ADAPTER_CONFLICT) if it points elsewhere and `replace` is not set.
+        None, and nothing changed, when `is_stored` denies the digest: it is asked where nobody can
+        collect the bytes before they are pointed to. Labels are added to those of a version that
+        is there already. Raises AdapterError: ADAPTER_CONFLICT if the name points elsewhere and may
+        not be replaced, or is an alias; FIELD_INVALID for too many labels.
         """
-        with self._writing() as connection:
-            last = connection.execute(
-                sa.select(_names.c.last_version).where(_names.c.name == name)
-            ).scalar()
+        name, spec = wanted.name, wanted.spec
+        with self._database.writing() as connection:
+            if not is_stored(spec.digest):
+                return None
+            if lookup.alias_row(connection, name) is not None:
+                raise AdapterError("ADAPTER_CONFLICT", f"{name} is an alias", name)
             current = connection.execute(
-                _records.where(_names.c.name == name, _is_current)
+                records.living.where(_names.name == name, records.is_current)
             ).one_or_none()
             if current is not None and current.digest == spec.digest:
-                return _record(current), False
-            if current is not None and not replace:
+                if wanted.labels:
+                    _put_labels(connection, name, current.version, wanted.labels)
+                    schema.count_change(connection)
+                return records.read(connection, [current])[0], False
+            if current is not None and not wanted.replace:
                 raise AdapterError(
                     "ADAPTER_CONFLICT",
                     f"{name} already names other bytes ({current.digest}); replace it or take "
                     "another name",
                     name,
                 )
-            version, now = (last or 0) + 1, time.time()
-            _remember(connection, spec, now)
-            row = {"current_version": version, "last_version": version}
-            if last is None:
-                connection.execute(sa.insert(_names).values(name=name, **row))
-            else:
-                connection.execute(sa.update(_names).where(_names.c.name == name).values(row))
-            connection.execute(
-                sa.insert(_versions).values(
-                    name=name, version=version, digest=spec.digest, created_at=now
-                )
-            )
-            made = connection.execute(_records.where(_names.c.name == name, _is_current)).one()
-            return _record(made), True
+            version = _add_version(connection, wanted, time.time())
+            schema.count_change(connection)
+            made = records.read_one(connection, lookup.exactly(name, version))
+            assert made is not None
+            return made, True
 
     def find(self, adapter: AdapterId) -> Record:
         """The version that an id means; of several with one digest the newest.
 
+        An alias, alone or with the digest that it points to, means its version.
         Raises AdapterError(ADAPTER_NOT_FOUND).
         """
-        query = _records.where(_names.c.name == adapter.name)
-        if adapter.digest is not None:
-            query = query.where(_versions.c.digest == adapter.digest)
-        elif adapter.version is not None:
-            query = query.where(_versions.c.version == adapter.version)
-        else:
-            query = query.where(_is_current)
-        with self._reading() as connection:
-            row = connection.execute(query.order_by(_versions.c.version.desc()).limit(1)).first()
-        if row is None:
-            which = adapter.digest or adapter.version
-            shown = adapter.name if which is None else f"{adapter.name}@{which}"
-            raise AdapterError("ADAPTER_NOT_FOUND", f"there is no adapter {shown}", shown)
-        return _record(row)
+        with self._database.reading() as connection:
+            return lookup.find(connection, adapter)
 
-    def page(self, after: str, size: int) -> Page:
-        """Up to `size` current versions in the order of names, from the first beyond `after`."""
-        query = _records.where(_is_current, _names.c.name > after).order_by(_names.c.name)
-        with self._reading() as connection:
-            rows = connection.execute(query.limit(size + 1)).all()
-        records = tuple(_record(row) for row in rows[:size])
-        return Page(records, records[-1].name if len(rows) > size else "")
+    def page(self, after: str, size: int, labels: Mapping[str, str]) -> Page:
+        """Up to `size` current versions that carry `labels`, by name, from beyond `after`."""
+        query = records.living.where(records.is_current, _names.name > after)
+        for key, value in labels.items():
+            query = query.where(
+                sa.exists().where(
+                    _labels.name == _versions.name,
+                    _labels.version == _versions.version,
+                    _labels.key == key,
+                    _labels.value == value,
+                )
+            )
+        with self._database.reading() as connection:
+            rows = connection.execute(query.order_by(_names.name).limit(size + 1)).all()
+            found = records.read(connection, rows[:size])
+        return Page(found, found[-1].name if len(rows) > size else "")
 
-    def forget(self, name: str) -> None:
-        """Deletes a name's versions, but not its count. Raises AdapterError(ADAPTER_NOT_FOUND)."""
-        with self._writing() as connection:
+    def versions(self, name: str) -> tuple[Record, ...]:
+        """A name's versions, newest first; raises AdapterError(ADAPTER_NOT_FOUND) if deleted."""
+        query = records.living.where(_names.name == name).order_by(_versions.version.desc())
+        with self._database.reading() as connection:
+            found = records.read(connection, connection.execute(query).all())
+        if not found:
+            raise lookup.not_found(name)
+        return found
+
+    def deleted(self) -> tuple[Record, ...]:
+        """The versions that are deleted and not collected yet, in order."""
+        query = records.versions.where(_versions.deleted_at.is_not(None))
+        with self._database.reading() as connection:
+            rows = connection.execute(query.order_by(_names.name, _versions.version)).all()
+            return records.read(connection, rows)
+
+    def label(
+        self, adapter: AdapterId, labels: Mapping[str, str], remove: Collection[str]
+    ) -> Record:
+        """Takes labels off a version and puts others on it.
+
+        Raises AdapterError: ADAPTER_NOT_FOUND; FIELD_INVALID for too many.
+        """
+        with self._database.writing() as connection:
+            record = lookup.find(connection, adapter)
+            connection.execute(
+                sa.delete(schema.labels).where(
+                    _labels.name == record.name,
+                    _labels.version == record.version,
+                    _labels.key.in_(remove),
+                )
+            )
+            _put_labels(connection, record.name, record.version, labels)
+            schema.count_change(connection)
+            return lookup.find(connection, AdapterId(record.name, record.version))
+
+    def delete(self, name: str) -> None:
+        """Deletes a name's versions for now. Raises AdapterError(ADAPTER_NOT_FOUND)."""
+        with self._database.writing() as connection:
             found = connection.execute(
-                sa.update(_names)
-                .where(_names.c.name == name, _names.c.current_version.is_not(None))
+                sa.update(schema.names)
+                .where(_names.name == name, _names.current_version.is_not(None))
                 .values(current_version=None)
             )
             if not found.rowcount:
-                raise AdapterError("ADAPTER_NOT_FOUND", f"there is no adapter {name}", name)
-            connection.execute(sa.delete(_versions).where(_versions.c.name == name))
+                raise lookup.not_found(name)
+            connection.execute(
+                sa.update(schema.versions)
+                .where(_versions.name == name, _versions.deleted_at.is_(None))
+                .values(deleted_at=time.time())
+            )
+            schema.count_change(connection)
 
-    def close(self) -> None:
-        """Closes every connection. Idempotent."""
-        self._engine.dispose()
+    def restore(self, name: str) -> Record:
+        """Takes back a name's last deletion; returns its current version.
 
-    @contextmanager
-    def _reading(self) -> Iterator[sa.Connection]:
-        with _database_errors(), self._engine.connect() as connection:
-            yield connection
+        Raises AdapterError: ADAPTER_NOT_FOUND when nothing is left of it, ADAPTER_CONFLICT when the
+        name has been registered again or is an alias now.
+        """
+        with self._database.writing() as connection:
+            if lookup.is_name(connection, name) or lookup.alias_row(connection, name) is not None:
+                raise AdapterError("ADAPTER_CONFLICT", f"{name} has been given again", name)
+            of_name = _versions.name == name
+            last = connection.execute(
+                sa.select(sa.func.max(_versions.deleted_at)).where(of_name)
+            ).scalar()
+            if last is None:
+                raise lookup.not_found(name)
+            deletion = sa.and_(of_name, _versions.deleted_at == last)
+            current = connection.execute(
+                sa.select(sa.func.max(_versions.version)).where(deletion)
+            ).scalar_one()
+            connection.execute(sa.update(schema.versions).where(deletion).values(deleted_at=None))
+            connection.execute(
+                sa.update(schema.names).where(_names.name == name).values(current_version=current)
+            )
+            schema.count_change(connection)
+            return lookup.find(connection, AdapterId(name))
 
-    @contextmanager
-    def _writing(self) -> Iterator[sa.Connection]:
-        with _database_errors(), self._engine.connect() as connection:
-            writing = connection.execution_options(loraplex_writes=True)
-            with writing.begin():
-                yield writing
+    def change_counter(self) -> int:
+        """Grows with every change of names, aliases and labels, whoever makes it."""
+        with self._database.reading() as connection:
+            return schema.changes(connection)
+
+    def users(self) -> dict[str, tuple[str, ...]]:
+        """Every digest that a version holds, deleted ones too, to the "name@version"s that do."""
+        query = sa.select(_versions.digest, _versions.name, _versions.version)
+        found: dict[str, tuple[str, ...]] = {}
+        with self._database.reading() as connection:
+            for digest, name, version in connection.execute(
+                query.order_by(_versions.digest, _versions.name, _versions.version)
+            ):
+                found[digest] = (*found.get(digest, ()), f"{name}@{version}")
+        return found
 
 
-@contextmanager
-def _database_errors() -> Iterator[None]:
-    try:
-        yield
-    except SQLAlchemyError as error:
-        if "full" in str(getattr(error, "orig", "")):
-            raise AdapterError("STORE_FULL", "the adapter store's disk is full") from error
-        raise AdapterError(
-            "STORE_UNAVAILABLE", "the adapter store's index cannot be used"
-        ) from error
-
-
-def _configure(connection: Any, _entry: object) -> None:
-    connection.isolation_level = None  # sqlite3 must not begin transactions of its own
-    connection.execute("PRAGMA journal_mode = WAL")
-    connection.execute("PRAGMA synchronous = FULL")
-    connection.execute("PRAGMA foreign_keys = ON")
-
-
-def _begin(connection: sa.Connection) -> None:
-    # A transaction that reads before it writes has to lock at once, or two of them deadlock.
-    writes = connection.get_execution_options().get("loraplex_writes", False)
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
-
-
-def _remember(connection: sa.Connection, spec: AdapterSpec, now: float) -> None:
-    known = sa.select(_blobs.c.digest).where(_blobs.c.digest == spec.digest)
-    if connection.execute(known).first() is None:
-        summary = {
-            "peft_type": spec.peft_type,
-            "rank": spec.rank,
-            "target_modules": list(spec.target_modules),
-            "size_bytes": spec.size_bytes,
-            "base_model": spec.base_model,
-        }
+def _add_version(connection: sa.Connection, wanted: Registration, now: float) -> int:
+    name, digest = wanted.name, wanted.spec.digest
+    about = records.summary(wanted.spec)
+    known = connection.execute(sa.select(_blobs.summary).where(_blobs.digest == digest)).scalar()
+    if known is None:
         connection.execute(
-            sa.insert(_blobs).values(digest=spec.digest, summary=summary, created_at=now)
+            sa.insert(schema.blobs).values(digest=digest, summary=about, created_at=now)
         )
+    elif known != about:  # an older server read less from the same bytes
+        connection.execute(
+            sa.update(schema.blobs).where(_blobs.digest == digest).values(summary=about)
+        )
+    last = connection.execute(sa.select(_names.last_version).where(_names.name == name)).scalar()
+    version = (last or 0) + 1
+    row = {"current_version": version, "last_version": version}
+    if last is None:
+        connection.execute(sa.insert(schema.names).values(name=name, **row))
+    else:
+        connection.execute(sa.update(schema.names).where(_names.name == name).values(row))
+    connection.execute(
+        sa.insert(schema.versions).values(
+            name=name,
+            version=version,
+            digest=digest,
+            created_at=now,
+            base_fingerprint=wanted.base_fingerprint,
+        )
+    )
+    _put_labels(connection, name, version, wanted.labels)
+    return version
 
 
-def _record(row: Any) -> Record:
-    summary = row.summary
-    return Record(
-        name=row.name,
-        version=row.version,
-        digest=row.digest,
-        peft_type=summary["peft_type"],
-        rank=summary["rank"],
-        target_modules=tuple(summary["target_modules"]),
-        size_bytes=summary["size_bytes"],
-        base_model=summary["base_model"],
-        created_at=datetime.fromtimestamp(row.created_at, UTC),
+def _put_labels(
+    connection: sa.Connection, name: str, version: int, labels: Mapping[str, str]
+) -> None:
+    if not labels:
+        return
+    of_version = sa.and_(_labels.name == name, _labels.version == version)
+    connection.execute(sa.delete(schema.labels).where(of_version, _labels.key.in_(labels)))
+    rows = [
+        {"name": name, "version": version, "key": key, "value": value}
+        for key, value in labels.items()
+    ]
+    connection.execute(sa.insert(schema.labels), rows)
+    check_count(
+        connection.execute(
+            sa.select(sa.func.count()).select_from(schema.labels).where(of_version)
+        ).scalar_one()
     )

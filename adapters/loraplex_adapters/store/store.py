@@ -2,40 +2,81 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from loraplex_adapters.digest import digest_hex
 from loraplex_adapters.errors import AdapterError
 from loraplex_adapters.files import Directory, open_directory
 from loraplex_adapters.format import inspect, survey
 from loraplex_adapters.spec import BaseShapes, Limits
-from loraplex_adapters.store.blobs import Blobs, locked
+from loraplex_adapters.store import garbage, schema
+from loraplex_adapters.store.aliases import Aliases
+from loraplex_adapters.store.blobs import Blobs
+from loraplex_adapters.store.database import Database
+from loraplex_adapters.store.disk import locked
+from loraplex_adapters.store.garbage import Collected
+from loraplex_adapters.store.identity import read_id, write_id
 from loraplex_adapters.store.ids import AdapterId, check_name, parse_id
-from loraplex_adapters.store.index import Index, Page, Record
+from loraplex_adapters.store.index import Index, Registration
+from loraplex_adapters.store.labels import check_keys, check_labels
+from loraplex_adapters.store.records import Alias, Page, Record
+from loraplex_adapters.store.uploads import Upload, UploadBounds, Uploads
 
 DEFAULT_PAGE = 100
 MAX_PAGE = 1000
+GRACE_SECONDS = 7 * 24 * 3600.0
+"""How long a deletion can be taken back, unless the operator says otherwise."""
+
+_ATTEMPTS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """A blob that was read again: the "name@version"s that need it, and what is wrong, or None."""
+
+    digest: str
+    versions: tuple[str, ...]
+    error: AdapterError | None
 
 
 class Store:
-    """Adapters on disk. Safe to use from several threads and processes at once.
+    """Adapters on disk. Safe to use from several threads, processes and servers at once.
 
-    Every method blocks (call it in a worker thread) and may raise `AdapterError` with reason
-    STORE_FULL or STORE_UNAVAILABLE when the disk does not do its part.
+    An id is "name" (its current version, or an alias's), "name@3" or "name@sha256:<hex>". Every
+    method blocks (call it in a worker thread) and may raise `AdapterError` with reason STORE_FULL
+    or STORE_UNAVAILABLE when the disk or the database does not do its part. When a method that
+    changes something returns, the change survives a power cut.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, url: str = "", uploads: UploadBounds | None = None) -> None:
         """Opens the store below `root`, making it if there is none, and clears what crashes left.
 
-        Raises AdapterError(STORE_UNAVAILABLE) when `root` cannot be written or its index not read.
+        The index is SQLite below `root`, or the PostgreSQL database `url` (in SQLAlchemy's form),
+        which several servers may share together with `root`. Raises AdapterError(STORE_UNAVAILABLE)
+        when `root` cannot be written, or its index not read or not meant for it.
         """
         with locked(root):
+            self._database = Database(root / "index.sqlite3", url)
             self._blobs = Blobs(root)
             try:
-                self._index = Index(root / "index.sqlite3")
+                known_id = read_id(root)
+                has_blobs = bool(self._blobs.ages(0.0))
+                with self._database.writing() as connection:
+                    store_id = schema.prepare(connection, known_id, has_blobs)
+                if known_id is None:
+                    write_id(root, store_id)
+                self._index = Index(self._database)
+                self._aliases = Aliases(self._database)
+                self._uploads = Uploads(root, uploads or UploadBounds())
+                self._uploads.clear()
+                self._uploads.expire()
+                garbage.empty_trash(self._database, self._blobs)
             except BaseException:
-                self._blobs.close()
+                self.close()
                 raise
 
     def register(
@@ -45,16 +86,23 @@ class Store:
         base: BaseShapes,
         limits: Limits | None = None,
         replace: bool = False,
+        labels: Mapping[str, str] | None = None,
+        *,
+        expected_digest: str = "",
     ) -> tuple[Record, bool]:
         """Checks and copies the adapter in `source` and points `name` to it, as a new version.
 
-        Returns the record and whether it is new: False when `name` already points to these bytes.
-        What is checked in the end is the copy, so nobody can change the files in between. When this
-        returns, the adapter survives a power cut.
-        Raises AdapterError: FIELD_INVALID (name), ADAPTER_CONFLICT (the name holds other bytes and
-        `replace` is not set), and whatever `format.inspect` finds.
+        Returns the record and whether it is new: False when `name` already points to these bytes;
+        `labels` are added to those of that version. What is checked in the end is the copy, so
+        nobody can change the files in between.
+        Raises AdapterError: FIELD_INVALID (name, labels), ADAPTER_CONFLICT (the name holds other
+        bytes and `replace` is not set, or it is an alias), ADAPTER_INVALID (field "digest": the
+        bytes are not those of `expected_digest`), and whatever `format.inspect` finds.
         """
         check_name(name)
+        checked = check_labels(labels or {})
+        if expected_digest:
+            digest_hex(expected_digest)
         limits = limits or Limits()
         with (
             nullcontext(source) if isinstance(source, Directory) else open_directory(source) as src
@@ -62,13 +110,25 @@ class Store:
             hopeless = survey(src, base, limits).findings  # before gigabytes are copied
             if hopeless:
                 raise AdapterError.of(hopeless)
-            with self._blobs.staged(src, limits.max_weights_bytes) as copy:
-                spec = inspect(copy, base, limits)
-                self._blobs.publish(copy, spec.digest)
-        return self._index.point(name, spec, replace)
+            for _ in range(_ATTEMPTS):
+                with self._blobs.staged(src, limits.max_weights_bytes) as copy:
+                    spec = inspect(copy, base, limits)
+                    if expected_digest not in ("", spec.digest):
+                        raise AdapterError(
+                            "ADAPTER_INVALID",
+                            f"the bytes are {spec.digest}, not {expected_digest}",
+                            "digest",
+                        )
+                    self._blobs.publish(copy, spec.digest)
+                wanted = Registration(name, spec, base.fingerprint, checked, replace)
+                outcome = self._index.point(wanted, self._blobs.has)
+                if outcome is not None:
+                    return outcome
+                # Nothing named these bytes yet, and they were collected meanwhile.
+        raise AdapterError("STORE_UNAVAILABLE", "the adapter was collected while it was registered")
 
     def resolve(self, adapter_id: str) -> Record:
-        """The record of "name" (its current version), "name@3" or "name@sha256:<hex>".
+        """The record that an id means now.
 
         Raises AdapterError: FIELD_INVALID (not of that form), ADAPTER_NOT_FOUND.
         """
@@ -78,11 +138,15 @@ class Store:
         """The current, or the given, version of `name`; raises as `resolve` does."""
         return self._index.find(AdapterId(check_name(name), version))
 
-    def list(self, page_size: int = 0, page_token: str = "") -> Page:
+    def list(
+        self, page_size: int = 0, page_token: str = "", labels: Mapping[str, str] | None = None
+    ) -> Page:
         """Current versions in the order of names: `Page(records, next_page_token)`.
 
-        `page_size` 0 is 100; more than 1000 is 1000. Raises AdapterError(FIELD_INVALID).
+        Only those that carry all of `labels`. `page_size` 0 is 100; more than 1000 is 1000. Raises
+        AdapterError(FIELD_INVALID).
         """
+        checked = check_labels(labels or {})
         if page_size < 0:
             raise AdapterError("FIELD_INVALID", "page_size is negative", "page_size")
         if page_token:
@@ -91,14 +155,134 @@ class Store:
             except AdapterError:
                 message = "page_token is none that this server gave"
                 raise AdapterError("FIELD_INVALID", message, "page_token") from None
-        return self._index.page(page_token, min(page_size or DEFAULT_PAGE, MAX_PAGE))
+        return self._index.page(page_token, min(page_size or DEFAULT_PAGE, MAX_PAGE), checked)
+
+    def change_counter(self) -> int:
+        """Grows with every change of names, aliases and labels, by any process; cheap to ask."""
+        return self._index.change_counter()
+
+    def versions(self, name: str) -> tuple[Record, ...]:
+        """All versions of a name, newest first; raises AdapterError as `get` does."""
+        return self._index.versions(check_name(name))
+
+    def label(
+        self, adapter_id: str, labels: Mapping[str, str], remove: Collection[str] = ()
+    ) -> Record:
+        """Puts labels on a version, after taking others off; returns the record as it is then.
+
+        Raises AdapterError: FIELD_INVALID (id, labels, too many of them), ADAPTER_NOT_FOUND.
+        """
+        check_keys(remove)
+        return self._index.label(parse_id(adapter_id), check_labels(labels), remove)
+
+    def set_alias(self, alias: str, adapter_id: str, expected: str | None = None) -> Alias:
+        """Points `alias` to the version that `adapter_id` means now, making or moving it.
+
+        With `expected` only if it points there until now: an id, or "" for an alias that must not
+        exist yet. Raises AdapterError: FIELD_INVALID; ADAPTER_NOT_FOUND (`adapter_id`);
+        ADAPTER_CONFLICT (it points elsewhere, or is an adapter's name).
+        """
+        check_name(alias)
+        before = parse_id(expected) if expected else expected
+        return self._aliases.set(alias, parse_id(adapter_id), before)
+
+    def delete_alias(self, alias: str) -> None:
+        """Forgets an alias. Raises AdapterError: FIELD_INVALID, ADAPTER_NOT_FOUND."""
+        self._aliases.delete(check_name(alias))
+
+    def aliases(self) -> tuple[Alias, ...]:
+        """Every alias, in order; those of deleted adapters lead nowhere until they are restored."""
+        return self._aliases.all()
 
     def delete(self, name: str) -> None:
-        """Forgets the name and its versions; blobs stay. The name's version numbers are not reused.
+        """Deletes a name and its versions: nobody finds them, until `restore` or for good.
 
-        Raises AdapterError: FIELD_INVALID, ADAPTER_NOT_FOUND.
+        Their bytes stay until `gc`; the name's version numbers are never used again. Raises
+        AdapterError: FIELD_INVALID, ADAPTER_NOT_FOUND.
         """
-        self._index.forget(check_name(name))
+        self._index.delete(check_name(name))
+
+    def restore(self, name: str) -> Record:
+        """Takes back the last deletion of a name; returns its current version.
+
+        Raises AdapterError: FIELD_INVALID, ADAPTER_NOT_FOUND (nothing is left of it),
+        ADAPTER_CONFLICT (the name has been given to an adapter or an alias since).
+        """
+        return self._index.restore(check_name(name))
+
+    def deleted(self) -> tuple[Record, ...]:
+        """The deleted versions that have not been collected, in order."""
+        return self._index.deleted()
+
+    def gc(
+        self,
+        grace_seconds: float = GRACE_SECONDS,
+        keep: Collection[str] = (),
+        dry_run: bool = False,
+    ) -> Collected:
+        """Removes deleted versions, and bytes that no version names, older than the grace.
+
+        The bytes of the digests in `keep` stay: those that this server uses. Other servers' are
+        kept by the grace, which should be longer than any of their requests. Expired uploads go
+        too. With `dry_run` nothing is changed.
+        """
+        return garbage.collect(
+            self._database, self._blobs, self._uploads, grace_seconds, keep, dry_run
+        )
+
+    def begin_upload(self, name: str = "") -> str:
+        """Opens an upload; returns its id.
+
+        A `name` is checked now and not kept: it saves sending what `finish_upload` would refuse.
+        Raises AdapterError: FIELD_INVALID (name), OVERLOADED (too many are open).
+        """
+        if name:
+            check_name(name)
+        return self._uploads.begin()
+
+    def append(self, upload_id: str, file: str, offset: int, data: bytes | memoryview) -> int:
+        """Adds bytes to "adapter_config.json" or "adapter_model.safetensors"; its size then.
+
+        `offset` must be the size until now, so that a piece sent twice does no harm. Raises
+        AdapterError: UPLOAD_NOT_FOUND, UPLOAD_OFFSET (`upload` has the right one), FIELD_INVALID
+        (file), ADAPTER_TOO_LARGE.
+        """
+        return self._uploads.append(upload_id, file, offset, data)
+
+    def upload(self, upload_id: str) -> Upload:
+        """How far an upload has come. Raises AdapterError(UPLOAD_NOT_FOUND)."""
+        return self._uploads.state(upload_id)
+
+    def open_upload(self, upload_id: str) -> AbstractContextManager[Directory]:
+        """The files of an upload, to look at; nothing is added to them meanwhile.
+
+        Raises AdapterError(UPLOAD_NOT_FOUND).
+        """
+        return self._uploads.reading(upload_id)
+
+    def finish_upload(
+        self,
+        upload_id: str,
+        name: str,
+        expected_digest: str,
+        base: BaseShapes,
+        limits: Limits | None = None,
+        replace: bool = False,
+        labels: Mapping[str, str] | None = None,
+    ) -> tuple[Record, bool]:
+        """Registers what was uploaded, if its digest is the expected one ("": any), and ends it.
+
+        A refused upload stays, to be finished otherwise or aborted. Raises AdapterError:
+        UPLOAD_NOT_FOUND, FIELD_INVALID (digest), and as `register` does.
+        """
+        with self._uploads.reading(upload_id, remove=True) as source:
+            return self.register(
+                name, source, base, limits, replace, labels, expected_digest=expected_digest
+            )
+
+    def abort_upload(self, upload_id: str) -> None:
+        """Drops an upload. Raises AdapterError(UPLOAD_NOT_FOUND)."""
+        self._uploads.abort(upload_id)
 
     def path(self, digest: str) -> Path:
         """The directory of the adapter with this digest: what `AdapterRef.path` carries.
@@ -114,9 +298,19 @@ class Store:
         """
         self._blobs.verify(digest)
 
+    def verify_all(self) -> Iterator[Verified]:
+        """Reads the bytes of every version again, deleted ones too, in the order of digests."""
+        for digest, versions in self._index.users().items():
+            error = None
+            try:
+                self._blobs.verify(digest)
+            except AdapterError as found:
+                error = found
+            yield Verified(digest, versions, error)
+
     def close(self) -> None:
         """Closes the index and gives up the staging area. Idempotent."""
-        self._index.close()
+        self._database.close()
         self._blobs.close()
 
     def __enter__(self) -> Store:

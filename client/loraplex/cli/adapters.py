@@ -1,4 +1,4 @@
-"""`loraplex adapters`: what is registered and what is on the device."""
+"""`loraplex adapters`: what is registered, under which names, and where it is."""
 
 from __future__ import annotations
 
@@ -7,16 +7,13 @@ from typing import Annotated
 import typer
 
 from loraplex import channel
-from loraplex.cli import options, output
+from loraplex.cli import options, output, residency, uploads
 from loraplex.cli.session import session
-from loraplex.results import AdapterInfo
 
 app = typer.Typer(name="adapters", help="Register, load and remove adapters.", no_args_is_help=True)
 
-AdapterId = Annotated[
-    str, typer.Argument(metavar="ID", help="NAME, NAME@VERSION or NAME@sha256:HEX.")
-]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The registered name.")]
+Alias = Annotated[str, typer.Argument(metavar="ALIAS", help="A second, movable name.")]
 
 
 @app.command("register")
@@ -28,37 +25,42 @@ def register(
     path: Annotated[
         str, typer.Argument(metavar="PATH", help="PEFT directory below the server's import root.")
     ],
-    replace: Annotated[
-        bool, typer.Option("--replace", help="Let a taken name move to these bytes.")
-    ] = False,
-    load: Annotated[bool, typer.Option("--load", help="Put it on the device at once.")] = False,
+    replace: options.Replace = False,
+    load: options.LoadNow = False,
+    label: options.Labels = None,
     as_json: options.Json = False,
     timeout: options.Timeout = channel.DEFAULT_TIMEOUT,
     server: options.Server = None,
 ) -> None:
     """Copy an adapter into the server's store under NAME."""
+    labels = options.parse_labels(label or ())
     with session(ctx, server, timeout) as client:
-        done = client.register_adapter(name, path, replace=replace, load=load)
-    if as_json:
-        output.write_json(done)
-    else:
-        print(f"{_name(done.adapter)} {'registered' if done.created else 'was registered already'}")
+        done = client.register_adapter(name, path, replace=replace, load=load, labels=labels)
+    output.write_registration(done, as_json)
+
+
+app.command("upload")(uploads.upload)
+app.command("validate")(uploads.validate)
 
 
 @app.command("list")
 def list_(
     ctx: typer.Context,
+    label: options.Labels = None,
     as_json: options.Json = False,
     timeout: options.Timeout = channel.DEFAULT_TIMEOUT,
     server: options.Server = None,
 ) -> None:
-    """List the registered adapters."""
+    """List the registered adapters, or those that have all the given labels."""
+    labels = options.parse_labels(label or ())
     with session(ctx, server, timeout) as client:
-        found = client.list_adapters()
+        found = client.list_adapters(labels=labels)
     if as_json:
         output.write_json(found)
     elif found:
         output.write_adapters(found)
+    elif labels:
+        output.note("no adapter has these labels")
     else:
         output.note("no adapters; add one with: loraplex adapters register NAME PATH")
 
@@ -66,7 +68,7 @@ def list_(
 @app.command("get")
 def get(
     ctx: typer.Context,
-    adapter_id: AdapterId,
+    adapter_id: options.AdapterId,
     as_json: options.Json = False,
     timeout: options.Timeout = channel.DEFAULT_TIMEOUT,
     server: options.Server = None,
@@ -80,31 +82,93 @@ def get(
         output.write_adapter(found)
 
 
-@app.command("load")
-def load(
+@app.command("versions")
+def versions(
     ctx: typer.Context,
-    adapter_id: AdapterId,
+    name: Name,
     as_json: options.Json = False,
     timeout: options.Timeout = channel.DEFAULT_TIMEOUT,
     server: options.Server = None,
 ) -> None:
-    """Put an adapter on the device, and wait until it is there."""
+    """List all versions of NAME, the newest first."""
     with session(ctx, server, timeout) as client:
-        _moved(client.load_adapter(adapter_id), as_json)
+        found = client.list_versions(name)
+    if as_json:
+        output.write_json(found)
+    else:
+        output.write_adapters(found)
 
 
-@app.command("unload")
-def unload(
+@app.command("label")
+def label(
     ctx: typer.Context,
-    adapter_id: AdapterId,
-    force: Annotated[bool, typer.Option("--force", help="Abort the requests that use it.")] = False,
+    adapter_id: options.AdapterId,
+    label: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Labels to put on it.")
+    ] = None,
+    remove: Annotated[
+        list[str] | None, typer.Option(metavar="KEY", help="A label to take off; repeat it.")
+    ] = None,
     as_json: options.Json = False,
     timeout: options.Timeout = channel.DEFAULT_TIMEOUT,
     server: options.Server = None,
 ) -> None:
-    """Take an adapter off the device, once the requests that use it have finished."""
+    """Change the labels of one version."""
+    labels = options.parse_labels(label or ())
     with session(ctx, server, timeout) as client:
-        _moved(client.unload_adapter(adapter_id, force=force), as_json)
+        found = client.label_adapter(adapter_id, labels, remove=remove or ())
+    if as_json:
+        output.write_json(found)
+    else:
+        print(output.identity(found), output.labels(found.labels) or "no labels")
+
+
+@app.command("alias")
+def alias(
+    ctx: typer.Context,
+    alias: Alias,
+    adapter_id: options.AdapterId,
+    expected: Annotated[
+        str | None,
+        typer.Option(
+            "--expected",
+            metavar="ID",
+            help='Only if it points there until now; "" if it must be new.',
+        ),
+    ] = None,
+    as_json: options.Json = False,
+    timeout: options.Timeout = channel.DEFAULT_TIMEOUT,
+    server: options.Server = None,
+) -> None:
+    """Point ALIAS to the version that ID names now."""
+    with session(ctx, server, timeout) as client:
+        found = client.set_alias(alias, adapter_id, expected=expected)
+    if as_json:
+        output.write_json(found)
+    else:
+        print(f"{alias} -> {output.identity(found)}")
+
+
+@app.command("unalias")
+def unalias(
+    ctx: typer.Context,
+    alias: Alias,
+    timeout: options.Timeout = channel.DEFAULT_TIMEOUT,
+    server: options.Server = None,
+) -> None:
+    """Remove ALIAS; what it points to stays."""
+    with session(ctx, server, timeout) as client:
+        client.delete_alias(alias)
+    print(f"{alias} removed")
+
+
+app.command("load")(residency.load)
+app.command("unload")(residency.unload)
+app.command("pin")(residency.pin)
+app.command("unpin")(residency.unpin)
+app.command("merge")(residency.merge)
+app.command("unmerge")(residency.unmerge)
+app.command("watch")(residency.watch)
 
 
 @app.command("delete")
@@ -114,18 +178,20 @@ def delete(
     timeout: options.Timeout = channel.DEFAULT_TIMEOUT,
     server: options.Server = None,
 ) -> None:
-    """Forget NAME."""
+    """Forget NAME. `restore` brings it back until the operator collects garbage."""
     with session(ctx, server, timeout) as client:
         client.delete_adapter(name)
     print(f"{name} deleted")
 
 
-def _moved(adapter: AdapterInfo, as_json: bool) -> None:
-    if as_json:
-        output.write_json(adapter)
-    else:
-        print(f"{_name(adapter)} {adapter.state}")
-
-
-def _name(adapter: AdapterInfo) -> str:
-    return f"{adapter.name}@{adapter.version} {adapter.digest}"
+@app.command("restore")
+def restore(
+    ctx: typer.Context,
+    name: Name,
+    as_json: options.Json = False,
+    timeout: options.Timeout = channel.DEFAULT_TIMEOUT,
+    server: options.Server = None,
+) -> None:
+    """Bring a deleted NAME back, with its versions."""
+    with session(ctx, server, timeout) as client:
+        output.write_moved(client.restore_adapter(name), as_json)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from loraplex.cli import output
-from loraplex.client import Stream
+from loraplex.streams import Stream
 
 
 def show(stream: Stream) -> str:

@@ -35,6 +35,15 @@ Timeout = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
+AdapterId = Annotated[
+    str, typer.Argument(metavar="ID", help="NAME, NAME@VERSION, NAME@sha256:HEX or an alias.")
+]
+Replace = Annotated[bool, typer.Option("--replace", help="Let a taken name move to these bytes.")]
+LoadNow = Annotated[bool, typer.Option("--load", help="Put it on the device at once.")]
+Labels = Annotated[
+    list[str] | None, typer.Option("--label", metavar="KEY=VALUE", help="A label; repeat it.")
+]
+
 Adapter = Annotated[
     str | None,
     typer.Option(
@@ -66,6 +75,19 @@ Stop = Annotated[
 IgnoreEos = Annotated[
     bool, typer.Option("--ignore-eos", help="Go on past the end-of-sequence token.")
 ]
+
+
+def parse_labels(terms: Iterable[str]) -> dict[str, str]:
+    """`["a=x", "b="]` as `{"a": "x", "b": ""}`. Raises BadParameter."""
+    labels: dict[str, str] = {}
+    for term in terms:
+        key, given, value = term.partition("=")
+        if not key or not given or key in labels:
+            raise typer.BadParameter(
+                f"{term!r}: a label is KEY=VALUE, such as team=search, one for each key"
+            )
+        labels[key] = value
+    return labels
 
 
 def parse_mix(terms: Iterable[str]) -> dict[str, float | None]:

@@ -5,14 +5,24 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-from loraplex.results import AdapterInfo, FinishReason, ResolvedAdapter, Usage
+from loraplex.results import (
+    AdapterEvent,
+    AdapterInfo,
+    FinishReason,
+    Registration,
+    ResolvedAdapter,
+    Usage,
+    Validation,
+)
+from loraplex.uploads import Progress
 
 # A model may emit terminal control sequences; a terminal must not obey them.
 _ON_TERMINAL = dict.fromkeys(
@@ -26,7 +36,9 @@ def write_text(text: str) -> None:
     sys.stdout.flush()
 
 
-def write_json(value: DataclassInstance | Sequence[DataclassInstance] | dict[str, object]) -> None:
+def write_json(
+    value: DataclassInstance | Sequence[DataclassInstance] | dict[str, object], flush: bool = False
+) -> None:
     def plain(item: object) -> object:
         if dataclasses.is_dataclass(item) and not isinstance(item, type):
             return dataclasses.asdict(item)
@@ -34,7 +46,7 @@ def write_json(value: DataclassInstance | Sequence[DataclassInstance] | dict[str
             return item.isoformat()
         raise TypeError(type(item).__name__)
 
-    print(json.dumps(value, default=plain, ensure_ascii=False))
+    print(json.dumps(value, default=plain, ensure_ascii=False), flush=flush)
 
 
 def write_summary(reason: FinishReason, usage: Usage, adapters: Sequence[ResolvedAdapter]) -> None:
@@ -45,6 +57,11 @@ def write_summary(reason: FinishReason, usage: Usage, adapters: Sequence[Resolve
     cached = f" ({usage.cached_prompt_tokens} cached)" if usage.cached_prompt_tokens else ""
     tokens = f"{usage.prompt_tokens}{cached} + {usage.completion_tokens} tokens"
     note(f"[{who or 'base model'}, {tokens}, {reason}]")
+
+
+def remark(text: str) -> None:
+    """A line on standard error, terminal or not."""
+    print(text, file=sys.stderr)
 
 
 def note(text: str) -> None:
@@ -106,7 +123,83 @@ def write_adapter(adapter: AdapterInfo) -> None:
             value = " ".join(value)
         elif isinstance(value, datetime):
             value = value.isoformat()
+        elif isinstance(value, Mapping):
+            value = labels(value)
+        elif value is None:
+            value = "never"
         print(f"{item.name}: {value}")
+
+
+def write_moved(adapter: AdapterInfo, as_json: bool) -> None:
+    """An adapter and where it is now."""
+    if as_json:
+        write_json(adapter)
+    else:
+        marks = [word for word, true in _marks(adapter) if true]
+        print(" ".join([identity(adapter), adapter.state, *marks]))
+
+
+def write_registration(done: Registration, as_json: bool) -> None:
+    """What was registered, and whether it is new."""
+    if as_json:
+        write_json(done)
+    else:
+        news = "registered" if done.created else "was registered already"
+        print(f"{identity(done.adapter)} {news}")
+
+
+def write_validation(found: Validation, as_json: bool) -> None:
+    """What an adapter is, or a line for each thing that is wrong with it."""
+    if as_json:
+        write_json(found)
+        return
+    for finding in found.findings:
+        print(finding.reason, finding.field or "-", finding.message, sep="\t")
+    if found.spec is not None:
+        for item in dataclasses.fields(found.spec):
+            value = getattr(found.spec, item.name)
+            if isinstance(value, tuple):
+                value = " ".join(value)
+            elif isinstance(value, Mapping):
+                value = labels(value)
+            print(f"{item.name}: {value}")
+
+
+def write_event(event: AdapterEvent) -> None:
+    """A change, in a line."""
+    about = f" {event.alias}" if event.alias else ""
+    print(f"{event.kind}{about} {identity(event.adapter)}", flush=True)
+
+
+@contextmanager
+def progress() -> Iterator[Progress | None]:
+    """A bar on standard error that follows an upload; None where there is no terminal."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bar
+
+    columns = (BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
+    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("upload", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def identity(adapter: AdapterInfo) -> str:
+    """`name@version digest`; the digest alone where no name points to it any more."""
+    name = f"{adapter.name}@{adapter.version} " if adapter.name else ""
+    return f"{name}{adapter.digest}"
+
+
+def labels(found: Mapping[str, str]) -> str:
+    """`key=value key=value`."""
+    return " ".join(f"{key}={value}" for key, value in sorted(found.items()))
+
+
+def _marks(adapter: AdapterInfo) -> tuple[tuple[str, bool], ...]:
+    return (("pinned", adapter.pinned), ("merged", bool(adapter.merged_bytes)))
 
 
 def short(digest: str) -> str:

@@ -79,10 +79,18 @@ def _advice(error: errors.LoraplexError, target: str) -> str:
     match error:
         case errors.InvalidRequest(reason="PROMPT_TOO_LONG"):
             return "shorten the prompt or lower --max-new-tokens"
+        case errors.InvalidRequest(reason="ADAPTER_NOT_MIXABLE"):
+            return "use it alone, with --adapter"
         case errors.InvalidRequest():
             return "see the command's --help for what it takes"
         case errors.AdapterNotFound():
             return "`loraplex adapters list` shows the names there are"
+        case errors.UploadNotFound():
+            return "start again without --resume"
+        case errors.ResourceExhausted(reason="PIN_BUDGET"):
+            return "unpin or unmerge another adapter"
+        case errors.ResourceExhausted(reason="MERGE_BUDGET"):
+            return "unmerge another adapter"
         case errors.AdapterConflict():
             return "give --replace to move the name to these bytes, or choose another name"
         case errors.AdapterUnloaded():

@@ -26,7 +26,11 @@ if _version_not_supported:
 
 
 class AdapterServiceStub:
-    """AdapterService registers adapters and moves them between the store and the device.
+    """AdapterService registers adapters and moves them between the store, host memory and the device.
+
+    An adapter comes into the store by RegisterAdapter (from a directory of the server) or by an upload:
+    StartUpload gives an id, UploadAdapter sends the bytes and registers them. When its stream breaks, what
+    had arrived stays; GetUpload says how much, and another UploadAdapter with the same id goes on from there.
     """
 
     def __init__(self, channel):
@@ -65,10 +69,89 @@ class AdapterServiceStub:
                 request_serializer=loraplex_dot_v1_dot_adapter__pb2.DeleteAdapterRequest.SerializeToString,
                 response_deserializer=loraplex_dot_v1_dot_adapter__pb2.DeleteAdapterResponse.FromString,
                 _registered_method=True)
+        self.RestoreAdapter = channel.unary_unary(
+                '/loraplex.v1.AdapterService/RestoreAdapter',
+                request_serializer=loraplex_dot_v1_dot_adapter__pb2.RestoreAdapterRequest.SerializeToString,
+                response_deserializer=loraplex_dot_v1_dot_adapter__pb2.RestoreAdapterResponse.FromString,
+                _registered_method=True)
+        self.ListAdapterVersions = channel.unary_unary(
+                '/loraplex.v1.AdapterService/ListAdapterVersions',
+                request_serializer=loraplex_dot_v1_dot_adapter__pb2.ListAdapterVersionsRequest.SerializeToString,
+                response_deserializer=loraplex_dot_v1_dot_adapter__pb2.ListAdapterVersionsResponse.FromString,
+                _registered_method=True)
+        self.LabelAdapter = channel.unary_unary(
+                '/loraplex.v1.AdapterService/LabelAdapter',
+                request_serializer=loraplex_dot_v1_dot_adapter__pb2.LabelAdapterRequest.SerializeToString,
+                response_deserializer=loraplex_dot_v1_dot_adapter__pb2.LabelAdapterResponse.FromString,
+                _registered_method=True)
+        self.SetAlias = channel.unary_unary(
+                '/loraplex.v1.AdapterService/SetAlias',
+                request_serializer=loraplex_dot_v1_dot_adapter__pb2.SetAliasRequest.SerializeToString,
+                response_deserializer=loraplex_dot_v1_dot_adapter__pb2.SetAliasResponse.FromString,
+                _registered_method=True)
+        self.DeleteAlias = channel.unary_unary(
+                '/loraplex.v1.AdapterService/DeleteAlias',
+                request_serializer=loraplex_dot_v1_dot_adapter__pb2.DeleteAliasRequest.SerializeToString,
+                response_deserializer=loraplex_dot_v1_dot_adapter__pb2.DeleteAliasResponse.FromString,
+                _registered_method=True)
+        self.StartUpload = channel.unary_unary(
+                '/loraplex.v1.AdapterService/StartUpload',
+                request_serializer=loraplex_dot_v1_dot_adapter__pb2.StartUploadRequest.SerializeToString,
+                response_deserializer=loraplex_dot_v1_dot_adapter__pb2.StartUploadResponse.FromString,
+                _registered_method=True)
+        self.UploadAdapter = channel.stream_unary(
+                '/loraplex.v1.AdapterService/UploadAdapter',
+                request_serializer=loraplex_dot_v1_dot_adapter__pb2.UploadAdapterRequest.SerializeToString,
+                response_deserializer=loraplex_dot_v1_dot_adapter__pb2.UploadAdapterResponse.FromString,
+                _registered_method=True)
+        self.GetUpload = channel.unary_unary(
+                '/loraplex.v1.AdapterService/GetUpload',
+                request_serializer=loraplex_dot_v1_dot_adapter__pb2.GetUploadRequest.SerializeToString,
+                response_deserializer=loraplex_dot_v1_dot_adapter__pb2.GetUploadResponse.FromString,
+                _registered_method=True)
+        self.AbortUpload = channel.unary_unary(
+                '/loraplex.v1.AdapterService/AbortUpload',
+                request_serializer=loraplex_dot_v1_dot_adapter__pb2.AbortUploadRequest.SerializeToString,
+                response_deserializer=loraplex_dot_v1_dot_adapter__pb2.AbortUploadResponse.FromString,
+                _registered_method=True)
+        self.ValidateAdapter = channel.unary_unary(
+                '/loraplex.v1.AdapterService/ValidateAdapter',
+                request_serializer=loraplex_dot_v1_dot_adapter__pb2.ValidateAdapterRequest.SerializeToString,
+                response_deserializer=loraplex_dot_v1_dot_adapter__pb2.ValidateAdapterResponse.FromString,
+                _registered_method=True)
+        self.WatchAdapters = channel.unary_stream(
+                '/loraplex.v1.AdapterService/WatchAdapters',
+                request_serializer=loraplex_dot_v1_dot_adapter__pb2.WatchAdaptersRequest.SerializeToString,
+                response_deserializer=loraplex_dot_v1_dot_adapter__pb2.WatchAdaptersResponse.FromString,
+                _registered_method=True)
+        self.PinAdapter = channel.unary_unary(
+                '/loraplex.v1.AdapterService/PinAdapter',
+                request_serializer=loraplex_dot_v1_dot_adapter__pb2.PinAdapterRequest.SerializeToString,
+                response_deserializer=loraplex_dot_v1_dot_adapter__pb2.PinAdapterResponse.FromString,
+                _registered_method=True)
+        self.UnpinAdapter = channel.unary_unary(
+                '/loraplex.v1.AdapterService/UnpinAdapter',
+                request_serializer=loraplex_dot_v1_dot_adapter__pb2.UnpinAdapterRequest.SerializeToString,
+                response_deserializer=loraplex_dot_v1_dot_adapter__pb2.UnpinAdapterResponse.FromString,
+                _registered_method=True)
+        self.MergeAdapter = channel.unary_unary(
+                '/loraplex.v1.AdapterService/MergeAdapter',
+                request_serializer=loraplex_dot_v1_dot_adapter__pb2.MergeAdapterRequest.SerializeToString,
+                response_deserializer=loraplex_dot_v1_dot_adapter__pb2.MergeAdapterResponse.FromString,
+                _registered_method=True)
+        self.UnmergeAdapter = channel.unary_unary(
+                '/loraplex.v1.AdapterService/UnmergeAdapter',
+                request_serializer=loraplex_dot_v1_dot_adapter__pb2.UnmergeAdapterRequest.SerializeToString,
+                response_deserializer=loraplex_dot_v1_dot_adapter__pb2.UnmergeAdapterResponse.FromString,
+                _registered_method=True)
 
 
 class AdapterServiceServicer:
-    """AdapterService registers adapters and moves them between the store and the device.
+    """AdapterService registers adapters and moves them between the store, host memory and the device.
+
+    An adapter comes into the store by RegisterAdapter (from a directory of the server) or by an upload:
+    StartUpload gives an id, UploadAdapter sends the bytes and registers them. When its stream breaks, what
+    had arrived stays; GetUpload says how much, and another UploadAdapter with the same id goes on from there.
     """
 
     def RegisterAdapter(self, request, context):
@@ -102,15 +185,129 @@ class AdapterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def UnloadAdapter(self, request, context):
-        """UnloadAdapter takes an adapter off the device: it waits for the requests that use it to finish, or
-        aborts them with `force`. The adapter stays registered, and the next request loads it again. Idempotent.
+        """UnloadAdapter takes an adapter off the device and out of host memory: it waits for the requests that
+        use it to finish, for as long as `drain` says, or aborts them with `force`. It is no longer pinned. The
+        adapter stays registered, and the next request loads it again. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteAdapter(self, request, context):
-        """DeleteAdapter forgets a name. Requests that are running finish; new ones get NOT_FOUND.
+        """DeleteAdapter forgets a name. Requests that are running finish; new ones get NOT_FOUND. The versions
+        stay in the store, for RestoreAdapter, until the operator collects its garbage.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RestoreAdapter(self, request, context):
+        """RestoreAdapter brings a deleted name back, with its versions.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListAdapterVersions(self, request, context):
+        """ListAdapterVersions lists all versions of a name.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LabelAdapter(self, request, context):
+        """LabelAdapter sets and removes labels of one version.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetAlias(self, request, context):
+        """SetAlias points an alias at a version. An alias is used like a name, moves when it is told to, and
+        never is the same as a name.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteAlias(self, request, context):
+        """DeleteAlias removes an alias. What it pointed to stays.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StartUpload(self, request, context):
+        """StartUpload gives the id under which one adapter's files are sent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UploadAdapter(self, request_iterator, context):
+        """UploadAdapter sends an adapter's files, or the rest of them, and registers the adapter. The first
+        message is the header, each that follows is a chunk.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetUpload(self, request, context):
+        """GetUpload says how much of an upload has arrived and is safe.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AbortUpload(self, request, context):
+        """AbortUpload drops an upload and its bytes. Few may be open at a time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ValidateAdapter(self, request, context):
+        """ValidateAdapter checks an adapter against the base model and the server's limits and tells everything
+        that is wrong with it. It changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchAdapters(self, request, context):
+        """WatchAdapters sends the table of adapters, then every change of it, until the call is cancelled.
+        Changes that come close together may be told as one. A reader that is too slow for the changes is
+        told so (`resync`) and gets the whole table anew. A server that shuts down ends the stream.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PinAdapter(self, request, context):
+        """PinAdapter makes an adapter resident, and keeps it so. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnpinAdapter(self, request, context):
+        """UnpinAdapter lets an adapter be evicted again when room is needed. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def MergeAdapter(self, request, context):
+        """MergeAdapter makes an adapter resident and gives its requests dense copies of the matrices that it
+        changes; all other requests are computed as before. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnmergeAdapter(self, request, context):
+        """UnmergeAdapter drops those copies. The adapter's answers are bit for bit those of before the merge.
+        Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -149,6 +346,81 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     request_deserializer=loraplex_dot_v1_dot_adapter__pb2.DeleteAdapterRequest.FromString,
                     response_serializer=loraplex_dot_v1_dot_adapter__pb2.DeleteAdapterResponse.SerializeToString,
             ),
+            'RestoreAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.RestoreAdapter,
+                    request_deserializer=loraplex_dot_v1_dot_adapter__pb2.RestoreAdapterRequest.FromString,
+                    response_serializer=loraplex_dot_v1_dot_adapter__pb2.RestoreAdapterResponse.SerializeToString,
+            ),
+            'ListAdapterVersions': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAdapterVersions,
+                    request_deserializer=loraplex_dot_v1_dot_adapter__pb2.ListAdapterVersionsRequest.FromString,
+                    response_serializer=loraplex_dot_v1_dot_adapter__pb2.ListAdapterVersionsResponse.SerializeToString,
+            ),
+            'LabelAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.LabelAdapter,
+                    request_deserializer=loraplex_dot_v1_dot_adapter__pb2.LabelAdapterRequest.FromString,
+                    response_serializer=loraplex_dot_v1_dot_adapter__pb2.LabelAdapterResponse.SerializeToString,
+            ),
+            'SetAlias': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetAlias,
+                    request_deserializer=loraplex_dot_v1_dot_adapter__pb2.SetAliasRequest.FromString,
+                    response_serializer=loraplex_dot_v1_dot_adapter__pb2.SetAliasResponse.SerializeToString,
+            ),
+            'DeleteAlias': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteAlias,
+                    request_deserializer=loraplex_dot_v1_dot_adapter__pb2.DeleteAliasRequest.FromString,
+                    response_serializer=loraplex_dot_v1_dot_adapter__pb2.DeleteAliasResponse.SerializeToString,
+            ),
+            'StartUpload': grpc.unary_unary_rpc_method_handler(
+                    servicer.StartUpload,
+                    request_deserializer=loraplex_dot_v1_dot_adapter__pb2.StartUploadRequest.FromString,
+                    response_serializer=loraplex_dot_v1_dot_adapter__pb2.StartUploadResponse.SerializeToString,
+            ),
+            'UploadAdapter': grpc.stream_unary_rpc_method_handler(
+                    servicer.UploadAdapter,
+                    request_deserializer=loraplex_dot_v1_dot_adapter__pb2.UploadAdapterRequest.FromString,
+                    response_serializer=loraplex_dot_v1_dot_adapter__pb2.UploadAdapterResponse.SerializeToString,
+            ),
+            'GetUpload': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetUpload,
+                    request_deserializer=loraplex_dot_v1_dot_adapter__pb2.GetUploadRequest.FromString,
+                    response_serializer=loraplex_dot_v1_dot_adapter__pb2.GetUploadResponse.SerializeToString,
+            ),
+            'AbortUpload': grpc.unary_unary_rpc_method_handler(
+                    servicer.AbortUpload,
+                    request_deserializer=loraplex_dot_v1_dot_adapter__pb2.AbortUploadRequest.FromString,
+                    response_serializer=loraplex_dot_v1_dot_adapter__pb2.AbortUploadResponse.SerializeToString,
+            ),
+            'ValidateAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.ValidateAdapter,
+                    request_deserializer=loraplex_dot_v1_dot_adapter__pb2.ValidateAdapterRequest.FromString,
+                    response_serializer=loraplex_dot_v1_dot_adapter__pb2.ValidateAdapterResponse.SerializeToString,
+            ),
+            'WatchAdapters': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchAdapters,
+                    request_deserializer=loraplex_dot_v1_dot_adapter__pb2.WatchAdaptersRequest.FromString,
+                    response_serializer=loraplex_dot_v1_dot_adapter__pb2.WatchAdaptersResponse.SerializeToString,
+            ),
+            'PinAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.PinAdapter,
+                    request_deserializer=loraplex_dot_v1_dot_adapter__pb2.PinAdapterRequest.FromString,
+                    response_serializer=loraplex_dot_v1_dot_adapter__pb2.PinAdapterResponse.SerializeToString,
+            ),
+            'UnpinAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnpinAdapter,
+                    request_deserializer=loraplex_dot_v1_dot_adapter__pb2.UnpinAdapterRequest.FromString,
+                    response_serializer=loraplex_dot_v1_dot_adapter__pb2.UnpinAdapterResponse.SerializeToString,
+            ),
+            'MergeAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.MergeAdapter,
+                    request_deserializer=loraplex_dot_v1_dot_adapter__pb2.MergeAdapterRequest.FromString,
+                    response_serializer=loraplex_dot_v1_dot_adapter__pb2.MergeAdapterResponse.SerializeToString,
+            ),
+            'UnmergeAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnmergeAdapter,
+                    request_deserializer=loraplex_dot_v1_dot_adapter__pb2.UnmergeAdapterRequest.FromString,
+                    response_serializer=loraplex_dot_v1_dot_adapter__pb2.UnmergeAdapterResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'loraplex.v1.AdapterService', rpc_method_handlers)
@@ -158,7 +430,11 @@ def add_AdapterServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class AdapterService:
-    """AdapterService registers adapters and moves them between the store and the device.
+    """AdapterService registers adapters and moves them between the store, host memory and the device.
+
+    An adapter comes into the store by RegisterAdapter (from a directory of the server) or by an upload:
+    StartUpload gives an id, UploadAdapter sends the bytes and registers them. When its stream breaks, what
+    had arrived stays; GetUpload says how much, and another UploadAdapter with the same id goes on from there.
     """
 
     @staticmethod
@@ -313,6 +589,411 @@ class AdapterService:
             '/loraplex.v1.AdapterService/DeleteAdapter',
             loraplex_dot_v1_dot_adapter__pb2.DeleteAdapterRequest.SerializeToString,
             loraplex_dot_v1_dot_adapter__pb2.DeleteAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RestoreAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraplex.v1.AdapterService/RestoreAdapter',
+            loraplex_dot_v1_dot_adapter__pb2.RestoreAdapterRequest.SerializeToString,
+            loraplex_dot_v1_dot_adapter__pb2.RestoreAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAdapterVersions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraplex.v1.AdapterService/ListAdapterVersions',
+            loraplex_dot_v1_dot_adapter__pb2.ListAdapterVersionsRequest.SerializeToString,
+            loraplex_dot_v1_dot_adapter__pb2.ListAdapterVersionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LabelAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraplex.v1.AdapterService/LabelAdapter',
+            loraplex_dot_v1_dot_adapter__pb2.LabelAdapterRequest.SerializeToString,
+            loraplex_dot_v1_dot_adapter__pb2.LabelAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetAlias(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraplex.v1.AdapterService/SetAlias',
+            loraplex_dot_v1_dot_adapter__pb2.SetAliasRequest.SerializeToString,
+            loraplex_dot_v1_dot_adapter__pb2.SetAliasResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteAlias(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraplex.v1.AdapterService/DeleteAlias',
+            loraplex_dot_v1_dot_adapter__pb2.DeleteAliasRequest.SerializeToString,
+            loraplex_dot_v1_dot_adapter__pb2.DeleteAliasResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StartUpload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraplex.v1.AdapterService/StartUpload',
+            loraplex_dot_v1_dot_adapter__pb2.StartUploadRequest.SerializeToString,
+            loraplex_dot_v1_dot_adapter__pb2.StartUploadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UploadAdapter(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/loraplex.v1.AdapterService/UploadAdapter',
+            loraplex_dot_v1_dot_adapter__pb2.UploadAdapterRequest.SerializeToString,
+            loraplex_dot_v1_dot_adapter__pb2.UploadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetUpload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraplex.v1.AdapterService/GetUpload',
+            loraplex_dot_v1_dot_adapter__pb2.GetUploadRequest.SerializeToString,
+            loraplex_dot_v1_dot_adapter__pb2.GetUploadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AbortUpload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraplex.v1.AdapterService/AbortUpload',
+            loraplex_dot_v1_dot_adapter__pb2.AbortUploadRequest.SerializeToString,
+            loraplex_dot_v1_dot_adapter__pb2.AbortUploadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ValidateAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraplex.v1.AdapterService/ValidateAdapter',
+            loraplex_dot_v1_dot_adapter__pb2.ValidateAdapterRequest.SerializeToString,
+            loraplex_dot_v1_dot_adapter__pb2.ValidateAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchAdapters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/loraplex.v1.AdapterService/WatchAdapters',
+            loraplex_dot_v1_dot_adapter__pb2.WatchAdaptersRequest.SerializeToString,
+            loraplex_dot_v1_dot_adapter__pb2.WatchAdaptersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PinAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraplex.v1.AdapterService/PinAdapter',
+            loraplex_dot_v1_dot_adapter__pb2.PinAdapterRequest.SerializeToString,
+            loraplex_dot_v1_dot_adapter__pb2.PinAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnpinAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraplex.v1.AdapterService/UnpinAdapter',
+            loraplex_dot_v1_dot_adapter__pb2.UnpinAdapterRequest.SerializeToString,
+            loraplex_dot_v1_dot_adapter__pb2.UnpinAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MergeAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraplex.v1.AdapterService/MergeAdapter',
+            loraplex_dot_v1_dot_adapter__pb2.MergeAdapterRequest.SerializeToString,
+            loraplex_dot_v1_dot_adapter__pb2.MergeAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnmergeAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraplex.v1.AdapterService/UnmergeAdapter',
+            loraplex_dot_v1_dot_adapter__pb2.UnmergeAdapterRequest.SerializeToString,
+            loraplex_dot_v1_dot_adapter__pb2.UnmergeAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -27,7 +27,12 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class AdapterServiceStub:
-    """AdapterService registers adapters and moves them between the store and the device."""
+    """AdapterService registers adapters and moves them between the store, host memory and the device.
+
+    An adapter comes into the store by RegisterAdapter (from a directory of the server) or by an upload:
+    StartUpload gives an id, UploadAdapter sends the bytes and registers them. When its stream breaks, what
+    had arrived stays; GetUpload says how much, and another UploadAdapter with the same id goes on from there.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -45,15 +50,66 @@ class AdapterServiceStub:
     LoadAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.LoadAdapterRequest, _adapter_pb2.LoadAdapterResponse]
     """LoadAdapter makes an adapter resident on the device and returns when it is. Idempotent."""
     UnloadAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.UnloadAdapterRequest, _adapter_pb2.UnloadAdapterResponse]
-    """UnloadAdapter takes an adapter off the device: it waits for the requests that use it to finish, or
-    aborts them with `force`. The adapter stays registered, and the next request loads it again. Idempotent.
+    """UnloadAdapter takes an adapter off the device and out of host memory: it waits for the requests that
+    use it to finish, for as long as `drain` says, or aborts them with `force`. It is no longer pinned. The
+    adapter stays registered, and the next request loads it again. Idempotent.
     """
     DeleteAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.DeleteAdapterRequest, _adapter_pb2.DeleteAdapterResponse]
-    """DeleteAdapter forgets a name. Requests that are running finish; new ones get NOT_FOUND."""
+    """DeleteAdapter forgets a name. Requests that are running finish; new ones get NOT_FOUND. The versions
+    stay in the store, for RestoreAdapter, until the operator collects its garbage.
+    """
+    RestoreAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.RestoreAdapterRequest, _adapter_pb2.RestoreAdapterResponse]
+    """RestoreAdapter brings a deleted name back, with its versions."""
+    ListAdapterVersions: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.ListAdapterVersionsRequest, _adapter_pb2.ListAdapterVersionsResponse]
+    """ListAdapterVersions lists all versions of a name."""
+    LabelAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.LabelAdapterRequest, _adapter_pb2.LabelAdapterResponse]
+    """LabelAdapter sets and removes labels of one version."""
+    SetAlias: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.SetAliasRequest, _adapter_pb2.SetAliasResponse]
+    """SetAlias points an alias at a version. An alias is used like a name, moves when it is told to, and
+    never is the same as a name.
+    """
+    DeleteAlias: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.DeleteAliasRequest, _adapter_pb2.DeleteAliasResponse]
+    """DeleteAlias removes an alias. What it pointed to stays."""
+    StartUpload: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.StartUploadRequest, _adapter_pb2.StartUploadResponse]
+    """StartUpload gives the id under which one adapter's files are sent."""
+    UploadAdapter: _grpc.StreamUnaryMultiCallable[_adapter_pb2.UploadAdapterRequest, _adapter_pb2.UploadAdapterResponse]
+    """UploadAdapter sends an adapter's files, or the rest of them, and registers the adapter. The first
+    message is the header, each that follows is a chunk.
+    """
+    GetUpload: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.GetUploadRequest, _adapter_pb2.GetUploadResponse]
+    """GetUpload says how much of an upload has arrived and is safe."""
+    AbortUpload: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.AbortUploadRequest, _adapter_pb2.AbortUploadResponse]
+    """AbortUpload drops an upload and its bytes. Few may be open at a time."""
+    ValidateAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.ValidateAdapterRequest, _adapter_pb2.ValidateAdapterResponse]
+    """ValidateAdapter checks an adapter against the base model and the server's limits and tells everything
+    that is wrong with it. It changes nothing.
+    """
+    WatchAdapters: _grpc.UnaryStreamMultiCallable[_adapter_pb2.WatchAdaptersRequest, _adapter_pb2.WatchAdaptersResponse]
+    """WatchAdapters sends the table of adapters, then every change of it, until the call is cancelled.
+    Changes that come close together may be told as one. A reader that is too slow for the changes is
+    told so (`resync`) and gets the whole table anew. A server that shuts down ends the stream.
+    """
+    PinAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.PinAdapterRequest, _adapter_pb2.PinAdapterResponse]
+    """PinAdapter makes an adapter resident, and keeps it so. Idempotent."""
+    UnpinAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.UnpinAdapterRequest, _adapter_pb2.UnpinAdapterResponse]
+    """UnpinAdapter lets an adapter be evicted again when room is needed. Idempotent."""
+    MergeAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.MergeAdapterRequest, _adapter_pb2.MergeAdapterResponse]
+    """MergeAdapter makes an adapter resident and gives its requests dense copies of the matrices that it
+    changes; all other requests are computed as before. Idempotent.
+    """
+    UnmergeAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.UnmergeAdapterRequest, _adapter_pb2.UnmergeAdapterResponse]
+    """UnmergeAdapter drops those copies. The adapter's answers are bit for bit those of before the merge.
+    Idempotent.
+    """
 
 @_typing.type_check_only
 class AdapterServiceAsyncStub(AdapterServiceStub):
-    """AdapterService registers adapters and moves them between the store and the device."""
+    """AdapterService registers adapters and moves them between the store, host memory and the device.
+
+    An adapter comes into the store by RegisterAdapter (from a directory of the server) or by an upload:
+    StartUpload gives an id, UploadAdapter sends the bytes and registers them. When its stream breaks, what
+    had arrived stays; GetUpload says how much, and another UploadAdapter with the same id goes on from there.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     RegisterAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.RegisterAdapterRequest, _adapter_pb2.RegisterAdapterResponse]  # type: ignore[assignment]
@@ -68,14 +124,65 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     LoadAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.LoadAdapterRequest, _adapter_pb2.LoadAdapterResponse]  # type: ignore[assignment]
     """LoadAdapter makes an adapter resident on the device and returns when it is. Idempotent."""
     UnloadAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.UnloadAdapterRequest, _adapter_pb2.UnloadAdapterResponse]  # type: ignore[assignment]
-    """UnloadAdapter takes an adapter off the device: it waits for the requests that use it to finish, or
-    aborts them with `force`. The adapter stays registered, and the next request loads it again. Idempotent.
+    """UnloadAdapter takes an adapter off the device and out of host memory: it waits for the requests that
+    use it to finish, for as long as `drain` says, or aborts them with `force`. It is no longer pinned. The
+    adapter stays registered, and the next request loads it again. Idempotent.
     """
     DeleteAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.DeleteAdapterRequest, _adapter_pb2.DeleteAdapterResponse]  # type: ignore[assignment]
-    """DeleteAdapter forgets a name. Requests that are running finish; new ones get NOT_FOUND."""
+    """DeleteAdapter forgets a name. Requests that are running finish; new ones get NOT_FOUND. The versions
+    stay in the store, for RestoreAdapter, until the operator collects its garbage.
+    """
+    RestoreAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.RestoreAdapterRequest, _adapter_pb2.RestoreAdapterResponse]  # type: ignore[assignment]
+    """RestoreAdapter brings a deleted name back, with its versions."""
+    ListAdapterVersions: _aio.UnaryUnaryMultiCallable[_adapter_pb2.ListAdapterVersionsRequest, _adapter_pb2.ListAdapterVersionsResponse]  # type: ignore[assignment]
+    """ListAdapterVersions lists all versions of a name."""
+    LabelAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.LabelAdapterRequest, _adapter_pb2.LabelAdapterResponse]  # type: ignore[assignment]
+    """LabelAdapter sets and removes labels of one version."""
+    SetAlias: _aio.UnaryUnaryMultiCallable[_adapter_pb2.SetAliasRequest, _adapter_pb2.SetAliasResponse]  # type: ignore[assignment]
+    """SetAlias points an alias at a version. An alias is used like a name, moves when it is told to, and
+    never is the same as a name.
+    """
+    DeleteAlias: _aio.UnaryUnaryMultiCallable[_adapter_pb2.DeleteAliasRequest, _adapter_pb2.DeleteAliasResponse]  # type: ignore[assignment]
+    """DeleteAlias removes an alias. What it pointed to stays."""
+    StartUpload: _aio.UnaryUnaryMultiCallable[_adapter_pb2.StartUploadRequest, _adapter_pb2.StartUploadResponse]  # type: ignore[assignment]
+    """StartUpload gives the id under which one adapter's files are sent."""
+    UploadAdapter: _aio.StreamUnaryMultiCallable[_adapter_pb2.UploadAdapterRequest, _adapter_pb2.UploadAdapterResponse]  # type: ignore[assignment]
+    """UploadAdapter sends an adapter's files, or the rest of them, and registers the adapter. The first
+    message is the header, each that follows is a chunk.
+    """
+    GetUpload: _aio.UnaryUnaryMultiCallable[_adapter_pb2.GetUploadRequest, _adapter_pb2.GetUploadResponse]  # type: ignore[assignment]
+    """GetUpload says how much of an upload has arrived and is safe."""
+    AbortUpload: _aio.UnaryUnaryMultiCallable[_adapter_pb2.AbortUploadRequest, _adapter_pb2.AbortUploadResponse]  # type: ignore[assignment]
+    """AbortUpload drops an upload and its bytes. Few may be open at a time."""
+    ValidateAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.ValidateAdapterRequest, _adapter_pb2.ValidateAdapterResponse]  # type: ignore[assignment]
+    """ValidateAdapter checks an adapter against the base model and the server's limits and tells everything
+    that is wrong with it. It changes nothing.
+    """
+    WatchAdapters: _aio.UnaryStreamMultiCallable[_adapter_pb2.WatchAdaptersRequest, _adapter_pb2.WatchAdaptersResponse]  # type: ignore[assignment]
+    """WatchAdapters sends the table of adapters, then every change of it, until the call is cancelled.
+    Changes that come close together may be told as one. A reader that is too slow for the changes is
+    told so (`resync`) and gets the whole table anew. A server that shuts down ends the stream.
+    """
+    PinAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.PinAdapterRequest, _adapter_pb2.PinAdapterResponse]  # type: ignore[assignment]
+    """PinAdapter makes an adapter resident, and keeps it so. Idempotent."""
+    UnpinAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.UnpinAdapterRequest, _adapter_pb2.UnpinAdapterResponse]  # type: ignore[assignment]
+    """UnpinAdapter lets an adapter be evicted again when room is needed. Idempotent."""
+    MergeAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.MergeAdapterRequest, _adapter_pb2.MergeAdapterResponse]  # type: ignore[assignment]
+    """MergeAdapter makes an adapter resident and gives its requests dense copies of the matrices that it
+    changes; all other requests are computed as before. Idempotent.
+    """
+    UnmergeAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.UnmergeAdapterRequest, _adapter_pb2.UnmergeAdapterResponse]  # type: ignore[assignment]
+    """UnmergeAdapter drops those copies. The adapter's answers are bit for bit those of before the merge.
+    Idempotent.
+    """
 
 class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
-    """AdapterService registers adapters and moves them between the store and the device."""
+    """AdapterService registers adapters and moves them between the store, host memory and the device.
+
+    An adapter comes into the store by RegisterAdapter (from a directory of the server) or by an upload:
+    StartUpload gives an id, UploadAdapter sends the bytes and registers them. When its stream breaks, what
+    had arrived stays; GetUpload says how much, and another UploadAdapter with the same id goes on from there.
+    """
 
     @_abc_1.abstractmethod
     def RegisterAdapter(
@@ -118,8 +225,9 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapter_pb2.UnloadAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_pb2.UnloadAdapterResponse, _abc.Awaitable[_adapter_pb2.UnloadAdapterResponse]]:
-        """UnloadAdapter takes an adapter off the device: it waits for the requests that use it to finish, or
-        aborts them with `force`. The adapter stays registered, and the next request loads it again. Idempotent.
+        """UnloadAdapter takes an adapter off the device and out of host memory: it waits for the requests that
+        use it to finish, for as long as `drain` says, or aborts them with `force`. It is no longer pinned. The
+        adapter stays registered, and the next request loads it again. Idempotent.
         """
 
     @_abc_1.abstractmethod
@@ -128,6 +236,141 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapter_pb2.DeleteAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_pb2.DeleteAdapterResponse, _abc.Awaitable[_adapter_pb2.DeleteAdapterResponse]]:
-        """DeleteAdapter forgets a name. Requests that are running finish; new ones get NOT_FOUND."""
+        """DeleteAdapter forgets a name. Requests that are running finish; new ones get NOT_FOUND. The versions
+        stay in the store, for RestoreAdapter, until the operator collects its garbage.
+        """
+
+    @_abc_1.abstractmethod
+    def RestoreAdapter(
+        self,
+        request: _adapter_pb2.RestoreAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapter_pb2.RestoreAdapterResponse, _abc.Awaitable[_adapter_pb2.RestoreAdapterResponse]]:
+        """RestoreAdapter brings a deleted name back, with its versions."""
+
+    @_abc_1.abstractmethod
+    def ListAdapterVersions(
+        self,
+        request: _adapter_pb2.ListAdapterVersionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapter_pb2.ListAdapterVersionsResponse, _abc.Awaitable[_adapter_pb2.ListAdapterVersionsResponse]]:
+        """ListAdapterVersions lists all versions of a name."""
+
+    @_abc_1.abstractmethod
+    def LabelAdapter(
+        self,
+        request: _adapter_pb2.LabelAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapter_pb2.LabelAdapterResponse, _abc.Awaitable[_adapter_pb2.LabelAdapterResponse]]:
+        """LabelAdapter sets and removes labels of one version."""
+
+    @_abc_1.abstractmethod
+    def SetAlias(
+        self,
+        request: _adapter_pb2.SetAliasRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapter_pb2.SetAliasResponse, _abc.Awaitable[_adapter_pb2.SetAliasResponse]]:
+        """SetAlias points an alias at a version. An alias is used like a name, moves when it is told to, and
+        never is the same as a name.
+        """
+
+    @_abc_1.abstractmethod
+    def DeleteAlias(
+        self,
+        request: _adapter_pb2.DeleteAliasRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapter_pb2.DeleteAliasResponse, _abc.Awaitable[_adapter_pb2.DeleteAliasResponse]]:
+        """DeleteAlias removes an alias. What it pointed to stays."""
+
+    @_abc_1.abstractmethod
+    def StartUpload(
+        self,
+        request: _adapter_pb2.StartUploadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapter_pb2.StartUploadResponse, _abc.Awaitable[_adapter_pb2.StartUploadResponse]]:
+        """StartUpload gives the id under which one adapter's files are sent."""
+
+    @_abc_1.abstractmethod
+    def UploadAdapter(
+        self,
+        request_iterator: _MaybeAsyncIterator[_adapter_pb2.UploadAdapterRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapter_pb2.UploadAdapterResponse, _abc.Awaitable[_adapter_pb2.UploadAdapterResponse]]:
+        """UploadAdapter sends an adapter's files, or the rest of them, and registers the adapter. The first
+        message is the header, each that follows is a chunk.
+        """
+
+    @_abc_1.abstractmethod
+    def GetUpload(
+        self,
+        request: _adapter_pb2.GetUploadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapter_pb2.GetUploadResponse, _abc.Awaitable[_adapter_pb2.GetUploadResponse]]:
+        """GetUpload says how much of an upload has arrived and is safe."""
+
+    @_abc_1.abstractmethod
+    def AbortUpload(
+        self,
+        request: _adapter_pb2.AbortUploadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapter_pb2.AbortUploadResponse, _abc.Awaitable[_adapter_pb2.AbortUploadResponse]]:
+        """AbortUpload drops an upload and its bytes. Few may be open at a time."""
+
+    @_abc_1.abstractmethod
+    def ValidateAdapter(
+        self,
+        request: _adapter_pb2.ValidateAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapter_pb2.ValidateAdapterResponse, _abc.Awaitable[_adapter_pb2.ValidateAdapterResponse]]:
+        """ValidateAdapter checks an adapter against the base model and the server's limits and tells everything
+        that is wrong with it. It changes nothing.
+        """
+
+    @_abc_1.abstractmethod
+    def WatchAdapters(
+        self,
+        request: _adapter_pb2.WatchAdaptersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_adapter_pb2.WatchAdaptersResponse], _abc.AsyncIterator[_adapter_pb2.WatchAdaptersResponse]]:
+        """WatchAdapters sends the table of adapters, then every change of it, until the call is cancelled.
+        Changes that come close together may be told as one. A reader that is too slow for the changes is
+        told so (`resync`) and gets the whole table anew. A server that shuts down ends the stream.
+        """
+
+    @_abc_1.abstractmethod
+    def PinAdapter(
+        self,
+        request: _adapter_pb2.PinAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapter_pb2.PinAdapterResponse, _abc.Awaitable[_adapter_pb2.PinAdapterResponse]]:
+        """PinAdapter makes an adapter resident, and keeps it so. Idempotent."""
+
+    @_abc_1.abstractmethod
+    def UnpinAdapter(
+        self,
+        request: _adapter_pb2.UnpinAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapter_pb2.UnpinAdapterResponse, _abc.Awaitable[_adapter_pb2.UnpinAdapterResponse]]:
+        """UnpinAdapter lets an adapter be evicted again when room is needed. Idempotent."""
+
+    @_abc_1.abstractmethod
+    def MergeAdapter(
+        self,
+        request: _adapter_pb2.MergeAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapter_pb2.MergeAdapterResponse, _abc.Awaitable[_adapter_pb2.MergeAdapterResponse]]:
+        """MergeAdapter makes an adapter resident and gives its requests dense copies of the matrices that it
+        changes; all other requests are computed as before. Idempotent.
+        """
+
+    @_abc_1.abstractmethod
+    def UnmergeAdapter(
+        self,
+        request: _adapter_pb2.UnmergeAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapter_pb2.UnmergeAdapterResponse, _abc.Awaitable[_adapter_pb2.UnmergeAdapterResponse]]:
+        """UnmergeAdapter drops those copies. The adapter's answers are bit for bit those of before the merge.
+        Idempotent.
+        """
 
 def add_AdapterServiceServicer_to_server(servicer: AdapterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,4 +1,4 @@
-"""The structs of `cpu/decoder.h`, `cpu/matmul.h` and `cpu/lora.h`, field by field."""
+"""The structs of `cpu/decoder.h`, `cpu/matmul.h` and `cpu/adapters.h`, field by field."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from loraplex_model.adapter import AdapterTable
 from loraplex_model.batch import ForwardBatch
 
 PANEL = 16
@@ -52,10 +53,11 @@ class CAdapterTable(Structure):
     """`AdapterTable`."""
 
     _fields_ = (
-        ("a", c_void_p),
-        ("b", c_void_p),
-        ("ranks", c_void_p),
+        ("entries", c_void_p),
         ("max_ranks", c_void_p),
+        ("uses", c_void_p),
+        ("prompts", c_void_p),
+        ("merged", c_void_p),
         ("layers", c_int32),
         ("reserved", c_int32),
     )
@@ -84,6 +86,8 @@ class CModel(Structure):
         ("attention_scale", c_float),
         ("embed_in_panels", c_int32),
         ("bf16_storage", c_int32),
+        ("vocab", c_int32),
+        ("reserved", c_int32),
     )
 
 
@@ -123,6 +127,18 @@ def address(array: NDArray[np.generic]) -> int:
     return int(array.ctypes.data)
 
 
+def c_adapters(table: AdapterTable) -> CAdapterTable:
+    """The table's arrays as C sees them; `table` must outlive the result."""
+    return CAdapterTable(
+        entries=address(table.entries),
+        max_ranks=address(table.max_ranks),
+        uses=address(table.uses),
+        prompts=address(table.prompts),
+        merged=address(table.merged),
+        layers=table.merged.shape[1],
+    )
+
+
 def c_batch(batch: ForwardBatch) -> CBatch:
     """The batch's arrays as C sees them; `batch` must outlive the result."""
     return CBatch(
@@ -160,12 +176,8 @@ def nf4_panels(
     return codes, scales
 
 
-def dense_panels(library: ctypes.CDLL, rows: torch.Tensor) -> torch.Tensor:
+def dense_panels(rows: torch.Tensor) -> torch.Tensor:
     """Rearranges a dense [out, in] matrix, float32 or bfloat16, into panels."""
-    rows = rows.contiguous()
     out, fan_in = rows.shape
-    panels = torch.empty(-(-out // PANEL) * PANEL * fan_in, dtype=rows.dtype)
-    library.loraplex_pack_dense(
-        c_void_p(rows.data_ptr()), rows.element_size(), out, fan_in, c_void_p(panels.data_ptr())
-    )
-    return panels
+    padded = torch.nn.functional.pad(rows, (0, 0, 0, -out % PANEL))
+    return padded.view(-1, PANEL, fan_in).transpose(1, 2).contiguous().view(-1)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from loraplex_server.engine.messages import Failure, ModelInfo, Submit
+from loraplex_server.engine.request import Request
 from loraplex_server.engine.scheduler import Limits
 
 
@@ -32,4 +35,33 @@ def refusal(
         return Failure("OVERLOADED", f"{waiting} requests are waiting already")
     if waiting and tokens + size > limits.max_waiting_tokens:
         return Failure("OVERLOADED", f"{tokens} prompt tokens are waiting already")
+    return None
+
+
+def prefix_refusal(
+    request: Request,
+    digests: Collection[str],
+    virtual_tokens: int,
+    max_context: int,
+    num_blocks: int,
+    block_size: int,
+) -> Failure | None:
+    """Why a request cannot use an adapter with `virtual_tokens`; None if it can.
+
+    `digests` are all the adapters that it names. Virtual tokens have no weight, and those of two
+    adapters no common order, so such an adapter is used alone and in full.
+    """
+    if not virtual_tokens:
+        return None
+    if len(digests) > 1 or sum(ref.weight for ref in request.submit.adapters) != 1.0:
+        text = "an adapter with virtual tokens must be used alone and with weight 1"
+        return Failure("ADAPTER_NOT_MIXABLE", text)
+    size, new = request.prompt_len, request.submit.max_new_tokens
+    cached = virtual_tokens % block_size + request.most_tokens
+    if virtual_tokens + size + new > max_context or cached > num_blocks * block_size:
+        text = (
+            f"{size} prompt tokens, {new} new ones and the adapter's {virtual_tokens} virtual ones "
+            f"are more than the context of {max_context} or the cache holds"
+        )
+        return Failure("PROMPT_TOO_LONG", text)
     return None

@@ -24,6 +24,7 @@ from loraplex_server.engine.messages import (
     Abort,
     AdapterRef,
     AdapterStatus,
+    Control,
     ControlDone,
     Failure,
     Fatal,
@@ -31,13 +32,17 @@ from loraplex_server.engine.messages import (
     Hello,
     Load,
     LoadDone,
+    Merge,
+    MergeDone,
     Output,
+    Pin,
     Shutdown,
     StepDone,
     StepStats,
     Submit,
     ToEngine,
     Unload,
+    Unmerge,
 )
 
 STOP_SECONDS = 5.0
@@ -74,6 +79,9 @@ class EngineObserver(Protocol):
 
     def on_load(self, done: LoadDone) -> None:
         """An adapter load ended."""
+
+    def on_merge(self, done: MergeDone) -> None:
+        """An adapter was merged or unmerged, or was not."""
 
     def on_restart(self) -> None:
         """The engine process was lost; running requests have failed, a new process is coming."""
@@ -185,6 +193,7 @@ class EngineClient:
         self._backoff = backoff
         self._streams: dict[int, OutputStream] = {}
         self._pending: dict[int, asyncio.Future[None]] = {}
+        self._merged: set[str] = set()
         self._ops = itertools.count(1)
         self._process: asyncio.subprocess.Process | None = None
         self._connection: Connection | None = None
@@ -230,9 +239,27 @@ class EngineClient:
         """Makes an adapter resident. Raises `EngineFailure`."""
         await self._ask(Load(next(self._ops), ref))
 
-    async def unload(self, digest: str, force: bool = False) -> None:
-        """Takes an adapter off the device and returns when it is. Raises `EngineFailure`."""
-        await self._ask(Unload(next(self._ops), digest, force))
+    async def unload(self, digest: str, force: bool = False, deadline: float | None = None) -> None:
+        """Takes an adapter off the device and returns when it is. Raises `EngineFailure`.
+
+        The requests that use it are aborted by `force`, or at `deadline` (`time.monotonic()`).
+        """
+        self._merged.discard(digest)
+        await self._ask(Unload(next(self._ops), digest, force, deadline))
+
+    async def pin(self, ref: AdapterRef, pinned: bool) -> None:
+        """Makes an adapter resident for good, or lets it be evicted. Raises `EngineFailure`."""
+        await self._ask(Pin(next(self._ops), ref, pinned))
+
+    async def merge(self, ref: AdapterRef) -> None:
+        """Gives an adapter dense copies and returns when they are used. Raises `EngineFailure`."""
+        await self._ask(Merge(next(self._ops), ref))
+        self._merged.add(ref.digest)
+
+    async def unmerge(self, digest: str) -> None:
+        """Drops an adapter's dense copies. Raises `EngineFailure`."""
+        self._merged.discard(digest)
+        await self._ask(Unmerge(next(self._ops), digest))
 
     async def stop(self) -> None:
         """Ends the engine and does not replace it. Streams that are open end with DRAINING."""
@@ -298,7 +325,7 @@ class EngineClient:
             if self._stopping:
                 return
             self._mourn()
-            wanted = [status for status in self.adapters.values() if status.state != "draining"]
+            orders = self._orders()
             self.adapters = {}
             await self._bury()
             delay = pause
@@ -311,9 +338,24 @@ class EngineClient:
                     log.error("the engine did not start again: %s", error.message)
                     self._observer.on_fatal(Fatal(error.reason, error.message))
                     await self._bury()
-            for status in wanted:
-                ref = AdapterRef(status.digest, status.path)
-                self._send(Load(next(self._ops), ref))
+            for order in orders:
+                self._send(order)
+
+    def _orders(self) -> list[Control]:
+        """What brings a new engine to where this one was: loads, pins, and merges by order."""
+        orders: list[Control] = []
+        for status in self.adapters.values():
+            if status.state not in {"resident", "loading"}:
+                continue
+            ref = AdapterRef(status.digest, status.path)
+            if status.pinned:
+                orders.append(Pin(next(self._ops), ref, pinned=True))
+            else:
+                orders.append(Load(next(self._ops), ref))
+            if status.digest in self._merged:
+                orders.append(Merge(next(self._ops), ref))
+        # What may not be evicted comes first.
+        return sorted(orders, key=lambda order: not isinstance(order, Pin))
 
     def _mourn(self) -> None:
         self.ready = False
@@ -337,7 +379,7 @@ class EngineClient:
         if self._connection is not None:
             self._connection.write(wire.encode(message))
 
-    async def _ask(self, message: Load | Unload) -> None:
+    async def _ask(self, message: Control) -> None:
         if not self.ready:
             raise EngineFailure(STOPPED if self._stopping else RESTARTED)
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -358,6 +400,8 @@ class EngineClient:
             self._observer.on_step(message)
         elif isinstance(message, LoadDone):
             self._observer.on_load(message)
+        elif isinstance(message, MergeDone):
+            self._observer.on_merge(message)
         elif isinstance(message, ControlDone):
             future = self._pending.pop(message.op, None)
             if future is None or future.done():

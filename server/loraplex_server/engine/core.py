@@ -10,26 +10,34 @@ from __future__ import annotations
 import heapq
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from loraplex_adapters.faults import reach
 
 from loraplex_server.engine.admission import refusal
+from loraplex_server.engine.auto_merge import AutoMerge, MergePolicy
+from loraplex_server.engine.host_tier import HostTier
 from loraplex_server.engine.kv import BlockPool
 from loraplex_server.engine.layout import lay_out
-from loraplex_server.engine.loader import Loader, ThreadLoader
+from loraplex_server.engine.loader import Desk, Loader, ReadResult, ThreadLoader
+from loraplex_server.engine.merging import Merging
 from loraplex_server.engine.messages import (
+    Control,
     ControlDone,
     Failure,
-    Load,
     LoadDone,
     Logprobs,
+    Merge,
+    MergeDone,
     Output,
     StepDone,
-    StepStats,
     Submit,
     Unload,
+    Unmerge,
 )
+from loraplex_server.engine.reporting import Reporter
 from loraplex_server.engine.request import Request, RequestState
 from loraplex_server.engine.residency import UNLOADED, Residency
 from loraplex_server.engine.runner import ModelRunner
@@ -42,6 +50,7 @@ from loraplex_server.engine.sampler import (
     sample,
 )
 from loraplex_server.engine.scheduler import Limits, Logits, Row, Scheduler
+from loraplex_server.engine.slots import AdapterSlots
 
 log = logging.getLogger(__name__)
 
@@ -66,22 +75,34 @@ class EngineCore:
         limits: Limits | None = None,
         clock: Callable[[], float] = time.monotonic,
         loader: Loader | None = None,
+        merge_policy: MergePolicy | None = None,
     ) -> None:
-        """`clock` gives the seconds that deadlines are in; `loader` defaults to a thread."""
+        """`clock` gives the seconds that deadlines are in; `loader` defaults to threads.
+
+        With a `merge_policy` the engine merges adapters by itself where that pays.
+        """
         self._runner = runner
         self._limits = limits or Limits()
         self._clock = clock
         self._pool = BlockPool(runner.num_blocks, runner.block_size)
         self._scheduler = Scheduler(self._pool, self._limits)
-        self._residency = Residency(runner, loader or ThreadLoader(runner.read_adapter), clock)
+        self._desk = Desk(loader or ThreadLoader(runner))
+        self._slots = AdapterSlots(runner, clock)
+        self._host = HostTier(runner.host_budget_bytes, runner.info.device.startswith("cpu"))
+        automatic = AutoMerge(merge_policy) if merge_policy is not None else None
+        self._merging = Merging(runner, self._slots, self._host, self._desk, clock, automatic)
+        self._residency = Residency(
+            runner, self._slots, self._host, self._desk, self._merging, clock
+        )
+        self._reporter = Reporter(
+            self._scheduler, self._residency, self._host, self._merging, clock
+        )
         self._requests: dict[int, Request] = {}
         self._deadlines: list[tuple[float, int]] = []
         self._outputs: list[Output] = []
         self._arrivals = 0
         self._steps = 0
         self._faults = 0
-        self._sent_version = 0
-        self._sent_held = (0, 0)
         self._stirred = False
         self.broken = False
 
@@ -123,22 +144,27 @@ class EngineCore:
         if request is not None:
             self._end(request)
 
-    def control(self, message: Load | Unload) -> None:
+    def control(self, message: Control) -> None:
         """Takes an order about an adapter; answered among `replies`."""
         self._stirred = True
-        if isinstance(message, Load):
-            self._residency.load(message)
-            return
-        self._residency.unload(message)
-        if message.force:
-            for request in list(self._requests.values()):
-                if any(ref.digest == message.digest for ref in request.submit.adapters):
-                    self._end(request, UNLOADED)
+        match message:
+            case Unload():
+                self._residency.unload(message)
+                if message.force:
+                    self._evacuate(message.digest, waiting=True)
+            case Unmerge():
+                self._merging.unmerge(message)
+            case Merge():
+                self._merging.order(message)
+                self._residency.order(message)
+            case _:
+                self._residency.order(message)
 
-    def replies(self) -> list[ControlDone | LoadDone]:
-        """Takes out what control orders and adapter loads have come to since the last call."""
-        replies, self._residency.replies = self._residency.replies, []
-        return replies
+    def replies(self) -> list[ControlDone | LoadDone | MergeDone]:
+        """Takes out what control orders, loads and merges have come to since the last call."""
+        loads, self._residency.replies = self._residency.replies, []
+        merges, self._merging.replies = self._merging.replies, []
+        return [*loads, *merges]
 
     # the step
 
@@ -154,22 +180,27 @@ class EngineCore:
             logits = self._compute(rows)
             if logits is not None:
                 self._commit(rows, logits)
-        return self._report(rows, begun)
+        outputs, self._outputs = self._outputs, []
+        return self._reporter.report(rows, outputs, self._requests.values(), self._steps, begun)
 
     @property
     def idle(self) -> bool:
         """Whether nobody waits for anything."""
-        return not self._requests and not self._outputs and self._residency.is_idle
+        waits = self._requests or self._outputs
+        return not waits and self._residency.is_idle and self._merging.is_idle
 
     def wait_seconds(self) -> float | None:
         """How long `step` has nothing to do, if no command comes and no read ends; None: ever."""
         if self._stirred or self._outputs or self._scheduler.running or self._scheduler.queue:
             return 0.0
+        if self._residency.has_more or self._merging.has_more:
+            return 0.0
         while self._deadlines and self._deadlines[0][1] not in self._requests:
             heapq.heappop(self._deadlines)
-        if self._deadlines:
-            return max(0.0, self._deadlines[0][0] - self._clock())
-        return None
+        ends = [self._deadlines[0][0]] if self._deadlines else []
+        if self._residency.unloads.deadline is not None:
+            ends.append(self._residency.unloads.deadline)
+        return max(0.0, min(ends) - self._clock()) if ends else None
 
     def check(self) -> None:
         """Verifies that an idle engine holds nothing. Raises `AssertionError`."""
@@ -179,6 +210,7 @@ class EngineCore:
         assert not self._scheduler.queue, "a request was left in the queue"
         assert not self._scheduler.running, "a request was left running"
         self._residency.check()
+        self._merging.check()
 
     def _expire(self, now: float) -> None:
         while self._deadlines and self._deadlines[0][0] <= now:
@@ -186,8 +218,27 @@ class EngineCore:
             request = self._requests.get(request_id)
             if request is not None and request.submit.deadline == deadline:
                 self._end(request, EXPIRED)
+        for digest in self._residency.unloads.overdue(now):
+            # Who waits for it now waits for its next load, unless this one is not even done.
+            waiting = digest not in self._slots.residents
+            if waiting:
+                self._residency.refuse_orders(digest)
+            self._evacuate(digest, waiting)
+
+    def _evacuate(self, digest: str, waiting: bool) -> None:
+        """Ends the requests that use an adapter, and those that wait for it if `waiting`."""
+        for request in list(self._requests.values()):
+            named = any(ref.digest == digest for ref in request.submit.adapters)
+            if named and (request.pins or waiting):
+                self._end(request, UNLOADED)
 
     def _settle(self) -> None:
+        """Takes in what the loader has done; puts at most one thing of it on the device."""
+        for result in self._desk.finished():
+            if isinstance(result, ReadResult):
+                self._residency.take(result)
+            else:
+                self._merging.take(result)
         settled = self._residency.settle()
         for request in settled.granted:
             self._scheduler.enqueue(request)
@@ -195,20 +246,43 @@ class EngineCore:
             request.state = RequestState.DONE
             del self._requests[request.id]
             self._outputs.append(Output(id=request.id, error=failure))
+        self._merging.begin()
+        if not self._residency.published:
+            self._merging.publish()
 
     def _compute(self, rows: Sequence[Row]) -> Floats | None:
         """The pass. A failed one costs the requests that were in it, and no others."""
+        batch = lay_out(rows)
+        begun = self._clock()
         try:
-            logits: Floats = np.asarray(self._runner.forward(lay_out(rows)))
+            reach("engine.before_step")
+            logits: Floats = np.asarray(self._runner.forward(batch))
         except Exception:
-            log.exception("a forward pass failed; its %d requests fail", len(rows))
-            self._faults += 1
-            self.broken = self._faults >= MAX_FAULTS
-            for row in rows:
-                self._end(row.request, FAULT)
+            self._fault(rows, "a forward pass failed; its %d requests fail")
             return None
         self._faults = 0
+        self._watch(rows, self._clock() - begun)
         return logits
+
+    def _fault(self, rows: Sequence[Row], text: str) -> None:
+        log.exception(text, len(rows))
+        self._faults += 1
+        self.broken = self._faults >= MAX_FAULTS
+        for row in rows:
+            self._end(row.request, FAULT)
+
+    def _watch(self, rows: Sequence[Row], seconds: float) -> None:
+        """Shows the pass to the automatic mode of merging, if there is one."""
+        if not self._merging.is_automatic:
+            return
+        alone = Counter(
+            row.request.pins[0].digest
+            for row in rows
+            if len(row.request.mix) == 1 and row.request.mix[0][1] == 1.0
+        )
+        tokens = sum(row.count for row in rows)
+        quiet = self._desk.is_quiet and not self._residency.published
+        self._merging.observe(alone, len(rows), tokens, seconds, quiet)
 
     def _commit(self, rows: Sequence[Row], logits: Floats) -> None:
         """Books what was computed, and gives each row that is due its next token."""
@@ -226,7 +300,12 @@ class EngineCore:
         if not due:
             return
         picked = logits if len(lines) == len(logits) else logits[lines]
-        tokens = sample(picked, [row.request.draw for row in due])
+        try:
+            tokens = sample(picked, [row.request.draw for row in due])
+            reach("engine.after_sample")
+        except Exception:
+            self._fault(due, "sampling failed; its %d requests fail")
+            return
         for row, line, token in zip(due, picked, tokens, strict=True):
             self._give(row.request, token, line)
 
@@ -285,37 +364,3 @@ class EngineCore:
         self._stirred = True
         if failure is not None:
             self._outputs.append(Output(id=request.id, error=failure))
-
-    def _report(self, rows: Sequence[Row], begun: float) -> StepDone | None:
-        version = self._residency.version
-        changed = version != self._sent_version
-        held = (len(self._requests), self._pool.used)
-        # An abort brings no output, but its blocks are free now, and the front's gauges must know.
-        if not (rows or self._outputs or changed or held != self._sent_held):
-            return None
-        self._sent_held = held
-        self._sent_version = version
-        outputs, self._outputs = self._outputs, []
-        table = self._residency.table() if changed else None
-        return StepDone(outputs, self._stats(rows, begun), table)
-
-    def _stats(self, rows: Sequence[Row], begun: float) -> StepStats:
-        decodes = sum(row.count == 1 for row in rows)
-        mixes = [row.request.mix for row in rows]
-        waiting = [r for r in self._requests.values() if r.state is not RequestState.RUNNING]
-        return StepStats(
-            step=self._steps,
-            step_seconds=self._clock() - begun,
-            decode_rows=decodes,
-            prefill_tokens=sum(row.count for row in rows) - decodes,
-            distinct_adapters=len({slot for mix in mixes for slot, _ in mix}),
-            base_rows=sum(not mix for mix in mixes),
-            running=len(self._scheduler.running),
-            waiting=len(waiting),
-            waiting_tokens=sum(len(r.tokens) for r in waiting),
-            free_blocks=self._pool.free,
-            used_blocks=self._pool.used,
-            preemptions=self._scheduler.preemptions,
-            adapter_bytes=self._residency.slots.nbytes,
-            evictions=self._residency.evictions,
-        )

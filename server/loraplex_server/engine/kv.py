@@ -1,7 +1,7 @@
 """KV blocks: which are free, and who may take them. The memory itself belongs to the runner.
 
-A block has exactly one owner at a time: the pool, or the one request whose table names it. So every
-block is free or used, never both and never neither; `check` says whether that still holds.
+A block has exactly one owner at a time: the pool, or the one request or adapter that reserved it.
+So every block is free or used, never both and never neither; `check` says whether that still holds.
 """
 
 from __future__ import annotations
@@ -14,14 +14,18 @@ class OutOfBlocks(Exception):
 
 
 class BlockPool:
-    """`num_blocks` blocks of `block_size` tokens each."""
+    """`num_blocks` blocks of `block_size` tokens each, numbered from `first` on.
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
-        if num_blocks < 1 or block_size < 1:
+    The cache proper begins at 0 and cannot be empty; a region set aside behind it can.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, first: int = 0) -> None:
+        if (num_blocks < 1 and not first) or block_size < 1:
             raise ValueError("a KV cache needs at least one block of at least one token")
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self._free = list(range(num_blocks - 1, -1, -1))
+        self._first = first
+        self._free = list(range(first + num_blocks - 1, first - 1, -1))
         self._is_used = bytearray(num_blocks)
 
     @property
@@ -31,7 +35,7 @@ class BlockPool:
 
     @property
     def used(self) -> int:
-        """Blocks that requests own."""
+        """Blocks that have an owner."""
         return self.num_blocks - len(self._free)
 
     def blocks_for(self, tokens: int) -> int:
@@ -44,18 +48,19 @@ class BlockPool:
             raise OutOfBlocks(f"{count} blocks asked for, {len(self._free)} free")
         taken = [self._free.pop() for _ in range(count)]
         for block in taken:
-            self._is_used[block] = 1
+            self._is_used[block - self._first] = 1
         return taken
 
     def release(self, blocks: Iterable[int]) -> None:
         """Takes blocks back from their owner."""
         for block in blocks:
-            assert self._is_used[block], f"block {block} is free already"
-            self._is_used[block] = 0
+            assert self._is_used[block - self._first], f"block {block} is free already"
+            self._is_used[block - self._first] = 0
             self._free.append(block)
 
     def check(self) -> None:
         """Verifies that every block is either free or used. Raises `AssertionError`."""
         assert len(set(self._free)) == len(self._free), "a block is free twice"
         assert sum(self._is_used) == self.used, "a block was lost"
-        assert not any(self._is_used[block] for block in self._free), "a free block is in use"
+        in_use = (self._is_used[block - self._first] for block in self._free)
+        assert not any(in_use), "a free block is in use"

@@ -17,20 +17,27 @@ def lay_out(rows: Sequence[Row]) -> ForwardBatch:
     np.cumsum(counts, out=starts[1:])
     total = int(starts[-1])
     tokens = np.empty(total, np.int32)
-    first = np.array([row.start for row in rows], np.int32)
+    first = np.array([row.request.prefix.count + row.start for row in rows], np.int32)
     positions = np.arange(total, dtype=np.int32) + np.repeat(first - starts[:-1], counts)
-    tables = np.zeros((len(rows), max(len(row.request.blocks) for row in rows)), np.int32)
+    widths = [len(row.request.prefix.shared) + len(row.request.blocks) for row in rows]
+    tables = np.zeros((len(rows), max(widths)), np.int32)
     mix_starts = [0]
     mix: list[tuple[int, float]] = []
     logit_rows: list[int] = []
+    copies: list[tuple[int, int]] = []
     at = 0
     for index, row in enumerate(rows):
         request, end = row.request, at + row.count
+        prefix = request.prefix
         if row.count == 1:
             tokens[at] = request.tokens[row.start]
         else:
             tokens[at:end] = request.tokens[row.start : row.start + row.count]
-        tables[index, : len(request.blocks)] = request.blocks
+        shared = len(prefix.shared)
+        tables[index, :shared] = prefix.shared
+        tables[index, shared : widths[index]] = request.blocks
+        if row.start == 0 and prefix.tail is not None:
+            copies.append((prefix.tail, request.blocks[0]))
         mix += request.mix
         mix_starts.append(len(mix))
         if row.logits is Logits.ALL:
@@ -48,4 +55,5 @@ def lay_out(rows: Sequence[Row]) -> ForwardBatch:
         mix_slots=np.array([slot for slot, _ in mix], np.int32),
         mix_weights=np.array([weight for _, weight in mix], np.float32),
         logit_rows=np.array(logit_rows, np.int32),
+        copies=np.array(copies, np.int32).reshape(-1, 2),
     )

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from loraplex_adapters.spec import BaseShapes, Limits
-from loraplex_adapters.tensors import load_blob
-from loraplex_model.adapter import PackedAdapter, pack
+from loraplex_adapters.tensors import load
+from loraplex_model.adapter import PackedAdapter, VirtualTokens, pack
 from loraplex_model.batch import ForwardBatch
 from loraplex_model.kernels import build as kernels
 from loraplex_model.load import LoadedBase, load_base
+from loraplex_model.merge import Merged, merged_nbytes
 from loraplex_model.native import NativeDecoder
 from loraplex_model.reference import ReferenceDecoder
 from loraplex_model.weights import BaseWeights
@@ -34,6 +37,34 @@ class RunnerError(Exception):
         self.message = message
 
 
+@dataclass(frozen=True, slots=True)
+class Budgets:
+    """What adapters may take: bytes, and KV cache tokens for virtual tokens.
+
+    `merge_dtype` is what dense copies are kept in.
+    """
+
+    adapter_bytes: int
+    host_bytes: int = 0
+    merge_bytes: int = 0
+    merge_dtype: torch.dtype = torch.float32
+    prefix_blocks: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class HostAdapter:
+    """An adapter in host memory, ready to be published: a `LoadedAdapter`."""
+
+    packed: PackedAdapter
+    virtual_tokens: int
+    merge_nbytes: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in host memory, and on the device."""
+        return self.packed.nbytes
+
+
 class LocalRunner:
     """A `ModelRunner` over one decoder. See the protocol for who may call what when."""
 
@@ -43,19 +74,22 @@ class LocalRunner:
         info: ModelInfo,
         num_blocks: int,
         block_size: int,
-        adapter_budget_bytes: int,
+        budgets: Budgets,
         limits: Limits,
-        weights: BaseWeights,
     ) -> None:
+        """The decoder has `num_blocks` blocks, and `budgets.prefix_blocks` after them."""
         self.info = info
         self.num_blocks = num_blocks
+        self.prefix_blocks = budgets.prefix_blocks
         self.block_size = block_size
         self.num_slots = NUM_SLOTS
-        self.adapter_budget_bytes = adapter_budget_bytes
+        self.adapter_budget_bytes = budgets.adapter_bytes
+        self.host_budget_bytes = budgets.host_bytes
+        self.merge_budget_bytes = budgets.merge_bytes
+        self._merge_dtype = budgets.merge_dtype
         self._decoder = decoder
         self._limits = limits
-        self._config = weights.config
-        self._device = weights.embed.device
+        self._device = decoder.weights.embed.device
         self._shapes = BaseShapes.of(info)
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
@@ -63,18 +97,56 @@ class LocalRunner:
         with torch.inference_mode():
             return self._decoder.forward(batch).to("cpu", torch.float32)
 
-    def read_adapter(self, ref: AdapterRef) -> PackedAdapter:
+    def read_adapter(self, ref: AdapterRef) -> HostAdapter:
         """Reads, verifies and packs an adapter's files. Raises `AdapterError`."""
-        _, factors = load_blob(Path(ref.path), ref.digest, self._shapes, self._limits)
-        return pack(factors, self._config, DTYPES[self.info.dtype], self._device)
+        weights = self._decoder.weights
+        with torch.inference_mode():
+            spec, delta = load(Path(ref.path), ref.digest, self._shapes, weights, self._limits)
+            packed = pack(delta, weights.embed.dtype, pin=self._device.type == "cuda")
+            dense = merged_nbytes(packed.unpack(), weights.config, self._merge_dtype)
+        return HostAdapter(packed, spec.virtual_tokens, dense)
 
-    def publish_adapter(self, slot: int, adapter: PackedAdapter) -> None:
-        """Points the slot to the adapter."""
-        self._decoder.table.publish(slot, adapter)
+    def publish_adapter(self, slot: int, adapter: HostAdapter, blocks: Sequence[int]) -> None:
+        """Points the slot to the adapter; computes its virtual tokens, once, into `blocks`.
+
+        The slot stays free where this raises.
+        """
+        table = self._decoder.table
+        table.publish(slot, adapter.packed.to(self._device))
+        try:
+            self._write_virtual_tokens(slot, adapter.packed.virtual, blocks)
+        except BaseException:
+            table.remove(slot)
+            raise
+
+    def _write_virtual_tokens(
+        self, slot: int, virtual: VirtualTokens | None, blocks: Sequence[int]
+    ) -> None:
+        if virtual is None:
+            return
+        if virtual.keys is not None and virtual.values is not None:
+            self._decoder.write_prefix(blocks, virtual.keys, virtual.values)
+            return
+        first = self.info.vocab_size
+        ids = list(range(first, first + virtual.count))
+        self.forward(ForwardBatch.build([(ids, 0, list(blocks), ((slot, 1.0),))]))
 
     def remove_adapter(self, slot: int) -> None:
-        """Frees the slot and the adapter's memory."""
+        """Frees the slot and the adapter's memory, dense copies included."""
         self._decoder.table.remove(slot)
+
+    def merge_adapter(self, adapter: HostAdapter) -> Merged:
+        """The dense copies of what the adapter changes."""
+        with torch.inference_mode():
+            return self._decoder.merge(adapter.packed, self._merge_dtype)
+
+    def publish_merge(self, slot: int, merged: Merged) -> None:
+        """Lets the rows of the slot use the copies."""
+        self._decoder.table.publish_merge(slot, merged)
+
+    def remove_merge(self, slot: int) -> None:
+        """Drops the copies."""
+        self._decoder.table.remove_merge(slot)
 
 
 def build(
@@ -89,6 +161,11 @@ def build(
     kv_memory: int,
     adapter_memory: int,
     max_rank: int,
+    host_adapter_memory: int = 0,
+    merge_memory: int = 0,
+    merge_dtype: str = "float32",
+    virtual_tokens: int = 0,
+    max_virtual_tokens: int = 0,
 ) -> LocalRunner:
     """Loads the model and sizes the cache; see `Config` for the settings.
 
@@ -103,14 +180,19 @@ def build(
     context = min(max_context or config.max_positions, config.max_positions)
     block_size = CUDA_BLOCK if on.type == "cuda" else CPU_BLOCK
     num_blocks = _num_blocks(weights, block_size, kv_tokens, kv_memory)
-    decoder = _decoder(weights, num_blocks, block_size, context, threads, Path(cache))
+    prefix_blocks = -(-virtual_tokens // block_size)
+    decoder = _decoder(
+        weights, num_blocks + prefix_blocks, block_size, context, threads, Path(cache)
+    )
     # Sampling works on a few rows; threads would only wait for each other there, and for ours.
     if isinstance(decoder, NativeDecoder):
         torch.set_num_threads(1)
     info = _info(base, dtype, on, min(context, num_blocks * block_size), decoder)
-    return LocalRunner(
-        decoder, info, num_blocks, block_size, adapter_memory, Limits(max_rank=max_rank), weights
+    budgets = Budgets(
+        adapter_memory, host_adapter_memory, merge_memory, DTYPES[merge_dtype], prefix_blocks
     )
+    limits = Limits(max_rank=max_rank, max_virtual_tokens=max_virtual_tokens)
+    return LocalRunner(decoder, info, num_blocks, block_size, budgets, limits)
 
 
 def _device(device: str) -> torch.device:
@@ -186,4 +268,8 @@ def _info(
         tokenizer_path=str(base.directory),
         kernels=kernels_used,
         weight_bytes=weights.nbytes,
+        head_dim=config.head_dim,
+        biased=[*("q_proj", "k_proj", "v_proj") * config.qkv_bias, *("o_proj",) * config.o_bias],
+        qk_norm=config.qk_norm,
+        tie_embeddings=config.tie_embeddings,
     )

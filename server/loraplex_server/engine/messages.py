@@ -69,19 +69,59 @@ class Load(msgspec.Struct, frozen=True, tag="load"):
 class Unload(msgspec.Struct, frozen=True, tag="unload"):
     """Take an adapter off the device once its requests have finished; `force` aborts them first.
 
-    Answered by `ControlDone` when the memory is free. Aborted requests end with ADAPTER_UNLOADED.
+    Those that still run at `deadline` (seconds of `time.monotonic()`; None: never) are aborted
+    then. Unpins it and drops it from host memory too. Answered by `ControlDone` when the memory is
+    free. Aborted requests end with ADAPTER_UNLOADED.
     """
 
     op: int
     digest: str
     force: bool = False
+    deadline: float | None = None
+
+
+class Pin(msgspec.Struct, frozen=True, tag="pin"):
+    """Make an adapter resident and keep it so (`pinned`), or let it go when room is needed.
+
+    Answered by `ControlDone`, like `Load`; PIN_BUDGET when the pinned ones would take more than the
+    engine allows.
+    """
+
+    op: int
+    adapter: AdapterRef
+    pinned: bool
+
+
+class Merge(msgspec.Struct, frozen=True, tag="merge"):
+    """Make an adapter resident and give it dense copies of the matrices that it changes.
+
+    Answered by `ControlDone` when its rows use them; MERGE_BUDGET when there is no room for them,
+    MERGE_UNSUPPORTED when it changes no matrix, PIN_BUDGET as for `Pin`: it is held on the device
+    until it is unmerged or unloaded.
+    """
+
+    op: int
+    adapter: AdapterRef
+
+
+class Unmerge(msgspec.Struct, frozen=True, tag="unmerge"):
+    """Drop an adapter's dense copies, after the merges of it that were ordered before.
+
+    Answered by `ControlDone`; no error if there are none.
+    """
+
+    op: int
+    digest: str
 
 
 class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
     """End the engine process now. The front drains before it sends this."""
 
 
-ToEngine = Submit | Abort | Load | Unload | Shutdown
+Control = Load | Unload | Pin | Merge | Unmerge
+"""Orders about adapters."""
+
+ToEngine = Submit | Abort | Load | Unload | Pin | Merge | Unmerge | Shutdown
 
 # engine -> front
 
@@ -89,7 +129,8 @@ ToEngine = Submit | Abort | Load | Unload | Shutdown
 class ModelInfo(msgspec.Struct, frozen=True):
     """What the front needs to know of the base model to tokenise and to validate adapters.
 
-    `projections` maps a module name ("q_proj", ...) to its (in_features, out_features).
+    `projections` maps a module name ("q_proj", ...) to its (in_features, out_features); `biased`
+    are those with a bias.
     """
 
     name: str
@@ -105,6 +146,10 @@ class ModelInfo(msgspec.Struct, frozen=True):
     projections: dict[str, tuple[int, int]]
     tokenizer_path: str
     kernels: str
+    head_dim: int
+    biased: list[str]
+    qk_norm: bool
+    tie_embeddings: bool
     weight_bytes: int
 
 
@@ -115,6 +160,10 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
     num_blocks: int
     block_size: int
     adapter_budget_bytes: int
+    host_budget_bytes: int = 0
+    merge_budget_bytes: int = 0
+    prefix_blocks: int = 0
+    """KV blocks beyond `num_blocks`, set aside for adapters' virtual tokens."""
 
 
 class Fatal(msgspec.Struct, frozen=True, tag="fatal"):
@@ -157,15 +206,28 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     error: Failure | None = None
 
 
-class AdapterStatus(msgspec.Struct, frozen=True):
-    """An adapter the engine knows of: state is "loading", "resident" or "draining"."""
+class AdapterStatus(msgspec.Struct, frozen=True, omit_defaults=True):
+    """An adapter the engine knows of.
+
+    `state` is "host" (packed, in host memory), "loading" (on its way to the device), "resident" or
+    "draining". Times are seconds; `last_used` is of `time.monotonic()`, 0 if never.
+    """
 
     digest: str
     state: str
     bytes: int
+    """On the device; 0 unless it is there."""
     refs: int
     path: str = ""
     """Where its files lie, so that it can be loaded again into a new engine."""
+    host_bytes: int = 0
+    merged_bytes: int = 0
+    """Of its dense copies; 0 unless merged."""
+    prefix_blocks: int = 0
+    pinned: bool = False
+    last_used: float = 0.0
+    load_seconds: float = 0.0
+    """How long its last load took, from the store or from host memory."""
 
 
 class StepStats(msgspec.Struct, frozen=True):
@@ -187,6 +249,18 @@ class StepStats(msgspec.Struct, frozen=True):
     adapter_bytes: int
     evictions: int
     """Counted since the engine started."""
+    host_bytes: int = 0
+    merged_bytes: int = 0
+    prefix_blocks: int = 0
+    """In use, of those set aside for virtual tokens."""
+    merged_rows: int = 0
+    """Rows of this step that used dense copies."""
+    host_evictions: int = 0
+    """Adapters pushed out of host memory, since the engine started."""
+    prefetches: int = 0
+    """Adapters read into host memory ahead of their turn, since the engine started."""
+    prefetch_hits: int = 0
+    """Those of them that were wanted then."""
 
 
 class StepDone(msgspec.Struct, frozen=True, tag="step"):
@@ -199,18 +273,39 @@ class StepDone(msgspec.Struct, frozen=True, tag="step"):
 
 
 class LoadDone(msgspec.Struct, frozen=True, tag="load_done"):
-    """An adapter load ended, asked for by `Load` or by a request that needed it (for metrics)."""
+    """An adapter load ended, whoever asked for it (for metrics).
+
+    `tier` is where it came from: "disk" or "host".
+    """
 
     digest: str
     seconds: float
     error: Failure | None = None
+    tier: str = "disk"
+
+
+class MergeDone(msgspec.Struct, frozen=True, tag="merge_done"):
+    """An adapter was merged or unmerged, by order or by the engine itself (for metrics).
+
+    `automatic` ones come with the measurement that decided: seconds of a pass like those before,
+    unmerged and merged (0 where not measured). They tell of a merge when it is kept, and of every
+    end of one, a try that was not kept among them.
+    """
+
+    digest: str
+    merged: bool
+    seconds: float
+    automatic: bool = False
+    unmerged_step_seconds: float = 0.0
+    merged_step_seconds: float = 0.0
+    error: Failure | None = None
 
 
 class ControlDone(msgspec.Struct, frozen=True, tag="done"):
-    """The answer to `Load` or `Unload`."""
+    """The answer to a `Control`."""
 
     op: int
     error: Failure | None = None
 
 
-FromEngine = Hello | Fatal | StepDone | LoadDone | ControlDone
+FromEngine = Hello | Fatal | StepDone | LoadDone | MergeDone | ControlDone

@@ -1,8 +1,9 @@
 """The engine process: `python -m loraplex_server.engine.process CONFIG`.
 
-CONFIG is a JSON object: `factory` ("module:function", which builds the runner), its `kwargs`, and
-`limits` (see `Limits`). The socket to the front is an inherited descriptor that the environment
-names. The engine lives as long as the front's end of that socket is open, and not a moment longer.
+CONFIG is a JSON object: `factory` ("module:function", which builds the runner), its `kwargs`,
+`limits` (see `Limits`), and `merge_auto`, whether the engine merges adapters by itself. The socket
+to the front is an inherited descriptor that the environment names. The engine lives as long as the
+front's end of that socket is open, and not a moment longer.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import cast
 import msgspec
 
 from loraplex_server.engine import wire
+from loraplex_server.engine.auto_merge import MergePolicy
 from loraplex_server.engine.core import EngineCore
 from loraplex_server.engine.loader import ThreadLoader
 from loraplex_server.engine.messages import (
@@ -30,10 +32,13 @@ from loraplex_server.engine.messages import (
     FromEngine,
     Hello,
     Load,
+    Merge,
+    Pin,
     Shutdown,
     Submit,
     ToEngine,
     Unload,
+    Unmerge,
 )
 from loraplex_server.engine.runner import ModelRunner
 from loraplex_server.engine.scheduler import Limits
@@ -43,6 +48,10 @@ log = logging.getLogger(__name__)
 EXIT_START_FAILED = 3
 EXIT_BROKEN = 4
 EXIT_BAD_FRAME = 5
+
+SWITCH_SECONDS = 5e-4
+"""How long the loop may have to wait for the interpreter while a loader thread computes in Python.
+The default, 5 ms, would come several times in a step."""
 
 Inbox = queue.SimpleQueue[ToEngine | None]
 """Messages from the front; None only wakes the loop, because an adapter was read."""
@@ -54,6 +63,7 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     factory: str = "loraplex_server.engine.local_runner:build"
     kwargs: dict[str, object] = {}
     limits: dict[str, int] = {}
+    merge_auto: bool = False
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,15 +83,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         settings = msgspec.json.decode(config, type=EngineConfig)
         limits = Limits(**settings.limits)
         runner = _build(settings)
-        loader = ThreadLoader(runner.read_adapter, wake=lambda: inbox.put(None))
-        core = EngineCore(runner, limits, loader=loader)
+        loader = ThreadLoader(runner, wake=lambda: inbox.put(None))
+        policy = MergePolicy() if settings.merge_auto else None
+        core = EngineCore(runner, limits, loader=loader, merge_policy=policy)
     except Exception as error:
         log.exception("the engine cannot start")
         _send(front, [_fatal(error)])
         return EXIT_START_FAILED
-    budget = runner.adapter_budget_bytes
-    _send(front, [Hello(runner.info, runner.num_blocks, runner.block_size, budget)])
+    _send(front, [_hello(runner)])
     gc.collect()
+    sys.setswitchinterval(SWITCH_SECONDS)
     gc.freeze()  # the model's objects live for ever; no collection need look at them again
     return serve(core, inbox, front)
 
@@ -95,7 +106,7 @@ def serve(core: EngineCore, inbox: Inbox, front: socket.socket) -> int:
                     core.add(message)
                 case Abort():
                     core.abort(message.id)
-                case Load() | Unload():
+                case Load() | Unload() | Pin() | Merge() | Unmerge():
                     core.control(message)
                 case Shutdown():
                     return 0
@@ -152,6 +163,18 @@ def _send(front: socket.socket, messages: Sequence[FromEngine]) -> None:
 def _build(settings: EngineConfig) -> ModelRunner:
     module, _, function = settings.factory.partition(":")
     return cast(ModelRunner, getattr(importlib.import_module(module), function)(**settings.kwargs))
+
+
+def _hello(runner: ModelRunner) -> Hello:
+    return Hello(
+        model=runner.info,
+        num_blocks=runner.num_blocks,
+        block_size=runner.block_size,
+        adapter_budget_bytes=runner.adapter_budget_bytes,
+        host_budget_bytes=runner.host_budget_bytes,
+        merge_budget_bytes=runner.merge_budget_bytes,
+        prefix_blocks=runner.prefix_blocks,
+    )
 
 
 def _fatal(error: Exception) -> Fatal:

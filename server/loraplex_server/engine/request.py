@@ -7,6 +7,7 @@ scheduler), adapter pins (by the residency), and its place in a queue (by whiche
 from __future__ import annotations
 
 from array import array
+from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,34 @@ class RequestState(Enum):
     """Has had its last output; holds nothing."""
 
 
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """The virtual tokens that an adapter puts before a prompt, as they lie in the KV cache.
+
+    The blocks belong to the adapter and are only read. The last one, if it is part full, is copied
+    into the request's own first block, where the request's tokens go on.
+
+    Attributes:
+        count: virtual tokens; the request's own stand at positions `count`, `count + 1`, ...
+        shared: the full blocks, with which its block table begins.
+        rest: tokens in the part-full block `tail`; 0 and None if there is none.
+    """
+
+    count: int = 0
+    shared: tuple[int, ...] = ()
+    rest: int = 0
+    tail: int | None = None
+
+    @staticmethod
+    def of(count: int, blocks: tuple[int, ...], block_size: int) -> Prefix:
+        """The prefix of `count` tokens in `blocks`."""
+        full, rest = divmod(count, block_size)
+        return Prefix(count, blocks[:full], rest, blocks[full] if rest else None)
+
+
+NO_PREFIX = Prefix()
+
+
 class Request:
     """The state of one request.
 
@@ -40,6 +69,7 @@ class Request:
         scored: how many prompt tokens have had their log-probability taken, the first one counted
             (it has none); never falls, so nothing is reported twice.
         blocks: the KV blocks it owns, in the order of its tokens (int32).
+        prefix: the virtual tokens before its own, set while it holds pins.
         mix: `(slot, weight)` pairs, set while it holds pins.
         order: sorts before whatever must be served later: by priority, then by arrival.
         draw: the sampling parameters at work.
@@ -54,6 +84,7 @@ class Request:
         "mix",
         "order",
         "pins",
+        "prefix",
         "prompt_len",
         "prompt_logprobs",
         "queue_seconds",
@@ -74,6 +105,7 @@ class Request:
         self.scored = 1
         self.prompt_logprobs: list[Logprobs] = []
         self.blocks = array("i")
+        self.prefix = NO_PREFIX
         self.pins: tuple[Pin, ...] = ()
         self.mix: tuple[tuple[int, float], ...] = ()
         self.order = (-submit.priority, arrival)
@@ -94,13 +126,18 @@ class Request:
         return len(self.tokens) - self.computed
 
     @property
+    def in_own_blocks(self) -> int:
+        """Tokens that its own blocks must hold now, with the part-full block's virtual ones."""
+        return self.prefix.rest + len(self.tokens)
+
+    @property
     def wants_prompt_logits(self) -> bool:
         """Whether prompt log-probabilities are still to be taken."""
         return self.submit.prompt_logprobs is not None and self.scored < self.prompt_len
 
     @property
     def most_tokens(self) -> int:
-        """Tokens it can ever hold in the KV cache: the last one generated is never computed."""
+        """Tokens of its own that the KV cache can ever hold for it: the last is never computed."""
         return self.prompt_len + self.submit.max_new_tokens - 1
 
     def append(self, token: int) -> None:

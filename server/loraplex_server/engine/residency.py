@@ -3,21 +3,28 @@
 A request that names adapters *wants* them: it is granted all of them at once, as pins, in the step
 in which the last one is there. Holding some while waiting for others is never allowed, so two mixes
 cannot block each other. Wants are granted in any order in which their adapters happen to be there,
-but files are read and room is made for one want at a time, the oldest: its adapters are not evicted
-before it has them all. If the room is held by adapters in use, the least recently used of them are
-closed to later wants until they are free. So every want is met as long as running requests end.
+but room is made for one want at a time, the oldest: its adapters are not evicted before it has them
+all. If the room is held by adapters in use, the first of them in the order of eviction are closed
+to later wants until they are free. So every want is met as long as running requests end.
 
-An adapter is read before anything is evicted for it: a bad one costs nobody but those who wait for
-it. Unloading closes the adapter, waits for its pins, frees it; whoever wants it meanwhile waits and
-has it loaded again.
+An adapter comes from host memory if it is there, else from its files, and is in hand before
+anything is evicted for it: a bad one costs nobody but those who wait for it. Meanwhile the files of
+later wants are read ahead. At most one adapter is put on the device in a step, so that a burst of
+loads costs running requests one publication per step and no more.
+
+Unloading closes the adapter, waits for its pins, frees it; whoever wants it meanwhile waits and has
+it loaded again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
-from loraplex_server.engine.loader import Loader, failure_of
+from loraplex_server.engine.admission import prefix_refusal
+from loraplex_server.engine.fetching import Fetching, Staged
+from loraplex_server.engine.host_tier import HostTier
+from loraplex_server.engine.loader import Desk, ReadResult, failure_of
+from loraplex_server.engine.merging import Merging
 from loraplex_server.engine.messages import (
     AdapterRef,
     AdapterStatus,
@@ -25,253 +32,261 @@ from loraplex_server.engine.messages import (
     Failure,
     Load,
     LoadDone,
+    Merge,
+    Pin,
     Unload,
 )
-from loraplex_server.engine.request import Request
+from loraplex_server.engine.request import NO_PREFIX, Request
 from loraplex_server.engine.runner import LoadedAdapter, ModelRunner
-from loraplex_server.engine.slots import AdapterSlots, Pin
+from loraplex_server.engine.slots import AdapterSlots, Resident
+from loraplex_server.engine.table import statuses
+from loraplex_server.engine.unloads import Unloads
+from loraplex_server.engine.wants import Order, Settled, Want, Wants
 
-UNLOADED = Failure("ADAPTER_UNLOADED", "the adapter was unloaded while the request was using it")
+UNLOADED = Failure("ADAPTER_UNLOADED", "the adapter was unloaded while it was in use or on its way")
 
-MIX_TOO_LARGE = Failure(
-    "ADAPTER_TOO_LARGE", "the adapters of the mix do not fit on the device together"
+TOGETHER = Failure(
+    "ADAPTER_TOO_LARGE",
+    "the adapters of the request do not fit on the device together, beside those held there",
 )
 
-
-@dataclass(slots=True, eq=False)
-class Want:
-    """Adapters that are needed together, by a request or by a `Load` (its `op`)."""
-
-    refs: dict[str, AdapterRef]
-    request: Request | None = None
-    op: int = 0
-
-
-@dataclass(slots=True)
-class Settled:
-    """What a call of `settle` brought: who has its adapters now, and who never will."""
-
-    granted: list[Request] = field(default_factory=list)
-    refused: list[tuple[Request, Failure]] = field(default_factory=list)
+PIN_BUDGET = Failure(
+    "PIN_BUDGET", "pinned and merged adapters may take half of the device's adapter memory"
+)
 
 
 class Residency:
-    """The slots, the wants, and the one adapter that is being read or waits for room.
+    """The wants, and the way of adapters onto the device and off it.
 
     Attributes:
-        replies: answers to `Load` and `Unload`, and `LoadDone`s; the owner takes them out.
+        unloads: the orders to unload that wait.
+        replies: answers to orders, and `LoadDone`s; the owner takes them out.
         evictions: adapters that made room for others, counted since the start.
-        version: grows whenever `table` changes.
+        version: grows whenever `table` changes by more than references and uses.
+        uses: grows whenever these change.
+        published: whether the last `settle` has put an adapter on the device.
+        has_more: whether it stopped there, though it could have gone on.
     """
 
-    def __init__(self, runner: ModelRunner, loader: Loader, clock: Callable[[], float]) -> None:
-        self.slots = AdapterSlots(runner)
-        self._loader = loader
+    def __init__(
+        self,
+        runner: ModelRunner,
+        slots: AdapterSlots,
+        host: HostTier,
+        desk: Desk,
+        merging: Merging,
+        clock: Callable[[], float],
+    ) -> None:
+        self._runner = runner
+        self.slots = slots
+        self._host = host
+        self._merging = merging
         self._clock = clock
-        self._wants: dict[int, Want] = {}
-        self._next_want = 0
-        self._by_request: dict[int, int] = {}
-        self._reading: AdapterRef | None = None
-        self._read_since = 0.0
-        self._read: tuple[AdapterRef, LoadedAdapter] | None = None
+        self.fetching = Fetching(host, desk)
+        self._wants = Wants(slots.residents)
         self._closed: set[str] = set()
-        self._unloads: dict[str, list[int]] = {}
+        self.unloads = Unloads()
+        self._settled = Settled()
         self.replies: list[ControlDone | LoadDone] = []
         self.evictions = 0
         self.version = 0
+        self.uses = 0
+        self.published = False
+        self.has_more = False
 
     # what is asked for
 
     def want(self, request: Request) -> None:
         """Queues a request for its adapters; `settle` grants or refuses it."""
         refs = {ref.digest: ref for ref in request.submit.adapters}
-        self._by_request[request.id] = self._add(Want(refs, request))
+        self._wants.add(Want(refs, request))
 
     def forget(self, request: Request) -> None:
         """Drops a request's want."""
-        del self._wants[self._by_request.pop(request.id)]
+        self._wants.forget(request)
 
     def release(self, request: Request) -> None:
         """Takes back a request's pins."""
         for pin in request.pins:
             self.slots.unpin(pin)
         if request.pins:
-            self.version += 1
+            self.uses += 1
         request.pins = ()
         request.mix = ()
+        request.prefix = NO_PREFIX
 
-    def load(self, message: Load) -> None:
+    def order(self, order: Order) -> None:
         """Wants an adapter for nobody; answered when it is there or has failed."""
-        self._add(Want({message.adapter.digest: message.adapter}, op=message.op))
+        if isinstance(order, Pin) and not order.pinned:
+            self._unpin(order.adapter.digest)
+            self.replies.append(ControlDone(order.op))
+            return
+        self._wants.add(Want({order.adapter.digest: order.adapter}, order=order))
 
     def unload(self, message: Unload) -> None:
         """Closes an adapter; answered when it is gone. With `force` the owner ends its requests."""
         digest = message.digest
+        self._unpin(digest)
         if message.force:
-            self._refuse_loads(digest, UNLOADED)
+            self.refuse_orders(digest)
         if digest in self.slots.residents:
             self.slots.residents[digest].draining = True
-        elif not self._is_coming(digest) or message.force:
+        elif not self.fetching.is_coming(digest) or message.force:
+            self.fetching.forget(digest)
+            self.version += 1
             self.replies.append(ControlDone(message.op))
             return
-        self._unloads.setdefault(digest, []).append(message.op)
+        self.unloads.add(message)
         self.version += 1
 
-    @property
-    def waiting(self) -> int:
-        """Requests that wait for adapters."""
-        return len(self._by_request)
+    def refuse_orders(self, digest: str) -> None:
+        """Answers the orders that wait for an adapter: it was unloaded."""
+        for key, want in self._wants.of(digest):
+            if want.request is None:
+                self._refuse(key, UNLOADED)
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing is wanted, read, waiting to leave, or left to be answered."""
-        return not (self._wants or self._reading or self._unloads or self.replies)
-
-    @property
-    def needs_settling(self) -> bool:
-        """Whether `settle` may have something to do before a read ends or a request finishes."""
-        return bool(self._wants or self._unloads or self._reading or self._read)
+        """Whether nothing is wanted, on its way, waiting to leave, or left to be answered."""
+        return not (self._wants or self.unloads or self.replies) and self.fetching.is_idle
 
     # what comes of it
 
+    def take(self, result: ReadResult) -> None:
+        """Takes in what came of reading an adapter."""
+        digest = result.ref.digest
+        may_keep = self.fetching.ended(result)
+        self.version += 1
+        if result.adapter is None:
+            assert result.failure is not None
+            self._fail(result.ref, result.failure, result.seconds)
+        elif digest in self._wants.turn and self.fetching.staged is None:
+            self.fetching.stage(result)
+        elif digest in self.unloads:
+            self._answer_unloads(digest)
+        elif may_keep or self._wants.of(digest):
+            self.fetching.keep(result, self._wants.digests)
+
     def settle(self) -> Settled:
         """Brings wants and adapters together, as far as it goes now. Called between steps."""
-        settled = Settled()
-        if not self.needs_settling:
-            return settled
-        self._take_read(settled)
-        while True:
-            self._drain()
-            self._grant(settled)
-            if not self._advance(settled):
-                return settled
+        self.published = self.has_more = False
+        if self._wants or self.unloads or not self.fetching.is_idle:
+            while True:
+                self._drain()
+                self._grant()
+                if not self._advance():
+                    break
+            self._read_on()
+        settled, self._settled = self._settled, Settled()
+        return settled
 
     def table(self) -> list[AdapterStatus]:
-        """Every adapter that is coming, there, or leaving."""
-        rows = [
-            AdapterStatus(
-                r.digest, "draining" if r.draining else "resident", r.nbytes, r.refs, r.path
-            )
-            for r in self.slots.residents.values()
-        ]
-        coming = self._reading or (self._read[0] if self._read else None)
-        if coming is not None and coming.digest not in self.slots.residents:
-            nbytes = self._read[1].nbytes if self._read else 0
-            rows.append(AdapterStatus(coming.digest, "loading", nbytes, 0, coming.path))
-        return rows
+        """Every adapter that is in host memory, coming, there, or leaving."""
+        return statuses(self.slots, self._host, self.fetching)
 
     def check(self) -> None:
         """Verifies, when idle, that nobody holds anything. Raises `AssertionError`."""
         self.slots.check()
-        assert not self._by_request, "a request waits for an adapter after its end"
+        self._host.check()
+        assert not self._wants.requests, "a request waits for an adapter after its end"
         assert all(r.refs == 0 for r in self.slots.residents.values()), "a pin was leaked"
 
     # one step of settling
 
-    def _take_read(self, settled: Settled) -> None:
-        result = self._loader.poll() if self._reading is not None else None
-        if result is None:
-            return
-        self._reading = None
-        self.version += 1
-        if result.adapter is None:
-            assert result.failure is not None
-            self._fail(result.ref, result.failure, settled)
-        elif any(True for _ in self._wanting(result.ref.digest)):
-            self._read = (result.ref, result.adapter)
-        else:
-            self._answer_unloads(result.ref.digest)
-
     def _drain(self) -> None:
         for resident in [r for r in self.slots.residents.values() if r.draining and not r.refs]:
-            self.slots.evict(resident.digest)
+            self._remove(resident, evicted=False)
             self._answer_unloads(resident.digest)
-            self.version += 1
 
-    def _grant(self, settled: Settled) -> None:
+    def _grant(self) -> None:
         """Grants every want whose adapters are all there and open to it."""
-        head = self._head()
-        for key, want in list(self._wants.items()):
+        head = self._wants.head
+        for key, want in self._wants.items():
             if not all(self._is_open(digest, key, head) for digest in want.refs):
                 continue
-            del self._wants[key]
-            if want.request is None:
-                self.replies.append(ControlDone(want.op))
+            residents = [self.slots.residents[digest] for digest in want.refs]
+            failure = self._unfit(want, max(resident.prefix.count for resident in residents))
+            if failure is not None:
+                self._refuse(key, failure)
                 continue
-            del self._by_request[want.request.id]
-            self._pin(want.request)
-            settled.granted.append(want.request)
-            self.version += 1
+            self._wants.pop(key)
+            if want.request is not None:
+                self._pin(want.request)
+                self._settled.granted.append(want.request)
+            elif want.order is not None:
+                self._fulfil(want.order, residents[0])
 
-    def _advance(self, settled: Settled) -> bool:
+    def _advance(self) -> bool:
         """Moves the oldest open want on; True if there may be more to do at once."""
         closed, self._closed = self._closed, set()
-        head = self._head()
+        head = self._wants.head
         if head is None:
-            self._drop_read()
+            self._put_back()
             return bool(closed)
-        refs = self._wants[head].refs
-        missing = [ref for digest, ref in refs.items() if digest not in self.slots.residents]
+        missing = self._wants.turn
         if not missing:
             return True  # it was kept out for an older want that is gone now
-        if self._read is not None and self._read[0].digest not in {ref.digest for ref in missing}:
-            self._drop_read()
-        if self._read is not None and self._publish(head, settled):
-            return True
-        if self._read is None and self._reading is None:
-            self._reading = missing[0]
-            self._read_since = self._clock()
-            self._loader.start(missing[0])
+        staged = self.fetching.staged
+        if staged is not None and staged.ref.digest not in missing:
+            self._put_back()
+        if self.fetching.staged is None and self.fetching.take_in_hand(missing.values()):
             self.version += 1
+        if self.fetching.staged is not None and self._publish(head, self.fetching.staged):
+            return True
         return bool(closed - self._closed)
 
-    def _publish(self, head: int, settled: Settled) -> bool:
-        """Puts what was read on the device, if there is or can be room; False if it has to wait."""
-        assert self._read is not None
-        ref, adapter = self._read
-        wanted = self._wants[head].refs.keys()
-        victims = self.slots.victims(adapter.nbytes, keep=wanted)
-        if victims is None and adapter.nbytes > self.slots.budget:
-            self._read = None
-            self._fail(ref, self._too_large(adapter.nbytes), settled)
+    def _publish(self, head: int, staged: Staged) -> bool:
+        """Puts what is in hand on the device, if there is or can be room; False if it must wait."""
+        ref, adapter = staged.ref, staged.adapter
+        if self._refuse_unfit(ref.digest, adapter):
             return True
+        if not self.slots.fits_alone(adapter):
+            self._drop_staged(ref.digest)
+            self._fail(ref, self._too_large(adapter), staged.read_seconds)
+            return True
+        victims = self.slots.victims(adapter, keep=self._wants[head].refs.keys())
         if victims is None:
-            self._refuse(head, MIX_TOO_LARGE, settled)
+            self._refuse(head, TOGETHER)
             return True
-        if any(victim.refs for victim in victims):
+        if self.published or any(victim.refs for victim in victims):
+            # Who has to go lets nobody in until then, or room would never be there.
             self._closed = {victim.digest for victim in victims}
+            self.has_more = not any(victim.refs for victim in victims)
             return False
         for victim in victims:
-            self.slots.evict(victim.digest)
-            self.evictions += 1
-        self._read = None
-        self.version += 1
-        try:
-            self.slots.publish(ref.digest, ref.path, adapter)
-        except Exception as error:
-            failure = failure_of(error, f"publishing adapter {ref.digest}")
-            self._fail(ref, failure, settled)
-            return True
-        self.replies.append(LoadDone(ref.digest, self._clock() - self._read_since))
-        self._grant(settled)
-        if self._unloads.get(ref.digest):
-            self.slots.residents[ref.digest].draining = True
+            self._remove(victim, evicted=True)
+        self._put_on_device(staged)
         return True
 
+    def _put_on_device(self, staged: Staged) -> None:
+        ref = staged.ref
+        self.published = True
+        self.version += 1
+        try:
+            resident = self.slots.publish(
+                ref, staged.adapter, staged.read_seconds, staged.from_host
+            )
+        except Exception as error:
+            failure = failure_of(error, f"publishing adapter {ref.digest}")
+            self._drop_staged(ref.digest)  # so that the next attempt reads it afresh
+            self._fail(ref, failure, staged.read_seconds)
+            return
+        self.fetching.published(staged, self._wants.digests)
+        tier = "host" if staged.from_host else "disk"
+        self.replies.append(LoadDone(ref.digest, resident.load_seconds, tier=tier))
+        self._grant()
+        if ref.digest in self.unloads:
+            self._unpin(ref.digest)
+            resident.draining = True
+
+    def _read_on(self) -> None:
+        """Begins to read what will be needed, the oldest want's adapters first."""
+        wanted = self._wants.missing
+        self.fetching.retry(wanted)
+        if wanted and self.fetching.read(list(self._wants.turn.values()), wanted.values()):
+            self.version += 1
+
     # small things
-
-    def _add(self, want: Want) -> int:
-        self._next_want += 1
-        self._wants[self._next_want] = want
-        return self._next_want
-
-    def _head(self) -> int | None:
-        """The oldest want that no draining adapter keeps back."""
-        residents = self.slots.residents
-        for key, want in self._wants.items():
-            if not any(digest in residents and residents[digest].draining for digest in want.refs):
-                return key
-        return None
 
     def _is_open(self, digest: str, key: int, head: int | None) -> bool:
         resident = self.slots.residents.get(digest)
@@ -279,55 +294,110 @@ class Residency:
             return False
         return digest not in self._closed or key == head
 
-    def _wanting(self, digest: str) -> Iterator[tuple[int, Want]]:
-        return ((key, want) for key, want in self._wants.items() if digest in want.refs)
-
-    def _is_coming(self, digest: str) -> bool:
-        coming = self._reading or (self._read[0] if self._read else None)
-        return coming is not None and coming.digest == digest
-
     def _pin(self, request: Request) -> None:
         # In the order of digests, so that neither the order in which a mix is written nor the slots
         # that its adapters happen to have can change the order of summation.
         weights: dict[str, float] = {}
         for ref in sorted(request.submit.adapters, key=lambda ref: ref.digest):
             weights[ref.digest] = weights.get(ref.digest, 0.0) + ref.weight
-        pins: list[Pin] = [self.slots.pin(digest) for digest in weights]
+        pins = [self.slots.pin(digest) for digest in weights]
         request.pins = tuple(pins)
         request.mix = tuple((pin.slot, weights[pin.digest]) for pin in pins)
+        if len(pins) == 1:
+            request.prefix = self.slots.residents[pins[0].digest].prefix
+        self.uses += 1
 
-    def _fail(self, ref: AdapterRef, failure: Failure, settled: Settled) -> None:
-        """Refuses all who wait for an adapter that cannot be had."""
-        self.replies.append(LoadDone(ref.digest, self._clock() - self._read_since, failure))
-        for key, _ in list(self._wanting(ref.digest)):
-            self._refuse(key, failure, settled)
-        self._answer_unloads(ref.digest)
+    def _fulfil(self, order: Order, resident: Resident) -> None:
+        """Answers an order whose adapter is there."""
+        match order:
+            case Merge():
+                self._merging.ready(order.op, resident)
+            case Pin() if not self.slots.may_hold(resident):
+                self.replies.append(ControlDone(order.op, PIN_BUDGET))
+            case Pin():
+                resident.pinned = True
+                self.version += 1
+                self.replies.append(ControlDone(order.op))
+            case Load():
+                self.replies.append(ControlDone(order.op))
 
-    def _refuse(self, key: int, failure: Failure, settled: Settled) -> None:
-        want = self._wants.pop(key)
-        if want.request is None:
-            self.replies.append(ControlDone(want.op, failure))
-        else:
-            del self._by_request[want.request.id]
-            settled.refused.append((want.request, failure))
-
-    def _refuse_loads(self, digest: str, failure: Failure) -> None:
-        for key, want in list(self._wanting(digest)):
-            if want.request is None:
-                del self._wants[key]
-                self.replies.append(ControlDone(want.op, failure))
-
-    def _answer_unloads(self, digest: str) -> None:
-        for op in self._unloads.pop(digest, ()):
-            self.replies.append(ControlDone(op))
-
-    def _drop_read(self) -> None:
-        """Forgets what was read for nobody, or for somebody whose turn it no longer is."""
-        if self._read is not None:
-            self._answer_unloads(self._read[0].digest)
-            self._read = None
+    def _unpin(self, digest: str) -> None:
+        """Takes back a pin, and those that are still waited for: these become plain loads."""
+        for _, want in self._wants.of(digest):
+            if isinstance(want.order, Pin):
+                want.order = Load(want.order.op, want.order.adapter)
+        if digest in self.slots.residents:
+            self.slots.residents[digest].pinned = False
             self.version += 1
 
-    def _too_large(self, nbytes: int) -> Failure:
-        text = f"the adapter takes {nbytes} bytes; the server has {self.slots.budget} for all"
+    def _remove(self, resident: Resident, evicted: bool) -> None:
+        """Takes an adapter off the device: to host memory when evicted, else for good."""
+        self.slots.remove(resident, evicted)
+        self._merging.gone(resident)
+        self.version += 1
+        if evicted:
+            self.evictions += 1
+            self._host.leave_device(resident.digest, resident.last_used, self._wants.digests)
+        else:
+            self._host.drop(resident.digest)
+
+    def _unfit(self, want: Want, virtual_tokens: int) -> Failure | None:
+        if want.request is None:
+            return None
+        context, blocks = self._runner.info.max_context, self._runner.num_blocks
+        size = self._runner.block_size
+        return prefix_refusal(want.request, want.refs, virtual_tokens, context, blocks, size)
+
+    def _refuse_unfit(self, digest: str, adapter: LoadedAdapter) -> bool:
+        """Refuses, before room is made, those who cannot use an adapter; True if there are any."""
+        refused = False
+        for key, want in self._wants.of(digest):
+            failure = self._unfit(want, adapter.virtual_tokens)
+            if failure is not None:
+                self._refuse(key, failure)
+                refused = True
+        return refused
+
+    def _fail(self, ref: AdapterRef, failure: Failure, seconds: float) -> None:
+        """Refuses all who wait for an adapter that cannot be had."""
+        self.replies.append(LoadDone(ref.digest, seconds, failure))
+        for key, _ in self._wants.of(ref.digest):
+            self._refuse(key, failure)
+        self._answer_unloads(ref.digest)
+
+    def _refuse(self, key: int, failure: Failure) -> None:
+        want = self._wants.pop(key)
+        if want.request is not None:
+            self._settled.refused.append((want.request, failure))
+        elif isinstance(want.order, Merge):
+            self._merging.refuse(want.order.op, failure)
+        elif want.order is not None:
+            self.replies.append(ControlDone(want.order.op, failure))
+
+    def _answer_unloads(self, digest: str) -> None:
+        self.replies.extend(self.unloads.answered(digest))
+
+    def _drop_staged(self, digest: str) -> None:
+        self.fetching.staged = None
+        self._host.drop(digest)
+
+    def _put_back(self) -> None:
+        """Takes what is in hand away from whom it was for: nobody, or not the next in turn."""
+        staged = self.fetching.staged
+        if staged is None:
+            return
+        digest = staged.ref.digest
+        if digest in self.unloads:
+            self._drop_staged(digest)
+            self._answer_unloads(digest)
+        else:
+            self.fetching.let_go(self._wants.digests)
+        self.version += 1
+
+    def _too_large(self, adapter: LoadedAdapter) -> Failure:
+        text = (
+            f"the adapter takes {adapter.nbytes} bytes and {adapter.virtual_tokens} virtual tokens;"
+            f" the server has {self.slots.budget} bytes and "
+            f"{self._runner.prefix_blocks * self._runner.block_size} tokens for all adapters"
+        )
         return Failure("ADAPTER_TOO_LARGE", text)

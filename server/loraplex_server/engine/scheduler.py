@@ -54,7 +54,7 @@ class Logits(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One request's part of a step: `count` tokens from position `start` on."""
+    """One request's part of a step: `count` of its own tokens from the `start`-th on."""
 
     request: Request
     start: int
@@ -79,10 +79,6 @@ class Scheduler:
         self.queue: list[Request] = []
         self.running: list[Request] = []
         self.preemptions = 0
-
-    def fits(self, request: Request) -> bool:
-        """Whether the request could be served if it were alone."""
-        return self.pool.blocks_for(request.most_tokens) <= self.pool.num_blocks
 
     def enqueue(self, request: Request) -> None:
         """Takes a request that can start as soon as there is room."""
@@ -127,7 +123,7 @@ class Scheduler:
 
     def _grow(self, request: Request) -> bool:
         """Makes sure that the blocks hold all tokens; False if there are not enough."""
-        missing = self.pool.blocks_for(len(request.tokens)) - len(request.blocks)
+        missing = self.pool.blocks_for(request.in_own_blocks) - len(request.blocks)
         if missing > self.pool.free:
             return False
         if missing > 0:
@@ -156,7 +152,7 @@ class Scheduler:
         for request in self.queue:
             if not budget or len(self.running) >= self.limits.max_running:
                 break
-            need = self.pool.blocks_for(len(request.tokens))
+            need = self.pool.blocks_for(request.in_own_blocks)
             if need + len(self.running) > self.pool.free and self.running:
                 break
             self._grow(request)

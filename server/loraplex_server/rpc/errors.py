@@ -52,12 +52,18 @@ class Reason(Enum):
     ADAPTER_TOO_LARGE = "it would not fit the adapter memory even alone"
     ADAPTER_CORRUPT = "its bytes in the store have changed since they were registered"
     ADAPTER_UNLOADED = "it was unloaded by force while the request ran"
+    ADAPTER_NOT_MIXABLE = "it has virtual tokens: it can be used alone and with weight 1 only"
+    PIN_BUDGET = "pinned adapters would take more of the device than they may"
+    MERGE_BUDGET = "the dense copies do not fit the memory for them"
+    MERGE_UNSUPPORTED = "it changes no matrix of the layers: there is nothing to merge"
+    UPLOAD_NOT_FOUND = "no such upload: it has expired, or its adapter is registered"
+    UPLOAD_OFFSET = "a piece does not follow what is there, or a file is not complete"
     STORE_FULL = "the adapter store's disk is full"
     STORE_UNAVAILABLE = "the adapter store cannot be read or written"
     OVERLOADED = "the queue is full, in requests or in tokens"
     DRAINING = "the server is shutting down"
     ENGINE_RESTARTED = "the engine is being started, or died under the request"
-    DEADLINE_EXCEEDED = "the call's deadline passed"
+    DEADLINE_EXCEEDED = "the call's deadline passed, or an upload was silent for too long"
     READER_STALLED = "the client stopped reading its stream"
     NON_FINITE_LOGITS = "this request's logits were not finite; its batch mates are untouched"
     ENGINE_FAULT = "a fault of the server; the log has it under the request's id"
@@ -88,6 +94,12 @@ TABLE: Final[Mapping[Reason, Row]] = MappingProxyType(
         Reason.ADAPTER_TOO_LARGE: Row(_CODE.FAILED_PRECONDITION, Detail.PRECONDITION),
         Reason.ADAPTER_CORRUPT: Row(_CODE.DATA_LOSS, Detail.RESOURCE),
         Reason.ADAPTER_UNLOADED: Row(_CODE.ABORTED, Detail.RESOURCE),
+        Reason.ADAPTER_NOT_MIXABLE: Row(_CODE.INVALID_ARGUMENT, Detail.BAD_REQUEST),
+        Reason.PIN_BUDGET: Row(_CODE.RESOURCE_EXHAUSTED, Detail.QUOTA),
+        Reason.MERGE_BUDGET: Row(_CODE.RESOURCE_EXHAUSTED, Detail.QUOTA),
+        Reason.MERGE_UNSUPPORTED: Row(_CODE.FAILED_PRECONDITION, Detail.PRECONDITION),
+        Reason.UPLOAD_NOT_FOUND: Row(_CODE.NOT_FOUND, Detail.RESOURCE),
+        Reason.UPLOAD_OFFSET: Row(_CODE.FAILED_PRECONDITION, Detail.PRECONDITION),
         Reason.STORE_FULL: Row(_CODE.RESOURCE_EXHAUSTED, Detail.QUOTA),
         Reason.STORE_UNAVAILABLE: Row(_CODE.UNAVAILABLE, Detail.RETRY, 2.0),
         Reason.OVERLOADED: Row(_CODE.UNAVAILABLE, Detail.RETRY, 0.5),
@@ -150,11 +162,18 @@ def invalid(violations: Sequence[Violation]) -> RpcError:
     return RpcError(Reason.FIELD_INVALID, text, violations=violations)
 
 
-def from_failure(failure: Failure, subject: ErrorSubject = _NOBODY) -> RpcError:
-    """The engine's typed error; a reason outside the table is an ENGINE_FAULT."""
+def from_failure(
+    failure: Failure, subject: ErrorSubject = _NOBODY, field: str = "adapter_id"
+) -> RpcError:
+    """The engine's typed error; a reason outside the table is an ENGINE_FAULT.
+
+    `field` is the request's that is at fault where the error is the client's.
+    """
     reason = Reason.__members__.get(failure.reason, Reason.ENGINE_FAULT)
     message = "internal error" if reason is Reason.ENGINE_FAULT else failure.message
-    return RpcError(reason, message, subject=subject)
+    wrong = TABLE[reason].detail is Detail.BAD_REQUEST
+    found = [Violation(field, message)] if wrong else []
+    return RpcError(reason, message, violations=found, subject=subject)
 
 
 def from_adapter_error(error: AdapterError, subject: ErrorSubject, field: str) -> RpcError:

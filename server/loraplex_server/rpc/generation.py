@@ -17,7 +17,7 @@ from loraplex.v1 import generation_pb2, generation_pb2_grpc
 from loraplex_adapters.errors import AdapterError
 
 from loraplex_server.engine.client import EngineClient
-from loraplex_server.engine.messages import Output, SamplingParams, Submit
+from loraplex_server.engine.messages import Failure, Output, SamplingParams, Submit
 from loraplex_server.logs import REQUEST_ID
 from loraplex_server.metrics import Metrics
 from loraplex_server.registry import Registry
@@ -33,7 +33,7 @@ from loraplex_server.rpc.errors import (
     from_failure,
     invalid,
 )
-from loraplex_server.rpc.resolve import Term, references, resolve
+from loraplex_server.rpc.resolve import Term, mixable, references, resolve, virtual_tokens
 from loraplex_server.text.chat import TextRefused
 from loraplex_server.text.tokenizer import TextTokenizer, TooLong
 
@@ -107,12 +107,14 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             raise invalid(violations)
         with parts.admission.enter() as ticket:
             terms = await self._resolve(request, prefix)
-            prompt = await self._tokenise(request, prefix)
+            room = parts.bounds.max_context - virtual_tokens(terms)
+            prompt = await self._tokenise(request, prefix, room)
             ticket.wait(len(prompt))
-            job = _Job(request, terms, prompt, _deadline(context), streaming)
-            async with aclosing(self._run(job, ticket, clock)) as events:
-                async for event in events:
-                    yield event
+            job = _Job(request, terms, prompt, room, _deadline(context), prefix, streaming)
+            with parts.metrics.generation(job.names):
+                async with aclosing(self._run(job, ticket, clock)) as events:
+                    async for event in events:
+                        yield event
 
     async def _run(self, job: _Job, ticket: Ticket, clock: _Clock) -> AsyncGenerator[_Event, None]:
         parts = self._parts
@@ -146,7 +148,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                     yield _finished(piece.finish, len(job.prompt), cached, completion.tokens)
                     return
                 if (failure := batch[-1].error) is not None:
-                    raise from_failure(failure, job.subject)
+                    raise from_failure(failure, job.subject, job.field_of(failure))
                 not_before = self._next_look(job)
             raise RpcError(Reason.ENGINE_FAULT, "internal error")
         except RpcError as error:
@@ -163,14 +165,21 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     async def _resolve(
         self, request: generation_pb2.GenerateRequest, prefix: str
     ) -> Sequence[Term]:
+        field = prefix + ("adapter_id" if request.adapter_id else "mix")
         try:
-            return await resolve(request, self._parts.registry)
+            terms = await resolve(request, self._parts.registry)
         except AdapterError as error:
-            field = "adapter_id" if request.adapter_id else "mix"
-            raise from_adapter_error(error, _subject(request), prefix + field) from error
+            raise from_adapter_error(error, _subject(request), field) from error
+        if not mixable(terms):
+            reason = Reason.ADAPTER_NOT_MIXABLE
+            text = "an adapter with virtual tokens can only be used alone and with weight 1"
+            raise RpcError(reason, text, violations=[Violation(field, text)])
+        return terms
 
-    async def _tokenise(self, request: generation_pb2.GenerateRequest, prefix: str) -> list[int]:
-        tokenizer, room = self._parts.tokenizer, self._parts.bounds.max_context
+    async def _tokenise(
+        self, request: generation_pb2.GenerateRequest, prefix: str, room: int
+    ) -> list[int]:
+        tokenizer = self._parts.tokenizer
         field = prefix + (request.WhichOneof("input") or "input")
         try:
             match request.WhichOneof("input"):
@@ -230,12 +239,18 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """A valid request with its adapters found and its prompt tokenised."""
+    """A valid request with its adapters found and its prompt tokenised.
+
+    `room` is what the model's context leaves to prompt and answer; `prefix` goes before the
+    request's fields in errors.
+    """
 
     request: generation_pb2.GenerateRequest
     terms: Sequence[Term]
     prompt: list[int]
+    room: int
     deadline: float | None
+    prefix: str
     streaming: bool
 
     @property
@@ -248,6 +263,12 @@ class _Job:
         """What an error of the engine is about."""
         return _subject(self.request)
 
+    def field_of(self, failure: Failure) -> str:
+        """The field that a failure is about, if it is about one."""
+        if failure.reason == Reason.PROMPT_TOO_LONG.name:
+            return self.prefix + (self.request.WhichOneof("input") or "input")
+        return self.prefix + ("adapter_id" if self.request.adapter_id else "mix")
+
     def submit(self, request_id: int, bounds: validate.Bounds) -> Submit:
         """What the engine is told; it has the last word on nothing that is decided here."""
         request, stop = self.request, self.request.stop
@@ -256,7 +277,7 @@ class _Job:
         return Submit(
             id=request_id,
             token_ids=self.prompt,
-            max_new_tokens=min(wanted, bounds.max_context - len(self.prompt)),
+            max_new_tokens=min(wanted, self.room - len(self.prompt)),
             adapters=references(self.terms),
             sampling=_sampling(request.sampling),
             stop_token_ids=sorted({*ends, *stop.token_ids}),

@@ -11,7 +11,7 @@ import inspect
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any, Final, TypeAlias
 
@@ -42,6 +42,7 @@ class Gate:
     def __init__(self) -> None:
         self.draining = False
         self._calls = 0
+        self._closing = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -56,13 +57,22 @@ class Gate:
         if self._calls == 0:
             self._idle.set()
 
+    def close(self) -> None:
+        """The server drains from here on."""
+        self.draining = True
+        self._closing.set()
+
+    async def closing(self) -> None:
+        """Returns when the server begins to drain: what would not end by itself ends then."""
+        await self._closing.wait()
+
     async def drained(self) -> None:
         """Returns when no call is running."""
         await self._idle.wait()
 
 
 class Interceptor(grpc.aio.ServerInterceptor):
-    """Wraps handler and deserialiser of every unary-request method.
+    """Wraps handler and deserialiser of every method.
 
     `write_stall_seconds` is how long one message may wait for a client that does not read.
     """
@@ -79,9 +89,18 @@ class Interceptor(grpc.aio.ServerInterceptor):
     ) -> _Handler | None:
         """See grpc.aio.ServerInterceptor."""
         handler = await continuation(handler_call_details)
-        if handler is None or handler.request_streaming:
-            return handler
+        if handler is None:
+            return None
         method = str(handler_call_details.method)
+        if handler.request_streaming:
+            gather: Any = handler.stream_unary
+            if gather is None:
+                return handler  # grpc's own reflection
+            return grpc.stream_unary_rpc_method_handler(
+                self._gathering(method, gather),
+                _forgiving(handler.request_deserializer),
+                handler.response_serializer,
+            )
         behave: Any = handler.unary_stream if handler.response_streaming else handler.unary_unary
         if handler.response_streaming:
             if not inspect.isasyncgenfunction(behave):
@@ -106,6 +125,29 @@ class Interceptor(grpc.aio.ServerInterceptor):
                 try:
                     call.check(request)
                     reply = await behave(request, context)
+                    context.set_trailing_metadata((("x-request-id", call.id),))
+                    return reply
+                except BaseException as error:
+                    await call.fail(error, context)
+                    raise
+
+        return guarded
+
+    def _gathering(
+        self, method: str, behave: Callable[[AsyncIterator[Any], _Context], Awaitable[Message]]
+    ) -> Callable[[AsyncIterator[Any], _Context], Awaitable[Message]]:
+        async def guarded(requests: AsyncIterator[Any], context: _Context) -> Message:
+            call = _Call(self._gate, self._metrics, method, None)
+
+            async def checked() -> AsyncGenerator[Any, None]:
+                async for request in requests:
+                    call.check(request)
+                    yield request
+
+            with call:
+                try:
+                    call.check(None)
+                    reply = await behave(checked(), context)
                     context.set_trailing_metadata((("x-request-id", call.id),))
                     return reply
                 except BaseException as error:

@@ -50,6 +50,17 @@ async def resolve(request: generation_pb2.GenerateRequest, registry: Registry) -
     return tuple(Term(a, w) for a, w in zip(found, weights, strict=True))
 
 
+def virtual_tokens(terms: Sequence[Term]) -> int:
+    """Positions of the context that the adapters take before the prompt."""
+    return max((term.adapter.record.virtual_tokens for term in terms), default=0)
+
+
+def mixable(terms: Sequence[Term]) -> bool:
+    """Whether these adapters can be used together so: virtual tokens have no weight and no sum."""
+    used = references(terms)
+    return not virtual_tokens(terms) or (len(used) == 1 and used[0].weight == 1.0)
+
+
 def references(terms: Sequence[Term]) -> list[AdapterRef]:
     """What the engine is told: each content once, its factors added up."""
     weights: dict[str, float] = {}

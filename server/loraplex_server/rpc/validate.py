@@ -9,10 +9,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from loraplex.v1 import adapter_pb2, generation_pb2
+from loraplex.v1 import generation_pb2
 
 from loraplex_server.rpc.errors import Violation
-from loraplex_server.rpc.resolve import is_adapter_id, is_name
+from loraplex_server.rpc.resolve import is_adapter_id
 
 MAX_MIX: Final = 8
 MAX_LOGPROBS: Final = 20
@@ -21,16 +21,12 @@ MAX_STOP_STRINGS: Final = 16
 MAX_STOP_STRING_BYTES: Final = 64
 MAX_STOP_TOKENS: Final = 64
 MAX_REQUEST_ID: Final = 128
-MAX_PAGE: Final = 1000
-MAX_PATH_BYTES: Final = 4096
-MAX_PAGE_TOKEN: Final = 512
 MAX_LISTED: Final = 32
 """Violations in one answer, which must fit a trailer."""
 
 ROLES: Final = frozenset({"system", "user", "assistant"})
 
-_ADAPTER_ID_FORM: Final = 'must be "name", "name@<version>" or "name@sha256:<64 hex digits>"'
-_NAME_FORM: Final = "must match [a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
+ADAPTER_ID_FORM: Final = 'must be "name", "name@<version>" or "name@sha256:<64 hex digits>"'
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +38,7 @@ class Bounds:
     eos_token_ids: Sequence[int] = ()
 
 
-class _Findings:
+class Findings:
     """The violations found so far, with the fields' paths."""
 
     def __init__(self, prefix: str) -> None:
@@ -86,7 +82,7 @@ def generate(
     request: generation_pb2.GenerateRequest, bounds: Bounds, prefix: str = ""
 ) -> list[Violation]:
     """What is wrong with a request to generate; `prefix` goes before the fields' paths."""
-    checks = _Findings(prefix)
+    checks = Findings(prefix)
     _adapters(request, checks)
     _input(request, bounds, checks)
     if request.HasField("sampling"):
@@ -106,18 +102,18 @@ def generate(
     return checks.found
 
 
-def _adapters(request: generation_pb2.GenerateRequest, checks: _Findings) -> None:
+def _adapters(request: generation_pb2.GenerateRequest, checks: Findings) -> None:
     if request.adapter_id:
-        checks.require(is_adapter_id(request.adapter_id), "adapter_id", _ADAPTER_ID_FORM)
+        checks.require(is_adapter_id(request.adapter_id), "adapter_id", ADAPTER_ID_FORM)
         checks.require(not request.mix, "adapter_id", "must be empty when `mix` is set")
     checks.require(len(request.mix) <= MAX_MIX, "mix", f"must have at most {MAX_MIX} entries")
     for i, term in enumerate(request.mix[:MAX_MIX]):
-        checks.require(is_adapter_id(term.adapter_id), f"mix[{i}].adapter_id", _ADAPTER_ID_FORM)
+        checks.require(is_adapter_id(term.adapter_id), f"mix[{i}].adapter_id", ADAPTER_ID_FORM)
         if term.HasField("weight"):
             checks.between(f"mix[{i}].weight", term.weight, -16, 16)
 
 
-def _input(request: generation_pb2.GenerateRequest, bounds: Bounds, checks: _Findings) -> None:
+def _input(request: generation_pb2.GenerateRequest, bounds: Bounds, checks: Findings) -> None:
     match request.WhichOneof("input"):
         case "prompt":
             checks.require(bool(request.prompt), "prompt", "must not be empty")
@@ -139,7 +135,7 @@ def _input(request: generation_pb2.GenerateRequest, bounds: Bounds, checks: _Fin
             checks.add("input", "one of `prompt`, `token_ids` or `messages` must be set")
 
 
-def _sampling(sampling: generation_pb2.SamplingParams, bounds: Bounds, checks: _Findings) -> None:
+def _sampling(sampling: generation_pb2.SamplingParams, bounds: Bounds, checks: Findings) -> None:
     closed = {
         "temperature": (0, 100),
         "min_p": (0, 1),
@@ -165,7 +161,7 @@ def _sampling(sampling: generation_pb2.SamplingParams, bounds: Bounds, checks: _
             checks.between(field, bias, -100, 100)
 
 
-def _stop(stop: generation_pb2.StopConditions, bounds: Bounds, checks: _Findings) -> None:
+def _stop(stop: generation_pb2.StopConditions, bounds: Bounds, checks: Findings) -> None:
     if stop.HasField("max_new_tokens"):
         checks.require(stop.max_new_tokens >= 1, "stop.max_new_tokens", "must be at least 1")
     checks.require(
@@ -185,32 +181,3 @@ def _stop(stop: generation_pb2.StopConditions, bounds: Bounds, checks: _Findings
         f"must have at most {MAX_STOP_TOKENS} entries",
     )
     checks.tokens("stop.token_ids", stop.token_ids[:MAX_STOP_TOKENS], bounds.vocab_size)
-
-
-def register(request: adapter_pb2.RegisterAdapterRequest) -> list[Violation]:
-    """What is wrong with a registration; the path itself is judged where it is opened."""
-    checks = _Findings("")
-    checks.require(is_name(request.name), "name", _NAME_FORM)
-    size = len(request.path.encode())
-    checks.require(1 <= size <= MAX_PATH_BYTES, "path", f"must be 1 to {MAX_PATH_BYTES} bytes")
-    return checks.found
-
-
-def adapter_id(text: str) -> list[Violation]:
-    """What is wrong with the `adapter_id` of an adapter call, which must name one."""
-    return [] if is_adapter_id(text) else [Violation("adapter_id", _ADAPTER_ID_FORM)]
-
-
-def name(text: str) -> list[Violation]:
-    """What is wrong with a bare name."""
-    return [] if is_name(text) else [Violation("name", _NAME_FORM)]
-
-
-def page(request: adapter_pb2.ListAdaptersRequest) -> list[Violation]:
-    """What is wrong with a request for a page."""
-    checks = _Findings("")
-    checks.between("page_size", request.page_size, 0, MAX_PAGE)
-    checks.require(
-        len(request.page_token) <= MAX_PAGE_TOKEN, "page_token", "is not a token of this server"
-    )
-    return checks.found

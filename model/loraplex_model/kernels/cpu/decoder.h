@@ -4,9 +4,7 @@
 #include <vector>
 
 #include "attention.h"
-#include "lora.h"
-#include "matmul.h"
-#include "rows.h"
+#include "sites.h"
 #include "team.h"
 
 namespace loraplex {
@@ -36,46 +34,8 @@ struct Model {
   int32_t num_layers, hidden, intermediate, heads, kv_heads, head_dim, block_size, threads;
   float eps, attention_scale;
   int32_t embed_in_panels, bf16_storage;
+  int32_t vocab, reserved;
 };
-
-// See loraplex_model.batch.ForwardBatch.
-struct Batch {
-  const int32_t* tokens;
-  const int32_t* positions;
-  const int32_t* query_starts;
-  const int32_t* block_tables;
-  const int32_t* mix_starts;
-  const int32_t* mix_slots;
-  const float* mix_weights;
-  const int32_t* logit_rows;
-  int32_t num_tokens, num_sequences, table_width, num_logits;
-};
-
-// Merges neighbouring sequences with equal mixes into segments, and lays out the space for h.
-inline Plan make_plan(const Batch& b, const int32_t* max_ranks) {
-  Plan plan;
-  for (int s = 0; s < b.num_sequences; s++) {
-    int begin = b.mix_starts[s], end = b.mix_starts[s + 1], count = end - begin;
-    if (!count) continue;
-    bool same = s > 0 && b.mix_starts[s] - b.mix_starts[s - 1] == count;
-    for (int i = 0; same && i < count; i++)
-      same = b.mix_slots[begin + i] == b.mix_slots[begin - count + i] &&
-             b.mix_weights[begin + i] == b.mix_weights[begin - count + i];
-    if (same) {
-      plan.segments.back().end = b.query_starts[s + 1];
-      continue;
-    }
-    int first_term = plan.terms.size();
-    for (int i = begin; i < end; i++) plan.terms.push_back({b.mix_slots[i], b.mix_weights[i], 0});
-    plan.segments.push_back({b.query_starts[s], b.query_starts[s + 1], first_term, int(plan.terms.size())});
-  }
-  for (const Segment& segment : plan.segments)
-    for (int t = segment.term_begin; t < segment.term_end; t++) {
-      plan.terms[t].h = plan.h_size;
-      plan.h_size += size_t(segment.end - segment.first) * max_ranks[plan.terms[t].slot];
-    }
-  return plan;
-}
 
 // Memory that grows to the largest pass and is kept from one to the next. Never initialised.
 class Buffer {
@@ -93,7 +53,46 @@ class Buffer {
 };
 
 struct Workspace {
-  Buffer x, normed, qkv, attended, added, gate_up, gated, h, scores, lora;
+  Buffer x, normed, qkv, attended, added, gate_up, gated, gained, h, scores, lora;
+};
+
+// One matrix product with all that adapters change of it. The same in every layer.
+struct Product {
+  // Rows that go through the same matrix with the same input: those of the base and of most adapters
+  // together; rows with dense matrices of their own; rows whose inputs are scaled, part by part.
+  struct Run {
+    Tile tile;
+    int merged;  // slot, or -1
+    int part;    // whose input may be scaled, or -1
+  };
+
+  const Plan* plan;
+  Fused fused;
+  int fused_index;  // into AdapterTable::merged; -1 for the head, which has no dense copies
+  std::vector<Run> runs;
+  std::vector<LoraUnit> shrink, expand;
+  int units = 0;
+
+  Product(const Plan& plan, const AdapterTable& table, const Fused& fused, int fused_index, int rows, int out, int uses)
+      : plan(&plan), fused(fused), fused_index(fused_index), shrink(shrink_units(plan, table, fused, uses & (FACTORS | HEAD))),
+        expand(expand_units(plan, fused, uses)) {
+    int begin = 0;
+    auto add = [&](int first, int end, int column, int stop, int merged, int part) {
+      if (first < end) runs.push_back({{first, end - first, column, stop}, merged, part});
+    };
+    for (const Segment& segment : plan.segments) {
+      bool scaled = segment.uses & uses & IN_GAIN, dense = segment.merged >= 0 && fused_index >= 0;
+      if (!dense && !scaled) continue;
+      add(begin, segment.first, 0, out, -1, -1);
+      begin = segment.end;
+      if (dense) add(segment.first, segment.end, 0, out, segment.merged, -1);
+      else
+        for (int p = 0; p < fused.parts; p++)
+          add(segment.first, segment.end, fused.column[p], fused.column[p] + fused.width[p], -1, p);
+    }
+    add(begin, rows, 0, out, -1, -1);
+    for (const Run& run : runs) units += run.tile.units();
+  }
 };
 
 // The pass, for storage type T of dense weights, adapters and cache. Sums and activations are float.
@@ -101,8 +100,10 @@ template <class T>
 class Pass {
  public:
   Pass(const Model& model, const Batch& batch, Workspace& workspace, float* logits)
-      : m(model), b(batch), w(workspace), logits_(logits), plan_(make_plan(batch, model.adapters.max_ranks)),
-        team_(16 * model.num_layers + 8), sequence_(batch.num_tokens) {
+      : m(model), b(batch), w(workspace), logits_(logits), sequence_(sequences(batch)),
+        plan_(make_plan(batch, model.adapters, sequence_)),
+        head_plan_(make_plan(batch, model.adapters, logit_sequences(batch, sequence_))),
+        team_(20 * model.num_layers + 16) {
     size_t rows = b.num_tokens;
     q_size_ = m.heads * m.head_dim;
     kv_size_ = m.kv_heads * m.head_dim;
@@ -113,20 +114,23 @@ class Pass {
     w.added.reserve(rows * m.hidden);
     w.gate_up.reserve(rows * 2 * m.intermediate);
     w.gated.reserve(rows * m.intermediate);
-    w.h.reserve(3 * plan_.h_size);
+    w.h.reserve(3 * std::max(plan_.h_size, head_plan_.h_size));
     longest_ = *std::max_element(b.positions, b.positions + b.num_tokens) + 1;
     w.scores.reserve(3 * longest_ * m.threads);
-    int widest = std::max({m.hidden, q_size_, m.intermediate}), rank = 0;
-    for (const Term& term : plan_.terms) rank = std::max(rank, m.adapters.max_ranks[term.slot]);
-    lora_scratch_ = plan_.empty() ? 0 : lora_scratch(widest, rank);
-    w.lora.reserve(lora_scratch_ * m.threads);
-    for (int s = 0; s < b.num_sequences; s++)
-      for (int t = b.query_starts[s]; t < b.query_starts[s + 1]; t++) sequence_[t] = s;
-    int ff = m.intermediate;
-    sites_[0] = site({3, {0, 1, 2}, {0, q_size_, q_size_ + kv_size_}, {q_size_, kv_size_, kv_size_}});
-    sites_[1] = site({1, {3}, {0}, {m.hidden}});
-    sites_[2] = site({2, {4, 5}, {0, ff}, {ff, ff}});
-    sites_[3] = site({1, {6}, {0}, {m.hidden}});
+    int widest = std::max({m.hidden, q_size_, m.intermediate});
+    gained_ = plan_.uses & IN_GAIN ? rows * widest : 0;
+    w.gained.reserve(3 * gained_);
+    scratch_ = plan_.segments.empty()
+                   ? 0
+                   : std::max(lora_scratch(widest, plan_.max_rank), sites_scratch(widest, widest_site()));
+    w.lora.reserve(scratch_ * m.threads);
+    int ff = m.intermediate, qkv = q_size_ + 2 * kv_size_;
+    product({3, {0, 1, 2}, {0, q_size_, q_size_ + kv_size_}, {q_size_, kv_size_, kv_size_}}, qkv);
+    product({1, {3}, {0}, {m.hidden}}, m.hidden);
+    product({2, {4, 5}, {0, ff}, {ff, ff}}, 2 * ff);
+    product({1, {6}, {0}, {m.hidden}}, m.hidden);
+    products_.emplace_back(head_plan_, m.adapters, Fused{1, {LM_HEAD}, {0}, {m.lm_head.out}}, -1, b.num_logits,
+                           m.lm_head.out, HEAD);
   }
 
   void run() {
@@ -136,77 +140,160 @@ class Pass {
       team_.run(phase, b.num_tokens, [&](int t) { embed(t); });
       for (int l = 0; l < m.num_layers; l++) {
         const Layer& layer = m.layers[l];
-        project(phase, layer.qkv, sites_[0], l, w.normed.data(), w.qkv.data());
-        team_.run(phase, b.num_tokens, [&](int t) { rotate_and_cache(layer, t); });
+        project(phase, layer.qkv, products_[0], l, w.normed.data(), w.qkv.data());
+        team_.run(phase, b.num_tokens, [&](int t) { rotate_and_cache(layer, l, t); });
         team_.run(phase, b.num_tokens * m.kv_heads, [&](int unit) { attention(layer, unit); });
-        project(phase, layer.o, sites_[1], l, w.attended.data(), w.added.data());
-        team_.run(phase, b.num_tokens, [&](int t) { add_and_norm(t, layer.post_norm); });
-        project(phase, layer.gate_up, sites_[2], l, w.normed.data(), w.gate_up.data());
+        project(phase, layer.o, products_[1], l, w.attended.data(), w.added.data());
+        team_.run(phase, b.num_tokens,
+                  [&](int t) { add_and_norm(t, l, ATTENTION_BOTTLENECK, layer.post_norm, l, POST_NORM); });
+        project(phase, layer.gate_up, products_[2], l, w.normed.data(), w.gate_up.data());
         team_.run(phase, b.num_tokens, [&](int t) { gate(t); });
-        project(phase, layer.down, sites_[3], l, w.gated.data(), w.added.data());
-        const void* next = l + 1 < m.num_layers ? m.layers[l + 1].input_norm : m.norm;
-        team_.run(phase, b.num_tokens, [&](int t) { add_and_norm(t, next); });
+        project(phase, layer.down, products_[3], l, w.gated.data(), w.added.data());
+        bool last = l + 1 == m.num_layers;
+        const void* next = last ? m.norm : m.layers[l + 1].input_norm;
+        team_.run(phase, b.num_tokens,
+                  [&](int t) { add_and_norm(t, l, MLP_BOTTLENECK, next, l + 1, last ? int(FINAL_NORM) : int(INPUT_NORM)); });
       }
       team_.run(phase, b.num_logits, [&](int i) {  // gathers the wanted rows to the front of x
         std::copy_n(row(w.normed, b.logit_rows[i], m.hidden), m.hidden, row(w.x, i, m.hidden));
       });
-      team_.run(phase, matmul_units(m.lm_head, b.num_logits), [&](int unit) {
-        matmul_unit(m.lm_head, w.x.data(), b.num_logits, logits_, m.lm_head.out, unit);
-      });
+      project(phase, m.lm_head, products_[4], m.num_layers, w.x.data(), logits_);
+      if (head_plan_.uses & HEAD) {
+        int chunks = (m.vocab + HEAD_TOKENS - 1) / HEAD_TOKENS;
+        team_.run(phase, b.num_logits * chunks, [&](int unit) { head_rows(unit / chunks, unit % chunks); });
+      }
     }
   }
 
  private:
-  struct Site {
-    Fused fused;
-    std::vector<LoraUnit> shrink, expand;
-  };
-
-  Site site(const Fused& fused) const {
-    return {fused, plan_.shrink_units(fused, m.adapters), plan_.expand_units(fused)};
+  static std::vector<int> sequences(const Batch& b) {
+    std::vector<int> sequence(b.num_tokens);
+    for (int s = 0; s < b.num_sequences; s++)
+      std::fill(sequence.begin() + b.query_starts[s], sequence.begin() + b.query_starts[s + 1], s);
+    return sequence;
   }
 
-  float* lora_space() { return w.lora.data() + omp_get_thread_num() * lora_scratch_; }
+  static std::vector<int> logit_sequences(const Batch& b, const std::vector<int>& sequence) {
+    std::vector<int> wanted(b.num_logits);
+    for (int i = 0; i < b.num_logits; i++) wanted[i] = sequence[b.logit_rows[i]];
+    return wanted;
+  }
+
+  void product(const Fused& fused, int out) {
+    products_.emplace_back(plan_, m.adapters, fused, int(products_.size()), b.num_tokens, out,
+                           FACTORS | GAIN | IN_GAIN);
+  }
+
+  // The widest bottleneck, or rank of the embedding, that this pass meets.
+  int widest_site() const {
+    int widest = 0;
+    if (!(plan_.uses & (BOTTLENECK | EMBEDDING))) return widest;
+    for (const Term& term : plan_.terms) {
+      widest = std::max(widest, m.adapters.at(term.slot, m.num_layers, EMBED_TOKENS).rank);
+      for (int l = 0; l < m.num_layers; l++)
+        for (int site : {ATTENTION_BOTTLENECK, MLP_BOTTLENECK})
+          widest = std::max(widest, m.adapters.at(term.slot, l, site).rank);
+    }
+    return widest;
+  }
+
+  float* scratch() { return w.lora.data() + omp_get_thread_num() * scratch_; }
 
   static float* row(Buffer& rows, int t, int width) { return rows.data() + size_t(t) * width; }
 
-  // y = W x + bias, then the adapters' deltas. Base rows are not touched by the second part.
-  void project(int& phase, const Matrix& matrix, const Site& site, int layer, const float* x, float* y) {
-    int shrinks = site.shrink.size();
-    team_.run(phase, shrinks + matmul_units(matrix, b.num_tokens), [&](int unit) {
+  // y = W x + bias, then what the adapters make of it. Base rows are not touched by the second part.
+  void project(int& phase, const Matrix& matrix, const Product& product, int layer, const float* x, float* y) {
+    if (product.plan->uses & IN_GAIN && product.fused_index >= 0)
+      team_.run(phase, b.num_tokens, [&](int t) { gain_inputs(product, layer, t, x, matrix.in); });
+    int shrinks = product.shrink.size();
+    team_.run(phase, shrinks + product.units, [&](int unit) {
       if (unit < shrinks)
-        shrink<T>(plan_, m.adapters, site.fused, layer, site.shrink[unit], x, matrix.in, w.h.data(),
-                  lora_space());
-      else
-        matmul_unit(matrix, x, b.num_tokens, y, matrix.out, unit - shrinks);
+        return shrink<T>(*product.plan, m.adapters, product.fused, layer, product.shrink[unit], x, matrix.in,
+                         w.h.data(), scratch());
+      unit -= shrinks;
+      const Product::Run* run = product.runs.data();
+      for (; unit >= run->tile.units(); run++) unit -= run->tile.units();
+      const Matrix* dense = run->merged < 0 ? nullptr : m.adapters.dense(run->merged, layer, product.fused_index);
+      bool gained = run->part >= 0 && gains_input(product, *product.plan->segment(run->tile.first), layer, run->part);
+      matmul_unit(dense ? *dense : matrix, run->tile, gained ? w.gained.data() + run->part * gained_ : x, y, matrix.out, unit);
     });
-    if (plan_.empty()) return;
-    team_.run(phase, site.expand.size(), [&](int unit) {
-      expand<T>(plan_, m.adapters, site.fused, layer, site.expand[unit], w.h.data(), y, matrix.out,
-                lora_space());
+    if (product.expand.empty()) return;
+    team_.run(phase, product.expand.size(), [&](int unit) {
+      expand<T>(*product.plan, m.adapters, product.fused, layer, product.expand[unit], w.h.data(), y, matrix.out,
+                scratch());
     });
+  }
+
+  bool gains_input(const Product& product, const Segment& segment, int layer, int part) const {
+    for (int t = segment.term_begin; t < segment.term_end; t++)
+      if (m.adapters.at(plan_.terms[t].slot, layer, product.fused.projection[part]).in_gain) return true;
+    return false;
+  }
+
+  void gain_inputs(const Product& product, int layer, int t, const float* x, int in) {
+    const Segment* segment = plan_.segment(t);
+    if (!segment || !(segment->uses & IN_GAIN)) return;
+    for (int part = 0; part < product.fused.parts; part++) {
+      float* out = w.gained.data() + part * gained_ + size_t(t) * in;
+      auto pick = [&](int slot) { return m.adapters.at(slot, layer, product.fused.projection[part]).in_gain; };
+      if (blend_gains(plan_, *segment, in, pick, out))
+        for (int i = 0; i < in; i++) out[i] *= x[size_t(t) * in + i];
+    }
+  }
+
+  // The segment of a row whose adapters have a use for `use`, or null.
+  const Segment* adapted(int t, int use) const {
+    const Segment* segment = plan_.segment(t);
+    return segment && segment->uses & use ? segment : nullptr;
   }
 
   void embed(int t) {
     float* x = row(w.x, t, m.hidden);
     const T* table = static_cast<const T*>(m.embed);
     size_t token = b.tokens[t];
-    if (m.embed_in_panels) {
+    if (token >= size_t(m.vocab)) {  // a virtual token of the row's one adapter
+      const T* prompt = static_cast<const T*>(m.adapters.prompts[plan_.terms[plan_.segment(t)->term_begin].slot]);
+      for (int i = 0; i < m.hidden; i++) x[i] = load1(prompt + (token - m.vocab) * m.hidden + i);
+    } else if (m.embed_in_panels) {
       const T* at = table + token / PANEL * PANEL * m.hidden + token % PANEL;
       for (int i = 0; i < m.hidden; i++) x[i] = load1(at + size_t(i) * PANEL);
     } else {
       for (int i = 0; i < m.hidden; i++) x[i] = load1(table + token * m.hidden + i);
     }
-    norm(t, m.layers[0].input_norm);
+    if (const Segment* segment = adapted(t, EMBEDDING); segment && token < size_t(m.vocab))
+      add_embedding<T>(plan_, *segment, m.adapters, token, m.hidden, x, scratch());
+    norm(t, m.layers[0].input_norm, 0, INPUT_NORM);
   }
 
-  void norm(int t, const void* weight) {
-    rms_norm(row(w.x, t, m.hidden), static_cast<const T*>(weight), m.eps, m.hidden, row(w.normed, t, m.hidden));
+  // Norms a vector with the weight that the row's adapters make of `weight`.
+  void norm_with(int t, const void* weight, int layer, int site, const float* x, int width, float* out) {
+    const T* base = static_cast<const T*>(weight);
+    if (const Segment* segment = adapted(t, NORM))
+      if (const float* own = norm_weight(plan_, *segment, m.adapters, layer, site, base, width, scratch()))
+        return rms_norm(x, own, m.eps, width, out);
+    rms_norm(x, base, m.eps, width, out);
   }
 
-  void add_and_norm(int t, const void* weight) {
-    add(row(w.x, t, m.hidden), row(w.added, t, m.hidden), m.hidden);
-    norm(t, weight);
+  void norm(int t, const void* weight, int layer, int site) {
+    norm_with(t, weight, layer, site, row(w.x, t, m.hidden), m.hidden, row(w.normed, t, m.hidden));
+  }
+
+  // Ends a block of `layer`: its output joins the stream, which is normed for what comes next.
+  void add_and_norm(int t, int layer, int bottleneck, const void* weight, int norm_layer, int norm_site) {
+    float *x = row(w.x, t, m.hidden), *added = row(w.added, t, m.hidden);
+    if (const Segment* segment = adapted(t, BOTTLENECK))
+      add_bottleneck<T>(plan_, *segment, m.adapters, layer, bottleneck, x, row(w.normed, t, m.hidden), m.hidden,
+                        added, scratch());
+    add(x, added, m.hidden);
+    norm(t, weight, norm_layer, norm_site);
+  }
+
+  void head_rows(int i, int chunk) {
+    const Segment* segment = head_plan_.segment(i);
+    if (!segment || !(segment->uses & HEAD)) return;
+    int first = chunk * HEAD_TOKENS;
+    add_head_rows<T>(head_plan_, *segment, m.adapters, first, std::min(first + HEAD_TOKENS, m.vocab),
+                     row(w.x, i, m.hidden), m.hidden, logits_ + size_t(i) * m.lm_head.out, scratch());
   }
 
   Pages<T> pages(void* data, int t) const {
@@ -214,7 +301,7 @@ class Pass {
             m.kv_heads, m.head_dim};
   }
 
-  void rotate_and_cache(const Layer& layer, int t) {
+  void rotate_and_cache(const Layer& layer, int l, int t) {
     int d = m.head_dim, position = b.positions[t];
     float* q = row(w.qkv, t, q_size_ + 2 * kv_size_);
     float *k = q + q_size_, *v = k + kv_size_;
@@ -223,7 +310,7 @@ class Pass {
     for (int head = 0; head < m.heads + m.kv_heads; head++) {
       float* x = q + head * d;
       const void* weight = head < m.heads ? layer.q_norm : layer.k_norm;
-      if (weight) rms_norm(x, static_cast<const T*>(weight), m.eps, d, x);
+      if (weight) norm_with(t, weight, l, head < m.heads ? Q_NORM : K_NORM, x, d, x);
       rotate(x, cos, sin, d / 2);
     }
     Pages<T> keys = pages(layer.keys, t), values = pages(layer.values, t);
@@ -250,12 +337,12 @@ class Pass {
   const Batch& b;
   Workspace& w;
   float* logits_;
-  Plan plan_;
-  Team team_;
   std::vector<int> sequence_;
+  Plan plan_, head_plan_;
+  Team team_;
   int q_size_, kv_size_;
-  size_t longest_, lora_scratch_;
-  Site sites_[4];
+  size_t longest_, scratch_, gained_;
+  std::vector<Product> products_;
 };
 
 }  // namespace loraplex

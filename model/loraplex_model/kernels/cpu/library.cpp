@@ -47,26 +47,13 @@ void loraplex_pack_nf4(const uint8_t* packed, const float* absmax, int out, int 
   }
 }
 
-// rows [out][in] of 2- or 4-byte elements to panels.
-void loraplex_pack_dense(const void* rows, int bytes, int out, int in, void* panels) {
-#pragma omp parallel for
-  for (int panel = 0; panel < (out + PANEL - 1) / PANEL; panel++)
-    for (int k = 0; k < in; k++)
-      for (int lane = 0; lane < PANEL; lane++) {
-        size_t row = size_t(panel) * PANEL + lane, to = (size_t(panel) * in + k) * PANEL + lane;
-        if (bytes == 2)
-          static_cast<uint16_t*>(panels)[to] = row < size_t(out) ? static_cast<const uint16_t*>(rows)[row * in + k] : 0;
-        else
-          static_cast<uint32_t*>(panels)[to] = row < size_t(out) ? static_cast<const uint32_t*>(rows)[row * in + k] : 0;
-      }
-}
-
 void loraplex_matmul(const Matrix* w, const float* x, int rows, float* y, int threads) {
   Team team(1);
 #pragma omp parallel num_threads(threads)
   {
     int phase = 0;
-    team.run(phase, matmul_units(*w, rows), [&](int unit) { matmul_unit(*w, x, rows, y, w->out, unit); });
+    Tile tile = whole(*w, rows);
+    team.run(phase, tile.units(), [&](int unit) { matmul_unit(*w, tile, x, y, w->out, unit); });
   }
 }
 
@@ -75,13 +62,14 @@ void loraplex_matmul(const Matrix* w, const float* x, int rows, float* y, int th
 template <class T>
 static void lora(const AdapterTable& table, const Batch& batch, const Fused& fused, int layer, const float* x,
                  int in, float* y, int out) {
-  Plan plan = make_plan(batch, table.max_ranks);
-  int rank = 0;
-  for (const Term& term : plan.terms) rank = std::max(rank, table.max_ranks[term.slot]);
-  std::vector<float> h(3 * plan.h_size), scratch(lora_scratch(in, rank));
-  for (const LoraUnit& unit : plan.shrink_units(fused, table))
+  std::vector<int> sequence(batch.num_tokens);
+  for (int s = 0; s < batch.num_sequences; s++)
+    std::fill(sequence.begin() + batch.query_starts[s], sequence.begin() + batch.query_starts[s + 1], s);
+  Plan plan = make_plan(batch, table, sequence);
+  std::vector<float> h(3 * plan.h_size), scratch(lora_scratch(in, plan.max_rank));
+  for (const LoraUnit& unit : shrink_units(plan, table, fused, FACTORS))
     shrink<T>(plan, table, fused, layer, unit, x, in, h.data(), scratch.data());
-  for (const LoraUnit& unit : plan.expand_units(fused))
+  for (const LoraUnit& unit : expand_units(plan, fused, FACTORS | GAIN))
     expand<T>(plan, table, fused, layer, unit, h.data(), y, out, scratch.data());
 }
 

@@ -1,4 +1,5 @@
-// The adapters' part of a projection: y += weight * B (A x), for rows that have an adapter.
+// The adapters' part of a projection: y = gain * y + weight * (bias + B (A x)), for rows that have an
+// adapter.
 //
 // Rows that carry the same mix lie side by side and form a segment. Shrink (h = A x) and expand
 // (y += B h) read each adapter's matrices once for a whole segment. Every element of h is one dot
@@ -6,14 +7,10 @@
 // never the bits.
 #pragma once
 
-#include <algorithm>
-#include <vector>
-
-#include "simd.h"
+#include "adapters.h"
 
 namespace loraplex {
 
-constexpr int PROJECTIONS = 7;
 constexpr int LORA_ROWS = 48;      // rows of a unit
 constexpr int SHARED = 3;          // from so many rows on, weights are widened once for all
 constexpr int LORA_RANKS = 32;     // ranks of a shrink unit
@@ -23,73 +20,48 @@ constexpr int LORA_COLUMNS = 512;  // outputs of an expand unit
 // too short for the hardware to see a stream. So what comes next is asked for ahead of its use.
 constexpr int COLUMNS_AHEAD = 96;
 
-// The resident adapters, [slots][layers][7]: addresses of A [r][in] and of transposed B [r][out].
-struct AdapterTable {
-  const uint64_t* a;
-  const uint64_t* b;
-  const int32_t* ranks;
-  const int32_t* max_ranks;  // [slots]
-  int32_t layers;
-  int32_t reserved;
-
-  size_t at(int slot, int layer, int projection) const {
-    return (size_t(slot) * layers + layer) * PROJECTIONS + projection;
-  }
-};
-
-struct Term {
-  int slot;
-  float weight;
-  size_t h;  // where this term's [rows][max_rank] floats begin, per projection of the fused matrix
-};
-
-struct Segment {
-  int first, end;            // rows
-  int term_begin, term_end;  // into Plan::terms
-};
-
 struct LoraUnit {
   int segment, part, first, end;
   int term, rank;  // shrink
   int column;      // expand
 };
 
-// One fused matrix as the adapters see it: up to three projections, each with its columns.
+// One fused matrix as the adapters see it: up to three projections, each with its columns. The head
+// is one too, of the layer after the last.
 struct Fused {
   int parts;
   int projection[3];
   int column[3], width[3];
 };
 
-// Who adapts which rows in this step. The units are the same in every layer.
-struct Plan {
-  std::vector<Term> terms;
-  std::vector<Segment> segments;
-  size_t h_size = 0;  // floats per part
-
-  bool empty() const { return segments.empty(); }
-
-  std::vector<LoraUnit> shrink_units(const Fused& fused, const AdapterTable& table) const {
-    std::vector<LoraUnit> units;
-    for (int s = 0; s < int(segments.size()); s++)
-      for (int t = segments[s].term_begin; t < segments[s].term_end; t++)
-        for (int part = 0; part < fused.parts; part++)
-          for (int rank = 0; rank < table.max_ranks[terms[t].slot]; rank += LORA_RANKS)
-            for (int row = segments[s].first; row < segments[s].end; row += LORA_ROWS)
-              units.push_back({s, part, row, std::min(row + LORA_ROWS, segments[s].end), t, rank, 0});
-    return units;
-  }
-
-  std::vector<LoraUnit> expand_units(const Fused& fused) const {
-    std::vector<LoraUnit> units;
-    for (int s = 0; s < int(segments.size()); s++)
+// The units are the same in every layer. `uses` says what a segment must need to have any.
+inline std::vector<LoraUnit> shrink_units(const Plan& plan, const AdapterTable& table, const Fused& fused,
+                                          int uses) {
+  std::vector<LoraUnit> units;
+  for (int s = 0; s < int(plan.segments.size()); s++) {
+    const Segment& segment = plan.segments[s];
+    if (!(segment.uses & uses)) continue;
+    for (int t = segment.term_begin; t < segment.term_end; t++)
       for (int part = 0; part < fused.parts; part++)
-        for (int column = 0; column < fused.width[part]; column += LORA_COLUMNS)
-          for (int row = segments[s].first; row < segments[s].end; row += LORA_ROWS)
-            units.push_back({s, part, row, std::min(row + LORA_ROWS, segments[s].end), 0, 0, column});
-    return units;
+        for (int rank = 0; rank < table.max_ranks[plan.terms[t].slot]; rank += LORA_RANKS)
+          for (int row = segment.first; row < segment.end; row += LORA_ROWS)
+            units.push_back({s, part, row, std::min(row + LORA_ROWS, segment.end), t, rank, 0});
   }
-};
+  return units;
+}
+
+inline std::vector<LoraUnit> expand_units(const Plan& plan, const Fused& fused, int uses) {
+  std::vector<LoraUnit> units;
+  for (int s = 0; s < int(plan.segments.size()); s++) {
+    const Segment& segment = plan.segments[s];
+    if (!(segment.uses & uses)) continue;
+    for (int part = 0; part < fused.parts; part++)
+      for (int column = 0; column < fused.width[part]; column += LORA_COLUMNS)
+        for (int row = segment.first; row < segment.end; row += LORA_ROWS)
+          units.push_back({s, part, row, std::min(row + LORA_ROWS, segment.end), 0, 0, column});
+  }
+  return units;
+}
 
 // Twice LANES neighbours of a row as two vectors. bfloat16 comes as those at even and those at odd
 // places, which a shift and a mask make of one load; float simply as the first and the second half.
@@ -201,12 +173,12 @@ template <class T>
 inline void shrink(const Plan& plan, const AdapterTable& table, const Fused& fused, int layer,
                    const LoraUnit& unit, const float* x, int in, float* h, float* scratch) {
   const Term& term = plan.terms[unit.term];
-  size_t entry = table.at(term.slot, layer, fused.projection[unit.part]);
-  int ranks = std::min(table.ranks[entry] - unit.rank, LORA_RANKS);
+  const Entry& entry = table.at(term.slot, layer, fused.projection[unit.part]);
+  int ranks = std::min(entry.rank - unit.rank, LORA_RANKS);
   if (ranks <= 0) return;
   int h_stride = table.max_ranks[term.slot], rows = unit.end - unit.first, width = fused.width[unit.part];
-  const T* a = reinterpret_cast<const T*>(table.a[entry]) + size_t(unit.rank) * in;
-  const T* b = reinterpret_cast<const T*>(table.b[entry]) + size_t(unit.rank) * width;
+  const T* a = static_cast<const T*>(entry.a) + size_t(unit.rank) * in;
+  const T* b = static_cast<const T*>(entry.b) + size_t(unit.rank) * width;
   for (int r = 0; r < ranks; r++)  // where the expansion will begin
     for (int c = 0; c < COLUMNS_AHEAD; c += 64 / sizeof(T))
       __builtin_prefetch(b + size_t(r) * width + c, 0, 2);
@@ -273,12 +245,29 @@ inline void expand(const Plan& plan, const AdapterTable& table, const Fused& fus
   int width = fused.width[unit.part];
   int columns = std::min(LORA_COLUMNS, width - unit.column), rows = unit.end - unit.first;
   y += fused.column[unit.part] + unit.column + unit.first * y_stride;
+  auto entry_of = [&](int slot) -> const Entry& {
+    return table.at(slot, layer, fused.projection[unit.part]);
+  };
+  if (segment.uses & GAIN) {
+    float gains[LORA_COLUMNS];
+    auto pick = [&](int slot) {
+      const float* gain = entry_of(slot).gain;
+      return gain ? gain + unit.column : nullptr;
+    };
+    if (blend_gains(plan, segment, columns, pick, gains))
+      for (int m = 0; m < rows; m++)
+        for (int c = 0; c < columns; c++) y[m * y_stride + c] *= gains[c];
+  }
   for (int t = segment.term_begin; t < segment.term_end; t++) {
     const Term& term = plan.terms[t];
-    size_t entry = table.at(term.slot, layer, fused.projection[unit.part]);
-    int ranks = table.ranks[entry], h_stride = table.max_ranks[term.slot];
+    const Entry& entry = entry_of(term.slot);
+    if (const float* bias = entry.bias)
+      for (int m = 0; m < rows; m++)
+        for (int c = 0; c < columns; c++)
+          y[m * y_stride + c] = multiply_add(term.weight, bias[unit.column + c], y[m * y_stride + c]);
+    int ranks = entry.rank, h_stride = table.max_ranks[term.slot];
     if (!ranks) continue;
-    const T* b = reinterpret_cast<const T*>(table.b[entry]) + unit.column;
+    const T* b = static_cast<const T*>(entry.b) + unit.column;
     const float* at = h + unit.part * plan.h_size + term.h + size_t(unit.first - segment.first) * h_stride;
     int m = 0;
     if (rows >= SHARED) {

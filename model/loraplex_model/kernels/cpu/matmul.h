@@ -178,16 +178,25 @@ inline void panel_product(const Panel& panel, int in, const float* x, size_t str
   }
 }
 
-inline int row_chunks(int rows) { return (rows + CHUNK_ROWS - 1) / CHUNK_ROWS; }
-inline int matmul_units(const Matrix& w, int rows) { return panels(w) * row_chunks(rows); }
+// A part of a product: `rows` rows and the columns [column, end) of the outputs. Neighbours may share a
+// panel; each writes its own columns only.
+struct Tile {
+  int first, rows, column, end;
 
-// One unit of y[rows][out] = x[rows][in] W^T + bias: one panel of a chunk of rows.
-inline void matmul_unit(const Matrix& w, const float* x, int rows, float* y, size_t y_stride, int unit) {
-  int panel = unit % panels(w);
-  int first = unit / panels(w) * CHUNK_ROWS;
-  rows = std::min(CHUNK_ROWS, rows - first);
-  x += size_t(first) * w.in;
-  y += size_t(first) * y_stride + size_t(panel) * PANEL;
+  int panels() const { return (end + PANEL - 1) / PANEL - column / PANEL; }
+  int units() const { return panels() * ((rows + CHUNK_ROWS - 1) / CHUNK_ROWS); }
+};
+
+inline Tile whole(const Matrix& w, int rows) { return {0, rows, 0, w.out}; }
+
+// One unit of the tile of y[rows][out] = x[rows][in] W^T + bias: one panel of a chunk of rows. x and y
+// begin at row 0.
+inline void matmul_unit(const Matrix& w, const Tile& tile, const float* x, float* y, size_t y_stride, int unit) {
+  int panel = tile.column / PANEL + unit % tile.panels();
+  int chunk = unit / tile.panels() * CHUNK_ROWS;
+  int rows = std::min(CHUNK_ROWS, tile.rows - chunk);
+  x += size_t(tile.first + chunk) * w.in;
+  y += size_t(tile.first + chunk) * y_stride + size_t(panel) * PANEL;
   int width = std::min(PANEL, w.out - panel * PANEL);
 
   alignas(64) float sums[CHUNK_ROWS * PANEL];
@@ -199,7 +208,8 @@ inline void matmul_unit(const Matrix& w, const float* x, int rows, float* y, siz
     case Kind::bf16: panel_product(DensePanel<bf16>(w, panel), w.in, x, w.in, rows, sums); break;
     case Kind::f32: panel_product(DensePanel<float>(w, panel), w.in, x, w.in, rows, sums); break;
   }
-  for (int m = 0; m < rows; m++) std::copy_n(sums + m * PANEL, width, y + m * y_stride);
+  int from = std::max(0, tile.column - panel * PANEL), to = std::min(width, tile.end - panel * PANEL);
+  for (int m = 0; m < rows; m++) std::copy(sums + m * PANEL + from, sums + m * PANEL + to, y + m * y_stride + from);
 }
 
 }  // namespace loraplex

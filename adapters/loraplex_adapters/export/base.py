@@ -1,0 +1,69 @@
+"""A base model to export against: its weights as they are served, and where they came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from loraplex_model import checkpoint
+from loraplex_model.adapter import AdapterDelta
+from loraplex_model.default_model import DEFAULT, ensure_default_model
+from loraplex_model.load import load_base
+from loraplex_model.weights import BaseWeights
+
+from loraplex_adapters.format import inspect
+from loraplex_adapters.spec import AdapterSpec, BaseShapes, Limits
+from loraplex_adapters.tensors import load
+
+LIMITS = Limits(max_rank=1 << 16, max_virtual_tokens=1 << 20)
+"""What is exported need not fit a server's limits."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExportBase:
+    """A loaded base.
+
+    Attributes:
+        name: what the operator asked for.
+        source: the checkpoint's directory, or the GGUF file.
+        directory: the cached entry: `tokenizer.json` and `model.json`.
+        weights: NF4 matrices; everything else float32, as stored.
+    """
+
+    name: str
+    source: Path
+    directory: Path
+    weights: BaseWeights
+
+    @property
+    def shapes(self) -> BaseShapes:
+        """What adapters are checked against."""
+        config = self.weights.config
+        biased = [*("q_proj", "k_proj", "v_proj") * config.qkv_bias, *("o_proj",) * config.o_bias]
+        return BaseShapes(
+            num_layers=config.num_layers,
+            projections=config.projection_shapes(),
+            hidden_size=config.hidden_size,
+            vocab_size=config.vocab_size,
+            head_dim=config.head_dim,
+            biased=frozenset(biased),
+            qk_norm=config.qk_norm,
+            tie_embeddings=config.tie_embeddings,
+            fingerprint=self.weights.fingerprint,
+            dtype="float32",
+        )
+
+
+def open_base(model: str, cache: Path) -> ExportBase:
+    """Loads a model by directory, GGUF file, hub id, or "default". Raises `ModelError`."""
+    is_default = model in ("", DEFAULT)
+    source = ensure_default_model(cache) if is_default else checkpoint.locate(model)
+    loaded = load_base(model, torch.float32, cache)
+    return ExportBase(loaded.name, source, loaded.directory, loaded.weights)
+
+
+def open_adapter(directory: Path, base: ExportBase) -> tuple[AdapterSpec, AdapterDelta]:
+    """Reads an adapter as the server would; raises AdapterError as `format.inspect` does."""
+    digest = inspect(directory, base.shapes, LIMITS).digest
+    return load(directory, digest, base.shapes, base.weights, LIMITS)

@@ -1,0 +1,1 @@
+"""Adapters of other libraries, turned into ours where that is exact."""

@@ -1,0 +1,122 @@
+"""The connection to the index: SQLite inside the store, or PostgreSQL for several servers.
+
+Changes come one after the other on both: SQLite has one writer, and on PostgreSQL a change begins
+by taking an advisory lock. So a change may look at the store's directory and count on what it sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+
+from loraplex_adapters.errors import AdapterError
+from loraplex_adapters.faults import reach
+
+_BUSY_SECONDS = 30
+_CONNECT_SECONDS = 10
+_LOCK = int.from_bytes(b"loraplex", "big")
+_DISK_FULL = "53100"  # PostgreSQL's code
+
+
+class Database:
+    """Safe to use from several threads and processes.
+
+    Every method raises AdapterError(STORE_UNAVAILABLE or STORE_FULL) when the database fails.
+    """
+
+    def __init__(self, file: Path, url: str) -> None:
+        """`url` is SQLAlchemy's; "" is SQLite in `file`. Connects at first use."""
+        self._engine = _postgresql(url) if url else _sqlite(file)
+        self._is_sqlite = self._engine.dialect.name == "sqlite"
+
+    @contextmanager
+    def reading(self) -> Iterator[sa.Connection]:
+        """A transaction that sees one state of the database and changes nothing."""
+        with _database_errors(), self._engine.connect() as connection:
+            if not self._is_sqlite:  # SQLite knows no other isolation
+                connection.execution_options(isolation_level="REPEATABLE READ")
+            yield connection
+
+    @contextmanager
+    def writing(self) -> Iterator[sa.Connection]:
+        """A transaction beside which no other changes anything; durable when its block ends."""
+        with _database_errors(), self._engine.connect() as connection:
+            if self._is_sqlite:
+                connection = connection.execution_options(loraplex_writes=True)
+            else:
+                connection = connection.execution_options(isolation_level="READ COMMITTED")
+            with connection.begin():
+                if not self._is_sqlite:
+                    connection.execute(sa.text(f"SET LOCAL lock_timeout = '{_BUSY_SECONDS}s'"))
+                    connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK)))
+                reach("store.index.begun")
+                yield connection
+                reach("store.index.commit")
+            reach("store.index.committed")
+
+    def close(self) -> None:
+        """Closes every connection. Idempotent."""
+        self._engine.dispose()
+
+
+def _sqlite(file: Path) -> sa.Engine:
+    engine = sa.create_engine(
+        sa.URL.create("sqlite", database=str(file)),
+        connect_args={"timeout": float(_BUSY_SECONDS)},
+    )
+    sa.event.listen(engine, "connect", _configure)
+    sa.event.listen(engine, "begin", _begin)
+    return engine
+
+
+def _postgresql(text: str) -> sa.Engine:
+    try:
+        url = sa.make_url(text)
+        if url.get_backend_name() != "postgresql":
+            raise AdapterError(
+                "STORE_UNAVAILABLE", "store_url must be empty or begin with postgresql://"
+            )
+        if url.drivername == "postgresql":
+            url = url.set(drivername="postgresql+psycopg")
+        return sa.create_engine(
+            url, pool_pre_ping=True, connect_args={"connect_timeout": _CONNECT_SECONDS}
+        )
+    except (ArgumentError, ValueError):
+        # Not shown: it may hold a password.
+        raise AdapterError("STORE_UNAVAILABLE", "store_url is not a database's URL") from None
+    except ModuleNotFoundError:
+        raise AdapterError(
+            "STORE_UNAVAILABLE",
+            "PostgreSQL needs a driver: pip install 'loraplex[server,postgres]'",
+        ) from None
+
+
+def _configure(connection: Any, _entry: object) -> None:
+    connection.isolation_level = None  # sqlite3 must not begin transactions of its own
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = FULL")
+    connection.execute("PRAGMA foreign_keys = ON")
+
+
+def _begin(connection: sa.Connection) -> None:
+    # A transaction that reads before it writes has to lock at once, or two of them deadlock.
+    writes = connection.get_execution_options().get("loraplex_writes", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+@contextmanager
+def _database_errors() -> Iterator[None]:
+    try:
+        yield
+    except SQLAlchemyError as error:
+        cause = getattr(error, "orig", None)
+        if getattr(cause, "sqlstate", "") == _DISK_FULL or "full" in str(cause or ""):
+            raise AdapterError("STORE_FULL", "the adapter store's disk is full") from error
+        raise AdapterError(
+            "STORE_UNAVAILABLE", "the adapter store's index cannot be used"
+        ) from error

@@ -1,0 +1,57 @@
+"""Finding a version by an id, within a transaction of the index."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sqlalchemy as sa
+
+from loraplex_adapters.errors import AdapterError
+from loraplex_adapters.store import records, schema
+from loraplex_adapters.store.ids import AdapterId
+from loraplex_adapters.store.records import Record
+
+_names, _versions, _aliases = schema.names.c, schema.versions.c, schema.aliases.c
+
+is_target = sa.and_(_versions.name == _aliases.name, _versions.version == _aliases.version)
+
+
+def find(connection: sa.Connection, adapter: AdapterId) -> Record:
+    query = records.living.where(_names.name == adapter.name)
+    if adapter.digest is not None:
+        query = query.where(_versions.digest == adapter.digest)
+    elif adapter.version is not None:
+        query = query.where(_versions.version == adapter.version)
+    else:
+        query = query.where(records.is_current)
+    found = records.read_one(connection, query.order_by(_versions.version.desc()))
+    if found is None and adapter.version is None:
+        row = alias_row(connection, adapter.name)
+        if row is not None:
+            found = records.read_one(connection, exactly(row.name, row.version))
+    if found is None or adapter.digest not in (None, found.digest):
+        which = adapter.digest or adapter.version
+        raise not_found(adapter.name if which is None else f"{adapter.name}@{which}")
+    return found
+
+
+def exactly(name: str, version: int) -> sa.Select[Any]:
+    return records.living.where(_versions.name == name, _versions.version == version)
+
+
+def is_name(connection: sa.Connection, name: str) -> bool:
+    living = sa.select(_names.name).where(_names.name == name, _names.current_version.is_not(None))
+    return connection.execute(living).first() is not None
+
+
+def alias_row(connection: sa.Connection, alias: str) -> Any:
+    query = (
+        sa.select(schema.aliases, _versions.digest)
+        .join(schema.versions, is_target)
+        .where(_aliases.alias == alias)
+    )
+    return connection.execute(query).one_or_none()
+
+
+def not_found(shown: str) -> AdapterError:
+    return AdapterError("ADAPTER_NOT_FOUND", f"there is no adapter {shown}", shown)

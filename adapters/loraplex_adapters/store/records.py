@@ -1,0 +1,148 @@
+"""What the index says of a version, and how it is read from the tables."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import sqlalchemy as sa
+
+from loraplex_adapters.spec import AdapterSpec
+from loraplex_adapters.store import schema
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One version of a registered adapter. Times are in UTC.
+
+    Attributes:
+        base_fingerprint: of the base that it was checked against; "" if it was registered before
+            that was written down.
+        deleted_at: None while it can be found.
+        labels, aliases: as they are now; they can change. `aliases` are in order.
+        latest_version: what the name alone means now; 0 if it is deleted.
+        others: of `AdapterSpec`.
+    """
+
+    name: str
+    version: int
+    digest: str
+    peft_type: str
+    rank: int
+    target_modules: tuple[str, ...]
+    size_bytes: int
+    base_model: str
+    created_at: datetime
+    virtual_tokens: int = 0
+    provenance: Mapping[str, str] = field(default_factory=dict)
+    base_fingerprint: str = ""
+    deleted_at: datetime | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+    aliases: tuple[str, ...] = ()
+    latest_version: int = field(default=0, compare=False)
+
+    @property
+    def id(self) -> str:
+        """ "name@version"."""
+        return f"{self.name}@{self.version}"
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A page of a listing; `next_page_token` is "" on the last one."""
+
+    records: tuple[Record, ...]
+    next_page_token: str
+
+
+@dataclass(frozen=True, slots=True)
+class Alias:
+    """A second name for one version, which may be moved to another."""
+
+    alias: str
+    name: str
+    version: int
+    digest: str
+    updated_at: datetime
+
+
+versions = (
+    sa.select(schema.versions, schema.blobs.c.summary, schema.names.c.current_version)
+    .join(schema.blobs, schema.blobs.c.digest == schema.versions.c.digest)
+    .join(schema.names, schema.names.c.name == schema.versions.c.name)
+)
+"""Every version, deleted ones too."""
+
+living = versions.where(schema.versions.c.deleted_at.is_(None))
+is_current = schema.versions.c.version == schema.names.c.current_version
+
+
+def summary(spec: AdapterSpec) -> dict[str, object]:
+    """What a blob's row keeps of a spec."""
+    return {
+        "peft_type": spec.peft_type,
+        "rank": spec.rank,
+        "target_modules": list(spec.target_modules),
+        "size_bytes": spec.size_bytes,
+        "base_model": spec.base_model,
+        "virtual_tokens": spec.virtual_tokens,
+        "provenance": dict(spec.provenance),
+    }
+
+
+def read(connection: sa.Connection, rows: Sequence[Any]) -> tuple[Record, ...]:
+    """The records of rows of `versions`, with their labels and aliases."""
+    if not rows:
+        return ()
+    names = {row.name for row in rows}
+    labels: dict[tuple[str, int], dict[str, str]] = defaultdict(dict)
+    for row in connection.execute(
+        sa.select(schema.labels).where(schema.labels.c.name.in_(names)).order_by("key")
+    ):
+        labels[row.name, row.version][row.key] = row.value
+    aliases: dict[tuple[str, int], list[str]] = defaultdict(list)
+    for row in connection.execute(
+        sa.select(schema.aliases).where(schema.aliases.c.name.in_(names)).order_by("alias")
+    ):
+        aliases[row.name, row.version].append(row.alias)
+    return tuple(_record(row, labels, aliases) for row in rows)
+
+
+def read_one(connection: sa.Connection, query: sa.Select[Any]) -> Record | None:
+    """The record of the first row of a query over `versions`, if there is one."""
+    row = connection.execute(query.limit(1)).first()
+    return None if row is None else read(connection, [row])[0]
+
+
+def moment(seconds: float) -> datetime:
+    """A time of the tables."""
+    return datetime.fromtimestamp(seconds, UTC)
+
+
+def _record(
+    row: Any,
+    labels: Mapping[tuple[str, int], dict[str, str]],
+    aliases: Mapping[tuple[str, int], list[str]],
+) -> Record:
+    about, key = row.summary, (row.name, row.version)
+    return Record(
+        name=row.name,
+        version=row.version,
+        digest=row.digest,
+        peft_type=about["peft_type"],
+        rank=about["rank"],
+        target_modules=tuple(about["target_modules"]),
+        size_bytes=about["size_bytes"],
+        base_model=about["base_model"],
+        created_at=moment(row.created_at),
+        virtual_tokens=about.get("virtual_tokens", 0),
+        provenance=about.get("provenance", {}),
+        base_fingerprint=row.base_fingerprint,
+        deleted_at=None if row.deleted_at is None else moment(row.deleted_at),
+        labels=labels.get(key, {}),
+        aliases=tuple(aliases.get(key, ())),
+        latest_version=row.current_version or 0,
+    )

@@ -1,0 +1,147 @@
+"""The tables of the index, and how an older index becomes one of today's.
+
+Content is immutable, names move. A version is a row whose bytes never change; a name's row holds
+the version it points to and the last number it ever used, which outlives the name's deletion, so
+that "name@3" never comes to mean something else. A deleted version keeps its row, with the time of
+its deletion, until it is collected.
+
+`meta` holds the schema's version, the store's id and the number of changes. SQLite's own
+`user_version` is set too: older servers look there, and must not touch what they do not know.
+"""
+
+from __future__ import annotations
+
+import uuid
+
+import sqlalchemy as sa
+
+from loraplex_adapters.errors import AdapterError
+from loraplex_adapters.faults import reach
+
+SCHEMA_VERSION = 2
+_VERSION, _STORE_ID, _CHANGES = "schema_version", "store_id", "changes"
+
+# Names are compared byte by byte on every database, so that pages come in one order everywhere.
+_text = sa.String().with_variant(sa.String(collation="C"), "postgresql")
+
+tables = sa.MetaData()
+meta = sa.Table(
+    "meta",
+    tables,
+    sa.Column("key", _text, primary_key=True),
+    sa.Column("value", sa.String, nullable=False),
+)
+blobs = sa.Table(
+    "blobs",
+    tables,
+    sa.Column("digest", _text, primary_key=True),
+    sa.Column("summary", sa.JSON, nullable=False),
+    sa.Column("created_at", sa.Float, nullable=False),
+)
+names = sa.Table(
+    "names",
+    tables,
+    sa.Column("name", _text, primary_key=True),
+    sa.Column("current_version", sa.Integer),  # null: the name was deleted
+    sa.Column("last_version", sa.Integer, nullable=False),
+)
+versions = sa.Table(
+    "versions",
+    tables,
+    sa.Column("name", _text, sa.ForeignKey("names.name"), primary_key=True),
+    sa.Column("version", sa.Integer, primary_key=True),
+    sa.Column("digest", _text, sa.ForeignKey("blobs.digest"), nullable=False, index=True),
+    sa.Column("created_at", sa.Float, nullable=False),
+    sa.Column("base_fingerprint", sa.String, nullable=False, server_default=""),
+    sa.Column("deleted_at", sa.Float),  # null: not deleted
+)
+aliases = sa.Table(
+    "aliases",
+    tables,
+    sa.Column("alias", _text, primary_key=True),
+    sa.Column("name", _text, nullable=False),
+    sa.Column("version", sa.Integer, nullable=False),
+    sa.Column("updated_at", sa.Float, nullable=False),
+    sa.ForeignKeyConstraint(["name", "version"], ["versions.name", "versions.version"]),
+    sa.Index("ix_aliases_target", "name", "version"),
+)
+labels = sa.Table(
+    "labels",
+    tables,
+    sa.Column("name", _text, primary_key=True),
+    sa.Column("version", sa.Integer, primary_key=True),
+    sa.Column("key", _text, primary_key=True),
+    sa.Column("value", sa.String, nullable=False),
+    sa.ForeignKeyConstraint(["name", "version"], ["versions.name", "versions.version"]),
+    sa.Index("ix_labels_key_value", "key", "value"),
+)
+
+
+def prepare(connection: sa.Connection, known_id: str | None, has_blobs: bool) -> str:
+    """Makes or upgrades the tables in this transaction; returns the id of the store.
+
+    `known_id` is what the store's directory says, None if nothing. Raises
+    AdapterError(STORE_UNAVAILABLE) for an index of another version, or of another store.
+    """
+    version = _version(connection)
+    if version not in (0, 1, SCHEMA_VERSION):
+        raise AdapterError(
+            "STORE_UNAVAILABLE", "the adapter store was made by another version of the server"
+        )
+    if version == 0 and known_id is not None and has_blobs:
+        raise AdapterError(
+            "STORE_UNAVAILABLE",
+            "the adapter store has adapters, but its index is new: restore the index, or remove "
+            "the file store-id to begin with an empty one",
+        )
+    if version < SCHEMA_VERSION:
+        if version == 1:
+            _add_columns(connection)
+        tables.create_all(connection)
+        reach("store.index.migrate")
+        store_id = known_id or uuid.uuid4().hex
+        rows = [
+            {"key": _VERSION, "value": str(SCHEMA_VERSION)},
+            {"key": _STORE_ID, "value": store_id},
+            {"key": _CHANGES, "value": "0"},
+        ]
+        connection.execute(sa.insert(meta), rows)
+        if connection.dialect.name == "sqlite":
+            connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        return store_id
+    recorded = _meta(connection, _STORE_ID)
+    if known_id not in (None, recorded):
+        raise AdapterError(
+            "STORE_UNAVAILABLE", "the adapter store's directory and index do not belong together"
+        )
+    return recorded
+
+
+def changes(connection: sa.Connection) -> int:
+    """How often names, aliases or labels have changed."""
+    return int(_meta(connection, _CHANGES))
+
+
+def count_change(connection: sa.Connection) -> None:
+    """Counts a change, in its own transaction."""
+    values = {"value": str(changes(connection) + 1)}
+    connection.execute(sa.update(meta).where(meta.c.key == _CHANGES).values(values))
+
+
+def _version(connection: sa.Connection) -> int:
+    present = sa.inspect(connection)
+    if present.has_table(meta.name):
+        text = _meta(connection, _VERSION)
+        return int(text) if text.isdecimal() else -1
+    return 1 if present.has_table(names.name) else 0
+
+
+def _meta(connection: sa.Connection, key: str) -> str:
+    found = connection.execute(sa.select(meta.c.value).where(meta.c.key == key)).scalar()
+    return str(found or "")
+
+
+def _add_columns(connection: sa.Connection) -> None:
+    # Version 1 was only ever on SQLite, and deleted versions outright.
+    for column in ("base_fingerprint VARCHAR NOT NULL DEFAULT ''", "deleted_at FLOAT"):
+        connection.exec_driver_sql(f"ALTER TABLE versions ADD COLUMN {column}")

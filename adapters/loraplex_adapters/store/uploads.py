@@ -1,0 +1,226 @@
+"""Uploads: an adapter's two files as they arrive, piece by piece, across restarts of the server.
+
+    <store>/uploads/lock                    taken while an upload is begun
+    <store>/uploads/<id>/lock               taken while the upload is written, read or removed
+    <store>/uploads/<id>/adapter_config.json, adapter_model.safetensors
+
+The size of a file is all that is known of its progress. A piece is acknowledged when it is on the
+disk; what a crash leaves beyond that is the beginning of the piece that was being written.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from loraplex_adapters.errors import AdapterError
+from loraplex_adapters.faults import reach
+from loraplex_adapters.files import (
+    CONFIG_FILE,
+    MAX_CONFIG_BYTES,
+    WEIGHTS_FILE,
+    Directory,
+    open_directory,
+)
+from loraplex_adapters.store.disk import disk_errors, flush, locked, try_lock
+
+_ID = re.compile(r"\A[0-9a-f]{32}\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class UploadBounds:
+    """What uploads may take.
+
+    Attributes:
+        max_weights_bytes: size of one weights file.
+        max_open: uploads that are not finished.
+        expire_seconds: from the last piece to the upload's removal.
+    """
+
+    max_weights_bytes: int = 4 << 30
+    max_open: int = 16
+    expire_seconds: float = 24 * 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """How far an upload has come, in bytes: where to go on."""
+
+    id: str
+    config_bytes: int
+    weights_bytes: int
+
+
+class Uploads:
+    """The unfinished uploads of a store. Safe to use from several threads and processes.
+
+    Every method raises AdapterError(STORE_FULL or STORE_UNAVAILABLE) when the disk fails.
+    """
+
+    def __init__(self, root: Path, bounds: UploadBounds) -> None:
+        self._root = root / "uploads"
+        self._bounds = bounds
+        self._limits = {CONFIG_FILE: MAX_CONFIG_BYTES, WEIGHTS_FILE: bounds.max_weights_bytes}
+        with disk_errors():
+            self._root.mkdir(exist_ok=True)
+            flush(root)
+
+    def begin(self) -> str:
+        """Opens an upload; returns its id. Raises AdapterError(OVERLOADED) if too many are open."""
+        with locked(self._root):
+            self.expire()
+            if len(self._ids()) >= self._bounds.max_open:
+                raise AdapterError("OVERLOADED", "too many uploads are open; finish or abort some")
+            upload_id = uuid.uuid4().hex
+            with disk_errors():
+                reach("store.upload.make")
+                (self._root / upload_id).mkdir()
+                reach("store.upload.made")
+                flush(self._root)
+        return upload_id
+
+    def append(self, upload_id: str, file: str, offset: int, data: bytes | memoryview) -> int:
+        """Writes `data` to the end of one of the files, which `offset` must be; its size then.
+
+        Raises AdapterError: UPLOAD_NOT_FOUND; UPLOAD_OFFSET (the message and `state` have the right
+        one); FIELD_INVALID (no file of an adapter); ADAPTER_TOO_LARGE.
+        """
+        limit = self._limits.get(file)
+        if limit is None:
+            raise AdapterError(
+                "FIELD_INVALID", f"an upload has the files {CONFIG_FILE} and {WEIGHTS_FILE}", "file"
+            )
+        with self._held(upload_id) as folder, disk_errors():
+            flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            descriptor = os.open(folder / file, flags, 0o600)
+            try:
+                size = os.fstat(descriptor).st_size
+                if offset != size:
+                    raise AdapterError(
+                        "UPLOAD_OFFSET", f"{file} has {size} bytes; go on from there", file
+                    )
+                if size + len(data) > limit:
+                    raise AdapterError(
+                        "ADAPTER_TOO_LARGE", f"at most {limit} bytes of {file} are accepted", file
+                    )
+                rest = memoryview(data)
+                while rest:
+                    reach("store.upload.write")
+                    written = os.pwrite(descriptor, rest, size)
+                    rest, size = rest[written:], size + written
+                reach("store.upload.sync")
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            if offset == 0:
+                reach("store.upload.sync-directory")
+                flush(folder)
+        return size
+
+    def state(self, upload_id: str) -> Upload:
+        """How far it has come. Raises AdapterError(UPLOAD_NOT_FOUND)."""
+        with self._held(upload_id) as folder, disk_errors():
+            return Upload(upload_id, _size(folder / CONFIG_FILE), _size(folder / WEIGHTS_FILE))
+
+    @contextmanager
+    def reading(self, upload_id: str, *, remove: bool = False) -> Iterator[Directory]:
+        """The upload's files, which nobody writes to meanwhile.
+
+        With `remove` they go when the block has succeeded. Raises AdapterError(UPLOAD_NOT_FOUND).
+        """
+        with self._held(upload_id) as folder:
+            with open_directory(folder) as directory:
+                yield directory
+            if remove:
+                self._remove(folder)
+
+    def abort(self, upload_id: str) -> None:
+        """Removes an upload. Raises AdapterError(UPLOAD_NOT_FOUND)."""
+        with self._held(upload_id) as folder:
+            self._remove(folder)
+
+    def expire(self, dry_run: bool = False) -> tuple[str, ...]:
+        """Removes, or only lists, the uploads that nobody has gone on with for too long."""
+        expired = []
+        for upload_id in self._ids():
+            folder = self._root / upload_id
+            try:
+                owner = try_lock(folder / "lock")
+            except OSError:  # in use, or gone meanwhile
+                continue
+            try:
+                if time.time() - _last_change(folder) > self._bounds.expire_seconds:
+                    expired.append(upload_id)
+                    if not dry_run:
+                        self._remove(folder)
+            finally:
+                os.close(owner)
+        return tuple(expired)
+
+    def clear(self) -> None:
+        """Finishes removals that a crash cut short."""
+        with disk_errors():
+            for half_gone in self._root.glob("removed-*"):
+                shutil.rmtree(half_gone, ignore_errors=True)
+
+    def _ids(self) -> list[str]:
+        with disk_errors():
+            return sorted(entry.name for entry in self._root.iterdir() if _ID.match(entry.name))
+
+    @contextmanager
+    def _held(self, upload_id: str) -> Iterator[Path]:
+        """Waits for the upload's lock, and holds it."""
+        folder = self._root / upload_id
+        descriptor = None
+        if _ID.match(upload_id) and folder.is_dir():
+            with disk_errors():
+                try:
+                    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+                    descriptor = os.open(folder / "lock", flags, 0o644)
+                except FileNotFoundError:
+                    pass
+        if descriptor is None:
+            raise _not_found(upload_id)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if not folder.is_dir():  # removed by whoever held it before
+                raise _not_found(upload_id)
+            yield folder
+        finally:
+            os.close(descriptor)
+
+    def _remove(self, folder: Path) -> None:
+        gone = self._root / f"removed-{folder.name}"
+        with disk_errors():
+            reach("store.upload.remove")
+            folder.rename(gone)
+            reach("store.upload.sync-removed")
+            flush(self._root)
+        shutil.rmtree(gone, ignore_errors=True)
+        reach("store.upload.removed")
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _last_change(folder: Path) -> float:
+    files = (folder, folder / CONFIG_FILE, folder / WEIGHTS_FILE)
+    return max(file.stat().st_mtime for file in files if file.exists())
+
+
+def _not_found(upload_id: str) -> AdapterError:
+    return AdapterError(
+        "UPLOAD_NOT_FOUND", "there is no such upload; it may have expired", upload_id
+    )

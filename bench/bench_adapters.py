@@ -1,0 +1,143 @@
+"""What the life of adapters costs: loading, replacing, merging, thousands of them, and kill -9.
+
+    python bench/bench_adapters.py            (make bench-adapters)
+
+Starts servers of its own on the default model and stops them. The last line of output is one JSON
+object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import base
+import lifecycle
+import merge_cycles
+import psutil
+import report
+from loraplex import LoraplexError
+from measure import BenchmarkError
+from served import Server, ServerError, exit_on_sigterm
+
+import adapters
+
+KILLS = Path(__file__).parents[1] / "tests" / "adapters" / "store_kills.py"
+FEW, FITTING = 16, 20
+"""Adapters of the small registry, and those that the small budget has room for."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    exit_on_sigterm()
+    try:
+        result = {
+            **kills(args),
+            **merge_cycles.run(args.cache, args.cycles),
+            **scenes(args),
+        }
+    except (ServerError, LoraplexError, BenchmarkError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    head = ["what", "measured"]
+    print(report.table(head, [[name, value] for name, value in result.items()]))
+    print(report.json_line(result))
+    return 0
+
+
+def scenes(args: argparse.Namespace) -> dict[str, object]:
+    """The scenes of `lifecycle`, on servers with few and with many registered adapters."""
+    (template,) = adapters.write(
+        base.ensure(cache=args.cache), args.work / "small", 1, 4, modules=("q_proj", "v_proj")
+    )
+    directories = lifecycle.copies(template, args.work / "many", args.registered)
+    size = (directories[0] / "adapter_model.safetensors").stat().st_size
+    room = {"adapter_memory": FITTING * size, "host_adapter_memory": FITTING * size}
+    result: dict[str, object] = {}
+    with serving(args, "many", directories) as server:
+        names = lifecycle.register(server.address, directories[:FEW])
+        few = throughputs(server.address, names)
+        names += lifecycle.register(server.address, directories[FEW:])
+        many = throughputs(server.address, names[:FEW])
+        result["registered_1000_ratio"] = report.median(many) / report.median(few)
+        cold = names[FEW : FEW + args.burst]
+        result |= asyncio.run(lifecycle.cold_burst(server.address, names[:4], cold, 128))
+        result |= asyncio.run(
+            lifecycle.replacing(server.address, directories[-2:], args.rounds, 24)
+        )
+    with serving(args, "tight", directories, keep_store="many", **room) as server:
+        result |= lifecycle.zipf(server.address, names, args.requests, 8, server_pids(server))
+    return result
+
+
+def throughputs(address: str, names: Sequence[str]) -> list[float]:
+    """Four runs over the same adapters; the first, which loads them, is not counted."""
+    return [lifecycle.throughput(address, names, 32, 32, seed) for seed in range(4)][1:]
+
+
+def serving(
+    args: argparse.Namespace,
+    name: str,
+    directories: list[Path],
+    keep_store: str = "",
+    **settings: object,
+) -> Server:
+    """A server with a store of its own, or with one that another has filled."""
+    store = args.work / f"store-{keep_store or name}"
+    if not keep_store:
+        shutil.rmtree(store, ignore_errors=True)
+    return Server(
+        {
+            "cache": args.cache,
+            "store": store,
+            "import_root": directories[0].parent,
+            "dtype": "bfloat16",
+            **settings,
+        },
+        args.work / f"{name}.log",
+    )
+
+
+def server_pids(server: Server) -> list[int]:
+    """The front's process and its children's."""
+    process = psutil.Process(server.pid)
+    return [process.pid, *(child.pid for child in process.children(recursive=True))]
+
+
+def kills(args: argparse.Namespace) -> dict[str, object]:
+    """Ends processes that change a store with SIGKILL, and counts acknowledged changes lost."""
+    folder = args.work / "kills"
+    shutil.rmtree(folder, ignore_errors=True)
+    command = [sys.executable, str(KILLS), str(folder), str(args.kills)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise BenchmarkError("a store lost what it had acknowledged; see above")
+    told = json.loads(done.stdout.splitlines()[-1])
+    return {"kill9": told["kills"], "kill9_lost": told["lost"]}
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Measure what the life of adapters costs.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--cache", type=Path, default=base.CACHE, help="the server's cache")
+    add("--work", type=Path, default=Path("var/bench/lifecycle"), help="adapters, stores, logs")
+    add("--registered", type=int, default=1000)
+    add("--burst", type=int, default=100, help="cold adapters loaded at once")
+    add("--rounds", type=int, default=10, help="how often a name is moved")
+    add("--requests", type=int, default=400, help="of the Zipf traffic")
+    add("--cycles", type=int, default=1000, help="of merging and unmerging")
+    add("--kills", type=int, default=200)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

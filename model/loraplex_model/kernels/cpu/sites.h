@@ -1,0 +1,115 @@
+// What adapters change outside the matrix products of the layers, one row at a time: embeddings, norms,
+// bottlenecks, and rows of the head. Only rows whose adapters have such a change come here.
+#pragma once
+
+#include "lora.h"
+#include "rows.h"
+
+namespace loraplex {
+
+// x += w (A[token] B), and the adapter's own difference to the token's row.
+template <class T>
+inline void add_embedding(const Plan& plan, const Segment& segment, const AdapterTable& table, int token,
+                          int hidden, float* x, float* scratch) {
+  for (int t = segment.term_begin; t < segment.term_end; t++) {
+    const Term& term = plan.terms[t];
+    const Entry& entry = table.at(term.slot, table.layers, EMBED_TOKENS);
+    if (entry.a) {
+      const T* a = static_cast<const T*>(entry.a) + size_t(token) * entry.rank;
+      for (int r = 0; r < entry.rank; r++) scratch[r] = term.weight * load1(a + r);
+      expand_rows<T, 1>(scratch, entry.rank, static_cast<const T*>(entry.b), hidden, entry.rank, hidden, x, hidden);
+    }
+    const int32_t *ids = entry.token_ids, *end = ids + entry.count;
+    const int32_t* at = std::lower_bound(ids, end, token);
+    if (at == end || *at != token) continue;
+    const T* row = static_cast<const T*>(entry.rows) + size_t(at - ids) * hidden;
+    for (int i = 0; i < hidden; i++) x[i] = multiply_add(term.weight, load1(row + i), x[i]);
+  }
+}
+
+// A norm's weight with what the adapters add to it, or null where they add nothing.
+template <class T>
+inline const float* norm_weight(const Plan& plan, const Segment& segment, const AdapterTable& table, int layer,
+                                int site, const T* weight, int width, float* out) {
+  bool any = false;
+  for (int t = segment.term_begin; t < segment.term_end; t++) {
+    const Term& term = plan.terms[t];
+    const float* delta = table.at(term.slot, layer, site).bias;
+    if (!delta) continue;
+    if (!any)
+      for (int i = 0; i < width; i++) out[i] = load1(weight + i);
+    any = true;
+    for (int i = 0; i < width; i++) out[i] = multiply_add(term.weight, delta[i], out[i]);
+  }
+  return any ? out : nullptr;
+}
+
+enum Activation { NONE, RELU, SILU, GELU, GELU_TANH, TANH, SIGMOID, LEAKY_RELU };
+enum Reads { NORMED, OUTPUT, STREAM, INCOMING };
+
+inline float activate(float x, int activation) {
+  switch (activation) {
+    case RELU: return std::max(x, 0.0f);
+    case SILU: return x / (1.0f + std::exp(-x));
+    case GELU: return 0.5f * x * (1.0f + std::erf(x * 0.70710678f));
+    case GELU_TANH: return 0.5f * x * (1.0f + std::tanh(0.79788456f * (x + 0.044715f * x * x * x)));
+    case TANH: return std::tanh(x);
+    case SIGMOID: return 1.0f / (1.0f + std::exp(-x));
+    case LEAKY_RELU: return x > 0 ? x : 0.01f * x;
+    default: return x;
+  }
+}
+
+constexpr int HEAD_TOKENS = 4096;  // logits of one unit
+
+// Floats of scratch that the functions here need.
+inline size_t sites_scratch(int hidden, int widest) {
+  return 3 * size_t(hidden) + std::max(widest, HEAD_TOKENS);
+}
+
+// added += w up(f(down(input))): the block's output, with what every term's bottleneck makes of it.
+template <class T>
+inline void add_bottleneck(const Plan& plan, const Segment& segment, const AdapterTable& table, int layer,
+                           int site, const float* stream, const float* normed, int hidden, float* added,
+                           float* scratch) {
+  float *before = scratch, *input = scratch + hidden, *h = input + 2 * size_t(hidden);
+  std::copy_n(added, hidden, before);
+  for (int t = segment.term_begin; t < segment.term_end; t++) {
+    const Term& term = plan.terms[t];
+    const Entry& entry = table.at(term.slot, layer, site);
+    if (!entry.a) continue;
+    const float* read = entry.reads == NORMED ? normed : entry.reads == INCOMING ? stream : before;
+    if (entry.reads == STREAM) {
+      for (int i = 0; i < hidden; i++) input[hidden + i] = stream[i] + before[i];
+      read = input + hidden;
+    }
+    split_rows<T>(read, 1, hidden, input);
+    shrink_rows<1>(input, static_cast<const T*>(entry.a), hidden, entry.rank, 1.0f, h, entry.rank);
+    for (int r = 0; r < entry.rank; r++) {
+      float x = entry.hidden_bias ? h[r] + entry.hidden_bias[r] : h[r];
+      h[r] = term.weight * activate(x, entry.activation);
+    }
+    if (entry.bias)
+      for (int i = 0; i < hidden; i++) added[i] = multiply_add(term.weight, entry.bias[i], added[i]);
+    expand_rows<T, 1>(h, entry.rank, static_cast<const T*>(entry.b), hidden, entry.rank, hidden, added, hidden);
+  }
+}
+
+// One row's logits [first, end): logits[token] += w (rows[token] . x) where adapters changed the head.
+template <class T>
+inline void add_head_rows(const Plan& plan, const Segment& segment, const AdapterTable& table, int first, int end,
+                          const float* x, int hidden, float* logits, float* scratch) {
+  split_rows<T>(x, 1, hidden, scratch);
+  float* dots = scratch + hidden;
+  for (int t = segment.term_begin; t < segment.term_end; t++) {
+    const Term& term = plan.terms[t];
+    const Entry& entry = table.at(term.slot, table.layers, LM_HEAD);
+    const int32_t *ids = entry.token_ids, *stop = ids + entry.count;
+    const int32_t *from = std::lower_bound(ids, stop, first), *to = std::lower_bound(from, stop, end);
+    const T* rows = static_cast<const T*>(entry.rows) + size_t(from - ids) * hidden;
+    shrink_rows<1>(scratch, rows, hidden, to - from, term.weight, dots, 0);
+    for (int i = 0; i < to - from; i++) logits[from[i]] += dots[i];
+  }
+}
+
+}  // namespace loraplex

@@ -1,0 +1,273 @@
+"""Who watches the adapters is told of every change: of names and aliases, and of where they are.
+
+Changes are differences between two looks: at the store's catalogue (after own changes at once, for
+those of other processes once a second) and at the engine's table, which comes with its steps. While
+nobody watches, nobody looks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import Final
+
+from loraplex_adapters.errors import AdapterError
+from loraplex_adapters.store import Record
+
+from loraplex_server.engine.messages import AdapterStatus
+
+POLL_SECONDS: Final = 1.0
+BACKLOG: Final = 1024
+"""Changes that may wait for one watcher; one more, and it is given the table anew."""
+
+log = logging.getLogger(__name__)
+
+
+class Change(Enum):
+    """What happened to an adapter; the names are those of the API."""
+
+    REGISTERED = auto()
+    REPLACED = auto()
+    DELETED = auto()
+    ALIAS_SET = auto()
+    ALIAS_REMOVED = auto()
+    LABELLED = auto()
+    LOADING = auto()
+    HOST = auto()
+    RESIDENT = auto()
+    DRAINING = auto()
+    EVICTED = auto()
+    MERGED = auto()
+    UNMERGED = auto()
+    PINNED = auto()
+    UNPINNED = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """An adapter: its record, None where no name points to the bytes, and the engine's status."""
+
+    digest: str
+    record: Record | None
+    status: AdapterStatus | None
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A change, and the adapter after it."""
+
+    change: Change
+    row: Row
+    alias: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Catalogue:
+    """What the store holds: current versions by name, versions by alias, and its change count."""
+
+    names: Mapping[str, Record] = field(default_factory=dict)
+    aliases: Mapping[str, Record] = field(default_factory=dict)
+    count: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The whole table at one moment, in the order of names."""
+
+    rows: Sequence[Row]
+    aliases: Mapping[str, Record]
+
+
+class Watcher:
+    """One reader of the feed. The changes that wait for it are bounded."""
+
+    def __init__(self, backlog: int) -> None:
+        self._events: deque[Event] = deque()
+        self._backlog = backlog
+        self._lost = False
+        self._news = asyncio.Event()
+
+    def put(self, event: Event) -> None:
+        """Adds a change. With too many of them, none is kept: only the table helps then."""
+        if self._lost:
+            return
+        self._events.append(event)
+        if len(self._events) > self._backlog:
+            self._events.clear()
+            self._lost = True
+        self._news.set()
+
+    async def take(self) -> list[Event] | None:
+        """The changes since the last call, at least one; None when some were lost."""
+        await self._news.wait()
+        self._news.clear()
+        if self._lost:
+            return None
+        taken = list(self._events)
+        self._events.clear()
+        return taken
+
+    def restart(self) -> None:
+        """Begins anew: the reader is about to get the table."""
+        self._events.clear()
+        self._lost = False
+        self._news.clear()
+
+
+class AdapterFeed:
+    """The differences, for any number of watchers.
+
+    `read` gives the store's catalogue, `count` its change count; both may raise AdapterError.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[], Awaitable[Catalogue]],
+        count: Callable[[], Awaitable[int]],
+        poll_seconds: float = POLL_SECONDS,
+        backlog: int = BACKLOG,
+    ) -> None:
+        self._read = read
+        self._count = count
+        self._poll_seconds = poll_seconds
+        self._backlog = backlog
+        self._watchers: set[Watcher] = set()
+        self._catalogue: Catalogue | None = None
+        self._by_digest: dict[str, list[Record]] = {}
+        self._statuses: dict[str, AdapterStatus] = {}
+        self._stale = asyncio.Event()
+        self._looking = asyncio.Lock()
+        self._follower: asyncio.Task[None] | None = None
+
+    def __len__(self) -> int:
+        return len(self._watchers)
+
+    @contextmanager
+    def watch(self) -> Iterator[Watcher]:
+        """A watcher, for as long as the context lasts. Call `table` first."""
+        watcher = Watcher(self._backlog)
+        self._watchers.add(watcher)
+        if self._follower is None:
+            self._follower = asyncio.get_running_loop().create_task(self._follow())
+        try:
+            yield watcher
+        finally:
+            self._watchers.discard(watcher)
+            if not self._watchers:
+                self._follower.cancel()
+                self._follower = None
+                self._catalogue = None
+                self._by_digest = {}
+
+    async def table(self, watcher: Watcher) -> Snapshot:
+        """The whole table now; the watcher is told of what changes from here on."""
+        if self._catalogue is None:
+            await self._look()
+        # No await from here on: nothing happens between the table and the first change.
+        catalogue = self._catalogue or Catalogue()
+        watcher.restart()
+        rows = [self._row(record) for _, record in sorted(catalogue.names.items())]
+        return Snapshot(rows, catalogue.aliases)
+
+    def changed(self) -> None:
+        """The store was changed here; whoever watches is told soon."""
+        self._stale.set()
+
+    def on_table(self, table: Sequence[AdapterStatus]) -> None:
+        """The engine's table as it is now."""
+        before, self._statuses = self._statuses, {status.digest: status for status in table}
+        if not self._watchers:
+            return
+        for digest in {**before, **self._statuses}:
+            old, new = before.get(digest), self._statuses.get(digest)
+            for change in _moves(old, new):
+                for row in self._rows(digest):
+                    self._tell(Event(change, row))
+
+    async def _follow(self) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stale.wait(), self._poll_seconds)
+            try:
+                stale = self._stale.is_set()
+                if stale or self._catalogue is None or await self._count() != self._catalogue.count:
+                    await self._look()
+            except AdapterError as error:
+                log.warning("watchers learn nothing new: %s", error.message)
+                await asyncio.sleep(self._poll_seconds)
+
+    async def _look(self) -> None:
+        """Reads the catalogue and tells of the differences."""
+        async with self._looking:
+            self._stale.clear()
+            new = await self._read()
+            old, self._catalogue = self._catalogue, new
+            self._by_digest = {}
+            for record in new.names.values():
+                self._by_digest.setdefault(record.digest, []).append(record)
+            if old is not None:
+                for event in self._differences(old, new):
+                    self._tell(event)
+
+    def _differences(self, old: Catalogue, new: Catalogue) -> Iterator[Event]:
+        for name, record in new.names.items():
+            before = old.names.get(name)
+            if before is None:
+                yield Event(Change.REGISTERED, self._row(record))
+            elif before.version != record.version:
+                yield Event(Change.REPLACED, self._row(record))
+            elif before.labels != record.labels:
+                yield Event(Change.LABELLED, self._row(record))
+        for name, record in old.names.items():
+            if name not in new.names:
+                yield Event(Change.DELETED, self._row(record))
+        for alias in {**old.aliases, **new.aliases}:
+            left, now = old.aliases.get(alias), new.aliases.get(alias)
+            if left and now and (left.name, left.version) == (now.name, now.version):
+                continue
+            if left:
+                yield Event(Change.ALIAS_REMOVED, self._row(left), alias)
+            if now:
+                yield Event(Change.ALIAS_SET, self._row(now), alias)
+
+    def _tell(self, event: Event) -> None:
+        for watcher in self._watchers:
+            watcher.put(event)
+
+    def _row(self, record: Record) -> Row:
+        return Row(record.digest, record, self._statuses.get(record.digest))
+
+    def _rows(self, digest: str) -> list[Row]:
+        records = self._by_digest.get(digest)
+        if not records:
+            return [Row(digest, None, self._statuses.get(digest))]
+        return [self._row(record) for record in records]
+
+
+def _moves(old: AdapterStatus | None, new: AdapterStatus | None) -> Iterator[Change]:
+    """What happened between two looks at one adapter in the engine; None is the store only."""
+    before, now = old.state if old else "", new.state if new else ""
+    if before != now:
+        match now:
+            case "loading":
+                yield Change.LOADING
+            case "resident":
+                yield Change.RESIDENT
+            case "draining":
+                yield Change.DRAINING
+            case "host" if before in {"", "loading"}:
+                yield Change.HOST
+            case _:
+                yield Change.EVICTED
+    for was, is_now, set_, unset in (
+        (old and old.pinned, new and new.pinned, Change.PINNED, Change.UNPINNED),
+        (old and old.merged_bytes, new and new.merged_bytes, Change.MERGED, Change.UNMERGED),
+    ):
+        if bool(was) != bool(is_now):
+            yield set_ if is_now else unset

@@ -1,0 +1,140 @@
+"""Uploads: an adapter's files, in pieces, from a stream that may break and go on later."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, Final
+
+from loraplex.v1 import adapter_pb2
+from loraplex_adapters.files import CONFIG_FILE, WEIGHTS_FILE
+
+from loraplex_server.registry import Registered, Registry, Terms
+from loraplex_server.rpc import validate_adapters as validate
+from loraplex_server.rpc.errors import ErrorSubject, Reason, RpcError, Violation, invalid
+from loraplex_server.rpc.interceptor import Gate
+
+MAX_STREAMS: Final = 16
+"""Uploads that may send at the same time: each holds one chunk in memory."""
+
+SILENCE_SECONDS: Final = 60.0
+"""How long an upload may send nothing before its place is given to others."""
+
+FILES: Final = {
+    adapter_pb2.ADAPTER_FILE_CONFIG: CONFIG_FILE,
+    adapter_pb2.ADAPTER_FILE_WEIGHTS: WEIGHTS_FILE,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Uploaded:
+    """What became of an upload; `adapter` is None where the bytes were only staged."""
+
+    adapter: Registered | None
+    created: bool
+
+
+class Uploads:
+    """Receives uploads. A chunk is on disk before the next one is read from the stream."""
+
+    def __init__(self, registry: Registry, gate: Gate) -> None:
+        self._registry = registry
+        self._gate = gate
+        self._streams = 0
+
+    async def receive(
+        self, requests: AsyncIterator[adapter_pb2.UploadAdapterRequest]
+    ) -> tuple[adapter_pb2.UploadHeader, Uploaded]:
+        """Takes one stream to its end, and registers what it completes.
+
+        Raises RpcError; what had arrived until then stays and can be added to. Raises AdapterError
+        where the store does.
+        """
+        if self._streams >= MAX_STREAMS:
+            raise RpcError(Reason.OVERLOADED, f"{self._streams} uploads are running; try again")
+        self._streams += 1
+        try:
+            async with aclosing(_arriving(requests, self._gate)) as arriving:
+                return await self._receive(arriving)
+        finally:
+            self._streams -= 1
+
+    async def _receive(
+        self, requests: AsyncIterator[adapter_pb2.UploadAdapterRequest]
+    ) -> tuple[adapter_pb2.UploadHeader, Uploaded]:
+        header = await self._header(requests)
+        wanted = {CONFIG_FILE: header.config_size, WEIGHTS_FILE: header.weights_size}
+        there = await self._registry.uploaded(header.upload_id)
+        sizes = {CONFIG_FILE: there.config_bytes, WEIGHTS_FILE: there.weights_bytes}
+        async for request in requests:
+            if request.WhichOneof("part") != "chunk":
+                raise invalid([Violation("part", "every message after the first is a chunk")])
+            chunk = request.chunk
+            if violations := validate.chunk(chunk):
+                raise invalid(violations)
+            file = FILES[chunk.file]
+            end = chunk.offset + len(chunk.data)
+            if end > wanted[file]:
+                text = f"{file} was said to have {wanted[file]} bytes; this piece ends at {end}"
+                raise _offset(header.upload_id, file, text)
+            sizes[file] = await self._registry.append(
+                header.upload_id, file, chunk.offset, chunk.data
+            )
+        for file, size in wanted.items():
+            if sizes[file] != size:
+                text = f"{sizes[file]} of the {size} bytes of {file} are there"
+                raise _offset(header.upload_id, file, text)
+        if header.stage_only:
+            return header, Uploaded(None, created=False)
+        terms = Terms(header.name, header.replace, dict(header.labels), header.expected_digest)
+        adapter, created = await self._registry.finish_upload(header.upload_id, terms)
+        return header, Uploaded(adapter, created)
+
+    async def _header(
+        self, requests: AsyncIterator[adapter_pb2.UploadAdapterRequest]
+    ) -> adapter_pb2.UploadHeader:
+        first = await anext(requests, None)
+        if first is None or first.WhichOneof("part") != "header":
+            raise invalid([Violation("header", "the first message must be the header")])
+        if violations := validate.header(first.header, self._registry.max_weights_bytes):
+            raise invalid(violations)
+        return first.header
+
+
+async def _arriving(
+    requests: AsyncIterator[adapter_pb2.UploadAdapterRequest], gate: Gate
+) -> AsyncGenerator[adapter_pb2.UploadAdapterRequest, None]:
+    """The messages as they come. Raises RpcError: DRAINING, DEADLINE_EXCEEDED after a silence."""
+    closing = asyncio.ensure_future(gate.closing())
+    try:
+        while True:
+            coming = asyncio.ensure_future(anext(requests, None))
+            both: set[asyncio.Future[Any]] = {coming, closing}
+            try:
+                await asyncio.wait(
+                    both, timeout=SILENCE_SECONDS, return_when=asyncio.FIRST_COMPLETED
+                )
+                if not coming.done():
+                    raise _silent(gate)
+                request = coming.result()
+            finally:
+                coming.cancel()
+            if request is None:
+                return
+            yield request
+    finally:
+        closing.cancel()
+
+
+def _silent(gate: Gate) -> RpcError:
+    if gate.draining:
+        return RpcError(Reason.DRAINING, "the server is shutting down; what has arrived is kept")
+    text = f"nothing came for {SILENCE_SECONDS:g} s; what has arrived is kept"
+    return RpcError(Reason.DEADLINE_EXCEEDED, text)
+
+
+def _offset(upload_id: str, file: str, text: str) -> RpcError:
+    subject = ErrorSubject("loraplex.v1.Upload", upload_id)
+    return RpcError(Reason.UPLOAD_OFFSET, text, violations=[Violation(file, text)], subject=subject)

@@ -1,0 +1,164 @@
+"""Checks the requests of AdapterService, as `validate` does those that generate."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+from loraplex.v1 import adapter_pb2
+from loraplex_adapters.files import MAX_CONFIG_BYTES
+
+from loraplex_server.rpc.errors import Violation
+from loraplex_server.rpc.resolve import is_adapter_id, is_name
+from loraplex_server.rpc.validate import ADAPTER_ID_FORM, Findings
+
+MAX_PAGE: Final = 1000
+MAX_PATH_BYTES: Final = 4096
+MAX_PAGE_TOKEN: Final = 512
+MAX_LABELS: Final = 32
+MAX_LABEL_VALUE: Final = 256
+MAX_DRAIN_SECONDS: Final = 86_400
+MAX_CHUNK_BYTES: Final = 1 << 20
+
+_NAME_FORM: Final = "must match [a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
+_LABEL_FORM: Final = "the key must match [a-z0-9][a-z0-9._/-]{0,62}"
+_LABEL: Final = re.compile(r"[a-z0-9][a-z0-9._/-]{0,62}", re.ASCII)
+_DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}", re.ASCII)
+_UPLOAD: Final = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
+
+
+def register(request: adapter_pb2.RegisterAdapterRequest) -> list[Violation]:
+    """What is wrong with a registration; the path itself is judged where it is opened."""
+    checks = Findings("")
+    checks.require(is_name(request.name), "name", _NAME_FORM)
+    _path(request.path, checks)
+    _labels("labels", request.labels, checks)
+    return checks.found
+
+
+def adapter_id(text: str) -> list[Violation]:
+    """What is wrong with the `adapter_id` of an adapter call, which must name one."""
+    return [] if is_adapter_id(text) else [Violation("adapter_id", ADAPTER_ID_FORM)]
+
+
+def name(text: str, field: str = "name") -> list[Violation]:
+    """What is wrong with a bare name, or an alias."""
+    return [] if is_name(text) else [Violation(field, _NAME_FORM)]
+
+
+def page(request: adapter_pb2.ListAdaptersRequest) -> list[Violation]:
+    """What is wrong with a request for a page."""
+    checks = Findings("")
+    checks.between("page_size", request.page_size, 0, MAX_PAGE)
+    checks.require(
+        len(request.page_token) <= MAX_PAGE_TOKEN, "page_token", "is not a token of this server"
+    )
+    _labels("labels", request.labels, checks)
+    return checks.found
+
+
+def unload(request: adapter_pb2.UnloadAdapterRequest) -> list[Violation]:
+    """What is wrong with an order to unload."""
+    checks = Findings("")
+    checks.require(is_adapter_id(request.adapter_id), "adapter_id", ADAPTER_ID_FORM)
+    if request.HasField("drain"):
+        seconds = request.drain.seconds + request.drain.nanos / 1e9
+        checks.between("drain", seconds, 0, MAX_DRAIN_SECONDS)
+    return checks.found
+
+
+def label(request: adapter_pb2.LabelAdapterRequest) -> list[Violation]:
+    """What is wrong with a change of labels."""
+    checks = Findings("")
+    checks.require(is_adapter_id(request.adapter_id), "adapter_id", ADAPTER_ID_FORM)
+    checks.require(bool(request.set or request.remove), "set", "nothing to set and none to remove")
+    _labels("set", request.set, checks)
+    _keys("remove", request.remove, checks)
+    both = [key for key in request.remove if key in request.set]
+    checks.require(not both, "remove", "must name no label that is set")
+    return checks.found
+
+
+def alias(request: adapter_pb2.SetAliasRequest) -> list[Violation]:
+    """What is wrong with the pointing of an alias."""
+    checks = Findings("")
+    checks.require(is_name(request.alias), "alias", _NAME_FORM)
+    checks.require(is_adapter_id(request.adapter_id), "adapter_id", ADAPTER_ID_FORM)
+    if request.expected:
+        checks.require(is_adapter_id(request.expected), "expected", ADAPTER_ID_FORM)
+    return checks.found
+
+
+def upload_id(text: str) -> list[Violation]:
+    """What is wrong with an upload's id."""
+    checks = Findings("")
+    _upload_id("upload_id", text, checks)
+    return checks.found
+
+
+def header(header: adapter_pb2.UploadHeader, max_weights_bytes: int) -> list[Violation]:
+    """What is wrong with the first message of an upload."""
+    checks = Findings("header.")
+    _upload_id("upload_id", header.upload_id, checks)
+    if header.stage_only:
+        given = [f for f in ("name", "replace", "load", "labels") if getattr(header, f)]
+        for field in given:
+            checks.add(field, "must not be set with `stage_only`")
+    else:
+        checks.require(is_name(header.name), "name", _NAME_FORM)
+    checks.between("config_size", header.config_size, 1, MAX_CONFIG_BYTES)
+    checks.between("weights_size", header.weights_size, 1, max_weights_bytes)
+    if header.expected_digest:
+        good = _DIGEST.fullmatch(header.expected_digest) is not None
+        checks.require(good, "expected_digest", 'must be "sha256:" and 64 hex digits')
+    _labels("labels", header.labels, checks)
+    return checks.found
+
+
+def chunk(chunk: adapter_pb2.UploadChunk) -> list[Violation]:
+    """What is wrong with a piece of an upload, as far as that shows without the others."""
+    checks = Findings("chunk.")
+    files = {adapter_pb2.ADAPTER_FILE_CONFIG, adapter_pb2.ADAPTER_FILE_WEIGHTS}
+    checks.require(chunk.file in files, "file", "must be CONFIG or WEIGHTS")
+    checks.between("data", len(chunk.data), 1, MAX_CHUNK_BYTES)
+    return checks.found
+
+
+def validation(request: adapter_pb2.ValidateAdapterRequest) -> list[Violation]:
+    """What is wrong with a request for a dry run."""
+    checks = Findings("")
+    match request.WhichOneof("source"):
+        case "path":
+            _path(request.path, checks)
+        case "upload_id":
+            _upload_id("upload_id", request.upload_id, checks)
+        case None:
+            checks.add("source", "one of `path` or `upload_id` must be set")
+    return checks.found
+
+
+def _path(path: str, checks: Findings) -> None:
+    size = len(path.encode())
+    checks.require(1 <= size <= MAX_PATH_BYTES, "path", f"must be 1 to {MAX_PATH_BYTES} bytes")
+
+
+def _upload_id(field: str, text: str, checks: Findings) -> None:
+    checks.require(_UPLOAD.fullmatch(text) is not None, field, "is not an id of StartUpload")
+
+
+def _labels(field: str, labels: Mapping[str, str], checks: Findings) -> None:
+    checks.require(len(labels) <= MAX_LABELS, field, f"must have at most {MAX_LABELS} entries")
+    if len(labels) > MAX_LABELS:
+        return
+    _keys(field, labels, checks)
+    for key, value in labels.items():
+        # The store has the last word; what is refused here is told with its key.
+        good = len(value) <= MAX_LABEL_VALUE and value.isprintable()
+        text = f"the value must have at most {MAX_LABEL_VALUE} characters, all printable"
+        checks.require(good, f"{field}[{key}]", text)
+
+
+def _keys(field: str, keys: Iterable[str], checks: Findings) -> None:
+    for key in keys:
+        checks.require(_LABEL.fullmatch(key) is not None, f"{field}[{key[:64]}]", _LABEL_FORM)

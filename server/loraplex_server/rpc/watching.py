@@ -1,0 +1,87 @@
+"""WatchAdapters: the feed as messages, a bounded piece at a time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterator
+from typing import Any, Final
+
+from loraplex.v1 import adapter_pb2
+
+from loraplex_server.feed import AdapterFeed, Event, Row, Snapshot, Watcher
+from loraplex_server.rpc import describe
+from loraplex_server.rpc.errors import Reason, RpcError
+from loraplex_server.rpc.interceptor import Gate
+
+MAX_WATCHERS: Final = 64
+_PART: Final = 100
+"""Adapters in one message of a table."""
+
+_Message = adapter_pb2.WatchAdaptersResponse
+
+
+async def watch(feed: AdapterFeed, gate: Gate) -> AsyncGenerator[_Message, None]:
+    """The table, then every change, until the server drains.
+
+    Raises RpcError: OVERLOADED with too many watchers, DRAINING at the end.
+    """
+    if len(feed) >= MAX_WATCHERS:
+        raise RpcError(Reason.OVERLOADED, f"{len(feed)} calls watch already; try again later")
+    closing = asyncio.ensure_future(gate.closing())
+    try:
+        with feed.watch() as watcher:
+            for part in _table(await feed.table(watcher)):
+                yield part
+            while (events := await _next(watcher, closing)) is not _CLOSED:
+                if events is None:
+                    yield _Message(resync=adapter_pb2.AdapterResync())
+                    for part in _table(await feed.table(watcher)):
+                        yield part
+                    continue
+                for event in events:
+                    yield _change(event)
+    finally:
+        closing.cancel()
+    raise RpcError(Reason.DRAINING, "the server is shutting down")
+
+
+_CLOSED: Final[list[Event]] = []
+
+
+async def _next(watcher: Watcher, closing: asyncio.Future[None]) -> list[Event] | None:
+    """What the watcher takes; `_CLOSED` once the server drains."""
+    taking = asyncio.ensure_future(watcher.take())
+    both: set[asyncio.Future[Any]] = {taking, closing}
+    try:
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        return taking.result() if taking.done() else _CLOSED
+    finally:
+        taking.cancel()
+
+
+def _table(snapshot: Snapshot) -> Iterator[_Message]:
+    aliases = [
+        adapter_pb2.AdapterAlias(
+            alias=alias, name=record.name, version=record.version, digest=record.digest
+        )
+        for alias, record in sorted(snapshot.aliases.items())
+    ]
+    for begin in range(0, len(snapshot.rows), _PART):
+        part = map(_adapter, snapshot.rows[begin : begin + _PART])
+        yield _Message(table=adapter_pb2.AdapterTable(adapters=part))
+    yield _Message(table=adapter_pb2.AdapterTable(complete=True, aliases=aliases))
+
+
+def _change(event: Event) -> _Message:
+    change = adapter_pb2.AdapterChange(
+        type=f"ADAPTER_CHANGE_TYPE_{event.change.name}",
+        adapter=_adapter(event.row),
+        alias=event.alias,
+    )
+    return _Message(change=change)
+
+
+def _adapter(row: Row) -> adapter_pb2.Adapter:
+    if row.record is None:
+        return describe.nameless(row.digest, row.status)
+    return describe.adapter(row.record, row.status)

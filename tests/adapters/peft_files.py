@@ -1,0 +1,294 @@
+"""Adapter directories that PEFT writes itself, on the tiny models of `model.tiny`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from loraplex_adapters.spec import BaseShapes
+from loraplex_model.families import decoder_config
+
+from model import tiny
+
+FINGERPRINT = "sha256:" + "ba5e" * 16
+
+
+def base_shapes(variant: str) -> BaseShapes:
+    """A tiny model as adapters are held against it."""
+    kind, changes = tiny.VARIANTS[variant]
+    config = decoder_config({**kind(**tiny._SHAPE | changes).to_dict()})
+    biased = ("q_proj", "k_proj", "v_proj") if config.qkv_bias else ()
+    return BaseShapes(
+        num_layers=config.num_layers,
+        projections=config.projection_shapes(),
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        head_dim=config.head_dim,
+        biased=frozenset((*biased, "o_proj") if config.o_bias else biased),
+        qk_norm=config.qk_norm,
+        tie_embeddings=config.tie_embeddings,
+        fingerprint=FINGERPRINT,
+        dtype="float32",
+    )
+
+
+@dataclass(frozen=True)
+class Case:
+    """One adapter: the base, PEFT's configuration class and its arguments.
+
+    `sites` are the roles to be found at the first layer and outside the layers. `prepare` changes
+    the model before it is saved.
+    """
+
+    variant: str
+    kind: str
+    options: dict[str, Any]
+    sites: dict[tuple[int, str], str]
+    prepare: Callable[[Any], None] | None = None
+
+
+def write(case: Case, directory: Path, *, seed: int = 0) -> Path:
+    """Lets PEFT make the adapter, fills it with noise, and lets PEFT save it."""
+    config = getattr(peft, case.kind)(task_type="CAUSAL_LM", **case.options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(tiny.build(case.variant), config)
+        noise = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for _, parameter in sorted(model.named_parameters()):
+                if parameter.requires_grad:
+                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=noise))
+        if case.prepare:
+            case.prepare(model)
+        model.create_or_update_model_card = lambda _: None  # takes longer than all the rest
+        model.save_pretrained(directory)
+    return directory
+
+
+def prune(masks: dict[str, list[bool]]) -> Callable[[Any], None]:
+    """Leaves AdaLoRA's modules the singular values of their masks, as its schedule would."""
+
+    def apply(model: Any) -> None:
+        model.peft_config["default"].rank_pattern = {
+            f"{path}.lora_E": mask for path, mask in masks.items()
+        }
+
+    return apply
+
+
+Q = "q_proj"
+LORA = {"r": 4, "lora_alpha": 8}
+AB = "a b"
+FIRST = (0, Q)
+EMBED, HEAD, NORM = (-1, "embed_tokens"), (-1, "lm_head"), (-1, "norm")
+VIRTUAL = (-1, "virtual_tokens")
+TIED = "llama-tied-bias"
+
+
+def lora(variant: str, sites: dict[tuple[int, str], str], **options: Any) -> Case:
+    """A LORA case that also targets q_proj, unless its options say otherwise."""
+    options = {"target_modules": [Q], **LORA, **options}
+    return Case(variant, "LoraConfig", options, sites)
+
+
+CASES: dict[str, Case] = {
+    "lora": lora("llama", {FIRST: AB}),
+    "fan_in_fan_out": lora("llama", {FIRST: AB}, fan_in_fan_out=True),
+    "dora": lora("llama", {FIRST: "a b magnitude"}, use_dora=True),
+    "dora on a biased base": lora("qwen2", {FIRST: "a b magnitude"}, use_dora=True),
+    "excluded": lora(
+        "llama",
+        {FIRST: AB},
+        target_modules="all-linear",
+        exclude_modules=["mlp", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    ),
+    "some layers": lora("llama", {FIRST: AB}, layers_to_transform=[0, 2]),
+    "bias all": lora(
+        TIED,
+        {FIRST: "a b bias", (0, "k_proj"): "bias", (0, "v_proj"): "bias", (0, "o_proj"): "bias"},
+        bias="all",
+    ),
+    "bias all without biases": lora("llama", {FIRST: AB}, bias="all"),
+    "bias lora_only": lora(TIED, {FIRST: "a b bias"}, bias="lora_only"),
+    "bias of some": lora(
+        "qwen2",
+        {FIRST: "a b bias", (0, "o_proj"): AB, (0, "k_proj"): "bias", (0, "v_proj"): "bias"},
+        target_modules=[Q, "o_proj"],
+        bias="all",
+    ),
+    "lora_bias": lora(TIED, {FIRST: "a b b_bias"}, lora_bias=True),
+    "head": lora("llama", {FIRST: AB, HEAD: AB}, target_modules=[Q, "lm_head"]),
+    "embeddings": lora("llama", {FIRST: AB, EMBED: AB}, target_modules=[Q, "embed_tokens"]),
+    "embeddings and head": lora(
+        "llama", {EMBED: AB, HEAD: AB}, target_modules=["embed_tokens", "lm_head"]
+    ),
+    "tied head": lora(TIED, {FIRST: AB, HEAD: AB}, target_modules=[Q, "lm_head"]),
+    "tied embeddings": lora(TIED, {FIRST: AB, EMBED: AB}, target_modules=[Q, "embed_tokens"]),
+    "tied, both by one": lora(
+        TIED,
+        {FIRST: AB, EMBED: AB, HEAD: AB},
+        target_modules=[Q, "embed_tokens"],
+        ensure_weight_tying=True,
+    ),
+    "tokens": lora("llama", {FIRST: AB, EMBED: "rows"}, trainable_token_indices=[5, 3, 9]),
+    "tokens of both": lora(
+        "llama",
+        {FIRST: AB, EMBED: "rows", HEAD: "rows"},
+        trainable_token_indices={"embed_tokens": [5, 3], "lm_head": [1]},
+    ),
+    "tied tokens": lora(
+        TIED,
+        {FIRST: AB, EMBED: "rows", HEAD: "rows"},
+        trainable_token_indices={"embed_tokens": [5, 3]},
+    ),
+    "tied tokens, named twice": lora(
+        TIED,
+        {FIRST: AB, EMBED: "rows", HEAD: "rows"},
+        trainable_token_indices={"embed_tokens": [5, 3], "lm_head": [5, 3]},
+    ),
+    "tied tokens that differ": lora(
+        TIED,
+        {FIRST: AB, EMBED: "rows", HEAD: "rows"},
+        trainable_token_indices={"embed_tokens": [5, 3], "lm_head": [1, 2, 7]},
+    ),
+    "saved head": lora("llama", {FIRST: AB, HEAD: "weight"}, modules_to_save=["lm_head"]),
+    "saved norms": lora(
+        "qwen3",
+        {
+            FIRST: AB,
+            **{
+                (0, name): "weight"
+                for name in ("input_layernorm", "post_attention_layernorm", "q_norm", "k_norm")
+            },
+            NORM: "weight",
+        },
+        modules_to_save=["norm"],
+    ),
+    "saved tied embeddings": lora(
+        TIED, {FIRST: AB, EMBED: "weight"}, modules_to_save=["embed_tokens"]
+    ),
+    "saved tied head": lora(TIED, {FIRST: AB, HEAD: "weight"}, modules_to_save=["lm_head"]),
+    "saved tied, both": lora(
+        TIED,
+        {FIRST: AB, EMBED: "weight", HEAD: "weight"},
+        modules_to_save=["embed_tokens"],
+        ensure_weight_tying=True,
+    ),
+    "saved over a target": lora(
+        "llama",
+        {FIRST: AB, HEAD: "weight"},
+        target_modules=[Q, "lm_head"],
+        modules_to_save=["lm_head"],
+    ),
+    "adalora": Case(
+        "llama",
+        "AdaLoraConfig",
+        {"target_modules": [Q, "lm_head"], "init_r": 6, "target_r": 3, "total_step": 10},
+        {FIRST: "a b e", HEAD: "a b e"},
+    ),
+    "adalora, pruned": Case(
+        TIED,
+        "AdaLoraConfig",
+        {"target_modules": [Q, "v_proj"], "init_r": 4, "total_step": 10, "bias": "lora_only"},
+        {FIRST: "a b e bias", (0, "v_proj"): "bias"},
+        prune(
+            {
+                f"model.layers.{layer}.self_attn.{name}": mask
+                for layer in range(3)
+                for name, mask in ((Q, [True, False, True, layer > 0]), ("v_proj", [False] * 4))
+            }
+        ),
+    ),
+    "ia3": Case(
+        "llama",
+        "IA3Config",
+        {},
+        {(0, "k_proj"): "out_gain", (0, "v_proj"): "out_gain", (0, "down_proj"): "in_gain"},
+    ),
+    "ia3 on squares": Case(
+        "qwen2",
+        "IA3Config",
+        {
+            "target_modules": [Q, "o_proj", "gate_proj", "up_proj"],
+            "feedforward_modules": ["o_proj", "gate_proj"],
+            "modules_to_save": ["lm_head"],
+        },
+        {
+            FIRST: "out_gain",
+            (0, "o_proj"): "in_gain",
+            (0, "gate_proj"): "in_gain",
+            (0, "up_proj"): "out_gain",
+            HEAD: "weight",
+        },
+    ),
+    "ia3 by expressions": Case(
+        "llama",
+        "IA3Config",
+        {"target_modules": r".*\.(q|o)_proj", "feedforward_modules": r".*\.o_proj"},
+        {FIRST: "out_gain", (0, "o_proj"): "in_gain"},
+    ),
+    "beft": Case(
+        "qwen2",
+        "BeftConfig",
+        {"target_modules": [Q, "o_proj"]},
+        {FIRST: "bias_delta", (0, "o_proj"): "bias_delta"},
+    ),
+    "norms": Case(
+        "llama",
+        "LNTuningConfig",
+        {},
+        {
+            (0, "input_layernorm"): "weight",
+            (0, "post_attention_layernorm"): "weight",
+            NORM: "weight",
+        },
+    ),
+    "norms of heads": Case(
+        "qwen3",
+        "LNTuningConfig",
+        {"target_modules": ["q_norm", "norm"]},
+        {(0, "q_norm"): "weight", NORM: "weight"},
+    ),
+    "tokens alone": Case(
+        "llama", "TrainableTokensConfig", {"token_indices": [5, 3]}, {EMBED: "rows"}
+    ),
+    "tokens alone, tied": Case(
+        TIED, "TrainableTokensConfig", {"token_indices": [5, 3]}, {EMBED: "rows", HEAD: "rows"}
+    ),
+    "tokens alone, both": Case(
+        "llama",
+        "TrainableTokensConfig",
+        {"token_indices": [7], "target_modules": ["embed_tokens", "lm_head"]},
+        {EMBED: "rows", HEAD: "rows"},
+    ),
+    "prompt": Case("llama", "PromptTuningConfig", {"num_virtual_tokens": 5}, {VIRTUAL: "prompt"}),
+    "p-tuning": Case(
+        "llama",
+        "PromptEncoderConfig",
+        {"num_virtual_tokens": 5, "encoder_hidden_size": 8},
+        {VIRTUAL: "prompt"},
+    ),
+    "p-tuning by LSTM": Case(
+        "llama",
+        "PromptEncoderConfig",
+        {
+            "num_virtual_tokens": 3,
+            "encoder_hidden_size": 8,
+            "encoder_reparameterization_type": "LSTM",
+        },
+        {VIRTUAL: "prompt"},
+    ),
+    "prefix": Case("llama", "PrefixTuningConfig", {"num_virtual_tokens": 5}, {VIRTUAL: "prefix"}),
+    "prefix from an encoder": Case(
+        "qwen3",
+        "PrefixTuningConfig",
+        {"num_virtual_tokens": 4, "prefix_projection": True, "encoder_hidden_size": 8},
+        {VIRTUAL: "prefix"},
+    ),
+}
+"""What is served, as PEFT writes it."""

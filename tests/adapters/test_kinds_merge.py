@@ -1,0 +1,100 @@
+"""Merging on demand gives what PEFT's merged model gives, and leaves no trace when it is undone."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from functools import partial
+
+import pytest
+import torch
+from adapters.peft_files import TIED
+from adapters.peft_kinds import BASE, Gallery, names_on, one_thread
+from adapters.serving import serve
+from loraplex_model.adapter import AdapterDelta
+from loraplex_model.config import MODEL
+from loraplex_model.merge import is_mergeable
+from loraplex_model.native import NativeDecoder
+from loraplex_model.weights import BaseWeights
+
+CYCLES = 1000
+
+
+def peft_merges_exactly(delta: AdapterDelta, weights: BaseWeights) -> bool:
+    """PEFT merges a tied head's change into the embeddings too, and no bias where there is none."""
+    config = weights.config
+    unbiased = {"o_proj", "gate_proj", "up_proj", "down_proj"}
+    if not config.qkv_bias:
+        unbiased |= {"q_proj", "k_proj", "v_proj"}
+    if config.o_bias:
+        unbiased.discard("o_proj")
+    new_bias = any(
+        change.bias is not None and name in unbiased for (_, name), change in delta.sites.items()
+    )
+    outside = {(MODEL, "embed_tokens"), (MODEL, "lm_head")} & delta.sites.keys()
+    return not new_bias and not (config.tie_embeddings and outside)
+
+
+@pytest.mark.parametrize("variant", [TIED, "qwen3"])
+def test_merged_rows_equal_pefts_merged_model(gallery: Gallery, variant: str) -> None:
+    """Where PEFT cannot merge, its model as it is, with the adapter beside the base."""
+    native = serve(gallery, partial(NativeDecoder, threads=1), variant)
+    kinds = set()
+    for name in names_on(variant):
+        spec, delta = gallery.load(variant, name)
+        if not is_mergeable(delta):
+            continue
+        exact = peft_merges_exactly(delta, native.decoder.weights)
+        expected = gallery.merged(variant, name) if exact else gallery.expected(variant, name)
+        beside = native.run(name)[name]
+        slot = native.slots[name]
+        merged = native.decoder.merge(native.adapters[name], torch.float32)
+        native.decoder.table.publish_merge(slot, merged)
+        found = native.run(name)[name]
+        native.decoder.table.remove_merge(slot)
+        assert not torch.equal(found, beside), f"{name} was not merged"
+        difference = (found - expected).abs() - 1e-5 * expected.abs()
+        assert difference.max() <= 3e-5, name
+        if exact:
+            kinds.add(spec.peft_type)
+    assert kinds == {"LORA", "ADALORA", "IA3"}
+
+
+def packed_digest(weights: BaseWeights) -> str:
+    """SHA-256 over every NF4 code and every block maximum of the base."""
+    digest = hashlib.sha256()
+    for layer in weights.layers:
+        for matrix in (layer.qkv, layer.o, layer.gate_up, layer.down):
+            for tensor in (matrix.packed, matrix.absmax, *matrix.absmax_scales):
+                digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(repr(matrix.absmax_offsets).encode())
+    return digest.hexdigest()
+
+
+def test_a_thousand_merges_leave_every_packed_byte_and_every_answer(gallery: Gallery) -> None:
+    """Adapters that change many matrices take turns; their rows and others' are watched."""
+    native = serve(gallery, partial(NativeDecoder, threads=1), "llama")
+    names = ["rslora", "dora", "ia3", "patterns"]
+    watched = [*names, "prefix", "lora", BASE]
+    before = native.run(*watched)
+    packed, kept = packed_digest(native.decoder.weights), digest_of(native.decoder._kept)
+    for cycle in range(CYCLES):
+        name = names[cycle % len(names)]
+        with one_thread():
+            merged = native.decoder.merge(native.adapters[name], torch.float32)
+        native.decoder.table.publish_merge(native.slots[name], merged)
+        if cycle % 100 < len(names):
+            assert not torch.equal(native.run(name)[name], before[name])
+        native.decoder.table.remove_merge(native.slots[name])
+    assert packed_digest(native.decoder.weights) == packed
+    assert digest_of(native.decoder._kept) == kept
+    for name, found in native.run(*watched).items():
+        assert torch.equal(found, before[name]), name
+
+
+def digest_of(tensors: Iterable[torch.Tensor]) -> str:
+    """SHA-256 over the bytes of the kernels' own copies."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,241 @@
+"""Uploads: whole, broken, resumed, wrong; nothing that was acknowledged is lost."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from loraplex import AdapterRejected, AsyncClient, InvalidRequest
+from loraplex.uploads import Files, Order, stream
+from loraplex.v1 import adapter_pb2 as pb
+from loraplex.v1 import adapter_pb2_grpc
+from loraplex_adapters.errors import AdapterError
+from loraplex_adapters.store import Store
+from rpc.harness import Running, ask, expected, refusal, running, write_adapter
+
+PROMPT = [20, 21, 22]
+
+
+async def start(up: Running) -> str:
+    return (await up.adapters.StartUpload(pb.StartUploadRequest())).upload_id
+
+
+async def there(up: Running, upload_id: str) -> tuple[int, int]:
+    reply = await up.adapters.GetUpload(pb.GetUploadRequest(upload_id=upload_id))
+    return reply.config_bytes, reply.weights_bytes
+
+
+def pieces(
+    files: Files, upload_id: str, size: int = 97, **header: Any
+) -> list[pb.UploadAdapterRequest]:
+    """The messages of a whole upload in small pieces."""
+    head = {
+        "upload_id": upload_id,
+        "name": "alpha",
+        "config_size": len(files.config),
+        "weights_size": files.weights_size,
+        "expected_digest": files.digest,
+        **header,
+    }
+    messages = [pb.UploadAdapterRequest(header=pb.UploadHeader(**head))]
+    weights = files.weights.read_bytes()
+    for kind, data in ((pb.ADAPTER_FILE_CONFIG, files.config), (pb.ADAPTER_FILE_WEIGHTS, weights)):
+        for offset in range(0, len(data), size):
+            chunk = pb.UploadChunk(file=kind, offset=offset, data=data[offset : offset + size])
+            messages.append(pb.UploadAdapterRequest(chunk=chunk))
+    return messages
+
+
+async def refused(up: Running, messages: list[pb.UploadAdapterRequest]) -> str:
+    # Not with grpc.aio: it loses the status of a stream that ends while it writes.
+    def send() -> None:
+        with grpc.insecure_channel(str(up.server.address)) as channel:
+            adapter_pb2_grpc.AdapterServiceStub(channel).UploadAdapter(iter(messages))
+
+    with pytest.raises(grpc.RpcError) as caught:
+        await asyncio.to_thread(send)
+    return refusal(caught.value).reason  # type: ignore[arg-type]
+
+
+async def test_an_uploaded_adapter_is_what_a_registered_one_is(tmp_path: Path) -> None:
+    async with running(tmp_path) as up:
+        files = Files.read(write_adapter(tmp_path / "mine", 1))
+        upload_id = await start(up)
+        messages = pieces(files, upload_id, load=True, labels={"team": "search"})
+        reply = await up.adapters.UploadAdapter(iter(messages))
+        assert reply.created
+        assert reply.adapter.digest == files.digest
+        assert reply.adapter.state == pb.ADAPTER_STATE_RESIDENT
+        assert dict(reply.adapter.labels) == {"team": "search"}
+        answer = await up.generation.Generate(ask(new=3, adapter="alpha"))
+        assert list(answer.token_ids) == expected(PROMPT, 3, files.digest)
+        write_adapter(tmp_path / "import" / "mine", 1)
+        same = await up.adapters.RegisterAdapter(
+            pb.RegisterAdapterRequest(name="alpha", path="mine")
+        )
+        assert not same.created
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await there(up, upload_id)
+        assert refusal(caught.value).reason == "UPLOAD_NOT_FOUND"
+
+
+async def test_a_broken_upload_goes_on_where_it_was_even_on_another_server(tmp_path: Path) -> None:
+    files = Files.read(write_adapter(tmp_path / "mine", 1))
+    async with running(tmp_path) as up:
+        upload_id = await start(up)
+        messages = pieces(files, upload_id)
+        half = len(messages) // 2
+        arrived = asyncio.Event()
+
+        async def cut() -> AsyncIterator[pb.UploadAdapterRequest]:
+            for message in messages[:half]:
+                yield message
+            arrived.set()
+            await asyncio.Event().wait()
+
+        call = up.adapters.UploadAdapter(cut())
+        await arrived.wait()
+        sent = sum(len(m.chunk.data) for m in messages[1:half])
+        while sum(await there(up, upload_id)) < sent:  # noqa: ASYNC110  (nobody tells)
+            await asyncio.sleep(0.005)
+        call.cancel()
+        assert not (await up.adapters.ListAdapters(pb.ListAdaptersRequest())).adapters
+    async with running(tmp_path) as up:
+        config, weights = await there(up, upload_id)
+        assert (config, config + weights) == (len(files.config), sent)
+        # Sending again what is there is refused, and says so.
+        assert await refused(up, messages) == "UPLOAD_OFFSET"
+        reply = await up.adapters.UploadAdapter(iter([messages[0], *messages[half:]]))
+        assert reply.adapter.digest == files.digest
+
+
+async def test_files_can_be_staged_judged_and_registered_later(tmp_path: Path) -> None:
+    async with running(tmp_path) as up, AsyncClient(str(up.server.address)) as client:
+        good = write_adapter(tmp_path / "good", 1)
+        upload_id = await client.stage_adapter(good)
+        assert await client.list_adapters() == []
+        found = await client.validate_adapter(upload_id=upload_id)
+        assert found.valid
+        assert found.spec is not None
+        done = await client.upload_adapter("alpha", good, upload_id=upload_id)
+        assert done.adapter.digest == found.spec.digest
+        bad = write_adapter(tmp_path / "bad", 1, nonsense=1)
+        upload_id = await client.stage_adapter(bad)
+        found = await client.validate_adapter(upload_id=upload_id)
+        assert [finding.field for finding in found.findings] == ["nonsense"]
+        await client.abort_upload(upload_id)
+        with pytest.raises(AdapterRejected):
+            await client.upload_adapter("beta", bad)
+        with pytest.raises(InvalidRequest):
+            await client.upload_adapter("beta", tmp_path / "nothing")
+        assert [adapter.name for adapter in await client.list_adapters()] == ["alpha"]
+
+
+async def test_what_is_wrong_with_an_upload_is_typed_and_registers_nothing(tmp_path: Path) -> None:
+    async with running(tmp_path) as up:
+        files = Files.read(write_adapter(tmp_path / "mine", 1))
+        upload_id = await start(up)
+        whole = pieces(files, upload_id)
+        header, first = whole[0], whole[1]
+        assert await refused(up, []) == "FIELD_INVALID"
+        assert await refused(up, [first]) == "FIELD_INVALID"
+        assert await refused(up, [header, header]) == "FIELD_INVALID"
+        assert await refused(up, [header, pb.UploadAdapterRequest()]) == "FIELD_INVALID"
+        assert await refused(up, pieces(files, "0" * 32)) == "UPLOAD_NOT_FOUND"
+        assert await refused(up, whole[:-1]) == "UPLOAD_OFFSET"
+        assert await there(up, upload_id) != (0, 0)  # and kept
+        short = pieces(files, await start(up), weights_size=files.weights_size - 1)
+        assert await refused(up, short) == "UPLOAD_OFFSET"
+        other = pieces(files, await start(up), expected_digest="sha256:" + "0" * 64)
+        assert await refused(up, other) == "ADAPTER_INVALID"
+        assert not (await up.adapters.ListAdapters(pb.ListAdaptersRequest())).adapters
+        # The same bytes are registered once the sender knows what it wants.
+        other[0].header.expected_digest = files.digest
+        reply = await up.adapters.UploadAdapter(iter(other[:1]))
+        assert reply.adapter.digest == files.digest
+
+
+async def test_bytes_that_are_no_message_end_the_upload_as_malformed(tmp_path: Path) -> None:
+    async with running(tmp_path) as up:
+        call = up.channel.stream_unary("/loraplex.v1.AdapterService/UploadAdapter")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call(iter([b"\xff\xff\xff"]))
+        assert refusal(caught.value).reason == "REQUEST_MALFORMED"
+
+
+async def test_a_full_disk_is_told_and_what_was_acknowledged_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(tmp_path) as up:
+        files = Files.read(write_adapter(tmp_path / "mine", 1))
+        upload_id = await start(up)
+        messages = pieces(files, upload_id)
+        append = Store.append
+
+        def full(store: Store, upload_id: str, file: str, offset: int, data: bytes) -> int:
+            if offset >= 970 and file.endswith("safetensors"):
+                raise AdapterError("STORE_FULL", "no space is left in the adapter store")
+            return append(store, upload_id, file, offset, data)
+
+        monkeypatch.setattr(Store, "append", full)
+        assert await refused(up, messages) == "STORE_FULL"
+        monkeypatch.undo()
+        assert await there(up, upload_id) == (len(files.config), 970)
+        behind = [m for m in messages[1:] if m.chunk.file == pb.ADAPTER_FILE_WEIGHTS][10:]
+        reply = await up.adapters.UploadAdapter(iter([messages[0], *behind]))
+        assert reply.adapter.digest == files.digest
+
+
+async def test_the_client_goes_on_by_itself_when_a_stream_breaks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loraplex.uploads.CHUNK_BYTES", 256)
+    async with running(tmp_path) as up, AsyncClient(str(up.server.address)) as client:
+        folder = write_adapter(tmp_path / "mine", 1)
+        append, calls = Store.append, []
+
+        def flaky(store: Store, *arguments: Any) -> int:
+            calls.append(arguments)
+            if len(calls) in (2, 5):
+                raise AdapterError("STORE_UNAVAILABLE", "the disk stumbled")
+            return append(store, *arguments)
+
+        monkeypatch.setattr(Store, "append", flaky)
+        seen: list[tuple[int, int]] = []
+        done = await client.upload_adapter(
+            "alpha", folder, progress=lambda sent, size: seen.append((sent, size))
+        )
+        assert done.created
+        assert done.adapter.digest == Files.read(folder).digest
+        assert seen[-1][0] == seen[-1][1] == Files.read(folder).size
+        assert len(calls) > 5
+
+
+async def test_a_draining_server_cuts_an_upload_short_and_keeps_it(tmp_path: Path) -> None:
+    async with running(tmp_path) as up:
+        files = Files.read(write_adapter(tmp_path / "mine", 1))
+        upload_id = await start(up)
+        begun = asyncio.Event()
+
+        async def slow() -> AsyncIterator[pb.UploadAdapterRequest]:
+            parts = stream(files, Order("alpha"), upload_id, PROGRESS_NONE, None)
+            yield next(parts)
+            yield next(parts)
+            begun.set()
+            await asyncio.Event().wait()
+
+        call = up.adapters.UploadAdapter(slow())
+        await begun.wait()
+        while not sum(await there(up, upload_id)):  # noqa: ASYNC110  (nobody tells)
+            await asyncio.sleep(0.005)
+        up.server._gate.close()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call
+        assert refusal(caught.value).reason == "DRAINING"
+
+
+PROGRESS_NONE = pb.GetUploadResponse()
