@@ -180,7 +180,7 @@ def test_a_refused_initialisation_names_the_way_out_and_the_way_out_works(tmp_pa
     model.save_pretrained(
         tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "initial")
     )
-    with pytest.raises(AdapterError, match="path_initial_model_for_weight_conversion"):
+    with pytest.raises(AdapterError, match="convert --from pissa --initial DIR"):
         inspect(tmp_path / "raw", BASE)
     assert inspect(tmp_path / "plain", BASE).rank == 16
 

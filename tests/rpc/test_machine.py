@@ -296,6 +296,8 @@ async def tell(up: Running, program: list[object]) -> None:
     await until(lambda: engine.ready)
     await until(lambda: at_rest(up))
     within_budgets(up)
+    if story.killed:
+        return  # a new engine loads again what the old one held, and tells of it with its next step
     for digest in list(engine.adapters):
         await engine.unload(digest, force=True)
     await until(lambda: not engine.adapters and at_rest(up))
