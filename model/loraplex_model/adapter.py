@@ -88,11 +88,6 @@ class SiteDelta:
     activation: Activation = Activation.NONE
     reads: Reads = Reads.NORMED
 
-    @property
-    def rank(self) -> int:
-        """Inner width of `b` (a)."""
-        return 0 if self.b is None else self.b.shape[0]
-
 
 @dataclass(frozen=True, slots=True)
 class VirtualTokens:

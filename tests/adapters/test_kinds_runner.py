@@ -12,7 +12,7 @@ from adapters.peft_kinds import BASE, Gallery, ids_of, names_on
 from loraplex_adapters.format import inspect
 from loraplex_adapters.spec import BaseShapes
 from loraplex_model.batch import ForwardBatch
-from loraplex_server.engine.local_runner import HostAdapter, LocalRunner, build
+from loraplex_server.engine.local_runner import LocalRunner, ReadAdapter, build
 from loraplex_server.engine.messages import AdapterRef
 
 KV_TOKENS, VIRTUAL_TOKENS = 4096, 256
@@ -35,7 +35,7 @@ def start(gallery: Gallery) -> LocalRunner:
     )
 
 
-def read(runner: LocalRunner, directory: Path) -> HostAdapter:
+def read(runner: LocalRunner, directory: Path) -> ReadAdapter:
     spec = inspect(directory, BaseShapes.of(runner.info))
     adapter = runner.read_adapter(AdapterRef(spec.digest, str(directory)))
     assert (adapter.nbytes, adapter.virtual_tokens) == (spec.packed_bytes, spec.virtual_tokens)

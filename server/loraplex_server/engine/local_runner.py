@@ -52,12 +52,16 @@ class Budgets:
 
 
 @dataclass(frozen=True, slots=True)
-class HostAdapter:
+class ReadAdapter:
     """An adapter in host memory, ready to be published: a `LoadedAdapter`."""
 
     packed: PackedAdapter
-    virtual_tokens: int
     merge_nbytes: int
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Positions that it puts before every prompt."""
+        return self.packed.virtual_tokens
 
     @property
     def nbytes(self) -> int:
@@ -97,16 +101,16 @@ class LocalRunner:
         with torch.inference_mode():
             return self._decoder.forward(batch).to("cpu", torch.float32)
 
-    def read_adapter(self, ref: AdapterRef) -> HostAdapter:
+    def read_adapter(self, ref: AdapterRef) -> ReadAdapter:
         """Reads, verifies and packs an adapter's files. Raises `AdapterError`."""
         weights = self._decoder.weights
         with torch.inference_mode():
-            spec, delta = load(Path(ref.path), ref.digest, self._shapes, weights, self._limits)
+            _, delta = load(Path(ref.path), ref.digest, self._shapes, weights, self._limits)
             packed = pack(delta, weights.embed.dtype, pin=self._device.type == "cuda")
             dense = merged_nbytes(packed.unpack(), weights.config, self._merge_dtype)
-        return HostAdapter(packed, spec.virtual_tokens, dense)
+        return ReadAdapter(packed, dense)
 
-    def publish_adapter(self, slot: int, adapter: HostAdapter, blocks: Sequence[int]) -> None:
+    def publish_adapter(self, slot: int, adapter: ReadAdapter, blocks: Sequence[int]) -> None:
         """Points the slot to the adapter; computes its virtual tokens, once, into `blocks`.
 
         The slot stays free where this raises.
@@ -135,7 +139,7 @@ class LocalRunner:
         """Frees the slot and the adapter's memory, dense copies included."""
         self._decoder.table.remove(slot)
 
-    def merge_adapter(self, adapter: HostAdapter) -> Merged:
+    def merge_adapter(self, adapter: ReadAdapter) -> Merged:
         """The dense copies of what the adapter changes."""
         with torch.inference_mode():
             return self._decoder.merge(adapter.packed, self._merge_dtype)

@@ -13,7 +13,7 @@ constexpr int PROJECTIONS = 7;
 enum LayerSite { ATTENTION_BOTTLENECK = 7, MLP_BOTTLENECK, INPUT_NORM, POST_NORM, Q_NORM, K_NORM, LAYER_SITES };
 enum ModelSite { EMBED_TOKENS, LM_HEAD, FINAL_NORM, MODEL_SITES };
 
-// What an adapter needs besides nothing: `Uses` of adapter.py.
+// What an adapter needs; nobody pays for what no row needs. `Uses` of adapter.py.
 enum Use { FACTORS = 1, GAIN = 2, IN_GAIN = 4, NORM = 8, BOTTLENECK = 16, EMBEDDING = 32, HEAD = 64 };
 
 // One site of one adapter; see `SiteDelta` of adapter.py. Absent parts are null. a, b and rows are of
@@ -88,7 +88,6 @@ struct Plan {
   size_t h_size = 0;            // floats per part
   int uses = 0;                 // of all segments
   int max_rank = 0;
-  bool any_merged = false;
 
   const Segment* segment(int row) const {
     return segment_of[row] < 0 ? nullptr : &segments[segment_of[row]];
@@ -127,7 +126,6 @@ inline Plan make_plan(const Batch& b, const AdapterTable& table, const std::vect
     if (end - begin == 1 && b.mix_weights[begin] == 1.0f && table.is_merged(b.mix_slots[begin])) {
       segment.merged = b.mix_slots[begin];
       segment.uses &= ~IN_PROJECTIONS;
-      plan.any_merged = true;
     }
     plan.segment_of[row] = plan.segments.size();
     plan.segments.push_back(segment);
