@@ -66,14 +66,22 @@ def scenes(args: argparse.Namespace) -> dict[str, object]:
         names += lifecycle.register(server.address, directories[FEW:])
         many = throughputs(server.address, names[:FEW])
         result["registered_1000_ratio"] = report.median(many) / report.median(few)
-        cold = names[FEW : FEW + args.burst]
-        result |= asyncio.run(lifecycle.cold_burst(server.address, names[:4], cold, 128))
         result |= asyncio.run(
             lifecycle.replacing(server.address, directories[-2:], args.rounds, 24)
         )
+    with serving(args, "cold", directories, keep_store="many") as server:
+        cold = names[FEW : FEW + 2 * args.burst]
+        few_rows = burst(server.address, names[:4], cold[: args.burst])
+        result |= burst(server.address, names[:FEW], cold[args.burst :])
+        result["cold_load_extra_gap_steps_4_rows"] = few_rows["cold_load_extra_gap_steps"]
     with serving(args, "tight", directories, keep_store="many", **room) as server:
         result |= lifecycle.zipf(server.address, names, args.requests, 8, server_pids(server))
     return result
+
+
+def burst(address: str, running: Sequence[str], cold: Sequence[str]) -> dict[str, float]:
+    """The burst of cold loads beside streams of `running`."""
+    return asyncio.run(lifecycle.cold_burst(address, running, cold, 128))
 
 
 def throughputs(address: str, names: Sequence[str]) -> list[float]:

@@ -10,7 +10,8 @@ import asyncio
 import gc
 import itertools
 import shutil
-import time
+import sys
+from asyncio.subprocess import PIPE
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -54,25 +55,28 @@ async def cold_burst(
     The quiet streams go on for as long as the busy ones, so that both had the same chance to meet
     the machine's own hiccups.
     """
-
-    async def burst(client: AsyncClient) -> float:
-        began = time.perf_counter()
-        await asyncio.gather(*(client.load_adapter(name, timeout=300) for name in cold))
-        return time.perf_counter() - began
-
     await streams(address, running, tokens)
     gc.collect()
     gc.freeze()  # a collection here would be a gap there
-    async with AsyncClient(address) as client:
-        running_first = asyncio.create_task(streams(address, running, tokens))
-        await asyncio.sleep(0.3)
-        loading = asyncio.create_task(burst(client))
-        busy = decode_gaps(await running_first)
-        rounds = 1
-        while not loading.done():
-            busy += decode_gaps(await streams(address, running, tokens))
-            rounds += 1
-        seconds = await loading
+    command = [sys.executable, str(Path(__file__).with_name("burst.py")), address, *cold]
+    burst = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE)
+    assert burst.stdin is not None
+    assert burst.stdout is not None
+    if not await burst.stdout.readline():
+        raise BenchmarkError("the process that loads adapters did not start")
+    first = asyncio.create_task(streams(address, running, tokens))
+    await asyncio.sleep(1)
+    burst.stdin.write(b"load\n")
+    loading = asyncio.create_task(burst.stdout.readline())
+    busy = decode_gaps(await first)
+    rounds = 1
+    while not loading.done():
+        busy += decode_gaps(await streams(address, running, tokens))
+        rounds += 1
+    told = await loading
+    burst.stdin.write(b"end\n")
+    if await burst.wait():
+        raise BenchmarkError("the adapters could not be loaded; see above")
     quiet = []
     for _ in range(rounds):
         quiet += decode_gaps(await streams(address, running, tokens))
@@ -82,7 +86,7 @@ async def cold_burst(
         "worst_gap_quiet_ms": 1e3 * max(quiet),
         "worst_gap_loading_ms": 1e3 * max(busy),
         "cold_load_extra_gap_steps": (max(busy) - max(quiet)) / step,
-        "cold_loads_s": seconds,
+        "cold_loads_s": float(told),
     }
 
 

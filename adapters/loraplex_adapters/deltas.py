@@ -42,7 +42,9 @@ def adapter_delta(
         if module.module == "virtual_tokens":
             virtual = _virtual_tokens(tensors, base)
         else:
-            sites[module.layer, module.module] = _change(module, tensors, base)
+            change = _change(module, tensors, base)
+            if not change.is_empty:  # AdaLoRA leaves modules without any rank
+                sites[module.layer, module.module] = change
     return AdapterDelta(sites, virtual)
 
 
@@ -67,29 +69,27 @@ def _projection(module: ModuleSpec, tensors: Tensors, base: BaseWeights) -> Site
     IA3      out_gain * (W x + base bias), or W (in_gain * x) + base bias
     biases   W x + bias
     """
-    fan_out = base.config.projection_shapes()[module.module][1]
     a, b = _factors(module, tensors)
     gain = tensors["out_gain"].float().reshape(-1) if "out_gain" in tensors else None
-    bias = torch.zeros(fan_out)
+    biases: list[torch.Tensor] = []
     if "b_bias" in tensors:
-        bias += tensors["b_bias"].float() * module.scale
+        biases.append(tensors["b_bias"].float() * module.scale)
     if "bias_delta" in tensors:
-        bias += tensors["bias_delta"].float().reshape(-1)
+        biases.append(tensors["bias_delta"].float().reshape(-1))
     base_bias = _base_bias(module, base)
-    biased = not tensors.keys().isdisjoint({"b_bias", "bias", "bias_delta"})
     if "magnitude" in tensors:
         assert a is not None
         assert b is not None
         gain = tensors["magnitude"].float() / _row_norms(module, a, b, base)
         b = b * gain
         if base_bias is not None:
-            bias += base_bias * (1 - gain)
-            biased = True
+            biases.append(base_bias * (1 - gain))
     if "bias" in tensors:
         assert base_bias is not None
-        bias += tensors["bias"].float() - base_bias
+        biases.append(tensors["bias"].float() - base_bias)
     in_gain = tensors["in_gain"].float().reshape(-1) if "in_gain" in tensors else None
-    return SiteDelta(a=a, b=b, gain=gain, in_gain=in_gain, bias=bias if biased else None)
+    bias = torch.stack(biases).sum(0) if biases else None
+    return SiteDelta(a=a, b=b, gain=gain, in_gain=in_gain, bias=bias)
 
 
 def _embedding(module: ModuleSpec, tensors: Tensors, base: BaseWeights) -> SiteDelta:

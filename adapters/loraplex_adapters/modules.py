@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 
 from loraplex_model.config import LAYER_SITES, MODEL, MODEL_SITES, PROJECTIONS, Site
 
@@ -33,6 +34,7 @@ _MODEL_PATHS = {
 }
 
 
+@lru_cache(1 << 14)
 def module_path(layer: int, module: str) -> str:
     """The module's path in the Hugging Face model, which PEFT's patterns are matched with.
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import string
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Generic, TypeVar
 
 Value = TypeVar("Value", int, float)
@@ -44,14 +45,17 @@ def is_plain(name: str) -> bool:
     )
 
 
-def suffixes(path: str) -> list[str]:
+@lru_cache(1 << 14)
+def suffixes(path: str) -> tuple[str, ...]:
     """`path` and what follows each of its dots: what a plain key has to equal to match it."""
     parts = path.split(".")
-    return [".".join(parts[start:]) for start in range(len(parts))]
+    return tuple(".".join(parts[start:]) for start in range(len(parts)))
 
 
 def match(pattern: Mapping[str, Value], paths: Collection[str]) -> Matched[Value]:
     """Looks the module paths up in a pattern of plain keys; raises ValueError for too many keys."""
+    if not pattern:
+        return Matched({}, None)
     names = {suffix for path in paths for suffix in suffixes(path)}
     foreign = [key for key in pattern if "." in key and key not in names]
     if len(foreign) > MAX_FOREIGN_KEYS:

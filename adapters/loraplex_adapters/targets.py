@@ -41,10 +41,11 @@ class Targets:
         found = set()
         for site in sites:
             path = module_path(*site)
-            names = set(suffixes(path))
+            names = suffixes(path)
             # A full path in the list holds whatever the choice of layers says.
-            taken = path in targets or (self._transforms(site[0]) and names & targets)
-            if taken and not names & excluded and not self._saves(path):
+            by_name = self._transforms(site[0]) and not targets.isdisjoint(names)
+            taken = by_name or path in targets
+            if taken and excluded.isdisjoint(names) and not self._saves(path):
                 found.add(site)
         return self._with_tied(found, base)
 
@@ -53,6 +54,8 @@ class Targets:
 
         It compares the ends of the names as text: "norm" takes every module whose name ends so.
         """
+        if not self.saved:
+            return frozenset()
         found = {site for site in sites if module_path(*site).endswith(self.saved)}
         return self._with_tied(found, base)
 

@@ -75,4 +75,6 @@ def _tensor(weights: NDArray[np.uint8], location: TensorLocation) -> torch.Tenso
     dtype = _DTYPES[location.dtype]
     if location.start % dtype.itemsize:
         data = data.copy()  # the format does not promise alignment
-    return torch.from_numpy(data).view(dtype).view(location.shape)
+    if not data.size:
+        return torch.empty(location.shape, dtype=dtype)
+    return torch.frombuffer(data, dtype=dtype).view(location.shape)

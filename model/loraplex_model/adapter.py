@@ -88,6 +88,11 @@ class SiteDelta:
     activation: Activation = Activation.NONE
     reads: Reads = Reads.NORMED
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether it changes nothing."""
+        return all(getattr(self, name) is None for name in _TENSORS)
+
 
 @dataclass(frozen=True, slots=True)
 class VirtualTokens:
@@ -209,10 +214,11 @@ class PackedAdapter:
         return PackedAdapter(data, self.places, self.virtual_places, self.options)
 
     def _at(self, place: _Place) -> torch.Tensor:
-        count = place.dtype.itemsize
-        for length in place.shape:
-            count *= length
-        return self.data[place.start : place.start + count].view(place.dtype).view(place.shape)
+        strides = [1]
+        for length in reversed(place.shape[1:]):
+            strides.append(strides[-1] * length)
+        whole = self.data.view(place.dtype)  # its end is aligned, as all that is in it
+        return whole.as_strided(place.shape, strides[::-1], place.start // place.dtype.itemsize)
 
 
 def pack(delta: AdapterDelta, dtype: torch.dtype, *, pin: bool = False) -> PackedAdapter:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Final, Generic, TypeVar
 
 FRESH_SECONDS: Final = 0.5
@@ -39,6 +40,15 @@ class NameCache(Generic[T]):
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def fill(self, entries: Mapping[str, T], count: int) -> None:
+        """Takes in what ids resolved to when the store had counted `count` changes.
+
+        Of more than there is room for, the first are kept.
+        """
+        self.clear()
+        self._count = count
+        self._entries.update(itertools.islice(entries.items(), self._size))
 
     async def get(self, key: str, look_up: Callable[[], Awaitable[T]]) -> T:
         """What `key` resolves to; `look_up` is asked when that is not known. Raises what it does.

@@ -46,12 +46,17 @@ class Registered:
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """Under which name bytes are registered, and how."""
+    """Under which name bytes are registered, and how.
+
+    With `load` a name that is replaced moves only once its new bytes are on the device, so that
+    nobody who calls it waits for them; if they cannot be loaded, it does not move.
+    """
 
     name: str
     replace: bool = False
     labels: Mapping[str, str] | None = None
     expected_digest: str = ""
+    load: bool = False
 
 
 class Registry:
@@ -80,9 +85,14 @@ class Registry:
         self.feed = AdapterFeed(self._catalogue, self._count_changes)
 
     async def open(self) -> None:
-        """Counts what is registered; call once before serving."""
-        for name in (await self._catalogue()).names:
+        """Learns what is registered; call once before serving."""
+        catalogue = await self._catalogue()
+        for name in catalogue.names:
             self._metrics.adapter_registered(name)
+        known = {**catalogue.names, **catalogue.aliases}
+        self._names.fill(
+            {name: self._registered(record) for name, record in known.items()}, catalogue.count
+        )
 
     # what there is
 
@@ -125,6 +135,10 @@ class Registry:
     async def register(self, path: str, terms: Terms) -> tuple[Registered, bool]:
         """Checks and copies the directory `path` below the import root; whether it is new."""
 
+        def admit() -> str:
+            with open_below(self._import_root, path) as source:
+                return self._store.admit(source, self._base(), self._limits)
+
         def work() -> tuple[Registered, bool]:
             with open_below(self._import_root, path) as source:
                 record, new = self._store.register(
@@ -137,9 +151,7 @@ class Registry:
                 )
             return self._registered(record), new
 
-        adapter, created = await self._change(work)
-        self._metrics.adapter_registered(terms.name)
-        return adapter, created
+        return await self._name(terms, admit, work)
 
     async def label(
         self, adapter_id: str, change: Mapping[str, str], remove: Sequence[str]
@@ -195,6 +207,10 @@ class Registry:
     async def finish_upload(self, upload_id: str, terms: Terms) -> tuple[Registered, bool]:
         """Registers what was uploaded; whether it is new."""
 
+        def admit() -> str:
+            with self._store.open_upload(upload_id) as source:
+                return self._store.admit(source, self._base(), self._limits, terms.expected_digest)
+
         def work() -> tuple[Registered, bool]:
             record, new = self._store.finish_upload(
                 upload_id,
@@ -207,9 +223,7 @@ class Registry:
             )
             return self._registered(record), new
 
-        adapter, created = await self._change(work)
-        self._metrics.adapter_registered(terms.name)
-        return adapter, created
+        return await self._name(terms, admit, work)
 
     async def examine_upload(self, upload_id: str) -> Report:
         """What is wrong with what was uploaded; changes nothing."""
@@ -267,6 +281,25 @@ class Registry:
 
     def _registered(self, record: Record) -> Registered:
         return Registered(record, str(self._store.path(record.digest)))
+
+    async def _name(
+        self,
+        terms: Terms,
+        admit: Callable[[], str],
+        register: Callable[[], tuple[Registered, bool]],
+    ) -> tuple[Registered, bool]:
+        """Registers bytes, and makes them resident if the terms say so.
+
+        `admit` brings the same bytes into the store under no name.
+        """
+        if terms.load and terms.replace:
+            digest = await asyncio.to_thread(admit)
+            await self._engine.load(AdapterRef(digest, str(self._store.path(digest))))
+        adapter, created = await self._change(register)
+        self._metrics.adapter_registered(terms.name)
+        if terms.load:
+            await self.load(adapter)
+        return adapter, created
 
     async def _change(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Runs `work` in a thread and forgets what was known, even if nobody waits any more."""

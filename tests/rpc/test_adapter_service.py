@@ -60,6 +60,33 @@ async def test_registering_can_load_at_once(tmp_path: Path) -> None:
             assert reply.adapter.state == pb.ADAPTER_STATE_RESIDENT
 
 
+async def test_a_name_does_not_move_to_what_cannot_be_loaded(tmp_path: Path) -> None:
+    async with running(tmp_path, engine_options={"adapter_budget_bytes": 4096}) as up:
+        for path, rank in (("half", 6), ("large", 14)):
+            write_adapter(tmp_path / "import" / path, rank=rank)
+        first = pb.RegisterAdapterRequest(name="alpha", path="half", load=True)
+        old = (await up.adapters.RegisterAdapter(first)).adapter
+        await up.adapters.PinAdapter(pb.PinAdapterRequest(adapter_id="alpha"))
+        move = pb.RegisterAdapterRequest(name="alpha", path="large", replace=True, load=True)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await up.adapters.RegisterAdapter(move)
+        assert refusal(caught.value).reason == "ADAPTER_TOO_LARGE"
+        now = await up.adapters.GetAdapter(pb.GetAdapterRequest(adapter_id="alpha"))
+        assert (now.adapter.digest, now.adapter.version) == (old.digest, old.version)
+        assert now.adapter.state == pb.ADAPTER_STATE_RESIDENT, "a good one made room for it"
+        move.load = False
+        moved = await up.adapters.RegisterAdapter(move)
+        assert moved.created, "nothing but its load was in its way"
+
+
+async def test_a_name_that_moves_with_a_load_is_resident_at_once(tmp_path: Path) -> None:
+    async with running(tmp_path) as up:
+        await up.register("alpha", 1, load=True)
+        moved = await up.register("alpha", 2, replace=True, load=True)
+        assert moved.state == pb.ADAPTER_STATE_RESIDENT
+        assert up.metric("adapter_loads_total", tier="disk", result="ok") == 2
+
+
 async def test_listing_pages_through_every_name_once_in_order(tmp_path: Path) -> None:
     async with running(tmp_path) as up:
         names = [f"n{i}" for i in range(7)]

@@ -92,3 +92,21 @@ async def test_a_failed_look_up_is_not_remembered() -> None:
         await world.get("nobody")
     world.meaning["nobody"] = "somebody"
     assert await world.get("nobody") == "somebody"
+
+
+async def test_what_is_filled_in_is_not_looked_up_until_something_changes() -> None:
+    world = World()
+    world.cache.fill({"a": "1", "b": "2", "c": "3"}, count=0)
+    assert [await world.get(key) for key in "ab"] == ["1", "2"]
+    assert world.asked == []
+    assert len(world.cache) == 2, "more than there is room for was kept"
+    world.meaning["a"], world.count = "new", 1
+    world.now += FRESH_SECONDS + 0.01
+    assert await world.get("a") == "new"
+
+
+async def test_a_change_between_reading_and_filling_in_is_found() -> None:
+    world = World()
+    world.count, world.meaning["a"] = 1, "new"
+    world.cache.fill({"a": "1"}, count=0)
+    assert await world.get("a") == "new"

@@ -12,7 +12,7 @@ from loraplex_adapters.digest import digest_hex
 from loraplex_adapters.errors import AdapterError
 from loraplex_adapters.files import Directory, open_directory
 from loraplex_adapters.format import inspect, survey
-from loraplex_adapters.spec import BaseShapes, Limits
+from loraplex_adapters.spec import AdapterSpec, BaseShapes, Limits
 from loraplex_adapters.store import garbage, schema
 from loraplex_adapters.store.aliases import Aliases
 from loraplex_adapters.store.blobs import Blobs
@@ -111,21 +111,43 @@ class Store:
             if hopeless:
                 raise AdapterError.of(hopeless)
             for _ in range(_ATTEMPTS):
-                with self._blobs.staged(src, limits.max_weights_bytes) as copy:
-                    spec = inspect(copy, base, limits)
-                    if expected_digest not in ("", spec.digest):
-                        raise AdapterError(
-                            "ADAPTER_INVALID",
-                            f"the bytes are {spec.digest}, not {expected_digest}",
-                            "digest",
-                        )
-                    self._blobs.publish(copy, spec.digest)
+                spec = self._admit(src, base, limits, expected_digest)
                 wanted = Registration(name, spec, base.fingerprint, checked, replace)
                 outcome = self._index.point(wanted, self._blobs.has)
                 if outcome is not None:
                     return outcome
                 # Nothing named these bytes yet, and they were collected meanwhile.
         raise AdapterError("STORE_UNAVAILABLE", "the adapter was collected while it was registered")
+
+    def admit(
+        self,
+        source: Path | Directory,
+        base: BaseShapes,
+        limits: Limits | None = None,
+        expected_digest: str = "",
+    ) -> str:
+        """Checks and copies the adapter in `source`, under no name yet; returns its digest.
+
+        What is not registered then is collected after the grace. Raises AdapterError as `register`
+        does.
+        """
+        if expected_digest:
+            digest_hex(expected_digest)
+        with (
+            nullcontext(source) if isinstance(source, Directory) else open_directory(source) as src
+        ):
+            return self._admit(src, base, limits or Limits(), expected_digest).digest
+
+    def _admit(
+        self, source: Directory, base: BaseShapes, limits: Limits, expected_digest: str
+    ) -> AdapterSpec:
+        with self._blobs.staged(source, limits.max_weights_bytes) as copy:
+            spec = inspect(copy, base, limits)
+            if expected_digest not in ("", spec.digest):
+                message = f"the bytes are {spec.digest}, not {expected_digest}"
+                raise AdapterError("ADAPTER_INVALID", message, "digest")
+            self._blobs.publish(copy, spec.digest)
+        return spec
 
     def resolve(self, adapter_id: str) -> Record:
         """The record that an id means now.

@@ -107,7 +107,7 @@ class LocalRunner:
         with torch.inference_mode():
             _, delta = load(Path(ref.path), ref.digest, self._shapes, weights, self._limits)
             packed = pack(delta, weights.embed.dtype, pin=self._device.type == "cuda")
-            dense = merged_nbytes(packed.unpack(), weights.config, self._merge_dtype)
+            dense = merged_nbytes(delta, weights.config, self._merge_dtype)
         return ReadAdapter(packed, dense)
 
     def publish_adapter(self, slot: int, adapter: ReadAdapter, blocks: Sequence[int]) -> None:

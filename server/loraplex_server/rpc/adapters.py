@@ -105,12 +105,10 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
     ) -> adapter_pb2.RegisterAdapterResponse:
         """Checks, copies and names a directory below the import root."""
         _require(validate.register(request))
-        terms = Terms(request.name, request.replace, dict(request.labels))
+        terms = Terms(request.name, request.replace, dict(request.labels), load=request.load)
         adapter, created = await _typed(
             self._registry.register(request.path, terms), request.name, "path"
         )
-        if request.load:
-            await _typed(self._registry.load(adapter), request.name, "name")
         return adapter_pb2.RegisterAdapterResponse(
             adapter=self._describe(adapter.record), created=created
         )
@@ -173,11 +171,9 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         context: _Context,
     ) -> adapter_pb2.UploadAdapterResponse:
         """Takes an adapter's files and registers it."""
-        header, done = await _typed(self._uploads.receive(request_iterator), "", "name", _UPLOAD)
+        done = await _typed(self._uploads.receive(request_iterator), "", "name", _UPLOAD)
         if done.adapter is None:
             return adapter_pb2.UploadAdapterResponse()
-        if header.load:
-            await _typed(self._registry.load(done.adapter), header.name, "name")
         return adapter_pb2.UploadAdapterResponse(
             adapter=self._describe(done.adapter.record), created=done.created
         )

@@ -44,9 +44,7 @@ class Uploads:
         self._gate = gate
         self._streams = 0
 
-    async def receive(
-        self, requests: AsyncIterator[adapter_pb2.UploadAdapterRequest]
-    ) -> tuple[adapter_pb2.UploadHeader, Uploaded]:
+    async def receive(self, requests: AsyncIterator[adapter_pb2.UploadAdapterRequest]) -> Uploaded:
         """Takes one stream to its end, and registers what it completes.
 
         Raises RpcError; what had arrived until then stays and can be added to. Raises AdapterError
@@ -61,9 +59,7 @@ class Uploads:
         finally:
             self._streams -= 1
 
-    async def _receive(
-        self, requests: AsyncIterator[adapter_pb2.UploadAdapterRequest]
-    ) -> tuple[adapter_pb2.UploadHeader, Uploaded]:
+    async def _receive(self, requests: AsyncIterator[adapter_pb2.UploadAdapterRequest]) -> Uploaded:
         header = await self._header(requests)
         wanted = {CONFIG_FILE: header.config_size, WEIGHTS_FILE: header.weights_size}
         there = await self._registry.uploaded(header.upload_id)
@@ -87,10 +83,16 @@ class Uploads:
                 text = f"{sizes[file]} of the {size} bytes of {file} are there"
                 raise _offset(header.upload_id, file, text)
         if header.stage_only:
-            return header, Uploaded(None, created=False)
-        terms = Terms(header.name, header.replace, dict(header.labels), header.expected_digest)
+            return Uploaded(None, created=False)
+        terms = Terms(
+            header.name,
+            header.replace,
+            dict(header.labels),
+            header.expected_digest,
+            header.load,
+        )
         adapter, created = await self._registry.finish_upload(header.upload_id, terms)
-        return header, Uploaded(adapter, created)
+        return Uploaded(adapter, created)
 
     async def _header(
         self, requests: AsyncIterator[adapter_pb2.UploadAdapterRequest]
