@@ -11,6 +11,7 @@ Importing this package loads gRPC and protobuf, and nothing heavier.
 from __future__ import annotations
 
 from loraplex.aio import AsyncClient
+from loraplex.aio_jobs import AsyncJobWatch, AsyncTraining
 from loraplex.aio_streams import AsyncStream, AsyncWatch
 from loraplex.client import Client
 from loraplex.errors import (
@@ -23,6 +24,8 @@ from loraplex.errors import (
     FailedPrecondition,
     FieldViolation,
     InvalidRequest,
+    JobConflict,
+    JobNotFound,
     LoraplexError,
     NotFound,
     PermissionDenied,
@@ -33,6 +36,7 @@ from loraplex.errors import (
     UploadNotFound,
     UploadOutOfStep,
 )
+from loraplex.jobs import JobWatch, Training
 from loraplex.requests import GenerateOptions, Message
 from loraplex.results import (
     AdapterEvent,
@@ -58,6 +62,15 @@ from loraplex.results import (
     Validation,
 )
 from loraplex.streams import Stream, Watch
+from loraplex.training import (
+    Evaluation,
+    JobError,
+    JobProgress,
+    JobResult,
+    JobState,
+    TrainingJob,
+    TrainingOptions,
+)
 
 __all__ = [
     "AdapterConflict",
@@ -72,13 +85,16 @@ __all__ = [
     "AdapterTier",
     "AdapterUnloaded",
     "AsyncClient",
+    "AsyncJobWatch",
     "AsyncStream",
+    "AsyncTraining",
     "AsyncWatch",
     "Cancelled",
     "Client",
     "Completion",
     "DeadlineExceeded",
     "Delta",
+    "Evaluation",
     "FailedPrecondition",
     "FieldViolation",
     "Finding",
@@ -87,6 +103,13 @@ __all__ = [
     "GenerateOptions",
     "HealthStatus",
     "InvalidRequest",
+    "JobConflict",
+    "JobError",
+    "JobNotFound",
+    "JobProgress",
+    "JobResult",
+    "JobState",
+    "JobWatch",
     "LoraplexError",
     "Message",
     "NotFound",
@@ -99,6 +122,9 @@ __all__ = [
     "Stream",
     "TokenLogprob",
     "TokenLogprobs",
+    "Training",
+    "TrainingJob",
+    "TrainingOptions",
     "Unavailable",
     "Unsupported",
     "UploadNotFound",

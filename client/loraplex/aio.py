@@ -15,6 +15,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from loraplex import channel, replies, requests, uploads
+from loraplex.aio_jobs import AsyncTraining
 from loraplex.aio_streams import AsyncStream, AsyncWatch
 from loraplex.errors import (
     LoraplexError,
@@ -365,6 +366,11 @@ class AsyncClient:
     @cached_property
     def _adapters(self) -> adapter_pb2_grpc.AdapterServiceAsyncStub:
         return adapter_pb2_grpc.AdapterServiceStub(self._channel)
+
+    @cached_property
+    def training(self) -> AsyncTraining:
+        """See `Client.training`."""
+        return AsyncTraining(self._channel, self._defaults)
 
     @cached_property
     def _health(self) -> Any:

@@ -43,6 +43,7 @@ SERVICE_CONFIG: dict[str, Any] = {
             "name": [
                 {"service": "loraplex.v1.GenerationService"},
                 {"service": "loraplex.v1.AdapterService"},
+                {"service": "loraplex.v1.TrainingService"},
             ],
             "retryPolicy": _RETRY_POLICY,
         },

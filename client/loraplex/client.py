@@ -19,6 +19,7 @@ from loraplex.errors import (
     UploadNotFound,
     from_rpc_error,
 )
+from loraplex.jobs import Training
 from loraplex.requests import GenerateOptions
 from loraplex.results import (
     AdapterInfo,
@@ -41,6 +42,7 @@ class Client:
     `timeout` is the default deadline of a call in seconds (None: none); each call may give its
     own. `wait_for_ready` makes calls wait for a server instead of raising Unavailable after a few
     retries. `metadata` goes with every call. Without `credentials` the connection is in plain text.
+    `training` holds the calls for training jobs.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Client:
         self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
         self._adapters = adapter_pb2_grpc.AdapterServiceStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
+        self.training = Training(self._channel, self._defaults)
 
     def generate(
         self,

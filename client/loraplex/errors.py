@@ -103,6 +103,14 @@ class UploadOutOfStep(FailedPrecondition):
     """A piece did not follow what is there, or a file is incomplete; go on from `get_upload`."""
 
 
+class JobNotFound(NotFound):
+    """There is no such training job: it was never there, or the server has forgotten it."""
+
+
+class JobConflict(LoraplexError):
+    """The request id was used for a training job with other content. See `resource`."""
+
+
 class AdapterUnloaded(LoraplexError):
     """The adapter was unloaded by force while the request ran. Trying again loads it again."""
 
@@ -146,6 +154,8 @@ _BY_REASON: dict[str, type[LoraplexError]] = {
     "ADAPTER_UNLOADED": AdapterUnloaded,
     "UPLOAD_NOT_FOUND": UploadNotFound,
     "UPLOAD_OFFSET": UploadOutOfStep,
+    "JOB_NOT_FOUND": JobNotFound,
+    "JOB_CONFLICT": JobConflict,
 }
 
 _BY_CODE: dict[grpc.StatusCode, type[LoraplexError]] = {

@@ -73,7 +73,7 @@ def generate(
     if options.get("adapter") and options.get("mix"):
         raise invalid("mix", "give either adapter or mix, not both")
     stop = options.get("stop")
-    return _fill(
+    return fill(
         generation_pb2.GenerateRequest,
         "",
         adapter_id=options.get("adapter"),
@@ -83,9 +83,9 @@ def generate(
         token_ids=(
             None
             if token_ids is None
-            else _fill(generation_pb2.TokenIds, "token_ids.", ids=token_ids)
+            else fill(generation_pb2.TokenIds, "token_ids.", ids=token_ids)
         ),
-        sampling=_fill(
+        sampling=fill(
             generation_pb2.SamplingParams,
             "sampling.",
             temperature=options.get("temperature"),
@@ -98,7 +98,7 @@ def generate(
             logit_bias=options.get("logit_bias"),
             seed=options.get("seed"),
         ),
-        stop=_fill(
+        stop=fill(
             generation_pb2.StopConditions,
             "stop.",
             max_new_tokens=options.get("max_new_tokens"),
@@ -116,7 +116,7 @@ def generate(
 def register(
     name: str, path: str, replace: bool, load: bool, labels: Mapping[str, str]
 ) -> adapter_pb2.RegisterAdapterRequest:
-    return _fill(
+    return fill(
         adapter_pb2.RegisterAdapterRequest,
         "",
         name=name,
@@ -128,7 +128,7 @@ def register(
 
 
 def page(size: int, token: str, labels: Mapping[str, str]) -> adapter_pb2.ListAdaptersRequest:
-    return _fill(
+    return fill(
         adapter_pb2.ListAdaptersRequest, "", page_size=size, page_token=token, labels=labels
     )
 
@@ -146,13 +146,13 @@ def unload(adapter_id: str, force: bool, drain: float | None) -> adapter_pb2.Unl
 def label(
     adapter_id: str, labels: Mapping[str, str], remove: Sequence[str]
 ) -> adapter_pb2.LabelAdapterRequest:
-    return _fill(
+    return fill(
         adapter_pb2.LabelAdapterRequest, "", adapter_id=adapter_id, set=labels, remove=remove
     )
 
 
 def alias(alias: str, adapter_id: str, expected: str | None) -> adapter_pb2.SetAliasRequest:
-    return _fill(
+    return fill(
         adapter_pb2.SetAliasRequest, "", alias=alias, adapter_id=adapter_id, expected=expected
     )
 
@@ -161,7 +161,7 @@ def validate(path: str, upload_id: str) -> adapter_pb2.ValidateAdapterRequest:
     if bool(path) == bool(upload_id):
         raise invalid("source", "give either path or upload_id")
     given = {"path": path} if path else {"upload_id": upload_id}
-    return _fill(adapter_pb2.ValidateAdapterRequest, "", **given)
+    return fill(adapter_pb2.ValidateAdapterRequest, "", **given)
 
 
 def _conversation(messages: Sequence[Message]) -> generation_pb2.ChatMessages:
@@ -170,17 +170,17 @@ def _conversation(messages: Sequence[Message]) -> generation_pb2.ChatMessages:
         where = f"messages[{index}]"
         if not isinstance(message, Mapping) or message.keys() != {"role", "content"}:
             raise invalid(where, 'must be {"role": ..., "content": ...}')
-        turns.append(_fill(generation_pb2.ChatMessage, where + ".", **message))
+        turns.append(fill(generation_pb2.ChatMessage, where + ".", **message))
     return generation_pb2.ChatMessages(messages=turns)
 
 
 def _weight(adapter_id: str, weight: float | None) -> generation_pb2.AdapterWeight:
-    return _fill(
+    return fill(
         generation_pb2.AdapterWeight, f"mix[{adapter_id}].", adapter_id=adapter_id, weight=weight
     )
 
 
-def _fill(kind: type[M], path: str, /, **fields: object) -> M:
+def fill(kind: type[M], path: str, /, **fields: object) -> M:
     """A message with these fields, None meaning unset; one at a time, to name the one at fault."""
     message = kind()
     for name, value in fields.items():

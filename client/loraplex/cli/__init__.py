@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typer
 
-from loraplex.cli import adapters, chat, generate, health, options
+from loraplex.cli import adapters, chat, generate, health, options, train
 
 app = typer.Typer(
     name="loraplex",
@@ -27,6 +27,7 @@ def root(ctx: typer.Context, server: options.RootServer = None) -> None:
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.add_typer(adapters.app)
+app.add_typer(train.app)
 app.command("health")(health.health)
 
 

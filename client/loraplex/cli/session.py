@@ -34,6 +34,7 @@ _EXIT_CODES: tuple[tuple[type[errors.LoraplexError], ExitCode], ...] = (
     (errors.AdapterUnloaded, ExitCode.UNAVAILABLE),
     (errors.DeadlineExceeded, ExitCode.DEADLINE),
     (errors.AdapterConflict, ExitCode.REFUSED),
+    (errors.JobConflict, ExitCode.REFUSED),
     (errors.FailedPrecondition, ExitCode.REFUSED),
     (errors.PermissionDenied, ExitCode.REFUSED),
     (errors.ResourceExhausted, ExitCode.REFUSED),
@@ -85,6 +86,14 @@ def _advice(error: errors.LoraplexError, target: str) -> str:
             return "see the command's --help for what it takes"
         case errors.AdapterNotFound():
             return "`loraplex adapters list` shows the names there are"
+        case errors.JobNotFound():
+            return "`loraplex train list` shows the jobs there are"
+        case errors.JobConflict():
+            return "leave --request-id out, or choose another"
+        case errors.FailedPrecondition(reason="TRAINING_MEMORY"):
+            return "a smaller --batch-size or --max-length takes less"
+        case errors.ResourceExhausted(reason="JOB_QUEUE_FULL"):
+            return "wait for a job to end, or cancel one"
         case errors.UploadNotFound():
             return "start again without --resume"
         case errors.ResourceExhausted(reason="PIN_BUDGET"):

@@ -1,0 +1,149 @@
+"""How training jobs look: a bar on a terminal, a line for each change elsewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+
+from loraplex.cli import output
+from loraplex.training import JobProgress, JobState, TrainingJob
+
+
+def write_jobs(jobs: Sequence[TrainingJob]) -> None:
+    """A table on a terminal; elsewhere a line each, tab-separated."""
+    titles = ("job", "name", "state", "method", "step", "steps", "loss", "created")
+    rows = [_row(job) for job in jobs]
+    if not sys.stdout.isatty():
+        print(*titles, sep="\t")
+        for row in rows:
+            print(*row, sep="\t")
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*titles, box=box.SIMPLE_HEAD, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def write_job(job: TrainingJob) -> None:
+    """One job, a `name: value` line per field; what is not there yet is left out."""
+    for field in dataclasses.fields(job):
+        value = getattr(job, field.name)
+        if value is None:
+            continue
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            for name, inner in dataclasses.asdict(value).items():
+                if inner is not None and not isinstance(inner, tuple):
+                    print(f"{field.name}.{name}: {_plain(inner)}")
+                for line in inner if isinstance(inner, tuple) else ():
+                    print(f"{field.name}.{name}: {_safe(line)}")
+        else:
+            print(f"{field.name}: {_plain(value)}")
+
+
+@contextmanager
+def following(as_json: bool) -> Iterator[Callable[[TrainingJob], None]]:
+    """What shows each state of a job: as JSON, or on standard error as a bar or lines."""
+    if as_json:
+        yield lambda job: output.write_json(job, flush=True)
+        return
+    if not sys.stderr.isatty():
+        yield lambda job: output.remark(_line(job))
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(),
+               TextColumn("{task.fields[more]}"))  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("waiting", total=None, more="")
+
+        def show(job: TrainingJob) -> None:
+            now = job.progress
+            bar.update(
+                task,
+                description=f"{job.name} {_state(job)}",
+                completed=now.step if now else 0,
+                total=now.steps if now else None,
+                more=_numbers(now) if now else "",
+            )
+
+        yield show
+
+
+def write_end(job: TrainingJob) -> None:
+    """What came of it: the adapter on standard output, or why there is none."""
+    if job.result is not None:
+        print(f"{job.name}@{job.result.version} {job.result.digest}")
+        if job.result.ending:
+            output.note(_safe(job.result.ending))
+        if job.result.warning:
+            output.remark(f"loraplex: {_safe(job.result.warning)}")
+    elif job.error is not None:
+        for line in job.error.log:
+            output.remark(f"  {_safe(line)}")
+        output.remark(f"loraplex: {_safe(job.error.message)} ({job.error.reason})")
+    else:
+        output.remark(f"loraplex: the job was {job.state}")
+
+
+def _row(job: TrainingJob) -> tuple[str, ...]:
+    now = job.progress
+    return (
+        job.job_id,
+        job.name,
+        _state(job),
+        job.method,
+        str(now.step) if now else "-",
+        str(now.steps) if now else "-",
+        f"{now.loss:.4f}" if now and now.loss is not None else "-",
+        job.create_time.isoformat(timespec="seconds") if job.create_time else "-",
+    )
+
+
+def _line(job: TrainingJob) -> str:
+    now = job.progress
+    text = f"{job.name} {_state(job)}"
+    return f"{text} {now.step}/{now.steps}{_numbers(now)}" if now else text
+
+
+def _state(job: TrainingJob) -> str:
+    before = job.queue_position if job.state is JobState.QUEUED else 0
+    return f"{job.state} behind {before}" if before else str(job.state)
+
+
+def _numbers(now: JobProgress) -> str:
+    text = ""
+    if now.loss is not None:
+        text += f" loss {now.loss:.4f}"
+    if now.evaluation is not None:
+        text += f" eval {now.evaluation.loss:.4f}"
+        if now.evaluation.metric is not None:
+            text += f" metric {now.evaluation.metric:.3f}"
+    if now.tokens_per_second:
+        text += f" {now.tokens_per_second:.0f} tok/s"
+    if now.remaining:
+        minutes, seconds = divmod(round(now.remaining), 60)
+        text += f" {minutes}:{seconds:02d} left"
+    return text
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if isinstance(value, Mapping):
+        return " ".join(f"{key}={one}" for key, one in value.items())
+    return _safe(value) if isinstance(value, str) else value
+
+
+def _safe(text: str) -> str:
+    """A line that a terminal does not obey."""
+    return "".join(
+        letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text
+    )
