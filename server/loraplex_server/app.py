@@ -34,8 +34,14 @@ from loraplex_server.rpc.admission import Admission
 from loraplex_server.rpc.generation import GenerationParts, GenerationService
 from loraplex_server.rpc.interceptor import Gate, Interceptor
 from loraplex_server.rpc.server import Address, CannotListen, RpcServer
+from loraplex_server.rpc.training import TrainingService
 from loraplex_server.rpc.validate import Bounds
 from loraplex_server.text.tokenizer import TextTokenizer, TokenizerError
+from loraplex_server.training.delivery import RegistryDestination
+from loraplex_server.training.queue import Bounds as JobBounds
+from loraplex_server.training.queue import JobQueue
+from loraplex_server.training.records import Records
+from loraplex_server.training.trainer import Trainer
 
 STOP_GRACE: Final = 2.0
 """Seconds that answered calls get to reach their clients before connections are cut."""
@@ -120,6 +126,7 @@ class Server:
         )
         self._observer = _Observer(self.metrics, self._rpc)
         self.engine = EngineClient(_engine_command(config), self._observer)
+        self._training: JobQueue | None = None
         self.address = Address(config.host, config.port)
         self.admin_address = Address(config.admin_host, config.admin_port)
 
@@ -165,7 +172,12 @@ class Server:
             Bounds(model.vocab_size, context, model.eos_token_ids),
             config.stream_writes,
         )
-        await self._rpc.start(GenerationService(parts), AdapterService(registry, self._gate))
+        self._training = await self._open_training(registry)
+        await self._rpc.start(
+            GenerationService(parts),
+            AdapterService(registry, self._gate),
+            TrainingService(self._training, self._gate),
+        )
         # Before engine and store are closed, the calls that use them have ended.
         self._closing.push_async_callback(self._rpc.stop, STOP_GRACE)
 
@@ -173,12 +185,15 @@ class Server:
         """Turns new work away, lets running calls finish, and ends those that do not in time."""
         await self._rpc.lame_duck()
         self._gate.close()
+        # A trainer saves meanwhile.
+        training = asyncio.create_task(self._stop_training(self._config.drain_timeout))
         try:
             await asyncio.wait_for(self._gate.drained(), self._config.drain_timeout)
         except TimeoutError:
             log.warning("drain timeout: the calls that still run are ended")
             # Their streams end with DRAINING, which the handlers pass on to the clients.
             await self.engine.stop()
+        await training
 
     async def close(self) -> None:
         """Stops everything that was started. Idempotent."""
@@ -199,6 +214,42 @@ class Server:
         except CannotListen as error:
             raise StartFailure(ExitCode.PORT_IN_USE, str(error)) from error
         self._closing.push_async_callback(self._rpc.stop, STOP_GRACE)
+
+    async def _open_training(self, registry: Registry) -> JobQueue | None:
+        """The queue of training jobs, if there is to be one. Raises StartFailure."""
+        config = self._config
+        if not config.training:
+            return None
+        program = config.trainer or [sys.executable, "-m", "loraplex_adapters.train"]
+        trainer = Trainer(
+            program,
+            {**config.trainer_options(), "device": self.engine.hello.model.device},
+            memory=int(config.training_memory),
+            threads=config.trainer_threads,
+            timeout=config.training_timeout,
+        )
+        bounds = JobBounds(
+            config.training_max_jobs, config.training_keep_jobs, int(config.training_data)
+        )
+        queue = JobQueue(
+            Records(config.training_jobs_dir),
+            trainer,
+            RegistryDestination(registry),
+            self.metrics,
+            config.import_root,
+            bounds,
+        )
+        try:
+            await queue.open()
+        except OSError as error:
+            text = f"cannot use {error.filename}: {error.strerror}"
+            raise StartFailure(ExitCode.STORE_UNUSABLE, text) from error
+        self._closing.push_async_callback(self._stop_training, STOP_GRACE)
+        return queue
+
+    async def _stop_training(self, patience: float) -> None:
+        if self._training is not None:
+            await self._training.stop(patience)
 
     async def _open_store(self) -> Store:
         def work() -> Store:

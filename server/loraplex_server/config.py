@@ -90,10 +90,29 @@ class Config(BaseSettings):
     """Merge an adapter that dominates the traffic, where that is measured to be faster."""
     virtual_tokens: int = Field(1024, ge=0, le=1 << 20)
     """KV cache tokens set aside for the virtual tokens of adapters; 0 serves none that has some."""
-    max_virtual_tokens: int = Field(1024, ge=0, le=1 << 20)
-    """Virtual tokens that one adapter may have; never more than are set aside."""
+    max_virtual_tokens: int = Field(512, ge=0, le=1 << 20)
+    """Virtual tokens that one adapter may have; never more than are set aside. Those given by their
+    embeddings are computed in one pass when the adapter is loaded: more than `token_budget` of them
+    make a step longer than any prompt does."""
     max_rank: int = Field(256, ge=1, le=4096)
     """The largest rank that an adapter may have."""
+
+    training: bool = False
+    """Train adapters on request, in a process beside the engine's."""
+    training_jobs_dir: Path = Path("var/training")
+    """Where training jobs are kept: their data, checkpoints and records."""
+    training_max_jobs: int = Field(16, ge=0)
+    """Training jobs that may wait beyond the one that runs; more are refused."""
+    training_keep_jobs: int = Field(100, ge=1)
+    """Training jobs that have ended and are remembered; older ones are removed."""
+    training_memory: ByteSize = ByteSize(0)
+    """Bytes that a trainer may take; 0 takes what is free."""
+    training_threads: int = Field(0, ge=0)
+    """Threads of a trainer; 0 takes half of the cores."""
+    training_timeout: float = Field(86_400.0, ge=0, le=31_536_000)
+    """Seconds that a training job may run; 0: for ever."""
+    training_data: ByteSize = ByteSize(256 << 20)
+    """The largest data file that is taken from the import root."""
 
     stream_writes: int = Field(256, ge=0)
     """Messages a second over all streams, before tokens travel several at a time; 0: never."""
@@ -110,6 +129,8 @@ class Config(BaseSettings):
     """What builds the engine's runner; tests name their own."""
     engine_options: dict[str, Any] | None = Field(None, repr=False)
     """Its keyword arguments, in place of those made from the settings above."""
+    trainer: list[str] | None = Field(None, repr=False)
+    """The trainer's program; tests name their own."""
 
     @model_validator(mode="after")
     def _coherent(self) -> Config:
@@ -151,6 +172,20 @@ class Config(BaseSettings):
             "max_rank": self.max_rank,
             "max_virtual_tokens": self.adapter_virtual_tokens,
         }
+
+    def trainer_options(self) -> dict[str, str]:
+        """What of a training run is the operator's, by the trainer's names."""
+        return {
+            "model": self.model,
+            "dtype": self.dtype,
+            "device": self.device,
+            "cache": str(self.cache.absolute()),
+        }
+
+    @property
+    def trainer_threads(self) -> int:
+        """Threads that a trainer really takes."""
+        return self.training_threads or max(1, available_cores() // 2)
 
     @property
     def adapter_virtual_tokens(self) -> int:

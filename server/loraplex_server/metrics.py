@@ -190,6 +190,13 @@ class Metrics:
         self.prefix_blocks = gauge(
             "adapter_prefix_blocks", "KV blocks set aside for virtual tokens.", ("state",)
         )
+        self.training = gauge("training_jobs", "Training jobs by state.", ("state",))
+        self.training_ends = counter(
+            "training_jobs_ended", "Training jobs that ended, by how.", ("result",)
+        )
+        self.training_tokens = counter(
+            "training_tokens", "Tokens that ended training jobs were trained on."
+        )
         self.engine_ready = gauge("engine_ready", "1 while the engine takes requests.")
         self.engine_restarts = counter("engine_restarts", "Times the engine was started again.")
         self.build_info = gauge("build_info", "Constant 1.", ("version",))
@@ -220,6 +227,9 @@ class Metrics:
                     self.merges.labels(change, cause, result)
         for weights in ("unmerged", "merged"):
             self.merge_step_seconds.labels(weights)
+        for result in ("succeeded", "failed", "cancelled"):
+            self.training_ends.labels(result)
+        self.training_jobs(0, 0)
         for label in (BASE_LABEL, OTHER_LABEL):
             self.adapter_tokens.labels(label, "prompt")
             self.adapter_tokens.labels(label, "completion")
@@ -367,6 +377,18 @@ class Metrics:
     def adapter_unloaded(self, result: str) -> None:
         """An ordered unload ended: "ok" or "error"."""
         self.unloads.labels(result).inc()
+
+    # what the training jobs report
+
+    def training_jobs(self, queued: int, running: int) -> None:
+        """How many there are now."""
+        self.training.labels("queued").set(queued)
+        self.training.labels("running").set(running)
+
+    def training_ended(self, result: str, tokens: int) -> None:
+        """A job has ended for good; `tokens` were trained on since it was last begun."""
+        self.training_ends.labels(result).inc()
+        self.training_tokens.inc(tokens)
 
     def adapter_deleted(self, name: str) -> None:
         """Drops the series of a deleted name; what still runs under it counts as `_other`."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from loraplex_adapters.errors import AdapterError
-from loraplex_adapters.files import open_below
+from loraplex_adapters.files import Directory, open_below, open_directory
 from loraplex_adapters.format import Report, examine
 from loraplex_adapters.spec import BaseShapes, Limits
 from loraplex_adapters.store import Page, Record, Store, Upload
@@ -134,24 +134,11 @@ class Registry:
 
     async def register(self, path: str, terms: Terms) -> tuple[Registered, bool]:
         """Checks and copies the directory `path` below the import root; whether it is new."""
+        return await self._register(lambda: open_below(self._import_root, path), terms)
 
-        def admit() -> str:
-            with open_below(self._import_root, path) as source:
-                return self._store.admit(source, self._base(), self._limits)
-
-        def work() -> tuple[Registered, bool]:
-            with open_below(self._import_root, path) as source:
-                record, new = self._store.register(
-                    terms.name,
-                    source,
-                    self._base(),
-                    self._limits,
-                    terms.replace,
-                    labels=terms.labels or {},
-                )
-            return self._registered(record), new
-
-        return await self._name(terms, admit, work)
+    async def register_trained(self, folder: Path, terms: Terms) -> tuple[Registered, bool]:
+        """Checks and copies a directory that this server's own trainer made; whether it is new."""
+        return await self._register(lambda: open_directory(folder), terms)
 
     async def label(
         self, adapter_id: str, change: Mapping[str, str], remove: Sequence[str]
@@ -281,6 +268,27 @@ class Registry:
 
     def _registered(self, record: Record) -> Registered:
         return Registered(record, str(self._store.path(record.digest)))
+
+    async def _register(
+        self, opened: Callable[[], Directory], terms: Terms
+    ) -> tuple[Registered, bool]:
+        def admit() -> str:
+            with opened() as source:
+                return self._store.admit(source, self._base(), self._limits)
+
+        def work() -> tuple[Registered, bool]:
+            with opened() as source:
+                record, new = self._store.register(
+                    terms.name,
+                    source,
+                    self._base(),
+                    self._limits,
+                    terms.replace,
+                    labels=terms.labels or {},
+                )
+            return self._registered(record), new
+
+        return await self._name(terms, admit, work)
 
     async def _name(
         self,

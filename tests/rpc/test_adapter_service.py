@@ -62,9 +62,9 @@ async def test_registering_can_load_at_once(tmp_path: Path) -> None:
 
 async def test_a_name_does_not_move_to_what_cannot_be_loaded(tmp_path: Path) -> None:
     async with running(tmp_path, engine_options={"adapter_budget_bytes": 4096}) as up:
-        for path, rank in (("half", 6), ("large", 14)):
+        for path, rank in (("small", 2), ("large", 15)):
             write_adapter(tmp_path / "import" / path, rank=rank)
-        first = pb.RegisterAdapterRequest(name="alpha", path="half", load=True)
+        first = pb.RegisterAdapterRequest(name="alpha", path="small", load=True)
         old = (await up.adapters.RegisterAdapter(first)).adapter
         await up.adapters.PinAdapter(pb.PinAdapterRequest(adapter_id="alpha"))
         move = pb.RegisterAdapterRequest(name="alpha", path="large", replace=True, load=True)

@@ -12,11 +12,19 @@ import grpc
 import pytest
 import pytest_asyncio
 from google.rpc import error_details_pb2
-from loraplex.v1 import adapter_pb2, generation_pb2, generation_pb2_grpc
+from loraplex.v1 import (
+    adapter_pb2,
+    generation_pb2,
+    generation_pb2_grpc,
+    training_pb2,
+    training_pb2_grpc,
+)
 from loraplex_adapters.errors import AdapterError
 from loraplex_adapters.store import Store
 from loraplex_server.rpc import generation
 from loraplex_server.rpc.errors import TABLE, Detail, Reason
+from loraplex_server.rpc.interceptor import Gate
+from loraplex_server.rpc.training import TrainingService
 from rpc.harness import (
     CRASH,
     FAULT,
@@ -32,6 +40,7 @@ from rpc.harness import (
     until,
     write_adapter,
 )
+from rpc.training_jobs import order, settings
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -75,6 +84,7 @@ async def up(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Running]
         max_waiting=1,
         write_stall_timeout=0.3,
         engine_options=options,
+        **settings(folder, training_max_jobs=0),
     ) as server:
         yield server
 
@@ -229,6 +239,47 @@ async def upload_offset(up: Running, patch: pytest.MonkeyPatch) -> None:
     await up.adapters.UploadAdapter(iter([part(header=header), part(chunk=chunk)]))
 
 
+@raises(Reason.TRAINING_DISABLED)
+async def training_disabled(up: Running, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(TrainingService, "_on", TrainingService(None, Gate())._on)
+    await jobs(up).ListJobs(training_pb2.ListJobsRequest())
+
+
+@raises(Reason.TRAINING_ELSEWHERE)
+async def training_elsewhere(up: Running, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(up.server._training, "_owned", False)
+    await jobs(up).ListJobs(training_pb2.ListJobsRequest())
+
+
+@raises(Reason.TRAINING_MEMORY)
+async def training_memory(up: Running, patch: pytest.MonkeyPatch) -> None:
+    await jobs(up).CreateJob(order(f"plan {1 << 60}", name="too-much"))
+
+
+@raises(Reason.JOB_NOT_FOUND)
+async def job_not_found(up: Running, patch: pytest.MonkeyPatch) -> None:
+    await jobs(up).GetJob(training_pb2.GetJobRequest(job_id="0"))
+
+
+@raises(Reason.JOB_CONFLICT)
+async def job_conflict(up: Running, patch: pytest.MonkeyPatch) -> None:
+    await jobs(up).CreateJob(order("diverge", name="asked-for", request_id="one"))
+    await jobs(up).CreateJob(order("diverge", name="asked-otherwise", request_id="one"))
+
+
+@raises(Reason.JOB_QUEUE_FULL)
+async def job_queue_full(up: Running, patch: pytest.MonkeyPatch) -> None:
+    first = (await jobs(up).CreateJob(order("hold", name="holds"))).job
+    try:
+        await jobs(up).CreateJob(order("hold", name="too-many"))
+    finally:
+        await jobs(up).CancelJob(training_pb2.CancelJobRequest(job_id=first.job_id))
+
+
+def jobs(up: Running) -> training_pb2_grpc.TrainingServiceStub:
+    return training_pb2_grpc.TrainingServiceStub(up.channel)
+
+
 @raises(Reason.STORE_FULL)
 async def store_full(up: Running, patch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
@@ -329,7 +380,8 @@ async def test_a_client_sees_the_reason_as_the_table_says(
         assert "grpc-retry-pushback-ms" not in seen.trailers
     for secret in ("secret", "Traceback", str(up.folder)):
         assert secret not in repr(seen)
-    assert up.metric("rejected_requests_total", reason=reason.name) > before
+    # The status may reach the client before the call is counted.
+    await until(lambda: up.metric("rejected_requests_total", reason=reason.name) > before)
     # The server goes on.
     reply = await up.generation.Generate(ask(new=2))
     assert len(reply.token_ids) == 2

@@ -359,6 +359,7 @@ class EngineClient:
 
     def _mourn(self) -> None:
         self.ready = False
+        self.stats = None
         self.restarts += 1
         log.error("the engine process was lost; %d requests fail", len(self._streams))
         self._fail_all(RESTARTED)

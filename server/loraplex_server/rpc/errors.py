@@ -58,12 +58,18 @@ class Reason(Enum):
     MERGE_UNSUPPORTED = "it changes no matrix of the layers: there is nothing to merge"
     UPLOAD_NOT_FOUND = "no such upload: it has expired, or its adapter is registered"
     UPLOAD_OFFSET = "a piece does not follow what is there, or a file is not complete"
+    TRAINING_DISABLED = "the operator has not turned training on"
+    TRAINING_ELSEWHERE = "another server still looks after the training jobs"
+    TRAINING_MEMORY = "the job would take more memory than there is, or than it may"
+    JOB_NOT_FOUND = "no such training job, or it has been forgotten"
+    JOB_CONFLICT = "the request id was used for another training job"
+    JOB_QUEUE_FULL = "as many training jobs wait as may"
     STORE_FULL = "the adapter store's disk is full"
     STORE_UNAVAILABLE = "the adapter store cannot be read or written"
     OVERLOADED = "the queue is full, in requests or in tokens"
     DRAINING = "the server is shutting down"
     ENGINE_RESTARTED = "the engine is being started, or died under the request"
-    DEADLINE_EXCEEDED = "the call's deadline passed, or an upload was silent for too long"
+    DEADLINE_EXCEEDED = "the call's deadline passed, or an upload or a job's check took too long"
     READER_STALLED = "the client stopped reading its stream"
     NON_FINITE_LOGITS = "this request's logits were not finite; its batch mates are untouched"
     ENGINE_FAULT = "a fault of the server; the log has it under the request's id"
@@ -100,6 +106,12 @@ TABLE: Final[Mapping[Reason, Row]] = MappingProxyType(
         Reason.MERGE_UNSUPPORTED: Row(_CODE.FAILED_PRECONDITION, Detail.PRECONDITION),
         Reason.UPLOAD_NOT_FOUND: Row(_CODE.NOT_FOUND, Detail.RESOURCE),
         Reason.UPLOAD_OFFSET: Row(_CODE.FAILED_PRECONDITION, Detail.PRECONDITION),
+        Reason.TRAINING_DISABLED: Row(_CODE.FAILED_PRECONDITION, Detail.PRECONDITION),
+        Reason.TRAINING_ELSEWHERE: Row(_CODE.UNAVAILABLE, Detail.RETRY, 2.0),
+        Reason.TRAINING_MEMORY: Row(_CODE.FAILED_PRECONDITION, Detail.PRECONDITION),
+        Reason.JOB_NOT_FOUND: Row(_CODE.NOT_FOUND, Detail.RESOURCE),
+        Reason.JOB_CONFLICT: Row(_CODE.ALREADY_EXISTS, Detail.RESOURCE),
+        Reason.JOB_QUEUE_FULL: Row(_CODE.RESOURCE_EXHAUSTED, Detail.QUOTA),
         Reason.STORE_FULL: Row(_CODE.RESOURCE_EXHAUSTED, Detail.QUOTA),
         Reason.STORE_UNAVAILABLE: Row(_CODE.UNAVAILABLE, Detail.RETRY, 2.0),
         Reason.OVERLOADED: Row(_CODE.UNAVAILABLE, Detail.RETRY, 0.5),

@@ -15,6 +15,7 @@ from typing import Any, Final
 import grpc
 from loraplex.v1 import generation_pb2, generation_pb2_grpc
 from loraplex_adapters.errors import AdapterError
+from loraplex_model.chat import TextRefused
 
 from loraplex_server.engine.client import EngineClient
 from loraplex_server.engine.messages import Failure, Output, SamplingParams, Submit
@@ -34,7 +35,6 @@ from loraplex_server.rpc.errors import (
     invalid,
 )
 from loraplex_server.rpc.resolve import Term, mixable, references, resolve, virtual_tokens
-from loraplex_server.text.chat import TextRefused
 from loraplex_server.text.tokenizer import TextTokenizer, TooLong
 
 DEFAULT_MAX_NEW_TOKENS: Final = 256

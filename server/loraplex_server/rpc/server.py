@@ -9,17 +9,26 @@ from typing import Any, Final
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from loraplex.v1 import adapter_pb2, adapter_pb2_grpc, generation_pb2, generation_pb2_grpc
+from loraplex.v1 import (
+    adapter_pb2,
+    adapter_pb2_grpc,
+    generation_pb2,
+    generation_pb2_grpc,
+    training_pb2,
+    training_pb2_grpc,
+)
 
 from loraplex_server.rpc.adapters import AdapterService
 from loraplex_server.rpc.generation import GenerationService
 from loraplex_server.rpc.interceptor import Interceptor
+from loraplex_server.rpc.training import TrainingService
 
 MAX_MESSAGE_BYTES: Final = 4 << 20
 
 SERVICES: Final = (
     generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
     adapter_pb2.DESCRIPTOR.services_by_name["AdapterService"].full_name,
+    training_pb2.DESCRIPTOR.services_by_name["TrainingService"].full_name,
 )
 
 _OPTIONS: Final[Sequence[tuple[str, Any]]] = (
@@ -53,7 +62,7 @@ class Address:
 
 
 class RpcServer:
-    """Both services, health and, if wanted, reflection on one port."""
+    """The services, health and, if wanted, reflection on one port."""
 
     def __init__(self, interceptor: Interceptor, with_reflection: bool) -> None:
         self._server = grpc.aio.server(interceptors=[interceptor], options=_OPTIONS)
@@ -76,15 +85,18 @@ class RpcServer:
             raise CannotListen(f"cannot listen on {address}: is the port in use?")
         return Address(address.host, port)
 
-    async def start(self, generation: GenerationService, adapters: AdapterService) -> None:
+    async def start(
+        self, generation: GenerationService, adapters: AdapterService, training: TrainingService
+    ) -> None:
         """Takes calls; health says SERVING from here on."""
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, self._server)
         adapter_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, self._server)
+        training_pb2_grpc.add_TrainingServiceServicer_to_server(training, self._server)
         await self.set_serving(True)
         await self._server.start()
 
     async def set_serving(self, serving: bool) -> None:
-        """What health says of the server and of both services."""
+        """What health says of the server and of each service."""
         status = health_pb2.HealthCheckResponse
         value = status.SERVING if serving else status.NOT_SERVING
         for name in (health.OVERALL_HEALTH, *SERVICES):

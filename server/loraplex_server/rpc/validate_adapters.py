@@ -33,7 +33,7 @@ def register(request: adapter_pb2.RegisterAdapterRequest) -> list[Violation]:
     checks = Findings("")
     checks.require(is_name(request.name), "name", _NAME_FORM)
     _path(request.path, checks)
-    _labels("labels", request.labels, checks)
+    labels("labels", request.labels, checks)
     return checks.found
 
 
@@ -54,7 +54,7 @@ def page(request: adapter_pb2.ListAdaptersRequest) -> list[Violation]:
     checks.require(
         len(request.page_token) <= MAX_PAGE_TOKEN, "page_token", "is not a token of this server"
     )
-    _labels("labels", request.labels, checks)
+    labels("labels", request.labels, checks)
     return checks.found
 
 
@@ -73,7 +73,7 @@ def label(request: adapter_pb2.LabelAdapterRequest) -> list[Violation]:
     checks = Findings("")
     checks.require(is_adapter_id(request.adapter_id), "adapter_id", ADAPTER_ID_FORM)
     checks.require(bool(request.set or request.remove), "set", "nothing to set and none to remove")
-    _labels("set", request.set, checks)
+    labels("set", request.set, checks)
     _keys("remove", request.remove, checks)
     both = [key for key in request.remove if key in request.set]
     checks.require(not both, "remove", "must name no label that is set")
@@ -112,7 +112,7 @@ def header(header: adapter_pb2.UploadHeader, max_weights_bytes: int) -> list[Vio
     if header.expected_digest:
         good = _DIGEST.fullmatch(header.expected_digest) is not None
         checks.require(good, "expected_digest", 'must be "sha256:" and 64 hex digits')
-    _labels("labels", header.labels, checks)
+    labels("labels", header.labels, checks)
     return checks.found
 
 
@@ -147,12 +147,13 @@ def _upload_id(field: str, text: str, checks: Findings) -> None:
     checks.require(_UPLOAD.fullmatch(text) is not None, field, "is not an id of StartUpload")
 
 
-def _labels(field: str, labels: Mapping[str, str], checks: Findings) -> None:
-    checks.require(len(labels) <= MAX_LABELS, field, f"must have at most {MAX_LABELS} entries")
-    if len(labels) > MAX_LABELS:
+def labels(field: str, given: Mapping[str, str], checks: Findings) -> None:
+    """Adds what is wrong with the labels of a version."""
+    checks.require(len(given) <= MAX_LABELS, field, f"must have at most {MAX_LABELS} entries")
+    if len(given) > MAX_LABELS:
         return
-    _keys(field, labels, checks)
-    for key, value in labels.items():
+    _keys(field, given, checks)
+    for key, value in given.items():
         # The store has the last word; what is refused here is told with its key.
         good = len(value) <= MAX_LABEL_VALUE and value.isprintable()
         text = f"the value must have at most {MAX_LABEL_VALUE} characters, all printable"

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Final
 
 from jinja2 import TemplateError
+from loraplex_model.chat import ChatTemplate, TextRefused
 from loraplex_model.errors import ModelError
 from loraplex_model.tokenizer import TOKENIZER, TokenizerInfo
 from tokenizers import Tokenizer
 
-from loraplex_server.text.chat import ChatTemplate, TextRefused
 from loraplex_server.text.detokenizer import Detokenizer, NoText
 
 INLINE_CHARACTERS: Final = 2048

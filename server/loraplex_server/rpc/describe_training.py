@@ -1,0 +1,178 @@
+"""Training jobs between the API's messages and the queue's values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+from google.protobuf.timestamp_pb2 import Timestamp
+from loraplex.v1 import training_pb2
+
+from loraplex_server.training.jobs import Evaluation, Job, Order, Progress, Scalar, State
+from loraplex_server.training.queue import Request, Source
+
+_SPEC: Final[Mapping[str, str]] = {
+    name: name
+    for name in (
+        "epochs",
+        "steps",
+        "batch_size",
+        "accumulation",
+        "pack",
+        "max_tokens",
+        "max_length",
+        "learn",
+        "system",
+        "eval_fraction",
+        "eval_every",
+        "patience",
+        "metric",
+        "seed",
+    )
+}
+_OPTIMISER: Final[Mapping[str, str]] = {
+    "learning_rate": "lr",
+    "weight_decay": "weight_decay",
+    "schedule": "schedule",
+    "warmup": "warmup",
+    "clip": "clip",
+}
+"""Fields of the API and the trainer's keys for them."""
+
+PATHS: Final[Mapping[str, str]] = {
+    "name": "spec.name",
+    "method": "spec.method.name",
+    "optimiser": "spec.optimiser.name",
+    "data": "data",
+    "eval_data": "eval_data",
+    **{key: f"spec.{field}" for field, key in _SPEC.items()},
+    **{key: f"spec.optimiser.{field}" for field, key in _OPTIMISER.items()},
+}
+"""Where a request has what the trainer calls by its key."""
+
+
+def request(message: training_pb2.CreateJobRequest) -> Request:
+    """What a valid request asks for."""
+    spec, delivery = message.spec, message.delivery
+    settings: dict[str, Scalar] = dict(_given(spec, _SPEC))
+    settings |= _given(spec.optimiser, _OPTIMISER)
+    if spec.optimiser.name:
+        settings["optimiser"] = spec.optimiser.name
+    order = Order(
+        name=spec.name,
+        method=spec.method.name or "lora",
+        options=dict(spec.method.options),
+        settings=settings,
+        replace=delivery.replace,
+        load=delivery.load,
+        alias=delivery.alias,
+        labels=dict(delivery.labels),
+    )
+    given = message.HasField("eval_data")
+    evaluation = _source("eval_data", message.eval_data) if given else None
+    return Request(order, _source("data", message.data), evaluation, message.request_id)
+
+
+def job(found: Job, position: int) -> training_pb2.TrainingJob:
+    """A job; `position` is its place in the queue."""
+    order = found.order
+    message = training_pb2.TrainingJob(
+        job_id=found.id,
+        state=f"TRAINING_JOB_STATE_{found.state.name}",
+        spec=_spec(order),
+        delivery=training_pb2.TrainingDelivery(
+            replace=order.replace, load=order.load, alias=order.alias, labels=order.labels
+        ),
+        queue_position=position,
+        resumptions=found.resumptions,
+        estimated_bytes=found.estimated_bytes,
+        progress=None if found.progress is None else _progress(found.progress),
+    )
+    for seconds, stamp in (
+        (found.created, message.create_time),
+        (found.started, message.start_time),
+        (found.ended, message.end_time),
+    ):
+        if seconds:
+            _set(stamp, seconds)
+    if found.result is not None:
+        message.result.CopyFrom(
+            training_pb2.TrainingResult(
+                version=found.result.version,
+                digest=found.result.digest,
+                ending=found.ending,
+                loaded=found.result.loaded,
+                warning=found.result.warning,
+                peak_bytes=found.peak_bytes,
+            )
+        )
+    if found.error is not None:
+        error = found.error
+        message.error.CopyFrom(
+            training_pb2.TrainingError(reason=error.reason, message=error.message, log=error.log)
+        )
+    return message
+
+
+def states(message: training_pb2.ListJobsRequest) -> frozenset[State]:
+    """The states that a valid request asks for."""
+    name = training_pb2.TrainingJobState.Name
+    prefix = "TRAINING_JOB_STATE_"
+    return frozenset(State[name(state).removeprefix(prefix)] for state in message.states)
+
+
+def _given(message: Any, names: Mapping[str, str]) -> Iterator[tuple[str, Scalar]]:
+    for field, key in names.items():
+        if message.HasField(field):
+            yield key, getattr(message, field)
+
+
+def _source(field: str, data: training_pb2.TrainingData) -> Source:
+    return Source(field, data.jsonl, data.path)
+
+
+def _spec(order: Order) -> training_pb2.TrainingSpec:
+    given = order.settings
+    optimiser = {field: given[key] for field, key in _OPTIMISER.items() if key in given}
+    spec: dict[str, Any] = {field: given[key] for field, key in _SPEC.items() if key in given}
+    return training_pb2.TrainingSpec(
+        name=order.name,
+        method=training_pb2.TrainingMethod(name=order.method, options=order.options),
+        optimiser={"name": given.get("optimiser", ""), **optimiser},
+        **spec,
+    )
+
+
+def _progress(now: Progress) -> training_pb2.TrainingProgress:
+    message = training_pb2.TrainingProgress(
+        step=now.step,
+        steps=now.steps,
+        loss=now.loss,
+        learning_rate=now.rate,
+        gradient_norm=_number(now.norm),
+        tokens_per_second=now.tokens_per_second,
+        evaluation=None if now.evaluation is None else _evaluation(now.evaluation),
+        best_evaluation=None if now.best is None else _evaluation(now.best),
+        saved_step=now.saved_step,
+    )
+    if now.remaining is not None and math.isfinite(now.remaining):
+        message.remaining.FromMilliseconds(round(now.remaining * 1000))
+    return message
+
+
+def _evaluation(found: Evaluation) -> training_pb2.TrainingEvaluation:
+    return training_pb2.TrainingEvaluation(
+        step=found.step,
+        loss=_number(found.loss),
+        perplexity=_number(found.perplexity),
+        metric=found.metric,
+    )
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _set(stamp: Timestamp, seconds: float) -> None:
+    stamp.FromNanoseconds(int(seconds * 1e9))

@@ -1,0 +1,112 @@
+"""Checks the requests of TrainingService; ranges of training itself are the trainer's to judge."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Final
+
+from loraplex.v1 import training_pb2
+
+from loraplex_server.rpc.errors import Violation
+from loraplex_server.rpc.resolve import is_name
+from loraplex_server.rpc.validate import MAX_REQUEST_ID, Findings, is_request_id
+from loraplex_server.rpc.validate_adapters import MAX_PAGE, MAX_PATH_BYTES, labels
+
+MAX_INLINE: Final = 3 << 20
+MAX_OPTIONS: Final = 64
+MAX_OPTION_BYTES: Final = 4096
+MAX_SYSTEM_BYTES: Final = 16 << 10
+MAX_WORD_BYTES: Final = 512
+
+_NAME_FORM: Final = "must match [a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
+_OPTION: Final = re.compile(r"[a-z][a-z0-9_]{0,63}", re.ASCII)
+_JOB: Final = re.compile(r"[0-9a-f-]{1,64}", re.ASCII)
+_WORDS: Final = ("learn", "metric")
+
+
+def create(request: training_pb2.CreateJobRequest) -> list[Violation]:
+    """What is wrong with a new job, as far as shows without its data."""
+    checks = Findings("")
+    if request.request_id:
+        text = f"must be 1 to {MAX_REQUEST_ID} printable ASCII characters"
+        checks.require(is_request_id(request.request_id), "request_id", text)
+    spec = request.spec
+    checks.require(is_name(spec.name), "spec.name", _NAME_FORM)
+    _options(spec.method.options, checks)
+    checks.require(
+        not (spec.HasField("epochs") and spec.HasField("steps")),
+        "spec.steps",
+        "must not be set with `epochs`",
+    )
+    checks.require(
+        not (spec.HasField("eval_fraction") and request.HasField("eval_data")),
+        "spec.eval_fraction",
+        "must not be set with `eval_data`",
+    )
+    _short("spec.system", spec.system, MAX_SYSTEM_BYTES, checks)
+    _short("spec.method.name", spec.method.name, MAX_WORD_BYTES, checks)
+    _short("spec.optimiser.name", spec.optimiser.name, MAX_WORD_BYTES, checks)
+    _short("spec.optimiser.schedule", spec.optimiser.schedule, MAX_WORD_BYTES, checks)
+    for field in _WORDS:
+        _short(f"spec.{field}", getattr(spec, field), MAX_WORD_BYTES, checks)
+    _data(request, checks)
+    delivery = request.delivery
+    if delivery.alias:
+        checks.require(is_name(delivery.alias), "delivery.alias", _NAME_FORM)
+        checks.require(delivery.alias != spec.name, "delivery.alias", "must not be the name")
+    labels("delivery.labels", delivery.labels, checks)
+    return checks.found
+
+
+def page(request: training_pb2.ListJobsRequest) -> list[Violation]:
+    """What is wrong with a request for a page."""
+    checks = Findings("")
+    checks.between("page_size", request.page_size, 0, MAX_PAGE)
+    good = not request.page_token or _JOB.fullmatch(request.page_token) is not None
+    checks.require(good, "page_token", "is not a token of this server")
+    known = training_pb2.TrainingJobState.values()
+    for i, state in enumerate(request.states):
+        good = state in known and state != training_pb2.TRAINING_JOB_STATE_UNSPECIFIED
+        checks.require(good, f"states[{i}]", "is no state")
+    return checks.found
+
+
+def job_id(text: str) -> list[Violation]:
+    """What is wrong with a job's id."""
+    good = _JOB.fullmatch(text) is not None
+    return [] if good else [Violation("job_id", "is not an id of CreateJob")]
+
+
+def _options(options: Mapping[str, str], checks: Findings) -> None:
+    where = "spec.method.options"
+    checks.require(len(options) <= MAX_OPTIONS, where, f"must have at most {MAX_OPTIONS} entries")
+    if len(options) > MAX_OPTIONS:
+        return
+    for key, value in options.items():
+        good = _OPTION.fullmatch(key) is not None
+        checks.require(good, f"{where}[{key[:64]}]", "the key must match [a-z][a-z0-9_]{0,63}")
+        _short(f"{where}[{key[:64]}]", value, MAX_OPTION_BYTES, checks)
+
+
+def _data(request: training_pb2.CreateJobRequest, checks: Findings) -> None:
+    inline = 0
+    for field in ("data", "eval_data"):
+        data: training_pb2.TrainingData = getattr(request, field)
+        inline += len(data.jsonl)
+        match data.WhichOneof("source"):
+            case "path":
+                size = len(data.path.encode())
+                text = f"must be 1 to {MAX_PATH_BYTES} bytes"
+                checks.require(1 <= size <= MAX_PATH_BYTES, f"{field}.path", text)
+            case "jsonl":
+                checks.require(bool(data.jsonl), f"{field}.jsonl", "must not be empty")
+            case _ if field == "data" or request.HasField(field):
+                checks.add(f"{field}.source", "one of `jsonl` or `path` must be set")
+    text = f"must be at most {MAX_INLINE} bytes in all; put a larger file below the import root"
+    checks.require(inline <= MAX_INLINE, "data.jsonl", text)
+
+
+def _short(field: str, text: str, most: int, checks: Findings) -> None:
+    good = len(text.encode()) <= most and "\0" not in text
+    checks.require(good, field, f"must have at most {most} bytes, and no NUL")

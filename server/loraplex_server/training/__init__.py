@@ -1,0 +1,1 @@
+"""Training on request: a queue of jobs, each a supervised process. Imports no torch."""

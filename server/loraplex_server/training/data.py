@@ -1,0 +1,67 @@
+"""The examples of a job: the client's bytes or a file of the operator's, as the job's own copy."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Final
+
+from loraplex_adapters.errors import AdapterError
+from loraplex_adapters.files import Directory, open_below
+
+from loraplex_server.training.jobs import Refusal
+
+_CHUNK: Final = 1 << 20
+
+
+def write(target: Path, data: bytes) -> None:
+    """Keeps the client's own bytes. OSError goes through."""
+    with target.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def copy(root: Path, relative: str, target: Path, max_bytes: int, field: str) -> None:
+    """Copies the file `relative` below `root`, through no link.
+
+    Raises Refusal(FIELD_INVALID) where it is not there, no regular file or too large. OSError of
+    the copy goes through.
+    """
+    parent, _, name = relative.rpartition("/")
+    if name in ("", ".", "..") or "\0" in relative or relative.startswith("/"):
+        text = "must be relative to the import root, in plain form, and stay below it"
+        raise Refusal("FIELD_INVALID", text, field=field)
+    try:
+        with (
+            _folder(root, parent) as folder,
+            folder.open(name, max_bytes) as source,
+            target.open("xb") as file,
+        ):
+            for offset in range(0, source.size, _CHUNK):
+                file.write(source.read(offset, min(_CHUNK, source.size - offset)))
+            file.flush()
+            os.fsync(file.fileno())
+    except AdapterError as error:
+        if error.reason == "STORE_UNAVAILABLE":
+            raise Refusal(error.reason, error.message) from error
+        raise Refusal("FIELD_INVALID", error.message, field=field) from error
+
+
+def from_os_error(error: OSError) -> Refusal:
+    """What a client is told when the jobs' disk fails."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return Refusal("STORE_FULL", "no space is left for training jobs")
+    return Refusal("STORE_UNAVAILABLE", "the folder of training jobs cannot be written")
+
+
+def _folder(root: Path, relative: str) -> Directory:
+    if relative:
+        return open_below(root, relative)
+    try:
+        return Directory(os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+    except OSError:
+        raise AdapterError(
+            "STORE_UNAVAILABLE", "the server's import root cannot be opened", "path"
+        ) from None

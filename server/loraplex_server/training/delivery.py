@@ -1,0 +1,86 @@
+"""The way of a trained adapter into the registry: registered, loaded, pointed to."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Final
+
+from loraplex_adapters.errors import AdapterError
+
+from loraplex_server.engine.client import EngineFailure
+from loraplex_server.registry import Registered, Registry, Terms
+from loraplex_server.training.jobs import Order, Refusal, Result
+
+_RETRY_SECONDS: Final = (0.5, 1.0, 2.0)
+"""Pauses before a store that does not answer is asked again: hours of training are at stake."""
+
+
+class RegistryDestination:
+    """See `runner.Destination`."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+
+    async def check(self, order: Order) -> None:
+        """Raises Refusal(ADAPTER_CONFLICT) where the adapter's name or its alias is taken."""
+        known = await self._find(order.name)
+        if known is not None and known.record.name != order.name:
+            raise _conflict(order.name, f"{order.name!r} is an alias")
+        if known is not None and not order.replace:
+            text = f"there is an adapter {order.name!r}; set `replace` to make a new version of it"
+            raise _conflict(order.name, text)
+        if order.alias:
+            known = await self._find(order.alias)
+            if known is not None and known.record.name == order.alias:
+                raise _conflict(order.alias, f"{order.alias!r} is an adapter, and no alias")
+
+    async def deliver(self, folder: Path, order: Order) -> Result:
+        """Registers, then loads and aliases if asked. Raises Refusal where it is not registered."""
+        problems = []
+        loaded = order.load
+        try:
+            adapter = await self._register(folder, order, order.load)
+        except EngineFailure as error:
+            problems.append(f"it was not loaded: {error.failure.message}")
+            loaded = False
+            adapter = await self._register(folder, order, load=False)
+        record = adapter.record
+        if order.alias:
+            try:
+                await self._registry.set_alias(order.alias, record.id, None)
+            except AdapterError as error:
+                problems.append(f"the alias was not set: {error.message}")
+        return Result(
+            version=record.version, digest=record.digest, loaded=loaded, warning="; ".join(problems)
+        )
+
+    async def _register(self, folder: Path, order: Order, load: bool) -> Registered:
+        terms = Terms(order.name, order.replace, order.labels, load=load)
+        for pause in _RETRY_SECONDS:
+            try:
+                return (await self._registry.register_trained(folder, terms))[0]
+            except AdapterError as error:
+                if error.reason != "STORE_UNAVAILABLE":
+                    raise _refusal(error, order.name) from error
+            await asyncio.sleep(pause)
+        try:
+            return (await self._registry.register_trained(folder, terms))[0]
+        except AdapterError as error:
+            raise _refusal(error, order.name) from error
+
+    async def _find(self, name: str) -> Registered | None:
+        try:
+            return await self._registry.resolve(name)
+        except AdapterError as error:
+            if error.reason == "ADAPTER_NOT_FOUND":
+                return None
+            raise _refusal(error, name) from error
+
+
+def _conflict(name: str, text: str) -> Refusal:
+    return Refusal("ADAPTER_CONFLICT", text, subject=name)
+
+
+def _refusal(error: AdapterError, name: str) -> Refusal:
+    return Refusal(error.reason, error.message, subject=name)

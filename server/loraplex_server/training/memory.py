@@ -1,0 +1,57 @@
+"""How much memory a trainer may take beside the engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from loraplex_server.training.jobs import Refusal
+
+_MEMINFO: Final = Path("/proc/meminfo")
+_CGROUP: Final = Path("/sys/fs/cgroup")
+
+
+def available() -> int | None:
+    """Bytes that this machine, or the container, can still give; None where nobody says."""
+    found = [free for free in (_machine(), _container()) if free is not None]
+    return min(found, default=None)
+
+
+def check(needed: int, free: int | None, allowed: int, setting: str = "training_memory") -> None:
+    """Raises Refusal(TRAINING_MEMORY) unless `needed` bytes are `allowed` (0: any) and `free`."""
+    if allowed and needed > allowed:
+        text = f"it would take about {_mib(needed)}; {setting} allows {_mib(allowed)}"
+        raise Refusal("TRAINING_MEMORY", text, field=setting)
+    if free is not None and needed > free:
+        text = f"it would take about {_mib(needed)}, and {_mib(free)} are free"
+        raise Refusal("TRAINING_MEMORY", text, field="memory")
+
+
+def _machine() -> int | None:
+    try:
+        lines = _MEMINFO.read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        name, _, value = line.partition(":")
+        if name == "MemAvailable":
+            return int(value.removesuffix("kB")) << 10
+    return None
+
+
+def _container() -> int | None:
+    """What is left of the limit of control groups (version 2); page cache that can go counts."""
+    try:
+        limit = (_CGROUP / "memory.max").read_text().strip()
+        used = int((_CGROUP / "memory.current").read_text())
+        statistics = (_CGROUP / "memory.stat").read_text().splitlines()
+    except (OSError, ValueError):
+        return None
+    if limit == "max":
+        return None
+    cache = {name: int(value) for name, _, value in (line.partition(" ") for line in statistics)}
+    return max(0, int(limit) - used + cache.get("inactive_file", 0))
+
+
+def _mib(count: int) -> str:
+    return f"{count / (1 << 20):,.0f} MiB"
