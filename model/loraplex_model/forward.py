@@ -14,9 +14,11 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
-from loraplex_model import mix, rope
+from loraplex_model import autograd, mix, rope, spans
 from loraplex_model.attention import Attention, PackedAttention
+from loraplex_model.autograd import Recipe
 from loraplex_model.config import MODEL, DecoderConfig, Site
 from loraplex_model.linear import BaseLinear, DequantisedLinear, by_tiles
 from loraplex_model.merge import fused_matrix
@@ -32,9 +34,15 @@ def hidden_states(
     groups: Sequence[RowGroup],
     linear: BaseLinear,
     attention: Attention,
+    checkpointing: bool = False,
 ) -> torch.Tensor:
-    """The final, normed states [T, hidden] of `tokens` [T] at `positions` [T]."""
+    """The final, normed states [T, hidden] of `tokens` [T] at `positions` [T].
+
+    `checkpointing` keeps only what goes from layer to layer, and computes each layer again in the
+    backward pass (Chen et al., arXiv 1604.06174): the same gradients, bit for bit.
+    """
     config = weights.config
+    # float32 even where all else is float64: the angles are part of what the model is.
     inv_freq = torch.tensor(config.rope_inv_freq, device=tokens.device)
     cos, sin = rope.tables(positions, inv_freq, config.rope_scale)
     x = mix.embedded(tokens, weights.embed, activation_dtype(weights.embed), groups)
@@ -42,20 +50,20 @@ def hidden_states(
 
     for i, layer in enumerate(weights.layers):
         block = _Layer(config, i, layer, groups, linear)
-        h = block.norm("input_layernorm", layer.input_norm, x)
-        out = block.attention(h, cos, sin, attention)
-        x = x + mix.add_bottlenecks(out, x, h, (i, "attention_bottleneck"), groups)
-        h = block.norm("post_attention_layernorm", layer.post_norm, x)
-        out = block.mlp(h)
-        x = x + mix.add_bottlenecks(out, x, h, (i, "mlp_bottleneck"), groups)
-    return _norm((MODEL, "norm"), weights.norm, x, config.rms_norm_eps, groups)
+        if checkpointing and torch.is_grad_enabled():
+            x = checkpoint(
+                block, x, cos, sin, attention, use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            x = block(x, cos, sin, attention)
+    return _norm((MODEL, "norm"), weights.norm, x, config.rms_norm_eps, groups)[0]
 
 
 def logits(
     weights: BaseWeights, hidden: torch.Tensor, groups: Sequence[RowGroup] = ()
 ) -> torch.Tensor:
-    """float32 [R, vocab] of states [R, hidden], whose rows `groups` count."""
-    base = by_tiles(hidden, weights.lm_head.to(hidden.dtype)).float()
+    """[R, vocab] of states [R, hidden], whose rows `groups` count; float32, or float64 as they."""
+    base = autograd.wide(by_tiles(hidden, weights.lm_head.to(hidden.dtype)))
     return mix.add_head(base, hidden, groups)
 
 
@@ -83,28 +91,37 @@ def packed_logits(
 
 def activation_dtype(stored: torch.Tensor) -> torch.dtype:
     """The type of activations where weights are stored like `stored`."""
-    return stored.dtype if stored.is_cuda else torch.float32
+    as_stored = stored.is_cuda or stored.dtype == torch.float64
+    return stored.dtype if as_stored else torch.float32
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """`weight * x / rms(x)` over the last axis, normed in float32, in the type of x."""
-    wide = x.float()
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, Recipe | None]:
+    """`weight * x / rms(x)` over the last axis, normed in float32 at least, in the type of x.
+
+    Differentiable in x; where the weight needs a gradient too, by autograd's own ways.
+    """
+    if torch.is_grad_enabled() and x.requires_grad and not weight.requires_grad:
+        return autograd.rms_norm(x, weight, eps)
+    wide = autograd.wide(x)
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return weight.to(x.dtype) * normed.to(x.dtype)
+    return weight.to(x.dtype) * normed.to(x.dtype), None
 
 
 def _norm(
     site: Site, weight: torch.Tensor, x: torch.Tensor, eps: float, groups: Sequence[RowGroup]
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, Recipe | None]:
     """`rms_norm`, with the groups' own weights on their rows."""
-    normed = rms_norm(x, weight, eps)
+    normed, recipe = rms_norm(x, weight, eps)
     for rows, own in mix.norm_weights(site, weight, groups):
-        normed = normed.index_copy(0, rows, rms_norm(x[rows], own, eps))
-    return normed
+        normed = normed.index_copy(0, rows, rms_norm(x[rows], own, eps)[0])
+        recipe = None
+    return normed, recipe
 
 
 class _Layer:
-    """One layer's parts; both blocks return what is added to the residual stream."""
+    """One layer; both of its blocks return what is added to the residual stream."""
 
     def __init__(
         self,
@@ -117,29 +134,54 @@ class _Layer:
         self._config, self._index, self._weights = config, index, weights
         self._groups, self._linear = groups, linear
 
-    def norm(self, name: str, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return _norm((self._index, name), weight, x, self._config.rms_norm_eps, self._groups)
-
-    def attention(
+    def __call__(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attention
     ) -> torch.Tensor:
+        layer, groups, i = self._weights, self._groups, self._index
+        h, recipe = self._norm("input_layernorm", layer.input_norm, x)
+        out = self._attention(h, recipe, cos, sin, attend)
+        x = x + mix.add_bottlenecks(out, x, h, (i, "attention_bottleneck"), groups)
+        h, recipe = self._norm("post_attention_layernorm", layer.post_norm, x)
+        out = self._mlp(h, recipe)
+        return x + mix.add_bottlenecks(out, x, h, (i, "mlp_bottleneck"), groups)
+
+    def _norm(
+        self, name: str, weight: torch.Tensor, x: torch.Tensor
+    ) -> tuple[torch.Tensor, Recipe | None]:
+        return _norm((self._index, name), weight, x, self._config.rms_norm_eps, self._groups)
+
+    def _attention(
+        self,
+        x: torch.Tensor,
+        recipe: Recipe | None,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        attend: Attention,
+    ) -> torch.Tensor:
         config, weights = self._config, self._weights
-        qkv = self._project("qkv", x)
+        qkv = self._project("qkv", x, recipe)
+        in_place = torch.is_grad_enabled() and weights.q_norm is None
+        if in_place:
+            qkv = autograd.rotate_first_(qkv, config.num_heads + config.num_kv_heads, cos, sin)
         q, k, v = (
             part.reshape(len(x), -1, config.head_dim)
             for part in torch.split(qkv, [config.q_size, config.kv_size, config.kv_size], dim=-1)
         )
         if weights.q_norm is not None and weights.k_norm is not None:
-            q = self.norm("q_norm", weights.q_norm, q)
-            k = self.norm("k_norm", weights.k_norm, k)
-        q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin)
+            q, _ = self._norm("q_norm", weights.q_norm, q)
+            k, _ = self._norm("k_norm", weights.k_norm, k)
+        if not in_place:
+            q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin)
         return self._project("o", attend(self._index, q, k, v))
 
-    def mlp(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = self._project("gate_up", x).chunk(2, dim=-1)
+    def _mlp(self, x: torch.Tensor, recipe: Recipe | None) -> torch.Tensor:
+        gate_up = self._project("gate_up", x, recipe)
+        if torch.is_grad_enabled():
+            return self._project("down", *autograd.silu_mul(gate_up))
+        gate, up = gate_up.chunk(2, dim=-1)
         return self._project("down", torch.nn.functional.silu(gate) * up)
 
-    def _project(self, fused: str, x: torch.Tensor) -> torch.Tensor:
+    def _project(self, fused: str, x: torch.Tensor, recipe: Recipe | None = None) -> torch.Tensor:
         matrix, bias = fused_matrix(self._weights, fused)
 
         def product(z: torch.Tensor) -> torch.Tensor:
@@ -147,4 +189,6 @@ class _Layer:
             return y if bias is None else y + bias.to(y.dtype)
 
         modules = list(zip(FUSED[fused], matrix.rows, strict=True))
+        if self._groups and all(group.span is not None for group in self._groups):
+            return spans.project(product, x, self._index, fused, modules, self._groups, recipe)
         return mix.project(product, x, self._index, fused, modules, self._groups)

@@ -1,14 +1,16 @@
-"""`W x` over NF4 weights, in torch: three ways with one contract.
+"""`W x` over NF4 weights, in torch: four ways with one contract.
 
 Each takes `(matrix, x [T, in])` and returns [T, out] in the type of `x`, differentiable in `x`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 
+from loraplex_model import nf4
 from loraplex_model.nf4 import absmax_float, dequantize, nf4_code
 from loraplex_model.weights import BLOCK, NF4Matrix
 
@@ -42,7 +44,7 @@ class DequantisedLinear:
         """See `BaseLinear`."""
         if not torch.is_grad_enabled():
             return by_tiles(x, dequantize(matrix).to(x.dtype))
-        result: torch.Tensor = _Unpacked.apply(x, matrix)  # type: ignore[no-untyped-call]
+        result: torch.Tensor = _Unpacked.apply(x, matrix, dequantize)  # type: ignore[no-untyped-call]
         return result
 
 
@@ -50,13 +52,18 @@ class _Unpacked(torch.autograd.Function):
     """The weight is a constant, so only the gradient for x exists: `W.T g`."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, matrix: NF4Matrix) -> torch.Tensor:
-        ctx.matrix = matrix
-        return x @ dequantize(matrix).to(x.dtype).T
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        matrix: NF4Matrix,
+        unpack: Callable[[NF4Matrix], torch.Tensor],
+    ) -> torch.Tensor:
+        ctx.matrix, ctx.unpack = matrix, unpack
+        return x @ unpack(matrix).to(x.dtype).T
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return grads[0] @ dequantize(ctx.matrix).to(grads[0].dtype), None
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return grads[0] @ ctx.unpack(ctx.matrix).to(grads[0].dtype), None, None
 
 
 class DenseLinear:
@@ -70,6 +77,38 @@ class DenseLinear:
         if id(matrix) not in self._dense:  # the matrix is kept too, so its id stays its own
             self._dense[id(matrix)] = (matrix, dequantize(matrix))
         return by_tiles(x, self._dense[id(matrix)][1].to(x.dtype))
+
+
+class ScratchLinear:
+    """For training on the CPU: unpacks each matrix, in either direction, into the same memory.
+
+    Kept are the blocks' maxima as floats (1/64 of the weights' number) and the room for the largest
+    matrix. Products are of all rows at once. Not thread-safe.
+    """
+
+    def __init__(self, unpack: nf4.Unpack | None = None) -> None:
+        """`unpack`: the kernel, if there is one."""
+        self._unpack = unpack
+        self._maxima: dict[int, tuple[NF4Matrix, torch.Tensor]] = {}
+        self._scratch = torch.empty(0)
+
+    def __call__(self, matrix: NF4Matrix, x: torch.Tensor) -> torch.Tensor:
+        """See `BaseLinear`."""
+        result: torch.Tensor = _Unpacked.apply(x, matrix, self._weight)  # type: ignore[no-untyped-call]
+        return result
+
+    def _weight(self, matrix: NF4Matrix) -> torch.Tensor:
+        """[out, in], good until the next call."""
+        if self._unpack is None:
+            return nf4.dequantize(matrix)
+        if id(matrix) not in self._maxima:  # the matrix is kept too, so its id stays its own
+            self._maxima[id(matrix)] = (matrix, nf4.maxima(matrix))
+        count = matrix.shape[0] * matrix.shape[1]
+        if self._scratch.numel() < count:
+            self._scratch = torch.empty(count)
+        weight = self._scratch[:count]
+        self._unpack(matrix, self._maxima[id(matrix)][1], weight)
+        return weight.view(matrix.shape)
 
 
 class FusedLinear:

@@ -10,15 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from loraplex_model import autograd
 from loraplex_model.adapter import Activation, AdapterTable, Reads, SiteDelta, VirtualTokens
 from loraplex_model.batch import ForwardBatch, Mix
 from loraplex_model.config import MODEL, Site
 from loraplex_model.linear import TILE, by_tiles
 from loraplex_model.merge import DenseMatrices
+
+if TYPE_CHECKING:
+    from loraplex_model.spans import Dropout
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 """The base's product of a fused matrix with rows, bias included: [n, in] -> [n, out]."""
@@ -48,11 +52,15 @@ class RowGroup:
     """Rows (int64 [n]) and the adapters they share, each with its weight.
 
     `dense`, where it is given, stands for the projections of the base and of the one adapter.
+    `span` is given in training, where `rows` are those of a slice and `adapters` one at weight 1;
+    `dropout` is of its inputs of A.
     """
 
     rows: torch.Tensor
     adapters: tuple[tuple[Adapter, float], ...]
     dense: DenseMatrices | None = None
+    span: slice | None = None
+    dropout: Dropout | None = None
 
     def at(self, site: Site) -> Iterator[tuple[SiteDelta, float]]:
         """What the adapters change at a site, with their weights."""
@@ -181,7 +189,7 @@ def norm_weights(
     for group in groups:
         changes = [(change.bias, w) for change, w in group.at(site) if change.bias is not None]
         if changes:
-            yield group.rows, weight.float() + sum(bias * w for bias, w in changes)
+            yield group.rows, autograd.wide(weight) + sum(bias * w for bias, w in changes)
 
 
 def add_bottlenecks(
@@ -231,9 +239,9 @@ def add_head(
             x = hidden[group.rows]
             if change.a is not None and change.b is not None:
                 own = by_tiles(by_tiles(x, change.a.to(x.dtype)), change.b.T.to(x.dtype))
-                scores = scores.index_add(0, group.rows, own.float() * weight)
+                scores = scores.index_add(0, group.rows, autograd.wide(own) * weight)
             if change.token_ids is not None and change.rows is not None:
-                own = by_tiles(x, change.rows.to(x.dtype)).float() * weight
+                own = autograd.wide(by_tiles(x, change.rows.to(x.dtype))) * weight
                 at = (group.rows[:, None], change.token_ids[None, :].long())
                 scores = scores.index_put(at, own, accumulate=True)
     return scores

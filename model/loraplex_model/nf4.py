@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
 
@@ -132,6 +133,17 @@ def absmax_float(matrix: NF4Matrix) -> torch.Tensor:
     if fan_in % BLOCK:
         raise ValueError(f"rows of {fan_in} weights do not hold whole blocks of {BLOCK}")
     return torch.cat([maxima for _, maxima in _modules(matrix)]).view(out, fan_in // BLOCK)
+
+
+def maxima(matrix: NF4Matrix) -> torch.Tensor:
+    """The blocks' maxima as float32 [blocks], module after module."""
+    return torch.cat([values for _, values in _modules(matrix)])
+
+
+class Unpack(Protocol):
+    """`dequantize` by a kernel: of `matrix`, whose `maxima` are given, into float32 [out * in]."""
+
+    def __call__(self, matrix: NF4Matrix, maxima: torch.Tensor, into: torch.Tensor, /) -> None: ...
 
 
 def dequantize(matrix: NF4Matrix) -> torch.Tensor:

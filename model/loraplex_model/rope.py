@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from loraplex_model import autograd
 from loraplex_model.errors import ModelError
 
 SCALINGS = ("linear", "llama3", "yarn")
@@ -56,5 +57,7 @@ def tables(
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotates heads [T, heads, head_dim]; pairs are (i, i + head_dim / 2), as in Hugging Face."""
+    if torch.is_grad_enabled():
+        return autograd.rotate(x, cos, sin)
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -1,6 +1,7 @@
 // The C interface: the pass, the packing of weights, and each kernel on its own for the tests.
 
 #include "decoder.h"
+#include "unpack.h"
 
 using namespace loraplex;
 
@@ -45,6 +46,10 @@ void loraplex_pack_nf4(const uint8_t* packed, const float* absmax, int out, int 
         scales[(size_t(panel) * (in / BLOCK) + i) * PANEL + lane] = real ? absmax[row * (in / BLOCK) + i] : 0;
     }
   }
+}
+
+void loraplex_unpack_nf4(const uint8_t* packed, const float* maxima, int64_t count, float* out, int threads) {
+  unpack_nf4(packed, maxima, count, out, threads);
 }
 
 void loraplex_matmul(const Matrix* w, const float* x, int rows, float* y, int threads) {

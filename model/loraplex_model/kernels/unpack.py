@@ -1,0 +1,41 @@
+"""NF4 codes to floats at the speed of memory, for training."""
+
+from __future__ import annotations
+
+import logging
+from ctypes import c_int64, c_void_p
+
+import torch
+
+from loraplex_model import nf4
+from loraplex_model.kernels import build
+from loraplex_model.weights import NF4Matrix
+
+log = logging.getLogger(__name__)
+
+
+def kernel() -> nf4.Unpack | None:
+    """The compiled kernel; None, with a warning, where there is none to be had."""
+    try:
+        library = build.load()
+    except build.KernelsUnavailable as error:
+        log.warning("training without the compiled kernels, more slowly: %s", error)
+        return None
+
+    def unpack(matrix: NF4Matrix, maxima: torch.Tensor, into: torch.Tensor) -> None:
+        assert into.is_contiguous()
+        assert into.dtype == torch.float32
+        fan_in = matrix.shape[1]
+        code = block = 0
+        for rows in matrix.rows:  # blocks begin anew with each module
+            library.loraplex_unpack_nf4(
+                c_void_p(matrix.packed.data_ptr() + code // 2),
+                c_void_p(maxima.data_ptr() + 4 * block),
+                c_int64(rows * fan_in),
+                c_void_p(into.data_ptr() + 4 * code),
+                torch.get_num_threads(),
+            )
+            code += rows * fan_in
+            block += nf4.blocks_of(rows, fan_in)
+
+    return unpack
