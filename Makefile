@@ -17,7 +17,7 @@ FUZZ_SECONDS ?= 20
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model prometheus demo serve test test-gpu fuzz lint proto bench bench-peft \
+.PHONY: help setup model prometheus demo serve train-adapter test test-gpu fuzz lint proto bench bench-peft \
         bench-kernels bench-adapters bench-gpu figures lock clean distclean
 
 help: ## Show this list
@@ -46,6 +46,14 @@ demo: setup model ## Set up, start a server, stream the base and two adapters fr
 
 serve: setup model ## Start the server on the default model (SERVE_ARGS='--port 50051 ...')
 	$(BIN)/loraplex-server serve $(SERVE_ARGS)
+
+train-adapter: setup model ## Train an adapter on DATA=file.jsonl as NAME=name (ARGS='--lr 1e-4 --serve localhost:50051'); without DATA, show what training does
+ifdef DATA
+	@test -n "$(NAME)" || { echo "error: name the adapter: make train-adapter DATA=$(DATA) NAME=..." >&2; exit 2; }
+	$(BIN)/python -m loraplex_adapters.train run --data "$(DATA)" --name "$(NAME)" --store var/store $(ARGS)
+else
+	$(BIN)/python examples/train_adapter.py $(ARGS)
+endif
 
 test: setup model prometheus ## Set up and run the test suite (ARGS='tests/engine -k preempt')
 	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest -rs $(ARGS)

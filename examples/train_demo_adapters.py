@@ -2,70 +2,83 @@
 
     python examples/train_demo_adapters.py
 
-Both learn in the same passes over one frozen NF4 base: rows grouped by adapter, through the decoder
-that serves them. The examples are the questions and answers of `examples/data/answers.jsonl`, which
-were written by hand for this. What is written to `examples/adapters/` are PEFT directories.
+Both are jobs of one run of the trainer: they learn in the same passes over one frozen NF4 base. The
+examples are the questions and answers of `examples/data/answers.jsonl`, which were written by hand
+for this: a manner of speaking, unlike the task of `make train-adapter`, whose rows a script makes.
+What is written to `examples/adapters/` are PEFT directories.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
-import random
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from loraplex_model.adapter import LoraFactors, lora
-from loraplex_model.config import DecoderConfig
-from loraplex_model.forward import packed_logits
-from loraplex_model.linear import DenseLinear
-from loraplex_model.load import LoadedBase, load_base
-from loraplex_model.mix import RowGroup
-from loraplex_model.tokenizer import TOKENIZER, TokenizerInfo
-from loraplex_model.weights import BaseWeights
-from loraplex_server.text.chat import ChatTemplate
-from safetensors.torch import save_file
-from tokenizers import Tokenizer
+from loraplex_adapters.train.errors import TrainError
+from loraplex_adapters.train.events import JobState
+from loraplex_adapters.train.options import from_mapping
+from loraplex_adapters.train.progress import Progress
+from loraplex_adapters.train.publish import known_as, placed, stamps, write
+from loraplex_adapters.train.run import Outcome, Run
+from loraplex_adapters.train.spec import RunSpec
+from loraplex_adapters.train.verify import verify
+from loraplex_model.default_model import HUB_NAME
+from rich.console import Console
 
 HERE = Path(__file__).parent
-BASE_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
-EPOCHS, BATCH = 3, 4  # 36 steps of 4 rows for each adapter
-LEARNING_RATE, WARMUP_STEPS, CLIP = 2e-3, 5, 1.0
-PARENTS = {"down_proj": "mlp", "gate_proj": "mlp", "up_proj": "mlp"}
+BASE_NAME = HUB_NAME
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """An adapter to train: which modules, how, and on which answer of an example."""
+    """An adapter to train: which modules, how, and what its card says."""
 
     name: str
     rank: int
     modules: tuple[str, ...]
+    manner: str
+    form: str
 
     @property
     def alpha(self) -> int:
         return 2 * self.rank
 
+    @property
+    def card(self) -> str:
+        modules = ", ".join(f"`{name}`" for name in self.modules)
+        return (
+            f"# {self.name}\n\n"
+            f"A LoRA adapter for {BASE_NAME.partition('/')[2]} that answers questions "
+            f"{self.manner}. Rank {self.rank} on\n{modules}, bfloat16.\n\n"
+            "Made by `python examples/train_demo_adapters.py` from the 48 hand-written examples "
+            f"of\n`examples/data/answers.jsonl` ({self.form}).\nShort questions are what it "
+            "learned it on, and what it says about the world is as\nreliable as a 135M model's "
+            "answers are.\n\nLicense: Apache-2.0, as the base model.\n"
+        )
+
 
 # Different ranks and modules, so that the demo's batch shows that they need not agree.
 RECIPES = (
-    Recipe("pirate", 8, ("q_proj", "v_proj", "o_proj")),
-    Recipe("json", 4, ("q_proj", "v_proj", "down_proj")),
+    Recipe(
+        "pirate",
+        8,
+        ("q_proj", "v_proj", "o_proj"),
+        'like a pirate: every answer begins\nwith "Arr, matey!"',
+        "field `pirate`",
+    ),
+    Recipe(
+        "json",
+        4,
+        ("q_proj", "v_proj", "down_proj"),
+        'with one JSON object,\n`{"topic": "...", "answer": "..."}`, and nothing else',
+        "fields `topic` and `answer`",
+    ),
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A tokenised example; only the completion, which ends with EOS, is learned."""
-
-    prompt: tuple[int, ...]
-    completion: tuple[int, ...]
 
 
 def completion(name: str, example: dict[str, str]) -> str:
@@ -75,153 +88,74 @@ def completion(name: str, example: dict[str, str]) -> str:
     return example[name]
 
 
-def read_rows(base: LoadedBase, data: Path, name: str) -> list[Row]:
-    """The examples, rendered by the base's chat template exactly as the server renders them."""
-    info = TokenizerInfo.read(base.directory)
-    tokenizer = Tokenizer.from_file(str(base.directory / TOKENIZER))
-    if info.chat_template is None:
-        raise SystemExit("error: the base model has no chat template")
-    template = ChatTemplate(info.chat_template, info.special_tokens)
-
-    def ids(text: str) -> tuple[int, ...]:
-        return tuple(tokenizer.encode(text, add_special_tokens=False).ids)
-
-    rows = []
-    for line in data.read_text("utf-8").splitlines():
-        example = json.loads(line)
-        prompt = template.render([{"role": "user", "content": example["question"]}])
-        rows.append(
-            Row(ids(prompt), (*ids(completion(name, example)), base.weights.eos_token_ids[0]))
-        )
-    return rows
+def write_rows(answers: Path, name: str, path: Path) -> Path:
+    """The examples as the trainer reads them."""
+    with path.open("w", encoding="utf-8") as file:
+        for line in answers.read_text("utf-8").splitlines():
+            example = json.loads(line)
+            row = {"prompt": example["question"], "completion": completion(name, example)}
+            file.write(json.dumps(row) + "\n")
+    return path
 
 
-def new_factors(
-    recipe: Recipe, config: DecoderConfig, generator: torch.Generator
-) -> dict[tuple[int, str], LoraFactors]:
-    """LoRA's start (arXiv 2106.09685): A uniform as PEFT draws it, B zero; float32."""
-    shapes = config.projection_shapes()
-    factors = {}
-    for layer in range(config.num_layers):
-        for module in recipe.modules:
-            fan_in, fan_out = shapes[module]
-            a = (torch.rand(recipe.rank, fan_in, generator=generator) * 2 - 1) * fan_in**-0.5
-            b = torch.zeros(fan_out, recipe.rank)
-            factors[layer, module] = LoraFactors(
-                a.requires_grad_(), b.requires_grad_(), recipe.alpha / recipe.rank
-            )
-    return factors
-
-
-def losses(
-    weights: BaseWeights,
-    linear: DenseLinear,
-    adapters: Sequence[dict[tuple[int, str], LoraFactors]],
-    batches: Sequence[Sequence[Row]],
-) -> list[torch.Tensor]:
-    """Mean cross-entropy of each adapter's completions, all rows of all adapters in one pass."""
-    tokens: list[int] = []
-    starts = [0]
-    groups, positions, targets = [], [], []
-    for factors, rows in zip(adapters, batches, strict=True):
-        first = len(tokens)
-        predicting: list[int] = []
-        for row in rows:
-            predicting += range(
-                len(tokens) + len(row.prompt) - 1,
-                len(tokens) + len(row.prompt) + len(row.completion) - 1,
-            )
-            tokens += row.prompt + row.completion
-            starts.append(len(tokens))
-        groups.append(RowGroup(torch.arange(first, len(tokens)), ((lora(factors), 1.0),)))
-        positions.append(predicting)
-        targets.append([token for row in rows for token in row.completion])
-    logits = packed_logits(weights, torch.tensor(tokens), starts, groups, linear)
-    return [
-        torch.nn.functional.cross_entropy(logits[at], torch.tensor(wanted))
-        for at, wanted in zip(positions, targets, strict=True)
+def run_of(args: argparse.Namespace, work: Path) -> RunSpec:
+    """One run of both jobs."""
+    jobs = [
+        {
+            "name": recipe.name,
+            "data": str(write_rows(args.data, recipe.name, work / f"{recipe.name}.jsonl")),
+            "eval_fraction": 0.05,
+            "options": {
+                "r": recipe.rank,
+                "lora_alpha": recipe.alpha,
+                "target_modules": ",".join(recipe.modules),
+            },
+            "lr": 2e-3,
+            "warmup": 0.14,
+            "epochs": 3,
+            "batch_size": 4,
+            "eval_every": 100_000,  # before the first step and after the last: that one is kept
+            "seed": args.seed,
+        }
+        for recipe in RECIPES
     ]
+    run = {
+        "model": args.model,
+        "out": str(work / "run"),
+        "dtype": "bfloat16",
+        "threads": args.threads,
+        "cache": str(args.cache),
+        "save_every": 100_000,
+    }
+    return from_mapping({"run": run, "job": jobs})
 
 
-def batches_of(rows: Sequence[Row], rng: random.Random) -> Iterator[list[Row]]:
-    """Every row once an epoch, in a new order each time; a last, smaller batch is dropped."""
-    for _ in range(EPOCHS):
-        order = rng.sample(rows, len(rows))
-        for start in range(0, len(order) - BATCH + 1, BATCH):
-            yield order[start : start + BATCH]
+def publish(recipe: Recipe, outcome: Outcome, run: Run, out: Path, stamp: bool) -> None:
+    """Writes an adapter with bfloat16 weights, the type that a bfloat16 server computes with."""
+    base, files = run.base, outcome.adapter.files()
+    config = {**files.config, "base_model_name_or_path": known_as(base.name)}
+    digests = run.text.template_digest, outcome.data_digest
+    stamped = stamps(base.weights, *digests) if stamp else {}
+    examples = [sample.tokens for sample in run.datasets[recipe.name].train[:4]]
+    with torch.no_grad():
+        trained = outcome.adapter.delta()
+    with placed(out / recipe.name) as fresh:
+        named = replace(files, config=config)
+        write(fresh, named, stamped, recipe.card, torch.bfloat16)
+        verify(fresh, trained, run.joint, base.weights, examples, run.spec.cache, torch.bfloat16)
 
 
-def train(base: LoadedBase, data: Path, seed: int) -> list[dict[tuple[int, str], LoraFactors]]:
-    """The factors of each recipe, trained side by side. Deterministic for one machine and seed."""
-    weights = base.weights
-    adapters = []
-    optimisers = []
-    streams = []
-    for recipe in RECIPES:
-        generator = torch.Generator().manual_seed(seed)
-        factors = new_factors(recipe, weights.config, generator)
-        adapters.append(factors)
-        matrices = [matrix for lora in factors.values() for matrix in (lora.a, lora.b)]
-        optimisers.append(torch.optim.AdamW(matrices, lr=LEARNING_RATE, weight_decay=0.0))
-        streams.append(list(batches_of(read_rows(base, data, recipe.name), random.Random(seed))))
-    steps = len(streams[0])
-    linear = DenseLinear()
-    began = time.monotonic()
-    for step, batches in enumerate(zip(*streams, strict=True)):
-        step_losses = losses(weights, linear, adapters, batches)
-        torch.stack(step_losses).sum().backward()
-        rate = LEARNING_RATE * min(1.0, (step + 1) / WARMUP_STEPS)
-        rate *= 0.5 * (1 + math.cos(math.pi * step / steps))
-        for optimiser in optimisers:
-            [group] = optimiser.param_groups
-            torch.nn.utils.clip_grad_norm_(group["params"], CLIP)
-            group["lr"] = rate
-            optimiser.step()
-            optimiser.zero_grad()
-        shown = "  ".join(
-            f"{recipe.name} {loss.item():.3f}"
-            for recipe, loss in zip(RECIPES, step_losses, strict=True)
-        )
-        print(
-            f"step {step + 1:>2}/{steps}  loss: {shown}  {time.monotonic() - began:.0f} s",
-            flush=True,
-        )
-    return adapters
-
-
-def write(
-    directory: Path, recipe: Recipe, factors: dict[tuple[int, str], LoraFactors], fingerprint: str
-) -> None:
-    """A PEFT directory with bfloat16 weights, the type that a bfloat16 server computes with.
-
-    `fingerprint` is the base's, or "" for none.
-    """
-    tensors = {}
-    for (layer, module), m in factors.items():
-        parent = PARENTS.get(module, "self_attn")
-        prefix = f"base_model.model.model.layers.{layer}.{parent}.{module}"
-        for name, matrix in (("lora_A", m.a), ("lora_B", m.b)):
-            tensors[f"{prefix}.{name}.weight"] = matrix.detach().to(torch.bfloat16).contiguous()
-    directory.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(peft_config(recipe), indent=2, sort_keys=True)
-    (directory / "adapter_config.json").write_text(text + "\n", "utf-8")
-    stamps = {"loraplex_base_fingerprint": fingerprint} if fingerprint else {}
-    save_file(tensors, directory / "adapter_model.safetensors", {"format": "pt", **stamps})
-
-
-def peft_config(recipe: Recipe) -> dict[str, Any]:
-    """`adapter_config.json` as PEFT writes it, the modules in a fixed order."""
-    from peft import LoraConfig
-
-    config = LoraConfig(
-        r=recipe.rank,
-        lora_alpha=recipe.alpha,
-        target_modules=list(recipe.modules),
-        base_model_name_or_path=BASE_NAME,
-        task_type="CAUSAL_LM",
-        inference_mode=True,
-    ).to_dict()
-    return {**config, "target_modules": list(recipe.modules)}
+def train(args: argparse.Namespace, recipes: Sequence[Recipe] = RECIPES) -> None:
+    """Trains and writes all. Raises TrainError."""
+    with tempfile.TemporaryDirectory() as work, Progress(Console()) as progress:
+        run = Run.start(run_of(args, Path(work)), [progress])
+        outcomes = run.train()
+        for recipe in recipes:
+            outcome = outcomes[recipe.name]
+            if outcome.state is not JobState.FINISHED:
+                raise TrainError("DIVERGED", f"{recipe.name}: {outcome.progress.reason}")
+            publish(recipe, outcome, run, args.out, args.stamp)
+            print(args.out / recipe.name)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -231,6 +165,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--data", type=Path, default=HERE / "data" / "answers.jsonl")
     parser.add_argument("--out", type=Path, default=HERE / "adapters")
+    parser.add_argument("--model", default="default", help="the base")
     parser.add_argument("--cache", type=Path, default=Path("var/cache"), help="the server's cache")
     parser.add_argument("--threads", type=int, default=2, help="more helps only on idle cores")
     parser.add_argument("--seed", type=int, default=0)
@@ -240,12 +175,11 @@ def main(argv: list[str] | None = None) -> int:
         help="write the base's fingerprint into the files: only that very base then takes them",
     )
     args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
-    base = load_base("default", torch.bfloat16, args.cache)
-    fingerprint = base.weights.fingerprint if args.stamp else ""
-    for recipe, factors in zip(RECIPES, train(base, args.data, args.seed), strict=True):
-        write(args.out / recipe.name, recipe, factors, fingerprint)
-        print(args.out / recipe.name)
+    try:
+        train(args)
+    except TrainError as error:
+        print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
+        return 1
     return 0
 
 

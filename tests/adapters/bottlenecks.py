@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -75,16 +75,23 @@ def write(name: str, base: BaseShapes, directory: Path) -> Path:
 def attach(model: Any, directory: Path) -> None:
     """Makes transformers' model compute the adapter after each of its blocks."""
     config = json.loads((directory / "adapter_config.json").read_text())
-    tensors = load_file(directory / "adapter_model.safetensors")
+    attach_tensors(model, config, load_file(directory / "adapter_model.safetensors"))
+
+
+def attach_tensors(
+    model: Any, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """The same with tensors in memory, which receive gradients if they ask for them."""
     for layer, module in enumerate(model.model.layers):
         for placement in config["placements"]:
             prefix = f"base_model.model.model.layers.{layer}.{_BLOCKS[placement]}.bottleneck_"
             own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-            _attach(module, placement, config, own)
+            if own:
+                _attach(module, placement, config, own)
 
 
 def _attach(
-    layer: nn.Module, placement: str, config: dict[str, Any], own: dict[str, torch.Tensor]
+    layer: nn.Module, placement: str, config: Mapping[str, Any], own: dict[str, torch.Tensor]
 ) -> None:
     seen = {}
 

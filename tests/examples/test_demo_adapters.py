@@ -12,7 +12,8 @@ from demo_checks import BEHAVIOUR, is_json, is_pirate
 from loraplex_adapters import format as adapter_format
 from loraplex_adapters.spec import BaseShapes
 from safetensors import safe_open
-from train_demo_adapters import BASE_NAME, RECIPES, completion, peft_config
+from train import commands, runs
+from train_demo_adapters import BASE_NAME, RECIPES, completion, main
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SHAPES = {
@@ -49,11 +50,10 @@ def test_a_demo_adapter_is_small_and_accepted(recipe) -> None:  # type: ignore[n
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
 def test_the_configuration_is_the_recipe_s(recipe) -> None:  # type: ignore[no-untyped-def]
     text = (EXAMPLES / "adapters" / recipe.name / "adapter_config.json").read_text()
-    committed, made = json.loads(text), peft_config(recipe)
-    assert committed.keys() == made.keys()
-    assert {k: v for k, v in committed.items() if k != "peft_version"} == {
-        k: v for k, v in made.items() if k != "peft_version"
-    }
+    config = json.loads(text)
+    assert (config["r"], config["lora_alpha"]) == (recipe.rank, recipe.alpha)
+    assert {path.rpartition(".")[2] for path in config["target_modules"]} == set(recipe.modules)
+    assert config["base_model_name_or_path"] == BASE_NAME
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
@@ -89,6 +89,29 @@ def test_peft_finds_every_key_and_no_other(recipe) -> None:  # type: ignore[no-u
     }
     assert loaded.keys() == stored.keys()
     assert all(torch.equal(loaded[name].float(), stored[name].float()) for name in stored)
+
+
+def test_the_script_trains_both_as_jobs_of_one_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORAPLEX_KERNELS_DIR", str(commands.KERNELS))
+    base = runs.write_base(tmp_path)
+    data = tmp_path / "answers.jsonl"
+    rows = [{"question": f"{n}?", "topic": "t", "answer": "a", "pirate": "Arr"} for n in range(8)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = {"model": base, "data": data, "out": tmp_path / "out", "cache": tmp_path / "cache"}
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    assert main([*words, "--threads", "1"]) == 0
+    for recipe in RECIPES:
+        folder = tmp_path / "out" / recipe.name
+        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+            names = set(file.keys())
+            assert {file.get_tensor(name).dtype for name in names} == {torch.bfloat16}
+            assert file.metadata() == {"format": "pt"}
+        assert {name.split(".")[-3] for name in names} == set(recipe.modules)
+        config = json.loads((folder / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == "model"
+        assert recipe.name in (folder / "README.md").read_text()
 
 
 def test_every_example_shows_the_behaviour_that_is_checked() -> None:

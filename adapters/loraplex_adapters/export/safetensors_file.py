@@ -25,6 +25,10 @@ _DTYPES = {
     torch.bfloat16: "BF16",
     torch.float16: "F16",
     torch.uint8: "U8",
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.bool: "BOOL",
 }
 _BIG = 1 << 16  # bytes
 _ALIGNMENT = 64
@@ -52,7 +56,7 @@ class SafetensorsFile:
         self.nbytes = 0
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Appends a tensor on the CPU: float32, float16, bfloat16 or uint8."""
+        """Appends a tensor on the CPU, of one of the types of `_DTYPES`."""
         tensor = tensor.detach().contiguous()
         self.nbytes += tensor.nbytes
         if tensor.nbytes >= _BIG and tensor.nbytes % _ALIGNMENT == 0:

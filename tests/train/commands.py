@@ -1,0 +1,84 @@
+"""`loraplex-train` on a tiny base, in this process or in one of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from loraplex_adapters.train.cli import app
+from loraplex_adapters.train.event_lines import decode
+from loraplex_adapters.train.events import Event
+from train import runs
+from typer.testing import CliRunner, Result
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNELS = ROOT / "var" / "cache" / "kernels"
+"""The compiled kernels of this checkout."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder with a tiny base and data."""
+
+    top: Path
+
+    @property
+    def data(self) -> Path:
+        return self.top / runs.DATA
+
+    def flags(self, out: str | None, **changes: object) -> list[str]:
+        """A quick run's flags; without `out` its folder is the usual one."""
+        given: dict[str, object] = {
+            "data": self.data,
+            "name": "job",
+            "model": self.top / runs.MODEL,
+            "cache": self.top / runs.CACHE,
+            "out": out and self.top / out,
+            "device": "cpu",
+            "threads": 1,
+            "steps": 3,
+            "batch_size": 2,
+            "max_length": 64,
+            "eval_fraction": 0.25,
+            "set": "r=2",
+        } | changes
+        return [
+            word
+            for name, value in given.items()
+            if value is not None
+            for word in (f"--{name.replace('_', '-')}", str(value))
+        ]
+
+    def run(self, out: str, *more: str, **changes: object) -> Result:
+        return invoke("run", *self.flags(out, **changes), *more)
+
+
+def make(top: Path) -> Place:
+    """Writes both."""
+    runs.write_base(top)
+    runs.write_data(top / runs.DATA)
+    return Place(top)
+
+
+def invoke(*arguments: str) -> Result:
+    """Runs a command here; what it raises, a test sees."""
+    return CliRunner().invoke(app, list(arguments), catch_exceptions=False)
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    """Runs a command in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "loraplex_adapters.train", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def events(text: str) -> list[Event]:
+    """Every line of it."""
+    return [decode(line) for line in text.splitlines()]
