@@ -400,6 +400,7 @@ async def test_training_is_off_unless_turned_on(tmp_path: Path) -> None:
 
 async def test_all_that_is_wrong_with_a_request_comes_at_once(trains: Training) -> None:
     spec = pb.TrainingSpec(name="Bad Name", epochs=1, steps=2, eval_fraction=0.1, system="\0")
+    spec.method.options["loftq_source"] = "/etc"
     spec.method.options["R"] = "1"
     request = pb.CreateJobRequest(
         spec=spec,
@@ -411,8 +412,8 @@ async def test_all_that_is_wrong_with_a_request_comes_at_once(trains: Training) 
     assert seen.reason == "FIELD_INVALID"
     assert fields(seen).keys() == {
         "request_id", "spec.name", "spec.steps", "spec.eval_fraction", "spec.system",
-        "spec.method.options[R]", "data.source", "eval_data.source", "delivery.alias",
-        "delivery.labels[Bad]",
+        "spec.method.options[R]", "spec.method.options[loftq_source]", "data.source",
+        "eval_data.source", "delivery.alias", "delivery.labels[Bad]",
     }  # fmt: skip
 
 

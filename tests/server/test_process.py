@@ -37,7 +37,9 @@ def write_config(folder: Path, **settings: Any) -> Path:
     fields = config.model_dump(mode="json", exclude={"engine_options"})
     fields["engine_options"] = config.engine_options
     file = folder / "server.toml"
-    file.write_text("\n".join(f"{name} = {toml(value)}" for name, value in fields.items()))
+    file.write_text(
+        "\n".join(f"{name} = {toml(value)}" for name, value in fields.items() if value is not None)
+    )
     return file
 
 

@@ -23,6 +23,8 @@ _NAME_FORM: Final = "must match [a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
 _OPTION: Final = re.compile(r"[a-z][a-z0-9_]{0,63}", re.ASCII)
 _JOB: Final = re.compile(r"[0-9a-f-]{1,64}", re.ASCII)
 _WORDS: Final = ("learn", "metric")
+_FILES: Final = ("loftq_source",)
+"""Options of methods that name a directory; a caller must not choose among the server's."""
 
 
 def create(request: training_pb2.CreateJobRequest) -> list[Violation]:
@@ -86,6 +88,7 @@ def _options(options: Mapping[str, str], checks: Findings) -> None:
     for key, value in options.items():
         good = _OPTION.fullmatch(key) is not None
         checks.require(good, f"{where}[{key[:64]}]", "the key must match [a-z][a-z0-9_]{0,63}")
+        checks.require(key not in _FILES, f"{where}[{key[:64]}]", "names a file of the server")
         _short(f"{where}[{key[:64]}]", value, MAX_OPTION_BYTES, checks)
 
 

@@ -210,7 +210,7 @@ class _Shown(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(x)
         ctx.look = look
-        return y.view_as(y)
+        return y.clone()  # what comes after may write into it, which a view forbids
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
