@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import time
 import sys
+import time
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
