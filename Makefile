@@ -18,7 +18,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup model prometheus demo serve train-adapter test test-gpu fuzz lint proto bench bench-peft \
-        bench-kernels bench-adapters bench-gpu figures lock clean distclean
+        bench-kernels bench-adapters bench-paper bench-gpu figures lock clean distclean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  \033[1m%-14s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -90,12 +90,18 @@ bench-kernels: setup ## Compare the NF4 product with bitsandbytes' and torch's
 bench-adapters: setup model ## Measure the life of adapters: loads, replacement, merges, thousands, kill -9
 	$(BIN)/python bench/bench_adapters.py $(ARGS)
 
+bench-paper: setup ## Try the papers' claims on a small model: 4-bit formats, ranks, budgets, AdaLoRA
+	@failed=; for bench in quantisation rank adalora; do \
+	  OMP_NUM_THREADS=1 $(BIN)/python bench/paper_$$bench.py $(ARGS) || failed="$$failed $$bench"; done; \
+	if [ -n "$$failed" ]; then echo "relations do not hold:$$failed" >&2; exit 1; fi
+
 bench-gpu: setup model ## Compare with PEFT on a CUDA device
 	@$(BIN)/python scripts/require_cuda.py
 	$(BIN)/python bench/bench_peft.py --device cuda $(ARGS)
 
-figures: setup ## Draw the figures of docs/ anew, from the server's own quantiser
+figures: setup ## Draw the figures of docs/ anew, from the server's own quantiser and what bench-paper gave
 	$(BIN)/python docs/figures/draw.py
+	$(BIN)/python docs/figures/draw_paper.py
 
 lock: setup ## Write requirements.lock anew from what .venv holds
 	scripts/write-lock $(BIN)/python

@@ -23,6 +23,14 @@ SIZE, RANK = 1024, 16
 
 
 def main() -> int:
+    style()
+    told = {"levels": levels(), "bits": bits(), "retained": retained()}
+    print(json.dumps(told))
+    return 0
+
+
+def style() -> None:
+    """What all figures share; the same numbers give the same bytes."""
     mpl.use("svg")
     mpl.rcParams.update(
         {
@@ -33,9 +41,6 @@ def main() -> int:
             "axes.spines.right": False,
         }
     )
-    told = {"levels": levels(), "bits": bits(), "retained": retained()}
-    print(json.dumps(told))
-    return 0
 
 
 def levels() -> list[float]:
@@ -52,7 +57,7 @@ def levels() -> list[float]:
     axes.text(0, 1.19, "0 is a level of its own", ha="center", color=RED)
     axes.set(xlim=(-1.03, 1.03), ylim=(0, 1.1), yticks=[], xlabel="weight / absmax of its block")
     axes.spines["left"].set_visible(False)
-    _save(figure, "nf4-levels.svg")
+    save(figure, "nf4-levels.svg")
     return [round(value, 4) for value in values.tolist()]
 
 
@@ -74,7 +79,7 @@ def bits() -> dict[str, float]:
         )
     axes.set(xlim=(3.5, 6), yticks=[], xlabel="bits (the axis begins at 3.5)")
     axes.spines["left"].set_visible(False)
-    _save(figure, "nf4-bits.svg")
+    save(figure, "nf4-bits.svg")
     return {"codes": codes, "single": round(single, 4), "double": round(double, 4)}
 
 
@@ -109,7 +114,7 @@ def retained() -> list[dict[str, float]]:
              ylabel="% of the delta kept", ylim=(-3, 108))  # fmt: skip
     axes.set_xticks([0.3, 1, 3, 10, 30], ["0.3", "1", "3", "10", "30"])
     axes.minorticks_off()
-    _save(figure, "nf4-retained.svg")
+    save(figure, "nf4-retained.svg")
     return [{key: round(value, 4) for key, value in row.items()} for row in told]
 
 
@@ -122,7 +127,8 @@ def _gaussian(seed: int) -> torch.Tensor:
     return torch.randn(SIZE, SIZE, generator=random) / math.sqrt(SIZE)
 
 
-def _save(figure: object, name: str) -> None:
+def save(figure: object, name: str) -> None:
+    """Beside this file, without a date."""
     figure.savefig(  # type: ignore[attr-defined]
         HERE / name, bbox_inches="tight", metadata={"Date": None, "Creator": None}
     )

@@ -26,7 +26,7 @@ from loraplex_adapters.train.events import (
     StepDone,
 )
 from loraplex_adapters.train.methods import METHODS
-from loraplex_adapters.train.publish import Target
+from loraplex_adapters.train.target import TARGET, Target, keep, kept
 from train import commands
 from train.commands import Place, invoke
 
@@ -214,7 +214,7 @@ def test_a_signal_saves_the_run_and_says_how_to_go_on(place: Place) -> None:
             if '"StepDone"' in line:
                 break
         child.send_signal(number)
-        rest, said = child.communicate(timeout=60)
+        rest, said = child.communicate(timeout=240)
     finally:
         child.kill()
     assert child.returncode == 128 + number
@@ -254,11 +254,11 @@ def test_a_run_that_diverges_fails(place: Place) -> None:
 
 def test_where_adapters_go_is_kept_without_the_database_s_secret(tmp_path: Path) -> None:
     target = Target(tmp_path, "postgresql://u:secret@h/d", "best", {"a": "b"}, "h:1", "bfloat16")
-    session._keep(target, tmp_path)
-    text = (tmp_path / session.TARGET).read_text()
+    keep(target, tmp_path)
+    text = (tmp_path / TARGET).read_text()
     assert "secret" not in text
-    kept = session._kept(tmp_path)
-    assert (kept.store, kept.alias, kept.server, kept.dtype) == (
+    again = kept(tmp_path)
+    assert (again.store, again.alias, again.server, again.dtype) == (
         tmp_path,
         "best",
         "h:1",

@@ -19,9 +19,10 @@ from loraplex_adapters.train import publish as publishing
 from loraplex_adapters.train import verify
 from loraplex_adapters.train.errors import TrainError
 from loraplex_adapters.train.generate import Generator
-from loraplex_adapters.train.publish import Target, publish
+from loraplex_adapters.train.publish import publish
 from loraplex_adapters.train.record import Record
 from loraplex_adapters.train.run import Outcome, Run
+from loraplex_adapters.train.target import Target
 from loraplex_model.adapter import AdapterDelta
 from safetensors import safe_open
 from train import commands, runs, tiny

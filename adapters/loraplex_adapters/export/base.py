@@ -12,6 +12,7 @@ from loraplex_model.default_model import DEFAULT, ensure_default_model
 from loraplex_model.load import load_base
 from loraplex_model.weights import BaseWeights
 
+from loraplex_adapters.base_shapes import shapes_of
 from loraplex_adapters.format import inspect
 from loraplex_adapters.spec import AdapterSpec, BaseShapes, Limits
 from loraplex_adapters.tensors import load
@@ -39,20 +40,7 @@ class ExportBase:
     @property
     def shapes(self) -> BaseShapes:
         """What adapters are checked against."""
-        config = self.weights.config
-        biased = [*("q_proj", "k_proj", "v_proj") * config.qkv_bias, *("o_proj",) * config.o_bias]
-        return BaseShapes(
-            num_layers=config.num_layers,
-            projections=config.projection_shapes(),
-            hidden_size=config.hidden_size,
-            vocab_size=config.vocab_size,
-            head_dim=config.head_dim,
-            biased=frozenset(biased),
-            qk_norm=config.qk_norm,
-            tie_embeddings=config.tie_embeddings,
-            fingerprint=self.weights.fingerprint,
-            dtype="float32",
-        )
+        return shapes_of(self.weights, "float32")
 
 
 def open_base(model: str, cache: Path) -> ExportBase:

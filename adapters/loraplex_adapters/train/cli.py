@@ -12,7 +12,7 @@ from typing import Annotated, Final, NoReturn
 import typer
 from rich.console import Console
 
-from loraplex_adapters.train import options
+from loraplex_adapters.train import options, target
 from loraplex_adapters.train.errors import TrainError
 from loraplex_adapters.train.flags import BASE_FLAGS, DATA_FLAGS, with_flags
 
@@ -105,8 +105,8 @@ def run(
         spec = options.read(flags, pairs("--set", set_), swept(sweep, more), config)
         from loraplex_adapters.train import session
 
-        target = session.target(store, store_url, alias, pairs("--label", label), serve, save_dtype)
-        raise typer.Exit(session.begin(spec, target, events))
+        where = target.read(store, store_url, alias, pairs("--label", label), serve, save_dtype)
+        raise typer.Exit(session.begin(spec, where, events))
 
 
 @app.command()

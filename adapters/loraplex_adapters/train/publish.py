@@ -15,7 +15,7 @@ import errno
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -41,33 +41,13 @@ from loraplex_adapters.train.events import Published
 from loraplex_adapters.train.methods.base import AdapterFiles
 from loraplex_adapters.train.record import read
 from loraplex_adapters.train.run import Outcome, Run
+from loraplex_adapters.train.target import Target
 from loraplex_adapters.train.verify import LIMITS, verify
 
 FOLDER = "adapter"
 CARD = "README.md"
 CHECKED = 4  # examples
 SAMPLE_TOKENS = 128
-SAVED = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """Where adapters go once they are in their folders.
-
-    Attributes:
-        store: its directory, or None; store_url: the database of a shared one.
-        alias: points to the adapter, in the store and on the server.
-        labels: of the registered version.
-        server: host:port, or "".
-        dtype: of the saved tensors: "float32" or "bfloat16".
-    """
-
-    store: Path | None = None
-    store_url: str = ""
-    alias: str = ""
-    labels: Mapping[str, str] = field(default_factory=dict)
-    server: str = ""
-    dtype: str = "float32"
 
 
 def publish(outcome: Outcome, run: Run, target: Target, alias: str = "") -> Published:
@@ -87,11 +67,11 @@ def publish(outcome: Outcome, run: Run, target: Target, alias: str = "") -> Publ
     with torch.no_grad():
         trained = outcome.adapter.delta()
     with placed(folder) as fresh:
-        write(fresh, files, stamped, text, SAVED[target.dtype])
+        write(fresh, files, stamped, text, getattr(torch, target.dtype))
         if (picture := run.spec.out / PICTURE).is_file():
             shutil.copyfile(picture, fresh / PICTURE)
         digest, _ = verify(
-            fresh, trained, run.joint, base, examples, run.spec.cache, SAVED[target.dtype]
+            fresh, trained, run.joint, base, examples, run.spec.cache, getattr(torch, target.dtype)
         )
     version = sample = ""
     if target.store is not None:

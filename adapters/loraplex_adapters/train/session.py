@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,10 +17,6 @@ from loraplex import Client, LoraplexError
 from rich.console import Console
 from rich.table import Table
 
-from loraplex_adapters.errors import AdapterError
-from loraplex_adapters.store import Store
-from loraplex_adapters.store.ids import check_name
-from loraplex_adapters.store.labels import check_labels
 from loraplex_adapters.train import curves, options
 from loraplex_adapters.train.checkpoint import is_run
 from loraplex_adapters.train.errors import TrainError
@@ -28,48 +24,15 @@ from loraplex_adapters.train.event_lines import encode
 from loraplex_adapters.train.events import Event, JobState, Observer, Published
 from loraplex_adapters.train.generate import Generator, answering
 from loraplex_adapters.train.progress import Progress
-from loraplex_adapters.train.publish import SAVED, Target, publish
+from loraplex_adapters.train.publish import publish
 from loraplex_adapters.train.record import Record
 from loraplex_adapters.train.run import Outcome, Run
 from loraplex_adapters.train.spec import RunSpec
+from loraplex_adapters.train.target import Target, keep, kept
 
-TARGET: Final = "target.json"
 DATA: Final = "data.json"
 STDOUT: Final = "-"
 _GOOD: Final = (JobState.FINISHED, JobState.STOPPED_EARLY)
-
-
-def target(
-    store: Path | None,
-    store_url: str,
-    alias: str,
-    labels: Mapping[str, str],
-    server: str,
-    dtype: str,
-) -> Target:
-    """Where adapters are to go. Raises TrainError(CONFIG_INVALID) with every problem."""
-    problems = []
-    try:
-        if alias:
-            check_name(alias)
-    except AdapterError as error:
-        problems.append(f"--alias {alias}: {error.message}")
-    try:
-        check_labels(labels)
-    except AdapterError as error:
-        problems.append(f"--label: {error.message}")
-    if dtype not in SAVED:
-        problems.append(f"--save-dtype is {dtype!r}; it should be one of {', '.join(SAVED)}")
-    if alias and store is None and not server:
-        problems.append("--alias needs --store or --serve: where is it to point to the adapter?")
-    if store is not None and not problems:
-        try:
-            Store(store, store_url).close()
-        except AdapterError as error:
-            problems.append(f"--store {store}: {error.message}")
-    if problems:
-        raise TrainError("CONFIG_INVALID", *problems)
-    return Target(store.absolute() if store else None, store_url, alias, labels, server, dtype)
 
 
 def begin(spec: RunSpec, target: Target, events: str) -> int:
@@ -77,7 +40,7 @@ def begin(spec: RunSpec, target: Target, events: str) -> int:
     spec = replace(spec, out=_free(spec).absolute())
     with _Session(spec.out, events) as session:
         run = Run.start(spec, session.observers)
-        _keep(target, spec.out)
+        keep(target, spec.out)
         _describe(run)
         return session.run(run, target)
 
@@ -88,7 +51,7 @@ def resume(out: Path, events: str) -> int:
         run = Run.resume(out, session.observers)
         for notice in run.notices:
             session.say(f"note: {notice}")
-        return session.run(run, _kept(out))
+        return session.run(run, kept(out))
 
 
 class EventLines:
@@ -262,14 +225,6 @@ def _free(spec: RunSpec) -> Path:
     return usual.with_name(f"{usual.name}-{number}")
 
 
-def _keep(target: Target, out: Path) -> None:
-    """Writes down where adapters are to go, for whoever resumes the run; no database's URL."""
-    values = {**asdict(target), "store": str(target.store) if target.store else None}
-    del values["store_url"]
-    with suppress(OSError):
-        (out / TARGET).write_text(json.dumps(values, indent=2) + "\n", "utf-8")
-
-
 def _describe(run: Run) -> None:
     """Writes down what the jobs learn from."""
     data = {
@@ -284,13 +239,3 @@ def _describe(run: Run) -> None:
     }
     with suppress(OSError):
         (run.spec.out / DATA).write_text(json.dumps(data, indent=2) + "\n", "utf-8")
-
-
-def _kept(out: Path) -> Target:
-    try:
-        values = json.loads((out / TARGET).read_text("utf-8"))
-    except (OSError, ValueError):
-        return Target()
-    store = values.pop("store")
-    url = os.environ.get("LORAPLEX_STORE_URL", "")
-    return Target(**values, store=Path(store) if store else None, store_url=url)
