@@ -104,7 +104,7 @@ def gains(before: float, trained: Sequence[Trained]) -> dict[str, list[float]]:
 def main() -> int:
     """Prints the tables, the relations and the JSON line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--steps", type=int, default=128)
     parser.add_argument("--seeds", type=int, default=len(SEEDS))
     arguments = parser.parse_args()
     seeds = SEEDS[: arguments.seeds]

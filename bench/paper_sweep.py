@@ -22,7 +22,7 @@ from loraplex_model.linear import DenseLinear
 from loraplex_model.weights import BaseWeights
 
 SEQUENCES, LENGTH = 4, 64
-EVALUATED = 192
+EVALUATED = 128
 
 
 @dataclass(frozen=True, slots=True)
