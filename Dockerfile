@@ -61,7 +61,7 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* \
     && groupadd --gid 10001 loraplex \
     && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /var/lib/loraplex --shell /usr/sbin/nologin loraplex \
-    && install --directory --owner=10001 --group=10001 /var/lib/loraplex /var/lib/loraplex/store /var/lib/loraplex/cache \
+    && install --directory --owner=10001 --group=10001 /var/lib/loraplex /var/lib/loraplex/store /var/lib/loraplex/cache /var/lib/loraplex/training \
     && install --directory /adapters
 ENV PATH=/opt/loraplex/bin:$PATH \
     PYTHONUNBUFFERED=1 \
@@ -70,11 +70,13 @@ ENV PATH=/opt/loraplex/bin:$PATH \
     LORAPLEX_STORE=/var/lib/loraplex/store \
     LORAPLEX_CACHE=/var/lib/loraplex/cache \
     LORAPLEX_IMPORT_ROOT=/adapters \
+    LORAPLEX_TRAINING_JOBS_DIR=/var/lib/loraplex/training \
     XDG_CACHE_HOME=/var/lib/loraplex/cache \
     HF_HOME=/var/lib/loraplex/cache/huggingface
 WORKDIR /var/lib/loraplex
-# The store (adapters) must outlive the container; the cache (the quantised base) makes a restart quick.
-VOLUME ["/var/lib/loraplex/store", "/var/lib/loraplex/cache"]
+# The store (adapters) must outlive the container, and so must training jobs where LORAPLEX_TRAINING is set;
+# the cache (the quantised base) makes a restart quick.
+VOLUME ["/var/lib/loraplex/store", "/var/lib/loraplex/cache", "/var/lib/loraplex/training"]
 EXPOSE 50051 9464
 USER 10001:10001
 HEALTHCHECK --interval=10s --timeout=5s --start-period=10m --retries=3 \

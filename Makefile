@@ -18,7 +18,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup model prometheus demo serve train-adapter test test-gpu fuzz lint proto bench bench-peft \
-        bench-kernels bench-adapters bench-paper bench-gpu figures lock clean distclean
+        bench-kernels bench-train bench-adapters bench-paper bench-gpu figures lock clean distclean
 
 help: ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  \033[1m%-14s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -86,6 +86,9 @@ bench-peft: setup model ## Compare with PEFT on the same NF4 base, in one run
 
 bench-kernels: setup ## Compare the NF4 product with bitsandbytes' and torch's
 	$(BIN)/python bench/kernels.py $(ARGS)
+
+bench-train: setup model ## Compare training with PEFT's on the same NF4 base, and four jobs in one pass with four in turn
+	$(BIN)/python bench/train.py $(ARGS)
 
 bench-adapters: setup model ## Measure the life of adapters: loads, replacement, merges, thousands, kill -9
 	$(BIN)/python bench/bench_adapters.py $(ARGS)

@@ -127,6 +127,7 @@ class _Fixed:
 
     change: AdapterDelta
     dropout: float = 0.0
+    settled: int = 0
 
     def delta(self) -> AdapterDelta:
         return self.change

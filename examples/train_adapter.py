@@ -36,7 +36,7 @@ sys.path.append(str(ROOT / "bench"))
 from served import Server, ServerError, exit_on_sigterm  # noqa: E402
 
 NAME, TASK = "contacts", "contacts"
-TRAIN_ROWS, HELD_OUT_ROWS, SEED = 240, 60, 1
+TRAIN_ROWS, HELD_OUT_ROWS, SEED = 192, 60, 1
 RECIPE = {
     "--set": ("r=16", "target_modules=all-linear"),
     "--lr": ("2e-3",),

@@ -2,7 +2,8 @@
 
 Autograd would keep every intermediate of a norm, a rotation or a gated product; these keep the
 input and a number a row, or nothing. What they give need not be kept either by those who read it: a
-`Recipe` makes it again. Sums are taken in float32 at least, as in the plain formulas.
+`Recipe` makes it again. Sums are taken in float32 at least, as in the plain formulas. On a CPU in
+float32 a compiled kernel does the same in one walk (`kernels.elementwise`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from functools import partial
 from typing import Any
 
 import torch
+
+from loraplex_model.kernels import elementwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,8 @@ def wide(x: torch.Tensor) -> torch.Tensor:
 
 
 def _normed(weight: torch.Tensor, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    if elementwise.usable(x, scale):
+        return elementwise.scaled(x, scale, weight.to(x.dtype))
     return (wide(x) * scale).to(x.dtype).mul_(weight.to(x.dtype))
 
 
@@ -66,16 +71,23 @@ class _RmsNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        scale = torch.rsqrt(wide(x).pow(2).mean(-1, keepdim=True) + eps)
+        if elementwise.usable(x):
+            normed, scale = elementwise.rms_norm(x, weight.to(x.dtype), eps)
+        else:
+            scale = torch.rsqrt(wide(x).pow(2).mean(-1, keepdim=True) + eps)
+            normed = _normed(weight, x, scale)
         ctx.save_for_backward(x, scale)
         ctx.mark_non_differentiable(scale)
         ctx.weight = weight
-        return _normed(weight, x, scale), scale
+        return normed, scale
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         # With n = x * scale and h = g * weight: scale * (h - n * mean(h * n)).
         x, scale = ctx.saved_tensors
+        if elementwise.usable(x, grads[0]):
+            weight = ctx.weight.to(x.dtype)
+            return elementwise.rms_norm_backward(x, scale, weight, grads[0]), None, None
         normed = wide(x) * scale
         h = wide(grads[0]) * ctx.weight.to(normed.dtype)
         mean = torch.linalg.vecdot(h, normed).div_(x.shape[-1])[..., None]
@@ -128,6 +140,8 @@ def _rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Ten
 
 
 def _gated(gate_up: torch.Tensor) -> torch.Tensor:
+    if elementwise.usable(gate_up):
+        return elementwise.silu_mul(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return torch.nn.functional.silu(gate).mul_(up)
 
@@ -142,6 +156,8 @@ class _SiluMul(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
         # With s = sigmoid(gate): silu = gate * s, and its derivative s + silu * (1 - s).
         (gate_up,) = ctx.saved_tensors
+        if elementwise.usable(gate_up, grads[0]):
+            return elementwise.silu_mul_backward(gate_up, grads[0])
         gate, up = gate_up.chunk(2, dim=-1)
         out = torch.empty_like(gate_up)
         d_gate, d_up = out.chunk(2, dim=-1)

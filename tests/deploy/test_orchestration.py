@@ -114,6 +114,7 @@ def test_a_pod_is_locked_down_and_writes_only_to_its_volumes(pod: dict, server: 
     image = environment(stages()["cpu"])
     assert not mounts[image["LORAPLEX_STORE"]].get("readOnly")
     assert not mounts[image["LORAPLEX_CACHE"]].get("readOnly")
+    assert not mounts[image["LORAPLEX_TRAINING_JOBS_DIR"]].get("readOnly")
     assert mounts[image["LORAPLEX_IMPORT_ROOT"]]["readOnly"]
     assert not mounts["/tmp"].get("readOnly")
 

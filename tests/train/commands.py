@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from typing import Any
 
 from loraplex_adapters.train.cli import app
 from loraplex_adapters.train.event_lines import decode
 from loraplex_adapters.train.events import Event
-from train import runs
 from typer.testing import CliRunner, Result
+
+from train import runs
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "var" / "cache" / "kernels"
@@ -77,6 +81,19 @@ def start(*arguments: str) -> subprocess.Popen[str]:
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
+
+
+def server(settings: Mapping[str, object], log: Path) -> Any:
+    """A server in a process of its own, as `bench/served.py` runs it; a context manager.
+
+    That folder is not put on the path: its scripts are named as packages of these tests are.
+    """
+    spec = spec_from_file_location("served", ROOT / "bench" / "served.py")
+    assert spec is not None
+    assert spec.loader is not None
+    served = module_from_spec(spec)
+    spec.loader.exec_module(served)
+    return served.Server(settings, log)
 
 
 def events(text: str) -> list[Event]:

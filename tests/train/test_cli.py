@@ -27,6 +27,7 @@ from loraplex_adapters.train.events import (
 )
 from loraplex_adapters.train.methods import METHODS
 from loraplex_adapters.train.target import TARGET, Target, keep, kept
+
 from train import commands
 from train.commands import Place, invoke
 
@@ -96,7 +97,8 @@ def test_what_a_run_tells_people(finished: tuple[Place, str]) -> None:
     assert re.search(r"job: step 3/3  loss \d", said)
     assert re.search(r"tok/s", said)
     assert re.search(r"step 3: eval loss [\d.]+, perplexity [\d.]+, right 0.0%", said)
-    assert re.search(r"peak memory [\d.]+ [MG]B", said)
+    assert re.search(r"expected peak memory: [\d.]+ [MG]B", said)
+    assert re.search(r"peak memory [\d.]+ [MG]B \(expected [\d.]+ [MG]B, [+-]\d+%\)", said)
     assert said.count("answers") == 6  # three examples, before and after
 
 
@@ -199,9 +201,9 @@ def test_without_a_folder_of_one_s_own_a_second_run_gets_the_next(
     place, _ = finished
     monkeypatch.chdir(tmp_path)
     for folder in ("job", "job-2"):
-        done = invoke("run", *place.flags(None, steps=1))
+        done = invoke("run", *place.flags(None, steps=1), "--sweep", "r=2,3")
         assert done.exit_code == 0, done.output
-        assert (tmp_path / "var" / "runs" / folder / "job" / "adapter").is_dir()
+        assert len(list((tmp_path / "var" / "runs" / folder).glob("*/adapter"))) == 2
 
 
 def test_a_signal_saves_the_run_and_says_how_to_go_on(place: Place) -> None:

@@ -17,6 +17,7 @@ from loraplex_adapters.train.errors import TrainError
 from loraplex_adapters.train.samples import Sample
 from loraplex_adapters.train.spec import DataSpec
 from loraplex_adapters.train.text import BaseText
+
 from train.chat_bases import FORGETFUL, chat_base
 
 

@@ -11,6 +11,7 @@ from loraplex_adapters.train.data.show import CUT, LEARNED, SPECIAL, example, ma
 from loraplex_adapters.train.spec import DataSpec
 from loraplex_adapters.train.text import BaseText
 from rich.console import Console, RenderableType
+
 from train.chat_bases import chat_base
 
 

@@ -16,6 +16,7 @@ from loraplex_adapters.train.data.records import RecordFile
 from loraplex_adapters.train.data.tokenise import Tokeniser
 from loraplex_adapters.train.samples import IGNORED, MicroBatch, Sample
 from loraplex_server.text.tokenizer import TextTokenizer
+
 from train.chat_bases import (
     CHATML,
     END_OF_TURN,

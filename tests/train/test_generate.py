@@ -12,6 +12,7 @@ from loraplex_adapters.train import generate
 from loraplex_adapters.train.generate import Generator
 from loraplex_adapters.train.methods.base import TrainedAdapter
 from loraplex_model.kernels import build as kernels
+
 from train import tiny
 
 PROMPTS = ([5, 9, 33], [7], [11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27])

@@ -25,6 +25,7 @@ class Counting:
     def __init__(self, dropout: float = 0.0) -> None:
         self.parameters: Mapping[str, torch.Tensor] = {"x": torch.zeros(2, requires_grad=True)}
         self.dropout = dropout
+        self.settled = 0
         self.seen = torch.zeros(1)
         self.told: list[tuple[str, list[float], list[float] | None]] = []
 
@@ -267,6 +268,24 @@ def test_what_was_before_the_first_step_is_never_the_best() -> None:
     assert "no evaluation loss was below the 1 before" in end.reason
     assert job.progress.best_step == 2
     assert (job.progress.first_loss, job.progress.first_metric) == (pytest.approx(1.0), 0.25)
+
+
+def test_what_is_not_yet_what_was_asked_for_is_not_the_best() -> None:
+    """AdaLoRA before its last cut: its loss is lower, and its ranks are above the budget."""
+    adapter = Counting()
+    adapter.settled = 4
+    job = make(adapter, patience=2, steps=20)
+    job.keep_start()
+    assess(job, 9.0)
+    shown = []
+    for loss in (1.0, 1.5, 2.0, 4.0, 3.0, 3.5, 3.5):
+        take(job)
+        shown += assess(job, loss)
+    assert [e.step for e in shown if isinstance(e, Evaluated) and e.best] == [4, 5]
+    end = ended(shown)
+    assert end is not None
+    assert (end.state, end.step) == (JobState.STOPPED_EARLY, 7), "counted from step 4 on"
+    assert job.progress.best_step == 5
 
 
 def test_without_evaluation_the_last_step_is_the_outcome() -> None:

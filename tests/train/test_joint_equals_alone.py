@@ -12,6 +12,7 @@ from loraplex_adapters.train.ground import Ground
 from loraplex_adapters.train.joint import Part
 from loraplex_adapters.train.run import Run
 from loraplex_adapters.train.spec import JobSpec, MethodSpec, RunSpec
+
 from train import runs
 
 WIDE = {"r": 8, "target_modules": "all-linear", "lora_alpha": 4}

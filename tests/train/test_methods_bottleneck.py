@@ -13,9 +13,9 @@ import torch
 from loraplex_adapters.spec import Limits
 from loraplex_adapters.train.errors import TrainError
 from loraplex_adapters.train.methods.base import TrainedAdapter
-from train import tiny
 
 from adapters import bottlenecks
+from train import tiny
 
 CASES: dict[str, dict[str, Any]] = {
     "houlsby": {"style": "houlsby", "non_linearity": "silu", "scaling": 0.5},

@@ -12,6 +12,7 @@ import torch
 from loraplex_adapters.train.errors import TrainError
 from loraplex_adapters.train.methods.base import TrainedAdapter
 from peft.optimizers import create_loraplus_optimizer
+
 from train import tiny
 
 QKVO = ["q_proj", "k_proj", "v_proj", "o_proj"]

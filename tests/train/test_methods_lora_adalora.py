@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from loraplex_adapters.train.errors import TrainError
 from loraplex_adapters.train.methods.base import TrainedAdapter
+
 from train import tiny
 
 STEPS = 20

@@ -15,6 +15,7 @@ from loraplex_adapters.train.methods.base import TrainedAdapter
 from loraplex_adapters.train.samples import MicroBatch
 from loraplex_model.config import PROJECTIONS
 from loraplex_model.linear import BaseLinear
+
 from train import tiny
 
 EXAMPLES = tiny.batches(5)

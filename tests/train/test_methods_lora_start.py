@@ -14,6 +14,7 @@ from loraplex_adapters.train.errors import TrainError
 from loraplex_adapters.train.methods.targets import weight
 from loraplex_model.config import PROJECTIONS, Site
 from peft.utils.loftq_utils import _low_rank_decomposition
+
 from train import tiny
 
 SITES: list[Site] = [(layer, name) for layer in range(3) for name in PROJECTIONS]

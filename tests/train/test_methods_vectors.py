@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from loraplex_adapters.train.errors import TrainError
+
 from train import tiny
 
 TIED = "llama-tied-bias"

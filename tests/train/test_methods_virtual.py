@@ -15,6 +15,7 @@ from loraplex_adapters.train.joint import JointPass, Part
 from loraplex_adapters.train.methods.base import TrainedAdapter
 from loraplex_adapters.train.methods.virtual import cached_rows
 from loraplex_adapters.train.samples import MicroBatch
+
 from train import tiny
 
 COMMON = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4}

@@ -13,6 +13,7 @@ from loraplex_adapters.train.spec import MethodSpec
 from loraplex_model.config import PROJECTIONS
 from loraplex_model.linear import BaseLinear
 from loraplex_model.weights import BaseWeights
+
 from train import tiny
 
 VIRTUAL = {"prompt_tuning", "p_tuning", "prefix_tuning"}

@@ -22,9 +22,9 @@ from loraplex_adapters.train.events import JobEnded, RunStarted, StepDone
 from loraplex_adapters.train.ground import Ground
 from loraplex_adapters.train.run import Run
 from loraplex_adapters.train.spec import RunSpec
-from train import runs, train_kills
 
 from model import tiny
+from train import runs, train_kills
 
 KILLS = Path(train_kills.__file__)
 

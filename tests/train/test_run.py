@@ -29,6 +29,7 @@ from loraplex_adapters.train.options import from_toml
 from loraplex_adapters.train.run import Run
 from loraplex_adapters.train.samples import Sample
 from loraplex_adapters.train.spec import MethodSpec, RunSpec
+
 from train import runs
 
 Whole = Mapping[str, dict[str, bytes]]

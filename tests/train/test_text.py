@@ -19,6 +19,8 @@ from loraplex_model.default_model import ensure_default_model
 from loraplex_model.load import load_base
 from loraplex_model.tokenizer import TokenizerInfo
 from loraplex_server.text.tokenizer import TextTokenizer
+from transformers import PreTrainedTokenizerFast
+
 from train.chat_bases import (
     CHATML,
     END_OF_TURN,
@@ -32,7 +34,6 @@ from train.chat_bases import (
     sentence_piece,
     write,
 )
-from transformers import PreTrainedTokenizerFast
 
 TALK = [
     {"role": "system", "content": ""},

@@ -30,6 +30,7 @@ from loraplex_adapters.train.events import StepDone
 from loraplex_adapters.train.ground import Ground
 from loraplex_adapters.train.run import Outcome, Run
 from loraplex_adapters.train.spec import MethodSpec, RunSpec
+
 from train import runs
 
 STEPS = 14

@@ -47,7 +47,7 @@ HELP: Final[Mapping[str, str]] = {
     "cache": "Where converted base models and compiled kernels lie.",
     "checkpointing": "Compute activations again in the backward pass, to save memory.",
     "save_every": "Steps between checkpoints.",
-    "out": "The run's folder (default: var/runs/<name>).",
+    "out": "The run's folder (default: var/runs/<name>, numbered where there is one already).",
     "keep": "Checkpoints that are kept.",
 }
 

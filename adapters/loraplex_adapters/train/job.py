@@ -9,7 +9,9 @@ A step, in this order:
     4. the method's `stepped`, while gradients are there; then they go
 
 An evaluation comes before the first step, after every `eval_every`-th and after the last. The
-parameters of the lowest loss among those after a step are kept and put back at the end.
+parameters of the lowest loss among those after a step are kept and put back at the end; the steps
+in which a method is still on its way to what was asked for (`TrainedAdapter.settled`) are none of
+them, and nothing is stopped early meanwhile.
 """
 
 from __future__ import annotations
@@ -177,12 +179,13 @@ class Job:
             self._set(first_loss=loss, first_metric=metric)
         finite = math.isfinite(loss)
         reason = self._watch.evaluated(loss) if finite else f"the evaluation loss is {loss}"
-        sound = now > 0 and finite and loss <= self._watch.limit
+        counts = now > 0 and now >= self.adapter.settled
+        sound = counts and finite and loss <= self._watch.limit
         best = sound and loss < self.progress.best_loss
         if best:
             self._set(best_step=now, best_loss=loss, best_metric=metric, waited=0)
             self._best = self._snapshot()
-        elif now > 0:
+        elif counts:
             self._set(waited=self.progress.waited + 1)
         perplexity = math.exp(min(loss, 700.0)) if finite else math.inf
         yield Evaluated(self.name, now, loss, perplexity, metric, best)

@@ -19,8 +19,8 @@ from loraplex_model.config import MODEL
 from loraplex_model.mix import RowGroup
 from loraplex_model.weights import BaseWeights
 
-_CHUNK_BYTES = 1 << 26  # of logits; less is slower, since the head is read anew for each chunk
-_MOST_ROWS = 256
+_CHUNK_BYTES = 100 << 20  # of logits; less is slower, since the head is read anew for each chunk
+_MOST_ROWS = 512
 _HEAD = (MODEL, "lm_head")
 _FACTORS = ("a", "b", "rows")  # of the head's SiteDelta
 
@@ -85,7 +85,9 @@ class _TokenLosses(torch.autograd.Function):
             if gradient is None:
                 losses[chunk] = scores.to(wide).logsumexp(-1) - right[:, 0]
                 continue
-            shares = torch.softmax(scores, -1, dtype=wide)
+            # In place where the type allows it: fresh memory costs more than the arithmetic.
+            into = scores if scores.dtype == wide else None
+            shares = torch.softmax(scores, -1, dtype=wide, out=into)
             # The largest share is exp(0) over the sum, which gives the logarithm of the sum.
             losses[chunk] = (largest - shares.amax(-1, keepdim=True).log() - right)[:, 0]
             shares.scatter_add_(1, target, torch.full_like(right, -1.0))

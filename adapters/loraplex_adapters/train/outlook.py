@@ -12,11 +12,11 @@ from importlib import import_module
 from typing import Final
 
 import torch
-from loraplex_model.weights import BaseWeights
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from loraplex_adapters.train import costs
 from loraplex_adapters.train.data import Dataset
 from loraplex_adapters.train.data.show import report, show
 from loraplex_adapters.train.ground import Ground
@@ -105,7 +105,7 @@ class Plan:
 def _plan(spec: RunSpec, ground: Ground, jobs: Sequence[Job]) -> Plan:
     device = ground.base.weights.embed.device
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-    items = estimate(ground.base.weights, jobs, spec)
+    memory = costs.of(ground.base.weights, jobs, spec)
     plans = [
         JobPlan(
             job.name,
@@ -118,7 +118,7 @@ def _plan(spec: RunSpec, ground: Ground, jobs: Sequence[Job]) -> Plan:
         for job in jobs
     ]
     seconds = _seconds(ground, jobs, spec)
-    return Plan(sum(items.values()), items, str(device), free, seconds, plans)
+    return Plan(memory.total, memory.items, str(device), free, seconds, plans)
 
 
 def methods(console: Console) -> None:
@@ -138,26 +138,6 @@ def described(maker: object) -> str:
     """A maker's docstring as running text, a paragraph a line."""
     text = introspect.getdoc(maker) or ""
     return "\n".join(re.sub(r"\s+", " ", part) for part in text.split("\n\n"))
-
-
-def estimate(base: BaseWeights, jobs: Sequence[Job], spec: RunSpec) -> dict[str, int]:
-    """Bytes at the peak, by what they are for."""
-    config = base.config
-    item = 2 if base.embed.is_cuda and base.embed.dtype == torch.bfloat16 else 4
-    numbers = sum(p.numel() * p.itemsize for job in jobs for p in job.adapter.parameters.values())
-    tokens = sum(max(len(b.tokens) for b in job.batches.step(0)) for job in jobs)
-    layer = 6 * config.hidden_size + 2 * config.kv_size + 4 * config.intermediate_size
-    kept = config.num_layers * config.hidden_size + layer if spec.checkpointing else (
-        config.num_layers * layer
-    )  # fmt: skip
-    return {
-        "program": 400 << 20,
-        "base": base.nbytes,
-        "adapters, gradients, optimisers": 4 * numbers,
-        "activations": tokens * kept * item,
-        "logits": min(tokens, 256) * config.vocab_size * 4 * 2,
-        "generation": base.nbytes + 2 * config.num_layers * config.kv_size * 4096 * item,
-    }
 
 
 def _tokens(job: Job) -> int:

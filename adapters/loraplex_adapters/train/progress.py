@@ -28,6 +28,7 @@ from loraplex_adapters.train.events import (
 )
 
 _SMOOTH = 0.9  # how much of a running mean the past keeps
+_SHOWN = 160  # characters of a prompt
 _STYLES = {JobState.FINISHED: "green", JobState.STOPPED_EARLY: "green", JobState.DIVERGED: "red"}
 
 
@@ -168,7 +169,7 @@ class Progress:
 
     def _sampled(self, event: Sampled) -> None:
         when = f"after {event.step} steps" if event.step else "before"
-        self._say(f"{event.job}: {when}: {_line(event.prompt)}")
+        self._say(f"{event.job}: {when}: {_line(_end_of(event.prompt))}")
         self._say(f"    answers {_line(event.answer)}")
         self._say(f"    wanted  {_line(event.reference)}")
 
@@ -223,6 +224,11 @@ def duration_text(seconds: float) -> str:
     whole = round(seconds)
     hours, minutes = whole // 3600, whole // 60 % 60
     return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
+
+
+def _end_of(prompt: str) -> str:
+    """Its last words: where the question is, after what a template says each time."""
+    return prompt if len(prompt) <= _SHOWN else "..." + prompt[-_SHOWN:]
 
 
 def _line(text: str, limit: int = 200) -> str:

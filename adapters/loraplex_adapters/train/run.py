@@ -18,7 +18,7 @@ from typing import Any
 from loraplex_model.adapter import AdapterDelta
 from loraplex_model.linear import BaseLinear
 
-from loraplex_adapters.train import evaluate
+from loraplex_adapters.train import costs, evaluate
 from loraplex_adapters.train.checkpoint import CONFIG, RunFolder, Snapshot, is_run
 from loraplex_adapters.train.errors import TrainError
 from loraplex_adapters.train.evaluate import Answer
@@ -34,11 +34,12 @@ from loraplex_adapters.train.ground import Ground
 from loraplex_adapters.train.job import Job, Progress
 from loraplex_adapters.train.joint import JointPass, Part
 from loraplex_adapters.train.limits import check
+from loraplex_adapters.train.memory import peak_bytes
 from loraplex_adapters.train.methods.base import TrainedAdapter
 from loraplex_adapters.train.optimiser import expected
 from loraplex_adapters.train.options import absolute, from_mapping, from_toml, to_mapping, to_toml
 from loraplex_adapters.train.spec import JobSpec, RunSpec
-from loraplex_adapters.train.surroundings import peak_bytes, surroundings
+from loraplex_adapters.train.surroundings import surroundings
 
 _FORMAT = 1
 
@@ -329,7 +330,7 @@ class Run:
             tuple(job.batches.steps for job in self._jobs),
             self.round,
             str(self.base.weights.embed.device),
-            0,
+            costs.of(self.base.weights, self._jobs, self.spec).total,
             tuple(states),
         )
 

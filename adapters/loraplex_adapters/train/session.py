@@ -215,14 +215,13 @@ def _answers(server: str) -> bool:
 
 
 def _free(spec: RunSpec) -> Path:
-    """The run's folder; the next free one with a number where it was nobody's choice."""
-    usual = options.RUNS / spec.jobs[0].name
-    if spec.out != usual or not is_run(usual):
+    """The run's folder; in the usual place the next free one with a number."""
+    if spec.out.parent != options.RUNS or not is_run(spec.out):
         return spec.out
     number = 2
-    while is_run(usual.with_name(f"{usual.name}-{number}")):
+    while is_run(spec.out.with_name(f"{spec.out.name}-{number}")):
         number += 1
-    return usual.with_name(f"{usual.name}-{number}")
+    return spec.out.with_name(f"{spec.out.name}-{number}")
 
 
 def _describe(run: Run) -> None:

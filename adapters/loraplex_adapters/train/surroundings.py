@@ -45,15 +45,6 @@ def surroundings(spec: RunSpec) -> Iterator[None]:
         torch.use_deterministic_algorithms(strict, warn_only=warn)
 
 
-def peak_bytes() -> int:
-    """The most memory that this process has held so far, on the device if it is a GPU."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated()
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def _is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True

@@ -22,6 +22,16 @@ from loraplex_adapters.train.joint import JointPass
 TOLERANCE: Mapping[torch.dtype, float] = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 """By how much log-probabilities of trainer and server may differ, by the type that computes."""
 
+NOISE = 4.0
+"""Or so many times what they differ by on the bare base, where there is nothing but rounding: in
+the 30 layers of SmolLM2-135M nearly 1e-4 already."""
+
+BROKEN = 1e-3
+"""Beyond this it is no rounding, whatever the base says."""
+
+MOST_PROBABLE = 20
+"""Tokens whose log-probabilities a server tells; each position's own is compared too."""
+
 LIMITS = Limits(max_rank=1 << 12, max_virtual_tokens=1 << 14)
 """What a server with other limits does not take can still be exported."""
 
@@ -54,14 +64,15 @@ def verify(
             *(f"the server would refuse the adapter: {f.message}" for f in error.findings),
         ) from error
     generator = Generator(served_by, cache)
-    most = 0.0
+    most = noise = 0.0
     for ids in examples:
         ids = ids[:TOKENS]
-        expected = joint.logits(trained, ids).cpu().float().log_softmax(-1)
-        difference = (generator.logits(delta, ids).log_softmax(-1) - expected).abs().max()
-        most = max(most, float(difference)) if bool(difference.isfinite()) else float("inf")
-    coarse = torch.bfloat16 in (dtype, served_by.embed.dtype)
-    allowed = TOLERANCE[torch.bfloat16 if coarse else torch.float32]
+        most = max(most, _difference(joint.logits(trained, ids), generator.logits(delta, ids), ids))
+        noise = max(noise, _difference(joint.logits(None, ids), generator.logits(None, ids), ids))
+    if torch.bfloat16 in (dtype, served_by.embed.dtype):
+        allowed = TOLERANCE[torch.bfloat16]
+    else:
+        allowed = max(TOLERANCE[torch.float32], min(NOISE * noise, BROKEN))
     if most > allowed:
         raise TrainError(
             "PUBLISH_FAILED",
@@ -70,6 +81,20 @@ def verify(
             "run's folder",
         )
     return digest, most
+
+
+def _difference(trainer: torch.Tensor, server: torch.Tensor, ids: Sequence[int]) -> float:
+    """The largest between log-probabilities that matter; infinite if one is not finite.
+
+    Of each position's most probable tokens and of the one that follows: of a token that is never
+    chosen, rounding alone may move the logarithm by more.
+    """
+    expected, found = (x.cpu().float().log_softmax(-1) for x in (trainer, server))
+    likely = expected.topk(min(MOST_PROBABLE, expected.shape[-1])).indices
+    following = torch.tensor([*ids[1:], ids[-1]])[:, None]
+    compared = torch.cat([likely, following], 1)
+    difference = (found.gather(1, compared) - expected.gather(1, compared)).abs().max()
+    return float(difference) if bool(difference.isfinite()) else float("inf")
 
 
 def in_float32(base: BaseWeights) -> BaseWeights:

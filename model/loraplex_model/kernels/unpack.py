@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from ctypes import c_int64, c_void_p
+from functools import cache
 
 import torch
 
@@ -39,3 +40,16 @@ def kernel() -> nf4.Unpack | None:
             block += nf4.blocks_of(rows, fan_in)
 
     return unpack
+
+
+def dequantize(matrix: NF4Matrix) -> torch.Tensor:
+    """`nf4.dequantize`, bit for bit, by the kernel where there is one for where the matrix is."""
+    unpack = None if matrix.packed.is_cuda else _kernel()
+    if unpack is None:
+        return nf4.dequantize(matrix)
+    into = torch.empty(matrix.shape)
+    unpack(matrix, nf4.maxima(matrix), into)
+    return into
+
+
+_kernel = cache(kernel)

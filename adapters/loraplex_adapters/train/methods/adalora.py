@@ -124,6 +124,7 @@ class AdaLoraAdapter:
     def __init__(self, setting: Setting, plan: Plan) -> None:
         self._setting, self._plan = setting, plan
         self.dropout = plan.dropout
+        self.settled = plan.schedule.last
         parameters: dict[str, torch.Tensor] = {}
         shapes = setting.base.config.projection_shapes()
         for site in plan.sites:

@@ -68,10 +68,13 @@ class TrainedAdapter(Protocol):
         parameters: the leaves that gradients go to, float32 (float64 on a float64 base), by names
             that stay the same from run to run, in the order in which they are saved.
         dropout: the probability with which inputs of A are dropped in training.
+        settled: no step before this one is the best: what it holds is not yet what was asked for
+            (AdaLoRA, until its ranks are within the budget). 0 for most.
     """
 
     parameters: Mapping[str, torch.Tensor]
     dropout: float
+    settled: int
 
     def prepare(self, observe: Observe) -> None:
         """Called once before the first step (not when a run goes on): masks chosen from data."""

@@ -54,6 +54,7 @@ class DoraAdapter:
         }
         self.parameters: Mapping[str, torch.Tensor] = {**pairs.parameters, **self._magnitudes}
         self.dropout = recipe.dropout
+        self.settled = 0
 
     def prepare(self, observe: Observe) -> None:
         """Nothing is chosen from data."""

@@ -60,6 +60,7 @@ class FishMaskAdapter:
     """A `TrainedAdapter`. Until `prepare` or `restore` it has no entries to train."""
 
     dropout = 0.0
+    settled = 0
 
     def __init__(
         self, setting: Setting, sites: Sequence[Site], rows: int, keep: float, samples: int

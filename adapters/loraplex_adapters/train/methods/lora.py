@@ -187,6 +187,7 @@ class LoraAdapter:
     def __init__(self, setting: Setting, recipe: Recipe, pairs: Pairs) -> None:
         self.parameters: Mapping[str, torch.Tensor] = pairs.parameters
         self.dropout = recipe.dropout
+        self.settled = 0
         self._setting, self._recipe, self._pairs = setting, recipe, pairs
 
     def prepare(self, observe: Observe) -> None:

@@ -17,6 +17,7 @@ class PlainAdapter:
     """A `TrainedAdapter` whose parameters alone say what it is."""
 
     dropout = 0.0
+    settled = 0
 
     def __init__(
         self,

@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 import torch
 from loraplex_model import nf4
 from loraplex_model.config import PROJECTIONS, Site
+from loraplex_model.kernels import unpack
 from loraplex_model.merge import fused_matrix
 from loraplex_model.stored import FUSED
 from loraplex_model.weights import BaseWeights, NF4Matrix
@@ -84,7 +85,7 @@ def matrix(base: BaseWeights, site: Site) -> NF4Matrix:
 
 def weight(base: BaseWeights, site: Site) -> torch.Tensor:
     """A projection's weights as they are served: new float32 [out, in] on the base's device."""
-    return nf4.dequantize(matrix(base, site))
+    return unpack.dequantize(matrix(base, site))
 
 
 def bias(base: BaseWeights, site: Site) -> torch.Tensor | None:

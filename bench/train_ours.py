@@ -1,0 +1,189 @@
+"""Our side of `bench/train.py`, in a process of its own: one job, or four in one pass.
+
+python bench/train_ours.py single --base var/bench/base
+python bench/train_ours.py joint --base var/bench/base --tokens 64
+
+The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import report
+import torch
+from loraplex_adapters.train import memory, methods
+from loraplex_adapters.train.joint import JointPass, Part
+from loraplex_adapters.train.methods.base import Setting, TrainedAdapter
+from loraplex_adapters.train.samples import IGNORED, MicroBatch
+from loraplex_adapters.train.spec import MethodSpec
+from loraplex_model.load import load_base
+from loraplex_model.weights import BaseWeights
+
+RANK, JOBS = 16, 4
+LR = 1e-4
+
+
+class Job:
+    """An all-linear LoRA adapter and AdamW."""
+
+    def __init__(self, base: BaseWeights, seed: int, steps: int) -> None:
+        chance = torch.Generator().manual_seed(seed)
+        setting = Setting(base, "base", chance, steps, lambda text: [])
+        options = {"r": RANK, "lora_alpha": 2 * RANK, "target_modules": "all-linear"}
+        self.adapter: TrainedAdapter = methods.make(MethodSpec("lora", options), setting)
+        self.leaves = list(self.adapter.parameters.values())
+        self.optimiser = torch.optim.AdamW(self.leaves, lr=LR, fused=True)
+
+    @property
+    def parameters(self) -> int:
+        return sum(leaf.numel() for leaf in self.leaves)
+
+    def step(self) -> None:
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+
+    def gradients(self) -> list[torch.Tensor]:
+        """Takes them away."""
+        found = [leaf.grad for leaf in self.leaves]
+        self.optimiser.zero_grad()
+        assert all(gradient is not None for gradient in found)
+        return [gradient for gradient in found if gradient is not None]
+
+
+def examples(seed: int, rows: int, tokens: int) -> MicroBatch:
+    """Random tokens, every one of which but the first of a row is learned."""
+    chance = torch.Generator().manual_seed(seed)
+    ids = torch.randint(256, 49_000, (rows, tokens), generator=chance)
+    targets = ids.roll(-1, 1)
+    targets[:, -1] = IGNORED
+    starts = tuple(range(0, rows * tokens + 1, tokens))
+    return MicroBatch(ids.reshape(-1), starts, targets.reshape(-1))
+
+
+def train(passes: JointPass, jobs: Sequence[Job], batches: Sequence[MicroBatch]) -> list[float]:
+    """One optimiser step of every job from one pass; mean losses."""
+    parts = [
+        Part(job.adapter, batch, 1 / batch.learned)
+        for job, batch in zip(jobs, batches, strict=True)
+    ]
+    sums = passes.backward(parts)
+    for job in jobs:
+        job.step()
+    return [s / batch.learned for s, batch in zip(sums, batches, strict=True)]
+
+
+def single(args: argparse.Namespace, base: BaseWeights) -> dict[str, object]:
+    """Tokens per second of one job, and the most memory."""
+    passes = JointPass(base, checkpointing=args.checkpointing)
+    job = Job(base, 0, args.steps)
+    batch = examples(0, args.rows, args.tokens)
+    first = train(passes, [job], [batch])[0]
+    seconds = [timed(lambda: train(passes, [job], [batch])) for _ in range(args.steps)]
+    size = memory.AdapterSize(job.parameters, ranks=7 * RANK)
+    expected = memory.estimate(base, len(batch.tokens), [size], args.checkpointing)
+    return {
+        "tok_s": len(batch.tokens) / report.median(seconds),
+        "seconds": seconds,
+        "first_loss": first,
+        "peak_bytes": memory.peak_bytes(),
+        "estimated_bytes": expected.total,
+        "products_s": products(base, len(batch.tokens)),
+    }
+
+
+def joint(args: argparse.Namespace, base: BaseWeights) -> dict[str, object]:
+    """Four jobs in one pass against the same four one after another."""
+    passes = JointPass(base, checkpointing=args.checkpointing)
+    jobs = [Job(base, seed, args.steps) for seed in range(JOBS)]
+    batches = [examples(seed, 1, args.tokens) for seed in range(JOBS)]
+    for job, batch in zip(jobs, batches, strict=True):  # B leaves zero, so that A has a gradient
+        train(passes, [job], [batch])
+    train(passes, jobs, batches)
+    together, apart = [], []
+    for _ in range(args.steps):
+        together.append(timed(lambda: train(passes, jobs, batches)))
+        pairs = list(zip(jobs, batches, strict=True))
+        apart.append(timed(lambda: [train(passes, [job], [batch]) for job, batch in pairs]))  # noqa: B023
+    tokens = JOBS * args.tokens
+    return {
+        "ratio": report.median(apart) / report.median(together),
+        "together_tok_s": tokens / report.median(together),
+        "apart_tok_s": tokens / report.median(apart),
+        "together_seconds": together,
+        "apart_seconds": apart,
+        "grad_rel_difference": difference(passes, jobs, batches),
+        "products_ratio": JOBS * products(base, args.tokens) / products(base, tokens),
+    }
+
+
+def products(base: BaseWeights, rows: int) -> float:
+    """Seconds of torch's float32 products alone that a pass of so many rows cannot do without.
+
+    Forward, and backward to what came in, of every base matrix and of the head: dense matrices that
+    are there already, nothing else. No float32 pass on this machine can take less.
+    """
+    shapes = [matrix.shape for matrix in (base.layers[0].qkv, base.layers[0].o)]
+    shapes += [matrix.shape for matrix in (base.layers[0].gate_up, base.layers[0].down)]
+    head = tuple(base.lm_head.shape)
+    total = 0.0
+    for count, (out, width) in (*((len(base.layers), shape) for shape in shapes), (1, head)):
+        weight, x, y = torch.randn(out, width), torch.randn(rows, width), torch.empty(rows, out)
+        repeats = range(max(1, 100_000_000 // (rows * out * width)))
+
+        def both(x: torch.Tensor = x, y: torch.Tensor = y, weight: torch.Tensor = weight) -> None:
+            torch.mm(x, weight.T, out=y)
+            torch.mm(y, weight, out=x)
+
+        both()
+        x.fill_(1e-3)
+        found = [timed(lambda: [both() for _ in repeats]) for _ in range(5)]  # noqa: B023
+        total += count * min(found) / len(repeats)
+    return total
+
+
+def difference(passes: JointPass, jobs: Sequence[Job], batches: Sequence[MicroBatch]) -> float:
+    """The largest |joint - alone| / |alone| of a parameter's gradient, at equal weights."""
+    passes.backward([Part(job.adapter, b) for job, b in zip(jobs, batches, strict=True)])
+    found = [job.gradients() for job in jobs]
+    worst = 0.0
+    for job, batch, mine in zip(jobs, batches, found, strict=True):
+        passes.backward([Part(job.adapter, batch)])
+        for one, other in zip(mine, job.gradients(), strict=True):
+            worst = max(worst, float((one - other).norm() / other.norm()))
+    return worst
+
+
+def timed(call: Callable[[], object]) -> float:
+    """Seconds."""
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description="Measure our own training.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("case", choices=("single", "joint"))
+    add("--base", type=Path, default=Path("var/bench/base"), help="Hugging Face directory")
+    add("--cache", type=Path, default=Path("var/cache"))
+    add("--rows", type=int, default=4, help="examples of the single job")
+    add("--tokens", type=int, default=256, help="of an example")
+    add("--steps", type=int, default=3, help="timed, after one that is not")
+    add("--checkpointing", action="store_true")
+    args = parser.parse_args(argv)
+    base = load_base(str(args.base), torch.float32, args.cache).weights
+    result = single(args, base) if args.case == "single" else joint(args, base)
+    print(report.json_line({**result, "threads": torch.get_num_threads()}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

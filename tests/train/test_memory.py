@@ -1,0 +1,82 @@
+"""The estimate of memory counts what the pass keeps."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from loraplex_adapters.train import memory
+from loraplex_adapters.train.joint import JointPass, Part
+from loraplex_adapters.train.memory import AdapterSize, estimate
+from loraplex_model.load import load_base
+from loraplex_model.weights import BaseWeights
+
+from train import tiny
+
+RANK = 4
+RANKS = 7 * RANK
+
+
+@cache
+def base(variant: str) -> BaseWeights:
+    path = tiny.checkpoint(variant)
+    return load_base(str(path), torch.float32, path.parent / "cache").weights
+
+
+def kept_bytes(joint: JointPass, part: Part) -> int:
+    """What autograd holds between the two halves of a pass, of storages made in the first."""
+    given = {p.untyped_storage().data_ptr() for p in part.adapter.parameters.values()}
+    held: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in given:
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        joint.backward([part])
+    return sum(held.values())
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen3", "qwen2"])
+def test_what_a_token_keeps_is_what_autograd_holds(variant: str) -> None:
+    """The difference between two lengths, in which everything else cancels."""
+    adapter = tiny.make("lora", variant, r=RANK, target_modules="all-linear")
+    joint = JointPass(base(variant))
+
+    def held(tokens: int) -> int:
+        batch = tiny.batch(1, [tokens])
+        return kept_bytes(joint, Part(adapter, batch))
+
+    def reckoned(tokens: int) -> int:
+        size = AdapterSize(0, ranks=RANKS)
+        return estimate(base(variant), tokens, [size]).items["activations"]
+
+    mine, wanted = reckoned(160) - reckoned(80), held(160) - held(80)
+    assert mine == pytest.approx(wanted, rel=0.1)
+
+
+def test_items_follow_what_they_are_for() -> None:
+    weights = base("llama")
+    one, two = AdapterSize(1000), AdapterSize(1000, optimiser="adamw8bit")
+    items = estimate(weights, 100, [one]).items
+    assert items["base"] == weights.nbytes
+    assert items["adapters"] == 1000 * 20
+    assert estimate(weights, 100, [one, two]).items["adapters"] == 1000 * (20 + 14)
+    more = estimate(weights, 200, [one])
+    assert more.items["activations"] == 2 * items["activations"]
+    sparing = estimate(weights, 200, [one], checkpointing=True)
+    assert sparing.items["activations"] < more.items["activations"]
+    assert sparing.total < more.total == sum(more.items.values())
+    few = estimate(weights, 200, [one], learned=10)
+    assert few.items["loss"] < more.items["loss"]
+
+
+def test_the_peak_does_not_fall() -> None:
+    before = memory.peak_bytes()
+    block = torch.ones(16 << 20)
+    after = memory.peak_bytes()
+    del block
+    assert 0 < before <= after == memory.peak_bytes()
