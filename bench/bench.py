@@ -15,13 +15,12 @@ from pathlib import Path
 
 import base
 import measure
+import random_adapters
 import report
 from loraplex import LoraplexError
 from measure import BenchmarkError, Case, Lengths
 from served import Server, ServerError, exit_on_sigterm
 from workload import Popularity
-
-import adapters
 
 CASES = tuple(
     Case(f"{popularity.value}_{rows}", popularity, rows)
@@ -33,7 +32,8 @@ CASES = tuple(
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     exit_on_sigterm()
-    directories = adapters.write(base.ensure(cache=args.cache), args.work / "adapters", 16, 16)
+    directory = base.ensure(cache=args.cache)
+    directories = random_adapters.write(directory, args.work / "adapters", 16, 16)
     lengths = Lengths(args.prompt_tokens, args.output_tokens)
     store = args.work / "store"
     shutil.rmtree(store, ignore_errors=True)

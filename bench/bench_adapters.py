@@ -21,12 +21,11 @@ import base
 import lifecycle
 import merge_cycles
 import psutil
+import random_adapters
 import report
 from loraplex import LoraplexError
 from measure import BenchmarkError
 from served import Server, ServerError, exit_on_sigterm
-
-import adapters
 
 KILLS = Path(__file__).parents[1] / "tests" / "adapters" / "store_kills.py"
 FEW, FITTING = 16, 20
@@ -53,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def scenes(args: argparse.Namespace) -> dict[str, object]:
     """The scenes of `lifecycle`, on servers with few and with many registered adapters."""
-    (template,) = adapters.write(
+    (template,) = random_adapters.write(
         base.ensure(cache=args.cache), args.work / "small", 1, 4, modules=("q_proj", "v_proj")
     )
     directories = lifecycle.copies(template, args.work / "many", args.registered)

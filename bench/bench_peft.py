@@ -21,13 +21,12 @@ from typing import Any
 
 import base
 import measure
+import random_adapters
 import report
 from loraplex import LoraplexError
 from measure import BenchmarkError, Case, Lengths
 from served import Server, ServerError, exit_on_sigterm
 from workload import Popularity
-
-import adapters
 
 HERE = Path(__file__).parent
 COUNT, RANK = 16, 16
@@ -54,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     exit_on_sigterm()
     began = time.monotonic()
     directory = base.ensure(cache=args.cache)
-    directories = adapters.write(directory, args.work / "adapters", COUNT, RANK)
+    directories = random_adapters.write(directory, args.work / "adapters", COUNT, RANK)
     busy = os.getloadavg()[0]
     if busy > BUSY:
         print(f"warning: the machine is not idle (load average {busy:.1f}); results are doubtful")

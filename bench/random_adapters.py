@@ -1,6 +1,6 @@
 """Writes random LoRA adapters of every linear layer, as PEFT would, for benchmarks.
 
-    python bench/adapters.py --base var/bench/base --out var/bench/adapters --count 16 --rank 16
+    python bench/random_adapters.py --base var/bench/base --count 16 --rank 16
 
 They are `a0`, `a1`, ...: different numbers, equal cost. Their deltas are small against the base's
 weights, so that text stays text. What lies in `--out` already, with the same settings, is kept.
