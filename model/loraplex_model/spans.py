@@ -189,7 +189,7 @@ class _Adapted(torch.autograd.Function):
         to_x = None
         if sources:
             x = ctx.make(*sources)
-            to_x = _zero_between(torch.empty_like(x), changes) if wanted[1] else None
+            to_x = _zeroed(torch.empty_like(x), changes) if wanted[1] else None
             _through_factors(gy, x, changes, tensors, numbers, out, to_x)
         typed = [
             None if g is None or not needed else g.to(t.dtype)
@@ -226,8 +226,7 @@ def _through_factors(
     out: list[torch.Tensor | None],
     to_x: torch.Tensor | None,
 ) -> None:
-    """The gradients of A and B, into `out`, and of x, into `to_x`, zero where nothing is read."""
-    written: set[int] = set()
+    """The gradients of A and B, into `out`, and of x, into what `_zeroed` gave."""
     for batch in _read_together(changes):
         rows, dropped = batch[0].rows, batch[0].dropout is not None
         reduced = next(saved)
@@ -246,19 +245,17 @@ def _through_factors(
         if to_x is None:
             continue
         a = torch.cat([tensors[c.a] for c in batch]).to(x.dtype)
-        if rows.start not in written and mask is None:
+        if mask is None:  # then all A's of these rows are in this batch
             torch.mm(to_reduced, a, out=to_x[rows])
         else:
-            to_own = to_reduced @ a
-            to_own = to_own if mask is None else _kept(to_own, mask, batch[0])
-            to_x[rows] = to_own + to_x[rows] if rows.start in written else to_own
-        written.add(rows.start)
+            to_x[rows].add_(_kept(to_reduced @ a, mask, batch[0]))
 
 
-def _zero_between(to_x: torch.Tensor, changes: Sequence[_Change]) -> torch.Tensor:
-    """Zeros in the rows that no A reads."""
+def _zeroed(to_x: torch.Tensor, changes: Sequence[_Change]) -> torch.Tensor:
+    """Zeros but for rows that `_through_factors` writes at once: those of a job without dropout."""
+    whole = {(c.rows.start, c.rows.stop) for c in changes if c.a >= 0 and c.dropout is None}
     end = 0
-    for start, stop in sorted({(c.rows.start, c.rows.stop) for c in changes if c.a >= 0}):
+    for start, stop in sorted(whole):
         to_x[end:start] = 0
         end = stop
     to_x[end:] = 0
