@@ -21,6 +21,7 @@ from loraplex_adapters.train.joint import JointPass, Part
 from loraplex_adapters.train.methods.base import Setting, TrainedAdapter
 from loraplex_adapters.train.samples import IGNORED, MicroBatch
 from loraplex_adapters.train.spec import MethodSpec
+from loraplex_model.kernels import build as kernels
 from loraplex_model.load import load_base
 from loraplex_model.weights import BaseWeights
 
@@ -179,6 +180,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--steps", type=int, default=3, help="timed, after one that is not")
     add("--checkpointing", action="store_true")
     args = parser.parse_args(argv)
+    kernels.load(directory=args.cache / "kernels")
     base = load_base(str(args.base), torch.float32, args.cache).weights
     result = single(args, base) if args.case == "single" else joint(args, base)
     print(report.json_line({**result, "threads": torch.get_num_threads()}))

@@ -10,19 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 
 from loraplex_model import autograd
 from loraplex_model.adapter import Activation, AdapterTable, Reads, SiteDelta, VirtualTokens
 from loraplex_model.batch import ForwardBatch, Mix
-from loraplex_model.config import MODEL, Site
+from loraplex_model.config import MODEL, PROJECTIONS, Site
 from loraplex_model.linear import TILE, by_tiles
 from loraplex_model.merge import DenseMatrices
-
-if TYPE_CHECKING:
-    from loraplex_model.spans import Dropout
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 """The base's product of a fused matrix with rows, bias included: [n, in] -> [n, out]."""
@@ -45,6 +42,26 @@ class Adapter(Protocol):
     @property
     def virtual(self) -> VirtualTokens | None: ...
     def at(self, site: Site) -> SiteDelta | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Dropout:
+    """What is dropped of the inputs of A: inverted dropout, for each module anew, as PEFT does.
+
+    A mask is a function of `seed` and the site alone, so a layer that is computed again drops the
+    same numbers, and a job drops the same ones whatever shares its pass.
+    """
+
+    probability: float
+    seed: int
+
+    def mask(self, site: Site, like: torch.Tensor) -> torch.Tensor:
+        """bool, of the shape of `like`: what stays."""
+        layer, name = site
+        generator = torch.Generator(like.device)
+        generator.manual_seed(self.seed + layer * len(PROJECTIONS) + PROJECTIONS.index(name))
+        random = torch.rand(like.shape, generator=generator, device=like.device)
+        return random >= self.probability
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,28 +15,8 @@ import torch
 
 from loraplex_model.adapter import SiteDelta
 from loraplex_model.autograd import Recipe
-from loraplex_model.config import PROJECTIONS, Site
-from loraplex_model.mix import Product, RowGroup
-
-
-@dataclass(frozen=True, slots=True)
-class Dropout:
-    """What is dropped of the inputs of A: inverted dropout, for each module anew, as PEFT does.
-
-    A mask is a function of `seed` and the site alone, so a layer that is computed again drops the
-    same numbers, and a job drops the same ones whatever shares its pass.
-    """
-
-    probability: float
-    seed: int
-
-    def mask(self, site: Site, like: torch.Tensor) -> torch.Tensor:
-        """bool, of the shape of `like`: what stays."""
-        layer, name = site
-        generator = torch.Generator(like.device)
-        generator.manual_seed(self.seed + layer * len(PROJECTIONS) + PROJECTIONS.index(name))
-        random = torch.rand(like.shape, generator=generator, device=like.device)
-        return random >= self.probability
+from loraplex_model.config import Site
+from loraplex_model.mix import Dropout, Product, RowGroup
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from loraplex_model import autograd, nf4, spans
 from loraplex_model.adapter import AdapterDelta, SiteDelta, VirtualTokens
 from loraplex_model.attention import PackedAttention
 from loraplex_model.linear import DenseLinear, DequantisedLinear, ScratchLinear
-from loraplex_model.mix import RowGroup
+from loraplex_model.mix import Dropout, RowGroup
 from model.conftest import Load
 from torch.autograd import gradcheck
 
@@ -140,7 +140,7 @@ def test_an_input_gain_of_a_matrix_of_its_own() -> None:
 
 @pytest.mark.parametrize("probability", [0.25, 0.5])
 def test_dropout_has_the_mean_and_the_share_of_zeros(probability: float) -> None:
-    dropout = spans.Dropout(probability, seed=3)
+    dropout = Dropout(probability, seed=3)
     x = torch.ones(400, 300, dtype=torch.float64)
     a, b = torch.eye(300, dtype=torch.float64), torch.eye(300, dtype=torch.float64)
     delta = AdapterDelta({(0, "o_proj"): SiteDelta(a=a, b=b)})
@@ -152,7 +152,7 @@ def test_dropout_has_the_mean_and_the_share_of_zeros(probability: float) -> None
 
 
 def test_dropout_is_derived_through_the_mask_it_drew() -> None:
-    dropout = spans.Dropout(0.4, seed=5)
+    dropout = Dropout(0.4, seed=5)
     tensors = [normal(8, 5), normal(2, 5), normal(2, 4), normal(1, 5), normal(1, 2)]
 
     def project(x: torch.Tensor, aq: Any, bq: Any, av: Any, bv: Any) -> torch.Tensor:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from loraplex_model.errors import ModelError
+from loraplex_model.kernels import build as kernels
 from loraplex_model.load import LoadedBase, load_base
 
 from loraplex_adapters.train import data, methods
@@ -39,6 +41,9 @@ class Ground:
     def open(spec: RunSpec) -> Ground:
         """Loads both. Raises TrainError with the problems of all jobs' data."""
         device = device_of(spec)
+        if device.type == "cpu":
+            with suppress(kernels.KernelsUnavailable):  # told by who needs them
+                kernels.load(directory=spec.cache / "kernels")  # where a server keeps its own
         try:
             dtype = getattr(torch, spec.dtype)
             base = load_base(spec.model, dtype, spec.cache, device=device)

@@ -17,8 +17,7 @@ from loraplex_model.adapter import AdapterDelta, VirtualTokens
 from loraplex_model.attention import PackedAttention
 from loraplex_model.kernels import unpack
 from loraplex_model.linear import BaseLinear, FusedLinear, ScratchLinear
-from loraplex_model.mix import RowGroup
-from loraplex_model.spans import Dropout
+from loraplex_model.mix import Dropout, RowGroup
 from loraplex_model.weights import BaseWeights
 
 from loraplex_adapters.train import loss

@@ -135,24 +135,29 @@ def compile_kernels(isa: str, into: Path | None = None, flags: Sequence[str] = (
     return target / LIBRARY
 
 
-@cache
 def load(
     isa: str | None = None, flags: tuple[str, ...] = (), directory: Path | None = None
 ) -> Kernels:
     """The kernels for `isa` (default: the best this processor runs), compiled if need be.
 
-    `LORAPLEX_ISA` overrides the default. `directory` keeps the builds. Raises `KernelsUnavailable`.
+    `LORAPLEX_ISA` overrides the default. `directory` keeps the builds. A process loads one library
+    for an instruction set: whoever asks first says from where. Raises `KernelsUnavailable`.
     """
     isa = isa or os.environ.get("LORAPLEX_ISA") or supported_isas()[0]
     if isa not in supported_isas():
         raise KernelsUnavailable(f"this processor cannot run {isa}; it runs {supported_isas()}")
-    path = find(isa, flags, directory) or compile_kernels(isa, directory, flags)
-    try:
-        library = Kernels(str(path))
-    except OSError as error:
-        raise KernelsUnavailable(f"the kernels at {path} do not load: {error}") from error
-    library.isa = isa
-    return library
+    if (isa, flags) not in _loaded:
+        path = find(isa, flags, directory) or compile_kernels(isa, directory, flags)
+        try:
+            library = Kernels(str(path))
+        except OSError as error:
+            raise KernelsUnavailable(f"the kernels at {path} do not load: {error}") from error
+        library.isa = isa
+        _loaded[isa, flags] = library
+    return _loaded[isa, flags]
+
+
+_loaded: dict[tuple[str, tuple[str, ...]], Kernels] = {}
 
 
 def _name(isa: str, flags: Sequence[str]) -> str:
