@@ -58,6 +58,15 @@ CASES = {
         },
     ),
     "tied base with biases": Case({"r": 4}, ALL, variant="llama-tied-bias"),
+    "head": Case(
+        {"r": 4, "target_modules": "v_proj,lm_head"},
+        {**ALL, "target_modules": ["v_proj", "lm_head"]},
+    ),
+    "tied head": Case(
+        {"r": 4, "target_modules": "v_proj,lm_head"},
+        {**ALL, "target_modules": ["v_proj", "lm_head"]},
+        variant="llama-tied-bias",
+    ),
     "dora": Case({"r": 4}, {**ALL, "use_dora": True}, "dora"),
     "dora, rslora, patterns": Case(
         {"r": 4, "lora_alpha": 6, "target_modules": "attention", "use_rslora": True, **PATTERNS},
@@ -73,8 +82,8 @@ CASES = {
     ),
     "dora on biases": Case({"r": 4}, {**ALL, "use_dora": True}, "dora", "qwen2"),
 }
-TWENTY_STEPS = ("some layers, from text", "patterns", "dora, rslora, patterns")
-SAVED = ("rslora", *TWENTY_STEPS, "dora on biases")
+TWENTY_STEPS = ("some layers, from text", "patterns", "head", "dora, rslora, patterns")
+SAVED = ("rslora", "tied head", *TWENTY_STEPS, "dora on biases")
 RECURRING = tiny.batches(4) * 5
 
 

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import Final
 
 import torch
+from loraplex_model.config import MODEL
 from loraplex_model.weights import BaseWeights
 
 from loraplex_adapters.train.evaluate import SHOWN
 from loraplex_adapters.train.evaluate import delta as delta_of
 from loraplex_adapters.train.generate import CACHE_TOKENS
 from loraplex_adapters.train.job import Job
+from loraplex_adapters.train.loss import changes_head
 from loraplex_adapters.train.memory import AdapterSize, Estimate, estimate
 from loraplex_adapters.train.spec import RunSpec
 
@@ -54,6 +56,8 @@ def _shape(job: Job) -> _Shape:
             learned = max(learned, batch.learned)
     layers: dict[int, int] = {}
     for (layer, _), change in delta.sites.items():
+        if layer == MODEL:
+            continue
         layers[layer] = layers.get(layer, 0) + (0 if change.b is None else len(change.b))
     parameters = list(job.adapter.parameters.values())
     size = AdapterSize(
@@ -61,6 +65,7 @@ def _shape(job: Job) -> _Shape:
         max(p.itemsize for p in parameters),
         job.spec.optim.name,
         max(layers.values(), default=0),
+        changes_head(delta),
     )
     return _Shape(tokens, learned, size)
 

@@ -28,12 +28,13 @@ _OPTIMISER_BYTES = {"adamw": 8, "paged_adamw": 8, "adamw8bit": 2, "paged_adamw8b
 @dataclass(frozen=True, slots=True)
 class AdapterSize:
     """One job's adapter: numbers that it trains, bytes of each, its optimiser (`OptimSpec.name`)
-    and, for LoRA, the sum of the ranks of a layer's modules."""
+    and, for LoRA, the sum of the ranks of a layer's modules and whether it has the head too."""
 
     parameters: int
     itemsize: int = 4
     optimiser: str = "adamw"
     ranks: int = 0
+    head: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,10 @@ def estimate(
     else:
         kept = config.num_layers * layer
     rows = min(learned, chunk_rows(config.vocab_size))
-    loss = rows * config.vocab_size * max(item, 4) + 4 * learned * config.hidden_size * item
+    logits = 3 if any(adapter.head for adapter in adapters) else 1  # autograd keeps its own
+    loss = (
+        logits * rows * config.vocab_size * max(item, 4) + 4 * learned * config.hidden_size * item
+    )
     if not on_cuda and base.lm_head.element_size() < item:
         loss += base.lm_head.numel() * item
     return Estimate(

@@ -30,7 +30,7 @@ from loraplex_model.weights import BaseWeights
 
 from loraplex_adapters.train.errors import TrainError
 from loraplex_adapters.train.methods.options import Options
-from loraplex_adapters.train.methods.targets import weight
+from loraplex_adapters.train.methods.targets import shape, weight
 
 INITIALISATIONS = ("default", "gaussian", "random", "pissa", "loftq")
 
@@ -84,7 +84,7 @@ def _drawn(
     base: BaseWeights, name: str, chance: torch.Generator, site: Site, rank: int, scale: float
 ) -> Start:
     """Without a look at the weights; PEFT's distributions, from our own generator."""
-    fan_in, fan_out = base.config.projection_shapes()[site[1]]
+    fan_in, fan_out = shape(base, site)
     if name == "gaussian":
         a = torch.randn(rank, fan_in, generator=chance) / rank
     else:
@@ -159,10 +159,10 @@ def _open(options: Options, base: BaseWeights, source: str) -> TensorSource | No
 
 
 def _check_ranks(options: Options, base: BaseWeights, ranks: Mapping[Site, int]) -> None:
-    shapes = base.config.projection_shapes()
+    smallest = {site[1]: min(shape(base, site)) for site in ranks}
     for name, rank in sorted({(site[1], rank) for site, rank in ranks.items()}):
-        if rank > min(shapes[name]):
-            options.refuse(f"r: {name} has only {min(shapes[name])} singular values, not {rank}")
+        if rank > smallest[name]:
+            options.refuse(f"r: {name} has only {smallest[name]} singular values, not {rank}")
 
 
 def _largest_parts(

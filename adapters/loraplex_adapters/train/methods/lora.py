@@ -31,7 +31,7 @@ from loraplex_adapters.train.methods.base import (
 from loraplex_adapters.train.methods.initial import INITIALISATIONS, Initialise, read_initialisation
 from loraplex_adapters.train.methods.options import Options
 from loraplex_adapters.train.methods.plain import config_of, leaf
-from loraplex_adapters.train.methods.targets import read_pattern, read_sites
+from loraplex_adapters.train.methods.targets import HEAD, read_pattern, read_sites
 
 Number = TypeVar("Number", int, float)
 
@@ -70,7 +70,7 @@ def lora(options: Options, setting: Setting) -> TrainedAdapter:
     `rank_pattern`, `alpha_pattern`, `lora_dropout`, `loraplus_lr_ratio`, `init` and what belongs to
     it (see `initial`).
     """
-    recipe = read_recipe(options, setting)
+    recipe = read_recipe(options, setting, head=True)
     initialise = read_initialisation(
         options, recipe.init, setting.base, recipe.ranks, setting.generator
     )
@@ -78,9 +78,12 @@ def lora(options: Options, setting: Setting) -> TrainedAdapter:
     return LoraAdapter(setting, recipe, Pairs(setting.base, recipe, initialise))
 
 
-def read_recipe(options: Options, setting: Setting) -> Recipe:
-    """The options of A and B, but for those that belong to what they start from."""
-    sites = read_sites(options, setting.base)
+def read_recipe(options: Options, setting: Setting, head: bool = False) -> Recipe:
+    """The options of A and B, but for those that belong to what they start from.
+
+    `head`: the output head may be among the targets.
+    """
+    sites = read_sites(options, setting.base, head=head)
     init = options.choice("init", "default", INITIALISATIONS)
     most = Limits().max_rank // (2 if init == "pissa" else 1)  # whose file has twice the rank
     r = options.integer("r", 16, 1, most)
@@ -90,11 +93,16 @@ def read_recipe(options: Options, setting: Setting) -> Recipe:
     if ranks and max(ranks.values()) > most:
         options.refuse(f"rank_pattern: {max(ranks.values())} is above {most}, which is the most")
     alphas = read_pattern(options, "alpha_pattern", sites)
+    dropout = options.number("lora_dropout", 0.0, minimum=0, below=1)
+    if HEAD in sites and dropout:
+        options.refuse("lora_dropout: the head's inputs are not dropped; target one or the other")
+    if HEAD in sites and init in ("pissa", "loftq"):
+        options.refuse(f"init: the head is not quantised, so it has no {init} start")
     return Recipe(
         {site: ranks.get(site, r) for site in sites},
         {site: alphas.get(site, alpha) for site in sites},
         options.flag("use_rslora", False),
-        options.number("lora_dropout", 0.0, minimum=0, below=1),
+        dropout,
         options.number("loraplus_lr_ratio", 1.0, above=0),
         init,
     )

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 
 import torch
 from loraplex_model import nf4
-from loraplex_model.config import PROJECTIONS, Site
+from loraplex_model.config import MODEL, PROJECTIONS, Site
 from loraplex_model.kernels import unpack
 from loraplex_model.merge import fused_matrix
 from loraplex_model.stored import FUSED
@@ -16,6 +16,8 @@ from loraplex_model.weights import BaseWeights, NF4Matrix
 from loraplex_adapters.modules import BLOCKS, module_path
 from loraplex_adapters.patterns import match, suffixes
 from loraplex_adapters.train.methods.options import Options
+
+HEAD: Site = (MODEL, "lm_head")
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -33,8 +35,10 @@ def read_sites(
     base: BaseWeights,
     default: str = "all-linear",
     allowed: Collection[str] = PROJECTIONS,
+    head: bool = False,
 ) -> tuple[Site, ...]:
-    """The projections that `target_modules` and `layers` name, in the order of the model.
+    """The projections that `target_modules` and `layers` name, in the order of the model; with
+    `head` also the output head, if it is named: no word for several modules includes it.
 
     A name is a word of `GROUPS`, or a module's path or the end of one: "q_proj",
     "self_attn.q_proj", "layers.1.self_attn.q_proj". Notes a problem for every name without module.
@@ -46,11 +50,12 @@ def read_sites(
         options.refuse(f"layers: there is no layer {beyond[0]}; the base has 0 to {count - 1}")
         layers = tuple(range(count))
     sites = [(layer, name) for layer in layers for name in PROJECTIONS if name in allowed]
+    sites += [HEAD] if head else []
     chosen: set[Site] = set()
     for name in names:
         found = [site for site in sites if _names(name, site)]
         if not found:
-            options.refuse(f"target_modules: {_nothing(name, base, allowed)}")
+            options.refuse(f"target_modules: {_nothing(name, base, allowed, head)}")
         chosen.update(found)
     return tuple(site for site in sites if site in chosen)
 
@@ -75,6 +80,14 @@ def read_pattern(
         path, one, other = matched.conflict
         options.refuse(f"{name}: {one!r} and {other!r} both name {path}, with different values")
     return {paths[path]: value for path, value in matched.values.items()}
+
+
+def shape(base: BaseWeights, site: Site) -> tuple[int, int]:
+    """A module's inputs and outputs."""
+    if site == HEAD:
+        vocab, hidden = base.lm_head.shape
+        return hidden, vocab
+    return base.config.projection_shapes()[site[1]]
 
 
 def matrix(base: BaseWeights, site: Site) -> NF4Matrix:
@@ -105,8 +118,9 @@ def _names(name: str, site: Site) -> bool:
     return site[1] in GROUPS[name] if name in GROUPS else name in suffixes(module_path(*site))
 
 
-def _nothing(name: str, base: BaseWeights, allowed: Collection[str]) -> str:
+def _nothing(name: str, base: BaseWeights, allowed: Collection[str], head: bool) -> str:
     known = [*(module for module in PROJECTIONS if module in allowed), *GROUPS]
+    known += [HEAD[1]] if head else []
     near = difflib.get_close_matches(name, known, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     example = f"model.layers.0.{BLOCKS[known[0]]}.{known[0]}"
