@@ -72,6 +72,8 @@ def test_items_follow_what_they_are_for() -> None:
     assert sparing.total < more.total == sum(more.items.values())
     few = estimate(weights, 200, [one], learned=10)
     assert few.items["loss"] < more.items["loss"]
+    head = estimate(weights, 200, [AdapterSize(1000, head=True)])
+    assert head.items["loss"] > more.items["loss"]
 
 
 def test_the_peak_does_not_fall() -> None:

@@ -233,6 +233,19 @@ def test_everything_that_is_wrong_is_told_at_once() -> None:
     assert len(told.splitlines()) == 9
 
 
+def test_what_the_head_cannot_have_is_told() -> None:
+    told = problems("lora", target_modules="lm_head", lora_dropout=0.1, init="pissa")
+    assert "lora_dropout: the head's inputs are not dropped" in told
+    assert "init: the head is not quantised" in told
+    for method in ("dora", "adalora", "ia3"):
+        assert "is called 'lm_head'" in problems(method, target_modules=["v_proj", "lm_head"])
+
+
+def test_words_for_several_modules_leave_the_head_out() -> None:
+    adapter = tiny.make("lora", "llama", r=2, target_modules="all-linear")
+    assert not any("lm_head" in name for name in adapter.parameters)
+
+
 def test_keys_that_disagree_are_refused() -> None:
     told = problems("lora", rank_pattern={"q_proj": 2, "layers.1.self_attn.q_proj": 3})
     assert "both name model.layers.1.self_attn.q_proj, with different values" in told

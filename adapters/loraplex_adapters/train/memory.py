@@ -68,10 +68,9 @@ def estimate(
     else:
         kept = config.num_layers * layer
     rows = min(learned, chunk_rows(config.vocab_size))
-    logits = 3 if any(adapter.head for adapter in adapters) else 1  # autograd keeps its own
-    loss = (
-        logits * rows * config.vocab_size * max(item, 4) + 4 * learned * config.hidden_size * item
-    )
+    copies = 3 if any(adapter.head for adapter in adapters) else 1  # autograd has its own
+    loss = copies * rows * config.vocab_size * max(item, 4)
+    loss += 4 * learned * config.hidden_size * item
     if not on_cuda and base.lm_head.element_size() < item:
         loss += base.lm_head.numel() * item
     return Estimate(
