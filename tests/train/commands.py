@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
+from loraplex import cli as client
 from loraplex_adapters.train.cli import app
 from loraplex_adapters.train.event_lines import decode
 from loraplex_adapters.train.events import Event
@@ -94,6 +96,13 @@ def server(settings: Mapping[str, object], log: Path) -> Any:
     served = module_from_spec(spec)
     spec.loader.exec_module(served)
     return served.Server(settings, log)
+
+
+def is_known(command: str) -> bool:
+    """Whether the client has this command and these options; it is not run."""
+    name, *words = shlex.split(command)
+    done = CliRunner().invoke(client.app, [*words, "--help"])
+    return name == "loraplex" and done.exit_code == 0
 
 
 def events(text: str) -> list[Event]:

@@ -11,6 +11,8 @@ from loraplex_adapters.train.card import MOST_ROWS, Facts, card
 from loraplex_adapters.train.events import Evaluated, Event, JobEnded, JobState, Sampled
 from loraplex_adapters.train.spec import DataSpec, JobSpec, MethodSpec
 
+from train.commands import is_known
+
 JOB = JobSpec("tickets", DataSpec(Path("/srv/someone/secret/tickets.jsonl")),
               MethodSpec("lora", {"r": 16, "target_modules": "q_proj|v_proj"}))  # fmt: skip
 FACTS = Facts("org/base-1", "sha256:ff", 12345, {"training examples": 1200}, "d" * 64, "e" * 64, 20)
@@ -33,9 +35,18 @@ def test_it_tells_how_good_the_adapter_is_and_how_it_was_made() -> None:
     assert "9.9" not in text  # another job's
     assert "12,345" in text
     assert "1,200" in text
-    assert "loraplex upload tickets . --load" in text
+    assert "loraplex adapters upload tickets . --load" in text
     assert text.index("I do not know") < text.index("after 30 steps")
     assert text == card(JOB, FACTS, EVENTS)
+
+
+@pytest.mark.parametrize("template", ["", "f" * 64])
+def test_its_commands_are_the_clients(template: str) -> None:
+    text = card(JOB, replace(FACTS, template=template), EVENTS)
+    commands = text.partition("```sh\n")[2].partition("```")[0].splitlines()
+    assert len(commands) == 2
+    for command in commands:
+        assert is_known(command), command
 
 
 def test_its_head_is_what_hubs_read() -> None:

@@ -195,9 +195,13 @@ def test_a_store_that_cannot_be_written_is_said_and_the_folder_stays(
 def test_a_server_that_is_not_there_is_said_with_the_command_that_sends_it_later(
     trained: Trained,
 ) -> None:
-    with pytest.raises(TrainError, match=r"loraplex --server 127\.0\.0\.1:9 upload lora") as caught:
+    with pytest.raises(TrainError) as caught:
         trained.publish(server="127.0.0.1:9")
     assert caught.value.reason == "PUBLISH_FAILED"
+    (problem,) = caught.value.problems
+    command = problem.partition("send it again with: ")[2]
+    assert "--server 127.0.0.1:9 adapters upload lora" in command
+    assert commands.is_known(command)
 
 
 def test_a_server_takes_the_adapter_and_answers_as_the_trainer_does(

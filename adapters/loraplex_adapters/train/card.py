@@ -66,7 +66,8 @@ def _head(job: JobSpec, facts: Facts) -> str:
 def _serve(job: JobSpec, facts: Facts) -> str:
     chat = " --chat" if facts.template else ""
     commands = (
-        f'loraplex upload {job.name} . --load\nloraplex generate "..."{chat} --adapter {job.name}'
+        f"loraplex adapters upload {job.name} . --load\n"
+        f'loraplex generate "..."{chat} --adapter {job.name}'
     )
     peft = (
         "PEFT has no adapters of this kind."

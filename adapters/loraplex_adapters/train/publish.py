@@ -153,7 +153,7 @@ def send(
     Returns "name@3" and the answer. Raises TrainError(PUBLISH_FAILED), also where the server's
     answer came from other bytes.
     """
-    again = f"loraplex --server {target.server} upload {name} {folder} --replace --load"
+    again = f"loraplex --server {target.server} adapters upload {name} {folder} --replace --load"
     try:
         with Client(target.server, wait_for_ready=False) as client:
             sent = client.upload_adapter(
