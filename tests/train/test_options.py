@@ -114,6 +114,14 @@ def test_a_file_with_jobs_a_run_and_a_sweep(tmp_path: Path) -> None:
     assert {job.method.name for job in spec.jobs[4:]} == {"ia3"}
 
 
+def test_the_file_in_the_documentation_is_understood() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "training.md").read_text("utf-8")
+    spec = options.from_toml(text.partition("```toml\n")[2].partition("```")[0])
+    assert [job.name for job in spec.jobs] == ["orders", "tickets"]
+    assert [job.method.name for job in spec.jobs] == ["lora", "ia3"]
+    assert (spec.out, spec.save_every) == (Path("var/runs/desk"), 100)
+
+
 def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
     config = tmp_path / "jobs.toml"
     config.write_text(
