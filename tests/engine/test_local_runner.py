@@ -12,6 +12,7 @@ from loraplex_adapters.errors import AdapterError
 from loraplex_adapters.spec import BaseShapes
 from loraplex_adapters.store import Store
 from loraplex_model.batch import ForwardBatch
+from loraplex_model.kernels import build as kernels
 from loraplex_server.engine.core import EngineCore
 from loraplex_server.engine.loader import Job, ReadResult
 from loraplex_server.engine.local_runner import LocalRunner, RunnerError, build
@@ -52,6 +53,7 @@ def test_without_a_compiler_one_warning_and_the_same_answers(
     compiled = start(checkpoint, Path("var/cache"))
     assert compiled.info.kernels.startswith("C++")
     monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(kernels, "_loaded", {})  # as in a new process
     with caplog.at_level(logging.WARNING):
         fallback = start(checkpoint, tmp_path)
     assert fallback.info.kernels == "torch"
