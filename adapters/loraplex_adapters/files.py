@@ -185,12 +185,7 @@ def open_below(root: Path, relative: str) -> Directory:
     holds a NUL, passes through a link, or is no directory.
     """
     parts = _parts(relative)
-    try:
-        here = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:
-        raise AdapterError(
-            "STORE_UNAVAILABLE", "the server's import root cannot be opened", "path"
-        ) from None
+    here = _open_root(root)
     try:
         for part in parts:
             below = os.open(part, _DIRECTORY, dir_fd=here)
@@ -200,6 +195,20 @@ def open_below(root: Path, relative: str) -> Directory:
         os.close(here)
         raise _no_directory() from None
     return Directory(here)
+
+
+def open_root(root: Path) -> Directory:
+    """Opens `root` itself, which may be a link. Raises AdapterError(STORE_UNAVAILABLE)."""
+    return Directory(_open_root(root))
+
+
+def _open_root(root: Path) -> int:
+    try:
+        return os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        raise AdapterError(
+            "STORE_UNAVAILABLE", "the server's import root cannot be opened", "path"
+        ) from None
 
 
 def resolve_below(root: Path, relative: str) -> Path:

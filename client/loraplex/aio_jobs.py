@@ -6,12 +6,12 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator, Sequence
-from types import TracebackType
-from typing import Any, Self, TypeAlias, TypeVar, Unpack
+from typing import Any, TypeAlias, TypeVar, Unpack
 
 import grpc
 
 from loraplex import channel, training
+from loraplex.aio_streams import AsyncCall
 from loraplex.errors import from_rpc_error
 from loraplex.training import JobState, TrainingJob, TrainingOptions
 from loraplex.v1 import training_pb2, training_pb2_grpc
@@ -21,47 +21,17 @@ R = TypeVar("R")
 _Jobs: TypeAlias = list[TrainingJob]  # "list" is a method below
 
 
-class AsyncJobWatch:
+class AsyncJobWatch(AsyncCall[training_pb2.WatchJobResponse]):
     """See `JobWatch`: the same members, with `async for`."""
-
-    def __init__(self, call: grpc.aio.UnaryStreamCall[Any, training_pb2.WatchJobResponse]) -> None:
-        self._call = call
-        self._messages = aiter(call)
-        self._cancelled = False
-
-    def cancel(self) -> None:
-        """Stop watching. A reader then sees the end."""
-        self._cancelled = True
-        self._call.cancel()
-
-    async def aclose(self) -> None:
-        self.cancel()
 
     def __aiter__(self) -> AsyncIterator[TrainingJob]:
         return self
 
     async def __anext__(self) -> TrainingJob:
-        try:
-            return training.job((await anext(self._messages)).job)
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if not self._cancelled or (task is not None and task.cancelling()):
-                self._call.cancel()
-                raise
-        except grpc.RpcError as error:
-            raise from_rpc_error(error) from error
-        raise StopAsyncIteration
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.cancel()
+        message = await self._message()
+        if message is None:
+            raise StopAsyncIteration
+        return training.job(message.job)
 
 
 class AsyncTraining:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from types import TracebackType
-from typing import Self, TypeAlias, TypeVar, Unpack
+from typing import TypeAlias, TypeVar, Unpack
 
 import grpc
 
 from loraplex import channel, training
 from loraplex.errors import from_rpc_error
+from loraplex.streams import Call
 from loraplex.training import JobState, TrainingJob, TrainingOptions
 from loraplex.v1 import training_pb2, training_pb2_grpc
 
@@ -20,44 +20,20 @@ R = TypeVar("R")
 _Jobs: TypeAlias = list[TrainingJob]  # "list" is a method below
 
 
-class JobWatch:
+class JobWatch(Call[training_pb2.WatchJobResponse]):
     """A running watch of a job: iterate it for its states, the last of them final.
 
-    Leaving the `with` block, `cancel`, or dropping the last reference ends it; the job goes on.
+    When it ends, the job goes on.
     """
-
-    def __init__(self, call: grpc._CallIterator[training_pb2.WatchJobResponse]) -> None:
-        self._call = call
-        self._cancelled = False
-
-    def cancel(self) -> None:
-        """Stop watching; from any thread. A reader then sees the end."""
-        self._cancelled = True
-        self._call.cancel()
-
-    close = cancel
 
     def __iter__(self) -> Iterator[TrainingJob]:
         return self
 
     def __next__(self) -> TrainingJob:
-        try:
-            return training.job(next(self._call).job)
-        except grpc.RpcError as error:
-            if not self._cancelled or error.code() is not grpc.StatusCode.CANCELLED:
-                raise from_rpc_error(error) from error
-        raise StopIteration
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.cancel()
+        message = self._message()
+        if message is None:
+            raise StopIteration
+        return training.job(message.job)
 
 
 class Training:

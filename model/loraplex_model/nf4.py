@@ -132,7 +132,7 @@ def absmax_float(matrix: NF4Matrix) -> torch.Tensor:
     out, fan_in = matrix.shape
     if fan_in % BLOCK:
         raise ValueError(f"rows of {fan_in} weights do not hold whole blocks of {BLOCK}")
-    return torch.cat([maxima for _, maxima in _modules(matrix)]).view(out, fan_in // BLOCK)
+    return maxima(matrix).view(out, fan_in // BLOCK)
 
 
 def maxima(matrix: NF4Matrix) -> torch.Tensor:

@@ -208,7 +208,7 @@ def _optimiser(spec: OptimSpec, groups: list[dict[str, Any]]) -> torch.optim.Opt
     if spec.name == "sgd":
         return torch.optim.SGD(groups, lr=spec.lr)
     if spec.name == "adamw":
-        # one native call for all tensors; on a CPU four times as fast as one call for each
+        # one native call for all tensors, in place of several for each
         return torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=True)
     import bitsandbytes  # seconds, so only where it is asked for
 

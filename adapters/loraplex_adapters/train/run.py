@@ -281,7 +281,7 @@ class Run:
             share = evaluate.metric(job, self._delta(job), examples, answer)
             self._emit(job.evaluate(total, share))
             if answer is not None and (job.progress.step == 0 or not job.active):
-                delta = self._delta(job)
+                delta = self._delta(job)  # the best one's, if the job has ended now
                 self._emit(evaluate.answers(job, delta, examples, answer, self.text.decode))
         self._saved = False
         return True

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from loraplex_adapters.errors import AdapterError
-from loraplex_adapters.files import Directory, open_below
+from loraplex_adapters.files import open_below, open_root
 
 from loraplex_server.training.jobs import Refusal
 
@@ -35,7 +35,7 @@ def copy(root: Path, relative: str, target: Path, max_bytes: int, field: str) ->
         raise Refusal("FIELD_INVALID", text, field=field)
     try:
         with (
-            _folder(root, parent) as folder,
+            open_below(root, parent) if parent else open_root(root) as folder,
             folder.open(name, max_bytes) as source,
             target.open("xb") as file,
         ):
@@ -54,14 +54,3 @@ def from_os_error(error: OSError) -> Refusal:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return Refusal("STORE_FULL", "no space is left for training jobs")
     return Refusal("STORE_UNAVAILABLE", "the folder of training jobs cannot be written")
-
-
-def _folder(root: Path, relative: str) -> Directory:
-    if relative:
-        return open_below(root, relative)
-    try:
-        return Directory(os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
-    except OSError:
-        raise AdapterError(
-            "STORE_UNAVAILABLE", "the server's import root cannot be opened", "path"
-        ) from None

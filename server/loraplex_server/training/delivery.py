@@ -57,17 +57,15 @@ class RegistryDestination:
 
     async def _register(self, folder: Path, order: Order, load: bool) -> Registered:
         terms = Terms(order.name, order.replace, order.labels, load=load)
-        for pause in _RETRY_SECONDS:
+        pauses = iter(_RETRY_SECONDS)
+        while True:
             try:
                 return (await self._registry.register_trained(folder, terms))[0]
             except AdapterError as error:
-                if error.reason != "STORE_UNAVAILABLE":
+                pause = next(pauses, None) if error.reason == "STORE_UNAVAILABLE" else None
+                if pause is None:
                     raise _refusal(error, order.name) from error
             await asyncio.sleep(pause)
-        try:
-            return (await self._registry.register_trained(folder, terms))[0]
-        except AdapterError as error:
-            raise _refusal(error, order.name) from error
 
     async def _find(self, name: str) -> Registered | None:
         try:
