@@ -38,16 +38,17 @@ COPY README.md LICENSE ./
 COPY client client
 COPY model model
 COPY adapters adapters
+COPY training training
 COPY server server
 RUN --mount=type=cache,target=/root/.cache/pip pip install --no-deps .
 
 # Every instruction set, since the image may run on another CPU than the one that builds it.
-RUN python -m loraplex_model.kernels.build --all --into /opt/loraplex/kernels
+RUN python -m loraplex_model.ops.build --all --into /opt/loraplex/kernels
 
 # WITH_DEFAULT_MODEL=1 adds the default model's weights (93 MB), to try the image without a model of one's own.
 ARG WITH_DEFAULT_MODEL=0
 RUN if [ "$WITH_DEFAULT_MODEL" = 1 ]; then \
-        python -c 'from pathlib import Path; from loraplex_model.default_model import ensure_default_model; ensure_default_model(Path("/opt/loraplex/models"))'; \
+        python -c 'from pathlib import Path; from loraplex_model.checkpoints.default_model import ensure_default_model; ensure_default_model(Path("/opt/loraplex/models"))'; \
     fi
 
 # --- runtime: no compiler, no pip cache, no root ------------------------------------------------

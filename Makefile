@@ -36,7 +36,7 @@ $(READY): pyproject.toml requirements.lock
 	@touch $@
 
 model: $(READY) ## Fetch the default model's weights into var/cache (93 MB, once)
-	@$(BIN)/python -c 'from pathlib import Path; from loraplex_model.default_model import ensure_default_model; ensure_default_model(Path("var/cache"))'
+	@$(BIN)/python -c 'from pathlib import Path; from loraplex_model.checkpoints.default_model import ensure_default_model; ensure_default_model(Path("var/cache"))'
 
 prometheus: ## Find Prometheus or unpack Debian's package below var/tools (for one test, which skips without it)
 	@scripts/fetch-prometheus
@@ -50,7 +50,7 @@ serve: setup model ## Start the server on the default model (SERVE_ARGS='--port 
 train-adapter: setup model ## Train an adapter on DATA=file.jsonl as NAME=name (ARGS='--lr 1e-4 --serve localhost:50051'); without DATA, show what training does
 ifdef DATA
 	@test -n "$(NAME)" || { echo "error: name the adapter: make train-adapter DATA=$(DATA) NAME=..." >&2; exit 2; }
-	$(BIN)/python -m loraplex_adapters.train run --data "$(DATA)" --name "$(NAME)" --store var/store $(ARGS)
+	$(BIN)/python -m loraplex_training run --data "$(DATA)" --name "$(NAME)" --store var/store $(ARGS)
 else
 	$(BIN)/python examples/train_adapter.py $(ARGS)
 endif

@@ -23,7 +23,7 @@ def ensure(directory: Path = DEFAULT, cache: Path = CACHE, dtype: str = "float32
     if (directory / "config.json").exists():
         return directory
     import torch
-    from loraplex_model.default_model import ensure_default_model
+    from loraplex_model.checkpoints.default_model import ensure_default_model
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     gguf = ensure_default_model(cache)

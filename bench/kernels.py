@@ -16,9 +16,9 @@ from ctypes import byref, c_void_p
 from functools import partial
 
 import torch
-from loraplex_model import nf4
-from loraplex_model.kernels import build, layout
-from loraplex_model.kernels.layout import CMatrix
+from loraplex_model.decoder import layout
+from loraplex_model.decoder.layout import CMatrix
+from loraplex_model.ops import build, nf4
 
 SHAPES = [(960, 576), (3072, 576), (576, 1536), (2048, 2048)]
 ROWS = [1, 4, 16, 64, 256]

@@ -25,12 +25,13 @@ PROMPT = tuple(range(300, 332))
 def run(cache: Path, cycles: int) -> dict[str, object]:
     """`merge_cycles`, `packed_hash_equal`, `logits_equal` and what a cycle took."""
     import torch
-    from loraplex_model.adapter import LoraFactors, lora, pack
-    from loraplex_model.batch import ForwardBatch
-    from loraplex_model.kernels import build
-    from loraplex_model.load import load_base
-    from loraplex_model.native import NativeDecoder
-    from loraplex_model.weights import BaseWeights
+    from loraplex_model.adapters.delta import LoraFactors, lora
+    from loraplex_model.adapters.pack import pack
+    from loraplex_model.base.batch import ForwardBatch
+    from loraplex_model.base.weights import BaseWeights
+    from loraplex_model.checkpoints.load import load_base
+    from loraplex_model.decoder.native import NativeDecoder
+    from loraplex_model.ops import build
 
     def packed_hash(weights: BaseWeights) -> str:
         digest = hashlib.sha256()

@@ -18,10 +18,10 @@ from collections.abc import Mapping, Sequence
 
 import paper_base
 import paper_sweep
-from loraplex_adapters.modules import PREFIX, module_path
-from loraplex_adapters.train.methods.base import TrainedAdapter
-from loraplex_model.adapter import AdapterDelta, SiteDelta
-from loraplex_model.config import PROJECTIONS, Site
+from loraplex_adapters.format.modules import PREFIX, module_path
+from loraplex_model.adapters.delta import AdapterDelta, SiteDelta
+from loraplex_model.base.config import PROJECTIONS, Site
+from loraplex_training.methods.base import TrainedAdapter
 from paper_report import conclude
 from paper_sweep import Job, Sweep
 from report import table

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from loraplex_adapters.train.samples import IGNORED, MicroBatch
-from loraplex_model.load import load_base
-from loraplex_model.weights import BaseWeights
+from loraplex_model.base.weights import BaseWeights
+from loraplex_model.checkpoints.load import load_base
+from loraplex_training.data.samples import IGNORED, MicroBatch
 from report import json_line
 from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -20,8 +20,8 @@ import bitsandbytes.functional as bnb
 import paper_base
 import paper_sweep
 import torch
-from loraplex_model import nf4
-from loraplex_model.config import PROJECTIONS
+from loraplex_model.base.config import PROJECTIONS
+from loraplex_model.ops import nf4
 from paper_report import conclude
 from report import table
 from transformers import LlamaForCausalLM

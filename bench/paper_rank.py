@@ -21,8 +21,8 @@ from statistics import mean
 import paper_base
 import paper_sweep
 import torch
-from loraplex_adapters.train.methods.base import TrainedAdapter
-from loraplex_model.adapter import AdapterDelta, SiteDelta
+from loraplex_model.adapters.delta import AdapterDelta, SiteDelta
+from loraplex_training.methods.base import TrainedAdapter
 from paper_report import conclude
 from paper_sweep import Job, Sweep, Trained
 from report import table

@@ -12,14 +12,14 @@ from typing import cast
 
 import paper_base
 import torch
-from loraplex_adapters.train import methods
-from loraplex_adapters.train.joint import JointPass, Part
-from loraplex_adapters.train.methods.base import Setting, TrainedAdapter
-from loraplex_adapters.train.samples import MicroBatch
-from loraplex_adapters.train.spec import MethodSpec
-from loraplex_model.adapter import AdapterDelta
-from loraplex_model.linear import DenseLinear
-from loraplex_model.weights import BaseWeights
+from loraplex_model.adapters.delta import AdapterDelta
+from loraplex_model.base.weights import BaseWeights
+from loraplex_model.ops.linear import DenseLinear
+from loraplex_training import methods
+from loraplex_training.data.samples import MicroBatch
+from loraplex_training.methods.base import Setting, TrainedAdapter
+from loraplex_training.spec.spec import MethodSpec
+from loraplex_training.step.joint import JointPass, Part
 
 SEQUENCES, LENGTH = 4, 64
 EVALUATED = 128

@@ -16,14 +16,15 @@ from pathlib import Path
 
 import report
 import torch
-from loraplex_adapters.train import memory, methods
-from loraplex_adapters.train.joint import JointPass, Part
-from loraplex_adapters.train.methods.base import Setting, TrainedAdapter
-from loraplex_adapters.train.samples import IGNORED, MicroBatch
-from loraplex_adapters.train.spec import MethodSpec
-from loraplex_model.kernels import build as kernels
-from loraplex_model.load import load_base
-from loraplex_model.weights import BaseWeights
+from loraplex_model.base.weights import BaseWeights
+from loraplex_model.checkpoints.load import load_base
+from loraplex_model.ops import build as kernels
+from loraplex_training import methods
+from loraplex_training.data.samples import IGNORED, MicroBatch
+from loraplex_training.methods.base import Setting, TrainedAdapter
+from loraplex_training.spec.spec import MethodSpec
+from loraplex_training.step import memory
+from loraplex_training.step.joint import JointPass, Part
 
 RANK, JOBS = 16, 4
 LR = 1e-4

@@ -35,7 +35,7 @@ from demo_checks import (
 )
 from demo_view import SideBySide
 from loraplex import AsyncClient, Completion, GenerateOptions, LoraplexError
-from loraplex_adapters.digest import AdapterDigest
+from loraplex_adapters.format.digest import AdapterDigest
 from rich.console import Console
 from rich.table import Table
 

@@ -3,7 +3,7 @@
     python examples/train_adapter.py           (or: make train-adapter)
 
 The task: an order in a sentence becomes strict JSON. Its rows are made by a seeded script
-(`python -m loraplex_adapters.train.tasks contacts`), and none of the held-out ones, half of which
+(`python -m examples.tasks contacts`), and none of the held-out ones, half of which
 are of names that training never sees, is among those that are learned. The adapter is trained by
 `loraplex-train`, uploaded to a server that is started here on free ports, and asked the held-out
 questions there. Exits with 0 only if the base fails, the adapter does not, and the server's answers
@@ -24,11 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loraplex import Client, LoraplexError
-from loraplex_adapters.train import event_lines
-from loraplex_adapters.train.events import Evaluated, Published
-from loraplex_adapters.train.tasks import write
+from loraplex_training.report import lines as event_lines
+from loraplex_training.report.events import Evaluated, Published
 from rich.console import Console
 from rich.table import Table
+from tasks import write
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "bench"))
@@ -127,7 +127,7 @@ def train(
     command += ["--store", str(work / "store")]
     console.print("$ " + " ".join(command), style="dim", soft_wrap=True, markup=False)
     events = work / "events.jsonl"
-    program = [sys.executable, "-m", "loraplex_adapters.train", *command[1:]]
+    program = [sys.executable, "-m", "loraplex_training", *command[1:]]
     subprocess.run([*program, "--events", str(events)], check=True, env=os.environ)
     told = [event_lines.decode(line) for line in events.read_bytes().splitlines()]
     shares = [e.metric for e in told if isinstance(e, Evaluated) and e.metric is not None]

@@ -19,15 +19,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from loraplex_adapters.train.errors import TrainError
-from loraplex_adapters.train.events import JobState
-from loraplex_adapters.train.options import from_mapping
-from loraplex_adapters.train.progress import Progress
-from loraplex_adapters.train.publish import known_as, placed, stamps, write
-from loraplex_adapters.train.run import Outcome, Run
-from loraplex_adapters.train.spec import RunSpec
-from loraplex_adapters.train.verify import verify
-from loraplex_model.default_model import HUB_NAME
+from loraplex_model.checkpoints.default_model import HUB_NAME
+from loraplex_training.errors import TrainError
+from loraplex_training.publish.publish import known_as, placed, stamps, write
+from loraplex_training.publish.verify import verify
+from loraplex_training.report.events import JobState
+from loraplex_training.report.progress import Progress
+from loraplex_training.run.run import Outcome, Run
+from loraplex_training.spec.parse import from_mapping
+from loraplex_training.spec.spec import RunSpec
 from rich.console import Console
 
 HERE = Path(__file__).parent

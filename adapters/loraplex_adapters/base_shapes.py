@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from loraplex_adapters.spec import BaseShapes
+from loraplex_adapters.format.spec import BaseShapes
 
 if TYPE_CHECKING:
-    from loraplex_model.weights import BaseWeights
+    from loraplex_model.base.weights import BaseWeights
 
 
 def shapes_of(weights: BaseWeights, dtype: str) -> BaseShapes:

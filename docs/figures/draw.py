@@ -14,8 +14,8 @@ from pathlib import Path
 
 import matplotlib as mpl
 import torch
-from loraplex_model import nf4
-from loraplex_model.merge import DenseMatrix
+from loraplex_model.adapters.table import DenseMatrix
+from loraplex_model.ops import nf4
 
 HERE = Path(__file__).parent
 BLUE, RED, GREY = "#2b6cb0", "#c05621", "#a0aec0"

@@ -19,13 +19,13 @@ from typing import Final
 from wsgiref.simple_server import WSGIServer
 
 from loraplex_adapters.errors import AdapterError
-from loraplex_adapters.spec import Limits
+from loraplex_adapters.format.spec import Limits
 from loraplex_adapters.store import Store
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 
 from loraplex_server.config import Config
-from loraplex_server.engine.client import EngineClient, EngineUnavailable
 from loraplex_server.engine.messages import Fatal, Hello, LoadDone, MergeDone, StepDone
+from loraplex_server.engine.process.client import EngineClient, EngineUnavailable
 from loraplex_server.feed import AdapterFeed
 from loraplex_server.metrics import Metrics, serve_metrics
 from loraplex_server.registry import Registry
@@ -220,7 +220,7 @@ class Server:
         config = self._config
         if not config.training:
             return None
-        program = config.trainer or [sys.executable, "-m", "loraplex_adapters.train"]
+        program = config.trainer or [sys.executable, "-m", "loraplex_training"]
         trainer = Trainer(
             program,
             {**config.trainer_options(), "device": self.engine.hello.model.device},
@@ -327,7 +327,7 @@ def _engine_command(config: Config) -> list[str]:
         "limits": config.engine_limits(),
         "merge_auto": config.merge_auto,
     }
-    return [sys.executable, "-m", "loraplex_server.engine.process", json.dumps(setup)]
+    return [sys.executable, "-m", "loraplex_server.engine.process.main", json.dumps(setup)]
 
 
 async def _stop_metrics(httpd: WSGIServer, thread: Thread) -> None:

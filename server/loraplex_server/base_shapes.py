@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from loraplex_adapters.base_shapes import shapes_of
-from loraplex_adapters.spec import BaseShapes
+from loraplex_adapters.format.spec import BaseShapes
 
 from loraplex_server.config import Config
 
@@ -16,7 +16,7 @@ def load_shapes(config: Config) -> BaseShapes:
     Imports torch. Raises `ModelError`.
     """
     import torch
-    from loraplex_model.load import load_base
+    from loraplex_model.checkpoints.load import load_base
 
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
     weights = load_base(config.model, dtype, Path(config.cache)).weights

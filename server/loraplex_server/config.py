@@ -13,7 +13,7 @@ from pydantic import ByteSize, Field, SecretStr, ValidationError, model_validato
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 DEFAULT_MODEL: Final = "default"
-ENGINE_FACTORY: Final = "loraplex_server.engine.local_runner:build"
+ENGINE_FACTORY: Final = "loraplex_server.engine.runner.local:build"
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 

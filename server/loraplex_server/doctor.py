@@ -42,7 +42,7 @@ def _arithmetic(config: Config) -> Iterator[Finding]:
     except ImportError:
         yield Finding("torch", "not installed: pip install 'loraplex[server]'", good=False)
         return
-    from loraplex_model.kernels import build
+    from loraplex_model.ops import build
 
     cuda = torch.cuda.is_available()
     gpu = torch.cuda.get_device_name() if cuda else "no CUDA device"

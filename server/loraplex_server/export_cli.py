@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from loraplex_adapters.convert.export.directory import staged
+from loraplex_adapters.convert.importers import adapterhub
 from loraplex_adapters.errors import AdapterError
-from loraplex_adapters.export.directory import staged
-from loraplex_adapters.importers import adapterhub
-from loraplex_model.errors import ModelError
+from loraplex_model.base.refusal import ModelError
 
 from loraplex_server.config import Config, ConfigError, load
 
 if TYPE_CHECKING:  # these import torch, which other commands need not wait for
-    from loraplex_adapters.export.exporter import Outcome, Request
+    from loraplex_adapters.convert.export.exporter import Outcome, Request
 
 BAD_INPUT = 2
 """Exit code for everything that an operator can mend."""
@@ -97,7 +97,7 @@ def export(
     llama.cpp. peft: a plain LoRA adapter. Model, store and cache are the server's settings, unless
     they are given.
     """
-    from loraplex_adapters.export.exporter import Request, run
+    from loraplex_adapters.convert.export.exporter import Request, run
 
     given = {"model": model, "store": store, "store_url": store_url, "cache": cache}
     settings = _settings(config, {name: value for name, value in given.items() if value})
@@ -140,7 +140,7 @@ def convert(
             message = "--from pissa needs --initial, the adapter as it was before training"
             raise AdapterError("FIELD_INVALID", message, "initial")
         else:
-            from loraplex_adapters.export import mutated
+            from loraplex_adapters.convert.export import mutated
 
             mutated.convert(adapter, initial, target)
     typer.echo(f"converted to {out}; registering it checks it against a base")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import typer
-from loraplex_adapters import matrix
+from loraplex_adapters.convert.importers import adapterhub
 from loraplex_adapters.errors import AdapterError
-from loraplex_adapters.importers import adapterhub
+from loraplex_adapters.format import matrix
 
 
 def support_matrix() -> None:

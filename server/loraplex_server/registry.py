@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from loraplex_adapters.errors import AdapterError
-from loraplex_adapters.files import Directory, open_below, open_directory
-from loraplex_adapters.format import Report, examine
-from loraplex_adapters.spec import BaseShapes, Limits
+from loraplex_adapters.format.examine import Report, examine
+from loraplex_adapters.format.files import Directory, open_below, open_directory
+from loraplex_adapters.format.spec import BaseShapes, Limits
 from loraplex_adapters.store import Page, Record, Store, Upload
 
-from loraplex_server.engine.client import EngineClient, EngineFailure
 from loraplex_server.engine.messages import AdapterRef, AdapterStatus
+from loraplex_server.engine.process.client import EngineClient, EngineFailure
 from loraplex_server.feed import AdapterFeed, Catalogue
 from loraplex_server.metrics import Metrics
 from loraplex_server.name_cache import NameCache

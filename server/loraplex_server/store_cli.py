@@ -11,9 +11,9 @@ from typing import Annotated, Any, Final, NoReturn, get_type_hints
 
 import typer
 from loraplex_adapters.errors import AdapterError
-from loraplex_adapters.spec import Limits
+from loraplex_adapters.format.spec import Limits
 from loraplex_adapters.store import Store, Verified
-from loraplex_model.errors import ModelError
+from loraplex_model.base.refusal import ModelError
 from rich.console import Console, RenderableType
 
 from loraplex_server import store_tables as tables

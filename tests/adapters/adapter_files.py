@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
-from loraplex_adapters.modules import module_path
-from loraplex_adapters.spec import BaseShapes
+from loraplex_adapters.format.modules import module_path
+from loraplex_adapters.format.spec import BaseShapes
 from numpy.typing import NDArray
 
 BASE = BaseShapes(

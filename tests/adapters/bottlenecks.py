@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from loraplex_adapters.spec import BaseShapes
+from loraplex_adapters.format.spec import BaseShapes
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as f

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from loraplex_adapters.export.base import ExportBase, open_base
-from loraplex_model.adapter import AdapterDelta, pack
-from loraplex_model.reference import ReferenceDecoder
+from loraplex_adapters.convert.export.base import ExportBase, open_base
+from loraplex_model.adapters.delta import AdapterDelta
+from loraplex_model.adapters.pack import pack
+from loraplex_model.decoder.reference import ReferenceDecoder
 from model.passes import BLOCK_SIZE, NUM_BLOCKS, Driver, Sequence, token_ids
 
 from model import tiny

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from adapters.adapter_files import BASE, Tensors
-from loraplex_adapters.modules import PREFIX, module_path
+from loraplex_adapters.format.modules import PREFIX, module_path
 
 Config = dict[str, Any]
 

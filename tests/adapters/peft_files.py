@@ -10,8 +10,8 @@ from typing import Any
 
 import peft
 import torch
-from loraplex_adapters.spec import BaseShapes
-from loraplex_model.families import decoder_config
+from loraplex_adapters.format.spec import BaseShapes
+from loraplex_model.base.families import decoder_config
 
 from model import tiny
 

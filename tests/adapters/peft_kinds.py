@@ -18,12 +18,12 @@ from typing import Any
 import peft
 import torch
 from adapters.peft_files import TIED, Case, Q, base_shapes, lora
-from loraplex_adapters.format import inspect
-from loraplex_adapters.spec import AdapterSpec, BaseShapes, Limits
-from loraplex_adapters.tensors import load
-from loraplex_model.adapter import AdapterDelta
-from loraplex_model.load import load_base
-from loraplex_model.weights import BaseWeights
+from loraplex_adapters.format.examine import inspect
+from loraplex_adapters.format.spec import AdapterSpec, BaseShapes, Limits
+from loraplex_adapters.load.tensors import load
+from loraplex_model.adapters.delta import AdapterDelta
+from loraplex_model.base.weights import BaseWeights
+from loraplex_model.checkpoints.load import load_base
 from model.passes import token_ids
 
 from adapters import bottlenecks, peft_files

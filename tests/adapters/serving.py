@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from adapters.peft_kinds import BASE, BLENDS, Gallery, ids_of, names_on, one_thread
-from loraplex_model.adapter import PackedAdapter, pack
-from loraplex_model.batch import ForwardBatch, Mix
+from loraplex_model.adapters.pack import PackedAdapter, pack
+from loraplex_model.base.batch import ForwardBatch, Mix
 from model.passes import BLOCK_SIZE, Driver, Sequence
 
 NUM_BLOCKS = 512

@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from loraplex_adapters import faults
+from loraplex_model.base import faults
 
 from adapters import store_workload as workload
 

@@ -11,11 +11,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from adapters.adapter_files import BASE
-from loraplex_adapters import faults
 from loraplex_adapters.errors import AdapterError
-from loraplex_adapters.files import CONFIG_FILE, WEIGHTS_FILE
-from loraplex_adapters.format import inspect
-from loraplex_adapters.store import Store
+from loraplex_adapters.format.examine import inspect
+from loraplex_adapters.format.files import CONFIG_FILE, WEIGHTS_FILE
+from loraplex_adapters.store import Store, blobs
 
 from adapters import stores
 
@@ -23,7 +22,7 @@ from adapters import stores
 def points() -> list[str]:
     """Every fault point of the store in the package's source, once for each place."""
     found = []
-    for file in sorted(Path(faults.__file__).resolve().parent.rglob("*.py")):
+    for file in sorted(Path(blobs.__file__).resolve().parent.rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("reach"):
                 (name,) = node.args

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 from adapters.adapter_files import BASE, weights_bytes
+from loraplex_adapters.convert.importers.adapterhub import convert
 from loraplex_adapters.errors import AdapterError
-from loraplex_adapters.format import inspect
-from loraplex_adapters.importers.adapterhub import convert
-from loraplex_adapters.spec import AdapterSpec
+from loraplex_adapters.format.examine import inspect
+from loraplex_adapters.format.spec import AdapterSpec
 from safetensors.torch import load_file, save_file
 
 HIDDEN = BASE.hidden_size

@@ -11,13 +11,13 @@ import pytest
 from adapters.adapter_files import BASE, everywhere, lora_config, lora_tensors, write_adapter
 from hypothesis import given
 from hypothesis import strategies as st
-from loraplex_adapters.config import parse_config
 from loraplex_adapters.errors import AdapterError
-from loraplex_adapters.format import examine, inspect
-from loraplex_adapters.kinds import KINDS
-from loraplex_adapters.spec import Limits
-from loraplex_adapters.strict_json import loads
-from loraplex_adapters.support import Support
+from loraplex_adapters.format.config import parse_config
+from loraplex_adapters.format.examine import examine, inspect
+from loraplex_adapters.format.kinds import KINDS
+from loraplex_adapters.format.spec import Limits
+from loraplex_adapters.format.strict_json import loads
+from loraplex_adapters.format.support import Support
 
 UNSUPPORTED = sorted(k for k, o in KINDS["LORA"].options.items() if o.support is Support.REFUSED)
 

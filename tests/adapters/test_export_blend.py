@@ -12,9 +12,8 @@ import torch
 from adapters.adapter_files import everywhere
 from adapters.export_bases import PROMPT, Bases, agree, rows
 from adapters.peft_files import CASES, lora, write
-from loraplex_adapters.errors import AdapterError
-from loraplex_adapters.export.base import LIMITS, ExportBase, open_adapter
-from loraplex_adapters.export.blend import (
+from loraplex_adapters.convert.export.base import LIMITS, ExportBase, open_adapter
+from loraplex_adapters.convert.export.blend import (
     Method,
     Recipe,
     blend,
@@ -23,12 +22,13 @@ from loraplex_adapters.export.blend import (
     ties,
     truncated,
 )
-from loraplex_adapters.export.factors import EMBEDDING, Factors, delta_of, factors_of
-from loraplex_adapters.export.peft_files import write_peft
-from loraplex_adapters.format import inspect
-from loraplex_model.adapter import AdapterDelta
-from loraplex_model.config import MODEL
-from loraplex_model.families import tensor_name
+from loraplex_adapters.convert.export.factors import EMBEDDING, Factors, delta_of, factors_of
+from loraplex_adapters.convert.export.peft_files import write_peft
+from loraplex_adapters.errors import AdapterError
+from loraplex_adapters.format.examine import inspect
+from loraplex_model.adapters.delta import AdapterDelta
+from loraplex_model.base.config import MODEL
+from loraplex_model.base.families import tensor_name
 from model.changes import random_adapter
 from peft.utils import merge_utils
 from transformers import AutoModelForCausalLM
@@ -66,7 +66,7 @@ def adapters(bases: Bases, tmp_path_factory: pytest.TempPathFactory) -> list[Ada
 
 def peft_logits(base: ExportBase, directory: Path) -> torch.Tensor:
     """What PEFT computes with an adapter on the weights as they are served."""
-    from loraplex_adapters.export.parameters import merged_form, parameters
+    from loraplex_adapters.convert.export.parameters import merged_form, parameters
 
     model = AutoModelForCausalLM.from_pretrained(base.source).eval()
     nothing = AdapterDelta()

@@ -12,9 +12,9 @@ from adapters.export_bases import Bases
 from adapters.peft_files import CASES, lora, write
 from adapters.test_adapterhub import PFEIFFER
 from adapters.test_adapterhub import write as write_adapterhub
+from loraplex_adapters.convert.export.directory import staged
 from loraplex_adapters.errors import AdapterError
-from loraplex_adapters.export.directory import staged
-from loraplex_adapters.format import inspect
+from loraplex_adapters.format.examine import inspect
 from loraplex_adapters.store import Store
 from loraplex_server.cli import app
 from typer.testing import CliRunner

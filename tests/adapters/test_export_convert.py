@@ -10,10 +10,10 @@ import peft
 import pytest
 import torch
 from adapters.export_bases import PROMPT, Bases, agree
+from loraplex_adapters.convert.export.base import LIMITS
+from loraplex_adapters.convert.export.mutated import convert
 from loraplex_adapters.errors import AdapterError
-from loraplex_adapters.export.base import LIMITS
-from loraplex_adapters.export.mutated import convert
-from loraplex_adapters.format import inspect
+from loraplex_adapters.format.examine import inspect
 from safetensors.torch import load_file, save_file
 
 from model import tiny

@@ -11,13 +11,13 @@ import torch
 from adapters.export_bases import Bases
 from adapters.peft_files import CASES, lora, write
 from gguf import GGUFReader
+from loraplex_adapters.convert.export.base import open_adapter
+from loraplex_adapters.convert.export.factors import EMBEDDING, factors_of
+from loraplex_adapters.convert.export.gguf_adapter import FILE, tensor_name, write_gguf
 from loraplex_adapters.errors import AdapterError
-from loraplex_adapters.export.base import open_adapter
-from loraplex_adapters.export.factors import EMBEDDING, factors_of
-from loraplex_adapters.export.gguf_adapter import FILE, tensor_name, write_gguf
-from loraplex_model.adapter import AdapterDelta
-from loraplex_model.config import DecoderConfig
-from loraplex_model.gguf_file import _halves
+from loraplex_model.adapters.delta import AdapterDelta
+from loraplex_model.base.config import DecoderConfig
+from loraplex_model.checkpoints.gguf_file import _halves
 from model.changes import random_adapter
 
 NAMES = {
@@ -130,7 +130,7 @@ def test_what_llama_cpp_cannot_apply_is_refused(bases: Bases, tmp_path: Path) ->
 
 
 def test_the_permutation_is_the_inverse_of_the_one_that_reads_models() -> None:
-    from loraplex_adapters.export.gguf_adapter import _interleaved
+    from loraplex_adapters.convert.export.gguf_adapter import _interleaved
 
     rows = torch.arange(3 * 8 * 2.0).view(24, 2)
     assert torch.equal(_halves(_interleaved(rows, 3), 3), rows)

@@ -11,12 +11,12 @@ import torch
 from adapters.adapter_files import write_adapter
 from adapters.export_bases import PROMPT, Bases, agree, rows
 from adapters.peft_files import CASES, write
+from loraplex_adapters.convert.export.account import measure, total
+from loraplex_adapters.convert.export.base import ExportBase, open_adapter, open_base
+from loraplex_adapters.convert.export.merged import LEAST_RETAINED, write_dense, write_nf4
 from loraplex_adapters.errors import AdapterError
-from loraplex_adapters.export.account import measure, total
-from loraplex_adapters.export.base import ExportBase, open_adapter, open_base
-from loraplex_adapters.export.merged import LEAST_RETAINED, write_dense, write_nf4
-from loraplex_model import nf4
-from loraplex_model.adapter import Activation, AdapterDelta, SiteDelta
+from loraplex_model.adapters.delta import Activation, AdapterDelta, SiteDelta
+from loraplex_model.ops import nf4
 from model.changes import random_adapter, random_prompt
 from model.peft_oracle import _compute_as_asked
 from model.test_gguf import write as write_gguf_base

@@ -16,8 +16,8 @@ from adapters.adapter_files import BASE, write_adapter
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from loraplex_adapters.errors import AdapterError
-from loraplex_adapters.files import open_below, open_directory, resolve_below
-from loraplex_adapters.format import inspect
+from loraplex_adapters.format.examine import inspect
+from loraplex_adapters.format.files import open_below, open_directory, resolve_below
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -80,7 +80,7 @@ def test_a_file_swapped_between_the_look_and_the_open_is_refused(
         return seen
 
     with open_directory(source) as directory:
-        monkeypatch.setattr("loraplex_adapters.files.os.lstat", look_then_swap)
+        monkeypatch.setattr("loraplex_adapters.format.files.os.lstat", look_then_swap)
         with pytest.raises(AdapterError) as refused:
             directory.open_config()
     assert (refused.value.reason, refused.value.field) == ("ADAPTER_INVALID", CONFIG)
@@ -116,8 +116,8 @@ def test_pickled_weights_are_refused_with_the_way_out(pickle: str, tmp_path: Pat
 OPENED = """
 import os, sys
 from pathlib import Path
-from loraplex_adapters.format import inspect
-from loraplex_adapters.spec import BaseShapes
+from loraplex_adapters.format.examine import inspect
+from loraplex_adapters.format.spec import BaseShapes
 names = []
 sys.addaudithook(lambda event, args: names.append(str(args[0])) if event == "open" else None)
 base = BaseShapes(2, {"q_proj": (32, 32), "k_proj": (32, 16), "v_proj": (32, 16)}, 32, 40, 8)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from adapters.adapter_files import BASE, Tensors, write_adapter
 from adapters.kind_files import EMBED, HEAD, O0, Q0, SAMPLES, V1, key
-from loraplex_adapters.format import Report, examine, inspect
-from loraplex_adapters.spec import AdapterSpec, Limits, ModuleSpec
+from loraplex_adapters.format.examine import Report, examine, inspect
+from loraplex_adapters.format.spec import AdapterSpec, Limits, ModuleSpec
 
 
 def judged(

@@ -11,11 +11,11 @@ import torch
 from adapters.peft_files import TIED
 from adapters.peft_kinds import BASE, Gallery, names_on, one_thread
 from adapters.serving import serve
-from loraplex_model.adapter import AdapterDelta
-from loraplex_model.config import MODEL
-from loraplex_model.merge import is_mergeable
-from loraplex_model.native import NativeDecoder
-from loraplex_model.weights import BaseWeights
+from loraplex_model.adapters.delta import AdapterDelta
+from loraplex_model.adapters.merge import is_mergeable
+from loraplex_model.base.config import MODEL
+from loraplex_model.base.weights import BaseWeights
+from loraplex_model.decoder.native import NativeDecoder
 
 CYCLES = 1000
 

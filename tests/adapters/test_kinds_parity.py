@@ -10,10 +10,10 @@ import torch
 from adapters.peft_files import TIED
 from adapters.peft_kinds import BASE, BLENDS, SERVED, VARIANTS, Gallery, names_on
 from adapters.serving import Served, serve
-from loraplex_adapters.kinds import KINDS
-from loraplex_model.adapter import pack
-from loraplex_model.native import NativeDecoder
-from loraplex_model.reference import ReferenceDecoder
+from loraplex_adapters.format.kinds import KINDS
+from loraplex_model.adapters.pack import pack
+from loraplex_model.decoder.native import NativeDecoder
+from loraplex_model.decoder.reference import ReferenceDecoder
 
 DECODERS: dict[str, Any] = {
     "reference": partial(ReferenceDecoder, keep_dense=True),

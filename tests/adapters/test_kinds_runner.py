@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from adapters.peft_files import TIED
 from adapters.peft_kinds import BASE, Gallery, ids_of, names_on
-from loraplex_adapters.format import inspect
-from loraplex_adapters.spec import BaseShapes
-from loraplex_model.batch import ForwardBatch
-from loraplex_server.engine.local_runner import LocalRunner, ReadAdapter, build
+from loraplex_adapters.format.examine import inspect
+from loraplex_adapters.format.spec import BaseShapes
+from loraplex_model.base.batch import ForwardBatch
 from loraplex_server.engine.messages import AdapterRef
+from loraplex_server.engine.runner.local import LocalRunner, ReadAdapter, build
 
 KV_TOKENS, VIRTUAL_TOKENS = 4096, 256
 

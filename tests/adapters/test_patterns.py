@@ -7,9 +7,9 @@ import re
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from loraplex_adapters.modules import module_path
-from loraplex_adapters.patterns import MAX_FOREIGN_KEYS, is_plain, match
-from loraplex_model.config import PROJECTIONS
+from loraplex_adapters.format.modules import module_path
+from loraplex_adapters.format.patterns import MAX_FOREIGN_KEYS, is_plain, match
+from loraplex_model.base.config import PROJECTIONS
 
 PATHS = [module_path(layer, name) for layer in (0, 1, 12) for name in PROJECTIONS]
 WORDS = ["model", "layers", "self_attn", "self", "attn", "mlp", *PROJECTIONS, "q", "proj", "s_lf"]

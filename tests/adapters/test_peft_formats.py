@@ -10,10 +10,10 @@ from pathlib import Path
 import peft
 import pytest
 from adapters.peft_files import CASES, EMBED, HEAD, base_shapes, lora, write
-from loraplex_adapters.format import examine, inspect
-from loraplex_adapters.kinds import KINDS
-from loraplex_adapters.safetensors_header import read_header
-from loraplex_adapters.support import COMMON, UNSERVED
+from loraplex_adapters.format.examine import examine, inspect
+from loraplex_adapters.format.header import read_header
+from loraplex_adapters.format.kinds import KINDS
+from loraplex_adapters.format.support import COMMON, UNSERVED
 
 COPIES = "base_layer.weight"
 

@@ -11,8 +11,8 @@ import torch
 from adapters.peft_files import base_shapes
 from adapters.peft_kinds import Gallery
 from loraplex_adapters.errors import AdapterError
-from loraplex_adapters.format import examine, inspect
-from loraplex_adapters.tensors import load
+from loraplex_adapters.format.examine import examine, inspect
+from loraplex_adapters.load.tensors import load
 from model.peft_oracle import factors_of
 from safetensors.torch import load_file, save_file
 

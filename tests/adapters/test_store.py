@@ -17,9 +17,9 @@ from adapters.adapter_files import BASE, everywhere, lora_config, lora_tensors, 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from loraplex_adapters.errors import AdapterError
-from loraplex_adapters.files import open_directory
-from loraplex_adapters.format import inspect
-from loraplex_adapters.spec import BaseShapes, Limits
+from loraplex_adapters.format.examine import inspect
+from loraplex_adapters.format.files import open_directory
+from loraplex_adapters.format.spec import BaseShapes, Limits
 from loraplex_adapters.store import Record, Store
 
 

@@ -17,7 +17,7 @@ CRASHES = """
 import json, os, shutil, signal, sys
 from pathlib import Path
 from loraplex_adapters.errors import AdapterError
-from loraplex_adapters.spec import BaseShapes
+from loraplex_adapters.format.spec import BaseShapes
 from loraplex_adapters.store import Store, blobs
 
 top, base = Path(sys.argv[1]), BaseShapes(**json.loads(sys.argv[2]))
@@ -80,7 +80,7 @@ print(json.dumps({"points": total, **outcomes}))
 RACER = """
 import json, sys
 from pathlib import Path
-from loraplex_adapters.spec import BaseShapes
+from loraplex_adapters.format.spec import BaseShapes
 from loraplex_adapters.store import Store
 top, base = Path(sys.argv[1]), BaseShapes(**json.loads(sys.argv[2]))
 sys.stdin.readline()
@@ -100,8 +100,8 @@ print(json.dumps(made))
 AUDIT = """
 import json, os, sys
 from pathlib import Path
-from loraplex_adapters.files import open_below
-from loraplex_adapters.spec import BaseShapes
+from loraplex_adapters.format.files import open_below
+from loraplex_adapters.format.spec import BaseShapes
 from loraplex_adapters.store import Store
 
 top, base = Path(sys.argv[1]), BaseShapes(**json.loads(sys.argv[2]))

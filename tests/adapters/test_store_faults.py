@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from loraplex_adapters import faults
+from loraplex_model.base import faults
 
 from adapters import store_workload as workload
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from adapters.adapter_files import BASE
 from adapters.stores import DATABASES, blobs, refusal, rubbish
-from loraplex_adapters import faults
 from loraplex_adapters.errors import AdapterError
 from loraplex_adapters.store import Collected, Store
+from loraplex_model.base import faults
 
 from adapters import stores
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from adapters.adapter_files import BASE
 from adapters.stores import adapters, blobs, refusal, rubbish
-from loraplex_adapters.files import CONFIG_FILE, MAX_CONFIG_BYTES, WEIGHTS_FILE
-from loraplex_adapters.format import inspect
-from loraplex_adapters.spec import Limits
+from loraplex_adapters.format.examine import inspect
+from loraplex_adapters.format.files import CONFIG_FILE, MAX_CONFIG_BYTES, WEIGHTS_FILE
+from loraplex_adapters.format.spec import Limits
 from loraplex_adapters.store import Store, Upload, UploadBounds
 
 BOUNDS = UploadBounds(max_weights_bytes=1 << 16, max_open=3)

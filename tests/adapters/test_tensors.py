@@ -20,9 +20,9 @@ from adapters.adapter_files import (
 from adapters.peft_files import base_shapes
 from adapters.peft_kinds import Gallery
 from loraplex_adapters.errors import AdapterError
-from loraplex_adapters.format import inspect
-from loraplex_adapters.tensors import load
-from loraplex_model.weights import BaseWeights
+from loraplex_adapters.format.examine import inspect
+from loraplex_adapters.load.tensors import load
+from loraplex_model.base.weights import BaseWeights
 
 BASE = base_shapes("llama")
 MODULES = everywhere("q_proj", "v_proj", layers=3)

@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 from adapters.adapter_files import BASE, lora_config, write_adapter
 from adapters.kind_files import SAMPLES
-from loraplex_adapters.format import examine
-from loraplex_adapters.kinds import KINDS
+from loraplex_adapters.format.examine import examine
+from loraplex_adapters.format.kinds import KINDS
 
 AUDITED = """
 import sys
 from pathlib import Path
 from adapters.adapter_files import BASE
-from loraplex_adapters.format import examine
+from loraplex_adapters.format.examine import examine
 roots = [Path(argument) for argument in sys.argv[1:]]
 for root in roots:
     examine(root, BASE)  # what is imported late is imported now

@@ -27,8 +27,8 @@ from adapters.adapter_files import (
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from loraplex_adapters.errors import AdapterError
-from loraplex_adapters.format import examine, inspect
-from loraplex_adapters.safetensors_header import MAX_HEADER_BYTES, read_header
+from loraplex_adapters.format.examine import examine, inspect
+from loraplex_adapters.format.header import MAX_HEADER_BYTES, read_header
 
 TENSORS = lora_tensors(everywhere("q_proj", "v_proj"))
 SOUND = weights_bytes(TENSORS)
@@ -161,8 +161,8 @@ def test_no_bytes_raise_anything_but_the_typed_error(data: bytes) -> None:
 PROBE = """
 import sys
 from pathlib import Path
-from loraplex_adapters.format import examine
-from loraplex_adapters.spec import BaseShapes
+from loraplex_adapters.format.examine import examine
+from loraplex_adapters.format.spec import BaseShapes
 def peak():
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0])
@@ -256,7 +256,7 @@ def test_half_precision_elements_are_judged_by_their_bits(
 def test_tensors_larger_than_a_piece_are_checked_to_their_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loraplex_adapters.values.PIECE", 64)
+    monkeypatch.setattr("loraplex_adapters.format.values.PIECE", 64)
     for position in (0, 15, 16, 17, -1):
         source = write_adapter(tmp_path, weights=changed(FIRST, position, np.nan))
         assert examine(source, BASE).findings[0].field == FIRST
@@ -417,7 +417,7 @@ def test_a_mutated_adapter_is_served_whole_or_described(
 
 @given(st.binary(max_size=40), st.binary(max_size=40), st.binary(max_size=40))
 def test_the_digest_keeps_the_files_apart(config: bytes, first: bytes, second: bytes) -> None:
-    from loraplex_adapters.digest import AdapterDigest
+    from loraplex_adapters.format.digest import AdapterDigest
 
     def digest(config: bytes, *pieces: bytes) -> str:
         made = AdapterDigest(config, sum(map(len, pieces)))

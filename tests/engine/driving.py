@@ -7,9 +7,10 @@ import json
 from typing import Any
 
 from engine.oracle import OracleRunner
-from loraplex_server.engine.auto_merge import MergePolicy
+from loraplex_server.engine.adapters.auto_merge import MergePolicy
+from loraplex_server.engine.adapters.loader import Job, Read, Result, work
+from loraplex_server.engine.batching.scheduler import Limits
 from loraplex_server.engine.core import EngineCore
-from loraplex_server.engine.loader import Job, Read, Result, work
 from loraplex_server.engine.messages import (
     AdapterRef,
     ControlDone,
@@ -20,7 +21,6 @@ from loraplex_server.engine.messages import (
     StepDone,
     Submit,
 )
-from loraplex_server.engine.scheduler import Limits
 
 GREEDY = SamplingParams(temperature=0.0)
 

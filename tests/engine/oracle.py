@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 from loraplex_adapters.errors import AdapterError
-from loraplex_model.batch import ForwardBatch
+from loraplex_model.base.batch import ForwardBatch
 from loraplex_server.engine.messages import AdapterRef, ModelInfo
 
 MASK = (1 << 64) - 1
@@ -341,6 +341,6 @@ def command(limits: dict[str, Any] | None = None, **options: Any) -> list[str]:
     tests = str(Path(__file__).resolve().parents[1])
     code = (
         "import sys; sys.path.insert(0, sys.argv.pop(1));"
-        "from loraplex_server.engine.process import main; sys.exit(main())"
+        "from loraplex_server.engine.process.main import main; sys.exit(main())"
     )
     return [sys.executable, "-c", code, tests, config]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from loraplex_server.engine.auto_merge import AutoMerge, Decision, MergePolicy, Move
+from loraplex_server.engine.adapters.auto_merge import AutoMerge, Decision, MergePolicy, Move
 
 POLICY = MergePolicy(window=10, samples=4, warmup=2, trial=40, backoff=30.0, longest_backoff=100.0)
 

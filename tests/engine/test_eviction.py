@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loraplex_server.engine.eviction import GreedyDual
-from loraplex_server.engine.host_tier import HostAdapter, HostTier
+from loraplex_server.engine.adapters.eviction import GreedyDual
+from loraplex_server.engine.adapters.host_tier import HostAdapter, HostTier
 
 
 def leaving(order: GreedyDual, keys: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loraplex_server.engine.kv import BlockPool, OutOfBlocks
+from loraplex_server.engine.batching.kv import BlockPool, OutOfBlocks
 
 
 def test_more_blocks_than_there_are_are_refused_and_nothing_is_taken() -> None:

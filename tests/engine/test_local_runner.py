@@ -9,14 +9,14 @@ import pytest
 import torch
 from adapters.adapter_files import everywhere, lora_config, lora_tensors, write_adapter
 from loraplex_adapters.errors import AdapterError
-from loraplex_adapters.spec import BaseShapes
+from loraplex_adapters.format.spec import BaseShapes
 from loraplex_adapters.store import Store
-from loraplex_model.batch import ForwardBatch
-from loraplex_model.kernels import build as kernels
+from loraplex_model.base.batch import ForwardBatch
+from loraplex_model.ops import build as kernels
+from loraplex_server.engine.adapters.loader import Job, ReadResult
 from loraplex_server.engine.core import EngineCore
-from loraplex_server.engine.loader import Job, ReadResult
-from loraplex_server.engine.local_runner import LocalRunner, RunnerError, build
 from loraplex_server.engine.messages import AdapterRef, Output, SamplingParams, Submit
+from loraplex_server.engine.runner.local import LocalRunner, RunnerError, build
 
 from model import tiny
 

@@ -15,7 +15,7 @@ from hypothesis.stateful import (
     precondition,
     rule,
 )
-from loraplex_server.engine.auto_merge import MergePolicy
+from loraplex_server.engine.adapters.auto_merge import MergePolicy
 from loraplex_server.engine.messages import AdapterRef, Load, Merge, Pin, Unload, Unmerge
 
 BUDGET = 100

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from engine.driving import Engine, adapter
 from engine.oracle import OracleRunner, continuation
-from loraplex_server.engine.auto_merge import MergePolicy
-from loraplex_server.engine.loader import MergeWeights, Read
+from loraplex_server.engine.adapters.auto_merge import MergePolicy
+from loraplex_server.engine.adapters.loader import MergeWeights, Read
 from loraplex_server.engine.messages import AdapterRef, Load, Merge, Pin, Unload, Unmerge
 
 

@@ -16,8 +16,6 @@ from pathlib import Path
 
 import pytest
 from engine.oracle import command, continuation
-from loraplex_server.engine import wire
-from loraplex_server.engine.client import EngineClient, EngineFailure, EngineUnavailable
 from loraplex_server.engine.messages import (
     AdapterRef,
     Fatal,
@@ -30,6 +28,8 @@ from loraplex_server.engine.messages import (
     StepDone,
     Submit,
 )
+from loraplex_server.engine.process import wire
+from loraplex_server.engine.process.client import EngineClient, EngineFailure, EngineUnavailable
 
 GREEDY = SamplingParams(temperature=0.0)
 BACKOFF = (0.01, 0.1)
@@ -325,7 +325,7 @@ async def test_an_engine_that_sends_garbage_is_replaced(tmp_path: Path) -> None:
             os.unlink({str(flag)!r})
             sys.path.insert(0, sys.argv[-2])
             from engine.oracle import OracleRunner
-            from loraplex_server.engine import wire
+            from loraplex_server.engine.process import wire
             from loraplex_server.engine.messages import Hello
             s = socket.socket(fileno=int(os.environ[wire.SOCKET_VARIABLE]))
             s.sendall(wire.encode(Hello(OracleRunner().info, 1, 1, 1)))
@@ -343,7 +343,7 @@ async def test_an_engine_that_sends_garbage_is_replaced(tmp_path: Path) -> None:
 
 def test_the_front_needs_neither_torch_nor_numpy_to_speak_to_the_engine() -> None:
     code = (
-        "import sys, loraplex_server.engine.client;"
+        "import sys, loraplex_server.engine.process.client;"
         "sys.exit(any(name in sys.modules for name in ('torch', 'numpy', 'grpc')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

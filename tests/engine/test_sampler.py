@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loraplex_server.engine.messages import SamplingParams
-from loraplex_server.engine.sampler import (
+from loraplex_server.engine.batching.sampler import (
     NON_FINITE,
     Draw,
     candidates,
@@ -18,6 +17,7 @@ from loraplex_server.engine.sampler import (
     sample,
     uniform,
 )
+from loraplex_server.engine.messages import SamplingParams
 
 VOCAB = 1000
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from engine.driving import Engine, adapter
 from engine.oracle import OracleRunner, continuation
-from loraplex_server.engine.scheduler import Limits
+from loraplex_server.engine.batching.scheduler import Limits
 
 
 def counts(engine: Engine) -> list[int]:
@@ -140,8 +140,8 @@ def test_limits_that_cannot_work_are_refused(limits: dict[str, int]) -> None:
 def test_scheduler_requests_and_blocks_need_neither_torch_nor_numpy_nor_grpc() -> None:
     code = (
         "import sys\n"
-        "import loraplex_server.engine.scheduler, loraplex_server.engine.request\n"
-        "import loraplex_server.engine.kv, loraplex_server.engine.messages\n"
+        "from loraplex_server.engine import messages\n"
+        "from loraplex_server.engine.batching import kv, request, scheduler\n"
         "sys.exit(any(name in sys.modules for name in ('torch', 'numpy', 'grpc')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

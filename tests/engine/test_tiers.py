@@ -9,8 +9,8 @@ import threading
 import pytest
 from engine.driving import Engine, adapter
 from engine.oracle import OracleAdapter, OracleRunner, continuation
-from loraplex_adapters.faults import injected
-from loraplex_server.engine.loader import NICER_BY, Read, ThreadLoader
+from loraplex_model.base.faults import injected
+from loraplex_server.engine.adapters.loader import NICER_BY, Read, ThreadLoader
 from loraplex_server.engine.messages import AdapterRef, AdapterStatus, Load, Pin, Unload
 
 

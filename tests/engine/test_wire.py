@@ -7,7 +7,6 @@ import itertools
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loraplex_server.engine import wire
 from loraplex_server.engine.messages import (
     Abort,
     AdapterRef,
@@ -29,6 +28,7 @@ from loraplex_server.engine.messages import (
     Unload,
     Unmerge,
 )
+from loraplex_server.engine.process import wire
 
 REF = AdapterRef("sha256:00", "/store/00", 0.5)
 TO_ENGINE = [

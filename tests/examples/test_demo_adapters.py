@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from demo_checks import BEHAVIOUR, is_json, is_pirate
-from loraplex_adapters import format as adapter_format
-from loraplex_adapters.spec import BaseShapes
+from loraplex_adapters.format import examine as adapter_format
+from loraplex_adapters.format.spec import BaseShapes
 from safetensors import safe_open
 from train import commands, runs
 from train_demo_adapters import BASE_NAME, RECIPES, completion, main

@@ -11,8 +11,8 @@ from demo import digest_of
 from demo_checks import Steps
 from demo_view import SideBySide
 from loraplex import Completion, FinishReason, ResolvedAdapter, Usage
-from loraplex_adapters import format as adapter_format
-from loraplex_adapters.spec import BaseShapes
+from loraplex_adapters.format import examine as adapter_format
+from loraplex_adapters.format.spec import BaseShapes
 from loraplex_server.engine.messages import StepDone, StepStats
 from loraplex_server.metrics import Metrics
 from prometheus_client import CollectorRegistry, generate_latest

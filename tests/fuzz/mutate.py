@@ -11,8 +11,8 @@ from math import prod
 from typing import Any
 
 from fuzz.targets import join, split
-from loraplex_adapters.kinds import KINDS
-from loraplex_adapters.support import COMMON
+from loraplex_adapters.format.kinds import KINDS
+from loraplex_adapters.format.support import COMMON
 
 SIZES = (0, 1, 2, 3, 8, 16, 31, 32, 40, 48, 64, 65, 257)
 VALUES: tuple[Any, ...] = (

@@ -15,12 +15,12 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["loraplex_adapters"]):
-    import loraplex_adapters.format  # noqa: F401
+    import loraplex_adapters.format.examine  # noqa: F401
 
 from fuzz.mutate import mutate
 from fuzz.targets import TARGETS
-from loraplex_adapters.kinds import KINDS
-from loraplex_adapters.support import COMMON
+from loraplex_adapters.format.kinds import KINDS
+from loraplex_adapters.format.support import COMMON
 
 CORPUS = Path(__file__).with_name("corpus")
 

@@ -12,11 +12,11 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from loraplex_adapters.config import parse_config
 from loraplex_adapters.errors import AdapterError, Finding
-from loraplex_adapters.format import Report, examine
-from loraplex_adapters.safetensors_header import Header, read_header
-from loraplex_adapters.spec import BaseShapes, Limits
+from loraplex_adapters.format.config import parse_config
+from loraplex_adapters.format.examine import Report, examine
+from loraplex_adapters.format.header import Header, read_header
+from loraplex_adapters.format.spec import BaseShapes, Limits
 
 BASE = BaseShapes(
     num_layers=2,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 
 import pytest
-from loraplex_model.kernels import build
+from loraplex_model.ops import build
 
 # On an AVX2 machine the 16-lane code is tested too: the compiler splits its vectors in two.
 BUILDS = [(isa, ()) for isa in build.supported_isas()]

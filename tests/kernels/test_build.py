@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from loraplex_model.kernels import build
+from loraplex_model.ops import build
 
 
 def test_a_process_has_one_library_from_where_it_was_asked_for_first(

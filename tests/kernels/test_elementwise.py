@@ -7,8 +7,8 @@ from unittest import mock
 
 import pytest
 import torch
-from loraplex_model.kernels import elementwise
-from loraplex_model.kernels.build import Kernels
+from loraplex_model.ops import elementwise
+from loraplex_model.ops.build import Kernels
 
 WIDTHS = [1, 7, 16, 45, 576]
 ROWS = 5

@@ -8,12 +8,14 @@ from ctypes import byref, c_float, c_void_p
 import numpy as np
 import pytest
 import torch
-from loraplex_model import nf4
-from loraplex_model.adapter import AdapterDelta, AdapterTable, SiteDelta, pack
-from loraplex_model.batch import ForwardBatch
-from loraplex_model.config import PROJECTIONS, DecoderConfig
-from loraplex_model.kernels import layout
-from loraplex_model.kernels.layout import CFused, CMatrix
+from loraplex_model.adapters.delta import AdapterDelta, SiteDelta
+from loraplex_model.adapters.pack import pack
+from loraplex_model.adapters.table import AdapterTable
+from loraplex_model.base.batch import ForwardBatch
+from loraplex_model.base.config import PROJECTIONS, DecoderConfig
+from loraplex_model.decoder import layout
+from loraplex_model.decoder.layout import CFused, CMatrix
+from loraplex_model.ops import nf4
 
 NF4 = nf4.nf4_code()
 DTYPES = [torch.float32, torch.bfloat16]

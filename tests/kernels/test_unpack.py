@@ -7,9 +7,8 @@ from unittest import mock
 
 import pytest
 import torch
-from loraplex_model import nf4
-from loraplex_model.kernels import build, unpack
-from loraplex_model.kernels.build import Kernels
+from loraplex_model.ops import build, nf4, unpack
+from loraplex_model.ops.build import Kernels
 
 
 @pytest.mark.parametrize("shapes", [[(96, 128)], [(9, 80), (5, 80), (1, 80)], [(3, 2)]])

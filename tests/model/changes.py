@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import torch
-from loraplex_model.adapter import (
+from loraplex_model.adapters.delta import (
     Activation,
     AdapterDelta,
     Reads,
     SiteDelta,
     VirtualTokens,
 )
-from loraplex_model.config import MODEL, DecoderConfig, Site
+from loraplex_model.base.config import MODEL, DecoderConfig, Site
 
 KINDS = (
     "lora",

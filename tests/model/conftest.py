@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from loraplex_model.load import LoadedBase, load_base
-from loraplex_model.reference import ReferenceDecoder
+from loraplex_model.checkpoints.load import LoadedBase, load_base
+from loraplex_model.decoder.reference import ReferenceDecoder
 
 from model import tiny
 
@@ -18,8 +18,8 @@ from model import tiny
 def _native() -> Any:
     """The native decoder's class, or the reason why there is none."""
     try:
-        from loraplex_model.kernels import build
-        from loraplex_model.native import NativeDecoder
+        from loraplex_model.decoder.native import NativeDecoder
+        from loraplex_model.ops import build
     except ImportError as error:
         return f"no native decoder: {error}"
     try:
@@ -60,7 +60,7 @@ def load_tiny(tmp_path_factory: pytest.TempPathFactory) -> Load:
 @pytest.fixture(scope="session")
 def default_gguf(default_cache: Path) -> Path:
     """The real default model, fetched once for the whole checkout."""
-    from loraplex_model.default_model import ensure_default_model
+    from loraplex_model.checkpoints.default_model import ensure_default_model
 
     return ensure_default_model(default_cache)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from loraplex_model.batch import ForwardBatch, Mix
+from loraplex_model.base.batch import ForwardBatch, Mix
 
 BLOCK_SIZE = 4
 NUM_BLOCKS = 96

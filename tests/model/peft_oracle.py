@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from loraplex_model.adapter import LoraFactors
-from loraplex_model.config import PROJECTIONS
+from loraplex_model.adapters.delta import LoraFactors
+from loraplex_model.base.config import PROJECTIONS
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from loraplex_model import autograd, nf4, spans
-from loraplex_model.adapter import AdapterDelta, SiteDelta, VirtualTokens
-from loraplex_model.attention import PackedAttention
-from loraplex_model.linear import DenseLinear, DequantisedLinear, ScratchLinear
-from loraplex_model.mix import Dropout, RowGroup
+from loraplex_model.adapters import spans
+from loraplex_model.adapters.delta import AdapterDelta, SiteDelta, VirtualTokens
+from loraplex_model.adapters.mix import Dropout, RowGroup
+from loraplex_model.decoder.attention import PackedAttention
+from loraplex_model.ops import autograd, nf4
+from loraplex_model.ops.linear import DenseLinear, DequantisedLinear, ScratchLinear
 from model.conftest import Load
 from torch.autograd import gradcheck
 
@@ -175,7 +176,7 @@ def test_dropout_is_derived_through_the_mask_it_drew() -> None:
 
 @pytest.mark.parametrize("shapes", [[(6, 64), (2, 64)], [(5, 80), (3, 80)]])
 def test_products_with_an_unpacked_base(shapes: list[tuple[int, int]]) -> None:
-    from loraplex_model.kernels import unpack
+    from loraplex_model.ops import unpack
 
     matrix = nf4.stack([nf4.quantise(normal(*shape).detach().float()) for shape in shapes])
     dense = nf4.dequantize(matrix).double()
@@ -233,7 +234,7 @@ def test_attention_within_sequences(
 
 
 def test_a_product_of_floats_is_the_same_with_either_linear(load_tiny: Load) -> None:
-    from loraplex_model.kernels import unpack
+    from loraplex_model.ops import unpack
 
     matrix = load_tiny("llama").weights.layers[0].gate_up
     x = normal(40, 64, dtype=torch.float32)

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from loraplex_model import cache, load
-from loraplex_model.errors import ModelError
-from loraplex_model.weights import BaseWeights
+from loraplex_model.base.refusal import ModelError
+from loraplex_model.base.weights import BaseWeights
+from loraplex_model.checkpoints import cache, load
 
 from model import tiny
 
@@ -163,7 +163,7 @@ def test_a_hit_imports_neither_transformers_nor_bitsandbytes(tmp_path: Path, roo
     load.load_base(str(directory), torch.float32, root)
     program = (
         "import sys, json, torch; from pathlib import Path\n"
-        "from loraplex_model.load import load_base\n"
+        "from loraplex_model.checkpoints.load import load_base\n"
         "base = load_base(sys.argv[1], torch.bfloat16, Path(sys.argv[2]))\n"
         "print(json.dumps([base.weights.fingerprint, sorted(sys.modules)]))"
     )
@@ -182,7 +182,7 @@ def test_one_of_several_processes_builds(root: Path, source: Path, tmp_path: Pat
     """Each builder writes in two halves, so that an entry seen too early would be a damaged one."""
     log = tmp_path / "log"
     program = (
-        "import sys, os; from pathlib import Path; from loraplex_model import cache\n"
+        "import sys, os; from pathlib import Path; from loraplex_model.checkpoints import cache\n"
         "root, source, log = map(Path, sys.argv[1:])\n"
         "def build(directory):\n"
         "    with log.open('a') as file: file.write('built\\n')\n"
@@ -199,7 +199,8 @@ def test_one_of_several_processes_builds(root: Path, source: Path, tmp_path: Pat
 
 def test_what_a_killed_builder_left_is_swept(root: Path, source: Path) -> None:
     program = (
-        "import sys, os, signal; from pathlib import Path; from loraplex_model import cache\n"
+        "import sys, os, signal; from pathlib import Path\n"
+        "from loraplex_model.checkpoints import cache\n"
         "def build(directory):\n"
         "    (directory / 'weights').write_bytes(b'half')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from loraplex_model.adapter import AdapterDelta, SiteDelta, pack
-from loraplex_model.config import MODEL
-from loraplex_model.reference import ReferenceDecoder
+from loraplex_model.adapters.delta import AdapterDelta, SiteDelta
+from loraplex_model.adapters.pack import pack
+from loraplex_model.base.config import MODEL
+from loraplex_model.decoder.reference import ReferenceDecoder
 from model.changes import KINDS, random_adapter, random_prompt
 from model.conftest import Load
 from model.passes import BLOCK_SIZE, NUM_BLOCKS, Driver, Sequence, token_ids

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from loraplex_model import checkpoint, nf4
-from loraplex_model.checkpoint import SafetensorsSource
-from loraplex_model.config import PROJECTIONS
-from loraplex_model.convert import convert
-from loraplex_model.errors import ModelError
-from loraplex_model.load import LoadedBase, load_base
+from loraplex_model.base.config import PROJECTIONS
+from loraplex_model.base.refusal import ModelError
+from loraplex_model.checkpoints import checkpoint
+from loraplex_model.checkpoints.checkpoint import SafetensorsSource
+from loraplex_model.checkpoints.convert import convert
+from loraplex_model.checkpoints.load import LoadedBase, load_base
+from loraplex_model.ops import nf4
 from model.conftest import Load
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 

@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from loraplex_model import default_model, families
-from loraplex_model.adapter import lora, pack
-from loraplex_model.batch import ForwardBatch
-from loraplex_model.errors import ModelError
-from loraplex_model.gguf_file import GgufSource
-from loraplex_model.load import LoadedBase, load_base
-from loraplex_model.tokenizer import TOKENIZER, TokenizerInfo
+from loraplex_model.adapters.delta import lora
+from loraplex_model.adapters.pack import pack
+from loraplex_model.base import families
+from loraplex_model.base.batch import ForwardBatch
+from loraplex_model.base.refusal import ModelError
+from loraplex_model.checkpoints import default_model
+from loraplex_model.checkpoints.gguf_file import GgufSource
+from loraplex_model.checkpoints.load import LoadedBase, load_base
+from loraplex_model.checkpoints.tokenizer import TOKENIZER, TokenizerInfo
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from loraplex_model.errors import ModelError
-from loraplex_model.families import ARCHITECTURES, decoder_config
+from loraplex_model.base.families import ARCHITECTURES, decoder_config
+from loraplex_model.base.refusal import ModelError
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from model import tiny

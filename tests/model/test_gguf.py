@@ -8,10 +8,11 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from loraplex_model import families, nf4
-from loraplex_model.errors import ModelError
-from loraplex_model.gguf_file import ROPE_FACTORS, GgufSource
-from loraplex_model.load import load_base
+from loraplex_model.base import families
+from loraplex_model.base.refusal import ModelError
+from loraplex_model.checkpoints.gguf_file import ROPE_FACTORS, GgufSource
+from loraplex_model.checkpoints.load import load_base
+from loraplex_model.ops import nf4
 from model.conftest import Load
 
 from model import tiny

@@ -5,8 +5,8 @@ from __future__ import annotations
 import bitsandbytes.functional as bnb
 import pytest
 import torch
-from loraplex_model import nf4
-from loraplex_model.weights import NF4Matrix
+from loraplex_model.base.weights import NF4Matrix
+from loraplex_model.ops import nf4
 
 SHAPES = [(128, 64), (96, 192), (1028, 64), (3, 64)]
 CROSSING = [(96, 80), (33, 48), (7, 16), (1, 16)]

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from loraplex_model.adapter import lora, pack
+from loraplex_model.adapters.delta import lora
+from loraplex_model.adapters.pack import pack
 from model.conftest import Load
 from model.passes import BLOCK_SIZE, NUM_BLOCKS, Driver, Sequence, token_ids
 

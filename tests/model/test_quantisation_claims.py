@@ -14,9 +14,10 @@ from statistics import NormalDist
 import bitsandbytes.functional as bnb
 import pytest
 import torch
-from loraplex_model import merge, nf4
-from loraplex_model.adapter import SiteDelta
-from loraplex_model.weights import BLOCK, NF4Matrix
+from loraplex_model.adapters import merge
+from loraplex_model.adapters.delta import SiteDelta
+from loraplex_model.base.weights import BLOCK, NF4Matrix
+from loraplex_model.ops import nf4
 
 SIZE = 512
 OFFSET = 0.9677083

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from loraplex_model.adapter import LoraFactors, lora
-from loraplex_model.batch import ForwardBatch
-from loraplex_model.forward import packed_logits
-from loraplex_model.linear import DenseLinear
-from loraplex_model.mix import RowGroup
-from loraplex_model.reference import ReferenceDecoder
+from loraplex_model.adapters.delta import LoraFactors, lora
+from loraplex_model.adapters.mix import RowGroup
+from loraplex_model.base.batch import ForwardBatch
+from loraplex_model.decoder.forward import packed_logits
+from loraplex_model.decoder.reference import ReferenceDecoder
+from loraplex_model.ops.linear import DenseLinear
 from model.conftest import Load
 from model.passes import token_ids
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from loraplex_model import nf4
-from loraplex_model.config import PROJECTIONS
-from loraplex_model.families import tensor_name
+from loraplex_model.base.config import PROJECTIONS
+from loraplex_model.base.families import tensor_name
+from loraplex_model.ops import nf4
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,

@@ -16,7 +16,7 @@ import numpy as np
 from engine import oracle
 from google.rpc import error_details_pb2, status_pb2
 from loraplex.v1 import adapter_pb2, adapter_pb2_grpc, generation_pb2, generation_pb2_grpc
-from loraplex_model.tokenizer import TokenizerInfo
+from loraplex_model.checkpoints.tokenizer import TokenizerInfo
 from loraplex_server.app import Server
 from loraplex_server.config import Config
 from prometheus_client.parser import text_string_to_metric_families

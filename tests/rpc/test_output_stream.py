@@ -6,8 +6,8 @@ import asyncio
 import math
 import time
 
-from loraplex_server.engine.client import OutputStream
 from loraplex_server.engine.messages import Failure, Output
+from loraplex_server.engine.process.client import OutputStream
 
 
 def output(token: int, finish: str | None = None) -> Output:

@@ -20,7 +20,7 @@ KERNELS = Path(__file__).resolve().parents[2] / "var" / "cache" / "kernels"
 def _trainer_plans() -> None:
     """Skips where the trainer cannot say yet what a run takes."""
     shown = subprocess.run(
-        [sys.executable, "-m", "loraplex_adapters.train", "plan", "--help"],
+        [sys.executable, "-m", "loraplex_training", "plan", "--help"],
         capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "200"},
     )  # fmt: skip
     if "--json" not in shown.stdout:

@@ -94,7 +94,7 @@ def test_an_adapter_may_have_no_more_virtual_tokens_than_are_set_aside() -> None
 
 
 def test_the_runner_takes_every_option_that_it_is_given() -> None:
-    from loraplex_server.engine.local_runner import build
+    from loraplex_server.engine.runner.local import build
 
     taken = inspect.signature(build).parameters.keys()
     assert Config().runner_options().keys() == taken

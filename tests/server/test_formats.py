@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import typer
-from loraplex_adapters import matrix
-from loraplex_adapters.kinds import KINDS
+from loraplex_adapters.format import matrix
+from loraplex_adapters.format.kinds import KINDS
 from loraplex_server import formats
 from safetensors.torch import save_file
 from typer.testing import CliRunner

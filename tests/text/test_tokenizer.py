@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from loraplex_model.chat import ChatTemplate, TextRefused
+from loraplex_model.checkpoints.chat import ChatTemplate, TextRefused
 from loraplex_server.text.detokenizer import Detokenizer
 from loraplex_server.text.tokenizer import TextTokenizer, TokenizerError, TooLong
 from rpc.harness import VOCAB, make_tokenizer, write_model

@@ -11,8 +11,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from loraplex_adapters.train.text import BaseText
-from loraplex_model.tokenizer import TokenizerInfo
+from loraplex_model.checkpoints.tokenizer import TokenizerInfo
+from loraplex_training.data.text import BaseText
 from tokenizers import (
     AddedToken,
     Tokenizer,

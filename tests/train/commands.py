@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from loraplex import cli as client
-from loraplex_adapters.train.cli import app
-from loraplex_adapters.train.event_lines import decode
-from loraplex_adapters.train.events import Event
+from loraplex_training.cli import app
+from loraplex_training.report.events import Event
+from loraplex_training.report.lines import decode
 from typer.testing import CliRunner, Result
 
 from train import runs
@@ -77,7 +77,7 @@ def invoke(*arguments: str) -> Result:
 def start(*arguments: str) -> subprocess.Popen[str]:
     """Runs a command in a process of its own."""
     return subprocess.Popen(
-        [sys.executable, "-m", "loraplex_adapters.train", *arguments],
+        [sys.executable, "-m", "loraplex_training", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

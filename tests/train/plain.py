@@ -10,12 +10,13 @@ from itertools import pairwise
 from unittest import mock
 
 import torch
-from loraplex_adapters.train.joint import Part
-from loraplex_adapters.train.samples import IGNORED
-from loraplex_model import autograd, forward, nf4, rope
-from loraplex_model.adapter import AdapterDelta, SiteDelta, VirtualTokens
-from loraplex_model.mix import RowGroup
-from loraplex_model.weights import BaseWeights, NF4Matrix
+from loraplex_model.adapters.delta import AdapterDelta, SiteDelta, VirtualTokens
+from loraplex_model.adapters.mix import RowGroup
+from loraplex_model.base.weights import BaseWeights, NF4Matrix
+from loraplex_model.decoder import forward
+from loraplex_model.ops import autograd, nf4, rope
+from loraplex_training.data.samples import IGNORED
+from loraplex_training.step.joint import Part
 
 
 @dataclass

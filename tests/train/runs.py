@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from loraplex_adapters.train.events import Event, Observer
-from loraplex_adapters.train.ground import Ground
-from loraplex_adapters.train.run import Outcome, Run
-from loraplex_adapters.train.spec import (
+from loraplex_training.report.events import Event, Observer
+from loraplex_training.run.inputs import Ground
+from loraplex_training.run.run import Outcome, Run
+from loraplex_training.spec.spec import (
     DataSpec,
     JobSpec,
     MethodSpec,

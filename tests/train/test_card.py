@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from loraplex_adapters.train.card import MOST_ROWS, Facts, card
-from loraplex_adapters.train.events import Evaluated, Event, JobEnded, JobState, Sampled
-from loraplex_adapters.train.spec import DataSpec, JobSpec, MethodSpec
+from loraplex_training.report.card import MOST_ROWS, Facts, card
+from loraplex_training.report.events import Evaluated, Event, JobEnded, JobState, Sampled
+from loraplex_training.spec.spec import DataSpec, JobSpec, MethodSpec
 
 from train.commands import is_known
 

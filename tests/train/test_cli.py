@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 from loraplex_adapters.store import Store
-from loraplex_adapters.train import outlook, session
-from loraplex_adapters.train.events import (
+from loraplex_training import session
+from loraplex_training.methods import METHODS
+from loraplex_training.publish.target import TARGET, Target, keep, kept
+from loraplex_training.report.events import (
     Evaluated,
     JobEnded,
     Published,
@@ -25,8 +27,7 @@ from loraplex_adapters.train.events import (
     Saved,
     StepDone,
 )
-from loraplex_adapters.train.methods import METHODS
-from loraplex_adapters.train.target import TARGET, Target, keep, kept
+from loraplex_training.run import plan as outlook
 
 from train import commands
 from train.commands import Place, invoke
@@ -308,7 +309,7 @@ def make(*words: str) -> str:
 def test_make_trains_on_any_file_and_shows_off_without_one() -> None:
     command = make("DATA=a.jsonl", "NAME=mine", "ARGS=--set r=8 --epochs 1")
     assert (
-        '-m loraplex_adapters.train run --data "a.jsonl" --name "mine" --store var/store '
+        '-m loraplex_training run --data "a.jsonl" --name "mine" --store var/store '
         "--set r=8 --epochs 1"
     ) in command
     assert "examples/train_adapter.py" not in command

@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from loraplex_adapters.train import costs
-from loraplex_adapters.train.ground import Ground
-from loraplex_adapters.train.spec import JobSpec, RunSpec
+from loraplex_training.run import costs
+from loraplex_training.run.inputs import Ground
+from loraplex_training.spec.spec import JobSpec, RunSpec
 
 from train import runs
 

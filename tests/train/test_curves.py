@@ -12,9 +12,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from loraplex_adapters.train import curves
-from loraplex_adapters.train.curves import PICTURE, MLflow, Picture, TensorBoard, draw, gather
-from loraplex_adapters.train.events import (
+from loraplex_training.report import curves
+from loraplex_training.report.curves import PICTURE, MLflow, Picture, TensorBoard, draw, gather
+from loraplex_training.report.events import (
     Evaluated,
     Event,
     JobEnded,
@@ -24,7 +24,7 @@ from loraplex_adapters.train.events import (
     RunStarted,
     StepDone,
 )
-from loraplex_adapters.train.record import Record
+from loraplex_training.report.record import Record
 
 START = RunStarted(("a", "b"), (3, 3), 0, "cpu", 0, ("", ""))
 STEP = StepDone("a", 1, 0.5, 1e-3, 2.0, 100, 10, 0.5)

@@ -12,10 +12,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loraplex_adapters.train.data import Batches, in_order
-from loraplex_adapters.train.errors import TrainError
-from loraplex_adapters.train.samples import MicroBatch, Sample
-from loraplex_adapters.train.spec import DataSpec, JobSpec
+from loraplex_training.data import Batches, in_order
+from loraplex_training.data.samples import MicroBatch, Sample
+from loraplex_training.errors import TrainError
+from loraplex_training.spec.spec import DataSpec, JobSpec
 
 
 def made(lengths: list[int]) -> list[Sample]:

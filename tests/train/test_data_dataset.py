@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loraplex_adapters.train import data
-from loraplex_adapters.train.errors import TrainError
-from loraplex_adapters.train.samples import Sample
-from loraplex_adapters.train.spec import DataSpec
-from loraplex_adapters.train.text import BaseText
+from loraplex_training import data
+from loraplex_training.data.samples import Sample
+from loraplex_training.data.text import BaseText
+from loraplex_training.errors import TrainError
+from loraplex_training.spec.spec import DataSpec
 
 from train.chat_bases import FORGETFUL, chat_base
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loraplex_adapters.train.data import records
-from loraplex_adapters.train.data.problems import SHOWN, Problems
-from loraplex_adapters.train.data.records import Record, RecordFile
-from loraplex_adapters.train.errors import TrainError
+from loraplex_training.data import records
+from loraplex_training.data.problems import SHOWN, Problems
+from loraplex_training.data.records import Record, RecordFile
+from loraplex_training.errors import TrainError
 
 GOOD = b'{"prompt": "a", "completion": "b"}'
 USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}

@@ -6,10 +6,10 @@ import io
 import json
 from pathlib import Path
 
-from loraplex_adapters.train import data
-from loraplex_adapters.train.data.show import CUT, LEARNED, SPECIAL, example, mask, show
-from loraplex_adapters.train.spec import DataSpec
-from loraplex_adapters.train.text import BaseText
+from loraplex_training import data
+from loraplex_training.data.show import CUT, LEARNED, SPECIAL, example, mask, show
+from loraplex_training.data.text import BaseText
+from loraplex_training.spec.spec import DataSpec
 from rich.console import Console, RenderableType
 
 from train.chat_bases import chat_base

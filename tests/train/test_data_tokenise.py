@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loraplex_adapters.train.data.problems import Problems
-from loraplex_adapters.train.data.records import RecordFile
-from loraplex_adapters.train.data.tokenise import Tokeniser
-from loraplex_adapters.train.samples import IGNORED, MicroBatch, Sample
 from loraplex_server.text.tokenizer import TextTokenizer
+from loraplex_training.data.problems import Problems
+from loraplex_training.data.records import RecordFile
+from loraplex_training.data.samples import IGNORED, MicroBatch, Sample
+from loraplex_training.data.tokenise import Tokeniser
 
 from train.chat_bases import (
     CHATML,

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-from loraplex_adapters.train.event_lines import decode, encode
-from loraplex_adapters.train.events import (
+from loraplex_training.report.events import (
     Evaluated,
     Event,
     JobEnded,
@@ -24,7 +23,8 @@ from loraplex_adapters.train.events import (
     Saved,
     StepDone,
 )
-from loraplex_adapters.train.record import METRICS, Record, environment, read
+from loraplex_training.report.lines import decode, encode
+from loraplex_training.report.record import METRICS, Record, environment, read
 
 STEP = StepDone("a", 3, 0.25, 1e-4, 1.5, 120, 40, 0.5)
 EVENTS: tuple[Event, ...] = (
@@ -78,7 +78,7 @@ def test_what_is_no_event_is_refused(line: str) -> None:
 
 
 def test_readers_of_events_need_no_torch() -> None:
-    code = "import loraplex_adapters.train.event_lines, sys; sys.exit('torch' in sys.modules)"
+    code = "import loraplex_training.report.lines, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

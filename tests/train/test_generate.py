@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from loraplex_adapters.train import generate
-from loraplex_adapters.train.generate import Generator
-from loraplex_adapters.train.methods.base import TrainedAdapter
-from loraplex_model.kernels import build as kernels
+from loraplex_model.ops import build as kernels
+from loraplex_training.methods.base import TrainedAdapter
+from loraplex_training.run import generate
+from loraplex_training.run.generate import Generator
 
 from train import tiny
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from loraplex_adapters.train.data import Batches, in_order
-from loraplex_adapters.train.divergence import STEPS
-from loraplex_adapters.train.events import Evaluated, Event, JobEnded, JobState, StepDone
-from loraplex_adapters.train.job import Job
-from loraplex_adapters.train.methods.base import ParameterGroup
-from loraplex_adapters.train.samples import Sample
-from loraplex_adapters.train.spec import DataSpec, JobSpec, OptimSpec
+from loraplex_training.data import Batches, in_order
+from loraplex_training.data.samples import Sample
+from loraplex_training.methods.base import ParameterGroup
+from loraplex_training.report.events import Evaluated, Event, JobEnded, JobState, StepDone
+from loraplex_training.spec.spec import DataSpec, JobSpec, OptimSpec
+from loraplex_training.step.divergence import STEPS
+from loraplex_training.step.job import Job
 
 
 class Counting:

@@ -7,11 +7,11 @@ from functools import cache
 
 import pytest
 import torch
-from loraplex_adapters.train.joint import JointPass, Part
-from loraplex_adapters.train.samples import MicroBatch
-from loraplex_model.adapter import AdapterDelta, VirtualTokens
-from loraplex_model.load import load_base
-from loraplex_model.weights import BaseWeights
+from loraplex_model.adapters.delta import AdapterDelta, VirtualTokens
+from loraplex_model.base.weights import BaseWeights
+from loraplex_model.checkpoints.load import load_base
+from loraplex_training.data.samples import MicroBatch
+from loraplex_training.step.joint import JointPass, Part
 from model.changes import KINDS, random_adapter, random_prompt
 from torch.utils._python_dispatch import TorchDispatchMode
 

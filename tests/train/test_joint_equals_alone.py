@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from loraplex_adapters.train.events import JobState, StepDone
-from loraplex_adapters.train.ground import Ground
-from loraplex_adapters.train.joint import Part
-from loraplex_adapters.train.run import Run
-from loraplex_adapters.train.spec import JobSpec, MethodSpec, RunSpec
+from loraplex_training.report.events import JobState, StepDone
+from loraplex_training.run.inputs import Ground
+from loraplex_training.run.run import Run
+from loraplex_training.spec.spec import JobSpec, MethodSpec, RunSpec
+from loraplex_training.step.joint import Part
 
 from train import runs
 

@@ -8,9 +8,9 @@ from unittest import mock
 
 import pytest
 import torch
-from loraplex_adapters.train import loss
-from loraplex_model.adapter import AdapterDelta, SiteDelta
-from loraplex_model.config import MODEL
+from loraplex_model.adapters.delta import AdapterDelta, SiteDelta
+from loraplex_model.base.config import MODEL
+from loraplex_training.step import loss
 from torch.nn.functional import cross_entropy
 
 VOCAB, HIDDEN, ROWS = 37, 8, 53

@@ -6,11 +6,11 @@ from functools import cache
 
 import pytest
 import torch
-from loraplex_adapters.train import memory
-from loraplex_adapters.train.joint import JointPass, Part
-from loraplex_adapters.train.memory import AdapterSize, estimate
-from loraplex_model.load import load_base
-from loraplex_model.weights import BaseWeights
+from loraplex_model.base.weights import BaseWeights
+from loraplex_model.checkpoints.load import load_base
+from loraplex_training.step import memory
+from loraplex_training.step.joint import JointPass, Part
+from loraplex_training.step.memory import AdapterSize, estimate
 
 from train import tiny
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from loraplex_adapters.spec import Limits
-from loraplex_adapters.train.errors import TrainError
-from loraplex_adapters.train.methods.base import TrainedAdapter
+from loraplex_adapters.format.spec import Limits
+from loraplex_training.errors import TrainError
+from loraplex_training.methods.base import TrainedAdapter
 
 from adapters import bottlenecks
 from train import tiny

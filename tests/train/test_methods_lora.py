@@ -9,8 +9,8 @@ from typing import Any
 import peft
 import pytest
 import torch
-from loraplex_adapters.train.errors import TrainError
-from loraplex_adapters.train.methods.base import TrainedAdapter
+from loraplex_training.errors import TrainError
+from loraplex_training.methods.base import TrainedAdapter
 from peft.optimizers import create_loraplus_optimizer
 
 from train import tiny

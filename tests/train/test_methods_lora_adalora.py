@@ -11,8 +11,8 @@ import peft
 import pytest
 import safetensors.torch
 import torch
-from loraplex_adapters.train.errors import TrainError
-from loraplex_adapters.train.methods.base import TrainedAdapter
+from loraplex_training.errors import TrainError
+from loraplex_training.methods.base import TrainedAdapter
 
 from train import tiny
 

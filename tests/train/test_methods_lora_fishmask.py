@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from loraplex_adapters.modules import module_path
-from loraplex_adapters.train.errors import TrainError
-from loraplex_adapters.train.joint import Part
-from loraplex_adapters.train.methods.base import TrainedAdapter
-from loraplex_adapters.train.samples import MicroBatch
-from loraplex_model.config import PROJECTIONS
-from loraplex_model.linear import BaseLinear
+from loraplex_adapters.format.modules import module_path
+from loraplex_model.base.config import PROJECTIONS
+from loraplex_model.ops.linear import BaseLinear
+from loraplex_training.data.samples import MicroBatch
+from loraplex_training.errors import TrainError
+from loraplex_training.methods.base import TrainedAdapter
+from loraplex_training.step.joint import Part
 
 from train import tiny
 

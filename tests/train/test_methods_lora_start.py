@@ -9,10 +9,10 @@ from typing import Any
 import peft
 import pytest
 import torch
-from loraplex_adapters.modules import module_path
-from loraplex_adapters.train.errors import TrainError
-from loraplex_adapters.train.methods.targets import weight
-from loraplex_model.config import PROJECTIONS, Site
+from loraplex_adapters.format.modules import module_path
+from loraplex_model.base.config import PROJECTIONS, Site
+from loraplex_training.errors import TrainError
+from loraplex_training.methods.targets import weight
 from peft.utils.loftq_utils import _low_rank_decomposition
 
 from train import tiny

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from loraplex_adapters.train.errors import TrainError
-from loraplex_adapters.train.methods.options import Options
+from loraplex_training.errors import TrainError
+from loraplex_training.methods.options import Options
 
 
 def test_text_and_values_mean_the_same() -> None:

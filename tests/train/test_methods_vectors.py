@@ -8,7 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from loraplex_adapters.train.errors import TrainError
+from loraplex_training.errors import TrainError
 
 from train import tiny
 

@@ -9,12 +9,12 @@ from typing import Any
 import peft
 import pytest
 import torch
-from loraplex_adapters.kinds import KINDS
-from loraplex_adapters.train.errors import TrainError
-from loraplex_adapters.train.joint import JointPass, Part
-from loraplex_adapters.train.methods.base import TrainedAdapter
-from loraplex_adapters.train.methods.virtual import cached_rows
-from loraplex_adapters.train.samples import MicroBatch
+from loraplex_adapters.format.kinds import KINDS
+from loraplex_training.data.samples import MicroBatch
+from loraplex_training.errors import TrainError
+from loraplex_training.methods.base import TrainedAdapter
+from loraplex_training.methods.virtual import cached_rows
+from loraplex_training.step.joint import JointPass, Part
 
 from train import tiny
 

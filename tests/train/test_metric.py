@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 
 import pytest
-from loraplex_adapters.train.errors import TrainError
-from loraplex_adapters.train.metric import SECONDS, score
+from loraplex_training.errors import TrainError
+from loraplex_training.spec.metric import SECONDS, score
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ from typing import Any
 import bitsandbytes
 import pytest
 import torch
-from loraplex_adapters.train.limits import SCHEDULES
-from loraplex_adapters.train.methods.base import ParameterGroup
-from loraplex_adapters.train.optimiser import JobOptimiser, expected, problem_of
-from loraplex_adapters.train.spec import OptimSpec
+from loraplex_training.methods.base import ParameterGroup
+from loraplex_training.spec.limits import SCHEDULES
+from loraplex_training.spec.spec import OptimSpec
+from loraplex_training.step.optimiser import JobOptimiser, expected, problem_of
 from transformers import get_scheduler
 
 SHAPES = {"small": (8, 16), "large": (64, 96), "vector": (5,)}

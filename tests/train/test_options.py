@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loraplex_adapters.train import options
-from loraplex_adapters.train.errors import TrainError
-from loraplex_adapters.train.limits import SCHEDULES, problems_of
-from loraplex_adapters.train.spec import RATES, DataSpec, JobSpec, MethodSpec, OptimSpec, RunSpec
+from loraplex_training.errors import TrainError
+from loraplex_training.spec import parse as options
+from loraplex_training.spec.limits import SCHEDULES, problems_of
+from loraplex_training.spec.spec import RATES, DataSpec, JobSpec, MethodSpec, OptimSpec, RunSpec
 from transformers import SchedulerType
 
 GIVEN = {"data": "d.jsonl", "name": "a"}

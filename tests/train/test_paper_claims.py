@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from loraplex_adapters.train import methods
-from loraplex_adapters.train.joint import JointPass, Part
-from loraplex_adapters.train.methods.base import Setting, TrainedAdapter
-from loraplex_adapters.train.spec import MethodSpec
-from loraplex_model.config import PROJECTIONS
-from loraplex_model.linear import BaseLinear
-from loraplex_model.weights import BaseWeights
+from loraplex_model.base.config import PROJECTIONS
+from loraplex_model.base.weights import BaseWeights
+from loraplex_model.ops.linear import BaseLinear
+from loraplex_training import methods
+from loraplex_training.methods.base import Setting, TrainedAdapter
+from loraplex_training.spec.spec import MethodSpec
+from loraplex_training.step.joint import JointPass, Part
 
 from train import tiny
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from loraplex_adapters.train.events import (
+from loraplex_training.report.events import (
     Evaluated,
     Event,
     JobEnded,
@@ -20,7 +20,7 @@ from loraplex_adapters.train.events import (
     Saved,
     StepDone,
 )
-from loraplex_adapters.train.progress import Progress, duration_text, size_text
+from loraplex_training.report.progress import Progress, duration_text, size_text
 from rich.console import Console
 
 START = RunStarted(("a", "[b]"), (4, 8), 0, "cpu", 500_000_000, ("AdamW, float32, 1 MB", "SGD"))

@@ -14,15 +14,15 @@ import pytest
 import torch
 from loraplex import AdapterState, Client
 from loraplex_adapters.store import Store
-from loraplex_adapters.train import publish as publishing
-from loraplex_adapters.train import verify
-from loraplex_adapters.train.errors import TrainError
-from loraplex_adapters.train.generate import Generator
-from loraplex_adapters.train.publish import publish
-from loraplex_adapters.train.record import Record
-from loraplex_adapters.train.run import Outcome, Run
-from loraplex_adapters.train.target import Target
-from loraplex_model.adapter import AdapterDelta
+from loraplex_model.adapters.delta import AdapterDelta
+from loraplex_training.errors import TrainError
+from loraplex_training.publish import publish as publishing
+from loraplex_training.publish import verify
+from loraplex_training.publish.publish import publish
+from loraplex_training.publish.target import Target
+from loraplex_training.report.record import Record
+from loraplex_training.run.generate import Generator
+from loraplex_training.run.run import Outcome, Run
 from safetensors import safe_open
 
 from train import commands, runs, tiny

@@ -14,14 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from loraplex_adapters import faults
-from loraplex_adapters.train import checkpoint
-from loraplex_adapters.train.checkpoint import CONFIG, FOLDER
-from loraplex_adapters.train.errors import TrainError
-from loraplex_adapters.train.events import JobEnded, RunStarted, StepDone
-from loraplex_adapters.train.ground import Ground
-from loraplex_adapters.train.run import Run
-from loraplex_adapters.train.spec import RunSpec
+from loraplex_model.base import faults
+from loraplex_training.errors import TrainError
+from loraplex_training.report.events import JobEnded, RunStarted, StepDone
+from loraplex_training.run import checkpoint
+from loraplex_training.run.checkpoint import CONFIG, FOLDER
+from loraplex_training.run.inputs import Ground
+from loraplex_training.run.run import Run
+from loraplex_training.spec.spec import RunSpec
 
 from model import tiny
 from train import runs, train_kills
@@ -292,7 +292,7 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
 def test_a_run_of_another_format_is_refused(
     stopped: RunSpec, ground: Ground, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loraplex_adapters.train.run._FORMAT", 2)
+    monkeypatch.setattr("loraplex_training.run.run._FORMAT", 2)
     assert "format 1" in refused(stopped.out, "CHECKPOINT_INVALID")
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from loraplex_adapters.train import methods
-from loraplex_adapters.train.checkpoint import CONFIG, FOLDER
-from loraplex_adapters.train.errors import TrainError
-from loraplex_adapters.train.events import (
+from loraplex_training import methods
+from loraplex_training.data.samples import Sample
+from loraplex_training.errors import TrainError
+from loraplex_training.report.events import (
     Evaluated,
     JobEnded,
     JobState,
@@ -23,12 +23,12 @@ from loraplex_adapters.train.events import (
     Saved,
     StepDone,
 )
-from loraplex_adapters.train.ground import Ground
-from loraplex_adapters.train.joint import JointPass, Part
-from loraplex_adapters.train.options import from_toml
-from loraplex_adapters.train.run import Run
-from loraplex_adapters.train.samples import Sample
-from loraplex_adapters.train.spec import MethodSpec, RunSpec
+from loraplex_training.run.checkpoint import CONFIG, FOLDER
+from loraplex_training.run.inputs import Ground
+from loraplex_training.run.run import Run
+from loraplex_training.spec.parse import from_toml
+from loraplex_training.spec.spec import MethodSpec, RunSpec
+from loraplex_training.step.joint import JointPass, Part
 
 from train import runs
 

@@ -8,10 +8,11 @@ import re
 from pathlib import Path
 
 import pytest
-from loraplex_adapters.train.data.problems import Problems
-from loraplex_adapters.train.data.records import RecordFile
-from loraplex_adapters.train.tasks import TASKS, contacts, routing, write
-from loraplex_adapters.train.tasks.__main__ import main
+from loraplex_training.data.problems import Problems
+from loraplex_training.data.records import RecordFile
+
+from examples.tasks import TASKS, contacts, routing, write
+from examples.tasks.__main__ import main
 
 DIGESTS = {
     "contacts": "681c6f2ecdd1841409a146e85d3b6e00721e628abb31b7dc408447538d6d9a8d",

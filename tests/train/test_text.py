@@ -11,16 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from loraplex_adapters.train.errors import TrainError
-from loraplex_adapters.train.tasks import routing
-from loraplex_adapters.train.text import BaseText
-from loraplex_model.chat import TextRefused
-from loraplex_model.default_model import ensure_default_model
-from loraplex_model.load import load_base
-from loraplex_model.tokenizer import TokenizerInfo
+from loraplex_model.checkpoints.chat import TextRefused
+from loraplex_model.checkpoints.default_model import ensure_default_model
+from loraplex_model.checkpoints.load import load_base
+from loraplex_model.checkpoints.tokenizer import TokenizerInfo
 from loraplex_server.text.tokenizer import TextTokenizer
+from loraplex_training.data.text import BaseText
+from loraplex_training.errors import TrainError
 from transformers import PreTrainedTokenizerFast
 
+from examples.tasks import routing
 from train.chat_bases import (
     CHATML,
     END_OF_TURN,

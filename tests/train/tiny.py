@@ -21,18 +21,18 @@ import peft
 import safetensors.torch
 import torch
 from adapters.peft_files import base_shapes
-from loraplex_adapters.format import inspect
-from loraplex_adapters.spec import Limits
-from loraplex_adapters.tensors import load
-from loraplex_adapters.train import methods
-from loraplex_adapters.train.joint import JointPass, Part
-from loraplex_adapters.train.methods.base import Setting, TrainedAdapter
-from loraplex_adapters.train.samples import IGNORED, MicroBatch, Sample
-from loraplex_adapters.train.spec import MethodSpec
-from loraplex_model.adapter import AdapterDelta
-from loraplex_model.linear import DenseLinear
-from loraplex_model.load import load_base
-from loraplex_model.weights import BaseWeights
+from loraplex_adapters.format.examine import inspect
+from loraplex_adapters.format.spec import Limits
+from loraplex_adapters.load.tensors import load
+from loraplex_model.adapters.delta import AdapterDelta
+from loraplex_model.base.weights import BaseWeights
+from loraplex_model.checkpoints.load import load_base
+from loraplex_model.ops.linear import DenseLinear
+from loraplex_training import methods
+from loraplex_training.data.samples import IGNORED, MicroBatch, Sample
+from loraplex_training.methods.base import Setting, TrainedAdapter
+from loraplex_training.spec.spec import MethodSpec
+from loraplex_training.step.joint import JointPass, Part
 from model.passes import token_ids
 
 from model import tiny

@@ -24,12 +24,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from loraplex_adapters import faults
-from loraplex_adapters.train.checkpoint import FOLDER, is_run
-from loraplex_adapters.train.events import StepDone
-from loraplex_adapters.train.ground import Ground
-from loraplex_adapters.train.run import Outcome, Run
-from loraplex_adapters.train.spec import MethodSpec, RunSpec
+from loraplex_model.base import faults
+from loraplex_training.report.events import StepDone
+from loraplex_training.run.checkpoint import FOLDER, is_run
+from loraplex_training.run.inputs import Ground
+from loraplex_training.run.run import Outcome, Run
+from loraplex_training.spec.spec import MethodSpec, RunSpec
 
 from train import runs
 

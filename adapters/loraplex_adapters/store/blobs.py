@@ -21,10 +21,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from loraplex_adapters.digest import AdapterDigest, digest_hex
+from loraplex_model.base.faults import reach
+
 from loraplex_adapters.errors import AdapterError
-from loraplex_adapters.faults import reach
-from loraplex_adapters.files import (
+from loraplex_adapters.format.digest import AdapterDigest, digest_hex
+from loraplex_adapters.format.files import (
     CONFIG_FILE,
     MAX_CONFIG_BYTES,
     WEIGHTS_FILE,

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
+from loraplex_model.base.faults import reach
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from loraplex_adapters.errors import AdapterError
-from loraplex_adapters.faults import reach
 
 _BUSY_SECONDS = 30
 _CONNECT_SECONDS = 10

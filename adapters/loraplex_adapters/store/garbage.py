@@ -14,8 +14,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 import sqlalchemy as sa
+from loraplex_model.base.faults import reach
 
-from loraplex_adapters.faults import reach
 from loraplex_adapters.store import lookup, schema
 from loraplex_adapters.store.blobs import Blobs
 from loraplex_adapters.store.database import Database

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from loraplex_adapters.faults import reach
+from loraplex_model.base.faults import reach
+
 from loraplex_adapters.store.disk import disk_errors, flush
 
 _FILE = "store-id"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from loraplex_adapters.digest import digest_hex
 from loraplex_adapters.errors import AdapterError
+from loraplex_adapters.format.digest import digest_hex
 
 _NAME = re.compile(r"\A[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\Z")
 _VERSION = re.compile(r"\A[1-9][0-9]{0,8}\Z")

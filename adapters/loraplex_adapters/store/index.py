@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 
 from loraplex_adapters.errors import AdapterError
-from loraplex_adapters.spec import AdapterSpec
+from loraplex_adapters.format.spec import AdapterSpec
 from loraplex_adapters.store import lookup, records, schema
 from loraplex_adapters.store.database import Database
 from loraplex_adapters.store.ids import AdapterId

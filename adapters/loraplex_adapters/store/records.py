@@ -10,7 +10,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from loraplex_adapters.spec import AdapterSpec
+from loraplex_adapters.format.spec import AdapterSpec
 from loraplex_adapters.store import schema
 
 

@@ -14,9 +14,9 @@ from __future__ import annotations
 import uuid
 
 import sqlalchemy as sa
+from loraplex_model.base.faults import reach
 
 from loraplex_adapters.errors import AdapterError
-from loraplex_adapters.faults import reach
 
 SCHEMA_VERSION = 2
 _VERSION, _STORE_ID, _CHANGES = "schema_version", "store_id", "changes"

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from loraplex_adapters.digest import digest_hex
 from loraplex_adapters.errors import AdapterError
-from loraplex_adapters.files import Directory, open_directory
-from loraplex_adapters.format import inspect, survey
-from loraplex_adapters.spec import AdapterSpec, BaseShapes, Limits
+from loraplex_adapters.format.digest import digest_hex
+from loraplex_adapters.format.examine import inspect, survey
+from loraplex_adapters.format.files import Directory, open_directory
+from loraplex_adapters.format.spec import AdapterSpec, BaseShapes, Limits
 from loraplex_adapters.store import garbage, schema
 from loraplex_adapters.store.aliases import Aliases
 from loraplex_adapters.store.blobs import Blobs

@@ -21,9 +21,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from loraplex_model.base.faults import reach
+
 from loraplex_adapters.errors import AdapterError
-from loraplex_adapters.faults import reach
-from loraplex_adapters.files import (
+from loraplex_adapters.format.files import (
     CONFIG_FILE,
     MAX_CONFIG_BYTES,
     WEIGHTS_FILE,

@@ -14,15 +14,27 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from loraplex_adapters.faults import reach
+from loraplex_model.base.faults import reach
 
-from loraplex_server.engine.admission import refusal
-from loraplex_server.engine.auto_merge import AutoMerge, MergePolicy
-from loraplex_server.engine.host_tier import HostTier
-from loraplex_server.engine.kv import BlockPool
-from loraplex_server.engine.layout import lay_out
-from loraplex_server.engine.loader import Desk, Loader, ReadResult, ThreadLoader
-from loraplex_server.engine.merging import Merging
+from loraplex_server.engine.adapters.auto_merge import AutoMerge, MergePolicy
+from loraplex_server.engine.adapters.host_tier import HostTier
+from loraplex_server.engine.adapters.loader import Desk, Loader, ReadResult, ThreadLoader
+from loraplex_server.engine.adapters.merging import Merging
+from loraplex_server.engine.adapters.residency import UNLOADED, Residency
+from loraplex_server.engine.adapters.slots import AdapterSlots
+from loraplex_server.engine.batching.admission import refusal
+from loraplex_server.engine.batching.kv import BlockPool
+from loraplex_server.engine.batching.layout import lay_out
+from loraplex_server.engine.batching.request import Request, RequestState
+from loraplex_server.engine.batching.sampler import (
+    NON_FINITE,
+    Draw,
+    Floats,
+    finite_rows,
+    logprobs,
+    sample,
+)
+from loraplex_server.engine.batching.scheduler import Limits, Logits, Row, Scheduler
 from loraplex_server.engine.messages import (
     Control,
     ControlDone,
@@ -38,19 +50,7 @@ from loraplex_server.engine.messages import (
     Unmerge,
 )
 from loraplex_server.engine.reporting import Reporter
-from loraplex_server.engine.request import Request, RequestState
-from loraplex_server.engine.residency import UNLOADED, Residency
-from loraplex_server.engine.runner import ModelRunner
-from loraplex_server.engine.sampler import (
-    NON_FINITE,
-    Draw,
-    Floats,
-    finite_rows,
-    logprobs,
-    sample,
-)
-from loraplex_server.engine.scheduler import Limits, Logits, Row, Scheduler
-from loraplex_server.engine.slots import AdapterSlots
+from loraplex_server.engine.runner.protocol import ModelRunner
 
 log = logging.getLogger(__name__)
 

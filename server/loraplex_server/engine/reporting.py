@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 
-from loraplex_server.engine.host_tier import HostTier
-from loraplex_server.engine.merging import Merging
+from loraplex_server.engine.adapters.host_tier import HostTier
+from loraplex_server.engine.adapters.merging import Merging
+from loraplex_server.engine.adapters.residency import Residency
+from loraplex_server.engine.batching.request import Request, RequestState
+from loraplex_server.engine.batching.scheduler import Row, Scheduler
 from loraplex_server.engine.messages import Output, StepDone, StepStats
-from loraplex_server.engine.request import Request, RequestState
-from loraplex_server.engine.residency import Residency
-from loraplex_server.engine.scheduler import Row, Scheduler
 
 TABLE_SECONDS = 0.25
 """While rows run, the table of adapters is sent for new references alone only so often: it has a

@@ -11,7 +11,7 @@ from loraplex.v1 import adapter_pb2, adapter_pb2_grpc
 from loraplex_adapters.errors import AdapterError
 from loraplex_adapters.store import Record
 
-from loraplex_server.engine.client import EngineFailure
+from loraplex_server.engine.process.client import EngineFailure
 from loraplex_server.registry import Registered, Registry, Terms
 from loraplex_server.rpc import describe, watching
 from loraplex_server.rpc import validate_adapters as validate

@@ -8,8 +8,8 @@ from typing import Final
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 from loraplex.v1 import adapter_pb2
-from loraplex_adapters.format import Report
-from loraplex_adapters.spec import AdapterSpec
+from loraplex_adapters.format.examine import Report
+from loraplex_adapters.format.spec import AdapterSpec
 from loraplex_adapters.store import Record
 
 from loraplex_server.engine.messages import AdapterStatus

@@ -15,10 +15,10 @@ from typing import Any, Final
 import grpc
 from loraplex.v1 import generation_pb2, generation_pb2_grpc
 from loraplex_adapters.errors import AdapterError
-from loraplex_model.chat import TextRefused
+from loraplex_model.checkpoints.chat import TextRefused
 
-from loraplex_server.engine.client import EngineClient
 from loraplex_server.engine.messages import Failure, Output, SamplingParams, Submit
+from loraplex_server.engine.process.client import EngineClient
 from loraplex_server.logs import REQUEST_ID
 from loraplex_server.metrics import Metrics
 from loraplex_server.registry import Registry

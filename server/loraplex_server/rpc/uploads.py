@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from loraplex.v1 import adapter_pb2
-from loraplex_adapters.files import CONFIG_FILE, WEIGHTS_FILE
+from loraplex_adapters.format.files import CONFIG_FILE, WEIGHTS_FILE
 
 from loraplex_server.registry import Registered, Registry, Terms
 from loraplex_server.rpc import validate_adapters as validate

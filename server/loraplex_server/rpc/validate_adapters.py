@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Final
 
 from loraplex.v1 import adapter_pb2
-from loraplex_adapters.files import MAX_CONFIG_BYTES
+from loraplex_adapters.format.files import MAX_CONFIG_BYTES
 
 from loraplex_server.rpc.errors import Violation
 from loraplex_server.rpc.resolve import is_adapter_id, is_name

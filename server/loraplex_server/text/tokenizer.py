@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Final
 
 from jinja2 import TemplateError
-from loraplex_model.chat import ChatTemplate, TextRefused
-from loraplex_model.errors import ModelError
-from loraplex_model.tokenizer import TOKENIZER, TokenizerInfo
+from loraplex_model.base.refusal import ModelError
+from loraplex_model.checkpoints.chat import ChatTemplate, TextRefused
+from loraplex_model.checkpoints.tokenizer import TOKENIZER, TokenizerInfo
 from tokenizers import Tokenizer
 
 from loraplex_server.text.detokenizer import Detokenizer, NoText
@@ -28,7 +28,7 @@ class TooLong(Exception):
 
 
 class TextTokenizer:
-    """The tokenizer of a base model's directory (`loraplex_model.tokenizer`).
+    """The tokenizer of a base model's directory (`loraplex_model.checkpoints.tokenizer`).
 
     Text becomes the ids that Hugging Face's tokenizer gives when it is called, special tokens such
     as BOS included; a rendered conversation carries its own special tokens and gets no others.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from loraplex_adapters.errors import AdapterError
-from loraplex_adapters.files import open_below, open_root
+from loraplex_adapters.format.files import open_below, open_root
 
 from loraplex_server.training.jobs import Refusal
 

@@ -8,7 +8,7 @@ from typing import Final
 
 from loraplex_adapters.errors import AdapterError
 
-from loraplex_server.engine.client import EngineFailure
+from loraplex_server.engine.process.client import EngineFailure
 from loraplex_server.registry import Registered, Registry, Terms
 from loraplex_server.training.jobs import Order, Refusal, Result
 

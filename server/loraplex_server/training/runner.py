@@ -10,13 +10,13 @@ from enum import Enum, auto
 from pathlib import Path
 from typing import Final, Protocol
 
-from loraplex_adapters.train import event_lines
-from loraplex_adapters.train.events import JobState, Saved
+from loraplex_training.report import lines as event_lines
+from loraplex_training.report.events import JobState, Saved
 
-from loraplex_server.training import verdict
+from loraplex_server.training import failure as verdict
 from loraplex_server.training.child import Child
-from loraplex_server.training.course import Course
 from loraplex_server.training.jobs import Error, Job, Order, Refusal, Result, State
+from loraplex_server.training.progress import Course
 from loraplex_server.training.trainer import LOG, Trainer
 
 _SILENCE_SECONDS: Final = 5.0

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Final
 
 import msgspec
-from loraplex_adapters.train import options
-from loraplex_adapters.train.errors import TrainError
+from loraplex_training.errors import TrainError
+from loraplex_training.spec import parse as options
 
-from loraplex_server.training import memory, verdict
+from loraplex_server.training import failure as verdict
+from loraplex_server.training import memory
 from loraplex_server.training.child import Child
 from loraplex_server.training.jobs import Job, Order, Refusal
 

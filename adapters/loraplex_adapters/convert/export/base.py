@@ -1,0 +1,57 @@
+"""A base model to export against: its weights as they are served, and where they came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from loraplex_model.adapters.delta import AdapterDelta
+from loraplex_model.base.weights import BaseWeights
+from loraplex_model.checkpoints import checkpoint
+from loraplex_model.checkpoints.default_model import DEFAULT, ensure_default_model
+from loraplex_model.checkpoints.load import load_base
+
+from loraplex_adapters.base_shapes import shapes_of
+from loraplex_adapters.format.examine import inspect
+from loraplex_adapters.format.spec import AdapterSpec, BaseShapes, Limits
+from loraplex_adapters.load.tensors import load
+
+LIMITS = Limits(max_rank=1 << 16, max_virtual_tokens=1 << 20)
+"""What is exported need not fit a server's limits."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExportBase:
+    """A loaded base.
+
+    Attributes:
+        name: what the operator asked for.
+        source: the checkpoint's directory, or the GGUF file.
+        directory: the cached entry: `tokenizer.json` and `model.json`.
+        weights: NF4 matrices; everything else float32, as stored.
+    """
+
+    name: str
+    source: Path
+    directory: Path
+    weights: BaseWeights
+
+    @property
+    def shapes(self) -> BaseShapes:
+        """What adapters are checked against."""
+        return shapes_of(self.weights, "float32")
+
+
+def open_base(model: str, cache: Path) -> ExportBase:
+    """Loads a model by directory, GGUF file, hub id, or "default". Raises `ModelError`."""
+    is_default = model in ("", DEFAULT)
+    source = ensure_default_model(cache) if is_default else checkpoint.locate(model)
+    loaded = load_base(model, torch.float32, cache)
+    return ExportBase(loaded.name, source, loaded.directory, loaded.weights)
+
+
+def open_adapter(directory: Path, base: ExportBase) -> tuple[AdapterSpec, AdapterDelta]:
+    """Reads an adapter as the server would; raises AdapterError as `format.inspect` does."""
+    digest = inspect(directory, base.shapes, LIMITS).digest
+    return load(directory, digest, base.shapes, base.weights, LIMITS)

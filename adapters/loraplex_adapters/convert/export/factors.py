@@ -1,0 +1,90 @@
+"""LoRA's two matrices, module by module, whatever kind of LoRA they came from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from loraplex_model.adapters.delta import AdapterDelta, SiteDelta
+from loraplex_model.base.config import MODEL, Site
+
+from loraplex_adapters.errors import AdapterError
+from loraplex_adapters.format.modules import module_path, table_order
+
+EMBEDDING: Site = (MODEL, "embed_tokens")
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """A module's change B A, float32, with every scale in B.
+
+    `a` is [r, in], `b` is [out, r], PEFT's way: at the embeddings "in" is the vocabulary and "out"
+    the hidden width.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+
+    @property
+    def rank(self) -> int:
+        """Inner width."""
+        return self.a.shape[0]
+
+    def dense(self) -> torch.Tensor:
+        """B A, [out, in]."""
+        return self.b @ self.a
+
+
+FactorsBySite = Mapping[Site, Factors]
+
+
+def factors_of(delta: AdapterDelta, what: str) -> dict[Site, Factors]:
+    """The factors of an adapter that consists of nothing else, in the order of the model.
+
+    LoRA, rsLoRA, patterns and AdaLoRA do; modules of rank 0 are left out. `what` says for whom they
+    are meant. Raises AdapterError(EXPORT_UNSUPPORTED) for anything that A and B cannot express.
+    """
+    if delta.virtual is not None:
+        raise _refused(what, "the adapter has virtual tokens")
+    found = {}
+    for site in sorted(delta.sites, key=table_order):
+        change = delta.sites[site]
+        if (more := _more(site, change)) is not None:
+            raise _refused(what, f"{module_path(*site)} has {more}")
+        if change.a is None or change.b is None:
+            continue
+        a = change.a.T if site == EMBEDDING else change.a
+        found[site] = Factors(a.float().contiguous(), change.b.float().T.contiguous())
+    if not found:
+        raise _refused(what, "the adapter changes nothing")
+    return found
+
+
+def delta_of(factors: FactorsBySite) -> AdapterDelta:
+    """The adapter that has these factors and nothing else."""
+    return AdapterDelta(
+        {
+            site: SiteDelta(a=f.a.T if site == EMBEDDING else f.a, b=f.b.T)
+            for site, f in factors.items()
+        }
+    )
+
+
+def _more(site: Site, change: SiteDelta) -> str | None:
+    """What a change has beside A and B."""
+    if site[1].endswith("_bottleneck"):
+        return "a bottleneck"
+    if site[1].endswith("norm"):
+        return "a norm of its own"
+    if change.gain is not None:
+        return "gains (DoRA, IA3)"
+    if change.in_gain is not None:
+        return "gains of its input (IA3)"
+    if change.bias is not None:
+        return "a bias"
+    return "rows of its own" if change.rows is not None else None
+
+
+def _refused(what: str, why: str) -> AdapterError:
+    return AdapterError("EXPORT_UNSUPPORTED", f"{what} holds A and B only, but {why}", "format")

@@ -1,0 +1,118 @@
+"""LoRA factors as an adapter for llama.cpp, in one GGUF file.
+
+llama.cpp adds alpha / rank * B (A x) to each tensor that has `.lora_a` and `.lora_b` beside its
+name; the rank is that of the tensor, alpha one number for the file. So alpha is the most common
+rank here, and B carries the rest of the scale where a module has another rank. In files of the
+"llama" architecture the rows of q and k lie in another order, and those of B with them. A of the
+token embedding is transposed, since it is read row by row.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import torch
+from loraplex_model.base.config import MODEL, DecoderConfig, Site
+
+from loraplex_adapters.convert.export.factors import EMBEDDING, Factors, FactorsBySite
+from loraplex_adapters.errors import AdapterError
+
+FILE = "adapter.gguf"
+
+_ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "llama",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
+_LAYER_TENSORS = {
+    "q_proj": "attn_q",
+    "k_proj": "attn_k",
+    "v_proj": "attn_v",
+    "o_proj": "attn_output",
+    "gate_proj": "ffn_gate",
+    "up_proj": "ffn_up",
+    "down_proj": "ffn_down",
+}
+
+
+def write_gguf(
+    target: Path,
+    factors: FactorsBySite,
+    config: DecoderConfig,
+    *,
+    name: str,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Makes the directory `target` with `adapter.gguf` in it.
+
+    `dtype` is float32, float16 or bfloat16. Raises AdapterError(EXPORT_UNSUPPORTED) for embeddings
+    or head of a base that ties them: llama.cpp knows both by one name, and applies neither rightly.
+    """
+    from gguf import GGMLQuantizationType, GGUFType, GGUFWriter, LlamaFileType
+    from gguf.constants import GGML_QUANT_VERSION, Keys
+
+    _check(factors, config)
+    kinds = {
+        torch.float32: (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
+        torch.float16: (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
+        torch.bfloat16: (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
+    }
+    kind, file_type = kinds[dtype]
+    alpha = Counter(found.rank for found in factors.values()).most_common(1)[0][0]
+    target.mkdir()
+    writer = GGUFWriter(target / FILE, _ARCHITECTURES[config.architecture])
+    writer.add_type(GGUFType.ADAPTER)
+    writer.add_string(Keys.Adapter.TYPE, "lora")
+    writer.add_float32(Keys.Adapter.LORA_ALPHA, float(alpha))
+    writer.add_name(name)
+    writer.add_file_type(file_type)
+    writer.add_quantization_version(GGML_QUANT_VERSION)
+    for site, found in factors.items():
+        at = tensor_name(site)
+        a, b = _as_stored(site, found, config, alpha)
+        for ending, tensor in (("lora_a", a), ("lora_b", b)):
+            values = tensor.to(dtype).contiguous()
+            if dtype == torch.bfloat16:
+                raw = values.view(torch.uint8).numpy()
+                writer.add_tensor(f"{at}.{ending}", raw, raw_dtype=kind)
+            else:
+                writer.add_tensor(f"{at}.{ending}", values.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def tensor_name(site: Site) -> str:
+    """llama.cpp's name of a module's weight."""
+    layer, name = site
+    if layer == MODEL:
+        return {"embed_tokens": "token_embd.weight", "lm_head": "output.weight"}[name]
+    return f"blk.{layer}.{_LAYER_TENSORS[name]}.weight"
+
+
+def _check(factors: FactorsBySite, config: DecoderConfig) -> None:
+    shared = [name for layer, name in factors if layer == MODEL]
+    if config.tie_embeddings and shared:
+        message = f"{shared[0]} cannot be adapted in llama.cpp where the base ties it"
+        raise AdapterError("EXPORT_UNSUPPORTED", message, "format")
+
+
+def _as_stored(
+    site: Site, factors: Factors, config: DecoderConfig, alpha: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    a, b = factors.a, factors.b
+    if factors.rank != alpha:
+        b = b * (factors.rank / alpha)
+    heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
+    if site[1] in heads and _ARCHITECTURES[config.architecture] == "llama":
+        b = _interleaved(b, heads[site[1]])
+    return (a.T if site == EMBEDDING else a), b
+
+
+def _interleaved(rows: torch.Tensor, heads: int) -> torch.Tensor:
+    """llama.cpp's order of q and k rows: within a head (2, pair) becomes (pair, 2)."""
+    halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
+    return halves.swapaxes(1, 2).reshape(rows.shape)

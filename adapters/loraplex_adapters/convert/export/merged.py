@@ -1,0 +1,172 @@
+"""Merged checkpoints in Hugging Face's layout: dense in one type, or NF4 as bitsandbytes stores it.
+
+Merging into NF4 rounds a small change away, since the base's weights lie on the very grid that they
+are rounded to. So what was kept is measured, and too little is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from loraplex_model.adapters.delta import AdapterDelta
+from loraplex_model.base.weights import BLOCK, NF4Matrix
+from loraplex_model.ops import nf4
+
+from loraplex_adapters.convert.export.account import Kept, measure, total
+from loraplex_adapters.convert.export.base import ExportBase
+from loraplex_adapters.convert.export.model_files import write_config, write_tokenizer
+from loraplex_adapters.convert.export.parameters import Form, Parameter, merged_form, parameters
+from loraplex_adapters.convert.export.safetensors_file import SHARD_BYTES, Checkpoint
+from loraplex_adapters.errors import AdapterError
+
+LEAST_RETAINED = 0.95
+"""Less than this of the change of all NF4 matrices together is refused."""
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+_PER_LAYER = 64  # more than the tensors that a layer can have, in four bits too
+
+Write = Callable[[Checkpoint, Parameter, torch.dtype], Kept | None]
+
+
+def write_dense(
+    target: Path,
+    base: ExportBase,
+    delta: AdapterDelta,
+    dtype: torch.dtype,
+    *,
+    stamps: Mapping[str, str],
+    shard_bytes: int = SHARD_BYTES,
+) -> list[Kept]:
+    """Makes the directory `target`: the base with the adapter in it, every tensor in `dtype`.
+
+    Merged in float32 and rounded once. Returns what each changed tensor lost by that. The memory is
+    that of the largest matrix a few times over, beside the base's embeddings in float32.
+    Raises AdapterError(EXPORT_UNSUPPORTED): see `merged_form`.
+    """
+    form = merged_form(base.weights.config, delta)
+    target.mkdir()
+    write_config(target, base, dtype, form, None)
+    return _write(target, base, delta, form, dtype, _write_dense, stamps, shard_bytes)
+
+
+def write_nf4(
+    target: Path,
+    base: ExportBase,
+    delta: AdapterDelta,
+    dtype: torch.dtype,
+    *,
+    stamps: Mapping[str, str],
+    force: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> list[Kept]:
+    """Makes the directory `target`: the merged projections quantised to NF4, the rest in `dtype`.
+
+    Projections that the adapter leaves alone keep the base's bytes. Returns what was kept of each
+    changed tensor. Raises AdapterError: EXPORT_UNSUPPORTED; EXPORT_DELTA_LOST where the projections
+    keep less than `LEAST_RETAINED` of their change, unless `force` is set.
+    """
+    form = merged_form(base.weights.config, delta)
+    target.mkdir()
+    write_config(target, base, dtype, form, _quantisation(dtype))
+    kept = _write(target, base, delta, form, dtype, _write_nf4, stamps, shard_bytes)
+    rounded = [part for part in kept if part.quantised]  # a large head must not speak for the rest
+    retained = total(rounded).retained
+    if retained < LEAST_RETAINED and not force:
+        worst = min(rounded, key=lambda part: part.retained)
+        raise AdapterError(
+            "EXPORT_DELTA_LOST",
+            f"NF4 keeps {retained:.1%} of what the adapter changes ({worst.name}: "
+            f"{worst.retained:.1%}), less than {LEAST_RETAINED:.0%}; export it as hf, serve it "
+            "unmerged, or insist with --force",
+            "format",
+        )
+    return kept
+
+
+def _write(
+    target: Path,
+    base: ExportBase,
+    delta: AdapterDelta,
+    form: Form,
+    dtype: torch.dtype,
+    write: Write,
+    stamps: Mapping[str, str],
+    shard_bytes: int,
+) -> list[Kept]:
+    write_tokenizer(target, base)
+    most = 8 + _PER_LAYER * base.weights.config.num_layers
+    file = Checkpoint(target, most, stamps, shard_bytes)
+    kept = []
+    for parameter in parameters(base.weights, delta, form):
+        found = write(file, parameter, dtype)
+        if found is not None:
+            kept.append(found)
+    file.close()
+    return kept
+
+
+def _write_dense(file: Checkpoint, parameter: Parameter, dtype: torch.dtype) -> Kept | None:
+    base = parameter.base()
+    merged = base if parameter.change is None else parameter.change(base)
+    written = merged.to(dtype)
+    if not bool(written.isfinite().all()):
+        message = f"{parameter.name} holds numbers that are too large for {dtype}"
+        raise AdapterError("EXPORT_UNSUPPORTED", message, "dtype")
+    file.add(parameter.name, written)
+    return None if parameter.change is None else measure(parameter.name, base, merged, written)
+
+
+def _write_nf4(file: Checkpoint, parameter: Parameter, dtype: torch.dtype) -> Kept | None:
+    if parameter.matrix is None:
+        return _write_dense(file, parameter, dtype)
+    if parameter.change is None:
+        _add_matrix(file, parameter.name, parameter.matrix, dtype)
+        return None
+    base = parameter.base()
+    merged = parameter.change(base)
+    matrix = nf4.quantise(merged)
+    _add_matrix(file, parameter.name, matrix, dtype)
+    kept = measure(parameter.name, base, merged, nf4.dequantize(matrix))
+    return replace(kept, quantised=True)
+
+
+def _add_matrix(file: Checkpoint, name: str, matrix: NF4Matrix, dtype: torch.dtype) -> None:
+    """One module's parts, named as bitsandbytes names those of a `Params4bit`."""
+    state: dict[str, object] = {
+        "quant_type": "nf4",
+        "blocksize": BLOCK,
+        "dtype": str(dtype).removeprefix("torch."),
+        "shape": list(matrix.shape),
+    }
+    file.add(name, matrix.packed.reshape(-1, 1))
+    file.add(f"{name}.absmax", matrix.absmax)
+    file.add(f"{name}.quant_map", nf4.nf4_code())
+    if matrix.absmax_scales:
+        state |= {
+            "nested_blocksize": nf4.NESTED_BLOCK,
+            "nested_dtype": "float32",
+            "nested_offset": matrix.absmax_offsets[0],
+        }
+        file.add(f"{name}.nested_absmax", matrix.absmax_scales[0])
+        file.add(f"{name}.nested_quant_map", nf4.dynamic_map())
+    text = torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)
+    file.add(f"{name}.quant_state.bitsandbytes__nf4", text)
+
+
+def _quantisation(dtype: torch.dtype) -> dict[str, object]:
+    return {
+        "_load_in_4bit": True,
+        "_load_in_8bit": False,
+        "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "quant_method": "bitsandbytes",
+    }

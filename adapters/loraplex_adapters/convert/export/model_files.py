@@ -1,0 +1,77 @@
+"""What lies beside a checkpoint's weights: configuration and tokenizer, as the base has them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from loraplex_model.checkpoints import checkpoint
+from loraplex_model.checkpoints.tokenizer import TOKENIZER, TokenizerInfo
+
+from loraplex_adapters.convert.export.base import ExportBase
+from loraplex_adapters.convert.export.parameters import Form
+from loraplex_adapters.errors import AdapterError
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
+_WRITTEN = (CONFIG, checkpoint.INDEX)  # ours, not copies
+
+
+def write_config(
+    target: Path,
+    base: ExportBase,
+    dtype: torch.dtype,
+    form: Form,
+    quantisation: Mapping[str, object] | None,
+) -> None:
+    """The base's config.json, with the type of the weights and what merging changed.
+
+    Raises AdapterError(EXPORT_UNSUPPORTED) for a GGUF file whose positions are scaled by a tensor.
+    """
+    source = checkpoint.open_source(base.source)
+    if source.rope_divisors:
+        raise AdapterError(
+            "EXPORT_UNSUPPORTED",
+            "the base's GGUF file scales positions in a way that config.json cannot say; "
+            "give the base as safetensors",
+            "model",
+        )
+    config: dict[str, Any] = {k: v for k, v in source.config.items() if v is not None}
+    config.pop("quantization_config", None)
+    name = str(dtype).removeprefix("torch.")
+    if "torch_dtype" in config:
+        config["torch_dtype"] = name
+    config |= {"architectures": [base.weights.config.architecture], "dtype": name, **form.overrides}
+    if quantisation is not None:
+        config["quantization_config"] = dict(quantisation)
+    _write_json(target / CONFIG, config)
+    if base.source.is_file() and base.weights.eos_token_ids:
+        ids = list(base.weights.eos_token_ids)
+        _write_json(target / GENERATION, {"eos_token_id": ids[0] if len(ids) == 1 else ids})
+
+
+def write_tokenizer(target: Path, base: ExportBase) -> None:
+    """Copies the base's tokenizer and generation configuration; makes them from a GGUF file's."""
+    if base.source.is_dir():
+        for file in checkpoint.files_of(base.source):
+            if file.suffix != ".safetensors" and file.name not in _WRITTEN:
+                shutil.copyfile(file, target / file.name)
+        return
+    info = TokenizerInfo.read(base.directory)
+    if not info.has_tokenizer:
+        return
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(base.directory / TOKENIZER),
+        chat_template=info.chat_template,
+        **info.special_tokens,
+    )
+    tokenizer.save_pretrained(target)
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", "utf-8")

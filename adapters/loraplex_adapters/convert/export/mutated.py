@@ -1,0 +1,144 @@
+"""PiSSA, OLoRA, CorDA and LoRA-GA adapters as plain LoRA.
+
+Their initialisation takes scale * B0 A0 out of the base's weight, so that A and B are not the whole
+change. With the adapter as it was before training, the change is
+
+    scale * (B A - B0 A0) = scale * [B, -B0] [A; A0],
+
+a plain adapter of twice the rank. It is exact for a base that training did not quantise: a base
+that was quantised after the initialisation is another one, Q(W - B0 A0), and no adapter of Q(W)
+can say so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loraplex_adapters.convert.export.peft_files import write_config
+from loraplex_adapters.convert.export.safetensors_file import SafetensorsFile
+from loraplex_adapters.errors import AdapterError
+from loraplex_adapters.format.files import CONFIG_FILE, WEIGHTS_FILE, open_directory
+from loraplex_adapters.format.header import read_header
+from loraplex_adapters.format.strict_json import loads, shown
+
+MUTATING = ("pissa", "olora", "corda", "lora_ga")
+"""Initialisations, by the beginnings of their names, that this undoes."""
+
+_A, _B = ".lora_A.weight", ".lora_B.weight"
+_SAME = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
+_OFF = ("use_dora", "lora_bias", "alora_invocation_tokens", "layer_replication")
+_MAX_BYTES = 8 << 30
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class _Files:
+    config: Mapping[str, Any]
+    tensors: Mapping[str, torch.Tensor]
+
+
+def convert(source: Path, initial: Path, target: Path) -> None:
+    """Reads a trained adapter and its initial state; makes the directory `target` with plain LoRA.
+
+    What it writes has still to pass `format.inspect` for a base. Raises AdapterError:
+    CONVERT_UNSUPPORTED (another initialisation, DoRA, ...), ADAPTER_INVALID (the two do not belong
+    together), and what reading them raises.
+    """
+    trained, start = _read(source), _read(initial)
+    config = _plain_config(trained, start)
+    target.mkdir()
+    write_config(target, config)
+    stamps = {"loraplex_converted_from": str(trained.config["init_lora_weights"])}
+    with SafetensorsFile(target / WEIGHTS_FILE, len(trained.tensors), stamps) as file:
+        for name, tensor in trained.tensors.items():
+            if "lora_" in name and not name.endswith((_A, _B)):
+                message = f"{shown(name)} is neither A nor B of a projection"
+                raise AdapterError("CONVERT_UNSUPPORTED", message, shown(name))
+            if name.endswith((_A, _B)):
+                before = start.tensors.get(name)
+                if before is None or before.shape != tensor.shape:
+                    raise _mismatch(f"the initial adapter has no {shown(name)} of this shape")
+                joined = [tensor, before] if name.endswith(_A) else [tensor, -before]
+                tensor = torch.cat(joined, dim=0 if name.endswith(_A) else 1)
+            file.add(name, tensor)
+
+
+def _plain_config(trained: _Files, start: _Files) -> dict[str, Any]:
+    config = dict(trained.config)
+    kind = config.get("init_lora_weights")
+    if not isinstance(kind, str) or not kind.startswith(MUTATING):
+        names = ", ".join(MUTATING)
+        message = f"init_lora_weights is {shown(str(kind))}; converted are {names}"
+        raise AdapterError("CONVERT_UNSUPPORTED", message, "init_lora_weights")
+    if config.get("peft_type") != "LORA":
+        raise AdapterError("CONVERT_UNSUPPORTED", "peft_type is not LORA", "peft_type")
+    for key in _OFF:
+        if config.get(key):
+            raise AdapterError("CONVERT_UNSUPPORTED", f"{key} cannot be converted", key)
+    for key in _SAME:
+        if (config.get(key) or None) != (start.config.get(key) or None):
+            raise _mismatch(f"the initial adapter has another {key}")
+    return config | {
+        "corda_config": None,
+        "init_lora_weights": True,
+        "lora_ga_config": None,
+        **_doubled(config),
+    }
+
+
+def _doubled(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Twice the ranks and the scales as they were."""
+    try:
+        ranks = {key: int(rank) for key, rank in (config.get("rank_pattern") or {}).items()}
+        alphas = {key: float(a) for key, a in (config.get("alpha_pattern") or {}).items()}
+        rank, alpha = int(config["r"]), float(config["lora_alpha"])
+    except (KeyError, TypeError, ValueError, AttributeError):
+        message = f"{CONFIG_FILE} has no sound r, lora_alpha and patterns"
+        raise AdapterError("ADAPTER_INVALID", message, CONFIG_FILE) from None
+    factor = 2.0
+    if config.get("use_rslora"):
+        # alpha' / sqrt(2 r) = alpha / sqrt(r), for every rank
+        factor = math.sqrt(2.0)
+    return {
+        "alpha_pattern": {key: _number(value * factor) for key, value in alphas.items()},
+        "lora_alpha": _number(alpha * factor),
+        "r": 2 * rank,
+        "rank_pattern": {key: 2 * value for key, value in ranks.items()},
+    }
+
+
+def _number(value: float) -> int | float:
+    return int(value) if value.is_integer() else value
+
+
+def _read(directory: Path) -> _Files:
+    with open_directory(directory) as opened:
+        with opened.open_config() as file:
+            try:
+                config = loads(file.read(0, file.size))
+            except ValueError as error:
+                message = f"{CONFIG_FILE} {error}"
+                raise AdapterError("ADAPTER_INVALID", message, CONFIG_FILE) from None
+        if not isinstance(config, dict):
+            message = f"{CONFIG_FILE} is no JSON object"
+            raise AdapterError("ADAPTER_INVALID", message, CONFIG_FILE)
+        with opened.open_weights(_MAX_BYTES) as weights:
+            header = read_header(weights.read, weights.size)
+            tensors = {
+                t.name: torch.frombuffer(
+                    bytearray(weights.read(t.start, t.end - t.start)), dtype=_DTYPES[t.dtype]
+                ).view(t.shape)
+                for t in header.tensors
+            }
+    return _Files(config, tensors)
+
+
+def _mismatch(why: str) -> AdapterError:
+    message = f"the adapter did not begin as the initial one: {why}"
+    return AdapterError("ADAPTER_INVALID", message, "initial")

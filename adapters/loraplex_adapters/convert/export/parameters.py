@@ -1,0 +1,214 @@
+"""The tensors of a merged checkpoint, one at a time, by their Hugging Face names.
+
+    W' = diag(gain) W diag(in_gain) + B A,    bias' = gain * bias + the adapter's bias
+
+with W the base's weight as it is served: dequantised from NF4. Norms, embeddings and head are the
+stored ones with what the adapter adds to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from loraplex_model.adapters.delta import AdapterDelta, SiteDelta
+from loraplex_model.adapters.merge import fused_matrix, merged_module
+from loraplex_model.base import families
+from loraplex_model.base.config import FUSED, MODEL, PROJECTIONS, DecoderConfig
+from loraplex_model.base.families import tensor_name
+from loraplex_model.base.weights import BaseWeights, LayerWeights, NF4Matrix
+from loraplex_model.ops import nf4
+
+from loraplex_adapters.errors import AdapterError
+
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A tensor of the checkpoint.
+
+    Attributes:
+        base: computes the base's value, float32, in memory that may be written to.
+        change: computes the merged value from it, in new memory; None if nothing changes.
+        matrix: the base's NF4 form, of a projection's weight.
+    """
+
+    name: str
+    base: Callable[[], torch.Tensor]
+    change: Callable[[torch.Tensor], torch.Tensor] | None = None
+    matrix: NF4Matrix | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How a merged checkpoint's configuration differs from the base's.
+
+    Attributes:
+        biased: the projections that have a bias, in every layer.
+        tied: whether head and embeddings are one tensor.
+        overrides: entries of config.json.
+    """
+
+    biased: frozenset[str]
+    tied: bool
+    overrides: Mapping[str, bool]
+
+
+def merged_form(config: DecoderConfig, delta: AdapterDelta) -> Form:
+    """What the merged model looks like.
+
+    Raises AdapterError(EXPORT_UNSUPPORTED): the adapter has virtual tokens or bottlenecks, which
+    are no weights of the base's architecture, or biases that this architecture cannot have.
+    """
+    if delta.virtual is not None:
+        raise _unsupported("virtual tokens stand before the prompt; no weight can hold them")
+    changed: set[str] = set()
+    for layer, name in delta.sites:
+        if name.endswith("_bottleneck"):
+            raise _unsupported(f"the {name.replace('_', ' ')} of layer {layer} is not linear")
+        if name in PROJECTIONS and _has_bias(delta.sites[layer, name]):
+            changed.add(name)
+    overrides: dict[str, bool] = {}
+    biased = set(_ATTENTION[:3] if config.qkv_bias else ()) | set(("o_proj",) * config.o_bias)
+    for key, names in (("attention_bias", _ATTENTION), ("mlp_bias", _MLP)):
+        if missing := sorted(changed.intersection(names) - biased):
+            if not _can_have(config.architecture, key):
+                message = f"a trained bias of {missing[0]} has no place in {config.architecture}"
+                raise _unsupported(message)
+            overrides[key] = True
+            biased.update(names)
+    tied = config.tie_embeddings and _same_rows(
+        delta.at((MODEL, "embed_tokens")), delta.at((MODEL, "lm_head"))
+    )
+    if tied != config.tie_embeddings:
+        overrides["tie_word_embeddings"] = False
+    return Form(frozenset(biased), tied, overrides)
+
+
+def parameters(weights: BaseWeights, delta: AdapterDelta, form: Form) -> Iterator[Parameter]:
+    """Every tensor of the merged checkpoint, in the order of the model."""
+    embed = delta.at((MODEL, "embed_tokens"))
+    yield _vocabulary(families.EMBED, weights.embed, embed, _embedding_change)
+    for index, layer in enumerate(weights.layers):
+        yield from _norms(index, layer, delta)
+        for fused, names in FUSED.items():
+            matrix, bias = fused_matrix(layer, fused)
+            biases = None if bias is None else torch.split(bias, list(matrix.rows))
+            for i, (name, module) in enumerate(zip(names, nf4.split(matrix), strict=True)):
+                change = delta.at((index, name))
+                yield _projection(tensor_name(index, name), module, change)
+                if name in form.biased:
+                    own = None if biases is None else biases[i]
+                    at = tensor_name(index, name, "bias")
+                    yield _bias(at, own, module.shape[0], change)
+    norm = delta.at((MODEL, "norm"))
+    yield _vector(families.NORM, weights.norm, norm)
+    if not form.tied:
+        head = delta.at((MODEL, "lm_head"))
+        yield _vocabulary(families.LM_HEAD, weights.lm_head, head, _head_change)
+
+
+def _can_have(architecture: str, key: str) -> bool:
+    allowed = {
+        "LlamaForCausalLM": ("attention_bias", "mlp_bias"),
+        "Qwen3ForCausalLM": ("attention_bias",),
+    }
+    return key in allowed.get(architecture, ())
+
+
+def _has_bias(change: SiteDelta) -> bool:
+    return change.bias is not None and bool(change.bias.any())
+
+
+def _same_rows(embed: SiteDelta | None, head: SiteDelta | None) -> bool:
+    """Whether embeddings and head change alike, so far as that shows without multiplying."""
+    if embed is None or head is None:
+        return embed is head
+    if embed.a is not None or head.a is not None or embed.rows is None or head.rows is None:
+        return False
+    assert embed.token_ids is not None
+    assert head.token_ids is not None
+    return torch.equal(embed.token_ids, head.token_ids) and torch.equal(embed.rows, head.rows)
+
+
+def _projection(name: str, matrix: NF4Matrix, change: SiteDelta | None) -> Parameter:
+    def base() -> torch.Tensor:
+        return nf4.dequantize(matrix)
+
+    if change is None or (change.gain is None and change.in_gain is None and change.b is None):
+        return Parameter(name, base, None, matrix)
+    found = change
+    return Parameter(name, base, lambda weight: merged_module(weight, found), matrix)
+
+
+def _bias(name: str, own: torch.Tensor | None, width: int, change: SiteDelta | None) -> Parameter:
+    def base() -> torch.Tensor:
+        return torch.zeros(width) if own is None else own.float().clone()
+
+    def merged(bias: torch.Tensor) -> torch.Tensor:
+        assert change is not None
+        total = bias.clone() if change.gain is None else bias * change.gain
+        return total if change.bias is None else total + change.bias
+
+    changes = change is not None and (change.gain is not None or change.bias is not None)
+    return Parameter(name, base, merged if changes else None)
+
+
+def _vector(name: str, own: torch.Tensor, change: SiteDelta | None) -> Parameter:
+    def base() -> torch.Tensor:
+        return own.float().clone()
+
+    if change is None or change.bias is None:
+        return Parameter(name, base)
+    added = change.bias
+    return Parameter(name, base, lambda weight: weight + added)
+
+
+def _norms(index: int, layer: LayerWeights, delta: AdapterDelta) -> Iterator[Parameter]:
+    own = {
+        "input_layernorm": layer.input_norm,
+        "post_attention_layernorm": layer.post_norm,
+        "q_norm": layer.q_norm,
+        "k_norm": layer.k_norm,
+    }
+    for name, weight in own.items():
+        if weight is not None:
+            yield _vector(tensor_name(index, name), weight, delta.at((index, name)))
+
+
+def _vocabulary(
+    name: str,
+    own: torch.Tensor,
+    change: SiteDelta | None,
+    factors: Callable[[torch.Tensor, SiteDelta], torch.Tensor],
+) -> Parameter:
+    def base() -> torch.Tensor:
+        return own.float().clone()
+
+    def merged(weight: torch.Tensor) -> torch.Tensor:
+        assert change is not None
+        total = factors(weight, change)
+        if change.token_ids is not None and change.rows is not None:
+            total.index_add_(0, change.token_ids.long(), change.rows.float())
+        return total
+
+    return Parameter(name, base, None if change is None else merged)
+
+
+def _embedding_change(weight: torch.Tensor, change: SiteDelta) -> torch.Tensor:
+    if change.a is None or change.b is None:
+        return weight.clone()
+    return torch.addmm(weight, change.a.float(), change.b.float())
+
+
+def _head_change(weight: torch.Tensor, change: SiteDelta) -> torch.Tensor:
+    if change.a is None or change.b is None:
+        return weight.clone()
+    return torch.addmm(weight, change.b.float().T, change.a.float())
+
+
+def _unsupported(why: str) -> AdapterError:
+    return AdapterError("EXPORT_UNSUPPORTED", f"the adapter cannot be merged: {why}", "format")

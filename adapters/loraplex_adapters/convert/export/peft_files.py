@@ -1,0 +1,79 @@
+"""LoRA factors as a plain PEFT adapter, which PEFT loads with nothing missing and nothing left."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loraplex_adapters.convert.export.factors import EMBEDDING, FactorsBySite
+from loraplex_adapters.convert.export.safetensors_file import SafetensorsFile
+from loraplex_adapters.format.files import CONFIG_FILE, WEIGHTS_FILE
+from loraplex_adapters.format.modules import PREFIX, module_path
+
+
+def write_peft(
+    target: Path,
+    factors: FactorsBySite,
+    *,
+    base_model: str = "",
+    dtype: torch.dtype = torch.float32,
+    stamps: Mapping[str, str],
+) -> None:
+    """Makes the directory `target`: adapter_config.json and adapter_model.safetensors.
+
+    Modules are named by their full paths and the scale of each is 1, so the most common rank is
+    both `r` and `lora_alpha`, and the others are listed in both patterns. `stamps` go into the
+    weights file's metadata: in the configuration PEFT would warn about them.
+    """
+    target.mkdir()
+    config = lora_config({module_path(*site): f.rank for site, f in factors.items()}, base_model)
+    write_config(target, config)
+    with SafetensorsFile(target / WEIGHTS_FILE, 2 * len(factors), stamps) as file:
+        for site, found in factors.items():
+            a, b = "lora_A.weight", "lora_B.weight"
+            if site == EMBEDDING:
+                a, b = "lora_embedding_A", "lora_embedding_B"
+            path = PREFIX + module_path(*site)
+            file.add(f"{path}.{a}", found.a.to(dtype))
+            file.add(f"{path}.{b}", found.b.to(dtype))
+
+
+def write_config(target: Path, config: Mapping[str, Any]) -> None:
+    """adapter_config.json, its keys sorted, as PEFT does."""
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    (target / CONFIG_FILE).write_text(text, "utf-8")
+
+
+def lora_config(ranks: Mapping[str, int], base_model: str) -> dict[str, Any]:
+    """The configuration of a plain LoRA adapter with these ranks by module path, and scale 1."""
+    common = Counter(ranks.values()).most_common(1)[0][0]
+    others = {path: rank for path, rank in ranks.items() if rank != common}
+    return {
+        "alpha_pattern": others,
+        "auto_mapping": None,
+        "base_model_name_or_path": base_model or None,
+        "bias": "none",
+        "exclude_modules": None,
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "lora_alpha": common,
+        "lora_bias": False,
+        "lora_dropout": 0.0,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": common,
+        "rank_pattern": others,
+        "revision": None,
+        "target_modules": sorted(ranks),
+        "task_type": "CAUSAL_LM",
+        "use_dora": False,
+        "use_rslora": False,
+    }

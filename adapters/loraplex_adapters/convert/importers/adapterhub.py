@@ -1,0 +1,271 @@
+"""Bottleneck adapters of AdapterHub's library `adapters`, for Llama, Mistral, Qwen2 and Qwen3.
+
+In these decoders a block's output h meets the residual stream r, and the library computes (version
+1.3, no layer norm behind the block, A(x) = scaling * up(f(down(x))) with both biases):
+
+    sequential, original_ln_before        x = h + r     Pfeiffer's `seq_bn`: we read the stream
+    sequential, not original_ln_before    x = h         Houlsby's `double_seq_bn`: the output
+    parallel (`par_bn`)                   x = r         before the norm: the incoming stream
+
+The sum that goes on is A(x) + h + r exactly when `original_ln_after` adds r and the adapter's own
+residual is h, or when that residual is already h + r and `original_ln_after` is off. Other flags
+lose r or count it twice in their own library; they are refused like everything that is not this.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+from loraplex_adapters.errors import AdapterError, Finding
+from loraplex_adapters.format.files import CONFIG_FILE, WEIGHTS_FILE, RegularFile, open_directory
+from loraplex_adapters.format.header import Header, read_header
+from loraplex_adapters.format.reader import Reader
+from loraplex_adapters.format.spec import TensorLocation
+from loraplex_adapters.format.strict_json import loads, shown
+
+SOURCE_WEIGHTS = "adapter.safetensors"
+MAX_BYTES = 4 << 30
+
+_MODELS = ("llama", "mistral", "qwen2", "qwen3")
+_PICKLED = ("pytorch_adapter.bin",)
+_HEADS = ("head_config.json", "model_head.safetensors", "pytorch_model_head.bin")
+_PIECE = 4 << 20
+
+_ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "leaky_relu": "leaky_relu",
+    "leakyrelu": "leaky_relu",
+    "linear": "linear",
+    "relu": "relu",
+    "sigmoid": "sigmoid",
+    "silu": "silu",
+    "swish": "silu",
+    "tanh": "tanh",
+}
+_BEFORE_VERSIONS = {"gelu": "gelu_new", "gelu_orig": "gelu"}
+"""What the names meant before the library wrote its version into its files."""
+
+_OFF: Mapping[str, str] = {
+    "cross_adapter": "adapters behind cross attention",
+    "inv_adapter": "invertible adapters at the embeddings",
+    "ln_after": "a layer norm of its own behind the adapter",
+    "ln_before": "a layer norm of its own before the adapter",
+    "phm_layer": "hypercomplex layers (Compacter)",
+    "use_gating": "a gate that averages over the whole sequence",
+}
+"""Options that have to be off, and what they ask for."""
+
+_BLOCKS = {
+    "attention_adapters": ("self_attn", "attention"),
+    "output_adapters": ("mlp", "mlp"),
+}
+_TENSORS = {
+    "adapter_down.0.weight": "bottleneck_down.weight",
+    "adapter_down.0.bias": "bottleneck_down.bias",
+    "adapter_up.weight": "bottleneck_up.weight",
+    "adapter_up.bias": "bottleneck_up.bias",
+}
+_NAME = re.compile(
+    r"\A(?:model\.)?layers\.(0|[1-9][0-9]{0,4})\.(attention_adapters|output_adapters)\."
+    r"adapters\.([^.]{1,128})\.(.{1,64})\Z"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Bottleneck:
+    """What the configuration says, in our words."""
+
+    reads: str
+    activation: str
+    scaling: float
+    placements: tuple[str, ...]
+    base_model: str
+    left_out: frozenset[int]
+
+
+def convert(source: Path, target: Path) -> None:
+    """Reads an AdapterHub directory and writes ours into `target`, a new directory.
+
+    Raises AdapterError with all findings: ADAPTER_UNSUPPORTED where the conversion would not be
+    exact (pickles among it), ADAPTER_INVALID, ADAPTER_TOO_LARGE; FIELD_INVALID for the paths. What
+    it writes has still to pass `format.inspect` for a base.
+    """
+    findings: list[Finding] = []
+    with open_directory(source) as directory:
+        present = [name for name in (*_PICKLED, *_HEADS) if (source / name).exists()]
+        for name in present:
+            findings.append(Finding("ADAPTER_UNSUPPORTED", _present(name), name))
+        if any(name in _PICKLED for name in present):
+            raise AdapterError.of(tuple(findings))
+        with directory.open_config() as file:
+            bottleneck = _read_config(file.read(0, file.size), findings)
+        with directory.open(SOURCE_WEIGHTS, MAX_BYTES) as weights:
+            header = _read_header(weights)
+            renamed = _rename(header, bottleneck, findings)
+            if findings or bottleneck is None:
+                raise AdapterError.of(tuple(findings))
+            widths = {t.shape[0] for n, t in renamed.items() if n.endswith("_down.weight")}
+            config = {
+                "base_model_name_or_path": bottleneck.base_model,
+                "bottleneck_size": widths.pop() if len(widths) == 1 else None,
+                "loraplex_imported_from": "adapterhub",
+                "non_linearity": bottleneck.activation,
+                "peft_type": "BOTTLENECK",
+                "placements": list(bottleneck.placements),
+                "reads": bottleneck.reads,
+                "scaling": bottleneck.scaling,
+                "task_type": "CAUSAL_LM",
+            }
+            _write(target, config, renamed, weights, header)
+
+
+def _present(name: str) -> str:
+    if name in _PICKLED:
+        return f"the weights are pickled ({name}); save them with use_safetensors=True"
+    return f"{name} is there: a trained head cannot be imported; save with with_head=False"
+
+
+def _read_config(data: bytes, findings: list[Finding]) -> _Bottleneck | None:
+    try:
+        outer = loads(data)
+    except ValueError as error:
+        raise AdapterError("ADAPTER_INVALID", f"{CONFIG_FILE} {error}", CONFIG_FILE) from None
+    inner = outer.get("config") if isinstance(outer, dict) else None
+    if not isinstance(outer, dict) or not isinstance(inner, dict):
+        message = f"{CONFIG_FILE} is not one of AdapterHub's: it has no map `config`"
+        raise AdapterError("ADAPTER_INVALID", message, CONFIG_FILE)
+    about, reader = Reader(outer), Reader(inner)
+    if (model := about.text("model_type")) not in _MODELS:
+        about.unsupported("model_type", f"is {shown(model)}; imported are {', '.join(_MODELS)}")
+    if inner.get("architecture") is not None:
+        reader.unsupported("architecture", "is no plain bottleneck")
+    for key, meaning in _OFF.items():
+        if inner.get(key) not in (None, False):
+            reader.unsupported(key, f"asks for {meaning}, which is not served")
+    reads = _reads(reader)
+    scaling = reader.config.get("scaling", 1.0)
+    if isinstance(scaling, str):
+        reader.unsupported("scaling", "is trained; only a number is served")
+        scaling = 1.0
+    factor = reader.as_number("scaling", scaling)
+    word = reader.text("non_linearity").lower()
+    if "version" not in outer:
+        word = _BEFORE_VERSIONS.get(word, word)
+    if word not in _ACTIVATIONS:
+        reader.unsupported("non_linearity", f"is {shown(word)}, which is not served")
+    flags = {"attention": reader.flag("mh_adapter"), "mlp": reader.flag("output_adapter")}
+    placements = tuple(name for name, there in flags.items() if there)
+    if not placements:
+        reader.invalid("output_adapter", "is off, as is mh_adapter: there is no adapter")
+    base_model = about.text("model_name")
+    layers = inner.get("leave_out") or []
+    left_out = frozenset(reader.token_ids("leave_out", layers) or ()) if layers else frozenset()
+    findings += about.findings + reader.findings
+    if factor is None:
+        return None
+    activation = _ACTIVATIONS.get(word, "relu")
+    return _Bottleneck(reads, activation, factor, placements, base_model, left_out)
+
+
+def _reads(reader: Reader) -> str:
+    """Where x comes from; see the module's docstring for the sums."""
+    if reader.flag("is_parallel"):
+        if reader.config.get("original_ln_after", True) is not True:
+            reader.unsupported("original_ln_after", "is off, which drops the residual stream")
+        return "incoming"
+    before = reader.flag("original_ln_before")
+    after = reader.config.get("original_ln_after", True)
+    residual = reader.config.get("residual_before_ln", True)
+    if not isinstance(residual, bool) or not isinstance(after, bool):
+        key = "original_ln_after" if isinstance(residual, bool) else "residual_before_ln"
+        reader.unsupported(key, "is no boolean; the library cannot run it in these models either")
+    elif after == (before and not residual):
+        reader.unsupported(
+            "original_ln_after",
+            f"is {str(after).lower()}, which in these models "
+            f"{'adds the residual stream twice' if after else 'drops the residual stream'}",
+        )
+    return "stream" if before else "output"
+
+
+def _read_header(weights: RegularFile) -> Header:
+    try:
+        return read_header(weights.read, weights.size)
+    except AdapterError as error:
+        found = (f.message.replace(WEIGHTS_FILE, SOURCE_WEIGHTS) for f in error.findings)
+        raise AdapterError(error.reason, next(found), SOURCE_WEIGHTS) from None
+
+
+def _rename(
+    header: Header, bottleneck: _Bottleneck | None, findings: list[Finding]
+) -> dict[str, TensorLocation]:
+    renamed: dict[str, TensorLocation] = {}
+    held: set[tuple[int, str]] = set()
+    adapters: set[str] = set()
+    for tensor in header.tensors:
+        name = shown(tensor.name)
+        found = _NAME.match(tensor.name)
+        if found is None or found[4] not in _TENSORS:
+            message = f"{name} is no tensor of a plain bottleneck adapter"
+            findings.append(Finding("ADAPTER_UNSUPPORTED", message, name))
+            continue
+        block, placement = _BLOCKS[found[2]]
+        adapters.add(found[3])
+        held.add((int(found[1]), placement))
+        path = f"base_model.model.model.layers.{found[1]}.{block}.{_TENSORS[found[4]]}"
+        renamed[path] = tensor
+    if len(adapters) > 1:
+        message = f"{SOURCE_WEIGHTS} holds more than one adapter"
+        findings.append(Finding("ADAPTER_UNSUPPORTED", message, SOURCE_WEIGHTS))
+    if bottleneck is not None:
+        _check_layers(held, bottleneck, findings)
+    return renamed
+
+
+def _check_layers(
+    held: set[tuple[int, str]], bottleneck: _Bottleneck, findings: list[Finding]
+) -> None:
+    """The library writes every layer that is not left out; how many there are it does not say."""
+    layers = range(1 + max((layer for layer, _ in held), default=-1))
+    taken = (layer for layer in layers if layer not in bottleneck.left_out)
+    expected = set(product(taken, bottleneck.placements))
+    if wrong := sorted(held ^ expected):
+        layer, placement = wrong[0]
+        what = "has no weights" if wrong[0] in expected else "should have no weights"
+        message = f"layer {layer} {what} at its {placement}, by the configuration"
+        findings.append(Finding("ADAPTER_INVALID", message, SOURCE_WEIGHTS))
+
+
+def _write(
+    target: Path,
+    config: Mapping[str, object],
+    tensors: Mapping[str, TensorLocation],
+    weights: RegularFile,
+    header: Header,
+) -> None:
+    table: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    for name, tensor in tensors.items():
+        offsets = [tensor.start - header.data_start, tensor.end - header.data_start]
+        table[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": offsets}
+    text = json.dumps(table).encode()
+    text += b" " * (-len(text) % 8)
+    try:
+        target.mkdir()
+        with open(target / WEIGHTS_FILE, "xb") as out:
+            out.write(len(text).to_bytes(8, "little") + text)
+            for start in range(header.data_start, weights.size, _PIECE):
+                out.write(weights.read(start, min(_PIECE, weights.size - start)))
+            out.flush()
+            os.fsync(out.fileno())
+        (target / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    except OSError as error:
+        message = f"the converted adapter cannot be written: {error.strerror}"
+        raise AdapterError("FIELD_INVALID", message, "target") from None

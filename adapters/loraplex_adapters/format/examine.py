@@ -1,0 +1,209 @@
+"""Reads a PEFT adapter directory and decides whether this base can serve it. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+from loraplex_model.base.config import LAYER_SITES, MODEL_SITES
+
+from loraplex_adapters.errors import AdapterError, Finding
+from loraplex_adapters.format.config import FINGERPRINT_KEY, Settings, parse_config
+from loraplex_adapters.format.digest import AdapterDigest
+from loraplex_adapters.format.files import WEIGHTS_FILE, Directory, open_directory
+from loraplex_adapters.format.header import Header, read_header
+from loraplex_adapters.format.modules import module_path, table_order
+from loraplex_adapters.format.packing import packed_bytes
+from loraplex_adapters.format.placement import Placement
+from loraplex_adapters.format.reader import MAX_STAMP, MAX_STAMPS
+from loraplex_adapters.format.spec import AdapterSpec, BaseShapes, Limits, ModuleSpec
+from loraplex_adapters.format.strict_json import shown
+from loraplex_adapters.format.support import STAMP
+from loraplex_adapters.format.values import scan
+
+MAX_FINDINGS = 100
+"""A report ends here; a file of 8,192 wrong tensors has been described well enough by then."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What an examination found: the spec, which is None exactly when there are findings."""
+
+    spec: AdapterSpec | None
+    findings: tuple[Finding, ...]
+
+
+def inspect(
+    source: Path | Directory,
+    base: BaseShapes,
+    limits: Limits | None = None,
+    *,
+    check_values: bool = True,
+) -> AdapterSpec:
+    """As `examine`, but raises AdapterError for the findings.
+
+    Reasons: ADAPTER_INVALID, ADAPTER_UNSUPPORTED, BASE_MODEL_MISMATCH, RANK_TOO_LARGE,
+    ADAPTER_TOO_LARGE; FIELD_INVALID when a `source` path is no directory. No tensor is left out:
+    everything that the file holds is in the spec, or this raises.
+    """
+    report = examine(source, base, limits, check_values=check_values)
+    if report.spec is None:
+        raise AdapterError.of(report.findings)
+    return report.spec
+
+
+def examine(
+    source: Path | Directory,
+    base: BaseShapes,
+    limits: Limits | None = None,
+    *,
+    check_values: bool = True,
+) -> Report:
+    """Checks the adapter in `source` against `base` and lists everything that is wrong with it.
+
+    The elements are looked at last, and only where nothing else is wrong; `check_values=False`
+    leaves that out, for bytes that passed it before.
+    """
+    limits = limits or Limits()
+    return _examine(source, base, limits, limits.max_abs_value if check_values else None)
+
+
+def survey(source: Path | Directory, base: BaseShapes, limits: Limits | None = None) -> Report:
+    """`examine` as far as it goes without reading the weights: the spec's digest stays empty."""
+    return _examine(source, base, limits or Limits(), None, read_weights=False)
+
+
+def judge(
+    config: bytes | None, header: Header | None, size: int, base: BaseShapes, limits: Limits
+) -> Report:
+    """Decides from the configuration and the header of a weights file of `size` bytes.
+
+    What could not be read is None and not judged. The spec's digest is empty: it is over all bytes.
+    """
+    if config is None:
+        return Report(None, ())
+    settings, findings = parse_config(config)
+    if settings is None or header is None:
+        return Report(None, tuple(findings[:MAX_FINDINGS]))
+    provenance = {**_stamps(header.metadata, findings), **settings.provenance}
+    _check_base(settings, header, base, findings)
+    kind = settings.kind
+    file = Placement(kind.peft_type, header, kind.endings, base, limits, kind.whole_names)
+    modules = settings.plan.place(file)
+    file.finish()
+    findings += file.findings
+    modules.sort(key=lambda m: table_order((m.layer, m.module)))
+    _check_once(modules, findings)
+    packed = packed_bytes(modules, base)
+    if limits.max_device_bytes is not None and packed > limits.max_device_bytes:
+        message = f"needs {packed} bytes on the device; there are {limits.max_device_bytes}"
+        findings.append(Finding("ADAPTER_TOO_LARGE", message, WEIGHTS_FILE))
+    if findings:
+        return Report(None, tuple(findings[:MAX_FINDINGS]))
+    spec = AdapterSpec(
+        digest="",
+        peft_type=kind.peft_type,
+        rank=max(m.rank for m in modules),
+        target_modules=tuple(_in_table_order(modules)),
+        modules=tuple(modules),
+        size_bytes=size,
+        base_model=settings.base_model,
+        virtual_tokens=max(_virtual_tokens(m) for m in modules),
+        provenance=provenance,
+        packed_bytes=packed,
+    )
+    return Report(spec, ())
+
+
+def _check_base(
+    settings: Settings, header: Header, base: BaseShapes, findings: list[Finding]
+) -> None:
+    """Holds the stamps of configuration and weights against the base."""
+    stamps = (
+        settings.provenance.get(FINGERPRINT_KEY.removeprefix(STAMP)),
+        header.metadata.get(FINGERPRINT_KEY),
+    )
+    for stamp in stamps:
+        if stamp and stamp != base.fingerprint:
+            made_for = f"the adapter was made for the base {shown(stamp)}"
+            message = f"{made_for}, this is {base.fingerprint}"
+            findings.append(Finding("BASE_MODEL_MISMATCH", message, FINGERPRINT_KEY))
+
+
+def _stamps(metadata: Mapping[str, str], findings: list[Finding]) -> dict[str, str]:
+    """What the trainer stamped into the weights file, by key without the prefix."""
+    stamps = {key: text for key, text in metadata.items() if key.startswith(STAMP)}
+    if len(stamps) > MAX_STAMPS:
+        message = f"{WEIGHTS_FILE} has more than {MAX_STAMPS} stamps"
+        findings.append(Finding("ADAPTER_INVALID", message, "__metadata__"))
+        return {}
+    return {shown(k.removeprefix(STAMP)): shown(v, MAX_STAMP) for k, v in stamps.items()}
+
+
+def _check_once(modules: Sequence[ModuleSpec], findings: list[Finding]) -> None:
+    """Refuses what changes one module in two ways at once, such as A and B beside saved rows."""
+    for first, second in pairwise(modules):
+        if (first.layer, first.module) == (second.layer, second.module):
+            path = module_path(first.layer, first.module)
+            message = f"{path} is changed in two ways at once, which is not served"
+            findings.append(Finding("ADAPTER_UNSUPPORTED", message, path))
+
+
+def _in_table_order(modules: Sequence[ModuleSpec]) -> list[str]:
+    """The modules' names, each once; virtual tokens are no module."""
+    held = {m.module for m in modules}
+    return [name for name in (*LAYER_SITES, *MODEL_SITES) if name in held]
+
+
+def _virtual_tokens(module: ModuleSpec) -> int:
+    tensor = module.tensors.get("prompt") or module.tensors.get("prefix")
+    return tensor.shape[0] if tensor else 0
+
+
+def _examine(
+    source: Path | Directory,
+    base: BaseShapes,
+    limits: Limits,
+    max_abs_value: float | None,
+    read_weights: bool = True,
+) -> Report:
+    unreadable: list[Finding] = []
+    with ExitStack() as opened:
+        try:
+            directory = (
+                source
+                if isinstance(source, Directory)
+                else opened.enter_context(open_directory(source))
+            )
+        except AdapterError as error:
+            return Report(None, error.findings)
+        config = header = None
+        size = 0
+        try:
+            with directory.open_config() as file:
+                config = file.read(0, file.size)
+        except AdapterError as error:
+            unreadable += error.findings
+        try:
+            weights = opened.enter_context(directory.open_weights(limits.max_weights_bytes))
+            size = weights.size
+            header = read_header(weights.read, size)
+        except AdapterError as error:
+            unreadable += error.findings
+        report = judge(config, header, size, base, limits)
+        if unreadable or report.spec is None or not read_weights:
+            spec = None if unreadable else report.spec
+            return Report(spec, (*unreadable, *report.findings))
+        assert config is not None
+        assert header is not None
+        digest = AdapterDigest(config, size)
+        try:
+            findings = scan(weights, header, digest, max_abs_value)
+        except AdapterError as error:
+            findings = list(error.findings)
+    if findings:
+        return Report(None, tuple(findings[:MAX_FINDINGS]))
+    return Report(replace(report.spec, digest=digest.text()), ())

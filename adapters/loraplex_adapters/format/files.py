@@ -1,0 +1,242 @@
+"""Opening what somebody else wrote: regular files only, through no link, below a given root."""
+
+from __future__ import annotations
+
+import os
+import stat
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+
+from loraplex_adapters.errors import AdapterError
+from loraplex_adapters.format.strict_json import shown
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+MAX_CONFIG_BYTES = 64 << 10
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+"""Endings of files whose readers run code that the file brings. None is ever opened."""
+
+_MAX_PATH = 4096
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+# A FIFO that is swapped in after the check must not make the open wait for a writer.
+_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+
+
+class RegularFile:
+    """An open regular file, read by position; a context manager.
+
+    Attributes:
+        name: its name, for messages.
+        size: bytes, when it was opened.
+    """
+
+    def __init__(self, descriptor: int, name: str) -> None:
+        self._descriptor: int | None = descriptor
+        self.name = name
+        self.size = os.fstat(descriptor).st_size
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fills `buffer` from `offset`; raises AdapterError(ADAPTER_INVALID) if the file ends."""
+        assert self._descriptor is not None, "the file is closed"
+        filled = 0
+        while filled < len(buffer):
+            try:
+                count = os.preadv(self._descriptor, [buffer[filled:]], offset + filled)
+            except OSError:
+                raise _unreadable(self.name) from None
+            if count == 0:
+                raise AdapterError(
+                    "ADAPTER_INVALID", f"{self.name} became shorter while it was read", self.name
+                )
+            filled += count
+
+    def read(self, offset: int, length: int) -> bytes:
+        """`length` bytes from `offset`; raises as `read_into` does."""
+        buffer = bytearray(length)
+        self.read_into(memoryview(buffer), offset)
+        return bytes(buffer)
+
+    def close(self) -> None:
+        """Closes the descriptor. Idempotent."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __enter__(self) -> RegularFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class Directory:
+    """An open directory whose files are read through its descriptor; a context manager.
+
+    What is opened stays what was checked, whatever is renamed or linked meanwhile.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor: int | None = descriptor
+
+    def open(self, name: str, max_bytes: int) -> RegularFile:
+        """Opens the regular file `name`, a name of ours.
+
+        Raises AdapterError: ADAPTER_INVALID (missing, no regular file, unreadable),
+        ADAPTER_TOO_LARGE, and ADAPTER_UNSUPPORTED for weights that are there, but pickled.
+        """
+        descriptor = self._open(name)
+        if descriptor is None:
+            raise self._missing(name)
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise _irregular(name)
+            if status.st_size > max_bytes:
+                raise AdapterError(
+                    "ADAPTER_TOO_LARGE",
+                    f"{name} has {status.st_size} bytes; at most {max_bytes} are accepted",
+                    name,
+                )
+            return RegularFile(descriptor, name)
+        except BaseException:
+            os.close(descriptor)
+            raise
+
+    def open_config(self) -> RegularFile:
+        """Opens adapter_config.json; raises as `open` does."""
+        return self.open(CONFIG_FILE, MAX_CONFIG_BYTES)
+
+    def open_weights(self, max_bytes: int) -> RegularFile:
+        """Opens adapter_model.safetensors; raises as `open` does."""
+        return self.open(WEIGHTS_FILE, max_bytes)
+
+    def close(self) -> None:
+        """Closes the descriptor. Idempotent."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __enter__(self) -> Directory:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _open(self, name: str) -> int | None:
+        assert self._descriptor is not None, "the directory is closed"
+        try:
+            # Looked at before it is opened: opening some devices does something.
+            if not stat.S_ISREG(os.lstat(name, dir_fd=self._descriptor).st_mode):
+                raise _irregular(name)
+            return os.open(name, _FILE, dir_fd=self._descriptor)
+        except FileNotFoundError:
+            return None
+        except OSError:
+            raise _unreadable(name) from None
+
+    def _missing(self, name: str) -> AdapterError:
+        if name == WEIGHTS_FILE and (pickle := self._first_pickle()):
+            return AdapterError(
+                "ADAPTER_UNSUPPORTED",
+                f"the weights are pickled ({shown(pickle)}); save them as {WEIGHTS_FILE} "
+                "(PEFT: save_pretrained(..., safe_serialization=True))",
+                shown(pickle),
+            )
+        return AdapterError("ADAPTER_INVALID", f"there is no {name}", name)
+
+    def _first_pickle(self) -> str | None:
+        assert self._descriptor is not None, "the directory is closed"
+        try:
+            with os.scandir(self._descriptor) as entries:
+                names = [e.name for e in islice(entries, 1000) if e.name.endswith(PICKLES)]
+        except OSError:
+            return None
+        return min(names, key=lambda n: (not n.startswith("adapter_model"), n), default=None)
+
+
+def open_directory(path: Path) -> Directory:
+    """Opens a directory that the caller trusts the path of; its last component may not be a link.
+
+    Raises AdapterError(FIELD_INVALID, field "path").
+    """
+    try:
+        return Directory(os.open(path, _DIRECTORY))
+    except (OSError, ValueError):
+        raise _no_directory() from None
+
+
+def open_below(root: Path, relative: str) -> Directory:
+    """Opens the directory `relative` below `root`, following no link on the way.
+
+    `root` itself is the operator's and may be a link. Raises AdapterError(FIELD_INVALID, field
+    "path") when `relative` is absolute, leaves the root, is not in plain form ("a//b", "./a"),
+    holds a NUL, passes through a link, or is no directory.
+    """
+    parts = _parts(relative)
+    here = _open_root(root)
+    try:
+        for part in parts:
+            below = os.open(part, _DIRECTORY, dir_fd=here)
+            os.close(here)
+            here = below
+    except (OSError, ValueError):
+        os.close(here)
+        raise _no_directory() from None
+    return Directory(here)
+
+
+def open_root(root: Path) -> Directory:
+    """Opens `root` itself, which may be a link. Raises AdapterError(STORE_UNAVAILABLE)."""
+    return Directory(_open_root(root))
+
+
+def _open_root(root: Path) -> int:
+    try:
+        return os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        raise AdapterError(
+            "STORE_UNAVAILABLE", "the server's import root cannot be opened", "path"
+        ) from None
+
+
+def resolve_below(root: Path, relative: str) -> Path:
+    """The path of `open_below`'s directory, with the same checks; prefer `open_below`."""
+    open_below(root, relative).close()
+    return root.joinpath(*_parts(relative))
+
+
+def _parts(relative: str) -> list[str]:
+    parts = relative.removesuffix("/").split("/")
+    if len(relative) > _MAX_PATH or "\0" in relative or any(p in ("", ".", "..") for p in parts):
+        raise AdapterError(
+            "FIELD_INVALID",
+            "path must be relative to the import root, in plain form, and stay below it",
+            "path",
+        )
+    return parts
+
+
+def _no_directory() -> AdapterError:
+    return AdapterError(
+        "FIELD_INVALID", "there is no such directory, or a link leads to it", "path"
+    )
+
+
+def _irregular(name: str) -> AdapterError:
+    return AdapterError("ADAPTER_INVALID", f"{name} is not a regular file", name)
+
+
+def _unreadable(name: str) -> AdapterError:
+    return AdapterError("ADAPTER_INVALID", f"{name} cannot be read", name)

@@ -1,0 +1,121 @@
+"""The header of a safetensors file, read strictly, and without reading more than it needs.
+
+The library accepts a header of 100 MB and 800,000 empty tensors; that costs seconds and hundreds of
+megabytes before the first check of ours could run. The format: an 8-byte little-endian length, a
+JSON object of that length, and the tensors' bytes with no gap between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+
+from loraplex_adapters.errors import AdapterError
+from loraplex_adapters.format.files import WEIGHTS_FILE
+from loraplex_adapters.format.spec import TensorLocation
+from loraplex_adapters.format.strict_json import loads, shown
+
+MAX_HEADER_BYTES = 1 << 20
+MAX_TENSORS = 8192
+MAX_NAME = 512
+MAX_DIMENSIONS = 8
+ITEM_SIZE = {"F32": 4, "F16": 2, "BF16": 2}
+
+# A tensor's entry has five commas. More of them than this can only be a header that wants memory.
+_MAX_COMMAS = 8 * MAX_TENSORS
+_PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a weights file holds: `tensors` in the order of their offsets, without gaps."""
+
+    tensors: tuple[TensorLocation, ...]
+    metadata: Mapping[str, str]
+    data_start: int
+
+
+def read_header(read: Callable[[int, int], bytes], size: int) -> Header:
+    """Reads and checks the header of a file of `size` bytes; `read(offset, length)` reads from it.
+
+    Raises AdapterError: ADAPTER_INVALID, or ADAPTER_UNSUPPORTED for a dtype or a pickle.
+    """
+    if size < 8:
+        raise _invalid("is shorter than a safetensors header")
+    prefix = read(0, 8)
+    length = int.from_bytes(prefix, "little")
+    if length > size - 8:
+        if prefix.startswith(_PICKLE_MAGIC):
+            message = f"{WEIGHTS_FILE} holds a pickle, not safetensors"
+            raise AdapterError("ADAPTER_UNSUPPORTED", message, WEIGHTS_FILE)
+        raise _invalid("is truncated: its header goes beyond its end")
+    if length > MAX_HEADER_BYTES:
+        raise _invalid(f"has a header of {length} bytes; at most {MAX_HEADER_BYTES} are accepted")
+    text = read(8, length)
+    if text.count(b",") > _MAX_COMMAS:
+        raise _invalid(f"has a header for more than {MAX_TENSORS} tensors")
+    try:
+        table = loads(text)
+    except ValueError as error:
+        raise _invalid(f"has a header that {error}") from None
+    if not isinstance(table, dict) or not text.startswith(b"{"):
+        raise _invalid("has a header that is no JSON object")
+    metadata = _metadata(table.pop("__metadata__", {}))
+    if not table:
+        raise _invalid("holds no tensor")
+    if len(table) > MAX_TENSORS:
+        raise _invalid(f"holds {len(table)} tensors; at most {MAX_TENSORS} are accepted")
+    start = 8 + length
+    tensors = sorted(
+        (_location(n, e, start) for n, e in table.items()), key=lambda t: (t.start, t.end)
+    )
+    end = start
+    for tensor in tensors:
+        if tensor.start != end:
+            raise _invalid("has tensors that overlap or leave a gap", tensor.name)
+        end = tensor.end
+    if end != size:
+        raise _invalid(f"has {size} bytes, but its tensors end at {end}")
+    return Header(tuple(tensors), metadata, start)
+
+
+def _metadata(value: object) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
+        raise _invalid("has metadata that is no map of strings", "__metadata__")
+    return value
+
+
+def _location(name: str, entry: object, data_start: int) -> TensorLocation:
+    if len(name) > MAX_NAME:
+        raise _invalid("has a tensor name that is too long", name)
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise _invalid("has a tensor without dtype, shape and data_offsets alone", name)
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str):
+        raise _invalid("has a tensor whose dtype is no string", name)
+    if dtype not in ITEM_SIZE:
+        raise AdapterError(
+            "ADAPTER_UNSUPPORTED",
+            f"tensor {shown(name)} has dtype {shown(dtype, 16)}; served are {', '.join(ITEM_SIZE)}",
+            shown(name),
+        )
+    if not _integers(shape) or not 1 <= len(shape) <= MAX_DIMENSIONS or min(shape) < 0:
+        raise _invalid("has a tensor whose shape is not a list of sizes", name)
+    if not _integers(offsets) or len(offsets) != 2 or offsets[0] < 0:
+        raise _invalid("has a tensor whose data_offsets are no pair of offsets", name)
+    begin, end = offsets
+    if end - begin != prod(shape) * ITEM_SIZE[dtype]:
+        raise _invalid("has a tensor whose bytes do not fit its shape", name)
+    return TensorLocation(name, dtype, tuple(shape), data_start + begin, data_start + end)
+
+
+def _integers(value: object) -> bool:
+    return isinstance(value, list) and all(type(item) is int for item in value)
+
+
+def _invalid(what: str, tensor: str = "") -> AdapterError:
+    where = f" ({shown(tensor)})" if tensor else ""
+    return AdapterError(
+        "ADAPTER_INVALID", f"{WEIGHTS_FILE} {what}{where}", shown(tensor) or WEIGHTS_FILE
+    )

@@ -1,0 +1,32 @@
+"""The kinds of adapters that are served, one table each; `base` is their contract."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from loraplex_adapters.format.kinds.adalora import ADALORA
+from loraplex_adapters.format.kinds.base import Kind, Plan
+from loraplex_adapters.format.kinds.bottleneck import BOTTLENECK
+from loraplex_adapters.format.kinds.lora import LORA
+from loraplex_adapters.format.kinds.tokens import TRAINABLE_TOKENS
+from loraplex_adapters.format.kinds.vectors import BEFT, IA3, LN_TUNING
+from loraplex_adapters.format.kinds.virtual import P_TUNING, PREFIX_TUNING, PROMPT_TUNING
+
+KINDS: Mapping[str, Kind] = {
+    kind.peft_type: kind
+    for kind in (
+        LORA,
+        ADALORA,
+        IA3,
+        BEFT,
+        LN_TUNING,
+        TRAINABLE_TOKENS,
+        PROMPT_TUNING,
+        P_TUNING,
+        PREFIX_TUNING,
+        BOTTLENECK,
+    )
+}
+"""By `peft_type`."""
+
+__all__ = ["KINDS", "Kind", "Plan"]

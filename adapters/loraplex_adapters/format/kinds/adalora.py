@@ -1,0 +1,170 @@
+"""ADALORA: y += alpha / (init_r + 1e-5) * B (E * A x), each module with a rank of its own.
+
+PEFT divides by the rank that training began with, whatever is left of it, and ignores `r`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from loraplex_model.base.config import Site
+
+from loraplex_adapters.format.files import WEIGHTS_FILE
+from loraplex_adapters.format.kinds.base import Kind
+from loraplex_adapters.format.kinds.initialisation import check_initialisation
+from loraplex_adapters.format.kinds.lora import (
+    BASE_COPY,
+    BIAS,
+    BIASES,
+    SHARED_OPTIONS,
+    WRAPPED_BIAS,
+    adaptable,
+    claim_beside,
+    place_biases,
+)
+from loraplex_adapters.format.kinds.whole import (
+    EMBEDDING,
+    ROWS_ENDING,
+    SAVED_ENDING,
+    TokenRows,
+    place_rows,
+    place_saved,
+    read_rows,
+)
+from loraplex_adapters.format.modules import module_path
+from loraplex_adapters.format.placement import Placement
+from loraplex_adapters.format.reader import Reader
+from loraplex_adapters.format.spec import ModuleSpec, TensorLocation
+from loraplex_adapters.format.strict_json import shown
+from loraplex_adapters.format.support import ignored, refused, served
+from loraplex_adapters.format.targets import Targets
+
+_FACTORS = {"a": "lora_A", "b": "lora_B", "e": "lora_E"}
+_MARK = ".lora_E"
+_UNUSED = "PEFT ignores it for this type"
+
+
+@dataclass(frozen=True, slots=True)
+class AdaLoraPlan:
+    """An ADALORA configuration that was understood; `kept` is the rank left, by module path."""
+
+    init_r: int
+    lora_alpha: float
+    targets: Targets
+    kept: Mapping[str, int] = field(default_factory=dict)
+    bias: str = "none"
+    rows: TokenRows = field(default_factory=dict)
+
+    def place(self, file: Placement) -> list[ModuleSpec]:
+        """The modules that have a rank left, then what stands beside them."""
+        file.check_rank("init_r", self.init_r)
+        scale = self.lora_alpha / (self.init_r + 1e-5)
+        adapted = file.sites(*_FACTORS.values())
+        if unknown := sorted(self.kept.keys() - {module_path(*site) for site in adapted}):
+            message = f"rank_pattern names {shown(unknown[0])}, which has no weights"
+            file.find("ADAPTER_INVALID", message, "rank_pattern")
+        modules = []
+        for site in adapted:
+            file.check_scale(site, scale, "lora_alpha")
+            factors = {role: file.require(site, end) for role, end in _FACTORS.items()}
+            beside: dict[str, TensorLocation | None] = {}
+            claim_beside(file, site, self.bias, beside)
+            rank, field_name = self._rank(site)
+            if not file.fits_rank(site, factors, rank, field_name):
+                continue
+            if beside and file.fits(site, beside) is None:
+                continue
+            tensors = {**(factors if rank else {}), **beside}
+            held = {role: tensor for role, tensor in tensors.items() if tensor is not None}
+            if held:
+                modules.append(ModuleSpec(*site, held, rank, scale))
+        modules += place_biases(file, self.bias, adapted)
+        modules += place_saved(file, self.targets)
+        modules += place_rows(file, self.rows, "trainable_token_indices")
+        candidates = [site for site in adaptable(file) if site != EMBEDDING]
+        file.check_targets(self.targets, candidates, adapted)
+        if not modules and not file.findings:
+            message = "every module was pruned to rank 0: the adapter changes nothing"
+            file.find("ADAPTER_INVALID", message, WEIGHTS_FILE)
+        return modules
+
+    def _rank(self, site: Site) -> tuple[int, str]:
+        path = module_path(*site)
+        if path in self.kept:
+            return self.kept[path], "rank_pattern"
+        return self.init_r, "init_r"
+
+
+def _read_kept(reader: Reader, init_r: int) -> dict[str, int]:
+    """`rank_pattern`: which of the `init_r` singular values each module kept."""
+    kept = {}
+    for name, mask in reader.pattern("rank_pattern", lambda _, value: (value,)).items():
+        values = mask[0]
+        if not name.endswith(_MARK):
+            reader.invalid("rank_pattern", f"has the key {shown(name)}, which is no lora_E")
+        elif not isinstance(values, list) or not all(isinstance(v, bool) for v in values):
+            reader.invalid("rank_pattern", f"has no list of booleans for {shown(name)}")
+        elif len(values) != init_r:
+            reader.invalid("rank_pattern", f"has {len(values)} booleans for {shown(name)}")
+        else:
+            kept[name.removesuffix(_MARK)] = sum(values)
+    return kept
+
+
+def _read(reader: Reader) -> AdaLoraPlan | None:
+    init_r = reader.as_rank("init_r", reader.config.get("init_r"))
+    alpha = reader.number("lora_alpha")
+    if alpha is not None and alpha <= 0:
+        # PEFT then scales each module by the rank that it has when it is loaded.
+        reader.unsupported("lora_alpha", "is not above 0")
+    plan = AdaLoraPlan(
+        init_r=init_r or 1,
+        lora_alpha=alpha or 0.0,
+        targets=reader.targets(),
+        kept=_read_kept(reader, init_r or 0),
+        bias=reader.choice("bias", BIASES, "none"),
+        rows=read_rows(reader, "trainable_token_indices"),
+    )
+    check_initialisation(reader)
+    return None if init_r is None or alpha is None else plan
+
+
+ADALORA = Kind(
+    peft_type="ADALORA",
+    summary="AdaLoRA: ranks differ by module, down to 0",
+    options={
+        **SHARED_OPTIONS,
+        **{
+            name: ignored("acts in training only")
+            for name in (
+                "beta1",
+                "beta2",
+                "deltaT",
+                "orth_reg_weight",
+                "target_r",
+                "tfinal",
+                "tinit",
+                "total_step",
+            )
+        },
+        "alpha_pattern": ignored(_UNUSED),
+        "init_r": served("scale is alpha / (init_r + 1e-5)"),
+        "lora_bias": ignored(_UNUSED),
+        "r": ignored(_UNUSED),
+        "rank_pattern": served("masks of the singular values that were kept"),
+        "use_dora": refused("DoRA"),
+        "use_rslora": ignored(_UNUSED),
+    },
+    endings={
+        "lora_A": "",
+        "lora_B": "",
+        "lora_E": "",
+        WRAPPED_BIAS: "bias",
+        BIAS: "bias",
+        BASE_COPY: "save_embedding_layers",
+        ROWS_ENDING: "trainable_token_indices",
+        SAVED_ENDING: "modules_to_save",
+    },
+    read=_read,
+)

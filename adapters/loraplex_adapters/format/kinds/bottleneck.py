@@ -1,0 +1,113 @@
+"""BOTTLENECK, our own `peft_type`: stream += scaling * (up(f(down(x))) + biases).
+
+PEFT has no such kind. What x is, `reads` says: the normed state that the block reads (parallel
+adapters, He et al. 2021), the block's output (Houlsby et al. 2019), the residual stream behind it
+(Pfeiffer et al. 2020) or before its norm. docs/adapters.md describes the format.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from loraplex_adapters.format.kinds.base import Kind
+from loraplex_adapters.format.modules import BOTTLENECKS, module_path
+from loraplex_adapters.format.placement import Placement
+from loraplex_adapters.format.reader import Reader
+from loraplex_adapters.format.spec import ModuleSpec
+from loraplex_adapters.format.support import served
+
+ACTIVATIONS = {
+    "linear": "none",
+    "relu": "relu",
+    "silu": "silu",
+    "gelu": "gelu",
+    "gelu_tanh": "gelu_tanh",
+    "tanh": "tanh",
+    "sigmoid": "sigmoid",
+    "leaky_relu": "leaky_relu",
+}
+"""By the word in the configuration: the name of a `loraplex_model.adapters.delta.Activation`."""
+
+READS = {name: name for name in ("normed", "output", "stream", "incoming")}
+PLACEMENTS = {"attention": "attention_bottleneck", "mlp": "mlp_bottleneck"}
+
+_DOWN, _UP = "bottleneck_down", "bottleneck_up"
+_ENDINGS = {f"{which}.{part}": "" for which in (_DOWN, _UP) for part in ("weight", "bias")}
+
+
+@dataclass(frozen=True, slots=True)
+class BottleneckPlan:
+    """A BOTTLENECK configuration that was understood.
+
+    `size` is None where every site has a width of its own.
+    """
+
+    size: int | None
+    activation: str
+    reads: str
+    scaling: float
+    placements: tuple[str, ...]
+
+    def place(self, file: Placement) -> list[ModuleSpec]:
+        """The bottlenecks that the file holds; every layer may lack some."""
+        if self.size is not None:
+            file.check_rank("bottleneck_size", self.size)
+        modules = []
+        for site in file.sites(*_ENDINGS):
+            if site[1] not in BOTTLENECKS:
+                continue
+            tensors = {
+                "down": file.require(site, f"{_DOWN}.weight"),
+                "up": file.require(site, f"{_UP}.weight"),
+            }
+            for role, ending in (("down_bias", f"{_DOWN}.bias"), ("up_bias", f"{_UP}.bias")):
+                if (bias := file.claim(site, ending)) is not None:
+                    tensors[role] = bias
+            file.check_scale(site, self.scaling, "scaling")
+            width = self.size
+            down = tensors["down"]
+            if width is None and down is not None:
+                width = max(1, down.shape[0])
+            if not file.fits_rank(site, tensors, width or 1, "bottleneck_size"):
+                continue
+            if site[1] not in self.placements:
+                message = f"{module_path(*site)} has weights but is not among the placements"
+                file.find("ADAPTER_INVALID", message, "placements")
+                continue
+            held = {role: tensor for role, tensor in tensors.items() if tensor is not None}
+            modules.append(
+                ModuleSpec(*site, held, width or 1, self.scaling, (), self.activation, self.reads)
+            )
+        return modules
+
+
+def _read(reader: Reader) -> BottleneckPlan | None:
+    size = reader.optional_integer("bottleneck_size")
+    scaling = reader.number("scaling", 1.0)
+    names = reader.names("placements")
+    unknown = [name for name in names if name not in PLACEMENTS]
+    if unknown or not names:
+        reader.unsupported("placements", f"names something else than {', '.join(PLACEMENTS)}")
+    plan = BottleneckPlan(
+        size=size,
+        activation=reader.choice("non_linearity", ACTIVATIONS, "relu"),
+        reads=reader.choice("reads", READS, "normed"),
+        scaling=scaling or 0.0,
+        placements=tuple(PLACEMENTS[name] for name in names if name in PLACEMENTS),
+    )
+    return None if scaling is None else plan
+
+
+BOTTLENECK = Kind(
+    peft_type="BOTTLENECK",
+    summary="bottleneck adapters (our own format)",
+    options={
+        "bottleneck_size": served("null: every site has its own width"),
+        "non_linearity": served(", ".join(ACTIVATIONS)),
+        "placements": served(", ".join(PLACEMENTS)),
+        "reads": served(", ".join(READS)),
+        "scaling": served(),
+    },
+    endings=_ENDINGS,
+    read=_read,
+)

@@ -1,0 +1,213 @@
+"""LORA: y += scale * B (A x), with DoRA's magnitudes, trained biases, head and embeddings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from loraplex_model.base.config import MODEL, PROJECTIONS, Site
+
+from loraplex_adapters.format.kinds.base import Kind
+from loraplex_adapters.format.kinds.initialisation import check_initialisation
+from loraplex_adapters.format.kinds.whole import (
+    EMBEDDING,
+    ROWS_ENDING,
+    SAVED_ENDING,
+    SAVED_OPTION,
+    TokenRows,
+    place_rows,
+    place_saved,
+    read_rows,
+)
+from loraplex_adapters.format.modules import base_sites
+from loraplex_adapters.format.placement import Placement
+from loraplex_adapters.format.reader import Reader
+from loraplex_adapters.format.spec import ModuleSpec, TensorLocation
+from loraplex_adapters.format.support import Option, ignored, refused, served
+from loraplex_adapters.format.targets import EMBEDDINGS, Targets
+
+BASE_COPY = "base_layer.weight"
+"""What PEFT writes beside an adapted head or embedding (`save_embedding_layers`): the base's own
+weight, unchanged. It is skipped."""
+
+BIAS, WRAPPED_BIAS = "bias", "base_layer.bias"
+"""A trained bias of a projection, and of one that also has A and B."""
+
+SHARED_OPTIONS: Mapping[str, Option] = {
+    **SAVED_OPTION,
+    "alora_invocation_tokens": refused("activated LoRA"),
+    "arrow_config": refused("Arrow routing"),
+    "bias": served("none, all, lora_only"),
+    "corda_config": refused("CorDA, whose initialisation changes the base"),
+    "ensure_weight_tying": served("both tensors are in the file"),
+    "eva_config": ignored("settings of an initialisation that leaves the base as it was"),
+    "exclude_modules": served(),
+    "fan_in_fan_out": ignored("A and B are stored alike, and no served base is transposed"),
+    "init_lora_weights": served(
+        "plain ones; PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA are refused with the way out"
+    ),
+    "kasa_config": refused("KaSA"),
+    "layer_replication": refused("replicated layers"),
+    "layers_pattern": served(),
+    "layers_to_transform": served(),
+    "loftq_config": refused("LoftQ, whose initialisation changes the base"),
+    "lora_alpha": served(),
+    "lora_dropout": ignored("acts in training only"),
+    "lora_ga_config": refused("LoRA-GA, whose initialisation changes the base"),
+    "megatron_config": refused("Megatron layers"),
+    "megatron_core": ignored(),
+    "monteclora_config": refused("MonteCLoRA"),
+    "qalora_group_size": ignored("means something with use_qalora only"),
+    "target_modules": served("projections, lm_head, embed_tokens; a string is not evaluated"),
+    "target_parameters": refused("targets that are parameters instead of modules"),
+    "trainable_token_indices": served("embeddings and head, tied or not"),
+    "use_bdlora": refused("block-diagonal LoRA"),
+    "use_qalora": refused("QA-LoRA"),
+    "velora_config": refused("VeLoRA"),
+}
+"""What LORA and ADALORA have in common."""
+
+BIASES: Mapping[str, str] = {"none": "none", "all": "all", "lora_only": "lora_only"}
+
+
+@dataclass(frozen=True, slots=True)
+class LoraPlan:
+    """A LORA configuration that was understood.
+
+    Attributes:
+        rank_pattern, alpha_pattern: by plain module name or dotted suffix, in the file's order.
+        bias: "none", "all" or "lora_only".
+        rows: the trained tokens.
+    """
+
+    r: int
+    lora_alpha: float
+    targets: Targets
+    use_rslora: bool = False
+    use_dora: bool = False
+    lora_bias: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    bias: str = "none"
+    rows: TokenRows = field(default_factory=dict)
+
+    def place(self, file: Placement) -> list[ModuleSpec]:
+        """LoRA's modules, then biases of other projections, saved modules and trained rows."""
+        file.check_rank("r", self.r)
+        if self.rank_pattern:
+            file.check_rank("rank_pattern", max(self.rank_pattern.values()))
+        adapted = file.sites(*_FACTORS)
+        ranks = file.matched("rank_pattern", self.rank_pattern, adapted)
+        alphas = file.matched("alpha_pattern", self.alpha_pattern, adapted)
+        modules = []
+        for site in adapted:
+            rank = ranks.get(site, self.r)
+            alpha = alphas.get(site, self.lora_alpha)
+            scale = alpha / (math.sqrt(rank) if self.use_rslora else rank)
+            file.check_scale(site, scale, "alpha_pattern" if site in alphas else "lora_alpha")
+            tensors = self._claim(file, site)
+            if file.fits_rank(site, tensors, rank, "rank_pattern" if site in ranks else "r"):
+                modules.append(ModuleSpec(*site, _present(tensors), rank, scale))
+        modules += place_biases(file, self.bias, adapted)
+        modules += place_saved(file, self.targets)
+        modules += place_rows(file, self.rows, "trainable_token_indices")
+        file.check_targets(self.targets, adaptable(file), adapted)
+        return modules
+
+    def _claim(self, file: Placement, site: Site) -> dict[str, TensorLocation | None]:
+        a, b = ("lora_A.weight", "lora_B.weight") if site != EMBEDDING else _EMBEDDING_FACTORS
+        tensors = {"a": file.require(site, a), "b": file.require(site, b)}
+        if self.lora_bias:
+            tensors["b_bias"] = file.require(site, "lora_B.bias")
+        if self.use_dora:
+            tensors["magnitude"] = file.require(site, "lora_magnitude_vector")
+        claim_beside(file, site, self.bias, tensors)
+        return tensors
+
+
+_EMBEDDING_FACTORS = ("lora_embedding_A", "lora_embedding_B")
+_FACTORS = ("lora_A.weight", "lora_B.weight", *_EMBEDDING_FACTORS)
+
+
+def adaptable(file: Placement) -> list[Site]:
+    """The modules of the base that LoRA can adapt."""
+    return [s for s in base_sites(file.base) if s[1] in PROJECTIONS or s in EMBEDDINGS]
+
+
+def claim_beside(
+    file: Placement, site: Site, bias: str, tensors: dict[str, TensorLocation | None]
+) -> None:
+    """Adds a projection's trained bias to `tensors`, and checks a head's copy of the base."""
+    if site[0] == MODEL:
+        copy = file.claim(site, BASE_COPY)
+        if copy is not None:
+            file.fits(site, {"weight": copy})
+    elif bias != "none" and site[1] in file.base.biased:
+        tensors["bias"] = file.require(site, WRAPPED_BIAS)
+
+
+def place_biases(file: Placement, bias: str, adapted: list[Site]) -> list[ModuleSpec]:
+    """The trained biases of projections that have no A and B: `bias="all"`."""
+    modules = []
+    if bias == "all":
+        for site in base_sites(file.base):
+            if site[1] in file.base.biased and site not in adapted:
+                tensor = file.require(site, BIAS)
+                if tensor is not None and file.fits(site, {"bias": tensor}) is not None:
+                    modules.append(ModuleSpec(*site, {"bias": tensor}))
+    return modules
+
+
+def _present(tensors: Mapping[str, TensorLocation | None]) -> dict[str, TensorLocation]:
+    return {role: tensor for role, tensor in tensors.items() if tensor is not None}
+
+
+def _read(reader: Reader) -> LoraPlan | None:
+    rank = reader.as_rank("r", reader.config.get("r"))
+    alpha = reader.number("lora_alpha")
+    plan = LoraPlan(
+        r=rank or 1,
+        lora_alpha=alpha or 0.0,
+        targets=reader.targets(),
+        use_rslora=reader.flag("use_rslora"),
+        use_dora=reader.flag("use_dora"),
+        lora_bias=reader.flag("lora_bias"),
+        rank_pattern=reader.pattern("rank_pattern", reader.as_rank),
+        alpha_pattern=reader.pattern("alpha_pattern", reader.as_number),
+        bias=reader.choice("bias", BIASES, "none"),
+        rows=read_rows(reader, "trainable_token_indices"),
+    )
+    check_initialisation(reader)
+    if plan.use_dora and plan.lora_bias:
+        reader.unsupported("lora_bias", "is on beside use_dora, which PEFT does not train")
+    return None if rank is None or alpha is None else plan
+
+
+LORA = Kind(
+    peft_type="LORA",
+    summary="LoRA, rsLoRA, DoRA",
+    options={
+        **SHARED_OPTIONS,
+        "alpha_pattern": served("literal names; keys that disagree are refused"),
+        "lora_bias": served("projections"),
+        "r": served(),
+        "rank_pattern": served("literal names; keys that disagree are refused"),
+        "use_dora": served("projections; norms of the served weight"),
+        "use_rslora": served("scale is alpha / sqrt(r)"),
+    },
+    endings={
+        "lora_A.weight": "",
+        "lora_B.weight": "",
+        "lora_embedding_A": "",
+        "lora_embedding_B": "",
+        "lora_B.bias": "lora_bias",
+        "lora_magnitude_vector": "use_dora",
+        WRAPPED_BIAS: "bias",
+        BIAS: "bias",
+        BASE_COPY: "save_embedding_layers",
+        ROWS_ENDING: "trainable_token_indices",
+        SAVED_ENDING: "modules_to_save",
+    },
+    read=_read,
+)

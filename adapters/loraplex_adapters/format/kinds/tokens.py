@@ -1,0 +1,59 @@
+"""TRAINABLE_TOKENS: rows of the embeddings and of the head that take the base's place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from loraplex_adapters.format.kinds.base import Kind
+from loraplex_adapters.format.kinds.whole import EMBEDDING, HEAD, row_module
+from loraplex_adapters.format.placement import Placement
+from loraplex_adapters.format.reader import Reader
+from loraplex_adapters.format.spec import ModuleSpec
+from loraplex_adapters.format.support import ignored, served
+from loraplex_adapters.format.targets import EMBEDDINGS, Targets
+
+_ENDING = "trainable_tokens_delta"
+
+
+@dataclass(frozen=True, slots=True)
+class TokensPlan:
+    """The tokens, in the order of their rows, and the modules that have them."""
+
+    token_ids: tuple[int, ...]
+    targets: Targets
+
+    def place(self, file: Placement) -> list[ModuleSpec]:
+        """Rows of the embeddings, the head or both.
+
+        PEFT writes the rows of tied embeddings twice; where it did not, the head's are the same.
+        """
+        adapted = file.sites(_ENDING)
+        tensors = {site: file.require(site, _ENDING) for site in adapted}
+        if file.base.tie_embeddings and EMBEDDING in tensors:
+            tensors.setdefault(HEAD, tensors[EMBEDDING])
+        else:
+            file.check_targets(self.targets, EMBEDDINGS, adapted)
+        placed = (
+            row_module(file, site, tensor, self.token_ids, "token_indices")
+            for site, tensor in tensors.items()
+        )
+        return [module for module in placed if module]
+
+
+def _read(reader: Reader) -> TokensPlan | None:
+    ids = reader.token_ids("token_indices", reader.config.get("token_indices"))
+    targets = reader.targets()
+    return TokensPlan(ids, targets) if ids else None
+
+
+TRAINABLE_TOKENS = Kind(
+    peft_type="TRAINABLE_TOKENS",
+    summary="trained rows of embeddings and head",
+    options={
+        "init_weights": ignored(),
+        "target_modules": served("embed_tokens, lm_head; a string is not evaluated"),
+        "token_indices": served(),
+    },
+    endings={_ENDING: ""},
+    read=_read,
+)

@@ -1,0 +1,129 @@
+"""Virtual tokens: PROMPT_TUNING and P_TUNING by embeddings, PREFIX_TUNING by keys and values.
+
+PEFT saves what the encoders of P_TUNING and PREFIX_TUNING put out, not the encoders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from loraplex_adapters.format.kinds.base import Kind
+from loraplex_adapters.format.modules import VIRTUAL_TOKENS
+from loraplex_adapters.format.placement import Placement
+from loraplex_adapters.format.reader import Reader
+from loraplex_adapters.format.spec import ModuleSpec
+from loraplex_adapters.format.support import Option, ignored, refused, served
+
+_TENSOR = "prompt_embeddings"
+
+
+@dataclass(frozen=True, slots=True)
+class VirtualPlan:
+    """How many virtual tokens, and in which role they come: "prompt" or "prefix".
+
+    `told` are facts about the base that the configuration repeats; None where it does not.
+    """
+
+    role: str
+    count: int
+    told: Mapping[str, int | None]
+
+    def place(self, file: Placement) -> list[ModuleSpec]:
+        """The one tensor that the file holds."""
+        base = file.base
+        if self.count > file.limits.max_virtual_tokens:
+            message = f"num_virtual_tokens is {self.count}; at most "
+            message += f"{file.limits.max_virtual_tokens} are served"
+            file.find("ADAPTER_TOO_LARGE", message, "num_virtual_tokens")
+        facts = {"token_dim": base.hidden_size}
+        if self.role == "prefix":
+            heads = base.kv_size // base.head_dim
+            facts = {"token_dim": base.kv_size, "num_attention_heads": heads}
+            facts["num_layers"] = base.num_layers
+        for key, fact in facts.items():
+            told = self.told.get(key)
+            if told is not None and told != fact:
+                message = f"{key} is {told}; this base has {fact}"
+                file.find("BASE_MODEL_MISMATCH", message, key)
+        tensor = file.require(VIRTUAL_TOKENS, _TENSOR)
+        held = file.fits(VIRTUAL_TOKENS, {self.role: tensor})
+        if held is None or tensor is None:
+            return []
+        if held != self.count:
+            message = f"{_TENSOR} has {held} rows; num_virtual_tokens is {self.count}"
+            file.find("ADAPTER_INVALID", message, "num_virtual_tokens")
+        return [ModuleSpec(*VIRTUAL_TOKENS, {self.role: tensor})]
+
+
+def _read(reader: Reader, role: str) -> VirtualPlan | None:
+    count = reader.integer("num_virtual_tokens")
+    keys = ("token_dim", "num_attention_heads", "num_layers")
+    told = {key: reader.optional_integer(key) for key in keys}
+    submodules = reader.optional_integer("num_transformer_submodules")
+    if submodules not in (None, 1):
+        reader.unsupported("num_transformer_submodules", "is not 1")
+    return VirtualPlan(role, count, told) if count else None
+
+
+def _read_prompt(reader: Reader) -> VirtualPlan | None:
+    return _read(reader, "prompt")
+
+
+def _read_prefix(reader: Reader) -> VirtualPlan | None:
+    return _read(reader, "prefix")
+
+
+_OPTIONS: Mapping[str, Option] = {
+    "modules_to_save": refused("fully trained modules beside virtual tokens"),
+    "num_attention_heads": served(),
+    "num_layers": served(),
+    "num_transformer_submodules": served("1"),
+    "num_virtual_tokens": served(),
+    "token_dim": served(),
+}
+_FOLDED = ignored("PEFT folds the encoder into the embeddings that it saves")
+
+PROMPT_TUNING = Kind(
+    peft_type="PROMPT_TUNING",
+    summary="virtual tokens before the prompt",
+    options={
+        **_OPTIONS,
+        "prompt_tuning_init": ignored(),
+        "prompt_tuning_init_text": ignored(),
+        "tokenizer_kwargs": ignored(),
+        "tokenizer_name_or_path": ignored(),
+    },
+    endings={_TENSOR: ""},
+    read=_read_prompt,
+    whole_names=True,
+)
+
+P_TUNING = Kind(
+    peft_type="P_TUNING",
+    summary="P-tuning: virtual tokens from an encoder",
+    options={
+        **_OPTIONS,
+        "encoder_dropout": _FOLDED,
+        "encoder_hidden_size": _FOLDED,
+        "encoder_num_layers": _FOLDED,
+        "encoder_reparameterization_type": _FOLDED,
+    },
+    endings={_TENSOR: ""},
+    read=_read_prompt,
+    whole_names=True,
+)
+
+PREFIX_TUNING = Kind(
+    peft_type="PREFIX_TUNING",
+    summary="prefix tuning, P-tuning v2: keys and values before the prompt",
+    options={
+        **_OPTIONS,
+        "encoder_hidden_size": _FOLDED,
+        "init_weights": ignored(),
+        "prefix_projection": _FOLDED,
+    },
+    endings={_TENSOR: ""},
+    read=_read_prefix,
+    whole_names=True,
+)

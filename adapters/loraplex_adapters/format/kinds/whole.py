@@ -1,0 +1,100 @@
+"""What stands beside a kind's own tensors: modules saved as a whole, and trained token rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from loraplex_model.base.config import MODEL, Site
+
+from loraplex_adapters.format.modules import base_sites, module_path
+from loraplex_adapters.format.placement import Placement
+from loraplex_adapters.format.reader import Reader
+from loraplex_adapters.format.spec import ModuleSpec, TensorLocation
+from loraplex_adapters.format.strict_json import shown
+from loraplex_adapters.format.support import Option, served
+from loraplex_adapters.format.targets import Targets
+
+SAVED_ENDING = "weight"
+SAVED_OPTION: Mapping[str, Option] = {
+    "modules_to_save": served("lm_head, embed_tokens and norms; no projections"),
+}
+
+ROWS_ENDING = "token_adapter.trainable_tokens_delta"
+EMBEDDING: Site = (MODEL, "embed_tokens")
+HEAD: Site = (MODEL, "lm_head")
+_BY_NAME = {"embed_tokens": EMBEDDING, "model.embed_tokens": EMBEDDING, "lm_head": HEAD}
+
+TokenRows = Mapping[Site, tuple[int, ...]]
+"""The trained tokens of the embeddings and of the head."""
+
+
+def place_saved(file: Placement, targets: Targets) -> list[ModuleSpec]:
+    """The modules of `modules_to_save`, which take the base's place.
+
+    Of a tied base only those are replaced that the file holds: PEFT unties the other one.
+    """
+    modules = []
+    claimed: set[str] = set()
+    for site in sorted(targets.replaced(base_sites(file.base), file.base)):
+        weight = file.require(site, SAVED_ENDING)
+        claimed.update(n for n in targets.saved if module_path(*site).endswith(n))
+        if weight is not None and file.fits(site, {"weight": weight}) is not None:
+            modules.append(ModuleSpec(*site, {"weight": weight}))
+    if unknown := sorted(set(targets.saved) - claimed):
+        message = f"modules_to_save names {shown(unknown[0])}, which this base does not have"
+        file.find("BASE_MODEL_MISMATCH", message, "modules_to_save")
+    return modules
+
+
+def read_rows(reader: Reader, key: str) -> TokenRows:
+    """`trainable_token_indices`: a list for the embeddings, or a map from their names to lists."""
+    value = reader.config.get(key)
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        ids = reader.token_ids(key, value)
+        return {EMBEDDING: ids} if ids else {}
+    rows: dict[Site, tuple[int, ...]] = {}
+    for name, item in value.items():
+        site = _BY_NAME.get(name)
+        if site is None:
+            reader.unsupported(key, f"names {shown(name)}, which is neither embeddings nor head")
+        elif site in rows:
+            reader.invalid(key, f"names {site[1]} twice")
+        elif ids := reader.token_ids(key, item):
+            rows[site] = ids
+    return rows
+
+
+def place_rows(file: Placement, rows: TokenRows, key: str) -> list[ModuleSpec]:
+    """The rows that `trainable_token_indices` replaces.
+
+    In a tied base the head's rows change with those of the embeddings, by one tensor, unless the
+    two lists differ.
+    """
+    ids = rows.get(EMBEDDING)
+    if ids and file.base.tie_embeddings and rows.get(HEAD, ids) == ids:
+        shared = file.require(EMBEDDING, ROWS_ENDING)
+        embedding = row_module(file, EMBEDDING, shared, ids, key)
+        return [embedding, replace(embedding, module=HEAD[1])] if embedding else []
+    placed = (row_module(file, s, file.require(s, ROWS_ENDING), i, key) for s, i in rows.items())
+    return [module for module in placed if module]
+
+
+def row_module(
+    file: Placement, site: Site, tensor: TensorLocation | None, ids: tuple[int, ...], key: str
+) -> ModuleSpec | None:
+    """Replaced rows of the embeddings or the head, if they are this base's."""
+    count = file.fits(site, {"rows": tensor})
+    if count is None or tensor is None:
+        return None
+    if count != len(ids):
+        message = f"{shown(tensor.name)} has {count} rows; {key} lists {len(ids)} tokens"
+        file.find("ADAPTER_INVALID", message, key)
+    elif max(ids) >= file.base.vocab_size:
+        message = f"{key} lists token {max(ids)}; the base has {file.base.vocab_size}"
+        file.find("BASE_MODEL_MISMATCH", message, key)
+    else:
+        return ModuleSpec(*site, {"rows": tensor}, token_ids=ids)
+    return None

@@ -1,0 +1,33 @@
+"""The support matrix: every kind and every option, out of the tables that the reader goes by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from loraplex_adapters.format.kinds import KINDS
+from loraplex_adapters.format.support import COMMON, UNSERVED, Option
+
+
+def markdown() -> str:
+    """The matrix as docs/adapters.md shows it, without a last newline."""
+    return "\n".join(_lines())
+
+
+def _lines() -> Iterator[str]:
+    yield "| `peft_type` | what it is | |"
+    yield "|---|---|---|"
+    for kind in KINDS.values():
+        yield f"| `{kind.peft_type}` | {kind.summary} | served |"
+    for name, what in sorted(UNSERVED.items()):
+        yield f"| `{name}` | {what} | refused |"
+    yield ""
+    yield "| `peft_type` | option | | |"
+    yield "|---|---|---|---|"
+    yield from _options("all", COMMON)
+    for kind in KINDS.values():
+        yield from _options(f"`{kind.peft_type}`", kind.options)
+
+
+def _options(kind: str, options: Mapping[str, Option]) -> Iterator[str]:
+    for key, option in sorted(options.items()):
+        yield f"| {kind} | `{key}` | {option.support.value} | {option.note} |"

@@ -1,0 +1,110 @@
+"""The names of modules: PEFT's spelling of a site, and what the base has there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+
+from loraplex_model.base.config import LAYER_SITES, MODEL, MODEL_SITES, PROJECTIONS, Site
+
+from loraplex_adapters.format.spec import BaseShapes
+
+PREFIX = "base_model.model."
+"""What PEFT puts before a module's path in the Hugging Face model."""
+
+VIRTUAL_TOKENS: Site = (MODEL, "virtual_tokens")
+"""Where an adapter's virtual tokens are placed; no module of the base."""
+
+BOTTLENECKS = {"attention_bottleneck": "self_attn", "mlp_bottleneck": "mlp"}
+"""The block that each bottleneck is beside or behind."""
+
+NORMS = ("input_layernorm", "post_attention_layernorm", "q_norm", "k_norm", "norm")
+
+BLOCKS = {
+    name: "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+    for name in (*PROJECTIONS, "q_norm", "k_norm")
+}
+"""The part of a decoder layer that a module lies in, where it lies in one."""
+
+_MODEL_PATHS = {
+    "embed_tokens": "model.embed_tokens",
+    "lm_head": "lm_head",
+    "norm": "model.norm",
+    "virtual_tokens": "virtual_tokens",
+}
+
+
+@lru_cache(1 << 14)
+def module_path(layer: int, module: str) -> str:
+    """The module's path in the Hugging Face model, which PEFT's patterns are matched with.
+
+    A bottleneck's is that of its block.
+    """
+    if layer == MODEL:
+        return _MODEL_PATHS[module]
+    below = BOTTLENECKS.get(module) or ".".join(filter(None, (BLOCKS.get(module), module)))
+    return f"model.layers.{layer}.{below}"
+
+
+def base_sites(base: BaseShapes) -> Iterator[Site]:
+    """Every module of the base that an adapter may change, in the order of the adapter table."""
+    for layer in range(base.num_layers):
+        for name in LAYER_SITES:
+            if name not in BOTTLENECKS and has(base, name):
+                yield layer, name
+    for name in MODEL_SITES:
+        yield MODEL, name
+
+
+def has(base: BaseShapes, name: str) -> bool:
+    """Whether the base's layers have a module or place of this name."""
+    if name in PROJECTIONS:
+        return name in base.projections
+    return base.qk_norm or name not in ("q_norm", "k_norm")
+
+
+def table_order(site: Site) -> tuple[bool, int, int]:
+    """A key that sorts sites as the adapter table has them; virtual tokens come last."""
+    layer, name = site
+    if layer == MODEL:
+        return True, 0, (*MODEL_SITES, VIRTUAL_TOKENS[1]).index(name)
+    return False, layer, LAYER_SITES.index(name)
+
+
+def role_shapes(site: Site, base: BaseShapes) -> Mapping[str, tuple[int | None, ...]]:
+    """The shape of every role that a tensor can have at a site of this base.
+
+    None stands for the inner width: LoRA's rank, a bottleneck's width, the number of rows or of
+    virtual tokens. Roles that are missing have no meaning there.
+    """
+    _, name = site
+    hidden, vocab = base.hidden_size, base.vocab_size
+    if name in PROJECTIONS:
+        fan_in, fan_out = base.projections[name]
+        return {
+            "a": (None, fan_in),
+            "b": (fan_out, None),
+            "e": (None, 1),
+            "b_bias": (fan_out,),
+            "magnitude": (fan_out,),
+            "out_gain": (fan_out, 1),
+            "in_gain": (1, fan_in),
+            "bias_delta": (1, fan_out),
+            **({"bias": (fan_out,)} if name in base.biased else {}),
+        }
+    if name in NORMS:
+        return {"weight": (base.head_dim if name in ("q_norm", "k_norm") else hidden,)}
+    if name == "embed_tokens":
+        matrices = {"a": (None, vocab), "b": (hidden, None)}
+        return {**matrices, "weight": (vocab, hidden), "rows": (None, hidden)}
+    if name == "lm_head":
+        matrices = {"a": (None, hidden), "b": (vocab, None), "e": (None, 1)}
+        return {**matrices, "weight": (vocab, hidden), "rows": (None, hidden)}
+    if name in BOTTLENECKS:
+        return {
+            "down": (None, hidden),
+            "down_bias": (None,),
+            "up": (hidden, None),
+            "up_bias": (hidden,),
+        }
+    return {"prompt": (None, hidden), "prefix": (None, 2 * base.num_layers * base.kv_size)}

@@ -1,0 +1,216 @@
+"""Takes typed values out of a configuration; what is wrong with them becomes findings.
+
+Nothing in the file is ever used as a regular expression, although PEFT reads several keys as one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+from loraplex_adapters.errors import Finding
+from loraplex_adapters.format.patterns import is_plain
+from loraplex_adapters.format.strict_json import shown
+from loraplex_adapters.format.support import STAMP, Option, Support, is_neutral
+from loraplex_adapters.format.targets import Targets
+
+MAX_STAMPS = 64
+MAX_STAMP = 512
+"""Stamps of one file, and characters kept of each."""
+
+MAX_SAVED = 64
+"""Names in `modules_to_save`: each is compared with every module."""
+
+Read = TypeVar("Read")
+
+
+class Reader:
+    """One configuration. Methods return a neutral value where the file's is wrong."""
+
+    def __init__(self, config: Mapping[str, object]) -> None:
+        self.config = config
+        self.findings: list[Finding] = []
+
+    def integer(self, key: str, least: int = 1) -> int | None:
+        """An integer of at least `least`; it has to be there."""
+        value = self.config.get(key)
+        if type(value) is int and value >= least:
+            return value
+        self.invalid(key, f"needs an integer of at least {least}")
+        return None
+
+    def optional_integer(self, key: str, least: int = 1) -> int | None:
+        """As `integer`, but null or no key is None without a finding."""
+        return None if self.config.get(key) is None else self.integer(key, least)
+
+    def number(self, key: str, default: float | None = None) -> float | None:
+        """A finite number; it has to be there unless there is a default."""
+        value = self.config.get(key)
+        return default if value is None and default is not None else self.as_number(key, value)
+
+    def as_number(self, key: str, value: object) -> float | None:
+        """`value`, found under `key`, as a finite number."""
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)  # finite: the parser takes no other numbers
+        self.invalid(key, "needs a number")
+        return None
+
+    def as_rank(self, key: str, value: object) -> int | None:
+        """`value`, found under `key`, as a rank."""
+        if type(value) is int and value >= 1:
+            return value
+        self.invalid(key, "needs an integer rank of at least 1")
+        return None
+
+    def flag(self, key: str) -> bool:
+        """A boolean; null or no key is False."""
+        value = self.config.get(key)
+        if value is None or isinstance(value, bool):
+            return bool(value)
+        self.invalid(key, "is not a boolean")
+        return False
+
+    def text(self, key: str) -> str:
+        """A string; null or no key is ""."""
+        value = self.config.get(key)
+        if value is None or isinstance(value, str):
+            return value or ""
+        self.invalid(key, "is not a string")
+        return ""
+
+    def choice(self, key: str, choices: Mapping[str, Read], default: Read) -> Read:
+        """What one of a few words stands for; the default where the key is null or missing."""
+        value = self.config.get(key)
+        if value is None:
+            return default
+        if isinstance(value, str) and value in choices:
+            return choices[value]
+        self.unsupported(key, f"is none of {', '.join(choices)}")
+        return default
+
+    def pattern(self, key: str, read: Callable[[str, object], Read | None]) -> dict[str, Read]:
+        """A map whose keys are plain module names; PEFT runs them as regular expressions."""
+        value = self.config.get(key)
+        if value is None:
+            return {}
+        if not isinstance(value, dict):
+            self.invalid(key, "is not a map")
+            return {}
+        plain: dict[str, Read] = {}
+        for name, item in value.items():
+            if not is_plain(name):
+                self.unsupported(key, f"has the key {shown(name)}, which is no plain module name")
+            elif (understood := read(key, item)) is not None:
+                plain[name] = understood
+        return plain
+
+    def names(self, key: str) -> tuple[str, ...]:
+        """Plain names, given as a list or one string."""
+        value = self.config.get(key)
+        if value is None:
+            return ()
+        names = [value] if isinstance(value, str) and value else value or []
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            self.invalid(key, "is neither a name nor a list of names")
+            return ()
+        if odd := [name for name in names if not is_plain(name)]:
+            self.unsupported(key, f"has {shown(odd[0])}, which is no plain module name")
+            return ()
+        return tuple(names)
+
+    def token_ids(self, key: str, value: object) -> tuple[int, ...] | None:
+        """A list of different token ids, in the file's order."""
+        if not isinstance(value, list) or not value:
+            self.invalid(key, "is no list of token ids")
+        elif not all(type(item) is int and item >= 0 for item in value):
+            self.invalid(key, "has an id that is no integer of at least 0")
+        elif len(set(value)) < len(value):
+            self.invalid(key, "has an id twice")
+        else:
+            return tuple(value)
+        return None
+
+    def targets(self) -> Targets:
+        """`target_modules` with everything that narrows or widens it."""
+        return Targets(
+            names=self._target_names(),
+            excluded=self._excluded(),
+            layers=self._layers(),
+            layers_pattern=self.names("layers_pattern"),
+            saved=self._saved(),
+            tied=self.flag("ensure_weight_tying"),
+        )
+
+    def check_keys(self, options: Mapping[str, Option]) -> None:
+        """Refuses every key that may change the result and is not served."""
+        for key, value in self.config.items():
+            if key.startswith(STAMP):
+                continue
+            option = options.get(key)
+            if option and option.support is not Support.REFUSED:
+                continue
+            if is_neutral(key, value):
+                continue
+            if option:
+                self.unsupported(key, f"asks for {option.note}, which is not served")
+            else:
+                self.unsupported(key, "is not known and not empty, so it may change the result")
+
+    def stamps(self) -> dict[str, str]:
+        """What the trainer stamped into the configuration, by key without the prefix."""
+        found: dict[str, str] = {}
+        for key, value in self.config.items():
+            if not key.startswith(STAMP) or value is None:
+                continue
+            if isinstance(value, str):
+                found[shown(key.removeprefix(STAMP))] = shown(value, MAX_STAMP)
+            elif key.removeprefix(STAMP) != "base_fingerprint" and isinstance(value, int | float):
+                found[shown(key.removeprefix(STAMP))] = str(value)
+            else:
+                self.invalid(key, "is not a string")
+        if len(found) > MAX_STAMPS:
+            self.invalid(max(found), f"is one of more than {MAX_STAMPS} stamps")
+        return found
+
+    def invalid(self, key: str, problem: str) -> None:
+        """Adds a finding: the value makes no sense."""
+        field = shown(key)
+        self.findings.append(Finding("ADAPTER_INVALID", f"{field} {problem}", field))
+
+    def unsupported(self, key: str, problem: str) -> None:
+        """Adds a finding: the value may make sense, but not here."""
+        field = shown(key)
+        self.findings.append(Finding("ADAPTER_UNSUPPORTED", f"{field} {problem}", field))
+
+    def _target_names(self) -> tuple[str, ...] | None:
+        """The target list. A string is a regular expression; the tensors say what it matched."""
+        value = self.config.get("target_modules")
+        if isinstance(value, str) and value:
+            return None
+        if not value:
+            self.invalid("target_modules", "names no module")
+        return self.names("target_modules")
+
+    def _excluded(self) -> tuple[str, ...]:
+        """The names that PEFT leaves out. A string has to match a whole path, unlike a list's."""
+        value = self.config.get("exclude_modules")
+        names = self.names("exclude_modules")
+        whole = ("model.", "lm_head")
+        return names if not isinstance(value, str) or value.startswith(whole) else ()
+
+    def _saved(self) -> tuple[str, ...]:
+        names = self.names("modules_to_save")
+        if len(names) > MAX_SAVED:
+            self.unsupported("modules_to_save", f"has more than {MAX_SAVED} names")
+            return ()
+        return names
+
+    def _layers(self) -> frozenset[int] | None:
+        value = self.config.get("layers_to_transform")
+        layers = [value] if type(value) is int else value
+        if layers is None or layers == []:
+            return None
+        if isinstance(layers, list) and all(type(n) is int and n >= 0 for n in layers):
+            return frozenset(layers)
+        self.invalid("layers_to_transform", "is neither a layer's number nor a list of them")
+        return None

@@ -1,0 +1,110 @@
+"""The words in which a kind says which of its options are served.
+
+Each kind of `format.kinds` has a table of options. The reader of configurations follows these
+tables, and the support matrix of docs/adapters.md is printed from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Support(Enum):
+    """What happens to a key of adapter_config.json."""
+
+    SERVED = "served"
+    """It is read, and acts or is held against the tensors."""
+    IGNORED = "no effect"
+    """It says nothing about the forward pass, whatever its value."""
+    REFUSED = "refused"
+    """It would change the forward pass; it passes only when it is switched off."""
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """A key of a configuration: what happens to it, and a word on how or why."""
+
+    support: Support
+    note: str = ""
+
+
+def served(note: str = "") -> Option:
+    """An option that acts as in PEFT."""
+    return Option(Support.SERVED, note)
+
+
+def ignored(note: str = "") -> Option:
+    """An option that means nothing when serving."""
+    return Option(Support.IGNORED, note)
+
+
+def refused(note: str) -> Option:
+    """An option that is not served; `note` names what it asks for."""
+    return Option(Support.REFUSED, note)
+
+
+STAMP = "loraplex_"
+"""Keys that begin so are stamps of a trainer; they become the adapter's provenance."""
+
+COMMON: Mapping[str, Option] = {
+    "auto_mapping": ignored("names a class to load the base with; nothing here loads it"),
+    "base_model_name_or_path": served("shown, not compared"),
+    "inference_mode": ignored(),
+    "peft_type": served(),
+    "peft_version": served("shown"),
+    "revision": served("shown"),
+    "task_type": served("CAUSAL_LM"),
+}
+"""What every kind has."""
+
+
+def is_neutral(key: str, value: object) -> bool:
+    """Whether an option is switched off: null, false, empty, or "none" for `bias`."""
+    if value is None or value is False:
+        return True
+    if key == "bias" and value == "none":
+        return True
+    return isinstance(value, str | list | dict) and not value
+
+
+UNSERVED: Mapping[str, str] = {
+    "ADAMSS": "AdaMSS",
+    "ADAPTION_PROMPT": "adaption prompts with a gate in every attention",
+    "BOFT": "orthogonal butterfly factors",
+    "C3A": "circular convolutions",
+    "CARTRIDGE": "trained KV caches with frozen first tokens",
+    "CPT": "context-aware prompts",
+    "DEFT": "DEFT",
+    "DELORA": "decoupled LoRA",
+    "FOURIERFT": "spectral coefficients",
+    "FROD": "FRoD",
+    "GLORA": "generalised LoRA",
+    "GRALORA": "granular LoRA",
+    "HIRA": "Hadamard products with the base's weights",
+    "HRA": "Householder reflections",
+    "LILY": "Lily",
+    "LOHA": "Hadamard products of low-rank factors",
+    "LOKR": "Kronecker products",
+    "MISS": "matrix shards",
+    "MULTITASK_PROMPT_TUNING": "prompts chosen by task",
+    "OFT": "orthogonal factors",
+    "OSF": "orthogonal subspaces of the base's weights",
+    "PEANUT": "PEANuT",
+    "POLY": "routed LoRA",
+    "PSOFT": "orthogonal factors in a subspace",
+    "PVERA": "probabilistic VeRA",
+    "RANDLORA": "random bases",
+    "ROAD": "rotations of activations",
+    "SHADOW": "shadow networks",
+    "SHIRA": "sparse deltas",
+    "SUPERTUNING": "sparse deltas",
+    "TINYLORA": "TinyLoRA",
+    "UNILORA": "Uni-LoRA",
+    "VBLORA": "vector banks",
+    "VERA": "shared random factors",
+    "WAVEFT": "wavelet coefficients",
+    "XLORA": "a mixture of adapters behind a gate",
+}
+"""PEFT's types that are not served, and what they are."""

@@ -1,0 +1,65 @@
+"""One pass over the weights: their digest, and what in them is not finite or too large."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loraplex_adapters.errors import Finding
+from loraplex_adapters.format.digest import AdapterDigest
+from loraplex_adapters.format.files import RegularFile
+from loraplex_adapters.format.header import Header
+from loraplex_adapters.format.spec import TensorLocation
+from loraplex_adapters.format.strict_json import shown
+
+PIECE = 4 << 20
+"""Bytes in memory at once; a multiple of every element's size."""
+
+
+def scan(
+    file: RegularFile, header: Header, digest: AdapterDigest, max_abs_value: float | None
+) -> list[Finding]:
+    """Feeds the whole file to `digest` and reports tensors with elements beyond `max_abs_value`.
+
+    None leaves the elements unchecked. Reads by pieces instead of mapping the file, because a
+    mapped file that somebody shortens kills its reader. Raises AdapterError where it cannot read.
+    """
+    findings = []
+    digest.update(file.read(0, header.data_start))
+    buffer = memoryview(bytearray(min(PIECE, file.size)))
+    for tensor in header.tensors:
+        sound = True
+        for start in range(tensor.start, tensor.end, PIECE):
+            piece = buffer[: min(PIECE, tensor.end - start)]
+            file.read_into(piece, start)
+            digest.update(piece)
+            if max_abs_value is not None and sound:
+                sound = _within(piece, tensor, max_abs_value)
+        if not sound:
+            message = f"{shown(tensor.name)} holds NaN, infinity or more than {max_abs_value:g}"
+            findings.append(Finding("ADAPTER_INVALID", message, shown(tensor.name)))
+    return findings
+
+
+def _within(piece: memoryview, tensor: TensorLocation, bound: float) -> bool:
+    """Whether every |element| <= bound, by comparing bit patterns.
+
+    Without its sign bit an IEEE number's pattern grows with its value, and infinity and NaN come
+    last: one integer maximum answers for all three formats, bfloat16 among them, which numpy lacks.
+    """
+    bits: NDArray[np.uint32] | NDArray[np.uint16]
+    if tensor.dtype == "F32":
+        bits = np.frombuffer(piece, np.uint32) & np.uint32(0x7FFFFFFF)
+    else:
+        bits = np.frombuffer(piece, np.uint16) & np.uint16(0x7FFF)
+    return int(bits.max()) <= _bound_bits(tensor.dtype, bound)
+
+
+def _bound_bits(dtype: str, bound: float) -> int:
+    """The pattern of the largest finite number of `dtype` that is not above `bound`."""
+    if dtype == "F16":
+        half = np.float16(min(bound, 65504.0))
+        return int(half.view(np.uint16)) - int(float(half) > bound)
+    single = np.float32(min(bound, float(np.finfo(np.float32).max)))
+    pattern = int(single.view(np.uint32)) - int(float(single) > bound)
+    return pattern if dtype == "F32" else min(pattern >> 16, 0x7F7F)

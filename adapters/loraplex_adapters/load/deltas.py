@@ -1,0 +1,199 @@
+"""From an adapter's tensors to what it changes of a base: PEFT's arithmetic, done once at load.
+
+Everything is computed in float32 from the weights as they are served: DoRA's norms are those of the
+dequantised NF4 matrices, replaced weights become differences to the base's stored ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from loraplex_model.adapters.delta import (
+    Activation,
+    AdapterDelta,
+    Reads,
+    SiteDelta,
+    VirtualTokens,
+)
+from loraplex_model.adapters.merge import fused_matrix
+from loraplex_model.base.config import FUSED, PROJECTIONS, Site
+from loraplex_model.base.weights import BaseWeights
+from loraplex_model.ops import nf4
+
+from loraplex_adapters.format.spec import AdapterSpec, ModuleSpec, TensorLocation
+
+Tensors = Mapping[str, torch.Tensor]
+"""A module's tensors by role, as the file has them."""
+
+
+def adapter_delta(
+    spec: AdapterSpec, read: Callable[[TensorLocation], torch.Tensor], base: BaseWeights
+) -> AdapterDelta:
+    """What the adapter changes of `base`, float32 (matrices also in the file's type), on the CPU.
+
+    `read` gives a tensor of the file. The spec must have been made for the shapes of this base.
+    """
+    sites: dict[Site, SiteDelta] = {}
+    virtual = None
+    for module in spec.modules:
+        tensors = {role: read(location) for role, location in module.tensors.items()}
+        if module.module == "virtual_tokens":
+            virtual = _virtual_tokens(tensors, base)
+        else:
+            change = _change(module, tensors, base)
+            if not change.is_empty:  # AdaLoRA leaves modules without any rank
+                sites[module.layer, module.module] = change
+    return AdapterDelta(sites, virtual)
+
+
+def _change(module: ModuleSpec, tensors: Tensors, base: BaseWeights) -> SiteDelta:
+    if module.module in PROJECTIONS:
+        return _projection(module, tensors, base)
+    if module.module == "embed_tokens":
+        return _embedding(module, tensors, base)
+    if module.module == "lm_head":
+        return _head(module, tensors, base)
+    if module.module.endswith("_bottleneck"):
+        return _bottleneck(module, tensors)
+    return SiteDelta(bias=tensors["weight"].float() - _host(_norm(module, base)))
+
+
+def _projection(module: ModuleSpec, tensors: Tensors, base: BaseWeights) -> SiteDelta:
+    """y = gain * (W x + base bias) + B A x + bias, where PEFT has, for each kind:
+
+    LoRA     W x + base bias + s (B A x + b_bias)
+    AdaLoRA  the same with A's rows times E
+    DoRA     m / |W + s B A| * (W x + s B A x) + base bias, norms of rows (arXiv 2402.09353)
+    IA3      out_gain * (W x + base bias), or W (in_gain * x) + base bias
+    biases   W x + bias
+    """
+    a, b = _factors(module, tensors)
+    gain = tensors["out_gain"].float().reshape(-1) if "out_gain" in tensors else None
+    biases: list[torch.Tensor] = []
+    if "b_bias" in tensors:
+        biases.append(tensors["b_bias"].float() * module.scale)
+    if "bias_delta" in tensors:
+        biases.append(tensors["bias_delta"].float().reshape(-1))
+    base_bias = _base_bias(module, base)
+    if "magnitude" in tensors:
+        assert a is not None
+        assert b is not None
+        gain = tensors["magnitude"].float() / _row_norms(module, a, b, base)
+        b = b * gain
+        if base_bias is not None:
+            biases.append(base_bias * (1 - gain))
+    if "bias" in tensors:
+        assert base_bias is not None
+        biases.append(tensors["bias"].float() - base_bias)
+    in_gain = tensors["in_gain"].float().reshape(-1) if "in_gain" in tensors else None
+    bias = torch.stack(biases).sum(0) if biases else None
+    return SiteDelta(a=a, b=b, gain=gain, in_gain=in_gain, bias=bias)
+
+
+def _embedding(module: ModuleSpec, tensors: Tensors, base: BaseWeights) -> SiteDelta:
+    """x += s B A[:, token] (PEFT keeps A as [r, vocab]), or rows of their own."""
+    a, b = _factors(module, tensors)
+    ids, rows = _rows(module, tensors, base.embed)
+    return SiteDelta(a=None if a is None else a.T, b=b, token_ids=ids, rows=rows)
+
+
+def _head(module: ModuleSpec, tensors: Tensors, base: BaseWeights) -> SiteDelta:
+    a, b = _factors(module, tensors)
+    ids, rows = _rows(module, tensors, base.lm_head)
+    return SiteDelta(a=a, b=b, token_ids=ids, rows=rows)
+
+
+def _bottleneck(module: ModuleSpec, tensors: Tensors) -> SiteDelta:
+    hidden_bias, bias = tensors.get("down_bias"), tensors.get("up_bias")
+    return SiteDelta(
+        a=tensors["down"],
+        b=tensors["up"].float().T * module.scale,
+        hidden_bias=None if hidden_bias is None else hidden_bias.float(),
+        bias=None if bias is None else bias.float() * module.scale,
+        activation=Activation[module.activation.upper()],
+        reads=Reads[module.reads.upper()],
+    )
+
+
+def _factors(
+    module: ModuleSpec, tensors: Tensors
+) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+    """A as the file has it, and B transposed with the scale in it; None at rank 0."""
+    if "a" not in tensors or not module.rank:
+        return None, None
+    a = tensors["a"]
+    if "e" in tensors:
+        a = a.float() * tensors["e"].float()
+    return a, tensors["b"].float().T * module.scale
+
+
+def _rows(
+    module: ModuleSpec, tensors: Tensors, base: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+    """Token ids, ascending, and the differences to their rows in `base` [vocab, hidden]."""
+    if "weight" in tensors:
+        ids = torch.arange(base.shape[0], dtype=torch.int32)
+        return ids, tensors["weight"].float() - _host(base)
+    if "rows" in tensors:
+        ids, order = torch.tensor(module.token_ids, dtype=torch.int32).sort()
+        return ids, tensors["rows"][order].float() - _host(base[ids.long().to(base.device)])
+    return None, None
+
+
+def _virtual_tokens(tensors: Tensors, base: BaseWeights) -> VirtualTokens:
+    if "prompt" in tensors:
+        return VirtualTokens(embeddings=tensors["prompt"])
+    config = base.config
+    prefix = tensors["prefix"]  # [n, layer, key and value, head, width], all in one row
+    prefix = prefix.view(-1, config.num_layers, 2, config.num_kv_heads, config.head_dim)
+    keys, values = prefix.permute(2, 1, 0, 3, 4)
+    return VirtualTokens(keys=keys, values=values)
+
+
+def _row_norms(
+    module: ModuleSpec, a: torch.Tensor, b: torch.Tensor, base: BaseWeights
+) -> torch.Tensor:
+    """|W + s B A| of every row, float32 [out], W being the dequantised base."""
+    fused, index = _place(module)
+    matrix, _ = fused_matrix(base.layers[module.layer], fused)
+    weight = nf4.dequantize(nf4.split(matrix)[index])
+    weight.addmm_(b.T.to(weight.device), a.float().to(weight.device))
+    norms: torch.Tensor = torch.linalg.vector_norm(weight, dim=1).cpu()
+    return norms
+
+
+def _base_bias(module: ModuleSpec, base: BaseWeights) -> torch.Tensor | None:
+    """The base's bias of a projection, float32 [out], if it has one."""
+    fused, index = _place(module)
+    matrix, bias = fused_matrix(base.layers[module.layer], fused)
+    if bias is None:
+        return None
+    return _host(torch.split(bias, list(matrix.rows))[index])
+
+
+def _place(module: ModuleSpec) -> tuple[str, int]:
+    """The fused matrix that holds a projection, and which of its parts that is."""
+    return next(
+        (fused, names.index(module.module))
+        for fused, names in FUSED.items()
+        if module.module in names
+    )
+
+
+def _norm(module: ModuleSpec, base: BaseWeights) -> torch.Tensor:
+    if module.module == "norm":
+        return base.norm
+    layer = base.layers[module.layer]
+    weight = {
+        "input_layernorm": layer.input_norm,
+        "post_attention_layernorm": layer.post_norm,
+        "q_norm": layer.q_norm,
+        "k_norm": layer.k_norm,
+    }[module.module]
+    assert weight is not None
+    return weight
+
+
+def _host(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to("cpu", torch.float32)

@@ -1,0 +1,276 @@
+"""Adapters on ranges of rows, for training: what `mix` does to any rows, without copies of them.
+
+A training pass lays each job's rows side by side, so a job's rows are a slice. What an adapter adds
+to a fused matrix is one autograd function that works in place on the base's product and keeps
+the few numbers a row that come out of A, and x or what x is made of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from loraplex_model.adapters.delta import SiteDelta
+from loraplex_model.adapters.mix import Dropout, Product, RowGroup
+from loraplex_model.base.config import Site
+from loraplex_model.ops.autograd import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """One module of one job. Numbers are places among the tensors given to `_Adapted`; -1: none.
+
+    `rows` are the job's, `columns` the module's outputs in the fused matrix.
+    """
+
+    rows: slice
+    columns: slice
+    site: Site
+    dropout: Dropout | None
+    a: int = -1
+    b: int = -1
+    gain: int = -1
+    bias: int = -1
+
+
+def project(
+    product: Product,
+    x: torch.Tensor,
+    layer: int,
+    fused: str,
+    modules: Sequence[tuple[str, int]],
+    groups: Sequence[RowGroup],
+    recipe: Recipe | None = None,
+) -> torch.Tensor:
+    """`mix.project` for groups that are spans of one adapter at weight 1. [T, in] -> [T, out].
+
+    With a `recipe` for x, x is not kept.
+    """
+    y = _base(product, x, layer, modules, groups)
+    changes: list[_Change] = []
+    tensors: list[torch.Tensor] = []
+
+    def put(tensor: torch.Tensor | None) -> int:
+        if tensor is None:
+            return -1
+        tensors.append(tensor)
+        return len(tensors) - 1
+
+    for group, columns, site, delta in _sites(layer, modules, groups):
+        assert group.span is not None
+        has_factors = delta.a is not None and delta.b is not None
+        a, b = (put(delta.a), put(delta.b)) if has_factors else (-1, -1)
+        change = _Change(
+            group.span, columns, site, group.dropout, a, b, put(delta.gain), put(delta.bias)
+        )
+        changes.append(change)
+    if not tensors:
+        return y
+    result: torch.Tensor = _Adapted.apply(  # type: ignore[no-untyped-call]
+        y, x, recipe or Recipe(_itself, (x,)), changes, *tensors
+    )
+    return result
+
+
+def _itself(x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+def _sites(
+    layer: int, modules: Sequence[tuple[str, int]], groups: Sequence[RowGroup]
+) -> Iterator[tuple[RowGroup, slice, Site, SiteDelta]]:
+    for group in groups:
+        start = 0
+        for name, width in modules:
+            for delta, weight in group.at((layer, name)):
+                assert weight == 1.0, "blends are for serving"
+                yield group, slice(start, start + width), (layer, name), delta
+            start += width
+
+
+def _base(
+    product: Product,
+    x: torch.Tensor,
+    layer: int,
+    modules: Sequence[tuple[str, int]],
+    groups: Sequence[RowGroup],
+) -> torch.Tensor:
+    """The base's product, of scaled inputs where an adapter has an `in_gain`."""
+    scaled = [
+        (group.span, columns, delta.in_gain.to(x.dtype))
+        for group, columns, _, delta in _sites(layer, modules, groups)
+        if delta.in_gain is not None and group.span is not None
+    ]
+    if scaled and len(modules) == 1:
+        gains = {rows.start: (rows, gain) for rows, _, gain in scaled}
+        parts, end = [], 0
+        for start in sorted(gains):
+            rows, gain = gains[start]
+            parts += [x[end:start], x[rows] * gain]
+            end = rows.stop
+        return product(torch.cat([*parts, x[end:]]))
+    y = product(x)
+    for rows, columns, gain in scaled:  # the modules of a fused matrix may differ in their gains
+        y = y.clone()
+        y[rows, columns] = product(x[rows] * gain)[:, columns]
+    return y
+
+
+class _Adapted(torch.autograd.Function):
+    """`y[rows, columns] = gain * y + (A x) B + bias` in place, for every change.
+
+    Changes of the same rows follow one another, so that all A's that read them are one product.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        recipe: Recipe,
+        changes: Sequence[_Change],
+        *tensors: torch.Tensor,
+    ) -> torch.Tensor:
+        saved: list[torch.Tensor] = []
+        for c in changes:
+            part = y[c.rows, c.columns]
+            if c.gain >= 0:
+                saved.append(part.clone())
+                part.mul_(tensors[c.gain].to(y.dtype))
+            if c.bias >= 0:
+                part.add_(tensors[c.bias].to(y.dtype))
+        for batch in _read_together(changes):
+            a = torch.cat([tensors[c.a] for c in batch]).to(x.dtype)
+            read, mask = _dropped(x[batch[0].rows], batch[0])
+            reduced = read @ a.T  # [rows, sum of ranks]
+            saved += [reduced] if mask is None else [reduced, mask]
+            for c, h in _by_rank(batch, tensors, reduced):
+                y[c.rows, c.columns].addmm_(h, tensors[c.b].to(y.dtype))
+        sources = recipe.sources if any(c.a >= 0 for c in changes) else ()
+        ctx.make, ctx.changes = recipe.make, changes
+        ctx.counts = len(sources), len(tensors), len(saved)
+        ctx.save_for_backward(*sources, *tensors, *saved)
+        ctx.mark_dirty(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        kept = iter(ctx.saved_tensors)
+        sources, tensors, saved = ([next(kept) for _ in range(count)] for count in ctx.counts)
+        numbers = iter(saved)
+        changes: Sequence[_Change] = ctx.changes
+        wanted = ctx.needs_input_grad
+        gy = grads[0]
+        out: list[torch.Tensor | None] = [None] * len(tensors)
+        to_y = _through_vectors(gy, changes, tensors, numbers, out)
+        to_x = None
+        if sources:
+            x = ctx.make(*sources)
+            to_x = _zeroed(torch.empty_like(x), changes) if wanted[1] else None
+            _through_factors(gy, x, changes, tensors, numbers, out, to_x)
+        typed = [
+            None if g is None or not needed else g.to(t.dtype)
+            for g, t, needed in zip(out, tensors, wanted[4:], strict=True)
+        ]
+        return (to_y, to_x, None, None, *typed)
+
+
+def _through_vectors(
+    gy: torch.Tensor,
+    changes: Sequence[_Change],
+    tensors: Sequence[torch.Tensor],
+    saved: Iterator[torch.Tensor],
+    out: list[torch.Tensor | None],
+) -> torch.Tensor:
+    """The gradients of gains and biases, into `out`; returns that of the base's product."""
+    to_y = gy.clone() if any(c.gain >= 0 for c in changes) else gy
+    for c in changes:
+        part = gy[c.rows, c.columns]
+        if c.gain >= 0:
+            out[c.gain] = (part * next(saved)).sum(0)
+            to_y[c.rows, c.columns].mul_(tensors[c.gain].to(gy.dtype))
+        if c.bias >= 0:
+            out[c.bias] = part.sum(0)
+    return to_y
+
+
+def _through_factors(
+    gy: torch.Tensor,
+    x: torch.Tensor,
+    changes: Sequence[_Change],
+    tensors: Sequence[torch.Tensor],
+    saved: Iterator[torch.Tensor],
+    out: list[torch.Tensor | None],
+    to_x: torch.Tensor | None,
+) -> None:
+    """The gradients of A and B, into `out`, and of x, into what `_zeroed` gave."""
+    for batch in _read_together(changes):
+        rows, dropped = batch[0].rows, batch[0].dropout is not None
+        reduced = next(saved)
+        mask = next(saved) if dropped else None
+        to_reduced = torch.empty_like(reduced)
+        into = _by_rank(batch, tensors, to_reduced)
+        for (c, h), (_, to_h) in zip(_by_rank(batch, tensors, reduced), into, strict=True):
+            part = gy[c.rows, c.columns]
+            out[c.b] = h.T @ part
+            torch.mm(part, tensors[c.b].to(gy.dtype).T, out=to_h)
+        read = x[rows] if mask is None else _kept(x[rows], mask, batch[0])
+        ranks = [len(tensors[c.a]) for c in batch]
+        to_a = torch.split(to_reduced.T @ read, ranks)
+        for c, part in zip(batch, to_a, strict=True):
+            out[c.a] = part
+        if to_x is None:
+            continue
+        a = torch.cat([tensors[c.a] for c in batch]).to(x.dtype)
+        if mask is None:  # then all A's of these rows are in this batch
+            torch.mm(to_reduced, a, out=to_x[rows])
+        else:
+            to_x[rows].add_(_kept(to_reduced @ a, mask, batch[0]))
+
+
+def _zeroed(to_x: torch.Tensor, changes: Sequence[_Change]) -> torch.Tensor:
+    """Zeros but for rows that `_through_factors` writes at once: those of a job without dropout."""
+    whole = {(c.rows.start, c.rows.stop) for c in changes if c.a >= 0 and c.dropout is None}
+    end = 0
+    for start, stop in sorted(whole):
+        to_x[end:start] = 0
+        end = stop
+    to_x[end:] = 0
+    return to_x
+
+
+def _read_together(changes: Sequence[_Change]) -> Iterator[list[_Change]]:
+    """Changes with factors that read the very same input: of a job, unless each drops its own."""
+    batch: list[_Change] = []
+    for c in changes:
+        if c.a < 0:
+            continue
+        if batch and (batch[0].rows != c.rows or c.dropout):
+            yield batch
+            batch = []
+        batch.append(c)
+    if batch:
+        yield batch
+
+
+def _by_rank(
+    batch: Sequence[_Change], tensors: Sequence[torch.Tensor], reduced: torch.Tensor
+) -> Iterator[tuple[_Change, torch.Tensor]]:
+    """Each change's columns of [rows, sum of ranks]."""
+    ranks = [len(tensors[c.a]) for c in batch]
+    return zip(batch, torch.split(reduced, ranks, dim=1), strict=True)
+
+
+def _dropped(x: torch.Tensor, change: _Change) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if change.dropout is None:
+        return x, None
+    mask = change.dropout.mask(change.site, x)
+    return _kept(x, mask, change), mask
+
+
+def _kept(x: torch.Tensor, mask: torch.Tensor, change: _Change) -> torch.Tensor:
+    assert change.dropout is not None
+    return (x * mask).mul_(1 / (1 - change.dropout.probability))

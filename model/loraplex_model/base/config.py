@@ -1,0 +1,105 @@
+"""The decoder as data: everything in which the supported families differ."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The matrices of a layer, in the order in which they are applied."""
+
+FUSED = {
+    "qkv": ("q_proj", "k_proj", "v_proj"),
+    "o": ("o_proj",),
+    "gate_up": ("gate_proj", "up_proj"),
+    "down": ("down_proj",),
+}
+"""The fused matrices of a layer, and the modules stacked in each, in order."""
+
+LAYER_SITES = (
+    *PROJECTIONS,
+    "attention_bottleneck",
+    "mlp_bottleneck",
+    "input_layernorm",
+    "post_attention_layernorm",
+    "q_norm",
+    "k_norm",
+)
+"""Everything of a layer that an adapter can change, in the order of the adapter table. The two
+bottlenecks are places, not modules: what is added after the attention and after the MLP."""
+
+MODEL_SITES = ("embed_tokens", "lm_head", "norm")
+"""What an adapter can change outside the layers; they follow the last layer in the table."""
+
+MODEL = -1
+"""The layer of a `MODEL_SITES` entry."""
+
+Site = tuple[int, str]
+"""A place that an adapter changes: (layer, name), or (`MODEL`, name)."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderConfig:
+    """A pre-norm decoder with rotary positions, grouped-query attention and a gated SiLU MLP.
+
+    Attributes:
+        rope_inv_freq: the head_dim / 2 inverse frequencies, scaling already applied.
+        rope_scale: factor on cos and sin (YaRN's attention factor; 1 elsewhere).
+        qkv_bias, o_bias: whether those projections carry a bias (Qwen2: qkv).
+        qk_norm: RMSNorm on every query and key head before the rotation (Qwen3).
+        sliding_windows: per layer, how many positions a token sees, its own included (position p
+            sees p - window + 1 to p); None sees all.
+        max_positions: the context length the checkpoint was made for.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_inv_freq: tuple[float, ...]
+    rope_scale: float
+    max_positions: int
+    qkv_bias: bool
+    o_bias: bool
+    qk_norm: bool
+    tie_embeddings: bool
+    sliding_windows: tuple[int | None, ...]
+
+    @property
+    def q_size(self) -> int:
+        """Width of all query heads together."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Width of all key (or value) heads together."""
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def num_sites(self) -> int:
+        """Entries of one adapter in the adapter table."""
+        return self.num_layers * len(LAYER_SITES) + len(MODEL_SITES)
+
+    def site_index(self, site: Site) -> int:
+        """Where a site lies in the adapter table."""
+        layer, name = site
+        if layer == MODEL:
+            return self.num_layers * len(LAYER_SITES) + MODEL_SITES.index(name)
+        return layer * len(LAYER_SITES) + LAYER_SITES.index(name)
+
+    def projection_shapes(self) -> dict[str, tuple[int, int]]:
+        """`(in_features, out_features)` of each module of `PROJECTIONS`."""
+        d, ff = self.hidden_size, self.intermediate_size
+        return {
+            "q_proj": (d, self.q_size),
+            "k_proj": (d, self.kv_size),
+            "v_proj": (d, self.kv_size),
+            "o_proj": (self.q_size, d),
+            "gate_proj": (d, ff),
+            "up_proj": (d, ff),
+            "down_proj": (ff, d),
+        }

@@ -1,0 +1,167 @@
+"""Where a base model comes from: named tensors, read one at a time.
+
+A model is named by a directory (safetensors), a `.gguf` file, or the id of a hub repository. Only
+the last makes the process talk to a network. Pickled weights are never opened.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from loraplex_model.base.refusal import ModelError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_READ = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+class TensorSource(Protocol):
+    """A checkpoint. `read` returns one tensor, which the caller drops before it asks for the next.
+
+    Attributes:
+        config: the contents of `config.json`, or what stands for it.
+        generation_config: the contents of `generation_config.json`; empty where there is none.
+        rope_divisors: what to divide the rotary frequencies of `config` by; () for nothing.
+        has_tokenizer: whether a tokenizer lies with the weights.
+    """
+
+    config: Mapping[str, Any]
+    generation_config: Mapping[str, Any]
+    rope_divisors: tuple[float, ...]
+    has_tokenizer: bool
+
+    def names(self) -> Collection[str]:
+        """Every tensor there is, by its Hugging Face name."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor as stored (any floating type, or bitsandbytes' bytes).
+
+        Raises `ModelError` (MODEL_INVALID) if it is not there or its file is damaged.
+        """
+
+
+def locate(model: str) -> Path:
+    """The directory or GGUF file that `model` names, fetched from a hub if it is an id.
+
+    Raises `ModelError`: MODEL_NOT_FOUND, MODEL_UNAVAILABLE.
+    """
+    path = Path(model).expanduser()
+    if path.exists():
+        return path.resolve()
+    if path.suffix == ".gguf" or not _HUB_ID.fullmatch(model):
+        raise ModelError(
+            "MODEL_NOT_FOUND",
+            f"no model at {model}: give a directory with config.json and safetensors, "
+            "a .gguf file, a hub id (owner/name), or nothing for the default model",
+        )
+    return _snapshot(model)
+
+
+def _snapshot(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=list(_READ)))
+    except Exception as error:  # the hub's own errors, and whatever its HTTP client raises
+        raise ModelError(
+            "MODEL_UNAVAILABLE",
+            f"there is no directory {repository}, and as a hub id it could not be fetched: {error}",
+        ) from error
+
+
+def files_of(path: Path) -> tuple[Path, ...]:
+    """Every file that the loaded model depends on, sorted."""
+    if path.is_file():
+        return (path,)
+    found = {file for pattern in _READ for file in path.glob(pattern) if file.is_file()}
+    return tuple(sorted(found))
+
+
+def open_source(path: Path) -> TensorSource:
+    """Opens a directory or a GGUF file. Raises `ModelError`: MODEL_INVALID, MODEL_UNSUPPORTED."""
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelError("MODEL_UNSUPPORTED", f"{path} is neither a directory nor a .gguf file")
+        from loraplex_model.checkpoints.gguf_file import GgufSource
+
+        return GgufSource(path)
+    return SafetensorsSource(path)
+
+
+class SafetensorsSource:
+    """A Hugging Face directory with one safetensors file, or several and an index."""
+
+    def __init__(self, directory: Path) -> None:
+        self.config: Mapping[str, Any] = read_json(directory / "config.json")
+        generation = directory / "generation_config.json"
+        self.generation_config: Mapping[str, Any] = (
+            read_json(generation) if generation.exists() else {}
+        )
+        self.rope_divisors: tuple[float, ...] = ()
+        self.has_tokenizer = any((directory / name).exists() for name in _TOKENIZERS)
+        self._files: dict[str, Any] = {}
+        self._tensors: dict[str, Path] = {}
+        for shard in _shards(directory):
+            try:
+                self._files[str(shard)] = safe_open(shard, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise ModelError(
+                    "MODEL_INVALID", f"{shard} is damaged or cut short ({error}); fetch it again"
+                ) from error
+            self._tensors.update(dict.fromkeys(self._files[str(shard)].keys(), shard))
+
+    def names(self) -> Collection[str]:
+        """See `TensorSource`."""
+        return self._tensors.keys()
+
+    def read(self, name: str) -> torch.Tensor:
+        """See `TensorSource`. The tensor is a view of the mapped file."""
+        if name not in self._tensors:
+            raise ModelError("MODEL_INVALID", f"the checkpoint has no tensor {name}")
+        tensor: torch.Tensor = self._files[str(self._tensors[name])].get_tensor(name)
+        return tensor
+
+
+def _shards(directory: Path) -> list[Path]:
+    index, single = directory / INDEX, directory / SINGLE
+    if index.exists():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ModelError("MODEL_INVALID", f"{index} has no weight_map")
+        shards = [directory / str(name) for name in sorted(set(weight_map.values()))]
+        if any(shard.parent != directory for shard in shards):
+            raise ModelError("MODEL_INVALID", f"{index} points outside of its directory")
+    elif single.exists():
+        shards = [single]
+    elif list(directory.glob("*.bin")) or list(directory.glob("*.pt*")):
+        raise ModelError(
+            "MODEL_UNSUPPORTED",
+            f"{directory} holds pickled weights only, which can run code when opened; "
+            "convert them to safetensors",
+        )
+    else:
+        raise ModelError("MODEL_INVALID", f"{directory} has neither {SINGLE} nor {INDEX}")
+    for shard in shards:
+        if not shard.is_file():
+            raise ModelError("MODEL_INVALID", f"{shard} is missing; fetch the model again")
+    return shards
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises `ModelError` (MODEL_INVALID) if there is none."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError("MODEL_INVALID", f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError("MODEL_INVALID", f"{path} is not a JSON object")
+    return value

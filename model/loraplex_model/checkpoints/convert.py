@@ -1,0 +1,116 @@
+"""From any checkpoint to the stored form: tensor by tensor, each module quantised on its own.
+
+Modules that the checkpoint holds as bitsandbytes NF4 are taken as they are; all others are
+quantised from their stored values. Norms, biases, embeddings and the head stay as stored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loraplex_model.base import families
+from loraplex_model.base.config import FUSED, DecoderConfig
+from loraplex_model.base.families import tensor_name
+from loraplex_model.base.refusal import ModelError
+from loraplex_model.base.weights import NF4Matrix
+from loraplex_model.checkpoints import prequantised
+from loraplex_model.checkpoints.checkpoint import TensorSource
+from loraplex_model.checkpoints.stored import StoredWriter
+from loraplex_model.ops.nf4 import quantise, stack
+
+_PER_LAYER = 24  # more than the tensors a stored layer can have
+
+Progress = Callable[[int, int], None]
+"""Called with `(layers done, layers in all)`."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Converted:
+    """What is known of a stored model beside its tensors."""
+
+    config: DecoderConfig
+    fingerprint: str
+    eos_token_ids: tuple[int, ...]
+
+
+def convert(source: TensorSource, path: Path, progress: Progress | None = None) -> Converted:
+    """Writes the quantised model to `path`, holding one dense matrix at a time.
+
+    Raises `ModelError`: MODEL_UNSUPPORTED, MODEL_INVALID (a tensor is missing or misshapen).
+    """
+    prequantised.refuse_unsupported(source.config)
+    config = families.decoder_config(source.config)
+    if source.rope_divisors:
+        pairs = zip(config.rope_inv_freq, source.rope_divisors, strict=True)
+        config = dataclasses.replace(config, rope_inv_freq=tuple(f / by for f, by in pairs))
+    reader = _Reader(source, config)
+    with StoredWriter(path, 3 + _PER_LAYER * config.num_layers, config) as writer:
+        writer.add("embed", reader.dense(families.EMBED, config.vocab_size, config.hidden_size))
+        for i in range(config.num_layers):
+            _layer(reader, writer, config, i)
+            if progress is not None:
+                progress(i + 1, config.num_layers)
+        writer.add("norm", reader.dense(families.NORM, config.hidden_size))
+        if not config.tie_embeddings:
+            head = reader.dense(families.LM_HEAD, config.vocab_size, config.hidden_size)
+            writer.add("lm_head", head)
+        fingerprint = writer.fingerprint
+    return Converted(config, fingerprint, _eos(source.generation_config, source.config))
+
+
+def _layer(reader: _Reader, writer: StoredWriter, config: DecoderConfig, i: int) -> None:
+    at = f"layers.{i}."
+    writer.add(at + "input_norm", reader.vector(i, "input_layernorm", config.hidden_size))
+    writer.add(at + "post_norm", reader.vector(i, "post_attention_layernorm", config.hidden_size))
+    if config.qk_norm:
+        writer.add(at + "q_norm", reader.vector(i, "q_norm", config.head_dim))
+        writer.add(at + "k_norm", reader.vector(i, "k_norm", config.head_dim))
+    if config.qkv_bias:
+        writer.add(at + "qkv_bias", torch.cat([reader.bias(i, m) for m in FUSED["qkv"]]))
+    if config.o_bias:
+        writer.add(at + "o_bias", reader.bias(i, "o_proj"))
+    for name, modules in FUSED.items():
+        writer.add_matrix(at + name, stack([reader.matrix(i, module) for module in modules]))
+
+
+class _Reader:
+    """Checked tensors of the source."""
+
+    def __init__(self, source: TensorSource, config: DecoderConfig) -> None:
+        self._source, self._shapes = source, config.projection_shapes()
+
+    def dense(self, name: str, *shape: int) -> torch.Tensor:
+        tensor = self._source.read(name)
+        if tuple(tensor.shape) != shape or not tensor.is_floating_point():
+            raise ModelError(
+                "MODEL_INVALID",
+                f"{name} is {tensor.dtype} {list(tensor.shape)}, "
+                f"but the configuration asks for {list(shape)}",
+            )
+        return tensor if tensor.dtype.itemsize <= 4 else tensor.float()
+
+    def vector(self, layer: int, module: str, size: int) -> torch.Tensor:
+        return self.dense(tensor_name(layer, module), size)
+
+    def bias(self, layer: int, module: str) -> torch.Tensor:
+        return self.dense(tensor_name(layer, module, "bias"), self._shapes[module][1])
+
+    def matrix(self, layer: int, module: str) -> NF4Matrix:
+        name, (fan_in, rows) = tensor_name(layer, module), self._shapes[module]
+        if prequantised.is_nf4(self._source, name):
+            return prequantised.read(self._source, name, (rows, fan_in))
+        return quantise(self.dense(name, rows, fan_in))
+
+
+def _eos(*configs: Mapping[str, Any]) -> tuple[int, ...]:
+    """The end-of-sequence ids of the first configuration that names any."""
+    for config in configs:
+        ids = config.get("eos_token_id")
+        if ids is not None:
+            return tuple(ids) if isinstance(ids, list) else (int(ids),)
+    return ()

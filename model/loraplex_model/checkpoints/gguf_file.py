@@ -1,0 +1,281 @@
+"""GGUF files as a source of Hugging Face tensors.
+
+The file holds its own configuration, under llama.cpp's key names, and quantised tensors, under
+llama.cpp's tensor names. For the "llama" architecture (Llama and Mistral) the rows of q and k are
+stored pairwise interleaved within each head; here they are put back into Hugging Face's halves.
+Values are dequantised by the `gguf` package to float32.
+
+The header is read here because the package's own reader takes more than ten seconds to walk a
+vocabulary. Every length in it is checked against the file before it is used.
+"""
+
+from __future__ import annotations
+
+import mmap
+import re
+import struct
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from loraplex_model.base import families
+from loraplex_model.base.refusal import ModelError
+
+_SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
+"""Metadata types of fixed size, and their `struct` letters."""
+
+_STRING, _ARRAY = 8, 9
+_MAX_DIMENSIONS = 4
+
+_ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+
+_CONFIG = {
+    "context_length": "max_position_embeddings",
+    "block_count": "num_hidden_layers",
+    "feed_forward_length": "intermediate_size",
+    "embedding_length": "hidden_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "rope.freq_base": "rope_theta",
+}
+
+_MODULES = {
+    "attn_q": "q_proj",
+    "attn_k": "k_proj",
+    "attn_v": "v_proj",
+    "attn_output": "o_proj",
+    "attn_q_norm": "q_norm",
+    "attn_k_norm": "k_norm",
+    "ffn_gate": "gate_proj",
+    "ffn_up": "up_proj",
+    "ffn_down": "down_proj",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+_GLOBALS = {
+    "token_embd.weight": families.EMBED,
+    "output_norm.weight": families.NORM,
+    "output.weight": families.LM_HEAD,
+}
+_LAYER_TENSOR = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
+
+ROPE_FACTORS = "rope_freqs.weight"
+"""Divisors of the rotary frequencies (Llama 3's scaling), float32 [head_dim / 2]."""
+
+
+@dataclass(frozen=True, slots=True)
+class GgufTensor:
+    """Where one tensor lies: shape as in torch, ggml type, first byte in the file, bytes."""
+
+    shape: tuple[int, ...]
+    kind: int
+    start: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class GgufHeader:
+    """Metadata (arrays of strings as their length only) and the table of tensors."""
+
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, GgufTensor]
+
+
+class GgufSource:
+    """A `TensorSource` over one GGUF file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with path.open("rb") as file:
+            try:
+                self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            except ValueError as error:
+                raise ModelError("MODEL_INVALID", f"{path} is empty") from error
+        self._header = _Reader(self._bytes, path).header()
+        self._names = dict(_hf_names(self._header.tensors))
+        self._architecture = str(self._header.metadata.get("general.architecture"))
+        self.config: Mapping[str, Any] = self._config()
+        self.generation_config: Mapping[str, Any] = {}
+        self.has_tokenizer = "tokenizer.ggml.model" in self._header.metadata
+        self.rope_divisors: tuple[float, ...] = ()
+        if ROPE_FACTORS in self._header.tensors:
+            self.rope_divisors = tuple(self._dequantise(ROPE_FACTORS).tolist())
+
+    def names(self) -> Collection[str]:
+        """See `TensorSource`."""
+        return self._names.keys()
+
+    def read(self, name: str) -> torch.Tensor:
+        """See `TensorSource`: float32, in Hugging Face's layout."""
+        if name not in self._names:
+            raise ModelError("MODEL_INVALID", f"{self._path} has no tensor for {name}")
+        values = self._dequantise(self._names[name])
+        heads = {
+            ".q_proj.": self.config["num_attention_heads"],
+            ".k_proj.": self.config["num_key_value_heads"],
+        }
+        if self._architecture == "llama":
+            for part, count in heads.items():
+                if part in name:
+                    values = _halves(values, count)
+        return values
+
+    def _dequantise(self, gguf_name: str) -> torch.Tensor:
+        from gguf import GGMLQuantizationType
+        from gguf.quants import dequantize, quant_shape_to_byte_shape
+
+        tensor = self._header.tensors[gguf_name]
+        kind = GGMLQuantizationType(tensor.kind)
+        raw = np.frombuffer(self._bytes, np.uint8, tensor.size, tensor.start)
+        try:
+            values = dequantize(raw.reshape(quant_shape_to_byte_shape(tensor.shape, kind)), kind)
+        except (NotImplementedError, ValueError) as error:
+            raise ModelError("MODEL_UNSUPPORTED", f"{self._path}: {gguf_name}: {error}") from error
+        # copies float32 tensors only, which are views of the read-only file: torch wants to write
+        writable = np.require(values, np.float32, ["C", "W"])
+        return torch.from_numpy(writable).reshape(tensor.shape)
+
+    def _config(self) -> dict[str, Any]:
+        metadata, architecture = self._header.metadata, self._architecture
+        if architecture not in _ARCHITECTURES:
+            raise ModelError(
+                "MODEL_UNSUPPORTED",
+                f"{self._path} is of GGUF architecture {architecture!r}; "
+                f"supported: {', '.join(_ARCHITECTURES)}",
+            )
+        if metadata.get(f"{architecture}.rope.scaling.type", "none") != "none":
+            raise ModelError(
+                "MODEL_UNSUPPORTED",
+                f"{self._path} scales its positions; use the model's safetensors instead",
+            )
+        config = {
+            name: metadata[f"{architecture}.{key}"]
+            for key, name in _CONFIG.items()
+            if f"{architecture}.{key}" in metadata
+        }
+        config.setdefault("num_key_value_heads", config.get("num_attention_heads"))
+        if "token_embd.weight" not in self._header.tensors:
+            raise ModelError("MODEL_INVALID", f"{self._path} has no token_embd.weight")
+        return config | {
+            "model_type": _ARCHITECTURES[architecture],
+            "vocab_size": self._header.tensors["token_embd.weight"].shape[0],
+            "tie_word_embeddings": "output.weight" not in self._header.tensors,
+            "attention_bias": "blk.0.attn_output.bias" in self._header.tensors,
+            "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
+            "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
+            "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
+        }
+
+
+def _hf_names(tensors: Collection[str]) -> list[tuple[str, str]]:
+    """`(Hugging Face name, GGUF name)` of every tensor that has one."""
+    pairs = [(hf, gguf) for gguf, hf in _GLOBALS.items() if gguf in tensors]
+    for gguf in tensors:
+        match = _LAYER_TENSOR.fullmatch(gguf)
+        if match and match[2] in _MODULES:
+            name = families.tensor_name(int(match[1]), _MODULES[match[2]], match[3])
+            pairs.append((name, gguf))
+    return pairs
+
+
+def _halves(rows: torch.Tensor, heads: int) -> torch.Tensor:
+    """Undoes llama.cpp's order of q and k rows: (pair, 2) within a head back to (2, pair)."""
+    split = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
+    return split.swapaxes(1, 2).reshape(rows.shape)
+
+
+class _Reader:
+    """Walks the header; every read is checked against the end of the file."""
+
+    def __init__(self, data: mmap.mmap, path: Path) -> None:
+        self._data, self._path, self._at = data, path, 0
+
+    def header(self) -> GgufHeader:
+        if self._data[:4] != b"GGUF":
+            raise self._damaged("it does not start with GGUF")
+        self._at = 4
+        version, tensors, entries = self._unpack("<IQQ")
+        if version not in (2, 3):
+            raise ModelError("MODEL_UNSUPPORTED", f"{self._path} is of GGUF version {version}")
+        metadata: dict[str, Any] = {}
+        for _ in range(entries):
+            key = self._string()
+            metadata[key] = self._value(*self._unpack("<I"))
+        table = [self._tensor() for _ in range(tensors)]
+        alignment = metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment <= 0:
+            raise self._damaged(f"alignment {alignment}")
+        base = -(-self._at // alignment) * alignment
+        tensors_by_name = {
+            name: self._place(name, base, shape, kind, offset)
+            for name, shape, kind, offset in table
+        }
+        return GgufHeader(metadata, tensors_by_name)
+
+    def _tensor(self) -> tuple[str, tuple[int, ...], int, int]:
+        name = self._string()
+        (dimensions,) = self._unpack("<I")
+        if dimensions > _MAX_DIMENSIONS:
+            raise self._damaged(f"{name} has {dimensions} dimensions")
+        shape = tuple(reversed(self._unpack(f"<{dimensions}Q")))  # ggml counts from the fastest
+        kind, offset = self._unpack("<IQ")
+        return name, shape, kind, offset
+
+    def _place(
+        self, name: str, base: int, shape: tuple[int, ...], kind: int, offset: int
+    ) -> GgufTensor:
+        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        try:
+            weights, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+        except ValueError as error:
+            raise ModelError("MODEL_UNSUPPORTED", f"{self._path}: {name}: {error}") from error
+        total = prod(shape) // weights * size
+        if base + offset + total > len(self._data):
+            raise self._damaged(f"{name} lies past its end; the download may be incomplete")
+        return GgufTensor(shape, kind, base + offset, total)
+
+    def _value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self._string()
+        if kind in _SCALARS:
+            return self._unpack("<" + _SCALARS[kind])[0]
+        if kind != _ARRAY:
+            raise self._damaged(f"metadata of type {kind}")
+        element, count = self._unpack("<IQ")
+        if element in _SCALARS:
+            return list(self._unpack(f"<{count}{_SCALARS[element]}"))
+        if element != _STRING:
+            raise self._damaged(f"an array of type {element}")
+        for _ in range(count):
+            self._skip(*self._unpack("<Q"))
+        return count
+
+    def _string(self) -> str:
+        (length,) = self._unpack("<Q")
+        start = self._at
+        self._skip(length)
+        return self._data[start : self._at].decode("utf-8", "replace")
+
+    def _skip(self, length: int) -> None:
+        if length > len(self._data) - self._at:
+            raise self._damaged("it ends within its header")
+        self._at += length
+
+    def _unpack(self, layout: str) -> tuple[Any, ...]:
+        count = re.fullmatch(r"<(\d*)\D+", layout)
+        if count and count[1] and int(count[1]) > len(self._data):
+            raise self._damaged("an array is longer than the file")
+        start = self._at
+        self._skip(struct.calcsize(layout))
+        return struct.unpack_from(layout, self._data, start)
+
+    def _damaged(self, what: str) -> ModelError:
+        return ModelError("MODEL_INVALID", f"{self._path} is not a whole GGUF file: {what}")

@@ -1,0 +1,91 @@
+"""A base model ready to run, from its name: fetched, converted once, mapped from the cache."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from loraplex_model.base.config import DecoderConfig
+from loraplex_model.base.refusal import ModelError
+from loraplex_model.base.weights import BaseWeights
+from loraplex_model.checkpoints import cache, checkpoint, stored, tokenizer
+from loraplex_model.checkpoints.convert import Converted, Progress, convert
+from loraplex_model.checkpoints.default_model import DEFAULT, ensure_default_model
+
+DECODER = "decoder.json"
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedBase:
+    """A base model and the files that the front process needs.
+
+    Attributes:
+        name: what the operator asked for.
+        directory: holds `tokenizer.json` and `model.json` (`tokenizer.TokenizerInfo.read`).
+    """
+
+    name: str
+    weights: BaseWeights
+    directory: Path
+
+
+def load_base(
+    model: str,
+    dtype: torch.dtype,
+    cache_dir: Path,
+    *,
+    device: torch.device | str = "cpu",
+    verify: bool = False,
+    progress: Progress | None = None,
+) -> LoadedBase:
+    """Loads a model, converting it if the cache does not have it.
+
+    Args:
+        model: a directory, a GGUF file, a hub id, or "default" (or "").
+        dtype: of norms, biases, embeddings and head: float32 or bfloat16.
+        verify: checks the cached files' digests too, not only their sizes.
+        progress: called during a conversion.
+
+    Raises:
+        ModelError: see its reasons; the message says what to do.
+    """
+    is_default = model in ("", DEFAULT)
+    source = ensure_default_model(cache_dir) if is_default else checkpoint.locate(model)
+    files = checkpoint.files_of(source)
+    if not files:
+        raise ModelError("MODEL_INVALID", f"{source} holds neither config.json nor safetensors")
+
+    def build(directory: Path) -> None:
+        _build(source, directory, progress)
+
+    entry = cache.entry_for(cache_dir, files, build, verify=verify)
+    built = _read_decoder(entry / DECODER)
+    weights = stored.read_weights(
+        entry / stored.WEIGHTS,
+        built.config,
+        built.fingerprint,
+        built.eos_token_ids,
+        dtype,
+        device,
+    )
+    return LoadedBase(model or DEFAULT, weights, entry)
+
+
+def _build(source: Path, directory: Path, progress: Progress | None) -> None:
+    tensors = checkpoint.open_source(source)
+    built = convert(tensors, directory / stored.WEIGHTS, progress)
+    text = source if tensors.has_tokenizer else None
+    tokenizer.write(text, directory, built.config.architecture, built.eos_token_ids)
+    (directory / DECODER).write_text(json.dumps(dataclasses.asdict(built)), "utf-8")
+
+
+def _read_decoder(path: Path) -> Converted:
+    fields = checkpoint.read_json(path)
+    config = fields["config"]
+    config["rope_inv_freq"] = tuple(config["rope_inv_freq"])
+    config["sliding_windows"] = tuple(config["sliding_windows"])
+    return Converted(DecoderConfig(**config), fields["fingerprint"], tuple(fields["eos_token_ids"]))

@@ -1,0 +1,242 @@
+"""Causal grouped-query attention in torch: over the paged cache, or within a packed batch.
+
+Both are `(layer, q [T, heads, head_dim], k, v [T, kv_heads, head_dim]) -> [T, heads * head_dim]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+
+from loraplex_model.adapters.delta import VirtualTokens
+from loraplex_model.base.batch import ForwardBatch
+from loraplex_model.base.config import DecoderConfig
+from loraplex_model.ops.linear import TILE
+
+_PAD = 64  # keys are padded to a multiple, so that sums over them always run the same way
+_FLASH_BLOCK = 256  # FlashAttention 2 reads a paged cache only in blocks of a multiple of this
+
+
+class Attention(Protocol):
+    """Keys and values in, attended values out; where the past comes from is its own affair."""
+
+    def __call__(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor: ...
+
+
+class KVCache:
+    """Keys and values of every layer, [num_blocks, block_size, kv_heads, head_dim] each."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        shape = (num_blocks, block_size, config.num_kv_heads, config.head_dim)
+        self.block_size = block_size
+        self.keys = [
+            torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)
+        ]
+        self.values = [torch.zeros_like(keys) for keys in self.keys]
+
+
+class PagedAttention:
+    """Attention of one batch over the cache, to which its own keys and values are added first."""
+
+    def __init__(self, config: DecoderConfig, cache: KVCache, batch: ForwardBatch) -> None:
+        device = cache.keys[0].device
+        self._config, self._cache, self._batch = config, cache, batch
+        self._positions = torch.from_numpy(batch.positions).to(device).long()
+        self._tables = torch.from_numpy(batch.block_tables).to(device)
+        self._starts = torch.from_numpy(batch.query_starts).to(device)
+        self._lengths = torch.from_numpy(batch.context_lens).to(device)
+        sequences = torch.repeat_interleave(
+            torch.arange(len(batch.context_lens), device=device), self._starts.diff()
+        )
+        blocks = self._tables[sequences, self._positions // cache.block_size].long()
+        self._slots = blocks * cache.block_size + self._positions % cache.block_size
+
+    def __call__(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
+        """See `Attention`."""
+        keys, values = self._cache.keys[layer], self._cache.values[layer]
+        keys.flatten(0, 1)[self._slots] = k.to(keys.dtype)
+        values.flatten(0, 1)[self._slots] = v.to(values.dtype)
+        window = self._config.sliding_windows[layer]
+        flash = q.is_cuda and q.dtype != torch.float32
+        if flash and self._cache.block_size % _FLASH_BLOCK == 0:
+            return self._varlen(q, keys, values, window)
+        out = torch.empty_like(q)
+        for s, length in enumerate(self._batch.context_lens.tolist()):
+            rows = slice(int(self._batch.query_starts[s]), int(self._batch.query_starts[s + 1]))
+            blocks = self._tables[s, : -(-length // self._cache.block_size)].long()
+            past_k = keys[blocks].flatten(0, 1)[:length].to(q.dtype)
+            past_v = values[blocks].flatten(0, 1)[:length].to(q.dtype)
+            out[rows] = _by_tiles(q[rows], past_k, past_v, self._positions[rows], window)
+        return out.flatten(1)
+
+    def _varlen(
+        self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int | None
+    ) -> torch.Tensor:
+        from torch.nn.attention.varlen import varlen_attn
+
+        batch = self._batch
+        out = varlen_attn(
+            q,
+            keys,
+            values,
+            self._starts,
+            None,
+            int((batch.query_starts[1:] - batch.query_starts[:-1]).max()),
+            int(batch.context_lens.max()),
+            window_size=(-1 if window is None else window - 1, 0),
+            enable_gqa=True,
+            seqused_k=self._lengths,
+            block_table=self._tables,
+        )
+        assert isinstance(out, torch.Tensor)  # a tuple only where the log-sum-exp is asked for
+        return out.flatten(1)
+
+
+class PackedAttention:
+    """Attention within whole sequences laid side by side (training), differentiable.
+
+    A sequence has no past, unless its adapter's virtual tokens give keys and values before it.
+    Scores are never kept: torch's fused attention computes them again in the backward pass
+    (FlashAttention, Dao et al., arXiv 2205.14135). Neighbours of one length are one call.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        starts: Sequence[int],
+        virtual: Sequence[VirtualTokens | None] = (),
+    ) -> None:
+        """`virtual`: what stands before each sequence; empty is nothing before any."""
+        self._config = config
+        self._runs = _runs(starts, virtual or [None] * (len(starts) - 1))
+        self._masks: dict[tuple[int, int, int | None], torch.Tensor] = {}
+
+    def __call__(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
+        """See `Attention`."""
+        window = self._config.sliding_windows[layer]
+        parts = []
+        for run in self._runs:
+            rows = slice(run.start, run.start + run.count * run.length)
+            q_, k_, v_ = (t[rows].view(run.count, run.length, *t.shape[1:]) for t in (q, k, v))
+            past = 0
+            if run.past is not None and run.past.keys is not None and run.past.values is not None:
+                past = run.past.count
+                k_ = torch.cat([_before(run, run.past.keys[layer], k_), k_], dim=1)
+                v_ = torch.cat([_before(run, run.past.values[layer], v_), v_], dim=1)
+            q_, k_, v_ = (t.transpose(1, 2) for t in (q_, k_, v_))  # [count, heads, length, width]
+            total = past + run.length
+            plain = not past and (window is None or window >= total)
+            out = torch.nn.functional.scaled_dot_product_attention(
+                q_,
+                k_,
+                v_,
+                attn_mask=None if plain else self._mask(past, run.length, window, q.device),
+                is_causal=plain,
+                enable_gqa=q.shape[1] != k.shape[1],
+            )
+            parts.append(out.transpose(1, 2).flatten(0, 1).flatten(1))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _mask(
+        self, past: int, length: int, window: int | None, device: torch.device
+    ) -> torch.Tensor:
+        """bool [length, past + length]: what each token sees."""
+        key = (past, length, window)
+        if key not in self._masks:
+            at = torch.arange(past + length, device=device)
+            position = at[past:, None]
+            seen = at <= position
+            if window is not None:
+                seen &= at > position - window
+            self._masks[key] = seen
+        return self._masks[key]
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """`count` sequences of `length` tokens each, from row `start` on, with the same past."""
+
+    start: int
+    count: int
+    length: int
+    past: VirtualTokens | None
+
+
+def _runs(starts: Sequence[int], virtual: Sequence[VirtualTokens | None]) -> list[_Run]:
+    runs: list[_Run] = []
+    for (start, end), own in zip(pairwise(starts), virtual, strict=True):
+        past = own if own is not None and own.keys is not None else None
+        last = runs[-1] if runs else None
+        if last and last.length == end - start and last.past is past:
+            runs[-1] = replace(last, count=last.count + 1)
+        else:
+            runs.append(_Run(start, 1, end - start, past))
+    return runs
+
+
+def _before(run: _Run, past: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    return past.to(own.dtype).expand(run.count, *past.shape)
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    positions: torch.Tensor,
+    window: int | None,
+) -> torch.Tensor:
+    """One sequence: queries [n, heads, d] at `positions` [n], keys and values [m, kv_heads, d] at
+    0 to m - 1. Scores and softmax in float32, [n, heads, d] in the type of q."""
+    n, heads, width = q.shape
+    kv_heads = k.shape[1]
+    at = torch.arange(k.shape[0], device=q.device)
+    hidden = at[None, :] > positions[:, None]
+    if window is not None:
+        hidden |= at[None, :] <= positions[:, None] - window
+    grouped = q.float().view(n, kv_heads, heads // kv_heads, width).permute(1, 2, 0, 3)
+    scores = grouped.reshape(kv_heads, -1, width) @ k.float().permute(1, 2, 0) * width**-0.5
+    scores = scores.view(kv_heads, -1, n, k.shape[0]).masked_fill(hidden, float("-inf"))
+    weights = scores.softmax(-1).view(kv_heads, -1, k.shape[0])
+    mixed = (weights @ v.float().transpose(0, 1)).view(kv_heads, -1, n, width)
+    result: torch.Tensor = mixed.permute(2, 0, 1, 3).reshape(n, heads, width).to(q.dtype)
+    return result
+
+
+def _by_tiles(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, window: int | None
+) -> torch.Tensor:
+    """`attend` in calls whose shape does not depend on how the sequence was cut into chunks: always
+    `TILE` queries, and just the keys that the last of them sees, padded to a multiple."""
+    out = torch.empty_like(q)
+    for start in range(0, q.shape[0], TILE):
+        rows = positions[start : start + TILE]
+        missing = TILE - len(rows)
+        seen = int(rows[-1]) + 1
+        padding = (0, 0, 0, 0, 0, -seen % _PAD)
+        tile = torch.nn.functional.pad(q[start : start + TILE], (0, 0, 0, 0, 0, missing))
+        part = attend(
+            tile,
+            torch.nn.functional.pad(k[:seen], padding),
+            torch.nn.functional.pad(v[:seen], padding),
+            torch.nn.functional.pad(rows, (0, missing)),
+            window,
+        )
+        out[start : start + TILE] = part[: len(rows)]
+    return out

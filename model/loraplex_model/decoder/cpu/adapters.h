@@ -1,0 +1,165 @@
+// The resident adapters as the kernels see them, and which rows of a pass use which.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "matmul.h"
+
+namespace loraplex {
+
+constexpr int PROJECTIONS = 7;
+// Sites of a layer after its projections, and those that follow the last layer: model/config.py.
+enum LayerSite { ATTENTION_BOTTLENECK = 7, MLP_BOTTLENECK, INPUT_NORM, POST_NORM, Q_NORM, K_NORM, LAYER_SITES };
+enum ModelSite { EMBED_TOKENS, LM_HEAD, FINAL_NORM, MODEL_SITES };
+
+// What an adapter needs; nobody pays for what no row needs. `Uses` of adapter.py.
+enum Use { FACTORS = 1, GAIN = 2, IN_GAIN = 4, NORM = 8, BOTTLENECK = 16, EMBEDDING = 32, HEAD = 64 };
+
+// One site of one adapter; see `SiteDelta` of adapter.py. Absent parts are null. a, b and rows are of
+// the storage type.
+struct Entry {
+  const void* a;
+  const void* b;
+  const void* rows;
+  const float* gain;
+  const float* in_gain;
+  const float* bias;
+  const float* hidden_bias;
+  const int32_t* token_ids;
+  int32_t rank, count, activation, reads;
+};
+
+struct AdapterTable {
+  const Entry* entries;  // [slots][sites]
+  const int32_t* max_ranks;
+  const int32_t* uses;
+  const void* const* prompts;
+  const Matrix* const* merged;  // [slots][layers][4]
+  int32_t layers;
+  int32_t reserved;
+
+  // A site of a layer; the model's own are at (layers, ModelSite).
+  const Entry& at(int slot, int layer, int site) const {
+    return entries[size_t(slot) * (layers * LAYER_SITES + MODEL_SITES) + layer * LAYER_SITES + site];
+  }
+  const Matrix* dense(int slot, int layer, int fused) const {
+    return merged[(size_t(slot) * layers + layer) * 4 + fused];
+  }
+  bool is_merged(int slot) const {
+    for (int i = 0; i < layers * 4; i++)
+      if (merged[size_t(slot) * layers * 4 + i]) return true;
+    return false;
+  }
+};
+
+// See loraplex_model.base.batch.ForwardBatch.
+struct Batch {
+  const int32_t* tokens;
+  const int32_t* positions;
+  const int32_t* query_starts;
+  const int32_t* block_tables;
+  const int32_t* mix_starts;
+  const int32_t* mix_slots;
+  const float* mix_weights;
+  const int32_t* logit_rows;
+  int32_t num_tokens, num_sequences, table_width, num_logits;
+};
+
+struct Term {
+  int slot;
+  float weight;
+  size_t h;  // where this term's [rows][max_rank] floats begin, per projection of the fused matrix
+};
+
+// Rows side by side that carry the same mix.
+struct Segment {
+  int first, end;            // rows
+  int term_begin, term_end;  // into Plan::terms
+  int uses;                  // of all its terms, as far as they are not merged
+  int merged;                // the slot whose dense matrices these rows use, or -1
+};
+
+// Who adapts which rows. Rows of the bare base are in no segment.
+struct Plan {
+  std::vector<Term> terms;
+  std::vector<Segment> segments;
+  std::vector<int> segment_of;  // row to segment, -1 for the base
+  size_t h_size = 0;            // floats per part
+  int uses = 0;                 // of all segments
+  int max_rank = 0;
+
+  const Segment* segment(int row) const {
+    return segment_of[row] < 0 ? nullptr : &segments[segment_of[row]];
+  }
+};
+
+inline bool same_mix(const Batch& b, int s, int t) {
+  int count = b.mix_starts[s + 1] - b.mix_starts[s];
+  if (b.mix_starts[t + 1] - b.mix_starts[t] != count) return false;
+  for (int i = 0; i < count; i++)
+    if (b.mix_slots[b.mix_starts[s] + i] != b.mix_slots[b.mix_starts[t] + i] ||
+        b.mix_weights[b.mix_starts[s] + i] != b.mix_weights[b.mix_starts[t] + i])
+      return false;
+  return true;
+}
+
+// Merges neighbouring rows with equal mixes into segments; `sequence` says whose each row is.
+inline Plan make_plan(const Batch& b, const AdapterTable& table, const std::vector<int>& sequence) {
+  constexpr int IN_PROJECTIONS = FACTORS | GAIN | IN_GAIN;  // what dense matrices contain
+  Plan plan;
+  plan.segment_of.assign(sequence.size(), -1);
+  for (int row = 0; row < int(sequence.size()); row++) {
+    int s = sequence[row], begin = b.mix_starts[s], end = b.mix_starts[s + 1];
+    if (begin == end) continue;
+    if (row > 0 && plan.segment_of[row - 1] >= 0 && same_mix(b, s, sequence[row - 1])) {
+      plan.segment_of[row] = plan.segment_of[row - 1];
+      plan.segments.back().end = row + 1;
+      continue;
+    }
+    Segment segment = {row, row + 1, int(plan.terms.size()), 0, 0, -1};
+    for (int i = begin; i < end; i++) {
+      plan.terms.push_back({b.mix_slots[i], b.mix_weights[i], 0});
+      segment.uses |= table.uses[b.mix_slots[i]];
+    }
+    segment.term_end = plan.terms.size();
+    if (end - begin == 1 && b.mix_weights[begin] == 1.0f && table.is_merged(b.mix_slots[begin])) {
+      segment.merged = b.mix_slots[begin];
+      segment.uses &= ~IN_PROJECTIONS;
+    }
+    plan.segment_of[row] = plan.segments.size();
+    plan.segments.push_back(segment);
+  }
+  for (const Segment& segment : plan.segments) {
+    plan.uses |= segment.uses;
+    for (int t = segment.term_begin; t < segment.term_end; t++) {
+      int rank = table.max_ranks[plan.terms[t].slot];
+      plan.terms[t].h = plan.h_size;
+      plan.h_size += size_t(segment.end - segment.first) * rank;
+      plan.max_rank = std::max(plan.max_rank, rank);
+    }
+  }
+  return plan;
+}
+
+// out = 1 + sum w (gain - 1) over a segment's terms, for `width` channels of which `pick` gives a
+// term's gains, or null. False, and out untouched, if no term has any.
+template <class Pick>
+inline bool blend_gains(const Plan& plan, const Segment& segment, int width, Pick pick, float* out) {
+  bool any = false;
+  for (int t = segment.term_begin; t < segment.term_end; t++) {
+    const float* gain = pick(plan.terms[t].slot);
+    if (!gain) continue;
+    float weight = plan.terms[t].weight;
+    if (!any && weight == 1.0f) {
+      std::copy_n(gain, width, out);
+    } else {
+      if (!any) std::fill_n(out, width, 1.0f);
+      for (int i = 0; i < width; i++) out[i] = multiply_add(weight, gain[i] - 1.0f, out[i]);
+    }
+    any = true;
+  }
+  return any;
+}
+
+}  // namespace loraplex

@@ -1,0 +1,183 @@
+"""The structs of `cpu/decoder.h`, `cpu/matmul.h` and `cpu/adapters.h`, field by field."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, Structure, c_float, c_int32, c_void_p
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from loraplex_model.adapters.table import AdapterTable
+from loraplex_model.base.batch import ForwardBatch
+
+PANEL = 16
+NF4, BF16, F32 = 0, 1, 2
+
+
+class CMatrix(Structure):
+    """`Matrix`: weights in panels of 16 output rows."""
+
+    _fields_ = (
+        ("data", c_void_p),
+        ("absmax", c_void_p),
+        ("bias", c_void_p),
+        ("out", c_int32),
+        ("in_", c_int32),
+        ("kind", c_int32),
+        ("reserved", c_int32),
+    )
+
+
+class CLayer(Structure):
+    """`Layer`."""
+
+    _fields_ = (
+        ("input_norm", c_void_p),
+        ("post_norm", c_void_p),
+        ("q_norm", c_void_p),
+        ("k_norm", c_void_p),
+        ("qkv", CMatrix),
+        ("o", CMatrix),
+        ("gate_up", CMatrix),
+        ("down", CMatrix),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("window", c_int32),
+        ("reserved", c_int32),
+    )
+
+
+class CAdapterTable(Structure):
+    """`AdapterTable`."""
+
+    _fields_ = (
+        ("entries", c_void_p),
+        ("max_ranks", c_void_p),
+        ("uses", c_void_p),
+        ("prompts", c_void_p),
+        ("merged", c_void_p),
+        ("layers", c_int32),
+        ("reserved", c_int32),
+    )
+
+
+class CModel(Structure):
+    """`Model`."""
+
+    _fields_ = (
+        ("layers", POINTER(CLayer)),
+        ("embed", c_void_p),
+        ("norm", c_void_p),
+        ("lm_head", CMatrix),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+        ("adapters", CAdapterTable),
+        ("num_layers", c_int32),
+        ("hidden", c_int32),
+        ("intermediate", c_int32),
+        ("heads", c_int32),
+        ("kv_heads", c_int32),
+        ("head_dim", c_int32),
+        ("block_size", c_int32),
+        ("threads", c_int32),
+        ("eps", c_float),
+        ("attention_scale", c_float),
+        ("embed_in_panels", c_int32),
+        ("bf16_storage", c_int32),
+        ("vocab", c_int32),
+        ("reserved", c_int32),
+    )
+
+
+class CBatch(Structure):
+    """`Batch`."""
+
+    _fields_ = (
+        ("tokens", c_void_p),
+        ("positions", c_void_p),
+        ("query_starts", c_void_p),
+        ("block_tables", c_void_p),
+        ("mix_starts", c_void_p),
+        ("mix_slots", c_void_p),
+        ("mix_weights", c_void_p),
+        ("logit_rows", c_void_p),
+        ("num_tokens", c_int32),
+        ("num_sequences", c_int32),
+        ("table_width", c_int32),
+        ("num_logits", c_int32),
+    )
+
+
+class CFused(Structure):
+    """`Fused`: which projections a fused matrix holds, and where."""
+
+    _fields_ = (
+        ("parts", c_int32),
+        ("projection", c_int32 * 3),
+        ("column", c_int32 * 3),
+        ("width", c_int32 * 3),
+    )
+
+
+def address(array: NDArray[np.generic]) -> int:
+    """Where a C-contiguous array's data begins."""
+    assert array.flags.c_contiguous
+    return int(array.ctypes.data)
+
+
+def c_adapters(table: AdapterTable) -> CAdapterTable:
+    """The table's arrays as C sees them; `table` must outlive the result."""
+    return CAdapterTable(
+        entries=address(table.entries),
+        max_ranks=address(table.max_ranks),
+        uses=address(table.uses),
+        prompts=address(table.prompts),
+        merged=address(table.merged),
+        layers=table.merged.shape[1],
+    )
+
+
+def c_batch(batch: ForwardBatch) -> CBatch:
+    """The batch's arrays as C sees them; `batch` must outlive the result."""
+    return CBatch(
+        tokens=address(batch.tokens),
+        positions=address(batch.positions),
+        query_starts=address(batch.query_starts),
+        block_tables=address(batch.block_tables),
+        mix_starts=address(batch.mix_starts),
+        mix_slots=address(batch.mix_slots),
+        mix_weights=address(batch.mix_weights),
+        logit_rows=address(batch.logit_rows),
+        num_tokens=len(batch.tokens),
+        num_sequences=len(batch.context_lens),
+        table_width=batch.block_tables.shape[1],
+        num_logits=len(batch.logit_rows),
+    )
+
+
+def nf4_panels(
+    library: ctypes.CDLL, packed: torch.Tensor, absmax: torch.Tensor, out: int, fan_in: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rearranges codes uint8 [out * in / 2] and float32 absmax [out, in / 64] into panels."""
+    count = -(-out // PANEL)
+    codes = torch.empty(count * fan_in // 8 * PANEL, dtype=torch.int32)
+    scales = torch.empty(count * (fan_in // 64) * PANEL, dtype=torch.float32)
+    absmax = absmax.contiguous()
+    library.loraplex_pack_nf4(
+        c_void_p(packed.data_ptr()),
+        c_void_p(absmax.data_ptr()),
+        out,
+        fan_in,
+        c_void_p(codes.data_ptr()),
+        c_void_p(scales.data_ptr()),
+    )
+    return codes, scales
+
+
+def dense_panels(rows: torch.Tensor) -> torch.Tensor:
+    """Rearranges a dense [out, in] matrix, float32 or bfloat16, into panels."""
+    out, fan_in = rows.shape
+    padded = torch.nn.functional.pad(rows, (0, 0, 0, -out % PANEL))
+    return padded.view(-1, PANEL, fan_in).transpose(1, 2).contiguous().view(-1)

@@ -1,0 +1,207 @@
+"""The decoder on the CPU: the whole pass as one call into the C++ kernels.
+
+Weights, cache and adapters are stored in the compute dtype (bfloat16 or float32); activations and
+sums are float32. The arithmetic of a row depends on its own sequence only, so its bits are the same
+alone, in any batch, and however its prompt was cut into chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from ctypes import addressof, byref, c_void_p
+
+import numpy as np
+import torch
+
+from loraplex_model.adapters.merge import merge_layers
+from loraplex_model.adapters.pack import PackedAdapter
+from loraplex_model.adapters.table import AdapterTable, Merged
+from loraplex_model.base.batch import ForwardBatch
+from loraplex_model.base.config import FUSED
+from loraplex_model.base.weights import BLOCK, BaseWeights, LayerWeights, NF4Matrix
+from loraplex_model.decoder import layout
+from loraplex_model.decoder.layout import CLayer, CMatrix, CModel
+from loraplex_model.decoder.reference import copy_blocks
+from loraplex_model.ops import build, nf4
+from loraplex_model.ops.rope import tables
+
+
+class NativeDecoder:
+    """Runs forward passes for one base model; owns its KV cache and its adapter table.
+
+    Not thread-safe: one pass at a time, and no adapter may change during one.
+
+    Attributes:
+        table: the resident adapters.
+        keys, values: per layer [blocks, kv_heads, block_size, head_dim], compute dtype.
+    """
+
+    def __init__(
+        self,
+        weights: BaseWeights,
+        num_blocks: int,
+        block_size: int,
+        num_slots: int,
+        *,
+        max_positions: int | None = None,
+        threads: int | None = None,
+        library: build.Kernels | None = None,
+    ) -> None:
+        """Packs the weights for the kernels.
+
+        `max_positions` bounds the positions of a sequence (default: the model's own context).
+        Raises `KernelsUnavailable` where `library` is None and there are no kernels to be had.
+        """
+        config = weights.config
+        dtype = weights.embed.dtype
+        assert dtype in (torch.float32, torch.bfloat16)
+        self.weights = weights
+        self._library = library or build.load()
+        self._library.loraplex_workspace.restype = c_void_p
+        self._workspace = c_void_p(self._library.loraplex_workspace())
+        self._kept: list[torch.Tensor] = []
+        self.isa = self._library.isa
+        self.vocab_size = config.vocab_size
+        self.table = AdapterTable(num_slots, config)
+        shape = (num_blocks, config.num_kv_heads, block_size, config.head_dim)
+        self.keys = [torch.zeros(shape, dtype=dtype) for _ in weights.layers]
+        self.values = [torch.zeros(shape, dtype=dtype) for _ in weights.layers]
+
+        self._layers = (CLayer * config.num_layers)(
+            *(
+                self._layer(i, layer, config.sliding_windows[i])
+                for i, layer in enumerate(weights.layers)
+            )
+        )
+        lm_head = self._dense(weights.lm_head, None)
+        cos, sin = tables(
+            torch.arange(max_positions or config.max_positions),
+            torch.tensor(config.rope_inv_freq),
+            config.rope_scale,
+        )
+        self._model = CModel(
+            layers=self._layers,
+            embed=lm_head.data if config.tie_embeddings else self._keep(weights.embed),
+            norm=self._keep(weights.norm),
+            lm_head=lm_head,
+            cos=self._keep(cos),
+            sin=self._keep(sin),
+            adapters=layout.c_adapters(self.table),
+            num_layers=config.num_layers,
+            hidden=config.hidden_size,
+            intermediate=config.intermediate_size,
+            heads=config.num_heads,
+            kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            block_size=block_size,
+            threads=threads or torch.get_num_threads(),
+            eps=config.rms_norm_eps,
+            attention_scale=config.head_dim**-0.5,
+            embed_in_panels=config.tie_embeddings,
+            bf16_storage=dtype == torch.bfloat16,
+            vocab=config.vocab_size,
+        )
+
+    def __del__(self) -> None:
+        if hasattr(self, "_workspace"):
+            self._library.loraplex_free_workspace(self._workspace)
+
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        """Computes the pass; returns logits, float32 [R, vocab]. Raises `MemoryError`."""
+        copy_blocks(batch, self.keys, self.values)
+        logits = torch.empty(len(batch.logit_rows), self.vocab_size)
+        failed = self._library.loraplex_forward(
+            byref(self._model),
+            byref(layout.c_batch(batch)),
+            self._workspace,
+            c_void_p(logits.data_ptr()),
+        )
+        if failed:
+            raise MemoryError(f"no memory for a pass of {len(batch.tokens)} tokens")
+        return logits
+
+    def merge(self, adapter: PackedAdapter, dtype: torch.dtype) -> Merged:
+        """Dense copies of the matrices that an adapter changes, in `dtype`, in panels.
+
+        Reads the base's weights only, so it may run beside a pass.
+        """
+        config = self.weights.config
+        changes = adapter.unpack()
+        structs: list[CMatrix] = []
+        kept: list[torch.Tensor] = []
+        addresses = np.zeros((config.num_layers, 4), np.uint64)
+        for (layer, fused), dense in merge_layers(self.weights, changes, dtype):
+            panels = layout.dense_panels(dense.weight)
+            kept += [panels] if dense.bias is None else [panels, dense.bias]
+            structs.append(_dense_matrix(panels, dense.weight.shape, dense.bias))
+            addresses[layer, list(FUSED).index(fused)] = addressof(structs[-1])
+        nbytes = sum(tensor.nbytes for tensor in kept)
+        return Merged({}, addresses, nbytes, (*structs, *kept))
+
+    def write_prefix(self, blocks: Sequence[int], keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Puts keys and values [layers, n, kv_heads, head_dim] at the first places of `blocks`."""
+        size = self._model.block_size
+        for layer, cached in enumerate(zip(self.keys, self.values, strict=True)):
+            for cache, own in zip(cached, (keys[layer], values[layer]), strict=True):
+                for i, block in enumerate(blocks):
+                    part = own[i * size : (i + 1) * size].transpose(0, 1)
+                    cache[block, :, : part.shape[1]] = part.to(cache)
+
+    def _keep(self, tensor: torch.Tensor | None) -> int | None:
+        if tensor is None:
+            return None
+        tensor = tensor.contiguous()
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+    def _layer(self, index: int, layer: LayerWeights, window: int | None) -> CLayer:
+        return CLayer(
+            input_norm=self._keep(layer.input_norm),
+            post_norm=self._keep(layer.post_norm),
+            q_norm=self._keep(layer.q_norm),
+            k_norm=self._keep(layer.k_norm),
+            qkv=self._matrix(layer.qkv, layer.qkv_bias),
+            o=self._matrix(layer.o, layer.o_bias),
+            gate_up=self._matrix(layer.gate_up, None),
+            down=self._matrix(layer.down, None),
+            keys=self.keys[index].data_ptr(),
+            values=self.values[index].data_ptr(),
+            window=window or 0,
+        )
+
+    def _matrix(self, matrix: NF4Matrix, bias: torch.Tensor | None) -> CMatrix:
+        out, fan_in = matrix.shape
+        if fan_in % BLOCK:  # blocks cross rows, which panels cannot hold: keep the values
+            return self._dense(nf4.dequantize(matrix), bias)
+        codes, scales = layout.nf4_panels(
+            self._library, matrix.packed, nf4.absmax_float(matrix), out, fan_in
+        )
+        self._kept += [codes, scales]
+        return CMatrix(
+            data=codes.data_ptr(),
+            absmax=scales.data_ptr(),
+            bias=self._keep(bias.float()) if bias is not None else None,
+            out=out,
+            in_=fan_in,
+            kind=layout.NF4,
+        )
+
+    def _dense(self, rows: torch.Tensor, bias: torch.Tensor | None) -> CMatrix:
+        panels = layout.dense_panels(rows)
+        if bias is not None:
+            bias = bias.float().contiguous()
+            self._kept.append(bias)
+        self._kept.append(panels)
+        return _dense_matrix(panels, rows.shape, bias)
+
+
+def _dense_matrix(panels: torch.Tensor, shape: Sequence[int], bias: torch.Tensor | None) -> CMatrix:
+    """Points to panels and a float32 bias, which must outlive it."""
+    return CMatrix(
+        data=panels.data_ptr(),
+        absmax=None,
+        bias=bias.data_ptr() if bias is not None else None,
+        out=shape[0],
+        in_=shape[1],
+        kind=layout.BF16 if panels.dtype == torch.bfloat16 else layout.F32,
+    )

@@ -1,0 +1,93 @@
+"""The decoder in torch: runs anywhere, and is the oracle for the hand-written kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from loraplex_model.adapters.merge import merge_layers
+from loraplex_model.adapters.mix import groups_of
+from loraplex_model.adapters.pack import PackedAdapter
+from loraplex_model.adapters.table import AdapterTable, Merged
+from loraplex_model.base.batch import ForwardBatch
+from loraplex_model.base.weights import BaseWeights
+from loraplex_model.decoder.attention import KVCache, PagedAttention
+from loraplex_model.decoder.forward import hidden_states, logits
+from loraplex_model.ops.linear import BaseLinear, DenseLinear, DequantisedLinear, FusedLinear
+
+
+class ReferenceDecoder:
+    """A base model with its KV cache and its resident adapters.
+
+    Attributes:
+        table: the adapters by slot; change it between passes only.
+        keys, values: per layer [num_blocks, block_size, kv_heads, head_dim], compute dtype.
+    """
+
+    def __init__(
+        self,
+        weights: BaseWeights,
+        num_blocks: int,
+        block_size: int,
+        num_slots: int,
+        *,
+        keep_dense: bool = False,
+    ) -> None:
+        """`keep_dense` keeps the unpacked base matrices in float32 on the CPU, for speed."""
+        device = weights.embed.device
+        self.weights = weights
+        self.table = AdapterTable(num_slots, weights.config)
+        self._cache = KVCache(weights.config, num_blocks, block_size, weights.embed.dtype, device)
+        self.keys, self.values = self._cache.keys, self._cache.values
+        self._linear: BaseLinear
+        if device.type == "cuda":
+            self._linear = FusedLinear()
+        else:
+            self._linear = DenseLinear() if keep_dense else DequantisedLinear()
+
+    @torch.no_grad()
+    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+        """Computes the pass and fills the cache; returns logits, float32 [R, vocab], on the CPU."""
+        device, config = self.weights.embed.device, self.weights.config
+        copy_blocks(batch, self.keys, self.values)
+        counts = np.diff(batch.query_starts)
+        sequences = np.repeat(np.arange(len(counts)), counts)
+        hidden = hidden_states(
+            self.weights,
+            torch.from_numpy(batch.tokens).to(device),
+            torch.from_numpy(batch.positions).to(device),
+            groups_of(batch, self.table, sequences.tolist(), device),
+            self._linear,
+            PagedAttention(config, self._cache, batch),
+        )
+        wanted = torch.from_numpy(batch.logit_rows).to(device).long()
+        groups = groups_of(batch, self.table, sequences[batch.logit_rows].tolist(), device)
+        return logits(self.weights, hidden[wanted], groups).cpu()
+
+    def merge(self, adapter: PackedAdapter, dtype: torch.dtype) -> Merged:
+        """Dense copies of the matrices that an adapter changes, in `dtype`."""
+        changes = adapter.to(self.weights.embed.device).unpack()
+        matrices = dict(merge_layers(self.weights, changes, dtype))
+        nowhere = np.zeros((self.weights.config.num_layers, 4), np.uint64)
+        return Merged(matrices, nowhere, sum(matrix.nbytes for matrix in matrices.values()))
+
+    def write_prefix(self, blocks: Sequence[int], keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Puts keys and values [layers, n, kv_heads, head_dim] at the first places of `blocks`."""
+        size = self._cache.block_size
+        for layer, cached in enumerate(zip(self.keys, self.values, strict=True)):
+            for cache, own in zip(cached, (keys[layer], values[layer]), strict=True):
+                for i, block in enumerate(blocks):
+                    part = own[i * size : (i + 1) * size]
+                    cache[block, : len(part)] = part.to(cache)
+
+
+def copy_blocks(
+    batch: ForwardBatch, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]
+) -> None:
+    """Makes the batch's block copies in every layer's cache; blocks are the first dimension."""
+    if len(batch.copies):
+        source, target = torch.from_numpy(batch.copies.astype(np.int64)).T.to(keys[0].device)
+        for cache in (*keys, *values):
+            cache[target] = cache[source]

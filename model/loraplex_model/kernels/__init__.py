@@ -1,1 +1,0 @@
-"""The hand-written kernels, and how they come to be compiled."""

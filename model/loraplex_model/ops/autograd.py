@@ -1,0 +1,170 @@
+"""The decoder's elementwise steps with derivatives written by hand, for training.
+
+Autograd would keep every intermediate of a norm, a rotation or a gated product; these keep the
+input and a number a row, or nothing. What they give need not be kept either by those who read it: a
+`Recipe` makes it again. Sums are taken in float32 at least, as in the plain formulas. On a CPU in
+float32 a compiled kernel does the same in one walk (`kernels.elementwise`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from loraplex_model.ops import elementwise
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How a tensor is made again from others that are kept anyway: `make(*sources)`."""
+
+    make: Callable[..., torch.Tensor]
+    sources: tuple[torch.Tensor, ...]
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, Recipe]:
+    """`weight * x / rms(x)` over the last axis (Zhang & Sennrich, arXiv 1910.07467), in the type of
+    x; differentiable in x only. Keeps x and a number a row."""
+    normed, scale = _RmsNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+    return normed, Recipe(partial(_normed, weight), (x, scale))
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary positions on heads [T, heads, head_dim], cos and sin [T, 1, head_dim / 2] (Su et al.,
+    arXiv 2104.09864). Keeps nothing but the tables: the derivative is the rotation back."""
+    result: torch.Tensor = _Rotate.apply(x, cos, sin)  # type: ignore[no-untyped-call]
+    return result
+
+
+def rotate_first_(
+    x: torch.Tensor, heads: int, cos: torch.Tensor, sin: torch.Tensor
+) -> torch.Tensor:
+    """`rotate` of the first heads that lie in the columns of x [T, width], in place."""
+    result: torch.Tensor = _RotateFirst.apply(x, heads, cos, sin)  # type: ignore[no-untyped-call]
+    return result
+
+
+def silu_mul(gate_up: torch.Tensor) -> tuple[torch.Tensor, Recipe]:
+    """`silu(gate) * up` of both side by side: [T, 2 * width] -> [T, width] (Shazeer, arXiv
+    2002.05202). Keeps its input only."""
+    result: torch.Tensor = _SiluMul.apply(gate_up)  # type: ignore[no-untyped-call]
+    return result, Recipe(_gated, (gate_up,))
+
+
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """x in the type that sums are taken in: float32, or float64 if it is that."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _normed(weight: torch.Tensor, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    if elementwise.usable(x, scale):
+        return elementwise.scaled(x, scale, weight.to(x.dtype))
+    return (wide(x) * scale).to(x.dtype).mul_(weight.to(x.dtype))
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if elementwise.usable(x):
+            normed, scale = elementwise.rms_norm(x, weight.to(x.dtype), eps)
+        else:
+            scale = torch.rsqrt(wide(x).pow(2).mean(-1, keepdim=True) + eps)
+            normed = _normed(weight, x, scale)
+        ctx.save_for_backward(x, scale)
+        ctx.mark_non_differentiable(scale)
+        ctx.weight = weight
+        return normed, scale
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        # With n = x * scale and h = g * weight: scale * (h - n * mean(h * n)).
+        x, scale = ctx.saved_tensors
+        if elementwise.usable(x, grads[0]):
+            weight = ctx.weight.to(x.dtype)
+            return elementwise.rms_norm_backward(x, scale, weight, grads[0]), None, None
+        normed = wide(x) * scale
+        h = wide(grads[0]) * ctx.weight.to(normed.dtype)
+        mean = torch.linalg.vecdot(h, normed).div_(x.shape[-1])[..., None]
+        return h.sub_(normed.mul_(mean)).mul_(scale).to(x.dtype), None, None
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate_(x.clone(), cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotate_(grads[0].clone(), cos, -sin), None, None
+
+
+class _RotateFirst(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, heads: int, cos: torch.Tensor, sin: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.heads = heads
+        ctx.mark_dirty(x)
+        _rotate_(_first(x, heads, cos), cos, sin)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        cos, sin = ctx.saved_tensors
+        gradient = grads[0].clone(memory_format=torch.contiguous_format)
+        _rotate_(_first(gradient, ctx.heads, cos), cos, -sin)
+        return gradient, None, None, None
+
+
+def _first(x: torch.Tensor, heads: int, cos: torch.Tensor) -> torch.Tensor:
+    """The first heads as [T, heads, head_dim], a view."""
+    width = 2 * cos.shape[-1]
+    return x[:, : heads * width].view(len(x), heads, width)
+
+
+def _rotate_(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    first, second = x.chunk(2, dim=-1)
+    crossed = first * sin
+    first.mul_(cos).addcmul_(second, sin, value=-1)
+    second.mul_(cos).add_(crossed)
+    return x
+
+
+def _gated(gate_up: torch.Tensor) -> torch.Tensor:
+    if elementwise.usable(gate_up):
+        return elementwise.silu_mul(gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate).mul_(up)
+
+
+class _SiluMul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate_up)
+        return _gated(gate_up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        # With s = sigmoid(gate): silu = gate * s, and its derivative s + silu * (1 - s).
+        (gate_up,) = ctx.saved_tensors
+        if elementwise.usable(gate_up, grads[0]):
+            return elementwise.silu_mul_backward(gate_up, grads[0])
+        gate, up = gate_up.chunk(2, dim=-1)
+        out = torch.empty_like(gate_up)
+        d_gate, d_up = out.chunk(2, dim=-1)
+        s = torch.sigmoid(gate)
+        silu = gate * s
+        torch.mul(grads[0], silu, out=d_up)
+        silu.addcmul_(silu, s, value=-1).add_(s)
+        torch.mul(silu, grads[0], out=d_gate)
+        d_gate.mul_(up)
+        return out

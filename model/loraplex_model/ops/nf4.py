@@ -1,0 +1,180 @@
+"""NF4 with double quantisation (QLoRA, arXiv 2305.14314), as bitsandbytes stores it.
+
+Quantising calls bitsandbytes. Reading back does not, since importing it takes seconds: a weight is
+
+    code[nibble] * (map[absmax byte] * scale of its 256 blocks + offset)
+
+in float32, one rounding for each operation, which gives the very bits of bitsandbytes.
+Blocks of 64 run over a module's flattened matrix, so they cross row ends where the row length is
+no multiple of 64.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import torch
+
+from loraplex_model.base.weights import BLOCK, NF4Matrix
+
+NESTED_BLOCK = 256
+"""Blocks whose maxima share one scale."""
+
+_CHUNK = BLOCK * 65536  # weights quantised in one call, so that scratch memory stays small
+
+_CODE = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+
+
+def nf4_code(device: torch.device | str = "cpu") -> torch.Tensor:
+    """The 16 values, float32 [16]: quantiles of the normal distribution with an exact zero."""
+    return torch.tensor(_CODE, dtype=torch.float32, device=device)
+
+
+@functools.cache
+def dynamic_map() -> torch.Tensor:
+    """The 256 values of the 8-bit code for maxima, float32 [256], ascending.
+
+    A signed dynamic exponent code (arXiv 1511.04561): for each decade 1e-6 to 1, twice as many
+    linear steps as for the decade below, and 0 and 1 exactly.
+    """
+    values = [0.0, 1.0]
+    for exponent in range(7):
+        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
+        steps = 10 ** (exponent - 6) * ((edges[:-1] + edges[1:]) / 2.0)
+        values += steps.tolist() + (-steps).tolist()
+    return torch.tensor(sorted(values), dtype=torch.float32)
+
+
+def blocks_of(rows: int, fan_in: int) -> int:
+    """How many blocks a module [rows, fan_in] has; the last may be short."""
+    return -(-rows * fan_in // BLOCK)
+
+
+def quantise(weight: torch.Tensor) -> NF4Matrix:
+    """Quantises one module's [out, in]; the bytes are those of bitsandbytes' `Linear4bit`.
+
+    The values are taken as stored (widened to float32). Done in chunks of whole blocks, which are
+    independent of one another, and doubly quantised over the whole module at the end.
+    """
+    import bitsandbytes.functional as bnb
+
+    rows, fan_in = weight.shape
+    flat = weight.reshape(-1)
+    packed, maxima = [], []
+    for chunk in torch.split(flat, _CHUNK):
+        codes, state = bnb.quantize_4bit(chunk.float(), blocksize=BLOCK, quant_type="nf4")
+        packed.append(codes.reshape(-1))
+        maxima.append(state.absmax)
+    absmax = torch.cat(maxima)
+    offset = absmax.mean()
+    nested, state = bnb.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
+    return NF4Matrix(
+        (rows, fan_in), torch.cat(packed), nested, (state.absmax,), (offset.item(),), (rows,)
+    )
+
+
+def stack(parts: Sequence[NF4Matrix]) -> NF4Matrix:
+    """Several modules of one input as one matrix, rows one module after the other."""
+    return NF4Matrix(
+        (sum(part.shape[0] for part in parts), parts[0].shape[1]),
+        torch.cat([part.packed for part in parts]),
+        torch.cat([part.absmax for part in parts]),
+        tuple(scale for part in parts for scale in part.absmax_scales),
+        tuple(offset for part in parts for offset in part.absmax_offsets),
+        tuple(rows for part in parts for rows in part.rows),
+    )
+
+
+def split(matrix: NF4Matrix) -> list[NF4Matrix]:
+    """The modules of a stack, as views: what `stack` put together."""
+    fan_in = matrix.shape[1]
+    counts = [blocks_of(rows, fan_in) for rows in matrix.rows]
+    packed = torch.split(matrix.packed, [rows * fan_in // 2 for rows in matrix.rows])
+    return [
+        NF4Matrix(
+            (rows, fan_in),
+            packed[i],
+            absmax,
+            matrix.absmax_scales[i : i + 1],
+            matrix.absmax_offsets[i : i + 1],
+            (rows,),
+        )
+        for i, (rows, absmax) in enumerate(
+            zip(matrix.rows, torch.split(matrix.absmax, counts), strict=True)
+        )
+    ]
+
+
+def absmax_float(matrix: NF4Matrix) -> torch.Tensor:
+    """The blocks' maxima as float32 [out, in / 64], bit for bit those of bitsandbytes.
+
+    Raises `ValueError` where rows do not hold whole blocks; `dequantize` has no such limit.
+    """
+    out, fan_in = matrix.shape
+    if fan_in % BLOCK:
+        raise ValueError(f"rows of {fan_in} weights do not hold whole blocks of {BLOCK}")
+    return maxima(matrix).view(out, fan_in // BLOCK)
+
+
+def maxima(matrix: NF4Matrix) -> torch.Tensor:
+    """The blocks' maxima as float32 [blocks], module after module."""
+    return torch.cat([values for _, values in _modules(matrix)])
+
+
+class Unpack(Protocol):
+    """`dequantize` by a kernel: of `matrix`, whose `maxima` are given, into float32 [out * in]."""
+
+    def __call__(self, matrix: NF4Matrix, maxima: torch.Tensor, into: torch.Tensor, /) -> None: ...
+
+
+def dequantize(matrix: NF4Matrix) -> torch.Tensor:
+    """The weights, float32 [out, in], bit for bit those of bitsandbytes. Constant for autograd."""
+    out, fan_in = matrix.shape
+    code = nf4_code(matrix.packed.device)
+    pairs = torch.cartesian_prod(code, code)  # [256, 2]: what each byte stands for
+    weight = torch.empty(out * fan_in, device=matrix.packed.device)
+    end = 0
+    for packed, maxima in _modules(matrix):
+        start, end = end, end + packed.numel() * 2
+        values = pairs.index_select(0, packed.int()).view(-1)
+        short = -values.numel() % BLOCK
+        if short:
+            values = torch.nn.functional.pad(values, (0, short))
+        scaled = values.view(-1, BLOCK).mul_(maxima[:, None]).view(-1)
+        weight[start:end] = scaled[: end - start]
+    return weight.view(out, fan_in)
+
+
+def _modules(matrix: NF4Matrix) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Each module's packed bytes and float32 maxima, flat."""
+    fan_in = matrix.shape[1]
+    byte = block = 0
+    for i, rows in enumerate(matrix.rows):
+        size, blocks = rows * fan_in // 2, blocks_of(rows, fan_in)
+        packed = matrix.packed[byte : byte + size]
+        maxima = matrix.absmax[block : block + blocks]
+        if matrix.absmax_scales:
+            scale = matrix.absmax_scales[i].repeat_interleave(NESTED_BLOCK)[:blocks]
+            values = dynamic_map().to(maxima.device).index_select(0, maxima.int())
+            maxima = values.mul_(scale).add_(matrix.absmax_offsets[i])
+        yield packed, maxima
+        byte, block = byte + size, block + blocks

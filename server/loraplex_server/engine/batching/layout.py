@@ -1,0 +1,59 @@
+"""From the scheduler's rows to the flat arrays of a forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from loraplex_model.base.batch import ForwardBatch
+
+from loraplex_server.engine.batching.scheduler import Logits, Row
+
+
+def lay_out(rows: Sequence[Row]) -> ForwardBatch:
+    """Lays the rows side by side, in their order. Work per row, not per token of context."""
+    counts = [row.count for row in rows]
+    starts = np.zeros(len(rows) + 1, np.int32)
+    np.cumsum(counts, out=starts[1:])
+    total = int(starts[-1])
+    tokens = np.empty(total, np.int32)
+    first = np.array([row.request.prefix.count + row.start for row in rows], np.int32)
+    positions = np.arange(total, dtype=np.int32) + np.repeat(first - starts[:-1], counts)
+    widths = [len(row.request.prefix.shared) + len(row.request.blocks) for row in rows]
+    tables = np.zeros((len(rows), max(widths)), np.int32)
+    mix_starts = [0]
+    mix: list[tuple[int, float]] = []
+    logit_rows: list[int] = []
+    copies: list[tuple[int, int]] = []
+    at = 0
+    for index, row in enumerate(rows):
+        request, end = row.request, at + row.count
+        prefix = request.prefix
+        if row.count == 1:
+            tokens[at] = request.tokens[row.start]
+        else:
+            tokens[at:end] = request.tokens[row.start : row.start + row.count]
+        shared = len(prefix.shared)
+        tables[index, :shared] = prefix.shared
+        tables[index, shared : widths[index]] = request.blocks
+        if row.start == 0 and prefix.tail is not None:
+            copies.append((prefix.tail, request.blocks[0]))
+        mix += request.mix
+        mix_starts.append(len(mix))
+        if row.logits is Logits.ALL:
+            logit_rows.extend(range(at, end))
+        elif row.logits is Logits.LAST:
+            logit_rows.append(end - 1)
+        at = end
+    return ForwardBatch(
+        tokens=tokens,
+        positions=positions,
+        query_starts=starts,
+        context_lens=first + np.array(counts, np.int32),
+        block_tables=tables,
+        mix_starts=np.array(mix_starts, np.int32),
+        mix_slots=np.array([slot for slot, _ in mix], np.int32),
+        mix_weights=np.array([weight for _, weight in mix], np.float32),
+        logit_rows=np.array(logit_rows, np.int32),
+        copies=np.array(copies, np.int32).reshape(-1, 2),
+    )

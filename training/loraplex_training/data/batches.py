@@ -1,0 +1,147 @@
+"""Which examples go into which optimiser step: a pure function of the examples, the job, the step.
+
+So a run that is resumed at step i goes on as if it had never stopped, with nothing to save.
+"""
+
+from __future__ import annotations
+
+import random
+from bisect import bisect_right
+from collections.abc import Sequence
+from functools import lru_cache
+from math import ceil, inf
+from typing import Final
+
+from loraplex_training.data.samples import MicroBatch, Sample
+from loraplex_training.errors import TrainError
+from loraplex_training.spec.spec import JobSpec
+
+OPEN: Final = 64
+"""Micro-batches that first-fit looks at; older ones are as full as they get."""
+
+
+class Batches:
+    """The steps of a job.
+
+    Each epoch takes every example once, in an order drawn from the seed and the epoch. A
+    micro-batch is `batch_size` examples or, with `pack`, what first-fit lays into `max_tokens`
+    tokens. A step is `accumulation` micro-batches; the last one of an epoch may be smaller.
+
+    Attributes:
+        steps: optimiser steps of the job: `job.steps`, or what its epochs make.
+    """
+
+    def __init__(self, samples: Sequence[Sample], job: JobSpec) -> None:
+        """Raises TrainError (CONFIG_INVALID) for options that make no steps."""
+        _check(samples, job)
+        self._samples = samples
+        self._job = job
+        self._lengths = [len(sample.tokens) for sample in samples]
+        self._learned = [sum(sample.learned) for sample in samples]
+        self._epoch = lru_cache(maxsize=2)(self._lay_out)
+        self._ends: list[int] = []
+        if job.steps:
+            self.steps = job.steps
+        else:
+            whole = int(job.epochs)
+            self._grow(ceil(job.epochs) - 1)
+            rest = job.epochs - whole
+            self.steps = self._ends[whole - 1] if whole else 0
+            if rest:
+                self.steps += ceil(rest * (self._ends[whole] - self.steps) - 1e-9)
+
+    def step(self, i: int) -> list[MicroBatch]:
+        """The micro-batches of step `i`, from 0."""
+        return [MicroBatch.of([self._samples[s] for s in batch]) for batch in self._batches(i)]
+
+    def learned(self, i: int) -> int:
+        """How many tokens step `i` learns."""
+        return sum(self._learned[s] for batch in self._batches(i) for s in batch)
+
+    def epoch(self, i: int) -> int:
+        """The epoch that step `i` belongs to, from 0."""
+        if not 0 <= i < self.steps:
+            raise IndexError(f"step {i} of {self.steps}")
+        while not self._ends or i >= self._ends[-1]:
+            self._grow(len(self._ends))
+        return bisect_right(self._ends, i)
+
+    def _batches(self, i: int) -> list[list[int]]:
+        epoch = self.epoch(i)
+        first = (i - (self._ends[epoch - 1] if epoch else 0)) * self._job.accumulation
+        return self._epoch(epoch)[first : first + self._job.accumulation]
+
+    def _grow(self, epoch: int) -> None:
+        """Counts steps up to the end of `epoch`."""
+        for e in range(len(self._ends), epoch + 1):
+            batches = -(-len(self._samples) // self._job.batch_size)
+            if self._job.pack:
+                batches = len(self._epoch(e))
+            steps = -(-batches // self._job.accumulation)
+            self._ends.append((self._ends[-1] if self._ends else 0) + steps)
+
+    def _lay_out(self, epoch: int) -> list[list[int]]:
+        """The micro-batches of an epoch, as indices of samples."""
+        # random() is the one method whose values Python promises to keep for a seed
+        draw = random.Random(f"{self._job.seed}/{epoch}").random  # noqa: S311
+        keys = [draw() for _ in self._samples]
+        order = sorted(range(len(keys)), key=keys.__getitem__)
+        if self._job.pack:
+            return self._packed(order)
+        size = self._job.batch_size
+        return [order[at : at + size] for at in range(0, len(order), size)]
+
+    def _packed(self, order: Sequence[int]) -> list[list[int]]:
+        batches: list[list[int]] = []
+        first = 0
+        room: list[int] = []  # of batches[first:]
+        for sample in order:
+            length = self._lengths[sample]
+            at = next((i for i, left in enumerate(room) if length <= left), len(room))
+            if at == len(room):
+                room.append(self._job.max_tokens)
+                batches.append([])
+            batches[first + at].append(sample)
+            room[at] -= length
+            if len(room) > OPEN:
+                first += 1
+                del room[0]
+        return batches
+
+
+def in_order(samples: Sequence[Sample], job: JobSpec) -> list[MicroBatch]:
+    """Every sample once, in the order given, in micro-batches of the job's size: for evaluation."""
+    batches: list[list[Sample]] = []
+    held = 0
+    for sample in samples:
+        full = (
+            held + len(sample.tokens) > job.max_tokens
+            if job.pack
+            else bool(batches) and len(batches[-1]) == job.batch_size
+        )
+        if not batches or full:
+            batches.append([])
+            held = 0
+        batches[-1].append(sample)
+        held += len(sample.tokens)
+    return [MicroBatch.of(batch) for batch in batches]
+
+
+def _check(samples: Sequence[Sample], job: JobSpec) -> None:
+    problems = []
+    if not samples:
+        problems.append("there are no examples to train on")
+    if job.steps < 0 or (job.steps == 0 and not 0 < job.epochs < inf):
+        problems.append(f"epochs is {job.epochs} and steps {job.steps}; one must be more than 0")
+    if job.batch_size < 1:
+        problems.append(f"batch_size is {job.batch_size}; it must be at least 1")
+    if job.accumulation < 1:
+        problems.append(f"accumulation is {job.accumulation}; it must be at least 1")
+    longest = max((len(sample.tokens) for sample in samples), default=0)
+    if job.pack and longest > job.max_tokens:
+        problems.append(
+            f"max_tokens is {job.max_tokens}, but the longest example has {longest} tokens; raise "
+            "it, or lower max_length"
+        )
+    if problems:
+        raise TrainError("CONFIG_INVALID", *(f"{job.name}: {problem}" for problem in problems))

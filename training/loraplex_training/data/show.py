@@ -1,0 +1,95 @@
+"""What a model is given to learn, for people: tokens with their loss mask, and the counts."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from loraplex_training.data.dataset import Counts, Dataset, Report
+from loraplex_training.data.samples import Sample
+from loraplex_training.data.text import BaseText
+
+LEARNED, SPECIAL, CUT = "black on green", "bold", "white on red"
+STRIPE = ("", "underline")
+"""Tokens take turns, so that their borders show."""
+
+
+def show(dataset: Dataset, text: BaseText, count: int = 3) -> RenderableType:
+    """The first `count` examples of each side and the report."""
+    parts: list[RenderableType] = [legend()]
+    for side, samples in (("training", dataset.train), ("evaluation", dataset.evaluation)):
+        parts += [example(sample, text, side) for sample in samples[:count]]
+    return Group(*parts, report(dataset.report))
+
+
+def legend() -> Text:
+    """What the colours mean."""
+    return Text.assemble(
+        ("learned", LEARNED), "  given  ", ("special", SPECIAL), "  ", ("cut off here", CUT)
+    )
+
+
+def example(sample: Sample, text: BaseText, side: str = "") -> Panel:
+    """One example: its text in token borders, what is learned in colour."""
+    title = " ".join(
+        part
+        for part in (
+            side,
+            f"line {sample.line}:",
+            f"{len(sample.tokens)} tokens, {sum(sample.learned)} learned",
+        )
+        if part
+    )
+    return Panel(mask(sample, text), title=Text(title), title_align="left")
+
+
+def mask(sample: Sample, text: BaseText) -> Text:
+    """The tokens, each in the style of what becomes of it; line ends and controls are visible."""
+    shown = Text()
+    for i, (token, piece, learned) in enumerate(
+        zip(sample.tokens, text.pieces(sample.tokens), sample.learned, strict=True)
+    ):
+        styles = [LEARNED if learned else "", STRIPE[i % 2]]
+        if text.is_special(token):
+            styles.append(SPECIAL)
+            piece = piece or text.token(token)
+        # A character of several tokens stands with its last; the others are a dot each.
+        shown.append(_visible(piece) or "·", " ".join(style for style in styles if style))
+        if piece.endswith("\n"):
+            shown.append("\n")
+    if sample.truncated:
+        shown.append(f" … {sample.truncated} tokens cut ", CUT)
+    return shown
+
+
+def report(report: Report) -> Group:
+    """The counts as a table, and what should be known."""
+    table = Table(title="data", title_justify="left")
+    table.add_column("")
+    for side in ("training", "evaluation"):
+        table.add_column(side, justify="right")
+    rows = {
+        "examples": "examples",
+        "tokens": "tokens",
+        "learned": "learned tokens",
+        "longest": "longest, in tokens",
+        "truncated": "truncated examples",
+        "cut": "tokens cut",
+    }
+    for name, words in rows.items():
+        table.add_row(words, _number(report.train, name), _number(report.evaluation, name))
+    shapes = ", ".join(f"{count:,} {shape}" for shape, count in sorted(report.shapes.items()))
+    lines = [Text(f"lines: {shapes}; left out: {len(report.dropped):,}")]
+    return Group(table, *lines, *(Text(f"note: {note}") for note in report.notes()))
+
+
+def _number(counts: Counts, name: str) -> str:
+    return f"{getattr(counts, name):,}"
+
+
+def _visible(piece: str) -> str:
+    """Without characters that move a cursor or command a terminal."""
+    shown = piece.replace("\n", "⏎").replace("\t", "→")
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)

@@ -1,0 +1,219 @@
+"""FISH Mask (arXiv 2111.09839) on a base that is never written: a few entries of W are trained.
+
+The entries are those with the most Fisher information, E[(dL/dW)^2] over some of the job's own
+data. What is trained is the difference to them, which lies in `rows` output rows of a module: these
+rows are A [rows, in], mostly zeros, and B puts each in its place. So the file is a plain LoRA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from loraplex_adapters.format.modules import module_path
+from loraplex_adapters.format.spec import Limits
+from loraplex_model.adapters.delta import AdapterDelta, SiteDelta
+from loraplex_model.adapters.merge import fused_matrix
+from loraplex_model.base.config import FUSED, Site
+from loraplex_model.base.weights import BaseWeights, NF4Matrix
+from loraplex_model.ops.linear import DequantisedLinear
+
+from loraplex_training.methods.base import (
+    AdapterFiles,
+    Observe,
+    ParameterGroup,
+    Setting,
+    TrainedAdapter,
+)
+from loraplex_training.methods.lora import names_of, stored
+from loraplex_training.methods.options import Options
+from loraplex_training.methods.plain import config_of, leaf, precision
+from loraplex_training.methods.targets import read_sites
+
+_MASK, _ROWS = "mask.", "rows."
+_CHUNK = 1024  # rows of a gradient of W that are held at once
+
+Look = Callable[[Site, torch.Tensor, torch.Tensor], None]
+"""`(site, dy [T, out], x [T, in])` of a projection's product, in a backward pass."""
+
+
+def fishmask(options: Options, setting: Setting) -> TrainedAdapter:
+    """A sparse selective method whose file is PEFT's LORA of rank `rows`.
+
+    Options: `target_modules`, `layers`; `rows`: how many output rows of each module may change;
+    `keep`: the share of these rows' entries that are trained; `samples`: micro-batches that the
+    Fisher information is estimated from.
+    """
+    sites = read_sites(options, setting.base)
+    shapes = setting.base.config.projection_shapes()
+    narrowest = min((shapes[name][1] for _, name in sites), default=1)
+    rows = options.integer("rows", min(16, narrowest), 1, min(narrowest, Limits().max_rank))
+    keep = options.number("keep", 0.25, above=0, maximum=1)
+    samples = options.integer("samples", 16, 1)
+    options.done()
+    return FishMaskAdapter(setting, sites, rows, keep, samples)
+
+
+class FishMaskAdapter:
+    """A `TrainedAdapter`. Until `prepare` or `restore` it has no entries to train."""
+
+    dropout = 0.0
+    settled = 0
+
+    def __init__(
+        self, setting: Setting, sites: Sequence[Site], rows: int, keep: float, samples: int
+    ) -> None:
+        base, shapes = setting.base, setting.base.config.projection_shapes()
+        device = base.embed.device
+        self._setting, self._sites = setting, tuple(sites)
+        self._keep, self._samples, self._width = keep, samples, rows
+        self._values = {
+            site: leaf(torch.zeros(rows, shapes[site[1]][0]), base) for site in self._sites
+        }
+        self._masks = {
+            site: torch.zeros(values.shape, dtype=torch.bool, device=device)
+            for site, values in self._values.items()
+        }
+        self._rows = {site: torch.arange(rows, device=device) for site in self._sites}
+        self.parameters: Mapping[str, torch.Tensor] = {
+            names_of(site)[0]: values for site, values in self._values.items()
+        }
+
+    def prepare(self, observe: Observe) -> None:
+        """Chooses rows in one run over the samples, and entries of them in a second.
+
+        So no more is held than a number for every row, then one for every entry of the rows.
+        """
+        by_row: dict[Site, torch.Tensor] = {}
+
+        def sum_rows(site: Site, dy: torch.Tensor, x: torch.Tensor) -> None:
+            parts = [(g @ x).square().sum(1) for g in torch.split(dy.T, _CHUNK)]
+            by_row[site] = by_row.get(site, 0) + torch.cat(parts)
+
+        observe(_Watched(self._setting.base, self._sites, sum_rows), self._samples)
+        for site, sums in by_row.items():
+            self._rows[site].copy_(sums.topk(self._width).indices.sort().values)
+
+        by_entry: dict[Site, torch.Tensor] = {}
+
+        def sum_entries(site: Site, dy: torch.Tensor, x: torch.Tensor) -> None:
+            part = (dy[:, self._rows[site]].T @ x).square()
+            by_entry[site] = by_entry.get(site, 0) + part
+
+        observe(_Watched(self._setting.base, self._sites, sum_entries), self._samples)
+        for site, sums in by_entry.items():
+            count = max(1, round(self._keep * sums.numel()))
+            self._masks[site].zero_().view(-1)[sums.view(-1).topk(count).indices] = True
+
+    def groups(self) -> Sequence[ParameterGroup]:
+        """See `TrainedAdapter`."""
+        return [ParameterGroup(tuple(self.parameters))]
+
+    def delta(self) -> AdapterDelta:
+        """See `TrainedAdapter`. Entries outside of the mask are zero and get no gradient."""
+        return AdapterDelta(
+            {
+                site: SiteDelta(a=values * self._masks[site], b=self._places(site))
+                for site, values in self._values.items()
+            }
+        )
+
+    def penalty(self) -> None:
+        """There is none."""
+
+    def stepped(self, step: int) -> None:
+        """Nothing follows a step."""
+
+    def state(self) -> Mapping[str, torch.Tensor]:
+        """Which entries are trained."""
+        return {
+            **{_ROWS + module_path(*site): rows for site, rows in self._rows.items()},
+            **{_MASK + module_path(*site): mask for site, mask in self._masks.items()},
+        }
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """See `TrainedAdapter`."""
+        for name, tensor in self.state().items():
+            tensor.copy_(state[name])
+
+    def files(self) -> AdapterFiles:
+        """See `TrainedAdapter`."""
+        tensors = {}
+        for site, values in self._values.items():
+            a, b = names_of(site)
+            tensors[a] = stored(values * self._masks[site])
+            tensors[b] = stored(self._places(site).T)
+        config = config_of(
+            self._setting,
+            "LORA",
+            bias="none",
+            fan_in_fan_out=False,
+            init_lora_weights=True,
+            lora_alpha=self._width,
+            lora_dropout=0.0,
+            r=self._width,
+            target_modules=[module_path(*site) for site in self._sites],
+        )
+        return AdapterFiles(config, tensors)
+
+    def _places(self, site: Site) -> torch.Tensor:
+        """B transposed, [rows, out]: a one in the place of each row."""
+        fan_out = self._setting.base.config.projection_shapes()[site[1]][1]
+        ones = torch.nn.functional.one_hot(self._rows[site], fan_out)
+        return ones.to(precision(self._setting.base))
+
+
+class _Watched:
+    """A `BaseLinear` that shows `look` what the gradients of the watched projections are made of.
+
+    The base has nothing to train, so a number that is not used makes torch run backward at all.
+    """
+
+    def __init__(self, base: BaseWeights, sites: Sequence[Site], look: Look) -> None:
+        watched = set(sites)
+        self._product = DequantisedLinear()
+        self._look = look
+        self._parts: dict[int, list[Site | None]] = {}
+        for index, layer in enumerate(base.layers):
+            for fused, names in FUSED.items():
+                matrix, _ = fused_matrix(layer, fused)
+                found = [(index, name) for name in names]
+                self._parts[id(matrix)] = [site if site in watched else None for site in found]
+        self._unused = torch.zeros((), requires_grad=True, device=base.embed.device)
+
+    def __call__(self, matrix: NF4Matrix, x: torch.Tensor) -> torch.Tensor:
+        """See `BaseLinear`."""
+        y = self._product(matrix, x)
+        shown: torch.Tensor = _Shown.apply(  # type: ignore[no-untyped-call]
+            y, x.detach(), self._unused, lambda dy, own: self._show(matrix, dy, own)
+        )
+        return shown
+
+    def _show(self, matrix: NF4Matrix, dy: torch.Tensor, x: torch.Tensor) -> None:
+        parts = torch.split(dy, list(matrix.rows), dim=1)
+        for site, part in zip(self._parts[id(matrix)], parts, strict=True):
+            if site is not None:
+                self._look(site, part, x)
+
+
+class _Shown(torch.autograd.Function):
+    """The identity; on the way back it shows the gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        unused: torch.Tensor,
+        look: Callable[[torch.Tensor, torch.Tensor], None],
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.look = look
+        return y.clone()  # what comes after may write into it, which a view forbids
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        with torch.no_grad():
+            ctx.look(grads[0], *ctx.saved_tensors)
+        return grads[0], None, None, None

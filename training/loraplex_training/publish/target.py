@@ -1,0 +1,93 @@
+"""Where adapters go once they are made: checked before a run, kept in its folder. No torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Final
+
+from loraplex_adapters.errors import AdapterError
+from loraplex_adapters.store import Store
+from loraplex_adapters.store.ids import check_name
+from loraplex_adapters.store.labels import check_labels
+
+from loraplex_training.errors import TrainError
+
+TARGET: Final = "target.json"
+SAVED: Final = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where adapters go once they are in their folders.
+
+    Attributes:
+        store: its directory, or None; store_url: the database of a shared one.
+        alias: points to the adapter, in the store and on the server.
+        labels: of the registered version.
+        server: host:port, or "".
+        dtype: of the saved tensors: "float32" or "bfloat16".
+    """
+
+    store: Path | None = None
+    store_url: str = ""
+    alias: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    server: str = ""
+    dtype: str = "float32"
+
+
+def read(
+    store: Path | None,
+    store_url: str,
+    alias: str,
+    labels: Mapping[str, str],
+    server: str,
+    dtype: str,
+) -> Target:
+    """Where adapters are to go. Raises TrainError(CONFIG_INVALID) with every problem."""
+    problems = []
+    try:
+        if alias:
+            check_name(alias)
+    except AdapterError as error:
+        problems.append(f"--alias {alias}: {error.message}")
+    try:
+        check_labels(labels)
+    except AdapterError as error:
+        problems.append(f"--label: {error.message}")
+    if dtype not in SAVED:
+        problems.append(f"--save-dtype is {dtype!r}; it should be one of {', '.join(SAVED)}")
+    if alias and store is None and not server:
+        problems.append("--alias needs --store or --serve: where is it to point to the adapter?")
+    if store is not None and not problems:
+        try:
+            Store(store, store_url).close()
+        except AdapterError as error:
+            problems.append(f"--store {store}: {error.message}")
+    if problems:
+        raise TrainError("CONFIG_INVALID", *problems)
+    return Target(store.absolute() if store else None, store_url, alias, labels, server, dtype)
+
+
+def keep(target: Target, out: Path) -> None:
+    """Writes down where adapters are to go, for whoever resumes the run; no database's URL."""
+    values = {**asdict(target), "store": str(target.store) if target.store else None}
+    del values["store_url"]
+    with suppress(OSError):
+        (out / TARGET).write_text(json.dumps(values, indent=2) + "\n", "utf-8")
+
+
+def kept(out: Path) -> Target:
+    """What `keep` wrote; nowhere, if nothing can be read."""
+    try:
+        values = json.loads((out / TARGET).read_text("utf-8"))
+    except (OSError, ValueError):
+        return Target()
+    store = values.pop("store")
+    url = os.environ.get("LORAPLEX_STORE_URL", "")
+    return Target(**values, store=Path(store) if store else None, store_url=url)

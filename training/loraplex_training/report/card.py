@@ -1,0 +1,149 @@
+"""The model card that lies in an adapter's folder: what it is, how it was made, how good it is."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from loraplex_training.report.events import Evaluated, Event, JobEnded, Sampled
+from loraplex_training.report.record import block
+from loraplex_training.spec.spec import JobSpec
+
+NOT_PEFT = ("bottleneck",)
+MOST_ROWS = 12
+MOST_SAMPLES = 3
+MOST_CHARACTERS = 600
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a card tells beside a job's settings and its events.
+
+    Attributes:
+        base: the base model's name; fingerprint: its bytes'.
+        parameters: how many numbers were trained.
+        counts: by word: examples and tokens to learn from and to evaluate on.
+        data: SHA-256 (hex) of the data; template: of the chat template.
+        step: whose parameters these are: the best of the run, by evaluation loss.
+    """
+
+    base: str
+    fingerprint: str
+    parameters: int
+    counts: Mapping[str, int]
+    data: str
+    template: str
+    step: int
+
+
+def card(job: JobSpec, facts: Facts, events: Sequence[Event]) -> str:
+    """Markdown; `events` are the run's. The same run gives the same text."""
+    own = [e for e in events if isinstance(e, Evaluated | Sampled | JobEnded) and e.job == job.name]
+    evaluations = [e for e in own if isinstance(e, Evaluated)]
+    samples = [e for e in own if isinstance(e, Sampled)]
+    parts = [
+        _head(job, facts),
+        f"# {job.name}",
+        f"A {job.method.name} adapter for {_code(facts.base)}, trained by Loraplex on the NF4 base "
+        "that serves it.",
+        _serve(job, facts),
+        _made(job, facts),
+        _results(evaluations, facts.step),
+        _samples(samples),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _head(job: JobSpec, facts: Facts) -> str:
+    lines = ["library_name: peft", "pipeline_tag: text-generation"]
+    lines += ["tags:", "- loraplex", f"- {job.method.name.replace('_', '-')}"]
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", facts.base):
+        lines.insert(0, f"base_model: {facts.base}")
+    return "\n".join(["---", *lines, "---"])
+
+
+def _serve(job: JobSpec, facts: Facts) -> str:
+    chat = " --chat" if facts.template else ""
+    commands = (
+        f"loraplex adapters upload {job.name} . --load\n"
+        f'loraplex generate "..."{chat} --adapter {job.name}'
+    )
+    peft = (
+        "PEFT has no adapters of this kind."
+        if job.method.name in NOT_PEFT
+        else 'It is a PEFT directory: `PeftModel.from_pretrained(base, ".")` opens it too.'
+    )
+    return f"## Use\n\nWith a Loraplex server on that base:\n\n```sh\n{commands}\n```\n\n{peft}"
+
+
+def _made(job: JobSpec, facts: Facts) -> str:
+    options = ", ".join(f"{key} {_code(str(value))}" for key, value in job.method.options.items())
+    optim = job.optim
+    length = f"{job.steps} steps" if job.steps else f"{job.epochs:g} epochs"
+    rows = {
+        "method": job.method.name + (f": {options}" if options else ""),
+        "trained parameters": f"{facts.parameters:,}",
+        "optimiser": f"{optim.name}, learning rate {optim.lr:g}, {optim.schedule}",
+        "length": f"{length}, {job.batch_size} x {job.accumulation} examples a step",
+        "seed": str(job.seed),
+        **{key: f"{count:,}" for key, count in facts.counts.items()},
+        "data, SHA-256": _code(facts.data),
+        "chat template, SHA-256": _code(facts.template) if facts.template else "",
+        "base": _code(facts.fingerprint),
+    }
+    table = [f"| {key} | {_cell(value)} |" for key, value in rows.items() if value]
+    return "\n".join(["## How it was made", "", "| | |", "|---|---|", *table])
+
+
+def _results(evaluations: Sequence[Evaluated], best: int) -> str:
+    if not evaluations:
+        return ""
+    has_metric = any(e.metric is not None for e in evaluations)
+    lines = ["## On examples set apart", ""]
+    lines.append("| step | loss | perplexity |" + (" right |" if has_metric else ""))
+    lines.append("|---|---|---|" + ("---|" if has_metric else ""))
+    for e in _thinned(evaluations, best):
+        step = f"**{e.step}**" if e.step == best else str(e.step)
+        row = f"| {step} | {e.loss:.4f} | {e.perplexity:.4g} |"
+        metric = "" if e.metric is None else f"{e.metric:.1%}"
+        lines.append(row + (f" {metric} |" if has_metric else ""))
+    lines += ["", f"The parameters are those of step {best}; before training is step 0."]
+    return "\n".join(lines)
+
+
+def _thinned(evaluations: Sequence[Evaluated], best: int) -> list[Evaluated]:
+    """The first, the last, the best and some between."""
+    every = -(-len(evaluations) // MOST_ROWS)
+    last = len(evaluations) - 1
+    return [e for i, e in enumerate(evaluations) if i % every == 0 or i == last or e.step == best]
+
+
+def _samples(samples: Sequence[Sampled]) -> str:
+    """Answers to the same prompts, before and after."""
+    lines = ["## Answers to examples set apart", ""]
+    shown = dict.fromkeys(s.prompt for s in samples)
+    for prompt in list(shown)[:MOST_SAMPLES]:
+        own = [s for s in samples if s.prompt == prompt]
+        lines += [
+            "Prompt:",
+            "",
+            block(prompt, MOST_CHARACTERS),
+            "",
+            "wanted:",
+            "",
+            block(own[0].reference, MOST_CHARACTERS),
+            "",
+        ]
+        for sample in (own[0], own[-1]) if len(own) > 1 else own:
+            when = f"after {sample.step} steps" if sample.step else "before training"
+            lines += [f"{when}:", "", block(sample.answer, MOST_CHARACTERS), ""]
+    return "\n".join(lines).rstrip() if shown else ""
+
+
+def _code(text: str) -> str:
+    return f"`{text.replace('`', '')}`"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,204 @@
+"""A run's curves: for TensorBoard while it runs, as a picture afterwards, in MLflow where it is."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from loraplex_training.report import record
+from loraplex_training.report.events import (
+    Evaluated,
+    Event,
+    JobEnded,
+    Observer,
+    RunEnded,
+    RunStarted,
+    StepDone,
+)
+
+log = logging.getLogger(__name__)
+
+PICTURE = "curves.png"
+TENSORBOARD = "tensorboard"
+
+Points = list[tuple[int, float]]
+
+
+def writers(folder: Path) -> list[Observer]:
+    """What draws a run's curves into its folder, and into MLflow if that is installed."""
+    found: list[Observer] = [TensorBoard(folder / TENSORBOARD), Picture(folder)]
+    if find_spec("mlflow") is not None:
+        found.append(MLflow())
+    return found
+
+
+def scalars(event: Event) -> dict[str, float]:
+    """The curves' values in an event, by their names."""
+    match event:
+        case StepDone():
+            return {
+                "train/loss": event.loss,
+                "train/rate": event.rate,
+                "train/norm": event.norm,
+                "train/tokens_per_second": event.tokens / max(event.seconds, 1e-9),
+            }
+        case Evaluated():
+            values = {"eval/loss": event.loss, "eval/perplexity": event.perplexity}
+            return values if event.metric is None else {**values, "eval/metric": event.metric}
+    return {}
+
+
+class TensorBoard:
+    """An `Observer` that writes TensorBoard's files, one folder a job."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._writers: dict[str, Any] = {}
+        self._resumed_at = 0
+        self._broken = False
+
+    def on(self, event: Event) -> None:
+        if self._broken:
+            return
+        try:
+            self._write(event)
+        except (ImportError, OSError) as error:
+            self._broken = True
+            log.warning("no TensorBoard curves: %s", error)
+
+    def _write(self, event: Event) -> None:
+        if isinstance(event, RunStarted):
+            self._resumed_at = event.step
+        elif isinstance(event, StepDone | Evaluated):
+            for name, value in scalars(event).items():
+                self._writer(event.job).add_scalar(name, value, event.step)
+        elif isinstance(event, JobEnded):
+            self._writer(event.job).flush()
+        elif isinstance(event, RunEnded):
+            for writer in self._writers.values():
+                writer.close()
+            self._writers.clear()
+
+    def _writer(self, job: str) -> Any:
+        if job not in self._writers:
+            board = import_module("torch.utils.tensorboard")
+            # What was written of steps that are now taken again is hidden.
+            purge = self._resumed_at + 1 if self._resumed_at else None
+            self._writers[job] = board.SummaryWriter(str(self._folder / job), purge_step=purge)
+        return self._writers[job]
+
+
+class Picture:
+    """An `Observer` that draws `curves.png` in the end, from the run's record."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def on(self, event: Event) -> None:
+        if isinstance(event, RunEnded):
+            try:
+                draw(list(record.read(self._folder)), self._folder / PICTURE)
+            except (ImportError, OSError) as error:
+                log.warning("no picture of the curves: %s", error)
+
+
+class MLflow:
+    """An `Observer` that logs to MLflow, one run a job, where its own settings say."""
+
+    def __init__(self) -> None:
+        self._mlflow = import_module("mlflow")
+        self._runs: dict[str, str] = {}
+        self._broken = False
+
+    def on(self, event: Event) -> None:
+        if self._broken:
+            return
+        try:
+            self._log(event)
+        except Exception as error:  # a tracking server may fail in any way; training goes on
+            self._broken = True
+            log.warning("no MLflow curves: %s", error)
+
+    def _log(self, event: Event) -> None:
+        client = self._mlflow.MlflowClient
+        if isinstance(event, RunStarted):
+            for job in event.jobs:
+                run = self._mlflow.start_run(run_name=job, nested=True)
+                self._runs[job] = run.info.run_id
+                self._mlflow.end_run()
+        elif isinstance(event, StepDone | Evaluated):
+            for name, value in scalars(event).items():
+                client().log_metric(self._runs[event.job], name, value, step=event.step)
+        elif isinstance(event, JobEnded):
+            client().set_tag(self._runs[event.job], "state", event.state.value)
+            client().set_terminated(self._runs[event.job])
+
+
+@dataclass
+class Curves:
+    """One job's points."""
+
+    loss: Points = field(default_factory=list)
+    evaluated: Points = field(default_factory=list)
+    metric: Points = field(default_factory=list)
+    rate: Points = field(default_factory=list)
+
+
+def gather(events: Sequence[Event]) -> dict[str, Curves]:
+    """The points of every job; what is not finite is left out."""
+    jobs: dict[str, Curves] = defaultdict(Curves)
+    for event in events:
+        match event:
+            case StepDone():
+                jobs[event.job].loss.append((event.step, event.loss))
+                jobs[event.job].rate.append((event.step, event.rate))
+            case Evaluated():
+                jobs[event.job].evaluated.append((event.step, event.loss))
+                if event.metric is not None:
+                    jobs[event.job].metric.append((event.step, event.metric))
+    for curves in jobs.values():
+        for points in (curves.loss, curves.evaluated, curves.metric):
+            points[:] = [point for point in points if math.isfinite(point[1])]
+    return dict(jobs)
+
+
+def draw(events: Sequence[Event], out: Path) -> None:
+    """Draws loss, metric and learning rate of all jobs. Raises ImportError without matplotlib."""
+    from matplotlib.figure import Figure
+
+    jobs = gather(events)
+    if not jobs:
+        return
+    has_metric = any(curves.metric for curves in jobs.values())
+    figure = Figure(figsize=(12 if has_metric else 9, 4), layout="constrained")
+    axes = list(figure.subplots(1, 3 if has_metric else 2))
+    for i, (name, curves) in enumerate(jobs.items()):
+        colour = f"C{i % 10}"
+        axes[0].plot(*_xy(curves.loss), color=colour, alpha=0.35, linewidth=1)
+        axes[0].plot(*_xy(curves.evaluated), color=colour, marker="o", markersize=3, label=name)
+        axes[1].plot(*_xy(curves.rate), color=colour, label=name)
+        if has_metric:
+            axes[2].plot(*_xy(curves.metric), color=colour, marker="o", markersize=3, label=name)
+    axes[0].set(title="loss (thin: train, dots: eval)", xlabel="step", ylabel="nats per token")
+    axes[0].set_yscale("log")
+    axes[1].set(title="learning rate", xlabel="step")
+    if has_metric:
+        axes[2].set(title="right answers", xlabel="step", ylim=(-0.03, 1.03))
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    if len(jobs) <= 10:
+        axes[0].legend()
+    fresh = out.with_name(f".{out.name}.new")
+    figure.savefig(fresh, dpi=120, format="png")
+    fresh.replace(out)
+
+
+def _xy(points: Points) -> tuple[list[int], list[float]]:
+    return [step for step, _ in points], [value for _, value in points]

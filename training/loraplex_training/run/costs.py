@@ -1,0 +1,85 @@
+"""What a run's jobs take of memory, together: what `memory` reckons with, read off the jobs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from loraplex_model.base.config import MODEL
+from loraplex_model.base.weights import BaseWeights
+
+from loraplex_training.run.evaluate import SHOWN
+from loraplex_training.run.evaluate import delta as delta_of
+from loraplex_training.run.generate import CACHE_TOKENS
+from loraplex_training.spec.spec import RunSpec
+from loraplex_training.step.job import Job
+from loraplex_training.step.loss import changes_head
+from loraplex_training.step.memory import AdapterSize, Estimate, estimate
+
+STEPS: Final = 500
+"""As many are looked at for the largest one; batches are drawn alike in all."""
+
+
+def of(base: BaseWeights, jobs: Sequence[Job], spec: RunSpec) -> Estimate:
+    """Bytes at the peak: while answers are generated, with what training holds or has not yet given
+    back to the system."""
+    shapes = [_shape(job) for job in jobs]
+    trained = estimate(
+        base,
+        sum(shape.tokens for shape in shapes),
+        [shape.size for shape in shapes],
+        spec.checkpointing,
+        sum(shape.learned for shape in shapes),
+    )
+    return Estimate({**trained.items, "generating answers": _generating(base, jobs)})
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """A job's largest micro-batch, and its adapter."""
+
+    tokens: int
+    learned: int
+    size: AdapterSize
+
+
+def _shape(job: Job) -> _Shape:
+    delta = delta_of(job)
+    virtual = delta.virtual.count if delta.virtual else 0
+    tokens = learned = 0
+    for step in range(min(job.batches.steps, STEPS)):
+        for batch in job.batches.step(step):
+            examples = len(batch.starts) - 1
+            tokens = max(tokens, len(batch.tokens) + virtual * examples)
+            learned = max(learned, batch.learned)
+    layers: dict[int, int] = {}
+    for (layer, _), change in delta.sites.items():
+        if layer == MODEL:
+            continue
+        layers[layer] = layers.get(layer, 0) + (0 if change.b is None else len(change.b))
+    parameters = list(job.adapter.parameters.values())
+    size = AdapterSize(
+        sum(p.numel() for p in parameters),
+        max(p.itemsize for p in parameters),
+        job.spec.optim.name,
+        max(layers.values(), default=0),
+        changes_head(delta),
+    )
+    return _Shape(tokens, learned, size)
+
+
+def _generating(base: BaseWeights, jobs: Sequence[Job]) -> int:
+    """The serving decoder's own copy of the codes, and its cache."""
+    config = base.config
+    tokens = 0
+    for job in jobs:
+        examples = max(SHOWN, job.spec.metric_examples if job.spec.metric else 0)
+        longest = max((len(batch.tokens) for batch in job.evaluation), default=0)
+        room = 2 * min(longest, job.spec.data.max_length)  # the prompt, and an answer as long
+        tokens = max(tokens, min(CACHE_TOKENS, examples * room))
+    item = 4 if base.embed.dtype == torch.float64 else base.embed.itemsize
+    dense = {tensor.data_ptr(): tensor.nbytes for tensor in (base.embed, base.lm_head)}
+    copied = 0 if base.embed.is_cuda else base.nbytes - sum(dense.values())
+    return copied + 2 * config.num_layers * config.kv_size * tokens * item

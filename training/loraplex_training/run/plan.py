@@ -1,0 +1,159 @@
+"""What can be said before anything is trained: the data's tokens, the costs, the methods."""
+
+from __future__ import annotations
+
+import inspect as introspect
+import json
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from typing import Final
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from loraplex_training.data import Dataset
+from loraplex_training.data.show import report, show
+from loraplex_training.methods import METHODS
+from loraplex_training.report.progress import duration_text, size_text
+from loraplex_training.run import costs
+from loraplex_training.run.inputs import Ground
+from loraplex_training.run.process_settings import surroundings
+from loraplex_training.spec.spec import RATES, OptimSpec, RunSpec
+from loraplex_training.step.job import Job
+from loraplex_training.step.joint import JointPass, Part
+from loraplex_training.step.optimiser import expected
+
+BACKWARD: Final = 3.0
+"""A pass forward and backward costs about so many passes forward: the frozen base needs no
+gradients of its weights, but its products are taken twice more, or thrice with checkpointing."""
+
+
+def inspect(spec: RunSpec, console: Console, count: int) -> None:
+    """Shows examples with their loss mask, and the counts. Raises TrainError, ModelError."""
+    ground = Ground.open(spec)
+    for job in spec.jobs:
+        console.print(show(ground.datasets[job.name], ground.text, count))
+
+
+def plan(spec: RunSpec, console: Console, as_json: bool = False) -> None:
+    """Shows steps, tokens, memory and a guess of the time; as one line of JSON for programs.
+
+    The time is guessed from one pass forward. Nothing is trained and nothing written. Raises
+    TrainError.
+    """
+    with surroundings(spec):
+        ground = Ground.open(spec)
+        jobs = ground.jobs(spec)
+        found = _plan(spec, ground, jobs)
+    if as_json:
+        print(json.dumps(asdict(found)))
+        return
+    shown: list[Dataset] = []
+    for dataset in ground.datasets.values():
+        if not any(dataset is one for one in shown):  # jobs on the same data share theirs
+            shown.append(dataset)
+            console.print(report(dataset.report))
+    table = Table(title="jobs", title_justify="left")
+    for column in ("job", "method", "parameters", "optimiser", "steps", "tokens", "tokens a step"):
+        table.add_column(column, justify="left" if column in ("job", "method") else "right")
+    for job in found.jobs:
+        cells = (job.parameters, job.optimiser, job.steps, job.tokens, job.tokens // job.steps)
+        shown_cells = (f"{cell:,}" if isinstance(cell, int) else cell for cell in cells)
+        table.add_row(escape(job.name), job.method, *shown_cells)
+    console.print(table)
+    console.print(f"memory: {size_text(found.bytes)} at most on {found.device}: " + ", ".join(
+        f"{name} {size_text(size)}" for name, size in found.memory.items()
+    ))  # fmt: skip
+    console.print(f"time: about {duration_text(found.seconds)}, guessed from one pass")
+
+
+@dataclass(frozen=True, slots=True)
+class JobPlan:
+    """What one job takes."""
+
+    name: str
+    method: str
+    parameters: int
+    optimiser: str
+    steps: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run takes.
+
+    Attributes:
+        bytes: of memory at the peak; `memory` says what for.
+        available_bytes: free on a GPU now; None where the device is the CPU.
+        seconds: a guess.
+    """
+
+    bytes: int
+    memory: Mapping[str, int]
+    device: str
+    available_bytes: int | None
+    seconds: float
+    jobs: Sequence[JobPlan]
+
+
+def _plan(spec: RunSpec, ground: Ground, jobs: Sequence[Job]) -> Plan:
+    device = ground.base.weights.embed.device
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    memory = costs.of(ground.base.weights, jobs, spec)
+    plans = [
+        JobPlan(
+            job.name,
+            job.spec.method.name,
+            sum(p.numel() for p in job.adapter.parameters.values()),
+            str(expected(job.spec.optim, job.adapter.parameters, job.adapter.groups())),
+            job.batches.steps,
+            _tokens(job),
+        )
+        for job in jobs
+    ]
+    seconds = _seconds(ground, jobs, spec)
+    return Plan(memory.total, memory.items, str(device), free, seconds, plans)
+
+
+def methods(console: Console) -> None:
+    """Lists what can be trained, each with its options, from the makers' own words."""
+    table = Table("method", "--lr", "what it is, and its options (--set KEY=VALUE)")
+    for name, module in METHODS.items():
+        maker = getattr(import_module(f"loraplex_training.methods.{module}"), name)
+        table.add_row(name, f"{RATES.get(name, OptimSpec().lr):g}", escape(described(maker)))
+        table.add_section()
+    console.print(table)
+    console.print(
+        "Full fine-tuning is not among them: the base is shared by all adapters and stays as it is."
+    )
+
+
+def described(maker: object) -> str:
+    """A maker's docstring as running text, a paragraph a line."""
+    text = introspect.getdoc(maker) or ""
+    return "\n".join(re.sub(r"\s+", " ", part) for part in text.split("\n\n"))
+
+
+def _tokens(job: Job) -> int:
+    """Tokens of all steps; of long jobs reckoned from the first ones."""
+    steps = min(job.batches.steps, 200)
+    seen = sum(len(b.tokens) for i in range(steps) for b in job.batches.step(i))
+    return round(seen * job.batches.steps / steps)
+
+
+def _seconds(ground: Ground, jobs: Sequence[Job], spec: RunSpec) -> float:
+    """All steps, at the speed of a pass over the first micro-batch of each job."""
+    joint = JointPass(ground.base.weights, checkpointing=spec.checkpointing)
+    first = [Part(None, job.batches.step(0)[0]) for job in jobs]
+    joint.losses(first)  # what is made once is made now
+    began = time.monotonic()
+    joint.losses(first)
+    per_token = (time.monotonic() - began) / sum(len(part.batch.tokens) for part in first)
+    factor = BACKWARD + spec.checkpointing
+    return factor * per_token * sum(_tokens(job) for job in jobs)

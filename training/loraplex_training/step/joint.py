@@ -1,0 +1,166 @@
+"""One pass over the base for the micro-batches of several jobs, and their gradients.
+
+The rows of all jobs lie side by side. Base products run over all of them; each job's adapter acts
+on its own rows, through the decoder that serves it. Rows never mix, so a job's loss and gradient
+are what they would be alone, up to rounding, and what is not finite in one stays in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+from loraplex_model.adapters.delta import AdapterDelta, VirtualTokens
+from loraplex_model.adapters.mix import Dropout, RowGroup
+from loraplex_model.base.weights import BaseWeights
+from loraplex_model.decoder import forward
+from loraplex_model.decoder.attention import PackedAttention
+from loraplex_model.ops import unpack
+from loraplex_model.ops.linear import BaseLinear, FusedLinear, ScratchLinear
+
+from loraplex_training.data.samples import IGNORED, MicroBatch
+from loraplex_training.methods.base import TrainedAdapter
+from loraplex_training.step import loss
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One job's share of a pass.
+
+    Attributes:
+        adapter: None is the bare base.
+        weight: factor on the sum of its tokens' losses in what is differentiated: one over the
+            learned tokens of the optimiser step, so that every token of the step weighs alike.
+        dropout: generator of its dropout, or None: nothing is dropped.
+    """
+
+    adapter: TrainedAdapter | None
+    batch: MicroBatch
+    weight: float = 1.0
+    dropout: torch.Generator | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """All parts laid side by side: rows of virtual tokens stand before each example's own.
+
+    `learned` and `targets` are, for each part, the rows whose next token counts, and that token.
+    """
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    starts: list[int]
+    virtual: list[VirtualTokens | None]
+    groups: list[RowGroup]
+    learned: list[torch.Tensor]
+    targets: list[torch.Tensor]
+
+
+class JointPass:
+    """Losses and gradients over one base."""
+
+    def __init__(
+        self, base: BaseWeights, linear: BaseLinear | None = None, checkpointing: bool = False
+    ) -> None:
+        """`checkpointing` computes each layer again in the backward pass, to save memory."""
+        self._base = base
+        on_cuda = base.embed.is_cuda
+        self._linear = linear or (FusedLinear() if on_cuda else ScratchLinear(unpack.kernel()))
+        self._checkpointing = checkpointing
+
+    def backward(self, parts: Sequence[Part], linear: BaseLinear | None = None) -> list[float]:
+        """Adds each part's gradient to its adapter's parameters (`.grad`).
+
+        Returns the sum of each part's token losses (cross-entropy, nats), unweighted. Penalties
+        are not in it. A part whose sum is not finite has gradients that are not; others are
+        untouched by it.
+        """
+        with torch.enable_grad():
+            sums = self._sums(parts, linear or self._linear, self._checkpointing)
+            total = torch.stack([s * p.weight for s, p in zip(sums, parts, strict=True)]).sum()
+            if total.requires_grad:
+                total.backward()  # type: ignore[no-untyped-call]
+        return [float(s.detach()) for s in sums]
+
+    def losses(self, parts: Sequence[Part]) -> list[float]:
+        """The sums alone, without gradients, dropout or memory for them."""
+        plain = [replace(part, dropout=None) for part in parts]
+        with torch.no_grad():
+            return [float(s) for s in self._sums(plain, self._linear)]
+
+    def logits(self, delta: AdapterDelta | None, tokens: Sequence[int]) -> torch.Tensor:
+        """float32 [T, vocab] of one sequence, for checks; None is the bare base."""
+        ids = torch.tensor(tokens)
+        batch = MicroBatch(ids, (0, len(ids)), torch.zeros_like(ids))
+        with torch.no_grad():
+            rows = self._lay_out([(delta, batch, None)])
+            hidden = self._hidden(rows, self._linear)[rows.learned[0]]
+            return forward.logits(self._base, hidden, _group(delta, len(ids)))
+
+    def _sums(
+        self, parts: Sequence[Part], linear: BaseLinear, checkpointing: bool = False
+    ) -> list[torch.Tensor]:
+        deltas = [part.adapter.delta() if part.adapter else None for part in parts]
+        rows = self._lay_out(
+            [(d, p.batch, _dropout(p)) for d, p in zip(deltas, parts, strict=True)]
+        )
+        hidden = self._hidden(rows, linear, checkpointing)
+        return loss.of_parts(self._base, hidden, deltas, rows.learned, rows.targets)
+
+    def _hidden(self, rows: _Rows, linear: BaseLinear, checkpointing: bool = False) -> torch.Tensor:
+        attention = PackedAttention(self._base.config, rows.starts, rows.virtual)
+        return forward.hidden_states(
+            self._base, rows.tokens, rows.positions, rows.groups, linear, attention, checkpointing
+        )
+
+    def _lay_out(
+        self, parts: Sequence[tuple[AdapterDelta | None, MicroBatch, Dropout | None]]
+    ) -> _Rows:
+        device = self._base.embed.device
+        vocab = len(self._base.embed)
+        tokens: list[torch.Tensor] = []
+        positions: list[torch.Tensor] = []
+        rows = _Rows(torch.empty(0), torch.empty(0), [0], [], [], [], [])
+        for delta, batch, dropout in parts:
+            first, learned = rows.starts[-1], []
+            virtual = delta.virtual if delta else None
+            embedded = virtual.count if virtual and virtual.embeddings is not None else 0
+            past = virtual.count if virtual and virtual.keys is not None else 0
+            for start, end in pairwise(batch.starts):
+                length = embedded + end - start
+                tokens += [torch.arange(vocab, vocab + embedded), batch.tokens[start:end]]
+                positions.append(torch.arange(past, past + length))
+                own = (batch.targets[start:end] != IGNORED).nonzero()[:, 0]
+                learned.append(rows.starts[-1] + embedded + own)
+                rows.starts.append(rows.starts[-1] + length)
+                rows.virtual.append(virtual)
+            if delta is not None:
+                span = slice(first, rows.starts[-1])
+                mine = torch.arange(span.start, span.stop, device=device)
+                group = RowGroup(mine, ((delta, 1.0),), span=span, dropout=dropout)
+                rows.groups.append(group)
+            rows.learned.append(torch.cat(learned).to(device))
+            rows.targets.append(batch.targets[batch.targets != IGNORED].to(device))
+        return _Rows(
+            torch.cat(tokens).to(device),
+            torch.cat(positions).to(device),
+            rows.starts,
+            rows.virtual,
+            rows.groups,
+            rows.learned,
+            rows.targets,
+        )
+
+
+def _group(delta: AdapterDelta | None, rows: int) -> list[RowGroup]:
+    return [] if delta is None else [RowGroup(torch.arange(rows), ((delta, 1.0),))]
+
+
+def _dropout(part: Part) -> Dropout | None:
+    """What the part drops in this pass; moves its generator on by one number."""
+    if part.adapter is None or part.dropout is None or part.adapter.dropout == 0:
+        return None
+    seed = torch.randint(1 << 62, (), generator=part.dropout, device=part.dropout.device)
+    return Dropout(part.adapter.dropout, int(seed))

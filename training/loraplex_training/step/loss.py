@@ -1,0 +1,172 @@
+"""Cross-entropy of learned tokens without a matrix of [tokens, vocabulary].
+
+Logits exist for a few hundred rows at a time. Their gradient is one product away from them (softmax
+minus one at the target, times the head), so it is taken at once, while they are there: what is kept
+for the backward pass is a gradient of the size of the hidden states (as in the chunked losses of
+Liger, arXiv 2410.10989, and of Wijmans et al., arXiv 2411.09009).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from loraplex_model.adapters.delta import AdapterDelta, SiteDelta
+from loraplex_model.adapters.mix import RowGroup
+from loraplex_model.base.config import MODEL
+from loraplex_model.base.weights import BaseWeights
+from loraplex_model.decoder import forward
+
+_CHUNK_BYTES = 100 << 20  # of logits; less is slower, since the head is read anew for each chunk
+_MOST_ROWS = 512
+_HEAD = (MODEL, "lm_head")
+_FACTORS = ("a", "b", "rows")  # of the head's SiteDelta
+
+
+def chunk_rows(vocab: int, itemsize: int = 4) -> int:
+    """Rows whose logits exist at a time."""
+    return max(16, min(_MOST_ROWS, _CHUNK_BYTES // (vocab * itemsize) // 16 * 16))
+
+
+def token_losses(base: BaseWeights, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Each row's cross-entropy in nats, [R], of normed states [R, hidden] under the base's head.
+
+    Differentiable in `hidden`. A row's loss and gradient depend on that row only.
+    """
+    wanted = torch.is_grad_enabled() and hidden.requires_grad
+    result: torch.Tensor = _TokenLosses.apply(  # type: ignore[no-untyped-call]
+        hidden, targets, base.lm_head, wanted
+    )
+    return result
+
+
+def changes_head(delta: AdapterDelta | None) -> bool:
+    """Whether an adapter has a head of its own, so that `summed_loss` is needed."""
+    return delta is not None and delta.at(_HEAD) is not None
+
+
+def summed_loss(
+    base: BaseWeights, delta: AdapterDelta, hidden: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    """The sum of the rows' cross-entropies under the head as `delta` changes it.
+
+    Differentiable in `hidden` and in what changes the head.
+    """
+    change = delta.at(_HEAD)
+    assert change is not None
+    tensors = [getattr(change, name) for name in _FACTORS]
+    wanted = torch.is_grad_enabled()
+    result: torch.Tensor = _SummedLoss.apply(  # type: ignore[no-untyped-call]
+        hidden, targets, base, change, wanted, *tensors
+    )
+    return result
+
+
+class _TokenLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, head: torch.Tensor, wanted: bool
+    ) -> torch.Tensor:
+        rows, vocab = len(hidden), len(head)
+        head = head.to(hidden.dtype)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        losses = torch.empty(rows, dtype=wide, device=hidden.device)
+        gradient = torch.empty_like(hidden) if wanted else None
+        step = chunk_rows(vocab, wide.itemsize)
+        buffer = torch.empty(min(step, rows), vocab, dtype=hidden.dtype, device=hidden.device)
+        for start in range(0, rows, step):
+            chunk = slice(start, min(start + step, rows))
+            h, target = hidden[chunk], targets[chunk, None]
+            scores = torch.mm(h, head.T, out=buffer[: len(h)])
+            largest = scores.amax(-1, keepdim=True).to(wide)
+            right = scores.gather(1, target).to(wide)
+            if gradient is None:
+                losses[chunk] = scores.to(wide).logsumexp(-1) - right[:, 0]
+                continue
+            # In place where the type allows it: fresh memory costs more than the arithmetic.
+            into = scores if scores.dtype == wide else None
+            shares = torch.softmax(scores, -1, dtype=wide, out=into)
+            # The largest share is exp(0) over the sum, which gives the logarithm of the sum.
+            losses[chunk] = (largest - shares.amax(-1, keepdim=True).log() - right)[:, 0]
+            shares.scatter_add_(1, target, torch.full_like(right, -1.0))
+            torch.mm(shares.to(head.dtype), head, out=gradient[chunk])
+        ctx.save_for_backward(gradient)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grads[0][:, None].to(gradient.dtype), None, None, None
+
+
+class _SummedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        base: BaseWeights,
+        change: SiteDelta,
+        wanted: bool,
+        *tensors: torch.Tensor | None,
+    ) -> torch.Tensor:
+        wanted = wanted and any(ctx.needs_input_grad)
+        leaves = [None if t is None else t.detach().requires_grad_(wanted) for t in tensors]
+        a, b, rows = leaves
+        own = replace(change, a=a, b=b, rows=rows)
+        delta = AdapterDelta({_HEAD: own})
+        found = [leaf for leaf in leaves if leaf is not None]
+        sums = [torch.zeros_like(leaf) for leaf in found]
+        parts = []
+        total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        total = total.to(hidden.device)
+        step = chunk_rows(len(base.lm_head), total.dtype.itemsize)
+        for h, target in zip(torch.split(hidden, step), torch.split(targets, step), strict=True):
+            leaf = h.detach().requires_grad_(wanted)
+            group = RowGroup(torch.arange(len(h), device=h.device), ((delta, 1.0),))
+            with torch.set_grad_enabled(wanted):
+                scores = forward.logits(base, leaf, [group])
+                loss = torch.nn.functional.cross_entropy(scores, target, reduction="sum")
+            total += loss.detach()
+            if wanted:
+                own_gradient, *gradients = torch.autograd.grad(loss, [leaf, *found])
+                parts.append(own_gradient)
+                for into, gradient in zip(sums, gradients, strict=True):
+                    into.add_(gradient)
+        if wanted:
+            ctx.save_for_backward(torch.cat(parts), *sums)
+        ctx.present = [t is not None for t in tensors]
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        to_hidden, *rest = (g * grads[0].to(g.dtype) for g in ctx.saved_tensors)
+        left = iter(rest)
+        to_tensors = [next(left) if present else None for present in ctx.present]
+        return (to_hidden, None, None, None, None, *to_tensors)
+
+
+def of_parts(
+    base: BaseWeights,
+    hidden: torch.Tensor,
+    deltas: Sequence[AdapterDelta | None],
+    learned: Sequence[torch.Tensor],
+    targets: Sequence[torch.Tensor],
+) -> list[torch.Tensor]:
+    """The sum of each part's token losses; `learned` are the rows of `hidden` that count.
+
+    Parts under the base's own head share their chunks.
+    """
+    plain = [i for i, delta in enumerate(deltas) if not changes_head(delta)]
+    sums: dict[int, torch.Tensor] = {}
+    if plain:
+        rows = torch.cat([learned[i] for i in plain])
+        losses = token_losses(base, hidden[rows], torch.cat([targets[i] for i in plain]))
+        parts = torch.split(losses, [len(learned[i]) for i in plain])
+        sums = {i: part.sum() for i, part in zip(plain, parts, strict=True)}
+    for i, delta in enumerate(deltas):
+        if delta is not None and i not in sums:
+            sums[i] = summed_loss(base, delta, hidden[learned[i]], targets[i])
+    return [sums[i] for i in range(len(deltas))]

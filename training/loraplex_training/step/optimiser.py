@@ -1,0 +1,241 @@
+"""A job's optimiser and learning rate: torch's and bitsandbytes' AdamW, transformers' schedules.
+
+What bitsandbytes 0.50 does on a CPU: its 8-bit AdamW runs there as on CUDA (uint8 moments in blocks
+of 256, tensors under 4096 numbers in float32). Paging moves state between a GPU and the host; on a
+CPU it falls back to none with a warning, so here it is refused.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from loraplex_training.methods.base import ParameterGroup
+from loraplex_training.spec.spec import OptimSpec
+
+_BITSANDBYTES = {
+    "adamw8bit": "AdamW8bit",
+    "paged_adamw": "PagedAdamW32bit",
+    "paged_adamw8bit": "PagedAdamW8bit",
+}
+_BY_LOSS = ("reduce_lr_on_plateau", "greedy")
+_CODES = {"qmap1": "dynamic", "qmap2": "udynamic"}
+"""bitsandbytes' 8-bit codes, the same for all tensors: not saved."""
+
+
+@dataclass(frozen=True, slots=True)
+class OptimiserState:
+    """What an optimiser keeps, read off its tensors.
+
+    Attributes:
+        kind: the optimiser's class.
+        dtypes: how many parameters have moments of each type.
+        nbytes: of all tensors; paged_bytes: of those that a GPU may page out.
+    """
+
+    kind: str
+    dtypes: Mapping[str, int]
+    nbytes: int
+    paged_bytes: int
+
+    def __str__(self) -> str:
+        if not self.dtypes:
+            return f"{self.kind}, no state"
+        types = " + ".join(
+            kind if len(self.dtypes) == 1 else f"{kind} ({count} tensors)"
+            for kind, count in sorted(self.dtypes.items())
+        )
+        paged = f", {self.paged_bytes / 1e6:.1f} MB of it paged" if self.paged_bytes else ""
+        return f"{self.kind}, {types}, {self.nbytes / 1e6:.1f} MB{paged}"
+
+
+def problem_of(spec: OptimSpec, device: torch.device) -> str:
+    """Why this optimiser cannot run on this device, and what can; "" if it can."""
+    if spec.name.startswith("paged") and device.type != "cuda":
+        other = "adamw8bit" if spec.name.endswith("8bit") else "adamw"
+        return (
+            f"optimiser {spec.name} pages its state between a GPU and the host, and this run is on "
+            f"the {device.type}, where all state is on the host; take {other} (the same arithmetic)"
+        )
+    return ""
+
+
+class JobOptimiser:
+    """Moves one job's parameters. One step is: `norm`, `clip`, `step`, `clear`."""
+
+    def __init__(
+        self,
+        spec: OptimSpec,
+        parameters: Mapping[str, torch.Tensor],
+        groups: Sequence[ParameterGroup],
+        steps: int,
+    ) -> None:
+        """`steps` are the job's in all, for its schedule. `groups` name every parameter once."""
+        named = [name for group in groups for name in group.names]
+        assert sorted(named) == sorted(parameters), "the groups name every parameter once"
+        self._spec = spec
+        self._parameters = dict(parameters)
+        self._rates = [group.rate for group in groups]
+        self._optimiser = _optimiser(
+            spec,
+            [
+                {
+                    "params": [parameters[name] for name in group.names],
+                    "lr": spec.lr * group.rate,
+                    "weight_decay": spec.weight_decay if group.decay else 0.0,
+                }
+                for group in groups
+                if group.names
+            ],
+        )
+        self._schedule = _schedule(spec, self._optimiser, steps)
+
+    @property
+    def rate(self) -> float:
+        """The rate of the next step, of a group whose own factor is 1."""
+        return float(self._optimiser.param_groups[0]["lr"]) / self._rates[0]
+
+    def norm(self) -> float:
+        """The 2-norm of all gradients together."""
+        return float(torch.nn.utils.get_total_norm(self._gradients()))
+
+    def clip(self, norm: float) -> None:
+        """Scales the gradients, whose norm is `norm`, to the job's limit if they are above it."""
+        if 0 < self._spec.clip < norm:
+            limit, found = self._spec.clip, torch.tensor(norm)
+            torch.nn.utils.clip_grads_with_norm_(self._parameters.values(), limit, found)
+
+    def step(self) -> None:
+        """Moves the parameters, then the schedule."""
+        self._optimiser.step()
+        if self._spec.schedule not in _BY_LOSS:
+            self._schedule.step()
+
+    def evaluated(self, loss: float) -> None:
+        """Tells the schedules that look at the evaluation loss (plateau, greedy) what it is."""
+        if self._spec.schedule in _BY_LOSS:
+            self._schedule.step(loss)
+
+    def clear(self) -> None:
+        """Lets the gradients go."""
+        for parameter in self._parameters.values():
+            parameter.grad = None
+
+    def describe(self) -> OptimiserState:
+        """What the state is now: nothing before the first step."""
+        return describe(self._optimiser)
+
+    def state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """Numbers (fit for JSON) and tensors by name, from which `restore` goes on to the bit."""
+        numbers: dict[str, dict[str, Any]] = {}
+        tensors: dict[str, torch.Tensor] = {}
+        for name, parameter in self._parameters.items():
+            for key, value in self._optimiser.state.get(parameter, {}).items():
+                if isinstance(value, torch.Tensor):
+                    if key not in _CODES:
+                        tensors[f"{name}/{key}"] = value.detach()
+                else:
+                    numbers.setdefault(name, {})[key] = value
+        rates = [group["lr"] for group in self._optimiser.param_groups]
+        schedule = self._schedule.state_dict()
+        schedule.pop("_get_lr_called_within_step", None)
+        return {"numbers": numbers, "rates": rates, "schedule": schedule}, tensors
+
+    def restore(self, values: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+        """Takes `state` back."""
+        for name, parameter in self._parameters.items():
+            state: dict[str, Any] = dict(values["numbers"].get(name, {}))
+            for full, value in tensors.items():
+                owner, _, key = full.rpartition("/")
+                if owner == name:
+                    state[key] = self._placed(parameter, value)
+            codes: Mapping[str, torch.Tensor] = getattr(self._optimiser, "name2qmap", {})
+            for key, code in _CODES.items():
+                if state.get(key.replace("qmap", "state"), parameter).dtype == torch.uint8:
+                    state[key] = codes[code].to(parameter.device)
+            if state:
+                self._optimiser.state[parameter] = state
+        self._schedule.load_state_dict(dict(values["schedule"]))
+        for group, rate in zip(self._optimiser.param_groups, values["rates"], strict=True):
+            group["lr"] = rate
+
+    def _placed(self, parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """A copy where the optimiser would have made it: paged, on the device, on the host."""
+        if isinstance(self._optimiser, torch.optim.AdamW) or value.shape != parameter.shape:
+            return value.to(parameter.device, copy=True)
+        buffer: torch.Tensor = self._optimiser.get_state_buffer(parameter, dtype=value.dtype)  # type: ignore[attr-defined]
+        return buffer.copy_(value)
+
+    def _gradients(self) -> list[torch.Tensor]:
+        return [p.grad for p in self._parameters.values() if p.grad is not None]
+
+
+def describe(optimiser: torch.optim.Optimizer) -> OptimiserState:
+    """What an optimiser's state really is: from its tensors, not from its name."""
+    dtypes: Counter[str] = Counter()
+    storage: dict[int, torch.Tensor] = {}
+    for state in optimiser.state.values():
+        tensors = {key: v for key, v in state.items() if isinstance(v, torch.Tensor)}
+        storage |= {tensor.data_ptr(): tensor for tensor in tensors.values()}
+        moments = {str(t.dtype).removeprefix("torch.") for key, t in tensors.items()
+                   if key in ("exp_avg", "exp_avg_sq", "state1", "state2")}  # fmt: skip
+        dtypes.update(moments)
+    return OptimiserState(
+        type(optimiser).__name__,
+        dict(dtypes),
+        sum(tensor.nbytes for tensor in storage.values()),
+        sum(t.nbytes for t in storage.values() if getattr(t, "is_paged", False)),
+    )
+
+
+def expected(
+    spec: OptimSpec, parameters: Mapping[str, torch.Tensor], groups: Sequence[ParameterGroup]
+) -> OptimiserState:
+    """What the state will be, seen on zeros of the same shapes, before the first step."""
+    zeros = {name: torch.zeros_like(p, requires_grad=True) for name, p in parameters.items()}
+    for zero in zeros.values():
+        zero.grad = torch.zeros_like(zero)
+    trial = JobOptimiser(spec, zeros, groups, 1)
+    trial.step()
+    return trial.describe()
+
+
+def _optimiser(spec: OptimSpec, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    if spec.name == "sgd":
+        return torch.optim.SGD(groups, lr=spec.lr)
+    if spec.name == "adamw":
+        # one native call for all tensors, in place of several for each
+        return torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=True)
+    import bitsandbytes  # seconds, so only where it is asked for
+
+    kind = getattr(bitsandbytes.optim, _BITSANDBYTES[spec.name])
+    optimiser: torch.optim.Optimizer = kind(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps)
+    return optimiser
+
+
+def _schedule(spec: OptimSpec, optimiser: torch.optim.Optimizer, steps: int) -> Any:
+    from transformers import get_scheduler  # seconds
+
+    name, rising = spec.schedule, int(spec.warmup * steps)
+    if name == "constant" and rising:
+        name = "constant_with_warmup"
+    return get_scheduler(name, optimiser, rising, steps, _needs(name, spec, optimiser, steps))
+
+
+def _needs(
+    name: str, spec: OptimSpec, optimiser: torch.optim.Optimizer, steps: int
+) -> dict[str, Any] | None:
+    """What some schedules want to be told beside the steps; all else is transformers' default."""
+    rates = [group["lr"] for group in optimiser.param_groups]
+    needs: Mapping[str, dict[str, Any]] = {
+        "cosine_with_min_lr": {"min_lr_rate": 0.1},
+        "cosine_warmup_with_min_lr": {"min_lr_rate": 0.1},
+        "warmup_stable_decay": {"num_decay_steps": max(1, steps // 5)},
+        "polynomial": {"lr_end": min(1e-7, spec.lr / 10)},
+        "greedy": {"min_lr": [r / 100 for r in rates], "max_lr": [r * 10 for r in rates]},
+    }
+    return needs.get(name)
