@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_model.checkpoints.default_model import HUB_NAME
-from loraplex_training.errors import TrainError
 from loraplex_training.publish.publish import known_as, placed, stamps, write
 from loraplex_training.publish.verify import verify
 from loraplex_training.report.events import JobState
@@ -146,14 +146,14 @@ def publish(recipe: Recipe, outcome: Outcome, run: Run, out: Path, stamp: bool) 
 
 
 def train(args: argparse.Namespace, recipes: Sequence[Recipe] = RECIPES) -> None:
-    """Trains and writes all. Raises TrainError."""
+    """Trains and writes all. Raises Refusal."""
     with tempfile.TemporaryDirectory() as work, Progress(Console()) as progress:
         run = Run.start(run_of(args, Path(work)), [progress])
         outcomes = run.train()
         for recipe in recipes:
             outcome = outcomes[recipe.name]
             if outcome.state is not JobState.FINISHED:
-                raise TrainError("DIVERGED", f"{recipe.name}: {outcome.progress.reason}")
+                raise Refusal(Reason.DIVERGED, f"{recipe.name}: {outcome.progress.reason}")
             publish(recipe, outcome, run, args.out, args.stamp)
             print(args.out / recipe.name)
 
@@ -177,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         train(args)
-    except TrainError as error:
+    except Refusal as error:
         print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
         return 1
     return 0

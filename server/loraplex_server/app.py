@@ -18,14 +18,14 @@ from threading import Thread
 from typing import Final
 from wsgiref.simple_server import WSGIServer
 
-from loraplex_adapters.errors import AdapterError
 from loraplex_adapters.format.spec import Limits
 from loraplex_adapters.store import Store
+from loraplex_model.base.refusal import Refusal
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 
 from loraplex_server.config import Config
 from loraplex_server.engine.messages import Fatal, Hello, LoadDone, MergeDone, StepDone
-from loraplex_server.engine.process.client import EngineClient, EngineUnavailable
+from loraplex_server.engine.process.client import EngineClient
 from loraplex_server.feed import AdapterFeed
 from loraplex_server.metrics import Metrics, serve_metrics
 from loraplex_server.registry import Registry
@@ -137,7 +137,7 @@ class Server:
         store = await self._open_store()
         try:
             hello = await self.engine.start()
-        except EngineUnavailable as error:
+        except Refusal as error:
             raise StartFailure(ExitCode.NO_MODEL, error.message) from error
         except OSError as error:
             raise StartFailure(ExitCode.NO_MODEL, f"cannot start the engine: {error}") from error
@@ -258,7 +258,7 @@ class Server:
 
         try:
             store = await asyncio.to_thread(work)
-        except AdapterError as error:
+        except Refusal as error:
             raise StartFailure(ExitCode.STORE_UNUSABLE, error.message) from error
         except OSError as error:
             text = f"cannot use {error.filename}: {error.strerror}"

@@ -13,7 +13,7 @@ from loraplex_server.config import Config
 def load_shapes(config: Config) -> BaseShapes:
     """The shapes of the configured model, which is mapped from the cache, or converted first.
 
-    Imports torch. Raises `ModelError`.
+    Imports torch. Raises `Refusal`.
     """
     import torch
     from loraplex_model.checkpoints.load import load_base

@@ -16,7 +16,7 @@ from loraplex_server.config import Config, available_cores
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class Check:
     """One line of the examination; `good` is False for what would keep the server from serving."""
 
     subject: str
@@ -24,10 +24,10 @@ class Finding:
     good: bool = True
 
 
-def examine(config: Config) -> Iterator[Finding]:
+def examine(config: Config) -> Iterator[Check]:
     """Looks at everything that serving needs, without loading a model or changing a file."""
-    yield Finding("python", f"{platform.python_version()} on {platform.platform()}")
-    yield Finding("processor", f"{_processor()}, {available_cores()} cores, {_memory()}")
+    yield Check("python", f"{platform.python_version()} on {platform.platform()}")
+    yield Check("processor", f"{_processor()}, {available_cores()} cores, {_memory()}")
     yield from _arithmetic(config)
     yield _model(config)
     for name in ("store", "cache", "import_root"):
@@ -36,11 +36,11 @@ def examine(config: Config) -> Iterator[Finding]:
     yield _port("admin port", config.admin_host, config.admin_port)
 
 
-def _arithmetic(config: Config) -> Iterator[Finding]:
+def _arithmetic(config: Config) -> Iterator[Check]:
     try:
         import torch
     except ImportError:
-        yield Finding("torch", "not installed: pip install 'loraplex[server]'", good=False)
+        yield Check("torch", "not installed: pip install 'loraplex[server]'", good=False)
         return
     from loraplex_model.ops import build
 
@@ -48,12 +48,12 @@ def _arithmetic(config: Config) -> Iterator[Finding]:
     gpu = torch.cuda.get_device_name() if cuda else "no CUDA device"
     chosen = "cuda" if config.device != "cpu" and cuda else "cpu"
     possible = config.device != "cuda" or cuda
-    yield Finding("torch", f"{torch.__version__}, {gpu}")
-    yield Finding("device", f"{chosen} (--device {config.device})", possible)
+    yield Check("torch", f"{torch.__version__}, {gpu}")
+    yield Check("device", f"{chosen} (--device {config.device})", possible)
     isas = build.supported_isas()
-    yield Finding("instructions", f"this processor runs {', '.join(isas)}")
+    yield Check("instructions", f"this processor runs {', '.join(isas)}")
     compiler = _compiler()
-    yield Finding("compiler", compiler or "none found")
+    yield Check("compiler", compiler or "none found")
     best = os.environ.get("LORAPLEX_ISA") or isas[0]
     built = build.find(best, directory=config.cache / "kernels")
     if chosen == "cuda":
@@ -64,7 +64,7 @@ def _arithmetic(config: Config) -> Iterator[Finding]:
         text = f"C++ for {best}, the best this processor runs; compiled at the first start"
     else:
         text = "torch reference, many times slower: the C++ kernels need a compiler (g++)"
-    yield Finding("kernels", text)
+    yield Check("kernels", text)
 
 
 def _compiler() -> str:
@@ -75,42 +75,42 @@ def _compiler() -> str:
     return f"{path}: {said.stdout.partition(chr(10))[0]}"
 
 
-def _model(config: Config) -> Finding:
+def _model(config: Config) -> Check:
     entries = len(list(config.cache.glob("entries/*/model.json")))
     kept = f"{entries} converted models in {config.cache}"
     if config.model == "default":
-        return Finding("model", f"SmolLM2-135M-Instruct, the default; {kept}")
+        return Check("model", f"SmolLM2-135M-Instruct, the default; {kept}")
     if Path(config.model).exists():
-        return Finding("model", f"{config.model}, on this disk; {kept}")
+        return Check("model", f"{config.model}, on this disk; {kept}")
     if config.model.count("/") == 1 and not config.model.startswith((".", "/")):
-        return Finding("model", f"{config.model}, from a hub at the first start; {kept}")
-    return Finding("model", f"{config.model}: there is no such file or directory", good=False)
+        return Check("model", f"{config.model}, from a hub at the first start; {kept}")
+    return Check("model", f"{config.model}: there is no such file or directory", good=False)
 
 
-def _folder(name: str, path: Path, writable: bool) -> Finding:
+def _folder(name: str, path: Path, writable: bool) -> Check:
     if path.is_dir():
         mode = os.R_OK | os.X_OK | (os.W_OK if writable else 0)
         if os.access(path, mode):
-            return Finding(name, f"{path}, {shutil.disk_usage(path).free / 1e9:.1f} GB free")
-        return Finding(name, f"{path}: no permission", good=False)
+            return Check(name, f"{path}, {shutil.disk_usage(path).free / 1e9:.1f} GB free")
+        return Check(name, f"{path}: no permission", good=False)
     if path.exists():
-        return Finding(name, f"{path}: not a directory", good=False)
+        return Check(name, f"{path}: not a directory", good=False)
     parent = next(p for p in path.absolute().parents if p.exists())
     good = os.access(parent, os.W_OK | os.X_OK)
-    return Finding(name, f"{path}: will be made" if good else f"{path}: cannot be made", good)
+    return Check(name, f"{path}: will be made" if good else f"{path}: cannot be made", good)
 
 
-def _port(name: str, host: str, port: int) -> Finding:
+def _port(name: str, host: str, port: int) -> Check:
     if port == 0:
-        return Finding(name, f"{host}, any free port")
+        return Check(name, f"{host}, any free port")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
-            return Finding(name, f"{host}:{port}: {error.strerror}", good=False)
-    return Finding(name, f"{host}:{port} is free")
+            return Check(name, f"{host}:{port}: {error.strerror}", good=False)
+    return Check(name, f"{host}:{port} is free")
 
 
 def _processor() -> str:

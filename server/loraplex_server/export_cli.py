@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from loraplex_adapters.convert.export.directory import staged
 from loraplex_adapters.convert.importers import adapterhub
-from loraplex_adapters.errors import AdapterError
-from loraplex_model.base.refusal import ModelError
+from loraplex_model.base.refusal import Reason, Refusal
 
 from loraplex_server.config import Config, ConfigError, load
 
@@ -138,7 +137,7 @@ def convert(
             adapterhub.convert(adapter, target)
         elif initial is None:
             message = "--from pissa needs --initial, the adapter as it was before training"
-            raise AdapterError("FIELD_INVALID", message, "initial")
+            raise Refusal(Reason.FIELD_INVALID, message, "initial")
         else:
             from loraplex_adapters.convert.export import mutated
 
@@ -156,7 +155,7 @@ def add_commands(app: typer.Typer) -> None:
 def _errors() -> Iterator[None]:
     try:
         yield
-    except (AdapterError, ModelError) as error:
+    except Refusal as error:
         typer.echo(f"error: {error.reason}: {error.message}", err=True)
         raise typer.Exit(BAD_INPUT) from None
 
@@ -175,7 +174,7 @@ def _numbers(text: str) -> tuple[float, ...]:
             return tuple(float(part) for part in text.split(",")) if text else ()
         except ValueError:
             message = "weights are numbers with commas between them"
-            raise AdapterError("FIELD_INVALID", message, "weights") from None
+            raise Refusal(Reason.FIELD_INVALID, message, "weights") from None
 
 
 def _locator(root: Path, url: str) -> Callable[[str], Path]:
@@ -186,7 +185,7 @@ def _locator(root: Path, url: str) -> Callable[[str], Path]:
             return Path(adapter)
         if not root.is_dir():
             message = f"{adapter} is no directory, and there is no store at {root}"
-            raise AdapterError("ADAPTER_NOT_FOUND", message, "adapter")
+            raise Refusal(Reason.ADAPTER_NOT_FOUND, message, "adapter")
         from loraplex_adapters.store import Store
 
         with Store(root, url) as opened:

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Final
 
-from loraplex_adapters.errors import AdapterError
 from loraplex_adapters.store import Record
+from loraplex_model.base.refusal import Refusal
 
 from loraplex_server.engine.messages import AdapterStatus
 
@@ -123,7 +123,7 @@ class Watcher:
 class AdapterFeed:
     """The differences, for any number of watchers.
 
-    `read` gives the store's catalogue, `count` its change count; both may raise AdapterError.
+    `read` gives the store's catalogue, `count` its change count; both may raise Refusal.
     """
 
     def __init__(
@@ -198,7 +198,7 @@ class AdapterFeed:
                 stale = self._stale.is_set()
                 if stale or self._catalogue is None or await self._count() != self._catalogue.count:
                     await self._look()
-            except AdapterError as error:
+            except Refusal as error:
                 log.warning("watchers learn nothing new: %s", error.message)
                 await asyncio.sleep(self._poll_seconds)
 

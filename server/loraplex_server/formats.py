@@ -6,8 +6,8 @@ from pathlib import Path
 
 import typer
 from loraplex_adapters.convert.importers import adapterhub
-from loraplex_adapters.errors import AdapterError
 from loraplex_adapters.format import matrix
+from loraplex_model.base.refusal import Refusal
 
 
 def support_matrix() -> None:
@@ -19,9 +19,9 @@ def import_adapterhub(source: Path, target: Path) -> None:
     """Convert an AdapterHub bottleneck adapter into the new directory TARGET, if that is exact."""
     try:
         adapterhub.convert(source, target)
-    except AdapterError as error:
-        for finding in error.findings:
-            typer.echo(f"error: {finding.reason}: {finding.message}", err=True)
+    except Refusal as refusal:
+        for problem in refusal.problems:
+            typer.echo(f"error: {problem.reason}: {problem.message}", err=True)
         raise typer.Exit(1) from None
     typer.echo(f"converted to {target}; register it to check it against a base")
 

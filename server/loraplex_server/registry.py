@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-from loraplex_adapters.errors import AdapterError
 from loraplex_adapters.format.examine import Report, examine
 from loraplex_adapters.format.files import Directory, open_below, open_directory
 from loraplex_adapters.format.spec import BaseShapes, Limits
 from loraplex_adapters.store import Page, Record, Store, Upload
+from loraplex_model.base.refusal import Refusal
 
 from loraplex_server.engine.messages import AdapterRef, AdapterStatus
-from loraplex_server.engine.process.client import EngineClient, EngineFailure
+from loraplex_server.engine.process.client import EngineClient
 from loraplex_server.feed import AdapterFeed, Catalogue
 from loraplex_server.metrics import Metrics
 from loraplex_server.name_cache import NameCache
@@ -62,7 +62,7 @@ class Terms:
 class Registry:
     """Registers, finds and forgets adapters, and moves them between the store and the device.
 
-    Every method may raise `AdapterError`; those that move adapters also `EngineFailure`. Nothing
+    Every method may raise `Refusal`; those that move adapters also `Refusal`. Nothing
     here blocks the event loop: files and the index are touched in worker threads only.
     """
 
@@ -149,7 +149,7 @@ class Registry:
     async def set_alias(self, alias: str, adapter_id: str, expected: str | None) -> Record:
         """Points an alias; `expected` is where it must point now ("": nowhere), None is anywhere.
 
-        Raises AdapterError(ADAPTER_CONFLICT) when it points elsewhere.
+        Raises Refusal(ADAPTER_CONFLICT) when it points elsewhere.
         """
 
         def work() -> Record:
@@ -240,7 +240,7 @@ class Registry:
         deadline = None if drain is None else time.monotonic() + drain
         try:
             await self._engine.unload(adapter.digest, force, deadline)
-        except EngineFailure:
+        except Refusal:
             self._metrics.adapter_unloaded("error")
             raise
         self._metrics.adapter_unloaded("ok")
@@ -346,7 +346,7 @@ class Registry:
             if record is None or record.version != alias.version:
                 try:
                     record = self._store.get(alias.name, alias.version)
-                except AdapterError as error:
+                except Refusal as error:
                     if error.reason != "ADAPTER_NOT_FOUND":
                         raise
                     continue

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Annotated, Any, Final, NoReturn, get_type_hints
 
 import typer
-from loraplex_adapters.errors import AdapterError
 from loraplex_adapters.format.spec import Limits
 from loraplex_adapters.store import Store, Verified
-from loraplex_model.base.refusal import ModelError
+from loraplex_model.base.refusal import BASE_MODEL_REASONS, Refusal
 from rich.console import Console, RenderableType
 
 from loraplex_server import store_tables as tables
@@ -93,11 +92,8 @@ def _command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
             try:
                 with Store(config.store, config.store_url.get_secret_value()) as store:
                     work(Shell(store, config, as_json), **arguments)
-            except AdapterError as error:
-                _fail(error)
-            except ModelError as error:
-                typer.echo(f"error: {error.reason}: {error.message}", err=True)
-                raise typer.Exit(ExitCode.NO_MODEL) from None
+            except Refusal as refusal:
+                _fail(refusal)
 
         run.__doc__ = work.__doc__
         run.__signature__ = inspect.Signature([*own, *common])  # type: ignore[attr-defined]
@@ -276,13 +272,15 @@ def _verified(store: Store, adapter_id: str) -> Verified:
     record = store.resolve(adapter_id)
     try:
         store.verify(record.digest)
-    except AdapterError as error:
+    except Refusal as error:
         return Verified(record.digest, (record.id,), error)
     return Verified(record.digest, (record.id,), None)
 
 
-def _fail(error: AdapterError) -> NoReturn:
-    for finding in error.findings:
-        typer.echo(f"error: {finding.reason}: {finding.message}", err=True)
-    broken = error.reason in _STORE_REASONS
+def _fail(refusal: Refusal) -> NoReturn:
+    for problem in refusal.problems:
+        typer.echo(f"error: {problem.reason}: {problem.message}", err=True)
+    if refusal.reason in BASE_MODEL_REASONS:
+        raise typer.Exit(ExitCode.NO_MODEL) from None
+    broken = refusal.reason in _STORE_REASONS
     raise typer.Exit(ExitCode.STORE_UNUSABLE if broken else REFUSED) from None

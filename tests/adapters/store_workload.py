@@ -11,10 +11,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from adapters.adapter_files import BASE
-from loraplex_adapters.errors import AdapterError
 from loraplex_adapters.format.examine import inspect
 from loraplex_adapters.format.files import CONFIG_FILE, WEIGHTS_FILE
 from loraplex_adapters.store import Store, blobs
+from loraplex_model.base.refusal import Refusal
 
 from adapters import stores
 
@@ -104,14 +104,14 @@ def _check_what_was_acknowledged(store: Store, acknowledged: set[str]) -> None:
     for name, step in (("back", "restored"), ("sent", "sent")):
         try:
             assert store.resolve(name).version == 1
-        except AdapterError:
+        except Refusal:
             assert step not in acknowledged, name
     damaged = [verified.versions for verified in store.verify_all() if verified.error is not None]
     assert damaged in ([[]] if "mended" in acknowledged else [[], [("bad@1",)]])
 
 
 def _check_that_all_can_be_done_again(store: Store, root: Path, top: Path) -> None:
-    with suppress(AdapterError):
+    with suppress(Refusal):
         store.restore("back")
     store.register("victim", top / "source-1", BASE, replace=True, labels={"step": "1"})
     assert store.resolve("victim").version == 2

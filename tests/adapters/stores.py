@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from adapters.adapter_files import everywhere, lora_config, lora_tensors, write_adapter
-from loraplex_adapters.errors import AdapterError
+from loraplex_model.base.refusal import Refusal
 
 from adapters import postgres
 
@@ -37,7 +37,7 @@ def adapters(folder: Path, count: int) -> list[Path]:
 
 def refusal(call: Any, *args: Any, **kwargs: Any) -> tuple[str, str]:
     """Reason and field of the error that a call must raise."""
-    with pytest.raises(AdapterError) as refused:
+    with pytest.raises(Refusal) as refused:
         call(*args, **kwargs)
     return refused.value.reason, refused.value.field
 

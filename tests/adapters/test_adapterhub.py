@@ -12,9 +12,9 @@ import pytest
 import torch
 from adapters.adapter_files import BASE, weights_bytes
 from loraplex_adapters.convert.importers.adapterhub import convert
-from loraplex_adapters.errors import AdapterError
 from loraplex_adapters.format.examine import inspect
 from loraplex_adapters.format.spec import AdapterSpec
+from loraplex_model.base.refusal import Refusal
 from safetensors.torch import load_file, save_file
 
 HIDDEN = BASE.hidden_size
@@ -182,9 +182,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 def test_what_would_not_be_exact_is_refused_by_its_name(
     changes: dict[str, Any], field: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(AdapterError) as refused:
+    with pytest.raises(Refusal) as refused:
         converted(tmp_path, {**PFEIFFER, **changes})
-    assert [(f.reason, f.field) for f in refused.value.findings] == [("ADAPTER_UNSUPPORTED", field)]
+    assert [(f.reason, f.field) for f in refused.value.problems] == [("ADAPTER_UNSUPPORTED", field)]
     assert not (tmp_path / "ours").exists()
 
 
@@ -193,7 +193,7 @@ def test_a_layer_norm_among_the_tensors_is_refused(tmp_path: Path) -> None:
     place = "model.layers.0.output_adapters.adapters.task"
     tensors[f"{place}.adapter_norm_before.weight"] = torch.ones(HIDDEN)
     source = write(tmp_path / "theirs", PFEIFFER, tensors)
-    with pytest.raises(AdapterError, match="adapter_norm_before"):
+    with pytest.raises(Refusal, match="adapter_norm_before"):
         convert(source, tmp_path / "ours")
 
 
@@ -201,7 +201,7 @@ def test_a_layer_norm_among_the_tensors_is_refused(tmp_path: Path) -> None:
 def test_a_layer_that_is_missing_is_not_left_out_by_itself(lost: int, tmp_path: Path) -> None:
     tensors = {k: v for k, v in theirs(HOULSBY).items() if f"s.{lost}.attention" not in k}
     source = write(tmp_path / "theirs", HOULSBY, tensors)
-    with pytest.raises(AdapterError, match="has no weights"):
+    with pytest.raises(Refusal, match="has no weights"):
         convert(source, tmp_path / "ours")
 
 
@@ -212,7 +212,7 @@ def test_other_models_heads_and_pickles_are_refused(tmp_path: Path) -> None:
         source = write(tmp_path / f"theirs{number}", PFEIFFER, **outer)
         if name:
             (source / name).write_bytes(b"\x80\x04")
-        with pytest.raises(AdapterError) as refused:
+        with pytest.raises(Refusal) as refused:
             convert(source, tmp_path / "ours")
         assert refused.value.reason == "ADAPTER_UNSUPPORTED"
         assert refused.value.field == (name or "model_type")
@@ -223,7 +223,7 @@ def test_a_broken_weights_file_is_named(tmp_path: Path) -> None:
     (source / "adapter.safetensors").write_bytes(
         weights_bytes({"x": np.zeros((1, 1), np.float32)})[:-1]
     )
-    with pytest.raises(AdapterError) as refused:
+    with pytest.raises(Refusal) as refused:
         convert(source, tmp_path / "ours")
     assert refused.value.reason == "ADAPTER_INVALID"
     assert refused.value.field == "adapter.safetensors"

@@ -11,13 +11,13 @@ import pytest
 from adapters.adapter_files import BASE, everywhere, lora_config, lora_tensors, write_adapter
 from hypothesis import given
 from hypothesis import strategies as st
-from loraplex_adapters.errors import AdapterError
 from loraplex_adapters.format.config import parse_config
 from loraplex_adapters.format.examine import examine, inspect
 from loraplex_adapters.format.kinds import KINDS
 from loraplex_adapters.format.spec import Limits
 from loraplex_adapters.format.strict_json import loads
 from loraplex_adapters.format.support import Support
+from loraplex_model.base.refusal import Refusal
 
 UNSUPPORTED = sorted(k for k, o in KINDS["LORA"].options.items() if o.support is Support.REFUSED)
 
@@ -138,7 +138,7 @@ HARMLESS: list[tuple[str, Any]] = [
 
 @pytest.mark.parametrize("config", BROKEN.values(), ids=BROKEN)
 def test_json_with_two_meanings_or_none_is_refused(config: bytes, tmp_path: Path) -> None:
-    with pytest.raises(AdapterError) as refused:
+    with pytest.raises(Refusal) as refused:
         inspect(write_adapter(tmp_path, config), BASE)
     assert refused.value.reason == "ADAPTER_INVALID"
     assert refused.value.field == "adapter_config.json"
@@ -185,16 +185,16 @@ def test_all_findings_are_reported_at_once(tmp_path: Path) -> None:
     config = lora_config(use_qalora=True, bias="odd", r=5, layer_replication=[[0, 1]])
     tensors = lora_tensors(everywhere("q_proj", "v_proj"))
     tensors["surprise"] = tensors.popitem()[1]
-    with pytest.raises(AdapterError) as refused:
+    with pytest.raises(Refusal) as refused:
         inspect(write_adapter(tmp_path, config, tensors), BASE)
-    fields = {f.field for f in refused.value.findings}
+    fields = {f.field for f in refused.value.problems}
     assert {"use_qalora", "bias", "layer_replication", "r", "surprise"} <= fields
-    first = refused.value.findings[0]
+    first = refused.value.problems[0]
     assert (refused.value.reason, refused.value.message) == (first.reason, first.message)
 
 
 def test_a_configuration_of_more_than_64_kib_is_not_read(tmp_path: Path) -> None:
-    with pytest.raises(AdapterError) as refused:
+    with pytest.raises(Refusal) as refused:
         inspect(write_adapter(tmp_path, lora_config(revision="x" * 65536)), BASE)
     assert refused.value.reason == "ADAPTER_TOO_LARGE"
     assert refused.value.field == "adapter_config.json"
@@ -211,7 +211,7 @@ def test_limits_are_the_callers(tmp_path: Path) -> None:
         (Limits(max_scale=1.9), "ADAPTER_INVALID"),
         (Limits(max_abs_value=0.5), "ADAPTER_INVALID"),
     ):
-        with pytest.raises(AdapterError) as refused:
+        with pytest.raises(Refusal) as refused:
             inspect(source, BASE, limits)
         assert refused.value.reason == reason
 

@@ -24,11 +24,11 @@ from loraplex_adapters.convert.export.blend import (
 )
 from loraplex_adapters.convert.export.factors import EMBEDDING, Factors, delta_of, factors_of
 from loraplex_adapters.convert.export.peft_files import write_peft
-from loraplex_adapters.errors import AdapterError
 from loraplex_adapters.format.examine import inspect
 from loraplex_model.adapters.delta import AdapterDelta
 from loraplex_model.base.config import MODEL
 from loraplex_model.base.families import tensor_name
+from loraplex_model.base.refusal import Refusal
 from model.changes import random_adapter
 from peft.utils import merge_utils
 from transformers import AutoModelForCausalLM
@@ -198,7 +198,7 @@ def test_ranks_that_differ_are_written_so_that_no_two_keys_overlap(
 )
 def test_what_a_and_b_cannot_say_is_refused(kind: str, bases: Bases) -> None:
     delta = random_adapter(kind, bases("llama").weights.config, seed=0)
-    with pytest.raises(AdapterError) as refused:
+    with pytest.raises(Refusal) as refused:
         factors_of(delta, "a blend")
     assert refused.value.reason == "EXPORT_UNSUPPORTED"
 
@@ -216,13 +216,13 @@ def test_what_a_and_b_cannot_say_is_refused(kind: str, bases: Bases) -> None:
     ],
 )
 def test_a_recipe_says_all_and_nothing_else(options: dict[str, Any], field: str) -> None:
-    with pytest.raises(AdapterError) as refused:
+    with pytest.raises(Refusal) as refused:
         blend([], Recipe(**options))
     assert (refused.value.reason, refused.value.field) == ("FIELD_INVALID", field)
 
 
 def test_weights_that_are_no_numbers_are_refused() -> None:
     factors = dict.fromkeys(everywhere("q_proj"), random_factors(2, 32, 32, 0))
-    with pytest.raises(AdapterError) as refused:
+    with pytest.raises(Refusal) as refused:
         blend([(factors, float("nan"))], Recipe(Method.CAT))
     assert refused.value.field == "weights"

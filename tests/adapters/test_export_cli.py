@@ -13,9 +13,9 @@ from adapters.peft_files import CASES, lora, write
 from adapters.test_adapterhub import PFEIFFER
 from adapters.test_adapterhub import write as write_adapterhub
 from loraplex_adapters.convert.export.directory import staged
-from loraplex_adapters.errors import AdapterError
 from loraplex_adapters.format.examine import inspect
 from loraplex_adapters.store import Store
+from loraplex_model.base.refusal import Refusal
 from loraplex_server.cli import app
 from typer.testing import CliRunner
 
@@ -182,7 +182,7 @@ def test_a_directory_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> N
             out.mkdir()
             (out / "someone").write_text("else's")
 
-    with pytest.raises(AdapterError) as failed:
+    with pytest.raises(Refusal) as failed:
         race()
     assert failed.value.reason == "EXPORT_FAILED"
     assert [path.name for path in out.iterdir()] == ["someone"]

@@ -12,8 +12,8 @@ import torch
 from adapters.export_bases import PROMPT, Bases, agree
 from loraplex_adapters.convert.export.base import LIMITS
 from loraplex_adapters.convert.export.mutated import convert
-from loraplex_adapters.errors import AdapterError
 from loraplex_adapters.format.examine import inspect
+from loraplex_model.base.refusal import Refusal
 from safetensors.torch import load_file, save_file
 
 from model import tiny
@@ -103,7 +103,7 @@ def test_what_cannot_be_converted_is_refused(
     trained(tmp_path, OPTIONS["pissa"])
     path = tmp_path / "raw/adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    with pytest.raises(AdapterError) as refused:
+    with pytest.raises(Refusal) as refused:
         convert(tmp_path / "raw", tmp_path / "initial", tmp_path / "ours")
     assert refused.value.reason == reason
     assert not (tmp_path / "ours").exists()
@@ -116,6 +116,6 @@ def test_an_initial_adapter_of_other_modules_is_refused(tmp_path: Path) -> None:
     tensors = load_file(file)
     tensors.pop(next(iter(sorted(tensors))))
     save_file(tensors, file)
-    with pytest.raises(AdapterError) as refused:
+    with pytest.raises(Refusal) as refused:
         convert(tmp_path / "raw", tmp_path / "initial", tmp_path / "ours")
     assert (refused.value.reason, refused.value.field) == ("ADAPTER_INVALID", "initial")

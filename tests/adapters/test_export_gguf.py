@@ -14,9 +14,9 @@ from gguf import GGUFReader
 from loraplex_adapters.convert.export.base import open_adapter
 from loraplex_adapters.convert.export.factors import EMBEDDING, factors_of
 from loraplex_adapters.convert.export.gguf_adapter import FILE, tensor_name, write_gguf
-from loraplex_adapters.errors import AdapterError
 from loraplex_model.adapters.delta import AdapterDelta
 from loraplex_model.base.config import DecoderConfig
+from loraplex_model.base.refusal import Refusal
 from loraplex_model.checkpoints.gguf_file import _halves
 from model.changes import random_adapter
 
@@ -122,10 +122,10 @@ def test_what_llama_cpp_cannot_apply_is_refused(bases: Bases, tmp_path: Path) ->
     for kind in ("embedding", "head"):
         delta = random_adapter(kind, tied, seed=0)
         factors = factors_of(delta, "a gguf adapter")
-        with pytest.raises(AdapterError, match="ties") as refused:
+        with pytest.raises(Refusal, match="ties") as refused:
             write_gguf(tmp_path / "out", factors, tied, name="test")
         assert refused.value.reason == "EXPORT_UNSUPPORTED"
-    with pytest.raises(AdapterError, match="changes nothing"):
+    with pytest.raises(Refusal, match="changes nothing"):
         factors_of(AdapterDelta(), "a gguf adapter")
 
 

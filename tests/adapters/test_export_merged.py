@@ -14,8 +14,8 @@ from adapters.peft_files import CASES, write
 from loraplex_adapters.convert.export.account import measure, total
 from loraplex_adapters.convert.export.base import ExportBase, open_adapter, open_base
 from loraplex_adapters.convert.export.merged import LEAST_RETAINED, write_dense, write_nf4
-from loraplex_adapters.errors import AdapterError
 from loraplex_model.adapters.delta import Activation, AdapterDelta, SiteDelta
+from loraplex_model.base.refusal import Refusal
 from loraplex_model.ops import nf4
 from model.changes import random_adapter, random_prompt
 from model.peft_oracle import _compute_as_asked
@@ -156,7 +156,7 @@ def test_what_no_weight_can_hold_is_refused(bases: Bases, tmp_path: Path) -> Non
         (AdapterDelta({(1, "mlp_bottleneck"): bottleneck}), "mlp bottleneck"),
         (AdapterDelta({(0, "o_proj"): SiteDelta(bias=torch.ones(64))}), "o_proj"),
     ):
-        with pytest.raises(AdapterError, match=word) as refused:
+        with pytest.raises(Refusal, match=word) as refused:
             write_dense(tmp_path / "out", base, delta, torch.float32, stamps={})
         assert refused.value.reason == "EXPORT_UNSUPPORTED"
         assert not (tmp_path / "out").exists()
@@ -180,7 +180,7 @@ def test_nf4_rounds_small_changes_away_and_keeps_large_ones(
 def test_an_nf4_merge_that_loses_the_change_is_refused(bases: Bases, tmp_path: Path) -> None:
     base = bases("llama")
     delta = small_lora(base, 0.003)
-    with pytest.raises(AdapterError, match="--force") as refused:
+    with pytest.raises(Refusal, match="--force") as refused:
         write_nf4(tmp_path / "out", base, delta, torch.float32, stamps={})
     assert refused.value.reason == "EXPORT_DELTA_LOST"
     kept = write_nf4(tmp_path / "forced", base, delta, torch.float32, stamps={}, force=True)
@@ -192,7 +192,7 @@ def test_a_large_change_of_the_head_does_not_hide_a_lost_one(bases: Bases, tmp_p
     base = bases("llama")
     head = random_adapter("whole-head", base.weights.config, seed=0)
     delta = AdapterDelta({**small_lora(base, 0.003).sites, **head.sites})
-    with pytest.raises(AdapterError) as refused:
+    with pytest.raises(Refusal) as refused:
         write_nf4(tmp_path / "out", base, delta, torch.float32, stamps={})
     assert refused.value.reason == "EXPORT_DELTA_LOST"
 
@@ -249,7 +249,7 @@ def test_an_nf4_merge_is_read_back_by_us_and_by_transformers(
 def test_a_gguf_base_whose_positions_no_configuration_can_say_is_refused(tmp_path: Path) -> None:
     file = write_gguf_base("llama-rope-llama3", tmp_path / "base.gguf")
     base = open_base(str(file), tmp_path / "cache")
-    with pytest.raises(AdapterError, match="scales positions") as refused:
+    with pytest.raises(Refusal, match="scales positions") as refused:
         write_dense(tmp_path / "out", base, AdapterDelta(), torch.float32, stamps={})
     assert refused.value.reason == "EXPORT_UNSUPPORTED"
 
@@ -274,6 +274,6 @@ def test_the_tokenizer_comes_along(bases: Bases, tmp_path: Path) -> None:
 def test_an_adapter_that_does_not_fit_is_refused_as_by_the_server(
     bases: Bases, tmp_path: Path
 ) -> None:
-    with pytest.raises(AdapterError) as refused:
+    with pytest.raises(Refusal) as refused:
         open_adapter(write_adapter(tmp_path), bases("llama"))
     assert refused.value.reason == "BASE_MODEL_MISMATCH"

@@ -15,9 +15,9 @@ import pytest
 from adapters.adapter_files import BASE, write_adapter
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from loraplex_adapters.errors import AdapterError
 from loraplex_adapters.format.examine import inspect
 from loraplex_adapters.format.files import open_below, open_directory, resolve_below
+from loraplex_model.base.refusal import Refusal
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -49,7 +49,7 @@ def test_only_regular_files_are_opened(
     source = write_adapter(tmp_path / "a")
     (source / name).rename(source / "elsewhere")
     make(source / name)
-    with pytest.raises(AdapterError) as refused:
+    with pytest.raises(Refusal) as refused:
         inspect(source, BASE)
     assert (refused.value.reason, refused.value.field) == ("ADAPTER_INVALID", name)
 
@@ -62,7 +62,7 @@ def test_a_device_is_not_opened(tmp_path: Path) -> None:
         os.mknod(source / WEIGHTS, stat.S_IFCHR | 0o600, os.makedev(1, 5))  # /dev/zero
     except PermissionError:
         pytest.skip("devices cannot be made here")
-    with pytest.raises(AdapterError, match="regular"):
+    with pytest.raises(Refusal, match="regular"):
         inspect(source, BASE)
 
 
@@ -81,7 +81,7 @@ def test_a_file_swapped_between_the_look_and_the_open_is_refused(
 
     with open_directory(source) as directory:
         monkeypatch.setattr("loraplex_adapters.format.files.os.lstat", look_then_swap)
-        with pytest.raises(AdapterError) as refused:
+        with pytest.raises(Refusal) as refused:
             directory.open_config()
     assert (refused.value.reason, refused.value.field) == ("ADAPTER_INVALID", CONFIG)
 
@@ -90,14 +90,14 @@ def test_a_file_that_shrinks_while_it_is_read_is_a_typed_error(tmp_path: Path) -
     source = write_adapter(tmp_path)
     with open_directory(source) as directory, directory.open_weights(1 << 30) as weights:
         os.truncate(source / WEIGHTS, 100)
-        with pytest.raises(AdapterError, match="shorter"):
+        with pytest.raises(Refusal, match="shorter"):
             weights.read(0, weights.size)
 
 
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
 def test_a_missing_file_is_named(name: str, tmp_path: Path) -> None:
     (write_adapter(tmp_path) / name).unlink()
-    with pytest.raises(AdapterError) as refused:
+    with pytest.raises(Refusal) as refused:
         inspect(tmp_path, BASE)
     assert (refused.value.reason, refused.value.field) == ("ADAPTER_INVALID", name)
 
@@ -108,7 +108,7 @@ def test_a_missing_file_is_named(name: str, tmp_path: Path) -> None:
 def test_pickled_weights_are_refused_with_the_way_out(pickle: str, tmp_path: Path) -> None:
     source = write_adapter(tmp_path)
     (source / WEIGHTS).rename(source / pickle)
-    with pytest.raises(AdapterError, match="safe_serialization") as refused:
+    with pytest.raises(Refusal, match="safe_serialization") as refused:
         inspect(source, BASE)
     assert (refused.value.reason, refused.value.field) == ("ADAPTER_UNSUPPORTED", pickle)
 
@@ -192,7 +192,7 @@ def test_a_path_stays_below_the_root_in_plain_form(relative: str, root: Path) ->
     if relative == "a/":
         assert resolve_below(root, relative) == root / "a"
         return
-    with pytest.raises(AdapterError) as refused:
+    with pytest.raises(Refusal) as refused:
         open_below(root, relative)
     assert (refused.value.reason, refused.value.field) == ("FIELD_INVALID", "path")
     assert str(root) not in refused.value.message
@@ -211,7 +211,7 @@ def test_whatever_the_path_only_real_directories_below_the_root_open(
     try:
         with open_below(root, relative) as directory:
             found = directory
-    except AdapterError as error:
+    except Refusal as error:
         assert error.reason == "FIELD_INVALID"  # noqa: PT017
         return
     assert found is not None
@@ -226,7 +226,7 @@ def test_the_root_itself_may_be_a_link(root: Path, tmp_path: Path) -> None:
 
 
 def test_a_missing_root_is_the_servers_fault(tmp_path: Path) -> None:
-    with pytest.raises(AdapterError) as refused:
+    with pytest.raises(Refusal) as refused:
         open_below(tmp_path / "none", "a")
     assert refused.value.reason == "STORE_UNAVAILABLE"
 
@@ -237,6 +237,6 @@ def test_descriptors_are_given_back(root: Path) -> None:
         try:
             with open_below(root, relative) as source:
                 inspect(source, BASE)
-        except AdapterError:
+        except Refusal:
             pass
     assert len(os.listdir("/proc/self/fd")) == before

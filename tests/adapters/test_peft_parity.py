@@ -10,9 +10,9 @@ import pytest
 import torch
 from adapters.peft_files import base_shapes
 from adapters.peft_kinds import Gallery
-from loraplex_adapters.errors import AdapterError
 from loraplex_adapters.format.examine import examine, inspect
 from loraplex_adapters.load.tensors import load
+from loraplex_model.base.refusal import Refusal
 from model.peft_oracle import factors_of
 from safetensors.torch import load_file, save_file
 
@@ -160,7 +160,7 @@ def test_overlapping_patterns_that_peft_itself_misreads_are_refused(tmp_path: Pa
     trained = factors_of(save(tmp_path, options), "default")
     reloaded = factors_of(reload(tmp_path), "default")
     assert trained[0, "v_proj"].scale != reloaded[0, "v_proj"].scale, "PEFT mended it: serve them"
-    with pytest.raises(AdapterError, match="order") as refused:
+    with pytest.raises(Refusal, match="order") as refused:
         inspect(tmp_path, BASE)
     assert (refused.value.reason, refused.value.field) == ("ADAPTER_UNSUPPORTED", "alpha_pattern")
 
@@ -180,7 +180,7 @@ def test_a_refused_initialisation_names_the_way_out_and_the_way_out_works(tmp_pa
     model.save_pretrained(
         tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "initial")
     )
-    with pytest.raises(AdapterError, match="convert --from pissa --initial DIR"):
+    with pytest.raises(Refusal, match="convert --from pissa --initial DIR"):
         inspect(tmp_path / "raw", BASE)
     assert inspect(tmp_path / "plain", BASE).rank == 16
 

@@ -16,11 +16,11 @@ import sqlalchemy as sa
 from adapters.adapter_files import BASE, everywhere, lora_config, lora_tensors, write_adapter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from loraplex_adapters.errors import AdapterError
 from loraplex_adapters.format.examine import inspect
 from loraplex_adapters.format.files import open_directory
 from loraplex_adapters.format.spec import BaseShapes, Limits
 from loraplex_adapters.store import Record, Store
+from loraplex_model.base.refusal import Refusal
 
 
 def adapter(directory: Path, seed: int = 0, **changes: Any) -> Path:
@@ -41,7 +41,7 @@ def sources(tmp_path: Path) -> list[Path]:
 
 
 def refusal(call: Any, *args: Any, **kwargs: Any) -> tuple[str, str]:
-    with pytest.raises(AdapterError) as refused:
+    with pytest.raises(Refusal) as refused:
         call(*args, **kwargs)
     return refused.value.reason, refused.value.field
 
@@ -239,11 +239,11 @@ def test_no_id_gives_anything_but_an_adapter_or_a_typed_error(
 ) -> None:
     try:
         assert shared.resolve(adapter_id).name == "a"
-    except AdapterError as error:
+    except Refusal as error:
         assert error.reason in ("FIELD_INVALID", "ADAPTER_NOT_FOUND")  # noqa: PT017
     try:
         shared.path(adapter_id)
-    except AdapterError as error:
+    except Refusal as error:
         assert error.reason == "FIELD_INVALID"  # noqa: PT017
 
 
@@ -387,7 +387,7 @@ def test_an_index_without_room_is_a_typed_error(tmp_path: Path, sources: list[Pa
             for n in range(400):
                 try:
                     store.register(f"a{n}", sources[0], BASE)
-                except AdapterError as error:
+                except Refusal as error:
                     reasons.add(error.reason)
                     break
         assert reasons == {"STORE_FULL"}

@@ -16,7 +16,7 @@ from adapters.adapter_files import BASE, everywhere, lora_tensors, write_adapter
 CRASHES = """
 import json, os, shutil, signal, sys
 from pathlib import Path
-from loraplex_adapters.errors import AdapterError
+from loraplex_model.base.refusal import Refusal
 from loraplex_adapters.format.spec import BaseShapes
 from loraplex_adapters.store import Store, blobs
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from adapters.adapter_files import BASE
 from adapters.stores import DATABASES, blobs, refusal, rubbish
-from loraplex_adapters.errors import AdapterError
 from loraplex_adapters.store import Collected, Store
 from loraplex_model.base import faults
+from loraplex_model.base.refusal import Refusal
 
 from adapters import stores
 
@@ -151,7 +151,7 @@ import json, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[4])
 from adapters.adapter_files import BASE
-from loraplex_adapters.errors import AdapterError
+from loraplex_model.base.refusal import Refusal
 from loraplex_adapters.store import Store
 
 top, url, role = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
@@ -225,5 +225,5 @@ def test_verify_all_names_what_is_damaged_and_who_needs_it(
     assert found[sound].error is None
     assert found[damaged].versions == ("a@1", "b@1")
     error = found[damaged].error
-    assert isinstance(error, AdapterError)
+    assert isinstance(error, Refusal)
     assert error.reason == "ADAPTER_CORRUPT"

@@ -19,9 +19,9 @@ from adapters.adapter_files import (
 )
 from adapters.peft_files import base_shapes
 from adapters.peft_kinds import Gallery
-from loraplex_adapters.errors import AdapterError
 from loraplex_adapters.format.examine import inspect
 from loraplex_adapters.load.tensors import load
+from loraplex_model.base.refusal import Refusal
 from loraplex_model.base.weights import BaseWeights
 
 BASE = base_shapes("llama")
@@ -62,7 +62,7 @@ def test_changed_bytes_are_never_used(
         (tmp_path / file).unlink()
     else:
         (tmp_path / file).write_bytes(changed.get(harm, data[:-1]))
-    with pytest.raises(AdapterError) as refused:
+    with pytest.raises(Refusal) as refused:
         load(tmp_path, spec.digest, BASE, weights)
     assert (refused.value.reason, refused.value.field) == ("ADAPTER_CORRUPT", spec.digest)
 
@@ -72,7 +72,7 @@ def test_an_adapter_of_another_base_is_refused_at_load(
 ) -> None:
     digest = inspect(write(tmp_path), BASE).digest
     wider = {name: (i * 2, o * 2) for name, (i, o) in BASE.projections.items()}
-    with pytest.raises(AdapterError) as refused:
+    with pytest.raises(Refusal) as refused:
         load(tmp_path, digest, replace(BASE, projections=wider), weights)
     assert refused.value.reason == "BASE_MODEL_MISMATCH"
 

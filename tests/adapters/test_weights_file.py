@@ -26,9 +26,9 @@ from adapters.adapter_files import (
 )
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from loraplex_adapters.errors import AdapterError
 from loraplex_adapters.format.examine import examine, inspect
 from loraplex_adapters.format.header import MAX_HEADER_BYTES, read_header
+from loraplex_model.base.refusal import Refusal
 
 TENSORS = lora_tensors(everywhere("q_proj", "v_proj"))
 SOUND = weights_bytes(TENSORS)
@@ -108,7 +108,7 @@ def test_a_file_that_is_not_exactly_its_header_is_refused(
     weights: bytes | Callable[[], bytes], tmp_path: Path
 ) -> None:
     data = weights if isinstance(weights, bytes) else weights()
-    with pytest.raises(AdapterError) as refused:
+    with pytest.raises(Refusal) as refused:
         inspect(write_adapter(tmp_path, weights=data), BASE)
     assert refused.value.reason == "ADAPTER_INVALID"
     assert len(refused.value.message) < 600
@@ -116,14 +116,14 @@ def test_a_file_that_is_not_exactly_its_header_is_refused(
 
 @pytest.mark.parametrize("dtype", ["F64", "I8", "I32", "BOOL", "F8_E4M3", "f32", "", "U64"])
 def test_other_dtypes_are_refused_with_the_tensors_name(dtype: str, tmp_path: Path) -> None:
-    with pytest.raises(AdapterError) as refused:
+    with pytest.raises(Refusal) as refused:
         inspect(write_adapter(tmp_path, weights=edited(dtype=dtype)), BASE)
     assert (refused.value.reason, refused.value.field) == ("ADAPTER_UNSUPPORTED", FIRST)
 
 
 @pytest.mark.parametrize("magic", [b"PK\x03\x04", b"\x80\x02}q\0c", b"\x80\x04\x95\x1b\0\0\0\0\0"])
 def test_a_pickle_under_the_right_name_is_recognised(magic: bytes, tmp_path: Path) -> None:
-    with pytest.raises(AdapterError, match="pickle") as refused:
+    with pytest.raises(Refusal, match="pickle") as refused:
         inspect(write_adapter(tmp_path, weights=magic + b"\x01" * 100), BASE)
     assert refused.value.reason == "ADAPTER_UNSUPPORTED"
 
@@ -139,7 +139,7 @@ def test_what_is_accepted_the_library_reads_alike(data: st.DataObject) -> None:
         mutated[position] = data.draw(st.integers(0, 255))
     try:
         header = read_header(lambda at, n: bytes(mutated[at : at + n]), len(mutated))
-    except AdapterError:
+    except Refusal:
         return
     tensors = load(bytes(mutated))
     assert {t.name: t.shape for t in header.tensors} == {n: t.shape for n, t in tensors.items()}
@@ -153,7 +153,7 @@ def test_what_is_accepted_the_library_reads_alike(data: st.DataObject) -> None:
 def test_no_bytes_raise_anything_but_the_typed_error(data: bytes) -> None:
     try:
         header = read_header(lambda at, n: data[at : at + n], len(data))
-    except AdapterError:
+    except Refusal:
         return
     assert header.tensors[-1].end == len(data)
 
@@ -213,7 +213,7 @@ LAST = list(TENSORS)[-1]
 def test_an_element_that_is_not_finite_or_too_large_is_found(
     name: str, position: int, value: float, tmp_path: Path
 ) -> None:
-    with pytest.raises(AdapterError) as refused:
+    with pytest.raises(Refusal) as refused:
         inspect(write_adapter(tmp_path, weights=changed(name, position, value)), BASE)
     assert (refused.value.reason, refused.value.field) == ("ADAPTER_INVALID", name)
 
@@ -316,7 +316,7 @@ def test_a_tensor_without_a_place_in_this_base_fails_the_load(
 def test_a_missing_half_fails_the_load(half: str, tmp_path: Path) -> None:
     lost = key(1, "v_proj", half)
     tensors = {n: t for n, t in TENSORS.items() if n != lost}
-    with pytest.raises(AdapterError) as refused:
+    with pytest.raises(Refusal) as refused:
         inspect(write_adapter(tmp_path, weights=tensors), BASE)
     assert (refused.value.reason, refused.value.field) == ("ADAPTER_INVALID", lost)
 
@@ -346,7 +346,7 @@ def reshaped(name: str, *shape: int) -> bytes:
 def test_shapes_have_to_be_those_of_the_base_and_the_rank(
     weights: bytes, reason: str, field: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(AdapterError) as refused:
+    with pytest.raises(Refusal) as refused:
         inspect(write_adapter(tmp_path, weights=weights), BASE)
     assert (refused.value.reason, refused.value.field) == (reason, field)
 
@@ -368,14 +368,14 @@ def test_a_rank_bomb_is_refused_before_its_bytes_are_read(tmp_path: Path) -> Non
     source = write_adapter(tmp_path, lora_config(target_modules="x"), safetensors_bytes(table, b""))
     file = source / "adapter_model.safetensors"
     os.truncate(file, file.stat().st_size + rank * 256)  # sparse: reading it would be all zeros
-    with pytest.raises(AdapterError) as refused:
+    with pytest.raises(Refusal) as refused:
         inspect(source, BASE)
     assert refused.value.reason == "RANK_TOO_LARGE"
 
 
 def test_an_adapter_of_a_shallower_base_is_not_taken_for_one_of_this(tmp_path: Path) -> None:
     shallow = lora_tensors(everywhere("q_proj", "v_proj", layers=1))
-    with pytest.raises(AdapterError, match="fewer layers") as refused:
+    with pytest.raises(Refusal, match="fewer layers") as refused:
         inspect(write_adapter(tmp_path, weights=shallow), BASE)
     assert refused.value.reason == "BASE_MODEL_MISMATCH"
 
@@ -385,7 +385,7 @@ def test_a_stamped_adapter_serves_on_its_own_base_only(tmp_path: Path) -> None:
     stamped = safetensors_bytes({**table, **entries(TENSORS)}, DATA)
     assert inspect(write_adapter(tmp_path, weights=stamped), BASE).rank == 4
     twin = replace(BASE, fingerprint="sha256:" + "1" * 64)
-    with pytest.raises(AdapterError) as refused:
+    with pytest.raises(Refusal) as refused:
         inspect(tmp_path, twin)
     assert refused.value.reason == "BASE_MODEL_MISMATCH"
     assert refused.value.field == "loraplex_base_fingerprint"

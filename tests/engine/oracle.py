@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from loraplex_adapters.errors import AdapterError
 from loraplex_model.base.batch import ForwardBatch
+from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_server.engine.messages import AdapterRef, ModelInfo
 
 MASK = (1 << 64) - 1
@@ -190,7 +190,7 @@ class OracleRunner:
         else:
             folder = Path(ref.path)
             if not folder.is_dir():
-                raise AdapterError("ADAPTER_INVALID", "there is no such adapter", "path")
+                raise Refusal(Reason.ADAPTER_INVALID, "there is no such adapter", "path")
             size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
             options = self._described(folder, size)
             if (folder / "oracle.json").exists():
@@ -200,7 +200,7 @@ class OracleRunner:
         if "fail" in options:
             if options["fail"] == "crash":
                 raise RuntimeError("a secret of the reader")
-            raise AdapterError(options["fail"], f"made to fail: {options['fail']}", "path")
+            raise Refusal(options["fail"], f"made to fail: {options['fail']}", "path")
         return OracleAdapter(
             ref.digest,
             options.get("nbytes", size),
@@ -321,9 +321,7 @@ class OracleRunner:
 def build(**options: Any) -> OracleRunner:
     """The factory that an engine process is started with; takes the fields of `OracleRunner`."""
     if "refuse" in options:
-        error = RuntimeError("refused")
-        error.reason, error.message = options["refuse"], "this model cannot be served"  # type: ignore[attr-defined]
-        raise error
+        raise Refusal(Reason(options["refuse"]), "this model cannot be served")
     if "explode" in options:
         raise RuntimeError("a secret of the loader")
     if "forbidden" in options:

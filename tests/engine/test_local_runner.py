@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from adapters.adapter_files import everywhere, lora_config, lora_tensors, write_adapter
-from loraplex_adapters.errors import AdapterError
 from loraplex_adapters.format.spec import BaseShapes
 from loraplex_adapters.store import Store
 from loraplex_model.base.batch import ForwardBatch
+from loraplex_model.base.refusal import Refusal
 from loraplex_model.ops import build as kernels
 from loraplex_server.engine.adapters.loader import Job, ReadResult
 from loraplex_server.engine.core import EngineCore
 from loraplex_server.engine.messages import AdapterRef, Output, SamplingParams, Submit
-from loraplex_server.engine.runner.local import LocalRunner, RunnerError, build
+from loraplex_server.engine.runner.local import LocalRunner, build
 
 from model import tiny
 
@@ -66,13 +66,13 @@ def test_without_a_compiler_one_warning_and_the_same_answers(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_missing_device_is_refused_with_what_to_do(checkpoint: Path) -> None:
-    with pytest.raises(RunnerError, match="--device cpu") as refused:
+    with pytest.raises(Refusal, match="--device cpu") as refused:
         start(checkpoint, Path("var/cache"), device="cuda")
     assert refused.value.reason == "NO_CUDA"
 
 
 def test_a_cache_smaller_than_a_block_is_refused(checkpoint: Path) -> None:
-    with pytest.raises(RunnerError, match="kv_memory") as refused:
+    with pytest.raises(Refusal, match="kv_memory") as refused:
         start(checkpoint, Path("var/cache"), kv_tokens=0, kv_memory=1000)
     assert refused.value.reason == "KV_TOO_SMALL"
 
@@ -113,7 +113,7 @@ def test_bytes_that_changed_in_the_store_are_not_loaded(checkpoint: Path, tmp_pa
     weights = Path(ref.path) / "adapter_model.safetensors"
     weights.chmod(0o644)
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
-    with pytest.raises(AdapterError) as refused:
+    with pytest.raises(Refusal) as refused:
         runner.read_adapter(ref)
     assert refused.value.reason == "ADAPTER_CORRUPT"
 

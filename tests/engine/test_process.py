@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from engine.oracle import command, continuation
+from loraplex_model.base.refusal import Refusal
 from loraplex_server.engine.messages import (
     AdapterRef,
     Fatal,
@@ -29,7 +30,7 @@ from loraplex_server.engine.messages import (
     Submit,
 )
 from loraplex_server.engine.process import wire
-from loraplex_server.engine.process.client import EngineClient, EngineFailure, EngineUnavailable
+from loraplex_server.engine.process.client import EngineClient
 
 GREEDY = SamplingParams(temperature=0.0)
 BACKOFF = (0.01, 0.1)
@@ -133,9 +134,9 @@ async def test_loads_and_unloads_are_answered_with_their_reasons() -> None:
         await client.load(ref)
         assert client.adapters["sha256:a"].state == "resident"
         assert client.adapters["sha256:a"].bytes == 5
-        with pytest.raises(EngineFailure) as failed:
+        with pytest.raises(Refusal) as failed:
             await client.load(AdapterRef("sha256:bad", json.dumps({"fail": "ADAPTER_INVALID"})))
-        assert failed.value.failure.reason == "ADAPTER_INVALID"
+        assert failed.value.reason == "ADAPTER_INVALID"
         await client.unload("sha256:a")
         assert client.adapters == {}
         assert [(load.digest, load.error is None) for load in observer.loads] == [
@@ -157,9 +158,9 @@ async def test_pins_merges_and_tiers_are_told_of_as_they_are() -> None:
         assert client.adapters["sha256:b"].prefix_blocks == 2
         await client.merge(a)
         assert client.adapters["sha256:a"].merged_bytes == 40
-        with pytest.raises(EngineFailure) as failed:
+        with pytest.raises(Refusal) as failed:
             await client.merge(b)
-        assert failed.value.failure.reason == "MERGE_BUDGET"
+        assert failed.value.reason == "MERGE_BUDGET"
         alone = await drain(client.submit(ask(1, [1], adapters=[b])))
         assert alone == (continuation([1], [("sha256:b", 1.0)], 5, virtual=6), "length")
         await client.unmerge("sha256:a")
@@ -191,9 +192,9 @@ async def test_kill_9_costs_only_the_running_requests_and_the_engine_comes_back(
         os.kill(client.pid, signal.SIGKILL)
         results = await asyncio.gather(*map(drain, streams))
         assert [outcome for _, outcome in results] == ["ENGINE_RESTARTED"] * 8
-        with pytest.raises(EngineFailure) as failed:
+        with pytest.raises(Refusal) as failed:
             await load
-        assert failed.value.failure.reason == "ENGINE_RESTARTED"
+        assert failed.value.reason == "ENGINE_RESTARTED"
         assert await drain(client.submit(ask(50, [1]))) == ([], "ENGINE_RESTARTED")
         await observer.until(lambda: client.ready)
         assert (client.restarts, observer.restarts, observer.readies) == (1, 1, 2)
@@ -224,7 +225,7 @@ async def test_a_model_that_fails_step_after_step_is_started_afresh() -> None:
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (command(refuse="NO_MODEL"), "NO_MODEL"),
+        (command(refuse="MODEL_NOT_FOUND"), "MODEL_NOT_FOUND"),
         (command(explode=True), "ENGINE_FAULT"),
         (command(limits={"max_running": 0}), "ENGINE_FAULT"),
         (command(num_blocks=0), "ENGINE_FAULT"),
@@ -234,7 +235,7 @@ async def test_a_model_that_fails_step_after_step_is_started_afresh() -> None:
 )
 async def test_an_engine_that_cannot_start_says_why(arguments: list[str], reason: str) -> None:
     client = EngineClient(arguments, Observer(), BACKOFF)
-    with pytest.raises(EngineUnavailable) as failed:
+    with pytest.raises(Refusal) as failed:
         await client.start()
     assert failed.value.reason == reason
     assert "secret" not in failed.value.message

@@ -7,6 +7,7 @@ import itertools
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loraplex_model.base.refusal import Reason
 from loraplex_server.engine.messages import (
     Abort,
     AdapterRef,
@@ -55,14 +56,14 @@ FROM_ENGINE = [
     StepDone(
         [
             Output(7, [1], [Logprobs(1, -0.5, [(1, -0.5)])], started=True),
-            Output(8, error=Failure("OVERLOADED", "full")),
+            Output(8, error=Failure(Reason.OVERLOADED, "full")),
         ],
         STATS,
         [AdapterStatus("sha256:00", "resident", 5, 1, "/store/00", merged_bytes=7, pinned=True)],
     ),
     LoadDone("sha256:00", 0.5, tier="host"),
     MergeDone("sha256:00", True, 0.5, True, 0.2, 0.1),
-    ControlDone(2, Failure("ADAPTER_INVALID", "bad")),
+    ControlDone(2, Failure(Reason.ADAPTER_INVALID, "bad")),
 ]
 
 

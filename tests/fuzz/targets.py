@@ -1,7 +1,7 @@
 """What the fuzzer throws bytes at, and what has to hold whatever the bytes are.
 
 Each target takes bytes and returns nothing; it raises for a broken promise: any exception but
-AdapterError where one is documented, a report that is neither a spec nor findings, a tensor that
+Refusal where one is documented, a report that is neither a spec nor findings, a tensor that
 disappeared, a message that is not fit to be shown.
 """
 
@@ -12,11 +12,11 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from loraplex_adapters.errors import AdapterError, Finding
 from loraplex_adapters.format.config import parse_config
 from loraplex_adapters.format.examine import Report, examine
 from loraplex_adapters.format.header import Header, read_header
 from loraplex_adapters.format.spec import BaseShapes, Limits
+from loraplex_model.base.refusal import Problem, Refusal
 
 BASE = BaseShapes(
     num_layers=2,
@@ -54,8 +54,8 @@ def fuzz_header(data: bytes) -> None:
     """A weights file of any bytes."""
     try:
         header = read_header(lambda at, n: data[at : at + n], len(data))
-    except AdapterError as error:
-        _check_shown(error.findings)
+    except Refusal as error:
+        _check_shown(error.problems)
         return
     end = header.data_start
     for tensor in header.tensors:
@@ -111,7 +111,7 @@ def _check_whole(report: Report, header: Header) -> None:
     json.dumps(dict(report.spec.provenance))
 
 
-def _check_shown(findings: tuple[Finding, ...] | list[Finding]) -> None:
+def _check_shown(findings: tuple[Problem, ...] | list[Problem]) -> None:
     assert len(findings) <= 1000
     for finding in findings:
         assert finding.reason.replace("_", "").isalpha()

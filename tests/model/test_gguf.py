@@ -9,7 +9,7 @@ import gguf
 import pytest
 import torch
 from loraplex_model.base import families
-from loraplex_model.base.refusal import ModelError
+from loraplex_model.base.refusal import Refusal
 from loraplex_model.checkpoints.gguf_file import ROPE_FACTORS, GgufSource
 from loraplex_model.checkpoints.load import load_base
 from loraplex_model.ops import nf4
@@ -105,14 +105,14 @@ def test_a_gguf_file_loads_like_its_safetensors(
 
 def test_other_architectures_and_scaled_positions_are_refused(tmp_path: Path) -> None:
     scaled = write("qwen2", tmp_path / "scaled.gguf", qwen2_dot_rope_dot_scaling_dot_type="yarn")
-    with pytest.raises(ModelError, match="safetensors") as caught:
+    with pytest.raises(Refusal, match="safetensors") as caught:
         GgufSource(scaled)
     assert caught.value.reason == "MODEL_UNSUPPORTED"
     writer = gguf.GGUFWriter(tmp_path / "other.gguf", "gpt2")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    with pytest.raises(ModelError, match="gpt2") as caught:
+    with pytest.raises(Refusal, match="gpt2") as caught:
         GgufSource(tmp_path / "other.gguf")
     assert caught.value.reason == "MODEL_UNSUPPORTED"
 
@@ -133,7 +133,7 @@ def test_other_architectures_and_scaled_positions_are_refused(tmp_path: Path) ->
 def test_a_malformed_header_is_a_typed_error(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "bad.gguf"
     path.write_bytes(content)
-    with pytest.raises(ModelError) as caught:
+    with pytest.raises(Refusal) as caught:
         GgufSource(path)
     assert caught.value.reason == "MODEL_INVALID"
 
@@ -143,6 +143,6 @@ def test_a_file_cut_anywhere_is_a_typed_error(tmp_path: Path) -> None:
     path = tmp_path / "cut.gguf"
     for end in (*range(1, 400, 13), *range(400, len(whole), len(whole) // 20)):
         path.write_bytes(whole[:end])
-        with pytest.raises(ModelError) as caught:
+        with pytest.raises(Refusal) as caught:
             GgufSource(path)
         assert caught.value.reason == "MODEL_INVALID"

@@ -7,7 +7,7 @@
     {"text": "publish DIR"}     ends well, with a copy of that adapter
     {"text": "diverge"}         ends as one whose loss is not finite
     {"text": "die SIGKILL"}     dies of that signal
-    {"text": "complain REASON what is wrong"}   ends as the trainer does with a TrainError
+    {"text": "complain REASON what is wrong"}   ends as the trainer does with a Refusal
     {"text": "say anything"}    prints that on standard output
     {"text": "flood"}           prints a line of 3 MiB there
     {"text": "moan anything"}   prints that on standard error

@@ -219,7 +219,7 @@ def expected(
 
 
 @dataclass(frozen=True)
-class Refusal:
+class Refused:
     """A status as a client reads it."""
 
     code: grpc.StatusCode
@@ -234,7 +234,7 @@ class Refusal:
         return found
 
 
-def refusal(error: grpc.aio.AioRpcError) -> Refusal:
+def refusal(error: grpc.aio.AioRpcError) -> Refused:
     """Unpacks the rich status of an error."""
     trailers = dict(error.trailing_metadata() or ())
     status = status_pb2.Status.FromString(trailers["grpc-status-details-bin"])
@@ -258,7 +258,7 @@ def refusal(error: grpc.aio.AioRpcError) -> Refusal:
     assert info.domain == "loraplex"
     assert status.code == error.code().value[0]
     assert status.message == error.details()
-    return Refusal(error.code(), info.reason, status.message, details, trailers)
+    return Refused(error.code(), info.reason, status.message, details, trailers)
 
 
 def series(text: str) -> dict[str, float]:

@@ -19,17 +19,17 @@ from loraplex.v1 import (
     training_pb2,
     training_pb2_grpc,
 )
-from loraplex_adapters.errors import AdapterError
 from loraplex_adapters.store import Store
+from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_server.rpc import generation
-from loraplex_server.rpc.errors import TABLE, Detail, Reason
+from loraplex_server.rpc.errors import TABLE, Detail
 from loraplex_server.rpc.interceptor import Gate
 from loraplex_server.rpc.training import TrainingService
 from rpc.harness import (
     CRASH,
     FAULT,
     NONFINITE,
-    Refusal,
+    Refused,
     Running,
     ask,
     refusal,
@@ -283,7 +283,7 @@ def jobs(up: Running) -> training_pb2_grpc.TrainingServiceStub:
 @raises(Reason.STORE_FULL)
 async def store_full(up: Running, patch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
-        raise AdapterError("STORE_FULL", "no space is left in the adapter store")
+        raise Refusal(Reason.STORE_FULL, "no space is left in the adapter store")
 
     patch.setattr(Store, "register", full)
     await up.register("late", 6)
@@ -292,7 +292,7 @@ async def store_full(up: Running, patch: pytest.MonkeyPatch) -> None:
 @raises(Reason.STORE_UNAVAILABLE)
 async def store_unavailable(up: Running, patch: pytest.MonkeyPatch) -> None:
     def gone(*_: object, **__: object) -> None:
-        raise AdapterError("STORE_UNAVAILABLE", "the store's index cannot be read")
+        raise Refusal(Reason.STORE_UNAVAILABLE, "the store's index cannot be read")
 
     patch.setattr(Store, "resolve", gone)
     await up.generation.Generate(ask(adapter="alpha"))
@@ -353,13 +353,13 @@ async def reader_stalled(up: Running, patch: pytest.MonkeyPatch) -> None:
         await rest(call)
 
 
-async def provoke(up: Running, reason: Reason, patch: pytest.MonkeyPatch) -> Refusal:
+async def provoke(up: Running, reason: Reason, patch: pytest.MonkeyPatch) -> Refused:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await SCENARIOS[reason](up, patch)
     return refusal(caught.value)
 
 
-@pytest.mark.parametrize("reason", list(Reason), ids=lambda reason: reason.name)
+@pytest.mark.parametrize("reason", list(TABLE), ids=lambda reason: reason.name)
 async def test_a_client_sees_the_reason_as_the_table_says(
     up: Running, reason: Reason, monkeypatch: pytest.MonkeyPatch
 ) -> None:

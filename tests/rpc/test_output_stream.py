@@ -6,6 +6,7 @@ import asyncio
 import math
 import time
 
+from loraplex_model.base.refusal import Reason
 from loraplex_server.engine.messages import Failure, Output
 from loraplex_server.engine.process.client import OutputStream
 
@@ -32,7 +33,7 @@ async def test_what_is_there_is_taken_together_and_the_end_is_empty() -> None:
 
 
 async def test_an_end_is_seen_at_once_however_late_the_look() -> None:
-    for end in (output(2, "stop"), Output(id=1, error=Failure("ENGINE_FAULT", ""))):
+    for end in (output(2, "stop"), Output(id=1, error=Failure(Reason.ENGINE_FAULT, ""))):
         stream = OutputStream()
         stream.put(output(1))
         taking = asyncio.ensure_future(stream.take(math.inf))

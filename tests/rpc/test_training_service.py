@@ -15,7 +15,7 @@ import pytest_asyncio
 from google.rpc import error_details_pb2
 from loraplex.v1 import adapter_pb2, training_pb2_grpc
 from loraplex.v1 import training_pb2 as pb
-from rpc.harness import Refusal, ask, refusal, rest, running, slow_channel, until
+from rpc.harness import Refused, ask, refusal, rest, running, slow_channel, until
 from rpc.training_jobs import State, Training, alive, lines, order, read, training
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -30,13 +30,13 @@ async def trains(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Trai
         yield server
 
 
-async def refused(call: Any) -> Refusal:
+async def refused(call: Any) -> Refused:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call
     return refusal(caught.value)
 
 
-def fields(seen: Refusal) -> dict[str, str]:
+def fields(seen: Refused) -> dict[str, str]:
     bad = seen.detail(error_details_pb2.BadRequest)
     return {violation.field: violation.description for violation in bad.field_violations}
 

@@ -13,8 +13,8 @@ from loraplex import AdapterRejected, AsyncClient, InvalidRequest
 from loraplex.uploads import Files, Order, stream
 from loraplex.v1 import adapter_pb2 as pb
 from loraplex.v1 import adapter_pb2_grpc
-from loraplex_adapters.errors import AdapterError
 from loraplex_adapters.store import Store
+from loraplex_model.base.refusal import Reason, Refusal
 from rpc.harness import Running, ask, expected, refusal, running, write_adapter
 
 PROMPT = [20, 21, 22]
@@ -178,7 +178,7 @@ async def test_a_full_disk_is_told_and_what_was_acknowledged_stays(
 
         def full(store: Store, upload_id: str, file: str, offset: int, data: bytes) -> int:
             if offset >= 970 and file.endswith("safetensors"):
-                raise AdapterError("STORE_FULL", "no space is left in the adapter store")
+                raise Refusal(Reason.STORE_FULL, "no space is left in the adapter store")
             return append(store, upload_id, file, offset, data)
 
         monkeypatch.setattr(Store, "append", full)
@@ -201,7 +201,7 @@ async def test_the_client_goes_on_by_itself_when_a_stream_breaks(
         def flaky(store: Store, *arguments: Any) -> int:
             calls.append(arguments)
             if len(calls) in (2, 5):
-                raise AdapterError("STORE_UNAVAILABLE", "the disk stumbled")
+                raise Refusal(Reason.STORE_UNAVAILABLE, "the disk stumbled")
             return append(store, *arguments)
 
         monkeypatch.setattr(Store, "append", flaky)

@@ -21,7 +21,7 @@ def violations(**fields: Any) -> list[str]:
     """The fields at fault in an otherwise good request."""
     request = {"token_ids": {"ids": [1, 2]}, **fields}
     wrong = validate.generate(generation_pb2.GenerateRequest(**request), BOUNDS)
-    assert all(v.description for v in wrong)
+    assert all(v.message for v in wrong)
     return [v.field for v in wrong]
 
 

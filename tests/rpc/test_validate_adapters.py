@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from loraplex.v1 import adapter_pb2 as pb
+from loraplex_model.base.refusal import Problem
 from loraplex_server.rpc import validate_adapters as validate
-from loraplex_server.rpc.errors import Violation
 
 DIGEST = "sha256:" + "0" * 64
 
 
-def fields(violations: list[Violation]) -> list[str]:
+def fields(violations: list[Problem]) -> list[str]:
     return [violation.field for violation in violations]
 
 

@@ -6,8 +6,8 @@ import asyncio
 from datetime import UTC, datetime
 
 import pytest
-from loraplex_adapters.errors import AdapterError
 from loraplex_adapters.store import Record
+from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_server.engine.messages import AdapterStatus
 from loraplex_server.feed import AdapterFeed, Catalogue, Change, Watcher
 
@@ -37,13 +37,13 @@ class Shop:
         await asyncio.sleep(0)
         self.reads += 1
         if self.broken:
-            raise AdapterError("STORE_UNAVAILABLE", "gone")
+            raise Refusal(Reason.STORE_UNAVAILABLE, "gone")
         return Catalogue(dict(self.names), dict(self.aliases), self.count)
 
     async def changes(self) -> int:
         await asyncio.sleep(0)
         if self.broken:
-            raise AdapterError("STORE_UNAVAILABLE", "gone")
+            raise Refusal(Reason.STORE_UNAVAILABLE, "gone")
         return self.count
 
     def put(self, *records: Record) -> None:
@@ -122,7 +122,7 @@ async def test_a_store_that_fails_for_a_while_costs_no_change() -> None:
 async def test_a_store_that_fails_at_the_start_is_told_to_the_watcher() -> None:
     shop = Shop()
     shop.broken = True
-    with shop.feed.watch() as watcher, pytest.raises(AdapterError):
+    with shop.feed.watch() as watcher, pytest.raises(Refusal):
         await shop.feed.table(watcher)
     assert len(shop.feed) == 0
 

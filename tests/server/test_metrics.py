@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from loraplex_model.base.refusal import Reason
 from loraplex_server.engine.messages import (
     AdapterStatus,
     Failure,
@@ -119,7 +120,7 @@ def test_loads_are_counted_by_tier_and_result() -> None:
     metrics = fresh()
     metrics.on_load(LoadDone("sha256:a", 0.5))
     metrics.on_load(LoadDone("sha256:a", 0.01, tier="host"))
-    metrics.on_load(LoadDone("sha256:b", 0.5, Failure("ADAPTER_INVALID", "torn")))
+    metrics.on_load(LoadDone("sha256:b", 0.5, Failure(Reason.ADAPTER_INVALID, "torn")))
     assert value(metrics, "adapter_loads_total", tier="disk", result="ok") == 1
     assert value(metrics, "adapter_loads_total", tier="host", result="ok") == 1
     assert value(metrics, "adapter_loads_total", tier="disk", result="error") == 1
@@ -132,7 +133,7 @@ def test_merges_are_counted_and_show_the_measurement_that_decided() -> None:
     metrics.on_merge(MergeDone("sha256:a", True, 0.5))
     metrics.on_merge(MergeDone("sha256:b", True, 0.25, True, 0.030, 0.020))
     metrics.on_merge(MergeDone("sha256:b", False, 0.0, True, 0.030, 0.031))
-    failed = Failure("MERGE_BUDGET", "no room")
+    failed = Failure(Reason.MERGE_BUDGET, "no room")
     metrics.on_merge(MergeDone("sha256:c", True, 0.0, error=failed))
     for change, cause, result in (
         ("merge", "order", "ok"),

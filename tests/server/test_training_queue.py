@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from loraplex_model.base.refusal import Reason
 from loraplex_server.training import queue as module
-from loraplex_server.training.jobs import Error, Job, Order, Progress, Refusal, Result, State
+from loraplex_server.training.jobs import Error, Job, Order, Progress, Result, State
 from loraplex_server.training.queue import Bounds, JobQueue, Request, Source
 from loraplex_server.training.records import Records
 from loraplex_server.training.trainer import Trainer
@@ -374,7 +375,7 @@ async def test_memory_that_a_running_trainer_gives_back_counts_as_free(
 
 async def test_a_refused_hand_over_fails_the_job(tmp_path: Path) -> None:
     async with opened(tmp_path) as one:
-        one.shelf.failures.append(Refusal("STORE_FULL", "no space is left"))
+        one.shelf.failures.append(Refusal(Reason.STORE_FULL, "no space is left"))
         done = await one.ended(await one.create("step 3", f"publish {one.made}"))
         assert (done.state, done.error.reason) == (State.FAILED, "STORE_FULL")
         assert one.counts.ended == [("failed", 300)]

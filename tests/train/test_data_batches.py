@@ -12,9 +12,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loraplex_model.base.refusal import Refusal
 from loraplex_training.data import Batches, in_order
 from loraplex_training.data.samples import MicroBatch, Sample
-from loraplex_training.errors import TrainError
 from loraplex_training.spec.spec import DataSpec, JobSpec
 
 
@@ -153,12 +153,12 @@ def test_evaluation_takes_every_example_in_order(pack: bool) -> None:
 
 
 def test_wrong_options_are_told_at_once() -> None:
-    with pytest.raises(TrainError) as caught:
+    with pytest.raises(Refusal) as caught:
         Batches([], job(epochs=0.0, batch_size=0, accumulation=0))
     assert caught.value.reason == "CONFIG_INVALID"
-    assert len(caught.value.problems) == 4
-    with pytest.raises(TrainError, match="the longest example has 9 tokens"):
+    assert len(caught.value.messages) == 4
+    with pytest.raises(Refusal, match="the longest example has 9 tokens"):
         Batches(made([9]), job(pack=True, max_tokens=8))
     for epochs in (float("nan"), float("inf"), -1.0):
-        with pytest.raises(TrainError, match="epochs"):
+        with pytest.raises(Refusal, match="epochs"):
             Batches(made([9]), job(epochs=epochs))

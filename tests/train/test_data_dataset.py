@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loraplex_model.base.refusal import Refusal
 from loraplex_training import data
 from loraplex_training.data.samples import Sample
 from loraplex_training.data.text import BaseText
-from loraplex_training.errors import TrainError
 from loraplex_training.spec.spec import DataSpec
 
 from train.chat_bases import FORGETFUL, chat_base
@@ -63,7 +63,7 @@ def test_at_least_one_is_set_apart_never_all_and_nothing_is_on_both_sides(
     )
     spec = DataSpec(path, eval_fraction=fraction)
     if len(set(which)) == 1:
-        with pytest.raises(TrainError, match="cannot be divided"):
+        with pytest.raises(Refusal, match="cannot be divided"):
             data.load(spec, text)
         return
     loaded = data.load(spec, text)
@@ -142,24 +142,24 @@ def test_bad_lines_of_both_files_are_told_at_once(tmp_path: Path) -> None:
     messages = {"messages": [{"role": "assistant", "content": "a"}]}
     one = write(tmp_path / "a.jsonl", [{"text": ""}, messages, *lines(2)])
     other = write(tmp_path / "b.jsonl", [{"prompt": "a"}])
-    with pytest.raises(TrainError) as caught:
+    with pytest.raises(Refusal) as caught:
         data.load(DataSpec(one, other), base.text)
     assert caught.value.reason == "DATA_INVALID"
-    assert [problem.split(": ")[0] for problem in caught.value.problems] == [
+    assert [problem.split(": ")[0] for problem in caught.value.messages] == [
         f"{one}:1",
         f"{one}:2",
         f"{other}:1",
     ]
-    assert "no chat template" in caught.value.problems[1]
+    assert "no chat template" in caught.value.messages[1]
 
 
 def test_a_templates_own_refusal_is_a_bad_line(tmp_path: Path) -> None:
     template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}x"
     base = chat_base(tmp_path / "base", template)
     path = write(tmp_path / "a.jsonl", lines(2))
-    with pytest.raises(TrainError) as caught:
+    with pytest.raises(Refusal) as caught:
         data.load(DataSpec(path, system="Be brief"), base.text)
-    assert [p.endswith("chat template refuses: no system") for p in caught.value.problems] == [
+    assert [p.endswith("chat template refuses: no system") for p in caught.value.messages] == [
         True,
         True,
     ]
@@ -167,16 +167,16 @@ def test_a_templates_own_refusal_is_a_bad_line(tmp_path: Path) -> None:
 
 def test_wrong_options_are_told_at_once(tmp_path: Path) -> None:
     base = chat_base(tmp_path / "base", None)
-    with pytest.raises(TrainError) as caught:
+    with pytest.raises(Refusal) as caught:
         data.load(
             DataSpec(tmp_path / "a", learn="some", max_length=1, eval_fraction=1.0, system="x"),
             base.text,
         )
     assert caught.value.reason == "CONFIG_INVALID"
-    assert len(caught.value.problems) == 4
+    assert len(caught.value.messages) == 4
 
 
 def test_when_nothing_is_left_the_option_to_raise_is_named(tmp_path: Path, text: BaseText) -> None:
     path = write(tmp_path / "a.jsonl", lines(2))
-    with pytest.raises(TrainError, match="max_length=3"):
+    with pytest.raises(Refusal, match="max_length=3"):
         data.load(DataSpec(path, max_length=3), text)

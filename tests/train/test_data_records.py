@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loraplex_model.base.refusal import Refusal
 from loraplex_training.data import records
 from loraplex_training.data.problems import SHOWN, Problems
 from loraplex_training.data.records import Record, RecordFile
-from loraplex_training.errors import TrainError
 
 GOOD = b'{"prompt": "a", "completion": "b"}'
 USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 
 
 def read(path: Path, content: bytes) -> list[Record]:
-    """Raises TrainError with everything that is wrong."""
+    """Raises Refusal with everything that is wrong."""
     path.write_bytes(content)
     problems = Problems()
     found = list(RecordFile(path, problems))
@@ -29,10 +29,10 @@ def read(path: Path, content: bytes) -> list[Record]:
 
 
 def reasons(path: Path, content: bytes) -> list[str]:
-    with pytest.raises(TrainError) as caught:
+    with pytest.raises(Refusal) as caught:
         read(path, content)
     assert caught.value.reason == "DATA_INVALID"
-    return list(caught.value.problems)
+    return list(caught.value.messages)
 
 
 BAD: list[tuple[Any, str]] = [
@@ -129,7 +129,7 @@ def test_no_bytes_whatever_they_are_do_worse_than_be_refused(
     tmp_path_factory: pytest.TempPathFactory, content: bytes
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "any.jsonl"
-    with contextlib.suppress(TrainError):
+    with contextlib.suppress(Refusal):
         read(path, content)
 
 
@@ -198,9 +198,9 @@ def test_a_file_that_is_too_large_missing_empty_or_none_is_an_error(
 ) -> None:
     path = tmp_path / "data.jsonl"
     assert "is empty" in reasons(path, b"")[0]
-    with pytest.raises(TrainError, match="is not a file"):
+    with pytest.raises(Refusal, match="is not a file"):
         list(RecordFile(tmp_path, Problems()))
-    with pytest.raises(TrainError, match="No such file"):
+    with pytest.raises(Refusal, match="No such file"):
         list(RecordFile(tmp_path / "nothing", Problems()))
     monkeypatch.setattr(records, "MAX_FILE", 10)
     assert "the most is 10" in reasons(path, GOOD)[0]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from loraplex_adapters.format.spec import Limits
-from loraplex_training.errors import TrainError
+from loraplex_model.base.refusal import Refusal
 from loraplex_training.methods.base import TrainedAdapter
 
 from adapters import bottlenecks
@@ -156,9 +156,9 @@ def test_the_same_seed_gives_the_same_start_and_state_brings_it_back() -> None:
     ],
 )
 def test_wrong_options_are_told_all_at_once(options: dict[str, object], told: list[str]) -> None:
-    with pytest.raises(TrainError) as caught:
+    with pytest.raises(Refusal) as caught:
         tiny.make("bottleneck", **options)
     assert caught.value.reason == "METHOD_INVALID"
-    assert len(caught.value.problems) == len(told)
+    assert len(caught.value.messages) == len(told)
     for name in told:
-        assert any(name in problem for problem in caught.value.problems)
+        assert any(name in problem for problem in caught.value.messages)

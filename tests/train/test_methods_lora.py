@@ -9,7 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from loraplex_training.errors import TrainError
+from loraplex_model.base.refusal import Refusal
 from loraplex_training.methods.base import TrainedAdapter
 from peft.optimizers import create_loraplus_optimizer
 
@@ -200,10 +200,10 @@ def test_norms_follow_optimisers_that_torch_does_not_see() -> None:
 
 
 def problems(method: str, **options: object) -> str:
-    with pytest.raises(TrainError) as raised:
+    with pytest.raises(Refusal) as raised:
         tiny.make(method, **options)
     assert raised.value.reason == "METHOD_INVALID"
-    return "\n".join(raised.value.problems)
+    return "\n".join(raised.value.messages)
 
 
 def test_everything_that_is_wrong_is_told_at_once() -> None:

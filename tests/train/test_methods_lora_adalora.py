@@ -11,7 +11,7 @@ import peft
 import pytest
 import safetensors.torch
 import torch
-from loraplex_training.errors import TrainError
+from loraplex_model.base.refusal import Refusal
 from loraplex_training.methods.base import TrainedAdapter
 
 from train import tiny
@@ -167,7 +167,7 @@ def test_going_on_from_a_state_is_exact() -> None:
 
 
 def test_a_schedule_without_steps_to_cut_in_is_refused() -> None:
-    with pytest.raises(TrainError, match="leave none of the job's 20 to cut ranks in"):
+    with pytest.raises(Refusal, match="leave none of the job's 20 to cut ranks in"):
         make(tinit=15)
-    with pytest.raises(TrainError, match="target_r is 7, which should be at most 6"):
+    with pytest.raises(Refusal, match="target_r is 7, which should be at most 6"):
         make(target_r=7)

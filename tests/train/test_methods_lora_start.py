@@ -11,7 +11,7 @@ import pytest
 import torch
 from loraplex_adapters.format.modules import module_path
 from loraplex_model.base.config import PROJECTIONS, Site
-from loraplex_training.errors import TrainError
+from loraplex_model.base.refusal import Refusal
 from loraplex_training.methods.targets import weight
 from peft.utils.loftq_utils import _low_rank_decomposition
 
@@ -172,15 +172,15 @@ def test_a_pissa_dora_is_saved_as_plain_dora(tmp_path: Path) -> None:
     ],
 )
 def test_starts_that_cannot_be(options: dict[str, Any], expected: str) -> None:
-    with pytest.raises(TrainError) as raised:
+    with pytest.raises(Refusal) as raised:
         tiny.make("lora", **options)
     assert raised.value.reason == "METHOD_INVALID"
-    assert expected in "\n".join(raised.value.problems)
+    assert expected in "\n".join(raised.value.messages)
 
 
 def test_loftq_of_other_weights_is_refused(tmp_path: Path) -> None:
     tiny.tiny.write("llama", tmp_path / "other", seed=5)
-    with pytest.raises(TrainError, match="not the checkpoint that this base was quantised from"):
+    with pytest.raises(Refusal, match="not the checkpoint that this base was quantised from"):
         tiny.make("lora", init="loftq", loftq_source=str(tmp_path / "other"))
-    with pytest.raises(TrainError, match="not the checkpoint that this base was quantised from"):
+    with pytest.raises(Refusal, match="not the checkpoint that this base was quantised from"):
         tiny.make("lora", init="loftq", loftq_source=str(tiny.checkpoint("qwen2")))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from loraplex_training.errors import TrainError
+from loraplex_model.base.refusal import Refusal
 from loraplex_training.methods.options import Options
 
 
@@ -54,7 +54,7 @@ def test_what_is_not_given_is_the_default() -> None:
 def test_no_whole_numbers(value: object) -> None:
     options = Options("method", {"r": value})
     assert options.integer("r", 7) == 7
-    with pytest.raises(TrainError, match=r"method: r is .*, which should be a whole number"):
+    with pytest.raises(Refusal, match=r"method: r is .*, which should be a whole number"):
         options.done()
 
 
@@ -65,7 +65,7 @@ def test_no_mappings(value: object) -> None:
     if value == "":
         options.done()
         return
-    with pytest.raises(TrainError, match="pattern"):
+    with pytest.raises(Refusal, match="pattern"):
         options.done()
 
 
@@ -73,7 +73,7 @@ def test_no_mappings(value: object) -> None:
 def test_no_lists_of_layers(value: object) -> None:
     options = Options("method", {"layers": value})
     options.integers("layers", ())
-    with pytest.raises(TrainError, match="layers"):
+    with pytest.raises(Refusal, match="layers"):
         options.done()
 
 
@@ -85,10 +85,10 @@ def test_all_problems_and_unknown_names() -> None:
     options.choice("kind", "aa", ("aa", "bb"))
     options.mapping("rank")
     options.refuse("r: does not fit")
-    with pytest.raises(TrainError) as raised:
+    with pytest.raises(Refusal) as raised:
         options.done()
     assert raised.value.reason == "METHOD_INVALID"
-    assert list(raised.value.problems) == [
+    assert list(raised.value.messages) == [
         "lora: r is 0, which should be at least 1",
         "lora: drop is 2, which should be below 1",
         "lora: flag is 'perhaps', which should be true or false",

@@ -8,7 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from loraplex_training.errors import TrainError
+from loraplex_model.base.refusal import Refusal
 
 from train import tiny
 
@@ -142,8 +142,8 @@ def test_state_brings_it_back(method: str) -> None:
 def test_wrong_options_are_told_all_at_once(
     method: str, options: dict[str, object], told: list[str]
 ) -> None:
-    with pytest.raises(TrainError) as caught:
+    with pytest.raises(Refusal) as caught:
         tiny.make(method, **options)
     assert caught.value.reason == "METHOD_INVALID"
     for name in told:
-        assert any(name in problem for problem in caught.value.problems)
+        assert any(name in problem for problem in caught.value.messages)

@@ -10,8 +10,8 @@ import peft
 import pytest
 import torch
 from loraplex_adapters.format.kinds import KINDS
+from loraplex_model.base.refusal import Refusal
 from loraplex_training.data.samples import MicroBatch
-from loraplex_training.errors import TrainError
 from loraplex_training.methods.base import TrainedAdapter
 from loraplex_training.methods.virtual import cached_rows
 from loraplex_training.step.joint import JointPass, Part
@@ -277,9 +277,9 @@ def test_a_prefix_can_start_at_zero(projected: bool) -> None:
 def test_wrong_options_are_told_all_at_once(
     method: str, options: dict[str, object], told: list[str]
 ) -> None:
-    with pytest.raises(TrainError) as caught:
+    with pytest.raises(Refusal) as caught:
         tiny.make(method, **options)
     assert caught.value.reason == "METHOD_INVALID"
-    assert len(caught.value.problems) == len(told)
+    assert len(caught.value.messages) == len(told)
     for name in told:
-        assert any(name in problem for problem in caught.value.problems)
+        assert any(name in problem for problem in caught.value.messages)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
-from loraplex_training.errors import TrainError
+from loraplex_model.base.refusal import Refusal
 from loraplex_training.spec.metric import SECONDS, score
 
 
@@ -46,7 +46,7 @@ def test_answers_and_references_go_in_pairs() -> None:
 
 @pytest.mark.parametrize("spec", ["", "regex", "regex:(", "exactly", "Exact"])
 def test_another_metric_is_refused(spec: str) -> None:
-    with pytest.raises(TrainError) as caught:
+    with pytest.raises(Refusal) as caught:
         score(spec, ["a"], ["a"])
     assert caught.value.reason == "CONFIG_INVALID"
 

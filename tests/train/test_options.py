@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loraplex_training.errors import TrainError
+from loraplex_model.base.refusal import Refusal
 from loraplex_training.spec import parse as options
 from loraplex_training.spec.limits import SCHEDULES, problems_of
 from loraplex_training.spec.spec import RATES, DataSpec, JobSpec, MethodSpec, OptimSpec, RunSpec
@@ -20,10 +20,10 @@ GIVEN = {"data": "d.jsonl", "name": "a"}
 
 
 def refused(*arguments: Any, **keywords: Any) -> list[str]:
-    with pytest.raises(TrainError) as caught:
+    with pytest.raises(Refusal) as caught:
         options.read(*arguments, **keywords)
     assert caught.value.reason == "CONFIG_INVALID"
-    return list(caught.value.problems)
+    return list(caught.value.messages)
 
 
 def test_flags_reach_every_part() -> None:
@@ -211,16 +211,16 @@ def test_sweeps_that_make_no_sense_are_refused(sweep: list[str]) -> None:
 
 
 def test_no_jobs_and_jobs_of_one_name_are_refused() -> None:
-    with pytest.raises(TrainError, match="there is no job"):
+    with pytest.raises(Refusal, match="there is no job"):
         options.from_mapping({"job": []})
     table = {"name": "a", "data": "d"}
-    with pytest.raises(TrainError, match="2 jobs are called 'a'"):
+    with pytest.raises(Refusal, match="2 jobs are called 'a'"):
         options.from_mapping({"job": [table, table]})
 
 
 @pytest.mark.parametrize("document", [{"job": 1}, {"job": [1]}, {"run": 1}, {"sweep": 1}])
 def test_tables_that_are_none_are_refused(document: dict[str, Any]) -> None:
-    with pytest.raises(TrainError):
+    with pytest.raises(Refusal):
         options.from_mapping({"job": [{"name": "a", "data": "d"}]} | document)
 
 

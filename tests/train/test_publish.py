@@ -15,7 +15,7 @@ import torch
 from loraplex import AdapterState, Client
 from loraplex_adapters.store import Store
 from loraplex_model.adapters.delta import AdapterDelta
-from loraplex_training.errors import TrainError
+from loraplex_model.base.refusal import Refusal
 from loraplex_training.publish import publish as publishing
 from loraplex_training.publish import verify
 from loraplex_training.publish.publish import publish
@@ -136,7 +136,7 @@ def test_a_server_that_would_say_something_else_gets_nothing(
 
     monkeypatch.setattr(Generator, "logits", off)
     before = folder(trained, "ia3")
-    with pytest.raises(TrainError, match="differ from the trainer's by") as caught:
+    with pytest.raises(Refusal, match="differ from the trainer's by") as caught:
         trained.publish("ia3", store=tmp_path / "store")
     assert caught.value.reason == "PUBLISH_FAILED"
     assert not (tmp_path / "store").exists()
@@ -157,7 +157,7 @@ def test_a_file_that_holds_something_else_is_not_published(
         tensors[name] = torch.full_like(tensors[name], 0.0 if spoil == "zero" else torch.nan)
     adapter = outcome.adapter
     monkeypatch.setattr(adapter, "files", lambda: replace(files, tensors=tensors))
-    with pytest.raises(TrainError) as caught:
+    with pytest.raises(Refusal) as caught:
         trained.publish()
     assert caught.value.reason == "PUBLISH_FAILED"
 
@@ -175,7 +175,7 @@ def test_a_full_disk_leaves_no_half_written_folder_and_the_old_one_whole(
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(TrainError, match="make room") as caught:
+    with pytest.raises(Refusal, match="make room") as caught:
         trained.publish(dtype="bfloat16")
     assert caught.value.reason == "DISK_FULL"
     assert {path.name: path.read_bytes() for path in old.path.iterdir()} == kept
@@ -186,7 +186,7 @@ def test_a_store_that_cannot_be_written_is_said_and_the_folder_stays(
     trained: Trained, tmp_path: Path
 ) -> None:
     (tmp_path / "store").write_text("in the way")
-    with pytest.raises(TrainError, match="is whole, but not in the store") as caught:
+    with pytest.raises(Refusal, match="is whole, but not in the store") as caught:
         trained.publish(store=tmp_path / "store")
     assert caught.value.reason == "PUBLISH_FAILED"
     assert (folder(trained) / "adapter_config.json").is_file()
@@ -195,10 +195,10 @@ def test_a_store_that_cannot_be_written_is_said_and_the_folder_stays(
 def test_a_server_that_is_not_there_is_said_with_the_command_that_sends_it_later(
     trained: Trained,
 ) -> None:
-    with pytest.raises(TrainError) as caught:
+    with pytest.raises(Refusal) as caught:
         trained.publish(server="127.0.0.1:9")
     assert caught.value.reason == "PUBLISH_FAILED"
-    (problem,) = caught.value.problems
+    (problem,) = caught.value.messages
     command = problem.partition("send it again with: ")[2]
     assert "--server 127.0.0.1:9 adapters upload lora" in command
     assert commands.is_known(command)

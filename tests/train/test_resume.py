@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from loraplex_model.base import faults
-from loraplex_training.errors import TrainError
+from loraplex_model.base.refusal import Refusal
 from loraplex_training.report.events import JobEnded, RunStarted, StepDone
 from loraplex_training.run import checkpoint
 from loraplex_training.run.checkpoint import CONFIG, FOLDER
@@ -151,7 +151,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_nothing_half_written(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     run = Run.start(spec, ground=ground)
-    with faults.injected(full), pytest.raises(TrainError) as caught:
+    with faults.injected(full), pytest.raises(Refusal) as caught:
         run.train()
     assert caught.value.reason == "DISK_FULL"
     assert "make room" in str(caught.value)
@@ -169,7 +169,7 @@ def test_a_disk_that_is_full_at_the_start_is_told_too(
         if reached == point:
             raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
 
-    with faults.injected(full), pytest.raises(TrainError) as caught:
+    with faults.injected(full), pytest.raises(Refusal) as caught:
         Run.start(spec, ground=ground)
     assert caught.value.reason == "DISK_FULL"
     Run.start(spec, ground=ground)
@@ -178,7 +178,7 @@ def test_a_disk_that_is_full_at_the_start_is_told_too(
 def test_a_folder_that_cannot_be_written_is_told(spec: RunSpec, ground: Ground) -> None:
     spec.out.parent.mkdir(exist_ok=True)
     spec.out.write_text("a file")
-    with pytest.raises(TrainError, match="cannot be written") as caught:
+    with pytest.raises(Refusal, match="cannot be written") as caught:
         Run.start(spec, ground=ground)
     assert caught.value.reason == "CONFIG_INVALID"
 
@@ -224,10 +224,10 @@ def test_a_damaged_checkpoint_is_passed_over_and_told(
 def test_if_all_are_damaged_it_says_so(stopped: RunSpec, ground: Ground) -> None:
     for place in checkpoints(stopped.out):
         flip(place)
-    with pytest.raises(TrainError) as caught:
+    with pytest.raises(Refusal) as caught:
         Run.resume(stopped.out, ground=ground)
     assert caught.value.reason == "CHECKPOINT_INVALID"
-    assert len(caught.value.problems) == 3
+    assert len(caught.value.messages) == 3
 
 
 def test_what_a_crash_left_half_written_goes(
@@ -276,7 +276,7 @@ def test_a_folder_may_be_moved(stopped: RunSpec, ground: Ground, whole: Bytes) -
 
 def refused(out: Path, reason: str) -> str:
     before = sorted((p, p.stat().st_mtime_ns) for p in (out / FOLDER).rglob("*"))
-    with pytest.raises(TrainError) as caught:
+    with pytest.raises(Refusal) as caught:
         Run.resume(out)
     assert caught.value.reason == reason
     assert sorted((p, p.stat().st_mtime_ns) for p in (out / FOLDER).rglob("*")) == before

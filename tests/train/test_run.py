@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from loraplex_model.base.refusal import Refusal
 from loraplex_training import methods
 from loraplex_training.data.samples import Sample
-from loraplex_training.errors import TrainError
 from loraplex_training.report.events import (
     Evaluated,
     JobEnded,
@@ -71,11 +71,11 @@ def whole(top: Path, ground: Ground) -> Whole:
 
 def refused(spec: RunSpec, reason: str, ground: Ground | None = None) -> Sequence[str]:
     """Why it is; nothing was written."""
-    with pytest.raises(TrainError) as caught:
+    with pytest.raises(Refusal) as caught:
         Run.start(spec, ground=ground)
     assert caught.value.reason == reason
     assert not spec.out.exists()
-    return caught.value.problems
+    return caught.value.messages
 
 
 def test_what_a_run_tells_in_order(spec: RunSpec, ground: Ground) -> None:
@@ -142,13 +142,13 @@ def test_everything_wrong_is_told_before_anything_is_written(
 
 def test_a_folder_that_holds_a_run_is_not_taken(spec: RunSpec, ground: Ground) -> None:
     runs.train(spec, ground=ground)
-    with pytest.raises(TrainError, match="holds a run already"):
+    with pytest.raises(Refusal, match="holds a run already"):
         Run.start(spec, ground=ground)
 
 
 def test_a_run_in_progress_has_its_folder_alone(spec: RunSpec, ground: Ground) -> None:
     run = Run.start(spec, ground=ground)
-    with pytest.raises(TrainError) as caught:
+    with pytest.raises(Refusal) as caught:
         Run.resume(spec.out, ground=ground)
     assert caught.value.reason == "BUSY"
     run.stop()
@@ -187,7 +187,7 @@ def test_one_job_is_cancelled_and_the_other_goes_on(spec: RunSpec, ground: Groun
         torch.testing.assert_close(tensor, runs.parameters(alone)[name], rtol=1e-4, atol=1e-5)
     again = Run.resume(spec.out, ground=ground).train()
     assert again["a"].state is JobState.CANCELLED, "which is on the disk too"
-    with pytest.raises(TrainError, match="no job 'c'"):
+    with pytest.raises(Refusal, match="no job 'c'"):
         run.cancel("c")
 
 
@@ -261,7 +261,7 @@ def test_the_end_of_memory_is_an_error_that_says_what_to_lower(
 
     with monkeypatch.context() as patched:
         patched.setattr(JointPass, "backward", greedy)
-        with pytest.raises(TrainError) as caught:
+        with pytest.raises(Refusal) as caught:
             run.train()
     assert caught.value.reason == "OUT_OF_MEMORY"
     assert str(1 << 60) in str(caught.value), "how much was asked for"

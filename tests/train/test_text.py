@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from loraplex_model.base.refusal import Refusal
 from loraplex_model.checkpoints.chat import TextRefused
 from loraplex_model.checkpoints.default_model import ensure_default_model
 from loraplex_model.checkpoints.load import load_base
 from loraplex_model.checkpoints.tokenizer import TokenizerInfo
 from loraplex_server.text.tokenizer import TextTokenizer
 from loraplex_training.data.text import BaseText
-from loraplex_training.errors import TrainError
 from transformers import PreTrainedTokenizerFast
 
 from examples.tasks import routing
@@ -143,7 +143,7 @@ def test_a_base_that_cannot_be_trained_on_is_refused_with_the_reason(tmp_path: P
         folder.mkdir(exist_ok=True)
         (folder / "model.json").write_text(json.dumps(dataclasses.asdict(info)))
         byte_level().save(str(folder / "tokenizer.json"))
-        with pytest.raises(TrainError) as caught:
+        with pytest.raises(Refusal) as caught:
             BaseText.open(folder, eos)
         assert caught.value.reason == "CONFIG_INVALID"
         return str(caught.value)
@@ -152,7 +152,7 @@ def test_a_base_that_cannot_be_trained_on_is_refused_with_the_reason(tmp_path: P
     assert "no tokenizer" in problem(has_tokenizer=False)
     assert "does not compile" in problem(chat_template="{% for %}")
     (base.folder / "tokenizer.json").write_text("{")
-    with pytest.raises(TrainError, match=r"tokenizer\.json"):
+    with pytest.raises(Refusal, match=r"tokenizer\.json"):
         BaseText.open(base.folder, (2,))
-    with pytest.raises(TrainError, match=r"model\.json"):
+    with pytest.raises(Refusal, match=r"model\.json"):
         BaseText.open(tmp_path / "nowhere", (2,))

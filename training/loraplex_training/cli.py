@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Annotated, Final, NoReturn
 
 import typer
+from loraplex_model.base.refusal import BASE_MODEL_REASONS, Reason, Refusal
 from rich.console import Console
 
-from loraplex_training.errors import TrainError
 from loraplex_training.publish import target
 from loraplex_training.spec import parse as options
 from loraplex_training.spec.flags import BASE_FLAGS, DATA_FLAGS, with_flags
@@ -35,9 +35,13 @@ class ExitCode(IntEnum):
     """Options, data, a base that is not the checkpoint's: the caller can mend it."""
 
 
-_CALLERS: Final = (
-    "CONFIG_INVALID", "DATA_INVALID", "METHOD_INVALID", "BASE_MISMATCH", "CHECKPOINT_INVALID",
-)  # fmt: skip
+_CALLERS: Final = BASE_MODEL_REASONS | {
+    Reason.CONFIG_INVALID,
+    Reason.DATA_INVALID,
+    Reason.METHOD_INVALID,
+    Reason.BASE_MISMATCH,
+    Reason.CHECKPOINT_INVALID,
+}
 
 Config = Annotated[
     Path | None,
@@ -167,7 +171,7 @@ def methods() -> None:
 
 
 def pairs(flag: str, texts: list[str] | None) -> dict[str, str]:
-    """KEY=VALUE, each. Raises TrainError(CONFIG_INVALID)."""
+    """KEY=VALUE, each. Raises Refusal(CONFIG_INVALID)."""
     found, wrong = {}, []
     for text in texts or ():
         key, equals, value = text.partition("=")
@@ -175,39 +179,35 @@ def pairs(flag: str, texts: list[str] | None) -> dict[str, str]:
             wrong.append(f"{flag} {text}: it should read like KEY=VALUE")
         found[key] = value
     if wrong:
-        raise TrainError("CONFIG_INVALID", *wrong)
+        raise Refusal.listing(Reason.CONFIG_INVALID, wrong)
     return found
 
 
 def swept(sweep: list[str] | None, more: list[str] | None) -> list[str]:
-    """What --sweep was given; further words belong to it. Raises TrainError(CONFIG_INVALID)."""
+    """What --sweep was given; further words belong to it. Raises Refusal(CONFIG_INVALID)."""
     if more and not sweep:
-        raise TrainError("CONFIG_INVALID", *(f"{word}: there is no place for it" for word in more))
+        raise Refusal.listing(
+            Reason.CONFIG_INVALID, (f"{word}: there is no place for it" for word in more)
+        )
     return [*(sweep or ()), *(more or ())]
 
 
 @contextmanager
 def errors() -> Iterator[None]:
     """Says what is wrong, all of it, and exits with the code that fits."""
-    from loraplex_adapters.errors import AdapterError
-    from loraplex_model.base.refusal import ModelError
 
     try:
         yield
-    except TrainError as error:
-        fail(error)
-    except ModelError as error:
-        fail(TrainError("CONFIG_INVALID", f"{error.reason}: {error.message}"))
-    except AdapterError as error:
-        fail(TrainError("PUBLISH_FAILED", error.message))
+    except Refusal as refusal:
+        fail(refusal)
     except KeyboardInterrupt:  # before there was a run that could be saved
         raise typer.Exit(128 + signal.SIGINT) from None
 
 
-def fail(error: TrainError) -> NoReturn:
+def fail(error: Refusal) -> NoReturn:
     """Writes every problem to standard error and exits."""
-    for problem in error.problems or (error.reason,):
-        typer.echo(f"error: {error.reason}: {problem}", err=True)
+    for problem in error.problems:
+        typer.echo(f"error: {error.reason}: {problem.message}", err=True)
     raise typer.Exit(ExitCode.BAD_INPUT if error.reason in _CALLERS else ExitCode.FAILED) from None
 
 

@@ -14,10 +14,10 @@ from types import FrameType
 from typing import IO, Final
 
 from loraplex import Client, LoraplexError
+from loraplex_model.base.refusal import Reason, Refusal
 from rich.console import Console
 from rich.table import Table
 
-from loraplex_training.errors import TrainError
 from loraplex_training.publish.publish import publish
 from loraplex_training.publish.target import Target, keep, kept
 from loraplex_training.report import curves
@@ -37,7 +37,7 @@ _GOOD: Final = (JobState.FINISHED, JobState.STOPPED_EARLY)
 
 
 def begin(spec: RunSpec, target: Target, events: str) -> int:
-    """Trains and hands over; returns the exit code. Raises TrainError."""
+    """Trains and hands over; returns the exit code. Raises Refusal."""
     spec = replace(spec, out=_free(spec).absolute())
     with _Session(spec.out, events) as session:
         run = Run.start(spec, session.observers)
@@ -47,7 +47,7 @@ def begin(spec: RunSpec, target: Target, events: str) -> int:
 
 
 def resume(out: Path, events: str) -> int:
-    """Goes on with the run in `out`. Raises TrainError."""
+    """Goes on with the run in `out`. Raises Refusal."""
     with _Session(out.absolute(), events) as session:
         run = Run.resume(out, session.observers)
         for notice in run.notices:
@@ -124,10 +124,12 @@ class _Session:
             try:
                 alias = target.alias if outcome is best else ""
                 self._tell(publish(outcome, run, target, alias))
-            except TrainError as error:
+            except Refusal as error:
                 done = False
                 for problem in error.problems:
-                    print(f"error: {error.reason}: {outcome.job}: {problem}", file=sys.stderr)
+                    print(
+                        f"error: {error.reason}: {outcome.job}: {problem.message}", file=sys.stderr
+                    )
         return done
 
     def _tell(self, event: Published) -> None:
@@ -158,7 +160,7 @@ class _Session:
         try:
             return self._open.enter_context(Path(events).open("a", encoding="utf-8"))
         except OSError as error:
-            raise TrainError("CONFIG_INVALID", f"--events {events}: {error.strerror}") from None
+            raise Refusal(Reason.CONFIG_INVALID, f"--events {events}: {error.strerror}") from None
 
     def __enter__(self) -> _Session:
         self._open.enter_context(self._progress)

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from loraplex_adapters.errors import Finding
+from loraplex_model.base.refusal import Problem, Reason
+
 from loraplex_adapters.format.files import CONFIG_FILE
 from loraplex_adapters.format.kinds import KINDS, Kind, Plan
 from loraplex_adapters.format.reader import Reader
@@ -39,14 +40,16 @@ class Settings:
     base_model: str
 
 
-def parse_config(data: bytes) -> tuple[Settings | None, list[Finding]]:
+def parse_config(data: bytes) -> tuple[Settings | None, list[Problem]]:
     """Reads adapter_config.json; no settings where it is too broken to hold the tensors against."""
     try:
         config = loads(data)
     except ValueError as error:
-        return None, [Finding("ADAPTER_INVALID", f"{CONFIG_FILE} {error}", CONFIG_FILE)]
+        return None, [Problem(CONFIG_FILE, f"{CONFIG_FILE} {error}", Reason.ADAPTER_INVALID)]
     if not isinstance(config, dict):
-        return None, [Finding("ADAPTER_INVALID", f"{CONFIG_FILE} is no JSON object", CONFIG_FILE)]
+        return None, [
+            Problem(CONFIG_FILE, f"{CONFIG_FILE} is no JSON object", Reason.ADAPTER_INVALID)
+        ]
     reader = Reader(config)
     kind = _kind(reader)
     if kind is None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 
-from loraplex_adapters.errors import AdapterError
+from loraplex_model.base.refusal import Reason, Refusal
 
 _PREFIX = "sha256:"
 _HEX = frozenset("0123456789abcdef")
@@ -33,11 +33,11 @@ class AdapterDigest:
 def digest_hex(digest: str) -> str:
     """The 64 hex digits of "sha256:<hex>", which are safe as a file name.
 
-    Raises AdapterError(FIELD_INVALID, field "digest").
+    Raises Refusal(FIELD_INVALID, field "digest").
     """
     digits = digest.removeprefix(_PREFIX)
     if not digest.startswith(_PREFIX) or len(digits) != 64 or not _HEX.issuperset(digits):
-        raise AdapterError(
-            "FIELD_INVALID", 'a digest is "sha256:" and 64 lower-case hex digits', "digest"
+        raise Refusal(
+            Reason.FIELD_INVALID, 'a digest is "sha256:" and 64 lower-case hex digits', "digest"
         )
     return digits

@@ -9,8 +9,8 @@ from itertools import pairwise
 from pathlib import Path
 
 from loraplex_model.base.config import LAYER_SITES, MODEL_SITES
+from loraplex_model.base.refusal import Problem, Reason, Refusal
 
-from loraplex_adapters.errors import AdapterError, Finding
 from loraplex_adapters.format.config import FINGERPRINT_KEY, Settings, parse_config
 from loraplex_adapters.format.digest import AdapterDigest
 from loraplex_adapters.format.files import WEIGHTS_FILE, Directory, open_directory
@@ -33,7 +33,7 @@ class Report:
     """What an examination found: the spec, which is None exactly when there are findings."""
 
     spec: AdapterSpec | None
-    findings: tuple[Finding, ...]
+    findings: tuple[Problem, ...]
 
 
 def inspect(
@@ -43,7 +43,7 @@ def inspect(
     *,
     check_values: bool = True,
 ) -> AdapterSpec:
-    """As `examine`, but raises AdapterError for the findings.
+    """As `examine`, but raises Refusal for the findings.
 
     Reasons: ADAPTER_INVALID, ADAPTER_UNSUPPORTED, BASE_MODEL_MISMATCH, RANK_TOO_LARGE,
     ADAPTER_TOO_LARGE; FIELD_INVALID when a `source` path is no directory. No tensor is left out:
@@ -51,7 +51,7 @@ def inspect(
     """
     report = examine(source, base, limits, check_values=check_values)
     if report.spec is None:
-        raise AdapterError.of(report.findings)
+        raise Refusal.of(report.findings)
     return report.spec
 
 
@@ -100,7 +100,7 @@ def judge(
     packed = packed_bytes(modules, base)
     if limits.max_device_bytes is not None and packed > limits.max_device_bytes:
         message = f"needs {packed} bytes on the device; there are {limits.max_device_bytes}"
-        findings.append(Finding("ADAPTER_TOO_LARGE", message, WEIGHTS_FILE))
+        findings.append(Problem(WEIGHTS_FILE, message, Reason.ADAPTER_TOO_LARGE))
     if findings:
         return Report(None, tuple(findings[:MAX_FINDINGS]))
     spec = AdapterSpec(
@@ -119,7 +119,7 @@ def judge(
 
 
 def _check_base(
-    settings: Settings, header: Header, base: BaseShapes, findings: list[Finding]
+    settings: Settings, header: Header, base: BaseShapes, findings: list[Problem]
 ) -> None:
     """Holds the stamps of configuration and weights against the base."""
     stamps = (
@@ -130,26 +130,26 @@ def _check_base(
         if stamp and stamp != base.fingerprint:
             made_for = f"the adapter was made for the base {shown(stamp)}"
             message = f"{made_for}, this is {base.fingerprint}"
-            findings.append(Finding("BASE_MODEL_MISMATCH", message, FINGERPRINT_KEY))
+            findings.append(Problem(FINGERPRINT_KEY, message, Reason.BASE_MODEL_MISMATCH))
 
 
-def _stamps(metadata: Mapping[str, str], findings: list[Finding]) -> dict[str, str]:
+def _stamps(metadata: Mapping[str, str], findings: list[Problem]) -> dict[str, str]:
     """What the trainer stamped into the weights file, by key without the prefix."""
     stamps = {key: text for key, text in metadata.items() if key.startswith(STAMP)}
     if len(stamps) > MAX_STAMPS:
         message = f"{WEIGHTS_FILE} has more than {MAX_STAMPS} stamps"
-        findings.append(Finding("ADAPTER_INVALID", message, "__metadata__"))
+        findings.append(Problem("__metadata__", message, Reason.ADAPTER_INVALID))
         return {}
     return {shown(k.removeprefix(STAMP)): shown(v, MAX_STAMP) for k, v in stamps.items()}
 
 
-def _check_once(modules: Sequence[ModuleSpec], findings: list[Finding]) -> None:
+def _check_once(modules: Sequence[ModuleSpec], findings: list[Problem]) -> None:
     """Refuses what changes one module in two ways at once, such as A and B beside saved rows."""
     for first, second in pairwise(modules):
         if (first.layer, first.module) == (second.layer, second.module):
             path = module_path(first.layer, first.module)
             message = f"{path} is changed in two ways at once, which is not served"
-            findings.append(Finding("ADAPTER_UNSUPPORTED", message, path))
+            findings.append(Problem(path, message, Reason.ADAPTER_UNSUPPORTED))
 
 
 def _in_table_order(modules: Sequence[ModuleSpec]) -> list[str]:
@@ -170,7 +170,7 @@ def _examine(
     max_abs_value: float | None,
     read_weights: bool = True,
 ) -> Report:
-    unreadable: list[Finding] = []
+    unreadable: list[Problem] = []
     with ExitStack() as opened:
         try:
             directory = (
@@ -178,21 +178,21 @@ def _examine(
                 if isinstance(source, Directory)
                 else opened.enter_context(open_directory(source))
             )
-        except AdapterError as error:
-            return Report(None, error.findings)
+        except Refusal as error:
+            return Report(None, tuple(error.problems))
         config = header = None
         size = 0
         try:
             with directory.open_config() as file:
                 config = file.read(0, file.size)
-        except AdapterError as error:
-            unreadable += error.findings
+        except Refusal as error:
+            unreadable += error.problems
         try:
             weights = opened.enter_context(directory.open_weights(limits.max_weights_bytes))
             size = weights.size
             header = read_header(weights.read, size)
-        except AdapterError as error:
-            unreadable += error.findings
+        except Refusal as error:
+            unreadable += error.problems
         report = judge(config, header, size, base, limits)
         if unreadable or report.spec is None or not read_weights:
             spec = None if unreadable else report.spec
@@ -202,8 +202,8 @@ def _examine(
         digest = AdapterDigest(config, size)
         try:
             findings = scan(weights, header, digest, max_abs_value)
-        except AdapterError as error:
-            findings = list(error.findings)
+        except Refusal as error:
+            findings = list(error.problems)
     if findings:
         return Report(None, tuple(findings[:MAX_FINDINGS]))
     return Report(replace(report.spec, digest=digest.text()), ())

@@ -8,7 +8,8 @@ from itertools import islice
 from pathlib import Path
 from types import TracebackType
 
-from loraplex_adapters.errors import AdapterError
+from loraplex_model.base.refusal import Reason, Refusal
+
 from loraplex_adapters.format.strict_json import shown
 
 CONFIG_FILE = "adapter_config.json"
@@ -38,7 +39,7 @@ class RegularFile:
         self.size = os.fstat(descriptor).st_size
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fills `buffer` from `offset`; raises AdapterError(ADAPTER_INVALID) if the file ends."""
+        """Fills `buffer` from `offset`; raises Refusal(ADAPTER_INVALID) if the file ends."""
         assert self._descriptor is not None, "the file is closed"
         filled = 0
         while filled < len(buffer):
@@ -47,8 +48,10 @@ class RegularFile:
             except OSError:
                 raise _unreadable(self.name) from None
             if count == 0:
-                raise AdapterError(
-                    "ADAPTER_INVALID", f"{self.name} became shorter while it was read", self.name
+                raise Refusal(
+                    Reason.ADAPTER_INVALID,
+                    f"{self.name} became shorter while it was read",
+                    self.name,
                 )
             filled += count
 
@@ -88,7 +91,7 @@ class Directory:
     def open(self, name: str, max_bytes: int) -> RegularFile:
         """Opens the regular file `name`, a name of ours.
 
-        Raises AdapterError: ADAPTER_INVALID (missing, no regular file, unreadable),
+        Raises Refusal: ADAPTER_INVALID (missing, no regular file, unreadable),
         ADAPTER_TOO_LARGE, and ADAPTER_UNSUPPORTED for weights that are there, but pickled.
         """
         descriptor = self._open(name)
@@ -99,8 +102,8 @@ class Directory:
             if not stat.S_ISREG(status.st_mode):
                 raise _irregular(name)
             if status.st_size > max_bytes:
-                raise AdapterError(
-                    "ADAPTER_TOO_LARGE",
+                raise Refusal(
+                    Reason.ADAPTER_TOO_LARGE,
                     f"{name} has {status.st_size} bytes; at most {max_bytes} are accepted",
                     name,
                 )
@@ -146,15 +149,15 @@ class Directory:
         except OSError:
             raise _unreadable(name) from None
 
-    def _missing(self, name: str) -> AdapterError:
+    def _missing(self, name: str) -> Refusal:
         if name == WEIGHTS_FILE and (pickle := self._first_pickle()):
-            return AdapterError(
-                "ADAPTER_UNSUPPORTED",
+            return Refusal(
+                Reason.ADAPTER_UNSUPPORTED,
                 f"the weights are pickled ({shown(pickle)}); save them as {WEIGHTS_FILE} "
                 "(PEFT: save_pretrained(..., safe_serialization=True))",
                 shown(pickle),
             )
-        return AdapterError("ADAPTER_INVALID", f"there is no {name}", name)
+        return Refusal(Reason.ADAPTER_INVALID, f"there is no {name}", name)
 
     def _first_pickle(self) -> str | None:
         assert self._descriptor is not None, "the directory is closed"
@@ -169,7 +172,7 @@ class Directory:
 def open_directory(path: Path) -> Directory:
     """Opens a directory that the caller trusts the path of; its last component may not be a link.
 
-    Raises AdapterError(FIELD_INVALID, field "path").
+    Raises Refusal(FIELD_INVALID, field "path").
     """
     try:
         return Directory(os.open(path, _DIRECTORY))
@@ -180,7 +183,7 @@ def open_directory(path: Path) -> Directory:
 def open_below(root: Path, relative: str) -> Directory:
     """Opens the directory `relative` below `root`, following no link on the way.
 
-    `root` itself is the operator's and may be a link. Raises AdapterError(FIELD_INVALID, field
+    `root` itself is the operator's and may be a link. Raises Refusal(FIELD_INVALID, field
     "path") when `relative` is absolute, leaves the root, is not in plain form ("a//b", "./a"),
     holds a NUL, passes through a link, or is no directory.
     """
@@ -198,7 +201,7 @@ def open_below(root: Path, relative: str) -> Directory:
 
 
 def open_root(root: Path) -> Directory:
-    """Opens `root` itself, which may be a link. Raises AdapterError(STORE_UNAVAILABLE)."""
+    """Opens `root` itself, which may be a link. Raises Refusal(STORE_UNAVAILABLE)."""
     return Directory(_open_root(root))
 
 
@@ -206,8 +209,8 @@ def _open_root(root: Path) -> int:
     try:
         return os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError:
-        raise AdapterError(
-            "STORE_UNAVAILABLE", "the server's import root cannot be opened", "path"
+        raise Refusal(
+            Reason.STORE_UNAVAILABLE, "the server's import root cannot be opened", "path"
         ) from None
 
 
@@ -220,23 +223,23 @@ def resolve_below(root: Path, relative: str) -> Path:
 def _parts(relative: str) -> list[str]:
     parts = relative.removesuffix("/").split("/")
     if len(relative) > _MAX_PATH or "\0" in relative or any(p in ("", ".", "..") for p in parts):
-        raise AdapterError(
-            "FIELD_INVALID",
+        raise Refusal(
+            Reason.FIELD_INVALID,
             "path must be relative to the import root, in plain form, and stay below it",
             "path",
         )
     return parts
 
 
-def _no_directory() -> AdapterError:
-    return AdapterError(
-        "FIELD_INVALID", "there is no such directory, or a link leads to it", "path"
+def _no_directory() -> Refusal:
+    return Refusal(
+        Reason.FIELD_INVALID, "there is no such directory, or a link leads to it", "path"
     )
 
 
-def _irregular(name: str) -> AdapterError:
-    return AdapterError("ADAPTER_INVALID", f"{name} is not a regular file", name)
+def _irregular(name: str) -> Refusal:
+    return Refusal(Reason.ADAPTER_INVALID, f"{name} is not a regular file", name)
 
 
-def _unreadable(name: str) -> AdapterError:
-    return AdapterError("ADAPTER_INVALID", f"{name} cannot be read", name)
+def _unreadable(name: str) -> Refusal:
+    return Refusal(Reason.ADAPTER_INVALID, f"{name} cannot be read", name)

@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 
-from loraplex_adapters.errors import AdapterError
+from loraplex_model.base.refusal import Reason, Refusal
+
 from loraplex_adapters.format.files import WEIGHTS_FILE
 from loraplex_adapters.format.spec import TensorLocation
 from loraplex_adapters.format.strict_json import loads, shown
@@ -39,7 +40,7 @@ class Header:
 def read_header(read: Callable[[int, int], bytes], size: int) -> Header:
     """Reads and checks the header of a file of `size` bytes; `read(offset, length)` reads from it.
 
-    Raises AdapterError: ADAPTER_INVALID, or ADAPTER_UNSUPPORTED for a dtype or a pickle.
+    Raises Refusal: ADAPTER_INVALID, or ADAPTER_UNSUPPORTED for a dtype or a pickle.
     """
     if size < 8:
         raise _invalid("is shorter than a safetensors header")
@@ -48,7 +49,7 @@ def read_header(read: Callable[[int, int], bytes], size: int) -> Header:
     if length > size - 8:
         if prefix.startswith(_PICKLE_MAGIC):
             message = f"{WEIGHTS_FILE} holds a pickle, not safetensors"
-            raise AdapterError("ADAPTER_UNSUPPORTED", message, WEIGHTS_FILE)
+            raise Refusal(Reason.ADAPTER_UNSUPPORTED, message, WEIGHTS_FILE)
         raise _invalid("is truncated: its header goes beyond its end")
     if length > MAX_HEADER_BYTES:
         raise _invalid(f"has a header of {length} bytes; at most {MAX_HEADER_BYTES} are accepted")
@@ -95,8 +96,8 @@ def _location(name: str, entry: object, data_start: int) -> TensorLocation:
     if not isinstance(dtype, str):
         raise _invalid("has a tensor whose dtype is no string", name)
     if dtype not in ITEM_SIZE:
-        raise AdapterError(
-            "ADAPTER_UNSUPPORTED",
+        raise Refusal(
+            Reason.ADAPTER_UNSUPPORTED,
             f"tensor {shown(name)} has dtype {shown(dtype, 16)}; served are {', '.join(ITEM_SIZE)}",
             shown(name),
         )
@@ -114,8 +115,8 @@ def _integers(value: object) -> bool:
     return isinstance(value, list) and all(type(item) is int for item in value)
 
 
-def _invalid(what: str, tensor: str = "") -> AdapterError:
+def _invalid(what: str, tensor: str = "") -> Refusal:
     where = f" ({shown(tensor)})" if tensor else ""
-    return AdapterError(
-        "ADAPTER_INVALID", f"{WEIGHTS_FILE} {what}{where}", shown(tensor) or WEIGHTS_FILE
+    return Refusal(
+        Reason.ADAPTER_INVALID, f"{WEIGHTS_FILE} {what}{where}", shown(tensor) or WEIGHTS_FILE
     )

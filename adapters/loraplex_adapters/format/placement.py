@@ -10,8 +10,8 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 
 from loraplex_model.base.config import Site
+from loraplex_model.base.refusal import Problem, Reason
 
-from loraplex_adapters.errors import Finding
 from loraplex_adapters.format.files import CONFIG_FILE
 from loraplex_adapters.format.header import Header
 from loraplex_adapters.format.modules import (
@@ -49,7 +49,7 @@ class Placement:
     ) -> None:
         self.base = base
         self.limits = limits
-        self.findings: list[Finding] = []
+        self.findings: list[Problem] = []
         self._peft_type = peft_type
         self._needs = endings
         # The longest first: "lora_B.bias" ends in "bias".
@@ -78,7 +78,7 @@ class Placement:
         tensor = self.claim(site, ending)
         if tensor is None:
             name = ending if site == VIRTUAL_TOKENS else f"{PREFIX}{module_path(*site)}.{ending}"
-            self.find("ADAPTER_INVALID", f"{name} is missing", name)
+            self.find(Reason.ADAPTER_INVALID, f"{name} is missing", name)
         return tensor
 
     def fits(self, site: Site, tensors: Mapping[str, TensorLocation | None]) -> int | None:
@@ -99,7 +99,7 @@ class Placement:
             if len(tensor.shape) != len(expected):
                 name = shown(tensor.name)
                 message = f"{name} has {len(tensor.shape)} dimensions; {len(expected)} are expected"
-                self.find("ADAPTER_INVALID", message, name)
+                self.find(Reason.ADAPTER_INVALID, message, name)
                 return None
             for size, wanted in zip(tensor.shape, expected, strict=True):
                 if wanted is None:
@@ -107,13 +107,13 @@ class Placement:
                 elif size != wanted:
                     name = shown(tensor.name)
                     message = f"{name} is {size} wide; the base's {site[1]} has {wanted}"
-                    self.find("BASE_MODEL_MISMATCH", message, name)
+                    self.find(Reason.BASE_MODEL_MISMATCH, message, name)
                     return None
         if len(set(inner.values())) > 1:
             sizes = " and ".join(f"{size} in {_ending(name)}" for name, size in inner.items())
             name = shown(list(inner)[-1])
             message = f"{module_path(*site)} has inner widths that differ: {sizes}"
-            self.find("ADAPTER_INVALID", message, name)
+            self.find(Reason.ADAPTER_INVALID, message, name)
             return None
         return next(iter(inner.values()), 0)
 
@@ -127,11 +127,11 @@ class Placement:
         if held > self.limits.max_rank:
             message = f"has rank {held}; at most {self.limits.max_rank} is served"
             first = next(t for t in tensors.values() if t is not None)
-            self.find("RANK_TOO_LARGE", f"{module_path(*site)} {message}", shown(first.name))
+            self.find(Reason.RANK_TOO_LARGE, f"{module_path(*site)} {message}", shown(first.name))
             return False
         if held != rank:
             message = f"has rank {held} in the weights and {rank} in {CONFIG_FILE}"
-            self.find("ADAPTER_INVALID", f"{module_path(*site)} {message}", field)
+            self.find(Reason.ADAPTER_INVALID, f"{module_path(*site)} {message}", field)
             return False
         return True
 
@@ -139,13 +139,13 @@ class Placement:
         """Refuses a rank of the configuration that is too large, whatever the tensors say."""
         if rank > self.limits.max_rank:
             message = f"{field} asks for rank {rank}; at most {self.limits.max_rank} is served"
-            self.find("RANK_TOO_LARGE", message, field)
+            self.find(Reason.RANK_TOO_LARGE, message, field)
 
     def check_scale(self, site: Site, scale: float, field: str) -> None:
         """Refuses a scale that is too large."""
         if not abs(scale) <= self.limits.max_scale:
             message = f"has scale {scale:g}; at most {self.limits.max_scale:g} is served"
-            self.find("ADAPTER_INVALID", f"{module_path(*site)} {message}", field)
+            self.find(Reason.ADAPTER_INVALID, f"{module_path(*site)} {message}", field)
 
     def matched(
         self, field: str, pattern: Mapping[str, Value], sites: Collection[Site]
@@ -155,7 +155,7 @@ class Placement:
         try:
             matched = match(pattern, paths)
         except ValueError as error:
-            self.find("ADAPTER_UNSUPPORTED", f"{field} {error}", field)
+            self.find(Reason.ADAPTER_UNSUPPORTED, f"{field} {error}", field)
             return {}
         if matched.conflict:
             path, first, second = matched.conflict
@@ -163,7 +163,7 @@ class Placement:
                 f"{field} gives {path} two values, by {first} and by {second}; which one it was "
                 "trained with depends on an order that PEFT does not save"
             )
-            self.find("ADAPTER_UNSUPPORTED", message, field)
+            self.find(Reason.ADAPTER_UNSUPPORTED, message, field)
         return {paths[path]: value for path, value in matched.values.items()}
 
     def check_targets(
@@ -178,14 +178,14 @@ class Placement:
         expected = targets.promised(candidates, self.base)
         if unnamed := sorted(set(adapted) - expected):
             message = f"{module_path(*unnamed[0])} has weights but is not among the target modules"
-            self.find("ADAPTER_INVALID", message, "target_modules")
+            self.find(Reason.ADAPTER_INVALID, message, "target_modules")
         if missing := sorted(expected - set(adapted)):
             message = f"{module_path(*missing[0])} is a target but has no weights"
             if missing[0][0] > max((layer for layer, _ in adapted), default=-1) >= 0:
                 message += "; the adapter seems to be made for a base with fewer layers"
-                self.find("BASE_MODEL_MISMATCH", message, "target_modules")
+                self.find(Reason.BASE_MODEL_MISMATCH, message, "target_modules")
             else:
-                self.find("ADAPTER_INVALID", message, "target_modules")
+                self.find(Reason.ADAPTER_INVALID, message, "target_modules")
 
     def finish(self) -> None:
         """Turns every tensor that nobody has claimed into a finding."""
@@ -195,12 +195,12 @@ class Placement:
                 option = self._needs[ending]
                 why = f" ({option})" if option else ""
                 message = f"{name} is there, but {CONFIG_FILE} does not account for it{why}"
-                self.find("ADAPTER_INVALID", message, name)
+                self.find(Reason.ADAPTER_INVALID, message, name)
         self._left.clear()
 
-    def find(self, reason: str, message: str, field: str) -> None:
+    def find(self, reason: Reason, message: str, field: str) -> None:
         """Adds a finding."""
-        self.findings.append(Finding(reason, message, field))
+        self.findings.append(Problem(field, message, reason))
 
     def _take_whole(self, tensor: TensorLocation) -> None:
         if tensor.name in self._needs:
@@ -224,7 +224,7 @@ class Placement:
     def _no_tensor(self, tensor: TensorLocation) -> None:
         name = shown(tensor.name)
         message = f"{name} is no tensor of an adapter of type {self._peft_type}"
-        self.find("ADAPTER_INVALID", message, name)
+        self.find(Reason.ADAPTER_INVALID, message, name)
 
     def _no_site(self, tensor: TensorLocation, path: str) -> None:
         if self._within_module(path):
@@ -235,7 +235,7 @@ class Placement:
         found = _LAYER.match(path)
         if found and int(found[1]) >= self.base.num_layers:
             message = f"{name} is beyond the base's {self.base.num_layers} layers"
-        self.find("BASE_MODEL_MISMATCH", message, name)
+        self.find(Reason.BASE_MODEL_MISMATCH, message, name)
 
     def _within_module(self, path: str) -> bool:
         """Whether the path goes on below a module of the base: then the module is not in doubt."""
@@ -247,10 +247,10 @@ class Placement:
         name = shown(tensor.name)
         if role == "bias":
             message = f"{name} replaces a bias; the base's {site[1]} has none"
-            self.find("BASE_MODEL_MISMATCH", message, name)
+            self.find(Reason.BASE_MODEL_MISMATCH, message, name)
         else:
             message = f"{name} changes {site[1]} in a way that is not served"
-            self.find("ADAPTER_UNSUPPORTED", message, name)
+            self.find(Reason.ADAPTER_UNSUPPORTED, message, name)
 
 
 def _ending(name: str) -> str:

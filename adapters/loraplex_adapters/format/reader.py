@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
-from loraplex_adapters.errors import Finding
+from loraplex_model.base.refusal import Problem, Reason
+
 from loraplex_adapters.format.patterns import is_plain
 from loraplex_adapters.format.strict_json import shown
 from loraplex_adapters.format.support import STAMP, Option, Support, is_neutral
@@ -29,7 +30,7 @@ class Reader:
 
     def __init__(self, config: Mapping[str, object]) -> None:
         self.config = config
-        self.findings: list[Finding] = []
+        self.findings: list[Problem] = []
 
     def integer(self, key: str, least: int = 1) -> int | None:
         """An integer of at least `least`; it has to be there."""
@@ -175,12 +176,12 @@ class Reader:
     def invalid(self, key: str, problem: str) -> None:
         """Adds a finding: the value makes no sense."""
         field = shown(key)
-        self.findings.append(Finding("ADAPTER_INVALID", f"{field} {problem}", field))
+        self.findings.append(Problem(field, f"{field} {problem}", Reason.ADAPTER_INVALID))
 
     def unsupported(self, key: str, problem: str) -> None:
         """Adds a finding: the value may make sense, but not here."""
         field = shown(key)
-        self.findings.append(Finding("ADAPTER_UNSUPPORTED", f"{field} {problem}", field))
+        self.findings.append(Problem(field, f"{field} {problem}", Reason.ADAPTER_UNSUPPORTED))
 
     def _target_names(self) -> tuple[str, ...] | None:
         """The target list. A string is a regular expression; the tensors say what it matched."""

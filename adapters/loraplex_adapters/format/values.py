@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+from loraplex_model.base.refusal import Problem, Reason
 from numpy.typing import NDArray
 
-from loraplex_adapters.errors import Finding
 from loraplex_adapters.format.digest import AdapterDigest
 from loraplex_adapters.format.files import RegularFile
 from loraplex_adapters.format.header import Header
@@ -18,11 +18,11 @@ PIECE = 4 << 20
 
 def scan(
     file: RegularFile, header: Header, digest: AdapterDigest, max_abs_value: float | None
-) -> list[Finding]:
+) -> list[Problem]:
     """Feeds the whole file to `digest` and reports tensors with elements beyond `max_abs_value`.
 
     None leaves the elements unchecked. Reads by pieces instead of mapping the file, because a
-    mapped file that somebody shortens kills its reader. Raises AdapterError where it cannot read.
+    mapped file that somebody shortens kills its reader. Raises Refusal where it cannot read.
     """
     findings = []
     digest.update(file.read(0, header.data_start))
@@ -37,7 +37,7 @@ def scan(
                 sound = _within(piece, tensor, max_abs_value)
         if not sound:
             message = f"{shown(tensor.name)} holds NaN, infinity or more than {max_abs_value:g}"
-            findings.append(Finding("ADAPTER_INVALID", message, shown(tensor.name)))
+            findings.append(Problem(shown(tensor.name), message, Reason.ADAPTER_INVALID))
     return findings
 
 

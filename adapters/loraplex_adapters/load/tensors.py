@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from loraplex_model.adapters.delta import AdapterDelta
+from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_model.base.weights import BaseWeights
 from numpy.typing import NDArray
 
-from loraplex_adapters.errors import AdapterError
 from loraplex_adapters.format.digest import AdapterDigest
 from loraplex_adapters.format.examine import judge
 from loraplex_adapters.format.files import open_directory
@@ -34,7 +34,7 @@ def load(
     The file is read into memory once, digested there, and the tensors are views of those bytes:
     nothing changes between the check and the use, and nothing is mapped that could be cut short.
     The elements are not looked at again: the digest says that they are what was registered.
-    Raises AdapterError: ADAPTER_CORRUPT (missing, or not the bytes of `digest`), and what
+    Raises Refusal: ADAPTER_CORRUPT (missing, or not the bytes of `digest`), and what
     `format.inspect` raises.
     """
     limits = limits or Limits()
@@ -43,7 +43,7 @@ def load(
     header = read_header(lambda start, length: bytes(view[start : start + length]), len(weights))
     report = judge(config, header, len(weights), shapes, limits)
     if report.spec is None:
-        raise AdapterError.of(report.findings)
+        raise Refusal.of(report.findings)
     spec = replace(report.spec, digest=digest)
     return spec, adapter_delta(spec, lambda location: _tensor(weights, location), base)
 
@@ -56,14 +56,14 @@ def _read_verified(directory: Path, digest: str, max_bytes: int) -> tuple[bytes,
             with opened.open_weights(max_bytes) as file:
                 weights = np.empty(file.size, np.uint8)
                 file.read_into(weights.data, 0)
-    except AdapterError as error:
+    except Refusal as error:
         message = f"the stored adapter cannot be read: {error.message}"
-        raise AdapterError("ADAPTER_CORRUPT", message, digest) from None
+        raise Refusal(Reason.ADAPTER_CORRUPT, message, digest) from None
     actual = AdapterDigest(config, len(weights))
     actual.update(weights.data)
     if actual.text() != digest:
-        raise AdapterError(
-            "ADAPTER_CORRUPT",
+        raise Refusal(
+            Reason.ADAPTER_CORRUPT,
             "the stored adapter's bytes have changed since it was registered",
             digest,
         )

@@ -6,8 +6,8 @@ import time
 from typing import Any
 
 import sqlalchemy as sa
+from loraplex_model.base.refusal import Reason, Refusal
 
-from loraplex_adapters.errors import AdapterError
 from loraplex_adapters.store import lookup, records, schema
 from loraplex_adapters.store.database import Database
 from loraplex_adapters.store.ids import AdapterId
@@ -19,7 +19,7 @@ _names, _versions, _aliases = schema.names.c, schema.versions.c, schema.aliases.
 class Aliases:
     """The aliases of the index. Safe to use from several threads and processes.
 
-    Every method raises AdapterError(STORE_UNAVAILABLE or STORE_FULL) when the database fails.
+    Every method raises Refusal(STORE_UNAVAILABLE or STORE_FULL) when the database fails.
     """
 
     def __init__(self, database: Database) -> None:
@@ -29,12 +29,12 @@ class Aliases:
         """Points an alias to the version that an id means now; see `Store.set_alias`.
 
         `expected` is what it must point to before, "" that it must not exist, None that it is not
-        asked. Raises AdapterError: ADAPTER_NOT_FOUND, ADAPTER_CONFLICT.
+        asked. Raises Refusal: ADAPTER_NOT_FOUND, ADAPTER_CONFLICT.
         """
         with self._database.writing() as connection:
             target = lookup.find(connection, adapter)
             if lookup.is_name(connection, alias):
-                raise AdapterError("ADAPTER_CONFLICT", f"{alias} is an adapter's name", alias)
+                raise Refusal(Reason.ADAPTER_CONFLICT, f"{alias} is an adapter's name", alias)
             row = lookup.alias_row(connection, alias)
             if expected is not None:
                 _expect(connection, alias, row, expected or None)
@@ -54,11 +54,11 @@ class Aliases:
             return Alias(alias, target.name, target.version, target.digest, records.moment(now))
 
     def delete(self, alias: str) -> None:
-        """Forgets an alias. Raises AdapterError(ADAPTER_NOT_FOUND)."""
+        """Forgets an alias. Raises Refusal(ADAPTER_NOT_FOUND)."""
         with self._database.writing() as connection:
             gone = connection.execute(sa.delete(schema.aliases).where(_aliases.alias == alias))
             if not gone.rowcount:
-                raise AdapterError("ADAPTER_NOT_FOUND", f"there is no alias {alias}", alias)
+                raise Refusal(Reason.ADAPTER_NOT_FOUND, f"there is no alias {alias}", alias)
             schema.count_change(connection)
 
     def all(self) -> tuple[Alias, ...]:
@@ -95,6 +95,6 @@ def _expect(
             return
     elif row is None:
         return
-    raise AdapterError(
-        "ADAPTER_CONFLICT", f"{alias} points to {shown}, not to what was expected", alias
+    raise Refusal(
+        Reason.ADAPTER_CONFLICT, f"{alias} points to {shown}, not to what was expected", alias
     )

@@ -22,8 +22,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from loraplex_model.base.faults import reach
+from loraplex_model.base.refusal import Reason, Refusal
 
-from loraplex_adapters.errors import AdapterError
 from loraplex_adapters.format.digest import AdapterDigest, digest_hex
 from loraplex_adapters.format.files import (
     CONFIG_FILE,
@@ -69,7 +69,7 @@ class Blobs:
     def staged(self, source: Directory, max_weights_bytes: int) -> Iterator[Path]:
         """A copy of the adapter's two files, on the disk for good; gone afterwards if still there.
 
-        Raises AdapterError: what `Directory.open` raises, STORE_FULL, STORE_UNAVAILABLE.
+        Raises Refusal: what `Directory.open` raises, STORE_FULL, STORE_UNAVAILABLE.
         """
         copy = self._session / uuid.uuid4().hex
         try:
@@ -97,7 +97,7 @@ class Blobs:
                     self.verify(digest)
                     flush(self._blobs)  # whoever renamed it may not have come to that yet
                     return
-                except AdapterError:
+                except Refusal:
                     # Damaged, half deleted by hand, or collected meanwhile: these bytes have just
                     # been checked, so they are better. A crash between the renames leaves no blob,
                     # which registering again mends.
@@ -105,13 +105,13 @@ class Blobs:
                     worse = self._session / uuid.uuid4().hex
                     _move_if_there(place, worse)
                     shutil.rmtree(worse, ignore_errors=True)
-        raise AdapterError("STORE_UNAVAILABLE", f"{digest} cannot be put into the adapter store")
+        raise Refusal(Reason.STORE_UNAVAILABLE, f"{digest} cannot be put into the adapter store")
 
     def path(self, digest: str) -> Path:
-        """The blob's directory. Raises AdapterError: FIELD_INVALID, ADAPTER_NOT_FOUND."""
+        """The blob's directory. Raises Refusal: FIELD_INVALID, ADAPTER_NOT_FOUND."""
         place = self._blobs / digest_hex(digest)
         if not place.is_dir():
-            raise AdapterError("ADAPTER_NOT_FOUND", f"no adapter {digest} is stored", digest)
+            raise Refusal(Reason.ADAPTER_NOT_FOUND, f"no adapter {digest} is stored", digest)
         return place
 
     def has(self, digest: str) -> bool:
@@ -140,7 +140,7 @@ class Blobs:
             return 0
 
     def verify(self, digest: str) -> None:
-        """Reads the blob; raises AdapterError: ADAPTER_CORRUPT, ADAPTER_NOT_FOUND."""
+        """Reads the blob; raises Refusal: ADAPTER_CORRUPT, ADAPTER_NOT_FOUND."""
         place = self.path(digest)
         try:
             with open_directory(place) as directory:
@@ -150,7 +150,7 @@ class Blobs:
                     actual = AdapterDigest(config, file.size)
                     for piece in _pieces(file):
                         actual.update(piece)
-        except AdapterError as error:
+        except Refusal as error:
             raise _corrupt(digest, error.message) from None
         if actual.text() != digest:
             raise _corrupt(digest, "its bytes have changed")
@@ -215,7 +215,7 @@ def is_digest(text: str) -> bool:
     """Whether `text` is "sha256:<64 hex digits>"."""
     try:
         digest_hex(text)
-    except AdapterError:
+    except Refusal:
         return False
     return True
 
@@ -265,5 +265,5 @@ def _clear_dead_sessions(staging: Path) -> None:
             os.close(owner)
 
 
-def _corrupt(digest: str, why: str) -> AdapterError:
-    return AdapterError("ADAPTER_CORRUPT", f"the stored adapter {digest} is damaged: {why}", digest)
+def _corrupt(digest: str, why: str) -> Refusal:
+    return Refusal(Reason.ADAPTER_CORRUPT, f"the stored adapter {digest} is damaged: {why}", digest)

@@ -13,9 +13,8 @@ from typing import Any
 
 import sqlalchemy as sa
 from loraplex_model.base.faults import reach
+from loraplex_model.base.refusal import Reason, Refusal
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
-
-from loraplex_adapters.errors import AdapterError
 
 _BUSY_SECONDS = 30
 _CONNECT_SECONDS = 10
@@ -26,7 +25,7 @@ _DISK_FULL = "53100"  # PostgreSQL's code
 class Database:
     """Safe to use from several threads and processes.
 
-    Every method raises AdapterError(STORE_UNAVAILABLE or STORE_FULL) when the database fails.
+    Every method raises Refusal(STORE_UNAVAILABLE or STORE_FULL) when the database fails.
     """
 
     def __init__(self, file: Path, url: str) -> None:
@@ -78,8 +77,8 @@ def _postgresql(text: str) -> sa.Engine:
     try:
         url = sa.make_url(text)
         if url.get_backend_name() != "postgresql":
-            raise AdapterError(
-                "STORE_UNAVAILABLE", "store_url must be empty or begin with postgresql://"
+            raise Refusal(
+                Reason.STORE_UNAVAILABLE, "store_url must be empty or begin with postgresql://"
             )
         if url.drivername == "postgresql":
             url = url.set(drivername="postgresql+psycopg")
@@ -88,10 +87,10 @@ def _postgresql(text: str) -> sa.Engine:
         )
     except (ArgumentError, ValueError):
         # Not shown: it may hold a password.
-        raise AdapterError("STORE_UNAVAILABLE", "store_url is not a database's URL") from None
+        raise Refusal(Reason.STORE_UNAVAILABLE, "store_url is not a database's URL") from None
     except ModuleNotFoundError:
-        raise AdapterError(
-            "STORE_UNAVAILABLE",
+        raise Refusal(
+            Reason.STORE_UNAVAILABLE,
             "PostgreSQL needs a driver: pip install 'loraplex[server,postgres]'",
         ) from None
 
@@ -116,7 +115,7 @@ def _database_errors() -> Iterator[None]:
     except SQLAlchemyError as error:
         cause = getattr(error, "orig", None)
         if getattr(cause, "sqlstate", "") == _DISK_FULL or "full" in str(cause or ""):
-            raise AdapterError("STORE_FULL", "the adapter store's disk is full") from error
-        raise AdapterError(
-            "STORE_UNAVAILABLE", "the adapter store's index cannot be used"
+            raise Refusal(Reason.STORE_FULL, "the adapter store's disk is full") from error
+        raise Refusal(
+            Reason.STORE_UNAVAILABLE, "the adapter store's index cannot be used"
         ) from error

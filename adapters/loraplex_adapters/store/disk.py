@@ -9,20 +9,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from loraplex_adapters.errors import AdapterError
+from loraplex_model.base.refusal import Reason, Refusal
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
 def disk_errors() -> Iterator[None]:
-    """Turns what the operating system says about the store's disk into AdapterError."""
+    """Turns what the operating system says about the store's disk into Refusal."""
     try:
         yield
     except OSError as error:
         if error.errno in _FULL:
-            raise AdapterError("STORE_FULL", "the adapter store's disk is full") from error
-        raise AdapterError("STORE_UNAVAILABLE", "the adapter store cannot be written") from error
+            raise Refusal(Reason.STORE_FULL, "the adapter store's disk is full") from error
+        raise Refusal(Reason.STORE_UNAVAILABLE, "the adapter store cannot be written") from error
 
 
 @contextmanager

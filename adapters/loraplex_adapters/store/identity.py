@@ -17,7 +17,7 @@ _FILE = "store-id"
 
 
 def read_id(root: Path) -> str | None:
-    """What the directory says; None if nothing. Raises AdapterError(STORE_UNAVAILABLE)."""
+    """What the directory says; None if nothing. Raises Refusal(STORE_UNAVAILABLE)."""
     with disk_errors():
         try:
             return (root / _FILE).read_text("ascii", errors="replace").strip()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from loraplex_adapters.errors import AdapterError
+from loraplex_model.base.refusal import Reason, Refusal
+
 from loraplex_adapters.format.digest import digest_hex
 
 _NAME = re.compile(r"\A[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\Z")
@@ -22,10 +23,10 @@ class AdapterId:
 
 
 def check_name(name: str) -> str:
-    """Returns `name` if it is one; raises AdapterError(FIELD_INVALID, field "name")."""
+    """Returns `name` if it is one; raises Refusal(FIELD_INVALID, field "name")."""
     if not _NAME.match(name):
-        raise AdapterError(
-            "FIELD_INVALID",
+        raise Refusal(
+            Reason.FIELD_INVALID,
             "an adapter's name has 1 to 63 characters of a-z, 0-9 and -, and no - at its ends",
             "name",
         )
@@ -33,7 +34,7 @@ def check_name(name: str) -> str:
 
 
 def parse_id(adapter_id: str) -> AdapterId:
-    """Reads an adapter id; raises AdapterError(FIELD_INVALID, field "adapter_id")."""
+    """Reads an adapter id; raises Refusal(FIELD_INVALID, field "adapter_id")."""
     name, separator, rest = adapter_id.partition("@")
     try:
         check_name(name)
@@ -43,9 +44,9 @@ def parse_id(adapter_id: str) -> AdapterId:
             return AdapterId(name, version=int(rest))
         digest_hex(rest)
         return AdapterId(name, digest=rest)
-    except AdapterError:
-        raise AdapterError(
-            "FIELD_INVALID",
+    except Refusal:
+        raise Refusal(
+            Reason.FIELD_INVALID,
             'an adapter is named "name", "name@<version>" or "name@sha256:<64 hex digits>", where '
             "a name has 1 to 63 characters of a-z, 0-9 and -, and no - at its ends",
             "adapter_id",

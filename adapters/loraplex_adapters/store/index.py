@@ -7,8 +7,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import sqlalchemy as sa
+from loraplex_model.base.refusal import Reason, Refusal
 
-from loraplex_adapters.errors import AdapterError
 from loraplex_adapters.format.spec import AdapterSpec
 from loraplex_adapters.store import lookup, records, schema
 from loraplex_adapters.store.database import Database
@@ -39,7 +39,7 @@ class Registration:
 class Index:
     """Names, versions and labels. Safe to use from several threads and processes.
 
-    Every method raises AdapterError(STORE_UNAVAILABLE or STORE_FULL) when the database fails.
+    Every method raises Refusal(STORE_UNAVAILABLE or STORE_FULL) when the database fails.
     """
 
     def __init__(self, database: Database) -> None:
@@ -52,7 +52,7 @@ class Index:
 
         None, and nothing changed, when `is_stored` denies the digest: it is asked where nobody can
         collect the bytes before they are pointed to. Labels are added to those of a version that
-        is there already. Raises AdapterError: ADAPTER_CONFLICT if the name points elsewhere and may
+        is there already. Raises Refusal: ADAPTER_CONFLICT if the name points elsewhere and may
         not be replaced, or is an alias; FIELD_INVALID for too many labels.
         """
         name, spec = wanted.name, wanted.spec
@@ -60,7 +60,7 @@ class Index:
             if not is_stored(spec.digest):
                 return None
             if lookup.alias_row(connection, name) is not None:
-                raise AdapterError("ADAPTER_CONFLICT", f"{name} is an alias", name)
+                raise Refusal(Reason.ADAPTER_CONFLICT, f"{name} is an alias", name)
             current = connection.execute(
                 records.living.where(_names.name == name, records.is_current)
             ).one_or_none()
@@ -70,8 +70,8 @@ class Index:
                     schema.count_change(connection)
                 return records.read(connection, [current])[0], False
             if current is not None and not wanted.replace:
-                raise AdapterError(
-                    "ADAPTER_CONFLICT",
+                raise Refusal(
+                    Reason.ADAPTER_CONFLICT,
                     f"{name} already names other bytes ({current.digest}); replace it or take "
                     "another name",
                     name,
@@ -86,7 +86,7 @@ class Index:
         """The version that an id means; of several with one digest the newest.
 
         An alias, alone or with the digest that it points to, means its version.
-        Raises AdapterError(ADAPTER_NOT_FOUND).
+        Raises Refusal(ADAPTER_NOT_FOUND).
         """
         with self._database.reading() as connection:
             return lookup.find(connection, adapter)
@@ -109,7 +109,7 @@ class Index:
         return Page(found, found[-1].name if len(rows) > size else "")
 
     def versions(self, name: str) -> tuple[Record, ...]:
-        """A name's versions, newest first; raises AdapterError(ADAPTER_NOT_FOUND) if deleted."""
+        """A name's versions, newest first; raises Refusal(ADAPTER_NOT_FOUND) if deleted."""
         query = records.living.where(_names.name == name).order_by(_versions.version.desc())
         with self._database.reading() as connection:
             found = records.read(connection, connection.execute(query).all())
@@ -129,7 +129,7 @@ class Index:
     ) -> Record:
         """Takes labels off a version and puts others on it.
 
-        Raises AdapterError: ADAPTER_NOT_FOUND; FIELD_INVALID for too many.
+        Raises Refusal: ADAPTER_NOT_FOUND; FIELD_INVALID for too many.
         """
         with self._database.writing() as connection:
             record = lookup.find(connection, adapter)
@@ -145,7 +145,7 @@ class Index:
             return lookup.find(connection, AdapterId(record.name, record.version))
 
     def delete(self, name: str) -> None:
-        """Deletes a name's versions for now. Raises AdapterError(ADAPTER_NOT_FOUND)."""
+        """Deletes a name's versions for now. Raises Refusal(ADAPTER_NOT_FOUND)."""
         with self._database.writing() as connection:
             found = connection.execute(
                 sa.update(schema.names)
@@ -164,12 +164,12 @@ class Index:
     def restore(self, name: str) -> Record:
         """Takes back a name's last deletion; returns its current version.
 
-        Raises AdapterError: ADAPTER_NOT_FOUND when nothing is left of it, ADAPTER_CONFLICT when the
+        Raises Refusal: ADAPTER_NOT_FOUND when nothing is left of it, ADAPTER_CONFLICT when the
         name has been registered again or is an alias now.
         """
         with self._database.writing() as connection:
             if lookup.is_name(connection, name) or lookup.alias_row(connection, name) is not None:
-                raise AdapterError("ADAPTER_CONFLICT", f"{name} has been given again", name)
+                raise Refusal(Reason.ADAPTER_CONFLICT, f"{name} has been given again", name)
             of_name = _versions.name == name
             last = connection.execute(
                 sa.select(sa.func.max(_versions.deleted_at)).where(of_name)

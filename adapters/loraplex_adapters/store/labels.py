@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-from loraplex_adapters.errors import AdapterError
+from loraplex_model.base.refusal import Reason, Refusal
 
 MAX_LABELS = 32
 MAX_VALUE = 256
@@ -14,7 +14,7 @@ _KEY = re.compile(r"\A[a-z0-9][a-z0-9._/-]{0,62}\Z")
 
 
 def check_labels(labels: Mapping[str, str]) -> dict[str, str]:
-    """A copy of `labels` if they are some; raises AdapterError(FIELD_INVALID, field "labels")."""
+    """A copy of `labels` if they are some; raises Refusal(FIELD_INVALID, field "labels")."""
     check_keys(labels)
     if any(len(value) > MAX_VALUE or not value.isprintable() for value in labels.values()):
         raise _invalid(f"a label's value has at most {MAX_VALUE} characters, all printable")
@@ -23,7 +23,7 @@ def check_labels(labels: Mapping[str, str]) -> dict[str, str]:
 
 
 def check_keys(keys: Iterable[str]) -> None:
-    """Raises AdapterError(FIELD_INVALID, field "labels") unless all are keys of labels."""
+    """Raises Refusal(FIELD_INVALID, field "labels") unless all are keys of labels."""
     if not all(_KEY.match(key) for key in keys):
         raise _invalid(
             "a label's key has 1 to 63 characters of a-z, 0-9, ., _, / and -, and begins with a "
@@ -32,10 +32,10 @@ def check_keys(keys: Iterable[str]) -> None:
 
 
 def check_count(count: int) -> None:
-    """Raises AdapterError(FIELD_INVALID, field "labels") if a version cannot have so many."""
+    """Raises Refusal(FIELD_INVALID, field "labels") if a version cannot have so many."""
     if count > MAX_LABELS:
         raise _invalid(f"a version has at most {MAX_LABELS} labels")
 
 
-def _invalid(message: str) -> AdapterError:
-    return AdapterError("FIELD_INVALID", message, "labels")
+def _invalid(message: str) -> Refusal:
+    return Refusal(Reason.FIELD_INVALID, message, "labels")

@@ -1,12 +1,12 @@
-"""Finding a version by an id, within a transaction of the index."""
+"""Problem a version by an id, within a transaction of the index."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import sqlalchemy as sa
+from loraplex_model.base.refusal import Reason, Refusal
 
-from loraplex_adapters.errors import AdapterError
 from loraplex_adapters.store import records, schema
 from loraplex_adapters.store.ids import AdapterId
 from loraplex_adapters.store.records import Record
@@ -53,5 +53,5 @@ def alias_row(connection: sa.Connection, alias: str) -> Any:
     return connection.execute(query).one_or_none()
 
 
-def not_found(shown: str) -> AdapterError:
-    return AdapterError("ADAPTER_NOT_FOUND", f"there is no adapter {shown}", shown)
+def not_found(shown: str) -> Refusal:
+    return Refusal(Reason.ADAPTER_NOT_FOUND, f"there is no adapter {shown}", shown)

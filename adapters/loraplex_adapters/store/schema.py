@@ -15,8 +15,7 @@ import uuid
 
 import sqlalchemy as sa
 from loraplex_model.base.faults import reach
-
-from loraplex_adapters.errors import AdapterError
+from loraplex_model.base.refusal import Reason, Refusal
 
 SCHEMA_VERSION = 2
 _VERSION, _STORE_ID, _CHANGES = "schema_version", "store_id", "changes"
@@ -81,16 +80,16 @@ def prepare(connection: sa.Connection, known_id: str | None, has_blobs: bool) ->
     """Makes or upgrades the tables in this transaction; returns the id of the store.
 
     `known_id` is what the store's directory says, None if nothing. Raises
-    AdapterError(STORE_UNAVAILABLE) for an index of another version, or of another store.
+    Refusal(STORE_UNAVAILABLE) for an index of another version, or of another store.
     """
     version = _version(connection)
     if version not in (0, 1, SCHEMA_VERSION):
-        raise AdapterError(
-            "STORE_UNAVAILABLE", "the adapter store was made by another version of the server"
+        raise Refusal(
+            Reason.STORE_UNAVAILABLE, "the adapter store was made by another version of the server"
         )
     if version == 0 and known_id is not None and has_blobs:
-        raise AdapterError(
-            "STORE_UNAVAILABLE",
+        raise Refusal(
+            Reason.STORE_UNAVAILABLE,
             "the adapter store has adapters, but its index is new: restore the index, or remove "
             "the file store-id to begin with an empty one",
         )
@@ -111,8 +110,9 @@ def prepare(connection: sa.Connection, known_id: str | None, has_blobs: bool) ->
         return store_id
     recorded = _meta(connection, _STORE_ID)
     if known_id not in (None, recorded):
-        raise AdapterError(
-            "STORE_UNAVAILABLE", "the adapter store's directory and index do not belong together"
+        raise Refusal(
+            Reason.STORE_UNAVAILABLE,
+            "the adapter store's directory and index do not belong together",
         )
     return recorded
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from loraplex_adapters.errors import AdapterError
+from loraplex_model.base.refusal import Reason, Refusal
+
 from loraplex_adapters.format.digest import digest_hex
 from loraplex_adapters.format.examine import inspect, survey
 from loraplex_adapters.format.files import Directory, open_directory
@@ -40,14 +41,14 @@ class Verified:
 
     digest: str
     versions: tuple[str, ...]
-    error: AdapterError | None
+    error: Refusal | None
 
 
 class Store:
     """Adapters on disk. Safe to use from several threads, processes and servers at once.
 
     An id is "name" (its current version, or an alias's), "name@3" or "name@sha256:<hex>". Every
-    method blocks (call it in a worker thread) and may raise `AdapterError` with reason STORE_FULL
+    method blocks (call it in a worker thread) and may raise `Refusal` with reason STORE_FULL
     or STORE_UNAVAILABLE when the disk or the database does not do its part. When a method that
     changes something returns, the change survives a power cut.
     """
@@ -56,7 +57,7 @@ class Store:
         """Opens the store below `root`, making it if there is none, and clears what crashes left.
 
         The index is SQLite below `root`, or the PostgreSQL database `url` (in SQLAlchemy's form),
-        which several servers may share together with `root`. Raises AdapterError(STORE_UNAVAILABLE)
+        which several servers may share together with `root`. Raises Refusal(STORE_UNAVAILABLE)
         when `root` cannot be written, or its index not read or not meant for it.
         """
         with locked(root):
@@ -95,7 +96,7 @@ class Store:
         Returns the record and whether it is new: False when `name` already points to these bytes;
         `labels` are added to those of that version. What is checked in the end is the copy, so
         nobody can change the files in between.
-        Raises AdapterError: FIELD_INVALID (name, labels), ADAPTER_CONFLICT (the name holds other
+        Raises Refusal: FIELD_INVALID (name, labels), ADAPTER_CONFLICT (the name holds other
         bytes and `replace` is not set, or it is an alias), ADAPTER_INVALID (field "digest": the
         bytes are not those of `expected_digest`), and whatever `format.inspect` finds.
         """
@@ -109,7 +110,7 @@ class Store:
         ):
             hopeless = survey(src, base, limits).findings  # before gigabytes are copied
             if hopeless:
-                raise AdapterError.of(hopeless)
+                raise Refusal.of(hopeless)
             for _ in range(_ATTEMPTS):
                 spec = self._admit(src, base, limits, expected_digest)
                 wanted = Registration(name, spec, base.fingerprint, checked, replace)
@@ -117,7 +118,7 @@ class Store:
                 if outcome is not None:
                     return outcome
                 # Nothing named these bytes yet, and they were collected meanwhile.
-        raise AdapterError("STORE_UNAVAILABLE", "the adapter was collected while it was registered")
+        raise Refusal(Reason.STORE_UNAVAILABLE, "the adapter was collected while it was registered")
 
     def admit(
         self,
@@ -128,7 +129,7 @@ class Store:
     ) -> str:
         """Checks and copies the adapter in `source`, under no name yet; returns its digest.
 
-        What is not registered then is collected after the grace. Raises AdapterError as `register`
+        What is not registered then is collected after the grace. Raises Refusal as `register`
         does.
         """
         if expected_digest:
@@ -145,14 +146,14 @@ class Store:
             spec = inspect(copy, base, limits)
             if expected_digest not in ("", spec.digest):
                 message = f"the bytes are {spec.digest}, not {expected_digest}"
-                raise AdapterError("ADAPTER_INVALID", message, "digest")
+                raise Refusal(Reason.ADAPTER_INVALID, message, "digest")
             self._blobs.publish(copy, spec.digest)
         return spec
 
     def resolve(self, adapter_id: str) -> Record:
         """The record that an id means now.
 
-        Raises AdapterError: FIELD_INVALID (not of that form), ADAPTER_NOT_FOUND.
+        Raises Refusal: FIELD_INVALID (not of that form), ADAPTER_NOT_FOUND.
         """
         return self._index.find(parse_id(adapter_id))
 
@@ -166,17 +167,17 @@ class Store:
         """Current versions in the order of names: `Page(records, next_page_token)`.
 
         Only those that carry all of `labels`. `page_size` 0 is 100; more than 1000 is 1000. Raises
-        AdapterError(FIELD_INVALID).
+        Refusal(FIELD_INVALID).
         """
         checked = check_labels(labels or {})
         if page_size < 0:
-            raise AdapterError("FIELD_INVALID", "page_size is negative", "page_size")
+            raise Refusal(Reason.FIELD_INVALID, "page_size is negative", "page_size")
         if page_token:
             try:
                 check_name(page_token)
-            except AdapterError:
+            except Refusal:
                 message = "page_token is none that this server gave"
-                raise AdapterError("FIELD_INVALID", message, "page_token") from None
+                raise Refusal(Reason.FIELD_INVALID, message, "page_token") from None
         return self._index.page(page_token, min(page_size or DEFAULT_PAGE, MAX_PAGE), checked)
 
     def change_counter(self) -> int:
@@ -184,7 +185,7 @@ class Store:
         return self._index.change_counter()
 
     def versions(self, name: str) -> tuple[Record, ...]:
-        """All versions of a name, newest first; raises AdapterError as `get` does."""
+        """All versions of a name, newest first; raises Refusal as `get` does."""
         return self._index.versions(check_name(name))
 
     def label(
@@ -192,7 +193,7 @@ class Store:
     ) -> Record:
         """Puts labels on a version, after taking others off; returns the record as it is then.
 
-        Raises AdapterError: FIELD_INVALID (id, labels, too many of them), ADAPTER_NOT_FOUND.
+        Raises Refusal: FIELD_INVALID (id, labels, too many of them), ADAPTER_NOT_FOUND.
         """
         check_keys(remove)
         return self._index.label(parse_id(adapter_id), check_labels(labels), remove)
@@ -201,7 +202,7 @@ class Store:
         """Points `alias` to the version that `adapter_id` means now, making or moving it.
 
         With `expected` only if it points there until now: an id, or "" for an alias that must not
-        exist yet. Raises AdapterError: FIELD_INVALID; ADAPTER_NOT_FOUND (`adapter_id`);
+        exist yet. Raises Refusal: FIELD_INVALID; ADAPTER_NOT_FOUND (`adapter_id`);
         ADAPTER_CONFLICT (it points elsewhere, or is an adapter's name).
         """
         check_name(alias)
@@ -209,7 +210,7 @@ class Store:
         return self._aliases.set(alias, parse_id(adapter_id), before)
 
     def delete_alias(self, alias: str) -> None:
-        """Forgets an alias. Raises AdapterError: FIELD_INVALID, ADAPTER_NOT_FOUND."""
+        """Forgets an alias. Raises Refusal: FIELD_INVALID, ADAPTER_NOT_FOUND."""
         self._aliases.delete(check_name(alias))
 
     def aliases(self) -> tuple[Alias, ...]:
@@ -220,14 +221,14 @@ class Store:
         """Deletes a name and its versions: nobody finds them, until `restore` or for good.
 
         Their bytes stay until `gc`; the name's version numbers are never used again. Raises
-        AdapterError: FIELD_INVALID, ADAPTER_NOT_FOUND.
+        Refusal: FIELD_INVALID, ADAPTER_NOT_FOUND.
         """
         self._index.delete(check_name(name))
 
     def restore(self, name: str) -> Record:
         """Takes back the last deletion of a name; returns its current version.
 
-        Raises AdapterError: FIELD_INVALID, ADAPTER_NOT_FOUND (nothing is left of it),
+        Raises Refusal: FIELD_INVALID, ADAPTER_NOT_FOUND (nothing is left of it),
         ADAPTER_CONFLICT (the name has been given to an adapter or an alias since).
         """
         return self._index.restore(check_name(name))
@@ -256,7 +257,7 @@ class Store:
         """Opens an upload; returns its id.
 
         A `name` is checked now and not kept: it saves sending what `finish_upload` would refuse.
-        Raises AdapterError: FIELD_INVALID (name), OVERLOADED (too many are open).
+        Raises Refusal: FIELD_INVALID (name), OVERLOADED (too many are open).
         """
         if name:
             check_name(name)
@@ -266,19 +267,19 @@ class Store:
         """Adds bytes to "adapter_config.json" or "adapter_model.safetensors"; its size then.
 
         `offset` must be the size until now, so that a piece sent twice does no harm. Raises
-        AdapterError: UPLOAD_NOT_FOUND, UPLOAD_OFFSET (`upload` has the right one), FIELD_INVALID
+        Refusal: UPLOAD_NOT_FOUND, UPLOAD_OFFSET (`upload` has the right one), FIELD_INVALID
         (file), ADAPTER_TOO_LARGE.
         """
         return self._uploads.append(upload_id, file, offset, data)
 
     def upload(self, upload_id: str) -> Upload:
-        """How far an upload has come. Raises AdapterError(UPLOAD_NOT_FOUND)."""
+        """How far an upload has come. Raises Refusal(UPLOAD_NOT_FOUND)."""
         return self._uploads.state(upload_id)
 
     def open_upload(self, upload_id: str) -> AbstractContextManager[Directory]:
         """The files of an upload, to look at; nothing is added to them meanwhile.
 
-        Raises AdapterError(UPLOAD_NOT_FOUND).
+        Raises Refusal(UPLOAD_NOT_FOUND).
         """
         return self._uploads.reading(upload_id)
 
@@ -294,7 +295,7 @@ class Store:
     ) -> tuple[Record, bool]:
         """Registers what was uploaded, if its digest is the expected one ("": any), and ends it.
 
-        A refused upload stays, to be finished otherwise or aborted. Raises AdapterError:
+        A refused upload stays, to be finished otherwise or aborted. Raises Refusal:
         UPLOAD_NOT_FOUND, FIELD_INVALID (digest), and as `register` does.
         """
         with self._uploads.reading(upload_id, remove=True) as source:
@@ -303,20 +304,20 @@ class Store:
             )
 
     def abort_upload(self, upload_id: str) -> None:
-        """Drops an upload. Raises AdapterError(UPLOAD_NOT_FOUND)."""
+        """Drops an upload. Raises Refusal(UPLOAD_NOT_FOUND)."""
         self._uploads.abort(upload_id)
 
     def path(self, digest: str) -> Path:
         """The directory of the adapter with this digest: what `AdapterRef.path` carries.
 
-        Raises AdapterError: FIELD_INVALID (no digest), ADAPTER_NOT_FOUND.
+        Raises Refusal: FIELD_INVALID (no digest), ADAPTER_NOT_FOUND.
         """
         return self._blobs.path(digest)
 
     def verify(self, digest: str) -> None:
         """Reads an adapter's bytes again.
 
-        Raises AdapterError: ADAPTER_CORRUPT (they have changed), FIELD_INVALID, ADAPTER_NOT_FOUND.
+        Raises Refusal: ADAPTER_CORRUPT (they have changed), FIELD_INVALID, ADAPTER_NOT_FOUND.
         """
         self._blobs.verify(digest)
 
@@ -326,7 +327,7 @@ class Store:
             error = None
             try:
                 self._blobs.verify(digest)
-            except AdapterError as found:
+            except Refusal as found:
                 error = found
             yield Verified(digest, versions, error)
 

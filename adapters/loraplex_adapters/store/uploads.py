@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loraplex_model.base.faults import reach
+from loraplex_model.base.refusal import Reason, Refusal
 
-from loraplex_adapters.errors import AdapterError
 from loraplex_adapters.format.files import (
     CONFIG_FILE,
     MAX_CONFIG_BYTES,
@@ -63,7 +63,7 @@ class Upload:
 class Uploads:
     """The unfinished uploads of a store. Safe to use from several threads and processes.
 
-    Every method raises AdapterError(STORE_FULL or STORE_UNAVAILABLE) when the disk fails.
+    Every method raises Refusal(STORE_FULL or STORE_UNAVAILABLE) when the disk fails.
     """
 
     def __init__(self, root: Path, bounds: UploadBounds) -> None:
@@ -75,11 +75,11 @@ class Uploads:
             flush(root)
 
     def begin(self) -> str:
-        """Opens an upload; returns its id. Raises AdapterError(OVERLOADED) if too many are open."""
+        """Opens an upload; returns its id. Raises Refusal(OVERLOADED) if too many are open."""
         with locked(self._root):
             self.expire()
             if len(self._ids()) >= self._bounds.max_open:
-                raise AdapterError("OVERLOADED", "too many uploads are open; finish or abort some")
+                raise Refusal(Reason.OVERLOADED, "too many uploads are open; finish or abort some")
             upload_id = uuid.uuid4().hex
             with disk_errors():
                 reach("store.upload.make")
@@ -91,13 +91,15 @@ class Uploads:
     def append(self, upload_id: str, file: str, offset: int, data: bytes | memoryview) -> int:
         """Writes `data` to the end of one of the files, which `offset` must be; its size then.
 
-        Raises AdapterError: UPLOAD_NOT_FOUND; UPLOAD_OFFSET (the message and `state` have the right
+        Raises Refusal: UPLOAD_NOT_FOUND; UPLOAD_OFFSET (the message and `state` have the right
         one); FIELD_INVALID (no file of an adapter); ADAPTER_TOO_LARGE.
         """
         limit = self._limits.get(file)
         if limit is None:
-            raise AdapterError(
-                "FIELD_INVALID", f"an upload has the files {CONFIG_FILE} and {WEIGHTS_FILE}", "file"
+            raise Refusal(
+                Reason.FIELD_INVALID,
+                f"an upload has the files {CONFIG_FILE} and {WEIGHTS_FILE}",
+                "file",
             )
         with self._held(upload_id) as folder, disk_errors():
             flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -105,12 +107,14 @@ class Uploads:
             try:
                 size = os.fstat(descriptor).st_size
                 if offset != size:
-                    raise AdapterError(
-                        "UPLOAD_OFFSET", f"{file} has {size} bytes; go on from there", file
+                    raise Refusal(
+                        Reason.UPLOAD_OFFSET, f"{file} has {size} bytes; go on from there", file
                     )
                 if size + len(data) > limit:
-                    raise AdapterError(
-                        "ADAPTER_TOO_LARGE", f"at most {limit} bytes of {file} are accepted", file
+                    raise Refusal(
+                        Reason.ADAPTER_TOO_LARGE,
+                        f"at most {limit} bytes of {file} are accepted",
+                        file,
                     )
                 rest = memoryview(data)
                 while rest:
@@ -127,7 +131,7 @@ class Uploads:
         return size
 
     def state(self, upload_id: str) -> Upload:
-        """How far it has come. Raises AdapterError(UPLOAD_NOT_FOUND)."""
+        """How far it has come. Raises Refusal(UPLOAD_NOT_FOUND)."""
         with self._held(upload_id) as folder, disk_errors():
             return Upload(upload_id, _size(folder / CONFIG_FILE), _size(folder / WEIGHTS_FILE))
 
@@ -135,7 +139,7 @@ class Uploads:
     def reading(self, upload_id: str, *, remove: bool = False) -> Iterator[Directory]:
         """The upload's files, which nobody writes to meanwhile.
 
-        With `remove` they go when the block has succeeded. Raises AdapterError(UPLOAD_NOT_FOUND).
+        With `remove` they go when the block has succeeded. Raises Refusal(UPLOAD_NOT_FOUND).
         """
         with self._held(upload_id) as folder:
             with open_directory(folder) as directory:
@@ -144,7 +148,7 @@ class Uploads:
                 self._remove(folder)
 
     def abort(self, upload_id: str) -> None:
-        """Removes an upload. Raises AdapterError(UPLOAD_NOT_FOUND)."""
+        """Removes an upload. Raises Refusal(UPLOAD_NOT_FOUND)."""
         with self._held(upload_id) as folder:
             self._remove(folder)
 
@@ -221,7 +225,7 @@ def _last_change(folder: Path) -> float:
     return max(file.stat().st_mtime for file in files if file.exists())
 
 
-def _not_found(upload_id: str) -> AdapterError:
-    return AdapterError(
-        "UPLOAD_NOT_FOUND", "there is no such upload; it may have expired", upload_id
+def _not_found(upload_id: str) -> Refusal:
+    return Refusal(
+        Reason.UPLOAD_NOT_FOUND, "there is no such upload; it may have expired", upload_id
     )

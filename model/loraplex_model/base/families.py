@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from loraplex_model.base.config import DecoderConfig
-from loraplex_model.base.refusal import ModelError
+from loraplex_model.base.refusal import Reason, Refusal
 
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
@@ -53,7 +53,7 @@ def decoder_config(raw: Mapping[str, Any]) -> DecoderConfig:
     """Reads the contents of a `config.json`.
 
     Raises:
-        ModelError: the architecture is not supported, wants code of its own, or has a feature that
+        Refusal: the architecture is not supported, wants code of its own, or has a feature that
             the decoder lacks.
     """
     architecture = _architecture(raw)
@@ -87,8 +87,8 @@ def decoder_config(raw: Mapping[str, Any]) -> DecoderConfig:
 def _architecture(raw: Mapping[str, Any]) -> str:
     supported = ", ".join(ARCHITECTURES)
     if "auto_map" in raw:
-        raise ModelError(
-            "MODEL_UNSUPPORTED",
+        raise Refusal(
+            Reason.MODEL_UNSUPPORTED,
             "the model brings code of its own (auto_map), which is never run; "
             f"supported architectures: {supported}",
         )
@@ -97,8 +97,8 @@ def _architecture(raw: Mapping[str, Any]) -> str:
         by_type = {kind: name for name, kind in ARCHITECTURES.items()}
         stated = [by_type.get(raw.get("model_type", ""), raw.get("model_type", "none stated"))]
     if len(stated) != 1 or stated[0] not in ARCHITECTURES:
-        raise ModelError(
-            "MODEL_UNSUPPORTED",
+        raise Refusal(
+            Reason.MODEL_UNSUPPORTED,
             f"architecture {', '.join(map(str, stated))} is not supported; supported: {supported}",
         )
     return str(stated[0])
@@ -110,14 +110,14 @@ def _parse(architecture: str, raw: Mapping[str, Any]) -> Any:
 
     kind = ARCHITECTURES[architecture]
     if raw.get("model_type", kind) != kind:
-        raise ModelError(
-            "MODEL_INVALID",
+        raise Refusal(
+            Reason.MODEL_INVALID,
             f"config.json says {architecture} but model_type {raw['model_type']!r}",
         )
     try:
         return CONFIG_MAPPING[kind].from_dict(dict(raw))
     except Exception as error:  # transformers raises many kinds for a malformed configuration
-        raise ModelError("MODEL_INVALID", f"config.json cannot be read: {error}") from error
+        raise Refusal(Reason.MODEL_INVALID, f"config.json cannot be read: {error}") from error
 
 
 def _refuse_unsupported(architecture: str, config: Any) -> None:
@@ -132,7 +132,7 @@ def _refuse_unsupported(architecture: str, config: Any) -> None:
     }
     for fault, present in faults.items():
         if present:
-            raise ModelError("MODEL_UNSUPPORTED", f"{architecture} with {fault} is not supported")
+            raise Refusal(Reason.MODEL_UNSUPPORTED, f"{architecture} with {fault} is not supported")
 
 
 def _sliding_windows(architecture: str, config: Any) -> tuple[int | None, ...]:
@@ -143,8 +143,8 @@ def _sliding_windows(architecture: str, config: Any) -> tuple[int | None, ...]:
     kinds: list[str] = getattr(config, "layer_types", None) or ["full_attention"] * layers
     unknown = set(kinds) - {"full_attention", "sliding_attention"}
     if unknown or len(kinds) != layers:
-        raise ModelError(
-            "MODEL_UNSUPPORTED", f"layer_types {sorted(set(kinds))} of {len(kinds)} layers"
+        raise Refusal(
+            Reason.MODEL_UNSUPPORTED, f"layer_types {sorted(set(kinds))} of {len(kinds)} layers"
         )
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
@@ -152,17 +152,19 @@ def _sliding_windows(architecture: str, config: Any) -> tuple[int | None, ...]:
 def inverse_frequencies(config: Any) -> tuple[tuple[float, ...], float]:
     """The head_dim / 2 inverse frequencies and the factor on cos and sin, of a Hugging Face config.
 
-    Scaled kinds are computed by transformers itself. Raises `ModelError` for kinds that cannot be.
+    Scaled kinds are computed by transformers itself. Raises `Refusal` for kinds that cannot be.
     """
     parameters = config.rope_parameters
     kind = parameters.get("rope_type", "default")
     if kind not in ("default", *SCALINGS):
-        raise ModelError(
-            "MODEL_UNSUPPORTED",
+        raise Refusal(
+            Reason.MODEL_UNSUPPORTED,
             f"rope_type {kind!r} is not supported; supported are default, {', '.join(SCALINGS)}",
         )
     if parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ModelError("MODEL_UNSUPPORTED", "partial_rotary_factor other than 1 is not supported")
+        raise Refusal(
+            Reason.MODEL_UNSUPPORTED, "partial_rotary_factor other than 1 is not supported"
+        )
     if kind != "default":
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from loraplex_model.base.refusal import ModelError
+from loraplex_model.base.refusal import Reason, Refusal
 
 FORMAT = 2
 """Raised whenever the stored form changes, so that older entries are built anew."""
@@ -46,7 +46,7 @@ def entry_for(root: Path, files: Sequence[Path], build: Build, *, verify: bool =
     wrong size; with `verify`, also a wrong digest, which reads everything once.
 
     Raises:
-        ModelError: CACHE_FAILED if the cache cannot be written; whatever `build` raises.
+        Refusal: CACHE_FAILED if the cache cannot be written; whatever `build` raises.
     """
     try:
         (root / "sources").mkdir(parents=True, exist_ok=True)
@@ -64,8 +64,8 @@ def entry_for(root: Path, files: Sequence[Path], build: Build, *, verify: bool =
             _build(entry, build)
         return entry
     except OSError as error:
-        raise ModelError(
-            "CACHE_FAILED",
+        raise Refusal(
+            Reason.CACHE_FAILED,
             f"the model cache {root} cannot be written ({error}); free some space, make it "
             "writable, or choose another folder with --cache",
         ) from error
@@ -105,7 +105,7 @@ def _of_source(read: Callable[[Path], T], file: Path) -> T:
     try:
         return read(file)
     except OSError as error:
-        raise ModelError("MODEL_INVALID", f"{file} cannot be read: {error}") from error
+        raise Refusal(Reason.MODEL_INVALID, f"{file} cannot be read: {error}") from error
 
 
 def _size_and_time(file: Path) -> tuple[int, int]:

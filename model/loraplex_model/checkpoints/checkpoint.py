@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 
-from loraplex_model.base.refusal import ModelError
+from loraplex_model.base.refusal import Reason, Refusal
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -45,21 +45,21 @@ class TensorSource(Protocol):
     def read(self, name: str) -> torch.Tensor:
         """The tensor as stored (any floating type, or bitsandbytes' bytes).
 
-        Raises `ModelError` (MODEL_INVALID) if it is not there or its file is damaged.
+        Raises `Refusal` (MODEL_INVALID) if it is not there or its file is damaged.
         """
 
 
 def locate(model: str) -> Path:
     """The directory or GGUF file that `model` names, fetched from a hub if it is an id.
 
-    Raises `ModelError`: MODEL_NOT_FOUND, MODEL_UNAVAILABLE.
+    Raises `Refusal`: MODEL_NOT_FOUND, MODEL_UNAVAILABLE.
     """
     path = Path(model).expanduser()
     if path.exists():
         return path.resolve()
     if path.suffix == ".gguf" or not _HUB_ID.fullmatch(model):
-        raise ModelError(
-            "MODEL_NOT_FOUND",
+        raise Refusal(
+            Reason.MODEL_NOT_FOUND,
             f"no model at {model}: give a directory with config.json and safetensors, "
             "a .gguf file, a hub id (owner/name), or nothing for the default model",
         )
@@ -72,8 +72,8 @@ def _snapshot(repository: str) -> Path:
     try:
         return Path(snapshot_download(repository, allow_patterns=list(_READ)))
     except Exception as error:  # the hub's own errors, and whatever its HTTP client raises
-        raise ModelError(
-            "MODEL_UNAVAILABLE",
+        raise Refusal(
+            Reason.MODEL_UNAVAILABLE,
             f"there is no directory {repository}, and as a hub id it could not be fetched: {error}",
         ) from error
 
@@ -87,10 +87,12 @@ def files_of(path: Path) -> tuple[Path, ...]:
 
 
 def open_source(path: Path) -> TensorSource:
-    """Opens a directory or a GGUF file. Raises `ModelError`: MODEL_INVALID, MODEL_UNSUPPORTED."""
+    """Opens a directory or a GGUF file. Raises `Refusal`: MODEL_INVALID, MODEL_UNSUPPORTED."""
     if path.is_file():
         if path.suffix != ".gguf":
-            raise ModelError("MODEL_UNSUPPORTED", f"{path} is neither a directory nor a .gguf file")
+            raise Refusal(
+                Reason.MODEL_UNSUPPORTED, f"{path} is neither a directory nor a .gguf file"
+            )
         from loraplex_model.checkpoints.gguf_file import GgufSource
 
         return GgufSource(path)
@@ -114,8 +116,9 @@ class SafetensorsSource:
             try:
                 self._files[str(shard)] = safe_open(shard, framework="pt")
             except (SafetensorError, OSError) as error:
-                raise ModelError(
-                    "MODEL_INVALID", f"{shard} is damaged or cut short ({error}); fetch it again"
+                raise Refusal(
+                    Reason.MODEL_INVALID,
+                    f"{shard} is damaged or cut short ({error}); fetch it again",
                 ) from error
             self._tensors.update(dict.fromkeys(self._files[str(shard)].keys(), shard))
 
@@ -126,7 +129,7 @@ class SafetensorsSource:
     def read(self, name: str) -> torch.Tensor:
         """See `TensorSource`. The tensor is a view of the mapped file."""
         if name not in self._tensors:
-            raise ModelError("MODEL_INVALID", f"the checkpoint has no tensor {name}")
+            raise Refusal(Reason.MODEL_INVALID, f"the checkpoint has no tensor {name}")
         tensor: torch.Tensor = self._files[str(self._tensors[name])].get_tensor(name)
         return tensor
 
@@ -136,32 +139,32 @@ def _shards(directory: Path) -> list[Path]:
     if index.exists():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
-            raise ModelError("MODEL_INVALID", f"{index} has no weight_map")
+            raise Refusal(Reason.MODEL_INVALID, f"{index} has no weight_map")
         shards = [directory / str(name) for name in sorted(set(weight_map.values()))]
         if any(shard.parent != directory for shard in shards):
-            raise ModelError("MODEL_INVALID", f"{index} points outside of its directory")
+            raise Refusal(Reason.MODEL_INVALID, f"{index} points outside of its directory")
     elif single.exists():
         shards = [single]
     elif list(directory.glob("*.bin")) or list(directory.glob("*.pt*")):
-        raise ModelError(
-            "MODEL_UNSUPPORTED",
+        raise Refusal(
+            Reason.MODEL_UNSUPPORTED,
             f"{directory} holds pickled weights only, which can run code when opened; "
             "convert them to safetensors",
         )
     else:
-        raise ModelError("MODEL_INVALID", f"{directory} has neither {SINGLE} nor {INDEX}")
+        raise Refusal(Reason.MODEL_INVALID, f"{directory} has neither {SINGLE} nor {INDEX}")
     for shard in shards:
         if not shard.is_file():
-            raise ModelError("MODEL_INVALID", f"{shard} is missing; fetch the model again")
+            raise Refusal(Reason.MODEL_INVALID, f"{shard} is missing; fetch the model again")
     return shards
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises `ModelError` (MODEL_INVALID) if there is none."""
+    """A JSON object from a file. Raises `Refusal` (MODEL_INVALID) if there is none."""
     try:
         value = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError("MODEL_INVALID", f"{path} cannot be read: {error}") from error
+        raise Refusal(Reason.MODEL_INVALID, f"{path} cannot be read: {error}") from error
     if not isinstance(value, dict):
-        raise ModelError("MODEL_INVALID", f"{path} is not a JSON object")
+        raise Refusal(Reason.MODEL_INVALID, f"{path} is not a JSON object")
     return value

@@ -16,7 +16,7 @@ import torch
 from loraplex_model.base import families
 from loraplex_model.base.config import FUSED, DecoderConfig
 from loraplex_model.base.families import tensor_name
-from loraplex_model.base.refusal import ModelError
+from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_model.base.weights import NF4Matrix
 from loraplex_model.checkpoints import prequantised
 from loraplex_model.checkpoints.checkpoint import TensorSource
@@ -41,7 +41,7 @@ class Converted:
 def convert(source: TensorSource, path: Path, progress: Progress | None = None) -> Converted:
     """Writes the quantised model to `path`, holding one dense matrix at a time.
 
-    Raises `ModelError`: MODEL_UNSUPPORTED, MODEL_INVALID (a tensor is missing or misshapen).
+    Raises `Refusal`: MODEL_UNSUPPORTED, MODEL_INVALID (a tensor is missing or misshapen).
     """
     prequantised.refuse_unsupported(source.config)
     config = families.decoder_config(source.config)
@@ -87,8 +87,8 @@ class _Reader:
     def dense(self, name: str, *shape: int) -> torch.Tensor:
         tensor = self._source.read(name)
         if tuple(tensor.shape) != shape or not tensor.is_floating_point():
-            raise ModelError(
-                "MODEL_INVALID",
+            raise Refusal(
+                Reason.MODEL_INVALID,
                 f"{name} is {tensor.dtype} {list(tensor.shape)}, "
                 f"but the configuration asks for {list(shape)}",
             )

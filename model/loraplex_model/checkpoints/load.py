@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from loraplex_model.base.config import DecoderConfig
-from loraplex_model.base.refusal import ModelError
+from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_model.base.weights import BaseWeights
 from loraplex_model.checkpoints import cache, checkpoint, stored, tokenizer
 from loraplex_model.checkpoints.convert import Converted, Progress, convert
@@ -51,13 +51,13 @@ def load_base(
         progress: called during a conversion.
 
     Raises:
-        ModelError: see its reasons; the message says what to do.
+        Refusal: see its reasons; the message says what to do.
     """
     is_default = model in ("", DEFAULT)
     source = ensure_default_model(cache_dir) if is_default else checkpoint.locate(model)
     files = checkpoint.files_of(source)
     if not files:
-        raise ModelError("MODEL_INVALID", f"{source} holds neither config.json nor safetensors")
+        raise Refusal(Reason.MODEL_INVALID, f"{source} holds neither config.json nor safetensors")
 
     def build(directory: Path) -> None:
         _build(source, directory, progress)

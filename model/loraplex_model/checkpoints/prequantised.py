@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from loraplex_model.base.refusal import ModelError
+from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_model.base.weights import BLOCK, NF4Matrix
 from loraplex_model.checkpoints.checkpoint import TensorSource
 from loraplex_model.ops.nf4 import NESTED_BLOCK, blocks_of, dynamic_map, nf4_code
@@ -22,7 +22,7 @@ _STATE = ".quant_state.bitsandbytes__"
 
 
 def refuse_unsupported(config: Mapping[str, Any]) -> None:
-    """Raises `ModelError` (MODEL_UNSUPPORTED) for a checkpoint quantised in another way."""
+    """Raises `Refusal` (MODEL_UNSUPPORTED) for a checkpoint quantised in another way."""
     quantisation = config.get("quantization_config")
     if not quantisation:
         return
@@ -30,24 +30,26 @@ def refuse_unsupported(config: Mapping[str, Any]) -> None:
     kind = quantisation.get("bnb_4bit_quant_type", "fp4")
     if method != "bitsandbytes" or not quantisation.get("load_in_4bit") or kind != "nf4":
         what = f"{method} {kind}" if quantisation.get("load_in_4bit") else method
-        raise ModelError(
-            "MODEL_UNSUPPORTED",
+        raise Refusal(
+            Reason.MODEL_UNSUPPORTED,
             f"the checkpoint is quantised with {what}; only bitsandbytes NF4 loads as it is, "
             "and unquantised checkpoints are quantised on loading",
         )
 
 
 def is_nf4(source: TensorSource, name: str) -> bool:
-    """Whether the source holds `name` in four bits. Raises `ModelError` for fp4."""
+    """Whether the source holds `name` in four bits. Raises `Refusal` for fp4."""
     if f"{name}{_STATE}fp4" in source.names():
-        raise ModelError("MODEL_UNSUPPORTED", f"{name} is quantised to fp4; only NF4 is supported")
+        raise Refusal(
+            Reason.MODEL_UNSUPPORTED, f"{name} is quantised to fp4; only NF4 is supported"
+        )
     return f"{name}{_STATE}nf4" in source.names()
 
 
 def read(source: TensorSource, name: str, shape: tuple[int, int]) -> NF4Matrix:
     """One module of `shape` (out, in).
 
-    Raises `ModelError`: MODEL_UNSUPPORTED for other block sizes or codes, MODEL_INVALID for
+    Raises `Refusal`: MODEL_UNSUPPORTED for other block sizes or codes, MODEL_INVALID for
     tensors that do not fit together.
     """
     state = json.loads(bytes(source.read(f"{name}{_STATE}nf4").tolist()))
@@ -67,8 +69,8 @@ def read(source: TensorSource, name: str, shape: tuple[int, int]) -> NF4Matrix:
         or absmax.numel() != blocks
         or absmax.dtype != wanted
     ):
-        raise ModelError(
-            "MODEL_INVALID",
+        raise Refusal(
+            Reason.MODEL_INVALID,
             f"{name}: {packed.numel()} bytes and {absmax.numel()} maxima of shape "
             f"{state.get('shape')} do not make the {list(shape)} that the configuration asks for",
         )
@@ -76,16 +78,20 @@ def read(source: TensorSource, name: str, shape: tuple[int, int]) -> NF4Matrix:
         return NF4Matrix(shape, packed, absmax, (), (), (shape[0],))
     scales = source.read(f"{name}.nested_absmax").reshape(-1)
     if scales.numel() != -(-blocks // NESTED_BLOCK):
-        raise ModelError("MODEL_INVALID", f"{name} has {scales.numel()} scales for {blocks} blocks")
+        raise Refusal(
+            Reason.MODEL_INVALID, f"{name} has {scales.numel()} scales for {blocks} blocks"
+        )
     offset = torch.tensor(state["nested_offset"], dtype=torch.float32).item()
     return NF4Matrix(shape, packed, absmax, (scales.float(),), (offset,), (shape[0],))
 
 
 def _expect(name: str, what: str, found: Any, wanted: int) -> None:
     if found != wanted:
-        raise ModelError("MODEL_UNSUPPORTED", f"{name} has {what} {found}, not {wanted}")
+        raise Refusal(Reason.MODEL_UNSUPPORTED, f"{name} has {what} {found}, not {wanted}")
 
 
 def _same(name: str, what: str, found: torch.Tensor, wanted: torch.Tensor) -> None:
     if found.shape != wanted.shape or not torch.allclose(found, wanted, rtol=0, atol=1e-7):
-        raise ModelError("MODEL_UNSUPPORTED", f"{name} uses another {what} than bitsandbytes' own")
+        raise Refusal(
+            Reason.MODEL_UNSUPPORTED, f"{name} uses another {what} than bitsandbytes' own"
+        )

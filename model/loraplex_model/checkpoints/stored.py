@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from loraplex_model.base.config import FUSED, DecoderConfig
-from loraplex_model.base.refusal import ModelError
+from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_model.base.weights import BaseWeights, LayerWeights, NF4Matrix
 from loraplex_model.ops.nf4 import NESTED_BLOCK, blocks_of
 
@@ -123,7 +123,7 @@ def read_weights(
 ) -> BaseWeights:
     """Maps the file. Packed codes stay in it (on the CPU); dense tensors become `dtype`.
 
-    Raises `ModelError` (MODEL_INVALID) if the file does not hold what the configuration asks for.
+    Raises `Refusal` (MODEL_INVALID) if the file does not hold what the configuration asks for.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -139,7 +139,7 @@ def read_weights(
                 eos_token_ids=eos_token_ids,
             )
     except (SafetensorError, OSError) as error:
-        raise ModelError("MODEL_INVALID", f"{path} is damaged: {error}; delete it") from error
+        raise Refusal(Reason.MODEL_INVALID, f"{path} is damaged: {error}; delete it") from error
 
 
 class _Reader:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loraplex_model.base.refusal import ModelError
+from loraplex_model.base.refusal import Reason, Refusal
 
 TOKENIZER = "tokenizer.json"
 MODEL = "model.json"
@@ -46,14 +46,14 @@ class TokenizerInfo:
 
     @staticmethod
     def read(directory: Path) -> TokenizerInfo:
-        """Reads `model.json` of a loaded model's directory. Raises `ModelError` (MODEL_INVALID)."""
+        """Reads `model.json` of a loaded model's directory. Raises `Refusal` (MODEL_INVALID)."""
         path = directory / MODEL
         try:
             fields = json.loads(path.read_text("utf-8"))
             fields["eos_token_ids"] = tuple(fields["eos_token_ids"])
             return TokenizerInfo(**fields)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ModelError("MODEL_INVALID", f"{path} cannot be read: {error}") from error
+            raise Refusal(Reason.MODEL_INVALID, f"{path} cannot be read: {error}") from error
 
 
 def write(
@@ -62,7 +62,7 @@ def write(
     """Makes both files in `directory` from a checkpoint directory or GGUF file.
 
     `source` is None where there is no tokenizer; then only `model.json` is made.
-    Raises `ModelError` (MODEL_INVALID) if the tokenizer cannot be converted.
+    Raises `Refusal` (MODEL_INVALID) if the tokenizer cannot be converted.
     """
     if source is None:
         info = TokenizerInfo(architecture, eos_token_ids, None, False, None, {}, False)
@@ -101,8 +101,8 @@ def _load(source: Path) -> Any:
             )
         return AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds for a malformed tokenizer
-        raise ModelError(
-            "MODEL_INVALID", f"the tokenizer of {source} cannot be read: {error}"
+        raise Refusal(
+            Reason.MODEL_INVALID, f"the tokenizer of {source} cannot be read: {error}"
         ) from error
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from loraplex_model.base.faults import reach
+from loraplex_model.base.refusal import Reason
 
 from loraplex_server.engine.adapters.auto_merge import AutoMerge, MergePolicy
 from loraplex_server.engine.adapters.host_tier import HostTier
@@ -57,9 +58,9 @@ log = logging.getLogger(__name__)
 MAX_FAULTS = 3
 """So many failed passes in a row, and the process is not worth keeping."""
 
-EXPIRED = Failure("DEADLINE_EXCEEDED", "the deadline passed before the request was finished")
-FAULT = Failure("ENGINE_FAULT", "the model failed to compute this request")
-NOT_FINITE = Failure("NON_FINITE_LOGITS", "the model's output for this request is not finite")
+EXPIRED = Failure(Reason.DEADLINE_EXCEEDED, "the deadline passed before the request was finished")
+FAULT = Failure(Reason.ENGINE_FAULT, "the model failed to compute this request")
+NOT_FINITE = Failure(Reason.NON_FINITE_LOGITS, "the model's output for this request is not finite")
 
 
 class EngineCore:

@@ -7,6 +7,7 @@ Each frame is a 4-byte little-endian length and one msgpack-encoded message. Dig
 from __future__ import annotations
 
 import msgspec
+from loraplex_model.base.refusal import Reason
 
 
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -169,7 +170,7 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
 class Fatal(msgspec.Struct, frozen=True, tag="fatal"):
     """The engine could not start (bad model, no memory). `message` is for the operator."""
 
-    reason: str
+    reason: Reason
     message: str
 
 
@@ -184,7 +185,7 @@ class Logprobs(msgspec.Struct, frozen=True):
 class Failure(msgspec.Struct, frozen=True):
     """A typed error: a stable reason of the error table, and a text that a client may see."""
 
-    reason: str
+    reason: Reason
     message: str
 
 

@@ -8,20 +8,13 @@ from typing import Any, Final, TypeVar
 
 import grpc
 from loraplex.v1 import adapter_pb2, adapter_pb2_grpc
-from loraplex_adapters.errors import AdapterError
 from loraplex_adapters.store import Record
+from loraplex_model.base.refusal import Problem, Refusal, Subject
 
-from loraplex_server.engine.process.client import EngineFailure
 from loraplex_server.registry import Registered, Registry, Terms
 from loraplex_server.rpc import describe, watching
 from loraplex_server.rpc import validate_adapters as validate
-from loraplex_server.rpc.errors import (
-    ErrorSubject,
-    Violation,
-    from_adapter_error,
-    from_failure,
-    invalid,
-)
+from loraplex_server.rpc.errors import for_client, invalid
 from loraplex_server.rpc.interceptor import Gate
 from loraplex_server.rpc.uploads import Uploads
 
@@ -95,8 +88,8 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
             async with aclosing(watching.watch(self._registry.feed, self._gate)) as messages:
                 async for message in messages:
                     yield message
-        except AdapterError as error:
-            raise from_adapter_error(error, ErrorSubject(_ADAPTER), "") from error
+        except Refusal as error:
+            raise for_client(error, Subject(_ADAPTER)) from error
 
     # names
 
@@ -261,17 +254,14 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         return describe.adapter(record, self._registry.residency(record.digest))
 
 
-def _require(violations: list[Violation]) -> None:
+def _require(violations: list[Problem]) -> None:
     if violations:
         raise invalid(violations)
 
 
 async def _typed(work: Awaitable[T], about: str, field: str, kind: str = _ADAPTER) -> T:
-    """Awaits `work`; the errors of store and engine become the table's."""
-    subject = ErrorSubject(kind, about)
+    """Awaits `work`; refusals of the store and the engine become the client's."""
     try:
         return await work
-    except AdapterError as error:
-        raise from_adapter_error(error, subject, field) from error
-    except EngineFailure as error:
-        raise from_failure(error.failure, subject, field) from error
+    except Refusal as refusal:
+        raise for_client(refusal, Subject(kind, about), field) from refusal

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from types import TracebackType
 
+from loraplex_model.base.refusal import Reason, Refusal
+
 from loraplex_server.metrics import Metrics
-from loraplex_server.rpc.errors import Reason, RpcError
 
 
 class Admission:
@@ -29,9 +30,9 @@ class Admission:
         return self._running
 
     def enter(self) -> Ticket:
-        """A place in the queue, to be used as a context manager. Raises RpcError(OVERLOADED)."""
+        """A place in the queue, to be used as a context manager. Raises Refusal(OVERLOADED)."""
         if self._requests >= self._max_requests:
-            raise RpcError(
+            raise Refusal(
                 Reason.OVERLOADED, f"{self._requests} requests are in the server; try again later"
             )
         return Ticket(self)
@@ -64,9 +65,9 @@ class Ticket:
         return self
 
     def wait(self, tokens: int) -> None:
-        """The prompt has this many tokens. Raises RpcError(OVERLOADED)."""
+        """The prompt has this many tokens. Raises Refusal(OVERLOADED)."""
         if not self._admission._room_for(tokens):
-            raise RpcError(Reason.OVERLOADED, "too many prompt tokens are waiting; try again later")
+            raise Refusal(Reason.OVERLOADED, "too many prompt tokens are waiting; try again later")
         self._tokens = tokens
         self._admission._change(tokens=tokens)
 

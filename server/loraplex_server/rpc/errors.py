@@ -1,24 +1,22 @@
 """The error table: every way in which a call can be refused or fail, and how a client sees it.
 
-A row binds a stable reason to a gRPC code and to the detail that goes with it. Handlers raise
-`RpcError`; the interceptor alone turns it into a status. Every status carries a
+A row binds a reason to a gRPC code and to the detail that goes with it. Handlers raise `Refusal`;
+the interceptor alone turns it into a status. Every status carries a
 `google.rpc.ErrorInfo`; `UNAVAILABLE` ones also say when to try again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from types import MappingProxyType
 from typing import Final
 
 import grpc
-from google.protobuf import any_pb2, duration_pb2, message
+from google.protobuf import message
 from google.rpc import error_details_pb2, status_pb2
-from loraplex_adapters.errors import AdapterError
-
-from loraplex_server.engine.messages import Failure
+from loraplex_model.base.refusal import NO_SUBJECT, Problem, Reason, Refusal, Subject
 
 DOMAIN: Final = "loraplex"
 
@@ -35,44 +33,6 @@ class Detail(Enum):
     PRECONDITION = "PreconditionFailure"
     QUOTA = "QuotaFailure"
     RETRY = "RetryInfo"
-
-
-class Reason(Enum):
-    """Why a call was refused or failed. The name goes over the wire and never changes."""
-
-    FIELD_INVALID = "a field is out of its bounds; all that are wrong are listed"
-    PROMPT_TOO_LONG = "the prompt leaves no room for a token in the model's context"
-    REQUEST_MALFORMED = "the bytes are no message of this method"
-    ADAPTER_NOT_FOUND = "no such adapter, or no such version of it"
-    ADAPTER_CONFLICT = "the name is taken by other bytes, and `replace` was not set"
-    ADAPTER_INVALID = "the adapter's files are damaged or contradict themselves"
-    ADAPTER_UNSUPPORTED = "the adapter uses what this server does not serve"
-    BASE_MODEL_MISMATCH = "the adapter does not fit the base model"
-    RANK_TOO_LARGE = "its rank is above the server's limit"
-    ADAPTER_TOO_LARGE = "it would not fit the adapter memory even alone"
-    ADAPTER_CORRUPT = "its bytes in the store have changed since they were registered"
-    ADAPTER_UNLOADED = "it was unloaded by force while the request ran"
-    ADAPTER_NOT_MIXABLE = "it has virtual tokens: it can be used alone and with weight 1 only"
-    PIN_BUDGET = "pinned adapters would take more of the device than they may"
-    MERGE_BUDGET = "the dense copies do not fit the memory for them"
-    MERGE_UNSUPPORTED = "it changes no matrix of the layers: there is nothing to merge"
-    UPLOAD_NOT_FOUND = "no such upload: it has expired, or its adapter is registered"
-    UPLOAD_OFFSET = "a piece does not follow what is there, or a file is not complete"
-    TRAINING_DISABLED = "the operator has not turned training on"
-    TRAINING_ELSEWHERE = "another server still looks after the training jobs"
-    TRAINING_MEMORY = "the job would take more memory than there is, or than it may"
-    JOB_NOT_FOUND = "no such training job, or it has been forgotten"
-    JOB_CONFLICT = "the request id was used for another training job"
-    JOB_QUEUE_FULL = "as many training jobs wait as may"
-    STORE_FULL = "the adapter store's disk is full"
-    STORE_UNAVAILABLE = "the adapter store cannot be read or written"
-    OVERLOADED = "the queue is full, in requests or in tokens"
-    DRAINING = "the server is shutting down"
-    ENGINE_RESTARTED = "the engine is being started, or died under the request"
-    DEADLINE_EXCEEDED = "the call's deadline passed, or an upload or a job's check took too long"
-    READER_STALLED = "the client stopped reading its stream"
-    NON_FINITE_LOGITS = "this request's logits were not finite; its batch mates are untouched"
-    ENGINE_FAULT = "a fault of the server; the log has it under the request's id"
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,136 +85,109 @@ TABLE: Final[Mapping[Reason, Row]] = MappingProxyType(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Violation:
-    """One field of a request that is wrong, and what it must be."""
-
-    field: str
-    description: str
-
-
-@dataclass(frozen=True, slots=True)
-class ErrorSubject:
-    """What an error is about: `name` of a resource, or the field of an adapter's files."""
-
-    kind: str = ""
-    name: str = ""
+def invalid(problems: Sequence[Problem]) -> Refusal:
+    """FIELD_INVALID with everything that is wrong with a request."""
+    first = problems[0]
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return Refusal(Reason.FIELD_INVALID, f"{first.field}: {first.message}{more}", problems=problems)
 
 
-_NOBODY: Final = ErrorSubject()
+def for_client(refusal: Refusal, subject: Subject = NO_SUBJECT, field: str = "") -> Refusal:
+    """A refusal from behind the handlers as the client may see it.
 
-
-class RpcError(Exception):
-    """An error for the client. `message` and all else in it is shown to the caller as it is."""
-
-    def __init__(
-        self,
-        reason: Reason,
-        message: str,
-        violations: Sequence[Violation] = (),
-        subject: ErrorSubject = _NOBODY,
-    ) -> None:
-        super().__init__(f"{reason.name}: {message}")
-        self.reason = reason
-        self.message = message
-        self.violations = violations
-        self.subject = subject
-
-    @property
-    def code(self) -> grpc.StatusCode:
-        """The gRPC code."""
-        return TABLE[self.reason].code
-
-
-def invalid(violations: Sequence[Violation]) -> RpcError:
-    """FIELD_INVALID with all that is wrong with a request."""
-    first = violations[0]
-    more = f" (and {len(violations) - 1} more)" if len(violations) > 1 else ""
-    text = f"{first.field}: {first.description}{more}"
-    return RpcError(Reason.FIELD_INVALID, text, violations=violations)
-
-
-def from_failure(
-    failure: Failure, subject: ErrorSubject = _NOBODY, field: str = "adapter_id"
-) -> RpcError:
-    """The engine's typed error; a reason outside the table is an ENGINE_FAULT.
-
-    `field` is the request's that is at fault where the error is the client's.
+    A reason outside the table becomes ENGINE_FAULT, without its message. `field` is the request's
+    field at fault, for problems of INVALID_ARGUMENT that name none; `subject` is used unless the
+    refusal has its own.
     """
-    reason = Reason.__members__.get(failure.reason, Reason.ENGINE_FAULT)
-    message = "internal error" if reason is Reason.ENGINE_FAULT else failure.message
-    wrong = TABLE[reason].detail is Detail.BAD_REQUEST
-    found = [Violation(field, message)] if wrong else []
-    return RpcError(reason, message, violations=found, subject=subject)
-
-
-def from_adapter_error(error: AdapterError, subject: ErrorSubject, field: str) -> RpcError:
-    """The store's typed error; `field` is the request's, for findings that name none."""
-    reason = Reason.__members__.get(error.reason, Reason.ENGINE_FAULT)
-    if reason is Reason.ENGINE_FAULT:
-        return RpcError(reason, "internal error")
-    found = [Violation(f.field or field, f.message) for f in error.findings]
-    return RpcError(reason, error.message, violations=found, subject=subject)
-
-
-def status_of(error: RpcError, request_id: str) -> status_pb2.Status:
-    """The rich status of an error."""
-    reason, row = error.reason, TABLE[error.reason]
-    info = error_details_pb2.ErrorInfo(
-        reason=reason.name, domain=DOMAIN, metadata={"request_id": request_id}
+    if refusal.reason not in TABLE or refusal.reason is Reason.ENGINE_FAULT:
+        return Refusal(Reason.ENGINE_FAULT, "internal error", subject=subject)
+    fallback = field if TABLE[refusal.reason].detail is Detail.BAD_REQUEST else ""
+    return Refusal(
+        refusal.reason,
+        refusal.message,
+        problems=[Problem(p.field or fallback, p.message, p.reason) for p in refusal.problems],
+        subject=refusal.subject if refusal.subject != NO_SUBJECT else subject,
     )
-    details: list[message.Message] = [info]
+
+
+TRAILER_BYTES: Final = 8 << 10
+"""Bytes of metadata that a gRPC peer accepts by default, names and encodings counted."""
+
+_STATUS_BYTES: Final = TRAILER_BYTES // 2
+"""Bytes of the encoded status. Its message is sent once more beside it, percent-encoded."""
+_MESSAGE_BYTES: Final = 1 << 10
+_PROBLEM_BYTES: Final = 512
+_MOST_PROBLEMS: Final = 64
+
+
+def status_of(error: Refusal, request_id: str) -> status_pb2.Status:
+    """The rich status of a refusal, cut to what a trailer carries.
+
+    Long texts are shortened and the last problems left out; the last entry then says how many.
+    """
+    problems = [Problem(p.field, _cut(p.message, _PROBLEM_BYTES)) for p in error.problems]
+    listed = problems[:_MOST_PROBLEMS]
+    while True:
+        left = len(problems) - len(listed)
+        more = [Problem("", f"and {left} more")] if left else []
+        status = _status(error, [*listed, *more], request_id)
+        if len(listed) <= 1 or status.ByteSize() * 4 / 3 <= _STATUS_BYTES:
+            return status
+        listed = listed[: len(listed) * 3 // 4]
+
+
+def _status(error: Refusal, problems: Sequence[Problem], request_id: str) -> status_pb2.Status:
+    row, text = TABLE[error.reason], _cut(error.message, _MESSAGE_BYTES)
+    info = error_details_pb2.ErrorInfo(
+        reason=error.reason, domain=DOMAIN, metadata={"request_id": request_id}
+    )
+    status = status_pb2.Status(code=row.code.value[0], message=text)
+    for detail in (info, *_details(error, row, text, problems)):
+        status.details.add().Pack(detail)
+    return status
+
+
+def _details(
+    error: Refusal, row: Row, text: str, problems: Sequence[Problem]
+) -> Iterator[message.Message]:
+    """The detail that the row asks for; none for `Detail.NONE`."""
+    subject = error.subject
     match row.detail:
+        case Detail.NONE:
+            return
         case Detail.BAD_REQUEST:
-            details.append(
-                error_details_pb2.BadRequest(
-                    field_violations=[
-                        error_details_pb2.BadRequest.FieldViolation(
-                            field=v.field, description=v.description, reason=reason.name
-                        )
-                        for v in error.violations
-                    ]
-                )
-            )
+            bad = error_details_pb2.BadRequest()
+            for p in problems:
+                bad.field_violations.add(field=p.field, description=p.message, reason=error.reason)
+            yield bad
         case Detail.RESOURCE:
-            details.append(
-                error_details_pb2.ResourceInfo(
-                    resource_type=error.subject.kind,
-                    resource_name=error.subject.name,
-                    description=error.message,
-                )
+            yield error_details_pb2.ResourceInfo(
+                resource_type=subject.kind, resource_name=subject.name, description=text
             )
         case Detail.PRECONDITION:
-            found = error.violations or [Violation(error.subject.name, error.message)]
-            details.append(
-                error_details_pb2.PreconditionFailure(
-                    violations=[
-                        error_details_pb2.PreconditionFailure.Violation(
-                            type=reason.name, subject=v.field, description=v.description
-                        )
-                        for v in found
-                    ]
+            unmet = error_details_pb2.PreconditionFailure()
+            for p in problems:
+                unmet.violations.add(
+                    type=error.reason, subject=p.field or subject.name, description=p.message
                 )
-            )
+            yield unmet
         case Detail.QUOTA:
-            short = error_details_pb2.QuotaFailure.Violation(
-                subject=error.subject.name, description=error.message
-            )
-            details.append(error_details_pb2.QuotaFailure(violations=[short]))
+            quota = error_details_pb2.QuotaFailure()
+            quota.violations.add(subject=subject.name, description=text)
+            yield quota
         case Detail.RETRY:
-            delay = duration_pb2.Duration()
-            delay.FromMilliseconds(round(row.retry_seconds * 1000))
-            details.append(error_details_pb2.RetryInfo(retry_delay=delay))
-        case Detail.NONE:
-            pass
-    packed = []
-    for detail in details:
-        packed.append(any_pb2.Any())
-        packed[-1].Pack(detail)
-    return status_pb2.Status(code=row.code.value[0], message=error.message, details=packed)
+            retry = error_details_pb2.RetryInfo()
+            retry.retry_delay.FromMilliseconds(round(row.retry_seconds * 1000))
+            yield retry
 
 
-def trailers_of(error: RpcError, request_id: str) -> tuple[tuple[str, str | bytes], ...]:
+def _cut(text: str, limit: int) -> str:
+    """The text in at most `limit` bytes of UTF-8."""
+    data = text.encode()
+    return text if len(data) <= limit else data[: limit - 3].decode(errors="ignore") + "…"
+
+
+def trailers_of(error: Refusal, request_id: str) -> tuple[tuple[str, str | bytes], ...]:
     """The trailing metadata that goes with the error's code and message."""
     trailers: list[tuple[str, str | bytes]] = [
         (_STATUS_DETAILS_KEY, status_of(error, request_id).SerializeToString()),

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import grpc
 from loraplex.v1 import generation_pb2, generation_pb2_grpc
-from loraplex_adapters.errors import AdapterError
+from loraplex_model.base.refusal import Problem, Reason, Refusal, Subject
 from loraplex_model.checkpoints.chat import TextRefused
 
 from loraplex_server.engine.messages import Failure, Output, SamplingParams, Submit
@@ -25,15 +25,7 @@ from loraplex_server.registry import Registry
 from loraplex_server.rpc import validate
 from loraplex_server.rpc.admission import Admission, Ticket
 from loraplex_server.rpc.completion import FINISH_REASONS, Completion, logprobs_proto
-from loraplex_server.rpc.errors import (
-    ErrorSubject,
-    Reason,
-    RpcError,
-    Violation,
-    from_adapter_error,
-    from_failure,
-    invalid,
-)
+from loraplex_server.rpc.errors import TABLE, for_client, invalid
 from loraplex_server.rpc.resolve import Term, mixable, references, resolve, virtual_tokens
 from loraplex_server.text.tokenizer import TextTokenizer, TooLong
 
@@ -148,11 +140,12 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                     yield _finished(piece.finish, len(job.prompt), cached, completion.tokens)
                     return
                 if (failure := batch[-1].error) is not None:
-                    raise from_failure(failure, job.subject, job.field_of(failure))
+                    failed = Refusal(failure.reason, failure.message)
+                    raise for_client(failed, job.subject, job.field_of(failure))
                 not_before = self._next_look(job)
-            raise RpcError(Reason.ENGINE_FAULT, "internal error")
-        except RpcError as error:
-            code = error.code
+            raise Refusal(Reason.ENGINE_FAULT, "internal error")
+        except Refusal as error:
+            code = TABLE[error.reason].code
             raise
         except asyncio.CancelledError:
             if job.deadline is not None and time.monotonic() >= job.deadline:
@@ -168,12 +161,12 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         field = prefix + ("adapter_id" if request.adapter_id else "mix")
         try:
             terms = await resolve(request, self._parts.registry)
-        except AdapterError as error:
-            raise from_adapter_error(error, _subject(request), field) from error
+        except Refusal as error:
+            raise for_client(error, _subject(request), field) from error
         if not mixable(terms):
             reason = Reason.ADAPTER_NOT_MIXABLE
             text = "an adapter with virtual tokens can only be used alone and with weight 1"
-            raise RpcError(reason, text, violations=[Violation(field, text)])
+            raise Refusal(reason, text, problems=[Problem(field, text)])
         return terms
 
     async def _tokenise(
@@ -193,11 +186,11 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                 case _:
                     ids = list(request.token_ids.ids)
         except TextRefused as error:
-            raise invalid([Violation(field, str(error))]) from error
+            raise invalid([Problem(field, str(error))]) from error
         except TooLong:
             raise _too_long(field, f"the prompt is longer than {room - 1} tokens") from None
         if not ids:
-            raise invalid([Violation(field, "makes no token")])
+            raise invalid([Problem(field, "makes no token")])
         if len(ids) >= room:
             text = f"the prompt has {len(ids)} tokens; at most {room - 1} leave room for an answer"
             raise _too_long(field, text)
@@ -259,7 +252,7 @@ class _Job:
         return list(dict.fromkeys(term.adapter.record.name for term in self.terms))
 
     @property
-    def subject(self) -> ErrorSubject:
+    def subject(self) -> Subject:
         """What an error of the engine is about."""
         return _subject(self.request)
 
@@ -347,10 +340,10 @@ def _deadline(context: _Context) -> float | None:
     return None if remaining is None else time.monotonic() + remaining
 
 
-def _subject(request: generation_pb2.GenerateRequest) -> ErrorSubject:
+def _subject(request: generation_pb2.GenerateRequest) -> Subject:
     named = request.adapter_id or ", ".join(term.adapter_id for term in request.mix)
-    return ErrorSubject("loraplex.v1.Adapter", named)
+    return Subject("loraplex.v1.Adapter", named)
 
 
-def _too_long(field: str, text: str) -> RpcError:
-    return RpcError(Reason.PROMPT_TOO_LONG, text, violations=[Violation(field, text)])
+def _too_long(field: str, text: str) -> Refusal:
+    return Refusal(Reason.PROMPT_TOO_LONG, text, problems=[Problem(field, text)])

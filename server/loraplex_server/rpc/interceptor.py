@@ -1,6 +1,6 @@
 """What stands around every call: its id, its log line, its metrics, and what a failure may say.
 
-No exception's text leaves the server. A handler raises `RpcError`; anything else becomes an
+No exception's text leaves the server. A handler raises `Refusal`; anything else becomes an
 internal error whose only clue for the client is the request's id, under which the log has the rest.
 """
 
@@ -17,10 +17,11 @@ from typing import Any, Final, TypeAlias
 
 import grpc
 from google.protobuf.message import Message
+from loraplex_model.base.refusal import Reason, Refusal
 
 from loraplex_server.logs import REQUEST_ID
 from loraplex_server.metrics import Metrics
-from loraplex_server.rpc.errors import Reason, RpcError, trailers_of
+from loraplex_server.rpc.errors import TABLE, trailers_of
 from loraplex_server.rpc.validate import is_request_id
 
 log = logging.getLogger(__name__)
@@ -202,7 +203,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
             if closing:
                 await closing[0]
         if call.stalled:
-            raise RpcError(Reason.READER_STALLED, "the client stopped reading")
+            raise Refusal(Reason.READER_STALLED, "the client stopped reading")
 
 
 class _Call:
@@ -238,11 +239,11 @@ class _Call:
         REQUEST_ID.reset(self._token)
 
     def check(self, request: object) -> None:
-        """Raises RpcError for bytes that are no request, and while the server drains."""
+        """Raises Refusal for bytes that are no request, and while the server drains."""
         if request is _MALFORMED:
-            raise RpcError(Reason.REQUEST_MALFORMED, "malformed request")
+            raise Refusal(Reason.REQUEST_MALFORMED, "malformed request")
         if self._ours and self._gate.draining:
-            raise RpcError(Reason.DRAINING, "the server is shutting down")
+            raise Refusal(Reason.DRAINING, "the server is shutting down")
 
     async def fail(self, error: BaseException, context: _Context) -> None:
         """Ends the call with the error's status; returns only for what has no status to send."""
@@ -257,12 +258,12 @@ class _Call:
             return
         if isinstance(error, grpc.aio.AbortError) or not isinstance(error, Exception):
             return
-        if not isinstance(error, RpcError):
+        if not (isinstance(error, Refusal) and error.reason in TABLE):
             log.error("a handler failed", exc_info=error)
-            error = RpcError(Reason.ENGINE_FAULT, "internal error")
-        self._code = error.code
+            error = Refusal(Reason.ENGINE_FAULT, "internal error")
+        self._code = TABLE[error.reason].code
         self._reason = error.reason.name
-        await context.abort(error.code, error.message, trailers_of(error, self.id))
+        await context.abort(self._code, error.message, trailers_of(error, self.id))
 
 
 def _forgiving(read: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:

@@ -39,7 +39,7 @@ class Term:
 async def resolve(request: generation_pb2.GenerateRequest, registry: Registry) -> Sequence[Term]:
     """The adapters that a valid request names, in its order; empty for the bare base.
 
-    Raises RpcError(ADAPTER_NOT_FOUND) naming the first that is not there.
+    Raises Refusal(ADAPTER_NOT_FOUND) naming the first that is not there.
     """
     if request.adapter_id:
         return (Term(await registry.resolve(request.adapter_id), 1.0),)

@@ -10,22 +10,19 @@ from typing import Any, Final, TypeVar
 
 import grpc
 from loraplex.v1 import training_pb2, training_pb2_grpc
+from loraplex_model.base.refusal import Problem, Reason, Refusal, Subject
 
 from loraplex_server.rpc import describe_training as describe
 from loraplex_server.rpc import validate_training as validate
-from loraplex_server.rpc.errors import ErrorSubject, Reason, RpcError, Violation, invalid
+from loraplex_server.rpc.errors import for_client, invalid
 from loraplex_server.rpc.interceptor import Gate
-from loraplex_server.training.jobs import Job, Refusal
+from loraplex_server.training.jobs import Job
 from loraplex_server.training.queue import JobQueue
 
 DEFAULT_PAGE: Final = 100
 
 _JOB: Final = "loraplex.v1.TrainingJob"
-_ADAPTER: Final = "loraplex.v1.Adapter"
 _SETTING: Final = "training"
-MAX_LISTED: Final = 12
-_MAX_TEXT: Final = 300
-"""Of what the trainer finds wrong with a job: it must all fit a trailer."""
 
 _KEY: Final = re.compile(r"job '[^']*': (?P<what>(?P<key>[a-z_]+)(?: is|:) .*)")
 
@@ -100,13 +97,13 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):
             raise _error(refusal) from refusal
         finally:
             closing.cancel()
-        raise RpcError(Reason.DRAINING, "the server is shutting down; the job goes on after it")
+        raise Refusal(Reason.DRAINING, "the server is shutting down; the job goes on after it")
 
     def _on(self) -> JobQueue:
         if self._queue is None:
             text = "training is off on this server; its operator turns it on with --training"
-            raise RpcError(
-                Reason.TRAINING_DISABLED, text, subject=ErrorSubject("loraplex.Setting", _SETTING)
+            raise Refusal(
+                Reason.TRAINING_DISABLED, text, subject=Subject("loraplex.Setting", _SETTING)
             )
         return self._queue
 
@@ -127,7 +124,7 @@ async def _next(changes: AsyncGenerator[Job, None], closing: asyncio.Future[None
             await asyncio.wait({coming})
 
 
-def _require(violations: list[Violation]) -> None:
+def _require(violations: list[Problem]) -> None:
     if violations:
         raise invalid(violations)
 
@@ -139,27 +136,18 @@ async def _typed(work: Awaitable[T]) -> T:
         raise _error(refusal) from refusal
 
 
-def _error(refusal: Refusal) -> RpcError:
-    """The table's error for a refusal."""
-    reason = Reason.__members__.get(refusal.reason, Reason.ENGINE_FAULT)
-    if reason is Reason.ENGINE_FAULT:
-        return RpcError(reason, "internal error")
-    if reason is Reason.FIELD_INVALID:
+def _error(refusal: Refusal) -> Refusal:
+    """The refusal as the client sees it."""
+    if refusal.reason is Reason.FIELD_INVALID:
         return invalid(_violations(refusal))
-    kind = _ADAPTER if reason.name.startswith("ADAPTER_") else _JOB
-    found = [Violation(refusal.field, refusal.message)] if refusal.field else []
-    subject = ErrorSubject(kind, refusal.subject)
-    return RpcError(reason, refusal.message, violations=found, subject=subject)
+    return for_client(refusal, Subject(_JOB))
 
 
-def _violations(refusal: Refusal) -> list[Violation]:
+def _violations(refusal: Refusal) -> list[Problem]:
     """A violation for each problem, under the field whose key the trainer names in it."""
     found = []
-    for problem in refusal.problems[:MAX_LISTED]:
-        match = _KEY.fullmatch(problem)
-        text, field = (match["what"], match["key"]) if match else (problem, "")
-        found.append(Violation(describe.PATHS.get(field, refusal.field), text[:_MAX_TEXT]))
-    left = len(refusal.problems) - len(found)
-    if left:
-        found.append(Violation(refusal.field, f"{left} more"))
+    for problem in refusal.problems:
+        match = _KEY.fullmatch(problem.message)
+        text, key = (match["what"], match["key"]) if match else (problem.message, "")
+        found.append(Problem(describe.PATHS.get(key, problem.field), text))
     return found

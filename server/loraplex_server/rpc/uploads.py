@@ -10,10 +10,11 @@ from typing import Any, Final
 
 from loraplex.v1 import adapter_pb2
 from loraplex_adapters.format.files import CONFIG_FILE, WEIGHTS_FILE
+from loraplex_model.base.refusal import Problem, Reason, Refusal, Subject
 
 from loraplex_server.registry import Registered, Registry, Terms
 from loraplex_server.rpc import validate_adapters as validate
-from loraplex_server.rpc.errors import ErrorSubject, Reason, RpcError, Violation, invalid
+from loraplex_server.rpc.errors import invalid
 from loraplex_server.rpc.interceptor import Gate
 
 MAX_STREAMS: Final = 16
@@ -47,11 +48,11 @@ class Uploads:
     async def receive(self, requests: AsyncIterator[adapter_pb2.UploadAdapterRequest]) -> Uploaded:
         """Takes one stream to its end, and registers what it completes.
 
-        Raises RpcError; what had arrived until then stays and can be added to. Raises AdapterError
+        Raises Refusal; what had arrived until then stays and can be added to. Raises Refusal
         where the store does.
         """
         if self._streams >= MAX_STREAMS:
-            raise RpcError(Reason.OVERLOADED, f"{self._streams} uploads are running; try again")
+            raise Refusal(Reason.OVERLOADED, f"{self._streams} uploads are running; try again")
         self._streams += 1
         try:
             async with aclosing(_arriving(requests, self._gate)) as arriving:
@@ -66,7 +67,7 @@ class Uploads:
         sizes = {CONFIG_FILE: there.config_bytes, WEIGHTS_FILE: there.weights_bytes}
         async for request in requests:
             if request.WhichOneof("part") != "chunk":
-                raise invalid([Violation("part", "every message after the first is a chunk")])
+                raise invalid([Problem("part", "every message after the first is a chunk")])
             chunk = request.chunk
             if violations := validate.chunk(chunk):
                 raise invalid(violations)
@@ -99,7 +100,7 @@ class Uploads:
     ) -> adapter_pb2.UploadHeader:
         first = await anext(requests, None)
         if first is None or first.WhichOneof("part") != "header":
-            raise invalid([Violation("header", "the first message must be the header")])
+            raise invalid([Problem("header", "the first message must be the header")])
         if violations := validate.header(first.header, self._registry.max_weights_bytes):
             raise invalid(violations)
         return first.header
@@ -108,7 +109,7 @@ class Uploads:
 async def _arriving(
     requests: AsyncIterator[adapter_pb2.UploadAdapterRequest], gate: Gate
 ) -> AsyncGenerator[adapter_pb2.UploadAdapterRequest, None]:
-    """The messages as they come. Raises RpcError: DRAINING, DEADLINE_EXCEEDED after a silence."""
+    """The messages as they come. Raises Refusal: DRAINING, DEADLINE_EXCEEDED after a silence."""
     closing = asyncio.ensure_future(gate.closing())
     try:
         while True:
@@ -130,13 +131,13 @@ async def _arriving(
         closing.cancel()
 
 
-def _silent(gate: Gate) -> RpcError:
+def _silent(gate: Gate) -> Refusal:
     if gate.draining:
-        return RpcError(Reason.DRAINING, "the server is shutting down; what has arrived is kept")
+        return Refusal(Reason.DRAINING, "the server is shutting down; what has arrived is kept")
     text = f"nothing came for {SILENCE_SECONDS:g} s; what has arrived is kept"
-    return RpcError(Reason.DEADLINE_EXCEEDED, text)
+    return Refusal(Reason.DEADLINE_EXCEEDED, text)
 
 
-def _offset(upload_id: str, file: str, text: str) -> RpcError:
-    subject = ErrorSubject("loraplex.v1.Upload", upload_id)
-    return RpcError(Reason.UPLOAD_OFFSET, text, violations=[Violation(file, text)], subject=subject)
+def _offset(upload_id: str, file: str, text: str) -> Refusal:
+    subject = Subject("loraplex.v1.Upload", upload_id)
+    return Refusal(Reason.UPLOAD_OFFSET, text, problems=[Problem(file, text)], subject=subject)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from loraplex.v1 import generation_pb2
+from loraplex_model.base.refusal import Problem
 
-from loraplex_server.rpc.errors import Violation
 from loraplex_server.rpc.resolve import is_adapter_id
 
 MAX_MIX: Final = 8
@@ -42,12 +42,12 @@ class Findings:
     """The violations found so far, with the fields' paths."""
 
     def __init__(self, prefix: str) -> None:
-        self.found: list[Violation] = []
+        self.found: list[Problem] = []
         self._prefix = prefix
 
     def add(self, field: str, description: str) -> None:
         if len(self.found) < MAX_LISTED:
-            self.found.append(Violation(self._prefix + field, description))
+            self.found.append(Problem(self._prefix + field, description))
 
     def require(self, true: bool, field: str, description: str) -> None:
         if not true:
@@ -80,7 +80,7 @@ def is_request_id(text: str) -> bool:
 
 def generate(
     request: generation_pb2.GenerateRequest, bounds: Bounds, prefix: str = ""
-) -> list[Violation]:
+) -> list[Problem]:
     """What is wrong with a request to generate; `prefix` goes before the fields' paths."""
     checks = Findings(prefix)
     _adapters(request, checks)

@@ -8,8 +8,8 @@ from typing import Final
 
 from loraplex.v1 import adapter_pb2
 from loraplex_adapters.format.files import MAX_CONFIG_BYTES
+from loraplex_model.base.refusal import Problem
 
-from loraplex_server.rpc.errors import Violation
 from loraplex_server.rpc.resolve import is_adapter_id, is_name
 from loraplex_server.rpc.validate import ADAPTER_ID_FORM, Findings
 
@@ -28,7 +28,7 @@ _DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}", re.ASCII)
 _UPLOAD: Final = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
 
 
-def register(request: adapter_pb2.RegisterAdapterRequest) -> list[Violation]:
+def register(request: adapter_pb2.RegisterAdapterRequest) -> list[Problem]:
     """What is wrong with a registration; the path itself is judged where it is opened."""
     checks = Findings("")
     checks.require(is_name(request.name), "name", _NAME_FORM)
@@ -37,17 +37,17 @@ def register(request: adapter_pb2.RegisterAdapterRequest) -> list[Violation]:
     return checks.found
 
 
-def adapter_id(text: str) -> list[Violation]:
+def adapter_id(text: str) -> list[Problem]:
     """What is wrong with the `adapter_id` of an adapter call, which must name one."""
-    return [] if is_adapter_id(text) else [Violation("adapter_id", ADAPTER_ID_FORM)]
+    return [] if is_adapter_id(text) else [Problem("adapter_id", ADAPTER_ID_FORM)]
 
 
-def name(text: str, field: str = "name") -> list[Violation]:
+def name(text: str, field: str = "name") -> list[Problem]:
     """What is wrong with a bare name, or an alias."""
-    return [] if is_name(text) else [Violation(field, _NAME_FORM)]
+    return [] if is_name(text) else [Problem(field, _NAME_FORM)]
 
 
-def page(request: adapter_pb2.ListAdaptersRequest) -> list[Violation]:
+def page(request: adapter_pb2.ListAdaptersRequest) -> list[Problem]:
     """What is wrong with a request for a page."""
     checks = Findings("")
     checks.between("page_size", request.page_size, 0, MAX_PAGE)
@@ -58,7 +58,7 @@ def page(request: adapter_pb2.ListAdaptersRequest) -> list[Violation]:
     return checks.found
 
 
-def unload(request: adapter_pb2.UnloadAdapterRequest) -> list[Violation]:
+def unload(request: adapter_pb2.UnloadAdapterRequest) -> list[Problem]:
     """What is wrong with an order to unload."""
     checks = Findings("")
     checks.require(is_adapter_id(request.adapter_id), "adapter_id", ADAPTER_ID_FORM)
@@ -68,7 +68,7 @@ def unload(request: adapter_pb2.UnloadAdapterRequest) -> list[Violation]:
     return checks.found
 
 
-def label(request: adapter_pb2.LabelAdapterRequest) -> list[Violation]:
+def label(request: adapter_pb2.LabelAdapterRequest) -> list[Problem]:
     """What is wrong with a change of labels."""
     checks = Findings("")
     checks.require(is_adapter_id(request.adapter_id), "adapter_id", ADAPTER_ID_FORM)
@@ -80,7 +80,7 @@ def label(request: adapter_pb2.LabelAdapterRequest) -> list[Violation]:
     return checks.found
 
 
-def alias(request: adapter_pb2.SetAliasRequest) -> list[Violation]:
+def alias(request: adapter_pb2.SetAliasRequest) -> list[Problem]:
     """What is wrong with the pointing of an alias."""
     checks = Findings("")
     checks.require(is_name(request.alias), "alias", _NAME_FORM)
@@ -90,14 +90,14 @@ def alias(request: adapter_pb2.SetAliasRequest) -> list[Violation]:
     return checks.found
 
 
-def upload_id(text: str) -> list[Violation]:
+def upload_id(text: str) -> list[Problem]:
     """What is wrong with an upload's id."""
     checks = Findings("")
     _upload_id("upload_id", text, checks)
     return checks.found
 
 
-def header(header: adapter_pb2.UploadHeader, max_weights_bytes: int) -> list[Violation]:
+def header(header: adapter_pb2.UploadHeader, max_weights_bytes: int) -> list[Problem]:
     """What is wrong with the first message of an upload."""
     checks = Findings("header.")
     _upload_id("upload_id", header.upload_id, checks)
@@ -116,7 +116,7 @@ def header(header: adapter_pb2.UploadHeader, max_weights_bytes: int) -> list[Vio
     return checks.found
 
 
-def chunk(chunk: adapter_pb2.UploadChunk) -> list[Violation]:
+def chunk(chunk: adapter_pb2.UploadChunk) -> list[Problem]:
     """What is wrong with a piece of an upload, as far as that shows without the others."""
     checks = Findings("chunk.")
     files = {adapter_pb2.ADAPTER_FILE_CONFIG, adapter_pb2.ADAPTER_FILE_WEIGHTS}
@@ -125,7 +125,7 @@ def chunk(chunk: adapter_pb2.UploadChunk) -> list[Violation]:
     return checks.found
 
 
-def validation(request: adapter_pb2.ValidateAdapterRequest) -> list[Violation]:
+def validation(request: adapter_pb2.ValidateAdapterRequest) -> list[Problem]:
     """What is wrong with a request for a dry run."""
     checks = Findings("")
     match request.WhichOneof("source"):

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Final
 
 from loraplex.v1 import training_pb2
+from loraplex_model.base.refusal import Problem
 
-from loraplex_server.rpc.errors import Violation
 from loraplex_server.rpc.resolve import is_name
 from loraplex_server.rpc.validate import MAX_REQUEST_ID, Findings, is_request_id
 from loraplex_server.rpc.validate_adapters import MAX_PAGE, MAX_PATH_BYTES, labels
@@ -27,7 +27,7 @@ _FILES: Final = ("loftq_source",)
 """Options of methods that name a directory; a caller must not choose among the server's."""
 
 
-def create(request: training_pb2.CreateJobRequest) -> list[Violation]:
+def create(request: training_pb2.CreateJobRequest) -> list[Problem]:
     """What is wrong with a new job, as far as shows without its data."""
     checks = Findings("")
     if request.request_id:
@@ -61,7 +61,7 @@ def create(request: training_pb2.CreateJobRequest) -> list[Violation]:
     return checks.found
 
 
-def page(request: training_pb2.ListJobsRequest) -> list[Violation]:
+def page(request: training_pb2.ListJobsRequest) -> list[Problem]:
     """What is wrong with a request for a page."""
     checks = Findings("")
     checks.between("page_size", request.page_size, 0, MAX_PAGE)
@@ -74,10 +74,10 @@ def page(request: training_pb2.ListJobsRequest) -> list[Violation]:
     return checks.found
 
 
-def job_id(text: str) -> list[Violation]:
+def job_id(text: str) -> list[Problem]:
     """What is wrong with a job's id."""
     good = _JOB.fullmatch(text) is not None
-    return [] if good else [Violation("job_id", "is not an id of CreateJob")]
+    return [] if good else [Problem("job_id", "is not an id of CreateJob")]
 
 
 def _options(options: Mapping[str, str], checks: Findings) -> None:

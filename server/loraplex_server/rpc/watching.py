@@ -7,10 +7,10 @@ from collections.abc import AsyncGenerator, Iterator
 from typing import Any, Final
 
 from loraplex.v1 import adapter_pb2
+from loraplex_model.base.refusal import Reason, Refusal
 
 from loraplex_server.feed import AdapterFeed, Event, Row, Snapshot, Watcher
 from loraplex_server.rpc import describe
-from loraplex_server.rpc.errors import Reason, RpcError
 from loraplex_server.rpc.interceptor import Gate
 
 MAX_WATCHERS: Final = 64
@@ -23,10 +23,10 @@ _Message = adapter_pb2.WatchAdaptersResponse
 async def watch(feed: AdapterFeed, gate: Gate) -> AsyncGenerator[_Message, None]:
     """The table, then every change, until the server drains.
 
-    Raises RpcError: OVERLOADED with too many watchers, DRAINING at the end.
+    Raises Refusal: OVERLOADED with too many watchers, DRAINING at the end.
     """
     if len(feed) >= MAX_WATCHERS:
-        raise RpcError(Reason.OVERLOADED, f"{len(feed)} calls watch already; try again later")
+        raise Refusal(Reason.OVERLOADED, f"{len(feed)} calls watch already; try again later")
     closing = asyncio.ensure_future(gate.closing())
     try:
         with feed.watch() as watcher:
@@ -42,7 +42,7 @@ async def watch(feed: AdapterFeed, gate: Gate) -> AsyncGenerator[_Message, None]
                     yield _change(event)
     finally:
         closing.cancel()
-    raise RpcError(Reason.DRAINING, "the server is shutting down")
+    raise Refusal(Reason.DRAINING, "the server is shutting down")
 
 
 _CLOSED: Final[list[Event]] = []

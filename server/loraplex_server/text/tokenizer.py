@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from jinja2 import TemplateError
-from loraplex_model.base.refusal import ModelError
+from loraplex_model.base.refusal import Refusal
 from loraplex_model.checkpoints.chat import ChatTemplate, TextRefused
 from loraplex_model.checkpoints.tokenizer import TOKENIZER, TokenizerInfo
 from tokenizers import Tokenizer
@@ -39,7 +39,7 @@ class TextTokenizer:
         """Raises TokenizerError."""
         try:
             info = TokenizerInfo.read(folder)
-        except ModelError as error:
+        except Refusal as error:
             raise TokenizerError(error.message) from error
         self._tokenizer = _read_tokenizer(folder) if info.has_tokenizer else None
         self._chat = _chat_template(info)

@@ -7,10 +7,8 @@ import os
 from pathlib import Path
 from typing import Final
 
-from loraplex_adapters.errors import AdapterError
 from loraplex_adapters.format.files import open_below, open_root
-
-from loraplex_server.training.jobs import Refusal
+from loraplex_model.base.refusal import Reason, Refusal
 
 _CHUNK: Final = 1 << 20
 
@@ -32,7 +30,7 @@ def copy(root: Path, relative: str, target: Path, max_bytes: int, field: str) ->
     parent, _, name = relative.rpartition("/")
     if name in ("", ".", "..") or "\0" in relative or relative.startswith("/"):
         text = "must be relative to the import root, in plain form, and stay below it"
-        raise Refusal("FIELD_INVALID", text, field=field)
+        raise Refusal(Reason.FIELD_INVALID, text, field=field)
     try:
         with (
             open_below(root, parent) if parent else open_root(root) as folder,
@@ -43,14 +41,14 @@ def copy(root: Path, relative: str, target: Path, max_bytes: int, field: str) ->
                 file.write(source.read(offset, min(_CHUNK, source.size - offset)))
             file.flush()
             os.fsync(file.fileno())
-    except AdapterError as error:
+    except Refusal as error:
         if error.reason == "STORE_UNAVAILABLE":
             raise Refusal(error.reason, error.message) from error
-        raise Refusal("FIELD_INVALID", error.message, field=field) from error
+        raise Refusal(Reason.FIELD_INVALID, error.message, field=field) from error
 
 
 def from_os_error(error: OSError) -> Refusal:
     """What a client is told when the jobs' disk fails."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return Refusal("STORE_FULL", "no space is left for training jobs")
-    return Refusal("STORE_UNAVAILABLE", "the folder of training jobs cannot be written")
+        return Refusal(Reason.STORE_FULL, "no space is left for training jobs")
+    return Refusal(Reason.STORE_UNAVAILABLE, "the folder of training jobs cannot be written")

@@ -6,11 +6,10 @@ import asyncio
 from pathlib import Path
 from typing import Final
 
-from loraplex_adapters.errors import AdapterError
+from loraplex_model.base.refusal import Reason, Refusal, Subject
 
-from loraplex_server.engine.process.client import EngineFailure
 from loraplex_server.registry import Registered, Registry, Terms
-from loraplex_server.training.jobs import Order, Refusal, Result
+from loraplex_server.training.jobs import ADAPTER, Order, Result
 
 _RETRY_SECONDS: Final = (0.5, 1.0, 2.0)
 """Pauses before a store that does not answer is asked again: hours of training are at stake."""
@@ -41,15 +40,18 @@ class RegistryDestination:
         loaded = order.load
         try:
             adapter = await self._register(folder, order, order.load)
-        except EngineFailure as error:
-            problems.append(f"it was not loaded: {error.failure.message}")
-            loaded = False
+        except Refusal as refusal:
+            if not order.load:
+                raise
+            # If the store refuses, it refuses again without the load, and that is what is raised.
             adapter = await self._register(folder, order, load=False)
+            problems.append(f"it was not loaded: {refusal.message}")
+            loaded = False
         record = adapter.record
         if order.alias:
             try:
                 await self._registry.set_alias(order.alias, record.id, None)
-            except AdapterError as error:
+            except Refusal as error:
                 problems.append(f"the alias was not set: {error.message}")
         return Result(
             version=record.version, digest=record.digest, loaded=loaded, warning="; ".join(problems)
@@ -61,7 +63,7 @@ class RegistryDestination:
         while True:
             try:
                 return (await self._registry.register_trained(folder, terms))[0]
-            except AdapterError as error:
+            except Refusal as error:
                 pause = next(pauses, None) if error.reason == "STORE_UNAVAILABLE" else None
                 if pause is None:
                     raise _refusal(error, order.name) from error
@@ -70,15 +72,15 @@ class RegistryDestination:
     async def _find(self, name: str) -> Registered | None:
         try:
             return await self._registry.resolve(name)
-        except AdapterError as error:
+        except Refusal as error:
             if error.reason == "ADAPTER_NOT_FOUND":
                 return None
             raise _refusal(error, name) from error
 
 
 def _conflict(name: str, text: str) -> Refusal:
-    return Refusal("ADAPTER_CONFLICT", text, subject=name)
+    return Refusal(Reason.ADAPTER_CONFLICT, text, subject=Subject(ADAPTER, name))
 
 
-def _refusal(error: AdapterError, name: str) -> Refusal:
-    return Refusal(error.reason, error.message, subject=name)
+def _refusal(error: Refusal, name: str) -> Refusal:
+    return Refusal(error.reason, error.message, subject=Subject(ADAPTER, name))

@@ -13,6 +13,11 @@ import msgspec
 Scalar: TypeAlias = bool | int | float | str
 
 
+JOB: Final = "loraplex.v1.TrainingJob"
+ADAPTER: Final = "loraplex.v1.Adapter"
+"""Kinds of the resources that refusals of training name."""
+
+
 class State(Enum):
     """Where a job is."""
 
@@ -132,27 +137,3 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     def change(self, **fields: object) -> Job:
         """The same job with other fields."""
         return msgspec.structs.replace(self, **fields)
-
-
-class Refusal(Exception):
-    """What a client asked for cannot be done; everything in it may be shown to the client.
-
-    `reason` is of the error table; `field` names what is wrong with a request, with `problems` in
-    place of the message where there are several; `subject` is what the error is about.
-    """
-
-    def __init__(
-        self,
-        reason: str,
-        message: str,
-        *,
-        field: str = "",
-        problems: tuple[str, ...] = (),
-        subject: str = "",
-    ) -> None:
-        super().__init__(message)
-        self.reason = reason
-        self.message = message
-        self.field = field
-        self.problems = problems or (message,)
-        self.subject = subject

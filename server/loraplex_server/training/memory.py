@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from loraplex_server.training.jobs import Refusal
+from loraplex_model.base.refusal import Reason, Refusal
 
 _MEMINFO: Final = Path("/proc/meminfo")
 _CGROUP: Final = Path("/sys/fs/cgroup")
@@ -21,10 +21,10 @@ def check(needed: int, free: int | None, allowed: int, setting: str = "training_
     """Raises Refusal(TRAINING_MEMORY) unless `needed` bytes are `allowed` (0: any) and `free`."""
     if allowed and needed > allowed:
         text = f"it would take about {_mib(needed)}; {setting} allows {_mib(allowed)}"
-        raise Refusal("TRAINING_MEMORY", text, field=setting)
+        raise Refusal(Reason.TRAINING_MEMORY, text, field=setting)
     if free is not None and needed > free:
         text = f"it would take about {_mib(needed)}, and {_mib(free)} are free"
-        raise Refusal("TRAINING_MEMORY", text, field="memory")
+        raise Refusal(Reason.TRAINING_MEMORY, text, field="memory")
 
 
 def _machine() -> int | None:

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Final, Protocol
 
 import msgspec
+from loraplex_model.base.refusal import Reason, Refusal, Subject
 
 from loraplex_server.training import data as job_data
-from loraplex_server.training.jobs import Error, Job, Order, Refusal, State
+from loraplex_server.training.jobs import ADAPTER, JOB, Error, Job, Order, State
 from loraplex_server.training.records import Records
 from loraplex_server.training.runner import Destination, Halt, Runner
 from loraplex_server.training.trainer import CONFIG, DATA, EVAL_DATA, Trainer
@@ -152,7 +153,9 @@ class JobQueue:
         self._require_owned()
         job = self._jobs.get(job_id)
         if job is None:
-            raise Refusal("JOB_NOT_FOUND", "there is no such training job", subject=job_id)
+            raise Refusal(
+                Reason.JOB_NOT_FOUND, "there is no such training job", subject=Subject(JOB, job_id)
+            )
         return job
 
     def position(self, job: Job) -> int:
@@ -181,7 +184,9 @@ class JobQueue:
         """
         job = self.get(job_id)
         if self._watchers >= MAX_WATCHERS:
-            raise Refusal("OVERLOADED", f"{self._watchers} calls watch already; try again later")
+            raise Refusal(
+                Reason.OVERLOADED, f"{self._watchers} calls watch already; try again later"
+            )
         self._watchers += 1
         try:
             while True:
@@ -205,7 +210,7 @@ class JobQueue:
         """
         self._require_owned()
         if self._creating >= MAX_CREATING:
-            raise Refusal("OVERLOADED", f"{self._creating} jobs are being created; try again")
+            raise Refusal(Reason.OVERLOADED, f"{self._creating} jobs are being created; try again")
         self._creating += 1
         try:
             async with self._making:
@@ -229,7 +234,7 @@ class JobQueue:
             await asyncio.shield(asyncio.create_task(halting))
             while not self._jobs[job_id].final:
                 if self._jobs[job_id].state is State.INTERRUPTED:
-                    raise Refusal("DRAINING", "the server is shutting down")
+                    raise Refusal(Reason.DRAINING, "the server is shutting down")
                 await self._changed(job_id)
         return self._jobs.get(job_id, job)
 
@@ -244,17 +249,17 @@ class JobQueue:
                 if job.content == content:
                     return job
                 text = f"the request id was used for training job {job.id}, which is another"
-                raise Refusal("JOB_CONFLICT", text, subject=job.id)
+                raise Refusal(Reason.JOB_CONFLICT, text, subject=Subject(JOB, job.id))
         return None
 
     def _require_room(self, order: Order) -> None:
         if len(self._waiting) >= self._bounds.waiting + (self._runner is None):
             text = f"{len(self._waiting)} training jobs wait already"
-            raise Refusal("JOB_QUEUE_FULL", text, subject="training_max_jobs")
+            raise Refusal(Reason.JOB_QUEUE_FULL, text, subject=Subject(JOB, "training_max_jobs"))
         for job in self._jobs.values():
             if not job.final and job.order.name == order.name and not order.replace:
                 text = f"training job {job.id} makes an adapter of that name; set `replace`"
-                raise Refusal("ADAPTER_CONFLICT", text, subject=order.name)
+                raise Refusal(Reason.ADAPTER_CONFLICT, text, subject=Subject(ADAPTER, order.name))
 
     async def _create(self, request: Request) -> Job:
         job_id = self._new_id()
@@ -263,7 +268,7 @@ class JobQueue:
             plan = await self._trainer.plan(folder)
             self._trainer.require(plan, self._runner.job.estimated_bytes if self._runner else 0)
             if self._stopping:
-                raise Refusal("DRAINING", "the server is shutting down")
+                raise Refusal(Reason.DRAINING, "the server is shutting down")
             job = Job(
                 id=job_id,
                 order=request.order,
@@ -435,7 +440,7 @@ class JobQueue:
 
     def _require_owned(self) -> None:
         if self._stopping:
-            raise Refusal("DRAINING", "the server is shutting down")
+            raise Refusal(Reason.DRAINING, "the server is shutting down")
         if not self._owned:
             text = "another server still looks after the training jobs"
-            raise Refusal("TRAINING_ELSEWHERE", text)
+            raise Refusal(Reason.TRAINING_ELSEWHERE, text)

@@ -10,12 +10,13 @@ from enum import Enum, auto
 from pathlib import Path
 from typing import Final, Protocol
 
+from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_training.report import lines as event_lines
 from loraplex_training.report.events import JobState, Saved
 
 from loraplex_server.training import failure as verdict
 from loraplex_server.training.child import Child
-from loraplex_server.training.jobs import Error, Job, Order, Refusal, Result, State
+from loraplex_server.training.jobs import Error, Job, Order, Result, State
 from loraplex_server.training.progress import Course
 from loraplex_server.training.trainer import LOG, Trainer
 
@@ -121,7 +122,7 @@ class Runner:
             child = await self._trainer.start(command, self._folder / LOG)
         except OSError as error:
             log.error("the trainer cannot be started: %s", error)
-            raise Refusal("TRAINER_CRASHED", "the trainer cannot be started") from error
+            raise Refusal(Reason.TRAINER_CRASHED, "the trainer cannot be started") from error
         following = asyncio.create_task(self._follow(child, course))
         self._child = child
         late = False

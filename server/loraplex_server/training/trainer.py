@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Final
 
 import msgspec
-from loraplex_training.errors import TrainError
+from loraplex_model.base.refusal import Problem, Reason, Refusal
 from loraplex_training.spec import parse as options
 
 from loraplex_server.training import failure as verdict
 from loraplex_server.training import memory
 from loraplex_server.training.child import Child
-from loraplex_server.training.jobs import Job, Order, Refusal
+from loraplex_server.training.jobs import Job, Order
 
 CONFIG: Final = "job.toml"
 DATA: Final = "data.jsonl"
@@ -81,8 +81,8 @@ class Trainer:
             flags["eval_data"] = str(folder / EVAL_DATA)
         try:
             return options.to_toml(options.read(flags, order.options))
-        except TrainError as error:
-            raise _refusal(error.reason, error.problems) from error
+        except Refusal as error:
+            raise _refusal(error.reason, error.messages) from error
 
     async def plan(self, folder: Path) -> Plan:
         """What the job in `folder` would take. The trainer reads its options and its data for that.
@@ -94,7 +94,7 @@ class Trainer:
             child = await self.start(command, folder / PLAN_LOG)
         except OSError as error:
             log.error("the trainer cannot be started: %s", error)
-            raise Refusal("ENGINE_FAULT", "the trainer cannot be started") from error
+            raise Refusal(Reason.ENGINE_FAULT, "the trainer cannot be started") from error
         said: list[bytes] = []
         try:
             async with asyncio.timeout(PLAN_SECONDS):
@@ -104,7 +104,7 @@ class Trainer:
                 status = await child.wait()
         except TimeoutError:
             text = f"the trainer's plan was not ready after {PLAN_SECONDS:g} s"
-            raise Refusal("DEADLINE_EXCEEDED", text) from None
+            raise Refusal(Reason.DEADLINE_EXCEEDED, text) from None
         finally:
             child.kill()
         for line in reversed(said if status == 0 else ()):
@@ -152,9 +152,9 @@ def _of_plan(status: int, complaints: Path) -> Refusal:
     if reason in _FIELDS:
         return _refusal(reason, problems)
     if reason == "OUT_OF_MEMORY" or status == -signal.SIGKILL:
-        return Refusal("TRAINING_MEMORY", "the memory ran out while the job was examined")
+        return Refusal(Reason.TRAINING_MEMORY, "the memory ran out while the job was examined")
     log.error("plan ended with %d: %s", status, "; ".join(verdict.tail(complaints)[-3:]))
-    return Refusal("ENGINE_FAULT", "the trainer's plan failed")
+    return Refusal(Reason.ENGINE_FAULT, "the trainer's plan failed")
 
 
 _FIELDS: Final = {"CONFIG_INVALID": "spec", "METHOD_INVALID": "spec.method", "DATA_INVALID": "data"}
@@ -163,4 +163,5 @@ _FIELDS: Final = {"CONFIG_INVALID": "spec", "METHOD_INVALID": "spec.method", "DA
 
 def _refusal(reason: str, problems: Sequence[str]) -> Refusal:
     found = tuple(verdict.without_paths(problem) for problem in problems) or ("it is not valid",)
-    return Refusal("FIELD_INVALID", found[0], field=_FIELDS.get(reason, "spec"), problems=found)
+    field = _FIELDS.get(reason, "spec")
+    return Refusal(Reason.FIELD_INVALID, found[0], problems=[Problem(field, f) for f in found])

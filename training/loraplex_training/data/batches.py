@@ -12,8 +12,9 @@ from functools import lru_cache
 from math import ceil, inf
 from typing import Final
 
+from loraplex_model.base.refusal import Reason, Refusal
+
 from loraplex_training.data.samples import MicroBatch, Sample
-from loraplex_training.errors import TrainError
 from loraplex_training.spec.spec import JobSpec
 
 OPEN: Final = 64
@@ -32,7 +33,7 @@ class Batches:
     """
 
     def __init__(self, samples: Sequence[Sample], job: JobSpec) -> None:
-        """Raises TrainError (CONFIG_INVALID) for options that make no steps."""
+        """Raises Refusal (CONFIG_INVALID) for options that make no steps."""
         _check(samples, job)
         self._samples = samples
         self._job = job
@@ -144,4 +145,6 @@ def _check(samples: Sequence[Sample], job: JobSpec) -> None:
             "it, or lower max_length"
         )
     if problems:
-        raise TrainError("CONFIG_INVALID", *(f"{job.name}: {problem}" for problem in problems))
+        raise Refusal.listing(
+            Reason.CONFIG_INVALID, (f"{job.name}: {problem}" for problem in problems)
+        )

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_model.checkpoints.chat import TextRefused
 
 from loraplex_training.data.problems import Problems
@@ -14,7 +15,6 @@ from loraplex_training.data.records import RecordFile
 from loraplex_training.data.samples import Sample
 from loraplex_training.data.text import BaseText
 from loraplex_training.data.tokenise import LEARN, Tokeniser
-from loraplex_training.errors import TrainError
 from loraplex_training.spec.spec import DataSpec
 
 
@@ -115,7 +115,7 @@ def load(spec: DataSpec, text: BaseText) -> Dataset:
     """Reads what a job learns from.
 
     Raises:
-        TrainError: DATA_INVALID with every bad line of both files; CONFIG_INVALID for an option.
+        Refusal: DATA_INVALID with every bad line of both files; CONFIG_INVALID for an option.
     """
     _check(spec, text)
     problems = Problems()
@@ -124,8 +124,8 @@ def load(spec: DataSpec, text: BaseText) -> Dataset:
     problems.check()
     for file in [main, other] if other else [main]:
         if not file.examples:
-            raise TrainError(
-                "DATA_INVALID",
+            raise Refusal(
+                Reason.DATA_INVALID,
                 f"{file.path}: no answer begins within max_length={spec.max_length} tokens; "
                 "raise it",
             )
@@ -197,7 +197,7 @@ def _check(spec: DataSpec, text: BaseText) -> None:
     if spec.system is not None and not text.has_template:
         problems.append("a system message needs a chat template, and the base model has none")
     if problems:
-        raise TrainError("CONFIG_INVALID", *problems)
+        raise Refusal.listing(Reason.CONFIG_INVALID, problems)
 
 
 def _set_apart(digests: set[bytes], spec: DataSpec) -> set[bytes]:
@@ -208,8 +208,8 @@ def _set_apart(digests: set[bytes], spec: DataSpec) -> set[bytes]:
     if spec.eval_fraction == 0:
         return set()
     if len(digests) < 2:
-        raise TrainError(
-            "DATA_INVALID",
+        raise Refusal(
+            Reason.DATA_INVALID,
             f"{spec.path}: one example cannot be divided into training and evaluation; give more, "
             "or an evaluation file, or set eval_fraction to 0",
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from loraplex_training.errors import TrainError
+from loraplex_model.base.refusal import Reason, Refusal
 
 SHOWN: Final = 100
 """Lines told one by one; the others are counted."""
@@ -25,9 +25,9 @@ class Problems:
             self._shown.append(f"{path}:{line}: {reason}")
 
     def check(self) -> None:
-        """Raises TrainError (DATA_INVALID) if there are any."""
+        """Raises Refusal (DATA_INVALID) if there are any."""
         if not self._count:
             return
         more = self._count - len(self._shown)
         last = [f"and {more:,} more bad lines"] if more else []
-        raise TrainError("DATA_INVALID", *self._shown, *last)
+        raise Refusal.listing(Reason.DATA_INVALID, [*self._shown, *last])

@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from loraplex_adapters.format.strict_json import loads, shown
+from loraplex_model.base.refusal import Reason, Refusal
 
 from loraplex_training.data.problems import Problems
-from loraplex_training.errors import TrainError
 
 MAX_LINE: Final = 1 << 20
 MAX_FILE: Final = 512 << 20
@@ -97,22 +97,22 @@ class RecordFile:
     def __iter__(self) -> Iterator[Record]:
         """The good lines.
 
-        Raises TrainError (DATA_INVALID): no such file, nothing in it, or too much.
+        Raises Refusal (DATA_INVALID): no such file, nothing in it, or too much.
         """
         try:
             if self.path.exists() and not self.path.is_file():
-                raise TrainError("DATA_INVALID", f"{self.path} is not a file; give a JSONL file")
+                raise Refusal(Reason.DATA_INVALID, f"{self.path} is not a file; give a JSONL file")
             size = self.path.stat().st_size
             if size > MAX_FILE:
-                raise TrainError(
-                    "DATA_INVALID",
+                raise Refusal(
+                    Reason.DATA_INVALID,
                     f"{self.path} holds {size:,} bytes; the most is {MAX_FILE:,}: train on a part",
                 )
             with self.path.open("rb") as file:
                 yield from self._records(file)
         except OSError as error:
-            raise TrainError(
-                "DATA_INVALID", f"cannot read {self.path}: {error.strerror or error}"
+            raise Refusal(
+                Reason.DATA_INVALID, f"cannot read {self.path}: {error.strerror or error}"
             ) from error
 
     def _records(self, file: BinaryIO) -> Iterator[Record]:
@@ -126,8 +126,9 @@ class RecordFile:
             except ValueError as error:
                 self._problems.add(self.path, number, str(error))
         if not number:
-            raise TrainError(
-                "DATA_INVALID", f"{self.path} is empty; each line is an example, such as {_WANTED}"
+            raise Refusal(
+                Reason.DATA_INVALID,
+                f"{self.path} is empty; each line is an example, such as {_WANTED}",
             )
         self.digest = sha.hexdigest()
 

@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Final
 
 from jinja2 import TemplateError
-from loraplex_model.base.refusal import ModelError
+from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_model.checkpoints.chat import ChatTemplate, TextRefused
 from loraplex_model.checkpoints.tokenizer import TOKENIZER, TokenizerInfo
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
-
-from loraplex_training.errors import TrainError
 
 TEMPLATE_TIME: Final = datetime(2024, 7, 26)
 """What a template that writes today's date is told: a data set must not change overnight."""
@@ -38,11 +36,11 @@ class BaseText:
         eos_token_ids: Sequence[int],
         tokenizer_digest: str,
     ) -> None:
-        """Raises TrainError (CONFIG_INVALID); see `open`."""
+        """Raises Refusal (CONFIG_INVALID); see `open`."""
         self.eos_ids = tuple(eos_token_ids)
         if not self.eos_ids:
-            raise TrainError(
-                "CONFIG_INVALID",
+            raise Refusal(
+                Reason.CONFIG_INVALID,
                 "the base model names no token that ends a text, so an adapter could not learn to "
                 "stop; set eos_token_id in its config.json",
             )
@@ -66,25 +64,23 @@ class BaseText:
             eos_token_ids: `BaseWeights.eos_token_ids`.
 
         Raises:
-            TrainError: CONFIG_INVALID, for a base without tokenizer, EOS or a template that works.
+            Refusal: CONFIG_INVALID, for a base without tokenizer, EOS or a template that works.
         """
         path = directory / TOKENIZER
         try:
             info = TokenizerInfo.read(directory)
             if not info.has_tokenizer:
-                raise TrainError(
-                    "CONFIG_INVALID",
+                raise Refusal(
+                    Reason.CONFIG_INVALID,
                     "the base model has no tokenizer, so text cannot be trained on; add its "
                     "tokenizer.json to the checkpoint",
                 )
             content = path.read_bytes()
             tokenizer = Tokenizer.from_buffer(content)
-        except TrainError:
-            raise
-        except ModelError as error:
-            raise TrainError("CONFIG_INVALID", error.message) from error
+        except Refusal as refusal:
+            raise Refusal(Reason.CONFIG_INVALID, refusal.message) from refusal
         except Exception as error:  # the library raises bare exceptions
-            raise TrainError("CONFIG_INVALID", f"cannot read {path}: {error}") from error
+            raise Refusal(Reason.CONFIG_INVALID, f"cannot read {path}: {error}") from error
         tokenizer.no_truncation()
         tokenizer.no_padding()
         return cls(tokenizer, info, eos_token_ids, hashlib.sha256(content).hexdigest())
@@ -150,6 +146,6 @@ def _template(info: TokenizerInfo) -> ChatTemplate | None:
     try:
         return ChatTemplate(info.chat_template, info.special_tokens, lambda: TEMPLATE_TIME)
     except TemplateError as error:
-        raise TrainError(
-            "CONFIG_INVALID", f"the base model's chat template does not compile: {error}"
+        raise Refusal(
+            Reason.CONFIG_INVALID, f"the base model's chat template does not compile: {error}"
         ) from error

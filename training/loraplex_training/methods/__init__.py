@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import cast
 
-from loraplex_training.errors import TrainError
+from loraplex_model.base.refusal import Reason, Refusal
+
 from loraplex_training.methods.base import Setting, TrainedAdapter
 from loraplex_training.methods.options import Options
 from loraplex_training.spec.spec import MethodSpec
@@ -38,11 +39,11 @@ _FULL = ("full", "full_fine_tuning", "fine_tuning", "finetune")
 def make(spec: MethodSpec, setting: Setting) -> TrainedAdapter:
     """A new adapter by the method's name and options.
 
-    Raises TrainError METHOD_INVALID: an unknown name, or all that is wrong with the options.
+    Raises Refusal METHOD_INVALID: an unknown name, or all that is wrong with the options.
     """
     if spec.name in _FULL:
-        raise TrainError(
-            "METHOD_INVALID",
+        raise Refusal(
+            Reason.METHOD_INVALID,
             "full fine-tuning would change the base, which all adapters share and which stays as "
             "it is; train a LoRA with target_modules=all-linear and a high r instead, which comes "
             "close to it",
@@ -51,8 +52,8 @@ def make(spec: MethodSpec, setting: Setting) -> TrainedAdapter:
         near = difflib.get_close_matches(spec.name, METHODS, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         known = ", ".join(METHODS)
-        raise TrainError(
-            "METHOD_INVALID", f"there is no method {spec.name!r}{hint}; there are {known}"
+        raise Refusal(
+            Reason.METHOD_INVALID, f"there is no method {spec.name!r}{hint}; there are {known}"
         )
     module = import_module(f"{__name__}.{METHODS[spec.name]}")
     maker = cast(Maker, getattr(module, spec.name))

@@ -23,12 +23,11 @@ from pathlib import Path
 import torch
 from loraplex_model.base.config import Site
 from loraplex_model.base.families import tensor_name
-from loraplex_model.base.refusal import ModelError
+from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_model.base.weights import BaseWeights
 from loraplex_model.checkpoints import prequantised
 from loraplex_model.checkpoints.checkpoint import TensorSource, open_source
 
-from loraplex_training.errors import TrainError
 from loraplex_training.methods.options import Options
 from loraplex_training.methods.targets import shape, weight
 
@@ -116,7 +115,7 @@ def _loftq(
     name = tensor_name(*site)
     try:
         original = source.read(name).to(served.device, torch.float32)
-    except ModelError as error:
+    except Refusal as error:
         raise _not_the_source(str(error)) from error
     if original.shape != served.shape:
         raise _not_the_source(f"{name} is {list(original.shape)}, not {list(served.shape)}")
@@ -128,9 +127,9 @@ def _loftq(
     return Start(a, b)
 
 
-def _not_the_source(why: str) -> TrainError:
-    return TrainError(
-        "METHOD_INVALID",
+def _not_the_source(why: str) -> Refusal:
+    return Refusal(
+        Reason.METHOD_INVALID,
         f"loftq_source is not the checkpoint that this base was quantised from: {why}",
     )
 
@@ -149,7 +148,7 @@ def _open(options: Options, base: BaseWeights, source: str) -> TensorSource | No
     try:
         found = open_source(path)
         quantised = prequantised.is_nf4(found, tensor_name(0, "q_proj"))
-    except ModelError as error:
+    except Refusal as error:
         options.refuse(f"loftq_source: {error}")
         return None
     if quantised:

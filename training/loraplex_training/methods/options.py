@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar, cast
 
-from loraplex_training.errors import TrainError
+from loraplex_model.base.refusal import Reason, Refusal
 
 Value = TypeVar("Value")
 
@@ -151,13 +151,13 @@ class Options:
         self._problems.append(f"{self._method}: {problem}")
 
     def done(self) -> None:
-        """Raises TrainError METHOD_INVALID with every problem, unknown names among them."""
+        """Raises Refusal METHOD_INVALID with every problem, unknown names among them."""
         unknown = [name for name in self._values if name not in self._known]
         for name in unknown:
             near = _near(name, self._known)
             self.refuse(f"there is no option {name!r}{near}; there are {', '.join(self._known)}")
         if self._problems:
-            raise TrainError("METHOD_INVALID", *self._problems)
+            raise Refusal.listing(Reason.METHOD_INVALID, self._problems)
 
     def _raw(self, name: str) -> object:
         if name not in self._known:

@@ -25,16 +25,15 @@ from loraplex_adapters.base_shapes import shapes_of
 from loraplex_adapters.convert.export.directory import staged
 from loraplex_adapters.convert.export.peft_files import write_config
 from loraplex_adapters.convert.export.safetensors_file import SafetensorsFile
-from loraplex_adapters.errors import AdapterError
 from loraplex_adapters.format.config import FINGERPRINT_KEY
 from loraplex_adapters.format.files import WEIGHTS_FILE
 from loraplex_adapters.format.spec import BaseShapes
 from loraplex_adapters.format.support import STAMP
 from loraplex_adapters.store import Store
+from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_model.base.weights import BaseWeights
 from loraplex_model.checkpoints.default_model import DEFAULT, HUB_NAME
 
-from loraplex_training.errors import TrainError
 from loraplex_training.methods.base import AdapterFiles
 from loraplex_training.publish.target import Target
 from loraplex_training.publish.verify import LIMITS, verify
@@ -53,7 +52,7 @@ SAMPLE_TOKENS = 128
 def publish(outcome: Outcome, run: Run, target: Target, alias: str = "") -> Published:
     """Hands a finished job's adapter over; `alias` is what points to it then, "" for nothing.
 
-    Raises TrainError: PUBLISH_FAILED, DISK_FULL. What had been done by then is said, and stays.
+    Raises Refusal: PUBLISH_FAILED, DISK_FULL. What had been done by then is said, and stays.
     """
     base, name = run.base.weights, outcome.job
     data = run.datasets[name]
@@ -132,7 +131,7 @@ def write(
 def register(folder: Path, name: str, shapes: BaseShapes, target: Target, alias: str) -> str:
     """Puts the adapter into the store, as a new version if the name is taken; returns "name@3".
 
-    Raises TrainError: DISK_FULL, PUBLISH_FAILED.
+    Raises Refusal: DISK_FULL, PUBLISH_FAILED.
     """
     assert target.store is not None
     with (
@@ -150,7 +149,7 @@ def send(
 ) -> tuple[str, str]:
     """Uploads the adapter to a running server, loads it there and asks it.
 
-    Returns "name@3" and the answer. Raises TrainError(PUBLISH_FAILED), also where the server's
+    Returns "name@3" and the answer. Raises Refusal(PUBLISH_FAILED), also where the server's
     answer came from other bytes.
     """
     again = f"loraplex --server {target.server} adapters upload {name} {folder} --replace --load"
@@ -168,15 +167,15 @@ def send(
                 max_new_tokens=SAMPLE_TOKENS,
             )
     except LoraplexError as error:
-        raise TrainError(
-            "PUBLISH_FAILED",
+        raise Refusal(
+            Reason.PUBLISH_FAILED,
             f"the server {target.server} did not take the adapter: {error}; it is whole in "
             f"{folder}, so send it again with: {again}",
         ) from error
     used = [adapter.digest for adapter in asked.adapters]
     if sent.digest != digest or used != [digest]:
-        raise TrainError(
-            "PUBLISH_FAILED",
+        raise Refusal(
+            Reason.PUBLISH_FAILED,
             f"the server {target.server} answered with {', '.join(used) or 'the base'}, and holds "
             f"{sent.digest}; the adapter is {digest}",
         )
@@ -187,7 +186,7 @@ def send(
 def placed(out: Path) -> Iterator[Path]:
     """A path beside `out` that becomes `out`, whole, when the context ends; see `staged`.
 
-    Raises TrainError: DISK_FULL, PUBLISH_FAILED.
+    Raises Refusal: DISK_FULL, PUBLISH_FAILED.
     """
     with _failing("nothing was registered"), staged(out, force=True) as fresh:
         yield fresh
@@ -215,14 +214,14 @@ def _facts(outcome: Outcome, run: Run) -> Facts:
 
 @contextmanager
 def _failing(what: str) -> Iterator[None]:
-    """Turns what disks and stores say into TrainError; `what` is how things stand now."""
+    """Turns what disks and stores say into Refusal; `what` is how things stand now."""
     try:
         yield
-    except AdapterError as error:
+    except Refusal as error:
         full = error.reason == "STORE_FULL" or (
             isinstance(error.__cause__, OSError)
             and error.__cause__.errno in (errno.ENOSPC, errno.EDQUOT)
         )
         advice = "make room and resume the run, which publishes again" if full else ""
         text = f"{error.message}; {what}" + (f"; {advice}" if advice else "")
-        raise TrainError("DISK_FULL" if full else "PUBLISH_FAILED", text) from error
+        raise Refusal(Reason.DISK_FULL if full else Reason.PUBLISH_FAILED, text) from error

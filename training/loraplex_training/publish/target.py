@@ -10,12 +10,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Final
 
-from loraplex_adapters.errors import AdapterError
 from loraplex_adapters.store import Store
 from loraplex_adapters.store.ids import check_name
 from loraplex_adapters.store.labels import check_labels
-
-from loraplex_training.errors import TrainError
+from loraplex_model.base.refusal import Reason, Refusal
 
 TARGET: Final = "target.json"
 SAVED: Final = ("float32", "bfloat16")
@@ -49,16 +47,16 @@ def read(
     server: str,
     dtype: str,
 ) -> Target:
-    """Where adapters are to go. Raises TrainError(CONFIG_INVALID) with every problem."""
+    """Where adapters are to go. Raises Refusal(CONFIG_INVALID) with every problem."""
     problems = []
     try:
         if alias:
             check_name(alias)
-    except AdapterError as error:
+    except Refusal as error:
         problems.append(f"--alias {alias}: {error.message}")
     try:
         check_labels(labels)
-    except AdapterError as error:
+    except Refusal as error:
         problems.append(f"--label: {error.message}")
     if dtype not in SAVED:
         problems.append(f"--save-dtype is {dtype!r}; it should be one of {', '.join(SAVED)}")
@@ -67,10 +65,10 @@ def read(
     if store is not None and not problems:
         try:
             Store(store, store_url).close()
-        except AdapterError as error:
+        except Refusal as error:
             problems.append(f"--store {store}: {error.message}")
     if problems:
-        raise TrainError("CONFIG_INVALID", *problems)
+        raise Refusal.listing(Reason.CONFIG_INVALID, problems)
     return Target(store.absolute() if store else None, store_url, alias, labels, server, dtype)
 
 

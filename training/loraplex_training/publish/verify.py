@@ -8,14 +8,13 @@ from pathlib import Path
 
 import torch
 from loraplex_adapters.base_shapes import shapes_of
-from loraplex_adapters.errors import AdapterError
 from loraplex_adapters.format.examine import inspect
 from loraplex_adapters.format.spec import Limits
 from loraplex_adapters.load.tensors import load
 from loraplex_model.adapters.delta import AdapterDelta
+from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_model.base.weights import BaseWeights
 
-from loraplex_training.errors import TrainError
 from loraplex_training.run.generate import Generator
 from loraplex_training.step.joint import JointPass
 
@@ -50,7 +49,7 @@ def verify(
     """Reads the folder as the server does and compares what both make of some examples.
 
     Returns the digest and the largest difference of log-probabilities.
-    Raises TrainError(PUBLISH_FAILED): the server would refuse it, or say something else.
+    Raises Refusal(PUBLISH_FAILED): the server would refuse it, or say something else.
     """
     on_cpu = base.embed.device.type == "cpu"
     served_by = in_float32(base) if on_cpu else base
@@ -58,10 +57,10 @@ def verify(
     try:
         digest = inspect(folder, shapes, LIMITS).digest
         _, delta = load(folder, digest, shapes, served_by, LIMITS)
-    except AdapterError as error:
-        raise TrainError(
-            "PUBLISH_FAILED",
-            *(f"the server would refuse the adapter: {f.message}" for f in error.findings),
+    except Refusal as error:
+        raise Refusal.listing(
+            Reason.PUBLISH_FAILED,
+            (f"the server would refuse the adapter: {f.message}" for f in error.problems),
         ) from error
     generator = Generator(served_by, cache)
     compared = [ids[:TOKENS] for ids in examples]
@@ -78,8 +77,8 @@ def verify(
     if most > allowed and not coarse:
         allowed = max(allowed, min(NOISE * most_of(None, None), BROKEN))
     if most > allowed:
-        raise TrainError(
-            "PUBLISH_FAILED",
+        raise Refusal(
+            Reason.PUBLISH_FAILED,
             f"the server's log-probabilities differ from the trainer's by {most:.2g}, more than "
             f"{allowed:g}, so nothing was registered; this is a bug: please report it with the "
             "run's folder",

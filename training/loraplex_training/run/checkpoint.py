@@ -29,10 +29,9 @@ import torch
 from loraplex_adapters.convert.export.safetensors_file import SafetensorsFile
 from loraplex_adapters.store.disk import flush, try_lock
 from loraplex_model.base.faults import reach
+from loraplex_model.base.refusal import Reason, Refusal
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-
-from loraplex_training.errors import TrainError
 
 CONFIG = "config.toml"
 FOLDER = "checkpoints"
@@ -62,7 +61,7 @@ class RunFolder:
     """
 
     def __init__(self, out: Path, keep: int = 2) -> None:
-        """Makes the folder if there is none. Raises TrainError: BUSY, DISK_FULL, CONFIG_INVALID."""
+        """Makes the folder if there is none. Raises Refusal: BUSY, DISK_FULL, CONFIG_INVALID."""
         self.out = out
         self.keep = keep
         self.notices: list[str] = []
@@ -73,7 +72,7 @@ class RunFolder:
             try:
                 self._lock = try_lock(out / "lock")
             except BlockingIOError:
-                raise TrainError("BUSY", f"another process trains in {out}") from None
+                raise Refusal(Reason.BUSY, f"another process trains in {out}") from None
 
     def close(self) -> None:
         """Lets another process have it."""
@@ -95,7 +94,7 @@ class RunFolder:
     def save(self, snapshot: Snapshot) -> Path:
         """Adds a checkpoint and removes those that are not kept.
 
-        Raises TrainError(DISK_FULL); then nothing of it is left, and the one before it is there.
+        Raises Refusal(DISK_FULL); then nothing of it is left, and the one before it is there.
         """
         serials = self._serials()
         serial = max(serials, default=0) + 1
@@ -131,7 +130,7 @@ class RunFolder:
     def newest(self) -> Snapshot | None:
         """The newest checkpoint that is whole; None if there is none yet.
 
-        Damaged ones are passed over and noted. Raises TrainError(CHECKPOINT_INVALID) if there are
+        Damaged ones are passed over and noted. Raises Refusal(CHECKPOINT_INVALID) if there are
         only damaged ones.
         """
         serials = self._serials()
@@ -147,7 +146,9 @@ class RunFolder:
             self.notices += [f"{problem}; going on from an earlier one" for problem in problems]
             return snapshot
         if problems:
-            raise TrainError("CHECKPOINT_INVALID", *problems, "there is no other; start anew")
+            raise Refusal.listing(
+                Reason.CHECKPOINT_INVALID, [*problems, "there is no other; start anew"]
+            )
         return None
 
     def _serials(self) -> list[int]:
@@ -213,14 +214,16 @@ def _digest(path: Path) -> str:
 
 @contextmanager
 def _on_disk(out: Path) -> Iterator[None]:
-    """Turns what the operating system says about the run's folder into TrainError."""
+    """Turns what the operating system says about the run's folder into Refusal."""
     try:
         yield
     except OSError as error:
         if error.errno in _FULL:
-            raise TrainError(
-                "DISK_FULL",
+            raise Refusal(
+                Reason.DISK_FULL,
                 f"the disk of {out} is full; the last checkpoint there is whole: make room, then "
                 "resume the run",
             ) from error
-        raise TrainError("CONFIG_INVALID", f"{out} cannot be written: {error.strerror}") from error
+        raise Refusal(
+            Reason.CONFIG_INVALID, f"{out} cannot be written: {error.strerror}"
+        ) from error

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from loraplex_model.base.refusal import ModelError
+from loraplex_model.base.refusal import Problem, Reason, Refusal
 from loraplex_model.checkpoints.load import LoadedBase, load_base
 from loraplex_model.ops import build as kernels
 
 from loraplex_training import data, methods
 from loraplex_training.data import Batches, Dataset
 from loraplex_training.data.text import BaseText
-from loraplex_training.errors import TrainError
 from loraplex_training.methods.base import Setting
 from loraplex_training.spec.spec import DataSpec, JobSpec, RunSpec
 from loraplex_training.step.job import Job
@@ -39,7 +38,7 @@ class Ground:
 
     @staticmethod
     def open(spec: RunSpec) -> Ground:
-        """Loads both. Raises TrainError with the problems of all jobs' data."""
+        """Loads both. Raises Refusal with the problems of all jobs' data."""
         device = device_of(spec)
         if device.type == "cpu":
             with suppress(kernels.KernelsUnavailable):  # told by who needs them
@@ -47,8 +46,8 @@ class Ground:
         try:
             dtype = getattr(torch, spec.dtype)
             base = load_base(spec.model, dtype, spec.cache, device=device)
-        except ModelError as error:
-            raise TrainError("CONFIG_INVALID", f"{error.reason}: {error.message}") from error
+        except Refusal as error:
+            raise Refusal(Reason.CONFIG_INVALID, f"{error.reason}: {error.message}") from error
         text = BaseText.open(base.directory, base.weights.eos_token_ids)
         specs: list[DataSpec] = []
         for job in spec.jobs:
@@ -60,7 +59,7 @@ class Ground:
         )  # fmt: skip
 
     def jobs(self, spec: RunSpec) -> list[Job]:
-        """The jobs at their start, not prepared. Raises TrainError with the problems of all."""
+        """The jobs at their start, not prepared. Raises Refusal with the problems of all."""
         return all_of(spec.jobs, self._job)
 
     @property
@@ -73,11 +72,11 @@ class Ground:
         }
 
     def check_same(self, identity: Mapping[str, Any], spec: RunSpec) -> None:
-        """Raises TrainError if a checkpoint's `identity` is not this one's."""
+        """Raises Refusal if a checkpoint's `identity` is not this one's."""
         mine = self.identity
         if identity["base"] != mine["base"]:
-            raise TrainError(
-                "BASE_MISMATCH",
+            raise Refusal(
+                Reason.BASE_MISMATCH,
                 f"the run was trained on a base with the fingerprint {identity['base']}, and "
                 f"{spec.model} is {mine['base']}; give it its base back, or start a new run",
             )
@@ -100,7 +99,7 @@ class Ground:
                         f"{then[:12]}…, now {now[:12]}…); give it back, or start a new run"
                     )
         if problems:
-            raise TrainError("DATA_INVALID", *dict.fromkeys(problems))
+            raise Refusal.listing(Reason.DATA_INVALID, dict.fromkeys(problems))
 
     def _job(self, spec: JobSpec) -> Job:
         weights, dataset = self.base.weights, self.datasets[spec.name]
@@ -108,30 +107,34 @@ class Ground:
         if not problem and spec.patience and not dataset.evaluation:
             problem = "patience stops by the evaluation loss, and no examples are set apart for it"
         if problem:
-            raise TrainError("CONFIG_INVALID", f"job {spec.name!r}: {problem}")
+            raise Refusal(Reason.CONFIG_INVALID, f"job {spec.name!r}: {problem}")
         batches = Batches(dataset.train, spec)
         chance = torch.Generator().manual_seed(spec.seed)
         setting = Setting(weights, self.base.name, chance, batches.steps, self.text.ids)
         try:
             adapter = methods.make(spec.method, setting)
-        except TrainError as error:
-            raise TrainError(
-                error.reason, *(f"job {spec.name!r}: {problem}" for problem in error.problems)
+        except Refusal as error:
+            raise Refusal.listing(
+                error.reason,
+                (
+                    Problem(f"{spec.name}.{p.field}", f"job {spec.name!r}: {p.message}")
+                    for p in error.problems
+                ),
             ) from None
         return Job(spec, adapter, batches, data.in_order(dataset.evaluation, spec), chance)
 
 
 def device_of(spec: RunSpec) -> torch.device:
-    """Where the run computes. Raises TrainError(CONFIG_INVALID) if there is no such device."""
+    """Where the run computes. Raises Refusal(CONFIG_INVALID) if there is no such device."""
     if spec.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(spec.device)
     except RuntimeError:
-        raise TrainError("CONFIG_INVALID", f"there is no device {spec.device!r}") from None
+        raise Refusal(Reason.CONFIG_INVALID, f"there is no device {spec.device!r}") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise TrainError(
-            "CONFIG_INVALID",
+        raise Refusal(
+            Reason.CONFIG_INVALID,
             f"device is {spec.device}, and torch finds {torch.cuda.device_count()} GPUs here; "
             "take --device cpu",
         )
@@ -139,18 +142,18 @@ def device_of(spec: RunSpec) -> torch.device:
 
 
 def all_of(asked: Iterable[Asked], make: Callable[[Asked], Made]) -> list[Made]:
-    """Makes one for each; if any cannot be, raises one TrainError with the problems of all.
+    """Makes one for each; if any cannot be, raises one Refusal with the problems of all.
 
     Its reason is that of the first.
     """
     made: list[Made] = []
-    failed: list[TrainError] = []
+    failed: list[Refusal] = []
     for one in asked:
         try:
             made.append(make(one))
-        except TrainError as error:
+        except Refusal as error:
             failed.append(error)
     if failed:
-        problems: Sequence[str] = [problem for error in failed for problem in error.problems]
-        raise TrainError(failed[0].reason, *dict.fromkeys(problems))
+        problems = [problem for error in failed for problem in error.problems]
+        raise Refusal.listing(failed[0].reason, dict.fromkeys(problems))
     return made

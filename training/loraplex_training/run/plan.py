@@ -34,7 +34,7 @@ gradients of its weights, but its products are taken twice more, or thrice with 
 
 
 def inspect(spec: RunSpec, console: Console, count: int) -> None:
-    """Shows examples with their loss mask, and the counts. Raises TrainError, ModelError."""
+    """Shows examples with their loss mask, and the counts. Raises Refusal, Refusal."""
     ground = Ground.open(spec)
     for job in spec.jobs:
         console.print(show(ground.datasets[job.name], ground.text, count))
@@ -44,7 +44,7 @@ def plan(spec: RunSpec, console: Console, as_json: bool = False) -> None:
     """Shows steps, tokens, memory and a guess of the time; as one line of JSON for programs.
 
     The time is guessed from one pass forward. Nothing is trained and nothing written. Raises
-    TrainError.
+    Refusal.
     """
     with surroundings(spec):
         ground = Ground.open(spec)

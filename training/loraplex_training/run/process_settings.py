@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from loraplex_model.base.refusal import Reason, Refusal
 
-from loraplex_training.errors import TrainError
 from loraplex_training.spec.spec import RunSpec
 
 
@@ -15,7 +15,7 @@ from loraplex_training.spec.spec import RunSpec
 def surroundings(spec: RunSpec) -> Iterator[None]:
     """The run's threads and torch's choice of algorithms; both are put back in the end.
 
-    Raises TrainError(OUT_OF_MEMORY) for what Python and torch raise when there is no more.
+    Raises Refusal(OUT_OF_MEMORY) for what Python and torch raise when there is no more.
     """
     threads, strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     warn = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -34,8 +34,8 @@ def surroundings(spec: RunSpec) -> Iterator[None]:
             for job in spec.jobs[:4]
         )
         advice = "" if spec.checkpointing else ", or set checkpointing"
-        raise TrainError(
-            "OUT_OF_MEMORY",
+        raise Refusal(
+            Reason.OUT_OF_MEMORY,
             f"there is not enough memory ({_what_torch_says(error)}); in a new run, lower "
             f"batch_size or max_length (now {sizes}), train fewer jobs at once{advice}; or resume "
             "this one where there is more memory: what it has saved is whole",

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from loraplex_model.adapters.delta import AdapterDelta
+from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_model.ops.linear import BaseLinear
 
-from loraplex_training.errors import TrainError
 from loraplex_training.methods.base import TrainedAdapter
 from loraplex_training.report.events import (
     Event,
@@ -116,14 +116,14 @@ class Run:
     ) -> Run:
         """A new run. Everything is checked before its folder is made.
 
-        Raises TrainError: CONFIG_INVALID, DATA_INVALID, METHOD_INVALID, BUSY, DISK_FULL,
+        Raises Refusal: CONFIG_INVALID, DATA_INVALID, METHOD_INVALID, BUSY, DISK_FULL,
         OUT_OF_MEMORY.
         """
         check(spec)
         spec = absolute(spec)
         if is_run(spec.out):
-            raise TrainError(
-                "CONFIG_INVALID",
+            raise Refusal(
+                Reason.CONFIG_INVALID,
                 f"{spec.out} holds a run already; resume it, or choose another folder for this one",
             )
         with surroundings(spec):
@@ -145,13 +145,13 @@ class Run:
     ) -> Run:
         """The run of a folder, at its newest whole checkpoint.
 
-        Raises TrainError: CHECKPOINT_INVALID (no run, or nothing whole), BASE_MISMATCH,
+        Raises Refusal: CHECKPOINT_INVALID (no run, or nothing whole), BASE_MISMATCH,
         DATA_INVALID (the data has changed), BUSY, and what `start` raises.
         """
         out = out.absolute()
         if not is_run(out):
-            raise TrainError(
-                "CHECKPOINT_INVALID", f"{out} is no run's folder: it has no {CONFIG}"
+            raise Refusal(
+                Reason.CHECKPOINT_INVALID, f"{out} is no run's folder: it has no {CONFIG}"
             )  # fmt: skip
         folder = RunFolder(out)
         try:
@@ -186,13 +186,13 @@ class Run:
     def cancel(self, job: str) -> None:
         """Ends one job before its next step; its best parameters so far are its outcome."""
         if job not in self.datasets:
-            raise TrainError("CONFIG_INVALID", f"there is no job {job!r} in this run")
+            raise Refusal(Reason.CONFIG_INVALID, f"there is no job {job!r} in this run")
         self._cancelled.add(job)
 
     def train(self) -> Mapping[str, Outcome]:
         """Trains until every job has ended, or `stop` was called; saved, either way.
 
-        Raises TrainError: OUT_OF_MEMORY, DISK_FULL; then the last checkpoint is whole, and the run
+        Raises Refusal: OUT_OF_MEMORY, DISK_FULL; then the last checkpoint is whole, and the run
         can be resumed.
         """
         began, before = time.monotonic(), self.seconds
@@ -349,8 +349,8 @@ def _spec_of(out: Path, snapshot: Snapshot | None) -> RunSpec:
     if snapshot is None:
         spec = from_toml((out / CONFIG).read_text("utf-8"))
     elif snapshot.values.get("format") != _FORMAT:
-        raise TrainError(
-            "CHECKPOINT_INVALID",
+        raise Refusal(
+            Reason.CHECKPOINT_INVALID,
             f"the checkpoints in {out} are of format {snapshot.values.get('format')}, and this is "
             f"the trainer of format {_FORMAT}; resume with the one that wrote them",
         )

@@ -6,10 +6,9 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from loraplex_adapters.errors import AdapterError
 from loraplex_adapters.store.ids import check_name
+from loraplex_model.base.refusal import Reason, Refusal
 
-from loraplex_training.errors import TrainError
 from loraplex_training.spec.metric import rule
 from loraplex_training.spec.spec import JobSpec, RunSpec
 
@@ -48,10 +47,10 @@ def problems_of(spec: RunSpec) -> list[str]:
 
 
 def check(spec: RunSpec) -> None:
-    """Raises TrainError(CONFIG_INVALID) if anything is out of range."""
+    """Raises Refusal(CONFIG_INVALID) if anything is out of range."""
     problems = problems_of(spec)
     if problems:
-        raise TrainError("CONFIG_INVALID", *problems)
+        raise Refusal.listing(Reason.CONFIG_INVALID, problems)
 
 
 def _of_run(spec: RunSpec) -> Iterator[str]:
@@ -68,7 +67,7 @@ def _of_run(spec: RunSpec) -> Iterator[str]:
 def _of_job(job: JobSpec) -> Iterator[str]:
     try:
         check_name(job.name)
-    except AdapterError as error:
+    except Refusal as error:
         yield str(error)
     data, optim = job.data, job.optim
     yield from _range("eval_fraction", data.eval_fraction, 0, below=1)
@@ -91,7 +90,7 @@ def _of_job(job: JobSpec) -> Iterator[str]:
     if job.metric:
         try:
             rule(job.metric)
-        except TrainError as error:
+        except Refusal as error:
             yield str(error)
 
 

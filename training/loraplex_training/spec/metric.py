@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 
 import regex
 from loraplex_adapters.format.strict_json import loads
-
-from loraplex_training.errors import TrainError
+from loraplex_model.base.refusal import Reason, Refusal
 
 RULES = ("exact", "json", "regex:<expression>")
 SECONDS = 1.0
@@ -24,7 +23,7 @@ def score(spec: str, answers: Sequence[str], references: Sequence[str]) -> float
             are one JSON value; the order of keys and the layout do not matter. "regex:<expr>": the
             expression matches the whole stripped answer, whatever the reference.
 
-    Raises TrainError(CONFIG_INVALID) for another `spec`.
+    Raises Refusal(CONFIG_INVALID) for another `spec`.
     """
     right = rule(spec)
     held = [right(a.strip(), r.strip()) for a, r in zip(answers, references, strict=True)]
@@ -34,7 +33,7 @@ def score(spec: str, answers: Sequence[str], references: Sequence[str]) -> float
 def rule(spec: str) -> _Right:
     """The function from an answer and its reference to whether it is right.
 
-    Raises TrainError(CONFIG_INVALID) where `spec` is none of `RULES`.
+    Raises Refusal(CONFIG_INVALID) where `spec` is none of `RULES`.
     """
     if spec == "exact":
         return lambda answer, reference: answer == reference
@@ -45,9 +44,9 @@ def rule(spec: str) -> _Right:
         try:
             pattern = regex.compile(expression, regex.DOTALL)
         except regex.error as error:
-            raise TrainError("CONFIG_INVALID", f"the metric {spec!r}: {error}") from None
+            raise Refusal(Reason.CONFIG_INVALID, f"the metric {spec!r}: {error}") from None
         return lambda answer, _: _matches(pattern, answer)
-    raise TrainError("CONFIG_INVALID", f"the metric is one of {', '.join(RULES)}, not {spec!r}")
+    raise Refusal(Reason.CONFIG_INVALID, f"the metric is one of {', '.join(RULES)}, not {spec!r}")
 
 
 def _matches(pattern: regex.Pattern[str], answer: str) -> bool:

@@ -32,7 +32,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from loraplex_training.errors import TrainError
+from loraplex_model.base.refusal import Reason, Refusal
+
 from loraplex_training.spec.limits import problems_of
 from loraplex_training.spec.spec import RATES, DataSpec, JobSpec, MethodSpec, OptimSpec, RunSpec
 from loraplex_training.spec.sweep import expand, literal
@@ -93,7 +94,7 @@ def read(
         sweep: "r=4,16", "lr=1e-4,3e-4": keys or options of the method, and their values.
         config: a TOML file.
 
-    Raises TrainError(CONFIG_INVALID) with every problem.
+    Raises Refusal(CONFIG_INVALID) with every problem.
     """
     document = _open(config) if config is not None else {"job": [{}]}
     problems: list[str] = []
@@ -118,11 +119,11 @@ def read(
 
 
 def from_toml(text: str) -> RunSpec:
-    """What `to_toml` wrote, or a person; raises TrainError(CONFIG_INVALID) with every problem."""
+    """What `to_toml` wrote, or a person; raises Refusal(CONFIG_INVALID) with every problem."""
     try:
         return from_mapping(tomllib.loads(text))
     except tomllib.TOMLDecodeError as error:
-        raise TrainError("CONFIG_INVALID", f"it is not TOML: {error}") from None
+        raise Refusal(Reason.CONFIG_INVALID, f"it is not TOML: {error}") from None
 
 
 def from_mapping(document: Mapping[str, object]) -> RunSpec:
@@ -163,9 +164,9 @@ def _open(path: Path) -> Mapping[str, object]:
     try:
         return tomllib.loads(path.read_text("utf-8"))
     except OSError as error:
-        raise TrainError("CONFIG_INVALID", f"{path} cannot be read: {error.strerror}") from None
+        raise Refusal(Reason.CONFIG_INVALID, f"{path} cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise TrainError("CONFIG_INVALID", f"{path} is not TOML: {error}") from None
+        raise Refusal(Reason.CONFIG_INVALID, f"{path} is not TOML: {error}") from None
 
 
 def _merged(
@@ -215,7 +216,7 @@ def _build(document: Mapping[str, object], problems: list[str]) -> RunSpec:
     spec = RunSpec(tuple(jobs), **({"out": RUNS / str(names[0] if names else "run")} | run))
     problems += problems_of(spec)
     if problems:
-        raise TrainError("CONFIG_INVALID", *problems)
+        raise Refusal.listing(Reason.CONFIG_INVALID, problems)
     return spec
 
 

@@ -44,7 +44,7 @@ class ExportBase:
 
 
 def open_base(model: str, cache: Path) -> ExportBase:
-    """Loads a model by directory, GGUF file, hub id, or "default". Raises `ModelError`."""
+    """Loads a model by directory, GGUF file, hub id, or "default". Raises `Refusal`."""
     is_default = model in ("", DEFAULT)
     source = ensure_default_model(cache) if is_default else checkpoint.locate(model)
     loaded = load_base(model, torch.float32, cache)
@@ -52,6 +52,6 @@ def open_base(model: str, cache: Path) -> ExportBase:
 
 
 def open_adapter(directory: Path, base: ExportBase) -> tuple[AdapterSpec, AdapterDelta]:
-    """Reads an adapter as the server would; raises AdapterError as `format.inspect` does."""
+    """Reads an adapter as the server would; raises Refusal as `format.inspect` does."""
     digest = inspect(directory, base.shapes, LIMITS).digest
     return load(directory, digest, base.shapes, base.weights, LIMITS)

@@ -19,9 +19,9 @@ from enum import Enum
 
 import torch
 from loraplex_model.base.config import Site
+from loraplex_model.base.refusal import Reason, Refusal
 
 from loraplex_adapters.convert.export.factors import Factors, FactorsBySite
-from loraplex_adapters.errors import AdapterError
 from loraplex_adapters.format.modules import table_order
 
 Weighted = tuple[Factors, float]
@@ -64,7 +64,7 @@ class Blended:
 
 
 def check(recipe: Recipe) -> None:
-    """Raises AdapterError(FIELD_INVALID) for a recipe that says too little or too much."""
+    """Raises Refusal(FIELD_INVALID) for a recipe that says too little or too much."""
     method = recipe.method
     cuts = method is not Method.CAT
     if cuts and recipe.rank is None:
@@ -86,7 +86,7 @@ def blend(adapters: Sequence[tuple[FactorsBySite, float]], recipe: Recipe) -> Bl
     """Blends adapters with their weights; a module that some of them lack is 0 there.
 
     Modules are taken in the order of the model, adapters in the given one, which decides what dare
-    drops. Raises AdapterError(FIELD_INVALID): the recipe, or weights that are not finite.
+    drops. Raises Refusal(FIELD_INVALID): the recipe, or weights that are not finite.
     """
     check(recipe)
     if not all(math.isfinite(weight) for _, weight in adapters):
@@ -179,5 +179,5 @@ def _trim(delta: torch.Tensor, density: float) -> torch.Tensor:
     return delta * kept.view_as(delta)
 
 
-def _invalid(field: str, message: str) -> AdapterError:
-    return AdapterError("FIELD_INVALID", message, field)
+def _invalid(field: str, message: str) -> Refusal:
+    return Refusal(Reason.FIELD_INVALID, message, field)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from loraplex_adapters.errors import AdapterError
+from loraplex_model.base.refusal import Reason, Refusal
 
 OURS = ("config.json", "adapter_config.json", "adapter.gguf")
 """What an earlier export holds one of. `force` replaces no other directory, unless it is empty."""
@@ -22,7 +22,7 @@ def staged(out: Path, *, force: bool = False) -> Iterator[Path]:
     Everything in it is brought to the disk before its name is; an exception removes it. With
     `force` an earlier export at `out` is moved aside first, and removed in the end: a crash between
     the two renames leaves it beside `out`, under a name that begins with a dot.
-    Raises AdapterError: EXPORT_EXISTS (field "out"), EXPORT_FAILED where the disk does not do its
+    Raises Refusal: EXPORT_EXISTS (field "out"), EXPORT_FAILED where the disk does not do its
     part.
     """
     out = Path(os.path.abspath(out))
@@ -35,7 +35,7 @@ def staged(out: Path, *, force: bool = False) -> Iterator[Path]:
         _publish(fresh, out, force)
     except OSError as error:
         message = f"{out} cannot be written: {error.strerror or error}"
-        raise AdapterError("EXPORT_FAILED", message, "out") from error
+        raise Refusal(Reason.EXPORT_FAILED, message, "out") from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
 
@@ -45,13 +45,13 @@ def _check_free(out: Path, force: bool) -> None:
         return
     if not force:
         message = f"{out} exists; choose another directory, or replace it with --force"
-        raise AdapterError("EXPORT_EXISTS", message, "out")
+        raise Refusal(Reason.EXPORT_EXISTS, message, "out")
     if out.is_symlink() or not out.is_dir():
-        raise AdapterError("EXPORT_EXISTS", f"{out} is no directory, so it stays", "out")
+        raise Refusal(Reason.EXPORT_EXISTS, f"{out} is no directory, so it stays", "out")
     held = {entry.name for entry in out.iterdir()}
     if held and held.isdisjoint(OURS):
         message = f"{out} holds no earlier export, so it stays even with --force"
-        raise AdapterError("EXPORT_EXISTS", message, "out")
+        raise Refusal(Reason.EXPORT_EXISTS, message, "out")
 
 
 def _publish(fresh: Path, out: Path, force: bool) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from loraplex_model.adapters.delta import AdapterDelta
+from loraplex_model.base.refusal import Reason, Refusal
 
 from loraplex_adapters.convert.export.account import Kept, total
 from loraplex_adapters.convert.export.base import LIMITS, ExportBase, open_adapter, open_base
@@ -16,7 +17,6 @@ from loraplex_adapters.convert.export.factors import FactorsBySite, delta_of, fa
 from loraplex_adapters.convert.export.gguf_adapter import write_gguf
 from loraplex_adapters.convert.export.merged import DTYPES, write_dense, write_nf4
 from loraplex_adapters.convert.export.peft_files import write_peft
-from loraplex_adapters.errors import AdapterError
 from loraplex_adapters.format.config import FINGERPRINT_KEY
 from loraplex_adapters.format.examine import inspect
 from loraplex_adapters.format.modules import module_path
@@ -68,7 +68,7 @@ class Outcome:
 def run(request: Request, target: Path, locate: Callable[[str], Path]) -> Outcome:
     """Makes the directory `target`. `locate` finds an adapter's directory by what names it.
 
-    Raises `ModelError`, and AdapterError: FIELD_INVALID (what was asked for), EXPORT_UNSUPPORTED,
+    Raises `Refusal`, and Refusal: FIELD_INVALID (what was asked for), EXPORT_UNSUPPORTED,
     EXPORT_DELTA_LOST, and what reading an adapter raises.
     """
     recipe = _recipe(request)
@@ -116,17 +116,17 @@ def run(request: Request, target: Path, locate: Callable[[str], Path]) -> Outcom
 def _recipe(request: Request) -> Recipe | None:
     if request.weights and len(request.weights) != len(request.adapters):
         message = f"{len(request.weights)} weights for {len(request.adapters)} adapters"
-        raise AdapterError("FIELD_INVALID", message, "weights")
+        raise Refusal(Reason.FIELD_INVALID, message, "weights")
     if request.blend:
         method = Method(request.blend)
         recipe = Recipe(method, request.rank, request.density, request.seed)
         check(recipe)
         return recipe
     if len(request.adapters) != 1:
-        raise AdapterError("FIELD_INVALID", "several adapters need --blend", "blend")
+        raise Refusal(Reason.FIELD_INVALID, "several adapters need --blend", "blend")
     if request.weights or request.rank is not None or request.density is not None:
         message = "weights, rank and density belong to a blend; say which"
-        raise AdapterError("FIELD_INVALID", message, "blend")
+        raise Refusal(Reason.FIELD_INVALID, message, "blend")
     return None
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from loraplex_model.adapters.delta import AdapterDelta, SiteDelta
 from loraplex_model.base.config import MODEL, Site
+from loraplex_model.base.refusal import Reason, Refusal
 
-from loraplex_adapters.errors import AdapterError
 from loraplex_adapters.format.modules import module_path, table_order
 
 EMBEDDING: Site = (MODEL, "embed_tokens")
@@ -43,7 +43,7 @@ def factors_of(delta: AdapterDelta, what: str) -> dict[Site, Factors]:
     """The factors of an adapter that consists of nothing else, in the order of the model.
 
     LoRA, rsLoRA, patterns and AdaLoRA do; modules of rank 0 are left out. `what` says for whom they
-    are meant. Raises AdapterError(EXPORT_UNSUPPORTED) for anything that A and B cannot express.
+    are meant. Raises Refusal(EXPORT_UNSUPPORTED) for anything that A and B cannot express.
     """
     if delta.virtual is not None:
         raise _refused(what, "the adapter has virtual tokens")
@@ -86,5 +86,5 @@ def _more(site: Site, change: SiteDelta) -> str | None:
     return "rows of its own" if change.rows is not None else None
 
 
-def _refused(what: str, why: str) -> AdapterError:
-    return AdapterError("EXPORT_UNSUPPORTED", f"{what} holds A and B only, but {why}", "format")
+def _refused(what: str, why: str) -> Refusal:
+    return Refusal(Reason.EXPORT_UNSUPPORTED, f"{what} holds A and B only, but {why}", "format")

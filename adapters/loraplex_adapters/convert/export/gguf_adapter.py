@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 from loraplex_model.base.config import MODEL, DecoderConfig, Site
+from loraplex_model.base.refusal import Reason, Refusal
 
 from loraplex_adapters.convert.export.factors import EMBEDDING, Factors, FactorsBySite
-from loraplex_adapters.errors import AdapterError
 
 FILE = "adapter.gguf"
 
@@ -47,7 +47,7 @@ def write_gguf(
 ) -> None:
     """Makes the directory `target` with `adapter.gguf` in it.
 
-    `dtype` is float32, float16 or bfloat16. Raises AdapterError(EXPORT_UNSUPPORTED) for embeddings
+    `dtype` is float32, float16 or bfloat16. Raises Refusal(EXPORT_UNSUPPORTED) for embeddings
     or head of a base that ties them: llama.cpp knows both by one name, and applies neither rightly.
     """
     from gguf import GGMLQuantizationType, GGUFType, GGUFWriter, LlamaFileType
@@ -97,7 +97,7 @@ def _check(factors: FactorsBySite, config: DecoderConfig) -> None:
     shared = [name for layer, name in factors if layer == MODEL]
     if config.tie_embeddings and shared:
         message = f"{shared[0]} cannot be adapted in llama.cpp where the base ties it"
-        raise AdapterError("EXPORT_UNSUPPORTED", message, "format")
+        raise Refusal(Reason.EXPORT_UNSUPPORTED, message, "format")
 
 
 def _as_stored(

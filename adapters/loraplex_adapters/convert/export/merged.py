@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from loraplex_model.adapters.delta import AdapterDelta
+from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_model.base.weights import BLOCK, NF4Matrix
 from loraplex_model.ops import nf4
 
@@ -21,7 +22,6 @@ from loraplex_adapters.convert.export.base import ExportBase
 from loraplex_adapters.convert.export.model_files import write_config, write_tokenizer
 from loraplex_adapters.convert.export.parameters import Form, Parameter, merged_form, parameters
 from loraplex_adapters.convert.export.safetensors_file import SHARD_BYTES, Checkpoint
-from loraplex_adapters.errors import AdapterError
 
 LEAST_RETAINED = 0.95
 """Less than this of the change of all NF4 matrices together is refused."""
@@ -46,7 +46,7 @@ def write_dense(
 
     Merged in float32 and rounded once. Returns what each changed tensor lost by that. The memory is
     that of the largest matrix a few times over, beside the base's embeddings in float32.
-    Raises AdapterError(EXPORT_UNSUPPORTED): see `merged_form`.
+    Raises Refusal(EXPORT_UNSUPPORTED): see `merged_form`.
     """
     form = merged_form(base.weights.config, delta)
     target.mkdir()
@@ -67,7 +67,7 @@ def write_nf4(
     """Makes the directory `target`: the merged projections quantised to NF4, the rest in `dtype`.
 
     Projections that the adapter leaves alone keep the base's bytes. Returns what was kept of each
-    changed tensor. Raises AdapterError: EXPORT_UNSUPPORTED; EXPORT_DELTA_LOST where the projections
+    changed tensor. Raises Refusal: EXPORT_UNSUPPORTED; EXPORT_DELTA_LOST where the projections
     keep less than `LEAST_RETAINED` of their change, unless `force` is set.
     """
     form = merged_form(base.weights.config, delta)
@@ -78,8 +78,8 @@ def write_nf4(
     retained = total(rounded).retained
     if retained < LEAST_RETAINED and not force:
         worst = min(rounded, key=lambda part: part.retained)
-        raise AdapterError(
-            "EXPORT_DELTA_LOST",
+        raise Refusal(
+            Reason.EXPORT_DELTA_LOST,
             f"NF4 keeps {retained:.1%} of what the adapter changes ({worst.name}: "
             f"{worst.retained:.1%}), less than {LEAST_RETAINED:.0%}; export it as hf, serve it "
             "unmerged, or insist with --force",
@@ -116,7 +116,7 @@ def _write_dense(file: Checkpoint, parameter: Parameter, dtype: torch.dtype) -> 
     written = merged.to(dtype)
     if not bool(written.isfinite().all()):
         message = f"{parameter.name} holds numbers that are too large for {dtype}"
-        raise AdapterError("EXPORT_UNSUPPORTED", message, "dtype")
+        raise Refusal(Reason.EXPORT_UNSUPPORTED, message, "dtype")
     file.add(parameter.name, written)
     return None if parameter.change is None else measure(parameter.name, base, merged, written)
 

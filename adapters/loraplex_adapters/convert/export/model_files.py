@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_model.checkpoints import checkpoint
 from loraplex_model.checkpoints.tokenizer import TOKENIZER, TokenizerInfo
 
 from loraplex_adapters.convert.export.base import ExportBase
 from loraplex_adapters.convert.export.parameters import Form
-from loraplex_adapters.errors import AdapterError
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 _WRITTEN = (CONFIG, checkpoint.INDEX)  # ours, not copies
@@ -29,12 +29,12 @@ def write_config(
 ) -> None:
     """The base's config.json, with the type of the weights and what merging changed.
 
-    Raises AdapterError(EXPORT_UNSUPPORTED) for a GGUF file whose positions are scaled by a tensor.
+    Raises Refusal(EXPORT_UNSUPPORTED) for a GGUF file whose positions are scaled by a tensor.
     """
     source = checkpoint.open_source(base.source)
     if source.rope_divisors:
-        raise AdapterError(
-            "EXPORT_UNSUPPORTED",
+        raise Refusal(
+            Reason.EXPORT_UNSUPPORTED,
             "the base's GGUF file scales positions in a way that config.json cannot say; "
             "give the base as safetensors",
             "model",

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from loraplex_model.base.refusal import Reason, Refusal
 
 from loraplex_adapters.convert.export.peft_files import write_config
 from loraplex_adapters.convert.export.safetensors_file import SafetensorsFile
-from loraplex_adapters.errors import AdapterError
 from loraplex_adapters.format.files import CONFIG_FILE, WEIGHTS_FILE, open_directory
 from loraplex_adapters.format.header import read_header
 from loraplex_adapters.format.strict_json import loads, shown
@@ -46,7 +46,7 @@ class _Files:
 def convert(source: Path, initial: Path, target: Path) -> None:
     """Reads a trained adapter and its initial state; makes the directory `target` with plain LoRA.
 
-    What it writes has still to pass `format.inspect` for a base. Raises AdapterError:
+    What it writes has still to pass `format.inspect` for a base. Raises Refusal:
     CONVERT_UNSUPPORTED (another initialisation, DoRA, ...), ADAPTER_INVALID (the two do not belong
     together), and what reading them raises.
     """
@@ -59,7 +59,7 @@ def convert(source: Path, initial: Path, target: Path) -> None:
         for name, tensor in trained.tensors.items():
             if "lora_" in name and not name.endswith((_A, _B)):
                 message = f"{shown(name)} is neither A nor B of a projection"
-                raise AdapterError("CONVERT_UNSUPPORTED", message, shown(name))
+                raise Refusal(Reason.CONVERT_UNSUPPORTED, message, shown(name))
             if name.endswith((_A, _B)):
                 before = start.tensors.get(name)
                 if before is None or before.shape != tensor.shape:
@@ -75,12 +75,12 @@ def _plain_config(trained: _Files, start: _Files) -> dict[str, Any]:
     if not isinstance(kind, str) or not kind.startswith(MUTATING):
         names = ", ".join(MUTATING)
         message = f"init_lora_weights is {shown(str(kind))}; converted are {names}"
-        raise AdapterError("CONVERT_UNSUPPORTED", message, "init_lora_weights")
+        raise Refusal(Reason.CONVERT_UNSUPPORTED, message, "init_lora_weights")
     if config.get("peft_type") != "LORA":
-        raise AdapterError("CONVERT_UNSUPPORTED", "peft_type is not LORA", "peft_type")
+        raise Refusal(Reason.CONVERT_UNSUPPORTED, "peft_type is not LORA", "peft_type")
     for key in _OFF:
         if config.get(key):
-            raise AdapterError("CONVERT_UNSUPPORTED", f"{key} cannot be converted", key)
+            raise Refusal(Reason.CONVERT_UNSUPPORTED, f"{key} cannot be converted", key)
     for key in _SAME:
         if (config.get(key) or None) != (start.config.get(key) or None):
             raise _mismatch(f"the initial adapter has another {key}")
@@ -100,7 +100,7 @@ def _doubled(config: Mapping[str, Any]) -> dict[str, Any]:
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
     except (KeyError, TypeError, ValueError, AttributeError):
         message = f"{CONFIG_FILE} has no sound r, lora_alpha and patterns"
-        raise AdapterError("ADAPTER_INVALID", message, CONFIG_FILE) from None
+        raise Refusal(Reason.ADAPTER_INVALID, message, CONFIG_FILE) from None
     factor = 2.0
     if config.get("use_rslora"):
         # alpha' / sqrt(2 r) = alpha / sqrt(r), for every rank
@@ -124,10 +124,10 @@ def _read(directory: Path) -> _Files:
                 config = loads(file.read(0, file.size))
             except ValueError as error:
                 message = f"{CONFIG_FILE} {error}"
-                raise AdapterError("ADAPTER_INVALID", message, CONFIG_FILE) from None
+                raise Refusal(Reason.ADAPTER_INVALID, message, CONFIG_FILE) from None
         if not isinstance(config, dict):
             message = f"{CONFIG_FILE} is no JSON object"
-            raise AdapterError("ADAPTER_INVALID", message, CONFIG_FILE)
+            raise Refusal(Reason.ADAPTER_INVALID, message, CONFIG_FILE)
         with opened.open_weights(_MAX_BYTES) as weights:
             header = read_header(weights.read, weights.size)
             tensors = {
@@ -139,6 +139,6 @@ def _read(directory: Path) -> _Files:
     return _Files(config, tensors)
 
 
-def _mismatch(why: str) -> AdapterError:
+def _mismatch(why: str) -> Refusal:
     message = f"the adapter did not begin as the initial one: {why}"
-    return AdapterError("ADAPTER_INVALID", message, "initial")
+    return Refusal(Reason.ADAPTER_INVALID, message, "initial")

@@ -17,10 +17,9 @@ from loraplex_model.adapters.merge import fused_matrix, merged_module
 from loraplex_model.base import families
 from loraplex_model.base.config import FUSED, MODEL, PROJECTIONS, DecoderConfig
 from loraplex_model.base.families import tensor_name
+from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_model.base.weights import BaseWeights, LayerWeights, NF4Matrix
 from loraplex_model.ops import nf4
-
-from loraplex_adapters.errors import AdapterError
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
@@ -60,7 +59,7 @@ class Form:
 def merged_form(config: DecoderConfig, delta: AdapterDelta) -> Form:
     """What the merged model looks like.
 
-    Raises AdapterError(EXPORT_UNSUPPORTED): the adapter has virtual tokens or bottlenecks, which
+    Raises Refusal(EXPORT_UNSUPPORTED): the adapter has virtual tokens or bottlenecks, which
     are no weights of the base's architecture, or biases that this architecture cannot have.
     """
     if delta.virtual is not None:
@@ -210,5 +209,5 @@ def _head_change(weight: torch.Tensor, change: SiteDelta) -> torch.Tensor:
     return torch.addmm(weight, change.b.float().T, change.a.float())
 
 
-def _unsupported(why: str) -> AdapterError:
-    return AdapterError("EXPORT_UNSUPPORTED", f"the adapter cannot be merged: {why}", "format")
+def _unsupported(why: str) -> Refusal:
+    return Refusal(Reason.EXPORT_UNSUPPORTED, f"the adapter cannot be merged: {why}", "format")

@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from loraplex_adapters.errors import AdapterError, Finding
+from loraplex_model.base.refusal import Problem, Reason, Refusal
+
 from loraplex_adapters.format.files import CONFIG_FILE, WEIGHTS_FILE, RegularFile, open_directory
 from loraplex_adapters.format.header import Header, read_header
 from loraplex_adapters.format.reader import Reader
@@ -94,24 +95,24 @@ class _Bottleneck:
 def convert(source: Path, target: Path) -> None:
     """Reads an AdapterHub directory and writes ours into `target`, a new directory.
 
-    Raises AdapterError with all findings: ADAPTER_UNSUPPORTED where the conversion would not be
+    Raises Refusal with all findings: ADAPTER_UNSUPPORTED where the conversion would not be
     exact (pickles among it), ADAPTER_INVALID, ADAPTER_TOO_LARGE; FIELD_INVALID for the paths. What
     it writes has still to pass `format.inspect` for a base.
     """
-    findings: list[Finding] = []
+    findings: list[Problem] = []
     with open_directory(source) as directory:
         present = [name for name in (*_PICKLED, *_HEADS) if (source / name).exists()]
         for name in present:
-            findings.append(Finding("ADAPTER_UNSUPPORTED", _present(name), name))
+            findings.append(Problem(name, _present(name), Reason.ADAPTER_UNSUPPORTED))
         if any(name in _PICKLED for name in present):
-            raise AdapterError.of(tuple(findings))
+            raise Refusal.of(tuple(findings))
         with directory.open_config() as file:
             bottleneck = _read_config(file.read(0, file.size), findings)
         with directory.open(SOURCE_WEIGHTS, MAX_BYTES) as weights:
             header = _read_header(weights)
             renamed = _rename(header, bottleneck, findings)
             if findings or bottleneck is None:
-                raise AdapterError.of(tuple(findings))
+                raise Refusal.of(tuple(findings))
             widths = {t.shape[0] for n, t in renamed.items() if n.endswith("_down.weight")}
             config = {
                 "base_model_name_or_path": bottleneck.base_model,
@@ -133,15 +134,15 @@ def _present(name: str) -> str:
     return f"{name} is there: a trained head cannot be imported; save with with_head=False"
 
 
-def _read_config(data: bytes, findings: list[Finding]) -> _Bottleneck | None:
+def _read_config(data: bytes, findings: list[Problem]) -> _Bottleneck | None:
     try:
         outer = loads(data)
     except ValueError as error:
-        raise AdapterError("ADAPTER_INVALID", f"{CONFIG_FILE} {error}", CONFIG_FILE) from None
+        raise Refusal(Reason.ADAPTER_INVALID, f"{CONFIG_FILE} {error}", CONFIG_FILE) from None
     inner = outer.get("config") if isinstance(outer, dict) else None
     if not isinstance(outer, dict) or not isinstance(inner, dict):
         message = f"{CONFIG_FILE} is not one of AdapterHub's: it has no map `config`"
-        raise AdapterError("ADAPTER_INVALID", message, CONFIG_FILE)
+        raise Refusal(Reason.ADAPTER_INVALID, message, CONFIG_FILE)
     about, reader = Reader(outer), Reader(inner)
     if (model := about.text("model_type")) not in _MODELS:
         about.unsupported("model_type", f"is {shown(model)}; imported are {', '.join(_MODELS)}")
@@ -199,13 +200,13 @@ def _reads(reader: Reader) -> str:
 def _read_header(weights: RegularFile) -> Header:
     try:
         return read_header(weights.read, weights.size)
-    except AdapterError as error:
-        found = (f.message.replace(WEIGHTS_FILE, SOURCE_WEIGHTS) for f in error.findings)
-        raise AdapterError(error.reason, next(found), SOURCE_WEIGHTS) from None
+    except Refusal as error:
+        found = (f.message.replace(WEIGHTS_FILE, SOURCE_WEIGHTS) for f in error.problems)
+        raise Refusal(error.reason, next(found), SOURCE_WEIGHTS) from None
 
 
 def _rename(
-    header: Header, bottleneck: _Bottleneck | None, findings: list[Finding]
+    header: Header, bottleneck: _Bottleneck | None, findings: list[Problem]
 ) -> dict[str, TensorLocation]:
     renamed: dict[str, TensorLocation] = {}
     held: set[tuple[int, str]] = set()
@@ -215,7 +216,7 @@ def _rename(
         found = _NAME.match(tensor.name)
         if found is None or found[4] not in _TENSORS:
             message = f"{name} is no tensor of a plain bottleneck adapter"
-            findings.append(Finding("ADAPTER_UNSUPPORTED", message, name))
+            findings.append(Problem(name, message, Reason.ADAPTER_UNSUPPORTED))
             continue
         block, placement = _BLOCKS[found[2]]
         adapters.add(found[3])
@@ -224,14 +225,14 @@ def _rename(
         renamed[path] = tensor
     if len(adapters) > 1:
         message = f"{SOURCE_WEIGHTS} holds more than one adapter"
-        findings.append(Finding("ADAPTER_UNSUPPORTED", message, SOURCE_WEIGHTS))
+        findings.append(Problem(SOURCE_WEIGHTS, message, Reason.ADAPTER_UNSUPPORTED))
     if bottleneck is not None:
         _check_layers(held, bottleneck, findings)
     return renamed
 
 
 def _check_layers(
-    held: set[tuple[int, str]], bottleneck: _Bottleneck, findings: list[Finding]
+    held: set[tuple[int, str]], bottleneck: _Bottleneck, findings: list[Problem]
 ) -> None:
     """The library writes every layer that is not left out; how many there are it does not say."""
     layers = range(1 + max((layer for layer, _ in held), default=-1))
@@ -241,7 +242,7 @@ def _check_layers(
         layer, placement = wrong[0]
         what = "has no weights" if wrong[0] in expected else "should have no weights"
         message = f"layer {layer} {what} at its {placement}, by the configuration"
-        findings.append(Finding("ADAPTER_INVALID", message, SOURCE_WEIGHTS))
+        findings.append(Problem(SOURCE_WEIGHTS, message, Reason.ADAPTER_INVALID))
 
 
 def _write(
@@ -268,4 +269,4 @@ def _write(
         (target / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     except OSError as error:
         message = f"the converted adapter cannot be written: {error.strerror}"
-        raise AdapterError("FIELD_INVALID", message, "target") from None
+        raise Refusal(Reason.FIELD_INVALID, message, "target") from None

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from loraplex_model.base.config import Site
+from loraplex_model.base.refusal import Reason
 
 from loraplex_adapters.format.files import WEIGHTS_FILE
 from loraplex_adapters.format.kinds.base import Kind
@@ -63,7 +64,7 @@ class AdaLoraPlan:
         adapted = file.sites(*_FACTORS.values())
         if unknown := sorted(self.kept.keys() - {module_path(*site) for site in adapted}):
             message = f"rank_pattern names {shown(unknown[0])}, which has no weights"
-            file.find("ADAPTER_INVALID", message, "rank_pattern")
+            file.find(Reason.ADAPTER_INVALID, message, "rank_pattern")
         modules = []
         for site in adapted:
             file.check_scale(site, scale, "lora_alpha")
@@ -86,7 +87,7 @@ class AdaLoraPlan:
         file.check_targets(self.targets, candidates, adapted)
         if not modules and not file.findings:
             message = "every module was pruned to rank 0: the adapter changes nothing"
-            file.find("ADAPTER_INVALID", message, WEIGHTS_FILE)
+            file.find(Reason.ADAPTER_INVALID, message, WEIGHTS_FILE)
         return modules
 
     def _rank(self, site: Site) -> tuple[int, str]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from loraplex_model.base.refusal import Reason
+
 from loraplex_adapters.format.kinds.base import Kind
 from loraplex_adapters.format.modules import BOTTLENECKS, module_path
 from loraplex_adapters.format.placement import Placement
@@ -72,7 +74,7 @@ class BottleneckPlan:
                 continue
             if site[1] not in self.placements:
                 message = f"{module_path(*site)} has weights but is not among the placements"
-                file.find("ADAPTER_INVALID", message, "placements")
+                file.find(Reason.ADAPTER_INVALID, message, "placements")
                 continue
             held = {role: tensor for role, tensor in tensors.items() if tensor is not None}
             modules.append(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from loraplex_model.base.config import PROJECTIONS, Site
+from loraplex_model.base.refusal import Reason
 
 from loraplex_adapters.format.kinds.base import Kind
 from loraplex_adapters.format.kinds.whole import SAVED_ENDING, SAVED_OPTION, place_saved
@@ -45,7 +46,7 @@ class Ia3Plan:
             if self.feedforward is not None and self._is_feedforward(site) != (role == "in_gain"):
                 message = f"{module_path(*site)} has a vector for its {role.removesuffix('_gain')}"
                 message += "put side, which is not what feedforward_modules says"
-                file.find("ADAPTER_INVALID", message, "feedforward_modules")
+                file.find(Reason.ADAPTER_INVALID, message, "feedforward_modules")
                 continue
             modules.append(ModuleSpec(*site, {role: tensor}))
         file.check_targets(self.targets, _projections(file), adapted)
@@ -90,7 +91,7 @@ class NormPlan:
                 continue
             if site[1] not in NORMS:
                 message = f"{tensor.name} replaces {site[1]}, which is no norm"
-                file.find("ADAPTER_UNSUPPORTED", message, tensor.name)
+                file.find(Reason.ADAPTER_UNSUPPORTED, message, tensor.name)
             elif file.fits(site, {"weight": tensor}) is not None:
                 modules.append(ModuleSpec(*site, {"weight": tensor}))
         norms = [site for site in base_sites(file.base) if site[1] in NORMS]

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from loraplex_model.base.refusal import Reason
+
 from loraplex_adapters.format.kinds.base import Kind
 from loraplex_adapters.format.modules import VIRTUAL_TOKENS
 from loraplex_adapters.format.placement import Placement
@@ -35,7 +37,7 @@ class VirtualPlan:
         if self.count > file.limits.max_virtual_tokens:
             message = f"num_virtual_tokens is {self.count}; at most "
             message += f"{file.limits.max_virtual_tokens} are served"
-            file.find("ADAPTER_TOO_LARGE", message, "num_virtual_tokens")
+            file.find(Reason.ADAPTER_TOO_LARGE, message, "num_virtual_tokens")
         facts = {"token_dim": base.hidden_size}
         if self.role == "prefix":
             heads = base.kv_size // base.head_dim
@@ -45,14 +47,14 @@ class VirtualPlan:
             told = self.told.get(key)
             if told is not None and told != fact:
                 message = f"{key} is {told}; this base has {fact}"
-                file.find("BASE_MODEL_MISMATCH", message, key)
+                file.find(Reason.BASE_MODEL_MISMATCH, message, key)
         tensor = file.require(VIRTUAL_TOKENS, _TENSOR)
         held = file.fits(VIRTUAL_TOKENS, {self.role: tensor})
         if held is None or tensor is None:
             return []
         if held != self.count:
             message = f"{_TENSOR} has {held} rows; num_virtual_tokens is {self.count}"
-            file.find("ADAPTER_INVALID", message, "num_virtual_tokens")
+            file.find(Reason.ADAPTER_INVALID, message, "num_virtual_tokens")
         return [ModuleSpec(*VIRTUAL_TOKENS, {self.role: tensor})]
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from loraplex_model.base.config import MODEL, Site
+from loraplex_model.base.refusal import Reason
 
 from loraplex_adapters.format.modules import base_sites, module_path
 from loraplex_adapters.format.placement import Placement
@@ -43,7 +44,7 @@ def place_saved(file: Placement, targets: Targets) -> list[ModuleSpec]:
             modules.append(ModuleSpec(*site, {"weight": weight}))
     if unknown := sorted(set(targets.saved) - claimed):
         message = f"modules_to_save names {shown(unknown[0])}, which this base does not have"
-        file.find("BASE_MODEL_MISMATCH", message, "modules_to_save")
+        file.find(Reason.BASE_MODEL_MISMATCH, message, "modules_to_save")
     return modules
 
 
@@ -91,10 +92,10 @@ def row_module(
         return None
     if count != len(ids):
         message = f"{shown(tensor.name)} has {count} rows; {key} lists {len(ids)} tokens"
-        file.find("ADAPTER_INVALID", message, key)
+        file.find(Reason.ADAPTER_INVALID, message, key)
     elif max(ids) >= file.base.vocab_size:
         message = f"{key} lists token {max(ids)}; the base has {file.base.vocab_size}"
-        file.find("BASE_MODEL_MISMATCH", message, key)
+        file.find(Reason.BASE_MODEL_MISMATCH, message, key)
     else:
         return ModuleSpec(*site, {"rows": tensor}, token_ids=ids)
     return None

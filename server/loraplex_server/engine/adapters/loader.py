@@ -16,8 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from loraplex_adapters.errors import AdapterError
 from loraplex_model.base.faults import reach
+from loraplex_model.base.refusal import Reason, Refusal
 
 from loraplex_server.engine.messages import AdapterRef, Failure
 from loraplex_server.engine.runner.protocol import LoadedAdapter, MergedWeights, ModelRunner
@@ -101,11 +101,11 @@ def work(runner: ModelRunner, job: Job, clock: Callable[[], float] = time.monoto
 
 
 def failure_of(error: Exception, doing: str) -> Failure:
-    """The failure to report: an `AdapterError`'s own words; anything else goes to the log."""
-    if isinstance(error, AdapterError):
+    """The failure to report: an `Refusal`'s own words; anything else goes to the log."""
+    if isinstance(error, Refusal):
         return Failure(error.reason, error.message)
     log.error("%s failed", doing, exc_info=error)
-    return Failure("ENGINE_FAULT", "the adapter could not be loaded")
+    return Failure(Reason.ENGINE_FAULT, "the adapter could not be loaded")
 
 
 def _read(runner: ModelRunner, ref: AdapterRef) -> LoadedAdapter:

@@ -17,6 +17,8 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from loraplex_model.base.refusal import Reason
+
 from loraplex_server.engine.adapters.auto_merge import AutoMerge, Measurement, Move
 from loraplex_server.engine.adapters.host_tier import HostTier
 from loraplex_server.engine.adapters.loader import Desk, MergeResult, MergeWeights, failure_of
@@ -33,9 +35,9 @@ from loraplex_server.engine.runner.protocol import MergedWeights, ModelRunner
 
 log = logging.getLogger(__name__)
 
-GONE = Failure("ADAPTER_UNLOADED", "the adapter was unloaded before it was merged")
-NOTHING = Failure("MERGE_UNSUPPORTED", "the adapter changes no matrix that could be merged")
-HOLD = Failure("PIN_BUDGET", "merged and pinned adapters may take half of the adapter memory")
+GONE = Failure(Reason.ADAPTER_UNLOADED, "the adapter was unloaded before it was merged")
+NOTHING = Failure(Reason.MERGE_UNSUPPORTED, "the adapter changes no matrix that could be merged")
+HOLD = Failure(Reason.PIN_BUDGET, "merged and pinned adapters may take half of the adapter memory")
 
 
 @dataclass(slots=True, eq=False)
@@ -332,7 +334,7 @@ class Merging:
             f"the dense copies take {nbytes} bytes; of the {self._runner.merge_budget_bytes} for "
             f"all, {self._in_use()} are in use"
         )
-        return Failure("MERGE_BUDGET", text)
+        return Failure(Reason.MERGE_BUDGET, text)
 
 
 def _may_be_tried(resident: Resident) -> bool:

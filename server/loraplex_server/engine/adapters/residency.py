@@ -20,6 +20,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from loraplex_model.base.refusal import Reason
+
 from loraplex_server.engine.adapters.fetching import Fetching, Staged
 from loraplex_server.engine.adapters.host_tier import HostTier
 from loraplex_server.engine.adapters.loader import Desk, ReadResult, failure_of
@@ -43,15 +45,17 @@ from loraplex_server.engine.messages import (
 )
 from loraplex_server.engine.runner.protocol import LoadedAdapter, ModelRunner
 
-UNLOADED = Failure("ADAPTER_UNLOADED", "the adapter was unloaded while it was in use or on its way")
+UNLOADED = Failure(
+    Reason.ADAPTER_UNLOADED, "the adapter was unloaded while it was in use or on its way"
+)
 
 TOGETHER = Failure(
-    "ADAPTER_TOO_LARGE",
+    Reason.ADAPTER_TOO_LARGE,
     "the adapters of the request do not fit on the device together, beside those held there",
 )
 
 PIN_BUDGET = Failure(
-    "PIN_BUDGET", "pinned and merged adapters may take half of the device's adapter memory"
+    Reason.PIN_BUDGET, "pinned and merged adapters may take half of the device's adapter memory"
 )
 
 
@@ -400,4 +404,4 @@ class Residency:
             f" the server has {self.slots.budget} bytes and "
             f"{self._runner.prefix_blocks * self._runner.block_size} tokens for all adapters"
         )
-        return Failure("ADAPTER_TOO_LARGE", text)
+        return Failure(Reason.ADAPTER_TOO_LARGE, text)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from loraplex_model.base.refusal import Reason
+
 from loraplex_server.engine.batching.request import Request
 from loraplex_server.engine.batching.scheduler import Limits
 from loraplex_server.engine.messages import Failure, ModelInfo, Submit
@@ -19,22 +21,22 @@ def refusal(
     """
     size = len(submit.token_ids)
     if size == 0:
-        return Failure("FIELD_INVALID", "the prompt is empty")
+        return Failure(Reason.FIELD_INVALID, "the prompt is empty")
     if submit.max_new_tokens < 1:
-        return Failure("FIELD_INVALID", "max_new_tokens must be at least 1")
+        return Failure(Reason.FIELD_INVALID, "max_new_tokens must be at least 1")
     if not (min(submit.token_ids) >= 0 and max(submit.token_ids) < info.vocab_size):
-        return Failure("FIELD_INVALID", f"token ids must be below {info.vocab_size}")
+        return Failure(Reason.FIELD_INVALID, f"token ids must be below {info.vocab_size}")
     bias = submit.sampling.logit_bias
     if bias and not (min(bias) >= 0 and max(bias) < info.vocab_size):
-        return Failure("FIELD_INVALID", f"logit_bias ids must be below {info.vocab_size}")
+        return Failure(Reason.FIELD_INVALID, f"logit_bias ids must be below {info.vocab_size}")
     longest = min(info.max_context, cache_tokens + 1)
     if size + submit.max_new_tokens > longest:
         text = f"{size} prompt tokens and {submit.max_new_tokens} new ones are more than {longest}"
-        return Failure("PROMPT_TOO_LONG", text)
+        return Failure(Reason.PROMPT_TOO_LONG, text)
     if waiting >= limits.max_waiting:
-        return Failure("OVERLOADED", f"{waiting} requests are waiting already")
+        return Failure(Reason.OVERLOADED, f"{waiting} requests are waiting already")
     if waiting and tokens + size > limits.max_waiting_tokens:
-        return Failure("OVERLOADED", f"{tokens} prompt tokens are waiting already")
+        return Failure(Reason.OVERLOADED, f"{tokens} prompt tokens are waiting already")
     return None
 
 
@@ -55,7 +57,7 @@ def prefix_refusal(
         return None
     if len(digests) > 1 or sum(ref.weight for ref in request.submit.adapters) != 1.0:
         text = "an adapter with virtual tokens must be used alone and with weight 1"
-        return Failure("ADAPTER_NOT_MIXABLE", text)
+        return Failure(Reason.ADAPTER_NOT_MIXABLE, text)
     size, new = request.prompt_len, request.submit.max_new_tokens
     cached = virtual_tokens % block_size + request.most_tokens
     if virtual_tokens + size + new > max_context or cached > num_blocks * block_size:
@@ -63,5 +65,5 @@ def prefix_refusal(
             f"{size} prompt tokens, {new} new ones and the adapter's {virtual_tokens} virtual ones "
             f"are more than the context of {max_context} or the cache holds"
         )
-        return Failure("PROMPT_TOO_LONG", text)
+        return Failure(Reason.PROMPT_TOO_LONG, text)
     return None

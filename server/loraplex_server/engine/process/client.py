@@ -18,6 +18,8 @@ from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
+from loraplex_model.base.refusal import Reason, Refusal
+
 from loraplex_server.engine.messages import (
     Abort,
     AdapterRef,
@@ -48,27 +50,10 @@ from loraplex_server.engine.process.connection import Connection
 STOP_SECONDS = 5.0
 """How long a stopped engine may take to leave before it is killed."""
 
-RESTARTED = Failure("ENGINE_RESTARTED", "the engine was restarted; try again")
-STOPPED = Failure("DRAINING", "the server is shutting down")
+RESTARTED = Failure(Reason.ENGINE_RESTARTED, "the engine was restarted; try again")
+STOPPED = Failure(Reason.DRAINING, "the server is shutting down")
 
 log = logging.getLogger(__name__)
-
-
-class EngineUnavailable(Exception):
-    """The engine could not start; `message` tells the operator what to do."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-        self.message = message
-
-
-class EngineFailure(Exception):
-    """The engine refused or failed what it was asked; safe to show to a client."""
-
-    def __init__(self, failure: Failure) -> None:
-        super().__init__(failure.message)
-        self.failure = failure
 
 
 class EngineObserver(Protocol):
@@ -210,7 +195,7 @@ class EngineClient:
         return self._process.pid if self._process is not None else None
 
     async def start(self) -> Hello:
-        """Starts the engine and waits until it is ready. Raises `EngineUnavailable`."""
+        """Starts the engine and waits until it is ready. Raises `Refusal`."""
         try:
             await self._launch()
         except BaseException:
@@ -236,11 +221,11 @@ class EngineClient:
             self._send(Abort(request_id))
 
     async def load(self, ref: AdapterRef) -> None:
-        """Makes an adapter resident. Raises `EngineFailure`."""
+        """Makes an adapter resident. Raises `Refusal`."""
         await self._ask(Load(next(self._ops), ref))
 
     async def unload(self, digest: str, force: bool = False, deadline: float | None = None) -> None:
-        """Takes an adapter off the device and returns when it is. Raises `EngineFailure`.
+        """Takes an adapter off the device and returns when it is. Raises `Refusal`.
 
         The requests that use it are aborted by `force`, or at `deadline` (`time.monotonic()`).
         """
@@ -248,16 +233,16 @@ class EngineClient:
         await self._ask(Unload(next(self._ops), digest, force, deadline))
 
     async def pin(self, ref: AdapterRef, pinned: bool) -> None:
-        """Makes an adapter resident for good, or lets it be evicted. Raises `EngineFailure`."""
+        """Makes an adapter resident for good, or lets it be evicted. Raises `Refusal`."""
         await self._ask(Pin(next(self._ops), ref, pinned))
 
     async def merge(self, ref: AdapterRef) -> None:
-        """Gives an adapter dense copies and returns when they are used. Raises `EngineFailure`."""
+        """Gives an adapter dense copies and returns when they are used. Raises `Refusal`."""
         await self._ask(Merge(next(self._ops), ref))
         self._merged.add(ref.digest)
 
     async def unmerge(self, digest: str) -> None:
-        """Drops an adapter's dense copies. Raises `EngineFailure`."""
+        """Drops an adapter's dense copies. Raises `Refusal`."""
         self._merged.discard(digest)
         await self._ask(Unmerge(next(self._ops), digest))
 
@@ -292,17 +277,17 @@ class EngineClient:
         except OSError as error:
             ours.close()
             message = f"the engine process cannot be started: {error.strerror}"
-            raise EngineUnavailable("ENGINE_FAULT", message) from error
+            raise Refusal(Reason.ENGINE_FAULT, message) from error
         loop = asyncio.get_running_loop()
         _, self._connection = await loop.create_unix_connection(
             lambda: Connection(self._receive), sock=ours
         )
         first = await self._connection.first_message()
         if isinstance(first, Fatal):
-            raise EngineUnavailable(first.reason, first.message)
+            raise Refusal(first.reason, first.message)
         if not isinstance(first, Hello):
             message = "the engine process ended before it was ready; see its log"
-            raise EngineUnavailable("ENGINE_FAULT", message)
+            raise Refusal(Reason.ENGINE_FAULT, message)
         self.hello = first
         self.ready = True
         self._observer.on_ready(first)
@@ -334,7 +319,7 @@ class EngineClient:
                 delay = min(2 * delay, longest)
                 try:
                     await self._launch()
-                except EngineUnavailable as error:
+                except Refusal as error:
                     log.error("the engine did not start again: %s", error.message)
                     self._observer.on_fatal(Fatal(error.reason, error.message))
                     await self._bury()
@@ -372,7 +357,7 @@ class EngineClient:
         pending, self._pending = self._pending, {}
         for future in pending.values():
             if not future.done():
-                future.set_exception(EngineFailure(failure))
+                future.set_exception(Refusal(failure.reason, failure.message))
 
     # messages
 
@@ -382,7 +367,8 @@ class EngineClient:
 
     async def _ask(self, message: Control) -> None:
         if not self.ready:
-            raise EngineFailure(STOPPED if self._stopping else RESTARTED)
+            failure = STOPPED if self._stopping else RESTARTED
+            raise Refusal(failure.reason, failure.message)
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._pending[message.op] = future
         try:
@@ -410,7 +396,7 @@ class EngineClient:
             if message.error is None:
                 future.set_result(None)
             else:
-                future.set_exception(EngineFailure(message.error))
+                future.set_exception(Refusal(message.error.reason, message.error.message))
 
     def _deliver(self, output: Output) -> None:
         last = ends(output)

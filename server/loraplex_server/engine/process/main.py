@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from typing import cast
 
 import msgspec
+from loraplex_model.base.refusal import Reason, Refusal
 
 from loraplex_server.engine.adapters.auto_merge import MergePolicy
 from loraplex_server.engine.adapters.loader import ThreadLoader
@@ -178,11 +179,10 @@ def _hello(runner: ModelRunner) -> Hello:
 
 
 def _fatal(error: Exception) -> Fatal:
-    """What the operator is told: the words of an error that has some, or a pointer to the log."""
-    reason, message = getattr(error, "reason", None), getattr(error, "message", None)
-    if isinstance(reason, str) and isinstance(message, str):
-        return Fatal(reason, message)
-    return Fatal("ENGINE_FAULT", "the engine could not start; its log tells why")
+    """The refusal's own words for the operator; for any other error a pointer to the log."""
+    if isinstance(error, Refusal):
+        return Fatal(error.reason, error.message)
+    return Fatal(Reason.ENGINE_FAULT, "the engine could not start; its log tells why")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from loraplex_model.adapters.merge import merged_nbytes
 from loraplex_model.adapters.pack import PackedAdapter, pack
 from loraplex_model.adapters.table import Merged
 from loraplex_model.base.batch import ForwardBatch
+from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_model.base.weights import BaseWeights
 from loraplex_model.checkpoints.load import LoadedBase, load_base
 from loraplex_model.decoder.native import NativeDecoder
@@ -28,15 +29,6 @@ log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NUM_SLOTS = 1024
 CPU_BLOCK, CUDA_BLOCK = 16, 256  # tokens; flash attention's pages are 256
-
-
-class RunnerError(Exception):
-    """The runner cannot be built; `message` tells the operator what to do."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-        self.message = message
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +96,7 @@ class LocalRunner:
             return self._decoder.forward(batch).to("cpu", torch.float32)
 
     def read_adapter(self, ref: AdapterRef) -> ReadAdapter:
-        """Reads, verifies and packs an adapter's files. Raises `AdapterError`."""
+        """Reads, verifies and packs an adapter's files. Raises `Refusal`."""
         weights = self._decoder.weights
         with torch.inference_mode():
             _, delta = load(Path(ref.path), ref.digest, self._shapes, weights, self._limits)
@@ -175,7 +167,7 @@ def build(
 ) -> LocalRunner:
     """Loads the model and sizes the cache; see `Config` for the settings.
 
-    Raises `ModelError` (the model) or `RunnerError` (this machine), both with what to do.
+    Raises `Refusal` (the model) or `Refusal` (this machine), both with what to do.
     """
     on = _device(device)
     if threads:
@@ -203,8 +195,8 @@ def build(
 
 def _device(device: str) -> torch.device:
     if device == "cuda" and not torch.cuda.is_available():
-        raise RunnerError(
-            "NO_CUDA", "there is no CUDA device here (or torch's CPU build is installed); "
+        raise Refusal(
+            Reason.NO_CUDA, "there is no CUDA device here (or torch's CPU build is installed); "
             "use --device cpu"
         )  # fmt: skip
     if device == "auto":
@@ -217,8 +209,8 @@ def _num_blocks(weights: BaseWeights, block_size: int, kv_tokens: int, kv_memory
     token_bytes = 2 * config.num_layers * config.kv_size * weights.embed.element_size()
     tokens = kv_tokens or kv_memory // token_bytes
     if tokens < block_size:
-        raise RunnerError(
-            "KV_TOO_SMALL",
+        raise Refusal(
+            Reason.KV_TOO_SMALL,
             f"the KV cache holds {tokens} tokens and needs at least {block_size}: raise kv_memory "
             f"(a token takes {token_bytes} bytes) or kv_tokens",
         )

@@ -58,7 +58,7 @@ class ModelRunner(Protocol):
         """Computes the pass; returns logits, float32 [R, vocab], on the CPU."""
 
     def read_adapter(self, ref: AdapterRef) -> LoadedAdapter:
-        """Reads and packs an adapter's files. Raises `AdapterError` (typed). Touches no slot."""
+        """Reads and packs an adapter's files. Raises `Refusal` (typed). Touches no slot."""
 
     def publish_adapter(self, slot: int, adapter: LoadedAdapter, blocks: Sequence[int]) -> None:
         """Makes `slot` point to the adapter and fills `blocks` with its virtual tokens' keys and
