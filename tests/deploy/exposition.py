@@ -12,7 +12,12 @@ _SUFFIXES = {
     "gauge": ("",),
     "histogram": ("_bucket", "_sum", "_count"),
 }
-OTHER_WORDS = {"loraplex_server", "loraplex_model", "loraplex_base_fingerprint"}
+OTHER_WORDS = {
+    "loraplex_server",
+    "loraplex_model",
+    "loraplex_training",
+    "loraplex_base_fingerprint",
+}
 """Words that look like a metric: packages (`loraplex_adapters` is both), an adapter's stamp."""
 
 _NAME = re.compile(r"\bloraplex_[a-z_]+\b(?![-/])")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from loraplex_model.base.refusal import Reason
+from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_server.training import queue as module
 from loraplex_server.training.jobs import Error, Job, Order, Progress, Result, State
 from loraplex_server.training.queue import Bounds, JobQueue, Request, Source
