@@ -13,7 +13,7 @@ from loraplex_adapters.format.examine import Report, examine
 from loraplex_adapters.format.files import Directory, open_below, open_directory
 from loraplex_adapters.format.spec import BaseShapes, Limits
 from loraplex_adapters.store import Page, Record, Store, Upload
-from loraplex_model.base.refusal import Refusal
+from loraplex_model.base.refusal import Reason, Refusal
 
 from loraplex_server.engine.messages import AdapterRef, AdapterStatus
 from loraplex_server.engine.process.client import EngineClient
@@ -347,7 +347,7 @@ class Registry:
                 try:
                     record = self._store.get(alias.name, alias.version)
                 except Refusal as error:
-                    if error.reason != "ADAPTER_NOT_FOUND":
+                    if error.reason is not Reason.ADAPTER_NOT_FOUND:
                         raise
                     continue
             yield alias.alias, record

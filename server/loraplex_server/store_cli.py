@@ -25,7 +25,7 @@ REFUSED: Final = 1
 
 _DAY = 24 * 3600.0
 _PIPE_COLUMNS = 200
-_STORE_REASONS = ("STORE_FULL", "STORE_UNAVAILABLE")
+_STORE_REASONS = (Reason.STORE_FULL, Reason.STORE_UNAVAILABLE)
 
 app = typer.Typer(
     help="Look after the adapter store, also while servers use it.", no_args_is_help=True

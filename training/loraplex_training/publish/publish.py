@@ -218,7 +218,7 @@ def _failing(what: str) -> Iterator[None]:
     try:
         yield
     except Refusal as error:
-        full = error.reason == "STORE_FULL" or (
+        full = error.reason is Reason.STORE_FULL or (
             isinstance(error.__cause__, OSError)
             and error.__cause__.errno in (errno.ENOSPC, errno.EDQUOT)
         )
