@@ -12,7 +12,7 @@ from typing import Annotated, Any, Final, NoReturn, get_type_hints
 import typer
 from loraplex_adapters.format.spec import Limits
 from loraplex_adapters.store import Store, Verified
-from loraplex_model.base.refusal import BASE_MODEL_REASONS, Refusal
+from loraplex_model.base.refusal import BASE_MODEL_REASONS, Reason, Refusal
 from rich.console import Console, RenderableType
 
 from loraplex_server import store_tables as tables
