@@ -260,8 +260,8 @@ def test_a_terminal_is_not_commanded_by_the_model(monkeypatch):
 def test_a_terminal_sees_who_answered(monkeypatch):
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
-    output.write_summary(FinishReason.LENGTH, Usage(12, 8, 32), ())
-    assert "[base model, 12 (8 cached) + 32 tokens, length]" in screen.getvalue()
+    output.write_summary(FinishReason.LENGTH, Usage(12, 32), ())
+    assert "[base model, 12 + 32 tokens, length]" in screen.getvalue()
 
 
 # chat

@@ -54,8 +54,7 @@ def write_summary(reason: FinishReason, usage: Usage, adapters: Sequence[Resolve
     if not sys.stderr.isatty():
         return
     who = " + ".join(f"{a.weight:g} x {a.name}@{a.version} {short(a.digest)}" for a in adapters)
-    cached = f" ({usage.cached_prompt_tokens} cached)" if usage.cached_prompt_tokens else ""
-    tokens = f"{usage.prompt_tokens}{cached} + {usage.completion_tokens} tokens"
+    tokens = f"{usage.prompt_tokens} + {usage.completion_tokens} tokens"
     note(f"[{who or 'base model'}, {tokens}, {reason}]")
 
 
