@@ -43,6 +43,12 @@ def test_both_clients_have_the_same_calls_with_the_same_arguments():
     assert list(constructors[0].values()) == list(constructors[1].values())
 
 
+def test_every_call_of_both_clients_is_documented():
+    for kind in (Client, AsyncClient, type(Client().training), type(AsyncClient().training)):
+        missing = [name for name in members(kind) if not getattr(kind, name).__doc__]
+        assert missing == [], kind
+
+
 @pytest.mark.parametrize(
     ("method", "arguments", "options"),
     [

@@ -11,6 +11,7 @@ import sys
 
 import grpc
 import pytest
+import typer
 from client.fake_server import DIGEST, WAIT_S, FakeServer, failure
 from google.protobuf import duration_pb2
 from google.rpc import error_details_pb2
@@ -34,6 +35,20 @@ def run(server: FakeServer):
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
+
+
+# help
+
+
+def test_every_parameter_is_explained_and_every_option_has_a_panel():
+    pending = [typer.main.get_command(app)]
+    while pending:
+        command = pending.pop()
+        pending += getattr(command, "commands", {}).values()
+        for parameter in command.params:
+            if "completion" not in parameter.name:
+                assert parameter.help.endswith("."), (command.name, parameter.name)
+                assert parameter.rich_help_panel or "-" not in parameter.opts[0], parameter.name
 
 
 # generate
