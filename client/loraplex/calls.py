@@ -1,4 +1,4 @@
-"""The calls of a server, written once: `AsyncClient` has them as they are, `Client` runs them."""
+"""The calls to a server, written once: `AsyncClient` inherits them, `Client` runs them."""
 # ruff: noqa: ASYNC109 - `timeout` becomes the call's gRPC deadline, which the server sees too
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import grpc
 from grpc_health.v1 import health_pb2
 
 from loraplex import channel, replies, requests, uploads
-from loraplex.connection import Connection
+from loraplex.connection import ServerConnection
 from loraplex.errors import LoraplexError, Unavailable, UploadNotFound
 from loraplex.requests import GenerateOptions, fill
 from loraplex.results import (
@@ -39,12 +39,12 @@ A = TypeVar("A", bound=_WithAdapter)
 
 
 class Calls:
-    """Every call but the streams. All of them raise LoraplexError.
+    """All calls except those that return a stream. Every call may raise LoraplexError.
 
     `timeout` is the deadline of one call in seconds; None takes the client's.
     """
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: ServerConnection) -> None:
         self._connection = connection
         self._call = connection.call
 
@@ -248,7 +248,7 @@ class Calls:
         called on another thread. `timeout` is the deadline of each stream; None sets no deadline.
         Raises AdapterRejected or AdapterConflict.
         """
-        files = await self._connection.in_thread(uploads.Files.read, folder)
+        files = await self._connection.offload(uploads.Files.read, folder)
         target = uploads.UploadTarget(name, replace, load, labels)
         return await self._upload(files, target, upload_id, progress, timeout)
 
@@ -265,7 +265,7 @@ class Calls:
         `validate_adapter` checks the upload, `upload_adapter` with its id registers it, and
         `abort_upload` drops it. `timeout` is the deadline of each stream; None sets no deadline.
         """
-        files = await self._connection.in_thread(uploads.Files.read, folder)
+        files = await self._connection.offload(uploads.Files.read, folder)
         upload_id = upload_id or await self.start_upload()
         await self._upload(files, uploads.UploadTarget(), upload_id, progress, timeout)
         return upload_id
@@ -338,5 +338,5 @@ class Calls:
         request: Q,
         timeout: float | None,
     ) -> AdapterInfo:
-        """Calls a method whose reply holds an adapter; returns that."""
+        """Calls a method whose reply holds an adapter; returns the adapter."""
         return replies.adapter((await self._call(method, request, timeout)).adapter)

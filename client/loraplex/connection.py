@@ -1,7 +1,7 @@
 """A connection to a server as the calls use it: blocking for `Client`, awaited for `AsyncClient`.
 
 Every call is written once, as a coroutine that waits for nothing but its connection. The methods of
-a blocking connection block instead of suspending, so on one such a coroutine runs to its end in a
+a blocking connection block instead of suspending, so with one such a coroutine runs to its end in a
 single step.
 """
 # ruff: noqa: ASYNC109 - `timeout` becomes the call's gRPC deadline, which the server sees too
@@ -41,8 +41,11 @@ class Stubs:
         self.health: Any = health_pb2_grpc.HealthStub(opened)
 
 
-class Connection(ABC):
-    """Arguments as for `Client`. Both kinds open their channel without contacting the server."""
+class ServerConnection(ABC):
+    """A connection to a server, with the arguments of `Client`.
+
+    The first call contacts the server, not the constructor.
+    """
 
     def __init__(
         self,
@@ -100,15 +103,15 @@ class Connection(ABC):
         """Returns the messages as a stub takes them."""
 
     @abstractmethod
-    async def in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Returns the result of a function that reads files, without blocking an event loop."""
+    async def offload(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Runs a function that reads files; in a thread, if it would block an event loop."""
 
     @abstractmethod
     async def sleep(self, seconds: float) -> None:
-        """Waits."""
+        """Waits between two attempts."""
 
 
-class BlockingConnection(Connection):
+class BlockingConnection(ServerConnection):
     """A connection whose coroutines block the calling thread and never suspend."""
 
     def __init__(self, *arguments: Any) -> None:
@@ -126,7 +129,7 @@ class BlockingConnection(Connection):
     def _outgoing(self, messages: Iterator[Q]) -> Iterator[Q]:
         return messages
 
-    async def in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    async def offload(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         return function(*args, **kwargs)
 
     async def sleep(self, seconds: float) -> None:
@@ -136,7 +139,7 @@ class BlockingConnection(Connection):
         self._channel.close()
 
 
-class AsyncConnection(Connection):
+class AsyncConnection(ServerConnection):
     """A connection for the event loop that runs at its first call, when its channel is opened."""
 
     @functools.cached_property
@@ -154,7 +157,7 @@ class AsyncConnection(Connection):
         while (message := await asyncio.to_thread(next, messages, None)) is not None:
             yield message
 
-    async def in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    async def offload(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         return await asyncio.to_thread(function, *args, **kwargs)
 
     async def sleep(self, seconds: float) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TypeAlias, Unpack
 
 from loraplex import training
-from loraplex.connection import Connection
+from loraplex.connection import ServerConnection
 from loraplex.training import JobState, TrainingJob, TrainingOptions
 from loraplex.v1 import training_pb2, training_pb2_grpc
 
@@ -16,9 +16,9 @@ _Jobs: TypeAlias = list[TrainingJob]  # "list" is a method below
 
 
 class JobCalls:
-    """The calls of `Training` and `AsyncTraining` but `watch`. All of them raise LoraplexError."""
+    """All calls for training jobs except `watch`. Every call may raise LoraplexError."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: ServerConnection) -> None:
         self._connection = connection
         self._call = connection.call
 
@@ -41,7 +41,7 @@ class JobCalls:
         `request_id` create one job. Raises InvalidRequest that names every wrong line and option,
         AdapterConflict, FailedPrecondition (TRAINING_MEMORY) or ResourceExhausted.
         """
-        request = await self._connection.in_thread(
+        request = await self._connection.offload(
             training.create,
             *(name, data, server_path, eval_data, eval_server_path, request_id, options),
         )
