@@ -1,19 +1,18 @@
-"""Talk to a Loraplex server: `Client` blocks, `AsyncClient` awaits, both speak the same words.
+"""Clients of a Loraplex server: `Client` blocks, `AsyncClient` awaits; their calls are the same.
 
     from loraplex import Client
 
     with Client("127.0.0.1:50051") as client:
         print(client.generate("Hello", adapter="pirate", max_new_tokens=32).text)
 
-Importing this package loads gRPC and protobuf, and nothing heavier.
+Importing this package loads gRPC and protobuf and nothing heavier.
 """
 
 from __future__ import annotations
 
-from loraplex.aio import AsyncClient
-from loraplex.aio_jobs import AsyncJobWatch, AsyncTraining
-from loraplex.aio_streams import AsyncStream, AsyncWatch
-from loraplex.client import Client
+from loraplex.aio import AsyncClient, AsyncTraining
+from loraplex.aio_streams import AsyncJobWatch, AsyncStream, AsyncWatch
+from loraplex.client import Client, Training
 from loraplex.errors import (
     AdapterConflict,
     AdapterNotFound,
@@ -36,7 +35,6 @@ from loraplex.errors import (
     UploadNotFound,
     UploadOutOfStep,
 )
-from loraplex.jobs import JobWatch, Training
 from loraplex.requests import GenerateOptions, Message
 from loraplex.results import (
     AdapterEvent,
@@ -61,7 +59,7 @@ from loraplex.results import (
     Usage,
     Validation,
 )
-from loraplex.streams import Stream, Watch
+from loraplex.streams import JobWatch, Stream, Watch
 from loraplex.training import (
     Evaluation,
     JobError,

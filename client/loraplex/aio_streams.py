@@ -1,129 +1,107 @@
-"""Running calls of the asyncio client: a completion, and a watch of the adapters."""
+"""Running calls of the asyncio client: a completion, a watch of the adapters, a watch of a job."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
-from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
 import grpc
 
-from loraplex import replies
-from loraplex.errors import cancelled_here, from_rpc_error
+from loraplex.errors import from_rpc_error
+from loraplex.replies import Receiver, Transcript, WatchLog
 from loraplex.results import AdapterEvent, AdapterTable, Completion, Delta, Finished, Started
-from loraplex.v1 import adapter_pb2, generation_pb2
+from loraplex.training import JobLog, TrainingJob
 
-M = TypeVar("M")
+T = TypeVar("T")
 
 
-class AsyncCall(Generic[M]):
-    """See `Call`: the same members, with `async with`."""
+class AsyncRunningCall(Generic[T]):
+    """Like `RunningCall`, with `async with` and `async for`."""
 
-    def __init__(self, call: grpc.aio.UnaryStreamCall[Any, M]) -> None:
-        self._call = call
-        self._messages = aiter(call)
+    def __init__(self, call: Any, receiver: Receiver[Any, T]) -> None:
+        self._call: grpc.aio.UnaryStreamCall[Any, Any] = call
+        self._messages = aiter(self._call)
+        self._receiver = receiver
         self._cancelled = False
 
     def cancel(self) -> None:
-        """Stop. A reader then sees the end, of a completion Cancelled."""
+        """Cancels the call. A watch then ends, a completion raises Cancelled."""
         self._cancelled = True
         self._call.cancel()
 
     async def aclose(self) -> None:
+        """Cancels the call."""
         self.cancel()
 
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         self.cancel()
 
-    async def _message(self) -> M | None:
-        """The next one; None at the end. Raises LoraplexError."""
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> T:
+        cancelled = False
         try:
-            return await anext(self._messages)
-        except StopAsyncIteration:
-            return None
+            async for message in self._messages:
+                item = self._receiver.receive(message)
+                if item is not None:
+                    return item
         except asyncio.CancelledError:
             # grpc.aio raises this for a cancelled reader and for a cancelled call alike.
             task = asyncio.current_task()
             if not self._cancelled or (task is not None and task.cancelling()):
                 self._call.cancel()
                 raise
+            cancelled = True
         except grpc.RpcError as error:
             raise from_rpc_error(error) from error
-        self._stopped()
-        return None
-
-    def _stopped(self) -> None:
-        """Called at the end of a call that was cancelled here."""
+        self._receiver.end(cancelled)
+        raise StopAsyncIteration
 
 
-class AsyncStream(AsyncCall[generation_pb2.GenerateStreamResponse]):
-    """See `Stream`: the same members, with `async for`. Cancelling the reader cancels the call."""
+class AsyncStream(AsyncRunningCall[Delta]):
+    """Like `Stream`, with `async for`. Cancelling the reading task cancels the completion."""
 
-    def __init__(
-        self, call: grpc.aio.UnaryStreamCall[Any, generation_pb2.GenerateStreamResponse]
-    ) -> None:
-        super().__init__(call)
-        self._transcript = replies.Transcript()
+    _receiver: Transcript
+
+    def __init__(self, call: Any) -> None:
+        super().__init__(call, Transcript())
 
     @property
     def started(self) -> Started | None:
-        return self._transcript.started
+        """The head of the stream; None before the first delta."""
+        return self._receiver.started
 
     @property
     def finished(self) -> Finished | None:
-        return self._transcript.finished
+        """The end of the stream; None before it."""
+        return self._receiver.finished
 
     async def completion(self) -> Completion:
-        """See `Stream.completion`."""
+        """Like `Stream.completion`."""
         async for _ in self:
             pass
-        return self._transcript.completion()
+        return self._receiver.completion()
 
     def __del__(self) -> None:
-        # Its iterator keeps a dropped grpc.aio call alive; a loop that is gone has none to cancel.
+        # The iterator keeps a dropped grpc.aio call alive. A closed loop has no call to cancel.
         with contextlib.suppress(RuntimeError):
             self._call.cancel()
 
-    def __aiter__(self) -> AsyncIterator[Delta]:
-        return self
 
-    async def __anext__(self) -> Delta:
-        while (message := await self._message()) is not None:
-            delta = self._transcript.feed(message)
-            if delta is not None:
-                return delta
-        self._transcript.close()
-        raise StopAsyncIteration
+class AsyncWatch(AsyncRunningCall[AdapterTable | AdapterEvent]):
+    """Like `Watch`, with `async for`."""
 
-    def _stopped(self) -> None:
-        raise cancelled_here()
+    def __init__(self, call: Any) -> None:
+        super().__init__(call, WatchLog())
 
 
-class AsyncWatch(AsyncCall[adapter_pb2.WatchAdaptersResponse]):
-    """See `Watch`: the same members, with `async for`."""
+class AsyncJobWatch(AsyncRunningCall[TrainingJob]):
+    """Like `JobWatch`, with `async for`."""
 
-    def __init__(
-        self, call: grpc.aio.UnaryStreamCall[Any, adapter_pb2.WatchAdaptersResponse]
-    ) -> None:
-        super().__init__(call)
-        self._log = replies.WatchLog()
-
-    def __aiter__(self) -> AsyncIterator[AdapterTable | AdapterEvent]:
-        return self
-
-    async def __anext__(self) -> AdapterTable | AdapterEvent:
-        while (message := await self._message()) is not None:
-            news = self._log.feed(message)
-            if news is not None:
-                return news
-        raise StopAsyncIteration
+    def __init__(self, call: Any) -> None:
+        super().__init__(call, JobLog())

@@ -1,4 +1,4 @@
-"""How a client reaches a server: channel options, retries, deadlines; shared by both clients.
+"""Channels to a server: their options, retries and deadlines.
 
 Retries are gRPC's own (a service config), so they respect the deadline, the server's pushback and a
 token bucket, and never repeat a stream that has produced a message.
@@ -7,7 +7,6 @@ token bucket, and never repeat a stream that has produced a message.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
@@ -37,7 +36,7 @@ _ONCE = (
 
 SERVICE_CONFIG: dict[str, Any] = {
     "loadBalancingConfig": [{"round_robin": {}}],
-    # `grpc.health.v1` is not listed: a health check reports what is, at once.
+    # `grpc.health.v1` is not listed: a health check reports the first answer.
     "methodConfig": [
         {
             "name": [
@@ -47,10 +46,10 @@ SERVICE_CONFIG: dict[str, Any] = {
             ],
             "retryPolicy": _RETRY_POLICY,
         },
-        # Repeating one of these that did happen would answer wrongly, or leave something behind.
+        # Repeating one of these calls after it succeeded would fail or leave an unused upload.
         {"name": [{"service": "loraplex.v1.AdapterService", "method": method} for method in _ONCE]},
     ],
-    # While more than half of the bucket is spent, failures are reported instead of retried.
+    # With more than half of the bucket spent, failures are reported instead of retried.
     "retryThrottling": {"maxTokens": 100, "tokenRatio": 0.1},
 }
 
@@ -58,10 +57,10 @@ OPTIONS: tuple[tuple[str, Any], ...] = (
     ("grpc.service_config", json.dumps(SERVICE_CONFIG)),
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
-    # A server that restarts is found again within the retries, not after gRPC's default minute.
+    # Finds a restarted server within the retries; gRPC's default can take a minute.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 5_000),
-    # Log-probabilities of a long prompt outgrow gRPC's default of 4 MiB.
+    # Log-probabilities of a long prompt can exceed gRPC's default of 4 MiB.
     ("grpc.max_receive_message_length", 64 << 20),
 )
 
@@ -69,7 +68,7 @@ Metadata = tuple[tuple[str, str | bytes], ...]
 
 
 class CallArguments(TypedDict):
-    """What every stub call takes beside its request."""
+    """The arguments that every stub call takes besides its request."""
 
     timeout: float | None
     wait_for_ready: bool | None
@@ -80,8 +79,8 @@ class CallArguments(TypedDict):
 class CallDefaults:
     """A client's settings for its calls.
 
-    `timeout` is in seconds, None for no deadline. With `wait_for_ready` a call waits, up to its
-    deadline, for a server to appear; without, it fails when the retries are spent.
+    `timeout` is in seconds; None means no deadline. With `wait_for_ready`, a call waits for a
+    server until its deadline; otherwise it fails once its retries are used up.
     """
 
     timeout: float | None
@@ -89,7 +88,7 @@ class CallDefaults:
     metadata: Metadata
 
     def arguments(self, timeout: float | None) -> CallArguments:
-        """For one call; None takes the client's timeout."""
+        """Returns the arguments of a call; a `timeout` of None means the client's."""
         return {
             "timeout": self.timeout if timeout is None else timeout,
             "wait_for_ready": self.wait_for_ready,
@@ -97,29 +96,23 @@ class CallDefaults:
         }
 
     def unbounded(self, timeout: float | None) -> CallArguments:
-        """For a call that has no usual length; None is no deadline."""
+        """Returns the arguments of a call of any length; None means no deadline."""
         return {**self.arguments(None), "timeout": timeout}
 
     def probe(self, timeout: float) -> CallArguments:
-        """For a health check, which never waits for a server."""
+        """Returns the arguments of a health check, which never waits for a server."""
         return {"timeout": timeout, "wait_for_ready": False, "metadata": self.metadata}
 
 
-def call_defaults(
-    timeout: float | None, wait_for_ready: bool, metadata: Sequence[tuple[str, str | bytes]]
-) -> CallDefaults:
-    return CallDefaults(timeout, wait_for_ready, tuple(metadata))
-
-
 def connect(target: str, credentials: grpc.ChannelCredentials | None) -> grpc.Channel:
-    """A channel for `Client`; without credentials in plain text. Connects at the first call."""
+    """Returns a channel that connects at its first call, unencrypted without credentials."""
     if credentials is None:
         return grpc.insecure_channel(target, OPTIONS)
     return grpc.secure_channel(target, credentials, OPTIONS)
 
 
 def connect_aio(target: str, credentials: grpc.ChannelCredentials | None) -> grpc.aio.Channel:
-    """A channel for `AsyncClient`, bound to the running event loop."""
+    """Returns a channel of `grpc.aio`, bound to the running event loop."""
     if credentials is None:
         return grpc.aio.insecure_channel(target, OPTIONS)
     return grpc.aio.secure_channel(target, credentials, OPTIONS)

@@ -1,48 +1,52 @@
-"""The blocking client. Safe to share between threads."""
+"""The blocking client. It is safe to share between threads."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from types import TracebackType
-from typing import Self, TypeVar, Unpack
+import functools
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar, Unpack
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from loraplex import channel, replies, requests, uploads
-from loraplex.errors import (
-    LoraplexError,
-    Unavailable,
-    UploadNotFound,
-    from_rpc_error,
-)
-from loraplex.jobs import Training
+from loraplex import channel, requests
+from loraplex.calls import Calls
+from loraplex.connection import BlockingConnection
+from loraplex.jobs import JobCalls
 from loraplex.requests import GenerateOptions
-from loraplex.results import (
-    AdapterInfo,
-    Completion,
-    HealthStatus,
-    Registration,
-    UploadProgress,
-    Validation,
-)
-from loraplex.streams import Stream, Watch
-from loraplex.v1 import adapter_pb2, adapter_pb2_grpc, generation_pb2, generation_pb2_grpc
+from loraplex.streams import JobWatch, Stream, Watch
+from loraplex.v1 import adapter_pb2, generation_pb2, training_pb2
 
-Q = TypeVar("Q")
-R = TypeVar("R")
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def blocking(
+    method: Callable[Concatenate[Any, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[Any, P], T]:
+    """Returns a method that runs the coroutine `method` of `self._calls` to its end.
+
+    It has the arguments and the documentation of `method`.
+    """
+
+    @functools.wraps(method)
+    def run(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            method(self._calls, *args, **kwargs).send(None)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+        raise RuntimeError(f"{method.__qualname__} suspended on a blocking connection")
+
+    return run
 
 
 class Client:
     """A connection to a server, used as a context manager or closed with `close`.
 
-    `timeout` is the default deadline of a call in seconds (None: none); each call may give its
-    own. `wait_for_ready` makes calls wait for a server instead of raising Unavailable after a few
-    retries. `metadata` goes with every call. Without `credentials` the connection is in plain text.
-    `training` holds the calls for training jobs.
+    `timeout` is the default deadline of a call in seconds (None: no deadline); each call may set
+    its own. With `wait_for_ready`, calls wait for a server instead of raising Unavailable after a
+    few retries. `metadata` is sent with every call. Without `credentials` the connection is not
+    encrypted. `training` holds the calls for training jobs.
     """
 
     def __init__(
@@ -54,23 +58,35 @@ class Client:
         credentials: grpc.ChannelCredentials | None = None,
         metadata: Sequence[tuple[str, str | bytes]] = (),
     ) -> None:
-        self._defaults = channel.call_defaults(timeout, wait_for_ready, metadata)
-        self._channel = channel.connect(target, credentials)
-        self._generation = generation_pb2_grpc.GenerationServiceStub(self._channel)
-        self._adapters = adapter_pb2_grpc.AdapterServiceStub(self._channel)
-        self._health = health_pb2_grpc.HealthStub(self._channel)
-        self.training = Training(self._channel, self._defaults)
+        self._connection = BlockingConnection(
+            target, timeout, wait_for_ready, credentials, metadata
+        )
+        self._calls = Calls(self._connection)
+        self.training = Training(self._connection)
 
-    def generate(
-        self,
-        prompt: str | None = None,
-        *,
-        timeout: float | None = None,
-        **options: Unpack[GenerateOptions],
-    ) -> Completion:
-        """The whole completion at once. Options: see `GenerateOptions`. Raises LoraplexError."""
-        request = requests.generate(prompt, **options)
-        return replies.completion(self._call(self._generation.Generate, request, timeout))
+    generate = blocking(Calls.generate)
+    register_adapter = blocking(Calls.register_adapter)
+    get_adapter = blocking(Calls.get_adapter)
+    list_adapters = blocking(Calls.list_adapters)
+    list_versions = blocking(Calls.list_versions)
+    validate_adapter = blocking(Calls.validate_adapter)
+    label_adapter = blocking(Calls.label_adapter)
+    set_alias = blocking(Calls.set_alias)
+    delete_alias = blocking(Calls.delete_alias)
+    delete_adapter = blocking(Calls.delete_adapter)
+    restore_adapter = blocking(Calls.restore_adapter)
+    load_adapter = blocking(Calls.load_adapter)
+    unload_adapter = blocking(Calls.unload_adapter)
+    pin_adapter = blocking(Calls.pin_adapter)
+    unpin_adapter = blocking(Calls.unpin_adapter)
+    merge_adapter = blocking(Calls.merge_adapter)
+    unmerge_adapter = blocking(Calls.unmerge_adapter)
+    upload_adapter = blocking(Calls.upload_adapter)
+    stage_adapter = blocking(Calls.stage_adapter)
+    start_upload = blocking(Calls.start_upload)
+    get_upload = blocking(Calls.get_upload)
+    abort_upload = blocking(Calls.abort_upload)
+    health = blocking(Calls.health)
 
     def stream(
         self,
@@ -79,298 +95,55 @@ class Client:
         timeout: float | None = None,
         **options: Unpack[GenerateOptions],
     ) -> Stream:
-        """The completion piece by piece. Options: see `GenerateOptions`."""
+        """Starts a completion and returns its stream. `GenerateOptions` lists the options."""
         request = generation_pb2.GenerateStreamRequest(request=requests.generate(prompt, **options))
-        return Stream(self._generation.GenerateStream(request, **self._defaults.arguments(timeout)))
-
-    def register_adapter(
-        self,
-        name: str,
-        path: str,
-        *,
-        replace: bool = False,
-        load: bool = False,
-        labels: Mapping[str, str] | None = None,
-        timeout: float | None = None,
-    ) -> Registration:
-        """Register the PEFT directory `path`, relative to the server's import root, as `name`.
-
-        `replace` lets a taken name move to these bytes as a new version; `load` also makes it
-        resident. Raises AdapterRejected or AdapterConflict.
-        """
-        request = requests.register(name, path, replace, load, labels or {})
-        return replies.registration(self._call(self._adapters.RegisterAdapter, request, timeout))
-
-    def get_adapter(self, adapter_id: str, *, timeout: float | None = None) -> AdapterInfo:
-        """One adapter. Raises AdapterNotFound."""
-        request = adapter_pb2.GetAdapterRequest(adapter_id=adapter_id)
-        return replies.adapter(self._call(self._adapters.GetAdapter, request, timeout).adapter)
-
-    def list_adapters(
-        self,
-        *,
-        labels: Mapping[str, str] | None = None,
-        page_size: int = 0,
-        timeout: float | None = None,
-    ) -> list[AdapterInfo]:
-        """All registered adapters by name, or those that have all these labels.
-
-        `page_size` and `timeout` are for each page's call.
-        """
-        found: list[AdapterInfo] = []
-        token = ""
-        while True:
-            request = requests.page(page_size, token, labels or {})
-            page = self._call(self._adapters.ListAdapters, request, timeout)
-            found += map(replies.adapter, page.adapters)
-            token = page.next_page_token
-            if not token:
-                return found
-
-    def load_adapter(self, adapter_id: str, *, timeout: float | None = None) -> AdapterInfo:
-        """Make an adapter resident; returns when it is."""
-        request = adapter_pb2.LoadAdapterRequest(adapter_id=adapter_id)
-        return replies.adapter(self._call(self._adapters.LoadAdapter, request, timeout).adapter)
-
-    def unload_adapter(
-        self,
-        adapter_id: str,
-        *,
-        force: bool = False,
-        drain: float | None = None,
-        timeout: float | None = None,
-    ) -> AdapterInfo:
-        """Take an adapter off the device once its requests finish; with `force`, abort them.
-
-        With `drain`, those that still run after so many seconds are aborted then.
-        """
-        request = requests.unload(adapter_id, force, drain)
-        return replies.adapter(self._call(self._adapters.UnloadAdapter, request, timeout).adapter)
-
-    def delete_adapter(self, name: str, *, timeout: float | None = None) -> None:
-        """Forget a name. Running requests finish. Raises AdapterNotFound."""
-        request = adapter_pb2.DeleteAdapterRequest(name=name)
-        self._call(self._adapters.DeleteAdapter, request, timeout)
-
-    def list_versions(self, name: str, *, timeout: float | None = None) -> list[AdapterInfo]:
-        """All versions of a name, the newest first. Raises AdapterNotFound."""
-        request = adapter_pb2.ListAdapterVersionsRequest(name=name)
-        reply = self._call(self._adapters.ListAdapterVersions, request, timeout)
-        return [replies.adapter(version) for version in reply.adapters]
-
-    def validate_adapter(
-        self, path: str = "", *, upload_id: str = "", timeout: float | None = None
-    ) -> Validation:
-        """Everything that is wrong with an adapter, without registering it.
-
-        It is the directory `path` below the server's import root, or what `stage_adapter` sent.
-        """
-        request = requests.validate(path, upload_id)
-        return replies.validation(self._call(self._adapters.ValidateAdapter, request, timeout))
-
-    def label_adapter(
-        self,
-        adapter_id: str,
-        labels: Mapping[str, str] | None = None,
-        *,
-        remove: Sequence[str] = (),
-        timeout: float | None = None,
-    ) -> AdapterInfo:
-        """Put labels on a version, and take others off it."""
-        request = requests.label(adapter_id, labels or {}, remove)
-        reply = self._call(self._adapters.LabelAdapter, request, timeout)
-        return replies.adapter(reply.adapter)
-
-    def set_alias(
-        self,
-        alias: str,
-        adapter_id: str,
-        *,
-        expected: str | None = None,
-        timeout: float | None = None,
-    ) -> AdapterInfo:
-        """Point an alias to the version that `adapter_id` names now.
-
-        With `expected`, only if it points there until now ("": if there is no such alias yet).
-        Raises AdapterConflict.
-        """
-        request = requests.alias(alias, adapter_id, expected)
-        reply = self._call(self._adapters.SetAlias, request, timeout)
-        return replies.adapter(reply.adapter)
-
-    def delete_alias(self, alias: str, *, timeout: float | None = None) -> None:
-        """Remove an alias; what it points to stays. Raises AdapterNotFound."""
-        request = adapter_pb2.DeleteAliasRequest(alias=alias)
-        self._call(self._adapters.DeleteAlias, request, timeout)
-
-    def restore_adapter(self, name: str, *, timeout: float | None = None) -> AdapterInfo:
-        """Bring a deleted name back, with its versions."""
-        request = adapter_pb2.RestoreAdapterRequest(name=name)
-        reply = self._call(self._adapters.RestoreAdapter, request, timeout)
-        return replies.adapter(reply.adapter)
-
-    def pin_adapter(self, adapter_id: str, *, timeout: float | None = None) -> AdapterInfo:
-        """Make an adapter resident and keep it so. Raises ResourceExhausted."""
-        request = adapter_pb2.PinAdapterRequest(adapter_id=adapter_id)
-        reply = self._call(self._adapters.PinAdapter, request, timeout)
-        return replies.adapter(reply.adapter)
-
-    def unpin_adapter(self, adapter_id: str, *, timeout: float | None = None) -> AdapterInfo:
-        """Let a pinned adapter be evicted again."""
-        request = adapter_pb2.UnpinAdapterRequest(adapter_id=adapter_id)
-        reply = self._call(self._adapters.UnpinAdapter, request, timeout)
-        return replies.adapter(reply.adapter)
-
-    def merge_adapter(self, adapter_id: str, *, timeout: float | None = None) -> AdapterInfo:
-        """Give an adapter's requests dense weights; others are not touched.
-
-        Raises ResourceExhausted when there is no room for them.
-        """
-        request = adapter_pb2.MergeAdapterRequest(adapter_id=adapter_id)
-        reply = self._call(self._adapters.MergeAdapter, request, timeout)
-        return replies.adapter(reply.adapter)
-
-    def unmerge_adapter(self, adapter_id: str, *, timeout: float | None = None) -> AdapterInfo:
-        """Drop an adapter's dense weights; its answers are bit for bit those of before."""
-        request = adapter_pb2.UnmergeAdapterRequest(adapter_id=adapter_id)
-        reply = self._call(self._adapters.UnmergeAdapter, request, timeout)
-        return replies.adapter(reply.adapter)
-
-    def upload_adapter(
-        self,
-        name: str,
-        folder: str | os.PathLike[str],
-        *,
-        replace: bool = False,
-        load: bool = False,
-        labels: Mapping[str, str] | None = None,
-        upload_id: str = "",
-        progress: uploads.Progress | None = None,
-        timeout: float | None = None,
-    ) -> Registration:
-        """Send the PEFT directory `folder` of this machine to the server, as `name`.
-
-        What breaks on the way is continued, also on a server that was started again; `upload_id`
-        (of `start_upload`) continues what another process began. `progress` may be called on
-        another thread. `timeout` is for each stream, and None is no deadline. Raises as
-        `register_adapter`.
-        """
-        files = uploads.Files.read(folder)
-        order = uploads.Order(name, replace, load, labels)
-        return self._upload(files, order, upload_id, progress, timeout)
-
-    def stage_adapter(
-        self,
-        folder: str | os.PathLike[str],
-        *,
-        upload_id: str = "",
-        progress: uploads.Progress | None = None,
-        timeout: float | None = None,
-    ) -> str:
-        """Send a directory without registering it; its upload id, for `validate_adapter`.
-
-        `abort_upload` drops it; `upload_adapter` with the id registers it.
-        """
-        files = uploads.Files.read(folder)
-        upload_id = upload_id or self.start_upload()
-        self._upload(files, uploads.Order(), upload_id, progress, timeout)
-        return upload_id
-
-    def start_upload(self, *, timeout: float | None = None) -> str:
-        """The id of a new upload; `upload_adapter` gets one by itself."""
-        request = adapter_pb2.StartUploadRequest()
-        return self._call(self._adapters.StartUpload, request, timeout).upload_id
-
-    def get_upload(self, upload_id: str, *, timeout: float | None = None) -> UploadProgress:
-        """How much of an upload is there. Raises UploadNotFound."""
-        request = adapter_pb2.GetUploadRequest(upload_id=upload_id)
-        return replies.upload(self._call(self._adapters.GetUpload, request, timeout))
-
-    def abort_upload(self, upload_id: str, *, timeout: float | None = None) -> None:
-        """Drop an upload and its bytes. Raises UploadNotFound."""
-        request = adapter_pb2.AbortUploadRequest(upload_id=upload_id)
-        self._call(self._adapters.AbortUpload, request, timeout)
+        arguments = self._connection.defaults.arguments(timeout)
+        return Stream(self._connection.stubs.generation.GenerateStream(request, **arguments))
 
     def watch_adapters(self, *, timeout: float | None = None) -> Watch:
-        """The table of adapters, then every change of it; `timeout` None is no deadline.
+        """Watches the table of adapters. `timeout` None means no deadline.
 
-        Iterate it: first an AdapterTable, then AdapterEvents. When the reader was too slow for the
-        changes, another table comes, with `resync` set. It ends when it is cancelled; a server that
-        shuts down or is lost raises Unavailable.
+        Iterating yields an AdapterTable, then an AdapterEvent for each change. If the reader is too
+        slow for the changes, another table follows, with `resync` set. The watch ends when it is
+        cancelled. A server that shuts down or is lost raises Unavailable.
         """
         request = adapter_pb2.WatchAdaptersRequest()
-        return Watch(self._adapters.WatchAdapters(request, **self._defaults.unbounded(timeout)))
-
-    def health(self, service: str = "", *, timeout: float = channel.HEALTH_TIMEOUT) -> HealthStatus:
-        """What the server says of itself, or of one service. Raises Unavailable if none answers."""
-        request = health_pb2.HealthCheckRequest(service=service)
-        try:
-            return replies.health(
-                self._health.Check(request, **self._defaults.probe(timeout)).status
-            )
-        except grpc.RpcError as error:
-            raise from_rpc_error(error) from error
+        arguments = self._connection.defaults.unbounded(timeout)
+        return Watch(self._connection.stubs.adapters.WatchAdapters(request, **arguments))
 
     def close(self) -> None:
-        """Close the connection; calls that are running are cancelled."""
-        self._channel.close()
+        """Closes the connection; running calls are cancelled."""
+        self._connection.close()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _upload(
-        self,
-        files: uploads.Files,
-        order: uploads.Order,
-        upload_id: str,
-        progress: uploads.Progress | None,
-        timeout: float | None,
-    ) -> Registration:
-        """Sends until all is there; drops what it began when going on is pointless."""
-        begun = not upload_id
-        upload_id = upload_id or self.start_upload()
-        attempts = uploads.Attempts()
-        while True:
-            there = None
-            try:
-                there = self.get_upload(upload_id)
-                messages = uploads.stream(files, order, upload_id, there, progress)
-                return self._send(messages, timeout)
-            except LoraplexError as error:
-                if isinstance(error, UploadNotFound) and attempts.made and order.name:
-                    # The reply was lost, not the upload: it is registered.
-                    found = self.get_adapter(order.name)
-                    if found.digest == files.digest:
-                        return Registration(found, created=True)
-                pause = attempts.pause(error, there)
-                if pause is None:
-                    if begun and not isinstance(error, Unavailable):
-                        with contextlib.suppress(LoraplexError):
-                            self.abort_upload(upload_id)
-                    raise
-            time.sleep(pause)
 
-    def _send(
-        self, messages: Iterator[adapter_pb2.UploadAdapterRequest], timeout: float | None
-    ) -> Registration:
-        try:
-            reply = self._adapters.UploadAdapter(messages, **self._defaults.unbounded(timeout))
-        except grpc.RpcError as error:
-            raise from_rpc_error(error) from error
-        return replies.registration(reply)
+class Training:
+    """The training jobs of a server. Every call may raise LoraplexError.
 
-    def _call(
-        self, method: grpc.UnaryUnaryMultiCallable[Q, R], request: Q, timeout: float | None
-    ) -> R:
-        try:
-            return method(request, **self._defaults.arguments(timeout))
-        except grpc.RpcError as error:
-            raise from_rpc_error(error) from error
+    A server that does not train raises FailedPrecondition (TRAINING_DISABLED).
+    """
+
+    def __init__(self, connection: BlockingConnection) -> None:
+        self._connection = connection
+        self._calls = JobCalls(connection)
+
+    create = blocking(JobCalls.create)
+    get = blocking(JobCalls.get)
+    list = blocking(JobCalls.list)
+    cancel = blocking(JobCalls.cancel)
+
+    def watch(self, job_id: str, *, timeout: float | None = None) -> JobWatch:
+        """Watches a job until it ends. `timeout` None means no deadline.
+
+        Iterating yields the job as it is, then after each change. A slow reader gets only the
+        newest state. A server that shuts down or is lost raises Unavailable; the job continues when
+        the server is back.
+        """
+        request = training_pb2.WatchJobRequest(job_id=job_id)
+        arguments = self._connection.defaults.unbounded(timeout)
+        return JobWatch(self._connection.stubs.training.WatchJob(request, **arguments))

@@ -1,12 +1,12 @@
-"""What can go wrong, as exceptions: one class per thing a caller would do differently.
+"""The errors of calls: one class for each kind that a caller would handle differently.
 
 Every error of a call is a `LoraplexError`. It is built from the `google.rpc.Status` that the server
-sends; where there is none (no server, a proxy in between), from the bare gRPC status.
+sends or, without one (no server, or a proxy in between), from the bare gRPC status.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ PUSHBACK_TRAILER = "grpc-retry-pushback-ms"
 
 @dataclass(frozen=True, slots=True)
 class FieldViolation:
-    """One field (or, for a refused adapter, one subject) and what is wrong with it."""
+    """A field of the request, or a subject such as an adapter, and what is wrong with it."""
 
     field: str
     description: str
@@ -29,7 +29,7 @@ class FieldViolation:
 
 @dataclass(frozen=True, slots=True)
 class ErrorDetails:
-    """Everything known about a failed call. `retry_after` is in seconds; None: no hint."""
+    """Everything known about a failed call; `LoraplexError` describes the fields."""
 
     code: grpc.StatusCode
     message: str
@@ -42,12 +42,13 @@ class ErrorDetails:
 
 
 class LoraplexError(Exception):
-    """A call that failed.
+    """A failed call.
 
-    `reason` is a stable upper-snake-case word ("" when the server gave none), `message` a sentence
-    for people, `metadata` the reason's parameters, `violations` the fields at fault, `retry_after`
-    the seconds after which the server suggests another try, `resource` the name that was not found
-    or is taken, `request_id` what the server's log calls this request.
+    `reason` is a stable upper-snake-case word ("" if the server gave none), `message` a sentence
+    for people, `metadata` the parameters of the reason, and `violations` the fields at fault.
+    `retry_after` is the number of seconds after which the server suggests another attempt, None
+    without a suggestion. `resource` is the name that was not found or is taken. `request_id`
+    identifies the request in the server's log.
     """
 
     def __init__(self, details: ErrorDetails) -> None:
@@ -64,7 +65,7 @@ class LoraplexError(Exception):
 
     def __str__(self) -> str:
         text = self.message or self.code.name
-        # The server's sentence often repeats the only violation.
+        # The server's sentence often repeats its only violation.
         extra = [v for v in self.violations if v.description not in text]
         if extra:
             text += " [" + "; ".join(f"{v.field}: {v.description}" for v in extra) + "]"
@@ -72,78 +73,88 @@ class LoraplexError(Exception):
 
 
 class InvalidRequest(LoraplexError):
-    """The request is wrong: a field out of range, a prompt that is too long. See `violations`."""
+    """The request is invalid, such as a field out of range or a prompt that is too long.
+
+    `violations` names the fields.
+    """
 
 
 class NotFound(LoraplexError):
-    """What the request names does not exist."""
+    """The request names something that does not exist."""
 
 
 class AdapterNotFound(NotFound):
-    """No adapter of that name, version or digest is registered. See `resource`."""
+    """No adapter of that name, version or digest is registered; `resource` is the name."""
 
 
 class AdapterConflict(LoraplexError):
-    """The name is taken by an adapter with other bytes; register with `replace=True` to move it."""
+    """The name belongs to an adapter with other bytes. Register with `replace=True` to move it."""
 
 
 class FailedPrecondition(LoraplexError):
-    """The server is not in a state to do this. See `violations`."""
+    """The state of the server does not allow the call; `violations` says why."""
 
 
 class AdapterRejected(FailedPrecondition):
-    """This adapter cannot be served: corrupt, unsupported, too large, or for another base."""
+    """The adapter is corrupt, unsupported, too large or made for another base model."""
 
 
 class UploadNotFound(NotFound):
-    """There is no such upload: it has expired, or its adapter is registered."""
+    """The upload does not exist: it has expired, or its adapter is registered already."""
 
 
 class UploadOutOfStep(FailedPrecondition):
-    """A piece did not follow what is there, or a file is incomplete; go on from `get_upload`."""
+    """A chunk does not continue the uploaded bytes, or a file is incomplete.
+
+    `get_upload` says where to continue.
+    """
 
 
 class JobNotFound(NotFound):
-    """There is no such training job: it was never there, or the server has forgotten it."""
+    """The training job does not exist, or the server no longer remembers it."""
 
 
 class JobConflict(LoraplexError):
-    """The request id was used for a training job with other content. See `resource`."""
+    """The request id belongs to a training job with other content; `resource` is that job."""
 
 
 class AdapterUnloaded(LoraplexError):
-    """The adapter was unloaded by force while the request ran. Trying again loads it again."""
+    """The adapter was unloaded by force during the request. A new request loads it again."""
 
 
 class Unavailable(LoraplexError):
-    """No server there, or one that is overloaded, draining or restarting. See `retry_after`."""
+    """The server cannot be reached, or is overloaded, shutting down or restarting.
+
+    `retry_after` says when to try again, if the server knows.
+    """
 
 
 class DeadlineExceeded(LoraplexError):
-    """The call's timeout passed; the server has stopped working on it."""
+    """The call took longer than its timeout. The server has stopped working on it."""
 
 
 class Cancelled(LoraplexError):
-    """The call was cancelled, by this side or by the server."""
+    """The call was cancelled by the client or by the server."""
 
 
 class PermissionDenied(LoraplexError):
-    """The caller is not known, or may not do this."""
+    """The caller is not authenticated or not allowed to make this call."""
 
 
 class ResourceExhausted(LoraplexError):
-    """A quota or a message size limit was met."""
+    """A quota or a limit on the size of messages is exhausted."""
 
 
 class Unsupported(LoraplexError):
-    """The server does not know this call; it may be older than the client."""
+    """The server does not offer this call; it may be older than the client."""
 
 
 class ServerFault(LoraplexError):
-    """A fault inside the server. Report it with `request_id`."""
+    """An internal error of the server. Its log has details under `request_id`."""
 
 
-_BY_REASON: dict[str, type[LoraplexError]] = {
+# By the server's reason, and by the gRPC status for all other reasons.
+_KINDS: dict[str | grpc.StatusCode, type[LoraplexError]] = {
     "ADAPTER_NOT_FOUND": AdapterNotFound,
     "ADAPTER_CONFLICT": AdapterConflict,
     "ADAPTER_INVALID": AdapterRejected,
@@ -156,9 +167,6 @@ _BY_REASON: dict[str, type[LoraplexError]] = {
     "UPLOAD_OFFSET": UploadOutOfStep,
     "JOB_NOT_FOUND": JobNotFound,
     "JOB_CONFLICT": JobConflict,
-}
-
-_BY_CODE: dict[grpc.StatusCode, type[LoraplexError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
     grpc.StatusCode.OUT_OF_RANGE: InvalidRequest,
     grpc.StatusCode.NOT_FOUND: NotFound,
@@ -176,10 +184,25 @@ _BY_CODE: dict[grpc.StatusCode, type[LoraplexError]] = {
     grpc.StatusCode.DATA_LOSS: ServerFault,
 }
 
+_DETAILS: dict[str, Any] = {
+    kind.DESCRIPTOR.full_name: kind
+    for kind in (
+        error_details_pb2.ErrorInfo,
+        error_details_pb2.BadRequest,
+        error_details_pb2.PreconditionFailure,
+        error_details_pb2.QuotaFailure,
+        error_details_pb2.RetryInfo,
+        error_details_pb2.ResourceInfo,
+        error_details_pb2.RequestInfo,
+    )
+}
+
 
 def from_rpc_error(error: grpc.RpcError) -> LoraplexError:
-    """The typed error for what a stub of `grpc` or `grpc.aio` raised."""
-    pairs: Any = error.trailing_metadata() or ()  # two shapes of it, one iteration
+    """Returns the typed error for an error of `grpc` or `grpc.aio`."""
+    pairs: Any = (
+        error.trailing_metadata() or ()
+    )  # grpc and grpc.aio differ in its type, but not in iteration
     trailers = {str(key): value for key, value in pairs}
     known: dict[str, Any] = {
         "retry_after": _pushback(trailers.get(PUSHBACK_TRAILER)),
@@ -187,12 +210,12 @@ def from_rpc_error(error: grpc.RpcError) -> LoraplexError:
     }
     known |= _rich(error)
     details = ErrorDetails(code=error.code(), message=error.details() or "", **known)
-    kind = _BY_REASON.get(details.reason) or _BY_CODE.get(details.code, LoraplexError)
+    kind = _KINDS.get(details.reason) or _KINDS.get(details.code, LoraplexError)
     return kind(details)
 
 
 def invalid(field_name: str, description: str) -> InvalidRequest:
-    """The error for an argument that no request can carry; raised before anything is sent."""
+    """Returns the error for an argument that no request can carry."""
     return InvalidRequest(
         ErrorDetails(
             code=grpc.StatusCode.INVALID_ARGUMENT,
@@ -204,24 +227,29 @@ def invalid(field_name: str, description: str) -> InvalidRequest:
 
 
 def cancelled_here() -> Cancelled:
-    """The error for reading a stream that this side cancelled."""
-    return Cancelled(ErrorDetails(grpc.StatusCode.CANCELLED, "cancelled by the caller"))
+    """Returns the error for reading a stream that the client cancelled."""
+    return Cancelled(ErrorDetails(grpc.StatusCode.CANCELLED, "the client cancelled the call"))
 
 
 def cut_short() -> ServerFault:
-    """The error for a stream that ended well but without its last message."""
+    """Returns the error for a stream that ended normally but without its last message."""
     return ServerFault(
         ErrorDetails(
-            grpc.StatusCode.INTERNAL, "the stream ended before it finished", "STREAM_INCOMPLETE"
+            grpc.StatusCode.INTERNAL,
+            "the stream ended without its last message",
+            "STREAM_INCOMPLETE",
         )
     )
 
 
 def _rich(error: grpc.RpcError) -> dict[str, Any]:
-    """What the attached `google.rpc.Status` says, as `ErrorDetails` fields; {} if unsound."""
+    """Returns the content of the attached `google.rpc.Status`, as fields of ErrorDetails.
+
+    The result is empty if there is no Status or if it cannot be read.
+    """
     try:
         status = rpc_status.from_call(error)
-    except (ValueError, DecodeError):  # it contradicts the bare status, or is no Status at all
+    except (ValueError, DecodeError):  # contradicts the bare status, or is no Status at all
         return {}
     found: dict[str, Any] = {}
     violations: list[FieldViolation] = []
@@ -231,11 +259,11 @@ def _rich(error: grpc.RpcError) -> dict[str, Any]:
                 found["reason"] = info.reason
                 found["metadata"] = dict(info.metadata)
             case error_details_pb2.BadRequest() as bad:
-                violations += _violations((v.field, v.description) for v in bad.field_violations)
+                violations += [FieldViolation(v.field, v.description) for v in bad.field_violations]
             case (
                 error_details_pb2.PreconditionFailure() | error_details_pb2.QuotaFailure() as unmet
             ):
-                violations += _violations((v.subject, v.description) for v in unmet.violations)
+                violations += [FieldViolation(v.subject, v.description) for v in unmet.violations]
             case error_details_pb2.RetryInfo() as retry:
                 found["retry_after"] = retry.retry_delay.ToTimedelta().total_seconds()
             case error_details_pb2.ResourceInfo() as resource:
@@ -248,31 +276,16 @@ def _rich(error: grpc.RpcError) -> dict[str, Any]:
 
 
 def _unpack(packed: Any) -> Any:
-    """The message inside an Any, or None for a kind this client does not know."""
-    for kind in (
-        error_details_pb2.ErrorInfo,
-        error_details_pb2.BadRequest,
-        error_details_pb2.PreconditionFailure,
-        error_details_pb2.QuotaFailure,
-        error_details_pb2.RetryInfo,
-        error_details_pb2.ResourceInfo,
-        error_details_pb2.RequestInfo,
-    ):
-        message = kind()
-        try:
-            if packed.Unpack(message):
-                return message
-        except DecodeError:
-            return None
-    return None
-
-
-def _violations(pairs: Iterable[tuple[str, str]]) -> list[FieldViolation]:
-    return [FieldViolation(where, what) for where, what in pairs]
+    """Returns the message inside an Any; None if its type is unknown or its bytes are invalid."""
+    kind = _DETAILS.get(packed.TypeName())
+    try:
+        return kind.FromString(packed.value) if kind else None
+    except DecodeError:
+        return None
 
 
 def _pushback(value: str | bytes | None) -> float | None:
-    """Seconds of a pushback trailer; a negative one means "do not retry" and is no hint."""
+    """Returns the seconds of a pushback trailer; None if it is negative, which forbids retries."""
     try:
         milliseconds = int(_text(value))
     except ValueError:

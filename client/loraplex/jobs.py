@@ -1,52 +1,28 @@
-"""`client.training`: training jobs through the blocking client."""
+"""The calls for training jobs, written once for both clients."""
+# ruff: noqa: ASYNC109 - `timeout` becomes the call's gRPC deadline, which the server sees too
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from typing import TypeAlias, TypeVar, Unpack
+from collections.abc import Sequence
+from typing import TypeAlias, Unpack
 
-import grpc
-
-from loraplex import channel, training
-from loraplex.errors import from_rpc_error
-from loraplex.streams import Call
+from loraplex import training
+from loraplex.connection import ServerConnection
 from loraplex.training import JobState, TrainingJob, TrainingOptions
 from loraplex.v1 import training_pb2, training_pb2_grpc
-
-Q = TypeVar("Q")
-R = TypeVar("R")
 
 _Jobs: TypeAlias = list[TrainingJob]  # "list" is a method below
 
 
-class JobWatch(Call[training_pb2.WatchJobResponse]):
-    """A running watch of a job: iterate it for its states, the last of them final.
+class JobCalls:
+    """All calls for training jobs except `watch`. Every call may raise LoraplexError."""
 
-    When it ends, the job goes on.
-    """
+    def __init__(self, connection: ServerConnection) -> None:
+        self._connection = connection
+        self._call = connection.call
 
-    def __iter__(self) -> Iterator[TrainingJob]:
-        return self
-
-    def __next__(self) -> TrainingJob:
-        message = self._message()
-        if message is None:
-            raise StopIteration
-        return training.job(message.job)
-
-
-class Training:
-    """The training jobs of a server. Every call may raise LoraplexError.
-
-    A server that does not train raises FailedPrecondition (TRAINING_DISABLED).
-    """
-
-    def __init__(self, connection: grpc.Channel, defaults: channel.CallDefaults) -> None:
-        self._stub = training_pb2_grpc.TrainingServiceStub(connection)
-        self._defaults = defaults
-
-    def create(
+    async def create(
         self,
         name: str,
         data: bytes | str | os.PathLike[str] | None = None,
@@ -58,62 +34,51 @@ class Training:
         timeout: float | None = None,
         **options: Unpack[TrainingOptions],
     ) -> TrainingJob:
-        """Queue the training of an adapter `name`; returns when the server has checked it.
+        """Queues the training of an adapter `name`; returns when the server has checked the job.
 
-        `data` is a JSONL file of this machine, or its bytes (3 MiB at most); `server_path` is one
-        below the server's import root. The same for what it is evaluated on. The same `request_id`
-        is the same job. Raises InvalidRequest with every line and option that is wrong,
-        AdapterConflict, FailedPrecondition (TRAINING_MEMORY), ResourceExhausted.
+        The examples are `data`, a local JSONL file or its bytes (at most 3 MiB), or `server_path`,
+        a file below the server's import root; likewise the evaluation data. Calls with the same
+        `request_id` create one job. Raises InvalidRequest that names every wrong line and option,
+        AdapterConflict, FailedPrecondition (TRAINING_MEMORY) or ResourceExhausted.
         """
-        request = training.create(
-            name, data, server_path, eval_data, eval_server_path, request_id, options
+        request = await self._connection.offload(
+            training.create,
+            *(name, data, server_path, eval_data, eval_server_path, request_id, options),
         )
-        return training.job(self._call(self._stub.CreateJob, request, timeout).job)
+        return training.job((await self._call(self._stub.CreateJob, request, timeout)).job)
 
-    def get(self, job_id: str, *, timeout: float | None = None) -> TrainingJob:
-        """One job. Raises JobNotFound."""
+    async def get(self, job_id: str, *, timeout: float | None = None) -> TrainingJob:
+        """Returns one job. Raises JobNotFound."""
         request = training_pb2.GetJobRequest(job_id=job_id)
-        return training.job(self._call(self._stub.GetJob, request, timeout).job)
+        return training.job((await self._call(self._stub.GetJob, request, timeout)).job)
 
-    def list(
+    async def list(
         self,
         *,
         states: Sequence[JobState | str] = (),
         page_size: int = 0,
         timeout: float | None = None,
     ) -> _Jobs:
-        """All jobs that the server remembers, or those in these states, the newest first.
+        """Returns the jobs that the server remembers, or those in `states`, the newest first.
 
-        `page_size` and `timeout` are for each page's call.
+        Each page is a call of its own, for which `page_size` (0: the server's choice) and `timeout`
+        hold.
         """
-        found: list[TrainingJob] = []
+        found: _Jobs = []
         token = ""
         while True:
             request = training.page(page_size, token, states)
-            reply = self._call(self._stub.ListJobs, request, timeout)
+            reply = await self._call(self._stub.ListJobs, request, timeout)
             found += map(training.job, reply.jobs)
             token = reply.next_page_token
             if not token:
                 return found
 
-    def cancel(self, job_id: str, *, timeout: float | None = None) -> TrainingJob:
-        """End a job; returns when it has ended. One that has ended stays as it is."""
+    async def cancel(self, job_id: str, *, timeout: float | None = None) -> TrainingJob:
+        """Cancels a job; returns when it has ended. A job that had ended already is unchanged."""
         request = training_pb2.CancelJobRequest(job_id=job_id)
-        return training.job(self._call(self._stub.CancelJob, request, timeout).job)
+        return training.job((await self._call(self._stub.CancelJob, request, timeout)).job)
 
-    def watch(self, job_id: str, *, timeout: float | None = None) -> JobWatch:
-        """The job now and whenever it has changed, until it has ended; None is no deadline.
-
-        A slow reader gets the newest state only. A server that shuts down or is lost raises
-        Unavailable; the job goes on when it is there again.
-        """
-        request = training_pb2.WatchJobRequest(job_id=job_id)
-        return JobWatch(self._stub.WatchJob(request, **self._defaults.unbounded(timeout)))
-
-    def _call(
-        self, method: grpc.UnaryUnaryMultiCallable[Q, R], request: Q, timeout: float | None
-    ) -> R:
-        try:
-            return method(request, **self._defaults.arguments(timeout))
-        except grpc.RpcError as error:
-            raise from_rpc_error(error) from error
+    @property
+    def _stub(self) -> training_pb2_grpc.TrainingServiceAsyncStub:
+        return self._connection.stubs.training

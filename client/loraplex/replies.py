@@ -1,13 +1,33 @@
-"""Reads the wire's messages into the values of `results`; shared by both clients."""
+"""Turns the server's messages into the values of `results`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from datetime import UTC
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
+from typing import Any, Protocol, TypeVar
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
 
 from loraplex import results
-from loraplex.errors import cut_short
+from loraplex.errors import cancelled_here, cut_short
 from loraplex.v1 import adapter_pb2, generation_pb2
+
+T = TypeVar("T")
+M_contra = TypeVar("M_contra", contravariant=True)
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Receiver(Protocol[M_contra, T_co]):
+    """Turns the messages of a running call into the items that its reader gets."""
+
+    def receive(self, message: M_contra, /) -> T_co | None:
+        """Takes the next message; returns its item, or None if it completes none."""
+
+    def end(self, cancelled: bool) -> None:
+        """Takes the end of the call; `cancelled` by this side or not. Raises LoraplexError."""
+
 
 _FINISH_REASONS: dict[int, results.FinishReason] = {
     generation_pb2.FINISH_REASON_STOP: results.FinishReason.STOP,
@@ -21,12 +41,24 @@ _STATES: dict[int, results.AdapterState] = {
     adapter_pb2.ADAPTER_STATE_DRAINING: results.AdapterState.DRAINING,
 }
 
-
 _TIERS: dict[int, results.AdapterTier] = {
     adapter_pb2.ADAPTER_TIER_DISK: results.AdapterTier.DISK,
     adapter_pb2.ADAPTER_TIER_HOST: results.AdapterTier.HOST,
     adapter_pb2.ADAPTER_TIER_DEVICE: results.AdapterTier.DEVICE,
 }
+
+
+def optional(message: Message, field: str, read: Callable[[Any], T]) -> T | None:
+    """Returns a field as `read` turns it into a value; None if the field is unset."""
+    return read(getattr(message, field)) if message.HasField(field) else None
+
+
+def time(stamp: Timestamp) -> datetime:
+    return stamp.ToDatetime(tzinfo=UTC)
+
+
+def seconds(duration: Duration) -> float:
+    return duration.ToTimedelta().total_seconds()
 
 
 def completion(reply: generation_pb2.GenerateResponse) -> results.Completion:
@@ -51,26 +83,18 @@ def adapter(reply: adapter_pb2.Adapter) -> results.AdapterInfo:
         rank=reply.rank,
         target_modules=tuple(reply.target_modules),
         size_bytes=reply.size_bytes,
-        # A state that a newer server may send is not an error.
+        # A state that only newer servers know is no error.
         state=_STATES.get(reply.state, results.AdapterState.UNSPECIFIED),
         device_bytes=reply.device_bytes,
         active_requests=reply.active_requests,
-        create_time=(
-            reply.create_time.ToDatetime(tzinfo=UTC) if reply.HasField("create_time") else None
-        ),
+        create_time=optional(reply, "create_time", time),
         base_model=reply.base_model,
         tier=_TIERS.get(reply.tier, results.AdapterTier.UNSPECIFIED),
         host_bytes=reply.host_bytes,
         merged_bytes=reply.merged_bytes,
         pinned=reply.pinned,
-        last_use_time=(
-            reply.last_use_time.ToDatetime(tzinfo=UTC) if reply.HasField("last_use_time") else None
-        ),
-        load_seconds=(
-            reply.load_duration.ToTimedelta().total_seconds()
-            if reply.HasField("load_duration")
-            else None
-        ),
+        last_use_time=optional(reply, "last_use_time", time),
+        load_seconds=optional(reply, "load_duration", seconds),
         aliases=tuple(reply.aliases),
         labels=dict(reply.labels),
         provenance=dict(reply.provenance),
@@ -89,36 +113,23 @@ def upload(reply: adapter_pb2.GetUploadResponse) -> results.UploadProgress:
 
 
 def validation(reply: adapter_pb2.ValidateAdapterResponse) -> results.Validation:
-    spec = reply.spec
     return results.Validation(
         findings=tuple(results.Finding(f.reason, f.field, f.message) for f in reply.findings),
-        spec=results.AdapterSpec(
-            digest=spec.digest,
-            peft_type=spec.peft_type,
-            rank=spec.rank,
-            target_modules=tuple(spec.target_modules),
-            size_bytes=spec.size_bytes,
-            device_bytes=spec.device_bytes,
-            virtual_tokens=spec.virtual_tokens,
-            base_model=spec.base_model,
-            provenance=dict(spec.provenance),
-        )
-        if reply.HasField("spec")
-        else None,
+        spec=optional(reply, "spec", _spec),
     )
 
 
 class WatchLog:
-    """Puts the parts of a watch together: feed it every message."""
+    """Joins the parts of the table that a watch sends, and reads its changes."""
 
     def __init__(self) -> None:
         self._parts: list[results.AdapterInfo] = []
         self._resync = False
 
-    def feed(
+    def receive(
         self, message: adapter_pb2.WatchAdaptersResponse
     ) -> results.AdapterTable | results.AdapterEvent | None:
-        """The table, once its last part is here, or a change; None for what is neither."""
+        """Returns the table with its last part, or a change; None for anything else."""
         match message.WhichOneof("event"):
             case "table":
                 self._parts += map(adapter, message.table.adapters)
@@ -138,9 +149,12 @@ class WatchLog:
                 self._parts, self._resync = [], True
         return None
 
+    def end(self, cancelled: bool) -> None:
+        """A watch may end at any time."""
+
 
 def _event_kind(number: int) -> results.AdapterEventKind:
-    """The kinds' names are the wire's; one that a newer server may send is not an error."""
+    """Returns the kind of the same name; UNSPECIFIED for a kind that only newer servers know."""
     known = adapter_pb2.AdapterChangeType.DESCRIPTOR.values_by_number.get(number)
     if known is None:
         return results.AdapterEventKind.UNSPECIFIED
@@ -148,21 +162,21 @@ def _event_kind(number: int) -> results.AdapterEventKind:
 
 
 def health(status: int) -> results.HealthStatus:
-    """From `grpc.health.v1`'s ServingStatus, whose numbers follow the order of `HealthStatus`."""
+    """Returns the status; the numbers of `grpc.health.v1` follow the order of `HealthStatus`."""
     states = tuple(results.HealthStatus)
     return states[status] if 0 <= status < len(states) else results.HealthStatus.UNKNOWN
 
 
 class Transcript:
-    """What a stream has said so far. Feed it every message; it keeps head, deltas and end."""
+    """Collects what a stream sends: its head, its deltas and its end."""
 
     def __init__(self) -> None:
         self.started: results.Started | None = None
         self.finished: results.Finished | None = None
         self._deltas: list[results.Delta] = []
 
-    def feed(self, message: generation_pb2.GenerateStreamResponse) -> results.Delta | None:
-        """The message's delta; None when it carries none."""
+    def receive(self, message: generation_pb2.GenerateStreamResponse) -> results.Delta | None:
+        """Takes the next message; returns its delta, or None if it has none."""
         match message.WhichOneof("event"):
             case "started":
                 self.started = results.Started(
@@ -187,33 +201,52 @@ class Transcript:
                 )
         return None
 
-    def close(self) -> None:
-        """Called at the stream's OK status. Raises ServerFault when its last message never came."""
-        if self.finished is None or self.started is None:
-            raise cut_short()
+    def end(self, cancelled: bool) -> None:
+        """Raises Cancelled if this side cancelled, ServerFault if the last message is missing."""
+        if cancelled:
+            raise cancelled_here()
+        self._whole()
 
     def completion(self) -> results.Completion:
-        """The stream as one value, like the unary reply. Raises ServerFault before the end."""
-        if self.finished is None or self.started is None:
-            raise cut_short()
+        """Returns the whole stream as one value. Raises ServerFault before the end."""
+        started, finished = self._whole()
         return results.Completion(
             text="".join(delta.text for delta in self._deltas),
             token_ids=tuple(token for delta in self._deltas for token in delta.token_ids),
-            finish_reason=self.finished.finish_reason,
-            usage=self.finished.usage,
-            adapters=self.started.adapters,
-            request_id=self.started.request_id,
+            finish_reason=finished.finish_reason,
+            usage=finished.usage,
+            adapters=started.adapters,
+            request_id=started.request_id,
             logprobs=tuple(entry for delta in self._deltas for entry in delta.logprobs),
-            prompt_logprobs=self.started.prompt_logprobs,
+            prompt_logprobs=started.prompt_logprobs,
         )
+
+    def _whole(self) -> tuple[results.Started, results.Finished]:
+        if self.started is None or self.finished is None:
+            raise cut_short()
+        return self.started, self.finished
 
 
 def _finish_reason(number: int) -> results.FinishReason:
     return _FINISH_REASONS.get(number, results.FinishReason.UNSPECIFIED)
 
 
+def _spec(spec: adapter_pb2.AdapterSpec) -> results.AdapterSpec:
+    return results.AdapterSpec(
+        digest=spec.digest,
+        peft_type=spec.peft_type,
+        rank=spec.rank,
+        target_modules=tuple(spec.target_modules),
+        size_bytes=spec.size_bytes,
+        device_bytes=spec.device_bytes,
+        virtual_tokens=spec.virtual_tokens,
+        base_model=spec.base_model,
+        provenance=dict(spec.provenance),
+    )
+
+
 def _usage(reply: generation_pb2.Usage) -> results.Usage:
-    return results.Usage(reply.prompt_tokens, reply.cached_prompt_tokens, reply.completion_tokens)
+    return results.Usage(reply.prompt_tokens, reply.completion_tokens)
 
 
 def _resolved(

@@ -1,7 +1,7 @@
-"""Turns Python arguments into requests; shared by both clients.
+"""Builds requests from Python arguments.
 
-Ranges are the server's to judge. Refused here is only what no message can carry, as
-`InvalidRequest` with the field's name, so that a caller handles one kind of error.
+The server checks ranges. Refused here is only what no message can carry, as an `InvalidRequest`
+with the field's name, so that a caller handles one kind of error.
 """
 
 from __future__ import annotations
@@ -17,52 +17,52 @@ from loraplex.v1 import adapter_pb2, generation_pb2
 M = TypeVar("M", bound=ProtoMessage)
 
 
-# One turn of a conversation: {"role": "system" | "user" | "assistant", "content": ...}.
+# One message of a conversation: {"role": "system" | "user" | "assistant", "content": ...}.
 Message = Mapping[str, str]
 
 
 class GenerateOptions(TypedDict, total=False):
-    """Keywords of `generate` and `stream`. None, like leaving out, is the server's default."""
+    """Keywords of `generate` and `stream`. None means the server's default, like leaving it out."""
 
-    # The prompt, when it is not the first argument: exactly one of the three.
+    # The prompt, unless it is the first argument: exactly one of the three.
     messages: Sequence[Message] | None  # a conversation, for the model's chat template
     token_ids: Sequence[int] | None  # ids of the base model's vocabulary
 
-    # The weights: at most one of the two; neither is the bare base model.
+    # The adapter or a mix of adapters, not both; the bare base model without either.
     adapter: str | None  # "name", "name@3" or "name@sha256:<hex>"
-    mix: Mapping[str, float | None] | None  # adapter id -> factor on its delta; None is 1
+    mix: Mapping[str, float | None] | None  # adapter id -> factor on its delta; None means 1
 
     # How the next token is chosen.
-    temperature: float | None  # 0 is greedy; default 1
+    temperature: float | None  # 0 means greedy; default 1
     top_p: float | None  # (0, 1]
-    top_k: int | None  # 0 keeps all
+    top_k: int | None  # 0 keeps all tokens
     min_p: float | None  # [0, 1]
-    repetition_penalty: float | None  # (0, 100]; 1 is none
+    repetition_penalty: float | None  # (0, 100]; 1 means no penalty
     presence_penalty: float | None  # [-2, 2]
     frequency_penalty: float | None  # [-2, 2]
     logit_bias: Mapping[int, float] | None  # token id -> addend, [-100, 100]
-    seed: int | None  # same seed, prompt and adapter: same tokens
+    seed: int | None  # the same seed, prompt and adapter give the same tokens
 
-    # When to stop.
+    # When the completion ends.
     max_new_tokens: int | None  # default 256
-    stop: Sequence[str] | str | None  # strings that end the completion, not returned
+    stop: Sequence[str] | str | None  # strings that end the completion; they are not returned
     stop_token_ids: Sequence[int] | None
-    ignore_eos: bool | None
+    ignore_eos: bool | None  # continue past the end-of-sequence token
 
-    # What to report, and how to queue.
-    logprobs: int | None  # alternatives per generated token; 0: the chosen one only
-    prompt_logprobs: int | None  # the same for the prompt
-    request_id: str | None  # echoed in trailers and logs; default: the server's choice
-    priority: int | None  # [-100, 100], higher first
+    # What is reported, and how the request is queued.
+    logprobs: int | None  # alternatives per generated token; 0: only the chosen token
+    prompt_logprobs: int | None  # alternatives per prompt token
+    request_id: str | None  # appears in trailers and logs; default: chosen by the server
+    priority: int | None  # [-100, 100]; higher is admitted first
 
 
 def generate(
     prompt: str | None = None, **options: Unpack[GenerateOptions]
 ) -> generation_pb2.GenerateRequest:
-    """The request for `prompt` (or `messages`, or `token_ids`).
+    """Returns the request for `prompt`, or for the options `messages` or `token_ids`.
 
-    Raises InvalidRequest for arguments that exclude each other or do not fit their field, TypeError
-    for an unknown keyword.
+    Raises InvalidRequest for arguments that exclude each other or do not fit their field, and
+    TypeError for an unknown keyword.
     """
     unknown = options.keys() - GenerateOptions.__annotations__.keys()
     if unknown:
@@ -75,7 +75,6 @@ def generate(
     stop = options.get("stop")
     return fill(
         generation_pb2.GenerateRequest,
-        "",
         adapter_id=options.get("adapter"),
         mix=[_weight(name, weight) for name, weight in (options.get("mix") or {}).items()],
         prompt=prompt,
@@ -113,27 +112,8 @@ def generate(
     )
 
 
-def register(
-    name: str, path: str, replace: bool, load: bool, labels: Mapping[str, str]
-) -> adapter_pb2.RegisterAdapterRequest:
-    return fill(
-        adapter_pb2.RegisterAdapterRequest,
-        "",
-        name=name,
-        path=path,
-        replace=replace,
-        load=load,
-        labels=labels,
-    )
-
-
-def page(size: int, token: str, labels: Mapping[str, str]) -> adapter_pb2.ListAdaptersRequest:
-    return fill(
-        adapter_pb2.ListAdaptersRequest, "", page_size=size, page_token=token, labels=labels
-    )
-
-
 def unload(adapter_id: str, force: bool, drain: float | None) -> adapter_pb2.UnloadAdapterRequest:
+    """Returns the request; `drain` is in seconds. Raises InvalidRequest."""
     request = adapter_pb2.UnloadAdapterRequest(adapter_id=adapter_id, force=force)
     if drain is not None:
         try:
@@ -143,25 +123,12 @@ def unload(adapter_id: str, force: bool, drain: float | None) -> adapter_pb2.Unl
     return request
 
 
-def label(
-    adapter_id: str, labels: Mapping[str, str], remove: Sequence[str]
-) -> adapter_pb2.LabelAdapterRequest:
-    return fill(
-        adapter_pb2.LabelAdapterRequest, "", adapter_id=adapter_id, set=labels, remove=remove
-    )
-
-
-def alias(alias: str, adapter_id: str, expected: str | None) -> adapter_pb2.SetAliasRequest:
-    return fill(
-        adapter_pb2.SetAliasRequest, "", alias=alias, adapter_id=adapter_id, expected=expected
-    )
-
-
 def validate(path: str, upload_id: str) -> adapter_pb2.ValidateAdapterRequest:
+    """Returns the request for a path or an upload. Raises InvalidRequest unless one is given."""
     if bool(path) == bool(upload_id):
         raise invalid("source", "give either path or upload_id")
     given = {"path": path} if path else {"upload_id": upload_id}
-    return fill(adapter_pb2.ValidateAdapterRequest, "", **given)
+    return fill(adapter_pb2.ValidateAdapterRequest, **given)
 
 
 def _conversation(messages: Sequence[Message]) -> generation_pb2.ChatMessages:
@@ -180,12 +147,15 @@ def _weight(adapter_id: str, weight: float | None) -> generation_pb2.AdapterWeig
     )
 
 
-def fill(kind: type[M], path: str, /, **fields: object) -> M:
-    """A message with these fields, None meaning unset; one at a time, to name the one at fault."""
+def fill(kind: type[M], within: str = "", /, **fields: object) -> M:
+    """Returns a message with these fields; those that are None stay unset.
+
+    Raises InvalidRequest that names the field at fault, with the prefix `within`.
+    """
     message = kind()
     for name, value in fields.items():
         try:
             message.MergeFrom(kind(**{name: value}))
         except (TypeError, ValueError) as error:
-            raise invalid(path + name, str(error)) from None
+            raise invalid(within + name, str(error)) from None
     return message

@@ -1,4 +1,4 @@
-"""What calls return: plain frozen values, free of protobuf."""
+"""The results of calls: plain frozen values, without protobuf."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from enum import StrEnum
 
 
 class FinishReason(StrEnum):
-    """Why a completion ended."""
+    """The reason why a completion ended."""
 
     UNSPECIFIED = "unspecified"
-    STOP = "stop"  # end-of-sequence, a stop token or a stop string
-    LENGTH = "length"  # max_new_tokens or the context was reached
+    STOP = "stop"  # an end-of-sequence token, a stop token or a stop string
+    LENGTH = "length"  # max_new_tokens or the context length was reached
 
 
 class AdapterState(StrEnum):
-    """Where an adapter is."""
+    """Whether an adapter is on the device."""
 
     UNSPECIFIED = "unspecified"
-    STORED = "stored"
-    LOADING = "loading"
-    RESIDENT = "resident"
-    DRAINING = "draining"
+    STORED = "stored"  # not on the device
+    LOADING = "loading"  # on the way to the device
+    RESIDENT = "resident"  # on the device
+    DRAINING = "draining"  # on the device until its running requests finish
 
 
 class AdapterTier(StrEnum):
-    """The nearest memory that holds an adapter."""
+    """The fastest memory that holds an adapter."""
 
     UNSPECIFIED = "unspecified"
     DISK = "disk"
@@ -36,7 +36,7 @@ class AdapterTier(StrEnum):
 
 
 class AdapterEventKind(StrEnum):
-    """What happened to an adapter."""
+    """The kind of a change of an adapter."""
 
     UNSPECIFIED = "unspecified"
     REGISTERED = "registered"
@@ -57,7 +57,7 @@ class AdapterEventKind(StrEnum):
 
 
 class HealthStatus(StrEnum):
-    """What the server says of itself or of one of its services."""
+    """The health of a server or of one of its services."""
 
     UNKNOWN = "unknown"
     SERVING = "serving"
@@ -67,7 +67,10 @@ class HealthStatus(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ResolvedAdapter:
-    """Weights by their content: `digest` is "sha256:" and 64 hex digits; `weight` its factor."""
+    """The adapter that computed a completion.
+
+    `digest` identifies its bytes: "sha256:" and 64 hex digits. `weight` is the factor on its delta.
+    """
 
     name: str
     version: int
@@ -77,16 +80,15 @@ class ResolvedAdapter:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts; `cached_prompt_tokens` of the prompt's came out of the prefix cache."""
+    """Numbers of tokens."""
 
     prompt_tokens: int
-    cached_prompt_tokens: int
     completion_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A token, its natural-log probability under the model, and its text on its own."""
+    """A token, the natural logarithm of its probability, and its text decoded alone."""
 
     token_id: int
     logprob: float
@@ -95,7 +97,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """The token at one position, and the most probable ones there, most probable first."""
+    """The token chosen at one position, and the most probable tokens there in falling order."""
 
     chosen: TokenLogprob
     top: tuple[TokenLogprob, ...]
@@ -103,7 +105,10 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A whole completion. `adapters` is empty for the base, `logprobs` unless asked for."""
+    """A whole completion.
+
+    `adapters` is empty for the base model; `logprobs` and `prompt_logprobs` are unless requested.
+    """
 
     text: str
     token_ids: tuple[int, ...]
@@ -117,7 +122,7 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The head of a stream: the prompt has been computed, with these weights."""
+    """The head of a stream, sent once the prompt has been computed with these adapters."""
 
     request_id: str
     adapters: tuple[ResolvedAdapter, ...]
@@ -127,7 +132,10 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What is new in a stream. `text` may be empty while a stop string is being decided."""
+    """New text and tokens of a stream.
+
+    `text` may be empty while it could still become a stop string.
+    """
 
     text: str
     token_ids: tuple[int, ...]
@@ -136,7 +144,7 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The end of a stream: why, at what cost, and with which weights it was computed."""
+    """The end of a stream."""
 
     finish_reason: FinishReason
     usage: Usage
@@ -145,10 +153,11 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class AdapterInfo:
-    """A registered adapter. `device_bytes` is 0 unless it is resident; times are in UTC.
+    """A registered adapter. Times are in UTC.
 
-    `last_use_time` and `load_seconds` are None when it was not used, or not loaded, since the
-    server's engine started. `provenance` is what its trainer stamped into its files.
+    `device_bytes` is 0 unless the adapter is resident, `merged_bytes` 0 unless it is merged.
+    `last_use_time` and `load_seconds` are None if it has not been used or loaded since the server's
+    engine started. `provenance` is what its trainer wrote into its files.
     """
 
     name: str
@@ -177,7 +186,7 @@ class AdapterInfo:
 
 @dataclass(frozen=True, slots=True)
 class Registration:
-    """What `register_adapter` did; `created` is False when the name already had these bytes."""
+    """The result of a registration. `created` is False if the name already had these bytes."""
 
     adapter: AdapterInfo
     created: bool
@@ -185,7 +194,7 @@ class Registration:
 
 @dataclass(frozen=True, slots=True)
 class UploadProgress:
-    """How many bytes of each file have arrived and are safe."""
+    """Numbers of bytes of each file that have arrived and are stored safely."""
 
     config_bytes: int
     weights_bytes: int
@@ -193,7 +202,7 @@ class UploadProgress:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that is wrong with an adapter; `field` is the key, tensor or file at fault."""
+    """One fault of an adapter; `field` is the configuration key, tensor or file at fault."""
 
     reason: str
     field: str
@@ -202,7 +211,10 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class AdapterSpec:
-    """What an adapter's files say of it. `device_bytes` is what it would take when resident."""
+    """The description of an adapter, read from its files.
+
+    `device_bytes` is the device memory that it would take when resident.
+    """
 
     digest: str
     peft_type: str
@@ -217,20 +229,20 @@ class AdapterSpec:
 
 @dataclass(frozen=True, slots=True)
 class Validation:
-    """The judgement on an adapter: all that is wrong with it or, if nothing is, its spec."""
+    """The result of checking an adapter: its faults or, if it has none, its description."""
 
     findings: tuple[Finding, ...]
     spec: AdapterSpec | None
 
     @property
     def valid(self) -> bool:
-        """Whether the server would serve it."""
+        """Whether the server would serve the adapter."""
         return self.spec is not None
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterTable:
-    """All adapters by name, as a watch begins. With `resync`, changes were missed before it."""
+    """All adapters in the order of their names. With `resync`, changes before it were missed."""
 
     adapters: tuple[AdapterInfo, ...]
     aliases: Mapping[str, str]  # alias -> "name@version"
@@ -239,7 +251,11 @@ class AdapterTable:
 
 @dataclass(frozen=True, slots=True)
 class AdapterEvent:
-    """A change. `adapter` is as it is now, or as it was last; `alias` where it is about one."""
+    """A change of an adapter.
+
+    `adapter` is its present state, or its last state if it was deleted. `alias` is set if the
+    change concerns an alias.
+    """
 
     kind: AdapterEventKind
     adapter: AdapterInfo

@@ -1,33 +1,32 @@
-"""Running calls of the blocking client: a completion, and a watch of the adapters."""
+"""Running calls of the blocking client: a completion, a watch of the adapters, a watch of a job."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from types import TracebackType
-from typing import Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import grpc
 
-from loraplex import replies
-from loraplex.errors import cancelled_here, from_rpc_error
+from loraplex.errors import from_rpc_error
+from loraplex.replies import Receiver, Transcript, WatchLog
 from loraplex.results import AdapterEvent, AdapterTable, Completion, Delta, Finished, Started
-from loraplex.v1 import adapter_pb2, generation_pb2
+from loraplex.training import JobLog, TrainingJob
 
-M = TypeVar("M")
+T = TypeVar("T")
 
 
-class Call(Generic[M]):
-    """A running call that sends messages; what all of them share.
+class RunningCall(Generic[T]):
+    """An iterator over what a running call sends.
 
-    Leaving the `with` block, `cancel`, or dropping the last reference ends it on the server too.
+    Leaving the `with` block, `cancel`, or dropping the last reference ends the call on the server.
     """
 
-    def __init__(self, call: grpc._CallIterator[M]) -> None:
-        self._call = call
+    def __init__(self, call: Any, receiver: Receiver[Any, T]) -> None:
+        self._call: grpc._CallIterator[Any] = call
+        self._receiver = receiver
         self._cancelled = False
 
     def cancel(self) -> None:
-        """Stop; from any thread. A reader then sees the end, of a completion Cancelled."""
+        """Cancels the call, from any thread. A watch then ends, a completion raises Cancelled."""
         self._cancelled = True
         self._call.cancel()
 
@@ -36,82 +35,68 @@ class Call(Generic[M]):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.cancel()
 
-    def _message(self) -> M | None:
-        """The next one; None at the end. Raises LoraplexError."""
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> T:
+        cancelled = False
         try:
-            return next(self._call, None)
+            for message in self._call:
+                item = self._receiver.receive(message)
+                if item is not None:
+                    return item
         except grpc.RpcError as error:
-            if not self._cancelled or error.code() is not grpc.StatusCode.CANCELLED:
+            cancelled = self._cancelled and error.code() is grpc.StatusCode.CANCELLED
+            if not cancelled:
                 raise from_rpc_error(error) from error
-        self._stopped()
-        return None
-
-    def _stopped(self) -> None:
-        """Called at the end of a call that was cancelled here."""
+        self._receiver.end(cancelled)
+        raise StopIteration
 
 
-class Stream(Call[generation_pb2.GenerateStreamResponse]):
-    """A running completion: iterate it for its deltas.
+class Stream(RunningCall[Delta]):
+    """A running completion: an iterator over its deltas.
 
-    `started` and `finished` are None until those messages have come: `started` before the first
-    delta, `finished` once the iteration has ended. Leaving the `with` block, `cancel`, or dropping
-    the last reference cancels what is still running on the server.
+    `started` is None before the first delta, `finished` before the end. Leaving the `with` block,
+    `cancel`, or dropping the last reference cancels the completion on the server.
     """
 
-    def __init__(self, call: grpc._CallIterator[generation_pb2.GenerateStreamResponse]) -> None:
-        super().__init__(call)
-        self._transcript = replies.Transcript()
+    _receiver: Transcript
+
+    def __init__(self, call: Any) -> None:
+        super().__init__(call, Transcript())
 
     @property
     def started(self) -> Started | None:
-        return self._transcript.started
+        """The head of the stream."""
+        return self._receiver.started
 
     @property
     def finished(self) -> Finished | None:
-        return self._transcript.finished
+        """The end of the stream."""
+        return self._receiver.finished
 
     def completion(self) -> Completion:
-        """Read to the end; everything as one value, deltas read before included."""
+        """Reads to the end; returns the whole completion, including deltas read before."""
         for _ in self:
             pass
-        return self._transcript.completion()
-
-    def __iter__(self) -> Iterator[Delta]:
-        return self
-
-    def __next__(self) -> Delta:
-        while (message := self._message()) is not None:
-            delta = self._transcript.feed(message)
-            if delta is not None:
-                return delta
-        self._transcript.close()
-        raise StopIteration
-
-    def _stopped(self) -> None:
-        raise cancelled_here()
+        return self._receiver.completion()
 
 
-class Watch(Call[adapter_pb2.WatchAdaptersResponse]):
-    """A running watch: iterate it for the table and its changes."""
+class Watch(RunningCall[AdapterTable | AdapterEvent]):
+    """A running watch of the adapters: an iterator over the table and its changes."""
 
-    def __init__(self, call: grpc._CallIterator[adapter_pb2.WatchAdaptersResponse]) -> None:
-        super().__init__(call)
-        self._log = replies.WatchLog()
+    def __init__(self, call: Any) -> None:
+        super().__init__(call, WatchLog())
 
-    def __iter__(self) -> Iterator[AdapterTable | AdapterEvent]:
-        return self
 
-    def __next__(self) -> AdapterTable | AdapterEvent:
-        while (message := self._message()) is not None:
-            news = self._log.feed(message)
-            if news is not None:
-                return news
-        raise StopIteration
+class JobWatch(RunningCall[TrainingJob]):
+    """A running watch of a job: an iterator over its states, the last of which is final.
+
+    Ending the watch does not end the job.
+    """
+
+    def __init__(self, call: Any) -> None:
+        super().__init__(call, JobLog())

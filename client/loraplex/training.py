@@ -1,4 +1,4 @@
-"""Training jobs as plain values, and how requests and replies carry them; for both clients."""
+"""Training jobs as plain values, and their requests and replies."""
 
 from __future__ import annotations
 
@@ -6,26 +6,24 @@ import os
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, TypedDict
 
 from loraplex.errors import invalid
+from loraplex.replies import optional, seconds, time
 from loraplex.requests import fill
 from loraplex.v1 import training_pb2
 
-if TYPE_CHECKING:
-    from google.protobuf.timestamp_pb2 import Timestamp
-
 
 class JobState(StrEnum):
-    """Where a job is."""
+    """The state of a job."""
 
     UNSPECIFIED = "unspecified"
     QUEUED = "queued"
     RUNNING = "running"
-    INTERRUPTED = "interrupted"  # goes on when its server is there again
+    INTERRUPTED = "interrupted"  # its server shut down; it continues when the server is back
     SUCCEEDED = "succeeded"
     FAILED = "failed"
     CANCELLED = "cancelled"
@@ -38,9 +36,10 @@ class JobState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """A measurement after `step` on examples that were set apart; `loss` is in nats a token.
+    """A measurement on the evaluation data after `step` optimiser steps.
 
-    `metric` is the share of right answers, None unless a metric was asked for.
+    `loss` is the mean per token in nats. `metric` is the share of right answers, or None without a
+    metric.
     """
 
     step: int
@@ -51,7 +50,11 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True)
 class JobProgress:
-    """How far a job is. `remaining` is in seconds; what was not measured yet is None."""
+    """The progress of a job. Values that have not been measured yet are None.
+
+    `loss` is in nats per token, `remaining` in seconds. `saved_step` is the step of the last
+    checkpoint, 0 if there is none.
+    """
 
     step: int
     steps: int
@@ -67,9 +70,10 @@ class JobProgress:
 
 @dataclass(frozen=True, slots=True)
 class JobResult:
-    """The version that was registered, and how the training ended.
+    """The adapter that a job registered.
 
-    `warning` says what went wrong after that: its load, its alias.
+    `ending` says how the training ended, `warning` what failed after the registration (loading the
+    adapter or moving its alias; "" if nothing did). `peak_bytes` is the trainer's peak memory.
     """
 
     version: int
@@ -82,7 +86,7 @@ class JobResult:
 
 @dataclass(frozen=True, slots=True)
 class JobError:
-    """Why there is no adapter. `reason` is a stable word, `log` the trainer's last lines."""
+    """The reason why a job failed: a stable word, a sentence, and the trainer's last log lines."""
 
     reason: str
     message: str
@@ -91,9 +95,11 @@ class JobError:
 
 @dataclass(frozen=True, slots=True)
 class TrainingJob:
-    """One adapter in the making, or how that ended; times are in UTC.
+    """A training job. Times are in UTC.
 
-    `options` are the method's; `queue_position` is the number of jobs before one that waits.
+    `options` are the options of the training method. `queue_position` is the number of jobs ahead
+    of a queued job. `resumptions` counts restarts after a crash of the server. `estimated_bytes` is
+    the expected peak memory, 0 if unknown.
     """
 
     job_id: str
@@ -113,42 +119,42 @@ class TrainingJob:
 
 
 class TrainingOptions(TypedDict, total=False):
-    """Keywords of `create`. None, like leaving out, is the trainer's default."""
+    """Keywords of `create`. None means the trainer's default, like leaving it out."""
 
-    # What is trained.
+    # The method.
     method: str | None  # "lora", "dora", "prefix_tuning", ...; default "lora"
     options: Mapping[str, object] | None  # the method's own: {"r": 16, "target_modules": "qkv"}
 
-    # How long, and on how much at a time.
-    epochs: float | None  # passes over the data; or
+    # Length and batches.
+    epochs: float | None  # passes over the data; not with `steps`
     steps: int | None  # optimiser steps
-    batch_size: int | None  # examples of a micro-batch
-    accumulation: int | None  # micro-batches of an optimiser step
-    pack: bool | None  # short examples share a row
-    max_tokens: int | None  # of a packed micro-batch
-    max_length: int | None  # tokens of an example; what is beyond is cut
-    seed: int | None
+    batch_size: int | None  # examples per micro-batch
+    accumulation: int | None  # micro-batches per optimiser step
+    pack: bool | None  # put several short examples into one row
+    max_tokens: int | None  # tokens per packed micro-batch
+    max_length: int | None  # tokens per example; longer examples are cut
+    seed: int | None  # random seed for example order, initial values and dropout
 
     # The optimiser.
-    optimiser: str | None  # "adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit", "sgd"
+    optimiser: str | None  # "adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit" or "sgd"
     learning_rate: float | None
     weight_decay: float | None
-    schedule: str | None  # "constant", "linear", "cosine", ...
-    warmup: float | None  # share of the steps in which the rate rises
-    clip: float | None  # largest norm of a gradient; 0 is none
+    schedule: str | None  # of the learning rate: "constant", "linear", "cosine", ...
+    warmup: float | None  # share of the steps in which the learning rate rises
+    clip: float | None  # largest gradient norm; 0 means no clipping
 
-    # What is learnt, and how it is measured.
-    learn: str | None  # "auto", "completion", "assistant" or "all"
-    system: str | None  # a system message for examples that have none
-    eval_fraction: float | None  # of the data, set apart
-    eval_every: int | None  # steps between evaluations; 0: once an epoch
-    patience: int | None  # evaluations without a better one before it stops; 0: never
+    # The loss and the evaluation.
+    learn: str | None  # tokens to learn: "auto", "completion", "assistant" or "all"
+    system: str | None  # system message for examples that have none
+    eval_fraction: float | None  # share of the data set apart for evaluation
+    eval_every: int | None  # steps between evaluations; 0 means once an epoch
+    patience: int | None  # evaluations without improvement before stopping; 0 means never stop
     metric: str | None  # "exact", "json" or "regex:<expression>"
 
-    # What happens with the adapter.
-    replace: bool | None  # let a taken name move to it
-    load: bool | None  # onto the device at once
-    alias: str | None  # to point to it
+    # The finished adapter.
+    replace: bool | None  # move a name that is taken to the new adapter
+    load: bool | None  # load it onto the device
+    alias: str | None  # point this alias to it
     labels: Mapping[str, str] | None
 
 
@@ -166,7 +172,7 @@ def create(
     request_id: str,
     given: TrainingOptions,
 ) -> training_pb2.CreateJobRequest:
-    """The request for a job. Raises InvalidRequest, and TypeError for an unknown keyword."""
+    """Returns the request for a job. Raises InvalidRequest; TypeError for an unknown keyword."""
     unknown = given.keys() - TrainingOptions.__annotations__.keys()
     if unknown:
         raise TypeError(f"unknown option: {', '.join(sorted(unknown))}")
@@ -177,30 +183,25 @@ def create(
     }
     optimiser = {key: values.get(key) for key in _OPTIMISER}
     return training_pb2.CreateJobRequest(
-        # Asked twice, because a reply was lost, it is one job.
+        # A retry after a lost reply must not create a second job.
         request_id=request_id or uuid.uuid4().hex,
         spec=fill(
             training_pb2.TrainingSpec,
-            "",
             name=name,
-            method=fill(
-                training_pb2.TrainingMethod, "", name=values.get("method"), options=options
-            ),
+            method=fill(training_pb2.TrainingMethod, name=values.get("method"), options=options),
             optimiser=fill(
-                training_pb2.TrainingOptimiser, "", name=values.get("optimiser"), **optimiser
+                training_pb2.TrainingOptimiser, name=values.get("optimiser"), **optimiser
             ),
             **spec,
         ),
         data=_data("data", data, server_path, needed=True),
         eval_data=_data("eval_data", eval_data, eval_server_path, needed=False),
-        delivery=fill(
-            training_pb2.TrainingDelivery, "", **{key: values.get(key) for key in _DELIVERY}
-        ),
+        delivery=fill(training_pb2.TrainingDelivery, **{key: values.get(key) for key in _DELIVERY}),
     )
 
 
 def option(value: object) -> str:
-    """A method's option as text: true, 16, "q_proj,v_proj"."""
+    """Returns a method's option as text, such as "true", "16" or "q_proj,v_proj"."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, Mapping):
@@ -211,7 +212,7 @@ def option(value: object) -> str:
 
 
 def page(size: int, token: str, states: Sequence[JobState | str]) -> training_pb2.ListJobsRequest:
-    """The request for a page of jobs."""
+    """Returns the request for a page of jobs. Raises InvalidRequest for an unknown state."""
     try:
         numbers = [
             training_pb2.TrainingJobState.Value(f"TRAINING_JOB_STATE_{JobState(state).name}")
@@ -219,27 +220,36 @@ def page(size: int, token: str, states: Sequence[JobState | str]) -> training_pb
         ]
     except ValueError as error:
         raise invalid("states", str(error)) from None
-    return fill(training_pb2.ListJobsRequest, "", page_size=size, page_token=token, states=numbers)
+    return fill(training_pb2.ListJobsRequest, page_size=size, page_token=token, states=numbers)
 
 
 def job(reply: training_pb2.TrainingJob) -> TrainingJob:
-    """What a reply says of a job."""
     return TrainingJob(
         job_id=reply.job_id,
         state=_state(reply.state),
         name=reply.spec.name,
         method=reply.spec.method.name,
         options=dict(reply.spec.method.options),
-        create_time=_time(reply.create_time) if reply.HasField("create_time") else None,
-        start_time=_time(reply.start_time) if reply.HasField("start_time") else None,
-        end_time=_time(reply.end_time) if reply.HasField("end_time") else None,
+        create_time=optional(reply, "create_time", time),
+        start_time=optional(reply, "start_time", time),
+        end_time=optional(reply, "end_time", time),
         queue_position=reply.queue_position,
         resumptions=reply.resumptions,
         estimated_bytes=reply.estimated_bytes,
-        progress=_progress(reply.progress) if reply.HasField("progress") else None,
-        result=_result(reply.result) if reply.HasField("result") else None,
-        error=_error(reply.error) if reply.HasField("error") else None,
+        progress=optional(reply, "progress", _progress),
+        result=optional(reply, "result", _result),
+        error=optional(reply, "error", _error),
     )
+
+
+class JobLog:
+    """Reads the states of a job that a watch sends."""
+
+    def receive(self, message: training_pb2.WatchJobResponse) -> TrainingJob:
+        return job(message.job)
+
+    def end(self, cancelled: bool) -> None:
+        """A watch may end at any time."""
 
 
 def _data(
@@ -262,39 +272,30 @@ def _data(
 
 
 def _state(number: int) -> JobState:
-    """The states' names are the wire's; one that a newer server may send is not an error."""
+    """Returns the state of the same name; UNSPECIFIED for a state that only newer servers know."""
     known = training_pb2.TrainingJobState.DESCRIPTOR.values_by_number.get(number)
     if known is None:
         return JobState.UNSPECIFIED
     return JobState(known.name.removeprefix("TRAINING_JOB_STATE_").lower())
 
 
-def _time(stamp: Timestamp) -> datetime:
-    return stamp.ToDatetime(tzinfo=UTC)
-
-
 def _progress(now: training_pb2.TrainingProgress) -> JobProgress:
     return JobProgress(
         step=now.step,
         steps=now.steps,
-        loss=now.loss if now.HasField("loss") else None,
+        loss=optional(now, "loss", float),
         learning_rate=now.learning_rate,
         gradient_norm=now.gradient_norm,
         tokens_per_second=now.tokens_per_second,
-        remaining=(
-            now.remaining.ToTimedelta().total_seconds() if now.HasField("remaining") else None
-        ),
-        evaluation=_evaluation(now.evaluation) if now.HasField("evaluation") else None,
-        best_evaluation=(
-            _evaluation(now.best_evaluation) if now.HasField("best_evaluation") else None
-        ),
+        remaining=optional(now, "remaining", seconds),
+        evaluation=optional(now, "evaluation", _evaluation),
+        best_evaluation=optional(now, "best_evaluation", _evaluation),
         saved_step=now.saved_step,
     )
 
 
 def _evaluation(found: training_pb2.TrainingEvaluation) -> Evaluation:
-    metric = found.metric if found.HasField("metric") else None
-    return Evaluation(found.step, found.loss, found.perplexity, metric)
+    return Evaluation(found.step, found.loss, found.perplexity, optional(found, "metric", float))
 
 
 def _result(found: training_pb2.TrainingResult) -> JobResult:

@@ -1,4 +1,4 @@
-"""An adapter's files on their way to a server: what both clients share of an upload."""
+"""Uploads: an adapter's files, the messages that carry them, and when to try again."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ CHUNK_BYTES = 1 << 20
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
-_ATTEMPTS = 6  # that bring nothing forward, one after the other
+_ATTEMPTS = 6  # in a row without progress
 _LONGEST_PAUSE = 5.0  # seconds
 
-# Called with the bytes that were sent, of both files, and their number in all.
+# Called with the number of bytes sent so far and the size of both files.
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """The two files of a PEFT adapter directory. `digest` is the adapter's identity."""
+    """The two files of a PEFT adapter directory. `digest` identifies the adapter."""
 
     config: bytes
     weights: Path
@@ -34,7 +34,7 @@ class Files:
 
     @classmethod
     def read(cls, folder: str | os.PathLike[str]) -> Files:
-        """Reads both files once. Raises InvalidRequest when one of them cannot be."""
+        """Reads both files once. Raises InvalidRequest if one of them cannot be read."""
         weights = Path(folder) / WEIGHTS_FILE
         try:
             config = (Path(folder) / CONFIG_FILE).read_bytes()
@@ -50,28 +50,28 @@ class Files:
 
     @property
     def size(self) -> int:
-        """Bytes of both."""
+        """Number of bytes of both files."""
         return len(self.config) + self.weights_size
 
-    def chunks(self, there: UploadProgress) -> Iterator[adapter_pb2.UploadAdapterRequest]:
-        """What is missing after `there`, piece by piece. Reads the weights as it goes."""
-        if there.config_bytes < len(self.config):
+    def chunks(self, arrived: UploadProgress) -> Iterator[adapter_pb2.UploadAdapterRequest]:
+        """Yields the bytes after `arrived` as messages. Reads the weights piece by piece."""
+        if arrived.config_bytes < len(self.config):
             yield _chunk(
                 adapter_pb2.ADAPTER_FILE_CONFIG,
-                there.config_bytes,
-                self.config[there.config_bytes :],
+                arrived.config_bytes,
+                self.config[arrived.config_bytes :],
             )
         with self.weights.open("rb") as file:
-            file.seek(there.weights_bytes)
-            offset = there.weights_bytes
+            file.seek(arrived.weights_bytes)
+            offset = arrived.weights_bytes
             while piece := file.read(CHUNK_BYTES):
                 yield _chunk(adapter_pb2.ADAPTER_FILE_WEIGHTS, offset, piece)
                 offset += len(piece)
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
-    """What shall become of the files; without a name they are only staged."""
+class UploadTarget:
+    """The name, labels and options to register an upload with; without a name it is only staged."""
 
     name: str = ""
     replace: bool = False
@@ -79,7 +79,7 @@ class Order:
     labels: Mapping[str, str] | None = None
 
     def header(self, upload_id: str, files: Files) -> adapter_pb2.UploadAdapterRequest:
-        """The first message of a stream."""
+        """Returns the first message of a stream."""
         return adapter_pb2.UploadAdapterRequest(
             header=adapter_pb2.UploadHeader(
                 upload_id=upload_id,
@@ -96,33 +96,37 @@ class Order:
 
 
 class Attempts:
-    """Whether and when to go on with an upload that failed."""
+    """Counts the attempts at an upload. It is given up after six in a row without progress."""
 
     def __init__(self) -> None:
         self._furthest = -1
-        self._in_vain = 0
+        self._fruitless = 0
         self.made = 0
 
-    def pause(self, error: LoraplexError, there: UploadProgress | None) -> float | None:
-        """Seconds to wait before going on; None when that would not help."""
+    def pause(self, error: LoraplexError, arrived: UploadProgress | None) -> float | None:
+        """Returns the seconds to wait before the next attempt; None to give up."""
         self.made += 1
         if not isinstance(error, Unavailable | UploadOutOfStep) and not _status_lost(error):
             return None
-        reached = there.config_bytes + there.weights_bytes if there else -1
-        self._in_vain = 1 if reached > self._furthest else self._in_vain + 1
+        reached = arrived.config_bytes + arrived.weights_bytes if arrived else -1
+        self._fruitless = 1 if reached > self._furthest else self._fruitless + 1
         self._furthest = max(self._furthest, reached)
-        if self._in_vain >= _ATTEMPTS:
+        if self._fruitless >= _ATTEMPTS:
             return None
-        return max(error.retry_after or 0.0, min(0.1 * 2.0**self._in_vain, _LONGEST_PAUSE))
+        return max(error.retry_after or 0.0, min(0.1 * 2.0**self._fruitless, _LONGEST_PAUSE))
 
 
 def stream(
-    files: Files, order: Order, upload_id: str, there: UploadProgress, progress: Progress | None
+    files: Files,
+    target: UploadTarget,
+    upload_id: str,
+    arrived: UploadProgress,
+    progress: Progress | None,
 ) -> Iterator[adapter_pb2.UploadAdapterRequest]:
-    """One stream's messages: the header, then what is missing; `progress` follows each."""
-    sent = there.config_bytes + there.weights_bytes
-    yield order.header(upload_id, files)
-    for message in files.chunks(there):
+    """Yields the messages of one stream, and calls `progress` after each chunk."""
+    sent = arrived.config_bytes + arrived.weights_bytes
+    yield target.header(upload_id, files)
+    for message in files.chunks(arrived):
         yield message
         sent += len(message.chunk.data)
         if progress is not None:
@@ -130,10 +134,10 @@ def stream(
 
 
 def _status_lost(error: LoraplexError) -> bool:
-    """Whether the stream was ended by the server, under a write, and why is not known.
+    """Whether the server's status was lost.
 
-    grpc.aio then reports a fault of its own in place of the server's status. Going on brings the
-    status to light, if it was for good: then little or nothing is left to be written.
+    If the server ends the stream during a write, grpc.aio reports an error of its own in place of
+    the server's status. The next attempt, which has less to write, gets the status.
     """
     local = isinstance(error, ServerFault) and not error.reason
     return local and error.message == "Internal error from Core"

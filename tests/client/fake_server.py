@@ -175,9 +175,7 @@ class FakeServer(
         return request.request_id or "made-by-server"
 
     def _usage(self, request, words) -> generation_pb2.Usage:
-        return generation_pb2.Usage(
-            prompt_tokens=3, cached_prompt_tokens=1, completion_tokens=len(words)
-        )
+        return generation_pb2.Usage(prompt_tokens=3, completion_tokens=len(words))
 
     # AdapterService
 

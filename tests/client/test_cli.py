@@ -11,6 +11,7 @@ import sys
 
 import grpc
 import pytest
+import typer
 from client.fake_server import DIGEST, WAIT_S, FakeServer, failure
 from google.protobuf import duration_pb2
 from google.rpc import error_details_pb2
@@ -34,6 +35,20 @@ def run(server: FakeServer):
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
+
+
+# help
+
+
+def test_every_parameter_is_explained_and_every_option_has_a_panel():
+    pending = [typer.main.get_command(app)]
+    while pending:
+        command = pending.pop()
+        pending += getattr(command, "commands", {}).values()
+        for parameter in command.params:
+            if "completion" not in parameter.name:
+                assert parameter.help.endswith("."), (command.name, parameter.name)
+                assert parameter.rich_help_panel or "-" not in parameter.opts[0], parameter.name
 
 
 # generate
@@ -260,8 +275,8 @@ def test_a_terminal_is_not_commanded_by_the_model(monkeypatch):
 def test_a_terminal_sees_who_answered(monkeypatch):
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
-    output.write_summary(FinishReason.LENGTH, Usage(12, 8, 32), ())
-    assert "[base model, 12 (8 cached) + 32 tokens, length]" in screen.getvalue()
+    output.write_summary(FinishReason.LENGTH, Usage(12, 32), ())
+    assert "[base model, 12 + 32 tokens, length]" in screen.getvalue()
 
 
 # chat

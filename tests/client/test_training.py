@@ -27,9 +27,9 @@ from loraplex import (
     JobState,
     Unavailable,
 )
-from loraplex.aio_jobs import AsyncTraining
+from loraplex.aio import AsyncTraining
 from loraplex.cli import app, training_output
-from loraplex.jobs import Training
+from loraplex.client import Training
 from loraplex.training import job
 from loraplex.v1 import training_pb2 as pb
 from loraplex.v1 import training_pb2_grpc

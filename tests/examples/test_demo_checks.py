@@ -25,7 +25,7 @@ JSON = '{"topic": "lighthouse", "answer": "A tower."}'
 
 def completion(text: str, tokens: tuple[int, ...] = (1, 2), digest: str = "") -> Completion:
     adapters = (ResolvedAdapter("x", 1, digest, 1.0),) if digest else ()
-    return Completion(text, tokens, FinishReason.STOP, Usage(3, 0, len(tokens)), adapters, "id")
+    return Completion(text, tokens, FinishReason.STOP, Usage(3, len(tokens)), adapters, "id")
 
 
 def step(distinct: int, base_rows: int) -> StepDone:

@@ -1,6 +1,6 @@
-"""The command `loraplex`: talk to a server from a shell.
+"""The command `loraplex`: a client for the shell.
 
-Results go to standard output, everything else to standard error. `session` has the exit codes.
+Results go to standard output, everything else to standard error. `session` lists the exit statuses.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from loraplex.cli import adapters, chat, generate, health, options, train
 
 app = typer.Typer(
     name="loraplex",
-    help="Generate with a Loraplex server and look after its adapters.",
+    help="Generate text with a Loraplex server and manage its adapters.",
     epilog="Exit codes: 0 ok, 1 server fault, 2 usage or invalid request, 3 not found, "
     "4 unavailable, 5 deadline exceeded, 6 refused, 130 interrupted.",
     no_args_is_help=True,

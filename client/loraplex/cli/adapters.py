@@ -1,4 +1,4 @@
-"""`loraplex adapters`: what is registered, under which names, and where it is."""
+"""`loraplex adapters`: the registered adapters, their names and where they are."""
 
 from __future__ import annotations
 
@@ -6,192 +6,145 @@ from typing import Annotated
 
 import typer
 
-from loraplex import channel
 from loraplex.cli import options, output, residency, uploads
-from loraplex.cli.session import session
+from loraplex.cli.command import command
+from loraplex.cli.options import option
+from loraplex.cli.session import Session
 
 app = typer.Typer(name="adapters", help="Register, load and remove adapters.", no_args_is_help=True)
 
-Name = Annotated[str, typer.Argument(metavar="NAME", help="The registered name.")]
-Alias = Annotated[str, typer.Argument(metavar="ALIAS", help="A second, movable name.")]
+_REGISTRATION = "Registration"
+_NAMES = "Names, aliases and labels"
+_DEVICE = "Device"
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Registered name.")]
+Alias = Annotated[str, typer.Argument(metavar="ALIAS", help="Alias: a name that can be moved.")]
 
 
-@app.command("register")
+@app.command("register", rich_help_panel=_REGISTRATION)
+@command()
 def register(
-    ctx: typer.Context,
-    name: Annotated[
-        str, typer.Argument(metavar="NAME", help="Lower-case letters, digits and hyphens.")
-    ],
-    path: Annotated[
-        str, typer.Argument(metavar="PATH", help="PEFT directory below the server's import root.")
-    ],
+    session: Session,
+    name: options.NewName,
+    path: options.ServerPath,
     replace: options.Replace = False,
     load: options.LoadNow = False,
     label: options.Labels = None,
-    as_json: options.Json = False,
-    timeout: options.Timeout = channel.DEFAULT_TIMEOUT,
-    server: options.Server = None,
 ) -> None:
-    """Copy an adapter into the server's store under NAME."""
-    labels = options.parse_labels(label or ())
-    with session(ctx, server, timeout) as client:
-        done = client.register_adapter(name, path, replace=replace, load=load, labels=labels)
-    output.write_registration(done, as_json)
+    """Copy an adapter from the server's import root into its store and register it as NAME."""
+    labels = options.parse_pairs(label)
+    done = session.client.register_adapter(name, path, replace=replace, load=load, labels=labels)
+    session.show(done, output.write_registration)
 
 
-app.command("upload")(uploads.upload)
-app.command("validate")(uploads.validate)
+app.command("upload", rich_help_panel=_REGISTRATION)(uploads.upload)
+app.command("validate", rich_help_panel=_REGISTRATION)(uploads.validate)
 
 
-@app.command("list")
+@app.command("delete", rich_help_panel=_REGISTRATION)
+@command(json=False)
+def delete(session: Session, name: Name) -> None:
+    """Delete NAME. `restore` can bring it back until the operator collects garbage."""
+    session.client.delete_adapter(name)
+    print(f"{name} deleted")
+
+
+@app.command("restore", rich_help_panel=_REGISTRATION)
+@command()
+def restore(session: Session, name: Name) -> None:
+    """Restore a deleted NAME with all its versions."""
+    session.show(session.client.restore_adapter(name), output.write_residency)
+
+
+@app.command("list", rich_help_panel=_NAMES)
+@command()
 def list_(
-    ctx: typer.Context,
-    label: options.Labels = None,
-    as_json: options.Json = False,
-    timeout: options.Timeout = channel.DEFAULT_TIMEOUT,
-    server: options.Server = None,
+    session: Session,
+    label: Annotated[
+        list[str] | None,
+        option(
+            "Filter",
+            "List only adapters that have this label. Can be repeated.",
+            "--label",
+            metavar="KEY=VALUE",
+        ),
+    ] = None,
 ) -> None:
-    """List the registered adapters, or those that have all the given labels."""
-    labels = options.parse_labels(label or ())
-    with session(ctx, server, timeout) as client:
-        found = client.list_adapters(labels=labels)
-    if as_json:
-        output.write_json(found)
-    elif found:
-        output.write_adapters(found)
-    elif labels:
+    """List the registered adapters."""
+    found = session.client.list_adapters(labels=options.parse_pairs(label))
+    if found or session.as_json:
+        session.show(found, output.write_adapters)
+    elif label:
         output.note("no adapter has these labels")
     else:
-        output.note("no adapters; add one with: loraplex adapters register NAME PATH")
+        output.note("no adapters; register one with: loraplex adapters register NAME PATH")
 
 
-@app.command("get")
-def get(
-    ctx: typer.Context,
-    adapter_id: options.AdapterId,
-    as_json: options.Json = False,
-    timeout: options.Timeout = channel.DEFAULT_TIMEOUT,
-    server: options.Server = None,
-) -> None:
+@app.command("get", rich_help_panel=_NAMES)
+@command()
+def get(session: Session, adapter_id: options.AdapterId) -> None:
     """Describe one adapter."""
-    with session(ctx, server, timeout) as client:
-        found = client.get_adapter(adapter_id)
-    if as_json:
-        output.write_json(found)
-    else:
-        output.write_adapter(found)
+    session.show(session.client.get_adapter(adapter_id), output.write_fields)
 
 
-@app.command("versions")
-def versions(
-    ctx: typer.Context,
-    name: Name,
-    as_json: options.Json = False,
-    timeout: options.Timeout = channel.DEFAULT_TIMEOUT,
-    server: options.Server = None,
-) -> None:
+@app.command("versions", rich_help_panel=_NAMES)
+@command()
+def versions(session: Session, name: Name) -> None:
     """List all versions of NAME, the newest first."""
-    with session(ctx, server, timeout) as client:
-        found = client.list_versions(name)
-    if as_json:
-        output.write_json(found)
-    else:
-        output.write_adapters(found)
+    session.show(session.client.list_versions(name), output.write_adapters)
 
 
-@app.command("label")
+@app.command("label", rich_help_panel=_NAMES)
+@command()
 def label(
-    ctx: typer.Context,
+    session: Session,
     adapter_id: options.AdapterId,
     label: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Labels to put on it.")
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Labels to set.")
     ] = None,
     remove: Annotated[
-        list[str] | None, typer.Option(metavar="KEY", help="A label to take off; repeat it.")
+        list[str] | None, option("Labels", "Remove the label KEY. Can be repeated.", metavar="KEY")
     ] = None,
-    as_json: options.Json = False,
-    timeout: options.Timeout = channel.DEFAULT_TIMEOUT,
-    server: options.Server = None,
 ) -> None:
-    """Change the labels of one version."""
-    labels = options.parse_labels(label or ())
-    with session(ctx, server, timeout) as client:
-        found = client.label_adapter(adapter_id, labels, remove=remove or ())
-    if as_json:
-        output.write_json(found)
-    else:
-        print(output.identity(found), output.labels(found.labels) or "no labels")
+    """Set or remove labels of one version."""
+    labels = options.parse_pairs(label)
+    found = session.client.label_adapter(adapter_id, labels, remove=remove or ())
+    session.show(found, output.write_labels)
 
 
-@app.command("alias")
+@app.command("alias", rich_help_panel=_NAMES)
+@command()
 def alias(
-    ctx: typer.Context,
+    session: Session,
     alias: Alias,
     adapter_id: options.AdapterId,
     expected: Annotated[
         str | None,
-        typer.Option(
+        option(
+            "Alias",
+            'Move the alias only if it points to ID now; "" if it must not exist yet.',
             "--expected",
             metavar="ID",
-            help='Only if it points there until now; "" if it must be new.',
         ),
     ] = None,
-    as_json: options.Json = False,
-    timeout: options.Timeout = channel.DEFAULT_TIMEOUT,
-    server: options.Server = None,
 ) -> None:
-    """Point ALIAS to the version that ID names now."""
-    with session(ctx, server, timeout) as client:
-        found = client.set_alias(alias, adapter_id, expected=expected)
-    if as_json:
-        output.write_json(found)
-    else:
-        print(f"{alias} -> {output.identity(found)}")
+    """Point ALIAS to the version that ID currently names."""
+    found = session.client.set_alias(alias, adapter_id, expected=expected)
+    session.show(found, lambda adapter: print(f"{alias} -> {output.identity(adapter)}"))
 
 
-@app.command("unalias")
-def unalias(
-    ctx: typer.Context,
-    alias: Alias,
-    timeout: options.Timeout = channel.DEFAULT_TIMEOUT,
-    server: options.Server = None,
-) -> None:
-    """Remove ALIAS; what it points to stays."""
-    with session(ctx, server, timeout) as client:
-        client.delete_alias(alias)
+@app.command("unalias", rich_help_panel=_NAMES)
+@command(json=False)
+def unalias(session: Session, alias: Alias) -> None:
+    """Delete ALIAS; its adapter stays."""
+    session.client.delete_alias(alias)
     print(f"{alias} removed")
 
 
-app.command("load")(residency.load)
-app.command("unload")(residency.unload)
-app.command("pin")(residency.pin)
-app.command("unpin")(residency.unpin)
-app.command("merge")(residency.merge)
-app.command("unmerge")(residency.unmerge)
-app.command("watch")(residency.watch)
-
-
-@app.command("delete")
-def delete(
-    ctx: typer.Context,
-    name: Name,
-    timeout: options.Timeout = channel.DEFAULT_TIMEOUT,
-    server: options.Server = None,
-) -> None:
-    """Forget NAME. `restore` brings it back until the operator collects garbage."""
-    with session(ctx, server, timeout) as client:
-        client.delete_adapter(name)
-    print(f"{name} deleted")
-
-
-@app.command("restore")
-def restore(
-    ctx: typer.Context,
-    name: Name,
-    as_json: options.Json = False,
-    timeout: options.Timeout = channel.DEFAULT_TIMEOUT,
-    server: options.Server = None,
-) -> None:
-    """Bring a deleted NAME back, with its versions."""
-    with session(ctx, server, timeout) as client:
-        output.write_moved(client.restore_adapter(name), as_json)
+app.command("load", rich_help_panel=_DEVICE)(residency.load)
+app.command("unload", rich_help_panel=_DEVICE)(residency.unload)
+app.command("pin", rich_help_panel=_DEVICE)(residency.pin)
+app.command("unpin", rich_help_panel=_DEVICE)(residency.unpin)
+app.command("merge", rich_help_panel=_DEVICE)(residency.merge)
+app.command("unmerge", rich_help_panel=_DEVICE)(residency.unmerge)
+app.command("watch", rich_help_panel=_DEVICE)(residency.watch)

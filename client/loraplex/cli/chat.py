@@ -1,72 +1,51 @@
-"""`loraplex chat`: a conversation in the terminal."""
+"""`loraplex chat`: a conversation on the terminal."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
-from typing import Annotated
+from typing import cast
 
-import typer
-
-from loraplex import channel, errors
+from loraplex import errors
 from loraplex.cli import live, options, output
-from loraplex.cli.session import complain, session
-from loraplex.client import Client
+from loraplex.cli.command import command
+from loraplex.cli.session import Session, complain
 from loraplex.requests import GenerateOptions, Message
 
 HELP = """\
 /adapter NAME  answer with this adapter; without NAME, with the base model
-/reset         forget the conversation
-/quit          leave (so does Ctrl-D); Ctrl-C stops an answer"""
+/reset         start a new conversation
+/quit          leave the chat, like Ctrl-D; Ctrl-C stops an answer"""
 
 
+@command(json=False)
 def chat(
-    ctx: typer.Context,
+    session: Session,
+    *,
     adapter: options.Adapter = None,
-    system: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="The system turn it begins with.")
-    ] = None,
-    max_new_tokens: options.MaxNewTokens = None,
-    temperature: options.Temperature = None,
-    top_p: options.TopP = None,
-    seed: options.Seed = None,
-    timeout: options.Timeout = channel.DEFAULT_TIMEOUT,
-    server: options.Server = None,
+    system: options.System = None,
+    given: options.ChatOptions,
 ) -> None:
-    """Talk with the model; /help lists the commands."""
-    sampling: GenerateOptions = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "seed": seed,
-    }
-    with session(ctx, server, timeout) as client:
-        target = server or ctx.obj or channel.DEFAULT_TARGET
-        Conversation(client, target, adapter or "", system, sampling).run()
+    """Chat with the model; /help lists the chat's own commands."""
+    Conversation(session, adapter or "", system, cast(GenerateOptions, given)).run()
 
 
 class Conversation:
-    """The turns so far, and the adapter that answers next."""
+    """The messages so far, and the adapter that answers next."""
 
     def __init__(
-        self,
-        client: Client,
-        target: str,
-        adapter: str,
-        system: str | None,
-        sampling: GenerateOptions,
+        self, session: Session, adapter: str, system: str | None, chosen: GenerateOptions
     ) -> None:
-        self._client = client
-        self._target = target
+        self._session = session
         self._adapter = adapter
         self._opening: list[Message] = (
             [{"role": "system", "content": system}] if system is not None else []
         )
-        self._turns = list(self._opening)
-        self._sampling = sampling
+        self._messages = list(self._opening)
+        self._options = chosen
 
     def run(self) -> None:
-        """Read turns and commands until /quit or the end of the input."""
+        """Reads messages and commands until /quit or the end of the input."""
         interactive = sys.stdin.isatty()
         if interactive:
             with contextlib.suppress(ImportError):
@@ -92,26 +71,26 @@ class Conversation:
             self._adapter = argument.strip()
             output.note(f"answering with {self._adapter or 'the base model'}")
         elif word == "/reset":
-            self._turns = list(self._opening)
-            output.note("conversation forgotten")
+            self._messages = list(self._opening)
+            output.note("started a new conversation")
         elif word == "/help":
             output.note(HELP)
         else:
             output.note(f"no command {word}\n{HELP}")
 
     def _answer(self, line: str) -> None:
-        """Stream the reply. A turn that got no whole answer is dropped from the conversation."""
-        turns: list[Message] = [*self._turns, {"role": "user", "content": line}]
+        """Prints the answer. A message without a complete answer leaves the conversation."""
+        messages: list[Message] = [*self._messages, {"role": "user", "content": line}]
         chosen: GenerateOptions = {
-            **self._sampling,
-            "messages": turns,
+            **self._options,
+            "messages": messages,
             "adapter": self._adapter,
         }
         try:
-            text = live.show(self._client.stream(**chosen))
+            text = live.show(self._session.client.stream(**chosen))
         except KeyboardInterrupt:
             output.note("stopped")
         except errors.LoraplexError as error:
-            complain(error, self._target)
+            complain(error, self._session.target)
         else:
-            self._turns = [*turns, {"role": "assistant", "content": text}]
+            self._messages = [*messages, {"role": "assistant", "content": text}]

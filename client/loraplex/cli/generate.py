@@ -1,83 +1,117 @@
-"""`loraplex generate`: one prompt, answered live."""
+"""`loraplex generate`: continues one prompt."""
 
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from collections.abc import Iterable
+from typing import Annotated, cast
 
 import typer
 
-from loraplex import channel
 from loraplex.cli import live, options, output
-from loraplex.cli.session import session
+from loraplex.cli.command import command
+from loraplex.cli.options import option
+from loraplex.cli.session import Session
 from loraplex.requests import GenerateOptions, Message
+from loraplex.results import Completion
 
 
-def generate(
-    ctx: typer.Context,
-    prompt: Annotated[
-        str, typer.Argument(metavar="PROMPT", help="The prompt; `-` reads it from standard input.")
-    ],
-    adapter: options.Adapter = None,
-    mix: options.Mix = None,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="PROMPT is a user's turn, for the chat template.")
-    ] = False,
-    system: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="The system turn before it; implies --chat.")
-    ] = None,
-    max_new_tokens: options.MaxNewTokens = None,
-    temperature: options.Temperature = None,
-    top_p: options.TopP = None,
-    top_k: options.TopK = None,
-    min_p: options.MinP = None,
-    repetition_penalty: options.RepetitionPenalty = None,
-    presence_penalty: options.PresencePenalty = None,
-    frequency_penalty: options.FrequencyPenalty = None,
-    seed: options.Seed = None,
-    stop: options.Stop = None,
-    ignore_eos: options.IgnoreEos = False,
+class CompletionOptions(options.ChatOptions):
+    """The options of a completion; the keys are those of GenerateOptions."""
+
+    top_k: Annotated[
+        int | None,
+        option("Sampling", "Sample from the k most probable tokens; 0 keeps all tokens."),
+    ]
+    min_p: Annotated[
+        float | None,
+        option("Sampling", "Smallest probability, as a share of the most probable token's."),
+    ]
+    repetition_penalty: Annotated[
+        float | None,
+        option("Sampling", "Penalty on tokens of the prompt and the output; 1 is none."),
+    ]
+    presence_penalty: Annotated[
+        float | None, option("Sampling", "Penalty on each token already generated, -2 to 2.")
+    ]
+    frequency_penalty: Annotated[
+        float | None,
+        option("Sampling", "Penalty per occurrence of a token in the output, -2 to 2."),
+    ]
+    stop: Annotated[
+        list[str] | None,
+        option(
+            "Stop conditions",
+            "End the completion before this text. Can be repeated.",
+            metavar="TEXT",
+        ),
+    ]
+    ignore_eos: Annotated[
+        bool | None,
+        option("Stop conditions", "Continue past the end-of-sequence token.", "--ignore-eos"),
+    ]
     logprobs: Annotated[
-        int | None, typer.Option(help="Alternatives per token; shown with --json.")
+        int | None, option("Output", "Alternatives reported for each token, with --json.")
+    ]
+    priority: Annotated[
+        int | None,
+        option("Server", "Priority of the request, -100 to 100; higher is admitted first."),
+    ]
+
+
+@command()
+def generate(
+    session: Session,
+    prompt: Annotated[
+        str, typer.Argument(metavar="PROMPT", help="Prompt; `-` reads it from standard input.")
+    ],
+    *,
+    adapter: options.Adapter = None,
+    mix: Annotated[
+        list[str] | None,
+        option("Model", "One adapter of a weighted mix. Can be repeated.", metavar="ID=WEIGHT"),
     ] = None,
-    priority: Annotated[int | None, typer.Option(help="Higher first, -100 to 100.")] = None,
+    chat: Annotated[
+        bool,
+        option("Model", "Treat PROMPT as a user message and apply the chat template.", "--chat"),
+    ] = False,
+    system: options.System = None,
+    given: CompletionOptions,
     stream: Annotated[
-        bool, typer.Option("--stream/--no-stream", help="Print tokens as they come.")
+        bool, option("Output", "Print tokens as they are generated.", "--stream/--no-stream")
     ] = True,
-    as_json: options.Json = False,
-    timeout: options.Timeout = channel.DEFAULT_TIMEOUT,
-    server: options.Server = None,
 ) -> None:
     """Continue PROMPT with the base model, an adapter or a mix of adapters."""
     text = sys.stdin.read() if prompt == "-" else prompt
-    chosen: GenerateOptions = {
-        "adapter": adapter,
-        "mix": options.parse_mix(mix or ()),
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "presence_penalty": presence_penalty,
-        "frequency_penalty": frequency_penalty,
-        "seed": seed,
-        "max_new_tokens": max_new_tokens,
-        "stop": stop,
-        "ignore_eos": ignore_eos or None,
-        "logprobs": logprobs,
-        "priority": priority,
-    }
+    chosen = cast(GenerateOptions, {**given, "adapter": adapter, "mix": _parse_mix(mix or ())})
     as_prompt: str | None = text
     if chat or system is not None:
         as_prompt = None
         opening: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         chosen["messages"] = [*opening, {"role": "user", "content": text}]
-    with session(ctx, server, timeout) as client:
-        if as_json:
-            output.write_json(client.generate(as_prompt, **chosen))
-        elif stream:
-            live.show(client.stream(as_prompt, **chosen))
-        else:
-            completion = client.generate(as_prompt, **chosen)
-            output.write_text(completion.text + "\n")
-            output.write_summary(completion.finish_reason, completion.usage, completion.adapters)
+    if stream and not session.as_json:
+        live.show(session.client.stream(as_prompt, **chosen))
+    else:
+        session.show(session.client.generate(as_prompt, **chosen), _write)
+
+
+def _write(completion: Completion) -> None:
+    output.write_text(completion.text + "\n")
+    output.write_summary(completion.finish_reason, completion.usage, completion.adapters)
+
+
+def _parse_mix(terms: Iterable[str]) -> dict[str, float | None]:
+    """Parses `["a=0.5", "b"]` to `{"a": 0.5, "b": None}`. Raises BadParameter."""
+    mix: dict[str, float | None] = {}
+    for term in terms:
+        name, given, weight = term.partition("=")
+        try:
+            value = float(weight) if given else None
+        except ValueError:
+            value = float("nan")
+        if not name or name in mix or (value is not None and value != value):
+            raise typer.BadParameter(
+                f"{term!r}: use ID=WEIGHT, such as --mix pirate=0.5, with each ID only once"
+            )
+        mix[name] = value
+    return mix

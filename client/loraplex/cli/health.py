@@ -1,4 +1,4 @@
-"""`loraplex health`: is the server serving? Made for scripts and container health checks."""
+"""`loraplex health`: reports whether the server is serving, for scripts and container checks."""
 
 from __future__ import annotations
 
@@ -7,26 +7,25 @@ from typing import Annotated
 import typer
 
 from loraplex import channel
-from loraplex.cli import options, output
-from loraplex.cli.session import ExitCode, session
+from loraplex.cli import output
+from loraplex.cli.command import command
+from loraplex.cli.options import option
+from loraplex.cli.session import ExitStatus, Session
 from loraplex.results import HealthStatus
 
 
+@command(timeout=channel.HEALTH_TIMEOUT)
 def health(
-    ctx: typer.Context,
+    session: Session,
     service: Annotated[
-        str, typer.Option(help="Ask for one service, such as loraplex.v1.GenerationService.")
+        str, option("Server", "Check one service, such as loraplex.v1.GenerationService.")
     ] = "",
-    as_json: options.Json = False,
-    timeout: options.Timeout = channel.HEALTH_TIMEOUT,
-    server: options.Server = None,
 ) -> None:
-    """Exit with 0 if the server is serving, with 4 if it is not."""
-    with session(ctx, server, timeout) as client:
-        status = client.health(service, timeout=timeout)
-    if as_json:
+    """Check the server. Exits with 0 if it is serving, with 4 if it is not."""
+    status = session.client.health(service, timeout=session.timeout)
+    if session.as_json:
         output.write_json({"status": status})
     else:
         print(status)
     if status is not HealthStatus.SERVING:
-        raise typer.Exit(ExitCode.UNAVAILABLE)
+        raise typer.Exit(ExitStatus.UNAVAILABLE)

@@ -1,4 +1,4 @@
-"""Shows a stream while it runs."""
+"""Prints a stream while it runs."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from loraplex.streams import Stream
 
 
 def show(stream: Stream) -> str:
-    """Write the deltas as they come, then the summary; returns the text.
+    """Prints the deltas as they arrive, then the summary; returns the text.
 
-    Whatever ends it, the line is ended too and the call cancelled if it still runs.
+    However the stream ends, the line is ended and a running call cancelled.
     """
     pieces: list[str] = []
     with stream:

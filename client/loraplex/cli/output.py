@@ -1,11 +1,11 @@
-"""How results look: pleasant on a terminal, plain tab-separated text or JSON elsewhere."""
+"""Prints results: tables on a terminal, tab-separated text or JSON elsewhere."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from typing import TYPE_CHECKING
@@ -31,14 +31,14 @@ _ON_TERMINAL = dict.fromkeys(
 
 
 def write_text(text: str) -> None:
-    """Generated text, as it comes; byte for byte unless standard output is a terminal."""
+    """Prints generated text at once; byte for byte unless standard output is a terminal."""
     sys.stdout.write(text.translate(_ON_TERMINAL) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 
-def write_json(
-    value: DataclassInstance | Sequence[DataclassInstance] | dict[str, object], flush: bool = False
-) -> None:
+def write_json(value: object, flush: bool = False) -> None:
+    """Prints dataclasses, alone or within lists and mappings, as one line of JSON."""
+
     def plain(item: object) -> object:
         if dataclasses.is_dataclass(item) and not isinstance(item, type):
             return dataclasses.asdict(item)
@@ -50,130 +50,125 @@ def write_json(
 
 
 def write_summary(reason: FinishReason, usage: Usage, adapters: Sequence[ResolvedAdapter]) -> None:
-    """Who answered, why it ended and its cost: a dim line on standard error, for terminals only."""
+    """Prints the adapters, the token counts and the finish reason, if stderr is a terminal."""
     if not sys.stderr.isatty():
         return
-    who = " + ".join(f"{a.weight:g} x {a.name}@{a.version} {short(a.digest)}" for a in adapters)
-    cached = f" ({usage.cached_prompt_tokens} cached)" if usage.cached_prompt_tokens else ""
-    tokens = f"{usage.prompt_tokens}{cached} + {usage.completion_tokens} tokens"
-    note(f"[{who or 'base model'}, {tokens}, {reason}]")
+    model = " + ".join(f"{a.weight:g} x {a.name}@{a.version} {short(a.digest)}" for a in adapters)
+    tokens = f"{usage.prompt_tokens} + {usage.completion_tokens} tokens"
+    note(f"[{model or 'base model'}, {tokens}, {reason}]")
 
 
 def remark(text: str) -> None:
-    """A line on standard error, terminal or not."""
+    """Prints a line on standard error."""
     print(text, file=sys.stderr)
 
 
 def note(text: str) -> None:
-    """A remark for a person, dim on a terminal."""
+    """Prints a hint on standard error, dimmed on a terminal."""
     from rich.console import Console
 
     Console(stderr=True, highlight=False).print(text, style="dim", markup=False, soft_wrap=True)
 
 
 def write_adapters(adapters: Sequence[AdapterInfo]) -> None:
-    """A table on a terminal; elsewhere a line each, tab-separated, full digests, plain bytes."""
-    if not sys.stdout.isatty():
-        print(
-            "name",
-            "version",
-            "state",
-            "type",
-            "rank",
-            "size_bytes",
-            "device_bytes",
-            sep="\t",
-            end="\t",
+    """Prints a table on a terminal; elsewhere tab-separated lines, with full digests and bytes."""
+    if sys.stdout.isatty():
+        write_table(
+            ("name", "version", "state", "type", "rank", "size", "on device", "active", "digest"),
+            [
+                (
+                    a.name,
+                    str(a.version),
+                    a.state,
+                    a.peft_type,
+                    str(a.rank),
+                    size(a.size_bytes),
+                    size(a.device_bytes) if a.device_bytes else "-",
+                    str(a.active_requests),
+                    short(a.digest),
+                )
+                for a in adapters
+            ],
+            numbers=("rank", "size", "on device", "active"),
         )
-        print("active_requests", "digest", sep="\t")
-        for a in adapters:
-            print(a.name, a.version, a.state, a.peft_type, a.rank, a.size_bytes, sep="\t", end="\t")
-            print(a.device_bytes, a.active_requests, a.digest, sep="\t")
         return
+    fields = ("name", "version", "state", "peft_type", "rank", "size_bytes", "device_bytes",
+              "active_requests", "digest")  # fmt: skip
+    print(*(field.removeprefix("peft_") for field in fields), sep="\t")
+    for a in adapters:
+        print(*(getattr(a, field) for field in fields), sep="\t")
+
+
+def write_table(
+    titles: Sequence[str], rows: Iterable[Sequence[str]], numbers: Collection[str] = ()
+) -> None:
+    """Prints a table for a terminal. The columns in `numbers` are aligned to the right."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in ("name", "version", "state", "type"):
-        table.add_column(title)
-    for title in ("rank", "size", "on device", "active"):
-        table.add_column(title, justify="right")
-    table.add_column("digest")
-    for a in adapters:
-        table.add_row(
-            a.name,
-            str(a.version),
-            a.state,
-            a.peft_type,
-            str(a.rank),
-            size(a.size_bytes),
-            size(a.device_bytes) if a.device_bytes else "-",
-            str(a.active_requests),
-            short(a.digest),
-        )
+    for title in titles:
+        table.add_column(title, justify="right" if title in numbers else "left")
+    for row in rows:
+        table.add_row(*row)
     Console().print(table)
 
 
-def write_adapter(adapter: AdapterInfo) -> None:
-    """One adapter, a `name: value` line per field."""
-    for item in dataclasses.fields(adapter):
-        value = getattr(adapter, item.name)
-        if isinstance(value, tuple):
-            value = " ".join(value)
-        elif isinstance(value, datetime):
-            value = value.isoformat()
-        elif isinstance(value, Mapping):
-            value = labels(value)
-        elif value is None:
-            value = "never"
-        print(f"{item.name}: {value}")
+def write_fields(value: DataclassInstance) -> None:
+    """Prints a line `name: value` for each field."""
+    for item in dataclasses.fields(value):
+        print(f"{item.name}: {plain(getattr(value, item.name))}")
 
 
-def write_moved(adapter: AdapterInfo, as_json: bool) -> None:
-    """An adapter and where it is now."""
-    if as_json:
-        write_json(adapter)
-    else:
-        marks = [word for word, true in _marks(adapter) if true]
-        print(" ".join([identity(adapter), adapter.state, *marks]))
+def plain(value: object) -> object:
+    """Returns the value of a field as text for a line."""
+    match value:
+        case None:
+            return "never"
+        case tuple():
+            return " ".join(value)
+        case datetime():
+            return value.isoformat()
+        case Mapping():
+            return " ".join(f"{key}={one}" for key, one in sorted(value.items()))
+    return value
 
 
-def write_registration(done: Registration, as_json: bool) -> None:
-    """What was registered, and whether it is new."""
-    if as_json:
-        write_json(done)
-    else:
-        news = "registered" if done.created else "was registered already"
-        print(f"{identity(done.adapter)} {news}")
+def write_residency(adapter: AdapterInfo) -> None:
+    """Prints an adapter, its state, and whether it is pinned or merged."""
+    marks = ["pinned"] * adapter.pinned + ["merged"] * (adapter.merged_bytes > 0)
+    print(identity(adapter), adapter.state, *marks)
 
 
-def write_validation(found: Validation, as_json: bool) -> None:
-    """What an adapter is, or a line for each thing that is wrong with it."""
-    if as_json:
-        write_json(found)
-        return
+def write_labels(adapter: AdapterInfo) -> None:
+    """Prints an adapter and its labels."""
+    print(identity(adapter), plain(adapter.labels) or "no labels")
+
+
+def write_registration(done: Registration) -> None:
+    """Prints the registered adapter, and whether the registration is new."""
+    news = "registered" if done.created else "was registered already"
+    print(f"{identity(done.adapter)} {news}")
+
+
+def write_validation(found: Validation) -> None:
+    """Prints the description of an adapter, or a line for each of its faults."""
     for finding in found.findings:
         print(finding.reason, finding.field or "-", finding.message, sep="\t")
     if found.spec is not None:
-        for item in dataclasses.fields(found.spec):
-            value = getattr(found.spec, item.name)
-            if isinstance(value, tuple):
-                value = " ".join(value)
-            elif isinstance(value, Mapping):
-                value = labels(value)
-            print(f"{item.name}: {value}")
+        write_fields(found.spec)
 
 
 def write_event(event: AdapterEvent) -> None:
-    """A change, in a line."""
+    """Prints a change as one line."""
     about = f" {event.alias}" if event.alias else ""
     print(f"{event.kind}{about} {identity(event.adapter)}", flush=True)
 
 
 @contextmanager
 def progress() -> Iterator[Progress | None]:
-    """A bar on standard error that follows an upload; None where there is no terminal."""
+    """Shows the progress of an upload; yields None if standard error is no terminal."""
     if not sys.stderr.isatty():
         yield None
         return
@@ -188,27 +183,18 @@ def progress() -> Iterator[Progress | None]:
 
 
 def identity(adapter: AdapterInfo) -> str:
-    """`name@version digest`; the digest alone where no name points to it any more."""
+    """Returns "name@version digest", or only the digest if no name points to it any more."""
     name = f"{adapter.name}@{adapter.version} " if adapter.name else ""
     return f"{name}{adapter.digest}"
 
 
-def labels(found: Mapping[str, str]) -> str:
-    """`key=value key=value`."""
-    return " ".join(f"{key}={value}" for key, value in sorted(found.items()))
-
-
-def _marks(adapter: AdapterInfo) -> tuple[tuple[str, bool], ...]:
-    return (("pinned", adapter.pinned), ("merged", bool(adapter.merged_bytes)))
-
-
 def short(digest: str) -> str:
-    """`sha256:` and the first 12 digits."""
+    """Returns "sha256:" and the first 12 digits."""
     return digest[: len("sha256:") + 12]
 
 
 def size(count: int) -> str:
-    """Bytes for people, in powers of 1024."""
+    """Returns a number of bytes as text, such as "3.0 MiB"."""
     amount = float(count)
     for unit in ("B", "KiB", "MiB"):
         if amount < 1024:

@@ -1,112 +1,80 @@
-"""`loraplex adapters load`, `unload`, `pin`, `merge`, `watch`: where an adapter is."""
+"""`loraplex adapters load`, `unload`, `pin`, `merge`, `watch`: adapters on the device."""
 
 from __future__ import annotations
 
 import sys
 from typing import Annotated
 
-import typer
-
-from loraplex import channel
 from loraplex.cli import options, output
-from loraplex.cli.session import session
+from loraplex.cli.command import command
+from loraplex.cli.options import option
+from loraplex.cli.session import Session
 from loraplex.results import AdapterTable
 
 
-def load(
-    ctx: typer.Context,
-    adapter_id: options.AdapterId,
-    as_json: options.Json = False,
-    timeout: options.Timeout = channel.DEFAULT_TIMEOUT,
-    server: options.Server = None,
-) -> None:
-    """Put an adapter on the device, and wait until it is there."""
-    with session(ctx, server, timeout) as client:
-        output.write_moved(client.load_adapter(adapter_id), as_json)
+@command()
+def load(session: Session, adapter_id: options.AdapterId) -> None:
+    """Load an adapter onto the device and wait until it is resident."""
+    session.show(session.client.load_adapter(adapter_id), output.write_residency)
 
 
+@command()
 def unload(
-    ctx: typer.Context,
+    session: Session,
     adapter_id: options.AdapterId,
-    force: Annotated[bool, typer.Option("--force", help="Abort the requests that use it.")] = False,
+    force: Annotated[
+        bool, option("Running requests", "Abort the requests that use the adapter.", "--force")
+    ] = False,
     drain: Annotated[
         float | None,
-        typer.Option(min=0, metavar="SECONDS", help="Abort those that run longer than this."),
+        option(
+            "Running requests",
+            "Abort the requests that still run after this time.",
+            min=0,
+            metavar="SECONDS",
+        ),
     ] = None,
-    as_json: options.Json = False,
-    timeout: options.Timeout = channel.DEFAULT_TIMEOUT,
-    server: options.Server = None,
 ) -> None:
-    """Take an adapter off the device, once the requests that use it have finished."""
-    with session(ctx, server, timeout) as client:
-        output.write_moved(client.unload_adapter(adapter_id, force=force, drain=drain), as_json)
+    """Remove an adapter from the device once its running requests have finished."""
+    found = session.client.unload_adapter(adapter_id, force=force, drain=drain)
+    session.show(found, output.write_residency)
 
 
-def pin(
-    ctx: typer.Context,
-    adapter_id: options.AdapterId,
-    as_json: options.Json = False,
-    timeout: options.Timeout = channel.DEFAULT_TIMEOUT,
-    server: options.Server = None,
-) -> None:
-    """Put an adapter on the device and keep it there."""
-    with session(ctx, server, timeout) as client:
-        output.write_moved(client.pin_adapter(adapter_id), as_json)
+@command()
+def pin(session: Session, adapter_id: options.AdapterId) -> None:
+    """Load an adapter onto the device and keep it there."""
+    session.show(session.client.pin_adapter(adapter_id), output.write_residency)
 
 
-def unpin(
-    ctx: typer.Context,
-    adapter_id: options.AdapterId,
-    as_json: options.Json = False,
-    timeout: options.Timeout = channel.DEFAULT_TIMEOUT,
-    server: options.Server = None,
-) -> None:
-    """Let a pinned adapter make room for others again."""
-    with session(ctx, server, timeout) as client:
-        output.write_moved(client.unpin_adapter(adapter_id), as_json)
+@command()
+def unpin(session: Session, adapter_id: options.AdapterId) -> None:
+    """Allow a pinned adapter to be evicted again."""
+    session.show(session.client.unpin_adapter(adapter_id), output.write_residency)
 
 
-def merge(
-    ctx: typer.Context,
-    adapter_id: options.AdapterId,
-    as_json: options.Json = False,
-    timeout: options.Timeout = channel.DEFAULT_TIMEOUT,
-    server: options.Server = None,
-) -> None:
-    """Compute an adapter's requests with dense weights; no others are touched."""
-    with session(ctx, server, timeout) as client:
-        output.write_moved(client.merge_adapter(adapter_id), as_json)
+@command()
+def merge(session: Session, adapter_id: options.AdapterId) -> None:
+    """Compute an adapter's requests with dense merged weights; other requests are unaffected."""
+    session.show(session.client.merge_adapter(adapter_id), output.write_residency)
 
 
-def unmerge(
-    ctx: typer.Context,
-    adapter_id: options.AdapterId,
-    as_json: options.Json = False,
-    timeout: options.Timeout = channel.DEFAULT_TIMEOUT,
-    server: options.Server = None,
-) -> None:
-    """Drop an adapter's dense weights."""
-    with session(ctx, server, timeout) as client:
-        output.write_moved(client.unmerge_adapter(adapter_id), as_json)
+@command()
+def unmerge(session: Session, adapter_id: options.AdapterId) -> None:
+    """Drop an adapter's merged weights."""
+    session.show(session.client.unmerge_adapter(adapter_id), output.write_residency)
 
 
-def watch(
-    ctx: typer.Context,
-    as_json: options.Json = False,
-    server: options.Server = None,
-) -> None:
-    """Print the adapters, then every change, a line each, until Ctrl-C."""
-    with (
-        session(ctx, server, channel.DEFAULT_TIMEOUT) as client,
-        client.watch_adapters() as news,
-    ):
-        for item in news:
-            if as_json:
+@command(timeout=None)
+def watch(session: Session) -> None:
+    """Print the adapters, then one line for every change, until Ctrl-C."""
+    with session.client.watch_adapters() as changes:
+        for item in changes:
+            if session.as_json:
                 kind = "table" if isinstance(item, AdapterTable) else "event"
                 output.write_json({kind: item}, flush=True)
             elif isinstance(item, AdapterTable):
                 if item.resync:
-                    output.note("changes came too fast; this is the table again")
+                    output.note("some changes were missed; this is the current table")
                 output.write_adapters(item.adapters)
                 sys.stdout.flush()
             else:

@@ -1,21 +1,26 @@
-"""One command's connection; a failure becomes a line that says what to do, and an exit code."""
+"""A command's connection to the server. A failure becomes one line of advice and an exit status."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import IntEnum
+from typing import TypeVar
 
 import typer
 
-from loraplex import channel, errors
+from loraplex import errors
+from loraplex.cli import output
 from loraplex.client import Client
 
+T = TypeVar("T")
 
-class ExitCode(IntEnum):
-    """What a script can tell from the exit status."""
+
+class ExitStatus(IntEnum):
+    """The exit statuses of the command `loraplex`, for scripts."""
 
     OK = 0
     FAULT = 1
@@ -27,53 +32,69 @@ class ExitCode(IntEnum):
     INTERRUPTED = 130
 
 
-_EXIT_CODES: tuple[tuple[type[errors.LoraplexError], ExitCode], ...] = (
-    (errors.InvalidRequest, ExitCode.USAGE),
-    (errors.NotFound, ExitCode.NOT_FOUND),
-    (errors.Unavailable, ExitCode.UNAVAILABLE),
-    (errors.AdapterUnloaded, ExitCode.UNAVAILABLE),
-    (errors.DeadlineExceeded, ExitCode.DEADLINE),
-    (errors.AdapterConflict, ExitCode.REFUSED),
-    (errors.JobConflict, ExitCode.REFUSED),
-    (errors.FailedPrecondition, ExitCode.REFUSED),
-    (errors.PermissionDenied, ExitCode.REFUSED),
-    (errors.ResourceExhausted, ExitCode.REFUSED),
+_EXIT_STATUSES: tuple[tuple[type[errors.LoraplexError], ExitStatus], ...] = (
+    (errors.InvalidRequest, ExitStatus.USAGE),
+    (errors.NotFound, ExitStatus.NOT_FOUND),
+    (errors.Unavailable, ExitStatus.UNAVAILABLE),
+    (errors.AdapterUnloaded, ExitStatus.UNAVAILABLE),
+    (errors.DeadlineExceeded, ExitStatus.DEADLINE),
+    (errors.AdapterConflict, ExitStatus.REFUSED),
+    (errors.JobConflict, ExitStatus.REFUSED),
+    (errors.FailedPrecondition, ExitStatus.REFUSED),
+    (errors.PermissionDenied, ExitStatus.REFUSED),
+    (errors.ResourceExhausted, ExitStatus.REFUSED),
 )
 
 
-@contextmanager
-def session(ctx: typer.Context, server: str | None, timeout: float) -> Iterator[Client]:
-    """A client for the server that the command, its group or the environment names.
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A command's client, and the values of the options that all commands share."""
 
-    On the way out the connection is closed, which cancels what still runs, and a LoraplexError or
-    Ctrl-C becomes one line on standard error and an exit code.
+    client: Client
+    target: str
+    timeout: float
+    as_json: bool
+
+    def show(self, value: T, write: Callable[[T], None]) -> None:
+        """Prints a result as JSON or with `write`, as the command line asks for."""
+        if self.as_json:
+            output.write_json(value)
+        else:
+            write(value)
+
+
+@contextmanager
+def session(target: str, timeout: float, as_json: bool) -> Iterator[Session]:
+    """Connects to the server at `target`.
+
+    On exit, the connection is closed, which cancels running calls. A LoraplexError or Ctrl-C
+    becomes one line on standard error and an exit status.
     """
-    target = server or ctx.obj or channel.DEFAULT_TARGET
-    # gRPC's own log lines ("connection refused" and the like) would double ours.
+    # gRPC's own log lines ("connection refused" and the like) would repeat ours.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         with Client(target, timeout=timeout) as client:
-            yield client
+            yield Session(client, target, timeout, as_json)
     except errors.LoraplexError as error:
         complain(error, target)
-        raise typer.Exit(exit_code(error)) from None
+        raise typer.Exit(exit_status(error)) from None
     except KeyboardInterrupt:
         print("\ncancelled", file=sys.stderr)
-        raise typer.Exit(ExitCode.INTERRUPTED) from None
+        raise typer.Exit(ExitStatus.INTERRUPTED) from None
 
 
 def complain(error: errors.LoraplexError, target: str) -> None:
-    """The error and what to do about it, in one line on standard error."""
+    """Prints the error and what to do about it, as one line on standard error."""
     what = " ".join(str(error).split())
     advice = _advice(error, target)
     print(f"loraplex: {what}" + (f"; {advice}" if advice else ""), file=sys.stderr)
 
 
-def exit_code(error: errors.LoraplexError) -> ExitCode:
-    for kind, code in _EXIT_CODES:
+def exit_status(error: errors.LoraplexError) -> ExitStatus:
+    for kind, status in _EXIT_STATUSES:
         if isinstance(error, kind):
-            return code
-    return ExitCode.FAULT
+            return status
+    return ExitStatus.FAULT
 
 
 def _advice(error: errors.LoraplexError, target: str) -> str:
@@ -83,41 +104,41 @@ def _advice(error: errors.LoraplexError, target: str) -> str:
         case errors.InvalidRequest(reason="ADAPTER_NOT_MIXABLE"):
             return "use it alone, with --adapter"
         case errors.InvalidRequest():
-            return "see the command's --help for what it takes"
+            return "the command's --help lists the values that it accepts"
         case errors.AdapterNotFound():
-            return "`loraplex adapters list` shows the names there are"
+            return "`loraplex adapters list` shows the registered names"
         case errors.JobNotFound():
-            return "`loraplex train list` shows the jobs there are"
+            return "`loraplex train list` shows the jobs"
         case errors.JobConflict():
-            return "leave --request-id out, or choose another"
+            return "omit --request-id or choose another one"
         case errors.FailedPrecondition(reason="TRAINING_MEMORY"):
-            return "a smaller --batch-size or --max-length takes less"
+            return "lower --batch-size or --max-length to use less memory"
         case errors.ResourceExhausted(reason="JOB_QUEUE_FULL"):
-            return "wait for a job to end, or cancel one"
+            return "wait for a job to end, or cancel one with `loraplex train cancel`"
         case errors.UploadNotFound():
-            return "start again without --resume"
+            return "start a new upload, without --resume"
         case errors.ResourceExhausted(reason="PIN_BUDGET"):
             return "unpin or unmerge another adapter"
         case errors.ResourceExhausted(reason="MERGE_BUDGET"):
             return "unmerge another adapter"
         case errors.AdapterConflict():
-            return "give --replace to move the name to these bytes, or choose another name"
+            return "use --replace to move the name to these bytes, or choose another name"
         case errors.AdapterUnloaded():
             return "run the command again to load it again"
         case errors.AdapterRejected():
-            return "the adapter needs changing; the server keeps what it had"
+            return "correct the adapter; nothing was changed on the server"
         case errors.Unavailable(retry_after=float() as seconds):
             return f"try again in {seconds:g} s"
         case errors.Unavailable(reason=""):
-            return f"is a server running at {target}? --server or LORAPLEX_SERVER names another"
+            return f"is a server running at {target}? Use --server or LORAPLEX_SERVER for another"
         case errors.Unavailable():
             return "try again in a moment"
         case errors.DeadlineExceeded():
-            return "give it longer with --timeout, or ask for fewer tokens"
+            return "raise --timeout, or request fewer tokens"
         case errors.PermissionDenied():
             return "ask the server's operator for access"
         case errors.Unsupported():
-            return f"{target} is not a Loraplex server, or an older one"
+            return f"{target} is not a Loraplex server, or is older than this client"
         case errors.ServerFault() if error.request_id:
-            return f"the server's log has more under request id {error.request_id}"
+            return f"the server's log has details under request id {error.request_id}"
     return ""

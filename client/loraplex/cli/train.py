@@ -1,207 +1,176 @@
-"""`loraplex train`: have the server train adapters, and see how far it is."""
+"""`loraplex train`: training jobs on the server."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypedDict, cast
 
 import typer
 
-from loraplex import channel
 from loraplex.cli import options, output, training_output
-from loraplex.cli.session import ExitCode, session
-from loraplex.client import Client
+from loraplex.cli.command import command
+from loraplex.cli.options import option
+from loraplex.cli.session import ExitStatus, Session
 from loraplex.training import JobState, TrainingJob, TrainingOptions
 
-app = typer.Typer(name="train", help="Have the server train adapters.", no_args_is_help=True)
+app = typer.Typer(name="train", help="Train adapters on the server.", no_args_is_help=True)
 
-JobId = Annotated[str, typer.Argument(metavar="JOB", help="From `loraplex train create`.")]
+JobId = Annotated[
+    str, typer.Argument(metavar="JOB", help="Job id, as printed by `loraplex train create`.")
+]
 
-_SERVED = "The path of DATA is on the server, below its import root."
+
+class JobOptions(TypedDict):
+    """The options of a job; the keys are those of TrainingOptions."""
+
+    method: Annotated[str | None, option("Method", "Training method. Default: lora.")]
+    epochs: Annotated[float | None, option("Training", "Number of passes over the data.")]
+    steps: Annotated[
+        int | None, option("Training", "Number of optimiser steps, instead of --epochs.")
+    ]
+    batch_size: Annotated[int | None, option("Training", "Examples per micro-batch.")]
+    accumulation: Annotated[int | None, option("Training", "Micro-batches per optimiser step.")]
+    pack: Annotated[bool | None, option("Training", "Put several short examples into one row.")]
+    max_length: Annotated[
+        int | None, option("Training", "Tokens per example; longer examples are cut.")
+    ]
+    learn: Annotated[
+        str | None,
+        option("Training", "Tokens to learn: auto, completion, assistant or all.", metavar="WHAT"),
+    ]
+    seed: Annotated[
+        int | None, option("Training", "Random seed for example order and initialisation.")
+    ]
+    optimiser: Annotated[str | None, option("Optimiser", "Optimiser. Default: adamw.")]
+    learning_rate: Annotated[float | None, option("Optimiser", "Learning rate.", "--lr")]
+    schedule: Annotated[
+        str | None,
+        option("Optimiser", "Learning-rate schedule, such as constant, linear or cosine."),
+    ]
+    eval_every: Annotated[int | None, option("Evaluation", "Optimiser steps between evaluations.")]
+    patience: Annotated[
+        int | None, option("Evaluation", "Stop after this many evaluations without improvement.")
+    ]
+    metric: Annotated[
+        str | None,
+        option("Evaluation", "Metric on generated answers: exact, json or regex:EXPRESSION."),
+    ]
+    replace: Annotated[
+        bool | None,
+        option("Registration", "Move a name that is taken to the new adapter.", "--replace"),
+    ]
+    load: Annotated[
+        bool | None,
+        option("Registration", "Load the adapter onto the device when it is ready.", "--load"),
+    ]
+    alias: Annotated[str | None, option("Registration", "Point this alias to the new adapter.")]
 
 
 @app.command("create")
+@command()
 def create(
-    ctx: typer.Context,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="What to register it as.")],
+    session: Session,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name to register the adapter as.")],
     data: Annotated[
-        str, typer.Argument(metavar="DATA", help="A JSONL file of this machine: 3 MiB at most.")
+        str, typer.Argument(metavar="DATA", help="JSONL file of examples; 3 MiB at most if local.")
     ],
-    on_server: Annotated[bool, typer.Option("--on-server", help=_SERVED)] = False,
+    *,
+    on_server: Annotated[
+        bool, option("Data", "Read DATA on the server, below its import root.", "--on-server")
+    ] = False,
     eval_data: Annotated[
-        str, typer.Option(metavar="FILE", help="What it is evaluated on; where DATA is.")
+        str, option("Data", "Evaluation data, in the same place as DATA.", metavar="FILE")
     ] = "",
-    method: Annotated[str | None, typer.Option(help="Default: lora.")] = None,
+    given: JobOptions,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="An option of the method; repeat it."),
+        option(
+            "Method",
+            "Option of the training method. Can be repeated.",
+            "--set",
+            metavar="KEY=VALUE",
+        ),
     ] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps, instead.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Examples of a micro-batch.")] = None,
-    accumulation: Annotated[int | None, typer.Option(help="Micro-batches of a step.")] = None,
-    pack: Annotated[bool | None, typer.Option(help="Let short examples share a row.")] = None,
-    max_length: Annotated[int | None, typer.Option(help="Tokens of an example.")] = None,
-    optimiser: Annotated[str | None, typer.Option(help="Default: adamw.")] = None,
-    lr: Annotated[float | None, typer.Option(help="The learning rate.")] = None,
-    schedule: Annotated[str | None, typer.Option(help="Of the learning rate.")] = None,
-    learn: Annotated[
-        str | None, typer.Option(metavar="WHAT", help="auto, completion, assistant or all.")
-    ] = None,
-    eval_every: Annotated[int | None, typer.Option(help="Steps between evaluations.")] = None,
-    patience: Annotated[
-        int | None, typer.Option(help="Evaluations without a better one before it stops.")
-    ] = None,
-    metric: Annotated[
-        str | None, typer.Option(help="exact, json or regex:EXPRESSION, on generated answers.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of order and initial values.")] = None,
-    replace: options.Replace = False,
-    load: options.LoadNow = False,
-    alias: Annotated[str | None, typer.Option(help="An alias to point to it.")] = None,
     label: options.Labels = None,
     request_id: Annotated[
-        str, typer.Option(metavar="ID", help="The same ID is the same job, however often.")
+        str, option("Job", "Id that makes repeated calls create only one job.", metavar="ID")
     ] = "",
     watch: Annotated[
-        bool, typer.Option("--watch", help="Follow it to its end; exit with 6 if it fails.")
+        bool, option("Job", "Follow the job to its end; exit with 6 if it fails.", "--watch")
     ] = False,
-    as_json: options.Json = False,
-    timeout: options.Timeout = channel.DEFAULT_TIMEOUT,
-    server: options.Server = None,
 ) -> None:
-    """Queue the training of an adapter NAME on the examples of DATA."""
-    chosen: TrainingOptions = {
-        "method": method,
-        "options": _pairs(set_ or ()),
-        "epochs": epochs,
-        "steps": steps,
-        "batch_size": batch_size,
-        "accumulation": accumulation,
-        "pack": pack,
-        "max_length": max_length,
-        "optimiser": optimiser,
-        "learning_rate": lr,
-        "schedule": schedule,
-        "learn": learn,
-        "eval_every": eval_every,
-        "patience": patience,
-        "metric": metric,
-        "seed": seed,
-        "replace": replace,
-        "load": load,
-        "alias": alias,
-        "labels": options.parse_labels(label or ()),
-    }
-    with session(ctx, server, timeout) as client:
-        job = client.training.create(
-            name,
-            None if on_server else Path(data),
-            server_path=data if on_server else "",
-            eval_data=Path(eval_data) if eval_data and not on_server else None,
-            eval_server_path=eval_data if on_server else "",
-            request_id=request_id,
-            timeout=timeout,
-            **chosen,
-        )
-        if watch:
-            _follow(client, job, as_json)
-        elif as_json:
-            output.write_json(job)
-        else:
-            print(job.job_id)
-            output.note(f"{job.state}; follow it with: loraplex train watch {job.job_id}")
+    """Queue a job that trains an adapter NAME on the examples in DATA."""
+    pairs = {"options": options.parse_pairs(set_), "labels": options.parse_pairs(label)}
+    chosen = cast(TrainingOptions, {**given, **pairs})
+    job = session.client.training.create(
+        name,
+        None if on_server else Path(data),
+        server_path=data if on_server else "",
+        eval_data=Path(eval_data) if eval_data and not on_server else None,
+        eval_server_path=eval_data if on_server else "",
+        request_id=request_id,
+        timeout=session.timeout,
+        **chosen,
+    )
+    if watch:
+        _follow(session, job)
+    else:
+        session.show(job, training_output.write_queued)
 
 
 @app.command("get")
-def get(
-    ctx: typer.Context,
-    job_id: JobId,
-    as_json: options.Json = False,
-    timeout: options.Timeout = channel.DEFAULT_TIMEOUT,
-    server: options.Server = None,
-) -> None:
+@command()
+def get(session: Session, job_id: JobId) -> None:
     """Describe one job."""
-    with session(ctx, server, timeout) as client:
-        found = client.training.get(job_id)
-    if as_json:
-        output.write_json(found)
-    else:
-        training_output.write_job(found)
+    session.show(session.client.training.get(job_id), training_output.write_job)
 
 
 @app.command("list")
+@command()
 def list_(
-    ctx: typer.Context,
+    session: Session,
     state: Annotated[
-        list[JobState] | None, typer.Option("--state", help="Only such jobs; repeat it.")
+        list[JobState] | None,
+        option("Filter", "List only jobs in this state. Can be repeated.", "--state"),
     ] = None,
-    as_json: options.Json = False,
-    timeout: options.Timeout = channel.DEFAULT_TIMEOUT,
-    server: options.Server = None,
 ) -> None:
     """List the jobs that the server remembers, the newest first."""
-    with session(ctx, server, timeout) as client:
-        found = client.training.list(states=state or ())
-    if as_json:
-        output.write_json(found)
-    elif found:
-        training_output.write_jobs(found)
+    found = session.client.training.list(states=state or ())
+    if found or session.as_json:
+        session.show(found, training_output.write_jobs)
     else:
-        output.note("no training jobs; begin one with: loraplex train create NAME DATA")
+        output.note("no training jobs; start one with: loraplex train create NAME DATA")
 
 
 @app.command("cancel")
-def cancel(
-    ctx: typer.Context,
-    job_id: JobId,
-    as_json: options.Json = False,
-    timeout: options.Timeout = channel.DEFAULT_TIMEOUT,
-    server: options.Server = None,
-) -> None:
-    """End a job, and wait until it has ended."""
-    with session(ctx, server, timeout) as client:
-        done = client.training.cancel(job_id)
-    if as_json:
-        output.write_json(done)
-    else:
-        print(done.job_id, done.state)
+@command()
+def cancel(session: Session, job_id: JobId) -> None:
+    """Cancel a job and wait until it has ended."""
+    done = session.client.training.cancel(job_id)
+    session.show(done, lambda job: print(job.job_id, job.state))
 
 
 @app.command("watch")
-def watch(
-    ctx: typer.Context,
-    job_id: JobId,
-    as_json: options.Json = False,
-    server: options.Server = None,
-) -> None:
-    """Follow a job to its end. Exits with 6 if it fails or is cancelled; Ctrl-C leaves it alone."""
-    with session(ctx, server, channel.DEFAULT_TIMEOUT) as client:
-        _follow(client, client.training.get(job_id), as_json)
+@command(timeout=None)
+def watch(session: Session, job_id: JobId) -> None:
+    """Follow a job to its end. Ctrl-C leaves the job running.
+
+    Exits with 6 if the job fails or is cancelled.
+    """
+    _follow(session, session.client.training.get(job_id))
 
 
-def _follow(client: Client, job: TrainingJob, as_json: bool) -> None:
-    """Shows every state that comes. Raises Exit(REFUSED) where no adapter comes of it."""
+def _follow(session: Session, job: TrainingJob) -> None:
+    """Shows every state of a job. Raises Exit(REFUSED) if it ends without an adapter."""
     with (
-        client.training.watch(job.job_id) as states,
-        training_output.following(as_json) as show,
+        session.client.training.watch(job.job_id) as states,
+        training_output.following(session.as_json) as show,
     ):
         for job in states:
             show(job)
-    if not as_json:
+    if not session.as_json:
         training_output.write_end(job)
         sys.stdout.flush()
     if job.state is not JobState.SUCCEEDED:
-        raise typer.Exit(ExitCode.REFUSED)
-
-
-def _pairs(terms: list[str] | tuple[()]) -> dict[str, object]:
-    """`["r=16", "bias=none"]` as a mapping. Raises BadParameter."""
-    found: dict[str, object] = {}
-    for term in terms:
-        key, given, value = term.partition("=")
-        if not key or not given or key in found:
-            raise typer.BadParameter(f"{term!r}: it should read KEY=VALUE, one for each key")
-        found[key] = value
-    return found
+        raise typer.Exit(ExitStatus.REFUSED)

@@ -1,55 +1,55 @@
-"""How training jobs look: a bar on a terminal, a line for each change elsewhere."""
+"""Prints training jobs: a progress bar on a terminal, a line for each change elsewhere."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import datetime
 
 from loraplex.cli import output
 from loraplex.training import JobProgress, JobState, TrainingJob
 
 
 def write_jobs(jobs: Sequence[TrainingJob]) -> None:
-    """A table on a terminal; elsewhere a line each, tab-separated."""
+    """Prints a table on a terminal; elsewhere tab-separated lines."""
     titles = ("job", "name", "state", "method", "step", "steps", "loss", "created")
     rows = [_row(job) for job in jobs]
-    if not sys.stdout.isatty():
-        print(*titles, sep="\t")
-        for row in rows:
-            print(*row, sep="\t")
+    if sys.stdout.isatty():
+        output.write_table(titles, rows)
         return
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+    for row in (titles, *rows):
+        print(*row, sep="\t")
 
-    table = Table(*titles, box=box.SIMPLE_HEAD, pad_edge=False)
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
+
+def write_queued(job: TrainingJob) -> None:
+    """Prints the id of a new job, and a hint how to follow it."""
+    print(job.job_id)
+    output.note(f"{job.state}; follow it with: loraplex train watch {job.job_id}")
 
 
 def write_job(job: TrainingJob) -> None:
-    """One job, a `name: value` line per field; what is not there yet is left out."""
+    """Prints a line `name: value` for each field that is set, and for those of its parts."""
     for field in dataclasses.fields(job):
         value = getattr(job, field.name)
-        if value is None:
-            continue
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            for name, inner in dataclasses.asdict(value).items():
-                if inner is not None and not isinstance(inner, tuple):
-                    print(f"{field.name}.{name}: {_plain(inner)}")
-                for line in inner if isinstance(inner, tuple) else ():
-                    print(f"{field.name}.{name}: {_safe(line)}")
+            for name, part in dataclasses.asdict(value).items():
+                _write_field(f"{field.name}.{name}", part)
         else:
-            print(f"{field.name}: {_plain(value)}")
+            _write_field(field.name, value)
+
+
+def _write_field(name: str, value: object) -> None:
+    """Prints a line for a value, or one for each item of a tuple."""
+    for item in value if isinstance(value, tuple) else (value,):
+        if item is not None:
+            text = output.plain(item)
+            print(f"{name}: {_safe(text) if isinstance(text, str) else text}")
 
 
 @contextmanager
 def following(as_json: bool) -> Iterator[Callable[[TrainingJob], None]]:
-    """What shows each state of a job: as JSON, or on standard error as a bar or lines."""
+    """Yields a function that shows a job: as JSON, or on standard error as a bar or lines."""
     if as_json:
         yield lambda job: output.write_json(job, flush=True)
         return
@@ -78,7 +78,7 @@ def following(as_json: bool) -> Iterator[Callable[[TrainingJob], None]]:
 
 
 def write_end(job: TrainingJob) -> None:
-    """What came of it: the adapter on standard output, or why there is none."""
+    """Prints the adapter on standard output, or on standard error why there is none."""
     if job.result is not None:
         print(f"{job.name}@{job.result.version} {job.result.digest}")
         if job.result.ending:
@@ -134,16 +134,8 @@ def _numbers(now: JobProgress) -> str:
     return text
 
 
-def _plain(value: object) -> object:
-    if isinstance(value, datetime):
-        return value.isoformat()
-    if isinstance(value, Mapping):
-        return " ".join(f"{key}={one}" for key, one in value.items())
-    return _safe(value) if isinstance(value, str) else value
-
-
 def _safe(text: str) -> str:
-    """A line that a terminal does not obey."""
+    """Returns the text without characters that control a terminal."""
     return "".join(
         letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text
     )

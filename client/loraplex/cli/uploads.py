@@ -9,87 +9,84 @@ from typing import Annotated
 
 import typer
 
-from loraplex import channel, uploads
+from loraplex import uploads
 from loraplex.cli import options, output
-from loraplex.cli.session import ExitCode, session
+from loraplex.cli.command import command
+from loraplex.cli.options import option
+from loraplex.cli.session import ExitStatus, Session
 from loraplex.client import Client
 from loraplex.errors import Cancelled, DeadlineExceeded, LoraplexError, Unavailable
-
-Folder = Annotated[
-    Path, typer.Argument(metavar="DIR", help="A PEFT directory of this machine.", exists=True)
-]
+from loraplex.results import Validation
 
 
+@command()
 def upload(
-    ctx: typer.Context,
-    name: Annotated[
-        str, typer.Argument(metavar="NAME", help="Lower-case letters, digits and hyphens.")
+    session: Session,
+    name: options.NewName,
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Local PEFT directory.", exists=True)
     ],
-    folder: Folder,
     replace: options.Replace = False,
     load: options.LoadNow = False,
     label: options.Labels = None,
     resume: Annotated[
-        str, typer.Option(metavar="ID", help="Go on with an upload that was interrupted.")
+        str, option("Registration", "Resume the interrupted upload ID.", metavar="ID")
     ] = "",
-    as_json: options.Json = False,
-    timeout: options.Timeout = channel.DEFAULT_TIMEOUT,
-    server: options.Server = None,
 ) -> None:
-    """Send an adapter to the server and register it under NAME."""
-    labels = options.parse_labels(label or ())
-    with session(ctx, server, timeout) as client:
-        upload_id = resume or client.start_upload()
-        with _kept(client, upload_id, dropped=not resume), output.progress() as show:
-            done = client.upload_adapter(
-                *(name, folder),
-                replace=replace,
-                load=load,
-                labels=labels,
-                upload_id=upload_id,
-                progress=show,
-            )
-    output.write_registration(done, as_json)
+    """Upload an adapter to the server and register it as NAME."""
+    labels = options.parse_pairs(label)
+    client = session.client
+    upload_id = resume or client.start_upload()
+    with _kept(client, upload_id, dropped=not resume), output.progress() as show:
+        done = client.upload_adapter(
+            *(name, folder),
+            replace=replace,
+            load=load,
+            labels=labels,
+            upload_id=upload_id,
+            progress=show,
+        )
+    session.show(done, output.write_registration)
 
 
+@command()
 def validate(
-    ctx: typer.Context,
-    path: Annotated[
-        str, typer.Argument(metavar="PATH", help="PEFT directory below the server's import root.")
-    ],
+    session: Session,
+    path: options.ServerPath,
     local: Annotated[
-        bool, typer.Option("--local", help="PATH is on this machine; send it for the check only.")
+        bool, option("Adapter", "PATH is a local directory; upload it for the check.", "--local")
     ] = False,
-    as_json: options.Json = False,
-    timeout: options.Timeout = channel.DEFAULT_TIMEOUT,
-    server: options.Server = None,
 ) -> None:
-    """Say everything that is wrong with an adapter; register nothing. Exits with 6 if refused."""
-    with session(ctx, server, timeout) as client:
-        if local:
-            uploads.Files.read(path)  # a wrong path opens no upload
-            upload_id = client.start_upload()
-            try:
-                with output.progress() as show:
-                    client.stage_adapter(path, upload_id=upload_id, progress=show)
-                found = client.validate_adapter(upload_id=upload_id)
-            finally:
-                with contextlib.suppress(LoraplexError):
-                    client.abort_upload(upload_id)
-        else:
-            found = client.validate_adapter(path)
-    output.write_validation(found, as_json)
+    """Report everything that is wrong with an adapter, without registering it.
+
+    Exits with 6 if the server would refuse the adapter.
+    """
+    client = session.client
+    found = _validate_local(client, path) if local else client.validate_adapter(path)
+    session.show(found, output.write_validation)
     if not found.valid:
-        raise typer.Exit(ExitCode.REFUSED)
+        raise typer.Exit(ExitStatus.REFUSED)
+
+
+def _validate_local(client: Client, path: str) -> Validation:
+    uploads.Files.read(path)  # a wrong path starts no upload
+    upload_id = client.start_upload()
+    try:
+        with output.progress() as show:
+            client.stage_adapter(path, upload_id=upload_id, progress=show)
+        return client.validate_adapter(upload_id=upload_id)
+    finally:
+        with contextlib.suppress(LoraplexError):
+            client.abort_upload(upload_id)
 
 
 @contextlib.contextmanager
 def _kept(client: Client, upload_id: str, dropped: bool) -> Iterator[None]:
-    """What was interrupted can go on, and is told how; what was refused is dropped."""
+    """Prints how to resume an interrupted upload; aborts one that was refused if `dropped`."""
     try:
         yield
     except (KeyboardInterrupt, Unavailable, DeadlineExceeded, Cancelled):
-        output.remark(f"what has arrived is kept; go on with --resume {upload_id}")
+        output.remark(f"the uploaded part is kept; resume with --resume {upload_id}")
         raise
     except LoraplexError:
         if dropped:

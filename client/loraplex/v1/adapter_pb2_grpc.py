@@ -28,9 +28,10 @@ if _version_not_supported:
 class AdapterServiceStub:
     """AdapterService registers adapters and moves them between the store, host memory and the device.
 
-    An adapter comes into the store by RegisterAdapter (from a directory of the server) or by an upload:
-    StartUpload gives an id, UploadAdapter sends the bytes and registers them. When its stream breaks, what
-    had arrived stays; GetUpload says how much, and another UploadAdapter with the same id goes on from there.
+    An adapter enters the store through RegisterAdapter (from a directory of the server) or through an upload:
+    StartUpload returns an id, UploadAdapter sends the files and registers the adapter. If the stream breaks,
+    the bytes that had arrived are kept: GetUpload returns their number, and another UploadAdapter with the
+    same id continues from there.
     """
 
     def __init__(self, channel):
@@ -149,15 +150,16 @@ class AdapterServiceStub:
 class AdapterServiceServicer:
     """AdapterService registers adapters and moves them between the store, host memory and the device.
 
-    An adapter comes into the store by RegisterAdapter (from a directory of the server) or by an upload:
-    StartUpload gives an id, UploadAdapter sends the bytes and registers them. When its stream breaks, what
-    had arrived stays; GetUpload says how much, and another UploadAdapter with the same id goes on from there.
+    An adapter enters the store through RegisterAdapter (from a directory of the server) or through an upload:
+    StartUpload returns an id, UploadAdapter sends the files and registers the adapter. If the stream breaks,
+    the bytes that had arrived are kept: GetUpload returns their number, and another UploadAdapter with the
+    same id continues from there.
     """
 
     def RegisterAdapter(self, request, context):
         """RegisterAdapter checks a PEFT adapter directory below the operator's import root, copies it into the
-        store and points the name at it as a new version. Registering the same bytes again returns the version
-        there is; other bytes under a taken name need `replace`.
+        store and points the name to it as a new version. Registering the same bytes again returns the existing
+        version; registering other bytes under a name that is taken requires `replace`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -171,22 +173,22 @@ class AdapterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListAdapters(self, request, context):
-        """ListAdapters lists the registered adapters by name, a page at a time.
+        """ListAdapters lists the registered adapters in the order of their names, one page per call.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def LoadAdapter(self, request, context):
-        """LoadAdapter makes an adapter resident on the device and returns when it is. Idempotent.
+        """LoadAdapter loads an adapter onto the device and returns when it is resident. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UnloadAdapter(self, request, context):
-        """UnloadAdapter takes an adapter off the device and out of host memory: it waits for the requests that
-        use it to finish, for as long as `drain` says, or aborts them with `force`. It is no longer pinned. The
+        """UnloadAdapter unpins an adapter and removes it from the device and from host memory. It waits until the
+        requests that use the adapter have finished, at most for `drain`, or aborts them with `force`. The
         adapter stays registered, and the next request loads it again. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -194,15 +196,15 @@ class AdapterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteAdapter(self, request, context):
-        """DeleteAdapter forgets a name. Requests that are running finish; new ones get NOT_FOUND. The versions
-        stay in the store, for RestoreAdapter, until the operator collects its garbage.
+        """DeleteAdapter deletes a name. Running requests finish; new requests get NOT_FOUND. The versions stay in
+        the store, for RestoreAdapter, until the operator collects garbage.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RestoreAdapter(self, request, context):
-        """RestoreAdapter brings a deleted name back, with its versions.
+        """RestoreAdapter restores a deleted name with all its versions.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -223,22 +225,22 @@ class AdapterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def SetAlias(self, request, context):
-        """SetAlias points an alias at a version. An alias is used like a name, moves when it is told to, and
-        never is the same as a name.
+        """SetAlias points an alias to a version. An alias is used like a name but moves only through this call.
+        An alias and a name cannot be equal.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteAlias(self, request, context):
-        """DeleteAlias removes an alias. What it pointed to stays.
+        """DeleteAlias deletes an alias. The adapter that it pointed to stays.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def StartUpload(self, request, context):
-        """StartUpload gives the id under which one adapter's files are sent.
+        """StartUpload returns the id for the upload of one adapter.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -246,28 +248,28 @@ class AdapterServiceServicer:
 
     def UploadAdapter(self, request_iterator, context):
         """UploadAdapter sends an adapter's files, or the rest of them, and registers the adapter. The first
-        message is the header, each that follows is a chunk.
+        message is the header, all others are chunks.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetUpload(self, request, context):
-        """GetUpload says how much of an upload has arrived and is safe.
+        """GetUpload returns how much of an upload has arrived and is stored safely.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def AbortUpload(self, request, context):
-        """AbortUpload drops an upload and its bytes. Few may be open at a time.
+        """AbortUpload drops an upload and its bytes. The number of open uploads is limited.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ValidateAdapter(self, request, context):
-        """ValidateAdapter checks an adapter against the base model and the server's limits and tells everything
+        """ValidateAdapter checks an adapter against the base model and the server's limits, and returns everything
         that is wrong with it. It changes nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -276,38 +278,38 @@ class AdapterServiceServicer:
 
     def WatchAdapters(self, request, context):
         """WatchAdapters sends the table of adapters, then every change of it, until the call is cancelled.
-        Changes that come close together may be told as one. A reader that is too slow for the changes is
-        told so (`resync`) and gets the whole table anew. A server that shuts down ends the stream.
+        Changes in quick succession may be sent as one. A reader that is too slow for the changes gets a
+        `resync`, then the whole table again. A server that shuts down ends the stream.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def PinAdapter(self, request, context):
-        """PinAdapter makes an adapter resident, and keeps it so. Idempotent.
+        """PinAdapter loads an adapter onto the device and keeps it there until it is unpinned. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UnpinAdapter(self, request, context):
-        """UnpinAdapter lets an adapter be evicted again when room is needed. Idempotent.
+        """UnpinAdapter allows an adapter to be evicted again when memory is needed. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def MergeAdapter(self, request, context):
-        """MergeAdapter makes an adapter resident and gives its requests dense copies of the matrices that it
-        changes; all other requests are computed as before. Idempotent.
+        """MergeAdapter loads an adapter and merges it into dense copies of the weights that it changes. Only its
+        own requests use these copies; all other requests are computed as before. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UnmergeAdapter(self, request, context):
-        """UnmergeAdapter drops those copies. The adapter's answers are bit for bit those of before the merge.
-        Idempotent.
+        """UnmergeAdapter drops an adapter's merged copies. Its answers are then bit for bit those before the
+        merge. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -432,9 +434,10 @@ def add_AdapterServiceServicer_to_server(servicer, server):
 class AdapterService:
     """AdapterService registers adapters and moves them between the store, host memory and the device.
 
-    An adapter comes into the store by RegisterAdapter (from a directory of the server) or by an upload:
-    StartUpload gives an id, UploadAdapter sends the bytes and registers them. When its stream breaks, what
-    had arrived stays; GetUpload says how much, and another UploadAdapter with the same id goes on from there.
+    An adapter enters the store through RegisterAdapter (from a directory of the server) or through an upload:
+    StartUpload returns an id, UploadAdapter sends the files and registers the adapter. If the stream breaks,
+    the bytes that had arrived are kept: GetUpload returns their number, and another UploadAdapter with the
+    same id continues from there.
     """
 
     @staticmethod

@@ -29,9 +29,10 @@ GRPC_VERSION: str
 class AdapterServiceStub:
     """AdapterService registers adapters and moves them between the store, host memory and the device.
 
-    An adapter comes into the store by RegisterAdapter (from a directory of the server) or by an upload:
-    StartUpload gives an id, UploadAdapter sends the bytes and registers them. When its stream breaks, what
-    had arrived stays; GetUpload says how much, and another UploadAdapter with the same id goes on from there.
+    An adapter enters the store through RegisterAdapter (from a directory of the server) or through an upload:
+    StartUpload returns an id, UploadAdapter sends the files and registers the adapter. If the stream breaks,
+    the bytes that had arrived are kept: GetUpload returns their number, and another UploadAdapter with the
+    same id continues from there.
     """
 
     @_typing.overload
@@ -40,148 +41,150 @@ class AdapterServiceStub:
     def __new__(cls, channel: _aio.Channel) -> AdapterServiceAsyncStub: ...
     RegisterAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.RegisterAdapterRequest, _adapter_pb2.RegisterAdapterResponse]
     """RegisterAdapter checks a PEFT adapter directory below the operator's import root, copies it into the
-    store and points the name at it as a new version. Registering the same bytes again returns the version
-    there is; other bytes under a taken name need `replace`.
+    store and points the name to it as a new version. Registering the same bytes again returns the existing
+    version; registering other bytes under a name that is taken requires `replace`.
     """
     GetAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.GetAdapterRequest, _adapter_pb2.GetAdapterResponse]
     """GetAdapter describes one adapter."""
     ListAdapters: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.ListAdaptersRequest, _adapter_pb2.ListAdaptersResponse]
-    """ListAdapters lists the registered adapters by name, a page at a time."""
+    """ListAdapters lists the registered adapters in the order of their names, one page per call."""
     LoadAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.LoadAdapterRequest, _adapter_pb2.LoadAdapterResponse]
-    """LoadAdapter makes an adapter resident on the device and returns when it is. Idempotent."""
+    """LoadAdapter loads an adapter onto the device and returns when it is resident. Idempotent."""
     UnloadAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.UnloadAdapterRequest, _adapter_pb2.UnloadAdapterResponse]
-    """UnloadAdapter takes an adapter off the device and out of host memory: it waits for the requests that
-    use it to finish, for as long as `drain` says, or aborts them with `force`. It is no longer pinned. The
+    """UnloadAdapter unpins an adapter and removes it from the device and from host memory. It waits until the
+    requests that use the adapter have finished, at most for `drain`, or aborts them with `force`. The
     adapter stays registered, and the next request loads it again. Idempotent.
     """
     DeleteAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.DeleteAdapterRequest, _adapter_pb2.DeleteAdapterResponse]
-    """DeleteAdapter forgets a name. Requests that are running finish; new ones get NOT_FOUND. The versions
-    stay in the store, for RestoreAdapter, until the operator collects its garbage.
+    """DeleteAdapter deletes a name. Running requests finish; new requests get NOT_FOUND. The versions stay in
+    the store, for RestoreAdapter, until the operator collects garbage.
     """
     RestoreAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.RestoreAdapterRequest, _adapter_pb2.RestoreAdapterResponse]
-    """RestoreAdapter brings a deleted name back, with its versions."""
+    """RestoreAdapter restores a deleted name with all its versions."""
     ListAdapterVersions: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.ListAdapterVersionsRequest, _adapter_pb2.ListAdapterVersionsResponse]
     """ListAdapterVersions lists all versions of a name."""
     LabelAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.LabelAdapterRequest, _adapter_pb2.LabelAdapterResponse]
     """LabelAdapter sets and removes labels of one version."""
     SetAlias: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.SetAliasRequest, _adapter_pb2.SetAliasResponse]
-    """SetAlias points an alias at a version. An alias is used like a name, moves when it is told to, and
-    never is the same as a name.
+    """SetAlias points an alias to a version. An alias is used like a name but moves only through this call.
+    An alias and a name cannot be equal.
     """
     DeleteAlias: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.DeleteAliasRequest, _adapter_pb2.DeleteAliasResponse]
-    """DeleteAlias removes an alias. What it pointed to stays."""
+    """DeleteAlias deletes an alias. The adapter that it pointed to stays."""
     StartUpload: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.StartUploadRequest, _adapter_pb2.StartUploadResponse]
-    """StartUpload gives the id under which one adapter's files are sent."""
+    """StartUpload returns the id for the upload of one adapter."""
     UploadAdapter: _grpc.StreamUnaryMultiCallable[_adapter_pb2.UploadAdapterRequest, _adapter_pb2.UploadAdapterResponse]
     """UploadAdapter sends an adapter's files, or the rest of them, and registers the adapter. The first
-    message is the header, each that follows is a chunk.
+    message is the header, all others are chunks.
     """
     GetUpload: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.GetUploadRequest, _adapter_pb2.GetUploadResponse]
-    """GetUpload says how much of an upload has arrived and is safe."""
+    """GetUpload returns how much of an upload has arrived and is stored safely."""
     AbortUpload: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.AbortUploadRequest, _adapter_pb2.AbortUploadResponse]
-    """AbortUpload drops an upload and its bytes. Few may be open at a time."""
+    """AbortUpload drops an upload and its bytes. The number of open uploads is limited."""
     ValidateAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.ValidateAdapterRequest, _adapter_pb2.ValidateAdapterResponse]
-    """ValidateAdapter checks an adapter against the base model and the server's limits and tells everything
+    """ValidateAdapter checks an adapter against the base model and the server's limits, and returns everything
     that is wrong with it. It changes nothing.
     """
     WatchAdapters: _grpc.UnaryStreamMultiCallable[_adapter_pb2.WatchAdaptersRequest, _adapter_pb2.WatchAdaptersResponse]
     """WatchAdapters sends the table of adapters, then every change of it, until the call is cancelled.
-    Changes that come close together may be told as one. A reader that is too slow for the changes is
-    told so (`resync`) and gets the whole table anew. A server that shuts down ends the stream.
+    Changes in quick succession may be sent as one. A reader that is too slow for the changes gets a
+    `resync`, then the whole table again. A server that shuts down ends the stream.
     """
     PinAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.PinAdapterRequest, _adapter_pb2.PinAdapterResponse]
-    """PinAdapter makes an adapter resident, and keeps it so. Idempotent."""
+    """PinAdapter loads an adapter onto the device and keeps it there until it is unpinned. Idempotent."""
     UnpinAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.UnpinAdapterRequest, _adapter_pb2.UnpinAdapterResponse]
-    """UnpinAdapter lets an adapter be evicted again when room is needed. Idempotent."""
+    """UnpinAdapter allows an adapter to be evicted again when memory is needed. Idempotent."""
     MergeAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.MergeAdapterRequest, _adapter_pb2.MergeAdapterResponse]
-    """MergeAdapter makes an adapter resident and gives its requests dense copies of the matrices that it
-    changes; all other requests are computed as before. Idempotent.
+    """MergeAdapter loads an adapter and merges it into dense copies of the weights that it changes. Only its
+    own requests use these copies; all other requests are computed as before. Idempotent.
     """
     UnmergeAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.UnmergeAdapterRequest, _adapter_pb2.UnmergeAdapterResponse]
-    """UnmergeAdapter drops those copies. The adapter's answers are bit for bit those of before the merge.
-    Idempotent.
+    """UnmergeAdapter drops an adapter's merged copies. Its answers are then bit for bit those before the
+    merge. Idempotent.
     """
 
 @_typing.type_check_only
 class AdapterServiceAsyncStub(AdapterServiceStub):
     """AdapterService registers adapters and moves them between the store, host memory and the device.
 
-    An adapter comes into the store by RegisterAdapter (from a directory of the server) or by an upload:
-    StartUpload gives an id, UploadAdapter sends the bytes and registers them. When its stream breaks, what
-    had arrived stays; GetUpload says how much, and another UploadAdapter with the same id goes on from there.
+    An adapter enters the store through RegisterAdapter (from a directory of the server) or through an upload:
+    StartUpload returns an id, UploadAdapter sends the files and registers the adapter. If the stream breaks,
+    the bytes that had arrived are kept: GetUpload returns their number, and another UploadAdapter with the
+    same id continues from there.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     RegisterAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.RegisterAdapterRequest, _adapter_pb2.RegisterAdapterResponse]  # type: ignore[assignment]
     """RegisterAdapter checks a PEFT adapter directory below the operator's import root, copies it into the
-    store and points the name at it as a new version. Registering the same bytes again returns the version
-    there is; other bytes under a taken name need `replace`.
+    store and points the name to it as a new version. Registering the same bytes again returns the existing
+    version; registering other bytes under a name that is taken requires `replace`.
     """
     GetAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.GetAdapterRequest, _adapter_pb2.GetAdapterResponse]  # type: ignore[assignment]
     """GetAdapter describes one adapter."""
     ListAdapters: _aio.UnaryUnaryMultiCallable[_adapter_pb2.ListAdaptersRequest, _adapter_pb2.ListAdaptersResponse]  # type: ignore[assignment]
-    """ListAdapters lists the registered adapters by name, a page at a time."""
+    """ListAdapters lists the registered adapters in the order of their names, one page per call."""
     LoadAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.LoadAdapterRequest, _adapter_pb2.LoadAdapterResponse]  # type: ignore[assignment]
-    """LoadAdapter makes an adapter resident on the device and returns when it is. Idempotent."""
+    """LoadAdapter loads an adapter onto the device and returns when it is resident. Idempotent."""
     UnloadAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.UnloadAdapterRequest, _adapter_pb2.UnloadAdapterResponse]  # type: ignore[assignment]
-    """UnloadAdapter takes an adapter off the device and out of host memory: it waits for the requests that
-    use it to finish, for as long as `drain` says, or aborts them with `force`. It is no longer pinned. The
+    """UnloadAdapter unpins an adapter and removes it from the device and from host memory. It waits until the
+    requests that use the adapter have finished, at most for `drain`, or aborts them with `force`. The
     adapter stays registered, and the next request loads it again. Idempotent.
     """
     DeleteAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.DeleteAdapterRequest, _adapter_pb2.DeleteAdapterResponse]  # type: ignore[assignment]
-    """DeleteAdapter forgets a name. Requests that are running finish; new ones get NOT_FOUND. The versions
-    stay in the store, for RestoreAdapter, until the operator collects its garbage.
+    """DeleteAdapter deletes a name. Running requests finish; new requests get NOT_FOUND. The versions stay in
+    the store, for RestoreAdapter, until the operator collects garbage.
     """
     RestoreAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.RestoreAdapterRequest, _adapter_pb2.RestoreAdapterResponse]  # type: ignore[assignment]
-    """RestoreAdapter brings a deleted name back, with its versions."""
+    """RestoreAdapter restores a deleted name with all its versions."""
     ListAdapterVersions: _aio.UnaryUnaryMultiCallable[_adapter_pb2.ListAdapterVersionsRequest, _adapter_pb2.ListAdapterVersionsResponse]  # type: ignore[assignment]
     """ListAdapterVersions lists all versions of a name."""
     LabelAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.LabelAdapterRequest, _adapter_pb2.LabelAdapterResponse]  # type: ignore[assignment]
     """LabelAdapter sets and removes labels of one version."""
     SetAlias: _aio.UnaryUnaryMultiCallable[_adapter_pb2.SetAliasRequest, _adapter_pb2.SetAliasResponse]  # type: ignore[assignment]
-    """SetAlias points an alias at a version. An alias is used like a name, moves when it is told to, and
-    never is the same as a name.
+    """SetAlias points an alias to a version. An alias is used like a name but moves only through this call.
+    An alias and a name cannot be equal.
     """
     DeleteAlias: _aio.UnaryUnaryMultiCallable[_adapter_pb2.DeleteAliasRequest, _adapter_pb2.DeleteAliasResponse]  # type: ignore[assignment]
-    """DeleteAlias removes an alias. What it pointed to stays."""
+    """DeleteAlias deletes an alias. The adapter that it pointed to stays."""
     StartUpload: _aio.UnaryUnaryMultiCallable[_adapter_pb2.StartUploadRequest, _adapter_pb2.StartUploadResponse]  # type: ignore[assignment]
-    """StartUpload gives the id under which one adapter's files are sent."""
+    """StartUpload returns the id for the upload of one adapter."""
     UploadAdapter: _aio.StreamUnaryMultiCallable[_adapter_pb2.UploadAdapterRequest, _adapter_pb2.UploadAdapterResponse]  # type: ignore[assignment]
     """UploadAdapter sends an adapter's files, or the rest of them, and registers the adapter. The first
-    message is the header, each that follows is a chunk.
+    message is the header, all others are chunks.
     """
     GetUpload: _aio.UnaryUnaryMultiCallable[_adapter_pb2.GetUploadRequest, _adapter_pb2.GetUploadResponse]  # type: ignore[assignment]
-    """GetUpload says how much of an upload has arrived and is safe."""
+    """GetUpload returns how much of an upload has arrived and is stored safely."""
     AbortUpload: _aio.UnaryUnaryMultiCallable[_adapter_pb2.AbortUploadRequest, _adapter_pb2.AbortUploadResponse]  # type: ignore[assignment]
-    """AbortUpload drops an upload and its bytes. Few may be open at a time."""
+    """AbortUpload drops an upload and its bytes. The number of open uploads is limited."""
     ValidateAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.ValidateAdapterRequest, _adapter_pb2.ValidateAdapterResponse]  # type: ignore[assignment]
-    """ValidateAdapter checks an adapter against the base model and the server's limits and tells everything
+    """ValidateAdapter checks an adapter against the base model and the server's limits, and returns everything
     that is wrong with it. It changes nothing.
     """
     WatchAdapters: _aio.UnaryStreamMultiCallable[_adapter_pb2.WatchAdaptersRequest, _adapter_pb2.WatchAdaptersResponse]  # type: ignore[assignment]
     """WatchAdapters sends the table of adapters, then every change of it, until the call is cancelled.
-    Changes that come close together may be told as one. A reader that is too slow for the changes is
-    told so (`resync`) and gets the whole table anew. A server that shuts down ends the stream.
+    Changes in quick succession may be sent as one. A reader that is too slow for the changes gets a
+    `resync`, then the whole table again. A server that shuts down ends the stream.
     """
     PinAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.PinAdapterRequest, _adapter_pb2.PinAdapterResponse]  # type: ignore[assignment]
-    """PinAdapter makes an adapter resident, and keeps it so. Idempotent."""
+    """PinAdapter loads an adapter onto the device and keeps it there until it is unpinned. Idempotent."""
     UnpinAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.UnpinAdapterRequest, _adapter_pb2.UnpinAdapterResponse]  # type: ignore[assignment]
-    """UnpinAdapter lets an adapter be evicted again when room is needed. Idempotent."""
+    """UnpinAdapter allows an adapter to be evicted again when memory is needed. Idempotent."""
     MergeAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.MergeAdapterRequest, _adapter_pb2.MergeAdapterResponse]  # type: ignore[assignment]
-    """MergeAdapter makes an adapter resident and gives its requests dense copies of the matrices that it
-    changes; all other requests are computed as before. Idempotent.
+    """MergeAdapter loads an adapter and merges it into dense copies of the weights that it changes. Only its
+    own requests use these copies; all other requests are computed as before. Idempotent.
     """
     UnmergeAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.UnmergeAdapterRequest, _adapter_pb2.UnmergeAdapterResponse]  # type: ignore[assignment]
-    """UnmergeAdapter drops those copies. The adapter's answers are bit for bit those of before the merge.
-    Idempotent.
+    """UnmergeAdapter drops an adapter's merged copies. Its answers are then bit for bit those before the
+    merge. Idempotent.
     """
 
 class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
     """AdapterService registers adapters and moves them between the store, host memory and the device.
 
-    An adapter comes into the store by RegisterAdapter (from a directory of the server) or by an upload:
-    StartUpload gives an id, UploadAdapter sends the bytes and registers them. When its stream breaks, what
-    had arrived stays; GetUpload says how much, and another UploadAdapter with the same id goes on from there.
+    An adapter enters the store through RegisterAdapter (from a directory of the server) or through an upload:
+    StartUpload returns an id, UploadAdapter sends the files and registers the adapter. If the stream breaks,
+    the bytes that had arrived are kept: GetUpload returns their number, and another UploadAdapter with the
+    same id continues from there.
     """
 
     @_abc_1.abstractmethod
@@ -191,8 +194,8 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_pb2.RegisterAdapterResponse, _abc.Awaitable[_adapter_pb2.RegisterAdapterResponse]]:
         """RegisterAdapter checks a PEFT adapter directory below the operator's import root, copies it into the
-        store and points the name at it as a new version. Registering the same bytes again returns the version
-        there is; other bytes under a taken name need `replace`.
+        store and points the name to it as a new version. Registering the same bytes again returns the existing
+        version; registering other bytes under a name that is taken requires `replace`.
         """
 
     @_abc_1.abstractmethod
@@ -209,7 +212,7 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapter_pb2.ListAdaptersRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_pb2.ListAdaptersResponse, _abc.Awaitable[_adapter_pb2.ListAdaptersResponse]]:
-        """ListAdapters lists the registered adapters by name, a page at a time."""
+        """ListAdapters lists the registered adapters in the order of their names, one page per call."""
 
     @_abc_1.abstractmethod
     def LoadAdapter(
@@ -217,7 +220,7 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapter_pb2.LoadAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_pb2.LoadAdapterResponse, _abc.Awaitable[_adapter_pb2.LoadAdapterResponse]]:
-        """LoadAdapter makes an adapter resident on the device and returns when it is. Idempotent."""
+        """LoadAdapter loads an adapter onto the device and returns when it is resident. Idempotent."""
 
     @_abc_1.abstractmethod
     def UnloadAdapter(
@@ -225,8 +228,8 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapter_pb2.UnloadAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_pb2.UnloadAdapterResponse, _abc.Awaitable[_adapter_pb2.UnloadAdapterResponse]]:
-        """UnloadAdapter takes an adapter off the device and out of host memory: it waits for the requests that
-        use it to finish, for as long as `drain` says, or aborts them with `force`. It is no longer pinned. The
+        """UnloadAdapter unpins an adapter and removes it from the device and from host memory. It waits until the
+        requests that use the adapter have finished, at most for `drain`, or aborts them with `force`. The
         adapter stays registered, and the next request loads it again. Idempotent.
         """
 
@@ -236,8 +239,8 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapter_pb2.DeleteAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_pb2.DeleteAdapterResponse, _abc.Awaitable[_adapter_pb2.DeleteAdapterResponse]]:
-        """DeleteAdapter forgets a name. Requests that are running finish; new ones get NOT_FOUND. The versions
-        stay in the store, for RestoreAdapter, until the operator collects its garbage.
+        """DeleteAdapter deletes a name. Running requests finish; new requests get NOT_FOUND. The versions stay in
+        the store, for RestoreAdapter, until the operator collects garbage.
         """
 
     @_abc_1.abstractmethod
@@ -246,7 +249,7 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapter_pb2.RestoreAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_pb2.RestoreAdapterResponse, _abc.Awaitable[_adapter_pb2.RestoreAdapterResponse]]:
-        """RestoreAdapter brings a deleted name back, with its versions."""
+        """RestoreAdapter restores a deleted name with all its versions."""
 
     @_abc_1.abstractmethod
     def ListAdapterVersions(
@@ -270,8 +273,8 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapter_pb2.SetAliasRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_pb2.SetAliasResponse, _abc.Awaitable[_adapter_pb2.SetAliasResponse]]:
-        """SetAlias points an alias at a version. An alias is used like a name, moves when it is told to, and
-        never is the same as a name.
+        """SetAlias points an alias to a version. An alias is used like a name but moves only through this call.
+        An alias and a name cannot be equal.
         """
 
     @_abc_1.abstractmethod
@@ -280,7 +283,7 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapter_pb2.DeleteAliasRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_pb2.DeleteAliasResponse, _abc.Awaitable[_adapter_pb2.DeleteAliasResponse]]:
-        """DeleteAlias removes an alias. What it pointed to stays."""
+        """DeleteAlias deletes an alias. The adapter that it pointed to stays."""
 
     @_abc_1.abstractmethod
     def StartUpload(
@@ -288,7 +291,7 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapter_pb2.StartUploadRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_pb2.StartUploadResponse, _abc.Awaitable[_adapter_pb2.StartUploadResponse]]:
-        """StartUpload gives the id under which one adapter's files are sent."""
+        """StartUpload returns the id for the upload of one adapter."""
 
     @_abc_1.abstractmethod
     def UploadAdapter(
@@ -297,7 +300,7 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_pb2.UploadAdapterResponse, _abc.Awaitable[_adapter_pb2.UploadAdapterResponse]]:
         """UploadAdapter sends an adapter's files, or the rest of them, and registers the adapter. The first
-        message is the header, each that follows is a chunk.
+        message is the header, all others are chunks.
         """
 
     @_abc_1.abstractmethod
@@ -306,7 +309,7 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapter_pb2.GetUploadRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_pb2.GetUploadResponse, _abc.Awaitable[_adapter_pb2.GetUploadResponse]]:
-        """GetUpload says how much of an upload has arrived and is safe."""
+        """GetUpload returns how much of an upload has arrived and is stored safely."""
 
     @_abc_1.abstractmethod
     def AbortUpload(
@@ -314,7 +317,7 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapter_pb2.AbortUploadRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_pb2.AbortUploadResponse, _abc.Awaitable[_adapter_pb2.AbortUploadResponse]]:
-        """AbortUpload drops an upload and its bytes. Few may be open at a time."""
+        """AbortUpload drops an upload and its bytes. The number of open uploads is limited."""
 
     @_abc_1.abstractmethod
     def ValidateAdapter(
@@ -322,7 +325,7 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapter_pb2.ValidateAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_pb2.ValidateAdapterResponse, _abc.Awaitable[_adapter_pb2.ValidateAdapterResponse]]:
-        """ValidateAdapter checks an adapter against the base model and the server's limits and tells everything
+        """ValidateAdapter checks an adapter against the base model and the server's limits, and returns everything
         that is wrong with it. It changes nothing.
         """
 
@@ -333,8 +336,8 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_adapter_pb2.WatchAdaptersResponse], _abc.AsyncIterator[_adapter_pb2.WatchAdaptersResponse]]:
         """WatchAdapters sends the table of adapters, then every change of it, until the call is cancelled.
-        Changes that come close together may be told as one. A reader that is too slow for the changes is
-        told so (`resync`) and gets the whole table anew. A server that shuts down ends the stream.
+        Changes in quick succession may be sent as one. A reader that is too slow for the changes gets a
+        `resync`, then the whole table again. A server that shuts down ends the stream.
         """
 
     @_abc_1.abstractmethod
@@ -343,7 +346,7 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapter_pb2.PinAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_pb2.PinAdapterResponse, _abc.Awaitable[_adapter_pb2.PinAdapterResponse]]:
-        """PinAdapter makes an adapter resident, and keeps it so. Idempotent."""
+        """PinAdapter loads an adapter onto the device and keeps it there until it is unpinned. Idempotent."""
 
     @_abc_1.abstractmethod
     def UnpinAdapter(
@@ -351,7 +354,7 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapter_pb2.UnpinAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_pb2.UnpinAdapterResponse, _abc.Awaitable[_adapter_pb2.UnpinAdapterResponse]]:
-        """UnpinAdapter lets an adapter be evicted again when room is needed. Idempotent."""
+        """UnpinAdapter allows an adapter to be evicted again when memory is needed. Idempotent."""
 
     @_abc_1.abstractmethod
     def MergeAdapter(
@@ -359,8 +362,8 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapter_pb2.MergeAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_pb2.MergeAdapterResponse, _abc.Awaitable[_adapter_pb2.MergeAdapterResponse]]:
-        """MergeAdapter makes an adapter resident and gives its requests dense copies of the matrices that it
-        changes; all other requests are computed as before. Idempotent.
+        """MergeAdapter loads an adapter and merges it into dense copies of the weights that it changes. Only its
+        own requests use these copies; all other requests are computed as before. Idempotent.
         """
 
     @_abc_1.abstractmethod
@@ -369,8 +372,8 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapter_pb2.UnmergeAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_pb2.UnmergeAdapterResponse, _abc.Awaitable[_adapter_pb2.UnmergeAdapterResponse]]:
-        """UnmergeAdapter drops those copies. The adapter's answers are bit for bit those of before the merge.
-        Idempotent.
+        """UnmergeAdapter drops an adapter's merged copies. Its answers are then bit for bit those before the
+        merge. Idempotent.
         """
 
 def add_AdapterServiceServicer_to_server(servicer: AdapterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -26,8 +26,8 @@ if _version_not_supported:
 
 
 class GenerationServiceStub:
-    """GenerationService answers prompts with the base model, with one registered adapter, or with a weighted
-    mix of adapters. Requests for different adapters share one batch; none sees another's weights.
+    """GenerationService continues prompts with the base model, with one registered adapter, or with a weighted
+    mix of adapters. Requests for different adapters share one batch without affecting each other.
     """
 
     def __init__(self, channel):
@@ -49,20 +49,20 @@ class GenerationServiceStub:
 
 
 class GenerationServiceServicer:
-    """GenerationService answers prompts with the base model, with one registered adapter, or with a weighted
-    mix of adapters. Requests for different adapters share one batch; none sees another's weights.
+    """GenerationService continues prompts with the base model, with one registered adapter, or with a weighted
+    mix of adapters. Requests for different adapters share one batch without affecting each other.
     """
 
     def Generate(self, request, context):
-        """Generate answers with the whole completion at once. It is GenerateStream, drained.
+        """Generate returns the whole completion at once: what GenerateStream sends, joined.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GenerateStream(self, request, context):
-        """GenerateStream answers piece by piece: first a `started` message, then deltas, and last exactly one
-        `finished` message or one error status, never both. After `finished` nothing follows.
+        """GenerateStream returns the completion piece by piece: first a `started` message, then deltas, and last
+        either one `finished` message or one error status, never both.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -90,8 +90,8 @@ def add_GenerationServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class GenerationService:
-    """GenerationService answers prompts with the base model, with one registered adapter, or with a weighted
-    mix of adapters. Requests for different adapters share one batch; none sees another's weights.
+    """GenerationService continues prompts with the base model, with one registered adapter, or with a weighted
+    mix of adapters. Requests for different adapters share one batch without affecting each other.
     """
 
     @staticmethod

@@ -27,8 +27,8 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class GenerationServiceStub:
-    """GenerationService answers prompts with the base model, with one registered adapter, or with a weighted
-    mix of adapters. Requests for different adapters share one batch; none sees another's weights.
+    """GenerationService continues prompts with the base model, with one registered adapter, or with a weighted
+    mix of adapters. Requests for different adapters share one batch without affecting each other.
     """
 
     @_typing.overload
@@ -36,29 +36,29 @@ class GenerationServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> GenerationServiceAsyncStub: ...
     Generate: _grpc.UnaryUnaryMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.GenerateResponse]
-    """Generate answers with the whole completion at once. It is GenerateStream, drained."""
+    """Generate returns the whole completion at once: what GenerateStream sends, joined."""
     GenerateStream: _grpc.UnaryStreamMultiCallable[_generation_pb2.GenerateStreamRequest, _generation_pb2.GenerateStreamResponse]
-    """GenerateStream answers piece by piece: first a `started` message, then deltas, and last exactly one
-    `finished` message or one error status, never both. After `finished` nothing follows.
+    """GenerateStream returns the completion piece by piece: first a `started` message, then deltas, and last
+    either one `finished` message or one error status, never both.
     """
 
 @_typing.type_check_only
 class GenerationServiceAsyncStub(GenerationServiceStub):
-    """GenerationService answers prompts with the base model, with one registered adapter, or with a weighted
-    mix of adapters. Requests for different adapters share one batch; none sees another's weights.
+    """GenerationService continues prompts with the base model, with one registered adapter, or with a weighted
+    mix of adapters. Requests for different adapters share one batch without affecting each other.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryUnaryMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.GenerateResponse]  # type: ignore[assignment]
-    """Generate answers with the whole completion at once. It is GenerateStream, drained."""
+    """Generate returns the whole completion at once: what GenerateStream sends, joined."""
     GenerateStream: _aio.UnaryStreamMultiCallable[_generation_pb2.GenerateStreamRequest, _generation_pb2.GenerateStreamResponse]  # type: ignore[assignment]
-    """GenerateStream answers piece by piece: first a `started` message, then deltas, and last exactly one
-    `finished` message or one error status, never both. After `finished` nothing follows.
+    """GenerateStream returns the completion piece by piece: first a `started` message, then deltas, and last
+    either one `finished` message or one error status, never both.
     """
 
 class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
-    """GenerationService answers prompts with the base model, with one registered adapter, or with a weighted
-    mix of adapters. Requests for different adapters share one batch; none sees another's weights.
+    """GenerationService continues prompts with the base model, with one registered adapter, or with a weighted
+    mix of adapters. Requests for different adapters share one batch without affecting each other.
     """
 
     @_abc_1.abstractmethod
@@ -67,7 +67,7 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _generation_pb2.GenerateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_generation_pb2.GenerateResponse, _abc.Awaitable[_generation_pb2.GenerateResponse]]:
-        """Generate answers with the whole completion at once. It is GenerateStream, drained."""
+        """Generate returns the whole completion at once: what GenerateStream sends, joined."""
 
     @_abc_1.abstractmethod
     def GenerateStream(
@@ -75,8 +75,8 @@ class GenerationServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _generation_pb2.GenerateStreamRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_generation_pb2.GenerateStreamResponse], _abc.AsyncIterator[_generation_pb2.GenerateStreamResponse]]:
-        """GenerateStream answers piece by piece: first a `started` message, then deltas, and last exactly one
-        `finished` message or one error status, never both. After `finished` nothing follows.
+        """GenerateStream returns the completion piece by piece: first a `started` message, then deltas, and last
+        either one `finished` message or one error status, never both.
         """
 
 def add_GenerationServiceServicer_to_server(servicer: GenerationServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -28,10 +28,10 @@ if _version_not_supported:
 class TrainingServiceStub:
     """TrainingService trains adapters on the base model that the server serves, and registers them.
 
-    A job trains one adapter in a process of its own, at low priority; one job runs at a time, the others
-    wait in the order in which they came. A job survives the server: one that was running when the server
-    ended goes on from its last checkpoint when the server is there again. The service is off unless the
-    operator turned it on; then every call is refused with TRAINING_DISABLED.
+    A job trains one adapter in a process of its own, at low priority. One job runs at a time; the others
+    are queued in order of arrival. Jobs survive a restart of the server: a job that was running continues
+    from its last checkpoint. Unless the operator enables the service, it refuses every call with
+    TRAINING_DISABLED.
     """
 
     def __init__(self, channel):
@@ -70,15 +70,15 @@ class TrainingServiceStub:
 class TrainingServiceServicer:
     """TrainingService trains adapters on the base model that the server serves, and registers them.
 
-    A job trains one adapter in a process of its own, at low priority; one job runs at a time, the others
-    wait in the order in which they came. A job survives the server: one that was running when the server
-    ended goes on from its last checkpoint when the server is there again. The service is off unless the
-    operator turned it on; then every call is refused with TRAINING_DISABLED.
+    A job trains one adapter in a process of its own, at low priority. One job runs at a time; the others
+    are queued in order of arrival. Jobs survive a restart of the server: a job that was running continues
+    from its last checkpoint. Unless the operator enables the service, it refuses every call with
+    TRAINING_DISABLED.
     """
 
     def CreateJob(self, request, context):
-        """CreateJob checks a job (its options, its data, the memory that it would take) and queues it. A job
-        with the same `request_id` and the same content is returned, not made again.
+        """CreateJob checks a job (its options, its data and its estimated memory) and queues it. A request with
+        the `request_id` and the content of an existing job returns that job.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -92,24 +92,24 @@ class TrainingServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListJobs(self, request, context):
-        """ListJobs lists the jobs there are, the newest first, a page at a time. Jobs that ended are forgotten
-        when there are too many of them.
+        """ListJobs lists the jobs, the newest first, one page per call. The oldest of the jobs that have ended are
+        removed when there are too many.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CancelJob(self, request, context):
-        """CancelJob ends a job that waits or runs and returns when it has ended: the trainer is asked to stop
-        and, if it does not, killed. A job that has ended stays as it is. Idempotent.
+        """CancelJob ends a queued or running job and returns when it has ended: the trainer is asked to stop and
+        is killed if it does not. A job that had ended already is unchanged. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchJob(self, request, context):
-        """WatchJob sends the job as it is, then anew whenever it has changed, until it has ended. A reader that
-        is too slow gets the newest state and misses those before. A server that shuts down ends the stream.
+        """WatchJob sends the job as it is, then again after every change, until it has ended. A slow reader gets
+        only the newest state. A server that shuts down ends the stream.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -154,10 +154,10 @@ def add_TrainingServiceServicer_to_server(servicer, server):
 class TrainingService:
     """TrainingService trains adapters on the base model that the server serves, and registers them.
 
-    A job trains one adapter in a process of its own, at low priority; one job runs at a time, the others
-    wait in the order in which they came. A job survives the server: one that was running when the server
-    ended goes on from its last checkpoint when the server is there again. The service is off unless the
-    operator turned it on; then every call is refused with TRAINING_DISABLED.
+    A job trains one adapter in a process of its own, at low priority. One job runs at a time; the others
+    are queued in order of arrival. Jobs survive a restart of the server: a job that was running continues
+    from its last checkpoint. Unless the operator enables the service, it refuses every call with
+    TRAINING_DISABLED.
     """
 
     @staticmethod

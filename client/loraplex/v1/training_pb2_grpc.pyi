@@ -29,10 +29,10 @@ GRPC_VERSION: str
 class TrainingServiceStub:
     """TrainingService trains adapters on the base model that the server serves, and registers them.
 
-    A job trains one adapter in a process of its own, at low priority; one job runs at a time, the others
-    wait in the order in which they came. A job survives the server: one that was running when the server
-    ended goes on from its last checkpoint when the server is there again. The service is off unless the
-    operator turned it on; then every call is refused with TRAINING_DISABLED.
+    A job trains one adapter in a process of its own, at low priority. One job runs at a time; the others
+    are queued in order of arrival. Jobs survive a restart of the server: a job that was running continues
+    from its last checkpoint. Unless the operator enables the service, it refuses every call with
+    TRAINING_DISABLED.
     """
 
     @_typing.overload
@@ -40,61 +40,61 @@ class TrainingServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> TrainingServiceAsyncStub: ...
     CreateJob: _grpc.UnaryUnaryMultiCallable[_training_pb2.CreateJobRequest, _training_pb2.CreateJobResponse]
-    """CreateJob checks a job (its options, its data, the memory that it would take) and queues it. A job
-    with the same `request_id` and the same content is returned, not made again.
+    """CreateJob checks a job (its options, its data and its estimated memory) and queues it. A request with
+    the `request_id` and the content of an existing job returns that job.
     """
     GetJob: _grpc.UnaryUnaryMultiCallable[_training_pb2.GetJobRequest, _training_pb2.GetJobResponse]
     """GetJob describes one job."""
     ListJobs: _grpc.UnaryUnaryMultiCallable[_training_pb2.ListJobsRequest, _training_pb2.ListJobsResponse]
-    """ListJobs lists the jobs there are, the newest first, a page at a time. Jobs that ended are forgotten
-    when there are too many of them.
+    """ListJobs lists the jobs, the newest first, one page per call. The oldest of the jobs that have ended are
+    removed when there are too many.
     """
     CancelJob: _grpc.UnaryUnaryMultiCallable[_training_pb2.CancelJobRequest, _training_pb2.CancelJobResponse]
-    """CancelJob ends a job that waits or runs and returns when it has ended: the trainer is asked to stop
-    and, if it does not, killed. A job that has ended stays as it is. Idempotent.
+    """CancelJob ends a queued or running job and returns when it has ended: the trainer is asked to stop and
+    is killed if it does not. A job that had ended already is unchanged. Idempotent.
     """
     WatchJob: _grpc.UnaryStreamMultiCallable[_training_pb2.WatchJobRequest, _training_pb2.WatchJobResponse]
-    """WatchJob sends the job as it is, then anew whenever it has changed, until it has ended. A reader that
-    is too slow gets the newest state and misses those before. A server that shuts down ends the stream.
+    """WatchJob sends the job as it is, then again after every change, until it has ended. A slow reader gets
+    only the newest state. A server that shuts down ends the stream.
     """
 
 @_typing.type_check_only
 class TrainingServiceAsyncStub(TrainingServiceStub):
     """TrainingService trains adapters on the base model that the server serves, and registers them.
 
-    A job trains one adapter in a process of its own, at low priority; one job runs at a time, the others
-    wait in the order in which they came. A job survives the server: one that was running when the server
-    ended goes on from its last checkpoint when the server is there again. The service is off unless the
-    operator turned it on; then every call is refused with TRAINING_DISABLED.
+    A job trains one adapter in a process of its own, at low priority. One job runs at a time; the others
+    are queued in order of arrival. Jobs survive a restart of the server: a job that was running continues
+    from its last checkpoint. Unless the operator enables the service, it refuses every call with
+    TRAINING_DISABLED.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateJob: _aio.UnaryUnaryMultiCallable[_training_pb2.CreateJobRequest, _training_pb2.CreateJobResponse]  # type: ignore[assignment]
-    """CreateJob checks a job (its options, its data, the memory that it would take) and queues it. A job
-    with the same `request_id` and the same content is returned, not made again.
+    """CreateJob checks a job (its options, its data and its estimated memory) and queues it. A request with
+    the `request_id` and the content of an existing job returns that job.
     """
     GetJob: _aio.UnaryUnaryMultiCallable[_training_pb2.GetJobRequest, _training_pb2.GetJobResponse]  # type: ignore[assignment]
     """GetJob describes one job."""
     ListJobs: _aio.UnaryUnaryMultiCallable[_training_pb2.ListJobsRequest, _training_pb2.ListJobsResponse]  # type: ignore[assignment]
-    """ListJobs lists the jobs there are, the newest first, a page at a time. Jobs that ended are forgotten
-    when there are too many of them.
+    """ListJobs lists the jobs, the newest first, one page per call. The oldest of the jobs that have ended are
+    removed when there are too many.
     """
     CancelJob: _aio.UnaryUnaryMultiCallable[_training_pb2.CancelJobRequest, _training_pb2.CancelJobResponse]  # type: ignore[assignment]
-    """CancelJob ends a job that waits or runs and returns when it has ended: the trainer is asked to stop
-    and, if it does not, killed. A job that has ended stays as it is. Idempotent.
+    """CancelJob ends a queued or running job and returns when it has ended: the trainer is asked to stop and
+    is killed if it does not. A job that had ended already is unchanged. Idempotent.
     """
     WatchJob: _aio.UnaryStreamMultiCallable[_training_pb2.WatchJobRequest, _training_pb2.WatchJobResponse]  # type: ignore[assignment]
-    """WatchJob sends the job as it is, then anew whenever it has changed, until it has ended. A reader that
-    is too slow gets the newest state and misses those before. A server that shuts down ends the stream.
+    """WatchJob sends the job as it is, then again after every change, until it has ended. A slow reader gets
+    only the newest state. A server that shuts down ends the stream.
     """
 
 class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
     """TrainingService trains adapters on the base model that the server serves, and registers them.
 
-    A job trains one adapter in a process of its own, at low priority; one job runs at a time, the others
-    wait in the order in which they came. A job survives the server: one that was running when the server
-    ended goes on from its last checkpoint when the server is there again. The service is off unless the
-    operator turned it on; then every call is refused with TRAINING_DISABLED.
+    A job trains one adapter in a process of its own, at low priority. One job runs at a time; the others
+    are queued in order of arrival. Jobs survive a restart of the server: a job that was running continues
+    from its last checkpoint. Unless the operator enables the service, it refuses every call with
+    TRAINING_DISABLED.
     """
 
     @_abc_1.abstractmethod
@@ -103,8 +103,8 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _training_pb2.CreateJobRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_training_pb2.CreateJobResponse, _abc.Awaitable[_training_pb2.CreateJobResponse]]:
-        """CreateJob checks a job (its options, its data, the memory that it would take) and queues it. A job
-        with the same `request_id` and the same content is returned, not made again.
+        """CreateJob checks a job (its options, its data and its estimated memory) and queues it. A request with
+        the `request_id` and the content of an existing job returns that job.
         """
 
     @_abc_1.abstractmethod
@@ -121,8 +121,8 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _training_pb2.ListJobsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_training_pb2.ListJobsResponse, _abc.Awaitable[_training_pb2.ListJobsResponse]]:
-        """ListJobs lists the jobs there are, the newest first, a page at a time. Jobs that ended are forgotten
-        when there are too many of them.
+        """ListJobs lists the jobs, the newest first, one page per call. The oldest of the jobs that have ended are
+        removed when there are too many.
         """
 
     @_abc_1.abstractmethod
@@ -131,8 +131,8 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _training_pb2.CancelJobRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_training_pb2.CancelJobResponse, _abc.Awaitable[_training_pb2.CancelJobResponse]]:
-        """CancelJob ends a job that waits or runs and returns when it has ended: the trainer is asked to stop
-        and, if it does not, killed. A job that has ended stays as it is. Idempotent.
+        """CancelJob ends a queued or running job and returns when it has ended: the trainer is asked to stop and
+        is killed if it does not. A job that had ended already is unchanged. Idempotent.
         """
 
     @_abc_1.abstractmethod
@@ -141,8 +141,8 @@ class TrainingServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _training_pb2.WatchJobRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_training_pb2.WatchJobResponse], _abc.AsyncIterator[_training_pb2.WatchJobResponse]]:
-        """WatchJob sends the job as it is, then anew whenever it has changed, until it has ended. A reader that
-        is too slow gets the newest state and misses those before. A server that shuts down ends the stream.
+        """WatchJob sends the job as it is, then again after every change, until it has ended. A slow reader gets
+        only the newest state. A server that shuts down ends the stream.
         """
 
 def add_TrainingServiceServicer_to_server(servicer: TrainingServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

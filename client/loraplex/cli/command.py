@@ -1,0 +1,75 @@
+"""The decorator of all commands: it adds the shared options and opens the session.
+
+A command's first parameter is its `Session`. A parameter whose type is a TypedDict stands for one
+option per key, each None unless given; the command gets them as a mapping.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, get_type_hints, is_typeddict
+
+import typer
+
+from loraplex import channel
+from loraplex.cli import options
+from loraplex.cli.session import session
+
+_KIND = inspect.Parameter.KEYWORD_ONLY
+
+
+def command(
+    *, json: bool = True, timeout: float | None = channel.DEFAULT_TIMEOUT
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Makes a Typer callback of a function that takes a Session.
+
+    The command gets the option --server, --json if `json` is set, and --timeout with this default
+    unless it is None.
+    """
+
+    def declare(function: Callable[..., None]) -> Callable[..., None]:
+        parameters, groups = _expanded(function)
+        if json:
+            parameters.append(_parameter("as_json", options.Json, False))
+        if timeout is not None:
+            parameters.append(_parameter("timeout", options.Timeout, timeout))
+        parameters.append(_parameter("server", options.Server, None))
+
+        def run(ctx: typer.Context, **given: Any) -> None:
+            target = given.pop("server") or ctx.obj or channel.DEFAULT_TARGET
+            seconds = given.pop("timeout", channel.DEFAULT_TIMEOUT)
+            as_json = given.pop("as_json", False)
+            for name, keys in groups.items():
+                given[name] = {key: given.pop(key) for key in keys}
+            with session(target, seconds, as_json) as opened:
+                function(opened, **given)
+
+        context = inspect.Parameter("ctx", _KIND, annotation=typer.Context)
+        run.__doc__ = function.__doc__
+        run.__signature__ = inspect.Signature([context, *parameters])  # type: ignore[attr-defined]
+        return run
+
+    return declare
+
+
+def _expanded(
+    function: Callable[..., None],
+) -> tuple[list[inspect.Parameter], dict[str, list[str]]]:
+    """Returns the parameters after the session, and the keys of each that is a TypedDict."""
+    hints = get_type_hints(function, include_extras=True)
+    found: list[inspect.Parameter] = []
+    groups: dict[str, list[str]] = {}
+    for parameter in list(inspect.signature(function).parameters.values())[1:]:
+        hint = hints[parameter.name]
+        if is_typeddict(hint):
+            fields = get_type_hints(hint, include_extras=True)
+            groups[parameter.name] = list(fields)
+            found += [_parameter(key, field, None) for key, field in fields.items()]
+        else:
+            found.append(_parameter(parameter.name, hint, parameter.default))
+    return found, groups
+
+
+def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, _KIND, default=default, annotation=annotation)
