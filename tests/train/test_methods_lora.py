@@ -219,14 +219,14 @@ def test_everything_that_is_wrong_is_told_at_once() -> None:
         init="piza",
     )
     for expected in (
-        "r is 0, which should be at least 1",
-        "no option 'lora_alpa' (did you mean 'lora_alpha'?)",
-        "lora_dropout is 1.0, which should be below 1",
+        "r is 0; it should be at least 1",
+        "there is no 'lora_alpa' (did you mean 'lora_alpha'?)",
+        "lora_dropout is 1.0; it should be below 1",
         "is called 'query'; there are q_proj, k_proj",
         "there is no layer 3; the base has 0 to 2",
         "'gate_proj' names none of the target modules",
-        "q_proj is 1.5, not a whole number above 0",
-        "use_rslora is 'maybe', which should be true or false",
+        "q_proj is 1.5; it should be a whole number",
+        "use_rslora is 'maybe'; it should be true or false",
         "(did you mean 'pissa'?)",
     ):
         assert expected in told

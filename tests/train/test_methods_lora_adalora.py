@@ -169,5 +169,5 @@ def test_going_on_from_a_state_is_exact() -> None:
 def test_a_schedule_without_steps_to_cut_in_is_refused() -> None:
     with pytest.raises(Refusal, match="leave none of the job's 20 to cut ranks in"):
         make(tinit=15)
-    with pytest.raises(Refusal, match="target_r is 7, which should be at most 6"):
+    with pytest.raises(Refusal, match="target_r is 7; it should be at most 6"):
         make(target_r=7)

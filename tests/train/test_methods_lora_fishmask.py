@@ -144,7 +144,7 @@ def test_going_on_from_a_state_is_exact() -> None:
 
 
 def test_more_rows_than_a_module_has_are_refused() -> None:
-    with pytest.raises(Refusal, match="rows is 33, which should be at most 32"):
+    with pytest.raises(Refusal, match="rows is 33; it should be at most 32"):
         tiny.make("fishmask", rows=33)
-    with pytest.raises(Refusal, match=r"keep is 1.5, which should be at most 1"):
+    with pytest.raises(Refusal, match=r"keep is 1.5; it should be at most 1"):
         tiny.make("fishmask", keep=1.5)

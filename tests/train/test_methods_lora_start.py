@@ -167,8 +167,8 @@ def test_a_pissa_dora_is_saved_as_plain_dora(tmp_path: Path) -> None:
         ({"loftq_source": "/nowhere"}, "means something with init=loftq only, not 'default'"),
         ({"svd_iterations": 2}, "nothing is decomposed where init is 'default'"),
         ({"init": "pissa", "r": 33}, "k_proj has only 32 singular values, not 33"),
-        ({"init": "pissa", "r": 129}, "r is 129, which should be at most 128"),
-        ({"r": 257}, "r is 257, which should be at most 256"),
+        ({"init": "pissa", "r": 129}, "r is 129; it should be at most 128"),
+        ({"r": 257}, "r is 257; it should be at most 256"),
     ],
 )
 def test_starts_that_cannot_be(options: dict[str, Any], expected: str) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import bitsandbytes
 import pytest
 import torch
 from loraplex_training.methods.base import ParameterGroup
-from loraplex_training.spec.limits import SCHEDULES
-from loraplex_training.spec.spec import OptimSpec
+from loraplex_training.spec.spec import OptimSpec, ScheduleName
 from loraplex_training.step.optimiser import JobOptimiser, expected, problem_of
 from transformers import get_scheduler
 
@@ -153,7 +152,7 @@ NEEDS: Mapping[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in SCHEDULES if n not in ("reduce_lr_on_plateau", "greedy")]
+    "name", [n for n in get_args(ScheduleName) if n not in ("reduce_lr_on_plateau", "greedy")]
 )
 def test_rates_are_transformers_for_every_schedule(name: str) -> None:
     parameters, leaf = leaves(), torch.zeros(1, requires_grad=True)

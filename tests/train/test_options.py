@@ -5,15 +5,22 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loraplex_model.base.refusal import Refusal
 from loraplex_training.spec import parse as options
-from loraplex_training.spec.limits import SCHEDULES, problems_of
-from loraplex_training.spec.spec import RATES, DataSpec, JobSpec, MethodSpec, OptimSpec, RunSpec
+from loraplex_training.spec.spec import (
+    RATES,
+    DataSpec,
+    JobSpec,
+    MethodSpec,
+    OptimSpec,
+    RunSpec,
+    ScheduleName,
+)
 from transformers import SchedulerType
 
 GIVEN = {"data": "d.jsonl", "name": "a"}
@@ -146,7 +153,7 @@ def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
         "--epoch: there is no 'epoch' (did you mean 'epochs'?)",
         "[run]: there is no 'modle' (did you mean 'model'?)",
         "[run]: save_every is 0; it should be at least 1",
-        "job 'Not A Name': lr is -1.0; it should be above 0",
+        "job 'Not A Name': lr is -1; it should be above 0",
         "job 'b': data is missing",
         "job 'b': batch_size is 0.5; it should be a whole number",
         "job 'b': patience is -1; it should be at least 0",
@@ -231,14 +238,16 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_names_of_schedules_are_transformers() -> None:
-    assert set(SCHEDULES) == {schedule.value for schedule in SchedulerType}
+    assert set(get_args(ScheduleName)) == {schedule.value for schedule in SchedulerType}
 
 
 def test_limits_hold_for_a_spec_that_nobody_read() -> None:
     spec = options.read(GIVEN)
     wrong = replace(spec, jobs=(replace(spec.jobs[0], patience=-2),))
-    assert problems_of(spec) == []
-    assert problems_of(wrong) == ["job 'a': patience is -2; it should be at least 0"]
+    options.check(spec)
+    with pytest.raises(Refusal) as caught:
+        options.check(wrong)
+    assert caught.value.messages == ("job 'a': patience is -2; it should be at least 0",)
 
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=12)

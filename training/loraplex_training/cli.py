@@ -1,4 +1,4 @@
-"""`loraplex-train`: run, resume, inspect, plan, methods."""
+"""The commands of `loraplex-train`: run, resume, inspect, plan, methods."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path
-from typing import Annotated, Final, NoReturn
+from typing import Annotated, Any, Final, NoReturn
 
 import typer
 from loraplex_model.base.refusal import BASE_MODEL_REASONS, Reason, Refusal
 from rich.console import Console
 
 from loraplex_training.publish import target
+from loraplex_training.spec import fields
 from loraplex_training.spec import parse as options
 from loraplex_training.spec.flags import BASE_FLAGS, DATA_FLAGS, with_flags
 
 app = typer.Typer(
-    help="Train adapters on the NF4 base that serves them.",
+    help="Train adapters on the NF4 base model that serves them.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -26,13 +27,13 @@ app = typer.Typer(
 
 
 class ExitCode(IntEnum):
-    """Beside 128 + n for signal n."""
+    """Exit codes. Death by signal n is 128 + n, as in a shell."""
 
     OK = 0
     FAILED = 1
-    """The machine's fault, or training's: out of memory, a full disk, a loss that diverged."""
+    """The machine or training failed: out of memory, a full disk, a loss that diverged."""
     BAD_INPUT = 2
-    """Options, data, a base that is not the checkpoint's: the caller can mend it."""
+    """The caller can correct it: options, data, another base model than the checkpoint's."""
 
 
 _CALLERS: Final = BASE_MODEL_REASONS | {
@@ -42,48 +43,80 @@ _CALLERS: Final = BASE_MODEL_REASONS | {
     Reason.BASE_MISMATCH,
     Reason.CHECKPOINT_INVALID,
 }
+"""Reasons that end with BAD_INPUT."""
+
+
+def _panel(panel: fields.Panel, *names: str, **settings: Any) -> Any:
+    """A flag that is no option of a job, in the panel of related options."""
+    return typer.Option(*names, rich_help_panel=panel, **settings)
+
 
 Config = Annotated[
     Path | None,
-    typer.Option("--config", help="A TOML file with jobs; flags go before what it says."),
+    typer.Option("--config", help="TOML file with the run's jobs. Flags override its values."),
 ]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="An option of the method; again for more."),
+    _panel("Method", "--set", metavar="KEY=VALUE", help="Option of the method. May be repeated."),
 ]
 Sweep = Annotated[
     list[str] | None,
-    typer.Option(
+    _panel(
+        "Method",
         "--sweep",
         metavar="KEY=A,B ...",
-        help="Train one job for each combination, in one pass: --sweep r=4,16 lr=1e-4,3e-4.",
+        help="Train one job per combination of values, in one pass: --sweep r=4,16 lr=1e-4,3e-4.",
     ),
 ]
 More = Annotated[list[str] | None, typer.Argument(metavar="", hidden=True)]
 StoreDir = Annotated[
-    Path | None, typer.Option("--store", help="Register the adapters in this store.")
+    Path | None,
+    _panel("Output", "--store", help="Directory of the store that registers the adapters."),
 ]
 StoreUrl = Annotated[
     str,
-    typer.Option("--store-url", envvar="LORAPLEX_STORE_URL", help="A shared store's database."),
+    _panel(
+        "Output",
+        "--store-url",
+        envvar="LORAPLEX_STORE_URL",
+        help="Database URL of a store that several servers share.",
+    ),
 ]
 Alias = Annotated[
-    str, typer.Option("--alias", help="Point it to the adapter; of several to the best.")
+    str,
+    _panel(
+        "Output", "--alias", help="Alias to point to the adapter; with several, to the best one."
+    ),
 ]
 Label = Annotated[
-    list[str] | None, typer.Option("--label", metavar="KEY=VALUE", help="Of what is registered.")
+    list[str] | None,
+    _panel(
+        "Output",
+        "--label",
+        metavar="KEY=VALUE",
+        help="Label of the registered adapters. May be repeated.",
+    ),
 ]
 Serve = Annotated[
     str,
-    typer.Option("--serve", metavar="HOST:PORT", help="Upload to this server, load, and ask it."),
+    _panel(
+        "Output",
+        "--serve",
+        metavar="HOST:PORT",
+        help="Running server to upload the adapters to; it loads them and answers an example.",
+    ),
 ]
 SaveDtype = Annotated[
-    str, typer.Option("--save-dtype", help="Of the adapter's tensors: float32 or bfloat16.")
+    str,
+    _panel("Output", "--save-dtype", help="Data type of the saved tensors: float32 or bfloat16."),
 ]
 Events = Annotated[
     str,
-    typer.Option(
-        "--events", metavar="FILE|-", help="Write every event there as a line of JSON; - is stdout."
+    _panel(
+        "Output",
+        "--events",
+        metavar="FILE|-",
+        help="File to append every event to as a line of JSON. - is standard output.",
     ),
 ]
 
@@ -105,7 +138,7 @@ def run(
     save_dtype: SaveDtype = "float32",
     events: Events = "",
 ) -> None:
-    """Train adapters, one or several in one pass over the base, and hand them over."""
+    """Train adapters, one or several in one pass over the base model, and publish them."""
     with errors():
         spec = options.read(flags, pairs("--set", set_), swept(sweep, more), config)
         from loraplex_training import session
@@ -116,10 +149,10 @@ def run(
 
 @app.command()
 def resume(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The run's folder.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of the run.")],
     events: Events = "",
 ) -> None:
-    """Go on with a run from its last checkpoint, and hand over as it was told to."""
+    """Continue a run from its last checkpoint and publish its adapters as first requested."""
     with errors():
         from loraplex_training import session
 
@@ -131,9 +164,11 @@ def resume(
 def inspect(
     *,
     flags: dict[str, str],
-    count: Annotated[int, typer.Option("--count", min=1, help="Examples of each side.")] = 3,
+    count: Annotated[
+        int, typer.Option("--count", min=1, help="Number of training and of evaluation examples.")
+    ] = 3,
 ) -> None:
-    """Show what a model is given to learn: tokens, their loss mask in colour, counts."""
+    """Show the examples as the model sees them: tokens, learned ones in colour, and counts."""
     with errors():
         spec = options.read({"name": "inspect", **flags})
         from loraplex_training.run import plan as outlook
@@ -151,10 +186,10 @@ def plan(
     sweep: Sweep = None,
     more: More = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="One line of JSON, for programs.")
+        bool, typer.Option("--json", help="Print the plan as one line of JSON.")
     ] = False,
 ) -> None:
-    """Say what a run would take, in memory, steps, tokens and time, without training."""
+    """Estimate the memory, steps, tokens and time of a run without training."""
     with errors():
         spec = options.read(flags, pairs("--set", set_), swept(sweep, more), config)
         from loraplex_training.run import plan as outlook
@@ -164,14 +199,14 @@ def plan(
 
 @app.command()
 def methods() -> None:
-    """List the methods and their options."""
+    """List the adapter methods and their options."""
     from loraplex_training.run import plan as outlook
 
     outlook.methods(Console(highlight=False))
 
 
 def pairs(flag: str, texts: list[str] | None) -> dict[str, str]:
-    """KEY=VALUE, each. Raises Refusal(CONFIG_INVALID)."""
+    """Splits texts of the form KEY=VALUE. Raises Refusal(CONFIG_INVALID)."""
     found, wrong = {}, []
     for text in texts or ():
         key, equals, value = text.partition("=")
@@ -184,18 +219,17 @@ def pairs(flag: str, texts: list[str] | None) -> dict[str, str]:
 
 
 def swept(sweep: list[str] | None, more: list[str] | None) -> list[str]:
-    """What --sweep was given; further words belong to it. Raises Refusal(CONFIG_INVALID)."""
+    """The values of --sweep, which further words belong to. Raises Refusal(CONFIG_INVALID)."""
     if more and not sweep:
         raise Refusal.listing(
-            Reason.CONFIG_INVALID, (f"{word}: there is no place for it" for word in more)
+            Reason.CONFIG_INVALID, (f"{word}: unexpected argument" for word in more)
         )
     return [*(sweep or ()), *(more or ())]
 
 
 @contextmanager
 def errors() -> Iterator[None]:
-    """Says what is wrong, all of it, and exits with the code that fits."""
-
+    """Prints every problem of an error and exits with its code."""
     try:
         yield
     except Refusal as refusal:
@@ -207,7 +241,7 @@ def errors() -> Iterator[None]:
 def fail(error: Refusal) -> NoReturn:
     """Writes every problem to standard error and exits."""
     for problem in error.problems:
-        typer.echo(f"error: {error.reason}: {problem.message}", err=True)
+        typer.echo(f"error: {error.reason}: {fields.located(problem)}", err=True)
     raise typer.Exit(ExitCode.BAD_INPUT if error.reason in _CALLERS else ExitCode.FAILED) from None
 
 

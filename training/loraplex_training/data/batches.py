@@ -9,12 +9,14 @@ import random
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
-from math import ceil, inf
+from math import ceil
 from typing import Final
 
-from loraplex_model.base.refusal import Reason, Refusal
+from loraplex_model.base.refusal import Problem, Reason
 
 from loraplex_training.data.samples import MicroBatch, Sample
+from loraplex_training.spec.fields import refusal
+from loraplex_training.spec.parse import problems_of
 from loraplex_training.spec.spec import JobSpec
 
 OPEN: Final = 64
@@ -129,22 +131,16 @@ def in_order(samples: Sequence[Sample], job: JobSpec) -> list[MicroBatch]:
 
 
 def _check(samples: Sequence[Sample], job: JobSpec) -> None:
-    problems = []
+    path = f"jobs.{job.name}"
+    problems = problems_of(job, path)
     if not samples:
-        problems.append("there are no examples to train on")
-    if job.steps < 0 or (job.steps == 0 and not 0 < job.epochs < inf):
-        problems.append(f"epochs is {job.epochs} and steps {job.steps}; one must be more than 0")
-    if job.batch_size < 1:
-        problems.append(f"batch_size is {job.batch_size}; it must be at least 1")
-    if job.accumulation < 1:
-        problems.append(f"accumulation is {job.accumulation}; it must be at least 1")
+        problems.append(Problem(f"{path}.data", "there are no examples to train on"))
     longest = max((len(sample.tokens) for sample in samples), default=0)
     if job.pack and longest > job.max_tokens:
-        problems.append(
+        text = (
             f"max_tokens is {job.max_tokens}, but the longest example has {longest} tokens; raise "
             "it, or lower max_length"
         )
+        problems.append(Problem(f"{path}.max_tokens", text))
     if problems:
-        raise Refusal.listing(
-            Reason.CONFIG_INVALID, (f"{job.name}: {problem}" for problem in problems)
-        )
+        raise refusal(Reason.CONFIG_INVALID, problems)

@@ -7,14 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from loraplex_model.base.refusal import Reason, Refusal
+from loraplex_model.base.refusal import Problem, Reason, Refusal
 from loraplex_model.checkpoints.chat import TextRefused
 
 from loraplex_training.data.problems import Problems
 from loraplex_training.data.records import RecordFile
 from loraplex_training.data.samples import Sample
 from loraplex_training.data.text import BaseText
-from loraplex_training.data.tokenise import LEARN, Tokeniser
+from loraplex_training.data.tokenise import Tokeniser
+from loraplex_training.spec.parse import problems_of
 from loraplex_training.spec.spec import DataSpec
 
 
@@ -187,15 +188,10 @@ class _File:
 
 
 def _check(spec: DataSpec, text: BaseText) -> None:
-    problems = []
-    if spec.learn not in LEARN:
-        problems.append(f'learn is one of {", ".join(LEARN)}, not "{spec.learn}"')
-    if spec.max_length < 2:
-        problems.append(f"max_length is {spec.max_length}; it must be at least 2 tokens")
-    if spec.eval_path is None and not 0 <= spec.eval_fraction < 1:
-        problems.append(f"eval_fraction is {spec.eval_fraction}; it must be in [0, 1)")
+    problems = problems_of(spec)
     if spec.system is not None and not text.has_template:
-        problems.append("a system message needs a chat template, and the base model has none")
+        message = "a system message needs a chat template, and the base model has none"
+        problems.append(Problem("system", message))
     if problems:
         raise Refusal.listing(Reason.CONFIG_INVALID, problems)
 

@@ -17,7 +17,6 @@ from loraplex_training.data.records import Message, Record
 from loraplex_training.data.samples import Sample
 from loraplex_training.data.text import BaseText
 
-LEARN: Final = ("auto", "completion", "assistant", "all")
 _AUTO: Final = {
     "messages": "assistant",
     "prompt": "completion",
@@ -38,7 +37,7 @@ class Tokeniser:
     """Makes samples of records."""
 
     def __init__(self, text: BaseText, max_length: int, learn: str, system: str | None) -> None:
-        """Arguments as in DataSpec, `learn` one of `LEARN`."""
+        """Arguments are those of DataSpec."""
         self._text = text
         self._max_length = max_length
         self._learn = learn

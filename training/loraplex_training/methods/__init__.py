@@ -1,45 +1,67 @@
-"""Methods by name; each writes files that PEFT reads.
+"""The adapter methods by name. Each writes files that PEFT reads (bottlenecks apart).
 
-A maker takes its options out, calls `options.done()`, and only then works on the base, so that
-every wrong option is told at once.
+A maker first checks its options against the base and calls `problems.check()`, and only then makes
+tensors, so that every wrong option is reported at once.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
-from importlib import import_module
-from typing import cast
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 from loraplex_model.base.refusal import Reason, Refusal
 
+from loraplex_training.methods.adalora import AdaLoraOptions, adalora
 from loraplex_training.methods.base import Setting, TrainedAdapter
-from loraplex_training.methods.options import Options
+from loraplex_training.methods.bottleneck import BottleneckOptions, bottleneck
+from loraplex_training.methods.dora import dora
+from loraplex_training.methods.fishmask import FishMaskOptions, fishmask
+from loraplex_training.methods.lora import LoraOptions, lora
+from loraplex_training.methods.options import MethodOptions, OptionProblems, TargetOptions
+from loraplex_training.methods.vectors import Ia3Options, bitfit, ia3
+from loraplex_training.methods.virtual import (
+    PrefixTuningOptions,
+    PromptTuningOptions,
+    PTuningOptions,
+    p_tuning,
+    prefix_tuning,
+    prompt_tuning,
+)
+from loraplex_training.spec import fields
 from loraplex_training.spec.spec import MethodSpec
 
-Maker = Callable[[Options, Setting], TrainedAdapter]
+Options = TypeVar("Options", bound=MethodOptions)
 
-METHODS: Mapping[str, str] = {
-    "lora": "lora",
-    "dora": "dora",
-    "adalora": "adalora",
-    "fishmask": "fishmask",
-    "prompt_tuning": "virtual",
-    "p_tuning": "virtual",
-    "prefix_tuning": "virtual",
-    "ia3": "vectors",
-    "bitfit": "vectors",
-    "bottleneck": "bottleneck",
+
+@dataclass(frozen=True, slots=True)
+class Method(Generic[Options]):
+    """A method: the maker of its adapters, whose docstring describes it, and its options."""
+
+    make: Callable[[Options, Setting, OptionProblems], TrainedAdapter]
+    options: type[Options]
+
+
+METHODS: Mapping[str, Method[Any]] = {
+    "lora": Method(lora, LoraOptions),
+    "dora": Method(dora, LoraOptions),
+    "adalora": Method(adalora, AdaLoraOptions),
+    "fishmask": Method(fishmask, FishMaskOptions),
+    "prompt_tuning": Method(prompt_tuning, PromptTuningOptions),
+    "p_tuning": Method(p_tuning, PTuningOptions),
+    "prefix_tuning": Method(prefix_tuning, PrefixTuningOptions),
+    "ia3": Method(ia3, Ia3Options),
+    "bitfit": Method(bitfit, TargetOptions),
+    "bottleneck": Method(bottleneck, BottleneckOptions),
 }
-"""The module of this package that has the maker, a function of the method's name."""
 
 _FULL = ("full", "full_fine_tuning", "fine_tuning", "finetune")
 
 
 def make(spec: MethodSpec, setting: Setting) -> TrainedAdapter:
-    """A new adapter by the method's name and options.
+    """Makes a new adapter by the method's name and options.
 
-    Raises Refusal METHOD_INVALID: an unknown name, or all that is wrong with the options.
+    Raises Refusal METHOD_INVALID for an unknown name, or with every problem of the options.
     """
     if spec.name in _FULL:
         raise Refusal(
@@ -48,13 +70,12 @@ def make(spec: MethodSpec, setting: Setting) -> TrainedAdapter:
             "it is; train a LoRA with target_modules=all-linear and a high r instead, which comes "
             "close to it",
         )
-    if spec.name not in METHODS:
-        near = difflib.get_close_matches(spec.name, METHODS, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        known = ", ".join(METHODS)
-        raise Refusal(
-            Reason.METHOD_INVALID, f"there is no method {spec.name!r}{hint}; there are {known}"
-        )
-    module = import_module(f"{__name__}.{METHODS[spec.name]}")
-    maker = cast(Maker, getattr(module, spec.name))
-    return maker(Options(spec.name, spec.options), setting)
+    method = METHODS.get(spec.name)
+    if method is None:
+        near = fields.did_you_mean(spec.name, METHODS)
+        text = f"there is no method {spec.name!r}{near}; there are {', '.join(METHODS)}"
+        raise Refusal(Reason.METHOD_INVALID, text, "method")
+    given = {name: value for name, value in spec.options.items() if value is not None}
+    options, found = fields.read(method.options, given, "method")
+    assert options is not None, "every option of a method has a default"
+    return method.make(options, setting, OptionProblems(spec.name, found))

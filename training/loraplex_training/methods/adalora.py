@@ -1,21 +1,22 @@
-"""AdaLoRA (arXiv 2303.10512): y = W x + alpha / (init_r + 1e-5) * B (E * A x), ranks chosen on the
-way.
+"""AdaLoRA (arXiv 2303.10512): y = W x + alpha / (init_r + 1e-5) * B (E * A x), with learned ranks.
 
-A and B are kept near to orthogonal by a penalty, so that E [r, 1] are like singular values. What
-a triplet (a row of A, its E, a column of B) does for the loss is watched at every step, and the
-least important ones are cut, by a schedule, until `target_r` a module are left on average.
+A penalty keeps A and B nearly orthogonal, so that E [r, 1] acts as singular values. The importance
+of each triplet (a row of A, its E, a column of B) for the loss is measured at every step, and the
+least important triplets are cut by a schedule until `target_r` per module remain on average.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from loraplex_adapters.format.modules import PREFIX, module_path
 from loraplex_adapters.format.spec import Limits
 from loraplex_model.adapters.delta import AdapterDelta, SiteDelta
 from loraplex_model.base.config import Site
+from pydantic import Field
 
 from loraplex_training.methods.base import (
     AdapterFiles,
@@ -25,20 +26,62 @@ from loraplex_training.methods.base import (
     TrainedAdapter,
 )
 from loraplex_training.methods.lora import stored
-from loraplex_training.methods.options import Options
+from loraplex_training.methods.options import OptionProblems, TargetOptions
 from loraplex_training.methods.plain import config_of, leaf
-from loraplex_training.methods.targets import read_sites
+from loraplex_training.methods.targets import sites_of
+from loraplex_training.spec.fields import Number, Whole
 
 _STD = 0.02  # of A and B at the start; E is 0
 _KEPT, _SENSITIVITY, _UNCERTAINTY = "kept.", "sensitivity.", "uncertainty."
 
 
-@dataclass(frozen=True, slots=True)
-class Schedule:
-    """When how many triplets are left; steps count from 1.
+class AdaLoraOptions(TargetOptions):
+    """Options of AdaLoRA."""
 
-    Until `tinit` there are all. Then the budget falls by a cubic curve, cut every `delta_t` steps;
-    at `steps - tfinal` it is `target` for good, and the rest of the steps trains what is left.
+    init_r: Annotated[
+        Whole, Field(ge=1, le=Limits().max_rank, description="Initial rank of every module.")
+    ] = 12
+    target_r: Annotated[
+        Whole | None,
+        Field(ge=1, description="Average rank of the modules in the end. Default: 8, or init_r."),
+    ] = None
+    lora_alpha: Annotated[
+        Number | None, Field(gt=0, description="Scale of the change, times r. Default: 2 init_r.")
+    ] = None
+    lora_dropout: Annotated[
+        Number, Field(ge=0, lt=1, description="Dropout probability of A's inputs.")
+    ] = 0.0
+    tinit: Annotated[
+        Whole | None,
+        Field(ge=0, description="Steps before the first cut. Default: a tenth of the job's steps."),
+    ] = None
+    tfinal: Annotated[
+        Whole | None,
+        Field(ge=0, description="Steps after the last cut. Default: three tenths of the steps."),
+    ] = None
+    deltaT: Annotated[Whole, Field(ge=1, description="Steps between cuts.")] = 1
+    beta1: Annotated[
+        Number, Field(gt=0, lt=1, description="Smoothing factor of the sensitivity.")
+    ] = 0.85
+    beta2: Annotated[
+        Number, Field(gt=0, lt=1, description="Smoothing factor of the uncertainty.")
+    ] = 0.85
+    orth_reg_weight: Annotated[
+        Number, Field(ge=0, description="Weight of the penalty that keeps A and B orthogonal.")
+    ] = 0.5
+
+    @property
+    def alpha(self) -> float:
+        """`lora_alpha` or its default."""
+        return 2.0 * self.init_r if self.lora_alpha is None else self.lora_alpha
+
+
+@dataclass(frozen=True, slots=True)
+class RankSchedule:
+    """Number of triplets after each step; steps count from 1.
+
+    Until `tinit` all are kept. Then the budget falls along a cubic curve, with a cut every
+    `delta_t` steps. At `steps - tfinal` it reaches `target`; the other steps train without cuts.
     """
 
     steps: int
@@ -50,11 +93,11 @@ class Schedule:
 
     @property
     def last(self) -> int:
-        """The step of the final cut."""
+        """Step of the final cut."""
         return self.steps - self.tfinal
 
     def budget(self, step: int) -> int | None:
-        """How many triplets to leave after this step; None: nothing is cut."""
+        """Returns the number of triplets to keep after this step; None if it cuts nothing."""
         if step == self.last:
             return self.target
         if step <= self.tinit or step > self.last or step % self.delta_t:
@@ -63,86 +106,66 @@ class Schedule:
         return int((self.initial - self.target) * ahead**3 + self.target)
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What was asked for; `beta1` and `beta2` smooth sensitivity and uncertainty."""
+def adalora(options: AdaLoraOptions, setting: Setting, problems: OptionProblems) -> TrainedAdapter:
+    """LoRA whose ranks are cut in training, least important ones first, to a given average.
 
-    sites: tuple[Site, ...]
-    init_r: int
-    target_r: int
-    alpha: float
-    dropout: float
-    schedule: Schedule
-    beta1: float
-    beta2: float
-    orthogonality: float
-
-
-def adalora(options: Options, setting: Setting) -> TrainedAdapter:
-    """PEFT's ADALORA.
-
-    Options: `target_modules`, `layers`, `init_r`, `target_r`, `lora_alpha` (by default twice
-    init_r), `lora_dropout`, `tinit` and `tfinal` (by default a tenth and three tenths of the job's
-    steps), `deltaT`, `beta1`, `beta2`, `orth_reg_weight`.
+    Saved as PEFT's ADALORA.
     """
     steps = setting.steps
-    sites = read_sites(options, setting.base)
-    init_r = options.integer("init_r", 12, 1, Limits().max_rank)
-    target_r = options.integer("target_r", min(8, init_r), 1, init_r)
-    alpha = options.number("lora_alpha", 2.0 * init_r, above=0)
-    schedule = Schedule(
+    sites = sites_of(options, setting.base, problems)
+    init_r = options.init_r
+    given = min(8, init_r) if options.target_r is None else options.target_r
+    target_r = problems.at_most("target_r", given, init_r)
+    schedule = RankSchedule(
         steps,
-        options.integer("tinit", steps // 10, 0),
-        options.integer("tfinal", steps * 3 // 10, 0),
-        options.integer("deltaT", 1, 1),
+        steps // 10 if options.tinit is None else options.tinit,
+        steps * 3 // 10 if options.tfinal is None else options.tfinal,
+        options.deltaT,
         init_r * len(sites),
         target_r * len(sites),
     )
-    plan = Plan(
-        sites,
-        init_r,
-        target_r,
-        alpha,
-        options.number("lora_dropout", 0.0, minimum=0, below=1),
-        schedule,
-        options.number("beta1", 0.85, above=0, below=1),
-        options.number("beta2", 0.85, above=0, below=1),
-        options.number("orth_reg_weight", 0.5, minimum=0),
-    )
     if schedule.tinit >= schedule.last:
-        options.refuse(
+        problems.add(
+            "tinit",
             f"tinit: {schedule.tinit} steps before and {schedule.tfinal} after leave none of the "
-            f"job's {steps} to cut ranks in; make tinit or tfinal smaller, or train longer"
+            f"job's {steps} to cut ranks in; make tinit or tfinal smaller, or train longer",
         )
-    options.done()
-    return AdaLoraAdapter(setting, plan)
+    problems.check()
+    return AdaLoraAdapter(setting, options, sites, target_r, schedule)
 
 
 class AdaLoraAdapter:
-    """A `TrainedAdapter`."""
+    """A `TrainedAdapter` of A, B and E, some of whose triplets are cut in training."""
 
-    def __init__(self, setting: Setting, plan: Plan) -> None:
-        self._setting, self._plan = setting, plan
-        self.dropout = plan.dropout
-        self.settled = plan.schedule.last
+    def __init__(
+        self,
+        setting: Setting,
+        options: AdaLoraOptions,
+        sites: Sequence[Site],
+        target_r: int,
+        schedule: RankSchedule,
+    ) -> None:
+        self._setting, self._options = setting, options
+        self._sites, self._target_r, self._schedule = sites, target_r, schedule
+        self.dropout = options.lora_dropout
+        self.settled = schedule.last
+        rank = options.init_r
         parameters: dict[str, torch.Tensor] = {}
         shapes = setting.base.config.projection_shapes()
-        for site in plan.sites:
+        for site in sites:
             fan_in, fan_out = shapes[site[1]]
-            a = _STD * torch.randn(plan.init_r, fan_in, generator=setting.generator)
-            b = _STD * torch.randn(fan_out, plan.init_r, generator=setting.generator)
-            for name, start in zip(_names(site), (a, b, torch.zeros(plan.init_r, 1)), strict=True):
+            a = _STD * torch.randn(rank, fan_in, generator=setting.generator)
+            b = _STD * torch.randn(fan_out, rank, generator=setting.generator)
+            for name, start in zip(_names(site), (a, b, torch.zeros(rank, 1)), strict=True):
                 parameters[name] = leaf(start, setting.base)
         self.parameters: Mapping[str, torch.Tensor] = parameters
         self._sensitivity = {n: torch.zeros_like(p.detach()) for n, p in parameters.items()}
         self._uncertainty = {n: torch.zeros_like(p.detach()) for n, p in parameters.items()}
         device = setting.base.embed.device
-        self._kept = {
-            site: torch.ones(plan.init_r, dtype=torch.bool, device=device) for site in plan.sites
-        }
+        self._kept = {site: torch.ones(rank, dtype=torch.bool, device=device) for site in sites}
 
     def prepare(self, observe: Observe) -> None:
-        """Nothing is chosen from data before the first step."""
+        """Does nothing: AdaLoRA chooses nothing from data before the first step."""
 
     def groups(self) -> Sequence[ParameterGroup]:
         """See `TrainedAdapter`."""
@@ -150,23 +173,23 @@ class AdaLoraAdapter:
 
     def delta(self) -> AdapterDelta:
         """See `TrainedAdapter`."""
-        scale = self._plan.alpha / (self._plan.init_r + 1e-5)
+        scale = self._options.alpha / (self._options.init_r + 1e-5)
         changes = {}
-        for site in self._plan.sites:
+        for site in self._sites:
             a, b, e = self._of(site)
             changes[site] = SiteDelta(a=a * e, b=b.T * scale)
         return AdapterDelta(changes)
 
     def penalty(self) -> torch.Tensor | None:
-        """The mean over all A and B of |A A^T - 1| and |B^T B - 1|, times its weight."""
-        if not self._plan.orthogonality:
+        """Returns the mean of |A A^T - 1| and |B^T B - 1| over all modules, times its weight."""
+        if not self._options.orth_reg_weight:
             return None
         total = torch.stack([_skewness(rows) for rows in self._bases()]).mean()
-        return total * self._plan.orthogonality
+        return total * self._options.orth_reg_weight
 
     def stepped(self, step: int) -> None:
-        """Learns from the step's gradients what matters, and cuts what the schedule says."""
-        schedule = self._plan.schedule
+        """Updates the importances from the step's gradients, and cuts by the schedule."""
+        schedule = self._schedule
         with torch.no_grad():
             if step < schedule.last:
                 self._watch()
@@ -177,7 +200,7 @@ class AdaLoraAdapter:
                 self._clear()
 
     def state(self) -> Mapping[str, torch.Tensor]:
-        """What is smoothed over steps, and which triplets are left."""
+        """Returns the smoothed sensitivities and uncertainties, and the masks of kept triplets."""
         return {
             **{_SENSITIVITY + name: tensor for name, tensor in self._sensitivity.items()},
             **{_UNCERTAINTY + name: tensor for name, tensor in self._uncertainty.items()},
@@ -190,33 +213,33 @@ class AdaLoraAdapter:
             tensor.copy_(state[name])
 
     def files(self) -> AdapterFiles:
-        """See `TrainedAdapter`. Cut triplets are left out, down to none at all in a module."""
+        """See `TrainedAdapter`. Cut triplets are left out; a module may have none left."""
         tensors: dict[str, torch.Tensor] = {}
         pattern: dict[str, list[bool]] = {}
-        for site in self._plan.sites:
+        for site in self._sites:
             a, b, e = self._of(site)
-            # Between two cuts a triplet may have come back.
+            # A cut triplet may have grown again before the next cut.
             kept = self._kept[site] | (e.detach()[:, 0] != 0)
             found = (a[kept], b[:, kept], e[kept])
             tensors.update(zip(_names(site), map(stored, found), strict=True))
             pattern[f"{module_path(*site)}.lora_E"] = kept.tolist()
-        plan, schedule = self._plan, self._plan.schedule
+        options, schedule = self._options, self._schedule
         config = config_of(
             self._setting,
             "ADALORA",
-            beta1=plan.beta1,
-            beta2=plan.beta2,
+            beta1=options.beta1,
+            beta2=options.beta2,
             bias="none",
             deltaT=schedule.delta_t,
             fan_in_fan_out=False,
             init_lora_weights=True,
-            init_r=plan.init_r,
-            lora_alpha=int(plan.alpha) if plan.alpha.is_integer() else plan.alpha,
-            lora_dropout=plan.dropout,
-            orth_reg_weight=plan.orthogonality,
+            init_r=options.init_r,
+            lora_alpha=int(options.alpha) if options.alpha.is_integer() else options.alpha,
+            lora_dropout=options.lora_dropout,
+            orth_reg_weight=options.orth_reg_weight,
             rank_pattern=pattern,
-            target_modules=[module_path(*site) for site in plan.sites],
-            target_r=plan.target_r,
+            target_modules=[module_path(*site) for site in self._sites],
+            target_r=self._target_r,
             tfinal=schedule.tfinal,
             tinit=schedule.tinit,
             total_step=schedule.steps,
@@ -224,19 +247,19 @@ class AdaLoraAdapter:
         return AdapterFiles(config, tensors)
 
     def _of(self, site: Site) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """A module's A [r, in], B [out, r] and E [r, 1]."""
+        """Returns a module's A [r, in], B [out, r] and E [r, 1]."""
         a, b, e = _names(site)
         return self.parameters[a], self.parameters[b], self.parameters[e]
 
     def _bases(self) -> Iterator[torch.Tensor]:
-        """What should be orthogonal, as rows."""
-        for site in self._plan.sites:
+        """Yields the matrices whose rows should be orthogonal: every A and B^T."""
+        for site in self._sites:
             a, b, _ = self._of(site)
             yield from (a, b.T)
 
     def _watch(self) -> None:
-        """Smooths |p * gradient| of every number, and how much that varies (section 3.3)."""
-        beta1, beta2 = self._plan.beta1, self._plan.beta2
+        """Smooths |p * gradient| of every parameter p, and its variation (section 3.3)."""
+        beta1, beta2 = self._options.beta1, self._options.beta2
         for name, parameter in self.parameters.items():
             if parameter.grad is None:
                 continue
@@ -246,17 +269,17 @@ class AdaLoraAdapter:
             spread.mul_(beta2).add_((importance - mean).abs(), alpha=1 - beta2)
 
     def _cut(self, budget: int) -> None:
-        """Leaves the `budget` most important triplets of all modules together."""
-        scores = torch.cat([self._scores(site) for site in self._plan.sites])
+        """Keeps the `budget` most important triplets of all modules together."""
+        scores = torch.cat([self._scores(site) for site in self._sites])
         kept = torch.ones_like(scores, dtype=torch.bool)
         kept[scores.argsort(stable=True)[: len(scores) - budget]] = False
-        parts = torch.split(kept, self._plan.init_r)
-        for site, own in zip(self._plan.sites, parts, strict=True):
+        parts = torch.split(kept, self._options.init_r)
+        for site, own in zip(self._sites, parts, strict=True):
             self._kept[site].copy_(own)
         self._clear()
 
     def _scores(self, site: Site) -> torch.Tensor:
-        """[r]: E's own importance, and the means of A's row and of B's column."""
+        """Importances [r]: that of E plus the means over A's row and B's column."""
         a, b, e = (self._sensitivity[name] * self._uncertainty[name] for name in _names(site))
         return e[:, 0] + (a.mean(1) + b.mean(0))
 
@@ -266,13 +289,13 @@ class AdaLoraAdapter:
 
 
 def _skewness(rows: torch.Tensor) -> torch.Tensor:
-    """How far the rows are from orthonormal: |P P^T - 1|, Frobenius."""
+    """Returns the rows' distance from orthonormal, |P P^T - 1| in the Frobenius norm."""
     unit = torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
     distance: torch.Tensor = torch.linalg.matrix_norm(rows @ rows.T - unit)
     return distance
 
 
 def _names(site: Site) -> tuple[str, str, str]:
-    """A module's A, B and E as PEFT's files call them."""
+    """Returns the names of a module's A, B and E in PEFT's files."""
     path = PREFIX + module_path(*site)
     return f"{path}.lora_A", f"{path}.lora_B", f"{path}.lora_E"

@@ -1,4 +1,4 @@
-"""The seam between methods and training: what is trained, and what it makes of the base."""
+"""The interface of methods to training: an adapter's parameters and its change of the base."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from loraplex_model.ops.linear import BaseLinear
 
 @dataclass(frozen=True, slots=True)
 class ParameterGroup:
-    """Parameters that share a learning rate: the job's times `rate` (LoRA+: 16 for B, say)."""
+    """Parameters with a common learning rate: the job's times `rate` (above 1 for LoRA+'s B)."""
 
     names: tuple[str, ...]
     rate: float = 1.0
@@ -23,7 +23,7 @@ class ParameterGroup:
 
 @dataclass(frozen=True, slots=True)
 class AdapterFiles:
-    """What is saved: a PEFT configuration and its tensors, fully qualified, on the CPU."""
+    """The contents of an adapter's files: PEFT's configuration, CPU tensors by their full names."""
 
     config: Mapping[str, object]
     tensors: Mapping[str, torch.Tensor]
@@ -31,14 +31,14 @@ class AdapterFiles:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What a method is made for.
+    """The base and the job that a method makes an adapter for.
 
     Attributes:
-        base: the base's weights, which stay as they are.
-        base_model: what goes to `base_model_name_or_path`.
-        generator: seeded with the job's seed; the only source of chance in a method.
-        steps: optimiser steps that the job will take, for schedules of budgets.
-        token_ids: text to ids, for virtual tokens that start as a text.
+        base: weights of the base, which are never changed.
+        base_model: name for `base_model_name_or_path`.
+        generator: seeded with the job's seed; a method draws random numbers from nothing else.
+        steps: number of optimiser steps of the job, for schedules of ranks.
+        token_ids: converts text to ids, for virtual tokens that start from a text.
     """
 
     base: BaseWeights
@@ -49,14 +49,16 @@ class Setting:
 
 
 class TokenIds(Protocol):
-    """Text to token ids, without special tokens."""
+    """Converts text to token ids, without special tokens."""
 
     def __call__(self, text: str, /) -> Sequence[int]: ...
 
 
 class Observe(Protocol):
-    """Runs `batches` of the job's micro-batches forward and backward over the bare base, through
-    this product; gradients reach nothing but what the product itself looks at."""
+    """Runs `batches` micro-batches of the job forward and backward over the base without adapters.
+
+    `linear` computes the products of projections, and is the only one to see their gradients.
+    """
 
     def __call__(self, linear: BaseLinear, batches: int, /) -> None: ...
 
@@ -65,11 +67,11 @@ class TrainedAdapter(Protocol):
     """An adapter in training. Not shared between jobs; on the device of the base.
 
     Attributes:
-        parameters: the leaves that gradients go to, float32 (float64 on a float64 base), by names
-            that stay the same from run to run, in the order in which they are saved.
-        dropout: the probability with which inputs of A are dropped in training.
-        settled: no step before this one is the best: what it holds is not yet what was asked for
-            (AdaLoRA, until its ranks are within the budget). 0 for most.
+        parameters: leaf tensors that gradients are computed for, float32 (float64 on a float64
+            base), by names that are the same in every run, in the order in which they are saved.
+        dropout: dropout probability of A's inputs in training.
+        settled: first step whose adapter may be the best one. Earlier ones do not have the
+            requested form yet (AdaLoRA, until its ranks are within the budget). Usually 0.
     """
 
     parameters: Mapping[str, torch.Tensor]
@@ -77,25 +79,25 @@ class TrainedAdapter(Protocol):
     settled: int
 
     def prepare(self, observe: Observe) -> None:
-        """Called once before the first step (not when a run goes on): masks chosen from data."""
+        """Chooses masks from data. Called once before the first step, not when a run is resumed."""
 
     def groups(self) -> Sequence[ParameterGroup]:
-        """Every parameter, once."""
+        """Returns groups that contain every parameter once."""
 
     def delta(self) -> AdapterDelta:
-        """What it changes of the base now, differentiable in the parameters. Made for each pass."""
+        """Computes the change of the base for one pass, differentiable in the parameters."""
 
     def penalty(self) -> torch.Tensor | None:
-        """What is added to the mean loss of a step, or None (AdaLoRA's orthogonality)."""
+        """Returns a term added to the mean loss of a step (AdaLoRA's orthogonality), or None."""
 
     def stepped(self, step: int) -> None:
-        """Called after optimiser step `step` (from 1), gradients still there: budgets, masks."""
+        """Updates budgets and masks after optimiser step `step` (from 1); gradients still exist."""
 
     def state(self) -> Mapping[str, torch.Tensor]:
-        """What is needed beside the parameters to go on from here, to the bit."""
+        """Returns the tensors other than parameters that an exact continuation needs."""
 
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Takes `state` back; parameters are restored by the caller, in place."""
+        """Restores what `state` returned. The caller restores the parameters, in place."""
 
     def files(self) -> AdapterFiles:
-        """What would be saved now."""
+        """Returns the files of the adapter as it is now."""

@@ -1,12 +1,13 @@
-"""Bottleneck adapters: small networks beside or behind a block, in our own format.
+"""Bottleneck adapters: small networks parallel to a block or after it, in a format of this project.
 
-stream += scaling * up(f(down(x))), biases included. `up` and its bias start at zero, so nothing is
-changed at the start; `down` starts as torch's linear layers do, its bias at zero.
+stream += scaling * up(f(down(x))), biases included. `up` and its bias start at zero, so an
+untrained adapter changes nothing; `down` starts as torch's linear layers do, its bias at zero.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Annotated
 
 import torch
 from loraplex_adapters.format.kinds.bottleneck import ACTIVATIONS, PLACEMENTS, READS
@@ -14,49 +15,89 @@ from loraplex_adapters.format.modules import PREFIX, module_path
 from loraplex_adapters.format.spec import Limits
 from loraplex_model.adapters.delta import Activation, AdapterDelta, Reads, SiteDelta
 from loraplex_model.base.config import Site
+from pydantic import BeforeValidator, Field
 
 from loraplex_training.methods.base import Setting, TrainedAdapter
-from loraplex_training.methods.options import Options
+from loraplex_training.methods.options import Layers, MethodOptions, OptionProblems, split_names
 from loraplex_training.methods.plain import PlainAdapter, config_of, leaf
+from loraplex_training.spec.fields import Number, Whole, one_of
 
 STYLES: Mapping[str, tuple[tuple[str, ...], str]] = {
     "houlsby": (("attention", "mlp"), "output"),
     "pfeiffer": (("mlp",), "stream"),
     "parallel": (("mlp",), "normed"),
 }
-"""Where each paper's bottlenecks stand and what they read: Houlsby et al. 2019 (arXiv 1902.00751),
+"""Placements and inputs of each paper's bottlenecks: Houlsby et al. 2019 (arXiv 1902.00751),
 Pfeiffer et al. 2020 (arXiv 2005.00247), He et al. 2021 (arXiv 2110.04366)."""
 
 _PARTS = ("down.weight", "down.bias", "up.weight", "up.bias")
 
 
-def bottleneck(options: Options, setting: Setting) -> TrainedAdapter:
-    """The project's BOTTLENECK kind; see docs/adapters.md for the format.
+class BottleneckOptions(MethodOptions):
+    """Options of bottleneck adapters."""
 
-    Options: `style`, one of `STYLES`, or `placements` and `reads` of one's own;
-    `reduction_factor` (hidden size over width), or the width as `bottleneck_size`; `non_linearity`;
-    `scaling`; `leave_out`: layers that get none.
+    style: Annotated[
+        str,
+        one_of(STYLES),
+        Field(description="Placement by its paper: houlsby, pfeiffer or parallel."),
+    ] = "pfeiffer"
+    placements: Annotated[
+        tuple[Annotated[str, one_of(PLACEMENTS)], ...] | None,
+        BeforeValidator(split_names),
+        Field(
+            min_length=1,
+            description="Blocks that get bottlenecks: attention, mlp. Default: the style's.",
+        ),
+    ] = None
+    reads: Annotated[
+        Annotated[str, one_of(READS)] | None,
+        Field(
+            description="Input of a bottleneck: normed, output, stream or incoming. Default: the "
+            "style's."
+        ),
+    ] = None
+    reduction_factor: Annotated[
+        Number, Field(gt=0, description="Hidden size of the base divided by the width.")
+    ] = 16.0
+    bottleneck_size: Annotated[
+        Whole | None,
+        Field(
+            ge=1,
+            le=Limits().max_rank,
+            description="Width of a bottleneck, instead of reduction_factor.",
+        ),
+    ] = None
+    non_linearity: Annotated[
+        str, one_of(ACTIVATIONS), Field(description=f"Activation: {', '.join(ACTIVATIONS)}.")
+    ] = "relu"
+    scaling: Annotated[
+        Number, Field(gt=0, le=Limits().max_scale, description="Factor of a bottleneck's output.")
+    ] = 1.0
+    leave_out: Annotated[
+        Layers, Field(description='Layers that get no bottlenecks, as in "0,2,4-7".')
+    ] = ()
+
+
+def bottleneck(
+    options: BottleneckOptions, setting: Setting, problems: OptionProblems
+) -> TrainedAdapter:
+    """Small networks parallel to the attention and MLP blocks or after them.
+
+    Saved as the project's BOTTLENECK kind, which PEFT does not read; see docs/adapters.md.
     """
     shape = setting.base.config
-    placements, reads = STYLES[options.choice("style", "pfeiffer", STYLES)]
-    placements = options.names("placements", placements)
-    for name in placements:
-        if name not in PLACEMENTS:
-            options.refuse(f"placements: {name!r} is none of {', '.join(PLACEMENTS)}")
-    reads = options.choice("reads", reads, READS)
-    width = _width(options, shape.hidden_size)
-    activation = options.choice("non_linearity", "relu", ACTIVATIONS)
-    scaling = options.number("scaling", 1.0, above=0.0, maximum=Limits().max_scale)
-    left_out = options.integers("leave_out", ())
-    for layer in left_out:
+    placements, reads = STYLES[options.style]
+    placements, reads = options.placements or placements, options.reads or reads
+    width = _width(options, shape.hidden_size, problems)
+    activation, scaling = options.non_linearity, options.scaling
+    for layer in options.leave_out:
         if layer >= shape.num_layers:
-            options.refuse(
-                f"leave_out: there is no layer {layer}; they are 0-{shape.num_layers - 1}"
-            )
-    layers = [layer for layer in range(shape.num_layers) if layer not in left_out]
+            text = f"leave_out: there is no layer {layer}; they are 0-{shape.num_layers - 1}"
+            problems.add("leave_out", text)
+    layers = [layer for layer in range(shape.num_layers) if layer not in options.leave_out]
     if not layers:
-        options.refuse("leave_out: that is every layer; leave at least one")
-    options.done()
+        problems.add("leave_out", "leave_out: that is every layer; leave at least one")
+    problems.check()
 
     placed = [PLACEMENTS[name] for name in PLACEMENTS if name in placements]
     sites: list[Site] = [(layer, name) for layer in layers for name in placed]
@@ -94,20 +135,21 @@ def bottleneck(options: Options, setting: Setting) -> TrainedAdapter:
     )
 
 
-def _width(options: Options, hidden: int) -> int:
-    """What is served at most is held against what comes out, too."""
-    largest = Limits().max_rank
-    factor = options.number("reduction_factor", 16.0, above=0.0)
-    width = options.integer("bottleneck_size", 0, 1, largest)
-    if not options.given("bottleneck_size"):
-        width = max(1, round(hidden / factor))
-        if width > largest:
-            options.refuse(
-                f"reduction_factor: {factor:g} makes bottlenecks of {width}; at most {largest} are "
-                f"served, so take at least {hidden / largest:g}"
-            )
-    elif options.given("reduction_factor"):
-        options.refuse("bottleneck_size: it says what reduction_factor says; give one of them")
+def _width(options: BottleneckOptions, hidden: int, problems: OptionProblems) -> int:
+    """Returns the width of a bottleneck; one that cannot be served is a problem."""
+    largest, factor = Limits().max_rank, options.reduction_factor
+    if options.bottleneck_size is not None:
+        if "reduction_factor" in options.model_fields_set:
+            text = "bottleneck_size: it sets the width, as reduction_factor does; give one of them"
+            problems.add("bottleneck_size", text)
+        return options.bottleneck_size
+    width = max(1, round(hidden / factor))
+    if width > largest:
+        problems.add(
+            "reduction_factor",
+            f"reduction_factor: {factor:g} makes bottlenecks of {width}; at most {largest} are "
+            f"served, so take at least {hidden / largest:g}",
+        )
     return width
 
 

@@ -1,9 +1,9 @@
-"""DoRA (arXiv 2402.09353): direction and length of every row of W are trained apart.
+"""DoRA (arXiv 2402.09353): the direction and the length of every row of W are trained separately.
 
     y = m / |W + s B A| * (W x + s B A x) + bias,    norms of rows, not differentiated (section 4.3)
 
-W is the base as it is served, unpacked from NF4. m starts as the norms themselves, so the start
-adds nothing. Where PEFT's dropout reaches W x too, ours acts on A's inputs alone.
+W is the base as it is served, unpacked from NF4. m starts as the norms themselves, so an untrained
+adapter changes nothing. Dropout acts on A's inputs alone; PEFT's reaches W x, too.
 """
 
 from __future__ import annotations
@@ -22,57 +22,60 @@ from loraplex_training.methods.base import (
     Setting,
     TrainedAdapter,
 )
-from loraplex_training.methods.initial import read_initialisation
-from loraplex_training.methods.lora import Pairs, Recipe, names_of, read_recipe, stored
-from loraplex_training.methods.options import Options
+from loraplex_training.methods.lora import (
+    LoraLayout,
+    LoraOptions,
+    Pairs,
+    make_pairs,
+    names_of,
+    stored,
+)
+from loraplex_training.methods.options import OptionProblems
 from loraplex_training.methods.plain import leaf
 from loraplex_training.methods.targets import bias, weight
 
 
-def dora(options: Options, setting: Setting) -> TrainedAdapter:
-    """PEFT's LORA with use_dora; the options of `lora`.
+def dora(options: LoraOptions, setting: Setting, problems: OptionProblems) -> TrainedAdapter:
+    """LoRA with a trained length of every row of the changed weights.
 
-    With `loraplus_lr_ratio` magnitudes learn as fast as B, as they do with PEFT's optimiser.
+    With `loraplus_lr_ratio` the lengths have B's learning rate, as with PEFT's optimiser. Saved as
+    PEFT's LORA with use_dora.
     """
-    recipe = read_recipe(options, setting)
-    initialise = read_initialisation(
-        options, recipe.init, setting.base, recipe.ranks, setting.generator
-    )
-    options.done()
-    return DoraAdapter(setting, recipe, Pairs(setting.base, recipe, initialise))
+    layout, pairs = make_pairs(options, setting, problems)
+    return DoraAdapter(setting, layout, pairs)
 
 
 class DoraAdapter:
-    """A `TrainedAdapter`."""
+    """A `TrainedAdapter` of A, B and magnitudes."""
 
-    def __init__(self, setting: Setting, recipe: Recipe, pairs: Pairs) -> None:
-        self._setting, self._recipe, self._pairs = setting, recipe, pairs
+    def __init__(self, setting: Setting, layout: LoraLayout, pairs: Pairs) -> None:
+        self._setting, self._layout, self._pairs = setting, layout, pairs
         self._norms: dict[Site, tuple[tuple[int, ...], torch.Tensor]] = {}
         self._magnitudes = {
             _name(site): leaf(self._norms_of(site, pairs.at(site)), setting.base)
-            for site in recipe.ranks
+            for site in layout.ranks
         }
         self.parameters: Mapping[str, torch.Tensor] = {**pairs.parameters, **self._magnitudes}
-        self.dropout = recipe.dropout
+        self.dropout = layout.dropout
         self.settled = 0
 
     def prepare(self, observe: Observe) -> None:
-        """Nothing is chosen from data."""
+        """Does nothing: DoRA chooses nothing from data."""
 
     def groups(self) -> Sequence[ParameterGroup]:
-        """See `TrainedAdapter`. Decay would make all rows shorter, so magnitudes are spared it."""
-        magnitudes = ParameterGroup(tuple(self._magnitudes), self._recipe.ratio, decay=False)
+        """See `TrainedAdapter`. Magnitudes have no weight decay, which would shorten all rows."""
+        magnitudes = ParameterGroup(tuple(self._magnitudes), self._layout.ratio, decay=False)
         return [*self._pairs.groups(), magnitudes]
 
     def delta(self) -> AdapterDelta:
-        """See `TrainedAdapter`. Unpacks every adapted matrix, unless nothing has moved since."""
-        return AdapterDelta({site: self._change(site) for site in self._recipe.ranks})
+        """See `TrainedAdapter`. Unpacks every adapted matrix, if its A or B has changed since."""
+        return AdapterDelta({site: self._change(site) for site in self._layout.ranks})
 
     def penalty(self) -> None:
-        """There is none."""
+        """Returns None: DoRA has no penalty."""
 
     def stepped(self, step: int) -> None:
-        """The norms are not those of before the step."""
+        """Drops the norms, which the step has changed."""
         self._norms.clear()
 
     def state(self) -> Mapping[str, torch.Tensor]:
@@ -102,8 +105,8 @@ class DoraAdapter:
         )
 
     def _norms_of(self, site: Site, factors: LoraFactors) -> torch.Tensor:
-        """|W + s B A| of every row, a constant; kept until A or B has moved."""
-        # Optimisers that write past torch's counters of changes are followed by `stepped`.
+        """Returns |W + s B A| of every row, not differentiated; cached until A or B changes."""
+        # Optimisers that bypass torch's version counters are covered by `stepped`.
         versions = tuple(self._pairs.parameters[name]._version for name in names_of(site))
         kept = self._norms.get(site)
         if kept is not None and kept[0] == versions:

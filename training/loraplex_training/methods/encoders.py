@@ -1,9 +1,9 @@
-"""Networks that make virtual tokens while they are trained; only what they put out is saved.
+"""Networks that compute virtual tokens in training; only their outputs are saved.
 
 They are PEFT's: for P-tuning (Liu et al. 2021, arXiv 2103.10385) an MLP, or a bidirectional LSTM
-with an MLP behind it; for prefix tuning (Li and Liang 2021, arXiv 2101.00190) an MLP from one
-vector a token to the keys and values of all layers. Initial values are torch's own for these
-modules, but from the job's generator.
+followed by an MLP; for prefix tuning (Li and Liang 2021, arXiv 2101.00190) an MLP from one vector
+per token to the keys and values of all layers. Initial values have the distributions of torch's
+modules, drawn from the job's generator.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from torch import nn
 
 
 class TokenEncoder(nn.Module):
-    """Trained inputs, one a token, and the network that reads them in their order."""
+    """Trained inputs, one per token, and the network that maps them to virtual tokens."""
 
     def __init__(self, embedding: nn.Embedding, lstm: nn.LSTM | None, head: nn.Sequential) -> None:
         super().__init__()
         self.embedding, self.lstm, self.head = embedding, lstm, head
 
     def forward(self) -> torch.Tensor:
-        """All virtual tokens, [n, out]."""
+        """Computes all virtual tokens, [n, out]."""
         inputs = self.embedding.weight
         if self.lstm is not None:
-            inputs = self.lstm(inputs)[0]  # [n, 2 * hidden], both directions side by side
+            inputs = self.lstm(inputs)[0]  # [n, 2 * hidden], both directions concatenated
         outputs: torch.Tensor = self.head(inputs)
         return outputs
 
 
 def mlp(count: int, width: int, hidden: int, generator: torch.Generator) -> TokenEncoder:
-    """PEFT's MLP of P-tuning: three layers, whatever `encoder_num_layers` says there."""
+    """PEFT's MLP of P-tuning. It has three layers; PEFT ignores `encoder_num_layers` here."""
     with torch.device("meta"):
         head = nn.Sequential(
             nn.Linear(width, hidden),
@@ -47,7 +47,7 @@ def mlp(count: int, width: int, hidden: int, generator: torch.Generator) -> Toke
 def lstm(
     count: int, width: int, hidden: int, layers: int, generator: torch.Generator
 ) -> TokenEncoder:
-    """PEFT's LSTM of P-tuning, with two linear layers behind it."""
+    """PEFT's LSTM of P-tuning, followed by two linear layers."""
     with torch.device("meta"):
         recurrent = nn.LSTM(width, hidden, layers, batch_first=True, bidirectional=True)
         head = nn.Sequential(
@@ -68,7 +68,7 @@ def projection(
 
 
 def _filled(encoder: TokenEncoder, generator: torch.Generator) -> TokenEncoder:
-    """Gives it memory on the CPU, and values."""
+    """Allocates the encoder's tensors on the CPU and draws their values."""
     encoder.to_empty(device="cpu")
     with torch.no_grad():
         for parameter, bound in _bounds(encoder):
@@ -80,7 +80,7 @@ def _filled(encoder: TokenEncoder, generator: torch.Generator) -> TokenEncoder:
 
 
 def _bounds(encoder: TokenEncoder) -> Iterator[tuple[torch.Tensor, float | None]]:
-    """Every parameter and the bound of its uniform distribution; None is the normal one."""
+    """Yields every parameter and the bound of its uniform distribution; None: a normal one."""
     yield encoder.embedding.weight, None
     if encoder.lstm is not None:
         for parameter in encoder.lstm.parameters():

@@ -1,14 +1,14 @@
 """FISH Mask (arXiv 2111.09839) on a base that is never written: a few entries of W are trained.
 
 The entries are those with the most Fisher information, E[(dL/dW)^2] over some of the job's own
-data. What is trained is the difference to them, which lies in `rows` output rows of a module: these
-rows are A [rows, in], mostly zeros, and B puts each in its place. So the file is a plain LoRA.
+data. Their changes are trained; they lie in `rows` output rows of a module. These rows form A
+[rows, in], mostly zeros, and B places them. So the file is a plain LoRA.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from loraplex_adapters.format.modules import module_path
@@ -18,6 +18,7 @@ from loraplex_model.adapters.merge import fused_matrix
 from loraplex_model.base.config import FUSED, Site
 from loraplex_model.base.weights import BaseWeights, NF4Matrix
 from loraplex_model.ops.linear import DequantisedLinear
+from pydantic import Field
 
 from loraplex_training.methods.base import (
     AdapterFiles,
@@ -27,36 +28,51 @@ from loraplex_training.methods.base import (
     TrainedAdapter,
 )
 from loraplex_training.methods.lora import names_of, stored
-from loraplex_training.methods.options import Options
+from loraplex_training.methods.options import OptionProblems, TargetOptions
 from loraplex_training.methods.plain import config_of, leaf, precision
-from loraplex_training.methods.targets import read_sites
+from loraplex_training.methods.targets import sites_of
+from loraplex_training.spec.fields import Number, Whole
 
 _MASK, _ROWS = "mask.", "rows."
-_CHUNK = 1024  # rows of a gradient of W that are held at once
+_CHUNK = 1024  # rows of a gradient of W that are in memory at once
 
 Look = Callable[[Site, torch.Tensor, torch.Tensor], None]
-"""`(site, dy [T, out], x [T, in])` of a projection's product, in a backward pass."""
+"""`(site, dy [T, out], x [T, in])` of a projection, called in its backward pass."""
 
 
-def fishmask(options: Options, setting: Setting) -> TrainedAdapter:
-    """A sparse selective method whose file is PEFT's LORA of rank `rows`.
+class FishMaskOptions(TargetOptions):
+    """Options of FISH Mask."""
 
-    Options: `target_modules`, `layers`; `rows`: how many output rows of each module may change;
-    `keep`: the share of these rows' entries that are trained; `samples`: micro-batches that the
-    Fisher information is estimated from.
+    rows: Annotated[
+        Whole | None,
+        Field(ge=1, description="Output rows of each module that may change. Default: 16."),
+    ] = None
+    keep: Annotated[
+        Number, Field(gt=0, le=1, description="Fraction of these rows' entries that are trained.")
+    ] = 0.25
+    samples: Annotated[
+        Whole, Field(ge=1, description="Micro-batches to estimate the Fisher information from.")
+    ] = 16
+
+
+def fishmask(
+    options: FishMaskOptions, setting: Setting, problems: OptionProblems
+) -> TrainedAdapter:
+    """A few entries of the weights, chosen by their Fisher information.
+
+    Saved as PEFT's LORA of rank `rows`.
     """
-    sites = read_sites(options, setting.base)
+    sites = sites_of(options, setting.base, problems)
     shapes = setting.base.config.projection_shapes()
     narrowest = min((shapes[name][1] for _, name in sites), default=1)
-    rows = options.integer("rows", min(16, narrowest), 1, min(narrowest, Limits().max_rank))
-    keep = options.number("keep", 0.25, above=0, maximum=1)
-    samples = options.integer("samples", 16, 1)
-    options.done()
-    return FishMaskAdapter(setting, sites, rows, keep, samples)
+    rows = min(16, narrowest) if options.rows is None else options.rows
+    problems.at_most("rows", rows, min(narrowest, Limits().max_rank))
+    problems.check()
+    return FishMaskAdapter(setting, sites, rows, options.keep, options.samples)
 
 
 class FishMaskAdapter:
-    """A `TrainedAdapter`. Until `prepare` or `restore` it has no entries to train."""
+    """A `TrainedAdapter`. Before `prepare` or `restore` it trains no entries."""
 
     dropout = 0.0
     settled = 0
@@ -81,9 +97,9 @@ class FishMaskAdapter:
         }
 
     def prepare(self, observe: Observe) -> None:
-        """Chooses rows in one run over the samples, and entries of them in a second.
+        """Chooses the rows in one pass over the samples, and their entries in a second.
 
-        So no more is held than a number for every row, then one for every entry of the rows.
+        Two passes need less memory: one number per row, then one per entry of the chosen rows.
         """
         by_row: dict[Site, torch.Tensor] = {}
 
@@ -111,7 +127,7 @@ class FishMaskAdapter:
         return [ParameterGroup(tuple(self.parameters))]
 
     def delta(self) -> AdapterDelta:
-        """See `TrainedAdapter`. Entries outside of the mask are zero and get no gradient."""
+        """See `TrainedAdapter`. Entries outside the mask are zero and get no gradient."""
         return AdapterDelta(
             {
                 site: SiteDelta(a=values * self._masks[site], b=self._places(site))
@@ -120,13 +136,13 @@ class FishMaskAdapter:
         )
 
     def penalty(self) -> None:
-        """There is none."""
+        """Returns None: FISH Mask has no penalty."""
 
     def stepped(self, step: int) -> None:
-        """Nothing follows a step."""
+        """Does nothing."""
 
     def state(self) -> Mapping[str, torch.Tensor]:
-        """Which entries are trained."""
+        """Returns the rows and the masks of the trained entries."""
         return {
             **{_ROWS + module_path(*site): rows for site, rows in self._rows.items()},
             **{_MASK + module_path(*site): mask for site, mask in self._masks.items()},
@@ -158,16 +174,16 @@ class FishMaskAdapter:
         return AdapterFiles(config, tensors)
 
     def _places(self, site: Site) -> torch.Tensor:
-        """B transposed, [rows, out]: a one in the place of each row."""
+        """Returns B transposed, [rows, out], one-hot: the output row of each trained row."""
         fan_out = self._setting.base.config.projection_shapes()[site[1]][1]
         ones = torch.nn.functional.one_hot(self._rows[site], fan_out)
         return ones.to(precision(self._setting.base))
 
 
 class _Watched:
-    """A `BaseLinear` that shows `look` what the gradients of the watched projections are made of.
+    """A `BaseLinear` that calls `look` with dy and x of the watched projections.
 
-    The base has nothing to train, so a number that is not used makes torch run backward at all.
+    The base has no trainable tensor, so an unused one makes torch run the backward pass.
     """
 
     def __init__(self, base: BaseWeights, sites: Sequence[Site], look: Look) -> None:
@@ -198,7 +214,7 @@ class _Watched:
 
 
 class _Shown(torch.autograd.Function):
-    """The identity; on the way back it shows the gradient."""
+    """The identity, which calls `look` with its gradient."""
 
     @staticmethod
     def forward(
@@ -210,7 +226,7 @@ class _Shown(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(x)
         ctx.look = look
-        return y.clone()  # what comes after may write into it, which a view forbids
+        return y.clone()  # later operations may write in place, which a view forbids
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:

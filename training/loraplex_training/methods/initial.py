@@ -1,15 +1,15 @@
-"""What LoRA's matrices start from.
+"""Initial values of LoRA's matrices.
 
-default    A as `torch.nn.Linear` starts (uniform), B = 0: the start is the base's function
-gaussian   A normal, std 1 / r, B = 0
-random     A and B both as `torch.nn.Linear` starts: another function than the base's from the
+default    A as `torch.nn.Linear` starts (uniform), B = 0: the adapter starts as the base's function
+gaussian   A normal with std 1 / r, B = 0
+random     A and B both as `torch.nn.Linear` starts: the function differs from the base's from the
            first step on (PEFT's init_lora_weights=False)
-pissa      the principal singular parts of the base's weight (arXiv 2404.02948): B A moves away
-           from what it was, and only the difference B A - B0 A0 is added to the base, which
-           stays whole. PEFT takes B0 A0 out of the base instead, which is the same function.
-loftq      what quantisation took away (arXiv 2310.08659): B A starts as the best fit of W - Q
-           at rank r, W being the weights before quantisation. Q is shared, so it is not chosen
-           anew for W - B A as LoftQ's further rounds do; one round is PEFT's default too.
+pissa      the principal singular components of the base's weight (arXiv 2404.02948). Only the
+           difference B A - B0 A0 to the initial product is added to the base, which stays whole.
+           PEFT subtracts B0 A0 from the base instead, which is the same function.
+loftq      the quantisation error (arXiv 2310.08659): B A starts as the best fit of W - Q at rank r,
+           W being the weights before quantisation. Q is shared between adapters, so it is not
+           quantised again for W - B A as in LoftQ's further rounds; PEFT's default is one, too.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from loraplex_model.base.config import Site
@@ -27,23 +28,50 @@ from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_model.base.weights import BaseWeights
 from loraplex_model.checkpoints import prequantised
 from loraplex_model.checkpoints.checkpoint import TensorSource, open_source
+from pydantic import Field
 
-from loraplex_training.methods.options import Options
+from loraplex_training.methods.options import OptionProblems, TargetOptions
 from loraplex_training.methods.targets import shape, weight
+from loraplex_training.spec.fields import Whole, one_of
 
 INITIALISATIONS = ("default", "gaussian", "random", "pissa", "loftq")
 
 _Decompose = Callable[[torch.Tensor, int, float], tuple[torch.Tensor, torch.Tensor]]
-_ITERATIONS = 8  # more bring next to nothing
 _OVERSAMPLING = 8
-_LARGEST_RESIDUAL = 0.2  # of |W|: NF4 leaves 0.09 of normal weights, other weights' own 1.4
+_LARGEST_RESIDUAL = 0.2  # of |W|: NF4's error is 0.09 on normal weights; other weights give 1.4
+
+
+class StartOptions(TargetOptions):
+    """Options of the initial values of A and B."""
+
+    init: Annotated[
+        str,
+        one_of(INITIALISATIONS),
+        Field(
+            description="Initial values: default, gaussian, random, pissa (principal components of "
+            "the base's weights) or loftq (the quantisation error)."
+        ),
+    ] = "default"
+    svd_iterations: Annotated[
+        Whole,
+        Field(
+            ge=0,
+            le=64,
+            description="Rounds of subspace iteration for pissa and loftq. 0 computes the exact "
+            "decomposition.",
+        ),
+    ] = 8
+    loftq_source: Annotated[
+        str,
+        Field(description="Directory or .gguf file of the weights before quantisation, for loftq."),
+    ] = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """A module's first matrices, float32: a [r, in], b [out, r].
+    """A module's initial matrices, float32: a [r, in], b [out, r].
 
-    `subtracted`: what these matrices make at the start is taken off again, always.
+    `subtracted`: their initial product is subtracted from the adapter's change of the base.
     """
 
     a: torch.Tensor
@@ -52,37 +80,38 @@ class Start:
 
 
 Initialise = Callable[[Site, int, float], Start]
-"""`(site, rank, scale)`; called once for every module, in the order of the model."""
+"""`(site, rank, scale)`; called once per module, in the order of the model."""
 
 
-def read_initialisation(
-    options: Options,
-    name: str,
+def initialisation(
+    options: StartOptions,
     base: BaseWeights,
     ranks: Mapping[Site, int],
     chance: torch.Generator,
+    problems: OptionProblems,
 ) -> Initialise:
-    """One of `INITIALISATIONS`; reads the options of it, `svd_iterations` and `loftq_source`."""
-    iterations = options.integer("svd_iterations", _ITERATIONS, 0, 64)
-    source = options.text("loftq_source", "")
-    if options.given("svd_iterations") and name not in ("pissa", "loftq"):
-        options.refuse(f"svd_iterations: nothing is decomposed where init is {name!r}")
+    """Returns the function of `options.init`."""
+    name, source = options.init, options.loftq_source
+    if "svd_iterations" in options.model_fields_set and name not in ("pissa", "loftq"):
+        text = f"svd_iterations: nothing is decomposed where init is {name!r}"
+        problems.add("svd_iterations", text)
     if source and name != "loftq":
-        options.refuse(f"loftq_source: it means something with init=loftq only, not {name!r}")
+        text = f"loftq_source: it means something with init=loftq only, not {name!r}"
+        problems.add("loftq_source", text)
     if name in ("pissa", "loftq"):
-        _check_ranks(options, base, ranks)
-    largest = partial(_largest_parts, iterations=iterations, chance=chance)
+        _check_ranks(base, ranks, problems)
+    largest = partial(_largest_parts, iterations=options.svd_iterations, chance=chance)
     if name == "pissa":
         return partial(_pissa, base, largest)
     if name == "loftq":
-        return partial(_loftq, base, largest, _open(options, base, source))
+        return partial(_loftq, base, largest, _open(base, source, problems))
     return partial(_drawn, base, name, chance)
 
 
 def _drawn(
     base: BaseWeights, name: str, chance: torch.Generator, site: Site, rank: int, scale: float
 ) -> Start:
-    """Without a look at the weights; PEFT's distributions, from our own generator."""
+    """Draws from PEFT's distributions, with the job's generator; ignores the base's weights."""
     fan_in, fan_out = shape(base, site)
     if name == "gaussian":
         a = torch.randn(rank, fan_in, generator=chance) / rank
@@ -93,7 +122,7 @@ def _drawn(
 
 
 def _uniform(fan_out: int, fan_in: int, chance: torch.Generator) -> torch.Tensor:
-    """Kaiming's with a = sqrt(5), as layers of torch start: within 1 / sqrt(fan_in)."""
+    """Draws from (-1, 1) / sqrt(fan_in), as torch's layers start (Kaiming with a = sqrt(5))."""
     return (2 * torch.rand(fan_out, fan_in, generator=chance) - 1) / math.sqrt(fan_in)
 
 
@@ -110,7 +139,7 @@ def _loftq(
     rank: int,
     scale: float,
 ) -> Start:
-    assert source is not None, "read_initialisation has noted that it is missing"
+    assert source is not None, "`initialisation` has reported that it is missing"
     served = weight(base, site)
     name = tensor_name(*site)
     try:
@@ -134,43 +163,48 @@ def _not_the_source(why: str) -> Refusal:
     )
 
 
-def _open(options: Options, base: BaseWeights, source: str) -> TensorSource | None:
+def _open(base: BaseWeights, source: str, problems: OptionProblems) -> TensorSource | None:
+    """Opens the weights before quantisation; None after a problem."""
+
+    def refuse(message: str) -> None:
+        problems.add("loftq_source", f"loftq_source: {message}")
+
     if not source:
-        options.refuse(
-            "loftq_source: LoftQ fits what quantisation took away, and the base has only what it "
-            "left; give the directory (or .gguf file) of the weights before quantisation"
+        refuse(
+            "LoftQ fits the quantisation error, which the base alone does not show; give the "
+            "directory (or .gguf file) of the weights before quantisation"
         )
         return None
     path = Path(source).expanduser()
     if not path.exists():
-        options.refuse(f"loftq_source: there is no {path}")
+        refuse(f"there is no {path}")
         return None
     try:
         found = open_source(path)
         quantised = prequantised.is_nf4(found, tensor_name(0, "q_proj"))
     except Refusal as error:
-        options.refuse(f"loftq_source: {error}")
+        refuse(str(error))
         return None
     if quantised:
-        options.refuse(f"loftq_source: {path} is quantised itself; give the weights before that")
+        refuse(f"{path} is quantised itself; give the weights before that")
         return None
     return found
 
 
-def _check_ranks(options: Options, base: BaseWeights, ranks: Mapping[Site, int]) -> None:
+def _check_ranks(base: BaseWeights, ranks: Mapping[Site, int], problems: OptionProblems) -> None:
     smallest = {site[1]: min(shape(base, site)) for site in ranks}
     for name, rank in sorted({(site[1], rank) for site, rank in ranks.items()}):
         if rank > smallest[name]:
-            options.refuse(f"r: {name} has only {smallest[name]} singular values, not {rank}")
+            problems.add("r", f"r: {name} has only {smallest[name]} singular values, not {rank}")
 
 
 def _largest_parts(
     matrix: torch.Tensor, rank: int, scale: float, *, iterations: int, chance: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """B [out, r] and A [r, in] with scale * B A the best fit of `matrix` [out, in] at this rank.
+    """Returns B [out, r] and A [r, in] with scale * B A the best fit of `matrix` [out, in].
 
-    `iterations` is 0 for the whole decomposition; otherwise as many rounds of subspace iteration
-    on a few more directions than asked for (arXiv 0909.4061), which is faster and nearly as good.
+    With `iterations` 0 the decomposition is exact. Otherwise it takes that many rounds of subspace
+    iteration with a few directions more than `rank` (arXiv 0909.4061): faster and nearly as good.
     """
     if iterations:
         width = min(rank + _OVERSAMPLING, *matrix.shape)

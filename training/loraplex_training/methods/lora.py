@@ -1,8 +1,8 @@
-"""LoRA (arXiv 2106.09685): y = W x + s B A x, with A and B trained, in many shapes.
+"""LoRA (arXiv 2106.09685): y = W x + s B A x, with A and B trained.
 
-Scales are alpha / r, or alpha / sqrt(r) (rsLoRA, arXiv 2312.03732); B may learn faster than A
-(LoRA+, arXiv 2402.12354); ranks and alphas may differ by module. Whatever A and B started from, the
-file is a plain LoRA, which says all there is to know.
+Scales are alpha / r, or alpha / sqrt(r) (rsLoRA, arXiv 2312.03732); B may have a higher learning
+rate than A (LoRA+, arXiv 2402.12354); ranks and alphas may differ by module. The file is a plain
+LoRA for all initial values of A and B.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import torch
 from loraplex_adapters.format.modules import PREFIX, module_path
@@ -20,6 +20,7 @@ from loraplex_model.adapters.delta import AdapterDelta, LoraFactors
 from loraplex_model.adapters.delta import lora as lora_delta
 from loraplex_model.base.config import Site
 from loraplex_model.base.weights import BaseWeights
+from pydantic import Field
 
 from loraplex_training.methods.base import (
     AdapterFiles,
@@ -28,26 +29,58 @@ from loraplex_training.methods.base import (
     Setting,
     TrainedAdapter,
 )
-from loraplex_training.methods.initial import INITIALISATIONS, Initialise, read_initialisation
-from loraplex_training.methods.options import Options
+from loraplex_training.methods.initial import Initialise, StartOptions, initialisation
+from loraplex_training.methods.options import Alphas, OptionProblems, Ranks
 from loraplex_training.methods.plain import config_of, leaf
-from loraplex_training.methods.targets import HEAD, read_pattern, read_sites
+from loraplex_training.methods.targets import HEAD, by_site, sites_of
+from loraplex_training.spec import fields
 
 Number = TypeVar("Number", int, float)
 
 _FIRST = "first."
 
 
+class LoraOptions(StartOptions):
+    """Options of LoRA and DoRA."""
+
+    r: Annotated[
+        fields.Whole, Field(ge=1, le=Limits().max_rank, description="Rank of A and B.")
+    ] = 16
+    lora_alpha: Annotated[
+        fields.Number | None, Field(gt=0, description="Scale of B A, times r. Default: 2 r.")
+    ] = None
+    use_rslora: Annotated[
+        bool, Field(description="Divide lora_alpha by the square root of r instead of by r.")
+    ] = False
+    rank_pattern: Annotated[
+        Ranks,
+        Field(
+            default_factory=dict,
+            description="Ranks of modules that differ from r: q_proj=4,k_proj=8.",
+        ),
+    ]
+    alpha_pattern: Annotated[
+        Alphas,
+        Field(default_factory=dict, description="Alphas of modules that differ from lora_alpha."),
+    ]
+    lora_dropout: Annotated[
+        fields.Number, Field(ge=0, lt=1, description="Dropout probability of A's inputs.")
+    ] = 0.0
+    loraplus_lr_ratio: Annotated[
+        fields.Number, Field(gt=0, description="Learning rate of B divided by that of A (LoRA+).")
+    ] = 1.0
+
+
 @dataclass(frozen=True, slots=True)
-class Recipe:
-    """What was asked for, module by module.
+class LoraLayout:
+    """LoRA's options, module by module.
 
     Attributes:
-        ranks: of every module that is adapted, in the order of the model.
-        alphas: of the same; scale = alpha / rank, or alpha / sqrt(rank) with `use_rslora`.
-        dropout: of A's inputs.
-        ratio: the learning rate of B over that of A.
-        init: one of `INITIALISATIONS`.
+        ranks: rank of every adapted module, in the order of the model.
+        alphas: alpha of every adapted module; scale = alpha / rank, or alpha / sqrt(rank) with
+            `use_rslora`.
+        dropout: dropout probability of A's inputs.
+        ratio: learning rate of B divided by that of A.
     """
 
     ranks: Mapping[Site, int]
@@ -55,77 +88,72 @@ class Recipe:
     use_rslora: bool
     dropout: float
     ratio: float
-    init: str
 
     def scale(self, site: Site) -> float:
-        """The factor on B A."""
+        """Returns the factor of B A."""
         rank = self.ranks[site]
         return self.alphas[site] / (math.sqrt(rank) if self.use_rslora else rank)
 
 
-def lora(options: Options, setting: Setting) -> TrainedAdapter:
-    """PEFT's LORA.
+def lora(options: LoraOptions, setting: Setting, problems: OptionProblems) -> TrainedAdapter:
+    """Low-rank matrices A and B beside projections, and beside the head if it is named.
 
-    Options: `target_modules`, `layers`, `r`, `lora_alpha` (by default twice r), `use_rslora`,
-    `rank_pattern`, `alpha_pattern`, `lora_dropout`, `loraplus_lr_ratio`, `init` and what belongs to
-    it (see `initial`).
+    Saved as PEFT's LORA.
     """
-    recipe = read_recipe(options, setting, head=True)
-    initialise = read_initialisation(
-        options, recipe.init, setting.base, recipe.ranks, setting.generator
-    )
-    options.done()
-    return LoraAdapter(setting, recipe, Pairs(setting.base, recipe, initialise))
+    layout, pairs = make_pairs(options, setting, problems, head=True)
+    return LoraAdapter(setting, layout, pairs)
 
 
-def read_recipe(options: Options, setting: Setting, head: bool = False) -> Recipe:
-    """The options of A and B, but for those that belong to what they start from.
+def make_pairs(
+    options: LoraOptions, setting: Setting, problems: OptionProblems, head: bool = False
+) -> tuple[LoraLayout, Pairs]:
+    """Checks the options and makes A and B; with `head`, the output head may be named.
 
-    `head`: the output head may be among the targets.
+    Raises Refusal METHOD_INVALID with every problem.
     """
-    sites = read_sites(options, setting.base, head=head)
-    init = options.choice("init", "default", INITIALISATIONS)
-    most = Limits().max_rank // (2 if init == "pissa" else 1)  # whose file has twice the rank
-    r = options.integer("r", 16, 1, most)
-    alpha = options.number("lora_alpha", 2.0 * r, above=0)
-    pattern = read_pattern(options, "rank_pattern", sites, whole=True)
-    ranks = {site: int(rank) for site, rank in pattern.items()}
-    if ranks and max(ranks.values()) > most:
-        options.refuse(f"rank_pattern: {max(ranks.values())} is above {most}, which is the most")
-    alphas = read_pattern(options, "alpha_pattern", sites)
-    dropout = options.number("lora_dropout", 0.0, minimum=0, below=1)
+    sites = sites_of(options, setting.base, problems, head=head)
+    init, dropout = options.init, options.lora_dropout
+    most = Limits().max_rank // (2 if init == "pissa" else 1)  # PiSSA's file has twice the rank
+    r = problems.at_most("r", options.r, most)
+    alpha = 2.0 * r if options.lora_alpha is None else options.lora_alpha
+    ranks = by_site("rank_pattern", options.rank_pattern, sites, problems)
+    problems.at_most("rank_pattern", max(ranks.values(), default=1), most)
+    alphas = by_site("alpha_pattern", options.alpha_pattern, sites, problems)
     if HEAD in sites and dropout:
-        options.refuse("lora_dropout: the head's inputs are not dropped; target one or the other")
+        text = "lora_dropout: the head's inputs are not dropped; target one or the other"
+        problems.add("lora_dropout", text)
     if HEAD in sites and init in ("pissa", "loftq"):
-        options.refuse(f"init: the head is not quantised, so it has no {init} start")
-    return Recipe(
+        problems.add("init", f"init: the head is not quantised, so it has no {init} start")
+    layout = LoraLayout(
         {site: ranks.get(site, r) for site in sites},
         {site: alphas.get(site, alpha) for site in sites},
-        options.flag("use_rslora", False),
+        options.use_rslora,
         dropout,
-        options.number("loraplus_lr_ratio", 1.0, above=0),
-        init,
+        options.loraplus_lr_ratio,
     )
+    start = initialisation(options, setting.base, layout.ranks, setting.generator, problems)
+    problems.check()
+    return layout, Pairs(setting.base, layout, start)
 
 
 class Pairs:
-    """The trained A and B of every module, and what they started from where that is taken off."""
+    """The trained A and B of every module, and their initial values where these are subtracted."""
 
-    def __init__(self, base: BaseWeights, recipe: Recipe, initialise: Initialise) -> None:
+    def __init__(self, base: BaseWeights, layout: LoraLayout, initialise: Initialise) -> None:
         self.parameters: dict[str, torch.Tensor] = {}
-        self._recipe = recipe
+        self._layout = layout
         self._first: dict[str, torch.Tensor] = {}
-        for site, rank in recipe.ranks.items():
-            start = initialise(site, rank, recipe.scale(site))
+        for site, rank in layout.ranks.items():
+            start = initialise(site, rank, layout.scale(site))
             for name, value in zip(names_of(site), (start.a, start.b), strict=True):
                 self.parameters[name] = leaf(value, base)
                 if start.subtracted:
                     self._first[name] = self.parameters[name].detach().clone()
 
     def at(self, site: Site) -> LoraFactors:
-        """A module's whole change; differentiable. Twice as wide where a start is taken off."""
+        """Returns a module's differentiable factors, of twice the rank if a start is subtracted."""
         a, b = names_of(site)
-        scale = self._recipe.scale(site)
+        scale = self._layout.scale(site)
         if a not in self._first:
             return LoraFactors(self.parameters[a], self.parameters[b], scale)
         return LoraFactors(
@@ -135,41 +163,41 @@ class Pairs:
         )
 
     def groups(self) -> list[ParameterGroup]:
-        """The A's, then the B's at their own rate; one group where that is the same."""
-        ratio = self._recipe.ratio
+        """Returns a group of the A's and one of the B's, or one of all if their rates are equal."""
+        ratio = self._layout.ratio
         if ratio == 1.0:
             return [ParameterGroup(tuple(self.parameters))]
-        names = [names_of(site) for site in self._recipe.ranks]
+        names = [names_of(site) for site in self._layout.ranks]
         return [
             ParameterGroup(tuple(a for a, _ in names)),
             ParameterGroup(tuple(b for _, b in names), ratio),
         ]
 
     def state(self) -> dict[str, torch.Tensor]:
-        """The starts that are taken off."""
+        """Returns the initial values that are subtracted."""
         return {_FIRST + name: tensor for name, tensor in self._first.items()}
 
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Takes `state` back."""
+        """Restores what `state` returned."""
         for name, tensor in self._first.items():
             tensor.copy_(state[_FIRST + name])
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The file's."""
+        """Returns the tensors of the file."""
         found = {}
-        for site in self._recipe.ranks:
+        for site in self._layout.ranks:
             factors = self.at(site)
             for name, tensor in zip(names_of(site), (factors.a, factors.b), strict=True):
                 found[name] = stored(tensor)
         return found
 
     def config(self, setting: Setting, **more: object) -> dict[str, object]:
-        """The file's configuration: full paths, so that nothing else can be meant."""
-        recipe, doubled = self._recipe, bool(self._first)
-        ranks = {site: rank << doubled for site, rank in recipe.ranks.items()}
-        alphas = {site: alpha * (1 + doubled) for site, alpha in recipe.alphas.items()}
-        if doubled and recipe.use_rslora:  # the root of twice the rank would be another scale
-            alphas = {site: recipe.scale(site) * rank for site, rank in ranks.items()}
+        """Returns the file's configuration, with full paths, which no other module matches."""
+        layout, doubled = self._layout, bool(self._first)
+        ranks = {site: rank << doubled for site, rank in layout.ranks.items()}
+        alphas = {site: alpha * (1 + doubled) for site, alpha in layout.alphas.items()}
+        if doubled and layout.use_rslora:  # the root of twice the rank would change the scale
+            alphas = {site: layout.scale(site) * rank for site, rank in ranks.items()}
         r, rank_pattern = _common(ranks)
         alpha, alpha_pattern = _common(alphas)
         return config_of(
@@ -180,26 +208,26 @@ class Pairs:
             fan_in_fan_out=False,
             init_lora_weights=True,
             lora_alpha=_plain(alpha),
-            lora_dropout=recipe.dropout,
+            lora_dropout=layout.dropout,
             r=r,
             rank_pattern=rank_pattern,
             target_modules=[module_path(*site) for site in ranks],
-            use_rslora=recipe.use_rslora and not doubled,
+            use_rslora=layout.use_rslora and not doubled,
             **more,
         )
 
 
 class LoraAdapter:
-    """A `TrainedAdapter`."""
+    """A `TrainedAdapter` that adds s B A to projections."""
 
-    def __init__(self, setting: Setting, recipe: Recipe, pairs: Pairs) -> None:
+    def __init__(self, setting: Setting, layout: LoraLayout, pairs: Pairs) -> None:
         self.parameters: Mapping[str, torch.Tensor] = pairs.parameters
-        self.dropout = recipe.dropout
+        self.dropout = layout.dropout
         self.settled = 0
-        self._setting, self._recipe, self._pairs = setting, recipe, pairs
+        self._setting, self._layout, self._pairs = setting, layout, pairs
 
     def prepare(self, observe: Observe) -> None:
-        """Nothing is chosen from data."""
+        """Does nothing: LoRA chooses nothing from data."""
 
     def groups(self) -> Sequence[ParameterGroup]:
         """See `TrainedAdapter`."""
@@ -207,13 +235,13 @@ class LoraAdapter:
 
     def delta(self) -> AdapterDelta:
         """See `TrainedAdapter`."""
-        return lora_delta({site: self._pairs.at(site) for site in self._recipe.ranks})
+        return lora_delta({site: self._pairs.at(site) for site in self._layout.ranks})
 
     def penalty(self) -> None:
-        """There is none."""
+        """Returns None: LoRA has no penalty."""
 
     def stepped(self, step: int) -> None:
-        """Nothing follows a step."""
+        """Does nothing."""
 
     def state(self) -> Mapping[str, torch.Tensor]:
         """See `TrainedAdapter`."""
@@ -229,18 +257,18 @@ class LoraAdapter:
 
 
 def names_of(site: Site) -> tuple[str, str]:
-    """A module's A and B as PEFT's files call them."""
+    """Returns the names of a module's A and B in PEFT's files."""
     path = PREFIX + module_path(*site)
     return f"{path}.lora_A.weight", f"{path}.lora_B.weight"
 
 
 def stored(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy for the file: float32, on the CPU, contiguous."""
+    """Returns a copy for the file: float32, on the CPU, contiguous."""
     return tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
 
 
 def _common(values: Mapping[Site, Number]) -> tuple[Number, dict[str, Number]]:
-    """The most common value, and by module path those that are not."""
+    """Returns the most common value, and the other values by module path."""
     common = Counter(values.values()).most_common(1)[0][0]
     return common, {module_path(*site): v for site, v in values.items() if v != common}
 

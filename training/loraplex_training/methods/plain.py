@@ -1,4 +1,4 @@
-"""Methods that are parameters and nothing else: no masks, budgets, penalties or dropout."""
+"""Adapters that consist of parameters alone: no masks, budgets, penalties or dropout."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 class PlainAdapter:
-    """A `TrainedAdapter` whose parameters alone say what it is."""
+    """A `TrainedAdapter` that consists of its parameters alone."""
 
     dropout = 0.0
     settled = 0
@@ -27,10 +27,10 @@ class PlainAdapter:
         tensors: Callable[[], Tensors],
         undecayed: Collection[str] = (),
     ) -> None:
-        """`delta` and `tensors` (those of the file) are made anew from the parameters each time.
+        """`delta` and `tensors` (of the file) are computed from the parameters at each call.
 
-        `undecayed` are the names of parameters that weight decay would pull away from what they
-        were at the start, or that are conventionally spared it: gains and biases.
+        `undecayed` names the parameters without weight decay: gains, whose initial value is not 0,
+        and biases, by convention.
         """
         self.parameters = parameters
         self.delta = delta
@@ -38,7 +38,7 @@ class PlainAdapter:
         self._undecayed = undecayed
 
     def prepare(self, observe: Observe) -> None:
-        """Nothing is chosen from data."""
+        """Does nothing: nothing is chosen from data."""
 
     def groups(self) -> Sequence[ParameterGroup]:
         """See `TrainedAdapter`."""
@@ -48,13 +48,13 @@ class PlainAdapter:
         return [group for group in groups if group.names]
 
     def penalty(self) -> None:
-        """There is none."""
+        """Returns None: there is no penalty."""
 
     def stepped(self, step: int) -> None:
-        """Nothing follows a step."""
+        """Does nothing."""
 
     def state(self) -> Tensors:
-        """Everything is in the parameters."""
+        """Returns nothing: the parameters are the whole state."""
         return {}
 
     def restore(self, state: Tensors) -> None:
@@ -71,7 +71,7 @@ class PlainAdapter:
 
 
 def config_of(setting: Setting, peft_type: str, **options: object) -> dict[str, object]:
-    """An adapter's configuration: what every kind has, and a kind's own."""
+    """Returns an adapter's configuration: the keys of all kinds, and `options`."""
     return {
         "base_model_name_or_path": setting.base_model,
         "inference_mode": True,
@@ -82,10 +82,10 @@ def config_of(setting: Setting, peft_type: str, **options: object) -> dict[str, 
 
 
 def leaf(start: torch.Tensor, base: BaseWeights) -> torch.Tensor:
-    """A parameter with these initial values, in the precision and on the device of training."""
+    """Returns a parameter with these initial values, in training's precision and on its device."""
     return start.detach().to(base.embed.device, precision(base), copy=True).requires_grad_()
 
 
 def precision(base: BaseWeights) -> torch.dtype:
-    """The type of parameters: float32, or float64 on a base of float64."""
+    """Returns the dtype of parameters: float32, or float64 on a float64 base."""
     return torch.float64 if base.embed.dtype == torch.float64 else torch.float32

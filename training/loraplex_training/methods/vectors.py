@@ -1,32 +1,46 @@
-"""One vector a projection: (IA)3's gains and BitFit's biases. Both change nothing at the start."""
+"""One vector per projection: (IA)3's gains and BitFit's biases. Untrained, both change nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 from loraplex_adapters.format.modules import PREFIX, module_path
 from loraplex_adapters.format.patterns import suffixes
 from loraplex_model.adapters.delta import AdapterDelta, SiteDelta
 from loraplex_model.base.config import Site
+from pydantic import Field
 
 from loraplex_training.methods.base import Setting, TrainedAdapter
-from loraplex_training.methods.options import Options
+from loraplex_training.methods.options import (
+    Names,
+    OptionProblems,
+    TargetModules,
+    TargetOptions,
+)
 from loraplex_training.methods.plain import PlainAdapter, config_of, leaf
-from loraplex_training.methods.targets import read_sites
+from loraplex_training.methods.targets import sites_of
 
 
-def ia3(options: Options, setting: Setting) -> TrainedAdapter:
-    """Gains, 1 at the start (Liu et al. 2022, arXiv 2205.05638), PEFT's IA3.
+class Ia3Options(TargetOptions):
+    """Options of (IA)3. The defaults are the paper's modules."""
 
-    y = l * (W x + b), or W (l * x) + b for a feed-forward module. Options: `target_modules`,
-    `layers`; `feedforward_modules`, those of them whose input is scaled. The paper's are the
-    default: keys, values, and what goes into `down_proj`.
+    target_modules: TargetModules = ("k_proj", "v_proj", "down_proj")
+    feedforward_modules: Annotated[
+        Names, Field(description="Target modules whose input is scaled instead of their output.")
+    ] = ("down_proj",)
+
+
+def ia3(options: Ia3Options, setting: Setting, problems: OptionProblems) -> TrainedAdapter:
+    """Gains l on projections, initially 1 (Liu et al. 2022, arXiv 2205.05638).
+
+    y = l * (W x + b), or W (l * x) + b for a feed-forward module. Saved as PEFT's IA3.
     """
     shapes = setting.base.config.projection_shapes()
-    sites = read_sites(options, setting.base, "k_proj,v_proj,down_proj")
-    inward = _feedforward(options, sites)
-    options.done()
+    sites = sites_of(options, setting.base, problems)
+    inward = _feedforward(options, sites, problems)
+    problems.check()
     parameters = {}
     for site in sites:
         fan_in, fan_out = shapes[site[1]]
@@ -48,19 +62,18 @@ def ia3(options: Options, setting: Setting) -> TrainedAdapter:
         lambda: AdapterDelta({site: change(site) for site in sites}),
         config,
         lambda: parameters,
-        undecayed=parameters,  # decay pulls to 0, where a gain has nothing of the base left
+        undecayed=parameters,  # a gain that decayed to 0 would remove the base's output
     )
 
 
-def bitfit(options: Options, setting: Setting) -> TrainedAdapter:
-    """Biases (Ben Zaken et al. 2022, arXiv 2106.10199), also where the base has none: PEFT's BEFT.
+def bitfit(options: TargetOptions, setting: Setting, problems: OptionProblems) -> TrainedAdapter:
+    """Biases on projections, initially 0 (Ben Zaken et al. 2022, arXiv 2106.10199).
 
-    y = W x + b + bias, with zeros at the start. Options: `target_modules` (all projections),
-    `layers`.
+    y = W x + b + bias, also where the base has no bias b. Saved as PEFT's BEFT.
     """
     shapes = setting.base.config.projection_shapes()
-    sites = read_sites(options, setting.base)
-    options.done()
+    sites = sites_of(options, setting.base, problems)
+    problems.check()
     parameters = {
         _name(site, "beft_bias"): leaf(torch.zeros(1, shapes[site[1]][1]), setting.base)
         for site in sites
@@ -78,16 +91,19 @@ def bitfit(options: Options, setting: Setting) -> TrainedAdapter:
     )
 
 
-def _feedforward(options: Options, sites: Sequence[Site]) -> frozenset[Site]:
-    """Those of the sites that `feedforward_modules` names: by paths or the ends of them."""
-    given = options.given("feedforward_modules")
+def _feedforward(
+    options: Ia3Options, sites: Sequence[Site], problems: OptionProblems
+) -> frozenset[Site]:
+    """Returns the sites that `feedforward_modules` names by their paths or the ends of them."""
+    given = "feedforward_modules" in options.model_fields_set
     found: set[Site] = set()
-    for name in options.names("feedforward_modules", ("down_proj",)):
+    for name in options.feedforward_modules:
         named = [site for site in sites if name in suffixes(module_path(*site))]
         if given and not named:
-            options.refuse(
-                f"feedforward_modules: {name!r} is none of the target modules; it says of which "
-                "of them the input is scaled instead of the output"
+            problems.add(
+                "feedforward_modules",
+                f"feedforward_modules: {name!r} is none of the target modules; name those of them "
+                "whose input is scaled instead of the output",
             )
         found.update(named)
     return frozenset(found)

@@ -1,8 +1,8 @@
 """Tokens before every prompt: prompt tuning, P-tuning and prefix tuning (P-tuning v2).
 
-What a token's embedding, or its keys and values, start from matters more than anything else about
-them: random numbers lie far from whatever the base has seen. So the start is a text, or random
-words of the vocabulary, unless PEFT's random numbers are asked for.
+The initial values of a token's embedding, or of its keys and values, matter more than all other
+options: random numbers lie far from everything that the base has seen. So the default is a text or
+random tokens of the vocabulary; PEFT's random numbers have to be requested.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Annotated
 
 import torch
 from loraplex_adapters.format.spec import Limits
@@ -19,31 +20,89 @@ from loraplex_model.base.weights import BaseWeights
 from loraplex_model.decoder import forward
 from loraplex_model.decoder.attention import Attention, PackedAttention
 from loraplex_model.ops.linear import DequantisedLinear
+from pydantic import Field
 
 from loraplex_training.methods import encoders
 from loraplex_training.methods.base import Setting, TrainedAdapter
 from loraplex_training.methods.encoders import TokenEncoder
-from loraplex_training.methods.options import Options
+from loraplex_training.methods.options import MethodOptions, OptionProblems
 from loraplex_training.methods.plain import PlainAdapter, config_of, leaf, precision
+from loraplex_training.spec.fields import Whole, one_of
 
 _SAVED = "prompt_embeddings"
-"""PEFT's name of the one tensor."""
+"""Name of the only tensor in PEFT's files."""
 
 _LSTM_LAYERS = 2
+_STARTS = ("text", "vocabulary", "random", "zero")
 _PEFT_STARTS = {"text": "TEXT", "vocabulary": "SAMPLE_VOCAB", "random": "RANDOM"}
 
 
-def prompt_tuning(options: Options, setting: Setting) -> TrainedAdapter:
-    """Trained embeddings (Lester et al. 2021, arXiv 2104.08691), PEFT's PROMPT_TUNING.
+class VirtualOptions(MethodOptions):
+    """Options of all methods with virtual tokens."""
 
-    Options: `num_virtual_tokens`; `init`: "text" (the tokens of `init_text`, from the beginning
-    again where they are too few, cut where they are too many), "vocabulary" (random tokens) or
-    "random" (normal numbers).
+    num_virtual_tokens: Annotated[
+        Whole,
+        Field(ge=1, le=Limits().max_virtual_tokens, description="Number of virtual tokens."),
+    ] = 16
+
+
+class PromptTuningOptions(VirtualOptions):
+    """Options of prompt tuning."""
+
+    init: Annotated[
+        Annotated[str, one_of(_STARTS[:3])] | None,
+        Field(
+            description="Initial values: text (the tokens of init_text, repeated or cut to the "
+            "number), vocabulary (random tokens) or random (normal numbers). Default: text if "
+            "init_text is given, else vocabulary."
+        ),
+    ] = None
+    init_text: Annotated[str, Field(description="Text that the virtual tokens start from.")] = ""
+
+
+class PTuningOptions(VirtualOptions):
+    """Options of P-tuning."""
+
+    encoder: Annotated[
+        str, one_of(("mlp", "lstm")), Field(description="Encoder of the tokens: mlp or lstm.")
+    ] = "mlp"
+    encoder_hidden_size: Annotated[
+        Whole, Field(ge=1, description="Hidden size of the encoder.")
+    ] = 128
+    encoder_num_layers: Annotated[
+        Whole, Field(ge=1, description="Number of layers of the LSTM.")
+    ] = _LSTM_LAYERS
+
+
+class PrefixTuningOptions(VirtualOptions):
+    """Options of prefix tuning."""
+
+    init: Annotated[
+        Annotated[str, one_of(_STARTS)] | None,
+        Field(
+            description="Initial values: text (those of init_text's tokens, repeated or cut to the "
+            "number), vocabulary (those of random tokens), random (normal numbers) or zero. "
+            "Default: text if init_text is given, else vocabulary; random with prefix_projection, "
+            "which allows random and zero (of its last layer) only."
+        ),
+    ] = None
+    init_text: Annotated[str, Field(description="Text that the prefix starts from.")] = ""
+    prefix_projection: Annotated[
+        bool, Field(description="Compute the prefix with a trained MLP.")
+    ] = False
+    encoder_hidden_size: Annotated[Whole, Field(ge=1, description="Hidden size of the MLP.")] = 512
+
+
+def prompt_tuning(
+    options: PromptTuningOptions, setting: Setting, problems: OptionProblems
+) -> TrainedAdapter:
+    """Trained embeddings before the prompt (Lester et al. 2021, arXiv 2104.08691).
+
+    Saved as PEFT's PROMPT_TUNING.
     """
-    base = setting.base
-    count = _count(options)
-    start, text, ids = _start(options, setting, count, ("text", "vocabulary", "random"))
-    options.done()
+    base, count = setting.base, options.num_virtual_tokens
+    start, ids = _start(options, setting, problems, _STARTS[:3])
+    problems.check()
     if ids is None:
         rows = torch.randn(count, base.config.hidden_size, generator=setting.generator)
     else:
@@ -51,8 +110,11 @@ def prompt_tuning(options: Options, setting: Setting) -> TrainedAdapter:
     embeddings = leaf(rows, base)
     config = _config(setting, "PROMPT_TUNING", count)
     config["prompt_tuning_init"] = _PEFT_STARTS[start]
-    if start == "text":  # PEFT's class wants both, and reads neither
-        config |= {"prompt_tuning_init_text": text, "tokenizer_name_or_path": setting.base_model}
+    if start == "text":  # PEFT's class requires both, and reads neither
+        config |= {
+            "prompt_tuning_init_text": options.init_text,
+            "tokenizer_name_or_path": setting.base_model,
+        }
     return PlainAdapter(
         {"embedding.weight": embeddings},
         lambda: AdapterDelta(virtual=VirtualTokens(embeddings=embeddings)),
@@ -61,20 +123,17 @@ def prompt_tuning(options: Options, setting: Setting) -> TrainedAdapter:
     )
 
 
-def p_tuning(options: Options, setting: Setting) -> TrainedAdapter:
-    """Embeddings from a trained encoder, PEFT's P_TUNING; the file holds what it puts out.
+def p_tuning(options: PTuningOptions, setting: Setting, problems: OptionProblems) -> TrainedAdapter:
+    """Embeddings before the prompt that a trained encoder computes.
 
-    Options: `num_virtual_tokens`; `encoder`: "mlp" or "lstm"; `encoder_hidden_size`;
-    `encoder_num_layers`, of the LSTM.
+    Saved as PEFT's P_TUNING, with the encoder's output.
     """
-    width = setting.base.config.hidden_size
-    count = _count(options)
-    kind = options.choice("encoder", "mlp", ("mlp", "lstm"))
-    hidden = options.integer("encoder_hidden_size", 128, 1)
-    layers = options.integer("encoder_num_layers", _LSTM_LAYERS, 1)
+    width, count = setting.base.config.hidden_size, options.num_virtual_tokens
+    kind, hidden, layers = options.encoder, options.encoder_hidden_size, options.encoder_num_layers
     if kind == "mlp" and layers != _LSTM_LAYERS:
-        options.refuse("encoder_num_layers: the MLP has three layers; leave it out, or take lstm")
-    options.done()
+        text = "encoder_num_layers: the MLP has three layers; leave it out, or take lstm"
+        problems.add("encoder_num_layers", text)
+    problems.check()
     if kind == "lstm":
         encoder = encoders.lstm(count, width, hidden, layers, setting.generator)
     else:
@@ -91,26 +150,24 @@ def p_tuning(options: Options, setting: Setting) -> TrainedAdapter:
     return _encoded(encoder, setting, config, lambda rows: VirtualTokens(embeddings=rows))
 
 
-def prefix_tuning(options: Options, setting: Setting) -> TrainedAdapter:
-    """Trained keys and values of every layer, PEFT's PREFIX_TUNING.
+def prefix_tuning(
+    options: PrefixTuningOptions, setting: Setting, problems: OptionProblems
+) -> TrainedAdapter:
+    """Trained keys and values before the prompt, in every layer (Li and Liang 2021).
 
-    Options: `num_virtual_tokens`; `init`: "text" or "vocabulary" as for prompt tuning, "random"
-    (normal numbers) or "zero"; `prefix_projection`: they come from an MLP of `encoder_hidden_size`,
-    whose start is "random" or (its last layer) "zero".
-
-    Keys stand in the cache as they are, not rotated again, at positions 0 to n - 1. Those of a text
-    were rotated for just these, so the start equals having its n tokens before the prompt: up to
-    rounding, in every layer, with any kind of rotary position and any window.
+    Keys go into the cache unchanged, at positions 0 to n - 1. The keys of a text were rotated for
+    these positions, so an untrained prefix equals its n tokens before the prompt: up to rounding,
+    in every layer, with every kind of rotary position and every window. Saved as PEFT's
+    PREFIX_TUNING.
     """
     base, config = setting.base, setting.base.config
-    count = _count(options)
-    projected = options.flag("prefix_projection", False)
-    hidden = options.integer("encoder_hidden_size", 512, 1)
-    starts = ("random", "zero") if projected else ("text", "vocabulary", "random", "zero")
-    start, _, ids = _start(options, setting, count, starts)
-    if options.given("encoder_hidden_size") and not projected:
-        options.refuse("encoder_hidden_size: there is no encoder without prefix_projection")
-    options.done()
+    count = options.num_virtual_tokens
+    projected, hidden = options.prefix_projection, options.encoder_hidden_size
+    start, ids = _start(options, setting, problems, _STARTS[2:] if projected else _STARTS)
+    if "encoder_hidden_size" in options.model_fields_set and not projected:
+        text = "encoder_hidden_size: there is no encoder without prefix_projection"
+        problems.add("encoder_hidden_size", text)
+    problems.check()
     width = 2 * config.num_layers * config.kv_size
     saved = _config(setting, "PREFIX_TUNING", count, prefix_projection=projected)
     saved |= {"token_dim": config.kv_size, "num_attention_heads": config.num_kv_heads}
@@ -139,9 +196,9 @@ def prefix_tuning(options: Options, setting: Setting) -> TrainedAdapter:
 
 
 def cached_rows(base: BaseWeights, ids: Sequence[int]) -> torch.Tensor:
-    """What the base puts into its cache for a text at its beginning, as PEFT lays prefixes out.
+    """Returns the base's cache entries for a text at the beginning, in PEFT's layout of prefixes.
 
-    [n, layers * 2 * kv_size]: for each token key and value of layer 0, of layer 1, ...
+    [n, layers * 2 * kv_size]: for each token the key and value of layer 0, of layer 1, ...
     """
     device = base.embed.device
     tokens = torch.tensor(ids, device=device)
@@ -153,7 +210,7 @@ def cached_rows(base: BaseWeights, ids: Sequence[int]) -> torch.Tensor:
 
 
 class _Recorded:
-    """Attention that keeps the keys and values of every layer, [n, 2 * kv_size] each."""
+    """Attention that records the keys and values of every layer, [n, 2 * kv_size] each."""
 
     def __init__(self, attention: Attention) -> None:
         self._attention = attention
@@ -169,38 +226,42 @@ class _Recorded:
 
 
 def _keys_and_values(config: DecoderConfig, rows: torch.Tensor) -> VirtualTokens:
-    """Rows as PEFT lays them out, [n, layers * 2 * kv_size], as a cache has them."""
+    """Converts rows in PEFT's layout, [n, layers * 2 * kv_size], to that of a cache."""
     shape = (len(rows), config.num_layers, 2, config.num_kv_heads, config.head_dim)
     keys, values = rows.view(shape).permute(2, 1, 0, 3, 4)
     return VirtualTokens(keys=keys, values=values)
 
 
-def _count(options: Options) -> int:
-    return options.integer("num_virtual_tokens", 16, 1, Limits().max_virtual_tokens)
-
-
 def _start(
-    options: Options, setting: Setting, count: int, starts: tuple[str, ...]
-) -> tuple[str, str, list[int] | None]:
-    """The start that was chosen, its text, and the `count` tokens that it is made of, if any."""
-    text = options.text("init_text", "")
+    options: PromptTuningOptions | PrefixTuningOptions,
+    setting: Setting,
+    problems: OptionProblems,
+    starts: Sequence[str],
+) -> tuple[str, list[int] | None]:
+    """Returns the chosen one of `starts`, and the ids of its tokens if it consists of any."""
+    count, text = options.num_virtual_tokens, options.init_text
     default = ("text" if text else "vocabulary") if "text" in starts else starts[0]
-    start = options.choice("init", default, starts)
+    start = options.init or default
+    if start not in starts:
+        message = f"init is {start!r}; it should be {' or '.join(starts)} with prefix_projection"
+        problems.add("init", message)
+        return default, None
     if start == "vocabulary":
         drawn = torch.randint(
             len(setting.base.embed), (count,), generator=setting.generator, dtype=torch.long
         )
         ids: list[int] = drawn.tolist()
-        return start, text, ids
+        return start, ids
     if start != "text":
         if text:
-            options.refuse(f"init_text: nothing is made of it where init is {start!r}")
-        return start, text, None
+            problems.add("init_text", f"init_text: it is not used where init is {start!r}")
+        return start, None
     ids = list(setting.token_ids(text))
     if not ids:
-        options.refuse('init_text: write some text to start from, or take init = "vocabulary"')
-        return start, text, None
-    return start, text, (ids * math.ceil(count / len(ids)))[:count]
+        message = 'init_text: write some text to start from, or take init = "vocabulary"'
+        problems.add("init_text", message)
+        return start, None
+    return start, (ids * math.ceil(count / len(ids)))[:count]
 
 
 def _config(setting: Setting, peft_type: str, count: int, **options: object) -> dict[str, object]:

@@ -16,6 +16,7 @@ from loraplex_training import data, methods
 from loraplex_training.data import Batches, Dataset
 from loraplex_training.data.text import BaseText
 from loraplex_training.methods.base import Setting
+from loraplex_training.spec.fields import refusal
 from loraplex_training.spec.spec import DataSpec, JobSpec, RunSpec
 from loraplex_training.step.job import Job
 from loraplex_training.step.optimiser import problem_of
@@ -103,24 +104,23 @@ class Ground:
 
     def _job(self, spec: JobSpec) -> Job:
         weights, dataset = self.base.weights, self.datasets[spec.name]
-        problem = problem_of(spec.optim, weights.embed.device)
-        if not problem and spec.patience and not dataset.evaluation:
-            problem = "patience stops by the evaluation loss, and no examples are set apart for it"
-        if problem:
-            raise Refusal(Reason.CONFIG_INVALID, f"job {spec.name!r}: {problem}")
+        path = f"jobs.{spec.name}"
+        problems = []
+        if problem := problem_of(spec.optim, weights.embed.device):
+            problems.append(Problem(f"{path}.optimiser", problem))
+        elif spec.patience and not dataset.evaluation:
+            text = "patience stops by the evaluation loss, and no examples are set apart for it"
+            problems.append(Problem(f"{path}.patience", text))
+        if problems:
+            raise refusal(Reason.CONFIG_INVALID, problems)
         batches = Batches(dataset.train, spec)
         chance = torch.Generator().manual_seed(spec.seed)
         setting = Setting(weights, self.base.name, chance, batches.steps, self.text.ids)
         try:
             adapter = methods.make(spec.method, setting)
         except Refusal as error:
-            raise Refusal.listing(
-                error.reason,
-                (
-                    Problem(f"{spec.name}.{p.field}", f"job {spec.name!r}: {p.message}")
-                    for p in error.problems
-                ),
-            ) from None
+            found = [Problem(f"{path}.{p.field}", p.message) for p in error.problems]
+            raise refusal(error.reason, found) from None
         return Job(spec, adapter, batches, data.in_order(dataset.evaluation, spec), chance)
 
 
@@ -155,5 +155,5 @@ def all_of(asked: Iterable[Asked], make: Callable[[Asked], Made]) -> list[Made]:
             failed.append(error)
     if failed:
         problems = [problem for error in failed for problem in error.problems]
-        raise Refusal.listing(failed[0].reason, dict.fromkeys(problems))
+        raise refusal(failed[0].reason, list(dict.fromkeys(problems)))
     return made

@@ -1,4 +1,4 @@
-"""What can be said before anything is trained: the data's tokens, the costs, the methods."""
+"""Reports before training: the data's tokens, the costs of a run, the methods."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib import import_module
 from typing import Final
 
 import torch
+from pydantic.fields import FieldInfo
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -85,7 +85,7 @@ class JobPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class RunPlan:
     """What a run takes.
 
     Attributes:
@@ -102,7 +102,7 @@ class Plan:
     jobs: Sequence[JobPlan]
 
 
-def _plan(spec: RunSpec, ground: Ground, jobs: Sequence[Job]) -> Plan:
+def _plan(spec: RunSpec, ground: Ground, jobs: Sequence[Job]) -> RunPlan:
     device = ground.base.weights.embed.device
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
     memory = costs.of(ground.base.weights, jobs, spec)
@@ -118,15 +118,16 @@ def _plan(spec: RunSpec, ground: Ground, jobs: Sequence[Job]) -> Plan:
         for job in jobs
     ]
     seconds = _seconds(ground, jobs, spec)
-    return Plan(memory.total, memory.items, str(device), free, seconds, plans)
+    return RunPlan(memory.total, memory.items, str(device), free, seconds, plans)
 
 
 def methods(console: Console) -> None:
-    """Lists what can be trained, each with its options, from the makers' own words."""
-    table = Table("method", "--lr", "what it is, and its options (--set KEY=VALUE)")
-    for name, module in METHODS.items():
-        maker = getattr(import_module(f"loraplex_training.methods.{module}"), name)
-        table.add_row(name, f"{RATES.get(name, OptimSpec().lr):g}", escape(described(maker)))
+    """Lists the methods with their options, from their declarations."""
+    table = Table("method", "--lr", "description and options (--set KEY=VALUE)")
+    for name, method in METHODS.items():
+        lines = [described(method.make), *map(_option, method.options.model_fields.items())]
+        lr = RATES.get(name, OptimSpec().lr)
+        table.add_row(name, f"{lr:g}", escape("\n".join(lines)))
         table.add_section()
     console.print(table)
     console.print(
@@ -135,9 +136,19 @@ def methods(console: Console) -> None:
 
 
 def described(maker: object) -> str:
-    """A maker's docstring as running text, a paragraph a line."""
+    """Returns a maker's docstring with one line per paragraph."""
     text = introspect.getdoc(maker) or ""
     return "\n".join(re.sub(r"\s+", " ", part) for part in text.split("\n\n"))
+
+
+def _option(declared: tuple[str, FieldInfo]) -> str:
+    """Returns the line of an option: its name, description and default."""
+    name, info = declared
+    default = info.get_default(call_default_factory=True, validated_data={})
+    if isinstance(default, tuple):
+        default = ",".join(map(str, default))
+    shown = f" (default: {default})" if default not in (None, "", {}, False) else ""
+    return f"{name}: {info.description}{shown}"
 
 
 def _tokens(job: Job) -> int:

@@ -33,8 +33,14 @@ from loraplex_training.run.checkpoint import CONFIG, RunFolder, Snapshot, is_run
 from loraplex_training.run.evaluate import Answer
 from loraplex_training.run.inputs import Ground
 from loraplex_training.run.process_settings import surroundings
-from loraplex_training.spec.limits import check
-from loraplex_training.spec.parse import absolute, from_mapping, from_toml, to_mapping, to_toml
+from loraplex_training.spec.parse import (
+    absolute,
+    check,
+    from_mapping,
+    from_toml,
+    to_mapping,
+    to_toml,
+)
 from loraplex_training.spec.spec import JobSpec, RunSpec
 from loraplex_training.step.job import Job, Progress
 from loraplex_training.step.joint import JointPass, Part

@@ -1,6 +1,6 @@
-"""A run's options, from flags, a TOML file or both, read strictly into a `RunSpec`, and back.
+"""Reads a run's options from flags, a TOML file or both into a `RunSpec`, and writes them back.
 
-    [run]                          # a field of RunSpec
+    [run]                          # an option of RunSpec
     model = "default"
     out = "var/runs/tickets"
 
@@ -16,68 +16,91 @@
     r = [4, 16]
     lr = [1e-4, 3e-4]
 
-A key of a job is a field of JobSpec, DataSpec or OptimSpec (`KEYS`); `options` are the method's.
-Relative paths count from where the program runs. Imports no torch.
+The keys of a job are the options of JobSpec, DataSpec, MethodSpec and OptimSpec (`KEYS`), flat.
+Relative paths are relative to the working directory. Imports no torch.
 """
 
 from __future__ import annotations
 
-import difflib
+import dataclasses
 import json
 import math
 import tomllib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import NoneType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
-from loraplex_model.base.refusal import Reason, Refusal
+from loraplex_model.base.refusal import Problem, Reason, Refusal
+from pydantic import BaseModel, ConfigDict, create_model
+from pydantic.fields import FieldInfo
 
-from loraplex_training.spec.limits import problems_of
+from loraplex_training.spec import fields
 from loraplex_training.spec.spec import RATES, DataSpec, JobSpec, MethodSpec, OptimSpec, RunSpec
 from loraplex_training.spec.sweep import expand, literal
 
 RUNS = Path("var/runs")
-"""Where a run's folder is made if nobody says where."""
+"""Directory for the directories of runs whose `out` is not given."""
 
-_PARTS: Mapping[str, type] = {
-    "data": DataSpec, "method": MethodSpec, "optim": OptimSpec, "": JobSpec
-}  # fmt: skip
-_CALLED = {
-    ("data", "path"): "data",
-    ("data", "eval_path"): "eval_data",
-    ("method", "name"): "method",
-    ("optim", "name"): "optimiser",
-}
-_TRUE = ("true", "yes", "on", "1")
-_FALSE = ("false", "no", "off", "0")
+_PARTS: Mapping[str, type] = {"data": DataSpec, "method": MethodSpec, "optim": OptimSpec}
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """Where a key's value goes: a part of the job ("" is the job itself) and a field of it."""
+    """An option's place: a part of the job ("" is the job itself, or the run) and its field."""
 
     part: str
     field: str
     hint: Any
+    info: FieldInfo
+    default: Any
 
 
-def _keys() -> dict[str, Key]:
+def _keys(kind: type, part: str = "") -> dict[str, Key]:
+    """The options that a dataclass declares, by their keys in files."""
+    hints = get_type_hints(kind, include_extras=True)
     found = {}
-    for part, kind in _PARTS.items():
-        for field, hint in get_type_hints(kind).items():
-            if part or field not in _PARTS:
-                found[_CALLED.get((part, field), field)] = Key(part, field, hint)
+    for field in dataclasses.fields(kind):
+        info = FieldInfo.from_annotation(hints[field.name])
+        if info.description is not None:
+            made = field.default_factory
+            default = field.default if made is dataclasses.MISSING else made()
+            name = info.alias or field.name
+            found[name] = Key(part, field.name, hints[field.name], info, default)
     return found
 
 
-KEYS: Mapping[str, Key] = _keys()
-"""What a job may say."""
-
-RUN_KEYS: Mapping[str, Key] = {
-    name: Key("run", name, hint) for name, hint in get_type_hints(RunSpec).items() if name != "jobs"
+KEYS: Mapping[str, Key] = {
+    **{name: key for part, kind in _PARTS.items() for name, key in _keys(kind, part).items()},
+    **_keys(JobSpec),
 }
+"""The options of a job."""
+
+RUN_KEYS: Mapping[str, Key] = _keys(RunSpec)
+"""The options of the run itself."""
+
+
+def _model(name: str, keys: Mapping[str, Key]) -> type[BaseModel]:
+    made: dict[str, Any] = {
+        name: (key.hint, ... if key.default is dataclasses.MISSING else key.default)
+        for name, key in keys.items()
+    }
+    return create_model(name, __config__=fields.STRICT, **made)
+
+
+_JOB = _model("job", KEYS)
+_RUN = _model("run", RUN_KEYS)
+
+
+class _Document(BaseModel):
+    """A file's tables. Unknown ones are in `model_extra`."""
+
+    model_config = ConfigDict(extra="allow")
+
+    run: dict[str, Any] = {}
+    job: list[dict[str, Any]] = []
+    sweep: dict[str, Any] = {}
 
 
 def read(
@@ -86,40 +109,44 @@ def read(
     sweep: Iterable[str] = (),
     config: Path | None = None,
 ) -> RunSpec:
-    """The run that a command line asks for; what it says goes before what the file says.
+    """Reads the run that a command line asks for. The command line overrides the file.
 
     Args:
-        flags: keys of jobs and of the run, with - or _, as text. They hold for every job.
-        options: the method's options, as text ("16", "true", "q_proj,v_proj", "[1, 2]").
-        sweep: "r=4,16", "lr=1e-4,3e-4": keys or options of the method, and their values.
+        flags: options of jobs and of the run, with - or _, as text. They apply to every job.
+        options: options of the method, as text ("16", "true", "q_proj,v_proj", "[1, 2]").
+        sweep: options of jobs or of the method with their values: "r=4,16", "lr=1e-4,3e-4".
         config: a TOML file.
 
     Raises Refusal(CONFIG_INVALID) with every problem.
     """
-    document = _open(config) if config is not None else {"job": [{}]}
-    problems: list[str] = []
-    run, job = {}, {}
+    problems: list[Problem] = []
+    document = _document(_open(config) if config is not None else {"job": [{}]}, problems)
     for flag, value in (flags or {}).items():
         key = flag.replace("-", "_")
         if key in RUN_KEYS:
-            run[key] = value
+            document.run[key] = value
         elif key in KEYS and key != "options":
-            job[key] = value
+            for job in document.job:
+                job[key] = value
         else:
-            problems.append(unknown(f"--{flag}", key, [*KEYS, *RUN_KEYS]))
-    swept: dict[str, list[object]] = {}
+            text = fields.unknown(key, [*KEYS, *RUN_KEYS])
+            problems.append(Problem("", f"--{flag}: {text}"))
     for item in sweep:
         name, equals, values = item.partition("=")
-        given = [v.strip() for v in values.split(",")]
+        given = [value.strip() for value in values.split(",")]
         if not equals or not all(given):
-            problems.append(f"--sweep {item}: it should read like r=4,16 or lr=1e-4,3e-4")
-        swept[name.strip().replace("-", "_")] = list(given)
+            text = f"--sweep {item}: it should read like r=4,16 or lr=1e-4,3e-4"
+            problems.append(Problem("", text))
+        document.sweep[name.strip().replace("-", "_")] = given
     chosen = {name.replace("-", "_"): literal(text) for name, text in (options or {}).items()}
-    return _build(_merged(document, run, job, chosen, swept), problems)
+    for job in document.job if chosen else ():
+        if isinstance(own := job.get("options", {}), Mapping):
+            job["options"] = {**own, **chosen}
+    return _build(document, problems)
 
 
 def from_toml(text: str) -> RunSpec:
-    """What `to_toml` wrote, or a person; raises Refusal(CONFIG_INVALID) with every problem."""
+    """Reads TOML as `to_toml` or a person writes it. Raises as `read`."""
     try:
         return from_mapping(tomllib.loads(text))
     except tomllib.TOMLDecodeError as error:
@@ -127,12 +154,13 @@ def from_toml(text: str) -> RunSpec:
 
 
 def from_mapping(document: Mapping[str, object]) -> RunSpec:
-    """The run that a parsed TOML or JSON document describes; raises as `read`."""
-    return _build(document, [])
+    """Reads a parsed TOML or JSON document. Raises as `read`."""
+    problems: list[Problem] = []
+    return _build(_document(document, problems), problems)
 
 
 def to_mapping(spec: RunSpec) -> dict[str, Any]:
-    """The same run as plain values, for JSON; `from_mapping` makes an equal one of it."""
+    """Returns the run as plain values, for JSON; `from_mapping` makes an equal one of them."""
     run = {name: _plain(getattr(spec, name)) for name in RUN_KEYS}
     jobs = []
     for job in spec.jobs:
@@ -145,7 +173,7 @@ def to_mapping(spec: RunSpec) -> dict[str, Any]:
 
 
 def to_toml(spec: RunSpec) -> str:
-    """The same run as TOML, every key written out; `from_toml` makes an equal one of it."""
+    """Returns the run as TOML with every option; `from_toml` makes an equal one of it."""
     document = to_mapping(spec)
     lines = ["[run]", *(f"{key} = {_toml(value)}" for key, value in document["run"].items())]
     for job in document["job"]:
@@ -153,11 +181,19 @@ def to_toml(spec: RunSpec) -> str:
     return "\n".join(lines) + "\n"
 
 
-def unknown(what: str, name: str, known: Iterable[str]) -> str:
-    """The sentence for a name that does not exist, with the nearest that does."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    hint = f" (did you mean {near[0]!r}?)" if near else f"; there are {', '.join(known)}"
-    return f"{what}: there is no {name!r}{hint}"
+def check(spec: RunSpec) -> None:
+    """Raises Refusal(CONFIG_INVALID) with every option that is out of range."""
+    from_mapping(to_mapping(spec))
+
+
+def problems_of(part: JobSpec | DataSpec, field: str = "") -> list[Problem]:
+    """Everything that is out of range in a job's data, or in the other options of the job itself.
+
+    `field` is the path of the part, as in "jobs.tickets".
+    """
+    keys = _keys(type(part))
+    values = {name: getattr(part, key.field) for name, key in keys.items()}
+    return fields.read(_model("part", keys), values, field)[1]
 
 
 def _open(path: Path) -> Mapping[str, object]:
@@ -169,130 +205,54 @@ def _open(path: Path) -> Mapping[str, object]:
         raise Refusal(Reason.CONFIG_INVALID, f"{path} is not TOML: {error}") from None
 
 
-def _merged(
-    document: Mapping[str, object],
-    run: Mapping[str, object],
-    job: Mapping[str, object],
-    options: Mapping[str, object],
-    sweep: Mapping[str, list[object]],
-) -> Mapping[str, object]:
-    """The document with a command line's values put over its own."""
-    merged = dict(document)
-    if run and isinstance(merged.setdefault("run", {}), Mapping):
-        merged["run"] = {**merged["run"], **run}  # type: ignore[dict-item]
-    if sweep and isinstance(merged.setdefault("sweep", {}), Mapping):
-        merged["sweep"] = {**merged["sweep"], **sweep}  # type: ignore[dict-item]
-    if isinstance(jobs := merged.get("job"), list) and all(isinstance(j, Mapping) for j in jobs):
-        jobs = [{**j, **job} for j in jobs]
-        for one in jobs:
-            if options and isinstance(one.setdefault("options", {}), Mapping):
-                one["options"] = {**one["options"], **options}
-        merged["job"] = jobs
-    return merged
+def _document(given: Mapping[str, object], problems: list[Problem]) -> _Document:
+    """The document's tables; a table that is none is a problem and left out."""
+    document, found = fields.read(_Document, given)
+    assert document is not None, "it has no required field"
+    known = list(_Document.model_fields)
+    found += [
+        Problem("", f"the file: {fields.unknown(name, known)}")
+        for name in document.model_extra or ()
+    ]
+    problems += found
+    return document
 
 
-def _build(document: Mapping[str, object], problems: list[str]) -> RunSpec:
-    problems += [unknown("the file", n, ("run", "job", "sweep")) for n in document if n not in _TOP]
-    run = _table(document.get("run", {}), RUN_KEYS, "[run]", problems)
-    tables = document.get("job", [])
-    if not isinstance(tables, list):
-        problems.append("job should be a list of tables, written [[job]]")
-        tables = []
-    names = [t["name"] for t in tables if isinstance(t, Mapping) and t.get("name")]
-    sweep = document.get("sweep", {})
-    if not isinstance(sweep, Mapping):
-        problems.append("sweep should be a table of lists, as in r = [4, 16]")
-        sweep = {}
-    tables, complaints = expand(tables, sweep, KEYS)
-    problems += complaints
+def _build(document: _Document, problems: list[Problem]) -> RunSpec:
+    first = next((str(job["name"]) for job in document.job if job.get("name")), "run")
+    run, found = fields.read(_RUN, {"out": str(RUNS / first), **document.run}, "run")
+    tables, complaints = expand(document.job, document.sweep, KEYS)
+    problems += [*found, *complaints]
     jobs = []
     for number, table in enumerate(tables, 1):
-        name = table.get("name") if isinstance(table, Mapping) else None
-        where = f"job {name!r}" if isinstance(name, str) and name else f"job {number}"
-        values = _table(table, KEYS, where, problems)
-        missing = [key for key in ("name", "data") if key not in _present(table)]
-        problems += [f"{where}: {key} is missing" for key in missing]
-        jobs.append(_job({"name": f"unnamed-{number}", "data": Path(), **values}))
-    spec = RunSpec(tuple(jobs), **({"out": RUNS / str(names[0] if names else "run")} | run))
-    problems += problems_of(spec)
-    if problems:
-        raise Refusal.listing(Reason.CONFIG_INVALID, problems)
-    return spec
+        lr = RATES.get(str(table.get("method")))
+        job, found = fields.read(
+            _JOB,
+            table if lr is None else {"lr": lr, **table},
+            f"jobs.{table.get('name') or number}",
+        )
+        problems += found
+        jobs += [job] if job is not None else []
+    if not tables and all(problem.field != "job" for problem in problems):
+        text = "there is no job; give --data and --name, or a [[job]] in the file"
+        problems.append(Problem("jobs", text))
+    names = Counter(str(table["name"]) for table in tables if table.get("name"))
+    problems += [
+        Problem("jobs", f"{count} jobs are called {name!r}; each needs a name of its own")
+        for name, count in names.items()
+        if count > 1
+    ]
+    if problems or run is None:
+        raise fields.refusal(Reason.CONFIG_INVALID, problems)
+    return RunSpec(tuple(map(_job, jobs)), **dict(run))
 
 
-_TOP = ("run", "job", "sweep")
-
-
-def _present(table: object) -> Collection[object]:
-    return table if isinstance(table, Mapping) else ()
-
-
-def _job(values: Mapping[str, Any]) -> JobSpec:
-    parts: dict[str, dict[str, Any]] = {part: {} for part in _PARTS}
-    for name, value in values.items():
+def _job(values: BaseModel) -> JobSpec:
+    parts: dict[str, dict[str, Any]] = {part: {} for part in ("", *_PARTS)}
+    for name, value in values:
         parts[KEYS[name].part][KEYS[name].field] = value
-    method = parts["method"].get("name", MethodSpec().name)
-    if method in RATES:
-        parts["optim"].setdefault("lr", RATES[method])
-    return JobSpec(
-        **parts[""],
-        data=DataSpec(**parts["data"]),
-        method=MethodSpec(**parts["method"]),
-        optim=OptimSpec(**parts["optim"]),
-    )
-
-
-def _table(
-    table: object, keys: Mapping[str, Key], where: str, problems: list[str]
-) -> dict[str, Any]:
-    if not isinstance(table, Mapping):
-        problems.append(f"{where} should be a table of keys and values")
-        return {}
-    values = {}
-    for name, value in table.items():
-        if name not in keys:
-            problems.append(unknown(where, str(name), keys))
-            continue
-        try:
-            values[name] = _typed(value, keys[name].hint)
-        except ValueError as error:
-            problems.append(f"{where}: {name} is {value!r}; it should be {error}")
-    return values
-
-
-def _typed(value: object, hint: Any) -> Any:
-    """A value as its field wants it, given as such or as text; raises ValueError(what it wants)."""
-    if NoneType in get_args(hint):
-        return None if value == "" else _typed(value, get_args(hint)[0])
-    if get_origin(hint) is tuple:
-        pair = value.split(",") if isinstance(value, str) else value
-        if not isinstance(pair, Sequence) or len(pair) != len(get_args(hint)):
-            raise ValueError("two numbers, as in 0.9,0.999")
-        return tuple(_typed(one, float) for one in pair)
-    if hint is bool:
-        text = str(value).lower()
-        if text not in _TRUE + _FALSE:
-            raise ValueError("true or false")
-        return text in _TRUE
-    if hint in (int, float):
-        return _number(value, hint)
-    if hint in (str, Path):
-        if not isinstance(value, str):
-            raise ValueError("text")
-        return hint(value)
-    if not isinstance(value, Mapping):
-        raise ValueError("a table")
-    return dict(value)
-
-
-def _number(value: object, kind: type[int] | type[float]) -> int | float:
-    wanted = "a whole number" if kind is int else "a number"
-    if isinstance(value, bool) or not isinstance(value, int | kind | str):
-        raise ValueError(wanted)
-    try:
-        return kind(value)
-    except (ValueError, OverflowError):
-        raise ValueError(wanted) from None
+    own = parts.pop("")
+    return JobSpec(**own, **{part: _PARTS[part](**given) for part, given in parts.items()})
 
 
 def _plain(value: object) -> object:
@@ -320,7 +280,7 @@ def _toml(value: object) -> str:
 
 
 def absolute(spec: RunSpec) -> RunSpec:
-    """The same run with paths that hold wherever the program runs."""
+    """Returns the run with absolute paths, which hold in any working directory."""
 
     def data(of: DataSpec) -> DataSpec:
         other = of.eval_path.absolute() if of.eval_path is not None else None
