@@ -102,7 +102,9 @@ def test_no_numbers_in_the_range(value: object) -> None:
     assert problem.startswith("method: rate is ")
 
 
-@pytest.mark.parametrize("value", ["a=", "=3", "a=0", "a=-1", "a=x", "a=1,a=2", "a", 3, {1: 2}])
+@pytest.mark.parametrize(
+    "value", ["a=", "=3", "a=0", "a=-1", "a=x", "a=1,a=2", "a", 3, {1: 2}, {1: 2, "q": 0}]
+)
 @pytest.mark.parametrize("name", ["ranks", "alphas"])
 def test_no_mappings(name: str, value: object) -> None:
     assert any(name in problem or "twice" in problem for problem in refused({name: value}))

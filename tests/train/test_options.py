@@ -10,8 +10,9 @@ from typing import Any, get_args
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loraplex_model.base.refusal import Refusal
+from loraplex_model.base.refusal import Problem, Refusal
 from loraplex_training.spec import parse as options
+from loraplex_training.spec.fields import located
 from loraplex_training.spec.spec import (
     RATES,
     DataSpec,
@@ -30,7 +31,7 @@ def refused(*arguments: Any, **keywords: Any) -> list[str]:
     with pytest.raises(Refusal) as caught:
         options.read(*arguments, **keywords)
     assert caught.value.reason == "CONFIG_INVALID"
-    return list(caught.value.messages)
+    return list(map(located, caught.value.problems))
 
 
 def test_flags_reach_every_part() -> None:
@@ -247,7 +248,9 @@ def test_limits_hold_for_a_spec_that_nobody_read() -> None:
     options.check(spec)
     with pytest.raises(Refusal) as caught:
         options.check(wrong)
-    assert caught.value.messages == ("job 'a': patience is -2; it should be at least 0",)
+    assert caught.value.problems == (
+        Problem("jobs.a.patience", "patience is -2; it should be at least 0"),
+    )
 
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=12)

@@ -26,6 +26,7 @@ from loraplex_training.report.events import (
 from loraplex_training.run.checkpoint import CONFIG, FOLDER
 from loraplex_training.run.inputs import Ground
 from loraplex_training.run.run import Run
+from loraplex_training.spec.fields import located
 from loraplex_training.spec.parse import from_toml
 from loraplex_training.spec.spec import MethodSpec, RunSpec
 from loraplex_training.step.joint import JointPass, Part
@@ -75,7 +76,7 @@ def refused(spec: RunSpec, reason: str, ground: Ground | None = None) -> Sequenc
         Run.start(spec, ground=ground)
     assert caught.value.reason == reason
     assert not spec.out.exists()
-    return caught.value.messages
+    return list(map(located, caught.value.problems))
 
 
 def test_what_a_run_tells_in_order(spec: RunSpec, ground: Ground) -> None:

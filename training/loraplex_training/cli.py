@@ -46,7 +46,7 @@ _CALLERS: Final = BASE_MODEL_REASONS | {
 """Reasons that end with BAD_INPUT."""
 
 
-def _panel(panel: fields.Panel, *names: str, **settings: Any) -> Any:
+def _panel(panel: str, *names: str, **settings: Any) -> Any:
     """A flag that is no option of a job, in the panel of related options."""
     return typer.Option(*names, rich_help_panel=panel, **settings)
 

@@ -13,7 +13,6 @@ from typing import Annotated
 
 import torch
 from loraplex_adapters.format.modules import PREFIX, module_path
-from loraplex_adapters.format.spec import Limits
 from loraplex_model.adapters.delta import AdapterDelta, SiteDelta
 from loraplex_model.base.config import Site
 from pydantic import Field
@@ -26,10 +25,17 @@ from loraplex_training.methods.base import (
     TrainedAdapter,
 )
 from loraplex_training.methods.lora import stored
-from loraplex_training.methods.options import OptionProblems, TargetOptions
+from loraplex_training.methods.options import OptionProblems, Rank, TargetOptions
 from loraplex_training.methods.plain import config_of, leaf
 from loraplex_training.methods.targets import sites_of
-from loraplex_training.spec.fields import Number, Whole
+from loraplex_training.spec.fields import (
+    AboveZero,
+    Count,
+    Fraction,
+    NotNegative,
+    Number,
+    Positive,
+)
 
 _STD = 0.02  # of A and B at the start; E is 0
 _KEPT, _SENSITIVITY, _UNCERTAINTY = "kept.", "sensitivity.", "uncertainty."
@@ -38,37 +44,26 @@ _KEPT, _SENSITIVITY, _UNCERTAINTY = "kept.", "sensitivity.", "uncertainty."
 class AdaLoraOptions(TargetOptions):
     """Options of AdaLoRA."""
 
-    init_r: Annotated[
-        Whole, Field(ge=1, le=Limits().max_rank, description="Initial rank of every module.")
-    ] = 12
-    target_r: Annotated[
-        Whole | None,
-        Field(ge=1, description="Average rank of the modules in the end. Default: 8, or init_r."),
-    ] = None
-    lora_alpha: Annotated[
-        Number | None, Field(gt=0, description="Scale of the change, times r. Default: 2 init_r.")
-    ] = None
-    lora_dropout: Annotated[
-        Number, Field(ge=0, lt=1, description="Dropout probability of A's inputs.")
-    ] = 0.0
-    tinit: Annotated[
-        Whole | None,
-        Field(ge=0, description="Steps before the first cut. Default: a tenth of the job's steps."),
-    ] = None
-    tfinal: Annotated[
-        Whole | None,
-        Field(ge=0, description="Steps after the last cut. Default: three tenths of the steps."),
-    ] = None
-    deltaT: Annotated[Whole, Field(ge=1, description="Steps between cuts.")] = 1
-    beta1: Annotated[
-        Number, Field(gt=0, lt=1, description="Smoothing factor of the sensitivity.")
-    ] = 0.85
-    beta2: Annotated[
-        Number, Field(gt=0, lt=1, description="Smoothing factor of the uncertainty.")
-    ] = 0.85
-    orth_reg_weight: Annotated[
-        Number, Field(ge=0, description="Weight of the penalty that keeps A and B orthogonal.")
-    ] = 0.5
+    init_r: Rank = 12
+    """Initial rank of every module."""
+    target_r: Positive | None = None
+    """Average rank of the modules in the end. Default: 8, or init_r if that is lower."""
+    lora_alpha: AboveZero | None = None
+    """Scale of the change, times r. Default: 2 init_r."""
+    lora_dropout: Fraction = 0.0
+    """Dropout probability of A's inputs."""
+    tinit: Count | None = None
+    """Steps before the first cut. Default: a tenth of the job's steps."""
+    tfinal: Count | None = None
+    """Steps after the last cut. Default: three tenths of the job's steps."""
+    deltaT: Positive = 1
+    """Steps between cuts."""
+    beta1: Annotated[Number, Field(gt=0, lt=1)] = 0.85
+    """Smoothing factor of the sensitivity."""
+    beta2: Annotated[Number, Field(gt=0, lt=1)] = 0.85
+    """Smoothing factor of the uncertainty."""
+    orth_reg_weight: NotNegative = 0.5
+    """Weight of the penalty that keeps A and B nearly orthogonal."""
 
     @property
     def alpha(self) -> float:

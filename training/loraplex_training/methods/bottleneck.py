@@ -18,9 +18,15 @@ from loraplex_model.base.config import Site
 from pydantic import BeforeValidator, Field
 
 from loraplex_training.methods.base import Setting, TrainedAdapter
-from loraplex_training.methods.options import Layers, MethodOptions, OptionProblems, split_names
+from loraplex_training.methods.options import (
+    Layers,
+    MethodOptions,
+    OptionProblems,
+    Rank,
+    split_names,
+)
 from loraplex_training.methods.plain import PlainAdapter, config_of, leaf
-from loraplex_training.spec.fields import Number, Whole, one_of
+from loraplex_training.spec.fields import AboveZero, one_of
 
 STYLES: Mapping[str, tuple[tuple[str, ...], str]] = {
     "houlsby": (("attention", "mlp"), "output"),
@@ -36,46 +42,26 @@ _PARTS = ("down.weight", "down.bias", "up.weight", "up.bias")
 class BottleneckOptions(MethodOptions):
     """Options of bottleneck adapters."""
 
-    style: Annotated[
-        str,
-        one_of(STYLES),
-        Field(description="Placement by its paper: houlsby, pfeiffer or parallel."),
-    ] = "pfeiffer"
+    style: Annotated[str, one_of(STYLES)] = "pfeiffer"
+    """Placement by its paper: houlsby, pfeiffer or parallel."""
     placements: Annotated[
         tuple[Annotated[str, one_of(PLACEMENTS)], ...] | None,
         BeforeValidator(split_names),
-        Field(
-            min_length=1,
-            description="Blocks that get bottlenecks: attention, mlp. Default: the style's.",
-        ),
+        Field(min_length=1),
     ] = None
-    reads: Annotated[
-        Annotated[str, one_of(READS)] | None,
-        Field(
-            description="Input of a bottleneck: normed, output, stream or incoming. Default: the "
-            "style's."
-        ),
-    ] = None
-    reduction_factor: Annotated[
-        Number, Field(gt=0, description="Hidden size of the base divided by the width.")
-    ] = 16.0
-    bottleneck_size: Annotated[
-        Whole | None,
-        Field(
-            ge=1,
-            le=Limits().max_rank,
-            description="Width of a bottleneck, instead of reduction_factor.",
-        ),
-    ] = None
-    non_linearity: Annotated[
-        str, one_of(ACTIVATIONS), Field(description=f"Activation: {', '.join(ACTIVATIONS)}.")
-    ] = "relu"
-    scaling: Annotated[
-        Number, Field(gt=0, le=Limits().max_scale, description="Factor of a bottleneck's output.")
-    ] = 1.0
-    leave_out: Annotated[
-        Layers, Field(description='Layers that get no bottlenecks, as in "0,2,4-7".')
-    ] = ()
+    """Blocks that get bottlenecks: attention, mlp. Default: the style's."""
+    reads: Annotated[str, one_of(READS)] | None = None
+    """Input of a bottleneck: normed, output, stream or incoming. Default: the style's."""
+    reduction_factor: AboveZero = 16.0
+    """Hidden size of the base divided by the width of a bottleneck."""
+    bottleneck_size: Rank | None = None
+    """Width of a bottleneck, instead of reduction_factor."""
+    non_linearity: Annotated[str, one_of(ACTIVATIONS)] = "relu"
+    """Activation: linear, relu, silu, gelu, gelu_tanh, tanh, sigmoid or leaky_relu."""
+    scaling: Annotated[AboveZero, Field(le=Limits().max_scale)] = 1.0
+    """Factor of a bottleneck's output."""
+    leave_out: Layers = ()
+    """Layers that get no bottlenecks, as in "0,2,4-7"."""
 
 
 def bottleneck(

@@ -31,7 +31,7 @@ from loraplex_training.methods.lora import names_of, stored
 from loraplex_training.methods.options import OptionProblems, TargetOptions
 from loraplex_training.methods.plain import config_of, leaf, precision
 from loraplex_training.methods.targets import sites_of
-from loraplex_training.spec.fields import Number, Whole
+from loraplex_training.spec.fields import Number, Positive
 
 _MASK, _ROWS = "mask.", "rows."
 _CHUNK = 1024  # rows of a gradient of W that are in memory at once
@@ -43,16 +43,12 @@ Look = Callable[[Site, torch.Tensor, torch.Tensor], None]
 class FishMaskOptions(TargetOptions):
     """Options of FISH Mask."""
 
-    rows: Annotated[
-        Whole | None,
-        Field(ge=1, description="Output rows of each module that may change. Default: 16."),
-    ] = None
-    keep: Annotated[
-        Number, Field(gt=0, le=1, description="Fraction of these rows' entries that are trained.")
-    ] = 0.25
-    samples: Annotated[
-        Whole, Field(ge=1, description="Micro-batches to estimate the Fisher information from.")
-    ] = 16
+    rows: Positive | None = None
+    """Output rows of each module that may change. Default: 16, or all of a narrower module."""
+    keep: Annotated[Number, Field(gt=0, le=1)] = 0.25
+    """Fraction of these rows' entries that are trained."""
+    samples: Positive = 16
+    """Micro-batches from which the Fisher information is estimated."""
 
 
 def fishmask(

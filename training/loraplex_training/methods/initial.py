@@ -32,7 +32,7 @@ from pydantic import Field
 
 from loraplex_training.methods.options import OptionProblems, TargetOptions
 from loraplex_training.methods.targets import shape, weight
-from loraplex_training.spec.fields import Whole, one_of
+from loraplex_training.spec.fields import Count, one_of
 
 INITIALISATIONS = ("default", "gaussian", "random", "pissa", "loftq")
 
@@ -44,27 +44,13 @@ _LARGEST_RESIDUAL = 0.2  # of |W|: NF4's error is 0.09 on normal weights; other 
 class StartOptions(TargetOptions):
     """Options of the initial values of A and B."""
 
-    init: Annotated[
-        str,
-        one_of(INITIALISATIONS),
-        Field(
-            description="Initial values: default, gaussian, random, pissa (principal components of "
-            "the base's weights) or loftq (the quantisation error)."
-        ),
-    ] = "default"
-    svd_iterations: Annotated[
-        Whole,
-        Field(
-            ge=0,
-            le=64,
-            description="Rounds of subspace iteration for pissa and loftq. 0 computes the exact "
-            "decomposition.",
-        ),
-    ] = 8
-    loftq_source: Annotated[
-        str,
-        Field(description="Directory or .gguf file of the weights before quantisation, for loftq."),
-    ] = ""
+    init: Annotated[str, one_of(INITIALISATIONS)] = "default"
+    """Initial values: default, gaussian, random, pissa (principal components of the base's weights)
+    or loftq (the quantisation error)."""
+    svd_iterations: Annotated[Count, Field(le=64)] = 8
+    """Rounds of subspace iteration for pissa and loftq. 0 computes the exact decomposition."""
+    loftq_source: str = ""
+    """Directory or .gguf file of the weights before quantisation, for loftq."""
 
 
 @dataclass(frozen=True, slots=True)

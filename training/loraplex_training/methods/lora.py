@@ -30,10 +30,10 @@ from loraplex_training.methods.base import (
     TrainedAdapter,
 )
 from loraplex_training.methods.initial import Initialise, StartOptions, initialisation
-from loraplex_training.methods.options import Alphas, OptionProblems, Ranks
+from loraplex_training.methods.options import Alphas, OptionProblems, Rank, Ranks
 from loraplex_training.methods.plain import config_of, leaf
 from loraplex_training.methods.targets import HEAD, by_site, sites_of
-from loraplex_training.spec import fields
+from loraplex_training.spec.fields import AboveZero, Fraction
 
 Number = TypeVar("Number", int, float)
 
@@ -43,32 +43,20 @@ _FIRST = "first."
 class LoraOptions(StartOptions):
     """Options of LoRA and DoRA."""
 
-    r: Annotated[
-        fields.Whole, Field(ge=1, le=Limits().max_rank, description="Rank of A and B.")
-    ] = 16
-    lora_alpha: Annotated[
-        fields.Number | None, Field(gt=0, description="Scale of B A, times r. Default: 2 r.")
-    ] = None
-    use_rslora: Annotated[
-        bool, Field(description="Divide lora_alpha by the square root of r instead of by r.")
-    ] = False
-    rank_pattern: Annotated[
-        Ranks,
-        Field(
-            default_factory=dict,
-            description="Ranks of modules that differ from r: q_proj=4,k_proj=8.",
-        ),
-    ]
-    alpha_pattern: Annotated[
-        Alphas,
-        Field(default_factory=dict, description="Alphas of modules that differ from lora_alpha."),
-    ]
-    lora_dropout: Annotated[
-        fields.Number, Field(ge=0, lt=1, description="Dropout probability of A's inputs.")
-    ] = 0.0
-    loraplus_lr_ratio: Annotated[
-        fields.Number, Field(gt=0, description="Learning rate of B divided by that of A (LoRA+).")
-    ] = 1.0
+    r: Rank = 16
+    """Rank of A and B."""
+    lora_alpha: AboveZero | None = None
+    """Scale of B A, times r. Default: 2 r."""
+    use_rslora: bool = False
+    """Divide lora_alpha by the square root of r instead of by r."""
+    rank_pattern: Annotated[Ranks, Field(default_factory=dict)]
+    """Ranks of modules that differ from r: q_proj=4,k_proj=8."""
+    alpha_pattern: Annotated[Alphas, Field(default_factory=dict)]
+    """Alphas of modules that differ from lora_alpha."""
+    lora_dropout: Fraction = 0.0
+    """Dropout probability of A's inputs."""
+    loraplus_lr_ratio: AboveZero = 1.0
+    """Learning rate of B divided by that of A (LoRA+)."""
 
 
 @dataclass(frozen=True, slots=True)

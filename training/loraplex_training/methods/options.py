@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Annotated
 
+from loraplex_adapters.format.spec import Limits
 from loraplex_model.base.refusal import Problem, Reason, Refusal
 from pydantic import BaseModel, BeforeValidator, Field
 
-from loraplex_training.spec.fields import STRICT, Number, Whole, expected
+from loraplex_training.spec.fields import STRICT, AboveZero, Positive, Whole, expected, split_pairs
 
 _MOST_LAYERS = 1 << 16
 
@@ -52,46 +53,27 @@ def _layers(value: object) -> object:
     return tuple(sorted(found))
 
 
-def _pairs(value: object) -> object:
-    if not isinstance(value, str):
-        return value
-    found: dict[str, str] = {}
-    for part in filter(str.strip, value.split(",")):
-        key, _, number = (word.strip() for word in part.partition("="))
-        if not key:
-            raise expected('numbers by name, as in "q_proj=4,k_proj=8"')
-        if key in found:
-            raise ValueError(f"{key} is there twice")
-        found[key] = number
-    return found
-
-
 Names = Annotated[tuple[str, ...], BeforeValidator(split_names), Field(min_length=1)]
 """A list of names, or text with commas between them."""
 
 Layers = Annotated[tuple[int, ...], BeforeValidator(_layers)]
 """Layer indices as a list or as text with ranges, "0,2,4-7". Sorted, without repetition."""
 
-Ranks = Annotated[Mapping[str, Annotated[Whole, Field(gt=0)]], BeforeValidator(_pairs)]
-Alphas = Annotated[Mapping[str, Annotated[Number, Field(gt=0)]], BeforeValidator(_pairs)]
+Ranks = Annotated[Mapping[str, Positive], BeforeValidator(split_pairs)]
+Alphas = Annotated[Mapping[str, AboveZero], BeforeValidator(split_pairs)]
 """Numbers above 0 by name, or text: "q_proj=4,k_proj=8"."""
 
-TargetModules = Annotated[
-    Names,
-    Field(
-        description="Modules to adapt: names (q_proj), ends of paths (layers.1.self_attn.q_proj), "
-        "all-linear, attention, mlp or qv."
-    ),
-]
+Rank = Annotated[Whole, Field(ge=1, le=Limits().max_rank)]
 
 
 class TargetOptions(MethodOptions):
     """Options of methods that change projections."""
 
-    target_modules: TargetModules = ("all-linear",)
-    layers: Annotated[
-        Layers | None, Field(description='Layers to adapt, as in "0,2,4-7". Default: all.')
-    ] = None
+    target_modules: Names = ("all-linear",)
+    """Modules to adapt: names (q_proj), ends of paths (layers.1.self_attn.q_proj), all-linear,
+    attention, mlp or qv."""
+    layers: Layers | None = None
+    """Layers to adapt, as in "0,2,4-7". Default: all."""
 
 
 class OptionProblems:

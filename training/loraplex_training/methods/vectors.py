@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
 
 import torch
 from loraplex_adapters.format.modules import PREFIX, module_path
 from loraplex_adapters.format.patterns import suffixes
 from loraplex_model.adapters.delta import AdapterDelta, SiteDelta
 from loraplex_model.base.config import Site
-from pydantic import Field
 
 from loraplex_training.methods.base import Setting, TrainedAdapter
 from loraplex_training.methods.options import (
     Names,
     OptionProblems,
-    TargetModules,
     TargetOptions,
 )
 from loraplex_training.methods.plain import PlainAdapter, config_of, leaf
@@ -26,10 +23,10 @@ from loraplex_training.methods.targets import sites_of
 class Ia3Options(TargetOptions):
     """Options of (IA)3. The defaults are the paper's modules."""
 
-    target_modules: TargetModules = ("k_proj", "v_proj", "down_proj")
-    feedforward_modules: Annotated[
-        Names, Field(description="Target modules whose input is scaled instead of their output.")
-    ] = ("down_proj",)
+    target_modules: Names = ("k_proj", "v_proj", "down_proj")
+    """Modules to scale: see `lora`."""
+    feedforward_modules: Names = ("down_proj",)
+    """Target modules whose input is scaled instead of their output."""
 
 
 def ia3(options: Ia3Options, setting: Setting, problems: OptionProblems) -> TrainedAdapter:

@@ -27,7 +27,7 @@ from loraplex_training.methods.base import Setting, TrainedAdapter
 from loraplex_training.methods.encoders import TokenEncoder
 from loraplex_training.methods.options import MethodOptions, OptionProblems
 from loraplex_training.methods.plain import PlainAdapter, config_of, leaf, precision
-from loraplex_training.spec.fields import Whole, one_of
+from loraplex_training.spec.fields import Positive, one_of
 
 _SAVED = "prompt_embeddings"
 """Name of the only tensor in PEFT's files."""
@@ -40,57 +40,45 @@ _PEFT_STARTS = {"text": "TEXT", "vocabulary": "SAMPLE_VOCAB", "random": "RANDOM"
 class VirtualOptions(MethodOptions):
     """Options of all methods with virtual tokens."""
 
-    num_virtual_tokens: Annotated[
-        Whole,
-        Field(ge=1, le=Limits().max_virtual_tokens, description="Number of virtual tokens."),
-    ] = 16
+    num_virtual_tokens: Annotated[Positive, Field(le=Limits().max_virtual_tokens)] = 16
+    """Number of virtual tokens."""
 
 
 class PromptTuningOptions(VirtualOptions):
     """Options of prompt tuning."""
 
-    init: Annotated[
-        Annotated[str, one_of(_STARTS[:3])] | None,
-        Field(
-            description="Initial values: text (the tokens of init_text, repeated or cut to the "
-            "number), vocabulary (random tokens) or random (normal numbers). Default: text if "
-            "init_text is given, else vocabulary."
-        ),
-    ] = None
-    init_text: Annotated[str, Field(description="Text that the virtual tokens start from.")] = ""
+    init: Annotated[str, one_of(_STARTS[:3])] | None = None
+    """Initial values: text (the tokens of init_text, repeated or cut to the number), vocabulary
+    (random tokens) or random (normal numbers). Default: text if init_text is given, else
+    vocabulary."""
+    init_text: str = ""
+    """Text that the virtual tokens start from."""
 
 
 class PTuningOptions(VirtualOptions):
     """Options of P-tuning."""
 
-    encoder: Annotated[
-        str, one_of(("mlp", "lstm")), Field(description="Encoder of the tokens: mlp or lstm.")
-    ] = "mlp"
-    encoder_hidden_size: Annotated[
-        Whole, Field(ge=1, description="Hidden size of the encoder.")
-    ] = 128
-    encoder_num_layers: Annotated[
-        Whole, Field(ge=1, description="Number of layers of the LSTM.")
-    ] = _LSTM_LAYERS
+    encoder: Annotated[str, one_of(("mlp", "lstm"))] = "mlp"
+    """Encoder that computes the virtual tokens: mlp or lstm."""
+    encoder_hidden_size: Positive = 128
+    """Hidden size of the encoder."""
+    encoder_num_layers: Positive = _LSTM_LAYERS
+    """Number of layers of the LSTM."""
 
 
 class PrefixTuningOptions(VirtualOptions):
     """Options of prefix tuning."""
 
-    init: Annotated[
-        Annotated[str, one_of(_STARTS)] | None,
-        Field(
-            description="Initial values: text (those of init_text's tokens, repeated or cut to the "
-            "number), vocabulary (those of random tokens), random (normal numbers) or zero. "
-            "Default: text if init_text is given, else vocabulary; random with prefix_projection, "
-            "which allows random and zero (of its last layer) only."
-        ),
-    ] = None
-    init_text: Annotated[str, Field(description="Text that the prefix starts from.")] = ""
-    prefix_projection: Annotated[
-        bool, Field(description="Compute the prefix with a trained MLP.")
-    ] = False
-    encoder_hidden_size: Annotated[Whole, Field(ge=1, description="Hidden size of the MLP.")] = 512
+    init: Annotated[str, one_of(_STARTS)] | None = None
+    """Initial values: text (those of init_text's tokens, repeated or cut to the number), vocabulary
+    (those of random tokens), random (normal numbers) or zero. Default: text if init_text is given,
+    else vocabulary; with prefix_projection random, or zero in the last layer."""
+    init_text: str = ""
+    """Text that the prefix starts from."""
+    prefix_projection: bool = False
+    """Compute the prefix with a trained MLP. Allows init random and zero only."""
+    encoder_hidden_size: Positive = 512
+    """Hidden size of the MLP."""
 
 
 def prompt_tuning(

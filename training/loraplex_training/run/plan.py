@@ -148,7 +148,7 @@ def _option(declared: tuple[str, FieldInfo]) -> str:
     if isinstance(default, tuple):
         default = ",".join(map(str, default))
     shown = f" (default: {default})" if default not in (None, "", {}, False) else ""
-    return f"{name}: {info.description}{shown}"
+    return f"{name}: {' '.join(str(info.description).split())}{shown}"
 
 
 def _tokens(job: Job) -> int:

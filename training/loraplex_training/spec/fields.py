@@ -1,25 +1,21 @@
-"""How option values are declared and read: their types, limits and descriptions, through pydantic.
+"""Types of option values, and reading them with pydantic.
 
-A description is a whole sentence: it is the help of the option's flag. Values may be typed, as in a
-TOML file, or text, as on a command line.
+Values may be typed, as in a TOML file, or text, as on a command line.
 """
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Annotated, Any, Final, Literal, TypeVar
+from typing import Annotated, Final, TypeVar
 
 from loraplex_model.base.refusal import SHOWN_PROBLEMS, Problem, Reason, Refusal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-Panel = Literal[
-    "Data", "Method", "Optimiser", "Schedule", "Batches", "Evaluation", "Model", "Machine", "Output"
-]
-"""Heading under which `--help` lists an option."""
-
-STRICT: Final = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+STRICT: Final = ConfigDict(
+    extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+)
 
 Options = TypeVar("Options", bound=BaseModel)
 
@@ -43,11 +39,6 @@ _EXPECTED: Final = {
     "too": "at least one value",
 }
 """Expected values by the first word of pydantic's error type."""
-
-
-def option(panel: Panel, description: str, **limits: Any) -> Any:
-    """Declares an option inside `Annotated`; `limits` are those of pydantic's `Field`."""
-    return Field(description=description, json_schema_extra={"panel": panel}, **limits)
 
 
 def expected(text: str) -> PydanticCustomError:
@@ -76,6 +67,26 @@ def _no_bool(value: object) -> object:
 
 Whole = Annotated[int, BeforeValidator(_no_bool)]
 Number = Annotated[float, BeforeValidator(_no_bool)]
+Count = Annotated[Whole, Field(ge=0)]
+Positive = Annotated[Whole, Field(ge=1)]
+AboveZero = Annotated[Number, Field(gt=0)]
+NotNegative = Annotated[Number, Field(ge=0)]
+Fraction = Annotated[Number, Field(ge=0, lt=1)]
+
+
+def split_pairs(value: object) -> object:
+    """Splits text like "q_proj=4,k_proj=8" into a mapping; returns other values as they are."""
+    if not isinstance(value, str):
+        return value
+    found: dict[str, str] = {}
+    for part in filter(str.strip, value.split(",")):
+        key, _, number = (word.strip() for word in part.partition("="))
+        if not key:
+            raise expected('numbers by name, as in "q_proj=4,k_proj=8"')
+        if key in found:
+            raise ValueError(f"{key} is there twice")
+        found[key] = number
+    return found
 
 
 def read(
@@ -83,8 +94,8 @@ def read(
 ) -> tuple[Options | None, list[Problem]]:
     """The values as a `kind`, and everything that is wrong with them.
 
-    `field` is the path of the values, as in "jobs.tickets". Where a value is wrong or unknown, the
-    result has the default instead, or is None if a required value is wrong.
+    `field` is the path of the values, as in "jobs.tickets". Values that are wrong or unknown are
+    left out of the result, which is None if one of them is required.
     """
     try:
         return kind.model_validate(values), []
@@ -92,9 +103,14 @@ def read(
         found = error.errors(include_url=False)
     known = [info.alias or name for name, info in kind.model_fields.items()]
     problems = list(_problems(found, field, known))
-    wrong = {str(one["loc"][0]) for one in found}
+    rest = dict(values)
+    for one in found:
+        key, *inner = one["loc"]
+        value = rest.pop(str(key), None)
+        if inner and isinstance(inner[0], str) and isinstance(table := split_pairs(value), Mapping):
+            # The table's other entries may be right.
+            rest[str(key)] = {name: own for name, own in table.items() if name != inner[0]}
     try:
-        rest = {key: value for key, value in values.items() if key not in wrong}
         return kind.model_validate(rest), problems
     except ValidationError:
         return None, problems

@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
-from collections.abc import Callable, Collection
+import textwrap
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Final, get_args
 
 import typer
+from pydantic.fields import FieldInfo
 
 from loraplex_training.spec.parse import KEYS, RUN_KEYS, Key
 
 DATA_FLAGS: Final = ("data", "eval_data", "eval_fraction", "max_length", "learn", "system")
 BASE_FLAGS: Final = ("model", "cache")
+
+PANELS: Final[Mapping[str, str]] = {
+    "data": "Data",
+    "method": "Method",
+    "optimiser": "Optimiser",
+    "schedule": "Schedule",
+    "clip": "Optimiser",
+    "name": "Output",
+    "epochs": "Schedule",
+    "batch_size": "Batches",
+    "eval_every": "Evaluation",
+    "seed": "Batches",
+    "out": "Output",
+    "model": "Model",
+    "device": "Machine",
+    "save_every": "Output",
+}
+"""Panels of `--help`, by their first options; the others follow in their order of declaration."""
 
 
 def with_flags(
@@ -22,18 +45,17 @@ def with_flags(
 
     The decorated function gets `flags`: the options that were given, with their values as text.
     """
-    keys = {name: key for name, key in {**KEYS, **RUN_KEYS}.items() if name != "options"}
-    chosen = {name: key for name, key in keys.items() if names is None or name in names}
+    made = {name: parameter for name, parameter in _parameters() if names is None or name in names}
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = inspect.signature(command, eval_str=True).parameters.values()
         parameters = [
-            *(_parameter(name, key) for name, key in chosen.items()),
+            *made.values(),
             *(parameter for parameter in own if parameter.name != "flags"),
         ]
 
         def run(**arguments: Any) -> None:
-            given = {name: arguments.pop(name) for name in chosen}
+            given = {name: arguments.pop(name) for name in made}
             texts = {name: str(value) for name, value in given.items() if value is not None}
             command(flags=texts, **arguments)
 
@@ -45,27 +67,40 @@ def with_flags(
     return decorate
 
 
-def _parameter(name: str, key: Key) -> inspect.Parameter:
-    flag, kind = "--" + name.replace("_", "-"), key.info.annotation
-    extra = key.info.json_schema_extra
-    assert isinstance(extra, dict), "every option names its panel"
-    help_ = f"{key.info.description}{_default(key.default)}"
-    panel = str(extra["panel"])
+def _parameters() -> Iterator[tuple[str, inspect.Parameter]]:
+    panel = ""
+    for name, key in {**KEYS, **RUN_KEYS}.items():
+        panel = PANELS.get(name, panel)
+        if name != "options":  # which are given by --set
+            yield name, _parameter(name, key, panel)
+
+
+def _parameter(name: str, key: Key, panel: str) -> inspect.Parameter:
+    flag, kind = "--" + name.replace("_", "-"), FieldInfo.from_annotation(key.hint).annotation
+    help_ = _descriptions(key.kind)[key.field] + _default(key.default)
     if kind is bool:
-        both = f"{flag}/--no-{flag.removeprefix('--')}"
-        annotation: Any = Annotated[
-            bool | None, typer.Option(both, help=help_, rich_help_panel=panel)
-        ]
+        names, metavar = f"{flag}/--no-{flag.removeprefix('--')}", None
     else:
-        metavar = {int: "N", float: "X"}.get(kind) or (
-            "PATH" if Path in (kind, *get_args(kind)) else "TEXT"
-        )
-        annotation = Annotated[
-            str | None, typer.Option(flag, help=help_, metavar=metavar, rich_help_panel=panel)
-        ]
+        is_path = Path in (kind, *get_args(kind))
+        names, metavar = flag, {int: "N", float: "X"}.get(kind, "PATH" if is_path else "TEXT")
+    option = typer.Option(names, help=help_, metavar=metavar, rich_help_panel=panel)
+    annotation: Any = Annotated[(bool if kind is bool else str) | None, option]
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
     )
+
+
+@cache
+def _descriptions(kind: type) -> Mapping[str, str]:
+    """The docstrings of a dataclass's attributes, each in one line."""
+    (declared,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+    assert isinstance(declared, ast.ClassDef)
+    found = {}
+    for line, text in pairwise(declared.body):
+        match line, text:
+            case ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(docstring))):
+                found[name] = " ".join(docstring.split())
+    return found
 
 
 def _default(value: object) -> str:

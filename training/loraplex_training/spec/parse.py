@@ -28,7 +28,7 @@ import math
 import tomllib
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -48,12 +48,17 @@ _PARTS: Mapping[str, type] = {"data": DataSpec, "method": MethodSpec, "optim": O
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """An option's place: a part of the job ("" is the job itself, or the run) and its field."""
+    """An option's place: a part of the job ("" is the job itself, or the run) and its field.
+
+    Attributes:
+        kind: the dataclass that declares the field.
+        hint: the annotated type; `default` is MISSING where a value is required.
+    """
 
     part: str
+    kind: type
     field: str
     hint: Any
-    info: FieldInfo
     default: Any
 
 
@@ -62,12 +67,12 @@ def _keys(kind: type, part: str = "") -> dict[str, Key]:
     hints = get_type_hints(kind, include_extras=True)
     found = {}
     for field in dataclasses.fields(kind):
-        info = FieldInfo.from_annotation(hints[field.name])
-        if info.description is not None:
-            made = field.default_factory
-            default = field.default if made is dataclasses.MISSING else made()
-            name = info.alias or field.name
-            found[name] = Key(part, field.name, hints[field.name], info, default)
+        if field.name in ("jobs", *_PARTS):
+            continue
+        hint, made = hints[field.name], field.default_factory
+        default = field.default if made is MISSING else made()
+        name = FieldInfo.from_annotation(hint).alias or field.name
+        found[name] = Key(part, kind, field.name, hint, default)
     return found
 
 
@@ -83,7 +88,7 @@ RUN_KEYS: Mapping[str, Key] = _keys(RunSpec)
 
 def _model(name: str, keys: Mapping[str, Key]) -> type[BaseModel]:
     made: dict[str, Any] = {
-        name: (key.hint, ... if key.default is dataclasses.MISSING else key.default)
+        name: (key.hint, ... if key.default is MISSING else key.default)
         for name, key in keys.items()
     }
     return create_model(name, __config__=fields.STRICT, **made)
