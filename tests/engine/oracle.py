@@ -30,7 +30,6 @@ from typing import Any
 import numpy as np
 from adapters.adapter_files import base_info
 from loraplex_model.base.batch import ForwardBatch
-from loraplex_model.base.info import BaseInfo
 from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_server.engine.messages import AdapterRef, ModelInfo
 
@@ -150,7 +149,8 @@ class OracleRunner:
     width: int = 16
 
     def __post_init__(self) -> None:
-        config = base_info(
+        base = base_info(
+            "oracle",
             architecture="oracle",
             vocab_size=self.vocab_size,
             hidden_size=self.width,
@@ -160,9 +160,9 @@ class OracleRunner:
             head_dim=self.width,
             qkv_bias=False,
             qk_norm=False,
-        ).config
+        )
         self.info = ModelInfo(
-            base=BaseInfo(config, "oracle", "float32"),
+            base=base,
             name="oracle",
             device="cpu",
             kernels="oracle",
