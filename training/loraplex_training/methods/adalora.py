@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from loraplex_adapters.format.modules import PREFIX, module_path
-from loraplex_adapters.format.spec import Limits
+from loraplex_adapters.format.spec import AdapterLimits
 from loraplex_model.adapters.delta import AdapterDelta, SiteDelta
 from loraplex_model.base.config import Site
 
@@ -87,7 +87,7 @@ def adalora(options: Options, setting: Setting) -> TrainedAdapter:
     """
     steps = setting.steps
     sites = read_sites(options, setting.base)
-    init_r = options.integer("init_r", 12, 1, Limits().max_rank)
+    init_r = options.integer("init_r", 12, 1, AdapterLimits().max_rank)
     target_r = options.integer("target_r", min(8, init_r), 1, init_r)
     alpha = options.number("lora_alpha", 2.0 * init_r, above=0)
     schedule = Schedule(

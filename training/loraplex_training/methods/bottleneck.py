@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from loraplex_adapters.format.kinds.bottleneck import ACTIVATIONS, PLACEMENTS, READS
 from loraplex_adapters.format.modules import PREFIX, module_path
-from loraplex_adapters.format.spec import Limits
+from loraplex_adapters.format.spec import AdapterLimits
 from loraplex_model.adapters.delta import Activation, AdapterDelta, Reads, SiteDelta
 from loraplex_model.base.config import Site
 
@@ -46,7 +46,7 @@ def bottleneck(options: Options, setting: Setting) -> TrainedAdapter:
     reads = options.choice("reads", reads, READS)
     width = _width(options, shape.hidden_size)
     activation = options.choice("non_linearity", "relu", ACTIVATIONS)
-    scaling = options.number("scaling", 1.0, above=0.0, maximum=Limits().max_scale)
+    scaling = options.number("scaling", 1.0, above=0.0, maximum=AdapterLimits().max_scale)
     left_out = options.integers("leave_out", ())
     for layer in left_out:
         if layer >= shape.num_layers:
@@ -96,7 +96,7 @@ def bottleneck(options: Options, setting: Setting) -> TrainedAdapter:
 
 def _width(options: Options, hidden: int) -> int:
     """What is served at most is held against what comes out, too."""
-    largest = Limits().max_rank
+    largest = AdapterLimits().max_rank
     factor = options.number("reduction_factor", 16.0, above=0.0)
     width = options.integer("bottleneck_size", 0, 1, largest)
     if not options.given("bottleneck_size"):

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from loraplex_adapters.format.modules import module_path
-from loraplex_adapters.format.spec import Limits
+from loraplex_adapters.format.spec import AdapterLimits
 from loraplex_model.adapters.delta import AdapterDelta, SiteDelta
 from loraplex_model.adapters.merge import fused_matrix
 from loraplex_model.base.config import FUSED, Site
@@ -48,7 +48,7 @@ def fishmask(options: Options, setting: Setting) -> TrainedAdapter:
     sites = read_sites(options, setting.base)
     shapes = setting.base.config.projection_shapes()
     narrowest = min((shapes[name][1] for _, name in sites), default=1)
-    rows = options.integer("rows", min(16, narrowest), 1, min(narrowest, Limits().max_rank))
+    rows = options.integer("rows", min(16, narrowest), 1, min(narrowest, AdapterLimits().max_rank))
     keep = options.number("keep", 0.25, above=0, maximum=1)
     samples = options.integer("samples", 16, 1)
     options.done()

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import torch
 from loraplex_adapters.format.modules import PREFIX, module_path
-from loraplex_adapters.format.spec import Limits
+from loraplex_adapters.format.spec import AdapterLimits
 from loraplex_model.adapters.delta import AdapterDelta, LoraFactors
 from loraplex_model.adapters.delta import lora as lora_delta
 from loraplex_model.base.config import Site
@@ -85,7 +85,8 @@ def read_recipe(options: Options, setting: Setting, head: bool = False) -> Recip
     """
     sites = read_sites(options, setting.base, head=head)
     init = options.choice("init", "default", INITIALISATIONS)
-    most = Limits().max_rank // (2 if init == "pissa" else 1)  # whose file has twice the rank
+    # PiSSA's file has twice the rank.
+    most = AdapterLimits().max_rank // (2 if init == "pissa" else 1)
     r = options.integer("r", 16, 1, most)
     alpha = options.number("lora_alpha", 2.0 * r, above=0)
     pattern = read_pattern(options, "rank_pattern", sites, whole=True)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
-from loraplex_adapters.format.spec import Limits
+from loraplex_adapters.format.spec import AdapterLimits
 from loraplex_model.adapters.delta import AdapterDelta, VirtualTokens
 from loraplex_model.base.config import DecoderConfig
 from loraplex_model.base.weights import BaseWeights
@@ -176,7 +176,7 @@ def _keys_and_values(config: DecoderConfig, rows: torch.Tensor) -> VirtualTokens
 
 
 def _count(options: Options) -> int:
-    return options.integer("num_virtual_tokens", 16, 1, Limits().max_virtual_tokens)
+    return options.integer("num_virtual_tokens", 16, 1, AdapterLimits().max_virtual_tokens)
 
 
 def _start(
