@@ -18,7 +18,7 @@ from threading import Thread
 from typing import Final
 from wsgiref.simple_server import WSGIServer
 
-from loraplex_adapters.format.spec import Limits
+from loraplex_adapters.format.spec import AdapterLimits
 from loraplex_adapters.store import Store
 from loraplex_model.base.refusal import Refusal
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
@@ -152,7 +152,7 @@ class Server:
             tokenizer = await asyncio.to_thread(TextTokenizer, Path(model.tokenizer_path), context)
         except TokenizerError as error:
             raise StartFailure(ExitCode.NO_MODEL, str(error)) from error
-        limits = Limits(
+        limits = AdapterLimits(
             max_rank=config.max_rank,
             max_device_bytes=hello.adapter_budget_bytes,
             max_virtual_tokens=config.adapter_virtual_tokens,
@@ -169,7 +169,7 @@ class Server:
             tokenizer,
             admission,
             self.metrics,
-            Bounds(model.vocab_size, context, model.eos_token_ids),
+            Bounds(model.base.config.vocab_size, context, model.eos_token_ids),
             config.stream_writes,
         )
         self._training = await self._open_training(registry)
@@ -307,7 +307,7 @@ async def _serve(config: Config) -> None:
         model = server.engine.hello.model
         print(
             f"ready: grpc {server.address} admin {server.admin_address} model {model.name} "
-            f"({model.dtype} on {model.device}) in {time.monotonic() - began:.1f} s",
+            f"({model.base.dtype} on {model.device}) in {time.monotonic() - began:.1f} s",
             flush=True,
         )
         gc.collect()

@@ -245,11 +245,11 @@ class Metrics:
         self.model_info.clear()
         self.model_info.labels(
             model.name,
-            model.architecture,
-            model.dtype,
+            model.base.config.architecture,
+            model.base.dtype,
             model.device,
             model.kernels,
-            model.fingerprint,
+            model.base.fingerprint,
         ).set(1)
         self._free_blocks.set(hello.num_blocks)
         self._used_blocks.set(0)

@@ -11,8 +11,9 @@ from typing import ParamSpec, TypeVar
 
 from loraplex_adapters.format.examine import Report, examine
 from loraplex_adapters.format.files import Directory, open_below, open_directory
-from loraplex_adapters.format.spec import BaseShapes, Limits
+from loraplex_adapters.format.spec import AdapterLimits
 from loraplex_adapters.store import Page, Record, Store, Upload
+from loraplex_model.base.info import BaseInfo
 from loraplex_model.base.refusal import Reason, Refusal
 
 from loraplex_server.engine.messages import AdapterRef, AdapterStatus
@@ -72,7 +73,7 @@ class Registry:
         engine: EngineClient,
         metrics: Metrics,
         import_root: Path,
-        limits: Limits,
+        limits: AdapterLimits,
     ) -> None:
         self._store = store
         self._engine = engine
@@ -263,8 +264,8 @@ class Registry:
 
     # the store
 
-    def _base(self) -> BaseShapes:
-        return BaseShapes.of(self._engine.hello.model)
+    def _base(self) -> BaseInfo:
+        return self._engine.hello.model.base
 
     def _registered(self, record: Record) -> Registered:
         return Registered(record, str(self._store.path(record.digest)))

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Annotated, Any, Final, NoReturn, get_type_hints
 
 import typer
-from loraplex_adapters.format.spec import Limits
+from loraplex_adapters.format.spec import AdapterLimits
 from loraplex_adapters.store import Store, Verified
+from loraplex_model.base.info import BaseInfo
 from loraplex_model.base.refusal import BASE_MODEL_REASONS, Reason, Refusal
 from rich.console import Console, RenderableType
 
 from loraplex_server import store_tables as tables
 from loraplex_server.app import ExitCode
-from loraplex_server.base_shapes import load_shapes
 from loraplex_server.config import Config, ConfigError, load
 
 REFUSED: Final = 1
@@ -147,7 +147,7 @@ def import_(
 ) -> None:
     """Check an adapter against the base model and register it."""
     config = shell.config
-    limits = Limits(
+    limits = AdapterLimits(
         max_rank=config.max_rank,
         max_device_bytes=int(config.adapter_memory),
         max_virtual_tokens=config.adapter_virtual_tokens,
@@ -155,7 +155,7 @@ def import_(
     if model is not None:
         config = config.model_copy(update={"model": model})
     record, created = shell.store.register(
-        name, directory, load_shapes(config), limits, replace, _labels(label)
+        name, directory, load_base_info(config), limits, replace, _labels(label)
     )
     shell.show(
         {**tables.record_json(record), "created": created},
@@ -246,6 +246,18 @@ def alias(
     else:
         set_to = shell.store.set_alias(alias, adapter_id, expected)
         shell.show(tables.alias_json(set_to), f"{alias} -> {set_to.name}@{set_to.version}")
+
+
+def load_base_info(config: Config) -> BaseInfo:
+    """Describes the configured model, which is mapped from the cache, or converted first.
+
+    Imports torch. Raises `ModelError`.
+    """
+    import torch
+    from loraplex_model.checkpoints.load import load_base
+
+    dtype = getattr(torch, config.dtype)
+    return load_base(config.model, dtype, Path(config.cache)).weights.info
 
 
 def _config(arguments: dict[str, Any]) -> Config:

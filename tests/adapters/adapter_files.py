@@ -5,31 +5,59 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy as np
 from loraplex_adapters.format.modules import module_path
-from loraplex_adapters.format.spec import BaseShapes
+from loraplex_model.base.config import DecoderConfig
+from loraplex_model.base.info import BaseInfo
 from numpy.typing import NDArray
 
-BASE = BaseShapes(
-    num_layers=2,
-    projections={
-        "q_proj": (32, 32),
-        "k_proj": (32, 16),
-        "v_proj": (32, 16),
-        "o_proj": (32, 32),
-        "gate_proj": (32, 48),
-        "up_proj": (32, 48),
-        "down_proj": (48, 32),
-    },
-    hidden_size=32,
-    vocab_size=40,
-    head_dim=8,
-    biased=frozenset({"q_proj", "k_proj", "v_proj"}),
-    qk_norm=True,
-    fingerprint="sha256:" + "ba5e" * 16,
-    dtype="float32",
+
+def base_info(
+    fingerprint: str = "sha256:" + "ba5e" * 16, dtype: str = "float32", **config: Any
+) -> BaseInfo:
+    """A small base; `config` are fields of its `DecoderConfig` that differ."""
+    fields: dict[str, Any] = {
+        "architecture": "tiny",
+        "vocab_size": 40,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 8,
+        "rms_norm_eps": 1e-6,
+        "rope_inv_freq": (1.0, 0.1, 0.01, 0.001),
+        "rope_scale": 1.0,
+        "max_positions": 64,
+        "qkv_bias": True,
+        "o_bias": False,
+        "qk_norm": True,
+        "tie_embeddings": False,
+        "sliding_windows": (None, None),
+    }
+    return BaseInfo(DecoderConfig(**fields | config), fingerprint, dtype)
+
+
+BASE = base_info()
+BASE_JSON = msgspec.json.encode(BASE).decode()
+"""`BASE` for a script in another process."""
+
+SMOLLM = base_info(
+    fingerprint="",
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_layers=30,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    qkv_bias=False,
+    qk_norm=False,
 )
+"""The base of the demo, SmolLM2-135M, as far as LoRA adapters are checked against it."""
 
 Tensors = dict[str, NDArray[np.float32]]
 Entry = dict[str, object]
@@ -41,13 +69,13 @@ def key(layer: int, module: str, half: str) -> str:
 
 
 def lora_tensors(
-    modules: Mapping[tuple[int, str], int], base: BaseShapes = BASE, seed: int = 0
+    modules: Mapping[tuple[int, str], int], base: BaseInfo = BASE, seed: int = 0
 ) -> Tensors:
     """Random float32 halves for modules of the given ranks."""
     rng = np.random.default_rng(seed)
     tensors: Tensors = {}
     for (layer, module), rank in modules.items():
-        fan_in, fan_out = base.projections[module]
+        fan_in, fan_out = base.config.projection_shapes()[module]
         tensors[key(layer, module, "A")] = rng.normal(size=(rank, fan_in)).astype(np.float32)
         tensors[key(layer, module, "B")] = rng.normal(size=(fan_out, rank)).astype(np.float32)
     return tensors

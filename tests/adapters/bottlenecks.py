@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from loraplex_adapters.format.spec import BaseShapes
+from loraplex_model.base.info import BaseInfo
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as f
@@ -42,13 +42,13 @@ _BLOCKS = {"attention": "self_attn", "mlp": "mlp"}
 _NORMS = {"attention": "input_layernorm", "mlp": "post_attention_layernorm"}
 
 
-def write(name: str, base: BaseShapes, directory: Path) -> Path:
+def write(name: str, base: BaseInfo, directory: Path) -> Path:
     """A random adapter for a base of these shapes."""
     non_linearity, reads, placements, scaling, width, biased = ADAPTERS[name]
     random = torch.Generator().manual_seed(sum(name.encode()))
-    hidden = base.hidden_size
+    hidden = base.config.hidden_size
     tensors = {}
-    for layer in range(base.num_layers):
+    for layer in range(base.config.num_layers):
         for i, placement in enumerate(placements):
             prefix = f"base_model.model.model.layers.{layer}.{_BLOCKS[placement]}.bottleneck_"
             inner = width or 3 + 7 * layer + i

@@ -11,7 +11,7 @@ from loraplex_adapters.format.modules import PREFIX, module_path
 Config = dict[str, Any]
 
 _COMMON: Config = {"inference_mode": True, "peft_version": "0.21.2", "task_type": "CAUSAL_LM"}
-HIDDEN, VOCAB, KV = BASE.hidden_size, BASE.vocab_size, BASE.kv_size
+HIDDEN, VOCAB, KV = BASE.config.hidden_size, BASE.config.vocab_size, BASE.config.kv_size
 
 
 def key(site: tuple[int, str], ending: str) -> str:

@@ -10,31 +10,19 @@ from typing import Any
 
 import peft
 import torch
-from loraplex_adapters.format.spec import BaseShapes
 from loraplex_model.base.families import decoder_config
+from loraplex_model.base.info import BaseInfo
 
 from model import tiny
 
 FINGERPRINT = "sha256:" + "ba5e" * 16
 
 
-def base_shapes(variant: str) -> BaseShapes:
+def base_info(variant: str) -> BaseInfo:
     """A tiny model as adapters are held against it."""
     kind, changes = tiny.VARIANTS[variant]
     config = decoder_config({**kind(**tiny._SHAPE | changes).to_dict()})
-    biased = ("q_proj", "k_proj", "v_proj") if config.qkv_bias else ()
-    return BaseShapes(
-        num_layers=config.num_layers,
-        projections=config.projection_shapes(),
-        hidden_size=config.hidden_size,
-        vocab_size=config.vocab_size,
-        head_dim=config.head_dim,
-        biased=frozenset((*biased, "o_proj") if config.o_bias else biased),
-        qk_norm=config.qk_norm,
-        tie_embeddings=config.tie_embeddings,
-        fingerprint=FINGERPRINT,
-        dtype="float32",
-    )
+    return BaseInfo(config, FINGERPRINT, "float32")
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,12 @@ from typing import Any
 
 import peft
 import torch
-from adapters.peft_files import TIED, Case, Q, base_shapes, lora
+from adapters.peft_files import TIED, Case, Q, base_info, lora
 from loraplex_adapters.format.examine import inspect
-from loraplex_adapters.format.spec import AdapterSpec, BaseShapes, Limits
+from loraplex_adapters.format.spec import AdapterLimits, AdapterSpec
 from loraplex_adapters.load.tensors import load
 from loraplex_model.adapters.delta import AdapterDelta
+from loraplex_model.base.info import BaseInfo
 from loraplex_model.base.weights import BaseWeights
 from loraplex_model.checkpoints.load import load_base
 from model.passes import token_ids
@@ -153,9 +154,9 @@ class Gallery:
         self._quantised = cache(self._load_quantised)
         self._dequantised = cache(tiny.oracle)
 
-    def shapes(self, variant: str, dtype: torch.dtype = torch.float32) -> BaseShapes:
+    def shapes(self, variant: str, dtype: torch.dtype = torch.float32) -> BaseInfo:
         """A base as admission sees it."""
-        return replace(base_shapes(variant), dtype=str(dtype).removeprefix("torch."))
+        return replace(base_info(variant), dtype=str(dtype).removeprefix("torch."))
 
     def merged(self, variant: str, name: str) -> torch.Tensor:
         """[tokens, vocab] of the model into which PEFT has merged the adapter, in float32."""
@@ -178,9 +179,9 @@ class Gallery:
     def _load(
         self, variant: str, name: str, dtype: torch.dtype = torch.float32
     ) -> tuple[AdapterSpec, AdapterDelta]:
-        shapes, directory = self.shapes(variant, dtype), self.adapter(variant, name)
-        spec = inspect(directory, shapes, Limits())
-        return load(directory, spec.digest, shapes, self.weights(variant, dtype))
+        base, directory = self.shapes(variant, dtype), self.adapter(variant, name)
+        spec = inspect(directory, base, AdapterLimits())
+        return load(directory, spec.digest, self.weights(variant, dtype))
 
     def _expected(self, variant: str, name: str) -> torch.Tensor:
         """[tokens, vocab] of `ids_of(name)`; for `BASE` without an adapter."""

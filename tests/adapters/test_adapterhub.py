@@ -17,7 +17,7 @@ from loraplex_adapters.format.spec import AdapterSpec
 from loraplex_model.base.refusal import Refusal
 from safetensors.torch import load_file, save_file
 
-HIDDEN = BASE.hidden_size
+HIDDEN = BASE.config.hidden_size
 BN: dict[str, Any] = {
     "adapter_residual_before_ln": False,
     "cross_adapter": False,

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from loraplex_adapters.format.config import parse_config
 from loraplex_adapters.format.examine import examine, inspect
 from loraplex_adapters.format.kinds import KINDS
-from loraplex_adapters.format.spec import Limits
+from loraplex_adapters.format.spec import AdapterLimits
 from loraplex_adapters.format.strict_json import loads
 from loraplex_adapters.format.support import Support
 from loraplex_model.base.refusal import Refusal
@@ -203,13 +203,13 @@ def test_a_configuration_of_more_than_64_kib_is_not_read(tmp_path: Path) -> None
 def test_limits_are_the_callers(tmp_path: Path) -> None:
     source = write_adapter(tmp_path)
     need = inspect(source, BASE).packed_bytes
-    assert inspect(source, BASE, Limits(max_rank=4, max_device_bytes=need)).rank == 4
+    assert inspect(source, BASE, AdapterLimits(max_rank=4, max_device_bytes=need)).rank == 4
     for limits, reason in (
-        (Limits(max_rank=3), "RANK_TOO_LARGE"),
-        (Limits(max_device_bytes=need - 1), "ADAPTER_TOO_LARGE"),
-        (Limits(max_weights_bytes=1000), "ADAPTER_TOO_LARGE"),
-        (Limits(max_scale=1.9), "ADAPTER_INVALID"),
-        (Limits(max_abs_value=0.5), "ADAPTER_INVALID"),
+        (AdapterLimits(max_rank=3), "RANK_TOO_LARGE"),
+        (AdapterLimits(max_device_bytes=need - 1), "ADAPTER_TOO_LARGE"),
+        (AdapterLimits(max_weights_bytes=1000), "ADAPTER_TOO_LARGE"),
+        (AdapterLimits(max_scale=1.9), "ADAPTER_INVALID"),
+        (AdapterLimits(max_abs_value=0.5), "ADAPTER_INVALID"),
     ):
         with pytest.raises(Refusal) as refused:
             inspect(source, BASE, limits)

@@ -80,11 +80,11 @@ def test_every_format_is_written_and_described_in_json(
 
 def test_an_id_of_the_store_is_an_adapter_too(shell: Shell, bases: Bases, adapter: Path) -> None:
     with Store(shell.root / "store") as store:
-        record, _ = store.register("kept", adapter, bases("llama").shapes)
+        record, _ = store.register("kept", adapter, bases("llama").weights.info)
     result = shell.export("kept@1", adapter, "--format", "peft", "--blend", "cat")
     assert result.exit_code == 0, result.output
     with Store(shell.root / "store") as store:
-        blend, _ = store.register("both", shell.out, bases("llama").shapes)
+        blend, _ = store.register("both", shell.out, bases("llama").weights.info)
     assert blend.provenance["sources"] == f"{record.digest},{record.digest}"
     assert blend.provenance["weights"] == "1,1"
     assert blend.rank == 2 * record.rank
@@ -98,7 +98,7 @@ def test_the_servers_settings_say_what_is_not_given(
     file = tmp_path / "server.toml"
     file.write_text("".join(f'{name} = "{value}"\n' for name, value in settings.items()))
     with Store(tmp_path / "s") as store:
-        store.register("kept", adapter, bases("llama").shapes)
+        store.register("kept", adapter, bases("llama").weights.info)
     out = tmp_path / "out"
     arguments = ["export", "kept", "--format", "gguf", "--out", str(out), "--config", str(file)]
     result = CliRunner().invoke(app, arguments)

@@ -78,9 +78,9 @@ def test_the_converted_adapter_is_the_trained_model(
     assert ours.keys() == by_peft.keys()
     for name, tensor in by_peft.items():
         assert torch.equal(ours[name], tensor), name
-    spec = inspect(tmp_path / "ours", bases("llama").shapes, LIMITS)
+    spec = inspect(tmp_path / "ours", bases("llama").weights.info, LIMITS)
     if not {"rank_pattern", "use_rslora"} & options.keys():
-        oracle = inspect(tmp_path / "plain", bases("llama").shapes, LIMITS)
+        oracle = inspect(tmp_path / "plain", bases("llama").weights.info, LIMITS)
         assert [m.scale for m in spec.modules] == [m.scale for m in oracle.modules]
         assert [m.rank for m in spec.modules] == [m.rank for m in oracle.modules]
 

@@ -95,7 +95,8 @@ def test_shapes_are_those_that_llama_cpp_checks(bases: Bases, tmp_path: Path) ->
     factors = factors_of(delta, "a gguf adapter")
     write_gguf(tmp_path / "out", factors, base.weights.config, name="test")
     _, tensors = read(tmp_path / "out" / FILE)
-    hidden, vocab = base.shapes.hidden_size, base.shapes.vocab_size
+    config = base.weights.config
+    hidden, vocab = config.hidden_size, config.vocab_size
     rank = factors[EMBEDDING].rank
     assert tensors["token_embd.weight.lora_a"].shape == (vocab, rank)
     assert tensors["token_embd.weight.lora_b"].shape == (hidden, rank)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from adapters.adapter_files import BASE, write_adapter
+from adapters.adapter_files import BASE, BASE_JSON, write_adapter
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from loraplex_adapters.format.examine import inspect
@@ -116,11 +116,12 @@ def test_pickled_weights_are_refused_with_the_way_out(pickle: str, tmp_path: Pat
 OPENED = """
 import os, sys
 from pathlib import Path
+import msgspec
 from loraplex_adapters.format.examine import inspect
-from loraplex_adapters.format.spec import BaseShapes
+from loraplex_model.base.info import BaseInfo
+base = msgspec.json.decode(sys.argv[2], type=BaseInfo)
 names = []
 sys.addaudithook(lambda event, args: names.append(str(args[0])) if event == "open" else None)
-base = BaseShapes(2, {"q_proj": (32, 32), "k_proj": (32, 16), "v_proj": (32, 16)}, 32, 40, 8)
 inspect(Path(sys.argv[1]), base)
 print("\\n".join(names))
 """
@@ -135,7 +136,10 @@ def test_what_lies_beside_the_two_files_is_never_opened(tmp_path: Path) -> None:
     template = "{{ cycler.__init__.__globals__.os.mknod('" + str(flag) + "') }}"
     (source / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
     ran = subprocess.run(
-        [sys.executable, "-c", OPENED, str(source)], check=True, capture_output=True, text=True
+        [sys.executable, "-c", OPENED, str(source), BASE_JSON],
+        check=True,
+        capture_output=True,
+        text=True,
     )
     assert ran.stdout.split() == [str(source), CONFIG, WEIGHTS]
     assert not flag.exists()

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from adapters.adapter_files import BASE, Tensors, write_adapter
+from adapters.adapter_files import BASE, Tensors, base_info, write_adapter
 from adapters.kind_files import EMBED, HEAD, O0, Q0, SAMPLES, V1, key
 from loraplex_adapters.format.examine import Report, examine, inspect
-from loraplex_adapters.format.spec import AdapterSpec, Limits, ModuleSpec
+from loraplex_adapters.format.spec import AdapterLimits, AdapterSpec, ModuleSpec
 
 
 def judged(
@@ -74,7 +74,7 @@ PACKED = {
 @pytest.mark.parametrize("name", SAMPLES)
 def test_the_packed_size_is_known_beforehand(name: str, tmp_path: Path) -> None:
     assert served(tmp_path, name).packed_bytes == PACKED[name]
-    limit = Limits(max_device_bytes=PACKED[name] - 1)
+    limit = AdapterLimits(max_device_bytes=PACKED[name] - 1)
     assert examine(tmp_path, BASE, limit).findings[0].reason == "ADAPTER_TOO_LARGE"
     half = inspect(tmp_path, replace(BASE, dtype="bfloat16"), replace(limit, max_device_bytes=None))
     assert half.packed_bytes <= PACKED[name]
@@ -91,7 +91,7 @@ def test_a_bottleneck_says_what_it_reads(tmp_path: Path) -> None:
 
 
 def test_both_tied_matrices_change_with_trained_tokens(tmp_path: Path) -> None:
-    tied = replace(BASE, tie_embeddings=True)
+    tied = base_info(tie_embeddings=True)
     for name in ("tokens", "lora-saved"):
         config = {"modules_to_save": None}
         shapes = {
@@ -103,7 +103,7 @@ def test_both_tied_matrices_change_with_trained_tokens(tmp_path: Path) -> None:
 
 
 def test_one_module_is_not_changed_in_two_ways(tmp_path: Path) -> None:
-    tied = replace(BASE, tie_embeddings=True)
+    tied = base_info(tie_embeddings=True)
     report = judged(tmp_path, "lora-saved", base=tied)  # the head saved, and changed by tokens
     assert ("ADAPTER_UNSUPPORTED", "lm_head") in {(f.reason, f.field) for f in report.findings}
 
@@ -223,7 +223,7 @@ def test_an_adapter_of_ranks_zero_alone_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_bias_that_the_base_does_not_have_is_not_replaced(tmp_path: Path) -> None:
-    plain = replace(BASE, biased=frozenset())
+    plain = base_info(qkv_bias=False)
     report = judged(tmp_path, "dora", base=plain)
     assert {f.field for f in report.findings} == {key(Q0, "base_layer.bias")}
 

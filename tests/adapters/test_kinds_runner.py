@@ -10,7 +10,6 @@ import torch
 from adapters.peft_files import TIED
 from adapters.peft_kinds import BASE, Gallery, ids_of, names_on
 from loraplex_adapters.format.examine import inspect
-from loraplex_adapters.format.spec import BaseShapes
 from loraplex_model.base.batch import ForwardBatch
 from loraplex_server.engine.messages import AdapterRef
 from loraplex_server.engine.runner.local import LocalRunner, ReadAdapter, build
@@ -36,7 +35,7 @@ def start(gallery: Gallery) -> LocalRunner:
 
 
 def read(runner: LocalRunner, directory: Path) -> ReadAdapter:
-    spec = inspect(directory, BaseShapes.of(runner.info))
+    spec = inspect(directory, runner.info.base)
     adapter = runner.read_adapter(AdapterRef(spec.digest, str(directory)))
     assert (adapter.nbytes, adapter.virtual_tokens) == (spec.packed_bytes, spec.virtual_tokens)
     return adapter

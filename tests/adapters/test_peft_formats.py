@@ -9,7 +9,7 @@ from pathlib import Path
 
 import peft
 import pytest
-from adapters.peft_files import CASES, EMBED, HEAD, base_shapes, lora, write
+from adapters.peft_files import CASES, EMBED, HEAD, base_info, lora, write
 from loraplex_adapters.format.examine import examine, inspect
 from loraplex_adapters.format.header import read_header
 from loraplex_adapters.format.kinds import KINDS
@@ -32,7 +32,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
 def test_what_peft_writes_is_placed_whole(name: str, written: Written) -> None:
     case = CASES[name]
     source = written(name)
-    spec = inspect(source, base_shapes(case.variant))
+    spec = inspect(source, base_info(case.variant))
     first = {(m.layer, m.module): set(m.tensors) for m in spec.modules if m.layer in (0, -1)}
     assert first == {site: set(roles.split()) for site, roles in case.sites.items()}
     data = (source / "adapter_model.safetensors").read_bytes()
@@ -55,7 +55,7 @@ def test_every_type_of_peft_is_served_or_refused_by_name() -> None:
 
 
 def test_trained_rows_keep_the_order_of_their_tokens(written: Written) -> None:
-    spec = inspect(written("tied tokens"), base_shapes(CASES["tied tokens"].variant))
+    spec = inspect(written("tied tokens"), base_info(CASES["tied tokens"].variant))
     rows = {m.module: m for m in spec.modules if "rows" in m.tensors}
     assert rows.keys() == {"embed_tokens", "lm_head"}
     assert all(m.token_ids == (5, 3) for m in rows.values())
@@ -64,7 +64,7 @@ def test_trained_rows_keep_the_order_of_their_tokens(written: Written) -> None:
 
 def test_adalora_is_scaled_by_the_rank_that_training_began_with(written: Written) -> None:
     case = CASES["adalora, pruned"]
-    spec = inspect(written("adalora, pruned"), base_shapes(case.variant))
+    spec = inspect(written("adalora, pruned"), base_info(case.variant))
     ranks = [(m.rank, m.scale) for m in spec.modules if m.module == "q_proj"]
     assert ranks == [(rank, 8 / (4 + 1e-5)) for rank in (2, 3, 3)]
     assert all(set(m.tensors) == {"bias"} for m in spec.modules if m.module == "v_proj")
@@ -73,7 +73,7 @@ def test_adalora_is_scaled_by_the_rank_that_training_began_with(written: Written
 def test_virtual_tokens_are_counted(written: Written) -> None:
     for name in ("prompt", "p-tuning", "prefix"):
         case = CASES[name]
-        spec = inspect(written(name), base_shapes(case.variant))
+        spec = inspect(written(name), base_info(case.variant))
         assert (spec.virtual_tokens, spec.target_modules, spec.rank) == (5, (), 0)
 
 
@@ -99,14 +99,14 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_not_served_is_refused_by_the_tensor(name: str, tmp_path: Path) -> None:
     case, reason, field = REFUSED[name]
-    report = examine(write(case, tmp_path), base_shapes(case.variant))
+    report = examine(write(case, tmp_path), base_info(case.variant))
     assert (reason, field) in {(f.reason, f.field) for f in report.findings}
 
 
 @pytest.mark.parametrize("name", ["tied head", "bias all", "saved norms", "prefix", "ia3", "norms"])
 def test_no_other_base_takes_it(name: str, tmp_path: Path) -> None:
     case = CASES[name]
-    report = examine(write(case, tmp_path), base_shapes("llama-odd-sizes"))
+    report = examine(write(case, tmp_path), base_info("llama-odd-sizes"))
     assert report.spec is None
     assert {f.reason for f in report.findings} <= {"BASE_MODEL_MISMATCH", "ADAPTER_INVALID"}
     assert "BASE_MODEL_MISMATCH" in {f.reason for f in report.findings}
@@ -114,10 +114,10 @@ def test_no_other_base_takes_it(name: str, tmp_path: Path) -> None:
 
 def test_copies_of_the_base_have_to_be_of_this_base(tmp_path: Path) -> None:
     source = write(CASES["embeddings and head"], tmp_path)
-    assert {(m.layer, m.module) for m in inspect(source, base_shapes("llama")).modules} == {
+    assert {(m.layer, m.module) for m in inspect(source, base_info("llama")).modules} == {
         EMBED,
         HEAD,
     }
-    report = examine(source, base_shapes("llama-odd-sizes"))
+    report = examine(source, base_info("llama-odd-sizes"))
     copies = {f.field for f in report.findings if f.field.endswith(COPIES)}
     assert len(copies) == 2

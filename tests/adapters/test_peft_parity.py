@@ -8,7 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from adapters.peft_files import base_shapes
+from adapters.peft_files import base_info
 from adapters.peft_kinds import Gallery
 from loraplex_adapters.format.examine import examine, inspect
 from loraplex_adapters.load.tensors import load
@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from model import tiny
 
 VARIANT = "llama"
-BASE = base_shapes(VARIANT)
+BASE = base_info(VARIANT)
 
 SERVED: dict[str, dict[str, Any]] = {
     "rank 1": {"r": 1, "target_modules": ["q_proj"]},
@@ -127,7 +127,7 @@ def test_factors_and_scales_are_those_that_peft_loads(
     save(tmp_path, options)
     reloaded = factors_of(reload(tmp_path), "default")
     digest = inspect(tmp_path, BASE).digest
-    spec, delta = load(tmp_path, digest, BASE, gallery.weights(VARIANT))
+    spec, delta = load(tmp_path, digest, gallery.weights(VARIANT))
     assert {(m.layer, m.module): m.scale for m in spec.modules} == {
         site: lora.scale for site, lora in reloaded.items()
     }
@@ -195,7 +195,7 @@ def test_half_precision_files_keep_their_bits(
     expected = {k: v.to(dtype) for k, v in load_file(file).items()}
     save_file(expected, file)
     digest = inspect(tmp_path, BASE).digest
-    spec, delta = load(tmp_path, digest, BASE, gallery.weights(VARIANT))
+    spec, delta = load(tmp_path, digest, gallery.weights(VARIANT))
     for module in spec.modules:
         change = delta.sites[module.layer, module.module]
         assert torch.equal(change.a, expected[module.tensors["a"].name])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import os
 import shutil
@@ -13,13 +12,21 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from adapters.adapter_files import BASE, everywhere, lora_config, lora_tensors, write_adapter
+from adapters.adapter_files import (
+    BASE,
+    base_info,
+    everywhere,
+    lora_config,
+    lora_tensors,
+    write_adapter,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from loraplex_adapters.format.examine import inspect
 from loraplex_adapters.format.files import open_directory
-from loraplex_adapters.format.spec import BaseShapes, Limits
+from loraplex_adapters.format.spec import AdapterLimits
 from loraplex_adapters.store import Record, Store
+from loraplex_model.base.info import BaseInfo
 from loraplex_model.base.refusal import Refusal
 
 
@@ -267,16 +274,21 @@ def leftovers(root: Path) -> list[Path]:
         ({"layer_replication": [[0, 2]]}, BASE, None, "ADAPTER_UNSUPPORTED"),
         (
             {},
-            dataclasses.replace(BASE, projections={"q_proj": (64, 64)}),
+            base_info(hidden_size=64),
             None,
             "BASE_MODEL_MISMATCH",
         ),
-        ({}, BASE, Limits(max_rank=2), "RANK_TOO_LARGE"),
-        ({}, BASE, Limits(max_abs_value=0.1), "ADAPTER_INVALID"),
+        ({}, BASE, AdapterLimits(max_rank=2), "RANK_TOO_LARGE"),
+        ({}, BASE, AdapterLimits(max_abs_value=0.1), "ADAPTER_INVALID"),
     ],
 )
 def test_a_refused_adapter_leaves_nothing_behind(
-    config: Any, base: BaseShapes, limits: Limits | None, reason: str, store: Store, tmp_path: Path
+    config: Any,
+    base: BaseInfo,
+    limits: AdapterLimits | None,
+    reason: str,
+    store: Store,
+    tmp_path: Path,
 ) -> None:
     source = adapter(tmp_path / "a", **config)
     assert refusal(store.register, "a", source, base, limits)[0] == reason

@@ -11,16 +11,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from adapters.adapter_files import BASE, everywhere, lora_tensors, write_adapter
+from adapters.adapter_files import BASE_JSON, everywhere, lora_tensors, write_adapter
 
 CRASHES = """
 import json, os, shutil, signal, sys
 from pathlib import Path
+import msgspec
+from loraplex_model.base.info import BaseInfo
 from loraplex_model.base.refusal import Refusal
-from loraplex_adapters.format.spec import BaseShapes
 from loraplex_adapters.store import Store, blobs
 
-top, base = Path(sys.argv[1]), BaseShapes(**json.loads(sys.argv[2]))
+top, base = Path(sys.argv[1]), msgspec.json.decode(sys.argv[2], type=BaseInfo)
 blobs._PIECE = 512  # several deaths within one file
 HERE = ("loraplex_adapters/store/", "sqlalchemy/engine/default.py")
 
@@ -80,9 +81,10 @@ print(json.dumps({"points": total, **outcomes}))
 RACER = """
 import json, sys
 from pathlib import Path
-from loraplex_adapters.format.spec import BaseShapes
+import msgspec
+from loraplex_model.base.info import BaseInfo
 from loraplex_adapters.store import Store
-top, base = Path(sys.argv[1]), BaseShapes(**json.loads(sys.argv[2]))
+top, base = Path(sys.argv[1]), msgspec.json.decode(sys.argv[2], type=BaseInfo)
 sys.stdin.readline()
 made = []
 with Store(top / "store") as store:
@@ -100,11 +102,12 @@ print(json.dumps(made))
 AUDIT = """
 import json, os, sys
 from pathlib import Path
+import msgspec
 from loraplex_adapters.format.files import open_below
-from loraplex_adapters.format.spec import BaseShapes
+from loraplex_model.base.info import BaseInfo
 from loraplex_adapters.store import Store
 
-top, base = Path(sys.argv[1]), BaseShapes(**json.loads(sys.argv[2]))
+top, base = Path(sys.argv[1]), msgspec.json.decode(sys.argv[2], type=BaseInfo)
 
 def register(store_root):
     with Store(store_root) as store, open_below(top, "kept") as source:
@@ -125,14 +128,6 @@ events = list(seen)
 print(json.dumps(events))
 """
 
-SHAPES = {
-    "num_layers": BASE.num_layers,
-    "projections": dict(BASE.projections),
-    "hidden_size": BASE.hidden_size,
-    "vocab_size": BASE.vocab_size,
-    "head_dim": BASE.head_dim,
-}
-
 
 @pytest.fixture
 def ram(tmp_path: Path) -> Iterator[Path]:
@@ -148,7 +143,7 @@ def ram(tmp_path: Path) -> Iterator[Path]:
 def prepare(top: Path) -> list[str]:
     for seed, name in enumerate(("kept", "old", "new")):
         write_adapter(top / name, weights=lora_tensors(everywhere("q_proj", "v_proj"), seed=seed))
-    return [str(top), json.dumps(SHAPES)]
+    return [str(top), BASE_JSON]
 
 
 def run(script: str, *arguments: str) -> str:

@@ -13,7 +13,7 @@ from adapters.adapter_files import BASE
 from adapters.stores import adapters, blobs, refusal, rubbish
 from loraplex_adapters.format.examine import inspect
 from loraplex_adapters.format.files import CONFIG_FILE, MAX_CONFIG_BYTES, WEIGHTS_FILE
-from loraplex_adapters.format.spec import Limits
+from loraplex_adapters.format.spec import AdapterLimits
 from loraplex_adapters.store import Store, Upload, UploadBounds
 
 BOUNDS = UploadBounds(max_weights_bytes=1 << 16, max_open=3)
@@ -113,7 +113,7 @@ def test_what_is_not_the_expected_adapter_is_refused_and_can_be_put_right(
     assert refusal(store.finish_upload, upload, "a", other, BASE) == ("ADAPTER_INVALID", "digest")
     assert refusal(store.finish_upload, upload, "a", "?", BASE) == ("FIELD_INVALID", "digest")
     assert refusal(store.finish_upload, upload, "A", digest, BASE) == ("FIELD_INVALID", "name")
-    too_large = refusal(store.finish_upload, upload, "a", digest, BASE, Limits(max_rank=2))
+    too_large = refusal(store.finish_upload, upload, "a", digest, BASE, AdapterLimits(max_rank=2))
     assert too_large[0] == "RANK_TOO_LARGE"
     assert not blobs(root)
     assert not rubbish(root)

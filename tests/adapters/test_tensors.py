@@ -17,14 +17,14 @@ from adapters.adapter_files import (
     safetensors_bytes,
     write_adapter,
 )
-from adapters.peft_files import base_shapes
+from adapters.peft_files import base_info
 from adapters.peft_kinds import Gallery
 from loraplex_adapters.format.examine import inspect
 from loraplex_adapters.load.tensors import load
 from loraplex_model.base.refusal import Refusal
 from loraplex_model.base.weights import BaseWeights
 
-BASE = base_shapes("llama")
+BASE = base_info("llama")
 MODULES = everywhere("q_proj", "v_proj", layers=3)
 
 
@@ -42,7 +42,7 @@ def test_a_loaded_adapter_has_the_files_tensors_and_scales(
 ) -> None:
     tensors = lora_tensors(MODULES, BASE)
     spec = inspect(write(tmp_path, lora_alpha=6), BASE)
-    again, delta = load(tmp_path, spec.digest, BASE, weights)
+    again, delta = load(tmp_path, spec.digest, weights)
     assert again == spec
     assert delta.sites.keys() == MODULES.keys()
     for (layer, module), change in delta.sites.items():
@@ -63,7 +63,7 @@ def test_changed_bytes_are_never_used(
     else:
         (tmp_path / file).write_bytes(changed.get(harm, data[:-1]))
     with pytest.raises(Refusal) as refused:
-        load(tmp_path, spec.digest, BASE, weights)
+        load(tmp_path, spec.digest, weights)
     assert (refused.value.reason, refused.value.field) == ("ADAPTER_CORRUPT", spec.digest)
 
 
@@ -71,9 +71,9 @@ def test_an_adapter_of_another_base_is_refused_at_load(
     tmp_path: Path, weights: BaseWeights
 ) -> None:
     digest = inspect(write(tmp_path), BASE).digest
-    wider = {name: (i * 2, o * 2) for name, (i, o) in BASE.projections.items()}
+    wider = replace(weights.config, hidden_size=2 * weights.config.hidden_size)
     with pytest.raises(Refusal) as refused:
-        load(tmp_path, digest, replace(BASE, projections=wider), weights)
+        load(tmp_path, digest, replace(weights, config=wider))
     assert refused.value.reason == "BASE_MODEL_MISMATCH"
 
 
@@ -84,6 +84,6 @@ def test_tensors_that_lie_unaligned_are_read_right(tmp_path: Path, weights: Base
         header = {"__metadata__": {"p": "x" * padding}, **text}
         data = safetensors_bytes(header, b"".join(t.tobytes() for t in tensors.values()))
         spec = inspect(write_adapter(tmp_path, lora_config(), data), BASE)
-        change = load(tmp_path, spec.digest, BASE, weights)[1].sites[1, "v_proj"]
+        change = load(tmp_path, spec.digest, weights)[1].sites[1, "v_proj"]
         assert change.a.data_ptr() % 4 == 0
         assert torch.equal(change.a, torch.from_numpy(tensors[key(1, "v_proj", "A")]))

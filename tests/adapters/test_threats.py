@@ -6,12 +6,11 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from adapters.adapter_files import BASE, lora_config, write_adapter
+from adapters.adapter_files import BASE, base_info, lora_config, write_adapter
 from adapters.kind_files import SAMPLES
 from loraplex_adapters.format.examine import examine
 from loraplex_adapters.format.kinds import KINDS
@@ -132,6 +131,6 @@ def full(entry: Callable[[int], str]) -> list[str]:
     ids=lambda changes: next(iter(changes)),
 )
 def test_the_work_is_bounded_on_a_deep_base(changes: dict[str, Any], tmp_path: Path) -> None:
-    deep = replace(BASE, num_layers=100)
+    deep = base_info(num_layers=100)
     source = write_adapter(tmp_path, lora_config(**changes))
     assert calls_of(lambda: examine(source, deep)) < 500_000

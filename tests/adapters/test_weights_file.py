@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from adapters.adapter_files import (
     BASE,
+    BASE_JSON,
     Entry,
     entries,
     everywhere,
@@ -161,14 +162,15 @@ def test_no_bytes_raise_anything_but_the_typed_error(data: bytes) -> None:
 PROBE = """
 import sys
 from pathlib import Path
+import msgspec
 from loraplex_adapters.format.examine import examine
-from loraplex_adapters.format.spec import BaseShapes
+from loraplex_model.base.info import BaseInfo
 def peak():
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0])
-base = BaseShapes(2, {"q_proj": (32, 32), "k_proj": (32, 16)}, 32, 40, 8)
+base = msgspec.json.decode(sys.argv[2], type=BaseInfo)
 examine(Path(sys.argv[1]), base)
-for directory in sys.argv[2:]:
+for directory in sys.argv[3:]:
     Path("/proc/self/clear_refs").write_text("5")
     before = peak()
     report = examine(Path(directory), base)
@@ -190,7 +192,7 @@ def test_bombs_cost_little_memory_and_no_torch(tmp_path: Path) -> None:
     directories = [write_adapter(tmp_path / n, weights=w) for n, w in bombs.items()]
     sound = write_adapter(tmp_path / "sound")
     ran = subprocess.run(
-        [sys.executable, "-c", PROBE, str(sound), *map(str, directories)],
+        [sys.executable, "-c", PROBE, str(sound), BASE_JSON, *map(str, directories)],
         check=True,
         capture_output=True,
         text=True,

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from adapters.adapter_files import base_info
 from loraplex_model.base.batch import ForwardBatch
 from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_server.engine.messages import AdapterRef, ModelInfo
@@ -122,6 +123,7 @@ class OracleRunner:
         crash_token: a batch that computes it kills the process.
         scripts: after the marker token `m`, the sequence continues with `scripts[m]`.
         step_seconds: how long a forward pass takes at least.
+        width: of the hidden states and of every projection of the attention.
         merges_files: whether adapters that are LoRA directories can be merged.
         max_tokens_seen, batches: what the engine asked for, for assertions.
     """
@@ -144,32 +146,29 @@ class OracleRunner:
     step_seconds: float = 0.0
     merges_files: bool = False
     tokenizer_path: str = ""
-    projections: dict[str, tuple[int, int]] = field(default_factory=dict)
-    model: dict[str, Any] = field(default_factory=dict)
+    width: int = 16
 
     def __post_init__(self) -> None:
+        base = base_info(
+            "oracle",
+            architecture="oracle",
+            vocab_size=self.vocab_size,
+            hidden_size=self.width,
+            num_layers=1,
+            num_heads=1,
+            num_kv_heads=1,
+            head_dim=self.width,
+            qkv_bias=False,
+            qk_norm=False,
+        )
         self.info = ModelInfo(
-            **{
-                "name": "oracle",
-                "architecture": "oracle",
-                "fingerprint": "oracle",
-                "dtype": "float32",
-                "device": "cpu",
-                "vocab_size": self.vocab_size,
-                "num_layers": 1,
-                "hidden_size": 1,
-                "max_context": self.max_context,
-                "eos_token_ids": self.eos_token_ids,
-                "projections": self.projections,
-                "tokenizer_path": self.tokenizer_path,
-                "kernels": "oracle",
-                "head_dim": 1,
-                "biased": [],
-                "qk_norm": False,
-                "tie_embeddings": False,
-                "weight_bytes": 0,
-                **self.model,
-            }
+            base=base,
+            name="oracle",
+            device="cpu",
+            kernels="oracle",
+            tokenizer_path=self.tokenizer_path,
+            max_context=self.max_context,
+            eos_token_ids=self.eos_token_ids,
         )
         shape = self.num_blocks + self.prefix_blocks, self.block_size
         self.kv = np.full(shape, EMPTY, np.uint64)

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from adapters.adapter_files import everywhere, lora_config, lora_tensors, write_adapter
-from loraplex_adapters.format.spec import BaseShapes
 from loraplex_adapters.store import Store
 from loraplex_model.base.batch import ForwardBatch
 from loraplex_model.base.refusal import Refusal
@@ -79,7 +78,7 @@ def test_a_cache_smaller_than_a_block_is_refused(checkpoint: Path) -> None:
 
 def registered(runner: LocalRunner, folder: Path) -> AdapterRef:
     """A random adapter on two modules, in a store."""
-    base = BaseShapes.of(runner.info)
+    base = runner.info.base
     modules = everywhere("q_proj", "down_proj", layers=3)
     source = write_adapter(
         folder / "source",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
+from adapters.adapter_files import BASE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loraplex_model.base.refusal import Reason
@@ -14,11 +15,13 @@ from loraplex_server.engine.messages import (
     AdapterStatus,
     ControlDone,
     Failure,
+    Hello,
     Load,
     LoadDone,
     Logprobs,
     Merge,
     MergeDone,
+    ModelInfo,
     Output,
     Pin,
     SamplingParams,
@@ -52,7 +55,9 @@ TO_ENGINE = [
     Shutdown(),
 ]
 STATS = StepStats(1, 0.1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13)
+INFO = ModelInfo(BASE, "tiny", "cpu", "C++ avx2", "/cache/tiny", 64, [2])
 FROM_ENGINE = [
+    Hello(INFO, 8, 16, 1 << 20),
     StepDone(
         [
             Output(7, [1], [Logprobs(1, -0.5, [(1, -0.5)])], started=True),

@@ -8,24 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapters.adapter_files import SMOLLM
 from demo_checks import BEHAVIOUR, is_json, is_pirate
 from loraplex_adapters.format import examine as adapter_format
-from loraplex_adapters.format.spec import BaseShapes
 from safetensors import safe_open
 from train import commands, runs
 from train_demo_adapters import BASE_NAME, RECIPES, completion, main
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-SHAPES = {
-    "q_proj": (576, 576),
-    "k_proj": (576, 192),
-    "v_proj": (576, 192),
-    "o_proj": (576, 576),
-    "gate_proj": (576, 1536),
-    "up_proj": (576, 1536),
-    "down_proj": (1536, 576),
-}
-"""SmolLM2-135M's; it has 30 layers."""
 
 
 def test_there_is_a_recipe_a_check_and_a_directory_for_each() -> None:
@@ -36,7 +26,7 @@ def test_there_is_a_recipe_a_check_and_a_directory_for_each() -> None:
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
 def test_a_demo_adapter_is_small_and_accepted(recipe) -> None:  # type: ignore[no-untyped-def]
     directory = EXAMPLES / "adapters" / recipe.name
-    spec = adapter_format.inspect(directory, BaseShapes(30, SHAPES, 576, 49152, 64))
+    spec = adapter_format.inspect(directory, SMOLLM)
     assert spec.size_bytes < 2_000_000
     assert spec.rank == recipe.rank
     assert set(spec.target_modules) == set(recipe.modules)

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import demo_checks
 import pytest
+from adapters.adapter_files import SMOLLM
 from demo import digest_of
 from demo_checks import Steps
 from demo_view import SideBySide
 from loraplex import Completion, FinishReason, ResolvedAdapter, Usage
 from loraplex_adapters.format import examine as adapter_format
-from loraplex_adapters.format.spec import BaseShapes
 from loraplex_server.engine.messages import StepDone, StepStats
 from loraplex_server.metrics import Metrics
 from prometheus_client import CollectorRegistry, generate_latest
@@ -138,6 +138,4 @@ def test_a_missing_adapter_is_an_error_that_says_how_to_make_it(tmp_path: Path) 
 
 def test_the_digest_is_the_one_that_the_server_gives() -> None:
     directory = Path(demo_checks.__file__).parent / "adapters" / "pirate"
-    shapes = {"q_proj": (576, 576), "v_proj": (576, 192), "o_proj": (576, 576)}
-    base = BaseShapes(30, shapes, 576, 49152, 64)
-    assert digest_of(directory) == adapter_format.inspect(directory, base).digest
+    assert digest_of(directory) == adapter_format.inspect(directory, SMOLLM).digest

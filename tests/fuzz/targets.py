@@ -12,33 +12,15 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from adapters.adapter_files import base_info
 from loraplex_adapters.format.config import parse_config
 from loraplex_adapters.format.examine import Report, examine
 from loraplex_adapters.format.header import Header, read_header
-from loraplex_adapters.format.spec import BaseShapes, Limits
+from loraplex_adapters.format.spec import AdapterLimits
 from loraplex_model.base.refusal import Problem, Refusal
 
-BASE = BaseShapes(
-    num_layers=2,
-    projections={
-        "q_proj": (32, 32),
-        "k_proj": (32, 16),
-        "v_proj": (32, 16),
-        "o_proj": (32, 32),
-        "gate_proj": (32, 48),
-        "up_proj": (32, 48),
-        "down_proj": (48, 32),
-    },
-    hidden_size=32,
-    vocab_size=40,
-    head_dim=8,
-    biased=frozenset({"q_proj", "k_proj", "v_proj"}),
-    qk_norm=True,
-    tie_embeddings=True,
-    fingerprint="sha256:" + "ba5e" * 16,
-    dtype="float32",
-)
-LIMITS = Limits(max_rank=64, max_weights_bytes=1 << 20, max_virtual_tokens=64)
+BASE = base_info(tie_embeddings=True)
+LIMITS = AdapterLimits(max_rank=64, max_weights_bytes=1 << 20, max_virtual_tokens=64)
 SKIPPED = "base_layer.weight"
 """Copies of the base's own weights, which a file may hold without effect."""
 

@@ -25,7 +25,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 VOCAB = 400
 WIDTH = 16
-PROJECTIONS = {"q_proj": (WIDTH, WIDTH), "v_proj": (WIDTH, WIDTH)}
 EOS = 1
 
 CRASH, NONFINITE, FAULT, SCRIPT = 10, 11, 12, 13
@@ -148,7 +147,7 @@ def config_for(folder: Path, script: list[int] | None = None, **settings: Any) -
         "nonfinite_token": NONFINITE,
         "fault_token": FAULT,
         "scripts": {SCRIPT: script or []},
-        "projections": PROJECTIONS,
+        "width": WIDTH,
         "adapter_budget_bytes": 1 << 20,
         "tokenizer_path": str(write_model(folder / "model")),
         **settings.pop("engine_options", {}),

@@ -14,9 +14,7 @@ from loraplex.v1 import adapter_pb2 as pb
 from rpc.harness import (
     CRASH,
     FORBIDDEN,
-    PROJECTIONS,
     VOCAB,
-    WIDTH,
     Running,
     ask,
     expected,
@@ -277,8 +275,6 @@ async def test_virtual_tokens_are_used_alone_and_count_against_the_context(
     options = {
         "prefix_blocks": 8,
         "max_context": 64,
-        "model": {"hidden_size": WIDTH},
-        "projections": {**PROJECTIONS, "k_proj": (WIDTH, WIDTH)},
     }
     async with running(tmp_path, engine_options=options) as up:
         write_prompt(tmp_path / "import" / "soft", 3)

@@ -20,8 +20,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from loraplex.v1 import adapter_pb2
 from rpc.harness import (
-    PROJECTIONS,
-    WIDTH,
     Running,
     ask,
     expected,
@@ -262,8 +260,6 @@ async def up(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Running]
         "host_budget_bytes": 2 * size + 100,
         "merge_budget_bytes": size + 100,
         "merges_files": True,
-        "projections": {**PROJECTIONS, "k_proj": (WIDTH, WIDTH)},
-        "model": {"hidden_size": WIDTH},
         "num_slots": 3,
     }
     async with running(folder, max_running=6, token_budget=16, engine_options=tight) as server:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from adapters.adapter_files import BASE
 from loraplex_adapters.store import Store
-from loraplex_server import base_shapes, store_cli
+from loraplex_server import store_cli
 from loraplex_server.cli import app
 from loraplex_server.config import load
 from typer.testing import CliRunner, Result
@@ -25,7 +25,7 @@ def root(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run(root: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(store_cli, "load_shapes", lambda config: BASE)
+    monkeypatch.setattr(store_cli, "load_base_info", lambda config: BASE)
 
     def invoke(*arguments: str, at: Path = root) -> Result:
         return CliRunner().invoke(app, ["store", *arguments, "--store", str(at)])
@@ -165,12 +165,13 @@ def test_the_password_of_the_database_is_not_shown() -> None:
 def test_the_shapes_of_the_base_come_from_its_files(tmp_path: Path) -> None:
     tiny.write("qwen3-window-bias", tmp_path / "model")
     config = load(None, {"model": str(tmp_path / "model"), "cache": str(tmp_path / "cache")})
-    shapes = base_shapes.load_shapes(config)
-    assert shapes.projections["k_proj"] == (shapes.hidden_size, shapes.kv_size)
+    base = store_cli.load_base_info(config)
+    shapes = base.config
+    assert shapes.projection_shapes()["k_proj"] == (shapes.hidden_size, shapes.kv_size)
     assert shapes.biased == {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert (shapes.qk_norm, shapes.tie_embeddings, shapes.head_dim) == (True, True, 16)
-    assert shapes.fingerprint.startswith("sha256:")
-    assert base_shapes.load_shapes(config) == shapes, "from the cache"
+    assert base.fingerprint.startswith("sha256:")
+    assert store_cli.load_base_info(config) == base, "from the cache"
     command = f"store import {tmp_path} --name a --model {tmp_path}/none --store {tmp_path}/store"
     result = CliRunner().invoke(app, command.split())
     assert result.exit_code == 4, result.output

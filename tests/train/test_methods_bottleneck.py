@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from loraplex_adapters.format.spec import Limits
+from loraplex_adapters.format.spec import AdapterLimits
 from loraplex_model.base.refusal import Refusal
 from loraplex_training.methods.base import TrainedAdapter
 
@@ -149,7 +149,7 @@ def test_the_same_seed_gives_the_same_start_and_state_brings_it_back() -> None:
         ({"style": "houlsbi"}, ["style"]),
         ({"placements": "attn"}, ["placements"]),
         ({"bottleneck_size": 8, "reduction_factor": 8}, ["bottleneck_size"]),
-        ({"bottleneck_size": Limits().max_rank + 1}, ["bottleneck_size"]),
+        ({"bottleneck_size": AdapterLimits().max_rank + 1}, ["bottleneck_size"]),
         ({"reduction_factor": 0.125}, ["reduction_factor"]),
         ({"leave_out": "0-2"}, ["leave_out"]),
         ({"leave_out": "3", "non_linearity": "mish"}, ["leave_out", "non_linearity"]),

@@ -10,7 +10,6 @@ import json
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -20,9 +19,8 @@ from unittest import mock
 import peft
 import safetensors.torch
 import torch
-from adapters.peft_files import base_shapes
 from loraplex_adapters.format.examine import inspect
-from loraplex_adapters.format.spec import Limits
+from loraplex_adapters.format.spec import AdapterLimits
 from loraplex_adapters.load.tensors import load
 from loraplex_model.adapters.delta import AdapterDelta
 from loraplex_model.base.weights import BaseWeights
@@ -247,9 +245,8 @@ def opened_by_peft(directory: Path, variant: str = "llama") -> Any:
 
 def opened_by_us(directory: Path, variant: str = "llama") -> AdapterDelta:
     """What the server makes of the saved adapter."""
-    shapes = replace(base_shapes(variant), fingerprint=base(variant).fingerprint)
-    digest = inspect(directory, shapes, Limits()).digest
-    return load(directory, digest, shapes, base(variant))[1]
+    digest = inspect(directory, base(variant).info, AdapterLimits()).digest
+    return load(directory, digest, base(variant))[1]
 
 
 def our_logits(

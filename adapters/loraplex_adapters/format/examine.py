@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from loraplex_model.base.config import LAYER_SITES, MODEL_SITES
+from loraplex_model.base.info import BaseInfo
 from loraplex_model.base.refusal import Problem, Reason, Refusal
 
 from loraplex_adapters.format.config import FINGERPRINT_KEY, Settings, parse_config
@@ -19,7 +20,7 @@ from loraplex_adapters.format.modules import module_path, table_order
 from loraplex_adapters.format.packing import packed_bytes
 from loraplex_adapters.format.placement import Placement
 from loraplex_adapters.format.reader import MAX_STAMP, MAX_STAMPS
-from loraplex_adapters.format.spec import AdapterSpec, BaseShapes, Limits, ModuleSpec
+from loraplex_adapters.format.spec import AdapterLimits, AdapterSpec, ModuleSpec
 from loraplex_adapters.format.strict_json import shown
 from loraplex_adapters.format.support import STAMP
 from loraplex_adapters.format.values import scan
@@ -38,8 +39,8 @@ class Report:
 
 def inspect(
     source: Path | Directory,
-    base: BaseShapes,
-    limits: Limits | None = None,
+    base: BaseInfo,
+    limits: AdapterLimits | None = None,
     *,
     check_values: bool = True,
 ) -> AdapterSpec:
@@ -57,8 +58,8 @@ def inspect(
 
 def examine(
     source: Path | Directory,
-    base: BaseShapes,
-    limits: Limits | None = None,
+    base: BaseInfo,
+    limits: AdapterLimits | None = None,
     *,
     check_values: bool = True,
 ) -> Report:
@@ -67,17 +68,17 @@ def examine(
     The elements are looked at last, and only where nothing else is wrong; `check_values=False`
     leaves that out, for bytes that passed it before.
     """
-    limits = limits or Limits()
+    limits = limits or AdapterLimits()
     return _examine(source, base, limits, limits.max_abs_value if check_values else None)
 
 
-def survey(source: Path | Directory, base: BaseShapes, limits: Limits | None = None) -> Report:
+def survey(source: Path | Directory, base: BaseInfo, limits: AdapterLimits | None = None) -> Report:
     """`examine` as far as it goes without reading the weights: the spec's digest stays empty."""
-    return _examine(source, base, limits or Limits(), None, read_weights=False)
+    return _examine(source, base, limits or AdapterLimits(), None, read_weights=False)
 
 
 def judge(
-    config: bytes | None, header: Header | None, size: int, base: BaseShapes, limits: Limits
+    config: bytes | None, header: Header | None, size: int, base: BaseInfo, limits: AdapterLimits
 ) -> Report:
     """Decides from the configuration and the header of a weights file of `size` bytes.
 
@@ -119,7 +120,7 @@ def judge(
 
 
 def _check_base(
-    settings: Settings, header: Header, base: BaseShapes, findings: list[Problem]
+    settings: Settings, header: Header, base: BaseInfo, findings: list[Problem]
 ) -> None:
     """Holds the stamps of configuration and weights against the base."""
     stamps = (
@@ -165,8 +166,8 @@ def _virtual_tokens(module: ModuleSpec) -> int:
 
 def _examine(
     source: Path | Directory,
-    base: BaseShapes,
-    limits: Limits,
+    base: BaseInfo,
+    limits: AdapterLimits,
     max_abs_value: float | None,
     read_weights: bool = True,
 ) -> Report:

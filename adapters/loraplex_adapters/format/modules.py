@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 
 from loraplex_model.base.config import LAYER_SITES, MODEL, MODEL_SITES, PROJECTIONS, Site
-
-from loraplex_adapters.format.spec import BaseShapes
+from loraplex_model.base.info import BaseInfo
 
 PREFIX = "base_model.model."
 """What PEFT puts before a module's path in the Hugging Face model."""
@@ -46,21 +45,15 @@ def module_path(layer: int, module: str) -> str:
     return f"model.layers.{layer}.{below}"
 
 
-def base_sites(base: BaseShapes) -> Iterator[Site]:
+def base_sites(base: BaseInfo) -> Iterator[Site]:
     """Every module of the base that an adapter may change, in the order of the adapter table."""
-    for layer in range(base.num_layers):
+    absent = set(BOTTLENECKS) if base.config.qk_norm else {*BOTTLENECKS, "q_norm", "k_norm"}
+    for layer in range(base.config.num_layers):
         for name in LAYER_SITES:
-            if name not in BOTTLENECKS and has(base, name):
+            if name not in absent:
                 yield layer, name
     for name in MODEL_SITES:
         yield MODEL, name
-
-
-def has(base: BaseShapes, name: str) -> bool:
-    """Whether the base's layers have a module or place of this name."""
-    if name in PROJECTIONS:
-        return name in base.projections
-    return base.qk_norm or name not in ("q_norm", "k_norm")
 
 
 def table_order(site: Site) -> tuple[bool, int, int]:
@@ -71,16 +64,17 @@ def table_order(site: Site) -> tuple[bool, int, int]:
     return False, layer, LAYER_SITES.index(name)
 
 
-def role_shapes(site: Site, base: BaseShapes) -> Mapping[str, tuple[int | None, ...]]:
+def role_shapes(site: Site, base: BaseInfo) -> Mapping[str, tuple[int | None, ...]]:
     """The shape of every role that a tensor can have at a site of this base.
 
     None stands for the inner width: LoRA's rank, a bottleneck's width, the number of rows or of
     virtual tokens. Roles that are missing have no meaning there.
     """
     _, name = site
-    hidden, vocab = base.hidden_size, base.vocab_size
+    config = base.config
+    hidden, vocab = config.hidden_size, config.vocab_size
     if name in PROJECTIONS:
-        fan_in, fan_out = base.projections[name]
+        fan_in, fan_out = config.projection_shapes()[name]
         return {
             "a": (None, fan_in),
             "b": (fan_out, None),
@@ -90,10 +84,10 @@ def role_shapes(site: Site, base: BaseShapes) -> Mapping[str, tuple[int | None, 
             "out_gain": (fan_out, 1),
             "in_gain": (1, fan_in),
             "bias_delta": (1, fan_out),
-            **({"bias": (fan_out,)} if name in base.biased else {}),
+            **({"bias": (fan_out,)} if name in config.biased else {}),
         }
     if name in NORMS:
-        return {"weight": (base.head_dim if name in ("q_norm", "k_norm") else hidden,)}
+        return {"weight": (config.head_dim if name in ("q_norm", "k_norm") else hidden,)}
     if name == "embed_tokens":
         matrices = {"a": (None, vocab), "b": (hidden, None)}
         return {**matrices, "weight": (vocab, hidden), "rows": (None, hidden)}
@@ -107,4 +101,4 @@ def role_shapes(site: Site, base: BaseShapes) -> Mapping[str, tuple[int | None, 
             "up": (hidden, None),
             "up_bias": (hidden,),
         }
-    return {"prompt": (None, hidden), "prefix": (None, 2 * base.num_layers * base.kv_size)}
+    return {"prompt": (None, hidden), "prefix": (None, 2 * config.num_layers * config.kv_size)}

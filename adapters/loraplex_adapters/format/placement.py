@@ -10,6 +10,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 
 from loraplex_model.base.config import Site
+from loraplex_model.base.info import BaseInfo
 from loraplex_model.base.refusal import Problem, Reason
 
 from loraplex_adapters.format.files import CONFIG_FILE
@@ -23,7 +24,7 @@ from loraplex_adapters.format.modules import (
     role_shapes,
 )
 from loraplex_adapters.format.patterns import Value, match
-from loraplex_adapters.format.spec import BaseShapes, Limits, TensorLocation
+from loraplex_adapters.format.spec import AdapterLimits, TensorLocation
 from loraplex_adapters.format.strict_json import shown
 from loraplex_adapters.format.targets import Targets
 
@@ -43,8 +44,8 @@ class Placement:
         peft_type: str,
         header: Header,
         endings: Mapping[str, str],
-        base: BaseShapes,
-        limits: Limits,
+        base: BaseInfo,
+        limits: AdapterLimits,
         whole_names: bool = False,
     ) -> None:
         self.base = base
@@ -55,7 +56,7 @@ class Placement:
         # The longest first: "lora_B.bias" ends in "bias".
         self._endings = sorted(endings, key=len, reverse=True)
         self._sites = {module_path(*site): site for site in base_sites(base)}
-        for layer in range(base.num_layers):
+        for layer in range(base.config.num_layers):
             for name in BOTTLENECKS:
                 self._sites[module_path(layer, name)] = (layer, name)
         self._left: dict[Site, dict[str, TensorLocation]] = {}
@@ -233,8 +234,8 @@ class Placement:
         name = shown(tensor.name)
         message = f"{name} belongs to no module of this base"
         found = _LAYER.match(path)
-        if found and int(found[1]) >= self.base.num_layers:
-            message = f"{name} is beyond the base's {self.base.num_layers} layers"
+        if found and int(found[1]) >= self.base.config.num_layers:
+            message = f"{name} is beyond the base's {self.base.config.num_layers} layers"
         self.find(Reason.BASE_MODEL_MISMATCH, message, name)
 
     def _within_module(self, path: str) -> bool:

@@ -1,92 +1,13 @@
-"""What is known of an adapter once its files have been checked, and what it is checked against."""
+"""An adapter whose files have been checked, and the limits that it was checked against."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
-
-PACK_ALIGNMENT = 64
-"""`loraplex_model.adapters.delta.ALIGNMENT`, repeated because that module imports torch."""
-
-ITEM_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
-"""Bytes of one element of a compute dtype."""
-
-
-class BaseModel(Protocol):
-    """What `BaseShapes.of` reads; the engine's `ModelInfo` has it."""
-
-    @property
-    def num_layers(self) -> int: ...
-    @property
-    def hidden_size(self) -> int: ...
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
-    @property
-    def projections(self) -> Mapping[str, tuple[int, int]]: ...
-    @property
-    def biased(self) -> Sequence[str]: ...
-    @property
-    def qk_norm(self) -> bool: ...
-    @property
-    def tie_embeddings(self) -> bool: ...
-    @property
-    def fingerprint(self) -> str: ...
-    @property
-    def dtype(self) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
-class BaseShapes:
-    """The base model as far as an adapter must fit it.
-
-    Attributes:
-        projections: module name ("q_proj", ...) to (in_features, out_features).
-        biased: the projections that carry a bias.
-        qk_norm: whether every head of query and key is normed (q_norm and k_norm exist).
-        tie_embeddings: whether head and embeddings are one matrix.
-        fingerprint: "sha256:<hex>", compared with an adapter's stamp, where it has one.
-        dtype: what the adapter is packed in: "float32" or "bfloat16".
-    """
-
-    num_layers: int
-    projections: Mapping[str, tuple[int, int]]
-    hidden_size: int
-    vocab_size: int
-    head_dim: int
-    biased: frozenset[str] = frozenset()
-    qk_norm: bool = False
-    tie_embeddings: bool = False
-    fingerprint: str = ""
-    dtype: str = "bfloat16"
-
-    @classmethod
-    def of(cls, model: BaseModel) -> BaseShapes:
-        """From the engine's description of its model."""
-        shapes = {name: (int(i), int(o)) for name, (i, o) in model.projections.items()}
-        return cls(
-            model.num_layers,
-            shapes,
-            model.hidden_size,
-            model.vocab_size,
-            model.head_dim,
-            frozenset(model.biased),
-            model.qk_norm,
-            model.tie_embeddings,
-            model.fingerprint,
-            model.dtype,
-        )
-
-    @property
-    def kv_size(self) -> int:
-        """Width of all key (or value) heads together."""
-        return self.projections["k_proj"][1]
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
+class AdapterLimits:
     """What an adapter may ask for. Sizes are bytes.
 
     Attributes:

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Set
 from dataclasses import dataclass
 
 from loraplex_model.base.config import MODEL, Site
+from loraplex_model.base.info import BaseInfo
 
 from loraplex_adapters.format.modules import module_path
 from loraplex_adapters.format.patterns import suffixes
-from loraplex_adapters.format.spec import BaseShapes
 
 EMBEDDINGS: tuple[Site, ...] = ((MODEL, "embed_tokens"), (MODEL, "lm_head"))
 """The two matrices that a base may tie."""
@@ -35,7 +35,7 @@ class Targets:
     saved: tuple[str, ...] = ()
     tied: bool = False
 
-    def promised(self, sites: Iterable[Site], base: BaseShapes) -> Set[Site]:
+    def promised(self, sites: Iterable[Site], base: BaseInfo) -> Set[Site]:
         """Those of `sites` that PEFT would adapt; only where there is a list of names."""
         targets, excluded = frozenset(self.names or ()), frozenset(self.excluded)
         found = set()
@@ -49,7 +49,7 @@ class Targets:
                 found.add(site)
         return self._with_tied(found, base)
 
-    def replaced(self, sites: Iterable[Site], base: BaseShapes) -> Set[Site]:
+    def replaced(self, sites: Iterable[Site], base: BaseInfo) -> Set[Site]:
         """Those of `sites` that PEFT would save as a whole.
 
         It compares the ends of the names as text: "norm" takes every module whose name ends so.
@@ -70,7 +70,7 @@ class Targets:
             return False
         return layer in self.layers
 
-    def _with_tied(self, found: set[Site], base: BaseShapes) -> Set[Site]:
-        if self.tied and base.tie_embeddings and found.intersection(EMBEDDINGS):
+    def _with_tied(self, found: set[Site], base: BaseInfo) -> Set[Site]:
+        if self.tied and base.config.tie_embeddings and found.intersection(EMBEDDINGS):
             found.update(EMBEDDINGS)
         return frozenset(found)

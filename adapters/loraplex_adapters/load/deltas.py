@@ -32,7 +32,7 @@ def adapter_delta(
 ) -> AdapterDelta:
     """What the adapter changes of `base`, float32 (matrices also in the file's type), on the CPU.
 
-    `read` gives a tensor of the file. The spec must have been made for the shapes of this base.
+    `read` gives a tensor of the file. The spec must have been made for this base.
     """
     sites: dict[Site, SiteDelta] = {}
     virtual = None

@@ -16,7 +16,7 @@ from loraplex_adapters.format.digest import AdapterDigest
 from loraplex_adapters.format.examine import judge
 from loraplex_adapters.format.files import open_directory
 from loraplex_adapters.format.header import read_header
-from loraplex_adapters.format.spec import AdapterSpec, BaseShapes, Limits, TensorLocation
+from loraplex_adapters.format.spec import AdapterLimits, AdapterSpec, TensorLocation
 from loraplex_adapters.load.deltas import adapter_delta
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -25,11 +25,10 @@ _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 def load(
     directory: Path,
     digest: str,
-    shapes: BaseShapes,
     base: BaseWeights,
-    limits: Limits | None = None,
+    limits: AdapterLimits | None = None,
 ) -> tuple[AdapterSpec, AdapterDelta]:
-    """Reads, verifies and places the adapter in `directory`, for `base`, which has `shapes`.
+    """Reads, verifies and places the adapter in `directory`, for `base`.
 
     The file is read into memory once, digested there, and the tensors are views of those bytes:
     nothing changes between the check and the use, and nothing is mapped that could be cut short.
@@ -37,11 +36,11 @@ def load(
     Raises Refusal: ADAPTER_CORRUPT (missing, or not the bytes of `digest`), and what
     `format.inspect` raises.
     """
-    limits = limits or Limits()
+    limits = limits or AdapterLimits()
     config, weights = _read_verified(directory, digest, limits.max_weights_bytes)
     view = weights.data
     header = read_header(lambda start, length: bytes(view[start : start + length]), len(weights))
-    report = judge(config, header, len(weights), shapes, limits)
+    report = judge(config, header, len(weights), base.info, limits)
     if report.spec is None:
         raise Refusal.of(report.findings)
     spec = replace(report.spec, digest=digest)

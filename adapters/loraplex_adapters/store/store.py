@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from loraplex_model.base.info import BaseInfo
 from loraplex_model.base.refusal import Reason, Refusal
 
 from loraplex_adapters.format.digest import digest_hex
 from loraplex_adapters.format.examine import inspect, survey
 from loraplex_adapters.format.files import Directory, open_directory
-from loraplex_adapters.format.spec import AdapterSpec, BaseShapes, Limits
+from loraplex_adapters.format.spec import AdapterLimits, AdapterSpec
 from loraplex_adapters.store import garbage, schema
 from loraplex_adapters.store.aliases import Aliases
 from loraplex_adapters.store.blobs import Blobs
@@ -84,8 +85,8 @@ class Store:
         self,
         name: str,
         source: Path | Directory,
-        base: BaseShapes,
-        limits: Limits | None = None,
+        base: BaseInfo,
+        limits: AdapterLimits | None = None,
         replace: bool = False,
         labels: Mapping[str, str] | None = None,
         *,
@@ -104,7 +105,7 @@ class Store:
         checked = check_labels(labels or {})
         if expected_digest:
             digest_hex(expected_digest)
-        limits = limits or Limits()
+        limits = limits or AdapterLimits()
         with (
             nullcontext(source) if isinstance(source, Directory) else open_directory(source) as src
         ):
@@ -123,8 +124,8 @@ class Store:
     def admit(
         self,
         source: Path | Directory,
-        base: BaseShapes,
-        limits: Limits | None = None,
+        base: BaseInfo,
+        limits: AdapterLimits | None = None,
         expected_digest: str = "",
     ) -> str:
         """Checks and copies the adapter in `source`, under no name yet; returns its digest.
@@ -137,10 +138,10 @@ class Store:
         with (
             nullcontext(source) if isinstance(source, Directory) else open_directory(source) as src
         ):
-            return self._admit(src, base, limits or Limits(), expected_digest).digest
+            return self._admit(src, base, limits or AdapterLimits(), expected_digest).digest
 
     def _admit(
-        self, source: Directory, base: BaseShapes, limits: Limits, expected_digest: str
+        self, source: Directory, base: BaseInfo, limits: AdapterLimits, expected_digest: str
     ) -> AdapterSpec:
         with self._blobs.staged(source, limits.max_weights_bytes) as copy:
             spec = inspect(copy, base, limits)
@@ -288,8 +289,8 @@ class Store:
         upload_id: str,
         name: str,
         expected_digest: str,
-        base: BaseShapes,
-        limits: Limits | None = None,
+        base: BaseInfo,
+        limits: AdapterLimits | None = None,
         replace: bool = False,
         labels: Mapping[str, str] | None = None,
     ) -> tuple[Record, bool]:

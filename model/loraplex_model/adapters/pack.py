@@ -17,9 +17,7 @@ from loraplex_model.adapters.delta import (
     VirtualTokens,
 )
 from loraplex_model.base.config import Site
-
-ALIGNMENT = 64
-"""Every part starts at a multiple of this many bytes: a cache line, a full AVX-512 vector."""
+from loraplex_model.base.dtypes import ALIGNMENT
 
 
 @dataclass(frozen=True, slots=True)

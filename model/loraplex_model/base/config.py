@@ -80,6 +80,11 @@ class DecoderConfig:
         return self.num_kv_heads * self.head_dim
 
     @property
+    def biased(self) -> frozenset[str]:
+        """Names of the projections that carry a bias."""
+        return frozenset(PROJECTIONS[:3] * self.qkv_bias + ("o_proj",) * self.o_bias)
+
+    @property
     def num_sites(self) -> int:
         """Entries of one adapter in the adapter table."""
         return self.num_layers * len(LAYER_SITES) + len(MODEL_SITES)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from loraplex_model.base.config import DecoderConfig
+from loraplex_model.base.info import BaseInfo
 
 BLOCK = 64
 """Weights that share one absmax (QLoRA, arXiv 2305.14314)."""
@@ -73,6 +74,12 @@ class BaseWeights:
     lm_head: torch.Tensor
     fingerprint: str
     eos_token_ids: tuple[int, ...]
+
+    @property
+    def info(self) -> BaseInfo:
+        """Description of this base without its tensors."""
+        dtype = str(self.embed.dtype).removeprefix("torch.")
+        return BaseInfo(self.config, self.fingerprint, dtype)
 
     @property
     def nbytes(self) -> int:

@@ -7,6 +7,7 @@ Each frame is a 4-byte little-endian length and one msgpack-encoded message. Dig
 from __future__ import annotations
 
 import msgspec
+from loraplex_model.base.info import BaseInfo
 from loraplex_model.base.refusal import Reason
 
 
@@ -128,30 +129,15 @@ ToEngine = Submit | Abort | Load | Unload | Pin | Merge | Unmerge | Shutdown
 
 
 class ModelInfo(msgspec.Struct, frozen=True):
-    """What the front needs to know of the base model to tokenise and to validate adapters.
+    """The base model, and how the engine runs it. `kernels` computes: "C++ <isa>" or "torch"."""
 
-    `projections` maps a module name ("q_proj", ...) to its (in_features, out_features); `biased`
-    are those with a bias.
-    """
-
+    base: BaseInfo
     name: str
-    architecture: str
-    fingerprint: str
-    dtype: str
     device: str
-    vocab_size: int
-    num_layers: int
-    hidden_size: int
+    kernels: str
+    tokenizer_path: str
     max_context: int
     eos_token_ids: list[int]
-    projections: dict[str, tuple[int, int]]
-    tokenizer_path: str
-    kernels: str
-    head_dim: int
-    biased: list[str]
-    qk_norm: bool
-    tie_embeddings: bool
-    weight_bytes: int
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):

@@ -15,6 +15,7 @@ from typing import Final
 import msgspec
 from loraplex_model.base.refusal import Problem, Reason, Refusal
 from loraplex_training.spec import parse as options
+from loraplex_training.spec.fields import located
 
 from loraplex_server.training import failure as verdict
 from loraplex_server.training import memory
@@ -82,7 +83,7 @@ class Trainer:
         try:
             return options.to_toml(options.read(flags, order.options))
         except Refusal as error:
-            raise _refusal(error.reason, error.messages) from error
+            raise _refusal(error.reason, [located(p) for p in error.problems]) from error
 
     async def plan(self, folder: Path) -> Plan:
         """What the job in `folder` would take. The trainer reads its options and its data for that.

@@ -12,7 +12,7 @@ from typing import Annotated
 import torch
 from loraplex_adapters.format.kinds.bottleneck import ACTIVATIONS, PLACEMENTS, READS
 from loraplex_adapters.format.modules import PREFIX, module_path
-from loraplex_adapters.format.spec import Limits
+from loraplex_adapters.format.spec import AdapterLimits
 from loraplex_model.adapters.delta import Activation, AdapterDelta, Reads, SiteDelta
 from loraplex_model.base.config import Site
 from pydantic import BeforeValidator, Field
@@ -58,7 +58,7 @@ class BottleneckOptions(MethodOptions):
     """Width of a bottleneck, instead of reduction_factor."""
     non_linearity: Annotated[str, one_of(ACTIVATIONS)] = "relu"
     """Activation: linear, relu, silu, gelu, gelu_tanh, tanh, sigmoid or leaky_relu."""
-    scaling: Annotated[AboveZero, Field(le=Limits().max_scale)] = 1.0
+    scaling: Annotated[AboveZero, Field(le=AdapterLimits().max_scale)] = 1.0
     """Factor of a bottleneck's output."""
     leave_out: Layers = ()
     """Layers that get no bottlenecks, as in "0,2,4-7"."""
@@ -123,7 +123,7 @@ def bottleneck(
 
 def _width(options: BottleneckOptions, hidden: int, problems: OptionProblems) -> int:
     """Returns the width of a bottleneck; one that cannot be served is a problem."""
-    largest, factor = Limits().max_rank, options.reduction_factor
+    largest, factor = AdapterLimits().max_rank, options.reduction_factor
     if options.bottleneck_size is not None:
         if "reduction_factor" in options.model_fields_set:
             text = "bottleneck_size: it sets the width, as reduction_factor does; give one of them"

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import torch
 from loraplex_adapters.format.modules import module_path
-from loraplex_adapters.format.spec import Limits
+from loraplex_adapters.format.spec import AdapterLimits
 from loraplex_model.adapters.delta import AdapterDelta, SiteDelta
 from loraplex_model.adapters.merge import fused_matrix
 from loraplex_model.base.config import FUSED, Site
@@ -62,7 +62,7 @@ def fishmask(
     shapes = setting.base.config.projection_shapes()
     narrowest = min((shapes[name][1] for _, name in sites), default=1)
     rows = min(16, narrowest) if options.rows is None else options.rows
-    problems.at_most("rows", rows, min(narrowest, Limits().max_rank))
+    problems.at_most("rows", rows, min(narrowest, AdapterLimits().max_rank))
     problems.check()
     return FishMaskAdapter(setting, sites, rows, options.keep, options.samples)
 

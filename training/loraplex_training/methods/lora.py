@@ -15,7 +15,7 @@ from typing import Annotated, TypeVar
 
 import torch
 from loraplex_adapters.format.modules import PREFIX, module_path
-from loraplex_adapters.format.spec import Limits
+from loraplex_adapters.format.spec import AdapterLimits
 from loraplex_model.adapters.delta import AdapterDelta, LoraFactors
 from loraplex_model.adapters.delta import lora as lora_delta
 from loraplex_model.base.config import Site
@@ -101,7 +101,8 @@ def make_pairs(
     """
     sites = sites_of(options, setting.base, problems, head=head)
     init, dropout = options.init, options.lora_dropout
-    most = Limits().max_rank // (2 if init == "pissa" else 1)  # PiSSA's file has twice the rank
+    # PiSSA's file has twice the rank.
+    most = AdapterLimits().max_rank // (2 if init == "pissa" else 1)
     r = problems.at_most("r", options.r, most)
     alpha = 2.0 * r if options.lora_alpha is None else options.lora_alpha
     ranks = by_site("rank_pattern", options.rank_pattern, sites, problems)

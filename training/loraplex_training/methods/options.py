@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Annotated
 
-from loraplex_adapters.format.spec import Limits
+from loraplex_adapters.format.spec import AdapterLimits
 from loraplex_model.base.refusal import Problem, Reason, Refusal
 from pydantic import BaseModel, BeforeValidator, Field
 
@@ -63,7 +63,7 @@ Ranks = Annotated[Mapping[str, Positive], BeforeValidator(split_pairs)]
 Alphas = Annotated[Mapping[str, AboveZero], BeforeValidator(split_pairs)]
 """Numbers above 0 by name, or text: "q_proj=4,k_proj=8"."""
 
-Rank = Annotated[Whole, Field(ge=1, le=Limits().max_rank)]
+Rank = Annotated[Whole, Field(ge=1, le=AdapterLimits().max_rank)]
 
 
 class TargetOptions(MethodOptions):

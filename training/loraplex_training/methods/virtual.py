@@ -13,7 +13,7 @@ from functools import partial
 from typing import Annotated
 
 import torch
-from loraplex_adapters.format.spec import Limits
+from loraplex_adapters.format.spec import AdapterLimits
 from loraplex_model.adapters.delta import AdapterDelta, VirtualTokens
 from loraplex_model.base.config import DecoderConfig
 from loraplex_model.base.weights import BaseWeights
@@ -40,7 +40,7 @@ _PEFT_STARTS = {"text": "TEXT", "vocabulary": "SAMPLE_VOCAB", "random": "RANDOM"
 class VirtualOptions(MethodOptions):
     """Options of all methods with virtual tokens."""
 
-    num_virtual_tokens: Annotated[Positive, Field(le=Limits().max_virtual_tokens)] = 16
+    num_virtual_tokens: Annotated[Positive, Field(le=AdapterLimits().max_virtual_tokens)] = 16
     """Number of virtual tokens."""
 
 

@@ -21,15 +21,14 @@ from pathlib import Path
 
 import torch
 from loraplex import Client, LoraplexError
-from loraplex_adapters.base_shapes import shapes_of
 from loraplex_adapters.convert.export.directory import staged
 from loraplex_adapters.convert.export.peft_files import write_config
 from loraplex_adapters.convert.export.safetensors_file import SafetensorsFile
 from loraplex_adapters.format.config import FINGERPRINT_KEY
 from loraplex_adapters.format.files import WEIGHTS_FILE
-from loraplex_adapters.format.spec import BaseShapes
 from loraplex_adapters.format.support import STAMP
 from loraplex_adapters.store import Store
+from loraplex_model.base.info import BaseInfo
 from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_model.base.weights import BaseWeights
 from loraplex_model.checkpoints.default_model import DEFAULT, HUB_NAME
@@ -74,8 +73,7 @@ def publish(outcome: Outcome, run: Run, target: Target, alias: str = "") -> Publ
         )
     version = sample = ""
     if target.store is not None:
-        dtype = "bfloat16" if base.embed.dtype == torch.bfloat16 else "float32"
-        version = register(folder, name, shapes_of(base, dtype), target, alias)
+        version = register(folder, name, base.info, target, alias)
     if target.server:
         asked = (*data.evaluation, *data.train)[0]
         prompt = asked.tokens[: asked.prompt]
@@ -128,7 +126,7 @@ def write(
     (folder / CARD).write_text(card, "utf-8")
 
 
-def register(folder: Path, name: str, shapes: BaseShapes, target: Target, alias: str) -> str:
+def register(folder: Path, name: str, base: BaseInfo, target: Target, alias: str) -> str:
     """Puts the adapter into the store, as a new version if the name is taken; returns "name@3".
 
     Raises Refusal: DISK_FULL, PUBLISH_FAILED.
@@ -138,7 +136,7 @@ def register(folder: Path, name: str, shapes: BaseShapes, target: Target, alias:
         _failing(f"{folder} is whole, but not in the store {target.store}"),
         Store(target.store, target.store_url) as store,
     ):
-        record, _ = store.register(name, folder, shapes, LIMITS, True, target.labels)
+        record, _ = store.register(name, folder, base, LIMITS, True, target.labels)
         if alias:
             store.set_alias(alias, record.id)
         return record.id

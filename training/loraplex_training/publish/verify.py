@@ -7,9 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from loraplex_adapters.base_shapes import shapes_of
 from loraplex_adapters.format.examine import inspect
-from loraplex_adapters.format.spec import Limits
+from loraplex_adapters.format.spec import AdapterLimits
 from loraplex_adapters.load.tensors import load
 from loraplex_model.adapters.delta import AdapterDelta
 from loraplex_model.base.refusal import Reason, Refusal
@@ -31,7 +30,7 @@ BROKEN = 1e-3
 MOST_PROBABLE = 20
 """Tokens whose log-probabilities a server tells; each position's own is compared too."""
 
-LIMITS = Limits(max_rank=1 << 12, max_virtual_tokens=1 << 14)
+LIMITS = AdapterLimits(max_rank=1 << 12, max_virtual_tokens=1 << 14)
 """What a server with other limits does not take can still be exported."""
 
 TOKENS = 256  # of each example
@@ -51,12 +50,10 @@ def verify(
     Returns the digest and the largest difference of log-probabilities.
     Raises Refusal(PUBLISH_FAILED): the server would refuse it, or say something else.
     """
-    on_cpu = base.embed.device.type == "cpu"
-    served_by = in_float32(base) if on_cpu else base
-    shapes = shapes_of(served_by, "float32" if on_cpu else "bfloat16")
+    served_by = in_float32(base) if base.embed.device.type == "cpu" else base
     try:
-        digest = inspect(folder, shapes, LIMITS).digest
-        _, delta = load(folder, digest, shapes, served_by, LIMITS)
+        digest = inspect(folder, served_by.info, LIMITS).digest
+        _, delta = load(folder, digest, served_by, LIMITS)
     except Refusal as error:
         raise Refusal.listing(
             Reason.PUBLISH_FAILED,

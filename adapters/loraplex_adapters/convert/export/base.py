@@ -12,12 +12,11 @@ from loraplex_model.checkpoints import checkpoint
 from loraplex_model.checkpoints.default_model import DEFAULT, ensure_default_model
 from loraplex_model.checkpoints.load import load_base
 
-from loraplex_adapters.base_shapes import shapes_of
 from loraplex_adapters.format.examine import inspect
-from loraplex_adapters.format.spec import AdapterSpec, BaseShapes, Limits
+from loraplex_adapters.format.spec import AdapterLimits, AdapterSpec
 from loraplex_adapters.load.tensors import load
 
-LIMITS = Limits(max_rank=1 << 16, max_virtual_tokens=1 << 20)
+LIMITS = AdapterLimits(max_rank=1 << 16, max_virtual_tokens=1 << 20)
 """What is exported need not fit a server's limits."""
 
 
@@ -37,11 +36,6 @@ class ExportBase:
     directory: Path
     weights: BaseWeights
 
-    @property
-    def shapes(self) -> BaseShapes:
-        """What adapters are checked against."""
-        return shapes_of(self.weights, "float32")
-
 
 def open_base(model: str, cache: Path) -> ExportBase:
     """Loads a model by directory, GGUF file, hub id, or "default". Raises `Refusal`."""
@@ -53,5 +47,5 @@ def open_base(model: str, cache: Path) -> ExportBase:
 
 def open_adapter(directory: Path, base: ExportBase) -> tuple[AdapterSpec, AdapterDelta]:
     """Reads an adapter as the server would; raises Refusal as `format.inspect` does."""
-    digest = inspect(directory, base.shapes, LIMITS).digest
-    return load(directory, digest, base.shapes, base.weights, LIMITS)
+    digest = inspect(directory, base.weights.info, LIMITS).digest
+    return load(directory, digest, base.weights, LIMITS)

@@ -20,7 +20,7 @@ from loraplex_adapters.convert.export.peft_files import write_peft
 from loraplex_adapters.format.config import FINGERPRINT_KEY
 from loraplex_adapters.format.examine import inspect
 from loraplex_adapters.format.modules import module_path
-from loraplex_adapters.format.spec import AdapterSpec, Limits
+from loraplex_adapters.format.spec import AdapterLimits, AdapterSpec
 
 WORTH_A_WARNING = 0.01
 """Rounding that adds more than this share of the change is spoken of."""
@@ -109,7 +109,7 @@ def run(request: Request, target: Path, locate: Callable[[str], Path]) -> Outcom
     origin = {spec.base_model for spec in specs}
     origin_name = origin.pop() if len(origin) == 1 else ""
     write_peft(target, factors, base_model=origin_name, dtype=dtype, stamps=stamps)
-    inspect(target, base.shapes, LIMITS)  # what is written is what would be served
+    inspect(target, base.weights.info, LIMITS)  # what is written is what would be served
     return Outcome(tuple(lines), _rank_warning(figures["max_rank"]), figures)
 
 
@@ -164,7 +164,7 @@ def _stamps(base: ExportBase, specs: Sequence[AdapterSpec], request: Request) ->
 
 
 def _rank_warning(rank: float) -> tuple[str, ...]:
-    limit = Limits().max_rank
+    limit = AdapterLimits().max_rank
     if rank <= limit:
         return ()
     return (f"the largest rank is {rank}; a server takes {limit} unless max_rank says otherwise",)

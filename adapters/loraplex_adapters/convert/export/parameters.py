@@ -71,7 +71,7 @@ def merged_form(config: DecoderConfig, delta: AdapterDelta) -> Form:
         if name in PROJECTIONS and _has_bias(delta.sites[layer, name]):
             changed.add(name)
     overrides: dict[str, bool] = {}
-    biased = set(_ATTENTION[:3] if config.qkv_bias else ()) | set(("o_proj",) * config.o_bias)
+    biased = set(config.biased)
     for key, names in (("attention_bias", _ATTENTION), ("mlp_bias", _MLP)):
         if missing := sorted(changed.intersection(names) - biased):
             if not _can_have(config.architecture, key):

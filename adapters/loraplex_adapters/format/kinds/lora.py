@@ -143,7 +143,7 @@ def claim_beside(
         copy = file.claim(site, BASE_COPY)
         if copy is not None:
             file.fits(site, {"weight": copy})
-    elif bias != "none" and site[1] in file.base.biased:
+    elif bias != "none" and site[1] in file.base.config.biased:
         tensors["bias"] = file.require(site, WRAPPED_BIAS)
 
 
@@ -152,7 +152,7 @@ def place_biases(file: Placement, bias: str, adapted: list[Site]) -> list[Module
     modules = []
     if bias == "all":
         for site in base_sites(file.base):
-            if site[1] in file.base.biased and site not in adapted:
+            if site[1] in file.base.config.biased and site not in adapted:
                 tensor = file.require(site, BIAS)
                 if tensor is not None and file.fits(site, {"bias": tensor}) is not None:
                     modules.append(ModuleSpec(*site, {"bias": tensor}))

@@ -29,7 +29,7 @@ class TokensPlan:
         """
         adapted = file.sites(_ENDING)
         tensors = {site: file.require(site, _ENDING) for site in adapted}
-        if file.base.tie_embeddings and EMBEDDING in tensors:
+        if file.base.config.tie_embeddings and EMBEDDING in tensors:
             tensors.setdefault(HEAD, tensors[EMBEDDING])
         else:
             file.check_targets(self.targets, EMBEDDINGS, adapted)

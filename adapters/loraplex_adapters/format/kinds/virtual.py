@@ -33,15 +33,14 @@ class VirtualPlan:
 
     def place(self, file: Placement) -> list[ModuleSpec]:
         """The one tensor that the file holds."""
-        base = file.base
+        base = file.base.config
         if self.count > file.limits.max_virtual_tokens:
             message = f"num_virtual_tokens is {self.count}; at most "
             message += f"{file.limits.max_virtual_tokens} are served"
             file.find(Reason.ADAPTER_TOO_LARGE, message, "num_virtual_tokens")
         facts = {"token_dim": base.hidden_size}
         if self.role == "prefix":
-            heads = base.kv_size // base.head_dim
-            facts = {"token_dim": base.kv_size, "num_attention_heads": heads}
+            facts = {"token_dim": base.kv_size, "num_attention_heads": base.num_kv_heads}
             facts["num_layers"] = base.num_layers
         for key, fact in facts.items():
             told = self.told.get(key)

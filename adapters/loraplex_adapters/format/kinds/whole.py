@@ -75,7 +75,7 @@ def place_rows(file: Placement, rows: TokenRows, key: str) -> list[ModuleSpec]:
     two lists differ.
     """
     ids = rows.get(EMBEDDING)
-    if ids and file.base.tie_embeddings and rows.get(HEAD, ids) == ids:
+    if ids and file.base.config.tie_embeddings and rows.get(HEAD, ids) == ids:
         shared = file.require(EMBEDDING, ROWS_ENDING)
         embedding = row_module(file, EMBEDDING, shared, ids, key)
         return [embedding, replace(embedding, module=HEAD[1])] if embedding else []
@@ -93,8 +93,8 @@ def row_module(
     if count != len(ids):
         message = f"{shown(tensor.name)} has {count} rows; {key} lists {len(ids)} tokens"
         file.find(Reason.ADAPTER_INVALID, message, key)
-    elif max(ids) >= file.base.vocab_size:
-        message = f"{key} lists token {max(ids)}; the base has {file.base.vocab_size}"
+    elif max(ids) >= file.base.config.vocab_size:
+        message = f"{key} lists token {max(ids)}; the base has {file.base.config.vocab_size}"
         file.find(Reason.BASE_MODEL_MISMATCH, message, key)
     else:
         return ModuleSpec(*site, {"rows": tensor}, token_ids=ids)

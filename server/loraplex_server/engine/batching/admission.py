@@ -24,11 +24,12 @@ def refusal(
         return Failure(Reason.FIELD_INVALID, "the prompt is empty")
     if submit.max_new_tokens < 1:
         return Failure(Reason.FIELD_INVALID, "max_new_tokens must be at least 1")
-    if not (min(submit.token_ids) >= 0 and max(submit.token_ids) < info.vocab_size):
-        return Failure(Reason.FIELD_INVALID, f"token ids must be below {info.vocab_size}")
+    vocab_size = info.base.config.vocab_size
+    if not (min(submit.token_ids) >= 0 and max(submit.token_ids) < vocab_size):
+        return Failure(Reason.FIELD_INVALID, f"token ids must be below {vocab_size}")
     bias = submit.sampling.logit_bias
-    if bias and not (min(bias) >= 0 and max(bias) < info.vocab_size):
-        return Failure(Reason.FIELD_INVALID, f"logit_bias ids must be below {info.vocab_size}")
+    if bias and not (min(bias) >= 0 and max(bias) < vocab_size):
+        return Failure(Reason.FIELD_INVALID, f"logit_bias ids must be below {vocab_size}")
     longest = min(info.max_context, cache_tokens + 1)
     if size + submit.max_new_tokens > longest:
         text = f"{size} prompt tokens and {submit.max_new_tokens} new ones are more than {longest}"

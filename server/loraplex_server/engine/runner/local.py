@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from loraplex_adapters.format.spec import BaseShapes, Limits
+from loraplex_adapters.format.spec import AdapterLimits
 from loraplex_adapters.load.tensors import load
 from loraplex_model.adapters.delta import VirtualTokens
 from loraplex_model.adapters.merge import merged_nbytes
@@ -73,7 +73,7 @@ class LocalRunner:
         num_blocks: int,
         block_size: int,
         budgets: Budgets,
-        limits: Limits,
+        limits: AdapterLimits,
     ) -> None:
         """The decoder has `num_blocks` blocks, and `budgets.prefix_blocks` after them."""
         self.info = info
@@ -88,7 +88,6 @@ class LocalRunner:
         self._decoder = decoder
         self._limits = limits
         self._device = decoder.weights.embed.device
-        self._shapes = BaseShapes.of(info)
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         """Logits, float32 [R, vocab], on the CPU."""
@@ -99,7 +98,7 @@ class LocalRunner:
         """Reads, verifies and packs an adapter's files. Raises `Refusal`."""
         weights = self._decoder.weights
         with torch.inference_mode():
-            _, delta = load(Path(ref.path), ref.digest, self._shapes, weights, self._limits)
+            _, delta = load(Path(ref.path), ref.digest, weights, self._limits)
             packed = pack(delta, weights.embed.dtype, pin=self._device.type == "cuda")
             dense = merged_nbytes(delta, weights.config, self._merge_dtype)
         return ReadAdapter(packed, dense)
@@ -125,7 +124,7 @@ class LocalRunner:
         if virtual.keys is not None and virtual.values is not None:
             self._decoder.write_prefix(blocks, virtual.keys, virtual.values)
             return
-        first = self.info.vocab_size
+        first = self.info.base.config.vocab_size
         ids = list(range(first, first + virtual.count))
         self.forward(ForwardBatch.build([(ids, 0, list(blocks), ((slot, 1.0),))]))
 
@@ -185,11 +184,11 @@ def build(
     # Sampling works on a few rows; threads would only wait for each other there, and for ours.
     if isinstance(decoder, NativeDecoder):
         torch.set_num_threads(1)
-    info = _info(base, dtype, on, min(context, num_blocks * block_size), decoder)
+    info = _info(base, on, min(context, num_blocks * block_size), decoder)
     budgets = Budgets(
         adapter_memory, host_adapter_memory, merge_memory, DTYPES[merge_dtype], prefix_blocks
     )
-    limits = Limits(max_rank=max_rank, max_virtual_tokens=max_virtual_tokens)
+    limits = AdapterLimits(max_rank=max_rank, max_virtual_tokens=max_virtual_tokens)
     return LocalRunner(decoder, info, num_blocks, block_size, budgets, limits)
 
 
@@ -243,31 +242,17 @@ def _decoder(
 
 def _info(
     base: LoadedBase,
-    dtype: str,
     device: torch.device,
     max_context: int,
     decoder: NativeDecoder | ReferenceDecoder,
 ) -> ModelInfo:
-    weights = base.weights
-    config = weights.config
     kernels_used = f"C++ {decoder.isa}" if isinstance(decoder, NativeDecoder) else "torch"
     return ModelInfo(
+        base=base.weights.info,
         name=base.name,
-        architecture=config.architecture,
-        fingerprint=weights.fingerprint,
-        dtype=dtype,
         device=str(device),
-        vocab_size=config.vocab_size,
-        num_layers=config.num_layers,
-        hidden_size=config.hidden_size,
-        max_context=max_context,
-        eos_token_ids=list(weights.eos_token_ids),
-        projections=config.projection_shapes(),
-        tokenizer_path=str(base.directory),
         kernels=kernels_used,
-        weight_bytes=weights.nbytes,
-        head_dim=config.head_dim,
-        biased=[*("q_proj", "k_proj", "v_proj") * config.qkv_bias, *("o_proj",) * config.o_bias],
-        qk_norm=config.qk_norm,
-        tie_embeddings=config.tie_embeddings,
+        tokenizer_path=str(base.directory),
+        max_context=max_context,
+        eos_token_ids=list(base.weights.eos_token_ids),
     )
