@@ -49,10 +49,7 @@ def with_flags(
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = inspect.signature(command, eval_str=True).parameters.values()
-        parameters = [
-            *made.values(),
-            *(parameter for parameter in own if parameter.name != "flags"),
-        ]
+        parameters = [*made.values(), *(one for one in own if one.name != "flags")]
 
         def run(**arguments: Any) -> None:
             given = {name: arguments.pop(name) for name in made}
@@ -76,7 +73,8 @@ def _parameters() -> Iterator[tuple[str, inspect.Parameter]]:
 
 
 def _parameter(name: str, key: Key, panel: str) -> inspect.Parameter:
-    flag, kind = "--" + name.replace("_", "-"), FieldInfo.from_annotation(key.hint).annotation
+    flag = "--" + name.replace("_", "-")
+    kind: Any = FieldInfo.from_annotation(key.hint).annotation
     help_ = _descriptions(key.kind)[key.field] + _default(key.default)
     if kind is bool:
         names, metavar = f"{flag}/--no-{flag.removeprefix('--')}", None

@@ -49,7 +49,7 @@ def literal(text: str) -> object:
 
 
 def _with(job: Table, chosen: Iterable[tuple[str, Any]], keys: Collection[str]) -> Table:
-    table, options, parts = dict(job), job.get("options", {}), [job.get("name")]
+    table, options, parts = dict(job), job.get("options", {}), [str(job.get("name"))]
     for key, value in chosen:
         if key in keys:
             table[key] = value
