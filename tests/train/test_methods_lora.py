@@ -251,6 +251,10 @@ def test_keys_that_disagree_are_refused() -> None:
     assert "both name model.layers.1.self_attn.q_proj, with different values" in told
 
 
+def test_an_option_without_a_value_is_not_given() -> None:
+    assert tiny.make("lora", r=None).files().config["r"] == 16
+
+
 def test_unknown_methods_and_full_fine_tuning() -> None:
     assert "(did you mean 'adalora'?); there are lora, dora, adalora" in problems("adaloar")
     assert "the base, which all adapters share" in problems("full")

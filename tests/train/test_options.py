@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -11,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loraplex_model.base.refusal import Problem, Refusal
+from loraplex_training.cli import app
 from loraplex_training.spec import parse as options
 from loraplex_training.spec.fields import located
 from loraplex_training.spec.spec import (
@@ -23,6 +27,7 @@ from loraplex_training.spec.spec import (
     ScheduleName,
 )
 from transformers import SchedulerType
+from typer.main import get_command
 
 GIVEN = {"data": "d.jsonl", "name": "a"}
 
@@ -216,6 +221,37 @@ def test_values_out_of_range_are_refused_by_name(key: str, value: str) -> None:
 )
 def test_sweeps_that_make_no_sense_are_refused(sweep: list[str]) -> None:
     assert refused(GIVEN, None, sweep)
+
+
+def test_a_problem_names_its_option() -> None:
+    table = {"name": "a", "data": "d", "lr": 0, "learning": 1, "betas": [0.9, 1], "options": 3}
+    with pytest.raises(Refusal) as caught:
+        options.from_mapping({"run": {"keep": 0}, "job": [table, {"name": "b"}]})
+    assert [problem.field for problem in caught.value.problems] == [
+        "run.keep",
+        "jobs.a.options",
+        "jobs.a.lr",
+        "jobs.a.betas",
+        "jobs.a.learning",
+        "jobs.b.data",
+    ]
+    assert "job 'a': lr is 0; it should be above 0" in str(caught.value)
+
+
+def test_every_option_is_a_flag_with_a_sentence_of_help_in_a_panel() -> None:
+    command = get_command(app).commands["run"]  # type: ignore[attr-defined]
+    flags = {param.name: param for param in command.params}
+    assert {*options.KEYS, *options.RUN_KEYS} - {"options"} <= flags.keys()
+    for name in {*options.KEYS, *options.RUN_KEYS} - {"options"}:
+        assert re.fullmatch(r"[A-Z].*\.( \(default: \S+\))?", flags[name].help), name
+        assert flags[name].rich_help_panel
+    default = {name for name, flag in flags.items() if flag.default is not None}
+    assert not default & {*options.KEYS, *options.RUN_KEYS}
+
+
+def test_help_needs_no_torch() -> None:
+    code = "import loraplex_training.cli, sys; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_no_jobs_and_jobs_of_one_name_are_refused() -> None:

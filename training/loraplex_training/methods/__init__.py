@@ -35,24 +35,24 @@ Options = TypeVar("Options", bound=MethodOptions)
 
 
 @dataclass(frozen=True, slots=True)
-class Method(Generic[Options]):
+class TrainingMethod(Generic[Options]):
     """A method: the maker of its adapters, whose docstring describes it, and its options."""
 
     make: Callable[[Options, Setting, OptionProblems], TrainedAdapter]
     options: type[Options]
 
 
-METHODS: Mapping[str, Method[Any]] = {
-    "lora": Method(lora, LoraOptions),
-    "dora": Method(dora, LoraOptions),
-    "adalora": Method(adalora, AdaLoraOptions),
-    "fishmask": Method(fishmask, FishMaskOptions),
-    "prompt_tuning": Method(prompt_tuning, PromptTuningOptions),
-    "p_tuning": Method(p_tuning, PTuningOptions),
-    "prefix_tuning": Method(prefix_tuning, PrefixTuningOptions),
-    "ia3": Method(ia3, Ia3Options),
-    "bitfit": Method(bitfit, TargetOptions),
-    "bottleneck": Method(bottleneck, BottleneckOptions),
+METHODS: Mapping[str, TrainingMethod[Any]] = {
+    "lora": TrainingMethod(lora, LoraOptions),
+    "dora": TrainingMethod(dora, LoraOptions),
+    "adalora": TrainingMethod(adalora, AdaLoraOptions),
+    "fishmask": TrainingMethod(fishmask, FishMaskOptions),
+    "prompt_tuning": TrainingMethod(prompt_tuning, PromptTuningOptions),
+    "p_tuning": TrainingMethod(p_tuning, PTuningOptions),
+    "prefix_tuning": TrainingMethod(prefix_tuning, PrefixTuningOptions),
+    "ia3": TrainingMethod(ia3, Ia3Options),
+    "bitfit": TrainingMethod(bitfit, TargetOptions),
+    "bottleneck": TrainingMethod(bottleneck, BottleneckOptions),
 }
 
 _FULL = ("full", "full_fine_tuning", "fine_tuning", "finetune")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Mapping
 from typing import TypeVar
 
@@ -70,9 +69,8 @@ def by_site(
     paths = {module_path(*site): site for site in sites}
     endings = {ending for path in paths for ending in suffixes(path)}
     for key in [key for key in pattern if key not in endings]:
-        near = difflib.get_close_matches(key, endings, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        problems.add(name, f"{name}: {key!r} names none of the target modules{hint}")
+        near = did_you_mean(key, endings)
+        problems.add(name, f"{name}: {key!r} names none of the target modules{near}")
         del pattern[key]
     matched = match(pattern, paths)
     if matched.conflict is not None:

@@ -1,4 +1,4 @@
-"""What a training run is asked to do: options, their limits and flags, sweeps.
+"""The options of a training run: their declaration, limits, flags, files and sweeps.
 
-Owns every option's name, default and range. Imports no torch and reads no data.
+Imports no torch and reads no data.
 """

@@ -1,4 +1,4 @@
-"""How good generated answers are: the share of them that is right, by a rule that a job names."""
+"""Metrics of generated answers: the fraction that is right, by the rule that a job names."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from loraplex_model.base.refusal import Reason, Refusal
 
 RULES = ("exact", "json", "regex:<expression>")
 SECONDS = 1.0
-"""What an expression may take for one answer; beyond that the answer is wrong."""
+"""Time limit of an expression for one answer, in seconds; an answer beyond it is wrong."""
 
 _Right = Callable[[str, str], bool]
 
 
 def score(spec: str, answers: Sequence[str], references: Sequence[str]) -> float:
-    """The share of answers that are right, from 0 to 1; 0 where there are none.
+    """Returns the fraction of right answers, from 0 to 1; 0 if there are no answers.
 
     Args:
-        spec: "exact": the text is the reference's, but for white space at both ends. "json": both
-            are one JSON value; the order of keys and the layout do not matter. "regex:<expr>": the
-            expression matches the whole stripped answer, whatever the reference.
+        spec: "exact": the text equals the reference, white space at both ends apart. "json": both
+            are the same JSON value; the order of keys and the layout do not matter. "regex:<expr>":
+            the expression matches the whole stripped answer; the reference is ignored.
 
     Raises Refusal(CONFIG_INVALID) for another `spec`.
     """
@@ -31,9 +31,9 @@ def score(spec: str, answers: Sequence[str], references: Sequence[str]) -> float
 
 
 def rule(spec: str) -> _Right:
-    """The function from an answer and its reference to whether it is right.
+    """Returns the function that compares an answer with its reference.
 
-    Raises Refusal(CONFIG_INVALID) where `spec` is none of `RULES`.
+    Raises Refusal(CONFIG_INVALID) if `spec` is none of `RULES`.
     """
     if spec == "exact":
         return lambda answer, reference: answer == reference
@@ -64,7 +64,7 @@ def _same_json(answer: str, reference: str) -> bool:
 
 
 def _same(a: object, b: object) -> bool:
-    """Equality of JSON values: true is not 1, but 1.0 is."""
+    """Compares JSON values: 1.0 equals 1, true does not."""
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
     if isinstance(a, list) and isinstance(b, list):
