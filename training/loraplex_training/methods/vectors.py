@@ -24,7 +24,7 @@ class Ia3Options(TargetOptions):
     """Options of (IA)3. The defaults are the paper's modules."""
 
     target_modules: Names = ("k_proj", "v_proj", "down_proj")
-    """Modules to scale: see `lora`."""
+    """Modules to scale: names (q_proj), ends of paths, all-linear, attention, mlp or qv."""
     feedforward_modules: Names = ("down_proj",)
     """Target modules whose input is scaled instead of their output."""
 
