@@ -41,9 +41,9 @@ class Admission:
         self._requests += requests
         self._running += running
         self._waiting_tokens += tokens
-        self._metrics.queue_depth.set(self._requests - self._running)
-        self._metrics.queued_tokens.set(self._waiting_tokens)
-        self._metrics.running.set(self._running)
+        self._metrics.series.queue_depth.set(self._requests - self._running)
+        self._metrics.series.queued_tokens.set(self._waiting_tokens)
+        self._metrics.series.running_requests.set(self._running)
 
     def _room_for(self, tokens: int) -> bool:
         # A prompt of any size may wait alone, or a long one could never be answered.

@@ -292,17 +292,17 @@ class _Clock:
         self._first = True
 
     def started(self, output: Output) -> None:
-        self._metrics.queue_wait.observe(output.queue_seconds)
+        self._metrics.series.queue_wait_seconds.observe(output.queue_seconds)
 
     def tokens(self, count: int) -> None:
         if not count:
             return
         now = time.monotonic()
         if self._first:
-            self._metrics.first_token.observe(now - self._last)
+            self._metrics.series.time_to_first_token_seconds.observe(now - self._last)
             self._first = False
         else:
-            self._metrics.inter_token.observe((now - self._last) / count)
+            self._metrics.series.inter_token_latency_seconds.observe((now - self._last) / count)
         self._last = now
 
 
