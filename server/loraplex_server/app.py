@@ -11,7 +11,6 @@ import signal
 import sys
 import time
 from contextlib import AsyncExitStack
-from enum import IntEnum
 from importlib.metadata import version
 from pathlib import Path
 from threading import Thread
@@ -26,6 +25,7 @@ from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector,
 from loraplex_server.config import Config
 from loraplex_server.engine.messages import Fatal, Hello, LoadDone, MergeDone, StepDone
 from loraplex_server.engine.process.client import EngineClient
+from loraplex_server.exits import ServerExit
 from loraplex_server.feed import AdapterFeed
 from loraplex_server.metrics import Metrics, serve_metrics
 from loraplex_server.registry import Registry
@@ -49,20 +49,10 @@ STOP_GRACE: Final = 2.0
 log = logging.getLogger(__name__)
 
 
-class ExitCode(IntEnum):
-    """How the process ends."""
-
-    OK = 0
-    BAD_CONFIG = 2
-    PORT_IN_USE = 3
-    NO_MODEL = 4
-    STORE_UNUSABLE = 5
-
-
 class StartFailure(Exception):
     """The server cannot start; the message tells the operator what to do."""
 
-    def __init__(self, code: ExitCode, message: str) -> None:
+    def __init__(self, code: ServerExit, message: str) -> None:
         super().__init__(message)
         self.code = code
         self.message = message
@@ -138,9 +128,9 @@ class Server:
         try:
             hello = await self.engine.start()
         except Refusal as error:
-            raise StartFailure(ExitCode.NO_MODEL, error.message) from error
+            raise StartFailure(ServerExit.NO_MODEL, error.message) from error
         except OSError as error:
-            raise StartFailure(ExitCode.NO_MODEL, f"cannot start the engine: {error}") from error
+            raise StartFailure(ServerExit.NO_MODEL, f"cannot start the engine: {error}") from error
         self._closing.push_async_callback(self.engine.stop)
         model = hello.model
         context = min(
@@ -151,7 +141,7 @@ class Server:
         try:
             tokenizer = await asyncio.to_thread(TextTokenizer, Path(model.tokenizer_path), context)
         except TokenizerError as error:
-            raise StartFailure(ExitCode.NO_MODEL, str(error)) from error
+            raise StartFailure(ServerExit.NO_MODEL, str(error)) from error
         limits = AdapterLimits(
             max_rank=config.max_rank,
             max_device_bytes=hello.adapter_budget_bytes,
@@ -206,13 +196,13 @@ class Server:
             )
         except OSError as error:
             text = f"cannot listen on {self.admin_address} for metrics: {error.strerror}"
-            raise StartFailure(ExitCode.PORT_IN_USE, text) from error
+            raise StartFailure(ServerExit.PORT_IN_USE, text) from error
         self._closing.push_async_callback(_stop_metrics, httpd, thread)
         self.admin_address = Address(self.admin_address.host, httpd.server_port)
         try:
             self.address = self._rpc.bind(self.address)
         except CannotListen as error:
-            raise StartFailure(ExitCode.PORT_IN_USE, str(error)) from error
+            raise StartFailure(ServerExit.PORT_IN_USE, str(error)) from error
         self._closing.push_async_callback(self._rpc.stop, STOP_GRACE)
 
     async def _open_training(self, registry: Registry) -> JobQueue | None:
@@ -243,7 +233,7 @@ class Server:
             await queue.open()
         except OSError as error:
             text = f"cannot use {error.filename}: {error.strerror}"
-            raise StartFailure(ExitCode.STORE_UNUSABLE, text) from error
+            raise StartFailure(ServerExit.STORE_UNUSABLE, text) from error
         self._closing.push_async_callback(self._stop_training, STOP_GRACE)
         return queue
 
@@ -259,22 +249,22 @@ class Server:
         try:
             store = await asyncio.to_thread(work)
         except Refusal as error:
-            raise StartFailure(ExitCode.STORE_UNUSABLE, error.message) from error
+            raise StartFailure(ServerExit.STORE_UNUSABLE, error.message) from error
         except OSError as error:
             text = f"cannot use {error.filename}: {error.strerror}"
-            raise StartFailure(ExitCode.STORE_UNUSABLE, text) from error
+            raise StartFailure(ServerExit.STORE_UNUSABLE, text) from error
         self._closing.push_async_callback(asyncio.to_thread, store.close)
         return store
 
 
-async def run(config: Config) -> ExitCode:
+async def run(config: Config) -> ServerExit:
     """Serves until SIGTERM or SIGINT, then drains; a second signal ends the process at once."""
     try:
         await _serve(config)
     except StartFailure as failure:
         print(f"error: {failure.message}", file=sys.stderr, flush=True)
         return failure.code
-    return ExitCode.OK
+    return ServerExit.OK
 
 
 async def _serve(config: Config) -> None:
