@@ -137,7 +137,7 @@ def convert(
 
 
 def add_commands(app: typer.Typer) -> None:
-    """Adds the commands to the program."""
+    """Adds the commands to `app`."""
     app.command("export")(with_settings(export, ("model", "store", "store_url", "cache")))
     app.command("convert")(convert)
 

@@ -98,13 +98,7 @@ def ls(
     if deleted:
         records = list(shell.store.deleted())
     else:
-        records, token, wanted = [], "", _labels(label)
-        while True:
-            page = shell.store.list(1000, token, wanted)
-            records += page.records
-            token = page.next_page_token
-            if not token:
-                break
+        records = list(shell.store.current(_labels(label)))
         if versions:
             records = [v for record in records for v in shell.store.versions(record.name)]
     shell.show(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any, Final, TypeVar
 
@@ -11,12 +12,13 @@ from loraplex.v1 import adapter_pb2, adapter_pb2_grpc
 from loraplex_adapters.store import Record
 from loraplex_model.base.refusal import Problem, Refusal, Subject
 
-from loraplex_server.registry import Registered, Registry, Terms
+from loraplex_server.engine.messages import AdapterRef
+from loraplex_server.registry import Registered, RegistrationTerms, Registry
 from loraplex_server.rpc import describe, watching
 from loraplex_server.rpc import validate_adapters as validate
 from loraplex_server.rpc.errors import for_client, invalid
 from loraplex_server.rpc.interceptor import Gate
-from loraplex_server.rpc.uploads import Uploads
+from loraplex_server.rpc.uploads import UploadReceiver
 
 DEFAULT_PAGE: Final = 100
 
@@ -28,14 +30,20 @@ T = TypeVar("T")
 
 
 class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
-    """See loraplex/v1/adapter.proto."""
+    """See loraplex/v1/adapter.proto.
+
+    Every call that returns an adapter describes it as it is afterwards. What only reads the store
+    or only moves an adapter within the engine asks these; everything else is the registry's.
+    """
 
     def __init__(self, registry: Registry, gate: Gate) -> None:
         self._registry = registry
+        self._store = registry.store
+        self._engine = registry.engine
         self._gate = gate
-        self._uploads = Uploads(registry, gate)
+        self._uploads = UploadReceiver(registry, gate)
 
-    # what there is
+    # look-up
 
     async def GetAdapter(
         self, request: adapter_pb2.GetAdapterRequest, context: _Context
@@ -47,31 +55,28 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
     async def ListAdapters(
         self, request: adapter_pb2.ListAdaptersRequest, context: _Context
     ) -> adapter_pb2.ListAdaptersResponse:
-        """A page of adapters by name."""
+        """Lists a page of adapters in the order of names."""
         _require(validate.page(request))
         size = request.page_size or DEFAULT_PAGE
-        page = await _typed(
-            self._registry.list(size, request.page_token, dict(request.labels)), "", "page_token"
-        )
+        work = asyncio.to_thread(self._store.page, size, request.page_token, dict(request.labels))
+        page = await _typed(work, "", "page_token")
         return adapter_pb2.ListAdaptersResponse(
-            adapters=[self._describe(record) for record in page.records],
-            next_page_token=page.next_page_token,
+            adapters=map(self._describe, page.records), next_page_token=page.next_page_token
         )
 
     async def ListAdapterVersions(
         self, request: adapter_pb2.ListAdapterVersionsRequest, context: _Context
     ) -> adapter_pb2.ListAdapterVersionsResponse:
-        """All versions of a name."""
+        """Lists all versions of a name, the newest first."""
         _require(validate.name(request.name))
-        found = await _typed(self._registry.versions(request.name), request.name, "name")
-        return adapter_pb2.ListAdapterVersionsResponse(
-            adapters=[self._describe(record) for record in found]
-        )
+        work = asyncio.to_thread(self._store.versions, request.name)
+        found = await _typed(work, request.name, "name")
+        return adapter_pb2.ListAdapterVersionsResponse(adapters=map(self._describe, found))
 
     async def ValidateAdapter(
         self, request: adapter_pb2.ValidateAdapterRequest, context: _Context
     ) -> adapter_pb2.ValidateAdapterResponse:
-        """Tells everything that is wrong with an adapter's files."""
+        """Reports all faults of an adapter's files, or what the adapter is."""
         _require(validate.validation(request))
         if request.WhichOneof("source") == "path":
             report = await _typed(self._registry.examine(request.path), "", "path")
@@ -83,7 +88,7 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
     async def WatchAdapters(
         self, request: adapter_pb2.WatchAdaptersRequest, context: _Context
     ) -> AsyncGenerator[adapter_pb2.WatchAdaptersResponse, None]:
-        """The table of adapters, then its changes."""
+        """Streams the table of adapters, then its changes."""
         try:
             async with aclosing(watching.watch(self._registry.feed, self._gate)) as messages:
                 async for message in messages:
@@ -96,9 +101,11 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
     async def RegisterAdapter(
         self, request: adapter_pb2.RegisterAdapterRequest, context: _Context
     ) -> adapter_pb2.RegisterAdapterResponse:
-        """Checks, copies and names a directory below the import root."""
+        """Checks, copies and registers a directory below the import root."""
         _require(validate.register(request))
-        terms = Terms(request.name, request.replace, dict(request.labels), load=request.load)
+        terms = RegistrationTerms(
+            request.name, request.replace, dict(request.labels), load=request.load
+        )
         adapter, created = await _typed(
             self._registry.register(request.path, terms), request.name, "path"
         )
@@ -109,7 +116,7 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
     async def LabelAdapter(
         self, request: adapter_pb2.LabelAdapterRequest, context: _Context
     ) -> adapter_pb2.LabelAdapterResponse:
-        """Sets and removes labels."""
+        """Sets and removes labels of a version."""
         _require(validate.label(request))
         work = self._registry.label(request.adapter_id, dict(request.set), list(request.remove))
         record = await _typed(work, request.adapter_id, "set")
@@ -118,7 +125,7 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
     async def SetAlias(
         self, request: adapter_pb2.SetAliasRequest, context: _Context
     ) -> adapter_pb2.SetAliasResponse:
-        """Points an alias."""
+        """Points an alias to a version."""
         _require(validate.alias(request))
         expected = request.expected if request.HasField("expected") else None
         work = self._registry.set_alias(request.alias, request.adapter_id, expected)
@@ -128,7 +135,7 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
     async def DeleteAlias(
         self, request: adapter_pb2.DeleteAliasRequest, context: _Context
     ) -> adapter_pb2.DeleteAliasResponse:
-        """Removes an alias."""
+        """Deletes an alias."""
         _require(validate.name(request.alias, "alias"))
         await _typed(self._registry.delete_alias(request.alias), request.alias, "alias")
         return adapter_pb2.DeleteAliasResponse()
@@ -136,7 +143,7 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
     async def DeleteAdapter(
         self, request: adapter_pb2.DeleteAdapterRequest, context: _Context
     ) -> adapter_pb2.DeleteAdapterResponse:
-        """Forgets a name."""
+        """Deletes a name."""
         _require(validate.name(request.name))
         await _typed(self._registry.delete(request.name), request.name, "name")
         return adapter_pb2.DeleteAdapterResponse()
@@ -144,7 +151,7 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
     async def RestoreAdapter(
         self, request: adapter_pb2.RestoreAdapterRequest, context: _Context
     ) -> adapter_pb2.RestoreAdapterResponse:
-        """Brings a deleted name back."""
+        """Restores a deleted name."""
         _require(validate.name(request.name))
         record = await _typed(self._registry.restore(request.name), request.name, "name")
         return adapter_pb2.RestoreAdapterResponse(adapter=self._describe(record))
@@ -154,8 +161,8 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
     async def StartUpload(
         self, request: adapter_pb2.StartUploadRequest, context: _Context
     ) -> adapter_pb2.StartUploadResponse:
-        """Gives the id of a new upload."""
-        upload_id = await _typed(self._registry.start_upload(), "", "", _UPLOAD)
+        """Opens an upload and returns its id."""
+        upload_id = await _typed(asyncio.to_thread(self._store.begin_upload), "", "", _UPLOAD)
         return adapter_pb2.StartUploadResponse(upload_id=upload_id)
 
     async def UploadAdapter(
@@ -163,7 +170,7 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         request_iterator: AsyncIterator[adapter_pb2.UploadAdapterRequest],
         context: _Context,
     ) -> adapter_pb2.UploadAdapterResponse:
-        """Takes an adapter's files and registers it."""
+        """Receives an adapter's files and registers it."""
         done = await _typed(self._uploads.receive(request_iterator), "", "name", _UPLOAD)
         if done.adapter is None:
             return adapter_pb2.UploadAdapterResponse()
@@ -174,9 +181,9 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
     async def GetUpload(
         self, request: adapter_pb2.GetUploadRequest, context: _Context
     ) -> adapter_pb2.GetUploadResponse:
-        """Says how much of an upload is there."""
+        """Reports the received bytes of an upload."""
         _require(validate.upload_id(request.upload_id))
-        work = self._registry.uploaded(request.upload_id)
+        work = asyncio.to_thread(self._store.upload, request.upload_id)
         sizes = await _typed(work, request.upload_id, "upload_id", _UPLOAD)
         return adapter_pb2.GetUploadResponse(
             config_bytes=sizes.config_bytes, weights_bytes=sizes.weights_bytes
@@ -185,26 +192,25 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
     async def AbortUpload(
         self, request: adapter_pb2.AbortUploadRequest, context: _Context
     ) -> adapter_pb2.AbortUploadResponse:
-        """Drops an upload."""
+        """Deletes an upload."""
         _require(validate.upload_id(request.upload_id))
-        work = self._registry.abort_upload(request.upload_id)
+        work = asyncio.to_thread(self._store.abort_upload, request.upload_id)
         await _typed(work, request.upload_id, "upload_id", _UPLOAD)
         return adapter_pb2.AbortUploadResponse()
 
-    # where it is
+    # residency
 
     async def LoadAdapter(
         self, request: adapter_pb2.LoadAdapterRequest, context: _Context
     ) -> adapter_pb2.LoadAdapterResponse:
-        """Makes an adapter resident."""
-        adapter = await self._resolve(request.adapter_id)
-        await _typed(self._registry.load(adapter), request.adapter_id, "adapter_id")
-        return adapter_pb2.LoadAdapterResponse(adapter=self._describe(adapter.record))
+        """Loads an adapter onto the device."""
+        adapter = await self._ordered(request.adapter_id, self._engine.load)
+        return adapter_pb2.LoadAdapterResponse(adapter=adapter)
 
     async def UnloadAdapter(
         self, request: adapter_pb2.UnloadAdapterRequest, context: _Context
     ) -> adapter_pb2.UnloadAdapterResponse:
-        """Takes an adapter off the device."""
+        """Removes an adapter from the device."""
         _require(validate.unload(request))
         adapter = await self._resolve(request.adapter_id)
         drain = None
@@ -217,41 +223,45 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
     async def PinAdapter(
         self, request: adapter_pb2.PinAdapterRequest, context: _Context
     ) -> adapter_pb2.PinAdapterResponse:
-        """Makes an adapter resident for good."""
-        adapter = await self._resolve(request.adapter_id)
-        await _typed(self._registry.pin(adapter, True), request.adapter_id, "adapter_id")
-        return adapter_pb2.PinAdapterResponse(adapter=self._describe(adapter.record))
+        """Loads an adapter and excludes it from eviction."""
+        adapter = await self._ordered(request.adapter_id, lambda a: self._engine.pin(a, True))
+        return adapter_pb2.PinAdapterResponse(adapter=adapter)
 
     async def UnpinAdapter(
         self, request: adapter_pb2.UnpinAdapterRequest, context: _Context
     ) -> adapter_pb2.UnpinAdapterResponse:
-        """Lets an adapter be evicted."""
-        adapter = await self._resolve(request.adapter_id)
-        await _typed(self._registry.pin(adapter, False), request.adapter_id, "adapter_id")
-        return adapter_pb2.UnpinAdapterResponse(adapter=self._describe(adapter.record))
+        """Allows the eviction of an adapter again."""
+        adapter = await self._ordered(request.adapter_id, lambda a: self._engine.pin(a, False))
+        return adapter_pb2.UnpinAdapterResponse(adapter=adapter)
 
     async def MergeAdapter(
         self, request: adapter_pb2.MergeAdapterRequest, context: _Context
     ) -> adapter_pb2.MergeAdapterResponse:
-        """Gives an adapter's requests dense copies."""
-        adapter = await self._resolve(request.adapter_id)
-        await _typed(self._registry.merge(adapter), request.adapter_id, "adapter_id")
-        return adapter_pb2.MergeAdapterResponse(adapter=self._describe(adapter.record))
+        """Computes dense weights for an adapter's requests."""
+        adapter = await self._ordered(request.adapter_id, self._engine.merge)
+        return adapter_pb2.MergeAdapterResponse(adapter=adapter)
 
     async def UnmergeAdapter(
         self, request: adapter_pb2.UnmergeAdapterRequest, context: _Context
     ) -> adapter_pb2.UnmergeAdapterResponse:
-        """Drops them."""
-        adapter = await self._resolve(request.adapter_id)
-        await _typed(self._registry.unmerge(adapter), request.adapter_id, "adapter_id")
-        return adapter_pb2.UnmergeAdapterResponse(adapter=self._describe(adapter.record))
+        """Drops an adapter's dense weights."""
+        adapter = await self._ordered(request.adapter_id, lambda a: self._engine.unmerge(a.digest))
+        return adapter_pb2.UnmergeAdapterResponse(adapter=adapter)
+
+    async def _ordered(
+        self, adapter_id: str, order: Callable[[AdapterRef], Awaitable[None]]
+    ) -> adapter_pb2.Adapter:
+        """Carries out an order to the engine and describes the adapter afterwards."""
+        adapter = await self._resolve(adapter_id)
+        await _typed(order(adapter.ref), adapter_id, "adapter_id")
+        return self._describe(adapter.record)
 
     async def _resolve(self, adapter_id: str) -> Registered:
         _require(validate.adapter_id(adapter_id))
         return await _typed(self._registry.resolve(adapter_id), adapter_id, "adapter_id")
 
     def _describe(self, record: Record) -> adapter_pb2.Adapter:
-        return describe.adapter(record, self._registry.residency(record.digest))
+        return describe.adapter(record, self._engine.adapters.get(record.digest))
 
 
 def _require(violations: list[Problem]) -> None:
@@ -260,7 +270,7 @@ def _require(violations: list[Problem]) -> None:
 
 
 async def _typed(work: Awaitable[T], about: str, field: str, kind: str = _ADAPTER) -> T:
-    """Awaits `work`; refusals of the store and the engine become the client's."""
+    """Awaits `work` and turns refusals of the store and the engine into the client's."""
     try:
         return await work
     except Refusal as refusal:
