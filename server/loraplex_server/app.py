@@ -35,7 +35,7 @@ from loraplex_server.rpc.generation import GenerationParts, GenerationService
 from loraplex_server.rpc.interceptor import Gate, Interceptor
 from loraplex_server.rpc.server import Address, CannotListen, RpcServer
 from loraplex_server.rpc.training import TrainingService
-from loraplex_server.rpc.validate import Bounds
+from loraplex_server.rpc.validate import ModelBounds
 from loraplex_server.text.tokenizer import TextTokenizer, TokenizerError
 from loraplex_server.training.delivery import RegistryDestination
 from loraplex_server.training.queue import Bounds as JobBounds
@@ -159,7 +159,7 @@ class Server:
             tokenizer,
             admission,
             self.metrics,
-            Bounds(model.base.config.vocab_size, context, model.eos_token_ids),
+            ModelBounds(model.base.config.vocab_size, context, model.eos_token_ids),
             config.stream_writes,
         )
         self._training = await self._open_training(registry)

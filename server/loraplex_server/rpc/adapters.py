@@ -264,9 +264,9 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         return describe.adapter(record, self._engine.adapters.get(record.digest))
 
 
-def _require(violations: list[Problem]) -> None:
-    if violations:
-        raise invalid(violations)
+def _require(problems: list[Problem]) -> None:
+    if problems:
+        raise invalid(problems)
 
 
 async def _typed(work: Awaitable[T], about: str, field: str, kind: str = _ADAPTER) -> T:
