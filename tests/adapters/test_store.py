@@ -175,8 +175,8 @@ def test_a_listing_is_in_the_order_of_names_page_by_page(store: Store, sources: 
     assert len(store.page(0).records) == len(store.page(5000).records) == 6
     store.delete("a0")
     assert [r.name for r in store.page(9, "a0").records] == ["b", "z9"]
-    assert refusal(store.list, -1) == ("FIELD_INVALID", "page_size")
-    assert refusal(store.list, 5, "A; DROP TABLE names") == ("FIELD_INVALID", "page_token")
+    assert refusal(store.page, -1) == ("FIELD_INVALID", "page_size")
+    assert refusal(store.page, 5, "A; DROP TABLE names") == ("FIELD_INVALID", "page_token")
 
 
 BAD_NAMES = [

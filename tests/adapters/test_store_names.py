@@ -203,7 +203,7 @@ def test_labels_are_bounded(labels: dict[str, str], tmp_path: Path, sources: lis
     with Store(tmp_path / "store") as store:
         invalid = ("FIELD_INVALID", "labels")
         assert refusal(store.register, "a", sources[0], BASE, labels=labels) == invalid
-        assert refusal(store.list, labels=labels) == invalid
+        assert refusal(store.page, labels=labels) == invalid
         store.register("a", sources[0], BASE, labels={f"a{n}": "x" for n in range(31)})
         assert refusal(store.label, "a", labels) == invalid
         assert refusal(store.label, "a", {"b": "x", "c": "x"}) == invalid
