@@ -212,7 +212,7 @@ class Config(BaseSettings):
 
     @property
     def adapter_virtual_tokens(self) -> int:
-        """Largest number of virtual tokens of one adapter that fits the reserved blocks."""
+        """Largest number of virtual tokens of one adapter, within what is reserved for all."""
         return min(self.virtual_tokens, self.max_virtual_tokens)
 
     def engine_limits(self) -> dict[str, int]:

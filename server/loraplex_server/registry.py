@@ -262,14 +262,14 @@ class Registry:
 
     # the engine
 
-    async def unload(self, adapter: Registered, force: bool, drain: float | None = None) -> None:
+    async def unload(self, digest: str, force: bool, drain: float | None = None) -> None:
         """Removes an adapter from the device, after the requests that use it or, by force, at once.
 
         Requests that still run after `drain` seconds (None: no limit) are aborted.
         """
         deadline = None if drain is None else time.monotonic() + drain
         try:
-            await self.engine.unload(adapter.digest, force, deadline)
+            await self.engine.unload(digest, force, deadline)
         except Refusal:
             self._metrics.adapter_unloaded("error")
             raise

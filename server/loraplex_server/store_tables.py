@@ -55,7 +55,7 @@ def verified_json(verified: Verified) -> dict[str, Any]:
 
 
 def collected_json(collected: Collected, dry_run: bool) -> dict[str, Any]:
-    """What a garbage collection removed or, in a dry run, would remove."""
+    """Result of a garbage collection, or of its dry run."""
     return {
         "dry_run": dry_run,
         "versions": list(collected.versions),

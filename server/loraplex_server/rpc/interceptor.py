@@ -38,7 +38,7 @@ _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 class Gate:
-    """Counts the running calls of our services and tells when the server drains."""
+    """Counts the running calls of our services and signals when the server drains."""
 
     def __init__(self) -> None:
         self.draining = False
