@@ -1,4 +1,4 @@
-"""The composition root: one server process from its settings, from start to exit."""
+"""The server process: builds its parts from the settings, and runs them from start to exit."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
-from enum import IntEnum
 from importlib.metadata import version
 from pathlib import Path
 from threading import Thread
@@ -24,9 +24,16 @@ from loraplex_model.base.refusal import Refusal
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 
 from loraplex_server.config import Config
-from loraplex_server.engine.messages import Fatal, Hello, LoadDone, MergeDone, StepDone
+from loraplex_server.engine.messages import (
+    AdapterStatus,
+    Fatal,
+    Hello,
+    LoadDone,
+    MergeDone,
+    StepDone,
+)
 from loraplex_server.engine.process.client import EngineClient
-from loraplex_server.feed import AdapterFeed
+from loraplex_server.exits import ServerExit
 from loraplex_server.metrics import Metrics, serve_metrics
 from loraplex_server.registry import Registry
 from loraplex_server.rpc.adapters import AdapterService
@@ -35,7 +42,7 @@ from loraplex_server.rpc.generation import GenerationParts, GenerationService
 from loraplex_server.rpc.interceptor import Gate, Interceptor
 from loraplex_server.rpc.server import Address, CannotListen, RpcServer
 from loraplex_server.rpc.training import TrainingService
-from loraplex_server.rpc.validate import Bounds
+from loraplex_server.rpc.validate import ModelBounds
 from loraplex_server.text.tokenizer import TextTokenizer, TokenizerError
 from loraplex_server.training.delivery import RegistryDestination
 from loraplex_server.training.queue import Bounds as JobBounds
@@ -44,46 +51,34 @@ from loraplex_server.training.records import Records
 from loraplex_server.training.trainer import Trainer
 
 STOP_GRACE: Final = 2.0
-"""Seconds that answered calls get to reach their clients before connections are cut."""
+"""Seconds that finished calls have to reach their clients before connections are closed."""
 
 log = logging.getLogger(__name__)
 
 
-class ExitCode(IntEnum):
-    """How the process ends."""
-
-    OK = 0
-    BAD_CONFIG = 2
-    PORT_IN_USE = 3
-    NO_MODEL = 4
-    STORE_UNUSABLE = 5
-
-
 class StartFailure(Exception):
-    """The server cannot start; the message tells the operator what to do."""
+    """The reason why the server cannot start. The message tells the operator what to do."""
 
-    def __init__(self, code: ExitCode, message: str) -> None:
+    def __init__(self, code: ServerExit, message: str) -> None:
         super().__init__(message)
         self.code = code
         self.message = message
 
 
 class _Observer:
-    """The engine's observer: numbers go to the metrics, its table to those who watch the adapters,
-    its coming and going to health."""
-
-    feed: AdapterFeed | None = None
-    """Who watches the adapters; None until the store is open."""
+    """Observer of the engine. It updates the metrics and the health status, and passes each table
+    of adapters to `on_table`."""
 
     def __init__(self, metrics: Metrics, rpc: RpcServer) -> None:
+        self.on_table: list[Callable[[Sequence[AdapterStatus]], None]] = []
         self._metrics = metrics
         self._rpc = rpc
         self._tasks: set[asyncio.Task[None]] = set()
 
     def on_step(self, done: StepDone) -> None:
         self._metrics.on_step(done)
-        if done.adapters is not None and self.feed is not None:
-            self.feed.on_table(done.adapters)
+        if done.adapters is not None:
+            self._publish(done.adapters)
 
     def on_load(self, done: LoadDone) -> None:
         self._metrics.on_load(done)
@@ -93,8 +88,7 @@ class _Observer:
 
     def on_restart(self) -> None:
         self._metrics.on_restart()
-        if self.feed is not None:
-            self.feed.on_table([])
+        self._publish([])
         self._set_serving(False)
 
     def on_ready(self, hello: Hello) -> None:
@@ -104,6 +98,10 @@ class _Observer:
     def on_fatal(self, fatal: Fatal) -> None:
         log.error("the engine does not start: %s", fatal.message, extra={"reason": fatal.reason})
 
+    def _publish(self, table: Sequence[AdapterStatus]) -> None:
+        for listener in self.on_table:
+            listener(table)
+
     def _set_serving(self, serving: bool) -> None:
         task = asyncio.get_running_loop().create_task(self._rpc.set_serving(serving))
         self._tasks.add(task)
@@ -111,7 +109,7 @@ class _Observer:
 
 
 class Server:
-    """One front process: `start`, then `drain`; `close` undoes whatever of it was done."""
+    """The front process: `start`, then `drain`. `close` undoes a start, even an incomplete one."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -131,16 +129,19 @@ class Server:
         self.admin_address = Address(config.admin_host, config.admin_port)
 
     async def start(self) -> None:
-        """Serves when it returns. Raises StartFailure. What can fail quickly is tried first."""
+        """Starts all parts; the server is ready when it returns. Raises StartFailure.
+
+        Steps that can fail quickly come first.
+        """
         config = self._config
         self._bind()
         store = await self._open_store()
         try:
             hello = await self.engine.start()
         except Refusal as error:
-            raise StartFailure(ExitCode.NO_MODEL, error.message) from error
+            raise StartFailure(ServerExit.NO_MODEL, error.message) from error
         except OSError as error:
-            raise StartFailure(ExitCode.NO_MODEL, f"cannot start the engine: {error}") from error
+            raise StartFailure(ServerExit.NO_MODEL, f"cannot start the engine: {error}") from error
         self._closing.push_async_callback(self.engine.stop)
         model = hello.model
         context = min(
@@ -151,7 +152,7 @@ class Server:
         try:
             tokenizer = await asyncio.to_thread(TextTokenizer, Path(model.tokenizer_path), context)
         except TokenizerError as error:
-            raise StartFailure(ExitCode.NO_MODEL, str(error)) from error
+            raise StartFailure(ServerExit.NO_MODEL, str(error)) from error
         limits = AdapterLimits(
             max_rank=config.max_rank,
             max_device_bytes=hello.adapter_budget_bytes,
@@ -159,7 +160,7 @@ class Server:
         )
         registry = Registry(store, self.engine, self.metrics, config.import_root, limits)
         await registry.open()
-        self._observer.feed = registry.feed
+        self._observer.on_table.append(registry.feed.on_table)
         admission = Admission(
             config.max_running + config.max_waiting, config.max_waiting_tokens, self.metrics
         )
@@ -169,7 +170,7 @@ class Server:
             tokenizer,
             admission,
             self.metrics,
-            Bounds(model.base.config.vocab_size, context, model.eos_token_ids),
+            ModelBounds(model.base.config.vocab_size, context, model.eos_token_ids),
             config.stream_writes,
         )
         self._training = await self._open_training(registry)
@@ -178,25 +179,25 @@ class Server:
             AdapterService(registry, self._gate),
             TrainingService(self._training, self._gate),
         )
-        # Before engine and store are closed, the calls that use them have ended.
+        # Stopped before engine and store are closed, because running calls use them.
         self._closing.push_async_callback(self._rpc.stop, STOP_GRACE)
 
     async def drain(self) -> None:
-        """Turns new work away, lets running calls finish, and ends those that do not in time."""
+        """Refuses new calls and waits for running ones, which end at the drain timeout."""
         await self._rpc.lame_duck()
         self._gate.close()
-        # A trainer saves meanwhile.
+        # The trainer saves its checkpoint meanwhile.
         training = asyncio.create_task(self._stop_training(self._config.drain_timeout))
         try:
             await asyncio.wait_for(self._gate.drained(), self._config.drain_timeout)
         except TimeoutError:
-            log.warning("drain timeout: the calls that still run are ended")
-            # Their streams end with DRAINING, which the handlers pass on to the clients.
+            log.warning("drain timeout: ending the calls that still run")
+            # Their streams fail with DRAINING, which the handlers report to the clients.
             await self.engine.stop()
         await training
 
     async def close(self) -> None:
-        """Stops everything that was started. Idempotent."""
+        """Stops all parts that were started. Idempotent."""
         await self._closing.aclose()
 
     def _bind(self) -> None:
@@ -206,17 +207,17 @@ class Server:
             )
         except OSError as error:
             text = f"cannot listen on {self.admin_address} for metrics: {error.strerror}"
-            raise StartFailure(ExitCode.PORT_IN_USE, text) from error
+            raise StartFailure(ServerExit.PORT_IN_USE, text) from error
         self._closing.push_async_callback(_stop_metrics, httpd, thread)
         self.admin_address = Address(self.admin_address.host, httpd.server_port)
         try:
             self.address = self._rpc.bind(self.address)
         except CannotListen as error:
-            raise StartFailure(ExitCode.PORT_IN_USE, str(error)) from error
+            raise StartFailure(ServerExit.PORT_IN_USE, str(error)) from error
         self._closing.push_async_callback(self._rpc.stop, STOP_GRACE)
 
     async def _open_training(self, registry: Registry) -> JobQueue | None:
-        """The queue of training jobs, if there is to be one. Raises StartFailure."""
+        """Opens the queue of training jobs; None if training is off. Raises StartFailure."""
         config = self._config
         if not config.training:
             return None
@@ -243,7 +244,7 @@ class Server:
             await queue.open()
         except OSError as error:
             text = f"cannot use {error.filename}: {error.strerror}"
-            raise StartFailure(ExitCode.STORE_UNUSABLE, text) from error
+            raise StartFailure(ServerExit.STORE_UNUSABLE, text) from error
         self._closing.push_async_callback(self._stop_training, STOP_GRACE)
         return queue
 
@@ -259,22 +260,22 @@ class Server:
         try:
             store = await asyncio.to_thread(work)
         except Refusal as error:
-            raise StartFailure(ExitCode.STORE_UNUSABLE, error.message) from error
+            raise StartFailure(ServerExit.STORE_UNUSABLE, error.message) from error
         except OSError as error:
             text = f"cannot use {error.filename}: {error.strerror}"
-            raise StartFailure(ExitCode.STORE_UNUSABLE, text) from error
+            raise StartFailure(ServerExit.STORE_UNUSABLE, text) from error
         self._closing.push_async_callback(asyncio.to_thread, store.close)
         return store
 
 
-async def run(config: Config) -> ExitCode:
-    """Serves until SIGTERM or SIGINT, then drains; a second signal ends the process at once."""
+async def run(config: Config) -> ServerExit:
+    """Serves until SIGTERM or SIGINT, then drains. A second signal ends the process at once."""
     try:
         await _serve(config)
     except StartFailure as failure:
         print(f"error: {failure.message}", file=sys.stderr, flush=True)
         return failure.code
-    return ExitCode.OK
+    return ServerExit.OK
 
 
 async def _serve(config: Config) -> None:
@@ -311,7 +312,7 @@ async def _serve(config: Config) -> None:
             flush=True,
         )
         gc.collect()
-        gc.freeze()  # what was imported lives for ever; no collection need stop the loop for it
+        gc.freeze()  # imported modules are never freed, so collections need not visit them
         await stopping
         await server.drain()
     finally:

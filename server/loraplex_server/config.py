@@ -18,12 +18,28 @@ ENGINE_FACTORY: Final = "loraplex_server.engine.runner.local:build"
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 
+PANELS: Final = {
+    "model": "Model",
+    "store": "Files",
+    "host": "Network",
+    "kv_memory": "Memory",
+    "max_rank": "Adapters",
+    "max_context": "Requests",
+    "training": "Training",
+    "log_format": "Logging",
+}
+"""Titles of the panels of `--help`, each by its first setting in the order of `Config`."""
+
+
 class ConfigError(Exception):
-    """The settings cannot be used; the message names each that is wrong, for the operator."""
+    """Settings that cannot be used. The message names every wrong setting, for the operator."""
 
 
 class Config(BaseSettings):
-    """Everything that can be set. Sizes are bytes, or text such as "512MiB"; times are seconds."""
+    """The server's settings. Sizes are bytes, or text such as "512MiB"; times are seconds.
+
+    A field's docstring is the help of its flag. Fields with `repr=False` have no flag.
+    """
 
     model_config = SettingsConfigDict(
         env_prefix="LORAPLEX_",
@@ -34,103 +50,110 @@ class Config(BaseSettings):
     )
 
     model: str = Field(DEFAULT_MODEL, min_length=1)
-    """A Hugging Face causal LM: a directory, a GGUF file or a hub id; default is SmolLM2-135M."""
+    """Base model: a directory, a GGUF file or a hub id of a causal language model in Hugging Face
+    format. `default` is SmolLM2-135M-Instruct."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """What is computed in; the base's weights are NF4 either way."""
+    """Compute type. The base's weights are NF4 in any case."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where; auto takes CUDA where there is one."""
+    """Device to compute on. `auto` uses CUDA if it is available."""
     threads: int = Field(0, ge=0)
-    """Threads of the engine's arithmetic; 0 takes the cores there are."""
+    """CPU threads of the engine; 0 uses all cores that the process may use."""
 
     store: Path = Path("var/store")
-    """Where registered adapters lie."""
+    """Directory of the adapter store, which holds the registered adapters."""
     store_url: SecretStr = SecretStr("")
-    """The store's index where several servers share it: postgresql://...; empty: in the store."""
+    """PostgreSQL URL of the store's index, needed if several servers share the store; if empty, the
+    index is an SQLite file in the store."""
     cache: Path = Path("var/cache")
-    """Where quantised base models and compiled kernels lie."""
+    """Directory for quantised base models and compiled kernels."""
     import_root: Path = Path("var/import")
-    """Adapters are registered from directories below this one, and from nowhere else."""
+    """Directory below which clients may name files of the server: adapters and training data."""
 
     host: str = "127.0.0.1"
-    """Address of the gRPC services."""
+    """Address that the gRPC services listen on."""
     port: Port = 50051
-    """Their port; 0 takes a free one."""
+    """Port of the gRPC services; 0 picks a free one."""
     admin_host: str = "127.0.0.1"
-    """Address of /metrics, over HTTP."""
+    """Address that the metrics endpoint (/metrics over HTTP) listens on."""
     admin_port: Port = 9464
-    """Its port; 0 takes a free one."""
+    """Port of the metrics endpoint; 0 picks a free one."""
     insecure: bool = False
-    """Listen beyond this machine although nothing checks who calls."""
+    """Allow addresses that other machines can reach, although callers are not authenticated."""
     reflection: bool = True
     """Serve gRPC reflection."""
 
-    max_context: int = Field(0, ge=0)
-    """Longest prompt and answer together, in tokens; 0 takes the model's."""
-    kv_tokens: int = Field(0, ge=0)
-    """Tokens that the KV cache holds; 0 lets kv_memory decide."""
     kv_memory: ByteSize = ByteSize(512 << 20)
-    """Bytes of the KV cache."""
-    token_budget: int = Field(512, ge=1)
-    """Tokens of one step, decode rows and prompt chunks together."""
-    max_running: int = Field(64, ge=1)
-    """Requests in one step."""
-    max_waiting: int = Field(256, ge=0)
-    """Requests beyond those that may wait; more are refused."""
-    max_waiting_tokens: int = Field(1 << 18, ge=1)
-    """Prompt tokens that may wait."""
+    """Memory of the KV cache."""
+    kv_tokens: int = Field(0, ge=0)
+    """Size of the KV cache in tokens; 0 sizes it by kv_memory."""
     adapter_memory: ByteSize = ByteSize(1 << 30)
-    """Device bytes for adapters."""
+    """Device memory for adapters."""
     host_adapter_memory: ByteSize = ByteSize(1 << 30)
-    """Host bytes for adapters that left the device or are wanted next; 0 reads them again."""
+    """Host memory for adapters that were evicted from the device or will be needed next; with 0
+    they are read from disk each time."""
     merge_memory: ByteSize = ByteSize(1 << 30)
-    """Device bytes for the dense copies of merged adapters; 0 refuses to merge."""
-    merge_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What dense copies are kept in; auto takes dtype."""
-    merge_auto: bool = False
-    """Merge an adapter that dominates the traffic, where that is measured to be faster."""
+    """Device memory for the dense weights of merged adapters; with 0 no adapter can be merged."""
     virtual_tokens: int = Field(1024, ge=0, le=1 << 20)
-    """KV cache tokens set aside for the virtual tokens of adapters; 0 serves none that has some."""
-    max_virtual_tokens: int = Field(512, ge=0, le=1 << 20)
-    """Virtual tokens that one adapter may have; never more than are set aside. Those given by their
-    embeddings are computed in one pass when the adapter is loaded: more than `token_budget` of them
-    make a step longer than any prompt does."""
+    """KV cache tokens reserved for the virtual tokens of adapters; with 0, adapters that have
+    virtual tokens are not served."""
+
     max_rank: int = Field(256, ge=1, le=4096)
-    """The largest rank that an adapter may have."""
+    """Largest rank of an adapter."""
+    max_virtual_tokens: int = Field(512, ge=0, le=1 << 20)
+    """Largest number of virtual tokens of one adapter, at most virtual_tokens. Above token_budget,
+    loading such an adapter can make a step longer than any prompt does."""
+    merge_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the dense weights of merged adapters; `auto` uses dtype."""
+    merge_auto: bool = False
+    """Merge an adapter automatically while most requests use it and steps are measured to be faster
+    that way."""
+
+    max_context: int = Field(0, ge=0)
+    """Longest prompt and answer together, in tokens; 0 uses the model's context length."""
+    token_budget: int = Field(512, ge=1)
+    """Most tokens in one step: decode rows and prompt chunks together."""
+    max_running: int = Field(64, ge=1)
+    """Most requests in one step."""
+    max_waiting: int = Field(256, ge=0)
+    """Most requests that may wait beyond the running ones; further ones are refused."""
+    max_waiting_tokens: int = Field(1 << 18, ge=1)
+    """Most prompt tokens that may wait; further requests are refused."""
+    stream_writes: int = Field(256, ge=0)
+    """Messages per second over all streams above which tokens are sent several at a time; 0 sends
+    each token at once."""
+    drain_timeout: float = Field(30.0, ge=0, le=86_400)
+    """Seconds that running requests have to finish after SIGTERM."""
+    write_stall_timeout: float = Field(30.0, gt=0, le=86_400)
+    """Seconds after which a request is ended because its client does not read the stream."""
 
     training: bool = False
-    """Train adapters on request, in a process beside the engine's."""
+    """Train adapters on request, in a process of their own."""
     training_jobs_dir: Path = Path("var/training")
-    """Where training jobs are kept: their data, checkpoints and records."""
+    """Directory of the training jobs: data, checkpoints and records."""
     training_max_jobs: int = Field(16, ge=0)
-    """Training jobs that may wait beyond the one that runs; more are refused."""
+    """Most training jobs that may wait beyond the running one; further ones are refused."""
     training_keep_jobs: int = Field(100, ge=1)
-    """Training jobs that have ended and are remembered; older ones are removed."""
+    """Number of ended training jobs to keep; older ones are removed."""
     training_memory: ByteSize = ByteSize(0)
-    """Bytes that a trainer may take; 0 takes what is free."""
+    """Most memory that a training job may use; 0 allows all free memory."""
     training_threads: int = Field(0, ge=0)
-    """Threads of a trainer; 0 takes half of the cores."""
+    """CPU threads of a training job; 0 uses half of the cores."""
     training_timeout: float = Field(86_400.0, ge=0, le=31_536_000)
-    """Seconds that a training job may run; 0: for ever."""
+    """Seconds that a training job may run; 0 sets no limit."""
     training_data: ByteSize = ByteSize(256 << 20)
-    """The largest data file that is taken from the import root."""
+    """Largest data file that is accepted from below the import root."""
 
-    stream_writes: int = Field(256, ge=0)
-    """Messages a second over all streams, before tokens travel several at a time; 0: never."""
-    drain_timeout: float = Field(30.0, ge=0, le=86_400)
-    """Seconds that running requests may take to finish after SIGTERM."""
-    write_stall_timeout: float = Field(30.0, gt=0, le=86_400)
-    """Seconds that a message may wait for a client that has stopped reading."""
     log_format: Literal["text", "json"] = "text"
-    """Log lines for people or for programs."""
+    """Format of log lines: `text` for people, `json` for programs."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """The least that is logged."""
+    """Lowest level that is logged."""
 
     engine_factory: str = Field(ENGINE_FACTORY, repr=False, pattern=r"^[\w.]+:\w+$")
-    """What builds the engine's runner; tests name their own."""
+    """Function that builds the engine's runner, as `module:name`. Tests set their own."""
     engine_options: dict[str, Any] | None = Field(None, repr=False)
-    """Its keyword arguments, in place of those made from the settings above."""
+    """Keyword arguments of `engine_factory` in place of those made from the settings, for tests."""
     trainer: list[str] | None = Field(None, repr=False)
-    """The trainer's program; tests name their own."""
+    """Command line that starts the trainer. Tests set their own."""
 
     @model_validator(mode="after")
     def _coherent(self) -> Config:
@@ -140,13 +163,13 @@ class Config(BaseSettings):
             host = getattr(self, name)
             if not self.insecure and not _is_loopback(host):
                 raise ValueError(
-                    f"{name} {host!r} is reachable from other machines and nothing checks who "
-                    "calls; listen on 127.0.0.1, or say --insecure"
+                    f"{name} {host!r} can be reached from other machines, and callers are not "
+                    "authenticated; listen on 127.0.0.1, or allow it with --insecure"
                 )
         return self
 
     def lines(self) -> list[str]:
-        """The settings as they were resolved, `name = value`, for the log."""
+        """Resolved settings as lines `name = value`, for the log."""
         shown = {name for name, field in type(self).model_fields.items() if field.repr}
         values = self.model_dump(mode="json", include=shown)
         return [f"{name} = {value}" for name, value in values.items()]
@@ -174,7 +197,7 @@ class Config(BaseSettings):
         }
 
     def trainer_options(self) -> dict[str, str]:
-        """What of a training run is the operator's, by the trainer's names."""
+        """Training options that the operator fixes, keyed by the trainer's names."""
         return {
             "model": self.model,
             "dtype": self.dtype,
@@ -184,16 +207,16 @@ class Config(BaseSettings):
 
     @property
     def trainer_threads(self) -> int:
-        """Threads that a trainer really takes."""
+        """CPU threads of a training job."""
         return self.training_threads or max(1, available_cores() // 2)
 
     @property
     def adapter_virtual_tokens(self) -> int:
-        """Virtual tokens that one adapter may really have."""
+        """Largest number of virtual tokens of one adapter, within what is reserved for all."""
         return min(self.virtual_tokens, self.max_virtual_tokens)
 
     def engine_limits(self) -> dict[str, int]:
-        """Bounds of the engine. The front refuses first, so its queue bounds are the wider ones."""
+        """Limits of the engine. Its queue is longer than the front's, which refuses first."""
         return {
             "token_budget": self.token_budget,
             "max_running": self.max_running,
@@ -203,7 +226,7 @@ class Config(BaseSettings):
 
 
 def load(file: Path | None, flags: Mapping[str, Any]) -> Config:
-    """The settings from all sources. `flags` holds those given. Raises ConfigError."""
+    """Reads the settings from all sources; `flags` holds the given flags. Raises ConfigError."""
     from_file: dict[str, Any] = {}
     if file is not None:
         try:
@@ -232,7 +255,7 @@ def load(file: Path | None, flags: Mapping[str, Any]) -> Config:
 
 
 class _Values(PydanticBaseSettingsSource):
-    """A settings source that holds a dictionary."""
+    """Settings source over a dictionary."""
 
     def __init__(self, settings: type[BaseSettings], values: dict[str, Any]) -> None:
         super().__init__(settings)
@@ -263,5 +286,5 @@ def _is_loopback(host: str) -> bool:
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0))

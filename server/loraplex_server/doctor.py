@@ -1,4 +1,4 @@
-"""What this machine can do, and what the server would make of it."""
+"""`loraplex-server doctor`: checks of the machine and of the settings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from loraplex_server.config import Config, available_cores
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One line of the examination; `good` is False for what would keep the server from serving."""
+    """Result of one check. The server could not serve if `good` is False."""
 
     subject: str
     text: str
@@ -25,7 +25,7 @@ class Check:
 
 
 def examine(config: Config) -> Iterator[Check]:
-    """Looks at everything that serving needs, without loading a model or changing a file."""
+    """Checks everything that serving needs, without loading a model or changing a file."""
     yield Check("python", f"{platform.python_version()} on {platform.platform()}")
     yield Check("processor", f"{_processor()}, {available_cores()} cores, {_memory()}")
     yield from _arithmetic(config)
@@ -40,7 +40,9 @@ def _arithmetic(config: Config) -> Iterator[Check]:
     try:
         import torch
     except ImportError:
-        yield Check("torch", "not installed: pip install 'loraplex[server]'", good=False)
+        yield Check(
+            "torch", "not installed; install it with: pip install 'loraplex[server]'", good=False
+        )
         return
     from loraplex_model.ops import build
 
@@ -51,19 +53,19 @@ def _arithmetic(config: Config) -> Iterator[Check]:
     yield Check("torch", f"{torch.__version__}, {gpu}")
     yield Check("device", f"{chosen} (--device {config.device})", possible)
     isas = build.supported_isas()
-    yield Check("instructions", f"this processor runs {', '.join(isas)}")
+    yield Check("instructions", f"supported by this processor: {', '.join(isas)}")
     compiler = _compiler()
-    yield Check("compiler", compiler or "none found")
+    yield Check("compiler", compiler or "not found")
     best = os.environ.get("LORAPLEX_ISA") or isas[0]
     built = build.find(best, directory=config.cache / "kernels")
     if chosen == "cuda":
         text = "torch and bitsandbytes on the GPU"
     elif built is not None:
-        text = f"C++ for {best}, the best this processor runs; built in {built.parent}"
+        text = f"C++ for {best}, the fastest supported; built in {built.parent}"
     elif compiler:
-        text = f"C++ for {best}, the best this processor runs; compiled at the first start"
+        text = f"C++ for {best}, the fastest supported; will be compiled at the first start"
     else:
-        text = "torch reference, many times slower: the C++ kernels need a compiler (g++)"
+        text = "torch reference, many times slower; the C++ kernels need a compiler (g++)"
     yield Check("kernels", text)
 
 
@@ -79,12 +81,12 @@ def _model(config: Config) -> Check:
     entries = len(list(config.cache.glob("entries/*/model.json")))
     kept = f"{entries} converted models in {config.cache}"
     if config.model == "default":
-        return Check("model", f"SmolLM2-135M-Instruct, the default; {kept}")
+        return Check("model", f"SmolLM2-135M-Instruct (default); {kept}")
     if Path(config.model).exists():
-        return Check("model", f"{config.model}, on this disk; {kept}")
+        return Check("model", f"{config.model}, a local file or directory; {kept}")
     if config.model.count("/") == 1 and not config.model.startswith((".", "/")):
-        return Check("model", f"{config.model}, from a hub at the first start; {kept}")
-    return Check("model", f"{config.model}: there is no such file or directory", good=False)
+        return Check("model", f"{config.model}, a hub id, downloaded at the first start; {kept}")
+    return Check("model", f"{config.model}: no such file or directory", good=False)
 
 
 def _folder(name: str, path: Path, writable: bool) -> Check:
@@ -97,7 +99,7 @@ def _folder(name: str, path: Path, writable: bool) -> Check:
         return Check(name, f"{path}: not a directory", good=False)
     parent = next(p for p in path.absolute().parents if p.exists())
     good = os.access(parent, os.W_OK | os.X_OK)
-    return Check(name, f"{path}: will be made" if good else f"{path}: cannot be made", good)
+    return Check(name, f"{path}: will be created" if good else f"{path}: cannot be created", good)
 
 
 def _port(name: str, host: str, port: int) -> Check:

@@ -1,4 +1,4 @@
-"""`loraplex-server export` and `convert`: adapters for other programs, without a server."""
+"""`loraplex-server export` and `convert`: adapters for other programs, and from them."""
 
 from __future__ import annotations
 
@@ -7,24 +7,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from loraplex_adapters.convert.export.directory import staged
 from loraplex_adapters.convert.importers import adapterhub
 from loraplex_model.base.refusal import Reason, Refusal
 
-from loraplex_server.config import Config, ConfigError, load
+from loraplex_server.config import Config
+from loraplex_server.exits import ServerExit
+from loraplex_server.flags import with_settings
 
-if TYPE_CHECKING:  # these import torch, which other commands need not wait for
+if TYPE_CHECKING:  # imports torch, which is slow
     from loraplex_adapters.convert.export.exporter import Outcome, Request
-
-BAD_INPUT = 2
-"""Exit code for everything that an operator can mend."""
 
 
 class Format(StrEnum):
-    """What can be written."""
+    """Formats that can be written."""
 
     HF = "hf"
     NF4 = "nf4"
@@ -41,7 +40,7 @@ class Dtype(StrEnum):
 
 
 class Blend(StrEnum):
-    """How several adapters become one."""
+    """Methods that combine several adapters into one."""
 
     CAT = "cat"
     SVD = "svd"
@@ -50,104 +49,96 @@ class Blend(StrEnum):
 
 
 class Origin(StrEnum):
-    """What can be converted."""
+    """Kinds of adapters that can be converted."""
 
     PISSA = "pissa"
     ADAPTERHUB = "adapterhub"
 
 
 def export(
+    config: Config,
     adapters: Annotated[
-        list[str], typer.Argument(help="Directories, or ids in the store (name, name@3).")
+        list[str], typer.Argument(help="Adapter directories, or ids in the store (name, name@3).")
     ],
-    out: Annotated[Path, typer.Option(help="The new directory.")],
-    format_: Annotated[Format, typer.Option("--format", help="What to write.")],
-    model: Annotated[str | None, typer.Option(help="The base, as for serve.")] = None,
+    out: Annotated[Path, typer.Option(help="Directory to create.")],
+    format_: Annotated[Format, typer.Option("--format", help="Format to write.")],
     dtype: Annotated[
         Dtype | None,
-        typer.Option(help="Type of the tensors; bf16 for hf and nf4, fp32 for gguf and peft."),
+        typer.Option(
+            help="Type of the written tensors; by default bf16 for hf and nf4, fp32 otherwise."
+        ),
     ] = None,
     blend: Annotated[
-        Blend | None, typer.Option(help="How to make one adapter of several; LoRA only.")
+        Blend | None, typer.Option(help="Method to combine several adapters; LoRA only.")
     ] = None,
     weights: Annotated[
-        str, typer.Option(help="The adapters' weights, such as 0.7,0.3; 1 each if not given.")
+        str, typer.Option(help="Weights of the adapters, such as 0.7,0.3; by default 1 each.")
     ] = "",
-    rank: Annotated[int | None, typer.Option(help="Rank of a blend; not for cat.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of the blend; not for cat.")] = None,
     density: Annotated[
         float | None, typer.Option(help="Share of the elements that ties and dare keep.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="What dare drops.")] = 0,
-    store: Annotated[str | None, typer.Option(help="Where registered adapters lie.")] = None,
-    store_url: Annotated[
-        str | None, typer.Option(help="The database of a shared store (LORAPLEX_STORE_URL).")
-    ] = None,
-    cache: Annotated[str | None, typer.Option(help="Where base models lie.")] = None,
-    config: Annotated[
-        Path | None, typer.Option("--config", help="The server's TOML file of settings.")
-    ] = None,
+    seed: Annotated[int, typer.Option(help="Random seed of dare.")] = 0,
     force: Annotated[
-        bool, typer.Option("--force", help="Replace an earlier export; write a lossy NF4 merge.")
+        bool, typer.Option("--force", help="Replace an earlier export; allow a lossy NF4 merge.")
     ] = False,
 ) -> None:
     """Write an adapter, or a blend of several, for other programs.
 
-    hf: the base with the adapter merged in. nf4: the same, quantised. gguf: an adapter for
-    llama.cpp. peft: a plain LoRA adapter. Model, store and cache are the server's settings, unless
-    they are given.
+    Formats: hf is the base with the adapter merged in, nf4 the same quantised, gguf an adapter for
+    llama.cpp, peft a plain LoRA adapter.
     """
     from loraplex_adapters.convert.export.exporter import Request, run
 
-    given = {"model": model, "store": store, "store_url": store_url, "cache": cache}
-    settings = _settings(config, {name: value for name, value in given.items() if value})
     request = Request(
         adapters=tuple(adapters),
         weights=_numbers(weights),
         format=format_.value,
-        model=settings.model,
+        model=config.model,
         dtype=dtype.value if dtype else "",
         blend=blend.value if blend else "",
         rank=rank,
         density=density,
         seed=seed,
-        cache=settings.cache,
+        cache=config.cache,
         force=force,
     )
     with _errors(), staged(out, force=force) as target:
-        url = settings.store_url.get_secret_value()
-        outcome = run(request, target, _locator(settings.store, url))
+        url = config.store_url.get_secret_value()
+        outcome = run(request, target, _locator(config.store, url))
     _report(outcome, request, out)
 
 
 def convert(
-    adapter: Annotated[Path, typer.Argument(help="The adapter's directory.")],
-    out: Annotated[Path, typer.Option(help="The new directory.")],
-    origin: Annotated[Origin, typer.Option("--from", help="What the adapter is.")],
+    adapter: Annotated[Path, typer.Argument(help="Directory of the adapter.")],
+    out: Annotated[Path, typer.Option(help="Directory to create.")],
+    origin: Annotated[Origin, typer.Option("--from", help="Kind of the adapter.")],
     initial: Annotated[
-        Path | None, typer.Option(help="pissa: the adapter as it was saved before training.")
+        Path | None, typer.Option(help="For pissa: the adapter as it was saved before training.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
 ) -> None:
-    """Turn an adapter of another kind into one that is served, where that is exact.
+    """Convert an adapter of another kind into one that can be served, if that is exact.
 
-    pissa: PiSSA, OLoRA, CorDA, LoRA-GA into plain LoRA. adapterhub: a bottleneck adapter.
+    Kinds: pissa stands for PiSSA, OLoRA, CorDA and LoRA-GA, which become plain LoRA; adapterhub for
+    bottleneck adapters.
     """
     with _errors(), staged(out, force=force) as target:
         if origin is Origin.ADAPTERHUB:
             adapterhub.convert(adapter, target)
         elif initial is None:
-            message = "--from pissa needs --initial, the adapter as it was before training"
+            message = "--from pissa needs --initial: the adapter as it was before training"
             raise Refusal(Reason.FIELD_INVALID, message, "initial")
         else:
             from loraplex_adapters.convert.export import mutated
 
             mutated.convert(adapter, initial, target)
-    typer.echo(f"converted to {out}; registering it checks it against a base")
+    typer.echo(f"converted to {out}; registration will check it against the base model")
 
 
 def add_commands(app: typer.Typer) -> None:
-    """Adds the commands to the program."""
-    app.command("export")(export)
+    """Adds the commands to `app`."""
+    app.command("export")(with_settings(export, ("model", "store", "store_url", "cache")))
     app.command("convert")(convert)
 
 
@@ -157,15 +148,7 @@ def _errors() -> Iterator[None]:
         yield
     except Refusal as error:
         typer.echo(f"error: {error.reason}: {error.message}", err=True)
-        raise typer.Exit(BAD_INPUT) from None
-
-
-def _settings(file: Path | None, given: dict[str, Any]) -> Config:
-    try:
-        return load(file, given)
-    except ConfigError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(BAD_INPUT) from None
+        raise typer.Exit(ServerExit.BAD_CONFIG) from None
 
 
 def _numbers(text: str) -> tuple[float, ...]:
@@ -173,18 +156,18 @@ def _numbers(text: str) -> tuple[float, ...]:
         try:
             return tuple(float(part) for part in text.split(",")) if text else ()
         except ValueError:
-            message = "weights are numbers with commas between them"
+            message = "must be numbers separated by commas"
             raise Refusal(Reason.FIELD_INVALID, message, "weights") from None
 
 
 def _locator(root: Path, url: str) -> Callable[[str], Path]:
-    """A function from an adapter as the operator names it to its directory."""
+    """A function from an adapter's directory or id to its directory."""
 
     def locate(adapter: str) -> Path:
         if Path(adapter).is_dir():
             return Path(adapter)
         if not root.is_dir():
-            message = f"{adapter} is no directory, and there is no store at {root}"
+            message = f"{adapter} is not a directory, and there is no store at {root}"
             raise Refusal(Reason.ADAPTER_NOT_FOUND, message, "adapter")
         from loraplex_adapters.store import Store
 

@@ -1,8 +1,8 @@
-"""Who watches the adapters is told of every change: of names and aliases, and of where they are.
+"""The feed of adapter changes: names, aliases, labels, and where each adapter is.
 
-Changes are differences between two looks: at the store's catalogue (after own changes at once, for
-those of other processes once a second) and at the engine's table, which comes with its steps. While
-nobody watches, nobody looks.
+Changes are the differences between two readings of the store's catalogue and between two tables of
+the engine. The catalogue is read at once after a change by this process and once a second for
+changes by others; the engine's table comes with its steps. Without watchers nothing is read.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from loraplex_server.engine.messages import AdapterStatus
 
 POLL_SECONDS: Final = 1.0
 BACKLOG: Final = 1024
-"""Changes that may wait for one watcher; one more, and it is given the table anew."""
+"""Most changes that may wait for one watcher; beyond it the watcher gets the whole table again."""
 
 log = logging.getLogger(__name__)
 
 
 class Change(Enum):
-    """What happened to an adapter; the names are those of the API."""
+    """Kind of a change. The names are those of the API."""
 
     REGISTERED = auto()
     REPLACED = auto()
@@ -50,8 +50,8 @@ class Change(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """An adapter: its record, None where no name points to the bytes, and the engine's status."""
+class AdapterRow:
+    """An adapter: its record, None if no name points to it, and its status, None if not loaded."""
 
     digest: str
     record: Record | None
@@ -60,16 +60,16 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """A change, and the adapter after it."""
+    """A change and the adapter after it."""
 
     change: Change
-    row: Row
+    row: AdapterRow
     alias: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Catalogue:
-    """What the store holds: current versions by name, versions by alias, and its change count."""
+    """Content of the store: current versions by name, versions by alias, and the change count."""
 
     names: Mapping[str, Record] = field(default_factory=dict)
     aliases: Mapping[str, Record] = field(default_factory=dict)
@@ -77,36 +77,36 @@ class Catalogue:
 
 
 @dataclass(frozen=True, slots=True)
-class Snapshot:
-    """The whole table at one moment, in the order of names."""
+class FeedTable:
+    """All adapters at one moment, in the order of names."""
 
-    rows: Sequence[Row]
+    rows: Sequence[AdapterRow]
     aliases: Mapping[str, Record]
 
 
 class Watcher:
-    """One reader of the feed. The changes that wait for it are bounded."""
+    """One reader of the feed, with a bounded backlog of changes."""
 
     def __init__(self, backlog: int) -> None:
         self._events: deque[Event] = deque()
         self._backlog = backlog
         self._lost = False
-        self._news = asyncio.Event()
+        self._woken = asyncio.Event()
 
     def put(self, event: Event) -> None:
-        """Adds a change. With too many of them, none is kept: only the table helps then."""
+        """Adds a change. A full backlog is dropped, and `take` returns None."""
         if self._lost:
             return
         self._events.append(event)
         if len(self._events) > self._backlog:
             self._events.clear()
             self._lost = True
-        self._news.set()
+        self._woken.set()
 
     async def take(self) -> list[Event] | None:
-        """The changes since the last call, at least one; None when some were lost."""
-        await self._news.wait()
-        self._news.clear()
+        """Waits for changes and returns all since the last call; None if some were dropped."""
+        await self._woken.wait()
+        self._woken.clear()
         if self._lost:
             return None
         taken = list(self._events)
@@ -114,16 +114,16 @@ class Watcher:
         return taken
 
     def restart(self) -> None:
-        """Begins anew: the reader is about to get the table."""
+        """Empties the backlog, because the reader is about to get the whole table."""
         self._events.clear()
         self._lost = False
-        self._news.clear()
+        self._woken.clear()
 
 
 class AdapterFeed:
-    """The differences, for any number of watchers.
+    """Publishes changes to any number of watchers.
 
-    `read` gives the store's catalogue, `count` its change count; both may raise Refusal.
+    `read` returns the store's catalogue and `count` its change count; both may raise Refusal.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class AdapterFeed:
         self._by_digest: dict[str, list[Record]] = {}
         self._statuses: dict[str, AdapterStatus] = {}
         self._stale = asyncio.Event()
-        self._looking = asyncio.Lock()
+        self._reading = asyncio.Lock()
         self._follower: asyncio.Task[None] | None = None
 
     def __len__(self) -> int:
@@ -150,7 +150,7 @@ class AdapterFeed:
 
     @contextmanager
     def watch(self) -> Iterator[Watcher]:
-        """A watcher, for as long as the context lasts. Call `table` first."""
+        """Adds a watcher for the duration of the context. Call `table` before reading from it."""
         watcher = Watcher(self._backlog)
         self._watchers.add(watcher)
         if self._follower is None:
@@ -165,22 +165,22 @@ class AdapterFeed:
                 self._catalogue = None
                 self._by_digest = {}
 
-    async def table(self, watcher: Watcher) -> Snapshot:
-        """The whole table now; the watcher is told of what changes from here on."""
+    async def table(self, watcher: Watcher) -> FeedTable:
+        """All adapters now; the watcher gets every change after that."""
         if self._catalogue is None:
-            await self._look()
-        # No await from here on: nothing happens between the table and the first change.
+            await self._refresh()
+        # No await from here on, so no change is lost between the table and the first change.
         catalogue = self._catalogue or Catalogue()
         watcher.restart()
         rows = [self._row(record) for _, record in sorted(catalogue.names.items())]
-        return Snapshot(rows, catalogue.aliases)
+        return FeedTable(rows, catalogue.aliases)
 
     def changed(self) -> None:
-        """The store was changed here; whoever watches is told soon."""
+        """This process changed the store: makes the feed read the catalogue soon."""
         self._stale.set()
 
     def on_table(self, table: Sequence[AdapterStatus]) -> None:
-        """The engine's table as it is now."""
+        """Takes the engine's current table and publishes what changed since the last one."""
         before, self._statuses = self._statuses, {status.digest: status for status in table}
         if not self._watchers:
             return
@@ -188,7 +188,7 @@ class AdapterFeed:
             old, new = before.get(digest), self._statuses.get(digest)
             for change in _moves(old, new):
                 for row in self._rows(digest):
-                    self._tell(Event(change, row))
+                    self._publish(Event(change, row))
 
     async def _follow(self) -> None:
         while True:
@@ -197,14 +197,14 @@ class AdapterFeed:
             try:
                 stale = self._stale.is_set()
                 if stale or self._catalogue is None or await self._count() != self._catalogue.count:
-                    await self._look()
+                    await self._refresh()
             except Refusal as error:
-                log.warning("watchers learn nothing new: %s", error.message)
+                log.warning("watchers are not updated: the store cannot be read: %s", error.message)
                 await asyncio.sleep(self._poll_seconds)
 
-    async def _look(self) -> None:
-        """Reads the catalogue and tells of the differences."""
-        async with self._looking:
+    async def _refresh(self) -> None:
+        """Reads the catalogue and publishes what changed since the last reading."""
+        async with self._reading:
             self._stale.clear()
             new = await self._read()
             old, self._catalogue = self._catalogue, new
@@ -213,7 +213,7 @@ class AdapterFeed:
                 self._by_digest.setdefault(record.digest, []).append(record)
             if old is not None:
                 for event in self._differences(old, new):
-                    self._tell(event)
+                    self._publish(event)
 
     def _differences(self, old: Catalogue, new: Catalogue) -> Iterator[Event]:
         for name, record in new.names.items():
@@ -236,22 +236,22 @@ class AdapterFeed:
             if now:
                 yield Event(Change.ALIAS_SET, self._row(now), alias)
 
-    def _tell(self, event: Event) -> None:
+    def _publish(self, event: Event) -> None:
         for watcher in self._watchers:
             watcher.put(event)
 
-    def _row(self, record: Record) -> Row:
-        return Row(record.digest, record, self._statuses.get(record.digest))
+    def _row(self, record: Record) -> AdapterRow:
+        return AdapterRow(record.digest, record, self._statuses.get(record.digest))
 
-    def _rows(self, digest: str) -> list[Row]:
+    def _rows(self, digest: str) -> list[AdapterRow]:
         records = self._by_digest.get(digest)
         if not records:
-            return [Row(digest, None, self._statuses.get(digest))]
+            return [AdapterRow(digest, None, self._statuses.get(digest))]
         return [self._row(record) for record in records]
 
 
 def _moves(old: AdapterStatus | None, new: AdapterStatus | None) -> Iterator[Change]:
-    """What happened between two looks at one adapter in the engine; None is the store only."""
+    """Changes between two statuses of an adapter; None stands for an adapter not in the engine."""
     before, now = old.state if old else "", new.state if new else ""
     if before != now:
         match now:

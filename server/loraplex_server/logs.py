@@ -1,4 +1,4 @@
-"""Log lines for people or for programs, each with the request it belongs to. Never a prompt."""
+"""Log lines as text or JSON, each with the id of its request. Prompts are never logged."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from datetime import UTC, datetime
 from typing import Any, Final, Literal
 
 REQUEST_ID: Final[ContextVar[str]] = ContextVar("loraplex_request_id", default="")
-"""The id of the RPC that the current task serves."""
+"""Id of the RPC that the current task serves; "" outside of RPCs."""
 
 _STANDARD: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "request_id"}
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time, level, logger, message, request_id and what `extra` holds."""
+    """Formats a record as one JSON object with time, level, logger, message and extra fields."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
@@ -34,7 +34,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """`time level message key=value`, for a terminal."""
+    """Formats a record as `time level message key=value`, for a terminal."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
@@ -52,7 +52,7 @@ class TextFormatter(logging.Formatter):
 
 
 def configure(form: Literal["text", "json"], level: str) -> None:
-    """Sends every log line to standard error in the given form; call once, at start."""
+    """Sends log lines to standard error in the given format. To be called once, at start."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
     handler.addFilter(_add_request_id)

@@ -1,4 +1,4 @@
-"""What adapter ids mean, remembered, so that a request costs no look-up in the database."""
+"""Cache of adapter ids, so that a request needs no look-up in the store's index."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Final, Generic, TypeVar
 
 FRESH_SECONDS: Final = 0.5
-"""How long a change made by another process may stay unseen."""
+"""Seconds for which a change made by another process may stay unnoticed."""
 
 T = TypeVar("T")
 
 
 class NameCache(Generic[T]):
-    """A bounded map from adapter ids to what they resolve to; the least recently used goes first.
+    """A bounded LRU cache from adapter ids to what they resolve to.
 
-    Own changes empty it at once (`clear`). Those of other processes are found by their trace: the
-    store counts its changes, and the count is read again when the last reading is older than
-    `FRESH_SECONDS`, however many requests there are meanwhile.
+    Changes made by this process clear it at once (`clear`). For changes made by other processes the
+    store's change count is read again once the last reading is older than `FRESH_SECONDS`, at most
+    once in that time however many requests there are.
     """
 
     def __init__(
@@ -42,18 +42,18 @@ class NameCache(Generic[T]):
         return len(self._entries)
 
     def fill(self, entries: Mapping[str, T], count: int) -> None:
-        """Takes in what ids resolved to when the store had counted `count` changes.
+        """Replaces all entries by `entries`, read when the store's change count was `count`.
 
-        Of more than there is room for, the first are kept.
+        If there are too many, the first ones are kept.
         """
         self.clear()
         self._count = count
         self._entries.update(itertools.islice(entries.items(), self._size))
 
     async def get(self, key: str, look_up: Callable[[], Awaitable[T]]) -> T:
-        """What `key` resolves to; `look_up` is asked when that is not known. Raises what it does.
+        """Value of `key`, from `look_up` if it is not cached. Raises what `look_up` raises.
 
-        What it finds is kept only if nothing changed while it looked.
+        The result of `look_up` is cached only if nothing changed meanwhile.
         """
         if self._clock() - self._checked > FRESH_SECONDS:
             await self._check()
@@ -70,7 +70,7 @@ class NameCache(Generic[T]):
         return found
 
     def clear(self) -> None:
-        """Forgets everything: something was changed here."""
+        """Removes all entries, because this process has changed the store."""
         self._generation += 1
         self._entries.clear()
 
@@ -78,7 +78,7 @@ class NameCache(Generic[T]):
         async with self._checking:
             now = self._clock()
             if now - self._checked <= FRESH_SECONDS:
-                return  # somebody else looked while this one waited
+                return  # another caller checked while this one waited
             count = await self._count_changes()
             if count != self._count:
                 self._count = count

@@ -1,4 +1,4 @@
-"""How `loraplex-server store` shows records: as tables for people, as JSON for programs."""
+"""Output of `loraplex-server store`: tables for people, JSON for programs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def record_json(record: Record) -> dict[str, Any]:
-    """Everything that is known of a version."""
+    """All fields of a version."""
     return {
         "name": record.name,
         "version": record.version,
@@ -35,7 +35,7 @@ def record_json(record: Record) -> dict[str, Any]:
 
 
 def alias_json(alias: Alias) -> dict[str, Any]:
-    """An alias and where it points."""
+    """An alias and the version that it points to."""
     return {
         "alias": alias.alias,
         "name": alias.name,
@@ -46,7 +46,7 @@ def alias_json(alias: Alias) -> dict[str, Any]:
 
 
 def verified_json(verified: Verified) -> dict[str, Any]:
-    """What reading an adapter again has shown."""
+    """Result of verifying an adapter; `error` is None if it is intact."""
     return {
         "digest": verified.digest,
         "versions": list(verified.versions),
@@ -55,7 +55,7 @@ def verified_json(verified: Verified) -> dict[str, Any]:
 
 
 def collected_json(collected: Collected, dry_run: bool) -> dict[str, Any]:
-    """What a collection removed, or would."""
+    """Result of a garbage collection, or of its dry run."""
     return {
         "dry_run": dry_run,
         "versions": list(collected.versions),
@@ -67,7 +67,7 @@ def collected_json(collected: Collected, dry_run: bool) -> dict[str, Any]:
 
 
 def records_table(records: Iterable[Record], *, deleted: bool = False) -> Table:
-    """A row for each version."""
+    """Table with a row for each version."""
     since = "deleted" if deleted else "registered"
     columns = ("adapter", "aliases", "kind", "rank", "size", "digest", since, "labels")
     table = _table(*columns, right=("rank", "size"))
@@ -87,7 +87,7 @@ def records_table(records: Iterable[Record], *, deleted: bool = False) -> Table:
 
 
 def aliases_table(aliases: Iterable[Alias]) -> Table:
-    """A row for each alias."""
+    """Table with a row for each alias."""
     table = _table("alias", "adapter", "digest", "moved")
     for alias in aliases:
         table.add_row(
@@ -100,12 +100,12 @@ def aliases_table(aliases: Iterable[Alias]) -> Table:
 
 
 def short(digest: str) -> str:
-    """The beginning of a digest."""
+    """First hex digits of a digest."""
     return digest.removeprefix("sha256:")[:_HEX]
 
 
 def size_text(size: float) -> str:
-    """Bytes for people, such as "1.5 MiB"."""
+    """A number of bytes as text, such as "1.5 MiB"."""
     unit = 0
     while size >= 1024 and unit < len(_UNITS) - 1:
         size, unit = size / 1024, unit + 1
@@ -113,7 +113,7 @@ def size_text(size: float) -> str:
 
 
 def labels_text(labels: Mapping[str, str]) -> str:
-    """ "key=value key=value"."""
+    """Labels as text, such as "team=ops stage=test"."""
     return " ".join(f"{key}={value}" for key, value in labels.items())
 
 

@@ -140,7 +140,7 @@ def test_a_deleted_name_is_gone_and_its_versions_never_come_back(
     for gone in ("a", "a@1", "a@2", f"a@{old.digest}"):
         assert refusal(store.resolve, gone) == ("ADAPTER_NOT_FOUND", gone)
     assert refusal(store.delete, "a") == ("ADAPTER_NOT_FOUND", "a")
-    assert [r.name for r in store.list().records] == ["b"]
+    assert [r.name for r in store.page().records] == ["b"]
     store.verify(old.digest)
     again, created = store.register("a", sources[1], BASE)
     assert created
@@ -165,18 +165,18 @@ def test_a_listing_is_in_the_order_of_names_page_by_page(store: Store, sources: 
     seen: list[str] = []
     token = ""
     for _ in range(4):
-        page = store.list(2, token)
+        page = store.page(2, token)
         seen += [f"{r.name}@{r.version}" for r in page.records]
         token = page.next_page_token
         if not token:
             break
     assert seen == [f"{n}@{2 if n == 'b' else 1}" for n in sorted(names)]
-    assert store.list(6).next_page_token == ""
-    assert len(store.list(0).records) == len(store.list(5000).records) == 6
+    assert store.page(6).next_page_token == ""
+    assert len(store.page(0).records) == len(store.page(5000).records) == 6
     store.delete("a0")
-    assert [r.name for r in store.list(9, "a0").records] == ["b", "z9"]
-    assert refusal(store.list, -1) == ("FIELD_INVALID", "page_size")
-    assert refusal(store.list, 5, "A; DROP TABLE names") == ("FIELD_INVALID", "page_token")
+    assert [r.name for r in store.page(9, "a0").records] == ["b", "z9"]
+    assert refusal(store.page, -1) == ("FIELD_INVALID", "page_size")
+    assert refusal(store.page, 5, "A; DROP TABLE names") == ("FIELD_INVALID", "page_token")
 
 
 BAD_NAMES = [
@@ -380,7 +380,7 @@ def test_a_failing_disk_is_a_typed_error_and_loses_nothing(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, call, failing)
         assert refusal(store.register, "new", sources[1], BASE)[0] == reason
-    assert store.list().records == (kept,)
+    assert store.page().records == (kept,)
     assert store.register("new", sources[1], BASE)[1]
     store.close()
     assert not list((tmp_path / "store" / "staging").iterdir())

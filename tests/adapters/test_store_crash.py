@@ -188,7 +188,7 @@ def test_two_processes_register_at_once_without_losing_or_sharing_a_version(ram:
 
     with Store(ram / "store") as store:
         assert store.get("shared").version == len(made)
-        assert len(store.list(1000).records) == 51
+        assert len(store.page(1000).records) == 51
         assert len(list((ram / "store" / "blobs" / "sha256").iterdir())) == 2
 
 

@@ -47,8 +47,8 @@ def test_versions_pages_and_deletions_are_the_same_on_every_database(
     second, created = store.register("b", sources[1], BASE, replace=True)
     assert (second.id, created) == ("b@2", True)
     assert refusal(store.register, "b", sources[2], BASE) == ("ADAPTER_CONFLICT", "b")
-    assert [r.id for r in store.list(2).records] == ["a@1", "a-1@1"]
-    assert [r.id for r in store.list(2, "a-1").records] == ["a0@1", "b@2"]
+    assert [r.id for r in store.page(2).records] == ["a@1", "a-1@1"]
+    assert [r.id for r in store.page(2, "a-1").records] == ["a0@1", "b@2"]
     assert [r.id for r in store.versions("b")] == ["b@2", "b@1"]
     store.delete("b")
     assert refusal(store.versions, "b") == ("ADAPTER_NOT_FOUND", "b")
@@ -161,13 +161,13 @@ def test_a_listing_shows_only_what_carries_all_labels(store: Store, sources: lis
     store.register("d", sources[1], BASE, replace=True)
 
     def listed(**labels: str) -> list[str]:
-        return [r.id for r in store.list(labels=labels).records]
+        return [r.id for r in store.page(labels=labels).records]
 
     assert listed(team="ops") == ["a@1", "b@1"]
     assert listed(team="ops", lang="de") == ["a@1"]
     assert listed(team="dev") == []
-    page = store.list(1, labels={"team": "ops"})
-    assert [r.id for r in store.list(1, page.next_page_token, {"team": "ops"}).records] == ["b@1"]
+    page = store.page(1, labels={"team": "ops"})
+    assert [r.id for r in store.page(1, page.next_page_token, {"team": "ops"}).records] == ["b@1"]
 
 
 def test_labels_are_put_on_and_taken_off(store: Store, sources: list[Path]) -> None:
@@ -203,7 +203,7 @@ def test_labels_are_bounded(labels: dict[str, str], tmp_path: Path, sources: lis
     with Store(tmp_path / "store") as store:
         invalid = ("FIELD_INVALID", "labels")
         assert refusal(store.register, "a", sources[0], BASE, labels=labels) == invalid
-        assert refusal(store.list, labels=labels) == invalid
+        assert refusal(store.page, labels=labels) == invalid
         store.register("a", sources[0], BASE, labels={f"a{n}": "x" for n in range(31)})
         assert refusal(store.label, "a", labels) == invalid
         assert refusal(store.label, "a", {"b": "x", "c": "x"}) == invalid
@@ -270,7 +270,7 @@ def test_a_store_of_the_first_schema_is_taken_over_whole(
     first_schema(tmp_path)
     for _ in range(2):
         with Store(tmp_path) as store:
-            assert [r.id for r in store.list().records] == ["a@2", "b@1"]
+            assert [r.id for r in store.page().records] == ["a@2", "b@1"]
             assert [r.id for r in store.versions("a")] == ["a@2", "a@1"]
             one, two = store.resolve("b"), store.resolve("a")
             assert one.digest == store.resolve("a@1").digest
@@ -309,7 +309,7 @@ def test_an_index_that_is_not_this_directorys_is_refused(
     assert refusal(Store, tmp_path / "one")[0] == "STORE_UNAVAILABLE", "lost, with bytes to lose"
     (tmp_path / "one" / "store-id").unlink()
     with Store(tmp_path / "one") as store:
-        assert store.list().records == ()
+        assert store.page().records == ()
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def test_the_image_runs_unprivileged_and_gets_signals(target: str) -> None:
 def test_the_image_has_no_compiler_and_finds_the_kernels_that_were_built(target: str) -> None:
     every = stages()
     (built,) = re.findall(
-        r"loraplex_model\.kernels\.build --all --into (\S+)",
+        r"loraplex_model\.ops\.build --all --into (\S+)",
         " ".join(rest for _, rest in every["build"]),
     )
     assert environment(every[target])["LORAPLEX_KERNELS_DIR"] == built

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from loraplex_server.config import Config
+from loraplex_server.exits import ServerExit
 from loraplex_server.rpc.errors import TABLE
 
 from deploy import exposition
@@ -75,9 +76,7 @@ def test_the_metrics_table_is_the_codes() -> None:
 
 
 def test_the_table_of_exit_codes_is_the_codes() -> None:
-    from loraplex_server.app import ExitCode
-
-    assert table(OPERATIONS, "exit code").keys() == {str(int(code)) for code in ExitCode}
+    assert table(OPERATIONS, "exit code").keys() == {str(int(code)) for code in ServerExit}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from loraplex.v1 import generation_pb2
 from loraplex_server.rpc import validate
 from loraplex_server.rpc.resolve import is_adapter_id, is_name
-from loraplex_server.rpc.validate import Bounds
+from loraplex_server.rpc.validate import ModelBounds
 
-BOUNDS = Bounds(vocab_size=100, max_context=50)
+BOUNDS = ModelBounds(vocab_size=100, max_context=50)
 NAN, INF = float("nan"), float("inf")
 DIGEST = "sha256:" + "0a" * 32
 

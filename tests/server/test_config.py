@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from loraplex_server.config import Config, ConfigError, load
+from loraplex_server.cli import app
+from loraplex_server.config import PANELS, Config, ConfigError, load
+from loraplex_server.exits import ServerExit
+from loraplex_server.flags import ALL_SETTINGS
+from typer.testing import CliRunner
 
 
 def test_flags_beat_the_environment_which_beats_the_file(
@@ -98,3 +102,27 @@ def test_the_runner_takes_every_option_that_it_is_given() -> None:
 
     taken = inspect.signature(build).parameters.keys()
     assert Config().runner_options().keys() == taken
+
+
+def test_every_setting_is_described_by_sentences_in_a_panel() -> None:
+    assert next(iter(PANELS)) == ALL_SETTINGS[0], "settings before the first panel have none"
+    assert PANELS.keys() <= set(ALL_SETTINGS)
+    for name in ALL_SETTINGS:
+        text = Config.model_fields[name].description or ""
+        assert text[:1].isupper(), name
+        assert text.endswith("."), name
+    shown = CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "200"}).stdout
+    assert all(f"─ {title} ─" in shown for title in PANELS.values())
+    assert all(f"--{name.replace('_', '-')} " in shown for name in ALL_SETTINGS)
+
+
+def test_a_wrong_flag_ends_every_command_with_the_same_code(tmp_path: Path) -> None:
+    for command in (
+        ["serve", "--port", "x"],
+        ["doctor", "--port", "x"],
+        ["store", "ls", "--config", str(tmp_path / "none.toml")],
+        ["export", "a", "--out", "b", "--format", "hf", "--config", str(tmp_path / "none.toml")],
+    ):
+        ended = CliRunner().invoke(app, command)
+        assert ended.exit_code == ServerExit.BAD_CONFIG, ended.output
+        assert ended.stderr.startswith("error: "), command

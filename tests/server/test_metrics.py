@@ -13,7 +13,8 @@ from loraplex_server.engine.messages import (
     StepDone,
     StepStats,
 )
-from loraplex_server.metrics import BASE_LABEL, OTHER_LABEL, Metrics
+from loraplex_server.metrics import Metrics
+from loraplex_server.series import BASE_LABEL, OTHER_LABEL
 from prometheus_client import CollectorRegistry, generate_latest
 
 

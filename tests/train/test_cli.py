@@ -127,7 +127,7 @@ def test_a_sweep_takes_several_words_and_ends_with_a_table(place: Place) -> None
     assert done.exit_code == 0, done.output
     assert "jobs, by evaluation loss" in done.output
     with Store(place.top / "swept") as store:
-        ranks = {record.name: record.rank for record in store.list().records}
+        ranks = {record.name: record.rank for record in store.page().records}
         assert ranks == {"job-r1-lr1e-3": 1, "job-r2-lr1e-3": 2}
         losses = {
             e.job: e.loss

@@ -162,7 +162,7 @@ class Store:
         """The current, or the given, version of `name`; raises as `resolve` does."""
         return self._index.find(AdapterId(check_name(name), version))
 
-    def list(
+    def page(
         self, page_size: int = 0, page_token: str = "", labels: Mapping[str, str] | None = None
     ) -> Page:
         """Current versions in the order of names: `Page(records, next_page_token)`.
@@ -180,6 +180,16 @@ class Store:
                 message = "page_token is none that this server gave"
                 raise Refusal(Reason.FIELD_INVALID, message, "page_token") from None
         return self._index.page(page_token, min(page_size or DEFAULT_PAGE, MAX_PAGE), checked)
+
+    def current(self, labels: Mapping[str, str] | None = None) -> Iterator[Record]:
+        """All current versions that carry `labels`, in the order of names, read in pages."""
+        token = ""
+        while True:
+            page = self.page(MAX_PAGE, token, labels)
+            yield from page.records
+            token = page.next_page_token
+            if not token:
+                return
 
     def change_counter(self) -> int:
         """Grows with every change of names, aliases and labels, by any process; cheap to ask."""

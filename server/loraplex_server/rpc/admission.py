@@ -1,4 +1,4 @@
-"""How many requests may be in the server at once, and how many prompt tokens may wait."""
+"""Admission of requests: bounds on the requests in the server and on waiting prompt tokens."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from loraplex_server.metrics import Metrics
 
 
 class Admission:
-    """Refuses at once what would only wait; the queue is bounded in requests and in tokens.
+    """Bounds the queue in requests and in tokens, and refuses what exceeds it.
 
-    A request waits until its prompt is computed, then it runs. The gauges of the queue are kept
-    here, so they are right even while the engine is away.
+    A request waits until its prompt is computed; then it runs. The gauges of the queue are set
+    here, so they are right even while the engine is restarting.
     """
 
     def __init__(self, max_requests: int, max_waiting_tokens: int, metrics: Metrics) -> None:
@@ -26,11 +26,11 @@ class Admission:
 
     @property
     def running(self) -> int:
-        """Requests that are producing tokens."""
+        """Number of requests that are producing tokens."""
         return self._running
 
     def enter(self) -> Ticket:
-        """A place in the queue, to be used as a context manager. Raises Refusal(OVERLOADED)."""
+        """Takes a place in the queue, a context manager. Raises Refusal(OVERLOADED)."""
         if self._requests >= self._max_requests:
             raise Refusal(
                 Reason.OVERLOADED, f"{self._requests} requests are in the server; try again later"
@@ -41,17 +41,17 @@ class Admission:
         self._requests += requests
         self._running += running
         self._waiting_tokens += tokens
-        self._metrics.queue_depth.set(self._requests - self._running)
-        self._metrics.queued_tokens.set(self._waiting_tokens)
-        self._metrics.running.set(self._running)
+        self._metrics.series.queue_depth.set(self._requests - self._running)
+        self._metrics.series.queued_tokens.set(self._waiting_tokens)
+        self._metrics.series.running_requests.set(self._running)
 
     def _room_for(self, tokens: int) -> bool:
-        # A prompt of any size may wait alone, or a long one could never be answered.
+        # A prompt of any size may wait alone; otherwise a long one could never be answered.
         return not self._waiting_tokens or self._waiting_tokens + tokens <= self._max_waiting_tokens
 
 
 class Ticket:
-    """One request's place. Leaving the context gives it back, whatever happened."""
+    """Place of one request in the queue; leaving the context frees it."""
 
     __slots__ = ("_admission", "_running", "_tokens")
 
@@ -65,14 +65,14 @@ class Ticket:
         return self
 
     def wait(self, tokens: int) -> None:
-        """The prompt has this many tokens. Raises Refusal(OVERLOADED)."""
+        """Counts the prompt's tokens as waiting. Raises Refusal(OVERLOADED)."""
         if not self._admission._room_for(tokens):
             raise Refusal(Reason.OVERLOADED, "too many prompt tokens are waiting; try again later")
         self._tokens = tokens
         self._admission._change(tokens=tokens)
 
     def run(self) -> None:
-        """The prompt is computed."""
+        """Counts the request as running, because its prompt is computed."""
         self._admission._change(running=1, tokens=-self._tokens)
         self._running = True
         self._tokens = 0

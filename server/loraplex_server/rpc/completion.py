@@ -1,4 +1,4 @@
-"""The text side of one request: the engine's outputs become what the client is sent."""
+"""Turns the engine's outputs for one request into text, tokens and log-probabilities."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FINISH_REASONS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What some outputs bring; `finish` is "stop", "length" or, while it goes on, ""."""
+    """Part of a completion. `finish` is "stop" or "length" in the last part, otherwise ""."""
 
     text: str
     token_ids: Sequence[int]
@@ -28,11 +28,11 @@ class Piece:
     finish: str
 
 
-class Completion:
-    """A completion as it grows.
+class CompletionBuilder:
+    """Builds a completion from the engine's outputs.
 
-    A stop string ends it with the token that completes the string: that token counts, and those
-    which the engine computed after it are dropped.
+    The token that completes a stop string is the last one: it counts, and tokens that the engine
+    computed after it are dropped.
     """
 
     def __init__(
@@ -41,10 +41,10 @@ class Completion:
         self._detokenizer = tokenizer.detokenizer(prompt)
         self._stops = StopMatcher(stop_strings)
         self.tokens = 0
-        """Tokens returned so far."""
+        """Number of tokens returned so far."""
 
     def take(self, outputs: Sequence[Output]) -> Piece:
-        """The new part; nothing may follow once its `finish` is set."""
+        """Adds outputs and returns the new part; not to be called after a part with a `finish`."""
         tokens = [token for output in outputs for token in output.token_ids]
         logprobs = [entry for output in outputs for entry in output.logprobs]
         finish = outputs[-1].finish or ""
@@ -68,7 +68,7 @@ class Completion:
 def logprobs_proto(
     tokenizer: TextTokenizer, logprobs: Sequence[Logprobs]
 ) -> list[generation_pb2.TokenLogprobs]:
-    """Log-probabilities with the tokens' texts."""
+    """Log-probabilities as messages, with the tokens' texts."""
 
     def one(token: int, value: float) -> generation_pb2.TokenLogprob:
         return generation_pb2.TokenLogprob(

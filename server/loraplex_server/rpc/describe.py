@@ -1,4 +1,4 @@
-"""What the API says of an adapter: the store's record and the engine's status in one message."""
+"""API messages that describe adapters: the store's record and the engine's status in one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _STATES: Final = {
 
 
 def adapter(record: Record, status: AdapterStatus | None) -> adapter_pb2.Adapter:
-    """A version and where it is; `status` None is the store only."""
+    """Describes a version; `status` is None if it is not in the engine."""
     message = adapter_pb2.Adapter(
         name=record.name,
         version=record.version,
@@ -44,14 +44,14 @@ def adapter(record: Record, status: AdapterStatus | None) -> adapter_pb2.Adapter
 
 
 def nameless(digest: str, status: AdapterStatus | None) -> adapter_pb2.Adapter:
-    """Bytes that no name points to any more."""
+    """Describes an adapter whose name was deleted or replaced while the engine holds it."""
     message = adapter_pb2.Adapter(digest=digest)
     _place(message, status)
     return message
 
 
 def judgement(report: Report) -> adapter_pb2.ValidateAdapterResponse:
-    """All findings, or what the adapter is."""
+    """All problems of an adapter's files, or the adapter's properties if there are none."""
     return adapter_pb2.ValidateAdapterResponse(
         findings=[
             adapter_pb2.AdapterFinding(reason=f.reason, field=f.field, message=f.message)
@@ -94,7 +94,7 @@ def _place(message: adapter_pb2.Adapter, status: AdapterStatus | None) -> None:
     message.pinned = status.pinned
     message.active_requests = status.refs
     if status.last_used:
-        # The engine's clock is this machine's monotonic one.
+        # The engine uses this machine's monotonic clock.
         ago = time.monotonic() - status.last_used
         message.last_use_time.CopyFrom(_timestamp(time.time() - ago))
     if status.load_seconds:

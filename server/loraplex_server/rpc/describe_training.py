@@ -1,4 +1,4 @@
-"""Training jobs between the API's messages and the queue's values."""
+"""Conversion of training jobs between the API's messages and the queue's values."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _OPTIMISER: Final[Mapping[str, str]] = {
     "warmup": "warmup",
     "clip": "clip",
 }
-"""Fields of the API and the trainer's keys for them."""
+"""The trainer's key for each field of the API's spec and of its optimiser."""
 
 PATHS: Final[Mapping[str, str]] = {
     "name": "spec.name",
@@ -49,11 +49,11 @@ PATHS: Final[Mapping[str, str]] = {
     **{key: f"spec.{field}" for field, key in _SPEC.items()},
     **{key: f"spec.optimiser.{field}" for field, key in _OPTIMISER.items()},
 }
-"""Where a request has what the trainer calls by its key."""
+"""Path of the request's field for each of the trainer's keys."""
 
 
 def request(message: training_pb2.CreateJobRequest) -> Request:
-    """What a valid request asks for."""
+    """Converts a valid request."""
     spec, delivery = message.spec, message.delivery
     settings: dict[str, Scalar] = dict(_given(spec, _SPEC))
     settings |= _given(spec.optimiser, _OPTIMISER)
@@ -75,7 +75,7 @@ def request(message: training_pb2.CreateJobRequest) -> Request:
 
 
 def job(found: Job, position: int) -> training_pb2.TrainingJob:
-    """A job; `position` is its place in the queue."""
+    """Describes a job; `position` is its place in the queue."""
     order = found.order
     message = training_pb2.TrainingJob(
         job_id=found.id,
@@ -116,7 +116,7 @@ def job(found: Job, position: int) -> training_pb2.TrainingJob:
 
 
 def states(message: training_pb2.ListJobsRequest) -> frozenset[State]:
-    """The states that a valid request asks for."""
+    """States that a valid request selects."""
     name = training_pb2.TrainingJobState.Name
     prefix = "TRAINING_JOB_STATE_"
     return frozenset(State[name(state).removeprefix(prefix)] for state in message.states)

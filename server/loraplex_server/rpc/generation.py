@@ -1,4 +1,4 @@
-"""GenerationService: one generator serves both calls; the unary one drains it."""
+"""GenerationService: both calls read one generator of events; the unary one collects them."""
 
 from __future__ import annotations
 
@@ -24,9 +24,15 @@ from loraplex_server.metrics import Metrics
 from loraplex_server.registry import Registry
 from loraplex_server.rpc import validate
 from loraplex_server.rpc.admission import Admission, Ticket
-from loraplex_server.rpc.completion import FINISH_REASONS, Completion, logprobs_proto
+from loraplex_server.rpc.completion import FINISH_REASONS, CompletionBuilder, logprobs_proto
 from loraplex_server.rpc.errors import TABLE, for_client, invalid
-from loraplex_server.rpc.resolve import Term, mixable, references, resolve, virtual_tokens
+from loraplex_server.rpc.resolve import (
+    WeightedAdapter,
+    mixable,
+    references,
+    resolve,
+    virtual_tokens,
+)
 from loraplex_server.text.tokenizer import TextTokenizer, TooLong
 
 DEFAULT_MAX_NEW_TOKENS: Final = 256
@@ -37,14 +43,14 @@ _Context = grpc.aio.ServicerContext[Any, Any]
 
 @dataclass(frozen=True, slots=True)
 class GenerationParts:
-    """What generating needs; all of it lives as long as the server."""
+    """Parts of the server that generation uses. All of them live as long as the server."""
 
     engine: EngineClient
     registry: Registry
     tokenizer: TextTokenizer
     admission: Admission
     metrics: Metrics
-    bounds: validate.Bounds
+    bounds: validate.ModelBounds
     stream_writes: int
 
 
@@ -58,7 +64,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     async def Generate(
         self, request: generation_pb2.GenerateRequest, context: _Context
     ) -> generation_pb2.GenerateResponse:
-        """The whole completion at once."""
+        """Returns the whole completion."""
         reply = generation_pb2.GenerateResponse()
         pieces: list[str] = []
         async with aclosing(self._events(request, context)) as events:
@@ -81,7 +87,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     async def GenerateStream(
         self, request: generation_pb2.GenerateStreamRequest, context: _Context
     ) -> AsyncGenerator[_Event, None]:
-        """The completion piece by piece."""
+        """Streams the completion."""
         async with aclosing(self._events(request.request, context, streaming=True)) as events:
             async for event in events:
                 yield event
@@ -93,36 +99,40 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         streaming: bool = False,
     ) -> AsyncGenerator[_Event, None]:
         parts = self._parts
-        prefix = "request." if streaming else ""
+        field_path = "request." if streaming else ""
         clock = _Clock(parts.metrics)
-        if violations := validate.generate(request, parts.bounds, prefix):
-            raise invalid(violations)
+        if problems := validate.generate(request, parts.bounds, field_path):
+            raise invalid(problems)
         with parts.admission.enter() as ticket:
-            terms = await self._resolve(request, prefix)
-            room = parts.bounds.max_context - virtual_tokens(terms)
-            prompt = await self._tokenise(request, prefix, room)
+            adapters = await self._resolve(request, field_path)
+            room = parts.bounds.max_context - virtual_tokens(adapters)
+            prompt = await self._tokenise(request, field_path, room)
             ticket.wait(len(prompt))
-            job = _Job(request, terms, prompt, room, _deadline(context), prefix, streaming)
-            with parts.metrics.generation(job.names):
-                async with aclosing(self._run(job, ticket, clock)) as events:
+            call = _Call(request, adapters, prompt, room, _deadline(context), field_path, streaming)
+            with parts.metrics.generation(call.names):
+                async with aclosing(self._run(call, ticket, clock)) as events:
                     async for event in events:
                         yield event
 
-    async def _run(self, job: _Job, ticket: Ticket, clock: _Clock) -> AsyncGenerator[_Event, None]:
+    async def _run(
+        self, call: _Call, ticket: Ticket, clock: _Clock
+    ) -> AsyncGenerator[_Event, None]:
         parts = self._parts
         request_id = next(self._ids)
-        completion = Completion(parts.tokenizer, job.prompt, list(job.request.stop.strings))
+        completion = CompletionBuilder(
+            parts.tokenizer, call.prompt, list(call.request.stop.strings)
+        )
         code = grpc.StatusCode.CANCELLED
         try:
             cached, not_before = 0, 0.0
-            outputs = parts.engine.submit(job.submit(request_id, parts.bounds))
+            outputs = parts.engine.submit(call.submit(request_id, parts.bounds))
             while batch := await outputs.take(not_before):
                 if batch[0].started:
                     cached = batch[0].cached_prompt_tokens
                     ticket.run()
                     clock.started(batch[0])
-                    parts.metrics.generation_started(job.names, len(job.prompt))
-                    yield self._started(job, batch[0])
+                    parts.metrics.generation_started(call.names, len(call.prompt))
+                    yield self._started(call, batch[0])
                 piece = completion.take(batch)
                 clock.tokens(len(piece.token_ids))
                 if piece.token_ids or piece.text:
@@ -134,46 +144,46 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                         )
                     )
                 if piece.finish:
-                    # Not waiting for the client to take the last message: the rows are free now.
+                    # Frees the rows now, without waiting for the client to read the last message.
                     parts.engine.abort(request_id)
                     code = grpc.StatusCode.OK
-                    yield _finished(piece.finish, len(job.prompt), cached, completion.tokens)
+                    yield _finished(piece.finish, len(call.prompt), cached, completion.tokens)
                     return
                 if (failure := batch[-1].error) is not None:
                     failed = Refusal(failure.reason, failure.message)
-                    raise for_client(failed, job.subject, job.field_of(failure))
-                not_before = self._next_look(job)
+                    raise for_client(failed, call.subject, call.field_of(failure))
+                not_before = self._next_look(call)
             raise Refusal(Reason.ENGINE_FAULT, "internal error")
         except Refusal as error:
             code = TABLE[error.reason].code
             raise
         except asyncio.CancelledError:
-            if job.deadline is not None and time.monotonic() >= job.deadline:
+            if call.deadline is not None and time.monotonic() >= call.deadline:
                 code = grpc.StatusCode.DEADLINE_EXCEEDED
             raise
         finally:
             parts.engine.abort(request_id)
-            parts.metrics.generation_ended(job.names, code.name, completion.tokens)
+            parts.metrics.generation_ended(call.names, code.name, completion.tokens)
 
     async def _resolve(
-        self, request: generation_pb2.GenerateRequest, prefix: str
-    ) -> Sequence[Term]:
-        field = prefix + ("adapter_id" if request.adapter_id else "mix")
+        self, request: generation_pb2.GenerateRequest, field_path: str
+    ) -> Sequence[WeightedAdapter]:
+        field = field_path + ("adapter_id" if request.adapter_id else "mix")
         try:
-            terms = await resolve(request, self._parts.registry)
+            adapters = await resolve(request, self._parts.registry)
         except Refusal as error:
             raise for_client(error, _subject(request), field) from error
-        if not mixable(terms):
+        if not mixable(adapters):
             reason = Reason.ADAPTER_NOT_MIXABLE
             text = "an adapter with virtual tokens can only be used alone and with weight 1"
             raise Refusal(reason, text, problems=[Problem(field, text)])
-        return terms
+        return adapters
 
     async def _tokenise(
-        self, request: generation_pb2.GenerateRequest, prefix: str, room: int
+        self, request: generation_pb2.GenerateRequest, field_path: str, room: int
     ) -> list[int]:
         tokenizer = self._parts.tokenizer
-        field = prefix + (request.WhichOneof("input") or "input")
+        field = field_path + (request.WhichOneof("input") or "input")
         try:
             match request.WhichOneof("input"):
                 case "prompt":
@@ -190,80 +200,80 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         except TooLong:
             raise _too_long(field, f"the prompt is longer than {room - 1} tokens") from None
         if not ids:
-            raise invalid([Problem(field, "makes no token")])
+            raise invalid([Problem(field, "must give at least one token")])
         if len(ids) >= room:
             text = f"the prompt has {len(ids)} tokens; at most {room - 1} leave room for an answer"
             raise _too_long(field, text)
         return ids
 
-    def _next_look(self, job: _Job) -> float:
-        """When to look at the request's outputs again; an end is seen at once in any case.
+    def _next_look(self, call: _Call) -> float:
+        """Time before which further outputs are not needed; the last one is delivered at once.
 
-        A write costs far more than a token. So a stream's tokens are sent as they come while there
-        are few streams, and several at a time once together they would make too many writes. Only
-        stop strings must be looked for in every step.
+        A write costs far more than a token. With few streams, tokens are sent as they come; with
+        many, several at a time, so that all streams together make at most `stream_writes` writes a
+        second. Stop strings must be searched for after every step.
         """
-        if job.request.stop.strings:
+        if call.request.stop.strings:
             return 0.0
-        if not job.streaming:
+        if not call.streaming:
             return math.inf
         writes = self._parts.stream_writes
         return time.monotonic() + self._parts.admission.running / writes if writes else 0.0
 
-    def _started(self, job: _Job, output: Output) -> _Event:
+    def _started(self, call: _Call, output: Output) -> _Event:
         tokenizer = self._parts.tokenizer
         return _Event(
             started=generation_pb2.GenerationStarted(
                 request_id=REQUEST_ID.get(),
                 adapters=[
                     generation_pb2.ResolvedAdapter(
-                        name=term.adapter.record.name,
-                        version=term.adapter.record.version,
-                        digest=term.adapter.digest,
-                        weight=term.weight,
+                        name=each.adapter.record.name,
+                        version=each.adapter.record.version,
+                        digest=each.adapter.digest,
+                        weight=each.weight,
                     )
-                    for term in job.terms
+                    for each in call.adapters
                 ],
-                prompt_tokens=len(job.prompt),
+                prompt_tokens=len(call.prompt),
                 prompt_logprobs=logprobs_proto(tokenizer, output.prompt_logprobs),
             )
         )
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
-    """A valid request with its adapters found and its prompt tokenised.
+class _Call:
+    """A valid request with its adapters resolved and its prompt tokenised.
 
-    `room` is what the model's context leaves to prompt and answer; `prefix` goes before the
-    request's fields in errors.
+    `room` is the context length that is left for prompt and answer. `field_path` is put before the
+    names of the request's fields in errors.
     """
 
     request: generation_pb2.GenerateRequest
-    terms: Sequence[Term]
+    adapters: Sequence[WeightedAdapter]
     prompt: list[int]
     room: int
     deadline: float | None
-    prefix: str
+    field_path: str
     streaming: bool
 
     @property
     def names(self) -> list[str]:
-        """The names of its adapters, each once, for metrics."""
-        return list(dict.fromkeys(term.adapter.record.name for term in self.terms))
+        """Names of the adapters, each once, for metrics."""
+        return list(dict.fromkeys(each.adapter.record.name for each in self.adapters))
 
     @property
     def subject(self) -> Subject:
-        """What an error of the engine is about."""
+        """Subject of errors of the engine."""
         return _subject(self.request)
 
     def field_of(self, failure: Failure) -> str:
-        """The field that a failure is about, if it is about one."""
+        """Path of the request's field that a failure is about."""
         if failure.reason == Reason.PROMPT_TOO_LONG.name:
-            return self.prefix + (self.request.WhichOneof("input") or "input")
-        return self.prefix + ("adapter_id" if self.request.adapter_id else "mix")
+            return self.field_path + (self.request.WhichOneof("input") or "input")
+        return self.field_path + ("adapter_id" if self.request.adapter_id else "mix")
 
-    def submit(self, request_id: int, bounds: validate.Bounds) -> Submit:
-        """What the engine is told; it has the last word on nothing that is decided here."""
+    def submit(self, request_id: int, bounds: validate.ModelBounds) -> Submit:
+        """The request to the engine. Everything in it is decided here."""
         request, stop = self.request, self.request.stop
         wanted = stop.max_new_tokens if stop.HasField("max_new_tokens") else DEFAULT_MAX_NEW_TOKENS
         ends = [] if stop.ignore_eos else bounds.eos_token_ids
@@ -271,7 +281,7 @@ class _Job:
             id=request_id,
             token_ids=self.prompt,
             max_new_tokens=min(wanted, self.room - len(self.prompt)),
-            adapters=references(self.terms),
+            adapters=references(self.adapters),
             sampling=_sampling(request.sampling),
             stop_token_ids=sorted({*ends, *stop.token_ids}),
             logprobs=request.logprobs if request.HasField("logprobs") else None,
@@ -284,7 +294,7 @@ class _Job:
 
 
 class _Clock:
-    """When tokens came, on one monotonic clock from the call's arrival on."""
+    """Measures the times of tokens since the call's arrival."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
@@ -292,17 +302,17 @@ class _Clock:
         self._first = True
 
     def started(self, output: Output) -> None:
-        self._metrics.queue_wait.observe(output.queue_seconds)
+        self._metrics.series.queue_wait_seconds.observe(output.queue_seconds)
 
     def tokens(self, count: int) -> None:
         if not count:
             return
         now = time.monotonic()
         if self._first:
-            self._metrics.first_token.observe(now - self._last)
+            self._metrics.series.time_to_first_token_seconds.observe(now - self._last)
             self._first = False
         else:
-            self._metrics.inter_token.observe((now - self._last) / count)
+            self._metrics.series.inter_token_latency_seconds.observe((now - self._last) / count)
         self._last = now
 
 

@@ -1,7 +1,7 @@
-"""What stands around every call: its id, its log line, its metrics, and what a failure may say.
+"""Wraps every call: request id, log line, metrics, and the status of a failure.
 
 No exception's text leaves the server. A handler raises `Refusal`; anything else becomes an
-internal error whose only clue for the client is the request's id, under which the log has the rest.
+internal error. The client gets the request id, under which the log has the details.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 class Gate:
-    """Counts our calls, and turns new ones away once the server drains."""
+    """Counts the running calls of our services and signals when the server drains."""
 
     def __init__(self) -> None:
         self.draining = False
@@ -48,34 +48,34 @@ class Gate:
         self._idle.set()
 
     def enter(self) -> None:
-        """A call begins."""
+        """Counts a call that begins."""
         self._calls += 1
         self._idle.clear()
 
     def leave(self) -> None:
-        """A call has ended."""
+        """Counts a call that ended."""
         self._calls -= 1
         if self._calls == 0:
             self._idle.set()
 
     def close(self) -> None:
-        """The server drains from here on."""
+        """Starts draining: new calls are refused from now on."""
         self.draining = True
         self._closing.set()
 
     async def closing(self) -> None:
-        """Returns when the server begins to drain: what would not end by itself ends then."""
+        """Returns when the server starts to drain, which ends endless streams."""
         await self._closing.wait()
 
     async def drained(self) -> None:
-        """Returns when no call is running."""
+        """Returns once no call is running."""
         await self._idle.wait()
 
 
 class Interceptor(grpc.aio.ServerInterceptor):
-    """Wraps handler and deserialiser of every method.
+    """Wraps the handler and the deserialiser of every method.
 
-    `write_stall_seconds` is how long one message may wait for a client that does not read.
+    A stream is ended after `write_stall_seconds` in which its client does not read.
     """
 
     def __init__(self, gate: Gate, metrics: Metrics, write_stall_seconds: float) -> None:
@@ -105,7 +105,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
         behave: Any = handler.unary_stream if handler.response_streaming else handler.unary_unary
         if handler.response_streaming:
             if not inspect.isasyncgenfunction(behave):
-                return handler  # grpc's own Watch, which writes for itself
+                return handler  # Watch of grpc's health service, which writes by itself
             return grpc.unary_stream_rpc_method_handler(
                 self._stream(method, behave),
                 _forgiving(handler.request_deserializer),
@@ -165,7 +165,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
             with call:
                 try:
                     call.check(request)
-                    # Closing the generator is what frees the request when the client is gone.
+                    # Closing the generator frees the request when the client is gone.
                     async with aclosing(behave(request, context)) as events:
                         async for event in events:
                             await self._write(context, event, call, events)
@@ -179,10 +179,10 @@ class Interceptor(grpc.aio.ServerInterceptor):
     async def _write(
         self, context: _Context, event: Message, call: _Call, events: AsyncGenerator[Message, None]
     ) -> None:
-        """Writes one message; if it is stuck for too long, the request behind it is given up.
+        """Writes one message; closes `events` if the client does not read it in time.
 
-        The write itself is waited for in any case: gRPC can send no status before it has ended,
-        which it does when the client reads again or is gone.
+        Waits for the write in any case: gRPC cannot send a status before the write has ended, which
+        happens when the client reads again or is gone.
         """
         loop = asyncio.get_running_loop()
         closing: list[asyncio.Task[None]] = []
@@ -196,7 +196,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
         try:
             await context.write(event)
         except Exception as error:
-            # A write fails only when nobody is there: the cancellation is on its way to us.
+            # A write fails only if the client is gone; its cancellation is about to arrive.
             raise asyncio.CancelledError from error
         finally:
             timer.cancel()
@@ -207,7 +207,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
 
 
 class _Call:
-    """One call: its id, and the record of how it ended."""
+    """One call: its id, and the log line and metrics of its end."""
 
     def __init__(self, gate: Gate, metrics: Metrics, method: str, request: Any) -> None:
         self.id = _given_id(request) or uuid.uuid4().hex
@@ -219,7 +219,7 @@ class _Call:
         self._reason = ""
         self._began = 0.0
         self.stalled = False
-        """Whether the request was given up because its client does not read."""
+        """Whether the request was ended because its client does not read."""
 
     def __enter__(self) -> None:
         self._began = time.monotonic()
@@ -239,14 +239,14 @@ class _Call:
         REQUEST_ID.reset(self._token)
 
     def check(self, request: object) -> None:
-        """Raises Refusal for bytes that are no request, and while the server drains."""
+        """Raises Refusal if the request was malformed or the server is draining."""
         if request is _MALFORMED:
             raise Refusal(Reason.REQUEST_MALFORMED, "malformed request")
         if self._ours and self._gate.draining:
             raise Refusal(Reason.DRAINING, "the server is shutting down")
 
     async def fail(self, error: BaseException, context: _Context) -> None:
-        """Ends the call with the error's status; returns only for what has no status to send."""
+        """Ends the call with the error's status. Returns only if there is no status to send."""
         if isinstance(error, asyncio.CancelledError):
             remaining = context.time_remaining()
             late = remaining is not None and remaining <= _CLOCK_SLACK
@@ -267,7 +267,7 @@ class _Call:
 
 
 def _forgiving(read: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
-    """The deserialiser, except that what it cannot read reaches the handler as `_MALFORMED`."""
+    """Wraps a deserialiser so that unreadable bytes reach the handler as `_MALFORMED`."""
     if read is None:
         raise TypeError("a method without a deserialiser")
 

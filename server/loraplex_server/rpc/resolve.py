@@ -1,4 +1,4 @@
-"""What a request calls an adapter, and what it resolves to: weights by content."""
+"""Adapter ids of requests, and the adapters with weights that they resolve to."""
 
 from __future__ import annotations
 
@@ -18,53 +18,55 @@ _PIN: Final = re.compile(r"[1-9][0-9]{0,9}|sha256:[0-9a-f]{64}", re.ASCII)
 
 
 def is_name(text: str) -> bool:
-    """A lower-case RFC 1123 label: what an adapter may be called."""
+    """Whether `text` may be an adapter's name: a lower-case RFC 1123 label."""
     return _NAME.fullmatch(text) is not None
 
 
 def is_adapter_id(text: str) -> bool:
-    """`name`, `name@<version>` or `name@sha256:<64 hex digits>`."""
+    """Whether `text` is `name`, `name@<version>` or `name@sha256:<64 hex digits>`."""
     name, at, pin = text.partition("@")
     return is_name(name) and (not at or _PIN.fullmatch(pin) is not None)
 
 
 @dataclass(frozen=True, slots=True)
-class Term:
-    """One adapter of a request and its factor."""
+class WeightedAdapter:
+    """An adapter of a request and its weight."""
 
     adapter: Registered
     weight: float
 
 
-async def resolve(request: generation_pb2.GenerateRequest, registry: Registry) -> Sequence[Term]:
-    """The adapters that a valid request names, in its order; empty for the bare base.
+async def resolve(
+    request: generation_pb2.GenerateRequest, registry: Registry
+) -> Sequence[WeightedAdapter]:
+    """Resolves the adapters of a valid request, in its order; none for the bare base.
 
-    Raises Refusal(ADAPTER_NOT_FOUND) naming the first that is not there.
+    Raises Refusal(ADAPTER_NOT_FOUND) for the first that does not exist.
     """
     if request.adapter_id:
-        return (Term(await registry.resolve(request.adapter_id), 1.0),)
+        return (WeightedAdapter(await registry.resolve(request.adapter_id), 1.0),)
     if not request.mix:
         return ()
     found = await asyncio.gather(*(registry.resolve(term.adapter_id) for term in request.mix))
     weights = [term.weight if term.HasField("weight") else 1.0 for term in request.mix]
-    return tuple(Term(a, w) for a, w in zip(found, weights, strict=True))
+    return tuple(WeightedAdapter(a, w) for a, w in zip(found, weights, strict=True))
 
 
-def virtual_tokens(terms: Sequence[Term]) -> int:
-    """Positions of the context that the adapters take before the prompt."""
-    return max((term.adapter.record.virtual_tokens for term in terms), default=0)
+def virtual_tokens(adapters: Sequence[WeightedAdapter]) -> int:
+    """Number of positions in the context that the adapters occupy before the prompt."""
+    return max((each.adapter.record.virtual_tokens for each in adapters), default=0)
 
 
-def mixable(terms: Sequence[Term]) -> bool:
-    """Whether these adapters can be used together so: virtual tokens have no weight and no sum."""
-    used = references(terms)
-    return not virtual_tokens(terms) or (len(used) == 1 and used[0].weight == 1.0)
+def mixable(adapters: Sequence[WeightedAdapter]) -> bool:
+    """Whether these adapters can be combined: virtual tokens cannot be weighted or summed."""
+    used = references(adapters)
+    return not virtual_tokens(adapters) or (len(used) == 1 and used[0].weight == 1.0)
 
 
-def references(terms: Sequence[Term]) -> list[AdapterRef]:
-    """What the engine is told: each content once, its factors added up."""
+def references(adapters: Sequence[WeightedAdapter]) -> list[AdapterRef]:
+    """References for the engine: each distinct content once, with the sum of its weights."""
     weights: dict[str, float] = {}
-    for term in terms:
-        weights[term.adapter.digest] = weights.get(term.adapter.digest, 0.0) + term.weight
-    paths = {term.adapter.digest: term.adapter.path for term in terms}
+    for each in adapters:
+        weights[each.adapter.digest] = weights.get(each.adapter.digest, 0.0) + each.weight
+    paths = {each.adapter.digest: each.adapter.path for each in adapters}
     return [AdapterRef(digest, paths[digest], weight) for digest, weight in weights.items()]

@@ -1,4 +1,4 @@
-"""The gRPC server: its options, its services, its health, and how it comes and goes."""
+"""The gRPC server: options, services, health, start and stop."""
 
 from __future__ import annotations
 
@@ -43,16 +43,17 @@ _OPTIONS: Final[Sequence[tuple[str, Any]]] = (
     ("grpc.max_connection_age_grace_ms", 600_000),
     ("grpc.so_reuseport", 0),
 )
-"""Idle peers are probed and reaped; connections age, so that balancers in front can rebalance."""
+"""Idle peers are probed and dropped. Connections have an age limit, so that load balancers in front
+can rebalance."""
 
 
 class CannotListen(Exception):
-    """The address cannot be had; the message is for the operator."""
+    """An address that cannot be bound. The message is for the operator."""
 
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where to listen; port 0 takes a free one."""
+    """Address to listen on; port 0 picks a free one."""
 
     host: str
     port: int
@@ -62,7 +63,7 @@ class Address:
 
 
 class RpcServer:
-    """The services, health and, if wanted, reflection on one port."""
+    """The services, health checks and, optionally, reflection on one port."""
 
     def __init__(self, interceptor: Interceptor, with_reflection: bool) -> None:
         self._server = grpc.aio.server(interceptors=[interceptor], options=_OPTIONS)
@@ -73,9 +74,9 @@ class RpcServer:
             reflection.enable_server_reflection(names, self._server)
 
     def bind(self, address: Address) -> Address:
-        """Takes the port, so that a conflict shows before a model is loaded; the real address.
+        """Binds the port, so that a conflict shows before a model is loaded.
 
-        Raises CannotListen.
+        Returns the address with the actual port. Raises CannotListen.
         """
         try:
             port = self._server.add_insecure_port(str(address))
@@ -88,7 +89,7 @@ class RpcServer:
     async def start(
         self, generation: GenerationService, adapters: AdapterService, training: TrainingService
     ) -> None:
-        """Takes calls; health says SERVING from here on."""
+        """Starts to accept calls, and reports SERVING."""
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, self._server)
         adapter_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, self._server)
         training_pb2_grpc.add_TrainingServiceServicer_to_server(training, self._server)
@@ -96,16 +97,16 @@ class RpcServer:
         await self._server.start()
 
     async def set_serving(self, serving: bool) -> None:
-        """What health says of the server and of each service."""
+        """Sets the health status of the server and of each service."""
         status = health_pb2.HealthCheckResponse
         value = status.SERVING if serving else status.NOT_SERVING
         for name in (health.OVERALL_HEALTH, *SERVICES):
             await self._health.set(name, value)
 
     async def lame_duck(self) -> None:
-        """Health says NOT_SERVING from here on."""
+        """Reports NOT_SERVING from now on."""
         await self._health.enter_graceful_shutdown()
 
     async def stop(self, grace_seconds: float) -> None:
-        """Stops listening; calls that do not end in time are cancelled."""
+        """Stops listening; cancels calls that do not end within the grace period."""
         await self._server.stop(grace_seconds)

@@ -60,7 +60,7 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):
     async def ListJobs(
         self, request: training_pb2.ListJobsRequest, context: _Context
     ) -> training_pb2.ListJobsResponse:
-        """A page of jobs, the newest first."""
+        """Lists a page of jobs, the newest first."""
         queue = self._on()
         _require(validate.page(request))
         size = request.page_size or DEFAULT_PAGE
@@ -74,7 +74,7 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):
     async def CancelJob(
         self, request: training_pb2.CancelJobRequest, context: _Context
     ) -> training_pb2.CancelJobResponse:
-        """Ends a job."""
+        """Cancels a job."""
         queue = self._on()
         _require(validate.job_id(request.job_id))
         job = await _typed(queue.cancel(request.job_id))
@@ -83,7 +83,7 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):
     async def WatchJob(
         self, request: training_pb2.WatchJobRequest, context: _Context
     ) -> AsyncGenerator[training_pb2.WatchJobResponse, None]:
-        """The job now and after each change, until it has ended."""
+        """Streams the job now and after each change, until it has ended."""
         queue = self._on()
         _require(validate.job_id(request.job_id))
         closing = asyncio.ensure_future(self._gate.closing())

@@ -1,4 +1,4 @@
-"""Uploads: an adapter's files, in pieces, from a stream that may break and go on later."""
+"""Receives uploads: an adapter's files in pieces, over streams that may break and be resumed."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from loraplex.v1 import adapter_pb2
 from loraplex_adapters.format.files import CONFIG_FILE, WEIGHTS_FILE
 from loraplex_model.base.refusal import Problem, Reason, Refusal, Subject
 
-from loraplex_server.registry import Registered, Registry, Terms
+from loraplex_server.registry import Registered, RegistrationTerms, Registry
 from loraplex_server.rpc import validate_adapters as validate
 from loraplex_server.rpc.errors import invalid
 from loraplex_server.rpc.interceptor import Gate
 
 MAX_STREAMS: Final = 16
-"""Uploads that may send at the same time: each holds one chunk in memory."""
+"""Most uploads that may send at the same time; each holds one chunk in memory."""
 
 SILENCE_SECONDS: Final = 60.0
-"""How long an upload may send nothing before its place is given to others."""
+"""Seconds without a message after which an upload's stream is ended."""
 
 FILES: Final = {
     adapter_pb2.ADAPTER_FILE_CONFIG: CONFIG_FILE,
@@ -31,14 +31,14 @@ FILES: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Uploaded:
-    """What became of an upload; `adapter` is None where the bytes were only staged."""
+    """Result of an upload; `adapter` is None if the files were only staged."""
 
     adapter: Registered | None
     created: bool
 
 
-class Uploads:
-    """Receives uploads. A chunk is on disk before the next one is read from the stream."""
+class UploadReceiver:
+    """Receives uploads. Each chunk is on disk before the next one is read from the stream."""
 
     def __init__(self, registry: Registry, gate: Gate) -> None:
         self._registry = registry
@@ -46,10 +46,9 @@ class Uploads:
         self._streams = 0
 
     async def receive(self, requests: AsyncIterator[adapter_pb2.UploadAdapterRequest]) -> Uploaded:
-        """Takes one stream to its end, and registers what it completes.
+        """Receives one stream and, if it completes an upload that is not staged, registers it.
 
-        Raises Refusal; what had arrived until then stays and can be added to. Raises Refusal
-        where the store does.
+        Raises Refusal. The bytes that had arrived are kept, and the upload can be resumed.
         """
         if self._streams >= MAX_STREAMS:
             raise Refusal(Reason.OVERLOADED, f"{self._streams} uploads are running; try again")
@@ -61,31 +60,32 @@ class Uploads:
             self._streams -= 1
 
     async def _receive(self, requests: AsyncIterator[adapter_pb2.UploadAdapterRequest]) -> Uploaded:
+        store = self._registry.store
         header = await self._header(requests)
         wanted = {CONFIG_FILE: header.config_size, WEIGHTS_FILE: header.weights_size}
-        there = await self._registry.uploaded(header.upload_id)
+        there = await asyncio.to_thread(store.upload, header.upload_id)
         sizes = {CONFIG_FILE: there.config_bytes, WEIGHTS_FILE: there.weights_bytes}
         async for request in requests:
             if request.WhichOneof("part") != "chunk":
-                raise invalid([Problem("part", "every message after the first is a chunk")])
+                raise invalid([Problem("part", "every message after the first must be a chunk")])
             chunk = request.chunk
-            if violations := validate.chunk(chunk):
-                raise invalid(violations)
+            if problems := validate.chunk(chunk):
+                raise invalid(problems)
             file = FILES[chunk.file]
             end = chunk.offset + len(chunk.data)
             if end > wanted[file]:
-                text = f"{file} was said to have {wanted[file]} bytes; this piece ends at {end}"
+                text = f"{file} was announced with {wanted[file]} bytes; this piece ends at {end}"
                 raise _offset(header.upload_id, file, text)
-            sizes[file] = await self._registry.append(
-                header.upload_id, file, chunk.offset, chunk.data
+            sizes[file] = await asyncio.to_thread(
+                store.append, header.upload_id, file, chunk.offset, chunk.data
             )
         for file, size in wanted.items():
             if sizes[file] != size:
-                text = f"{sizes[file]} of the {size} bytes of {file} are there"
+                text = f"{sizes[file]} of the {size} bytes of {file} have arrived"
                 raise _offset(header.upload_id, file, text)
         if header.stage_only:
             return Uploaded(None, created=False)
-        terms = Terms(
+        terms = RegistrationTerms(
             header.name,
             header.replace,
             dict(header.labels),
@@ -101,15 +101,15 @@ class Uploads:
         first = await anext(requests, None)
         if first is None or first.WhichOneof("part") != "header":
             raise invalid([Problem("header", "the first message must be the header")])
-        if violations := validate.header(first.header, self._registry.max_weights_bytes):
-            raise invalid(violations)
+        if problems := validate.header(first.header, self._registry.max_weights_bytes):
+            raise invalid(problems)
         return first.header
 
 
 async def _arriving(
     requests: AsyncIterator[adapter_pb2.UploadAdapterRequest], gate: Gate
 ) -> AsyncGenerator[adapter_pb2.UploadAdapterRequest, None]:
-    """The messages as they come. Raises Refusal: DRAINING, DEADLINE_EXCEEDED after a silence."""
+    """Yields the messages. Raises Refusal: DRAINING, DEADLINE_EXCEEDED after a silence."""
     closing = asyncio.ensure_future(gate.closing())
     try:
         while True:
@@ -134,7 +134,7 @@ async def _arriving(
 def _silent(gate: Gate) -> Refusal:
     if gate.draining:
         return Refusal(Reason.DRAINING, "the server is shutting down; what has arrived is kept")
-    text = f"nothing came for {SILENCE_SECONDS:g} s; what has arrived is kept"
+    text = f"nothing arrived for {SILENCE_SECONDS:g} s; what has arrived before is kept"
     return Refusal(Reason.DEADLINE_EXCEEDED, text)
 
 

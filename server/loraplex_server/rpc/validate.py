@@ -1,6 +1,6 @@
-"""Checks a request against every bound of the proto, and reports all that is wrong at once.
+"""Checks generation requests against the bounds of the proto and reports all problems at once.
 
-What passes here is in range, finite and in the model's vocabulary; nothing behind it checks again.
+A request that passes is in range, finite and within the model's vocabulary.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MAX_STOP_STRING_BYTES: Final = 64
 MAX_STOP_TOKENS: Final = 64
 MAX_REQUEST_ID: Final = 128
 MAX_LISTED: Final = 32
-"""Violations in one answer, which must fit a trailer."""
+"""Most problems listed in one answer."""
 
 ROLES: Final = frozenset({"system", "user", "assistant"})
 
@@ -30,41 +30,44 @@ ADAPTER_ID_FORM: Final = 'must be "name", "name@<version>" or "name@sha256:<64 h
 
 
 @dataclass(frozen=True, slots=True)
-class Bounds:
-    """What a request is held against: the model's vocabulary, context and end-of-sequence ids."""
+class ModelBounds:
+    """Bounds that the model sets: vocabulary, context length and end-of-sequence ids."""
 
     vocab_size: int
     max_context: int
     eos_token_ids: Sequence[int] = ()
 
 
-class Findings:
-    """The violations found so far, with the fields' paths."""
+class RequestChecks:
+    """Checks the fields of one request and collects their `problems`.
 
-    def __init__(self, prefix: str) -> None:
-        self.found: list[Problem] = []
-        self._prefix = prefix
+    `field_path` is put before the fields' names.
+    """
+
+    def __init__(self, field_path: str) -> None:
+        self.problems: list[Problem] = []
+        self._field_path = field_path
 
     def add(self, field: str, description: str) -> None:
-        if len(self.found) < MAX_LISTED:
-            self.found.append(Problem(self._prefix + field, description))
+        if len(self.problems) < MAX_LISTED:
+            self.problems.append(Problem(self._field_path + field, description))
 
     def require(self, true: bool, field: str, description: str) -> None:
         if not true:
             self.add(field, description)
 
     def between(self, field: str, value: float, low: float, high: float) -> None:
-        """Holds for low <= value <= high; NaN is in no range."""
+        """Requires low <= value <= high; NaN is in no range."""
         self.require(low <= value <= high, field, f"must be between {low:g} and {high:g}")
 
     def above(self, field: str, value: float, low: float, high: float) -> None:
-        """Holds for low < value <= high."""
+        """Requires low < value <= high."""
         self.require(
             low < value <= high, field, f"must be greater than {low:g} and at most {high:g}"
         )
 
     def tokens(self, field: str, ids: Iterable[int], vocab_size: int) -> None:
-        """Every id is in the vocabulary; the first that is not is named."""
+        """Requires every id to be in the vocabulary; reports the first that is not."""
         for i, token in enumerate(ids):
             if token >= vocab_size:
                 self.add(
@@ -74,15 +77,15 @@ class Findings:
 
 
 def is_request_id(text: str) -> bool:
-    """1 to 128 printable ASCII characters."""
+    """Whether `text` is a request id: 1 to 128 printable ASCII characters."""
     return 0 < len(text) <= MAX_REQUEST_ID and text.isascii() and text.isprintable()
 
 
 def generate(
-    request: generation_pb2.GenerateRequest, bounds: Bounds, prefix: str = ""
+    request: generation_pb2.GenerateRequest, bounds: ModelBounds, field_path: str = ""
 ) -> list[Problem]:
-    """What is wrong with a request to generate; `prefix` goes before the fields' paths."""
-    checks = Findings(prefix)
+    """Problems of a generation request; `field_path` is put before the fields' names."""
+    checks = RequestChecks(field_path)
     _adapters(request, checks)
     _input(request, bounds, checks)
     if request.HasField("sampling"):
@@ -99,10 +102,10 @@ def generate(
             f"must be 1 to {MAX_REQUEST_ID} printable ASCII characters",
         )
     checks.between("priority", request.priority, -100, 100)
-    return checks.found
+    return checks.problems
 
 
-def _adapters(request: generation_pb2.GenerateRequest, checks: Findings) -> None:
+def _adapters(request: generation_pb2.GenerateRequest, checks: RequestChecks) -> None:
     if request.adapter_id:
         checks.require(is_adapter_id(request.adapter_id), "adapter_id", ADAPTER_ID_FORM)
         checks.require(not request.mix, "adapter_id", "must be empty when `mix` is set")
@@ -113,14 +116,16 @@ def _adapters(request: generation_pb2.GenerateRequest, checks: Findings) -> None
             checks.between(f"mix[{i}].weight", term.weight, -16, 16)
 
 
-def _input(request: generation_pb2.GenerateRequest, bounds: Bounds, checks: Findings) -> None:
+def _input(
+    request: generation_pb2.GenerateRequest, bounds: ModelBounds, checks: RequestChecks
+) -> None:
     match request.WhichOneof("input"):
         case "prompt":
             checks.require(bool(request.prompt), "prompt", "must not be empty")
         case "token_ids":
             ids = request.token_ids.ids
             checks.require(bool(ids), "token_ids.ids", "must not be empty")
-            # A prompt beyond the context is refused as such, before anybody looks at each token.
+            # A prompt longer than the context is refused as such, without a check of each token.
             if len(ids) < bounds.max_context:
                 checks.tokens("token_ids.ids", ids, bounds.vocab_size)
         case "messages":
@@ -135,7 +140,9 @@ def _input(request: generation_pb2.GenerateRequest, bounds: Bounds, checks: Find
             checks.add("input", "one of `prompt`, `token_ids` or `messages` must be set")
 
 
-def _sampling(sampling: generation_pb2.SamplingParams, bounds: Bounds, checks: Findings) -> None:
+def _sampling(
+    sampling: generation_pb2.SamplingParams, bounds: ModelBounds, checks: RequestChecks
+) -> None:
     closed = {
         "temperature": (0, 100),
         "min_p": (0, 1),
@@ -161,7 +168,7 @@ def _sampling(sampling: generation_pb2.SamplingParams, bounds: Bounds, checks: F
             checks.between(field, bias, -100, 100)
 
 
-def _stop(stop: generation_pb2.StopConditions, bounds: Bounds, checks: Findings) -> None:
+def _stop(stop: generation_pb2.StopConditions, bounds: ModelBounds, checks: RequestChecks) -> None:
     if stop.HasField("max_new_tokens"):
         checks.require(stop.max_new_tokens >= 1, "stop.max_new_tokens", "must be at least 1")
     checks.require(

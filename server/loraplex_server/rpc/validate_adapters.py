@@ -1,4 +1,4 @@
-"""Checks the requests of AdapterService, as `validate` does those that generate."""
+"""Checks the requests of AdapterService; each function returns the problems of one request."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from loraplex_adapters.format.files import MAX_CONFIG_BYTES
 from loraplex_model.base.refusal import Problem
 
 from loraplex_server.rpc.resolve import is_adapter_id, is_name
-from loraplex_server.rpc.validate import ADAPTER_ID_FORM, Findings
+from loraplex_server.rpc.validate import ADAPTER_ID_FORM, RequestChecks
 
 MAX_PAGE: Final = 1000
 MAX_PATH_BYTES: Final = 4096
@@ -29,77 +29,79 @@ _UPLOAD: Final = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
 
 
 def register(request: adapter_pb2.RegisterAdapterRequest) -> list[Problem]:
-    """What is wrong with a registration; the path itself is judged where it is opened."""
-    checks = Findings("")
+    """Problems of a registration. The path is only checked further when it is opened."""
+    checks = RequestChecks("")
     checks.require(is_name(request.name), "name", _NAME_FORM)
     _path(request.path, checks)
     labels("labels", request.labels, checks)
-    return checks.found
+    return checks.problems
 
 
 def adapter_id(text: str) -> list[Problem]:
-    """What is wrong with the `adapter_id` of an adapter call, which must name one."""
+    """Problems of the `adapter_id` of an adapter call, which must not be empty."""
     return [] if is_adapter_id(text) else [Problem("adapter_id", ADAPTER_ID_FORM)]
 
 
 def name(text: str, field: str = "name") -> list[Problem]:
-    """What is wrong with a bare name, or an alias."""
+    """Problems of a name without a version, or of an alias."""
     return [] if is_name(text) else [Problem(field, _NAME_FORM)]
 
 
 def page(request: adapter_pb2.ListAdaptersRequest) -> list[Problem]:
-    """What is wrong with a request for a page."""
-    checks = Findings("")
+    """Problems of a request for a page."""
+    checks = RequestChecks("")
     checks.between("page_size", request.page_size, 0, MAX_PAGE)
     checks.require(
-        len(request.page_token) <= MAX_PAGE_TOKEN, "page_token", "is not a token of this server"
+        len(request.page_token) <= MAX_PAGE_TOKEN,
+        "page_token",
+        "is not a token of this server",
     )
     labels("labels", request.labels, checks)
-    return checks.found
+    return checks.problems
 
 
 def unload(request: adapter_pb2.UnloadAdapterRequest) -> list[Problem]:
-    """What is wrong with an order to unload."""
-    checks = Findings("")
+    """Problems of an order to unload."""
+    checks = RequestChecks("")
     checks.require(is_adapter_id(request.adapter_id), "adapter_id", ADAPTER_ID_FORM)
     if request.HasField("drain"):
         seconds = request.drain.seconds + request.drain.nanos / 1e9
         checks.between("drain", seconds, 0, MAX_DRAIN_SECONDS)
-    return checks.found
+    return checks.problems
 
 
 def label(request: adapter_pb2.LabelAdapterRequest) -> list[Problem]:
-    """What is wrong with a change of labels."""
-    checks = Findings("")
+    """Problems of a change of labels."""
+    checks = RequestChecks("")
     checks.require(is_adapter_id(request.adapter_id), "adapter_id", ADAPTER_ID_FORM)
-    checks.require(bool(request.set or request.remove), "set", "nothing to set and none to remove")
+    checks.require(bool(request.set or request.remove), "set", "must be set unless `remove` is")
     labels("set", request.set, checks)
     _keys("remove", request.remove, checks)
     both = [key for key in request.remove if key in request.set]
-    checks.require(not both, "remove", "must name no label that is set")
-    return checks.found
+    checks.require(not both, "remove", "must not name a label that is also set")
+    return checks.problems
 
 
 def alias(request: adapter_pb2.SetAliasRequest) -> list[Problem]:
-    """What is wrong with the pointing of an alias."""
-    checks = Findings("")
+    """Problems of the setting of an alias."""
+    checks = RequestChecks("")
     checks.require(is_name(request.alias), "alias", _NAME_FORM)
     checks.require(is_adapter_id(request.adapter_id), "adapter_id", ADAPTER_ID_FORM)
     if request.expected:
         checks.require(is_adapter_id(request.expected), "expected", ADAPTER_ID_FORM)
-    return checks.found
+    return checks.problems
 
 
 def upload_id(text: str) -> list[Problem]:
-    """What is wrong with an upload's id."""
-    checks = Findings("")
+    """Problems of an upload's id."""
+    checks = RequestChecks("")
     _upload_id("upload_id", text, checks)
-    return checks.found
+    return checks.problems
 
 
 def header(header: adapter_pb2.UploadHeader, max_weights_bytes: int) -> list[Problem]:
-    """What is wrong with the first message of an upload."""
-    checks = Findings("header.")
+    """Problems of the first message of an upload."""
+    checks = RequestChecks("header.")
     _upload_id("upload_id", header.upload_id, checks)
     if header.stage_only:
         given = [f for f in ("name", "replace", "load", "labels") if getattr(header, f)]
@@ -113,21 +115,21 @@ def header(header: adapter_pb2.UploadHeader, max_weights_bytes: int) -> list[Pro
         good = _DIGEST.fullmatch(header.expected_digest) is not None
         checks.require(good, "expected_digest", 'must be "sha256:" and 64 hex digits')
     labels("labels", header.labels, checks)
-    return checks.found
+    return checks.problems
 
 
 def chunk(chunk: adapter_pb2.UploadChunk) -> list[Problem]:
-    """What is wrong with a piece of an upload, as far as that shows without the others."""
-    checks = Findings("chunk.")
+    """Problems of one piece of an upload, taken by itself."""
+    checks = RequestChecks("chunk.")
     files = {adapter_pb2.ADAPTER_FILE_CONFIG, adapter_pb2.ADAPTER_FILE_WEIGHTS}
     checks.require(chunk.file in files, "file", "must be CONFIG or WEIGHTS")
     checks.between("data", len(chunk.data), 1, MAX_CHUNK_BYTES)
-    return checks.found
+    return checks.problems
 
 
 def validation(request: adapter_pb2.ValidateAdapterRequest) -> list[Problem]:
-    """What is wrong with a request for a dry run."""
-    checks = Findings("")
+    """Problems of a request to validate an adapter."""
+    checks = RequestChecks("")
     match request.WhichOneof("source"):
         case "path":
             _path(request.path, checks)
@@ -135,31 +137,31 @@ def validation(request: adapter_pb2.ValidateAdapterRequest) -> list[Problem]:
             _upload_id("upload_id", request.upload_id, checks)
         case None:
             checks.add("source", "one of `path` or `upload_id` must be set")
-    return checks.found
+    return checks.problems
 
 
-def _path(path: str, checks: Findings) -> None:
+def _path(path: str, checks: RequestChecks) -> None:
     size = len(path.encode())
     checks.require(1 <= size <= MAX_PATH_BYTES, "path", f"must be 1 to {MAX_PATH_BYTES} bytes")
 
 
-def _upload_id(field: str, text: str, checks: Findings) -> None:
+def _upload_id(field: str, text: str, checks: RequestChecks) -> None:
     checks.require(_UPLOAD.fullmatch(text) is not None, field, "is not an id of StartUpload")
 
 
-def labels(field: str, given: Mapping[str, str], checks: Findings) -> None:
-    """Adds what is wrong with the labels of a version."""
+def labels(field: str, given: Mapping[str, str], checks: RequestChecks) -> None:
+    """Adds the problems of a version's labels."""
     checks.require(len(given) <= MAX_LABELS, field, f"must have at most {MAX_LABELS} entries")
     if len(given) > MAX_LABELS:
         return
     _keys(field, given, checks)
     for key, value in given.items():
-        # The store has the last word; what is refused here is told with its key.
+        # The store checks again; a refusal here names the key.
         good = len(value) <= MAX_LABEL_VALUE and value.isprintable()
         text = f"the value must have at most {MAX_LABEL_VALUE} characters, all printable"
         checks.require(good, f"{field}[{key}]", text)
 
 
-def _keys(field: str, keys: Iterable[str], checks: Findings) -> None:
+def _keys(field: str, keys: Iterable[str], checks: RequestChecks) -> None:
     for key in keys:
         checks.require(_LABEL.fullmatch(key) is not None, f"{field}[{key[:64]}]", _LABEL_FORM)

@@ -1,4 +1,4 @@
-"""Checks the requests of TrainingService; ranges of training itself are the trainer's to judge."""
+"""Checks the requests of TrainingService. Ranges of training options are checked by the trainer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from loraplex.v1 import training_pb2
 from loraplex_model.base.refusal import Problem
 
 from loraplex_server.rpc.resolve import is_name
-from loraplex_server.rpc.validate import MAX_REQUEST_ID, Findings, is_request_id
+from loraplex_server.rpc.validate import MAX_REQUEST_ID, RequestChecks, is_request_id
 from loraplex_server.rpc.validate_adapters import MAX_PAGE, MAX_PATH_BYTES, labels
 
 MAX_INLINE: Final = 3 << 20
@@ -24,12 +24,12 @@ _OPTION: Final = re.compile(r"[a-z][a-z0-9_]{0,63}", re.ASCII)
 _JOB: Final = re.compile(r"[0-9a-f-]{1,64}", re.ASCII)
 _WORDS: Final = ("learn", "metric")
 _FILES: Final = ("loftq_source",)
-"""Options of methods that name a directory; a caller must not choose among the server's."""
+"""Options of methods that name a directory of the server, which callers must not set."""
 
 
 def create(request: training_pb2.CreateJobRequest) -> list[Problem]:
-    """What is wrong with a new job, as far as shows without its data."""
-    checks = Findings("")
+    """Problems of a new job, without a look at its data."""
+    checks = RequestChecks("")
     if request.request_id:
         text = f"must be 1 to {MAX_REQUEST_ID} printable ASCII characters"
         checks.require(is_request_id(request.request_id), "request_id", text)
@@ -58,29 +58,29 @@ def create(request: training_pb2.CreateJobRequest) -> list[Problem]:
         checks.require(is_name(delivery.alias), "delivery.alias", _NAME_FORM)
         checks.require(delivery.alias != spec.name, "delivery.alias", "must not be the name")
     labels("delivery.labels", delivery.labels, checks)
-    return checks.found
+    return checks.problems
 
 
 def page(request: training_pb2.ListJobsRequest) -> list[Problem]:
-    """What is wrong with a request for a page."""
-    checks = Findings("")
+    """Problems of a request for a page."""
+    checks = RequestChecks("")
     checks.between("page_size", request.page_size, 0, MAX_PAGE)
     good = not request.page_token or _JOB.fullmatch(request.page_token) is not None
     checks.require(good, "page_token", "is not a token of this server")
     known = training_pb2.TrainingJobState.values()
     for i, state in enumerate(request.states):
         good = state in known and state != training_pb2.TRAINING_JOB_STATE_UNSPECIFIED
-        checks.require(good, f"states[{i}]", "is no state")
-    return checks.found
+        checks.require(good, f"states[{i}]", "is not a state")
+    return checks.problems
 
 
 def job_id(text: str) -> list[Problem]:
-    """What is wrong with a job's id."""
+    """Problems of a job's id."""
     good = _JOB.fullmatch(text) is not None
     return [] if good else [Problem("job_id", "is not an id of CreateJob")]
 
 
-def _options(options: Mapping[str, str], checks: Findings) -> None:
+def _options(options: Mapping[str, str], checks: RequestChecks) -> None:
     where = "spec.method.options"
     checks.require(len(options) <= MAX_OPTIONS, where, f"must have at most {MAX_OPTIONS} entries")
     if len(options) > MAX_OPTIONS:
@@ -88,11 +88,15 @@ def _options(options: Mapping[str, str], checks: Findings) -> None:
     for key, value in options.items():
         good = _OPTION.fullmatch(key) is not None
         checks.require(good, f"{where}[{key[:64]}]", "the key must match [a-z][a-z0-9_]{0,63}")
-        checks.require(key not in _FILES, f"{where}[{key[:64]}]", "names a file of the server")
+        checks.require(
+            key not in _FILES,
+            f"{where}[{key[:64]}]",
+            "must not name a file of the server",
+        )
         _short(f"{where}[{key[:64]}]", value, MAX_OPTION_BYTES, checks)
 
 
-def _data(request: training_pb2.CreateJobRequest, checks: Findings) -> None:
+def _data(request: training_pb2.CreateJobRequest, checks: RequestChecks) -> None:
     inline = 0
     for field in ("data", "eval_data"):
         data: training_pb2.TrainingData = getattr(request, field)
@@ -110,6 +114,6 @@ def _data(request: training_pb2.CreateJobRequest, checks: Findings) -> None:
     checks.require(inline <= MAX_INLINE, "data.jsonl", text)
 
 
-def _short(field: str, text: str, most: int, checks: Findings) -> None:
+def _short(field: str, text: str, most: int, checks: RequestChecks) -> None:
     good = len(text.encode()) <= most and "\0" not in text
-    checks.require(good, field, f"must have at most {most} bytes, and no NUL")
+    checks.require(good, field, f"must have at most {most} bytes and no NUL")

@@ -1,4 +1,4 @@
-"""WatchAdapters: the feed as messages, a bounded piece at a time."""
+"""WatchAdapters: the feed of adapter changes as messages of bounded size."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Any, Final
 from loraplex.v1 import adapter_pb2
 from loraplex_model.base.refusal import Reason, Refusal
 
-from loraplex_server.feed import AdapterFeed, Event, Row, Snapshot, Watcher
+from loraplex_server.feed import AdapterFeed, AdapterRow, Event, FeedTable, Watcher
 from loraplex_server.rpc import describe
 from loraplex_server.rpc.interceptor import Gate
 
 MAX_WATCHERS: Final = 64
 _PART: Final = 100
-"""Adapters in one message of a table."""
+"""Most adapters in one message of a table."""
 
 _Message = adapter_pb2.WatchAdaptersResponse
 
 
 async def watch(feed: AdapterFeed, gate: Gate) -> AsyncGenerator[_Message, None]:
-    """The table, then every change, until the server drains.
+    """Yields the table, then every change until the server drains.
 
-    Raises Refusal: OVERLOADED with too many watchers, DRAINING at the end.
+    Raises Refusal: OVERLOADED if there are too many watchers, DRAINING at the end.
     """
     if len(feed) >= MAX_WATCHERS:
         raise Refusal(Reason.OVERLOADED, f"{len(feed)} calls watch already; try again later")
@@ -49,7 +49,7 @@ _CLOSED: Final[list[Event]] = []
 
 
 async def _next(watcher: Watcher, closing: asyncio.Future[None]) -> list[Event] | None:
-    """What the watcher takes; `_CLOSED` once the server drains."""
+    """Next changes of the watcher, None if some were dropped; `_CLOSED` once the server drains."""
     taking = asyncio.ensure_future(watcher.take())
     both: set[asyncio.Future[Any]] = {taking, closing}
     try:
@@ -59,15 +59,15 @@ async def _next(watcher: Watcher, closing: asyncio.Future[None]) -> list[Event] 
         taking.cancel()
 
 
-def _table(snapshot: Snapshot) -> Iterator[_Message]:
+def _table(table: FeedTable) -> Iterator[_Message]:
     aliases = [
         adapter_pb2.AdapterAlias(
             alias=alias, name=record.name, version=record.version, digest=record.digest
         )
-        for alias, record in sorted(snapshot.aliases.items())
+        for alias, record in sorted(table.aliases.items())
     ]
-    for begin in range(0, len(snapshot.rows), _PART):
-        part = map(_adapter, snapshot.rows[begin : begin + _PART])
+    for begin in range(0, len(table.rows), _PART):
+        part = map(_adapter, table.rows[begin : begin + _PART])
         yield _Message(table=adapter_pb2.AdapterTable(adapters=part))
     yield _Message(table=adapter_pb2.AdapterTable(complete=True, aliases=aliases))
 
@@ -81,7 +81,7 @@ def _change(event: Event) -> _Message:
     return _Message(change=change)
 
 
-def _adapter(row: Row) -> adapter_pb2.Adapter:
+def _adapter(row: AdapterRow) -> adapter_pb2.Adapter:
     if row.record is None:
         return describe.nameless(row.digest, row.status)
     return describe.adapter(row.record, row.status)

@@ -1,1 +1,1 @@
-"""Text made of tokens and tokens made of text; knows nothing of gRPC or of the engine's process."""
+"""Conversion between text and tokens, independent of gRPC and of the engine's process."""

@@ -1,4 +1,4 @@
-"""Tokens to text, a step at a time, never half a character."""
+"""Incremental conversion of tokens to text, in whole characters."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from tokenizers.decoders import DecodeStream
 
 REPLACEMENT: Final = "\ufffd"
 _CONTEXT: Final = 6
-"""Prompt tokens that the decoder sees, so that a first piece keeps its leading space."""
+"""Number of prompt tokens given to the decoder, so that the first piece keeps its leading space."""
 
 
 class Detokenizer:
-    """The text of one completion.
+    """Converts one completion to text, piece by piece.
 
-    All pieces joined are the completion decoded after its prompt, special tokens left out, less the
-    bytes at the very end that are no whole character.
+    The joined pieces are the completion as decoded after its prompt, without special tokens and
+    without an incomplete character at the very end.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self._context = list(prompt[-_CONTEXT:])
         if self._decode(self._context).endswith(REPLACEMENT):
-            # The prompt ends within a character: there is no text to continue from.
+            # The prompt ends within a character, so there is no text to continue.
             self._context = []
         self._stream = DecodeStream(self._context, skip_special_tokens=True)
         self._held: list[int] = []
 
     def push(self, token: int) -> str:
-        """The text that the next token completes; "" while a character is unfinished."""
+        """Adds a token and returns the text that it completes; "" within a character."""
         try:
             text = self._stream.step(self._tokenizer, token)
-        except Exception:  # the decoder lost its place among bytes that are no text
+        except Exception:  # the decoder fails on bytes that are not valid text
             text = self._resume(token)
         if text is None:
             self._held.append(token)
@@ -42,7 +42,7 @@ class Detokenizer:
         return text
 
     def finish(self) -> str:
-        """What was held back and is whole after all; nothing may be pushed afterwards."""
+        """Returns the rest of the text. No token may be pushed afterwards."""
         text = self._decode(self._held).rstrip(REPLACEMENT)
         self._held.clear()
         return text
@@ -57,12 +57,12 @@ class Detokenizer:
 
 
 class NoText:
-    """Stands for a `Detokenizer` where the model has no tokenizer."""
+    """Replaces `Detokenizer` if the model has no tokenizer."""
 
     def push(self, token: int) -> str:
-        """Always ""."""
+        """Returns ""."""
         return ""
 
     def finish(self) -> str:
-        """Always ""."""
+        """Returns ""."""
         return ""

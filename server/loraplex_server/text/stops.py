@@ -1,4 +1,4 @@
-"""Stop strings in text that arrives in pieces."""
+"""Search for stop strings in text that arrives in pieces."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 
 class StopMatcher:
-    """Passes text on, holding back what may yet become a stop string.
+    """Finds the first stop string; holds back text that may be the beginning of one.
 
-    The completion ends before the stop string that is complete first; of two that end together,
-    the longer one counts. What was passed on does not depend on how the text was cut into pieces.
+    The text ends before the stop string that is completed first; of two that are completed together
+    the longer one counts. The result does not depend on how the text was cut into pieces.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -19,9 +19,9 @@ class StopMatcher:
         self._held = ""
 
     def push(self, text: str) -> tuple[str, bool]:
-        """`(text that is surely no part of a stop string, whether a stop string is complete)`.
+        """Adds text; returns text outside of any stop string, and whether one was found.
 
-        Nothing may be pushed once one is.
+        No text may be pushed once a stop string was found.
         """
         if not self._stops:
             return text, False
@@ -35,12 +35,12 @@ class StopMatcher:
         return held[: len(held) - keep], False
 
     def finish(self) -> str:
-        """The text that was held back and turned out to be none."""
+        """Returns the text that was held back, because no stop string followed."""
         held, self._held = self._held, ""
         return held
 
     def _undecided(self, text: str) -> int:
-        """The length of the longest end of `text` that begins a stop string."""
+        """Length of the longest suffix of `text` that is the beginning of a stop string."""
         for n in range(min(self._longest, len(text)), 0, -1):
             if text[-n:] in self._beginnings:
                 return n

@@ -1,4 +1,4 @@
-"""The base model's tokenizer: text and conversations to token ids, and single tokens to text."""
+"""The base model's tokenizer: prompts and conversations to token ids, token ids to text."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from tokenizers import Tokenizer
 from loraplex_server.text.detokenizer import Detokenizer, NoText
 
 INLINE_CHARACTERS: Final = 2048
-"""Shorter texts are tokenised on the event loop: a thread's round trip would cost more."""
+"""Longest text that is tokenised on the event loop, where a thread would cost more."""
 
 
 class TokenizerError(Exception):
-    """The tokenizer's files cannot be used; the message is for the operator."""
+    """Tokenizer files that cannot be used. The message is for the operator."""
 
 
 class TooLong(Exception):
-    """A text that cannot fit, however it is tokenised."""
+    """A text that exceeds the context however it is tokenised."""
 
 
 class TextTokenizer:
     """The tokenizer of a base model's directory (`loraplex_model.checkpoints.tokenizer`).
 
-    Text becomes the ids that Hugging Face's tokenizer gives when it is called, special tokens such
-    as BOS included; a rendered conversation carries its own special tokens and gets no others.
-    A model without a tokenizer takes and gives token ids only: its text is always "".
+    A prompt gets the ids that Hugging Face's tokenizer returns for it, including special tokens
+    such as BOS. A rendered conversation contains its special tokens, so none are added. For a model
+    without a tokenizer, requests must give token ids, and all text is "".
     """
 
     def __init__(self, folder: Path, max_context: int) -> None:
@@ -54,11 +54,11 @@ class TextTokenizer:
             self._anchor_text = self._tokenizer.decode(self._anchor, skip_special_tokens=False)
 
     async def encode(self, text: str) -> list[int]:
-        """The ids of a prompt. Raises TextRefused, TooLong."""
+        """Token ids of a prompt. Raises TextRefused, TooLong."""
         return await self._encode(text, add_special_tokens=True)
 
     async def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """The ids of a conversation. Raises TextRefused, TooLong."""
+        """Token ids of a conversation. Raises TextRefused, TooLong."""
         if self._chat is None:
             raise TextRefused("the base model has no chat template")
         size = sum(len(m["content"]) for m in messages)
@@ -71,16 +71,16 @@ class TextTokenizer:
         return await self._encode(text, add_special_tokens=False)
 
     def detokenizer(self, prompt: Sequence[int]) -> Detokenizer | NoText:
-        """Turns a completion of `prompt` into text."""
+        """Returns a detokenizer for a completion of `prompt`."""
         return Detokenizer(self._tokenizer, prompt) if self._tokenizer else NoText()
 
     def token_text(self, token: int) -> str:
-        """One token's text on its own; bytes that are no whole character show as U+FFFD."""
+        """Text of a single token; bytes that are not a whole character become U+FFFD."""
         if self._tokenizer is None:
             return ""
         text = self._texts.get(token)
         if text is None:
-            # Decoded behind another token, since some decoders strip a leading space.
+            # Decoded after another token, because some decoders strip a leading space.
             pair = self._tokenizer.decode([*self._anchor, token], skip_special_tokens=False)
             text = self._texts[token] = pair[len(self._anchor_text) :]
         return text
@@ -95,7 +95,7 @@ class TextTokenizer:
             return list(tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
         def work() -> list[int]:
-            # The batch call lets other threads run meanwhile; the single one does not.
+            # The batch call releases the GIL; the single one does not.
             encoded = tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
             return list(encoded[0].ids)
 

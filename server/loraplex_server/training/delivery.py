@@ -8,7 +8,7 @@ from typing import Final
 
 from loraplex_model.base.refusal import Reason, Refusal, Subject
 
-from loraplex_server.registry import Registered, Registry, Terms
+from loraplex_server.registry import Registered, RegistrationTerms, Registry
 from loraplex_server.training.jobs import ADAPTER, Order, Result
 
 _RETRY_SECONDS: Final = (0.5, 1.0, 2.0)
@@ -58,7 +58,7 @@ class RegistryDestination:
         )
 
     async def _register(self, folder: Path, order: Order, load: bool) -> Registered:
-        terms = Terms(order.name, order.replace, order.labels, load=load)
+        terms = RegistrationTerms(order.name, order.replace, order.labels, load=load)
         pauses = iter(_RETRY_SECONDS)
         while True:
             try:

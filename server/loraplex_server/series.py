@@ -1,0 +1,149 @@
+"""The table of Prometheus series: one declaration for each family that the server exports.
+
+A family is named `loraplex_` and its attribute's name. Each label lists its initial values: their
+combinations exist from the start, at 0, so that a rate has no gap before the first event.
+docs/operations.md explains the families to operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import product
+from typing import Any, Final, Generic, TypeVar
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.metrics import MetricWrapperBase
+
+BASE_LABEL: Final = "_base"
+OTHER_LABEL: Final = "_other"
+ADAPTER_STATES: Final = ("host", "loading", "resident", "draining", "pinned", "merged")
+"""States of an adapter in the engine; a resident one can also be pinned and merged."""
+
+_LONG: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
+_SHORT: Final = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.075, *_LONG[4:9])
+_ROWS: Final = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+"""Bucket bounds of histograms: seconds of a request, seconds of a step, rows of a step."""
+
+_NAMES: Final = (BASE_LABEL, OTHER_LABEL)
+_TIERS: Final = ("device", "host", "merged")
+_RESULTS: Final = ("ok", "error")
+
+M = TypeVar("M", bound=MetricWrapperBase)
+
+
+class _Family(Generic[M]):
+    """Declares a family in a class; each instance of the class gets a family of its own."""
+
+    def __init__(
+        self, kind: type[M], text: str, labels: Mapping[str, Sequence[str]], **options: Any
+    ) -> None:
+        self._make = partial(kind, documentation=text, labelnames=tuple(labels), **options)
+        self._initial = list(product(*labels.values())) if labels else []
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, series: Series, owner: type) -> M:
+        # Called once for each instance, whose own attribute hides this one from then on.
+        made = self._make(name=f"loraplex_{self._name}", registry=series.registry)
+        for values in self._initial:
+            made.labels(*values)
+        vars(series)[self._name] = made
+        return made
+
+
+def _counter(text: str, /, **labels: Sequence[str]) -> _Family[Counter]:
+    return _Family(Counter, text, labels)
+
+
+def _gauge(text: str, /, **labels: Sequence[str]) -> _Family[Gauge]:
+    return _Family(Gauge, text, labels)
+
+
+def _histogram(
+    buckets: Sequence[float], text: str, /, **labels: Sequence[str]
+) -> _Family[Histogram]:
+    return _Family(Histogram, text, labels, buckets=buckets)
+
+
+class Series:
+    """All families of one server, registered with `registry`."""
+
+    requests = _counter("RPCs that ended.", method=(), code=())
+    rejected_requests = _counter("Requests refused or failed.", reason=())
+    queue_depth = _gauge("Requests whose prompt is not computed yet.")
+    queued_tokens = _gauge("Prompt tokens of the requests in the queue.")
+    running_requests = _gauge("Requests that are producing tokens.")
+    queue_wait_seconds = _histogram(_LONG, "Time from submission to the first scheduled step.")
+    time_to_first_token_seconds = _histogram(
+        _LONG, "Time from an RPC's arrival to its first token."
+    )
+    inter_token_latency_seconds = _histogram(
+        _SHORT, "Time between the tokens of a request; the mean over tokens sent together."
+    )
+    request_duration_seconds = _histogram(
+        _LONG, "Time from an RPC's arrival to its end.", method=()
+    )
+    prompt_tokens = _counter("Prompt tokens of started requests.")
+    generated_tokens = _counter("Tokens returned to clients.")
+    batch_rows = _histogram(
+        _ROWS,
+        "Rows of a step: all decode rows, those of the bare base, those of merged adapters.",
+        kind=("decode", "base", "merged"),
+    )
+    prefill_tokens = _counter("Prompt tokens computed, repeats included.")
+    batch_distinct_adapters = _histogram(_ROWS, "Different adapters in a step.")
+    engine_step_seconds = _histogram(_SHORT, "Duration of an engine step.")
+    kv_blocks = _gauge("KV cache blocks.", state=("free", "used"))
+    preemptions = _counter("Requests put back into the queue for lack of KV blocks.")
+    adapter_requests = _counter("Generations that ended, by adapter.", adapter=_NAMES, code=())
+    adapter_tokens = _counter("Tokens by adapter.", adapter=_NAMES, kind=("prompt", "completion"))
+    adapter_active_requests = _gauge("Generations that run or wait, by adapter.", adapter=_NAMES)
+    adapter_last_use_timestamp_seconds = _gauge(
+        "Unix time at which an adapter's last generation ended.", adapter=_NAMES
+    )
+    adapter_loads = _counter(
+        "Loads onto the device, by tier of origin.", tier=("disk", "host"), result=_RESULTS
+    )
+    adapter_load_seconds = _histogram(
+        _LONG,
+        "Time to bring an adapter to the device; from disk with reading, checking and packing.",
+        tier=("disk", "host"),
+    )
+    adapter_unloads = _counter("Unloads that were ordered.", result=_RESULTS)
+    adapter_evictions = _counter("Adapters evicted from a tier.", tier=("device", "host"))
+    adapter_prefetches = _counter("Adapters read into host memory ahead of their use.")
+    adapter_prefetch_hits = _counter("Prefetched adapters that were used.")
+    adapter_merges = _counter(
+        "Merges and unmerges.",
+        change=("merge", "unmerge"),
+        cause=("order", "automatic"),
+        result=_RESULTS,
+    )
+    adapter_merge_seconds = _histogram(_LONG, "Time to compute the dense copies of an adapter.")
+    adapter_merge_step_seconds = _gauge(
+        "Step time unmerged and merged, as the last automatic decision measured it.",
+        weights=("unmerged", "merged"),
+    )
+    adapters = _gauge("Adapters by state.", state=("registered", *ADAPTER_STATES))
+    adapter_bytes = _gauge("Bytes that adapters take.", tier=_TIERS)
+    adapter_budget_bytes = _gauge("Bytes that adapters may take.", tier=_TIERS)
+    adapter_prefix_blocks = _gauge("KV blocks for virtual tokens.", state=("free", "used"))
+    training_jobs = _gauge("Training jobs by state.", state=("queued", "running"))
+    training_jobs_ended = _counter(
+        "Training jobs that ended, by result.", result=("succeeded", "failed", "cancelled")
+    )
+    training_tokens = _counter("Tokens that ended training jobs were trained on.")
+    engine_ready = _gauge("1 while the engine takes requests.")
+    engine_restarts = _counter("Restarts of the engine.")
+    build_info = _gauge("Constant 1.", version=())
+    model_info = _gauge(
+        "Constant 1.", model=(), architecture=(), dtype=(), device=(), kernels=(), fingerprint=()
+    )
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
+        for name, declared in vars(type(self)).items():
+            if isinstance(declared, _Family):
+                getattr(self, name)
