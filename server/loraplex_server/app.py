@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import json
 import logging
 import os
 import signal
@@ -30,7 +29,7 @@ from loraplex_server.engine.messages import (
     Hello,
     LoadDone,
     MergeDone,
-    StepDone,
+    StepReport,
 )
 from loraplex_server.engine.process.client import EngineClient
 from loraplex_server.exits import ServerExit
@@ -75,7 +74,7 @@ class _Observer:
         self._rpc = rpc
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def on_step(self, done: StepDone) -> None:
+    def on_step(self, done: StepReport) -> None:
         self._metrics.on_step(done)
         if done.adapters is not None:
             self._publish(done.adapters)
@@ -123,7 +122,7 @@ class Server:
             Interceptor(self._gate, self.metrics, config.write_stall_timeout), config.reflection
         )
         self._observer = _Observer(self.metrics, self._rpc)
-        self.engine = EngineClient(_engine_command(config), self._observer)
+        self.engine = EngineClient(config.engine_setup().command(), self._observer)
         self._training: JobQueue | None = None
         self.address = Address(config.host, config.port)
         self.admin_address = Address(config.admin_host, config.admin_port)
@@ -319,16 +318,6 @@ async def _serve(config: Config) -> None:
         stopping.cancel()
         await server.close()
         log.info("stopped")
-
-
-def _engine_command(config: Config) -> list[str]:
-    setup = {
-        "factory": config.engine_factory,
-        "kwargs": config.runner_options(),
-        "limits": config.engine_limits(),
-        "merge_auto": config.merge_auto,
-    }
-    return [sys.executable, "-m", "loraplex_server.engine.process.main", json.dumps(setup)]
 
 
 async def _stop_metrics(httpd: WSGIServer, thread: Thread) -> None:

@@ -12,8 +12,11 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import ByteSize, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from loraplex_server.engine.batching.scheduler import EngineLimits
+from loraplex_server.engine.process.setup import EngineSetup
+from loraplex_server.engine.runner.config import CustomRunner, RunnerConfig
+
 DEFAULT_MODEL: Final = "default"
-ENGINE_FACTORY: Final = "loraplex_server.engine.runner.local:build"
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 
@@ -148,10 +151,11 @@ class Config(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Lowest level that is logged."""
 
-    engine_factory: str = Field(ENGINE_FACTORY, repr=False, pattern=r"^[\w.]+:\w+$")
-    """Function that builds the engine's runner, as `module:name`. Tests set their own."""
+    engine_factory: str = Field("", repr=False, pattern=r"^([\w.]+:\w+)?$")
+    """Function that builds the engine's runner, as `module:name`; empty builds that of a real
+    model. Tests set their own."""
     engine_options: dict[str, Any] | None = Field(None, repr=False)
-    """Keyword arguments of `engine_factory` in place of those made from the settings, for tests."""
+    """Keyword arguments of `engine_factory`."""
     trainer: list[str] | None = Field(None, repr=False)
     """Command line that starts the trainer. Tests set their own."""
 
@@ -174,27 +178,31 @@ class Config(BaseSettings):
         values = self.model_dump(mode="json", include=shown)
         return [f"{name} = {value}" for name, value in values.items()]
 
-    def runner_options(self) -> dict[str, Any]:
-        """Keyword arguments of the engine's factory."""
-        if self.engine_options is not None:
-            return self.engine_options
-        return {
-            "model": self.model,
-            "dtype": self.dtype,
-            "device": self.device,
-            "threads": self.threads,
-            "cache": str(self.cache),
-            "max_context": self.max_context,
-            "kv_tokens": self.kv_tokens,
-            "kv_memory": int(self.kv_memory),
-            "adapter_memory": int(self.adapter_memory),
-            "host_adapter_memory": int(self.host_adapter_memory),
-            "merge_memory": int(self.merge_memory),
-            "merge_dtype": self.dtype if self.merge_dtype == "auto" else self.merge_dtype,
-            "virtual_tokens": self.virtual_tokens,
-            "max_rank": self.max_rank,
-            "max_virtual_tokens": self.adapter_virtual_tokens,
-        }
+    def engine_setup(self) -> EngineSetup:
+        """Settings of the engine process."""
+        custom = CustomRunner(self.engine_factory, self.engine_options or {})
+        runner = custom if self.engine_factory else self.runner_config()
+        return EngineSetup(runner, self.engine_limits(), self.merge_auto)
+
+    def runner_config(self) -> RunnerConfig:
+        """Settings of the engine's runner for a real model."""
+        return RunnerConfig(
+            model=self.model,
+            dtype=self.dtype,
+            device=self.device,
+            threads=self.threads,
+            cache=str(self.cache),
+            max_context=self.max_context,
+            kv_tokens=self.kv_tokens,
+            kv_memory=int(self.kv_memory),
+            adapter_memory=int(self.adapter_memory),
+            host_adapter_memory=int(self.host_adapter_memory),
+            merge_memory=int(self.merge_memory),
+            merge_dtype=self.dtype if self.merge_dtype == "auto" else self.merge_dtype,
+            virtual_tokens=self.virtual_tokens,
+            max_rank=self.max_rank,
+            max_virtual_tokens=self.adapter_virtual_tokens,
+        )
 
     def trainer_options(self) -> dict[str, str]:
         """Training options that the operator fixes, keyed by the trainer's names."""
@@ -215,14 +223,14 @@ class Config(BaseSettings):
         """Largest number of virtual tokens of one adapter, within what is reserved for all."""
         return min(self.virtual_tokens, self.max_virtual_tokens)
 
-    def engine_limits(self) -> dict[str, int]:
+    def engine_limits(self) -> EngineLimits:
         """Limits of the engine. Its queue is longer than the front's, which refuses first."""
-        return {
-            "token_budget": self.token_budget,
-            "max_running": self.max_running,
-            "max_waiting": self.max_running + self.max_waiting,
-            "max_waiting_tokens": 2 * self.max_waiting_tokens,
-        }
+        return EngineLimits(
+            token_budget=self.token_budget,
+            max_running=self.max_running,
+            max_waiting=self.max_running + self.max_waiting,
+            max_waiting_tokens=2 * self.max_waiting_tokens,
+        )
 
 
 def load(file: Path | None, flags: Mapping[str, Any]) -> Config:

@@ -14,7 +14,7 @@ from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, Counter, start_http_server
 
-from loraplex_server.engine.messages import Hello, LoadDone, MergeDone, StepDone
+from loraplex_server.engine.messages import Hello, LoadDone, MergeDone, StepReport
 from loraplex_server.series import ADAPTER_STATES, BASE_LABEL, OTHER_LABEL, Series
 
 
@@ -99,7 +99,7 @@ class Metrics:
         self._since_start.clear()
         self._set_empty()
 
-    def on_step(self, done: StepDone) -> None:
+    def on_step(self, done: StepReport) -> None:
         """Records the statistics of one step."""
         series, stats = self.series, done.stats
         if stats.decode_rows or stats.prefill_tokens:

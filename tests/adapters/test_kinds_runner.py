@@ -12,6 +12,7 @@ from adapters.peft_kinds import BASE, Gallery, ids_of, names_on
 from loraplex_adapters.format.examine import inspect
 from loraplex_model.base.batch import ForwardBatch
 from loraplex_server.engine.messages import AdapterRef
+from loraplex_server.engine.runner.config import RunnerConfig
 from loraplex_server.engine.runner.local import LocalRunner, ReadAdapter, build
 
 KV_TOKENS, VIRTUAL_TOKENS = 4096, 256
@@ -19,18 +20,20 @@ KV_TOKENS, VIRTUAL_TOKENS = 4096, 256
 
 def start(gallery: Gallery) -> LocalRunner:
     return build(
-        model=str(gallery.checkpoint(TIED)),
-        dtype="float32",
-        device="cpu",
-        threads=1,
-        cache="var/cache",
-        max_context=0,
-        kv_tokens=KV_TOKENS,
-        kv_memory=0,
-        adapter_memory=1 << 24,
-        max_rank=64,
-        virtual_tokens=VIRTUAL_TOKENS,
-        max_virtual_tokens=16,
+        RunnerConfig(
+            model=str(gallery.checkpoint(TIED)),
+            dtype="float32",
+            device="cpu",
+            threads=1,
+            cache="var/cache",
+            max_context=0,
+            kv_tokens=KV_TOKENS,
+            kv_memory=0,
+            adapter_memory=1 << 24,
+            max_rank=64,
+            virtual_tokens=VIRTUAL_TOKENS,
+            max_virtual_tokens=16,
+        )
     )
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from engine.oracle import OracleRunner
 from loraplex_server.engine.adapters.auto_merge import MergePolicy
-from loraplex_server.engine.adapters.loader import Job, Read, Result, work
-from loraplex_server.engine.batching.scheduler import Limits
+from loraplex_server.engine.adapters.loader import LoaderResult, LoaderTask, Read, execute
+from loraplex_server.engine.batching.scheduler import EngineLimits
 from loraplex_server.engine.core import EngineCore
 from loraplex_server.engine.messages import (
     AdapterRef,
@@ -18,7 +18,7 @@ from loraplex_server.engine.messages import (
     MergeDone,
     Output,
     SamplingParams,
-    StepDone,
+    StepReport,
     Submit,
 )
 
@@ -36,19 +36,19 @@ class Clock:
 
 
 class ManualLoader:
-    """A loader whose jobs end when a test calls `finish`.
+    """A loader whose tasks end when a test calls `finish`.
 
     Attributes:
-        jobs: those that are being done; at most `lanes`, and at most `lanes - 1` merges.
+        jobs: tasks that are being done; at most `lanes`, and at most `lanes - 1` merges.
         started: digests of the reads, in the order in which they were begun.
     """
 
     def __init__(self, runner: OracleRunner, clock: Clock) -> None:
         self._runner = runner
         self._clock = clock
-        self._results: list[Result] = []
+        self._results: list[LoaderResult] = []
         self.lanes = 2
-        self.jobs: list[Job] = []
+        self.jobs: list[LoaderTask] = []
         self.started: list[str] = []
 
     @property
@@ -56,18 +56,18 @@ class ManualLoader:
         """The oldest job's adapter."""
         return self.jobs[0].ref if self.jobs else None
 
-    def start(self, job: Job) -> None:
-        self.jobs.append(job)
+    def start(self, task: LoaderTask) -> None:
+        self.jobs.append(task)
         assert len(self.jobs) + len(self._results) <= self.lanes, "more jobs than lanes"
-        if isinstance(job, Read):
-            self.started.append(job.ref.digest)
+        if isinstance(task, Read):
+            self.started.append(task.ref.digest)
 
     def finish(self, at: int = 0, seconds: float = 0.0) -> None:
         """Ends a job, which has taken `seconds`."""
-        result = work(self._runner, self.jobs.pop(at), self._clock)
+        result = execute(self._runner, self.jobs.pop(at), self._clock)
         self._results.append(dataclasses.replace(result, seconds=seconds))
 
-    def poll(self) -> Result | None:
+    def poll(self) -> LoaderResult | None:
         return self._results.pop(0) if self._results else None
 
 
@@ -84,31 +84,33 @@ class Engine:
         self.runner.keep_batches = True
         self.clock = Clock()
         self.loader = ManualLoader(self.runner, self.clock)
-        self.core = EngineCore(self.runner, Limits(**limits), self.clock, self.loader, merge_policy)
+        self.core = EngineCore(
+            self.runner, EngineLimits(**limits), self.clock, self.loader, merge_policy
+        )
         self.outputs: dict[int, list[Output]] = {}
         self.controls: dict[int, ControlDone] = {}
         self.loads: list[LoadDone] = []
         self.merges: list[MergeDone] = []
-        self.last: StepDone | None = None
+        self.last: StepReport | None = None
 
     def submit(self, id: int, token_ids: list[int], max_new_tokens: int = 4, **fields: Any) -> None:
         fields.setdefault("sampling", GREEDY)
         self.core.add(Submit(id, token_ids, max_new_tokens, **fields))
 
-    def step(self) -> StepDone | None:
-        done = self.core.step()
-        if done is not None:
-            self.last = done
-            for output in done.outputs:
-                self.outputs.setdefault(output.id, []).append(output)
-        for reply in self.core.replies():
-            if isinstance(reply, LoadDone):
-                self.loads.append(reply)
-            elif isinstance(reply, MergeDone):
-                self.merges.append(reply)
+    def step(self) -> StepReport | None:
+        done = None
+        for message in self.core.step():
+            if isinstance(message, StepReport):
+                done = self.last = message
+                for output in message.outputs:
+                    self.outputs.setdefault(output.id, []).append(output)
+            elif isinstance(message, LoadDone):
+                self.loads.append(message)
+            elif isinstance(message, MergeDone):
+                self.merges.append(message)
             else:
-                assert reply.op not in self.controls, "a control order is answered twice"
-                self.controls[reply.op] = reply
+                assert message.op not in self.controls, "a control order is answered twice"
+                self.controls[message.op] = message
         return done
 
     def run(self, most: int = 1000) -> None:

@@ -123,6 +123,7 @@ class OracleRunner:
         crash_token: a batch that computes it kills the process.
         scripts: after the marker token `m`, the sequence continues with `scripts[m]`.
         step_seconds: how long a forward pass takes at least.
+        device: name of the device; the adapters' memory is the host's if it begins with "cpu".
         width: of the hidden states and of every projection of the attention.
         merges_files: whether adapters that are LoRA directories can be merged.
         max_tokens_seen, batches: what the engine asked for, for assertions.
@@ -146,6 +147,7 @@ class OracleRunner:
     step_seconds: float = 0.0
     merges_files: bool = False
     tokenizer_path: str = ""
+    device: str = "cpu"
     width: int = 16
 
     def __post_init__(self) -> None:
@@ -164,7 +166,7 @@ class OracleRunner:
         self.info = ModelInfo(
             base=base,
             name="oracle",
-            device="cpu",
+            device=self.device,
             kernels="oracle",
             tokenizer_path=self.tokenizer_path,
             max_context=self.max_context,
@@ -332,9 +334,8 @@ def build(**options: Any) -> OracleRunner:
 
 def command(limits: dict[str, Any] | None = None, **options: Any) -> list[str]:
     """The command line of an engine process that runs the oracle."""
-    config = json.dumps(
-        {"factory": "engine.oracle:build", "kwargs": options, "limits": limits or {}}
-    )
+    runner = {"type": "custom", "factory": "engine.oracle:build", "options": options}
+    config = json.dumps({"runner": runner, "limits": limits or {}})
     tests = str(Path(__file__).resolve().parents[1])
     code = (
         "import sys; sys.path.insert(0, sys.argv.pop(1));"

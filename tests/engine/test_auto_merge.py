@@ -130,12 +130,12 @@ def test_a_failed_try_is_repeated_after_ever_longer_times() -> None:
     for _ in range(4):
         traffic.try_it()
         traffic.run(20, 2.0)
-        traffic.auto.gone(traffic.now)
+        traffic.auto.ended(traffic.now)
         ended = traffic.now
         while traffic.run(1, 1.0) is None:
             pass
         waits.append(traffic.now - ended)
-        traffic.auto.failed(traffic.now)  # it could not even begin this time
+        traffic.auto.ended(traffic.now)  # it could not even begin this time
         traffic.now += 200.0
     assert waits[0] == pytest.approx(POLICY.backoff, abs=1.0)
     assert waits == sorted(waits)
@@ -148,7 +148,7 @@ def test_after_a_merge_that_paid_the_next_try_waits_once() -> None:
         traffic.try_it()
         traffic.run(20, 0.5)
         traffic.run(20, 0.5, share=0.1)
-        traffic.auto.gone(traffic.now)
+        traffic.auto.ended(traffic.now)
         ended = traffic.now
         while traffic.run(1, 1.0) is None:
             pass

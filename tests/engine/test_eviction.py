@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loraplex_server.engine.adapters.eviction import GreedyDual
 from loraplex_server.engine.adapters.host_tier import HostAdapter, HostTier
+from loraplex_server.engine.messages import AdapterRef
 
 
 def leaving(order: GreedyDual, keys: str) -> str:
@@ -75,7 +76,7 @@ class Bytes:
 
 
 def held(name: str, nbytes: int, seconds: float = 0.0) -> HostAdapter:
-    return HostAdapter(name, f"/{name}", Bytes(nbytes), seconds)
+    return HostAdapter(AdapterRef(name, f"/{name}"), Bytes(nbytes), seconds)
 
 
 def test_the_host_tier_makes_room_within_its_budget() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ from loraplex_adapters.store import Store
 from loraplex_model.base.batch import ForwardBatch
 from loraplex_model.base.refusal import Refusal
 from loraplex_model.ops import build as kernels
-from loraplex_server.engine.adapters.loader import Job, ReadResult
+from loraplex_server.engine.adapters.loader import LoaderTask, ReadResult
 from loraplex_server.engine.core import EngineCore
-from loraplex_server.engine.messages import AdapterRef, Output, SamplingParams, Submit
+from loraplex_server.engine.messages import AdapterRef, Output, SamplingParams, StepReport, Submit
+from loraplex_server.engine.runner.config import RunnerConfig
 from loraplex_server.engine.runner.local import LocalRunner, build
 
 from model import tiny
@@ -28,7 +30,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(checkpoint: Path, cache: Path, **changes: object) -> LocalRunner:
-    settings: dict[str, object] = {
+    settings: dict[str, Any] = {
         "model": str(checkpoint),
         "dtype": "float32",
         "device": "cpu",
@@ -40,7 +42,7 @@ def start(checkpoint: Path, cache: Path, **changes: object) -> LocalRunner:
         "adapter_memory": 1 << 20,
         "max_rank": 16,
     }
-    return build(**(settings | changes))  # type: ignore[arg-type]
+    return build(RunnerConfig(**(settings | changes)))
 
 
 def test_without_a_compiler_one_warning_and_the_same_answers(
@@ -56,7 +58,8 @@ def test_without_a_compiler_one_warning_and_the_same_answers(
     with caplog.at_level(logging.WARNING):
         fallback = start(checkpoint, tmp_path)
     assert fallback.info.kernels == "torch"
-    (warning,) = [r for r in caplog.records if "kernels" in r.getMessage()]
+    ours = [r for r in caplog.records if r.name.startswith("loraplex_")]
+    (warning,) = [r for r in ours if "kernels" in r.getMessage()]
     assert "install g++" in warning.getMessage()
     torch.testing.assert_close(
         fallback.forward(PROMPT), compiled.forward(PROMPT), rtol=1e-4, atol=1e-4
@@ -125,11 +128,11 @@ class ReadsAtOnce:
         self.results: list[ReadResult] = []
         self.lanes = 2
 
-    def start(self, job: Job) -> None:
-        loaded = self.runner.read_adapter(AdapterRef(self.good, job.ref.path))
-        if job.ref.digest != self.good:
+    def start(self, task: LoaderTask) -> None:
+        loaded = self.runner.read_adapter(AdapterRef(self.good, task.ref.path))
+        if task.ref.digest != self.good:
             loaded.packed.data.view(torch.float32).fill_(float("nan"))
-        self.results.append(ReadResult(job.ref, loaded, None))
+        self.results.append(ReadResult(task.ref, loaded, None))
 
     def poll(self) -> ReadResult | None:
         return self.results.pop() if self.results else None
@@ -150,9 +153,9 @@ def test_an_adapter_with_nan_in_it_fails_its_own_rows_only(
             core.add(Submit(number, [1, 5, 9, 4], 6, adapters, greedy, logprobs=0))
         outputs: dict[int, list[Output]] = {number: [] for number in requests}
         for _ in range(30):
-            done = core.step()
-            for output in done.outputs if done else []:
-                outputs[output.id].append(output)
+            for message in core.step():
+                for output in message.outputs if isinstance(message, StepReport) else []:
+                    outputs[output.id].append(output)
         return outputs
 
     together = run({1: [], 2: [good], 3: [bad]})

@@ -16,7 +16,7 @@ from hypothesis.stateful import (
     rule,
 )
 from loraplex_server.engine.adapters.auto_merge import MergePolicy
-from loraplex_server.engine.messages import AdapterRef, Load, Merge, Pin, Unload, Unmerge
+from loraplex_server.engine.messages import AdapterRef, Load, Merge, SetPinned, Unload, Unmerge
 
 BUDGET = 100
 CATALOGUE: dict[str, dict[str, object]] = {
@@ -119,7 +119,7 @@ class EngineMachine(RuleBasedStateMachine):
             prefix_blocks=prefix_blocks,
             host_budget_bytes=host_budget,
             merge_budget_bytes=merge_budget,
-            model={"device": device},
+            device=device,
             fault_token=511,
         )
         self.max_waiting = 8
@@ -217,7 +217,7 @@ class EngineMachine(RuleBasedStateMachine):
             case "merge":
                 self.engine.core.control(Merge(op, ref))
             case _:
-                self.engine.core.control(Pin(op, ref, kind == "pin"))
+                self.engine.core.control(SetPinned(op, ref, kind == "pin"))
 
     @rule(name=NAMES)
     def unmerge(self, name: str) -> None:
@@ -316,15 +316,15 @@ class EngineMachine(RuleBasedStateMachine):
             return
         core = self.engine.core
         core._pool.check()
-        core._slots.check()
-        core._host.check()
-        core._merging.check()
+        core.adapters.slots.check()
+        core.adapters.host.check()
+        core.adapters.merging.check()
         held = [block for r in core._requests.values() for block in r.blocks]
         assert len(held) == len(set(held)) == core._pool.used
         never_started = [r for r in core._requests.values() if r.queue_seconds is None]
         assert len(never_started) <= self.max_waiting
         pins = [pin.digest for r in core._requests.values() for pin in r.pins]
-        residents = core._slots.residents
+        residents = core.adapters.slots.residents
         for digest, resident in residents.items():
             assert resident.refs == pins.count(digest)
             merged = self.runner.merges.get(resident.slot)
@@ -357,9 +357,14 @@ class EngineMachine(RuleBasedStateMachine):
         self.engine.run()
         core = self.engine.core
         core.check()
-        assert core._slots.residents == core._host.adapters == {}
-        assert core._slots.nbytes == core._host.nbytes == core._merging.nbytes == 0
-        assert core._slots.prefix_blocks == core._pool.used == 0
+        assert core.adapters.slots.residents == core.adapters.host.adapters == {}
+        assert (
+            core.adapters.slots.nbytes
+            == core.adapters.host.nbytes
+            == core.adapters.merging.nbytes
+            == 0
+        )
+        assert core.adapters.slots.prefix_blocks == core._pool.used == 0
         assert self.runner.merges == self.runner.prefixes == {}
         assert set(self.runner.slots) == {None}
 

@@ -7,7 +7,7 @@ from engine.driving import Engine, adapter
 from engine.oracle import OracleRunner, continuation
 from loraplex_server.engine.adapters.auto_merge import MergePolicy
 from loraplex_server.engine.adapters.loader import MergeWeights, Read
-from loraplex_server.engine.messages import AdapterRef, Load, Merge, Pin, Unload, Unmerge
+from loraplex_server.engine.messages import AdapterRef, Load, Merge, SetPinned, Unload, Unmerge
 
 
 def engine_with(
@@ -18,7 +18,7 @@ def engine_with(
         num_slots=8,
         merge_budget_bytes=budget,
         host_budget_bytes=host,
-        model={"device": device},
+        device=device,
     )
     return Engine(runner, policy)
 
@@ -33,7 +33,7 @@ def reason(engine: Engine, op: int) -> str | None:
 
 
 def merged(engine: Engine) -> dict[str, int]:
-    table = engine.core._residency.table()
+    table = engine.core.adapters.statuses()
     return {s.digest.removeprefix("sha256:"): s.merged_bytes for s in table if s.merged_bytes}
 
 
@@ -99,7 +99,7 @@ def test_what_changes_no_matrix_or_cannot_be_had_is_refused_by_name() -> None:
     assert reasons == ["MERGE_UNSUPPORTED", "ADAPTER_INVALID", "ENGINE_FAULT", "PIN_BUDGET"]
     assert "secret" not in str(engine.controls[3])
     assert merged(engine) == {}
-    assert engine.core._merging._in_use() == 0
+    assert engine.core.adapters.merging.reserved_nbytes == 0
 
 
 def test_repeating_a_merge_is_free_and_unmerging_what_is_not_merged_succeeds() -> None:
@@ -202,13 +202,13 @@ def test_on_an_accelerator_without_a_host_copy_the_adapter_is_read_again(device:
 def test_merged_and_pinned_ones_take_half_of_the_memory_together() -> None:
     engine = engine_with(budget=1000)
     engine.core.control(Merge(1, adapter("a", nbytes=300, merge_nbytes=1)))
-    engine.core.control(Pin(2, adapter("b", nbytes=200), True))
-    engine.core.control(Pin(3, adapter("c", nbytes=1), True))
+    engine.core.control(SetPinned(2, adapter("b", nbytes=200), True))
+    engine.core.control(SetPinned(3, adapter("c", nbytes=1), True))
     engine.core.control(Merge(4, adapter("d", nbytes=1, merge_nbytes=1)))
     engine.run()
     assert [reason(engine, op) for op in (1, 2, 3, 4)] == [None, None, "PIN_BUDGET", "PIN_BUDGET"]
     engine.core.control(Unmerge(5, "sha256:a"))
-    engine.core.control(Pin(6, adapter("c", nbytes=1), True))
+    engine.core.control(SetPinned(6, adapter("c", nbytes=1), True))
     engine.run()
     assert reason(engine, 6) is None
 

@@ -23,14 +23,14 @@ from loraplex_server.engine.messages import (
     Hello,
     LoadDone,
     MergeDone,
-    Output,
     SamplingParams,
     Shutdown,
-    StepDone,
+    StepReport,
     Submit,
 )
 from loraplex_server.engine.process import wire
 from loraplex_server.engine.process.client import EngineClient
+from loraplex_server.engine.process.stream import OutputStream
 
 GREEDY = SamplingParams(temperature=0.0)
 BACKOFF = (0.01, 0.1)
@@ -40,7 +40,7 @@ class Observer:
     """Writes down what it is told; `until` waits for a fact."""
 
     def __init__(self) -> None:
-        self.steps: list[StepDone] = []
+        self.steps: list[StepReport] = []
         self.loads: list[LoadDone] = []
         self.merges: list[MergeDone] = []
         self.fatals: list[Fatal] = []
@@ -48,7 +48,7 @@ class Observer:
         self.readies = 0
         self._changed = asyncio.Event()
 
-    def on_step(self, done: StepDone) -> None:
+    def on_step(self, done: StepReport) -> None:
         self.steps.append(done)
         self._changed.set()
 
@@ -95,12 +95,13 @@ def ask(id: int, prompt: list[int], count: int = 5, **fields: object) -> Submit:
     )
 
 
-async def drain(stream: AsyncIterator[Output]) -> tuple[list[int], str | None]:
+async def drain(stream: OutputStream) -> tuple[list[int], str | None]:
     tokens: list[int] = []
     outcome = None
-    async for output in stream:
-        tokens += output.token_ids
-        outcome = output.finish or (output.error.reason if output.error else None)
+    while outputs := await stream.take():
+        for output in outputs:
+            tokens += output.token_ids
+            outcome = output.finish or (output.error.reason if output.error else None)
     return tokens, outcome
 
 
@@ -120,7 +121,7 @@ async def test_streams_of_different_adapters_run_together_and_get_their_own_toke
 async def test_an_abort_frees_everything_and_says_nothing_more() -> None:
     async with engine(command(step_seconds=0.002)) as (client, observer):
         stream = client.submit(ask(1, [1], 200))
-        await anext(stream)
+        await stream.take()
         client.abort(1)
         client.abort(1)
         await observer.until(lambda: client.stats is not None and client.stats.used_blocks == 0)
@@ -184,7 +185,7 @@ async def test_kill_9_costs_only_the_running_requests_and_the_engine_comes_back(
         done = await drain(client.submit(ask(100, [9], 2)))
         streams = [client.submit(ask(i, [i], 150, adapters=[ref])) for i in range(8)]
         for stream in streams:
-            await anext(stream)
+            await stream.take()
         slow = AdapterRef("sha256:slow", json.dumps({"seconds": 60}))
         load = asyncio.ensure_future(client.load(slow))
         await observer.until(lambda: "sha256:slow" in client.adapters)
@@ -263,7 +264,7 @@ async def test_a_restart_that_fails_is_reported_and_tried_again(tmp_path: Path) 
 async def test_stop_ends_open_streams_and_the_process() -> None:
     async with engine(command(step_seconds=0.002)) as (client, observer):
         stream = client.submit(ask(1, [1], 200))
-        await anext(stream)
+        await stream.take()
         pid = client.pid
         assert pid is not None
         await client.stop()
@@ -344,7 +345,7 @@ async def test_an_engine_that_sends_garbage_is_replaced(tmp_path: Path) -> None:
 
 def test_the_front_needs_neither_torch_nor_numpy_to_speak_to_the_engine() -> None:
     code = (
-        "import sys, loraplex_server.engine.process.client;"
+        "import sys, loraplex_server.engine.process.client, loraplex_server.engine.process.setup;"
         "sys.exit(any(name in sys.modules for name in ('torch', 'numpy', 'grpc')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

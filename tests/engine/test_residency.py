@@ -22,12 +22,12 @@ def load(engine: Engine, ref: AdapterRef, op: int) -> None:
 
 def resident(engine: Engine) -> dict[str, int]:
     """Name to references."""
-    slots = engine.core._residency.slots
+    slots = engine.core.adapters.slots
     return {d.removeprefix("sha256:"): r.refs for d, r in slots.residents.items()}
 
 
 def states(engine: Engine) -> dict[str, str]:
-    return {s.digest.removeprefix("sha256:"): s.state for s in engine.core._residency.table()}
+    return {s.digest.removeprefix("sha256:"): s.state for s in engine.core.adapters.statuses()}
 
 
 def test_a_load_is_shared_by_all_who_wait_for_it_and_repeating_it_is_free() -> None:
@@ -75,7 +75,7 @@ def test_a_bad_adapter_fails_those_who_wait_for_it_and_evicts_nobody(fail: str) 
     assert "secret" not in error.message
     assert engine.outcome(2) == "length"
     assert resident(engine) == {"good": 0}
-    assert engine.core._residency.evictions == 0
+    assert engine.core.adapters.slots.evictions == 0
     assert engine.loads[-1].error == error
 
 
@@ -352,7 +352,7 @@ def test_an_abandoned_load_keeps_no_memory() -> None:
     engine.core.abort(1)
     engine.run()
     assert resident(engine) == {}
-    assert engine.core._residency.fetching.staged is None
+    assert engine.core.adapters.residency.fetching.staged is None
 
 
 def test_an_unload_of_what_waits_for_room_is_answered_when_nobody_wants_it_any_more() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from engine.driving import Engine, adapter
 from engine.oracle import OracleRunner, continuation
-from loraplex_server.engine.batching.scheduler import Limits
+from loraplex_server.engine.batching.scheduler import EngineLimits
 
 
 def counts(engine: Engine) -> list[int]:
@@ -134,7 +134,7 @@ def test_a_request_that_can_never_fit_is_refused_by_name() -> None:
 @pytest.mark.parametrize("limits", [{"max_running": 9, "token_budget": 8}, {"max_waiting": 0}])
 def test_limits_that_cannot_work_are_refused(limits: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="must be"):
-        Limits(**limits)
+        EngineLimits(**limits)
 
 
 def test_scheduler_requests_and_blocks_need_neither_torch_nor_numpy_nor_grpc() -> None:

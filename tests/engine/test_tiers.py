@@ -10,8 +10,8 @@ import pytest
 from engine.driving import Engine, adapter
 from engine.oracle import OracleAdapter, OracleRunner, continuation
 from loraplex_model.base.faults import injected
-from loraplex_server.engine.adapters.loader import NICER_BY, Read, ThreadLoader
-from loraplex_server.engine.messages import AdapterRef, AdapterStatus, Load, Pin, Unload
+from loraplex_server.engine.adapters.loader import NICE, Read, ThreadLoader
+from loraplex_server.engine.messages import AdapterRef, AdapterStatus, Load, SetPinned, Unload
 
 
 def engine_with(
@@ -22,7 +22,7 @@ def engine_with(
         adapter_budget_bytes=budget,
         host_budget_bytes=host,
         num_slots=slots,
-        model={"device": device},
+        device=device,
     )
     return Engine(runner, **limits)
 
@@ -33,7 +33,7 @@ def load(engine: Engine, ref: AdapterRef, op: int) -> None:
 
 
 def status(engine: Engine) -> dict[str, AdapterStatus]:
-    return {s.digest.removeprefix("sha256:"): s for s in engine.core._residency.table()}
+    return {s.digest.removeprefix("sha256:"): s for s in engine.core.adapters.statuses()}
 
 
 def states(engine: Engine) -> dict[str, str]:
@@ -87,7 +87,7 @@ def test_unloading_leaves_nothing_in_host_memory() -> None:
         engine.core.control(Unload(op, f"sha256:{name}"))
     engine.run()
     assert states(engine) == {}
-    assert engine.core._host.nbytes == 0
+    assert engine.core.adapters.host.nbytes == 0
 
 
 # reading ahead
@@ -143,7 +143,7 @@ def test_reading_ahead_never_pushes_out_what_others_wait_for() -> None:
         while engine.loader.jobs:
             engine.loader.finish()
     assert states(engine)["c"] == "host"
-    assert engine.core._host.evictions == 0
+    assert engine.core.adapters.host.evictions == 0
     engine.run()
     assert all(engine.outcome(id) == "length" for id in range(1, 6))
 
@@ -200,13 +200,13 @@ def test_an_engine_that_only_loads_does_not_wait_between_publications() -> None:
 
 def test_a_pinned_adapter_is_loaded_and_never_evicted_until_it_is_unpinned() -> None:
     engine = engine_with(host=0)
-    engine.core.control(Pin(1, adapter("a", nbytes=40), True))
+    engine.core.control(SetPinned(1, adapter("a", nbytes=40), True))
     engine.run()
     assert status(engine)["a"].pinned
     for op, name in enumerate("bcd", 10):
         load(engine, adapter(name, nbytes=50), op)
     assert set(states(engine)) == {"a", "d"}
-    engine.core.control(Pin(2, adapter("a", nbytes=40), False))
+    engine.core.control(SetPinned(2, adapter("a", nbytes=40), False))
     load(engine, adapter("e", nbytes=50), 20)
     assert set(states(engine)) == {"d", "e"}
     assert all(done.error is None for done in engine.controls.values())
@@ -215,7 +215,7 @@ def test_a_pinned_adapter_is_loaded_and_never_evicted_until_it_is_unpinned() -> 
 def test_pins_take_half_of_the_memory_and_what_is_refused_stays_loaded_unpinned() -> None:
     engine = engine_with()
     for op, nbytes in [(1, 30), (2, 21)]:
-        engine.core.control(Pin(op, adapter(f"p{op}", nbytes=nbytes), True))
+        engine.core.control(SetPinned(op, adapter(f"p{op}", nbytes=nbytes), True))
     engine.run()
     error = engine.controls[2].error
     assert error is not None
@@ -227,7 +227,7 @@ def test_pins_take_half_of_the_memory_and_what_is_refused_stays_loaded_unpinned(
 
 def test_what_does_not_fit_beside_the_pinned_is_refused_and_evicts_nobody() -> None:
     engine = engine_with()
-    engine.core.control(Pin(1, adapter("p", nbytes=50), True))
+    engine.core.control(SetPinned(1, adapter("p", nbytes=50), True))
     load(engine, adapter("b", nbytes=50), 2)
     engine.submit(1, [1], 2, adapters=[adapter("large", nbytes=51)])
     engine.run()
@@ -237,14 +237,14 @@ def test_what_does_not_fit_beside_the_pinned_is_refused_and_evicts_nobody() -> N
 
 def test_an_unload_takes_the_pin_back_and_so_does_an_unpin_on_its_way() -> None:
     engine = engine_with()
-    engine.core.control(Pin(1, adapter("a"), True))
+    engine.core.control(SetPinned(1, adapter("a"), True))
     engine.run()
     engine.core.control(Unload(2, "sha256:a"))
     engine.run()
     assert states(engine) == {}
-    engine.core.control(Pin(3, adapter("a"), True))
+    engine.core.control(SetPinned(3, adapter("a"), True))
     engine.step()
-    engine.core.control(Pin(4, adapter("a"), False))
+    engine.core.control(SetPinned(4, adapter("a"), False))
     engine.run()
     assert not status(engine)["a"].pinned
     assert all(done.error is None for done in engine.controls.values())
@@ -369,5 +369,5 @@ def test_loader_threads_step_back_for_the_engine() -> None:
     loader.start(Read(adapter("a")))
     assert woken.wait(60)
     assert loader.poll() is not None
-    assert seen == [min(before + NICER_BY, 19)]
+    assert seen == [min(before + NICE, 19)]
     assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before

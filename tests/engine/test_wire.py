@@ -23,10 +23,10 @@ from loraplex_server.engine.messages import (
     MergeDone,
     ModelInfo,
     Output,
-    Pin,
     SamplingParams,
+    SetPinned,
     Shutdown,
-    StepDone,
+    StepReport,
     StepStats,
     Submit,
     Unload,
@@ -49,16 +49,16 @@ TO_ENGINE = [
     Abort(7),
     Load(1, REF),
     Unload(2, "sha256:00", True, deadline=5.0),
-    Pin(3, REF, True),
+    SetPinned(3, REF, True),
     Merge(4, REF),
     Unmerge(5, "sha256:00"),
     Shutdown(),
 ]
-STATS = StepStats(1, 0.1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13)
+STATS = StepStats(1, 0.1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12)
 INFO = ModelInfo(BASE, "tiny", "cpu", "C++ avx2", "/cache/tiny", 64, [2])
 FROM_ENGINE = [
     Hello(INFO, 8, 16, 1 << 20),
-    StepDone(
+    StepReport(
         [
             Output(7, [1], [Logprobs(1, -0.5, [(1, -0.5)])], started=True),
             Output(8, error=Failure(Reason.OVERLOADED, "full")),

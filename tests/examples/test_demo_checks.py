@@ -13,7 +13,7 @@ from demo_checks import Steps
 from demo_view import SideBySide
 from loraplex import Completion, FinishReason, ResolvedAdapter, Usage
 from loraplex_adapters.format import examine as adapter_format
-from loraplex_server.engine.messages import StepDone, StepStats
+from loraplex_server.engine.messages import StepReport, StepStats
 from loraplex_server.metrics import Metrics
 from prometheus_client import CollectorRegistry, generate_latest
 from rich.console import Console
@@ -28,13 +28,13 @@ def completion(text: str, tokens: tuple[int, ...] = (1, 2), digest: str = "") ->
     return Completion(text, tokens, FinishReason.STOP, Usage(3, len(tokens)), adapters, "id")
 
 
-def step(distinct: int, base_rows: int) -> StepDone:
+def step(distinct: int, base_rows: int) -> StepReport:
     stats = StepStats(
         step=1, step_seconds=0.01, decode_rows=3, prefill_tokens=0, distinct_adapters=distinct,
-        base_rows=base_rows, running=3, waiting=0, waiting_tokens=0, free_blocks=1, used_blocks=1,
+        base_rows=base_rows, running=3, waiting=0, free_blocks=1, used_blocks=1,
         preemptions=0, adapter_bytes=0, evictions=0,
     )  # fmt: skip
-    return StepDone(outputs=[], stats=stats)
+    return StepReport(outputs=[], stats=stats)
 
 
 @pytest.mark.parametrize(

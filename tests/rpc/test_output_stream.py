@@ -8,7 +8,7 @@ import time
 
 from loraplex_model.base.refusal import Reason
 from loraplex_server.engine.messages import Failure, Output
-from loraplex_server.engine.process.client import OutputStream
+from loraplex_server.engine.process.stream import OutputStream
 
 
 def output(token: int, finish: str | None = None) -> Output:

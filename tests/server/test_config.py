@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 from loraplex_server.cli import app
 from loraplex_server.config import PANELS, Config, ConfigError, load
+from loraplex_server.engine.process.setup import EngineSetup
 from loraplex_server.exits import ServerExit
 from loraplex_server.flags import ALL_SETTINGS
 from typer.testing import CliRunner
@@ -78,8 +78,8 @@ def test_the_resolved_settings_are_shown_and_hidden_ones_are_not() -> None:
 def test_the_front_refuses_before_the_engine_would() -> None:
     config = load(None, {"max_running": "5", "max_waiting": "7", "max_waiting_tokens": "11"})
     limits = config.engine_limits()
-    assert limits["max_waiting"] >= 12
-    assert limits["max_waiting_tokens"] >= 11
+    assert limits.max_waiting >= 12
+    assert limits.max_waiting_tokens >= 11
 
 
 def test_dense_copies_are_kept_in_what_is_computed_in_unless_told() -> None:
@@ -89,7 +89,7 @@ def test_dense_copies_are_kept_in_what_is_computed_in_unless_told() -> None:
         ({"merge_dtype": "float32"}, "float32"),
         ({"dtype": "float32", "merge_dtype": "bfloat16"}, "bfloat16"),
     ):
-        assert load(None, flags).runner_options()["merge_dtype"] == dtype
+        assert load(None, flags).runner_config().merge_dtype == dtype
 
 
 def test_an_adapter_may_have_no_more_virtual_tokens_than_are_set_aside() -> None:
@@ -100,8 +100,9 @@ def test_an_adapter_may_have_no_more_virtual_tokens_than_are_set_aside() -> None
 def test_the_runner_takes_every_option_that_it_is_given() -> None:
     from loraplex_server.engine.runner.local import build
 
-    taken = inspect.signature(build).parameters.keys()
-    assert Config().runner_options().keys() == taken
+    setup = EngineSetup.parse(Config().engine_setup().command()[-1])
+    assert setup == Config().engine_setup()
+    assert isinstance(setup.runner, get_type_hints(build)["config"])
 
 
 def test_every_setting_is_described_by_sentences_in_a_panel() -> None:

@@ -10,7 +10,7 @@ from loraplex_server.engine.messages import (
     Failure,
     LoadDone,
     MergeDone,
-    StepDone,
+    StepReport,
     StepStats,
 )
 from loraplex_server.metrics import Metrics
@@ -80,10 +80,10 @@ def test_no_histogram_carries_an_adapter() -> None:
 
 def test_counters_go_on_over_a_restart_of_the_engine() -> None:
     metrics = fresh()
-    metrics.on_step(StepDone([], step(preemptions=3, evictions=2, host_evictions=4)))
-    metrics.on_step(StepDone([], step(preemptions=5, evictions=2, prefetches=3, prefetch_hits=2)))
+    metrics.on_step(StepReport([], step(preemptions=3, evictions=2, host_evictions=4)))
+    metrics.on_step(StepReport([], step(preemptions=5, evictions=2, prefetches=3, prefetch_hits=2)))
     metrics.on_restart()
-    metrics.on_step(StepDone([], step(preemptions=1, evictions=1, prefetches=1)))
+    metrics.on_step(StepReport([], step(preemptions=1, evictions=1, prefetches=1)))
     assert value(metrics, "preemptions_total") == 6
     assert value(metrics, "adapter_evictions_total", tier="device") == 3
     assert value(metrics, "adapter_evictions_total", tier="host") == 4
@@ -101,7 +101,7 @@ def test_the_engines_table_becomes_gauges_and_is_empty_after_a_restart() -> None
         AdapterStatus("sha256:d", "host", 0, 0, host_bytes=5),
     ]
     held = {"adapter_bytes": 20, "host_bytes": 5, "merged_bytes": 7, "prefix_blocks": 3}
-    metrics.on_step(StepDone([], step(**held), table))
+    metrics.on_step(StepReport([], step(**held), table))
     counts = {"resident": 2, "loading": 1, "host": 1, "pinned": 1, "merged": 1, "draining": 0}
     for state, count in counts.items():
         assert value(metrics, "adapters", state=state) == count, state

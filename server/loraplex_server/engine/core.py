@@ -1,8 +1,8 @@
-"""The engine: requests in, one step at a time, outputs out.
+"""The engine core: requests in, one step at a time, messages out.
 
 A plain object without threads, sockets or files of its own. One thread owns it; adapter files are
-read by the loader it is given. Every accepted request has exactly one last output, unless it was
-aborted, and whatever that is, it releases blocks, pins and queue place in `_end`.
+read by the loader that it is given. Every accepted request that is not aborted has exactly one last
+output. However a request ends, `_end` releases its blocks, its pins and its place in a queue.
 """
 
 from __future__ import annotations
@@ -10,19 +10,16 @@ from __future__ import annotations
 import heapq
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from loraplex_model.base.faults import reach
 from loraplex_model.base.refusal import Reason
 
-from loraplex_server.engine.adapters.auto_merge import AutoMerge, MergePolicy
-from loraplex_server.engine.adapters.host_tier import HostTier
-from loraplex_server.engine.adapters.loader import Desk, Loader, ReadResult, ThreadLoader
-from loraplex_server.engine.adapters.merging import Merging
-from loraplex_server.engine.adapters.residency import UNLOADED, Residency
-from loraplex_server.engine.adapters.slots import AdapterSlots
+from loraplex_server.engine.adapters.adapters import Adapters
+from loraplex_server.engine.adapters.auto_merge import MergePolicy
+from loraplex_server.engine.adapters.loader import Loader, ThreadLoader
+from loraplex_server.engine.adapters.residency import UNLOADED
 from loraplex_server.engine.batching.admission import refusal
 from loraplex_server.engine.batching.kv import BlockPool
 from loraplex_server.engine.batching.layout import lay_out
@@ -35,20 +32,16 @@ from loraplex_server.engine.batching.sampler import (
     logprobs,
     sample,
 )
-from loraplex_server.engine.batching.scheduler import Limits, Logits, Row, Scheduler
+from loraplex_server.engine.batching.scheduler import BatchRow, EngineLimits, Logits, Scheduler
 from loraplex_server.engine.messages import (
     Control,
-    ControlDone,
     Failure,
-    LoadDone,
     Logprobs,
-    Merge,
-    MergeDone,
     Output,
-    StepDone,
+    Reply,
+    StepReport,
     Submit,
     Unload,
-    Unmerge,
 )
 from loraplex_server.engine.reporting import Reporter
 from loraplex_server.engine.runner.protocol import ModelRunner
@@ -56,7 +49,7 @@ from loraplex_server.engine.runner.protocol import ModelRunner
 log = logging.getLogger(__name__)
 
 MAX_FAULTS = 3
-"""So many failed passes in a row, and the process is not worth keeping."""
+"""Number of failed forward passes in a row after which the process should be replaced."""
 
 EXPIRED = Failure(Reason.DEADLINE_EXCEEDED, "the deadline passed before the request was finished")
 FAULT = Failure(Reason.ENGINE_FAULT, "the model failed to compute this request")
@@ -64,57 +57,49 @@ NOT_FINITE = Failure(Reason.NON_FINITE_LOGITS, "the model's output for this requ
 
 
 class EngineCore:
-    """Everything the engine decides, over a runner that computes.
+    """All decisions of the engine, over a runner that computes.
 
     Attributes:
-        broken: the runner has failed `MAX_FAULTS` times in a row; the process should be replaced.
+        adapters: the adapters' side of the engine.
+        broken: the runner has failed `MAX_FAULTS` times in a row.
     """
 
     def __init__(
         self,
         runner: ModelRunner,
-        limits: Limits | None = None,
+        limits: EngineLimits | None = None,
         clock: Callable[[], float] = time.monotonic,
         loader: Loader | None = None,
         merge_policy: MergePolicy | None = None,
     ) -> None:
-        """`clock` gives the seconds that deadlines are in; `loader` defaults to threads.
+        """`clock` gives the seconds in which deadlines are; `loader` defaults to threads.
 
-        With a `merge_policy` the engine merges adapters by itself where that pays.
+        With a `merge_policy` the engine also merges adapters without an order.
         """
         self._runner = runner
-        self._limits = limits or Limits()
+        self._limits = limits or EngineLimits()
         self._clock = clock
         self._pool = BlockPool(runner.num_blocks, runner.block_size)
         self._scheduler = Scheduler(self._pool, self._limits)
-        self._desk = Desk(loader or ThreadLoader(runner))
-        self._slots = AdapterSlots(runner, clock)
-        self._host = HostTier(runner.host_budget_bytes, runner.info.device.startswith("cpu"))
-        automatic = AutoMerge(merge_policy) if merge_policy is not None else None
-        self._merging = Merging(runner, self._slots, self._host, self._desk, clock, automatic)
-        self._residency = Residency(
-            runner, self._slots, self._host, self._desk, self._merging, clock
-        )
-        self._reporter = Reporter(
-            self._scheduler, self._residency, self._host, self._merging, clock
-        )
+        self.adapters = Adapters(runner, loader or ThreadLoader(runner), clock, merge_policy)
+        self._reporter = Reporter(self._scheduler, self.adapters, clock)
         self._requests: dict[int, Request] = {}
         self._deadlines: list[tuple[float, int]] = []
         self._outputs: list[Output] = []
         self._arrivals = 0
         self._steps = 0
         self._faults = 0
-        self._stirred = False
+        self._woken = False
         self.broken = False
 
     # commands
 
     def add(self, submit: Submit) -> None:
-        """Takes a request, or answers in the next step why not."""
+        """Accepts a request, or refuses it in the output of the next step."""
         if submit.id in self._requests:
             log.error("request id %d is in use; the second one is dropped", submit.id)
             return
-        self._stirred = True
+        self._woken = True
         waiting = [r for r in self._requests.values() if r.queue_seconds is None]
         failure = refusal(
             submit,
@@ -134,47 +119,36 @@ class EngineCore:
         if submit.deadline is not None:
             heapq.heappush(self._deadlines, (submit.deadline, submit.id))
         if submit.adapters:
-            self._residency.want(request)
+            self.adapters.want(request)
         else:
             self._scheduler.enqueue(request)
 
     def abort(self, request_id: int) -> None:
-        """Drops a request at once and without an output. Unknown ids are ignored."""
+        """Ends a request at once and without an output. Unknown ids are ignored."""
         self._outputs = [output for output in self._outputs if output.id != request_id]
         request = self._requests.get(request_id)
         if request is not None:
             self._end(request)
 
     def control(self, message: Control) -> None:
-        """Takes an order about an adapter; answered among `replies`."""
-        self._stirred = True
-        match message:
-            case Unload():
-                self._residency.unload(message)
-                if message.force:
-                    self._evacuate(message.digest, waiting=True)
-            case Unmerge():
-                self._merging.unmerge(message)
-            case Merge():
-                self._merging.order(message)
-                self._residency.order(message)
-            case _:
-                self._residency.order(message)
-
-    def replies(self) -> list[ControlDone | LoadDone | MergeDone]:
-        """Takes out what control orders, loads and merges have come to since the last call."""
-        loads, self._residency.replies = self._residency.replies, []
-        merges, self._merging.replies = self._merging.replies, []
-        return [*loads, *merges]
+        """Accepts an order about an adapter; a later `step` returns its answer."""
+        self._woken = True
+        self.adapters.handle(message)
+        if isinstance(message, Unload) and message.force:
+            self._evacuate(message.digest, waiting=True)
 
     # the step
 
-    def step(self) -> StepDone | None:
-        """Moves everything on by one forward pass; None if nothing came of it."""
-        self._stirred = False
+    def step(self) -> list[StepReport | Reply]:
+        """Advances everything by one forward pass; returns the messages for the front.
+
+        The `StepReport`, if any, comes first: it carries the table of adapters, which must have
+        arrived before the answers to orders do.
+        """
         begun = self._clock()
+        self._woken = False
         self._expire(begun)
-        self._settle()
+        replies = self._settle()
         rows = self._scheduler.schedule(begun)
         if rows:
             self._steps += 1
@@ -182,36 +156,32 @@ class EngineCore:
             if logits is not None:
                 self._commit(rows, logits)
         outputs, self._outputs = self._outputs, []
-        return self._reporter.report(rows, outputs, self._requests.values(), self._steps, begun)
+        done = self._reporter.report(rows, outputs, self._requests.values(), self._steps, begun)
+        return [*replies] if done is None else [done, *replies]
 
     @property
     def idle(self) -> bool:
-        """Whether nobody waits for anything."""
-        waits = self._requests or self._outputs
-        return not waits and self._residency.is_idle and self._merging.is_idle
+        """Whether no request is unfinished and no order unanswered."""
+        return not self._requests and not self._outputs and self.adapters.is_idle
 
     def wait_seconds(self) -> float | None:
-        """How long `step` has nothing to do, if no command comes and no read ends; None: ever."""
-        if self._stirred or self._outputs or self._scheduler.running or self._scheduler.queue:
-            return 0.0
-        if self._residency.has_more or self._merging.has_more:
+        """Seconds until `step` has work again if nothing arrives; None if never."""
+        if self._woken or not self._scheduler.is_idle:
             return 0.0
         while self._deadlines and self._deadlines[0][1] not in self._requests:
             heapq.heappop(self._deadlines)
         ends = [self._deadlines[0][0]] if self._deadlines else []
-        if self._residency.unloads.deadline is not None:
-            ends.append(self._residency.unloads.deadline)
+        if self.adapters.deadline is not None:
+            ends.append(self.adapters.deadline)
         return max(0.0, min(ends) - self._clock()) if ends else None
 
     def check(self) -> None:
         """Verifies that an idle engine holds nothing. Raises `AssertionError`."""
         self._pool.check()
-        assert self.idle, "somebody still waits"
+        assert self.idle, "the engine is not idle"
         assert self._pool.used == 0, "a KV block was leaked"
-        assert not self._scheduler.queue, "a request was left in the queue"
-        assert not self._scheduler.running, "a request was left running"
-        self._residency.check()
-        self._merging.check()
+        assert self._scheduler.is_idle, "a request was left in the queue or running"
+        self.adapters.check()
 
     def _expire(self, now: float) -> None:
         while self._deadlines and self._deadlines[0][0] <= now:
@@ -219,40 +189,30 @@ class EngineCore:
             request = self._requests.get(request_id)
             if request is not None and request.submit.deadline == deadline:
                 self._end(request, EXPIRED)
-        for digest in self._residency.unloads.overdue(now):
-            # Who waits for it now waits for its next load, unless this one is not even done.
-            waiting = digest not in self._slots.residents
-            if waiting:
-                self._residency.refuse_orders(digest)
+        for digest, waiting in self.adapters.overdue_unloads(now):
             self._evacuate(digest, waiting)
 
     def _evacuate(self, digest: str, waiting: bool) -> None:
-        """Ends the requests that use an adapter, and those that wait for it if `waiting`."""
+        """Ends the requests that use an adapter, and with `waiting` those that wait for it."""
         for request in list(self._requests.values()):
             named = any(ref.digest == digest for ref in request.submit.adapters)
             if named and (request.pins or waiting):
                 self._end(request, UNLOADED)
 
-    def _settle(self) -> None:
-        """Takes in what the loader has done; puts at most one thing of it on the device."""
-        for result in self._desk.finished():
-            if isinstance(result, ReadResult):
-                self._residency.take(result)
-            else:
-                self._merging.take(result)
-        settled = self._residency.settle()
+    def _settle(self) -> list[Reply]:
+        """Lets the adapters' side move on: queues granted requests and ends refused ones."""
+        settled = self.adapters.settle()
+        self._woken |= settled.more
         for request in settled.granted:
             self._scheduler.enqueue(request)
         for request, failure in settled.refused:
             request.state = RequestState.DONE
             del self._requests[request.id]
             self._outputs.append(Output(id=request.id, error=failure))
-        self._merging.begin()
-        if not self._residency.published:
-            self._merging.publish()
+        return settled.replies
 
-    def _compute(self, rows: Sequence[Row]) -> Floats | None:
-        """The pass. A failed one costs the requests that were in it, and no others."""
+    def _compute(self, rows: Sequence[BatchRow]) -> Floats | None:
+        """Logits of the forward pass. If it fails, its requests end; returns None."""
         batch = lay_out(rows)
         begun = self._clock()
         try:
@@ -262,32 +222,19 @@ class EngineCore:
             self._fault(rows, "a forward pass failed; its %d requests fail")
             return None
         self._faults = 0
-        self._watch(rows, self._clock() - begun)
+        self.adapters.observe(rows, self._clock() - begun)
         return logits
 
-    def _fault(self, rows: Sequence[Row], text: str) -> None:
+    def _fault(self, rows: Sequence[BatchRow], text: str) -> None:
         log.exception(text, len(rows))
         self._faults += 1
         self.broken = self._faults >= MAX_FAULTS
         for row in rows:
             self._end(row.request, FAULT)
 
-    def _watch(self, rows: Sequence[Row], seconds: float) -> None:
-        """Shows the pass to the automatic mode of merging, if there is one."""
-        if not self._merging.is_automatic:
-            return
-        alone = Counter(
-            row.request.pins[0].digest
-            for row in rows
-            if len(row.request.mix) == 1 and row.request.mix[0][1] == 1.0
-        )
-        tokens = sum(row.count for row in rows)
-        quiet = self._desk.is_quiet and not self._residency.published
-        self._merging.observe(alone, len(rows), tokens, seconds, quiet)
-
-    def _commit(self, rows: Sequence[Row], logits: Floats) -> None:
-        """Books what was computed, and gives each row that is due its next token."""
-        due: list[Row] = []
+    def _commit(self, rows: Sequence[BatchRow], logits: Floats) -> None:
+        """Notes the computed tokens, and samples the next token of each completed row."""
+        due: list[BatchRow] = []
         lines: list[int] = []
         at = 0
         for row in rows:
@@ -310,8 +257,8 @@ class EngineCore:
         for row, line, token in zip(due, picked, tokens, strict=True):
             self._give(row.request, token, line)
 
-    def _score(self, row: Row, logits: Floats) -> bool:
-        """Takes the log-probabilities of prompt tokens; False if the logits are not finite."""
+    def _score(self, row: BatchRow, logits: Floats) -> bool:
+        """Takes log-probabilities of prompt tokens; False if the logits are not finite."""
         request = row.request
         skipped = request.scored - 1 - row.start
         wanted = logits[skipped : request.prompt_len - 1 - row.start]
@@ -325,7 +272,7 @@ class EngineCore:
         return True
 
     def _give(self, request: Request, token: int, logits: Floats) -> None:
-        """Turns a chosen token into the request's output of this step."""
+        """Adds a sampled token to a request and to the outputs of this step."""
         if token == NON_FINITE:
             self._end(request, NOT_FINITE)
             return
@@ -354,14 +301,11 @@ class EngineCore:
             self._end(request)
 
     def _end(self, request: Request, failure: Failure | None = None) -> None:
-        """The one way out: releases all that the request holds."""
-        if request.state is RequestState.FETCHING:
-            self._residency.forget(request)
-        else:
-            self._scheduler.remove(request)
-            self._residency.release(request)
+        """Ends a request and releases everything it holds, whatever its state."""
+        self._scheduler.remove(request)
+        self.adapters.release(request)
         request.state = RequestState.DONE
         del self._requests[request.id]
-        self._stirred = True
+        self._woken = True
         if failure is not None:
             self._outputs.append(Output(id=request.id, error=failure))

@@ -12,7 +12,7 @@ from loraplex_model.base.refusal import Reason
 
 
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
-    """How the next token is chosen; validated by the front. See `SamplingParams` of the proto."""
+    """Sampling parameters, validated by the front; see `SamplingParams` of the proto."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -26,7 +26,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class AdapterRef(msgspec.Struct, frozen=True):
-    """Weights by content: what they are, where their files lie, and the factor to apply."""
+    """An adapter by its digest, the directory of its files, and the weight to apply."""
 
     digest: str
     path: str
@@ -37,10 +37,10 @@ class AdapterRef(msgspec.Struct, frozen=True):
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit"):
-    """A new request. Answered by `Output`s in `StepDone`; the last has a finish or an error.
+    """A new request. Answered by `Output`s in `StepReport`; the last has a finish or an error.
 
-    `stop_token_ids` holds the EOS ids too, unless they are to be ignored. `logprobs` and
-    `prompt_logprobs` are how many alternatives to report, or None for no report at all.
+    `stop_token_ids` includes the EOS ids unless they are to be ignored. `logprobs` and
+    `prompt_logprobs` are numbers of alternatives to report; None reports no log-probabilities.
     """
 
     id: int
@@ -56,7 +56,7 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
-    """Drop a request: no further output for it. Unknown ids are ignored (it may have finished)."""
+    """End a request without further output. Unknown ids are ignored (it may have finished)."""
 
     id: int
 
@@ -69,11 +69,11 @@ class Load(msgspec.Struct, frozen=True, tag="load"):
 
 
 class Unload(msgspec.Struct, frozen=True, tag="unload"):
-    """Take an adapter off the device once its requests have finished; `force` aborts them first.
+    """Remove an adapter from the device once its requests have finished; `force` ends them first.
 
-    Those that still run at `deadline` (seconds of `time.monotonic()`; None: never) are aborted
-    then. Unpins it and drops it from host memory too. Answered by `ControlDone` when the memory is
-    free. Aborted requests end with ADAPTER_UNLOADED.
+    Requests that still run at `deadline` (seconds of `time.monotonic()`; None: never) end then,
+    with ADAPTER_UNLOADED. Also unpins the adapter and drops it from host memory. Answered by
+    `ControlDone` when the memory is free.
     """
 
     op: int
@@ -82,11 +82,11 @@ class Unload(msgspec.Struct, frozen=True, tag="unload"):
     deadline: float | None = None
 
 
-class Pin(msgspec.Struct, frozen=True, tag="pin"):
-    """Make an adapter resident and keep it so (`pinned`), or let it go when room is needed.
+class SetPinned(msgspec.Struct, frozen=True, tag="pin"):
+    """Make an adapter resident and never evict it (`pinned`), or allow its eviction again.
 
-    Answered by `ControlDone`, like `Load`; PIN_BUDGET when the pinned ones would take more than the
-    engine allows.
+    Answered by `ControlDone`, like `Load`; PIN_BUDGET if the pinned adapters would take more than
+    the engine allows.
     """
 
     op: int
@@ -95,11 +95,11 @@ class Pin(msgspec.Struct, frozen=True, tag="pin"):
 
 
 class Merge(msgspec.Struct, frozen=True, tag="merge"):
-    """Make an adapter resident and give it dense copies of the matrices that it changes.
+    """Make an adapter resident and compute dense copies of the matrices that it changes.
 
-    Answered by `ControlDone` when its rows use them; MERGE_BUDGET when there is no room for them,
-    MERGE_UNSUPPORTED when it changes no matrix, PIN_BUDGET as for `Pin`: it is held on the device
-    until it is unmerged or unloaded.
+    Answered by `ControlDone` when rows use the copies; MERGE_BUDGET if there is no room for them,
+    MERGE_UNSUPPORTED if the adapter changes no matrix, PIN_BUDGET as for `SetPinned`: the adapter
+    stays on the device until it is unmerged or unloaded.
     """
 
     op: int
@@ -109,7 +109,7 @@ class Merge(msgspec.Struct, frozen=True, tag="merge"):
 class Unmerge(msgspec.Struct, frozen=True, tag="unmerge"):
     """Drop an adapter's dense copies, after the merges of it that were ordered before.
 
-    Answered by `ControlDone`; no error if there are none.
+    Answered by `ControlDone`; not an error if the adapter is not merged.
     """
 
     op: int
@@ -120,10 +120,10 @@ class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
     """End the engine process now. The front drains before it sends this."""
 
 
-Control = Load | Unload | Pin | Merge | Unmerge
+Control = Load | Unload | SetPinned | Merge | Unmerge
 """Orders about adapters."""
 
-ToEngine = Submit | Abort | Load | Unload | Pin | Merge | Unmerge | Shutdown
+ToEngine = Submit | Abort | Load | Unload | SetPinned | Merge | Unmerge | Shutdown
 
 # engine -> front
 
@@ -169,17 +169,17 @@ class Logprobs(msgspec.Struct, frozen=True):
 
 
 class Failure(msgspec.Struct, frozen=True):
-    """A typed error: a stable reason of the error table, and a text that a client may see."""
+    """A typed error: a stable reason of the error table, and a message that a client may see."""
 
     reason: Reason
     message: str
 
 
 class Output(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One row's part of a step. `finish` is "stop" or "length"; a request ends with it or `error`.
+    """One request's part of a step. The last output of a request has a `finish` or an `error`.
 
-    `started` is set on the first output of a request, when its prompt has been computed.
-    A stop token is not among `token_ids`.
+    `finish` is "stop" or "length"; a stop token is not in `token_ids`. `started` is set on a
+    request's first output, when its prompt has been computed.
     """
 
     id: int
@@ -187,38 +187,38 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     logprobs: list[Logprobs] = []
     prompt_logprobs: list[Logprobs] = []
     started: bool = False
-    cached_prompt_tokens: int = 0
     queue_seconds: float = 0.0
     finish: str | None = None
     error: Failure | None = None
 
 
 class AdapterStatus(msgspec.Struct, frozen=True, omit_defaults=True):
-    """An adapter the engine knows of.
+    """An adapter that is on the device, in host memory, or on its way.
 
     `state` is "host" (packed, in host memory), "loading" (on its way to the device), "resident" or
-    "draining". Times are seconds; `last_used` is of `time.monotonic()`, 0 if never.
+    "draining". `last_used` is in seconds of `time.monotonic()`; 0 if never.
     """
 
     digest: str
     state: str
     bytes: int
-    """On the device; 0 unless it is there."""
+    """Bytes on the device; 0 unless the adapter is there."""
     refs: int
+    """Number of requests that use it."""
     path: str = ""
-    """Where its files lie, so that it can be loaded again into a new engine."""
+    """Directory of its files, from which a new engine can load it again."""
     host_bytes: int = 0
     merged_bytes: int = 0
-    """Of its dense copies; 0 unless merged."""
+    """Bytes of its dense copies; 0 unless merged."""
     prefix_blocks: int = 0
     pinned: bool = False
     last_used: float = 0.0
     load_seconds: float = 0.0
-    """How long its last load took, from the store or from host memory."""
+    """Duration of its last load, from its files or from host memory."""
 
 
 class StepStats(msgspec.Struct, frozen=True):
-    """The engine after one step; gauges unless said otherwise."""
+    """State of the engine after one step. Gauges, unless stated otherwise."""
 
     step: int
     step_seconds: float
@@ -228,41 +228,40 @@ class StepStats(msgspec.Struct, frozen=True):
     base_rows: int
     running: int
     waiting: int
-    waiting_tokens: int
     free_blocks: int
     used_blocks: int
     preemptions: int
-    """Counted since the engine started."""
+    """Number since the engine started."""
     adapter_bytes: int
     evictions: int
-    """Counted since the engine started."""
+    """Number since the engine started."""
     host_bytes: int = 0
     merged_bytes: int = 0
     prefix_blocks: int = 0
-    """In use, of those set aside for virtual tokens."""
+    """Blocks in use, of those set aside for virtual tokens."""
     merged_rows: int = 0
-    """Rows of this step that used dense copies."""
+    """Number of rows of this step that used dense copies."""
     host_evictions: int = 0
-    """Adapters pushed out of host memory, since the engine started."""
+    """Adapters evicted from host memory, since the engine started."""
     prefetches: int = 0
-    """Adapters read into host memory ahead of their turn, since the engine started."""
+    """Adapters read into host memory before they were needed, since the engine started."""
     prefetch_hits: int = 0
-    """Those of them that were wanted then."""
+    """Number of these adapters that were then used."""
 
 
-class StepDone(msgspec.Struct, frozen=True, tag="step"):
-    """Everything that one step brought, in one message."""
+class StepReport(msgspec.Struct, frozen=True, tag="step"):
+    """Outputs and statistics of one step."""
 
     outputs: list[Output]
     stats: StepStats
     adapters: list[AdapterStatus] | None = None
-    """The whole table, when it has changed since the last message."""
+    """The whole table of adapters; None if it has not changed since it was last sent."""
 
 
 class LoadDone(msgspec.Struct, frozen=True, tag="load_done"):
-    """An adapter load ended, whoever asked for it (for metrics).
+    """An adapter load ended, by order or for a request (for metrics).
 
-    `tier` is where it came from: "disk" or "host".
+    `tier` is the source of the weights: "disk" or "host".
     """
 
     digest: str
@@ -274,9 +273,9 @@ class LoadDone(msgspec.Struct, frozen=True, tag="load_done"):
 class MergeDone(msgspec.Struct, frozen=True, tag="merge_done"):
     """An adapter was merged or unmerged, by order or by the engine itself (for metrics).
 
-    `automatic` ones come with the measurement that decided: seconds of a pass like those before,
-    unmerged and merged (0 where not measured). They tell of a merge when it is kept, and of every
-    end of one, a try that was not kept among them.
+    An `automatic` one carries the measurement that decided: seconds of similar forward passes,
+    unmerged and merged (0 if not measured). It is sent when a merge is kept and when one ends,
+    which includes tries that were not kept.
     """
 
     digest: str
@@ -295,4 +294,7 @@ class ControlDone(msgspec.Struct, frozen=True, tag="done"):
     error: Failure | None = None
 
 
-FromEngine = Hello | Fatal | StepDone | LoadDone | MergeDone | ControlDone
+Reply = ControlDone | LoadDone | MergeDone
+"""Answers to orders, and notices of ended loads and merges."""
+
+FromEngine = Hello | Fatal | StepReport | LoadDone | MergeDone | ControlDone

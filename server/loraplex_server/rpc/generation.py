@@ -124,11 +124,10 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         )
         code = grpc.StatusCode.CANCELLED
         try:
-            cached, not_before = 0, 0.0
+            not_before = 0.0
             outputs = parts.engine.submit(call.submit(request_id, parts.bounds))
             while batch := await outputs.take(not_before):
                 if batch[0].started:
-                    cached = batch[0].cached_prompt_tokens
                     ticket.run()
                     clock.started(batch[0])
                     parts.metrics.generation_started(call.names, len(call.prompt))
@@ -147,7 +146,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                     # Frees the rows now, without waiting for the client to read the last message.
                     parts.engine.abort(request_id)
                     code = grpc.StatusCode.OK
-                    yield _finished(piece.finish, len(call.prompt), cached, completion.tokens)
+                    yield _finished(piece.finish, len(call.prompt), completion.tokens)
                     return
                 if (failure := batch[-1].error) is not None:
                     failed = Refusal(failure.reason, failure.message)
@@ -334,13 +333,11 @@ def _sampling(wire: generation_pb2.SamplingParams) -> SamplingParams:
     return SamplingParams(**given, logit_bias=dict(wire.logit_bias), seed=seed)
 
 
-def _finished(finish: str, prompt: int, cached: int, tokens: int) -> _Event:
+def _finished(finish: str, prompt: int, tokens: int) -> _Event:
     return _Event(
         finished=generation_pb2.GenerationFinished(
             finish_reason=FINISH_REASONS[finish],
-            usage=generation_pb2.Usage(
-                prompt_tokens=prompt, cached_prompt_tokens=cached, completion_tokens=tokens
-            ),
+            usage=generation_pb2.Usage(prompt_tokens=prompt, completion_tokens=tokens),
         )
     )
 

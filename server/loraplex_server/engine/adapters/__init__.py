@@ -1,4 +1,5 @@
-"""Which adapters are on the device: slots, reads, the host tier, eviction, merged copies.
+"""Adapters on the device: slots, loads, the host tier, eviction, merged copies.
 
-Owns adapter slots and host memory for adapters. Never computes a row.
+`adapters.Adapters` is the face of this room. Owns adapter slots and adapters in host memory. Never
+computes a row.
 """

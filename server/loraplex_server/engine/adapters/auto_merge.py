@@ -1,16 +1,20 @@
-"""When merging an adapter by itself pays: a policy that tries, measures and takes back.
+"""Automatic merging: a policy that tries a merge, measures it, and keeps it or takes it back.
 
-An adapter that has most of the rows may be cheaper to serve from dense copies; whether it is
+An adapter that has most of the rows may be cheaper to serve from dense copies. Whether it is
 depends on the machine, the ranks and the traffic, so it is measured and not modelled. Steps are put
-in buckets of like work (rows and tokens, each within a factor of 1.4). Once an adapter has had
-`upper` of the rows over a whole window, and enough steps have been timed unmerged, it is tried
-merged; when as many have been timed in the same buckets, it stays if the medians say that a step
-became shorter by `margin`. It leaves when its share falls below `lower`, or when the measurement no
-longer speaks for it. A try that failed is repeated after a time that doubles with each failure.
+into buckets of similar work (rows and tokens, each within a factor of 1.4). An adapter that has had
+`upper` of the rows over a whole window, with enough steps timed unmerged, is tried merged. When as
+many steps of the same buckets have been timed, the merge is kept if the medians show that a step
+became shorter by `margin`. It is taken back when the adapter's share falls below `lower`, or when
+the measurement no longer shows a gain. The pause after a failed try doubles with each failure.
 
-The thresholds apart (hysteresis) are the idea of dLoRA (B. Wu et al., "dLoRA: Dynamically
+The separate thresholds (hysteresis) are the idea of dLoRA (B. Wu et al., "dLoRA: Dynamically
 Orchestrating Requests and Adapters for LoRA LLM Serving", OSDI 2024), which switches the whole
-replica; here only the rows of one adapter change their way.
+replica; here only the rows of one adapter change.
+
+    WATCHING --TRY--> ASKED --merged()--> TRIAL --KEEP--> KEPT
+        ^               |                   | LEAVE         | LEAVE
+        +---------------+----- ended() -----+---------------+
 """
 
 from __future__ import annotations
@@ -27,17 +31,19 @@ Bucket = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class MergePolicy:
-    """The knobs of the automatic mode.
+    """Thresholds of automatic merging.
 
     Attributes:
-        upper, lower: shares of all rows above which an adapter is tried, and below which it leaves;
-            `upper` is above one half, so at most one adapter has it.
-        window: steps over which shares are taken.
-        samples: steps that a bucket needs, unmerged and merged, before its medians count.
-        warmup: first merged steps that are not timed (their copies are not in any cache yet).
-        trial: merged steps after which a try that could not be measured is given up.
-        margin: part of a step's time that merging must save.
-        backoff, longest_backoff: seconds between the end of a try and the next one.
+        upper: share of all rows from which an adapter is tried; above one half, so that at most one
+            adapter has it.
+        lower: share of all rows below which a merge is taken back.
+        window: number of steps over which shares are taken.
+        samples: steps that a bucket needs, unmerged and merged each, before its medians count.
+        warmup: first merged steps that are not timed (the copies are not in any cache yet).
+        trial: merged steps after which a try without a measurement is taken back.
+        margin: fraction of a step's time that merging must save.
+        backoff: seconds between the first failed try and the next one.
+        longest_backoff: upper bound of that pause in seconds.
     """
 
     upper: float = 0.6
@@ -57,14 +63,14 @@ class MergePolicy:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """Median seconds of like steps, averaged over the buckets by their merged steps."""
+    """Median seconds of similar steps, averaged over the buckets by their merged steps."""
 
     unmerged: float
     merged: float
 
 
 class Move(Enum):
-    """What the policy wants done with an adapter."""
+    """Action of the policy for one adapter."""
 
     TRY = "try"
     KEEP = "keep"
@@ -73,7 +79,7 @@ class Move(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """A move, and what was measured, if it was."""
+    """An action, and the measurement behind it if there was one."""
 
     kind: Move
     digest: str
@@ -88,7 +94,7 @@ class _Phase(Enum):
 
 
 class AutoMerge:
-    """Watches the steps and decides about one adapter at a time, the `subject`."""
+    """The policy at work: it observes steps and decides about one adapter at a time, `subject`."""
 
     def __init__(self, policy: MergePolicy) -> None:
         self.policy = policy
@@ -103,15 +109,15 @@ class AutoMerge:
         self._pays = False
         self._failures: dict[str, tuple[int, float]] = {}
 
-    # what is seen
+    # observations
 
     def observe(
-        self, rows: Mapping[str, int], total: int, tokens: int, seconds: float, quiet: bool
+        self, rows: Mapping[str, int], total: int, tokens: int, seconds: float, is_quiet: bool
     ) -> None:
-        """Takes in a step.
+        """Notes one step, whose forward pass took `seconds`.
 
-        `rows` counts those that use one adapter alone at weight 1, `total` all; the pass took
-        `seconds`. Unless `quiet`, other work went on beside it and its time tells nothing.
+        `rows` counts the rows that use one adapter alone at weight 1, by digest; `total` counts all
+        rows. A pass that was not `is_quiet` ran alongside loader tasks, so its time is not used.
         """
         self._slide(dict(rows), total)
         if self._phase is _Phase.WATCHING:
@@ -122,24 +128,19 @@ class AutoMerge:
             self._merged_steps += 1
             if self._merged_steps <= self.policy.warmup:
                 return
-        if quiet and 2 * rows.get(self.subject, 0) >= total:
+        if is_quiet and 2 * rows.get(self.subject, 0) >= total:
             into = self._before if self._phase is _Phase.WATCHING else self._after
             times = into.setdefault(_bucket(total, tokens), deque(maxlen=4 * self.policy.samples))
             times.append(seconds)
 
     def merged(self) -> None:
-        """The try that was asked for has begun."""
+        """Notes that the merge decided by `Move.TRY` is in use."""
         self._phase = _Phase.TRIAL
         self._merged_steps = 0
         self._after.clear()
 
-    def failed(self, now: float) -> None:
-        """The try that was asked for could not begin."""
-        self._back_off(now)
-        self.reset()
-
-    def gone(self, now: float) -> None:
-        """The subject is merged no more, by a decision or because it had to go."""
+    def ended(self, now: float) -> None:
+        """Notes that the subject is not merged: its try failed, or its copies were dropped."""
         if self._pays:
             assert self.subject is not None
             self._failures[self.subject] = (0, now + self.policy.backoff)
@@ -148,18 +149,18 @@ class AutoMerge:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets the subject; whatever happens to its copies is no longer decided here."""
+        """Forgets the subject: its copies, if any, are no longer decided about here."""
         self.subject = None
         self._phase = _Phase.WATCHING
         self._pays = False
         self._before.clear()
         self._after.clear()
 
-    # what is decided
+    # decisions
 
     @property
     def measurement(self) -> Measurement | None:
-        """What merging does to a step, as far as it was measured."""
+        """Effect of merging on a step; None while no bucket has enough samples."""
         enough = self.policy.samples
         common = [
             (len(after), median(self._before[bucket]), median(after))
@@ -173,7 +174,7 @@ class AutoMerge:
         return Measurement(unmerged, sum(count * after for count, _, after in common) / weight)
 
     def decide(self, now: float) -> Decision | None:
-        """What should be done now, if anything. A `LEAVE` is repeated until `gone` is called."""
+        """The next action, or None. `Move.LEAVE` is repeated until `ended` is called."""
         if self.subject is None:
             return None
         share = self._share(self.subject)
@@ -212,7 +213,7 @@ class AutoMerge:
                     del self._rows[digest]
 
     def _watch(self) -> None:
-        """Makes the adapter with most rows the subject; timing starts afresh when it changes."""
+        """Makes the adapter with most rows the subject; a new subject discards the timings."""
         leader = max(self._rows, key=self._rows.__getitem__, default=None)
         if leader != self.subject:
             self.subject = leader
@@ -234,7 +235,7 @@ class AutoMerge:
         failures = self._failures.get(self.subject, (0, 0.0))[0] + 1
         wait = min(self.policy.backoff * 2.0 ** (failures - 1), self.policy.longest_backoff)
         self._failures[self.subject] = (failures, now + wait)
-        # Who has not been tried for long starts anew, so this table stays small.
+        # An adapter not tried for long starts from the first backoff, so this table stays small.
         longest = self.policy.longest_backoff
         self._failures = {d: f for d, f in self._failures.items() if now < f[1] + longest}
 

@@ -1,153 +1,154 @@
-"""Adapters on their way to the device: being read, or in hand and waiting for room.
+"""Adapters on their way to the device: reads in flight, and the one adapter that is staged.
 
-One adapter is in hand at a time (`staged`): the one whose turn it is. What is read before its turn
-goes to the host tier, and if that has no room for it, it is let go and read again in its turn. So
-beside the host tier's budget, host memory holds one adapter in hand and what is being read.
+At most one adapter is staged at a time: one that the head want needs, in host memory and waiting
+for room on the device. Adapters read ahead go to the host tier; if it has no room for them they are
+dropped and read again when they are needed. So beyond the host tier's budget, host memory holds one
+staged adapter and the reads in flight.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
 
 from loraplex_server.engine.adapters.host_tier import HostAdapter, HostTier
-from loraplex_server.engine.adapters.loader import Desk, Read, ReadResult
+from loraplex_server.engine.adapters.loader import LoadLanes, Read, ReadResult
 from loraplex_server.engine.messages import AdapterRef
-from loraplex_server.engine.runner.protocol import LoadedAdapter
-
-
-@dataclass(frozen=True, slots=True)
-class Staged:
-    """The adapter in hand; `from_host` if no file had to be read for it now."""
-
-    ref: AdapterRef
-    adapter: LoadedAdapter
-    read_seconds: float
-    from_host: bool
-
-
-@dataclass(slots=True)
-class _Reading:
-    ref: AdapterRef
-    ahead: bool
-    unwanted: bool = False
 
 
 class Fetching:
-    """Reads in flight and the adapter in hand.
+    """Reads in flight and the staged adapter.
 
     Attributes:
-        ahead: reads begun before their turn, and hits: how many of these were used, counted since
-            the start.
+        staged: the adapter that is published next.
+        ahead: reads started before their adapter was needed, since the start.
+        hits: adapters read ahead and then used, since the start.
+        version: grows whenever adapters on their way, or their copies in host memory, change.
     """
 
-    def __init__(self, host: HostTier, desk: Desk) -> None:
+    def __init__(self, host: HostTier, lanes: LoadLanes) -> None:
         self._host = host
-        self._desk = desk
-        self._reading: dict[str, _Reading] = {}
+        self._lanes = lanes
+        self._reading: dict[str, AdapterRef] = {}
+        self._unwanted: set[str] = set()
         self._no_room: set[str] = set()
-        self.staged: Staged | None = None
+        self.staged: HostAdapter | None = None
         self.ahead = 0
         self.hits = 0
+        self.version = 0
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing is on its way."""
+        """Whether no adapter is being read or staged."""
         return not self._reading and self.staged is None
 
     @property
     def coming(self) -> list[AdapterRef]:
-        """Everything that is on its way."""
-        refs = [reading.ref for reading in self._reading.values()]
+        """Adapters that are being read or staged."""
+        refs = [*self._reading.values()]
         return refs if self.staged is None else [*refs, self.staged.ref]
 
     def is_coming(self, digest: str) -> bool:
-        """Whether an adapter is on its way."""
-        in_hand = self.staged is not None and self.staged.ref.digest == digest
-        return in_hand or digest in self._reading
+        """Whether an adapter is being read or staged."""
+        is_staged = self.staged is not None and self.staged.digest == digest
+        return is_staged or digest in self._reading
 
-    def take_in_hand(self, refs: Iterable[AdapterRef]) -> bool:
-        """Stages the first of `refs` that is in host memory; False if none is."""
-        assert self.staged is None, "there is an adapter in hand already"
+    def start_reads(self, head_missing: list[AdapterRef], others: Iterable[AdapterRef]) -> None:
+        """Starts as many reads as lanes allow.
+
+        `head_missing` lists what the head want lacks: one of these is read in the foreground unless
+        an adapter is staged or one of these is being read. The rest and then `others` are read
+        ahead, while the host tier may have room for them.
+        """
+        is_reading = any(ref.digest in self._reading for ref in head_missing)
+        if head_missing and self.staged is None and not is_reading:
+            self._start(head_missing[0], ahead=False)
+        if not self._host.budget:
+            return
+        for ref in (*head_missing, *others):
+            if not self._lanes.is_free(background=True):
+                break
+            is_kept = ref.digest in self._host.adapters
+            if not (is_kept or ref.digest in self._no_room or self.is_coming(ref.digest)):
+                self._start(ref, ahead=True)
+
+    def end_read(self, result: ReadResult) -> bool:
+        """Notes the end of a read; False if its adapter was given up meanwhile."""
+        digest = result.ref.digest
+        del self._reading[digest]
+        self.version += 1
+        given_up = digest in self._unwanted
+        self._unwanted.discard(digest)
+        return not given_up
+
+    def keep(self, result: ReadResult, wanted: Collection[str]) -> None:
+        """Puts an adapter just read into the host tier, if that leaves those in `wanted`."""
+        held = _held(result)
+        held.ahead = held.digest in wanted
+        if not self._host.put(held, wanted) and held.ahead:
+            self._no_room.add(held.digest)
+
+    def stage(self, result: ReadResult) -> None:
+        """Stages an adapter just read."""
+        assert self.staged is None, "an adapter is staged already"
+        self.staged = _held(result)
+
+    def stage_from_host(self, refs: Iterable[AdapterRef]) -> None:
+        """Stages the first of `refs` that the host tier has, if it has any."""
+        assert self.staged is None, "an adapter is staged already"
         for ref in refs:
             held = self._host.get(ref.digest)
             if held is not None:
                 self.hits += held.ahead
                 held.ahead = False
-                self.staged = Staged(ref, held.adapter, held.read_seconds, from_host=True)
-                return True
-        return False
+                held.ref = ref
+                self.staged = held
+                self.version += 1
+                return
 
-    def let_go(self, keep: Collection[str]) -> None:
-        """Takes the adapter out of hand, into the host tier if there is room."""
-        if self.staged is not None:
-            staged, self.staged = self.staged, None
-            self._host.put(_hosted(staged.ref, staged.adapter, staged.read_seconds), keep)
+    def unstage(self, keep: Collection[str]) -> None:
+        """Moves the staged adapter to the host tier, or drops it if there is no room."""
+        assert self.staged is not None, "no adapter is staged"
+        self._host.put(self.staged, keep)
+        self.staged = None
+        self.version += 1
+
+    def drop_staged(self) -> None:
+        """Drops the staged adapter and the host tier's copy, so that its next load reads files."""
+        assert self.staged is not None, "no adapter is staged"
+        self._host.drop(self.staged.digest)
+        self.staged = None
+        self.version += 1
+
+    def end_publication(self, keep: Collection[str]) -> None:
+        """Notes that the staged adapter is on the device. The host tier may keep its copy."""
+        held, self.staged = self.staged, None
+        assert held is not None, "no adapter is staged"
+        if held.digest not in self._host.adapters:
+            held.on_device = True
+            self._host.put(held, keep)
+        self._host.enter_device(held.digest)
 
     def forget(self, digest: str) -> None:
-        """Lets go of what is known of an adapter, and of what is still being read unless wanted."""
+        """Drops an adapter's copy in the host tier, and the result of a read of it in flight."""
         self._host.drop(digest)
+        self.version += 1
         if digest in self._reading:
-            self._reading[digest].unwanted = True
+            self._unwanted.add(digest)
 
-    def read(self, turn: list[AdapterRef], others: Iterable[AdapterRef]) -> bool:
-        """Begins what reads it can; True if it began any.
-
-        `turn` is what is missing to those whose turn it is: one of it is read in the foreground,
-        unless one is in hand or being read. The rest and `others`, in this order, are read ahead
-        while the host tier may have room for them.
-        """
-        began = False
-        if turn and self.staged is None and not any(r.digest in self._reading for r in turn):
-            began = self._begin(turn[0], ahead=False)
-        if not self._host.budget:
-            return began
-        for ref in (*turn, *others):
-            if not self._desk.has_lane(background=True):
-                break
-            if ref.digest not in self._no_room and ref.digest not in self._host.adapters:
-                began |= not self.is_coming(ref.digest) and self._begin(ref, ahead=True)
-        return began
-
-    def ended(self, result: ReadResult) -> bool:
-        """Notes the end of a read; True if its adapter may be kept when nobody waits for it."""
-        return not self._reading.pop(result.ref.digest).unwanted
-
-    def keep(self, result: ReadResult, wanted: Collection[str]) -> None:
-        """Puts what was read into the host tier, if there is room beside what is `wanted`."""
-        assert result.adapter is not None
-        held = _hosted(result.ref, result.adapter, result.seconds)
-        held.ahead = result.ref.digest in wanted
-        if not self._host.put(held, wanted) and held.ahead:
-            self._no_room.add(result.ref.digest)
-
-    def stage(self, result: ReadResult) -> None:
-        """Takes what was read in hand."""
-        assert self.staged is None, "there is an adapter in hand already"
-        assert result.adapter is not None
-        self.staged = Staged(result.ref, result.adapter, result.seconds, from_host=False)
-
-    def retry(self, wanted: Collection[str]) -> None:
-        """Forgets that there was no room for what nobody waits for any more."""
+    def forget_no_room(self, wanted: Collection[str]) -> None:
+        """Forgets that the host tier had no room for adapters that are not `wanted` any more."""
         self._no_room.intersection_update(wanted)
 
-    def published(self, staged: Staged, keep: Collection[str]) -> None:
-        """Empties the hand: the adapter is on the device. The host tier may keep its copy."""
-        self.staged = None
-        held = _hosted(staged.ref, staged.adapter, staged.read_seconds)
-        held.on_device = True
-        self._host.put(held, keep)
-        self._host.enter_device(staged.ref.digest)
-
-    def _begin(self, ref: AdapterRef, ahead: bool) -> bool:
-        if not self._desk.has_lane(ahead):
-            return False
+    def _start(self, ref: AdapterRef, ahead: bool) -> None:
+        if not self._lanes.is_free(ahead):
+            return
         self._no_room.discard(ref.digest)
-        self._reading[ref.digest] = _Reading(ref, ahead)
+        self._reading[ref.digest] = ref
         self.ahead += ahead
-        self._desk.start(Read(ref), ahead)
-        return True
+        self._lanes.start(Read(ref), ahead)
+        self.version += 1
 
 
-def _hosted(ref: AdapterRef, adapter: LoadedAdapter, read_seconds: float) -> HostAdapter:
-    return HostAdapter(ref.digest, ref.path, adapter, read_seconds)
+def _held(result: ReadResult) -> HostAdapter:
+    assert result.adapter is not None, "a failed read brings no adapter"
+    return HostAdapter(result.ref, result.adapter, result.seconds)

@@ -1,11 +1,11 @@
-"""Packed adapters in host memory: those that left the device, and those read ahead for a queue.
+"""Packed adapters in host memory: those that left the device, and those read ahead.
 
-Bringing one to the device from here costs no file and no checks. The tier never holds more bytes
-than its budget: it makes room by `GreedyDual`, or does not take what is offered.
+Bringing one of them to the device reads no file and repeats no check. The tier never holds more
+bytes than its budget: it makes room by `GreedyDual`, or refuses what is offered.
 
-On the CPU an adapter on the device *is* the packed one in host memory. It is then kept here too, as
-it costs nothing, and is charged from when it leaves its slot. On an accelerator the copy here is a
-second one and always charged.
+On the CPU an adapter on the device *is* the packed one in host memory. The tier then keeps it for
+free and charges it from the moment it leaves its slot. On an accelerator the copy in host memory is
+a second one and always charged.
 """
 
 from __future__ import annotations
@@ -14,33 +14,43 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from loraplex_server.engine.adapters.eviction import GreedyDual
+from loraplex_server.engine.messages import AdapterRef
 from loraplex_server.engine.runner.protocol import LoadedAdapter
 
 
 @dataclass(slots=True)
 class HostAdapter:
-    """A packed adapter. `read_seconds` is what reading it from the store took.
+    """A packed adapter in host memory: kept in the tier, staged for the device, or both.
 
-    `ahead` until its first use if it was read before its turn; `last_used` in seconds of the
-    engine's clock, 0 if never.
+    Attributes:
+        read_seconds: duration of reading its files.
+        kept: the tier has kept it, so its next load reads no file.
+        ahead: it was read before it was needed, and has not been used since.
+        on_device: it is in a slot now.
+        last_used: time on the engine's clock when it last left the device; 0 if never.
     """
 
-    digest: str
-    path: str
+    ref: AdapterRef
     adapter: LoadedAdapter
     read_seconds: float
+    kept: bool = False
     ahead: bool = False
     on_device: bool = False
     last_used: float = 0.0
+
+    @property
+    def digest(self) -> str:
+        """Digest of the adapter's files."""
+        return self.ref.digest
 
 
 class HostTier:
     """Adapters by digest, within `budget` bytes; 0 keeps none.
 
     Attributes:
-        shared: the device's memory is the host's, so what is on the device is not charged here.
+        shared: device memory is host memory, so adapters on the device are not charged here.
         nbytes: bytes charged.
-        evictions: adapters that made room for others, counted since the start.
+        evictions: adapters removed to make room for others, since the start.
     """
 
     def __init__(self, budget: int, shared: bool) -> None:
@@ -52,26 +62,27 @@ class HostTier:
         self._order = GreedyDual()
 
     def get(self, digest: str) -> HostAdapter | None:
-        """The adapter, if it is here; counts as a use."""
+        """The adapter, or None if it is not in the tier. Counts as a use."""
         held = self.adapters.get(digest)
         if held is not None:
             self._touch(held)
         return held
 
     def put(self, held: HostAdapter, keep: Collection[str]) -> bool:
-        """Takes an adapter in; False if there is no room beside those of `keep`."""
+        """Keeps an adapter; False if that would take the room of adapters in `keep`."""
         if held.digest in self.adapters:
             return True
         charge = self.charge(held)
         if not self._make_room(charge, keep):
             return False
+        held.kept = True
         self.adapters[held.digest] = held
         self.nbytes += charge
         self._touch(held)
         return True
 
     def enter_device(self, digest: str) -> None:
-        """Notes that an adapter, if it is here, has been published to a slot."""
+        """Notes that an adapter has been put into a slot. No effect if the tier lacks it."""
         held = self.adapters.get(digest)
         if held is not None:
             self.nbytes -= self.charge(held)
@@ -80,7 +91,7 @@ class HostTier:
             self.nbytes += self.charge(held)
 
     def leave_device(self, digest: str, last_used: float, keep: Collection[str]) -> None:
-        """Notes that an adapter's slot was freed: it stays here if there is room."""
+        """Notes that an adapter's slot was freed; it stays in the tier if there is room."""
         held = self.adapters.pop(digest, None)
         if held is None:
             return
@@ -91,18 +102,18 @@ class HostTier:
             self._order.forget(digest)
 
     def drop(self, digest: str) -> None:
-        """Lets go of an adapter, if it is here."""
+        """Removes an adapter. No effect if the tier lacks it."""
         held = self.adapters.pop(digest, None)
         if held is not None:
             self.nbytes -= self.charge(held)
             self._order.forget(digest)
 
     def charge(self, held: HostAdapter) -> int:
-        """Bytes of host memory that it takes beyond what its slot takes."""
+        """Bytes of host memory that an adapter takes beyond those of its slot."""
         return 0 if self.shared and held.on_device else held.adapter.nbytes
 
     def check(self) -> None:
-        """Verifies the bytes. Raises `AssertionError`."""
+        """Verifies the byte counts. Raises `AssertionError`."""
         assert self.nbytes == sum(map(self.charge, self.adapters.values())), "bytes were lost"
         assert self.nbytes <= self.budget, "the host tier takes more than its budget"
 

@@ -1,7 +1,7 @@
-"""The threads that read adapter files and compute merges, so that the engine's own never does.
+"""Threads that read adapter files and compute merges while the engine's own thread steps.
 
-There are two lanes. What somebody's turn waits for may take both; what is done in the background
-(reading ahead, merging) at most one, so it never stands in the way of a read that is waited for.
+There are two lanes. A read that requests wait for may take either; background tasks (reading ahead,
+merging) take all but one together, so they never delay a read that is waited for.
 """
 
 from __future__ import annotations
@@ -24,30 +24,31 @@ from loraplex_server.engine.runner.protocol import LoadedAdapter, MergedWeights,
 
 log = logging.getLogger(__name__)
 
-NICER_BY = 10
+NICE = 10
+"""Added to the niceness of loader threads (Linux)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """The job of reading an adapter from the store."""
+    """Task: read an adapter's files and pack its weights."""
 
     ref: AdapterRef
 
 
 @dataclass(frozen=True, slots=True)
 class MergeWeights:
-    """The job of computing dense copies; the adapter is read first if None is given."""
+    """Task: compute an adapter's dense copies. Without `adapter`, its files are read first."""
 
     ref: AdapterRef
     adapter: LoadedAdapter | None
 
 
-Job = Read | MergeWeights
+LoaderTask = Read | MergeWeights
 
 
 @dataclass(frozen=True, slots=True)
 class ReadResult:
-    """What came of reading `ref`: an adapter or a failure, and how long it took."""
+    """Result of `Read`: the packed adapter or a failure, and the seconds taken."""
 
     ref: AdapterRef
     adapter: LoadedAdapter | None
@@ -57,7 +58,7 @@ class ReadResult:
 
 @dataclass(frozen=True, slots=True)
 class MergeResult:
-    """What came of merging `ref`: dense copies or a failure, and how long it took."""
+    """Result of `MergeWeights`: the dense copies or a failure, and the seconds taken."""
 
     ref: AdapterRef
     merged: MergedWeights | None
@@ -65,43 +66,45 @@ class MergeResult:
     seconds: float = 0.0
 
 
-Result = ReadResult | MergeResult
+LoaderResult = ReadResult | MergeResult
 
 
 class Loader(Protocol):
-    """Does jobs beside the engine's thread, `lanes` (two or more) at a time."""
+    """Runs up to `lanes` (at least two) tasks at a time, off the engine's thread."""
 
     lanes: int
 
-    def start(self, job: Job) -> None:
-        """Begins a job. Called only when a lane is free."""
+    def start(self, task: LoaderTask) -> None:
+        """Starts a task. Called only while a lane is free."""
 
-    def poll(self) -> Result | None:
-        """A result, once, when there is one. Never waits."""
+    def poll(self) -> LoaderResult | None:
+        """Takes out one result; None if there is none. Never blocks."""
 
 
-def work(runner: ModelRunner, job: Job, clock: Callable[[], float] = time.monotonic) -> Result:
-    """Does a job; every exception becomes a failure whose text is safe to show."""
+def execute(
+    runner: ModelRunner, task: LoaderTask, clock: Callable[[], float] = time.monotonic
+) -> LoaderResult:
+    """Runs a task. Every exception becomes a failure whose text a client may see."""
     begun = clock()
-    match job:
+    match task:
         case Read():
             try:
-                adapter = _read(runner, job.ref)
-                return ReadResult(job.ref, adapter, None, clock() - begun)
+                adapter = _read(runner, task.ref)
+                return ReadResult(task.ref, adapter, None, clock() - begun)
             except Exception as error:
-                failure = failure_of(error, f"reading adapter {job.ref.digest}")
-                return ReadResult(job.ref, None, failure, clock() - begun)
+                failure = failure_of(error, f"reading adapter {task.ref.digest}")
+                return ReadResult(task.ref, None, failure, clock() - begun)
         case MergeWeights():
             try:
-                merged = runner.merge_adapter(job.adapter or _read(runner, job.ref))
-                return MergeResult(job.ref, merged, None, clock() - begun)
+                merged = runner.merge_adapter(task.adapter or _read(runner, task.ref))
+                return MergeResult(task.ref, merged, None, clock() - begun)
             except Exception as error:
-                failure = failure_of(error, f"merging adapter {job.ref.digest}")
-                return MergeResult(job.ref, None, failure, clock() - begun)
+                failure = failure_of(error, f"merging adapter {task.ref.digest}")
+                return MergeResult(task.ref, None, failure, clock() - begun)
 
 
 def failure_of(error: Exception, doing: str) -> Failure:
-    """The failure to report: an `Refusal`'s own words; anything else goes to the log."""
+    """The failure to report for `error`; anything that is not a `Refusal` is logged instead."""
     if isinstance(error, Refusal):
         return Failure(error.reason, error.message)
     log.error("%s failed", doing, exc_info=error)
@@ -114,81 +117,81 @@ def _read(runner: ModelRunner, ref: AdapterRef) -> LoadedAdapter:
 
 
 class ThreadLoader:
-    """A `Loader` with a thread for each lane; `wake` is called from them after every job."""
+    """A `Loader` with one thread per lane; each calls `wake` after every task."""
 
     def __init__(
         self, runner: ModelRunner, wake: Callable[[], None] = lambda: None, lanes: int = 2
     ) -> None:
         self._runner = runner
         self._wake = wake
-        self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
-        self._results: queue.SimpleQueue[Result] = queue.SimpleQueue()
+        self._tasks: queue.SimpleQueue[LoaderTask] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[LoaderResult] = queue.SimpleQueue()
         self.lanes = lanes
         for lane in range(lanes):
             name = f"adapter loader {lane}"
             threading.Thread(target=self._work, name=name, daemon=True).start()
 
-    def start(self, job: Job) -> None:
-        self._jobs.put(job)
+    def start(self, task: LoaderTask) -> None:
+        self._tasks.put(task)
 
-    def poll(self) -> Result | None:
+    def poll(self) -> LoaderResult | None:
         try:
             return self._results.get_nowait()
         except queue.Empty:
             return None
 
     def _work(self) -> None:
-        _step_back()
+        _lower_priority()
         while True:
-            self._results.put(work(self._runner, self._jobs.get()))
+            self._results.put(execute(self._runner, self._tasks.get()))
             self._wake()
 
 
-def _step_back() -> None:
-    """Lowers this thread's priority.
+def _lower_priority() -> None:
+    """Raises this thread's niceness by `NICE`; on Linux only.
 
-    A pass ends when the slowest of its threads does, so a loader that takes a tenth of one core
-    from one of them slows every row by that tenth. Niceness, not an idle class: under full load a
-    load must still come to its end, and idle cores are used in full either way. On Linux niceness
-    belongs to the thread; elsewhere to the whole process, where it would help nobody.
+    A forward pass ends with the slowest of its threads, so a loader that takes a tenth of one core
+    from one of them slows every row by that tenth. Niceness and not an idle class: under full load
+    a load must still end, and idle cores are used in full either way. On Linux niceness belongs to
+    the thread; elsewhere it belongs to the whole process, where raising it would gain nothing.
     """
     if sys.platform == "linux":
         thread = threading.get_native_id()
-        nicer = min(os.getpriority(os.PRIO_PROCESS, thread) + NICER_BY, 19)
+        nicer = min(os.getpriority(os.PRIO_PROCESS, thread) + NICE, 19)
         os.setpriority(os.PRIO_PROCESS, thread, nicer)
 
 
-class Desk:
-    """Hands jobs to a loader, and keeps one lane free of background work."""
+class LoadLanes:
+    """Counts the busy lanes of a loader, and keeps one free of background tasks."""
 
     def __init__(self, loader: Loader) -> None:
-        assert loader.lanes >= 2, "background work would take the only lane"
+        assert loader.lanes >= 2, "background tasks would take the only lane"
         self._loader = loader
         self._busy = 0
-        self._background: set[tuple[type[Job], str]] = set()
+        self._background: set[tuple[type[LoaderTask], str]] = set()
 
     @property
     def is_quiet(self) -> bool:
-        """Whether no lane is busy, so that nothing but the pass itself takes processor time."""
+        """Whether no task runs, so that a forward pass has the processor to itself."""
         return self._busy == 0
 
-    def has_lane(self, background: bool) -> bool:
-        """Whether such a job may start now."""
+    def is_free(self, background: bool) -> bool:
+        """Whether a task may start now."""
         if self._busy >= self._loader.lanes:
             return False
         return not background or len(self._background) < self._loader.lanes - 1
 
-    def start(self, job: Job, background: bool) -> None:
-        """Begins a job. There must be a lane for it."""
-        assert self.has_lane(background), "a job is started without a lane"
+    def start(self, task: LoaderTask, background: bool) -> None:
+        """Starts a task. A lane must be free for it."""
+        assert self.is_free(background), "a task is started without a lane"
         self._busy += 1
         if background:
-            self._background.add((type(job), job.ref.digest))
-        self._loader.start(job)
+            self._background.add((type(task), task.ref.digest))
+        self._loader.start(task)
 
-    def finished(self) -> list[Result]:
-        """Takes out what jobs have come to since the last call."""
-        results: list[Result] = []
+    def finished(self) -> list[LoaderResult]:
+        """Takes out the results of the tasks that ended since the last call."""
+        results: list[LoaderResult] = []
         while (result := self._loader.poll()) is not None:
             self._busy -= 1
             kind = Read if isinstance(result, ReadResult) else MergeWeights

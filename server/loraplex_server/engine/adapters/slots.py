@@ -1,11 +1,15 @@
-"""The adapters on the device: which slot each has, who uses it, what it takes.
+"""Adapters on the device: the slot, the pins, the bytes and the KV blocks of each.
 
-An adapter in a slot is pinned by every request that computes with it. A pin names the slot and the
-slot's generation, which grows with each adapter put there; weights leave a slot only when no pin is
-left. So a running request can never meet other weights than those it was given.
+Every request that computes with an adapter pins it. A pin names the slot and the slot's generation,
+which grows with each adapter put there; weights leave a slot only when no pin is left. So a running
+request never computes with other weights than those it was granted.
 
-A slot has bytes of the adapter budget and, for an adapter with virtual tokens, KV blocks of those
-set aside. Both go when the slot is freed, and not before.
+An adapter in a slot takes bytes of the adapter budget and, if it has virtual tokens, KV blocks of
+those set aside. Both are freed with the slot, and not before.
+
+    Request --pins--> Resident (slot, generation, refs) --owns--> prefix blocks
+                          |
+                          +-- the slot's weights and dense copies belong to the runner
 """
 
 from __future__ import annotations
@@ -16,9 +20,9 @@ from dataclasses import dataclass
 from loraplex_model.base.faults import reach
 
 from loraplex_server.engine.adapters.eviction import GreedyDual
+from loraplex_server.engine.adapters.host_tier import HostAdapter
 from loraplex_server.engine.batching.kv import BlockPool
 from loraplex_server.engine.batching.request import Pin, Prefix
-from loraplex_server.engine.messages import AdapterRef
 from loraplex_server.engine.runner.protocol import LoadedAdapter, ModelRunner
 
 
@@ -27,12 +31,16 @@ class Resident:
     """An adapter on the device.
 
     Attributes:
+        generation: number of adapters that the slot has held, this one included.
+        merge_nbytes: bytes that its dense copies would take; 0 if it cannot be merged.
         prefix: its virtual tokens, in `blocks` of those set aside.
-        merge_nbytes, merged_bytes: what its dense copies would take, and what they take.
-        load_seconds: how long its load took; reload_seconds: how long one from the store takes.
-        last_used: of the engine's clock; 0 if never.
-        refs: requests that hold it. draining: lets nobody in.
-        pinned, merge_ordered: held on the device by order, until another order.
+        load_seconds: duration of its load.
+        reload_seconds: duration of a load from its files.
+        last_used: time on the engine's clock; 0 if never.
+        refs: requests that have it pinned.
+        draining: it takes no new pins and is removed with the last one.
+        pinned, merge_ordered: held on the device by an operator's order.
+        merged_bytes: bytes of its dense copies; 0 unless merged.
     """
 
     digest: str
@@ -54,12 +62,21 @@ class Resident:
 
     @property
     def held(self) -> bool:
-        """Whether it may not be evicted even when nobody uses it."""
+        """Whether an order holds it on the device, so that it is never evicted."""
         return self.pinned or self.merge_ordered
 
 
 class AdapterSlots:
-    """The slots of a runner, and the bytes and prefix blocks that they may hold together."""
+    """The slots of a runner, within its adapter bytes and prefix blocks.
+
+    Attributes:
+        budget: bytes that all adapters on the device may take.
+        nbytes: bytes that they take.
+        residents: adapters on the device, by digest.
+        evictions: adapters removed to make room for others, since the start.
+        version: grows whenever an adapter's status changes by more than references and times.
+        uses: grows whenever references and times change.
+    """
 
     def __init__(self, runner: ModelRunner, clock: Callable[[], float]) -> None:
         self._runner = runner
@@ -72,17 +89,19 @@ class AdapterSlots:
         self.budget = runner.adapter_budget_bytes
         self.nbytes = 0
         self.residents: dict[str, Resident] = {}
+        self.evictions = 0
+        self.version = 0
+        self.uses = 0
 
     @property
     def prefix_blocks(self) -> int:
-        """Blocks in use, of those set aside for virtual tokens."""
+        """Number of blocks in use, of those set aside for virtual tokens."""
         return self._blocks.used
 
-    def publish(
-        self, ref: AdapterRef, adapter: LoadedAdapter, read_seconds: float, from_host: bool
-    ) -> Resident:
-        """Puts an adapter into a free slot. There must be room. Passes the runner's errors on."""
-        assert ref.digest not in self.residents, "an adapter is loaded twice"
+    def publish(self, held: HostAdapter) -> Resident:
+        """Puts an adapter into a free slot. There must be room. Raises the runner's errors."""
+        adapter = held.adapter
+        assert held.digest not in self.residents, "an adapter is loaded twice"
         assert self.victims(adapter, ()) == [], "an adapter is published without room for it"
         slot = self._free[-1]
         blocks = self._blocks.reserve(self._blocks.blocks_for(adapter.virtual_tokens))
@@ -98,64 +117,79 @@ class AdapterSlots:
         self._generations[slot] += 1
         self.nbytes += adapter.nbytes
         resident = Resident(
-            digest=ref.digest,
-            path=ref.path,
+            digest=held.digest,
+            path=held.ref.path,
             slot=slot,
             generation=self._generations[slot],
             nbytes=adapter.nbytes,
             merge_nbytes=adapter.merge_nbytes,
             prefix=Prefix.of(adapter.virtual_tokens, tuple(blocks), self._runner.block_size),
             blocks=tuple(blocks),
-            load_seconds=seconds if from_host else read_seconds + seconds,
-            reload_seconds=read_seconds + seconds,
+            load_seconds=seconds if held.kept else held.read_seconds + seconds,
+            reload_seconds=held.read_seconds + seconds,
         )
-        self.residents[ref.digest] = resident
+        self.residents[held.digest] = resident
+        self.version += 1
         self._touch(resident)
         return resident
 
     def remove(self, resident: Resident, evicted: bool) -> None:
-        """Frees the slot of an adapter that nobody uses; `evicted` if it has to make room."""
+        """Frees the slot of an adapter without pins; `evicted` if it makes room for another."""
         assert resident.refs == 0, "an adapter in use is removed"
         self._runner.remove_adapter(resident.slot)
         del self.residents[resident.digest]
         self._free.append(resident.slot)
         self._blocks.release(resident.blocks)
         self.nbytes -= resident.nbytes
+        self.version += 1
         if evicted:
+            self.evictions += 1
             self._order.evict(resident.digest)
         else:
             self._order.forget(resident.digest)
 
+    def set_pinned(self, resident: Resident, pinned: bool) -> None:
+        """Holds an adapter on the device by order, or ends that."""
+        resident.pinned = pinned
+        self.version += 1
+
+    def drain(self, resident: Resident) -> None:
+        """Closes an adapter to new pins; it is to be removed when it has none."""
+        resident.draining = True
+        self.version += 1
+
     def pin(self, digest: str) -> Pin:
-        """Holds a resident adapter in its slot."""
+        """Pins a resident adapter in its slot."""
         resident = self.residents[digest]
         resident.refs += 1
+        self.uses += 1
         resident.last_used = self._clock()
         self._touch(resident)
         return Pin(digest, resident.slot, resident.generation)
 
     def unpin(self, pin: Pin) -> None:
-        """Gives up a hold."""
+        """Releases a pin."""
         resident = self.residents[pin.digest]
         assert (resident.slot, resident.generation) == (pin.slot, pin.generation), "a stale pin"
         assert resident.refs > 0, "a pin is given back twice"
         resident.refs -= 1
+        self.uses += 1
         resident.last_used = self._clock()
         if resident.refs == 0:
-            # While in use, the order of eviction stays as it was, so that who was asked to make
-            # room stays asked; out of use, its recency counts from now.
+            # While adapters are in use their eviction order stays as it is, so that the victims
+            # chosen to make room stay the victims; out of use, recency counts from now.
             self._touch(resident)
 
     def fits_alone(self, adapter: LoadedAdapter) -> bool:
-        """Whether an adapter could be published if nothing else were on the device."""
+        """Whether an adapter could be published on an empty device."""
         blocks = self._blocks.blocks_for(adapter.virtual_tokens)
         return adapter.nbytes <= self.budget and blocks <= self._blocks.num_blocks
 
     def may_hold(self, resident: Resident) -> bool:
-        """Whether the adapters that are held on the device may be one more.
+        """Whether an order may hold `resident` too.
 
-        Together they take at most half of the bytes, of the slots and of the prefix blocks: the
-        other half goes round among all the others, so that nothing up to that size is shut out.
+        Held adapters take at most half of the bytes, of the slots and of the prefix blocks, so
+        every adapter that fits into the other half can still be loaded.
         """
         held = [r for r in self.residents.values() if r.held or r is resident]
         return (
@@ -165,11 +199,11 @@ class AdapterSlots:
         )
 
     def victims(self, adapter: LoadedAdapter, keep: Collection[str]) -> list[Resident] | None:
-        """The adapters whose leaving makes room for one more, none of `keep` among them.
+        """Adapters whose removal makes room for `adapter`; None if no removal makes enough.
 
-        First those that are leaving anyway, then those out of use, then the others, each by
-        `GreedyDual`; whoever has nothing of what is short is passed over, and who is held by order
-        stays. None if there is not room enough even without all of them.
+        Draining adapters come first, then those without pins, then the others, each in the order of
+        `GreedyDual`. Adapters in `keep`, adapters held by order, and adapters that take nothing of
+        what is short are passed over.
         """
         nbytes = self.nbytes + adapter.nbytes - self.budget
         blocks = self._blocks.blocks_for(adapter.virtual_tokens) - self._blocks.free

@@ -1,4 +1,4 @@
-"""What the engine tells of each adapter."""
+"""The table of adapters that the engine sends to the front."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from loraplex_server.engine.messages import AdapterStatus
 
 
 def statuses(slots: AdapterSlots, host: HostTier, fetching: Fetching) -> list[AdapterStatus]:
-    """Every adapter that is on the device, in host memory, or on its way."""
+    """Status of every adapter that is on the device, in host memory, being read or staged."""
     rows = [_on_device(resident, host) for resident in slots.residents.values()]
     coming = {ref.digest: ref.path for ref in fetching.coming}
     for held in host.adapters.values():
@@ -45,7 +45,7 @@ def _in_host_memory(held: HostAdapter, state: str, host: HostTier) -> AdapterSta
         state=state,
         bytes=0,
         refs=0,
-        path=held.path,
+        path=held.ref.path,
         host_bytes=host.charge(held),
         last_used=held.last_used,
         load_seconds=held.read_seconds,

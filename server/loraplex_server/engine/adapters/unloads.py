@@ -8,7 +8,7 @@ from loraplex_server.engine.messages import ControlDone, Unload
 
 
 class Unloads:
-    """Unanswered orders, by adapter."""
+    """Unanswered orders to unload, by adapter."""
 
     def __init__(self) -> None:
         self._orders: dict[str, list[Unload]] = {}
@@ -20,15 +20,15 @@ class Unloads:
         return digest in self._orders
 
     def add(self, order: Unload) -> None:
-        """Takes one more."""
+        """Adds an order."""
         self._orders.setdefault(order.digest, []).append(order)
 
     def answered(self, digest: str) -> list[ControlDone]:
-        """Takes out an adapter's orders: it is gone. Returns their answers."""
+        """Removes the orders for an adapter that is gone, and returns their answers."""
         return [ControlDone(order.op) for order in self._orders.pop(digest, ())]
 
     def overdue(self, now: float) -> list[str]:
-        """Adapters with an order that has come to its deadline. Each order is found once."""
+        """Adapters with an order whose deadline has passed. Each order is returned once."""
         found: list[str] = []
         for digest, orders in self._orders.items():
             for at, order in enumerate(orders):
@@ -39,6 +39,6 @@ class Unloads:
 
     @property
     def deadline(self) -> float | None:
-        """The next deadline."""
+        """The earliest deadline; None if no order has one."""
         ends = [order.deadline for orders in self._orders.values() for order in orders]
         return min((end for end in ends if end is not None), default=None)

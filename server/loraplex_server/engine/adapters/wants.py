@@ -1,4 +1,4 @@
-"""What is waited for: adapters that are needed together, and what came of it."""
+"""Wants: adapters that a request or an order needs on the device together, and the outcome."""
 
 from __future__ import annotations
 
@@ -7,33 +7,45 @@ from dataclasses import dataclass, field
 
 from loraplex_server.engine.adapters.slots import Resident
 from loraplex_server.engine.batching.request import Request
-from loraplex_server.engine.messages import AdapterRef, Failure, Load, Merge, Pin
+from loraplex_server.engine.messages import AdapterRef, Failure, Load, Merge, Reply, SetPinned
 
-Order = Load | Pin | Merge
+LoadOrder = Load | SetPinned | Merge
+"""Orders that are carried out once their adapter is on the device."""
 
 
 @dataclass(slots=True, eq=False)
 class Want:
-    """Adapters that are needed together: by a request, or by an order for one adapter."""
+    """Adapters by digest that a request needs together, or the one adapter of an order."""
 
     refs: dict[str, AdapterRef]
     request: Request | None = None
-    order: Order | None = None
+    order: LoadOrder | None = None
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Settled:
-    """What a step brought: who has its adapters now, and who never will."""
+    """What one call of `settle` brought about.
+
+    Attributes:
+        granted: requests that have all their adapters pinned now.
+        refused: requests that cannot have their adapters, each with the reason.
+        replies: answers to orders, and notices of loads and merges that ended.
+        published: an adapter was put on the device.
+        more: another call would go on at once.
+    """
 
     granted: list[Request] = field(default_factory=list)
     refused: list[tuple[Request, Failure]] = field(default_factory=list)
+    replies: list[Reply] = field(default_factory=list)
+    published: bool = False
+    more: bool = False
 
 
 class Wants:
-    """All wants, the oldest first, by a key that grows.
+    """All open wants by a growing key, the oldest first.
 
-    `residents` is the (changing) table of adapters on the device. A want's turn comes when it is
-    the oldest one that no draining adapter keeps back.
+    The *head* is the oldest want of which no adapter is draining; room is made for it alone.
+    `residents` is the live table of adapters on the device.
     """
 
     def __init__(self, residents: Mapping[str, Resident]) -> None:
@@ -50,64 +62,61 @@ class Wants:
 
     @property
     def requests(self) -> int:
-        """Requests among them."""
+        """Number of wants that belong to requests."""
         return len(self._by_request)
 
     @property
     def digests(self) -> set[str]:
-        """Every adapter that somebody waits for."""
+        """Adapters that any want names."""
         return {digest for want in self._wants.values() for digest in want.refs}
 
     @property
     def head(self) -> int | None:
-        """The want whose turn it is."""
+        """Key of the head want; None if there is none."""
         for key, want in self._wants.items():
             if not any(self._is_draining(digest) for digest in want.refs):
                 return key
         return None
 
     @property
-    def turn(self) -> dict[str, AdapterRef]:
-        """What it still misses."""
+    def head_missing(self) -> dict[str, AdapterRef]:
+        """Adapters that the head want needs and that are not on the device."""
         head = self.head
-        refs = {} if head is None else self._wants[head].refs
-        return {d: ref for d, ref in refs.items() if d not in self._residents}
+        return {} if head is None else self._missing(self._wants[head])
 
     @property
     def missing(self) -> dict[str, AdapterRef]:
-        """What anybody waits for and is not on the device, in the order of the wants."""
-        return {
-            d: ref
-            for want in self._wants.values()
-            for d, ref in want.refs.items()
-            if d not in self._residents
-        }
+        """Adapters that any want needs and that are not on the device, oldest want first."""
+        return {d: ref for want in self._wants.values() for d, ref in self._missing(want).items()}
 
     def add(self, want: Want) -> None:
-        """Takes one more, behind all others."""
+        """Adds a want as the newest."""
         self._next += 1
         self._wants[self._next] = want
         if want.request is not None:
             self._by_request[want.request.id] = self._next
 
     def pop(self, key: int) -> Want:
-        """Takes one out."""
+        """Removes a want and returns it."""
         want = self._wants.pop(key)
         if want.request is not None:
             del self._by_request[want.request.id]
         return want
 
     def forget(self, request: Request) -> None:
-        """Takes a request's out."""
+        """Removes the want of a request."""
         self.pop(self._by_request[request.id])
 
     def items(self) -> list[tuple[int, Want]]:
-        """Keys and wants, the oldest first; may be changed while they are gone through."""
+        """A copy of all keys and wants, the oldest first."""
         return list(self._wants.items())
 
-    def of(self, digest: str) -> list[tuple[int, Want]]:
-        """Those that wait for an adapter."""
+    def naming(self, digest: str) -> list[tuple[int, Want]]:
+        """A copy of the keys and wants that name an adapter, the oldest first."""
         return [(key, want) for key, want in self._wants.items() if digest in want.refs]
+
+    def _missing(self, want: Want) -> dict[str, AdapterRef]:
+        return {d: ref for d, ref in want.refs.items() if d not in self._residents}
 
     def _is_draining(self, digest: str) -> bool:
         return digest in self._residents and self._residents[digest].draining

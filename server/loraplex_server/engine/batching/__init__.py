@@ -1,4 +1,4 @@
-"""Which rows are computed in a step: requests, the scheduler, KV blocks, the batch, the sampler.
+"""The rows of a step: requests, the scheduler, KV blocks, the batch, the sampler.
 
-Owns KV block bookkeeping. Plain Python and numpy: imports neither torch nor grpc.
+Owns the bookkeeping of KV blocks. Plain Python and numpy: imports neither torch nor grpc.
 """

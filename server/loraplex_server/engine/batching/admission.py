@@ -1,4 +1,10 @@
-"""What the engine itself refuses. The front has checked it all before; this is the second line."""
+"""Requests that the engine refuses.
+
+The front has checked every field of a request; what it decides alone is asserted here. A typed
+refusal is left for three things: token ids beyond the model's vocabulary (the front does not check
+those that its tokenizer makes), capacity, and virtual tokens, whose number is certain only once the
+adapter's file has been read.
+"""
 
 from __future__ import annotations
 
@@ -7,37 +13,38 @@ from collections.abc import Collection
 from loraplex_model.base.refusal import Reason
 
 from loraplex_server.engine.batching.request import Request
-from loraplex_server.engine.batching.scheduler import Limits
+from loraplex_server.engine.batching.scheduler import EngineLimits
 from loraplex_server.engine.messages import Failure, ModelInfo, Submit
 
 
 def refusal(
-    submit: Submit, info: ModelInfo, cache_tokens: int, limits: Limits, waiting: int, tokens: int
+    submit: Submit,
+    info: ModelInfo,
+    cache_tokens: int,
+    limits: EngineLimits,
+    waiting: int,
+    waiting_tokens: int,
 ) -> Failure | None:
-    """Why a request cannot be taken; None if it can.
+    """Why a request cannot be accepted; None if it can.
 
-    `cache_tokens` is what the whole KV cache holds; `waiting` requests with `tokens` prompt tokens
-    wait already.
+    `cache_tokens` is the size of the whole KV cache; `waiting` requests with `waiting_tokens`
+    prompt tokens wait already.
     """
-    size = len(submit.token_ids)
-    if size == 0:
-        return Failure(Reason.FIELD_INVALID, "the prompt is empty")
-    if submit.max_new_tokens < 1:
-        return Failure(Reason.FIELD_INVALID, "max_new_tokens must be at least 1")
     vocab_size = info.base.config.vocab_size
-    if not (min(submit.token_ids) >= 0 and max(submit.token_ids) < vocab_size):
+    size, bias = len(submit.token_ids), submit.sampling.logit_bias
+    assert size > 0, "the prompt is empty"
+    assert submit.max_new_tokens >= 1, "max_new_tokens must be at least 1"
+    assert not bias or 0 <= min(bias) <= max(bias) < vocab_size, "a biased token is unknown"
+    if not 0 <= min(submit.token_ids) <= max(submit.token_ids) < vocab_size:
         return Failure(Reason.FIELD_INVALID, f"token ids must be below {vocab_size}")
-    bias = submit.sampling.logit_bias
-    if bias and not (min(bias) >= 0 and max(bias) < vocab_size):
-        return Failure(Reason.FIELD_INVALID, f"logit_bias ids must be below {vocab_size}")
     longest = min(info.max_context, cache_tokens + 1)
     if size + submit.max_new_tokens > longest:
         text = f"{size} prompt tokens and {submit.max_new_tokens} new ones are more than {longest}"
         return Failure(Reason.PROMPT_TOO_LONG, text)
     if waiting >= limits.max_waiting:
         return Failure(Reason.OVERLOADED, f"{waiting} requests are waiting already")
-    if waiting and tokens + size > limits.max_waiting_tokens:
-        return Failure(Reason.OVERLOADED, f"{tokens} prompt tokens are waiting already")
+    if waiting and waiting_tokens + size > limits.max_waiting_tokens:
+        return Failure(Reason.OVERLOADED, f"{waiting_tokens} prompt tokens are waiting already")
     return None
 
 
@@ -51,8 +58,8 @@ def prefix_refusal(
 ) -> Failure | None:
     """Why a request cannot use an adapter with `virtual_tokens`; None if it can.
 
-    `digests` are all the adapters that it names. Virtual tokens have no weight, and those of two
-    adapters no common order, so such an adapter is used alone and in full.
+    `digests` are all the adapters that the request names. Virtual tokens have no weight, and those
+    of two adapters have no common order, so such an adapter is used alone and at weight 1.
     """
     if not virtual_tokens:
         return None

@@ -1,7 +1,7 @@
-"""KV blocks: which are free, and who may take them. The memory itself belongs to the runner.
+"""Bookkeeping of KV blocks. The memory itself belongs to the runner.
 
 A block has exactly one owner at a time: the pool, or the one request or adapter that reserved it.
-So every block is free or used, never both and never neither; `check` says whether that still holds.
+So every block is either free or used; `check` verifies that.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from collections.abc import Iterable
 
 
 class OutOfBlocks(Exception):
-    """More blocks were asked for than are free."""
+    """More blocks were requested than are free."""
 
 
 class BlockPool:
     """`num_blocks` blocks of `block_size` tokens each, numbered from `first` on.
 
-    The cache proper begins at 0 and cannot be empty; a region set aside behind it can.
+    The cache proper starts at block 0 and cannot be empty; a region set aside behind it can.
     """
 
     def __init__(self, num_blocks: int, block_size: int, first: int = 0) -> None:
@@ -30,20 +30,20 @@ class BlockPool:
 
     @property
     def free(self) -> int:
-        """Blocks that can be reserved now."""
+        """Number of blocks that can be reserved now."""
         return len(self._free)
 
     @property
     def used(self) -> int:
-        """Blocks that have an owner."""
+        """Number of reserved blocks."""
         return self.num_blocks - len(self._free)
 
     def blocks_for(self, tokens: int) -> int:
-        """Blocks that hold `tokens` tokens of one sequence."""
+        """Number of blocks that hold `tokens` tokens of one sequence."""
         return -(-tokens // self.block_size)
 
     def reserve(self, count: int) -> list[int]:
-        """Hands out `count` blocks. Raises `OutOfBlocks` and hands out none if there are fewer."""
+        """Reserves `count` blocks. Raises `OutOfBlocks`, and reserves none, if fewer are free."""
         if count > len(self._free):
             raise OutOfBlocks(f"{count} blocks asked for, {len(self._free)} free")
         taken = [self._free.pop() for _ in range(count)]
@@ -52,7 +52,7 @@ class BlockPool:
         return taken
 
     def release(self, blocks: Iterable[int]) -> None:
-        """Takes blocks back from their owner."""
+        """Frees reserved blocks."""
         for block in blocks:
             assert self._is_used[block - self._first], f"block {block} is free already"
             self._is_used[block - self._first] = 0

@@ -1,4 +1,4 @@
-"""From the scheduler's rows to the flat arrays of a forward pass."""
+"""Lays the scheduler's rows out as the flat arrays of a forward pass."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 from loraplex_model.base.batch import ForwardBatch
 
-from loraplex_server.engine.batching.scheduler import Logits, Row
+from loraplex_server.engine.batching.scheduler import BatchRow, Logits
 
 
-def lay_out(rows: Sequence[Row]) -> ForwardBatch:
-    """Lays the rows side by side, in their order. Work per row, not per token of context."""
+def lay_out(rows: Sequence[BatchRow]) -> ForwardBatch:
+    """The batch of `rows`, in their order. Costs time per row, not per token of context."""
     counts = [row.count for row in rows]
     starts = np.zeros(len(rows) + 1, np.int32)
     np.cumsum(counts, out=starts[1:])

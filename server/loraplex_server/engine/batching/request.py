@@ -1,7 +1,10 @@
-"""One request inside the engine: what was asked, how far it has come, what it holds.
+"""One request inside the engine: its parameters, its progress and the resources it holds.
 
-A request holds three kinds of things, each given and taken back in one place: KV blocks (by the
-scheduler), adapter pins (by the residency), and its place in a queue (by whichever has it).
+A request holds three kinds of resources. Each kind has one owner that grants and takes back:
+
+    KV blocks            Scheduler
+    adapter pins         Residency
+    place in a queue     Wants (FETCHING), Scheduler.queue (QUEUED), Scheduler.running (RUNNING)
 """
 
 from __future__ import annotations
@@ -18,21 +21,21 @@ if TYPE_CHECKING:
 
 
 class RequestState(Enum):
-    """Where a request is. `FETCHING` and `QUEUED` wait; only `QUEUED` and `RUNNING` hold pins."""
+    """Stage of a request. Adapter pins are held in `QUEUED` and `RUNNING` only."""
 
     FETCHING = "fetching"
-    """Waits until its adapters are on the device."""
+    """Its adapters are not all on the device."""
     QUEUED = "queued"
-    """Waits for KV blocks and a place among the running, for the first time or after preemption."""
+    """It waits for KV blocks and a place among the running requests, first or after preemption."""
     RUNNING = "running"
-    """Owns KV blocks and takes part in steps."""
+    """It owns KV blocks and takes part in steps."""
     DONE = "done"
-    """Has had its last output; holds nothing."""
+    """It has had its last output and holds nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pin:
-    """One request's hold on one adapter."""
+    """A request's hold on one adapter: the adapter stays in this slot until it is released."""
 
     digest: str
     slot: int
@@ -41,15 +44,18 @@ class Pin:
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """The virtual tokens that an adapter puts before a prompt, as they lie in the KV cache.
+    """The virtual tokens that an adapter puts before a prompt, as blocks of the KV cache.
 
-    The blocks belong to the adapter and are only read. The last one, if it is part full, is copied
-    into the request's own first block, where the request's tokens go on.
+    The blocks belong to the adapter and are read-only. The last one, if it is part full, is copied
+    into the request's own first block, and the request's tokens follow there.
+
+        block table:  shared | shared | own (copy of tail, then own tokens) | own | ...
 
     Attributes:
-        count: virtual tokens; the request's own stand at positions `count`, `count + 1`, ...
-        shared: the full blocks, with which its block table begins.
-        rest: tokens in the part-full block `tail`; 0 and None if there is none.
+        count: number of virtual tokens; the request's own start at position `count`.
+        shared: the full blocks, with which the request's block table begins.
+        rest: number of tokens in the part-full block `tail`; 0 if there is none.
+        tail: the part-full block; None if there is none.
     """
 
     count: int = 0
@@ -71,16 +77,16 @@ class Request:
     """The state of one request.
 
     Attributes:
-        tokens: the prompt, then what was generated.
-        prompt_len: how many of `tokens` are the prompt.
-        computed: how many of `tokens` are in the KV cache; falls to 0 at preemption.
-        scored: how many prompt tokens have had their log-probability taken, the first one counted
-            (it has none); never falls, so nothing is reported twice.
-        blocks: the KV blocks it owns, in the order of its tokens (int32).
-        prefix: the virtual tokens before its own, set while it holds pins.
-        mix: `(slot, weight)` pairs, set while it holds pins.
-        order: sorts before whatever must be served later: by priority, then by arrival.
-        draw: the sampling parameters at work.
+        tokens: the prompt, then the generated tokens (int32).
+        prompt_len: number of prompt tokens.
+        computed: number of `tokens` in the KV cache; 0 again after preemption.
+        scored: number of prompt tokens whose log-probability has been taken, counting the first
+            (it has none); never falls, so none is reported twice.
+        blocks: KV blocks that the request owns, in the order of its tokens (int32).
+        prefix: virtual tokens before its own; set while it holds pins.
+        mix: `(slot, weight)` pairs; set while it holds pins.
+        order: sort key; smaller is served earlier. By priority, then by arrival.
+        draw: state of sampling.
     """
 
     __slots__ = (
@@ -104,7 +110,7 @@ class Request:
     )
 
     def __init__(self, submit: Submit, arrival: int, now: float, draw: Draw) -> None:
-        """`arrival` counts requests, `now` is in seconds of the engine's clock."""
+        """`arrival` is the request's number in order of arrival, `now` the engine's clock."""
         self.id = submit.id
         self.submit = submit
         self.tokens = array("i", submit.token_ids)
@@ -124,18 +130,23 @@ class Request:
         self.draw = draw
 
     @property
+    def sole_adapter(self) -> str | None:
+        """Digest of the adapter that the request uses alone at weight 1; None otherwise."""
+        return self.pins[0].digest if len(self.mix) == 1 and self.mix[0][1] == 1.0 else None
+
+    @property
     def generated(self) -> int:
-        """How many tokens it has been given so far."""
+        """Number of tokens generated so far."""
         return len(self.tokens) - self.prompt_len
 
     @property
     def remaining(self) -> int:
-        """Tokens that must be computed before the next one can be chosen; 1 when decoding."""
+        """Number of tokens to compute before the next one can be chosen; 1 when decoding."""
         return len(self.tokens) - self.computed
 
     @property
     def in_own_blocks(self) -> int:
-        """Tokens that its own blocks must hold now, with the part-full block's virtual ones."""
+        """Number of tokens that its own blocks must hold now, the prefix's `rest` included."""
         return self.prefix.rest + len(self.tokens)
 
     @property
@@ -145,10 +156,10 @@ class Request:
 
     @property
     def most_tokens(self) -> int:
-        """Tokens of its own that the KV cache can ever hold for it: the last is never computed."""
+        """Upper bound of its own tokens in the KV cache: the last one is never computed."""
         return self.prompt_len + self.submit.max_new_tokens - 1
 
     def append(self, token: int) -> None:
-        """Takes a generated token that does not end the request, or ends it by length."""
+        """Adds a generated token that does not end the request."""
         self.tokens.append(token)
         self.draw.saw(token)

@@ -1,8 +1,8 @@
 """Choosing the next token of each row.
 
-A row's token depends on its own logits, parameters, seed and position alone: whatever is reduced
-over the vocabulary is reduced row by row, so that not one bit of it can depend on the batch mates.
-Only what is exact in any order (the largest logit, finiteness) is taken for all rows at once.
+A row's token depends on its own logits, parameters, seed and position alone: reductions over the
+vocabulary run row by row, so not one bit of the result can depend on the other rows of the batch.
+Only reductions that are exact in any order (largest logit, finiteness) run over all rows at once.
 
 The order of operations is that of Hugging Face `generate`: bias, penalties, temperature, top-k,
 top-p, min-p. Penalties follow vLLM: repetition over prompt and output, presence and frequency over
@@ -20,18 +20,18 @@ from loraplex_server.engine.messages import Logprobs, SamplingParams
 
 Floats = NDArray[np.float32]
 NON_FINITE = -1
-"""In place of a token: the row's logits are not all finite."""
+"""Returned in place of a token if the row's logits are not all finite."""
 
 _MASK = (1 << 64) - 1
 _SEGMENT = 256
 _HUGE = np.float32(1e30)
-"""Beyond any real logit, and still finite after every adjustment."""
+"""Larger than any real logit, and still finite after every adjustment."""
 _TINY = 1e-37
-"""Divisors below it would be 0 in float32."""
+"""Smallest divisor used; smaller ones would be 0 in float32."""
 
 
 class Draw:
-    """One request's sampling parameters at work: its random numbers and the tokens it has seen."""
+    """State of one request's sampling: its parameters, random numbers and tokens so far."""
 
     __slots__ = ("_bias_ids", "_bias_values", "_counts", "_index", "_output", "_seen", "params")
 
@@ -47,7 +47,7 @@ class Draw:
 
     @property
     def is_plain_greedy(self) -> bool:
-        """Whether the token is simply the one with the largest logit."""
+        """Whether the next token is the one with the largest unadjusted logit."""
         return (
             self.params.temperature == 0.0
             and not len(self._bias_ids)
@@ -56,7 +56,7 @@ class Draw:
         )
 
     def saw(self, token: int) -> None:
-        """Takes note of a token that was generated."""
+        """Notes a generated token."""
         self._index += 1
         if self._seen is not None:
             self._seen[token] = None
@@ -64,7 +64,7 @@ class Draw:
             self._counts[token] = self._counts.get(token, 0) + 1
 
     def choose(self, logits: Floats) -> int:
-        """The next token, given finite logits [vocab]; calling it twice gives the same."""
+        """The next token, from finite logits [vocab]. Repeating the call gives the same token."""
         adjusted = self._adjust(logits)
         if self.params.temperature == 0.0:
             return int(adjusted.argmax())
@@ -75,7 +75,7 @@ class Draw:
         return at if ids is None else int(ids[at])
 
     def _adjust(self, logits: Floats) -> Floats:
-        """Applies bias and penalties, to a copy if there are any."""
+        """Logits [vocab] after bias and penalties; the same array if there are none."""
         if not len(self._bias_ids) and self._seen is None and self._counts is None:
             return logits
         logits = logits.clip(-_HUGE, _HUGE)
@@ -107,10 +107,10 @@ def sample(logits: Floats, draws: Sequence[Draw]) -> list[int]:
 
 
 def finite_rows(logits: Floats) -> list[bool]:
-    """Whether each row of `logits` [rows, vocab] is finite throughout."""
+    """For each row of `logits` [rows, vocab], whether all its values are finite."""
     with np.errstate(over="ignore", invalid="ignore"):
         sums = logits.sum(axis=1)
-    # A sum is not finite if an addend is not. Huge addends can make it so too, so look again.
+    # A sum is not finite if an addend is not. Huge finite addends can overflow too: look again.
     finite: list[bool] = np.isfinite(sums).tolist()
     if all(finite):
         return finite
@@ -122,9 +122,9 @@ def candidates(
 ) -> tuple[NDArray[np.int64] | None, Floats]:
     """The tokens to draw from, in the order of their ids, and their weights.
 
-    `logits` [vocab] are divided by the temperature already, and the largest is 0. Weights are
-    probabilities up to a common factor. The ids are None when all tokens remain. The most probable
-    token always remains; ties at the k-th place all do.
+    `logits` [vocab] are already divided by the temperature and shifted so that the largest is 0.
+    Weights are probabilities up to a common factor. The ids are None if all tokens remain. The most
+    probable token always remains, and so do all tokens that tie at the k-th place.
     """
     ids: NDArray[np.int64] | None = None
     if 0 < top_k < len(logits):
@@ -143,9 +143,9 @@ def candidates(
 
 
 def _nucleus(weights: Floats, top_p: float) -> NDArray[np.int64]:
-    """The smallest set of the heaviest whose share of the whole reaches `top_p`, as indices."""
+    """Indices of the smallest set of largest weights whose share of the total reaches `top_p`."""
     total = weights.sum(dtype=np.float64)
-    # All that are lighter than this weigh less than 1 - top_p even together, so none of them is in
+    # All weights below this bound sum to less than 1 - top_p of the total, so none of them is in
     # the set; the rest, usually a few of many thousand, is cheap to sort.
     maybe = np.flatnonzero(weights >= (1.0 - top_p) * total / len(weights))
     order = maybe[np.argsort(-weights[maybe], kind="stable")]
@@ -154,9 +154,9 @@ def _nucleus(weights: Floats, top_p: float) -> NDArray[np.int64]:
 
 
 def invert(weights: Floats, u: float) -> int:
-    """The index where the running sum of `weights` passes the fraction `u` of the whole.
+    """The index at which the running sum of `weights` passes the fraction `u` of the total.
 
-    The sum goes by segments, in float64, so that a large vocabulary costs no long running sum.
+    Sums segments first, in float64, so that a large vocabulary needs no long running sum.
     """
     segments = np.add.reduceat(weights, np.arange(0, len(weights), _SEGMENT), dtype=np.float64)
     ends = np.cumsum(segments)
@@ -184,9 +184,9 @@ def _scramble(x: int) -> int:
 
 
 def logprobs(logits: Floats, token: int, count: int) -> Logprobs:
-    """The model's own log-probability of `token`, and its `count` most probable tokens.
+    """The model's log-probability of `token`, and those of the `count` most probable tokens.
 
-    `logits` [vocab] are raw: no temperature, bias or penalty.
+    `logits` [vocab] are raw: without temperature, bias or penalty.
     """
     largest = logits.max()
     total = np.exp(logits - largest).sum(dtype=np.float64)

@@ -1,11 +1,11 @@
-"""Who computes what in the next step.
+"""The scheduler: which tokens of which requests are computed in the next step.
 
-Continuous batching: every step first gives each decoding request its one token, then fills what is
-left of the token budget with chunks of prompts. Requests are served by priority, then by arrival;
-nobody overtakes. When KV blocks run out while decoding, the request that would be served last gives
-its blocks back and waits again; what it has generated stays, and is computed anew as if it were
-prompt. The first in order is never put back by another, and no request larger than the whole cache
-gets in, so somebody always moves on.
+Continuous batching: every step first computes one token for each decoding request, then fills the
+rest of the token budget with chunks of prompts. Requests are served by priority, then by arrival;
+none overtakes another. When KV blocks run out while decoding, the request that is last in order
+returns its blocks and queues again (preemption); its generated tokens stay and are recomputed as if
+they were prompt. The first in order is never preempted for another, and no request larger than the
+whole cache is accepted, so at least one request always makes progress.
 """
 
 from __future__ import annotations
@@ -15,20 +15,22 @@ from dataclasses import dataclass
 from enum import Enum
 from operator import attrgetter
 
+import msgspec
+
 from loraplex_server.engine.batching.kv import BlockPool
 from loraplex_server.engine.batching.request import Request, RequestState
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
+class EngineLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Bounds of the engine.
 
     Attributes:
         token_budget: tokens of one step, decode rows and prefill chunks together.
-        max_running: requests that take part in steps.
-        max_waiting: requests that wait to be started; more are refused.
-        max_waiting_tokens: their prompt tokens; a prompt beyond it is refused unless nothing waits.
-        prompt_logprob_rows: longest prefill chunk whose every token's logits are kept.
+        max_running: requests that take part in a step.
+        max_waiting: requests that wait for their first step; more are refused.
+        max_waiting_tokens: prompt tokens of the waiting requests; a prompt beyond it is refused
+            unless nothing waits.
+        prompt_logprob_rows: longest prefill chunk of which every token's logits are kept.
     """
 
     token_budget: int = 512
@@ -45,7 +47,7 @@ class Limits:
 
 
 class Logits(Enum):
-    """Which tokens of a row need logits."""
+    """The tokens of a row for which logits are computed."""
 
     NONE = "none"
     LAST = "last"
@@ -53,8 +55,8 @@ class Logits(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One request's part of a step: `count` of its own tokens from the `start`-th on."""
+class BatchRow:
+    """One request's part of a step: `count` of its own tokens from index `start` on."""
 
     request: Request
     start: int
@@ -63,7 +65,7 @@ class Row:
 
     @property
     def completes(self) -> bool:
-        """Whether all known tokens are computed after this, so that a next one is chosen."""
+        """Whether all tokens are computed after this step, so that the next one is chosen."""
         return self.start + self.count == len(self.request.tokens)
 
 
@@ -71,31 +73,36 @@ _order = attrgetter("order")
 
 
 class Scheduler:
-    """The queue of startable requests, the running requests, and the KV blocks between them."""
+    """Queued and running requests, both in serving order, and their KV blocks."""
 
-    def __init__(self, pool: BlockPool, limits: Limits) -> None:
+    def __init__(self, pool: BlockPool, limits: EngineLimits) -> None:
         self.pool = pool
         self.limits = limits
         self.queue: list[Request] = []
         self.running: list[Request] = []
         self.preemptions = 0
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is queued or running."""
+        return not self.queue and not self.running
+
     def enqueue(self, request: Request) -> None:
-        """Takes a request that can start as soon as there is room."""
+        """Adds a request that can start as soon as there is room for it."""
         request.state = RequestState.QUEUED
         insort(self.queue, request, key=_order)
 
     def remove(self, request: Request) -> None:
-        """Forgets a queued or running request and frees its blocks."""
+        """Removes a queued or running request and frees its blocks. No effect on others."""
         if request.state is RequestState.QUEUED:
             _take(self.queue, request)
         elif request.state is RequestState.RUNNING:
             _take(self.running, request)
             self._free(request)
 
-    def schedule(self, now: float) -> list[Row]:
-        """The rows of the next step, those with an equal mix side by side."""
-        rows: list[Row] = []
+    def schedule(self, now: float) -> list[BatchRow]:
+        """The rows of the next step; rows with an equal mix are adjacent."""
+        rows: list[BatchRow] = []
         self._schedule_decodes(rows)
         budget = self.limits.token_budget - len(rows)
         for request in self.running:
@@ -105,8 +112,8 @@ class Scheduler:
         rows.sort(key=lambda row: row.request.mix)
         return rows
 
-    def _schedule_decodes(self, rows: list[Row]) -> None:
-        """Adds every decode row, putting back the last in order if it needs a block."""
+    def _schedule_decodes(self, rows: list[BatchRow]) -> None:
+        """Adds every decode row; preempts the last in order while a row lacks a block."""
         at = 0
         while at < len(self.running):
             request = self.running[at]
@@ -119,10 +126,10 @@ class Scheduler:
                 if victim is request:
                     break
             else:
-                rows.append(Row(request, request.computed, 1, Logits.LAST))
+                rows.append(BatchRow(request, request.computed, 1, Logits.LAST))
 
     def _grow(self, request: Request) -> bool:
-        """Makes sure that the blocks hold all tokens; False if there are not enough."""
+        """Reserves the blocks that all its tokens need; False if too few are free."""
         missing = self.pool.blocks_for(request.in_own_blocks) - len(request.blocks)
         if missing > self.pool.free:
             return False
@@ -130,8 +137,8 @@ class Scheduler:
             request.blocks.extend(self.pool.reserve(missing))
         return True
 
-    def _chunk(self, request: Request, budget: int, rows: list[Row]) -> int:
-        """Adds the next piece of a prompt; returns its length."""
+    def _chunk(self, request: Request, budget: int, rows: list[BatchRow]) -> int:
+        """Adds the next chunk of a prompt; returns its number of tokens."""
         count = min(request.remaining, budget)
         if request.wants_prompt_logits:
             count = min(count, self.limits.prompt_logprob_rows)
@@ -139,14 +146,14 @@ class Scheduler:
             logits = Logits.ALL
         else:
             logits = Logits.LAST if count == request.remaining else Logits.NONE
-        rows.append(Row(request, request.computed, count, logits))
+        rows.append(BatchRow(request, request.computed, count, logits))
         return count
 
-    def _admit(self, budget: int, rows: list[Row], now: float) -> None:
+    def _admit(self, budget: int, rows: list[BatchRow], now: float) -> None:
         """Starts queued requests, strictly in order, while budget, places and blocks last.
 
-        Beyond the blocks it needs, a newcomer leaves one for each running request, lest the next
-        step put it back.
+        One free block per running request is left over, so that the next step does not preempt the
+        request just started.
         """
         started = 0
         for request in self.queue:

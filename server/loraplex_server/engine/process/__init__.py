@@ -1,4 +1,4 @@
-"""The engine as a process of its own: its main loop, its socket, and the front's client of it.
+"""The engine as a process of its own: main loop, socket, and the front's client.
 
-Owns the socket and the life of the process. Never decides what is computed.
+Owns the socket and the lifetime of the process. Decides nothing about what is computed.
 """

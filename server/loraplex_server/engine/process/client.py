@@ -1,7 +1,7 @@
-"""The front's end of the engine: it starts the process, speaks to it, and starts it again.
+"""The front's end of the engine: it starts the process, talks to it, and replaces it if it is lost.
 
-Runs on one asyncio loop. Nothing here is per token: a step is one message, and each stream that got
-something in it is woken once.
+Runs on one asyncio loop. Nothing here runs per token: a step is one message, and each stream with
+outputs in it is woken once.
 """
 
 from __future__ import annotations
@@ -10,13 +10,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
-import math
-import os
-import socket
-import time
-from collections import deque
-from collections.abc import AsyncIterator, Sequence
-from typing import Protocol
+from collections.abc import Sequence
 
 from loraplex_model.base.refusal import Reason, Refusal
 
@@ -35,20 +29,21 @@ from loraplex_server.engine.messages import (
     Merge,
     MergeDone,
     Output,
-    Pin,
+    SetPinned,
     Shutdown,
-    StepDone,
+    StepReport,
     StepStats,
     Submit,
     ToEngine,
     Unload,
     Unmerge,
 )
-from loraplex_server.engine.process import wire
-from loraplex_server.engine.process.connection import Connection
+from loraplex_server.engine.process.child import EngineProcess
+from loraplex_server.engine.process.observer import EngineObserver
+from loraplex_server.engine.process.stream import OutputStream, ends
 
 STOP_SECONDS = 5.0
-"""How long a stopped engine may take to leave before it is killed."""
+"""Seconds that a stopped engine may take to end before it is killed."""
 
 RESTARTED = Failure(Reason.ENGINE_RESTARTED, "the engine was restarted; try again")
 STOPPED = Failure(Reason.DRAINING, "the server is shutting down")
@@ -56,108 +51,14 @@ STOPPED = Failure(Reason.DRAINING, "the server is shutting down")
 log = logging.getLogger(__name__)
 
 
-class EngineObserver(Protocol):
-    """Told of what happens in the engine; called on the loop, must be quick and must not raise."""
-
-    def on_step(self, done: StepDone) -> None:
-        """A step ended. Called after its outputs reached their streams."""
-
-    def on_load(self, done: LoadDone) -> None:
-        """An adapter load ended."""
-
-    def on_merge(self, done: MergeDone) -> None:
-        """An adapter was merged or unmerged, or was not."""
-
-    def on_restart(self) -> None:
-        """The engine process was lost; running requests have failed, a new process is coming."""
-
-    def on_ready(self, hello: Hello) -> None:
-        """The engine is ready, for the first time or again."""
-
-    def on_fatal(self, fatal: Fatal) -> None:
-        """A new process could not start; it will be tried again."""
-
-
-class OutputStream(AsyncIterator[Output]):
-    """The outputs of one request, in order; it ends after the one with a finish or an error.
-
-    Read it one by one, or with `take` all that has gathered, but by one reader.
-    """
-
-    __slots__ = ("_complete", "_ended", "_not_before", "_outputs", "_waiter")
-
-    def __init__(self) -> None:
-        self._outputs: deque[Output] = deque()
-        self._waiter: asyncio.Future[None] | None = None
-        self._complete = False
-        self._ended = False
-        self._not_before = 0.0
-
-    def put(self, output: Output) -> None:
-        """Adds an output and wakes the reader, if it is time."""
-        self._outputs.append(output)
-        self._complete = ends(output)
-        if self._complete or time.monotonic() >= self._not_before:
-            self._wake()
-
-    async def take(self, not_before: float = 0.0) -> list[Output]:
-        """All outputs that are there, at least one; empty once the last has been taken.
-
-        It returns when the last output is there, and before that not earlier than `not_before`
-        (`time.monotonic()`): whoever can wait is woken once for several steps.
-        """
-        if self._ended:
-            return []
-        self._not_before = not_before
-        while not self._outputs or not (self._complete or time.monotonic() >= not_before):
-            loop = asyncio.get_running_loop()
-            self._waiter = loop.create_future()
-            early = time.monotonic() < not_before < math.inf
-            timer = loop.call_at(not_before, self._wake) if early else None
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
-                if timer is not None:
-                    timer.cancel()
-        taken = list(self._outputs)
-        self._outputs.clear()
-        self._not_before = 0.0
-        self._ended = self._complete
-        return taken
-
-    def _wake(self) -> None:
-        waiter = self._waiter
-        if waiter is not None and not waiter.done():
-            waiter.set_result(None)
-
-    async def __anext__(self) -> Output:
-        while not self._outputs:
-            if self._ended:
-                raise StopAsyncIteration
-            self._waiter = asyncio.get_running_loop().create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
-        output = self._outputs.popleft()
-        self._ended = ends(output)
-        return output
-
-
-def ends(output: Output) -> bool:
-    """Whether it is the last output of its request."""
-    return output.finish is not None or output.error is not None
-
-
 class EngineClient:
     """One engine process and its replacements.
 
     Attributes:
-        hello: what the engine said when it was last ready.
-        ready: whether it takes requests now.
-        restarts: how often a process was lost.
-        stats: of the last step; None before the first.
+        hello: first message of the current or last engine process.
+        ready: the engine accepts requests now.
+        restarts: number of processes lost.
+        stats: statistics of the last step; None before the first.
         adapters: the engine's table of adapters by digest.
     """
 
@@ -169,7 +70,7 @@ class EngineClient:
         observer: EngineObserver,
         backoff: tuple[float, float] = (0.1, 10.0),
     ) -> None:
-        """`command` starts the process; it finds its socket through `wire.SOCKET_VARIABLE`.
+        """`command` starts the process, which finds its socket through `wire.SOCKET_VARIABLE`.
 
         `backoff` is the first and the longest pause in seconds before a lost process is replaced.
         """
@@ -180,8 +81,7 @@ class EngineClient:
         self._pending: dict[int, asyncio.Future[None]] = {}
         self._merged: set[str] = set()
         self._ops = itertools.count(1)
-        self._process: asyncio.subprocess.Process | None = None
-        self._connection: Connection | None = None
+        self._process: EngineProcess | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._stopping = False
         self.ready = False
@@ -191,184 +91,56 @@ class EngineClient:
 
     @property
     def pid(self) -> int | None:
-        """The engine's process id, if there is a process."""
+        """Process id of the engine; None while there is no process."""
         return self._process.pid if self._process is not None else None
 
-    async def start(self) -> Hello:
-        """Starts the engine and waits until it is ready. Raises `Refusal`."""
-        try:
-            await self._launch()
-        except BaseException:
-            await self._bury()
-            raise
-        self._supervisor = asyncio.create_task(self._supervise(), name="engine supervisor")
-        return self.hello
+    # requests and orders
 
     def submit(self, message: Submit) -> OutputStream:
-        """Sends a request. Its failures, this process's absence among them, arrive as an output."""
+        """Sends a request. Every failure, a missing engine included, arrives as an output."""
         stream = OutputStream()
-        if not self.ready:
-            failure = STOPPED if self._stopping else RESTARTED
-            stream.put(Output(id=message.id, error=failure))
-            return stream
-        self._streams[message.id] = stream
-        self._send(message)
+        if self.ready:
+            self._streams[message.id] = stream
+            self._send(message)
+        else:
+            stream.put(Output(id=message.id, error=self._absence))
         return stream
 
     def abort(self, request_id: int) -> None:
-        """Drops a request; nothing more comes on its stream. Unknown ids are ignored."""
+        """Ends a request; its stream receives nothing more. Unknown ids are ignored."""
         if self._streams.pop(request_id, None) is not None:
             self._send(Abort(request_id))
 
     async def load(self, ref: AdapterRef) -> None:
         """Makes an adapter resident. Raises `Refusal`."""
-        await self._ask(Load(next(self._ops), ref))
+        await self._order(Load(next(self._ops), ref))
 
     async def unload(self, digest: str, force: bool = False, deadline: float | None = None) -> None:
-        """Takes an adapter off the device and returns when it is. Raises `Refusal`.
+        """Removes an adapter from the device; returns when it is gone. Raises `Refusal`.
 
-        The requests that use it are aborted by `force`, or at `deadline` (`time.monotonic()`).
+        Requests that use it are ended by `force`, or at `deadline` (`time.monotonic()`).
         """
         self._merged.discard(digest)
-        await self._ask(Unload(next(self._ops), digest, force, deadline))
+        await self._order(Unload(next(self._ops), digest, force, deadline))
 
     async def pin(self, ref: AdapterRef, pinned: bool) -> None:
-        """Makes an adapter resident for good, or lets it be evicted. Raises `Refusal`."""
-        await self._ask(Pin(next(self._ops), ref, pinned))
+        """Makes an adapter resident and forbids its eviction, or allows it. Raises `Refusal`."""
+        await self._order(SetPinned(next(self._ops), ref, pinned))
 
     async def merge(self, ref: AdapterRef) -> None:
-        """Gives an adapter dense copies and returns when they are used. Raises `Refusal`."""
-        await self._ask(Merge(next(self._ops), ref))
+        """Makes dense copies for an adapter; returns when rows use them. Raises `Refusal`."""
+        await self._order(Merge(next(self._ops), ref))
         self._merged.add(ref.digest)
 
     async def unmerge(self, digest: str) -> None:
         """Drops an adapter's dense copies. Raises `Refusal`."""
         self._merged.discard(digest)
-        await self._ask(Unmerge(next(self._ops), digest))
+        await self._order(Unmerge(next(self._ops), digest))
 
-    async def stop(self) -> None:
-        """Ends the engine and does not replace it. Streams that are open end with DRAINING."""
-        self._stopping = True
-        self.ready = False
-        if self._connection is not None:
-            self._send(Shutdown())
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._connection.lost.wait(), STOP_SECONDS)
-        if self._supervisor is not None:
-            self._supervisor.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._supervisor
-        await self._bury()
-        self._fail_all(STOPPED)
-
-    # the process
-
-    async def _launch(self) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            with theirs:
-                self._process = await asyncio.create_subprocess_exec(
-                    *self._command,
-                    stdin=asyncio.subprocess.DEVNULL,
-                    stdout=2,  # the front's standard output belongs to the front
-                    pass_fds=[theirs.fileno()],
-                    env={**os.environ, wire.SOCKET_VARIABLE: str(theirs.fileno())},
-                )
-        except OSError as error:
-            ours.close()
-            message = f"the engine process cannot be started: {error.strerror}"
-            raise Refusal(Reason.ENGINE_FAULT, message) from error
-        loop = asyncio.get_running_loop()
-        _, self._connection = await loop.create_unix_connection(
-            lambda: Connection(self._receive), sock=ours
-        )
-        first = await self._connection.first_message()
-        if isinstance(first, Fatal):
-            raise Refusal(first.reason, first.message)
-        if not isinstance(first, Hello):
-            message = "the engine process ended before it was ready; see its log"
-            raise Refusal(Reason.ENGINE_FAULT, message)
-        self.hello = first
-        self.ready = True
-        self._observer.on_ready(first)
-
-    async def _bury(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
-        if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
-            await self._process.wait()
-            self._process = None
-
-    async def _supervise(self) -> None:
-        pause, longest = self._backoff
-        while True:
-            assert self._connection is not None
-            await self._connection.lost.wait()
-            if self._stopping:
-                return
-            self._mourn()
-            orders = self._orders()
-            self.adapters = {}
-            await self._bury()
-            delay = pause
-            while not self.ready:
-                await asyncio.sleep(delay)
-                delay = min(2 * delay, longest)
-                try:
-                    await self._launch()
-                except Refusal as error:
-                    log.error("the engine did not start again: %s", error.message)
-                    self._observer.on_fatal(Fatal(error.reason, error.message))
-                    await self._bury()
-            for order in orders:
-                self._send(order)
-
-    def _orders(self) -> list[Control]:
-        """What brings a new engine to where this one was: loads, pins, and merges by order."""
-        orders: list[Control] = []
-        for status in self.adapters.values():
-            if status.state not in {"resident", "loading"}:
-                continue
-            ref = AdapterRef(status.digest, status.path)
-            if status.pinned:
-                orders.append(Pin(next(self._ops), ref, pinned=True))
-            else:
-                orders.append(Load(next(self._ops), ref))
-            if status.digest in self._merged:
-                orders.append(Merge(next(self._ops), ref))
-        # What may not be evicted comes first.
-        return sorted(orders, key=lambda order: not isinstance(order, Pin))
-
-    def _mourn(self) -> None:
-        self.ready = False
-        self.stats = None
-        self.restarts += 1
-        log.error("the engine process was lost; %d requests fail", len(self._streams))
-        self._fail_all(RESTARTED)
-        self._observer.on_restart()
-
-    def _fail_all(self, failure: Failure) -> None:
-        streams, self._streams = self._streams, {}
-        for request_id, stream in streams.items():
-            stream.put(Output(id=request_id, error=failure))
-        pending, self._pending = self._pending, {}
-        for future in pending.values():
-            if not future.done():
-                future.set_exception(Refusal(failure.reason, failure.message))
-
-    # messages
-
-    def _send(self, message: ToEngine) -> None:
-        if self._connection is not None:
-            self._connection.write(wire.encode(message))
-
-    async def _ask(self, message: Control) -> None:
+    async def _order(self, message: Control) -> None:
+        """Sends an order and waits for its answer."""
         if not self.ready:
-            failure = STOPPED if self._stopping else RESTARTED
-            raise Refusal(failure.reason, failure.message)
+            raise _refusal(self._absence)
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._pending[message.op] = future
         try:
@@ -377,10 +149,21 @@ class EngineClient:
         finally:
             self._pending.pop(message.op, None)
 
+    @property
+    def _absence(self) -> Failure:
+        """Why the engine accepts nothing now."""
+        return STOPPED if self._stopping else RESTARTED
+
+    def _send(self, message: ToEngine) -> None:
+        if self._process is not None:
+            self._process.send(message)
+
     def _receive(self, message: FromEngine) -> None:
-        if isinstance(message, StepDone):
+        if isinstance(message, StepReport):
             for output in message.outputs:
-                self._deliver(output)
+                find = self._streams.pop if ends(output) else self._streams.get
+                if (stream := find(output.id, None)) is not None:
+                    stream.put(output)
             self.stats = message.stats
             if message.adapters is not None:
                 self.adapters = {status.digest: status for status in message.adapters}
@@ -396,10 +179,104 @@ class EngineClient:
             if message.error is None:
                 future.set_result(None)
             else:
-                future.set_exception(Refusal(message.error.reason, message.error.message))
+                future.set_exception(_refusal(message.error))
 
-    def _deliver(self, output: Output) -> None:
-        last = ends(output)
-        stream = self._streams.pop(output.id, None) if last else self._streams.get(output.id)
-        if stream is not None:
-            stream.put(output)
+    # the process
+
+    async def start(self) -> Hello:
+        """Starts the engine and waits until it is ready. Raises `Refusal`."""
+        await self._start_process()
+        self._supervisor = asyncio.create_task(self._supervise(), name="engine supervisor")
+        return self.hello
+
+    async def stop(self) -> None:
+        """Ends the engine and does not replace it. Streams that are open end with DRAINING."""
+        self._stopping = True
+        self.ready = False
+        if self._process is not None:
+            self._send(Shutdown())
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._process.lost(), STOP_SECONDS)
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._supervisor
+        await self._kill_process()
+        self._fail_all(STOPPED)
+
+    async def _start_process(self) -> None:
+        self._process = EngineProcess(self._command, self._receive)
+        try:
+            self.hello = await self._process.start()
+        except BaseException:
+            await self._kill_process()
+            raise
+        self.ready = True
+        self._observer.on_ready(self.hello)
+
+    async def _kill_process(self) -> None:
+        if self._process is not None:
+            await self._process.kill()
+            self._process = None
+
+    async def _supervise(self) -> None:
+        """Replaces the engine process whenever it is lost."""
+        pause, longest = self._backoff
+        while True:
+            assert self._process is not None
+            await self._process.lost()
+            if self._stopping:
+                return
+            self._on_lost()
+            orders = self._orders_to_restore()
+            self.adapters = {}
+            await self._kill_process()
+            delay = pause
+            while not self.ready:
+                await asyncio.sleep(delay)
+                delay = min(2 * delay, longest)
+                try:
+                    await self._start_process()
+                except Refusal as error:
+                    log.error("the engine did not start again: %s", error.message)
+                    self._observer.on_fatal(Fatal(error.reason, error.message))
+            for order in orders:
+                self._send(order)
+
+    def _orders_to_restore(self) -> list[Control]:
+        """Orders that give a new engine the adapters of the lost one: loads, pins and merges."""
+        orders: list[Control] = []
+        for status in self.adapters.values():
+            if status.state not in {"resident", "loading"}:
+                continue
+            ref = AdapterRef(status.digest, status.path)
+            if status.pinned:
+                orders.append(SetPinned(next(self._ops), ref, pinned=True))
+            else:
+                orders.append(Load(next(self._ops), ref))
+            if status.digest in self._merged:
+                orders.append(Merge(next(self._ops), ref))
+        # Pins first, while there is room that no other adapter has to leave.
+        return sorted(orders, key=lambda order: not isinstance(order, SetPinned))
+
+    def _on_lost(self) -> None:
+        self.ready = False
+        self.stats = None
+        self.restarts += 1
+        log.error("the engine process was lost; %d requests fail", len(self._streams))
+        self._fail_all(RESTARTED)
+        self._observer.on_restart()
+
+    def _fail_all(self, failure: Failure) -> None:
+        """Ends every open stream and every unanswered order with a failure."""
+        streams, self._streams = self._streams, {}
+        for request_id, stream in streams.items():
+            stream.put(Output(id=request_id, error=failure))
+        pending, self._pending = self._pending, {}
+        for future in pending.values():
+            if not future.done():
+                future.set_exception(_refusal(failure))
+
+
+def _refusal(failure: Failure) -> Refusal:
+    return Refusal(failure.reason, failure.message)

@@ -1,4 +1,4 @@
-"""The front's side of the socket: it cuts frames and hands on messages as they come."""
+"""The front's side of the socket: cuts frames and passes messages on as they arrive."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 
 class Connection(asyncio.Protocol):
-    """The socket: cuts frames and hands on messages. The first one is kept for `first_message`."""
+    """Passes every message to `receive`, except the first, which `first_message` returns."""
 
     def __init__(self, receive: Callable[[FromEngine], None]) -> None:
         self._receive = receive
@@ -23,7 +23,7 @@ class Connection(asyncio.Protocol):
         self.lost = asyncio.Event()
 
     async def first_message(self) -> FromEngine | None:
-        """The engine's first message; None when the connection is lost before it."""
+        """The engine's first message; None if the connection is lost before it arrives."""
         return await self._first
 
     def write(self, frame: bytes) -> None:
@@ -47,7 +47,7 @@ class Connection(asyncio.Protocol):
                 else:
                     self._first.set_result(message)
         except wire.WireError as error:
-            log.error("the engine sent what is no message: %s", error)
+            log.error("the engine sent bytes that are not a message: %s", error)
             self.close()
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -1,9 +1,8 @@
-"""The engine process: `python -m loraplex_server.engine.process.main CONFIG`.
+"""The engine process: `python -m loraplex_server.engine.process.main SETUP`.
 
-CONFIG is a JSON object: `factory` ("module:function", which builds the runner), its `kwargs`,
-`limits` (see `Limits`), and `merge_auto`, whether the engine merges adapters by itself. The socket
-to the front is an inherited descriptor that the environment names. The engine lives as long as the
-front's end of that socket is open, and not a moment longer.
+SETUP is an `EngineSetup` as JSON. The socket to the front is an inherited descriptor that the
+environment names. The engine lives as long as the front's end of that socket is open, and not a
+moment longer.
 """
 
 from __future__ import annotations
@@ -20,28 +19,23 @@ import threading
 from collections.abc import Sequence
 from typing import cast
 
-import msgspec
 from loraplex_model.base.refusal import Reason, Refusal
 
 from loraplex_server.engine.adapters.auto_merge import MergePolicy
 from loraplex_server.engine.adapters.loader import ThreadLoader
-from loraplex_server.engine.batching.scheduler import Limits
 from loraplex_server.engine.core import EngineCore
 from loraplex_server.engine.messages import (
     Abort,
     Fatal,
     FromEngine,
     Hello,
-    Load,
-    Merge,
-    Pin,
     Shutdown,
     Submit,
     ToEngine,
-    Unload,
-    Unmerge,
 )
 from loraplex_server.engine.process import wire
+from loraplex_server.engine.process.setup import EngineSetup
+from loraplex_server.engine.runner.config import CustomRunner, RunnerConfig
 from loraplex_server.engine.runner.protocol import ModelRunner
 
 log = logging.getLogger(__name__)
@@ -51,42 +45,34 @@ EXIT_BROKEN = 4
 EXIT_BAD_FRAME = 5
 
 SWITCH_SECONDS = 5e-4
-"""How long the loop may have to wait for the interpreter while a loader thread computes in Python.
-The default, 5 ms, would come several times in a step."""
+"""Longest wait of the main loop for the interpreter while a loader thread runs Python code.
+
+The default, 5 ms, could occur several times in a step.
+"""
 
 Inbox = queue.SimpleQueue[ToEngine | None]
-"""Messages from the front; None only wakes the loop, because an adapter was read."""
-
-
-class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the process is told at its start."""
-
-    factory: str = "loraplex_server.engine.runner.local:build"
-    kwargs: dict[str, object] = {}
-    limits: dict[str, int] = {}
-    merge_auto: bool = False
+"""Messages from the front; None only wakes the loop after a loader task."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the engine until the front goes away; returns the exit status."""
+    """Runs the engine until the front is gone; returns the exit status."""
     # The front decides when the engine ends: a Ctrl-C in the terminal must not cut its drain short.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s engine %(name)s: %(message)s")
-    # Adapters and caches are many megabytes and read all over the place: on pages of 4 KiB every
-    # other access would miss the TLB. torch reads this at its first allocation.
+    # Adapters and caches are many megabytes with scattered access: on pages of 4 KiB every other
+    # access would miss the TLB. torch reads this variable at its first allocation.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    (config,) = sys.argv[1:] if arguments is None else arguments
+    (argument,) = sys.argv[1:] if arguments is None else arguments
     front = socket.socket(fileno=int(os.environ[wire.SOCKET_VARIABLE]))
     inbox: Inbox = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(front, inbox), name="front", daemon=True).start()
     try:
-        settings = msgspec.json.decode(config, type=EngineConfig)
-        limits = Limits(**settings.limits)
-        runner = _build(settings)
+        setup = EngineSetup.parse(argument)
+        runner = _build(setup.runner)
         loader = ThreadLoader(runner, wake=lambda: inbox.put(None))
-        policy = MergePolicy() if settings.merge_auto else None
-        core = EngineCore(runner, limits, loader=loader, merge_policy=policy)
+        policy = MergePolicy() if setup.merge_auto else None
+        core = EngineCore(runner, setup.limits, loader=loader, merge_policy=policy)
     except Exception as error:
         log.exception("the engine cannot start")
         _send(front, [_fatal(error)])
@@ -94,12 +80,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _send(front, [_hello(runner)])
     gc.collect()
     sys.setswitchinterval(SWITCH_SECONDS)
-    gc.freeze()  # the model's objects live for ever; no collection need look at them again
+    gc.freeze()  # the model's objects are never freed; no later collection visits them
     return serve(core, inbox, front)
 
 
 def serve(core: EngineCore, inbox: Inbox, front: socket.socket) -> int:
-    """The loop: take what has come, step, send what came of it; wait if there is nothing to do."""
+    """The main loop: receive, step, send; waits while there is nothing to do."""
     while True:
         for message in _take(inbox, core.wait_seconds()):
             match message:
@@ -107,26 +93,22 @@ def serve(core: EngineCore, inbox: Inbox, front: socket.socket) -> int:
                     core.add(message)
                 case Abort():
                     core.abort(message.id)
-                case Load() | Unload() | Pin() | Merge() | Unmerge():
-                    core.control(message)
                 case Shutdown():
                     return 0
-        done = core.step()
-        messages: list[FromEngine] = [*core.replies()]
-        if done is not None:
-            # The table of adapters travels in the step: who reads of a load must find it there.
-            messages.insert(0, done)
+                case _:
+                    core.control(message)
+        messages = core.step()
         if messages:
             _send(front, messages)
         if core.broken:
-            log.critical("the model failed in step after step; leaving, to be started afresh")
+            log.critical("the model failed in step after step; this process ends to be replaced")
             return EXIT_BROKEN
         if core.idle:
             core.check()
 
 
 def _take(inbox: Inbox, wait: float | None) -> list[ToEngine]:
-    """Empties the inbox, after waiting for something at most `wait` seconds (None: for ever)."""
+    """Empties the inbox, waiting up to `wait` seconds (None: without end) for a first message."""
     messages: list[ToEngine | None] = []
     if wait != 0.0:
         try:
@@ -139,7 +121,7 @@ def _take(inbox: Inbox, wait: float | None) -> list[ToEngine]:
 
 
 def _receive(front: socket.socket, inbox: Inbox) -> None:
-    """Reads the socket for ever. Its end is the end of this process, whatever else is going on."""
+    """Reads the socket until it ends, and then ends this process, whatever it is doing."""
     frames = wire.Frames()
     status = 0
     try:
@@ -147,7 +129,7 @@ def _receive(front: socket.socket, inbox: Inbox) -> None:
             for payload in frames.feed(data):
                 inbox.put(wire.decode_to_engine(payload))
     except wire.WireError as error:
-        log.error("the front sent what is no message: %s", error)
+        log.error("the front sent bytes that are not a message: %s", error)
         status = EXIT_BAD_FRAME
     except OSError as error:
         log.error("the socket to the front failed: %s", error)
@@ -161,9 +143,13 @@ def _send(front: socket.socket, messages: Sequence[FromEngine]) -> None:
         os._exit(0)  # the front is gone
 
 
-def _build(settings: EngineConfig) -> ModelRunner:
-    module, _, function = settings.factory.partition(":")
-    return cast(ModelRunner, getattr(importlib.import_module(module), function)(**settings.kwargs))
+def _build(config: RunnerConfig | CustomRunner) -> ModelRunner:
+    if isinstance(config, RunnerConfig):
+        from loraplex_server.engine.runner.local import build  # imports torch
+
+        return cast(ModelRunner, build(config))
+    module, _, function = config.factory.partition(":")
+    return cast(ModelRunner, getattr(importlib.import_module(module), function)(**config.options))
 
 
 def _hello(runner: ModelRunner) -> Hello:
@@ -182,7 +168,7 @@ def _fatal(error: Exception) -> Fatal:
     """The refusal's own words for the operator; for any other error a pointer to the log."""
     if isinstance(error, Refusal):
         return Fatal(error.reason, error.message)
-    return Fatal(Reason.ENGINE_FAULT, "the engine could not start; its log tells why")
+    return Fatal(Reason.ENGINE_FAULT, "the engine could not start; see its log")
 
 
 if __name__ == "__main__":

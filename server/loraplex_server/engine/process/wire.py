@@ -9,10 +9,10 @@ import msgspec
 from loraplex_server.engine.messages import FromEngine, ToEngine
 
 SOCKET_VARIABLE = "LORAPLEX_ENGINE_FD"
-"""Environment variable that tells the engine process which descriptor its socket is."""
+"""Environment variable with the descriptor number of the engine process's socket."""
 
 MAX_FRAME = 256 << 20
-"""Bytes of the largest frame: prompt log-probabilities of a long prompt stay below it."""
+"""Bytes of the largest frame; prompt log-probabilities of a long prompt stay below it."""
 
 _encoder = msgspec.msgpack.Encoder()
 _to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
@@ -20,11 +20,11 @@ _from_engine: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(From
 
 
 class WireError(Exception):
-    """The bytes on the socket are no message. The connection cannot go on."""
+    """The bytes on the socket are not a message. The connection is unusable."""
 
 
 def encode(message: ToEngine | FromEngine) -> bytes:
-    """One frame."""
+    """The frame of a message. Raises `WireError` if it is longer than `MAX_FRAME`."""
     frame = bytearray(4)
     _encoder.encode_into(message, frame, 4)
     length = len(frame) - 4
@@ -35,7 +35,7 @@ def encode(message: ToEngine | FromEngine) -> bytes:
 
 
 def decode_to_engine(payload: bytes | memoryview) -> ToEngine:
-    """Reads a frame's payload on the engine's side. Raises `WireError`."""
+    """The message in a frame's payload, on the engine's side. Raises `WireError`."""
     try:
         return _to_engine.decode(payload)
     except (msgspec.MsgspecError, ValueError) as error:
@@ -43,7 +43,7 @@ def decode_to_engine(payload: bytes | memoryview) -> ToEngine:
 
 
 def decode_from_engine(payload: bytes | memoryview) -> FromEngine:
-    """Reads a frame's payload on the front's side. Raises `WireError`."""
+    """The message in a frame's payload, on the front's side. Raises `WireError`."""
     try:
         return _from_engine.decode(payload)
     except (msgspec.MsgspecError, ValueError) as error:
@@ -57,7 +57,7 @@ class Frames:
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> Iterator[bytes]:
-        """Yields every payload that `data` completes. Raises `WireError` at an oversized one."""
+        """Yields every payload that `data` completes. Raises `WireError` for an oversized one."""
         buffer = self._buffer
         buffer += data
         at = 0

@@ -1,4 +1,4 @@
-"""The seam between the engine and whatever computes, and the runner of a real model.
+"""The seam between the engine and the model, and the runner of a real model.
 
-Owns the model, its KV tensors and device memory. Knows nothing of requests.
+Owns the model, its KV tensors and device memory. Does not see requests.
 """

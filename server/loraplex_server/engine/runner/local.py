@@ -1,4 +1,4 @@
-"""The model on this machine: weights, KV tensors and adapters behind the engine's seam."""
+"""The runner of a real model on this machine: weights, KV tensors and adapters."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from loraplex_model.decoder.reference import ReferenceDecoder
 from loraplex_model.ops import build as kernels
 
 from loraplex_server.engine.messages import AdapterRef, ModelInfo
+from loraplex_server.engine.runner.config import RunnerConfig
 
 log = logging.getLogger(__name__)
 
@@ -32,29 +33,15 @@ CPU_BLOCK, CUDA_BLOCK = 16, 256  # tokens; flash attention's pages are 256
 
 
 @dataclass(frozen=True, slots=True)
-class Budgets:
-    """What adapters may take: bytes, and KV cache tokens for virtual tokens.
-
-    `merge_dtype` is what dense copies are kept in.
-    """
-
-    adapter_bytes: int
-    host_bytes: int = 0
-    merge_bytes: int = 0
-    merge_dtype: torch.dtype = torch.float32
-    prefix_blocks: int = 0
-
-
-@dataclass(frozen=True, slots=True)
 class ReadAdapter:
-    """An adapter in host memory, ready to be published: a `LoadedAdapter`."""
+    """A `LoadedAdapter`: packed weights in host memory, ready to be published."""
 
     packed: PackedAdapter
     merge_nbytes: int
 
     @property
     def virtual_tokens(self) -> int:
-        """Positions that it puts before every prompt."""
+        """Number of positions that it puts before every prompt."""
         return self.packed.virtual_tokens
 
     @property
@@ -63,52 +50,48 @@ class ReadAdapter:
         return self.packed.nbytes
 
 
+@dataclass(kw_only=True)
 class LocalRunner:
-    """A `ModelRunner` over one decoder. See the protocol for who may call what when."""
+    """A `ModelRunner` over one decoder. See the protocol for the threads that may call it.
 
-    def __init__(
-        self,
-        decoder: NativeDecoder | ReferenceDecoder,
-        info: ModelInfo,
-        num_blocks: int,
-        block_size: int,
-        budgets: Budgets,
-        limits: AdapterLimits,
-    ) -> None:
-        """The decoder has `num_blocks` blocks, and `budgets.prefix_blocks` after them."""
-        self.info = info
-        self.num_blocks = num_blocks
-        self.prefix_blocks = budgets.prefix_blocks
-        self.block_size = block_size
-        self.num_slots = NUM_SLOTS
-        self.adapter_budget_bytes = budgets.adapter_bytes
-        self.host_budget_bytes = budgets.host_bytes
-        self.merge_budget_bytes = budgets.merge_bytes
-        self._merge_dtype = budgets.merge_dtype
-        self._decoder = decoder
-        self._limits = limits
-        self._device = decoder.weights.embed.device
+    The decoder has `num_blocks` KV blocks for requests, then `prefix_blocks` for virtual tokens.
+    """
+
+    decoder: NativeDecoder | ReferenceDecoder
+    info: ModelInfo
+    limits: AdapterLimits
+    merge_dtype: torch.dtype
+    num_blocks: int
+    prefix_blocks: int
+    block_size: int
+    adapter_budget_bytes: int
+    host_budget_bytes: int
+    merge_budget_bytes: int
+    num_slots: int = NUM_SLOTS
+
+    def __post_init__(self) -> None:
+        self._device = self.decoder.weights.embed.device
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         """Logits, float32 [R, vocab], on the CPU."""
         with torch.inference_mode():
-            return self._decoder.forward(batch).to("cpu", torch.float32)
+            return self.decoder.forward(batch).to("cpu", torch.float32)
 
     def read_adapter(self, ref: AdapterRef) -> ReadAdapter:
         """Reads, verifies and packs an adapter's files. Raises `Refusal`."""
-        weights = self._decoder.weights
+        weights = self.decoder.weights
         with torch.inference_mode():
-            _, delta = load(Path(ref.path), ref.digest, weights, self._limits)
+            _, delta = load(Path(ref.path), ref.digest, weights, self.limits)
             packed = pack(delta, weights.embed.dtype, pin=self._device.type == "cuda")
-            dense = merged_nbytes(delta, weights.config, self._merge_dtype)
+            dense = merged_nbytes(delta, weights.config, self.merge_dtype)
         return ReadAdapter(packed, dense)
 
     def publish_adapter(self, slot: int, adapter: ReadAdapter, blocks: Sequence[int]) -> None:
         """Points the slot to the adapter; computes its virtual tokens, once, into `blocks`.
 
-        The slot stays free where this raises.
+        If this raises, the slot is still free.
         """
-        table = self._decoder.table
+        table = self.decoder.table
         table.publish(slot, adapter.packed.to(self._device))
         try:
             self._write_virtual_tokens(slot, adapter.packed.virtual, blocks)
@@ -122,7 +105,7 @@ class LocalRunner:
         if virtual is None:
             return
         if virtual.keys is not None and virtual.values is not None:
-            self._decoder.write_prefix(blocks, virtual.keys, virtual.values)
+            self.decoder.write_prefix(blocks, virtual.keys, virtual.values)
             return
         first = self.info.base.config.vocab_size
         ids = list(range(first, first + virtual.count))
@@ -130,66 +113,55 @@ class LocalRunner:
 
     def remove_adapter(self, slot: int) -> None:
         """Frees the slot and the adapter's memory, dense copies included."""
-        self._decoder.table.remove(slot)
+        self.decoder.table.remove(slot)
 
     def merge_adapter(self, adapter: ReadAdapter) -> Merged:
-        """The dense copies of what the adapter changes."""
+        """Dense copies of the matrices that the adapter changes."""
         with torch.inference_mode():
-            return self._decoder.merge(adapter.packed, self._merge_dtype)
+            return self.decoder.merge(adapter.packed, self.merge_dtype)
 
     def publish_merge(self, slot: int, merged: Merged) -> None:
         """Lets the rows of the slot use the copies."""
-        self._decoder.table.publish_merge(slot, merged)
+        self.decoder.table.publish_merge(slot, merged)
 
     def remove_merge(self, slot: int) -> None:
         """Drops the copies."""
-        self._decoder.table.remove_merge(slot)
+        self.decoder.table.remove_merge(slot)
 
 
-def build(
-    *,
-    model: str,
-    dtype: str,
-    device: str,
-    threads: int,
-    cache: str,
-    max_context: int,
-    kv_tokens: int,
-    kv_memory: int,
-    adapter_memory: int,
-    max_rank: int,
-    host_adapter_memory: int = 0,
-    merge_memory: int = 0,
-    merge_dtype: str = "float32",
-    virtual_tokens: int = 0,
-    max_virtual_tokens: int = 0,
-) -> LocalRunner:
-    """Loads the model and sizes the cache; see `Config` for the settings.
-
-    Raises `Refusal` (the model) or `Refusal` (this machine), both with what to do.
-    """
-    on = _device(device)
-    if threads:
-        torch.set_num_threads(threads)
-    base = load_base(model, DTYPES[dtype], Path(cache), device=on)
+def build(config: RunnerConfig) -> LocalRunner:
+    """Loads the model and sizes the KV cache. Raises `Refusal` with what the operator can do."""
+    device, cache = _device(config.device), Path(config.cache)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    base = load_base(config.model, DTYPES[config.dtype], cache, device=device)
     weights = base.weights
-    config = weights.config
-    context = min(max_context or config.max_positions, config.max_positions)
-    block_size = CUDA_BLOCK if on.type == "cuda" else CPU_BLOCK
-    num_blocks = _num_blocks(weights, block_size, kv_tokens, kv_memory)
-    prefix_blocks = -(-virtual_tokens // block_size)
+    most = weights.config.max_positions
+    context = min(config.max_context or most, most)
+    block_size = CUDA_BLOCK if device.type == "cuda" else CPU_BLOCK
+    num_blocks = _num_blocks(weights, block_size, config.kv_tokens, config.kv_memory)
+    prefix_blocks = -(-config.virtual_tokens // block_size)
     decoder = _decoder(
-        weights, num_blocks + prefix_blocks, block_size, context, threads, Path(cache)
+        weights, num_blocks + prefix_blocks, block_size, context, config.threads, cache
     )
-    # Sampling works on a few rows; threads would only wait for each other there, and for ours.
+    # Sampling works on a few rows; there torch's threads would only wait for each other and for
+    # those of the decoder.
     if isinstance(decoder, NativeDecoder):
         torch.set_num_threads(1)
-    info = _info(base, on, min(context, num_blocks * block_size), decoder)
-    budgets = Budgets(
-        adapter_memory, host_adapter_memory, merge_memory, DTYPES[merge_dtype], prefix_blocks
+    return LocalRunner(
+        decoder=decoder,
+        info=_info(base, device, min(context, num_blocks * block_size), decoder),
+        limits=AdapterLimits(
+            max_rank=config.max_rank, max_virtual_tokens=config.max_virtual_tokens
+        ),
+        merge_dtype=DTYPES[config.merge_dtype],
+        num_blocks=num_blocks,
+        prefix_blocks=prefix_blocks,
+        block_size=block_size,
+        adapter_budget_bytes=config.adapter_memory,
+        host_budget_bytes=config.host_adapter_memory,
+        merge_budget_bytes=config.merge_memory,
     )
-    limits = AdapterLimits(max_rank=max_rank, max_virtual_tokens=max_virtual_tokens)
-    return LocalRunner(decoder, info, num_blocks, block_size, budgets, limits)
 
 
 def _device(device: str) -> torch.device:

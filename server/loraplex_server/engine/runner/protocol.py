@@ -1,4 +1,4 @@
-"""The seam between the engine and whatever computes: a real model, or a test's oracle."""
+"""The seam between the engine and the model: a real one, or a test's oracle."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class LoadedAdapter(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Bytes it takes on the device, and in host memory."""
+        """Bytes on the device, and in host memory."""
 
     @property
     def virtual_tokens(self) -> int:
-        """Positions that it puts before every prompt."""
+        """Number of positions that it puts before every prompt."""
 
     @property
     def merge_nbytes(self) -> int:
@@ -33,16 +33,18 @@ class MergedWeights(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Bytes they take on the device."""
+        """Bytes on the device."""
 
 
 class ModelRunner(Protocol):
-    """What the engine drives. Only `read_adapter` and `merge_adapter` may run beside the others,
-    and beside each other, on the loader's threads.
+    """The model as the engine drives it.
 
-    The runner owns weights, KV tensors and adapter slots. The engine owns every decision: which
-    block, which slot, when. Blocks 0 to num_blocks - 1 are for requests, the `prefix_blocks` that
-    follow are for adapters' virtual tokens.
+    The runner owns weights, KV tensors and adapter slots; the engine decides which block and which
+    slot is used, and when. All methods run on the engine's thread, except `read_adapter` and
+    `merge_adapter`, which run on loader threads, concurrently with the others and with each other.
+
+        KV blocks:  0 .. num_blocks - 1           requests
+                    num_blocks .. + prefix_blocks adapters' virtual tokens
     """
 
     info: ModelInfo
@@ -55,24 +57,25 @@ class ModelRunner(Protocol):
     merge_budget_bytes: int
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
-        """Computes the pass; returns logits, float32 [R, vocab], on the CPU."""
+        """Computes a forward pass; returns logits, float32 [R, vocab], on the CPU."""
 
     def read_adapter(self, ref: AdapterRef) -> LoadedAdapter:
-        """Reads and packs an adapter's files. Raises `Refusal` (typed). Touches no slot."""
+        """Reads and packs an adapter's files. Raises `Refusal`. Changes no slot."""
 
     def publish_adapter(self, slot: int, adapter: LoadedAdapter, blocks: Sequence[int]) -> None:
-        """Makes `slot` point to the adapter and fills `blocks` with its virtual tokens' keys and
-        values. Called between steps; the adapter stays usable for another publication."""
+        """Puts the adapter into `slot`, and its virtual tokens' keys and values into `blocks`.
+
+        Called between steps. The adapter can be published again later.
+        """
 
     def remove_adapter(self, slot: int) -> None:
-        """Frees the slot's weights, dense copies among them. Called between steps, when no row uses
-        it."""
+        """Frees the slot's weights and dense copies. Called between steps, when no row uses it."""
 
     def merge_adapter(self, adapter: LoadedAdapter) -> MergedWeights:
-        """Computes the dense copies. Runs on a loader thread; writes to nothing else."""
+        """Computes an adapter's dense copies. Runs on a loader thread; changes nothing else."""
 
     def publish_merge(self, slot: int, merged: MergedWeights) -> None:
-        """Lets the rows of `slot` use the copies, from the next pass on. Called between steps."""
+        """Lets rows of `slot` use the copies from the next pass on. Called between steps."""
 
     def remove_merge(self, slot: int) -> None:
-        """Drops the copies; rows of `slot` are computed unmerged from the next pass on."""
+        """Drops the copies: rows of `slot` are computed unmerged from the next pass on."""

@@ -1,0 +1,31 @@
+"""The settings of an engine process, handed over as one JSON argument."""
+
+from __future__ import annotations
+
+import sys
+
+import msgspec
+
+from loraplex_server.engine.batching.scheduler import EngineLimits
+from loraplex_server.engine.runner.config import CustomRunner, RunnerConfig
+
+
+class EngineSetup(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Settings of an engine process.
+
+    With `merge_auto`, adapters that dominate the traffic are merged where that is measured to pay.
+    """
+
+    runner: RunnerConfig | CustomRunner
+    limits: EngineLimits = EngineLimits()
+    merge_auto: bool = False
+
+    def command(self) -> list[str]:
+        """The command line that starts the engine process with these settings."""
+        argument = msgspec.json.encode(self).decode()
+        return [sys.executable, "-m", "loraplex_server.engine.process.main", argument]
+
+    @staticmethod
+    def parse(argument: str) -> EngineSetup:
+        """The settings in a command line's argument. Raises `msgspec.MsgspecError`."""
+        return msgspec.json.decode(argument, type=EngineSetup)

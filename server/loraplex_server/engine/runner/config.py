@@ -1,0 +1,57 @@
+"""Settings of the runner: what a server's configuration says to the model's process. No torch."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+
+class RunnerConfig(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="local"
+):
+    """Settings of the local runner; sizes are bytes.
+
+    Attributes:
+        model: a directory, a GGUF file, a hub id, or "default".
+        dtype: type of computation; base weights are NF4 in any case.
+        device: "auto" takes CUDA if there is a device.
+        threads: compute threads; 0 takes all cores.
+        cache: directory of quantised models and compiled kernels.
+        max_context: longest prompt and answer in tokens; 0 takes the model's.
+        kv_tokens: size of the KV cache in tokens; 0 derives it from `kv_memory`.
+        kv_memory: bytes of the KV cache.
+        adapter_memory: bytes for adapters on the device.
+        host_adapter_memory: bytes for adapters in host memory.
+        merge_memory: bytes for dense copies.
+        merge_dtype: type of the dense copies.
+        virtual_tokens: KV tokens set aside for the virtual tokens of all adapters.
+        max_virtual_tokens: virtual tokens that one adapter may have.
+        max_rank: rank that one adapter may have.
+    """
+
+    model: str
+    dtype: Literal["float32", "bfloat16"]
+    device: Literal["auto", "cpu", "cuda"]
+    threads: int
+    cache: str
+    max_context: int
+    kv_tokens: int
+    kv_memory: int
+    adapter_memory: int
+    max_rank: int
+    host_adapter_memory: int = 0
+    merge_memory: int = 0
+    merge_dtype: Literal["float32", "bfloat16"] = "float32"
+    virtual_tokens: int = 0
+    max_virtual_tokens: int = 0
+
+
+class CustomRunner(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="custom"):
+    """A runner from elsewhere, such as a test's: `factory` is "module:function".
+
+    The function is called with `options` as keyword arguments and returns a `ModelRunner`.
+    """
+
+    factory: str
+    options: dict[str, Any] = {}
