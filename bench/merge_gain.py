@@ -1,10 +1,12 @@
 """What merging an adapter gains: time of a step whose rows all use it, merged over unmerged.
 
     python bench/merge_gain.py --rank 16 --rounds 40
+    python bench/merge_gain.py --engine --rank 64 --rounds 16
 
 Steps with the default model of 1, 4, 16 and 64 decode rows at 128 tokens of context, and of one
 prompt chunk of 128 tokens. The two ways alternate step by step, and the ratio is that of the
-medians: below 1, merging pays. The last line of output is one JSON object.
+medians: below 1, merging pays. With `--engine`, whole rounds of requests with automatic merging off
+and on; see `merge_engine.py`. The last line of output is one JSON object.
 """
 
 from __future__ import annotations
@@ -25,7 +27,6 @@ DECODE_ROWS = (1, 4, 16, 64)
 def run(cache: Path, rank: int, rounds: int) -> dict[str, object]:
     """Ratios by the type of the dense copies and the shape of the step."""
     import torch
-    from loraplex_model.adapters.delta import LoraFactors, lora
     from loraplex_model.adapters.pack import pack
     from loraplex_model.base.batch import ForwardBatch
     from loraplex_model.checkpoints.load import load_base
@@ -36,21 +37,7 @@ def run(cache: Path, rank: int, rounds: int) -> dict[str, object]:
     library = build.load(directory=cache / "kernels")
     blocks = (CONTEXT // BLOCK + 1) * max(DECODE_ROWS)
     decoder = NativeDecoder(weights, blocks, BLOCK, 1, max_positions=2 * CONTEXT, library=library)
-    generator = torch.Generator().manual_seed(0)
-    adapter = pack(
-        lora(
-            {
-                (layer, name): LoraFactors(
-                    torch.randn(rank, fan_in, generator=generator) * fan_in**-0.5,
-                    torch.randn(fan_out, rank, generator=generator) * 0.05,
-                    1.0,
-                )
-                for layer in range(weights.config.num_layers)
-                for name, (fan_in, fan_out) in weights.config.projection_shapes().items()
-            }
-        ),
-        torch.bfloat16,
-    )
+    adapter = pack(random_lora(weights.config, rank), torch.bfloat16)
     decoder.table.publish(0, adapter)
     each = CONTEXT // BLOCK + 1
     mix = ((0, 1.0),)
@@ -84,13 +71,43 @@ def run(cache: Path, rank: int, rounds: int) -> dict[str, object]:
     return result
 
 
+def random_lora(config, rank: int):
+    """A random LoRA of every linear layer of the model, at scale 1."""
+    import torch
+    from loraplex_model.adapters.delta import LoraFactors, lora
+
+    generator = torch.Generator().manual_seed(0)
+    return lora(
+        {
+            (layer, name): LoraFactors(
+                torch.randn(rank, fan_in, generator=generator) * fan_in**-0.5,
+                torch.randn(fan_out, rank, generator=generator) * 0.05,
+                1.0,
+            )
+            for layer in range(config.num_layers)
+            for name, (fan_in, fan_out) in config.projection_shapes().items()
+        }
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Time merged against unmerged steps.")
     parser.add_argument("--cache", type=Path, default=base.CACHE)
     parser.add_argument("--rank", type=int, default=16, help="rank of the adapter")
-    parser.add_argument("--rounds", type=int, default=40, help="timed steps of each way")
+    parser.add_argument("--rounds", type=int, default=40, help="timed steps or rounds each way")
+    parser.add_argument("--engine", action="store_true", help="rounds of requests in the engine")
+    parser.add_argument("--requests", type=int, default=16, help="with --engine: per round")
+    parser.add_argument("--prompt", type=int, default=128, help="with --engine: prompt tokens")
+    parser.add_argument("--new", type=int, default=64, help="with --engine: generated tokens")
     args = parser.parse_args(argv)
-    print(report.json_line(run(args.cache, args.rank, args.rounds)))
+    if args.engine:
+        import merge_engine
+
+        load = merge_engine.Load(args.requests, args.prompt, args.new)
+        result = merge_engine.run(args.cache, args.rank, args.rounds, load)
+    else:
+        result = run(args.cache, args.rank, args.rounds)
+    print(report.json_line(result))
     return 0
 
 
