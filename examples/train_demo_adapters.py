@@ -15,6 +15,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,9 +24,9 @@ from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_model.checkpoints.default_model import HUB_NAME
 from loraplex_training.publish.publish import known_as, placed, stamps, write
 from loraplex_training.publish.verify import verify
-from loraplex_training.report.events import JobState
-from loraplex_training.report.progress import Progress
-from loraplex_training.run.run import Outcome, Run
+from loraplex_training.report.events import JobStatus
+from loraplex_training.report.progress import ProgressDisplay
+from loraplex_training.run.run import JobOutcome, Run
 from loraplex_training.spec.parse import from_mapping
 from loraplex_training.spec.spec import RunSpec
 from rich.console import Console
@@ -130,7 +131,7 @@ def run_of(args: argparse.Namespace, work: Path) -> RunSpec:
     return from_mapping({"run": run, "job": jobs})
 
 
-def publish(recipe: Recipe, outcome: Outcome, run: Run, out: Path, stamp: bool) -> None:
+def publish(recipe: Recipe, outcome: JobOutcome, run: Run, out: Path, stamp: bool) -> None:
     """Writes an adapter with bfloat16 weights, the type that a bfloat16 server computes with."""
     base, files = run.base, outcome.adapter.files()
     config = {**files.config, "base_model_name_or_path": known_as(base.name)}
@@ -147,12 +148,12 @@ def publish(recipe: Recipe, outcome: Outcome, run: Run, out: Path, stamp: bool) 
 
 def train(args: argparse.Namespace, recipes: Sequence[Recipe] = RECIPES) -> None:
     """Trains and writes all. Raises Refusal."""
-    with tempfile.TemporaryDirectory() as work, Progress(Console()) as progress:
+    with tempfile.TemporaryDirectory() as work, closing(ProgressDisplay(Console())) as progress:
         run = Run.start(run_of(args, Path(work)), [progress])
         outcomes = run.train()
         for recipe in recipes:
             outcome = outcomes[recipe.name]
-            if outcome.state is not JobState.FINISHED:
+            if outcome.state is not JobStatus.FINISHED:
                 raise Refusal(Reason.DIVERGED, f"{recipe.name}: {outcome.progress.reason}")
             publish(recipe, outcome, run, args.out, args.stamp)
             print(args.out / recipe.name)

@@ -1,10 +1,10 @@
-"""Tasks with data made by these scripts, from a seed: no file of examples, no one's real words.
+"""Tasks whose examples are generated from a seed, without a data file or anybody's real words.
 
     python -m examples.tasks contacts --count 240 --seed 1 --out train.jsonl
     python -m examples.tasks contacts --count 60 --held-out --out held_out.jsonl
 
-Rows that are held out are never made for training, whatever the seeds: their combinations of words
-are theirs alone, and half of them hold words that training never sees.
+Held-out rows never occur in training data, whatever the seeds: their combinations of words are
+reserved, and half of them contain words that training data never has.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from . import contacts, routing
 
 
 class Rows(Protocol):
-    """Makes `count` different rows of {"prompt", "completion"}; the same for the same seed."""
+    """Makes `count` different rows of {"prompt", "completion"}. Equal seeds give equal rows."""
 
     def __call__(self, count: int, seed: int, held_out: bool = False) -> list[dict[str, str]]: ...
 
@@ -27,7 +27,7 @@ TASKS: Final[Mapping[str, Rows]] = {"contacts": contacts.rows, "routing": routin
 
 
 def write(task: str, path: Path, count: int, seed: int, held_out: bool = False) -> Path:
-    """Writes rows of a task as JSONL; the same bytes for the same arguments."""
+    """Writes rows of a task as JSONL. Equal arguments give equal bytes."""
     rows = TASKS[task](count, seed, held_out)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(b"".join(json.dumps(row).encode() + b"\n" for row in rows))

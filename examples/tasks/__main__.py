@@ -10,16 +10,20 @@ from . import TASKS, write
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parses flags, writes the file, prints its name."""
+    """Writes the file and prints its name. Returns the exit code."""
     parser = argparse.ArgumentParser(
-        description="Write made-up examples of a task as JSONL.",
+        description="Write generated examples of a task as JSONL.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("task", choices=sorted(TASKS))
-    parser.add_argument("--count", type=int, default=240, help="rows")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--held-out", action="store_true", help="rows that are never trained on")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--count", type=int, default=240, help="number of rows")
+    parser.add_argument("--seed", type=int, default=1, help="random seed")
+    parser.add_argument(
+        "--held-out",
+        action="store_true",
+        help="write held-out rows, which training data never contains",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="file to write")
     args = parser.parse_args(argv)
     if args.count < 1:
         parser.error("--count must be at least 1")

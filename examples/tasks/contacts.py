@@ -1,7 +1,7 @@
-"""Orders in a sentence to strict JSON: who wants what, how many of it, and where.
+"""Task: turn an order in a sentence into strict JSON with name, item, quantity and city.
 
-Every sentence and word was written for this. Not only copying: numbers are words or digits, things
-are singular in the answer, and the order of the keys is not that of the sentence.
+All sentences and words were written for this task. It takes more than copying: numbers are words or
+digits, things are singular in the answer, and the keys are not in the order of the sentence.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ QUESTION: Final = "Give name, item, quantity and city as JSON: "
 
 
 def rows(count: int, seed: int, held_out: bool = False) -> list[Row]:
-    """Rows of {"prompt", "completion"}; every second one held out is of an unseen name."""
+    """Makes rows of {"prompt", "completion"}; every second held-out row has an unseen name."""
     draw = Draw("contacts", seed, held_out)
 
     def make(number: int) -> Row:
@@ -67,5 +67,5 @@ def rows(count: int, seed: int, held_out: bool = False) -> list[Row]:
 
 
 def _is_held_out(name: str, thing: str, city: str) -> bool:
-    """A fifth of all combinations, every word in many of them."""
+    """Returns true for a fifth of all combinations; every word occurs in many of them."""
     return (NAMES.index(name) + 2 * THINGS.index(thing) + 3 * CITIES.index(city)) % 5 == 0

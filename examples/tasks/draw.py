@@ -1,4 +1,4 @@
-"""Seeded draws that stay the same: from one Python to the next, from one machine to another."""
+"""Seeded random draws that are the same for all versions of Python and on all machines."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from typing import Final, TypeVar
 
 T = TypeVar("T")
 ENOUGH: Final = 1000
-"""Repeats in a row after which no new row is to be expected."""
+"""Number of repeated rows after which no new one is expected."""
 Row = dict[str, str]
 
 
 class Draw:
-    """Choices by `random()`, whose values Python promises to keep for a seed."""
+    """Random choices by `random()`, whose values Python guarantees for a seed."""
 
     def __init__(self, *seed: object) -> None:
         self._random = random.Random("/".join(map(str, seed)))
 
     def below(self, limit: int) -> int:
-        """An integer from 0 to `limit` - 1."""
+        """Returns an integer from 0 to `limit` - 1."""
         return int(self._random.random() * limit)
 
     def one(self, options: Sequence[T]) -> T:
-        """One of them, each as likely."""
+        """Returns one of the options, with equal probabilities."""
         return options[self.below(len(options))]
 
 
 def different(make: Callable[[int], Row], count: int) -> list[Row]:
-    """`count` rows of different prompts; `make` gets the number of the row.
+    """Returns `count` rows with different prompts; `make` gets the number of the row.
 
-    Raises ValueError if there are not so many.
+    Raises ValueError if `make` does not give so many.
     """
     rows: dict[str, Row] = {}
     repeats = 0

@@ -1,7 +1,7 @@
-"""Messages to a shop's desk to a label of its own: which queue, and how soon.
+"""Task: label a customer's message to a shop with its queue and its priority.
 
-Every sentence and word was written for this. The labels are the desk's, so no model knows them
-untaught; the answer is the label and nothing else.
+All sentences and words were written for this task. The labels are invented, so no model knows them
+without training. The answer is the label and nothing else.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ QUEUES: Final = {
         "does the {thing} come with batteries",
     ),
 }
-"""The last sentence of each queue is never trained on."""
+"""Sentences by queue. Training data never contains the last one of each."""
 
 THINGS: Final = (
     *("lamp", "chair", "table", "kettle", "blanket", "mirror", "clock", "camera", "guitar"),
@@ -80,7 +80,7 @@ OPENINGS: Final = ("", "Hello, ", "Hi there, ", "Dear team, ", "Good morning, ")
 
 
 def rows(count: int, seed: int, held_out: bool = False) -> list[Row]:
-    """Rows of {"prompt", "completion"}; every second one held out is an unseen sentence."""
+    """Makes rows of {"prompt", "completion"}; half of the held-out rows have unseen sentences."""
     draw = Draw("routing", seed, held_out)
     labels = [(queue, priority) for queue in QUEUES for priority in PRIORITIES]
 
@@ -89,9 +89,9 @@ def rows(count: int, seed: int, held_out: bool = False) -> list[Row]:
         *seen, unseen = QUEUES[queue]
         while True:
             which, thing = draw.below(len(seen)), draw.below(len(THINGS))
-            if ((which + thing) % 4 == 0) == held_out:  # combinations of either side
+            if ((which + thing) % 4 == 0) == held_out:  # a quarter of combinations is held out
                 break
-        # every label comes twice in a row of rounds: once with a sentence that was seen
+        # Every second round of labels has unseen sentences.
         new = held_out and number // len(labels) % 2 == 1
         sentence = (unseen if new else seen[which]).format(thing=THINGS[thing])
         opening, closing = draw.one(OPENINGS), draw.one(PRIORITIES[priority])

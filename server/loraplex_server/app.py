@@ -44,8 +44,7 @@ from loraplex_server.rpc.training import TrainingService
 from loraplex_server.rpc.validate import ModelBounds
 from loraplex_server.text.tokenizer import TextTokenizer, TokenizerError
 from loraplex_server.training.delivery import RegistryDestination
-from loraplex_server.training.queue import Bounds as JobBounds
-from loraplex_server.training.queue import JobQueue
+from loraplex_server.training.queue import JobLimits, JobQueue
 from loraplex_server.training.records import Records
 from loraplex_server.training.trainer import Trainer
 
@@ -228,7 +227,7 @@ class Server:
             threads=config.trainer_threads,
             timeout=config.training_timeout,
         )
-        bounds = JobBounds(
+        bounds = JobLimits(
             config.training_max_jobs, config.training_keep_jobs, int(config.training_data)
         )
         queue = JobQueue(

@@ -7,7 +7,8 @@
     {"text": "publish DIR"}     ends well, with a copy of that adapter
     {"text": "diverge"}         ends as one whose loss is not finite
     {"text": "die SIGKILL"}     dies of that signal
-    {"text": "complain REASON what is wrong"}   ends as the trainer does with a Refusal
+    {"text": "complain REASON what is wrong"}   ends as the trainer does with a Refusal; several
+                                problems have " | " between them, a field goes before " @ "
     {"text": "say anything"}    prints that on standard output
     {"text": "flood"}           prints a line of 3 MiB there
     {"text": "moan anything"}   prints that on standard error
@@ -41,8 +42,12 @@ def emit(event: str, **fields: object) -> None:
 
 def complain(text: str) -> None:
     reason, _, problem = text.partition(" ")
+    problems = []
     for one in problem.split(" | "):
-        print(f"error: {reason}: {one}", file=sys.stderr, flush=True)
+        field, _, message = one.rpartition(" @ ")
+        problems.append({"field": field, "message": message})
+        print("error: for people", file=sys.stderr, flush=True)
+    emit("Failed", reason=reason, problems=problems)
     sys.exit(2)
 
 

@@ -174,7 +174,7 @@ async def test_an_adapter_that_the_server_does_not_take_fails_the_job(trains: Tr
 @pytest.mark.parametrize(
     ("does", "reason", "says"),
     [
-        (["step 1", "die SIGSEGV"], "TRAINER_CRASHED", "the trainer died of SIGSEGV"),
+        (["step 1", "die SIGSEGV"], "TRAINER_CRASHED", "the trainer was ended by SIGSEGV"),
         (["step 3", "die SIGKILL"], "OUT_OF_MEMORY", "killed at step 3"),
         (["diverge"], "DIVERGED", "the loss is not finite"),
         (["complain DISK_FULL no room | nor there"], "DISK_FULL", "no room (and 1 more)"),
@@ -310,7 +310,9 @@ async def test_cancelling_a_running_job_interrupts_it_and_can_be_repeated(trains
 def with_trainer(trains: Training, patch: pytest.MonkeyPatch, **changes: Any) -> None:
     """Gives the queue a trainer with other settings."""
     queue = trains.up.server._training
-    patch.setattr(queue, "_trainer", dataclasses.replace(queue._trainer, **changes))
+    trainer = dataclasses.replace(queue._trainer, **changes)
+    patch.setattr(queue, "_trainer", trainer)
+    patch.setattr(queue, "_factory", dataclasses.replace(queue._factory, trainer=trainer))
 
 
 async def test_a_trainer_that_does_not_stop_is_killed(
@@ -369,13 +371,13 @@ async def test_too_many_watchers_are_refused_and_those_that_left_do_not_count(
     trains: Training, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = await trains.create("step 1", "hold", name="watched")
-    monkeypatch.setattr("loraplex_server.training.queue.MAX_WATCHERS", 1)
+    monkeypatch.setattr("loraplex_server.training.table.MAX_WATCHERS", 1)
     queue = trains.up.server._training
     first = trains.watch(job)
     await first.read()
     assert (await refused(anext(aiter(trains.watch(job))))).reason == "OVERLOADED"
     first.cancel()
-    await until(lambda: queue._watchers == 0)
+    await until(lambda: queue._table._watchers == 0)
     await trains.cancel(job)
 
 
@@ -435,7 +437,7 @@ async def test_what_the_trainer_would_refuse_is_refused_with_the_fields(trains: 
     ("reason", "field"), [("DATA_INVALID", "data"), ("METHOD_INVALID", "spec.method")]
 )
 async def test_what_the_plan_finds_is_refused(trains: Training, reason: str, field: str) -> None:
-    before = set(trains.up.server._training._jobs)
+    before = {job.id for job in trains.up.server._training._table}
     file = trains.up.folder / "training" / "data.jsonl"
     text = f"refuse {reason} {file}, line 2: no text | {file}, line 3: no JSON"
     seen = await refused(trains.create(text, name="bad-data"))
@@ -444,9 +446,26 @@ async def test_what_the_plan_finds_is_refused(trains: Training, reason: str, fie
     assert [v.field for v in violations] == [field, field]
     assert violations[0].description == "data.jsonl, line 2: no text"
     assert str(trains.up.folder) not in repr(seen)
-    assert set(trains.up.server._training._jobs) == before
+    assert {job.id for job in trains.up.server._training._table} == before
     left = {path.name for path in (trains.up.folder / "training").iterdir()}
     assert left == {*before, "lock"}
+
+
+async def test_fields_that_the_trainer_names_are_fields_of_the_request(trains: Training) -> None:
+    paths = {
+        "jobs.mapped.lr": "spec.optimiser.learning_rate",
+        "jobs.mapped.method.r": "spec.method.options[r]",
+        "jobs.mapped.options": "spec.method.options",
+        "jobs.mapped.steps": "spec.steps",
+        "eval_data": "eval_data",
+        "run.threads": "spec",
+        "jobs": "spec",
+    }
+    text = " | ".join(f"{field} @ job 'x': lr is wrong" for field in paths)
+    seen = await refused(trains.create(f"refuse CONFIG_INVALID {text}", name="mapped"))
+    violations = seen.detail(error_details_pb2.BadRequest).field_violations
+    assert [v.field for v in violations] == list(paths.values())
+    assert {v.description for v in violations} == {"job 'x': lr is wrong"}  # nobody parses it
 
 
 async def test_many_problems_still_fit_the_answer(trains: Training) -> None:

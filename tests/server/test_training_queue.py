@@ -14,9 +14,17 @@ from typing import Any
 import pytest
 from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_server.training import queue as module
-from loraplex_server.training.jobs import Error, Job, Order, Progress, Result, State
-from loraplex_server.training.queue import Bounds, JobQueue, Request, Source
+from loraplex_server.training.jobs import (
+    FailureRecord,
+    JobOrder,
+    JobRecord,
+    ProgressRecord,
+    ResultRecord,
+    State,
+)
+from loraplex_server.training.queue import JobLimits, JobQueue
 from loraplex_server.training.records import Records
+from loraplex_server.training.request import DataSource, JobRequest
 from loraplex_server.training.trainer import Trainer
 from rpc.harness import until
 from rpc.training_jobs import SCRIPT, alive, lines
@@ -30,10 +38,10 @@ class Shelf:
     folders: list[Path] = field(default_factory=list)
     gate: asyncio.Event | None = None
 
-    async def check(self, order: Order) -> None:
+    async def check(self, order: JobOrder) -> None:
         """Everything is free."""
 
-    async def deliver(self, folder: Path, order: Order) -> Result:
+    async def deliver(self, folder: Path, order: JobOrder) -> ResultRecord:
         """Notes what it is given."""
         self.folders.append(folder)
         if self.gate is not None:
@@ -41,7 +49,7 @@ class Shelf:
         if self.failures:
             raise self.failures.pop()
         assert (folder / "weights").read_text() == "trained"
-        return Result(version=1, digest="sha256:1")
+        return ResultRecord(version=1, digest="sha256:1")
 
 
 @dataclass
@@ -68,12 +76,12 @@ class Bench:
     counts: Counts
     made: str
 
-    async def create(self, *texts: str, name: str = "made", **fields: Any) -> Job:
-        order = Order(name=name, settings={"steps": 9}, replace=True)
-        request = Request(order, Source("data", lines(*texts)), **fields)
+    async def create(self, *texts: str, name: str = "made", **fields: Any) -> JobRecord:
+        order = JobOrder(name=name, settings={"steps": 9}, replace=True)
+        request = JobRequest(order, DataSource("data", lines(*texts)), **fields)
         return (await self.queue.create(request))[0]
 
-    async def at(self, job: Job, step: int) -> None:
+    async def at(self, job: JobRecord, step: int) -> None:
         """Waits until it has saved at this step."""
 
         def there() -> bool:
@@ -82,16 +90,16 @@ class Bench:
 
         await until(there)
 
-    async def ended(self, job: Job) -> Job:
+    async def ended(self, job: JobRecord) -> JobRecord:
         """The job once it has ended."""
         async for state in self.queue.watch(job.id):
             job = state
         return job
 
-    def release(self, job: Job) -> None:
+    def release(self, job: JobRecord) -> None:
         (self.records.folder(job.id) / "release").touch()
 
-    def calls(self, job: Job) -> list[str]:
+    def calls(self, job: JobRecord) -> list[str]:
         text = (self.records.folder(job.id) / "calls").read_text()
         return [line.split()[0] for line in text.splitlines()]
 
@@ -103,7 +111,7 @@ def bench(folder: Path, **bounds: int) -> Bench:
     program = [sys.executable, "-I", "-S", str(SCRIPT)]
     trainer = Trainer(program, {"device": "cpu", "model": "m"}, patience=5.0)
     records, shelf, counts = Records(folder / "jobs"), Shelf(), Counts()
-    limits = Bounds(**{"waiting": 8, "kept": 50, "data_bytes": 1000, **bounds})
+    limits = JobLimits(**{"waiting": 8, "kept": 50, "data_bytes": 1000, **bounds})
     queue = JobQueue(records, trainer, shelf, counts, folder, limits)
     return Bench(queue, records, shelf, counts, str(made))
 
@@ -150,10 +158,10 @@ async def test_a_job_without_a_checkpoint_begins_again(tmp_path: Path) -> None:
         assert two.calls(job) == ["plan", "run", "run"]
 
 
-def crashed(folder: Path, one: Bench, **fields: Any) -> Job:
+def crashed(folder: Path, one: Bench, **fields: Any) -> JobRecord:
     """A job as a server leaves it that was killed."""
     job_id = "0" * 12 + "-" + "0" * 8
-    job = Job(id=job_id, order=Order(name="made"), state=State.RUNNING, **fields)
+    job = JobRecord(id=job_id, order=JobOrder(name="made"), state=State.RUNNING, **fields)
     assert one.records.acquire()
     one.records.make(job_id)
     one.records.save(job)
@@ -237,7 +245,7 @@ async def test_one_that_ended_has_let_go_even_while_it_waited(tmp_path: Path) ->
 async def test_old_jobs_are_forgotten_with_their_files(tmp_path: Path) -> None:
     async with opened(tmp_path, kept=2) as one:
         jobs = [await one.create("diverge", name=f"n{i}") for i in range(4)]
-        await until(lambda: len(one.counts.ended) == 4 and len(one.queue._jobs) == 2)
+        await until(lambda: len(one.counts.ended) == 4 and len(list(one.queue._table)) == 2)
         kept, _ = one.queue.page(10, "", ())
         assert [job.id for job in kept] == [jobs[3].id, jobs[2].id]
         left = {"lock", jobs[2].id, jobs[3].id}
@@ -340,7 +348,7 @@ async def test_a_fault_of_the_server_ends_a_job_and_not_the_queue(
 
             patch.setattr(Trainer, "command", broken)
             done = await one.ended(await one.create("diverge"))
-        assert done.error == Error("ENGINE_FAULT", "internal error")
+        assert done.error == FailureRecord("ENGINE_FAULT", "internal error")
         after = await one.ended(await one.create("diverge"))
         assert after.error.reason == "DIVERGED"
 
@@ -384,8 +392,8 @@ async def test_a_refused_hand_over_fails_the_job(tmp_path: Path) -> None:
 async def test_numbers_that_are_not_finite_survive_the_disk(tmp_path: Path) -> None:
     records = Records(tmp_path / "jobs")
     assert records.acquire()
-    progress = Progress(loss=float("nan"), norm=float("inf"), remaining=float("inf"))
-    job = Job(id="0" * 12 + "-" + "0" * 8, order=Order(name="n"), progress=progress)
+    progress = ProgressRecord(loss=float("nan"), norm=float("inf"), remaining=float("inf"))
+    job = JobRecord(id="0" * 12 + "-" + "0" * 8, order=JobOrder(name="n"), progress=progress)
     records.make(job.id)
     records.save(job)
     (found,) = records.load()

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 
 import torch
 from loraplex_training.report.events import Event, Observer
-from loraplex_training.run.inputs import Ground
-from loraplex_training.run.run import Outcome, Run
+from loraplex_training.run.inputs import RunInputs
+from loraplex_training.run.run import JobOutcome, Run
 from loraplex_training.spec.spec import (
     DataSpec,
     JobSpec,
@@ -97,25 +97,29 @@ def spec(top: Path, out: str, *jobs: JobSpec, **changes: Any) -> RunSpec:
     return replace(made, **changes)
 
 
-def train(made: RunSpec, *observers: Observer, ground: Ground | None = None) -> dict[str, Outcome]:
+def train(
+    made: RunSpec, *observers: Observer, inputs: RunInputs | None = None
+) -> dict[str, JobOutcome]:
     """Runs it to the end."""
-    return dict(Run.start(made, observers, ground).train())
+    return dict(Run.start(made, observers, inputs).train())
 
 
-def parameters(outcome: Outcome) -> dict[str, torch.Tensor]:
+def parameters(outcome: JobOutcome) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in outcome.adapter.parameters.items()}
 
 
-def alone(made: RunSpec, ground: Ground | None, jobs: Sequence[JobSpec]) -> dict[str, Outcome]:
+def alone(
+    made: RunSpec, inputs: RunInputs | None, jobs: Sequence[JobSpec]
+) -> dict[str, JobOutcome]:
     """Each job in a run of its own."""
     outcomes = {}
     for one in jobs:
         single = replace(made, jobs=(one,), out=made.out.with_name(f"alone-{one.name}"))
-        outcomes |= train(single, ground=ground)
+        outcomes |= train(single, inputs=inputs)
     return outcomes
 
 
-def written(outcome: Outcome) -> dict[str, bytes]:
+def written(outcome: JobOutcome) -> dict[str, bytes]:
     """The bytes of every tensor that would be saved, and of the configuration."""
     files = outcome.adapter.files()
     found = {name: t.contiguous().numpy().tobytes() for name, t in files.tensors.items()}

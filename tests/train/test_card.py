@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from loraplex_training.report.card import MOST_ROWS, Facts, card
-from loraplex_training.report.events import Evaluated, Event, JobEnded, JobState, Sampled
+from loraplex_training.report.events import Evaluated, Event, JobEnded, JobStatus, Sampled
 from loraplex_training.spec.spec import DataSpec, JobSpec, MethodSpec
 
 from train.commands import is_known
@@ -24,7 +24,7 @@ EVENTS: tuple[Event, ...] = (
     Evaluated("tickets", 20, 1.0, 2.7, 0.75, True),
     Evaluated("tickets", 30, 1.5, 4.5, 0.5, False),
     Sampled("tickets", 30, "Where?", "Here", "Here"),
-    JobEnded("tickets", JobState.FINISHED, 30, "all 30 steps are done"),
+    JobEnded("tickets", JobStatus.FINISHED, 30, "all 30 steps are done"),
 )
 
 

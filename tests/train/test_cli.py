@@ -19,6 +19,7 @@ from loraplex_training.methods import METHODS
 from loraplex_training.publish.target import TARGET, Target, keep, kept
 from loraplex_training.report.events import (
     Evaluated,
+    Failed,
     JobEnded,
     Published,
     RunEnded,
@@ -60,7 +61,7 @@ def test_a_run_leaves_a_folder_that_says_all_about_it(finished: tuple[Place, str
     assert data["sha256"] == hashlib.sha256(place.data.read_bytes()).hexdigest()
     assert data["train"]["examples"] + data["evaluation"]["examples"] == 24
     samples = (out / "samples.md").read_text()
-    assert (samples.count("before:"), samples.count("after 3 steps:")) == (3, 3)
+    assert (samples.count("before training:"), samples.count("after 3 steps:")) == (3, 3)
     held = {path.name for path in (out / "job" / "adapter").iterdir()}
     assert held == {"adapter_config.json", "adapter_model.safetensors", "README.md", "curves.png"}
     assert list((out / "tensorboard" / "job").iterdir())
@@ -97,10 +98,10 @@ def test_what_a_run_tells_people(finished: tuple[Place, str]) -> None:
     _, said = finished
     assert re.search(r"job: step 3/3  loss \d", said)
     assert re.search(r"tok/s", said)
-    assert re.search(r"step 3: eval loss [\d.]+, perplexity [\d.]+, right 0.0%", said)
+    assert re.search(r"step 3: eval loss [\d.]+, perplexity [\d.]+, correct 0.0%", said)
     assert re.search(r"expected peak memory: [\d.]+ [MG]B", said)
     assert re.search(r"peak memory [\d.]+ [MG]B \(expected [\d.]+ [MG]B, [+-]\d+%\)", said)
-    assert said.count("answers") == 6  # three examples, before and after
+    assert said.count("    answer ") == 6  # three examples, before and after
 
 
 def test_a_finished_run_that_is_resumed_is_handed_over_again(finished: tuple[Place, str]) -> None:
@@ -181,6 +182,31 @@ def test_a_mistake_is_told_with_what_to_do(
     assert done.stderr.startswith("error: ")
     assert says in done.stderr
     assert not (place.top / "bad").exists()
+
+
+def test_programs_get_every_refusal_as_an_event(place: Place, tmp_path: Path) -> None:
+    flags = {"lr": "fast", "batch_size": 0}
+    log = tmp_path / "events.jsonl"
+    for command, lines in (
+        (["run", *place.flags("bad", events="-", **flags)], None),
+        (["run", *place.flags("bad", events=log, **flags)], log),
+        (["plan", *place.flags("bad", **flags), "--json"], None),
+    ):
+        done = invoke(*command)
+        assert done.exit_code == 2
+        (failed,) = commands.events(lines.read_text() if lines else done.stdout)
+        assert isinstance(failed, Failed)
+        assert failed.reason == "CONFIG_INVALID"
+        assert {problem.field for problem in failed.problems} == {
+            "jobs.job.lr", "jobs.job.batch_size"
+        }  # fmt: skip
+    done = place.run("bad", events="-", data=tmp_path / "none.jsonl")
+    (failed,) = commands.events(done.stdout)
+    assert isinstance(failed, Failed)
+    assert (failed.reason, failed.problems[0].field) == ("DATA_INVALID", "data")
+    done = place.run("bad", events=tmp_path)  # a directory
+    assert done.exit_code == 2
+    assert "--events" in done.stderr
 
 
 def test_a_word_too_many_is_refused(place: Place) -> None:
@@ -282,7 +308,7 @@ def test_plan_says_what_a_run_would_take_and_writes_nothing(place: Place) -> Non
     done = invoke("plan", *place.flags("planned", steps=7))
     assert done.exit_code == 0, done.output
     assert re.search(r"lora", done.output)
-    assert "guessed" in done.output
+    assert "estimated from one pass" in done.output
     told = invoke("plan", *place.flags("planned", steps=7), "--json")
     plan = json.loads(told.stdout.splitlines()[-1])
     assert plan["bytes"] == sum(plan["memory"].values()) > 1 << 20

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from loraplex_training.run import costs
-from loraplex_training.run.inputs import Ground
+from loraplex_training.run.inputs import RunInputs
 from loraplex_training.spec.spec import JobSpec, RunSpec
 
 from train import runs
@@ -24,8 +24,8 @@ def top(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def expected(top: Path, *jobs: JobSpec, **changes: object) -> Mapping[str, int]:
     spec: RunSpec = replace(runs.spec(top, "out", *jobs), **changes)  # type: ignore[arg-type]
-    ground = Ground.open(spec)
-    found = costs.of(ground.base.weights, ground.jobs(spec), spec)
+    inputs = RunInputs.open(spec)
+    found = costs.of(inputs.base.weights, inputs.jobs(spec), spec)
     assert found.total == sum(found.items.values())
     return found.items
 

@@ -6,7 +6,6 @@ import math
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,13 +17,14 @@ from loraplex_training.report.events import (
     Evaluated,
     Event,
     JobEnded,
-    JobState,
+    JobStatus,
     Observer,
     RunEnded,
     RunStarted,
     StepDone,
 )
-from loraplex_training.report.record import Record
+from loraplex_training.report.record import RunRecord
+from msgspec.structs import replace
 
 START = RunStarted(("a", "b"), (3, 3), 0, "cpu", 0, ("", ""))
 STEP = StepDone("a", 1, 0.5, 1e-3, 2.0, 100, 10, 0.5)
@@ -37,8 +37,8 @@ COURSE: tuple[Event, ...] = (
         for job in "ab"
     ),
     Evaluated("a", 3, 0.4, math.exp(0.4), 0.5, True),
-    JobEnded("a", JobState.FINISHED, 3, ""),
-    JobEnded("b", JobState.FINISHED, 3, ""),
+    JobEnded("a", JobStatus.FINISHED, 3, ""),
+    JobEnded("b", JobStatus.FINISHED, 3, ""),
     END,
 )
 
@@ -79,7 +79,7 @@ def test_steps_that_are_taken_again_are_shown_once(tmp_path: Path) -> None:
 
 
 def test_the_picture_is_drawn_from_the_record(tmp_path: Path) -> None:
-    record, picture = Record(tmp_path), Picture(tmp_path)
+    record, picture = RunRecord(tmp_path), Picture(tmp_path)
     for event in COURSE:
         record.on(event)
         assert not (tmp_path / PICTURE).exists()
@@ -110,7 +110,7 @@ def test_a_run_goes_on_without_a_library(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
-    for observer in (Record(tmp_path), TensorBoard(tmp_path / "board"), Picture(tmp_path)):
+    for observer in (RunRecord(tmp_path), TensorBoard(tmp_path / "board"), Picture(tmp_path)):
         tell(observer, COURSE)
     assert len(caplog.records) == 1
 

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from loraplex_model.base.refusal import Refusal
 from loraplex_training.data import records
 from loraplex_training.data.problems import SHOWN, Problems
-from loraplex_training.data.records import Record, RecordFile
+from loraplex_training.data.records import DataRecord, RecordFile
 
 GOOD = b'{"prompt": "a", "completion": "b"}'
 USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 
 
-def read(path: Path, content: bytes) -> list[Record]:
+def read(path: Path, content: bytes) -> list[DataRecord]:
     """Raises Refusal with everything that is wrong."""
     path.write_bytes(content)
     problems = Problems()
@@ -57,9 +57,9 @@ BAD: list[tuple[Any, str]] = [
     ({"text": "a", "prompt": "b"}, 'mixes shapes ("prompt", "text")'),
     ({"instruction": "a", "output": "b", "text": "c"}, "mixes shapes"),
     ({"instruction": "a", "completion": "b"}, "mixes shapes"),
-    ({"text": "a", "weight": 2}, 'not understood: "weight"'),
-    ({"instruction": "a", "output": "b", "history": []}, 'not understood: "history"'),
-    ({"text": "a", "\u202eevil\n": 2}, 'not understood: "\\u202eevil\\n"'),
+    ({"text": "a", "weight": 2}, 'unknown keys: "weight"'),
+    ({"instruction": "a", "output": "b", "history": []}, 'unknown keys: "history"'),
+    ({"text": "a", "\u202eevil\n": 2}, 'unknown keys: "\\u202eevil\\n"'),
     ({"prompt": "a"}, 'has no "completion"'),
     ({"completion": "a"}, 'has no "prompt"'),
     ({"instruction": "a", "input": "b"}, 'has no "output"'),
@@ -88,7 +88,7 @@ BAD: list[tuple[Any, str]] = [
     ({"messages": [USER, {"role": 1, "content": "a"}]}, "messages[1].role is a number"),
     ({"messages": [USER, {"role": "assistant", "content": ""}]}, "messages[1].content is empty"),
     ({"messages": [USER, {"role": "assistant", "content": None}]}, "content is null"),
-    ({"messages": [USER, {**ANSWER, "tool_calls": []}]}, 'has a "tool_calls"'),
+    ({"messages": [USER, {**ANSWER, "tool_calls": []}]}, 'unknown key "tool_calls"'),
     ({"messages": [USER, {"role": "system", "content": "a"}, ANSWER]}, "not the first one"),
 ]
 
@@ -147,13 +147,13 @@ def test_the_four_shapes(tmp_path: Path) -> None:
     found = read(tmp_path / "data.jsonl", b"\n".join(map(encoded, lines)))
     user_c = {"role": "user", "content": "a\n\nc"}
     assert found == [
-        Record("messages", (system, USER, ANSWER), 2, "", None, 1),
-        Record("prompt", (USER, ANSWER), 1, "", "a", 2),
-        Record("prompt", (USER, ANSWER, USER, ANSWER), 1, "", None, 3),
-        Record("instruction", (USER, ANSWER), 1, "", "a\n", 4),
-        Record("instruction", (user_c, ANSWER), 1, "", "a\n\nc\n", 5),
-        Record("instruction", (USER, ANSWER), 1, "", "a\n", 6),
-        Record("text", (), 0, "a", None, 7),
+        DataRecord("messages", (system, USER, ANSWER), 2, "", None, 1),
+        DataRecord("prompt", (USER, ANSWER), 1, "", "a", 2),
+        DataRecord("prompt", (USER, ANSWER, USER, ANSWER), 1, "", None, 3),
+        DataRecord("instruction", (USER, ANSWER), 1, "", "a\n", 4),
+        DataRecord("instruction", (user_c, ANSWER), 1, "", "a\n\nc\n", 5),
+        DataRecord("instruction", (USER, ANSWER), 1, "", "a\n", 6),
+        DataRecord("text", (), 0, "a", None, 7),
     ]
     same = [found[i].digest() for i in (1, 3, 5)]
     assert len(set(same)) == 1
@@ -203,4 +203,4 @@ def test_a_file_that_is_too_large_missing_empty_or_none_is_an_error(
     with pytest.raises(Refusal, match="No such file"):
         list(RecordFile(tmp_path / "nothing", Problems()))
     monkeypatch.setattr(records, "MAX_FILE", 10)
-    assert "the most is 10" in reasons(path, GOOD)[0]
+    assert "at most 10" in reasons(path, GOOD)[0]

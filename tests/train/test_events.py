@@ -6,16 +6,17 @@ import json
 import math
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
 import pytest
+from loraplex_model.base.refusal import Problem, Reason
 from loraplex_training.report.events import (
     Evaluated,
     Event,
+    Failed,
     JobEnded,
-    JobState,
+    JobStatus,
     Published,
     RunEnded,
     RunStarted,
@@ -24,7 +25,8 @@ from loraplex_training.report.events import (
     StepDone,
 )
 from loraplex_training.report.lines import decode, encode
-from loraplex_training.report.record import METRICS, Record, environment, read
+from loraplex_training.report.record import METRICS, RunRecord, environment, read
+from msgspec.structs import replace
 
 STEP = StepDone("a", 3, 0.25, 1e-4, 1.5, 120, 40, 0.5)
 EVENTS: tuple[Event, ...] = (
@@ -33,10 +35,11 @@ EVENTS: tuple[Event, ...] = (
     Evaluated("a", 3, 0.5, math.exp(0.5), 0.75, True),
     Evaluated("a", 4, 0.5, math.exp(0.5), None, False),
     Sampled("a", 0, 'a "prompt"\n', "ünïcode \u2028", ""),
-    JobEnded("a", JobState.STOPPED_EARLY, 9, "no better for 3 evaluations"),
+    JobEnded("a", JobStatus.STOPPED_EARLY, 9, "no better for 3 evaluations"),
     Saved(10, Path("var/runs/a/checkpoints/10")),
     Published("a", Path("x"), "sha256:0", "a@3", "localhost:1", "Hi"),
     RunEnded(12.5, 1000, 10**9),
+    Failed(Reason.DATA_INVALID, (Problem("data", "a.jsonl:3: is empty"), Problem("", "no more"))),
 )
 
 
@@ -83,20 +86,20 @@ def test_readers_of_events_need_no_torch() -> None:
 
 
 def test_a_run_s_record_holds_every_event(tmp_path: Path) -> None:
-    record = Record(tmp_path / "run")
+    record = RunRecord(tmp_path / "run")
     for event in EVENTS:
         record.on(event)
     assert tuple(read(tmp_path / "run")) == EVENTS
 
 
 def test_a_run_that_goes_on_forgets_the_steps_that_it_takes_again(tmp_path: Path) -> None:
-    first = Record(tmp_path)
+    first = RunRecord(tmp_path)
     start = RunStarted(("a",), (9,), 0, "cpu", 0, ("",))
     for event in (start, *(replace(STEP, step=n) for n in range(1, 6))):
         first.on(event)
     with (tmp_path / METRICS).open("a") as file:
         file.write('{"event": "StepDo')  # killed here
-    second = Record(tmp_path)
+    second = RunRecord(tmp_path)
     for event in (replace(start, step=3), replace(STEP, step=4)):
         second.on(event)
     steps = [event.step for event in read(tmp_path) if isinstance(event, StepDone)]
@@ -107,7 +110,7 @@ def test_a_disk_that_takes_nothing_does_not_end_the_run(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("")
-    record = Record(tmp_path / "file")
+    record = RunRecord(tmp_path / "file")
     for event in EVENTS:
         record.on(event)
     assert len(caplog.records) == 1

@@ -13,7 +13,7 @@ import torch
 from loraplex_training.data import Batches, in_order
 from loraplex_training.data.samples import Sample
 from loraplex_training.methods.base import ParameterGroup
-from loraplex_training.report.events import Evaluated, Event, JobEnded, JobState, StepDone
+from loraplex_training.report.events import Evaluated, Event, JobEnded, JobStatus, StepDone
 from loraplex_training.spec.spec import DataSpec, JobSpec, OptimSpec
 from loraplex_training.step.divergence import STEPS
 from loraplex_training.step.job import Job
@@ -141,7 +141,7 @@ def test_what_is_not_finite_ends_the_job_before_it_moves(
     before = job.adapter.parameters["x"].tolist()
     (event,) = take(job, loss, gradient)
     assert isinstance(event, JobEnded)
-    assert (event.state, event.step) == (JobState.DIVERGED, 1)
+    assert (event.state, event.step) == (JobStatus.DIVERGED, 1)
     assert "step 2" in event.reason
     assert not job.active
     assert job.adapter.parameters["x"].tolist() == before
@@ -195,7 +195,7 @@ def test_a_loss_explodes_that_stays_above_three_times_the_first(
         end = end or ended(take(job, loss))
     assert (end is not None) == diverges
     if end is not None:
-        assert end.state is JobState.DIVERGED
+        assert end.state is JobStatus.DIVERGED
         assert end.step == STEPS
         assert "lower lr" in end.reason
 
@@ -221,14 +221,14 @@ def test_evaluations_can_show_it_too() -> None:
     take(job)
     end = ended(assess(job, 30.0))
     assert end is not None
-    assert end.state is JobState.DIVERGED
+    assert end.state is JobStatus.DIVERGED
     assert job.progress.best_step == 0, "neither was worth keeping"
     job = make()
     assess(job, 3.0)
     take(job)
     end = ended(assess(job, math.nan))
     assert end is not None
-    assert end.state is JobState.DIVERGED
+    assert end.state is JobStatus.DIVERGED
 
 
 def test_it_stops_early_and_the_best_comes_back() -> None:
@@ -244,7 +244,7 @@ def test_it_stops_early_and_the_best_comes_back() -> None:
         shown += assess(job, loss)
     end = ended(shown)
     assert end is not None
-    assert (end.state, end.step) == (JobState.STOPPED_EARLY, 6)
+    assert (end.state, end.step) == (JobStatus.STOPPED_EARLY, 6)
     assert "step 4" in end.reason
     assert (job.progress.best_step, job.progress.best_loss) == (4, pytest.approx(3.0))
     assert adapter.parameters["x"].tolist() == at[4] != at[6]
@@ -264,8 +264,8 @@ def test_what_was_before_the_first_step_is_never_the_best() -> None:
     take(job)
     end = ended(assess(job, 1.5))
     assert end is not None
-    assert end.state is JobState.FINISHED
-    assert "no evaluation loss was below the 1 before" in end.reason
+    assert end.state is JobStatus.FINISHED
+    assert "no evaluation loss was below the initial 1" in end.reason
     assert job.progress.best_step == 2
     assert (job.progress.first_loss, job.progress.first_metric) == (pytest.approx(1.0), 0.25)
 
@@ -284,7 +284,7 @@ def test_what_is_not_yet_what_was_asked_for_is_not_the_best() -> None:
     assert [e.step for e in shown if isinstance(e, Evaluated) and e.best] == [4, 5]
     end = ended(shown)
     assert end is not None
-    assert (end.state, end.step) == (JobState.STOPPED_EARLY, 7), "counted from step 4 on"
+    assert (end.state, end.step) == (JobStatus.STOPPED_EARLY, 7), "counted from step 4 on"
     assert job.progress.best_step == 5
 
 
@@ -294,7 +294,7 @@ def test_without_evaluation_the_last_step_is_the_outcome() -> None:
         assert ended(take(job)) is None
     end = ended(take(job, 0.5))
     assert end is not None
-    assert end.state is JobState.FINISHED
+    assert end.state is JobStatus.FINISHED
     assert (job.progress.best_step, job.progress.best_loss) == (3, pytest.approx(0.5))
     assert job.adapter.parameters["x"].tolist() == pytest.approx([-16.5, -16.5])
 
@@ -357,7 +357,7 @@ def test_a_job_goes_on_from_what_it_saved() -> None:
     resumed.load(json.loads(json.dumps(values)), tensors)
     assert live(resumed, range(3, 5)) == live(straight, range(3, 5))
     assert resumed.progress == straight.progress
-    assert resumed.progress.state is JobState.STOPPED_EARLY
+    assert resumed.progress.state is JobStatus.STOPPED_EARLY
     assert resumed.progress.best_step == 2, "which was before it was saved"
     for name, tensor in straight.save()[1].items():
         assert torch.equal(resumed.save()[1][name], tensor), name

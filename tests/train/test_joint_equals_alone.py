@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from loraplex_training.report.events import JobState, StepDone
-from loraplex_training.run.inputs import Ground
+from loraplex_training.report.events import JobStatus, StepDone
+from loraplex_training.run.inputs import RunInputs
 from loraplex_training.run.run import Run
 from loraplex_training.spec.spec import JobSpec, MethodSpec, RunSpec
 from loraplex_training.step.joint import Part
@@ -42,22 +42,22 @@ def five(top: Path) -> list[JobSpec]:
 
 
 @pytest.fixture(scope="module")
-def exact(top: Path) -> tuple[RunSpec, Ground]:
+def exact(top: Path) -> tuple[RunSpec, RunInputs]:
     """The jobs on a base that computes in float64."""
     jobs = tuple(five(top))
     spec = runs.spec(top, "exact", *jobs, dtype="float64", save_every=1000)
-    return spec, Ground.open(spec)
+    return spec, RunInputs.open(spec)
 
 
-def test_final_weights_are_those_of_each_alone(exact: tuple[RunSpec, Ground]) -> None:
-    spec, ground = exact
-    assert ground.base.weights.embed.dtype == torch.float64
+def test_final_weights_are_those_of_each_alone(exact: tuple[RunSpec, RunInputs]) -> None:
+    spec, inputs = exact
+    assert inputs.base.weights.embed.dtype == torch.float64
     seen = runs.Seen()
-    joint = runs.train(spec, seen, ground=ground)
-    alone = runs.alone(spec, ground, spec.jobs)
+    joint = runs.train(spec, seen, inputs=inputs)
+    alone = runs.alone(spec, inputs, spec.jobs)
     states = {name: outcome.state for name, outcome in joint.items()}
-    assert states.pop("wild") is JobState.DIVERGED
-    assert set(states.values()) == {JobState.FINISHED}
+    assert states.pop("wild") is JobStatus.DIVERGED
+    assert set(states.values()) == {JobStatus.FINISHED}
     assert [outcome.step for outcome in joint.values()][:3] == [10, 10, 4]
     assert joint["wild"].step < 10
     for name, outcome in joint.items():
@@ -68,7 +68,7 @@ def test_final_weights_are_those_of_each_alone(exact: tuple[RunSpec, Ground]) ->
         for key, tensor in mine.items():
             assert tensor.dtype == torch.float64
             torch.testing.assert_close(tensor, other[key], rtol=0, atol=1e-9)
-    started = {job.name: job.adapter.parameters for job in ground.jobs(spec)}
+    started = {job.name: job.adapter.parameters for job in inputs.jobs(spec)}
     for name in states:
         after = runs.parameters(joint[name])
         moved = [(after[k] - p.detach()).abs().max() for k, p in started[name].items()]
@@ -107,7 +107,7 @@ def gradients(run: Run, parts: list[Part]) -> list[list[torch.Tensor]]:
 
 
 def test_eight_at_once_are_two_times_four_with_ragged_lengths(
-    exact: tuple[RunSpec, Ground], top: Path
+    exact: tuple[RunSpec, RunInputs], top: Path
 ) -> None:
     """As in transformers issue 34191: a token weighs the same wherever its micro-batch ends."""
     jobs = [

@@ -118,7 +118,7 @@ def test_what_is_expected_before_the_first_step_is_what_comes(name: str) -> None
 @pytest.mark.parametrize("name", ["paged_adamw", "paged_adamw8bit"])
 def test_paging_on_a_cpu_is_refused_with_what_can_be_taken(name: str) -> None:
     problem = problem_of(replace(PLAIN, name=name), torch.device("cpu"))
-    assert "take adamw" in problem
+    assert "use adamw" in problem
     assert problem_of(replace(PLAIN, name=name), torch.device("cuda")) == ""
     assert problem_of(PLAIN, torch.device("cpu")) == ""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable
-from dataclasses import replace
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,7 @@ from loraplex_training.report.events import (
     Evaluated,
     Event,
     JobEnded,
-    JobState,
+    JobStatus,
     Published,
     RunEnded,
     RunStarted,
@@ -20,7 +20,8 @@ from loraplex_training.report.events import (
     Saved,
     StepDone,
 )
-from loraplex_training.report.progress import Progress, duration_text, size_text
+from loraplex_training.report.progress import ProgressDisplay, duration_text, size_text
+from msgspec.structs import replace
 from rich.console import Console
 
 START = RunStarted(("a", "[b]"), (4, 8), 0, "cpu", 500_000_000, ("AdamW, float32, 1 MB", "SGD"))
@@ -31,8 +32,8 @@ COURSE: tuple[Event, ...] = (
     *(replace(STEP, step=n, loss=1 / n) for n in range(1, 5)),
     replace(STEP, job="[b]", step=1),
     Evaluated("a", 4, 0.25, 1.284, 0.5, True),
-    JobEnded("a", JobState.FINISHED, 4, "all 4 steps are done"),
-    JobEnded("[b]", JobState.DIVERGED, 1, "the loss of step 2 is nan; lower lr"),
+    JobEnded("a", JobStatus.FINISHED, 4, "all 4 steps are done"),
+    JobEnded("[b]", JobStatus.DIVERGED, 1, "the loss of step 2 is nan; lower lr"),
     Saved(4, Path("x")),
     RunEnded(65.0, 650, 600_000_000),
     Published("a", Path("out/a"), "sha256:1", "a@2", "localhost:1", "Hello [world]"),
@@ -42,7 +43,7 @@ COURSE: tuple[Event, ...] = (
 def told(events: Iterable[Event], terminal: bool, every_s: float = 0.0) -> str:
     out = io.StringIO()
     console = Console(file=out, force_terminal=terminal, width=140, color_system=None)
-    with Progress(console, every_s) as progress:
+    with closing(ProgressDisplay(console, every_s)) as progress:
         for event in events:
             progress.on(event)
     return out.getvalue()
@@ -58,7 +59,7 @@ def test_everything_that_happens_is_told(terminal: bool) -> None:
         "'[red]'",
         "loss 0.250",
         "200 tok/s",
-        "eval loss 0.2500, perplexity 1.28, right 50.0%, the best so far",
+        "eval loss 0.2500, perplexity 1.28, correct 50.0%, the best so far",
         "[b]: diverged at step 1: the loss of step 2 is nan; lower lr",
         "1:05, 650 tokens, 10 tok/s, peak memory 600 MB (expected 500 MB, +20%)",
         "a: published as a@2 on localhost:1: out/a sha256:1",
@@ -80,7 +81,7 @@ def test_the_time_that_is_left_is_that_of_the_steps_that_are_left() -> None:
 
 
 def test_a_run_that_goes_on_says_where() -> None:
-    assert "going on after step 7" in told((replace(START, step=7),), False)
+    assert "continuing after step 7" in told((replace(START, step=7),), False)
 
 
 @pytest.mark.parametrize(

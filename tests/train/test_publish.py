@@ -20,9 +20,9 @@ from loraplex_training.publish import publish as publishing
 from loraplex_training.publish import verify
 from loraplex_training.publish.publish import publish
 from loraplex_training.publish.target import Target
-from loraplex_training.report.record import Record
+from loraplex_training.report.record import RunRecord
 from loraplex_training.run.generate import Generator
-from loraplex_training.run.run import Outcome, Run
+from loraplex_training.run.run import JobOutcome, Run
 from safetensors import safe_open
 
 from train import commands, runs, tiny
@@ -40,7 +40,7 @@ METHODS: dict[str, dict[str, object]] = {
 @dataclass
 class Trained:
     run: Run
-    outcomes: dict[str, Outcome]
+    outcomes: dict[str, JobOutcome]
 
     def publish(self, job: str = "lora", alias: str = "", **target: Any) -> Any:
         return publish(self.outcomes[job], self.run, Target(**target), alias)
@@ -59,7 +59,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
             one = runs.job(method.replace("_", "-"), data, method=method, steps=2, eval_every=2)
             jobs.append(replace(one, method=replace(one.method, options=options)))
         spec = runs.spec(top, "run", *jobs)
-        run = Run.start(spec, [Record(spec.out)])
+        run = Run.start(spec, [RunRecord(spec.out)])
         yield Trained(run, dict(run.train()))
 
 
@@ -186,7 +186,7 @@ def test_a_store_that_cannot_be_written_is_said_and_the_folder_stays(
     trained: Trained, tmp_path: Path
 ) -> None:
     (tmp_path / "store").write_text("in the way")
-    with pytest.raises(Refusal, match="is whole, but not in the store") as caught:
+    with pytest.raises(Refusal, match="is complete, but not in the store") as caught:
         trained.publish(store=tmp_path / "store")
     assert caught.value.reason == "PUBLISH_FAILED"
     assert (folder(trained) / "adapter_config.json").is_file()
@@ -199,7 +199,7 @@ def test_a_server_that_is_not_there_is_said_with_the_command_that_sends_it_later
         trained.publish(server="127.0.0.1:9")
     assert caught.value.reason == "PUBLISH_FAILED"
     (problem,) = caught.value.messages
-    command = problem.partition("send it again with: ")[2]
+    command = problem.partition("upload it again with: ")[2]
     assert "--server 127.0.0.1:9 adapters upload lora" in command
     assert commands.is_known(command)
 

@@ -19,7 +19,7 @@ from loraplex_model.base.refusal import Refusal
 from loraplex_training.report.events import JobEnded, RunStarted, StepDone
 from loraplex_training.run import checkpoint
 from loraplex_training.run.checkpoint import CONFIG, FOLDER
-from loraplex_training.run.inputs import Ground
+from loraplex_training.run.inputs import RunInputs
 from loraplex_training.run.run import Run
 from loraplex_training.spec.spec import RunSpec
 
@@ -58,18 +58,18 @@ def three(top: Path) -> RunSpec:
 
 
 @pytest.fixture(scope="module")
-def ground(top: Path) -> Ground:
-    return Ground.open(three(top))
+def inputs(top: Path) -> RunInputs:
+    return RunInputs.open(three(top))
 
 
 Bytes = Mapping[str, bytes]
 
 
 @pytest.fixture(scope="module")
-def whole(top: Path, ground: Ground) -> Bytes:
+def whole(top: Path, inputs: RunInputs) -> Bytes:
     """What the job becomes uninterrupted."""
     spec = replace(three(top), out=top / "whole")
-    return runs.written(runs.train(spec, ground=ground)["a"])
+    return runs.written(runs.train(spec, inputs=inputs)["a"])
 
 
 @pytest.fixture
@@ -78,23 +78,23 @@ def spec(top: Path, tmp_path: Path) -> RunSpec:
 
 
 @pytest.fixture
-def stopped(spec: RunSpec, ground: Ground) -> RunSpec:
+def stopped(spec: RunSpec, inputs: RunInputs) -> RunSpec:
     """A run that was stopped after its third step; checkpoints of steps 2 and 3 are there."""
-    stop_after(3, spec, ground)
+    stop_after(3, spec, inputs)
     return spec
 
 
-def stop_after(step: int, spec: RunSpec, ground: Ground) -> None:
+def stop_after(step: int, spec: RunSpec, inputs: RunInputs) -> None:
     def stop(event: object) -> None:
         if isinstance(event, StepDone) and event.step == step:
             run.stop()
 
-    run = Run.start(spec, [runs.Calling(stop)], ground)
+    run = Run.start(spec, [runs.Calling(stop)], inputs)
     run.train()
 
 
-def finish(out: Path, ground: Ground | None = None) -> Bytes:
-    return runs.written(Run.resume(out, ground=ground).train()["a"])
+def finish(out: Path, inputs: RunInputs | None = None) -> Bytes:
+    return runs.written(Run.resume(out, inputs=inputs).train()["a"])
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -129,17 +129,17 @@ def test_kill_9_anywhere_leaves_a_run_that_ends_with_the_same_bytes(
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_every_point_is_reached(spec: RunSpec, ground: Ground) -> None:
+def test_every_point_is_reached(spec: RunSpec, inputs: RunInputs) -> None:
     assert len(POINTS) == len(points())
     seen: set[str] = set()
     with faults.injected(seen.add):
-        runs.train(replace(spec, keep=1), ground=ground)
+        runs.train(replace(spec, keep=1), inputs=inputs)
     assert {point for point in seen if point.startswith("train.")} >= set(POINTS)
 
 
 @pytest.mark.parametrize("point", SAVING)
 def test_a_full_disk_leaves_the_checkpoint_before_and_nothing_half_written(
-    point: str, spec: RunSpec, ground: Ground, whole: Bytes
+    point: str, spec: RunSpec, inputs: RunInputs, whole: Bytes
 ) -> None:
     spec = replace(spec, keep=1)
     saves = 0
@@ -150,7 +150,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_nothing_half_written(
         if reached == point and saves == 2:  # of step 2; that of step 0 is there
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    run = Run.start(spec, ground=ground)
+    run = Run.start(spec, inputs=inputs)
     with faults.injected(full), pytest.raises(Refusal) as caught:
         run.train()
     assert caught.value.reason == "DISK_FULL"
@@ -158,28 +158,28 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_nothing_half_written(
     names = [path.name for path in checkpoints(spec.out)]
     after = point in ("train.checkpoint.flush", "train.checkpoint.prune")
     assert names == (["000001", "000002"] if after else ["000001"])
-    assert finish(spec.out, ground) == whole
+    assert finish(spec.out, inputs) == whole
 
 
 @pytest.mark.parametrize("point", STARTING)
 def test_a_disk_that_is_full_at_the_start_is_told_too(
-    point: str, spec: RunSpec, ground: Ground
+    point: str, spec: RunSpec, inputs: RunInputs
 ) -> None:
     def full(reached: str) -> None:
         if reached == point:
             raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
 
     with faults.injected(full), pytest.raises(Refusal) as caught:
-        Run.start(spec, ground=ground)
+        Run.start(spec, inputs=inputs)
     assert caught.value.reason == "DISK_FULL"
-    Run.start(spec, ground=ground)
+    Run.start(spec, inputs=inputs)
 
 
-def test_a_folder_that_cannot_be_written_is_told(spec: RunSpec, ground: Ground) -> None:
+def test_a_folder_that_cannot_be_written_is_told(spec: RunSpec, inputs: RunInputs) -> None:
     spec.out.parent.mkdir(exist_ok=True)
     spec.out.write_text("a file")
     with pytest.raises(Refusal, match="cannot be written") as caught:
-        Run.start(spec, ground=ground)
+        Run.start(spec, inputs=inputs)
     assert caught.value.reason == "CONFIG_INVALID"
 
 
@@ -205,12 +205,12 @@ def rewrite(place: Path) -> None:
 
 @pytest.mark.parametrize("damage", [flip, cut, forget, rewrite])
 def test_a_damaged_checkpoint_is_passed_over_and_told(
-    damage: Callable[[Path], None], stopped: RunSpec, ground: Ground, whole: Bytes
+    damage: Callable[[Path], None], stopped: RunSpec, inputs: RunInputs, whole: Bytes
 ) -> None:
     newest = checkpoints(stopped.out)[-1]
     damage(newest)
     seen = runs.Seen()
-    run = Run.resume(stopped.out, [seen], ground)
+    run = Run.resume(stopped.out, [seen], inputs)
     (notice,) = run.notices
     assert str(newest) in notice
     assert "damaged" in notice
@@ -218,59 +218,59 @@ def test_a_damaged_checkpoint_is_passed_over_and_told(
     assert [e.step for e in seen.of(StepDone)] == [3, 4]
     assert newest not in checkpoints(stopped.out), "it takes no sound one's place"
     flip(checkpoints(stopped.out)[-1])
-    assert finish(stopped.out, ground) == whole
+    assert finish(stopped.out, inputs) == whole
 
 
-def test_if_all_are_damaged_it_says_so(stopped: RunSpec, ground: Ground) -> None:
+def test_if_all_are_damaged_it_says_so(stopped: RunSpec, inputs: RunInputs) -> None:
     for place in checkpoints(stopped.out):
         flip(place)
     with pytest.raises(Refusal) as caught:
-        Run.resume(stopped.out, ground=ground)
+        Run.resume(stopped.out, inputs=inputs)
     assert caught.value.reason == "CHECKPOINT_INVALID"
     assert len(caught.value.messages) == 3
 
 
 def test_what_a_crash_left_half_written_goes(
-    stopped: RunSpec, ground: Ground, whole: Bytes
+    stopped: RunSpec, inputs: RunInputs, whole: Bytes
 ) -> None:
     left = stopped.out / FOLDER / ".new-000009"
     left.mkdir()
     (left / "a.safetensors").write_bytes(b"half")
-    assert finish(stopped.out, ground) == whole
+    assert finish(stopped.out, inputs) == whole
     assert not left.exists()
 
 
 @pytest.mark.parametrize("keep", [1, 3])
-def test_as_many_are_kept_as_were_asked_for(spec: RunSpec, ground: Ground, keep: int) -> None:
-    runs.train(replace(spec, keep=keep, save_every=1), ground=ground)
+def test_as_many_are_kept_as_were_asked_for(spec: RunSpec, inputs: RunInputs, keep: int) -> None:
+    runs.train(replace(spec, keep=keep, save_every=1), inputs=inputs)
     assert [p.name for p in checkpoints(spec.out)] == ["000003", "000004", "000005"][-keep:]
 
 
 def test_before_the_first_checkpoint_it_begins_anew(
-    spec: RunSpec, ground: Ground, whole: Bytes
+    spec: RunSpec, inputs: RunInputs, whole: Bytes
 ) -> None:
-    run = Run.start(spec, ground=ground)
+    run = Run.start(spec, inputs=inputs)
     run.stop()
     run.train()
     assert checkpoints(spec.out) == []
-    assert finish(spec.out, ground) == whole
+    assert finish(spec.out, inputs) == whole
 
 
 def test_a_finished_run_has_its_outcomes_at_once(
-    spec: RunSpec, ground: Ground, whole: Bytes
+    spec: RunSpec, inputs: RunInputs, whole: Bytes
 ) -> None:
-    first = runs.train(spec, ground=ground)["a"]
+    first = runs.train(spec, inputs=inputs)["a"]
     seen = runs.Seen()
-    again = Run.resume(spec.out, [seen], ground).train()["a"]
+    again = Run.resume(spec.out, [seen], inputs).train()["a"]
     assert runs.written(again) == runs.written(first) == whole
     assert again.progress == first.progress
     assert seen.of(StepDone) == seen.of(JobEnded) == []
     assert len(checkpoints(spec.out)) == 2
 
 
-def test_a_folder_may_be_moved(stopped: RunSpec, ground: Ground, whole: Bytes) -> None:
+def test_a_folder_may_be_moved(stopped: RunSpec, inputs: RunInputs, whole: Bytes) -> None:
     moved = stopped.out.rename(stopped.out.with_name("moved"))
-    assert finish(moved, ground) == whole
+    assert finish(moved, inputs) == whole
     assert not stopped.out.exists()
 
 
@@ -290,7 +290,7 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_run_of_another_format_is_refused(
-    stopped: RunSpec, ground: Ground, monkeypatch: pytest.MonkeyPatch
+    stopped: RunSpec, inputs: RunInputs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("loraplex_training.run.run._FORMAT", 2)
     assert "format 1" in refused(stopped.out, "CHECKPOINT_INVALID")
@@ -306,7 +306,7 @@ def own(tmp_path: Path) -> RunSpec:
     (job,) = spec.jobs
     job = replace(job, data=replace(job.data, eval_path=tmp_path / "eval.jsonl"))
     spec = replace(spec, jobs=(job,))
-    stop_after(3, spec, Ground.open(spec))
+    stop_after(3, spec, RunInputs.open(spec))
     return spec
 
 

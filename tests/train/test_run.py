@@ -16,7 +16,7 @@ from loraplex_training.data.samples import Sample
 from loraplex_training.report.events import (
     Evaluated,
     JobEnded,
-    JobState,
+    JobStatus,
     RunEnded,
     RunStarted,
     Sampled,
@@ -24,7 +24,7 @@ from loraplex_training.report.events import (
     StepDone,
 )
 from loraplex_training.run.checkpoint import CONFIG, FOLDER
-from loraplex_training.run.inputs import Ground
+from loraplex_training.run.inputs import RunInputs
 from loraplex_training.run.run import Run
 from loraplex_training.spec.fields import located
 from loraplex_training.spec.parse import from_toml
@@ -59,29 +59,29 @@ def spec(top: Path, tmp_path: Path) -> RunSpec:
 
 
 @pytest.fixture(scope="module")
-def ground(top: Path) -> Ground:
-    return Ground.open(two(top))
+def inputs(top: Path) -> RunInputs:
+    return RunInputs.open(two(top))
 
 
 @pytest.fixture(scope="module")
-def whole(top: Path, ground: Ground) -> Whole:
+def whole(top: Path, inputs: RunInputs) -> Whole:
     """What the two jobs become when nothing comes between."""
     spec = replace(two(top), out=top / "whole")
-    return {name: runs.written(o) for name, o in runs.train(spec, ground=ground).items()}
+    return {name: runs.written(o) for name, o in runs.train(spec, inputs=inputs).items()}
 
 
-def refused(spec: RunSpec, reason: str, ground: Ground | None = None) -> Sequence[str]:
+def refused(spec: RunSpec, reason: str, inputs: RunInputs | None = None) -> Sequence[str]:
     """Why it is; nothing was written."""
     with pytest.raises(Refusal) as caught:
-        Run.start(spec, ground=ground)
+        Run.start(spec, inputs=inputs)
     assert caught.value.reason == reason
     assert not spec.out.exists()
-    return list(map(located, caught.value.problems))
+    return [located(problem) for problem in caught.value.problems]
 
 
-def test_what_a_run_tells_in_order(spec: RunSpec, ground: Ground) -> None:
+def test_what_a_run_tells_in_order(spec: RunSpec, inputs: RunInputs) -> None:
     seen = runs.Seen()
-    outcomes = runs.train(spec, seen, ground=ground)
+    outcomes = runs.train(spec, seen, inputs=inputs)
     first, *_, last = seen.events
     assert isinstance(first, RunStarted)
     assert (first.jobs, first.steps, first.step) == (("a", "b"), (5, 3), 0)
@@ -95,19 +95,21 @@ def test_what_a_run_tells_in_order(spec: RunSpec, ground: Ground) -> None:
     assert [e.step for e in seen.of(Evaluated, "b")] == [0, 3]
     assert [e.step for e in seen.of(Saved)] == [0, 3, 5]
     assert {e.job: (e.state, e.step) for e in seen.of(JobEnded)} == {
-        "a": (JobState.FINISHED, 5), "b": (JobState.FINISHED, 3)
+        "a": (JobStatus.FINISHED, 5), "b": (JobStatus.FINISHED, 3)
     }  # fmt: skip
     for name, outcome in outcomes.items():
         best = min((e.loss, e.step) for e in seen.of(Evaluated, name) if e.step)
         assert (outcome.best_loss, outcome.best_step) == best
-        assert outcome.data_digest == ground.datasets[name].digest
+        assert outcome.data_digest == inputs.datasets[name].digest
 
 
-def test_the_outcome_is_the_adapter_of_the_best_evaluation(spec: RunSpec, ground: Ground) -> None:
+def test_the_outcome_is_the_adapter_of_the_best_evaluation(
+    spec: RunSpec, inputs: RunInputs
+) -> None:
     """Its loss on the examples set apart, computed anew, is the one that was told."""
     wild = replace(spec.jobs[0], optim=replace(spec.jobs[0].optim, lr=1.0, schedule="constant"))
     spec = replace(spec, jobs=(replace(wild, steps=6, eval_every=1),))
-    run = Run.start(spec, ground=ground)
+    run = Run.start(spec, inputs=inputs)
     outcome = run.train()["a"]
     (job,) = run.jobs
     total = sum(run.joint.losses([Part(outcome.adapter, batch)])[0] for batch in job.evaluation)
@@ -136,29 +138,29 @@ def test_everything_wrong_is_told_before_anything_is_written(
     if not torch.cuda.is_available():
         refused(replace(spec, device="cuda"), "CONFIG_INVALID")
     paged = replace(a, optim=replace(a.optim, name="paged_adamw"))
-    assert "take adamw" in refused(replace(spec, jobs=(paged,)), "CONFIG_INVALID")[0]
+    assert "use adamw" in refused(replace(spec, jobs=(paged,)), "CONFIG_INVALID")[0]
     alone = replace(a, data=replace(a.data, eval_fraction=0.0), patience=1)
     assert "patience" in refused(replace(spec, jobs=(alone,)), "CONFIG_INVALID")[0]
 
 
-def test_a_folder_that_holds_a_run_is_not_taken(spec: RunSpec, ground: Ground) -> None:
-    runs.train(spec, ground=ground)
-    with pytest.raises(Refusal, match="holds a run already"):
-        Run.start(spec, ground=ground)
+def test_a_folder_that_holds_a_run_is_not_taken(spec: RunSpec, inputs: RunInputs) -> None:
+    runs.train(spec, inputs=inputs)
+    with pytest.raises(Refusal, match="already holds a run"):
+        Run.start(spec, inputs=inputs)
 
 
-def test_a_run_in_progress_has_its_folder_alone(spec: RunSpec, ground: Ground) -> None:
-    run = Run.start(spec, ground=ground)
+def test_a_run_in_progress_has_its_folder_alone(spec: RunSpec, inputs: RunInputs) -> None:
+    run = Run.start(spec, inputs=inputs)
     with pytest.raises(Refusal) as caught:
-        Run.resume(spec.out, ground=ground)
+        Run.resume(spec.out, inputs=inputs)
     assert caught.value.reason == "BUSY"
     run.stop()
     run.train()
-    Run.resume(spec.out, ground=ground)
+    Run.resume(spec.out, inputs=inputs)
 
 
-def test_the_folder_says_what_was_asked_for(spec: RunSpec, ground: Ground) -> None:
-    Run.start(spec, ground=ground)
+def test_the_folder_says_what_was_asked_for(spec: RunSpec, inputs: RunInputs) -> None:
+    Run.start(spec, inputs=inputs)
     assert from_toml((spec.out / CONFIG).read_text()) == spec
 
 
@@ -168,64 +170,64 @@ def test_without_evaluation_the_last_step_is_kept(spec: RunSpec) -> None:
     seen = runs.Seen()
     outcome = runs.train(spec, seen)["a"]
     assert seen.of(Evaluated) == []
-    assert (outcome.state, outcome.best_step) == (JobState.FINISHED, 5)
+    assert (outcome.state, outcome.best_step) == (JobStatus.FINISHED, 5)
     assert outcome.best_loss == seen.of(StepDone, "a")[-1].loss
 
 
-def test_one_job_is_cancelled_and_the_other_goes_on(spec: RunSpec, ground: Ground) -> None:
+def test_one_job_is_cancelled_and_the_other_goes_on(spec: RunSpec, inputs: RunInputs) -> None:
     def cancel(event: Any) -> None:
         if isinstance(event, StepDone) and (event.job, event.step) == ("a", 3):
             threading.Thread(target=run.cancel, args=("a",)).run()
 
     seen = runs.Seen()
-    run = Run.start(spec, [seen, runs.Calling(cancel)], ground)
+    run = Run.start(spec, [seen, runs.Calling(cancel)], inputs)
     outcomes = run.train()
-    assert (outcomes["a"].state, outcomes["a"].step) == (JobState.CANCELLED, 3)
+    assert (outcomes["a"].state, outcomes["a"].step) == (JobStatus.CANCELLED, 3)
     assert outcomes["a"].best_step == 2, "its best so far"
-    assert outcomes["b"].state is JobState.FINISHED
-    alone = runs.alone(replace(spec, out=spec.out / "b"), ground, [spec.jobs[1]])["b"]
+    assert outcomes["b"].state is JobStatus.FINISHED
+    alone = runs.alone(replace(spec, out=spec.out / "b"), inputs, [spec.jobs[1]])["b"]
     for name, tensor in runs.parameters(outcomes["b"]).items():
         torch.testing.assert_close(tensor, runs.parameters(alone)[name], rtol=1e-4, atol=1e-5)
-    again = Run.resume(spec.out, ground=ground).train()
-    assert again["a"].state is JobState.CANCELLED, "which is on the disk too"
+    again = Run.resume(spec.out, inputs=inputs).train()
+    assert again["a"].state is JobStatus.CANCELLED, "which is on the disk too"
     with pytest.raises(Refusal, match="no job 'c'"):
         run.cancel("c")
 
 
-def test_cancelling_the_last_job_is_saved_too(spec: RunSpec, ground: Ground) -> None:
+def test_cancelling_the_last_job_is_saved_too(spec: RunSpec, inputs: RunInputs) -> None:
     def cancel(event: Any) -> None:
         if isinstance(event, Saved) and event.step == 3:
             run.cancel("a")
 
     seen = runs.Seen()
-    run = Run.start(replace(spec, jobs=spec.jobs[:1]), [seen, runs.Calling(cancel)], ground)
+    run = Run.start(replace(spec, jobs=spec.jobs[:1]), [seen, runs.Calling(cancel)], inputs)
     outcome = run.train()["a"]
-    assert (outcome.state, outcome.step, run.round) == (JobState.CANCELLED, 3, 3)
+    assert (outcome.state, outcome.step, run.round) == (JobStatus.CANCELLED, 3, 3)
     assert [e.step for e in seen.of(Saved)] == [0, 3, 3]
-    again = Run.resume(spec.out, ground=ground).train()["a"]
+    again = Run.resume(spec.out, inputs=inputs).train()["a"]
     assert again.progress == outcome.progress
 
 
 @pytest.mark.parametrize("at", [0, 2])
 def test_stop_saves_and_returns_and_the_rest_is_as_if_nothing_had_been(
-    spec: RunSpec, ground: Ground, whole: Whole, at: int
+    spec: RunSpec, inputs: RunInputs, whole: Whole, at: int
 ) -> None:
     def stop(event: Any) -> None:
         if at == 0 or (isinstance(event, StepDone) and event.step == at):
             run.stop()
 
-    run = Run.start(spec, [runs.Calling(stop)], ground)
+    run = Run.start(spec, [runs.Calling(stop)], inputs)
     outcomes = run.train()
-    assert {o.state for o in outcomes.values()} == {JobState.TRAINING}
+    assert {o.state for o in outcomes.values()} == {JobStatus.TRAINING}
     assert {o.step for o in outcomes.values()} == {at}
-    found = Run.resume(spec.out, ground=ground).train()
+    found = Run.resume(spec.out, inputs=inputs).train()
     assert {n: runs.written(o) for n, o in found.items()} == whole
 
 
 def test_a_step_that_was_begun_when_it_stopped_leaves_nothing_behind(
-    spec: RunSpec, ground: Ground, whole: Whole, monkeypatch: pytest.MonkeyPatch
+    spec: RunSpec, inputs: RunInputs, whole: Whole, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = Run.start(spec, ground=ground)
+    run = Run.start(spec, inputs=inputs)
     passes = 0
     backward = JointPass.backward
 
@@ -242,14 +244,14 @@ def test_a_step_that_was_begun_when_it_stopped_leaves_nothing_behind(
     assert {o.step for o in outcomes.values()} == {1}
     for outcome in outcomes.values():
         assert all(p.grad is None for p in outcome.adapter.parameters.values())
-    found = Run.resume(spec.out, ground=ground).train()
+    found = Run.resume(spec.out, inputs=inputs).train()
     assert runs.written(found["b"]) == whole["b"]
 
 
 def test_the_end_of_memory_is_an_error_that_says_what_to_lower(
-    spec: RunSpec, ground: Ground, whole: Whole, monkeypatch: pytest.MonkeyPatch
+    spec: RunSpec, inputs: RunInputs, whole: Whole, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = Run.start(spec, ground=ground)
+    run = Run.start(spec, inputs=inputs)
     passes = 0
     backward = JointPass.backward
 
@@ -267,23 +269,23 @@ def test_the_end_of_memory_is_an_error_that_says_what_to_lower(
     assert caught.value.reason == "OUT_OF_MEMORY"
     assert str(1 << 60) in str(caught.value), "how much was asked for"
     assert "batch_size=2" in str(caught.value)
-    found = Run.resume(spec.out, ground=ground).train()
+    found = Run.resume(spec.out, inputs=inputs).train()
     assert runs.written(found["a"]) == whole["a"]
 
 
 def test_an_error_that_is_not_memory_stays_what_it_is(
-    spec: RunSpec, ground: Ground, monkeypatch: pytest.MonkeyPatch
+    spec: RunSpec, inputs: RunInputs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any) -> list[float]:
         raise RuntimeError("a bug")
 
-    run = Run.start(spec, ground=ground)
+    run = Run.start(spec, inputs=inputs)
     monkeypatch.setattr(JointPass, "backward", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         run.train()
 
 
-def test_answers_make_the_metric_and_samples(spec: RunSpec, ground: Ground) -> None:
+def test_answers_make_the_metric_and_samples(spec: RunSpec, inputs: RunInputs) -> None:
     asked: list[tuple[bool, int]] = []
 
     def answer(delta: Any, samples: Sequence[Sample]) -> list[str]:
@@ -294,16 +296,15 @@ def test_answers_make_the_metric_and_samples(spec: RunSpec, ground: Ground) -> N
 
     a, b = (replace(job, metric="exact", metric_examples=4) for job in spec.jobs)
     seen = runs.Seen()
-    run = Run.start(replace(spec, jobs=(a, b)), [seen], ground)
-    run.answer = answer
-    outcomes = run.train()
+    run = Run.start(replace(spec, jobs=(a, b)), [seen], inputs)
+    outcomes = run.train(answer)
     assert [(e.step, e.metric) for e in seen.of(Evaluated, "a")] == [
         (0, 0.0), (2, 0.75), (4, 0.75), (5, 0.75)
     ]  # fmt: skip
     progress = outcomes["a"].progress
     assert (progress.first_metric, progress.best_metric) == (0.0, 0.75)
     samples = seen.of(Sampled, "a")
-    examples = ground.datasets["a"].evaluation
+    examples = inputs.datasets["a"].evaluation
     assert [s.step for s in samples] == [0] * 3 + [5] * 3
     assert [s.reference for s in samples] == [e.reference for e in examples[:3]] * 2
     assert [s.answer for s in samples[:3]] == ["?"] * 3
@@ -313,7 +314,7 @@ def test_answers_make_the_metric_and_samples(spec: RunSpec, ground: Ground) -> N
 
 
 def test_masks_are_chosen_from_the_jobs_own_data_over_the_bare_base(
-    spec: RunSpec, ground: Ground
+    spec: RunSpec, inputs: RunInputs
 ) -> None:
     options = {"target_modules": "q_proj", "rows": 2, "samples": 3}
     fish = replace(spec.jobs[0], method=MethodSpec("fishmask", options), steps=2)
@@ -328,8 +329,8 @@ def test_masks_are_chosen_from_the_jobs_own_data_over_the_bare_base(
                 seen.append(int(parts[0].batch.tokens.sum()))
             return backward(self, parts, linear)
 
-    run = Run.start(one, ground=ground)
-    run.joint = Counted(ground.base.weights)
+    run = Run.start(one, inputs=inputs)
+    run.joint = Counted(inputs.base.weights)
     outcome = run.train()["a"]
     batches = [run.jobs[0].batches.step(i)[0] for i in (0, 1)]
     # a job of two steps has two micro-batches, fewer than were asked for
@@ -338,7 +339,7 @@ def test_masks_are_chosen_from_the_jobs_own_data_over_the_bare_base(
     assert any(int(mask.sum()) for name, mask in state.items() if "mask" in name)
 
 
-def test_every_method_trains_in_one_run(spec: RunSpec, ground: Ground, top: Path) -> None:
+def test_every_method_trains_in_one_run(spec: RunSpec, inputs: RunInputs, top: Path) -> None:
     jobs = tuple(
         replace(
             runs.job(name.replace("_", "-"), top / runs.DATA, steps=2, data=vars_of(spec)),
@@ -346,13 +347,13 @@ def test_every_method_trains_in_one_run(spec: RunSpec, ground: Ground, top: Path
         )
         for name in methods.METHODS
     )
-    datasets = {job.name: ground.datasets["a"] for job in jobs}
-    every = Ground(ground.base, ground.text, datasets)
-    outcomes = runs.train(replace(spec, jobs=jobs), ground=every)
+    datasets = {job.name: inputs.datasets["a"] for job in jobs}
+    every = RunInputs(inputs.base, inputs.text, datasets)
+    outcomes = runs.train(replace(spec, jobs=jobs), inputs=every)
     assert len(outcomes) == len(methods.METHODS)
-    assert {o.state for o in outcomes.values()} == {JobState.FINISHED}
+    assert {o.state for o in outcomes.values()} == {JobStatus.FINISHED}
     assert (spec.out / FOLDER / "000002").is_dir()
-    found = Run.resume(spec.out, ground=every).train()
+    found = Run.resume(spec.out, inputs=every).train()
     for name, outcome in outcomes.items():
         assert runs.written(found[name]) == runs.written(outcome)
 

@@ -148,7 +148,7 @@ def test_a_base_that_cannot_be_trained_on_is_refused_with_the_reason(tmp_path: P
         assert caught.value.reason == "CONFIG_INVALID"
         return str(caught.value)
 
-    assert "no token that ends a text" in problem(())
+    assert "no end-of-text token" in problem(())
     assert "no tokenizer" in problem(has_tokenizer=False)
     assert "does not compile" in problem(chat_template="{% for %}")
     (base.folder / "tokenizer.json").write_text("{")

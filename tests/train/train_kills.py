@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from loraplex_model.base import faults
 from loraplex_training.report.events import StepDone
 from loraplex_training.run.checkpoint import FOLDER, is_run
-from loraplex_training.run.inputs import Ground
-from loraplex_training.run.run import Outcome, Run
+from loraplex_training.run.inputs import RunInputs
+from loraplex_training.run.run import JobOutcome, Run
 from loraplex_training.spec.spec import MethodSpec, RunSpec
 
 from train import runs
@@ -57,7 +57,7 @@ def prepare(top: Path) -> RunSpec:
     return runs.spec(top, "whole", *jobs, save_every=2)
 
 
-def digests(outcomes: Mapping[str, Outcome]) -> dict[str, str]:
+def digests(outcomes: Mapping[str, JobOutcome]) -> dict[str, str]:
     """SHA-256 of what each job would save."""
     found = {}
     for name, outcome in outcomes.items():
@@ -68,11 +68,11 @@ def digests(outcomes: Mapping[str, Outcome]) -> dict[str, str]:
     return found
 
 
-def reached(spec: RunSpec, ground: Ground) -> tuple[dict[str, str], list[str]]:
+def reached(spec: RunSpec, inputs: RunInputs) -> tuple[dict[str, str], list[str]]:
     """The uninterrupted run: what it ends with, and every fault point on its way."""
     points: list[str] = []
     with faults.injected(points.append):
-        outcomes = runs.train(spec, ground=ground)
+        outcomes = runs.train(spec, inputs=inputs)
     return digests(outcomes), points
 
 
@@ -138,7 +138,7 @@ def run(top: Path, wanted: int, seed: int | None = None) -> dict[str, object]:
     """Kills `wanted` times; a run that has come to its end is compared, and a new one begun."""
     top.mkdir(parents=True, exist_ok=True)
     spec = prepare(top)
-    expected, points = reached(spec, Ground.open(spec))
+    expected, points = reached(spec, RunInputs.open(spec))
     seed = random.randrange(1 << 32) if seed is None else seed
     choice = random.Random(seed)
     places: list[str] = []

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import IntEnum
 from pathlib import Path
-from typing import Annotated, Any, Final, NoReturn
+from typing import Annotated, Any, Final
 
 import typer
 from loraplex_model.base.refusal import BASE_MODEL_REASONS, Reason, Refusal
 from rich.console import Console
 
 from loraplex_training.publish import target
+from loraplex_training.report.events import Failed
+from loraplex_training.report.lines import STDOUT, opened
 from loraplex_training.spec import fields
 from loraplex_training.spec import parse as options
 from loraplex_training.spec.flags import BASE_FLAGS, DATA_FLAGS, with_flags
@@ -26,7 +28,7 @@ app = typer.Typer(
 )
 
 
-class ExitCode(IntEnum):
+class TrainerExit(IntEnum):
     """Exit codes. Death by signal n is 128 + n, as in a shell."""
 
     OK = 0
@@ -139,12 +141,12 @@ def run(
     events: Events = "",
 ) -> None:
     """Train adapters, one or several in one pass over the base model, and publish them."""
-    with errors():
+    with errors(events):
         spec = options.read(flags, pairs("--set", set_), swept(sweep, more), config)
         from loraplex_training import session
 
         where = target.read(store, store_url, alias, pairs("--label", label), serve, save_dtype)
-        raise typer.Exit(session.begin(spec, where, events))
+        raise typer.Exit(session.start(spec, where, events))
 
 
 @app.command()
@@ -153,7 +155,7 @@ def resume(
     events: Events = "",
 ) -> None:
     """Continue a run from its last checkpoint and publish its adapters as first requested."""
-    with errors():
+    with errors(events):
         from loraplex_training import session
 
         raise typer.Exit(session.resume(folder, events))
@@ -171,9 +173,9 @@ def inspect(
     """Show the examples as the model sees them: tokens, learned ones in colour, and counts."""
     with errors():
         spec = options.read({"name": "inspect", **flags})
-        from loraplex_training.run import plan as outlook
+        from loraplex_training.run import plan as reports
 
-        outlook.inspect(spec, Console(highlight=False), count)
+        reports.inspect(spec, Console(highlight=False), count)
 
 
 @app.command()
@@ -190,19 +192,19 @@ def plan(
     ] = False,
 ) -> None:
     """Estimate the memory, steps, tokens and time of a run without training."""
-    with errors():
+    with errors(STDOUT if as_json else ""):
         spec = options.read(flags, pairs("--set", set_), swept(sweep, more), config)
-        from loraplex_training.run import plan as outlook
+        from loraplex_training.run import plan as reports
 
-        outlook.plan(spec, Console(highlight=False), as_json)
+        reports.plan(spec, Console(highlight=False), as_json)
 
 
 @app.command()
 def methods() -> None:
     """List the adapter methods and their options."""
-    from loraplex_training.run import plan as outlook
+    from loraplex_training.run import plan as reports
 
-    outlook.methods(Console(highlight=False))
+    reports.methods(Console(highlight=False))
 
 
 def pairs(flag: str, texts: list[str] | None) -> dict[str, str]:
@@ -228,21 +230,26 @@ def swept(sweep: list[str] | None, more: list[str] | None) -> list[str]:
 
 
 @contextmanager
-def errors() -> Iterator[None]:
-    """Prints every problem of an error and exits with its code."""
+def errors(events: str = "") -> Iterator[None]:
+    """Reports a refusal and exits with its code.
+
+    Every problem is printed on standard error, for people. For programs, `Failed` is added to the
+    event lines, wherever `events` says that they go.
+    """
     try:
         yield
-    except Refusal as refusal:
-        fail(refusal)
+    except Refusal as error:
+        for problem in error.problems:
+            reason = problem.reason or error.reason
+            typer.echo(f"error: {reason}: {fields.located(problem)}", err=True)
+        with suppress(Refusal):
+            if events:
+                with opened(events) as file:
+                    file.on(Failed(error.reason, tuple(error.problems)))
+        bad_input = error.reason in _CALLERS
+        raise typer.Exit(TrainerExit.BAD_INPUT if bad_input else TrainerExit.FAILED) from None
     except KeyboardInterrupt:  # before there was a run that could be saved
         raise typer.Exit(128 + signal.SIGINT) from None
-
-
-def fail(error: Refusal) -> NoReturn:
-    """Writes every problem to standard error and exits."""
-    for problem in error.problems:
-        typer.echo(f"error: {error.reason}: {fields.located(problem)}", err=True)
-    raise typer.Exit(ExitCode.BAD_INPUT if error.reason in _CALLERS else ExitCode.FAILED) from None
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Conversion of training jobs between the API's messages and the queue's values."""
+"""Converts training jobs between the API's messages and the queue's values."""
 
 from __future__ import annotations
 
@@ -8,9 +8,17 @@ from typing import Any, Final
 
 from google.protobuf.timestamp_pb2 import Timestamp
 from loraplex.v1 import training_pb2
+from loraplex_model.base.refusal import Problem, Reason
 
-from loraplex_server.training.jobs import Evaluation, Job, Order, Progress, Scalar, State
-from loraplex_server.training.queue import Request, Source
+from loraplex_server.training.jobs import (
+    EvaluationRecord,
+    JobOrder,
+    JobRecord,
+    ProgressRecord,
+    Scalar,
+    State,
+)
+from loraplex_server.training.request import DataSource, JobRequest
 
 _SPEC: Final[Mapping[str, str]] = {
     name: name
@@ -38,28 +46,52 @@ _OPTIMISER: Final[Mapping[str, str]] = {
     "warmup": "warmup",
     "clip": "clip",
 }
-"""The trainer's key for each field of the API's spec and of its optimiser."""
+"""Fields of the API with the trainer's keys for them."""
 
 PATHS: Final[Mapping[str, str]] = {
     "name": "spec.name",
     "method": "spec.method.name",
+    "options": "spec.method.options",
     "optimiser": "spec.optimiser.name",
     "data": "data",
     "eval_data": "eval_data",
     **{key: f"spec.{field}" for field, key in _SPEC.items()},
     **{key: f"spec.optimiser.{field}" for field, key in _OPTIMISER.items()},
 }
-"""Path of the request's field for each of the trainer's keys."""
+"""Paths in CreateJobRequest by the trainer's key of a job."""
+
+_FALLBACKS: Final[Mapping[Reason | None, str]] = {
+    Reason.CONFIG_INVALID: "spec",
+    Reason.METHOD_INVALID: "spec.method",
+    Reason.DATA_INVALID: "data",
+}
+"""Paths in CreateJobRequest for problems that name no key of a job, by the trainer's reason."""
 
 
-def request(message: training_pb2.CreateJobRequest) -> Request:
-    """Converts a valid request."""
+def path(problem: Problem) -> str:
+    """Returns the path in CreateJobRequest for a problem with the trainer's or the API's field.
+
+    The trainer's fields are `jobs.NAME.KEY`, `jobs.NAME.method.OPTION` or a KEY of all jobs.
+    """
+    if problem.reason not in _FALLBACKS:
+        return problem.field
+    key = problem.field
+    if key.startswith("jobs."):
+        key = key.removeprefix("jobs.").partition(".")[2]
+    key, _, option = key.partition(".")
+    if key == "method" and option:
+        return f"spec.method.options[{option}]"
+    return PATHS.get(key, _FALLBACKS[problem.reason])
+
+
+def request(message: training_pb2.CreateJobRequest) -> JobRequest:
+    """Returns the order of a valid request."""
     spec, delivery = message.spec, message.delivery
     settings: dict[str, Scalar] = dict(_given(spec, _SPEC))
     settings |= _given(spec.optimiser, _OPTIMISER)
     if spec.optimiser.name:
         settings["optimiser"] = spec.optimiser.name
-    order = Order(
+    order = JobOrder(
         name=spec.name,
         method=spec.method.name or "lora",
         options=dict(spec.method.options),
@@ -71,11 +103,11 @@ def request(message: training_pb2.CreateJobRequest) -> Request:
     )
     given = message.HasField("eval_data")
     evaluation = _source("eval_data", message.eval_data) if given else None
-    return Request(order, _source("data", message.data), evaluation, message.request_id)
+    return JobRequest(order, _source("data", message.data), evaluation, message.request_id)
 
 
-def job(found: Job, position: int) -> training_pb2.TrainingJob:
-    """Describes a job; `position` is its place in the queue."""
+def job(found: JobRecord, position: int) -> training_pb2.TrainingJob:
+    """Returns the message for a job with `position` jobs before it in the queue."""
     order = found.order
     message = training_pb2.TrainingJob(
         job_id=found.id,
@@ -116,7 +148,7 @@ def job(found: Job, position: int) -> training_pb2.TrainingJob:
 
 
 def states(message: training_pb2.ListJobsRequest) -> frozenset[State]:
-    """States that a valid request selects."""
+    """Returns the states that a valid request selects; none selects all."""
     name = training_pb2.TrainingJobState.Name
     prefix = "TRAINING_JOB_STATE_"
     return frozenset(State[name(state).removeprefix(prefix)] for state in message.states)
@@ -128,11 +160,11 @@ def _given(message: Any, names: Mapping[str, str]) -> Iterator[tuple[str, Scalar
             yield key, getattr(message, field)
 
 
-def _source(field: str, data: training_pb2.TrainingData) -> Source:
-    return Source(field, data.jsonl, data.path)
+def _source(field: str, data: training_pb2.TrainingData) -> DataSource:
+    return DataSource(field, data.jsonl, data.path)
 
 
-def _spec(order: Order) -> training_pb2.TrainingSpec:
+def _spec(order: JobOrder) -> training_pb2.TrainingSpec:
     given = order.settings
     optimiser = {field: given[key] for field, key in _OPTIMISER.items() if key in given}
     spec: dict[str, Any] = {field: given[key] for field, key in _SPEC.items() if key in given}
@@ -144,7 +176,7 @@ def _spec(order: Order) -> training_pb2.TrainingSpec:
     )
 
 
-def _progress(now: Progress) -> training_pb2.TrainingProgress:
+def _progress(now: ProgressRecord) -> training_pb2.TrainingProgress:
     message = training_pb2.TrainingProgress(
         step=now.step,
         steps=now.steps,
@@ -161,7 +193,7 @@ def _progress(now: Progress) -> training_pb2.TrainingProgress:
     return message
 
 
-def _evaluation(found: Evaluation) -> training_pb2.TrainingEvaluation:
+def _evaluation(found: EvaluationRecord) -> training_pb2.TrainingEvaluation:
     return training_pb2.TrainingEvaluation(
         step=found.step,
         loss=_number(found.loss),

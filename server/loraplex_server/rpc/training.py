@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from collections.abc import AsyncGenerator, Awaitable
 from contextlib import aclosing
 from typing import Any, Final, TypeVar
@@ -16,22 +15,19 @@ from loraplex_server.rpc import describe_training as describe
 from loraplex_server.rpc import validate_training as validate
 from loraplex_server.rpc.errors import for_client, invalid
 from loraplex_server.rpc.interceptor import Gate
-from loraplex_server.training.jobs import Job
+from loraplex_server.training.jobs import JOB, JobRecord
 from loraplex_server.training.queue import JobQueue
 
 DEFAULT_PAGE: Final = 100
 
-_JOB: Final = "loraplex.v1.TrainingJob"
 _SETTING: Final = "training"
-
-_KEY: Final = re.compile(r"job '[^']*': (?P<what>(?P<key>[a-z_]+)(?: is|:) .*)")
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 T = TypeVar("T")
 
 
 class TrainingService(training_pb2_grpc.TrainingServiceServicer):
-    """See loraplex/v1/training.proto. Without a queue it refuses every call."""
+    """The service of loraplex/v1/training.proto. Without a queue it refuses every call."""
 
     def __init__(self, queue: JobQueue | None, gate: Gate) -> None:
         self._queue = queue
@@ -60,7 +56,7 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):
     async def ListJobs(
         self, request: training_pb2.ListJobsRequest, context: _Context
     ) -> training_pb2.ListJobsResponse:
-        """Lists a page of jobs, the newest first."""
+        """Lists a page of jobs, newest first."""
         queue = self._on()
         _require(validate.page(request))
         size = request.page_size or DEFAULT_PAGE
@@ -97,7 +93,7 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):
             raise _error(refusal) from refusal
         finally:
             closing.cancel()
-        raise Refusal(Reason.DRAINING, "the server is shutting down; the job goes on after it")
+        raise Refusal(Reason.DRAINING, "the server is shutting down; the job continues later")
 
     def _on(self) -> JobQueue:
         if self._queue is None:
@@ -107,12 +103,14 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):
             )
         return self._queue
 
-    def _describe(self, job: Job) -> training_pb2.TrainingJob:
+    def _describe(self, job: JobRecord) -> training_pb2.TrainingJob:
         return describe.job(job, self._queue.position(job) if self._queue else 0)
 
 
-async def _next(changes: AsyncGenerator[Job, None], closing: asyncio.Future[None]) -> Job | None:
-    """The next state; None once the server drains."""
+async def _next(
+    changes: AsyncGenerator[JobRecord, None], closing: asyncio.Future[None]
+) -> JobRecord | None:
+    """Returns the next state of a job; None once the server drains."""
     coming = asyncio.ensure_future(anext(changes, None))
     both: set[asyncio.Future[Any]] = {coming, closing}
     try:
@@ -137,17 +135,7 @@ async def _typed(work: Awaitable[T]) -> T:
 
 
 def _error(refusal: Refusal) -> Refusal:
-    """The refusal as the client sees it."""
+    """Returns the refusal as the client sees it, with paths of the request as fields."""
     if refusal.reason is Reason.FIELD_INVALID:
-        return invalid(_violations(refusal))
-    return for_client(refusal, Subject(_JOB))
-
-
-def _violations(refusal: Refusal) -> list[Problem]:
-    """A violation for each problem, under the field whose key the trainer names in it."""
-    found = []
-    for problem in refusal.problems:
-        match = _KEY.fullmatch(problem.message)
-        text, key = (match["what"], match["key"]) if match else (problem.message, "")
-        found.append(Problem(describe.PATHS.get(key, problem.field), text))
-    return found
+        return invalid([Problem(describe.path(p), p.message) for p in refusal.problems])
+    return for_client(refusal, Subject(JOB))

@@ -1,4 +1,4 @@
-"""Checks the requests of TrainingService. Ranges of training options are checked by the trainer."""
+"""Checks the requests of TrainingService. The trainer itself checks the values of its options."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _OPTION: Final = re.compile(r"[a-z][a-z0-9_]{0,63}", re.ASCII)
 _JOB: Final = re.compile(r"[0-9a-f-]{1,64}", re.ASCII)
 _WORDS: Final = ("learn", "metric")
 _FILES: Final = ("loftq_source",)
-"""Options of methods that name a directory of the server, which callers must not set."""
+"""Options that name a directory: a client must not choose one of the server's."""
 
 
 def create(request: training_pb2.CreateJobRequest) -> list[Problem]:
-    """Problems of a new job, without a look at its data."""
+    """Returns the problems of a request for a new job, its examples aside."""
     checks = RequestChecks("")
     if request.request_id:
         text = f"must be 1 to {MAX_REQUEST_ID} printable ASCII characters"
@@ -56,13 +56,15 @@ def create(request: training_pb2.CreateJobRequest) -> list[Problem]:
     delivery = request.delivery
     if delivery.alias:
         checks.require(is_name(delivery.alias), "delivery.alias", _NAME_FORM)
-        checks.require(delivery.alias != spec.name, "delivery.alias", "must not be the name")
+        checks.require(
+            delivery.alias != spec.name, "delivery.alias", "must not be the adapter's name"
+        )
     labels("delivery.labels", delivery.labels, checks)
     return checks.problems
 
 
 def page(request: training_pb2.ListJobsRequest) -> list[Problem]:
-    """Problems of a request for a page."""
+    """Returns the problems of a request for a page of jobs."""
     checks = RequestChecks("")
     checks.between("page_size", request.page_size, 0, MAX_PAGE)
     good = not request.page_token or _JOB.fullmatch(request.page_token) is not None
@@ -75,9 +77,9 @@ def page(request: training_pb2.ListJobsRequest) -> list[Problem]:
 
 
 def job_id(text: str) -> list[Problem]:
-    """Problems of a job's id."""
+    """Returns the problems of a job's id."""
     good = _JOB.fullmatch(text) is not None
-    return [] if good else [Problem("job_id", "is not an id of CreateJob")]
+    return [] if good else [Problem("job_id", "is not the id of a job")]
 
 
 def _options(options: Mapping[str, str], checks: RequestChecks) -> None:
@@ -109,7 +111,7 @@ def _data(request: training_pb2.CreateJobRequest, checks: RequestChecks) -> None
             case "jsonl":
                 checks.require(bool(data.jsonl), f"{field}.jsonl", "must not be empty")
             case _ if field == "data" or request.HasField(field):
-                checks.add(f"{field}.source", "one of `jsonl` or `path` must be set")
+                checks.add(f"{field}.source", "`jsonl` or `path` must be set")
     text = f"must be at most {MAX_INLINE} bytes in all; put a larger file below the import root"
     checks.require(inline <= MAX_INLINE, "data.jsonl", text)
 

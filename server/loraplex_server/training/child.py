@@ -1,4 +1,4 @@
-"""A process of the trainer: started at low priority, read line by line, stopped for certain."""
+"""A trainer process: started at low priority, read line by line, and reliably stopped."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from loraplex_server.training import launch as launcher
 
 NICENESS: Final = 19
 MAX_LINE: Final = 1 << 20
-"""Bytes of a line of its output; longer ones are dropped."""
+"""Bytes of a line of output; longer lines are dropped."""
 
 _CHUNK: Final = 1 << 16
 
 
 class Child:
-    """A process in a process group of its own, with what it writes to standard output."""
+    """A process in a process group of its own, and its standard output."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
@@ -30,8 +30,8 @@ class Child:
     async def start(
         cls, command: Sequence[str], log: Path, environment: Mapping[str, str]
     ) -> Child:
-        """Starts `command`; its standard error is added to the file `log`. Raises OSError."""
-        launch = [sys.executable, "-I", "-S", launcher.__file__]  # it needs nothing installed
+        """Starts `command`. Its standard error is appended to the file `log`. Raises OSError."""
+        launch = [sys.executable, "-I", "-S", launcher.__file__]  # standard library only
         with log.open("ab") as errors:
             process = await asyncio.create_subprocess_exec(
                 *(*launch, str(os.getpid()), str(NICENESS), *command),
@@ -45,11 +45,11 @@ class Child:
 
     @property
     def pid(self) -> int:
-        """Its process id, and its group's."""
+        """Process id, which is also the id of the process group."""
         return self._process.pid
 
     async def lines(self) -> AsyncIterator[bytes]:
-        """The lines that it writes, until it closes its output. For one reader."""
+        """Yields the lines of standard output until that is closed. For one reader only."""
         stream = self._process.stdout
         assert stream is not None
         rest = b""
@@ -66,11 +66,11 @@ class Child:
             yield rest
 
     async def wait(self) -> int:
-        """Waits for its end; the exit status, or minus the number of the signal that ended it."""
+        """Waits for the end; returns the exit status, or minus the number of a fatal signal."""
         return await self._process.wait()
 
     async def stop(self, patience: float) -> int:
-        """Asks it to end (SIGINT), and kills its whole group after `patience` seconds."""
+        """Sends SIGINT, kills the whole group after `patience` seconds, and returns as `wait`."""
         if self._process.returncode is None:
             with suppress(ProcessLookupError):
                 self._process.send_signal(signal.SIGINT)
@@ -81,7 +81,7 @@ class Child:
             return await self._process.wait()
 
     def kill(self) -> None:
-        """Kills it and everything that it started."""
+        """Kills the process and everything that it started."""
         if self._process.returncode is None:
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)

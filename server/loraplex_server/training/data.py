@@ -1,4 +1,4 @@
-"""The examples of a job: the client's bytes or a file of the operator's, as the job's own copy."""
+"""A job's own copy of its examples, from the client's bytes or from a file of the operator."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _CHUNK: Final = 1 << 20
 
 
 def write(target: Path, data: bytes) -> None:
-    """Keeps the client's own bytes. OSError goes through."""
+    """Writes the client's bytes to a new file and flushes it to the disk. Raises OSError."""
     with target.open("xb") as file:
         file.write(data)
         file.flush()
@@ -22,10 +22,10 @@ def write(target: Path, data: bytes) -> None:
 
 
 def copy(root: Path, relative: str, target: Path, max_bytes: int, field: str) -> None:
-    """Copies the file `relative` below `root`, through no link.
+    """Copies the file `relative` below `root` without following links.
 
-    Raises Refusal(FIELD_INVALID) where it is not there, no regular file or too large. OSError of
-    the copy goes through.
+    Raises Refusal(FIELD_INVALID) if it is missing, not a regular file or too large, and OSError if
+    the copy cannot be written.
     """
     parent, _, name = relative.rpartition("/")
     if name in ("", ".", "..") or "\0" in relative or relative.startswith("/"):
@@ -42,13 +42,13 @@ def copy(root: Path, relative: str, target: Path, max_bytes: int, field: str) ->
             file.flush()
             os.fsync(file.fileno())
     except Refusal as error:
-        if error.reason == "STORE_UNAVAILABLE":
+        if error.reason is Reason.STORE_UNAVAILABLE:
             raise Refusal(error.reason, error.message) from error
         raise Refusal(Reason.FIELD_INVALID, error.message, field=field) from error
 
 
 def from_os_error(error: OSError) -> Refusal:
-    """What a client is told when the jobs' disk fails."""
+    """Returns the refusal for a failure of the disk that holds the jobs."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return Refusal(Reason.STORE_FULL, "no space is left for training jobs")
-    return Refusal(Reason.STORE_UNAVAILABLE, "the folder of training jobs cannot be written")
+        return Refusal(Reason.STORE_FULL, "the disk of the training jobs is full")
+    return Refusal(Reason.STORE_UNAVAILABLE, "the directory of training jobs cannot be written")

@@ -1,4 +1,4 @@
-"""The way of a trained adapter into the registry: registered, loaded, pointed to."""
+"""Delivers a trained adapter to the registry: registers it, loads it, points an alias to it."""
 
 from __future__ import annotations
 
@@ -9,33 +9,38 @@ from typing import Final
 from loraplex_model.base.refusal import Reason, Refusal, Subject
 
 from loraplex_server.registry import Registered, RegistrationTerms, Registry
-from loraplex_server.training.jobs import ADAPTER, Order, Result
+from loraplex_server.training.jobs import ADAPTER, JobOrder, ResultRecord
 
 _RETRY_SECONDS: Final = (0.5, 1.0, 2.0)
-"""Pauses before a store that does not answer is asked again: hours of training are at stake."""
+"""Pauses before each retry on an unavailable store; hours of training would be lost otherwise."""
 
 
 class RegistryDestination:
-    """See `runner.Destination`."""
+    """The registry as a `runner.Destination`."""
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
 
-    async def check(self, order: Order) -> None:
-        """Raises Refusal(ADAPTER_CONFLICT) where the adapter's name or its alias is taken."""
+    async def check(self, order: JobOrder) -> None:
+        """Raises Refusal(ADAPTER_CONFLICT) if the adapter's name or its alias is taken."""
         known = await self._find(order.name)
         if known is not None and known.record.name != order.name:
             raise _conflict(order.name, f"{order.name!r} is an alias")
         if known is not None and not order.replace:
-            text = f"there is an adapter {order.name!r}; set `replace` to make a new version of it"
+            text = (
+                f"there is an adapter {order.name!r}; set `replace` to register a new version of it"
+            )
             raise _conflict(order.name, text)
         if order.alias:
             known = await self._find(order.alias)
             if known is not None and known.record.name == order.alias:
-                raise _conflict(order.alias, f"{order.alias!r} is an adapter, and no alias")
+                raise _conflict(order.alias, f"{order.alias!r} is an adapter, not an alias")
 
-    async def deliver(self, folder: Path, order: Order) -> Result:
-        """Registers, then loads and aliases if asked. Raises Refusal where it is not registered."""
+    async def deliver(self, folder: Path, order: JobOrder) -> ResultRecord:
+        """Registers the adapter, then loads and aliases it as ordered.
+
+        Raises Refusal if it is not registered; later failures become the result's warning.
+        """
         problems = []
         loaded = order.load
         try:
@@ -43,9 +48,9 @@ class RegistryDestination:
         except Refusal as refusal:
             if not order.load:
                 raise
-            # If the store refuses, it refuses again without the load, and that is what is raised.
+            # If the store itself refuses, it refuses again here, and that refusal is raised.
             adapter = await self._register(folder, order, load=False)
-            problems.append(f"it was not loaded: {refusal.message}")
+            problems.append(f"the adapter was not loaded: {refusal.message}")
             loaded = False
         record = adapter.record
         if order.alias:
@@ -53,18 +58,18 @@ class RegistryDestination:
                 await self._registry.set_alias(order.alias, record.id, None)
             except Refusal as error:
                 problems.append(f"the alias was not set: {error.message}")
-        return Result(
+        return ResultRecord(
             version=record.version, digest=record.digest, loaded=loaded, warning="; ".join(problems)
         )
 
-    async def _register(self, folder: Path, order: Order, load: bool) -> Registered:
+    async def _register(self, folder: Path, order: JobOrder, load: bool) -> Registered:
         terms = RegistrationTerms(order.name, order.replace, order.labels, load=load)
         pauses = iter(_RETRY_SECONDS)
         while True:
             try:
                 return (await self._registry.register_trained(folder, terms))[0]
             except Refusal as error:
-                pause = next(pauses, None) if error.reason == "STORE_UNAVAILABLE" else None
+                pause = next(pauses, None) if error.reason is Reason.STORE_UNAVAILABLE else None
                 if pause is None:
                     raise _refusal(error, order.name) from error
             await asyncio.sleep(pause)
@@ -73,7 +78,7 @@ class RegistryDestination:
         try:
             return await self._registry.resolve(name)
         except Refusal as error:
-            if error.reason == "ADAPTER_NOT_FOUND":
+            if error.reason is Reason.ADAPTER_NOT_FOUND:
                 return None
             raise _refusal(error, name) from error
 

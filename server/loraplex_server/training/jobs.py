@@ -1,6 +1,6 @@
-"""A training job as a value: what was asked, how far it is, how it ended. Written as JSON.
+"""A training job as a value, kept as JSON: what was ordered, its progress, its end.
 
-A change makes a new `Job`; whoever holds one holds a state that was true at one moment.
+Values never change; a change of a job makes a new `JobRecord`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ Scalar: TypeAlias = bool | int | float | str
 
 JOB: Final = "loraplex.v1.TrainingJob"
 ADAPTER: Final = "loraplex.v1.Adapter"
-"""Kinds of the resources that refusals of training name."""
+"""Resource types that refusals of training name."""
 
 
 class State(Enum):
-    """Where a job is."""
+    """State of a job."""
 
     QUEUED = "queued"
     RUNNING = "running"
@@ -32,14 +32,18 @@ class State(Enum):
 FINAL: Final = frozenset({State.SUCCEEDED, State.FAILED, State.CANCELLED})
 
 
-class Order(msgspec.Struct, frozen=True, kw_only=True):
-    """What was asked for.
+class JobOrder(msgspec.Struct, frozen=True, kw_only=True):
+    """The adapter that a client ordered.
 
     Attributes:
-        name: what the adapter is registered as.
-        method, options: a method of the trainer and its own options, as text.
-        settings: other keys of a job in the trainer's configuration, those that were given.
-        replace, load, alias, labels: what happens with the adapter.
+        name: name to register the adapter under.
+        method: name of a training method.
+        options: options of the method, as text.
+        settings: other options of the job that the client gave, by the trainer's keys.
+        replace: whether to make a new version if the name is taken.
+        load: whether to load the adapter once it is registered.
+        alias: alias to point to the adapter, or "".
+        labels: labels of the registered version.
     """
 
     name: str
@@ -52,10 +56,10 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     labels: dict[str, str] = {}
 
 
-class Evaluation(msgspec.Struct, frozen=True):
-    """A measurement after `step` on examples that were set apart; `loss` in nats.
+class EvaluationRecord(msgspec.Struct, frozen=True):
+    """An evaluation after `step` on the evaluation examples; `loss` is in nats.
 
-    None is what JSON makes of a number that is not finite.
+    JSON turns a number that is not finite into null, so it reads back as None.
     """
 
     step: int
@@ -64,10 +68,10 @@ class Evaluation(msgspec.Struct, frozen=True):
     metric: float | None = None
 
 
-class Progress(msgspec.Struct, frozen=True, kw_only=True):
-    """How far a job is; see TrainingProgress of the API. `remaining` is in seconds.
+class ProgressRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """Progress of a job; see TrainingProgress of the API. `remaining` is in seconds.
 
-    None is "not yet", or what JSON makes of a number that is not finite.
+    None means not yet known, or a number that was not finite and went through JSON.
     """
 
     step: int = 0
@@ -77,13 +81,13 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     norm: float | None = 0.0
     tokens_per_second: float = 0.0
     remaining: float | None = None
-    evaluation: Evaluation | None = None
-    best: Evaluation | None = None
+    evaluation: EvaluationRecord | None = None
+    best: EvaluationRecord | None = None
     saved_step: int = 0
 
 
-class Result(msgspec.Struct, frozen=True, kw_only=True):
-    """What was registered, and what went wrong after that."""
+class ResultRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """The registered adapter; `warning` lists what failed after the registration."""
 
     version: int
     digest: str
@@ -91,49 +95,50 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     warning: str = ""
 
 
-class Error(msgspec.Struct, frozen=True):
-    """Why there is no adapter; `log` holds the last lines that the trainer wrote."""
+class FailureRecord(msgspec.Struct, frozen=True):
+    """Why there is no adapter; `log` holds the last lines of the trainer's log."""
 
     reason: str
     message: str
     log: tuple[str, ...] = ()
 
 
-class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """One job.
+class JobRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A training job.
 
     Attributes:
-        id: sorts by age.
-        request_id, content: what it was asked with, and the digest of all that was asked.
-        created, started, ended: Unix times; 0 before.
-        made: the adapter's folder, relative to the job's, once the trainer has ended well.
-        resumptions: how often it was begun again after the server had died under it.
+        id: identifier; ids sort by age.
+        request_id: the client's own id of its request, or "".
+        content: digest of the whole request.
+        created, started, ended: Unix times; 0 if that has not happened yet.
+        made: directory of the finished adapter, relative to the job's; "" while there is none.
+        resumptions: number of restarts after the server died while the job ran.
         estimated_bytes, peak_bytes: memory of the trainer; 0 if unknown.
-        ending: how the training ended, in a sentence.
+        ending: a sentence on how the training ended.
     """
 
     id: str
-    order: Order
+    order: JobOrder
     request_id: str = ""
     content: str = ""
     state: State = State.QUEUED
     created: float = 0.0
     started: float = 0.0
     ended: float = 0.0
-    progress: Progress | None = None
+    progress: ProgressRecord | None = None
     made: str = ""
     ending: str = ""
-    result: Result | None = None
-    error: Error | None = None
+    result: ResultRecord | None = None
+    error: FailureRecord | None = None
     resumptions: int = 0
     estimated_bytes: int = 0
     peak_bytes: int = 0
 
     @property
     def final(self) -> bool:
-        """Whether it has ended for good."""
+        """Whether the job has ended for good."""
         return self.state in FINAL
 
-    def change(self, **fields: object) -> Job:
-        """The same job with other fields."""
+    def change(self, **fields: object) -> JobRecord:
+        """Returns the job with other values in some fields."""
         return msgspec.structs.replace(self, **fields)

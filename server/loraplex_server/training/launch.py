@@ -1,9 +1,9 @@
-"""Becomes another program that must not outlive, nor disturb, the one that started it.
+"""Replaces itself by a command that must neither outlive nor disturb the process that started it.
 
     python launch.py PARENT NICENESS COMMAND...
 
-It runs COMMAND in its own place, so pid and pipes stay. Linux kills it when its parent dies, and
-when memory runs out it goes before anybody else does.
+COMMAND keeps the pid and the pipes. Linux kills it when its parent dies, and kills it before other
+processes when memory runs out.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from typing import Final
 
 _PR_SET_PDEATHSIG: Final = 1
 ORPHANED: Final = 3
-"""Exit status when the parent had gone before."""
+"""Exit status if the parent has died already."""
 
 
 def main(arguments: list[str]) -> None:
     parent, niceness, *command = arguments
-    # A shell's background job ignores Ctrl-C and would hand that down; we are stopped with it.
+    # A background job of a shell ignores SIGINT and its children inherit that. SIGINT must work
+    # here: the server stops the trainer with it.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     with suppress(OSError):
         os.nice(int(niceness))

@@ -1,4 +1,4 @@
-"""How much memory a trainer may take beside the engine."""
+"""The memory that a trainer may use next to the engine."""
 
 from __future__ import annotations
 
@@ -12,18 +12,21 @@ _CGROUP: Final = Path("/sys/fs/cgroup")
 
 
 def available() -> int | None:
-    """Bytes that this machine, or the container, can still give; None where nobody says."""
+    """Returns the free bytes of this machine or container, whichever are fewer; None if unknown."""
     found = [free for free in (_machine(), _container()) if free is not None]
     return min(found, default=None)
 
 
 def check(needed: int, free: int | None, allowed: int, setting: str = "training_memory") -> None:
-    """Raises Refusal(TRAINING_MEMORY) unless `needed` bytes are `allowed` (0: any) and `free`."""
+    """Raises Refusal(TRAINING_MEMORY) if `needed` bytes exceed `allowed` (0: no limit) or `free`.
+
+    None for `free` means unknown, which refuses nothing.
+    """
     if allowed and needed > allowed:
-        text = f"it would take about {_mib(needed)}; {setting} allows {_mib(allowed)}"
+        text = f"the job would take about {_mib(needed)}; {setting} allows {_mib(allowed)}"
         raise Refusal(Reason.TRAINING_MEMORY, text, field=setting)
     if free is not None and needed > free:
-        text = f"it would take about {_mib(needed)}, and {_mib(free)} are free"
+        text = f"the job would take about {_mib(needed)}, and {_mib(free)} are free"
         raise Refusal(Reason.TRAINING_MEMORY, text, field="memory")
 
 
@@ -40,7 +43,7 @@ def _machine() -> int | None:
 
 
 def _container() -> int | None:
-    """What is left of the limit of control groups (version 2); page cache that can go counts."""
+    """Bytes left of the control group's limit (version 2), reclaimable page cache included."""
     try:
         limit = (_CGROUP / "memory.max").read_text().strip()
         used = int((_CGROUP / "memory.current").read_text())

@@ -1,4 +1,4 @@
-"""What a trainer has told so far: its events, put together."""
+"""The progress of a training run, gathered from the trainer's events."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import msgspec
 from loraplex_training.report.events import (
     Evaluated,
     Event,
+    Failed,
     JobEnded,
     Published,
     RunEnded,
@@ -17,65 +18,67 @@ from loraplex_training.report.events import (
     StepDone,
 )
 
-from loraplex_server.training.jobs import Evaluation, Progress
+from loraplex_server.training.jobs import EvaluationRecord, ProgressRecord
 
 WINDOW: Final = 20
-"""Steps over which speed is a mean: the last ones say more than the first."""
+"""Number of recent steps that the speed is averaged over."""
 
 
-class Course:
-    """The course of one job's training, from its events.
+class RunProgress:
+    """Gathers the events of a run of one job.
 
     Attributes:
-        progress: as of the last event; None before the first.
-        ended, published: these events, once they have come.
-        estimated_bytes, peak_bytes: memory as the trainer said; 0 before.
-        tokens: of all steps seen here.
+        state: the job's progress as of the last event; None before the first.
+        ended, published, failed: these events once they have arrived.
+        estimated_bytes, peak_bytes: the trainer's memory; 0 if not yet known.
+        tokens: number of tokens of all steps seen here.
     """
 
-    def __init__(self, progress: Progress | None = None) -> None:
-        self.progress = progress
+    def __init__(self, state: ProgressRecord | None = None) -> None:
+        self.state = state
         self.ended: JobEnded | None = None
         self.published: Published | None = None
+        self.failed: Failed | None = None
         self.estimated_bytes = 0
         self.peak_bytes = 0
         self.tokens = 0
         self._last: deque[tuple[int, float]] = deque(maxlen=WINDOW)
 
     def feed(self, event: Event) -> None:
-        """The next event."""
-        now = self.progress or Progress()
+        """Takes the next event into account."""
+        now = self.state or ProgressRecord()
         match event:
             case RunStarted():
-                steps = event.steps[0] if event.steps else 0
                 self.estimated_bytes = event.estimated_bytes
-                self.progress = Progress(
+                self.state = ProgressRecord(
                     step=event.step,
-                    steps=steps,
+                    steps=event.steps[0] if event.steps else 0,
                     loss=now.loss,
                     evaluation=now.evaluation,
                     best=now.best,
                     saved_step=now.saved_step,
                 )
             case StepDone():
-                self.progress = self._step(now, event)
+                self.state = self._step(now, event)
             case Evaluated():
-                found = Evaluation(event.step, event.loss, event.perplexity, event.metric)
+                found = EvaluationRecord(event.step, event.loss, event.perplexity, event.metric)
                 best = found if event.best or now.best is None else now.best
-                self.progress = _with(now, evaluation=found, best=best)
+                self.state = _with(now, evaluation=found, best=best)
             case Saved():
-                self.progress = _with(now, saved_step=event.step)
+                self.state = _with(now, saved_step=event.step)
             case JobEnded():
                 self.ended = event
-                self.progress = _with(now, step=event.step, remaining=0.0)
+                self.state = _with(now, step=event.step, remaining=0.0)
             case Published():
                 self.published = event
             case RunEnded():
                 self.peak_bytes = event.peak_bytes
+            case Failed():
+                self.failed = event
             case _:
                 pass
 
-    def _step(self, now: Progress, event: StepDone) -> Progress:
+    def _step(self, now: ProgressRecord, event: StepDone) -> ProgressRecord:
         self.tokens += event.tokens
         self._last.append((event.tokens, event.seconds))
         seconds = sum(s for _, s in self._last)
@@ -91,5 +94,5 @@ class Course:
         )
 
 
-def _with(progress: Progress, **fields: object) -> Progress:
-    return msgspec.structs.replace(progress, **fields)
+def _with(state: ProgressRecord, **fields: object) -> ProgressRecord:
+    return msgspec.structs.replace(state, **fields)

@@ -1,4 +1,4 @@
-"""The jobs on disk: a folder each, with its record, its data and whatever its trainer writes."""
+"""Jobs on the disk: one directory each, with its record, its data and the trainer's files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Final
 
 import msgspec
 
-from loraplex_server.training.jobs import Job
+from loraplex_server.training.jobs import JobRecord
 
 RECORD: Final = "job.json"
 _LOCK: Final = "lock"
@@ -24,9 +24,9 @@ log = logging.getLogger(__name__)
 
 
 class Records:
-    """The folder of jobs, owned by one server at a time. Every method blocks; none is on the loop.
+    """The directory of all jobs, which one server at a time owns.
 
-    OSError goes through, from all of them.
+    Every method blocks and may raise OSError; none may run on the event loop.
     """
 
     def __init__(self, root: Path) -> None:
@@ -34,9 +34,9 @@ class Records:
         self._lock: int | None = None
 
     def acquire(self) -> bool:
-        """Takes the folder; False while another server has it. Made if it is missing.
+        """Locks the directory, which is made if it is missing. False if another server has it.
 
-        The kernel gives it back when the process ends, however it ends.
+        The kernel releases the lock when the process ends, however it ends.
         """
         self._root.mkdir(parents=True, exist_ok=True, mode=0o700)
         lock = os.open(self._root / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -52,24 +52,24 @@ class Records:
         return True
 
     def release(self) -> None:
-        """Gives the folder back. Idempotent."""
+        """Releases the lock. Idempotent."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
     def folder(self, job_id: str) -> Path:
-        """Where a job's files are."""
+        """Returns the path of a job's directory."""
         assert _ID.fullmatch(job_id), job_id
         return self._root / job_id
 
     def make(self, job_id: str) -> Path:
-        """The empty folder of a new job, which is none before it is saved."""
+        """Makes the directory of a new job. Without a record it does not count as a job."""
         folder = self.folder(job_id)
         folder.mkdir(mode=0o700)
         return folder
 
-    def save(self, job: Job) -> None:
-        """Writes the record: the old one or the new one is there, whatever happens."""
+    def save(self, job: JobRecord) -> None:
+        """Writes a job's record atomically."""
         folder = self.folder(job.id)
         handle, name = tempfile.mkstemp(dir=folder, prefix=".job-")
         try:
@@ -89,17 +89,17 @@ class Records:
             finally:
                 os.close(directory)
 
-    def load(self) -> list[Job]:
-        """All jobs, the oldest first. Folders of jobs that never came to be are removed.
+    def load(self) -> list[JobRecord]:
+        """Reads all jobs, oldest first. Directories without a record are removed.
 
-        A record that cannot be read is logged and left for the operator.
+        A damaged record is logged and left for the operator.
         """
         found = []
         for folder in sorted(self._root.iterdir()):
             if not _ID.fullmatch(folder.name):
                 continue
             try:
-                found.append(msgspec.json.decode((folder / RECORD).read_bytes(), type=Job))
+                found.append(msgspec.json.decode((folder / RECORD).read_bytes(), type=JobRecord))
             except FileNotFoundError:
                 self.remove(folder.name)
             except msgspec.DecodeError as error:
@@ -107,8 +107,8 @@ class Records:
         return found
 
     def remove(self, job_id: str) -> None:
-        """Removes a job and all that it left."""
+        """Removes a job with all its files."""
         folder = self.folder(job_id)
         with contextlib.suppress(FileNotFoundError):
-            (folder / RECORD).unlink()  # first: a job that is half gone is none
+            (folder / RECORD).unlink()  # first: without a record it is no job
         shutil.rmtree(folder, ignore_errors=True)

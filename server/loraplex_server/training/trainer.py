@@ -1,4 +1,4 @@
-"""How the trainer is called: its configuration, its command lines, and what it says beforehand."""
+"""The trainer's program: its configuration, its command lines and its plan of a job."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ import contextlib
 import logging
 import shutil
 import signal
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import msgspec
 from loraplex_model.base.refusal import Problem, Reason, Refusal
+from loraplex_training.report.events import Failed
+from loraplex_training.report.lines import decode
 from loraplex_training.spec import parse as options
-from loraplex_training.spec.fields import located
 
-from loraplex_server.training import failure as verdict
-from loraplex_server.training import memory
+from loraplex_server.training import failure, memory
 from loraplex_server.training.child import Child
-from loraplex_server.training.jobs import Job, Order
+from loraplex_server.training.jobs import JobOrder, JobRecord
 
 CONFIG: Final = "job.toml"
 DATA: Final = "data.jsonl"
@@ -29,17 +30,26 @@ LOG: Final = "trainer.log"
 PLAN_LOG: Final = "plan.log"
 RUN: Final = "run"
 
+INPUT_REASONS: Final = frozenset(
+    {Reason.CONFIG_INVALID, Reason.METHOD_INVALID, Reason.DATA_INVALID}
+)
+"""The trainer's reasons for which a job's request is at fault."""
+
 PLAN_SECONDS: Final = 300.0
 STOP_SECONDS: Final = 20.0
-"""How long a trainer that is cancelled may take to save before it is killed."""
+"""Seconds that a trainer may take to save when it is stopped, before it is killed."""
+_PLAN_LINES: Final = 10
+"""Number of the last lines of output in which the plan is looked for."""
 
 log = logging.getLogger(__name__)
 
 
-class Plan(msgspec.Struct, frozen=True):
-    """What `plan --json` says of a run: memory in bytes, and what the device has free.
+class TrainerPlan(msgspec.Struct, frozen=True):
+    """The memory that a run needs, from `plan --json`.
 
-    `available_bytes` is None where the device is the CPU.
+    Attributes:
+        bytes: estimated peak.
+        available_bytes: free bytes of the GPU; None if the device is the CPU.
     """
 
     bytes: int
@@ -49,15 +59,15 @@ class Plan(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Trainer:
-    """The trainer's program and the settings that are the operator's.
+    """The trainer's program with the settings of the operator.
 
     Attributes:
-        program: what is run; `run`, `resume` or `plan` and their arguments are added.
-        run: keys of a run in the trainer's configuration: model, device and so on.
-        memory: bytes that it may take; 0 is what is free.
-        threads: of its arithmetic.
-        timeout: seconds that a job may run; 0 is for ever.
-        patience: seconds that it may take to save when it is stopped.
+        program: command to run, without `run`, `resume` or `plan` and their arguments.
+        run: options of the run that the operator fixes (model, device, ...), by the trainer's keys.
+        memory: largest number of bytes that a job may need; 0 allows all that are free.
+        threads: number of CPU threads.
+        timeout: longest duration of a job in seconds; 0 is no limit.
+        patience: seconds that a trainer may take to save when it is stopped.
     """
 
     program: Sequence[str]
@@ -67,8 +77,11 @@ class Trainer:
     timeout: float = 0.0
     patience: float = STOP_SECONDS
 
-    def configuration(self, order: Order, folder: Path, with_eval_data: bool) -> str:
-        """The TOML for one job in `folder`. Raises Refusal(FIELD_INVALID) with all problems."""
+    def configuration(self, order: JobOrder, folder: Path, with_eval_data: bool) -> str:
+        """Returns the TOML for one job in `folder`.
+
+        Raises Refusal(FIELD_INVALID) with all problems, their fields being the trainer's keys.
+        """
         flags = {
             **self.run,
             "threads": str(self.threads),
@@ -83,12 +96,13 @@ class Trainer:
         try:
             return options.to_toml(options.read(flags, order.options))
         except Refusal as error:
-            raise _refusal(error.reason, [located(p) for p in error.problems]) from error
+            raise _invalid(error.reason, error.problems) from error
 
-    async def plan(self, folder: Path) -> Plan:
-        """What the job in `folder` would take. The trainer reads its options and its data for that.
+    async def plan(self, folder: Path) -> TrainerPlan:
+        """Estimates the memory of the job in `folder`; the trainer checks its options and data.
 
-        Raises Refusal: FIELD_INVALID with all problems that it found, ENGINE_FAULT where it broke.
+        Raises Refusal: FIELD_INVALID with all problems, their fields being the trainer's keys;
+        TRAINING_MEMORY, DEADLINE_EXCEEDED; ENGINE_FAULT if the trainer failed.
         """
         command = [*self.program, "plan", "--config", str(folder / CONFIG), "--json"]
         try:
@@ -96,38 +110,40 @@ class Trainer:
         except OSError as error:
             log.error("the trainer cannot be started: %s", error)
             raise Refusal(Reason.ENGINE_FAULT, "the trainer cannot be started") from error
-        said: list[bytes] = []
+        lines: deque[bytes] = deque(maxlen=_PLAN_LINES)
         try:
             async with asyncio.timeout(PLAN_SECONDS):
                 async for line in child.lines():
-                    said.append(line)
-                    del said[:-10]
+                    lines.append(line)
                 status = await child.wait()
         except TimeoutError:
             text = f"the trainer's plan was not ready after {PLAN_SECONDS:g} s"
             raise Refusal(Reason.DEADLINE_EXCEEDED, text) from None
         finally:
             child.kill()
-        for line in reversed(said if status == 0 else ()):
+        for line in reversed(lines) if status == 0 else ():
             with contextlib.suppress(msgspec.DecodeError):
-                return msgspec.json.decode(line, type=Plan)
-        raise await asyncio.to_thread(_of_plan, status, folder / PLAN_LOG)
+                return msgspec.json.decode(line, type=TrainerPlan)
+        raise await asyncio.to_thread(_plan_refusal, lines, status, folder / PLAN_LOG)
 
-    def require(self, plan: Plan, held: int) -> None:
-        """Raises Refusal(TRAINING_MEMORY) where there is no room for it.
+    def require(self, plan: TrainerPlan, held: int) -> None:
+        """Raises Refusal(TRAINING_MEMORY) if there is not enough memory for the planned job.
 
-        `held` bytes are those of a trainer that runs now and will be gone when its turn comes.
+        `held` bytes belong to the trainer that runs now; it will have ended before the job starts.
         """
         free = plan.available_bytes if plan.device != "cpu" else memory.available()
         memory.check(plan.bytes, None if free is None else free + held, self.memory)
 
-    def require_memory(self, job: Job) -> None:
-        """The same for a job whose turn has come, as far as can be told here."""
+    def require_memory(self, job: JobRecord) -> None:
+        """Checks the memory again for a job that is about to start, if it runs on the CPU.
+
+        Raises Refusal(TRAINING_MEMORY).
+        """
         if self.run.get("device") == "cpu":
             memory.check(job.estimated_bytes, memory.available(), self.memory)
 
-    def command(self, job: Job, folder: Path) -> list[str]:
-        """What trains it: from its last checkpoint if there is one, else from the beginning."""
+    def command(self, job: JobRecord, folder: Path) -> list[str]:
+        """Returns the command that trains a job, from its last checkpoint if there is one."""
         run = folder / RUN
         if run.exists():
             if resumable(run):
@@ -136,33 +152,41 @@ class Trainer:
         return [*self.program, "run", "--config", str(folder / CONFIG), "--events", "-"]
 
     async def start(self, command: Sequence[str], log: Path) -> Child:
-        """Starts it; what it complains of is added to `log`. Raises OSError."""
+        """Starts a command; its standard error is appended to `log`. Raises OSError."""
         return await Child.start(command, log, {"OMP_NUM_THREADS": str(self.threads)})
 
 
 def resumable(run: Path) -> bool:
-    """Whether a run's folder has a checkpoint."""
+    """Returns whether a run's directory has a checkpoint."""
     with contextlib.suppress(FileNotFoundError):
         return any(not entry.name.startswith(".") for entry in (run / "checkpoints").iterdir())
     return False
 
 
-def _of_plan(status: int, complaints: Path) -> Refusal:
-    """Why there is no plan."""
-    reason, problems = verdict.complaints(complaints)
-    if reason in _FIELDS:
-        return _refusal(reason, problems)
-    if reason == "OUT_OF_MEMORY" or status == -signal.SIGKILL:
-        return Refusal(Reason.TRAINING_MEMORY, "the memory ran out while the job was examined")
-    log.error("plan ended with %d: %s", status, "; ".join(verdict.tail(complaints)[-3:]))
+def _plan_refusal(lines: Iterable[bytes], status: int, log_file: Path) -> Refusal:
+    """Returns the refusal for a `plan` that ended with `status` and without a plan."""
+    failed = next((event for line in lines if (event := _failed(line)) is not None), None)
+    if failed is not None and failed.reason in INPUT_REASONS:
+        return _invalid(failed.reason, failed.problems)
+    out_of_memory = failed is not None and failed.reason is Reason.OUT_OF_MEMORY
+    if out_of_memory or status == -signal.SIGKILL:
+        text = "the memory ran out while the trainer examined the job"
+        return Refusal(Reason.TRAINING_MEMORY, text)
+    log.error("plan ended with %d: %s", status, "; ".join(failure.tail(log_file)[-3:]))
     return Refusal(Reason.ENGINE_FAULT, "the trainer's plan failed")
 
 
-_FIELDS: Final = {"CONFIG_INVALID": "spec", "METHOD_INVALID": "spec.method", "DATA_INVALID": "data"}
-"""The part of a request that is at fault."""
+def _failed(line: bytes) -> Failed | None:
+    with contextlib.suppress(ValueError):
+        if isinstance(event := decode(line), Failed):
+            return event
+    return None
 
 
-def _refusal(reason: str, problems: Sequence[str]) -> Refusal:
-    found = tuple(verdict.without_paths(problem) for problem in problems) or ("it is not valid",)
-    field = _FIELDS.get(reason, "spec")
-    return Refusal(Reason.FIELD_INVALID, found[0], problems=[Problem(field, f) for f in found])
+def _invalid(reason: Reason, problems: Sequence[Problem]) -> Refusal:
+    """Returns FIELD_INVALID with the trainer's problems, each with the trainer's own reason."""
+    found = [
+        Problem(p.field, failure.without_paths(p.message)[: failure.MAX_LINE], reason)
+        for p in problems
+    ]
+    return Refusal(Reason.FIELD_INVALID, found[0].message, problems=found)

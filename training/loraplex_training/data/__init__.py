@@ -1,10 +1,10 @@
 """From lines of JSON to micro-batches.
 
-`load` reads, tokenises and divides; `Batches` says what each step learns; `show` draws both for
-people. Nothing here depends on the time, the machine or the order in which it is called.
+`load` reads, tokenises and divides the examples; `Batches` lays out each step; `show` displays
+examples. Results depend on the arguments only: not on time, machine or order of calls.
 """
 
 from loraplex_training.data.batches import Batches, in_order
-from loraplex_training.data.dataset import Counts, Dataset, Report, load
+from loraplex_training.data.dataset import Counts, DataReport, Dataset, load
 
-__all__ = ["Batches", "Counts", "Dataset", "Report", "in_order", "load"]
+__all__ = ["Batches", "Counts", "DataReport", "Dataset", "in_order", "load"]

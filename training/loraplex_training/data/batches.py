@@ -1,6 +1,6 @@
-"""Which examples go into which optimiser step: a pure function of the examples, the job, the step.
+"""Lays examples out into optimiser steps: a pure function of the examples, the job and the step.
 
-So a run that is resumed at step i goes on as if it had never stopped, with nothing to save.
+A resumed run therefore takes the same steps as an uninterrupted one, with no state to save.
 """
 
 from __future__ import annotations
@@ -20,22 +20,23 @@ from loraplex_training.spec.parse import problems_of
 from loraplex_training.spec.spec import JobSpec
 
 OPEN: Final = 64
-"""Micro-batches that first-fit looks at; older ones are as full as they get."""
+"""Number of open micro-batches that first-fit considers. Older ones are closed."""
 
 
 class Batches:
     """The steps of a job.
 
     Each epoch takes every example once, in an order drawn from the seed and the epoch. A
-    micro-batch is `batch_size` examples or, with `pack`, what first-fit lays into `max_tokens`
-    tokens. A step is `accumulation` micro-batches; the last one of an epoch may be smaller.
+    micro-batch has `batch_size` examples or, with `pack`, as many as first-fit packs into
+    `max_tokens` tokens. A step has `accumulation` micro-batches; the last step of an epoch may have
+    fewer.
 
     Attributes:
-        steps: optimiser steps of the job: `job.steps`, or what its epochs make.
+        steps: number of optimiser steps: `job.steps`, or the steps of its epochs.
     """
 
     def __init__(self, samples: Sequence[Sample], job: JobSpec) -> None:
-        """Raises Refusal (CONFIG_INVALID) for options that make no steps."""
+        """Raises Refusal(CONFIG_INVALID) for options that make no steps."""
         _check(samples, job)
         self._samples = samples
         self._job = job
@@ -54,15 +55,15 @@ class Batches:
                 self.steps += ceil(rest * (self._ends[whole] - self.steps) - 1e-9)
 
     def step(self, i: int) -> list[MicroBatch]:
-        """The micro-batches of step `i`, from 0."""
+        """Returns the micro-batches of step `i`, counted from 0."""
         return [MicroBatch.of([self._samples[s] for s in batch]) for batch in self._batches(i)]
 
     def learned(self, i: int) -> int:
-        """How many tokens step `i` learns."""
+        """Returns the number of learned tokens of step `i`."""
         return sum(self._learned[s] for batch in self._batches(i) for s in batch)
 
     def epoch(self, i: int) -> int:
-        """The epoch that step `i` belongs to, from 0."""
+        """Returns the epoch of step `i`, counted from 0."""
         if not 0 <= i < self.steps:
             raise IndexError(f"step {i} of {self.steps}")
         while not self._ends or i >= self._ends[-1]:
@@ -75,7 +76,7 @@ class Batches:
         return self._epoch(epoch)[first : first + self._job.accumulation]
 
     def _grow(self, epoch: int) -> None:
-        """Counts steps up to the end of `epoch`."""
+        """Counts the steps up to the end of `epoch`."""
         for e in range(len(self._ends), epoch + 1):
             batches = -(-len(self._samples) // self._job.batch_size)
             if self._job.pack:
@@ -84,8 +85,8 @@ class Batches:
             self._ends.append((self._ends[-1] if self._ends else 0) + steps)
 
     def _lay_out(self, epoch: int) -> list[list[int]]:
-        """The micro-batches of an epoch, as indices of samples."""
-        # random() is the one method whose values Python promises to keep for a seed
+        """Returns the micro-batches of an epoch, as indices of samples."""
+        # random() is the only method whose values Python guarantees for a seed.
         draw = random.Random(f"{self._job.seed}/{epoch}").random  # noqa: S311
         keys = [draw() for _ in self._samples]
         order = sorted(range(len(keys)), key=keys.__getitem__)
@@ -113,7 +114,7 @@ class Batches:
 
 
 def in_order(samples: Sequence[Sample], job: JobSpec) -> list[MicroBatch]:
-    """Every sample once, in the order given, in micro-batches of the job's size: for evaluation."""
+    """Lays out every sample once, in order, in micro-batches of the job's size, for evaluation."""
     batches: list[list[Sample]] = []
     held = 0
     for sample in samples:

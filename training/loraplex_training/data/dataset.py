@@ -1,4 +1,4 @@
-"""A data set: files read, tokenised and divided; the same bytes give the same one anywhere."""
+"""A data set: files read, tokenised and divided. Equal bytes give an equal data set anywhere."""
 
 from __future__ import annotations
 
@@ -21,7 +21,14 @@ from loraplex_training.spec.spec import DataSpec
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What one side of a data set holds; `cut` tokens were lost of `truncated` examples."""
+    """Sizes of the training or the evaluation examples.
+
+    Attributes:
+        learned: number of learned tokens.
+        longest: number of tokens of the longest example.
+        truncated: number of examples that were cut at `max_length`.
+        cut: number of tokens that these lost.
+    """
 
     examples: int
     tokens: int
@@ -43,16 +50,16 @@ class Counts:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
-    """What became of the files.
+class DataReport:
+    """Counts of a data set's lines.
 
     Attributes:
-        shapes: lines of each shape ("messages", "prompt", …), both files together.
-        dropped: "file:line" of lines whose answers all lie behind `max_length`.
-        repeated: lines of the training file that say what an earlier one says.
-        leaked: "file:line" of lines of the evaluation file that are in the training file too.
-        divided: conversations that became several examples.
-        ignored: keys that were ignored, and how often.
+        shapes: number of lines of each shape ("messages", "prompt", …) in both files.
+        dropped: "file:line" of lines whose answers all start beyond `max_length`.
+        repeated: number of training lines with the content of an earlier one.
+        leaked: "file:line" of evaluation lines whose content is in the training file too.
+        divided: number of conversations that became several examples.
+        ignored: keys that were ignored, with the number of times.
     """
 
     train: Counts
@@ -65,70 +72,72 @@ class Report:
     ignored: Mapping[str, int]
 
     def notes(self) -> list[str]:
-        """Sentences on what a person should know; empty if all is well."""
-        said = []
+        """Returns sentences about what deserves attention; none if all is well."""
+        notes = []
         for side, counts in (("training", self.train), ("evaluation", self.evaluation)):
             if counts.truncated:
-                said.append(
+                notes.append(
                     f"{counts.truncated:,} of {counts.examples:,} {side} examples were cut, by "
-                    f"{counts.cut:,} tokens in all, and do not learn to stop; raise max_length"
+                    f"{counts.cut:,} tokens in all, and do not teach to stop; raise max_length"
                 )
         if self.dropped:
-            said.append(
-                f"{len(self.dropped):,} lines were left out, as their answers begin behind "
+            notes.append(
+                f"{len(self.dropped):,} lines were dropped, since their answers start beyond "
                 f"max_length: {_some(self.dropped)}"
             )
         if self.leaked:
-            said.append(
+            notes.append(
                 f"{len(self.leaked):,} evaluation lines are training lines too, so their loss "
-                f"says little: {_some(self.leaked)}"
+                f"means little: {_some(self.leaked)}"
             )
         if self.repeated:
-            said.append(f"{self.repeated:,} training lines repeat earlier ones")
+            notes.append(f"{self.repeated:,} training lines repeat earlier ones")
         if self.divided:
-            said.append(
+            notes.append(
                 f"{self.divided:,} conversations became several examples, since the template "
-                "writes earlier turns differently"
+                "renders earlier turns differently"
             )
         if self.ignored:
             keys = ", ".join(f'"{key}"' for key in sorted(self.ignored))
-            said.append(f"keys that were ignored: {keys}")
-        return said
+            notes.append(f"keys that were ignored: {keys}")
+        return notes
 
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """Examples, those to learn from and those set apart.
+    """Training and evaluation examples.
 
     Attributes:
-        evaluation: () if `eval_fraction` is 0 and there is no file.
-        digest, eval_digest: SHA-256 (hex) of the files' bytes; "" where there is no file.
+        evaluation: empty if `eval_fraction` is 0 and there is no evaluation file.
+        digest: SHA-256 (hex) of the training file.
+        eval_digest: SHA-256 (hex) of the evaluation file, or "".
     """
 
     train: tuple[Sample, ...]
     evaluation: tuple[Sample, ...]
     digest: str
     eval_digest: str
-    report: Report
+    report: DataReport
 
 
 def load(spec: DataSpec, text: BaseText) -> Dataset:
-    """Reads what a job learns from.
+    """Reads, tokenises and divides a job's examples.
 
     Raises:
         Refusal: DATA_INVALID with every bad line of both files; CONFIG_INVALID for an option.
     """
     _check(spec, text)
     problems = Problems()
-    main = _File(spec.path, spec, text, problems)
-    other = _File(spec.eval_path, spec, text, problems) if spec.eval_path else None
+    main = _File("data", spec.path, spec, text, problems)
+    other = _File("eval_data", spec.eval_path, spec, text, problems) if spec.eval_path else None
     problems.check()
     for file in [main, other] if other else [main]:
         if not file.examples:
             raise Refusal(
                 Reason.DATA_INVALID,
-                f"{file.path}: no answer begins within max_length={spec.max_length} tokens; "
+                f"{file.path}: no answer starts within max_length={spec.max_length} tokens; "
                 "raise it",
+                field=file.field,
             )
     leaked: list[str] = []
     train = main.examples
@@ -142,7 +151,7 @@ def load(spec: DataSpec, text: BaseText) -> Dataset:
         train = [example for example in train if example.digest not in apart]
     learned, held = _samples(train), _samples(evaluation)
     files = [main, other] if other else [main]
-    report = Report(
+    report = DataReport(
         Counts.of(learned),
         Counts.of(held),
         dict(sum((file.shapes for file in files), Counter())),
@@ -163,11 +172,14 @@ class _Example:
 
 
 class _File:
-    """A file's good lines as samples."""
+    """The valid lines of a file as samples. `field` is the option that names the file."""
 
-    def __init__(self, path: Path, spec: DataSpec, text: BaseText, problems: Problems) -> None:
+    def __init__(
+        self, field: str, path: Path, spec: DataSpec, text: BaseText, problems: Problems
+    ) -> None:
         tokeniser = Tokeniser(text, spec.max_length, spec.learn, spec.system)
-        file = RecordFile(path, problems)
+        file = RecordFile(path, problems, field)
+        self.field = field
         self.path = path
         self.examples: list[_Example] = []
         self.dropped: list[str] = []
@@ -176,7 +188,7 @@ class _File:
             try:
                 samples = tokeniser.samples(record)
             except (TextRefused, ValueError) as error:
-                problems.add(path, record.line, str(error))
+                problems.add(path, record.line, str(error), field)
                 continue
             self.shapes[record.shape] += 1
             if samples:
@@ -197,17 +209,18 @@ def _check(spec: DataSpec, text: BaseText) -> None:
 
 
 def _set_apart(digests: set[bytes], spec: DataSpec) -> set[bytes]:
-    """Those with the lowest hashes: at least one, never all, whatever the order of the lines.
+    """Returns the digests of the evaluation examples: the lowest ones, at least one, never all.
 
-    Lines that say the same have one hash, so none is on both sides.
+    The order of lines has no influence, and lines of equal content are on the same side.
     """
     if spec.eval_fraction == 0:
         return set()
     if len(digests) < 2:
         raise Refusal(
             Reason.DATA_INVALID,
-            f"{spec.path}: one example cannot be divided into training and evaluation; give more, "
-            "or an evaluation file, or set eval_fraction to 0",
+            f"{spec.path}: one example cannot be divided into training and evaluation; add more, "
+            "name an evaluation file, or set eval_fraction to 0",
+            field="data",
         )
     count = min(max(1, round(spec.eval_fraction * len(digests))), len(digests) - 1)
     return set(sorted(digests)[:count])

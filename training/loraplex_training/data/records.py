@@ -1,15 +1,15 @@
-"""Lines of a JSONL file to examples, strictly: what is not understood is refused, never guessed at.
+"""Reads the lines of a JSONL file as examples, strictly: nothing unknown is guessed at.
 
 A line is one JSON object of one of four shapes; a file may mix them:
 
     {"messages": [{"role": "user", "content": …}, …, {"role": "assistant", "content": …}]}
     {"prompt": …, "completion": …}        two strings, or two lists of messages
-    {"instruction": …, "input": …, "output": …}        input may be missing or ""
+    {"instruction": …, "input": …, "output": …}        input may be absent or ""
     {"text": …}
 
-Keys that say something about an example rather than in it (`NOTES`, and any that starts with "_")
-are ignored and counted. Any other key is refused: it may be a misspelt one, or change what the
-example means. A byte order mark at the beginning of a file and CRLF line ends are taken.
+Keys with information about an example (`NOTES`, and all that start with "_") are ignored and
+counted. Any other key is refused: it may be misspelt, or change the meaning of the example. A byte
+order mark at the start of the file and CRLF line ends are accepted.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from loraplex_training.data.problems import Problems
 
 MAX_LINE: Final = 1 << 20
 MAX_FILE: Final = 512 << 20
-"""Bytes. Tokens of a whole data set are held in memory, 16 bytes each."""
+"""Bytes of a file. The tokens of a whole data set are in memory, 16 bytes each."""
 
 ROLES: Final = ("system", "user", "assistant")
 NOTES: Final = frozenset(
@@ -53,17 +53,17 @@ Message = Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
-    """An example as it was written.
+class DataRecord:
+    """An example as written in its file.
 
     Attributes:
         shape: "messages", "prompt", "instruction" or "text".
-        messages: the conversation, its last turn an answer; () for "text". A prompt or instruction
-            is a user's turn, its completion or output the answer.
-        answer: index of the first message that is the completion; of the last one for "messages".
-        text: of "text", else "".
-        plain: the prompt as it is put to a base without chat template, or None: it needs one.
-        line: from 1.
+        messages: the conversation, which ends with an answer; () for "text". A prompt or
+            instruction is a turn of the user, its completion or output the answer.
+        answer: index of the completion's first message; of the last message for "messages".
+        text: the text of the shape "text", else "".
+        plain: the prompt for a base model without chat template; None if one is needed.
+        line: line number, from 1.
     """
 
     shape: str
@@ -74,48 +74,46 @@ class Record:
     line: int
 
     def digest(self) -> bytes:
-        """SHA-256 of what is learned from, whatever the shape or layout of the line."""
+        """Returns the SHA-256 of the content, whatever the shape or layout of the line."""
         words = [[m["role"], m["content"]] for m in self.messages] or self.text
         return hashlib.sha256(json.dumps(words).encode()).digest()
 
 
 class RecordFile:
-    """A JSONL file, read once from its beginning to its end.
+    """A JSONL file, to be read once.
 
     Attributes:
-        digest: SHA-256 (hex) of the file's bytes, once it has been read.
-        ignored: keys that were ignored, and how often.
+        digest: SHA-256 (hex) of the file's bytes once it has been read, else "".
+        ignored: keys that were ignored, with the number of times.
     """
 
-    def __init__(self, path: Path, problems: Problems) -> None:
-        """Bad lines go to `problems`."""
+    def __init__(self, path: Path, problems: Problems, field: str = "data") -> None:
+        """Bad lines go to `problems`; `field` is the option that names the file."""
+        self.field = field
         self.path = path
         self.digest = ""
         self.ignored: Counter[str] = Counter()
         self._problems = problems
 
-    def __iter__(self) -> Iterator[Record]:
-        """The good lines.
+    def __iter__(self) -> Iterator[DataRecord]:
+        """Yields the valid lines.
 
-        Raises Refusal (DATA_INVALID): no such file, nothing in it, or too much.
+        Raises Refusal(DATA_INVALID) if the file is missing, empty or too large.
         """
         try:
             if self.path.exists() and not self.path.is_file():
-                raise Refusal(Reason.DATA_INVALID, f"{self.path} is not a file; give a JSONL file")
+                raise self._refusal("is not a file; name a JSONL file")
             size = self.path.stat().st_size
             if size > MAX_FILE:
-                raise Refusal(
-                    Reason.DATA_INVALID,
-                    f"{self.path} holds {size:,} bytes; the most is {MAX_FILE:,}: train on a part",
+                raise self._refusal(
+                    f"has {size:,} bytes; at most {MAX_FILE:,} are possible: train on a part of it"
                 )
             with self.path.open("rb") as file:
                 yield from self._records(file)
         except OSError as error:
-            raise Refusal(
-                Reason.DATA_INVALID, f"cannot read {self.path}: {error.strerror or error}"
-            ) from error
+            raise self._refusal(f"cannot be read: {error.strerror or error}") from error
 
-    def _records(self, file: BinaryIO) -> Iterator[Record]:
+    def _records(self, file: BinaryIO) -> Iterator[DataRecord]:
         sha, number = hashlib.sha256(), 0
         for number, line in enumerate(_lines(file, sha.update), 1):
             try:
@@ -124,16 +122,16 @@ class RecordFile:
                 first = number == 1
                 yield self._record(line.removeprefix(b"\xef\xbb\xbf") if first else line, number)
             except ValueError as error:
-                self._problems.add(self.path, number, str(error))
+                self._problems.add(self.path, number, str(error), self.field)
         if not number:
-            raise Refusal(
-                Reason.DATA_INVALID,
-                f"{self.path} is empty; each line is an example, such as {_WANTED}",
-            )
+            raise self._refusal(f"is empty; each line is an example, such as {_WANTED}")
         self.digest = sha.hexdigest()
 
-    def _record(self, line: bytes, number: int) -> Record:
-        """Raises ValueError with the reason."""
+    def _refusal(self, text: str) -> Refusal:
+        return Refusal(Reason.DATA_INVALID, f"{self.path} {text}", field=self.field)
+
+    def _record(self, line: bytes, number: int) -> DataRecord:
+        """Parses a line. Raises ValueError with the reason why it cannot be used."""
         if not line.strip():
             raise ValueError("is empty; remove it")
         if line.lstrip().startswith(b"["):
@@ -148,7 +146,7 @@ class RecordFile:
 
 
 def _lines(file: BinaryIO, seen: Callable[[bytes], None]) -> Iterator[bytes]:
-    """Lines without their ends; of one that is too long only the beginning is kept in memory."""
+    """Yields lines without their ends; of one that is too long, only its beginning."""
     while line := file.readline(MAX_LINE + 2):
         seen(line)
         rest = line
@@ -169,36 +167,36 @@ def _shape(value: Mapping[str, object]) -> str:
         raise ValueError(f"holds {has}; it must be one of {_WANTED}")
     if others:
         keys = ", ".join(f'"{shown(key)}"' for key in others[:8])
-        raise ValueError(
-            f'has keys that are not understood: {keys}; remove them, or put them under "meta"'
-        )
+        raise ValueError(f'has unknown keys: {keys}; remove them, or put them under "meta"')
     missing = [key for key in _SHAPES[shapes[0]][:2] if key not in value]
     if missing:
         raise ValueError(f'has no "{missing[0]}"')
     return shapes[0]
 
 
-def _messages_record(value: Mapping[str, object], line: int) -> Record:
+def _messages_record(value: Mapping[str, object], line: int) -> DataRecord:
     messages = _conversation(_messages(value["messages"], "messages"))
-    return Record("messages", messages, len(messages) - 1, "", None, line)
+    return DataRecord("messages", messages, len(messages) - 1, "", None, line)
 
 
-def _prompt_record(value: Mapping[str, object], line: int) -> Record:
+def _prompt_record(value: Mapping[str, object], line: int) -> DataRecord:
     prompt, completion = value["prompt"], value["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
         before, after = _messages(prompt, "prompt"), _messages(completion, "completion")
         if after[0]["role"] != "assistant":
             raise ValueError(
-                f'completion begins with the role "{after[0]["role"]}"; want assistant'
+                f'completion begins with the role "{after[0]["role"]}"; it must be assistant'
             )
-        return Record("prompt", _conversation(before + after), len(before), "", None, line)
+        return DataRecord("prompt", _conversation(before + after), len(before), "", None, line)
     if isinstance(prompt, list) or isinstance(completion, list):
-        raise ValueError("mixes a string and a list; prompt and completion are of one kind")
+        raise ValueError(
+            "mixes a string and a list; prompt and completion must be of the same type"
+        )
     asked = _filled(prompt, "prompt")
     return _exchange("prompt", asked, asked, _filled(completion, "completion"), line)
 
 
-def _instruction_record(value: Mapping[str, object], line: int) -> Record:
+def _instruction_record(value: Mapping[str, object], line: int) -> DataRecord:
     asked = _filled(value["instruction"], "instruction")
     given = _string(value.get("input", ""), "input")
     if given.strip():
@@ -206,13 +204,13 @@ def _instruction_record(value: Mapping[str, object], line: int) -> Record:
     return _exchange("instruction", asked, f"{asked}\n", _filled(value["output"], "output"), line)
 
 
-def _text_record(value: Mapping[str, object], line: int) -> Record:
-    return Record("text", (), 0, _filled(value["text"], "text"), None, line)
+def _text_record(value: Mapping[str, object], line: int) -> DataRecord:
+    return DataRecord("text", (), 0, _filled(value["text"], "text"), None, line)
 
 
-def _exchange(shape: str, asked: str, plain: str, answer: str, line: int) -> Record:
+def _exchange(shape: str, asked: str, plain: str, answer: str, line: int) -> DataRecord:
     messages = ({"role": "user", "content": asked}, {"role": "assistant", "content": answer})
-    return Record(shape, messages, 1, "", plain, line)
+    return DataRecord(shape, messages, 1, "", plain, line)
 
 
 def _messages(value: object, what: str) -> tuple[Message, ...]:
@@ -231,11 +229,11 @@ def _message(turn: object, what: str) -> Message:
             raise ValueError(f'{what} has no "{key}"')
     for key in turn:
         if key not in ("role", "content"):
-            raise ValueError(f'{what} has a "{shown(key)}", which is not understood; remove it')
+            raise ValueError(f'{what} has the unknown key "{shown(key)}"; remove it')
     role = _string(turn["role"], f"{what}.role")
     if role not in ROLES:
         raise ValueError(f'{what} has the role "{shown(role)}"; roles are {", ".join(ROLES)}')
-    # an empty system message is a way to have none where a template would write its own
+    # An empty system message suppresses the one that a template would add.
     check = _string if role == "system" else _filled
     return {"role": role, "content": check(turn["content"], f"{what}.content")}
 
@@ -257,7 +255,9 @@ def _string(value: object, what: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{what} holds half a surrogate pair, which is no character") from None
+        raise ValueError(
+            f"{what} contains half a surrogate pair, which is not a character"
+        ) from None
     return value
 
 

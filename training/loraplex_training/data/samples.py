@@ -1,4 +1,4 @@
-"""Tokenised examples and the micro-batches that they are laid into: what data gives to training."""
+"""Tokenised examples and micro-batches: the data that training computes on."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ class Sample:
     """One example.
 
     Attributes:
-        tokens: ids of the whole example, a last EOS included.
-        learned: for each token whether it is learned, that is, predicted from those before it.
-            Never true of the first.
-        prompt: how many tokens come before the first learned one; what is generated from for the
-            metric and the samples before and after.
+        tokens: ids of the whole example, with the EOS at its end.
+        learned: whether each token is learned, that is, counts in the loss. The first never is.
+        prompt: number of tokens before the first learned one. Metrics and samples generate from
+            these.
         reference: the text that should follow the prompt.
-        line: where it was in its file, from 1.
-        truncated: tokens that were cut off.
+        line: line number in the file, from 1.
+        truncated: number of tokens that were cut off.
     """
 
     tokens: tuple[int, ...]
@@ -35,13 +34,12 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Whole examples side by side, without padding; no token sees another example's.
+    """Whole examples side by side, without padding. Tokens attend to their own example only.
 
     Attributes:
         tokens: int64 [T].
-        starts: [S + 1]; example s owns `tokens[starts[s]:starts[s + 1]]`.
-        targets: int64 [T]: the token that follows, where it is learned, else `IGNORED`. The last
-            token of an example has none.
+        starts: [S + 1]; example s has `tokens[starts[s]:starts[s + 1]]`.
+        targets: int64 [T]: the next token if that is learned, else `IGNORED`.
     """
 
     tokens: torch.Tensor
@@ -50,7 +48,7 @@ class MicroBatch:
 
     @property
     def learned(self) -> int:
-        """How many tokens are learned."""
+        """Number of learned tokens."""
         return int((self.targets != IGNORED).sum())
 
     @staticmethod

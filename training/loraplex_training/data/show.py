@@ -1,4 +1,4 @@
-"""What a model is given to learn, for people: tokens with their loss mask, and the counts."""
+"""Displays examples as the model sees them: tokens with their loss mask, and the counts."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from loraplex_training.data.dataset import Counts, Dataset, Report
+from loraplex_training.data.dataset import Counts, DataReport, Dataset
 from loraplex_training.data.samples import Sample
 from loraplex_training.data.text import BaseText
 
 LEARNED, SPECIAL, CUT = "black on green", "bold", "white on red"
 STRIPE = ("", "underline")
-"""Tokens take turns, so that their borders show."""
+"""Styles that alternate from token to token, so that their borders are visible."""
 
 
 def show(dataset: Dataset, text: BaseText, count: int = 3) -> RenderableType:
-    """The first `count` examples of each side and the report."""
+    """Renders the first `count` training and evaluation examples and the report."""
     parts: list[RenderableType] = [legend()]
     for side, samples in (("training", dataset.train), ("evaluation", dataset.evaluation)):
         parts += [example(sample, text, side) for sample in samples[:count]]
@@ -25,14 +25,14 @@ def show(dataset: Dataset, text: BaseText, count: int = 3) -> RenderableType:
 
 
 def legend() -> Text:
-    """What the colours mean."""
+    """Renders the meaning of the colours."""
     return Text.assemble(
         ("learned", LEARNED), "  given  ", ("special", SPECIAL), "  ", ("cut off here", CUT)
     )
 
 
 def example(sample: Sample, text: BaseText, side: str = "") -> Panel:
-    """One example: its text in token borders, what is learned in colour."""
+    """Renders one example with its token borders, learned tokens in colour."""
     title = " ".join(
         part
         for part in (
@@ -46,7 +46,7 @@ def example(sample: Sample, text: BaseText, side: str = "") -> Panel:
 
 
 def mask(sample: Sample, text: BaseText) -> Text:
-    """The tokens, each in the style of what becomes of it; line ends and controls are visible."""
+    """Renders tokens in the style of their role, with line ends and controls made visible."""
     shown = Text()
     for i, (token, piece, learned) in enumerate(
         zip(sample.tokens, text.pieces(sample.tokens), sample.learned, strict=True)
@@ -55,7 +55,7 @@ def mask(sample: Sample, text: BaseText) -> Text:
         if text.is_special(token):
             styles.append(SPECIAL)
             piece = piece or text.token(token)
-        # A character of several tokens stands with its last; the others are a dot each.
+        # A character of several tokens is shown at its last one; the others are shown as dots.
         shown.append(_visible(piece) or "·", " ".join(style for style in styles if style))
         if piece.endswith("\n"):
             shown.append("\n")
@@ -64,8 +64,8 @@ def mask(sample: Sample, text: BaseText) -> Text:
     return shown
 
 
-def report(report: Report) -> Group:
-    """The counts as a table, and what should be known."""
+def report(report: DataReport) -> Group:
+    """Renders the counts as a table, and the notes."""
     table = Table(title="data", title_justify="left")
     table.add_column("")
     for side in ("training", "evaluation"):
@@ -81,7 +81,7 @@ def report(report: Report) -> Group:
     for name, words in rows.items():
         table.add_row(words, _number(report.train, name), _number(report.evaluation, name))
     shapes = ", ".join(f"{count:,} {shape}" for shape, count in sorted(report.shapes.items()))
-    lines = [Text(f"lines: {shapes}; left out: {len(report.dropped):,}")]
+    lines = [Text(f"lines: {shapes}; dropped: {len(report.dropped):,}")]
     return Group(table, *lines, *(Text(f"note: {note}") for note in report.notes()))
 
 
@@ -90,6 +90,6 @@ def _number(counts: Counts, name: str) -> str:
 
 
 def _visible(piece: str) -> str:
-    """Without characters that move a cursor or command a terminal."""
+    """Escapes characters that move the cursor or control the terminal."""
     shown = piece.replace("\n", "⏎").replace("\t", "→")
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)

@@ -1,4 +1,4 @@
-"""The base's text side as training needs it: exactly what the server makes of the same words."""
+"""Tokenizer and chat template of the base model, used exactly as the server uses them."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 TEMPLATE_TIME: Final = datetime(2024, 7, 26)
-"""What a template that writes today's date is told: a data set must not change overnight."""
+"""Date for templates that write the current one, so that a data set does not change overnight."""
 
 
 class BaseText:
-    """A base's tokenizer and chat template.
+    """A base model's tokenizer and chat template.
 
     Attributes:
-        eos: the id with which an answer or a text ends where the template writes none.
-        eos_ids: every id that ends a generation.
-        template_digest: SHA-256 (hex) of the chat template's source, "" if there is none.
+        eos: id appended to an answer or text that the template does not end with an EOS.
+        eos_ids: all ids that end a generation.
+        template_digest: SHA-256 (hex) of the chat template's source, or "".
         tokenizer_digest: SHA-256 (hex) of tokenizer.json.
     """
 
@@ -36,13 +36,13 @@ class BaseText:
         eos_token_ids: Sequence[int],
         tokenizer_digest: str,
     ) -> None:
-        """Raises Refusal (CONFIG_INVALID); see `open`."""
+        """Raises Refusal(CONFIG_INVALID); see `open`."""
         self.eos_ids = tuple(eos_token_ids)
         if not self.eos_ids:
             raise Refusal(
                 Reason.CONFIG_INVALID,
-                "the base model names no token that ends a text, so an adapter could not learn to "
-                "stop; set eos_token_id in its config.json",
+                "the base model has no end-of-text token, so an adapter could not learn to stop; "
+                "set eos_token_id in its config.json",
             )
         self.eos = self.eos_ids[0]
         self.tokenizer_digest = tokenizer_digest
@@ -51,20 +51,21 @@ class BaseText:
         self._tokenizer = tokenizer
         self._bos = info.bos_token_id if info.adds_bos else None
         self._chat = _template(info)
-        # One object for each id: a data set is millions of them.
+        # One int object per id: a data set has millions of tokens.
         self._ids = {token: token for token in range(tokenizer.get_vocab_size())}
         added = tokenizer.get_added_tokens_decoder()
         self._special = {id_ for id_, token in added.items() if token.special}
 
     @classmethod
     def open(cls, directory: Path, eos_token_ids: Sequence[int]) -> BaseText:
-        """Reads `LoadedBase.directory`.
+        """Reads tokenizer and template from `LoadedBase.directory`.
 
         Args:
             eos_token_ids: `BaseWeights.eos_token_ids`.
 
         Raises:
-            Refusal: CONFIG_INVALID, for a base without tokenizer, EOS or a template that works.
+            Refusal: CONFIG_INVALID, if the base model has no tokenizer or EOS, or a template that
+                does not compile.
         """
         path = directory / TOKENIZER
         try:
@@ -79,7 +80,7 @@ class BaseText:
             tokenizer = Tokenizer.from_buffer(content)
         except Refusal as refusal:
             raise Refusal(Reason.CONFIG_INVALID, refusal.message) from refusal
-        except Exception as error:  # the library raises bare exceptions
+        except Exception as error:  # the library raises plain Exception
             raise Refusal(Reason.CONFIG_INVALID, f"cannot read {path}: {error}") from error
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -91,46 +92,46 @@ class BaseText:
         return self._chat is not None
 
     def ids(self, text: str) -> list[int]:
-        """Its tokens; no special token is added, but one that the text spells out is one."""
+        """Tokenises a text without adding special tokens; those spelt out in it are recognised."""
         return self._encode(text, special=False)
 
     def prompt_ids(self, text: str) -> list[int]:
-        """What the server makes of a request's plain `prompt`: with BOS where the base has it.
+        """Tokenises a plain prompt as the server does: with BOS if the base model uses it.
 
-        A text that begins with BOS already gets no second one.
+        A text that begins with BOS does not get a second one.
         """
         ids = self._encode(text, special=True)
         return ids[1:] if self._bos is not None and ids[:2] == [self._bos] * 2 else ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of tokens, without special ones, as a client of the server gets it."""
+        """Returns the text of tokens without special ones, as a client of the server gets it."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def token(self, token: int) -> str:
-        """How the vocabulary spells one id, "" if it has none."""
+        """Returns the vocabulary's spelling of an id, or ""."""
         return self._tokenizer.id_to_token(token) or ""
 
     def is_special(self, token: int) -> bool:
-        """Whether it is one that `decode` leaves out."""
+        """Returns whether `decode` skips the token."""
         return token in self._special
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """Each token's share of the text, special tokens too.
+        """Returns each token's part of the text, special tokens included.
 
-        A character of several tokens stands with its last one; the others' share is "".
+        A character of several tokens belongs to its last one; the others have "".
         """
         stream = DecodeStream(skip_special_tokens=False)
         return [stream.step(self._tokenizer, token) or "" for token in ids]
 
     def render(self, messages: Sequence[Mapping[str, str]], generation_prompt: bool) -> str:
-        """A conversation as the server renders it, with the opening of the next answer or not.
+        """Renders a conversation as the server does, with or without the next answer's opening.
 
         Raises:
-            TextRefused: the base has no template, or the template refuses; says why.
+            TextRefused: the base model has no template, or the template refuses.
         """
         if self._chat is None:
             raise TextRefused(
-                "the base model has no chat template, so it takes no messages; give prompt and "
+                "the base model has no chat template, so messages cannot be used; write prompt and "
                 "completion as strings, or text"
             )
         return self._chat.render(messages, generation_prompt)

@@ -1,10 +1,10 @@
-"""Examples to tokens, and which of them are learned.
+"""Tokenises examples and decides which tokens are learned.
 
-The rule is what the server does: before each answer that is learned stand the very ids that the
-server makes of the conversation so far, and the answer ends with the id that ends a generation.
-Where a template writes an earlier answer in another way once it is history (without its reasoning,
-say), or where tokens merge across an answer's beginning, one sequence cannot hold both answers
-under that rule; then the conversation becomes several examples.
+The rule follows the server: a learned answer is preceded by the same ids that the server makes of
+the conversation so far, and ends with an id that ends a generation. A template may render an
+earlier answer differently (without its reasoning, for example), and tokens may merge across the
+start of an answer. One sequence can then not contain both answers under that rule, and the
+conversation becomes several examples.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from loraplex_training.data.records import Message, Record
+from loraplex_training.data.records import DataRecord, Message
 from loraplex_training.data.samples import Sample
 from loraplex_training.data.text import BaseText
 
@@ -27,14 +27,14 @@ _AUTO: Final = {
 
 @dataclass(frozen=True, slots=True)
 class _Turn:
-    """An answer and what the server is asked it with; `answer` ends with an EOS id."""
+    """An answer, which ends with an EOS id, and the prompt that the server would get for it."""
 
     prompt: list[int]
     answer: list[int]
 
 
 class Tokeniser:
-    """Makes samples of records."""
+    """Converts records to samples."""
 
     def __init__(self, text: BaseText, max_length: int, learn: str, system: str | None) -> None:
         """Arguments are those of DataSpec."""
@@ -43,11 +43,10 @@ class Tokeniser:
         self._learn = learn
         self._system = system
 
-    def samples(self, record: Record) -> list[Sample]:
-        """What a record becomes: one sample, or several where the template wants it.
+    def samples(self, record: DataRecord) -> list[Sample]:
+        """Returns the samples of a record: one, or several if the template requires that.
 
-        One of which nothing is learned any more, as its answer lies behind `max_length`, is left
-        out; so the list may be empty.
+        Samples whose answer starts beyond `max_length` are dropped, so the list may be empty.
 
         Raises:
             TextRefused, ValueError: the line cannot be used; the message completes "this line …".
@@ -56,7 +55,7 @@ class Tokeniser:
         made = self._of_text(record, learn) if record.shape == "text" else self._of(record, learn)
         return [sample for sample in made if any(sample.learned)]
 
-    def _of_text(self, record: Record, learn: str) -> list[Sample]:
+    def _of_text(self, record: DataRecord, learn: str) -> list[Sample]:
         if learn != "all":
             raise ValueError(f'is {{"text"}}, which has no answer that learn="{learn}" could learn')
         tokens = self._text.prompt_ids(record.text)
@@ -65,7 +64,7 @@ class Tokeniser:
         reference = self._text.decode(tokens[1:-1])
         return [self._cut(tokens, [True] * len(tokens), 1, reference, record.line)]
 
-    def _of(self, record: Record, learn: str) -> list[Sample]:
+    def _of(self, record: DataRecord, learn: str) -> list[Sample]:
         turns = list(self._turns(record, learn))
         samples = []
         while turns:
@@ -80,8 +79,8 @@ class Tokeniser:
             samples.append(self._cut(tokens, learned, prompt, reference, record.line))
         return samples
 
-    def _turns(self, record: Record, learn: str) -> Iterator[_Turn]:
-        """The answers that are learned; for "all" only the last, as the rest is before it."""
+    def _turns(self, record: DataRecord, learn: str) -> Iterator[_Turn]:
+        """Yields the learned answers; for "all" only the last one, which all else precedes."""
         messages = self._with_system(record)
         added = len(messages) - len(record.messages)
         for at, message in enumerate(messages):
@@ -99,13 +98,13 @@ class Tokeniser:
                 else:
                     yield self._plain_turn(record.plain, content)
 
-    def _with_system(self, record: Record) -> tuple[Message, ...]:
+    def _with_system(self, record: DataRecord) -> tuple[Message, ...]:
         if self._system is None or record.messages[0]["role"] == "system":
             return record.messages
         return ({"role": "system", "content": self._system}, *record.messages)
 
     def _checked(self, content: str) -> str:
-        """The answer without an EOS that was written at its end by hand."""
+        """Returns the answer without an EOS spelt out at its end. Raises ValueError."""
         for eos in map(self._text.token, self._text.eos_ids):
             if eos:
                 content = content.removesuffix(eos)
@@ -122,20 +121,20 @@ class Tokeniser:
 
     def _chat_turn(self, before: Sequence[Message], content: str) -> _Turn:
         prompt = self._text.render(before, True)
-        told = self._text.render([*before, {"role": "assistant", "content": content}], False)
-        if told.startswith(prompt):
-            rest = told[len(prompt) :]
+        whole = self._text.render([*before, {"role": "assistant", "content": content}], False)
+        if whole.startswith(prompt):
+            rest = whole[len(prompt) :]
         else:
-            # The opening of a new answer is not how a told one begins: the answer, and what
-            # the template writes behind it.
-            _, found, tail = told.rpartition(content.strip())
+            # The template opens a new answer differently from one in the conversation. Take the
+            # answer and the text that the template writes after it.
+            _, found, tail = whole.rpartition(content.strip())
             rest = content + tail if found else content
         ids = self._text.ids(prompt)
         answer = self._continued(ids, self._text.ids(prompt + rest), rest)
         ended = self._ended(answer)
         if ended is None:
-            # No EOS by the template: after its own end of turn, but not after the space between
-            # this turn and the next.
+            # The template writes no EOS. Add one after the template's own end of turn, but before
+            # the white space between turns.
             kept = content if rest.startswith(content) else ""
             rest = kept + rest[len(kept) :].rstrip()
             answer = self._continued(ids, self._text.ids(prompt + rest), rest)
@@ -143,11 +142,11 @@ class Tokeniser:
         return _Turn(ids, ended)
 
     def _continued(self, prompt: list[int], whole: list[int], rest: str) -> list[int]:
-        """The ids of `rest` behind `prompt`, where `whole` is what both are in one piece."""
+        """Returns the ids of `rest` after `prompt`; `whole` are the ids of both texts together."""
         if whole[: len(prompt)] == prompt:
             return whole[len(prompt) :]
-        # They merge where they meet. Some tokenizers put a space before a text's first word, so
-        # it is tokenised behind something else that it does not merge with.
+        # Tokens merge at the border. Some tokenizers add a space before the first word of a text,
+        # so tokenise `rest` after a token that it does not merge with.
         for anchor in ("\n", self._text.token(self._text.eos)):
             ahead = self._text.ids(anchor)
             both = self._text.ids(anchor + rest)
@@ -156,7 +155,7 @@ class Tokeniser:
         return self._text.ids(rest)
 
     def _ended(self, answer: list[int]) -> list[int] | None:
-        """The answer up to its first EOS, if it has one."""
+        """Returns the answer up to its first EOS, or None if it has none."""
         for at, token in enumerate(answer):
             if token in self._text.eos_ids:
                 return answer[: at + 1]
@@ -168,7 +167,7 @@ class Tokeniser:
         kept = min(len(tokens), self._max_length)
         return Sample(
             tuple(tokens[:kept]),
-            (False, *learned[1:kept]),  # nothing is before the first, to predict it from
+            (False, *learned[1:kept]),  # nothing precedes the first token to predict it from
             max(1, prompt) if prompt < kept else 1,
             reference,
             line,

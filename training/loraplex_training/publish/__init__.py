@@ -1,4 +1,4 @@
-"""From a trained adapter to a served one: written, verified, registered or uploaded.
+"""Publishes a trained adapter: writes, verifies, registers and uploads it.
 
-Owns the hand-over to a store or a server. Never trains.
+Owns the way to a store or a server. Never trains.
 """

@@ -1,12 +1,12 @@
-"""From a trained adapter to one that is served: written, read back, compared, registered, sent.
+"""Publishes a trained adapter.
 
-    1. `write`     folder beside its place: tensors, configuration, model card
-    2. `verify`    the folder as the server reads it, on the server's decoder, against the trainer
-    3.             the folder gets its name, whole and on the disk
-    4. `register`  in a store, as a new version; aliased
-    5. `send`      to a server, loaded there, and asked
+    1. `write`     writes tensors, configuration and model card to a temporary directory
+    2. `verify`    reads that as a server does and compares the server's decoder with the trainer
+    3.             renames the directory, complete and flushed to the disk
+    4. `register`  registers the adapter in a store as a new version, and aliases it
+    5. `send`      uploads the adapter to a server, loads it there and generates an answer
 
-Whatever fails before 3 leaves no folder, and nothing is registered or sent that was not verified.
+A failure before 3 leaves no directory. Only a verified adapter is registered or uploaded.
 """
 
 from __future__ import annotations
@@ -40,18 +40,21 @@ from loraplex_training.report.card import Facts, card
 from loraplex_training.report.curves import PICTURE
 from loraplex_training.report.events import Published
 from loraplex_training.report.record import read
-from loraplex_training.run.run import Outcome, Run
+from loraplex_training.run.run import JobOutcome, Run
 
 FOLDER = "adapter"
 CARD = "README.md"
-CHECKED = 4  # examples
+CHECKED = 4
+"""Number of examples that `verify` compares."""
 SAMPLE_TOKENS = 128
+"""Largest number of tokens of the answer that a server generates."""
 
 
-def publish(outcome: Outcome, run: Run, target: Target, alias: str = "") -> Published:
-    """Hands a finished job's adapter over; `alias` is what points to it then, "" for nothing.
+def publish(outcome: JobOutcome, run: Run, target: Target, alias: str = "") -> Published:
+    """Publishes a finished job's adapter; `alias` then points to it, unless it is "".
 
-    Raises Refusal: PUBLISH_FAILED, DISK_FULL. What had been done by then is said, and stays.
+    Raises Refusal: PUBLISH_FAILED, DISK_FULL. Its message says which steps were completed; these
+    are not undone.
     """
     base, name = run.base.weights, outcome.job
     data = run.datasets[name]
@@ -82,10 +85,10 @@ def publish(outcome: Outcome, run: Run, target: Target, alias: str = "") -> Publ
 
 
 def stamps(base: BaseWeights, template: str, data: str) -> dict[str, str]:
-    """What goes into the weights file's metadata: what the adapter was made for, of and by.
+    """Returns the weights file's metadata: the adapter's base model, data and trainer.
 
-    PEFT would warn about such keys in adapter_config.json. `template` and `data` are SHA-256 (hex)
-    of the chat template and of the training data.
+    They are not in adapter_config.json, where PEFT would warn about such keys. `template` and
+    `data` are SHA-256 (hex) of the chat template and of the training data.
     """
     double = base.layers[0].qkv.absmax.dtype == torch.uint8
     texts = {
@@ -100,9 +103,9 @@ def stamps(base: BaseWeights, template: str, data: str) -> dict[str, str]:
 
 
 def known_as(model: str) -> str:
-    """A base's name for others: the hub's where there is one, of a path only the last part.
+    """Returns a base model's public name: its name on the hub, or the last part of a path.
 
-    What lies on this machine, and where, is nobody's business, and is no part of an adapter.
+    An adapter must not reveal the directories of the machine that trained it.
     """
     if model == DEFAULT:
         return HUB_NAME
@@ -117,7 +120,7 @@ def write(
     card: str,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Makes the folder. The same adapter gives the same bytes. Raises OSError."""
+    """Writes an adapter's directory. The same adapter gives the same bytes. Raises OSError."""
     folder.mkdir()
     write_config(folder, files.config)
     with SafetensorsFile(folder / WEIGHTS_FILE, len(files.tensors), stamped) as out:
@@ -127,13 +130,13 @@ def write(
 
 
 def register(folder: Path, name: str, base: BaseInfo, target: Target, alias: str) -> str:
-    """Puts the adapter into the store, as a new version if the name is taken; returns "name@3".
+    """Registers the adapter in the store; returns its name and version, as in "name@3".
 
-    Raises Refusal: DISK_FULL, PUBLISH_FAILED.
+    A name that is taken gets a new version. Raises Refusal: DISK_FULL, PUBLISH_FAILED.
     """
     assert target.store is not None
     with (
-        _failing(f"{folder} is whole, but not in the store {target.store}"),
+        _failing(f"{folder} is complete, but not in the store {target.store}"),
         Store(target.store, target.store_url) as store,
     ):
         record, _ = store.register(name, folder, base, LIMITS, True, target.labels)
@@ -145,10 +148,10 @@ def register(folder: Path, name: str, base: BaseInfo, target: Target, alias: str
 def send(
     folder: Path, name: str, digest: str, target: Target, alias: str, prompt: Sequence[int]
 ) -> tuple[str, str]:
-    """Uploads the adapter to a running server, loads it there and asks it.
+    """Uploads the adapter to a running server, loads it there and generates an answer.
 
-    Returns "name@3" and the answer. Raises Refusal(PUBLISH_FAILED), also where the server's
-    answer came from other bytes.
+    Returns name and version ("name@3") and the answer. Raises Refusal(PUBLISH_FAILED), also if the
+    server used an adapter of other bytes.
     """
     again = f"loraplex --server {target.server} adapters upload {name} {folder} --replace --load"
     try:
@@ -167,22 +170,22 @@ def send(
     except LoraplexError as error:
         raise Refusal(
             Reason.PUBLISH_FAILED,
-            f"the server {target.server} did not take the adapter: {error}; it is whole in "
-            f"{folder}, so send it again with: {again}",
+            f"the server {target.server} did not take the adapter: {error}; it is complete in "
+            f"{folder}; upload it again with: {again}",
         ) from error
     used = [adapter.digest for adapter in asked.adapters]
     if sent.digest != digest or used != [digest]:
         raise Refusal(
             Reason.PUBLISH_FAILED,
-            f"the server {target.server} answered with {', '.join(used) or 'the base'}, and holds "
-            f"{sent.digest}; the adapter is {digest}",
+            f"the server {target.server} answered with {', '.join(used) or 'the base model'} and "
+            f"registered {sent.digest}; the adapter is {digest}",
         )
     return f"{name}@{sent.version}", asked.text
 
 
 @contextmanager
 def placed(out: Path) -> Iterator[Path]:
-    """A path beside `out` that becomes `out`, whole, when the context ends; see `staged`.
+    """Provides a temporary path that is renamed to `out` when the context ends; see `staged`.
 
     Raises Refusal: DISK_FULL, PUBLISH_FAILED.
     """
@@ -190,7 +193,7 @@ def placed(out: Path) -> Iterator[Path]:
         yield fresh
 
 
-def _facts(outcome: Outcome, run: Run) -> Facts:
+def _facts(outcome: JobOutcome, run: Run) -> Facts:
     report = run.datasets[outcome.job].report
     counts = {
         "training examples": report.train.examples,
@@ -212,7 +215,7 @@ def _facts(outcome: Outcome, run: Run) -> Facts:
 
 @contextmanager
 def _failing(what: str) -> Iterator[None]:
-    """Turns what disks and stores say into Refusal; `what` is how things stand now."""
+    """Turns refusals of disks and stores into the trainer's; `what` says what has been done."""
     try:
         yield
     except Refusal as error:

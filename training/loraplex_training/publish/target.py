@@ -1,4 +1,4 @@
-"""Where adapters go once they are made: checked before a run, kept in its folder. No torch."""
+"""Where to publish adapters: checked before a run, kept in its directory. Imports no torch."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ SAVED: Final = ("float32", "bfloat16")
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where adapters go once they are in their folders.
+    """Where to publish adapters once they are in their directories.
 
     Attributes:
-        store: its directory, or None; store_url: the database of a shared one.
-        alias: points to the adapter, in the store and on the server.
-        labels: of the registered version.
-        server: host:port, or "".
-        dtype: of the saved tensors: "float32" or "bfloat16".
+        store: directory of the store, or None.
+        store_url: URL of a shared store's database, or "".
+        alias: alias that points to the adapter in the store and on the server, or "".
+        labels: labels of the registered version.
+        server: host:port of a server to upload to, or "".
+        dtype: dtype of the saved tensors: "float32" or "bfloat16".
     """
 
     store: Path | None = None
@@ -47,7 +48,7 @@ def read(
     server: str,
     dtype: str,
 ) -> Target:
-    """Where adapters are to go. Raises Refusal(CONFIG_INVALID) with every problem."""
+    """Checks and returns where to publish. Raises Refusal(CONFIG_INVALID) with every problem."""
     problems = []
     try:
         if alias:
@@ -61,7 +62,7 @@ def read(
     if dtype not in SAVED:
         problems.append(f"--save-dtype is {dtype!r}; it should be one of {', '.join(SAVED)}")
     if alias and store is None and not server:
-        problems.append("--alias needs --store or --serve: where is it to point to the adapter?")
+        problems.append("--alias needs --store or --serve, where it points to the adapter")
     if store is not None and not problems:
         try:
             Store(store, store_url).close()
@@ -73,7 +74,7 @@ def read(
 
 
 def keep(target: Target, out: Path) -> None:
-    """Writes down where adapters are to go, for whoever resumes the run; no database's URL."""
+    """Writes the target into the run's directory, for `resume`; without the database's URL."""
     values = {**asdict(target), "store": str(target.store) if target.store else None}
     del values["store_url"]
     with suppress(OSError):
@@ -81,7 +82,7 @@ def keep(target: Target, out: Path) -> None:
 
 
 def kept(out: Path) -> Target:
-    """What `keep` wrote; nowhere, if nothing can be read."""
+    """Returns the target that `keep` wrote, or an empty one if it cannot be read."""
     try:
         values = json.loads((out / TARGET).read_text("utf-8"))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Whether a folder is what was trained: read as a server reads it, run on its decoder."""
+"""Verifies a saved adapter: reads it as a server does and runs it on the server's decoder."""
 
 from __future__ import annotations
 
@@ -18,22 +18,23 @@ from loraplex_training.run.generate import Generator
 from loraplex_training.step.joint import JointPass
 
 TOLERANCE: Mapping[torch.dtype, float] = {torch.float32: 1e-4, torch.bfloat16: 0.1}
-"""By how much log-probabilities of trainer and server may differ, by the type that computes."""
+"""Largest difference between the trainer's and the server's log-probabilities, by compute dtype."""
 
 NOISE = 2.0
-"""Or so many times what they differ by on the bare base, where there is nothing but rounding: deep
-models round more."""
+"""Alternative tolerance, as a multiple of the difference on the plain base model. That is rounding
+alone, which grows with the model's depth."""
 
 BROKEN = 1e-3
-"""Beyond this it is no rounding, whatever the base says."""
+"""Upper bound of the alternative tolerance: larger differences cannot be rounding."""
 
 MOST_PROBABLE = 20
-"""Tokens whose log-probabilities a server tells; each position's own is compared too."""
+"""Number of most probable tokens compared at each position, besides the token that follows."""
 
 LIMITS = AdapterLimits(max_rank=1 << 12, max_virtual_tokens=1 << 14)
-"""What a server with other limits does not take can still be exported."""
+"""Limits for reading the adapter. A server with lower ones refuses it; an export is possible."""
 
-TOKENS = 256  # of each example
+TOKENS = 256
+"""Number of tokens of each example that are compared."""
 
 
 def verify(
@@ -45,10 +46,10 @@ def verify(
     cache: Path,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[str, float]:
-    """Reads the folder as the server does and compares what both make of some examples.
+    """Reads an adapter's directory as the server does and compares its output on some examples.
 
-    Returns the digest and the largest difference of log-probabilities.
-    Raises Refusal(PUBLISH_FAILED): the server would refuse it, or say something else.
+    Returns the adapter's digest and the largest difference between log-probabilities. Raises
+    Refusal(PUBLISH_FAILED) if the server would refuse the adapter or compute something else.
     """
     served_by = in_float32(base) if base.embed.device.type == "cpu" else base
     try:
@@ -84,10 +85,10 @@ def verify(
 
 
 def _difference(trainer: torch.Tensor, server: torch.Tensor, ids: Sequence[int]) -> float:
-    """The largest between log-probabilities that matter; infinite if one is not finite.
+    """Returns the largest difference between log-probabilities; infinite if one is not finite.
 
-    Of each position's most probable tokens and of the one that follows: of a token that is never
-    chosen, rounding alone may move the logarithm by more.
+    Compares each position's most probable tokens and the token that follows. The logarithm of
+    other, improbable tokens may differ by more because of rounding alone.
     """
     expected, found = (x.cpu().float().log_softmax(-1) for x in (trainer, server))
     likely = expected.topk(min(MOST_PROBABLE, expected.shape[-1])).indices
@@ -98,7 +99,7 @@ def _difference(trainer: torch.Tensor, server: torch.Tensor, ids: Sequence[int])
 
 
 def in_float32(base: BaseWeights) -> BaseWeights:
-    """The same base with its dense tensors in float32, in which the serving decoder is exact."""
+    """Returns the base model with dense tensors in float32, where the serving decoder is exact."""
     if base.embed.dtype == torch.float32:
         return base
 

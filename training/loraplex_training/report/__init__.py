@@ -1,4 +1,5 @@
-"""What a run reports: events, the terminal, curves, the run's record and the model card.
+"""Reports of a run: events, terminal output, curves, the run's record and the model card.
 
-Owns how events are shown and written. Never changes the run.
+Owns how events are shown and written. Never changes the run. Imports no torch, except to describe
+the machine.
 """

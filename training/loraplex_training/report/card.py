@@ -1,4 +1,4 @@
-"""The model card that lies in an adapter's folder: what it is, how it was made, how good it is."""
+"""Writes the model card of an adapter: its use, its training and its evaluations."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ MOST_CHARACTERS = 600
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What a card tells beside a job's settings and its events.
+    """Facts for a model card that are in neither the job's options nor its events.
 
     Attributes:
-        base: the base model's name; fingerprint: its bytes'.
-        parameters: how many numbers were trained.
-        counts: by word: examples and tokens to learn from and to evaluate on.
-        data: SHA-256 (hex) of the data; template: of the chat template.
-        step: whose parameters these are: the best of the run, by evaluation loss.
+        base: name of the base model.
+        fingerprint: fingerprint of the base model's weights.
+        parameters: number of trained parameters.
+        counts: numbers of examples and tokens, by what they count.
+        data: SHA-256 (hex) of the training data.
+        template: SHA-256 (hex) of the chat template, or "".
+        step: step of the adapter's parameters, the one with the lowest evaluation loss.
     """
 
     base: str
@@ -38,7 +40,7 @@ class Facts:
 
 
 def card(job: JobSpec, facts: Facts, events: Sequence[Event]) -> str:
-    """Markdown; `events` are the run's. The same run gives the same text."""
+    """Returns the card as Markdown. `events` are the run's; the same run gives the same text."""
     own = [e for e in events if isinstance(e, Evaluated | Sampled | JobEnded) and e.job == job.name]
     evaluations = [e for e in own if isinstance(e, Evaluated)]
     samples = [e for e in own if isinstance(e, Sampled)]
@@ -46,7 +48,7 @@ def card(job: JobSpec, facts: Facts, events: Sequence[Event]) -> str:
         _head(job, facts),
         f"# {job.name}",
         f"A {job.method.name} adapter for {_code(facts.base)}, trained by Loraplex on the NF4 base "
-        "that serves it.",
+        "model that serves it.",
         _serve(job, facts),
         _made(job, facts),
         _results(evaluations, facts.step),
@@ -72,9 +74,10 @@ def _serve(job: JobSpec, facts: Facts) -> str:
     peft = (
         "PEFT has no adapters of this kind."
         if job.method.name in NOT_PEFT
-        else 'It is a PEFT directory: `PeftModel.from_pretrained(base, ".")` opens it too.'
+        else 'This is a PEFT directory: `PeftModel.from_pretrained(base, ".")` loads it too.'
     )
-    return f"## Use\n\nWith a Loraplex server on that base:\n\n```sh\n{commands}\n```\n\n{peft}"
+    server = f"With a Loraplex server for that base model:\n\n```sh\n{commands}\n```"
+    return f"## Use\n\n{server}\n\n{peft}"
 
 
 def _made(job: JobSpec, facts: Facts) -> str:
@@ -93,35 +96,35 @@ def _made(job: JobSpec, facts: Facts) -> str:
         "base": _code(facts.fingerprint),
     }
     table = [f"| {key} | {_cell(value)} |" for key, value in rows.items() if value]
-    return "\n".join(["## How it was made", "", "| | |", "|---|---|", *table])
+    return "\n".join(["## Training", "", "| | |", "|---|---|", *table])
 
 
 def _results(evaluations: Sequence[Evaluated], best: int) -> str:
     if not evaluations:
         return ""
     has_metric = any(e.metric is not None for e in evaluations)
-    lines = ["## On examples set apart", ""]
-    lines.append("| step | loss | perplexity |" + (" right |" if has_metric else ""))
+    lines = ["## Evaluation", ""]
+    lines.append("| step | loss | perplexity |" + (" correct |" if has_metric else ""))
     lines.append("|---|---|---|" + ("---|" if has_metric else ""))
     for e in _thinned(evaluations, best):
         step = f"**{e.step}**" if e.step == best else str(e.step)
         row = f"| {step} | {e.loss:.4f} | {e.perplexity:.4g} |"
         metric = "" if e.metric is None else f"{e.metric:.1%}"
         lines.append(row + (f" {metric} |" if has_metric else ""))
-    lines += ["", f"The parameters are those of step {best}; before training is step 0."]
+    lines += ["", f"The adapter has the parameters of step {best}. Step 0 is before training."]
     return "\n".join(lines)
 
 
 def _thinned(evaluations: Sequence[Evaluated], best: int) -> list[Evaluated]:
-    """The first, the last, the best and some between."""
+    """Returns the first, the last, the best and evenly spaced other evaluations."""
     every = -(-len(evaluations) // MOST_ROWS)
     last = len(evaluations) - 1
     return [e for i, e in enumerate(evaluations) if i % every == 0 or i == last or e.step == best]
 
 
 def _samples(samples: Sequence[Sampled]) -> str:
-    """Answers to the same prompts, before and after."""
-    lines = ["## Answers to examples set apart", ""]
+    """Returns the answers to the same prompts before and after training."""
+    lines = ["## Answers to evaluation examples", ""]
     shown = dict.fromkeys(s.prompt for s in samples)
     for prompt in list(shown)[:MOST_SAMPLES]:
         own = [s for s in samples if s.prompt == prompt]
@@ -130,7 +133,7 @@ def _samples(samples: Sequence[Sampled]) -> str:
             "",
             block(prompt, MOST_CHARACTERS),
             "",
-            "wanted:",
+            "expected:",
             "",
             block(own[0].reference, MOST_CHARACTERS),
             "",

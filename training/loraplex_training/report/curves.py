@@ -1,4 +1,4 @@
-"""A run's curves: for TensorBoard while it runs, as a picture afterwards, in MLflow where it is."""
+"""Curves of a run: in TensorBoard while it runs, as a picture at its end, and in MLflow."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Points = list[tuple[int, float]]
 
 
 def writers(folder: Path) -> list[Observer]:
-    """What draws a run's curves into its folder, and into MLflow if that is installed."""
+    """Returns the observers that write a run's curves, to MLflow only if that is installed."""
     found: list[Observer] = [TensorBoard(folder / TENSORBOARD), Picture(folder)]
     if find_spec("mlflow") is not None:
         found.append(MLflow())
@@ -40,7 +40,7 @@ def writers(folder: Path) -> list[Observer]:
 
 
 def scalars(event: Event) -> dict[str, float]:
-    """The curves' values in an event, by their names."""
+    """Returns the values of an event by the names of their curves."""
     match event:
         case StepDone():
             return {
@@ -56,7 +56,7 @@ def scalars(event: Event) -> dict[str, float]:
 
 
 class TensorBoard:
-    """An `Observer` that writes TensorBoard's files, one folder a job."""
+    """An `Observer` that writes TensorBoard files, one directory per job."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -71,7 +71,7 @@ class TensorBoard:
             self._write(event)
         except (ImportError, OSError) as error:
             self._broken = True
-            log.warning("no TensorBoard curves: %s", error)
+            log.warning("TensorBoard curves are not written: %s", error)
 
     def _write(self, event: Event) -> None:
         if isinstance(event, RunStarted):
@@ -89,14 +89,14 @@ class TensorBoard:
     def _writer(self, job: str) -> Any:
         if job not in self._writers:
             board = import_module("torch.utils.tensorboard")
-            # What was written of steps that are now taken again is hidden.
+            # Hides the values of steps that a resumed run repeats.
             purge = self._resumed_at + 1 if self._resumed_at else None
             self._writers[job] = board.SummaryWriter(str(self._folder / job), purge_step=purge)
         return self._writers[job]
 
 
 class Picture:
-    """An `Observer` that draws `curves.png` in the end, from the run's record."""
+    """An `Observer` that draws `curves.png` at the end, from the run's record."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -106,11 +106,11 @@ class Picture:
             try:
                 draw(list(record.read(self._folder)), self._folder / PICTURE)
             except (ImportError, OSError) as error:
-                log.warning("no picture of the curves: %s", error)
+                log.warning("the picture of the curves is not drawn: %s", error)
 
 
 class MLflow:
-    """An `Observer` that logs to MLflow, one run a job, where its own settings say."""
+    """An `Observer` that logs to MLflow, one MLflow run per job. MLflow's own settings apply."""
 
     def __init__(self) -> None:
         self._mlflow = import_module("mlflow")
@@ -124,7 +124,7 @@ class MLflow:
             self._log(event)
         except Exception as error:  # a tracking server may fail in any way; training goes on
             self._broken = True
-            log.warning("no MLflow curves: %s", error)
+            log.warning("MLflow curves are not written: %s", error)
 
     def _log(self, event: Event) -> None:
         client = self._mlflow.MlflowClient
@@ -143,7 +143,7 @@ class MLflow:
 
 @dataclass
 class Curves:
-    """One job's points."""
+    """Points of one job's curves, as (step, value)."""
 
     loss: Points = field(default_factory=list)
     evaluated: Points = field(default_factory=list)
@@ -152,7 +152,7 @@ class Curves:
 
 
 def gather(events: Sequence[Event]) -> dict[str, Curves]:
-    """The points of every job; what is not finite is left out."""
+    """Returns the curves of every job, without values that are not finite."""
     jobs: dict[str, Curves] = defaultdict(Curves)
     for event in events:
         match event:
@@ -190,7 +190,7 @@ def draw(events: Sequence[Event], out: Path) -> None:
     axes[0].set_yscale("log")
     axes[1].set(title="learning rate", xlabel="step")
     if has_metric:
-        axes[2].set(title="right answers", xlabel="step", ylim=(-0.03, 1.03))
+        axes[2].set(title="correct answers", xlabel="step", ylim=(-0.03, 1.03))
     for axis in axes:
         axis.grid(alpha=0.3)
     if len(jobs) <= 10:

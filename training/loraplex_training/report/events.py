@@ -1,18 +1,20 @@
-"""What a run tells while it goes on: to the terminal, to curves, to whoever asked for the run.
+"""Events of a training run: what observers such as the terminal, the curves and a server receive.
 
-Values only. `Observer`s get them in the order in which things happen, on the run's thread.
+Events are values. Observers receive them in the order in which things happen, on the run's thread.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Protocol
 
+from loraplex_model.base.refusal import Problem, Reason
+from msgspec import Struct
 
-class JobState(Enum):
-    """Where a job is. All but the first are final."""
+
+class JobStatus(Enum):
+    """Whether a job trains, or how it ended. All but the first are final."""
 
     TRAINING = "training"
     FINISHED = "finished"
@@ -21,13 +23,17 @@ class JobState(Enum):
     CANCELLED = "cancelled"
 
 
-@dataclass(frozen=True, slots=True)
-class RunStarted:
-    """Before the first step, and again when a run is resumed at `step`.
+class _Event(Struct, frozen=True, tag_field="event", tag=True):
+    """An event. In JSON its class's name stands under "event", so it cannot be renamed."""
+
+
+class RunStarted(_Event, frozen=True):
+    """The run is about to take its first step, or its next one after `step` if it was resumed.
 
     Attributes:
-        estimated_bytes: the most memory that the process is expected to take.
-        optimisers: for each job what its optimiser's state really is ("AdamW, float32, 1.2 MB").
+        steps: optimiser steps of each job.
+        estimated_bytes: estimated peak memory of the process.
+        optimisers: for each job, the state that its optimiser keeps ("AdamW, float32, 1.2 MB").
     """
 
     jobs: tuple[str, ...]
@@ -38,14 +44,16 @@ class RunStarted:
     optimisers: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class StepDone:
-    """A job's optimiser step, counted from 1.
+class StepDone(_Event, frozen=True):
+    """A job has taken an optimiser step; `step` counts from 1.
 
     Attributes:
-        loss: mean over the step's learned tokens, nats, without penalties.
-        norm: of the gradient, before clipping.
-        tokens, learned: of the step. seconds: of the pass that it shared.
+        loss: mean over the step's learned tokens in nats, without penalties.
+        rate: learning rate of the step.
+        norm: norm of the gradient before clipping.
+        tokens: number of tokens in the step.
+        learned: number of these that are learned.
+        seconds: duration of the passes, which other jobs may have shared.
     """
 
     job: str
@@ -58,9 +66,13 @@ class StepDone:
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class Evaluated:
-    """A job's loss on examples set apart; `metric` is the share of right answers, if asked for."""
+class Evaluated(_Event, frozen=True):
+    """A job's loss (nats) on its evaluation examples after `step`.
+
+    Attributes:
+        metric: share of correct answers; None unless the job asks for a metric.
+        best: true if this is the job's lowest loss so far, so that these parameters are kept.
+    """
 
     job: str
     step: int
@@ -70,9 +82,8 @@ class Evaluated:
     best: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Sampled:
-    """An answer before (step 0) or after training."""
+class Sampled(_Event, frozen=True):
+    """An answer generated before (step 0) or after training; `reference` is the expected one."""
 
     job: str
     step: int
@@ -81,27 +92,30 @@ class Sampled:
     reference: str
 
 
-@dataclass(frozen=True, slots=True)
-class JobEnded:
-    """A job has left the batch; `reason` says why in a sentence."""
+class JobEnded(_Event, frozen=True):
+    """A job trains no more; `reason` is a sentence that says why."""
 
     job: str
-    state: JobState
+    state: JobStatus
     step: int
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Saved:
-    """A checkpoint of the whole run is safe on disk."""
+class Saved(_Event, frozen=True):
+    """A checkpoint of the whole run is on the disk."""
 
     step: int
     path: Path
 
 
-@dataclass(frozen=True, slots=True)
-class Published:
-    """An adapter is in its folder; with a store, registered there; with a server, loaded."""
+class Published(_Event, frozen=True):
+    """An adapter is in its directory and, where asked for, in a store and on a server.
+
+    Attributes:
+        version: "name@3" in the store or on the server, or "".
+        server: address of the server that loaded the adapter, or "".
+        sample: that server's answer to an example, or "".
+    """
 
     job: str
     path: Path
@@ -111,21 +125,40 @@ class Published:
     sample: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class RunEnded:
-    """After the last event of the jobs."""
+class RunEnded(_Event, frozen=True):
+    """Training is over, for this process: all jobs have ended, or the run was stopped and saved."""
 
     seconds: float
     tokens: int
     peak_bytes: int
 
 
+class Failed(_Event, frozen=True):
+    """The command ends with a refusal; no event follows.
+
+    Attributes:
+        problems: everything that is wrong. A field is the path of an option, as in
+            `jobs.tickets.lr` or `run.threads`, `data` or `eval_data` for lines of a file, or "".
+    """
+
+    reason: Reason
+    problems: tuple[Problem, ...]
+
+
 Event = (
-    RunStarted | StepDone | Evaluated | Sampled | JobEnded | Saved | Published | RunEnded
+    RunStarted
+    | StepDone
+    | Evaluated
+    | Sampled
+    | JobEnded
+    | Saved
+    | Published
+    | RunEnded
+    | Failed
 )  # fmt: skip
 
 
 class Observer(Protocol):
-    """Is told what happens. Must not raise; a slow one slows the run."""
+    """Receives every event. It must not raise; a slow observer slows the run."""
 
     def on(self, event: Event) -> None: ...

@@ -1,74 +1,92 @@
-"""Events as JSON lines, for whoever follows a run from another process. Imports no torch.
+"""Events as lines of JSON, for another process that follows a run. Imports no torch.
 
-A line is an object with the event's name under "event" and its fields beside it. As in protobuf's
-JSON, a number that JSON cannot hold is a string: "NaN", "Infinity", "-Infinity".
+A line is an object with the event's name under "event" and its fields next to it. As in protobuf's
+JSON, a number that JSON cannot represent is a string: "NaN", "Infinity", "-Infinity".
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import fields
-from enum import Enum
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import NoneType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import IO, Any, Final, get_args
 
-from loraplex_training.report import events
+import msgspec
+from loraplex_model.base.refusal import Reason, Refusal
+
 from loraplex_training.report.events import Event
 
-_KINDS: Mapping[str, type] = {kind.__name__: kind for kind in get_args(Event)}
-_HINTS = {name: get_type_hints(kind, vars(events)) for name, kind in _KINDS.items()}
+STDOUT: Final = "-"
+_WORDS: Final = ("NaN", "Infinity", "-Infinity")
+_FLOATS: Final[Mapping[str, frozenset[str]]] = {
+    kind.__name__: frozenset(
+        field.name
+        for field in msgspec.structs.fields(kind)
+        if float in (field.type, *get_args(field.type))
+    )
+    for kind in get_args(Event)
+}
+"""Fields of each event that may hold one of `_WORDS`."""
 
 
 def encode(event: Event) -> str:
-    """One line, without its end."""
-    values = {field.name: _plain(getattr(event, field.name)) for field in fields(event)}
-    return json.dumps({"event": type(event).__name__, **values}, allow_nan=False)
+    """Returns the event's line, without a line end."""
+    fields = msgspec.to_builtins(event, enc_hook=str)
+    return json.dumps({name: _in_json(value) for name, value in fields.items()}, allow_nan=False)
 
 
 def decode(line: str | bytes) -> Event:
-    """The event of a line.
+    """Returns the event of a line.
 
-    Fields that it has beside the event's own are left out, so that an older reader understands a
-    newer writer. Raises ValueError for what is no event.
+    Unknown fields are ignored, so that an older reader understands a newer writer. Raises
+    ValueError for a line that is not an event.
     """
-    data = json.loads(line)
-    name = data.get("event") if isinstance(data, dict) else None
-    kind = _KINDS.get(name) if isinstance(name, str) else None
-    if kind is None:
-        raise ValueError(f"no event of a training run: {str(name)[:40]!r}")
-    values = {key: _typed(data[key], hint) for key, hint in _HINTS[kind.__name__].items()
-              if key in data}  # fmt: skip
-    try:
-        event: Event = kind(**values)
-    except TypeError as error:
-        raise ValueError(f"{name} is not whole: {error}") from None
+    fields = json.loads(line)
+    if isinstance(fields, dict) and isinstance(kind := fields.get("event"), str):
+        for name in _FLOATS.get(kind, ()):
+            if fields.get(name) in _WORDS:
+                fields[name] = float(fields[name])
+    event: Event = msgspec.convert(fields, Event, dec_hook=lambda kind, value: kind(value))
     return event
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, Path):
-        return str(value)
+class EventLines:
+    """An `Observer` that writes events to a file as lines. It stops when the reader has gone."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self._file: IO[str] | None = file
+
+    def on(self, event: Event) -> None:
+        if self._file is None:
+            return
+        try:
+            self._file.write(encode(event) + "\n")
+            self._file.flush()
+        except OSError:
+            self._file = None
+
+
+@contextmanager
+def opened(events: str) -> Iterator[EventLines]:
+    """Appends events to the file of that name; `STDOUT` is standard output.
+
+    Raises Refusal(CONFIG_INVALID) if the file cannot be opened.
+    """
+    if events == STDOUT:
+        yield EventLines(sys.stdout)
+        return
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(Path(events).open("a", encoding="utf-8"))
+        except OSError as error:
+            raise Refusal(Reason.CONFIG_INVALID, f"--events {events}: {error.strerror}") from None
+        yield EventLines(file)
+
+
+def _in_json(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    return value
-
-
-def _typed(value: Any, hint: Any) -> Any:
-    if get_origin(hint) is tuple:
-        return tuple(_typed(item, get_args(hint)[0]) for item in value)
-    if NoneType in (kinds := get_args(hint)):  # X | None
-        return None if value is None else _typed(value, kinds[0])
-    if hint is float and isinstance(value, str | int):
-        return float(value)
-    if isinstance(hint, type) and issubclass(hint, Enum | Path):
-        return hint(value)
-    if not isinstance(value, hint):
-        raise ValueError(f"{value!r} is no {hint.__name__}")
     return value

@@ -1,4 +1,4 @@
-"""A run on the terminal: a live line per job, and what happens above it; in a pipe plain lines."""
+"""Shows a run on the terminal: one live line per job below a log; plain lines in a pipe."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import resource
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from rich.console import Console
 from rich.markup import escape
@@ -18,7 +16,7 @@ from loraplex_training.report.events import (
     Evaluated,
     Event,
     JobEnded,
-    JobState,
+    JobStatus,
     Published,
     RunEnded,
     RunStarted,
@@ -27,14 +25,16 @@ from loraplex_training.report.events import (
     StepDone,
 )
 
-_SMOOTH = 0.9  # how much of a running mean the past keeps
-_SHOWN = 160  # characters of a prompt
-_STYLES = {JobState.FINISHED: "green", JobState.STOPPED_EARLY: "green", JobState.DIVERGED: "red"}
+_SMOOTH = 0.9
+"""Weight of the past in a running mean."""
+_SHOWN = 160
+"""Number of a prompt's characters that are shown."""
+_STYLES = {JobStatus.FINISHED: "green", JobStatus.STOPPED_EARLY: "green", JobStatus.DIVERGED: "red"}
 
 
 @dataclass
 class _Job:
-    """What is known of a job while it trains."""
+    """Figures of a job that are shown while it trains."""
 
     steps: int
     step: int = 0
@@ -42,10 +42,10 @@ class _Job:
     eval_loss: float | None = None
     step_seconds: float = 0.0
     tokens_per_second: float = 0.0
-    said_at: float = float("-inf")
+    shown_at: float = float("-inf")
     bar: TaskID | None = None
 
-    def took(self, event: StepDone) -> None:
+    def record(self, event: StepDone) -> None:
         seconds = max(event.seconds, 1e-9)
         keep = _SMOOTH if self.step_seconds else 0.0
         self.step, self.loss = event.step, event.loss
@@ -55,21 +55,21 @@ class _Job:
 
     @property
     def eta(self) -> float:
-        """Seconds until its last step."""
+        """Estimated seconds until the job's last step."""
         return max(self.steps - self.step, 0) * self.step_seconds
 
 
-class Progress:
-    """An `Observer`, and a context manager that leaves the terminal as it was.
+class ProgressDisplay:
+    """An `Observer` that shows bars on a terminal; `close` it to leave the terminal as it was.
 
-    On a terminal bars that are drawn anew; else a line about each job every `every_s` seconds.
+    Elsewhere it prints a line about each job every `every_s` seconds.
     """
 
     def __init__(self, console: Console, every_s: float = 5.0) -> None:
         self._console = console
         self._every = every_s
         self._jobs: dict[str, _Job] = {}
-        self._estimate = 0
+        self._estimated_bytes = 0
         self._bars: Bars | None = None
 
     def on(self, event: Event) -> None:
@@ -85,16 +85,16 @@ class Progress:
             case JobEnded():
                 self._ended(event)
             case Saved() if self._bars is None:
-                self._say(f"step {event.step}: saved {event.path}")
+                self._print(f"step {event.step}: saved {event.path}")
             case Published():
                 where = f" on {event.server}" if event.server else ""
                 named = f" as {event.version}" if event.version else ""
-                self._say(f"{event.job}: published{named}{where}: {event.path} {event.digest}")
+                self._print(f"{event.job}: published{named}{where}: {event.path} {event.digest}")
                 if event.sample:
-                    self._say(f"{event.job}: the server answers: {event.sample}")
+                    self._print(f"{event.job}: the server answers: {event.sample}")
             case RunEnded():
                 self.close()
-                self._say(finish_line(event, self._estimate))
+                self._print(finish_line(event, self._estimated_bytes))
 
     def close(self) -> None:
         """Stops drawing. Idempotent."""
@@ -102,29 +102,18 @@ class Progress:
             self._bars.stop()
             self._bars = None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def _begin(self, event: RunStarted) -> None:
         self._jobs = {
             name: _Job(steps, event.step)
             for name, steps in zip(event.jobs, event.steps, strict=True)
         }
-        self._estimate = event.estimated_bytes
-        goes_on = f", going on after step {event.step}" if event.step else ""
+        self._estimated_bytes = event.estimated_bytes
+        goes_on = f", continuing after step {event.step}" if event.step else ""
         jobs = "1 job" if len(event.jobs) == 1 else f"{len(event.jobs)} jobs in one pass"
-        expected = size_text(event.estimated_bytes) if event.estimated_bytes else "not known"
-        self._say(f"{jobs} on {event.device}{goes_on}; expected peak memory: {expected}")
+        expected = size_text(event.estimated_bytes) if event.estimated_bytes else "unknown"
+        self._print(f"{jobs} on {event.device}{goes_on}; expected peak memory: {expected}")
         for name, optimiser in zip(event.jobs, event.optimisers, strict=True):
-            self._say(f"{name}: {self._jobs[name].steps} steps, {optimiser}")
+            self._print(f"{name}: {self._jobs[name].steps} steps, {optimiser}")
         if self._console.is_terminal:
             self._bars = Bars(
                 TextColumn("{task.description}"),
@@ -142,14 +131,14 @@ class Progress:
 
     def _step(self, event: StepDone) -> None:
         job = self._jobs[event.job]
-        job.took(event)
+        job.record(event)
         if self._bars is not None and job.bar is not None:
             self._bars.update(job.bar, completed=job.step, shown=escape(self._shown(job)))
             return
         now = time.monotonic()
-        if now - job.said_at >= self._every or job.step == job.steps:
-            job.said_at = now
-            self._say(f"{event.job}: step {job.step}/{job.steps}  {self._shown(job)}")
+        if now - job.shown_at >= self._every or job.step == job.steps:
+            job.shown_at = now
+            self._print(f"{event.job}: step {job.step}/{job.steps}  {self._shown(job)}")
 
     def _shown(self, job: _Job) -> str:
         evaluated = "" if job.eval_loss is None else f"  eval {job.eval_loss:.3f}"
@@ -160,22 +149,22 @@ class Progress:
 
     def _evaluated(self, event: Evaluated) -> None:
         self._jobs[event.job].eval_loss = event.loss
-        metric = "" if event.metric is None else f", right {event.metric:.1%}"
+        metric = "" if event.metric is None else f", correct {event.metric:.1%}"
         best = ", the best so far" if event.best else ""
-        self._say(
+        self._print(
             f"{event.job}: step {event.step}: eval loss {event.loss:.4f}, "
             f"perplexity {event.perplexity:.3g}{metric}{best}"
         )
 
     def _sampled(self, event: Sampled) -> None:
-        when = f"after {event.step} steps" if event.step else "before"
-        self._say(f"{event.job}: {when}: {_line(_end_of(event.prompt))}")
-        self._say(f"    answers {_line(event.answer)}")
-        self._say(f"    wanted  {_line(event.reference)}")
+        when = f"after {event.step} steps" if event.step else "before training"
+        self._print(f"{event.job}: {when}: {_line(_end_of(event.prompt))}")
+        self._print(f"    answer   {_line(event.answer)}")
+        self._print(f"    expected {_line(event.reference)}")
 
     def _ended(self, event: JobEnded) -> None:
         state = event.state.value.replace("_", " ")
-        self._say(f"{event.job}: {state} at step {event.step}: {event.reason}",
+        self._print(f"{event.job}: {state} at step {event.step}: {event.reason}",
                   _STYLES.get(event.state, "yellow"))  # fmt: skip
         job = self._jobs[event.job]
         if self._bars is not None and job.bar is not None:
@@ -183,12 +172,12 @@ class Progress:
             self._bars.update(job.bar, completed=event.step, shown=shown)
             self._bars.stop_task(job.bar)
 
-    def _say(self, text: str, style: str = "") -> None:
+    def _print(self, text: str, style: str = "") -> None:
         self._console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def finish_line(event: RunEnded, estimate: int) -> str:
-    """What a run took, the estimate of its memory held against the peak."""
+    """Returns a sentence on a run's time, tokens and peak memory, compared with the estimate."""
     peak = size_text(event.peak_bytes)
     if estimate:
         peak += f" (expected {size_text(estimate)}, {event.peak_bytes / estimate - 1:+.0%})"
@@ -198,7 +187,7 @@ def finish_line(event: RunEnded, estimate: int) -> str:
 
 
 def held_bytes() -> int:
-    """What this process holds of memory now; of a GPU's, if it computes on one."""
+    """Returns the bytes that this process uses now, on the GPU if it computes on one."""
     import torch
 
     if torch.cuda.is_available() and (held := torch.cuda.memory_allocated()):
@@ -206,12 +195,12 @@ def held_bytes() -> int:
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # the most so far
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # the peak so far
     return pages * resource.getpagesize()
 
 
 def size_text(size: float) -> str:
-    """Bytes in the unit that fits."""
+    """Returns a number of bytes in a suitable unit."""
     for unit in ("B", "kB", "MB"):
         if size < 1000:
             return f"{size:.0f} {unit}"
@@ -220,18 +209,18 @@ def size_text(size: float) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """Seconds as h:mm:ss or m:ss."""
+    """Returns seconds as h:mm:ss or m:ss."""
     whole = round(seconds)
     hours, minutes = whole // 3600, whole // 60 % 60
     return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
 
 
 def _end_of(prompt: str) -> str:
-    """Its last words: where the question is, after what a template says each time."""
+    """Returns the end of a prompt, where the question is; a template's opening is always equal."""
     return prompt if len(prompt) <= _SHOWN else "..." + prompt[-_SHOWN:]
 
 
 def _line(text: str, limit: int = 200) -> str:
-    """A text on one line."""
+    """Returns a text on one line, cut to `limit` characters."""
     shown = repr(text)
     return shown if len(shown) <= limit else f"{shown[: limit - 3]}..."

@@ -1,10 +1,10 @@
-"""A run's folder as it fills: every event, the machine it ran on, and what can be read of both.
+"""Records a run in its directory: every event, the machine, the answers.
 
-    <out>/metrics.jsonl       every event, as `event_lines` writes them
+    <out>/metrics.jsonl       every event, as a line of JSON (see `lines`)
     <out>/environment.json    versions and the machine, without names of hosts or paths
-    <out>/samples.md          answers before and after
+    <out>/samples.md          answers before and after training
 
-Nothing here is needed to go on with a run: that is in its checkpoints.
+A run can be resumed without these files; it needs its checkpoints only.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ _PACKAGES = (
 )  # fmt: skip
 
 
-class Record:
-    """An `Observer` that writes a run's folder.
+class RunRecord:
+    """An `Observer` that writes a run's record.
 
-    A run that goes on after a crash takes steps a second time: what was written of them goes. A
-    full disk stops the record, not the run.
+    A run that is resumed after a crash repeats steps; their first events are removed. A full disk
+    ends the record, not the run.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -79,9 +79,9 @@ class Record:
 
 
 def read(folder: Path) -> Iterator[Event]:
-    """The events that a run's folder holds; nothing where there are none.
+    """Yields the recorded events of a run, none if there is no record.
 
-    A last line that a crash cut short is left out.
+    A last line that a crash cut short is skipped.
     """
     with contextlib.suppress(FileNotFoundError), (folder / METRICS).open("rb") as file:
         for line in file:
@@ -90,20 +90,21 @@ def read(folder: Path) -> Iterator[Event]:
 
 
 def samples(events: Sequence[Event]) -> str:
-    """Every answer that was shown, as Markdown, those of a job and a prompt together."""
+    """Returns all sampled answers as Markdown, grouped by job and prompt."""
     parts: dict[tuple[str, str], list[str]] = {}
     for event in events:
         if isinstance(event, Sampled):
             part = parts.setdefault((event.job, event.prompt), [])
             if not part:
-                part += [f"## {event.job}", block(event.prompt), "wanted:", block(event.reference)]
-            when = f"after {event.step} steps:" if event.step else "before:"
+                part += [f"## {event.job}", block(event.prompt)]
+                part += ["expected:", block(event.reference)]
+            when = f"after {event.step} steps:" if event.step else "before training:"
             part += [when, block(event.answer)]
     return "".join("\n\n".join(part) + "\n\n" for part in parts.values())
 
 
 def block(text: str, limit: int = 1 << 16) -> str:
-    """A text in a fenced block of Markdown, as it is, whatever marks it holds."""
+    """Returns a text, cut to `limit` characters, as a fenced Markdown block that it cannot end."""
     text = text if len(text) <= limit else text[: limit - 3] + "..."
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
@@ -111,7 +112,7 @@ def block(text: str, limit: int = 1 << 16) -> str:
 
 
 def environment(device: str) -> dict[str, object]:
-    """Versions and the machine; nothing that tells one machine of a kind from another."""
+    """Returns versions and the kind of machine; nothing that identifies the machine itself."""
     import torch
 
     versions = {}
@@ -133,7 +134,7 @@ def environment(device: str) -> dict[str, object]:
 
 
 def _processor() -> str:
-    """The processor's name where Linux tells it."""
+    """Returns the processor's name, from Linux if possible."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -142,5 +143,5 @@ def _processor() -> str:
 
 
 def _step(event: Event) -> int:
-    """The step that an event belongs to; a run's own events go with the step before them."""
+    """Returns the step that an event belongs to; 0 for events of the run itself."""
     return event.step if isinstance(event, StepDone | Evaluated | Sampled | JobEnded) else 0

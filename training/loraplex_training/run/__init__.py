@@ -1,4 +1,4 @@
 """A run from start to end: inputs, rounds, evaluation, generation, checkpoints.
 
-Owns the run's folder and its process-wide settings. Never registers an adapter; `publish` does.
+Owns the run's directory and the process-wide settings. Never registers an adapter; `publish` does.
 """

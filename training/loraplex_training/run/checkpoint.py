@@ -1,15 +1,15 @@
-"""A run on the disk: what it was asked to do, and checkpoints from which it goes on to the bit.
+"""A run on the disk: its options, and checkpoints from which it resumes bit for bit.
 
     <out>/config.toml                   the run's options, written first
     <out>/lock                          held by the process that trains
-    <out>/checkpoints/000007/           whole, or not there
-        state.json                      counters, losses, schedules; `Snapshot.values`
-        <job>.safetensors               parameters, optimiser, best; `Snapshot.tensors`
-        SHA256SUMS                      of the two, for `sha256sum -c`
-    <out>/checkpoints/.new-000008/      in the making, or left by a crash
+    <out>/checkpoints/000007/           complete, or absent
+        state.json                      counters, losses, schedules; `RunSnapshot.values`
+        <job>.safetensors               parameters, optimiser, best; `RunSnapshot.tensors`
+        SHA256SUMS                      of these files, for `sha256sum -c`
+    <out>/checkpoints/.new-000008/      unfinished, or left by a crash
 
-A checkpoint is written under a name of its own, brought to the disk, and renamed. Only then do
-older ones go. So whatever moment a process or a disk ends at, the last whole checkpoint is there.
+A checkpoint is written under a temporary name, flushed to the disk and renamed. Older ones are
+removed only after that, so a crash at any moment leaves the last complete checkpoint.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True, slots=True)
-class Snapshot:
-    """All of a run at one moment.
+class RunSnapshot:
+    """The whole state of a run at one moment.
 
     Attributes:
-        values: fit for JSON; floats come back to the bit, infinities and NaN too.
-        tensors: by job and name, of any type; on the CPU when they come back.
+        values: JSON values. Floats are restored bit for bit, infinities and NaN included.
+        tensors: tensors of any dtype, by job and name; on the CPU when restored.
     """
 
     values: Mapping[str, Any]
@@ -54,14 +54,15 @@ class Snapshot:
 
 
 class RunFolder:
-    """The folder of a run that this process trains; locked until `close`.
+    """The directory of a run that this process trains. It is locked until `close`.
 
     Attributes:
-        notices: sentences on checkpoints that were passed over.
+        keep: number of checkpoints to keep.
+        notices: sentences about damaged checkpoints that were skipped.
     """
 
     def __init__(self, out: Path, keep: int = 2) -> None:
-        """Makes the folder if there is none. Raises Refusal: BUSY, DISK_FULL, CONFIG_INVALID."""
+        """Makes the directory if needed. Raises Refusal: BUSY, DISK_FULL, CONFIG_INVALID."""
         self.out = out
         self.keep = keep
         self.notices: list[str] = []
@@ -75,13 +76,13 @@ class RunFolder:
                 raise Refusal(Reason.BUSY, f"another process trains in {out}") from None
 
     def close(self) -> None:
-        """Lets another process have it."""
+        """Unlocks the directory. Idempotent."""
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
 
     def write_config(self, text: str) -> None:
-        """Writes what the run was asked to do, whole or not at all."""
+        """Writes the run's options atomically."""
         with _on_disk(self.out):
             fresh = self.out / f".{CONFIG}"
             reach("train.config.write")
@@ -91,10 +92,10 @@ class RunFolder:
             fresh.rename(self.out / CONFIG)
             flush(self.out)
 
-    def save(self, snapshot: Snapshot) -> Path:
-        """Adds a checkpoint and removes those that are not kept.
+    def save(self, snapshot: RunSnapshot) -> Path:
+        """Writes a checkpoint, removes older ones beyond `keep`, and returns the new one's path.
 
-        Raises Refusal(DISK_FULL); then nothing of it is left, and the one before it is there.
+        Raises Refusal(DISK_FULL). The previous checkpoint then remains, and nothing of the new one.
         """
         serials = self._serials()
         serial = max(serials, default=0) + 1
@@ -121,17 +122,16 @@ class RunFolder:
             for old in serials:
                 if old not in kept:
                     reach("train.checkpoint.prune")
-                    # its sums first: what a crash leaves of it is then no checkpoint
+                    # First the sums: without them, what a crash leaves is not a checkpoint.
                     (self.out / FOLDER / f"{old:06}" / _SUMS).unlink(missing_ok=True)
                     shutil.rmtree(self.out / FOLDER / f"{old:06}", ignore_errors=True)
         reach("train.checkpoint.done")
         return place
 
-    def newest(self) -> Snapshot | None:
-        """The newest checkpoint that is whole; None if there is none yet.
+    def newest(self) -> RunSnapshot | None:
+        """Reads the newest undamaged checkpoint; returns None if there are no checkpoints yet.
 
-        Damaged ones are passed over and noted. Raises Refusal(CHECKPOINT_INVALID) if there are
-        only damaged ones.
+        Damaged ones are skipped and noted. Raises Refusal(CHECKPOINT_INVALID) if all are damaged.
         """
         serials = self._serials()
         problems = []
@@ -143,31 +143,30 @@ class RunFolder:
                 self._damaged.add(serial)
                 problems.append(f"checkpoint {place} is damaged: {error}")
                 continue
-            self.notices += [f"{problem}; going on from an earlier one" for problem in problems]
+            self.notices += [f"{problem}; continuing from an earlier one" for problem in problems]
             return snapshot
         if problems:
-            raise Refusal.listing(
-                Reason.CHECKPOINT_INVALID, [*problems, "there is no other; start anew"]
-            )
+            problems.append("there is no other checkpoint; start a new run")
+            raise Refusal.listing(Reason.CHECKPOINT_INVALID, problems)
         return None
 
     def _serials(self) -> list[int]:
-        """Of all checkpoints, oldest first."""
+        """Returns the numbers of all checkpoints, oldest first."""
         names = [path.name for path in (self.out / FOLDER).iterdir()]
         return sorted(int(name) for name in names if name.isdecimal())
 
     def _clear(self) -> None:
-        """Removes what a crash has left half written."""
+        """Removes unfinished checkpoints that a crash has left."""
         for path in (self.out / FOLDER).glob(f"{_NEW}*"):
             shutil.rmtree(path)
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a run was begun in the folder."""
+    """Returns whether the directory holds a run."""
     return (folder / CONFIG).is_file()
 
 
-def _fill(folder: Path, snapshot: Snapshot) -> None:
+def _fill(folder: Path, snapshot: RunSnapshot) -> None:
     sums = {}
     for job, tensors in snapshot.tensors.items():
         path = folder / f"{job}{_TENSORS}"
@@ -187,21 +186,21 @@ def _fill(folder: Path, snapshot: Snapshot) -> None:
     _sync(listed)
 
 
-def _read(folder: Path) -> Snapshot:
-    """Raises OSError, ValueError or SafetensorError for anything that is not as it was written."""
+def _read(folder: Path) -> RunSnapshot:
+    """Reads a checkpoint. Raises OSError, ValueError or SafetensorError if it is damaged."""
     tensors = {}
     for line in (folder / _SUMS).read_text("utf-8").splitlines():
         digest, _, name = line.partition("  ")
         path = folder / Path(name).name
         if _digest(path) != digest:
-            raise ValueError(f"{path.name} is not as it was written")
+            raise ValueError(f"the SHA-256 of {path.name} is wrong")
         if name.endswith(_TENSORS):
             tensors[name.removesuffix(_TENSORS)] = load_file(path)
-    return Snapshot(json.loads((folder / _STATE).read_text("utf-8")), tensors)
+    return RunSnapshot(json.loads((folder / _STATE).read_text("utf-8")), tensors)
 
 
 def _sync(path: Path) -> str:
-    """Brings a file to the disk; returns its SHA-256."""
+    """Flushes a file to the disk; returns its SHA-256 (hex)."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -214,14 +213,14 @@ def _digest(path: Path) -> str:
 
 @contextmanager
 def _on_disk(out: Path) -> Iterator[None]:
-    """Turns what the operating system says about the run's folder into Refusal."""
+    """Turns the operating system's errors about the run's directory into Refusal."""
     try:
         yield
     except OSError as error:
         if error.errno in _FULL:
             raise Refusal(
                 Reason.DISK_FULL,
-                f"the disk of {out} is full; the last checkpoint there is whole: make room, then "
+                f"the disk of {out} is full; its last checkpoint is complete: make room, then "
                 "resume the run",
             ) from error
         raise Refusal(

@@ -1,4 +1,4 @@
-"""What a run's jobs take of memory, together: what `memory` reckons with, read off the jobs."""
+"""Estimates the peak memory of a run from the sizes of its jobs (see `step.memory`)."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ from loraplex_training.step.loss import changes_head
 from loraplex_training.step.memory import AdapterSize, Estimate, estimate
 
 STEPS: Final = 500
-"""As many are looked at for the largest one; batches are drawn alike in all."""
+"""Number of steps searched for the largest micro-batch. Later ones are drawn in the same way."""
 
 
 def of(base: BaseWeights, jobs: Sequence[Job], spec: RunSpec) -> Estimate:
-    """Bytes at the peak: while answers are generated, with what training holds or has not yet given
-    back to the system."""
+    """Estimates the bytes in use at the peak, which is while answers are generated.
+
+    By then training still holds its memory or has not returned it to the operating system.
+    """
     shapes = [_shape(job) for job in jobs]
     trained = estimate(
         base,
@@ -38,7 +40,7 @@ def of(base: BaseWeights, jobs: Sequence[Job], spec: RunSpec) -> Estimate:
 
 @dataclass(frozen=True, slots=True)
 class _Shape:
-    """A job's largest micro-batch, and its adapter."""
+    """Sizes of a job's largest micro-batch, in tokens, and of its adapter."""
 
     tokens: int
     learned: int
@@ -71,7 +73,7 @@ def _shape(job: Job) -> _Shape:
 
 
 def _generating(base: BaseWeights, jobs: Sequence[Job]) -> int:
-    """The serving decoder's own copy of the codes, and its cache."""
+    """Bytes of the serving decoder's own copy of the NF4 codes and of its KV cache."""
     config = base.config
     tokens = 0
     for job in jobs:

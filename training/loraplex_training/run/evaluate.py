@@ -1,4 +1,4 @@
-"""How good jobs are on the examples set apart: losses in joint passes, answers by generation."""
+"""Evaluates jobs on their evaluation examples: losses in joint passes, answers by generation."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from loraplex_training.step.job import Job
 from loraplex_training.step.joint import JointPass, Part
 
 Answer = Callable[[AdapterDelta | None, Sequence[Sample]], Sequence[str]]
-"""What a model says to the prompts of examples; None is the bare base."""
+"""Generates the answers to the prompts of examples. The adapter None is the plain base model."""
 
 SHOWN = 3
-"""Examples whose answers are told before and after."""
+"""Number of examples whose answers are reported before and after training."""
 
 
 def losses(
     joint: JointPass, jobs: Sequence[Job], stopped: Callable[[], bool]
 ) -> list[float] | None:
-    """Each job's sum of losses over all it is evaluated on; None if told to stop meanwhile."""
+    """Returns each job's sum of token losses over its evaluation examples; None if stopped."""
     sums = [0.0] * len(jobs)
     for number in range(max((len(job.evaluation) for job in jobs), default=0)):
         if stopped():
@@ -38,7 +38,7 @@ def losses(
 def metric(
     job: Job, delta: AdapterDelta | None, examples: Sequence[Sample], answer: Answer | None
 ) -> float | None:
-    """The share of right answers; None if the job does not ask for it, or there is no example."""
+    """Returns the share of correct answers; None without a metric, examples or `answer`."""
     asked = examples[: job.spec.metric_examples]
     if not job.spec.metric or not asked or answer is None:
         return None
@@ -46,22 +46,25 @@ def metric(
 
 
 def remembered(answer: Answer) -> Answer:
-    """The same, but the base is asked once for the same examples: jobs of a sweep share theirs."""
-    said: dict[tuple[int, ...], Sequence[str]] = {}
+    """Returns `answer` with the base model's answers cached, since the jobs of a sweep share them.
+
+    The cache is keyed by the examples' identities, so it must not outlive them.
+    """
+    cached: dict[tuple[int, ...], Sequence[str]] = {}
 
     def ask(delta: AdapterDelta | None, examples: Sequence[Sample]) -> Sequence[str]:
         if delta is not None:
             return answer(delta, examples)
         key = tuple(map(id, examples))
-        if key not in said:
-            said[key] = answer(None, examples)
-        return said[key]
+        if key not in cached:
+            cached[key] = answer(None, examples)
+        return cached[key]
 
     return ask
 
 
 def delta(job: Job) -> AdapterDelta:
-    """What the job's adapter is now, without gradients."""
+    """Returns the job's current adapter, without gradients."""
     with torch.no_grad():
         return job.adapter.delta()
 
@@ -73,8 +76,8 @@ def answers(
     answer: Answer,
     decode: Callable[[Sequence[int]], str],
 ) -> Iterator[Sampled]:
-    """What it says to the first examples."""
+    """Yields the answers to the first examples, as events."""
     shown = examples[:SHOWN]
-    for sample, said in zip(shown, answer(delta, shown) if shown else (), strict=True):
+    for sample, text in zip(shown, answer(delta, shown) if shown else (), strict=True):
         prompt = decode(sample.tokens[: sample.prompt])
-        yield Sampled(job.name, job.progress.step, prompt, said, sample.reference)
+        yield Sampled(job.name, job.progress.step, prompt, text, sample.reference)

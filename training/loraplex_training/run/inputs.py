@@ -1,4 +1,4 @@
-"""What a run stands on: the base, its text side, the examples. Opened and checked, not written."""
+"""The inputs of a run: base model, tokenizer, examples. Loads and checks them; writes nothing."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ Asked = TypeVar("Asked")
 
 
 @dataclass(frozen=True, slots=True)
-class Ground:
-    """The base and the data of a run.
+class RunInputs:
+    """The base model and the data of a run.
 
     Attributes:
-        datasets: by job; jobs on the same data share theirs.
+        datasets: the data set of each job; jobs with equal data options share one.
     """
 
     base: LoadedBase
@@ -38,12 +38,12 @@ class Ground:
     datasets: Mapping[str, Dataset]
 
     @staticmethod
-    def open(spec: RunSpec) -> Ground:
-        """Loads both. Raises Refusal with the problems of all jobs' data."""
+    def open(spec: RunSpec) -> RunInputs:
+        """Loads the base model and the data. Raises Refusal with the problems of all data."""
         device = device_of(spec)
         if device.type == "cpu":
-            with suppress(kernels.KernelsUnavailable):  # told by who needs them
-                kernels.load(directory=spec.cache / "kernels")  # where a server keeps its own
+            with suppress(kernels.KernelsUnavailable):  # raised again where they are needed
+                kernels.load(directory=spec.cache / "kernels")  # shared with a server
         try:
             dtype = getattr(torch, spec.dtype)
             base = load_base(spec.model, dtype, spec.cache, device=device)
@@ -55,17 +55,19 @@ class Ground:
             if job.data not in specs:
                 specs.append(job.data)
         loaded = all_of(specs, lambda one: data.load(one, text))
-        return Ground(
-            base, text, {job.name: loaded[specs.index(job.data)] for job in spec.jobs}
-        )  # fmt: skip
+        datasets = {job.name: loaded[specs.index(job.data)] for job in spec.jobs}
+        return RunInputs(base, text, datasets)
 
     def jobs(self, spec: RunSpec) -> list[Job]:
-        """The jobs at their start, not prepared. Raises Refusal with the problems of all."""
+        """Makes the jobs as before their first step. Raises Refusal with the problems of all."""
         return all_of(spec.jobs, self._job)
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint goes on from: digests of the base, its text side and the data."""
+        """Digests of the base model, its tokenizer and chat template, and the data.
+
+        A checkpoint can be resumed only with the same ones.
+        """
         return {
             "base": self.base.weights.fingerprint,
             "text": [self.text.tokenizer_digest, self.text.template_digest],
@@ -73,46 +75,46 @@ class Ground:
         }
 
     def check_same(self, identity: Mapping[str, Any], spec: RunSpec) -> None:
-        """Raises Refusal if a checkpoint's `identity` is not this one's."""
+        """Raises Refusal if the `identity` of a checkpoint differs: BASE_MISMATCH, DATA_INVALID."""
         mine = self.identity
         if identity["base"] != mine["base"]:
             raise Refusal(
                 Reason.BASE_MISMATCH,
-                f"the run was trained on a base with the fingerprint {identity['base']}, and "
-                f"{spec.model} is {mine['base']}; give it its base back, or start a new run",
+                f"the run was trained on a base model with fingerprint {identity['base']}, and "
+                f"{spec.model} has {mine['base']}; restore the model, or start a new run",
             )
         problems = []
         if identity["text"] != mine["text"]:
-            problems.append(
-                f"the tokenizer or chat template of {spec.model} is not what the run began with; "
-                "give it back, or start a new run"
+            text = (
+                f"the tokenizer or chat template of {spec.model} has changed since the run began; "
+                "restore it, or start a new run"
             )
+            problems.append(Problem("", text))
         for job in spec.jobs:
-            for path, then, now in zip(
+            for key, path, then, now in zip(
+                ("data", "eval_data"),
                 (job.data.path, job.data.eval_path),
                 identity["data"][job.name],
                 mine["data"][job.name],
                 strict=True,
             ):
                 if then != now:
-                    problems.append(
-                        f"job {job.name!r}: {path} has changed since the run began (SHA-256 "
-                        f"{then[:12]}…, now {now[:12]}…); give it back, or start a new run"
+                    text = (
+                        f"{path} has changed since the run began (SHA-256 {then[:12]}…, now "
+                        f"{now[:12]}…); restore it, or start a new run"
                     )
+                    problems.append(Problem(f"jobs.{job.name}.{key}", text))
         if problems:
-            raise Refusal.listing(Reason.DATA_INVALID, dict.fromkeys(problems))
+            raise refusal(Reason.DATA_INVALID, problems)
 
     def _job(self, spec: JobSpec) -> Job:
         weights, dataset = self.base.weights, self.datasets[spec.name]
         path = f"jobs.{spec.name}"
-        problems = []
-        if problem := problem_of(spec.optim, weights.embed.device):
-            problems.append(Problem(f"{path}.optimiser", problem))
-        elif spec.patience and not dataset.evaluation:
-            text = "patience stops by the evaluation loss, and no examples are set apart for it"
-            problems.append(Problem(f"{path}.patience", text))
-        if problems:
-            raise refusal(Reason.CONFIG_INVALID, problems)
+        if text := problem_of(spec.optim, weights.embed.device):
+            raise refusal(Reason.CONFIG_INVALID, [Problem(f"{path}.optimiser", text)])
+        if spec.patience and not dataset.evaluation:
+            text = "patience needs an evaluation loss, and there are no evaluation examples"
+            raise refusal(Reason.CONFIG_INVALID, [Problem(f"{path}.patience", text)])
         batches = Batches(dataset.train, spec)
         chance = torch.Generator().manual_seed(spec.seed)
         setting = Setting(weights, self.base.name, chance, batches.steps, self.text.ids)
@@ -125,7 +127,7 @@ class Ground:
 
 
 def device_of(spec: RunSpec) -> torch.device:
-    """Where the run computes. Raises Refusal(CONFIG_INVALID) if there is no such device."""
+    """Returns the device of the run. Raises Refusal(CONFIG_INVALID) if there is no such device."""
     if spec.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -136,15 +138,15 @@ def device_of(spec: RunSpec) -> torch.device:
         raise Refusal(
             Reason.CONFIG_INVALID,
             f"device is {spec.device}, and torch finds {torch.cuda.device_count()} GPUs here; "
-            "take --device cpu",
+            "use --device cpu",
         )
     return device
 
 
 def all_of(asked: Iterable[Asked], make: Callable[[Asked], Made]) -> list[Made]:
-    """Makes one for each; if any cannot be, raises one Refusal with the problems of all.
+    """Calls `make` for each item. Raises one Refusal with the problems of all that failed.
 
-    Its reason is that of the first.
+    Its reason is that of the first one.
     """
     made: list[Made] = []
     failed: list[Refusal] = []

@@ -21,40 +21,41 @@ from loraplex_training.data.show import report, show
 from loraplex_training.methods import METHODS
 from loraplex_training.report.progress import duration_text, size_text
 from loraplex_training.run import costs
-from loraplex_training.run.inputs import Ground
-from loraplex_training.run.process_settings import surroundings
+from loraplex_training.run.inputs import RunInputs
+from loraplex_training.run.process_settings import process_settings
 from loraplex_training.spec.spec import RATES, OptimSpec, RunSpec
 from loraplex_training.step.job import Job
 from loraplex_training.step.joint import JointPass, Part
 from loraplex_training.step.optimiser import expected
 
 BACKWARD: Final = 3.0
-"""A pass forward and backward costs about so many passes forward: the frozen base needs no
-gradients of its weights, but its products are taken twice more, or thrice with checkpointing."""
+"""Cost of a forward and backward pass in forward passes, roughly. The frozen base model needs no
+gradients of its weights, but its products are computed again: twice, or three times with
+checkpointing."""
 
 
 def inspect(spec: RunSpec, console: Console, count: int) -> None:
-    """Shows examples with their loss mask, and the counts. Raises Refusal, Refusal."""
-    ground = Ground.open(spec)
+    """Shows examples with their loss mask, and the counts. Raises Refusal."""
+    inputs = RunInputs.open(spec)
     for job in spec.jobs:
-        console.print(show(ground.datasets[job.name], ground.text, count))
+        console.print(show(inputs.datasets[job.name], inputs.text, count))
 
 
 def plan(spec: RunSpec, console: Console, as_json: bool = False) -> None:
-    """Shows steps, tokens, memory and a guess of the time; as one line of JSON for programs.
+    """Shows steps, tokens, memory and time of a run; `as_json` prints one line of JSON instead.
 
-    The time is guessed from one pass forward. Nothing is trained and nothing written. Raises
+    The time is extrapolated from one forward pass. Trains nothing and writes nothing. Raises
     Refusal.
     """
-    with surroundings(spec):
-        ground = Ground.open(spec)
-        jobs = ground.jobs(spec)
-        found = _plan(spec, ground, jobs)
+    with process_settings(spec):
+        inputs = RunInputs.open(spec)
+        jobs = inputs.jobs(spec)
+        found = _plan(spec, inputs, jobs)
     if as_json:
         print(json.dumps(asdict(found)))
         return
     shown: list[Dataset] = []
-    for dataset in ground.datasets.values():
+    for dataset in inputs.datasets.values():
         if not any(dataset is one for one in shown):  # jobs on the same data share theirs
             shown.append(dataset)
             console.print(report(dataset.report))
@@ -66,15 +67,14 @@ def plan(spec: RunSpec, console: Console, as_json: bool = False) -> None:
         shown_cells = (f"{cell:,}" if isinstance(cell, int) else cell for cell in cells)
         table.add_row(escape(job.name), job.method, *shown_cells)
     console.print(table)
-    console.print(f"memory: {size_text(found.bytes)} at most on {found.device}: " + ", ".join(
-        f"{name} {size_text(size)}" for name, size in found.memory.items()
-    ))  # fmt: skip
-    console.print(f"time: about {duration_text(found.seconds)}, guessed from one pass")
+    parts = ", ".join(f"{name} {size_text(size)}" for name, size in found.memory.items())
+    console.print(f"memory: {size_text(found.bytes)} at the peak on {found.device}: {parts}")
+    console.print(f"time: about {duration_text(found.seconds)}, estimated from one pass")
 
 
 @dataclass(frozen=True, slots=True)
 class JobPlan:
-    """What one job takes."""
+    """Size of one job."""
 
     name: str
     method: str
@@ -86,12 +86,13 @@ class JobPlan:
 
 @dataclass(frozen=True, slots=True)
 class RunPlan:
-    """What a run takes.
+    """Estimated cost of a run.
 
     Attributes:
-        bytes: of memory at the peak; `memory` says what for.
-        available_bytes: free on a GPU now; None where the device is the CPU.
-        seconds: a guess.
+        bytes: peak memory.
+        memory: parts of `bytes`, by purpose.
+        available_bytes: bytes that are free on the GPU now; None if the device is the CPU.
+        seconds: estimated training time.
     """
 
     bytes: int
@@ -102,10 +103,10 @@ class RunPlan:
     jobs: Sequence[JobPlan]
 
 
-def _plan(spec: RunSpec, ground: Ground, jobs: Sequence[Job]) -> RunPlan:
-    device = ground.base.weights.embed.device
+def _plan(spec: RunSpec, inputs: RunInputs, jobs: Sequence[Job]) -> RunPlan:
+    device = inputs.base.weights.embed.device
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-    memory = costs.of(ground.base.weights, jobs, spec)
+    memory = costs.of(inputs.base.weights, jobs, spec)
     plans = [
         JobPlan(
             job.name,
@@ -117,7 +118,7 @@ def _plan(spec: RunSpec, ground: Ground, jobs: Sequence[Job]) -> RunPlan:
         )
         for job in jobs
     ]
-    seconds = _seconds(ground, jobs, spec)
+    seconds = _seconds(inputs, jobs, spec)
     return RunPlan(memory.total, memory.items, str(device), free, seconds, plans)
 
 
@@ -131,7 +132,7 @@ def methods(console: Console) -> None:
         table.add_section()
     console.print(table)
     console.print(
-        "Full fine-tuning is not among them: the base is shared by all adapters and stays as it is."
+        "Full fine-tuning is not among them: all adapters share the base model, which is frozen."
     )
 
 
@@ -152,17 +153,17 @@ def _option(declared: tuple[str, FieldInfo]) -> str:
 
 
 def _tokens(job: Job) -> int:
-    """Tokens of all steps; of long jobs reckoned from the first ones."""
+    """Returns the number of tokens of all steps, extrapolated from the first 200."""
     steps = min(job.batches.steps, 200)
     seen = sum(len(b.tokens) for i in range(steps) for b in job.batches.step(i))
     return round(seen * job.batches.steps / steps)
 
 
-def _seconds(ground: Ground, jobs: Sequence[Job], spec: RunSpec) -> float:
-    """All steps, at the speed of a pass over the first micro-batch of each job."""
-    joint = JointPass(ground.base.weights, checkpointing=spec.checkpointing)
+def _seconds(inputs: RunInputs, jobs: Sequence[Job], spec: RunSpec) -> float:
+    """Extrapolates the time of all steps from a pass over the first micro-batch of each job."""
+    joint = JointPass(inputs.base.weights, checkpointing=spec.checkpointing)
     first = [Part(None, job.batches.step(0)[0]) for job in jobs]
-    joint.losses(first)  # what is made once is made now
+    joint.losses(first)  # one-off work, so that it is not timed
     began = time.monotonic()
     joint.losses(first)
     per_token = (time.monotonic() - began) / sum(len(part.batch.tokens) for part in first)

@@ -1,4 +1,4 @@
-"""What a run sets of the process that it runs in, and the end of its memory."""
+"""Process-wide torch settings for the length of a run; running out of memory is a Refusal."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from loraplex_training.spec.spec import RunSpec
 
 
 @contextmanager
-def surroundings(spec: RunSpec) -> Iterator[None]:
-    """The run's threads and torch's choice of algorithms; both are put back in the end.
+def process_settings(spec: RunSpec) -> Iterator[None]:
+    """Sets the run's number of threads and deterministic algorithms; restores both at the end.
 
-    Raises Refusal(OUT_OF_MEMORY) for what Python and torch raise when there is no more.
+    Raises Refusal(OUT_OF_MEMORY) in place of the errors of Python and torch.
     """
     threads, strict = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     warn = torch.is_deterministic_algorithms_warn_only_enabled()
     if spec.threads:
         torch.set_num_threads(spec.threads)
     if torch.cuda.is_available() and spec.device != "cpu":
-        # sums of rows in a fixed order; on a CPU they are, with the same number of threads
+        # Sums of rows in a fixed order. A CPU has that anyway, for the same number of threads.
         torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
@@ -33,12 +33,12 @@ def surroundings(spec: RunSpec) -> Iterator[None]:
             f"{job.name}: batch_size={job.batch_size}, max_length={job.data.max_length}"
             for job in spec.jobs[:4]
         )
-        advice = "" if spec.checkpointing else ", or set checkpointing"
+        advice = "" if spec.checkpointing else ", or with checkpointing"
         raise Refusal(
             Reason.OUT_OF_MEMORY,
-            f"there is not enough memory ({_what_torch_says(error)}); in a new run, lower "
-            f"batch_size or max_length (now {sizes}), train fewer jobs at once{advice}; or resume "
-            "this one where there is more memory: what it has saved is whole",
+            f"there is not enough memory ({_first_line(error)}); start a new run with a lower "
+            f"batch_size or max_length (now {sizes}), with fewer jobs at once{advice}; or resume "
+            "this run where there is more memory: its last checkpoint is undamaged",
         ) from error
     finally:
         torch.set_num_threads(threads)
@@ -52,7 +52,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return "can't allocate memory" in text or "out of memory" in text
 
 
-def _what_torch_says(error: BaseException) -> str:
-    """Which names how much was asked for."""
+def _first_line(error: BaseException) -> str:
+    """The first line of torch's message, which names the size of the allocation."""
     lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else "the machine has no more"
+    return lines[0][:200] if lines else "an allocation failed"

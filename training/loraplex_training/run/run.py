@@ -1,9 +1,10 @@
-"""A run: jobs that train together over one base, to the end, or until it is told to stop.
+"""A run: jobs that train together over one base model until all have ended or `stop` is called.
 
-In a round every job that still trains takes one optimiser step. Its k-th micro-batches go through
-the base in one pass; a job with fewer of them sits out the rest of the round, and one that has
-ended is in no pass any more. Then each moves its own parameters (see `job`), and those that are due
-are evaluated, together. What a job becomes does not depend on the others, up to rounding.
+In a round, every active job takes one optimiser step. The k-th micro-batches of all jobs go through
+the base model in one pass; a job with fewer micro-batches takes no part in the remaining passes of
+the round, and a job that has ended takes part in none. Then each job updates its own parameters
+(see `step.job`), and the jobs that are due are evaluated together. Up to rounding, a job's result
+does not depend on the other jobs.
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ from loraplex_model.ops.linear import BaseLinear
 from loraplex_training.methods.base import TrainedAdapter
 from loraplex_training.report.events import (
     Event,
-    JobState,
+    JobStatus,
     Observer,
     RunEnded,
     RunStarted,
     Saved,
 )
 from loraplex_training.run import costs, evaluate
-from loraplex_training.run.checkpoint import CONFIG, RunFolder, Snapshot, is_run
+from loraplex_training.run.checkpoint import CONFIG, RunFolder, RunSnapshot, is_run
 from loraplex_training.run.evaluate import Answer
-from loraplex_training.run.inputs import Ground
-from loraplex_training.run.process_settings import surroundings
+from loraplex_training.run.inputs import RunInputs
+from loraplex_training.run.process_settings import process_settings
 from loraplex_training.spec.parse import (
     absolute,
     check,
@@ -42,7 +43,7 @@ from loraplex_training.spec.parse import (
     to_toml,
 )
 from loraplex_training.spec.spec import JobSpec, RunSpec
-from loraplex_training.step.job import Job, Progress
+from loraplex_training.step.job import Job, TrainingState
 from loraplex_training.step.joint import JointPass, Part
 from loraplex_training.step.memory import peak_bytes
 from loraplex_training.step.optimiser import expected
@@ -51,17 +52,18 @@ _FORMAT = 1
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of a job.
+class JobOutcome:
+    """Result of a job.
 
     Attributes:
-        adapter: with its best parameters, or, if the job still trains, with those it has.
-        progress: all that is known of how it went.
-        data_digest, eval_digest: SHA-256 (hex) of the data.
+        adapter: has the job's best parameters, or its current ones if the job was interrupted.
+        progress: losses and counters of the job.
+        data_digest: SHA-256 (hex) of the training data.
+        eval_digest: SHA-256 (hex) of the evaluation file, or "".
     """
 
     spec: JobSpec
-    progress: Progress
+    progress: TrainingState
     adapter: TrainedAdapter
     data_digest: str
     eval_digest: str
@@ -71,7 +73,7 @@ class Outcome:
         return self.spec.name
 
     @property
-    def state(self) -> JobState:
+    def state(self) -> JobStatus:
         return self.progress.state
 
     @property
@@ -80,7 +82,7 @@ class Outcome:
 
     @property
     def best_step(self) -> int:
-        """0 if no step was worth keeping: then the adapter is as it was before the first."""
+        """Step of the lowest evaluation loss; 0 if the adapter is as before the first step."""
         return self.progress.best_step
 
     @property
@@ -89,26 +91,29 @@ class Outcome:
 
 
 class Run:
-    """Jobs in training. `stop` and `cancel` may be called from any thread, all else from one.
+    """Jobs in training. `stop` and `cancel` are thread-safe; all else belongs to one thread.
 
     Attributes:
-        answer: generates answers for metrics and samples; set before `train`, or there are none.
-        notices: sentences on what was found when the run was resumed.
-        round: rounds done; the step of every job that still trains.
-        seconds: of training so far, in all processes together.
+        round: number of completed rounds, which is the step of every active job.
+        seconds: training time so far, over all processes that have worked on the run.
     """
 
     def __init__(
-        self, spec: RunSpec, ground: Ground, folder: RunFolder, observers: Sequence[Observer]
+        self,
+        spec: RunSpec,
+        inputs: RunInputs,
+        jobs: list[Job],
+        folder: RunFolder,
+        observers: Sequence[Observer],
     ) -> None:
         """Use `start` or `resume`."""
-        self.spec, self.ground = spec, ground
-        self.base, self.text, self.datasets = ground.base, ground.text, ground.datasets
-        self.joint = JointPass(ground.base.weights, checkpointing=spec.checkpointing)
-        self.answer: Answer | None = None
+        self.spec, self.inputs = spec, inputs
+        self.base, self.text, self.datasets = inputs.base, inputs.text, inputs.datasets
+        self.joint = JointPass(inputs.base.weights, checkpointing=spec.checkpointing)
         self.round = 0
         self.seconds = 0.0
-        self._jobs: list[Job] = []
+        self._answer: Answer | None = None
+        self._jobs = jobs
         self._folder = folder
         self._observers = observers
         self._prepared = False
@@ -118,9 +123,9 @@ class Run:
 
     @classmethod
     def start(
-        cls, spec: RunSpec, observers: Sequence[Observer] = (), ground: Ground | None = None
+        cls, spec: RunSpec, observers: Sequence[Observer] = (), inputs: RunInputs | None = None
     ) -> Run:
-        """A new run. Everything is checked before its folder is made.
+        """Makes a new run. Everything is checked before its directory is made.
 
         Raises Refusal: CONFIG_INVALID, DATA_INVALID, METHOD_INVALID, BUSY, DISK_FULL,
         OUT_OF_MEMORY.
@@ -130,46 +135,43 @@ class Run:
         if is_run(spec.out):
             raise Refusal(
                 Reason.CONFIG_INVALID,
-                f"{spec.out} holds a run already; resume it, or choose another folder for this one",
+                f"{spec.out} already holds a run; resume it, or choose another --out",
             )
-        with surroundings(spec):
-            ground = ground or Ground.open(spec)
-            jobs = ground.jobs(spec)
+        with process_settings(spec):
+            inputs = inputs or RunInputs.open(spec)
+            jobs = inputs.jobs(spec)
         folder = RunFolder(spec.out, spec.keep)
         try:
             folder.write_config(to_toml(spec))
         except BaseException:
             folder.close()
             raise
-        run = cls(spec, ground, folder, observers)
-        run._jobs = jobs
-        return run
+        return cls(spec, inputs, jobs, folder, observers)
 
     @classmethod
     def resume(
-        cls, out: Path, observers: Sequence[Observer] = (), ground: Ground | None = None
+        cls, out: Path, observers: Sequence[Observer] = (), inputs: RunInputs | None = None
     ) -> Run:
-        """The run of a folder, at its newest whole checkpoint.
+        """Restores the run in directory `out` from its newest undamaged checkpoint.
 
-        Raises Refusal: CHECKPOINT_INVALID (no run, or nothing whole), BASE_MISMATCH,
-        DATA_INVALID (the data has changed), BUSY, and what `start` raises.
+        Raises Refusal: CHECKPOINT_INVALID (no run, or only damaged checkpoints), BASE_MISMATCH,
+        DATA_INVALID (the data has changed), BUSY, and the reasons of `start`.
         """
         out = out.absolute()
         if not is_run(out):
             raise Refusal(
-                Reason.CHECKPOINT_INVALID, f"{out} is no run's folder: it has no {CONFIG}"
-            )  # fmt: skip
+                Reason.CHECKPOINT_INVALID, f"{out} is not the directory of a run: no {CONFIG} in it"
+            )
         folder = RunFolder(out)
         try:
             snapshot = folder.newest()
             spec = _spec_of(out, snapshot)
             folder.keep = spec.keep
-            with surroundings(spec):
-                ground = ground or Ground.open(spec)
+            with process_settings(spec):
+                inputs = inputs or RunInputs.open(spec)
                 if snapshot is not None:
-                    ground.check_same(snapshot.values["identity"], spec)
-                run = cls(spec, ground, folder, observers)
-                run._jobs = ground.jobs(spec)
+                    inputs.check_same(snapshot.values["identity"], spec)
+                run = cls(spec, inputs, inputs.jobs(spec), folder, observers)
                 if snapshot is not None:
                     run._load(snapshot)
         except BaseException:
@@ -179,6 +181,7 @@ class Run:
 
     @property
     def notices(self) -> Sequence[str]:
+        """Sentences about checkpoints that were skipped when the run was resumed."""
         return self._folder.notices
 
     @property
@@ -186,25 +189,28 @@ class Run:
         return self._jobs
 
     def stop(self) -> None:
-        """Makes `train` save and return soon: before the next pass."""
+        """Makes `train` save the run and return before the next pass."""
         self._stopping.set()
 
     def cancel(self, job: str) -> None:
-        """Ends one job before its next step; its best parameters so far are its outcome."""
+        """Ends one job before its next step; its result is its best parameters so far."""
         if job not in self.datasets:
             raise Refusal(Reason.CONFIG_INVALID, f"there is no job {job!r} in this run")
         self._cancelled.add(job)
 
-    def train(self) -> Mapping[str, Outcome]:
-        """Trains until every job has ended, or `stop` was called; saved, either way.
+    def train(self, answer: Answer | None = None) -> Mapping[str, JobOutcome]:
+        """Trains until every job has ended or `stop` was called, and saves the run either way.
 
-        Raises Refusal: OUT_OF_MEMORY, DISK_FULL; then the last checkpoint is whole, and the run
-        can be resumed.
+        `answer` generates the answers for metrics and samples; without it there are none.
+
+        Raises Refusal: OUT_OF_MEMORY, DISK_FULL. The last checkpoint is then undamaged, and the
+        run can be resumed.
         """
+        self._answer = answer
         began, before = time.monotonic(), self.seconds
         tokens = sum(job.progress.tokens for job in self._jobs)
         try:
-            with surroundings(self.spec):
+            with process_settings(self.spec):
                 self._emit([self._started()])
                 self._prepared = self._prepared or self._prepare()
                 while self._prepared and not self._stopping.is_set():
@@ -230,7 +236,7 @@ class Run:
         return {job.name: self._outcome(job) for job in self._jobs}
 
     def _prepare(self) -> bool:
-        """What comes before the first step; False if told to stop meanwhile."""
+        """Does what precedes the first step. Returns False if stopped before that was complete."""
         for job in self._jobs:
             if self._stopping.is_set():
                 return False
@@ -256,7 +262,7 @@ class Run:
         return observe
 
     def _round(self) -> None:
-        """One optimiser step of every job that trains; nothing, if told to stop meanwhile."""
+        """Takes one optimiser step of every active job, or none at all if stopped before that."""
         jobs = self._active()
         steps = [job.begin() for job in jobs]
         sums = [0.0] * len(jobs)
@@ -277,29 +283,29 @@ class Run:
         self._saved = False
 
     def _evaluate(self, jobs: Sequence[Job]) -> bool:
-        """Evaluates them, before their first step or after one; False if told to stop meanwhile."""
+        """Evaluates jobs before their first step or after one. Returns False if stopped."""
         sums = evaluate.losses(self.joint, jobs, self._stopping.is_set)
         if sums is None:
             return False
-        answer = self.answer and evaluate.remembered(self.answer)
+        answer = self._answer and evaluate.remembered(self._answer)
         for job, total in zip(jobs, sums, strict=True):
             examples = self.datasets[job.name].evaluation
             share = evaluate.metric(job, self._delta(job), examples, answer)
             self._emit(job.evaluate(total, share))
             if answer is not None and (job.progress.step == 0 or not job.active):
-                delta = self._delta(job)  # the best one's, if the job has ended now
+                delta = self._delta(job)  # has the best parameters if the job has just ended
                 self._emit(evaluate.answers(job, delta, examples, answer, self.text.decode))
         self._saved = False
         return True
 
     def _delta(self, job: Job) -> AdapterDelta | None:
-        """The bare base before the first step."""
+        """The job's current adapter; None, the plain base model, before the first step."""
         return evaluate.delta(job) if job.progress.step else None
 
     def _leave_cancelled(self) -> None:
         for job in self._active():
             if job.name in self._cancelled:
-                self._emit([job.leave(JobState.CANCELLED, "it was cancelled")])
+                self._emit([job.leave(JobStatus.CANCELLED, "it was cancelled")])
                 self._saved = False
 
     def _save(self) -> None:
@@ -307,16 +313,16 @@ class Run:
         values = {
             "format": _FORMAT,
             "spec": to_mapping(self.spec),
-            "identity": self.ground.identity,
+            "identity": self.inputs.identity,
             "round": self.round,
             "seconds": self.seconds,
             "jobs": {name: values for name, (values, _) in saved.items()},
         }
-        path = self._folder.save(Snapshot(values, {name: t for name, (_, t) in saved.items()}))
+        path = self._folder.save(RunSnapshot(values, {name: t for name, (_, t) in saved.items()}))
         self._saved = True
         self._emit([Saved(self.round, path)])
 
-    def _load(self, snapshot: Snapshot) -> None:
+    def _load(self, snapshot: RunSnapshot) -> None:
         values = snapshot.values
         for job in self._jobs:
             job.load(values["jobs"][job.name], snapshot.tensors[job.name])
@@ -340,9 +346,9 @@ class Run:
             tuple(states),
         )
 
-    def _outcome(self, job: Job) -> Outcome:
+    def _outcome(self, job: Job) -> JobOutcome:
         data = self.datasets[job.name]
-        return Outcome(job.spec, job.progress, job.adapter, data.digest, data.eval_digest)
+        return JobOutcome(job.spec, job.progress, job.adapter, data.digest, data.eval_digest)
 
     def _emit(self, events: Iterable[Event]) -> None:
         for event in events:
@@ -350,15 +356,18 @@ class Run:
                 observer.on(event)
 
 
-def _spec_of(out: Path, snapshot: Snapshot | None) -> RunSpec:
-    """What the run was asked to do; its folder may have been moved."""
+def _spec_of(out: Path, snapshot: RunSnapshot | None) -> RunSpec:
+    """Returns the options that the run was started with, with `out` in place of its own.
+
+    The directory may have been moved since then.
+    """
     if snapshot is None:
         spec = from_toml((out / CONFIG).read_text("utf-8"))
     elif snapshot.values.get("format") != _FORMAT:
         raise Refusal(
             Reason.CHECKPOINT_INVALID,
-            f"the checkpoints in {out} are of format {snapshot.values.get('format')}, and this is "
-            f"the trainer of format {_FORMAT}; resume with the one that wrote them",
+            f"the checkpoints in {out} have format {snapshot.values.get('format')}, and this "
+            f"trainer reads format {_FORMAT}; resume with the version that wrote them",
         )
     else:
         spec = from_mapping(snapshot.values["spec"])

@@ -1,9 +1,9 @@
-"""When a job's loss says that nothing will come of it any more.
+"""Detects that a job has diverged.
 
-A loss explodes that is above `limit`: three times what it was before the first step and two nats
-more than that, whichever is higher (from a loss of 0.1, three times as much is still good). It has
-diverged when `STEPS` training steps in a row are there and the last is not below the first, or when
-two evaluations in a row are and the second is not below the first.
+A loss counts as exploded above `limit`: the larger of 3 × initial and initial + 2 nats. (From an
+initial 0.1, three times as much would still be good.) A job has diverged when the losses of
+`STEPS` consecutive training steps, or of `EVALUATIONS` consecutive evaluations, have exploded and
+the last of them is not below the first.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ EVALUATIONS = 2
 
 
 @dataclass
-class Watch:
-    """What was seen of a job's losses.
+class DivergenceWatch:
+    """The losses of a job that decide whether it has diverged.
 
     Attributes:
-        reference: the loss before the first step, or the first step's where nothing is evaluated.
-        steps, evaluations: the latest losses above the limit, without one below it between them.
+        reference: the initial loss: before the first step, or of it if nothing is evaluated.
+        steps: the latest consecutive training losses above the limit.
+        evaluations: the latest consecutive evaluation losses above the limit.
     """
 
     reference: float | None = None
@@ -30,20 +31,20 @@ class Watch:
 
     @property
     def limit(self) -> float:
-        """Above it a loss explodes."""
+        """Largest loss that has not exploded; infinite before the first loss."""
         if self.reference is None:
             return math.inf
         return max(3 * self.reference, self.reference + 2)
 
     def trained(self, loss: float) -> str:
-        """Looks at a step's loss; a sentence if the job has diverged, else ""."""
+        """Takes a step's loss into account; returns a sentence if the job has diverged, or ""."""
         if self.reference is None:
             self.reference = loss
         self.steps = [*self.steps, loss][-STEPS:] if loss > self.limit else []
         return self._verdict(self.steps, STEPS, "steps")
 
     def evaluated(self, loss: float) -> str:
-        """Looks at an evaluation's loss; the first one is the reference."""
+        """Takes an evaluation's loss into account and returns as `trained` does."""
         if self.reference is None:
             self.reference = loss
         self.evaluations = [*self.evaluations, loss][-EVALUATIONS:] if loss > self.limit else []
@@ -54,5 +55,5 @@ class Watch:
             return ""
         return (
             f"the loss was {self.reference:.3g} at first and above {self.limit:.3g} for {most} "
-            f"{what} in a row, at last {losses[-1]:.3g}; lower lr"
+            f"{what} in a row, finally {losses[-1]:.3g}; lower lr"
         )

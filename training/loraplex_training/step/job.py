@@ -1,17 +1,17 @@
-"""One adapter in training: its steps, evaluations and end, alone or beside others.
+"""One adapter in training: its steps, its evaluations and its end.
 
-A step, in this order:
+The order of a step:
 
-    1. gradients of (sum of token losses) / (learned tokens of the step), by `JointPass`, over the
+    1. gradients of (sum of token losses) / (learned tokens of the step), from `JointPass`, over the
        step's micro-batches; then the gradient of the method's penalty, once
-    2. their norm; one that is not finite, or such a loss, ends the job and nothing moves
+    2. their norm; if it or the loss is not finite, the job ends and no parameter changes
     3. clipping by the job's own norm, the optimiser, the schedule
-    4. the method's `stepped`, while gradients are there; then they go
+    4. the method's `stepped`, while the gradients still exist; then they are freed
 
-An evaluation comes before the first step, after every `eval_every`-th and after the last. The
-parameters of the lowest loss among those after a step are kept and put back at the end; the steps
-in which a method is still on its way to what was asked for (`TrainedAdapter.settled`) are none of
-them, and nothing is stopped early meanwhile.
+Evaluations take place before the first step, after every `eval_every`-th and after the last. The
+parameters with the lowest loss after a step are kept and restored at the end. Steps at which a
+method has not yet reached its final form (`TrainedAdapter.settled`) do not count, and do not stop
+the job early.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ import torch
 from loraplex_training.data import Batches
 from loraplex_training.data.samples import MicroBatch
 from loraplex_training.methods.base import TrainedAdapter
-from loraplex_training.report.events import Evaluated, Event, JobEnded, JobState, StepDone
+from loraplex_training.report.events import Evaluated, Event, JobEnded, JobStatus, StepDone
 from loraplex_training.spec.spec import JobSpec
-from loraplex_training.step.divergence import Watch
+from loraplex_training.step.divergence import DivergenceWatch
 from loraplex_training.step.joint import Part
 from loraplex_training.step.optimiser import JobOptimiser
 
@@ -38,7 +38,7 @@ Tensors = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What an optimiser step computes: one part for each micro-batch."""
+    """The passes of an optimiser step, one part per micro-batch, and its numbers of tokens."""
 
     parts: Sequence[Part]
     tokens: int
@@ -46,22 +46,24 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
-    """Where a job is; all that is neither a tensor nor the optimiser's.
+class TrainingState:
+    """State of a job, without tensors and the optimiser's state.
 
     Attributes:
-        step: optimiser steps taken.
-        reason: why it ended.
+        step: number of optimiser steps taken.
+        reason: a sentence on why the job ended, or "".
         first_loss: evaluation loss before the first step; None without evaluation.
-        best_step: 0 while no step was worth keeping. best_loss: of the evaluation, or of the last
-            training step where nothing is evaluated; infinite while there is none.
-        first_metric, best_metric: shares of right answers at those evaluations, if asked for.
-        evaluated: the step of the last evaluation.
-        waited: evaluations since the best one.
-        tokens: seen so far.
+        best_step: step of the best evaluation; 0 if there is none yet.
+        best_loss: loss of the best evaluation, or of the last training step if nothing is
+            evaluated; infinite if there is none yet.
+        first_metric: share of correct answers before the first step; None without a metric.
+        best_metric: share of correct answers at the best evaluation; None without a metric.
+        evaluated: step of the last evaluation.
+        waited: number of evaluations since the best one.
+        tokens: number of tokens trained on.
     """
 
-    state: JobState = JobState.TRAINING
+    state: JobStatus = JobStatus.TRAINING
     step: int = 0
     reason: str = ""
     first_loss: float | None = None
@@ -75,10 +77,10 @@ class Progress:
 
 
 class Job:
-    """One job of a run. Its adapter is its own; nothing here depends on other jobs.
+    """One job of a run. It has its own adapter and does not depend on other jobs.
 
     Attributes:
-        progress: where it is; replaced, never changed.
+        progress: current state; a change replaces the value.
     """
 
     def __init__(
@@ -89,17 +91,17 @@ class Job:
         evaluation: Sequence[MicroBatch],
         generator: torch.Generator,
     ) -> None:
-        """`generator` is the one that the adapter was made with."""
+        """`generator` is the one that initialised the adapter."""
         self.spec: Final = spec
         self.adapter: Final = adapter
         self.batches: Final = batches
         self.evaluation: Final = evaluation
-        self.progress = Progress()
+        self.progress = TrainingState()
         self._generator = generator
         self._optimiser: JobOptimiser | None = JobOptimiser(
             spec.optim, adapter.parameters, adapter.groups(), batches.steps
         )
-        self._watch = Watch()
+        self._watch = DivergenceWatch()
         self._best: dict[str, torch.Tensor] | None = None
         self._device = next(iter(adapter.parameters.values())).device
 
@@ -109,12 +111,12 @@ class Job:
 
     @property
     def active(self) -> bool:
-        """Whether it still trains."""
-        return self.progress.state is JobState.TRAINING
+        """Whether the job still trains."""
+        return self.progress.state is JobStatus.TRAINING
 
     @property
     def due(self) -> bool:
-        """Whether it is to be evaluated now, after a step."""
+        """Whether the job is to be evaluated now, after a step."""
         done = self.progress.step
         if not self.active or not self.evaluation or done == self.progress.evaluated:
             return False
@@ -125,7 +127,7 @@ class Job:
         return self.batches.epoch(done) != self.batches.epoch(done - 1)
 
     def begin(self) -> Step:
-        """The next step."""
+        """Returns the next step."""
         batches = self.batches.step(self.progress.step)
         learned = sum(batch.learned for batch in batches)
         return Step(
@@ -138,7 +140,10 @@ class Job:
         )
 
     def end(self, step: Step, loss_sum: float, seconds: float) -> Iterator[Event]:
-        """Takes the step, whose gradients are there. `loss_sum` is over all its learned tokens."""
+        """Applies the optimiser step; gradients are already accumulated.
+
+        `loss_sum` is the sum over the step's learned tokens; `seconds` the duration of its passes.
+        """
         optimiser = self._optimiser
         assert optimiser is not None
         loss = loss_sum / max(1, step.learned)
@@ -151,7 +156,7 @@ class Job:
             what = f"loss of step {number} is {loss}" if not math.isfinite(loss) else (
                 f"gradient of step {number} is not finite"
             )  # fmt: skip
-            yield self.leave(JobState.DIVERGED, f"the {what}; lower lr")
+            yield self.leave(JobStatus.DIVERGED, f"the {what}; lower lr")
             return
         rate = optimiser.rate
         optimiser.clip(norm)
@@ -166,12 +171,12 @@ class Job:
         if not self.evaluation and not reason and number == self.batches.steps:
             self._set(best_step=number, best_loss=loss)
         if reason:
-            yield self.leave(JobState.DIVERGED, reason)
+            yield self.leave(JobStatus.DIVERGED, reason)
         elif number == self.batches.steps and not self.evaluation:
-            yield self.leave(JobState.FINISHED, f"all {number} steps are done")
+            yield self.leave(JobStatus.FINISHED, f"all {number} steps are done")
 
     def evaluate(self, loss_sum: float, metric: float | None) -> Iterator[Event]:
-        """Takes an evaluation's result in: the sum of losses over all its learned tokens."""
+        """Records an evaluation: the sum of losses over its learned tokens, and the metric."""
         now = self.progress.step
         self._set(evaluated=now)
         loss = loss_sum / max(1, sum(batch.learned for batch in self.evaluation))
@@ -193,12 +198,12 @@ class Job:
             self._optimiser.evaluated(loss)
         patience = self.spec.patience
         if reason:
-            yield self.leave(JobState.DIVERGED, reason)
+            yield self.leave(JobStatus.DIVERGED, reason)
         elif now == self.batches.steps:
-            yield self.leave(JobState.FINISHED, self._summary(now))
+            yield self.leave(JobStatus.FINISHED, self._summary(now))
         elif patience and self.progress.waited >= patience:
             yield self.leave(
-                JobState.STOPPED_EARLY,
+                JobStatus.STOPPED_EARLY,
                 f"the evaluation loss has not fallen below {self.progress.best_loss:.4g}, that of "
                 f"step {self.progress.best_step}, in {patience} evaluations",
             )
@@ -207,13 +212,13 @@ class Job:
         first, best = self.progress.first_loss, self.progress.best_loss
         if first is not None and best >= first:
             return (
-                f"all {steps} steps are done, but no evaluation loss was below the {first:.4g} "
-                "before the first; lower lr, or look at the data"
+                f"all {steps} steps are done, but no evaluation loss was below the initial "
+                f"{first:.4g}; lower lr, or check the data"
             )
         return f"all {steps} steps are done"
 
-    def leave(self, state: JobState, reason: str) -> JobEnded:
-        """Ends the job: its best parameters come back, its optimiser's memory goes."""
+    def leave(self, state: JobStatus, reason: str) -> JobEnded:
+        """Ends the job: restores its best parameters and frees the optimiser's memory."""
         if self._optimiser is not None:
             self._optimiser.clear()
             self._optimiser = None
@@ -224,12 +229,12 @@ class Job:
         return JobEnded(self.name, state, self.progress.step, reason)
 
     def keep_start(self) -> None:
-        """Before the first step: what there is to go back to while no evaluation was better."""
+        """Keeps the initial parameters, which are restored if no later evaluation counts."""
         if self.evaluation:
             self._best = self._snapshot()
 
     def save(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """All of it but its options and data: numbers and tensors."""
+        """Returns the job's whole state as JSON values and tensors, without options and data."""
         values: dict[str, Any] = asdict(self.progress) | {"state": self.progress.state.value}
         values["watch"] = asdict(self._watch)
         tensors = self._live()
@@ -242,11 +247,11 @@ class Job:
         return values, tensors
 
     def load(self, values: Mapping[str, Any], tensors: Tensors) -> None:
-        """Takes back what `save` gave, into a job that was made anew."""
+        """Restores what `save` returned into a new job."""
         values = dict(values)
         optimiser, watch = values.pop("optimiser", None), values.pop("watch")
-        self.progress = Progress(**values | {"state": JobState(values["state"])})
-        self._watch = Watch(**watch)
+        self.progress = TrainingState(**values | {"state": JobStatus(values["state"])})
+        self._watch = DivergenceWatch(**watch)
         self._put_back(tensors)
         self._generator.set_state(tensors["generator"].clone())
         if optimiser is None:
@@ -258,12 +263,12 @@ class Job:
         self._best = {k: t.to(self._device, copy=True) for k, t in best.items()} or None
 
     def abandon(self) -> None:
-        """Forgets a step that was begun."""
+        """Discards the gradients of an unfinished step."""
         if self._optimiser is not None:
             self._optimiser.clear()
 
     def _live(self) -> dict[str, torch.Tensor]:
-        """Parameters and the method's state as they are now, not copied."""
+        """Returns the current parameters and the method's state, without copying."""
         parameters = {f"parameter/{k}": p.detach() for k, p in self.adapter.parameters.items()}
         return parameters | {f"state/{name}": t for name, t in self.adapter.state().items()}
 
@@ -279,7 +284,10 @@ class Job:
         )
 
     def _dropout(self, number: int) -> torch.Generator | None:
-        """The generator for a micro-batch of the next step: a function of these numbers alone."""
+        """Returns the generator for a micro-batch of the next step.
+
+        Its seed depends on the job's seed, the step and the micro-batch's number only.
+        """
         if not self.adapter.dropout:
             return None
         text = f"{self.spec.seed}/{self.progress.step}/{number}"

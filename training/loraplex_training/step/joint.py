@@ -1,8 +1,8 @@
-"""One pass over the base for the micro-batches of several jobs, and their gradients.
+"""One pass over the base model for the micro-batches of several jobs, with their gradients.
 
-The rows of all jobs lie side by side. Base products run over all of them; each job's adapter acts
-on its own rows, through the decoder that serves it. Rows never mix, so a job's loss and gradient
-are what they would be alone, up to rounding, and what is not finite in one stays in it.
+The rows of all jobs are side by side. Products with the base weights cover all rows; each job's
+adapter acts on its own rows, through the decoder that serves it. Rows never mix. So up to rounding
+a job's loss and gradient are the same as alone, and values that are not finite stay in their job.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class Part:
     """One job's share of a pass.
 
     Attributes:
-        adapter: None is the bare base.
-        weight: factor on the sum of its tokens' losses in what is differentiated: one over the
-            learned tokens of the optimiser step, so that every token of the step weighs alike.
-        dropout: generator of its dropout, or None: nothing is dropped.
+        adapter: the job's adapter; None is the plain base model.
+        weight: factor on the sum of token losses in the differentiated total. With one over the
+            learned tokens of the optimiser step, all tokens of the step have equal weight.
+        dropout: generator for dropout; None drops nothing.
     """
 
     adapter: TrainedAdapter | None
@@ -44,9 +44,9 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """All parts laid side by side: rows of virtual tokens stand before each example's own.
+    """All parts side by side; rows of virtual tokens precede those of each example.
 
-    `learned` and `targets` are, for each part, the rows whose next token counts, and that token.
+    `learned` has, for each part, the rows whose next token is learned; `targets` has those tokens.
     """
 
     tokens: torch.Tensor
@@ -59,12 +59,12 @@ class _Rows:
 
 
 class JointPass:
-    """Losses and gradients over one base."""
+    """Computes losses and gradients over one base model."""
 
     def __init__(
         self, base: BaseWeights, linear: BaseLinear | None = None, checkpointing: bool = False
     ) -> None:
-        """`checkpointing` computes each layer again in the backward pass, to save memory."""
+        """`checkpointing` recomputes each layer in the backward pass to save memory."""
         self._base = base
         on_cuda = base.embed.is_cuda
         self._linear = linear or (FusedLinear() if on_cuda else ScratchLinear(unpack.kernel()))
@@ -73,9 +73,8 @@ class JointPass:
     def backward(self, parts: Sequence[Part], linear: BaseLinear | None = None) -> list[float]:
         """Adds each part's gradient to its adapter's parameters (`.grad`).
 
-        Returns the sum of each part's token losses (cross-entropy, nats), unweighted. Penalties
-        are not in it. A part whose sum is not finite has gradients that are not; others are
-        untouched by it.
+        Returns each part's unweighted sum of token losses (cross-entropy, nats), without penalties.
+        If a part's sum is not finite, neither are its gradients; other parts are not affected.
         """
         with torch.enable_grad():
             sums = self._sums(parts, linear or self._linear, self._checkpointing)
@@ -85,13 +84,13 @@ class JointPass:
         return [float(s.detach()) for s in sums]
 
     def losses(self, parts: Sequence[Part]) -> list[float]:
-        """The sums alone, without gradients, dropout or memory for them."""
+        """Returns the sums of `backward` without computing gradients, and without dropout."""
         plain = [replace(part, dropout=None) for part in parts]
         with torch.no_grad():
             return [float(s) for s in self._sums(plain, self._linear)]
 
     def logits(self, delta: AdapterDelta | None, tokens: Sequence[int]) -> torch.Tensor:
-        """float32 [T, vocab] of one sequence, for checks; None is the bare base."""
+        """Returns the logits of one sequence, float32 [T, vocab]. None is the plain base model."""
         ids = torch.tensor(tokens)
         batch = MicroBatch(ids, (0, len(ids)), torch.zeros_like(ids))
         with torch.no_grad():
@@ -159,7 +158,7 @@ def _group(delta: AdapterDelta | None, rows: int) -> list[RowGroup]:
 
 
 def _dropout(part: Part) -> Dropout | None:
-    """What the part drops in this pass; moves its generator on by one number."""
+    """Returns the part's dropout in this pass; draws one number from its generator."""
     if part.adapter is None or part.dropout is None or part.adapter.dropout == 0:
         return None
     seed = torch.randint(1 << 62, (), generator=part.dropout, device=part.dropout.device)

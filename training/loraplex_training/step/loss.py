@@ -1,9 +1,9 @@
 """Cross-entropy of learned tokens without a matrix of [tokens, vocabulary].
 
-Logits exist for a few hundred rows at a time. Their gradient is one product away from them (softmax
-minus one at the target, times the head), so it is taken at once, while they are there: what is kept
-for the backward pass is a gradient of the size of the hidden states (as in the chunked losses of
-Liger, arXiv 2410.10989, and of Wijmans et al., arXiv 2411.09009).
+Logits exist for a few hundred rows at a time. Their gradient (softmax minus one at the target,
+times the head) is computed at once, in the forward pass, so the backward pass needs only a gradient
+of the size of the hidden states. The chunked losses of Liger (arXiv 2410.10989) and of Wijmans et
+al. (arXiv 2411.09009) work in the same way.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from loraplex_model.base.config import MODEL
 from loraplex_model.base.weights import BaseWeights
 from loraplex_model.decoder import forward
 
-_CHUNK_BYTES = 100 << 20  # of logits; less is slower, since the head is read anew for each chunk
+_CHUNK_BYTES = 100 << 20  # of logits; less is slower, since every chunk reads the whole head
 _MOST_ROWS = 512
 _HEAD = (MODEL, "lm_head")
 _FACTORS = ("a", "b", "rows")  # of the head's SiteDelta
 
 
 def chunk_rows(vocab: int, itemsize: int = 4) -> int:
-    """Rows whose logits exist at a time."""
+    """Returns the number of rows whose logits exist at a time."""
     return max(16, min(_MOST_ROWS, _CHUNK_BYTES // (vocab * itemsize) // 16 * 16))
 
 
 def token_losses(base: BaseWeights, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Each row's cross-entropy in nats, [R], of normed states [R, hidden] under the base's head.
+    """Returns the cross-entropy [R], in nats, of normed states [R, hidden] under the base head.
 
     Differentiable in `hidden`. A row's loss and gradient depend on that row only.
     """
@@ -43,16 +43,16 @@ def token_losses(base: BaseWeights, hidden: torch.Tensor, targets: torch.Tensor)
 
 
 def changes_head(delta: AdapterDelta | None) -> bool:
-    """Whether an adapter has a head of its own, so that `summed_loss` is needed."""
+    """Returns whether an adapter changes the head, so that `summed_loss` is needed."""
     return delta is not None and delta.at(_HEAD) is not None
 
 
 def summed_loss(
     base: BaseWeights, delta: AdapterDelta, hidden: torch.Tensor, targets: torch.Tensor
 ) -> torch.Tensor:
-    """The sum of the rows' cross-entropies under the head as `delta` changes it.
+    """Returns the sum of the rows' cross-entropies under the head with the change in `delta`.
 
-    Differentiable in `hidden` and in what changes the head.
+    Differentiable in `hidden` and in the tensors of the head's change.
     """
     change = delta.at(_HEAD)
     assert change is not None
@@ -85,10 +85,10 @@ class _TokenLosses(torch.autograd.Function):
             if gradient is None:
                 losses[chunk] = scores.to(wide).logsumexp(-1) - right[:, 0]
                 continue
-            # In place where the type allows it: fresh memory costs more than the arithmetic.
+            # In place if the dtypes are equal: new memory costs more than the arithmetic.
             into = scores if scores.dtype == wide else None
             shares = torch.softmax(scores, -1, dtype=wide, out=into)
-            # The largest share is exp(0) over the sum, which gives the logarithm of the sum.
+            # The largest share is exp(0) / sum, which gives the logarithm of the sum.
             losses[chunk] = (largest - shares.amax(-1, keepdim=True).log() - right)[:, 0]
             shares.scatter_add_(1, target, torch.full_like(right, -1.0))
             torch.mm(shares.to(head.dtype), head, out=gradient[chunk])
@@ -155,9 +155,9 @@ def of_parts(
     learned: Sequence[torch.Tensor],
     targets: Sequence[torch.Tensor],
 ) -> list[torch.Tensor]:
-    """The sum of each part's token losses; `learned` are the rows of `hidden` that count.
+    """Returns the sum of each part's token losses; `learned` has its rows of `hidden`.
 
-    Parts under the base's own head share their chunks.
+    Parts under the unchanged base head share chunks.
     """
     plain = [i for i, delta in enumerate(deltas) if not changes_head(delta)]
     sums: dict[int, torch.Tensor] = {}

@@ -1,8 +1,8 @@
-"""How much memory a pass and its steps take: reckoned before, measured after.
+"""Estimates the memory of a pass and its steps beforehand, and measures it afterwards.
 
-The count follows the code: what each function of the pass keeps for its derivative, a token. The
-constants are of torch 2.13 on Linux; the whole comes within a quarter of what the default model
-takes (`bench/train.py` prints both).
+The estimate adds up what each function of the pass keeps per token for its derivative. Its
+constants are for torch 2.13 on Linux; for the default model it is within a quarter of the measured
+peak (`bench/train.py` prints both).
 """
 
 from __future__ import annotations
@@ -19,16 +19,23 @@ from loraplex_model.decoder import forward
 from loraplex_training.step.loss import chunk_rows
 
 _PROGRAM = 300 << 20
-"""Python, torch and the other libraries in memory."""
+"""Bytes of Python, torch and the other libraries."""
 
 _OPTIMISER_BYTES = {"adamw": 8, "paged_adamw": 8, "adamw8bit": 2, "paged_adamw8bit": 2, "sgd": 0}
-"""State of one parameter: two moments of 4 bytes, or of 1."""
+"""Bytes of state per parameter: two moments of 4 bytes or of 1 byte."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterSize:
-    """One job's adapter: numbers that it trains, bytes of each, its optimiser (`OptimSpec.name`)
-    and, for LoRA, the sum of the ranks of a layer's modules and whether it has the head too."""
+    """Size of one job's adapter.
+
+    Attributes:
+        parameters: number of trained parameters.
+        itemsize: bytes of a parameter.
+        optimiser: `OptimSpec.name`.
+        ranks: for LoRA, the sum of the ranks of a layer's modules.
+        head: whether the adapter changes the head.
+    """
 
     parameters: int
     itemsize: int = 4
@@ -39,13 +46,13 @@ class AdapterSize:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Bytes at the peak, by what they are for."""
+    """Estimated bytes at the peak, by purpose."""
 
     items: Mapping[str, int]
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Sum of all parts."""
         return sum(self.items.values())
 
 
@@ -56,8 +63,11 @@ def estimate(
     checkpointing: bool = False,
     learned: int | None = None,
 ) -> Estimate:
-    """What the largest pass takes: of `tokens` tokens in all its jobs, virtual ones included, of
-    which `learned` count (None: all)."""
+    """Estimates the memory of the largest pass.
+
+    `tokens` counts the tokens of all its jobs, virtual ones included, and `learned` those of them
+    that are learned (None: all).
+    """
     config, on_cuda = base.config, base.embed.is_cuda
     item = forward.activation_dtype(base.embed).itemsize
     learned = tokens if learned is None else learned
@@ -81,31 +91,31 @@ def estimate(
             "activations": kept,
             "loss": loss,
             "unpacked matrix": _largest_matrix(config) * item,
-            # Blocks that were given back and do not fit what is asked for next; measured.
+            # Freed blocks that do not fit later allocations. Measured.
             "allocator": kept // 5 + (0 if on_cuda else 10 * layer),
         }
     )
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has held so far, on the device if it is a GPU."""
+    """Returns the peak memory of this process so far, on the device if that is a GPU."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _kept_of_a_layer(config: DecoderConfig, ranks: int) -> int:
-    """Numbers that a layer keeps of a token until its derivative is taken."""
-    norms = 2 * (config.hidden_size + 1)  # their inputs; what comes out is made again
+    """Returns the number of values per token that a layer keeps until its backward pass."""
+    norms = 2 * (config.hidden_size + 1)  # inputs of both; outputs are computed again
     attention = config.q_size + 2 * config.kv_size  # q, k and v, rotated in place
-    if config.qk_norm:  # as they are before their norms, and rotated
+    if config.qk_norm:  # q and k before their norms as well as rotated
         attention += config.q_size + config.kv_size + config.num_heads + config.num_kv_heads
-    attended = 2 * config.q_size + config.num_heads  # twice: by heads, and as o reads it
+    attended = 2 * config.q_size + config.num_heads  # twice: per head, and as input of o
     return norms + attention + attended + 2 * config.intermediate_size + ranks
 
 
 def _of_adapter(adapter: AdapterSize) -> int:
-    # Parameters, their gradients, the scaled copies that a pass reads and the gradients of those.
+    # Parameters, their gradients, and the scaled copies that a pass reads with their gradients.
     return adapter.parameters * (3 * adapter.itemsize + _OPTIMISER_BYTES[adapter.optimiser])
 
 

@@ -1,8 +1,8 @@
 """A job's optimiser and learning rate: torch's and bitsandbytes' AdamW, transformers' schedules.
 
-What bitsandbytes 0.50 does on a CPU: its 8-bit AdamW runs there as on CUDA (uint8 moments in blocks
-of 256, tensors under 4096 numbers in float32). Paging moves state between a GPU and the host; on a
-CPU it falls back to none with a warning, so here it is refused.
+On a CPU, the 8-bit AdamW of bitsandbytes 0.50 works as on CUDA (uint8 moments in blocks of 256,
+tensors of fewer than 4096 elements in float32). Paging moves state between a GPU and the host; on a
+CPU bitsandbytes only warns and does not page, so paged optimisers are refused there.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ _BITSANDBYTES = {
 }
 _BY_LOSS = ("reduce_lr_on_plateau", "greedy")
 _CODES = {"qmap1": "dynamic", "qmap2": "udynamic"}
-"""bitsandbytes' 8-bit codes, the same for all tensors: not saved."""
+"""bitsandbytes' 8-bit codes, which are the same for all tensors and therefore not saved."""
 
 
 @dataclass(frozen=True, slots=True)
 class OptimiserState:
-    """What an optimiser keeps, read off its tensors.
+    """The state that an optimiser keeps, as found in its tensors.
 
     Attributes:
-        kind: the optimiser's class.
-        dtypes: how many parameters have moments of each type.
-        nbytes: of all tensors; paged_bytes: of those that a GPU may page out.
+        kind: name of the optimiser's class.
+        dtypes: number of parameters with moments of each dtype.
+        nbytes: size of all tensors.
+        paged_bytes: size of those that a GPU may page out.
     """
 
     kind: str
@@ -54,18 +55,18 @@ class OptimiserState:
 
 
 def problem_of(spec: OptimSpec, device: torch.device) -> str:
-    """Why this optimiser cannot run on this device, and what can; "" if it can."""
+    """Returns a sentence on why the optimiser cannot run on the device, or "" if it can."""
     if spec.name.startswith("paged") and device.type != "cuda":
         other = "adamw8bit" if spec.name.endswith("8bit") else "adamw"
         return (
             f"optimiser {spec.name} pages its state between a GPU and the host, and this run is on "
-            f"the {device.type}, where all state is on the host; take {other} (the same arithmetic)"
+            f"the {device.type}; use {other}, which computes the same"
         )
     return ""
 
 
 class JobOptimiser:
-    """Moves one job's parameters. One step is: `norm`, `clip`, `step`, `clear`."""
+    """Updates one job's parameters. A step consists of `norm`, `clip`, `step` and `clear`."""
 
     def __init__(
         self,
@@ -74,7 +75,7 @@ class JobOptimiser:
         groups: Sequence[ParameterGroup],
         steps: int,
     ) -> None:
-        """`steps` are the job's in all, for its schedule. `groups` name every parameter once."""
+        """`steps` is the job's total, for the schedule. `groups` name every parameter once."""
         named = [name for group in groups for name in group.names]
         assert sorted(named) == sorted(parameters), "the groups name every parameter once"
         self._spec = spec
@@ -96,41 +97,41 @@ class JobOptimiser:
 
     @property
     def rate(self) -> float:
-        """The rate of the next step, of a group whose own factor is 1."""
+        """Learning rate of the next step, for a group with factor 1."""
         return float(self._optimiser.param_groups[0]["lr"]) / self._rates[0]
 
     def norm(self) -> float:
-        """The 2-norm of all gradients together."""
+        """Returns the 2-norm of all gradients together."""
         return float(torch.nn.utils.get_total_norm(self._gradients()))
 
     def clip(self, norm: float) -> None:
-        """Scales the gradients, whose norm is `norm`, to the job's limit if they are above it."""
+        """Scales the gradients to the job's limit if `norm`, their norm, exceeds it."""
         if 0 < self._spec.clip < norm:
             limit, found = self._spec.clip, torch.tensor(norm)
             torch.nn.utils.clip_grads_with_norm_(self._parameters.values(), limit, found)
 
     def step(self) -> None:
-        """Moves the parameters, then the schedule."""
+        """Updates the parameters, then the schedule."""
         self._optimiser.step()
         if self._spec.schedule not in _BY_LOSS:
             self._schedule.step()
 
     def evaluated(self, loss: float) -> None:
-        """Tells the schedules that look at the evaluation loss (plateau, greedy) what it is."""
+        """Updates schedules that depend on the evaluation loss (plateau, greedy)."""
         if self._spec.schedule in _BY_LOSS:
             self._schedule.step(loss)
 
     def clear(self) -> None:
-        """Lets the gradients go."""
+        """Frees the gradients."""
         for parameter in self._parameters.values():
             parameter.grad = None
 
     def describe(self) -> OptimiserState:
-        """What the state is now: nothing before the first step."""
+        """Returns the current state, which is empty before the first step."""
         return describe(self._optimiser)
 
     def state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """Numbers (fit for JSON) and tensors by name, from which `restore` goes on to the bit."""
+        """Returns JSON values and named tensors that `restore` resumes from bit for bit."""
         numbers: dict[str, dict[str, Any]] = {}
         tensors: dict[str, torch.Tensor] = {}
         for name, parameter in self._parameters.items():
@@ -146,7 +147,7 @@ class JobOptimiser:
         return {"numbers": numbers, "rates": rates, "schedule": schedule}, tensors
 
     def restore(self, values: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
-        """Takes `state` back."""
+        """Restores what `state` returned."""
         for name, parameter in self._parameters.items():
             state: dict[str, Any] = dict(values["numbers"].get(name, {}))
             for full, value in tensors.items():
@@ -164,7 +165,7 @@ class JobOptimiser:
             group["lr"] = rate
 
     def _placed(self, parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """A copy where the optimiser would have made it: paged, on the device, on the host."""
+        """Copies a tensor to where the optimiser keeps it: paged, on the device or on the host."""
         if isinstance(self._optimiser, torch.optim.AdamW) or value.shape != parameter.shape:
             return value.to(parameter.device, copy=True)
         buffer: torch.Tensor = self._optimiser.get_state_buffer(parameter, dtype=value.dtype)  # type: ignore[attr-defined]
@@ -175,7 +176,7 @@ class JobOptimiser:
 
 
 def describe(optimiser: torch.optim.Optimizer) -> OptimiserState:
-    """What an optimiser's state really is: from its tensors, not from its name."""
+    """Returns the actual state of an optimiser, from its tensors rather than its name."""
     dtypes: Counter[str] = Counter()
     storage: dict[int, torch.Tensor] = {}
     for state in optimiser.state.values():
@@ -195,7 +196,7 @@ def describe(optimiser: torch.optim.Optimizer) -> OptimiserState:
 def expected(
     spec: OptimSpec, parameters: Mapping[str, torch.Tensor], groups: Sequence[ParameterGroup]
 ) -> OptimiserState:
-    """What the state will be, seen on zeros of the same shapes, before the first step."""
+    """Returns the state that the optimiser will have, from a step on zeros of equal shapes."""
     zeros = {name: torch.zeros_like(p, requires_grad=True) for name, p in parameters.items()}
     for zero in zeros.values():
         zero.grad = torch.zeros_like(zero)
@@ -208,9 +209,9 @@ def _optimiser(spec: OptimSpec, groups: list[dict[str, Any]]) -> torch.optim.Opt
     if spec.name == "sgd":
         return torch.optim.SGD(groups, lr=spec.lr)
     if spec.name == "adamw":
-        # one native call for all tensors, in place of several for each
+        # One native call for all tensors instead of several for each.
         return torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=True)
-    import bitsandbytes  # seconds, so only where it is asked for
+    import bitsandbytes  # takes seconds, so only if needed
 
     kind = getattr(bitsandbytes.optim, _BITSANDBYTES[spec.name])
     optimiser: torch.optim.Optimizer = kind(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps)
@@ -218,7 +219,7 @@ def _optimiser(spec: OptimSpec, groups: list[dict[str, Any]]) -> torch.optim.Opt
 
 
 def _schedule(spec: OptimSpec, optimiser: torch.optim.Optimizer, steps: int) -> Any:
-    from transformers import get_scheduler  # seconds
+    from transformers import get_scheduler  # takes seconds
 
     name, rising = spec.schedule, int(spec.warmup * steps)
     if name == "constant" and rising:
@@ -229,7 +230,7 @@ def _schedule(spec: OptimSpec, optimiser: torch.optim.Optimizer, steps: int) -> 
 def _needs(
     name: str, spec: OptimSpec, optimiser: torch.optim.Optimizer, steps: int
 ) -> dict[str, Any] | None:
-    """What some schedules want to be told beside the steps; all else is transformers' default."""
+    """Returns the extra arguments of some schedules; all others have transformers' defaults."""
     rates = [group["lr"] for group in optimiser.param_groups]
     needs: Mapping[str, dict[str, Any]] = {
         "cosine_with_min_lr": {"min_lr_rate": 0.1},

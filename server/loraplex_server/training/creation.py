@@ -1,0 +1,86 @@
+"""Creates a training job on the disk: its configuration, its examples, its plan, its record."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from loraplex_server.training import data
+from loraplex_server.training.jobs import JobRecord
+from loraplex_server.training.records import Records
+from loraplex_server.training.request import JobRequest
+from loraplex_server.training.trainer import CONFIG, DATA, EVAL_DATA, Trainer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class JobFactory:
+    """Creates jobs. `data_bytes` limits a file of examples, which is below `import_root`."""
+
+    records: Records
+    trainer: Trainer
+    import_root: Path
+    data_bytes: int
+
+    async def create(
+        self, request: JobRequest, newest: str, held_bytes: int, require_open: Callable[[], None]
+    ) -> JobRecord:
+        """Creates a queued job. If anything fails, no file of it is left.
+
+        `newest` is the id of the newest job, or "". `held_bytes` of memory will be free once the
+        job starts. `require_open` is called just before the record is written and may raise.
+
+        Raises Refusal: FIELD_INVALID, TRAINING_MEMORY, STORE_FULL, STORE_UNAVAILABLE, and the
+        other reasons of `Trainer.plan`.
+        """
+        job_id = _next_id(newest)
+        try:
+            folder = await asyncio.to_thread(self.records.make, job_id)
+            await asyncio.to_thread(self._write, request, folder)
+            plan = await self.trainer.plan(folder)
+            self.trainer.require(plan, held_bytes)
+            require_open()
+            job = JobRecord(
+                id=job_id,
+                order=request.order,
+                request_id=request.request_id,
+                content=request.content(),
+                created=time.time(),
+                estimated_bytes=plan.bytes,
+            )
+            await asyncio.to_thread(self.records.save, job)
+            return job
+        except BaseException as error:
+            removing = asyncio.create_task(asyncio.to_thread(self.records.remove, job_id))
+            await asyncio.shield(removing)
+            if isinstance(error, OSError):
+                log.error("a training job cannot be written: %s", error)
+                raise data.from_os_error(error) from error
+            raise
+
+    def _write(self, request: JobRequest, folder: Path) -> None:
+        """Writes the job's configuration and the copies of its examples. Blocks."""
+        evaluated = request.eval_data is not None
+        configuration = self.trainer.configuration(request.order, folder, evaluated)
+        (folder / CONFIG).write_text(configuration, "utf-8")
+        for source, name in ((request.data, DATA), (request.eval_data, EVAL_DATA)):
+            if source is None:
+                continue
+            if source.path:
+                field = f"{source.field}.path"
+                data.copy(self.import_root, source.path, folder / name, self.data_bytes, field)
+            else:
+                data.write(folder / name, source.jsonl)
+
+
+def _next_id(newest: str) -> str:
+    """Returns an id above `newest`: the time in milliseconds and a random number."""
+    last = int(newest[:12] or "0", 16)
+    number = max(time.time_ns() // 1_000_000, last + 1)
+    return f"{number:012x}-{secrets.token_hex(4)}"

@@ -1,0 +1,125 @@
+"""All training jobs in memory and on the disk; publishes every change to those who watch.
+
+All state belongs to the event loop; the disk is accessed in threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Sequence
+from typing import Final
+
+from loraplex_model.base.refusal import Reason, Refusal, Subject
+
+from loraplex_server.training.jobs import JOB, JobRecord, State
+from loraplex_server.training.records import Records
+
+MAX_WATCHERS: Final = 64
+WATCH_SECONDS: Final = 0.1
+"""Shortest time between two states that one watcher receives."""
+
+log = logging.getLogger(__name__)
+
+
+class JobTable:
+    """The jobs by their ids. At most `kept` jobs that have ended are kept, the newest ones."""
+
+    def __init__(self, records: Records, kept: int) -> None:
+        self._records = records
+        self._kept = kept
+        self._jobs: dict[str, JobRecord] = {}
+        self._changed = asyncio.Event()
+        self._watchers = 0
+
+    async def load(self) -> Sequence[JobRecord]:
+        """Reads the jobs from the disk, oldest first. Raises OSError."""
+        found = await asyncio.to_thread(self._records.load)
+        self._jobs = {job.id: job for job in found}
+        return found
+
+    def __iter__(self) -> Iterator[JobRecord]:
+        return iter(self._jobs.values())
+
+    def get(self, job_id: str) -> JobRecord:
+        """Returns a job. Raises Refusal(JOB_NOT_FOUND)."""
+        job = self._jobs.get(job_id)
+        if job is None:
+            text = "there is no such training job"
+            raise Refusal(Reason.JOB_NOT_FOUND, text, subject=Subject(JOB, job_id))
+        return job
+
+    def page(
+        self, size: int, before: str, states: Collection[State]
+    ) -> tuple[Sequence[JobRecord], str]:
+        """Returns at most `size` jobs older than the id `before`, newest first.
+
+        "" for `before` is no bound. The second value is the last job's id, or "" if there are no
+        more.
+        """
+        found = [
+            job
+            for job_id, job in sorted(self._jobs.items(), reverse=True)
+            if (not before or job_id < before) and (not states or job.state in states)
+        ]
+        return found[:size], found[size - 1].id if len(found) > size else ""
+
+    def newest_id(self) -> str:
+        """Returns the id of the newest job, or "" if there is none."""
+        return max(self._jobs, default="")
+
+    def add(self, job: JobRecord) -> None:
+        """Adds a new job whose record is on the disk."""
+        self._jobs[job.id] = job
+
+    async def publish(self, job: JobRecord, save: bool = True) -> None:
+        """Replaces a job's state: first on the disk, unless `save` is false, then for everybody."""
+        if save:
+            try:
+                await asyncio.to_thread(self._records.save, job)
+            except OSError as error:
+                log.error("the record of training job %s cannot be written: %s", job.id, error)
+        self._jobs[job.id] = job
+        self.wake()
+
+    def wake(self) -> None:
+        """Wakes all that wait for a change: of a job, or of the positions in the queue."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def change(self) -> None:
+        """Waits for the next change of any job."""
+        await self._changed.wait()
+
+    async def watch(
+        self, job_id: str, position: Callable[[JobRecord], int]
+    ) -> AsyncGenerator[JobRecord, None]:
+        """Yields a job now and after each change, until it has ended or is interrupted.
+
+        A change of its `position` counts. A slow reader receives the newest state only. Raises
+        Refusal: JOB_NOT_FOUND, OVERLOADED.
+        """
+        job = self.get(job_id)
+        if self._watchers >= MAX_WATCHERS:
+            text = f"{self._watchers} calls watch jobs already; try again later"
+            raise Refusal(Reason.OVERLOADED, text)
+        self._watchers += 1
+        try:
+            while True:
+                place = position(job)
+                yield job
+                if job.final or job.state is State.INTERRUPTED:
+                    return
+                await asyncio.sleep(WATCH_SECONDS)
+                while self._jobs.get(job_id) is job and position(job) == place:
+                    await self.change()
+                job = self._jobs.get(job_id, job)
+        finally:
+            self._watchers -= 1
+
+    async def forget_old(self) -> None:
+        """Removes the oldest jobs that have ended, with their files, beyond the number kept."""
+        ended = sorted(job_id for job_id, job in self._jobs.items() if job.final)
+        for job_id in ended[: max(0, len(ended) - self._kept)]:
+            del self._jobs[job_id]
+            await asyncio.to_thread(self._records.remove, job_id)
