@@ -28,7 +28,7 @@ from loraplex_training.report.events import (
     Saved,
     StepDone,
 )
-from loraplex_training.run import plan as outlook
+from loraplex_training.run import plan as reports
 
 from train import commands
 from train.commands import Place, invoke
@@ -351,4 +351,4 @@ def test_every_method_is_listed_with_its_options() -> None:
         assert name in done.output
     assert "Full fine-tuning is not among them" in done.output
     assert "num_virtual_tokens" in re.sub(r"\s", "", done.output)
-    assert outlook.described(test_every_method_is_listed_with_its_options) == ""
+    assert reports.described(test_every_method_is_listed_with_its_options) == ""

@@ -82,7 +82,7 @@ class JobOutcome:
 
     @property
     def best_step(self) -> int:
-        """Step of the lowest evaluation loss; 0 if the adapter is as before the first step."""
+        """Step of the adapter's parameters; 0 if they are as before the first step."""
         return self.progress.best_step
 
     @property

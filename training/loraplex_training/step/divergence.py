@@ -41,16 +41,16 @@ class DivergenceWatch:
         if self.reference is None:
             self.reference = loss
         self.steps = [*self.steps, loss][-STEPS:] if loss > self.limit else []
-        return self._verdict(self.steps, STEPS, "steps")
+        return self._sentence(self.steps, STEPS, "steps")
 
     def evaluated(self, loss: float) -> str:
         """Takes an evaluation's loss into account and returns as `trained` does."""
         if self.reference is None:
             self.reference = loss
         self.evaluations = [*self.evaluations, loss][-EVALUATIONS:] if loss > self.limit else []
-        return self._verdict(self.evaluations, EVALUATIONS, "evaluations")
+        return self._sentence(self.evaluations, EVALUATIONS, "evaluations")
 
-    def _verdict(self, losses: list[float], most: int, what: str) -> str:
+    def _sentence(self, losses: list[float], most: int, what: str) -> str:
         if len(losses) < most or losses[-1] < losses[0]:
             return ""
         return (
