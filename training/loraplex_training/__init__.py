@@ -1,1 +1,1 @@
-"""How adapters are made: QLoRA on the base that serves them, several in one pass."""
+"""Trains adapters on the NF4 base model that serves them (QLoRA), several in one pass."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 import msgspec
+from loraplex_adapters.store.disk import flush
 
 from loraplex_server.training.jobs import JobRecord
 
@@ -82,12 +83,8 @@ class Records:
             with contextlib.suppress(OSError):
                 os.unlink(name)
             raise
-        for path in (folder, self._root):
-            directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                os.fsync(directory)
-            finally:
-                os.close(directory)
+        flush(folder)
+        flush(self._root)
 
     def load(self) -> list[JobRecord]:
         """Reads all jobs, oldest first. Directories without a record are removed.

@@ -93,7 +93,7 @@ class Sampled(_Event, frozen=True):
 
 
 class JobEnded(_Event, frozen=True):
-    """A job trains no more; `reason` is a sentence that says why."""
+    """A job has ended; `reason` is a sentence on why."""
 
     job: str
     state: JobStatus
