@@ -21,7 +21,7 @@ from statistics import mean
 import paper_base
 import paper_sweep
 import torch
-from loraplex_model.adapters.delta import AdapterDelta, SiteDelta
+from loraplex_model.adapters.delta import AdapterDelta, ProjectionDelta
 from loraplex_training.methods.base import TrainedAdapter
 from paper_report import conclude
 from paper_sweep import Job, Sweep, Trained
@@ -76,11 +76,12 @@ def cut(adapter: TrainedAdapter, rank: int) -> AdapterDelta:
     """Its change with every B A replaced by the nearest matrix of that rank."""
     sites = {}
     for site, change in adapter.delta().sites.items():
-        assert change.a is not None
-        assert change.b is not None
-        left, values, right = torch.linalg.svd(change.b.T @ change.a, full_matrices=False)
+        assert isinstance(change, ProjectionDelta)
+        assert change.factors is not None
+        a, b = change.factors
+        left, values, right = torch.linalg.svd(b.T @ a, full_matrices=False)
         b = (left[:, :rank] * values[:rank]).T
-        sites[site] = SiteDelta(a=right[:rank], b=b)
+        sites[site] = ProjectionDelta(a=right[:rank], b=b)
     return AdapterDelta(sites)
 
 

@@ -45,10 +45,11 @@ def _arithmetic(config: Config) -> Iterator[Check]:
         )
         return
     from loraplex_model.ops import build
+    from loraplex_model.ops.devices import resolve
 
     cuda = torch.cuda.is_available()
     gpu = torch.cuda.get_device_name() if cuda else "no CUDA device"
-    chosen = "cuda" if config.device != "cpu" and cuda else "cpu"
+    chosen = resolve(config.device).type if cuda else "cpu"
     possible = config.device != "cuda" or cuda
     yield Check("torch", f"{torch.__version__}, {gpu}")
     yield Check("device", f"{chosen} (--device {config.device})", possible)

@@ -14,7 +14,7 @@ from adapters.peft_files import CASES, write
 from loraplex_adapters.convert.export.account import measure, total
 from loraplex_adapters.convert.export.base import ExportBase, open_adapter, open_base
 from loraplex_adapters.convert.export.merged import LEAST_RETAINED, write_dense, write_nf4
-from loraplex_model.adapters.delta import Activation, AdapterDelta, SiteDelta
+from loraplex_model.adapters.delta import Activation, AdapterDelta, BottleneckDelta, ProjectionDelta
 from loraplex_model.base.refusal import Refusal
 from loraplex_model.ops import nf4
 from model.changes import random_adapter, random_prompt
@@ -73,7 +73,7 @@ def small_lora(base: ExportBase, share: float) -> AdapterDelta:
             a = torch.randn(4, fan_in, generator=random)
             b = torch.randn(4, out, generator=random)
             size = share * out**0.5 / torch.linalg.matrix_norm(b.T @ a).item()
-            sites[layer, name] = SiteDelta(a=a, b=b * size)  # tiny's weights: rows of norm 1
+            sites[layer, name] = ProjectionDelta(a=a, b=b * size)  # tiny's weights: rows of norm 1
     return AdapterDelta(sites)
 
 
@@ -150,11 +150,11 @@ def test_the_stamps_are_in_every_file_and_the_bytes_are_the_same_every_time(
 def test_what_no_weight_can_hold_is_refused(bases: Bases, tmp_path: Path) -> None:
     base = bases("mistral")
     config = base.weights.config
-    bottleneck = SiteDelta(a=torch.ones(2, 64), b=torch.ones(2, 64), activation=Activation.RELU)
+    bottleneck = BottleneckDelta(torch.ones(2, 64), torch.ones(2, 64), activation=Activation.RELU)
     for delta, word in (
         (random_prompt(config, 3, seed=0), "virtual tokens"),
         (AdapterDelta({(1, "mlp_bottleneck"): bottleneck}), "mlp bottleneck"),
-        (AdapterDelta({(0, "o_proj"): SiteDelta(bias=torch.ones(64))}), "o_proj"),
+        (AdapterDelta({(0, "o_proj"): ProjectionDelta(bias=torch.ones(64))}), "o_proj"),
     ):
         with pytest.raises(Refusal, match=word) as refused:
             write_dense(tmp_path / "out", base, delta, torch.float32, stamps={})

@@ -29,7 +29,7 @@ def peft_merges_exactly(delta: AdapterDelta, weights: BaseWeights) -> bool:
     if config.o_bias:
         unbiased.discard("o_proj")
     new_bias = any(
-        change.bias is not None and name in unbiased for (_, name), change in delta.sites.items()
+        name in unbiased and change.bias is not None for (_, name), change in delta.sites.items()
     )
     outside = {(MODEL, "embed_tokens"), (MODEL, "lm_head")} & delta.sites.keys()
     return not new_bias and not (config.tie_embeddings and outside)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import byref, c_float, c_void_p
+from ctypes import Structure, byref, c_float, c_int32, c_void_p
 
 import numpy as np
 import pytest
 import torch
-from loraplex_model.adapters.delta import AdapterDelta, SiteDelta
+from loraplex_model.adapters.delta import AdapterDelta, ProjectionDelta
 from loraplex_model.adapters.pack import pack
-from loraplex_model.adapters.table import AdapterTable
+from loraplex_model.adapters.table import SlotTable
 from loraplex_model.base.batch import ForwardBatch
 from loraplex_model.base.config import PROJECTIONS, DecoderConfig
 from loraplex_model.decoder import layout
-from loraplex_model.decoder.layout import CFused, CMatrix
+from loraplex_model.decoder.layout import CMatrix
 from loraplex_model.ops import nf4
 
 NF4 = nf4.nf4_code()
@@ -68,7 +68,7 @@ def test_dense_product_is_the_matrix_product(
     torch.manual_seed(out + rows)
     weight, x = torch.randn(out, fan_in).to(dtype), torch.randn(rows, fan_in)
     panels = layout.dense_panels(weight)
-    kind = layout.BF16 if dtype == torch.bfloat16 else layout.F32
+    kind = layout.Storage.BF16 if dtype == torch.bfloat16 else layout.Storage.F32
     matrix = CMatrix(data=panels.data_ptr(), out=out, in_=fan_in, kind=kind)
     y = matmul(library, matrix, x)
     assert relative_error(y, x.double() @ weight.double().T) < 1e-6
@@ -98,10 +98,21 @@ def lora_config(hidden: int, kv: int) -> DecoderConfig:
     )
 
 
-def random_delta(rng: np.random.Generator, rank: int, fan_in: int, out: int) -> SiteDelta:
+class CFused(Structure):
+    """`Fused`: which projections a fused matrix holds, and where."""
+
+    _fields_ = (
+        ("parts", c_int32),
+        ("projection", c_int32 * 3),
+        ("column", c_int32 * 3),
+        ("width", c_int32 * 3),
+    )
+
+
+def random_delta(rng: np.random.Generator, rank: int, fan_in: int, out: int) -> ProjectionDelta:
     """A random change of a projection: any of matrices, gain and bias, but not none."""
     kind = rng.integers(1, 8)
-    return SiteDelta(
+    return ProjectionDelta(
         a=torch.randn(rank, fan_in) if kind & 1 else None,
         b=torch.randn(rank, out) * float(rng.uniform(0.1, 2)) if kind & 1 else None,
         gain=torch.randn(out) if kind & 2 else None,
@@ -111,7 +122,7 @@ def random_delta(rng: np.random.Generator, rank: int, fan_in: int, out: int) -> 
 
 def run_lora(
     library: ctypes.CDLL,
-    table: AdapterTable,
+    table: SlotTable,
     batch: ForwardBatch,
     config: DecoderConfig,
     dtype: torch.dtype,
@@ -151,7 +162,7 @@ def test_lora_on_mixed_rows_is_the_sum_of_its_terms(
     torch.manual_seed(int(rng.integers(1 << 30)))
     config = lora_config(hidden, kv=hidden)
     shapes = config.projection_shapes()
-    table = AdapterTable(adapters, config)
+    table = SlotTable(adapters, config)
     for slot in range(adapters):
         rank = ranks[slot % len(ranks)]
         sites = {
@@ -159,7 +170,7 @@ def test_lora_on_mixed_rows_is_the_sum_of_its_terms(
             for name in PROJECTIONS[:3]
             if rng.random() < 0.8
         }
-        sites[0, "q_proj"] = SiteDelta(a=torch.ones(rank, hidden), b=torch.ones(rank, hidden))
+        sites[0, "q_proj"] = ProjectionDelta(a=torch.ones(rank, hidden), b=torch.ones(rank, hidden))
         table.publish(slot, pack(AdapterDelta(sites), dtype))
 
     sequences = []
@@ -182,7 +193,9 @@ def test_lora_on_mixed_rows_is_the_sum_of_its_terms(
     for ids, _, _, mix in sequences:
         end = start + len(ids)
         for part, name in enumerate(PROJECTIONS[:3]):
-            found = [(table.delta(slot).at((1, name)), weight) for slot, weight in mix]
+            found = [
+                (table.delta(slot).at((1, name), ProjectionDelta), weight) for slot, weight in mix
+            ]
             y = want[start:end, part * hidden : (part + 1) * hidden]
             gain = 1.0
             for change, weight in found:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
+
 import torch
 from loraplex_model.adapters.delta import (
     Activation,
     AdapterDelta,
+    BottleneckDelta,
+    NormDelta,
+    ProjectionDelta,
     Reads,
+    RowsDelta,
     SiteDelta,
     VirtualTokens,
 )
@@ -34,17 +40,9 @@ def random_adapter(kind: str, config: DecoderConfig, seed: int) -> AdapterDelta:
     sites: dict[Site, SiteDelta] = {}
     for name in kinds if kind == "everything" else [kind]:
         for site, change in getattr(maker, name.replace("-", "_"))().items():
-            before = sites.get(site, SiteDelta())
-            sites[site] = SiteDelta(
-                **{
-                    field: getattr(change, field) or getattr(before, field)
-                    if field in ("activation", "reads")
-                    else getattr(before, field)
-                    if getattr(change, field) is None
-                    else getattr(change, field)
-                    for field in SiteDelta.__slots__
-                }
-            )
+            given = {f.name: getattr(change, f.name) for f in fields(change)}
+            present = {name: value for name, value in given.items() if value is not None}
+            sites[site] = replace(sites.get(site, change), **present)
     return AdapterDelta(sites)
 
 
@@ -78,28 +76,31 @@ class _Maker:
         found = {}
         for site, fan_in, out in self.projections():
             rank = int(torch.randint(1, 9, (), generator=self.random))
-            found[site] = SiteDelta(a=self.normal(rank, fan_in), b=self.normal(rank, out))
+            found[site] = ProjectionDelta(a=self.normal(rank, fan_in), b=self.normal(rank, out))
         return found
 
     def gains(self) -> dict[Site, SiteDelta]:
-        return {site: SiteDelta(gain=self.near_one(out)) for site, _, out in self.projections()}
+        return {
+            site: ProjectionDelta(gain=self.near_one(out)) for site, _, out in self.projections()
+        }
 
     def biases(self) -> dict[Site, SiteDelta]:
-        return {site: SiteDelta(bias=self.normal(out)) for site, _, out in self.projections()}
+        return {site: ProjectionDelta(bias=self.normal(out)) for site, _, out in self.projections()}
 
     def input_gains(self) -> dict[Site, SiteDelta]:
         return {
-            site: SiteDelta(in_gain=self.near_one(fan_in)) for site, fan_in, _ in self.projections()
+            site: ProjectionDelta(in_gain=self.near_one(fan_in))
+            for site, fan_in, _ in self.projections()
         }
 
     def norms(self) -> dict[Site, SiteDelta]:
-        config, found = self.config, {(MODEL, "norm"): SiteDelta(bias=self.normal(self.hidden))}
+        config, found = self.config, {(MODEL, "norm"): NormDelta(self.normal(self.hidden))}
         for layer in range(config.num_layers):
             for name in ("input_layernorm", "post_attention_layernorm"):
-                found[layer, name] = SiteDelta(bias=self.normal(self.hidden))
+                found[layer, name] = NormDelta(self.normal(self.hidden))
             if config.qk_norm:
                 for name in ("q_norm", "k_norm"):
-                    found[layer, name] = SiteDelta(bias=self.normal(config.head_dim))
+                    found[layer, name] = NormDelta(self.normal(config.head_dim))
         return found
 
     def bottlenecks(self) -> dict[Site, SiteDelta]:
@@ -108,11 +109,11 @@ class _Maker:
         for layer in range(self.config.num_layers):
             for i, name in enumerate(("attention_bottleneck", "mlp_bottleneck")):
                 activation, reads = choices[(layer * 7 + i * 5) % len(choices)]
-                found[layer, name] = SiteDelta(
-                    a=self.normal(6, self.hidden, scale=0.3),
-                    b=self.normal(6, self.hidden),
-                    hidden_bias=self.normal(6) if layer else None,
-                    bias=self.normal(self.hidden) if layer else None,
+                found[layer, name] = BottleneckDelta(
+                    down=self.normal(6, self.hidden, scale=0.3),
+                    up=self.normal(6, self.hidden),
+                    down_bias=self.normal(6) if layer else None,
+                    up_bias=self.normal(self.hidden) if layer else None,
                     activation=activation,
                     reads=reads,
                 )
@@ -120,21 +121,21 @@ class _Maker:
 
     def embedding(self) -> dict[Site, SiteDelta]:
         a, b = self.normal(self.config.vocab_size, 5), self.normal(5, self.hidden)
-        return {(MODEL, "embed_tokens"): SiteDelta(a=a, b=b)}
+        return {(MODEL, "embed_tokens"): RowsDelta(a=a, b=b)}
 
     def token_rows(self) -> dict[Site, SiteDelta]:
         ids = torch.tensor([3, 17, 18, 90], dtype=torch.int32)
-        rows = SiteDelta(token_ids=ids, rows=self.normal(4, self.hidden))
+        rows = RowsDelta(token_ids=ids, rows=self.normal(4, self.hidden))
         return {(MODEL, "embed_tokens"): rows, (MODEL, "lm_head"): rows}
 
     def head(self) -> dict[Site, SiteDelta]:
         a, b = self.normal(5, self.hidden), self.normal(5, self.config.vocab_size)
-        return {(MODEL, "lm_head"): SiteDelta(a=a, b=b)}
+        return {(MODEL, "lm_head"): RowsDelta(a=a, b=b)}
 
     def whole_head(self) -> dict[Site, SiteDelta]:
         vocab = self.config.vocab_size
         ids, rows = torch.arange(vocab, dtype=torch.int32), self.normal(vocab, self.hidden)
-        return {(MODEL, "lm_head"): SiteDelta(token_ids=ids, rows=rows)}
+        return {(MODEL, "lm_head"): RowsDelta(token_ids=ids, rows=rows)}
 
     @property
     def hidden(self) -> int:

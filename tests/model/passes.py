@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
+from loraplex_model.adapters.mix import RowGroup
 from loraplex_model.base.batch import ForwardBatch, Mix
+from loraplex_model.base.weights import BaseWeights
+from loraplex_model.decoder import forward
+from loraplex_model.decoder.attention import PackedAttention
+from loraplex_model.ops.linear import BaseLinear, DequantisedLinear
 
 BLOCK_SIZE = 4
 NUM_BLOCKS = 96
@@ -79,3 +85,24 @@ class Driver:
 def token_ids(seed: int, count: int, vocab: int) -> list[int]:
     """Random tokens."""
     return torch.randint(3, vocab, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def packed_logits(
+    weights: BaseWeights,
+    tokens: torch.Tensor,
+    starts: list[int],
+    groups: list[RowGroup],
+    linear: BaseLinear | None = None,
+) -> torch.Tensor:
+    """float32 [T, vocab] of whole sequences laid side by side; differentiable in the adapters.
+
+    Sequence s owns `tokens[starts[s]:starts[s + 1]]`. The tensors of the groups' adapters receive
+    gradients; the base is a constant.
+    """
+    lengths = [end - start for start, end in pairwise(starts)]
+    positions = torch.cat([torch.arange(n, device=tokens.device) for n in lengths])
+    attention = PackedAttention(weights.config, starts)
+    hidden = forward.hidden_states(
+        weights, tokens, positions, groups, linear or DequantisedLinear(), attention
+    )
+    return forward.logits(weights, hidden, groups)

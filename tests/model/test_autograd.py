@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from loraplex_model.adapters import spans
-from loraplex_model.adapters.delta import AdapterDelta, SiteDelta, VirtualTokens
+from loraplex_model.adapters.delta import AdapterDelta, ProjectionDelta, VirtualTokens
 from loraplex_model.adapters.mix import Dropout, RowGroup
 from loraplex_model.decoder.attention import PackedAttention
 from loraplex_model.ops import autograd, nf4
@@ -71,13 +71,13 @@ def adapted(x: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
     """Two jobs of different kinds on rows 0:3 and 4:7 of [8, 5]; rows 3 and 7 are the base's."""
     aq, bq, gain, bias, ak, bk, inner, av, bv = tensors
     one = {
-        (0, "q_proj"): SiteDelta(a=aq, b=bq, gain=gain, bias=bias),
-        (0, "v_proj"): SiteDelta(a=av, b=bv),
+        (0, "q_proj"): ProjectionDelta(a=aq, b=bq, gain=gain, bias=bias),
+        (0, "v_proj"): ProjectionDelta(a=av, b=bv),
     }
     other = {
-        (0, "k_proj"): SiteDelta(a=ak, b=bk, in_gain=inner),
-        (0, "q_proj"): SiteDelta(bias=bias),
-        (0, "v_proj"): SiteDelta(a=av, b=bv),
+        (0, "k_proj"): ProjectionDelta(a=ak, b=bk, in_gain=inner),
+        (0, "q_proj"): ProjectionDelta(bias=bias),
+        (0, "v_proj"): ProjectionDelta(a=av, b=bv),
     }
     groups = []
     for sites, rows in ((one, slice(0, 3)), (other, slice(4, 7))):
@@ -128,7 +128,7 @@ def test_an_input_gain_of_a_matrix_of_its_own() -> None:
     def project(x: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         groups = []
         for gain, span in ((other, slice(5, 8)), (one, slice(0, 2))):
-            delta = AdapterDelta({(0, "o_proj"): SiteDelta(in_gain=gain)})
+            delta = AdapterDelta({(0, "o_proj"): ProjectionDelta(in_gain=gain)})
             groups.append(RowGroup(torch.arange(2), ((delta, 1.0),), span=span))
         return spans.project(product, x, 0, "o", [("o_proj", 8)], groups)
 
@@ -144,7 +144,7 @@ def test_dropout_has_the_mean_and_the_share_of_zeros(probability: float) -> None
     dropout = Dropout(probability, seed=3)
     x = torch.ones(400, 300, dtype=torch.float64)
     a, b = torch.eye(300, dtype=torch.float64), torch.eye(300, dtype=torch.float64)
-    delta = AdapterDelta({(0, "o_proj"): SiteDelta(a=a, b=b)})
+    delta = AdapterDelta({(0, "o_proj"): ProjectionDelta(a=a, b=b)})
     group = RowGroup(torch.arange(400), ((delta, 1.0),), span=slice(0, 400), dropout=dropout)
     kept = spans.project(torch.zeros_like, x, 0, "o", [("o_proj", 300)], [group])
     assert set(kept.unique().tolist()) == {0.0, 1 / (1 - probability)}
@@ -157,7 +157,10 @@ def test_dropout_is_derived_through_the_mask_it_drew() -> None:
     tensors = [normal(8, 5), normal(2, 5), normal(2, 4), normal(1, 5), normal(1, 2)]
 
     def project(x: torch.Tensor, aq: Any, bq: Any, av: Any, bv: Any) -> torch.Tensor:
-        sites = {(0, "q_proj"): SiteDelta(a=aq, b=bq), (0, "v_proj"): SiteDelta(a=av, b=bv)}
+        sites = {
+            (0, "q_proj"): ProjectionDelta(a=aq, b=bq),
+            (0, "v_proj"): ProjectionDelta(a=av, b=bv),
+        }
         rows = slice(1, 7)
         group = RowGroup(
             torch.arange(1, 7), ((AdapterDelta(sites), 1.0),), span=rows, dropout=dropout

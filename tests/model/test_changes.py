@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from loraplex_model.adapters.delta import AdapterDelta, SiteDelta
+from loraplex_model.adapters.delta import AdapterDelta, RowsDelta
 from loraplex_model.adapters.pack import pack
 from loraplex_model.base.config import MODEL
 from loraplex_model.decoder.reference import ReferenceDecoder
@@ -133,7 +133,7 @@ def test_virtual_tokens_stand_before_a_prompt(decoder_class: Any, variant: str, 
     at = torch.tensor(taken)
     rows = embeddings.virtual.embeddings - weights.embed[at]
 
-    change = SiteDelta(token_ids=at.int(), rows=rows)
+    change = RowsDelta(token_ids=at.int(), rows=rows)
     decoder.table.publish(1, pack(AdapterDelta({(MODEL, "embed_tokens"): change}), torch.float32))
     as_rows = solo(decoder, ((1, 1.0),), [*taken, *ids[count:]])
     assert (with_prompt - as_rows).abs().max() <= 1e-5 * as_rows.abs().max()

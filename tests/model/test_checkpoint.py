@@ -177,7 +177,7 @@ def test_generation_config_names_the_ends(tmp_path: Path, cache: Path) -> None:
         ("missing shard", "MODEL_INVALID", "missing"),
         ("shard outside", "MODEL_INVALID", "outside"),
         ("missing tensor", "MODEL_INVALID", "no tensor"),
-        ("wrong shape", "MODEL_INVALID", "asks for"),
+        ("wrong shape", "MODEL_INVALID", "needs"),
         ("a text file", "MODEL_UNSUPPORTED", "neither a directory nor"),
     ],
 )

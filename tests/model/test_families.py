@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from loraplex_model.base.families import ARCHITECTURES, decoder_config
+from loraplex_model.base.families import FAMILIES, Family, decoder_config
 from loraplex_model.base.refusal import Refusal
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -64,7 +66,7 @@ def test_other_architectures_are_refused_with_the_supported_ones(
         decoder_config(raw("llama", **changes))
     assert caught.value.reason == "MODEL_UNSUPPORTED"
     assert says in caught.value.message
-    assert all(name in caught.value.message for name in ARCHITECTURES)
+    assert all(name in caught.value.message for name in FAMILIES)
 
 
 @pytest.mark.parametrize(
@@ -103,3 +105,9 @@ def test_a_malformed_configuration_is_a_typed_error() -> None:
     with pytest.raises(Refusal) as caught:
         decoder_config(raw("llama", hidden_size="many"))
     assert caught.value.reason == "MODEL_INVALID"
+
+
+def test_a_family_that_computes_like_llama_is_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = replace(decoder_config(raw("llama")), architecture="OtherForCausalLM")
+    monkeypatch.setitem(FAMILIES, "OtherForCausalLM", Family("llama", "other"))
+    assert decoder_config(raw("llama", architectures=["OtherForCausalLM"])) == expected

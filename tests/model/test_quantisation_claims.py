@@ -15,7 +15,7 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 from loraplex_model.adapters import merge
-from loraplex_model.adapters.delta import SiteDelta
+from loraplex_model.adapters.delta import ProjectionDelta
 from loraplex_model.base.weights import BLOCK, NF4Matrix
 from loraplex_model.ops import nf4
 
@@ -163,8 +163,8 @@ def test_what_is_added_to_dense_weights_comes_off_again() -> None:
     random = torch.Generator().manual_seed(0)
     weight = nf4.dequantize(nf4.quantise(gaussian()))
     a, b = (torch.randn(16, SIZE, generator=random) * 0.02 for _ in range(2))
-    merged = merge.merged_module(weight, SiteDelta(a=a, b=b))
-    restored = merge.merged_module(merged, SiteDelta(a=a, b=-b))
+    merged = merge.merged_module(weight, ProjectionDelta(a=a, b=b))
+    restored = merge.merged_module(merged, ProjectionDelta(a=a, b=-b))
     assert error(weight, merged) > 1e-3
     assert error(weight, restored) < 1e-7
 
@@ -179,12 +179,12 @@ def test_in_nf4_it_does_not_and_less_stays_the_smaller_it_is() -> None:
     scale = float(weight.norm() / (b.T @ a).norm())
     sizes, kept = (0.003, 0.01, 0.03, 0.1, 0.3), []
     for size in sizes:
-        change = SiteDelta(a=a * scale * size, b=b)
+        change = ProjectionDelta(a=a * scale * size, b=b)
         added = merge.merged_module(weight, change) - weight
         merged = nf4.dequantize(nf4.quantise(weight + added))
         kept.append(float(((merged - weight) * added).sum() / added.square().sum()))
     assert kept == sorted(kept)
     assert kept[1] < 0.05
     assert kept[-1] > 0.95
-    again = nf4.quantise(merge.merged_module(merged, SiteDelta(a=a * scale * 0.3, b=-b)))
+    again = nf4.quantise(merge.merged_module(merged, ProjectionDelta(a=a * scale * 0.3, b=-b)))
     assert float((again.packed != before.packed).float().mean()) > 0.2

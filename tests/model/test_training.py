@@ -7,11 +7,10 @@ import torch
 from loraplex_model.adapters.delta import LoraFactors, lora
 from loraplex_model.adapters.mix import RowGroup
 from loraplex_model.base.batch import ForwardBatch
-from loraplex_model.decoder.forward import packed_logits
 from loraplex_model.decoder.reference import ReferenceDecoder
 from loraplex_model.ops.linear import DenseLinear
 from model.conftest import Load
-from model.passes import token_ids
+from model.passes import packed_logits, token_ids
 
 from model import peft_oracle, tiny
 

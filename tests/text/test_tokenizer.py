@@ -144,7 +144,7 @@ def test_a_hostile_template_is_refused_and_gives_nothing_away(template: str) -> 
     with pytest.raises(TextRefused) as caught:
         chat.render([{"role": "user", "content": "hi"}])
     assert str(caught.value) in {
-        "the model's chat template does not take this conversation",
+        "the model's chat template does not accept this conversation",
         "the rendered conversation is too long",
     }
 

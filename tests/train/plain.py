@@ -10,7 +10,7 @@ from itertools import pairwise
 from unittest import mock
 
 import torch
-from loraplex_model.adapters.delta import AdapterDelta, SiteDelta, VirtualTokens
+from loraplex_model.adapters.delta import AdapterDelta, VirtualTokens
 from loraplex_model.adapters.mix import RowGroup
 from loraplex_model.base.weights import BaseWeights, NF4Matrix
 from loraplex_model.decoder import forward
@@ -30,8 +30,8 @@ class Fixed:
 
     def delta(self) -> AdapterDelta:
         sites = {
-            site: SiteDelta(**{f.name: self._leaf(f"{site}.{f.name}", getattr(change, f.name))
-                               for f in fields(SiteDelta)})
+            site: type(change)(**{f.name: self._leaf(f"{site}.{f.name}", getattr(change, f.name))
+                                  for f in fields(change)})
             for site, change in self.given.sites.items()
         }  # fmt: skip
         if self.given.virtual is None:

@@ -10,7 +10,6 @@ import pytest
 import torch
 from loraplex_model.ops import build as kernels
 from loraplex_training.methods.base import TrainedAdapter
-from loraplex_training.run import generate
 from loraplex_training.run.generate import Generator
 
 from train import tiny
@@ -88,7 +87,7 @@ def test_without_compiled_kernels_the_answers_are_the_same(monkeypatch: pytest.M
     def unavailable(**_: Any) -> None:
         raise kernels.KernelsUnavailable("no compiler")
 
-    monkeypatch.setattr(generate.kernels, "load", unavailable)
+    monkeypatch.setattr(kernels, "load", unavailable)
     assert ours(adapter) == with_kernels
 
 

@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
-from loraplex_model.adapters.delta import AdapterDelta, SiteDelta
+from loraplex_model.adapters.delta import AdapterDelta, RowsDelta
 from loraplex_model.base.config import MODEL
 from loraplex_training.step import loss
 from torch.nn.functional import cross_entropy
@@ -84,7 +84,7 @@ def test_a_changed_head(base: Any, frozen: bool) -> None:
         normal(*shape).requires_grad_() for shape in ((3, HIDDEN), (3, VOCAB), (2, HIDDEN))
     )
     ids = torch.tensor([4, 30], dtype=torch.int32)
-    delta = AdapterDelta({(MODEL, "lm_head"): SiteDelta(a=a, b=b, token_ids=ids, rows=rows)})
+    delta = AdapterDelta({(MODEL, "lm_head"): RowsDelta(a=a, b=b, token_ids=ids, rows=rows)})
     found = loss.summed_loss(base, delta, hidden, TARGETS)
     head = base.lm_head + b.T @ a
     head = head.index_add(0, ids.long(), rows)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 
+from loraplex_model.base.dtypes import ITEM_SIZES, SAFETENSORS
 from loraplex_model.base.refusal import Reason, Refusal
 
 from loraplex_adapters.format.files import WEIGHTS_FILE
@@ -21,7 +22,7 @@ MAX_HEADER_BYTES = 1 << 20
 MAX_TENSORS = 8192
 MAX_NAME = 512
 MAX_DIMENSIONS = 8
-ITEM_SIZE = {"F32": 4, "F16": 2, "BF16": 2}
+ITEM_SIZE = {short: ITEM_SIZES[name] for short, name in SAFETENSORS.items()}
 
 # A tensor's entry has five commas. More of them than this can only be a header that wants memory.
 _MAX_COMMAS = 8 * MAX_TENSORS

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 
-from loraplex_model.base.config import LAYER_SITES, MODEL, MODEL_SITES, PROJECTIONS, Site
+from loraplex_model.base.config import BLOCKS, LAYER_SITES, MODEL, MODEL_SITES, PROJECTIONS, Site
 from loraplex_model.base.info import BaseInfo
 
 PREFIX = "base_model.model."
@@ -18,12 +18,6 @@ BOTTLENECKS = {"attention_bottleneck": "self_attn", "mlp_bottleneck": "mlp"}
 """The block that each bottleneck is beside or behind."""
 
 NORMS = ("input_layernorm", "post_attention_layernorm", "q_norm", "k_norm", "norm")
-
-BLOCKS = {
-    name: "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn"
-    for name in (*PROJECTIONS, "q_norm", "k_norm")
-}
-"""The part of a decoder layer that a module lies in, where it lies in one."""
 
 _MODEL_PATHS = {
     "embed_tokens": "model.embed_tokens",

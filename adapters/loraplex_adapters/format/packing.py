@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
+from typing import Final
 
+from loraplex_model.adapters.delta import vector_fields
 from loraplex_model.base.config import PROJECTIONS, DecoderConfig
 from loraplex_model.base.dtypes import ALIGNMENT, ITEM_SIZES
 from loraplex_model.base.info import BaseInfo
@@ -11,59 +13,50 @@ from loraplex_model.base.info import BaseInfo
 from loraplex_adapters.format.modules import BOTTLENECKS, NORMS
 from loraplex_adapters.format.spec import ModuleSpec
 
+_VECTORS: Final = vector_fields()
+
 
 def packed_bytes(modules: Iterable[ModuleSpec], base: BaseInfo) -> int:
-    """Bytes of every field of every site, each padded to `ALIGNMENT`.
+    """Bytes of every tensor of every site, each padded to `ALIGNMENT`.
 
     Matrices, rows and virtual tokens are packed in the base's dtype; gains, biases and token ids
-    are 4 bytes an element.
+    take 4 bytes an element.
     """
     item = ITEM_SIZES[base.dtype]
     sizes = (
-        elements * (item if wide else 4)
+        elements * (4 if name in _VECTORS else item)
         for module in modules
-        for elements, wide in _fields(module, base.config)
+        for name, elements in _elements(module, base.config).items()
     )
     return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
 
 
-def _fields(module: ModuleSpec, config: DecoderConfig) -> Iterator[tuple[int, bool]]:
-    """(elements, whether they are of the compute dtype) of every field of a site."""
-    roles = module.tensors
+def _elements(module: ModuleSpec, config: DecoderConfig) -> Mapping[str, int]:
+    """Number of elements of each tensor of a site, by field of the site's `delta_type`."""
+    roles, rank = module.tensors, module.rank
     if module.module in PROJECTIONS:
         fan_in, fan_out = config.projection_shapes()[module.module]
-        if "a" in roles and module.rank:
-            yield module.rank * fan_in, True
-            yield module.rank * fan_out, True
+        found = {"a": rank * fan_in, "b": rank * fan_out} if "a" in roles and rank else {}
         if roles.keys() & {"magnitude", "out_gain"}:
-            yield fan_out, False
+            found["gain"] = fan_out
         if "in_gain" in roles:
-            yield fan_in, False
+            found["in_gain"] = fan_in
         offset = "magnitude" in roles and module.module in config.biased
         if offset or roles.keys() & {"b_bias", "bias", "bias_delta"}:
-            yield fan_out, False
-    elif module.module in NORMS:
-        yield roles["weight"].shape[0], False
-    elif module.module in BOTTLENECKS:
-        yield module.rank * config.hidden_size, True
-        yield module.rank * config.hidden_size, True
-        if "down_bias" in roles:
-            yield module.rank, False
-        if "up_bias" in roles:
-            yield config.hidden_size, False
-    elif "a" in roles:
-        if module.rank:
-            yield module.rank * config.vocab_size, True
-            yield module.rank * config.hidden_size, True
-    elif "weight" in roles:
-        yield config.vocab_size, False
-        yield config.vocab_size * config.hidden_size, True
-    elif "rows" in roles:
-        yield len(module.token_ids), False
-        yield len(module.token_ids) * config.hidden_size, True
-    elif "prompt" in roles:
-        yield roles["prompt"].shape[0] * config.hidden_size, True
-    elif "prefix" in roles:
-        half = roles["prefix"].shape[0] * config.num_layers * config.kv_size
-        yield half, True
-        yield half, True
+            found["bias"] = fan_out
+        return found
+    if module.module in NORMS:
+        return {"weight": roles["weight"].shape[0]}
+    if module.module in BOTTLENECKS:
+        found = {"down": rank * config.hidden_size, "up": rank * config.hidden_size}
+        found |= {"down_bias": rank} if "down_bias" in roles else {}
+        return found | ({"up_bias": config.hidden_size} if "up_bias" in roles else {})
+    if "a" in roles:
+        return {"a": rank * config.vocab_size, "b": rank * config.hidden_size} if rank else {}
+    if "weight" in roles or "rows" in roles:
+        tokens = config.vocab_size if "weight" in roles else len(module.token_ids)
+        return {"token_ids": tokens, "rows": tokens * config.hidden_size}
+    if "prompt" in roles:
+        return {"embeddings": roles["prompt"].shape[0] * config.hidden_size}
+    half = roles["prefix"].shape[0] * config.num_layers * config.kv_size if "prefix" in roles else 0
+    return {"keys": half, "values": half}

@@ -12,12 +12,17 @@ import torch
 from loraplex_model.adapters.delta import (
     Activation,
     AdapterDelta,
+    BottleneckDelta,
+    NormDelta,
+    ProjectionDelta,
     Reads,
+    RowsDelta,
     SiteDelta,
     VirtualTokens,
+    is_empty,
 )
 from loraplex_model.adapters.merge import fused_matrix
-from loraplex_model.base.config import FUSED, PROJECTIONS, Site
+from loraplex_model.base.config import PROJECTIONS, Site, fused_place
 from loraplex_model.base.weights import BaseWeights
 from loraplex_model.ops import nf4
 
@@ -42,7 +47,7 @@ def adapter_delta(
             virtual = _virtual_tokens(tensors, base)
         else:
             change = _change(module, tensors, base)
-            if not change.is_empty:  # AdaLoRA leaves modules without any rank
+            if not is_empty(change):  # AdaLoRA leaves modules without any rank
                 sites[module.layer, module.module] = change
     return AdapterDelta(sites, virtual)
 
@@ -56,10 +61,10 @@ def _change(module: ModuleSpec, tensors: Tensors, base: BaseWeights) -> SiteDelt
         return _head(module, tensors, base)
     if module.module.endswith("_bottleneck"):
         return _bottleneck(module, tensors)
-    return SiteDelta(bias=tensors["weight"].float() - _host(_norm(module, base)))
+    return NormDelta(tensors["weight"].float() - _host(_norm(module, base)))
 
 
-def _projection(module: ModuleSpec, tensors: Tensors, base: BaseWeights) -> SiteDelta:
+def _projection(module: ModuleSpec, tensors: Tensors, base: BaseWeights) -> ProjectionDelta:
     """y = gain * (W x + base bias) + B A x + bias, where PEFT has, for each kind:
 
     LoRA     W x + base bias + s (B A x + b_bias)
@@ -88,29 +93,29 @@ def _projection(module: ModuleSpec, tensors: Tensors, base: BaseWeights) -> Site
         biases.append(tensors["bias"].float() - base_bias)
     in_gain = tensors["in_gain"].float().reshape(-1) if "in_gain" in tensors else None
     bias = torch.stack(biases).sum(0) if biases else None
-    return SiteDelta(a=a, b=b, gain=gain, in_gain=in_gain, bias=bias)
+    return ProjectionDelta(a, b, gain, in_gain, bias)
 
 
-def _embedding(module: ModuleSpec, tensors: Tensors, base: BaseWeights) -> SiteDelta:
+def _embedding(module: ModuleSpec, tensors: Tensors, base: BaseWeights) -> RowsDelta:
     """x += s B A[:, token] (PEFT keeps A as [r, vocab]), or rows of their own."""
     a, b = _factors(module, tensors)
     ids, rows = _rows(module, tensors, base.embed)
-    return SiteDelta(a=None if a is None else a.T, b=b, token_ids=ids, rows=rows)
+    return RowsDelta(None if a is None else a.T, b, rows, ids)
 
 
-def _head(module: ModuleSpec, tensors: Tensors, base: BaseWeights) -> SiteDelta:
+def _head(module: ModuleSpec, tensors: Tensors, base: BaseWeights) -> RowsDelta:
     a, b = _factors(module, tensors)
     ids, rows = _rows(module, tensors, base.lm_head)
-    return SiteDelta(a=a, b=b, token_ids=ids, rows=rows)
+    return RowsDelta(a, b, rows, ids)
 
 
-def _bottleneck(module: ModuleSpec, tensors: Tensors) -> SiteDelta:
-    hidden_bias, bias = tensors.get("down_bias"), tensors.get("up_bias")
-    return SiteDelta(
-        a=tensors["down"],
-        b=tensors["up"].float().T * module.scale,
-        hidden_bias=None if hidden_bias is None else hidden_bias.float(),
-        bias=None if bias is None else bias.float() * module.scale,
+def _bottleneck(module: ModuleSpec, tensors: Tensors) -> BottleneckDelta:
+    down_bias, up_bias = tensors.get("down_bias"), tensors.get("up_bias")
+    return BottleneckDelta(
+        down=tensors["down"],
+        up=tensors["up"].float().T * module.scale,
+        down_bias=None if down_bias is None else down_bias.float(),
+        up_bias=None if up_bias is None else up_bias.float() * module.scale,
         activation=Activation[module.activation.upper()],
         reads=Reads[module.reads.upper()],
     )
@@ -155,7 +160,7 @@ def _row_norms(
     module: ModuleSpec, a: torch.Tensor, b: torch.Tensor, base: BaseWeights
 ) -> torch.Tensor:
     """|W + s B A| of every row, float32 [out], W being the dequantised base."""
-    fused, index = _place(module)
+    fused, index = fused_place(module.module)
     matrix, _ = fused_matrix(base.layers[module.layer], fused)
     weight = nf4.dequantize(nf4.split(matrix)[index])
     weight.addmm_(b.T.to(weight.device), a.float().to(weight.device))
@@ -165,32 +170,17 @@ def _row_norms(
 
 def _base_bias(module: ModuleSpec, base: BaseWeights) -> torch.Tensor | None:
     """The base's bias of a projection, float32 [out], if it has one."""
-    fused, index = _place(module)
+    fused, index = fused_place(module.module)
     matrix, bias = fused_matrix(base.layers[module.layer], fused)
     if bias is None:
         return None
     return _host(torch.split(bias, list(matrix.rows))[index])
 
 
-def _place(module: ModuleSpec) -> tuple[str, int]:
-    """The fused matrix that holds a projection, and which of its parts that is."""
-    return next(
-        (fused, names.index(module.module))
-        for fused, names in FUSED.items()
-        if module.module in names
-    )
-
-
 def _norm(module: ModuleSpec, base: BaseWeights) -> torch.Tensor:
     if module.module == "norm":
         return base.norm
-    layer = base.layers[module.layer]
-    weight = {
-        "input_layernorm": layer.input_norm,
-        "post_attention_layernorm": layer.post_norm,
-        "q_norm": layer.q_norm,
-        "k_norm": layer.k_norm,
-    }[module.module]
+    weight = base.layers[module.layer].norms[module.module]
     assert weight is not None
     return weight
 

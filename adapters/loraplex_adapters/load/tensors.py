@@ -10,6 +10,7 @@ import torch
 from loraplex_model.adapters.delta import AdapterDelta
 from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_model.base.weights import BaseWeights
+from loraplex_model.ops.dtypes import BY_SAFETENSORS
 from numpy.typing import NDArray
 
 from loraplex_adapters.format.digest import AdapterDigest
@@ -18,8 +19,6 @@ from loraplex_adapters.format.files import open_directory
 from loraplex_adapters.format.header import read_header
 from loraplex_adapters.format.spec import AdapterLimits, AdapterSpec, TensorLocation
 from loraplex_adapters.load.deltas import adapter_delta
-
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def load(
@@ -71,7 +70,7 @@ def _read_verified(directory: Path, digest: str, max_bytes: int) -> tuple[bytes,
 
 def _tensor(weights: NDArray[np.uint8], location: TensorLocation) -> torch.Tensor:
     data = weights[location.start : location.end]
-    dtype = _DTYPES[location.dtype]
+    dtype = BY_SAFETENSORS[location.dtype]
     if location.start % dtype.itemsize:
         data = data.copy()  # the format does not promise alignment
     if not data.size:

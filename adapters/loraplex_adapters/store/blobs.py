@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from loraplex_model.base.durable import flush, flush_file, lock
 from loraplex_model.base.faults import reach
 from loraplex_model.base.refusal import Reason, Refusal
 
@@ -33,7 +34,7 @@ from loraplex_adapters.format.files import (
     RegularFile,
     open_directory,
 )
-from loraplex_adapters.store.disk import disk_errors, flush, try_lock
+from loraplex_adapters.store.disk import disk_errors
 
 _PIECE = 1 << 20
 _NO_LIMIT = 1 << 62
@@ -63,7 +64,7 @@ class Blobs:
             self._session = staging / uuid.uuid4().hex
             reach("store.open.session")
             self._session.mkdir()
-            self._owner: int | None = try_lock(self._session / "owner")
+            self._owner: int | None = lock(self._session / "owner", wait=False)
 
     @contextmanager
     def staged(self, source: Directory, max_weights_bytes: int) -> Iterator[Path]:
@@ -240,7 +241,7 @@ def _copy(source: RegularFile, target: Path) -> None:
                     piece = piece[file.write(piece) :]
         with disk_errors():
             reach("store.stage.sync")
-            os.fsync(descriptor)
+            flush_file(file)
 
 
 def _pieces(file: RegularFile) -> Iterator[memoryview]:
@@ -255,7 +256,7 @@ def _clear_dead_sessions(staging: Path) -> None:
     """Removes the staging areas whose owners are gone; the store's lock is held."""
     for session in staging.iterdir():
         try:
-            owner = try_lock(session / "owner")
+            owner = lock(session / "owner", wait=False)
         except BlockingIOError:
             continue
         except OSError:

@@ -6,12 +6,12 @@ store for one that nothing names, and collect it.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
+from loraplex_model.base.durable import flush, flush_file
 from loraplex_model.base.faults import reach
 
-from loraplex_adapters.store.disk import disk_errors, flush
+from loraplex_adapters.store.disk import disk_errors
 
 _FILE = "store-id"
 
@@ -30,11 +30,10 @@ def write_id(root: Path, store_id: str) -> None:
     new = root / f"{_FILE}.new"
     with disk_errors():
         reach("store.identity.write")
-        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-        with os.fdopen(descriptor, "wb", buffering=0) as file:
+        with open(new, "wb") as file:
             file.write(f"{store_id}\n".encode("ascii"))
             reach("store.identity.sync")
-            os.fsync(descriptor)
+            flush_file(file)
         reach("store.identity.rename")
         new.rename(root / _FILE)
         reach("store.identity.sync-directory")

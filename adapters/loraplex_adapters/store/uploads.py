@@ -10,17 +10,17 @@ disk; what a crash leaves beyond that is the beginning of the piece that was bei
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import shutil
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from loraplex_model.base.durable import flush, lock
 from loraplex_model.base.faults import reach
 from loraplex_model.base.refusal import Reason, Refusal
 
@@ -31,7 +31,7 @@ from loraplex_adapters.format.files import (
     Directory,
     open_directory,
 )
-from loraplex_adapters.store.disk import disk_errors, flush, locked, try_lock
+from loraplex_adapters.store.disk import disk_errors, locked
 
 _ID = re.compile(r"\A[0-9a-f]{32}\Z")
 
@@ -158,7 +158,7 @@ class Uploads:
         for upload_id in self._ids():
             folder = self._root / upload_id
             try:
-                owner = try_lock(folder / "lock")
+                owner = lock(folder / "lock", wait=False)
             except OSError:  # in use, or gone meanwhile
                 continue
             try:
@@ -186,16 +186,11 @@ class Uploads:
         folder = self._root / upload_id
         descriptor = None
         if _ID.match(upload_id) and folder.is_dir():
-            with disk_errors():
-                try:
-                    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-                    descriptor = os.open(folder / "lock", flags, 0o644)
-                except FileNotFoundError:
-                    pass
+            with disk_errors(), suppress(FileNotFoundError):
+                descriptor = lock(folder / "lock")
         if descriptor is None:
             raise _not_found(upload_id)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
             if not folder.is_dir():  # removed by whoever held it before
                 raise _not_found(upload_id)
             yield folder

@@ -1,4 +1,5 @@
-"""Adapters in memory: what they change, packed bytes, the table of addresses, the arithmetic.
+"""Adapters in memory: their changes as values, packed bytes, the table of slots, the arithmetic.
 
-Owns the formula by which an adapter changes a base. Reads no files; `loraplex_adapters` does.
+This room owns the formulas by which an adapter changes a base model. It reads no files;
+`loraplex_adapters` does.
 """

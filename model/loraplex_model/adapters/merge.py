@@ -1,9 +1,9 @@
-"""Merging on demand: dense copies of the matrices that an adapter changes, beside the NF4 ones.
+"""Merging on demand: dense copies of the matrices that an adapter changes, next to the NF4 ones.
 
     W' = diag(gain) W diag(in_gain) + B A,    bias' = gain * bias + the adapter's bias
 
-The packed NF4 bytes are only read, so dropping the copies leaves the base as it was, bit for bit.
-(Merging into NF4 and back does neither: it rounds a small delta away, and requantises the base.)
+The packed NF4 bytes are only read, so after dropping the copies the base is as before, bit for bit.
+(Merging into NF4 would lose small changes by rounding, and undoing it would requantise the base.)
 """
 
 from __future__ import annotations
@@ -12,24 +12,28 @@ from collections.abc import Iterator
 
 import torch
 
-from loraplex_model.adapters.delta import AdapterDelta, SiteDelta
+from loraplex_model.adapters.delta import AdapterDelta, ProjectionDelta
 from loraplex_model.adapters.table import DenseMatrix
-from loraplex_model.base.config import FUSED, PROJECTIONS, DecoderConfig
+from loraplex_model.base.config import FUSED, DecoderConfig
 from loraplex_model.base.weights import BaseWeights, LayerWeights, NF4Matrix
 from loraplex_model.ops import nf4
 
 
 def is_mergeable(changes: AdapterDelta) -> bool:
-    """Whether the adapter changes a matrix of the layers; others have nothing to merge."""
+    """Whether the adapter changes a matrix of the layers, so that there is something to merge."""
     return any(
-        name in PROJECTIONS and (change.b is not None or change.gain is not None
-                                 or change.in_gain is not None)
-        for (_, name), change in changes.sites.items()
-    )  # fmt: skip
+        isinstance(change, ProjectionDelta) and changes_matrix(change)
+        for change in changes.sites.values()
+    )
+
+
+def changes_matrix(change: ProjectionDelta) -> bool:
+    """Whether the change concerns the projection's matrix, not only its bias."""
+    return any(part is not None for part in (change.b, change.gain, change.in_gain))
 
 
 def merged_nbytes(changes: AdapterDelta, config: DecoderConfig, dtype: torch.dtype) -> int:
-    """Bytes that `merge_layers` will return, known without any work; 0 if nothing is mergeable."""
+    """Size in bytes of the result of `merge_layers`; 0 if there is nothing to merge."""
     if not is_mergeable(changes):
         return 0
     shapes = config.projection_shapes()
@@ -45,8 +49,10 @@ def merged_nbytes(changes: AdapterDelta, config: DecoderConfig, dtype: torch.dty
 def merge_layers(
     weights: BaseWeights, changes: AdapterDelta, dtype: torch.dtype
 ) -> Iterator[tuple[tuple[int, str], DenseMatrix]]:
-    """Every fused matrix that the adapter touches, merged in float32 and rounded once to `dtype`,
-    one at a time. Other matrices stay out: rows go on using the base's.
+    """Merges the fused matrices that the adapter changes, one at a time.
+
+    Each is computed in float32 and rounded once to `dtype`. Other matrices are left out, since rows
+    go on using the base's.
     """
     for index, layer in enumerate(weights.layers):
         for fused in _touched(changes, index):
@@ -55,21 +61,22 @@ def merge_layers(
 
 
 def fused_matrix(layer: LayerWeights, fused: str) -> tuple[NF4Matrix, torch.Tensor | None]:
-    """A layer's matrix by name, and its bias."""
+    """A layer's fused matrix by its name in `FUSED`, and its bias or None."""
     biases = {"qkv": layer.qkv_bias, "o": layer.o_bias}
     matrices = {"qkv": layer.qkv, "o": layer.o, "gate_up": layer.gate_up, "down": layer.down}
     return matrices[fused], biases.get(fused)
 
 
-def merged_module(weight: torch.Tensor, change: SiteDelta) -> torch.Tensor:
-    """`diag(gain) W diag(in_gain) + B A` of a module's float32 weight [out, in], in new memory."""
+def merged_module(weight: torch.Tensor, change: ProjectionDelta) -> torch.Tensor:
+    """`diag(gain) W diag(in_gain) + B A` for a float32 weight W [out, in], in new memory."""
     merged = weight.clone()
     if change.in_gain is not None:
         merged *= change.in_gain
     if change.gain is not None:
         merged *= change.gain[:, None]
-    if change.a is not None and change.b is not None:
-        merged.addmm_(change.b.float().T, change.a.float())
+    if change.factors is not None:
+        a, b = change.factors
+        merged.addmm_(b.float().T, a.float())
     return merged
 
 
@@ -86,7 +93,7 @@ def _merge(
     total, biased, end = total.clone(), bias is not None, 0
     for name, rows in zip(FUSED[fused], matrix.rows, strict=True):
         start, end = end, end + rows
-        change = changes.at((layer, name))
+        change = changes.at((layer, name), ProjectionDelta)
         if change is None:
             continue
         dense[start:end] = merged_module(dense[start:end], change)
@@ -99,17 +106,19 @@ def _merge(
 
 
 def _touched(changes: AdapterDelta, layer: int) -> list[str]:
-    """The fused matrices of a layer at which the adapter changes anything, a bias for instance:
-    rows with dense matrices use nothing of the adapter's projections beside them."""
+    """Names of a layer's fused matrices at which the adapter changes anything, even a bias alone.
+
+    Rows with a dense matrix use no other part of the adapter at these projections.
+    """
     return [
         fused
         for fused, names in FUSED.items()
-        if any(changes.at((layer, name)) is not None for name in names)
+        if any((layer, name) in changes.sites for name in names)
     ]
 
 
 def _has_bias(changes: AdapterDelta, config: DecoderConfig, layer: int, fused: str) -> bool:
     if (fused == "qkv" and config.qkv_bias) or (fused == "o" and config.o_bias):
         return True
-    found = (changes.at((layer, name)) for name in FUSED[fused])
+    found = (changes.at((layer, name), ProjectionDelta) for name in FUSED[fused])
     return any(change is not None and change.bias is not None for change in found)

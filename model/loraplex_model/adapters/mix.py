@@ -1,21 +1,29 @@
-"""Adapters on mixed rows, in torch: rows that share a mix are computed together.
+"""Adapters on mixed rows, in torch: rows with the same mix are computed together.
 
-Every function takes what the base gives for all rows, and returns (or writes) what the groups' rows
-are with their adapters. Rows in no group are the base's own and are not touched. The formulas are
-those of `loraplex_model.adapters.delta`.
+Each function takes the base's result for all rows and changes the rows of each group as the group's
+adapters say; other rows belong to the bare base and stay as they are. The formulas are those of
+`loraplex_model.adapters.delta`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import TypeVar
 
 import torch
 
-from loraplex_model.adapters.delta import Activation, Reads, SiteDelta, VirtualTokens
-from loraplex_model.adapters.table import AdapterTable, DenseMatrices
+from loraplex_model.adapters.delta import (
+    Activation,
+    AdapterDelta,
+    BottleneckDelta,
+    NormDelta,
+    ProjectionDelta,
+    Reads,
+    RowsDelta,
+)
+from loraplex_model.adapters.table import DenseMatrices, SlotTable
 from loraplex_model.base.batch import ForwardBatch, Mix
 from loraplex_model.base.config import MODEL, PROJECTIONS, Site
 from loraplex_model.ops import autograd
@@ -23,6 +31,8 @@ from loraplex_model.ops.linear import TILE, by_tiles
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 """The base's product of a fused matrix with rows, bias included: [n, in] -> [n, out]."""
+
+_Delta = TypeVar("_Delta", ProjectionDelta, RowsDelta, NormDelta, BottleneckDelta)
 
 _ACTIVATIONS: Mapping[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
     Activation.NONE: lambda x: x,
@@ -36,27 +46,19 @@ _ACTIVATIONS: Mapping[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-class Adapter(Protocol):
-    """What is known of an adapter: `AdapterDelta` has it, packed or in training."""
-
-    @property
-    def virtual(self) -> VirtualTokens | None: ...
-    def at(self, site: Site) -> SiteDelta | None: ...
-
-
 @dataclass(frozen=True, slots=True)
 class Dropout:
-    """What is dropped of the inputs of A: inverted dropout, for each module anew, as PEFT does.
+    """Inverted dropout of the inputs of A, with a mask of its own at each module, as in PEFT.
 
-    A mask is a function of `seed` and the site alone, so a layer that is computed again drops the
-    same numbers, and a job drops the same ones whatever shares its pass.
+    A mask depends on `seed` and the site alone. So a layer that is computed again drops the same
+    numbers, and a job drops the same ones whatever other jobs share its pass.
     """
 
     probability: float
     seed: int
 
     def mask(self, site: Site, like: torch.Tensor) -> torch.Tensor:
-        """bool, of the shape of `like`: what stays."""
+        """Mask of the inputs that are kept: bool, with the shape of `like`."""
         layer, name = site
         generator = torch.Generator(like.device)
         generator.manual_seed(self.seed + layer * len(PROJECTIONS) + PROJECTIONS.index(name))
@@ -66,31 +68,37 @@ class Dropout:
 
 @dataclass(frozen=True, slots=True)
 class RowGroup:
-    """Rows (int64 [n]) and the adapters they share, each with its weight.
+    """Rows with the same mix.
 
-    `dense`, where it is given, stands for the projections of the base and of the one adapter.
-    `span` is given in training, where `rows` are those of a slice and `adapters` one at weight 1;
-    `dropout` is of its inputs of A.
+    Attributes:
+        rows: int64 [n].
+        adapters: the mix: adapters and their weights.
+        dense: dense matrices that replace the projections of the base and of the only adapter.
+        span: in training the slice that `rows` are; the mix is then one adapter with weight 1.
+        dropout: in training the dropout of the adapter.
     """
 
     rows: torch.Tensor
-    adapters: tuple[tuple[Adapter, float], ...]
+    adapters: tuple[tuple[AdapterDelta, float], ...]
     dense: DenseMatrices | None = None
     span: slice | None = None
     dropout: Dropout | None = None
 
-    def at(self, site: Site) -> Iterator[tuple[SiteDelta, float]]:
-        """What the adapters change at a site, with their weights."""
+    def at(self, site: Site, kind: type[_Delta]) -> Iterator[tuple[_Delta, float]]:
+        """The adapters' changes at a site, whose type is `kind`, each with its weight."""
         for adapter, weight in self.adapters:
-            found = adapter.at(site)
+            found = adapter.at(site, kind)
             if found is not None:
                 yield found, weight
 
 
 def groups_of(
-    batch: ForwardBatch, table: AdapterTable, sequences: Iterable[int], device: torch.device
+    batch: ForwardBatch, table: SlotTable, sequences: Iterable[int], device: torch.device
 ) -> list[RowGroup]:
-    """Rows by mix, for rows of which `sequences` says whose each is; the base's are in no group."""
+    """Groups the rows of a pass by mix; rows of the bare base are in no group.
+
+    `sequences` is the sequence of each row.
+    """
     mixes = [_mix(batch, s) for s in range(len(batch.context_lens))]
     by_mix: dict[Mix, list[int]] = {}
     for row, s in enumerate(sequences):
@@ -109,21 +117,26 @@ def groups_of(
 def embedded(
     tokens: torch.Tensor, embed: torch.Tensor, dtype: torch.dtype, groups: Sequence[RowGroup]
 ) -> torch.Tensor:
-    """[T, hidden] in `dtype`. Ids from `len(embed)` on are virtual tokens of a group's adapter."""
+    """Embeddings [T, hidden] of `tokens` [T], in `dtype`, with the groups' changes.
+
+    Ids from `len(embed)` on are virtual tokens of their group's only adapter.
+    """
     tokens = tokens.long()
     x = embed[tokens.clamp(max=len(embed) - 1)].to(dtype)
     for group in groups:
         mine = tokens[group.rows]
         real = mine < len(embed)
-        for delta, weight in group.at((MODEL, "embed_tokens")):
+        for delta, weight in group.at((MODEL, "embed_tokens"), RowsDelta):
             rows, ids = group.rows[real], mine[real]
-            if delta.a is not None and delta.b is not None:
-                change = by_tiles(delta.a[ids].to(dtype), delta.b.T.to(dtype))
+            if delta.factors is not None:
+                a, b = delta.factors
+                change = by_tiles(a[ids].to(dtype), b.T.to(dtype))  # [ids, hidden]
                 x = x.index_add(0, rows, change * weight)
-            if delta.token_ids is not None and delta.rows is not None:
-                at = torch.searchsorted(delta.token_ids, ids.int()).clamp(max=len(delta.rows) - 1)
-                changed = delta.token_ids[at] == ids
-                own = delta.rows[at[changed]].to(dtype) * weight
+            if delta.changed_rows is not None:
+                token_ids, differences = delta.changed_rows
+                at = torch.searchsorted(token_ids, ids.int()).clamp(max=len(differences) - 1)
+                changed = token_ids[at] == ids
+                own = differences[at[changed]].to(dtype) * weight
                 x = x.index_add(0, rows[changed], own)
         virtual = group.adapters[0][0].virtual
         if virtual is not None and virtual.embeddings is not None and not bool(real.all()):
@@ -140,23 +153,23 @@ def project(
     modules: Sequence[tuple[str, int]],
     groups: Sequence[RowGroup],
 ) -> torch.Tensor:
-    """One fused matrix with what the groups make of it. [T, in] -> [T, sum of widths].
+    """One fused matrix with the groups' changes: x [T, in] -> [T, sum of widths].
 
-    `modules` are the `(name, width)` whose outputs lie side by side.
+    `modules` are the `(name, width)` of the projections whose outputs lie side by side.
     """
     y = product(x)
     for group in groups:
         dense = group.dense.get((layer, fused)) if group.dense is not None else None
         if dense is not None:
-            own = by_tiles(x[group.rows], dense.weight.to(x.dtype))
+            own = by_tiles(x[group.rows], dense.weight.to(x.dtype))  # [rows, out]
             if dense.bias is not None:
                 own = own + dense.bias.to(x.dtype)
             y.index_copy_(0, group.rows, own)
             continue
         start = 0
         for name, width in modules:
-            columns = y[:, start : start + width]
-            changes = list(group.at((layer, name)))
+            columns = y[:, start : start + width]  # [T, width], a view
+            changes = list(group.at((layer, name), ProjectionDelta))
             if changes:
                 part = partial(_columns, product, start, start + width)
                 _project_part(columns, x, changes, group.rows, part)
@@ -171,7 +184,7 @@ def _columns(product: Product, start: int, end: int, x: torch.Tensor) -> torch.T
 def _project_part(
     y: torch.Tensor,
     x: torch.Tensor,
-    changes: Sequence[tuple[SiteDelta, float]],
+    changes: Sequence[tuple[ProjectionDelta, float]],
     rows: torch.Tensor,
     product: Product,
 ) -> None:
@@ -182,15 +195,16 @@ def _project_part(
     if gain is not None:
         y.index_copy_(0, rows, y[rows] * gain.to(y.dtype))
     for change, weight in changes:
-        if change.a is not None and change.b is not None:
-            a, b = change.a.to(x.dtype), change.b.to(x.dtype)
-            y.index_add_(0, rows, by_tiles(by_tiles(x[rows], a), b.T) * weight)
+        if change.factors is not None:
+            a, b = (factor.to(x.dtype) for factor in change.factors)
+            inner = by_tiles(x[rows], a)  # [rows, r]
+            y.index_add_(0, rows, by_tiles(inner, b.T) * weight)
         if change.bias is not None:
             y.index_add_(0, rows, (change.bias.to(y.dtype) * weight).expand(len(rows), -1))
 
 
 def _blend(gains: Sequence[tuple[torch.Tensor | None, float]]) -> torch.Tensor | None:
-    """1 + sum of weight * (gain - 1); None if there is no gain at all."""
+    """`1 + sum w (gain - 1)`, or None if there are no gains. A single gain at weight 1 is exact."""
     present = [(gain, weight) for gain, weight in gains if gain is not None]
     if not present:
         return None
@@ -202,11 +216,11 @@ def _blend(gains: Sequence[tuple[torch.Tensor | None, float]]) -> torch.Tensor |
 def norm_weights(
     site: Site, weight: torch.Tensor, groups: Sequence[RowGroup]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """`(rows, weight)` of the groups that norm with a weight of their own, float32."""
+    """Rows and changed norm weight, float32 [width], of each group that changes the norm."""
     for group in groups:
-        changes = [(change.bias, w) for change, w in group.at(site) if change.bias is not None]
+        changes = [change.weight * w for change, w in group.at(site, NormDelta)]  # [width] each
         if changes:
-            yield group.rows, autograd.wide(weight) + sum(bias * w for bias, w in changes)
+            yield group.rows, autograd.wide(weight) + sum(changes)
 
 
 def add_bottlenecks(
@@ -216,33 +230,32 @@ def add_bottlenecks(
     site: Site,
     groups: Sequence[RowGroup],
 ) -> torch.Tensor:
-    """A block's output `added` [T, hidden] with what the bottlenecks after it make of it.
+    """A block's output with the outputs of the groups' bottlenecks after that block added to it.
 
-    `stream` is the residual stream without it, `normed` what the block read.
+    `added` is the block's output, `stream` the residual stream before it was added, and `normed`
+    the block's input; all are [T, hidden].
     """
     result = added
     for group in groups:
-        for change, weight in group.at(site):
-            assert change.a is not None
-            assert change.b is not None
+        for change, weight in group.at(site, BottleneckDelta):
             read = {
                 Reads.NORMED: normed,
                 Reads.OUTPUT: added,
                 Reads.STREAM: stream + added,
                 Reads.INCOMING: stream,
             }[change.reads][group.rows]
-            inner = by_tiles(read, change.a.to(read.dtype))
-            if change.hidden_bias is not None:
-                inner = inner + change.hidden_bias.to(read.dtype)
-            up = by_tiles(_activated(inner, change.activation), change.b.T.to(read.dtype))
-            if change.bias is not None:
-                up = up + change.bias.to(read.dtype)
+            inner = by_tiles(read, change.down.to(read.dtype))  # [rows, width]
+            if change.down_bias is not None:
+                inner = inner + change.down_bias.to(read.dtype)
+            up = by_tiles(_activated(inner, change.activation), change.up.T.to(read.dtype))
+            if change.up_bias is not None:
+                up = up + change.up_bias.to(read.dtype)
             result = result.index_add(0, group.rows, up * weight)
     return result
 
 
 def _activated(x: torch.Tensor, activation: Activation) -> torch.Tensor:
-    # Rows of whole vectors: torch computes what is left over of them with other instructions.
+    # Padded to whole vectors, since torch computes the rest of a row with other instructions.
     padded = torch.nn.functional.pad(x, (0, -x.shape[1] % TILE))
     return _ACTIVATIONS[activation](padded)[:, : x.shape[1]]
 
@@ -250,28 +263,24 @@ def _activated(x: torch.Tensor, activation: Activation) -> torch.Tensor:
 def add_head(
     scores: torch.Tensor, hidden: torch.Tensor, groups: Sequence[RowGroup]
 ) -> torch.Tensor:
-    """float32 logits [R, vocab] of states [R, hidden], with the groups' changes of the head."""
+    """Logits with the groups' changes of the head.
+
+    `scores` are the base's, [R, vocab], float32 (or float64); `hidden` is [R, hidden], and the
+    groups' rows are indices into it.
+    """
     for group in groups:
-        for change, weight in group.at((MODEL, "lm_head")):
+        for change, weight in group.at((MODEL, "lm_head"), RowsDelta):
             x = hidden[group.rows]
-            if change.a is not None and change.b is not None:
-                own = by_tiles(by_tiles(x, change.a.to(x.dtype)), change.b.T.to(x.dtype))
+            if change.factors is not None:
+                a, b = (factor.to(x.dtype) for factor in change.factors)
+                own = by_tiles(by_tiles(x, a), b.T)  # [rows, vocab]
                 scores = scores.index_add(0, group.rows, autograd.wide(own) * weight)
-            if change.token_ids is not None and change.rows is not None:
-                own = autograd.wide(by_tiles(x, change.rows.to(x.dtype))) * weight
-                at = (group.rows[:, None], change.token_ids[None, :].long())
+            if change.changed_rows is not None:
+                token_ids, rows = change.changed_rows
+                own = autograd.wide(by_tiles(x, rows.to(x.dtype))) * weight  # [rows, n]
+                at = (group.rows[:, None], token_ids[None, :].long())
                 scores = scores.index_put(at, own, accumulate=True)
     return scores
-
-
-def of_rows(groups: Sequence[RowGroup], rows: slice) -> list[RowGroup]:
-    """The groups as they are among the rows of a slice, which count from 0 there."""
-    found = []
-    for group in groups:
-        inside = (group.rows >= rows.start) & (group.rows < rows.stop)
-        if bool(inside.any()):
-            found.append(replace(group, rows=group.rows[inside] - rows.start))
-    return found
 
 
 def _mix(batch: ForwardBatch, sequence: int) -> Mix:

@@ -1,20 +1,20 @@
-"""One adapter as one flat tensor, each part exactly as large as it is."""
+"""One adapter as one flat tensor, without padding to a common rank."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
 from loraplex_model.adapters.delta import (
-    STORED,
-    TENSORS,
-    Activation,
     AdapterDelta,
-    Reads,
+    BottleneckDelta,
     SiteDelta,
     VirtualTokens,
+    delta_type,
+    tensor_fields,
 )
 from loraplex_model.base.config import Site
 from loraplex_model.base.dtypes import ALIGNMENT
@@ -22,7 +22,7 @@ from loraplex_model.base.dtypes import ALIGNMENT
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a tensor lies in the packed bytes."""
+    """Place of a tensor in the packed bytes."""
 
     start: int
     shape: tuple[int, ...]
@@ -31,53 +31,48 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class PackedAdapter:
-    """One adapter as one flat tensor, every part exactly as large as it is.
+    """One adapter as one flat tensor.
 
     Attributes:
-        data: uint8, on the host (pinned, where a device copies from it) or on the device.
-        places: by site and attribute of `SiteDelta`; virtual tokens under ("virtual", attribute).
-        options: activation and input of the bottlenecks.
+        data: uint8, on the host (pinned if a device copies from it) or on the device.
+        places: where each tensor of a site's change lies, by the attribute's name.
+        virtual_places: the same for the attributes of `VirtualTokens`.
+        options: `activation` and `reads` of the bottlenecks, by site.
     """
 
     data: torch.Tensor
     places: Mapping[Site, Mapping[str, Place]]
     virtual_places: Mapping[str, Place]
-    options: Mapping[Site, tuple[Activation, Reads]]
+    options: Mapping[Site, Mapping[str, Any]]
 
     @property
     def nbytes(self) -> int:
-        """Bytes in host memory, and on the device."""
+        """Size in bytes, in host memory and on the device alike."""
         return self.data.numel()
 
     @property
     def virtual_tokens(self) -> int:
-        """Positions that it puts before every prompt."""
+        """Number of positions before every prompt."""
         virtual = self.virtual
         return 0 if virtual is None else virtual.count
 
     @property
     def virtual(self) -> VirtualTokens | None:
-        """Its virtual tokens as views of `data`, if it has any."""
+        """The virtual tokens as views of `data`; None if there are none."""
         if not self.virtual_places:
             return None
         return VirtualTokens(**{name: self._at(p) for name, p in self.virtual_places.items()})
 
     def unpack(self) -> AdapterDelta:
-        """What it changes, as views of `data`."""
-        return AdapterDelta(
-            {
-                site: SiteDelta(
-                    **{name: self._at(place) for name, place in places.items()},
-                    activation=self.options[site][0],
-                    reads=self.options[site][1],
-                )
-                for site, places in self.places.items()
-            },
-            self.virtual,
-        )
+        """The adapter's changes, as views of `data`."""
+        sites: dict[Site, SiteDelta] = {}
+        for site, places in self.places.items():
+            parts: dict[str, Any] = {name: self._at(place) for name, place in places.items()}
+            sites[site] = delta_type(site[1])(**parts, **self.options.get(site, {}))
+        return AdapterDelta(sites, self.virtual)
 
     def to(self, device: torch.device) -> PackedAdapter:
-        """The same on another device; itself if it is there."""
+        """The adapter on `device`; itself if it is there already."""
         if self.data.device == device:
             return self
         data = self.data.to(device, non_blocking=True)
@@ -87,14 +82,17 @@ class PackedAdapter:
         strides = [1]
         for length in reversed(place.shape[1:]):
             strides.append(strides[-1] * length)
-        whole = self.data.view(place.dtype)  # its end is aligned, as all that is in it
+        whole = self.data.view(place.dtype)  # possible, since its size is aligned
         return whole.as_strided(place.shape, strides[::-1], place.start // place.dtype.itemsize)
 
 
+@torch.no_grad()
 def pack(delta: AdapterDelta, dtype: torch.dtype, *, pin: bool = False) -> PackedAdapter:
-    """Lays an adapter's tensors back to back in host memory, matrices in `dtype`.
+    """Copies an adapter's tensors, back to back, to host memory.
 
-    `pin` takes memory that a CUDA device can copy from while it computes. Shapes must be right.
+    Matrices are converted to `dtype`, vectors to float32, token ids to int32; the tensors may be
+    on any device and in training. `pin` allocates memory that a CUDA device can copy from while it
+    computes. Shapes must be right.
     """
     end = 0
     pieces: list[tuple[Place, torch.Tensor]] = []
@@ -107,18 +105,18 @@ def pack(delta: AdapterDelta, dtype: torch.dtype, *, pin: bool = False) -> Packe
         return place
 
     places: dict[Site, dict[str, Place]] = {}
-    options: dict[Site, tuple[Activation, Reads]] = {}
+    options: dict[Site, dict[str, Any]] = {}
     for site, change in delta.sites.items():
         found = {}
-        for name in TENSORS:
+        for name, _, is_matrix in tensor_fields(delta_type(site[1])):
             tensor = getattr(change, name)
             if tensor is not None and tensor.numel():
-                kind = dtype if name in STORED else tensor.dtype
-                assert name in STORED or kind in (torch.float32, torch.int32), name
-                found[name] = put(tensor, kind)
+                vector = torch.float32 if tensor.is_floating_point() else torch.int32
+                found[name] = put(tensor, dtype if is_matrix else vector)
         if found:
             places[site] = found
-            options[site] = (change.activation, change.reads)
+        if isinstance(change, BottleneckDelta):
+            options[site] = {"activation": change.activation, "reads": change.reads}
     virtual = {}
     for attribute in fields(VirtualTokens) if delta.virtual is not None else ():
         tensor = getattr(delta.virtual, attribute.name)

@@ -1,8 +1,8 @@
-"""Adapters on ranges of rows, for training: what `mix` does to any rows, without copies of them.
+"""Adapters on slices of rows, for training: `mix.project` without copies of the rows.
 
-A training pass lays each job's rows side by side, so a job's rows are a slice. What an adapter adds
-to a fused matrix is one autograd function that works in place on the base's product and keeps
-the few numbers a row that come out of A, and x or what x is made of.
+The rows of a job are adjacent in a training pass, so they are a slice. The adapters' changes of a
+fused matrix are one autograd function, which works in place on the base's product and keeps the
+few numbers per row that A gives, and x or the tensors that x is recomputed from.
 """
 
 from __future__ import annotations
@@ -13,17 +13,20 @@ from typing import Any
 
 import torch
 
-from loraplex_model.adapters.delta import SiteDelta
+from loraplex_model.adapters.delta import ProjectionDelta
 from loraplex_model.adapters.mix import Dropout, Product, RowGroup
 from loraplex_model.base.config import Site
-from loraplex_model.ops.autograd import Recipe
+from loraplex_model.ops.autograd import Recompute
 
 
 @dataclass(frozen=True, slots=True)
 class _Change:
-    """One module of one job. Numbers are places among the tensors given to `_Adapted`; -1: none.
+    """The change of one module by the adapter of one job.
 
-    `rows` are the job's, `columns` the module's outputs in the fused matrix.
+    Attributes:
+        rows: the job's rows.
+        columns: the module's outputs in the fused matrix.
+        a, b, gain, bias: indices into the tensors given to `_Adapted`; -1 if absent.
     """
 
     rows: slice
@@ -43,11 +46,11 @@ def project(
     fused: str,
     modules: Sequence[tuple[str, int]],
     groups: Sequence[RowGroup],
-    recipe: Recipe | None = None,
+    recompute: Recompute | None = None,
 ) -> torch.Tensor:
-    """`mix.project` for groups that are spans of one adapter at weight 1. [T, in] -> [T, out].
+    """`mix.project` for groups that are slices, each with one adapter at weight 1.
 
-    With a `recipe` for x, x is not kept.
+    x [T, in] -> [T, out]. Given how to `recompute` x, the backward pass does not keep x.
     """
     y = _base(product, x, layer, modules, groups)
     changes: list[_Change] = []
@@ -61,8 +64,7 @@ def project(
 
     for group, columns, site, delta in _sites(layer, modules, groups):
         assert group.span is not None
-        has_factors = delta.a is not None and delta.b is not None
-        a, b = (put(delta.a), put(delta.b)) if has_factors else (-1, -1)
+        a, b = map(put, delta.factors or (None, None))
         change = _Change(
             group.span, columns, site, group.dropout, a, b, put(delta.gain), put(delta.bias)
         )
@@ -70,7 +72,7 @@ def project(
     if not tensors:
         return y
     result: torch.Tensor = _Adapted.apply(  # type: ignore[no-untyped-call]
-        y, x, recipe or Recipe(_itself, (x,)), changes, *tensors
+        y, x, recompute or Recompute(_itself, (x,)), changes, *tensors
     )
     return result
 
@@ -81,12 +83,12 @@ def _itself(x: torch.Tensor) -> torch.Tensor:
 
 def _sites(
     layer: int, modules: Sequence[tuple[str, int]], groups: Sequence[RowGroup]
-) -> Iterator[tuple[RowGroup, slice, Site, SiteDelta]]:
+) -> Iterator[tuple[RowGroup, slice, Site, ProjectionDelta]]:
     for group in groups:
         start = 0
         for name, width in modules:
-            for delta, weight in group.at((layer, name)):
-                assert weight == 1.0, "blends are for serving"
+            for delta, weight in group.at((layer, name), ProjectionDelta):
+                assert weight == 1.0, "a group in training has one adapter at weight 1"
                 yield group, slice(start, start + width), (layer, name), delta
             start += width
 
@@ -98,7 +100,7 @@ def _base(
     modules: Sequence[tuple[str, int]],
     groups: Sequence[RowGroup],
 ) -> torch.Tensor:
-    """The base's product, of scaled inputs where an adapter has an `in_gain`."""
+    """The base's product [T, out], with scaled inputs for adapters that have an `in_gain`."""
     scaled = [
         (group.span, columns, delta.in_gain.to(x.dtype))
         for group, columns, _, delta in _sites(layer, modules, groups)
@@ -113,7 +115,7 @@ def _base(
             end = rows.stop
         return product(torch.cat([*parts, x[end:]]))
     y = product(x)
-    for rows, columns, gain in scaled:  # the modules of a fused matrix may differ in their gains
+    for rows, columns, gain in scaled:  # modules of one fused matrix may have different gains
         y = y.clone()
         y[rows, columns] = product(x[rows] * gain)[:, columns]
     return y
@@ -122,7 +124,7 @@ def _base(
 class _Adapted(torch.autograd.Function):
     """`y[rows, columns] = gain * y + (A x) B + bias` in place, for every change.
 
-    Changes of the same rows follow one another, so that all A's that read them are one product.
+    Changes of the same rows are adjacent, so that all A's that read these rows are one product.
     """
 
     @staticmethod
@@ -130,7 +132,7 @@ class _Adapted(torch.autograd.Function):
         ctx: Any,
         y: torch.Tensor,
         x: torch.Tensor,
-        recipe: Recipe,
+        recompute: Recompute,
         changes: Sequence[_Change],
         *tensors: torch.Tensor,
     ) -> torch.Tensor:
@@ -149,8 +151,8 @@ class _Adapted(torch.autograd.Function):
             saved += [reduced] if mask is None else [reduced, mask]
             for c, h in _by_rank(batch, tensors, reduced):
                 y[c.rows, c.columns].addmm_(h, tensors[c.b].to(y.dtype))
-        sources = recipe.sources if any(c.a >= 0 for c in changes) else ()
-        ctx.make, ctx.changes = recipe.make, changes
+        sources = recompute.sources if any(c.a >= 0 for c in changes) else ()
+        ctx.make, ctx.changes = recompute.make, changes
         ctx.counts = len(sources), len(tensors), len(saved)
         ctx.save_for_backward(*sources, *tensors, *saved)
         ctx.mark_dirty(y)
@@ -185,7 +187,7 @@ def _through_vectors(
     saved: Iterator[torch.Tensor],
     out: list[torch.Tensor | None],
 ) -> torch.Tensor:
-    """The gradients of gains and biases, into `out`; returns that of the base's product."""
+    """Writes the gradients of gains and biases to `out`; returns that of the base's product."""
     to_y = gy.clone() if any(c.gain >= 0 for c in changes) else gy
     for c in changes:
         part = gy[c.rows, c.columns]
@@ -206,7 +208,7 @@ def _through_factors(
     out: list[torch.Tensor | None],
     to_x: torch.Tensor | None,
 ) -> None:
-    """The gradients of A and B, into `out`, and of x, into what `_zeroed` gave."""
+    """Writes the gradients of A and B to `out`, and adds that of x to `to_x`, made by `_zeroed`."""
     for batch in _read_together(changes):
         rows, dropped = batch[0].rows, batch[0].dropout is not None
         reduced = next(saved)
@@ -214,25 +216,25 @@ def _through_factors(
         to_reduced = torch.empty_like(reduced)
         into = _by_rank(batch, tensors, to_reduced)
         for (c, h), (_, to_h) in zip(_by_rank(batch, tensors, reduced), into, strict=True):
-            part = gy[c.rows, c.columns]
-            out[c.b] = h.T @ part
+            part = gy[c.rows, c.columns]  # [rows, out]
+            out[c.b] = h.T @ part  # [r, out]
             torch.mm(part, tensors[c.b].to(gy.dtype).T, out=to_h)
         read = x[rows] if mask is None else _kept(x[rows], mask, batch[0])
         ranks = [len(tensors[c.a]) for c in batch]
-        to_a = torch.split(to_reduced.T @ read, ranks)
+        to_a = torch.split(to_reduced.T @ read, ranks)  # [r, in] each
         for c, part in zip(batch, to_a, strict=True):
             out[c.a] = part
         if to_x is None:
             continue
         a = torch.cat([tensors[c.a] for c in batch]).to(x.dtype)
-        if mask is None:  # then all A's of these rows are in this batch
+        if mask is None:  # then this batch has all A's of these rows
             torch.mm(to_reduced, a, out=to_x[rows])
         else:
             to_x[rows].add_(_kept(to_reduced @ a, mask, batch[0]))
 
 
 def _zeroed(to_x: torch.Tensor, changes: Sequence[_Change]) -> torch.Tensor:
-    """Zeros but for rows that `_through_factors` writes at once: those of a job without dropout."""
+    """Zeroes `to_x`, except rows of jobs without dropout, which `_through_factors` overwrites."""
     whole = {(c.rows.start, c.rows.stop) for c in changes if c.a >= 0 and c.dropout is None}
     end = 0
     for start, stop in sorted(whole):
@@ -243,7 +245,7 @@ def _zeroed(to_x: torch.Tensor, changes: Sequence[_Change]) -> torch.Tensor:
 
 
 def _read_together(changes: Sequence[_Change]) -> Iterator[list[_Change]]:
-    """Changes with factors that read the very same input: of a job, unless each drops its own."""
+    """Groups the changes with factors that read the same input: a job's, unless it has dropout."""
     batch: list[_Change] = []
     for c in changes:
         if c.a < 0:
@@ -259,7 +261,7 @@ def _read_together(changes: Sequence[_Change]) -> Iterator[list[_Change]]:
 def _by_rank(
     batch: Sequence[_Change], tensors: Sequence[torch.Tensor], reduced: torch.Tensor
 ) -> Iterator[tuple[_Change, torch.Tensor]]:
-    """Each change's columns of [rows, sum of ranks]."""
+    """Each change of a batch with its columns [rows, r] of `reduced` [rows, sum of ranks]."""
     ranks = [len(tensors[c.a]) for c in batch]
     return zip(batch, torch.split(reduced, ranks, dim=1), strict=True)
 

@@ -1,44 +1,45 @@
-"""The adapter table: for each slot and site, the addresses of what the slot's adapter changes."""
+"""The slot table: for each slot and site, the addresses of the tensors of the slot's adapter."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import IntFlag
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from loraplex_model.adapters.delta import VECTORS, AdapterDelta
-from loraplex_model.adapters.pack import PackedAdapter, Place
-from loraplex_model.base.config import DecoderConfig
+from loraplex_model.adapters.delta import AdapterDelta, delta_type, tensor_fields
+from loraplex_model.adapters.pack import PackedAdapter
+from loraplex_model.base.config import FUSED, DecoderConfig, Site
 
 
 @dataclass(frozen=True, slots=True)
 class DenseMatrix:
-    """A fused matrix [out, in] with an adapter in it; `bias` float32 [out], or None."""
+    """A fused matrix [out, in] merged with an adapter; `bias` is float32 [out], or None."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of both."""
+        """Size of matrix and bias in bytes."""
         return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
 
 DenseMatrices = Mapping[tuple[int, str], DenseMatrix]
-"""By (layer, name of the fused matrix)."""
+"""Dense matrices by layer and name of the fused matrix."""
 
 
 @dataclass(frozen=True, slots=True)
 class Merged:
-    """What a decoder keeps of an adapter's dense matrices, in its own layout.
+    """An adapter's dense matrices in the layout of one decoder.
 
     Attributes:
         matrices: for the decoder in torch; empty for the native one.
         addresses: uint64 [layers, 4], of the native decoder's matrices; zeros for the other.
-        kept: whatever owns the memory behind `addresses`.
+        kept: the owners of the memory behind `addresses`.
     """
 
     matrices: DenseMatrices
@@ -47,18 +48,20 @@ class Merged:
     kept: tuple[object, ...] = ()
 
 
-ENTRY = np.dtype(
-    [(name, np.uint64) for name in ("a", "b", "rows", *VECTORS)]
-    + [(name, np.int32) for name in ("rank", "count", "activation", "reads")]
-)
-"""One site of one adapter as the kernels read it: addresses (0: nothing) and sizes. `Entry` of
-cpu/adapters.h."""
+_ADDRESSES = ("a", "b", "rows", "gain", "in_gain", "bias", "hidden_bias", "token_ids")
+_NUMBERS = ("rank", "count", "activation", "reads")
+ENTRY = np.dtype([(n, np.uint64) for n in _ADDRESSES] + [(n, np.int32) for n in _NUMBERS])
+"""One site of one adapter as the kernels read it: addresses (0: absent) and numbers.
+
+This is the struct `Entry` of `cpu/adapters.h`. `rank` is the number of rows of b, `count` that of
+token_ids; `TensorField.entry` says which tensor of a change each address points to.
+"""
 
 
-class Uses:
-    """What an adapter needs besides A and B of the projections, so that others pay nothing for it.
+class Uses(IntFlag):
+    """The sorts of changes that an adapter makes, so that a pass skips steps that no row uses.
 
-    The bits of `AdapterTable.uses`; they are repeated in cpu/adapters.h.
+    The bits of `SlotTable.uses`, and the enum `Use` of `cpu/adapters.h`.
     """
 
     FACTORS = 1
@@ -70,18 +73,17 @@ class Uses:
     HEAD = 64
 
 
-class AdapterTable:
-    """The resident adapters by slot, and the pointers to what they change.
+class SlotTable:
+    """The resident adapters by slot, and the addresses of their tensors for the kernels.
 
     Attributes:
         entries: `ENTRY` [slots, sites], in the order of `DecoderConfig.site_index`.
-        max_ranks: int32 [slots], the largest rank of a projection or the head.
+        max_ranks: int32 [slots], the largest rank at a projection or the head.
         uses: int32 [slots], bits of `Uses`.
         prompts: uint64 [slots], addresses of virtual tokens' embeddings.
         merged: uint64 [slots, layers, 4], addresses of dense matrices (`Matrix` of cpu/matmul.h)
-            that stand for qkv, o, gate_up and down of rows that use nothing but this slot, at
-            weight 1.
-        adapters: the owners of the memory that the pointers point into.
+            that replace qkv, o, gate_up and down for rows whose mix is this slot at weight 1.
+        adapters: the owners of the memory that the addresses point into.
     """
 
     def __init__(self, num_slots: int, config: DecoderConfig) -> None:
@@ -90,37 +92,32 @@ class AdapterTable:
         self.max_ranks = np.zeros(num_slots, np.int32)
         self.uses = np.zeros(num_slots, np.int32)
         self.prompts = np.zeros(num_slots, np.uint64)
-        self.merged: NDArray[np.uint64] = np.zeros((num_slots, config.num_layers, 4), np.uint64)
+        self.merged: NDArray[np.uint64] = np.zeros(
+            (num_slots, config.num_layers, len(FUSED)), np.uint64
+        )
         self.adapters: list[PackedAdapter | None] = [None] * num_slots
         self._merges: list[Merged | None] = [None] * num_slots
         self._deltas: dict[int, AdapterDelta] = {}
 
     def publish(self, slot: int, adapter: PackedAdapter) -> None:
-        """Points `slot`, which must be free, to the adapter."""
+        """Puts an adapter into `slot`, which must be free."""
         assert self.adapters[slot] is None, f"slot {slot} is taken"
-        address = adapter.data.data_ptr()
-        entries = self.entries[slot]
         uses = rank = 0
-        for site, places in adapter.places.items():
-            entry = entries[self._config.site_index(site)]
-            for name, place in places.items():
-                entry[name] = address + place.start
-            if "b" in places:
-                entry["rank"] = places["b"].shape[0]
-            if "token_ids" in places:
-                entry["count"] = places["token_ids"].shape[0]
-            entry["activation"], entry["reads"] = adapter.options[site]
-            used = _uses(site[1], places)
+        for site in adapter.places:
+            entry = _entry(adapter, site)
+            self.entries[slot, self._config.site_index(site)] = entry
+            used = _uses(site[1], entry)
             uses |= used
             if used & (Uses.FACTORS | Uses.HEAD):
                 rank = max(rank, int(entry["rank"]))
         if "embeddings" in adapter.virtual_places:
-            self.prompts[slot] = address + adapter.virtual_places["embeddings"].start
+            start = adapter.virtual_places["embeddings"].start
+            self.prompts[slot] = adapter.data.data_ptr() + start
         self.max_ranks[slot], self.uses[slot] = rank, uses
         self.adapters[slot] = adapter
 
     def remove(self, slot: int) -> None:
-        """Frees the slot; no row may be using it."""
+        """Frees a slot, which no row may be using."""
         self.remove_merge(slot)
         self.entries[slot] = np.zeros((), ENTRY)
         self.max_ranks[slot] = self.uses[slot] = 0
@@ -129,18 +126,18 @@ class AdapterTable:
         self._deltas.pop(slot, None)
 
     def publish_merge(self, slot: int, merged: Merged) -> None:
-        """Gives the slot dense matrices."""
+        """Lets rows of the slot use dense matrices."""
         assert self.adapters[slot] is not None, f"slot {slot} is empty"
         self.merged[slot] = merged.addresses
         self._merges[slot] = merged
 
     def remove_merge(self, slot: int) -> None:
-        """Takes the dense matrices away."""
+        """Drops the slot's dense matrices."""
         self.merged[slot] = 0
         self._merges[slot] = None
 
     def delta(self, slot: int) -> AdapterDelta:
-        """What the slot's adapter changes, as views of its packed tensor."""
+        """The changes of the slot's adapter, as views of its packed tensor."""
         if slot not in self._deltas:
             adapter = self.adapters[slot]
             assert adapter is not None, f"slot {slot} is empty"
@@ -148,14 +145,28 @@ class AdapterTable:
         return self._deltas[slot]
 
     def dense(self, mix: Sequence[tuple[int, float]]) -> DenseMatrices | None:
-        """The dense matrices of rows with that mix: only a slot alone at weight 1 has any."""
+        """The dense matrices for rows with this mix; None unless it is one slot at weight 1."""
         if len(mix) != 1 or mix[0][1] != 1.0:
             return None
         merged = self._merges[mix[0][0]]
         return None if merged is None else merged.matrices
 
 
-def _uses(name: str, places: Mapping[str, Place]) -> int:
+def _entry(adapter: PackedAdapter, site: Site) -> np.void:
+    """The `ENTRY` of an adapter's change at a site."""
+    entry: np.void = np.zeros(1, ENTRY)[0]
+    places = adapter.places[site]
+    for name, at, _ in tensor_fields(delta_type(site[1])):
+        if (place := places.get(name)) is not None:
+            entry[at] = adapter.data.data_ptr() + place.start
+            if at in ("b", "token_ids"):
+                entry["rank" if at == "b" else "count"] = place.shape[0]
+    for name, value in adapter.options.get(site, {}).items():
+        entry[name] = value
+    return entry
+
+
+def _uses(name: str, entry: np.void) -> Uses:
     if name == "embed_tokens":
         return Uses.EMBEDDING
     if name == "lm_head":
@@ -164,7 +175,7 @@ def _uses(name: str, places: Mapping[str, Place]) -> int:
         return Uses.NORM
     if name.endswith("_bottleneck"):
         return Uses.BOTTLENECK
-    bits = Uses.FACTORS if "b" in places else 0
-    if "gain" in places or "bias" in places:
+    bits = Uses.FACTORS if entry["b"] else Uses(0)
+    if entry["gain"] or entry["bias"]:
         bits |= Uses.GAIN
-    return bits | (Uses.IN_GAIN if "in_gain" in places else 0)
+    return bits | Uses.IN_GAIN if entry["in_gain"] else bits

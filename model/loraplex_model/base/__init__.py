@@ -1,5 +1,5 @@
-"""The ground floor of the model: configurations, weights and errors that every other room uses.
+"""The ground floor: the description of a base model, refusals, and small helpers for all packages.
 
-Owns the values that describe a base model. Imports neither torch nor grpc, but for `weights` and
-`families`; opens no file and computes nothing.
+This room owns the values that describe a base model. It imports neither torch nor grpc, except in
+`weights` and `families`, and no other room of the project. It computes nothing.
 """

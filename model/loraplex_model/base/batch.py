@@ -1,4 +1,4 @@
-"""What one forward pass computes: decode rows and prefill chunks, laid flat."""
+"""The input of one forward pass: decode rows and prefill chunks side by side."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ Mix = tuple[tuple[int, float], ...]
 
 @dataclass(frozen=True, slots=True)
 class ForwardBatch:
-    """T tokens of S sequences, each sequence's new tokens side by side.
+    """T new tokens of S sequences, sequence after sequence.
 
     A decode row is a sequence with one new token; a prefill chunk is one with several. The model
-    does not tell them apart: a token's result depends on its own sequence only.
+    treats both alike: a token's result depends on its own sequence only.
 
     Attributes:
         tokens: int32 [T], the new token ids.
         positions: int32 [T], each token's position in its own sequence.
         query_starts: int32 [S + 1]; sequence s owns tokens `query_starts[s]:query_starts[s + 1]`.
         context_lens: int32 [S], tokens of the sequence in the KV cache *after* this pass.
-        block_tables: int32 [S, B], the sequence's KV blocks; entries past its length are unread.
+        block_tables: int32 [S, B], the sequence's KV blocks; entries past its length are not read.
         mix_starts: int32 [S + 1]; sequence s applies `mix_slots[mix_starts[s]:mix_starts[s + 1]]`.
         mix_slots: int32 [X], adapter slots.
         mix_weights: float32 [X], factors on the slots' deltas.
         logit_rows: int32 [R], the tokens (indices into `tokens`) whose logits are wanted.
-        copies: int32 [C, 2], KV blocks (from, to) that are copied before anything is computed.
+        copies: int32 [C, 2], KV blocks (from, to) that are copied before the pass.
 
     A token id of `vocab_size + j` stands for virtual token j of the sequence's adapter.
     """

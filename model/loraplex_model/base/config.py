@@ -1,11 +1,17 @@
-"""The decoder as data: everything in which the supported families differ."""
+"""The decoder as data: the settings in which the supported families differ."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""The matrices of a layer, in the order in which they are applied."""
+"""Names of a layer's matrices, in the order in which they are applied."""
+
+BLOCKS = {
+    name: "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+    for name in (*PROJECTIONS, "q_norm", "k_norm")
+}
+"""The block of a decoder layer that a module lies in; the layer's own norms lie in neither."""
 
 FUSED = {
     "qkv": ("q_proj", "k_proj", "v_proj"),
@@ -14,6 +20,13 @@ FUSED = {
     "down": ("down_proj",),
 }
 """The fused matrices of a layer, and the modules stacked in each, in order."""
+
+
+def fused_place(module: str) -> tuple[str, int]:
+    """The fused matrix that contains a module of `PROJECTIONS`, and the module's index in it."""
+    fused = next(fused for fused, names in FUSED.items() if module in names)
+    return fused, FUSED[fused].index(module)
+
 
 LAYER_SITES = (
     *PROJECTIONS,
@@ -24,14 +37,14 @@ LAYER_SITES = (
     "q_norm",
     "k_norm",
 )
-"""Everything of a layer that an adapter can change, in the order of the adapter table. The two
-bottlenecks are places, not modules: what is added after the attention and after the MLP."""
+"""Names of the places of a layer that an adapter can change, in the order of the slot table. The
+two bottlenecks are not modules of the base: they follow the attention and the MLP."""
 
 MODEL_SITES = ("embed_tokens", "lm_head", "norm")
-"""What an adapter can change outside the layers; they follow the last layer in the table."""
+"""Names of the places outside the layers that an adapter can change, after the last layer's."""
 
 MODEL = -1
-"""The layer of a `MODEL_SITES` entry."""
+"""Layer number of the sites in `MODEL_SITES`."""
 
 Site = tuple[int, str]
 """A place that an adapter changes: (layer, name), or (`MODEL`, name)."""
@@ -44,11 +57,11 @@ class DecoderConfig:
     Attributes:
         rope_inv_freq: the head_dim / 2 inverse frequencies, scaling already applied.
         rope_scale: factor on cos and sin (YaRN's attention factor; 1 elsewhere).
-        qkv_bias, o_bias: whether those projections carry a bias (Qwen2: qkv).
-        qk_norm: RMSNorm on every query and key head before the rotation (Qwen3).
-        sliding_windows: per layer, how many positions a token sees, its own included (position p
-            sees p - window + 1 to p); None sees all.
-        max_positions: the context length the checkpoint was made for.
+        qkv_bias, o_bias: True if those projections have a bias (Qwen2: qkv).
+        qk_norm: True if RMSNorm is applied to every query and key head before the rotation (Qwen3).
+        sliding_windows: for each layer the number of positions that a token sees, including its own
+            (position p sees p - window + 1 to p); None if it sees all.
+        max_positions: context length for which the checkpoint was made.
     """
 
     architecture: str
@@ -86,11 +99,11 @@ class DecoderConfig:
 
     @property
     def num_sites(self) -> int:
-        """Entries of one adapter in the adapter table."""
+        """Number of entries of one adapter in the slot table."""
         return self.num_layers * len(LAYER_SITES) + len(MODEL_SITES)
 
     def site_index(self, site: Site) -> int:
-        """Where a site lies in the adapter table."""
+        """Index of a site in the slot table."""
         layer, name = site
         if layer == MODEL:
             return self.num_layers * len(LAYER_SITES) + MODEL_SITES.index(name)

@@ -1,51 +1,69 @@
-"""From a Hugging Face configuration to a `DecoderConfig`, and the names of its tensors."""
+"""The supported families of models: from a Hugging Face configuration to a `DecoderConfig`.
+
+Families differ by data: one `Family` in `FAMILIES` each. A family that computes like Llama needs
+nothing but its row.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from loraplex_model.base.config import DecoderConfig
+from loraplex_model.base.config import BLOCKS, DecoderConfig
 from loraplex_model.base.refusal import Reason, Refusal
 
-ARCHITECTURES = {
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "mistral",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """The differences of one architecture's checkpoints from Llama's, and its names in files.
+
+    Attributes:
+        model_type: the architecture's `model_type` in config.json.
+        gguf: the architecture in GGUF files.
+        gguf_interleaved: GGUF files hold the rows of q and k in pairs (real and imaginary part).
+        bias_options: entries of config.json that give projections biases: attention_bias (q, k, v
+            and o), mlp_bias (gate, up and down).
+        qkv_bias: q, k and v always have biases.
+        qk_norm: query and key heads are normed before the rotation.
+        window_everywhere: `sliding_window` holds for every layer; elsewhere, `layer_types` says for
+            which.
+    """
+
+    model_type: str
+    gguf: str
+    gguf_interleaved: bool = False
+    bias_options: tuple[str, ...] = ("attention_bias", "mlp_bias")
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    window_everywhere: bool = False
+
+
+FAMILIES: Mapping[str, Family] = {
+    "LlamaForCausalLM": Family("llama", "llama", gguf_interleaved=True),
+    "MistralForCausalLM": Family(
+        "mistral", "llama", gguf_interleaved=True, bias_options=(), window_everywhere=True
+    ),
+    "Qwen2ForCausalLM": Family("qwen2", "qwen2", bias_options=(), qkv_bias=True),
+    "Qwen3ForCausalLM": Family("qwen3", "qwen3", bias_options=("attention_bias",), qk_norm=True),
 }
-"""The supported architectures, and the `model_type` that each has."""
+"""The supported families, by the architecture that config.json states."""
 
 EMBED = "model.embed_tokens.weight"
 NORM = "model.norm.weight"
 LM_HEAD = "lm_head.weight"
 
 SCALINGS = ("linear", "llama3", "yarn")
-"""Scaled frequencies that do not depend on how long the sequence has become.
+"""Supported kinds of RoPE scaling: those whose frequencies do not depend on the sequence's length.
 
-"dynamic" and "longrope" do, so keys already in the cache would have been rotated by other
-frequencies than the queries that meet them.
+With "dynamic" and "longrope" they do, so keys in the cache would have been rotated with other
+frequencies than later queries.
 """
-
-_PARENTS = {
-    "q_proj": "self_attn",
-    "k_proj": "self_attn",
-    "v_proj": "self_attn",
-    "o_proj": "self_attn",
-    "q_norm": "self_attn",
-    "k_norm": "self_attn",
-    "gate_proj": "mlp",
-    "up_proj": "mlp",
-    "down_proj": "mlp",
-}
 
 
 def tensor_name(layer: int, module: str, kind: str = "weight") -> str:
-    """A layer's tensor as all supported checkpoints call it; `module` is "q_proj", "q_norm", ..."""
-    parent = _PARENTS.get(module)
-    path = f"{parent}.{module}" if parent else module
+    """Name of a layer's tensor in all supported checkpoints; `module` is "q_proj", "q_norm", ..."""
+    path = ".".join(filter(None, (BLOCKS.get(module), module)))
     return f"model.layers.{layer}.{path}.{kind}"
 
 
@@ -53,7 +71,7 @@ def decoder_config(raw: Mapping[str, Any]) -> DecoderConfig:
     """Reads the contents of a `config.json`.
 
     Raises:
-        Refusal: the architecture is not supported, wants code of its own, or has a feature that
+        Refusal: the architecture is not supported, needs code of its own, or has a feature that
             the decoder lacks.
     """
     architecture = _architecture(raw)
@@ -61,8 +79,8 @@ def decoder_config(raw: Mapping[str, Any]) -> DecoderConfig:
     _refuse_unsupported(architecture, config)
     heads = config.num_attention_heads
     inv_freq, scale = inverse_frequencies(config)
-    # Qwen2 has biases on q, k and v without saying so; Mistral never has any
-    biased = architecture in ("LlamaForCausalLM", "Qwen3ForCausalLM") and config.attention_bias
+    family = FAMILIES[architecture]
+    biased = "attention_bias" in family.bias_options and config.attention_bias
     return DecoderConfig(
         architecture=architecture,
         vocab_size=config.vocab_size,
@@ -76,27 +94,27 @@ def decoder_config(raw: Mapping[str, Any]) -> DecoderConfig:
         rope_inv_freq=inv_freq,
         rope_scale=scale,
         max_positions=config.max_position_embeddings,
-        qkv_bias=architecture == "Qwen2ForCausalLM" or biased,
+        qkv_bias=family.qkv_bias or biased,
         o_bias=biased,
-        qk_norm=architecture == "Qwen3ForCausalLM",
+        qk_norm=family.qk_norm,
         tie_embeddings=config.tie_word_embeddings,
-        sliding_windows=_sliding_windows(architecture, config),
+        sliding_windows=_sliding_windows(family, config),
     )
 
 
 def _architecture(raw: Mapping[str, Any]) -> str:
-    supported = ", ".join(ARCHITECTURES)
+    supported = ", ".join(FAMILIES)
     if "auto_map" in raw:
         raise Refusal(
             Reason.MODEL_UNSUPPORTED,
-            "the model brings code of its own (auto_map), which is never run; "
+            "the model needs code of its own (auto_map), which is never run; "
             f"supported architectures: {supported}",
         )
     stated = raw.get("architectures") or []
     if not stated:
-        by_type = {kind: name for name, kind in ARCHITECTURES.items()}
+        by_type = {family.model_type: name for name, family in FAMILIES.items()}
         stated = [by_type.get(raw.get("model_type", ""), raw.get("model_type", "none stated"))]
-    if len(stated) != 1 or stated[0] not in ARCHITECTURES:
+    if len(stated) != 1 or stated[0] not in FAMILIES:
         raise Refusal(
             Reason.MODEL_UNSUPPORTED,
             f"architecture {', '.join(map(str, stated))} is not supported; supported: {supported}",
@@ -105,14 +123,14 @@ def _architecture(raw: Mapping[str, Any]) -> str:
 
 
 def _parse(architecture: str, raw: Mapping[str, Any]) -> Any:
-    """The transformers configuration object, which knows the defaults and the older spellings."""
+    """The configuration as transformers reads it, with defaults and older spellings resolved."""
     from transformers import CONFIG_MAPPING
 
-    kind = ARCHITECTURES[architecture]
+    kind = FAMILIES[architecture].model_type
     if raw.get("model_type", kind) != kind:
         raise Refusal(
             Reason.MODEL_INVALID,
-            f"config.json says {architecture} but model_type {raw['model_type']!r}",
+            f"config.json states {architecture} but model_type {raw['model_type']!r}",
         )
     try:
         return CONFIG_MAPPING[kind].from_dict(dict(raw))
@@ -135,10 +153,10 @@ def _refuse_unsupported(architecture: str, config: Any) -> None:
             raise Refusal(Reason.MODEL_UNSUPPORTED, f"{architecture} with {fault} is not supported")
 
 
-def _sliding_windows(architecture: str, config: Any) -> tuple[int | None, ...]:
+def _sliding_windows(family: Family, config: Any) -> tuple[int | None, ...]:
     layers: int = config.num_hidden_layers
     window: int | None = getattr(config, "sliding_window", None)
-    if architecture == "MistralForCausalLM":
+    if family.window_everywhere:
         return (window,) * layers
     kinds: list[str] = getattr(config, "layer_types", None) or ["full_attention"] * layers
     unknown = set(kinds) - {"full_attention", "sliding_attention"}
@@ -150,9 +168,9 @@ def _sliding_windows(architecture: str, config: Any) -> tuple[int | None, ...]:
 
 
 def inverse_frequencies(config: Any) -> tuple[tuple[float, ...], float]:
-    """The head_dim / 2 inverse frequencies and the factor on cos and sin, of a Hugging Face config.
+    """The head_dim / 2 inverse frequencies of a Hugging Face config, and the factor on cos and sin.
 
-    Scaled kinds are computed by transformers itself. Raises `Refusal` for kinds that cannot be.
+    transformers computes the scaled kinds. Raises `Refusal` for kinds that cannot be.
     """
     parameters = config.rope_parameters
     kind = parameters.get("rope_type", "default")
@@ -170,12 +188,14 @@ def inverse_frequencies(config: Any) -> tuple[tuple[float, ...], float]:
 
         frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config)
         return tuple(frequencies.tolist()), float(scale)
+    import torch
+
     width = head_dim(config)
     exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
     return tuple((1.0 / parameters["rope_theta"] ** exponents).tolist()), 1.0
 
 
 def head_dim(config: Any) -> int:
-    """Width of one attention head of a Hugging Face config."""
+    """Width of one attention head, from a Hugging Face config."""
     stated = getattr(config, "head_dim", None)
     return int(stated or config.hidden_size // config.num_attention_heads)

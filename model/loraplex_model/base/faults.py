@@ -1,8 +1,8 @@
-"""Named points at which a test can make the program fail: raise, be killed, or wait.
+"""Named points at which a test can make the program raise, be killed, or wait.
 
-A point stands before each step that a crash may separate from the one before it, and after the last
-one. Without an action `reach` reads one global and returns; no setting and no variable of the
-environment can install one.
+There is a point before each step that a crash may separate from the previous one, and one after the
+last step. Without an action `reach` reads one global and returns; no setting and no environment
+variable can install an action.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ _action: Callable[[str], None] | None = None
 
 
 def reach(point: str) -> None:
-    """Does at `point` what a test has asked for; nothing otherwise.
+    """Runs the action that a test has installed, if there is one.
 
-    `point` is a literal, written at one place only: that is how a test finds them all.
+    `point` is a literal that occurs once in the source, so that a test can list all points.
     """
     action = _action
     if action is not None:
@@ -25,9 +25,9 @@ def reach(point: str) -> None:
 
 @contextmanager
 def injected(action: Callable[[str], None]) -> Iterator[None]:
-    """Calls `action` with the name of every point that is reached, in every thread, until it ends.
+    """For tests: within the context, calls `action` with the name of every point reached.
 
-    For tests. What the action raises passes through the code that reached the point.
+    This holds for all threads. Exceptions of the action propagate from the point.
     """
     global _action
     before, _action = _action, action

@@ -1,7 +1,8 @@
-"""The base model's weights: NF4 matrices, fused, beside the few tensors that stay dense."""
+"""The base model's weights: fused NF4 matrices, and the few tensors that stay dense."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from loraplex_model.base.config import DecoderConfig
 from loraplex_model.base.info import BaseInfo
 
 BLOCK = 64
-"""Weights that share one absmax (QLoRA, arXiv 2305.14314)."""
+"""Number of weights that share one absmax (QLoRA, arXiv 2305.14314)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,18 +19,17 @@ class NF4Matrix:
     """Several modules' matrices stacked into one [out, in], NF4 with double quantisation.
 
     Each module was quantised on its own, so its bytes equal those of bitsandbytes' `Linear4bit`.
-    Nothing writes to these tensors after they are made.
+    These tensors are never written to after they are made.
 
     Attributes:
         shape: (out, in) of the whole stack.
-        packed: uint8 [out * in / 2], two codes a byte, the first in the high half.
+        packed: uint8 [out * in / 2], two codes per byte, the first in the high half.
         absmax: the blocks' maxima, module after module, ceil(rows * in / 64) for each (out * in /
-            64 in all where in is a multiple of 64): uint8, quantised once more; or float32, the
-            maxima themselves, for a checkpoint that was quantised only once. `nf4.absmax_float`
-            reads both.
-        absmax_scales: one float32 [ceil(blocks / 256)] per module; () for float32 maxima.
-        absmax_offsets: the mean that was subtracted, per module; () for float32 maxima.
-        rows: each module's number of output rows.
+            64 in all if in is a multiple of 64): uint8 with double quantisation, else the float32
+            maxima themselves. `nf4.absmax_float` reads both.
+        absmax_scales: for each module float32 [ceil(blocks / 256)]; () for float32 maxima.
+        absmax_offsets: for each module the mean that was subtracted; () for float32 maxima.
+        rows: number of output rows of each module.
     """
 
     shape: tuple[int, int]
@@ -42,7 +42,8 @@ class NF4Matrix:
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One decoder layer. Vectors are of the compute dtype; biases and head norms may be absent."""
+    """Weights of one decoder layer. Vectors have the compute dtype; biases and head norms may be
+    absent."""
 
     input_norm: torch.Tensor
     qkv: NF4Matrix
@@ -55,16 +56,26 @@ class LayerWeights:
     gate_up: NF4Matrix
     down: NF4Matrix
 
+    @property
+    def norms(self) -> Mapping[str, torch.Tensor | None]:
+        """Norm weights by the name of their site; head norms may be absent."""
+        return {
+            "input_layernorm": self.input_norm,
+            "post_attention_layernorm": self.post_norm,
+            "q_norm": self.q_norm,
+            "k_norm": self.k_norm,
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class BaseWeights:
-    """A whole base model.
+    """Weights of a whole base model.
 
     Attributes:
         embed: [vocab, hidden], compute dtype.
-        lm_head: [vocab, hidden]; the same tensor as `embed` when tied.
+        lm_head: [vocab, hidden]; the same tensor as `embed` if they are tied.
         fingerprint: "sha256:<hex>" over the configuration, the NF4 codes and the dense tensors as
-            stored; the same for every compute dtype, and on every machine.
+            stored; equal for every compute dtype, and on every machine.
     """
 
     config: DecoderConfig
@@ -88,8 +99,8 @@ class BaseWeights:
         if self.lm_head is not self.embed:
             tensors.append(self.lm_head)
         for layer in self.layers:
-            dense = (layer.input_norm, layer.post_norm, layer.qkv_bias, layer.o_bias)
-            tensors += [t for t in (*dense, layer.q_norm, layer.k_norm) if t is not None]
+            dense = (*layer.norms.values(), layer.qkv_bias, layer.o_bias)
+            tensors += [tensor for tensor in dense if tensor is not None]
             for matrix in (layer.qkv, layer.o, layer.gate_up, layer.down):
                 tensors += [matrix.packed, matrix.absmax, *matrix.absmax_scales]
         return sum(tensor.nbytes for tensor in tensors)

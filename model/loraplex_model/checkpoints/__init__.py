@@ -1,4 +1,5 @@
-"""From a name or a directory to base weights and a tokenizer: read, convert once, cache, map.
+"""Loading base models: checkpoints are found, converted once, cached, and mapped from the cache.
 
-Owns every file format of base models. Never computes a forward pass.
+This room owns every file format of base models. It never computes a forward pass and has nothing
+about adapters.
 """

@@ -1,33 +1,32 @@
-"""Built models on disk, keyed by the content of what they were built from.
+"""Built models on disk, keyed by the content of the files from which they were built.
 
     sources/<digest of names, sizes and times>   the content digest of those files
-    entries/<content digest>/                    what was built, and entry.json
+    entries/<content digest>/                    the built files, and entry.json
 
 Hashing gigabytes takes longer than loading them, so the content digest is looked up by a manifest
-(path, size, modification time of every source file) and computed only when the manifest is new.
-Touching or moving a model costs one hashing; changing it builds a new entry. An entry appears by a
-rename, complete and synced, and is never changed afterwards. A lock per entry lets one of several
-starting processes build while the others wait; the lock ends with its process.
+(path, size, modification time of every source file) and computed only for a new manifest. Touching
+or moving a model costs one hashing; changing it builds a new entry. An entry appears by a rename,
+complete and flushed to disk, and is never changed afterwards. A lock per entry lets one of several
+starting processes build while the others wait; the system frees the lock when its process ends.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
-import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from loraplex_model.base.durable import flush, locked, write_atomically
 from loraplex_model.base.refusal import Reason, Refusal
 
 FORMAT = 2
-"""Raised whenever the stored form changes, so that older entries are built anew."""
+"""Version of the stored form, increased with each change, so that older entries are rebuilt."""
 
 ENTRY = "entry.json"
 
@@ -40,13 +39,13 @@ Build = Callable[[Path], None]
 
 
 def entry_for(root: Path, files: Sequence[Path], build: Build, *, verify: bool = False) -> Path:
-    """The directory that `build` filled from `files`, now or earlier.
+    """The directory that `build` has filled from `files`, now or earlier.
 
-    A damaged entry is dropped and built again, with a warning. Damage means a missing file or a
-    wrong size; with `verify`, also a wrong digest, which reads everything once.
+    A damaged entry is removed and built again, with a warning. Damage means a missing file or a
+    wrong size; with `verify` also a wrong digest, which takes reading all files.
 
     Raises:
-        Refusal: CACHE_FAILED if the cache cannot be written; whatever `build` raises.
+        Refusal: CACHE_FAILED if the cache cannot be written; and everything that `build` raises.
     """
     try:
         (root / "sources").mkdir(parents=True, exist_ok=True)
@@ -55,7 +54,7 @@ def entry_for(root: Path, files: Sequence[Path], build: Build, *, verify: bool =
         entry = root / "entries" / key
         if is_whole(entry, digests=verify):
             return entry
-        with _locked(root / "entries" / f"{key}.lock"):
+        with locked(root / "entries" / f"{key}.lock", mode=0o666):
             if is_whole(entry, digests=verify):
                 return entry
             if entry.exists():
@@ -72,7 +71,7 @@ def entry_for(root: Path, files: Sequence[Path], build: Build, *, verify: bool =
 
 
 def is_whole(entry: Path, *, digests: bool = False) -> bool:
-    """Whether an entry has every file it was built with, at its size (and with its digest)."""
+    """Whether an entry has all of its files, with the right sizes and, if asked for, digests."""
     try:
         record = json.loads((entry / ENTRY).read_text("utf-8"))
         for name, (size, digest) in record["files"].items():
@@ -96,12 +95,12 @@ def _content_key(root: Path, files: Sequence[Path]) -> str:
             return key
     content = [(file.name, _of_source(_file_digest, file)) for file in files]
     key = hashlib.sha256(json.dumps([FORMAT, content]).encode()).hexdigest()
-    _write(known, key.encode())
+    write_atomically(known, key.encode())
     return key
 
 
 def _of_source(read: Callable[[Path], T], file: Path) -> T:
-    """Tells a source that cannot be read from a cache that cannot be written."""
+    """Reads a source file; unlike errors of the cache, its OSError becomes MODEL_INVALID."""
     try:
         return read(file)
     except OSError as error:
@@ -115,7 +114,7 @@ def _size_and_time(file: Path) -> tuple[int, int]:
 
 def _build(entry: Path, build: Build) -> None:
     prefix = f".building-{entry.name}-"
-    for abandoned in entry.parent.glob(prefix + "*"):  # by a process that died: we hold the lock
+    for abandoned in entry.parent.glob(prefix + "*"):  # by a dead process, since we hold the lock
         shutil.rmtree(abandoned, ignore_errors=True)
     fresh = entry.parent / (prefix + uuid.uuid4().hex)
     fresh.mkdir()
@@ -124,44 +123,17 @@ def _build(entry: Path, build: Build) -> None:
         built = sorted(path for path in fresh.iterdir() if path.is_file())
         record = {path.name: (path.stat().st_size, _file_digest(path)) for path in built}
         for path in built:
-            _sync(path)
-        _write(fresh / ENTRY, json.dumps({"format": FORMAT, "files": record}).encode())
-        _sync(fresh)
+            flush(path)
+        entry_record = json.dumps({"format": FORMAT, "files": record})
+        write_atomically(fresh / ENTRY, entry_record.encode())
+        flush(fresh)
         fresh.rename(entry)
-        _sync(entry.parent)
+        flush(entry.parent)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
 
 
-def _write(path: Path, data: bytes) -> None:
-    fresh = path.parent / f".writing-{uuid.uuid4().hex}"
-    try:
-        with fresh.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(path)
-    except BaseException:
-        fresh.unlink(missing_ok=True)
-        raise
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _file_digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -1,7 +1,7 @@
-"""A conversation rendered with the base model's own chat template, in a sandbox.
+"""Rendering a conversation with the base model's chat template, in a sandbox.
 
-The template comes with the base model, which is the operator's; adapters and requests bring none.
-It is jinja2 as Hugging Face's `apply_chat_template` runs it.
+The template comes from the base model, which the operator has chosen, never from adapters or
+requests. It is run with jinja2 as in Hugging Face's `apply_chat_template`.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_RENDERED: Final = 4 << 20
-"""Characters; a template that makes more of a request is refused."""
+"""Largest number of characters of a rendered conversation; longer ones are refused."""
 
 
 class TextRefused(Exception):
-    """What was sent cannot become tokens; the message is safe to show to a client."""
+    """A text or conversation cannot be turned into tokens; the message may be shown to a client."""
 
 
 class ChatTemplate:
-    """A compiled template with the special tokens it may name."""
+    """A compiled chat template with the model's special tokens."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class ChatTemplate:
         special_tokens: Mapping[str, str],
         clock: Callable[[], datetime] = datetime.now,
     ) -> None:
-        """`clock` is the template's local time; transformers gives it that of now."""
+        """`clock` returns the local time that the template may print."""
 
         def now(form: str) -> str:
             return clock().strftime(form)
@@ -48,9 +48,9 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens)
 
     def render(self, messages: Sequence[Mapping[str, str]], generation_prompt: bool = True) -> str:
-        """The prompt of a conversation, up to where the assistant's next turn begins.
+        """The prompt of a conversation, including the beginning of the assistant's next turn.
 
-        Without `generation_prompt` only up to the end of the last turn. Raises TextRefused.
+        Without `generation_prompt` it ends with the last turn. Raises TextRefused.
         """
         pieces, size = [], 0
         variables: dict[str, Any] = {
@@ -67,29 +67,29 @@ class ChatTemplate:
                     raise TextRefused("the rendered conversation is too long")
                 pieces.append(piece)
         except _TemplateRefusal as error:
-            # What the template itself says is for the caller's eyes; what else goes wrong is not.
+            # The template's own messages are for the caller; other errors are not shown.
             raise TextRefused(f"the model's chat template refuses: {error}") from error
         except TextRefused:
             raise
         except Exception as error:
-            text = "the model's chat template does not take this conversation"
+            text = "the model's chat template does not accept this conversation"
             raise TextRefused(text) from error
         return "".join(pieces)
 
 
 class _Generation(Extension):
-    """`{% generation %}`, with which templates mark the assistant's own words: they stand as is."""
+    """The tag `{% generation %}` around the assistant's own words, which are rendered unchanged."""
 
     tags = {"generation"}  # noqa: RUF012  what jinja2 reads
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body, lineno=line)  # what is set within is not seen after, as there
+        return nodes.Scope(body, lineno=line)  # variables set inside are local, as in transformers
 
 
 class _TemplateRefusal(Exception):
-    """What a template raises with `raise_exception`."""
+    """Raised by a template's call of `raise_exception`."""
 
 
 def _refuse(message: str) -> NoReturn:

@@ -1,7 +1,7 @@
-"""Where a base model comes from: named tensors, read one at a time.
+"""The source of a base model: a checkpoint whose tensors are read by name, one at a time.
 
-A model is named by a directory (safetensors), a `.gguf` file, or the id of a hub repository. Only
-the last makes the process talk to a network. Pickled weights are never opened.
+A model is given as a directory (safetensors), a `.gguf` file, or the id of a hub repository. Only
+the last causes network access. Pickled weights are never opened.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class TensorSource(Protocol):
-    """A checkpoint. `read` returns one tensor, which the caller drops before it asks for the next.
+    """A checkpoint. Callers read one tensor and drop it before they read the next.
 
     Attributes:
-        config: the contents of `config.json`, or what stands for it.
-        generation_config: the contents of `generation_config.json`; empty where there is none.
-        rope_divisors: what to divide the rotary frequencies of `config` by; () for nothing.
-        has_tokenizer: whether a tokenizer lies with the weights.
+        config: the contents of `config.json`, or the equivalent of another format.
+        generation_config: the contents of `generation_config.json`; empty if there is none.
+        rope_divisors: divisors of the rotary frequencies of `config`; () for none.
+        has_tokenizer: True if the checkpoint includes a tokenizer.
     """
 
     config: Mapping[str, Any]
@@ -40,17 +40,17 @@ class TensorSource(Protocol):
     has_tokenizer: bool
 
     def names(self) -> Collection[str]:
-        """Every tensor there is, by its Hugging Face name."""
+        """Hugging Face names of all tensors."""
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor as stored (any floating type, or bitsandbytes' bytes).
 
-        Raises `Refusal` (MODEL_INVALID) if it is not there or its file is damaged.
+        Raises `Refusal` (MODEL_INVALID) if it does not exist or its file is damaged.
         """
 
 
 def locate(model: str) -> Path:
-    """The directory or GGUF file that `model` names, fetched from a hub if it is an id.
+    """The path of a model: an existing directory or GGUF file, or the download of a hub id.
 
     Raises `Refusal`: MODEL_NOT_FOUND, MODEL_UNAVAILABLE.
     """
@@ -60,7 +60,7 @@ def locate(model: str) -> Path:
     if path.suffix == ".gguf" or not _HUB_ID.fullmatch(model):
         raise Refusal(
             Reason.MODEL_NOT_FOUND,
-            f"no model at {model}: give a directory with config.json and safetensors, "
+            f"there is no model at {model}; give a directory with config.json and safetensors, "
             "a .gguf file, a hub id (owner/name), or nothing for the default model",
         )
     return _snapshot(model)
@@ -74,12 +74,12 @@ def _snapshot(repository: str) -> Path:
     except Exception as error:  # the hub's own errors, and whatever its HTTP client raises
         raise Refusal(
             Reason.MODEL_UNAVAILABLE,
-            f"there is no directory {repository}, and as a hub id it could not be fetched: {error}",
+            f"{repository} is no directory here, and it could not be fetched from the hub: {error}",
         ) from error
 
 
 def files_of(path: Path) -> tuple[Path, ...]:
-    """Every file that the loaded model depends on, sorted."""
+    """All files that the loaded model depends on, sorted."""
     if path.is_file():
         return (path,)
     found = {file for pattern in _READ for file in path.glob(pattern) if file.is_file()}

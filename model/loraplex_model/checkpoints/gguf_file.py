@@ -1,12 +1,12 @@
 """GGUF files as a source of Hugging Face tensors.
 
-The file holds its own configuration, under llama.cpp's key names, and quantised tensors, under
+The file has its own configuration, with llama.cpp's key names, and quantised tensors, with
 llama.cpp's tensor names. For the "llama" architecture (Llama and Mistral) the rows of q and k are
-stored pairwise interleaved within each head; here they are put back into Hugging Face's halves.
-Values are dequantised by the `gguf` package to float32.
+stored interleaved in pairs within each head; this module restores Hugging Face's two halves. The
+`gguf` package dequantises values to float32.
 
-The header is read here because the package's own reader takes more than ten seconds to walk a
-vocabulary. Every length in it is checked against the file before it is used.
+The header is parsed here because the package's own reader takes more than ten seconds for a large
+vocabulary. Every length in it is checked against the file's size before it is used.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ from loraplex_model.base import families
 from loraplex_model.base.refusal import Reason, Refusal
 
 _SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
-"""Metadata types of fixed size, and their `struct` letters."""
+"""`struct` letters of the metadata types of fixed size."""
 
 _STRING, _ARRAY = 8, 9
 _MAX_DIMENSIONS = 4
 
-_ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+_FAMILIES = {family.gguf: family for family in reversed(list(families.FAMILIES.values()))}
+"""The first family of each GGUF architecture: Mistral's files are read as Llama's."""
 
 _CONFIG = {
     "context_length": "max_position_embeddings",
@@ -72,7 +73,7 @@ ROPE_FACTORS = "rope_freqs.weight"
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """Where one tensor lies: shape as in torch, ggml type, first byte in the file, bytes."""
+    """Place of a tensor: shape as in torch, ggml type, first byte in the file, size in bytes."""
 
     shape: tuple[int, ...]
     kind: int
@@ -82,7 +83,7 @@ class GgufTensor:
 
 @dataclass(frozen=True, slots=True)
 class GgufHeader:
-    """Metadata (arrays of strings as their length only) and the table of tensors."""
+    """Metadata, with arrays of strings replaced by their length, and the table of tensors."""
 
     metadata: Mapping[str, Any]
     tensors: Mapping[str, GgufTensor]
@@ -98,7 +99,7 @@ class GgufSource:
                 self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             except ValueError as error:
                 raise Refusal(Reason.MODEL_INVALID, f"{path} is empty") from error
-        self._header = _Reader(self._bytes, path).header()
+        self._header = _HeaderReader(self._bytes, path).header()
         self._names = dict(_hf_names(self._header.tensors))
         self._architecture = str(self._header.metadata.get("general.architecture"))
         self.config: Mapping[str, Any] = self._config()
@@ -121,7 +122,7 @@ class GgufSource:
             ".q_proj.": self.config["num_attention_heads"],
             ".k_proj.": self.config["num_key_value_heads"],
         }
-        if self._architecture == "llama":
+        if _FAMILIES[self._architecture].gguf_interleaved:
             for part, count in heads.items():
                 if part in name:
                     values = _halves(values, count)
@@ -140,22 +141,23 @@ class GgufSource:
             raise Refusal(
                 Reason.MODEL_UNSUPPORTED, f"{self._path}: {gguf_name}: {error}"
             ) from error
-        # copies float32 tensors only, which are views of the read-only file: torch wants to write
+        # float32 tensors are views of the read-only file and torch needs writable memory
         writable = np.require(values, np.float32, ["C", "W"])
         return torch.from_numpy(writable).reshape(tensor.shape)
 
     def _config(self) -> dict[str, Any]:
         metadata, architecture = self._header.metadata, self._architecture
-        if architecture not in _ARCHITECTURES:
+        if architecture not in _FAMILIES:
             raise Refusal(
                 Reason.MODEL_UNSUPPORTED,
                 f"{self._path} is of GGUF architecture {architecture!r}; "
-                f"supported: {', '.join(_ARCHITECTURES)}",
+                f"supported: {', '.join(sorted(_FAMILIES))}",
             )
         if metadata.get(f"{architecture}.rope.scaling.type", "none") != "none":
             raise Refusal(
                 Reason.MODEL_UNSUPPORTED,
-                f"{self._path} scales its positions; use the model's safetensors instead",
+                f"{self._path} uses RoPE scaling, which is not read from GGUF files; use the "
+                "model's safetensors",
             )
         config = {
             name: metadata[f"{architecture}.{key}"]
@@ -166,7 +168,7 @@ class GgufSource:
         if "token_embd.weight" not in self._header.tensors:
             raise Refusal(Reason.MODEL_INVALID, f"{self._path} has no token_embd.weight")
         return config | {
-            "model_type": _ARCHITECTURES[architecture],
+            "model_type": _FAMILIES[architecture].model_type,
             "vocab_size": self._header.tensors["token_embd.weight"].shape[0],
             "tie_word_embeddings": "output.weight" not in self._header.tensors,
             "attention_bias": "blk.0.attn_output.bias" in self._header.tensors,
@@ -177,7 +179,7 @@ class GgufSource:
 
 
 def _hf_names(tensors: Collection[str]) -> list[tuple[str, str]]:
-    """`(Hugging Face name, GGUF name)` of every tensor that has one."""
+    """`(Hugging Face name, GGUF name)` of every tensor that the decoder uses."""
     pairs = [(hf, gguf) for gguf, hf in _GLOBALS.items() if gguf in tensors]
     for gguf in tensors:
         match = _LAYER_TENSOR.fullmatch(gguf)
@@ -188,13 +190,13 @@ def _hf_names(tensors: Collection[str]) -> list[tuple[str, str]]:
 
 
 def _halves(rows: torch.Tensor, heads: int) -> torch.Tensor:
-    """Undoes llama.cpp's order of q and k rows: (pair, 2) within a head back to (2, pair)."""
+    """Undoes llama.cpp's order of q and k rows: (pair, 2) within a head becomes (2, pair)."""
     split = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
     return split.swapaxes(1, 2).reshape(rows.shape)
 
 
-class _Reader:
-    """Walks the header; every read is checked against the end of the file."""
+class _HeaderReader:
+    """Parses the header; every read is checked against the end of the file."""
 
     def __init__(self, data: mmap.mmap, path: Path) -> None:
         self._data, self._path, self._at = data, path, 0
@@ -226,7 +228,7 @@ class _Reader:
         (dimensions,) = self._unpack("<I")
         if dimensions > _MAX_DIMENSIONS:
             raise self._damaged(f"{name} has {dimensions} dimensions")
-        shape = tuple(reversed(self._unpack(f"<{dimensions}Q")))  # ggml counts from the fastest
+        shape = tuple(reversed(self._unpack(f"<{dimensions}Q")))  # ggml: fastest dimension first
         kind, offset = self._unpack("<IQ")
         return name, shape, kind, offset
 
@@ -241,7 +243,7 @@ class _Reader:
             raise Refusal(Reason.MODEL_UNSUPPORTED, f"{self._path}: {name}: {error}") from error
         total = prod(shape) // weights * size
         if base + offset + total > len(self._data):
-            raise self._damaged(f"{name} lies past its end; the download may be incomplete")
+            raise self._damaged(f"{name} exceeds the file; the download may be incomplete")
         return GgufTensor(shape, kind, base + offset, total)
 
     def _value(self, kind: int) -> Any:

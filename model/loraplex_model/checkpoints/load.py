@@ -1,4 +1,4 @@
-"""A base model ready to run, from its name: fetched, converted once, mapped from the cache."""
+"""Loading a base model by its name: fetched, converted once, mapped from the cache."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class LoadedBase:
     """A base model and the files that the front process needs.
 
     Attributes:
-        name: what the operator asked for.
-        directory: holds `tokenizer.json` and `model.json` (`tokenizer.TokenizerInfo.read`).
+        name: the operator's name for it.
+        directory: folder of `tokenizer.json` and `model.json` (`tokenizer.TokenizerInfo.read`).
     """
 
     name: str
@@ -46,18 +46,18 @@ def load_base(
 
     Args:
         model: a directory, a GGUF file, a hub id, or "default" (or "").
-        dtype: of norms, biases, embeddings and head: float32 or bfloat16.
-        verify: checks the cached files' digests too, not only their sizes.
-        progress: called during a conversion.
+        dtype: type of norms, biases, embeddings and head: float32 or bfloat16.
+        verify: checks the digests of the cached files, not only their sizes.
+        progress: called after each layer of a conversion.
 
     Raises:
-        Refusal: see its reasons; the message says what to do.
+        Refusal: one of `BASE_MODEL_REASONS`; the message says what to do.
     """
     is_default = model in ("", DEFAULT)
     source = ensure_default_model(cache_dir) if is_default else checkpoint.locate(model)
     files = checkpoint.files_of(source)
     if not files:
-        raise Refusal(Reason.MODEL_INVALID, f"{source} holds neither config.json nor safetensors")
+        raise Refusal(Reason.MODEL_INVALID, f"{source} has neither config.json nor safetensors")
 
     def build(directory: Path) -> None:
         _build(source, directory, progress)

@@ -1,6 +1,6 @@
-"""Checkpoints that bitsandbytes quantised to NF4 already: their bytes are taken as they are.
+"""Checkpoints that bitsandbytes has quantised to NF4, whose bytes are used unchanged.
 
-A module's `weight` holds the packed codes; beside it lie `weight.absmax`, `weight.quant_map`,
+A module's `weight` holds the packed codes. Further tensors are `weight.absmax`, `weight.quant_map`,
 `weight.quant_state.bitsandbytes__nf4` (JSON in bytes) and, with double quantisation,
 `weight.nested_absmax` and `weight.nested_quant_map`.
 """
@@ -32,13 +32,13 @@ def refuse_unsupported(config: Mapping[str, Any]) -> None:
         what = f"{method} {kind}" if quantisation.get("load_in_4bit") else method
         raise Refusal(
             Reason.MODEL_UNSUPPORTED,
-            f"the checkpoint is quantised with {what}; only bitsandbytes NF4 loads as it is, "
-            "and unquantised checkpoints are quantised on loading",
+            f"the checkpoint is quantised with {what}; only bitsandbytes NF4 is supported, and "
+            "unquantised checkpoints, which are quantised on loading",
         )
 
 
 def is_nf4(source: TensorSource, name: str) -> bool:
-    """Whether the source holds `name` in four bits. Raises `Refusal` for fp4."""
+    """Whether the source holds the tensor `name` in NF4. Raises `Refusal` if it holds it in fp4."""
     if f"{name}{_STATE}fp4" in source.names():
         raise Refusal(
             Reason.MODEL_UNSUPPORTED, f"{name} is quantised to fp4; only NF4 is supported"
@@ -47,10 +47,10 @@ def is_nf4(source: TensorSource, name: str) -> bool:
 
 
 def read(source: TensorSource, name: str, shape: tuple[int, int]) -> NF4Matrix:
-    """One module of `shape` (out, in).
+    """Reads one module of `shape` (out, in).
 
     Raises `Refusal`: MODEL_UNSUPPORTED for other block sizes or codes, MODEL_INVALID for
-    tensors that do not fit together.
+    tensors that contradict each other.
     """
     state = json.loads(bytes(source.read(f"{name}{_STATE}nf4").tolist()))
     nested = "nested_blocksize" in state
@@ -71,8 +71,8 @@ def read(source: TensorSource, name: str, shape: tuple[int, int]) -> NF4Matrix:
     ):
         raise Refusal(
             Reason.MODEL_INVALID,
-            f"{name}: {packed.numel()} bytes and {absmax.numel()} maxima of shape "
-            f"{state.get('shape')} do not make the {list(shape)} that the configuration asks for",
+            f"{name} has {packed.numel()} bytes and {absmax.numel()} maxima for shape "
+            f"{state.get('shape')}, but the configuration needs {list(shape)}",
         )
     if not nested:
         return NF4Matrix(shape, packed, absmax, (), (), (shape[0],))

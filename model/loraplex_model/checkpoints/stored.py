@@ -1,9 +1,6 @@
 """The quantised model as one safetensors file, written as a stream and read by mapping it.
 
-The big tensors (embeddings, packed codes) go to the file as they come; the small ones are kept
-until the end and laid by element size, so that every tensor is aligned for its type. The header is
-written last, into space left for it and padded with blanks, as the format allows. So writing needs
-the memory of one tensor, and reading costs page cache that all processes share.
+Writing needs the memory of one tensor, and reading uses page cache that all processes share.
 """
 
 from __future__ import annotations
@@ -21,72 +18,49 @@ from safetensors import SafetensorError, safe_open
 from loraplex_model.base.config import FUSED, DecoderConfig
 from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_model.base.weights import BaseWeights, LayerWeights, NF4Matrix
+from loraplex_model.checkpoints.safetensors_file import SafetensorsFile
+from loraplex_model.ops.dtypes import SAFETENSORS_NAMES
 from loraplex_model.ops.nf4 import NESTED_BLOCK, blocks_of
 
 WEIGHTS = "model.safetensors"
 
-_DTYPES = {
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.uint8: "U8",
-}
-_BIG = 1 << 16  # bytes
-_ALIGNMENT = 64
-_HEADER_BYTES = 256  # per tensor: room for its name, shape and place
-
 
 class StoredWriter:
-    """Writes tensors to a new file; the context ends with a whole file or an exception.
+    """Writes tensors to a new file, which is complete when the context ends without an exception.
 
-    `fingerprint` is over the configuration and the names, types, shapes and bytes of dense tensors
-    and codes. The mean of many floats (the quantised maxima) is left out and what is a power
-    (the frequencies) is rounded: their last bits depend on the vector width of the machine.
+    `fingerprint` covers the configuration, and names, types, shapes and bytes of dense tensors and
+    codes. It leaves out the quantised maxima and rounds the rotary frequencies, since their last
+    bits depend on the vector width of the machine.
     """
 
     def __init__(self, path: Path, most_tensors: int, config: DecoderConfig) -> None:
-        self._file = path.open("wb")
-        self._space = -(-(8 + most_tensors * _HEADER_BYTES) // _ALIGNMENT) * _ALIGNMENT
-        self._file.seek(self._space)
-        self._header: dict[str, dict[str, Any]] = {}
-        self._small: dict[str, torch.Tensor] = {}
+        self._file = SafetensorsFile(path, most_tensors)
         fields = dataclasses.asdict(config)
         fields["rope_inv_freq"] = [f"{frequency:.4e}" for frequency in config.rope_inv_freq]
         self._digest = hashlib.sha256(json.dumps(fields).encode())
-        self._end = 0
 
     @property
     def fingerprint(self) -> str:
-        """Digest of the configuration and everything added so far."""
+        """Digest of the configuration and of the tensors added so far."""
         return "sha256:" + self._digest.hexdigest()
 
     def add(self, name: str, tensor: torch.Tensor, *, identifies: bool = True) -> None:
-        """Appends a tensor; `identifies` says whether the fingerprint covers it."""
+        """Appends a tensor, which the fingerprint covers if `identifies`."""
         tensor = tensor.detach().contiguous()
         if identifies:
-            self._digest.update(f"{name} {_DTYPES[tensor.dtype]} {list(tensor.shape)}\n".encode())
-            self._digest.update(_bytes(tensor))
-        if tensor.nbytes >= _BIG and tensor.nbytes % _ALIGNMENT == 0:
-            self._write(name, tensor)
-        else:
-            self._small[name] = tensor.clone()
+            self._digest.update(
+                f"{name} {SAFETENSORS_NAMES[tensor.dtype]} {list(tensor.shape)}\n".encode()
+            )
+            self._digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        self._file.add(name, tensor)
 
     def add_matrix(self, name: str, matrix: NF4Matrix) -> None:
-        """Appends an NF4 matrix as its parts."""
+        """Appends the tensors of an NF4 matrix."""
         self.add(f"{name}.packed", matrix.packed)
         self.add(f"{name}.absmax", matrix.absmax, identifies=False)
         if matrix.absmax_scales:
             self.add(f"{name}.scales", torch.cat(matrix.absmax_scales), identifies=False)
             self.add(f"{name}.offsets", torch.tensor(matrix.absmax_offsets), identifies=False)
-
-    def _write(self, name: str, tensor: torch.Tensor) -> None:
-        self._file.write(_bytes(tensor))
-        self._header[name] = {
-            "dtype": _DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [self._end, self._end + tensor.nbytes],
-        }
-        self._end += tensor.nbytes
 
     def __enter__(self) -> StoredWriter:
         return self
@@ -97,20 +71,7 @@ class StoredWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        with self._file:
-            if error is not None:
-                return
-            for name, tensor in sorted(self._small.items(), key=lambda item: -item[1].itemsize):
-                self._write(name, tensor)
-            header = json.dumps(self._header).encode()
-            assert len(header) <= self._space - 8, "too little space was left for the header"
-            self._file.seek(0)
-            self._file.write((self._space - 8).to_bytes(8, "little"))
-            self._file.write(header.ljust(self._space - 8))
-
-
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        self._file.__exit__(kind, error, traceback)
 
 
 def read_weights(
@@ -121,13 +82,13 @@ def read_weights(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
 ) -> BaseWeights:
-    """Maps the file. Packed codes stay in it (on the CPU); dense tensors become `dtype`.
+    """Maps the file. On the CPU packed codes stay in it; dense tensors are converted to `dtype`.
 
-    Raises `Refusal` (MODEL_INVALID) if the file does not hold what the configuration asks for.
+    Raises `Refusal` (MODEL_INVALID) if the file cannot be read or lacks a tensor.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            reader = _Reader(file, config, dtype, device)
+            reader = _StoredReader(file, config, dtype, device)
             embed = reader.dense("embed")
             return BaseWeights(
                 config=config,
@@ -142,8 +103,8 @@ def read_weights(
         raise Refusal(Reason.MODEL_INVALID, f"{path} is damaged: {error}; delete it") from error
 
 
-class _Reader:
-    """Tensors of the file, by their place in the decoder."""
+class _StoredReader:
+    """Reads the tensors of the file by their place in the decoder."""
 
     def __init__(
         self, file: Any, config: DecoderConfig, dtype: torch.dtype, device: torch.device | str

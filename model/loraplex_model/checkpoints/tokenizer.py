@@ -1,7 +1,7 @@
-"""What the front process needs to turn text into tokens and back, without torch or transformers.
+"""The text side of a base model, for a front process without torch and transformers.
 
-`write` makes `tokenizer.json` and `model.json` once, with transformers; `TokenizerInfo.read` and
-`tokenizers.Tokenizer.from_file` are all that is needed afterwards.
+`write` makes `tokenizer.json` and `model.json` once, with transformers; afterwards
+`TokenizerInfo.read` and `tokenizers.Tokenizer.from_file` suffice.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 @dataclass(frozen=True, slots=True)
 class TokenizerInfo:
-    """The text side of a base model; kept as `model.json`.
+    """The text side of a base model, stored as `model.json`.
 
     Attributes:
-        architecture: as in the Hugging Face configuration.
+        architecture: the architecture in the Hugging Face configuration.
         eos_token_ids: ids that end a generation.
-        bos_token_id: the first token of a text, if the model has one.
-        adds_bos: whether `Tokenizer.encode` puts it there by itself. A chat template writes its
-            own, so its result is encoded with `add_special_tokens=False`.
+        bos_token_id: the first token of a text, or None.
+        adds_bos: True if `Tokenizer.encode` adds `bos_token_id`. A chat template writes its own,
+            so its result is encoded with `add_special_tokens=False`.
         chat_template: Jinja source, or None.
-        special_tokens: "bos_token", "eos_token", ... to text; the chat template may use them.
+        special_tokens: texts of "bos_token", "eos_token", ..., which the chat template may use.
         has_tokenizer: False for a checkpoint without one, which takes token ids only.
     """
 
@@ -61,7 +61,7 @@ def write(
 ) -> TokenizerInfo:
     """Makes both files in `directory` from a checkpoint directory or GGUF file.
 
-    `source` is None where there is no tokenizer; then only `model.json` is made.
+    `source` is None for a checkpoint without a tokenizer; then only `model.json` is made.
     Raises `Refusal` (MODEL_INVALID) if the tokenizer cannot be converted.
     """
     if source is None:
@@ -95,7 +95,7 @@ def _load(source: Path) -> Any:
 
     try:
         if source.is_file():
-            # AutoTokenizer ends at this class too, but parses the whole file for it (10 s)
+            # AutoTokenizer returns this class, too, but parses the whole file first (10 s)
             return PreTrainedTokenizerFast.from_pretrained(
                 str(source.parent), gguf_file=source.name
             )
@@ -114,7 +114,7 @@ def _first_token(path: Path) -> int | None:
 
 
 def _default_template(template: Any) -> str | None:
-    """Some tokenizers have several named templates; the one called "default" is meant for chat."""
+    """The template for chat: of several named templates the one called "default"."""
     if isinstance(template, dict):
         template = template.get("default")
     return template if isinstance(template, str) else None

@@ -1,4 +1,5 @@
 """The forward pass: attention and layers, in torch and as one call into the C++ kernels.
 
-Owns the KV cache's layout and the kernels below `cpu/`. Never decides which rows are computed.
+This room owns the layout of the KV cache and the kernels in `cpu/`. It never decides which rows are
+computed.
 """

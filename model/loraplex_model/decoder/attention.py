@@ -1,7 +1,4 @@
-"""Causal grouped-query attention in torch: over the paged cache, or within a packed batch.
-
-Both are `(layer, q [T, heads, head_dim], k, v [T, kv_heads, head_dim]) -> [T, heads * head_dim]`.
-"""
+"""Causal grouped-query attention in torch: over the paged cache, or within a packed batch."""
 
 from __future__ import annotations
 
@@ -17,12 +14,15 @@ from loraplex_model.base.batch import ForwardBatch
 from loraplex_model.base.config import DecoderConfig
 from loraplex_model.ops.linear import TILE
 
-_PAD = 64  # keys are padded to a multiple, so that sums over them always run the same way
-_FLASH_BLOCK = 256  # FlashAttention 2 reads a paged cache only in blocks of a multiple of this
+_PAD = 64  # keys are padded to a multiple of this, so that sums over them have one order
+_FLASH_BLOCK = 256  # FlashAttention 2 needs a paged cache with blocks of a multiple of this
 
 
 class Attention(Protocol):
-    """Keys and values in, attended values out; where the past comes from is its own affair."""
+    """Attention of one layer; each implementation has its own source of past keys and values.
+
+    q [T, heads, head_dim], k and v [T, kv_heads, head_dim] -> [T, heads * head_dim].
+    """
 
     def __call__(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
@@ -49,7 +49,7 @@ class KVCache:
 
 
 class PagedAttention:
-    """Attention of one batch over the cache, to which its own keys and values are added first."""
+    """Attention of one batch over the cache, after adding the batch's keys and values to it."""
 
     def __init__(self, config: DecoderConfig, cache: KVCache, batch: ForwardBatch) -> None:
         device = cache.keys[0].device
@@ -103,16 +103,16 @@ class PagedAttention:
             seqused_k=self._lengths,
             block_table=self._tables,
         )
-        assert isinstance(out, torch.Tensor)  # a tuple only where the log-sum-exp is asked for
+        assert isinstance(out, torch.Tensor)  # a tuple only if the log-sum-exp is requested
         return out.flatten(1)
 
 
 class PackedAttention:
-    """Attention within whole sequences laid side by side (training), differentiable.
+    """Attention within whole sequences side by side, for training; differentiable.
 
-    A sequence has no past, unless its adapter's virtual tokens give keys and values before it.
-    Scores are never kept: torch's fused attention computes them again in the backward pass
-    (FlashAttention, Dao et al., arXiv 2205.14135). Neighbours of one length are one call.
+    A sequence has no past, except keys and values of its adapter's virtual tokens. Scores are not
+    kept: torch's fused attention computes them again in the backward pass (FlashAttention, Dao et
+    al., arXiv 2205.14135). Adjacent sequences of equal length are one call.
     """
 
     def __init__(
@@ -121,7 +121,10 @@ class PackedAttention:
         starts: Sequence[int],
         virtual: Sequence[VirtualTokens | None] = (),
     ) -> None:
-        """`virtual`: what stands before each sequence; empty is nothing before any."""
+        """Sequence s has the rows `starts[s]` to `starts[s + 1] - 1`.
+
+        `virtual` are the virtual tokens before each sequence; empty if no sequence has any.
+        """
         self._config = config
         self._runs = _runs(starts, virtual or [None] * (len(starts) - 1))
         self._masks: dict[tuple[int, int, int | None], torch.Tensor] = {}
@@ -157,7 +160,7 @@ class PackedAttention:
     def _mask(
         self, past: int, length: int, window: int | None, device: torch.device
     ) -> torch.Tensor:
-        """bool [length, past + length]: what each token sees."""
+        """Mask of the positions that each token sees, bool [length, past + length]."""
         key = (past, length, window)
         if key not in self._masks:
             at = torch.arange(past + length, device=device)
@@ -171,7 +174,7 @@ class PackedAttention:
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """`count` sequences of `length` tokens each, from row `start` on, with the same past."""
+    """`count` adjacent sequences of `length` tokens, from row `start` on, with the same past."""
 
     start: int
     count: int
@@ -202,15 +205,19 @@ def attend(
     positions: torch.Tensor,
     window: int | None,
 ) -> torch.Tensor:
-    """One sequence: queries [n, heads, d] at `positions` [n], keys and values [m, kv_heads, d] at
-    0 to m - 1. Scores and softmax in float32, [n, heads, d] in the type of q."""
+    """Attention of one sequence, with scores and softmax in float32.
+
+    Queries q [n, heads, d] are at `positions` [n], keys and values [m, kv_heads, d] at 0 to m - 1.
+    Returns [n, heads, d] in the type of q.
+    """
     n, heads, width = q.shape
     kv_heads = k.shape[1]
     at = torch.arange(k.shape[0], device=q.device)
-    hidden = at[None, :] > positions[:, None]
+    hidden = at[None, :] > positions[:, None]  # [n, m]
     if window is not None:
         hidden |= at[None, :] <= positions[:, None] - window
     grouped = q.float().view(n, kv_heads, heads // kv_heads, width).permute(1, 2, 0, 3)
+    # [kv_heads, heads / kv_heads * n, m]
     scores = grouped.reshape(kv_heads, -1, width) @ k.float().permute(1, 2, 0) * width**-0.5
     scores = scores.view(kv_heads, -1, n, k.shape[0]).masked_fill(hidden, float("-inf"))
     weights = scores.softmax(-1).view(kv_heads, -1, k.shape[0])
@@ -222,8 +229,10 @@ def attend(
 def _by_tiles(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, window: int | None
 ) -> torch.Tensor:
-    """`attend` in calls whose shape does not depend on how the sequence was cut into chunks: always
-    `TILE` queries, and just the keys that the last of them sees, padded to a multiple."""
+    """`attend` in calls whose shapes do not depend on how the prompt was cut into chunks.
+
+    Each call has `TILE` queries, and the keys up to the last of them, padded to a multiple of 64.
+    """
     out = torch.empty_like(q)
     for start in range(0, q.shape[0], TILE):
         rows = positions[start : start + TILE]

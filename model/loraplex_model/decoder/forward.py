@@ -1,17 +1,16 @@
-"""The decoder as functions: what serving and training both compute.
+"""The decoder as functions, shared by serving and training.
 
-Rows are flat, [T, hidden]. Weights come from `BaseWeights`; how a base matrix multiplies, where
-attention finds the past and which rows carry which adapters are arguments.
+Rows are flat, [T, hidden]. Weights come from `BaseWeights`; the product with a base matrix, the
+attention and the rows' adapters are arguments.
 
-On the CPU activations are float32 whatever the compute dtype is: bfloat16 then says how norms,
-embeddings, KV and adapters are *stored*, and every product is exact in what is stored. On CUDA
-activations are of the compute dtype and round where Hugging Face's do.
+On the CPU activations are float32 whatever the compute dtype is: bfloat16 then is the type in which
+norms, embeddings, KV and adapters are *stored*, and products are computed in float32. On CUDA
+activations have the compute dtype and are rounded where Hugging Face rounds them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -21,10 +20,10 @@ from loraplex_model.adapters.merge import fused_matrix
 from loraplex_model.adapters.mix import RowGroup
 from loraplex_model.base.config import FUSED, MODEL, DecoderConfig, Site
 from loraplex_model.base.weights import BaseWeights, LayerWeights
-from loraplex_model.decoder.attention import Attention, PackedAttention
+from loraplex_model.decoder.attention import Attention
 from loraplex_model.ops import autograd, rope
-from loraplex_model.ops.autograd import Recipe
-from loraplex_model.ops.linear import BaseLinear, DequantisedLinear, by_tiles
+from loraplex_model.ops.autograd import Recompute
+from loraplex_model.ops.linear import BaseLinear, by_tiles
 
 
 def hidden_states(
@@ -38,11 +37,11 @@ def hidden_states(
 ) -> torch.Tensor:
     """The final, normed states [T, hidden] of `tokens` [T] at `positions` [T].
 
-    `checkpointing` keeps only what goes from layer to layer, and computes each layer again in the
-    backward pass (Chen et al., arXiv 1604.06174): the same gradients, bit for bit.
+    With `checkpointing` only the states between layers are kept, and each layer is computed again
+    in the backward pass (Chen et al., arXiv 1604.06174), with the same gradients bit for bit.
     """
     config = weights.config
-    # float32 even where all else is float64: the angles are part of what the model is.
+    # float32 even if everything else is float64, since the angles' rounding is part of the model
     inv_freq = torch.tensor(config.rope_inv_freq, device=tokens.device)
     cos, sin = rope.tables(positions, inv_freq, config.rope_scale)
     x = mix.embedded(tokens, weights.embed, activation_dtype(weights.embed), groups)
@@ -62,45 +61,27 @@ def hidden_states(
 def logits(
     weights: BaseWeights, hidden: torch.Tensor, groups: Sequence[RowGroup] = ()
 ) -> torch.Tensor:
-    """[R, vocab] of states [R, hidden], whose rows `groups` count; float32, or float64 as they."""
+    """Logits [R, vocab] of hidden states [R, hidden]; float32, or float64 if the states are.
+
+    Row numbers in `groups` are indices into `hidden`.
+    """
     base = autograd.wide(by_tiles(hidden, weights.lm_head.to(hidden.dtype)))
     return mix.add_head(base, hidden, groups)
 
 
-def packed_logits(
-    weights: BaseWeights,
-    tokens: torch.Tensor,
-    starts: Sequence[int],
-    groups: Sequence[RowGroup],
-    linear: BaseLinear | None = None,
-) -> torch.Tensor:
-    """float32 [T, vocab] of whole sequences laid side by side; differentiable in the adapters.
-
-    Sequence s owns `tokens[starts[s]:starts[s + 1]]`. The tensors of the groups' adapters receive
-    gradients; the base is a constant.
-    """
-    bounds = list(starts)
-    lengths = [end - start for start, end in pairwise(bounds)]
-    positions = torch.cat([torch.arange(n, device=tokens.device) for n in lengths])
-    attention = PackedAttention(weights.config, bounds)
-    hidden = hidden_states(
-        weights, tokens, positions, groups, linear or DequantisedLinear(), attention
-    )
-    return logits(weights, hidden, groups)
-
-
 def activation_dtype(stored: torch.Tensor) -> torch.dtype:
-    """The type of activations where weights are stored like `stored`."""
+    """The type of activations for weights with the type and device of `stored`."""
     as_stored = stored.is_cuda or stored.dtype == torch.float64
     return stored.dtype if as_stored else torch.float32
 
 
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, Recipe | None]:
-    """`weight * x / rms(x)` over the last axis, normed in float32 at least, in the type of x.
+) -> tuple[torch.Tensor, Recompute | None]:
+    """`weight * x / rms(x)` over the last axis, computed in float32 at least, in the type of x.
 
-    Differentiable in x; where the weight needs a gradient too, by autograd's own ways.
+    Also returns how to recompute the result, if it is known. Differentiable in x and in the weight;
+    with our own derivative if x alone needs a gradient.
     """
     if torch.is_grad_enabled() and x.requires_grad and not weight.requires_grad:
         return autograd.rms_norm(x, weight, eps)
@@ -111,17 +92,17 @@ def rms_norm(
 
 def _norm(
     site: Site, weight: torch.Tensor, x: torch.Tensor, eps: float, groups: Sequence[RowGroup]
-) -> tuple[torch.Tensor, Recipe | None]:
-    """`rms_norm`, with the groups' own weights on their rows."""
-    normed, recipe = rms_norm(x, weight, eps)
+) -> tuple[torch.Tensor, Recompute | None]:
+    """`rms_norm` with the groups' changes of the weight."""
+    normed, recompute = rms_norm(x, weight, eps)
     for rows, own in mix.norm_weights(site, weight, groups):
         normed = normed.index_copy(0, rows, rms_norm(x[rows], own, eps)[0])
-        recipe = None
-    return normed, recipe
+        recompute = None
+    return normed, recompute
 
 
 class _Layer:
-    """One layer; both of its blocks return what is added to the residual stream."""
+    """One layer; each of its two blocks returns an addition to the residual stream [T, hidden]."""
 
     def __init__(
         self,
@@ -138,32 +119,32 @@ class _Layer:
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attention
     ) -> torch.Tensor:
         layer, groups, i = self._weights, self._groups, self._index
-        h, recipe = self._norm("input_layernorm", layer.input_norm, x)
-        out = self._attention(h, recipe, cos, sin, attend)
+        h, recompute = self._norm("input_layernorm", layer.input_norm, x)
+        out = self._attention(h, recompute, cos, sin, attend)
         x = x + mix.add_bottlenecks(out, x, h, (i, "attention_bottleneck"), groups)
-        h, recipe = self._norm("post_attention_layernorm", layer.post_norm, x)
-        out = self._mlp(h, recipe)
+        h, recompute = self._norm("post_attention_layernorm", layer.post_norm, x)
+        out = self._mlp(h, recompute)
         return x + mix.add_bottlenecks(out, x, h, (i, "mlp_bottleneck"), groups)
 
     def _norm(
         self, name: str, weight: torch.Tensor, x: torch.Tensor
-    ) -> tuple[torch.Tensor, Recipe | None]:
+    ) -> tuple[torch.Tensor, Recompute | None]:
         return _norm((self._index, name), weight, x, self._config.rms_norm_eps, self._groups)
 
     def _attention(
         self,
         x: torch.Tensor,
-        recipe: Recipe | None,
+        recompute: Recompute | None,
         cos: torch.Tensor,
         sin: torch.Tensor,
         attend: Attention,
     ) -> torch.Tensor:
         config, weights = self._config, self._weights
-        qkv = self._project("qkv", x, recipe)
+        qkv = self._project("qkv", x, recompute)  # [T, q_size + 2 * kv_size]
         in_place = torch.is_grad_enabled() and weights.q_norm is None
         if in_place:
             qkv = autograd.rotate_first_(qkv, config.num_heads + config.num_kv_heads, cos, sin)
-        q, k, v = (
+        q, k, v = (  # [T, heads, head_dim], [T, kv_heads, head_dim] twice
             part.reshape(len(x), -1, config.head_dim)
             for part in torch.split(qkv, [config.q_size, config.kv_size, config.kv_size], dim=-1)
         )
@@ -174,14 +155,16 @@ class _Layer:
             q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin)
         return self._project("o", attend(self._index, q, k, v))
 
-    def _mlp(self, x: torch.Tensor, recipe: Recipe | None) -> torch.Tensor:
-        gate_up = self._project("gate_up", x, recipe)
+    def _mlp(self, x: torch.Tensor, recompute: Recompute | None) -> torch.Tensor:
+        gate_up = self._project("gate_up", x, recompute)  # [T, 2 * intermediate]
         if torch.is_grad_enabled():
             return self._project("down", *autograd.silu_mul(gate_up))
         gate, up = gate_up.chunk(2, dim=-1)
         return self._project("down", torch.nn.functional.silu(gate) * up)
 
-    def _project(self, fused: str, x: torch.Tensor, recipe: Recipe | None = None) -> torch.Tensor:
+    def _project(
+        self, fused: str, x: torch.Tensor, recompute: Recompute | None = None
+    ) -> torch.Tensor:
         matrix, bias = fused_matrix(self._weights, fused)
 
         def product(z: torch.Tensor) -> torch.Tensor:
@@ -190,5 +173,5 @@ class _Layer:
 
         modules = list(zip(FUSED[fused], matrix.rows, strict=True))
         if self._groups and all(group.span is not None for group in self._groups):
-            return spans.project(product, x, self._index, fused, modules, self._groups, recipe)
+            return spans.project(product, x, self._index, fused, modules, self._groups, recompute)
         return mix.project(product, x, self._index, fused, modules, self._groups)

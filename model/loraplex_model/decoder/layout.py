@@ -1,23 +1,35 @@
-"""The structs of `cpu/decoder.h`, `cpu/matmul.h` and `cpu/adapters.h`, field by field."""
+"""The structs of `cpu/decoder.h`, `cpu/matmul.h` and `cpu/adapters.h`, field by field.
+
+tests/kernels/test_layout.py compares them with the headers.
+"""
 
 from __future__ import annotations
 
 import ctypes
 from ctypes import POINTER, Structure, c_float, c_int32, c_void_p
+from enum import IntEnum
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from loraplex_model.adapters.table import AdapterTable
+from loraplex_model.adapters.table import SlotTable
 from loraplex_model.base.batch import ForwardBatch
 
 PANEL = 16
-NF4, BF16, F32 = 0, 1, 2
+"""Number of output rows of a panel, as in `cpu/matmul.h`."""
+
+
+class Storage(IntEnum):
+    """Storage of a matrix's weights, as in `cpu/matmul.h`."""
+
+    NF4 = 0
+    BF16 = 1
+    F32 = 2
 
 
 class CMatrix(Structure):
-    """`Matrix`: weights in panels of 16 output rows."""
+    """The struct `Matrix`: weights in panels of 16 output rows."""
 
     _fields_ = (
         ("data", c_void_p),
@@ -31,7 +43,7 @@ class CMatrix(Structure):
 
 
 class CLayer(Structure):
-    """`Layer`."""
+    """The struct `Layer`."""
 
     _fields_ = (
         ("input_norm", c_void_p),
@@ -49,8 +61,8 @@ class CLayer(Structure):
     )
 
 
-class CAdapterTable(Structure):
-    """`AdapterTable`."""
+class CSlotTable(Structure):
+    """The struct `SlotTable`."""
 
     _fields_ = (
         ("entries", c_void_p),
@@ -64,7 +76,7 @@ class CAdapterTable(Structure):
 
 
 class CModel(Structure):
-    """`Model`."""
+    """The struct `Model`."""
 
     _fields_ = (
         ("layers", POINTER(CLayer)),
@@ -73,7 +85,7 @@ class CModel(Structure):
         ("lm_head", CMatrix),
         ("cos", c_void_p),
         ("sin", c_void_p),
-        ("adapters", CAdapterTable),
+        ("adapters", CSlotTable),
         ("num_layers", c_int32),
         ("hidden", c_int32),
         ("intermediate", c_int32),
@@ -92,7 +104,7 @@ class CModel(Structure):
 
 
 class CBatch(Structure):
-    """`Batch`."""
+    """The struct `Batch`."""
 
     _fields_ = (
         ("tokens", c_void_p),
@@ -110,26 +122,15 @@ class CBatch(Structure):
     )
 
 
-class CFused(Structure):
-    """`Fused`: which projections a fused matrix holds, and where."""
-
-    _fields_ = (
-        ("parts", c_int32),
-        ("projection", c_int32 * 3),
-        ("column", c_int32 * 3),
-        ("width", c_int32 * 3),
-    )
-
-
 def address(array: NDArray[np.generic]) -> int:
-    """Where a C-contiguous array's data begins."""
+    """Address of the data of a C-contiguous array."""
     assert array.flags.c_contiguous
     return int(array.ctypes.data)
 
 
-def c_adapters(table: AdapterTable) -> CAdapterTable:
-    """The table's arrays as C sees them; `table` must outlive the result."""
-    return CAdapterTable(
+def c_adapters(table: SlotTable) -> CSlotTable:
+    """The C struct that points to the table's arrays; `table` must outlive it."""
+    return CSlotTable(
         entries=address(table.entries),
         max_ranks=address(table.max_ranks),
         uses=address(table.uses),
@@ -140,7 +141,7 @@ def c_adapters(table: AdapterTable) -> CAdapterTable:
 
 
 def c_batch(batch: ForwardBatch) -> CBatch:
-    """The batch's arrays as C sees them; `batch` must outlive the result."""
+    """The C struct that points to the batch's arrays; `batch` must outlive it."""
     return CBatch(
         tokens=address(batch.tokens),
         positions=address(batch.positions),
@@ -160,7 +161,7 @@ def c_batch(batch: ForwardBatch) -> CBatch:
 def nf4_panels(
     library: ctypes.CDLL, packed: torch.Tensor, absmax: torch.Tensor, out: int, fan_in: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rearranges codes uint8 [out * in / 2] and float32 absmax [out, in / 64] into panels."""
+    """Rearranges codes, uint8 [out * in / 2], and absmax, float32 [out, in / 64], into panels."""
     count = -(-out // PANEL)
     codes = torch.empty(count * fan_in // 8 * PANEL, dtype=torch.int32)
     scales = torch.empty(count * (fan_in // 64) * PANEL, dtype=torch.float32)
@@ -177,7 +178,7 @@ def nf4_panels(
 
 
 def dense_panels(rows: torch.Tensor) -> torch.Tensor:
-    """Rearranges a dense [out, in] matrix, float32 or bfloat16, into panels."""
+    """Rearranges a dense matrix [out, in], float32 or bfloat16, into panels."""
     out, fan_in = rows.shape
     padded = torch.nn.functional.pad(rows, (0, 0, 0, -out % PANEL))
     return padded.view(-1, PANEL, fan_in).transpose(1, 2).contiguous().view(-1)

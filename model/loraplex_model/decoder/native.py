@@ -1,8 +1,8 @@
-"""The decoder on the CPU: the whole pass as one call into the C++ kernels.
+"""The decoder on the CPU, which computes the whole pass in one call into the C++ kernels.
 
 Weights, cache and adapters are stored in the compute dtype (bfloat16 or float32); activations and
 sums are float32. The arithmetic of a row depends on its own sequence only, so its bits are the same
-alone, in any batch, and however its prompt was cut into chunks.
+alone, in any batch, and for any division of its prompt into chunks.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ import torch
 
 from loraplex_model.adapters.merge import merge_layers
 from loraplex_model.adapters.pack import PackedAdapter
-from loraplex_model.adapters.table import AdapterTable, Merged
+from loraplex_model.adapters.table import Merged, SlotTable
 from loraplex_model.base.batch import ForwardBatch
 from loraplex_model.base.config import FUSED
 from loraplex_model.base.weights import BLOCK, BaseWeights, LayerWeights, NF4Matrix
 from loraplex_model.decoder import layout
-from loraplex_model.decoder.layout import CLayer, CMatrix, CModel
+from loraplex_model.decoder.layout import CLayer, CMatrix, CModel, Storage
 from loraplex_model.decoder.reference import copy_blocks
 from loraplex_model.ops import build, nf4
 from loraplex_model.ops.rope import tables
 
 
 class NativeDecoder:
-    """Runs forward passes for one base model; owns its KV cache and its adapter table.
+    """Computes forward passes of one base model; owns its KV cache and its slot table.
 
-    Not thread-safe: one pass at a time, and no adapter may change during one.
+    Not thread-safe: one pass at a time, and adapters may not change during a pass.
 
     Attributes:
         table: the resident adapters.
@@ -49,8 +49,8 @@ class NativeDecoder:
     ) -> None:
         """Packs the weights for the kernels.
 
-        `max_positions` bounds the positions of a sequence (default: the model's own context).
-        Raises `KernelsUnavailable` where `library` is None and there are no kernels to be had.
+        `max_positions` is the longest sequence (default: the model's context). Without `library`
+        the default build is loaded, which raises `KernelsUnavailable` if there is none.
         """
         config = weights.config
         dtype = weights.embed.dtype
@@ -62,7 +62,7 @@ class NativeDecoder:
         self._kept: list[torch.Tensor] = []
         self.isa = self._library.isa
         self.vocab_size = config.vocab_size
-        self.table = AdapterTable(num_slots, config)
+        self.table = SlotTable(num_slots, config)
         shape = (num_blocks, config.num_kv_heads, block_size, config.head_dim)
         self.keys = [torch.zeros(shape, dtype=dtype) for _ in weights.layers]
         self.values = [torch.zeros(shape, dtype=dtype) for _ in weights.layers]
@@ -107,7 +107,10 @@ class NativeDecoder:
             self._library.loraplex_free_workspace(self._workspace)
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
-        """Computes the pass; returns logits, float32 [R, vocab]. Raises `MemoryError`."""
+        """Computes a pass and fills the cache; returns logits, float32 [R, vocab].
+
+        Raises `MemoryError`.
+        """
         copy_blocks(batch, self.keys, self.values)
         logits = torch.empty(len(batch.logit_rows), self.vocab_size)
         failed = self._library.loraplex_forward(
@@ -121,15 +124,15 @@ class NativeDecoder:
         return logits
 
     def merge(self, adapter: PackedAdapter, dtype: torch.dtype) -> Merged:
-        """Dense copies of the matrices that an adapter changes, in `dtype`, in panels.
+        """Merges an adapter: dense copies, in `dtype` and in panels, of the matrices it changes.
 
-        Reads the base's weights only, so it may run beside a pass.
+        Only reads the base's weights, so it may run during a pass.
         """
         config = self.weights.config
         changes = adapter.unpack()
         structs: list[CMatrix] = []
         kept: list[torch.Tensor] = []
-        addresses = np.zeros((config.num_layers, 4), np.uint64)
+        addresses = np.zeros((config.num_layers, len(FUSED)), np.uint64)
         for (layer, fused), dense in merge_layers(self.weights, changes, dtype):
             panels = layout.dense_panels(dense.weight)
             kept += [panels] if dense.bias is None else [panels, dense.bias]
@@ -139,7 +142,7 @@ class NativeDecoder:
         return Merged({}, addresses, nbytes, (*structs, *kept))
 
     def write_prefix(self, blocks: Sequence[int], keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Puts keys and values [layers, n, kv_heads, head_dim] at the first places of `blocks`."""
+        """Writes keys and values [layers, n, kv_heads, head_dim] to the start of `blocks`."""
         size = self._model.block_size
         for layer, cached in enumerate(zip(self.keys, self.values, strict=True)):
             for cache, own in zip(cached, (keys[layer], values[layer]), strict=True):
@@ -171,7 +174,7 @@ class NativeDecoder:
 
     def _matrix(self, matrix: NF4Matrix, bias: torch.Tensor | None) -> CMatrix:
         out, fan_in = matrix.shape
-        if fan_in % BLOCK:  # blocks cross rows, which panels cannot hold: keep the values
+        if fan_in % BLOCK:  # panels cannot hold blocks that cross rows, so keep the dense values
             return self._dense(nf4.dequantize(matrix), bias)
         codes, scales = layout.nf4_panels(
             self._library, matrix.packed, nf4.absmax_float(matrix), out, fan_in
@@ -183,7 +186,7 @@ class NativeDecoder:
             bias=self._keep(bias.float()) if bias is not None else None,
             out=out,
             in_=fan_in,
-            kind=layout.NF4,
+            kind=Storage.NF4,
         )
 
     def _dense(self, rows: torch.Tensor, bias: torch.Tensor | None) -> CMatrix:
@@ -196,12 +199,12 @@ class NativeDecoder:
 
 
 def _dense_matrix(panels: torch.Tensor, shape: Sequence[int], bias: torch.Tensor | None) -> CMatrix:
-    """Points to panels and a float32 bias, which must outlive it."""
+    """A matrix that points to panels and a float32 bias, which must outlive it."""
     return CMatrix(
         data=panels.data_ptr(),
         absmax=None,
         bias=bias.data_ptr() if bias is not None else None,
         out=shape[0],
         in_=shape[1],
-        kind=layout.BF16 if panels.dtype == torch.bfloat16 else layout.F32,
+        kind=Storage.BF16 if panels.dtype == torch.bfloat16 else Storage.F32,
     )

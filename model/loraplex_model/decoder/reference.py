@@ -1,4 +1,4 @@
-"""The decoder in torch: runs anywhere, and is the oracle for the hand-written kernels."""
+"""The decoder in torch, which runs on any device and is the oracle for the hand-written kernels."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch
 from loraplex_model.adapters.merge import merge_layers
 from loraplex_model.adapters.mix import groups_of
 from loraplex_model.adapters.pack import PackedAdapter
-from loraplex_model.adapters.table import AdapterTable, Merged
+from loraplex_model.adapters.table import Merged, SlotTable
 from loraplex_model.base.batch import ForwardBatch
+from loraplex_model.base.config import FUSED
 from loraplex_model.base.weights import BaseWeights
 from loraplex_model.decoder.attention import KVCache, PagedAttention
 from loraplex_model.decoder.forward import hidden_states, logits
@@ -22,7 +23,7 @@ class ReferenceDecoder:
     """A base model with its KV cache and its resident adapters.
 
     Attributes:
-        table: the adapters by slot; change it between passes only.
+        table: the resident adapters; may be changed between passes only.
         keys, values: per layer [num_blocks, block_size, kv_heads, head_dim], compute dtype.
     """
 
@@ -35,10 +36,10 @@ class ReferenceDecoder:
         *,
         keep_dense: bool = False,
     ) -> None:
-        """`keep_dense` keeps the unpacked base matrices in float32 on the CPU, for speed."""
+        """On the CPU `keep_dense` keeps the unpacked base matrices in float32, for speed."""
         device = weights.embed.device
         self.weights = weights
-        self.table = AdapterTable(num_slots, weights.config)
+        self.table = SlotTable(num_slots, weights.config)
         self._cache = KVCache(weights.config, num_blocks, block_size, weights.embed.dtype, device)
         self.keys, self.values = self._cache.keys, self._cache.values
         self._linear: BaseLinear
@@ -49,7 +50,7 @@ class ReferenceDecoder:
 
     @torch.no_grad()
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
-        """Computes the pass and fills the cache; returns logits, float32 [R, vocab], on the CPU."""
+        """Computes a pass and fills the cache; returns logits, float32 [R, vocab], on the CPU."""
         device, config = self.weights.embed.device, self.weights.config
         copy_blocks(batch, self.keys, self.values)
         counts = np.diff(batch.query_starts)
@@ -67,14 +68,14 @@ class ReferenceDecoder:
         return logits(self.weights, hidden[wanted], groups).cpu()
 
     def merge(self, adapter: PackedAdapter, dtype: torch.dtype) -> Merged:
-        """Dense copies of the matrices that an adapter changes, in `dtype`."""
+        """Merges an adapter: dense copies, in `dtype`, of the matrices that it changes."""
         changes = adapter.to(self.weights.embed.device).unpack()
         matrices = dict(merge_layers(self.weights, changes, dtype))
-        nowhere = np.zeros((self.weights.config.num_layers, 4), np.uint64)
-        return Merged(matrices, nowhere, sum(matrix.nbytes for matrix in matrices.values()))
+        addresses = np.zeros((self.weights.config.num_layers, len(FUSED)), np.uint64)
+        return Merged(matrices, addresses, sum(matrix.nbytes for matrix in matrices.values()))
 
     def write_prefix(self, blocks: Sequence[int], keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Puts keys and values [layers, n, kv_heads, head_dim] at the first places of `blocks`."""
+        """Writes keys and values [layers, n, kv_heads, head_dim] to the start of `blocks`."""
         size = self._cache.block_size
         for layer, cached in enumerate(zip(self.keys, self.values, strict=True)):
             for cache, own in zip(cached, (keys[layer], values[layer]), strict=True):
@@ -86,7 +87,7 @@ class ReferenceDecoder:
 def copy_blocks(
     batch: ForwardBatch, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor]
 ) -> None:
-    """Makes the batch's block copies in every layer's cache; blocks are the first dimension."""
+    """Copies the blocks in `batch.copies` in every layer's cache; dimension 0 is the block."""
     if len(batch.copies):
         source, target = torch.from_numpy(batch.copies.astype(np.int64)).T.to(keys[0].device)
         for cache in (*keys, *values):

@@ -1,4 +1,5 @@
-"""Arithmetic on tensors, one operation a module: NF4, matrix products, rotation, elementwise steps.
+"""Arithmetic on tensors, one operation per module: NF4, matrix products, rotation, norms.
 
-Owns the compiled CPU library (`build`). Knows neither adapters nor the shape of a decoder.
+This room owns the compiled CPU library (`build`). It has nothing about adapters or the
+structure of a decoder.
 """

@@ -1,9 +1,9 @@
 """The decoder's elementwise steps with derivatives written by hand, for training.
 
 Autograd would keep every intermediate of a norm, a rotation or a gated product; these keep the
-input and a number a row, or nothing. What they give need not be kept either by those who read it: a
-`Recipe` makes it again. Sums are taken in float32 at least, as in the plain formulas. On a CPU in
-float32 a compiled kernel does the same in one walk (`kernels.elementwise`).
+input and one number per row, or nothing. Their readers need not keep the result either: a
+`Recompute` makes it again. Sums are taken in float32 at least, as in the plain formulas. On a CPU
+in float32, compiled kernels do the same in one pass over memory (`ops.elementwise`).
 """
 
 from __future__ import annotations
@@ -19,23 +19,27 @@ from loraplex_model.ops import elementwise
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
-    """How a tensor is made again from others that are kept anyway: `make(*sources)`."""
+class Recompute:
+    """A way to compute a tensor again from tensors that are kept anyway: `make(*sources)`."""
 
     make: Callable[..., torch.Tensor]
     sources: tuple[torch.Tensor, ...]
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, Recipe]:
-    """`weight * x / rms(x)` over the last axis (Zhang & Sennrich, arXiv 1910.07467), in the type of
-    x; differentiable in x only. Keeps x and a number a row."""
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, Recompute]:
+    """`weight * x / rms(x)` over the last axis (Zhang & Sennrich, arXiv 1910.07467), in x's type.
+
+    Differentiable in x only. Keeps x and one number per row.
+    """
     normed, scale = _RmsNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
-    return normed, Recipe(partial(_normed, weight), (x, scale))
+    return normed, Recompute(partial(_normed, weight), (x, scale))
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary positions on heads [T, heads, head_dim], cos and sin [T, 1, head_dim / 2] (Su et al.,
-    arXiv 2104.09864). Keeps nothing but the tables: the derivative is the rotation back."""
+    """Rotary positions on heads x [T, heads, head_dim], with cos and sin [T, 1, head_dim / 2].
+
+    Keeps the tables only: the derivative is the opposite rotation (Su et al., arXiv 2104.09864).
+    """
     result: torch.Tensor = _Rotate.apply(x, cos, sin)  # type: ignore[no-untyped-call]
     return result
 
@@ -43,20 +47,22 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 def rotate_first_(
     x: torch.Tensor, heads: int, cos: torch.Tensor, sin: torch.Tensor
 ) -> torch.Tensor:
-    """`rotate` of the first heads that lie in the columns of x [T, width], in place."""
+    """`rotate` in place, for the `heads` heads in the first columns of x [T, width]."""
     result: torch.Tensor = _RotateFirst.apply(x, heads, cos, sin)  # type: ignore[no-untyped-call]
     return result
 
 
-def silu_mul(gate_up: torch.Tensor) -> tuple[torch.Tensor, Recipe]:
-    """`silu(gate) * up` of both side by side: [T, 2 * width] -> [T, width] (Shazeer, arXiv
-    2002.05202). Keeps its input only."""
+def silu_mul(gate_up: torch.Tensor) -> tuple[torch.Tensor, Recompute]:
+    """`silu(gate) * up`, with gate and up side by side: [T, 2 * width] -> [T, width].
+
+    Keeps its input only (Shazeer, arXiv 2002.05202).
+    """
     result: torch.Tensor = _SiluMul.apply(gate_up)  # type: ignore[no-untyped-call]
-    return result, Recipe(_gated, (gate_up,))
+    return result, Recompute(_gated, (gate_up,))
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:
-    """x in the type that sums are taken in: float32, or float64 if it is that."""
+    """x in the type in which sums are taken: float64 if x has it, else float32."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -126,7 +132,7 @@ class _RotateFirst(torch.autograd.Function):
 
 
 def _first(x: torch.Tensor, heads: int, cos: torch.Tensor) -> torch.Tensor:
-    """The first heads as [T, heads, head_dim], a view."""
+    """The first heads of x as a view [T, heads, head_dim]."""
     width = 2 * cos.shape[-1]
     return x[:, : heads * width].view(len(x), heads, width)
 

@@ -1,10 +1,10 @@
-"""Compiles the CPU kernels, once for each instruction set, and finds them again.
+"""Compiles the CPU kernels, once per instruction set, and finds earlier builds.
 
     python -m loraplex_model.ops.build [--all] [--into DIR]
 
-A build lies in `<directory>/<isa>-<digest of the sources>/`, so that a changed source never meets
-an old library and several versions can share a directory. `LORAPLEX_KERNELS_DIR` names a directory
-that is searched first; an image without a compiler ships its kernels there.
+A build is in `<directory>/<isa>-<digest of the sources>/`, so that changed sources never use an old
+library and several versions can share a directory. `LORAPLEX_KERNELS_DIR` names a directory that is
+searched first; an image without a compiler has its kernels there.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ISAS: dict[str, tuple[str, ...]] = {
     "avx2": ("-mavx2", "-mfma"),
     "portable": (),
 }
-"""Instruction sets, best first, and the compiler's flags for each."""
+"""Compiler flags by instruction set, fastest first."""
 
 NEEDED = {
     "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx2", "fma"},
@@ -41,18 +41,18 @@ NEEDED = {
 
 
 class Kernels(ctypes.CDLL):
-    """The compiled library, and the instruction set it was compiled for."""
+    """The compiled library; `isa` is the instruction set that it was compiled for."""
 
     isa: str = ""
 
 
 class KernelsUnavailable(Exception):
-    """No compiled kernels and no way to compile them; the message says why and what to do."""
+    """There are no compiled kernels and they cannot be compiled; the message says what to do."""
 
 
 @cache
 def cpu_flags() -> frozenset[str]:
-    """The processor's features, as Linux names them; empty where they cannot be read."""
+    """The processor's features, by their names in Linux; empty if they cannot be read."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -64,7 +64,7 @@ def cpu_flags() -> frozenset[str]:
 
 
 def supported_isas() -> list[str]:
-    """What this processor can run, best first."""
+    """Instruction sets that this processor can run, fastest first."""
     return [isa for isa in ISAS if NEEDED[isa] <= cpu_flags()]
 
 
@@ -79,7 +79,7 @@ def source_digest() -> str:
 
 
 def default_directory() -> Path:
-    """Where builds are kept: `$XDG_CACHE_HOME/loraplex/kernels`."""
+    """Directory of builds: `$XDG_CACHE_HOME/loraplex/kernels`."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "loraplex" / "kernels"
 
@@ -99,15 +99,15 @@ def find(isa: str, flags: Sequence[str] = (), directory: Path | None = None) -> 
 def compile_kernels(isa: str, into: Path | None = None, flags: Sequence[str] = ()) -> Path:
     """Compiles for `isa` with torch's extension loader; returns the library's path.
 
-    The build happens in a directory of its own and is moved into place whole, so a killed build
-    leaves nothing behind that a later one would trip over. Raises `KernelsUnavailable`.
+    A build has a directory of its own and is moved into place by one rename, so a killed build
+    never disturbs a later one. Raises `KernelsUnavailable`.
     """
     if shutil.which(os.environ.get("CXX", "c++")) is None:
         raise KernelsUnavailable("no C++ compiler found; install g++ (Debian: apt-get install g++)")
     from torch.utils import cpp_extension
 
     target = (into or default_directory()) / _name(isa, flags)
-    # The loader counts its builds by name within a process: one name each, or it adds suffixes.
+    # The loader adds a suffix to a name that it has built before in this process.
     name = "loraplex_cpu_" + re.sub(r"\W", "_", target.name)
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".build-", dir=target.parent))
@@ -140,8 +140,8 @@ def load(
 ) -> Kernels:
     """The kernels for `isa` (default: the best this processor runs), compiled if need be.
 
-    `LORAPLEX_ISA` overrides the default. `directory` keeps the builds. A process loads one library
-    for an instruction set: whoever asks first says from where. Raises `KernelsUnavailable`.
+    `LORAPLEX_ISA` overrides the default. `directory` holds the builds. A process loads one library
+    per instruction set, from the directory of the first call. Raises `KernelsUnavailable`.
     """
     isa = isa or os.environ.get("LORAPLEX_ISA") or supported_isas()[0]
     if isa not in supported_isas():
@@ -165,10 +165,14 @@ def _name(isa: str, flags: Sequence[str]) -> str:
 
 
 def main() -> None:
-    """Command line: compile now, for instance while an image is built."""
+    """The command line, which compiles the kernels now, for instance while an image is built."""
     parser = argparse.ArgumentParser(description="Compile the CPU kernels.")
-    parser.add_argument("--all", action="store_true", help="not only for this machine")
-    parser.add_argument("--into", type=Path, help="directory to build into")
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="compile for every instruction set, not only for this machine",
+    )
+    parser.add_argument("--into", type=Path, help="directory of the builds")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for isa in ISAS if arguments.all else supported_isas()[:1]:

@@ -1,7 +1,4 @@
-"""`W x` over NF4 weights, in torch: four ways with one contract.
-
-Each takes `(matrix, x [T, in])` and returns [T, out] in the type of `x`, differentiable in `x`.
-"""
+"""Products with NF4 matrices in torch: four implementations of `BaseLinear`."""
 
 from __future__ import annotations
 
@@ -15,18 +12,21 @@ from loraplex_model.ops import nf4
 from loraplex_model.ops.nf4 import absmax_float, dequantize, nf4_code
 
 TILE = 16
-"""Rows in one CPU matrix product. Libraries choose their code path, and with it the order of a sum,
-by the number of rows; always the same number gives a row the same bits whatever its neighbours."""
+"""Number of rows of one CPU matrix product. Libraries choose their code path, and with it the order
+of a sum, by the number of rows; a constant number makes a row's bits independent of other rows."""
 
 
 class BaseLinear(Protocol):
-    """Multiplies by a base matrix. [T, in] -> [T, out]."""
+    """Computes `x @ W.T` for a base matrix: x [T, in] -> [T, out] in the type of x.
+
+    The result is differentiable in x.
+    """
 
     def __call__(self, matrix: NF4Matrix, x: torch.Tensor) -> torch.Tensor: ...
 
 
 def by_tiles(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`x @ weight.T`; on the CPU in tiles of `TILE` rows, the last padded with zeros."""
+    """`x @ weight.T`; on the CPU without autograd in tiles of `TILE` rows, the last zero-padded."""
     rows = x.shape[0]
     if x.device.type != "cpu" or torch.is_grad_enabled():
         return x @ weight.T
@@ -38,7 +38,7 @@ def by_tiles(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 class DequantisedLinear:
-    """Unpacks the matrix for every product (again in the backward pass), keeping nothing."""
+    """Unpacks the matrix for every product, again in the backward pass, and keeps nothing."""
 
     def __call__(self, matrix: NF4Matrix, x: torch.Tensor) -> torch.Tensor:
         """See `BaseLinear`."""
@@ -49,7 +49,7 @@ class DequantisedLinear:
 
 
 class _Unpacked(torch.autograd.Function):
-    """The weight is a constant, so only the gradient for x exists: `W.T g`."""
+    """`x @ W.T` with a constant weight, so that x alone has a gradient: `g @ W`."""
 
     @staticmethod
     def forward(
@@ -67,27 +67,27 @@ class _Unpacked(torch.autograd.Function):
 
 
 class DenseLinear:
-    """Keeps each unpacked matrix, eight times the codes' memory: for tests and small models."""
+    """Keeps each unpacked matrix in float32, for tests and small models: eight times the memory."""
 
     def __init__(self) -> None:
         self._dense: dict[int, tuple[NF4Matrix, torch.Tensor]] = {}
 
     def __call__(self, matrix: NF4Matrix, x: torch.Tensor) -> torch.Tensor:
         """See `BaseLinear`."""
-        if id(matrix) not in self._dense:  # the matrix is kept too, so its id stays its own
+        if id(matrix) not in self._dense:  # keeping the matrix keeps its id unique
             self._dense[id(matrix)] = (matrix, dequantize(matrix))
         return by_tiles(x, self._dense[id(matrix)][1].to(x.dtype))
 
 
 class ScratchLinear:
-    """For training on the CPU: unpacks each matrix, in either direction, into the same memory.
+    """For training on the CPU: unpacks every matrix into the same scratch memory, in both passes.
 
-    Kept are the blocks' maxima as floats (1/64 of the weights' number) and the room for the largest
-    matrix. Products are of all rows at once. Not thread-safe.
+    Keeps each block's absmax in float32 (1/64 of the weight count) and one scratch matrix as large
+    as the largest weight. Multiplies all rows at once. Not thread-safe.
     """
 
     def __init__(self, unpack: nf4.Unpack | None = None) -> None:
-        """`unpack`: the kernel, if there is one."""
+        """`unpack` is the kernel that unpacks; without one, `nf4.dequantize` does."""
         self._unpack = unpack
         self._maxima: dict[int, tuple[NF4Matrix, torch.Tensor]] = {}
         self._scratch = torch.empty(0)
@@ -98,10 +98,10 @@ class ScratchLinear:
         return result
 
     def _weight(self, matrix: NF4Matrix) -> torch.Tensor:
-        """[out, in], good until the next call."""
+        """The weights, float32 [out, in], valid until the next call."""
         if self._unpack is None:
             return nf4.dequantize(matrix)
-        if id(matrix) not in self._maxima:  # the matrix is kept too, so its id stays its own
+        if id(matrix) not in self._maxima:  # keeping the matrix keeps its id unique
             self._maxima[id(matrix)] = (matrix, nf4.maxima(matrix))
         count = matrix.shape[0] * matrix.shape[1]
         if self._scratch.numel() < count:
@@ -114,8 +114,8 @@ class ScratchLinear:
 class FusedLinear:
     """bitsandbytes' fused 4-bit product, for CUDA.
 
-    The maxima are kept as float32, since bitsandbytes' double quantisation has one offset a matrix
-    and a stack has one for each module: 0.4 bits a weight more.
+    The maxima are kept in float32, which takes 0.4 bits per weight more: bitsandbytes' double
+    quantisation has one offset per matrix, and a stack has one per module.
     """
 
     def __init__(self) -> None:

@@ -1,12 +1,12 @@
 """NF4 with double quantisation (QLoRA, arXiv 2305.14314), as bitsandbytes stores it.
 
-Quantising calls bitsandbytes. Reading back does not, since importing it takes seconds: a weight is
+Quantising calls bitsandbytes. Dequantising does not, since importing it takes seconds: a weight is
 
     code[nibble] * (map[absmax byte] * scale of its 256 blocks + offset)
 
-in float32, one rounding for each operation, which gives the very bits of bitsandbytes.
-Blocks of 64 run over a module's flattened matrix, so they cross row ends where the row length is
-no multiple of 64.
+in float32 with one rounding per operation, which gives the same bits as bitsandbytes.
+Blocks of 64 run over a module's flattened matrix, so they cross row ends if the row length is not a
+multiple of 64.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from loraplex_model.base.weights import BLOCK, NF4Matrix
 
 NESTED_BLOCK = 256
-"""Blocks whose maxima share one scale."""
+"""Number of blocks whose maxima share one scale."""
 
 _CHUNK = BLOCK * 65536  # weights quantised in one call, so that scratch memory stays small
 
@@ -45,7 +45,7 @@ _CODE = (
 
 
 def nf4_code(device: torch.device | str = "cpu") -> torch.Tensor:
-    """The 16 values, float32 [16]: quantiles of the normal distribution with an exact zero."""
+    """The values of NF4, float32 [16]: quantiles of the normal distribution, with an exact zero."""
     return torch.tensor(_CODE, dtype=torch.float32, device=device)
 
 
@@ -53,8 +53,8 @@ def nf4_code(device: torch.device | str = "cpu") -> torch.Tensor:
 def dynamic_map() -> torch.Tensor:
     """The 256 values of the 8-bit code for maxima, float32 [256], ascending.
 
-    A signed dynamic exponent code (arXiv 1511.04561): for each decade 1e-6 to 1, twice as many
-    linear steps as for the decade below, and 0 and 1 exactly.
+    This is a signed dynamic exponent code (arXiv 1511.04561): each decade from 1e-6 to 1 has twice
+    as many linear steps as the one below, and 0 and 1 are exact.
     """
     values = [0.0, 1.0]
     for exponent in range(7):
@@ -65,15 +65,15 @@ def dynamic_map() -> torch.Tensor:
 
 
 def blocks_of(rows: int, fan_in: int) -> int:
-    """How many blocks a module [rows, fan_in] has; the last may be short."""
+    """Number of blocks of a module [rows, fan_in]; the last block may be short."""
     return -(-rows * fan_in // BLOCK)
 
 
 def quantise(weight: torch.Tensor) -> NF4Matrix:
-    """Quantises one module's [out, in]; the bytes are those of bitsandbytes' `Linear4bit`.
+    """Quantises one module's [out, in] to the bytes of bitsandbytes' `Linear4bit`.
 
-    The values are taken as stored (widened to float32). Done in chunks of whole blocks, which are
-    independent of one another, and doubly quantised over the whole module at the end.
+    The values are quantised as stored, widened to float32. Blocks are independent, so they are
+    quantised in chunks; the second quantisation is over the whole module.
     """
     import bitsandbytes.functional as bnb
 
@@ -93,7 +93,7 @@ def quantise(weight: torch.Tensor) -> NF4Matrix:
 
 
 def stack(parts: Sequence[NF4Matrix]) -> NF4Matrix:
-    """Several modules of one input as one matrix, rows one module after the other."""
+    """Stacks the rows of several modules, which have the same input, into one matrix."""
     return NF4Matrix(
         (sum(part.shape[0] for part in parts), parts[0].shape[1]),
         torch.cat([part.packed for part in parts]),
@@ -105,7 +105,7 @@ def stack(parts: Sequence[NF4Matrix]) -> NF4Matrix:
 
 
 def split(matrix: NF4Matrix) -> list[NF4Matrix]:
-    """The modules of a stack, as views: what `stack` put together."""
+    """The modules of a stacked matrix, as views: the inverse of `stack`."""
     fan_in = matrix.shape[1]
     counts = [blocks_of(rows, fan_in) for rows in matrix.rows]
     packed = torch.split(matrix.packed, [rows * fan_in // 2 for rows in matrix.rows])
@@ -125,9 +125,9 @@ def split(matrix: NF4Matrix) -> list[NF4Matrix]:
 
 
 def absmax_float(matrix: NF4Matrix) -> torch.Tensor:
-    """The blocks' maxima as float32 [out, in / 64], bit for bit those of bitsandbytes.
+    """The blocks' maxima as float32 [out, in / 64], bit for bit equal to those of bitsandbytes.
 
-    Raises `ValueError` where rows do not hold whole blocks; `dequantize` has no such limit.
+    Raises `ValueError` if rows do not consist of whole blocks; `dequantize` has no such limit.
     """
     out, fan_in = matrix.shape
     if fan_in % BLOCK:
@@ -141,16 +141,22 @@ def maxima(matrix: NF4Matrix) -> torch.Tensor:
 
 
 class Unpack(Protocol):
-    """`dequantize` by a kernel: of `matrix`, whose `maxima` are given, into float32 [out * in]."""
+    """A kernel for `dequantize`: writes the weights of `matrix` to `into`, float32 [out * in].
+
+    `maxima` are those of `matrix`.
+    """
 
     def __call__(self, matrix: NF4Matrix, maxima: torch.Tensor, into: torch.Tensor, /) -> None: ...
 
 
 def dequantize(matrix: NF4Matrix) -> torch.Tensor:
-    """The weights, float32 [out, in], bit for bit those of bitsandbytes. Constant for autograd."""
+    """The weights, float32 [out, in], bit for bit equal to those of bitsandbytes.
+
+    They are constants for autograd.
+    """
     out, fan_in = matrix.shape
     code = nf4_code(matrix.packed.device)
-    pairs = torch.cartesian_prod(code, code)  # [256, 2]: what each byte stands for
+    pairs = torch.cartesian_prod(code, code)  # [256, 2]: the two values of each byte
     weight = torch.empty(out * fan_in, device=matrix.packed.device)
     end = 0
     for packed, maxima in _modules(matrix):
@@ -165,7 +171,7 @@ def dequantize(matrix: NF4Matrix) -> torch.Tensor:
 
 
 def _modules(matrix: NF4Matrix) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Each module's packed bytes and float32 maxima, flat."""
+    """Packed bytes and float32 maxima of each module, flat."""
     fan_in = matrix.shape[1]
     byte = block = 0
     for i, rows in enumerate(matrix.rows):

@@ -1,4 +1,4 @@
-"""NF4 codes to floats at the speed of memory, for training."""
+"""Dequantising NF4 with the compiled kernel, at the speed of memory; used in training."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ log = logging.getLogger(__name__)
 
 
 def kernel() -> nf4.Unpack | None:
-    """The compiled kernel; None, with a warning, where there is none to be had."""
+    """The compiled kernel; None, with a warning, if it is unavailable."""
     try:
         library = build.load()
     except build.KernelsUnavailable as error:
-        log.warning("training without the compiled kernels, more slowly: %s", error)
+        log.warning("no compiled kernels, so training will be slower: %s", error)
         return None
 
     def unpack(matrix: NF4Matrix, maxima: torch.Tensor, into: torch.Tensor) -> None:
@@ -27,7 +27,7 @@ def kernel() -> nf4.Unpack | None:
         assert into.dtype == torch.float32
         fan_in = matrix.shape[1]
         code = block = 0
-        for rows in matrix.rows:  # blocks begin anew with each module
+        for rows in matrix.rows:  # each module starts a new block
             library.loraplex_unpack_nf4(
                 c_void_p(matrix.packed.data_ptr() + code // 2),
                 c_void_p(maxima.data_ptr() + 4 * block),
@@ -42,7 +42,7 @@ def kernel() -> nf4.Unpack | None:
 
 
 def dequantize(matrix: NF4Matrix) -> torch.Tensor:
-    """`nf4.dequantize`, bit for bit, by the kernel where there is one for where the matrix is."""
+    """`nf4.dequantize`, bit for bit, by the kernel if the matrix is on the CPU and there is one."""
     unpack = None if matrix.packed.is_cuda else _kernel()
     if unpack is None:
         return nf4.dequantize(matrix)

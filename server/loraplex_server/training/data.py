@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import errno
-import os
 from pathlib import Path
 from typing import Final
 
 from loraplex_adapters.format.files import open_below, open_root
+from loraplex_model.base.durable import flush_file
 from loraplex_model.base.refusal import Reason, Refusal
 
 _CHUNK: Final = 1 << 20
@@ -17,8 +17,7 @@ def write(target: Path, data: bytes) -> None:
     """Writes the client's bytes to a new file and flushes it to the disk. Raises OSError."""
     with target.open("xb") as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+        flush_file(file)
 
 
 def copy(root: Path, relative: str, target: Path, max_bytes: int, field: str) -> None:
@@ -39,8 +38,7 @@ def copy(root: Path, relative: str, target: Path, max_bytes: int, field: str) ->
         ):
             for offset in range(0, source.size, _CHUNK):
                 file.write(source.read(offset, min(_CHUNK, source.size - offset)))
-            file.flush()
-            os.fsync(file.fileno())
+            flush_file(file)
     except Refusal as error:
         if error.reason is Reason.STORE_UNAVAILABLE:
             raise Refusal(error.reason, error.message) from error

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import re
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Final
 
 import msgspec
-from loraplex_adapters.store.disk import flush
+from loraplex_model.base.durable import flush, lock, write_atomically
 
 from loraplex_server.training.jobs import JobRecord
 
@@ -40,16 +38,10 @@ class Records:
         The kernel releases the lock when the process ends, however it ends.
         """
         self._root.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock = os.open(self._root / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock = lock(self._root / _LOCK, wait=False, mode=0o600)
         except BlockingIOError:
-            os.close(lock)
             return False
-        except BaseException:
-            os.close(lock)
-            raise
-        self._lock = lock
         return True
 
     def release(self) -> None:
@@ -72,17 +64,7 @@ class Records:
     def save(self, job: JobRecord) -> None:
         """Writes a job's record atomically."""
         folder = self.folder(job.id)
-        handle, name = tempfile.mkstemp(dir=folder, prefix=".job-")
-        try:
-            with open(handle, "wb") as file:
-                file.write(msgspec.json.encode(job))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(name, folder / RECORD)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(name)
-            raise
+        write_atomically(folder / RECORD, msgspec.json.encode(job), mode=0o600)
         flush(folder)
         flush(self._root)
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from loraplex_model.base.names import suggest
 from loraplex_model.base.refusal import Reason, Refusal
 
 from loraplex_training.methods.adalora import AdaLoraOptions, adalora
@@ -72,7 +73,7 @@ def make(spec: MethodSpec, setting: Setting) -> TrainedAdapter:
         )
     method = METHODS.get(spec.name)
     if method is None:
-        near = fields.did_you_mean(spec.name, METHODS)
+        near = suggest(spec.name, METHODS)
         text = f"there is no method {spec.name!r}{near}; there are {', '.join(METHODS)}"
         raise Refusal(Reason.METHOD_INVALID, text, "method")
     given = {name: value for name, value in spec.options.items() if value is not None}

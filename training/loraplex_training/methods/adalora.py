@@ -13,7 +13,7 @@ from typing import Annotated
 
 import torch
 from loraplex_adapters.format.modules import PREFIX, module_path
-from loraplex_model.adapters.delta import AdapterDelta, SiteDelta
+from loraplex_model.adapters.delta import AdapterDelta, ProjectionDelta
 from loraplex_model.base.config import Site
 from pydantic import Field
 
@@ -172,7 +172,7 @@ class AdaLoraAdapter:
         changes = {}
         for site in self._sites:
             a, b, e = self._of(site)
-            changes[site] = SiteDelta(a=a * e, b=b.T * scale)
+            changes[site] = ProjectionDelta(a=a * e, b=b.T * scale)
         return AdapterDelta(changes)
 
     def penalty(self) -> torch.Tensor | None:

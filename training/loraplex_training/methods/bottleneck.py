@@ -13,7 +13,7 @@ import torch
 from loraplex_adapters.format.kinds.bottleneck import ACTIVATIONS, PLACEMENTS, READS
 from loraplex_adapters.format.modules import PREFIX, module_path
 from loraplex_adapters.format.spec import AdapterLimits
-from loraplex_model.adapters.delta import Activation, AdapterDelta, Reads, SiteDelta
+from loraplex_model.adapters.delta import Activation, AdapterDelta, BottleneckDelta, Reads
 from loraplex_model.base.config import Site
 from pydantic import BeforeValidator, Field
 
@@ -92,13 +92,13 @@ def bottleneck(
         starts = _starts(shape.hidden_size, width, setting.generator)
         parameters |= {_name(site, part): leaf(starts[part], setting.base) for part in _PARTS}
 
-    def change(site: Site) -> SiteDelta:
-        down, hidden_bias, up, bias = (parameters[_name(site, part)] for part in _PARTS)
-        return SiteDelta(
-            a=down,
-            b=up.T * scaling,
-            hidden_bias=hidden_bias,
-            bias=bias * scaling,
+    def change(site: Site) -> BottleneckDelta:
+        down, down_bias, up, up_bias = (parameters[_name(site, part)] for part in _PARTS)
+        return BottleneckDelta(
+            down=down,
+            up=up.T * scaling,
+            down_bias=down_bias,
+            up_bias=up_bias * scaling,
             activation=Activation[ACTIVATIONS[activation].upper()],
             reads=Reads[reads.upper()],
         )

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from loraplex_adapters.format.modules import PREFIX, module_path
-from loraplex_model.adapters.delta import AdapterDelta, LoraFactors, SiteDelta
+from loraplex_model.adapters.delta import AdapterDelta, LoraFactors, ProjectionDelta
 from loraplex_model.base.config import Site
 
 from loraplex_training.methods.base import (
@@ -93,11 +93,11 @@ class DoraAdapter:
         config = self._pairs.config(self._setting, use_dora=True)
         return AdapterFiles(config, {**self._pairs.tensors(), **magnitudes})
 
-    def _change(self, site: Site) -> SiteDelta:
+    def _change(self, site: Site) -> ProjectionDelta:
         factors = self._pairs.at(site)
         gain = self._magnitudes[_name(site)] / self._norms_of(site, factors)
         base_bias = bias(self._setting.base, site)
-        return SiteDelta(
+        return ProjectionDelta(
             a=factors.a,
             b=factors.b.T * (factors.scale * gain),
             gain=gain,

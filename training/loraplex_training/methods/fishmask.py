@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import torch
 from loraplex_adapters.format.modules import module_path
 from loraplex_adapters.format.spec import AdapterLimits
-from loraplex_model.adapters.delta import AdapterDelta, SiteDelta
+from loraplex_model.adapters.delta import AdapterDelta, ProjectionDelta
 from loraplex_model.adapters.merge import fused_matrix
 from loraplex_model.base.config import FUSED, Site
 from loraplex_model.base.weights import BaseWeights, NF4Matrix
@@ -126,7 +126,7 @@ class FishMaskAdapter:
         """See `TrainedAdapter`. Entries outside the mask are zero and get no gradient."""
         return AdapterDelta(
             {
-                site: SiteDelta(a=values * self._masks[site], b=self._places(site))
+                site: ProjectionDelta(a=values * self._masks[site], b=self._places(site))
                 for site, values in self._values.items()
             }
         )

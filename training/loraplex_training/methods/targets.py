@@ -6,15 +6,15 @@ from collections.abc import Collection, Mapping
 from typing import TypeVar
 
 import torch
-from loraplex_adapters.format.modules import BLOCKS, module_path
+from loraplex_adapters.format.modules import module_path
 from loraplex_adapters.format.patterns import match, suffixes
 from loraplex_model.adapters.merge import fused_matrix
-from loraplex_model.base.config import FUSED, MODEL, PROJECTIONS, Site
+from loraplex_model.base.config import BLOCKS, MODEL, PROJECTIONS, Site, fused_place
+from loraplex_model.base.names import suggest
 from loraplex_model.base.weights import BaseWeights, NF4Matrix
 from loraplex_model.ops import nf4, unpack
 
 from loraplex_training.methods.options import OptionProblems, TargetOptions
-from loraplex_training.spec.fields import did_you_mean
 
 Number = TypeVar("Number", int, float)
 
@@ -69,7 +69,7 @@ def by_site(
     paths = {module_path(*site): site for site in sites}
     endings = {ending for path in paths for ending in suffixes(path)}
     for key in [key for key in pattern if key not in endings]:
-        near = did_you_mean(key, endings)
+        near = suggest(key, endings)
         problems.add(name, f"{name}: {key!r} names none of the target modules{near}")
         del pattern[key]
     matched = match(pattern, paths)
@@ -90,7 +90,7 @@ def shape(base: BaseWeights, site: Site) -> tuple[int, int]:
 
 def matrix(base: BaseWeights, site: Site) -> NF4Matrix:
     """Returns a projection's NF4 weights as views of the base's."""
-    fused, index = _place(site)
+    fused, index = fused_place(site[1])
     return nf4.split(fused_matrix(base.layers[site[0]], fused)[0])[index]
 
 
@@ -101,15 +101,9 @@ def weight(base: BaseWeights, site: Site) -> torch.Tensor:
 
 def bias(base: BaseWeights, site: Site) -> torch.Tensor | None:
     """Returns a projection's bias [out] in the base's dtype, or None if it has none."""
-    fused, index = _place(site)
+    fused, index = fused_place(site[1])
     stack, biases = fused_matrix(base.layers[site[0]], fused)
     return None if biases is None else torch.split(biases, list(stack.rows))[index]
-
-
-def _place(site: Site) -> tuple[str, int]:
-    """Returns the fused matrix that holds a projection, and the index of that part."""
-    fused = next(fused for fused, names in FUSED.items() if site[1] in names)
-    return fused, FUSED[fused].index(site[1])
 
 
 def _names(name: str, site: Site) -> bool:
@@ -118,7 +112,7 @@ def _names(name: str, site: Site) -> bool:
 
 def _nothing(name: str, base: BaseWeights, head: bool) -> str:
     known = [*PROJECTIONS, *GROUPS, *([HEAD[1]] if head else [])]
-    hint = did_you_mean(name, known)
+    hint = suggest(name, known)
     example = f"model.layers.0.{BLOCKS[known[0]]}.{known[0]}"
     return (
         f"no module in the chosen layers (of 0 to {base.config.num_layers - 1}) is called "

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from loraplex_adapters.format.modules import PREFIX, module_path
 from loraplex_adapters.format.patterns import suffixes
-from loraplex_model.adapters.delta import AdapterDelta, SiteDelta
+from loraplex_model.adapters.delta import AdapterDelta, ProjectionDelta
 from loraplex_model.base.config import Site
 
 from loraplex_training.methods.base import Setting, TrainedAdapter
@@ -44,9 +44,9 @@ def ia3(options: Ia3Options, setting: Setting, problems: OptionProblems) -> Trai
         shape = (1, fan_in) if site in inward else (fan_out, 1)
         parameters[_name(site, "ia3_l")] = leaf(torch.ones(shape), setting.base)
 
-    def change(site: Site) -> SiteDelta:
+    def change(site: Site) -> ProjectionDelta:
         gain = parameters[_name(site, "ia3_l")].reshape(-1)
-        return SiteDelta(in_gain=gain) if site in inward else SiteDelta(gain=gain)
+        return ProjectionDelta(in_gain=gain) if site in inward else ProjectionDelta(gain=gain)
 
     config = config_of(
         setting,
@@ -76,8 +76,8 @@ def bitfit(options: TargetOptions, setting: Setting, problems: OptionProblems) -
         for site in sites
     }
 
-    def change(site: Site) -> SiteDelta:
-        return SiteDelta(bias=parameters[_name(site, "beft_bias")].reshape(-1))
+    def change(site: Site) -> ProjectionDelta:
+        return ProjectionDelta(bias=parameters[_name(site, "beft_bias")].reshape(-1))
 
     return PlainAdapter(
         parameters,

@@ -23,7 +23,6 @@ import torch
 from loraplex import Client, LoraplexError
 from loraplex_adapters.convert.export.directory import staged
 from loraplex_adapters.convert.export.peft_files import write_config
-from loraplex_adapters.convert.export.safetensors_file import SafetensorsFile
 from loraplex_adapters.format.config import FINGERPRINT_KEY
 from loraplex_adapters.format.files import WEIGHTS_FILE
 from loraplex_adapters.format.support import STAMP
@@ -32,6 +31,8 @@ from loraplex_model.base.info import BaseInfo
 from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_model.base.weights import BaseWeights
 from loraplex_model.checkpoints.default_model import DEFAULT, HUB_NAME
+from loraplex_model.checkpoints.safetensors_file import SafetensorsFile
+from loraplex_model.ops.dtypes import BY_NAME
 
 from loraplex_training.methods.base import AdapterFiles
 from loraplex_training.publish.target import Target
@@ -68,11 +69,11 @@ def publish(outcome: JobOutcome, run: Run, target: Target, alias: str = "") -> P
     with torch.no_grad():
         trained = outcome.adapter.delta()
     with placed(folder) as fresh:
-        write(fresh, files, stamped, text, getattr(torch, target.dtype))
+        write(fresh, files, stamped, text, BY_NAME[target.dtype])
         if (picture := run.spec.out / PICTURE).is_file():
             shutil.copyfile(picture, fresh / PICTURE)
         digest, _ = verify(
-            fresh, trained, run.joint, base, examples, run.spec.cache, getattr(torch, target.dtype)
+            fresh, trained, run.joint, base, examples, run.spec.cache, BY_NAME[target.dtype]
         )
     version = sample = ""
     if target.store is not None:

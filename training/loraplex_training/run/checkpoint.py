@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from loraplex_adapters.convert.export.safetensors_file import SafetensorsFile
-from loraplex_adapters.store.disk import flush, try_lock
+from loraplex_model.base.durable import flush, lock
 from loraplex_model.base.faults import reach
 from loraplex_model.base.refusal import Reason, Refusal
+from loraplex_model.checkpoints.safetensors_file import SafetensorsFile
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -71,7 +71,7 @@ class RunFolder:
             reach("train.folder.make")
             (out / FOLDER).mkdir(parents=True, exist_ok=True)
             try:
-                self._lock = try_lock(out / "lock")
+                self._lock = lock(out / "lock", wait=False)
             except BlockingIOError:
                 raise Refusal(Reason.BUSY, f"another process trains in {out}") from None
 
@@ -201,9 +201,8 @@ def _read(folder: Path) -> RunSnapshot:
 
 def _sync(path: Path) -> str:
     """Flushes a file to the disk; returns its SHA-256 (hex)."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    flush(path)
+    return _digest(path)
 
 
 def _digest(path: Path) -> str:

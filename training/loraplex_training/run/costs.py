@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import torch
+from loraplex_model.adapters.delta import BottleneckDelta, ProjectionDelta
 from loraplex_model.base.config import MODEL
 from loraplex_model.base.weights import BaseWeights
 
@@ -60,7 +61,9 @@ def _shape(job: Job) -> _Shape:
     for (layer, _), change in delta.sites.items():
         if layer == MODEL:
             continue
-        layers[layer] = layers.get(layer, 0) + (0 if change.b is None else len(change.b))
+        up = change.up if isinstance(change, BottleneckDelta) else None
+        up = change.b if isinstance(change, ProjectionDelta) else up
+        layers[layer] = layers.get(layer, 0) + (0 if up is None else len(up))
     parameters = list(job.adapter.parameters.values())
     size = AdapterSize(
         sum(p.numel() for p in parameters),

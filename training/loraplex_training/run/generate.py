@@ -1,41 +1,33 @@
-"""Answers of a model in training, through the decoder that will serve it.
+"""Greedy answers of a model in training, computed by the decoder that will serve it.
 
-A decoder is made for each call and let go afterwards: its copy of the weights and its KV cache take
+Each call opens a decoder and drops it at the end: its copy of the weights and its KV cache take
 memory that training needs between evaluations.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from loraplex_model.adapters.delta import AdapterDelta, SiteDelta, VirtualTokens
+from loraplex_model.adapters.delta import AdapterDelta
 from loraplex_model.adapters.pack import pack
 from loraplex_model.base.batch import ForwardBatch, Mix
 from loraplex_model.base.weights import BaseWeights
-from loraplex_model.decoder.native import NativeDecoder
-from loraplex_model.decoder.reference import ReferenceDecoder
-from loraplex_model.ops import build as kernels
+from loraplex_model.decoder.open import BLOCK_SIZE, open_decoder
 
 from loraplex_training.data.samples import Sample
 from loraplex_training.data.text import BaseText
 from loraplex_training.run.evaluate import Answer
 
-log = logging.getLogger(__name__)
-
-BLOCK = {"cpu": 16, "cuda": 256}  # tokens; flash attention's pages are 256
 CACHE_TOKENS = 8192
-"""KV cache that sequences share; one that needs more gets it, alone."""
-
-Decoder = NativeDecoder | ReferenceDecoder
+"""Tokens of the KV cache that sequences share; a sequence that needs more gets them, alone."""
 
 
 @dataclass
 class _Sequence:
-    """Ids of which the first `done` are in the cache; those after `start` have been generated."""
+    """Token ids: the first `done` are in the KV cache, those from `start` on were generated."""
 
     ids: list[int]
     start: int
@@ -65,60 +57,51 @@ class Generator:
     ) -> list[list[int]]:
         """The most likely continuation of each prompt, at most `max_new_tokens` ids.
 
-        One that ends with a stop id is cut before it. All prompts that fit into the cache run in
-        one batch; what a row says does not depend on the others on a CPU. None is the bare base. A
-        row whose logits are not finite ends there. Prompts are not empty.
+        An answer is cut before its first stop id, and before logits that are not finite. All
+        prompts that fit into the cache run in one batch; on a CPU a row's answer does not depend
+        on the others. Without `delta` the bare base answers. Prompts must not be empty.
         """
-        plain = None if delta is None else _plain(delta)
-        virtual = plain.virtual.count if plain and plain.virtual else 0
-        context = self._base.config.max_positions
-        room = context - virtual
+        room = self._base.config.max_positions - _virtual_tokens(delta)
         rows = [_Sequence(list(p), len(p), min(max_new_tokens, room - len(p))) for p in prompts]
         if waiting := [row for row in rows if row.limit > 0]:
-            self._run(plain, virtual, waiting, frozenset(stop_ids))
+            self._run(delta, waiting, frozenset(stop_ids))
         return [row.ids[row.start :] for row in rows]
 
     def logits(self, delta: AdapterDelta | None, ids: Sequence[int]) -> torch.Tensor:
-        """float32 [T, vocab]: what the serving decoder makes of one sequence, in one pass."""
-        plain = None if delta is None else _plain(delta)
-        virtual = plain.virtual.count if plain and plain.virtual else 0
-        block = BLOCK[self._base.embed.device.type]
-        blocks = -(-(virtual + len(ids)) // block)
-        decoder, mix = self._serve(plain, blocks, block)
-        sequence = _Sequence(list(ids), len(ids), 0, 0, list(range(blocks)))
-        tokens = _begin(decoder, sequence, plain.virtual if plain else None)
+        """Logits of one sequence in one pass of the serving decoder, float32 [T, vocab]."""
+        sequence = _Sequence(list(ids), len(ids), 0)
+        needed = self._blocks(delta, sequence)
+        sequence.blocks = list(range(needed))
+        serving = _Serving(self._base, self._cache, delta, needed)
+        tokens = serving.begin(sequence)
         rows = list(range(len(tokens) - len(ids), len(tokens)))
-        batch = ForwardBatch.build([(tokens, sequence.done, sequence.blocks, mix)], rows)
-        with torch.inference_mode():
-            return decoder.forward(batch)
+        return serving.forward([(tokens, sequence)], rows)
+
+    def _blocks(self, delta: AdapterDelta | None, sequence: _Sequence) -> int:
+        """KV blocks that a sequence can come to need."""
+        tokens = _virtual_tokens(delta) + sequence.start + sequence.limit
+        return -(-tokens // BLOCK_SIZE[self._base.embed.device.type])
 
     def _run(
-        self,
-        delta: AdapterDelta | None,
-        virtual: int,
-        waiting: list[_Sequence],
-        stop_ids: frozenset[int],
+        self, delta: AdapterDelta | None, waiting: list[_Sequence], stop_ids: frozenset[int]
     ) -> None:
-        """Continues all sequences, new ones beginning as others end."""
-        block = BLOCK[self._base.embed.device.type]
-        needs = {id(s): -(-(virtual + s.start + s.limit) // block) for s in waiting}
-        total = min(sum(needs.values()), max(self._cache_tokens // block, max(needs.values())))
-        decoder, mix = self._serve(delta, total, block)
+        """Continues all sequences; new ones begin as others end."""
+        needs = [self._blocks(delta, sequence) for sequence in waiting]
+        shared = self._cache_tokens // BLOCK_SIZE[self._base.embed.device.type]
+        total = min(sum(needs), max(shared, max(needs)))
+        serving = _Serving(self._base, self._cache, delta, total)
         free = list(range(total))
         running: list[_Sequence] = []
         while waiting or running:
-            rows = [(s.ids[-1:], s.done, s.blocks, mix) for s in running]
-            while waiting and len(free) >= needs[id(waiting[0])]:
+            rows = [(sequence.ids[-1:], sequence) for sequence in running]
+            while waiting and len(free) >= needs[0]:
                 new = waiting.pop(0)
-                new.blocks = [free.pop() for _ in range(needs[id(new)])]
-                tokens = _begin(decoder, new, delta.virtual if delta else None)
-                rows.append((tokens, new.done, new.blocks, mix))
-                running.append(new)
-            with torch.inference_mode():
-                logits = decoder.forward(ForwardBatch.build(rows))
-            going = []
-            for sequence, row, scores in zip(running, rows, logits, strict=True):
-                sequence.done += len(row[0])
+                new.blocks = [free.pop() for _ in range(needs.pop(0))]
+                rows.append((serving.begin(new), new))
+            logits = serving.forward(rows)
+            running = []
+            for (tokens, sequence), scores in zip(rows, logits, strict=True):
+                sequence.done += len(tokens)
                 token = int(scores.argmax())
                 ended = token in stop_ids or not bool(torch.isfinite(scores[token]))
                 if not ended:
@@ -126,26 +109,55 @@ class Generator:
                 if ended or len(sequence.ids) == sequence.start + sequence.limit:
                     free += sequence.blocks
                 else:
-                    going.append(sequence)
-            running = going
+                    running.append(sequence)
 
-    def _serve(
-        self, delta: AdapterDelta | None, blocks: int, block: int
-    ) -> tuple[Decoder, Mix]:  # fmt: skip
-        """A decoder with the adapter in its slot, and what rows say to use it."""
-        decoder = _decoder(self._base, blocks, block, self._cache)
-        if delta is None:
-            return decoder, ()
-        dtype, device = self._base.embed.dtype, self._base.embed.device
+
+class _Serving:
+    """A decoder with at most one adapter, which is in its only slot and applies to every row."""
+
+    def __init__(
+        self, base: BaseWeights, cache: Path, delta: AdapterDelta | None, blocks: int
+    ) -> None:
+        tokens = blocks * BLOCK_SIZE[base.embed.device.type]
+        positions = min(tokens, base.config.max_positions)
+        self._decoder = open_decoder(base, blocks, 1, max_positions=positions, cache=cache)
+        self._virtual = delta.virtual if delta else None
+        self._mix: Mix = ()
+        if delta is not None:
+            with torch.inference_mode():
+                packed = pack(delta, base.embed.dtype).to(base.embed.device)
+                self._decoder.table.publish(0, packed)
+            self._mix = ((0, 1.0),)
+
+    def begin(self, sequence: _Sequence) -> list[int]:
+        """The ids of the sequence's first pass; writes keys and values of virtual tokens."""
+        virtual = self._virtual
+        if virtual is None:
+            return sequence.ids
+        if virtual.keys is not None and virtual.values is not None:
+            with torch.inference_mode():
+                self._decoder.write_prefix(sequence.blocks, virtual.keys, virtual.values)
+            sequence.done = virtual.count
+            return sequence.ids
+        first = self._decoder.weights.config.vocab_size
+        return [*range(first, first + virtual.count), *sequence.ids]
+
+    def forward(
+        self, rows: Sequence[tuple[list[int], _Sequence]], logit_rows: list[int] | None = None
+    ) -> torch.Tensor:
+        """Logits [R, vocab] after the new ids of each sequence, or of `logit_rows`."""
+        batch = ForwardBatch.build(
+            [(ids, sequence.done, sequence.blocks, self._mix) for ids, sequence in rows],
+            logit_rows,
+        )
         with torch.inference_mode():
-            decoder.table.publish(0, pack(delta, dtype).to(device))
-        return decoder, ((0, 1.0),)
+            return self._decoder.forward(batch)
 
 
 def answering(generator: Generator, text: BaseText) -> Answer:
-    """What evaluations ask: the texts that a model says to the prompts of examples.
+    """The `Answer` of evaluations: the texts with which a model continues examples' prompts.
 
-    An answer gets some more room than the longest that is wanted.
+    An answer may be somewhat longer than the longest expected one.
     """
 
     def answer(delta: AdapterDelta | None, samples: Sequence[Sample]) -> list[str]:
@@ -157,54 +169,5 @@ def answering(generator: Generator, text: BaseText) -> Answer:
     return answer
 
 
-def _begin(decoder: Decoder, sequence: _Sequence, virtual: VirtualTokens | None) -> list[int]:
-    """The ids to compute first; keys and values before the prompt are put into the cache."""
-    if virtual is None:
-        return sequence.ids
-    if virtual.keys is not None and virtual.values is not None:
-        decoder.write_prefix(sequence.blocks, virtual.keys, virtual.values)
-        sequence.done = virtual.count
-        return sequence.ids
-    first = decoder.weights.config.vocab_size
-    return [*range(first, first + virtual.count), *sequence.ids]
-
-
-def _decoder(weights: BaseWeights, blocks: int, block: int, cache: Path) -> Decoder:
-    embed = weights.embed
-    if embed.device.type == "cpu" and embed.dtype in (torch.float32, torch.bfloat16):
-        try:
-            library = kernels.load(directory=cache / "kernels")
-            positions = min(blocks * block, weights.config.max_positions)
-            return NativeDecoder(
-                weights, blocks, block, 1, max_positions=positions, library=library
-            )
-        except kernels.KernelsUnavailable as error:
-            log.warning("no compiled kernels, so answers take long: %s", error)
-    return ReferenceDecoder(weights, blocks, block, 1)
-
-
-def _plain(delta: AdapterDelta) -> AdapterDelta:
-    """Without gradients, and on the host, as adapters are packed from there; vectors in float32."""
-
-    def tensor(name: str, value: object) -> object:
-        if not isinstance(value, torch.Tensor):
-            return value
-        value = value.detach().cpu()
-        return value if name in ("a", "b", "rows", "token_ids") else value.float()
-
-    sites = {
-        site: SiteDelta(**{name: tensor(name, getattr(change, name)) for name in _FIELDS})  # type: ignore[arg-type]
-        for site, change in delta.sites.items()
-    }
-    virtual = delta.virtual
-    if virtual is not None:
-        held = {
-            name: value.detach().cpu()
-            for name in ("embeddings", "keys", "values")
-            if (value := getattr(virtual, name)) is not None
-        }
-        virtual = replace(virtual, **held)
-    return AdapterDelta(sites, virtual)
-
-
-_FIELDS = tuple(SiteDelta.__dataclass_fields__)
+def _virtual_tokens(delta: AdapterDelta | None) -> int:
+    return delta.virtual.count if delta and delta.virtual else 0

@@ -11,6 +11,8 @@ import torch
 from loraplex_model.base.refusal import Problem, Reason, Refusal
 from loraplex_model.checkpoints.load import LoadedBase, load_base
 from loraplex_model.ops import build as kernels
+from loraplex_model.ops.devices import resolve
+from loraplex_model.ops.dtypes import BY_NAME
 
 from loraplex_training import data, methods
 from loraplex_training.data import Batches, Dataset
@@ -45,8 +47,7 @@ class RunInputs:
             with suppress(kernels.KernelsUnavailable):  # raised again where they are needed
                 kernels.load(directory=spec.cache / "kernels")  # shared with a server
         try:
-            dtype = getattr(torch, spec.dtype)
-            base = load_base(spec.model, dtype, spec.cache, device=device)
+            base = load_base(spec.model, BY_NAME[spec.dtype], spec.cache, device=device)
         except Refusal as error:
             raise Refusal(Reason.CONFIG_INVALID, f"{error.reason}: {error.message}") from error
         text = BaseText.open(base.directory, base.weights.eos_token_ids)
@@ -131,7 +132,7 @@ def device_of(spec: RunSpec) -> torch.device:
     if spec.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(spec.device)
+        device = resolve(spec.device)
     except RuntimeError:
         raise Refusal(Reason.CONFIG_INVALID, f"there is no device {spec.device!r}") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():

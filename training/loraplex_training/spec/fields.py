@@ -5,10 +5,10 @@ Values may be typed, as in a TOML file, or text, as on a command line.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Annotated, Final, TypeVar
 
+from loraplex_model.base.names import suggest
 from loraplex_model.base.refusal import SHOWN_PROBLEMS, Problem, Reason, Refusal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
@@ -52,7 +52,7 @@ def one_of(choices: Collection[str]) -> AfterValidator:
     def check(value: str) -> str:
         if value not in choices:
             *others, last = choices
-            raise expected(f"{', '.join(others)} or {last}{did_you_mean(value, choices)}")
+            raise expected(f"{', '.join(others)} or {last}{suggest(value, choices)}")
         return value
 
     return AfterValidator(check)
@@ -118,14 +118,8 @@ def read(
 
 def unknown(name: str, known: Collection[str]) -> str:
     """The sentence about a name that does not exist, with the nearest that does."""
-    near = did_you_mean(name, known)
+    near = suggest(name, known)
     return f"there is no {name!r}{near or '; there are ' + ', '.join(known)}"
-
-
-def did_you_mean(name: object, known: Collection[str]) -> str:
-    """A question in brackets with the name of `known` that is nearest, or ""."""
-    near = difflib.get_close_matches(str(name), known, n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def located(problem: Problem) -> str:
@@ -165,7 +159,7 @@ def _sentence(key: str, error: ErrorDetails, known: Collection[str]) -> str:
         return f"{key} is {value}; it should be {word} {context[bound]}"
     if kind == "literal_error":
         choices = context["expected"].replace("'", "")
-        near = did_you_mean(value, choices.replace(" or ", ", ").split(", "))
+        near = suggest(value, choices.replace(" or ", ", ").split(", "))
         return f"{key} is {value!r:.80}; it should be {choices}{near}"
     wanted = context["text"] if kind == "expected" else _EXPECTED[kind.partition("_")[0]]
     return f"{key} is {value!r:.80}; it should be {wanted}"

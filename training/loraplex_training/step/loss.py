@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from loraplex_model.adapters.delta import AdapterDelta, SiteDelta
+from loraplex_model.adapters.delta import AdapterDelta, RowsDelta
 from loraplex_model.adapters.mix import RowGroup
 from loraplex_model.base.config import MODEL
 from loraplex_model.base.weights import BaseWeights
@@ -22,7 +22,6 @@ from loraplex_model.decoder import forward
 _CHUNK_BYTES = 100 << 20  # of logits; less is slower, since every chunk reads the whole head
 _MOST_ROWS = 512
 _HEAD = (MODEL, "lm_head")
-_FACTORS = ("a", "b", "rows")  # of the head's SiteDelta
 
 
 def chunk_rows(vocab: int, itemsize: int = 4) -> int:
@@ -44,7 +43,7 @@ def token_losses(base: BaseWeights, hidden: torch.Tensor, targets: torch.Tensor)
 
 def changes_head(delta: AdapterDelta | None) -> bool:
     """Returns whether an adapter changes the head, so that `summed_loss` is needed."""
-    return delta is not None and delta.at(_HEAD) is not None
+    return delta is not None and _HEAD in delta.sites
 
 
 def summed_loss(
@@ -54,12 +53,11 @@ def summed_loss(
 
     Differentiable in `hidden` and in the tensors of the head's change.
     """
-    change = delta.at(_HEAD)
+    change = delta.at(_HEAD, RowsDelta)
     assert change is not None
-    tensors = [getattr(change, name) for name in _FACTORS]
     wanted = torch.is_grad_enabled()
     result: torch.Tensor = _SummedLoss.apply(  # type: ignore[no-untyped-call]
-        hidden, targets, base, change, wanted, *tensors
+        hidden, targets, base, change, wanted, change.a, change.b, change.rows
     )
     return result
 
@@ -108,7 +106,7 @@ class _SummedLoss(torch.autograd.Function):
         hidden: torch.Tensor,
         targets: torch.Tensor,
         base: BaseWeights,
-        change: SiteDelta,
+        change: RowsDelta,
         wanted: bool,
         *tensors: torch.Tensor | None,
     ) -> torch.Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from loraplex_model.base.durable import flush
 from loraplex_model.base.refusal import Reason, Refusal
 
 OURS = ("config.json", "adapter_config.json", "adapter.gguf")
@@ -63,22 +64,14 @@ def _publish(fresh: Path, out: Path, force: bool) -> None:
         except OSError:
             old.rename(out)
             raise
-        _sync(out.parent)
+        flush(out.parent)
         shutil.rmtree(old, ignore_errors=True)
     else:
         fresh.rename(out)  # fails where a directory with something in it has appeared
-        _sync(out.parent)
+        flush(out.parent)
 
 
 def _sync_tree(directory: Path) -> None:
     for path in sorted(directory.rglob("*")):
-        _sync(path)
-    _sync(directory)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        flush(path)
+    flush(directory)

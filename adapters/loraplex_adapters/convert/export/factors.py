@@ -6,7 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from loraplex_model.adapters.delta import AdapterDelta, SiteDelta
+from loraplex_model.adapters.delta import (
+    AdapterDelta,
+    BottleneckDelta,
+    NormDelta,
+    ProjectionDelta,
+    RowsDelta,
+    SiteDelta,
+    low_rank,
+)
 from loraplex_model.base.config import MODEL, Site
 from loraplex_model.base.refusal import Reason, Refusal
 
@@ -50,12 +58,12 @@ def factors_of(delta: AdapterDelta, what: str) -> dict[Site, Factors]:
     found = {}
     for site in sorted(delta.sites, key=table_order):
         change = delta.sites[site]
-        if (more := _more(site, change)) is not None:
+        if (more := _more(change)) is not None:
             raise _refused(what, f"{module_path(*site)} has {more}")
-        if change.a is None or change.b is None:
-            continue
-        a = change.a.T if site == EMBEDDING else change.a
-        found[site] = Factors(a.float().contiguous(), change.b.float().T.contiguous())
+        if isinstance(change, ProjectionDelta | RowsDelta) and change.factors is not None:
+            a, b = change.factors
+            a = a.T if site == EMBEDDING else a
+            found[site] = Factors(a.float().contiguous(), b.float().T.contiguous())
     if not found:
         raise _refused(what, "the adapter changes nothing")
     return found
@@ -65,25 +73,26 @@ def delta_of(factors: FactorsBySite) -> AdapterDelta:
     """The adapter that has these factors and nothing else."""
     return AdapterDelta(
         {
-            site: SiteDelta(a=f.a.T if site == EMBEDDING else f.a, b=f.b.T)
+            site: low_rank(site, f.a.T if site == EMBEDDING else f.a, f.b.T)
             for site, f in factors.items()
         }
     )
 
 
-def _more(site: Site, change: SiteDelta) -> str | None:
-    """What a change has beside A and B."""
-    if site[1].endswith("_bottleneck"):
-        return "a bottleneck"
-    if site[1].endswith("norm"):
-        return "a norm of its own"
+def _more(change: SiteDelta) -> str | None:
+    """The part of a change that A and B cannot express; None if there is none."""
+    match change:
+        case BottleneckDelta():
+            return "a bottleneck"
+        case NormDelta():
+            return "a norm of its own"
+        case RowsDelta():
+            return "rows of its own" if change.rows is not None else None
     if change.gain is not None:
         return "gains (DoRA, IA3)"
     if change.in_gain is not None:
         return "gains of its input (IA3)"
-    if change.bias is not None:
-        return "a bias"
-    return "rows of its own" if change.rows is not None else None
+    return "a bias" if change.bias is not None else None
 
 
 def _refused(what: str, why: str) -> Refusal:

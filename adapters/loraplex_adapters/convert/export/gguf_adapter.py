@@ -14,18 +14,13 @@ from pathlib import Path
 
 import torch
 from loraplex_model.base.config import MODEL, DecoderConfig, Site
+from loraplex_model.base.families import FAMILIES
 from loraplex_model.base.refusal import Reason, Refusal
 
 from loraplex_adapters.convert.export.factors import EMBEDDING, Factors, FactorsBySite
 
 FILE = "adapter.gguf"
 
-_ARCHITECTURES = {
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "llama",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-}
 _LAYER_TENSORS = {
     "q_proj": "attn_q",
     "k_proj": "attn_k",
@@ -62,7 +57,7 @@ def write_gguf(
     kind, file_type = kinds[dtype]
     alpha = Counter(found.rank for found in factors.values()).most_common(1)[0][0]
     target.mkdir()
-    writer = GGUFWriter(target / FILE, _ARCHITECTURES[config.architecture])
+    writer = GGUFWriter(target / FILE, FAMILIES[config.architecture].gguf)
     writer.add_type(GGUFType.ADAPTER)
     writer.add_string(Keys.Adapter.TYPE, "lora")
     writer.add_float32(Keys.Adapter.LORA_ALPHA, float(alpha))
@@ -107,7 +102,7 @@ def _as_stored(
     if factors.rank != alpha:
         b = b * (factors.rank / alpha)
     heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
-    if site[1] in heads and _ARCHITECTURES[config.architecture] == "llama":
+    if site[1] in heads and FAMILIES[config.architecture].gguf_interleaved:
         b = _interleaved(b, heads[site[1]])
     return (a.T if site == EMBEDDING else a), b
 

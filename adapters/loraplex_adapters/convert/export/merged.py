@@ -21,7 +21,7 @@ from loraplex_adapters.convert.export.account import Kept, measure, total
 from loraplex_adapters.convert.export.base import ExportBase
 from loraplex_adapters.convert.export.model_files import write_config, write_tokenizer
 from loraplex_adapters.convert.export.parameters import Form, Parameter, merged_form, parameters
-from loraplex_adapters.convert.export.safetensors_file import SHARD_BYTES, Checkpoint
+from loraplex_adapters.convert.export.shards import SHARD_BYTES, Checkpoint
 
 LEAST_RETAINED = 0.95
 """Less than this of the change of all NF4 matrices together is refused."""

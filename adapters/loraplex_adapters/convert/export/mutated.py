@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 from loraplex_model.base.refusal import Reason, Refusal
+from loraplex_model.checkpoints.safetensors_file import SafetensorsFile
+from loraplex_model.ops.dtypes import BY_SAFETENSORS
 
 from loraplex_adapters.convert.export.peft_files import write_config
-from loraplex_adapters.convert.export.safetensors_file import SafetensorsFile
 from loraplex_adapters.format.files import CONFIG_FILE, WEIGHTS_FILE, open_directory
 from loraplex_adapters.format.header import read_header
 from loraplex_adapters.format.strict_json import loads, shown
@@ -34,7 +35,6 @@ _A, _B = ".lora_A.weight", ".lora_B.weight"
 _SAME = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
 _OFF = ("use_dora", "lora_bias", "alora_invocation_tokens", "layer_replication")
 _MAX_BYTES = 8 << 30
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +132,7 @@ def _read(directory: Path) -> _Files:
             header = read_header(weights.read, weights.size)
             tensors = {
                 t.name: torch.frombuffer(
-                    bytearray(weights.read(t.start, t.end - t.start)), dtype=_DTYPES[t.dtype]
+                    bytearray(weights.read(t.start, t.end - t.start)), dtype=BY_SAFETENSORS[t.dtype]
                 ).view(t.shape)
                 for t in header.tensors
             }

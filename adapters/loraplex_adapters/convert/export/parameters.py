@@ -12,10 +12,16 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from loraplex_model.adapters.delta import AdapterDelta, SiteDelta
-from loraplex_model.adapters.merge import fused_matrix, merged_module
+from loraplex_model.adapters.delta import (
+    AdapterDelta,
+    BottleneckDelta,
+    NormDelta,
+    ProjectionDelta,
+    RowsDelta,
+)
+from loraplex_model.adapters.merge import changes_matrix, fused_matrix, merged_module
 from loraplex_model.base import families
-from loraplex_model.base.config import FUSED, MODEL, PROJECTIONS, DecoderConfig
+from loraplex_model.base.config import FUSED, MODEL, DecoderConfig
 from loraplex_model.base.families import tensor_name
 from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_model.base.weights import BaseWeights, LayerWeights, NF4Matrix
@@ -65,22 +71,22 @@ def merged_form(config: DecoderConfig, delta: AdapterDelta) -> Form:
     if delta.virtual is not None:
         raise _unsupported("virtual tokens stand before the prompt; no weight can hold them")
     changed: set[str] = set()
-    for layer, name in delta.sites:
-        if name.endswith("_bottleneck"):
+    for (layer, name), change in delta.sites.items():
+        if isinstance(change, BottleneckDelta):
             raise _unsupported(f"the {name.replace('_', ' ')} of layer {layer} is not linear")
-        if name in PROJECTIONS and _has_bias(delta.sites[layer, name]):
+        if isinstance(change, ProjectionDelta) and _has_bias(change):
             changed.add(name)
     overrides: dict[str, bool] = {}
     biased = set(config.biased)
     for key, names in (("attention_bias", _ATTENTION), ("mlp_bias", _MLP)):
         if missing := sorted(changed.intersection(names) - biased):
-            if not _can_have(config.architecture, key):
+            if key not in families.FAMILIES[config.architecture].bias_options:
                 message = f"a trained bias of {missing[0]} has no place in {config.architecture}"
                 raise _unsupported(message)
             overrides[key] = True
             biased.update(names)
     tied = config.tie_embeddings and _same_rows(
-        delta.at((MODEL, "embed_tokens")), delta.at((MODEL, "lm_head"))
+        delta.at((MODEL, "embed_tokens"), RowsDelta), delta.at((MODEL, "lm_head"), RowsDelta)
     )
     if tied != config.tie_embeddings:
         overrides["tie_word_embeddings"] = False
@@ -89,7 +95,7 @@ def merged_form(config: DecoderConfig, delta: AdapterDelta) -> Form:
 
 def parameters(weights: BaseWeights, delta: AdapterDelta, form: Form) -> Iterator[Parameter]:
     """Every tensor of the merged checkpoint, in the order of the model."""
-    embed = delta.at((MODEL, "embed_tokens"))
+    embed = delta.at((MODEL, "embed_tokens"), RowsDelta)
     yield _vocabulary(families.EMBED, weights.embed, embed, _embedding_change)
     for index, layer in enumerate(weights.layers):
         yield from _norms(index, layer, delta)
@@ -97,53 +103,46 @@ def parameters(weights: BaseWeights, delta: AdapterDelta, form: Form) -> Iterato
             matrix, bias = fused_matrix(layer, fused)
             biases = None if bias is None else torch.split(bias, list(matrix.rows))
             for i, (name, module) in enumerate(zip(names, nf4.split(matrix), strict=True)):
-                change = delta.at((index, name))
+                change = delta.at((index, name), ProjectionDelta)
                 yield _projection(tensor_name(index, name), module, change)
                 if name in form.biased:
                     own = None if biases is None else biases[i]
                     at = tensor_name(index, name, "bias")
                     yield _bias(at, own, module.shape[0], change)
-    norm = delta.at((MODEL, "norm"))
+    norm = delta.at((MODEL, "norm"), NormDelta)
     yield _vector(families.NORM, weights.norm, norm)
     if not form.tied:
-        head = delta.at((MODEL, "lm_head"))
+        head = delta.at((MODEL, "lm_head"), RowsDelta)
         yield _vocabulary(families.LM_HEAD, weights.lm_head, head, _head_change)
 
 
-def _can_have(architecture: str, key: str) -> bool:
-    allowed = {
-        "LlamaForCausalLM": ("attention_bias", "mlp_bias"),
-        "Qwen3ForCausalLM": ("attention_bias",),
-    }
-    return key in allowed.get(architecture, ())
-
-
-def _has_bias(change: SiteDelta) -> bool:
+def _has_bias(change: ProjectionDelta) -> bool:
     return change.bias is not None and bool(change.bias.any())
 
 
-def _same_rows(embed: SiteDelta | None, head: SiteDelta | None) -> bool:
+def _same_rows(embed: RowsDelta | None, head: RowsDelta | None) -> bool:
     """Whether embeddings and head change alike, so far as that shows without multiplying."""
     if embed is None or head is None:
         return embed is head
-    if embed.a is not None or head.a is not None or embed.rows is None or head.rows is None:
+    ours, theirs = embed.changed_rows, head.changed_rows
+    if embed.a is not None or head.a is not None or ours is None or theirs is None:
         return False
-    assert embed.token_ids is not None
-    assert head.token_ids is not None
-    return torch.equal(embed.token_ids, head.token_ids) and torch.equal(embed.rows, head.rows)
+    return all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
 
 
-def _projection(name: str, matrix: NF4Matrix, change: SiteDelta | None) -> Parameter:
+def _projection(name: str, matrix: NF4Matrix, change: ProjectionDelta | None) -> Parameter:
     def base() -> torch.Tensor:
         return nf4.dequantize(matrix)
 
-    if change is None or (change.gain is None and change.in_gain is None and change.b is None):
+    if change is None or not changes_matrix(change):
         return Parameter(name, base, None, matrix)
     found = change
     return Parameter(name, base, lambda weight: merged_module(weight, found), matrix)
 
 
-def _bias(name: str, own: torch.Tensor | None, width: int, change: SiteDelta | None) -> Parameter:
+def _bias(
+    name: str, own: torch.Tensor | None, width: int, change: ProjectionDelta | None
+) -> Parameter:
     def base() -> torch.Tensor:
         return torch.zeros(width) if own is None else own.float().clone()
 
@@ -156,33 +155,27 @@ def _bias(name: str, own: torch.Tensor | None, width: int, change: SiteDelta | N
     return Parameter(name, base, merged if changes else None)
 
 
-def _vector(name: str, own: torch.Tensor, change: SiteDelta | None) -> Parameter:
+def _vector(name: str, own: torch.Tensor, change: NormDelta | None) -> Parameter:
     def base() -> torch.Tensor:
         return own.float().clone()
 
-    if change is None or change.bias is None:
+    if change is None:
         return Parameter(name, base)
-    added = change.bias
+    added = change.weight
     return Parameter(name, base, lambda weight: weight + added)
 
 
 def _norms(index: int, layer: LayerWeights, delta: AdapterDelta) -> Iterator[Parameter]:
-    own = {
-        "input_layernorm": layer.input_norm,
-        "post_attention_layernorm": layer.post_norm,
-        "q_norm": layer.q_norm,
-        "k_norm": layer.k_norm,
-    }
-    for name, weight in own.items():
+    for name, weight in layer.norms.items():
         if weight is not None:
-            yield _vector(tensor_name(index, name), weight, delta.at((index, name)))
+            yield _vector(tensor_name(index, name), weight, delta.at((index, name), NormDelta))
 
 
 def _vocabulary(
     name: str,
     own: torch.Tensor,
-    change: SiteDelta | None,
-    factors: Callable[[torch.Tensor, SiteDelta], torch.Tensor],
+    change: RowsDelta | None,
+    factors: Callable[[torch.Tensor, RowsDelta], torch.Tensor],
 ) -> Parameter:
     def base() -> torch.Tensor:
         return own.float().clone()
@@ -190,23 +183,26 @@ def _vocabulary(
     def merged(weight: torch.Tensor) -> torch.Tensor:
         assert change is not None
         total = factors(weight, change)
-        if change.token_ids is not None and change.rows is not None:
-            total.index_add_(0, change.token_ids.long(), change.rows.float())
+        if change.changed_rows is not None:
+            token_ids, rows = change.changed_rows
+            total.index_add_(0, token_ids.long(), rows.float())
         return total
 
     return Parameter(name, base, None if change is None else merged)
 
 
-def _embedding_change(weight: torch.Tensor, change: SiteDelta) -> torch.Tensor:
-    if change.a is None or change.b is None:
+def _embedding_change(weight: torch.Tensor, change: RowsDelta) -> torch.Tensor:
+    if change.factors is None:
         return weight.clone()
-    return torch.addmm(weight, change.a.float(), change.b.float())
+    a, b = change.factors
+    return torch.addmm(weight, a.float(), b.float())
 
 
-def _head_change(weight: torch.Tensor, change: SiteDelta) -> torch.Tensor:
-    if change.a is None or change.b is None:
+def _head_change(weight: torch.Tensor, change: RowsDelta) -> torch.Tensor:
+    if change.factors is None:
         return weight.clone()
-    return torch.addmm(weight, change.b.float().T, change.a.float())
+    a, b = change.factors
+    return torch.addmm(weight, b.float().T, a.float())
 
 
 def _unsupported(why: str) -> Refusal:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from loraplex_model.checkpoints.safetensors_file import SafetensorsFile
 
 from loraplex_adapters.convert.export.factors import EMBEDDING, FactorsBySite
-from loraplex_adapters.convert.export.safetensors_file import SafetensorsFile
 from loraplex_adapters.format.files import CONFIG_FILE, WEIGHTS_FILE
 from loraplex_adapters.format.modules import PREFIX, module_path
 

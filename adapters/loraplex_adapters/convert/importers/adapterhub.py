@@ -15,13 +15,14 @@ lose r or count it twice in their own library; they are refused like everything 
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
+from loraplex_model.base.durable import flush_file
+from loraplex_model.base.families import FAMILIES
 from loraplex_model.base.refusal import Problem, Reason, Refusal
 
 from loraplex_adapters.format.files import CONFIG_FILE, WEIGHTS_FILE, RegularFile, open_directory
@@ -33,7 +34,7 @@ from loraplex_adapters.format.strict_json import loads, shown
 SOURCE_WEIGHTS = "adapter.safetensors"
 MAX_BYTES = 4 << 30
 
-_MODELS = ("llama", "mistral", "qwen2", "qwen3")
+_MODELS = tuple(family.model_type for family in FAMILIES.values())
 _PICKLED = ("pytorch_adapter.bin",)
 _HEADS = ("head_config.json", "model_head.safetensors", "pytorch_model_head.bin")
 _PIECE = 4 << 20
@@ -264,8 +265,7 @@ def _write(
             out.write(len(text).to_bytes(8, "little") + text)
             for start in range(header.data_start, weights.size, _PIECE):
                 out.write(weights.read(start, min(_PIECE, weights.size - start)))
-            out.flush()
-            os.fsync(out.fileno())
+            flush_file(out)
         (target / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     except OSError as error:
         message = f"the converted adapter cannot be written: {error.strerror}"

@@ -1,4 +1,7 @@
-// The resident adapters as the kernels see them, and which rows of a pass use which.
+// The resident adapters as the kernels see them, and the adapters of each row of a pass.
+//
+// Numbers and structs up to `Batch` are defined in Python, too (model/config.py, adapters/delta.py,
+// adapters/table.py, decoder/layout.py); tests/kernels/test_layout.py compares the two.
 #pragma once
 
 #include <algorithm>
@@ -8,16 +11,34 @@
 
 namespace loraplex {
 
-constexpr int PROJECTIONS = 7;
-// Sites of a layer after its projections, and those that follow the last layer: model/config.py.
-enum LayerSite { ATTENTION_BOTTLENECK = 7, MLP_BOTTLENECK, INPUT_NORM, POST_NORM, Q_NORM, K_NORM, LAYER_SITES };
+// The places of a layer that an adapter can change, and those outside the layers, which follow the last
+// layer in the table.
+enum LayerSite {
+  Q_PROJ,
+  K_PROJ,
+  V_PROJ,
+  O_PROJ,
+  GATE_PROJ,
+  UP_PROJ,
+  DOWN_PROJ,
+  ATTENTION_BOTTLENECK,
+  MLP_BOTTLENECK,
+  INPUT_LAYERNORM,
+  POST_ATTENTION_LAYERNORM,
+  Q_NORM,
+  K_NORM,
+  LAYER_SITES
+};
 enum ModelSite { EMBED_TOKENS, LM_HEAD, FINAL_NORM, MODEL_SITES };
 
-// What an adapter needs; nobody pays for what no row needs. `Uses` of adapter.py.
+// The fused matrices of a layer, in the order of SlotTable::merged.
+enum FusedMatrix { QKV, O, GATE_UP, DOWN, FUSED_MATRICES };
+
+// The sorts of changes that an adapter makes. Steps that no row of a pass uses are skipped.
 enum Use { FACTORS = 1, GAIN = 2, IN_GAIN = 4, NORM = 8, BOTTLENECK = 16, EMBEDDING = 32, HEAD = 64 };
 
-// One site of one adapter; see `SiteDelta` of adapter.py. Absent parts are null. a, b and rows are of
-// the storage type.
+// The change of one adapter at one site; adapters/delta.py says which fields a site has. Absent parts are
+// null. a, b and rows are of the storage type.
 struct Entry {
   const void* a;
   const void* b;
@@ -30,25 +51,26 @@ struct Entry {
   int32_t rank, count, activation, reads;
 };
 
-struct AdapterTable {
-  const Entry* entries;  // [slots][sites]
-  const int32_t* max_ranks;
-  const int32_t* uses;
-  const void* const* prompts;
-  const Matrix* const* merged;  // [slots][layers][4]
+struct SlotTable {
+  const Entry* entries;         // [slots][layers * LAYER_SITES + MODEL_SITES]
+  const int32_t* max_ranks;     // [slots], the largest rank at a projection or the head
+  const int32_t* uses;          // [slots], bits of Use
+  const void* const* prompts;   // [slots], embeddings of virtual tokens
+  const Matrix* const* merged;  // [slots][layers][FUSED_MATRICES], or null
   int32_t layers;
   int32_t reserved;
 
-  // A site of a layer; the model's own are at (layers, ModelSite).
+  // The entry of a layer's site; sites outside the layers are at (layers, ModelSite).
   const Entry& at(int slot, int layer, int site) const {
     return entries[size_t(slot) * (layers * LAYER_SITES + MODEL_SITES) + layer * LAYER_SITES + site];
   }
   const Matrix* dense(int slot, int layer, int fused) const {
-    return merged[(size_t(slot) * layers + layer) * 4 + fused];
+    return merged[(size_t(slot) * layers + layer) * FUSED_MATRICES + fused];
   }
   bool is_merged(int slot) const {
-    for (int i = 0; i < layers * 4; i++)
-      if (merged[size_t(slot) * layers * 4 + i]) return true;
+    int count = layers * FUSED_MATRICES;
+    for (int i = 0; i < count; i++)
+      if (merged[size_t(slot) * count + i]) return true;
     return false;
   }
 };
@@ -66,26 +88,27 @@ struct Batch {
   int32_t num_tokens, num_sequences, table_width, num_logits;
 };
 
+// An adapter with its weight in the mix of a segment.
 struct Term {
   int slot;
   float weight;
-  size_t h;  // where this term's [rows][max_rank] floats begin, per projection of the fused matrix
+  size_t h;  // offset of this term's A x, [rows][max_rank] floats, for each projection of a fused matrix
 };
 
-// Rows side by side that carry the same mix.
+// Adjacent rows with the same mix.
 struct Segment {
   int first, end;            // rows
   int term_begin, term_end;  // into Plan::terms
-  int uses;                  // of all its terms, as far as they are not merged
+  int uses;                  // of all its terms, without those that dense matrices contain
   int merged;                // the slot whose dense matrices these rows use, or -1
 };
 
-// Who adapts which rows. Rows of the bare base are in no segment.
+// The segments of a pass. Rows of the bare base are in none.
 struct Plan {
   std::vector<Term> terms;
   std::vector<Segment> segments;
-  std::vector<int> segment_of;  // row to segment, -1 for the base
-  size_t h_size = 0;            // floats per part
+  std::vector<int> segment_of;  // by row; -1 for the base
+  size_t h_size = 0;            // floats of A x for one projection of a fused matrix
   int uses = 0;                 // of all segments
   int max_rank = 0;
 
@@ -104,8 +127,8 @@ inline bool same_mix(const Batch& b, int s, int t) {
   return true;
 }
 
-// Merges neighbouring rows with equal mixes into segments; `sequence` says whose each row is.
-inline Plan make_plan(const Batch& b, const AdapterTable& table, const std::vector<int>& sequence) {
+// Groups adjacent rows with equal mixes into segments; `sequence` is each row's sequence.
+inline Plan make_plan(const Batch& b, const SlotTable& table, const std::vector<int>& sequence) {
   constexpr int IN_PROJECTIONS = FACTORS | GAIN | IN_GAIN;  // what dense matrices contain
   Plan plan;
   plan.segment_of.assign(sequence.size(), -1);
@@ -142,8 +165,8 @@ inline Plan make_plan(const Batch& b, const AdapterTable& table, const std::vect
   return plan;
 }
 
-// out = 1 + sum w (gain - 1) over a segment's terms, for `width` channels of which `pick` gives a
-// term's gains, or null. False, and out untouched, if no term has any.
+// out = 1 + sum w (gain - 1) over a segment's terms, for `width` channels. `pick` returns the gains of a
+// slot, or null. Returns false, with `out` unchanged, if no term has gains.
 template <class Pick>
 inline bool blend_gains(const Plan& plan, const Segment& segment, int width, Pick pick, float* out) {
   bool any = false;

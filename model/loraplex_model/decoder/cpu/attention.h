@@ -1,7 +1,7 @@
-// Causal attention of single queries over a paged cache, the query heads of one key/value head at a time.
+// Causal attention of single queries over a paged cache; query heads that share a key/value head together.
 //
-// The softmax is the plain one (maximum, exponentials, sum) over the positions in order, so that a
-// query's bits depend on its own context and on nothing else: not on its chunk, not on the batch.
+// The softmax is the plain one (maximum, exponentials, sum) over the positions in order. So a query's
+// bits depend on its own context alone, not on its chunk and not on the batch.
 #pragma once
 
 #include <algorithm>
@@ -11,8 +11,10 @@
 
 namespace loraplex {
 
-// The keys (or values) of one layer: [blocks][kv_heads][block_size][head_dim], so that what one head
-// reads of a block lies together.
+constexpr int HEADS_AT_ONCE = 3;  // query heads that read the keys and values in one walk
+
+// The keys (or values) of one layer: [blocks][kv_heads][block_size][head_dim], so that the part of a block
+// that one head reads is contiguous.
 template <class T>
 struct Pages {
   T* data;
@@ -24,8 +26,8 @@ struct Pages {
     return data + (place * block_size + position % block_size) * head_dim;
   }
 
-  // Calls use(j, pointer) for the positions j in [first, end), in order, and asks for the next block
-  // ahead: blocks are scattered, and too short for the hardware to see a stream.
+  // Calls use(j, pointer) for the positions j in [first, end), in order. Prefetches the next block, since
+  // blocks are scattered and too short for the hardware prefetcher to detect.
   template <class Use>
   void each(int first, int end, int head, Use use) const {
     for (int j = first; j < end;) {
@@ -39,6 +41,7 @@ struct Pages {
   }
 };
 
+// out[g][j] = scale * q[g] . k[j], for G heads.
 template <int G, class T>
 inline void scores(const float* q, const Pages<T>& keys, int head, int first, int end, float scale, float* out) {
   int d = keys.head_dim, n = end - first;
@@ -57,7 +60,7 @@ inline void scores(const float* q, const Pages<T>& keys, int head, int first, in
   });
 }
 
-// Turns scores into weights in place; returns 1 / their sum, which is applied to the output.
+// Replaces scores by their exponentials; returns 1 / their sum, a factor for the output.
 inline float softmax(float* s, int n) {
   float top = s[0];
   for (int j = 1; j < n; j++) top = s[j] > top ? s[j] : top;
@@ -76,6 +79,7 @@ inline float softmax(float* s, int n) {
   return 1.0f / total;
 }
 
+// out[g][column:] = inverse[g] * sum over j of weights[g][j] * v[j][column:], for G heads and C vectors.
 template <int G, int C, class T>
 inline void weigh(const float* weights, const float* inverse, const Pages<T>& values, int head, int first,
                   int end, int column, float* out) {
@@ -110,17 +114,17 @@ inline void attend_heads(const float* q, const Pages<T>& keys, const Pages<T>& v
     }
 }
 
-// out[heads][head_dim] of the `group` query heads that share key/value head `head`, for the query at
-// `position`; sees positions (position - window, position], or all up to it when window is 0.
-// `scratch` holds 3 floats for each position seen.
+// Output [group][head_dim] of the `group` query heads that share key/value head `head`, for the query at
+// `position`. It sees positions (position - window, position], or all up to its own if window is 0.
+// `scratch` holds HEADS_AT_ONCE floats for each of these positions.
 template <class T>
 inline void attend(const float* q, const Pages<T>& keys, const Pages<T>& values, int head, int group,
                    int position, int window, float scale, float* scratch, float* out) {
   int first = window ? std::max(0, position - window + 1) : 0, end = position + 1;
   size_t d = keys.head_dim;
   int g = 0;
-  for (; g + 3 <= group; g += 3)
-    attend_heads<3>(q + g * d, keys, values, head, first, end, scale, scratch, out + g * d);
+  for (; g + HEADS_AT_ONCE <= group; g += HEADS_AT_ONCE)
+    attend_heads<HEADS_AT_ONCE>(q + g * d, keys, values, head, first, end, scale, scratch, out + g * d);
   if (group - g == 2) attend_heads<2>(q + g * d, keys, values, head, first, end, scale, scratch, out + g * d);
   if (group - g == 1) attend_heads<1>(q + g * d, keys, values, head, first, end, scale, scratch, out + g * d);
 }

@@ -1,6 +1,11 @@
 // One forward pass as one call: embed, layers, norm, logits, for decode rows and prefill chunks alike.
+//
+// A pass is a sequence of phases, and a phase a set of independent units of work (`Team`). Units are rows,
+// rows and heads, or panels of a matrix, so which thread computes one never changes a result.
 #pragma once
 
+#include <initializer_list>
+#include <utility>
 #include <vector>
 
 #include "attention.h"
@@ -9,12 +14,12 @@
 
 namespace loraplex {
 
-// The structs up to `Batch` are filled in by native.py, field by field in this order.
+// `Layer` and `Model` are filled in by decoder/native.py through decoder/layout.py, which repeats the fields.
 
 struct Layer {
-  const void* input_norm;  // vectors of the storage type
-  const void* post_norm;
-  const void* q_norm;  // or null
+  const void* input_norm;  // [hidden], of the storage type like the other norms
+  const void* post_norm;   // [hidden]
+  const void* q_norm;      // [head_dim], or null
   const void* k_norm;
   Matrix qkv, o, gate_up, down;
   void* keys;  // [blocks][kv_heads][block_size][head_dim], storage type
@@ -25,19 +30,19 @@ struct Layer {
 
 struct Model {
   const Layer* layers;
-  const void* embed;  // dense panels when tied, else rows [vocab][hidden]
-  const void* norm;
+  const void* embed;  // dense panels if tied to the head, else rows [vocab][hidden]
+  const void* norm;   // [hidden]
   Matrix lm_head;
   const float* cos;  // [positions][head_dim / 2]
   const float* sin;
-  AdapterTable adapters;
+  SlotTable adapters;
   int32_t num_layers, hidden, intermediate, heads, kv_heads, head_dim, block_size, threads;
   float eps, attention_scale;
   int32_t embed_in_panels, bf16_storage;
   int32_t vocab, reserved;
 };
 
-// Memory that grows to the largest pass and is kept from one to the next. Never initialised.
+// Memory that grows to the size of the largest pass and is reused by later ones. Not initialised.
 class Buffer {
  public:
   float* data() { return floats_.get(); }
@@ -52,28 +57,29 @@ class Buffer {
   size_t size_ = 0;
 };
 
+// The intermediate results of a pass, by name of the variable in the papers or of the adapters' step.
 struct Workspace {
   Buffer x, normed, qkv, attended, added, gate_up, gated, gained, h, scores, lora;
 };
 
-// One matrix product with all that adapters change of it. The same in every layer.
+// The plan of one matrix product with the adapters' changes. It is the same in every layer.
 struct Product {
-  // Rows that go through the same matrix with the same input: those of the base and of most adapters
-  // together; rows with dense matrices of their own; rows whose inputs are scaled, part by part.
+  // Rows that go through one matrix with one input. Base rows and rows of most adapters share a run; rows
+  // with dense matrices of their own have another, and rows with scaled inputs one for each projection.
   struct Run {
     Tile tile;
-    int merged;  // slot, or -1
-    int part;    // whose input may be scaled, or -1
+    int merged;  // slot whose dense matrix replaces the base's, or -1
+    int part;    // projection whose input is scaled, or -1
   };
 
   const Plan* plan;
   Fused fused;
-  int fused_index;  // into AdapterTable::merged; -1 for the head, which has no dense copies
+  int fused_index;  // FusedMatrix; -1 for the head, which has no dense copies
   std::vector<Run> runs;
   std::vector<LoraUnit> shrink, expand;
   int units = 0;
 
-  Product(const Plan& plan, const AdapterTable& table, const Fused& fused, int fused_index, int rows, int out, int uses)
+  Product(const Plan& plan, const SlotTable& table, const Fused& fused, int fused_index, int rows, int out, int uses)
       : plan(&plan), fused(fused), fused_index(fused_index), shrink(shrink_units(plan, table, fused, uses & (FACTORS | HEAD))),
         expand(expand_units(plan, fused, uses)) {
     int begin = 0;
@@ -95,7 +101,7 @@ struct Product {
   }
 };
 
-// The pass, for storage type T of dense weights, adapters and cache. Sums and activations are float.
+// One pass. T is the storage type of dense weights, adapters and cache; sums and activations are float.
 template <class T>
 class Pass {
  public:
@@ -103,7 +109,7 @@ class Pass {
       : m(model), b(batch), w(workspace), logits_(logits), sequence_(sequences(batch)),
         plan_(make_plan(batch, model.adapters, sequence_)),
         head_plan_(make_plan(batch, model.adapters, logit_sequences(batch, sequence_))),
-        team_(20 * model.num_layers + 16) {
+        team_(PHASES_PER_LAYER * model.num_layers + OTHER_PHASES) {
     size_t rows = b.num_tokens;
     q_size_ = m.heads * m.head_dim;
     kv_size_ = m.kv_heads * m.head_dim;
@@ -114,21 +120,20 @@ class Pass {
     w.added.reserve(rows * m.hidden);
     w.gate_up.reserve(rows * 2 * m.intermediate);
     w.gated.reserve(rows * m.intermediate);
-    w.h.reserve(3 * std::max(plan_.h_size, head_plan_.h_size));
+    w.h.reserve(MAX_PARTS * std::max(plan_.h_size, head_plan_.h_size));
     longest_ = *std::max_element(b.positions, b.positions + b.num_tokens) + 1;
-    w.scores.reserve(3 * longest_ * m.threads);
+    w.scores.reserve(HEADS_AT_ONCE * longest_ * m.threads);
     int widest = std::max({m.hidden, q_size_, m.intermediate});
     gained_ = plan_.uses & IN_GAIN ? rows * widest : 0;
-    w.gained.reserve(3 * gained_);
+    w.gained.reserve(MAX_PARTS * gained_);
     scratch_ = plan_.segments.empty()
                    ? 0
                    : std::max(lora_scratch(widest, plan_.max_rank), sites_scratch(widest, widest_site()));
     w.lora.reserve(scratch_ * m.threads);
-    int ff = m.intermediate, qkv = q_size_ + 2 * kv_size_;
-    product({3, {0, 1, 2}, {0, q_size_, q_size_ + kv_size_}, {q_size_, kv_size_, kv_size_}}, qkv);
-    product({1, {3}, {0}, {m.hidden}}, m.hidden);
-    product({2, {4, 5}, {0, ff}, {ff, ff}}, 2 * ff);
-    product({1, {6}, {0}, {m.hidden}}, m.hidden);
+    product({{Q_PROJ, q_size_}, {K_PROJ, kv_size_}, {V_PROJ, kv_size_}});
+    product({{O_PROJ, m.hidden}});
+    product({{GATE_PROJ, m.intermediate}, {UP_PROJ, m.intermediate}});
+    product({{DOWN_PROJ, m.hidden}});
     products_.emplace_back(head_plan_, m.adapters, Fused{1, {LM_HEAD}, {0}, {m.lm_head.out}}, -1, b.num_logits,
                            m.lm_head.out, HEAD);
   }
@@ -140,24 +145,25 @@ class Pass {
       team_.run(phase, b.num_tokens, [&](int t) { embed(t); });
       for (int l = 0; l < m.num_layers; l++) {
         const Layer& layer = m.layers[l];
-        project(phase, layer.qkv, products_[0], l, w.normed.data(), w.qkv.data());
+        project(phase, layer.qkv, products_[QKV], l, w.normed.data(), w.qkv.data());
         team_.run(phase, b.num_tokens, [&](int t) { rotate_and_cache(layer, l, t); });
         team_.run(phase, b.num_tokens * m.kv_heads, [&](int unit) { attention(layer, unit); });
-        project(phase, layer.o, products_[1], l, w.attended.data(), w.added.data());
+        project(phase, layer.o, products_[O], l, w.attended.data(), w.added.data());
         team_.run(phase, b.num_tokens,
-                  [&](int t) { add_and_norm(t, l, ATTENTION_BOTTLENECK, layer.post_norm, l, POST_NORM); });
-        project(phase, layer.gate_up, products_[2], l, w.normed.data(), w.gate_up.data());
+                  [&](int t) { add_and_norm(t, l, ATTENTION_BOTTLENECK, layer.post_norm, l, POST_ATTENTION_LAYERNORM); });
+        project(phase, layer.gate_up, products_[GATE_UP], l, w.normed.data(), w.gate_up.data());
         team_.run(phase, b.num_tokens, [&](int t) { gate(t); });
-        project(phase, layer.down, products_[3], l, w.gated.data(), w.added.data());
+        project(phase, layer.down, products_[DOWN], l, w.gated.data(), w.added.data());
         bool last = l + 1 == m.num_layers;
         const void* next = last ? m.norm : m.layers[l + 1].input_norm;
+        int next_site = last ? int(FINAL_NORM) : int(INPUT_LAYERNORM);
         team_.run(phase, b.num_tokens,
-                  [&](int t) { add_and_norm(t, l, MLP_BOTTLENECK, next, l + 1, last ? int(FINAL_NORM) : int(INPUT_NORM)); });
+                  [&](int t) { add_and_norm(t, l, MLP_BOTTLENECK, next, l + 1, next_site); });
       }
-      team_.run(phase, b.num_logits, [&](int i) {  // gathers the wanted rows to the front of x
+      team_.run(phase, b.num_logits, [&](int i) {  // gathers the rows whose logits are wanted at the front of x
         std::copy_n(row(w.normed, b.logit_rows[i], m.hidden), m.hidden, row(w.x, i, m.hidden));
       });
-      project(phase, m.lm_head, products_[4], m.num_layers, w.x.data(), logits_);
+      project(phase, m.lm_head, products_[FUSED_MATRICES], m.num_layers, w.x.data(), logits_);
       if (head_plan_.uses & HEAD) {
         int chunks = (m.vocab + HEAD_TOKENS - 1) / HEAD_TOKENS;
         team_.run(phase, b.num_logits * chunks, [&](int unit) { head_rows(unit / chunks, unit % chunks); });
@@ -166,6 +172,10 @@ class Pass {
   }
 
  private:
+  // Bounds on the phases: a projection takes up to three of them, a layer 17 in all.
+  static constexpr int PHASES_PER_LAYER = 20, OTHER_PHASES = 16;
+
+  // The sequence of each row.
   static std::vector<int> sequences(const Batch& b) {
     std::vector<int> sequence(b.num_tokens);
     for (int s = 0; s < b.num_sequences; s++)
@@ -173,18 +183,28 @@ class Pass {
     return sequence;
   }
 
+  // The sequence of each row whose logits are wanted.
   static std::vector<int> logit_sequences(const Batch& b, const std::vector<int>& sequence) {
     std::vector<int> wanted(b.num_logits);
     for (int i = 0; i < b.num_logits; i++) wanted[i] = sequence[b.logit_rows[i]];
     return wanted;
   }
 
-  void product(const Fused& fused, int out) {
+  // Adds the next fused matrix: projections side by side, each with its width.
+  void product(std::initializer_list<std::pair<LayerSite, int>> projections) {
+    Fused fused = {};
+    int out = 0;
+    for (auto [projection, width] : projections) {
+      fused.projection[fused.parts] = projection;
+      fused.column[fused.parts] = out;
+      fused.width[fused.parts++] = width;
+      out += width;
+    }
     products_.emplace_back(plan_, m.adapters, fused, int(products_.size()), b.num_tokens, out,
                            FACTORS | GAIN | IN_GAIN);
   }
 
-  // The widest bottleneck, or rank of the embedding, that this pass meets.
+  // The largest width of a bottleneck, or rank at the embeddings, among the adapters of this pass.
   int widest_site() const {
     int widest = 0;
     if (!(plan_.uses & (BOTTLENECK | EMBEDDING))) return widest;
@@ -201,7 +221,7 @@ class Pass {
 
   static float* row(Buffer& rows, int t, int width) { return rows.data() + size_t(t) * width; }
 
-  // y = W x + bias, then what the adapters make of it. Base rows are not touched by the second part.
+  // y = W x + bias, then the adapters' changes, which leave base rows untouched.
   void project(int& phase, const Matrix& matrix, const Product& product, int layer, const float* x, float* y) {
     if (product.plan->uses & IN_GAIN && product.fused_index >= 0)
       team_.run(phase, b.num_tokens, [&](int t) { gain_inputs(product, layer, t, x, matrix.in); });
@@ -241,7 +261,7 @@ class Pass {
     }
   }
 
-  // The segment of a row whose adapters have a use for `use`, or null.
+  // The segment of row t, or null if its adapters have no change of the sort `use`.
   const Segment* adapted(int t, int use) const {
     const Segment* segment = plan_.segment(t);
     return segment && segment->uses & use ? segment : nullptr;
@@ -251,7 +271,7 @@ class Pass {
     float* x = row(w.x, t, m.hidden);
     const T* table = static_cast<const T*>(m.embed);
     size_t token = b.tokens[t];
-    if (token >= size_t(m.vocab)) {  // a virtual token of the row's one adapter
+    if (token >= size_t(m.vocab)) {  // a virtual token of the row's only adapter
       const T* prompt = static_cast<const T*>(m.adapters.prompts[plan_.terms[plan_.segment(t)->term_begin].slot]);
       for (int i = 0; i < m.hidden; i++) x[i] = load1(prompt + (token - m.vocab) * m.hidden + i);
     } else if (m.embed_in_panels) {
@@ -262,10 +282,10 @@ class Pass {
     }
     if (const Segment* segment = adapted(t, EMBEDDING); segment && token < size_t(m.vocab))
       add_embedding<T>(plan_, *segment, m.adapters, token, m.hidden, x, scratch());
-    norm(t, m.layers[0].input_norm, 0, INPUT_NORM);
+    norm(t, m.layers[0].input_norm, 0, INPUT_LAYERNORM);
   }
 
-  // Norms a vector with the weight that the row's adapters make of `weight`.
+  // Norms a vector of row t with `weight` as the row's adapters change it.
   void norm_with(int t, const void* weight, int layer, int site, const float* x, int width, float* out) {
     const T* base = static_cast<const T*>(weight);
     if (const Segment* segment = adapted(t, NORM))
@@ -278,7 +298,7 @@ class Pass {
     norm_with(t, weight, layer, site, row(w.x, t, m.hidden), m.hidden, row(w.normed, t, m.hidden));
   }
 
-  // Ends a block of `layer`: its output joins the stream, which is normed for what comes next.
+  // Ends a block of `layer`: adds its output to the residual stream, and norms that for the next block.
   void add_and_norm(int t, int layer, int bottleneck, const void* weight, int norm_layer, int norm_site) {
     float *x = row(w.x, t, m.hidden), *added = row(w.added, t, m.hidden);
     if (const Segment* segment = adapted(t, BOTTLENECK))
@@ -325,7 +345,7 @@ class Pass {
     const float* q = row(w.qkv, t, q_size_ + 2 * kv_size_) + head * group * m.head_dim;
     float* out = row(w.attended, t, q_size_) + head * group * m.head_dim;
     attend(q, pages(layer.keys, t), pages(layer.values, t), head, group, b.positions[t], layer.window,
-           m.attention_scale, w.scores.data() + omp_get_thread_num() * 3 * longest_, out);
+           m.attention_scale, w.scores.data() + omp_get_thread_num() * HEADS_AT_ONCE * longest_, out);
   }
 
   void gate(int t) {

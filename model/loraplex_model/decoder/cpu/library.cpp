@@ -13,7 +13,7 @@ int loraplex_lanes() { return LANES; }
 Workspace* loraplex_workspace() { return new Workspace; }
 void loraplex_free_workspace(Workspace* workspace) { delete workspace; }
 
-// 0, or 1 when memory ran out.
+// Returns 0, or 1 if there is not enough memory.
 int loraplex_forward(const Model* model, const Batch* batch, Workspace* workspace, float* logits) {
   try {
     if (model->bf16_storage)
@@ -26,7 +26,8 @@ int loraplex_forward(const Model* model, const Batch* batch, Workspace* workspac
   }
 }
 
-// packed [out][in / 2], two codes a byte, the first in the high half; absmax [out][in / 64].
+// Rearranges packed [out][in / 2], two codes per byte with the first in the high half, and absmax
+// [out][in / 64] into panels (see matmul.h).
 void loraplex_pack_nf4(const uint8_t* packed, const float* absmax, int out, int in, uint32_t* codes,
                        float* scales) {
 #pragma omp parallel for
@@ -35,7 +36,7 @@ void loraplex_pack_nf4(const uint8_t* packed, const float* absmax, int out, int 
       size_t row = size_t(panel) * PANEL + lane;
       bool real = row < size_t(out);
       for (int i = 0; i < in / 8; i++) {
-        uint32_t word = 0x77777777;  // zeros
+        uint32_t word = 0x77777777;  // code 7 is zero
         if (real) {
           word = 0;
           const uint8_t* at = packed + (row * in + i * 8) / 2;
@@ -66,13 +67,13 @@ void loraplex_matmul(const Matrix* w, const float* x, int rows, float* y, int th
 }  // extern "C"
 
 template <class T>
-static void lora(const AdapterTable& table, const Batch& batch, const Fused& fused, int layer, const float* x,
+static void lora(const SlotTable& table, const Batch& batch, const Fused& fused, int layer, const float* x,
                  int in, float* y, int out) {
   std::vector<int> sequence(batch.num_tokens);
   for (int s = 0; s < batch.num_sequences; s++)
     std::fill(sequence.begin() + batch.query_starts[s], sequence.begin() + batch.query_starts[s + 1], s);
   Plan plan = make_plan(batch, table, sequence);
-  std::vector<float> h(3 * plan.h_size), scratch(lora_scratch(in, plan.max_rank));
+  std::vector<float> h(MAX_PARTS * plan.h_size), scratch(lora_scratch(in, plan.max_rank));
   for (const LoraUnit& unit : shrink_units(plan, table, fused, FACTORS))
     shrink<T>(plan, table, fused, layer, unit, x, in, h.data(), scratch.data());
   for (const LoraUnit& unit : expand_units(plan, fused, FACTORS | GAIN))
@@ -83,7 +84,7 @@ template <class T>
 static void attention(const float* q, T* keys, T* values, const int32_t* blocks, int block_size, int kv_heads,
                       int head_dim, int heads, int position, int window, float scale, float* out) {
   Pages<T> k{keys, blocks, block_size, kv_heads, head_dim}, v{values, blocks, block_size, kv_heads, head_dim};
-  std::vector<float> scratch(3 * size_t(position + 1));
+  std::vector<float> scratch(HEADS_AT_ONCE * size_t(position + 1));
   int group = heads / kv_heads;
   for (int head = 0; head < kv_heads; head++)
     attend(q + head * group * head_dim, k, v, head, group, position, window, scale, scratch.data(),
@@ -92,7 +93,7 @@ static void attention(const float* q, T* keys, T* values, const int32_t* blocks,
 
 extern "C" {
 
-void loraplex_lora(const AdapterTable* table, const Batch* batch, const Fused* fused, int layer, int is_bf16,
+void loraplex_lora(const SlotTable* table, const Batch* batch, const Fused* fused, int layer, int is_bf16,
                    const float* x, int in, float* y, int out) {
   if (is_bf16)
     lora<bf16>(*table, *batch, *fused, layer, x, in, y, out);

@@ -1,10 +1,9 @@
 // The adapters' part of a projection: y = gain * y + weight * (bias + B (A x)), for rows that have an
 // adapter.
 //
-// Rows that carry the same mix lie side by side and form a segment. Shrink (h = A x) and expand
-// (y += B h) read each adapter's matrices once for a whole segment. Every element of h is one dot
-// product of its own, every element of y one chain over the ranks: the segment changes the speed,
-// never the bits.
+// Adjacent rows with the same mix form a segment. Shrink (h = A x) and expand (y += B h) read each
+// adapter's matrices once per segment. Every element of h is one dot product and every element of y one
+// chain of sums over the ranks, whatever the segment, so batching changes the speed and never the bits.
 #pragma once
 
 #include "adapters.h"
@@ -12,30 +11,32 @@
 namespace loraplex {
 
 constexpr int LORA_ROWS = 48;      // rows of a unit
-constexpr int SHARED = 3;          // from so many rows on, weights are widened once for all
+constexpr int SHARED = 3;          // with this many rows or more, weights are widened to float once for all
 constexpr int LORA_RANKS = 32;     // ranks of a shrink unit
 constexpr int LORA_COLUMNS = 512;  // outputs of an expand unit
+constexpr int MAX_PARTS = 3;       // projections of a fused matrix: q, k and v
 
-// An adapter that nobody else in the batch uses comes from memory, a few cache lines at a time and
-// too short for the hardware to see a stream. So what comes next is asked for ahead of its use.
+// An adapter used by a single row comes from memory in runs of a few cache lines, too short for the
+// hardware prefetcher to detect. So the kernels prefetch this many columns ahead.
 constexpr int COLUMNS_AHEAD = 96;
 
+// A unit of work: rows [first, end) of a segment, for one part (projection) of a fused matrix.
 struct LoraUnit {
   int segment, part, first, end;
-  int term, rank;  // shrink
-  int column;      // expand
+  int term, rank;  // shrink: the term, and the first of its ranks
+  int column;      // expand: the first output
 };
 
-// One fused matrix as the adapters see it: up to three projections, each with its columns. The head
-// is one too, of the layer after the last.
+// The projections of one fused matrix and their columns in its output. The head counts as one as well, in
+// the layer after the last.
 struct Fused {
   int parts;
-  int projection[3];
-  int column[3], width[3];
+  int projection[MAX_PARTS];
+  int column[MAX_PARTS], width[MAX_PARTS];
 };
 
-// The units are the same in every layer. `uses` says what a segment must need to have any.
-inline std::vector<LoraUnit> shrink_units(const Plan& plan, const AdapterTable& table, const Fused& fused,
+// The units are the same in every layer. Segments with none of `uses` have no units.
+inline std::vector<LoraUnit> shrink_units(const Plan& plan, const SlotTable& table, const Fused& fused,
                                           int uses) {
   std::vector<LoraUnit> units;
   for (int s = 0; s < int(plan.segments.size()); s++) {
@@ -63,8 +64,8 @@ inline std::vector<LoraUnit> expand_units(const Plan& plan, const Fused& fused, 
   return units;
 }
 
-// Twice LANES neighbours of a row as two vectors. bfloat16 comes as those at even and those at odd
-// places, which a shift and a mask make of one load; float simply as the first and the second half.
+// 2 * LANES consecutive elements of a row as two vectors. bfloat16 is split into the elements at even and
+// at odd places, which takes one load, a shift and a mask; float into the first and the second half.
 struct Pair {
   vf first, second;
 };
@@ -93,7 +94,7 @@ constexpr int PAIR = 2 * LANES;
 #define LORAPLEX_ODD 1, 3, 5, 7
 #endif
 
-// The order in which a T's pair holds its neighbours, and back. For float there is nothing to do.
+// Reorders a pair of floats to the order of T's pairs (split) and back (join); nothing to do for float.
 template <class T>
 inline Pair split(Pair p) {
   if constexpr (sizeof(T) == 4) return p;
@@ -112,7 +113,7 @@ inline void store_pair(float* p, Pair v) {
   store(p + LANES, v.second);
 }
 
-// Rows of x in the order of T's pairs; the tail as it is.
+// Copies rows of x in the order of T's pairs; elements after the last whole pair keep their order.
 template <class T>
 inline void split_rows(const float* x, int rows, int in, float* out) {
   for (int m = 0; m < rows; m++, x += in, out += in) {
@@ -122,7 +123,7 @@ inline void split_rows(const float* x, int rows, int in, float* out) {
   }
 }
 
-// `rows` rows of `columns` weights, `stride` apart, as floats in the order of T's pairs.
+// Copies `rows` rows of `columns` weights, `stride` apart, as floats in the order of T's pairs.
 template <class T>
 inline void widen(const T* weights, int rows, size_t stride, int columns, float* out) {
   for (int r = 0; r < rows; r++, weights += stride, out += columns) {
@@ -138,7 +139,7 @@ inline void dots(const float* x, const W* a, int in, float scale, float* h, int 
   vf sums[M][R] = {};
   int k = 0;
   for (; k + PAIR <= in; k += PAIR) {
-    if constexpr (M == 1)  // nobody shares these weights: the next ranks come from memory too
+    if constexpr (M == 1)  // a single row: the weights of the next ranks come from memory as well
       for (int r = k / PAIR % 2; r < R; r += 2) __builtin_prefetch(a + size_t(R + r) * in + k);
     Pair xs[M];
     for (int m = 0; m < M; m++) xs[m] = load_pair(x + size_t(m) * in + k);
@@ -164,13 +165,13 @@ inline void shrink_rows(const float* x, const W* a, int in, int ranks, float sca
   for (; r < ranks; r++) dots<M, 1>(x, a + size_t(r) * in, in, scale, h + r, h_stride);
 }
 
-// Floats of scratch that `shrink` and `expand` need.
+// Number of floats of scratch memory that `shrink` and `expand` need.
 inline size_t lora_scratch(int widest_in, int max_rank) {
   return std::max(size_t(LORA_ROWS + LORA_RANKS) * widest_in, size_t(LORA_COLUMNS) * max_rank);
 }
 
 template <class T>
-inline void shrink(const Plan& plan, const AdapterTable& table, const Fused& fused, int layer,
+inline void shrink(const Plan& plan, const SlotTable& table, const Fused& fused, int layer,
                    const LoraUnit& unit, const float* x, int in, float* h, float* scratch) {
   const Term& term = plan.terms[unit.term];
   const Entry& entry = table.at(term.slot, layer, fused.projection[unit.part]);
@@ -179,7 +180,7 @@ inline void shrink(const Plan& plan, const AdapterTable& table, const Fused& fus
   int h_stride = table.max_ranks[term.slot], rows = unit.end - unit.first, width = fused.width[unit.part];
   const T* a = static_cast<const T*>(entry.a) + size_t(unit.rank) * in;
   const T* b = static_cast<const T*>(entry.b) + size_t(unit.rank) * width;
-  for (int r = 0; r < ranks; r++)  // where the expansion will begin
+  for (int r = 0; r < ranks; r++)  // the first columns of B, for the expansion
     for (int c = 0; c < COLUMNS_AHEAD; c += 64 / sizeof(T))
       __builtin_prefetch(b + size_t(r) * width + c, 0, 2);
   h += unit.part * plan.h_size + term.h + unit.rank +
@@ -198,7 +199,8 @@ inline void shrink(const Plan& plan, const AdapterTable& table, const Fused& fus
     shrink_rows<1>(scratch + size_t(m) * in, a, in, ranks, term.weight, h + m * h_stride, h_stride);
 }
 
-// y[m][0:C pairs] += sum over r of h[m][r] * b[r], for M rows; T says in what order b's pairs are.
+// y[m][0:C pairs] += sum over r of h[m][r] * b[r], for M rows. The elements of b are in the order of T's
+// pairs.
 template <class T, int M, int C, class W>
 inline void accumulate(const float* h, int h_stride, const W* b, size_t b_stride, int ranks, float* y,
                        size_t y_stride) {
@@ -239,7 +241,7 @@ inline void expand_rows(const float* h, int h_stride, const W* b, size_t b_strid
 }
 
 template <class T>
-inline void expand(const Plan& plan, const AdapterTable& table, const Fused& fused, int layer,
+inline void expand(const Plan& plan, const SlotTable& table, const Fused& fused, int layer,
                    const LoraUnit& unit, const float* h, float* y, size_t y_stride, float* scratch) {
   const Segment& segment = plan.segments[unit.segment];
   int width = fused.width[unit.part];

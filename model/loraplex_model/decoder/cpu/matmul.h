@@ -1,8 +1,8 @@
 // y = x W^T + bias for weights kept in panels of 16 output rows, lanes across the outputs.
 //
-// An output element is one chain: for each block of 64 inputs the products are summed in order, and
-// the block's sum times its absmax is added to the element. The chain is the same for one row and for
-// a thousand, so a row's bits never depend on how many rows came with it.
+// An output element is one chain of sums: for each block of 64 inputs the products are summed in order,
+// and the block's sum times its absmax is added to the element. The chain is the same for one row and for
+// a thousand, so a row's bits never depend on the number of rows.
 //
 //   panel p, NF4:    codes  uint32 [in / 8][16], lane = output row, nibble j = input 8 i + j
 //                    absmax float  [in / 64][16]
@@ -18,9 +18,9 @@ namespace loraplex {
 constexpr int PANEL = 16;            // output rows of a panel
 constexpr int BLOCK = 64;            // inputs that share an absmax
 constexpr int NV = PANEL / LANES;    // vectors across a panel
-constexpr int MAX_ROWS = NV == 1 ? 12 : NV == 2 ? 6 : 2;  // rows whose sums fit the registers
-constexpr int CHUNK_ROWS = 96;       // rows of x that stay in the second-level cache for a panel
-constexpr int MAX_DIRECT = 4;        // up to here weights go straight from codes to sums
+constexpr int MAX_ROWS = NV == 1 ? 12 : NV == 2 ? 6 : 2;  // rows whose sums fit in the registers
+constexpr int CHUNK_ROWS = 96;       // rows of x that fit in the second-level cache
+constexpr int MAX_DIRECT = 4;        // up to so many rows, weights are not expanded to memory
 
 static_assert(PANEL % LANES == 0);
 
@@ -44,14 +44,14 @@ alignas(64) constexpr float NF4[16] = {
     0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
     0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
 
-// Turns the lanes' nibble `j` into NF4 values.
+// Looks up the NF4 values of nibble `j` of every lane.
 struct Nf4Table {
 #if LANES == 16
   vf all = load(NF4);
   vf operator()(vu codes, int j) const { return __builtin_shuffle(all, (vi)((codes >> (4 * j)) & 15)); }
 #elif LANES == 8
   vf low = load(NF4), high = load(NF4 + 8);
-  vf operator()(vu codes, int j) const {  // a lane's index is taken modulo 8, the fourth bit picks the half
+  vf operator()(vu codes, int j) const {  // the shuffle takes indices modulo 8; the fourth bit selects the half
     vi index = (vi)(codes >> (4 * j));
     vi upper = (vi)(codes << (28 - 4 * j));
     return upper < 0 ? __builtin_shuffle(high, index) : __builtin_shuffle(low, index);
@@ -65,7 +65,7 @@ struct Nf4Table {
 #endif
 };
 
-// One panel's weights of one block of inputs, handed out input by input.
+// The NF4 weights of one panel, input by input.
 struct Nf4Panel {
   const uint32_t* codes;
   const float* absmax;
@@ -93,6 +93,7 @@ struct Nf4Panel {
   }
 };
 
+// The dense weights of one panel, input by input.
 template <class T>
 struct DensePanel {
   const T* weights;
@@ -112,7 +113,7 @@ struct DensePanel {
   }
 };
 
-// y[M][16] += (x[M][first:end] . panel) * scale, weights straight from their stored form.
+// y[M][16] += (x[M][first:end] . panel) * scale, with weights read in their stored form.
 template <int M, class Panel>
 inline void direct_block(const Panel& panel, const float* x, size_t stride, int first, int end, float* y) {
   vf sums[M][NV] = {};
@@ -127,7 +128,7 @@ inline void direct_block(const Panel& panel, const float* x, size_t stride, int 
     }
 }
 
-// The same from weights already expanded to float, [end - first][16].
+// The same with weights already expanded to float, [end - first][16].
 template <int M, class Panel>
 inline void expanded_block(const Panel& panel, const float* expanded, const float* x, size_t stride,
                            int first, int end, float* y) {
@@ -163,6 +164,7 @@ inline void direct_rows(int rows, const Panel& panel, const float* x, size_t str
   }
 }
 
+// y[rows][16] += x[rows][in] . panel
 template <class Panel>
 inline void panel_product(const Panel& panel, int in, const float* x, size_t stride, int rows, float* y) {
   if (rows <= MAX_DIRECT) return direct_rows<MAX_DIRECT>(rows, panel, x, stride, in, y);
@@ -178,8 +180,8 @@ inline void panel_product(const Panel& panel, int in, const float* x, size_t str
   }
 }
 
-// A part of a product: `rows` rows and the columns [column, end) of the outputs. Neighbours may share a
-// panel; each writes its own columns only.
+// A part of a product: `rows` rows and the output columns [column, end). Adjacent tiles may share a panel;
+// each writes its own columns only.
 struct Tile {
   int first, rows, column, end;
 
@@ -189,8 +191,8 @@ struct Tile {
 
 inline Tile whole(const Matrix& w, int rows) { return {0, rows, 0, w.out}; }
 
-// One unit of the tile of y[rows][out] = x[rows][in] W^T + bias: one panel of a chunk of rows. x and y
-// begin at row 0.
+// One unit of a tile of y[rows][out] = x[rows][in] W^T + bias: one panel for a chunk of rows. x and y point
+// to row 0.
 inline void matmul_unit(const Matrix& w, const Tile& tile, const float* x, float* y, size_t y_stride, int unit) {
   int panel = tile.column / PANEL + unit % tile.panels();
   int chunk = unit / tile.panels() * CHUNK_ROWS;

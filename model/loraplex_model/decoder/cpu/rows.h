@@ -1,4 +1,4 @@
-// What happens to single rows between the matrix products.
+// Operations on single rows between the matrix products.
 #pragma once
 
 #include <cmath>
@@ -26,6 +26,7 @@ inline void rms_norm(const float* x, const T* weight, float eps, int width, floa
   for (; i < width; i++) out[i] = x[i] * inverse * load1(weight + i);
 }
 
+// x += y
 inline void add(float* x, const float* y, int width) {
   int i = 0;
   for (; i + LANES <= width; i += LANES) store(x + i, load(x + i) + load(y + i));

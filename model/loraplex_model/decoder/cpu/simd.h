@@ -1,9 +1,9 @@
 // Vectors of float, written once for every instruction set.
 //
-// GCC's vector extensions give the arithmetic; `a * b + c` contracts to one FMA where the target has
+// GCC's vector extensions provide the arithmetic; `a * b + c` contracts to one FMA where the target has
 // it. LANES may exceed the hardware's width (the compiler splits such vectors), so that the AVX-512
-// code can be tested on an AVX2 machine. Sums run in a fixed order that depends on nothing but
-// the length of the row: that is what makes a row's bits independent of its batch mates.
+// code can be tested on an AVX2 machine. The order of a sum depends on the length of the row only, so a
+// row's bits are independent of the other rows of the batch.
 #pragma once
 
 #include <cstdint>
@@ -60,7 +60,7 @@ inline float load1(const float* p) { return *p; }
 inline float load1(const bf16* p) { return bit_cast<float>(uint32_t(p->bits) << 16); }
 
 inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
-inline void store(bf16* p, vf v) {  // to the nearest, ties to even; a NaN stays one
+inline void store(bf16* p, vf v) {  // to the nearest, ties to even; NaN stays NaN
   vu u = bit_cast<vu>(v);
   vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
   vu quiet = (u >> 16) | 0x40;
@@ -91,8 +91,8 @@ inline float sum(vf v) {  // pairwise: the upper half onto the lower, until one 
   v4 two = four + __builtin_shufflevector(four, four, 2, 3, 2, 3);
   return two[0] + two[1];
 }
-// a * b + c of single floats, for the ends of rows. Spelt out, because the compiler may turn such a loop
-// into products first and sums later, and not in every instance of a template.
+// a * b + c of single floats, for the ends of rows. Written as an explicit FMA, because the compiler may
+// compute all products of such a loop before the sums, in some instances of a template and not in others.
 inline float multiply_add(float a, float b, float c) {
 #ifdef __FMA__
   return __builtin_fmaf(a, b, c);
@@ -107,7 +107,7 @@ inline float max_lane(vf v) {
   return m;
 }
 
-// e^x within 2 ulp for x in [-87, 88], clamped outside; NaN goes through.
+// e^x within 2 ulp for x in [-87, 88], clamped outside; NaN stays NaN.
 inline vf exp(vf x) {
   vf clamped = x > 88.0f ? set1(88.0f) : (x < -87.0f ? set1(-87.0f) : x);
   vf n = clamped * 1.44269504f + 12582912.0f - 12582912.0f;  // rounds to an integer

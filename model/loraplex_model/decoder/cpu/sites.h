@@ -1,5 +1,5 @@
-// What adapters change outside the matrix products of the layers, one row at a time: embeddings, norms,
-// bottlenecks, and rows of the head. Only rows whose adapters have such a change come here.
+// Changes that adapters make outside the matrix products of the layers, one row at a time: embeddings,
+// norms, bottlenecks, and rows of the head. Called only for rows whose adapters have such a change.
 #pragma once
 
 #include "lora.h"
@@ -7,9 +7,9 @@
 
 namespace loraplex {
 
-// x += w (A[token] B), and the adapter's own difference to the token's row.
+// x += w (A[token] B + rows[token]), summed over the terms.
 template <class T>
-inline void add_embedding(const Plan& plan, const Segment& segment, const AdapterTable& table, int token,
+inline void add_embedding(const Plan& plan, const Segment& segment, const SlotTable& table, int token,
                           int hidden, float* x, float* scratch) {
   for (int t = segment.term_begin; t < segment.term_end; t++) {
     const Term& term = plan.terms[t];
@@ -27,9 +27,9 @@ inline void add_embedding(const Plan& plan, const Segment& segment, const Adapte
   }
 }
 
-// A norm's weight with what the adapters add to it, or null where they add nothing.
+// out = weight + sum w delta: a norm's weight as the adapters change it. Returns null if none does.
 template <class T>
-inline const float* norm_weight(const Plan& plan, const Segment& segment, const AdapterTable& table, int layer,
+inline const float* norm_weight(const Plan& plan, const Segment& segment, const SlotTable& table, int layer,
                                 int site, const T* weight, int width, float* out) {
   bool any = false;
   for (int t = segment.term_begin; t < segment.term_end; t++) {
@@ -44,6 +44,7 @@ inline const float* norm_weight(const Plan& plan, const Segment& segment, const 
   return any ? out : nullptr;
 }
 
+// The numbers of `Activation` and `Reads` in adapters/delta.py.
 enum Activation { NONE, RELU, SILU, GELU, GELU_TANH, TANH, SIGMOID, LEAKY_RELU };
 enum Reads { NORMED, OUTPUT, STREAM, INCOMING };
 
@@ -62,14 +63,15 @@ inline float activate(float x, int activation) {
 
 constexpr int HEAD_TOKENS = 4096;  // logits of one unit
 
-// Floats of scratch that the functions here need.
+// Number of floats of scratch memory that the functions here need: three states (`add_bottleneck`) and a
+// row of bottleneck width, rank or logits.
 inline size_t sites_scratch(int hidden, int widest) {
   return 3 * size_t(hidden) + std::max(widest, HEAD_TOKENS);
 }
 
-// added += w up(f(down(input))): the block's output, with what every term's bottleneck makes of it.
+// added += w up(f(down(input))) for every term's bottleneck; `added` is the block's output.
 template <class T>
-inline void add_bottleneck(const Plan& plan, const Segment& segment, const AdapterTable& table, int layer,
+inline void add_bottleneck(const Plan& plan, const Segment& segment, const SlotTable& table, int layer,
                            int site, const float* stream, const float* normed, int hidden, float* added,
                            float* scratch) {
   float *before = scratch, *input = scratch + hidden, *h = input + 2 * size_t(hidden);
@@ -95,9 +97,9 @@ inline void add_bottleneck(const Plan& plan, const Segment& segment, const Adapt
   }
 }
 
-// One row's logits [first, end): logits[token] += w (rows[token] . x) where adapters changed the head.
+// logits[token] += w (rows[token] . x) for the tokens in [first, end) whose rows of the head are changed.
 template <class T>
-inline void add_head_rows(const Plan& plan, const Segment& segment, const AdapterTable& table, int first, int end,
+inline void add_head_rows(const Plan& plan, const Segment& segment, const SlotTable& table, int first, int end,
                           const float* x, int hidden, float* logits, float* scratch) {
   split_rows<T>(x, 1, hidden, scratch);
   float* dots = scratch + hidden;

@@ -1,6 +1,6 @@
-// The threads of one step. A step is a sequence of phases; within a phase the threads take the next
-// unit of work from a shared counter, so that a thread the system has paused holds up one unit only.
-// Which thread computes a unit never changes its result.
+// The threads of one pass. A pass is a sequence of phases; within a phase the threads take the next unit of
+// work from a shared counter, so that a thread which the system has paused delays one unit only.
+// Which thread computes a unit never changes the unit's result.
 #pragma once
 
 #include <omp.h>
@@ -14,8 +14,8 @@ class Team {
  public:
   explicit Team(int phases) : counters_(new Counter[phases]) {}
 
-  // Runs `work(unit)` for every unit in [0, units), then waits for all threads. To be called by every
-  // thread of the parallel region, with the phases in the same order; `phase_` is the thread's own.
+  // Runs `work(unit)` for every unit in [0, units), then waits for all threads. Every thread of the parallel
+  // region must call it, with the phases in the same order; `phase` is the thread's own counter.
   template <class Work>
   void run(int& phase, int units, Work work) {
     std::atomic<int>& next = counters_[phase++].value;

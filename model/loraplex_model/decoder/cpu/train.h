@@ -1,5 +1,5 @@
-// Elementwise steps of training and their derivatives, each one walk over memory. What they read is in
-// `autograd.py`: inputs [rows][width], a number a row where a norm was taken.
+// Elementwise steps of training and their derivatives, each one pass over memory, as `ops/autograd.py`
+// calls them: inputs are [rows][width], and a norm keeps one number per row.
 #pragma once
 
 #include "rows.h"
@@ -21,7 +21,7 @@ inline void rms_norm_backward(const float* x, float scale, const float* weight, 
   for (; i + LANES <= width; i += LANES) products = load(g + i) * load(weight + i) * load(x + i) + products;
   float total = sum(products);
   for (; i < width; i++) total = multiply_add(g[i] * weight[i], x[i], total);
-  float along = total * scale * scale / width;  // of x, in what is scaled below
+  float along = total * scale * scale / width;  // mean(h * n) * scale: the factor of x
   for (i = 0; i + LANES <= width; i += LANES)
     store(out + i, (load(g + i) * load(weight + i) - load(x + i) * along) * scale);
   for (; i < width; i++) out[i] = (g[i] * weight[i] - x[i] * along) * scale;

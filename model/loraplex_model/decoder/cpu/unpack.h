@@ -1,11 +1,11 @@
-// NF4 codes to floats, code[nibble] * maximum with one rounding, as `nf4.dequantize` has it.
+// NF4 codes to floats: code[nibble] * maximum with one rounding, as in `nf4.dequantize`.
 #pragma once
 
 #include "matmul.h"
 
 namespace loraplex {
 
-// The codes of LANES neighbours, one a lane in its lowest four bits; a byte's first is its high half.
+// The codes of LANES consecutive weights, one per lane in the lowest four bits; a byte's first is its high half.
 inline vu neighbours(const uint8_t* packed) {
   vu lanes, shifts;
   for (int i = 0; i < LANES; i++) shifts[i] = 8 * (i % 8 / 2) + (i % 2 ? 0 : 4);
@@ -21,7 +21,7 @@ inline vu neighbours(const uint8_t* packed) {
   return lanes >> shifts;
 }
 
-// One module's `count` weights; maxima [ceil(count / 64)]. The last block may be short.
+// Unpacks the `count` weights of one module; maxima [ceil(count / 64)]. The last block may be short.
 inline void unpack_nf4(const uint8_t* packed, const float* maxima, int64_t count, float* out, int threads) {
   Nf4Table table;
   int64_t blocks = (count + BLOCK - 1) / BLOCK;

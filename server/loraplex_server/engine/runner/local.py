@@ -19,17 +19,16 @@ from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_model.base.weights import BaseWeights
 from loraplex_model.checkpoints.load import LoadedBase, load_base
 from loraplex_model.decoder.native import NativeDecoder
-from loraplex_model.decoder.reference import ReferenceDecoder
-from loraplex_model.ops import build as kernels
+from loraplex_model.decoder.open import BLOCK_SIZE, Decoder, open_decoder
+from loraplex_model.ops.devices import resolve
+from loraplex_model.ops.dtypes import BY_NAME
 
 from loraplex_server.engine.messages import AdapterRef, ModelInfo
 from loraplex_server.engine.runner.config import RunnerConfig
 
 log = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NUM_SLOTS = 1024
-CPU_BLOCK, CUDA_BLOCK = 16, 256  # tokens; flash attention's pages are 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +56,7 @@ class LocalRunner:
     The decoder has `num_blocks` KV blocks for requests, then `prefix_blocks` for virtual tokens.
     """
 
-    decoder: NativeDecoder | ReferenceDecoder
+    decoder: Decoder
     info: ModelInfo
     limits: AdapterLimits
     merge_dtype: torch.dtype
@@ -134,15 +133,20 @@ def build(config: RunnerConfig) -> LocalRunner:
     device, cache = _device(config.device), Path(config.cache)
     if config.threads:
         torch.set_num_threads(config.threads)
-    base = load_base(config.model, DTYPES[config.dtype], cache, device=device)
+    base = load_base(config.model, BY_NAME[config.dtype], cache, device=device)
     weights = base.weights
     most = weights.config.max_positions
     context = min(config.max_context or most, most)
-    block_size = CUDA_BLOCK if device.type == "cuda" else CPU_BLOCK
+    block_size = BLOCK_SIZE[device.type]
     num_blocks = _num_blocks(weights, block_size, config.kv_tokens, config.kv_memory)
     prefix_blocks = -(-config.virtual_tokens // block_size)
-    decoder = _decoder(
-        weights, num_blocks + prefix_blocks, block_size, context, config.threads, cache
+    decoder = open_decoder(
+        weights,
+        num_blocks + prefix_blocks,
+        NUM_SLOTS,
+        max_positions=context,
+        cache=cache,
+        threads=config.threads,
     )
     # Sampling works on a few rows; there torch's threads would only wait for each other and for
     # those of the decoder.
@@ -154,7 +158,7 @@ def build(config: RunnerConfig) -> LocalRunner:
         limits=AdapterLimits(
             max_rank=config.max_rank, max_virtual_tokens=config.max_virtual_tokens
         ),
-        merge_dtype=DTYPES[config.merge_dtype],
+        merge_dtype=BY_NAME[config.merge_dtype],
         num_blocks=num_blocks,
         prefix_blocks=prefix_blocks,
         block_size=block_size,
@@ -170,9 +174,7 @@ def _device(device: str) -> torch.device:
             Reason.NO_CUDA, "there is no CUDA device here (or torch's CPU build is installed); "
             "use --device cpu"
         )  # fmt: skip
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(device)
+    return resolve(device)
 
 
 def _num_blocks(weights: BaseWeights, block_size: int, kv_tokens: int, kv_memory: int) -> int:
@@ -188,35 +190,11 @@ def _num_blocks(weights: BaseWeights, block_size: int, kv_tokens: int, kv_memory
     return tokens // block_size
 
 
-def _decoder(
-    weights: BaseWeights,
-    num_blocks: int,
-    block_size: int,
-    context: int,
-    threads: int,
-    cache: Path,
-) -> NativeDecoder | ReferenceDecoder:
-    if weights.embed.device.type == "cpu":
-        try:
-            return NativeDecoder(
-                weights,
-                num_blocks,
-                block_size,
-                NUM_SLOTS,
-                max_positions=context,
-                threads=threads or None,
-                library=kernels.load(directory=cache / "kernels"),
-            )
-        except kernels.KernelsUnavailable as error:
-            log.warning("no compiled kernels, so decoding will be many times slower: %s", error)
-    return ReferenceDecoder(weights, num_blocks, block_size, NUM_SLOTS)
-
-
 def _info(
     base: LoadedBase,
     device: torch.device,
     max_context: int,
-    decoder: NativeDecoder | ReferenceDecoder,
+    decoder: Decoder,
 ) -> ModelInfo:
     kernels_used = f"C++ {decoder.isa}" if isinstance(decoder, NativeDecoder) else "torch"
     return ModelInfo(

@@ -1,0 +1,71 @@
+"""Files that survive a crash: flushing to disk, writing a file whole or not at all, lock files.
+
+Every function lets OSError through; callers turn it into their own reasons.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+
+def flush(path: Path) -> None:
+    """Brings a file's bytes, or a directory's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def flush_file(file: IO[bytes]) -> None:
+    """Brings everything that was written to an open file to the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def write_atomically(path: Path, data: bytes, mode: int = 0o666) -> None:
+    """Writes a file that after a crash has its old content or `data`, and nothing else.
+
+    `mode` is subject to the umask. The new directory entry is not flushed: see `flush`.
+    """
+    fresh = path.parent / f".writing-{uuid.uuid4().hex}"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    try:
+        with open(os.open(fresh, flags, mode), "wb") as file:
+            file.write(data)
+            flush_file(file)
+        fresh.replace(path)
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise
+
+
+def lock(path: Path, *, wait: bool = True, mode: int = 0o644) -> int:
+    """Takes the exclusive lock of a file, which is made if it is missing.
+
+    Returns a descriptor that holds the lock until it is closed or the process ends. Without `wait`
+    raises BlockingIOError if the lock is taken.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, mode)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+@contextmanager
+def locked(path: Path, mode: int = 0o644) -> Iterator[None]:
+    """Holds the exclusive lock of a file, which is made if it is missing."""
+    descriptor = lock(path, mode=mode)
+    try:
+        yield
+    finally:
+        os.close(descriptor)

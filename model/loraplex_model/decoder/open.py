@@ -1,0 +1,56 @@
+"""Chooses the decoder for a base model: the C++ kernels where they run, torch elsewhere."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+
+from loraplex_model.base.weights import BaseWeights
+from loraplex_model.decoder.native import NativeDecoder
+from loraplex_model.decoder.reference import ReferenceDecoder
+from loraplex_model.ops import build
+
+log = logging.getLogger(__name__)
+
+BLOCK_SIZE = {"cpu": 16, "cuda": 256}
+"""Tokens of a KV block, by device type. FlashAttention's pages have 256 tokens."""
+
+Decoder = NativeDecoder | ReferenceDecoder
+
+
+def open_decoder(
+    weights: BaseWeights,
+    num_blocks: int,
+    num_slots: int,
+    *,
+    max_positions: int,
+    cache: Path,
+    threads: int = 0,
+) -> Decoder:
+    """A decoder on the device of the weights, with `num_blocks` KV blocks and empty adapter slots.
+
+    On a CPU this is the native decoder, its kernels compiled into `cache` if need be; without a
+    compiler, or with weights in another type than float32 and bfloat16, it is the one in torch.
+
+    Args:
+        max_positions: the longest sequence that will be computed.
+        threads: CPU threads; 0 takes torch's number.
+    """
+    device, dtype = weights.embed.device.type, weights.embed.dtype
+    block_size = BLOCK_SIZE[device]
+    if device == "cpu" and dtype in (torch.float32, torch.bfloat16):
+        try:
+            return NativeDecoder(
+                weights,
+                num_blocks,
+                block_size,
+                num_slots,
+                max_positions=max_positions,
+                threads=threads or None,
+                library=build.load(directory=cache / "kernels"),
+            )
+        except build.KernelsUnavailable as error:
+            log.warning("no compiled kernels, so decoding will be many times slower: %s", error)
+    return ReferenceDecoder(weights, num_blocks, block_size, num_slots)
