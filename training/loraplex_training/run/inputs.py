@@ -129,8 +129,6 @@ class RunInputs:
 
 def device_of(spec: RunSpec) -> torch.device:
     """Returns the device of the run. Raises Refusal(CONFIG_INVALID) if there is no such device."""
-    if spec.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = resolve(spec.device)
     except RuntimeError:

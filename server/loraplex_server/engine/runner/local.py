@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +24,6 @@ from loraplex_model.ops.dtypes import BY_NAME
 
 from loraplex_server.engine.messages import AdapterRef, ModelInfo
 from loraplex_server.engine.runner.config import RunnerConfig
-
-log = logging.getLogger(__name__)
 
 NUM_SLOTS = 1024
 
