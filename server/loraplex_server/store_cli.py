@@ -233,11 +233,10 @@ def load_base_info(config: Config) -> BaseInfo:
 
     Imports torch. Raises `Refusal`.
     """
-    import torch
     from loraplex_model.checkpoints.load import load_base
+    from loraplex_model.ops.dtypes import BY_NAME
 
-    dtype = getattr(torch, config.dtype)
-    return load_base(config.model, dtype, Path(config.cache)).weights.info
+    return load_base(config.model, BY_NAME[config.dtype], Path(config.cache)).weights.info
 
 
 def _labels(texts: list[str] | None) -> dict[str, str]:
