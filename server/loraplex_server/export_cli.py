@@ -19,7 +19,7 @@ from loraplex_server.exits import ServerExit
 from loraplex_server.flags import with_settings
 
 if TYPE_CHECKING:  # imports torch, which is slow
-    from loraplex_adapters.convert.export.exporter import Outcome, Request
+    from loraplex_adapters.convert.export.exporter import ExportRequest, ExportResult
 
 
 class Format(StrEnum):
@@ -88,9 +88,9 @@ def export(
     Formats: hf is the base with the adapter merged in, nf4 the same quantised, gguf an adapter for
     llama.cpp, peft a plain LoRA adapter.
     """
-    from loraplex_adapters.convert.export.exporter import Request, run
+    from loraplex_adapters.convert.export.exporter import ExportRequest, run
 
-    request = Request(
+    request = ExportRequest(
         adapters=tuple(adapters),
         weights=_numbers(weights),
         format=format_.value,
@@ -177,7 +177,7 @@ def _locator(root: Path, url: str) -> Callable[[str], Path]:
     return locate
 
 
-def _report(outcome: Outcome, request: Request, out: Path) -> None:
+def _report(outcome: ExportResult, request: ExportRequest, out: Path) -> None:
     for line in outcome.lines:
         typer.echo(line)
     for warning in outcome.warnings:

@@ -126,7 +126,7 @@ class Registry:
 
     async def examine_upload(self, upload_id: str) -> Report:
         """Reports all faults of an upload; changes nothing."""
-        return await self._examine(lambda: self.store.open_upload(upload_id))
+        return await self._examine(lambda: self.store.uploads.reading(upload_id))
 
     async def _examine(self, opened: Callable[[], AbstractContextManager[Directory]]) -> Report:
         def work() -> Report:
@@ -163,7 +163,7 @@ class Registry:
                 terms.labels or {},
             )
 
-        return await self._name(terms, lambda: self.store.open_upload(upload_id), record)
+        return await self._name(terms, lambda: self.store.uploads.reading(upload_id), record)
 
     async def _register(
         self, opened: Callable[[], AbstractContextManager[Directory]], terms: RegistrationTerms

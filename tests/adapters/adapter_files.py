@@ -1,4 +1,4 @@
-"""Adapter directories for tests, written byte by byte and so as wrong as a test wants them."""
+"""Writes adapter directories byte by byte, so that tests can make them wrong in any way."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 def base_info(
     fingerprint: str = "sha256:" + "ba5e" * 16, dtype: str = "float32", **config: Any
 ) -> BaseInfo:
-    """A small base; `config` are fields of its `DecoderConfig` that differ."""
+    """A small base; `config` overrides fields of its `DecoderConfig`."""
     fields: dict[str, Any] = {
         "architecture": "tiny",
         "vocab_size": 40,
@@ -71,7 +71,7 @@ def key(layer: int, module: str, half: str) -> str:
 def lora_tensors(
     modules: Mapping[tuple[int, str], int], base: BaseInfo = BASE, seed: int = 0
 ) -> Tensors:
-    """Random float32 halves for modules of the given ranks."""
+    """Random float32 A and B for modules of the given ranks."""
     rng = np.random.default_rng(seed)
     tensors: Tensors = {}
     for (layer, module), rank in modules.items():
@@ -87,7 +87,7 @@ def everywhere(*modules: str, rank: int = 4, layers: int = 2) -> dict[tuple[int,
 
 
 def lora_config(**changes: object) -> dict[str, object]:
-    """A configuration as PEFT writes it, with changes; a change to `...` removes the key."""
+    """A configuration as PEFT writes it, with `changes`; the value `...` removes a key."""
     config: dict[str, object] = {
         "base_model_name_or_path": "tiny",
         "bias": "none",
@@ -109,7 +109,7 @@ def lora_config(**changes: object) -> dict[str, object]:
 
 
 def entries(tensors: Tensors) -> dict[str, Entry]:
-    """The header's table for float32 tensors, one after the other."""
+    """The header's table for consecutive float32 tensors."""
     table: dict[str, Entry] = {}
     end = 0
     for name, tensor in tensors.items():
@@ -119,7 +119,7 @@ def entries(tensors: Tensors) -> dict[str, Entry]:
 
 
 def safetensors_bytes(header: object, data: bytes) -> bytes:
-    """A file of any header, given as JSON bytes or as what is to be JSON, and any data."""
+    """A file with any header, given as bytes or as a value to encode, and any data."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + data
 
@@ -127,7 +127,7 @@ def safetensors_bytes(header: object, data: bytes) -> bytes:
 def weights_bytes(
     tensors: Tensors, change: Callable[[dict[str, Entry]], object] | None = None
 ) -> bytes:
-    """A sound file of float32 tensors, except for what `change` does to its header's table."""
+    """A valid file of float32 tensors, after `change` has modified its header's table."""
     table = entries(tensors)
     if change:
         change(table)
@@ -139,7 +139,7 @@ def write_adapter(
     config: Mapping[str, object] | bytes | None = None,
     weights: bytes | Tensors | None = None,
 ) -> Path:
-    """A directory with both files; by default a sound rank-4 adapter for q_proj and v_proj."""
+    """Writes a directory with both files, by default a valid rank-4 adapter of q and v."""
     directory.mkdir(parents=True, exist_ok=True)
     if config is None:
         config = lora_config()

@@ -1,4 +1,4 @@
-"""Bottleneck adapters, written to the letter of their format, and hooks that compute them."""
+"""Bottleneck adapters written by their documented format, and hooks that compute them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _NORMS = {"attention": "input_layernorm", "mlp": "post_attention_layernorm"}
 
 
 def write(name: str, base: BaseInfo, directory: Path) -> Path:
-    """A random adapter for a base of these shapes."""
+    """Writes a random adapter for a base of these shapes."""
     non_linearity, reads, placements, scaling, width, biased = ADAPTERS[name]
     random = torch.Generator().manual_seed(sum(name.encode()))
     hidden = base.config.hidden_size
@@ -73,7 +73,7 @@ def write(name: str, base: BaseInfo, directory: Path) -> Path:
 
 
 def attach(model: Any, directory: Path) -> None:
-    """Makes transformers' model compute the adapter after each of its blocks."""
+    """Hooks the adapter into transformers' model, after each of its blocks."""
     config = json.loads((directory / "adapter_config.json").read_text())
     attach_tensors(model, config, load_file(directory / "adapter_model.safetensors"))
 
@@ -81,7 +81,7 @@ def attach(model: Any, directory: Path) -> None:
 def attach_tensors(
     model: Any, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
 ) -> None:
-    """The same with tensors in memory, which receive gradients if they ask for them."""
+    """Hooks tensors in memory into the model; they receive gradients if `requires_grad` is set."""
     for layer, module in enumerate(model.model.layers):
         for placement in config["placements"]:
             prefix = f"base_model.model.model.layers.{layer}.{_BLOCKS[placement]}.bottleneck_"

@@ -1,4 +1,4 @@
-"""Tiny bases to export against, and the rows that a server would compute on them."""
+"""Tiny base models for exports, and the logits that a server would compute on them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from model import tiny
 
 
 class Bases:
-    """Each variant written and converted once."""
+    """Tiny base models by variant, each written and converted once."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -57,6 +57,6 @@ def rows(
 
 
 def agree(found: torch.Tensor, wanted: torch.Tensor, tolerance: float = 1e-5) -> None:
-    """Logits equal, measured by the largest of them."""
+    """Asserts that logits are equal relative to the largest of them."""
     scale = wanted.abs().max().clamp(min=1)
     torch.testing.assert_close(found / scale, wanted / scale, rtol=0, atol=tolerance)

@@ -1,4 +1,4 @@
-"""A small sound adapter of every kind for `adapter_files.BASE`, to be served, spoilt or fuzzed."""
+"""A small valid adapter of every kind for `adapter_files.BASE`, also for spoiling and fuzzing."""
 
 from __future__ import annotations
 

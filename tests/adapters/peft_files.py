@@ -1,4 +1,4 @@
-"""Adapter directories that PEFT writes itself, on the tiny models of `model.tiny`."""
+"""Adapter directories that PEFT itself writes, on the tiny models of `model.tiny`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def base_info(variant: str) -> BaseInfo:
 class Case:
     """One adapter: the base, PEFT's configuration class and its arguments.
 
-    `sites` are the roles to be found at the first layer and outside the layers. `prepare` changes
+    `sites` are the expected roles in the first layer and outside the layers. `prepare` changes
     the model before it is saved.
     """
 
@@ -41,7 +41,7 @@ class Case:
 
 
 def write(case: Case, directory: Path, *, seed: int = 0) -> Path:
-    """Lets PEFT make the adapter, fills it with noise, and lets PEFT save it."""
+    """Creates an adapter with PEFT, fills it with noise, and saves it with PEFT."""
     config = getattr(peft, case.kind)(task_type="CAUSAL_LM", **case.options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -59,7 +59,7 @@ def write(case: Case, directory: Path, *, seed: int = 0) -> Path:
 
 
 def prune(masks: dict[str, list[bool]]) -> Callable[[Any], None]:
-    """Leaves AdaLoRA's modules the singular values of their masks, as its schedule would."""
+    """Prunes AdaLoRA's modules to the singular values in their masks, as its schedule does."""
 
     def apply(model: Any) -> None:
         model.peft_config["default"].rank_pattern = {
@@ -79,7 +79,7 @@ TIED = "llama-tied-bias"
 
 
 def lora(variant: str, sites: dict[tuple[int, str], str], **options: Any) -> Case:
-    """A LORA case that also targets q_proj, unless its options say otherwise."""
+    """A LORA case that also targets q_proj, unless its options override that."""
     options = {"target_modules": [Q], **LORA, **options}
     return Case(variant, "LoraConfig", options, sites)
 

@@ -1,7 +1,7 @@
-"""Adapters of every kind on tiny NF4 bases, and what their own library makes of them.
+"""Adapters of every kind on tiny NF4 bases, and the logits that PEFT computes with them.
 
-PEFT writes the files, loads them again over bitsandbytes' `Linear4bit` in float32, and its logits
-are what is expected. Bottlenecks, which PEFT does not have, are hooks on the same model.
+PEFT writes the files and loads them again over bitsandbytes' `Linear4bit` in float32; its logits
+are the expected ones. Bottlenecks, which PEFT does not have, are hooks on the same model.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import peft
 import torch
 from adapters.peft_files import TIED, Case, Q, base_info, lora
 from loraplex_adapters.format.examine import inspect
-from loraplex_adapters.format.spec import AdapterLimits, AdapterSpec
+from loraplex_adapters.format.spec import AdapterLimits, CheckedAdapter
 from loraplex_adapters.load.tensors import load
 from loraplex_model.adapters.delta import AdapterDelta
 from loraplex_model.base.info import BaseInfo
@@ -117,7 +117,7 @@ different ones: their product is then no sum of what each changes."""
 
 
 def names_on(variant: str) -> list[str]:
-    """The adapters that are served on a base: its own, and those that fit any."""
+    """Names of the adapters of a base: its own, and those that fit any base."""
     if variant == TIED:
         return [name for name in (*CASES, *BOTTLENECKS) if name not in ELSEWHERE]
     if variant == WINDOW:
@@ -136,13 +136,13 @@ SERVED = [(variant, name) for variant in VARIANTS for name in names_on(variant)]
 
 
 def ids_of(name: str) -> list[int]:
-    """An adapter's prompt: of a length of its own, with every token that some adapter trains."""
+    """An adapter's prompt, whose length varies; it contains every token that an adapter trains."""
     seed = sum(name.encode())
     return [5, 3, 9, 7, 1, 4, 2, *token_ids(seed, 4 + seed % 5, tiny.VOCAB)]
 
 
 class Gallery:
-    """Writes bases and adapters below `root`, each once, and asks PEFT what they answer."""
+    """Writes bases and adapters below `root`, each once, and computes PEFT's logits."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -159,7 +159,7 @@ class Gallery:
         return replace(base_info(variant), dtype=str(dtype).removeprefix("torch."))
 
     def merged(self, variant: str, name: str) -> torch.Tensor:
-        """[tokens, vocab] of the model into which PEFT has merged the adapter, in float32."""
+        """Logits [tokens, vocab], float32, of the model into which PEFT has merged the adapter."""
         model = _copy(self._dequantised(variant))
         return _logits(self._with_peft(model, variant, name).merge_and_unload(), name)
 
@@ -178,13 +178,13 @@ class Gallery:
 
     def _load(
         self, variant: str, name: str, dtype: torch.dtype = torch.float32
-    ) -> tuple[AdapterSpec, AdapterDelta]:
+    ) -> tuple[CheckedAdapter, AdapterDelta]:
         base, directory = self.shapes(variant, dtype), self.adapter(variant, name)
         spec = inspect(directory, base, AdapterLimits())
         return load(directory, spec.digest, self.weights(variant, dtype))
 
     def _expected(self, variant: str, name: str) -> torch.Tensor:
-        """[tokens, vocab] of `ids_of(name)`; for `BASE` without an adapter."""
+        """Logits [tokens, vocab] of `ids_of(name)`; for `BASE` without an adapter."""
         model = _copy(self._quantised(variant))
         if name in BOTTLENECKS:
             bottlenecks.attach(model, self.adapter(variant, name))
@@ -195,7 +195,7 @@ class Gallery:
         return _logits(model, name)
 
     def bare(self, variant: str, name: str) -> torch.Tensor:
-        """[tokens, vocab] of the base alone."""
+        """Logits [tokens, vocab] of the base alone."""
         return _logits(self._quantised(variant), name)
 
     def _load_quantised(self, variant: str) -> Any:
@@ -207,7 +207,7 @@ class Gallery:
             return peft.PeftModel.from_pretrained(model, self.adapter(variant, name)).eval()
 
     def _blend(self, model: Any, variant: str, name: str) -> None:
-        """Adds to each module's output what each adapter's own model changes of it, weighted."""
+        """Adds to each module's output the weighted changes that each adapter's own model makes."""
         parts = [
             (self._with_peft(_copy(model), variant, part).base_model.model, weight)
             for part, weight in BLENDS[name]
@@ -228,7 +228,7 @@ def _add_changes(
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Keeps torch from sharing out matrices that are smaller than the work of sharing them."""
+    """Sets torch to one thread, which is faster for matrices this small."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -238,7 +238,7 @@ def one_thread() -> Iterator[None]:
 
 
 def _copy(model: Any) -> Any:
-    """A model to put an adapter into. It shares the 4-bit weights, which nothing writes to."""
+    """A copy of a model for an adapter. It shares the 4-bit weights, which are never written."""
     shared = {id(p): p for p in model.parameters() if p.dtype == torch.uint8}
     return copy.deepcopy(model, shared)
 

@@ -1,4 +1,4 @@
-"""A PostgreSQL server for the tests: the wheel's or an installed one, started once for a run."""
+"""A PostgreSQL server for the tests, from a wheel or installed, started once for a run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _numbers = itertools.count()
 
 
 def new_database() -> str | None:
-    """The URL of an empty database, or None where there is no server to be had."""
+    """Returns the URL of an empty database; None if no server is available."""
     socket = _server()
     if socket is None:
         return None
@@ -32,7 +32,7 @@ def new_database() -> str | None:
 
 @cache
 def _server() -> str | None:
-    """Starts a server that listens on a socket alone; the socket's folder."""
+    """Starts a server that listens on a Unix socket only; returns the socket's folder."""
     if importlib.util.find_spec("psycopg") is None:
         return None
     # PostgreSQL does not run as root.

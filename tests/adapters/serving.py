@@ -1,4 +1,4 @@
-"""Serves adapters of every kind through a decoder's paged cache, as the engine's runner does."""
+"""Runs adapters of every kind through a decoder's paged cache, as the engine's runner does."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NUM_BLOCKS = 512
 
 @dataclass(frozen=True)
 class Served:
-    """A decoder with all adapters of its base published, by name."""
+    """A decoder with all adapters of its base published, each by its name."""
 
     decoder: Any
     adapters: Mapping[str, PackedAdapter]
@@ -30,10 +30,10 @@ class Served:
             self.decoder.table.publish(self.slots[name], adapter)
 
     def run(self, *names: str, seed: int = 0) -> dict[str, torch.Tensor]:
-        """Every name's logits [tokens, vocab] for its own prompt, all in the same passes.
+        """Logits [tokens, vocab] of every name for its own prompt, computed in the same passes.
 
-        Prompts come in two chunks, their last two tokens one at a time, and not all begin at once:
-        most passes hold rows of prompts beside rows that decode.
+        Prompts are split into two chunks and two single tokens, and begin at different passes, so
+        that most passes have both prefill and decode rows.
         """
         driver = Driver(self.decoder, seed)
         rows = [self._begin(driver, name) for name in names]
@@ -66,7 +66,7 @@ class Served:
 
 
 def serve(gallery: Gallery, kind: Any, variant: str, dtype: torch.dtype = torch.float32) -> Served:
-    """All adapters that fit a base, on a decoder made by `kind(weights, blocks, size, slots)`."""
+    """Publishes all adapters that fit a base, on a decoder `kind(weights, blocks, size, slots)`."""
     adapters = {
         name: pack(gallery.load(variant, name, dtype)[1], dtype) for name in names_on(variant)
     }

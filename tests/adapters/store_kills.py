@@ -1,4 +1,4 @@
-"""Ends processes that change a store with SIGKILL, at every fault point, and checks what is left.
+"""Kills processes that change a store by SIGKILL, at every fault point, and checks the result.
 
     python tests/adapters/store_kills.py FOLDER KILLS
 
@@ -25,8 +25,7 @@ from adapters import store_workload as workload
 
 
 def run(top: Path, wanted: int) -> dict[str, object]:
-    """Kills `wanted` processes: each point once, at any of the times that it is reached, and then
-    anywhere."""
+    """Kills `wanted` processes: one at each point, on a random visit, then at random points."""
     workload.prepare(top)
     reached: list[str] = []
     shutil.copytree(top / "template", top / "dry")

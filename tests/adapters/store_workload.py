@@ -1,6 +1,6 @@
-"""A store's life in a short program that says what is acknowledged, and what must then hold.
+"""A short program that changes a store in many ways, and the promises that must hold after it.
 
-The same steps are made to fail at every point of them, by an exception and by a SIGKILL.
+Tests let it fail at every fault point, by an exception and by SIGKILL.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from adapters import stores
 
 
 def points() -> list[str]:
-    """Every fault point of the store in the package's source, once for each place."""
+    """Every fault point in the store's source, once for each place."""
     found = []
     for file in sorted(Path(blobs.__file__).resolve().parent.rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
@@ -31,7 +31,7 @@ def points() -> list[str]:
 
 
 def prepare(top: Path) -> None:
-    """Makes the adapters, and in `top`/template/old a store that has had some life already."""
+    """Writes the adapters, and a store that has been changed before in `top`/template/old."""
     one, two, three, four, five, six, _ = stores.adapters(top, 7)
     with Store(top / "template" / "old") as store:
         store.register("kept", one, BASE)
@@ -43,7 +43,7 @@ def prepare(top: Path) -> None:
         store.delete("gone")
         store.register("back", four, BASE)
         store.delete("back")
-        store.append(store.begin_upload(), CONFIG_FILE, 0, b"{")
+        store.uploads.append(store.uploads.begin(), CONFIG_FILE, 0, b"{")
         damaged = store.register("bad", five, BASE)[0].digest
         (store.path(damaged) / CONFIG_FILE).unlink()
         # What a collector leaves that loses its connection between rename and commit.
@@ -51,7 +51,7 @@ def prepare(top: Path) -> None:
 
 
 def live(root: Path, top: Path, acknowledge: Callable[[str], None]) -> None:
-    """The program: a step is acknowledged, by its name, when it has returned."""
+    """Runs the program; acknowledges each step by its name once it has returned."""
     with Store(root / "new") as store:
         store.register("first", top / "source-0", BASE)
         acknowledge("began")
@@ -64,11 +64,13 @@ def live(root: Path, top: Path, acknowledge: Callable[[str], None]) -> None:
         acknowledge("mended")
         store.restore("back")
         acknowledge("restored")
-        upload = store.begin_upload()
+        upload = store.uploads.begin()
         for file in (CONFIG_FILE, WEIGHTS_FILE):
             data = (top / "source-6" / file).read_bytes()
             half = len(data) // 2
-            store.append(upload, file, store.append(upload, file, 0, data[:half]), data[half:])
+            store.uploads.append(
+                upload, file, store.uploads.append(upload, file, 0, data[:half]), data[half:]
+            )
         digest = inspect(top / "source-6", BASE).digest
         store.finish_upload(upload, "sent", digest, BASE)
         acknowledge("sent")
@@ -79,7 +81,7 @@ def live(root: Path, top: Path, acknowledge: Callable[[str], None]) -> None:
 
 
 def check(root: Path, top: Path, acknowledged: set[str]) -> None:
-    """What must hold when the stores are opened after the program ended at any point of it."""
+    """Checks the promises on stores that are opened after the program ended at any point."""
     with Store(root / "new") as store:
         if "began" in acknowledged:
             store.verify(store.resolve("first@1").digest)
@@ -122,7 +124,7 @@ def _check_that_all_can_be_done_again(store: Store, root: Path, top: Path) -> No
     assert {alias.alias for alias in store.aliases()} == {"stable", "prod"}
     for folder in (root / "uploads").iterdir():
         if folder.is_dir():
-            store.upload(folder.name)  # it could go on
-            store.abort_upload(folder.name)
+            store.uploads.state(folder.name)  # it could go on
+            store.uploads.abort(folder.name)
     assert not stores.rubbish(root)
     assert store.register("gone", top / "source-2", BASE)[0].version == 2

@@ -1,4 +1,4 @@
-"""Stores on both databases, and small adapters to put into them."""
+"""Stores on both databases, and small adapters for them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DATABASES = ["sqlite", "postgresql"]
 
 
 def url(database: str) -> str:
-    """What `Store` takes; a new database on every call. Skips where there is no PostgreSQL."""
+    """The `url` of `Store`, with a new database on every call. Skips if there is no PostgreSQL."""
     if database == "sqlite":
         return ""
     address = postgres.new_database()
@@ -25,29 +25,29 @@ def url(database: str) -> str:
 
 
 def adapter(directory: Path, seed: int = 0, **changes: Any) -> Path:
-    """A sound adapter; other seeds are other bytes."""
+    """Writes a valid adapter; its content depends on the seed."""
     tensors = lora_tensors(everywhere("q_proj", "v_proj"), seed=seed)
     return write_adapter(directory, lora_config(**changes), tensors)
 
 
 def adapters(folder: Path, count: int) -> list[Path]:
-    """Adapters of different bytes."""
+    """Writes adapters of different content."""
     return [adapter(folder / f"source-{seed}", seed) for seed in range(count)]
 
 
 def refusal(call: Any, *args: Any, **kwargs: Any) -> tuple[str, str]:
-    """Reason and field of the error that a call must raise."""
+    """Returns reason and field of the Refusal that a call must raise."""
     with pytest.raises(Refusal) as refused:
         call(*args, **kwargs)
     return refused.value.reason, refused.value.field
 
 
 def blobs(root: Path) -> set[str]:
-    """The digests whose bytes a store holds."""
+    """Digests of the blobs of a store."""
     return {f"sha256:{place.name}" for place in (root / "blobs" / "sha256").iterdir()}
 
 
 def rubbish(root: Path) -> list[Path]:
-    """What an open store that is at rest should not hold: copies, trash, half-removed uploads."""
+    """Files that an open, idle store must not have: copies, trash, half-removed uploads."""
     staged = [p for p in (root / "staging").glob("*/*") if p.name != "owner"]
     return [*staged, *(root / "trash").iterdir(), *(root / "uploads").glob("removed-*")]

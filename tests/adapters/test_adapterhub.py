@@ -1,4 +1,4 @@
-"""AdapterHub's bottlenecks: converted where the sums are the same, refused where they are not."""
+"""AdapterHub's bottlenecks: converted if the sums are the same, refused if they are not."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from adapters.adapter_files import BASE, weights_bytes
 from loraplex_adapters.convert.importers.adapterhub import convert
 from loraplex_adapters.format.examine import inspect
-from loraplex_adapters.format.spec import AdapterSpec
+from loraplex_adapters.format.spec import CheckedAdapter
 from loraplex_model.base.refusal import Refusal
 from safetensors.torch import load_file, save_file
 
@@ -53,7 +53,7 @@ OURS["leaky_relu"] = ACTIVATIONS["leakyrelu"]
 
 
 def theirs(config: dict[str, Any], layers: int = 2, prefix: str = "model.") -> dict[str, Any]:
-    """The tensors as the library names them, random."""
+    """Random tensors with the library's names."""
     places = {"mh_adapter": "attention_adapters", "output_adapter": "output_adapters"}
     width = HIDDEN // config["reduction_factor"]
     shapes = {
@@ -83,7 +83,7 @@ def write(
     return directory
 
 
-def converted(directory: Path, config: dict[str, Any], **outer: Any) -> AdapterSpec:
+def converted(directory: Path, config: dict[str, Any], **outer: Any) -> CheckedAdapter:
     convert(write(directory / "theirs", config, **outer), directory / "ours")
     return inspect(directory / "ours", BASE)
 
@@ -91,7 +91,7 @@ def converted(directory: Path, config: dict[str, Any], **outer: Any) -> AdapterS
 def their_sum(
     config: dict[str, Any], tensors: dict[str, Any], h: torch.Tensor, r: torch.Tensor
 ) -> torch.Tensor:
-    """What goes on from a block of a decoder without a norm behind it, step by step as they do."""
+    """Output of a decoder block without a norm after it, computed in the library's steps."""
     if config["is_parallel"]:
         residual, x = h, r
         down = torch.nn.functional.linear(x, tensors["down.0.weight"], tensors["down.0.bias"])
@@ -110,9 +110,9 @@ def their_sum(
 
 
 def our_sum(
-    spec: AdapterSpec, site: tuple[int, str], ours: Path, h: torch.Tensor, r: torch.Tensor
+    spec: CheckedAdapter, site: tuple[int, str], ours: Path, h: torch.Tensor, r: torch.Tensor
 ) -> torch.Tensor:
-    """The residual stream behind a block, by the format's description."""
+    """The residual stream after a block, by the format's description."""
     module = next(m for m in spec.modules if (m.layer, m.module) == site)
     held = load_file(ours / "adapter_model.safetensors")
     tensors = {role: held[location.name] for role, location in module.tensors.items()}

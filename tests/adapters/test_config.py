@@ -1,4 +1,4 @@
-"""Configurations: every option is served exactly or refused by its name."""
+"""Configurations: every option is served exactly or refused by name."""
 
 from __future__ import annotations
 

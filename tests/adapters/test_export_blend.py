@@ -1,4 +1,4 @@
-"""Blends: cat is the server's mix, the others are what PEFT computes, and PEFT loads them all."""
+"""Blends: cat equals the server's mix, the others equal PEFT's, and PEFT loads all of them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from adapters.export_bases import PROMPT, Bases, agree, rows
 from adapters.peft_files import CASES, lora, write
 from loraplex_adapters.convert.export.base import LIMITS, ExportBase, open_adapter
 from loraplex_adapters.convert.export.blend import (
-    Method,
-    Recipe,
+    BlendMethod,
+    BlendSpec,
     blend,
     concatenated,
     dare,
@@ -65,7 +65,7 @@ def adapters(bases: Bases, tmp_path_factory: pytest.TempPathFactory) -> list[Ada
 
 
 def peft_logits(base: ExportBase, directory: Path) -> torch.Tensor:
-    """What PEFT computes with an adapter on the weights as they are served."""
+    """PEFT's logits with an adapter on the weights as they are served."""
     from loraplex_adapters.convert.export.parameters import merged_form, parameters
 
     model = AutoModelForCausalLM.from_pretrained(base.source).eval()
@@ -96,7 +96,7 @@ def test_cat_is_the_mix_that_the_server_computes(
 ) -> None:
     base = bases("llama")
     parts = [factors_of(delta, "a blend") for delta in adapters]
-    blended = blend(list(zip(parts, WEIGHTS, strict=True)), Recipe(Method.CAT))
+    blended = blend(list(zip(parts, WEIGHTS, strict=True)), BlendSpec(BlendMethod.CAT))
     write_peft(tmp_path / "out", blended.factors, stamps={})
     spec, delta = open_adapter(tmp_path / "out", base)
     assert spec.rank == max(f.rank for f in blended.factors.values())
@@ -108,15 +108,15 @@ def test_cat_is_the_mix_that_the_server_computes(
 @pytest.mark.parametrize(
     "recipe",
     [
-        Recipe(Method.SVD, rank=5),
-        Recipe(Method.TIES, rank=5, density=0.3),
-        Recipe(Method.DARE, rank=5, density=0.5, seed=11),
+        BlendSpec(BlendMethod.SVD, rank=5),
+        BlendSpec(BlendMethod.TIES, rank=5, density=0.3),
+        BlendSpec(BlendMethod.DARE, rank=5, density=0.5, seed=11),
     ],
     ids=lambda recipe: recipe.method.value,
 )
 @pytest.mark.filterwarnings("ignore")
 def test_cut_blends_are_files_that_peft_and_the_server_read_alike(
-    recipe: Recipe, bases: Bases, adapters: list[AdapterDelta], tmp_path: Path
+    recipe: BlendSpec, bases: Bases, adapters: list[AdapterDelta], tmp_path: Path
 ) -> None:
     base = bases("llama")
     parts = [factors_of(delta, "a blend") for delta in adapters]
@@ -206,23 +206,23 @@ def test_what_a_and_b_cannot_say_is_refused(kind: str, bases: Bases) -> None:
 @pytest.mark.parametrize(
     ("options", "field"),
     [
-        ({"method": Method.SVD}, "rank"),
-        ({"method": Method.CAT, "rank": 4}, "rank"),
-        ({"method": Method.SVD, "rank": 0}, "rank"),
-        ({"method": Method.TIES, "rank": 4}, "density"),
-        ({"method": Method.SVD, "rank": 4, "density": 0.5}, "density"),
-        ({"method": Method.DARE, "rank": 4, "density": 0.0}, "density"),
-        ({"method": Method.DARE, "rank": 4, "density": 1.5}, "density"),
+        ({"method": BlendMethod.SVD}, "rank"),
+        ({"method": BlendMethod.CAT, "rank": 4}, "rank"),
+        ({"method": BlendMethod.SVD, "rank": 0}, "rank"),
+        ({"method": BlendMethod.TIES, "rank": 4}, "density"),
+        ({"method": BlendMethod.SVD, "rank": 4, "density": 0.5}, "density"),
+        ({"method": BlendMethod.DARE, "rank": 4, "density": 0.0}, "density"),
+        ({"method": BlendMethod.DARE, "rank": 4, "density": 1.5}, "density"),
     ],
 )
 def test_a_recipe_says_all_and_nothing_else(options: dict[str, Any], field: str) -> None:
     with pytest.raises(Refusal) as refused:
-        blend([], Recipe(**options))
+        blend([], BlendSpec(**options))
     assert (refused.value.reason, refused.value.field) == ("FIELD_INVALID", field)
 
 
 def test_weights_that_are_no_numbers_are_refused() -> None:
     factors = dict.fromkeys(everywhere("q_proj"), random_factors(2, 32, 32, 0))
     with pytest.raises(Refusal) as refused:
-        blend([(factors, float("nan"))], Recipe(Method.CAT))
+        blend([(factors, float("nan"))], BlendSpec(BlendMethod.CAT))
     assert refused.value.field == "weights"

@@ -1,4 +1,4 @@
-"""`export` and `convert` as commands: whole directories or none, and one line for a refusal."""
+"""`export` and `convert` as commands: complete directories or none, and one line for a refusal."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Shell:
-    """Runs the program below a directory of its own."""
+    """Runs the program in its own directory."""
 
     def __init__(self, bases: Bases, root: Path) -> None:
         self.root, self.out = root, root / "out"
@@ -43,7 +43,7 @@ class Shell:
         return CliRunner().invoke(app, ["export", *options, *map(str, arguments)])
 
     def refused(self, reason: str, *arguments: str | Path) -> str:
-        """The one line of a refusal, which leaves nothing behind."""
+        """Returns the single line of a refusal, which leaves no files."""
         before = sorted(self.root.iterdir())
         result = self.export(*arguments)
         assert result.exit_code == 2, result.output

@@ -1,4 +1,4 @@
-"""PiSSA and its kin as plain LoRA: PEFT's own conversion is the oracle, and so is its model."""
+"""PiSSA and similar adapters as plain LoRA, compared with PEFT's own conversion and its model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GGUF adapters: the gguf package reads them, and in llama.cpp's terms they are ours."""
+"""GGUF adapters: the gguf package reads them, and llama.cpp's formula yields our changes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Bases:
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Metadata, and the tensors as float32 in numpy's order of dimensions."""
+    """Returns metadata, and the tensors as float32 in numpy's order of dimensions."""
     reader = GGUFReader(path)
     metadata = {name: field.contents() for name, field in reader.fields.items()}
     tensors = {}
@@ -51,7 +51,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 
 
 def applied(metadata: dict[str, Any], tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
-    """alpha / rank * B A, as llama.cpp's `get_scale` and its graph have it."""
+    """alpha / rank * B A, as in llama.cpp's `get_scale` and its graph."""
     a, b = tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"]
     scale = metadata["adapter.lora.alpha"] / b.shape[1]  # b->ne[0]
     return scale * (b @ (a.T if name.startswith("token_embd") else a))

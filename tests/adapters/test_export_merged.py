@@ -1,4 +1,4 @@
-"""Merged checkpoints: transformers loads all of them, and computes what the server computes."""
+"""Merged checkpoints: transformers loads them, and its logits equal the server's."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Bases:
 
 
 def load(directory: Path, **options: Any) -> Any:
-    """transformers' model, every tensor of the file in it and none made up."""
+    """Loads transformers' model; asserts that no tensor is missing or unexpected."""
     model, info = AutoModelForCausalLM.from_pretrained(
         directory, output_loading_info=True, **options
     )
@@ -65,7 +65,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def small_lora(base: ExportBase, share: float) -> AdapterDelta:
-    """A rank-4 change of every projection, `share` of the size of each weight."""
+    """A rank-4 change of every projection, of `share` times the norm of each weight."""
     random = torch.Generator().manual_seed(1)
     sites = {}
     for layer in range(base.weights.config.num_layers):

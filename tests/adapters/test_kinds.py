@@ -1,4 +1,4 @@
-"""Every kind: served as it is, and refused by name wherever its file says something else."""
+"""Every kind: served exactly, and refused by name if its files deviate."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import pytest
 from adapters.adapter_files import BASE, Tensors, base_info, write_adapter
 from adapters.kind_files import EMBED, HEAD, O0, Q0, SAMPLES, V1, key
 from loraplex_adapters.format.examine import Report, examine, inspect
-from loraplex_adapters.format.spec import AdapterLimits, AdapterSpec, ModuleSpec
+from loraplex_adapters.format.spec import AdapterLimits, CheckedAdapter, ModuleSpec
 
 
 def judged(
     directory: Path, name: str, config: dict[str, Any] | None = None, **shapes: Any
 ) -> Report:
-    """What is found in a sample with changes; a shape of None takes a tensor away."""
+    """The report on a sample with changes; a shape of None removes a tensor."""
     sound, tensors = SAMPLES[name]
     changed: Tensors = dict(tensors)
     for tensor, shape in shapes.get("shapes", {}).items():
@@ -29,13 +29,13 @@ def judged(
     return examine(write_adapter(directory, merged, changed), shapes.get("base", BASE))
 
 
-def served(directory: Path, name: str, **changes: Any) -> AdapterSpec:
+def served(directory: Path, name: str, **changes: Any) -> CheckedAdapter:
     report = judged(directory, name, changes or None)
     assert report.spec is not None, report.findings
     return report.spec
 
 
-def at(spec: AdapterSpec, site: tuple[int, str]) -> ModuleSpec:
+def at(spec: CheckedAdapter, site: tuple[int, str]) -> ModuleSpec:
     return next(m for m in spec.modules if (m.layer, m.module) == site)
 
 

@@ -1,4 +1,4 @@
-"""Merging on demand gives what PEFT's merged model gives, and leaves no trace when it is undone."""
+"""Merging on demand equals PEFT's merged model, and leaves no trace once it is undone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CYCLES = 1000
 
 
 def peft_merges_exactly(delta: AdapterDelta, weights: BaseWeights) -> bool:
-    """PEFT merges a tied head's change into the embeddings too, and no bias where there is none."""
+    """Whether PEFT's merge is exact, which it is not for tied weights and for new biases."""
     config = weights.config
     unbiased = {"o_proj", "gate_proj", "up_proj", "down_proj"}
     if not config.qkv_bias:
@@ -37,7 +37,7 @@ def peft_merges_exactly(delta: AdapterDelta, weights: BaseWeights) -> bool:
 
 @pytest.mark.parametrize("variant", [TIED, "qwen3"])
 def test_merged_rows_equal_pefts_merged_model(gallery: Gallery, variant: str) -> None:
-    """Where PEFT cannot merge, its model as it is, with the adapter beside the base."""
+    """If PEFT cannot merge, its unmerged model is compared."""
     native = serve(gallery, partial(NativeDecoder, threads=1), variant)
     kinds = set()
     for name in names_on(variant):
@@ -72,7 +72,7 @@ def packed_digest(weights: BaseWeights) -> str:
 
 
 def test_a_thousand_merges_leave_every_packed_byte_and_every_answer(gallery: Gallery) -> None:
-    """Adapters that change many matrices take turns; their rows and others' are watched."""
+    """Adapters that change many matrices are merged in turn; all rows are compared."""
     native = serve(gallery, partial(NativeDecoder, threads=1), "llama")
     names = ["rslora", "dora", "ia3", "patterns"]
     watched = [*names, "prefix", "lora", BASE]

@@ -1,4 +1,4 @@
-"""Every kind of adapter answers as PEFT does on the same NF4 base: alone, and among all others."""
+"""Every kind of adapter yields PEFT's logits on the same NF4 base, alone and in mixed batches."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def served(gallery: Gallery) -> Any:
 
 
 def everything(variant: str) -> list[str]:
-    """All adapters of a base, a row without any, and blends."""
+    """All adapters of a base, a row without an adapter, and blends."""
     names = names_on(variant)
     return [*names[::2], BASE, *(BLENDS if variant == TIED else ()), *names[1::2]]
 
@@ -45,7 +45,7 @@ def test_every_kind_is_among_them(gallery: Gallery) -> None:
 
 @pytest.mark.parametrize(("variant", "name"), SERVED)
 def test_an_adapter_changes_what_it_answers(gallery: Gallery, variant: str, name: str) -> None:
-    """Otherwise parity would say nothing of it."""
+    """Otherwise parity would prove nothing."""
     changed = gallery.expected(variant, name) - gallery.bare(variant, name)
     assert changed.abs().max() > 3e-2
 

@@ -1,4 +1,4 @@
-"""From a directory that PEFT wrote to logits, through the engine's own runner."""
+"""From a directory that PEFT wrote to logits, through the engine's runner."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def read(runner: LocalRunner, directory: Path) -> ReadAdapter:
 
 
 def test_a_batch_of_every_kind_equals_peft_row_by_row(gallery: Gallery) -> None:
-    """Virtual tokens are computed at publication; two requests read the same blocks of them."""
+    """Virtual tokens are computed at publication; two requests read the same blocks."""
     runner = start(gallery)
     size = runner.block_size
     set_aside = list(range(runner.num_blocks, runner.num_blocks + runner.prefix_blocks))

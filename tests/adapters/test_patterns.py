@@ -1,4 +1,4 @@
-"""Patterns: for plain keys our matching gives PEFT's answers, and never its running times."""
+"""Patterns: for plain keys our matching equals PEFT's, without its running times."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PLAIN = st.lists(st.sampled_from([*WORDS, "0", "1", "12", "2"]), min_size=1, max
 
 
 def by_peft(pattern: dict[str, int], path: str) -> set[int]:
-    """The values of all keys that PEFT's rule matches; it takes the first."""
+    """The values of all keys that PEFT's rule matches, of which it uses the first."""
     return {v for k, v in pattern.items() if re.match(rf"(.*\.)?({k})$", path)}
 
 

@@ -1,4 +1,4 @@
-"""What PEFT writes is understood tensor by tensor, whatever the kind; the rest has a name."""
+"""Files that PEFT writes are read tensor by tensor, for every kind; the rest is refused by name."""
 
 from __future__ import annotations
 

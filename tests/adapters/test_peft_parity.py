@@ -1,4 +1,4 @@
-"""What LoRA's options mean is what PEFT makes of them: factors and scales, module by module."""
+"""LoRA's options mean what they mean in PEFT: factors and scales, module by module."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 def save(directory: Path, options: dict[str, Any]) -> Any:
-    """Lets PEFT write an adapter with random factors; returns the model that holds it."""
+    """Writes an adapter with random factors with PEFT; returns the model that has it."""
     options = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **options}
     model = peft.get_peft_model(tiny.build(VARIANT), peft.LoraConfig(**options))
     with torch.no_grad():

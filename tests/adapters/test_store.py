@@ -31,7 +31,7 @@ from loraplex_model.base.refusal import Refusal
 
 
 def adapter(directory: Path, seed: int = 0, **changes: Any) -> Path:
-    """A sound adapter; other seeds are other bytes."""
+    """Writes a valid adapter; its content depends on the seed."""
     tensors = lora_tensors(everywhere("q_proj", "v_proj"), seed=seed)
     return write_adapter(directory, lora_config(**changes), tensors)
 
@@ -264,7 +264,7 @@ def test_only_digests_become_paths(digest: str, store: Store) -> None:
 
 
 def leftovers(root: Path) -> list[Path]:
-    """What lies in the staging areas beside their locks."""
+    """Files in the staging areas, except locks."""
     return [p for p in (root / "staging").glob("*/*") if p.name != "owner"]
 
 
@@ -302,7 +302,7 @@ def test_what_is_registered_is_what_was_checked_even_if_the_source_changes_meanw
 ) -> None:
     from loraplex_adapters.store import store as module
 
-    look = module.survey
+    look = module.examine_header
 
     def look_then_swap(*args: Any) -> Any:
         seen = look(*args)
@@ -311,7 +311,7 @@ def test_what_is_registered_is_what_was_checked_even_if_the_source_changes_meanw
             file.write(b"\0\0\xc0\x7f")  # NaN
         return seen
 
-    monkeypatch.setattr(module, "survey", look_then_swap)
+    monkeypatch.setattr(module, "examine_header", look_then_swap)
     assert refusal(store.register, "a", sources[0], BASE)[0] == "ADAPTER_INVALID"
     assert refusal(store.resolve, "a")[0] == "ADAPTER_NOT_FOUND"
 

@@ -131,7 +131,7 @@ print(json.dumps(events))
 
 @pytest.fixture
 def ram(tmp_path: Path) -> Iterator[Path]:
-    """A folder in memory, where there is one: what a killed process wrote there is not lost."""
+    """A folder in memory if possible; writes of a killed process are not lost there."""
     memory = Path("/dev/shm")
     if not os.access(memory, os.W_OK):
         yield tmp_path

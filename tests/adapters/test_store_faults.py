@@ -1,4 +1,4 @@
-"""Whatever ends a change of the store, at whatever point: what was acknowledged is there."""
+"""A change of the store may fail at any point: acknowledged changes are never lost."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KILLS = Path(__file__).with_name("store_kills.py")
 
 @pytest.fixture(scope="module")
 def ram() -> Iterator[Path]:
-    """A folder in memory, where there is one: what a killed process wrote there is not lost."""
+    """A folder in memory if possible; writes of a killed process are not lost there."""
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(dir=memory) as folder:
         yield Path(folder)
@@ -36,7 +36,7 @@ def prepared(ram: Path) -> Path:
 
 
 class Injected(Exception):
-    """What a point raises."""
+    """The exception that a fault point raises."""
 
 
 def test_every_point_has_one_place(prepared: Path, tmp_path: Path) -> None:

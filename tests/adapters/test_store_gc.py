@@ -1,4 +1,4 @@
-"""A collection takes what nothing names, and nothing else, whoever registers meanwhile."""
+"""A collection removes exactly what nothing names, also during concurrent registrations."""
 
 from __future__ import annotations
 

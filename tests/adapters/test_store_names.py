@@ -1,4 +1,4 @@
-"""Names, aliases, labels and deletions mean the same on both databases, across versions of them."""
+"""Names, aliases, labels and deletions behave the same on both databases and across schemas."""
 
 from __future__ import annotations
 

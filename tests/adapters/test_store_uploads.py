@@ -1,4 +1,4 @@
-"""Uploads go on where they stopped, across restarts, within bounds, and end as registrations."""
+"""Uploads resume where they stopped, across restarts and within limits, and are registered."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def digest(source: Path) -> str:
 
 
 def send(store: Store, upload: str, source: Path, piece: int = 1000) -> None:
-    """Sends what is not there yet."""
-    there = store.upload(upload)
+    """Sends the bytes that the store does not have yet."""
+    there = store.uploads.state(upload)
     for file, size in ((CONFIG_FILE, there.config_bytes), (WEIGHTS_FILE, there.weights_bytes)):
         data = (source / file).read_bytes()
         for start in range(size, len(data), piece):
             end = min(start + piece, len(data))
-            assert store.append(upload, file, start, data[start:end]) == end
+            assert store.uploads.append(upload, file, start, data[start:end]) == end
 
 
 def age(root: Path, upload: str) -> None:
@@ -62,37 +62,37 @@ def test_an_upload_goes_on_after_a_restart_and_ends_as_a_registration(
 ) -> None:
     data = (source / WEIGHTS_FILE).read_bytes()
     with Store(root) as store:
-        upload = store.begin_upload("a")
-        assert store.append(upload, WEIGHTS_FILE, 0, data[:1500]) == 1500
+        upload = store.uploads.begin("a")
+        assert store.uploads.append(upload, WEIGHTS_FILE, 0, data[:1500]) == 1500
     with Store(root) as store:
-        assert store.upload(upload) == Upload(upload, 0, 1500)
+        assert store.uploads.state(upload) == Upload(upload, 0, 1500)
         send(store, upload, source)
-        with store.open_upload(upload) as directory:
+        with store.uploads.reading(upload) as directory:
             assert inspect(directory, BASE).digest == digest
         record, created = store.finish_upload(upload, "a", digest, BASE, labels={"by": "hand"})
         assert (record.id, record.digest, created) == ("a@1", digest, True)
         assert record.labels == {"by": "hand"}
         store.verify(digest)
-        assert refusal(store.upload, upload) == ("UPLOAD_NOT_FOUND", upload)
+        assert refusal(store.uploads.state, upload) == ("UPLOAD_NOT_FOUND", upload)
         assert not rubbish(root)
 
 
 def test_a_piece_that_does_not_follow_is_refused_with_the_right_offset(store: Store) -> None:
-    upload = store.begin_upload()
-    store.append(upload, CONFIG_FILE, 0, b"{}")
+    upload = store.uploads.begin()
+    store.uploads.append(upload, CONFIG_FILE, 0, b"{}")
     for wrong in (0, 1, 3, -1, 1 << 62):
         with pytest.raises(Exception, match="has 2 bytes") as refused:
-            store.append(upload, CONFIG_FILE, wrong, b"x")
+            store.uploads.append(upload, CONFIG_FILE, wrong, b"x")
         assert refused.value.reason == "UPLOAD_OFFSET"  # type: ignore[attr-defined]
-    assert store.upload(upload) == Upload(upload, 2, 0)
+    assert store.uploads.state(upload) == Upload(upload, 2, 0)
 
 
 def test_of_two_who_send_the_same_piece_one_writes_it(store: Store, root: Path) -> None:
-    upload = store.begin_upload()
+    upload = store.uploads.begin()
 
     def append(_: int) -> str:
         try:
-            return str(store.append(upload, WEIGHTS_FILE, 0, b"x" * 30000))
+            return str(store.uploads.append(upload, WEIGHTS_FILE, 0, b"x" * 30000))
         except Exception as error:
             return getattr(error, "reason", repr(error))
 
@@ -104,8 +104,8 @@ def test_of_two_who_send_the_same_piece_one_writes_it(store: Store, root: Path) 
 def test_what_is_not_the_expected_adapter_is_refused_and_can_be_put_right(
     store: Store, root: Path, source: Path, digest: str
 ) -> None:
-    upload = store.begin_upload()
-    store.append(upload, CONFIG_FILE, 0, (source / CONFIG_FILE).read_bytes())
+    upload = store.uploads.begin()
+    store.uploads.append(upload, CONFIG_FILE, 0, (source / CONFIG_FILE).read_bytes())
     missing = refusal(store.finish_upload, upload, "a", digest, BASE)
     assert missing == ("ADAPTER_INVALID", WEIGHTS_FILE)
     send(store, upload, source)
@@ -126,60 +126,60 @@ def test_what_is_not_the_expected_adapter_is_refused_and_can_be_put_right(
 )
 def test_only_open_uploads_are_found(upload: str, store: Store, digest: str) -> None:
     not_found = ("UPLOAD_NOT_FOUND", upload)
-    assert refusal(store.upload, upload) == not_found
-    assert refusal(store.append, upload, CONFIG_FILE, 0, b"") == not_found
-    assert refusal(store.abort_upload, upload) == not_found
+    assert refusal(store.uploads.state, upload) == not_found
+    assert refusal(store.uploads.append, upload, CONFIG_FILE, 0, b"") == not_found
+    assert refusal(store.uploads.abort, upload) == not_found
     assert refusal(store.finish_upload, upload, "a", digest, BASE) == not_found
 
 
 @pytest.mark.parametrize("file", ["", "lock", "../lock", "adapter_model.bin", "/etc/passwd"])
 def test_only_the_two_files_are_taken(file: str, store: Store) -> None:
-    upload = store.begin_upload()
-    assert refusal(store.append, upload, file, 0, b"x") == ("FIELD_INVALID", "file")
+    upload = store.uploads.begin()
+    assert refusal(store.uploads.append, upload, file, 0, b"x") == ("FIELD_INVALID", "file")
 
 
 def test_uploads_are_bounded_in_size_and_number(store: Store) -> None:
-    first, *_ = [store.begin_upload() for _ in range(BOUNDS.max_open)]
-    assert refusal(store.begin_upload)[0] == "OVERLOADED"
-    assert refusal(store.begin_upload, "A b") == ("FIELD_INVALID", "name")
+    first, *_ = [store.uploads.begin() for _ in range(BOUNDS.max_open)]
+    assert refusal(store.uploads.begin)[0] == "OVERLOADED"
+    assert refusal(store.uploads.begin, "A b") == ("FIELD_INVALID", "name")
     large = b"x" * (BOUNDS.max_weights_bytes + 1)
-    assert refusal(store.append, first, WEIGHTS_FILE, 0, large)[0] == "ADAPTER_TOO_LARGE"
-    assert store.append(first, WEIGHTS_FILE, 0, large[:-1]) == BOUNDS.max_weights_bytes
+    assert refusal(store.uploads.append, first, WEIGHTS_FILE, 0, large)[0] == "ADAPTER_TOO_LARGE"
+    assert store.uploads.append(first, WEIGHTS_FILE, 0, large[:-1]) == BOUNDS.max_weights_bytes
     assert (
-        refusal(store.append, first, WEIGHTS_FILE, BOUNDS.max_weights_bytes, b"x")[0]
+        refusal(store.uploads.append, first, WEIGHTS_FILE, BOUNDS.max_weights_bytes, b"x")[0]
         == "ADAPTER_TOO_LARGE"
     )
     config = b"x" * (MAX_CONFIG_BYTES + 1)
-    assert refusal(store.append, first, CONFIG_FILE, 0, config)[0] == "ADAPTER_TOO_LARGE"
-    store.abort_upload(first)
-    store.begin_upload()
+    assert refusal(store.uploads.append, first, CONFIG_FILE, 0, config)[0] == "ADAPTER_TOO_LARGE"
+    store.uploads.abort(first)
+    store.uploads.begin()
 
 
 def test_an_upload_that_nobody_goes_on_with_expires(root: Path, store: Store) -> None:
-    kept, *stale = [store.begin_upload() for _ in range(3)]
+    kept, *stale = [store.uploads.begin() for _ in range(3)]
     for upload in stale:
-        store.append(upload, CONFIG_FILE, 0, b"{}")
+        store.uploads.append(upload, CONFIG_FILE, 0, b"{}")
         age(root, upload)
-    assert store.append(stale[0], CONFIG_FILE, 2, b" ") == 3
+    assert store.uploads.append(stale[0], CONFIG_FILE, 2, b" ") == 3
     assert store.gc(0, dry_run=True).uploads == (stale[1],)
-    assert store.upload(stale[1]).config_bytes == 2
+    assert store.uploads.state(stale[1]).config_bytes == 2
     age(root, stale[1])
     assert store.gc(0).uploads == (stale[1],)
-    assert refusal(store.upload, stale[1]) == ("UPLOAD_NOT_FOUND", stale[1])
+    assert refusal(store.uploads.state, stale[1]) == ("UPLOAD_NOT_FOUND", stale[1])
     age(root, stale[0])
     with Store(root):
-        assert refusal(store.upload, stale[0]) == ("UPLOAD_NOT_FOUND", stale[0])
-    assert store.upload(kept) == Upload(kept, 0, 0)
+        assert refusal(store.uploads.state, stale[0]) == ("UPLOAD_NOT_FOUND", stale[0])
+    assert store.uploads.state(kept) == Upload(kept, 0, 0)
     assert not rubbish(root)
 
 
 def test_an_upload_in_use_does_not_expire(
     root: Path, store: Store, source: Path, digest: str
 ) -> None:
-    upload = store.begin_upload()
+    upload = store.uploads.begin()
     send(store, upload, source)
     age(root, upload)
-    with store.open_upload(upload):
+    with store.uploads.reading(upload):
         assert store.gc(0).uploads == ()
     assert store.finish_upload(upload, "a", digest, BASE)[1]
 
@@ -189,8 +189,8 @@ def test_a_link_in_place_of_a_file_is_not_followed(
 ) -> None:
     secret = tmp_path / "secret"
     secret.write_text(json.dumps({"r": 8}))
-    upload = store.begin_upload()
+    upload = store.uploads.begin()
     (root / "uploads" / upload / CONFIG_FILE).symlink_to(secret)
-    refused = refusal(store.append, upload, CONFIG_FILE, secret.stat().st_size, b"x")
+    refused = refusal(store.uploads.append, upload, CONFIG_FILE, secret.stat().st_size, b"x")
     assert refused[0] == "STORE_UNAVAILABLE"
     assert secret.read_text() == '{"r": 8}'

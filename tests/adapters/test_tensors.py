@@ -1,4 +1,4 @@
-"""Loading: the tensors are the bytes that the digest names, or there are none."""
+"""Loading: the tensors are exactly the content of the digest, or loading fails."""
 
 from __future__ import annotations
 

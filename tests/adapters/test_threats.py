@@ -1,4 +1,4 @@
-"""What an adapter's bytes may make the server do: read two files, and nothing else."""
+"""Hostile adapters: the server reads two files, within bounds, and does nothing else."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_nothing_in_a_file_is_compiled_as_an_expression(
 
 
 def calls_of(run: Callable[[], object]) -> int:
-    """How many functions it calls: the work it does, without a clock."""
+    """Counts function calls, a measure of work without a clock."""
     calls = 0
 
     def count(frame: object, event: str, argument: object) -> None:
@@ -107,7 +107,7 @@ def calls_of(run: Callable[[], object]) -> int:
 
 
 def full(entry: Callable[[int], str]) -> list[str]:
-    """As many names as a configuration has room for."""
+    """As many names as fit into a configuration."""
     names = [entry(n) for n in range(20_000)]
     while len(json.dumps(names)) > 60_000:
         names = names[: len(names) * 9 // 10]

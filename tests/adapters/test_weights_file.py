@@ -1,4 +1,4 @@
-"""Weights files: what is not exactly a LoRA of this base is refused before or while it is read."""
+"""Weights files: anything but a LoRA of this base is refused before or while it is read."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ DATA = b"".join(t.tobytes() for t in TENSORS.values())
 
 
 def edited(**changes: object) -> bytes:
-    """The sound file with changes to its first tensor's entry."""
+    """A valid file with changes to its first tensor's entry."""
 
     def change(table: dict[str, Entry]) -> None:
         table[FIRST].update(changes)
@@ -131,7 +131,7 @@ def test_a_pickle_under_the_right_name_is_recognised(magic: bytes, tmp_path: Pat
 
 @given(st.data())
 def test_what_is_accepted_the_library_reads_alike(data: st.DataObject) -> None:
-    """Our reader may be stricter than safetensors; it is never laxer and never sees other bytes."""
+    """Our reader may be stricter than safetensors, never laxer, and reads the same bytes."""
     from safetensors.numpy import load
 
     mutated = bytearray(SOUND)

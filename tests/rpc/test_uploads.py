@@ -13,7 +13,7 @@ from loraplex import AdapterRejected, AsyncClient, InvalidRequest
 from loraplex.uploads import Files, UploadTarget, stream
 from loraplex.v1 import adapter_pb2 as pb
 from loraplex.v1 import adapter_pb2_grpc
-from loraplex_adapters.store import Store
+from loraplex_adapters.store.uploads import Uploads
 from loraplex_model.base.refusal import Reason, Refusal
 from rpc.harness import Running, ask, expected, refusal, running, write_adapter
 
@@ -174,14 +174,14 @@ async def test_a_full_disk_is_told_and_what_was_acknowledged_stays(
         files = Files.read(write_adapter(tmp_path / "mine", 1))
         upload_id = await start(up)
         messages = pieces(files, upload_id)
-        append = Store.append
+        append = Uploads.append
 
-        def full(store: Store, upload_id: str, file: str, offset: int, data: bytes) -> int:
+        def full(uploads: Uploads, upload_id: str, file: str, offset: int, data: bytes) -> int:
             if offset >= 970 and file.endswith("safetensors"):
                 raise Refusal(Reason.STORE_FULL, "no space is left in the adapter store")
-            return append(store, upload_id, file, offset, data)
+            return append(uploads, upload_id, file, offset, data)
 
-        monkeypatch.setattr(Store, "append", full)
+        monkeypatch.setattr(Uploads, "append", full)
         assert await refused(up, messages) == "STORE_FULL"
         monkeypatch.undo()
         assert await there(up, upload_id) == (len(files.config), 970)
@@ -196,15 +196,15 @@ async def test_the_client_goes_on_by_itself_when_a_stream_breaks(
     monkeypatch.setattr("loraplex.uploads.CHUNK_BYTES", 256)
     async with running(tmp_path) as up, AsyncClient(str(up.server.address)) as client:
         folder = write_adapter(tmp_path / "mine", 1)
-        append, calls = Store.append, []
+        append, calls = Uploads.append, []
 
-        def flaky(store: Store, *arguments: Any) -> int:
+        def flaky(uploads: Uploads, *arguments: Any) -> int:
             calls.append(arguments)
             if len(calls) in (2, 5):
                 raise Refusal(Reason.STORE_UNAVAILABLE, "the disk stumbled")
-            return append(store, *arguments)
+            return append(uploads, *arguments)
 
-        monkeypatch.setattr(Store, "append", flaky)
+        monkeypatch.setattr(Uploads, "append", flaky)
         seen: list[tuple[int, int]] = []
         done = await client.upload_adapter(
             "alpha", folder, progress=lambda sent, size: seen.append((sent, size))

@@ -1,4 +1,5 @@
-"""An adapter on disk: configuration, tensors, kinds, and whether a base model can serve it.
+"""An adapter's files: configuration, weights, kinds, and whether a base can serve them.
 
-Owns everything that is checked before an adapter is accepted. Imports no torch.
+Owns every check that an adapter must pass before it is accepted; `examine` is its entrance. It
+never writes a file, never follows a link out of a directory, and imports no torch.
 """

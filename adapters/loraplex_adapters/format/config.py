@@ -1,69 +1,78 @@
-"""adapter_config.json, read key by key against the allow-list of its kind.
+"""Reads adapter_config.json key by key, with the table of options of its kind.
 
-A key either means something here, or says nothing about the forward pass, or must be at the value
-that leaves the forward pass as it is.
+A key is either served, or has no effect on the forward pass, or must have the value that leaves the
+forward pass unchanged.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from loraplex_model.base.refusal import Problem, Reason
+from loraplex_model.base.refusal import Problem, Reason, Refusal
 
 from loraplex_adapters.format.files import CONFIG_FILE
-from loraplex_adapters.format.kinds import KINDS, Kind, Plan
+from loraplex_adapters.format.kinds import KINDS, Kind, Reading
 from loraplex_adapters.format.reader import Reader
 from loraplex_adapters.format.strict_json import loads, shown
 from loraplex_adapters.format.support import COMMON, UNSERVED
 
 FINGERPRINT_KEY = "loraplex_base_fingerprint"
-"""The base's fingerprint, which our trainer stamps here or into the weights file's metadata."""
+"""Key of the base's fingerprint in the configuration or in the weights file's metadata."""
 
 _SHOWN = ("base_model_name_or_path", "peft_version", "revision")
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """A configuration that was understood.
+    """A configuration that could be read.
 
     Attributes:
-        kind: by its `peft_type`.
-        plan: what to expect of the weights file.
-        provenance: stamps by key without "loraplex_", and what PEFT says of the origin.
-        base_model: what it was trained on, as the trainer called it.
+        kind: the kind that `peft_type` names.
+        reading: the kind's options, by which the tensors are placed.
+        provenance: stamps by key without "loraplex_", and PEFT's entries about the origin.
+        base_model: name of the base that the adapter was trained on, according to the file.
     """
 
     kind: Kind
-    plan: Plan
+    reading: Reading
     provenance: Mapping[str, str]
     base_model: str
 
 
-def parse_config(data: bytes) -> tuple[Settings | None, list[Problem]]:
-    """Reads adapter_config.json; no settings where it is too broken to hold the tensors against."""
+def load_config(data: bytes) -> dict[str, Any]:
+    """Parses adapter_config.json; raises Refusal(ADAPTER_INVALID) unless it is a JSON object."""
     try:
         config = loads(data)
     except ValueError as error:
-        return None, [Problem(CONFIG_FILE, f"{CONFIG_FILE} {error}", Reason.ADAPTER_INVALID)]
+        raise Refusal(Reason.ADAPTER_INVALID, f"{CONFIG_FILE} {error}", CONFIG_FILE) from None
     if not isinstance(config, dict):
-        return None, [
-            Problem(CONFIG_FILE, f"{CONFIG_FILE} is no JSON object", Reason.ADAPTER_INVALID)
-        ]
+        message = f"{CONFIG_FILE} is not a JSON object"
+        raise Refusal(Reason.ADAPTER_INVALID, message, CONFIG_FILE)
+    return config
+
+
+def parse_config(data: bytes) -> tuple[Settings | None, list[Problem]]:
+    """Reads adapter_config.json; returns no settings if the tensors cannot be placed by it."""
+    try:
+        config = load_config(data)
+    except Refusal as error:
+        return None, list(error.problems)
     reader = Reader(config)
     kind = _kind(reader)
     if kind is None:
         return None, reader.findings
-    plan = kind.read(reader)
+    reading = kind.read(reader)
     if config.get("task_type") not in (None, "CAUSAL_LM"):
         reader.unsupported("task_type", "is not CAUSAL_LM")
     provenance = reader.stamps()
     texts = {key: reader.text(key) for key in _SHOWN}
     provenance.update({key: shown(text) for key, text in texts.items() if text})
     reader.check_keys({**COMMON, **kind.options})
-    if plan is None:
+    if reading is None:
         return None, reader.findings
-    return Settings(kind, plan, provenance, shown(texts[_SHOWN[0]])), reader.findings
+    return Settings(kind, reading, provenance, shown(texts[_SHOWN[0]])), reader.findings
 
 
 def _kind(reader: Reader) -> Kind | None:
@@ -73,8 +82,8 @@ def _kind(reader: Reader) -> Kind | None:
     if not isinstance(value, str):
         given = "is missing"
     elif value in UNSERVED:
-        given = f"is {value} ({UNSERVED[value]}), which is not served"
+        given = f"is {value} ({UNSERVED[value]}), which is not supported"
     else:
-        given = f"is {shown(value)}, which is not known"
-    reader.unsupported("peft_type", f"{given}; served are {', '.join(KINDS)}")
+        given = f"is {shown(value)}, which is unknown"
+    reader.unsupported("peft_type", f"{given}; supported are {', '.join(KINDS)}")
     return None

@@ -1,6 +1,6 @@
 """An adapter's identity: SHA-256 over its two files, each preceded by its length.
 
-The lengths keep two different pairs of files from ever being one string of bytes.
+Thanks to the lengths, two different pairs of files never yield the same sequence of bytes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _HEX = frozenset("0123456789abcdef")
 
 
 class AdapterDigest:
-    """The digest in the making: the configuration first, then the weights in any pieces."""
+    """Computes a digest from the configuration and then the weights, in pieces of any size."""
 
     def __init__(self, config: bytes, weights_size: int) -> None:
         self._hash = hashlib.sha256(len(config).to_bytes(8, "little"))
@@ -22,16 +22,16 @@ class AdapterDigest:
         self._hash.update(weights_size.to_bytes(8, "little"))
 
     def update(self, piece: bytes | memoryview) -> None:
-        """Takes the next bytes of the weights file."""
+        """Adds the next bytes of the weights file."""
         self._hash.update(piece)
 
     def text(self) -> str:
-        """ "sha256:" and 64 lower-case hex digits."""
+        """Returns the digest as "sha256:" and 64 lower-case hex digits."""
         return _PREFIX + self._hash.hexdigest()
 
 
 def digest_hex(digest: str) -> str:
-    """The 64 hex digits of "sha256:<hex>", which are safe as a file name.
+    """Returns the 64 hex digits of "sha256:<hex>", which are safe as a file name.
 
     Raises Refusal(FIELD_INVALID, field "digest").
     """

@@ -1,4 +1,10 @@
-"""Reads a PEFT adapter directory and decides whether this base can serve it. Imports no torch."""
+"""Decides whether a base can serve an adapter. Four functions, in the order of what they read:
+
+examine_parsed   nothing: a configuration and a header that were read before
+examine_header   both files but not the weights: no digest, values unchecked
+examine          both files completely
+inspect          both files completely; returns the spec, or raises for the findings
+"""
 
 from __future__ import annotations
 
@@ -14,26 +20,26 @@ from loraplex_model.base.refusal import Problem, Reason, Refusal
 
 from loraplex_adapters.format.config import FINGERPRINT_KEY, Settings, parse_config
 from loraplex_adapters.format.digest import AdapterDigest
-from loraplex_adapters.format.files import WEIGHTS_FILE, Directory, open_directory
+from loraplex_adapters.format.files import WEIGHTS_FILE, Directory, opened
 from loraplex_adapters.format.header import Header, read_header
 from loraplex_adapters.format.modules import module_path, table_order
 from loraplex_adapters.format.packing import packed_bytes
 from loraplex_adapters.format.placement import Placement
 from loraplex_adapters.format.reader import MAX_STAMP, MAX_STAMPS
-from loraplex_adapters.format.spec import AdapterLimits, AdapterSpec, ModuleSpec
+from loraplex_adapters.format.spec import AdapterLimits, CheckedAdapter, ModuleSpec
 from loraplex_adapters.format.strict_json import shown
 from loraplex_adapters.format.support import STAMP
 from loraplex_adapters.format.values import scan
 
 MAX_FINDINGS = 100
-"""A report ends here; a file of 8,192 wrong tensors has been described well enough by then."""
+"""Findings that a report contains at most; a file can have 8,192 wrong tensors."""
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What an examination found: the spec, which is None exactly when there are findings."""
+    """The result of an examination: either a spec, or None and at least one finding."""
 
-    spec: AdapterSpec | None
+    spec: CheckedAdapter | None
     findings: tuple[Problem, ...]
 
 
@@ -43,12 +49,12 @@ def inspect(
     limits: AdapterLimits | None = None,
     *,
     check_values: bool = True,
-) -> AdapterSpec:
-    """As `examine`, but raises Refusal for the findings.
+) -> CheckedAdapter:
+    """Checks the adapter in `source` as `examine` does; raises Refusal if there are findings.
 
     Reasons: ADAPTER_INVALID, ADAPTER_UNSUPPORTED, BASE_MODEL_MISMATCH, RANK_TOO_LARGE,
-    ADAPTER_TOO_LARGE; FIELD_INVALID when a `source` path is no directory. No tensor is left out:
-    everything that the file holds is in the spec, or this raises.
+    ADAPTER_TOO_LARGE; FIELD_INVALID if a `source` path is not a directory. The spec covers every
+    tensor of the file.
     """
     report = examine(source, base, limits, check_values=check_values)
     if report.spec is None:
@@ -63,26 +69,29 @@ def examine(
     *,
     check_values: bool = True,
 ) -> Report:
-    """Checks the adapter in `source` against `base` and lists everything that is wrong with it.
+    """Checks the adapter in `source` against `base` and reports everything that is wrong with it.
 
-    The elements are looked at last, and only where nothing else is wrong; `check_values=False`
-    leaves that out, for bytes that passed it before.
+    The tensors' values are checked last, and only if nothing else is wrong. `check_values=False`
+    skips them, for content that has passed this check before.
     """
     limits = limits or AdapterLimits()
     return _examine(source, base, limits, limits.max_abs_value if check_values else None)
 
 
-def survey(source: Path | Directory, base: BaseInfo, limits: AdapterLimits | None = None) -> Report:
-    """`examine` as far as it goes without reading the weights: the spec's digest stays empty."""
+def examine_header(
+    source: Path | Directory, base: BaseInfo, limits: AdapterLimits | None = None
+) -> Report:
+    """Does what `examine` does without reading the weights: the spec's digest stays empty."""
     return _examine(source, base, limits or AdapterLimits(), None, read_weights=False)
 
 
-def judge(
+def examine_parsed(
     config: bytes | None, header: Header | None, size: int, base: BaseInfo, limits: AdapterLimits
 ) -> Report:
-    """Decides from the configuration and the header of a weights file of `size` bytes.
+    """Checks a configuration and the header of a weights file of `size` bytes.
 
-    What could not be read is None and not judged. The spec's digest is empty: it is over all bytes.
+    A file that could not be read is None and not checked; the report then has no spec. The spec's
+    digest is empty, since it covers the weights.
     """
     if config is None:
         return Report(None, ())
@@ -93,18 +102,18 @@ def judge(
     _check_base(settings, header, base, findings)
     kind = settings.kind
     file = Placement(kind.peft_type, header, kind.endings, base, limits, kind.whole_names)
-    modules = settings.plan.place(file)
+    modules = settings.reading.place(file)
     file.finish()
     findings += file.findings
     modules.sort(key=lambda m: table_order((m.layer, m.module)))
     _check_once(modules, findings)
     packed = packed_bytes(modules, base)
     if limits.max_device_bytes is not None and packed > limits.max_device_bytes:
-        message = f"needs {packed} bytes on the device; there are {limits.max_device_bytes}"
+        message = f"needs {packed} bytes on the device; it has {limits.max_device_bytes}"
         findings.append(Problem(WEIGHTS_FILE, message, Reason.ADAPTER_TOO_LARGE))
     if findings:
         return Report(None, tuple(findings[:MAX_FINDINGS]))
-    spec = AdapterSpec(
+    spec = CheckedAdapter(
         digest="",
         peft_type=kind.peft_type,
         rank=max(m.rank for m in modules),
@@ -122,7 +131,7 @@ def judge(
 def _check_base(
     settings: Settings, header: Header, base: BaseInfo, findings: list[Problem]
 ) -> None:
-    """Holds the stamps of configuration and weights against the base."""
+    """Compares the fingerprints in configuration and weights file with the base's."""
     stamps = (
         settings.provenance.get(FINGERPRINT_KEY.removeprefix(STAMP)),
         header.metadata.get(FINGERPRINT_KEY),
@@ -130,12 +139,12 @@ def _check_base(
     for stamp in stamps:
         if stamp and stamp != base.fingerprint:
             made_for = f"the adapter was made for the base {shown(stamp)}"
-            message = f"{made_for}, this is {base.fingerprint}"
+            message = f"{made_for}; this base is {base.fingerprint}"
             findings.append(Problem(FINGERPRINT_KEY, message, Reason.BASE_MODEL_MISMATCH))
 
 
 def _stamps(metadata: Mapping[str, str], findings: list[Problem]) -> dict[str, str]:
-    """What the trainer stamped into the weights file, by key without the prefix."""
+    """The trainer's stamps in the weights file's metadata, by key without the prefix."""
     stamps = {key: text for key, text in metadata.items() if key.startswith(STAMP)}
     if len(stamps) > MAX_STAMPS:
         message = f"{WEIGHTS_FILE} has more than {MAX_STAMPS} stamps"
@@ -145,16 +154,16 @@ def _stamps(metadata: Mapping[str, str], findings: list[Problem]) -> dict[str, s
 
 
 def _check_once(modules: Sequence[ModuleSpec], findings: list[Problem]) -> None:
-    """Refuses what changes one module in two ways at once, such as A and B beside saved rows."""
+    """Refuses two changes of one module, such as A and B together with saved rows."""
     for first, second in pairwise(modules):
         if (first.layer, first.module) == (second.layer, second.module):
             path = module_path(first.layer, first.module)
-            message = f"{path} is changed in two ways at once, which is not served"
+            message = f"{path} is changed in two ways at once, which is not supported"
             findings.append(Problem(path, message, Reason.ADAPTER_UNSUPPORTED))
 
 
 def _in_table_order(modules: Sequence[ModuleSpec]) -> list[str]:
-    """The modules' names, each once; virtual tokens are no module."""
+    """The modules' names, each once, without virtual tokens."""
     held = {m.module for m in modules}
     return [name for name in (*LAYER_SITES, *MODEL_SITES) if name in held]
 
@@ -172,13 +181,9 @@ def _examine(
     read_weights: bool = True,
 ) -> Report:
     unreadable: list[Problem] = []
-    with ExitStack() as opened:
+    with ExitStack() as stack:
         try:
-            directory = (
-                source
-                if isinstance(source, Directory)
-                else opened.enter_context(open_directory(source))
-            )
+            directory = stack.enter_context(opened(source))
         except Refusal as error:
             return Report(None, tuple(error.problems))
         config = header = None
@@ -189,12 +194,12 @@ def _examine(
         except Refusal as error:
             unreadable += error.problems
         try:
-            weights = opened.enter_context(directory.open_weights(limits.max_weights_bytes))
+            weights = stack.enter_context(directory.open_weights(limits.max_weights_bytes))
             size = weights.size
             header = read_header(weights.read, size)
         except Refusal as error:
             unreadable += error.problems
-        report = judge(config, header, size, base, limits)
+        report = examine_parsed(config, header, size, base, limits)
         if unreadable or report.spec is None or not read_weights:
             spec = None if unreadable else report.spec
             return Report(spec, (*unreadable, *report.findings))

@@ -1,12 +1,12 @@
-"""Opening what somebody else wrote: regular files only, through no link, below a given root."""
+"""Opens files of untrusted origin: regular files only, without following links, below a root."""
 
 from __future__ import annotations
 
 import os
 import stat
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
-from types import TracebackType
 
 from loraplex_model.base.refusal import Reason, Refusal
 
@@ -17,11 +17,11 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 64 << 10
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-"""Endings of files whose readers run code that the file brings. None is ever opened."""
+"""Endings of files whose readers execute code from the file. Such files are never opened."""
 
 _MAX_PATH = 4096
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-# A FIFO that is swapped in after the check must not make the open wait for a writer.
+# Without O_NONBLOCK, opening a FIFO that was swapped in after the check would block.
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
@@ -29,8 +29,8 @@ class RegularFile:
     """An open regular file, read by position; a context manager.
 
     Attributes:
-        name: its name, for messages.
-        size: bytes, when it was opened.
+        name: name of the file, for messages.
+        size: size in bytes when the file was opened.
     """
 
     def __init__(self, descriptor: int, name: str) -> None:
@@ -39,7 +39,10 @@ class RegularFile:
         self.size = os.fstat(descriptor).st_size
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fills `buffer` from `offset`; raises Refusal(ADAPTER_INVALID) if the file ends."""
+        """Fills `buffer` with the bytes from `offset`.
+
+        Raises Refusal(ADAPTER_INVALID) if the file is too short or unreadable.
+        """
         assert self._descriptor is not None, "the file is closed"
         filled = 0
         while filled < len(buffer):
@@ -56,7 +59,7 @@ class RegularFile:
             filled += count
 
     def read(self, offset: int, length: int) -> bytes:
-        """`length` bytes from `offset`; raises as `read_into` does."""
+        """Returns `length` bytes from `offset`; raises as `read_into` does."""
         buffer = bytearray(length)
         self.read_into(memoryview(buffer), offset)
         return bytes(buffer)
@@ -70,29 +73,24 @@ class RegularFile:
     def __enter__(self) -> RegularFile:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
 class Directory:
-    """An open directory whose files are read through its descriptor; a context manager.
+    """An open directory whose files are opened through its descriptor; a context manager.
 
-    What is opened stays what was checked, whatever is renamed or linked meanwhile.
+    Later renames or links do not change which directory that is.
     """
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor: int | None = descriptor
 
     def open(self, name: str, max_bytes: int) -> RegularFile:
-        """Opens the regular file `name`, a name of ours.
+        """Opens the regular file `name`, which must be a trusted name.
 
-        Raises Refusal: ADAPTER_INVALID (missing, no regular file, unreadable),
-        ADAPTER_TOO_LARGE, and ADAPTER_UNSUPPORTED for weights that are there, but pickled.
+        Raises Refusal: ADAPTER_INVALID (missing, not a regular file, unreadable),
+        ADAPTER_TOO_LARGE, and ADAPTER_UNSUPPORTED if the weights exist as a pickle only.
         """
         descriptor = self._open(name)
         if descriptor is None:
@@ -129,18 +127,13 @@ class Directory:
     def __enter__(self) -> Directory:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _open(self, name: str) -> int | None:
         assert self._descriptor is not None, "the directory is closed"
         try:
-            # Looked at before it is opened: opening some devices does something.
+            # Checked before it is opened, because opening some devices has effects.
             if not stat.S_ISREG(os.lstat(name, dir_fd=self._descriptor).st_mode):
                 raise _irregular(name)
             return os.open(name, _FILE, dir_fd=self._descriptor)
@@ -170,7 +163,7 @@ class Directory:
 
 
 def open_directory(path: Path) -> Directory:
-    """Opens a directory that the caller trusts the path of; its last component may not be a link.
+    """Opens a directory whose path the caller trusts; the last component must not be a link.
 
     Raises Refusal(FIELD_INVALID, field "path").
     """
@@ -180,12 +173,20 @@ def open_directory(path: Path) -> Directory:
         raise _no_directory() from None
 
 
-def open_below(root: Path, relative: str) -> Directory:
-    """Opens the directory `relative` below `root`, following no link on the way.
+def opened(source: Path | Directory) -> AbstractContextManager[Directory]:
+    """Context manager of `source` as a directory: opens and closes a path as `open_directory` does.
 
-    `root` itself is the operator's and may be a link. Raises Refusal(FIELD_INVALID, field
-    "path") when `relative` is absolute, leaves the root, is not in plain form ("a//b", "./a"),
-    holds a NUL, passes through a link, or is no directory.
+    A `Directory` belongs to the caller and stays open.
+    """
+    return nullcontext(source) if isinstance(source, Directory) else open_directory(source)
+
+
+def open_below(root: Path, relative: str) -> Directory:
+    """Opens the directory `relative` below `root` without following links.
+
+    `root` itself is trusted and may be a link. Raises Refusal(FIELD_INVALID, field "path") if
+    `relative` is absolute, leaves the root, is not in plain form ("a//b", "./a"), contains a NUL,
+    passes through a link, or is not a directory.
     """
     parts = _parts(relative)
     here = _open_root(root)
@@ -214,12 +215,6 @@ def _open_root(root: Path) -> int:
         ) from None
 
 
-def resolve_below(root: Path, relative: str) -> Path:
-    """The path of `open_below`'s directory, with the same checks; prefer `open_below`."""
-    open_below(root, relative).close()
-    return root.joinpath(*_parts(relative))
-
-
 def _parts(relative: str) -> list[str]:
     parts = relative.removesuffix("/").split("/")
     if len(relative) > _MAX_PATH or "\0" in relative or any(p in ("", ".", "..") for p in parts):
@@ -233,7 +228,7 @@ def _parts(relative: str) -> list[str]:
 
 def _no_directory() -> Refusal:
     return Refusal(
-        Reason.FIELD_INVALID, "there is no such directory, or a link leads to it", "path"
+        Reason.FIELD_INVALID, "there is no such directory, or its path contains a link", "path"
     )
 
 

@@ -1,8 +1,8 @@
-"""The header of a safetensors file, read strictly, and without reading more than it needs.
+"""Reads the header of a safetensors file, strictly and within bounds.
 
-The library accepts a header of 100 MB and 800,000 empty tensors; that costs seconds and hundreds of
-megabytes before the first check of ours could run. The format: an 8-byte little-endian length, a
-JSON object of that length, and the tensors' bytes with no gap between them.
+The safetensors library accepts headers of 100 MB and 800,000 empty tensors, which takes seconds and
+hundreds of megabytes before any further check could run. The format is an 8-byte little-endian
+length, a JSON object of that length, and the tensors' bytes without gaps.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ MAX_NAME = 512
 MAX_DIMENSIONS = 8
 ITEM_SIZE = {short: ITEM_SIZES[name] for short, name in SAFETENSORS.items()}
 
-# A tensor's entry has five commas. More of them than this can only be a header that wants memory.
+# A tensor's entry has five commas. A header with more than this is refused before it is parsed.
 _MAX_COMMAS = 8 * MAX_TENSORS
 _PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a weights file holds: `tensors` in the order of their offsets, without gaps."""
+    """The header of a weights file: `tensors` in the order of their offsets, without gaps."""
 
     tensors: tuple[TensorLocation, ...]
     metadata: Mapping[str, str]
@@ -49,9 +49,9 @@ def read_header(read: Callable[[int, int], bytes], size: int) -> Header:
     length = int.from_bytes(prefix, "little")
     if length > size - 8:
         if prefix.startswith(_PICKLE_MAGIC):
-            message = f"{WEIGHTS_FILE} holds a pickle, not safetensors"
+            message = f"{WEIGHTS_FILE} is a pickle, not safetensors"
             raise Refusal(Reason.ADAPTER_UNSUPPORTED, message, WEIGHTS_FILE)
-        raise _invalid("is truncated: its header goes beyond its end")
+        raise _invalid("is truncated: its header extends beyond its end")
     if length > MAX_HEADER_BYTES:
         raise _invalid(f"has a header of {length} bytes; at most {MAX_HEADER_BYTES} are accepted")
     text = read(8, length)
@@ -62,12 +62,12 @@ def read_header(read: Callable[[int, int], bytes], size: int) -> Header:
     except ValueError as error:
         raise _invalid(f"has a header that {error}") from None
     if not isinstance(table, dict) or not text.startswith(b"{"):
-        raise _invalid("has a header that is no JSON object")
+        raise _invalid("has a header that is not a JSON object")
     metadata = _metadata(table.pop("__metadata__", {}))
     if not table:
-        raise _invalid("holds no tensor")
+        raise _invalid("has no tensors")
     if len(table) > MAX_TENSORS:
-        raise _invalid(f"holds {len(table)} tensors; at most {MAX_TENSORS} are accepted")
+        raise _invalid(f"has {len(table)} tensors; at most {MAX_TENSORS} are accepted")
     start = 8 + length
     tensors = sorted(
         (_location(n, e, start) for n, e in table.items()), key=lambda t: (t.start, t.end)
@@ -84,7 +84,7 @@ def read_header(read: Callable[[int, int], bytes], size: int) -> Header:
 
 def _metadata(value: object) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
-        raise _invalid("has metadata that is no map of strings", "__metadata__")
+        raise _invalid("has metadata that is not a map of strings", "__metadata__")
     return value
 
 
@@ -92,20 +92,21 @@ def _location(name: str, entry: object, data_start: int) -> TensorLocation:
     if len(name) > MAX_NAME:
         raise _invalid("has a tensor name that is too long", name)
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise _invalid("has a tensor without dtype, shape and data_offsets alone", name)
+        raise _invalid("has a tensor with other fields than dtype, shape and data_offsets", name)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str):
-        raise _invalid("has a tensor whose dtype is no string", name)
+        raise _invalid("has a tensor whose dtype is not a string", name)
     if dtype not in ITEM_SIZE:
         raise Refusal(
             Reason.ADAPTER_UNSUPPORTED,
-            f"tensor {shown(name)} has dtype {shown(dtype, 16)}; served are {', '.join(ITEM_SIZE)}",
+            f"tensor {shown(name)} has dtype {shown(dtype, 16)}; supported are "
+            f"{', '.join(ITEM_SIZE)}",
             shown(name),
         )
     if not _integers(shape) or not 1 <= len(shape) <= MAX_DIMENSIONS or min(shape) < 0:
         raise _invalid("has a tensor whose shape is not a list of sizes", name)
     if not _integers(offsets) or len(offsets) != 2 or offsets[0] < 0:
-        raise _invalid("has a tensor whose data_offsets are no pair of offsets", name)
+        raise _invalid("has a tensor whose data_offsets are not a pair of offsets", name)
     begin, end = offsets
     if end - begin != prod(shape) * ITEM_SIZE[dtype]:
         raise _invalid("has a tensor whose bytes do not fit its shape", name)

@@ -1,4 +1,4 @@
-"""The support matrix: every kind and every option, out of the tables that the reader goes by."""
+"""The support matrix: every kind and every option, from the tables that the reader uses."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from loraplex_adapters.format.support import COMMON, UNSERVED, Option
 
 
 def markdown() -> str:
-    """The matrix as docs/adapters.md shows it, without a last newline."""
+    """Returns the matrix as in docs/adapters.md, without a trailing newline."""
     return "\n".join(_lines())
 
 

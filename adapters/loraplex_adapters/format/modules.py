@@ -1,4 +1,4 @@
-"""The names of modules: PEFT's spelling of a site, and what the base has there."""
+"""Names of modules: PEFT's spelling of a site, and the shapes of tensors there."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from loraplex_model.base.config import BLOCKS, LAYER_SITES, MODEL, MODEL_SITES, 
 from loraplex_model.base.info import BaseInfo
 
 PREFIX = "base_model.model."
-"""What PEFT puts before a module's path in the Hugging Face model."""
+"""PEFT's prefix of a module's path in the Hugging Face model."""
 
 VIRTUAL_TOKENS: Site = (MODEL, "virtual_tokens")
-"""Where an adapter's virtual tokens are placed; no module of the base."""
+"""Site of an adapter's virtual tokens, which is not a module of the base."""
 
 BOTTLENECKS = {"attention_bottleneck": "self_attn", "mlp_bottleneck": "mlp"}
-"""The block that each bottleneck is beside or behind."""
+"""The block that each bottleneck is parallel to or follows."""
 
 NORMS = ("input_layernorm", "post_attention_layernorm", "q_norm", "k_norm", "norm")
 
@@ -29,9 +29,9 @@ _MODEL_PATHS = {
 
 @lru_cache(1 << 14)
 def module_path(layer: int, module: str) -> str:
-    """The module's path in the Hugging Face model, which PEFT's patterns are matched with.
+    """Returns the module's path in the Hugging Face model, which PEFT's patterns refer to.
 
-    A bottleneck's is that of its block.
+    The path of a bottleneck is that of its block.
     """
     if layer == MODEL:
         return _MODEL_PATHS[module]
@@ -51,7 +51,7 @@ def base_sites(base: BaseInfo) -> Iterator[Site]:
 
 
 def table_order(site: Site) -> tuple[bool, int, int]:
-    """A key that sorts sites as the adapter table has them; virtual tokens come last."""
+    """Key that sorts sites in the order of the adapter table, with virtual tokens last."""
     layer, name = site
     if layer == MODEL:
         return True, 0, (*MODEL_SITES, VIRTUAL_TOKENS[1]).index(name)
@@ -59,10 +59,10 @@ def table_order(site: Site) -> tuple[bool, int, int]:
 
 
 def role_shapes(site: Site, base: BaseInfo) -> Mapping[str, tuple[int | None, ...]]:
-    """The shape of every role that a tensor can have at a site of this base.
+    """Returns the shape of every role that a tensor can have at a site of this base.
 
     None stands for the inner width: LoRA's rank, a bottleneck's width, the number of rows or of
-    virtual tokens. Roles that are missing have no meaning there.
+    virtual tokens. A role that is missing cannot occur at the site.
     """
     _, name = site
     config = base.config

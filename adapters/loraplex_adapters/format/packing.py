@@ -1,4 +1,4 @@
-"""Packed size of an adapter: bytes on the device, from its tensors' shapes and without torch."""
+"""Packed size of an adapter: its bytes on the device, computed from the shapes of its tensors."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
 """PEFT's matching of module names, for plain names only.
 
-PEFT tries the keys of `rank_pattern` and `alpha_pattern` in turn as `(.*\\.)?(KEY)$` and takes the
-first that matches. A key out of a file may be an expression that runs for hours, so only names
-joined by dots are taken; in them a dot still stands for any character, as it does for PEFT.
+PEFT tries the keys of `rank_pattern` and `alpha_pattern` in turn as `(.*\\.)?(KEY)$` and uses the
+first that matches. A key in a file could be an expression that runs for hours, so only names joined
+by dots are accepted; a dot in them matches any character, as in PEFT.
 
-The order of the keys is not to be trusted: PEFT trains with the order that the author wrote and
-saves them sorted. Where the order would decide, the file does not say what was trained.
+The order of the keys in a file is meaningless: PEFT trains with the author's order and saves the
+keys sorted. If the order would decide, the file does not determine what was trained.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ Value = TypeVar("Value", int, float)
 
 MAX_NAME = 256
 MAX_FOREIGN_KEYS = 256
-"""Dotted keys that equal no module's name are compared one by one; more of them are not."""
+"""Most dotted keys that equal no module's name, since these are compared one by one."""
 
 _NAME = frozenset(string.ascii_letters + string.digits + "_")
 
 
 @dataclass(frozen=True, slots=True)
 class Matched(Generic[Value]):
-    """What a pattern says of each module.
+    """The values that a pattern gives to modules.
 
     Attributes:
-        values: by module path, for the modules that some key matches.
-        conflict: (module path, key, key) of two keys that disagree, or None.
+        values: value by module path, for the modules that a key matches.
+        conflict: module path and two keys that disagree about it; None if there is no conflict.
     """
 
     values: Mapping[str, Value]
@@ -39,7 +39,7 @@ class Matched(Generic[Value]):
 
 
 def is_plain(name: str) -> bool:
-    """Whether `name` is a module's name, or several joined by dots, and nothing else."""
+    """Whether `name` consists of one or more module names joined by dots."""
     return len(name) <= MAX_NAME and all(
         part and _NAME.issuperset(part) for part in name.split(".")
     )
@@ -47,19 +47,19 @@ def is_plain(name: str) -> bool:
 
 @lru_cache(1 << 14)
 def suffixes(path: str) -> tuple[str, ...]:
-    """`path` and what follows each of its dots: what a plain key has to equal to match it."""
+    """Returns `path` and its parts after each dot; a plain key matches if it equals one of them."""
     parts = path.split(".")
     return tuple(".".join(parts[start:]) for start in range(len(parts)))
 
 
 def match(pattern: Mapping[str, Value], paths: Collection[str]) -> Matched[Value]:
-    """Looks the module paths up in a pattern of plain keys; raises ValueError for too many keys."""
+    """Matches module paths with a pattern of plain keys; raises ValueError for too many keys."""
     if not pattern:
         return Matched({}, None)
     names = {suffix for path in paths for suffix in suffixes(path)}
     foreign = [key for key in pattern if "." in key and key not in names]
     if len(foreign) > MAX_FOREIGN_KEYS:
-        raise ValueError(f"has more than {MAX_FOREIGN_KEYS} keys that name no module of the file")
+        raise ValueError(f"has more than {MAX_FOREIGN_KEYS} keys that match no module of the file")
     values: dict[str, Value] = {}
     conflict = None
     for path in paths:

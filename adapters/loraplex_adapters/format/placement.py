@@ -1,7 +1,7 @@
-"""Puts every tensor of a weights file to a site of the base, or says why it has none.
+"""Assigns every tensor of a weights file to a site of the base, or reports why it fits none.
 
-A kind claims the tensors that its configuration explains. What nobody has claimed at the end is a
-finding, so no tensor can be left out by mistake.
+A kind claims the tensors that its configuration accounts for. A tensor that is unclaimed at the end
+becomes a finding, so no tensor can be dropped by mistake.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ _LAYER = re.compile(r"\Amodel\.layers\.(0|[1-9][0-9]{0,4})\.")
 
 
 class Placement:
-    """One file's way into one base.
+    """Placement of one file's tensors in one base.
 
     Attributes:
-        base, limits: what the file is held against.
-        findings: everything that does not fit, in the order in which it was seen.
+        base, limits: the base and the limits that the file is checked against.
+        findings: everything that does not fit, in order of discovery.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Placement:
         self.findings: list[Problem] = []
         self._peft_type = peft_type
         self._needs = endings
-        # The longest first: "lora_B.bias" ends in "bias".
+        # The longest ending first, since "lora_B.bias" also ends in "bias".
         self._endings = sorted(endings, key=len, reverse=True)
         self._sites = {module_path(*site): site for site in base_sites(base)}
         for layer in range(base.config.num_layers):
@@ -67,15 +67,15 @@ class Placement:
                 self._take(tensor)
 
     def sites(self, *endings: str) -> list[Site]:
-        """The sites that hold an unclaimed tensor with one of these endings."""
+        """The sites that have an unclaimed tensor with one of these endings."""
         return [site for site, held in self._left.items() if held.keys() & set(endings)]
 
     def claim(self, site: Site, ending: str) -> TensorLocation | None:
-        """Takes a tensor out of the file, where it is there."""
+        """Claims and returns a tensor; None if the file has none at this site with this ending."""
         return self._left.get(site, {}).pop(ending, None)
 
     def require(self, site: Site, ending: str) -> TensorLocation | None:
-        """As `claim`; a tensor that is not there is a finding."""
+        """Claims a tensor as `claim` does; adds a finding if it is missing."""
         tensor = self.claim(site, ending)
         if tensor is None:
             name = ending if site == VIRTUAL_TOKENS else f"{PREFIX}{module_path(*site)}.{ending}"
@@ -83,10 +83,10 @@ class Placement:
         return tensor
 
     def fits(self, site: Site, tensors: Mapping[str, TensorLocation | None]) -> int | None:
-        """The inner width that all of the site's tensors share, if their shapes are the base's.
+        """Checks the shapes of a site's tensors, by role, and returns their common inner width.
 
-        None, with findings, where they are not; 0 where no role has an inner width. Tensors that
-        are None are missing, which is a finding of its own.
+        Returns 0 if no role has an inner width, and None if a shape does not fit, which adds a
+        finding, or if a tensor is None (missing, for which there is a finding already).
         """
         shapes = role_shapes(site, self.base)
         inner: dict[str, int] = {}
@@ -107,13 +107,13 @@ class Placement:
                     inner[tensor.name] = size
                 elif size != wanted:
                     name = shown(tensor.name)
-                    message = f"{name} is {size} wide; the base's {site[1]} has {wanted}"
+                    message = f"{name} has width {size}; the base's {site[1]} has {wanted}"
                     self.find(Reason.BASE_MODEL_MISMATCH, message, name)
                     return None
         if len(set(inner.values())) > 1:
             sizes = " and ".join(f"{size} in {_ending(name)}" for name, size in inner.items())
             name = shown(list(inner)[-1])
-            message = f"{module_path(*site)} has inner widths that differ: {sizes}"
+            message = f"{module_path(*site)} has different inner widths: {sizes}"
             self.find(Reason.ADAPTER_INVALID, message, name)
             return None
         return next(iter(inner.values()), 0)
@@ -121,12 +121,12 @@ class Placement:
     def fits_rank(
         self, site: Site, tensors: Mapping[str, TensorLocation | None], rank: int, field: str
     ) -> bool:
-        """As `fits`, for tensors whose inner width `field` of the configuration says."""
+        """Whether tensors fit and have the rank that `field` of the configuration gives."""
         held = self.fits(site, tensors)
         if held is None:
             return False
         if held > self.limits.max_rank:
-            message = f"has rank {held}; at most {self.limits.max_rank} is served"
+            message = f"has rank {held}; at most {self.limits.max_rank} is allowed"
             first = next(t for t in tensors.values() if t is not None)
             self.find(Reason.RANK_TOO_LARGE, f"{module_path(*site)} {message}", shown(first.name))
             return False
@@ -137,21 +137,21 @@ class Placement:
         return True
 
     def check_rank(self, field: str, rank: int) -> None:
-        """Refuses a rank of the configuration that is too large, whatever the tensors say."""
+        """Adds a finding if a rank in the configuration is too large, whatever the tensors have."""
         if rank > self.limits.max_rank:
-            message = f"{field} asks for rank {rank}; at most {self.limits.max_rank} is served"
+            message = f"{field} is rank {rank}; at most {self.limits.max_rank} is allowed"
             self.find(Reason.RANK_TOO_LARGE, message, field)
 
     def check_scale(self, site: Site, scale: float, field: str) -> None:
-        """Refuses a scale that is too large."""
+        """Adds a finding if a scale is too large or not a number."""
         if not abs(scale) <= self.limits.max_scale:
-            message = f"has scale {scale:g}; at most {self.limits.max_scale:g} is served"
+            message = f"has scale {scale:g}; at most {self.limits.max_scale:g} is allowed"
             self.find(Reason.ADAPTER_INVALID, f"{module_path(*site)} {message}", field)
 
     def matched(
         self, field: str, pattern: Mapping[str, Value], sites: Collection[Site]
     ) -> Mapping[Site, Value]:
-        """What a pattern of the configuration says of each site."""
+        """Returns the values that a pattern in the configuration gives to the sites."""
         paths = {module_path(*site): site for site in sites}
         try:
             matched = match(pattern, paths)
@@ -161,8 +161,8 @@ class Placement:
         if matched.conflict:
             path, first, second = matched.conflict
             message = (
-                f"{field} gives {path} two values, by {first} and by {second}; which one it was "
-                "trained with depends on an order that PEFT does not save"
+                f"{field} gives {path} two values, by {first} and by {second}; the one used in "
+                "training depends on an order that PEFT does not save"
             )
             self.find(Reason.ADAPTER_UNSUPPORTED, message, field)
         return {paths[path]: value for path, value in matched.values.items()}
@@ -170,9 +170,9 @@ class Placement:
     def check_targets(
         self, targets: Targets, candidates: Iterable[Site], adapted: Collection[Site]
     ) -> None:
-        """Holds the adapted sites against a list of targets, as PEFT would apply it to this base.
+        """Compares the adapted sites with the sites that PEFT would adapt by a list of targets.
 
-        PEFT passes over tensors that the list does not name, and starts the missing ones at zero.
+        PEFT itself ignores tensors that the list does not name, and sets missing ones to zero.
         """
         if targets.names is None or self.findings:
             return
@@ -183,19 +183,19 @@ class Placement:
         if missing := sorted(expected - set(adapted)):
             message = f"{module_path(*missing[0])} is a target but has no weights"
             if missing[0][0] > max((layer for layer, _ in adapted), default=-1) >= 0:
-                message += "; the adapter seems to be made for a base with fewer layers"
+                message += "; the adapter seems to be for a base with fewer layers"
                 self.find(Reason.BASE_MODEL_MISMATCH, message, "target_modules")
             else:
                 self.find(Reason.ADAPTER_INVALID, message, "target_modules")
 
     def finish(self) -> None:
-        """Turns every tensor that nobody has claimed into a finding."""
+        """Adds a finding for every unclaimed tensor."""
         for held in self._left.values():
             for ending, tensor in held.items():
                 name = shown(tensor.name)
                 option = self._needs[ending]
                 why = f" ({option})" if option else ""
-                message = f"{name} is there, but {CONFIG_FILE} does not account for it{why}"
+                message = f"{name} is in the file, but {CONFIG_FILE} does not use it{why}"
                 self.find(Reason.ADAPTER_INVALID, message, name)
         self._left.clear()
 
@@ -224,7 +224,7 @@ class Placement:
 
     def _no_tensor(self, tensor: TensorLocation) -> None:
         name = shown(tensor.name)
-        message = f"{name} is no tensor of an adapter of type {self._peft_type}"
+        message = f"{name} is not a tensor of an adapter of type {self._peft_type}"
         self.find(Reason.ADAPTER_INVALID, message, name)
 
     def _no_site(self, tensor: TensorLocation, path: str) -> None:
@@ -239,7 +239,7 @@ class Placement:
         self.find(Reason.BASE_MODEL_MISMATCH, message, name)
 
     def _within_module(self, path: str) -> bool:
-        """Whether the path goes on below a module of the base: then the module is not in doubt."""
+        """Whether the path leads into a module of the base, so that only its end is unknown."""
         parts = path.split(".")
         above = (self._sites.get(".".join(parts[:n])) for n in range(1, min(len(parts), 8)))
         return any(site is not None and site[1] not in BOTTLENECKS for site in above)
@@ -250,7 +250,7 @@ class Placement:
             message = f"{name} replaces a bias; the base's {site[1]} has none"
             self.find(Reason.BASE_MODEL_MISMATCH, message, name)
         else:
-            message = f"{name} changes {site[1]} in a way that is not served"
+            message = f"{name} changes {site[1]} in a way that is not supported"
             self.find(Reason.ADAPTER_UNSUPPORTED, message, name)
 
 

@@ -1,6 +1,6 @@
-"""Takes typed values out of a configuration; what is wrong with them becomes findings.
+"""Reads typed values from a configuration; wrong values become findings.
 
-Nothing in the file is ever used as a regular expression, although PEFT reads several keys as one.
+Nothing in the file is ever used as a regular expression, although PEFT uses several keys so.
 """
 
 from __future__ import annotations
@@ -17,23 +17,28 @@ from loraplex_adapters.format.targets import Targets
 
 MAX_STAMPS = 64
 MAX_STAMP = 512
-"""Stamps of one file, and characters kept of each."""
+"""Most stamps of one file, and most characters kept of each."""
 
 MAX_SAVED = 64
-"""Names in `modules_to_save`: each is compared with every module."""
+"""Most names in `modules_to_save`, since each is compared with every module."""
 
 Read = TypeVar("Read")
 
 
 class Reader:
-    """One configuration. Methods return a neutral value where the file's is wrong."""
+    """Reader of one configuration. For a wrong value, methods add a finding and return a default.
+
+    Attributes:
+        config: the configuration.
+        findings: everything that is wrong with it, in order of discovery.
+    """
 
     def __init__(self, config: Mapping[str, object]) -> None:
         self.config = config
         self.findings: list[Problem] = []
 
     def integer(self, key: str, least: int = 1) -> int | None:
-        """An integer of at least `least`; it has to be there."""
+        """A required integer of at least `least`."""
         value = self.config.get(key)
         if type(value) is int and value >= least:
             return value
@@ -41,18 +46,18 @@ class Reader:
         return None
 
     def optional_integer(self, key: str, least: int = 1) -> int | None:
-        """As `integer`, but null or no key is None without a finding."""
+        """An integer of at least `least`; None if the key is null or missing."""
         return None if self.config.get(key) is None else self.integer(key, least)
 
     def number(self, key: str, default: float | None = None) -> float | None:
-        """A finite number; it has to be there unless there is a default."""
+        """A finite number, which is required if there is no default."""
         value = self.config.get(key)
         return default if value is None and default is not None else self.as_number(key, value)
 
     def as_number(self, key: str, value: object) -> float | None:
         """`value`, found under `key`, as a finite number."""
         if isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)  # finite: the parser takes no other numbers
+            return float(value)  # finite, as the parser accepts no other numbers
         self.invalid(key, "needs a number")
         return None
 
@@ -64,7 +69,7 @@ class Reader:
         return None
 
     def flag(self, key: str) -> bool:
-        """A boolean; null or no key is False."""
+        """A boolean; False if the key is null or missing."""
         value = self.config.get(key)
         if value is None or isinstance(value, bool):
             return bool(value)
@@ -72,7 +77,7 @@ class Reader:
         return False
 
     def text(self, key: str) -> str:
-        """A string; null or no key is ""."""
+        """A string; "" if the key is null or missing."""
         value = self.config.get(key)
         if value is None or isinstance(value, str):
             return value or ""
@@ -80,17 +85,20 @@ class Reader:
         return ""
 
     def choice(self, key: str, choices: Mapping[str, Read], default: Read) -> Read:
-        """What one of a few words stands for; the default where the key is null or missing."""
+        """The value of one of the words `choices`; the default if the key is null or missing."""
         value = self.config.get(key)
         if value is None:
             return default
         if isinstance(value, str) and value in choices:
             return choices[value]
-        self.unsupported(key, f"is none of {', '.join(choices)}")
+        self.unsupported(key, f"is not one of {', '.join(choices)}")
         return default
 
     def pattern(self, key: str, read: Callable[[str, object], Read | None]) -> dict[str, Read]:
-        """A map whose keys are plain module names; PEFT runs them as regular expressions."""
+        """A map whose keys are plain module names, which PEFT uses as regular expressions.
+
+        `read` converts a value of the map; None leaves the entry out.
+        """
         value = self.config.get(key)
         if value is None:
             return {}
@@ -100,7 +108,7 @@ class Reader:
         plain: dict[str, Read] = {}
         for name, item in value.items():
             if not is_plain(name):
-                self.unsupported(key, f"has the key {shown(name)}, which is no plain module name")
+                self.unsupported(key, f"has the key {shown(name)}, not a plain module name")
             elif (understood := read(key, item)) is not None:
                 plain[name] = understood
         return plain
@@ -115,24 +123,24 @@ class Reader:
             self.invalid(key, "is neither a name nor a list of names")
             return ()
         if odd := [name for name in names if not is_plain(name)]:
-            self.unsupported(key, f"has {shown(odd[0])}, which is no plain module name")
+            self.unsupported(key, f"has {shown(odd[0])}, which is not a plain module name")
             return ()
         return tuple(names)
 
     def token_ids(self, key: str, value: object) -> tuple[int, ...] | None:
-        """A list of different token ids, in the file's order."""
+        """`value`, found under `key`, as a list of distinct token ids, in the file's order."""
         if not isinstance(value, list) or not value:
-            self.invalid(key, "is no list of token ids")
+            self.invalid(key, "is not a list of token ids")
         elif not all(type(item) is int and item >= 0 for item in value):
-            self.invalid(key, "has an id that is no integer of at least 0")
+            self.invalid(key, "has a token id that is not an integer of at least 0")
         elif len(set(value)) < len(value):
-            self.invalid(key, "has an id twice")
+            self.invalid(key, "has a token id twice")
         else:
             return tuple(value)
         return None
 
     def targets(self) -> Targets:
-        """`target_modules` with everything that narrows or widens it."""
+        """`target_modules` with the options that narrow or widen it."""
         return Targets(
             names=self._target_names(),
             excluded=self._excluded(),
@@ -143,7 +151,7 @@ class Reader:
         )
 
     def check_keys(self, options: Mapping[str, Option]) -> None:
-        """Refuses every key that may change the result and is not served."""
+        """Adds a finding for every key that could change the result and is not served."""
         for key, value in self.config.items():
             if key.startswith(STAMP):
                 continue
@@ -153,12 +161,12 @@ class Reader:
             if is_neutral(key, value):
                 continue
             if option:
-                self.unsupported(key, f"asks for {option.note}, which is not served")
+                self.unsupported(key, f"is set ({option.note}), which is not supported")
             else:
-                self.unsupported(key, "is not known and not empty, so it may change the result")
+                self.unsupported(key, "is unknown and not empty, so it could change the result")
 
     def stamps(self) -> dict[str, str]:
-        """What the trainer stamped into the configuration, by key without the prefix."""
+        """The trainer's stamps in the configuration, by key without the prefix."""
         found: dict[str, str] = {}
         for key, value in self.config.items():
             if not key.startswith(STAMP) or value is None:
@@ -174,17 +182,17 @@ class Reader:
         return found
 
     def invalid(self, key: str, problem: str) -> None:
-        """Adds a finding: the value makes no sense."""
+        """Adds the finding that the value of `key` is invalid."""
         field = shown(key)
         self.findings.append(Problem(field, f"{field} {problem}", Reason.ADAPTER_INVALID))
 
     def unsupported(self, key: str, problem: str) -> None:
-        """Adds a finding: the value may make sense, but not here."""
+        """Adds the finding that the value of `key` is not supported here."""
         field = shown(key)
         self.findings.append(Problem(field, f"{field} {problem}", Reason.ADAPTER_UNSUPPORTED))
 
     def _target_names(self) -> tuple[str, ...] | None:
-        """The target list. A string is a regular expression; the tensors say what it matched."""
+        """The list of targets; None for a string, a regular expression, which is not evaluated."""
         value = self.config.get("target_modules")
         if isinstance(value, str) and value:
             return None
@@ -193,7 +201,7 @@ class Reader:
         return self.names("target_modules")
 
     def _excluded(self) -> tuple[str, ...]:
-        """The names that PEFT leaves out. A string has to match a whole path, unlike a list's."""
+        """Names that PEFT excludes. A string must match a whole path, unlike a name in a list."""
         value = self.config.get("exclude_modules")
         names = self.names("exclude_modules")
         whole = ("model.", "lm_head")
@@ -213,5 +221,5 @@ class Reader:
             return None
         if isinstance(layers, list) and all(type(n) is int and n >= 0 for n in layers):
             return frozenset(layers)
-        self.invalid("layers_to_transform", "is neither a layer's number nor a list of them")
+        self.invalid("layers_to_transform", "is neither a layer number nor a list of them")
         return None

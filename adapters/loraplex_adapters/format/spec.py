@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class AdapterLimits:
-    """What an adapter may ask for. Sizes are bytes.
+    """Limits that an adapter must not exceed. Sizes are in bytes.
 
     Attributes:
-        max_rank: the largest rank of any module.
+        max_rank: rank of any module.
         max_weights_bytes: size of the weights file.
-        max_virtual_tokens: positions before the prompt that an adapter may take.
-        max_device_bytes: packed size in the base's dtype; None leaves it unchecked.
-        max_scale: largest |alpha / r|.
-        max_abs_value: largest |element| of any tensor; the default is float16's largest number.
+        max_device_bytes: packed size in the base's dtype; None for no limit.
+        max_virtual_tokens: number of virtual tokens.
+        max_scale: |scale| of any module, such as |alpha / r|.
+        max_abs_value: |element| of any tensor; the default is float16's largest number.
     """
 
     max_rank: int = 256
@@ -29,10 +29,11 @@ class AdapterLimits:
 
 @dataclass(frozen=True, slots=True)
 class TensorLocation:
-    """Where a tensor lies in the weights file.
+    """Place of a tensor in the weights file.
 
-    `start` and `end` are byte offsets from the beginning of the file; `dtype` is safetensors' word:
-    "F32", "F16" or "BF16".
+    Attributes:
+        dtype: "F32", "F16" or "BF16", as in safetensors.
+        start, end: byte offsets from the beginning of the file.
     """
 
     name: str
@@ -44,28 +45,28 @@ class TensorLocation:
 
 @dataclass(frozen=True, slots=True)
 class ModuleSpec:
-    """What the file holds for one site of the model.
+    """The part of an adapter at one site of the model.
 
     Attributes:
-        layer, module: the site, as `loraplex_model.base.config.Site` spells it; the adapter's
-            virtual tokens are at (MODEL, "virtual_tokens").
-        tensors: by role, in PEFT's shapes:
+        layer, module: the site, as in `loraplex_model.base.config.Site`; virtual tokens are at
+            (MODEL, "virtual_tokens").
+        tensors: places in the file by role, in PEFT's shapes:
             a [r, in], b [out, r]: LoRA; at embed_tokens a [r, vocab], b [hidden, r];
-            e [r, 1]: AdaLoRA's singular values, multiplied onto a;
-            b_bias [out]: the bias beside lora_B, scaled as B is;
+            e [r, 1]: AdaLoRA's singular values, which multiply a;
+            b_bias [out]: bias of lora_B, scaled as B is;
             magnitude [out]: DoRA;
-            out_gain, in_gain: IA3, [out, 1] and [1, in];
-            bias [out]: takes the place of the base's; bias_delta [1, out] or [out]: is added to it;
-            weight: takes the base's place: a norm's [width], head and embeddings [vocab, hidden];
-            rows [n, hidden]: take the place of the rows `token_ids` of embeddings or head;
+            out_gain [out, 1], in_gain [1, in]: IA3;
+            bias [out]: replaces the base's; bias_delta [1, out]: is added to the base's;
+            weight: replaces the base's: [width] of a norm, [vocab, hidden] of head or embeddings;
+            rows [n, hidden]: replace the rows `token_ids` of embeddings or head;
             down [width, in], down_bias [width], up [out, width], up_bias [out]: a bottleneck;
             prompt [n, hidden]: virtual tokens as embeddings;
             prefix [n, 2 * layers * kv_size]: virtual tokens as keys and values.
-        rank: of LoRA's matrices, or a bottleneck's width; 0 elsewhere.
-        scale: on B (A x), or on a bottleneck's output.
-        token_ids: of the tensor's rows, in their order; each once, not sorted.
-        activation, reads: a bottleneck's; names of `Activation` and `Reads` of
-            `loraplex_model.adapters.delta`, in lower case.
+        rank: rank of LoRA's matrices, or width of a bottleneck; 0 for other roles.
+        scale: factor of B (A x), or of a bottleneck's output.
+        token_ids: token ids of `rows`, in the order of the rows; distinct, not sorted.
+        activation, reads: names of a bottleneck's `Activation` and `Reads` of
+            `loraplex_model.adapters.delta`, in lower case; else "".
     """
 
     layer: int
@@ -79,21 +80,21 @@ class ModuleSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class AdapterSpec:
-    """A checked adapter. Everything that its weights file holds, and that acts, is in `modules`.
+class CheckedAdapter:
+    """A checked adapter. `modules` covers every tensor of the weights file that has an effect.
 
     Attributes:
-        digest: "sha256:<64 hex digits>" over the configuration and the weights, byte for byte.
+        digest: "sha256:<64 hex digits>" over the bytes of configuration and weights.
         peft_type: PEFT's name of the kind, or "BOTTLENECK".
-        rank: the largest of the modules' ranks; 0 for kinds that have none.
-        target_modules: the modules that it changes, each once, in the order of the model.
-        modules: by site, in the order of the adapter table.
+        rank: the largest rank of the modules; 0 for kinds without ranks.
+        target_modules: the names of the changed modules, each once, in the order of the model.
+        modules: the parts of the adapter, in the order of the adapter table.
         size_bytes: size of the weights file.
-        base_model: what the configuration says it was trained on; informational, may be "".
-        virtual_tokens: how many positions of a prompt it takes.
-        provenance: what the trainer stamped into the file, by key ("base_fingerprint",
-            "data_sha256", "trainer", "peft_version", ...); informational.
-        packed_bytes: bytes on the device in the base's dtype, padding included.
+        base_model: name of the base in the configuration; informational, may be "".
+        virtual_tokens: number of virtual tokens, which take positions of the prompt.
+        provenance: the trainer's stamps by key ("base_fingerprint", "data_sha256", "trainer",
+            "peft_version", ...); informational.
+        packed_bytes: bytes on the device in the base's dtype, including padding.
     """
 
     digest: str

@@ -1,7 +1,7 @@
-"""JSON from an adversary: one meaning or none.
+"""A strict JSON parser for untrusted files.
 
-The standard parser keeps the last of two equal keys, reads NaN, Infinity and 1e400, and answers
-deep nesting with RecursionError. Here each of these is a `ValueError`.
+The standard parser keeps the last of two equal keys, accepts NaN, Infinity and 1e400, and raises
+RecursionError for deep nesting. Here each of these raises ValueError.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 from typing import NoReturn
 
 MAX_INTEGER_DIGITS = 19
-"""What a signed 64-bit number may need."""
+"""Most digits of a signed 64-bit number."""
 
 
 def loads(data: bytes) -> object:
@@ -33,25 +33,25 @@ def loads(data: bytes) -> object:
 
 
 def shown(text: str, limit: int = 120) -> str:
-    """A name out of a file, fit for a message: printable ASCII, not too long."""
+    """Returns a text from a file in a form that is safe in a message: printable ASCII, cut."""
     plain = text if text.isascii() and text.isprintable() else ascii(text)[1:-1]
     return plain if len(plain) <= limit else plain[: limit - 3] + "..."
 
 
 def _refuse_constant(word: str) -> NoReturn:
-    raise ValueError(f"holds {word}, which is not JSON")
+    raise ValueError(f"contains {word}, which is not JSON")
 
 
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError("holds a number that is too large")
+        raise ValueError("contains a number that is too large")
     return value
 
 
 def _bounded(text: str) -> int:
     if len(text.lstrip("-")) > MAX_INTEGER_DIGITS:
-        raise ValueError("holds a number that is too large")
+        raise ValueError("contains a number that is too large")
     return int(text)
 
 
@@ -61,6 +61,6 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise ValueError(f"holds the key {shown(key)} twice")
+                raise ValueError(f"contains the key {shown(key)} twice")
             seen.add(key)
     return unique

@@ -1,7 +1,7 @@
-"""The words in which a kind says which of its options are served.
+"""Support of configuration options: served, without effect, or refused.
 
-Each kind of `format.kinds` has a table of options. The reader of configurations follows these
-tables, and the support matrix of docs/adapters.md is printed from them.
+Each kind in `format.kinds` has a table of options. Configurations are read by these tables, and the
+support matrix in docs/adapters.md is generated from them.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from enum import Enum
 
 
 class Support(Enum):
-    """What happens to a key of adapter_config.json."""
+    """Treatment of a key of adapter_config.json."""
 
     SERVED = "served"
-    """It is read, and acts or is held against the tensors."""
+    """The key is read; it acts, or is compared with the tensors."""
     IGNORED = "no effect"
-    """It says nothing about the forward pass, whatever its value."""
+    """No value of the key affects the forward pass."""
     REFUSED = "refused"
-    """It would change the forward pass; it passes only when it is switched off."""
+    """The key would change the forward pass; it is accepted only if it is switched off."""
 
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """A key of a configuration: what happens to it, and a word on how or why."""
+    """Treatment of a key of a configuration, with a short note on how or why."""
 
     support: Support
     note: str = ""
@@ -36,17 +36,17 @@ def served(note: str = "") -> Option:
 
 
 def ignored(note: str = "") -> Option:
-    """An option that means nothing when serving."""
+    """An option that has no effect in serving."""
     return Option(Support.IGNORED, note)
 
 
 def refused(note: str) -> Option:
-    """An option that is not served; `note` names what it asks for."""
+    """An option that is not supported; `note` names the feature that it turns on."""
     return Option(Support.REFUSED, note)
 
 
 STAMP = "loraplex_"
-"""Keys that begin so are stamps of a trainer; they become the adapter's provenance."""
+"""Prefix of keys that are a trainer's stamps; they become the adapter's provenance."""
 
 COMMON: Mapping[str, Option] = {
     "auto_mapping": ignored("names a class to load the base with; nothing here loads it"),
@@ -57,7 +57,7 @@ COMMON: Mapping[str, Option] = {
     "revision": served("shown"),
     "task_type": served("CAUSAL_LM"),
 }
-"""What every kind has."""
+"""Options of every kind."""
 
 
 def is_neutral(key: str, value: object) -> bool:
@@ -105,6 +105,6 @@ UNSERVED: Mapping[str, str] = {
     "VBLORA": "vector banks",
     "VERA": "shared random factors",
     "WAVEFT": "wavelet coefficients",
-    "XLORA": "a mixture of adapters behind a gate",
+    "XLORA": "a gated mixture of adapters",
 }
-"""PEFT's types that are not served, and what they are."""
+"""PEFT's types that are not supported, with short descriptions."""

@@ -1,4 +1,4 @@
-"""Which modules a configuration says it changes, by PEFT's rules for lists of names."""
+"""The modules that a configuration names as changed, by PEFT's rules for lists of names."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from loraplex_adapters.format.modules import module_path
 from loraplex_adapters.format.patterns import suffixes
 
 EMBEDDINGS: tuple[Site, ...] = ((MODEL, "embed_tokens"), (MODEL, "lm_head"))
-"""The two matrices that a base may tie."""
+"""Sites of embeddings and head, which a base may tie."""
 
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """What `target_modules` and its companions name.
+    """`target_modules` and the options that narrow or widen it.
 
     Attributes:
-        names: the listed names; None where the file has a regular expression.
-        excluded: names that are left out.
-        layers: None takes all.
-        layers_pattern: names of the layer list; empty takes any.
-        saved: `modules_to_save`: modules that the file replaces as a whole.
+        names: the listed names; None if the file has a regular expression.
+        excluded: names of modules that are left out.
+        layers: numbers of the adapted layers; None for all.
+        layers_pattern: names of the list of layers; empty for any.
+        saved: `modules_to_save`, the modules that the file replaces completely.
         tied: `ensure_weight_tying`.
     """
 
@@ -36,13 +36,13 @@ class Targets:
     tied: bool = False
 
     def promised(self, sites: Iterable[Site], base: BaseInfo) -> Set[Site]:
-        """Those of `sites` that PEFT would adapt; only where there is a list of names."""
+        """The `sites` that PEFT would adapt by the list of names; none if there is no list."""
         targets, excluded = frozenset(self.names or ()), frozenset(self.excluded)
         found = set()
         for site in sites:
             path = module_path(*site)
             names = suffixes(path)
-            # A full path in the list holds whatever the choice of layers says.
+            # A full path in the list applies whatever `layers` is.
             by_name = self._transforms(site[0]) and not targets.isdisjoint(names)
             taken = by_name or path in targets
             if taken and excluded.isdisjoint(names) and not self._saves(path):
@@ -50,9 +50,9 @@ class Targets:
         return self._with_tied(found, base)
 
     def replaced(self, sites: Iterable[Site], base: BaseInfo) -> Set[Site]:
-        """Those of `sites` that PEFT would save as a whole.
+        """The `sites` that PEFT would save completely.
 
-        It compares the ends of the names as text: "norm" takes every module whose name ends so.
+        It compares the ends of names as text: "norm" means every module whose name ends with it.
         """
         if not self.saved:
             return frozenset()
@@ -60,7 +60,7 @@ class Targets:
         return self._with_tied(found, base)
 
     def _saves(self, path: str) -> bool:
-        """Whether a module is, or lies in, one that is saved as a whole: PEFT adapts none such."""
+        """Whether a module is, or is within, a completely saved one, which PEFT does not adapt."""
         return any(f".{name}." in f".{path}." for name in self.saved)
 
     def _transforms(self, layer: int) -> bool:

@@ -1,4 +1,4 @@
-"""One pass over the weights: their digest, and what in them is not finite or too large."""
+"""One pass over the weights: computes their digest and finds non-finite and too large values."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from loraplex_adapters.format.spec import TensorLocation
 from loraplex_adapters.format.strict_json import shown
 
 PIECE = 4 << 20
-"""Bytes in memory at once; a multiple of every element's size."""
+"""Bytes that are in memory at once; a multiple of every element size."""
 
 
 def scan(
     file: RegularFile, header: Header, digest: AdapterDigest, max_abs_value: float | None
 ) -> list[Problem]:
-    """Feeds the whole file to `digest` and reports tensors with elements beyond `max_abs_value`.
+    """Adds the whole file to `digest` and reports tensors with elements beyond `max_abs_value`.
 
-    None leaves the elements unchecked. Reads by pieces instead of mapping the file, because a
-    mapped file that somebody shortens kills its reader. Raises Refusal where it cannot read.
+    None leaves the elements unchecked. The file is read in pieces instead of mapped, because
+    truncating a mapped file kills the process. Raises Refusal if it cannot be read.
     """
     findings = []
     digest.update(file.read(0, header.data_start))
@@ -36,7 +36,7 @@ def scan(
             if max_abs_value is not None and sound:
                 sound = _within(piece, tensor, max_abs_value)
         if not sound:
-            message = f"{shown(tensor.name)} holds NaN, infinity or more than {max_abs_value:g}"
+            message = f"{shown(tensor.name)} contains NaN, infinity or more than {max_abs_value:g}"
             findings.append(Problem(shown(tensor.name), message, Reason.ADAPTER_INVALID))
     return findings
 
@@ -44,8 +44,9 @@ def scan(
 def _within(piece: memoryview, tensor: TensorLocation, bound: float) -> bool:
     """Whether every |element| <= bound, by comparing bit patterns.
 
-    Without its sign bit an IEEE number's pattern grows with its value, and infinity and NaN come
-    last: one integer maximum answers for all three formats, bfloat16 among them, which numpy lacks.
+    Without the sign bit, the pattern of an IEEE number grows with its value, and infinity and NaN
+    are the largest. So one integer maximum suffices for all formats, also for bfloat16, which numpy
+    lacks.
     """
     bits: NDArray[np.uint32] | NDArray[np.uint16]
     if tensor.dtype == "F32":
@@ -56,7 +57,7 @@ def _within(piece: memoryview, tensor: TensorLocation, bound: float) -> bool:
 
 
 def _bound_bits(dtype: str, bound: float) -> int:
-    """The pattern of the largest finite number of `dtype` that is not above `bound`."""
+    """Bit pattern of the largest finite number of `dtype` that is not above `bound`."""
     if dtype == "F16":
         half = np.float16(min(bound, 65504.0))
         return int(half.view(np.uint16)) - int(float(half) > bound)

@@ -1,4 +1,4 @@
 """From checked adapter files to an `AdapterDelta` in memory: PEFT's arithmetic, done once at load.
 
-Owns the reading of tensor bytes. Never decides whether a file is acceptable; `format` does.
+Owns the reading of tensor bytes. It never decides whether a file is acceptable; `format` does.
 """

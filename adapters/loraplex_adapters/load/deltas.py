@@ -1,7 +1,7 @@
-"""From an adapter's tensors to what it changes of a base: PEFT's arithmetic, done once at load.
+"""From an adapter's tensors to its changes of a base: PEFT's arithmetic, done once at load.
 
 Everything is computed in float32 from the weights as they are served: DoRA's norms are those of the
-dequantised NF4 matrices, replaced weights become differences to the base's stored ones.
+dequantised NF4 matrices, and replaced weights become differences from the base's stored ones.
 """
 
 from __future__ import annotations
@@ -26,18 +26,19 @@ from loraplex_model.base.config import PROJECTIONS, Site, fused_place
 from loraplex_model.base.weights import BaseWeights
 from loraplex_model.ops import nf4
 
-from loraplex_adapters.format.spec import AdapterSpec, ModuleSpec, TensorLocation
+from loraplex_adapters.format.spec import CheckedAdapter, ModuleSpec, TensorLocation
 
 Tensors = Mapping[str, torch.Tensor]
-"""A module's tensors by role, as the file has them."""
+"""A module's tensors by role, in the shapes and types of the file."""
 
 
 def adapter_delta(
-    spec: AdapterSpec, read: Callable[[TensorLocation], torch.Tensor], base: BaseWeights
+    spec: CheckedAdapter, read: Callable[[TensorLocation], torch.Tensor], base: BaseWeights
 ) -> AdapterDelta:
-    """What the adapter changes of `base`, float32 (matrices also in the file's type), on the CPU.
+    """Returns an adapter's changes of `base`, on the CPU.
 
-    `read` gives a tensor of the file. The spec must have been made for this base.
+    They are float32, except matrices that are left in the file's type. `read` returns a tensor of
+    the file. The spec must have been made for this base.
     """
     sites: dict[Site, SiteDelta] = {}
     virtual = None
@@ -65,10 +66,10 @@ def _change(module: ModuleSpec, tensors: Tensors, base: BaseWeights) -> SiteDelt
 
 
 def _projection(module: ModuleSpec, tensors: Tensors, base: BaseWeights) -> ProjectionDelta:
-    """y = gain * (W x + base bias) + B A x + bias, where PEFT has, for each kind:
+    """The terms of y = gain * (W x + base bias) + B A x + bias that equal PEFT's y, by kind:
 
     LoRA     W x + base bias + s (B A x + b_bias)
-    AdaLoRA  the same with A's rows times E
+    AdaLoRA  as LoRA, with the rows of A multiplied by E
     DoRA     m / |W + s B A| * (W x + s B A x) + base bias, norms of rows (arXiv 2402.09353)
     IA3      out_gain * (W x + base bias), or W (in_gain * x) + base bias
     biases   W x + bias
@@ -97,7 +98,7 @@ def _projection(module: ModuleSpec, tensors: Tensors, base: BaseWeights) -> Proj
 
 
 def _embedding(module: ModuleSpec, tensors: Tensors, base: BaseWeights) -> RowsDelta:
-    """x += s B A[:, token] (PEFT keeps A as [r, vocab]), or rows of their own."""
+    """x += s B A[:, token], where A is [r, vocab] as in PEFT, or replaced rows."""
     a, b = _factors(module, tensors)
     ids, rows = _rows(module, tensors, base.embed)
     return RowsDelta(None if a is None else a.T, b, rows, ids)
@@ -124,7 +125,7 @@ def _bottleneck(module: ModuleSpec, tensors: Tensors) -> BottleneckDelta:
 def _factors(
     module: ModuleSpec, tensors: Tensors
 ) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
-    """A as the file has it, and B transposed with the scale in it; None at rank 0."""
+    """A as in the file, and B transposed and multiplied by the scale; None at rank 0."""
     if "a" not in tensors or not module.rank:
         return None, None
     a = tensors["a"]
@@ -136,7 +137,7 @@ def _factors(
 def _rows(
     module: ModuleSpec, tensors: Tensors, base: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
-    """Token ids, ascending, and the differences to their rows in `base` [vocab, hidden]."""
+    """Token ids, ascending, and the differences from their rows in `base` [vocab, hidden]."""
     if "weight" in tensors:
         ids = torch.arange(base.shape[0], dtype=torch.int32)
         return ids, tensors["weight"].float() - _host(base)
@@ -159,7 +160,7 @@ def _virtual_tokens(tensors: Tensors, base: BaseWeights) -> VirtualTokens:
 def _row_norms(
     module: ModuleSpec, a: torch.Tensor, b: torch.Tensor, base: BaseWeights
 ) -> torch.Tensor:
-    """|W + s B A| of every row, float32 [out], W being the dequantised base."""
+    """Norms of the rows of W + s B A, float32 [out], where W is the dequantised base."""
     fused, index = fused_place(module.module)
     matrix, _ = fused_matrix(base.layers[module.layer], fused)
     weight = nf4.dequantize(nf4.split(matrix)[index])
@@ -169,7 +170,7 @@ def _row_norms(
 
 
 def _base_bias(module: ModuleSpec, base: BaseWeights) -> torch.Tensor | None:
-    """The base's bias of a projection, float32 [out], if it has one."""
+    """The base's bias of a projection, float32 [out]; None if it has none."""
     fused, index = fused_place(module.module)
     matrix, bias = fused_matrix(base.layers[module.layer], fused)
     if bias is None:

@@ -1,4 +1,4 @@
-"""Brings a stored adapter into memory, verified, as what it changes of a base."""
+"""Loads a stored adapter into memory, verified, as its changes of a base."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from loraplex_model.ops.dtypes import BY_SAFETENSORS
 from numpy.typing import NDArray
 
 from loraplex_adapters.format.digest import AdapterDigest
-from loraplex_adapters.format.examine import judge
+from loraplex_adapters.format.examine import examine_parsed
 from loraplex_adapters.format.files import open_directory
 from loraplex_adapters.format.header import read_header
-from loraplex_adapters.format.spec import AdapterLimits, AdapterSpec, TensorLocation
+from loraplex_adapters.format.spec import AdapterLimits, CheckedAdapter, TensorLocation
 from loraplex_adapters.load.deltas import adapter_delta
 
 
@@ -26,20 +26,20 @@ def load(
     digest: str,
     base: BaseWeights,
     limits: AdapterLimits | None = None,
-) -> tuple[AdapterSpec, AdapterDelta]:
-    """Reads, verifies and places the adapter in `directory`, for `base`.
+) -> tuple[CheckedAdapter, AdapterDelta]:
+    """Reads and verifies the adapter in `directory`; returns its spec and its changes of `base`.
 
-    The file is read into memory once, digested there, and the tensors are views of those bytes:
-    nothing changes between the check and the use, and nothing is mapped that could be cut short.
-    The elements are not looked at again: the digest says that they are what was registered.
-    Raises Refusal: ADAPTER_CORRUPT (missing, or not the bytes of `digest`), and what
-    `format.inspect` raises.
+    The weights are read into memory once and digested there, and the tensors are views of that
+    memory: nothing can change between check and use, and no mapped file can be truncated. The
+    values are not checked again, since the digest is that of the registered content.
+    Raises Refusal: ADAPTER_CORRUPT (missing, or its digest is not `digest`), and as
+    `examine_parsed` finds.
     """
     limits = limits or AdapterLimits()
     config, weights = _read_verified(directory, digest, limits.max_weights_bytes)
     view = weights.data
     header = read_header(lambda start, length: bytes(view[start : start + length]), len(weights))
-    report = judge(config, header, len(weights), base.info, limits)
+    report = examine_parsed(config, header, len(weights), base.info, limits)
     if report.spec is None:
         raise Refusal.of(report.findings)
     spec = replace(report.spec, digest=digest)
@@ -62,7 +62,7 @@ def _read_verified(directory: Path, digest: str, max_bytes: int) -> tuple[bytes,
     if actual.text() != digest:
         raise Refusal(
             Reason.ADAPTER_CORRUPT,
-            "the stored adapter's bytes have changed since it was registered",
+            "the stored adapter's content has changed since it was registered",
             digest,
         )
     return config, weights
@@ -72,7 +72,7 @@ def _tensor(weights: NDArray[np.uint8], location: TensorLocation) -> torch.Tenso
     data = weights[location.start : location.end]
     dtype = BY_SAFETENSORS[location.dtype]
     if location.start % dtype.itemsize:
-        data = data.copy()  # the format does not promise alignment
+        data = data.copy()  # the format does not guarantee alignment
     if not data.size:
         return torch.empty(location.shape, dtype=dtype)
     return torch.frombuffer(data, dtype=dtype).view(location.shape)

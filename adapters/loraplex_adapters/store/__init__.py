@@ -1,4 +1,9 @@
-"""The adapter store: blobs by content; names, versions, aliases and labels in an index."""
+"""The adapter store: files by content; names, versions, aliases and labels in an index.
+
+Owns the directory `--store` and its index, and everything that changes them. It checks adapters
+with `format` before it stores them and never changes stored bytes. It has no notion of tensors,
+devices or requests.
+"""
 
 from loraplex_adapters.store.garbage import Collected
 from loraplex_adapters.store.records import Alias, Page, Record

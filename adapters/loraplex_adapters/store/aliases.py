@@ -1,4 +1,4 @@
-"""Aliases: second names that operators move from one version to another."""
+"""Aliases: second names of versions, which operators move from one version to another."""
 
 from __future__ import annotations
 
@@ -19,22 +19,21 @@ _names, _versions, _aliases = schema.names.c, schema.versions.c, schema.aliases.
 class Aliases:
     """The aliases of the index. Safe to use from several threads and processes.
 
-    Every method raises Refusal(STORE_UNAVAILABLE or STORE_FULL) when the database fails.
+    Every method raises Refusal(STORE_UNAVAILABLE or STORE_FULL) if the database fails.
     """
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
     def set(self, alias: str, adapter: AdapterId, expected: AdapterId | str | None) -> Alias:
-        """Points an alias to the version that an id means now; see `Store.set_alias`.
+        """Points an alias to the version that an id means now, as `Store.set_alias` describes.
 
-        `expected` is what it must point to before, "" that it must not exist, None that it is not
-        asked. Raises Refusal: ADAPTER_NOT_FOUND, ADAPTER_CONFLICT.
+        Raises Refusal: ADAPTER_NOT_FOUND, ADAPTER_CONFLICT.
         """
         with self._database.writing() as connection:
             target = lookup.find(connection, adapter)
             if lookup.is_name(connection, alias):
-                raise Refusal(Reason.ADAPTER_CONFLICT, f"{alias} is an adapter's name", alias)
+                raise Refusal(Reason.ADAPTER_CONFLICT, f"{alias} is the name of an adapter", alias)
             row = lookup.alias_row(connection, alias)
             if expected is not None:
                 _expect(connection, alias, row, expected or None)
@@ -54,7 +53,7 @@ class Aliases:
             return Alias(alias, target.name, target.version, target.digest, records.moment(now))
 
     def delete(self, alias: str) -> None:
-        """Forgets an alias. Raises Refusal(ADAPTER_NOT_FOUND)."""
+        """Deletes an alias. Raises Refusal(ADAPTER_NOT_FOUND)."""
         with self._database.writing() as connection:
             gone = connection.execute(sa.delete(schema.aliases).where(_aliases.alias == alias))
             if not gone.rowcount:
@@ -62,7 +61,7 @@ class Aliases:
             schema.count_change(connection)
 
     def all(self) -> tuple[Alias, ...]:
-        """All aliases in order, also those of deleted versions."""
+        """All aliases in order, including those of deleted versions."""
         query = (
             sa.select(schema.aliases, _versions.digest)
             .join(schema.versions, lookup.is_target)
@@ -96,5 +95,5 @@ def _expect(
     elif row is None:
         return
     raise Refusal(
-        Reason.ADAPTER_CONFLICT, f"{alias} points to {shown}, not to what was expected", alias
+        Reason.ADAPTER_CONFLICT, f"{alias} points to {shown}, not to the expected version", alias
     )

@@ -1,14 +1,14 @@
-"""Adapters by content: one read-only directory per digest, complete or not there at all.
+"""Adapters by content: one read-only directory per digest, which is complete or absent.
 
-    <store>/lock                            taken while a store is opened
-    <store>/staging/<session>/<n>/          copies in the making; a session is one open store
+    <store>/lock                            held while a store is opened
+    <store>/staging/<session>/<n>/          copies in progress; a session is one open store
     <store>/blobs/sha256/<hex>/             adapter_config.json, adapter_model.safetensors
-    <store>/trash/<hex>.<n>/                collected, to be removed
+    <store>/trash/<hex>.<n>/                collected blobs, to be removed
 
-A blob is written and checked in staging, flushed to the disk, and renamed into place; the rename is
-flushed too before anybody hears of it. So a crash leaves a whole blob or rubbish in staging, which
-the next store to open clears: the dead session's lock is free then, and a living one's is not.
-A blob goes the other way: it is renamed into the trash, whole, and only then removed.
+A blob is written and checked in staging, flushed to disk, and renamed into place; the rename is
+flushed before it is reported. So a crash leaves a complete blob, or a partial copy in staging. The
+next store that opens removes such copies: the lock of a dead session is free, that of a live one
+is not. Removal takes the reverse way: a blob is first renamed into the trash and then removed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _ATTEMPTS = 8
 class Blobs:
     """The blobs of one store, and this process's staging area. Safe to use from several threads.
 
-    Opened under the store's lock: a session without a locked owner is a dead one.
+    Must be opened under the store's lock, so that any session whose owner file is unlocked is dead.
     """
 
     def __init__(self, root: Path) -> None:
@@ -68,9 +68,9 @@ class Blobs:
 
     @contextmanager
     def staged(self, source: Directory, max_weights_bytes: int) -> Iterator[Path]:
-        """A copy of the adapter's two files, on the disk for good; gone afterwards if still there.
+        """A durable copy of the adapter's two files, removed at the end unless it was published.
 
-        Raises Refusal: what `Directory.open` raises, STORE_FULL, STORE_UNAVAILABLE.
+        Raises Refusal: STORE_FULL, STORE_UNAVAILABLE, and as `Directory.open` does.
         """
         copy = self._session / uuid.uuid4().hex
         try:
@@ -88,7 +88,7 @@ class Blobs:
             shutil.rmtree(copy, ignore_errors=True)
 
     def publish(self, copy: Path, digest: str) -> None:
-        """Makes a staged copy with this digest the blob, unless there is a sound one already."""
+        """Makes a staged copy the blob of its digest, unless an intact one exists already."""
         place = self._blobs / digest_hex(digest)
         with disk_errors():
             for _ in range(_ATTEMPTS):
@@ -96,31 +96,31 @@ class Blobs:
                     return
                 try:
                     self.verify(digest)
-                    flush(self._blobs)  # whoever renamed it may not have come to that yet
+                    flush(self._blobs)  # the process that renamed it may not have flushed yet
                     return
                 except Refusal:
-                    # Damaged, half deleted by hand, or collected meanwhile: these bytes have just
-                    # been checked, so they are better. A crash between the renames leaves no blob,
-                    # which registering again mends.
+                    # The blob is damaged, partly deleted by hand, or collected meanwhile; the copy
+                    # has just been checked, so it takes the blob's place. A crash between the two
+                    # renames leaves no blob; registering the adapter again stores one.
                     reach("store.publish.displace")
-                    worse = self._session / uuid.uuid4().hex
-                    _move_if_there(place, worse)
-                    shutil.rmtree(worse, ignore_errors=True)
-        raise Refusal(Reason.STORE_UNAVAILABLE, f"{digest} cannot be put into the adapter store")
+                    damaged = self._session / uuid.uuid4().hex
+                    _move_if_there(place, damaged)
+                    shutil.rmtree(damaged, ignore_errors=True)
+        raise Refusal(Reason.STORE_UNAVAILABLE, f"{digest} cannot be added to the adapter store")
 
     def path(self, digest: str) -> Path:
-        """The blob's directory. Raises Refusal: FIELD_INVALID, ADAPTER_NOT_FOUND."""
+        """Returns the blob's directory. Raises Refusal: FIELD_INVALID, ADAPTER_NOT_FOUND."""
         place = self._blobs / digest_hex(digest)
         if not place.is_dir():
-            raise Refusal(Reason.ADAPTER_NOT_FOUND, f"no adapter {digest} is stored", digest)
+            raise Refusal(Reason.ADAPTER_NOT_FOUND, f"there is no adapter {digest}", digest)
         return place
 
     def has(self, digest: str) -> bool:
-        """Whether there is a blob; `digest` is one."""
+        """Whether there is a blob of this digest, which must be well formed."""
         return (self._blobs / digest_hex(digest)).is_dir()
 
     def ages(self, now: float) -> dict[str, float]:
-        """Every blob, and the seconds since it was written."""
+        """Maps the digest of every blob to its age in seconds."""
         ages = {}
         with disk_errors():
             for place in self._blobs.iterdir():
@@ -133,7 +133,7 @@ class Blobs:
         return ages
 
     def size(self, digest: str) -> int:
-        """Bytes of the blob's files; 0 if there is none."""
+        """Size of the blob's files in bytes; 0 if there is no blob."""
         try:
             place = self._blobs / digest_hex(digest)
             return sum(file.stat().st_size for file in place.iterdir())
@@ -141,7 +141,7 @@ class Blobs:
             return 0
 
     def verify(self, digest: str) -> None:
-        """Reads the blob; raises Refusal: ADAPTER_CORRUPT, ADAPTER_NOT_FOUND."""
+        """Reads the blob and compares its digest; raises Refusal: ADAPTER_CORRUPT, as `path`."""
         place = self.path(digest)
         try:
             with open_directory(place) as directory:
@@ -154,45 +154,48 @@ class Blobs:
         except Refusal as error:
             raise _corrupt(digest, error.message) from None
         if actual.text() != digest:
-            raise _corrupt(digest, "its bytes have changed")
+            raise _corrupt(digest, "its content has changed")
 
     def discard(self, digest: str) -> Path | None:
-        """Renames a blob into the trash; None if there is none. Nothing may name it now."""
+        """Moves a blob that no version names to the trash; returns its place there.
+
+        Returns None if there is no blob.
+        """
         hex_digits = digest_hex(digest)
-        thrown = self._trash / f"{hex_digits}.{uuid.uuid4().hex}"
+        discarded = self._trash / f"{hex_digits}.{uuid.uuid4().hex}"
         with disk_errors():
             reach("store.discard.rename")
-            if not _move_if_there(self._blobs / hex_digits, thrown):
+            if not _move_if_there(self._blobs / hex_digits, discarded):
                 return None
             reach("store.discard.sync")
             for changed in (self._blobs, self._trash):
                 flush(changed)
-        return thrown
+        return discarded
 
     def discarded(self) -> Iterator[tuple[str, Path]]:
-        """What lies in the trash: digests and their directories."""
+        """The digests and directories of the blobs in the trash."""
         with disk_errors():
-            thrown = list(self._trash.iterdir())
-        for directory in thrown:
+            directories = list(self._trash.iterdir())
+        for directory in directories:
             digest = f"sha256:{directory.name.partition('.')[0]}"
             if is_digest(digest):
                 yield digest, directory
 
-    def take_back(self, digest: str, thrown: Path) -> None:
-        """Makes a blob of what is in the trash."""
+    def take_back(self, digest: str, discarded: Path) -> None:
+        """Moves a blob back from the trash."""
         with disk_errors():
             reach("store.discard.take-back")
-            if _move_if_there(thrown, self._blobs / digest_hex(digest)):
+            if _move_if_there(discarded, self._blobs / digest_hex(digest)):
                 flush(self._blobs)
 
-    def remove(self, thrown: Path) -> None:
-        """Removes a directory of the trash for good."""
+    def remove(self, discarded: Path) -> None:
+        """Removes a blob in the trash."""
         reach("store.discard.remove")
-        shutil.rmtree(thrown, ignore_errors=True)
+        shutil.rmtree(discarded, ignore_errors=True)
         reach("store.discard.removed")
 
     def close(self) -> None:
-        """Gives up the staging area. Idempotent."""
+        """Removes this process's staging area. Idempotent."""
         if self._owner is not None:
             shutil.rmtree(self._session, ignore_errors=True)
             os.close(self._owner)
@@ -253,14 +256,14 @@ def _pieces(file: RegularFile) -> Iterator[memoryview]:
 
 
 def _clear_dead_sessions(staging: Path) -> None:
-    """Removes the staging areas whose owners are gone; the store's lock is held."""
+    """Removes the staging areas of dead sessions. The caller holds the store's lock."""
     for session in staging.iterdir():
         try:
             owner = lock(session / "owner", wait=False)
         except BlockingIOError:
             continue
         except OSError:
-            owner = None  # died between making the area and locking it
+            owner = None  # its process died between creating the area and locking it
         shutil.rmtree(session, ignore_errors=True)
         if owner is not None:
             os.close(owner)

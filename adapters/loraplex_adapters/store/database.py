@@ -1,7 +1,7 @@
 """The connection to the index: SQLite inside the store, or PostgreSQL for several servers.
 
-Changes come one after the other on both: SQLite has one writer, and on PostgreSQL a change begins
-by taking an advisory lock. So a change may look at the store's directory and count on what it sees.
+Changes run one after the other on both: SQLite has one writer, and on PostgreSQL every change first
+takes an advisory lock. So a change can rely on what it sees in the store's directory.
 """
 
 from __future__ import annotations
@@ -23,27 +23,30 @@ _DISK_FULL = "53100"  # PostgreSQL's code
 
 
 class Database:
-    """Safe to use from several threads and processes.
+    """Transactions on the index. Safe to use from several threads and processes.
 
-    Every method raises Refusal(STORE_UNAVAILABLE or STORE_FULL) when the database fails.
+    Every method raises Refusal(STORE_UNAVAILABLE or STORE_FULL) if the database fails.
     """
 
     def __init__(self, file: Path, url: str) -> None:
-        """`url` is SQLAlchemy's; "" is SQLite in `file`. Connects at first use."""
+        """Prepares a connection to `url`, an SQLAlchemy URL, or to SQLite in `file` if it is "".
+
+        The connection is opened at first use.
+        """
         self._engine = _postgresql(url) if url else _sqlite(file)
         self._is_sqlite = self._engine.dialect.name == "sqlite"
 
     @contextmanager
     def reading(self) -> Iterator[sa.Connection]:
-        """A transaction that sees one state of the database and changes nothing."""
+        """A read-only transaction, which sees one state of the database throughout."""
         with _database_errors(), self._engine.connect() as connection:
-            if not self._is_sqlite:  # SQLite knows no other isolation
+            if not self._is_sqlite:  # SQLite is always so isolated
                 connection.execution_options(isolation_level="REPEATABLE READ")
             yield connection
 
     @contextmanager
     def writing(self) -> Iterator[sa.Connection]:
-        """A transaction beside which no other changes anything; durable when its block ends."""
+        """A transaction that excludes all other changes; durable when its block ends."""
         with _database_errors(), self._engine.connect() as connection:
             if self._is_sqlite:
                 connection = connection.execution_options(loraplex_writes=True)
@@ -86,12 +89,12 @@ def _postgresql(text: str) -> sa.Engine:
             url, pool_pre_ping=True, connect_args={"connect_timeout": _CONNECT_SECONDS}
         )
     except (ArgumentError, ValueError):
-        # Not shown: it may hold a password.
-        raise Refusal(Reason.STORE_UNAVAILABLE, "store_url is not a database's URL") from None
+        # The URL is not shown, because it may contain a password.
+        raise Refusal(Reason.STORE_UNAVAILABLE, "store_url is not a database URL") from None
     except ModuleNotFoundError:
         raise Refusal(
             Reason.STORE_UNAVAILABLE,
-            "PostgreSQL needs a driver: pip install 'loraplex[server,postgres]'",
+            "a PostgreSQL store needs a driver: pip install 'loraplex[server,postgres]'",
         ) from None
 
 
@@ -103,7 +106,7 @@ def _configure(connection: Any, _entry: object) -> None:
 
 
 def _begin(connection: sa.Connection) -> None:
-    # A transaction that reads before it writes has to lock at once, or two of them deadlock.
+    # A transaction that reads before it writes must lock at its beginning, or two could deadlock.
     writes = connection.get_execution_options().get("loraplex_writes", False)
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 

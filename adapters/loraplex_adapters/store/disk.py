@@ -1,4 +1,4 @@
-"""The locks of the store's folders, and typed errors for what the disk refuses."""
+"""Locks of the store's folders, and typed errors of its disk."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 @contextmanager
 def disk_errors() -> Iterator[None]:
-    """Turns what the operating system says about the store's disk into Refusal."""
+    """Turns OSError into Refusal: STORE_FULL if the disk is full, else STORE_UNAVAILABLE."""
     try:
         yield
     except OSError as error:
@@ -27,7 +27,7 @@ def disk_errors() -> Iterator[None]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds the lock of a folder of the store, making the folder if there is none."""
+    """Holds the lock of a folder of the store; creates the folder if it is missing."""
     with disk_errors():
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = lock(folder / "lock")

@@ -1,10 +1,11 @@
-"""Collection: what was deleted a while ago goes for good, and so do bytes that nothing names.
+"""Garbage collection: removes versions deleted long ago, and blobs that no version names.
 
-A registration that finds its bytes stored points a name to them a moment later; they must not be
-collected in between. So bytes are renamed away inside a change of the index, after a look at what
-names them, and a registration looks inside a change of the index whether its bytes are still there.
-Changes come one after the other. Should a change be lost after its rename, and a registration come
-before the next collection, then bytes in the trash have a name, and are taken back.
+A registration that finds its blob stored points a name to it a moment later, and the blob must not
+be collected in between. So a blob is moved to the trash inside a change of the index that has found
+no version with its digest, and a registration checks inside its change that the blob is still
+there. Changes run one after the other. If a crash undoes a change after its blob was moved, and a
+registration follows before the next collection, then a blob in the trash is named again; the next
+collection moves it back.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ _labels = schema.labels.c
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """What a collection removed, or would.
+    """The result of a collection: what it removed or, in a dry run, would remove.
 
     Attributes:
-        versions: deleted versions, "name@version".
-        aliases: those that pointed to them.
-        digests: whose bytes went.
-        bytes: of those files, on the disk.
-        uploads: ids of uploads that had expired.
+        versions: deleted versions, as "name@version".
+        aliases: aliases that pointed to these versions.
+        digests: digests of the removed blobs.
+        bytes: size of the removed blobs on disk.
+        uploads: ids of the expired uploads.
     """
 
     versions: tuple[str, ...]
@@ -52,7 +53,7 @@ def collect(
     keep: Collection[str],
     dry_run: bool,
 ) -> Collected:
-    """Removes what `Store.gc` says. A crash at any point leaves only more to collect."""
+    """Does what `Store.gc` describes. A crash at any point only leaves more to collect."""
     now = time.time()
     if not dry_run:
         empty_trash(database, blobs)
@@ -77,12 +78,12 @@ def collect(
 
 
 def empty_trash(database: Database, blobs: Blobs) -> None:
-    """Takes back what a lost change left in the trash, and removes the rest."""
-    for digest, thrown in blobs.discarded():
+    """Moves blobs that a version names back from the trash, and removes the others."""
+    for digest, discarded in blobs.discarded():
         with database.writing() as connection:
             if _is_named(connection, digest) and not blobs.has(digest):
-                blobs.take_back(digest, thrown)
-        blobs.remove(thrown)
+                blobs.take_back(digest, discarded)
+        blobs.remove(discarded)
 
 
 def _drop_versions(
@@ -111,7 +112,10 @@ def _unnamed(
     now: float,
     grace_seconds: float,
 ) -> list[str]:
-    """Digests of blobs or of their rows that no version but dropped ones names, old enough."""
+    """Digests of blobs, or of their rows, that are old enough and named by dropped versions only.
+
+    Blobs that are named by no version at all are included.
+    """
     gone = set(dropped)
     with database.reading() as connection:
         rows = set(connection.execute(sa.select(_blobs.digest)).scalars())
@@ -132,9 +136,9 @@ def _drop_blob(database: Database, blobs: Blobs, digest: str) -> bool:
         if _is_named(connection, digest):
             return False
         connection.execute(sa.delete(schema.blobs).where(_blobs.digest == digest))
-        thrown = blobs.discard(digest)
-    if thrown is not None:
-        blobs.remove(thrown)
+        discarded = blobs.discard(digest)
+    if discarded is not None:
+        blobs.remove(discarded)
     return True
 
 

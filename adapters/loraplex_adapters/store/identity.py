@@ -1,7 +1,7 @@
-"""The store's id, in the file `store-id` and in the index: which directory belongs to which index.
+"""The store's id, kept in the file `store-id` and in the index, so that the two can be matched.
 
-Without it a server with the right directory and the wrong database would take every adapter of the
-store for one that nothing names, and collect it.
+Without the id, a server with the right directory and the wrong database would find no name for any
+stored adapter, and would remove them all as garbage.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _FILE = "store-id"
 
 
 def read_id(root: Path) -> str | None:
-    """What the directory says; None if nothing. Raises Refusal(STORE_UNAVAILABLE)."""
+    """Returns the id in the directory; None if there is none. Raises Refusal(STORE_UNAVAILABLE)."""
     with disk_errors():
         try:
             return (root / _FILE).read_text("ascii", errors="replace").strip()
@@ -26,7 +26,7 @@ def read_id(root: Path) -> str | None:
 
 
 def write_id(root: Path, store_id: str) -> None:
-    """Writes it, whole or not at all; the store's lock is held."""
+    """Writes the id atomically. The caller holds the store's lock."""
     new = root / f"{_FILE}.new"
     with disk_errors():
         reach("store.identity.write")

@@ -1,4 +1,4 @@
-"""How a client names an adapter: "name", "name@3" or "name@sha256:<hex>"."""
+"""Adapter ids as clients write them: "name", "name@3" or "name@sha256:<hex>"."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _VERSION = re.compile(r"\A[1-9][0-9]{0,8}\Z")
 
 @dataclass(frozen=True, slots=True)
 class AdapterId:
-    """A parsed id; at most one of `version` and `digest` is set."""
+    """A parsed adapter id; at most one of `version` and `digest` is set."""
 
     name: str
     version: int | None = None
@@ -23,18 +23,19 @@ class AdapterId:
 
 
 def check_name(name: str) -> str:
-    """Returns `name` if it is one; raises Refusal(FIELD_INVALID, field "name")."""
+    """Returns `name` if it is valid; raises Refusal(FIELD_INVALID, field "name") otherwise."""
     if not _NAME.match(name):
         raise Refusal(
             Reason.FIELD_INVALID,
-            "an adapter's name has 1 to 63 characters of a-z, 0-9 and -, and no - at its ends",
+            "an adapter name has 1 to 63 characters of a-z, 0-9 and -, and does not begin or end "
+            "with -",
             "name",
         )
     return name
 
 
 def parse_id(adapter_id: str) -> AdapterId:
-    """Reads an adapter id; raises Refusal(FIELD_INVALID, field "adapter_id")."""
+    """Parses an adapter id; raises Refusal(FIELD_INVALID, field "adapter_id")."""
     name, separator, rest = adapter_id.partition("@")
     try:
         check_name(name)
@@ -47,7 +48,7 @@ def parse_id(adapter_id: str) -> AdapterId:
     except Refusal:
         raise Refusal(
             Reason.FIELD_INVALID,
-            'an adapter is named "name", "name@<version>" or "name@sha256:<64 hex digits>", where '
-            "a name has 1 to 63 characters of a-z, 0-9 and -, and no - at its ends",
+            'an adapter id is "name", "name@<version>" or "name@sha256:<64 hex digits>", where the '
+            "name has 1 to 63 characters of a-z, 0-9 and -, and does not begin or end with -",
             "adapter_id",
         ) from None

@@ -1,4 +1,4 @@
-"""Which name and version points to which digest. Every change is one transaction."""
+"""Names, versions and labels, and the digests that they point to. A change is one transaction."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 from loraplex_model.base.refusal import Reason, Refusal
 
-from loraplex_adapters.format.spec import AdapterSpec
+from loraplex_adapters.format.spec import CheckedAdapter
 from loraplex_adapters.store import lookup, records, schema
 from loraplex_adapters.store.database import Database
 from loraplex_adapters.store.ids import AdapterId
@@ -21,16 +21,17 @@ _labels = schema.labels.c
 
 
 @dataclass(frozen=True, slots=True)
-class Registration:
-    """What a name is to point to.
+class VersionRequest:
+    """Content that a name should point to.
 
     Attributes:
-        base_fingerprint: of the base that the adapter was checked against.
-        replace: whether the name may hold other bytes until now.
+        base_fingerprint: fingerprint of the base that the adapter was checked against.
+        labels: labels that the version gets in addition to those it has.
+        replace: whether a name that points to other content may be moved.
     """
 
     name: str
-    spec: AdapterSpec
+    spec: CheckedAdapter
     base_fingerprint: str
     labels: Mapping[str, str]
     replace: bool
@@ -39,21 +40,21 @@ class Registration:
 class Index:
     """Names, versions and labels. Safe to use from several threads and processes.
 
-    Every method raises Refusal(STORE_UNAVAILABLE or STORE_FULL) when the database fails.
+    Every method raises Refusal(STORE_UNAVAILABLE or STORE_FULL) if the database fails.
     """
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
     def point(
-        self, wanted: Registration, is_stored: Callable[[str], bool]
+        self, wanted: VersionRequest, is_stored: Callable[[str], bool]
     ) -> tuple[Record, bool] | None:
-        """Points a name to content; the flag says whether that is a new version.
+        """Points a name to content; returns the version, and True if the version is new.
 
-        None, and nothing changed, when `is_stored` denies the digest: it is asked where nobody can
-        collect the bytes before they are pointed to. Labels are added to those of a version that
-        is there already. Raises Refusal: ADAPTER_CONFLICT if the name points elsewhere and may
-        not be replaced, or is an alias; FIELD_INVALID for too many labels.
+        Returns None, and changes nothing, if `is_stored` is false for the digest. It is called
+        within the change, so the content cannot be collected before a name points to it.
+        Raises Refusal: ADAPTER_CONFLICT if the name points to other content and `replace` is not
+        set, or is an alias; FIELD_INVALID for too many labels.
         """
         name, spec = wanted.name, wanted.spec
         with self._database.writing() as connection:
@@ -72,7 +73,7 @@ class Index:
             if current is not None and not wanted.replace:
                 raise Refusal(
                     Reason.ADAPTER_CONFLICT,
-                    f"{name} already names other bytes ({current.digest}); replace it or take "
+                    f"{name} already names other content ({current.digest}); replace it or use "
                     "another name",
                     name,
                 )
@@ -83,16 +84,12 @@ class Index:
             return made, True
 
     def find(self, adapter: AdapterId) -> Record:
-        """The version that an id means; of several with one digest the newest.
-
-        An alias, alone or with the digest that it points to, means its version.
-        Raises Refusal(ADAPTER_NOT_FOUND).
-        """
+        """Returns the version that an id means, as `lookup.find` does."""
         with self._database.reading() as connection:
             return lookup.find(connection, adapter)
 
     def page(self, after: str, size: int, labels: Mapping[str, str]) -> Page:
-        """Up to `size` current versions that carry `labels`, by name, from beyond `after`."""
+        """Up to `size` current versions that carry `labels`, in order of names after `after`."""
         query = records.living.where(records.is_current, _names.name > after)
         for key, value in labels.items():
             query = query.where(
@@ -109,7 +106,7 @@ class Index:
         return Page(found, found[-1].name if len(rows) > size else "")
 
     def versions(self, name: str) -> tuple[Record, ...]:
-        """A name's versions, newest first; raises Refusal(ADAPTER_NOT_FOUND) if deleted."""
+        """A name's versions, newest first. Raises Refusal(ADAPTER_NOT_FOUND)."""
         query = records.living.where(_names.name == name).order_by(_versions.version.desc())
         with self._database.reading() as connection:
             found = records.read(connection, connection.execute(query).all())
@@ -118,7 +115,7 @@ class Index:
         return found
 
     def deleted(self) -> tuple[Record, ...]:
-        """The versions that are deleted and not collected yet, in order."""
+        """The deleted versions that are not collected yet, in order of names and versions."""
         query = records.versions.where(_versions.deleted_at.is_not(None))
         with self._database.reading() as connection:
             rows = connection.execute(query.order_by(_names.name, _versions.version)).all()
@@ -127,9 +124,9 @@ class Index:
     def label(
         self, adapter: AdapterId, labels: Mapping[str, str], remove: Collection[str]
     ) -> Record:
-        """Takes labels off a version and puts others on it.
+        """Removes the labels `remove` from a version, then adds `labels`; returns the version.
 
-        Raises Refusal: ADAPTER_NOT_FOUND; FIELD_INVALID for too many.
+        Raises Refusal: ADAPTER_NOT_FOUND; FIELD_INVALID for too many labels.
         """
         with self._database.writing() as connection:
             record = lookup.find(connection, adapter)
@@ -145,7 +142,7 @@ class Index:
             return lookup.find(connection, AdapterId(record.name, record.version))
 
     def delete(self, name: str) -> None:
-        """Deletes a name's versions for now. Raises Refusal(ADAPTER_NOT_FOUND)."""
+        """Marks a name and its versions as deleted. Raises Refusal(ADAPTER_NOT_FOUND)."""
         with self._database.writing() as connection:
             found = connection.execute(
                 sa.update(schema.names)
@@ -162,14 +159,18 @@ class Index:
             schema.count_change(connection)
 
     def restore(self, name: str) -> Record:
-        """Takes back a name's last deletion; returns its current version.
+        """Undoes a name's last deletion; returns its current version.
 
-        Raises Refusal: ADAPTER_NOT_FOUND when nothing is left of it, ADAPTER_CONFLICT when the
-        name has been registered again or is an alias now.
+        Raises Refusal: ADAPTER_NOT_FOUND if all its versions have been collected, ADAPTER_CONFLICT
+        if the name has been registered again or is an alias now.
         """
         with self._database.writing() as connection:
             if lookup.is_name(connection, name) or lookup.alias_row(connection, name) is not None:
-                raise Refusal(Reason.ADAPTER_CONFLICT, f"{name} has been given again", name)
+                raise Refusal(
+                    Reason.ADAPTER_CONFLICT,
+                    f"{name} is in use again, as an adapter's name or as an alias",
+                    name,
+                )
             of_name = _versions.name == name
             last = connection.execute(
                 sa.select(sa.func.max(_versions.deleted_at)).where(of_name)
@@ -188,12 +189,12 @@ class Index:
             return lookup.find(connection, AdapterId(name))
 
     def change_counter(self) -> int:
-        """Grows with every change of names, aliases and labels, whoever makes it."""
+        """Counter that grows with every change of names, aliases and labels by any process."""
         with self._database.reading() as connection:
             return schema.changes(connection)
 
     def users(self) -> dict[str, tuple[str, ...]]:
-        """Every digest that a version holds, deleted ones too, to the "name@version"s that do."""
+        """Maps every digest in use to the "name@version" ids that use it, deleted ones included."""
         query = sa.select(_versions.digest, _versions.name, _versions.version)
         found: dict[str, tuple[str, ...]] = {}
         with self._database.reading() as connection:
@@ -204,7 +205,7 @@ class Index:
         return found
 
 
-def _add_version(connection: sa.Connection, wanted: Registration, now: float) -> int:
+def _add_version(connection: sa.Connection, wanted: VersionRequest, now: float) -> int:
     name, digest = wanted.name, wanted.spec.digest
     about = records.summary(wanted.spec)
     known = connection.execute(sa.select(_blobs.summary).where(_blobs.digest == digest)).scalar()
@@ -212,7 +213,7 @@ def _add_version(connection: sa.Connection, wanted: Registration, now: float) ->
         connection.execute(
             sa.insert(schema.blobs).values(digest=digest, summary=about, created_at=now)
         )
-    elif known != about:  # an older server read less from the same bytes
+    elif known != about:  # an older server recorded less about the same content
         connection.execute(
             sa.update(schema.blobs).where(_blobs.digest == digest).values(summary=about)
         )

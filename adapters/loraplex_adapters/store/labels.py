@@ -1,4 +1,4 @@
-"""Labels: short texts that operators put on a version, by key."""
+"""Labels: short texts by key that operators attach to a version."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ _KEY = re.compile(r"\A[a-z0-9][a-z0-9._/-]{0,62}\Z")
 
 
 def check_labels(labels: Mapping[str, str]) -> dict[str, str]:
-    """A copy of `labels` if they are some; raises Refusal(FIELD_INVALID, field "labels")."""
+    """Returns a copy of `labels` if they are valid; raises Refusal(FIELD_INVALID, "labels")."""
     check_keys(labels)
     if any(len(value) > MAX_VALUE or not value.isprintable() for value in labels.values()):
-        raise _invalid(f"a label's value has at most {MAX_VALUE} characters, all printable")
+        raise _invalid(f"a label value has at most {MAX_VALUE} characters, all of them printable")
     check_count(len(labels))
     return dict(labels)
 
 
 def check_keys(keys: Iterable[str]) -> None:
-    """Raises Refusal(FIELD_INVALID, field "labels") unless all are keys of labels."""
+    """Raises Refusal(FIELD_INVALID, field "labels") unless all `keys` are valid label keys."""
     if not all(_KEY.match(key) for key in keys):
         raise _invalid(
-            "a label's key has 1 to 63 characters of a-z, 0-9, ., _, / and -, and begins with a "
+            "a label key has 1 to 63 characters of a-z, 0-9, ., _, / and -, and begins with a "
             "letter or a digit"
         )
 
 
 def check_count(count: int) -> None:
-    """Raises Refusal(FIELD_INVALID, field "labels") if a version cannot have so many."""
+    """Raises Refusal(FIELD_INVALID, field "labels") if `count` is more than a version may have."""
     if count > MAX_LABELS:
         raise _invalid(f"a version has at most {MAX_LABELS} labels")
 

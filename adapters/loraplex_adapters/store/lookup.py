@@ -1,4 +1,4 @@
-"""Problem a version by an id, within a transaction of the index."""
+"""Look-ups of versions and aliases within a transaction of the index."""
 
 from __future__ import annotations
 
@@ -17,6 +17,11 @@ is_target = sa.and_(_versions.name == _aliases.name, _versions.version == _alias
 
 
 def find(connection: sa.Connection, adapter: AdapterId) -> Record:
+    """Returns the version that an id means; the newest if several have the digest.
+
+    An alias, alone or with the digest that it points to, means its version.
+    Raises Refusal(ADAPTER_NOT_FOUND).
+    """
     query = records.living.where(_names.name == adapter.name)
     if adapter.digest is not None:
         query = query.where(_versions.digest == adapter.digest)
@@ -36,15 +41,18 @@ def find(connection: sa.Connection, adapter: AdapterId) -> Record:
 
 
 def exactly(name: str, version: int) -> sa.Select[Any]:
+    """Query of one version that is not deleted."""
     return records.living.where(_versions.name == name, _versions.version == version)
 
 
 def is_name(connection: sa.Connection, name: str) -> bool:
+    """Whether `name` is the name of an adapter that is not deleted."""
     living = sa.select(_names.name).where(_names.name == name, _names.current_version.is_not(None))
     return connection.execute(living).first() is not None
 
 
 def alias_row(connection: sa.Connection, alias: str) -> Any:
+    """Returns an alias's row, with the digest of its version; None if there is no such alias."""
     query = (
         sa.select(schema.aliases, _versions.digest)
         .join(schema.versions, is_target)
@@ -54,4 +62,5 @@ def alias_row(connection: sa.Connection, alias: str) -> Any:
 
 
 def not_found(shown: str) -> Refusal:
+    """The refusal of an id, `shown`, that means no adapter."""
     return Refusal(Reason.ADAPTER_NOT_FOUND, f"there is no adapter {shown}", shown)

@@ -1,4 +1,4 @@
-"""What the index says of a version, and how it is read from the tables."""
+"""Versions as the index describes them, and the queries that read them from the tables."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from loraplex_adapters.format.spec import AdapterSpec
+from loraplex_adapters.format.spec import CheckedAdapter
 from loraplex_adapters.store import schema
 
 
@@ -19,12 +19,11 @@ class Record:
     """One version of a registered adapter. Times are in UTC.
 
     Attributes:
-        base_fingerprint: of the base that it was checked against; "" if it was registered before
-            that was written down.
-        deleted_at: None while it can be found.
-        labels, aliases: as they are now; they can change. `aliases` are in order.
-        latest_version: what the name alone means now; 0 if it is deleted.
-        others: of `AdapterSpec`.
+        base_fingerprint: fingerprint of the base that the adapter was checked against; "" if the
+            version was registered before fingerprints were recorded.
+        deleted_at: time of deletion; None if the version is not deleted.
+        labels, aliases: as they were when the record was read. `aliases` are sorted.
+        others: as in `CheckedAdapter`.
     """
 
     name: str
@@ -42,17 +41,16 @@ class Record:
     deleted_at: datetime | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
-    latest_version: int = field(default=0, compare=False)
 
     @property
     def id(self) -> str:
-        """ "name@version"."""
+        """Adapter id of this version: "name@version"."""
         return f"{self.name}@{self.version}"
 
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """A page of a listing; `next_page_token` is "" on the last one."""
+    """One page of a listing; `next_page_token` is "" on the last page."""
 
     records: tuple[Record, ...]
     next_page_token: str
@@ -60,7 +58,7 @@ class Page:
 
 @dataclass(frozen=True, slots=True)
 class Alias:
-    """A second name for one version, which may be moved to another."""
+    """A second name for one version, which can be moved to another version."""
 
     alias: str
     name: str
@@ -70,18 +68,18 @@ class Alias:
 
 
 versions = (
-    sa.select(schema.versions, schema.blobs.c.summary, schema.names.c.current_version)
+    sa.select(schema.versions, schema.blobs.c.summary)
     .join(schema.blobs, schema.blobs.c.digest == schema.versions.c.digest)
     .join(schema.names, schema.names.c.name == schema.versions.c.name)
 )
-"""Every version, deleted ones too."""
+"""Query of every version, including deleted ones."""
 
 living = versions.where(schema.versions.c.deleted_at.is_(None))
 is_current = schema.versions.c.version == schema.names.c.current_version
 
 
-def summary(spec: AdapterSpec) -> dict[str, object]:
-    """What a blob's row keeps of a spec."""
+def summary(spec: CheckedAdapter) -> dict[str, object]:
+    """The fields of a spec that a blob's row stores, as JSON."""
     return {
         "peft_type": spec.peft_type,
         "rank": spec.rank,
@@ -94,7 +92,7 @@ def summary(spec: AdapterSpec) -> dict[str, object]:
 
 
 def read(connection: sa.Connection, rows: Sequence[Any]) -> tuple[Record, ...]:
-    """The records of rows of `versions`, with their labels and aliases."""
+    """Returns the records of rows of `versions`, with their labels and aliases."""
     if not rows:
         return ()
     names = {row.name for row in rows}
@@ -112,13 +110,13 @@ def read(connection: sa.Connection, rows: Sequence[Any]) -> tuple[Record, ...]:
 
 
 def read_one(connection: sa.Connection, query: sa.Select[Any]) -> Record | None:
-    """The record of the first row of a query over `versions`, if there is one."""
+    """Returns the record of the first row of a query over `versions`; None if there is no row."""
     row = connection.execute(query.limit(1)).first()
     return None if row is None else read(connection, [row])[0]
 
 
 def moment(seconds: float) -> datetime:
-    """A time of the tables."""
+    """Converts a time in the tables, in seconds since 1970, to UTC."""
     return datetime.fromtimestamp(seconds, UTC)
 
 
@@ -144,5 +142,4 @@ def _record(
         deleted_at=None if row.deleted_at is None else moment(row.deleted_at),
         labels=labels.get(key, {}),
         aliases=tuple(aliases.get(key, ())),
-        latest_version=row.current_version or 0,
     )

@@ -1,12 +1,12 @@
-"""The tables of the index, and how an older index becomes one of today's.
+"""The tables of the index, and the migration of older ones.
 
-Content is immutable, names move. A version is a row whose bytes never change; a name's row holds
-the version it points to and the last number it ever used, which outlives the name's deletion, so
-that "name@3" never comes to mean something else. A deleted version keeps its row, with the time of
+Content is immutable; names move. A version is a row whose content never changes. A name's row holds
+its current version and the highest version number ever used; it outlives the name's deletion, so
+that "name@3" never comes to mean other content. A deleted version keeps its row, with the time of
 its deletion, until it is collected.
 
 `meta` holds the schema's version, the store's id and the number of changes. SQLite's own
-`user_version` is set too: older servers look there, and must not touch what they do not know.
+`user_version` is set too, because older servers read it to refuse a newer index.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from loraplex_model.base.refusal import Reason, Refusal
 SCHEMA_VERSION = 2
 _VERSION, _STORE_ID, _CHANGES = "schema_version", "store_id", "changes"
 
-# Names are compared byte by byte on every database, so that pages come in one order everywhere.
+# Names are compared byte by byte on every database, so that listings have the same order.
 _text = sa.String().with_variant(sa.String(collation="C"), "postgresql")
 
 tables = sa.MetaData()
@@ -77,21 +77,22 @@ labels = sa.Table(
 
 
 def prepare(connection: sa.Connection, known_id: str | None, has_blobs: bool) -> str:
-    """Makes or upgrades the tables in this transaction; returns the id of the store.
+    """Creates or upgrades the tables in this transaction; returns the id of the store.
 
-    `known_id` is what the store's directory says, None if nothing. Raises
+    `known_id` is the id in the store's directory, None if there is none. Raises
     Refusal(STORE_UNAVAILABLE) for an index of another version, or of another store.
     """
     version = _version(connection)
     if version not in (0, 1, SCHEMA_VERSION):
         raise Refusal(
-            Reason.STORE_UNAVAILABLE, "the adapter store was made by another version of the server"
+            Reason.STORE_UNAVAILABLE,
+            "the adapter store was written by another version of the server",
         )
     if version == 0 and known_id is not None and has_blobs:
         raise Refusal(
             Reason.STORE_UNAVAILABLE,
-            "the adapter store has adapters, but its index is new: restore the index, or remove "
-            "the file store-id to begin with an empty one",
+            "the adapter store has adapters, but its index is empty: restore the index, or remove "
+            "the file store-id to begin with an empty index",
         )
     if version < SCHEMA_VERSION:
         if version == 1:
@@ -118,12 +119,12 @@ def prepare(connection: sa.Connection, known_id: str | None, has_blobs: bool) ->
 
 
 def changes(connection: sa.Connection) -> int:
-    """How often names, aliases or labels have changed."""
+    """Number of changes of names, aliases and labels so far."""
     return int(_meta(connection, _CHANGES))
 
 
 def count_change(connection: sa.Connection) -> None:
-    """Counts a change, in its own transaction."""
+    """Counts a change, within that change's transaction."""
     values = {"value": str(changes(connection) + 1)}
     connection.execute(sa.update(meta).where(meta.c.key == _CHANGES).values(values))
 
@@ -142,6 +143,6 @@ def _meta(connection: sa.Connection, key: str) -> str:
 
 
 def _add_columns(connection: sa.Connection) -> None:
-    # Version 1 was only ever on SQLite, and deleted versions outright.
+    # Version 1 existed on SQLite only, and removed deleted versions at once.
     for column in ("base_fingerprint VARCHAR NOT NULL DEFAULT ''", "deleted_at FLOAT"):
         connection.exec_driver_sql(f"ALTER TABLE versions ADD COLUMN {column}")

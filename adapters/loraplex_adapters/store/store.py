@@ -1,20 +1,18 @@
-"""The adapters a server knows: content by digest, and names with immutable versions."""
+"""The store as one object: content by digest, and names with immutable versions."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 from loraplex_model.base.info import BaseInfo
 from loraplex_model.base.refusal import Reason, Refusal
 
 from loraplex_adapters.format.digest import digest_hex
-from loraplex_adapters.format.examine import inspect, survey
-from loraplex_adapters.format.files import Directory, open_directory
-from loraplex_adapters.format.spec import AdapterLimits, AdapterSpec
+from loraplex_adapters.format.examine import examine_header, inspect
+from loraplex_adapters.format.files import Directory, opened
+from loraplex_adapters.format.spec import AdapterLimits, CheckedAdapter
 from loraplex_adapters.store import garbage, schema
 from loraplex_adapters.store.aliases import Aliases
 from loraplex_adapters.store.blobs import Blobs
@@ -23,22 +21,27 @@ from loraplex_adapters.store.disk import locked
 from loraplex_adapters.store.garbage import Collected
 from loraplex_adapters.store.identity import read_id, write_id
 from loraplex_adapters.store.ids import AdapterId, check_name, parse_id
-from loraplex_adapters.store.index import Index, Registration
+from loraplex_adapters.store.index import Index, VersionRequest
 from loraplex_adapters.store.labels import check_keys, check_labels
 from loraplex_adapters.store.records import Alias, Page, Record
-from loraplex_adapters.store.uploads import Upload, UploadBounds, Uploads
+from loraplex_adapters.store.uploads import UploadBounds, Uploads
 
 DEFAULT_PAGE = 100
 MAX_PAGE = 1000
 GRACE_SECONDS = 7 * 24 * 3600.0
-"""How long a deletion can be taken back, unless the operator says otherwise."""
+"""Default time for which a deletion can be undone."""
 
 _ATTEMPTS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """A blob that was read again: the "name@version"s that need it, and what is wrong, or None."""
+    """A blob that was read again.
+
+    Attributes:
+        versions: the versions that have this content, as "name@version".
+        error: the fault that was found; None if the blob is intact.
+    """
 
     digest: str
     versions: tuple[str, ...]
@@ -48,18 +51,21 @@ class Verified:
 class Store:
     """Adapters on disk. Safe to use from several threads, processes and servers at once.
 
-    An id is "name" (its current version, or an alias's), "name@3" or "name@sha256:<hex>". Every
-    method blocks (call it in a worker thread) and may raise `Refusal` with reason STORE_FULL
-    or STORE_UNAVAILABLE when the disk or the database does not do its part. When a method that
-    changes something returns, the change survives a power cut.
+    An id is "name" (the current version, or that of an alias), "name@3" or "name@sha256:<hex>".
+    Every method blocks, so that it belongs in a worker thread, and may raise `Refusal` with reason
+    STORE_FULL or STORE_UNAVAILABLE if the disk or the database fails. Once a method that changes
+    something has returned, the change survives a power failure.
+
+    Attributes:
+        uploads: the unfinished uploads, which `finish_upload` registers.
     """
 
     def __init__(self, root: Path, url: str = "", uploads: UploadBounds | None = None) -> None:
-        """Opens the store below `root`, making it if there is none, and clears what crashes left.
+        """Opens the store below `root`, creating it if needed, and cleans up after crashes.
 
-        The index is SQLite below `root`, or the PostgreSQL database `url` (in SQLAlchemy's form),
-        which several servers may share together with `root`. Raises Refusal(STORE_UNAVAILABLE)
-        when `root` cannot be written, or its index not read or not meant for it.
+        The index is SQLite below `root`, or the PostgreSQL database `url` (an SQLAlchemy URL),
+        which several servers may share together with `root`. Raises Refusal(STORE_UNAVAILABLE) if
+        `root` cannot be written, or if its index cannot be read or belongs to another store.
         """
         with locked(root):
             self._database = Database(root / "index.sqlite3", url)
@@ -73,9 +79,9 @@ class Store:
                     write_id(root, store_id)
                 self._index = Index(self._database)
                 self._aliases = Aliases(self._database)
-                self._uploads = Uploads(root, uploads or UploadBounds())
-                self._uploads.clear()
-                self._uploads.expire()
+                self.uploads = Uploads(root, uploads or UploadBounds())
+                self.uploads.clear()
+                self.uploads.expire()
                 garbage.empty_trash(self._database, self._blobs)
             except BaseException:
                 self.close()
@@ -94,31 +100,29 @@ class Store:
     ) -> tuple[Record, bool]:
         """Checks and copies the adapter in `source` and points `name` to it, as a new version.
 
-        Returns the record and whether it is new: False when `name` already points to these bytes;
-        `labels` are added to those of that version. What is checked in the end is the copy, so
-        nobody can change the files in between.
-        Raises Refusal: FIELD_INVALID (name, labels), ADAPTER_CONFLICT (the name holds other
-        bytes and `replace` is not set, or it is an alias), ADAPTER_INVALID (field "digest": the
-        bytes are not those of `expected_digest`), and whatever `format.inspect` finds.
+        Returns the version, and whether it is new: False if `name` already points to this content;
+        `labels` are then added to those that the version has. The check that decides reads the
+        copy, so that later changes of the files have no effect.
+        Raises Refusal: FIELD_INVALID (name, labels), ADAPTER_CONFLICT (the name points to other
+        content and `replace` is not set, or it is an alias), ADAPTER_INVALID (field "digest": the
+        digest is not `expected_digest`), and as `format.examine.inspect` does.
         """
         check_name(name)
         checked = check_labels(labels or {})
         if expected_digest:
             digest_hex(expected_digest)
         limits = limits or AdapterLimits()
-        with (
-            nullcontext(source) if isinstance(source, Directory) else open_directory(source) as src
-        ):
-            hopeless = survey(src, base, limits).findings  # before gigabytes are copied
-            if hopeless:
-                raise Refusal.of(hopeless)
+        with opened(source) as src:
+            # Checked first without the weights, before gigabytes are copied.
+            if findings := examine_header(src, base, limits).findings:
+                raise Refusal.of(findings)
             for _ in range(_ATTEMPTS):
                 spec = self._admit(src, base, limits, expected_digest)
-                wanted = Registration(name, spec, base.fingerprint, checked, replace)
+                wanted = VersionRequest(name, spec, base.fingerprint, checked, replace)
                 outcome = self._index.point(wanted, self._blobs.has)
                 if outcome is not None:
                     return outcome
-                # Nothing named these bytes yet, and they were collected meanwhile.
+                # No version had this digest yet, and the blob was collected meanwhile.
         raise Refusal(Reason.STORE_UNAVAILABLE, "the adapter was collected while it was registered")
 
     def admit(
@@ -128,56 +132,53 @@ class Store:
         limits: AdapterLimits | None = None,
         expected_digest: str = "",
     ) -> str:
-        """Checks and copies the adapter in `source`, under no name yet; returns its digest.
+        """Checks and copies the adapter in `source` without naming it; returns its digest.
 
-        What is not registered then is collected after the grace. Raises Refusal as `register`
-        does.
+        It is collected after the grace period unless it is registered. Raises Refusal as
+        `register` does.
         """
         if expected_digest:
             digest_hex(expected_digest)
-        with (
-            nullcontext(source) if isinstance(source, Directory) else open_directory(source) as src
-        ):
+        with opened(source) as src:
             return self._admit(src, base, limits or AdapterLimits(), expected_digest).digest
 
     def _admit(
         self, source: Directory, base: BaseInfo, limits: AdapterLimits, expected_digest: str
-    ) -> AdapterSpec:
+    ) -> CheckedAdapter:
         with self._blobs.staged(source, limits.max_weights_bytes) as copy:
             spec = inspect(copy, base, limits)
             if expected_digest not in ("", spec.digest):
-                message = f"the bytes are {spec.digest}, not {expected_digest}"
+                message = f"the digest is {spec.digest}, not {expected_digest}"
                 raise Refusal(Reason.ADAPTER_INVALID, message, "digest")
             self._blobs.publish(copy, spec.digest)
         return spec
 
     def resolve(self, adapter_id: str) -> Record:
-        """The record that an id means now.
+        """Returns the version that an id means now.
 
-        Raises Refusal: FIELD_INVALID (not of that form), ADAPTER_NOT_FOUND.
+        Raises Refusal: FIELD_INVALID (not an id), ADAPTER_NOT_FOUND.
         """
         return self._index.find(parse_id(adapter_id))
 
     def get(self, name: str, version: int | None = None) -> Record:
-        """The current, or the given, version of `name`; raises as `resolve` does."""
+        """Returns the current or the given version of `name`; raises as `resolve` does."""
         return self._index.find(AdapterId(check_name(name), version))
 
     def page(
         self, page_size: int = 0, page_token: str = "", labels: Mapping[str, str] | None = None
     ) -> Page:
-        """Current versions in the order of names: `Page(records, next_page_token)`.
+        """A page of the current versions that carry all of `labels`, in the order of names.
 
-        Only those that carry all of `labels`. `page_size` 0 is 100; more than 1000 is 1000. Raises
-        Refusal(FIELD_INVALID).
+        `page_size` 0 means 100; more than 1000 means 1000. Raises Refusal(FIELD_INVALID).
         """
         checked = check_labels(labels or {})
         if page_size < 0:
-            raise Refusal(Reason.FIELD_INVALID, "page_size is negative", "page_size")
+            raise Refusal(Reason.FIELD_INVALID, "page_size must not be negative", "page_size")
         if page_token:
             try:
                 check_name(page_token)
             except Refusal:
-                message = "page_token is none that this server gave"
+                message = "page_token must be a next_page_token of an earlier page"
                 raise Refusal(Reason.FIELD_INVALID, message, "page_token") from None
         return self._index.page(page_token, min(page_size or DEFAULT_PAGE, MAX_PAGE), checked)
 
@@ -192,60 +193,60 @@ class Store:
                 return
 
     def change_counter(self) -> int:
-        """Grows with every change of names, aliases and labels, by any process; cheap to ask."""
+        """Counter that grows with every change of names, aliases and labels by any process."""
         return self._index.change_counter()
 
     def versions(self, name: str) -> tuple[Record, ...]:
-        """All versions of a name, newest first; raises Refusal as `get` does."""
+        """All versions of a name, newest first. Raises Refusal as `get` does."""
         return self._index.versions(check_name(name))
 
     def label(
         self, adapter_id: str, labels: Mapping[str, str], remove: Collection[str] = ()
     ) -> Record:
-        """Puts labels on a version, after taking others off; returns the record as it is then.
+        """Removes the labels `remove` from a version, then adds `labels`; returns the version.
 
-        Raises Refusal: FIELD_INVALID (id, labels, too many of them), ADAPTER_NOT_FOUND.
+        Raises Refusal: FIELD_INVALID (id, labels, too many labels), ADAPTER_NOT_FOUND.
         """
         check_keys(remove)
         return self._index.label(parse_id(adapter_id), check_labels(labels), remove)
 
     def set_alias(self, alias: str, adapter_id: str, expected: str | None = None) -> Alias:
-        """Points `alias` to the version that `adapter_id` means now, making or moving it.
+        """Points `alias`, which may be new, to the version that `adapter_id` means now.
 
-        With `expected` only if it points there until now: an id, or "" for an alias that must not
-        exist yet. Raises Refusal: FIELD_INVALID; ADAPTER_NOT_FOUND (`adapter_id`);
-        ADAPTER_CONFLICT (it points elsewhere, or is an adapter's name).
+        `expected` is the id that the alias must point to before, "" if it must not exist yet, None
+        for no condition. Raises Refusal: FIELD_INVALID; ADAPTER_NOT_FOUND (`adapter_id`);
+        ADAPTER_CONFLICT (`expected` is not met, or `alias` is the name of an adapter).
         """
         check_name(alias)
         before = parse_id(expected) if expected else expected
         return self._aliases.set(alias, parse_id(adapter_id), before)
 
     def delete_alias(self, alias: str) -> None:
-        """Forgets an alias. Raises Refusal: FIELD_INVALID, ADAPTER_NOT_FOUND."""
+        """Deletes an alias. Raises Refusal: FIELD_INVALID, ADAPTER_NOT_FOUND."""
         self._aliases.delete(check_name(alias))
 
     def aliases(self) -> tuple[Alias, ...]:
-        """Every alias, in order; those of deleted adapters lead nowhere until they are restored."""
+        """All aliases in order, including those of deleted versions, which do not resolve."""
         return self._aliases.all()
 
     def delete(self, name: str) -> None:
-        """Deletes a name and its versions: nobody finds them, until `restore` or for good.
+        """Deletes a name and its versions; `restore` undoes that until `gc` removes them.
 
-        Their bytes stay until `gc`; the name's version numbers are never used again. Raises
-        Refusal: FIELD_INVALID, ADAPTER_NOT_FOUND.
+        The name's version numbers are never used again. Raises Refusal: FIELD_INVALID,
+        ADAPTER_NOT_FOUND.
         """
         self._index.delete(check_name(name))
 
     def restore(self, name: str) -> Record:
-        """Takes back the last deletion of a name; returns its current version.
+        """Undoes the last deletion of a name; returns its current version.
 
-        Raises Refusal: FIELD_INVALID, ADAPTER_NOT_FOUND (nothing is left of it),
+        Raises Refusal: FIELD_INVALID, ADAPTER_NOT_FOUND (all its versions have been collected),
         ADAPTER_CONFLICT (the name has been given to an adapter or an alias since).
         """
         return self._index.restore(check_name(name))
 
     def deleted(self) -> tuple[Record, ...]:
-        """The deleted versions that have not been collected, in order."""
+        """The deleted versions that are not collected yet, in order of names and versions."""
         return self._index.deleted()
 
     def gc(
@@ -254,45 +255,14 @@ class Store:
         keep: Collection[str] = (),
         dry_run: bool = False,
     ) -> Collected:
-        """Removes deleted versions, and bytes that no version names, older than the grace.
+        """Removes versions deleted `grace_seconds` ago, old blobs without one, expired uploads.
 
-        The bytes of the digests in `keep` stay: those that this server uses. Other servers' are
-        kept by the grace, which should be longer than any of their requests. Expired uploads go
-        too. With `dry_run` nothing is changed.
+        Blobs whose digests are in `keep`, because this server uses them, stay. Blobs that other
+        servers use stay if the grace is longer than any request of theirs. `dry_run` only reports.
         """
         return garbage.collect(
-            self._database, self._blobs, self._uploads, grace_seconds, keep, dry_run
+            self._database, self._blobs, self.uploads, grace_seconds, keep, dry_run
         )
-
-    def begin_upload(self, name: str = "") -> str:
-        """Opens an upload; returns its id.
-
-        A `name` is checked now and not kept: it saves sending what `finish_upload` would refuse.
-        Raises Refusal: FIELD_INVALID (name), OVERLOADED (too many are open).
-        """
-        if name:
-            check_name(name)
-        return self._uploads.begin()
-
-    def append(self, upload_id: str, file: str, offset: int, data: bytes | memoryview) -> int:
-        """Adds bytes to "adapter_config.json" or "adapter_model.safetensors"; its size then.
-
-        `offset` must be the size until now, so that a piece sent twice does no harm. Raises
-        Refusal: UPLOAD_NOT_FOUND, UPLOAD_OFFSET (`upload` has the right one), FIELD_INVALID
-        (file), ADAPTER_TOO_LARGE.
-        """
-        return self._uploads.append(upload_id, file, offset, data)
-
-    def upload(self, upload_id: str) -> Upload:
-        """How far an upload has come. Raises Refusal(UPLOAD_NOT_FOUND)."""
-        return self._uploads.state(upload_id)
-
-    def open_upload(self, upload_id: str) -> AbstractContextManager[Directory]:
-        """The files of an upload, to look at; nothing is added to them meanwhile.
-
-        Raises Refusal(UPLOAD_NOT_FOUND).
-        """
-        return self._uploads.reading(upload_id)
 
     def finish_upload(
         self,
@@ -304,36 +274,32 @@ class Store:
         replace: bool = False,
         labels: Mapping[str, str] | None = None,
     ) -> tuple[Record, bool]:
-        """Registers what was uploaded, if its digest is the expected one ("": any), and ends it.
+        """Registers an upload whose digest is `expected_digest` ("" for any), and removes it.
 
-        A refused upload stays, to be finished otherwise or aborted. Raises Refusal:
+        A refused upload stays; it can be finished in another way or aborted. Raises Refusal:
         UPLOAD_NOT_FOUND, FIELD_INVALID (digest), and as `register` does.
         """
-        with self._uploads.reading(upload_id, remove=True) as source:
+        with self.uploads.reading(upload_id, remove=True) as source:
             return self.register(
                 name, source, base, limits, replace, labels, expected_digest=expected_digest
             )
 
-    def abort_upload(self, upload_id: str) -> None:
-        """Drops an upload. Raises Refusal(UPLOAD_NOT_FOUND)."""
-        self._uploads.abort(upload_id)
-
     def path(self, digest: str) -> Path:
-        """The directory of the adapter with this digest: what `AdapterRef.path` carries.
+        """Returns the directory of the adapter with this digest.
 
-        Raises Refusal: FIELD_INVALID (no digest), ADAPTER_NOT_FOUND.
+        Raises Refusal: FIELD_INVALID (not a digest), ADAPTER_NOT_FOUND.
         """
         return self._blobs.path(digest)
 
     def verify(self, digest: str) -> None:
-        """Reads an adapter's bytes again.
+        """Reads an adapter's files again and compares their digest.
 
-        Raises Refusal: ADAPTER_CORRUPT (they have changed), FIELD_INVALID, ADAPTER_NOT_FOUND.
+        Raises Refusal: ADAPTER_CORRUPT (the digest differs), FIELD_INVALID, ADAPTER_NOT_FOUND.
         """
         self._blobs.verify(digest)
 
     def verify_all(self) -> Iterator[Verified]:
-        """Reads the bytes of every version again, deleted ones too, in the order of digests."""
+        """Verifies the content of every version, including deleted ones, in order of digests."""
         for digest, versions in self._index.users().items():
             error = None
             try:
@@ -343,17 +309,12 @@ class Store:
             yield Verified(digest, versions, error)
 
     def close(self) -> None:
-        """Closes the index and gives up the staging area. Idempotent."""
+        """Closes the index and removes the staging area. Idempotent."""
         self._database.close()
         self._blobs.close()
 
     def __enter__(self) -> Store:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

@@ -1,11 +1,11 @@
-"""Uploads: an adapter's two files as they arrive, piece by piece, across restarts of the server.
+"""Uploads: an adapter's two files, received in pieces; they survive restarts of the server.
 
-    <store>/uploads/lock                    taken while an upload is begun
-    <store>/uploads/<id>/lock               taken while the upload is written, read or removed
+    <store>/uploads/lock                    held while an upload is begun
+    <store>/uploads/<id>/lock               held while the upload is written, read or removed
     <store>/uploads/<id>/adapter_config.json, adapter_model.safetensors
 
-The size of a file is all that is known of its progress. A piece is acknowledged when it is on the
-disk; what a crash leaves beyond that is the beginning of the piece that was being written.
+The size of a file is the only record of its progress. A piece is acknowledged once it is on disk;
+bytes that a crash leaves beyond the last acknowledged piece are the beginning of the next one.
 """
 
 from __future__ import annotations
@@ -32,18 +32,19 @@ from loraplex_adapters.format.files import (
     open_directory,
 )
 from loraplex_adapters.store.disk import disk_errors, locked
+from loraplex_adapters.store.ids import check_name
 
 _ID = re.compile(r"\A[0-9a-f]{32}\Z")
 
 
 @dataclass(frozen=True, slots=True)
 class UploadBounds:
-    """What uploads may take.
+    """Limits of uploads.
 
     Attributes:
         max_weights_bytes: size of one weights file.
-        max_open: uploads that are not finished.
-        expire_seconds: from the last piece to the upload's removal.
+        max_open: number of unfinished uploads.
+        expire_seconds: time from the last piece to the removal of an unfinished upload.
     """
 
     max_weights_bytes: int = 4 << 30
@@ -53,7 +54,7 @@ class UploadBounds:
 
 @dataclass(frozen=True, slots=True)
 class Upload:
-    """How far an upload has come, in bytes: where to go on."""
+    """Progress of an upload: the size of each file, which is the offset of its next piece."""
 
     id: str
     config_bytes: int
@@ -63,7 +64,7 @@ class Upload:
 class Uploads:
     """The unfinished uploads of a store. Safe to use from several threads and processes.
 
-    Every method raises Refusal(STORE_FULL or STORE_UNAVAILABLE) when the disk fails.
+    Every method raises Refusal(STORE_FULL or STORE_UNAVAILABLE) if the disk fails.
     """
 
     def __init__(self, root: Path, bounds: UploadBounds) -> None:
@@ -74,8 +75,14 @@ class Uploads:
             self._root.mkdir(exist_ok=True)
             flush(root)
 
-    def begin(self) -> str:
-        """Opens an upload; returns its id. Raises Refusal(OVERLOADED) if too many are open."""
+    def begin(self, name: str = "") -> str:
+        """Begins an upload; returns its id.
+
+        A `name` is only checked, so that a bad one is refused before anything is sent.
+        Raises Refusal: FIELD_INVALID (name), OVERLOADED (too many uploads are open).
+        """
+        if name:
+            check_name(name)
         with locked(self._root):
             self.expire()
             if len(self._ids()) >= self._bounds.max_open:
@@ -89,10 +96,11 @@ class Uploads:
         return upload_id
 
     def append(self, upload_id: str, file: str, offset: int, data: bytes | memoryview) -> int:
-        """Writes `data` to the end of one of the files, which `offset` must be; its size then.
+        """Appends `data` to "adapter_config.json" or "adapter_model.safetensors"; returns its size.
 
-        Raises Refusal: UPLOAD_NOT_FOUND; UPLOAD_OFFSET (the message and `state` have the right
-        one); FIELD_INVALID (no file of an adapter); ADAPTER_TOO_LARGE.
+        `offset` must be the file's size before, so that a piece sent twice does no harm.
+        Raises Refusal: UPLOAD_NOT_FOUND; UPLOAD_OFFSET (the message and `state` give the right
+        offset); FIELD_INVALID (not a file of an adapter); ADAPTER_TOO_LARGE.
         """
         limit = self._limits.get(file)
         if limit is None:
@@ -108,12 +116,12 @@ class Uploads:
                 size = os.fstat(descriptor).st_size
                 if offset != size:
                     raise Refusal(
-                        Reason.UPLOAD_OFFSET, f"{file} has {size} bytes; go on from there", file
+                        Reason.UPLOAD_OFFSET, f"{file} has {size} bytes; continue from there", file
                     )
                 if size + len(data) > limit:
                     raise Refusal(
                         Reason.ADAPTER_TOO_LARGE,
-                        f"at most {limit} bytes of {file} are accepted",
+                        f"{file} may have at most {limit} bytes",
                         file,
                     )
                 rest = memoryview(data)
@@ -131,15 +139,16 @@ class Uploads:
         return size
 
     def state(self, upload_id: str) -> Upload:
-        """How far it has come. Raises Refusal(UPLOAD_NOT_FOUND)."""
+        """Returns the progress of an upload. Raises Refusal(UPLOAD_NOT_FOUND)."""
         with self._held(upload_id) as folder, disk_errors():
             return Upload(upload_id, _size(folder / CONFIG_FILE), _size(folder / WEIGHTS_FILE))
 
     @contextmanager
     def reading(self, upload_id: str, *, remove: bool = False) -> Iterator[Directory]:
-        """The upload's files, which nobody writes to meanwhile.
+        """Opens an upload's files, to which nothing is appended meanwhile.
 
-        With `remove` they go when the block has succeeded. Raises Refusal(UPLOAD_NOT_FOUND).
+        With `remove` the upload is removed if the block succeeds. Raises
+        Refusal(UPLOAD_NOT_FOUND).
         """
         with self._held(upload_id) as folder:
             with open_directory(folder) as directory:
@@ -153,13 +162,13 @@ class Uploads:
             self._remove(folder)
 
     def expire(self, dry_run: bool = False) -> tuple[str, ...]:
-        """Removes, or only lists, the uploads that nobody has gone on with for too long."""
+        """Removes or, in a dry run, only lists the uploads that have expired."""
         expired = []
         for upload_id in self._ids():
             folder = self._root / upload_id
             try:
                 owner = lock(folder / "lock", wait=False)
-            except OSError:  # in use, or gone meanwhile
+            except OSError:  # in use, or removed meanwhile
                 continue
             try:
                 if time.time() - _last_change(folder) > self._bounds.expire_seconds:
@@ -171,10 +180,10 @@ class Uploads:
         return tuple(expired)
 
     def clear(self) -> None:
-        """Finishes removals that a crash cut short."""
+        """Finishes removals that a crash interrupted."""
         with disk_errors():
-            for half_gone in self._root.glob("removed-*"):
-                shutil.rmtree(half_gone, ignore_errors=True)
+            for removed in self._root.glob("removed-*"):
+                shutil.rmtree(removed, ignore_errors=True)
 
     def _ids(self) -> list[str]:
         with disk_errors():
@@ -182,7 +191,7 @@ class Uploads:
 
     @contextmanager
     def _held(self, upload_id: str) -> Iterator[Path]:
-        """Waits for the upload's lock, and holds it."""
+        """Waits for the upload's lock and holds it."""
         folder = self._root / upload_id
         descriptor = None
         if _ID.match(upload_id) and folder.is_dir():
@@ -191,7 +200,7 @@ class Uploads:
         if descriptor is None:
             raise _not_found(upload_id)
         try:
-            if not folder.is_dir():  # removed by whoever held it before
+            if not folder.is_dir():  # removed by the lock's last holder
                 raise _not_found(upload_id)
             yield folder
         finally:

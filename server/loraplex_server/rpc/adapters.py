@@ -159,7 +159,7 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         self, request: pb.StartUploadRequest, context: _Context
     ) -> pb.StartUploadResponse:
         """Opens an upload and returns its id."""
-        upload_id = await _typed(asyncio.to_thread(self._store.begin_upload), "", "", _UPLOAD)
+        upload_id = await _typed(asyncio.to_thread(self._store.uploads.begin), "", "", _UPLOAD)
         return pb.StartUploadResponse(upload_id=upload_id)
 
     async def UploadAdapter(
@@ -180,7 +180,7 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
     ) -> pb.GetUploadResponse:
         """Reports the received bytes of an upload."""
         _require(validate.upload_id(request.upload_id))
-        work = asyncio.to_thread(self._store.upload, request.upload_id)
+        work = asyncio.to_thread(self._store.uploads.state, request.upload_id)
         sizes = await _typed(work, request.upload_id, "upload_id", _UPLOAD)
         return pb.GetUploadResponse(
             config_bytes=sizes.config_bytes, weights_bytes=sizes.weights_bytes
@@ -191,7 +191,7 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
     ) -> pb.AbortUploadResponse:
         """Deletes an upload."""
         _require(validate.upload_id(request.upload_id))
-        work = asyncio.to_thread(self._store.abort_upload, request.upload_id)
+        work = asyncio.to_thread(self._store.uploads.abort, request.upload_id)
         await _typed(work, request.upload_id, "upload_id", _UPLOAD)
         return pb.AbortUploadResponse()
 

@@ -9,7 +9,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 from loraplex.v1 import adapter_pb2
 from loraplex_adapters.format.examine import Report
-from loraplex_adapters.format.spec import AdapterSpec
+from loraplex_adapters.format.spec import CheckedAdapter
 from loraplex_adapters.store import Record
 
 from loraplex_server.engine.messages import AdapterStatus
@@ -61,7 +61,7 @@ def judgement(report: Report) -> adapter_pb2.ValidateAdapterResponse:
     )
 
 
-def _spec(spec: AdapterSpec) -> adapter_pb2.AdapterSpec:
+def _spec(spec: CheckedAdapter) -> adapter_pb2.AdapterSpec:
     return adapter_pb2.AdapterSpec(
         digest=spec.digest,
         peft_type=spec.peft_type,

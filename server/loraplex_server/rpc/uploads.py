@@ -63,7 +63,7 @@ class UploadReceiver:
         store = self._registry.store
         header = await self._header(requests)
         wanted = {CONFIG_FILE: header.config_size, WEIGHTS_FILE: header.weights_size}
-        there = await asyncio.to_thread(store.upload, header.upload_id)
+        there = await asyncio.to_thread(store.uploads.state, header.upload_id)
         sizes = {CONFIG_FILE: there.config_bytes, WEIGHTS_FILE: there.weights_bytes}
         async for request in requests:
             if request.WhichOneof("part") != "chunk":
@@ -77,7 +77,7 @@ class UploadReceiver:
                 text = f"{file} was announced with {wanted[file]} bytes; this piece ends at {end}"
                 raise _offset(header.upload_id, file, text)
             sizes[file] = await asyncio.to_thread(
-                store.append, header.upload_id, file, chunk.offset, chunk.data
+                store.uploads.append, header.upload_id, file, chunk.offset, chunk.data
             )
         for file, size in wanted.items():
             if sizes[file] != size:

@@ -1,1 +1,1 @@
-"""Adapters as files for other programs: merged checkpoints, GGUF adapters, blends of LoRA."""
+"""Exports for other programs: merged checkpoints, GGUF adapters, blends of LoRA adapters."""

@@ -1,4 +1,4 @@
-"""What is left of a change after it was rounded into a coarser type."""
+"""Measures how much of an adapter's change survives rounding into a coarser type."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """One tensor's change D = W' - W, and what its written form Q makes of it.
+    """Share of a tensor's change D = W' - W that its written form Q retains.
 
     Attributes:
-        size: |D|^2; along: <Q - W, D>; error: |Q - W'|^2.
-        quantised: whether Q is NF4, not a float type.
+        size: |D|^2.
+        along: <Q - W, D>.
+        error: |Q - W'|^2.
+        quantised: whether Q is NF4 rather than a float type.
     """
 
     name: str
@@ -25,17 +27,17 @@ class Kept:
 
     @property
     def retained(self) -> float:
-        """<Q - W, D> / |D|^2: 1 where the change is all there, 0 where it was rounded away."""
+        """<Q - W, D> / |D|^2: 1 if the change is fully retained, 0 if it was rounded away."""
         return self.along / self.size if self.size else 1.0
 
     @property
     def noise(self) -> float:
-        """|Q - W'| / |D|: the error that rounding adds, in sizes of the change."""
+        """|Q - W'| / |D|: the error that rounding adds, relative to the change."""
         return math.sqrt(self.error / self.size) if self.size else 0.0
 
 
 def measure(name: str, base: torch.Tensor, merged: torch.Tensor, written: torch.Tensor) -> Kept:
-    """Compares three float tensors of one shape; `base` is overwritten."""
+    """Compares three float tensors W, W' and Q of one shape; overwrites `base`."""
     error = (written.float() - merged).double().square_().sum().item()
     change = merged - base
     moved = base.neg_().add_(written.float())
@@ -44,7 +46,7 @@ def measure(name: str, base: torch.Tensor, merged: torch.Tensor, written: torch.
 
 
 def total(parts: list[Kept]) -> Kept:
-    """All tensors as one."""
+    """The figures of all tensors together."""
     return Kept(
         "",
         sum(part.size for part in parts),

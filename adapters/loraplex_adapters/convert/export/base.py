@@ -1,4 +1,4 @@
-"""A base model to export against: its weights as they are served, and where they came from."""
+"""The base model of an export: its weights as they are served, and the files they came from."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from loraplex_model.checkpoints.default_model import DEFAULT, ensure_default_mod
 from loraplex_model.checkpoints.load import load_base
 
 from loraplex_adapters.format.examine import inspect
-from loraplex_adapters.format.spec import AdapterLimits, AdapterSpec
+from loraplex_adapters.format.spec import AdapterLimits, CheckedAdapter
 from loraplex_adapters.load.tensors import load
 
 LIMITS = AdapterLimits(max_rank=1 << 16, max_virtual_tokens=1 << 20)
-"""What is exported need not fit a server's limits."""
+"""Limits of exported adapters, which need not fit those of a server."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExportBase:
-    """A loaded base.
+    """A loaded base model.
 
     Attributes:
-        name: what the operator asked for.
-        source: the checkpoint's directory, or the GGUF file.
-        directory: the cached entry: `tokenizer.json` and `model.json`.
-        weights: NF4 matrices; everything else float32, as stored.
+        name: name under which the operator asked for it.
+        source: directory of the checkpoint, or the GGUF file.
+        directory: entry in the cache, with `tokenizer.json` and `model.json`.
+        weights: NF4 matrices; all other tensors float32, as stored.
     """
 
     name: str
@@ -45,7 +45,7 @@ def open_base(model: str, cache: Path) -> ExportBase:
     return ExportBase(loaded.name, source, loaded.directory, loaded.weights)
 
 
-def open_adapter(directory: Path, base: ExportBase) -> tuple[AdapterSpec, AdapterDelta]:
-    """Reads an adapter as the server would; raises Refusal as `format.inspect` does."""
+def open_adapter(directory: Path, base: ExportBase) -> tuple[CheckedAdapter, AdapterDelta]:
+    """Checks and reads an adapter as the server does; raises Refusal as `inspect` does."""
     digest = inspect(directory, base.weights.info, LIMITS).digest
     return load(directory, digest, base.weights, LIMITS)

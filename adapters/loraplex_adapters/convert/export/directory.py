@@ -1,4 +1,4 @@
-"""A new directory that is there as a whole, or not at all."""
+"""New directories that appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -13,18 +13,17 @@ from loraplex_model.base.durable import flush
 from loraplex_model.base.refusal import Reason, Refusal
 
 OURS = ("config.json", "adapter_config.json", "adapter.gguf")
-"""What an earlier export holds one of. `force` replaces no other directory, unless it is empty."""
+"""Files by which an earlier export is recognised: `force` replaces no other non-empty directory."""
 
 
 @contextmanager
 def staged(out: Path, *, force: bool = False) -> Iterator[Path]:
-    """A path beside `out` for the context to make a directory of, which then becomes `out`.
+    """Yields a path next to `out`; the directory that the block creates there then becomes `out`.
 
-    Everything in it is brought to the disk before its name is; an exception removes it. With
-    `force` an earlier export at `out` is moved aside first, and removed in the end: a crash between
-    the two renames leaves it beside `out`, under a name that begins with a dot.
-    Raises Refusal: EXPORT_EXISTS (field "out"), EXPORT_FAILED where the disk does not do its
-    part.
+    Its content is flushed to disk before it is renamed; an exception removes it. With `force` an
+    earlier export at `out` is moved aside first and removed at the end; a crash between the two
+    renames leaves it next to `out`, under a name that begins with a dot.
+    Raises Refusal: EXPORT_EXISTS (field "out"), EXPORT_FAILED if the disk fails.
     """
     out = Path(os.path.abspath(out))
     _check_free(out, force)
@@ -48,10 +47,11 @@ def _check_free(out: Path, force: bool) -> None:
         message = f"{out} exists; choose another directory, or replace it with --force"
         raise Refusal(Reason.EXPORT_EXISTS, message, "out")
     if out.is_symlink() or not out.is_dir():
-        raise Refusal(Reason.EXPORT_EXISTS, f"{out} is no directory, so it stays", "out")
+        message = f"{out} exists and is not a directory; it is not replaced"
+        raise Refusal(Reason.EXPORT_EXISTS, message, "out")
     held = {entry.name for entry in out.iterdir()}
     if held and held.isdisjoint(OURS):
-        message = f"{out} holds no earlier export, so it stays even with --force"
+        message = f"{out} does not contain an earlier export; it is not replaced, even with --force"
         raise Refusal(Reason.EXPORT_EXISTS, message, "out")
 
 
@@ -67,7 +67,7 @@ def _publish(fresh: Path, out: Path, force: bool) -> None:
         flush(out.parent)
         shutil.rmtree(old, ignore_errors=True)
     else:
-        fresh.rename(out)  # fails where a directory with something in it has appeared
+        fresh.rename(out)  # fails if a non-empty directory has appeared meanwhile
         flush(out.parent)
 
 

@@ -1,4 +1,4 @@
-"""From what an operator asks for to the files, and what there is to say about them."""
+"""Exports of adapters: from an operator's request to the files and a report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from loraplex_model.base.refusal import Reason, Refusal
 
 from loraplex_adapters.convert.export.account import Kept, total
 from loraplex_adapters.convert.export.base import LIMITS, ExportBase, open_adapter, open_base
-from loraplex_adapters.convert.export.blend import Method, Recipe, blend, check
+from loraplex_adapters.convert.export.blend import BlendMethod, BlendSpec, blend, check
 from loraplex_adapters.convert.export.factors import FactorsBySite, delta_of, factors_of
 from loraplex_adapters.convert.export.gguf_adapter import write_gguf
 from loraplex_adapters.convert.export.merged import DTYPES, write_dense, write_nf4
@@ -20,27 +20,28 @@ from loraplex_adapters.convert.export.peft_files import write_peft
 from loraplex_adapters.format.config import FINGERPRINT_KEY
 from loraplex_adapters.format.examine import inspect
 from loraplex_adapters.format.modules import module_path
-from loraplex_adapters.format.spec import AdapterLimits, AdapterSpec
+from loraplex_adapters.format.spec import AdapterLimits, CheckedAdapter
 
 WORTH_A_WARNING = 0.01
-"""Rounding that adds more than this share of the change is spoken of."""
+"""Noise of rounding, relative to the change, above which a warning is given."""
 
 _MAX_STAMP = 512
 _DEFAULT_DTYPES = {"hf": "bf16", "nf4": "bf16", "gguf": "fp32", "peft": "fp32"}
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
-    """An export.
+class ExportRequest:
+    """An export that an operator asks for.
 
     Attributes:
-        adapters: as the operator named them; `weights` is empty (1 each), or as long.
+        adapters: adapters as the operator named them.
+        weights: one weight for each adapter; empty for 1 each.
         format: "hf", "nf4", "gguf" or "peft".
-        dtype: "fp16", "bf16", "fp32", or "" for the format's own.
-        blend: "cat", "svd", "ties", "dare", or "" for one adapter as it is.
-        rank, density, seed: of `blend.Recipe`.
-        cache: of base models.
-        force: writes an NF4 merge that loses the change.
+        dtype: "fp16", "bf16", "fp32", or "" for the format's default.
+        blend: "cat", "svd", "ties", "dare", or "" for one adapter without a blend.
+        rank, density, seed: as in `BlendSpec`.
+        cache: directory of cached base models.
+        force: whether to write an NF4 merge that loses the change.
     """
 
     adapters: tuple[str, ...]
@@ -57,21 +58,21 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """What to print: lines for people, warnings, figures for programs."""
+class ExportResult:
+    """The report of an export: lines for people, warnings, figures for programs."""
 
     lines: tuple[str, ...]
     warnings: tuple[str, ...]
     figures: dict[str, float | int]
 
 
-def run(request: Request, target: Path, locate: Callable[[str], Path]) -> Outcome:
-    """Makes the directory `target`. `locate` finds an adapter's directory by what names it.
+def run(request: ExportRequest, target: Path, locate: Callable[[str], Path]) -> ExportResult:
+    """Writes the export to the new directory `target`; `locate` maps a name to its directory.
 
-    Raises `Refusal`, and Refusal: FIELD_INVALID (what was asked for), EXPORT_UNSUPPORTED,
-    EXPORT_DELTA_LOST, and what reading an adapter raises.
+    Raises Refusal: FIELD_INVALID (the request), EXPORT_UNSUPPORTED, EXPORT_DELTA_LOST, and as
+    loading the base or reading an adapter does.
     """
-    recipe = _recipe(request)
+    spec = _blend_spec(request)
     directories = [locate(adapter) for adapter in request.adapters]
     base = open_base(request.model, request.cache)
     opened = [open_adapter(directory, base) for directory in directories]
@@ -81,10 +82,10 @@ def run(request: Request, target: Path, locate: Callable[[str], Path]) -> Outcom
     dtype = DTYPES[request.dtype or _DEFAULT_DTYPES[request.format]]
     lines, figures = [], {}
     factors: FactorsBySite | None = None
-    if recipe is not None:
+    if spec is not None:
         weights = request.weights or (1.0,) * len(deltas)
         parts = [factors_of(delta, "a blend") for delta in deltas]
-        blended = blend(list(zip(parts, weights, strict=True)), recipe)
+        blended = blend(list(zip(parts, weights, strict=True)), spec)
         factors = blended.factors
         for site, error in blended.errors.items():
             lines.append(f"{module_path(*site):<44} rank {factors[site].rank:>4}  {error:9.2%} cut")
@@ -98,40 +99,40 @@ def run(request: Request, target: Path, locate: Callable[[str], Path]) -> Outcom
         ]
         whole = total([part for part in kept if part.quantised] or kept)
         figures |= {"retained": round(whole.retained, 6), "noise": round(whole.noise, 6)}
-        return Outcome(tuple(lines), warnings, figures)
+        return ExportResult(tuple(lines), warnings, figures)
     if factors is None:
         factors = factors_of(deltas[0], f"a {request.format} adapter")
     figures |= {"modules": len(factors), "max_rank": max(f.rank for f in factors.values())}
     if request.format == "gguf":
         name = "+".join(directory.name for directory in directories)
         write_gguf(target, factors, base.weights.config, name=name, dtype=dtype)
-        return Outcome(tuple(lines), (), figures)
+        return ExportResult(tuple(lines), (), figures)
     origin = {spec.base_model for spec in specs}
     origin_name = origin.pop() if len(origin) == 1 else ""
     write_peft(target, factors, base_model=origin_name, dtype=dtype, stamps=stamps)
-    inspect(target, base.weights.info, LIMITS)  # what is written is what would be served
-    return Outcome(tuple(lines), _rank_warning(figures["max_rank"]), figures)
+    inspect(target, base.weights.info, LIMITS)  # the result must be an adapter that can be served
+    return ExportResult(tuple(lines), _rank_warning(figures["max_rank"]), figures)
 
 
-def _recipe(request: Request) -> Recipe | None:
+def _blend_spec(request: ExportRequest) -> BlendSpec | None:
     if request.weights and len(request.weights) != len(request.adapters):
         message = f"{len(request.weights)} weights for {len(request.adapters)} adapters"
         raise Refusal(Reason.FIELD_INVALID, message, "weights")
     if request.blend:
-        method = Method(request.blend)
-        recipe = Recipe(method, request.rank, request.density, request.seed)
-        check(recipe)
-        return recipe
+        method = BlendMethod(request.blend)
+        spec = BlendSpec(method, request.rank, request.density, request.seed)
+        check(spec)
+        return spec
     if len(request.adapters) != 1:
         raise Refusal(Reason.FIELD_INVALID, "several adapters need --blend", "blend")
     if request.weights or request.rank is not None or request.density is not None:
-        message = "weights, rank and density belong to a blend; say which"
+        message = "weights, rank and density need --blend"
         raise Refusal(Reason.FIELD_INVALID, message, "blend")
     return None
 
 
 def _merge(
-    request: Request,
+    request: ExportRequest,
     target: Path,
     base: ExportBase,
     delta: AdapterDelta,
@@ -150,8 +151,10 @@ def _merge(
     return kept, (f"rounding to {word} adds {noise:.1%} of the change as noise; try {better}",)
 
 
-def _stamps(base: ExportBase, specs: Sequence[AdapterSpec], request: Request) -> dict[str, str]:
-    """Where the file comes from, for its metadata."""
+def _stamps(
+    base: ExportBase, specs: Sequence[CheckedAdapter], request: ExportRequest
+) -> dict[str, str]:
+    """Metadata that records the origin of the written weights."""
     stamps = {
         FINGERPRINT_KEY: base.weights.fingerprint,
         "loraplex_sources": ",".join(spec.digest for spec in specs)[:_MAX_STAMP],
@@ -167,4 +170,4 @@ def _rank_warning(rank: float) -> tuple[str, ...]:
     limit = AdapterLimits().max_rank
     if rank <= limit:
         return ()
-    return (f"the largest rank is {rank}; a server takes {limit} unless max_rank says otherwise",)
+    return (f"the largest rank is {rank}; a server accepts {limit} unless max_rank is raised",)

@@ -1,4 +1,4 @@
-"""LoRA's two matrices, module by module, whatever kind of LoRA they came from."""
+"""LoRA's two matrices by module, from any kind of adapter that consists of nothing else."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ EMBEDDING: Site = (MODEL, "embed_tokens")
 class Factors:
     """A module's change B A, float32, with every scale in B.
 
-    `a` is [r, in], `b` is [out, r], PEFT's way: at the embeddings "in" is the vocabulary and "out"
-    the hidden width.
+    As in PEFT, `a` is [r, in] and `b` is [out, r]; at the embeddings "in" is the vocabulary and
+    "out" the hidden width.
     """
 
     a: torch.Tensor
@@ -36,11 +36,11 @@ class Factors:
 
     @property
     def rank(self) -> int:
-        """Inner width."""
+        """Rank of the change."""
         return self.a.shape[0]
 
     def dense(self) -> torch.Tensor:
-        """B A, [out, in]."""
+        """The full matrix B A, [out, in]."""
         return self.b @ self.a
 
 
@@ -48,10 +48,10 @@ FactorsBySite = Mapping[Site, Factors]
 
 
 def factors_of(delta: AdapterDelta, what: str) -> dict[Site, Factors]:
-    """The factors of an adapter that consists of nothing else, in the order of the model.
+    """Returns the factors of an adapter that A and B express fully, in the order of the model.
 
-    LoRA, rsLoRA, patterns and AdaLoRA do; modules of rank 0 are left out. `what` says for whom they
-    are meant. Raises Refusal(EXPORT_UNSUPPORTED) for anything that A and B cannot express.
+    Such are LoRA, rsLoRA, patterns and AdaLoRA. Modules of rank 0 are left out. `what` names the
+    use in the message. Raises Refusal(EXPORT_UNSUPPORTED) for any other adapter.
     """
     if delta.virtual is not None:
         raise _refused(what, "the adapter has virtual tokens")
@@ -70,7 +70,7 @@ def factors_of(delta: AdapterDelta, what: str) -> dict[Site, Factors]:
 
 
 def delta_of(factors: FactorsBySite) -> AdapterDelta:
-    """The adapter that has these factors and nothing else."""
+    """Returns the adapter that consists of these factors."""
     return AdapterDelta(
         {
             site: low_rank(site, f.a.T if site == EMBEDDING else f.a, f.b.T)
@@ -85,9 +85,9 @@ def _more(change: SiteDelta) -> str | None:
         case BottleneckDelta():
             return "a bottleneck"
         case NormDelta():
-            return "a norm of its own"
+            return "a trained norm"
         case RowsDelta():
-            return "rows of its own" if change.rows is not None else None
+            return "trained rows" if change.rows is not None else None
     if change.gain is not None:
         return "gains (DoRA, IA3)"
     if change.in_gain is not None:
@@ -96,4 +96,4 @@ def _more(change: SiteDelta) -> str | None:
 
 
 def _refused(what: str, why: str) -> Refusal:
-    return Refusal(Reason.EXPORT_UNSUPPORTED, f"{what} holds A and B only, but {why}", "format")
+    return Refusal(Reason.EXPORT_UNSUPPORTED, f"{what} can hold A and B only, but {why}", "format")

@@ -1,10 +1,10 @@
 """LoRA factors as an adapter for llama.cpp, in one GGUF file.
 
-llama.cpp adds alpha / rank * B (A x) to each tensor that has `.lora_a` and `.lora_b` beside its
-name; the rank is that of the tensor, alpha one number for the file. So alpha is the most common
-rank here, and B carries the rest of the scale where a module has another rank. In files of the
-"llama" architecture the rows of q and k lie in another order, and those of B with them. A of the
-token embedding is transposed, since it is read row by row.
+llama.cpp adds alpha / rank * B (A x) at every tensor for which the file has `.lora_a` and
+`.lora_b`; the rank is that of the tensor, alpha is one number for the file. So alpha is the most
+common rank, and B contains the rest of the scale if a module has another rank. Files of the "llama"
+architecture have the rows of q and k in another order, and hence those of B. A of the token
+embedding is transposed, since it is read row by row.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ def write_gguf(
     name: str,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Makes the directory `target` with `adapter.gguf` in it.
+    """Creates the directory `target` with `adapter.gguf` in it.
 
-    `dtype` is float32, float16 or bfloat16. Raises Refusal(EXPORT_UNSUPPORTED) for embeddings
-    or head of a base that ties them: llama.cpp knows both by one name, and applies neither rightly.
+    `dtype` is float32, float16 or bfloat16. Raises Refusal(EXPORT_UNSUPPORTED) for changes of tied
+    embeddings or head, for which llama.cpp has one name and which it does not apply correctly.
     """
     from gguf import GGMLQuantizationType, GGUFType, GGUFWriter, LlamaFileType
     from gguf.constants import GGML_QUANT_VERSION, Keys
@@ -81,7 +81,7 @@ def write_gguf(
 
 
 def tensor_name(site: Site) -> str:
-    """llama.cpp's name of a module's weight."""
+    """Name of a module's weight in llama.cpp."""
     layer, name = site
     if layer == MODEL:
         return {"embed_tokens": "token_embd.weight", "lm_head": "output.weight"}[name]
@@ -91,7 +91,7 @@ def tensor_name(site: Site) -> str:
 def _check(factors: FactorsBySite, config: DecoderConfig) -> None:
     shared = [name for layer, name in factors if layer == MODEL]
     if config.tie_embeddings and shared:
-        message = f"{shared[0]} cannot be adapted in llama.cpp where the base ties it"
+        message = f"llama.cpp cannot adapt {shared[0]}, because the base ties embeddings and head"
         raise Refusal(Reason.EXPORT_UNSUPPORTED, message, "format")
 
 
@@ -108,6 +108,6 @@ def _as_stored(
 
 
 def _interleaved(rows: torch.Tensor, heads: int) -> torch.Tensor:
-    """llama.cpp's order of q and k rows: within a head (2, pair) becomes (pair, 2)."""
+    """Rows of q or k in llama.cpp's order: within a head (2, pair) becomes (pair, 2)."""
     halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
     return halves.swapaxes(1, 2).reshape(rows.shape)

@@ -1,7 +1,7 @@
 """Merged checkpoints in Hugging Face's layout: dense in one type, or NF4 as bitsandbytes stores it.
 
-Merging into NF4 rounds a small change away, since the base's weights lie on the very grid that they
-are rounded to. So what was kept is measured, and too little is refused.
+Merging into NF4 rounds small changes away, because the base's weights are on the grid that they are
+rounded to. So the retained share of the change is measured, and a small one is refused.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from loraplex_adapters.convert.export.parameters import Form, Parameter, merged_
 from loraplex_adapters.convert.export.shards import SHARD_BYTES, Checkpoint
 
 LEAST_RETAINED = 0.95
-"""Less than this of the change of all NF4 matrices together is refused."""
+"""Least retained share of the change, over all NF4 matrices, that is written without `force`."""
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
-_PER_LAYER = 64  # more than the tensors that a layer can have, in four bits too
+_PER_LAYER = 64  # more than the number of tensors of any layer, in NF4 too
 
 Write = Callable[[Checkpoint, Parameter, torch.dtype], Kept | None]
 
@@ -42,11 +42,11 @@ def write_dense(
     stamps: Mapping[str, str],
     shard_bytes: int = SHARD_BYTES,
 ) -> list[Kept]:
-    """Makes the directory `target`: the base with the adapter in it, every tensor in `dtype`.
+    """Creates the directory `target`: the base with the adapter merged, every tensor in `dtype`.
 
-    Merged in float32 and rounded once. Returns what each changed tensor lost by that. The memory is
-    that of the largest matrix a few times over, beside the base's embeddings in float32.
-    Raises Refusal(EXPORT_UNSUPPORTED): see `merged_form`.
+    Merges in float32 and rounds once. Returns what each changed tensor retains. Peak memory is a
+    few times the largest matrix, in addition to the base.
+    Raises Refusal(EXPORT_UNSUPPORTED) as `merged_form` does, and for values too large for `dtype`.
     """
     form = merged_form(base.weights.config, delta)
     target.mkdir()
@@ -64,25 +64,25 @@ def write_nf4(
     force: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> list[Kept]:
-    """Makes the directory `target`: the merged projections quantised to NF4, the rest in `dtype`.
+    """Creates the directory `target`: the merged projections quantised to NF4, the rest in `dtype`.
 
-    Projections that the adapter leaves alone keep the base's bytes. Returns what was kept of each
-    changed tensor. Raises Refusal: EXPORT_UNSUPPORTED; EXPORT_DELTA_LOST where the projections
-    keep less than `LEAST_RETAINED` of their change, unless `force` is set.
+    Unchanged projections keep the base's bytes. Returns what each changed tensor retains.
+    Raises Refusal: EXPORT_UNSUPPORTED; EXPORT_DELTA_LOST if the projections retain less than
+    `LEAST_RETAINED` of their change and `force` is not set.
     """
     form = merged_form(base.weights.config, delta)
     target.mkdir()
     write_config(target, base, dtype, form, _quantisation(dtype))
     kept = _write(target, base, delta, form, dtype, _write_nf4, stamps, shard_bytes)
-    rounded = [part for part in kept if part.quantised]  # a large head must not speak for the rest
+    rounded = [part for part in kept if part.quantised]  # a large head would hide the others' loss
     retained = total(rounded).retained
     if retained < LEAST_RETAINED and not force:
         worst = min(rounded, key=lambda part: part.retained)
         raise Refusal(
             Reason.EXPORT_DELTA_LOST,
-            f"NF4 keeps {retained:.1%} of what the adapter changes ({worst.name}: "
+            f"NF4 retains {retained:.1%} of the adapter's change ({worst.name}: "
             f"{worst.retained:.1%}), less than {LEAST_RETAINED:.0%}; export it as hf, serve it "
-            "unmerged, or insist with --force",
+            "unmerged, or write it anyway with --force",
             "format",
         )
     return kept
@@ -115,7 +115,7 @@ def _write_dense(file: Checkpoint, parameter: Parameter, dtype: torch.dtype) -> 
     merged = base if parameter.change is None else parameter.change(base)
     written = merged.to(dtype)
     if not bool(written.isfinite().all()):
-        message = f"{parameter.name} holds numbers that are too large for {dtype}"
+        message = f"{parameter.name} has values that are too large for {dtype}"
         raise Refusal(Reason.EXPORT_UNSUPPORTED, message, "dtype")
     file.add(parameter.name, written)
     return None if parameter.change is None else measure(parameter.name, base, merged, written)
@@ -136,7 +136,7 @@ def _write_nf4(file: Checkpoint, parameter: Parameter, dtype: torch.dtype) -> Ke
 
 
 def _add_matrix(file: Checkpoint, name: str, matrix: NF4Matrix, dtype: torch.dtype) -> None:
-    """One module's parts, named as bitsandbytes names those of a `Params4bit`."""
+    """Adds the tensors of one NF4 matrix, named as bitsandbytes names those of `Params4bit`."""
     state: dict[str, object] = {
         "quant_type": "nf4",
         "blocksize": BLOCK,

@@ -1,4 +1,4 @@
-"""What lies beside a checkpoint's weights: configuration and tokenizer, as the base has them."""
+"""Configuration and tokenizer files of a merged checkpoint, taken from the base."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from loraplex_adapters.convert.export.base import ExportBase
 from loraplex_adapters.convert.export.parameters import Form
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
-_WRITTEN = (CONFIG, checkpoint.INDEX)  # ours, not copies
+_WRITTEN = (CONFIG, checkpoint.INDEX)  # written here, not copied
 
 
 def write_config(
@@ -27,16 +27,16 @@ def write_config(
     form: Form,
     quantisation: Mapping[str, object] | None,
 ) -> None:
-    """The base's config.json, with the type of the weights and what merging changed.
+    """Writes the base's config.json with the new type of the weights and the form's overrides.
 
-    Raises Refusal(EXPORT_UNSUPPORTED) for a GGUF file whose positions are scaled by a tensor.
+    Raises Refusal(EXPORT_UNSUPPORTED) for a GGUF file that scales positions by a tensor.
     """
     source = checkpoint.open_source(base.source)
     if source.rope_divisors:
         raise Refusal(
             Reason.EXPORT_UNSUPPORTED,
-            "the base's GGUF file scales positions in a way that config.json cannot say; "
-            "give the base as safetensors",
+            "the base's GGUF file scales positions in a way that config.json cannot express; "
+            "use the base as safetensors",
             "model",
         )
     config: dict[str, Any] = {k: v for k, v in source.config.items() if v is not None}
@@ -54,7 +54,7 @@ def write_config(
 
 
 def write_tokenizer(target: Path, base: ExportBase) -> None:
-    """Copies the base's tokenizer and generation configuration; makes them from a GGUF file's."""
+    """Copies the base's tokenizer and generation configuration, or makes them from a GGUF file."""
     if base.source.is_dir():
         for file in checkpoint.files_of(base.source):
             if file.suffix != ".safetensors" and file.name not in _WRITTEN:

@@ -1,13 +1,12 @@
-"""PiSSA, OLoRA, CorDA and LoRA-GA adapters as plain LoRA.
+"""Converts PiSSA, OLoRA, CorDA and LoRA-GA adapters to plain LoRA.
 
-Their initialisation takes scale * B0 A0 out of the base's weight, so that A and B are not the whole
-change. With the adapter as it was before training, the change is
+Their initialisation subtracts scale * B0 A0 from the base's weight, so that A and B are not the
+whole change. Given the adapter as it was before training, the change is
 
     scale * (B A - B0 A0) = scale * [B, -B0] [A; A0],
 
-a plain adapter of twice the rank. It is exact for a base that training did not quantise: a base
-that was quantised after the initialisation is another one, Q(W - B0 A0), and no adapter of Q(W)
-can say so.
+a plain adapter of twice the rank. This is exact if the base was not quantised in training. A base
+quantised after the initialisation is Q(W - B0 A0), and no adapter of Q(W) expresses the difference.
 """
 
 from __future__ import annotations
@@ -24,12 +23,13 @@ from loraplex_model.checkpoints.safetensors_file import SafetensorsFile
 from loraplex_model.ops.dtypes import BY_SAFETENSORS
 
 from loraplex_adapters.convert.export.peft_files import write_config
+from loraplex_adapters.format.config import load_config
 from loraplex_adapters.format.files import CONFIG_FILE, WEIGHTS_FILE, open_directory
 from loraplex_adapters.format.header import read_header
-from loraplex_adapters.format.strict_json import loads, shown
+from loraplex_adapters.format.strict_json import shown
 
 MUTATING = ("pissa", "olora", "corda", "lora_ga")
-"""Initialisations, by the beginnings of their names, that this undoes."""
+"""Initialisations that can be converted, by the beginnings of their names."""
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 _SAME = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
@@ -44,11 +44,11 @@ class _Files:
 
 
 def convert(source: Path, initial: Path, target: Path) -> None:
-    """Reads a trained adapter and its initial state; makes the directory `target` with plain LoRA.
+    """Converts a trained adapter, given its initial state, to plain LoRA in the new `target`.
 
-    What it writes has still to pass `format.inspect` for a base. Raises Refusal:
-    CONVERT_UNSUPPORTED (another initialisation, DoRA, ...), ADAPTER_INVALID (the two do not belong
-    together), and what reading them raises.
+    The result has not been checked against a base. Raises Refusal: CONVERT_UNSUPPORTED (another
+    initialisation, DoRA, ...), ADAPTER_INVALID (the two do not belong together), and as reading
+    adapters does.
     """
     trained, start = _read(source), _read(initial)
     config = _plain_config(trained, start)
@@ -63,7 +63,7 @@ def convert(source: Path, initial: Path, target: Path) -> None:
             if name.endswith((_A, _B)):
                 before = start.tensors.get(name)
                 if before is None or before.shape != tensor.shape:
-                    raise _mismatch(f"the initial adapter has no {shown(name)} of this shape")
+                    raise _mismatch(f"it has no {shown(name)} of the same shape")
                 joined = [tensor, before] if name.endswith(_A) else [tensor, -before]
                 tensor = torch.cat(joined, dim=0 if name.endswith(_A) else 1)
             file.add(name, tensor)
@@ -74,7 +74,7 @@ def _plain_config(trained: _Files, start: _Files) -> dict[str, Any]:
     kind = config.get("init_lora_weights")
     if not isinstance(kind, str) or not kind.startswith(MUTATING):
         names = ", ".join(MUTATING)
-        message = f"init_lora_weights is {shown(str(kind))}; converted are {names}"
+        message = f"init_lora_weights is {shown(str(kind))}; only {names} can be converted"
         raise Refusal(Reason.CONVERT_UNSUPPORTED, message, "init_lora_weights")
     if config.get("peft_type") != "LORA":
         raise Refusal(Reason.CONVERT_UNSUPPORTED, "peft_type is not LORA", "peft_type")
@@ -83,7 +83,7 @@ def _plain_config(trained: _Files, start: _Files) -> dict[str, Any]:
             raise Refusal(Reason.CONVERT_UNSUPPORTED, f"{key} cannot be converted", key)
     for key in _SAME:
         if (config.get(key) or None) != (start.config.get(key) or None):
-            raise _mismatch(f"the initial adapter has another {key}")
+            raise _mismatch(f"its {key} differs")
     return config | {
         "corda_config": None,
         "init_lora_weights": True,
@@ -93,13 +93,13 @@ def _plain_config(trained: _Files, start: _Files) -> dict[str, Any]:
 
 
 def _doubled(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Twice the ranks and the scales as they were."""
+    """Ranks doubled, with alphas that leave every scale unchanged."""
     try:
         ranks = {key: int(rank) for key, rank in (config.get("rank_pattern") or {}).items()}
         alphas = {key: float(a) for key, a in (config.get("alpha_pattern") or {}).items()}
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
     except (KeyError, TypeError, ValueError, AttributeError):
-        message = f"{CONFIG_FILE} has no sound r, lora_alpha and patterns"
+        message = f"{CONFIG_FILE} has no valid r, lora_alpha and patterns"
         raise Refusal(Reason.ADAPTER_INVALID, message, CONFIG_FILE) from None
     factor = 2.0
     if config.get("use_rslora"):
@@ -120,14 +120,7 @@ def _number(value: float) -> int | float:
 def _read(directory: Path) -> _Files:
     with open_directory(directory) as opened:
         with opened.open_config() as file:
-            try:
-                config = loads(file.read(0, file.size))
-            except ValueError as error:
-                message = f"{CONFIG_FILE} {error}"
-                raise Refusal(Reason.ADAPTER_INVALID, message, CONFIG_FILE) from None
-        if not isinstance(config, dict):
-            message = f"{CONFIG_FILE} is no JSON object"
-            raise Refusal(Reason.ADAPTER_INVALID, message, CONFIG_FILE)
+            config = load_config(file.read(0, file.size))
         with opened.open_weights(_MAX_BYTES) as weights:
             header = read_header(weights.read, weights.size)
             tensors = {
@@ -140,5 +133,5 @@ def _read(directory: Path) -> _Files:
 
 
 def _mismatch(why: str) -> Refusal:
-    message = f"the adapter did not begin as the initial one: {why}"
+    message = f"the initial adapter is not the one that was trained: {why}"
     return Refusal(Reason.ADAPTER_INVALID, message, "initial")

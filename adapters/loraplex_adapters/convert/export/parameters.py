@@ -2,8 +2,8 @@
 
     W' = diag(gain) W diag(in_gain) + B A,    bias' = gain * bias + the adapter's bias
 
-with W the base's weight as it is served: dequantised from NF4. Norms, embeddings and head are the
-stored ones with what the adapter adds to them.
+where W is the base's weight as it is served, dequantised from NF4. To norms, embeddings and head
+the adapter's changes are added.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class Parameter:
     """A tensor of the checkpoint.
 
     Attributes:
-        base: computes the base's value, float32, in memory that may be written to.
-        change: computes the merged value from it, in new memory; None if nothing changes.
-        matrix: the base's NF4 form, of a projection's weight.
+        base: computes the base's value, float32, in memory that may be overwritten.
+        change: computes the merged value from the base's, in new memory; None if it is unchanged.
+        matrix: NF4 form of a projection's weight in the base; None for other tensors.
     """
 
     name: str
@@ -49,12 +49,12 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """How a merged checkpoint's configuration differs from the base's.
+    """Differences between a merged checkpoint's configuration and the base's.
 
     Attributes:
-        biased: the projections that have a bias, in every layer.
+        biased: projections that have a bias, in every layer.
         tied: whether head and embeddings are one tensor.
-        overrides: entries of config.json.
+        overrides: entries of config.json that replace the base's.
     """
 
     biased: frozenset[str]
@@ -63,13 +63,13 @@ class Form:
 
 
 def merged_form(config: DecoderConfig, delta: AdapterDelta) -> Form:
-    """What the merged model looks like.
+    """Returns the form of the base with an adapter merged into it.
 
-    Raises Refusal(EXPORT_UNSUPPORTED): the adapter has virtual tokens or bottlenecks, which
-    are no weights of the base's architecture, or biases that this architecture cannot have.
+    Raises Refusal(EXPORT_UNSUPPORTED) if the adapter has virtual tokens or bottlenecks, which the
+    base's architecture has no weights for, or biases that this architecture cannot have.
     """
     if delta.virtual is not None:
-        raise _unsupported("virtual tokens stand before the prompt; no weight can hold them")
+        raise _unsupported("virtual tokens are part of the prompt, not of the weights")
     changed: set[str] = set()
     for (layer, name), change in delta.sites.items():
         if isinstance(change, BottleneckDelta):
@@ -81,7 +81,7 @@ def merged_form(config: DecoderConfig, delta: AdapterDelta) -> Form:
     for key, names in (("attention_bias", _ATTENTION), ("mlp_bias", _MLP)):
         if missing := sorted(changed.intersection(names) - biased):
             if key not in families.FAMILIES[config.architecture].bias_options:
-                message = f"a trained bias of {missing[0]} has no place in {config.architecture}"
+                message = f"{config.architecture} cannot have a bias at {missing[0]}"
                 raise _unsupported(message)
             overrides[key] = True
             biased.update(names)
@@ -121,7 +121,7 @@ def _has_bias(change: ProjectionDelta) -> bool:
 
 
 def _same_rows(embed: RowsDelta | None, head: RowsDelta | None) -> bool:
-    """Whether embeddings and head change alike, so far as that shows without multiplying."""
+    """Whether embeddings and head change alike; False if that takes a product to find out."""
     if embed is None or head is None:
         return embed is head
     ours, theirs = embed.changed_rows, head.changed_rows

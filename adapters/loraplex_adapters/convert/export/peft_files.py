@@ -1,4 +1,4 @@
-"""LoRA factors as a plain PEFT adapter, which PEFT loads with nothing missing and nothing left."""
+"""LoRA factors as a plain PEFT adapter, which PEFT loads without missing or unexpected tensors."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def write_peft(
     dtype: torch.dtype = torch.float32,
     stamps: Mapping[str, str],
 ) -> None:
-    """Makes the directory `target`: adapter_config.json and adapter_model.safetensors.
+    """Creates the directory `target`: adapter_config.json and adapter_model.safetensors.
 
-    Modules are named by their full paths and the scale of each is 1, so the most common rank is
-    both `r` and `lora_alpha`, and the others are listed in both patterns. `stamps` go into the
-    weights file's metadata: in the configuration PEFT would warn about them.
+    Modules are named by their full paths and every scale is 1: the most common rank is both `r`
+    and `lora_alpha`, and the others are listed in both patterns. `stamps` become metadata of the
+    weights file, since PEFT would warn about them in the configuration.
     """
     target.mkdir()
     config = lora_config({module_path(*site): f.rank for site, f in factors.items()}, base_model)
@@ -44,13 +44,13 @@ def write_peft(
 
 
 def write_config(target: Path, config: Mapping[str, Any]) -> None:
-    """adapter_config.json, its keys sorted, as PEFT does."""
+    """Writes adapter_config.json with sorted keys, as PEFT does."""
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (target / CONFIG_FILE).write_text(text, "utf-8")
 
 
 def lora_config(ranks: Mapping[str, int], base_model: str) -> dict[str, Any]:
-    """The configuration of a plain LoRA adapter with these ranks by module path, and scale 1."""
+    """Configuration of a plain LoRA adapter of scale 1 with these ranks by module path."""
     common = Counter(ranks.values()).most_common(1)[0][0]
     others = {path: rank for path, rank in ranks.items() if rank != common}
     return {

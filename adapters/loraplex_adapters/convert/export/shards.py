@@ -1,4 +1,4 @@
-"""The weights of a checkpoint as one safetensors file, or as several with an index."""
+"""Writes the weights of a checkpoint as one safetensors file, or as several with an index."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from loraplex_model.checkpoints.safetensors_file import SafetensorsFile
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 4 << 30
-"""Bytes of tensors in one file of a checkpoint; a larger tensor gets a file of its own."""
+"""Bytes of tensors in one file of a checkpoint; a larger tensor is written to its own file."""
 
 
 class Checkpoint:
-    """A Hugging Face checkpoint's weights: one file, or several and their index."""
+    """Writer of a Hugging Face checkpoint's weights."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class Checkpoint:
         self._total += tensor.nbytes
 
     def close(self) -> None:
-        """Gives the files their names, which say how many there are, and writes the index."""
+        """Renames the files, whose names contain their number, and writes the index."""
         if self._file is not None:
             self._file.close()
         count = len(self._names)

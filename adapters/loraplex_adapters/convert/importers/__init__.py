@@ -1,1 +1,1 @@
-"""Adapters of other libraries, turned into ours where that is exact."""
+"""Importers: adapters of other libraries, converted where the result is exactly equivalent."""

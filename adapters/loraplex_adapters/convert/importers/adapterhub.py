@@ -1,15 +1,15 @@
-"""Bottleneck adapters of AdapterHub's library `adapters`, for Llama, Mistral, Qwen2 and Qwen3.
+"""Converts bottleneck adapters of AdapterHub's library `adapters` for Llama, Mistral and Qwen.
 
-In these decoders a block's output h meets the residual stream r, and the library computes (version
-1.3, no layer norm behind the block, A(x) = scaling * up(f(down(x))) with both biases):
+In these decoders a block's output h is added to the residual stream r. In version 1.3 the library
+computes A(x) = scaling * up(f(down(x))), with both biases and no layer norm after the block, where
 
-    sequential, original_ln_before        x = h + r     Pfeiffer's `seq_bn`: we read the stream
-    sequential, not original_ln_before    x = h         Houlsby's `double_seq_bn`: the output
-    parallel (`par_bn`)                   x = r         before the norm: the incoming stream
+    sequential, original_ln_before        x = h + r   Pfeiffer's `seq_bn`; here reads "stream"
+    sequential, not original_ln_before    x = h       Houlsby's `double_seq_bn`; reads "output"
+    parallel (`par_bn`)                   x = r       before the norm; reads "incoming"
 
-The sum that goes on is A(x) + h + r exactly when `original_ln_after` adds r and the adapter's own
-residual is h, or when that residual is already h + r and `original_ln_after` is off. Other flags
-lose r or count it twice in their own library; they are refused like everything that is not this.
+The result is A(x) + h + r exactly if `original_ln_after` adds r and the adapter's own residual is
+h, or if that residual is already h + r and `original_ln_after` is off. With other flags the library
+itself loses r or adds it twice. They are refused, as is every option not described here.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from loraplex_model.base.durable import flush_file
 from loraplex_model.base.families import FAMILIES
 from loraplex_model.base.refusal import Problem, Reason, Refusal
 
+from loraplex_adapters.format.config import load_config
 from loraplex_adapters.format.files import CONFIG_FILE, WEIGHTS_FILE, RegularFile, open_directory
 from loraplex_adapters.format.header import Header, read_header
 from loraplex_adapters.format.reader import Reader
 from loraplex_adapters.format.spec import TensorLocation
-from loraplex_adapters.format.strict_json import loads, shown
+from loraplex_adapters.format.strict_json import shown
 
 SOURCE_WEIGHTS = "adapter.safetensors"
 MAX_BYTES = 4 << 30
@@ -53,17 +54,17 @@ _ACTIVATIONS = {
     "tanh": "tanh",
 }
 _BEFORE_VERSIONS = {"gelu": "gelu_new", "gelu_orig": "gelu"}
-"""What the names meant before the library wrote its version into its files."""
+"""Meaning of the names in files of library versions that did not record their version."""
 
 _OFF: Mapping[str, str] = {
-    "cross_adapter": "adapters behind cross attention",
+    "cross_adapter": "adapters after cross attention",
     "inv_adapter": "invertible adapters at the embeddings",
-    "ln_after": "a layer norm of its own behind the adapter",
-    "ln_before": "a layer norm of its own before the adapter",
+    "ln_after": "an additional layer norm after the adapter",
+    "ln_before": "an additional layer norm before the adapter",
     "phm_layer": "hypercomplex layers (Compacter)",
     "use_gating": "a gate that averages over the whole sequence",
 }
-"""Options that have to be off, and what they ask for."""
+"""Options that must be off, with the feature that each turns on."""
 
 _BLOCKS = {
     "attention_adapters": ("self_attn", "attention"),
@@ -83,7 +84,7 @@ _NAME = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class _Bottleneck:
-    """What the configuration says, in our words."""
+    """The configuration in terms of this project's bottleneck format."""
 
     reads: str
     activation: str
@@ -94,11 +95,11 @@ class _Bottleneck:
 
 
 def convert(source: Path, target: Path) -> None:
-    """Reads an AdapterHub directory and writes ours into `target`, a new directory.
+    """Converts an AdapterHub directory; writes the result to the new directory `target`.
 
-    Raises Refusal with all findings: ADAPTER_UNSUPPORTED where the conversion would not be
-    exact (pickles among it), ADAPTER_INVALID, ADAPTER_TOO_LARGE; FIELD_INVALID for the paths. What
-    it writes has still to pass `format.inspect` for a base.
+    The result has not been checked against a base. Raises Refusal with all problems:
+    ADAPTER_UNSUPPORTED if the conversion would not be exact or the weights are pickled,
+    ADAPTER_INVALID, ADAPTER_TOO_LARGE; FIELD_INVALID for the paths.
     """
     findings: list[Problem] = []
     with open_directory(source) as directory:
@@ -132,41 +133,39 @@ def convert(source: Path, target: Path) -> None:
 def _present(name: str) -> str:
     if name in _PICKLED:
         return f"the weights are pickled ({name}); save them with use_safetensors=True"
-    return f"{name} is there: a trained head cannot be imported; save with with_head=False"
+    return f"{name} holds a trained head, which cannot be imported; save with with_head=False"
 
 
 def _read_config(data: bytes, findings: list[Problem]) -> _Bottleneck | None:
-    try:
-        outer = loads(data)
-    except ValueError as error:
-        raise Refusal(Reason.ADAPTER_INVALID, f"{CONFIG_FILE} {error}", CONFIG_FILE) from None
-    inner = outer.get("config") if isinstance(outer, dict) else None
-    if not isinstance(outer, dict) or not isinstance(inner, dict):
-        message = f"{CONFIG_FILE} is not one of AdapterHub's: it has no map `config`"
+    outer = load_config(data)
+    inner = outer.get("config")
+    if not isinstance(inner, dict):
+        message = f"{CONFIG_FILE} is not AdapterHub's: it has no object `config`"
         raise Refusal(Reason.ADAPTER_INVALID, message, CONFIG_FILE)
     about, reader = Reader(outer), Reader(inner)
     if (model := about.text("model_type")) not in _MODELS:
-        about.unsupported("model_type", f"is {shown(model)}; imported are {', '.join(_MODELS)}")
+        message = f"is {shown(model)}; only {', '.join(_MODELS)} can be imported"
+        about.unsupported("model_type", message)
     if inner.get("architecture") is not None:
-        reader.unsupported("architecture", "is no plain bottleneck")
+        reader.unsupported("architecture", "is not a plain bottleneck")
     for key, meaning in _OFF.items():
         if inner.get(key) not in (None, False):
-            reader.unsupported(key, f"asks for {meaning}, which is not served")
+            reader.unsupported(key, f"is set: {meaning}, which is not supported")
     reads = _reads(reader)
     scaling = reader.config.get("scaling", 1.0)
     if isinstance(scaling, str):
-        reader.unsupported("scaling", "is trained; only a number is served")
+        reader.unsupported("scaling", "is a trained parameter; only a number is supported")
         scaling = 1.0
     factor = reader.as_number("scaling", scaling)
     word = reader.text("non_linearity").lower()
     if "version" not in outer:
         word = _BEFORE_VERSIONS.get(word, word)
     if word not in _ACTIVATIONS:
-        reader.unsupported("non_linearity", f"is {shown(word)}, which is not served")
+        reader.unsupported("non_linearity", f"is {shown(word)}, which is not supported")
     flags = {"attention": reader.flag("mh_adapter"), "mlp": reader.flag("output_adapter")}
     placements = tuple(name for name, there in flags.items() if there)
     if not placements:
-        reader.invalid("output_adapter", "is off, as is mh_adapter: there is no adapter")
+        reader.invalid("output_adapter", "is off, and so is mh_adapter: there is no adapter")
     base_model = about.text("model_name")
     layers = inner.get("leave_out") or []
     left_out = frozenset(reader.token_ids("leave_out", layers) or ()) if layers else frozenset()
@@ -178,7 +177,7 @@ def _read_config(data: bytes, findings: list[Problem]) -> _Bottleneck | None:
 
 
 def _reads(reader: Reader) -> str:
-    """Where x comes from; see the module's docstring for the sums."""
+    """The adapter's input x: "incoming", "stream" or "output"; see the module's docstring."""
     if reader.flag("is_parallel"):
         if reader.config.get("original_ln_after", True) is not True:
             reader.unsupported("original_ln_after", "is off, which drops the residual stream")
@@ -216,7 +215,7 @@ def _rename(
         name = shown(tensor.name)
         found = _NAME.match(tensor.name)
         if found is None or found[4] not in _TENSORS:
-            message = f"{name} is no tensor of a plain bottleneck adapter"
+            message = f"{name} is not a tensor of a plain bottleneck adapter"
             findings.append(Problem(name, message, Reason.ADAPTER_UNSUPPORTED))
             continue
         block, placement = _BLOCKS[found[2]]
@@ -225,7 +224,7 @@ def _rename(
         path = f"base_model.model.model.layers.{found[1]}.{block}.{_TENSORS[found[4]]}"
         renamed[path] = tensor
     if len(adapters) > 1:
-        message = f"{SOURCE_WEIGHTS} holds more than one adapter"
+        message = f"{SOURCE_WEIGHTS} contains more than one adapter"
         findings.append(Problem(SOURCE_WEIGHTS, message, Reason.ADAPTER_UNSUPPORTED))
     if bottleneck is not None:
         _check_layers(held, bottleneck, findings)
@@ -235,14 +234,14 @@ def _rename(
 def _check_layers(
     held: set[tuple[int, str]], bottleneck: _Bottleneck, findings: list[Problem]
 ) -> None:
-    """The library writes every layer that is not left out; how many there are it does not say."""
+    """Checks that the layers up to the last one have weights, except those that are left out."""
     layers = range(1 + max((layer for layer, _ in held), default=-1))
     taken = (layer for layer in layers if layer not in bottleneck.left_out)
     expected = set(product(taken, bottleneck.placements))
     if wrong := sorted(held ^ expected):
         layer, placement = wrong[0]
-        what = "has no weights" if wrong[0] in expected else "should have no weights"
-        message = f"layer {layer} {what} at its {placement}, by the configuration"
+        what = "has no weights" if wrong[0] in expected else "has weights"
+        message = f"layer {layer} {what} at its {placement}, against the configuration"
         findings.append(Problem(SOURCE_WEIGHTS, message, Reason.ADAPTER_INVALID))
 
 

@@ -1,11 +1,11 @@
-"""The kinds of adapters that are served, one table each; `base` is their contract."""
+"""The supported kinds of adapters, one table each; `base` is their contract."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from loraplex_adapters.format.kinds.adalora import ADALORA
-from loraplex_adapters.format.kinds.base import Kind, Plan
+from loraplex_adapters.format.kinds.base import Kind, Reading
 from loraplex_adapters.format.kinds.bottleneck import BOTTLENECK
 from loraplex_adapters.format.kinds.lora import LORA
 from loraplex_adapters.format.kinds.tokens import TRAINABLE_TOKENS
@@ -27,6 +27,6 @@ KINDS: Mapping[str, Kind] = {
         BOTTLENECK,
     )
 }
-"""By `peft_type`."""
+"""Every kind by `peft_type`."""
 
-__all__ = ["KINDS", "Kind", "Plan"]
+__all__ = ["KINDS", "Kind", "Reading"]

@@ -1,6 +1,6 @@
-"""ADALORA: y += alpha / (init_r + 1e-5) * B (E * A x), each module with a rank of its own.
+"""ADALORA: y += alpha / (init_r + 1e-5) * B (E * A x), with a rank for each module.
 
-PEFT divides by the rank that training began with, whatever is left of it, and ignores `r`.
+PEFT divides by the initial rank, however much of it was pruned, and ignores `r`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from loraplex_adapters.format.kinds.lora import (
     SHARED_OPTIONS,
     WRAPPED_BIAS,
     adaptable,
-    claim_beside,
+    claim_extras,
     place_biases,
 )
 from loraplex_adapters.format.kinds.whole import (
@@ -47,8 +47,14 @@ _UNUSED = "PEFT ignores it for this type"
 
 
 @dataclass(frozen=True, slots=True)
-class AdaLoraPlan:
-    """An ADALORA configuration that was understood; `kept` is the rank left, by module path."""
+class AdaLoraReading:
+    """The options of an ADALORA configuration.
+
+    Attributes:
+        kept: rank after pruning by module path; other modules have rank `init_r`.
+        bias: "none", "all" or "lora_only".
+        rows: the trained token rows.
+    """
 
     init_r: int
     lora_alpha: float
@@ -58,7 +64,7 @@ class AdaLoraPlan:
     rows: TokenRows = field(default_factory=dict)
 
     def place(self, file: Placement) -> list[ModuleSpec]:
-        """The modules that have a rank left, then what stands beside them."""
+        """Modules with a rank above 0, then biases, saved modules and trained rows."""
         file.check_rank("init_r", self.init_r)
         scale = self.lora_alpha / (self.init_r + 1e-5)
         adapted = file.sites(*_FACTORS.values())
@@ -69,14 +75,14 @@ class AdaLoraPlan:
         for site in adapted:
             file.check_scale(site, scale, "lora_alpha")
             factors = {role: file.require(site, end) for role, end in _FACTORS.items()}
-            beside: dict[str, TensorLocation | None] = {}
-            claim_beside(file, site, self.bias, beside)
+            extras: dict[str, TensorLocation | None] = {}
+            claim_extras(file, site, self.bias, extras)
             rank, field_name = self._rank(site)
             if not file.fits_rank(site, factors, rank, field_name):
                 continue
-            if beside and file.fits(site, beside) is None:
+            if extras and file.fits(site, extras) is None:
                 continue
-            tensors = {**(factors if rank else {}), **beside}
+            tensors = {**(factors if rank else {}), **extras}
             held = {role: tensor for role, tensor in tensors.items() if tensor is not None}
             if held:
                 modules.append(ModuleSpec(*site, held, rank, scale))
@@ -98,12 +104,12 @@ class AdaLoraPlan:
 
 
 def _read_kept(reader: Reader, init_r: int) -> dict[str, int]:
-    """`rank_pattern`: which of the `init_r` singular values each module kept."""
+    """Reads `rank_pattern`, which masks the `init_r` singular values; returns the ranks kept."""
     kept = {}
     for name, mask in reader.pattern("rank_pattern", lambda _, value: (value,)).items():
         values = mask[0]
         if not name.endswith(_MARK):
-            reader.invalid("rank_pattern", f"has the key {shown(name)}, which is no lora_E")
+            reader.invalid("rank_pattern", f"has the key {shown(name)}, which is not a lora_E")
         elif not isinstance(values, list) or not all(isinstance(v, bool) for v in values):
             reader.invalid("rank_pattern", f"has no list of booleans for {shown(name)}")
         elif len(values) != init_r:
@@ -113,13 +119,13 @@ def _read_kept(reader: Reader, init_r: int) -> dict[str, int]:
     return kept
 
 
-def _read(reader: Reader) -> AdaLoraPlan | None:
+def _read(reader: Reader) -> AdaLoraReading | None:
     init_r = reader.as_rank("init_r", reader.config.get("init_r"))
     alpha = reader.number("lora_alpha")
     if alpha is not None and alpha <= 0:
-        # PEFT then scales each module by the rank that it has when it is loaded.
+        # PEFT then scales each module by the rank that it has at load.
         reader.unsupported("lora_alpha", "is not above 0")
-    plan = AdaLoraPlan(
+    reading = AdaLoraReading(
         init_r=init_r or 1,
         lora_alpha=alpha or 0.0,
         targets=reader.targets(),
@@ -128,7 +134,7 @@ def _read(reader: Reader) -> AdaLoraPlan | None:
         rows=read_rows(reader, "trainable_token_indices"),
     )
     check_initialisation(reader)
-    return None if init_r is None or alpha is None else plan
+    return None if init_r is None or alpha is None else reading
 
 
 ADALORA = Kind(

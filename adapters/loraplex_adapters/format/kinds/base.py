@@ -1,4 +1,4 @@
-"""The contract of a kind of adapter: what it reads, which tensors it may hold, where they go."""
+"""The contract of a kind of adapter: its options, its tensors, and their placement."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from loraplex_adapters.format.spec import ModuleSpec
 from loraplex_adapters.format.support import Option
 
 
-class Plan(Protocol):
-    """A configuration that was understood: what to expect of the weights file."""
+class Reading(Protocol):
+    """The options of a configuration, as far as they determine the content of the weights file."""
 
     def place(self, file: Placement) -> list[ModuleSpec]:
-        """Claims the file's tensors, module by module; what does not fit becomes a finding."""
+        """Claims the file's tensors by module; adds a finding for every one that does not fit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,17 +24,17 @@ class Kind:
     """One value of `peft_type`.
 
     Attributes:
-        summary: what it does, for the support matrix.
-        options: every key that PEFT 0.21 writes for it, except those that all kinds have.
-        endings: what may follow a module's path in the name of a tensor, and the option that such
-            a tensor needs ("" where it needs none).
-        read: the plan, or None where the configuration is too broken to hold the tensors against.
-        whole_names: whether tensors are named without a module's path (virtual tokens).
+        summary: short description for the support matrix.
+        options: every key that PEFT 0.21 writes for this kind, except those of all kinds.
+        endings: ends of tensor names after a module's path, with the option that such a tensor
+            needs; "" if it needs none.
+        read: reads a configuration; returns None if the tensors cannot be placed by it.
+        whole_names: whether tensor names have no module's path (virtual tokens).
     """
 
     peft_type: str
     summary: str
     options: Mapping[str, Option]
     endings: Mapping[str, str]
-    read: Callable[[Reader], Plan | None]
+    read: Callable[[Reader], Reading | None]
     whole_names: bool = False

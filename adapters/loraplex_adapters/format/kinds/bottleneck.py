@@ -1,8 +1,8 @@
-"""BOTTLENECK, our own `peft_type`: stream += scaling * (up(f(down(x))) + biases).
+"""BOTTLENECK, a `peft_type` of this project: stream += scaling * (up(f(down(x))) + biases).
 
-PEFT has no such kind. What x is, `reads` says: the normed state that the block reads (parallel
-adapters, He et al. 2021), the block's output (Houlsby et al. 2019), the residual stream behind it
-(Pfeiffer et al. 2020) or before its norm. docs/adapters.md describes the format.
+PEFT has no such kind. `reads` determines x: the normed input of the block (parallel adapters, He et
+al. 2021), the block's output (Houlsby et al. 2019), the residual stream after the block (Pfeiffer
+et al. 2020) or before its norm. docs/adapters.md describes the format.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ACTIVATIONS = {
     "sigmoid": "sigmoid",
     "leaky_relu": "leaky_relu",
 }
-"""By the word in the configuration: the name of a `loraplex_model.adapters.delta.Activation`."""
+"""Name of a `loraplex_model.adapters.delta.Activation` by the word in the configuration."""
 
 READS = {name: name for name in ("normed", "output", "stream", "incoming")}
 PLACEMENTS = {"attention": "attention_bottleneck", "mlp": "mlp_bottleneck"}
@@ -38,11 +38,8 @@ _ENDINGS = {f"{which}.{part}": "" for which in (_DOWN, _UP) for part in ("weight
 
 
 @dataclass(frozen=True, slots=True)
-class BottleneckPlan:
-    """A BOTTLENECK configuration that was understood.
-
-    `size` is None where every site has a width of its own.
-    """
+class BottleneckReading:
+    """The options of a BOTTLENECK configuration; `size` is None if widths differ by site."""
 
     size: int | None
     activation: str
@@ -51,7 +48,7 @@ class BottleneckPlan:
     placements: tuple[str, ...]
 
     def place(self, file: Placement) -> list[ModuleSpec]:
-        """The bottlenecks that the file holds; every layer may lack some."""
+        """The bottlenecks in the file; a layer need not have all of them."""
         if self.size is not None:
             file.check_rank("bottleneck_size", self.size)
         modules = []
@@ -83,21 +80,21 @@ class BottleneckPlan:
         return modules
 
 
-def _read(reader: Reader) -> BottleneckPlan | None:
+def _read(reader: Reader) -> BottleneckReading | None:
     size = reader.optional_integer("bottleneck_size")
     scaling = reader.number("scaling", 1.0)
     names = reader.names("placements")
     unknown = [name for name in names if name not in PLACEMENTS]
     if unknown or not names:
-        reader.unsupported("placements", f"names something else than {', '.join(PLACEMENTS)}")
-    plan = BottleneckPlan(
+        reader.unsupported("placements", f"does not consist of {', '.join(PLACEMENTS)}")
+    reading = BottleneckReading(
         size=size,
         activation=reader.choice("non_linearity", ACTIVATIONS, "relu"),
         reads=reader.choice("reads", READS, "normed"),
         scaling=scaling or 0.0,
         placements=tuple(PLACEMENTS[name] for name in names if name in PLACEMENTS),
     )
-    return None if scaling is None else plan
+    return None if scaling is None else reading
 
 
 BOTTLENECK = Kind(

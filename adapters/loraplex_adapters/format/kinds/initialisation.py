@@ -1,4 +1,4 @@
-"""Initialisations of LoRA: which of them leave the base as it was."""
+"""Initialisations of LoRA: some change the base, so that A and B are not the whole change."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from loraplex_adapters.format.reader import Reader
 from loraplex_adapters.format.strict_json import shown
 
 PLAIN = frozenset({"gaussian", "eva", "orthogonal"})
-"""Initialisations by name that leave the base as it was, so that A and B are the whole delta."""
+"""Names of initialisations that leave the base unchanged, so that A and B are the whole change."""
 
 _CONVERT = (
     "convert it: loraplex-server convert --from pissa --initial DIR, where DIR holds the adapter "
@@ -16,13 +16,13 @@ _RETRAIN = "train it on the served base with another initialisation"
 
 
 def way_out(initialisation: str) -> str:
-    """What the owner of an adapter with a base-changing initialisation can do."""
+    """Advice to the owner of an adapter whose initialisation may change the base."""
     convertible = initialisation.startswith(("pissa", "corda", "olora", "lora_ga"))
     return _CONVERT if convertible else _RETRAIN
 
 
 def check_initialisation(reader: Reader) -> None:
-    """Refuses `init_lora_weights` where A and B may not be the whole delta."""
+    """Adds a finding if A and B may not be the whole change, by `init_lora_weights`."""
     value = reader.config.get("init_lora_weights")
     if value is None or isinstance(value, bool):
         return
@@ -32,5 +32,5 @@ def check_initialisation(reader: Reader) -> None:
         reader.unsupported(
             "init_lora_weights",
             f"is {shown(value)}, which may change the base, so that A and B are not the whole "
-            f"delta; {way_out(value)}",
+            f"change; {way_out(value)}",
         )

@@ -28,11 +28,11 @@ from loraplex_adapters.format.support import Option, ignored, refused, served
 from loraplex_adapters.format.targets import EMBEDDINGS, Targets
 
 BASE_COPY = "base_layer.weight"
-"""What PEFT writes beside an adapted head or embedding (`save_embedding_layers`): the base's own
-weight, unchanged. It is skipped."""
+"""The base's own weight, which PEFT writes with an adapted head or embedding
+(`save_embedding_layers`); it is skipped."""
 
 BIAS, WRAPPED_BIAS = "bias", "base_layer.bias"
-"""A trained bias of a projection, and of one that also has A and B."""
+"""A trained bias of a projection without and with A and B."""
 
 SHARED_OPTIONS: Mapping[str, Option] = {
     **SAVED_OPTION,
@@ -41,11 +41,11 @@ SHARED_OPTIONS: Mapping[str, Option] = {
     "bias": served("none, all, lora_only"),
     "corda_config": refused("CorDA, whose initialisation changes the base"),
     "ensure_weight_tying": served("both tensors are in the file"),
-    "eva_config": ignored("settings of an initialisation that leaves the base as it was"),
+    "eva_config": ignored("settings of an initialisation that leaves the base unchanged"),
     "exclude_modules": served(),
     "fan_in_fan_out": ignored("A and B are stored alike, and no served base is transposed"),
     "init_lora_weights": served(
-        "plain ones; PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA are refused with the way out"
+        "plain ones; PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA are refused with advice"
     ),
     "kasa_config": refused("KaSA"),
     "layer_replication": refused("replicated layers"),
@@ -58,7 +58,7 @@ SHARED_OPTIONS: Mapping[str, Option] = {
     "megatron_config": refused("Megatron layers"),
     "megatron_core": ignored(),
     "monteclora_config": refused("MonteCLoRA"),
-    "qalora_group_size": ignored("means something with use_qalora only"),
+    "qalora_group_size": ignored("has an effect with use_qalora only"),
     "target_modules": served("projections, lm_head, embed_tokens; a string is not evaluated"),
     "target_parameters": refused("targets that are parameters instead of modules"),
     "trainable_token_indices": served("embeddings and head, tied or not"),
@@ -66,19 +66,19 @@ SHARED_OPTIONS: Mapping[str, Option] = {
     "use_qalora": refused("QA-LoRA"),
     "velora_config": refused("VeLoRA"),
 }
-"""What LORA and ADALORA have in common."""
+"""Options that LORA and ADALORA have in common."""
 
 BIASES: Mapping[str, str] = {"none": "none", "all": "all", "lora_only": "lora_only"}
 
 
 @dataclass(frozen=True, slots=True)
-class LoraPlan:
-    """A LORA configuration that was understood.
+class LoraReading:
+    """The options of a LORA configuration.
 
     Attributes:
         rank_pattern, alpha_pattern: by plain module name or dotted suffix, in the file's order.
         bias: "none", "all" or "lora_only".
-        rows: the trained tokens.
+        rows: the trained token rows.
     """
 
     r: int
@@ -122,7 +122,7 @@ class LoraPlan:
             tensors["b_bias"] = file.require(site, "lora_B.bias")
         if self.use_dora:
             tensors["magnitude"] = file.require(site, "lora_magnitude_vector")
-        claim_beside(file, site, self.bias, tensors)
+        claim_extras(file, site, self.bias, tensors)
         return tensors
 
 
@@ -135,10 +135,10 @@ def adaptable(file: Placement) -> list[Site]:
     return [s for s in base_sites(file.base) if s[1] in PROJECTIONS or s in EMBEDDINGS]
 
 
-def claim_beside(
+def claim_extras(
     file: Placement, site: Site, bias: str, tensors: dict[str, TensorLocation | None]
 ) -> None:
-    """Adds a projection's trained bias to `tensors`, and checks a head's copy of the base."""
+    """Adds a projection's trained bias to `tensors`, and checks a copy of the base's head."""
     if site[0] == MODEL:
         copy = file.claim(site, BASE_COPY)
         if copy is not None:
@@ -148,7 +148,7 @@ def claim_beside(
 
 
 def place_biases(file: Placement, bias: str, adapted: list[Site]) -> list[ModuleSpec]:
-    """The trained biases of projections that have no A and B: `bias="all"`."""
+    """The trained biases of projections without A and B, which `bias="all"` saves."""
     modules = []
     if bias == "all":
         for site in base_sites(file.base):
@@ -163,10 +163,10 @@ def _present(tensors: Mapping[str, TensorLocation | None]) -> dict[str, TensorLo
     return {role: tensor for role, tensor in tensors.items() if tensor is not None}
 
 
-def _read(reader: Reader) -> LoraPlan | None:
+def _read(reader: Reader) -> LoraReading | None:
     rank = reader.as_rank("r", reader.config.get("r"))
     alpha = reader.number("lora_alpha")
-    plan = LoraPlan(
+    reading = LoraReading(
         r=rank or 1,
         lora_alpha=alpha or 0.0,
         targets=reader.targets(),
@@ -179,9 +179,9 @@ def _read(reader: Reader) -> LoraPlan | None:
         rows=read_rows(reader, "trainable_token_indices"),
     )
     check_initialisation(reader)
-    if plan.use_dora and plan.lora_bias:
-        reader.unsupported("lora_bias", "is on beside use_dora, which PEFT does not train")
-    return None if rank is None or alpha is None else plan
+    if reading.use_dora and reading.lora_bias:
+        reader.unsupported("lora_bias", "is on together with use_dora, which PEFT cannot train")
+    return None if rank is None or alpha is None else reading
 
 
 LORA = Kind(

@@ -1,4 +1,4 @@
-"""TRAINABLE_TOKENS: rows of the embeddings and of the head that take the base's place."""
+"""TRAINABLE_TOKENS: rows that replace those of the base's embeddings and head."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _ENDING = "trainable_tokens_delta"
 
 
 @dataclass(frozen=True, slots=True)
-class TokensPlan:
-    """The tokens, in the order of their rows, and the modules that have them."""
+class TokensReading:
+    """The token ids, in the order of their rows, and the modules that have such rows."""
 
     token_ids: tuple[int, ...]
     targets: Targets
@@ -25,7 +25,7 @@ class TokensPlan:
     def place(self, file: Placement) -> list[ModuleSpec]:
         """Rows of the embeddings, the head or both.
 
-        PEFT writes the rows of tied embeddings twice; where it did not, the head's are the same.
+        PEFT writes the rows of tied embeddings twice; if it did not, both modules use the same.
         """
         adapted = file.sites(_ENDING)
         tensors = {site: file.require(site, _ENDING) for site in adapted}
@@ -40,10 +40,10 @@ class TokensPlan:
         return [module for module in placed if module]
 
 
-def _read(reader: Reader) -> TokensPlan | None:
+def _read(reader: Reader) -> TokensReading | None:
     ids = reader.token_ids("token_indices", reader.config.get("token_indices"))
     targets = reader.targets()
-    return TokensPlan(ids, targets) if ids else None
+    return TokensReading(ids, targets) if ids else None
 
 
 TRAINABLE_TOKENS = Kind(

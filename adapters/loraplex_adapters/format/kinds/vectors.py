@@ -1,4 +1,4 @@
-"""Kinds that hold one vector a module: IA3, BEFT and LN_TUNING."""
+"""Kinds with one vector for each module: IA3, BEFT and LN_TUNING."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ _TARGETS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Ia3Plan:
+class Ia3Reading:
     """IA3: y = l * (W x + b), or W (l * x) + b for a feed-forward module.
 
-    `feedforward` are ends of paths; None where the file has an expression for them, so that the
-    shapes of the tensors say which is which.
+    `feedforward` lists ends of paths; it is None if the file has a regular expression, and then the
+    shapes of the tensors decide.
     """
 
     targets: Targets
     feedforward: tuple[str, ...] | None
 
     def place(self, file: Placement) -> list[ModuleSpec]:
-        """A gain of the output or of the input for each module."""
+        """A gain of the output or of the input of each module."""
         adapted = file.sites("ia3_l")
         modules = []
         for site in adapted:
@@ -44,8 +44,9 @@ class Ia3Plan:
             if file.fits(site, {role: tensor}) is None:
                 continue
             if self.feedforward is not None and self._is_feedforward(site) != (role == "in_gain"):
-                message = f"{module_path(*site)} has a vector for its {role.removesuffix('_gain')}"
-                message += "put side, which is not what feedforward_modules says"
+                side = role.removesuffix("_gain")
+                message = f"{module_path(*site)} has a vector for its {side}put, which contradicts "
+                message += "feedforward_modules"
                 file.find(Reason.ADAPTER_INVALID, message, "feedforward_modules")
                 continue
             modules.append(ModuleSpec(*site, {role: tensor}))
@@ -58,13 +59,13 @@ class Ia3Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class BeftPlan:
+class BeftReading:
     """BEFT: y = W x + b + bias."""
 
     targets: Targets
 
     def place(self, file: Placement) -> list[ModuleSpec]:
-        """A bias to add for each module."""
+        """An added bias for each module."""
         adapted = file.sites("beft_bias")
         modules = []
         for site in adapted:
@@ -76,8 +77,8 @@ class BeftPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class NormPlan:
-    """LN_TUNING: weights that take the place of the norms'."""
+class NormReading:
+    """LN_TUNING: weights that replace those of the norms."""
 
     targets: Targets
 
@@ -90,7 +91,7 @@ class NormPlan:
             if tensor is None:
                 continue
             if site[1] not in NORMS:
-                message = f"{tensor.name} replaces {site[1]}, which is no norm"
+                message = f"{tensor.name} replaces {site[1]}, which is not a norm"
                 file.find(Reason.ADAPTER_UNSUPPORTED, message, tensor.name)
             elif file.fits(site, {"weight": tensor}) is not None:
                 modules.append(ModuleSpec(*site, {"weight": tensor}))
@@ -106,18 +107,18 @@ def _projections(file: Placement) -> list[Site]:
     return [site for site in base_sites(file.base) if site[1] in PROJECTIONS]
 
 
-def _read_ia3(reader: Reader) -> Ia3Plan:
+def _read_ia3(reader: Reader) -> Ia3Reading:
     value = reader.config.get("feedforward_modules")
     names = reader.names("feedforward_modules") if not isinstance(value, str) else None
-    return Ia3Plan(reader.targets(), names)
+    return Ia3Reading(reader.targets(), names)
 
 
-def _read_beft(reader: Reader) -> BeftPlan:
-    return BeftPlan(reader.targets())
+def _read_beft(reader: Reader) -> BeftReading:
+    return BeftReading(reader.targets())
 
 
-def _read_norms(reader: Reader) -> NormPlan:
-    return NormPlan(reader.targets())
+def _read_norms(reader: Reader) -> NormReading:
+    return NormReading(reader.targets())
 
 
 IA3 = Kind(
@@ -136,7 +137,7 @@ IA3 = Kind(
 
 BEFT = Kind(
     peft_type="BEFT",
-    summary="BEFT: trained biases, also where the base has none",
+    summary="BEFT: trained biases, also if the base has none",
     options={**_TARGETS, "init_weights": ignored()},
     endings={"beft_bias": "", SAVED_ENDING: "modules_to_save"},
     read=_read_beft,

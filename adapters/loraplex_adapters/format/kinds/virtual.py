@@ -1,6 +1,6 @@
-"""Virtual tokens: PROMPT_TUNING and P_TUNING by embeddings, PREFIX_TUNING by keys and values.
+"""Virtual tokens: PROMPT_TUNING and P_TUNING as embeddings, PREFIX_TUNING as keys and values.
 
-PEFT saves what the encoders of P_TUNING and PREFIX_TUNING put out, not the encoders.
+PEFT saves the output of the encoders of P_TUNING and PREFIX_TUNING, not the encoders.
 """
 
 from __future__ import annotations
@@ -21,31 +21,34 @@ _TENSOR = "prompt_embeddings"
 
 
 @dataclass(frozen=True, slots=True)
-class VirtualPlan:
-    """How many virtual tokens, and in which role they come: "prompt" or "prefix".
+class VirtualReading:
+    """The options of virtual tokens.
 
-    `told` are facts about the base that the configuration repeats; None where it does not.
+    Attributes:
+        role: "prompt" or "prefix".
+        count: number of virtual tokens.
+        base: properties of the base in the configuration, by key; None if it does not have them.
     """
 
     role: str
     count: int
-    told: Mapping[str, int | None]
+    base: Mapping[str, int | None]
 
     def place(self, file: Placement) -> list[ModuleSpec]:
-        """The one tensor that the file holds."""
+        """The only tensor of the file."""
         base = file.base.config
         if self.count > file.limits.max_virtual_tokens:
             message = f"num_virtual_tokens is {self.count}; at most "
-            message += f"{file.limits.max_virtual_tokens} are served"
+            message += f"{file.limits.max_virtual_tokens} are allowed"
             file.find(Reason.ADAPTER_TOO_LARGE, message, "num_virtual_tokens")
-        facts = {"token_dim": base.hidden_size}
+        actual = {"token_dim": base.hidden_size}
         if self.role == "prefix":
-            facts = {"token_dim": base.kv_size, "num_attention_heads": base.num_kv_heads}
-            facts["num_layers"] = base.num_layers
-        for key, fact in facts.items():
-            told = self.told.get(key)
-            if told is not None and told != fact:
-                message = f"{key} is {told}; this base has {fact}"
+            actual = {"token_dim": base.kv_size, "num_attention_heads": base.num_kv_heads}
+            actual["num_layers"] = base.num_layers
+        for key, size in actual.items():
+            given = self.base.get(key)
+            if given is not None and given != size:
+                message = f"{key} is {given}; this base has {size}"
                 file.find(Reason.BASE_MODEL_MISMATCH, message, key)
         tensor = file.require(VIRTUAL_TOKENS, _TENSOR)
         held = file.fits(VIRTUAL_TOKENS, {self.role: tensor})
@@ -57,26 +60,26 @@ class VirtualPlan:
         return [ModuleSpec(*VIRTUAL_TOKENS, {self.role: tensor})]
 
 
-def _read(reader: Reader, role: str) -> VirtualPlan | None:
+def _read(reader: Reader, role: str) -> VirtualReading | None:
     count = reader.integer("num_virtual_tokens")
     keys = ("token_dim", "num_attention_heads", "num_layers")
-    told = {key: reader.optional_integer(key) for key in keys}
+    base = {key: reader.optional_integer(key) for key in keys}
     submodules = reader.optional_integer("num_transformer_submodules")
     if submodules not in (None, 1):
         reader.unsupported("num_transformer_submodules", "is not 1")
-    return VirtualPlan(role, count, told) if count else None
+    return VirtualReading(role, count, base) if count else None
 
 
-def _read_prompt(reader: Reader) -> VirtualPlan | None:
+def _read_prompt(reader: Reader) -> VirtualReading | None:
     return _read(reader, "prompt")
 
 
-def _read_prefix(reader: Reader) -> VirtualPlan | None:
+def _read_prefix(reader: Reader) -> VirtualReading | None:
     return _read(reader, "prefix")
 
 
 _OPTIONS: Mapping[str, Option] = {
-    "modules_to_save": refused("fully trained modules beside virtual tokens"),
+    "modules_to_save": refused("fully trained modules together with virtual tokens"),
     "num_attention_heads": served(),
     "num_layers": served(),
     "num_transformer_submodules": served("1"),

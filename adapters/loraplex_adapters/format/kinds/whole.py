@@ -1,4 +1,4 @@
-"""What stands beside a kind's own tensors: modules saved as a whole, and trained token rows."""
+"""Tensors that several kinds can have in addition: completely saved modules, trained token rows."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ HEAD: Site = (MODEL, "lm_head")
 _BY_NAME = {"embed_tokens": EMBEDDING, "model.embed_tokens": EMBEDDING, "lm_head": HEAD}
 
 TokenRows = Mapping[Site, tuple[int, ...]]
-"""The trained tokens of the embeddings and of the head."""
+"""Token ids of the trained rows of embeddings and head, by site."""
 
 
 def place_saved(file: Placement, targets: Targets) -> list[ModuleSpec]:
-    """The modules of `modules_to_save`, which take the base's place.
+    """The modules of `modules_to_save`, which replace the base's.
 
-    Of a tied base only those are replaced that the file holds: PEFT unties the other one.
+    If the base ties embeddings and head, and the file has one of them, only that one is replaced,
+    as PEFT unties the other.
     """
     modules = []
     claimed: set[str] = set()
@@ -49,7 +50,7 @@ def place_saved(file: Placement, targets: Targets) -> list[ModuleSpec]:
 
 
 def read_rows(reader: Reader, key: str) -> TokenRows:
-    """`trainable_token_indices`: a list for the embeddings, or a map from their names to lists."""
+    """Reads `trainable_token_indices`: a list for the embeddings, or a map from names to lists."""
     value = reader.config.get(key)
     if value is None:
         return {}
@@ -71,8 +72,8 @@ def read_rows(reader: Reader, key: str) -> TokenRows:
 def place_rows(file: Placement, rows: TokenRows, key: str) -> list[ModuleSpec]:
     """The rows that `trainable_token_indices` replaces.
 
-    In a tied base the head's rows change with those of the embeddings, by one tensor, unless the
-    two lists differ.
+    If the base ties embeddings and head, one tensor replaces the rows of both, unless the two lists
+    differ.
     """
     ids = rows.get(EMBEDDING)
     if ids and file.base.config.tie_embeddings and rows.get(HEAD, ids) == ids:
@@ -86,7 +87,7 @@ def place_rows(file: Placement, rows: TokenRows, key: str) -> list[ModuleSpec]:
 def row_module(
     file: Placement, site: Site, tensor: TensorLocation | None, ids: tuple[int, ...], key: str
 ) -> ModuleSpec | None:
-    """Replaced rows of the embeddings or the head, if they are this base's."""
+    """Replaced rows of embeddings or head; None, with a finding, if they do not fit the base."""
     count = file.fits(site, {"rows": tensor})
     if count is None or tensor is None:
         return None
