@@ -10,6 +10,11 @@ READY := $(VENV)/.ready
 # Torch's extension loader calls ninja, which is a pip package: it must be found on PATH.
 export PATH := $(CURDIR)/$(BIN):$(CURDIR)/var/tools/bin:$(PATH)
 
+# Progress bars would fill a log with their redrawn lines, so they need a terminal.
+ifneq ($(shell test -t 2 && echo terminal),terminal)
+export TQDM_DISABLE := 1
+endif
+
 # Tests run tiny models: two threads show races between threads, more would only wait for each other.
 TEST_THREADS ?= 2
 FUZZ_SECONDS ?= 20
@@ -79,23 +84,23 @@ proto: setup ## Generate client/loraplex/v1 from proto/
 	$(BIN)/python proto/generate.py
 
 bench: setup model ## Measure this server: base and adapters, by popularity and concurrency
-	$(BIN)/python bench/bench.py $(ARGS)
+	$(BIN)/python bench/bench_server.py $(ARGS)
 
 bench-peft: setup model ## Compare with PEFT on the same NF4 base, in one run
 	$(BIN)/python bench/bench_peft.py $(ARGS)
 
 bench-kernels: setup ## Compare the NF4 product with bitsandbytes' and torch's
-	$(BIN)/python bench/kernels.py $(ARGS)
+	$(BIN)/python bench/bench_kernels.py $(ARGS)
 
 bench-train: setup model ## Compare training with PEFT's on the same NF4 base, and four jobs in one pass with four in turn
-	$(BIN)/python bench/train.py $(ARGS)
+	$(BIN)/python bench/bench_train.py $(ARGS)
 
 bench-adapters: setup model ## Measure the life of adapters: loads, replacement, merges, thousands, kill -9
 	$(BIN)/python bench/bench_adapters.py $(ARGS)
 
 bench-paper: setup ## Try the papers' claims on a small model: 4-bit formats, ranks, budgets, AdaLoRA
 	@failed=; for bench in quantisation rank adalora; do \
-	  OMP_NUM_THREADS=1 $(BIN)/python bench/paper_$$bench.py $(ARGS) || failed="$$failed $$bench"; done; \
+	  PYTHONPATH=bench OMP_NUM_THREADS=1 $(BIN)/python -m paper.$$bench $(ARGS) || failed="$$failed $$bench"; done; \
 	if [ -n "$$failed" ]; then echo "relations do not hold:$$failed" >&2; exit 1; fi
 
 bench-gpu: setup model ## Compare with PEFT on a CUDA device

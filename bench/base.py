@@ -24,8 +24,10 @@ def ensure(directory: Path = DEFAULT, cache: Path = CACHE, dtype: str = "float32
         return directory
     import torch
     from loraplex_model.checkpoints.default_model import ensure_default_model
+    from loraplex_model.ops.quiet import quieten_bitsandbytes
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    quieten_bitsandbytes()
     gguf = ensure_default_model(cache)
     unfinished = directory.with_name(directory.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Our side of `bench/train.py`, in a process of its own: one job, or four in one pass.
+"""Our side of `bench/bench_train.py`, in a process of its own: one job, or four in one pass.
 
 python bench/train_ours.py single --base var/bench/base
 python bench/train_ours.py joint --base var/bench/base --tokens 64

@@ -1,4 +1,4 @@
-"""The other side of `bench/train.py`, in a process of its own: PEFT over transformers.
+"""The other side of `bench/bench_train.py`, in a process of its own: PEFT over transformers.
 
     python bench/train_peer.py --base var/bench/base --dtype float32 --attention sdpa
 

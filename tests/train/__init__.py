@@ -1,1 +1,1 @@
-"""A package, so that `train` here is not taken for the script `bench/train.py`."""
+"""A package, so that `train` is this folder whatever else is on the path."""

@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 
 from loraplex_model.base.weights import BLOCK, NF4Matrix
+from loraplex_model.ops.quiet import quieten_bitsandbytes
 
 NESTED_BLOCK = 256
 """Number of blocks whose maxima share one scale."""
@@ -75,6 +76,7 @@ def quantise(weight: torch.Tensor) -> NF4Matrix:
     The values are quantised as stored, widened to float32. Blocks are independent, so they are
     quantised in chunks; the second quantisation is over the whole module.
     """
+    quieten_bitsandbytes()
     import bitsandbytes.functional as bnb
 
     rows, fan_in = weight.shape

@@ -2,7 +2,7 @@
 
 The estimate adds up what each function of the pass keeps per token for its derivative. Its
 constants are for torch 2.13 on Linux; for the default model it is within a quarter of the measured
-peak (`bench/train.py` prints both).
+peak (`bench/bench_train.py` prints both).
 """
 
 from __future__ import annotations

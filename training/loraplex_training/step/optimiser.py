@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from loraplex_model.ops.quiet import quieten_bitsandbytes
 
 from loraplex_training.methods.base import ParameterGroup
 from loraplex_training.spec.spec import OptimSpec
@@ -211,6 +212,7 @@ def _optimiser(spec: OptimSpec, groups: list[dict[str, Any]]) -> torch.optim.Opt
     if spec.name == "adamw":
         # One native call for all tensors instead of several for each.
         return torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=True)
+    quieten_bitsandbytes()
     import bitsandbytes  # takes seconds, so only if needed
 
     kind = getattr(bitsandbytes.optim, _BITSANDBYTES[spec.name])
@@ -219,7 +221,8 @@ def _optimiser(spec: OptimSpec, groups: list[dict[str, Any]]) -> torch.optim.Opt
 
 
 def _schedule(spec: OptimSpec, optimiser: torch.optim.Optimizer, steps: int) -> Any:
-    from transformers import get_scheduler  # takes seconds
+    quieten_bitsandbytes()
+    from transformers import get_scheduler  # takes seconds; imports bitsandbytes
 
     name, rising = spec.schedule, int(spec.warmup * steps)
     if name == "constant" and rising:

@@ -4,7 +4,7 @@ A Llama over bytes, pretrained on the Python standard library's sources, then qu
 the server's own conversion. What adapters learn is C++: torch's own headers. Both texts are on
 every machine that can run this.
 
-    python bench/paper_base.py      (the other bench/paper_*.py do it when it is missing)
+    PYTHONPATH=bench python -m paper.small_model      (the benchmarks here do it if needed)
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from paper_base import HOME
+from paper.small_model import HOME
 from report import json_line
 
 RESULTS = HOME / "results"

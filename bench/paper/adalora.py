@@ -16,14 +16,13 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 
-import paper_base
-import paper_sweep
 from loraplex_adapters.format.modules import PREFIX, module_path
 from loraplex_model.adapters.delta import AdapterDelta, SiteDelta
 from loraplex_model.base.config import PROJECTIONS, Site
 from loraplex_training.methods.base import TrainedAdapter
-from paper_report import conclude
-from paper_sweep import Job, Sweep
+from paper import small_model, sweeps
+from paper.conclusion import conclude
+from paper.sweeps import Job, Sweep
 from report import table
 
 INIT, TARGET = 8, 3
@@ -43,7 +42,7 @@ def growth(sweep: Sweep, adapter: TrainedAdapter) -> dict[Site, float]:
     whole = adapter.delta().sites
 
     def loss(sites: Mapping[Site, SiteDelta]) -> float:
-        return paper_sweep.loss_of(sweep, AdapterDelta(sites), pieces=64, seed=2)
+        return sweeps.loss_of(sweep, AdapterDelta(sites), pieces=64, seed=2)
 
     full = loss(whole)
     return {out: loss({s: d for s, d in whole.items() if s != out}) - full for out in whole}
@@ -61,9 +60,9 @@ def main() -> int:
     """Prints the ranks, the relations and the JSON line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=int, default=160)
-    base = paper_base.base()
+    base = small_model.base()
     layers = base.config.num_layers
-    sweep = Sweep(base, paper_base.cpp_text(), parser.parse_args().steps, RATE)
+    sweep = Sweep(base, small_model.cpp_text(), parser.parse_args().steps, RATE)
     linear = {"target_modules": "all-linear"}
     kinds = {
         "adalora": ("adalora", {"init_r": INIT, "target_r": TARGET}),
@@ -75,13 +74,13 @@ def main() -> int:
         for name, (method, options) in kinds.items()
         for seed in SEEDS
     ]
-    trained = paper_sweep.train(sweep, jobs)
+    trained = sweeps.train(sweep, jobs)
     count = len(SEEDS)
     found = [ranks(one.adapter, layers) for one in trained[:count]]
     grown = [growth(sweep, one.adapter) for one in trained[count : 2 * count]]
     both = [thirds(kept, more) for kept, more in zip(found, grown, strict=True)]
     _print(found, both)
-    before, budget = paper_sweep.loss_of(sweep, None), TARGET * layers * len(PROJECTIONS)
+    before, budget = sweeps.loss_of(sweep, None), TARGET * layers * len(PROJECTIONS)
     losses = {"base": before, **{one.job.name: one.loss for one in trained}}
     print(table(["adapter", "loss, nats a byte"], list(losses.items())))
     relations = {

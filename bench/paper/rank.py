@@ -18,13 +18,12 @@ import time
 from collections.abc import Mapping, Sequence
 from statistics import mean
 
-import paper_base
-import paper_sweep
 import torch
 from loraplex_model.adapters.delta import AdapterDelta, ProjectionDelta
 from loraplex_training.methods.base import TrainedAdapter
-from paper_report import conclude
-from paper_sweep import Job, Sweep, Trained
+from paper import small_model, sweeps
+from paper.conclusion import conclude
+from paper.sweeps import Job, Sweep, Trained
 from report import table
 
 RANKS = (1, 2, 4, 8, 64)
@@ -43,14 +42,14 @@ SEEDS = (0, 1)
 RATE = 1e-2
 
 
-def capitals() -> paper_base.Text:
+def capitals() -> small_model.Text:
     """The text that the base was made of, in capitals."""
 
     def upper(text: torch.Tensor) -> torch.Tensor:
         return torch.frombuffer(bytearray(text.numpy().tobytes().upper()), dtype=torch.uint8)
 
-    known = paper_base.python_text()
-    return paper_base.Text(upper(known.train), upper(known.evaluation))
+    known = small_model.python_text()
+    return small_model.Text(upper(known.train), upper(known.evaluation))
 
 
 def rank_jobs(seeds: Sequence[int]) -> list[Job]:
@@ -89,7 +88,7 @@ def intrinsic(sweep: Sweep, before: float, trained: Sequence[Trained]) -> dict[s
     """By rank, what each seed's adapter of the largest r gains when it is cut down to that."""
     widest = [one.adapter for one in trained if one.job.name == str(RANKS[-1])]
     return {
-        str(rank): [before - paper_sweep.loss_of(sweep, cut(one, rank)) for one in widest]
+        str(rank): [before - sweeps.loss_of(sweep, cut(one, rank)) for one in widest]
         for rank in RANKS
     }
 
@@ -109,15 +108,15 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=len(SEEDS))
     arguments = parser.parse_args()
     seeds = SEEDS[: arguments.seeds]
-    base = paper_base.base()
+    base = small_model.base()
     known = Sweep(base, capitals(), arguments.steps, RATE)
-    new = Sweep(base, paper_base.cpp_text(), arguments.steps, RATE)
+    new = Sweep(base, small_model.cpp_text(), arguments.steps, RATE)
     start = time.perf_counter()
     ranks = rank_jobs(seeds)
-    both = paper_sweep.train(new, ranks + place_jobs(seeds))
-    seen = paper_sweep.train(known, ranks)
+    both = sweeps.train(new, ranks + place_jobs(seeds))
+    seen = sweeps.train(known, ranks)
     seconds = time.perf_counter() - start
-    before_known, before_new = paper_sweep.loss_of(known, None), paper_sweep.loss_of(new, None)
+    before_known, before_new = sweeps.loss_of(known, None), sweeps.loss_of(new, None)
     on_known, on_new = gains(before_known, seen), gains(before_new, both[: len(ranks)])
     directions = intrinsic(known, before_known, seen)
     places = gains(before_new, both[len(ranks) :])

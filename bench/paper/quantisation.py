@@ -16,13 +16,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import bitsandbytes.functional as bnb
-import paper_base
-import paper_sweep
 import torch
 from loraplex_model.base.config import PROJECTIONS
 from loraplex_model.ops import nf4
-from paper_report import conclude
+from loraplex_model.ops.quiet import quieten_bitsandbytes
+from paper import small_model, sweeps
+from paper.conclusion import conclude
 from report import table
 from transformers import LlamaForCausalLM
 
@@ -41,6 +40,9 @@ def int4(weight: torch.Tensor, block: int = 64) -> torch.Tensor:
 
 def by_bitsandbytes(kind: str, weight: torch.Tensor, block: int = 64) -> torch.Tensor:
     """NF4 or FP4 with float32 maxima."""
+    quieten_bitsandbytes()
+    import bitsandbytes.functional as bnb
+
     return bnb.dequantize_4bit(*bnb.quantize_4bit(weight, blocksize=block, quant_type=kind))
 
 
@@ -107,9 +109,9 @@ class Read:
 
 def reads() -> dict[str, Read]:
     """By format."""
-    model = paper_base.model()
-    text = paper_base.python_text().evaluation
-    pieces = paper_base.windows(text, PIECES, paper_base.CONTEXT, seed=1)
+    model = small_model.model()
+    text = small_model.python_text().evaluation
+    pieces = small_model.windows(text, PIECES, small_model.CONTEXT, seed=1)
     exact = _predictions(model, pieces)
     wide = partial(by_bitsandbytes, "nf4", block=4096)
     found = {"float32": _read(exact, exact, pieces)}
@@ -141,9 +143,9 @@ def _read(found: torch.Tensor, exact: torch.Tensor, pieces: torch.Tensor) -> Rea
 
 def served() -> float:
     """The mean loss of the same pieces by the server's own decoder, on its own NF4 bytes."""
-    text = paper_base.Text(torch.empty(0), paper_base.python_text().evaluation)
-    sweep = paper_sweep.Sweep(paper_base.base(), text, 0, 0.0)
-    return paper_sweep.loss_of(sweep, None, PIECES, seed=1)
+    text = small_model.Text(torch.empty(0), small_model.python_text().evaluation)
+    sweep = sweeps.Sweep(small_model.base(), text, 0, 0.0)
+    return sweeps.loss_of(sweep, None, PIECES, seed=1)
 
 
 def apart(more: torch.Tensor, less: torch.Tensor) -> bool:

@@ -1,7 +1,7 @@
 """Training against PEFT on the same NF4 base and the same work, and four jobs in one pass against
 the same four one after another.
 
-    python bench/train.py       (make bench-train)
+    python bench/bench_train.py       (make bench-train)
 
 PEFT runs twice: as QLoRA's recipe prepares it (`prepare_model_for_kbit_training`, which recomputes
 layers to save memory; `ratio_tok_s` and `ratio_peak_memory` are against this), and without that, as

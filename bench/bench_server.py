@@ -1,6 +1,6 @@
 """Measures this server: base and adapters, by popularity and by number of concurrent requests.
 
-    python bench/bench.py            (make bench)
+    python bench/bench_server.py            (make bench)
 
 Starts a server of its own on the default model with 16 random rank-16 adapters of every linear
 layer, and stops it. The last line of output is one JSON object.

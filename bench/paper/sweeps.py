@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
-import paper_base
 import torch
 from loraplex_model.adapters.delta import AdapterDelta
 from loraplex_model.base.weights import BaseWeights
@@ -20,6 +19,7 @@ from loraplex_training.data.samples import MicroBatch
 from loraplex_training.methods.base import Setting, TrainedAdapter
 from loraplex_training.spec.spec import MethodSpec
 from loraplex_training.step.joint import JointPass, Part
+from paper import small_model
 
 SEQUENCES, LENGTH = 4, 64
 EVALUATED = 128
@@ -40,7 +40,7 @@ class Sweep:
     """How all jobs of a pass are trained: AdamW, `rate` falling linearly from the first step on."""
 
     base: BaseWeights
-    text: paper_base.Text
+    text: small_model.Text
     steps: int
     rate: float
 
@@ -112,10 +112,10 @@ def loss_of(
     """Mean loss in nats a byte on text set apart, of the base with a change, or None."""
     joint = JointPass(sweep.base, DenseLinear())
     adapter = None if change is None else cast(TrainedAdapter, _Fixed(change))
-    chosen = paper_base.windows(sweep.text.evaluation, pieces, paper_base.CONTEXT, seed)
+    chosen = small_model.windows(sweep.text.evaluation, pieces, small_model.CONTEXT, seed)
     total = learned = 0.0
     for some in chosen.split(32):
-        batch = paper_base.micro_batch(some)
+        batch = small_model.micro_batch(some)
         total += joint.losses([Part(adapter, batch)])[0]
         learned += batch.learned
     return total / learned
@@ -141,4 +141,4 @@ def _make(sweep: Sweep, job: Job) -> TrainedAdapter:
 
 def _examples(sweep: Sweep, seed: int, step: int) -> MicroBatch:
     seed = 1_000_000 * (seed + 1) + step
-    return paper_base.micro_batch(paper_base.windows(sweep.text.train, SEQUENCES, LENGTH, seed))
+    return small_model.micro_batch(small_model.windows(sweep.text.train, SEQUENCES, LENGTH, seed))
