@@ -22,7 +22,7 @@ FUZZ_SECONDS ?= 20
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model prometheus demo serve train-adapter test test-gpu fuzz lint proto bench bench-peft \
+.PHONY: help setup model prometheus demo serve train-adapter test test-gpu fuzz lint house proto bench bench-peft \
         bench-kernels bench-train bench-adapters bench-paper bench-gpu figures lock clean distclean
 
 help: ## Show this list
@@ -79,6 +79,9 @@ lint: setup ## Check formatting, style, types, the layers, the protos and the ge
 	$(BIN)/lint-imports
 	cd proto && buf lint
 	$(BIN)/python proto/generate.py --check
+
+house: ## Measure how the code is laid out: rooms, wide folders, doubled names, long files
+	@$(PYTHON) scripts/house.py $(ARGS)
 
 proto: setup ## Generate client/loraplex/v1 from proto/
 	$(BIN)/python proto/generate.py
