@@ -172,10 +172,23 @@ def test_every_test_that_the_guarantees_name_exists(document: str) -> None:
 
 
 def test_every_file_that_a_document_names_exists() -> None:
-    folders = "adapters|bench|client|deploy|docs|examples|model|proto|scripts|server|tests"
+    folders = "adapters|bench|client|deploy|docs|examples|model|proto|scripts|server|tests|training"
     for document in DOCUMENTS:
         for name in re.findall(rf"`((?:{folders})/[\w./-]+)`", document.read_text()):
             assert (ROOT / name).exists(), f"{document.name}: {name}"
+
+
+def test_the_architecture_shows_every_room_and_every_contract_of_imports() -> None:
+    shown = (ROOT / "docs" / "architecture.md").read_text()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
+    contracts = {contract["name"] for contract in project["importlinter"]["contracts"]}
+    assert table(shown, "contract").keys() == contracts
+    tree = shown.split("## Where things are")[1].split("## Allowed imports")[0]
+    for package in project["hatch"]["build"]["targets"]["wheel"]["packages"]:
+        assert f" {package}/" in tree
+        for module in (ROOT / package).rglob("__init__.py"):
+            room = module.parent
+            assert room == ROOT / package or f"  {room.name}/" in tree, room
 
 
 def test_nothing_names_a_path_of_the_machine_it_was_written_on() -> None:
