@@ -1,6 +1,8 @@
-"""The default model as a Hugging Face directory, for peers that want one. Made once, under `var/`.
+"""Makes the default model available as a Hugging Face directory, for the compared programs.
 
-python bench/base.py
+    python bench/base.py
+
+The directory is made once, below `var/`.
 """
 
 from __future__ import annotations
@@ -15,10 +17,10 @@ CACHE = Path("var/cache")
 
 
 def ensure(directory: Path = DEFAULT, cache: Path = CACHE, dtype: str = "float32") -> Path:
-    """Writes weights, configuration and tokenizer to `directory` unless they are there.
+    """Writes weights, configuration and tokenizer to `directory` unless they exist. Returns it.
 
     The weights are those of the default model's GGUF file, dequantised by transformers. `cache` is
-    the server's.
+    the server's cache.
     """
     if (directory / "config.json").exists():
         return directory

@@ -1,8 +1,8 @@
-"""What the life of adapters costs: loading, replacing, merging, thousands of them, and kill -9.
+"""Measures adapter management: loading, replacing, merging, 1,000 adapters, and kill -9.
 
     python bench/bench_adapters.py            (make bench-adapters)
 
-Starts servers of its own on the default model and stops them. The last line of output is one JSON
+Starts its own servers with the default model and stops them. The last line of output is one JSON
 object.
 """
 
@@ -29,7 +29,7 @@ from served import Server, ServerError, exit_on_sigterm
 
 KILLS = Path(__file__).parents[1] / "tests" / "adapters" / "store_kills.py"
 FEW, FITTING = 16, 20
-"""Adapters of the small registry, and those that the small budget has room for."""
+"""Number of adapters in the small registry, and of those that fit into the small budget."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def scenes(args: argparse.Namespace) -> dict[str, object]:
-    """The scenes of `lifecycle`, on servers with few and with many registered adapters."""
+    """Runs the scenes of `lifecycle` on servers with few and with many registered adapters."""
     (template,) = random_adapters.write(
         base.ensure(cache=args.cache), args.work / "small", 1, 4, modules=("q_proj", "v_proj")
     )
@@ -79,12 +79,12 @@ def scenes(args: argparse.Namespace) -> dict[str, object]:
 
 
 def burst(address: str, running: Sequence[str], cold: Sequence[str]) -> dict[str, float]:
-    """The burst of cold loads beside streams of `running`."""
+    """Measures the burst of cold loads while `running` streams are active."""
     return asyncio.run(lifecycle.cold_burst(address, running, cold, 128))
 
 
 def throughputs(address: str, names: Sequence[str]) -> list[float]:
-    """Four runs over the same adapters; the first, which loads them, is not counted."""
+    """Measures four runs with the same adapters; the first, which loads them, is not counted."""
     return [lifecycle.throughput(address, names, 32, 32, seed) for seed in range(4)][1:]
 
 
@@ -95,7 +95,7 @@ def serving(
     keep_store: str = "",
     **settings: object,
 ) -> Server:
-    """A server with a store of its own, or with one that another has filled."""
+    """A server with a store of its own, or with one that another server has filled."""
     store = args.work / f"store-{keep_store or name}"
     if not keep_store:
         shutil.rmtree(store, ignore_errors=True)
@@ -112,36 +112,41 @@ def serving(
 
 
 def server_pids(server: Server) -> list[int]:
-    """The front's process and its children's."""
+    """Process ids of the front process and its children."""
     process = psutil.Process(server.pid)
     return [process.pid, *(child.pid for child in process.children(recursive=True))]
 
 
 def kills(args: argparse.Namespace) -> dict[str, object]:
-    """Ends processes that change a store with SIGKILL, and counts acknowledged changes lost."""
+    """Kills processes that change a store with SIGKILL, and counts lost acknowledged changes."""
     folder = args.work / "kills"
     shutil.rmtree(folder, ignore_errors=True)
     command = [sys.executable, str(KILLS), str(folder), str(args.kills)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
-        raise BenchmarkError("a store lost what it had acknowledged; see above")
+        raise BenchmarkError("a store lost acknowledged changes; see above")
     told = json.loads(done.stdout.splitlines()[-1])
     return {"kill9": told["kills"], "kill9_lost": told["lost"]}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Measure what the life of adapters costs.",
+        description="Measure adapter management.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--cache", type=Path, default=base.CACHE, help="the server's cache")
-    add("--work", type=Path, default=Path("var/bench/lifecycle"), help="adapters, stores, logs")
+    add("--cache", type=Path, default=base.CACHE, help="cache of the server")
+    add(
+        "--work",
+        type=Path,
+        default=Path("var/bench/lifecycle"),
+        help="adapters, stores and logs",
+    )
     add("--registered", type=int, default=1000)
     add("--burst", type=int, default=100, help="cold adapters loaded at once")
-    add("--rounds", type=int, default=10, help="how often a name is moved")
-    add("--requests", type=int, default=400, help="of the Zipf traffic")
-    add("--cycles", type=int, default=1000, help="of merging and unmerging")
+    add("--rounds", type=int, default=10, help="number of times that a name is moved")
+    add("--requests", type=int, default=400, help="requests of the Zipf traffic")
+    add("--cycles", type=int, default=1000, help="cycles of merging and unmerging")
     add("--kills", type=int, default=200)
     return parser.parse_args(argv)
 

@@ -1,8 +1,10 @@
-"""The NF4 product beside bitsandbytes' and torch's, on this machine: `make bench-kernels`.
+"""Compares the NF4 product with those of bitsandbytes and torch on this machine.
 
-For each shape and number of rows: milliseconds of our product on NF4 weights, of bitsandbytes'
-`matmul_4bit` on the same weights, and of torch's dense float32 product. Prints a table and, last,
-one JSON line with the geometric means of the ratios.
+    python bench/bench_kernels.py            (make bench-kernels)
+
+For each shape and number of rows the table shows the milliseconds of our product with NF4 weights,
+of bitsandbytes' `matmul_4bit` with the same weights, and of torch's dense float32 product. The last
+line of output is one JSON object with the geometric means of the ratios.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ ROWS = [1, 4, 16, 64, 256]
 
 
 def milliseconds(call: Callable[[], object]) -> float:
-    """Median of enough calls to fill a third of a second, after two that do not count."""
+    """Median duration of calls for a third of a second, after two calls for warm-up."""
     call()
     call()
     times: list[float] = []

@@ -1,9 +1,10 @@
-"""Loraplex against PEFT on the same NF4 base, the same workload and the same machine, in one run.
+"""Compares Loraplex with PEFT in one run: same NF4 base, same workload, same machine.
 
     python bench/bench_peft.py       (make bench-peft)
 
-Two rounds of server, then peer, so that a drifting machine shows; medians count. Everything runs
-one after the other: leave the machine alone meanwhile. The last line of output is one JSON object.
+Measures two rounds, each with the server first and PEFT second, so that a change in the machine's
+speed is visible, and reports medians. Nothing runs concurrently; do not use the machine meanwhile.
+The last line of output is one JSON object.
 """
 
 from __future__ import annotations
@@ -36,12 +37,12 @@ CASES = (
     Case("adapter_1", Popularity.IDENTICAL, 1),
     Case("adapters_16", Popularity.DISTINCT, 16),
 )
-BUSY = 0.5  # load average above which results are called doubtful
+BUSY = 0.5  # load average above which a warning is printed
 
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One round: output tokens per second by case, and the seconds until the server was ready."""
+    """One round: output tokens per second by case, and seconds until the server was ready."""
 
     server: dict[str, float]
     peer: dict[str, float]
@@ -66,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"\nround {number} of {args.rounds}", flush=True)
             rates, ready_s = run_server(args, directories, seed=number)
             peer = run_peer(args, directory, dtype)
-            dtype = str(peer["dtype"])  # the faster one is looked for once
+            dtype = str(peer["dtype"])  # the faster type is determined once
             rounds.append(Round(rates, {c.name: float(peer[c.name]) for c in CASES}, ready_s))
     except (ServerError, LoraplexError, BenchmarkError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -78,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
 def run_server(
     args: argparse.Namespace, directories: list[Path], seed: int
 ) -> tuple[dict[str, float], float]:
-    """Starts the server from a warm cache, measures every case, stops it."""
+    """Starts the server with a warm cache, measures every case, and stops it."""
     lengths = Lengths(args.prompt_tokens, args.output_tokens)
     rows, rates = [], {}
     with server_of(args, directories) as server:
@@ -94,7 +95,7 @@ def run_server(
 
 
 def server_of(args: argparse.Namespace, directories: list[Path]) -> Server:
-    """A server with an empty store, so that every round registers and loads the same things."""
+    """A server with an empty store, so that every round registers and loads the same adapters."""
     store = args.work / "store"
     shutil.rmtree(store, ignore_errors=True)
     settings = {
@@ -108,7 +109,7 @@ def server_of(args: argparse.Namespace, directories: list[Path]) -> Server:
 
 
 def run_peer(args: argparse.Namespace, directory: Path, dtype: str) -> dict[str, Any]:
-    """PEFT in a process of its own; returns its JSON line. Raises BenchmarkError."""
+    """Runs PEFT in a process of its own. Returns its JSON line. Raises BenchmarkError."""
     command = [
         *(sys.executable, str(HERE / "peft_peer.py")),
         *("--base", str(directory), "--adapters", str(args.work / "adapters")),
@@ -128,7 +129,7 @@ def run_peer(args: argparse.Namespace, directory: Path, dtype: str) -> dict[str,
 def show(
     rounds: list[Round], args: argparse.Namespace, dtype: str, busy: float, seconds: float
 ) -> None:
-    """The medians as a table, and the JSON line."""
+    """Prints the medians as a table, and the JSON line."""
     ours = {c.name: report.median([r.server[c.name] for r in rounds]) for c in CASES}
     peer = {c.name: report.median([r.peer[c.name] for r in rounds]) for c in CASES}
     rows = [[c.name, ours[c.name], peer[c.name], ours[c.name] / peer[c.name]] for c in CASES]
@@ -136,7 +137,7 @@ def show(
     print(report.table(("case", "loraplex", f"PEFT ({dtype})", "ratio"), rows))
     peer_tokens = args.peer_output_tokens or args.output_tokens
     if peer_tokens != args.output_tokens:
-        print(f"PEFT made {peer_tokens} new tokens a row, Loraplex {args.output_tokens}")
+        print(f"new tokens per row: PEFT {peer_tokens}, Loraplex {args.output_tokens}")
     result = {
         "ratio_peft": ours["adapters_16"] / peer["adapters_16"],
         "ratio_base": ours["adapters_16"] / ours["base_16"],
@@ -162,15 +163,25 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--cache", type=Path, default=base.CACHE, help="the server's cache")
-    add("--work", type=Path, default=Path("var/bench"), help="adapters, store and logs")
+    add("--cache", type=Path, default=base.CACHE, help="cache of the server")
+    add("--work", type=Path, default=Path("var/bench"), help="folder for adapters, store and logs")
     add("--prompt-tokens", type=int, default=128)
     add("--output-tokens", type=int, default=64)
-    add("--peer-output-tokens", type=int, default=0, help="fewer for a slow peer; 0: the same")
+    add(
+        "--peer-output-tokens",
+        type=int,
+        default=0,
+        help="new tokens of PEFT; 0: the same",
+    )
     add("--rounds", type=int, default=2)
-    add("--repeats", type=int, default=3, help="the server's runs of each case in a round")
+    add("--repeats", type=int, default=3, help="server runs of each case per round")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    add("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="the server's")
+    add(
+        "--dtype",
+        default="bfloat16",
+        choices=("bfloat16", "float32"),
+        help="the server's type",
+    )
     add("--peer-dtype", default="best", choices=("best", "bfloat16", "float32"))
     return parser.parse_args(argv)
 

@@ -1,9 +1,9 @@
-"""Measures this server: base and adapters, by popularity and by number of concurrent requests.
+"""Measures this server with base and adapters, by adapter popularity and concurrency.
 
     python bench/bench_server.py            (make bench)
 
-Starts a server of its own on the default model with 16 random rank-16 adapters of every linear
-layer, and stops it. The last line of output is one JSON object.
+Starts its own server with the default model and 16 random rank-16 adapters of all linear layers,
+and stops it. The last line of output is one JSON object.
 """
 
 from __future__ import annotations
@@ -69,11 +69,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--cache", type=Path, default=base.CACHE, help="the server's cache")
-    add("--work", type=Path, default=Path("var/bench"), help="adapters, store and logs")
+    add("--cache", type=Path, default=base.CACHE, help="cache of the server")
+    add("--work", type=Path, default=Path("var/bench"), help="folder for adapters, store and logs")
     add("--prompt-tokens", type=int, default=128)
     add("--output-tokens", type=int, default=64)
-    add("--repeats", type=int, default=3, help="runs of each case; the median counts")
+    add("--repeats", type=int, default=3, help="runs of each case, of which the median is used")
     add("--device", default="auto")
     add("--dtype", default="bfloat16")
     add("--seed", type=int, default=1)

@@ -1,18 +1,17 @@
-"""Training against PEFT on the same NF4 base and the same work, and four jobs in one pass against
-the same four one after another.
+"""Compares training with PEFT on the same NF4 base, and four jobs in one pass with four in turn.
 
     python bench/bench_train.py       (make bench-train)
 
-PEFT runs twice: as QLoRA's recipe prepares it (`prepare_model_for_kbit_training`, which recomputes
-layers to save memory; `ratio_tok_s` and `ratio_peak_memory` are against this), and without that, as
-fast as it gets for twice the memory (`fast_*`). In both with the type and the attention that are
-fastest here, looked for first. Also measured: what the base's products alone take, which no float32
-pass can undercut (`products_*`).
+PEFT is measured twice: prepared as in QLoRA's recipe (`prepare_model_for_kbit_training`, which
+recomputes layers to save memory; `ratio_tok_s` and `ratio_peak_memory` refer to this), and without
+that preparation, which is faster and needs twice the memory (`fast_*`). Both use the type and the
+attention implementation that a short run finds to be fastest on this machine. The base's matrix
+products alone are measured too (`products_*`): no float32 pass can be faster than these.
 
-Every measurement is a process of its own, so that its peak of memory is its own. There are rounds
-of all of them, one after another, and each side's fastest step counts: on a shared machine
-neighbours only ever slow a step down. Leave the machine alone meanwhile. The last line is one JSON
-object.
+Every measurement runs in a process of its own, so that its peak memory is its own. Rounds of all
+measurements follow one another, and the fastest step of each side counts, because other processes
+on a shared machine can only slow a step down. Do not use the machine meanwhile. The last line of
+output is one JSON object.
 """
 
 from __future__ import annotations
@@ -33,16 +32,17 @@ import base
 import report
 
 HERE = Path(__file__).parent
-BUSY = 0.5  # load average above which results are called doubtful
+BUSY = 0.5  # load average above which a warning is printed
 ROWS, TOKENS = 4, 256
 PROBE = ("--rows", "1", "--tokens", "64", "--steps", "2")
 ALIKE = 1e-4
-"""How far the first losses of both sides may differ, relatively: float32 and another order of
-sums. PEFT in bfloat16 gets 100 times that."""
+"""Largest relative difference between the first losses of both sides. It allows for float32 sums in
+another order; PEFT in bfloat16 differs by 100 times that.
+"""
 
 
 class BenchmarkError(Exception):
-    """A side that failed, or that did other work."""
+    """A side failed, or did different work."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
         ),
         "fast_ratio_tok_s": speed(ours) / speed(fast),
         "fast_ratio_peak_memory": middle(ours, "peak_bytes") / middle(fast, "peak_bytes"),
-        # The most that a float32 pass could reach here: nothing but the base's own products.
+        # The best that a float32 pass could reach: the products of the base and nothing else.
         "products_ratio_tok_s": seconds(peer) / products,
         "products_fast_ratio_tok_s": seconds(fast) / products,
         "products_joint4_ratio": middle(joint[64], "products_ratio"),
@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def fastest(args: argparse.Namespace, directory: Path) -> tuple[list[str], dict[str, float]]:
-    """PEFT's fastest settings in a short run of each, and what each gave."""
+    """Returns PEFT's fastest settings, and the result of a short run of each setting."""
     if args.peer_settings:
         return args.peer_settings.split(), {}
     found = {}
@@ -136,7 +136,7 @@ def fastest(args: argparse.Namespace, directory: Path) -> tuple[list[str], dict[
 
 
 def run(script: str, *arguments: object) -> dict[str, Any]:
-    """A side's JSON line. Raises BenchmarkError."""
+    """Runs a side. Returns its JSON line. Raises BenchmarkError."""
     command = [sys.executable, str(HERE / script), *map(str, arguments)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     lines = done.stdout.splitlines()
@@ -149,7 +149,7 @@ def run(script: str, *arguments: object) -> dict[str, Any]:
 def same_work(
     ours: Sequence[dict[str, Any]], peer: Sequence[dict[str, Any]], tolerance: float
 ) -> None:
-    """Raises BenchmarkError unless both sides begin with the same loss on the same threads."""
+    """Raises BenchmarkError unless both sides start with the same loss and number of threads."""
     for one, other in itertools.product(ours, peer):
         if abs(one["first_loss"] / other["first_loss"] - 1) > tolerance:
             raise BenchmarkError(f"losses differ: {one['first_loss']}, {other['first_loss']}")
@@ -163,12 +163,12 @@ def speed(runs: Sequence[dict[str, Any]]) -> float:
 
 
 def seconds(runs: Sequence[dict[str, Any]], name: str = "seconds") -> float:
-    """The fastest step's."""
+    """Seconds of the fastest step of all rounds."""
     return min(min(one[name]) for one in runs)
 
 
 def together(runs: Sequence[dict[str, Any]]) -> float:
-    """How much faster four jobs are in one pass than in turn."""
+    """Ratio of the speed of four jobs in one pass to that of the same jobs in turn."""
     return seconds(runs, "apart_seconds") / seconds(runs, "together_seconds")
 
 
@@ -220,14 +220,14 @@ def show(
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Compare training with PEFT's on the default model.",
+        description="Compare training with PEFT on the default model.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("--cache", type=Path, default=base.CACHE)
     add("--rounds", type=int, default=3)
-    add("--steps", type=int, default=2, help="timed steps of a measurement")
-    add("--peer-settings", default="", help='for example "--dtype float32"; empty: looked for')
+    add("--steps", type=int, default=2, help="timed steps per measurement")
+    add("--peer-settings", default="", help='for example "--dtype float32"; empty: the fastest')
     return parser.parse_args(argv)
 
 

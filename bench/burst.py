@@ -1,10 +1,11 @@
-"""Loads adapters all at once, from a process of its own that gives way to everybody else.
+"""Loads adapters all at once, from a separate process with the lowest priority.
 
     python bench/burst.py ADDRESS NAME ...
 
-Says "ready", waits for a line, loads, says how many seconds that took, and ends at the next line.
-In life those who load are on other machines: neither their calls' making nor their processes'
-beginning and end takes time from the server or from whoever measures it.
+Prints "ready", waits for a line of input, loads the adapters, prints the seconds that this took,
+and exits after the next line of input. In production the clients that load adapters run on other
+machines. Running them in another process keeps the cost of their calls, and of starting and ending
+their process, out of the measurement.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What the life of adapters costs those who are being served: three scenes on a running server.
+"""Scenes of adapter management on a running server, and their effect on the requests it serves.
 
-Each scene returns numbers; nothing here prints. Every answer is compared with what the same adapter
-gave to the same prompt before, token by token, and with the digest that was registered.
+Each scene returns numbers and prints nothing. Every answer is compared token by token with what the
+same adapter returned for the same prompt before, and its digest with the registered one.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from workload import Job, Popularity, Span, Workload, plan
 PROMPT = tuple(range(1000, 1032))
 Tokens = tuple[int, ...]
 POPULAR = 5
-"""Of the Zipf traffic, the adapters whose latency is looked at."""
+"""Number of the most popular adapters whose latency is measured in the Zipf traffic."""
 
 
 async def streams(address: str, adapters: Sequence[str], tokens: int) -> list[load.Answer]:
-    """One greedy stream for each of `adapters`, all at once. Raises BenchmarkError."""
+    """Runs one greedy stream for each of `adapters`, all at once. Raises BenchmarkError."""
     jobs = [Job(name, PROMPT, tokens) for name in adapters]
     answers = await load.run(address, jobs, load.Pace(len(jobs)))
     failed = [answer.error for answer in answers if answer.error]
@@ -38,7 +38,7 @@ async def streams(address: str, adapters: Sequence[str], tokens: int) -> list[lo
 
 
 def decode_gaps(answers: Sequence[load.Answer]) -> list[float]:
-    """Seconds between tokens once all of the streams have begun: no gap holds another's prompt."""
+    """Seconds between tokens after all streams have started, so that no gap includes a prompt."""
     begun = max(answer.tokens[0][0] for answer in answers)
     found = []
     for answer in answers:
@@ -50,14 +50,16 @@ def decode_gaps(answers: Sequence[load.Answer]) -> list[float]:
 async def cold_burst(
     address: str, running: Sequence[str], cold: Sequence[str], tokens: int
 ) -> dict[str, float]:
-    """How much the worst gap between tokens grows while `cold` adapters are loaded at once.
+    """Measures how much the longest gap between tokens grows while `cold` adapters are loaded at
+    once.
 
-    The quiet streams go on for as long as the busy ones, so that both had the same chance to meet
-    the machine's own hiccups.
+    The streams without loads run for as long as those with loads, so that delays of the machine
+    itself
+    are equally likely in both.
     """
     await streams(address, running, tokens)
     gc.collect()
-    gc.freeze()  # a collection here would be a gap there
+    gc.freeze()  # a garbage collection in this process would show as a gap
     command = [sys.executable, str(Path(__file__).with_name("burst.py")), address, *cold]
     burst = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE)
     assert burst.stdin is not None
@@ -93,10 +95,12 @@ async def cold_burst(
 async def replacing(
     address: str, versions: Sequence[Path], rounds: int, tokens: int
 ) -> dict[str, int]:
-    """Moves a name from one adapter's bytes to another's while streams run under it.
+    """Moves a name from one adapter's bytes to another's while streams use that name.
 
-    A stream must have the tokens of the digest that it names, and that digest must be the one that
-    the name had when the call was made; between two moves that is one of two.
+    A stream must have the tokens of the digest that it reports, and that digest must be the one
+    that
+    the name had when the call was made. If the name moved during the call, either digest is
+    accepted.
     """
     wrong = checked = 0
     known: dict[str, Tokens] = {}
@@ -107,7 +111,7 @@ async def replacing(
             (answer,) = await streams(address, [name], tokens)
             known[answer.digest] = answer.token_ids
         if len(set(known.values())) != len(versions):
-            raise BenchmarkError("the versions give the same tokens; nothing could be told apart")
+            raise BenchmarkError("the versions give the same tokens and cannot be distinguished")
         turns = itertools.cycle(versions)
         first = await client.register_adapter("moving", next(turns).name, replace=True)
         current = first.adapter.digest
@@ -128,7 +132,7 @@ async def replacing(
 
 
 def throughput(address: str, names: Sequence[str], requests: int, tokens: int, seed: int) -> float:
-    """Output tokens a second of 16 requests at a time, uniformly over `names`."""
+    """Output tokens per second with 16 concurrent requests, spread uniformly over `names`."""
     workload = Workload(
         Popularity.DISTINCT,
         tuple(names),
@@ -147,10 +151,10 @@ def throughput(address: str, names: Sequence[str], requests: int, tokens: int, s
 def zipf(
     address: str, names: Sequence[str], requests: int, tokens: int, pids: Sequence[int]
 ) -> dict[str, object]:
-    """Zipf traffic over more adapters than fit: right answers, latency of the popular, memory.
+    """Sends Zipf traffic over more adapters than fit. Measures correctness, latency and memory.
 
-    An answer is right if it is what the adapter gave to the same prompt at any other time. The
-    ratio is that of the popular adapters' latency here and where nothing but they is asked for.
+    An answer is correct if it equals that of the adapter for the same prompt at any other time. The
+    latency ratio compares the popular adapters in this traffic with traffic for them only.
     """
     workload = Workload(
         Popularity.ZIPF,
@@ -186,7 +190,7 @@ def zipf(
 
 
 def register(address: str, directories: Sequence[Path]) -> tuple[str, ...]:
-    """Registers directories below the import root by their folders' names, loading none."""
+    """Registers directories below the import root under their folders' names, without loading."""
     with Client(address, timeout=300) as client:
         for directory in directories:
             client.register_adapter(directory.name, directory.name)
@@ -198,7 +202,7 @@ def _rss(pids: Sequence[int]) -> int:
 
 
 def copies(template: Path, out: Path, count: int) -> list[Path]:
-    """Adapters like the one in `template`, each with numbers of its own: `<out>/b0`, `b1`, ..."""
+    """Copies of the adapter in `template`, each with different numbers: `<out>/b0`, `b1`, ..."""
     import torch
     from safetensors.torch import load_file, save_file
 

@@ -1,7 +1,8 @@
-"""Sends a workload to a running server and measures what comes back.
+"""Sends a workload to a running server and measures the answers.
 
-The generator shares the machine's cores with the server, so it does as little as it can while the
-clock runs: a message is kept as bytes with the time it came, and read when everything is over.
+The generator shares the cores of the machine with the server, so it does as little as possible
+while time is measured: it stores each message as bytes with its arrival time, and parses the
+messages after the run.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ Call = grpc.aio.UnaryStreamMultiCallable[bytes, bytes]
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """When requests are sent.
+    """Times at which requests are sent.
 
     Closed loop: `concurrency` requests are always in flight. Open loop: request i is sent at
-    `arrivals[i]` seconds, however many are in flight; `concurrency` is then unused.
-    `limit_s` bounds the whole run: what has not ended by then is cancelled and is an error.
+    `arrivals[i]` seconds, however many are in flight; `concurrency` is then unused. `limit_s`
+    bounds
+    the whole run: requests that have not ended by then are cancelled and count as errors.
     """
 
     concurrency: int
@@ -37,7 +39,7 @@ class Pace:
 
 @dataclass(slots=True)
 class Exchange:
-    """One request as it happened. Times are seconds of `time.perf_counter()`."""
+    """A request and the raw messages of its answer. Times are seconds of `time.perf_counter()`."""
 
     job: Job
     sent: float = 0.0
@@ -47,10 +49,11 @@ class Exchange:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One request, read. `tokens` holds (arrival time, number of tokens) of each message with any.
+    """A parsed answer. `tokens` holds (arrival time, number of tokens) of each message with tokens.
 
-    `error` is "" for an answer from the adapter that was named, of the length asked for; `digest`
-    is that of the adapter's bytes, as the server said it, "" for the base.
+    `error` is "" if the answer came from the requested adapter and has the requested length.
+    `digest` is
+    that of the adapter's bytes as reported by the server, "" for the base.
     """
 
     job: Job
@@ -62,7 +65,7 @@ class Answer:
 
     @property
     def gaps(self) -> list[float]:
-        """Seconds between tokens. The gap before a message of k tokens is k gaps of a k-th."""
+        """Seconds between tokens. A gap before k tokens counts as k gaps of a k-th."""
         found = []
         for (before, _), (at, count) in zip(self.tokens, self.tokens[1:], strict=False):
             found += [(at - before) / count] * count
@@ -71,11 +74,11 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """A run in numbers. Latencies are milliseconds, nan where nothing was measured.
+    """The figures of a run. Latencies are in milliseconds, nan where nothing was measured.
 
     Attributes:
         output_tok_s: all tokens received over the time from the first request to the last token.
-        errors: how many requests failed; `reasons` says how.
+        errors: number of failed requests; `reasons` counts them by cause.
     """
 
     requests: int
@@ -118,7 +121,7 @@ async def run(target: str, jobs: Sequence[Job], pace: Pace) -> list[Answer]:
 
 
 def read(exchange: Exchange) -> Answer:
-    """Parses what was received and checks that it is what was asked for."""
+    """Parses the messages of an answer and checks that it is the one that was requested."""
     job = exchange.job
     error = exchange.error
     ids: list[int] = []
@@ -141,7 +144,7 @@ def read(exchange: Exchange) -> Answer:
 
 
 def measure(answers: Sequence[Answer]) -> Measurement:
-    """Totals and percentiles."""
+    """Computes totals and percentiles of the answers."""
     ttft = [a.tokens[0][0] - a.sent for a in answers if a.tokens]
     gaps = [gap for answer in answers for gap in answer.gaps]
     total = sum(count for a in answers for _, count in a.tokens)
@@ -163,7 +166,9 @@ def measure(answers: Sequence[Answer]) -> Measurement:
 
 
 def percentile(values: Sequence[float], p: float) -> float:
-    """The smallest value that at least p percent of the values do not exceed; nan for none."""
+    """The smallest value that at least p percent of the values do not exceed; nan if there are
+    none.
+    """
     if not values:
         return float("nan")
     ranked = sorted(values)

@@ -1,4 +1,4 @@
-"""The server's side of a comparison: named cases, each measured a few times on fresh prompts."""
+"""Measures the server's side of a comparison: named cases, run several times on new prompts."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from workload import Popularity, Span, Workload, plan
 
 
 class BenchmarkError(Exception):
-    """A measurement that means nothing, because requests failed."""
+    """A measurement is meaningless because requests failed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """`rows` requests sent at once, over adapters as `popularity` says."""
+    """`rows` requests that are sent at once, over adapters chosen by `popularity`."""
 
     name: str
     popularity: Popularity
@@ -28,14 +28,14 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """Tokens of every prompt and of every answer."""
+    """Numbers of tokens of every prompt and of every answer."""
 
     prompt: int
     output: int
 
 
 def register(address: str, directories: Sequence[Path]) -> tuple[str, ...]:
-    """Registers and loads adapter directories, by their folders' names, which it returns."""
+    """Registers and loads adapter directories under their folders' names. Returns the names."""
     with Client(address) as client:
         for directory in directories:
             client.register_adapter(directory.name, directory.name, load=True)
@@ -45,9 +45,9 @@ def register(address: str, directories: Sequence[Path]) -> tuple[str, ...]:
 def measure(
     address: str, case: Case, names: tuple[str, ...], lengths: Lengths, repeats: int, seed: int
 ) -> load.Measurement:
-    """The run with the median throughput, after one that is not counted.
+    """Returns the run with the median throughput, after one run that is not counted.
 
-    No two runs share a prompt, so nothing is found in a prefix cache. Raises BenchmarkError.
+    No two runs share a prompt, so that none can profit from another. Raises BenchmarkError.
     """
     runs = []
     for i in range(repeats + 1):
@@ -69,7 +69,7 @@ def measure(
 
 
 def row(name: str, m: load.Measurement) -> list[object]:
-    """A line of the table whose head is HEAD."""
+    """A row of the table with the head HEAD."""
     return [name, m.output_tok_s, m.ttft_p50_ms, m.ttft_p99_ms, m.itl_p50_ms, m.itl_p99_ms]
 
 

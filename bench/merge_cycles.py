@@ -1,10 +1,10 @@
-"""Merges and unmerges an adapter again and again, and looks whether the base has noticed.
+"""Merges and unmerges an adapter many times, and checks that the base has not changed.
 
     python bench/merge_cycles.py --cycles 1000
 
-Hashes every packed NF4 byte of the default model before and after, and compares the logits of a
-prompt bit by bit. The adapter changes one layer, so that a cycle takes milliseconds. The last line
-of output is one JSON object.
+Hashes all packed NF4 bytes of the default model before and after, and compares the logits of a
+prompt bit by bit. The adapter changes one layer only, so that a cycle takes milliseconds. The last
+line of output is one JSON object.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PROMPT = tuple(range(300, 332))
 
 
 def run(cache: Path, cycles: int) -> dict[str, object]:
-    """`merge_cycles`, `packed_hash_equal`, `logits_equal` and what a cycle took."""
+    """Returns `merge_cycles`, `packed_hash_equal`, `logits_equal` and the duration of a cycle."""
     import torch
     from loraplex_model.adapters.delta import LoraFactors, lora
     from loraplex_model.adapters.pack import pack
@@ -80,7 +80,9 @@ def run(cache: Path, cycles: int) -> dict[str, object]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Merge and unmerge, and compare the base.")
+    parser = argparse.ArgumentParser(
+        description="Merge and unmerge repeatedly, and compare the base."
+    )
     parser.add_argument("--cache", type=Path, default=base.CACHE)
     parser.add_argument("--cycles", type=int, default=1000)
     args = parser.parse_args(argv)

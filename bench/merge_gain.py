@@ -1,12 +1,12 @@
-"""What merging an adapter gains: time of a step whose rows all use it, merged over unmerged.
+"""Measures the gain of merging: time of a step with one adapter, merged over unmerged.
 
     python bench/merge_gain.py --rank 16 --rounds 40
     python bench/merge_gain.py --engine --rank 64 --rounds 16
 
-Steps with the default model of 1, 4, 16 and 64 decode rows at 128 tokens of context, and of one
-prompt chunk of 128 tokens. The two ways alternate step by step, and the ratio is that of the
-medians: below 1, merging pays. With `--engine`, whole rounds of requests with automatic merging off
-and on; see `merge_engine.py`. The last line of output is one JSON object.
+Measures steps of the default model with 1, 4, 16 and 64 decode rows at 128 tokens of context, and
+with one prompt chunk of 128 tokens. Merged and unmerged steps alternate, and the ratio is that of
+their medians: below 1, merging is faster. With `--engine`, measures whole rounds of requests with
+automatic merging off and on; see `merge_engine.py`. The last line of output is one JSON object.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DECODE_ROWS = (1, 4, 16, 64)
 
 
 def run(cache: Path, rank: int, rounds: int) -> dict[str, object]:
-    """Ratios by the type of the dense copies and the shape of the step."""
+    """Returns the ratios by the type of the dense copies and the shape of the step."""
     import torch
     from loraplex_model.adapters.pack import pack
     from loraplex_model.base.batch import ForwardBatch
@@ -91,14 +91,14 @@ def random_lora(config, rank: int):
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Time merged against unmerged steps.")
+    parser = argparse.ArgumentParser(description="Compare the time of merged and unmerged steps.")
     parser.add_argument("--cache", type=Path, default=base.CACHE)
     parser.add_argument("--rank", type=int, default=16, help="rank of the adapter")
-    parser.add_argument("--rounds", type=int, default=40, help="timed steps or rounds each way")
-    parser.add_argument("--engine", action="store_true", help="rounds of requests in the engine")
-    parser.add_argument("--requests", type=int, default=16, help="with --engine: per round")
+    parser.add_argument("--rounds", type=int, default=40, help="timed steps or rounds of each kind")
+    parser.add_argument("--engine", action="store_true", help="measure rounds of requests")
+    parser.add_argument("--requests", type=int, default=16, help="with --engine: requests per round")
     parser.add_argument("--prompt", type=int, default=128, help="with --engine: prompt tokens")
-    parser.add_argument("--new", type=int, default=64, help="with --engine: generated tokens")
+    parser.add_argument("--new", type=int, default=64, help="with --engine: new tokens")
     args = parser.parse_args(argv)
     if args.engine:
         import merge_engine

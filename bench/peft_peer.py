@@ -1,10 +1,10 @@
-"""The same workload through PEFT: what transformers, bitsandbytes and peft give on this machine.
+"""Measures the same workload with PEFT: transformers, bitsandbytes and peft on this machine.
 
     python bench/peft_peer.py --base var/bench/base --adapters var/bench/adapters --dtype best
 
-The base is NF4 with double quantisation; sixteen rows share one `generate` call whose
-`adapter_names` says which adapter each row uses. Prompts are random tokens of one length, decoding
-is greedy and does not stop at the end-of-sequence token. The last line is one JSON object.
+The base is NF4 with double quantisation. Sixteen rows share one `generate` call whose
+`adapter_names` gives the adapter of each row. Prompts are random tokens of one length; decoding is
+greedy and does not stop at the end-of-sequence token. The last line of output is one JSON object.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def load_base(directory: Path, dtype: torch.dtype, device: str) -> Any:
 
 
 def load_adapters(base: Any, directories: list[Path]) -> Any:
-    """The base wrapped by PEFT, with each directory's adapter under its folder's name."""
+    """The base wrapped by PEFT, with the adapter of each directory under its folder's name."""
     from peft import PeftModel
 
     first, *others = directories
@@ -56,7 +56,7 @@ def load_adapters(base: Any, directories: list[Path]) -> Any:
 
 
 def generator(model: Any, seed: int, adapter_names: list[str] | None) -> Generate:
-    """Greedy generation from fresh random prompts."""
+    """Returns a function that generates greedily from new random prompts."""
     random = torch.Generator().manual_seed(seed)
     names = {"adapter_names": adapter_names} if adapter_names else {}
 
@@ -79,7 +79,7 @@ def generator(model: Any, seed: int, adapter_names: list[str] | None) -> Generat
 def tokens_per_second(
     generate: Generate, rows: int, prompt_tokens: int, new_tokens: int, repeats: int
 ) -> float:
-    """Output tokens over the time of the whole call, prefill included; the median of `repeats`."""
+    """Output tokens over the time of the whole call, including prefill; the median of `repeats`."""
     generate(rows, 8, 2)  # warm-up
     rates = []
     for _ in range(repeats):
@@ -90,7 +90,7 @@ def tokens_per_second(
 
 
 def faster_dtype(directory: Path, device: str) -> tuple[str, dict[str, float]]:
-    """A short run of both: the faster one's name, and tokens per second of each."""
+    """Name of the faster type, and tokens per second of each, from short runs."""
     rates = {}
     for name, dtype in DTYPES.items():
         generate = generator(load_base(directory, dtype, device), seed=0, adapter_names=None)
@@ -145,7 +145,7 @@ def _measure(args: argparse.Namespace, generate: Generate, rows: int) -> float:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Measure PEFT on Loraplex's benchmark workload.",
+        description="Measure PEFT with the benchmark workload.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
@@ -155,7 +155,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--dtype",
         choices=[*DTYPES, "best"],
         default="best",
-        help="best tries both, takes the faster",
+        help="best: the faster of the two",
     )
     add("--cases", nargs="+", choices=CASES, default=list(CASES))
     add("--device", default="cpu", choices=("cpu", "cuda"))

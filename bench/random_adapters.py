@@ -1,9 +1,10 @@
-"""Writes random LoRA adapters of every linear layer, as PEFT would, for benchmarks.
+"""Writes random LoRA adapters of all linear layers for benchmarks, in PEFT's format.
 
     python bench/random_adapters.py --base var/bench/base --count 16 --rank 16
 
-They are `a0`, `a1`, ...: different numbers, equal cost. Their deltas are small against the base's
-weights, so that text stays text. What lies in `--out` already, with the same settings, is kept.
+The adapters are named `a0`, `a1`, ... They have different numbers but equal cost, and their deltas
+are small relative to the base's weights, so that the output remains text. Adapters that exist in
+`--out` with the same settings are kept.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ def write(
 ) -> list[Path]:
     """Writes adapters for the Llama-like model in the Hugging Face directory `base`.
 
-    `modules` names the linear layers; None takes all.
-
-    bfloat16, alpha = rank; A as PEFT draws it, B normal with deviation 0.002. Returns their
+    `modules` names the linear layers; None selects all. The tensors are bfloat16 with alpha = rank;
+    A is
+    drawn as by PEFT, B from a normal distribution with standard deviation 0.002. Returns the
     directories.
     """
     shapes, layers = _shapes(json.loads((base / "config.json").read_text()))
@@ -98,7 +99,7 @@ def _shapes(config: dict[str, int]) -> tuple[dict[str, tuple[int, int]], int]:
 
 
 def _stamp(directory: Path) -> dict[str, str] | None:
-    """What the adapter in `directory` was made with; None when there is none."""
+    """The settings that the adapter in `directory` was made with; None if there is none."""
     from safetensors import safe_open
 
     weights = directory / "adapter_model.safetensors"

@@ -1,4 +1,4 @@
-"""How benchmarks speak: a table for people, and one JSON line, the last, for programs."""
+"""Output of the benchmarks: a table for people, and as the last line a JSON object for programs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Columns padded to their widest cell; numbers to the right, floats with sensible digits."""
+    """Columns as wide as their widest cell; numbers right-aligned, floats with few digits."""
     cells = [list(head), *([_cell(value) for value in row] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(head))]
     right = [all(isinstance(row[i], int | float) for row in rows) for i in range(len(head))]
@@ -25,7 +25,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def json_line(values: Mapping[str, object]) -> str:
-    """One line of strict JSON: floats to four significant digits, what is not finite as null."""
+    """One line of strict JSON: floats with four significant digits, non-finite ones as null."""
     return json.dumps(_plain(values), allow_nan=False)
 
 

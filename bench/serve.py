@@ -1,11 +1,11 @@
-"""Drives a running Loraplex server with random prompts and measures it.
+"""Sends random prompts to a running Loraplex server and measures it.
 
     python bench/serve.py --target 127.0.0.1:50051 --concurrency 16 --requests 64
     python bench/serve.py --adapters zipf --names a0,a1,a2,a3 --rate 4 --requests 100
 
-Closed loop by default; `--rate` makes it open loop (Poisson arrivals). Decoding is greedy and goes
-on past the end-of-sequence token, so every request yields exactly the tokens asked for. The last
-line of output is one JSON object.
+Runs a closed loop by default, and an open loop with `--rate` (Poisson arrivals). Decoding is greedy
+and continues after the end-of-sequence token, so every request yields exactly the requested number
+of tokens. The last line of output is one JSON object.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from workload import Popularity, Span, Workload, arrivals, plan
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0, or 1 when a request failed."""
+    """Returns the exit status: 0, or 1 if a request failed."""
     args = parse(argv)
     workload = Workload(
         popularity=args.adapters,
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 async def drive(args: argparse.Namespace, workload: Workload) -> load.Measurement:
-    """Warms up with requests like the measured ones, but with other prompts, then measures."""
+    """Warms up with requests of the same kind but with other prompts, then measures."""
     if args.warmup:
         warm = replace(workload, requests=args.warmup, seed=workload.seed + 1)
         await load.run(
@@ -86,7 +86,7 @@ async def drive(args: argparse.Namespace, workload: Workload) -> load.Measuremen
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Drive a running Loraplex server and measure it.",
+        description="Send requests to a running Loraplex server and measure it.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
@@ -96,27 +96,32 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="the server's host:port; default from LORAPLEX_SERVER",
     )
     add("--adapters", type=Popularity, choices=list(Popularity), default=Popularity.BASE,
-        help="how requests spread over the adapters")  # fmt: skip
+        help="distribution of requests over adapters")  # fmt: skip
     add(
         "--names",
         type=_names,
         default=(),
-        help="registered adapters, comma-separated, popular first",
+        help="registered adapters, comma-separated, most popular first",
     )
-    add("--zipf-alpha", type=float, default=1.0, help="steepness of zipf")
+    add("--zipf-alpha", type=float, default=1.0, help="exponent of the Zipf distribution")
     add("--concurrency", type=_positive, default=16, help="requests in flight (closed loop)")
-    add("--rate", type=_rate, default=None, help="requests a second (open loop, Poisson)")
-    add("--requests", type=_positive, default=64, help="how many to send")
+    add("--rate", type=_rate, default=None, help="requests per second (open loop, Poisson)")
+    add("--requests", type=_positive, default=64, help="number of requests")
     add("--prompt-tokens", type=Span.parse, default=Span(128, 128), help="N or LOW-HIGH")
     add("--output-tokens", type=Span.parse, default=Span(64, 64), help="N or LOW-HIGH")
     add(
         "--token-ids",
         type=Span.parse,
         default=Span(256, 49_000),
-        help="ids that prompts are made of",
+        help="token ids that prompts are made of",
     )
-    add("--warmup", type=int, default=16, help="requests sent before, not measured")
-    add("--max-seconds", type=float, default=300.0, help="cancel what has not ended by then")
+    add("--warmup", type=int, default=16, help="requests for warm-up, not measured")
+    add(
+        "--max-seconds",
+        type=float,
+        default=300.0,
+        help="time limit; requests are cancelled",
+    )
     add("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     if args.adapters is not Popularity.BASE and not args.names:

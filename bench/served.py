@@ -1,4 +1,4 @@
-"""A `loraplex-server` as a child process: started on free ports, awaited, stopped with SIGTERM."""
+"""`loraplex-server` as a child process: started on free ports, awaited, stopped with SIGTERM."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from loraplex import Client, HealthStatus, LoraplexError
 READY = re.compile(r"ready: grpc (\S+) admin (\S+) ")
 
 Progress = Callable[[float, str], None]
-"""`progress(seconds since the start, the last line of the server's log)`, about once a second."""
+"""Called as `progress(seconds since the start, last line of the server's log)` every second."""
 
 
 class ServerError(Exception):
@@ -26,18 +26,18 @@ class ServerError(Exception):
 
 
 def exit_on_sigterm() -> None:
-    """SIGTERM becomes SystemExit, so that a script that is ended still stops its server."""
+    """Turns SIGTERM into SystemExit, so that a script that is terminated stops its server."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
 class Server:
-    """A context manager: serving inside, stopped outside.
+    """A server that runs for the duration of a `with` statement.
 
     Attributes:
         address: host:port of the gRPC services.
         admin: host:port of /metrics.
         ready_s: seconds from the start of the process until its health was SERVING.
-        exit_code: of the process, once it has been stopped.
+        exit_code: exit code of the process, after it has been stopped.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Server:
         progress: Progress | None = None,
         timeout: float = 300.0,
     ) -> None:
-        """`settings` become flags of `loraplex-server serve`; its log goes to the file `log`."""
+        """`settings` become flags of `loraplex-server serve`, which writes its log to `log`."""
         self._settings = {"port": 0, "admin_port": 0, **settings}
         self._log = log
         self._progress = progress
@@ -59,7 +59,7 @@ class Server:
         self.exit_code: int | None = None
 
     def start(self) -> None:
-        """Returns when the server serves. Raises ServerError."""
+        """Returns when the server is serving. Raises ServerError."""
         command = [str(Path(sys.executable).with_name("loraplex-server")), "serve"]
         for name, value in self._settings.items():
             command += [f"--{name.replace('_', '-')}", str(value)]
@@ -95,13 +95,13 @@ class Server:
 
     @property
     def pid(self) -> int:
-        """Of the front process. Raises ServerError before it was started."""
+        """Process id of the front process. Raises ServerError if it has not been started."""
         if self._process is None:
             raise ServerError("the server was never started")
         return self._process.pid
 
     def stop(self, grace: float = 60.0) -> int:
-        """Sends SIGTERM; kills after `grace` seconds. Returns the exit code. Idempotent."""
+        """Sends SIGTERM, and SIGKILL after `grace` seconds. Returns the exit code. Idempotent."""
         process = self._process
         if process is None:
             raise ServerError("the server was never started")

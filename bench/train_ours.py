@@ -1,9 +1,9 @@
 """Our side of `bench/bench_train.py`, in a process of its own: one job, or four in one pass.
 
-python bench/train_ours.py single --base var/bench/base
-python bench/train_ours.py joint --base var/bench/base --tokens 64
+    python bench/train_ours.py single --base var/bench/base
+    python bench/train_ours.py joint --base var/bench/base --tokens 64
 
-The last line is one JSON object.
+The last line of output is one JSON object.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LR = 1e-4
 
 
 class Job:
-    """An all-linear LoRA adapter and AdamW."""
+    """An all-linear LoRA adapter with AdamW."""
 
     def __init__(self, base: BaseWeights, seed: int, steps: int) -> None:
         chance = torch.Generator().manual_seed(seed)
@@ -50,7 +50,7 @@ class Job:
         self.optimiser.zero_grad()
 
     def gradients(self) -> list[torch.Tensor]:
-        """Takes them away."""
+        """Returns the gradients and removes them from the parameters."""
         found = [leaf.grad for leaf in self.leaves]
         self.optimiser.zero_grad()
         assert all(gradient is not None for gradient in found)
@@ -58,7 +58,7 @@ class Job:
 
 
 def examples(seed: int, rows: int, tokens: int) -> MicroBatch:
-    """Random tokens, every one of which but the first of a row is learned."""
+    """Random tokens; every token except the first of a row is learned."""
     chance = torch.Generator().manual_seed(seed)
     ids = torch.randint(256, 49_000, (rows, tokens), generator=chance)
     targets = ids.roll(-1, 1)
@@ -68,7 +68,7 @@ def examples(seed: int, rows: int, tokens: int) -> MicroBatch:
 
 
 def train(passes: JointPass, jobs: Sequence[Job], batches: Sequence[MicroBatch]) -> list[float]:
-    """One optimiser step of every job from one pass; mean losses."""
+    """Computes one optimiser step of all jobs in one pass. Returns their mean losses."""
     parts = [
         Part(job.adapter, batch, 1 / batch.learned)
         for job, batch in zip(jobs, batches, strict=True)
@@ -80,7 +80,7 @@ def train(passes: JointPass, jobs: Sequence[Job], batches: Sequence[MicroBatch])
 
 
 def single(args: argparse.Namespace, base: BaseWeights) -> dict[str, object]:
-    """Tokens per second of one job, and the most memory."""
+    """Tokens per second and peak memory of one job."""
     passes = JointPass(base, checkpointing=args.checkpointing)
     job = Job(base, 0, args.steps)
     batch = examples(0, args.rows, args.tokens)
@@ -99,7 +99,7 @@ def single(args: argparse.Namespace, base: BaseWeights) -> dict[str, object]:
 
 
 def joint(args: argparse.Namespace, base: BaseWeights) -> dict[str, object]:
-    """Four jobs in one pass against the same four one after another."""
+    """Compares four jobs in one pass with the same four in turn."""
     passes = JointPass(base, checkpointing=args.checkpointing)
     jobs = [Job(base, seed, args.steps) for seed in range(JOBS)]
     batches = [examples(seed, 1, args.tokens) for seed in range(JOBS)]
@@ -124,10 +124,11 @@ def joint(args: argparse.Namespace, base: BaseWeights) -> dict[str, object]:
 
 
 def products(base: BaseWeights, rows: int) -> float:
-    """Seconds of torch's float32 products alone that a pass of so many rows cannot do without.
+    """Seconds of the float32 products that a pass of so many rows needs at least, computed by
+    torch.
 
-    Forward, and backward to what came in, of every base matrix and of the head: dense matrices that
-    are there already, nothing else. No float32 pass on this machine can take less.
+    These are the products with every base matrix and with the head, forward and backward to their
+    inputs, of dense matrices that exist already. No float32 pass on this machine can be faster.
     """
     shapes = [matrix.shape for matrix in (base.layers[0].qkv, base.layers[0].o)]
     shapes += [matrix.shape for matrix in (base.layers[0].gate_up, base.layers[0].down)]
@@ -161,7 +162,7 @@ def difference(passes: JointPass, jobs: Sequence[Job], batches: Sequence[MicroBa
 
 
 def timed(call: Callable[[], object]) -> float:
-    """Seconds."""
+    """Seconds that a call takes."""
     began = time.perf_counter()
     call()
     return time.perf_counter() - began
@@ -169,16 +170,16 @@ def timed(call: Callable[[], object]) -> float:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description="Measure our own training.",
+        description="Measure training with Loraplex.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("case", choices=("single", "joint"))
     add("--base", type=Path, default=Path("var/bench/base"), help="Hugging Face directory")
     add("--cache", type=Path, default=Path("var/cache"))
-    add("--rows", type=int, default=4, help="examples of the single job")
-    add("--tokens", type=int, default=256, help="of an example")
-    add("--steps", type=int, default=3, help="timed, after one that is not")
+    add("--rows", type=int, default=4, help="examples per step of the single job")
+    add("--tokens", type=int, default=256, help="tokens per example")
+    add("--steps", type=int, default=3, help="timed steps, after one for warm-up")
     add("--checkpointing", action="store_true")
     args = parser.parse_args(argv)
     kernels.load(directory=args.cache / "kernels")

@@ -1,13 +1,13 @@
-"""The other side of `bench/bench_train.py`, in a process of its own: PEFT over transformers.
+"""PEFT's side of `bench/bench_train.py`, in a process of its own.
 
     python bench/train_peer.py --base var/bench/base --dtype float32 --attention sdpa
 
-The base is NF4 with double quantisation by bitsandbytes, the adapter all-linear LoRA, the optimiser
-torch's fused AdamW (transformers' default), the loss the model's own over all positions. The last
-line is one JSON object.
+The base is NF4 with double quantisation by bitsandbytes, the adapter an all-linear LoRA, the
+optimiser torch's fused AdamW (transformers' default), and the loss the model's own over all
+positions. The last line of output is one JSON object.
 
-With --recipe the model is prepared as QLoRA's recipe does it (`prepare_model_for_kbit_training`):
-of that, gradient checkpointing is what costs time and saves memory.
+With --recipe the model is prepared as in QLoRA's recipe (`prepare_model_for_kbit_training`). Its
+relevant part is gradient checkpointing, which costs time and saves memory.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def load(directory: Path, dtype: torch.dtype, attention: str, recipe: bool) -> A
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description="Measure PEFT's training.",
+        description="Measure training with PEFT.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--recipe", action="store_true")
     add("--rows", type=int, default=4)
     add("--tokens", type=int, default=256)
-    add("--steps", type=int, default=3, help="timed, after one that is not")
+    add("--steps", type=int, default=3, help="timed steps, after one for warm-up")
     args = parser.parse_args(argv)
 
     from transformers.utils import logging

@@ -1,4 +1,4 @@
-"""What a benchmark asks for: prompts of random tokens, their lengths, and each one's adapter."""
+"""The requests of a benchmark: prompts of random tokens, their lengths and their adapters."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from enum import StrEnum
 
 
 class Popularity(StrEnum):
-    """How requests spread over the adapters. The four kinds with adapters are Punica's."""
+    """Distribution of requests over adapters. The four kinds with adapters are Punica's."""
 
     BASE = "base"  # no adapter at all
-    IDENTICAL = "identical"  # every request the first adapter
-    UNIFORM = "uniform"  # each request any of them
-    DISTINCT = "distinct"  # one after the other: N neighbouring requests name N adapters
+    IDENTICAL = "identical"  # the first adapter for every request
+    UNIFORM = "uniform"  # a random adapter for each request
+    DISTINCT = "distinct"  # in turn: N consecutive requests use N adapters
     ZIPF = "zipf"  # the k-th adapter with probability proportional to 1 / k^alpha
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A whole number between `low` and `high`, both included."""
+    """An integer between `low` and `high`, both included."""
 
     low: int
     high: int
 
     @classmethod
     def parse(cls, text: str) -> Span:
-        """ "64" is always 64, "16-128" anything between. Raises ValueError."""
+        """Parses "64" (always 64) or "16-128" (any number between). Raises ValueError."""
         first, dash, last = text.partition("-")
         span = cls(int(first), int(last) if dash else int(first))
         if span.low < 1 or span.high < span.low:
-            raise ValueError(f"{text!r} is no range of positive numbers")
+            raise ValueError(f"{text!r} is not a range of positive numbers")
         return span
 
     def pick(self, rng: random.Random) -> int:
@@ -49,7 +49,7 @@ class Workload:
         adapters: the registered names to choose from, most popular first; unused for BASE.
         prompt_tokens, output_tokens: lengths in tokens. Every request produces exactly the length
             drawn for it: the end-of-sequence token is ignored.
-        token_ids: where the prompts' random ids come from.
+        token_ids: range of the random token ids of the prompts.
     """
 
     popularity: Popularity
@@ -64,7 +64,7 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One request to make. `adapter` is "" for the base."""
+    """One request to send. `adapter` is "" for the base."""
 
     adapter: str
     token_ids: tuple[int, ...]
@@ -72,9 +72,9 @@ class Job:
 
 
 def plan(workload: Workload) -> list[Job]:
-    """The workload's requests in the order in which they are sent.
+    """Returns the requests of the workload in the order in which they are sent.
 
-    Raises ValueError when the popularity needs adapters and there are none.
+    Raises ValueError if the popularity needs adapters and there are none.
     """
     rng = random.Random(workload.seed)
     names = _adapters(workload, rng)
@@ -87,7 +87,7 @@ def plan(workload: Workload) -> list[Job]:
 
 
 def arrivals(count: int, rate: float, seed: int) -> list[float]:
-    """Seconds from the start at which requests arrive: a Poisson process of `rate` per second."""
+    """Arrival times in seconds from the start: a Poisson process of `rate` requests per second."""
     rng = random.Random(seed)
     at = 0.0
     times = []

@@ -1,13 +1,14 @@
-"""Where AdaLoRA puts its ranks (arXiv 2303.10512): make bench-paper
+"""AdaLoRA's distribution of ranks (arXiv 2303.10512): make bench-paper
 
-An adapter of all seven projections begins with rank `INIT` everywhere and is cut to `TARGET` a
-module on average, all modules competing. In the same passes two others train: its twin, with the
-same start, of which nothing is cut, and a LoRA of rank `TARGET` everywhere. Asserted: what
-AdaLoRA's file holds adds up to the budget, and it keeps most rank where its *twin* needs it most:
-each module's change is left out of the twin in turn, and the loss taken again. So AdaLoRA's measure
-of importance is held against one that is not its own.
+An adapter of all seven projections starts with rank `INIT` everywhere and is cut to rank `TARGET`
+per module on average, with all modules competing. Two more adapters train in the same passes: a
+twin with the same start that is not cut, and a LoRA of rank `TARGET` everywhere. The benchmark
+asserts that the ranks in AdaLoRA's file add up to the budget, and that AdaLoRA keeps most rank
+where
+its *twin* needs it most: each module's change is removed from the twin in turn, and the loss is
+measured again. So AdaLoRA's measure of importance is compared with an independent one.
 
-Which ends with the better loss is printed, not asserted: AdaLoRA does not pay at every setting.
+The final losses are printed but not asserted: AdaLoRA is not better with all settings.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ RATE = 1e-2
 
 
 def ranks(adapter: TrainedAdapter, layers: int) -> dict[Site, int]:
-    """What is left of every module, by the tensors that would be saved."""
+    """Remaining rank of every module, read from the tensors that would be saved."""
     tensors = adapter.files().tensors
     sites = [(layer, name) for layer in range(layers) for name in PROJECTIONS]
     return {site: len(tensors[f"{PREFIX}{module_path(*site)}.lora_E"]) for site in sites}
 
 
 def growth(sweep: Sweep, adapter: TrainedAdapter) -> dict[Site, float]:
-    """By how much the loss grows without each module's change, nats."""
+    """Increase of the loss, in nats, when the change of each module is removed."""
     whole = adapter.delta().sites
 
     def loss(sites: Mapping[Site, SiteDelta]) -> float:
@@ -49,7 +50,7 @@ def growth(sweep: Sweep, adapter: TrainedAdapter) -> dict[Site, float]:
 
 
 def thirds(ranks: Mapping[Site, int], growth: Mapping[Site, float]) -> tuple[float, float]:
-    """Mean growth over the third of the modules that kept least rank, and that which kept most."""
+    """Mean growth of the third of the modules that kept least rank, and of that which kept most."""
     order = sorted(ranks, key=lambda site: (ranks[site], site))
     count = len(order) // 3
     least, most = order[:count], order[-count:]
@@ -104,7 +105,7 @@ def main() -> int:
 
 
 def _grid(values: Mapping[Site, float]) -> list[list[float]]:
-    """[layers][projections]."""
+    """The values as a table [layers][projections]."""
     layers = range(1 + max(layer for layer, _ in values))
     return [[values[layer, name] for name in PROJECTIONS] for layer in layers]
 

@@ -1,4 +1,4 @@
-"""How the benches of the papers' claims end: what was asserted, and one JSON line."""
+"""The common end of the benchmarks in this folder: the asserted relations and one JSON line."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from paper.small_model import HOME
 from report import json_line
 
 RESULTS = HOME / "results"
-"""Where `make figures` finds what the last runs gave."""
+"""Folder in which `make figures` finds the results of the last runs."""
 
 
 def conclude(name: str, values: Mapping[str, object], relations: Mapping[str, bool]) -> int:
-    """Prints each relation and whether it holds, keeps the values for the figures, and ends with
-    the JSON line. Returns the exit status: 1 if a relation does not hold.
+    """Prints which relations hold, stores the values for the figures, and prints the JSON line.
+
+    Returns the exit status: 1 if a relation does not hold.
     """
     print()
     for relation, holds in relations.items():

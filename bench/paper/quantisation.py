@@ -1,8 +1,9 @@
-"""What 4-bit formats cost (QLoRA, arXiv 2305.14314, table 2 and figure 3): make bench-paper
+"""The cost of 4-bit formats (QLoRA, arXiv 2305.14314, table 2 and figure 3): make bench-paper
 
-First the error |W' - W| / |W| of matrices of three shapes, by format and block; then what a small
-language model makes of Python that it has not seen, its projections rounded to each format. NF4
-with double quantisation (DQ) is the server's own quantiser, and its decoder is checked too.
+First the error |W' - W| / |W| of matrices with three distributions, by format and block size. Then
+the predictions of a small language model for Python text that it has not seen, with its projections
+rounded to each format. NF4 with double quantisation (DQ) is the server's own quantiser, and the
+server's decoder is checked too.
 
 Int4 is symmetric: absmax / 7 times -7 to 7. FP4 is bitsandbytes' (E2M1).
 """
@@ -32,14 +33,14 @@ Format = Callable[[torch.Tensor], torch.Tensor]
 
 
 def int4(weight: torch.Tensor, block: int = 64) -> torch.Tensor:
-    """The nearest of -7/7 to 7/7 times the block's absmax."""
+    """Rounds to the nearest of -7/7 to 7/7 times the block's absmax."""
     blocks = weight.reshape(-1, block)
     step = blocks.abs().amax(1, keepdim=True) / 7
     return (torch.round(blocks / step) * step).view_as(weight)
 
 
 def by_bitsandbytes(kind: str, weight: torch.Tensor, block: int = 64) -> torch.Tensor:
-    """NF4 or FP4 with float32 maxima."""
+    """Rounds to NF4 or FP4 with float32 maxima."""
     quieten_bitsandbytes()
     import bitsandbytes.functional as bnb
 
@@ -67,12 +68,12 @@ def shapes() -> dict[str, torch.Tensor]:
 
 
 def error(weight: torch.Tensor, found: torch.Tensor) -> float:
-    """|W' - W| / |W|, Frobenius."""
+    """Relative error |W' - W| / |W| in the Frobenius norm."""
     return float((found - weight).norm() / weight.norm())
 
 
 def errors() -> dict[str, dict[str, float]]:
-    """By shape and format, at blocks of 64."""
+    """Relative errors by distribution and format, with blocks of 64."""
     return {
         shape: {name: error(weight, rounded(weight)) for name, rounded in FORMATS.items()}
         for shape, weight in shapes().items()
@@ -80,7 +81,7 @@ def errors() -> dict[str, dict[str, float]]:
 
 
 def by_block() -> dict[str, list[float]]:
-    """Of a Gaussian matrix, by format, at each of `BLOCKS`."""
+    """Relative errors of a Gaussian matrix by format, for each block size in `BLOCKS`."""
     weight = shapes()["Gaussian"]
     roads = {"NF4": partial(by_bitsandbytes, "nf4"), "FP4": partial(by_bitsandbytes, "fp4")}
     return {
@@ -91,11 +92,13 @@ def by_block() -> dict[str, list[float]]:
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """How a model reads the same pieces of text: by piece, a mean over its bytes, float64 [PIECES].
+    """Results of a model on fixed pieces of text: means over the bytes of a piece, float64
+    [PIECES].
 
-    `loss` is cross-entropy in nats; `divergence` is that of its predictions from the float32
-    model's, KL(float32 || this), which no luck can make small: a rounded model may well happen to
-    guess some text better.
+    `loss` is the cross-entropy in nats. `divergence` is KL(float32 || this): the divergence of the
+    model's predictions from those of the float32 model. Unlike the loss, it cannot become smaller
+    by
+    chance, when a rounded model happens to predict some text better.
     """
 
     loss: torch.Tensor
@@ -103,12 +106,12 @@ class Read:
 
     @property
     def perplexity(self) -> float:
-        """A byte's."""
+        """Perplexity per byte."""
         return math.exp(float(self.loss.mean()))
 
 
 def reads() -> dict[str, Read]:
-    """By format."""
+    """Results of the model by format."""
     model = small_model.model()
     text = small_model.python_text().evaluation
     pieces = small_model.windows(text, PIECES, small_model.CONTEXT, seed=1)
@@ -142,14 +145,14 @@ def _read(found: torch.Tensor, exact: torch.Tensor, pieces: torch.Tensor) -> Rea
 
 
 def served() -> float:
-    """The mean loss of the same pieces by the server's own decoder, on its own NF4 bytes."""
+    """Mean loss of the same pieces computed by the server's own decoder, on its own NF4 bytes."""
     text = small_model.Text(torch.empty(0), small_model.python_text().evaluation)
     sweep = sweeps.Sweep(small_model.base(), text, 0, 0.0)
     return sweeps.loss_of(sweep, None, PIECES, seed=1)
 
 
 def apart(more: torch.Tensor, less: torch.Tensor) -> bool:
-    """Whether the mean difference over the same pieces is above three of its standard errors."""
+    """Whether the mean difference over the same pieces exceeds three of its standard errors."""
     difference = more - less
     return bool(difference.mean() > 3 * difference.std() / len(difference) ** 0.5)
 
@@ -182,7 +185,7 @@ def main() -> int:
 def of_errors(
     shape: Mapping[str, Mapping[str, float]], blocks: Mapping[str, Sequence[float]]
 ) -> dict[str, bool]:
-    """What is asserted of matrices."""
+    """The relations that are asserted of the matrices."""
     bells = [shape["Gaussian"], shape["Student t5"]]
     return {
         "error, bell-shaped weights: NF4+DQ < Int4 < FP4": all(
@@ -200,7 +203,7 @@ def of_errors(
 
 
 def of_models(read: Mapping[str, Read]) -> dict[str, bool]:
-    """What is asserted of the language model."""
+    """The relations that are asserted of the language model."""
     ours, whole = read["NF4+DQ"], read["float32"]
     return {
         "loss: float32 < NF4+DQ": apart(ours.loss, whole.loss),

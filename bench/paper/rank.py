@@ -1,13 +1,16 @@
-"""How many ranks LoRA needs, and where (arXiv 2106.09685, tables 5 and 6): make bench-paper
+"""The rank that LoRA needs, and its best place (arXiv 2106.09685, tables 5 and 6): make bench-paper
 
-Three ablations on one NF4 base, whose adapters all train together: a pass takes the examples of
-every job over the base at once.
+Three ablations on one NF4 base. All adapters train together: a pass computes the examples of all
+jobs on the base at once.
 
-Rank: r = 1, 2, 4, 8, 64 on Wq and Wv, alpha fixed. On a matter that the base knows in another form
-(Python in capitals) and on one that is new to it (C++). What r = 64 has learned is also cut down to
-its best 1, 2, 4, 8 directions a module, by its singular values: its intrinsic rank.
-Budget: as many parameters on Wq, Wk, Wv or Wo alone, on Wq and Wv, or on all four (C++).
-Place: all seven projections against Wq and Wv at one rank (QLoRA, arXiv 2305.14314, section 4).
+Rank: r = 1, 2, 4, 8, 64 on Wq and Wv with a fixed alpha, on text that the base knows in another
+form
+(Python in capitals) and on text that is new to it (C++). The change that r = 64 has learned is also
+cut down to its best 1, 2, 4 and 8 directions per module, by its singular values: its intrinsic
+rank.
+Budget: the same number of parameters on Wq, Wk, Wv or Wo, on Wq and Wv, or on all four (C++).
+Place: all seven projections compared with Wq and Wv at one rank (QLoRA, arXiv 2305.14314, section
+4).
 """
 
 from __future__ import annotations
@@ -36,14 +39,14 @@ BUDGET: Mapping[str, tuple[str, int]] = {
     "qv": ("qv", 4),
     "qkvo": ("attention", 2),
 }
-"""Modules and rank; the same number of parameters each, since all four are square."""
+"""Modules and rank; all have the same number of parameters, since the four are square."""
 EVERYWHERE = "all-linear"
 SEEDS = (0, 1)
 RATE = 1e-2
 
 
 def capitals() -> small_model.Text:
-    """The text that the base was made of, in capitals."""
+    """The training text of the base in capitals."""
 
     def upper(text: torch.Tensor) -> torch.Tensor:
         return torch.frombuffer(bytearray(text.numpy().tobytes().upper()), dtype=torch.uint8)
@@ -53,7 +56,7 @@ def capitals() -> small_model.Text:
 
 
 def rank_jobs(seeds: Sequence[int]) -> list[Job]:
-    """Named by their rank."""
+    """Jobs named by their rank."""
     return [
         Job(str(r), {"r": r, "lora_alpha": ALPHA, "target_modules": "qv"}, seed=seed)
         for seed in seeds
@@ -62,7 +65,7 @@ def rank_jobs(seeds: Sequence[int]) -> list[Job]:
 
 
 def place_jobs(seeds: Sequence[int]) -> list[Job]:
-    """Named by where they are; alpha is twice the rank, so that all have the same scale."""
+    """Jobs named by their modules; alpha is twice the rank, so that all have the same scale."""
     places = {**BUDGET, EVERYWHERE: ("all-linear", 4)}
     return [
         Job(name, {"r": r, "lora_alpha": 2 * r, "target_modules": modules}, seed=seed)
@@ -72,7 +75,7 @@ def place_jobs(seeds: Sequence[int]) -> list[Job]:
 
 
 def cut(adapter: TrainedAdapter, rank: int) -> AdapterDelta:
-    """Its change with every B A replaced by the nearest matrix of that rank."""
+    """The adapter's change with every B A replaced by the nearest matrix of the given rank."""
     sites = {}
     for site, change in adapter.delta().sites.items():
         assert isinstance(change, ProjectionDelta)
@@ -85,7 +88,7 @@ def cut(adapter: TrainedAdapter, rank: int) -> AdapterDelta:
 
 
 def intrinsic(sweep: Sweep, before: float, trained: Sequence[Trained]) -> dict[str, list[float]]:
-    """By rank, what each seed's adapter of the largest r gains when it is cut down to that."""
+    """Gain of each seed's adapter of the largest r when cut down to a rank, by rank."""
     widest = [one.adapter for one in trained if one.job.name == str(RANKS[-1])]
     return {
         str(rank): [before - sweeps.loss_of(sweep, cut(one, rank)) for one in widest]
@@ -94,7 +97,7 @@ def intrinsic(sweep: Sweep, before: float, trained: Sequence[Trained]) -> dict[s
 
 
 def gains(before: float, trained: Sequence[Trained]) -> dict[str, list[float]]:
-    """By name, what each seed's job took off the base's loss, nats a byte."""
+    """Decrease of the base's loss by each seed's job, in nats per byte, by name."""
     found: dict[str, list[float]] = {}
     for one in trained:
         found.setdefault(one.job.name, []).append(before - one.loss)
@@ -146,7 +149,7 @@ def relations(
     places: Mapping[str, Sequence[float]],
     parameters: Mapping[str, int],
 ) -> dict[str, bool]:
-    """What is asserted of the gains by name and seed."""
+    """The relations that are asserted of the gains by name and seed."""
     at = {name: mean(gain) for name, gain in places.items()}
     best = max(at[name] for name in BUDGET)
 

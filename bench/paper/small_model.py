@@ -1,10 +1,10 @@
-"""The small model that the papers' claims are tried on, made here in about a minute and kept.
+"""The small model on which the papers' claims are tested; made in about a minute and cached.
 
-A Llama over bytes, pretrained on the Python standard library's sources, then quantised to NF4 by
-the server's own conversion. What adapters learn is C++: torch's own headers. Both texts are on
+A byte-level Llama, pretrained on the sources of the Python standard library and quantised to NF4 by
+the server's own conversion. The adapters learn C++ from torch's own headers. Both texts exist on
 every machine that can run this.
 
-    PYTHONPATH=bench python -m paper.small_model      (the benchmarks here do it if needed)
+    PYTHONPATH=bench python -m paper.small_model      (the benchmarks run it if needed)
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ STEPS, BATCH, RATE = 500, 8, 2e-3
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """Bytes of many files in a shuffled order, a tenth of the files set apart. uint8 [n]."""
+    """Bytes of many files in a shuffled order, with a tenth of the files held out. uint8 [n]."""
 
     train: torch.Tensor
     evaluation: torch.Tensor
@@ -63,7 +63,7 @@ class Text:
 
     @property
     def digest(self) -> str:
-        """Of what there is to learn."""
+        """SHA-256 of the training text."""
         return hashlib.sha256(self.train.numpy().tobytes()).hexdigest()
 
 
@@ -73,32 +73,32 @@ def _bytes(files: Sequence[Path], limit: int) -> torch.Tensor:
 
 
 def python_text() -> Text:
-    """The standard library's top-level modules."""
+    """The top-level modules of the standard library."""
     return Text.of(list(Path(sysconfig.get_path("stdlib")).glob("*.py")), 8_000_000)
 
 
 def cpp_text() -> Text:
-    """The headers of c10, which every torch wheel brings."""
+    """The headers of c10, which are part of every torch wheel."""
     include = Path(torch.__file__).parent / "include/c10"
     return Text.of(list(include.rglob("*.h")), 1_500_000)
 
 
 def windows(text: torch.Tensor, count: int, length: int, seed: int) -> torch.Tensor:
-    """`count` pieces of the text at random places, int64 [count, length]."""
+    """`count` pieces of the text at random positions, int64 [count, length]."""
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(0, len(text) - length, (count,), generator=generator)
     return torch.stack([text[start : start + length] for start in starts]).long()
 
 
 def micro_batch(pieces: torch.Tensor) -> MicroBatch:
-    """Pieces [S, length] as examples of which every byte but the first is learned."""
+    """Pieces [S, length] as examples in which every byte except the first is learned."""
     targets = torch.cat([pieces[:, 1:], torch.full((len(pieces), 1), IGNORED)], 1)
     starts = tuple(range(0, pieces.numel() + 1, pieces.shape[1]))
     return MicroBatch(pieces.reshape(-1), starts, targets.reshape(-1))
 
 
 def checkpoint() -> Path:
-    """The pretrained model as a Hugging Face directory, made unless it is there."""
+    """Returns the pretrained model as a Hugging Face directory; makes it if it is missing."""
     text = python_text()
     recipe = json.dumps([SHAPE, CONTEXT, STEPS, BATCH, RATE, text.digest, torch.__version__])
     directory = HOME / hashlib.sha256(recipe.encode()).hexdigest()[:16]
@@ -116,12 +116,12 @@ def base() -> BaseWeights:
 
 
 def model() -> LlamaForCausalLM:
-    """The pretrained model in float32, of transformers."""
+    """The pretrained model in float32, as a transformers model."""
     return LlamaForCausalLM.from_pretrained(checkpoint()).eval()
 
 
 def loss(model: LlamaForCausalLM, pieces: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
-    """Cross-entropy in nats of every byte but the first of each piece [S, length]."""
+    """Cross-entropy in nats of every byte except the first of each piece [S, length]."""
     logits = model(pieces[:, :-1]).logits.flatten(0, 1)
     return torch.nn.functional.cross_entropy(logits, pieces[:, 1:].flatten(), reduction=reduction)
 
@@ -143,7 +143,7 @@ def _pretrained(text: Text) -> LlamaForCausalLM:
 
 
 def main() -> int:
-    """Makes the model and says what it knows."""
+    """Makes the model and prints its losses."""
     start = time.perf_counter()
     made = model()
     seconds = time.perf_counter() - start

@@ -1,7 +1,7 @@
-"""Adapters of many kinds on one base, trained side by side: a sweep is one joint pass a step.
+"""Many adapters trained together on one base: a sweep computes one joint pass per step.
 
-The trainer's own parts without its files: methods, `JointPass`, torch's AdamW. Every job of a seed
-sees the same examples in the same order.
+Uses the trainer's own parts without its files: methods, `JointPass`, torch's AdamW. All jobs with
+the same seed get the same examples in the same order.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ EVALUATED = 128
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One adapter of a sweep; `options` are its method's."""
+    """One adapter of a sweep; `options` are those of its method."""
 
     name: str
     options: Mapping[str, object]
@@ -37,7 +37,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """How all jobs of a pass are trained: AdamW, `rate` falling linearly from the first step on."""
+    """Settings of all jobs of a pass: AdamW, with `rate` falling linearly from the first step."""
 
     base: BaseWeights
     text: small_model.Text
@@ -47,7 +47,7 @@ class Sweep:
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """A job at its end: loss in nats on text set apart."""
+    """A finished job, with its loss in nats on held-out text."""
 
     job: Job
     adapter: TrainedAdapter
@@ -109,7 +109,7 @@ def train(sweep: Sweep, jobs: Sequence[Job]) -> list[Trained]:
 def loss_of(
     sweep: Sweep, change: AdapterDelta | None, pieces: int = EVALUATED, seed: int = 0
 ) -> float:
-    """Mean loss in nats a byte on text set apart, of the base with a change, or None."""
+    """Mean loss in nats per byte on held-out text, of the base with a change or without (None)."""
     joint = JointPass(sweep.base, DenseLinear())
     adapter = None if change is None else cast(TrainedAdapter, _Fixed(change))
     chosen = small_model.windows(sweep.text.evaluation, pieces, small_model.CONTEXT, seed)
@@ -123,7 +123,7 @@ def loss_of(
 
 @dataclass(frozen=True, slots=True)
 class _Fixed:
-    """All of an adapter that a pass without gradients asks for."""
+    """The part of an adapter's interface that a pass without gradients uses."""
 
     change: AdapterDelta
     dropout: float = 0.0
