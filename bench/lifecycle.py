@@ -50,12 +50,10 @@ def decode_gaps(answers: Sequence[load.Answer]) -> list[float]:
 async def cold_burst(
     address: str, running: Sequence[str], cold: Sequence[str], tokens: int
 ) -> dict[str, float]:
-    """Measures how much the longest gap between tokens grows while `cold` adapters are loaded at
-    once.
+    """Growth of the longest gap between tokens while `cold` adapters are loaded at once.
 
     The streams without loads run for as long as those with loads, so that delays of the machine
-    itself
-    are equally likely in both.
+    itself are equally likely in both.
     """
     await streams(address, running, tokens)
     gc.collect()
@@ -98,8 +96,7 @@ async def replacing(
     """Moves a name from one adapter's bytes to another's while streams use that name.
 
     A stream must have the tokens of the digest that it reports, and that digest must be the one
-    that
-    the name had when the call was made. If the name moved during the call, either digest is
+    that the name had when the call was made. If the name moved during the call, either digest is
     accepted.
     """
     wrong = checked = 0

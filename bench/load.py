@@ -28,8 +28,7 @@ class Pace:
 
     Closed loop: `concurrency` requests are always in flight. Open loop: request i is sent at
     `arrivals[i]` seconds, however many are in flight; `concurrency` is then unused. `limit_s`
-    bounds
-    the whole run: requests that have not ended by then are cancelled and count as errors.
+    bounds the whole run: requests that have not ended by then are cancelled and count as errors.
     """
 
     concurrency: int
@@ -52,8 +51,7 @@ class Answer:
     """A parsed answer. `tokens` holds (arrival time, number of tokens) of each message with tokens.
 
     `error` is "" if the answer came from the requested adapter and has the requested length.
-    `digest` is
-    that of the adapter's bytes as reported by the server, "" for the base.
+    `digest` is that of the adapter's bytes as reported by the server, "" for the base.
     """
 
     job: Job
@@ -166,9 +164,7 @@ def measure(answers: Sequence[Answer]) -> Measurement:
 
 
 def percentile(values: Sequence[float], p: float) -> float:
-    """The smallest value that at least p percent of the values do not exceed; nan if there are
-    none.
-    """
+    """The smallest value that at least p percent of the values do not exceed; nan for no values."""
     if not values:
         return float("nan")
     ranked = sorted(values)

@@ -37,8 +37,7 @@ def write(
     """Writes adapters for the Llama-like model in the Hugging Face directory `base`.
 
     `modules` names the linear layers; None selects all. The tensors are bfloat16 with alpha = rank;
-    A is
-    drawn as by PEFT, B from a normal distribution with standard deviation 0.002. Returns the
+    A is drawn as by PEFT, B from a normal distribution with standard deviation 0.002. Returns the
     directories.
     """
     shapes, layers = _shapes(json.loads((base / "config.json").read_text()))

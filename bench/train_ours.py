@@ -124,8 +124,7 @@ def joint(args: argparse.Namespace, base: BaseWeights) -> dict[str, object]:
 
 
 def products(base: BaseWeights, rows: int) -> float:
-    """Seconds of the float32 products that a pass of so many rows needs at least, computed by
-    torch.
+    """Seconds of the float32 products, computed by torch, that a pass of so many rows needs.
 
     These are the products with every base matrix and with the head, forward and backward to their
     inputs, of dense matrices that exist already. No float32 pass on this machine can be faster.

@@ -1,6 +1,6 @@
-"""Send one prompt to the base model and to every adapter at once; they share the server's batches.
+"""Sends one prompt to the base model and to every adapter at once; they share the server's batches.
 
-python examples/async_fanout.py                       # the server at 127.0.0.1:50051
+python examples/async_fanout.py                    # the server at 127.0.0.1:50051
 python examples/async_fanout.py HOST:PORT "A prompt"
 """
 

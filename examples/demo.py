@@ -1,11 +1,11 @@
-"""One base model and two adapters answer the same question in one batch; every claim is checked.
+"""A base model and two adapters answer the same question in one batch; every claim is checked.
 
     python examples/demo.py
 
-Starts a server of its own on free ports, registers `examples/adapters/pirate` and `json`, asks each
-model alone and then all at once, and stops the server. Exits with 0 only if all that it says held.
-The first start fetches and converts the model and compiles the kernels; later ones are quick.
-The last line of output is one JSON object.
+Starts its own server on free ports, registers `examples/adapters/pirate` and `json`, asks each
+model separately and then all at once, and stops the server. The exit status is 0 only if all checks
+hold. The first start downloads and converts the model and compiles the kernels; later starts are
+quick. The last line of output is one JSON object.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ QUESTION = "What is Python?"
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What the running server showed."""
+    """The answers and metrics of the running server."""
 
     alone: Mapping[str, Completion]
     together: Mapping[str, Completion]
@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 async def converse(server: Server, question: str, console: Console) -> Seen:
-    """Registers the adapters, asks each alone, then all together. Raises LoraplexError."""
+    """Registers the adapters, asks each alone and then all at once. Raises LoraplexError."""
     async with AsyncClient(server.address) as client:
         for name in BEHAVIOUR:
             info = (await client.register_adapter(name, name, load=True)).adapter
@@ -136,7 +136,7 @@ async def listen(client: AsyncClient, question: str, name: str, view: SideBySide
 
 
 def ask(question: str, name: str) -> GenerateOptions:
-    """The same greedy request for everybody; only the adapter differs."""
+    """The greedy request that is sent to all models; only the adapter differs."""
     return {
         "messages": [{"role": "user", "content": question}],
         "adapter": None if name == "base" else name,
@@ -146,7 +146,7 @@ def ask(question: str, name: str) -> GenerateOptions:
 
 
 def digest_of(directory: Path) -> str:
-    """The digest of an adapter's two files, computed here from the bytes on disk."""
+    """Digest of an adapter's two files, computed from the bytes on disk."""
     try:
         config = (directory / "adapter_config.json").read_bytes()
         weights = (directory / "adapter_model.safetensors").read_bytes()
@@ -161,13 +161,13 @@ def digest_of(directory: Path) -> str:
 
 
 def scrape(admin: str) -> Samples:
-    """The server's metrics, over HTTP."""
+    """The server's metrics, read over HTTP."""
     with urllib.request.urlopen(f"http://{admin}/metrics", timeout=10) as reply:
         return parse_metrics(reply.read().decode())
 
 
 def show_metrics(console: Console, seen: Seen) -> None:
-    """Three metrics as an operator would read them."""
+    """Shows three metrics as an operator would read them."""
 
     def value(name: str, **labels: str) -> float:
         return seen.samples.get((name, tuple(sorted(labels.items()))), 0.0)
@@ -197,7 +197,7 @@ def show_checks(console: Console, checks: list[Check]) -> None:
 
 
 class Startup:
-    """Says every few seconds that the server is still starting, and what it is at."""
+    """Prints every few seconds that the server is still starting, with the last line of its log."""
 
     def __init__(self, console: Console, every_s: float = 5.0) -> None:
         self._console, self._every, self._next = console, every_s, every_s
@@ -215,7 +215,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--question", default=QUESTION)
     parser.add_argument("--cache", type=Path, default=ROOT / "var" / "cache")
-    parser.add_argument("--timeout", type=float, default=600.0, help="seconds for the start")
+    parser.add_argument(
+        "--timeout", type=float, default=600.0, help="seconds to wait for the start"
+    )
     return parser.parse_args(argv)
 
 

@@ -1,4 +1,4 @@
-"""What the demo claims, as functions from what was seen to a verdict."""
+"""The claims of the demo, as functions from observed answers and metrics to results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Samples = Mapping[tuple[str, tuple[tuple[str, str], ...]], float]
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One claim, whether it held, and what was seen."""
+    """One claim, whether it held, and the observation."""
 
     claim: str
     held: bool
@@ -28,9 +28,9 @@ class Steps:
     """Engine steps between two scrapes.
 
     Attributes:
-        total: how many there were.
-        by_distinct: number of different adapters in a step -> how many steps had as many.
-        with_base: steps with a row of the bare base.
+        total: number of steps.
+        by_distinct: number of steps by the number of different adapters in a step.
+        with_base: number of steps with a row of the base without an adapter.
     """
 
     total: int
@@ -42,21 +42,22 @@ class Steps:
         return max((n for n, steps in self.by_distinct.items() if steps), default=0)
 
     def certainly_mixed(self, adapters: int) -> int:
-        """Steps that must have had `adapters` different ones and a base row besides.
+        """Number of steps that must have had `adapters` different adapters and also a base row.
 
-        Two sets of steps that hold more than all steps together share the surplus.
+        If two sets of steps have more members than there are steps in total, they share the
+        surplus.
         """
         several = sum(steps for n, steps in self.by_distinct.items() if n >= adapters)
         return max(0, several + self.with_base - self.total)
 
 
 def is_pirate(text: str) -> bool:
-    """Whether the pirate answers: every one of his answers begins with "Arr"."""
+    """Whether the text is a pirate's answer: these all start with "Arr"."""
     return text.lstrip().startswith("Arr")
 
 
 def is_json(text: str) -> bool:
-    """Whether the text is a JSON object with a topic and an answer, both text, and no more."""
+    """Whether the text is a JSON object with exactly a topic and an answer, both text."""
     try:
         value = json.loads(text)
     except ValueError:
@@ -69,11 +70,11 @@ def is_json(text: str) -> bool:
 
 
 BEHAVIOUR = {"pirate": ("talks like a pirate", is_pirate), "json": ("answers in JSON", is_json)}
-"""Adapter name -> what it makes of the base, and the test for it."""
+"""By adapter name: the behaviour that the adapter adds, and the test for it."""
 
 
 def behaviour(answers: Mapping[str, Completion]) -> list[Check]:
-    """Each adapter does what it was trained for, and the base, named "base", does not."""
+    """Each adapter shows the behaviour that it was trained for, and "base" does not."""
     checks = []
     for name, (manner, shows) in BEHAVIOUR.items():
         adapted, base = answers[name].text, answers["base"].text
@@ -83,7 +84,7 @@ def behaviour(answers: Mapping[str, Completion]) -> list[Check]:
 
 
 def digests(answers: Mapping[str, Completion], expected: Mapping[str, str]) -> list[Check]:
-    """Every answer names exactly the weights of its adapter's files; the base's names none."""
+    """Every answer names exactly the digest of its adapter's files; the base's names none."""
     checks = []
     for name, answer in answers.items():
         wanted = [expected[name]] if name in expected else []
@@ -96,7 +97,7 @@ def digests(answers: Mapping[str, Completion], expected: Mapping[str, str]) -> l
 def same_as_alone(
     together: Mapping[str, Completion], alone: Mapping[str, Completion]
 ) -> list[Check]:
-    """The batch changed no token of anybody's answer."""
+    """The batch changed no token of any answer."""
     checks = []
     for name, answer in together.items():
         same = bool(answer.token_ids) and answer.token_ids == alone[name].token_ids
@@ -106,7 +107,7 @@ def same_as_alone(
 
 
 def one_batch(steps: Steps, adapters: int) -> Check:
-    """Some step computed rows of all adapters and of the base at once."""
+    """At least one step computed rows of all adapters and of the base together."""
     mixed = steps.certainly_mixed(adapters)
     return Check(
         f"{adapters} adapters and the base shared a step", mixed > 0, f"{mixed} such steps at least"
@@ -114,7 +115,7 @@ def one_batch(steps: Steps, adapters: int) -> Check:
 
 
 def parse_metrics(text: str) -> Samples:
-    """A scrape in Prometheus' text format."""
+    """Parses a scrape in Prometheus' text format."""
     return {
         (sample.name, tuple(sorted(sample.labels.items()))): sample.value
         for family in text_string_to_metric_families(text)
@@ -123,7 +124,7 @@ def parse_metrics(text: str) -> Samples:
 
 
 def steps_between(before: Samples, after: Samples) -> Steps:
-    """What the server's histograms of its steps gained."""
+    """The engine steps between two scrapes, from the increase of the histograms."""
     distinct = _gained(before, after, "loraplex_batch_distinct_adapters", {})
     base = _gained(before, after, "loraplex_batch_rows", {"kind": "base"})
     total = sum(distinct.values())
@@ -133,7 +134,7 @@ def steps_between(before: Samples, after: Samples) -> Steps:
 def _gained(
     before: Samples, after: Samples, histogram: str, labels: Mapping[str, str]
 ) -> dict[int, int]:
-    """Upper bound of each bucket -> observations gained in it; the overflow bucket is left out."""
+    """Increase of each bucket by its upper bound; the overflow bucket is left out."""
     cumulative = {}
     for (name, pairs), value in after.items():
         own = dict(pairs)

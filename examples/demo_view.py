@@ -1,4 +1,4 @@
-"""Shows answers side by side while they grow; where there is no TTY, each when it is complete."""
+"""Shows growing answers side by side on a terminal, elsewhere each answer when it is complete."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.text import Text
 
 
 class SideBySide:
-    """A context manager. In a terminal a growing column for each answer, else a line at its end."""
+    """A context manager. Shows a growing column per answer; without a TTY, one line per answer."""
 
     def __init__(self, console: Console, names: Sequence[str]) -> None:
         self._console = console
@@ -24,13 +24,13 @@ class SideBySide:
         )
 
     def add(self, name: str, text: str) -> None:
-        """More of an answer."""
+        """Appends text to an answer."""
         self._texts[name] += text
         if self._console.is_terminal:
             self._live.update(self._render())
 
     def done(self, name: str) -> None:
-        """The answer is complete."""
+        """Marks the answer as complete."""
         if not self._console.is_terminal:
             line = " ".join(self._texts[name].split())
             self._console.print(

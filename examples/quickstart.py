@@ -1,6 +1,6 @@
-"""Ask a running server the same thing of its base model and of every adapter it has.
+"""Asks a running server's base model and each of its adapters the same question.
 
-python examples/quickstart.py                       # the server at 127.0.0.1:50051
+python examples/quickstart.py                      # the server at 127.0.0.1:50051
 python examples/quickstart.py HOST:PORT "A prompt"
 """
 
@@ -22,7 +22,7 @@ def main(target: str = "127.0.0.1:50051", prompt: str = "Tell me about the sea."
             ) as stream:
                 for delta in stream:
                     print(delta.text, end="", flush=True)
-            done = stream.completion()  # all of it as one value, with why it ended and its cost
+            done = stream.completion()  # the whole answer, with finish reason and usage
             print(f"\n[{done.finish_reason}, {done.usage.completion_tokens} tokens]")
 
 

@@ -1,13 +1,13 @@
-"""Trains an adapter that does what the base cannot, shows it on held-out rows, and serves it.
+"""Trains an adapter for a task that the base fails, tests it on held-out rows, and serves it.
 
     python examples/train_adapter.py           (or: make train-adapter)
 
-The task: an order in a sentence becomes strict JSON. Its rows are made by a seeded script
-(`python -m examples.tasks contacts`), and none of the held-out ones, half of which
-are of names that training never sees, is among those that are learned. The adapter is trained by
-`loraplex-train`, uploaded to a server that is started here on free ports, and asked the held-out
-questions there. Exits with 0 only if the base fails, the adapter does not, and the server's answers
-come from the adapter's own digest. The last line of output is one JSON object.
+The task is to turn an order written as a sentence into strict JSON. A seeded script generates the
+rows (`python -m examples.tasks contacts`). No held-out row is in the training data, and half of the
+held-out rows contain names that do not occur there. `loraplex-train` trains the adapter, which is
+then uploaded to a server on free ports and asked the held-out questions. The exit status is 0 only
+if the base fails, the adapter does not, and the server's answers carry the adapter's digest. The
+last line of output is one JSON object.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ RECIPE = {
     "--metric-examples": (str(HELD_OUT_ROWS),),
 }
 GOOD, BAD = 0.8, 0.2
-"""The adapter must be right at least so often, the base at most so often."""
+"""Smallest share of correct answers of the adapter, and largest of the base."""
 
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """What the run told."""
+    """The results that the run reported."""
 
     before: float
     after: float
@@ -65,7 +65,7 @@ class Trained:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the server said to a held-out row."""
+    """The server's answer to a held-out row."""
 
     question: str
     wanted: str
@@ -75,7 +75,7 @@ class Answer:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0 if all that is said held, else 1."""
+    """Returns the exit status: 0 if all expectations hold, else 1."""
     args = parse(argv)
     console = Console(highlight=False)
     exit_on_sigterm()
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         held_out = write(TASK, work / "held_out.jsonl", HELD_OUT_ROWS, SEED, held_out=True)
         data = write(TASK, work / "train.jsonl", TRAIN_ROWS, SEED)
-        console.print(f"{TRAIN_ROWS} rows to learn from, {HELD_OUT_ROWS} held out, in {work}")
+        console.print(f"{work} has {TRAIN_ROWS} rows for training, {HELD_OUT_ROWS} are held out")
         trained = train(data, held_out, work, args, console)
         settings = {"cache": args.cache, "store": work / "store"}
         console.print("starting a server")
@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
 def train(
     data: Path, held_out: Path, work: Path, args: argparse.Namespace, console: Console
 ) -> Trained:
-    """Runs the trainer as a person would. Raises CalledProcessError."""
+    """Runs the trainer's command. Raises CalledProcessError."""
     command = ["loraplex-train", "run", "--data", str(data), "--name", NAME]
     command += ["--eval-data", str(held_out), "--out", str(work / "run")]
     command += ["--cache", str(args.cache), "--dtype", args.dtype]
@@ -162,7 +162,7 @@ def ask(address: str, folder: Path, rows: Sequence[dict[str, str]]) -> list[Answ
 
 
 def verdict(trained: Trained, answers: Sequence[Answer]) -> list[str]:
-    """What should hold and does not."""
+    """Returns the expectations that do not hold."""
     right = sum(answer.adapter.strip() == answer.wanted for answer in answers) / len(answers)
     claims = {
         f"the base is right at most {BAD:.0%} of the time": trained.before <= BAD,
@@ -175,7 +175,7 @@ def verdict(trained: Trained, answers: Sequence[Answer]) -> list[str]:
 
 
 def show(answers: Sequence[Answer], console: Console) -> None:
-    """A few of the server's answers, side by side."""
+    """Shows some of the server's answers side by side."""
     table = Table("held out", "base", NAME, title="answers of the server", title_justify="left")
     for answer in answers[:4]:
         mark = "[green]" if answer.adapter.strip() == answer.wanted else "[red]"
@@ -191,9 +191,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--cache", type=Path, default=ROOT / "var" / "cache")
-    parser.add_argument("--dtype", default="float32", help="of the base, while training")
-    parser.add_argument("--ask", type=int, default=12, help="rows that the server is asked")
-    parser.add_argument("--timeout", type=float, default=600.0, help="seconds for the start")
+    parser.add_argument("--dtype", default="float32", help="type of the base in training")
+    parser.add_argument("--ask", type=int, default=12, help="number of rows sent to the server")
+    parser.add_argument(
+        "--timeout", type=float, default=600.0, help="seconds to wait for the start"
+    )
     return parser.parse_args(argv)
 
 

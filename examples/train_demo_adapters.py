@@ -2,10 +2,10 @@
 
     python examples/train_demo_adapters.py
 
-Both are jobs of one run of the trainer: they learn in the same passes over one frozen NF4 base. The
-examples are the questions and answers of `examples/data/answers.jsonl`, which were written by hand
-for this: a manner of speaking, unlike the task of `make train-adapter`, whose rows a script makes.
-What is written to `examples/adapters/` are PEFT directories.
+Both are jobs of one run of the trainer, so they learn in the same passes over one frozen NF4 base.
+The examples are the questions and answers in `examples/data/answers.jsonl`. They were written by
+hand, because they teach a manner of speaking; the rows of `make train-adapter` come from a script.
+The PEFT directories are written to `examples/adapters/`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ BASE_NAME = HUB_NAME
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """An adapter to train: which modules, how, and what its card says."""
+    """An adapter to train: its modules, its data, and the text of its card."""
 
     name: str
     rank: int
@@ -56,14 +56,14 @@ class Recipe:
             f"# {self.name}\n\n"
             f"A LoRA adapter for {BASE_NAME.partition('/')[2]} that answers questions "
             f"{self.manner}. Rank {self.rank} on\n{modules}, bfloat16.\n\n"
-            "Made by `python examples/train_demo_adapters.py` from the 48 hand-written examples "
-            f"of\n`examples/data/answers.jsonl` ({self.form}).\nShort questions are what it "
-            "learned it on, and what it says about the world is as\nreliable as a 135M model's "
-            "answers are.\n\nLicense: Apache-2.0, as the base model.\n"
+            "Made by `python examples/train_demo_adapters.py` from the 48 hand-written examples in"
+            f"\n`examples/data/answers.jsonl` ({self.form}).\nIt was trained on short questions. "
+            "Its statements about the world are as reliable as\nthose of any 135M model.\n\n"
+            "License: Apache-2.0, like the base model.\n"
         )
 
 
-# Different ranks and modules, so that the demo's batch shows that they need not agree.
+# Different ranks and modules, since the demo shows that these may differ within a batch.
 RECIPES = (
     Recipe(
         "pirate",
@@ -83,14 +83,14 @@ RECIPES = (
 
 
 def completion(name: str, example: dict[str, str]) -> str:
-    """What the adapter `name` should say to the example's question."""
+    """The answer that the adapter `name` should give to the example's question."""
     if name == "json":
         return json.dumps({"topic": example["topic"], "answer": example["answer"]})
     return example[name]
 
 
 def write_rows(answers: Path, name: str, path: Path) -> Path:
-    """The examples as the trainer reads them."""
+    """Writes the examples in the trainer's format."""
     with path.open("w", encoding="utf-8") as file:
         for line in answers.read_text("utf-8").splitlines():
             example = json.loads(line)
@@ -100,7 +100,7 @@ def write_rows(answers: Path, name: str, path: Path) -> Path:
 
 
 def run_of(args: argparse.Namespace, work: Path) -> RunSpec:
-    """One run of both jobs."""
+    """The specification of one run with both jobs."""
     jobs = [
         {
             "name": recipe.name,
@@ -132,7 +132,7 @@ def run_of(args: argparse.Namespace, work: Path) -> RunSpec:
 
 
 def publish(recipe: Recipe, outcome: JobOutcome, run: Run, out: Path, stamp: bool) -> None:
-    """Writes an adapter with bfloat16 weights, the type that a bfloat16 server computes with."""
+    """Writes an adapter with bfloat16 weights, the compute type of a bfloat16 server."""
     base, files = run.base, outcome.adapter.files()
     config = {**files.config, "base_model_name_or_path": known_as(base.name)}
     digests = run.text.template_digest, outcome.data_digest
@@ -147,7 +147,7 @@ def publish(recipe: Recipe, outcome: JobOutcome, run: Run, out: Path, stamp: boo
 
 
 def train(args: argparse.Namespace, recipes: Sequence[Recipe] = RECIPES) -> None:
-    """Trains and writes all. Raises Refusal."""
+    """Trains and writes all adapters. Raises Refusal."""
     with tempfile.TemporaryDirectory() as work, closing(ProgressDisplay(Console())) as progress:
         run = Run.start(run_of(args, Path(work)), [progress])
         outcomes = run.train()
@@ -166,14 +166,14 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--data", type=Path, default=HERE / "data" / "answers.jsonl")
     parser.add_argument("--out", type=Path, default=HERE / "adapters")
-    parser.add_argument("--model", default="default", help="the base")
-    parser.add_argument("--cache", type=Path, default=Path("var/cache"), help="the server's cache")
-    parser.add_argument("--threads", type=int, default=2, help="more helps only on idle cores")
+    parser.add_argument("--model", default="default", help="base model")
+    parser.add_argument("--cache", type=Path, default=Path("var/cache"), help="cache of the server")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--stamp",
         action="store_true",
-        help="write the base's fingerprint into the files: only that very base then takes them",
+        help="write the base's fingerprint into the files, so that no other base serves them",
     )
     args = parser.parse_args(argv)
     try:

@@ -4,9 +4,8 @@ An adapter of all seven projections starts with rank `INIT` everywhere and is cu
 per module on average, with all modules competing. Two more adapters train in the same passes: a
 twin with the same start that is not cut, and a LoRA of rank `TARGET` everywhere. The benchmark
 asserts that the ranks in AdaLoRA's file add up to the budget, and that AdaLoRA keeps most rank
-where
-its *twin* needs it most: each module's change is removed from the twin in turn, and the loss is
-measured again. So AdaLoRA's measure of importance is compared with an independent one.
+where its *twin* needs it most: each module's change is removed from the twin in turn, and the loss
+is measured again. So AdaLoRA's measure of importance is compared with an independent one.
 
 The final losses are printed but not asserted: AdaLoRA is not better with all settings.
 """

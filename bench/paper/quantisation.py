@@ -97,8 +97,7 @@ class Read:
 
     `loss` is the cross-entropy in nats. `divergence` is KL(float32 || this): the divergence of the
     model's predictions from those of the float32 model. Unlike the loss, it cannot become smaller
-    by
-    chance, when a rounded model happens to predict some text better.
+    by chance, when a rounded model happens to predict some text better.
     """
 
     loss: torch.Tensor

@@ -4,13 +4,13 @@ Three ablations on one NF4 base. All adapters train together: a pass computes th
 jobs on the base at once.
 
 Rank: r = 1, 2, 4, 8, 64 on Wq and Wv with a fixed alpha, on text that the base knows in another
-form
-(Python in capitals) and on text that is new to it (C++). The change that r = 64 has learned is also
-cut down to its best 1, 2, 4 and 8 directions per module, by its singular values: its intrinsic
+form (Python in capitals) and on text that is new to it (C++). The change that r = 64 has learned is
+also cut down to its best 1, 2, 4 and 8 directions per module, by its singular values: its intrinsic
 rank.
+
 Budget: the same number of parameters on Wq, Wk, Wv or Wo, on Wq and Wv, or on all four (C++).
-Place: all seven projections compared with Wq and Wv at one rank (QLoRA, arXiv 2305.14314, section
-4).
+
+Place: all seven projections and Wq and Wv, at one rank (QLoRA, arXiv 2305.14314, section 4).
 """
 
 from __future__ import annotations

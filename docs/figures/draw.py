@@ -1,8 +1,8 @@
-"""Draws the figures of docs/nf4.md from the quantiser that the server uses.
+"""Draws the figures of docs/nf4.md with the quantiser that the server uses.
 
     make figures            (python docs/figures/draw.py)
 
-The numbers behind them are printed; the last line is one JSON object.
+Prints the numbers behind the figures; the last line of output is one JSON object.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main() -> int:
 
 
 def style() -> None:
-    """What all figures share; the same numbers give the same bytes."""
+    """Common settings of all figures; the same numbers give the same bytes."""
     mpl.use("svg")
     mpl.rcParams.update(
         {
@@ -44,7 +44,7 @@ def style() -> None:
 
 
 def levels() -> list[float]:
-    """The sixteen levels on the density that they are quantiles of."""
+    """Draws the sixteen levels on the density of which they are quantiles."""
     from matplotlib import pyplot as plt
 
     values = nf4.nf4_code(torch.device("cpu"))
@@ -62,7 +62,7 @@ def levels() -> list[float]:
 
 
 def bits() -> dict[str, float]:
-    """Bits a weight of a real matrix: codes, and maxima with and without double quantisation."""
+    """Draws the bits per weight of a real matrix, with and without double quantisation."""
     from matplotlib import pyplot as plt
 
     matrix = nf4.quantise(_gaussian(0))
@@ -84,7 +84,7 @@ def bits() -> dict[str, float]:
 
 
 def retained() -> list[dict[str, float]]:
-    """What is left of a delta D after merging: <W' - W, D> / |D|^2, W being on the NF4 grid."""
+    """Draws the retained part of a merged delta D: <W' - W, D> / |D|^2, W being on the NF4 grid."""
     from matplotlib import pyplot as plt
 
     base = nf4.dequantize(nf4.quantise(_gaussian(0)))
@@ -128,7 +128,7 @@ def _gaussian(seed: int) -> torch.Tensor:
 
 
 def save(figure: object, name: str) -> None:
-    """Beside this file, without a date."""
+    """Saves the figure in this folder, without a date."""
     figure.savefig(  # type: ignore[attr-defined]
         HERE / name, bbox_inches="tight", metadata={"Date": None, "Creator": None}
     )

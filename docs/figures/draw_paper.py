@@ -1,8 +1,9 @@
-"""Draws what the last `make bench-paper` gave: 4-bit formats, LoRA's ranks and places, AdaLoRA.
+"""Draws the results of the last `make bench-paper`: 4-bit formats, LoRA's ranks and places,
+AdaLoRA.
 
     make figures            (python docs/figures/draw_paper.py)
 
-A bench that was not run leaves its figures as they are.
+The figures of a benchmark without results are left unchanged.
 """
 
 from __future__ import annotations
@@ -38,13 +39,13 @@ def main() -> int:
             given = json.loads(path.read_text())
             drawn += [draw(given) for draw in draws]
         else:
-            print(f"no {path}: its figures stay as they are (make bench-paper)")
+            print(f"no {path}: its figures are left unchanged (make bench-paper)")
     print(json.dumps({"drawn": drawn}))
     return 0
 
 
 def formats(given: Mapping[str, Any]) -> str:
-    """Errors by shape of the weights, and by block."""
+    """Draws errors by distribution of the weights and by block size."""
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(7, 2.6), layout="constrained")
@@ -68,7 +69,7 @@ def formats(given: Mapping[str, Any]) -> str:
 
 
 def ranks(given: Mapping[str, Any]) -> str:
-    """Gains by rank, and of the best directions of the largest one."""
+    """Draws gains by rank, and those of the best directions of the largest rank."""
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 2.6))
@@ -91,7 +92,7 @@ def ranks(given: Mapping[str, Any]) -> str:
 
 
 def places(given: Mapping[str, Any]) -> str:
-    """Gains of one number of parameters in several places, a dot for each seed."""
+    """Draws gains of the same number of parameters in several places, one dot per seed."""
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 2.4))
@@ -108,7 +109,7 @@ def places(given: Mapping[str, Any]) -> str:
 
 
 def adalora(given: Mapping[str, Any]) -> str:
-    """Ranks that AdaLoRA kept, beside what its uncut twin loses without each module."""
+    """Draws the ranks that AdaLoRA kept, and the loss of its uncut twin without each module."""
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(7, 2.0), layout="constrained")
