@@ -10,6 +10,7 @@ import torch
 from loraplex_model.base.weights import BLOCK, NF4Matrix
 from loraplex_model.ops import nf4
 from loraplex_model.ops.nf4 import absmax_float, dequantize, nf4_code
+from loraplex_model.ops.quiet import quieten_bitsandbytes
 
 TILE = 16
 """Number of rows of one CPU matrix product. Libraries choose their code path, and with it the order
@@ -119,6 +120,7 @@ class FusedLinear:
     """
 
     def __init__(self) -> None:
+        quieten_bitsandbytes()
         self._states: dict[int, tuple[NF4Matrix, Any]] = {}
 
     def __call__(self, matrix: NF4Matrix, x: torch.Tensor) -> torch.Tensor:
