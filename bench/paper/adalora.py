@@ -60,9 +60,10 @@ def main() -> int:
     """Prints the ranks, the relations and the JSON line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--steps", type=int, default=160)
+    steps = parser.parse_args().steps
     base = small_model.base()
     layers = base.config.num_layers
-    sweep = Sweep(base, small_model.cpp_text(), parser.parse_args().steps, RATE)
+    sweep = Sweep(base, small_model.cpp_text(), steps, RATE)
     linear = {"target_modules": "all-linear"}
     kinds = {
         "adalora": ("adalora", {"init_r": INIT, "target_r": TARGET}),
