@@ -1,10 +1,11 @@
-"""What automatic merging gains in the engine: tokens per second with `merge_auto` off and on.
+"""Measures the gain of automatic merging in the engine: tokens per second with it off and on.
 
     python bench/merge_gain.py --engine --rank 64 --rounds 16
 
-Runs `EngineCore` in this process over the default model, without a server. A round is a number of
-equal requests, all for one adapter and submitted at once. Merging decides after some rounds, so the
-result is the median of the second half of the rounds. The last line of output is one JSON object.
+Runs `EngineCore` with the default model in this process, without a server. A round is a number of
+equal requests for one adapter that are submitted at once. The engine decides to merge after some
+rounds, so the result is the median of the second half of the rounds. The last line of output is one
+JSON object.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Load:
 
 
 def run(cache: Path, rank: int, rounds: int, load: Load) -> dict[str, object]:
-    """Tokens per second without and with automatic merging, and their ratio."""
+    """Returns tokens per second without and with automatic merging, and their ratio."""
     from loraplex_server.engine.adapters.auto_merge import MergePolicy
 
     runner = _runner(cache, rank, load)
@@ -54,7 +55,7 @@ def run(cache: Path, rank: int, rounds: int, load: Load) -> dict[str, object]:
 
 
 def _runner(cache: Path, rank: int, load: Load):
-    """A local runner whose every adapter is the same random one of this rank."""
+    """A local runner for which every adapter is the same random one of the given rank."""
     from loraplex_model.adapters.merge import merged_nbytes
     from loraplex_model.adapters.pack import pack
     from loraplex_server.engine.runner.config import RunnerConfig
@@ -107,7 +108,7 @@ def _rounds(runner, policy, rounds: int, load: Load) -> tuple[list[float], bool]
 
 
 def _finish(core) -> None:
-    """Steps until every request and order has its answer; a merge may still be under way."""
+    """Steps until all requests and orders are answered; a merge may still be in progress."""
     while not core.idle:
         wait = core.wait_seconds()
         if wait != 0.0:

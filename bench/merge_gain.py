@@ -72,7 +72,7 @@ def run(cache: Path, rank: int, rounds: int) -> dict[str, object]:
 
 
 def random_lora(config, rank: int):
-    """A random LoRA of every linear layer of the model, at scale 1."""
+    """A random LoRA of all linear layers of the model, with scale 1."""
     import torch
     from loraplex_model.adapters.delta import LoraFactors, lora
 
@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rank", type=int, default=16, help="rank of the adapter")
     parser.add_argument("--rounds", type=int, default=40, help="timed steps or rounds of each kind")
     parser.add_argument("--engine", action="store_true", help="measure rounds of requests")
-    parser.add_argument("--requests", type=int, default=16, help="with --engine: requests per round")
+    parser.add_argument("--requests", type=int, default=16, help="with --engine: requests a round")
     parser.add_argument("--prompt", type=int, default=128, help="with --engine: prompt tokens")
     parser.add_argument("--new", type=int, default=64, help="with --engine: new tokens")
     args = parser.parse_args(argv)
