@@ -110,13 +110,17 @@ def for_client(refusal: Refusal, subject: Subject = NO_SUBJECT, field: str = "")
     )
 
 
+Trailers = tuple[tuple[str, str | bytes], ...]
+
 TRAILER_BYTES: Final = 8 << 10
-"""Bytes of metadata that a gRPC peer accepts by default, names and encodings counted."""
+"""Bytes of trailing metadata that every gRPC peer accepts, encodings included."""
 
 _STATUS_BYTES: Final = TRAILER_BYTES // 2
-"""Bytes of the encoded status. Its message is sent once more beside it, percent-encoded."""
+"""Bytes of the status in base64. Beside it travel its message, of which a byte may take three when
+it is percent-encoded, and a request id."""
 _MESSAGE_BYTES: Final = 1 << 10
 _PROBLEM_BYTES: Final = 512
+_FIELD_BYTES: Final = 256
 _MOST_PROBLEMS: Final = 64
 
 
@@ -125,7 +129,10 @@ def status_of(error: Refusal, request_id: str) -> status_pb2.Status:
 
     Long texts are shortened and the last problems left out; the last entry then says how many.
     """
-    problems = [Problem(p.field, _cut(p.message, _PROBLEM_BYTES)) for p in error.problems]
+    problems = [
+        Problem(_cut(p.field, _FIELD_BYTES), _cut(p.message, _PROBLEM_BYTES))
+        for p in error.problems
+    ]
     listed = problems[:_MOST_PROBLEMS]
     while True:
         left = len(problems) - len(listed)
@@ -151,7 +158,7 @@ def _details(
     error: Refusal, row: Row, text: str, problems: Sequence[Problem]
 ) -> Iterator[message.Message]:
     """The detail that the row asks for; none for `Detail.NONE`."""
-    subject = error.subject
+    kind, name = error.subject.kind, _cut(error.subject.name, _FIELD_BYTES)
     match row.detail:
         case Detail.NONE:
             return
@@ -162,18 +169,18 @@ def _details(
             yield bad
         case Detail.RESOURCE:
             yield error_details_pb2.ResourceInfo(
-                resource_type=subject.kind, resource_name=subject.name, description=text
+                resource_type=kind, resource_name=name, description=text
             )
         case Detail.PRECONDITION:
             unmet = error_details_pb2.PreconditionFailure()
             for p in problems:
                 unmet.violations.add(
-                    type=error.reason, subject=p.field or subject.name, description=p.message
+                    type=error.reason, subject=p.field or name, description=p.message
                 )
             yield unmet
         case Detail.QUOTA:
             quota = error_details_pb2.QuotaFailure()
-            quota.violations.add(subject=subject.name, description=text)
+            quota.violations.add(subject=name, description=text)
             yield quota
         case Detail.RETRY:
             retry = error_details_pb2.RetryInfo()
@@ -187,13 +194,13 @@ def _cut(text: str, limit: int) -> str:
     return text if len(data) <= limit else data[: limit - 3].decode(errors="ignore") + "…"
 
 
-def trailers_of(error: Refusal, request_id: str) -> tuple[tuple[str, str | bytes], ...]:
-    """The trailing metadata that goes with the error's code and message."""
+def trailers_of(status: status_pb2.Status, reason: Reason, request_id: str) -> Trailers:
+    """The trailing metadata that goes with a status and its message."""
     trailers: list[tuple[str, str | bytes]] = [
-        (_STATUS_DETAILS_KEY, status_of(error, request_id).SerializeToString()),
+        (_STATUS_DETAILS_KEY, status.SerializeToString()),
         ("x-request-id", request_id),
     ]
-    row = TABLE[error.reason]
+    row = TABLE[reason]
     if row.detail is Detail.RETRY:
         trailers.append((_PUSHBACK_KEY, str(round(row.retry_seconds * 1000))))
     return tuple(trailers)

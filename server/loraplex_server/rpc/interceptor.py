@@ -21,7 +21,7 @@ from loraplex_model.base.refusal import Reason, Refusal
 
 from loraplex_server.logs import REQUEST_ID
 from loraplex_server.metrics import Metrics
-from loraplex_server.rpc.errors import TABLE, trailers_of
+from loraplex_server.rpc.errors import TABLE, status_of, trailers_of
 from loraplex_server.rpc.validate import is_request_id
 
 log = logging.getLogger(__name__)
@@ -263,7 +263,8 @@ class _Call:
             error = Refusal(Reason.ENGINE_FAULT, "internal error")
         self._code = TABLE[error.reason].code
         self._reason = error.reason.name
-        await context.abort(self._code, error.message, trailers_of(error, self.id))
+        status = status_of(error, self.id)
+        await context.abort(self._code, status.message, trailers_of(status, error.reason, self.id))
 
 
 def _forgiving(read: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
