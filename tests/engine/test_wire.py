@@ -67,7 +67,7 @@ FROM_ENGINE = [
         [AdapterStatus("sha256:00", "resident", 5, 1, "/store/00", merged_bytes=7, pinned=True)],
     ),
     LoadDone("sha256:00", 0.5, tier="host"),
-    MergeDone("sha256:00", True, 0.5, True, 0.2, 0.1),
+    MergeDone("sha256:00", True, 0.5),
     ControlDone(2, Failure(Reason.ADAPTER_INVALID, "bad")),
 ]
 

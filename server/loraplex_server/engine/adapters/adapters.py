@@ -13,10 +13,9 @@ EngineCore --handle, want, release, settle--> Adapters
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
-from loraplex_server.engine.adapters.auto_merge import AutoMerge, MergePolicy
 from loraplex_server.engine.adapters.host_tier import HostTier
 from loraplex_server.engine.adapters.loader import Loader, LoadLanes, ReadResult
 from loraplex_server.engine.adapters.merging import Merging
@@ -25,7 +24,6 @@ from loraplex_server.engine.adapters.slots import AdapterSlots
 from loraplex_server.engine.adapters.table import statuses
 from loraplex_server.engine.adapters.wants import Settled
 from loraplex_server.engine.batching.request import Request
-from loraplex_server.engine.batching.scheduler import BatchRow
 from loraplex_server.engine.messages import AdapterStatus, Control, Reply, Unload, Unmerge
 from loraplex_server.engine.runner.protocol import ModelRunner
 
@@ -37,22 +35,13 @@ class Adapters:
         slots, host, residency, merging: the parts, for statistics and tests to read.
     """
 
-    def __init__(
-        self,
-        runner: ModelRunner,
-        loader: Loader,
-        clock: Callable[[], float],
-        merge_policy: MergePolicy | None,
-    ) -> None:
-        """With a `merge_policy`, adapters are also merged without an order."""
+    def __init__(self, runner: ModelRunner, loader: Loader, clock: Callable[[], float]) -> None:
         self._replies: list[Reply] = []
         self._lanes = LoadLanes(loader)
-        self._is_quiet = True
         reply = self._replies.append
         self.slots = AdapterSlots(runner, clock)
         self.host = HostTier(runner.host_budget_bytes, runner.info.device.startswith("cpu"))
-        automatic = AutoMerge(merge_policy) if merge_policy is not None else None
-        self.merging = Merging(runner, self.slots, self.host, self._lanes, clock, reply, automatic)
+        self.merging = Merging(runner, self.slots, self.host, self._lanes, clock, reply)
         self.residency = Residency(runner, self.slots, self.host, self._lanes, self.merging, reply)
 
     def want(self, request: Request) -> None:
@@ -87,14 +76,9 @@ class Adapters:
         self.merging.begin()
         if not settled.published:
             self.merging.publish()
-        self._is_quiet = self._lanes.is_quiet and not settled.published
         replies = self._replies.copy()
         self._replies.clear()
         return replace(settled, replies=replies, more=settled.more or self.merging.has_more)
-
-    def observe(self, rows: Sequence[BatchRow], seconds: float) -> None:
-        """Shows automatic merging the rows of a forward pass that took `seconds`."""
-        self.merging.observe(rows, seconds, self._is_quiet)
 
     def overdue_unloads(self, now: float) -> list[tuple[str, bool]]:
         """Adapters whose requests must end now; see `Residency.overdue_unloads`."""

@@ -170,11 +170,6 @@ class LoadLanes:
         self._busy = 0
         self._background: set[tuple[type[LoaderTask], str]] = set()
 
-    @property
-    def is_quiet(self) -> bool:
-        """Whether no task runs, so that a forward pass has the processor to itself."""
-        return self._busy == 0
-
     def is_free(self, background: bool) -> bool:
         """Whether a task may start now."""
         if self._busy >= self._loader.lanes:

@@ -35,7 +35,7 @@ from loraplex_server.engine.adapters.fetching import Fetching
 from loraplex_server.engine.adapters.host_tier import HostAdapter, HostTier
 from loraplex_server.engine.adapters.loader import LoadLanes, ReadResult, failure_of
 from loraplex_server.engine.adapters.merging import Merging
-from loraplex_server.engine.adapters.slots import AdapterSlots, Resident
+from loraplex_server.engine.adapters.slots import PIN_BUDGET, AdapterSlots, Resident
 from loraplex_server.engine.adapters.unloads import Unloads
 from loraplex_server.engine.adapters.wants import LoadOrder, Settled, Want, Wants
 from loraplex_server.engine.batching.admission import prefix_refusal
@@ -60,10 +60,6 @@ UNLOADED = Failure(
 TOGETHER = Failure(
     Reason.ADAPTER_TOO_LARGE,
     "the request's adapters do not fit on the device together with the adapters held there",
-)
-
-PIN_BUDGET = Failure(
-    Reason.PIN_BUDGET, "pinned and merged adapters may take half of the device's adapter memory"
 )
 
 
@@ -379,7 +375,7 @@ class Residency:
         if want.request is not None:
             self._refused.append((want.request, failure))
         elif isinstance(want.order, Merge):
-            self._merging.refuse(want.order.op, failure)
+            self._merging.answer(want.order.op, failure)
         elif want.order is not None:
             self._reply(ControlDone(want.order.op, failure))
 

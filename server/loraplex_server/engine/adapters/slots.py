@@ -18,12 +18,18 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from loraplex_model.base.faults import reach
+from loraplex_model.base.refusal import Reason
 
 from loraplex_server.engine.adapters.eviction import GreedyDual
 from loraplex_server.engine.adapters.host_tier import HostAdapter
 from loraplex_server.engine.batching.kv import BlockPool
 from loraplex_server.engine.batching.request import Pin, Prefix
+from loraplex_server.engine.messages import Failure
 from loraplex_server.engine.runner.protocol import LoadedAdapter, ModelRunner
+
+PIN_BUDGET = Failure(
+    Reason.PIN_BUDGET, "pinned and merged adapters may take half of the device's adapter memory"
+)
 
 
 @dataclass(slots=True)

@@ -21,7 +21,6 @@ from typing import cast
 
 from loraplex_model.base.refusal import Reason, Refusal
 
-from loraplex_server.engine.adapters.auto_merge import MergePolicy
 from loraplex_server.engine.adapters.loader import ThreadLoader
 from loraplex_server.engine.core import EngineCore
 from loraplex_server.engine.messages import (
@@ -71,8 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         setup = EngineSetup.parse(argument)
         runner = _build(setup.runner)
         loader = ThreadLoader(runner, wake=lambda: inbox.put(None))
-        policy = MergePolicy() if setup.merge_auto else None
-        core = EngineCore(runner, setup.limits, loader=loader, merge_policy=policy)
+        core = EngineCore(runner, setup.limits, loader=loader)
     except Exception as error:
         log.exception("the engine cannot start")
         _send(front, [_fatal(error)])
