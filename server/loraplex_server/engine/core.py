@@ -95,21 +95,15 @@ class EngineCore:
             log.error("request id %d is in use; the second one is dropped", submit.id)
             return
         self._woken = True
-        waiting = [r for r in self._requests.values() if r.queue_seconds is None]
-        failure = refusal(
-            submit,
-            self._runner.info,
-            self._pool.num_blocks * self._pool.block_size,
-            self._limits,
-            len(waiting),
-            sum(r.prompt_len for r in waiting),
-        )
+        cache_tokens = self._pool.num_blocks * self._pool.block_size
+        waiting = [r.prompt_len for r in self._requests.values() if r.queue_seconds is None]
+        failure = refusal(submit, waiting, self._runner.info, cache_tokens, self._limits)
         if failure is not None:
             self._outputs.append(Output(id=submit.id, error=failure))
             return
         self._arrivals += 1
-        draw = Draw(submit.sampling, submit.token_ids)
-        request = Request(submit, self._arrivals, self._clock(), draw)
+        order, draw = (-submit.priority, self._arrivals), Draw(submit.sampling, submit.token_ids)
+        request = Request(submit, order, self._clock(), draw)
         self._requests[submit.id] = request
         if submit.deadline is not None:
             heapq.heappush(self._deadlines, (submit.deadline, submit.id))

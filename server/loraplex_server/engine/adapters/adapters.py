@@ -14,10 +14,9 @@ EngineCore --handle, want, release, settle--> Adapters
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 from loraplex_server.engine.adapters.host_tier import HostTier
-from loraplex_server.engine.adapters.loader import Loader, LoadLanes, ReadResult
+from loraplex_server.engine.adapters.loader import Loader, LoadLanes, Read
 from loraplex_server.engine.adapters.merging import Merging
 from loraplex_server.engine.adapters.residency import Residency
 from loraplex_server.engine.adapters.slots import AdapterSlots
@@ -68,7 +67,7 @@ class Adapters:
         At most one adapter or one set of dense copies is put on the device.
         """
         for result in self._lanes.finished():
-            if isinstance(result, ReadResult):
+            if isinstance(result.task, Read):
                 self.residency.end_read(result)
             else:
                 self.merging.end_merge(result)
@@ -76,9 +75,10 @@ class Adapters:
         self.merging.begin()
         if not settled.published:
             self.merging.publish()
-        replies = self._replies.copy()
+        settled.replies.extend(self._replies)
         self._replies.clear()
-        return replace(settled, replies=replies, more=settled.more or self.merging.has_more)
+        settled.more |= self.merging.has_more
+        return settled
 
     def overdue_unloads(self, now: float) -> list[tuple[str, bool]]:
         """Adapters whose requests must end now; see `Residency.overdue_unloads`."""
@@ -98,11 +98,6 @@ class Adapters:
     def version(self) -> int:
         """Grows whenever `statuses` changes by more than references and times."""
         return self.slots.version + self.residency.fetching.version + self.merging.version
-
-    @property
-    def uses(self) -> int:
-        """Grows whenever references or times in `statuses` change."""
-        return self.slots.uses
 
     def statuses(self) -> list[AdapterStatus]:
         """Status of every adapter that is on the device, in host memory, or on its way."""

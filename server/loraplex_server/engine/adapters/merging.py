@@ -23,8 +23,8 @@ from loraplex_model.base.refusal import Reason
 
 from loraplex_server.engine.adapters.host_tier import HostTier
 from loraplex_server.engine.adapters.loader import (
+    LoaderResult,
     LoadLanes,
-    MergeResult,
     MergeWeights,
     failure_of,
 )
@@ -141,21 +141,21 @@ class Merging:
 
     # progress
 
-    def end_merge(self, result: MergeResult) -> None:
+    def end_merge(self, result: LoaderResult) -> None:
         """Accepts the result of a finished merge."""
         merge = self._current
         assert merge is not None, "a merge ended that was not begun"
-        assert merge.resident.digest == result.ref.digest, "another adapter was merged"
+        assert merge.resident.digest == result.task.ref.digest, "another adapter was merged"
         merge.seconds = result.seconds
-        if result.merged is None:
+        if result.copies is None:
             assert result.failure is not None
             self._fail(merge, result.failure)
         elif not self._is_resident(merge):
             self._fail(merge, GONE)
-        elif (failure := self._lack_of_room(result.merged.nbytes)) is not None:
+        elif (failure := self._lack_of_room(result.copies.nbytes)) is not None:
             self._fail(merge, failure)
         else:
-            merge.copies = result.merged
+            merge.copies = result.copies
 
     def begin(self) -> None:
         """Starts the next merge if a lane is free. Called between steps."""

@@ -53,7 +53,7 @@ Inbox = queue.SimpleQueue[ToEngine | None]
 """Messages from the front; None only wakes the loop after a loader task."""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main() -> int:
     """Runs the engine until the front is gone; returns the exit status."""
     # The front decides when the engine ends: a Ctrl-C in the terminal must not cut its drain short.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Adapters and caches are many megabytes with scattered access: on pages of 4 KiB every other
     # access would miss the TLB. torch reads this variable at its first allocation.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    (argument,) = sys.argv[1:] if arguments is None else arguments
+    (argument,) = sys.argv[1:]
     front = socket.socket(fileno=int(os.environ[wire.SOCKET_VARIABLE]))
     inbox: Inbox = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(front, inbox), name="front", daemon=True).start()
@@ -125,7 +125,7 @@ def _receive(front: socket.socket, inbox: Inbox) -> None:
     try:
         while data := front.recv(1 << 20):
             for payload in frames.feed(data):
-                inbox.put(wire.decode_to_engine(payload))
+                inbox.put(wire.decode(payload, wire.TO_ENGINE))
     except wire.WireError as error:
         log.error("the front sent bytes that are not a message: %s", error)
         status = EXIT_BAD_FRAME
