@@ -24,7 +24,7 @@ class Want:
 
 @dataclass(slots=True)
 class Settled:
-    """What one call of `settle` brought about.
+    """The result of one call of `settle`.
 
     Attributes:
         granted: requests that have all their adapters pinned now.
