@@ -5,8 +5,7 @@
 
 Measures steps of the default model with 1, 4, 16 and 64 decode rows at 128 tokens of context, and
 with one prompt chunk of 128 tokens. Merged and unmerged steps alternate, and the ratio is that of
-their medians: below 1, merging is faster. The last line of output is one JSON
-object.
+their medians: below 1, merging is faster. The last line of output is one JSON object.
 """
 
 from __future__ import annotations
