@@ -1,12 +1,11 @@
 """Measures the gain of merging: time of a step with one adapter, merged over unmerged.
 
     python bench/merge_gain.py --rank 16 --rounds 40
-    python bench/merge_gain.py --engine --rank 64 --rounds 16
+    python bench/merge_gain.py --rank 64 --rounds 40
 
 Measures steps of the default model with 1, 4, 16 and 64 decode rows at 128 tokens of context, and
 with one prompt chunk of 128 tokens. Merged and unmerged steps alternate, and the ratio is that of
-their medians: below 1, merging is faster. With `--engine`, measures whole rounds of requests with
-automatic merging off and on; see `merge_engine.py`. The last line of output is one JSON object.
+their medians: below 1, merging is faster. The last line of output is one JSON object.
 """
 
 from __future__ import annotations
@@ -94,20 +93,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Compare the time of merged and unmerged steps.")
     parser.add_argument("--cache", type=Path, default=base.CACHE)
     parser.add_argument("--rank", type=int, default=16, help="rank of the adapter")
-    parser.add_argument("--rounds", type=int, default=40, help="timed steps or rounds of each kind")
-    parser.add_argument("--engine", action="store_true", help="measure rounds of requests")
-    parser.add_argument("--requests", type=int, default=16, help="with --engine: requests a round")
-    parser.add_argument("--prompt", type=int, default=128, help="with --engine: prompt tokens")
-    parser.add_argument("--new", type=int, default=64, help="with --engine: new tokens")
+    parser.add_argument("--rounds", type=int, default=40, help="timed steps of each kind")
     args = parser.parse_args(argv)
-    if args.engine:
-        import merge_engine
-
-        load = merge_engine.Load(args.requests, args.prompt, args.new)
-        result = merge_engine.run(args.cache, args.rank, args.rounds, load)
-    else:
-        result = run(args.cache, args.rank, args.rounds)
-    print(report.json_line(result))
+    print(report.json_line(run(args.cache, args.rank, args.rounds)))
     return 0
 
 

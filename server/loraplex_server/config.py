@@ -107,9 +107,6 @@ class Config(BaseSettings):
     loading such an adapter can make a step longer than any prompt does."""
     merge_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the dense weights of merged adapters; `auto` uses dtype."""
-    merge_auto: bool = False
-    """Merge an adapter automatically while most requests use it and steps are measured to be faster
-    that way."""
 
     max_context: int = Field(0, ge=0)
     """Longest prompt and answer together, in tokens; 0 uses the model's context length."""
@@ -182,7 +179,7 @@ class Config(BaseSettings):
         """Settings of the engine process."""
         custom = CustomRunner(self.engine_factory, self.engine_options or {})
         runner = custom if self.engine_factory else self.runner_config()
-        return EngineSetup(runner, self.engine_limits(), self.merge_auto)
+        return EngineSetup(runner, self.engine_limits())
 
     def runner_config(self) -> RunnerConfig:
         """Settings of the engine's runner for a real model."""

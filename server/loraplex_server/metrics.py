@@ -141,17 +141,10 @@ class Metrics:
     def on_merge(self, done: MergeDone) -> None:
         """Records the end of a merge or unmerge, successful or not."""
         change = "merge" if done.merged else "unmerge"
-        cause = "automatic" if done.automatic else "order"
         result = "ok" if done.error is None else "error"
-        self.series.adapter_merges.labels(change, cause, result).inc()
+        self.series.adapter_merges.labels(change, "order", result).inc()
         if done.error is None and done.merged:
             self.series.adapter_merge_seconds.observe(done.seconds)
-        for weights, seconds in (
-            ("unmerged", done.unmerged_step_seconds),
-            ("merged", done.merged_step_seconds),
-        ):
-            if seconds:
-                self.series.adapter_merge_step_seconds.labels(weights).set(seconds)
 
     def _set_held(self, device: int, host: int, merged: int, prefix_blocks: int) -> None:
         """Sets the bytes that adapters take in each tier, and the KV blocks of virtual tokens."""

@@ -118,14 +118,10 @@ class Series:
     adapter_merges = _counter(
         "Merges and unmerges.",
         change=("merge", "unmerge"),
-        cause=("order", "automatic"),
+        cause=("order",),
         result=_RESULTS,
     )
     adapter_merge_seconds = _histogram(_LONG, "Time to compute the dense copies of an adapter.")
-    adapter_merge_step_seconds = _gauge(
-        "Step time unmerged and merged, as the last automatic decision measured it.",
-        weights=("unmerged", "merged"),
-    )
     adapters = _gauge("Adapters by state.", state=("registered", *ADAPTER_STATES))
     adapter_bytes = _gauge("Bytes that adapters take.", tier=_TIERS)
     adapter_budget_bytes = _gauge("Bytes that adapters may take.", tier=_TIERS)

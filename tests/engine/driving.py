@@ -7,7 +7,6 @@ import json
 from typing import Any
 
 from engine.oracle import OracleRunner
-from loraplex_server.engine.adapters.auto_merge import MergePolicy
 from loraplex_server.engine.adapters.loader import LoaderResult, LoaderTask, Read, execute
 from loraplex_server.engine.batching.scheduler import EngineLimits
 from loraplex_server.engine.core import EngineCore
@@ -74,19 +73,12 @@ class ManualLoader:
 class Engine:
     """A core over an oracle, and everything that came out of it."""
 
-    def __init__(
-        self,
-        runner: OracleRunner | None = None,
-        merge_policy: MergePolicy | None = None,
-        **limits: int,
-    ) -> None:
+    def __init__(self, runner: OracleRunner | None = None, **limits: int) -> None:
         self.runner = runner or OracleRunner()
         self.runner.keep_batches = True
         self.clock = Clock()
         self.loader = ManualLoader(self.runner, self.clock)
-        self.core = EngineCore(
-            self.runner, EngineLimits(**limits), self.clock, self.loader, merge_policy
-        )
+        self.core = EngineCore(self.runner, EngineLimits(**limits), self.clock, self.loader)
         self.outputs: dict[int, list[Output]] = {}
         self.controls: dict[int, ControlDone] = {}
         self.loads: list[LoadDone] = []

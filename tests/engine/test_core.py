@@ -7,7 +7,14 @@ import pytest
 from engine.driving import GREEDY, Engine, adapter
 from engine.oracle import OracleRunner, continuation
 from loraplex_server.engine.core import MAX_FAULTS, EngineCore
-from loraplex_server.engine.messages import AdapterRef, Load, SamplingParams, StepReport, Submit
+from loraplex_server.engine.messages import (
+    AdapterRef,
+    Load,
+    Merge,
+    SamplingParams,
+    StepReport,
+    Submit,
+)
 
 
 def test_a_stop_token_ends_the_request_and_is_not_returned() -> None:
@@ -265,6 +272,21 @@ def test_statistics_tell_what_the_step_did() -> None:
     assert (stats.running, stats.waiting) == (3, 1)
     assert (stats.used_blocks, stats.free_blocks) == (12, 8)
     assert stats.adapter_bytes == 9
+
+
+def test_a_row_whose_request_ends_in_the_step_counts_as_what_it_was_computed_with() -> None:
+    engine = Engine(OracleRunner(merge_budget_bytes=10, num_slots=4))
+    merged, other = adapter("a", merge_nbytes=5), adapter("b")
+    engine.core.control(Merge(1, merged))
+    engine.core.control(Load(2, other))
+    engine.run()
+    for id, refs in enumerate(([merged], [merged], [other], [merged, other], []), 1):
+        engine.submit(id, [id], 1, adapters=refs)
+    done = engine.step()
+    assert done is not None
+    assert {output.id for output in done.outputs if output.finish} == {1, 2, 3, 4, 5}
+    stats = done.stats
+    assert (stats.base_rows, stats.merged_rows, stats.distinct_adapters) == (1, 2, 2)
 
 
 def test_a_second_request_with_a_live_id_is_dropped_and_harms_nobody() -> None:

@@ -13,7 +13,7 @@ from loraplex_adapters.store import Store
 from loraplex_model.base.batch import ForwardBatch
 from loraplex_model.base.refusal import Refusal
 from loraplex_model.ops import build as kernels
-from loraplex_server.engine.adapters.loader import LoaderTask, ReadResult
+from loraplex_server.engine.adapters.loader import LoaderResult, LoaderTask
 from loraplex_server.engine.core import EngineCore
 from loraplex_server.engine.messages import AdapterRef, Output, SamplingParams, StepReport, Submit
 from loraplex_server.engine.runner.config import RunnerConfig
@@ -125,16 +125,16 @@ class ReadsAtOnce:
 
     def __init__(self, runner: LocalRunner, good: str) -> None:
         self.runner, self.good = runner, good
-        self.results: list[ReadResult] = []
+        self.results: list[LoaderResult] = []
         self.lanes = 2
 
     def start(self, task: LoaderTask) -> None:
         loaded = self.runner.read_adapter(AdapterRef(self.good, task.ref.path))
         if task.ref.digest != self.good:
             loaded.packed.data.view(torch.float32).fill_(float("nan"))
-        self.results.append(ReadResult(task.ref, loaded, None))
+        self.results.append(LoaderResult(task, loaded))
 
-    def poll(self) -> ReadResult | None:
+    def poll(self) -> LoaderResult | None:
         return self.results.pop() if self.results else None
 
 

@@ -15,7 +15,6 @@ from hypothesis.stateful import (
     precondition,
     rule,
 )
-from loraplex_server.engine.adapters.auto_merge import MergePolicy
 from loraplex_server.engine.messages import AdapterRef, Load, Merge, SetPinned, Unload, Unmerge
 
 BUDGET = 100
@@ -33,7 +32,6 @@ CATALOGUE: dict[str, dict[str, object]] = {
     "nan": {"nbytes": 10, "nonfinite": True},
 }
 NAMES = st.sampled_from([*"aaaaaabbbbcccdvvvw", *CATALOGUE])
-EAGER = MergePolicy(upper=0.6, lower=0.5, window=2, samples=1, warmup=0, trial=4, backoff=1.0)
 CONTROL_REASONS = {
     "ADAPTER_INVALID",
     "ENGINE_FAULT",
@@ -96,7 +94,6 @@ class EngineMachine(RuleBasedStateMachine):
         host_budget=st.sampled_from([0, 50, 120, 1000]),
         merge_budget=st.sampled_from([0, 30, 70, 1000]),
         device=st.sampled_from(["cpu", "cuda:0"]),
-        automatic=st.booleans(),
     )
     def start(
         self,
@@ -109,7 +106,6 @@ class EngineMachine(RuleBasedStateMachine):
         host_budget: int,
         merge_budget: int,
         device: str,
-        automatic: bool,
     ) -> None:
         self.runner = OracleRunner(
             num_blocks=num_blocks,
@@ -125,7 +121,6 @@ class EngineMachine(RuleBasedStateMachine):
         self.max_waiting = 8
         self.engine = Engine(
             self.runner,
-            EAGER if automatic else None,
             token_budget=token_budget,
             max_running=min(max_running, token_budget),
             max_waiting=self.max_waiting,

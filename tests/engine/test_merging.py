@@ -1,18 +1,15 @@
-"""Merging by order and by itself: within the budget, undone at will, and nobody's tokens change."""
+"""Merging by order: within the budget, undone at will, and nobody's tokens change."""
 
 from __future__ import annotations
 
 import pytest
 from engine.driving import Engine, adapter
 from engine.oracle import OracleRunner, continuation
-from loraplex_server.engine.adapters.auto_merge import MergePolicy
 from loraplex_server.engine.adapters.loader import MergeWeights, Read
 from loraplex_server.engine.messages import AdapterRef, Load, Merge, SetPinned, Unload, Unmerge
 
 
-def engine_with(
-    budget: int = 100, policy: MergePolicy | None = None, host: int = 0, device: str = "cpu"
-) -> Engine:
+def engine_with(budget: int = 100, host: int = 0, device: str = "cpu") -> Engine:
     runner = OracleRunner(
         num_blocks=200,
         num_slots=8,
@@ -20,7 +17,7 @@ def engine_with(
         host_budget_bytes=host,
         device=device,
     )
-    return Engine(runner, policy)
+    return Engine(runner)
 
 
 def a(**options: int | bool) -> AdapterRef:
@@ -211,85 +208,3 @@ def test_merged_and_pinned_ones_take_half_of_the_memory_together() -> None:
     engine.core.control(SetPinned(6, adapter("c", nbytes=1), True))
     engine.run()
     assert reason(engine, 6) is None
-
-
-# by itself
-
-
-POLICY = MergePolicy(window=8, samples=4, warmup=1, backoff=30.0)
-
-
-def dominated(engine: Engine, steps: int, unmerged: float, with_copies: float) -> None:
-    """Steps with two rows of adapter a; the pass takes so long without copies, and with."""
-    forward = engine.runner.forward
-
-    def timed(batch: object) -> object:
-        engine.clock.now += with_copies if engine.runner.merges else unmerged
-        return forward(batch)  # type: ignore[arg-type]
-
-    engine.runner.forward = timed  # type: ignore[method-assign,assignment]
-    for id in (1, 2):
-        if id not in engine.core._requests:
-            engine.submit(id, [id], 500, adapters=[a()])
-    for _ in range(steps):
-        while engine.loader.jobs:
-            engine.loader.finish()
-        engine.step()
-    engine.runner.forward = forward  # type: ignore[method-assign]
-
-
-def test_a_dominating_adapter_is_merged_and_stays_if_that_pays() -> None:
-    engine = engine_with(policy=POLICY)
-    dominated(engine, 40, 1.0, 0.7)
-    assert merged(engine) == {"a": 60}
-    (done,) = engine.merges
-    assert (done.automatic, done.merged) == (True, True)
-    assert done.unmerged_step_seconds == pytest.approx(1.0)
-    assert done.merged_step_seconds == pytest.approx(0.7)
-
-
-def test_what_does_not_pay_is_taken_back_with_the_measurement() -> None:
-    engine = engine_with(policy=POLICY)
-    dominated(engine, 25, 1.0, 1.1)
-    assert merged(engine) == {}
-    (done,) = engine.merges
-    assert (done.automatic, done.merged) == (True, False)
-    assert done.merged_step_seconds == pytest.approx(1.1)
-
-
-def test_without_a_policy_nothing_is_merged() -> None:
-    engine = engine_with()
-    dominated(engine, 40, 1.0, 0.7)
-    assert engine.merges == []
-
-
-def test_an_automatic_merge_makes_room_for_an_ordered_one() -> None:
-    engine = engine_with(policy=POLICY)
-    dominated(engine, 40, 1.0, 0.7)
-    engine.core.control(Merge(1, adapter("b", merge_nbytes=50)))
-    dominated(engine, 5, 1.0, 0.7)
-    assert reason(engine, 1) is None
-    assert merged(engine) == {"b": 50}
-    assert [done.merged for done in engine.merges] == [True, False, True]
-
-
-def test_an_order_takes_an_automatic_merge_over() -> None:
-    engine = engine_with(policy=POLICY)
-    dominated(engine, 40, 1.0, 0.7)
-    engine.core.control(Merge(1, a()))
-    dominated(engine, 40, 1.0, 5.0)
-    assert reason(engine, 1) is None
-    assert merged(engine) == {"a": 60}
-
-
-def test_an_automatic_merge_gives_way_to_an_eviction() -> None:
-    engine = engine_with(policy=POLICY)
-    dominated(engine, 40, 1.0, 0.7)
-    for id in (1, 2):
-        engine.core.abort(id)
-    engine.core.control(Load(1, adapter("whole", nbytes=1000)))
-    engine.run()
-    assert reason(engine, 1) is None
-    assert engine.runner.merges == {}
-    assert engine.merges[-1].merged is False
-    engine.core.check()

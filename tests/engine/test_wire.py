@@ -67,19 +67,19 @@ FROM_ENGINE = [
         [AdapterStatus("sha256:00", "resident", 5, 1, "/store/00", merged_bytes=7, pinned=True)],
     ),
     LoadDone("sha256:00", 0.5, tier="host"),
-    MergeDone("sha256:00", True, 0.5, True, 0.2, 0.1),
+    MergeDone("sha256:00", True, 0.5),
     ControlDone(2, Failure(Reason.ADAPTER_INVALID, "bad")),
 ]
 
 
 @pytest.mark.parametrize("message", TO_ENGINE)
 def test_a_message_to_the_engine_arrives_as_it_was(message: object) -> None:
-    assert wire.decode_to_engine(wire.encode(message)[4:]) == message
+    assert wire.decode(wire.encode(message)[4:], wire.TO_ENGINE) == message
 
 
 @pytest.mark.parametrize("message", FROM_ENGINE)
 def test_a_message_from_the_engine_arrives_as_it_was(message: object) -> None:
-    assert wire.decode_from_engine(wire.encode(message)[4:]) == message
+    assert wire.decode(wire.encode(message)[4:], wire.FROM_ENGINE) == message
 
 
 STREAM = b"".join(wire.encode(message) for message in TO_ENGINE)
@@ -90,19 +90,19 @@ STREAM = b"".join(wire.encode(message) for message in TO_ENGINE)
 def test_frames_survive_any_cutting(cuts: list[int]) -> None:
     frames, got = wire.Frames(), []
     for begin, end in itertools.pairwise([0, *sorted(cuts), len(STREAM)]):
-        got += [wire.decode_to_engine(payload) for payload in frames.feed(STREAM[begin:end])]
+        got += [wire.decode(p, wire.TO_ENGINE) for p in frames.feed(STREAM[begin:end])]
     assert got == TO_ENGINE
 
 
 @settings(deadline=None)
 @given(st.binary(max_size=60))
 def test_other_bytes_are_no_message(payload: bytes) -> None:
-    for decode in (wire.decode_to_engine, wire.decode_from_engine):
+    for decoder in (wire.TO_ENGINE, wire.FROM_ENGINE):
         try:
-            message = decode(payload)
+            message = wire.decode(payload, decoder)
         except wire.WireError:
             continue
-        assert decode(wire.encode(message)[4:]) == message
+        assert wire.decode(wire.encode(message)[4:], decoder) == message
 
 
 def test_an_oversized_frame_is_refused_before_it_is_read() -> None:

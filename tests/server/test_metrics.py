@@ -129,24 +129,16 @@ def test_loads_are_counted_by_tier_and_result() -> None:
     assert value(metrics, "adapter_load_seconds_sum", tier="host") == 0.01
 
 
-def test_merges_are_counted_and_show_the_measurement_that_decided() -> None:
+def test_merges_are_counted_by_change_and_result() -> None:
     metrics = fresh()
     metrics.on_merge(MergeDone("sha256:a", True, 0.5))
-    metrics.on_merge(MergeDone("sha256:b", True, 0.25, True, 0.030, 0.020))
-    metrics.on_merge(MergeDone("sha256:b", False, 0.0, True, 0.030, 0.031))
+    metrics.on_merge(MergeDone("sha256:a", False, 0.0))
     failed = Failure(Reason.MERGE_BUDGET, "no room")
     metrics.on_merge(MergeDone("sha256:c", True, 0.0, error=failed))
-    for change, cause, result in (
-        ("merge", "order", "ok"),
-        ("merge", "order", "error"),
-        ("merge", "automatic", "ok"),
-        ("unmerge", "automatic", "ok"),
-    ):
-        labels = {"change": change, "cause": cause, "result": result}
+    for change, result in (("merge", "ok"), ("merge", "error"), ("unmerge", "ok")):
+        labels = {"change": change, "cause": "order", "result": result}
         assert value(metrics, "adapter_merges_total", **labels) == 1, labels
-    assert value(metrics, "adapter_merge_seconds_count") == 2
-    assert value(metrics, "adapter_merge_step_seconds", weights="unmerged") == 0.030
-    assert value(metrics, "adapter_merge_step_seconds", weights="merged") == 0.031
+    assert value(metrics, "adapter_merge_seconds_count") == 1
 
 
 def test_what_is_active_is_counted_by_adapter_and_survives_deletions() -> None:

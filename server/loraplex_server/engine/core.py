@@ -17,7 +17,6 @@ from loraplex_model.base.faults import reach
 from loraplex_model.base.refusal import Reason
 
 from loraplex_server.engine.adapters.adapters import Adapters
-from loraplex_server.engine.adapters.auto_merge import MergePolicy
 from loraplex_server.engine.adapters.loader import Loader, ThreadLoader
 from loraplex_server.engine.adapters.residency import UNLOADED
 from loraplex_server.engine.batching.admission import refusal
@@ -70,18 +69,14 @@ class EngineCore:
         limits: EngineLimits | None = None,
         clock: Callable[[], float] = time.monotonic,
         loader: Loader | None = None,
-        merge_policy: MergePolicy | None = None,
     ) -> None:
-        """`clock` gives the seconds in which deadlines are; `loader` defaults to threads.
-
-        With a `merge_policy` the engine also merges adapters without an order.
-        """
+        """`clock` gives the seconds in which deadlines are; `loader` defaults to threads."""
         self._runner = runner
         self._limits = limits or EngineLimits()
         self._clock = clock
         self._pool = BlockPool(runner.num_blocks, runner.block_size)
         self._scheduler = Scheduler(self._pool, self._limits)
-        self.adapters = Adapters(runner, loader or ThreadLoader(runner), clock, merge_policy)
+        self.adapters = Adapters(runner, loader or ThreadLoader(runner), clock)
         self._reporter = Reporter(self._scheduler, self.adapters, clock)
         self._requests: dict[int, Request] = {}
         self._deadlines: list[tuple[float, int]] = []
@@ -100,21 +95,15 @@ class EngineCore:
             log.error("request id %d is in use; the second one is dropped", submit.id)
             return
         self._woken = True
-        waiting = [r for r in self._requests.values() if r.queue_seconds is None]
-        failure = refusal(
-            submit,
-            self._runner.info,
-            self._pool.num_blocks * self._pool.block_size,
-            self._limits,
-            len(waiting),
-            sum(r.prompt_len for r in waiting),
-        )
+        cache_tokens = self._pool.num_blocks * self._pool.block_size
+        waiting = [r.prompt_len for r in self._requests.values() if r.queue_seconds is None]
+        failure = refusal(submit, waiting, self._runner.info, cache_tokens, self._limits)
         if failure is not None:
             self._outputs.append(Output(id=submit.id, error=failure))
             return
         self._arrivals += 1
-        draw = Draw(submit.sampling, submit.token_ids)
-        request = Request(submit, self._arrivals, self._clock(), draw)
+        order, draw = (-submit.priority, self._arrivals), Draw(submit.sampling, submit.token_ids)
+        request = Request(submit, order, self._clock(), draw)
         self._requests[submit.id] = request
         if submit.deadline is not None:
             heapq.heappush(self._deadlines, (submit.deadline, submit.id))
@@ -214,7 +203,6 @@ class EngineCore:
     def _compute(self, rows: Sequence[BatchRow]) -> Floats | None:
         """Logits of the forward pass. If it fails, its requests end; returns None."""
         batch = lay_out(rows)
-        begun = self._clock()
         try:
             reach("engine.before_step")
             logits: Floats = np.asarray(self._runner.forward(batch))
@@ -222,7 +210,6 @@ class EngineCore:
             self._fault(rows, "a forward pass failed; its %d requests fail")
             return None
         self._faults = 0
-        self.adapters.observe(rows, self._clock() - begun)
         return logits
 
     def _fault(self, rows: Sequence[BatchRow], text: str) -> None:

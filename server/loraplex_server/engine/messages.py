@@ -271,19 +271,11 @@ class LoadDone(msgspec.Struct, frozen=True, tag="load_done"):
 
 
 class MergeDone(msgspec.Struct, frozen=True, tag="merge_done"):
-    """An adapter was merged or unmerged, by order or by the engine itself (for metrics).
-
-    An `automatic` one carries the measurement that decided: seconds of similar forward passes,
-    unmerged and merged (0 if not measured). It is sent when a merge is kept and when one ends,
-    which includes tries that were not kept.
-    """
+    """A merge or an unmerge of an adapter ended or failed (for metrics)."""
 
     digest: str
     merged: bool
     seconds: float
-    automatic: bool = False
-    unmerged_step_seconds: float = 0.0
-    merged_step_seconds: float = 0.0
     error: Failure | None = None
 
 

@@ -54,7 +54,7 @@ class Reporter:
 
     def _table_is_due(self) -> bool:
         """Whether this step's message carries the table. If so, it is noted as sent."""
-        version, uses = self._adapters.version, self._adapters.uses
+        version, uses = self._adapters.version, self._adapters.slots.uses
         now = self._clock()
         recent = bool(self._scheduler.running) and now - self._table_at < TABLE_SECONDS
         if version == self._version and (uses == self._uses or recent):

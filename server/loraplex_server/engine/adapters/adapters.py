@@ -13,19 +13,16 @@ EngineCore --handle, want, release, settle--> Adapters
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 
-from loraplex_server.engine.adapters.auto_merge import AutoMerge, MergePolicy
 from loraplex_server.engine.adapters.host_tier import HostTier
-from loraplex_server.engine.adapters.loader import Loader, LoadLanes, ReadResult
+from loraplex_server.engine.adapters.loader import Loader, LoadLanes, Read
 from loraplex_server.engine.adapters.merging import Merging
 from loraplex_server.engine.adapters.residency import Residency
 from loraplex_server.engine.adapters.slots import AdapterSlots
 from loraplex_server.engine.adapters.table import statuses
 from loraplex_server.engine.adapters.wants import Settled
 from loraplex_server.engine.batching.request import Request
-from loraplex_server.engine.batching.scheduler import BatchRow
 from loraplex_server.engine.messages import AdapterStatus, Control, Reply, Unload, Unmerge
 from loraplex_server.engine.runner.protocol import ModelRunner
 
@@ -37,22 +34,13 @@ class Adapters:
         slots, host, residency, merging: the parts, for statistics and tests to read.
     """
 
-    def __init__(
-        self,
-        runner: ModelRunner,
-        loader: Loader,
-        clock: Callable[[], float],
-        merge_policy: MergePolicy | None,
-    ) -> None:
-        """With a `merge_policy`, adapters are also merged without an order."""
+    def __init__(self, runner: ModelRunner, loader: Loader, clock: Callable[[], float]) -> None:
         self._replies: list[Reply] = []
         self._lanes = LoadLanes(loader)
-        self._is_quiet = True
         reply = self._replies.append
         self.slots = AdapterSlots(runner, clock)
         self.host = HostTier(runner.host_budget_bytes, runner.info.device.startswith("cpu"))
-        automatic = AutoMerge(merge_policy) if merge_policy is not None else None
-        self.merging = Merging(runner, self.slots, self.host, self._lanes, clock, reply, automatic)
+        self.merging = Merging(runner, self.slots, self.host, self._lanes, clock, reply)
         self.residency = Residency(runner, self.slots, self.host, self._lanes, self.merging, reply)
 
     def want(self, request: Request) -> None:
@@ -79,7 +67,7 @@ class Adapters:
         At most one adapter or one set of dense copies is put on the device.
         """
         for result in self._lanes.finished():
-            if isinstance(result, ReadResult):
+            if isinstance(result.task, Read):
                 self.residency.end_read(result)
             else:
                 self.merging.end_merge(result)
@@ -87,14 +75,10 @@ class Adapters:
         self.merging.begin()
         if not settled.published:
             self.merging.publish()
-        self._is_quiet = self._lanes.is_quiet and not settled.published
-        replies = self._replies.copy()
+        settled.replies.extend(self._replies)
         self._replies.clear()
-        return replace(settled, replies=replies, more=settled.more or self.merging.has_more)
-
-    def observe(self, rows: Sequence[BatchRow], seconds: float) -> None:
-        """Shows automatic merging the rows of a forward pass that took `seconds`."""
-        self.merging.observe(rows, seconds, self._is_quiet)
+        settled.more |= self.merging.has_more
+        return settled
 
     def overdue_unloads(self, now: float) -> list[tuple[str, bool]]:
         """Adapters whose requests must end now; see `Residency.overdue_unloads`."""
@@ -114,11 +98,6 @@ class Adapters:
     def version(self) -> int:
         """Grows whenever `statuses` changes by more than references and times."""
         return self.slots.version + self.residency.fetching.version + self.merging.version
-
-    @property
-    def uses(self) -> int:
-        """Grows whenever references or times in `statuses` change."""
-        return self.slots.uses
 
     def statuses(self) -> list[AdapterStatus]:
         """Status of every adapter that is on the device, in host memory, or on its way."""

@@ -8,10 +8,10 @@ staged adapter and the reads in flight.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 from loraplex_server.engine.adapters.host_tier import HostAdapter, HostTier
-from loraplex_server.engine.adapters.loader import LoadLanes, Read, ReadResult
+from loraplex_server.engine.adapters.loader import LoaderResult, LoadLanes, Read
 from loraplex_server.engine.messages import AdapterRef
 
 
@@ -49,45 +49,46 @@ class Fetching:
 
     def is_coming(self, digest: str) -> bool:
         """Whether an adapter is being read or staged."""
-        is_staged = self.staged is not None and self.staged.digest == digest
-        return is_staged or digest in self._reading
+        return any(ref.digest == digest for ref in self.coming)
 
-    def start_reads(self, head_missing: list[AdapterRef], others: Iterable[AdapterRef]) -> None:
+    def start_reads(
+        self, head_missing: Mapping[str, AdapterRef], missing: Mapping[str, AdapterRef]
+    ) -> None:
         """Starts as many reads as lanes allow.
 
-        `head_missing` lists what the head want lacks: one of these is read in the foreground unless
-        an adapter is staged or one of these is being read. The rest and then `others` are read
-        ahead, while the host tier may have room for them.
+        `head_missing` is what the head want lacks: one of these is read in the foreground unless an
+        adapter is staged or one of these is being read. The rest of `missing`, which any want
+        lacks, are read ahead in its order while the host tier may have room for them.
         """
-        is_reading = any(ref.digest in self._reading for ref in head_missing)
-        if head_missing and self.staged is None and not is_reading:
-            self._start(head_missing[0], ahead=False)
+        self._no_room.intersection_update(missing)
+        is_served = self.staged is not None or any(d in self._reading for d in head_missing)
+        if head_missing and not is_served and self._lanes.is_free(background=False):
+            self._start(next(iter(head_missing.values())), ahead=False)
         if not self._host.budget:
             return
-        for ref in (*head_missing, *others):
+        for ref in (*head_missing.values(), *missing.values()):
             if not self._lanes.is_free(background=True):
                 break
             is_kept = ref.digest in self._host.adapters
             if not (is_kept or ref.digest in self._no_room or self.is_coming(ref.digest)):
                 self._start(ref, ahead=True)
 
-    def end_read(self, result: ReadResult) -> bool:
+    def end_read(self, digest: str) -> bool:
         """Notes the end of a read; False if its adapter was given up meanwhile."""
-        digest = result.ref.digest
         del self._reading[digest]
         self.version += 1
         given_up = digest in self._unwanted
         self._unwanted.discard(digest)
         return not given_up
 
-    def keep(self, result: ReadResult, wanted: Collection[str]) -> None:
+    def keep(self, result: LoaderResult, wanted: Collection[str]) -> None:
         """Puts an adapter just read into the host tier, if that leaves those in `wanted`."""
         held = _held(result)
         held.ahead = held.digest in wanted
         if not self._host.put(held, wanted) and held.ahead:
             self._no_room.add(held.digest)
 
-    def stage(self, result: ReadResult) -> None:
+    def stage(self, result: LoaderResult) -> None:
         """Stages an adapter just read."""
         assert self.staged is None, "an adapter is staged already"
         self.staged = _held(result)
@@ -135,13 +136,7 @@ class Fetching:
         if digest in self._reading:
             self._unwanted.add(digest)
 
-    def forget_no_room(self, wanted: Collection[str]) -> None:
-        """Forgets that the host tier had no room for adapters that are not `wanted` any more."""
-        self._no_room.intersection_update(wanted)
-
     def _start(self, ref: AdapterRef, ahead: bool) -> None:
-        if not self._lanes.is_free(ahead):
-            return
         self._no_room.discard(ref.digest)
         self._reading[ref.digest] = ref
         self.ahead += ahead
@@ -149,6 +144,6 @@ class Fetching:
         self.version += 1
 
 
-def _held(result: ReadResult) -> HostAdapter:
+def _held(result: LoaderResult) -> HostAdapter:
     assert result.adapter is not None, "a failed read brings no adapter"
-    return HostAdapter(result.ref, result.adapter, result.seconds)
+    return HostAdapter(result.task.ref, result.adapter, result.seconds)

@@ -28,14 +28,14 @@ NICE = 10
 """Added to the niceness of loader threads (Linux)."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Read:
     """Task: read an adapter's files and pack its weights."""
 
     ref: AdapterRef
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class MergeWeights:
     """Task: compute an adapter's dense copies. Without `adapter`, its files are read first."""
 
@@ -47,26 +47,14 @@ LoaderTask = Read | MergeWeights
 
 
 @dataclass(frozen=True, slots=True)
-class ReadResult:
-    """Result of `Read`: the packed adapter or a failure, and the seconds taken."""
+class LoaderResult:
+    """Result of a task: `adapter` of `Read`, `copies` of `MergeWeights`, or a failure of either."""
 
-    ref: AdapterRef
-    adapter: LoadedAdapter | None
-    failure: Failure | None
+    task: LoaderTask
+    adapter: LoadedAdapter | None = None
+    copies: MergedWeights | None = None
+    failure: Failure | None = None
     seconds: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class MergeResult:
-    """Result of `MergeWeights`: the dense copies or a failure, and the seconds taken."""
-
-    ref: AdapterRef
-    merged: MergedWeights | None
-    failure: Failure | None
-    seconds: float = 0.0
-
-
-LoaderResult = ReadResult | MergeResult
 
 
 class Loader(Protocol):
@@ -86,21 +74,16 @@ def execute(
 ) -> LoaderResult:
     """Runs a task. Every exception becomes a failure whose text a client may see."""
     begun = clock()
-    match task:
-        case Read():
-            try:
-                adapter = _read(runner, task.ref)
-                return ReadResult(task.ref, adapter, None, clock() - begun)
-            except Exception as error:
-                failure = failure_of(error, f"reading adapter {task.ref.digest}")
-                return ReadResult(task.ref, None, failure, clock() - begun)
-        case MergeWeights():
-            try:
-                merged = runner.merge_adapter(task.adapter or _read(runner, task.ref))
-                return MergeResult(task.ref, merged, None, clock() - begun)
-            except Exception as error:
-                failure = failure_of(error, f"merging adapter {task.ref.digest}")
-                return MergeResult(task.ref, None, failure, clock() - begun)
+    try:
+        if isinstance(task, Read):
+            adapter = _read(runner, task.ref)
+            return LoaderResult(task, adapter=adapter, seconds=clock() - begun)
+        copies = runner.merge_adapter(task.adapter or _read(runner, task.ref))
+        return LoaderResult(task, copies=copies, seconds=clock() - begun)
+    except Exception as error:
+        doing = "reading" if isinstance(task, Read) else "merging"
+        failure = failure_of(error, f"{doing} adapter {task.ref.digest}")
+        return LoaderResult(task, failure=failure, seconds=clock() - begun)
 
 
 def failure_of(error: Exception, doing: str) -> Failure:
@@ -162,39 +145,29 @@ def _lower_priority() -> None:
 
 
 class LoadLanes:
-    """Counts the busy lanes of a loader, and keeps one free of background tasks."""
+    """The tasks that a loader runs; one lane is kept free of background tasks."""
 
     def __init__(self, loader: Loader) -> None:
         assert loader.lanes >= 2, "background tasks would take the only lane"
         self._loader = loader
-        self._busy = 0
-        self._background: set[tuple[type[LoaderTask], str]] = set()
-
-    @property
-    def is_quiet(self) -> bool:
-        """Whether no task runs, so that a forward pass has the processor to itself."""
-        return self._busy == 0
+        self._is_background: dict[LoaderTask, bool] = {}
 
     def is_free(self, background: bool) -> bool:
         """Whether a task may start now."""
-        if self._busy >= self._loader.lanes:
+        if len(self._is_background) >= self._loader.lanes:
             return False
-        return not background or len(self._background) < self._loader.lanes - 1
+        return not background or sum(self._is_background.values()) < self._loader.lanes - 1
 
     def start(self, task: LoaderTask, background: bool) -> None:
         """Starts a task. A lane must be free for it."""
         assert self.is_free(background), "a task is started without a lane"
-        self._busy += 1
-        if background:
-            self._background.add((type(task), task.ref.digest))
+        self._is_background[task] = background
         self._loader.start(task)
 
     def finished(self) -> list[LoaderResult]:
         """Takes out the results of the tasks that ended since the last call."""
         results: list[LoaderResult] = []
         while (result := self._loader.poll()) is not None:
-            self._busy -= 1
-            kind = Read if isinstance(result, ReadResult) else MergeWeights
-            self._background.discard((kind, result.ref.digest))
+            del self._is_background[result.task]
             results.append(result)
         return results

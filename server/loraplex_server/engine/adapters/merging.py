@@ -1,38 +1,34 @@
 """Dense copies of the matrices that an adapter changes: when they are made, used and dropped.
 
-A merge is computed on a loader thread, into a reserved part of the merge budget, and published
-between steps. From then on the rows that use that adapter alone at weight 1 use the copies; all
-other rows use the untouched base. Dropping the copies restores every bit. The copies never exceed
-the budget: a merge without room is refused before any work.
+A merge is computed on a loader thread and published between steps. From then on the rows that use
+that adapter alone at weight 1 use the copies; all other rows use the untouched base. Dropping the
+copies restores every bit. The copies never exceed the merge budget: a merge without room is refused
+before any work.
 
-An adapter merged by order is held on the device until it is unmerged or unloaded, and counts among
-the pinned ones. An adapter merged automatically is not held: it loses its copies when it is evicted
-or when an order needs their room. Orders for one adapter take effect in their order.
+A merged adapter is held on the device until it is unmerged or unloaded, and counts among the pinned
+ones. Orders for one adapter take effect in their order.
 
     order --expect--> (its adapter loads) --accept--> queue --begin--> computed --publish--> in use
                               |                         |                  |
-                            refuse                     fail               fail
+                           answer                      fail               fail
 """
 
 from __future__ import annotations
 
-import logging
-from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from loraplex_model.base.refusal import Reason
 
-from loraplex_server.engine.adapters.auto_merge import AutoMerge, Measurement, Move
 from loraplex_server.engine.adapters.host_tier import HostTier
 from loraplex_server.engine.adapters.loader import (
+    LoaderResult,
     LoadLanes,
-    MergeResult,
     MergeWeights,
     failure_of,
 )
-from loraplex_server.engine.adapters.slots import AdapterSlots, Resident
-from loraplex_server.engine.batching.scheduler import BatchRow
+from loraplex_server.engine.adapters.slots import PIN_BUDGET, AdapterSlots, Resident
 from loraplex_server.engine.messages import (
     AdapterRef,
     ControlDone,
@@ -44,20 +40,16 @@ from loraplex_server.engine.messages import (
 )
 from loraplex_server.engine.runner.protocol import MergedWeights, ModelRunner
 
-log = logging.getLogger(__name__)
-
 GONE = Failure(Reason.ADAPTER_UNLOADED, "the adapter was unloaded before it was merged")
 NOTHING = Failure(Reason.MERGE_UNSUPPORTED, "the adapter changes no matrix that could be merged")
-HOLD = Failure(Reason.PIN_BUDGET, "merged and pinned adapters may take half of the adapter memory")
 
 
 @dataclass(slots=True, eq=False)
 class _Merge:
-    """An accepted merge: the order's `op` (None: automatic), its reservation and its result."""
+    """The merge that the order `op` asked for; `copies` and `seconds` once it is computed."""
 
-    op: int | None
+    op: int
     resident: Resident
-    reserved: int = 0
     copies: MergedWeights | None = None
     seconds: float = 0.0
 
@@ -77,7 +69,6 @@ class Merging:
         lanes: LoadLanes,
         clock: Callable[[], float],
         reply: Callable[[Reply], None],
-        automatic: AutoMerge | None = None,
     ) -> None:
         """`reply` receives answers to orders, and a `MergeDone` for every merge and unmerge."""
         self._runner = runner
@@ -86,7 +77,6 @@ class Merging:
         self._lanes = lanes
         self._clock = clock
         self._reply = reply
-        self._automatic = automatic
         self._ordered: dict[int, str] = {}
         self._unmerges: dict[str, list[int]] = {}
         self._queue: deque[_Merge] = deque()
@@ -96,19 +86,21 @@ class Merging:
     # orders
 
     def expect(self, order: Merge) -> None:
-        """Notes an order whose adapter is still to be loaded; `accept` or `refuse` follows."""
+        """Notes an order whose adapter is still to be loaded; `accept` or `answer` follows."""
         self._ordered[order.op] = order.adapter.digest
 
     def accept(self, op: int, resident: Resident) -> None:
         """Queues an order's merge: its adapter is on the device."""
-        if not self._slots.may_hold(resident):
-            self.refuse(op, HOLD)
-        else:
+        if self._slots.may_hold(resident):
             self._queue.append(_Merge(op, resident))
+        else:
+            self.answer(op, PIN_BUDGET)
 
-    def refuse(self, op: int, failure: Failure) -> None:
-        """Answers an order with a failure."""
-        self._answer(op, failure)
+    def answer(self, op: int, failure: Failure | None = None) -> None:
+        """Answers an order to merge. Without a `failure`, the copies are in use."""
+        digest = self._ordered.pop(op)
+        self._reply(ControlDone(op, failure))
+        self._unmerge_if_due(digest)
 
     def unmerge(self, order: Unmerge) -> None:
         """Drops an adapter's copies, after the merges of it that were ordered before."""
@@ -119,8 +111,8 @@ class Merging:
 
     @property
     def is_idle(self) -> bool:
-        """Whether no order is unanswered and no merge is queued or under way."""
-        return not (self._ordered or self._unmerges or self._queue) and self._current is None
+        """Whether every order is answered; so no merge is queued or under way."""
+        return not self._ordered and not self._unmerges
 
     @property
     def has_more(self) -> bool:
@@ -137,7 +129,11 @@ class Merging:
     @property
     def reserved_nbytes(self) -> int:
         """Bytes of the copies in use and of those being computed."""
-        return self.nbytes + (self._current.reserved if self._current is not None else 0)
+        merge = self._current
+        if merge is None:
+            return self.nbytes
+        expected = merge.resident.merge_nbytes
+        return self.nbytes + (expected if merge.copies is None else merge.copies.nbytes)
 
     def check(self) -> None:
         """Verifies the budget. Raises `AssertionError`."""
@@ -145,33 +141,31 @@ class Merging:
 
     # progress
 
-    def end_merge(self, result: MergeResult) -> None:
+    def end_merge(self, result: LoaderResult) -> None:
         """Accepts the result of a finished merge."""
         merge = self._current
         assert merge is not None, "a merge ended that was not begun"
-        assert merge.resident.digest == result.ref.digest, "another adapter was merged"
+        assert merge.resident.digest == result.task.ref.digest, "another adapter was merged"
         merge.seconds = result.seconds
-        if result.merged is None:
+        if result.copies is None:
             assert result.failure is not None
             self._fail(merge, result.failure)
         elif not self._is_resident(merge):
             self._fail(merge, GONE)
-        elif result.merged.nbytes > merge.reserved and not self._fits(result.merged.nbytes, merge):
-            self._fail(merge, self._no_room(result.merged.nbytes))
+        elif (failure := self._lack_of_room(result.copies.nbytes)) is not None:
+            self._fail(merge, failure)
         else:
-            merge.reserved = result.merged.nbytes
-            merge.copies = result.merged
+            merge.copies = result.copies
 
     def begin(self) -> None:
         """Starts the next merge if a lane is free. Called between steps."""
-        self._decide()
         while self._current is None and self._queue and self._lanes.is_free(background=True):
             merge = self._queue.popleft()
             failure = self._objection(merge)
             if failure is not None:
                 self._fail(merge, failure)
             elif merge.resident.merged_bytes:
-                self._complete(merge)
+                self.answer(merge.op)
             else:
                 self._start(merge)
 
@@ -186,22 +180,16 @@ class Merging:
         except Exception as error:
             self._fail(merge, failure_of(error, f"publishing the merge of {resident.digest}"))
             return
-        merge.seconds += self._clock() - begun
         resident.merged_bytes = merge.copies.nbytes
         self._current = None
         self.version += 1
-        if merge.op is None:
-            assert self._automatic is not None
-            self._automatic.merged()
-            log.info("trying adapter %s merged", resident.digest)
-        else:
-            self._reply(MergeDone(resident.digest, True, merge.seconds))
-            self._complete(merge)
+        seconds = merge.seconds + self._clock() - begun
+        self._reply(MergeDone(resident.digest, True, seconds))
+        self.answer(merge.op)
 
     def on_removed(self, resident: Resident) -> None:
         """Notes that an adapter has left the device, and its copies with it."""
         if resident.merged_bytes:
-            resident.merged_bytes = 0
             self._on_unmerged(resident, 0.0)
         current = self._current
         if current is not None and current.resident is resident and current.copies is not None:
@@ -210,57 +198,10 @@ class Merging:
             self._queue.remove(merge)
             self._fail(merge, GONE)
 
-    def observe(self, rows: Sequence[BatchRow], seconds: float, is_quiet: bool) -> None:
-        """Shows automatic merging a forward pass; see `AutoMerge.observe`."""
-        if self._automatic is None:
-            return
-        alone = Counter(d for row in rows if (d := row.request.sole_adapter) is not None)
-        tokens = sum(row.count for row in rows)
-        self._automatic.observe(alone, len(rows), tokens, seconds, is_quiet)
-
-    # automatic merges
-
-    def _decide(self) -> None:
-        automatic = self._automatic
-        decision = automatic.decide(self._clock()) if automatic is not None else None
-        if automatic is None or decision is None:
-            return
-        resident = self._slots.residents.get(decision.digest)
-        match decision.kind:
-            case Move.TRY if resident is not None and _may_be_tried(resident):
-                self._queue.append(_Merge(None, resident))
-            case Move.TRY:
-                automatic.ended(self._clock())
-            case Move.KEEP:
-                self._report(decision.digest, True, 0.0, decision.measurement)
-            case Move.LEAVE if resident is not None and resident.merged_bytes:
-                self._drop(resident)
-
-    def _on_unmerged(self, resident: Resident, seconds: float) -> None:
-        """Reports that an adapter's copies are gone; dropping them took `seconds`."""
-        self.version += 1
-        if self._automatic is not None and self._automatic.subject == resident.digest:
-            measurement = self._automatic.measurement
-            self._automatic.ended(self._clock())
-            self._report(resident.digest, False, seconds, measurement)
-        else:
-            self._reply(MergeDone(resident.digest, False, seconds))
-
-    def _report(
-        self, digest: str, merged: bool, seconds: float, measured: Measurement | None
-    ) -> None:
-        before, after = (measured.unmerged, measured.merged) if measured else (0.0, 0.0)
-        done = MergeDone(digest, merged, seconds, True, before, after)
-        log.info("%s", done)
-        self._reply(done)
-
     # one merge
 
     def _objection(self, merge: _Merge) -> Failure | None:
-        """Why a merge cannot start now; None if it can, or if the adapter is merged already.
-
-        An order takes the room of automatically merged adapters.
-        """
+        """Why a merge cannot start now; None if it can, or if the adapter is merged already."""
         resident = merge.resident
         if not self._is_resident(merge):
             return GONE
@@ -268,86 +209,57 @@ class Merging:
             return None
         if not resident.merge_nbytes:
             return NOTHING
-        while not self._fits(resident.merge_nbytes, merge):
-            given_up = self._merged_automatically()
-            if merge.op is None or given_up is None:
-                return self._no_room(resident.merge_nbytes)
-            self._drop(given_up)
-        if merge.op is not None and not self._slots.may_hold(resident):
-            return HOLD
-        return None
+        failure = self._lack_of_room(resident.merge_nbytes)
+        if failure is None and not self._slots.may_hold(resident):
+            return PIN_BUDGET
+        return failure
 
     def _start(self, merge: _Merge) -> None:
-        resident = merge.resident
-        merge.reserved = resident.merge_nbytes
-        resident.merge_ordered |= merge.op is not None
         self._current = merge
+        resident = merge.resident
+        resident.merge_ordered = True
         ref = AdapterRef(resident.digest, resident.path)
         held = self._host.get(resident.digest)
         self._lanes.start(MergeWeights(ref, held.adapter if held else None), background=True)
-
-    def _complete(self, merge: _Merge) -> None:
-        """Answers the order of a merge whose copies are in use."""
-        if merge.op is None:
-            return
-        merge.resident.merge_ordered = True
-        if self._automatic is not None and self._automatic.subject == merge.resident.digest:
-            self._automatic.reset()
-        self._answer(merge.op)
 
     def _fail(self, merge: _Merge, failure: Failure) -> None:
         if self._current is merge:
             self._current = None
             merge.resident.merge_ordered = False
-        digest = merge.resident.digest
-        automatic = merge.op is None
-        self._reply(MergeDone(digest, False, merge.seconds, automatic, error=failure))
-        if merge.op is not None:
-            self.refuse(merge.op, failure)
-        elif self._automatic is not None:
-            self._automatic.ended(self._clock())
-
-    def _answer(self, op: int, failure: Failure | None = None) -> None:
-        digest = self._ordered.pop(op)
-        self._reply(ControlDone(op, failure))
-        self._unmerge_if_due(digest)
+        self._reply(MergeDone(merge.resident.digest, False, merge.seconds, failure))
+        self.answer(merge.op, failure)
 
     def _unmerge_if_due(self, digest: str) -> None:
         if digest not in self._unmerges or digest in self._ordered.values():
             return
         resident = self._slots.residents.get(digest)
         if resident is not None and resident.merged_bytes:
-            self._drop(resident)
+            begun = self._clock()
+            self._runner.remove_merge(resident.slot)
+            self._on_unmerged(resident, self._clock() - begun)
         for op in self._unmerges.pop(digest):
             self._reply(ControlDone(op))
 
-    def _drop(self, resident: Resident) -> None:
-        begun = self._clock()
-        self._runner.remove_merge(resident.slot)
+    def _on_unmerged(self, resident: Resident, seconds: float) -> None:
+        """Notes that an adapter's copies are gone; dropping them took `seconds`."""
         resident.merged_bytes = 0
         resident.merge_ordered = False
-        self._on_unmerged(resident, self._clock() - begun)
+        self.version += 1
+        self._reply(MergeDone(resident.digest, False, seconds))
 
     def _is_resident(self, merge: _Merge) -> bool:
         """Whether the adapter is still in the slot for which the merge was accepted."""
         there = self._slots.residents.get(merge.resident.digest)
         return there is merge.resident and not there.draining
 
-    def _merged_automatically(self) -> Resident | None:
-        residents = self._slots.residents.values()
-        return next((r for r in residents if r.merged_bytes and not r.merge_ordered), None)
+    def _lack_of_room(self, nbytes: int) -> Failure | None:
+        """The failure of copies of `nbytes` that do not fit beside those in use; None if they do.
 
-    def _fits(self, nbytes: int, merge: _Merge) -> bool:
-        others = self.reserved_nbytes - (merge.reserved if merge is self._current else 0)
-        return others + nbytes <= self._runner.merge_budget_bytes
-
-    def _no_room(self, nbytes: int) -> Failure:
-        text = (
-            f"the dense copies take {nbytes} bytes; of the {self._runner.merge_budget_bytes} for "
-            f"all, {self.reserved_nbytes} are in use"
-        )
+        At most one merge is computed at a time, so no other reservation counts.
+        """
+        budget = self._runner.merge_budget_bytes
+        if self.nbytes + nbytes <= budget:
+            return None
+        used = self.nbytes
+        text = f"the dense copies take {nbytes} bytes; of the {budget} for all, {used} are in use"
         return Failure(Reason.MERGE_BUDGET, text)
-
-
-def _may_be_tried(resident: Resident) -> bool:
-    return bool(resident.merge_nbytes) and not (resident.merged_bytes or resident.draining)

@@ -12,7 +12,7 @@ before anything is evicted for it: a bad adapter harms only the requests that wa
 files of later wants are read ahead. At most one adapter is put on the device per step, so a burst
 of loads delays running requests by one publication per step and no more.
 
-    files --read--> ReadResult --+--keep--> host tier <----------+
+    files ---------read----------+--keep--> host tier <----------+
                                  |          |      ^             |
                                stage      stage  unstage       evict
                                  |          v      |             |
@@ -33,15 +33,14 @@ from loraplex_model.base.refusal import Reason
 
 from loraplex_server.engine.adapters.fetching import Fetching
 from loraplex_server.engine.adapters.host_tier import HostAdapter, HostTier
-from loraplex_server.engine.adapters.loader import LoadLanes, ReadResult, failure_of
+from loraplex_server.engine.adapters.loader import LoaderResult, LoadLanes, failure_of
 from loraplex_server.engine.adapters.merging import Merging
-from loraplex_server.engine.adapters.slots import AdapterSlots, Resident
+from loraplex_server.engine.adapters.slots import PIN_BUDGET, AdapterSlots, Resident
 from loraplex_server.engine.adapters.unloads import Unloads
 from loraplex_server.engine.adapters.wants import LoadOrder, Settled, Want, Wants
 from loraplex_server.engine.batching.admission import prefix_refusal
-from loraplex_server.engine.batching.request import NO_PREFIX, Request, RequestState
+from loraplex_server.engine.batching.request import Request, RequestState
 from loraplex_server.engine.messages import (
-    AdapterRef,
     ControlDone,
     Failure,
     Load,
@@ -60,10 +59,6 @@ UNLOADED = Failure(
 TOGETHER = Failure(
     Reason.ADAPTER_TOO_LARGE,
     "the request's adapters do not fit on the device together with the adapters held there",
-)
-
-PIN_BUDGET = Failure(
-    Reason.PIN_BUDGET, "pinned and merged adapters may take half of the device's adapter memory"
 )
 
 
@@ -88,10 +83,7 @@ class Residency:
         self._wants = Wants(slots.residents)
         self._unloads = Unloads()
         self._closed: set[str] = set()
-        self._granted: list[Request] = []
-        self._refused: list[tuple[Request, Failure]] = []
-        self._published = False
-        self._more = False
+        self._settled = Settled()
         self.fetching = Fetching(host, lanes)
 
     # requests and orders
@@ -104,13 +96,10 @@ class Residency:
     def release(self, request: Request) -> None:
         """Drops a request's want, or the pins that it was granted."""
         if request.state is RequestState.FETCHING:
-            self._wants.forget(request)
+            self._wants.remove(self._wants.of(request))
             return
         for pin in request.pins:
             self._slots.unpin(pin)
-        request.pins = ()
-        request.mix = ()
-        request.prefix = NO_PREFIX
 
     def order(self, order: LoadOrder) -> None:
         """Adds an order's want. Answered when its adapter is there or has failed."""
@@ -163,13 +152,12 @@ class Residency:
 
     # progress
 
-    def end_read(self, result: ReadResult) -> None:
+    def end_read(self, result: LoaderResult) -> None:
         """Accepts the result of reading an adapter."""
-        digest = result.ref.digest
-        may_keep = self.fetching.end_read(result)
-        if result.adapter is None:
-            assert result.failure is not None
-            self._fail(result.ref, result.failure, result.seconds)
+        digest = result.task.ref.digest
+        may_keep = self.fetching.end_read(digest)
+        if result.failure is not None:
+            self._fail(digest, result.failure, result.seconds)
         elif digest in self._wants.head_missing and self.fetching.staged is None:
             self.fetching.stage(result)
         elif digest in self._unloads:
@@ -179,24 +167,18 @@ class Residency:
 
     def settle(self) -> Settled:
         """Grants, evicts, publishes and starts reads, as far as possible. Called between steps."""
-        self._published = self._more = False
         if self._wants or self._unloads or not self.fetching.is_idle:
             while True:
                 self._remove_drained()
                 self._grant()
                 if not self._advance_head():
                     break
-            self._start_reads()
-        settled = Settled(self._granted, self._refused, [], self._published, self._more)
-        self._granted, self._refused = [], []
+            self.fetching.start_reads(self._wants.head_missing, self._wants.missing)
+        settled, self._settled = self._settled, Settled()
         return settled
 
     def check(self) -> None:
-        """Verifies that no request of an idle engine holds or wants anything.
-
-        Raises `AssertionError`.
-        """
-        assert not self._wants.requests, "a request wants an adapter after its end"
+        """Verifies that no request of an idle engine holds an adapter. Raises `AssertionError`."""
         assert all(r.refs == 0 for r in self._slots.residents.values()), "a pin was leaked"
 
     # the parts of `settle`
@@ -209,18 +191,18 @@ class Residency:
     def _grant(self) -> None:
         """Grants every want whose adapters are all on the device and take new pins."""
         head = self._wants.head
-        for key, want in self._wants.items():
-            if not all(self._is_open(digest, key, head) for digest in want.refs):
+        for want in self._wants:
+            if not all(self._is_open(digest, want is head) for digest in want.refs):
                 continue
             residents = [self._slots.residents[digest] for digest in want.refs]
             failure = self._unfit(want, max(resident.prefix.count for resident in residents))
             if failure is not None:
-                self._refuse(key, failure)
+                self._refuse(want, failure)
                 continue
-            self._wants.pop(key)
+            self._wants.remove(want)
             if want.request is not None:
                 self._pin(want.request)
-                self._granted.append(want.request)
+                self._settled.granted.append(want.request)
             elif want.order is not None:
                 self._fulfil(want.order, residents[0])
 
@@ -243,7 +225,7 @@ class Residency:
             return True
         return bool(closed - self._closed)
 
-    def _make_room(self, head: int, staged: HostAdapter) -> bool:
+    def _make_room(self, head: Want, staged: HostAdapter) -> bool:
         """Publishes the staged adapter or refuses it; False if it must wait."""
         adapter = staged.adapter
         if self._refuse_unfit(staged.digest, adapter):
@@ -251,15 +233,15 @@ class Residency:
         if not self._slots.fits_alone(adapter):
             self._fail_staged(staged, self._too_large(adapter))
             return True
-        victims = self._slots.victims(adapter, keep=self._wants[head].refs.keys())
+        victims = self._slots.victims(adapter, keep=head.refs.keys())
         if victims is None:
             self._refuse(head, TOGETHER)
             return True
         in_use = any(victim.refs for victim in victims)
-        if self._published or in_use:
+        if self._settled.published or in_use:
             # Victims accept no new pins meanwhile, or they would never drain.
             self._closed = {victim.digest for victim in victims}
-            self._more = not in_use
+            self._settled.more = not in_use
             return False
         for victim in victims:
             self._remove(victim, evicted=True)
@@ -267,7 +249,7 @@ class Residency:
         return True
 
     def _publish(self, staged: HostAdapter) -> None:
-        self._published = True
+        self._settled.published = True
         tier = "host" if staged.kept else "disk"
         try:
             resident = self._slots.publish(staged)
@@ -281,20 +263,14 @@ class Residency:
             self._unpin(staged.digest)
             self._slots.drain(resident)
 
-    def _start_reads(self) -> None:
-        """Starts reads of the adapters that wants lack, the oldest want's first."""
-        missing = self._wants.missing
-        self.fetching.forget_no_room(missing)
-        self.fetching.start_reads(list(self._wants.head_missing.values()), missing.values())
-
     # pins and orders
 
-    def _is_open(self, digest: str, key: int, head: int | None) -> bool:
-        """Whether an adapter is on the device and takes new pins of this want."""
+    def _is_open(self, digest: str, is_head: bool) -> bool:
+        """Whether an adapter is on the device and takes new pins, of the head want or another."""
         resident = self._slots.residents.get(digest)
         if resident is None or resident.draining:
             return False
-        return digest not in self._closed or key == head
+        return is_head or digest not in self._closed
 
     def _pin(self, request: Request) -> None:
         # In the order of digests, so that neither the order in which a mix is written nor the slots
@@ -323,7 +299,7 @@ class Residency:
 
     def _unpin(self, digest: str) -> None:
         """Lifts an operator's pin; orders to pin that still wait become plain loads."""
-        for _, want in self._wants.naming(digest):
+        for want in self._wants.naming(digest):
             if isinstance(want.order, SetPinned):
                 want.order = Load(want.order.op, want.order.adapter)
         if digest in self._slots.residents:
@@ -352,47 +328,48 @@ class Residency:
     # refusals
 
     def _unfit(self, want: Want, virtual_tokens: int) -> Failure | None:
+        """Why the want's request cannot use an adapter with `virtual_tokens`; None if it can."""
         if want.request is None:
             return None
-        context, blocks = self._runner.info.max_context, self._runner.num_blocks
-        size = self._runner.block_size
-        return prefix_refusal(want.request, want.refs, virtual_tokens, context, blocks, size)
+        context, size = self._runner.info.max_context, self._runner.block_size
+        cache_tokens = self._runner.num_blocks * size
+        return prefix_refusal(want.request, virtual_tokens, context, cache_tokens, size)
 
     def _refuse_unfit(self, digest: str, adapter: LoadedAdapter) -> bool:
         """Refuses, before room is made, requests that cannot use an adapter; True if any."""
         refused = False
-        for key, want in self._wants.naming(digest):
+        for want in self._wants.naming(digest):
             failure = self._unfit(want, adapter.virtual_tokens)
             if failure is not None:
-                self._refuse(key, failure)
+                self._refuse(want, failure)
                 refused = True
         return refused
 
     def _refuse_orders(self, digest: str) -> None:
         """Answers the waiting orders for an adapter that is being unloaded."""
-        for key, want in self._wants.naming(digest):
+        for want in self._wants.naming(digest):
             if want.request is None:
-                self._refuse(key, UNLOADED)
+                self._refuse(want, UNLOADED)
 
-    def _refuse(self, key: int, failure: Failure) -> None:
-        want = self._wants.pop(key)
+    def _refuse(self, want: Want, failure: Failure) -> None:
+        self._wants.remove(want)
         if want.request is not None:
-            self._refused.append((want.request, failure))
+            self._settled.refused.append((want.request, failure))
         elif isinstance(want.order, Merge):
-            self._merging.refuse(want.order.op, failure)
+            self._merging.answer(want.order.op, failure)
         elif want.order is not None:
             self._reply(ControlDone(want.order.op, failure))
 
     def _fail_staged(self, staged: HostAdapter, failure: Failure) -> None:
         self.fetching.drop_staged()
-        self._fail(staged.ref, failure, staged.read_seconds)
+        self._fail(staged.digest, failure, staged.read_seconds)
 
-    def _fail(self, ref: AdapterRef, failure: Failure, seconds: float) -> None:
+    def _fail(self, digest: str, failure: Failure, seconds: float) -> None:
         """Refuses every want of an adapter that cannot be loaded."""
-        self._reply(LoadDone(ref.digest, seconds, failure))
-        for key, _ in self._wants.naming(ref.digest):
-            self._refuse(key, failure)
-        self._answer_unloads(ref.digest)
+        self._reply(LoadDone(digest, seconds, failure))
+        for want in self._wants.naming(digest):
+            self._refuse(want, failure)
+        self._answer_unloads(digest)
 
     def _answer_unloads(self, digest: str) -> None:
         for done in self._unloads.answered(digest):
@@ -401,7 +378,7 @@ class Residency:
     def _too_large(self, adapter: LoadedAdapter) -> Failure:
         text = (
             f"the adapter takes {adapter.nbytes} bytes and {adapter.virtual_tokens} virtual tokens;"
-            f" the server has {self._slots.budget} bytes and "
+            f" the server has {self._runner.adapter_budget_bytes} bytes and "
             f"{self._runner.prefix_blocks * self._runner.block_size} tokens for all adapters"
         )
         return Failure(Reason.ADAPTER_TOO_LARGE, text)

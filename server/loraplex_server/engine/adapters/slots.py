@@ -18,12 +18,18 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from loraplex_model.base.faults import reach
+from loraplex_model.base.refusal import Reason
 
 from loraplex_server.engine.adapters.eviction import GreedyDual
 from loraplex_server.engine.adapters.host_tier import HostAdapter
 from loraplex_server.engine.batching.kv import BlockPool
 from loraplex_server.engine.batching.request import Pin, Prefix
+from loraplex_server.engine.messages import Failure
 from loraplex_server.engine.runner.protocol import LoadedAdapter, ModelRunner
+
+PIN_BUDGET = Failure(
+    Reason.PIN_BUDGET, "pinned and merged adapters may take half of the device's adapter memory"
+)
 
 
 @dataclass(slots=True)
@@ -70,8 +76,7 @@ class AdapterSlots:
     """The slots of a runner, within its adapter bytes and prefix blocks.
 
     Attributes:
-        budget: bytes that all adapters on the device may take.
-        nbytes: bytes that they take.
+        nbytes: bytes that the adapters on the device take.
         residents: adapters on the device, by digest.
         evictions: adapters removed to make room for others, since the start.
         version: grows whenever an adapter's status changes by more than references and times.
@@ -85,8 +90,6 @@ class AdapterSlots:
         self._generations = [0] * runner.num_slots
         self._order = GreedyDual()
         self._blocks = BlockPool(runner.prefix_blocks, runner.block_size, first=runner.num_blocks)
-        self.num_slots = runner.num_slots
-        self.budget = runner.adapter_budget_bytes
         self.nbytes = 0
         self.residents: dict[str, Resident] = {}
         self.evictions = 0
@@ -183,7 +186,8 @@ class AdapterSlots:
     def fits_alone(self, adapter: LoadedAdapter) -> bool:
         """Whether an adapter could be published on an empty device."""
         blocks = self._blocks.blocks_for(adapter.virtual_tokens)
-        return adapter.nbytes <= self.budget and blocks <= self._blocks.num_blocks
+        budget = self._runner.adapter_budget_bytes
+        return adapter.nbytes <= budget and blocks <= self._blocks.num_blocks
 
     def may_hold(self, resident: Resident) -> bool:
         """Whether an order may hold `resident` too.
@@ -193,8 +197,8 @@ class AdapterSlots:
         """
         held = [r for r in self.residents.values() if r.held or r is resident]
         return (
-            2 * sum(r.nbytes for r in held) <= self.budget
-            and 2 * len(held) <= self.num_slots
+            2 * sum(r.nbytes for r in held) <= self._runner.adapter_budget_bytes
+            and 2 * len(held) <= self._runner.num_slots
             and 2 * sum(len(r.blocks) for r in held) <= self._blocks.num_blocks
         )
 
@@ -205,17 +209,15 @@ class AdapterSlots:
         `GreedyDual`. Adapters in `keep`, adapters held by order, and adapters that take nothing of
         what is short are passed over.
         """
-        nbytes = self.nbytes + adapter.nbytes - self.budget
+        nbytes = self.nbytes + adapter.nbytes - self._runner.adapter_budget_bytes
         blocks = self._blocks.blocks_for(adapter.virtual_tokens) - self._blocks.free
         slots = 1 - len(self._free)
         chosen: list[Resident] = []
         if max(nbytes, blocks, slots) <= 0:
             return chosen
-        candidates = sorted(
-            (r for r in self.residents.values() if r.digest not in keep and not self._stays(r)),
-            key=lambda r: (not r.draining, r.refs > 0, self._order.worth(r.digest)),
-        )
-        for resident in candidates:
+        candidates = [r for r in self.residents.values() if r.draining or not r.held]
+        candidates.sort(key=lambda r: (not r.draining, r.refs > 0, self._order.worth(r.digest)))
+        for resident in [r for r in candidates if r.digest not in keep]:
             if slots > 0 or (nbytes > 0 and resident.nbytes) or (blocks > 0 and resident.blocks):
                 chosen.append(resident)
                 nbytes -= resident.nbytes
@@ -229,14 +231,13 @@ class AdapterSlots:
         """Verifies slots, bytes and blocks. Raises `AssertionError`."""
         residents = self.residents.values()
         taken = [resident.slot for resident in residents]
-        assert sorted(taken + self._free) == list(range(self.num_slots)), "a slot was lost"
+        assert sorted(taken + self._free) == list(range(self._runner.num_slots)), "a slot was lost"
         assert self.nbytes == sum(r.nbytes for r in residents), "bytes were lost"
-        assert self.nbytes <= self.budget, "adapters take more than their budget"
+        assert self.nbytes <= self._runner.adapter_budget_bytes, (
+            "adapters take more than their budget"
+        )
         self._blocks.check()
         assert self._blocks.used == sum(len(r.blocks) for r in residents), "a block was lost"
 
     def _touch(self, resident: Resident) -> None:
         self._order.touch(resident.digest, resident.nbytes, resident.reload_seconds)
-
-    def _stays(self, resident: Resident) -> bool:
-        return resident.held and not resident.draining

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from loraplex_server.engine.adapters.slots import Resident
@@ -22,9 +22,9 @@ class Want:
     order: LoadOrder | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Settled:
-    """What one call of `settle` brought about.
+    """The result of one call of `settle`.
 
     Attributes:
         granted: requests that have all their adapters pinned now.
@@ -42,7 +42,7 @@ class Settled:
 
 
 class Wants:
-    """All open wants by a growing key, the oldest first.
+    """All open wants, the oldest first.
 
     The *head* is the oldest want of which no adapter is draining; room is made for it alone.
     `residents` is the live table of adapters on the device.
@@ -50,70 +50,54 @@ class Wants:
 
     def __init__(self, residents: Mapping[str, Resident]) -> None:
         self._residents = residents
-        self._wants: dict[int, Want] = {}
-        self._next = 0
-        self._by_request: dict[int, int] = {}
+        self._wants: list[Want] = []
 
     def __bool__(self) -> bool:
         return bool(self._wants)
 
-    def __getitem__(self, key: int) -> Want:
-        return self._wants[key]
-
-    @property
-    def requests(self) -> int:
-        """Number of wants that belong to requests."""
-        return len(self._by_request)
+    def __iter__(self) -> Iterator[Want]:
+        """Iterates over a copy, the oldest first."""
+        return iter(self._wants.copy())
 
     @property
     def digests(self) -> set[str]:
         """Adapters that any want names."""
-        return {digest for want in self._wants.values() for digest in want.refs}
+        return {digest for want in self._wants for digest in want.refs}
 
     @property
-    def head(self) -> int | None:
-        """Key of the head want; None if there is none."""
-        for key, want in self._wants.items():
+    def head(self) -> Want | None:
+        """The head want; None if there is none."""
+        for want in self._wants:
             if not any(self._is_draining(digest) for digest in want.refs):
-                return key
+                return want
         return None
 
     @property
     def head_missing(self) -> dict[str, AdapterRef]:
         """Adapters that the head want needs and that are not on the device."""
         head = self.head
-        return {} if head is None else self._missing(self._wants[head])
+        return {} if head is None else self._missing(head)
 
     @property
     def missing(self) -> dict[str, AdapterRef]:
         """Adapters that any want needs and that are not on the device, oldest want first."""
-        return {d: ref for want in self._wants.values() for d, ref in self._missing(want).items()}
+        return {d: ref for want in self._wants for d, ref in self._missing(want).items()}
 
     def add(self, want: Want) -> None:
         """Adds a want as the newest."""
-        self._next += 1
-        self._wants[self._next] = want
-        if want.request is not None:
-            self._by_request[want.request.id] = self._next
+        self._wants.append(want)
 
-    def pop(self, key: int) -> Want:
-        """Removes a want and returns it."""
-        want = self._wants.pop(key)
-        if want.request is not None:
-            del self._by_request[want.request.id]
-        return want
+    def remove(self, want: Want) -> None:
+        """Removes a want."""
+        self._wants.remove(want)
 
-    def forget(self, request: Request) -> None:
-        """Removes the want of a request."""
-        self.pop(self._by_request[request.id])
+    def of(self, request: Request) -> Want:
+        """The want of a request, which must have one."""
+        return next(want for want in self._wants if want.request is request)
 
-    def items(self) -> list[tuple[int, Want]]:
-        """A copy of all keys and wants, the oldest first."""
-        return list(self._wants.items())
-
-    def naming(self, digest: str) -> list[tuple[int, Want]]:
-        """A copy of the keys and wants that name an adapter, the oldest first."""
-        return [(key, want) for key, want in self._wants.items() if digest in want.refs]
+    def naming(self, digest: str) -> list[Want]:
+        """A copy of the wants that name an adapter, the oldest first."""
+        return [want for want in self._wants if digest in want.refs]
 
     def _missing(self, want: Want) -> dict[str, AdapterRef]:
         return {d: ref for d, ref in want.refs.items() if d not in self._residents}

@@ -8,7 +8,7 @@ adapter's file has been read.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Sequence
 
 from loraplex_model.base.refusal import Reason
 
@@ -18,17 +18,12 @@ from loraplex_server.engine.messages import Failure, ModelInfo, Submit
 
 
 def refusal(
-    submit: Submit,
-    info: ModelInfo,
-    cache_tokens: int,
-    limits: EngineLimits,
-    waiting: int,
-    waiting_tokens: int,
+    submit: Submit, waiting: Sequence[int], info: ModelInfo, cache_tokens: int, limits: EngineLimits
 ) -> Failure | None:
     """Why a request cannot be accepted; None if it can.
 
-    `cache_tokens` is the size of the whole KV cache; `waiting` requests with `waiting_tokens`
-    prompt tokens wait already.
+    `waiting` has the number of prompt tokens of each request that waits already; `cache_tokens` is
+    the size of the whole KV cache.
     """
     vocab_size = info.base.config.vocab_size
     size, bias = len(submit.token_ids), submit.sampling.logit_bias
@@ -41,34 +36,30 @@ def refusal(
     if size + submit.max_new_tokens > longest:
         text = f"{size} prompt tokens and {submit.max_new_tokens} new ones are more than {longest}"
         return Failure(Reason.PROMPT_TOO_LONG, text)
-    if waiting >= limits.max_waiting:
-        return Failure(Reason.OVERLOADED, f"{waiting} requests are waiting already")
-    if waiting and waiting_tokens + size > limits.max_waiting_tokens:
-        return Failure(Reason.OVERLOADED, f"{waiting_tokens} prompt tokens are waiting already")
+    if len(waiting) >= limits.max_waiting:
+        return Failure(Reason.OVERLOADED, f"{len(waiting)} requests are waiting already")
+    if waiting and sum(waiting) + size > limits.max_waiting_tokens:
+        return Failure(Reason.OVERLOADED, f"{sum(waiting)} prompt tokens are waiting already")
     return None
 
 
 def prefix_refusal(
-    request: Request,
-    digests: Collection[str],
-    virtual_tokens: int,
-    max_context: int,
-    num_blocks: int,
-    block_size: int,
+    request: Request, virtual_tokens: int, max_context: int, cache_tokens: int, block_size: int
 ) -> Failure | None:
     """Why a request cannot use an adapter with `virtual_tokens`; None if it can.
 
-    `digests` are all the adapters that the request names. Virtual tokens have no weight, and those
-    of two adapters have no common order, so such an adapter is used alone and at weight 1.
+    Virtual tokens have no weight, and those of two adapters have no common order, so such an
+    adapter is used alone and at weight 1.
     """
     if not virtual_tokens:
         return None
-    if len(digests) > 1 or sum(ref.weight for ref in request.submit.adapters) != 1.0:
+    refs = request.submit.adapters
+    if len({ref.digest for ref in refs}) > 1 or sum(ref.weight for ref in refs) != 1.0:
         text = "an adapter with virtual tokens must be used alone and with weight 1"
         return Failure(Reason.ADAPTER_NOT_MIXABLE, text)
     size, new = request.prompt_len, request.submit.max_new_tokens
     cached = virtual_tokens % block_size + request.most_tokens
-    if virtual_tokens + size + new > max_context or cached > num_blocks * block_size:
+    if virtual_tokens + size + new > max_context or cached > cache_tokens:
         text = (
             f"{size} prompt tokens, {new} new ones and the adapter's {virtual_tokens} virtual ones "
             f"are more than the context of {max_context} or the cache holds"

@@ -10,7 +10,7 @@ A request holds three kinds of resources. Each kind has one owner that grants an
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -70,64 +70,54 @@ class Prefix:
         return Prefix(count, blocks[:full], rest, blocks[full] if rest else None)
 
 
-NO_PREFIX = Prefix()
-
-
+@dataclass(slots=True, eq=False)
 class Request:
     """The state of one request.
 
     Attributes:
+        order: sort key; smaller is served earlier. By priority, then by arrival.
+        arrived: time of arrival on the engine's clock.
+        draw: state of sampling.
         tokens: the prompt, then the generated tokens (int32).
-        prompt_len: number of prompt tokens.
         computed: number of `tokens` in the KV cache; 0 again after preemption.
         scored: number of prompt tokens whose log-probability has been taken, counting the first
             (it has none); never falls, so none is reported twice.
         blocks: KV blocks that the request owns, in the order of its tokens (int32).
-        prefix: virtual tokens before its own; set while it holds pins.
-        mix: `(slot, weight)` pairs; set while it holds pins.
-        order: sort key; smaller is served earlier. By priority, then by arrival.
-        draw: state of sampling.
+        pins: adapters that it was granted; they are pinned until it ends.
+        prefix: virtual tokens before its own, of its adapter.
+        mix: `(slot, weight)` pairs of its adapters.
+        queue_seconds: time from its arrival to its first step; None before that.
     """
 
-    __slots__ = (
-        "arrived",
-        "blocks",
-        "computed",
-        "draw",
-        "id",
-        "mix",
-        "order",
-        "pins",
-        "prefix",
-        "prompt_len",
-        "prompt_logprobs",
-        "queue_seconds",
-        "scored",
-        "state",
-        "stops",
-        "submit",
-        "tokens",
-    )
+    submit: Submit
+    order: tuple[int, int]
+    arrived: float
+    draw: Draw
+    tokens: array[int] = field(init=False)
+    stops: frozenset[int] = field(init=False)
+    state: RequestState = RequestState.FETCHING
+    computed: int = 0
+    scored: int = 1
+    prompt_logprobs: list[Logprobs] = field(default_factory=list)
+    blocks: array[int] = field(default_factory=lambda: array("i"))
+    pins: tuple[Pin, ...] = ()
+    prefix: Prefix = Prefix()
+    mix: tuple[tuple[int, float], ...] = ()
+    queue_seconds: float | None = None
 
-    def __init__(self, submit: Submit, arrival: int, now: float, draw: Draw) -> None:
-        """`arrival` is the request's number in order of arrival, `now` the engine's clock."""
-        self.id = submit.id
-        self.submit = submit
-        self.tokens = array("i", submit.token_ids)
-        self.prompt_len = len(submit.token_ids)
-        self.computed = 0
-        self.scored = 1
-        self.prompt_logprobs: list[Logprobs] = []
-        self.blocks = array("i")
-        self.prefix = NO_PREFIX
-        self.pins: tuple[Pin, ...] = ()
-        self.mix: tuple[tuple[int, float], ...] = ()
-        self.order = (-submit.priority, arrival)
-        self.arrived = now
-        self.queue_seconds: float | None = None
-        self.state = RequestState.FETCHING if submit.adapters else RequestState.QUEUED
-        self.stops = frozenset(submit.stop_token_ids)
-        self.draw = draw
+    def __post_init__(self) -> None:
+        self.tokens = array("i", self.submit.token_ids)
+        self.stops = frozenset(self.submit.stop_token_ids)
+
+    @property
+    def id(self) -> int:
+        """The request's number, given by the front."""
+        return self.submit.id
+
+    @property
+    def prompt_len(self) -> int:
+        """Number of prompt tokens."""
+        return len(self.submit.token_ids)
 
     @property
     def sole_adapter(self) -> str | None:

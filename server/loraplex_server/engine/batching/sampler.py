@@ -33,7 +33,7 @@ _TINY = 1e-37
 class Draw:
     """State of one request's sampling: its parameters, random numbers and tokens so far."""
 
-    __slots__ = ("_bias_ids", "_bias_values", "_counts", "_index", "_output", "_seen", "params")
+    __slots__ = ("_bias_ids", "_bias_values", "_counts", "_index", "_is_plain", "_seen", "params")
 
     def __init__(self, params: SamplingParams, prompt: Sequence[int]) -> None:
         self.params = params
@@ -44,16 +44,12 @@ class Draw:
         self._seen: dict[int, None] | None = dict.fromkeys(prompt) if penalised else None
         counted = params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
         self._counts: dict[int, int] | None = {} if counted else None
+        self._is_plain = not (params.logit_bias or penalised or counted)
 
     @property
     def is_plain_greedy(self) -> bool:
         """Whether the next token is the one with the largest unadjusted logit."""
-        return (
-            self.params.temperature == 0.0
-            and not len(self._bias_ids)
-            and self._seen is None
-            and self._counts is None
-        )
+        return self._is_plain and self.params.temperature == 0.0
 
     def saw(self, token: int) -> None:
         """Notes a generated token."""
@@ -76,7 +72,7 @@ class Draw:
 
     def _adjust(self, logits: Floats) -> Floats:
         """Logits [vocab] after bias and penalties; the same array if there are none."""
-        if not len(self._bias_ids) and self._seen is None and self._counts is None:
+        if self._is_plain:
             return logits
         logits = logits.clip(-_HUGE, _HUGE)
         logits[self._bias_ids] += self._bias_values

@@ -21,7 +21,6 @@ from typing import cast
 
 from loraplex_model.base.refusal import Reason, Refusal
 
-from loraplex_server.engine.adapters.auto_merge import MergePolicy
 from loraplex_server.engine.adapters.loader import ThreadLoader
 from loraplex_server.engine.core import EngineCore
 from loraplex_server.engine.messages import (
@@ -54,7 +53,7 @@ Inbox = queue.SimpleQueue[ToEngine | None]
 """Messages from the front; None only wakes the loop after a loader task."""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main() -> int:
     """Runs the engine until the front is gone; returns the exit status."""
     # The front decides when the engine ends: a Ctrl-C in the terminal must not cut its drain short.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -63,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Adapters and caches are many megabytes with scattered access: on pages of 4 KiB every other
     # access would miss the TLB. torch reads this variable at its first allocation.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    (argument,) = sys.argv[1:] if arguments is None else arguments
+    (argument,) = sys.argv[1:]
     front = socket.socket(fileno=int(os.environ[wire.SOCKET_VARIABLE]))
     inbox: Inbox = queue.SimpleQueue()
     threading.Thread(target=_receive, args=(front, inbox), name="front", daemon=True).start()
@@ -71,8 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         setup = EngineSetup.parse(argument)
         runner = _build(setup.runner)
         loader = ThreadLoader(runner, wake=lambda: inbox.put(None))
-        policy = MergePolicy() if setup.merge_auto else None
-        core = EngineCore(runner, setup.limits, loader=loader, merge_policy=policy)
+        core = EngineCore(runner, setup.limits, loader=loader)
     except Exception as error:
         log.exception("the engine cannot start")
         _send(front, [_fatal(error)])
@@ -127,7 +125,7 @@ def _receive(front: socket.socket, inbox: Inbox) -> None:
     try:
         while data := front.recv(1 << 20):
             for payload in frames.feed(data):
-                inbox.put(wire.decode_to_engine(payload))
+                inbox.put(wire.decode(payload, wire.TO_ENGINE))
     except wire.WireError as error:
         log.error("the front sent bytes that are not a message: %s", error)
         status = EXIT_BAD_FRAME

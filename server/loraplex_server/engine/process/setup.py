@@ -11,14 +11,10 @@ from loraplex_server.engine.runner.config import CustomRunner, RunnerConfig
 
 
 class EngineSetup(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Settings of an engine process.
-
-    With `merge_auto`, adapters that dominate the traffic are merged where that is measured to pay.
-    """
+    """Settings of an engine process."""
 
     runner: RunnerConfig | CustomRunner
     limits: EngineLimits = EngineLimits()
-    merge_auto: bool = False
 
     def command(self) -> list[str]:
         """The command line that starts the engine process with these settings."""

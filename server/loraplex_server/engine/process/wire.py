@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TypeVar
 
 import msgspec
 
@@ -14,9 +15,13 @@ SOCKET_VARIABLE = "LORAPLEX_ENGINE_FD"
 MAX_FRAME = 256 << 20
 """Bytes of the largest frame; prompt log-probabilities of a long prompt stay below it."""
 
+TO_ENGINE: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
+FROM_ENGINE: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
+"""Decoders of the two directions, for `decode`."""
+
 _encoder = msgspec.msgpack.Encoder()
-_to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
-_from_engine: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
+
+M = TypeVar("M")
 
 
 class WireError(Exception):
@@ -34,18 +39,10 @@ def encode(message: ToEngine | FromEngine) -> bytes:
     return bytes(frame)
 
 
-def decode_to_engine(payload: bytes | memoryview) -> ToEngine:
-    """The message in a frame's payload, on the engine's side. Raises `WireError`."""
+def decode(payload: bytes, decoder: msgspec.msgpack.Decoder[M]) -> M:
+    """The message in a frame's payload. Raises `WireError`."""
     try:
-        return _to_engine.decode(payload)
-    except (msgspec.MsgspecError, ValueError) as error:
-        raise WireError(str(error)) from None
-
-
-def decode_from_engine(payload: bytes | memoryview) -> FromEngine:
-    """The message in a frame's payload, on the front's side. Raises `WireError`."""
-    try:
-        return _from_engine.decode(payload)
+        return decoder.decode(payload)
     except (msgspec.MsgspecError, ValueError) as error:
         raise WireError(str(error)) from None
 
