@@ -95,6 +95,9 @@ def test_what_changes_no_matrix_or_cannot_be_had_is_refused_by_name() -> None:
     reasons = [reason(engine, op) for op in (1, 2, 3, 4)]
     assert reasons == ["MERGE_UNSUPPORTED", "ADAPTER_INVALID", "ENGINE_FAULT", "PIN_BUDGET"]
     assert "secret" not in str(engine.controls[3])
+    # A failed merge is counted as a merge: an alert watches these.
+    failed = [(done.digest, done.merged) for done in engine.merges if done.error]
+    assert failed == [("sha256:bias", True), ("sha256:a", True)]
     assert merged(engine) == {}
     assert engine.core.adapters.merging.reserved_nbytes == 0
 

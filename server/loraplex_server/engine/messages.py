@@ -271,7 +271,7 @@ class LoadDone(msgspec.Struct, frozen=True, tag="load_done"):
 
 
 class MergeDone(msgspec.Struct, frozen=True, tag="merge_done"):
-    """A merge or an unmerge of an adapter ended or failed (for metrics)."""
+    """A merge of an adapter, or an unmerge if `merged` is False, ended or failed (for metrics)."""
 
     digest: str
     merged: bool

@@ -226,7 +226,7 @@ class Merging:
         if self._current is merge:
             self._current = None
             merge.resident.merge_ordered = False
-        self._reply(MergeDone(merge.resident.digest, False, merge.seconds, failure))
+        self._reply(MergeDone(merge.resident.digest, True, merge.seconds, failure))
         self.answer(merge.op, failure)
 
     def _unmerge_if_due(self, digest: str) -> None:
