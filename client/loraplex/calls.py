@@ -14,6 +14,7 @@ from grpc_health.v1 import health_pb2
 from loraplex import channel, replies, requests, uploads
 from loraplex.connection import ServerConnection
 from loraplex.errors import LoraplexError, Unavailable, UploadNotFound
+from loraplex.replies import read
 from loraplex.requests import GenerateOptions, fill
 from loraplex.results import (
     AdapterInfo,
@@ -57,9 +58,8 @@ class Calls:
     ) -> Completion:
         """Returns the whole completion at once. `GenerateOptions` lists the options."""
         request = requests.generate(prompt, **options)
-        return replies.completion(
-            await self._call(self._connection.stubs.generation.Generate, request, timeout)
-        )
+        method = self._connection.stubs.generation.Generate
+        return read(Completion, await self._call(method, request, timeout))
 
     async def register_adapter(
         self,
@@ -84,8 +84,7 @@ class Calls:
             load=load,
             labels=labels,
         )
-        reply = await self._call(self._stub.RegisterAdapter, request, timeout)
-        return replies.registration(reply)
+        return read(Registration, await self._call(self._stub.RegisterAdapter, request, timeout))
 
     async def get_adapter(self, adapter_id: str, *, timeout: float | None = None) -> AdapterInfo:
         """Returns one adapter. Raises AdapterNotFound."""
@@ -114,7 +113,7 @@ class Calls:
                 labels=labels,
             )
             page = await self._call(self._stub.ListAdapters, request, timeout)
-            found += map(replies.adapter, page.adapters)
+            found += (read(AdapterInfo, adapter) for adapter in page.adapters)
             token = page.next_page_token
             if not token:
                 return found
@@ -149,7 +148,7 @@ class Calls:
         """Returns all versions of a name, the newest first. Raises AdapterNotFound."""
         request = adapter_pb2.ListAdapterVersionsRequest(name=name)
         reply = await self._call(self._stub.ListAdapterVersions, request, timeout)
-        return [replies.adapter(version) for version in reply.adapters]
+        return [read(AdapterInfo, version) for version in reply.adapters]
 
     async def validate_adapter(
         self, path: str = "", *, upload_id: str = "", timeout: float | None = None
@@ -160,7 +159,7 @@ class Calls:
         `stage_adapter` uploaded.
         """
         request = requests.validate(path, upload_id)
-        return replies.validation(await self._call(self._stub.ValidateAdapter, request, timeout))
+        return read(Validation, await self._call(self._stub.ValidateAdapter, request, timeout))
 
     async def label_adapter(
         self,
@@ -278,7 +277,7 @@ class Calls:
     async def get_upload(self, upload_id: str, *, timeout: float | None = None) -> UploadProgress:
         """Returns how much of an upload has arrived. Raises UploadNotFound."""
         request = adapter_pb2.GetUploadRequest(upload_id=upload_id)
-        return replies.upload(await self._call(self._stub.GetUpload, request, timeout))
+        return read(UploadProgress, await self._call(self._stub.GetUpload, request, timeout))
 
     async def abort_upload(self, upload_id: str, *, timeout: float | None = None) -> None:
         """Drops an upload and its bytes. Raises UploadNotFound."""
@@ -313,7 +312,7 @@ class Calls:
                 arrived = await self.get_upload(upload_id)
                 messages = uploads.stream(files, target, upload_id, arrived, progress)
                 reply = await self._connection.send(self._stub.UploadAdapter, messages, timeout)
-                return replies.registration(reply)
+                return read(Registration, reply)
             except LoraplexError as error:
                 if isinstance(error, UploadNotFound) and attempts.made and target.name:
                     # Only the reply was lost: the upload is complete and registered.
@@ -339,4 +338,4 @@ class Calls:
         timeout: float | None,
     ) -> AdapterInfo:
         """Calls a method whose reply holds an adapter; returns the adapter."""
-        return replies.adapter((await self._call(method, request, timeout)).adapter)
+        return read(AdapterInfo, (await self._call(method, request, timeout)).adapter)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
 from datetime import UTC, datetime
-from typing import Any, Protocol, TypeVar
+from enum import StrEnum
+from types import NoneType
+from typing import Any, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
-from google.protobuf.timestamp_pb2 import Timestamp
 
 from loraplex import results
 from loraplex.errors import cancelled_here, cut_short
@@ -17,6 +20,62 @@ from loraplex.v1 import adapter_pb2, generation_pb2
 T = TypeVar("T")
 M_contra = TypeVar("M_contra", contravariant=True)
 T_co = TypeVar("T_co", covariant=True)
+
+
+def read(kind: type[T], message: Message, **given: Any) -> T:
+    """Returns a dataclass made of a message's fields of the same names, and of `given`.
+
+    A field of the dataclass may have another name in the message, in its metadata as `sent_as`. It
+    is None if its type allows that and the message does not set it.
+    """
+    for name, (source, reader) in _readers(kind).items():
+        if name not in given:
+            given[name] = reader(message, source)
+    return kind(**given)
+
+
+@functools.cache
+def _readers(kind: Any) -> dict[str, tuple[str, Callable[[Any, str], Any]]]:
+    """For each field of a dataclass, its name in the message and the function that reads it."""
+    hints = get_type_hints(kind)
+    return {
+        field.name: (field.metadata.get("sent_as", field.name), _reader(hints[field.name]))
+        for field in fields(kind)
+    }
+
+
+def _reader(hint: Any) -> Callable[[Any, str], Any]:
+    """Returns a function that reads a message's field as a value of type `hint`."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if NoneType in inner:
+        present = _reader(inner[0])
+        return lambda message, name: present(message, name) if message.HasField(name) else None
+    if origin is tuple:
+        item = functools.partial(read, inner[0]) if is_dataclass(inner[0]) else inner[0]
+        return lambda message, name: tuple(map(item, getattr(message, name)))
+    if origin is Mapping:
+        return lambda message, name: dict(getattr(message, name))
+    if is_dataclass(hint):
+        return lambda message, name: read(hint, getattr(message, name))
+    if hint is datetime:
+        return lambda message, name: getattr(message, name).ToDatetime(tzinfo=UTC)
+    if hint is float:
+        return _number
+    return functools.partial(_member, hint) if issubclass(hint, StrEnum) else getattr
+
+
+def _number(message: Message, name: str) -> float:
+    """Returns a number; the seconds of a duration."""
+    found = getattr(message, name)
+    return found.ToTimedelta().total_seconds() if isinstance(found, Duration) else float(found)
+
+
+def _member(kind: type[StrEnum], message: Message, name: str) -> StrEnum:
+    """Returns the member of the same name; UNSPECIFIED for one that only newer servers know."""
+    values = message.DESCRIPTOR.fields_by_name[name].enum_type.values_by_number
+    prefix = values[0].name.removesuffix("UNSPECIFIED")
+    known = values.get(getattr(message, name), values[0])
+    return kind(known.name.removeprefix(prefix).lower())
 
 
 class Receiver(Protocol[M_contra, T_co]):
@@ -29,94 +88,10 @@ class Receiver(Protocol[M_contra, T_co]):
         """Takes the end of the call; `cancelled` by this side or not. Raises LoraplexError."""
 
 
-_FINISH_REASONS: dict[int, results.FinishReason] = {
-    generation_pb2.FINISH_REASON_STOP: results.FinishReason.STOP,
-    generation_pb2.FINISH_REASON_LENGTH: results.FinishReason.LENGTH,
-}
-
-_STATES: dict[int, results.AdapterState] = {
-    adapter_pb2.ADAPTER_STATE_STORED: results.AdapterState.STORED,
-    adapter_pb2.ADAPTER_STATE_LOADING: results.AdapterState.LOADING,
-    adapter_pb2.ADAPTER_STATE_RESIDENT: results.AdapterState.RESIDENT,
-    adapter_pb2.ADAPTER_STATE_DRAINING: results.AdapterState.DRAINING,
-}
-
-_TIERS: dict[int, results.AdapterTier] = {
-    adapter_pb2.ADAPTER_TIER_DISK: results.AdapterTier.DISK,
-    adapter_pb2.ADAPTER_TIER_HOST: results.AdapterTier.HOST,
-    adapter_pb2.ADAPTER_TIER_DEVICE: results.AdapterTier.DEVICE,
-}
-
-
-def optional(message: Message, field: str, read: Callable[[Any], T]) -> T | None:
-    """Returns a field as `read` turns it into a value; None if the field is unset."""
-    return read(getattr(message, field)) if message.HasField(field) else None
-
-
-def time(stamp: Timestamp) -> datetime:
-    return stamp.ToDatetime(tzinfo=UTC)
-
-
-def seconds(duration: Duration) -> float:
-    return duration.ToTimedelta().total_seconds()
-
-
-def completion(reply: generation_pb2.GenerateResponse) -> results.Completion:
-    return results.Completion(
-        text=reply.text,
-        token_ids=tuple(reply.token_ids),
-        finish_reason=_finish_reason(reply.finish_reason),
-        usage=_usage(reply.usage),
-        adapters=_resolved(reply.adapters),
-        request_id=reply.request_id,
-        logprobs=_logprobs(reply.logprobs),
-        prompt_logprobs=_logprobs(reply.prompt_logprobs),
-    )
-
-
-def adapter(reply: adapter_pb2.Adapter) -> results.AdapterInfo:
-    return results.AdapterInfo(
-        name=reply.name,
-        version=reply.version,
-        digest=reply.digest,
-        peft_type=reply.peft_type,
-        rank=reply.rank,
-        target_modules=tuple(reply.target_modules),
-        size_bytes=reply.size_bytes,
-        # A state that only newer servers know is no error.
-        state=_STATES.get(reply.state, results.AdapterState.UNSPECIFIED),
-        device_bytes=reply.device_bytes,
-        active_requests=reply.active_requests,
-        create_time=optional(reply, "create_time", time),
-        base_model=reply.base_model,
-        tier=_TIERS.get(reply.tier, results.AdapterTier.UNSPECIFIED),
-        host_bytes=reply.host_bytes,
-        merged_bytes=reply.merged_bytes,
-        pinned=reply.pinned,
-        last_use_time=optional(reply, "last_use_time", time),
-        load_seconds=optional(reply, "load_duration", seconds),
-        aliases=tuple(reply.aliases),
-        labels=dict(reply.labels),
-        provenance=dict(reply.provenance),
-        virtual_tokens=reply.virtual_tokens,
-    )
-
-
-def registration(
-    reply: adapter_pb2.RegisterAdapterResponse | adapter_pb2.UploadAdapterResponse,
-) -> results.Registration:
-    return results.Registration(adapter=adapter(reply.adapter), created=reply.created)
-
-
-def upload(reply: adapter_pb2.GetUploadResponse) -> results.UploadProgress:
-    return results.UploadProgress(reply.config_bytes, reply.weights_bytes)
-
-
-def validation(reply: adapter_pb2.ValidateAdapterResponse) -> results.Validation:
-    return results.Validation(
-        findings=tuple(results.Finding(f.reason, f.field, f.message) for f in reply.findings),
-        spec=optional(reply, "spec", _spec),
-    )
+def health(status: int) -> results.HealthStatus:
+    """Returns the status; the numbers of `grpc.health.v1` follow the order of `HealthStatus`."""
+    states = tuple(results.HealthStatus)
+    return states[status] if 0 <= status < len(states) else results.HealthStatus.UNKNOWN
 
 
 class WatchLog:
@@ -132,7 +107,7 @@ class WatchLog:
         """Returns the table with its last part, or a change; None for anything else."""
         match message.WhichOneof("event"):
             case "table":
-                self._parts += map(adapter, message.table.adapters)
+                self._parts += (read(results.AdapterInfo, a) for a in message.table.adapters)
                 if not message.table.complete:
                     return None
                 aliases = {a.alias: f"{a.name}@{a.version}" for a in message.table.aliases}
@@ -140,31 +115,13 @@ class WatchLog:
                 self._parts, self._resync = [], False
                 return table
             case "change":
-                return results.AdapterEvent(
-                    _event_kind(message.change.type),
-                    adapter(message.change.adapter),
-                    message.change.alias,
-                )
+                return read(results.AdapterEvent, message.change)
             case "resync":
                 self._parts, self._resync = [], True
         return None
 
     def end(self, cancelled: bool) -> None:
         """A watch may end at any time."""
-
-
-def _event_kind(number: int) -> results.AdapterEventKind:
-    """Returns the kind of the same name; UNSPECIFIED for a kind that only newer servers know."""
-    known = adapter_pb2.AdapterChangeType.DESCRIPTOR.values_by_number.get(number)
-    if known is None:
-        return results.AdapterEventKind.UNSPECIFIED
-    return results.AdapterEventKind(known.name.removeprefix("ADAPTER_CHANGE_TYPE_").lower())
-
-
-def health(status: int) -> results.HealthStatus:
-    """Returns the status; the numbers of `grpc.health.v1` follow the order of `HealthStatus`."""
-    states = tuple(results.HealthStatus)
-    return states[status] if 0 <= status < len(states) else results.HealthStatus.UNKNOWN
 
 
 class Transcript:
@@ -179,26 +136,13 @@ class Transcript:
         """Takes the next message; returns its delta, or None if it has none."""
         match message.WhichOneof("event"):
             case "started":
-                self.started = results.Started(
-                    request_id=message.started.request_id,
-                    adapters=_resolved(message.started.adapters),
-                    prompt_tokens=message.started.prompt_tokens,
-                    prompt_logprobs=_logprobs(message.started.prompt_logprobs),
-                )
+                self.started = read(results.Started, message.started)
             case "delta":
-                delta = results.Delta(
-                    text=message.delta.text,
-                    token_ids=tuple(message.delta.token_ids),
-                    logprobs=_logprobs(message.delta.logprobs),
-                )
-                self._deltas.append(delta)
-                return delta
+                self._deltas.append(read(results.Delta, message.delta))
+                return self._deltas[-1]
             case "finished":
-                self.finished = results.Finished(
-                    finish_reason=_finish_reason(message.finished.finish_reason),
-                    usage=_usage(message.finished.usage),
-                    adapters=self.started.adapters if self.started else (),
-                )
+                adapters = self.started.adapters if self.started else ()
+                self.finished = read(results.Finished, message.finished, adapters=adapters)
         return None
 
     def end(self, cancelled: bool) -> None:
@@ -225,44 +169,3 @@ class Transcript:
         if self.started is None or self.finished is None:
             raise cut_short()
         return self.started, self.finished
-
-
-def _finish_reason(number: int) -> results.FinishReason:
-    return _FINISH_REASONS.get(number, results.FinishReason.UNSPECIFIED)
-
-
-def _spec(spec: adapter_pb2.AdapterSpec) -> results.AdapterSpec:
-    return results.AdapterSpec(
-        digest=spec.digest,
-        peft_type=spec.peft_type,
-        rank=spec.rank,
-        target_modules=tuple(spec.target_modules),
-        size_bytes=spec.size_bytes,
-        device_bytes=spec.device_bytes,
-        virtual_tokens=spec.virtual_tokens,
-        base_model=spec.base_model,
-        provenance=dict(spec.provenance),
-    )
-
-
-def _usage(reply: generation_pb2.Usage) -> results.Usage:
-    return results.Usage(reply.prompt_tokens, reply.completion_tokens)
-
-
-def _resolved(
-    reply: Iterable[generation_pb2.ResolvedAdapter],
-) -> tuple[results.ResolvedAdapter, ...]:
-    return tuple(results.ResolvedAdapter(a.name, a.version, a.digest, a.weight) for a in reply)
-
-
-def _logprobs(
-    reply: Iterable[generation_pb2.TokenLogprobs],
-) -> tuple[results.TokenLogprobs, ...]:
-    return tuple(
-        results.TokenLogprobs(_logprob(entry.chosen), tuple(_logprob(top) for top in entry.top))
-        for entry in reply
-    )
-
-
-def _logprob(reply: generation_pb2.TokenLogprob) -> results.TokenLogprob:
-    return results.TokenLogprob(reply.token_id, reply.logprob, reply.text)

@@ -7,7 +7,7 @@ with the field's name, so that a caller handles one kind of error.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypedDict, TypeVar, Unpack
+from typing import Any, TypedDict, TypeVar, Unpack
 
 from google.protobuf.message import Message as ProtoMessage
 
@@ -64,40 +64,20 @@ def generate(
     Raises InvalidRequest for arguments that exclude each other or do not fit their field, and
     TypeError for an unknown keyword.
     """
-    unknown = options.keys() - GenerateOptions.__annotations__.keys()
-    if unknown:
-        raise TypeError(f"unknown option: {', '.join(sorted(unknown))}")
+    refuse_unknown(options, GenerateOptions)
     messages, token_ids = options.get("messages"), options.get("token_ids")
     if sum(given is not None for given in (prompt, messages, token_ids)) != 1:
         raise invalid("input", "give exactly one of prompt, messages and token_ids")
     if options.get("adapter") and options.get("mix"):
         raise invalid("mix", "give either adapter or mix, not both")
     stop = options.get("stop")
-    return fill(
-        generation_pb2.GenerateRequest,
-        adapter_id=options.get("adapter"),
-        mix=[_weight(name, weight) for name, weight in (options.get("mix") or {}).items()],
-        prompt=prompt,
-        messages=None if messages is None else _conversation(messages),
-        token_ids=(
-            None
-            if token_ids is None
-            else fill(generation_pb2.TokenIds, "token_ids.", ids=token_ids)
-        ),
-        sampling=fill(
-            generation_pb2.SamplingParams,
-            "sampling.",
-            temperature=options.get("temperature"),
-            top_p=options.get("top_p"),
-            top_k=options.get("top_k"),
-            min_p=options.get("min_p"),
-            repetition_penalty=options.get("repetition_penalty"),
-            presence_penalty=options.get("presence_penalty"),
-            frequency_penalty=options.get("frequency_penalty"),
-            logit_bias=options.get("logit_bias"),
-            seed=options.get("seed"),
-        ),
-        stop=fill(
+    values: dict[str, Any] = {
+        **options,
+        "prompt": prompt,
+        "adapter_id": options.get("adapter"),
+        "mix": [_weight(name, weight) for name, weight in (options.get("mix") or {}).items()],
+        "sampling": part(generation_pb2.SamplingParams, "sampling.", options),
+        "stop": fill(
             generation_pb2.StopConditions,
             "stop.",
             max_new_tokens=options.get("max_new_tokens"),
@@ -105,11 +85,12 @@ def generate(
             token_ids=options.get("stop_token_ids"),
             ignore_eos=options.get("ignore_eos"),
         ),
-        logprobs=options.get("logprobs"),
-        prompt_logprobs=options.get("prompt_logprobs"),
-        request_id=options.get("request_id"),
-        priority=options.get("priority"),
-    )
+    }
+    if messages is not None:
+        values["messages"] = _conversation(messages)
+    if token_ids is not None:
+        values["token_ids"] = fill(generation_pb2.TokenIds, "token_ids.", ids=token_ids)
+    return part(generation_pb2.GenerateRequest, "", values)
 
 
 def unload(adapter_id: str, force: bool, drain: float | None) -> adapter_pb2.UnloadAdapterRequest:
@@ -145,6 +126,19 @@ def _weight(adapter_id: str, weight: float | None) -> generation_pb2.AdapterWeig
     return fill(
         generation_pb2.AdapterWeight, f"mix[{adapter_id}].", adapter_id=adapter_id, weight=weight
     )
+
+
+def refuse_unknown(options: Mapping[str, object], known: type) -> None:
+    """Raises TypeError for a keyword that is not a key of the TypedDict `known`."""
+    unknown = options.keys() - known.__annotations__.keys()
+    if unknown:
+        raise TypeError(f"unknown option: {', '.join(sorted(unknown))}")
+
+
+def part(kind: type[M], within: str, values: Mapping[str, Any]) -> M:
+    """Returns a message of those `values` that are named like its fields, as `fill` does."""
+    names = kind.DESCRIPTOR.fields_by_name
+    return fill(kind, within, **{name: values.get(name) for name in names})
 
 
 def fill(kind: type[M], within: str = "", /, **fields: object) -> M:

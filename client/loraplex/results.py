@@ -177,7 +177,7 @@ class AdapterInfo:
     merged_bytes: int = 0
     pinned: bool = False
     last_use_time: datetime | None = None
-    load_seconds: float | None = None
+    load_seconds: float | None = field(default=None, metadata={"sent_as": "load_duration"})
     aliases: tuple[str, ...] = ()
     labels: Mapping[str, str] = field(default_factory=dict)
     provenance: Mapping[str, str] = field(default_factory=dict)
@@ -257,6 +257,6 @@ class AdapterEvent:
     change concerns an alias.
     """
 
-    kind: AdapterEventKind
+    kind: AdapterEventKind = field(metadata={"sent_as": "type"})
     adapter: AdapterInfo
     alias: str = ""

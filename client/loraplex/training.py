@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from loraplex.errors import invalid
-from loraplex.replies import optional, seconds, time
-from loraplex.requests import fill
+from loraplex.replies import read
+from loraplex.requests import fill, part, refuse_unknown
 from loraplex.v1 import training_pb2
 
 
@@ -158,11 +158,6 @@ class TrainingOptions(TypedDict, total=False):
     labels: Mapping[str, str] | None
 
 
-_OPTIMISER = ("learning_rate", "weight_decay", "schedule", "warmup", "clip")
-_DELIVERY = ("replace", "load", "alias", "labels")
-_OWN = ("method", "options", "optimiser")
-
-
 def create(
     name: str,
     data: bytes | str | os.PathLike[str] | None,
@@ -173,30 +168,24 @@ def create(
     given: TrainingOptions,
 ) -> training_pb2.CreateJobRequest:
     """Returns the request for a job. Raises InvalidRequest; TypeError for an unknown keyword."""
-    unknown = given.keys() - TrainingOptions.__annotations__.keys()
-    if unknown:
-        raise TypeError(f"unknown option: {', '.join(sorted(unknown))}")
+    refuse_unknown(given, TrainingOptions)
     values: Mapping[str, Any] = given
     options = {key: option(value) for key, value in (values.get("options") or {}).items()}
+    method = {"name": values.get("method"), "options": options}
+    optimiser = {**values, "name": values.get("optimiser")}
     spec = {
-        key: value for key, value in values.items() if key not in (*_OPTIMISER, *_DELIVERY, *_OWN)
+        **values,
+        "name": name,
+        "method": part(training_pb2.TrainingMethod, "", method),
+        "optimiser": part(training_pb2.TrainingOptimiser, "", optimiser),
     }
-    optimiser = {key: values.get(key) for key in _OPTIMISER}
     return training_pb2.CreateJobRequest(
         # A retry after a lost reply must not create a second job.
         request_id=request_id or uuid.uuid4().hex,
-        spec=fill(
-            training_pb2.TrainingSpec,
-            name=name,
-            method=fill(training_pb2.TrainingMethod, name=values.get("method"), options=options),
-            optimiser=fill(
-                training_pb2.TrainingOptimiser, name=values.get("optimiser"), **optimiser
-            ),
-            **spec,
-        ),
+        spec=part(training_pb2.TrainingSpec, "", spec),
         data=_data("data", data, server_path, needed=True),
         eval_data=_data("eval_data", eval_data, eval_server_path, needed=False),
-        delivery=fill(training_pb2.TrainingDelivery, **{key: values.get(key) for key in _DELIVERY}),
+        delivery=part(training_pb2.TrainingDelivery, "", values),
     )
 
 
@@ -224,22 +213,9 @@ def page(size: int, token: str, states: Sequence[JobState | str]) -> training_pb
 
 
 def job(reply: training_pb2.TrainingJob) -> TrainingJob:
-    return TrainingJob(
-        job_id=reply.job_id,
-        state=_state(reply.state),
-        name=reply.spec.name,
-        method=reply.spec.method.name,
-        options=dict(reply.spec.method.options),
-        create_time=optional(reply, "create_time", time),
-        start_time=optional(reply, "start_time", time),
-        end_time=optional(reply, "end_time", time),
-        queue_position=reply.queue_position,
-        resumptions=reply.resumptions,
-        estimated_bytes=reply.estimated_bytes,
-        progress=optional(reply, "progress", _progress),
-        result=optional(reply, "result", _result),
-        error=optional(reply, "error", _error),
-    )
+    method = reply.spec.method
+    options = dict(method.options)
+    return read(TrainingJob, reply, name=reply.spec.name, method=method.name, options=options)
 
 
 class JobLog:
@@ -269,40 +245,3 @@ def _data(
         return training_pb2.TrainingData(jsonl=Path(local).read_bytes())
     except OSError as error:
         raise invalid(field, f"{local} cannot be read: {error.strerror}") from None
-
-
-def _state(number: int) -> JobState:
-    """Returns the state of the same name; UNSPECIFIED for a state that only newer servers know."""
-    known = training_pb2.TrainingJobState.DESCRIPTOR.values_by_number.get(number)
-    if known is None:
-        return JobState.UNSPECIFIED
-    return JobState(known.name.removeprefix("TRAINING_JOB_STATE_").lower())
-
-
-def _progress(now: training_pb2.TrainingProgress) -> JobProgress:
-    return JobProgress(
-        step=now.step,
-        steps=now.steps,
-        loss=optional(now, "loss", float),
-        learning_rate=now.learning_rate,
-        gradient_norm=now.gradient_norm,
-        tokens_per_second=now.tokens_per_second,
-        remaining=optional(now, "remaining", seconds),
-        evaluation=optional(now, "evaluation", _evaluation),
-        best_evaluation=optional(now, "best_evaluation", _evaluation),
-        saved_step=now.saved_step,
-    )
-
-
-def _evaluation(found: training_pb2.TrainingEvaluation) -> Evaluation:
-    return Evaluation(found.step, found.loss, found.perplexity, optional(found, "metric", float))
-
-
-def _result(found: training_pb2.TrainingResult) -> JobResult:
-    return JobResult(
-        found.version, found.digest, found.ending, found.loaded, found.warning, found.peak_bytes
-    )
-
-
-def _error(found: training_pb2.TrainingError) -> JobError:
-    return JobError(found.reason, found.message, tuple(found.log))

@@ -14,6 +14,7 @@ from loraplex import (
     AdapterConflict,
     AdapterEvent,
     AdapterEventKind,
+    AdapterInfo,
     AdapterTable,
     AdapterTier,
     AsyncClient,
@@ -23,9 +24,9 @@ from loraplex import (
     Unavailable,
     UploadNotFound,
     UploadProgress,
-    replies,
 )
 from loraplex.errors import ErrorDetails
+from loraplex.replies import read
 from loraplex.uploads import CONFIG_FILE, WEIGHTS_FILE, Attempts, Files
 from loraplex.v1 import adapter_pb2 as pb
 
@@ -233,7 +234,7 @@ def test_an_adapter_is_read_whole():
         provenance={"trainer": "x"},
         virtual_tokens=7,
     )
-    found = replies.adapter(message)
+    found = read(AdapterInfo, message)
     assert (found.tier, found.host_bytes, found.merged_bytes) == (AdapterTier.HOST, 1, 2)
     assert found.pinned
     assert found.last_use_time is not None
@@ -242,7 +243,7 @@ def test_an_adapter_is_read_whole():
     assert found.aliases == ("live",)
     assert (found.labels, found.provenance) == ({"k": "v"}, {"trainer": "x"})
     assert found.virtual_tokens == 7
-    bare = replies.adapter(pb.Adapter())
+    bare = read(AdapterInfo, pb.Adapter())
     assert (bare.last_use_time, bare.load_seconds) == (None, None)
 
 
