@@ -248,8 +248,8 @@ class Calls:
         Raises AdapterRejected or AdapterConflict.
         """
         files = await self._connection.offload(uploads.Files.read, folder)
-        target = uploads.UploadTarget(name, replace, load, labels)
-        return await self._upload(files, target, upload_id, progress, timeout)
+        header = files.header(upload_id, labels, name=name, replace=replace, load=load)
+        return await self._upload(files, header, progress, timeout)
 
     async def stage_adapter(
         self,
@@ -265,9 +265,9 @@ class Calls:
         `abort_upload` drops it. `timeout` is the deadline of each stream; None sets no deadline.
         """
         files = await self._connection.offload(uploads.Files.read, folder)
-        upload_id = upload_id or await self.start_upload()
-        await self._upload(files, uploads.UploadTarget(), upload_id, progress, timeout)
-        return upload_id
+        header = files.header(upload_id or await self.start_upload(), stage_only=True)
+        await self._upload(files, header, progress, timeout)
+        return header.upload_id
 
     async def start_upload(self, *, timeout: float | None = None) -> str:
         """Returns the id of a new upload. `upload_adapter` starts one itself if given no id."""
@@ -294,8 +294,7 @@ class Calls:
     async def _upload(
         self,
         files: uploads.Files,
-        target: uploads.UploadTarget,
-        upload_id: str,
+        header: adapter_pb2.UploadHeader,
         progress: uploads.Progress | None,
         timeout: float | None,
     ) -> Registration:
@@ -303,27 +302,27 @@ class Calls:
 
         An upload started here is dropped if resuming it is pointless.
         """
-        started = not upload_id
-        upload_id = upload_id or await self.start_upload()
+        started = not header.upload_id
+        header.upload_id = header.upload_id or await self.start_upload()
         attempts = uploads.Attempts()
         while True:
             arrived = None
             try:
-                arrived = await self.get_upload(upload_id)
-                messages = uploads.stream(files, target, upload_id, arrived, progress)
+                arrived = await self.get_upload(header.upload_id)
+                messages = uploads.stream(files, header, arrived, progress)
                 reply = await self._connection.send(self._stub.UploadAdapter, messages, timeout)
                 return read(Registration, reply)
             except LoraplexError as error:
-                if isinstance(error, UploadNotFound) and attempts.made and target.name:
+                if isinstance(error, UploadNotFound) and attempts.made and header.name:
                     # Only the reply was lost: the upload is complete and registered.
-                    found = await self.get_adapter(target.name)
+                    found = await self.get_adapter(header.name)
                     if found.digest == files.digest:
                         return Registration(found, created=True)
                 pause = attempts.pause(error, arrived)
                 if pause is None:
                     if started and not isinstance(error, Unavailable):
                         with contextlib.suppress(LoraplexError):
-                            await self.abort_upload(upload_id)
+                            await self.abort_upload(header.upload_id)
                     raise
             await self._connection.sleep(pause)
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from loraplex.errors import LoraplexError, ServerFault, Unavailable, UploadOutOfStep, invalid
 from loraplex.results import UploadProgress
@@ -53,6 +54,19 @@ class Files:
         """Number of bytes of both files."""
         return len(self.config) + self.weights_size
 
+    def header(
+        self, upload_id: str, labels: Mapping[str, str] | None = None, **terms: Any
+    ) -> adapter_pb2.UploadHeader:
+        """Returns the first message of a stream. `terms` are further fields of it."""
+        return adapter_pb2.UploadHeader(
+            upload_id=upload_id,
+            config_size=len(self.config),
+            weights_size=self.weights_size,
+            expected_digest=self.digest,
+            labels=labels,
+            **terms,
+        )
+
     def chunks(self, arrived: UploadProgress) -> Iterator[adapter_pb2.UploadAdapterRequest]:
         """Yields the bytes after `arrived` as messages. Reads the weights piece by piece."""
         if arrived.config_bytes < len(self.config):
@@ -67,32 +81,6 @@ class Files:
             while piece := file.read(CHUNK_BYTES):
                 yield _chunk(adapter_pb2.ADAPTER_FILE_WEIGHTS, offset, piece)
                 offset += len(piece)
-
-
-@dataclass(frozen=True, slots=True)
-class UploadTarget:
-    """The name, labels and options to register an upload with; without a name it is only staged."""
-
-    name: str = ""
-    replace: bool = False
-    load: bool = False
-    labels: Mapping[str, str] | None = None
-
-    def header(self, upload_id: str, files: Files) -> adapter_pb2.UploadAdapterRequest:
-        """Returns the first message of a stream."""
-        return adapter_pb2.UploadAdapterRequest(
-            header=adapter_pb2.UploadHeader(
-                upload_id=upload_id,
-                name=self.name,
-                config_size=len(files.config),
-                weights_size=files.weights_size,
-                expected_digest=files.digest,
-                replace=self.replace,
-                load=self.load,
-                labels=self.labels,
-                stage_only=not self.name,
-            )
-        )
 
 
 class Attempts:
@@ -118,14 +106,13 @@ class Attempts:
 
 def stream(
     files: Files,
-    target: UploadTarget,
-    upload_id: str,
+    header: adapter_pb2.UploadHeader,
     arrived: UploadProgress,
     progress: Progress | None,
 ) -> Iterator[adapter_pb2.UploadAdapterRequest]:
     """Yields the messages of one stream, and calls `progress` after each chunk."""
     sent = arrived.config_bytes + arrived.weights_bytes
-    yield target.header(upload_id, files)
+    yield adapter_pb2.UploadAdapterRequest(header=header)
     for message in files.chunks(arrived):
         yield message
         sent += len(message.chunk.data)

@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 import pytest
 from loraplex import AdapterRejected, AsyncClient, InvalidRequest
-from loraplex.uploads import Files, UploadTarget, stream
+from loraplex.uploads import Files, stream
 from loraplex.v1 import adapter_pb2 as pb
 from loraplex.v1 import adapter_pb2_grpc
 from loraplex_adapters.store.uploads import Uploads
@@ -222,7 +222,7 @@ async def test_a_draining_server_cuts_an_upload_short_and_keeps_it(tmp_path: Pat
         begun = asyncio.Event()
 
         async def slow() -> AsyncIterator[pb.UploadAdapterRequest]:
-            parts = stream(files, UploadTarget("alpha"), upload_id, PROGRESS_NONE, None)
+            parts = stream(files, files.header(upload_id, name="alpha"), PROGRESS_NONE, None)
             yield next(parts)
             yield next(parts)
             begun.set()

@@ -45,6 +45,27 @@ _EXIT_STATUSES: tuple[tuple[type[errors.LoraplexError], ExitStatus], ...] = (
     (errors.ResourceExhausted, ExitStatus.REFUSED),
 )
 
+# By the server's reason, and by the error's class for all other reasons.
+_ADVICE: dict[str | type[errors.LoraplexError], str] = {
+    "PROMPT_TOO_LONG": "shorten the prompt or lower --max-new-tokens",
+    "ADAPTER_NOT_MIXABLE": "use it alone, with --adapter",
+    "TRAINING_MEMORY": "lower --batch-size or --max-length to use less memory",
+    "JOB_QUEUE_FULL": "wait for a job to end, or cancel one with `loraplex train cancel`",
+    "PIN_BUDGET": "unpin or unmerge another adapter",
+    "MERGE_BUDGET": "unmerge another adapter",
+    errors.InvalidRequest: "the command's --help lists the values that it accepts",
+    errors.AdapterNotFound: "`loraplex adapters list` shows the registered names",
+    errors.JobNotFound: "`loraplex train list` shows the jobs",
+    errors.JobConflict: "omit --request-id or choose another one",
+    errors.UploadNotFound: "start a new upload, without --resume",
+    errors.AdapterConflict: "use --replace to move the name to these bytes, or choose another name",
+    errors.AdapterUnloaded: "run the command again to load it again",
+    errors.AdapterRejected: "correct the adapter; nothing was changed on the server",
+    errors.Unavailable: "try again in a moment",
+    errors.DeadlineExceeded: "raise --timeout, or request fewer tokens",
+    errors.PermissionDenied: "ask the server's operator for access",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Session:
@@ -99,46 +120,12 @@ def exit_status(error: errors.LoraplexError) -> ExitStatus:
 
 def _advice(error: errors.LoraplexError, target: str) -> str:
     match error:
-        case errors.InvalidRequest(reason="PROMPT_TOO_LONG"):
-            return "shorten the prompt or lower --max-new-tokens"
-        case errors.InvalidRequest(reason="ADAPTER_NOT_MIXABLE"):
-            return "use it alone, with --adapter"
-        case errors.InvalidRequest():
-            return "the command's --help lists the values that it accepts"
-        case errors.AdapterNotFound():
-            return "`loraplex adapters list` shows the registered names"
-        case errors.JobNotFound():
-            return "`loraplex train list` shows the jobs"
-        case errors.JobConflict():
-            return "omit --request-id or choose another one"
-        case errors.FailedPrecondition(reason="TRAINING_MEMORY"):
-            return "lower --batch-size or --max-length to use less memory"
-        case errors.ResourceExhausted(reason="JOB_QUEUE_FULL"):
-            return "wait for a job to end, or cancel one with `loraplex train cancel`"
-        case errors.UploadNotFound():
-            return "start a new upload, without --resume"
-        case errors.ResourceExhausted(reason="PIN_BUDGET"):
-            return "unpin or unmerge another adapter"
-        case errors.ResourceExhausted(reason="MERGE_BUDGET"):
-            return "unmerge another adapter"
-        case errors.AdapterConflict():
-            return "use --replace to move the name to these bytes, or choose another name"
-        case errors.AdapterUnloaded():
-            return "run the command again to load it again"
-        case errors.AdapterRejected():
-            return "correct the adapter; nothing was changed on the server"
         case errors.Unavailable(retry_after=float() as seconds):
             return f"try again in {seconds:g} s"
         case errors.Unavailable(reason=""):
             return f"is a server running at {target}? Use --server or LORAPLEX_SERVER for another"
-        case errors.Unavailable():
-            return "try again in a moment"
-        case errors.DeadlineExceeded():
-            return "raise --timeout, or request fewer tokens"
-        case errors.PermissionDenied():
-            return "ask the server's operator for access"
         case errors.Unsupported():
             return f"{target} is not a Loraplex server, or is older than this client"
         case errors.ServerFault() if error.request_id:
             return f"the server's log has details under request id {error.request_id}"
-    return ""
+    return _ADVICE.get(error.reason) or _ADVICE.get(type(error), "")
