@@ -8,10 +8,9 @@ from dataclasses import fields, is_dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 from types import NoneType
-from typing import Any, Protocol, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Protocol, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from google.protobuf.duration_pb2 import Duration
-from google.protobuf.message import Message
 
 from loraplex import results
 from loraplex.errors import cancelled_here, cut_short
@@ -22,7 +21,7 @@ M_contra = TypeVar("M_contra", contravariant=True)
 T_co = TypeVar("T_co", covariant=True)
 
 
-def read(kind: type[T], message: Message, **given: Any) -> T:
+def read(kind: Callable[..., T], message: Any, **given: Any) -> T:
     """Returns a dataclass made of a message's fields of the same names, and of `given`.
 
     A field of the dataclass may have another name in the message, in its metadata as `sent_as`. It
@@ -51,12 +50,13 @@ def _reader(hint: Any) -> Callable[[Any, str], Any]:
         present = _reader(inner[0])
         return lambda message, name: present(message, name) if message.HasField(name) else None
     if origin is tuple:
-        item = functools.partial(read, inner[0]) if is_dataclass(inner[0]) else inner[0]
+        nested = is_dataclass(inner[0])
+        item = functools.partial(read, inner[0]) if nested else inner[0]
         return lambda message, name: tuple(map(item, getattr(message, name)))
     if origin is Mapping:
         return lambda message, name: dict(getattr(message, name))
     if is_dataclass(hint):
-        return lambda message, name: read(hint, getattr(message, name))
+        return lambda message, name: read(cast(Any, hint), getattr(message, name))
     if hint is datetime:
         return lambda message, name: getattr(message, name).ToDatetime(tzinfo=UTC)
     if hint is float:
@@ -64,13 +64,13 @@ def _reader(hint: Any) -> Callable[[Any, str], Any]:
     return functools.partial(_member, hint) if issubclass(hint, StrEnum) else getattr
 
 
-def _number(message: Message, name: str) -> float:
+def _number(message: Any, name: str) -> float:
     """Returns a number; the seconds of a duration."""
-    found = getattr(message, name)
+    found: Any = getattr(message, name)
     return found.ToTimedelta().total_seconds() if isinstance(found, Duration) else float(found)
 
 
-def _member(kind: type[StrEnum], message: Message, name: str) -> StrEnum:
+def _member(kind: type[StrEnum], message: Any, name: str) -> StrEnum:
     """Returns the member of the same name; UNSPECIFIED for one that only newer servers know."""
     values = message.DESCRIPTOR.fields_by_name[name].enum_type.values_by_number
     prefix = values[0].name.removesuffix("UNSPECIFIED")

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import typer
 
+from loraplex import channel
 from loraplex.cli import adapters, chat, generate, health, options, train
+from loraplex.cli.command import command
 
 app = typer.Typer(
     name="loraplex",
@@ -24,11 +26,11 @@ def root(ctx: typer.Context, server: options.RootServer = None) -> None:
     ctx.obj = server
 
 
-app.command("generate")(generate.generate)
-app.command("chat")(chat.chat)
+command(app, "generate")(generate.generate)
+command(app, "chat", json=False)(chat.chat)
 app.add_typer(adapters.app)
 app.add_typer(train.app)
-app.command("health")(health.health)
+command(app, "health", timeout=channel.HEALTH_TIMEOUT)(health.health)
 
 
 def main() -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
 
-from loraplex.cli import options, output, residency, uploads
+from loraplex.cli import options, output, uploads
 from loraplex.cli.command import command
 from loraplex.cli.options import option
 from loraplex.cli.session import Session
+from loraplex.results import AdapterTable
 
 app = typer.Typer(name="adapters", help="Register, load and remove adapters.", no_args_is_help=True)
 
@@ -21,8 +23,7 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="Registered name.")]
 Alias = Annotated[str, typer.Argument(metavar="ALIAS", help="Alias: a name that can be moved.")]
 
 
-@app.command("register", rich_help_panel=_REGISTRATION)
-@command()
+@command(app, "register", _REGISTRATION)
 def register(
     session: Session,
     name: options.NewName,
@@ -37,27 +38,24 @@ def register(
     session.show(done, output.write_registration)
 
 
-app.command("upload", rich_help_panel=_REGISTRATION)(uploads.upload)
-app.command("validate", rich_help_panel=_REGISTRATION)(uploads.validate)
+command(app, "upload", _REGISTRATION)(uploads.upload)
+command(app, "validate", _REGISTRATION)(uploads.validate)
 
 
-@app.command("delete", rich_help_panel=_REGISTRATION)
-@command(json=False)
+@command(app, "delete", _REGISTRATION, json=False)
 def delete(session: Session, name: Name) -> None:
     """Delete NAME. `restore` can bring it back until the operator collects garbage."""
     session.client.delete_adapter(name)
     print(f"{name} deleted")
 
 
-@app.command("restore", rich_help_panel=_REGISTRATION)
-@command()
+@command(app, "restore", _REGISTRATION)
 def restore(session: Session, name: Name) -> None:
     """Restore a deleted NAME with all its versions."""
     session.show(session.client.restore_adapter(name), output.write_residency)
 
 
-@app.command("list", rich_help_panel=_NAMES)
-@command()
+@command(app, "list", _NAMES)
 def list_(
     session: Session,
     label: Annotated[
@@ -80,22 +78,19 @@ def list_(
         output.note("no adapters; register one with: loraplex adapters register NAME PATH")
 
 
-@app.command("get", rich_help_panel=_NAMES)
-@command()
+@command(app, "get", _NAMES)
 def get(session: Session, adapter_id: options.AdapterId) -> None:
     """Describe one adapter."""
     session.show(session.client.get_adapter(adapter_id), output.write_fields)
 
 
-@app.command("versions", rich_help_panel=_NAMES)
-@command()
+@command(app, "versions", _NAMES)
 def versions(session: Session, name: Name) -> None:
     """List all versions of NAME, the newest first."""
     session.show(session.client.list_versions(name), output.write_adapters)
 
 
-@app.command("label", rich_help_panel=_NAMES)
-@command()
+@command(app, "label", _NAMES)
 def label(
     session: Session,
     adapter_id: options.AdapterId,
@@ -112,8 +107,7 @@ def label(
     session.show(found, output.write_labels)
 
 
-@app.command("alias", rich_help_panel=_NAMES)
-@command()
+@command(app, "alias", _NAMES)
 def alias(
     session: Session,
     alias: Alias,
@@ -133,18 +127,77 @@ def alias(
     session.show(found, lambda adapter: print(f"{alias} -> {output.identity(adapter)}"))
 
 
-@app.command("unalias", rich_help_panel=_NAMES)
-@command(json=False)
+@command(app, "unalias", _NAMES, json=False)
 def unalias(session: Session, alias: Alias) -> None:
     """Delete ALIAS; its adapter stays."""
     session.client.delete_alias(alias)
     print(f"{alias} removed")
 
 
-app.command("load", rich_help_panel=_DEVICE)(residency.load)
-app.command("unload", rich_help_panel=_DEVICE)(residency.unload)
-app.command("pin", rich_help_panel=_DEVICE)(residency.pin)
-app.command("unpin", rich_help_panel=_DEVICE)(residency.unpin)
-app.command("merge", rich_help_panel=_DEVICE)(residency.merge)
-app.command("unmerge", rich_help_panel=_DEVICE)(residency.unmerge)
-app.command("watch", rich_help_panel=_DEVICE)(residency.watch)
+@command(app, "load", _DEVICE)
+def load(session: Session, adapter_id: options.AdapterId) -> None:
+    """Load an adapter onto the device and wait until it is resident."""
+    session.show(session.client.load_adapter(adapter_id), output.write_residency)
+
+
+@command(app, "unload", _DEVICE)
+def unload(
+    session: Session,
+    adapter_id: options.AdapterId,
+    force: Annotated[
+        bool, option("Running requests", "Abort the requests that use the adapter.", "--force")
+    ] = False,
+    drain: Annotated[
+        float | None,
+        option(
+            "Running requests",
+            "Abort the requests that still run after this time.",
+            min=0,
+            metavar="SECONDS",
+        ),
+    ] = None,
+) -> None:
+    """Remove an adapter from the device once its running requests have finished."""
+    found = session.client.unload_adapter(adapter_id, force=force, drain=drain)
+    session.show(found, output.write_residency)
+
+
+@command(app, "pin", _DEVICE)
+def pin(session: Session, adapter_id: options.AdapterId) -> None:
+    """Load an adapter onto the device and keep it there."""
+    session.show(session.client.pin_adapter(adapter_id), output.write_residency)
+
+
+@command(app, "unpin", _DEVICE)
+def unpin(session: Session, adapter_id: options.AdapterId) -> None:
+    """Allow a pinned adapter to be evicted again."""
+    session.show(session.client.unpin_adapter(adapter_id), output.write_residency)
+
+
+@command(app, "merge", _DEVICE)
+def merge(session: Session, adapter_id: options.AdapterId) -> None:
+    """Compute an adapter's requests with dense merged weights; other requests are unaffected."""
+    session.show(session.client.merge_adapter(adapter_id), output.write_residency)
+
+
+@command(app, "unmerge", _DEVICE)
+def unmerge(session: Session, adapter_id: options.AdapterId) -> None:
+    """Drop an adapter's merged weights."""
+    session.show(session.client.unmerge_adapter(adapter_id), output.write_residency)
+
+
+@command(app, "watch", _DEVICE, timeout=None)
+def watch(session: Session) -> None:
+    """Print the adapters, then one line for every change, until Ctrl-C."""
+    with session.client.watch_adapters() as changes:
+        for item in changes:
+            if session.as_json:
+                kind = "table" if isinstance(item, AdapterTable) else "event"
+                output.write_json({kind: item}, flush=True)
+            elif isinstance(item, AdapterTable):
+                if item.resync:
+                    output.note("some changes were missed; this is the current table")
+                output.write_adapters(item.adapters)
+                sys.stdout.flush()
+            else:
+                output.write_event(item)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from typing import cast
+from typing import Annotated
 
 from loraplex import errors
-from loraplex.cli import live, options, output
-from loraplex.cli.command import command
+from loraplex.cli import options, output
 from loraplex.cli.session import Session, complain
 from loraplex.requests import GenerateOptions, Message
 
@@ -18,16 +17,15 @@ HELP = """\
 /quit          leave the chat, like Ctrl-D; Ctrl-C stops an answer"""
 
 
-@command(json=False)
 def chat(
     session: Session,
     *,
     adapter: options.Adapter = None,
     system: options.System = None,
-    given: options.ChatOptions,
+    given: Annotated[GenerateOptions, options.CHAT],
 ) -> None:
     """Chat with the model; /help lists the chat's own commands."""
-    Conversation(session, adapter or "", system, cast(GenerateOptions, given)).run()
+    Conversation(session, adapter or "", system, given).run()
 
 
 class Conversation:
@@ -87,7 +85,7 @@ class Conversation:
             "adapter": self._adapter,
         }
         try:
-            text = live.show(self._session.client.stream(**chosen))
+            text = output.write_stream(self._session.client.stream(**chosen))
         except KeyboardInterrupt:
             output.note("stopped")
         except errors.LoraplexError as error:

@@ -1,14 +1,15 @@
 """The decorator of all commands: it adds the shared options and opens the session.
 
-A command's first parameter is its `Session`. A parameter whose type is a TypedDict stands for one
-option per key, each None unless given; the command gets them as a mapping.
+A command's first parameter is its `Session`. A parameter annotated with a TypedDict and a mapping
+stands for one option per key of the mapping, with the key's type in the TypedDict and the mapping's
+declaration. Each is None unless given; the command gets them as one dictionary.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, get_type_hints, is_typeddict
+from typing import Annotated, Any, get_type_hints, is_typeddict
 
 import typer
 
@@ -20,9 +21,14 @@ _KIND = inspect.Parameter.KEYWORD_ONLY
 
 
 def command(
-    *, json: bool = True, timeout: float | None = channel.DEFAULT_TIMEOUT
+    group: typer.Typer,
+    name: str,
+    panel: str | None = None,
+    *,
+    json: bool = True,
+    timeout: float | None = channel.DEFAULT_TIMEOUT,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Makes a Typer callback of a function that takes a Session.
+    """Adds a function that takes a Session to `group` as a command, listed in `panel`.
 
     The command gets the option --server, --json if `json` is set, and --timeout with this default
     unless it is None.
@@ -48,7 +54,8 @@ def command(
         context = inspect.Parameter("ctx", _KIND, annotation=typer.Context)
         run.__doc__ = function.__doc__
         run.__signature__ = inspect.Signature([context, *parameters])  # type: ignore[attr-defined]
-        return run
+        group.command(name, rich_help_panel=panel)(run)
+        return function
 
     return declare
 
@@ -61,11 +68,15 @@ def _expanded(
     found: list[inspect.Parameter] = []
     groups: dict[str, list[str]] = {}
     for parameter in list(inspect.signature(function).parameters.values())[1:]:
-        hint = hints[parameter.name]
-        if is_typeddict(hint):
-            fields = get_type_hints(hint, include_extras=True)
-            groups[parameter.name] = list(fields)
-            found += [_parameter(key, field, None) for key, field in fields.items()]
+        hint: Any = hints[parameter.name]
+        kind = getattr(hint, "__origin__", None)
+        if is_typeddict(kind):
+            types: dict[str, Any] = get_type_hints(kind)
+            (declared,) = hint.__metadata__
+            groups[parameter.name] = list(declared)
+            found += [
+                _parameter(k, Annotated[types[k], each], None) for k, each in declared.items()
+            ]
         else:
             found.append(_parameter(parameter.name, hint, parameter.default))
     return found, groups

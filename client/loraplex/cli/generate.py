@@ -3,63 +3,36 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
-from typing import Annotated, cast
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any
 
 import typer
 
-from loraplex.cli import live, options, output
-from loraplex.cli.command import command
+from loraplex.cli import options, output
 from loraplex.cli.options import option
 from loraplex.cli.session import Session
 from loraplex.requests import GenerateOptions, Message
 from loraplex.results import Completion
 
-
-class CompletionOptions(options.ChatOptions):
-    """The options of a completion; the keys are those of GenerateOptions."""
-
-    top_k: Annotated[
-        int | None,
-        option("Sampling", "Sample from the k most probable tokens; 0 keeps all tokens."),
-    ]
-    min_p: Annotated[
-        float | None,
-        option("Sampling", "Smallest probability, as a share of the most probable token's."),
-    ]
-    repetition_penalty: Annotated[
-        float | None,
-        option("Sampling", "Penalty on tokens of the prompt and the output; 1 is none."),
-    ]
-    presence_penalty: Annotated[
-        float | None, option("Sampling", "Penalty on each token already generated, -2 to 2.")
-    ]
-    frequency_penalty: Annotated[
-        float | None,
-        option("Sampling", "Penalty per occurrence of a token in the output, -2 to 2."),
-    ]
-    stop: Annotated[
-        list[str] | None,
-        option(
-            "Stop conditions",
-            "End the completion before this text. Can be repeated.",
-            metavar="TEXT",
-        ),
-    ]
-    ignore_eos: Annotated[
-        bool | None,
-        option("Stop conditions", "Continue past the end-of-sequence token.", "--ignore-eos"),
-    ]
-    logprobs: Annotated[
-        int | None, option("Output", "Alternatives reported for each token, with --json.")
-    ]
-    priority: Annotated[
-        int | None,
-        option("Server", "Priority of the request, -100 to 100; higher is admitted first."),
-    ]
+_COMPLETION: Mapping[str, Any] = {
+    **options.CHAT,
+    "top_k": option("Sampling", "Sample from the k most probable tokens; 0 keeps all tokens."),
+    "min_p": option("Sampling", "Smallest probability, as a share of the most probable token's."),
+    "repetition_penalty": option(
+        "Sampling", "Penalty on tokens of the prompt and the output; 1 is none."
+    ),
+    "presence_penalty": option("Sampling", "Penalty on each token already generated, -2 to 2."),
+    "frequency_penalty": option(
+        "Sampling", "Penalty per occurrence of a token in the output, -2 to 2."
+    ),
+    "ignore_eos": option(
+        "Stop conditions", "Continue past the end-of-sequence token.", "--ignore-eos"
+    ),
+    "logprobs": option("Output", "Alternatives reported for each token, with --json."),
+    "priority": option("Server", "Priority of the request, -100 to 100; higher is admitted first."),
+}
 
 
-@command()
 def generate(
     session: Session,
     prompt: Annotated[
@@ -76,21 +49,34 @@ def generate(
         option("Model", "Treat PROMPT as a user message and apply the chat template.", "--chat"),
     ] = False,
     system: options.System = None,
-    given: CompletionOptions,
+    given: Annotated[GenerateOptions, _COMPLETION],
+    stop: Annotated[
+        list[str] | None,
+        option(
+            "Stop conditions",
+            "End the completion before this text. Can be repeated.",
+            metavar="TEXT",
+        ),
+    ] = None,
     stream: Annotated[
         bool, option("Output", "Print tokens as they are generated.", "--stream/--no-stream")
     ] = True,
 ) -> None:
     """Continue PROMPT with the base model, an adapter or a mix of adapters."""
     text = sys.stdin.read() if prompt == "-" else prompt
-    chosen = cast(GenerateOptions, {**given, "adapter": adapter, "mix": _parse_mix(mix or ())})
+    chosen: GenerateOptions = {
+        **given,
+        "adapter": adapter,
+        "mix": _parse_mix(mix or ()),
+        "stop": stop,
+    }
     as_prompt: str | None = text
     if chat or system is not None:
         as_prompt = None
         opening: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         chosen["messages"] = [*opening, {"role": "user", "content": text}]
     if stream and not session.as_json:
-        live.show(session.client.stream(as_prompt, **chosen))
+        output.write_stream(session.client.stream(as_prompt, **chosen))
     else:
         session.show(session.client.generate(as_prompt, **chosen), _write)
 

@@ -6,15 +6,12 @@ from typing import Annotated
 
 import typer
 
-from loraplex import channel
 from loraplex.cli import output
-from loraplex.cli.command import command
 from loraplex.cli.options import option
 from loraplex.cli.session import ExitStatus, Session
 from loraplex.results import HealthStatus
 
 
-@command(timeout=channel.HEALTH_TIMEOUT)
 def health(
     session: Session,
     service: Annotated[

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Annotated, Any, TypedDict
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any
 
 import typer
 
@@ -80,29 +80,17 @@ System = Annotated[
 ]
 
 
-class ChatOptions(TypedDict):
-    """The options of a completion that `chat` has too; the keys are those of GenerateOptions."""
-
-    temperature: Annotated[
-        float | None,
-        option("Sampling", "Sampling temperature; 0 is greedy. Default: 1.", "--temperature", "-t"),
-    ]
-    top_p: Annotated[
-        float | None,
-        option("Sampling", "Sample from the smallest set of tokens with this probability."),
-    ]
-    seed: Annotated[
-        int | None, option("Sampling", "Random seed; the same seed gives the same tokens.")
-    ]
-    max_new_tokens: Annotated[
-        int | None,
-        option(
-            "Stop conditions",
-            "Largest number of new tokens. Default: 256.",
-            "--max-new-tokens",
-            "-n",
-        ),
-    ]
+CHAT: Mapping[str, Any] = {
+    "temperature": option(
+        "Sampling", "Sampling temperature; 0 is greedy. Default: 1.", "--temperature", "-t"
+    ),
+    "top_p": option("Sampling", "Sample from the smallest set of tokens with this probability."),
+    "seed": option("Sampling", "Random seed; the same seed gives the same tokens."),
+    "max_new_tokens": option(
+        "Stop conditions", "Largest number of new tokens. Default: 256.", "--max-new-tokens", "-n"
+    ),
+}
+"""The keys of GenerateOptions that are options of `chat` and `generate`."""
 
 
 def parse_pairs(terms: Iterable[str] | None) -> dict[str, str]:

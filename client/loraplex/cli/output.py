@@ -22,6 +22,7 @@ from loraplex.results import (
     Usage,
     Validation,
 )
+from loraplex.streams import Stream
 from loraplex.uploads import Progress
 
 # A model may emit terminal control sequences; a terminal must not obey them.
@@ -58,6 +59,26 @@ def write_summary(reason: FinishReason, usage: Usage, adapters: Sequence[Resolve
     note(f"[{model or 'base model'}, {tokens}, {reason}]")
 
 
+def write_stream(stream: Stream) -> str:
+    """Prints the deltas as they arrive, then the summary; returns the text.
+
+    However the stream ends, the line is ended and a running call cancelled.
+    """
+    pieces: list[str] = []
+    with stream:
+        try:
+            for delta in stream:
+                pieces.append(delta.text)
+                write_text(delta.text)
+        finally:
+            if pieces:
+                write_text("\n")
+    if stream.finished is not None:
+        done = stream.finished
+        write_summary(done.finish_reason, done.usage, done.adapters)
+    return "".join(pieces)
+
+
 def remark(text: str) -> None:
     """Prints a line on standard error."""
     print(text, file=sys.stderr)
@@ -71,20 +92,14 @@ def note(text: str) -> None:
 
 
 def write_adapters(adapters: Sequence[AdapterInfo]) -> None:
-    """Prints a table on a terminal; elsewhere tab-separated lines, with full digests and bytes."""
+    """Prints a table; elsewhere than on a terminal with full digests and numbers of bytes."""
     if sys.stdout.isatty():
         write_table(
             ("name", "version", "state", "type", "rank", "size", "on device", "active", "digest"),
             [
                 (
-                    a.name,
-                    str(a.version),
-                    a.state,
-                    a.peft_type,
-                    str(a.rank),
-                    size(a.size_bytes),
-                    size(a.device_bytes) if a.device_bytes else "-",
-                    str(a.active_requests),
+                    *(a.name, a.version, a.state, a.peft_type, a.rank, size(a.size_bytes)),
+                    *(size(a.device_bytes) if a.device_bytes else "-", a.active_requests),
                     short(a.digest),
                 )
                 for a in adapters
@@ -94,15 +109,21 @@ def write_adapters(adapters: Sequence[AdapterInfo]) -> None:
         return
     fields = ("name", "version", "state", "peft_type", "rank", "size_bytes", "device_bytes",
               "active_requests", "digest")  # fmt: skip
-    print(*(field.removeprefix("peft_") for field in fields), sep="\t")
-    for a in adapters:
-        print(*(getattr(a, field) for field in fields), sep="\t")
+    titles = [field.removeprefix("peft_") for field in fields]
+    write_table(titles, [[getattr(a, field) for field in fields] for a in adapters])
 
 
 def write_table(
-    titles: Sequence[str], rows: Iterable[Sequence[str]], numbers: Collection[str] = ()
+    titles: Sequence[str], rows: Iterable[Sequence[object]], numbers: Collection[str] = ()
 ) -> None:
-    """Prints a table for a terminal. The columns in `numbers` are aligned to the right."""
+    """Prints a table on a terminal; elsewhere tab-separated lines.
+
+    The columns in `numbers` are aligned to the right.
+    """
+    if not sys.stdout.isatty():
+        for row in (titles, *rows):
+            print(*row, sep="\t")
+        return
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -111,7 +132,7 @@ def write_table(
     for title in titles:
         table.add_column(title, justify="right" if title in numbers else "left")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(str, row))
     Console().print(table)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, TypedDict, cast
+from typing import Annotated, Any
 
 import typer
 
@@ -21,54 +22,32 @@ JobId = Annotated[
 ]
 
 
-class JobOptions(TypedDict):
-    """The options of a job; the keys are those of TrainingOptions."""
-
-    method: Annotated[str | None, option("Method", "Training method. Default: lora.")]
-    epochs: Annotated[float | None, option("Training", "Number of passes over the data.")]
-    steps: Annotated[
-        int | None, option("Training", "Number of optimiser steps, instead of --epochs.")
-    ]
-    batch_size: Annotated[int | None, option("Training", "Examples per micro-batch.")]
-    accumulation: Annotated[int | None, option("Training", "Micro-batches per optimiser step.")]
-    pack: Annotated[bool | None, option("Training", "Put several short examples into one row.")]
-    max_length: Annotated[
-        int | None, option("Training", "Tokens per example; longer examples are cut.")
-    ]
-    learn: Annotated[
-        str | None,
-        option("Training", "Tokens to learn: auto, completion, assistant or all.", metavar="WHAT"),
-    ]
-    seed: Annotated[
-        int | None, option("Training", "Random seed for example order and initialisation.")
-    ]
-    optimiser: Annotated[str | None, option("Optimiser", "Optimiser. Default: adamw.")]
-    learning_rate: Annotated[float | None, option("Optimiser", "Learning rate.", "--lr")]
-    schedule: Annotated[
-        str | None,
-        option("Optimiser", "Learning-rate schedule, such as constant, linear or cosine."),
-    ]
-    eval_every: Annotated[int | None, option("Evaluation", "Optimiser steps between evaluations.")]
-    patience: Annotated[
-        int | None, option("Evaluation", "Stop after this many evaluations without improvement.")
-    ]
-    metric: Annotated[
-        str | None,
-        option("Evaluation", "Metric on generated answers: exact, json or regex:EXPRESSION."),
-    ]
-    replace: Annotated[
-        bool | None,
-        option("Registration", "Move a name that is taken to the new adapter.", "--replace"),
-    ]
-    load: Annotated[
-        bool | None,
-        option("Registration", "Load the adapter onto the device when it is ready.", "--load"),
-    ]
-    alias: Annotated[str | None, option("Registration", "Point this alias to the new adapter.")]
+_JOB: Mapping[str, Any] = {
+    "method": option("Method", "Training method. Default: lora."),
+    "epochs": option("Training", "Number of passes over the data."),
+    "steps": option("Training", "Number of optimiser steps, instead of --epochs."),
+    "batch_size": option("Training", "Examples per micro-batch."),
+    "accumulation": option("Training", "Micro-batches per optimiser step."),
+    "pack": option("Training", "Put several short examples into one row."),
+    "max_length": option("Training", "Tokens per example; longer examples are cut."),
+    "learn": option(
+        "Training", "Tokens to learn: auto, completion, assistant or all.", metavar="WHAT"
+    ),
+    "seed": option("Training", "Random seed for example order and initialisation."),
+    "optimiser": option("Optimiser", "Optimiser. Default: adamw."),
+    "learning_rate": option("Optimiser", "Learning rate.", "--lr"),
+    "schedule": option("Optimiser", "Learning-rate schedule, such as constant, linear or cosine."),
+    "eval_every": option("Evaluation", "Optimiser steps between evaluations."),
+    "patience": option("Evaluation", "Stop after this many evaluations without improvement."),
+    "metric": option("Evaluation", "Metric on generated answers: exact, json or regex:EXPRESSION."),
+    "replace": option("Registration", "Move a name that is taken to the new adapter.", "--replace"),
+    "load": option("Registration", "Load the adapter onto the device when it is ready.", "--load"),
+    "alias": option("Registration", "Point this alias to the new adapter."),
+}
+"""The keys of TrainingOptions that are options of `create`."""
 
 
-@app.command("create")
-@command()
+@command(app, "create")
 def create(
     session: Session,
     name: Annotated[str, typer.Argument(metavar="NAME", help="Name to register the adapter as.")],
@@ -82,7 +61,7 @@ def create(
     eval_data: Annotated[
         str, option("Data", "Evaluation data, in the same place as DATA.", metavar="FILE")
     ] = "",
-    given: JobOptions,
+    given: Annotated[TrainingOptions, _JOB],
     set_: Annotated[
         list[str] | None,
         option(
@@ -101,8 +80,11 @@ def create(
     ] = False,
 ) -> None:
     """Queue a job that trains an adapter NAME on the examples in DATA."""
-    pairs = {"options": options.parse_pairs(set_), "labels": options.parse_pairs(label)}
-    chosen = cast(TrainingOptions, {**given, **pairs})
+    chosen: TrainingOptions = {
+        **given,
+        "options": options.parse_pairs(set_),
+        "labels": options.parse_pairs(label),
+    }
     job = session.client.training.create(
         name,
         None if on_server else Path(data),
@@ -119,15 +101,13 @@ def create(
         session.show(job, training_output.write_queued)
 
 
-@app.command("get")
-@command()
+@command(app, "get")
 def get(session: Session, job_id: JobId) -> None:
     """Describe one job."""
     session.show(session.client.training.get(job_id), training_output.write_job)
 
 
-@app.command("list")
-@command()
+@command(app, "list")
 def list_(
     session: Session,
     state: Annotated[
@@ -143,16 +123,14 @@ def list_(
         output.note("no training jobs; start one with: loraplex train create NAME DATA")
 
 
-@app.command("cancel")
-@command()
+@command(app, "cancel")
 def cancel(session: Session, job_id: JobId) -> None:
     """Cancel a job and wait until it has ended."""
     done = session.client.training.cancel(job_id)
     session.show(done, lambda job: print(job.job_id, job.state))
 
 
-@app.command("watch")
-@command(timeout=None)
+@command(app, "watch", timeout=None)
 def watch(session: Session, job_id: JobId) -> None:
     """Follow a job to its end. Ctrl-C leaves the job running.
 

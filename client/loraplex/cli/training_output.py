@@ -14,12 +14,7 @@ from loraplex.training import JobProgress, JobState, TrainingJob
 def write_jobs(jobs: Sequence[TrainingJob]) -> None:
     """Prints a table on a terminal; elsewhere tab-separated lines."""
     titles = ("job", "name", "state", "method", "step", "steps", "loss", "created")
-    rows = [_row(job) for job in jobs]
-    if sys.stdout.isatty():
-        output.write_table(titles, rows)
-        return
-    for row in (titles, *rows):
-        print(*row, sep="\t")
+    output.write_table(titles, [_row(job) for job in jobs])
 
 
 def write_queued(job: TrainingJob) -> None:
@@ -93,15 +88,11 @@ def write_end(job: TrainingJob) -> None:
         output.remark(f"loraplex: the job was {job.state}")
 
 
-def _row(job: TrainingJob) -> tuple[str, ...]:
+def _row(job: TrainingJob) -> tuple[object, ...]:
     now = job.progress
     return (
-        job.job_id,
-        job.name,
-        _state(job),
-        job.method,
-        str(now.step) if now else "-",
-        str(now.steps) if now else "-",
+        *(job.job_id, job.name, _state(job), job.method),
+        *((now.step, now.steps) if now else ("-", "-")),
         f"{now.loss:.4f}" if now and now.loss is not None else "-",
         job.create_time.isoformat(timespec="seconds") if job.create_time else "-",
     )

@@ -11,7 +11,6 @@ import typer
 
 from loraplex import uploads
 from loraplex.cli import options, output
-from loraplex.cli.command import command
 from loraplex.cli.options import option
 from loraplex.cli.session import ExitStatus, Session
 from loraplex.client import Client
@@ -19,7 +18,6 @@ from loraplex.errors import Cancelled, DeadlineExceeded, LoraplexError, Unavaila
 from loraplex.results import Validation
 
 
-@command()
 def upload(
     session: Session,
     name: options.NewName,
@@ -49,7 +47,6 @@ def upload(
     session.show(done, output.write_registration)
 
 
-@command()
 def validate(
     session: Session,
     path: options.ServerPath,
