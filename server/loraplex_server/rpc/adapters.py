@@ -169,11 +169,10 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
     ) -> pb.UploadAdapterResponse:
         """Receives an adapter's files and registers it."""
         done = await _typed(self._uploads.receive(request_iterator), "", "name", _UPLOAD)
-        if done.adapter is None:
+        if done is None:
             return pb.UploadAdapterResponse()
-        return pb.UploadAdapterResponse(
-            adapter=self._describe(done.adapter.record), created=done.created
-        )
+        adapter, created = done
+        return pb.UploadAdapterResponse(adapter=self._describe(adapter.record), created=created)
 
     async def GetUpload(
         self, request: pb.GetUploadRequest, context: _Context

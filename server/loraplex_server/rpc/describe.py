@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import time
-from typing import Final
+from typing import Any, Final
 
-from google.protobuf.duration_pb2 import Duration
-from google.protobuf.timestamp_pb2 import Timestamp
+from google.protobuf.message import Message
 from loraplex.v1 import adapter_pb2
 from loraplex_adapters.format.examine import Report
-from loraplex_adapters.format.spec import CheckedAdapter
 from loraplex_adapters.store import Record
 
 from loraplex_server.engine.messages import AdapterStatus
@@ -24,20 +22,7 @@ _STATES: Final = {
 
 def adapter(record: Record, status: AdapterStatus | None) -> adapter_pb2.Adapter:
     """Describes a version; `status` is None if it is not in the engine."""
-    message = adapter_pb2.Adapter(
-        name=record.name,
-        version=record.version,
-        digest=record.digest,
-        peft_type=record.peft_type,
-        rank=record.rank,
-        target_modules=record.target_modules,
-        size_bytes=record.size_bytes,
-        base_model=record.base_model,
-        aliases=record.aliases,
-        labels=record.labels,
-        provenance=record.provenance,
-        virtual_tokens=record.virtual_tokens,
-    )
+    message = adapter_pb2.Adapter(**_shared(adapter_pb2.Adapter, record))
     message.create_time.FromDatetime(record.created_at)
     _place(message, status)
     return message
@@ -52,62 +37,39 @@ def nameless(digest: str, status: AdapterStatus | None) -> adapter_pb2.Adapter:
 
 def judgement(report: Report) -> adapter_pb2.ValidateAdapterResponse:
     """All problems of an adapter's files, or the adapter's properties if there are none."""
-    return adapter_pb2.ValidateAdapterResponse(
-        findings=[
-            adapter_pb2.AdapterFinding(reason=f.reason, field=f.field, message=f.message)
-            for f in report.findings
-        ],
-        spec=None if report.spec is None else _spec(report.spec),
-    )
+    reply = adapter_pb2.ValidateAdapterResponse()
+    for finding in report.findings:
+        reply.findings.add(**_shared(adapter_pb2.AdapterFinding, finding))
+    if spec := report.spec:
+        described = _shared(adapter_pb2.AdapterSpec, spec)
+        reply.spec.CopyFrom(adapter_pb2.AdapterSpec(**described, device_bytes=spec.packed_bytes))
+    return reply
 
 
-def _spec(spec: CheckedAdapter) -> adapter_pb2.AdapterSpec:
-    return adapter_pb2.AdapterSpec(
-        digest=spec.digest,
-        peft_type=spec.peft_type,
-        rank=spec.rank,
-        target_modules=spec.target_modules,
-        size_bytes=spec.size_bytes,
-        device_bytes=spec.packed_bytes,
-        virtual_tokens=spec.virtual_tokens,
-        base_model=spec.base_model,
-        provenance=spec.provenance,
-    )
+def _shared(kind: type[Message], value: Any) -> dict[str, Any]:
+    """The attributes of `value` that are named like fields of the message `kind`."""
+    names = kind.DESCRIPTOR.fields_by_name
+    return {name: getattr(value, name) for name in names if hasattr(value, name)}
 
 
 def _place(message: adapter_pb2.Adapter, status: AdapterStatus | None) -> None:
+    message.state = adapter_pb2.ADAPTER_STATE_STORED
+    message.tier = adapter_pb2.ADAPTER_TIER_DISK
     if status is None:
-        message.state = adapter_pb2.ADAPTER_STATE_STORED
-        message.tier = adapter_pb2.ADAPTER_TIER_DISK
         return
     message.state = _STATES[status.state]
-    on_device = status.state in {"resident", "draining"}
-    if on_device:
+    if status.state in {"resident", "draining"}:
         message.tier = adapter_pb2.ADAPTER_TIER_DEVICE
         message.device_bytes = status.bytes
     elif status.host_bytes:
         message.tier = adapter_pb2.ADAPTER_TIER_HOST
-    else:
-        message.tier = adapter_pb2.ADAPTER_TIER_DISK
     message.host_bytes = status.host_bytes
     message.merged_bytes = status.merged_bytes
     message.pinned = status.pinned
     message.active_requests = status.refs
     if status.last_used:
         # The engine uses this machine's monotonic clock.
-        ago = time.monotonic() - status.last_used
-        message.last_use_time.CopyFrom(_timestamp(time.time() - ago))
+        used = time.time() - (time.monotonic() - status.last_used)
+        message.last_use_time.FromNanoseconds(int(used * 1e9))
     if status.load_seconds:
-        message.load_duration.CopyFrom(_duration(status.load_seconds))
-
-
-def _timestamp(seconds: float) -> Timestamp:
-    made = Timestamp()
-    made.FromNanoseconds(int(seconds * 1e9))
-    return made
-
-
-def _duration(seconds: float) -> Duration:
-    made = Duration()
-    made.FromNanoseconds(int(seconds * 1e9))
-    return made
+        message.load_duration.FromNanoseconds(int(status.load_seconds * 1e9))

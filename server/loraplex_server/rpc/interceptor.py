@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, Self, TypeAlias, TypeVar
 
 import grpc
 from google.protobuf.message import Message
@@ -23,6 +23,8 @@ from loraplex_server.logs import REQUEST_ID
 from loraplex_server.metrics import Metrics
 from loraplex_server.rpc.errors import TABLE, status_of, trailers_of
 from loraplex_server.rpc.validate import is_request_id
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +69,29 @@ class Gate:
         """Returns when the server starts to drain, which ends endless streams."""
         await self._closing.wait()
 
+    async def before_draining(
+        self, work: Awaitable[T], refusal: str, seconds: float | None = None
+    ) -> T:
+        """The result of `work`, which is cancelled when the server starts to drain.
+
+        Raises Refusal(DRAINING) with the text `refusal`, and TimeoutError after `seconds`.
+        """
+        closing = asyncio.ensure_future(self._closing.wait())
+        working = asyncio.ensure_future(work)
+        either: set[asyncio.Future[Any]] = {working, closing}
+        try:
+            await asyncio.wait(either, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            if working.done():
+                return working.result()
+        finally:
+            closing.cancel()
+            if not working.done():
+                working.cancel()
+                await asyncio.wait({working})
+        if self.draining:
+            raise Refusal(Reason.DRAINING, refusal)
+        raise TimeoutError
+
     async def drained(self) -> None:
         """Returns once no call is running."""
         await self._idle.wait()
@@ -93,44 +118,28 @@ class Interceptor(grpc.aio.ServerInterceptor):
         if handler is None:
             return None
         method = str(handler_call_details.method)
-        if handler.request_streaming:
-            gather: Any = handler.stream_unary
-            if gather is None:
-                return handler  # grpc's own reflection
-            return grpc.stream_unary_rpc_method_handler(
-                self._gathering(method, gather),
-                _forgiving(handler.request_deserializer),
-                handler.response_serializer,
-            )
-        behave: Any = handler.unary_stream if handler.response_streaming else handler.unary_unary
-        if handler.response_streaming:
-            if not inspect.isasyncgenfunction(behave):
-                return handler  # Watch of grpc's health service, which writes by itself
-            return grpc.unary_stream_rpc_method_handler(
-                self._stream(method, behave),
-                _forgiving(handler.request_deserializer),
-                handler.response_serializer,
-            )
-        return grpc.unary_unary_rpc_method_handler(
-            self._unary(method, behave),
-            _forgiving(handler.request_deserializer),
-            handler.response_serializer,
-        )
+        unary: Any = handler.unary_unary
+        gather: Any = handler.stream_unary
+        stream: Any = handler.unary_stream
+        make: Callable[..., _Handler]
+        guarded: Callable[[Any, _Context], Awaitable[Message | None]]
+        if unary is not None:
+            make, guarded = grpc.unary_unary_rpc_method_handler, self._unary(method, unary)
+        elif gather is not None:
+            make, guarded = grpc.stream_unary_rpc_method_handler, self._gathering(method, gather)
+        elif inspect.isasyncgenfunction(stream):
+            make, guarded = grpc.unary_stream_rpc_method_handler, self._stream(method, stream)
+        else:
+            return handler  # grpc's reflection, and Watch of its health service
+        return make(guarded, _forgiving(handler.request_deserializer), handler.response_serializer)
 
     def _unary(
         self, method: str, behave: Callable[[Any, _Context], Awaitable[Message]]
     ) -> Callable[[Any, _Context], Awaitable[Message]]:
         async def guarded(request: Any, context: _Context) -> Message:
-            call = _Call(self._gate, self._metrics, method, request)
-            with call:
-                try:
-                    call.check(request)
-                    reply = await behave(request, context)
-                    context.set_trailing_metadata((("x-request-id", call.id),))
-                    return reply
-                except BaseException as error:
-                    await call.fail(error, context)
-                    raise
+            async with _Call(self._gate, self._metrics, method, context, request) as call:
+                call.check(request)
+                return await behave(request, context)
 
         return guarded
 
@@ -138,22 +147,15 @@ class Interceptor(grpc.aio.ServerInterceptor):
         self, method: str, behave: Callable[[AsyncIterator[Any], _Context], Awaitable[Message]]
     ) -> Callable[[AsyncIterator[Any], _Context], Awaitable[Message]]:
         async def guarded(requests: AsyncIterator[Any], context: _Context) -> Message:
-            call = _Call(self._gate, self._metrics, method, None)
+            async with _Call(self._gate, self._metrics, method, context) as call:
 
-            async def checked() -> AsyncGenerator[Any, None]:
-                async for request in requests:
-                    call.check(request)
-                    yield request
+                async def checked() -> AsyncGenerator[Any, None]:
+                    async for request in requests:
+                        call.check(request)
+                        yield request
 
-            with call:
-                try:
-                    call.check(None)
-                    reply = await behave(checked(), context)
-                    context.set_trailing_metadata((("x-request-id", call.id),))
-                    return reply
-                except BaseException as error:
-                    await call.fail(error, context)
-                    raise
+                call.check(None)
+                return await behave(checked(), context)
 
         return guarded
 
@@ -161,18 +163,12 @@ class Interceptor(grpc.aio.ServerInterceptor):
         self, method: str, behave: Callable[[Any, _Context], AsyncGenerator[Message, None]]
     ) -> Callable[[Any, _Context], Awaitable[None]]:
         async def guarded(request: Any, context: _Context) -> None:
-            call = _Call(self._gate, self._metrics, method, request)
-            with call:
-                try:
-                    call.check(request)
-                    # Closing the generator frees the request when the client is gone.
-                    async with aclosing(behave(request, context)) as events:
-                        async for event in events:
-                            await self._write(context, event, call, events)
-                    context.set_trailing_metadata((("x-request-id", call.id),))
-                except BaseException as error:
-                    await call.fail(error, context)
-                    raise
+            async with _Call(self._gate, self._metrics, method, context, request) as call:
+                call.check(request)
+                # Closing the generator frees the request when the client is gone.
+                async with aclosing(behave(request, context)) as events:
+                    async for event in events:
+                        await self._write(context, event, call, events)
 
         return guarded
 
@@ -207,36 +203,47 @@ class Interceptor(grpc.aio.ServerInterceptor):
 
 
 class _Call:
-    """One call: its id, and the log line and metrics of its end."""
+    """One call: its id, the status of its failure, and the log line and metrics of its end."""
 
-    def __init__(self, gate: Gate, metrics: Metrics, method: str, request: Any) -> None:
+    def __init__(
+        self, gate: Gate, metrics: Metrics, method: str, context: _Context, request: Any = None
+    ) -> None:
         self.id = _given_id(request) or uuid.uuid4().hex
         self._gate = gate
         self._metrics = metrics
+        self._context = context
         self._ours = method.startswith(_OURS)
         self._method = method.rpartition("/")[2]
         self._code = grpc.StatusCode.OK
         self._reason = ""
-        self._began = 0.0
+        self._began = time.monotonic()
         self.stalled = False
         """Whether the request was ended because its client does not read."""
 
-    def __enter__(self) -> None:
-        self._began = time.monotonic()
+    async def __aenter__(self) -> Self:
         self._token = REQUEST_ID.set(self.id)
         if self._ours:
             self._gate.enter()
+        return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._ours:
-            seconds = time.monotonic() - self._began
-            self._gate.leave()
-            self._metrics.rpc_ended(self._method, self._code.name, seconds, self._reason)
-            extra = {"method": self._method, "code": self._code.name, "seconds": round(seconds, 4)}
-            if self._reason:
-                extra["reason"] = self._reason
-            log.info("call ended", extra=extra)
-        REQUEST_ID.reset(self._token)
+    async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        try:
+            if error is None:
+                self._context.set_trailing_metadata((("x-request-id", self.id),))
+            else:
+                await self._fail(error)
+        finally:
+            if self._ours:
+                self._gate.leave()
+                self._report(time.monotonic() - self._began)
+            REQUEST_ID.reset(self._token)
+
+    def _report(self, seconds: float) -> None:
+        self._metrics.rpc_ended(self._method, self._code.name, seconds, self._reason)
+        extra = {"method": self._method, "code": self._code.name, "seconds": round(seconds, 4)}
+        if self._reason:
+            extra["reason"] = self._reason
+        log.info("call ended", extra=extra)
 
     def check(self, request: object) -> None:
         """Raises Refusal if the request was malformed or the server is draining."""
@@ -245,10 +252,10 @@ class _Call:
         if self._ours and self._gate.draining:
             raise Refusal(Reason.DRAINING, "the server is shutting down")
 
-    async def fail(self, error: BaseException, context: _Context) -> None:
+    async def _fail(self, error: BaseException) -> None:
         """Ends the call with the error's status. Returns only if there is no status to send."""
         if isinstance(error, asyncio.CancelledError):
-            remaining = context.time_remaining()
+            remaining = self._context.time_remaining()
             late = remaining is not None and remaining <= _CLOCK_SLACK
             self._code = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
             if self.stalled:
@@ -264,7 +271,8 @@ class _Call:
         self._code = TABLE[error.reason].code
         self._reason = error.reason.name
         status = status_of(error, self.id)
-        await context.abort(self._code, status.message, trailers_of(status, error.reason, self.id))
+        trailers = trailers_of(status, error.reason, self.id)
+        await self._context.abort(self._code, status.message, trailers)
 
 
 def _forgiving(read: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:

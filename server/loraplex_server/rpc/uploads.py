@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from loraplex.v1 import adapter_pb2
 from loraplex_adapters.format.files import CONFIG_FILE, WEIGHTS_FILE
@@ -29,14 +28,6 @@ FILES: Final = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Uploaded:
-    """Result of an upload; `adapter` is None if the files were only staged."""
-
-    adapter: Registered | None
-    created: bool
-
-
 class UploadReceiver:
     """Receives uploads. Each chunk is on disk before the next one is read from the stream."""
 
@@ -45,9 +36,12 @@ class UploadReceiver:
         self._gate = gate
         self._streams = 0
 
-    async def receive(self, requests: AsyncIterator[adapter_pb2.UploadAdapterRequest]) -> Uploaded:
+    async def receive(
+        self, requests: AsyncIterator[adapter_pb2.UploadAdapterRequest]
+    ) -> tuple[Registered, bool] | None:
         """Receives one stream and, if it completes an upload that is not staged, registers it.
 
+        Returns the adapter and whether the version is new; None if the files were only staged.
         Raises Refusal. The bytes that had arrived are kept, and the upload can be resumed.
         """
         if self._streams >= MAX_STREAMS:
@@ -59,7 +53,9 @@ class UploadReceiver:
         finally:
             self._streams -= 1
 
-    async def _receive(self, requests: AsyncIterator[adapter_pb2.UploadAdapterRequest]) -> Uploaded:
+    async def _receive(
+        self, requests: AsyncIterator[adapter_pb2.UploadAdapterRequest]
+    ) -> tuple[Registered, bool] | None:
         store = self._registry.store
         header = await self._header(requests)
         wanted = {CONFIG_FILE: header.config_size, WEIGHTS_FILE: header.weights_size}
@@ -84,16 +80,11 @@ class UploadReceiver:
                 text = f"{sizes[file]} of the {size} bytes of {file} have arrived"
                 raise _offset(header.upload_id, file, text)
         if header.stage_only:
-            return Uploaded(None, created=False)
+            return None
         terms = RegistrationTerms(
-            header.name,
-            header.replace,
-            dict(header.labels),
-            header.expected_digest,
-            header.load,
+            header.name, header.replace, dict(header.labels), header.expected_digest, header.load
         )
-        adapter, created = await self._registry.finish_upload(header.upload_id, terms)
-        return Uploaded(adapter, created)
+        return await self._registry.finish_upload(header.upload_id, terms)
 
     async def _header(
         self, requests: AsyncIterator[adapter_pb2.UploadAdapterRequest]
@@ -110,32 +101,17 @@ async def _arriving(
     requests: AsyncIterator[adapter_pb2.UploadAdapterRequest], gate: Gate
 ) -> AsyncGenerator[adapter_pb2.UploadAdapterRequest, None]:
     """Yields the messages. Raises Refusal: DRAINING, DEADLINE_EXCEEDED after a silence."""
-    closing = asyncio.ensure_future(gate.closing())
+    shutting_down = "the server is shutting down; what has arrived is kept"
     try:
         while True:
-            coming = asyncio.ensure_future(anext(requests, None))
-            both: set[asyncio.Future[Any]] = {coming, closing}
-            try:
-                await asyncio.wait(
-                    both, timeout=SILENCE_SECONDS, return_when=asyncio.FIRST_COMPLETED
-                )
-                if not coming.done():
-                    raise _silent(gate)
-                request = coming.result()
-            finally:
-                coming.cancel()
+            coming = anext(requests, None)
+            request = await gate.before_draining(coming, shutting_down, SILENCE_SECONDS)
             if request is None:
                 return
             yield request
-    finally:
-        closing.cancel()
-
-
-def _silent(gate: Gate) -> Refusal:
-    if gate.draining:
-        return Refusal(Reason.DRAINING, "the server is shutting down; what has arrived is kept")
-    text = f"nothing arrived for {SILENCE_SECONDS:g} s; what has arrived before is kept"
-    return Refusal(Reason.DEADLINE_EXCEEDED, text)
+    except TimeoutError:
+        text = f"nothing arrived for {SILENCE_SECONDS:g} s; what has arrived before is kept"
+        raise Refusal(Reason.DEADLINE_EXCEEDED, text) from None
 
 
 def _offset(upload_id: str, file: str, text: str) -> Refusal:

@@ -5,7 +5,7 @@ A request that passes is in range, finite and within the model's vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass
 from typing import Final
 
@@ -66,13 +66,25 @@ class RequestChecks:
             low < value <= high, field, f"must be greater than {low:g} and at most {high:g}"
         )
 
+    def at_most(self, field: str, entries: Sized, most: int) -> bool:
+        """Requires at most that many entries; returns whether there are."""
+        self.require(len(entries) <= most, field, f"must have at most {most} entries")
+        return len(entries) <= most
+
+    def size(self, field: str, text: str, most: int) -> None:
+        """Requires 1 to `most` bytes of UTF-8."""
+        self.require(1 <= len(text.encode()) <= most, field, f"must be 1 to {most} bytes")
+
+    def adapter_id(self, field: str, text: str) -> None:
+        """Requires an adapter id."""
+        self.require(is_adapter_id(text), field, ADAPTER_ID_FORM)
+
     def tokens(self, field: str, ids: Iterable[int], vocab_size: int) -> None:
         """Requires every id to be in the vocabulary; reports the first that is not."""
         for i, token in enumerate(ids):
             if token >= vocab_size:
-                self.add(
-                    f"{field}[{i}]", f"{token} is not in the vocabulary of {vocab_size} tokens"
-                )
+                text = f"{token} is not in the vocabulary of {vocab_size} tokens"
+                self.add(f"{field}[{i}]", text)
                 return
 
 
@@ -107,11 +119,11 @@ def generate(
 
 def _adapters(request: generation_pb2.GenerateRequest, checks: RequestChecks) -> None:
     if request.adapter_id:
-        checks.require(is_adapter_id(request.adapter_id), "adapter_id", ADAPTER_ID_FORM)
+        checks.adapter_id("adapter_id", request.adapter_id)
         checks.require(not request.mix, "adapter_id", "must be empty when `mix` is set")
-    checks.require(len(request.mix) <= MAX_MIX, "mix", f"must have at most {MAX_MIX} entries")
+    checks.at_most("mix", request.mix, MAX_MIX)
     for i, term in enumerate(request.mix[:MAX_MIX]):
-        checks.require(is_adapter_id(term.adapter_id), f"mix[{i}].adapter_id", ADAPTER_ID_FORM)
+        checks.adapter_id(f"mix[{i}].adapter_id", term.adapter_id)
         if term.HasField("weight"):
             checks.between(f"mix[{i}].weight", term.weight, -16, 16)
 
@@ -143,25 +155,17 @@ def _input(
 def _sampling(
     sampling: generation_pb2.SamplingParams, bounds: ModelBounds, checks: RequestChecks
 ) -> None:
-    closed = {
-        "temperature": (0, 100),
-        "min_p": (0, 1),
-        "presence_penalty": (-2, 2),
-        "frequency_penalty": (-2, 2),
-    }
-    half_open = {"top_p": (0, 1), "repetition_penalty": (0, 100)}
-    for field, (low, high) in closed.items():
+    for field, (rule, low, high) in {
+        "temperature": (checks.between, 0, 100),
+        "min_p": (checks.between, 0, 1),
+        "presence_penalty": (checks.between, -2, 2),
+        "frequency_penalty": (checks.between, -2, 2),
+        "top_p": (checks.above, 0, 1),
+        "repetition_penalty": (checks.above, 0, 100),
+    }.items():
         if sampling.HasField(field):
-            checks.between(f"sampling.{field}", getattr(sampling, field), low, high)
-    for field, (low, high) in half_open.items():
-        if sampling.HasField(field):
-            checks.above(f"sampling.{field}", getattr(sampling, field), low, high)
-    checks.require(
-        len(sampling.logit_bias) <= MAX_LOGIT_BIAS,
-        "sampling.logit_bias",
-        f"must have at most {MAX_LOGIT_BIAS} entries",
-    )
-    if len(sampling.logit_bias) <= MAX_LOGIT_BIAS:
+            rule(f"sampling.{field}", getattr(sampling, field), low, high)
+    if checks.at_most("sampling.logit_bias", sampling.logit_bias, MAX_LOGIT_BIAS):
         for token, bias in sampling.logit_bias.items():
             field = f"sampling.logit_bias[{token}]"
             checks.require(token < bounds.vocab_size, field, "is not in the vocabulary")
@@ -171,20 +175,8 @@ def _sampling(
 def _stop(stop: generation_pb2.StopConditions, bounds: ModelBounds, checks: RequestChecks) -> None:
     if stop.HasField("max_new_tokens"):
         checks.require(stop.max_new_tokens >= 1, "stop.max_new_tokens", "must be at least 1")
-    checks.require(
-        len(stop.strings) <= MAX_STOP_STRINGS,
-        "stop.strings",
-        f"must have at most {MAX_STOP_STRINGS} entries",
-    )
+    checks.at_most("stop.strings", stop.strings, MAX_STOP_STRINGS)
     for i, text in enumerate(stop.strings[:MAX_STOP_STRINGS]):
-        checks.require(
-            1 <= len(text.encode()) <= MAX_STOP_STRING_BYTES,
-            f"stop.strings[{i}]",
-            f"must be 1 to {MAX_STOP_STRING_BYTES} bytes",
-        )
-    checks.require(
-        len(stop.token_ids) <= MAX_STOP_TOKENS,
-        "stop.token_ids",
-        f"must have at most {MAX_STOP_TOKENS} entries",
-    )
+        checks.size(f"stop.strings[{i}]", text, MAX_STOP_STRING_BYTES)
+    checks.at_most("stop.token_ids", stop.token_ids, MAX_STOP_TOKENS)
     checks.tokens("stop.token_ids", stop.token_ids[:MAX_STOP_TOKENS], bounds.vocab_size)

@@ -23,6 +23,7 @@ MAX_CHUNK_BYTES: Final = 1 << 20
 
 _NAME_FORM: Final = "must match [a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
 _LABEL_FORM: Final = "the key must match [a-z0-9][a-z0-9._/-]{0,62}"
+_UPLOAD_FORM: Final = "is not an id of StartUpload"
 _LABEL: Final = re.compile(r"[a-z0-9][a-z0-9._/-]{0,62}", re.ASCII)
 _DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}", re.ASCII)
 _UPLOAD: Final = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
@@ -32,7 +33,7 @@ def register(request: adapter_pb2.RegisterAdapterRequest) -> list[Problem]:
     """Problems of a registration. The path is only checked further when it is opened."""
     checks = RequestChecks("")
     checks.require(is_name(request.name), "name", _NAME_FORM)
-    _path(request.path, checks)
+    checks.size("path", request.path, MAX_PATH_BYTES)
     labels("labels", request.labels, checks)
     return checks.problems
 
@@ -51,11 +52,8 @@ def page(request: adapter_pb2.ListAdaptersRequest) -> list[Problem]:
     """Problems of a request for a page."""
     checks = RequestChecks("")
     checks.between("page_size", request.page_size, 0, MAX_PAGE)
-    checks.require(
-        len(request.page_token) <= MAX_PAGE_TOKEN,
-        "page_token",
-        "is not a token of this server",
-    )
+    good = len(request.page_token) <= MAX_PAGE_TOKEN
+    checks.require(good, "page_token", "is not a token of this server")
     labels("labels", request.labels, checks)
     return checks.problems
 
@@ -63,7 +61,7 @@ def page(request: adapter_pb2.ListAdaptersRequest) -> list[Problem]:
 def unload(request: adapter_pb2.UnloadAdapterRequest) -> list[Problem]:
     """Problems of an order to unload."""
     checks = RequestChecks("")
-    checks.require(is_adapter_id(request.adapter_id), "adapter_id", ADAPTER_ID_FORM)
+    checks.adapter_id("adapter_id", request.adapter_id)
     if request.HasField("drain"):
         seconds = request.drain.seconds + request.drain.nanos / 1e9
         checks.between("drain", seconds, 0, MAX_DRAIN_SECONDS)
@@ -73,7 +71,7 @@ def unload(request: adapter_pb2.UnloadAdapterRequest) -> list[Problem]:
 def label(request: adapter_pb2.LabelAdapterRequest) -> list[Problem]:
     """Problems of a change of labels."""
     checks = RequestChecks("")
-    checks.require(is_adapter_id(request.adapter_id), "adapter_id", ADAPTER_ID_FORM)
+    checks.adapter_id("adapter_id", request.adapter_id)
     checks.require(bool(request.set or request.remove), "set", "must be set unless `remove` is")
     labels("set", request.set, checks)
     _keys("remove", request.remove, checks)
@@ -86,27 +84,24 @@ def alias(request: adapter_pb2.SetAliasRequest) -> list[Problem]:
     """Problems of the setting of an alias."""
     checks = RequestChecks("")
     checks.require(is_name(request.alias), "alias", _NAME_FORM)
-    checks.require(is_adapter_id(request.adapter_id), "adapter_id", ADAPTER_ID_FORM)
+    checks.adapter_id("adapter_id", request.adapter_id)
     if request.expected:
-        checks.require(is_adapter_id(request.expected), "expected", ADAPTER_ID_FORM)
+        checks.adapter_id("expected", request.expected)
     return checks.problems
 
 
 def upload_id(text: str) -> list[Problem]:
     """Problems of an upload's id."""
-    checks = RequestChecks("")
-    _upload_id("upload_id", text, checks)
-    return checks.problems
+    return [] if _UPLOAD.fullmatch(text) else [Problem("upload_id", _UPLOAD_FORM)]
 
 
 def header(header: adapter_pb2.UploadHeader, max_weights_bytes: int) -> list[Problem]:
     """Problems of the first message of an upload."""
     checks = RequestChecks("header.")
-    _upload_id("upload_id", header.upload_id, checks)
+    checks.require(not upload_id(header.upload_id), "upload_id", _UPLOAD_FORM)
     if header.stage_only:
-        given = [f for f in ("name", "replace", "load", "labels") if getattr(header, f)]
-        for field in given:
-            checks.add(field, "must not be set with `stage_only`")
+        for field in ("name", "replace", "load", "labels"):
+            checks.require(not getattr(header, field), field, "must not be set with `stage_only`")
     else:
         checks.require(is_name(header.name), "name", _NAME_FORM)
     checks.between("config_size", header.config_size, 1, MAX_CONFIG_BYTES)
@@ -132,27 +127,17 @@ def validation(request: adapter_pb2.ValidateAdapterRequest) -> list[Problem]:
     checks = RequestChecks("")
     match request.WhichOneof("source"):
         case "path":
-            _path(request.path, checks)
+            checks.size("path", request.path, MAX_PATH_BYTES)
         case "upload_id":
-            _upload_id("upload_id", request.upload_id, checks)
+            checks.require(not upload_id(request.upload_id), "upload_id", _UPLOAD_FORM)
         case None:
             checks.add("source", "one of `path` or `upload_id` must be set")
     return checks.problems
 
 
-def _path(path: str, checks: RequestChecks) -> None:
-    size = len(path.encode())
-    checks.require(1 <= size <= MAX_PATH_BYTES, "path", f"must be 1 to {MAX_PATH_BYTES} bytes")
-
-
-def _upload_id(field: str, text: str, checks: RequestChecks) -> None:
-    checks.require(_UPLOAD.fullmatch(text) is not None, field, "is not an id of StartUpload")
-
-
 def labels(field: str, given: Mapping[str, str], checks: RequestChecks) -> None:
     """Adds the problems of a version's labels."""
-    checks.require(len(given) <= MAX_LABELS, field, f"must have at most {MAX_LABELS} entries")
-    if len(given) > MAX_LABELS:
+    if not checks.at_most(field, given, MAX_LABELS):
         return
     _keys(field, given, checks)
     for key, value in given.items():

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Iterator
-from typing import Any, Final
+from typing import Final
 
 from loraplex.v1 import adapter_pb2
 from loraplex_model.base.refusal import Reason, Refusal
 
-from loraplex_server.feed import AdapterFeed, AdapterRow, Event, FeedTable, Watcher
+from loraplex_server.feed import AdapterFeed, AdapterRow, Event, FeedTable
 from loraplex_server.rpc import describe
 from loraplex_server.rpc.interceptor import Gate
 
@@ -27,36 +26,19 @@ async def watch(feed: AdapterFeed, gate: Gate) -> AsyncGenerator[_Message, None]
     """
     if len(feed) >= MAX_WATCHERS:
         raise Refusal(Reason.OVERLOADED, f"{len(feed)} calls watch already; try again later")
-    closing = asyncio.ensure_future(gate.closing())
-    try:
-        with feed.watch() as watcher:
-            for part in _table(await feed.table(watcher)):
-                yield part
-            while (events := await _next(watcher, closing)) is not _CLOSED:
-                if events is None:
-                    yield _Message(resync=adapter_pb2.AdapterResync())
-                    for part in _table(await feed.table(watcher)):
-                        yield part
-                    continue
+    with feed.watch() as watcher:
+        for part in _table(await feed.table(watcher)):
+            yield part
+        while True:
+            taking = watcher.take()
+            events = await gate.before_draining(taking, "the server is shutting down")
+            if events is not None:
                 for event in events:
                     yield _change(event)
-    finally:
-        closing.cancel()
-    raise Refusal(Reason.DRAINING, "the server is shutting down")
-
-
-_CLOSED: Final[list[Event]] = []
-
-
-async def _next(watcher: Watcher, closing: asyncio.Future[None]) -> list[Event] | None:
-    """Next changes of the watcher, None if some were dropped; `_CLOSED` once the server drains."""
-    taking = asyncio.ensure_future(watcher.take())
-    both: set[asyncio.Future[Any]] = {taking, closing}
-    try:
-        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-        return taking.result() if taking.done() else _CLOSED
-    finally:
-        taking.cancel()
+                continue
+            yield _Message(resync=adapter_pb2.AdapterResync())
+            for part in _table(await feed.table(watcher)):
+                yield part
 
 
 def _table(table: FeedTable) -> Iterator[_Message]:
