@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-
 from loraplex_model.base.refusal import Reason, Refusal
 
 from loraplex_server.metrics import Metrics
@@ -77,10 +75,5 @@ class Ticket:
         self._running = True
         self._tokens = 0
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._admission._change(requests=-1, running=-int(self._running), tokens=-self._tokens)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import grpc
+from google.protobuf.message import Message
 from loraplex.v1 import generation_pb2, generation_pb2_grpc
 from loraplex_model.base.refusal import Problem, Reason, Refusal, Subject
 from loraplex_model.checkpoints.chat import TextRefused
@@ -129,7 +130,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             while batch := await outputs.take(not_before):
                 if batch[0].started:
                     ticket.run()
-                    clock.started(batch[0])
+                    parts.metrics.series.queue_wait_seconds.observe(batch[0].queue_seconds)
                     parts.metrics.generation_started(call.names, len(call.prompt))
                     yield self._started(call, batch[0])
                 piece = completion.take(batch)
@@ -283,10 +284,8 @@ class _Call:
             adapters=references(self.adapters),
             sampling=_sampling(request.sampling),
             stop_token_ids=sorted({*ends, *stop.token_ids}),
-            logprobs=request.logprobs if request.HasField("logprobs") else None,
-            prompt_logprobs=(
-                request.prompt_logprobs if request.HasField("prompt_logprobs") else None
-            ),
+            logprobs=_given(request, "logprobs"),
+            prompt_logprobs=_given(request, "prompt_logprobs"),
             priority=request.priority,
             deadline=self.deadline,
         )
@@ -299,9 +298,6 @@ class _Clock:
         self._metrics = metrics
         self._last = time.monotonic()
         self._first = True
-
-    def started(self, output: Output) -> None:
-        self._metrics.series.queue_wait_seconds.observe(output.queue_seconds)
 
     def tokens(self, count: int) -> None:
         if not count:
@@ -316,28 +312,21 @@ class _Clock:
 
 
 def _sampling(wire: generation_pb2.SamplingParams) -> SamplingParams:
-    given = {
-        field: getattr(wire, field)
-        for field in (
-            "temperature",
-            "top_p",
-            "top_k",
-            "min_p",
-            "repetition_penalty",
-            "presence_penalty",
-            "frequency_penalty",
-        )
-        if wire.HasField(field)
-    }
-    seed = wire.seed if wire.HasField("seed") else secrets.randbits(64)
-    return SamplingParams(**given, logit_bias=dict(wire.logit_bias), seed=seed)
+    given: dict[str, Any] = {field.name: value for field, value in wire.ListFields()}
+    given.setdefault("seed", secrets.randbits(64))
+    return SamplingParams(**{**given, "logit_bias": dict(wire.logit_bias)})
+
+
+def _given(message: Message, field: str) -> Any:
+    """An optional field of a message; None if it is not set."""
+    return getattr(message, field) if message.HasField(field) else None
 
 
 def _finished(finish: str, prompt: int, tokens: int) -> _Event:
+    usage = generation_pb2.Usage(prompt_tokens=prompt, completion_tokens=tokens)
     return _Event(
         finished=generation_pb2.GenerationFinished(
-            finish_reason=FINISH_REASONS[finish],
-            usage=generation_pb2.Usage(prompt_tokens=prompt, completion_tokens=tokens),
+            finish_reason=FINISH_REASONS[finish], usage=usage
         )
     )
 
