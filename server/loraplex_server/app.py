@@ -9,8 +9,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from threading import Thread
@@ -20,29 +20,33 @@ from wsgiref.simple_server import WSGIServer
 from loraplex_adapters.format.spec import AdapterLimits
 from loraplex_adapters.store import Store
 from loraplex_model.base.refusal import Refusal
-from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
+from prometheus_client import (
+    CollectorRegistry,
+    GCCollector,
+    PlatformCollector,
+    ProcessCollector,
+    start_http_server,
+)
 
 from loraplex_server.config import Config
 from loraplex_server.engine.messages import (
     AdapterStatus,
     Fatal,
     Hello,
-    LoadDone,
-    MergeDone,
     StepReport,
 )
 from loraplex_server.engine.process.client import EngineClient
 from loraplex_server.exits import ServerExit
-from loraplex_server.metrics import Metrics, serve_metrics
+from loraplex_server.metrics import Metrics
 from loraplex_server.registry import Registry
 from loraplex_server.rpc.adapters import AdapterService
 from loraplex_server.rpc.admission import Admission
 from loraplex_server.rpc.generation import GenerationParts, GenerationService
 from loraplex_server.rpc.interceptor import Gate, Interceptor
-from loraplex_server.rpc.server import Address, CannotListen, RpcServer
+from loraplex_server.rpc.server import Address, RpcServer
 from loraplex_server.rpc.training import TrainingService
 from loraplex_server.rpc.validate import ModelBounds
-from loraplex_server.text.tokenizer import TextTokenizer, TokenizerError
+from loraplex_server.text.tokenizer import TextTokenizer
 from loraplex_server.training.delivery import RegistryDestination
 from loraplex_server.training.queue import JobLimits, JobQueue
 from loraplex_server.training.records import Records
@@ -69,6 +73,8 @@ class _Observer:
 
     def __init__(self, metrics: Metrics, rpc: RpcServer) -> None:
         self.on_table: list[Callable[[Sequence[AdapterStatus]], None]] = []
+        self.on_load = metrics.on_load
+        self.on_merge = metrics.on_merge
         self._metrics = metrics
         self._rpc = rpc
         self._tasks: set[asyncio.Task[None]] = set()
@@ -77,12 +83,6 @@ class _Observer:
         self._metrics.on_step(done)
         if done.adapters is not None:
             self._publish(done.adapters)
-
-    def on_load(self, done: LoadDone) -> None:
-        self._metrics.on_load(done)
-
-    def on_merge(self, done: MergeDone) -> None:
-        self._metrics.on_merge(done)
 
     def on_restart(self) -> None:
         self._metrics.on_restart()
@@ -134,12 +134,8 @@ class Server:
         config = self._config
         self._bind()
         store = await self._open_store()
-        try:
+        with _needed(ServerExit.NO_MODEL, "cannot start the engine"):
             hello = await self.engine.start()
-        except Refusal as error:
-            raise StartFailure(ServerExit.NO_MODEL, error.message) from error
-        except OSError as error:
-            raise StartFailure(ServerExit.NO_MODEL, f"cannot start the engine: {error}") from error
         self._closing.push_async_callback(self.engine.stop)
         model = hello.model
         context = min(
@@ -147,10 +143,8 @@ class Server:
             model.max_context,
             hello.num_blocks * hello.block_size,
         )
-        try:
+        with _needed(ServerExit.NO_MODEL, "cannot read"):
             tokenizer = await asyncio.to_thread(TextTokenizer, Path(model.tokenizer_path), context)
-        except TokenizerError as error:
-            raise StartFailure(ServerExit.NO_MODEL, str(error)) from error
         limits = AdapterLimits(
             max_rank=config.max_rank,
             max_device_bytes=hello.adapter_budget_bytes,
@@ -199,19 +193,13 @@ class Server:
         await self._closing.aclose()
 
     def _bind(self) -> None:
-        try:
-            httpd, thread = serve_metrics(
-                self.metrics.registry, self.admin_address.host, self.admin_address.port
-            )
-        except OSError as error:
-            text = f"cannot listen on {self.admin_address} for metrics: {error.strerror}"
-            raise StartFailure(ServerExit.PORT_IN_USE, text) from error
+        admin = self.admin_address
+        with _needed(ServerExit.PORT_IN_USE, f"cannot listen on {admin} for metrics"):
+            httpd, thread = start_http_server(admin.port, admin.host, self.metrics.registry)
         self._closing.push_async_callback(_stop_metrics, httpd, thread)
-        self.admin_address = Address(self.admin_address.host, httpd.server_port)
-        try:
+        self.admin_address = Address(admin.host, httpd.server_port)
+        with _needed(ServerExit.PORT_IN_USE, f"cannot listen on {self.address}"):
             self.address = self._rpc.bind(self.address)
-        except CannotListen as error:
-            raise StartFailure(ServerExit.PORT_IN_USE, str(error)) from error
         self._closing.push_async_callback(self._rpc.stop, STOP_GRACE)
 
     async def _open_training(self, registry: Registry) -> JobQueue | None:
@@ -238,11 +226,8 @@ class Server:
             config.import_root,
             bounds,
         )
-        try:
+        with _needed(ServerExit.STORE_UNUSABLE, "cannot use"):
             await queue.open()
-        except OSError as error:
-            text = f"cannot use {error.filename}: {error.strerror}"
-            raise StartFailure(ServerExit.STORE_UNUSABLE, text) from error
         self._closing.push_async_callback(self._stop_training, STOP_GRACE)
         return queue
 
@@ -255,15 +240,22 @@ class Server:
             self._config.import_root.mkdir(parents=True, exist_ok=True)
             return Store(self._config.store, self._config.store_url.get_secret_value())
 
-        try:
+        with _needed(ServerExit.STORE_UNUSABLE, "cannot use"):
             store = await asyncio.to_thread(work)
-        except Refusal as error:
-            raise StartFailure(ServerExit.STORE_UNUSABLE, error.message) from error
-        except OSError as error:
-            text = f"cannot use {error.filename}: {error.strerror}"
-            raise StartFailure(ServerExit.STORE_UNUSABLE, text) from error
         self._closing.push_async_callback(asyncio.to_thread, store.close)
         return store
+
+
+@contextmanager
+def _needed(code: ServerExit, what: str) -> Iterator[None]:
+    """Turns a refusal or an OSError into StartFailure; `what` begins the message of the latter."""
+    try:
+        yield
+    except Refusal as error:
+        raise StartFailure(code, error.message) from error
+    except OSError as error:
+        file = f" {error.filename}" if error.filename else ""
+        raise StartFailure(code, f"{what}{file}: {error.strerror}") from error
 
 
 async def run(config: Config) -> ServerExit:

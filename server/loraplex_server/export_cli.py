@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from loraplex_adapters.convert.export.directory import staged
@@ -22,54 +21,24 @@ if TYPE_CHECKING:  # imports torch, which is slow
     from loraplex_adapters.convert.export.exporter import ExportRequest, ExportResult
 
 
-class Format(StrEnum):
-    """Formats that can be written."""
-
-    HF = "hf"
-    NF4 = "nf4"
-    GGUF = "gguf"
-    PEFT = "peft"
-
-
-class Dtype(StrEnum):
-    """Types of the written tensors."""
-
-    FP16 = "fp16"
-    BF16 = "bf16"
-    FP32 = "fp32"
-
-
-class Blend(StrEnum):
-    """Methods that combine several adapters into one."""
-
-    CAT = "cat"
-    SVD = "svd"
-    TIES = "ties"
-    DARE = "dare"
-
-
-class Origin(StrEnum):
-    """Kinds of adapters that can be converted."""
-
-    PISSA = "pissa"
-    ADAPTERHUB = "adapterhub"
-
-
 def export(
     config: Config,
     adapters: Annotated[
         list[str], typer.Argument(help="Adapter directories, or ids in the store (name, name@3).")
     ],
     out: Annotated[Path, typer.Option(help="Directory to create.")],
-    format_: Annotated[Format, typer.Option("--format", help="Format to write.")],
+    format_: Annotated[
+        Literal["hf", "nf4", "gguf", "peft"], typer.Option("--format", help="Format to write.")
+    ],
     dtype: Annotated[
-        Dtype | None,
+        Literal["fp16", "bf16", "fp32"] | None,
         typer.Option(
             help="Type of the written tensors; by default bf16 for hf and nf4, fp32 otherwise."
         ),
     ] = None,
     blend: Annotated[
-        Blend | None, typer.Option(help="Method to combine several adapters; LoRA only.")
+        Literal["cat", "svd", "ties", "dare"] | None,
+        typer.Option(help="Method to combine several adapters; LoRA only."),
     ] = None,
     weights: Annotated[
         str, typer.Option(help="Weights of the adapters, such as 0.7,0.3; by default 1 each.")
@@ -93,10 +62,10 @@ def export(
     request = ExportRequest(
         adapters=tuple(adapters),
         weights=_numbers(weights),
-        format=format_.value,
+        format=format_,
         model=config.model,
-        dtype=dtype.value if dtype else "",
-        blend=blend.value if blend else "",
+        dtype=dtype or "",
+        blend=blend or "",
         rank=rank,
         density=density,
         seed=seed,
@@ -112,7 +81,9 @@ def export(
 def convert(
     adapter: Annotated[Path, typer.Argument(help="Directory of the adapter.")],
     out: Annotated[Path, typer.Option(help="Directory to create.")],
-    origin: Annotated[Origin, typer.Option("--from", help="Kind of the adapter.")],
+    origin: Annotated[
+        Literal["pissa", "adapterhub"], typer.Option("--from", help="Kind of the adapter.")
+    ],
     initial: Annotated[
         Path | None, typer.Option(help="For pissa: the adapter as it was saved before training.")
     ] = None,
@@ -124,7 +95,7 @@ def convert(
     bottleneck adapters.
     """
     with _errors(), staged(out, force=force) as target:
-        if origin is Origin.ADAPTERHUB:
+        if origin == "adapterhub":
             adapterhub.convert(adapter, target)
         elif initial is None:
             message = "--from pissa needs --initial: the adapter as it was before training"

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from threading import Thread
-from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import CollectorRegistry, Counter, start_http_server
+from prometheus_client import CollectorRegistry, Counter
 
 from loraplex_server.engine.messages import Hello, LoadDone, MergeDone, StepReport
 from loraplex_server.series import ADAPTER_STATES, BASE_LABEL, OTHER_LABEL, Series
@@ -236,11 +234,3 @@ class Metrics:
         """Records the end of a job and the tokens that its last run was trained on."""
         self.series.training_jobs_ended.labels(result).inc()
         self.series.training_tokens.inc(tokens)
-
-
-def serve_metrics(registry: CollectorRegistry, host: str, port: int) -> tuple[WSGIServer, Thread]:
-    """Serves /metrics from a thread of its own; port 0 picks a free port.
-
-    Raises OSError if the port is in use.
-    """
-    return start_http_server(port, addr=host, registry=registry)

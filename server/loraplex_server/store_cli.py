@@ -41,7 +41,7 @@ class Shell:
     def show(self, value: Any, *readable: RenderableType) -> None:
         """Prints `value` as JSON if `--json` was given, otherwise `readable`."""
         if self.as_json:
-            typer.echo(json.dumps(value, ensure_ascii=False))
+            typer.echo(json.dumps(value, default=tables.plain, ensure_ascii=False))
             return
         console = Console(highlight=False)
         if not console.is_terminal:
@@ -102,7 +102,7 @@ def ls(
         if versions:
             records = [v for record in records for v in shell.store.versions(record.name)]
     shell.show(
-        [tables.record_json(record) for record in records],
+        records,
         tables.records_table(records, deleted=deleted) if records else "no adapters",
     )
 
@@ -131,7 +131,7 @@ def import_(
         name, directory, load_base_info(config), limits, replace, _labels(label)
     )
     shell.show(
-        {**tables.record_json(record), "created": created},
+        {**tables.plain(record), "created": created},
         f"{record.id} {record.digest}" + ("" if created else " (registered already)"),
     )
 
@@ -151,7 +151,7 @@ def verify(
     damaged = [verified for verified in checked if verified.error is not None]
     lines = [f"{' '.join(v.versions)}: {v.error}" for v in damaged]
     shell.show(
-        {"checked": len(checked), "damaged": [tables.verified_json(v) for v in damaged]},
+        {"checked": len(checked), "damaged": damaged},
         "\n".join([*lines, f"{len(checked)} checked, {len(damaged)} damaged"]),
     )
     if damaged:
@@ -181,7 +181,7 @@ def gc(
     verb = "would be freed" if dry_run else "freed"
     total = f"{len(done.digests)} adapters, {tables.size_text(done.bytes)} {verb}"
     shell.show(
-        tables.collected_json(done, dry_run),
+        {"dry_run": dry_run, **tables.plain(done)},
         "\n".join([*gone, f"{total}; {len(done.uploads)} expired uploads"]),
     )
 
@@ -192,7 +192,7 @@ def restore(
 ) -> None:
     """Undo the last deletion of an adapter."""
     record = shell.store.restore(name)
-    shell.show(tables.record_json(record), f"{record.id} {record.digest}")
+    shell.show(record, f"{record.id} {record.digest}")
 
 
 @_command("alias")
@@ -214,10 +214,7 @@ def alias(
     """List aliases, point one to an adapter, or delete one."""
     if alias is None:
         found = shell.store.aliases()
-        shell.show(
-            [tables.alias_json(each) for each in found],
-            tables.aliases_table(found) if found else "no aliases",
-        )
+        shell.show(found, tables.aliases_table(found) if found else "no aliases")
     elif delete:
         shell.store.delete_alias(alias)
         shell.show({"alias": alias, "deleted": True}, f"{alias} was deleted")
@@ -225,7 +222,7 @@ def alias(
         raise typer.BadParameter("give the adapter to point to, or --delete")
     else:
         set_to = shell.store.set_alias(alias, adapter_id, expected)
-        shell.show(tables.alias_json(set_to), f"{alias} -> {set_to.name}@{set_to.version}")
+        shell.show(set_to, f"{alias} -> {set_to.name}@{set_to.version}")
 
 
 def load_base_info(config: Config) -> BaseInfo:
@@ -251,11 +248,12 @@ def _labels(texts: list[str] | None) -> dict[str, str]:
 
 def _verified(store: Store, adapter_id: str) -> Verified:
     record = store.resolve(adapter_id)
+    damage = None
     try:
         store.verify(record.digest)
     except Refusal as error:
-        return Verified(record.digest, (record.id,), error)
-    return Verified(record.digest, (record.id,), None)
+        damage = error
+    return Verified(record.digest, (record.id,), damage)
 
 
 def _fail(refusal: Refusal) -> NoReturn:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
+from datetime import datetime
 from typing import Any
 
-from loraplex_adapters.store import Alias, Collected, Record, Verified
+from loraplex_adapters.store import Alias, Record
+from loraplex_model.base.refusal import Refusal
 from rich import box
 from rich.table import Table
 
@@ -13,57 +16,14 @@ _HEX = 12
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
-def record_json(record: Record) -> dict[str, Any]:
-    """All fields of a version."""
-    return {
-        "name": record.name,
-        "version": record.version,
-        "digest": record.digest,
-        "peft_type": record.peft_type,
-        "rank": record.rank,
-        "target_modules": list(record.target_modules),
-        "virtual_tokens": record.virtual_tokens,
-        "size_bytes": record.size_bytes,
-        "base_model": record.base_model,
-        "base_fingerprint": record.base_fingerprint,
-        "created_at": record.created_at.isoformat(),
-        "deleted_at": None if record.deleted_at is None else record.deleted_at.isoformat(),
-        "aliases": list(record.aliases),
-        "labels": dict(record.labels),
-        "provenance": dict(record.provenance),
-    }
-
-
-def alias_json(alias: Alias) -> dict[str, Any]:
-    """An alias and the version that it points to."""
-    return {
-        "alias": alias.alias,
-        "name": alias.name,
-        "version": alias.version,
-        "digest": alias.digest,
-        "updated_at": alias.updated_at.isoformat(),
-    }
-
-
-def verified_json(verified: Verified) -> dict[str, Any]:
-    """Result of verifying an adapter; `error` is None if it is intact."""
-    return {
-        "digest": verified.digest,
-        "versions": list(verified.versions),
-        "error": None if verified.error is None else verified.error.message,
-    }
-
-
-def collected_json(collected: Collected, dry_run: bool) -> dict[str, Any]:
-    """Result of a garbage collection, or of its dry run."""
-    return {
-        "dry_run": dry_run,
-        "versions": list(collected.versions),
-        "aliases": list(collected.aliases),
-        "digests": list(collected.digests),
-        "bytes": collected.bytes,
-        "uploads": list(collected.uploads),
-    }
+def plain(value: Any) -> Any:
+    """Returns a value for JSON: a dataclass by its fields, a time in ISO 8601, a refusal's text."""
+    match value:
+        case datetime():
+            return value.isoformat()
+        case Refusal():
+            return value.message
+    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
 
 
 def records_table(records: Iterable[Record], *, deleted: bool = False) -> Table:

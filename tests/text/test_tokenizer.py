@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from loraplex_model.base.refusal import Refusal
 from loraplex_model.checkpoints.chat import ChatTemplate, TextRefused
 from loraplex_server.text.detokenizer import Detokenizer
-from loraplex_server.text.tokenizer import TextTokenizer, TokenizerError, TooLong
+from loraplex_server.text.tokenizer import TextTokenizer, TooLong
 from rpc.harness import VOCAB, make_tokenizer, write_model
 from tokenizers import Tokenizer, decoders, models, processors
 
@@ -162,8 +163,8 @@ def test_a_model_without_a_tokenizer_takes_token_ids_only(folder: Path, tmp_path
 
 
 def test_missing_files_are_an_operators_error(tmp_path: Path, folder: Path) -> None:
-    with pytest.raises(TokenizerError, match=r"model\.json"):
+    with pytest.raises(Refusal, match=r"model\.json"):
         TextTokenizer(tmp_path, 10)
     (tmp_path / "model.json").write_text((folder / "model.json").read_text())
-    with pytest.raises(TokenizerError, match=r"tokenizer\.json"):
+    with pytest.raises(Refusal, match=r"tokenizer\.json"):
         TextTokenizer(tmp_path, 10)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -47,10 +48,6 @@ _OPTIONS: Final[Sequence[tuple[str, Any]]] = (
 can rebalance."""
 
 
-class CannotListen(Exception):
-    """An address that cannot be bound. The message is for the operator."""
-
-
 @dataclass(frozen=True, slots=True)
 class Address:
     """Address to listen on; port 0 picks a free one."""
@@ -76,14 +73,14 @@ class RpcServer:
     def bind(self, address: Address) -> Address:
         """Binds the port, so that a conflict shows before a model is loaded.
 
-        Returns the address with the actual port. Raises CannotListen.
+        Returns the address with the actual port. Raises OSError.
         """
         try:
             port = self._server.add_insecure_port(str(address))
         except RuntimeError:
             port = 0
         if port == 0:
-            raise CannotListen(f"cannot listen on {address}: is the port in use?")
+            raise OSError(errno.EADDRINUSE, "is the port in use?")
         return Address(address.host, port)
 
     async def start(

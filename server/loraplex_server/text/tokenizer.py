@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from jinja2 import TemplateError
-from loraplex_model.base.refusal import Refusal
+from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_model.checkpoints.chat import ChatTemplate, TextRefused
 from loraplex_model.checkpoints.tokenizer import TOKENIZER, TokenizerInfo
 from tokenizers import Tokenizer
@@ -17,10 +17,6 @@ from loraplex_server.text.detokenizer import Detokenizer, NoText
 
 INLINE_CHARACTERS: Final = 2048
 """Longest text that is tokenised on the event loop, where a thread would cost more."""
-
-
-class TokenizerError(Exception):
-    """Tokenizer files that cannot be used. The message is for the operator."""
 
 
 class TooLong(Exception):
@@ -36,11 +32,8 @@ class TextTokenizer:
     """
 
     def __init__(self, folder: Path, max_context: int) -> None:
-        """Raises TokenizerError."""
-        try:
-            info = TokenizerInfo.read(folder)
-        except Refusal as error:
-            raise TokenizerError(error.message) from error
+        """Raises Refusal, with a message for the operator."""
+        info = TokenizerInfo.read(folder)
         self._tokenizer = _read_tokenizer(folder) if info.has_tokenizer else None
         self._chat = _chat_template(info)
         self._max_characters = max_context
@@ -106,7 +99,8 @@ def _read_tokenizer(folder: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
     except Exception as error:  # the library raises bare exceptions
-        raise TokenizerError(f"cannot read {folder / TOKENIZER}: {error}") from error
+        message = f"cannot read {folder / TOKENIZER}: {error}"
+        raise Refusal(Reason.MODEL_INVALID, message) from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -118,4 +112,5 @@ def _chat_template(info: TokenizerInfo) -> ChatTemplate | None:
     try:
         return ChatTemplate(info.chat_template, info.special_tokens)
     except TemplateError as error:
-        raise TokenizerError(f"the model's chat template does not compile: {error}") from error
+        message = f"the model's chat template does not compile: {error}"
+        raise Refusal(Reason.MODEL_INVALID, message) from error
