@@ -103,20 +103,9 @@ class Calls:
         With `labels`, only those whose current version has all of these labels. Each page is a call
         of its own, for which `page_size` (0: the server's choice) and `timeout` hold.
         """
-        found: list[AdapterInfo] = []
-        token = ""
-        while True:
-            request = fill(
-                adapter_pb2.ListAdaptersRequest,
-                page_size=page_size,
-                page_token=token,
-                labels=labels,
-            )
-            page = await self._call(self._stub.ListAdapters, request, timeout)
-            found += (read(AdapterInfo, adapter) for adapter in page.adapters)
-            token = page.next_page_token
-            if not token:
-                return found
+        request = fill(adapter_pb2.ListAdaptersRequest, page_size=page_size, labels=labels)
+        pages = await self._connection.pages(self._stub.ListAdapters, request, timeout)
+        return [read(AdapterInfo, adapter) for page in pages for adapter in page.adapters]
 
     async def load_adapter(self, adapter_id: str, *, timeout: float | None = None) -> AdapterInfo:
         """Loads an adapter onto the device; returns once it is resident."""

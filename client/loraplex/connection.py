@@ -13,7 +13,7 @@ import functools
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -70,6 +70,17 @@ class ServerConnection(ABC):
         """Returns the reply to one request. Raises LoraplexError."""
         reply: R = await self._reply(method, request, self.defaults.arguments(timeout))
         return reply
+
+    async def pages(
+        self, method: grpc.aio.UnaryUnaryMultiCallable[Q, R], request: Q, timeout: float | None
+    ) -> list[R]:
+        """Returns the replies to a request for a page and to those for all following pages."""
+        found: list[Any] = []
+        while not found or found[-1].next_page_token:
+            if found:
+                cast(Any, request).page_token = found[-1].next_page_token
+            found.append(await self.call(method, request, timeout))
+        return found
 
     async def send(
         self,

@@ -64,15 +64,9 @@ class JobCalls:
         Each page is a call of its own, for which `page_size` (0: the server's choice) and `timeout`
         hold.
         """
-        found: _Jobs = []
-        token = ""
-        while True:
-            request = training.page(page_size, token, states)
-            reply = await self._call(self._stub.ListJobs, request, timeout)
-            found += map(training.job, reply.jobs)
-            token = reply.next_page_token
-            if not token:
-                return found
+        request = training.page(page_size, states)
+        pages = await self._connection.pages(self._stub.ListJobs, request, timeout)
+        return [training.job(job) for page in pages for job in page.jobs]
 
     async def cancel(self, job_id: str, *, timeout: float | None = None) -> TrainingJob:
         """Cancels a job; returns when it has ended. A job that had ended already is unchanged."""

@@ -200,8 +200,8 @@ def option(value: object) -> str:
     return str(value)
 
 
-def page(size: int, token: str, states: Sequence[JobState | str]) -> training_pb2.ListJobsRequest:
-    """Returns the request for a page of jobs. Raises InvalidRequest for an unknown state."""
+def page(size: int, states: Sequence[JobState | str]) -> training_pb2.ListJobsRequest:
+    """Returns the request for the first page. Raises InvalidRequest for an unknown state."""
     try:
         numbers = [
             training_pb2.TrainingJobState.Value(f"TRAINING_JOB_STATE_{JobState(state).name}")
@@ -209,7 +209,7 @@ def page(size: int, token: str, states: Sequence[JobState | str]) -> training_pb
         ]
     except ValueError as error:
         raise invalid("states", str(error)) from None
-    return fill(training_pb2.ListJobsRequest, page_size=size, page_token=token, states=numbers)
+    return fill(training_pb2.ListJobsRequest, page_size=size, states=numbers)
 
 
 def job(reply: training_pb2.TrainingJob) -> TrainingJob:

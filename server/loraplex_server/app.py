@@ -41,7 +41,7 @@ from loraplex_server.metrics import Metrics
 from loraplex_server.registry import Registry
 from loraplex_server.rpc.adapters import AdapterService
 from loraplex_server.rpc.admission import Admission
-from loraplex_server.rpc.generation import GenerationParts, GenerationService
+from loraplex_server.rpc.generation import GenerationService
 from loraplex_server.rpc.interceptor import Gate, Interceptor
 from loraplex_server.rpc.server import Address, RpcServer
 from loraplex_server.rpc.training import TrainingService
@@ -156,7 +156,7 @@ class Server:
         admission = Admission(
             config.max_running + config.max_waiting, config.max_waiting_tokens, self.metrics
         )
-        parts = GenerationParts(
+        generation = GenerationService(
             self.engine,
             registry,
             tokenizer,
@@ -167,7 +167,7 @@ class Server:
         )
         self._training = await self._open_training(registry)
         await self._rpc.start(
-            GenerationService(parts),
+            generation,
             AdapterService(registry, self._gate),
             TrainingService(self._training, self._gate),
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,19 +206,13 @@ class Registry:
             found, created = record()
             return self._registered(found), created
 
-        adapter, created = await self._change(work)
+        adapter, created = await self.change(work)
         self._metrics.adapter_registered(terms.name)
         if terms.load:
             await self.engine.load(adapter.ref)
         return adapter, created
 
     # changes of names, labels and aliases
-
-    async def label(
-        self, adapter_id: str, change: Mapping[str, str], remove: Sequence[str]
-    ) -> Record:
-        """Sets and removes labels of a version."""
-        return await self._change(self.store.label, adapter_id, change, remove)
 
     async def set_alias(self, alias: str, adapter_id: str, expected: str | None) -> Record:
         """Points an alias to a version.
@@ -231,25 +225,21 @@ class Registry:
             pointed = self.store.set_alias(alias, adapter_id, expected)
             return self.store.get(pointed.name, pointed.version)
 
-        return await self._change(work)
-
-    async def delete_alias(self, alias: str) -> None:
-        """Deletes an alias."""
-        await self._change(self.store.delete_alias, alias)
+        return await self.change(work)
 
     async def delete(self, name: str) -> None:
         """Deletes a name and its metrics. Running requests that use it finish."""
-        await self._change(self.store.delete, name)
+        await self.change(self.store.delete, name)
         self._metrics.adapter_deleted(name)
 
     async def restore(self, name: str) -> Record:
         """Restores a deleted name."""
-        record = await self._change(self.store.restore, name)
+        record = await self.change(self.store.restore, name)
         self._metrics.adapter_registered(name)
         return record
 
-    async def _change(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Runs `work` in a thread and clears the cache, even if the caller is cancelled."""
+    async def change(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Runs a change of the store, then clears the cache, even if the caller is cancelled."""
 
         async def run() -> T:
             try:

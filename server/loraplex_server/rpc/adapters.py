@@ -14,6 +14,7 @@ from loraplex_adapters.store import Record
 from loraplex_model.base.refusal import Problem, Refusal, Subject
 
 from loraplex_server.engine.messages import AdapterRef
+from loraplex_server.engine.process.client import EngineClient
 from loraplex_server.registry import Registered, RegistrationTerms, Registry
 from loraplex_server.rpc import describe, watching
 from loraplex_server.rpc import validate_adapters as validate
@@ -28,6 +29,20 @@ _UPLOAD: Final = "loraplex.v1.Upload"
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 T = TypeVar("T")
+
+
+def _order(
+    reply: Callable[..., Any], order: Callable[[EngineClient, AdapterRef], Awaitable[None]]
+) -> Any:
+    """A handler that carries out an order to the engine and describes the adapter afterwards."""
+
+    async def handle(service: AdapterService, request: Any, context: _Context) -> Any:
+        adapter = await service._ordered(
+            request.adapter_id, lambda ref: order(service._engine, ref)
+        )
+        return reply(adapter=adapter)
+
+    return handle
 
 
 class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
@@ -117,7 +132,8 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
     ) -> pb.LabelAdapterResponse:
         """Sets and removes labels of a version."""
         _require(validate.label(request))
-        work = self._registry.label(request.adapter_id, dict(request.set), list(request.remove))
+        change = (request.adapter_id, dict(request.set), list(request.remove))
+        work = self._registry.change(self._store.label, *change)
         record = await _typed(work, request.adapter_id, "set")
         return pb.LabelAdapterResponse(adapter=self._describe(record))
 
@@ -134,7 +150,8 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
     ) -> pb.DeleteAliasResponse:
         """Deletes an alias."""
         _require(validate.name(request.alias, "alias"))
-        await _typed(self._registry.delete_alias(request.alias), request.alias, "alias")
+        work = self._registry.change(self._store.delete_alias, request.alias)
+        await _typed(work, request.alias, "alias")
         return pb.DeleteAliasResponse()
 
     async def DeleteAdapter(
@@ -196,12 +213,13 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
 
     # residency
 
-    async def LoadAdapter(
-        self, request: pb.LoadAdapterRequest, context: _Context
-    ) -> pb.LoadAdapterResponse:
-        """Loads an adapter onto the device."""
-        adapter = await self._ordered(request.adapter_id, self._engine.load)
-        return pb.LoadAdapterResponse(adapter=adapter)
+    LoadAdapter = _order(pb.LoadAdapterResponse, lambda engine, ref: engine.load(ref))
+    PinAdapter = _order(pb.PinAdapterResponse, lambda engine, ref: engine.pin(ref, True))
+    UnpinAdapter = _order(pb.UnpinAdapterResponse, lambda engine, ref: engine.pin(ref, False))
+    MergeAdapter = _order(pb.MergeAdapterResponse, lambda engine, ref: engine.merge(ref))
+    UnmergeAdapter = _order(
+        pb.UnmergeAdapterResponse, lambda engine, ref: engine.unmerge(ref.digest)
+    )
 
     async def UnloadAdapter(
         self, request: pb.UnloadAdapterRequest, context: _Context
@@ -215,34 +233,6 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
             request.adapter_id, lambda a: self._registry.unload(a.digest, request.force, drain)
         )
         return pb.UnloadAdapterResponse(adapter=adapter)
-
-    async def PinAdapter(
-        self, request: pb.PinAdapterRequest, context: _Context
-    ) -> pb.PinAdapterResponse:
-        """Loads an adapter and excludes it from eviction."""
-        adapter = await self._ordered(request.adapter_id, lambda a: self._engine.pin(a, True))
-        return pb.PinAdapterResponse(adapter=adapter)
-
-    async def UnpinAdapter(
-        self, request: pb.UnpinAdapterRequest, context: _Context
-    ) -> pb.UnpinAdapterResponse:
-        """Allows the eviction of an adapter again."""
-        adapter = await self._ordered(request.adapter_id, lambda a: self._engine.pin(a, False))
-        return pb.UnpinAdapterResponse(adapter=adapter)
-
-    async def MergeAdapter(
-        self, request: pb.MergeAdapterRequest, context: _Context
-    ) -> pb.MergeAdapterResponse:
-        """Computes dense weights for an adapter's requests."""
-        adapter = await self._ordered(request.adapter_id, self._engine.merge)
-        return pb.MergeAdapterResponse(adapter=adapter)
-
-    async def UnmergeAdapter(
-        self, request: pb.UnmergeAdapterRequest, context: _Context
-    ) -> pb.UnmergeAdapterResponse:
-        """Drops an adapter's dense weights."""
-        adapter = await self._ordered(request.adapter_id, lambda a: self._engine.unmerge(a.digest))
-        return pb.UnmergeAdapterResponse(adapter=adapter)
 
     async def _ordered(
         self, adapter_id: str, order: Callable[[AdapterRef], Awaitable[None]]

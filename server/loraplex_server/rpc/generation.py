@@ -7,9 +7,9 @@ import itertools
 import math
 import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import grpc
@@ -42,9 +42,9 @@ _Event = generation_pb2.GenerateStreamResponse
 _Context = grpc.aio.ServicerContext[Any, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class GenerationParts:
-    """Parts of the server that generation uses. All of them live as long as the server."""
+@dataclass
+class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
+    """See loraplex/v1/generation.proto. The parts that it uses live as long as the server."""
 
     engine: EngineClient
     registry: Registry
@@ -53,14 +53,7 @@ class GenerationParts:
     metrics: Metrics
     bounds: validate.ModelBounds
     stream_writes: int
-
-
-class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
-    """See loraplex/v1/generation.proto."""
-
-    def __init__(self, parts: GenerationParts) -> None:
-        self._parts = parts
-        self._ids = itertools.count(1)
+    ids: Iterator[int] = field(default_factory=itertools.count)
 
     async def Generate(
         self, request: generation_pb2.GenerateRequest, context: _Context
@@ -99,18 +92,17 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         context: _Context,
         streaming: bool = False,
     ) -> AsyncGenerator[_Event, None]:
-        parts = self._parts
         field_path = "request." if streaming else ""
-        clock = _Clock(parts.metrics)
-        if problems := validate.generate(request, parts.bounds, field_path):
+        clock = _Clock(self.metrics)
+        if problems := validate.generate(request, self.bounds, field_path):
             raise invalid(problems)
-        with parts.admission.enter() as ticket:
+        with self.admission.enter() as ticket:
             adapters = await self._resolve(request, field_path)
-            room = parts.bounds.max_context - virtual_tokens(adapters)
+            room = self.bounds.max_context - virtual_tokens(adapters)
             prompt = await self._tokenise(request, field_path, room)
             ticket.wait(len(prompt))
             call = _Call(request, adapters, prompt, room, _deadline(context), field_path, streaming)
-            with parts.metrics.generation(call.names):
+            with self.metrics.generation(call.names):
                 async with aclosing(self._run(call, ticket, clock)) as events:
                     async for event in events:
                         yield event
@@ -118,20 +110,17 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     async def _run(
         self, call: _Call, ticket: Ticket, clock: _Clock
     ) -> AsyncGenerator[_Event, None]:
-        parts = self._parts
-        request_id = next(self._ids)
-        completion = CompletionBuilder(
-            parts.tokenizer, call.prompt, list(call.request.stop.strings)
-        )
+        request_id = next(self.ids)
+        completion = CompletionBuilder(self.tokenizer, call.prompt, list(call.request.stop.strings))
         code = grpc.StatusCode.CANCELLED
         try:
             not_before = 0.0
-            outputs = parts.engine.submit(call.submit(request_id, parts.bounds))
+            outputs = self.engine.submit(call.submit(request_id, self.bounds))
             while batch := await outputs.take(not_before):
                 if batch[0].started:
                     ticket.run()
-                    parts.metrics.series.queue_wait_seconds.observe(batch[0].queue_seconds)
-                    parts.metrics.generation_started(call.names, len(call.prompt))
+                    self.metrics.series.queue_wait_seconds.observe(batch[0].queue_seconds)
+                    self.metrics.generation_started(call.names, len(call.prompt))
                     yield self._started(call, batch[0])
                 piece = completion.take(batch)
                 clock.tokens(len(piece.token_ids))
@@ -140,12 +129,12 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                         delta=generation_pb2.GenerationDelta(
                             text=piece.text,
                             token_ids=piece.token_ids,
-                            logprobs=logprobs_proto(parts.tokenizer, piece.logprobs),
+                            logprobs=logprobs_proto(self.tokenizer, piece.logprobs),
                         )
                     )
                 if piece.finish:
                     # Frees the rows now, without waiting for the client to read the last message.
-                    parts.engine.abort(request_id)
+                    self.engine.abort(request_id)
                     code = grpc.StatusCode.OK
                     yield _finished(piece.finish, len(call.prompt), completion.tokens)
                     return
@@ -162,15 +151,15 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                 code = grpc.StatusCode.DEADLINE_EXCEEDED
             raise
         finally:
-            parts.engine.abort(request_id)
-            parts.metrics.generation_ended(call.names, code.name, completion.tokens)
+            self.engine.abort(request_id)
+            self.metrics.generation_ended(call.names, code.name, completion.tokens)
 
     async def _resolve(
         self, request: generation_pb2.GenerateRequest, field_path: str
     ) -> Sequence[WeightedAdapter]:
         field = field_path + ("adapter_id" if request.adapter_id else "mix")
         try:
-            adapters = await resolve(request, self._parts.registry)
+            adapters = await resolve(request, self.registry)
         except Refusal as error:
             raise for_client(error, _subject(request), field) from error
         if not mixable(adapters):
@@ -182,7 +171,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     async def _tokenise(
         self, request: generation_pb2.GenerateRequest, field_path: str, room: int
     ) -> list[int]:
-        tokenizer = self._parts.tokenizer
+        tokenizer = self.tokenizer
         field = field_path + (request.WhichOneof("input") or "input")
         try:
             match request.WhichOneof("input"):
@@ -217,11 +206,11 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             return 0.0
         if not call.streaming:
             return math.inf
-        writes = self._parts.stream_writes
-        return time.monotonic() + self._parts.admission.running / writes if writes else 0.0
+        writes = self.stream_writes
+        return time.monotonic() + self.admission.running / writes if writes else 0.0
 
     def _started(self, call: _Call, output: Output) -> _Event:
-        tokenizer = self._parts.tokenizer
+        tokenizer = self.tokenizer
         return _Event(
             started=generation_pb2.GenerationStarted(
                 request_id=REQUEST_ID.get(),

@@ -148,14 +148,8 @@ class Interceptor(grpc.aio.ServerInterceptor):
     ) -> Callable[[AsyncIterator[Any], _Context], Awaitable[Message]]:
         async def guarded(requests: AsyncIterator[Any], context: _Context) -> Message:
             async with _Call(self._gate, self._metrics, method, context) as call:
-
-                async def checked() -> AsyncGenerator[Any, None]:
-                    async for request in requests:
-                        call.check(request)
-                        yield request
-
                 call.check(None)
-                return await behave(checked(), context)
+                return await behave(call.checked(requests), context)
 
         return guarded
 
@@ -251,6 +245,12 @@ class _Call:
             raise Refusal(Reason.REQUEST_MALFORMED, "malformed request")
         if self._ours and self._gate.draining:
             raise Refusal(Reason.DRAINING, "the server is shutting down")
+
+    async def checked(self, requests: AsyncIterator[Any]) -> AsyncGenerator[Any, None]:
+        """Yields the requests; raises Refusal as `check` does."""
+        async for request in requests:
+            self.check(request)
+            yield request
 
     async def _fail(self, error: BaseException) -> None:
         """Ends the call with the error's status. Returns only if there is no status to send."""
