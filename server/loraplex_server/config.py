@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import ByteSize, Field, SecretStr, ValidationError, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
 
 from loraplex_server.engine.batching.scheduler import EngineLimits
 from loraplex_server.engine.process.setup import EngineSetup
@@ -46,7 +46,6 @@ class Config(BaseSettings):
 
     model_config = SettingsConfigDict(
         env_prefix="LORAPLEX_",
-        extra="forbid",
         frozen=True,
         use_attribute_docstrings=True,
         protected_namespaces=(),
@@ -240,43 +239,20 @@ def load(file: Path | None, flags: Mapping[str, Any]) -> Config:
             raise ConfigError(f"cannot read {file}: {error.strerror}") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{file} is not TOML: {error}") from error
-
-    class Sources(Config):
-        @classmethod
-        def settings_customise_sources(
-            cls,
-            settings_cls: type[BaseSettings],
-            init_settings: PydanticBaseSettingsSource,
-            env_settings: PydanticBaseSettingsSource,
-            dotenv_settings: PydanticBaseSettingsSource,
-            file_secret_settings: PydanticBaseSettingsSource,
-        ) -> tuple[PydanticBaseSettingsSource, ...]:
-            return init_settings, env_settings, _Values(cls, from_file)
-
+    given = {**from_file, **EnvSettingsSource(Config)(), **flags}
+    unknown = given.keys() - Config.model_fields.keys()
+    problems = [f"{name}: there is no such setting" for name in sorted(unknown)]
     try:
-        return Sources(**flags)
+        config = Config(**{name: given[name] for name in given if name not in unknown})
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(e) for e in error.errors())) from error
-
-
-class _Values(PydanticBaseSettingsSource):
-    """Settings source over a dictionary."""
-
-    def __init__(self, settings: type[BaseSettings], values: dict[str, Any]) -> None:
-        super().__init__(settings)
-        self._values = values
-
-    def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:
-        return self._values.get(field_name), field_name, False
-
-    def __call__(self) -> dict[str, Any]:
-        return self._values
+        problems += map(_explain, error.errors())
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return config
 
 
 def _explain(error: Any) -> str:
     where = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        return f"{where}: there is no such setting"
     text = str(error["msg"]).removeprefix("Value error, ")
     return f"{where}: {text}" if where else text
 

@@ -255,12 +255,8 @@ def _moves(old: AdapterStatus | None, new: AdapterStatus | None) -> Iterator[Cha
     before, now = old.state if old else "", new.state if new else ""
     if before != now:
         match now:
-            case "loading":
-                yield Change.LOADING
-            case "resident":
-                yield Change.RESIDENT
-            case "draining":
-                yield Change.DRAINING
+            case "loading" | "resident" | "draining":
+                yield Change[now.upper()]
             case "host" if before in {"", "loading"}:
                 yield Change.HOST
             case _:

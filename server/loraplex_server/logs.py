@@ -12,7 +12,7 @@ from typing import Any, Final, Literal
 REQUEST_ID: Final[ContextVar[str]] = ContextVar("loraplex_request_id", default="")
 """Id of the RPC that the current task serves; "" outside of RPCs."""
 
-_STANDARD: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "request_id"}
+_STANDARD: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
 
 
 class JsonFormatter(logging.Formatter):
@@ -24,10 +24,8 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
+            **_extra(record),
         }
-        if request_id := getattr(record, "request_id", ""):
-            line["request_id"] = request_id
-        line.update(_extra(record))
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line, ensure_ascii=False, default=str)
@@ -40,15 +38,9 @@ class TextFormatter(logging.Formatter):
         super().__init__("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
 
     def format(self, record: logging.LogRecord) -> str:
-        pairs = _extra(record)
-        if request_id := getattr(record, "request_id", ""):
-            pairs["request_id"] = request_id
-        text = super().format(record)
-        if not pairs:
-            return text
-        first, newline, rest = text.partition("\n")
-        shown = " ".join(f"{key}={value}" for key, value in pairs.items())
-        return f"{first} {shown}{newline}{rest}"
+        first, newline, rest = super().format(record).partition("\n")
+        pairs = [f"{key}={value}" for key, value in _extra(record).items()]
+        return " ".join([first, *pairs]) + newline + rest
 
 
 def configure(form: Literal["text", "json"], level: str) -> None:
@@ -61,7 +53,8 @@ def configure(form: Literal["text", "json"], level: str) -> None:
 
 
 def _add_request_id(record: logging.LogRecord) -> bool:
-    record.request_id = REQUEST_ID.get()
+    if request_id := REQUEST_ID.get():
+        record.request_id = request_id
     return True
 
 

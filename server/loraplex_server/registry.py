@@ -35,11 +35,6 @@ class Registered:
     path: str
 
     @property
-    def digest(self) -> str:
-        """Digest of the adapter's content."""
-        return self.record.digest
-
-    @property
     def ref(self) -> AdapterRef:
         """Reference by which the engine loads the adapter."""
         return AdapterRef(self.record.digest, self.path)

@@ -140,7 +140,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                     return
                 if (failure := batch[-1].error) is not None:
                     failed = Refusal(failure.reason, failure.message)
-                    raise for_client(failed, call.subject, call.field_of(failure))
+                    raise for_client(failed, _subject(call.request), call.field_of(failure))
                 not_before = self._next_look(call)
             raise Refusal(Reason.ENGINE_FAULT, "internal error")
         except Refusal as error:
@@ -218,7 +218,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                     generation_pb2.ResolvedAdapter(
                         name=each.adapter.record.name,
                         version=each.adapter.record.version,
-                        digest=each.adapter.digest,
+                        digest=each.adapter.record.digest,
                         weight=each.weight,
                     )
                     for each in call.adapters
@@ -249,11 +249,6 @@ class _Call:
     def names(self) -> list[str]:
         """Names of the adapters, each once, for metrics."""
         return list(dict.fromkeys(each.adapter.record.name for each in self.adapters))
-
-    @property
-    def subject(self) -> Subject:
-        """Subject of errors of the engine."""
-        return _subject(self.request)
 
     def field_of(self, failure: Failure) -> str:
         """Path of the request's field that a failure is about."""

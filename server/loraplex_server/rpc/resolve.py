@@ -67,6 +67,7 @@ def references(adapters: Sequence[WeightedAdapter]) -> list[AdapterRef]:
     """References for the engine: each distinct content once, with the sum of its weights."""
     weights: dict[str, float] = {}
     for each in adapters:
-        weights[each.adapter.digest] = weights.get(each.adapter.digest, 0.0) + each.weight
-    paths = {each.adapter.digest: each.adapter.path for each in adapters}
+        digest = each.adapter.record.digest
+        weights[digest] = weights.get(digest, 0.0) + each.weight
+    paths = {each.adapter.record.digest: each.adapter.path for each in adapters}
     return [AdapterRef(digest, paths[digest], weight) for digest, weight in weights.items()]
