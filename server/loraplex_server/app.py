@@ -72,7 +72,7 @@ class _Observer:
     of adapters to `on_table`."""
 
     def __init__(self, metrics: Metrics, rpc: RpcServer) -> None:
-        self.on_table: list[Callable[[Sequence[AdapterStatus]], None]] = []
+        self.on_table: Callable[[Sequence[AdapterStatus]], None] = lambda table: None
         self.on_load = metrics.on_load
         self.on_merge = metrics.on_merge
         self._metrics = metrics
@@ -82,11 +82,11 @@ class _Observer:
     def on_step(self, done: StepReport) -> None:
         self._metrics.on_step(done)
         if done.adapters is not None:
-            self._publish(done.adapters)
+            self.on_table(done.adapters)
 
     def on_restart(self) -> None:
         self._metrics.on_restart()
-        self._publish([])
+        self.on_table([])
         self._set_serving(False)
 
     def on_ready(self, hello: Hello) -> None:
@@ -95,10 +95,6 @@ class _Observer:
 
     def on_fatal(self, fatal: Fatal) -> None:
         log.error("the engine does not start: %s", fatal.message, extra={"reason": fatal.reason})
-
-    def _publish(self, table: Sequence[AdapterStatus]) -> None:
-        for listener in self.on_table:
-            listener(table)
 
     def _set_serving(self, serving: bool) -> None:
         task = asyncio.get_running_loop().create_task(self._rpc.set_serving(serving))
@@ -152,7 +148,7 @@ class Server:
         )
         registry = Registry(store, self.engine, self.metrics, config.import_root, limits)
         await registry.open()
-        self._observer.on_table.append(registry.feed.on_table)
+        self._observer.on_table = registry.feed.on_table
         admission = Admission(
             config.max_running + config.max_waiting, config.max_waiting_tokens, self.metrics
         )

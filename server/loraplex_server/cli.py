@@ -9,7 +9,7 @@ from importlib.metadata import version as installed
 import typer
 
 from loraplex_server import app as server
-from loraplex_server import doctor, export_cli, formats, logs, store_cli
+from loraplex_server import doctor, export_cli, logs, store_cli
 from loraplex_server.config import Config
 from loraplex_server.exits import ServerExit
 from loraplex_server.flags import ALL_SETTINGS, with_settings
@@ -39,7 +39,6 @@ def examine(config: Config) -> None:
 
 app.command("serve")(with_settings(serve, ALL_SETTINGS))
 app.command("doctor")(with_settings(examine, ALL_SETTINGS))
-formats.add_commands(app)
 export_cli.add_commands(app)
 app.add_typer(store_cli.app, name="store")
 

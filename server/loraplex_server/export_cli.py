@@ -1,4 +1,4 @@
-"""`loraplex-server export` and `convert`: adapters for other programs, and from them."""
+"""Commands on the files of adapters: `export`, `convert`, `import-adapterhub`, `support-matrix`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from loraplex_adapters.convert.export.directory import staged
 from loraplex_adapters.convert.importers import adapterhub
+from loraplex_adapters.format import matrix
 from loraplex_model.base.refusal import Reason, Refusal
 
 from loraplex_server.config import Config
@@ -19,6 +20,8 @@ from loraplex_server.flags import with_settings
 
 if TYPE_CHECKING:  # imports torch, which is slow
     from loraplex_adapters.convert.export.exporter import ExportRequest, ExportResult
+
+_CONVERTED = "converted to {}; registration will check it against the base model"
 
 
 def export(
@@ -104,11 +107,29 @@ def convert(
             from loraplex_adapters.convert.export import mutated
 
             mutated.convert(adapter, initial, target)
-    typer.echo(f"converted to {out}; registration will check it against the base model")
+    typer.echo(_CONVERTED.format(out))
+
+
+def import_adapterhub(source: Path, target: Path) -> None:
+    """Convert the AdapterHub adapter SOURCE into the new directory TARGET, if that is exact."""
+    try:
+        adapterhub.convert(source, target)
+    except Refusal as refusal:
+        for problem in refusal.problems:
+            typer.echo(f"error: {problem.reason}: {problem.message}", err=True)
+        raise typer.Exit(ServerExit.REFUSED) from None
+    typer.echo(_CONVERTED.format(target))
+
+
+def support_matrix() -> None:
+    """Print the supported kinds of adapters and their supported options as Markdown."""
+    typer.echo(matrix.markdown())
 
 
 def add_commands(app: typer.Typer) -> None:
     """Adds the commands to `app`."""
+    app.command("support-matrix")(support_matrix)
+    app.command("import-adapterhub")(import_adapterhub)
     app.command("export")(with_settings(export, ("model", "store", "store_url", "cache")))
     app.command("convert")(convert)
 

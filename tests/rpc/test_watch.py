@@ -177,5 +177,5 @@ async def test_a_lost_engine_is_told_as_evictions(tmp_path: Path) -> None:
 
 
 def feed_of(up: Running) -> AdapterFeed:
-    (listener,) = up.server._observer.on_table
+    listener = up.server._observer.on_table
     return listener.__self__

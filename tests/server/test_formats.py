@@ -10,7 +10,7 @@ import torch
 import typer
 from loraplex_adapters.format import matrix
 from loraplex_adapters.format.kinds import KINDS
-from loraplex_server import formats
+from loraplex_server import export_cli
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -21,7 +21,7 @@ BEGIN, END = "<!-- support-matrix: begin -->\n", "\n<!-- support-matrix: end -->
 @pytest.fixture
 def program() -> typer.Typer:
     app = typer.Typer()
-    formats.add_commands(app)
+    export_cli.add_commands(app)
     return app
 
 

@@ -15,6 +15,7 @@ from loraplex_model.base.refusal import Problem, Refusal, Subject
 
 from loraplex_server.engine.messages import AdapterRef
 from loraplex_server.engine.process.client import EngineClient
+from loraplex_server.feed import AdapterRow
 from loraplex_server.registry import Registered, RegistrationTerms, Registry
 from loraplex_server.rpc import describe, watching
 from loraplex_server.rpc import validate_adapters as validate
@@ -247,7 +248,8 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         return await _typed(self._registry.resolve(adapter_id), adapter_id, "adapter_id")
 
     def _describe(self, record: Record) -> pb.Adapter:
-        return describe.adapter(record, self._engine.adapters.get(record.digest))
+        status = self._engine.adapters.get(record.digest)
+        return describe.adapter(AdapterRow(record.digest, record, status))
 
 
 def _require(problems: list[Problem]) -> None:

@@ -8,9 +8,9 @@ from typing import Any, Final
 from google.protobuf.message import Message
 from loraplex.v1 import adapter_pb2
 from loraplex_adapters.format.examine import Report
-from loraplex_adapters.store import Record
 
 from loraplex_server.engine.messages import AdapterStatus
+from loraplex_server.feed import AdapterRow
 
 _STATES: Final = {
     "host": adapter_pb2.ADAPTER_STATE_STORED,
@@ -20,18 +20,13 @@ _STATES: Final = {
 }
 
 
-def adapter(record: Record, status: AdapterStatus | None) -> adapter_pb2.Adapter:
-    """Describes a version; `status` is None if it is not in the engine."""
-    message = adapter_pb2.Adapter(**_shared(adapter_pb2.Adapter, record))
-    message.create_time.FromDatetime(record.created_at)
-    _place(message, status)
-    return message
-
-
-def nameless(digest: str, status: AdapterStatus | None) -> adapter_pb2.Adapter:
-    """Describes an adapter whose name was deleted or replaced while the engine holds it."""
-    message = adapter_pb2.Adapter(digest=digest)
-    _place(message, status)
+def adapter(row: AdapterRow) -> adapter_pb2.Adapter:
+    """Describes a version, or an adapter that only the engine holds because its name is gone."""
+    message = adapter_pb2.Adapter(digest=row.digest)
+    if row.record is not None:
+        message = adapter_pb2.Adapter(**_shared(adapter_pb2.Adapter, row.record))
+        message.create_time.FromDatetime(row.record.created_at)
+    _place(message, row.status)
     return message
 
 

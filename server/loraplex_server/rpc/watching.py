@@ -8,7 +8,7 @@ from typing import Final
 from loraplex.v1 import adapter_pb2
 from loraplex_model.base.refusal import Reason, Refusal
 
-from loraplex_server.feed import AdapterFeed, AdapterRow, Event, FeedTable
+from loraplex_server.feed import AdapterFeed, Event, FeedTable
 from loraplex_server.rpc import describe
 from loraplex_server.rpc.interceptor import Gate
 
@@ -49,7 +49,7 @@ def _table(table: FeedTable) -> Iterator[_Message]:
         for alias, record in sorted(table.aliases.items())
     ]
     for begin in range(0, len(table.rows), _PART):
-        part = map(_adapter, table.rows[begin : begin + _PART])
+        part = map(describe.adapter, table.rows[begin : begin + _PART])
         yield _Message(table=adapter_pb2.AdapterTable(adapters=part))
     yield _Message(table=adapter_pb2.AdapterTable(complete=True, aliases=aliases))
 
@@ -57,13 +57,7 @@ def _table(table: FeedTable) -> Iterator[_Message]:
 def _change(event: Event) -> _Message:
     change = adapter_pb2.AdapterChange(
         type=f"ADAPTER_CHANGE_TYPE_{event.change.name}",
-        adapter=_adapter(event.row),
+        adapter=describe.adapter(event.row),
         alias=event.alias,
     )
     return _Message(change=change)
-
-
-def _adapter(row: AdapterRow) -> adapter_pb2.Adapter:
-    if row.record is None:
-        return describe.nameless(row.digest, row.status)
-    return describe.adapter(row.record, row.status)
