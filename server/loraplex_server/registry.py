@@ -7,11 +7,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, TypeAlias, TypeVar
 
 from loraplex_adapters.format.examine import Report, examine
-from loraplex_adapters.format.files import Directory, open_below, open_directory
+from loraplex_adapters.format.files import Directory, open_below
 from loraplex_adapters.format.spec import AdapterLimits
 from loraplex_adapters.store import Record, Store
 from loraplex_model.base.info import BaseInfo
@@ -25,6 +26,9 @@ from loraplex_server.name_cache import NameCache
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+Source: TypeAlias = Callable[[], AbstractContextManager[Directory]]
+"""Opens the files of an adapter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +80,11 @@ class Registry:
         self._metrics = metrics
         self._import_root = import_root
         self._limits = limits
-        self._names: NameCache[Registered] = NameCache(self._count_changes)
+        count_changes = partial(asyncio.to_thread, store.change_counter)
+        self._names: NameCache[Registered] = NameCache(count_changes)
         # One look-up at a time: a burst of them must not take the cores from the engine's pass.
         self._looking_up = asyncio.Semaphore(1)
-        self.feed = AdapterFeed(self._catalogue, self._count_changes)
+        self.feed = AdapterFeed(self._catalogue, count_changes)
 
     async def open(self) -> None:
         """Reads the registered names. To be called once, before serving."""
@@ -115,32 +120,36 @@ class Registry:
         """Size of the largest weights file that is accepted."""
         return self._limits.max_weights_bytes
 
-    async def examine(self, path: str) -> Report:
-        """Reports all faults of the directory `path` below the import root; changes nothing."""
-        return await self._examine(lambda: open_below(self._import_root, path))
+    def imported(self, path: str) -> Source:
+        """The directory `path` below the import root, checked when it is opened."""
+        return partial(open_below, self._import_root, path)
 
-    async def examine_upload(self, upload_id: str) -> Report:
-        """Reports all faults of an upload; changes nothing."""
-        return await self._examine(lambda: self.store.uploads.reading(upload_id))
+    async def examine(self, source: Source) -> Report:
+        """Reports all faults of an adapter's files; changes nothing."""
 
-    async def _examine(self, opened: Callable[[], AbstractContextManager[Directory]]) -> Report:
         def work() -> Report:
-            with opened() as source:
-                return examine(source, self._base(), self._limits)
+            with source() as opened:
+                return examine(opened, self._base(), self._limits)
 
         return await asyncio.to_thread(work)
 
     # registration: each returns the adapter and whether the version is new
 
-    async def register(self, path: str, terms: RegistrationTerms) -> tuple[Registered, bool]:
-        """Checks, copies and registers the directory `path` below the import root."""
-        return await self._register(lambda: open_below(self._import_root, path), terms)
+    async def register(self, source: Source, terms: RegistrationTerms) -> tuple[Registered, bool]:
+        """Checks, copies and registers a directory."""
 
-    async def register_trained(
-        self, folder: Path, terms: RegistrationTerms
-    ) -> tuple[Registered, bool]:
-        """Checks, copies and registers a directory that this server's own trainer wrote."""
-        return await self._register(lambda: open_directory(folder), terms)
+        def record() -> tuple[Record, bool]:
+            with source() as opened:
+                return self.store.register(
+                    terms.name,
+                    opened,
+                    self._base(),
+                    self._limits,
+                    terms.replace,
+                    labels=terms.labels or {},
+                )
+
+        return await self._name(terms, source, record)
 
     async def finish_upload(
         self, upload_id: str, terms: RegistrationTerms
@@ -158,28 +167,12 @@ class Registry:
                 terms.labels or {},
             )
 
-        return await self._name(terms, lambda: self.store.uploads.reading(upload_id), record)
-
-    async def _register(
-        self, opened: Callable[[], AbstractContextManager[Directory]], terms: RegistrationTerms
-    ) -> tuple[Registered, bool]:
-        def record() -> tuple[Record, bool]:
-            with opened() as source:
-                return self.store.register(
-                    terms.name,
-                    source,
-                    self._base(),
-                    self._limits,
-                    terms.replace,
-                    labels=terms.labels or {},
-                )
-
-        return await self._name(terms, opened, record)
+        return await self._name(terms, partial(self.store.uploads.reading, upload_id), record)
 
     async def _name(
         self,
         terms: RegistrationTerms,
-        opened: Callable[[], AbstractContextManager[Directory]],
+        source: Source,
         record: Callable[[], tuple[Record, bool]],
     ) -> tuple[Registered, bool]:
         """Runs `record`, and loads the adapter if the terms say so.
@@ -189,9 +182,9 @@ class Registry:
         if terms.load and terms.replace:
 
             def admit() -> AdapterRef:
-                with opened() as source:
+                with source() as opened:
                     digest = self.store.admit(
-                        source, self._base(), self._limits, terms.expected_digest
+                        opened, self._base(), self._limits, terms.expected_digest
                     )
                 return AdapterRef(digest, str(self.store.path(digest)))
 
@@ -267,9 +260,6 @@ class Registry:
 
     def _registered(self, record: Record) -> Registered:
         return Registered(record, str(self.store.path(record.digest)))
-
-    async def _count_changes(self) -> int:
-        return await asyncio.to_thread(self.store.change_counter)
 
     async def _catalogue(self) -> Catalogue:
         def work() -> Catalogue:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
+from functools import partial
 from typing import Any, Final, TypeVar
 
 import grpc
 from loraplex.v1 import adapter_pb2 as pb
 from loraplex.v1 import adapter_pb2_grpc
 from loraplex_adapters.store import Record
-from loraplex_model.base.refusal import Problem, Refusal, Subject
+from loraplex_model.base.refusal import Refusal, Subject
 
 from loraplex_server.engine.messages import AdapterRef
 from loraplex_server.engine.process.client import EngineClient
@@ -19,7 +20,7 @@ from loraplex_server.feed import AdapterRow
 from loraplex_server.registry import Registered, RegistrationTerms, Registry
 from loraplex_server.rpc import describe, watching
 from loraplex_server.rpc import validate_adapters as validate
-from loraplex_server.rpc.errors import for_client, invalid
+from loraplex_server.rpc.errors import for_client, require
 from loraplex_server.rpc.interceptor import Gate
 from loraplex_server.rpc.uploads import UploadReceiver
 
@@ -73,7 +74,7 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         self, request: pb.ListAdaptersRequest, context: _Context
     ) -> pb.ListAdaptersResponse:
         """Lists a page of adapters in the order of names."""
-        _require(validate.page(request))
+        require(validate.page(request))
         size = request.page_size or DEFAULT_PAGE
         work = asyncio.to_thread(self._store.page, size, request.page_token, dict(request.labels))
         page = await _typed(work, "", "page_token")
@@ -85,7 +86,7 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         self, request: pb.ListAdapterVersionsRequest, context: _Context
     ) -> pb.ListAdapterVersionsResponse:
         """Lists all versions of a name, the newest first."""
-        _require(validate.name(request.name))
+        require(validate.name(request.name))
         work = asyncio.to_thread(self._store.versions, request.name)
         found = await _typed(work, request.name, "name")
         return pb.ListAdapterVersionsResponse(adapters=map(self._describe, found))
@@ -94,11 +95,12 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         self, request: pb.ValidateAdapterRequest, context: _Context
     ) -> pb.ValidateAdapterResponse:
         """Reports all faults of an adapter's files, or what the adapter is."""
-        _require(validate.validation(request))
+        require(validate.validation(request))
         if request.WhichOneof("source") == "path":
-            report = await _typed(self._registry.examine(request.path), "", "path")
+            work = self._registry.examine(self._registry.imported(request.path))
+            report = await _typed(work, "", "path")
         else:
-            work = self._registry.examine_upload(request.upload_id)
+            work = self._registry.examine(partial(self._store.uploads.reading, request.upload_id))
             report = await _typed(work, request.upload_id, "upload_id", _UPLOAD)
         return describe.judgement(report)
 
@@ -119,20 +121,19 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         self, request: pb.RegisterAdapterRequest, context: _Context
     ) -> pb.RegisterAdapterResponse:
         """Checks, copies and registers a directory below the import root."""
-        _require(validate.register(request))
+        require(validate.register(request))
         terms = RegistrationTerms(
             request.name, request.replace, dict(request.labels), load=request.load
         )
-        adapter, created = await _typed(
-            self._registry.register(request.path, terms), request.name, "path"
-        )
+        work = self._registry.register(self._registry.imported(request.path), terms)
+        adapter, created = await _typed(work, request.name, "path")
         return pb.RegisterAdapterResponse(adapter=self._describe(adapter.record), created=created)
 
     async def LabelAdapter(
         self, request: pb.LabelAdapterRequest, context: _Context
     ) -> pb.LabelAdapterResponse:
         """Sets and removes labels of a version."""
-        _require(validate.label(request))
+        require(validate.label(request))
         change = (request.adapter_id, dict(request.set), list(request.remove))
         work = self._registry.change(self._store.label, *change)
         record = await _typed(work, request.adapter_id, "set")
@@ -140,7 +141,7 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
 
     async def SetAlias(self, request: pb.SetAliasRequest, context: _Context) -> pb.SetAliasResponse:
         """Points an alias to a version."""
-        _require(validate.alias(request))
+        require(validate.alias(request))
         expected = request.expected if request.HasField("expected") else None
         work = self._registry.set_alias(request.alias, request.adapter_id, expected)
         record = await _typed(work, request.adapter_id, "adapter_id")
@@ -150,7 +151,7 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         self, request: pb.DeleteAliasRequest, context: _Context
     ) -> pb.DeleteAliasResponse:
         """Deletes an alias."""
-        _require(validate.name(request.alias, "alias"))
+        require(validate.name(request.alias, "alias"))
         work = self._registry.change(self._store.delete_alias, request.alias)
         await _typed(work, request.alias, "alias")
         return pb.DeleteAliasResponse()
@@ -159,7 +160,7 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         self, request: pb.DeleteAdapterRequest, context: _Context
     ) -> pb.DeleteAdapterResponse:
         """Deletes a name."""
-        _require(validate.name(request.name))
+        require(validate.name(request.name))
         await _typed(self._registry.delete(request.name), request.name, "name")
         return pb.DeleteAdapterResponse()
 
@@ -167,7 +168,7 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         self, request: pb.RestoreAdapterRequest, context: _Context
     ) -> pb.RestoreAdapterResponse:
         """Restores a deleted name."""
-        _require(validate.name(request.name))
+        require(validate.name(request.name))
         record = await _typed(self._registry.restore(request.name), request.name, "name")
         return pb.RestoreAdapterResponse(adapter=self._describe(record))
 
@@ -196,7 +197,7 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         self, request: pb.GetUploadRequest, context: _Context
     ) -> pb.GetUploadResponse:
         """Reports the received bytes of an upload."""
-        _require(validate.upload_id(request.upload_id))
+        require(validate.upload_id(request.upload_id))
         work = asyncio.to_thread(self._store.uploads.state, request.upload_id)
         sizes = await _typed(work, request.upload_id, "upload_id", _UPLOAD)
         return pb.GetUploadResponse(
@@ -207,7 +208,7 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         self, request: pb.AbortUploadRequest, context: _Context
     ) -> pb.AbortUploadResponse:
         """Deletes an upload."""
-        _require(validate.upload_id(request.upload_id))
+        require(validate.upload_id(request.upload_id))
         work = asyncio.to_thread(self._store.uploads.abort, request.upload_id)
         await _typed(work, request.upload_id, "upload_id", _UPLOAD)
         return pb.AbortUploadResponse()
@@ -226,7 +227,7 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         self, request: pb.UnloadAdapterRequest, context: _Context
     ) -> pb.UnloadAdapterResponse:
         """Removes an adapter from the device."""
-        _require(validate.unload(request))
+        require(validate.unload(request))
         drain = None
         if request.HasField("drain"):
             drain = request.drain.seconds + request.drain.nanos / 1e9
@@ -244,17 +245,12 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         return self._describe(adapter.record)
 
     async def _resolve(self, adapter_id: str) -> Registered:
-        _require(validate.adapter_id(adapter_id))
+        require(validate.adapter_id(adapter_id))
         return await _typed(self._registry.resolve(adapter_id), adapter_id, "adapter_id")
 
     def _describe(self, record: Record) -> pb.Adapter:
         status = self._engine.adapters.get(record.digest)
         return describe.adapter(AdapterRow(record.digest, record, status))
-
-
-def _require(problems: list[Problem]) -> None:
-    if problems:
-        raise invalid(problems)
 
 
 async def _typed(work: Awaitable[T], about: str, field: str, kind: str = _ADAPTER) -> T:

@@ -92,6 +92,12 @@ def invalid(problems: Sequence[Problem]) -> Refusal:
     return Refusal(Reason.FIELD_INVALID, f"{first.field}: {first.message}{more}", problems=problems)
 
 
+def require(problems: Sequence[Problem]) -> None:
+    """Raises `invalid` if a request has problems."""
+    if problems:
+        raise invalid(problems)
+
+
 def for_client(refusal: Refusal, subject: Subject = NO_SUBJECT, field: str = "") -> Refusal:
     """A refusal from behind the handlers as the client may see it.
 

@@ -26,7 +26,7 @@ from loraplex_server.registry import Registry
 from loraplex_server.rpc import validate
 from loraplex_server.rpc.admission import Admission, Ticket
 from loraplex_server.rpc.completion import FINISH_REASONS, CompletionBuilder, logprobs_proto
-from loraplex_server.rpc.errors import TABLE, for_client, invalid
+from loraplex_server.rpc.errors import TABLE, for_client, invalid, require
 from loraplex_server.rpc.resolve import (
     WeightedAdapter,
     mixable,
@@ -94,8 +94,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     ) -> AsyncGenerator[_Event, None]:
         field_path = "request." if streaming else ""
         clock = _Clock(self.metrics)
-        if problems := validate.generate(request, self.bounds, field_path):
-            raise invalid(problems)
+        require(validate.generate(request, self.bounds, field_path))
         with self.admission.enter() as ticket:
             adapters = await self._resolve(request, field_path)
             room = self.bounds.max_context - virtual_tokens(adapters)

@@ -13,7 +13,7 @@ from loraplex_model.base.refusal import Problem, Reason, Refusal, Subject
 
 from loraplex_server.registry import Registered, RegistrationTerms, Registry
 from loraplex_server.rpc import validate_adapters as validate
-from loraplex_server.rpc.errors import invalid
+from loraplex_server.rpc.errors import invalid, require
 from loraplex_server.rpc.interceptor import Gate
 
 MAX_STREAMS: Final = 16
@@ -65,8 +65,7 @@ class UploadReceiver:
             if request.WhichOneof("part") != "chunk":
                 raise invalid([Problem("part", "every message after the first must be a chunk")])
             chunk = request.chunk
-            if problems := validate.chunk(chunk):
-                raise invalid(problems)
+            require(validate.chunk(chunk))
             file = FILES[chunk.file]
             end = chunk.offset + len(chunk.data)
             if end > wanted[file]:
@@ -92,8 +91,7 @@ class UploadReceiver:
         first = await anext(requests, None)
         if first is None or first.WhichOneof("part") != "header":
             raise invalid([Problem("header", "the first message must be the header")])
-        if problems := validate.header(first.header, self._registry.max_weights_bytes):
-            raise invalid(problems)
+        require(validate.header(first.header, self._registry.max_weights_bytes))
         return first.header
 
 

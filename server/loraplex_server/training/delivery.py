@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from pathlib import Path
 from typing import Final
 
+from loraplex_adapters.format.files import open_directory
 from loraplex_model.base.refusal import Reason, Refusal, Subject
 
 from loraplex_server.registry import Registered, RegistrationTerms, Registry
@@ -67,7 +69,7 @@ class RegistryDestination:
         pauses = iter(_RETRY_SECONDS)
         while True:
             try:
-                return (await self._registry.register_trained(folder, terms))[0]
+                return (await self._registry.register(partial(open_directory, folder), terms))[0]
             except Refusal as error:
                 pause = next(pauses, None) if error.reason is Reason.STORE_UNAVAILABLE else None
                 if pause is None:
