@@ -37,6 +37,8 @@ _MALFORMED: Final = object()
 
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+_Behaviour: TypeAlias = "Callable[[Any, _Context], Awaitable[Message]]"
+"""Takes the request, or an iterator of requests, and returns the reply."""
 
 
 class Gate:
@@ -133,9 +135,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
             return handler  # grpc's reflection, and Watch of its health service
         return make(guarded, _forgiving(handler.request_deserializer), handler.response_serializer)
 
-    def _unary(
-        self, method: str, behave: Callable[[Any, _Context], Awaitable[Message]]
-    ) -> Callable[[Any, _Context], Awaitable[Message]]:
+    def _unary(self, method: str, behave: _Behaviour) -> _Behaviour:
         async def guarded(request: Any, context: _Context) -> Message:
             async with _Call(self._gate, self._metrics, method, context, request) as call:
                 call.check(request)
@@ -143,9 +143,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
 
         return guarded
 
-    def _gathering(
-        self, method: str, behave: Callable[[AsyncIterator[Any], _Context], Awaitable[Message]]
-    ) -> Callable[[AsyncIterator[Any], _Context], Awaitable[Message]]:
+    def _gathering(self, method: str, behave: _Behaviour) -> _Behaviour:
         async def guarded(requests: AsyncIterator[Any], context: _Context) -> Message:
             async with _Call(self._gate, self._metrics, method, context) as call:
                 call.check(None)
