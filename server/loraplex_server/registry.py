@@ -121,7 +121,7 @@ class Registry:
         return self._limits.max_weights_bytes
 
     def imported(self, path: str) -> Source:
-        """The directory `path` below the import root, checked when it is opened."""
+        """Source of the directory `path` below the import root; opening it checks the path."""
         return partial(open_below, self._import_root, path)
 
     async def examine(self, source: Source) -> Report:

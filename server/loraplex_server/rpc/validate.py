@@ -67,7 +67,7 @@ class RequestChecks:
         )
 
     def at_most(self, field: str, entries: Sized, most: int) -> bool:
-        """Requires at most that many entries; returns whether there are."""
+        """Requires at most `most` entries; returns whether the requirement is met."""
         self.require(len(entries) <= most, field, f"must have at most {most} entries")
         return len(entries) <= most
 
