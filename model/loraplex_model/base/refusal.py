@@ -8,7 +8,7 @@ exception.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum, auto
 from typing import Final
 
@@ -169,7 +169,7 @@ class Problem:
         field: path of what is at fault: a request's field, an option, a configuration key, a
             tensor, a file; empty if there is no such name.
         message: what is wrong with it, for people.
-        reason: the problem's own reason; None for that of the refusal which lists it.
+        reason: the problem's own reason. `Refusal` sets its own where this is None.
     """
 
     field: str
@@ -214,7 +214,10 @@ class Refusal(Exception):
         super().__init__(message)
         self.reason = reason
         self.message = message
-        self.problems: Sequence[Problem] = tuple(problems) or (Problem(field, message, reason),)
+        listed = tuple(problems) or (Problem(field, message),)
+        self.problems: Sequence[Problem] = tuple(
+            problem if problem.reason else replace(problem, reason=reason) for problem in listed
+        )
         self.subject = subject
 
     @property
@@ -237,5 +240,5 @@ class Refusal(Exception):
     @classmethod
     def listing(cls, reason: Reason, problems: Iterable[Problem | str]) -> Refusal:
         """The refusal for a non-empty list of problems, whose message repeats the first ones."""
-        found = [Problem("", p, reason) if isinstance(p, str) else p for p in problems]
+        found = [Problem("", p) if isinstance(p, str) else p for p in problems]
         return cls(reason, "; ".join(p.message for p in found[:SHOWN_PROBLEMS]), problems=found)
