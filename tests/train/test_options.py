@@ -13,7 +13,7 @@ from typing import Any, get_args
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loraplex_model.base.refusal import Problem, Refusal
+from loraplex_model.base.refusal import Problem, Reason, Refusal
 from loraplex_training.cli import app
 from loraplex_training.spec import parse as options
 from loraplex_training.spec.fields import located
@@ -285,7 +285,9 @@ def test_limits_hold_for_a_spec_that_nobody_read() -> None:
     with pytest.raises(Refusal) as caught:
         options.check(wrong)
     assert caught.value.problems == (
-        Problem("jobs.a.patience", "patience is -2; it should be at least 0"),
+        Problem(
+            "jobs.a.patience", "patience is -2; it should be at least 0", Reason.CONFIG_INVALID
+        ),
     )
 
 
