@@ -43,7 +43,7 @@ BAD: list[tuple[Any, str]] = [
     (b"{'prompt': 1}", "is not JSON"),
     (b'{"text": "\xff"}', "is not UTF-8"),
     (b'{"text": "a", "text": "b"}', "the key text twice"),
-    (b'{"text": NaN}', "holds NaN"),
+    (b'{"text": NaN}', "contains NaN"),
     (b'{"text": 1e999}', "too large"),
     (b'{"a": ' * 100_000, "nested too deeply"),
     (b'[{"text": "a"}]', "is a JSON list; write one object on each line"),
