@@ -87,7 +87,7 @@ def test_a_file_swapped_between_the_look_and_the_open_is_refused(
     with open_directory(source) as directory:
         monkeypatch.setattr("loraplex_adapters.format.files.os.lstat", look_then_swap)
         with pytest.raises(Refusal) as refused:
-            directory.open_config()
+            directory.read_config()
     assert (refused.value.reason, refused.value.field) == ("ADAPTER_INVALID", CONFIG)
 
 

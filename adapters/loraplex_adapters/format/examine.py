@@ -44,11 +44,7 @@ class Report:
 
 
 def inspect(
-    source: Path | Directory,
-    base: BaseInfo,
-    limits: AdapterLimits | None = None,
-    *,
-    check_values: bool = True,
+    source: Path | Directory, base: BaseInfo, limits: AdapterLimits | None = None
 ) -> CheckedAdapter:
     """Checks the adapter in `source` as `examine` does; raises Refusal if there are findings.
 
@@ -56,10 +52,17 @@ def inspect(
     ADAPTER_TOO_LARGE; FIELD_INVALID if a `source` path is not a directory. The spec covers every
     tensor of the file.
     """
-    report = examine(source, base, limits, check_values=check_values)
+    report = examine(source, base, limits)
     if report.spec is None:
         raise Refusal.of(report.findings)
     return report.spec
+
+
+def examine_header(
+    source: Path | Directory, base: BaseInfo, limits: AdapterLimits | None = None
+) -> Report:
+    """Does what `examine` does without reading the weights: the spec's digest stays empty."""
+    return examine(source, base, limits, read_weights=False)
 
 
 def examine(
@@ -67,22 +70,46 @@ def examine(
     base: BaseInfo,
     limits: AdapterLimits | None = None,
     *,
-    check_values: bool = True,
+    read_weights: bool = True,
 ) -> Report:
     """Checks the adapter in `source` against `base` and reports everything that is wrong with it.
 
-    The tensors' values are checked last, and only if nothing else is wrong. `check_values=False`
-    skips them, for content that has passed this check before.
+    The tensors' values are checked last, and only if nothing else is wrong. Without `read_weights`
+    they are not checked, and the spec's digest stays empty.
     """
     limits = limits or AdapterLimits()
-    return _examine(source, base, limits, limits.max_abs_value if check_values else None)
-
-
-def examine_header(
-    source: Path | Directory, base: BaseInfo, limits: AdapterLimits | None = None
-) -> Report:
-    """Does what `examine` does without reading the weights: the spec's digest stays empty."""
-    return _examine(source, base, limits or AdapterLimits(), None, read_weights=False)
+    unreadable: list[Problem] = []
+    with ExitStack() as stack:
+        try:
+            directory = stack.enter_context(opened(source))
+        except Refusal as error:
+            return Report(None, tuple(error.problems))
+        config = header = None
+        size = 0
+        try:
+            config = directory.read_config()
+        except Refusal as error:
+            unreadable += error.problems
+        try:
+            weights = stack.enter_context(directory.open_weights(limits.max_weights_bytes))
+            size = weights.size
+            header = read_header(weights.read, size)
+        except Refusal as error:
+            unreadable += error.problems
+        report = examine_parsed(config, header, size, base, limits)
+        if unreadable or report.spec is None or not read_weights:
+            spec = None if unreadable else report.spec
+            return Report(spec, (*unreadable, *report.findings))
+        assert config is not None
+        assert header is not None
+        digest = AdapterDigest(config, size)
+        try:
+            findings = scan(weights, header, digest, limits.max_abs_value)
+        except Refusal as error:
+            findings = list(error.problems)
+    if findings:
+        return Report(None, tuple(findings[:MAX_FINDINGS]))
+    return Report(replace(report.spec, digest=digest.text()), ())
 
 
 def examine_parsed(
@@ -113,11 +140,12 @@ def examine_parsed(
         findings.append(Problem(WEIGHTS_FILE, message, Reason.ADAPTER_TOO_LARGE))
     if findings:
         return Report(None, tuple(findings[:MAX_FINDINGS]))
+    changed = {m.module for m in modules}
     spec = CheckedAdapter(
         digest="",
         peft_type=kind.peft_type,
         rank=max(m.rank for m in modules),
-        target_modules=tuple(_in_table_order(modules)),
+        target_modules=tuple(n for n in (*LAYER_SITES, *MODEL_SITES) if n in changed),
         modules=tuple(modules),
         size_bytes=size,
         base_model=settings.base_model,
@@ -162,54 +190,6 @@ def _check_once(modules: Sequence[ModuleSpec], findings: list[Problem]) -> None:
             findings.append(Problem(path, message, Reason.ADAPTER_UNSUPPORTED))
 
 
-def _in_table_order(modules: Sequence[ModuleSpec]) -> list[str]:
-    """The modules' names, each once, without virtual tokens."""
-    held = {m.module for m in modules}
-    return [name for name in (*LAYER_SITES, *MODEL_SITES) if name in held]
-
-
 def _virtual_tokens(module: ModuleSpec) -> int:
     tensor = module.tensors.get("prompt") or module.tensors.get("prefix")
     return tensor.shape[0] if tensor else 0
-
-
-def _examine(
-    source: Path | Directory,
-    base: BaseInfo,
-    limits: AdapterLimits,
-    max_abs_value: float | None,
-    read_weights: bool = True,
-) -> Report:
-    unreadable: list[Problem] = []
-    with ExitStack() as stack:
-        try:
-            directory = stack.enter_context(opened(source))
-        except Refusal as error:
-            return Report(None, tuple(error.problems))
-        config = header = None
-        size = 0
-        try:
-            with directory.open_config() as file:
-                config = file.read(0, file.size)
-        except Refusal as error:
-            unreadable += error.problems
-        try:
-            weights = stack.enter_context(directory.open_weights(limits.max_weights_bytes))
-            size = weights.size
-            header = read_header(weights.read, size)
-        except Refusal as error:
-            unreadable += error.problems
-        report = examine_parsed(config, header, size, base, limits)
-        if unreadable or report.spec is None or not read_weights:
-            spec = None if unreadable else report.spec
-            return Report(spec, (*unreadable, *report.findings))
-        assert config is not None
-        assert header is not None
-        digest = AdapterDigest(config, size)
-        try:
-            findings = scan(weights, header, digest, max_abs_value)
-        except Refusal as error:
-            findings = list(error.problems)
-    if findings:
-        return Report(None, tuple(findings[:MAX_FINDINGS]))
-    return Report(replace(report.spec, digest=digest.text()), ())

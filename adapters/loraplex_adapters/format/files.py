@@ -7,6 +7,7 @@ import stat
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
+from typing import Self
 
 from loraplex_model.base.refusal import Reason, Refusal
 
@@ -25,7 +26,32 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
-class RegularFile:
+class _Opened:
+    """Owner of an open file descriptor; a context manager."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor: int | None = descriptor
+
+    @property
+    def descriptor(self) -> int:
+        """The descriptor, which must not be closed yet."""
+        assert self._descriptor is not None, "closed already"
+        return self._descriptor
+
+    def close(self) -> None:
+        """Closes the descriptor. Idempotent."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class RegularFile(_Opened):
     """An open regular file, read by position; a context manager.
 
     Attributes:
@@ -34,7 +60,7 @@ class RegularFile:
     """
 
     def __init__(self, descriptor: int, name: str) -> None:
-        self._descriptor: int | None = descriptor
+        super().__init__(descriptor)
         self.name = name
         self.size = os.fstat(descriptor).st_size
 
@@ -43,19 +69,15 @@ class RegularFile:
 
         Raises Refusal(ADAPTER_INVALID) if the file is too short or unreadable.
         """
-        assert self._descriptor is not None, "the file is closed"
         filled = 0
         while filled < len(buffer):
             try:
-                count = os.preadv(self._descriptor, [buffer[filled:]], offset + filled)
+                count = os.preadv(self.descriptor, [buffer[filled:]], offset + filled)
             except OSError:
                 raise _unreadable(self.name) from None
             if count == 0:
-                raise Refusal(
-                    Reason.ADAPTER_INVALID,
-                    f"{self.name} became shorter while it was read",
-                    self.name,
-                )
+                message = f"{self.name} became shorter while it was read"
+                raise Refusal(Reason.ADAPTER_INVALID, message, self.name)
             filled += count
 
     def read(self, offset: int, length: int) -> bytes:
@@ -64,27 +86,12 @@ class RegularFile:
         self.read_into(memoryview(buffer), offset)
         return bytes(buffer)
 
-    def close(self) -> None:
-        """Closes the descriptor. Idempotent."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
 
-    def __enter__(self) -> RegularFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-class Directory:
+class Directory(_Opened):
     """An open directory whose files are opened through its descriptor; a context manager.
 
     Later renames or links do not change which directory that is.
     """
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor: int | None = descriptor
 
     def open(self, name: str, max_bytes: int) -> RegularFile:
         """Opens the regular file `name`, which must be a trusted name.
@@ -92,55 +99,35 @@ class Directory:
         Raises Refusal: ADAPTER_INVALID (missing, not a regular file, unreadable),
         ADAPTER_TOO_LARGE, and ADAPTER_UNSUPPORTED if the weights exist as a pickle only.
         """
-        descriptor = self._open(name)
-        if descriptor is None:
-            raise self._missing(name)
+        try:
+            # Checked before it is opened, because opening some devices has effects.
+            if not stat.S_ISREG(os.lstat(name, dir_fd=self.descriptor).st_mode):
+                raise _irregular(name)
+            descriptor = os.open(name, _FILE, dir_fd=self.descriptor)
+        except FileNotFoundError:
+            raise self._missing(name) from None
+        except OSError:
+            raise _unreadable(name) from None
         try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
                 raise _irregular(name)
             if status.st_size > max_bytes:
-                raise Refusal(
-                    Reason.ADAPTER_TOO_LARGE,
-                    f"{name} has {status.st_size} bytes; at most {max_bytes} are accepted",
-                    name,
-                )
+                message = f"{name} has {status.st_size} bytes; at most {max_bytes} are accepted"
+                raise Refusal(Reason.ADAPTER_TOO_LARGE, message, name)
             return RegularFile(descriptor, name)
         except BaseException:
             os.close(descriptor)
             raise
 
-    def open_config(self) -> RegularFile:
-        """Opens adapter_config.json; raises as `open` does."""
-        return self.open(CONFIG_FILE, MAX_CONFIG_BYTES)
+    def read_config(self) -> bytes:
+        """Reads adapter_config.json; raises as `open` does."""
+        with self.open(CONFIG_FILE, MAX_CONFIG_BYTES) as file:
+            return file.read(0, file.size)
 
     def open_weights(self, max_bytes: int) -> RegularFile:
         """Opens adapter_model.safetensors; raises as `open` does."""
         return self.open(WEIGHTS_FILE, max_bytes)
-
-    def close(self) -> None:
-        """Closes the descriptor. Idempotent."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
-
-    def __enter__(self) -> Directory:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _open(self, name: str) -> int | None:
-        assert self._descriptor is not None, "the directory is closed"
-        try:
-            # Checked before it is opened, because opening some devices has effects.
-            if not stat.S_ISREG(os.lstat(name, dir_fd=self._descriptor).st_mode):
-                raise _irregular(name)
-            return os.open(name, _FILE, dir_fd=self._descriptor)
-        except FileNotFoundError:
-            return None
-        except OSError:
-            raise _unreadable(name) from None
 
     def _missing(self, name: str) -> Refusal:
         if name == WEIGHTS_FILE and (pickle := self._first_pickle()):
@@ -153,9 +140,8 @@ class Directory:
         return Refusal(Reason.ADAPTER_INVALID, f"there is no {name}", name)
 
     def _first_pickle(self) -> str | None:
-        assert self._descriptor is not None, "the directory is closed"
         try:
-            with os.scandir(self._descriptor) as entries:
+            with os.scandir(self.descriptor) as entries:
                 names = [e.name for e in islice(entries, 1000) if e.name.endswith(PICKLES)]
         except OSError:
             return None
@@ -188,42 +174,28 @@ def open_below(root: Path, relative: str) -> Directory:
     `relative` is absolute, leaves the root, is not in plain form ("a//b", "./a"), contains a NUL,
     passes through a link, or is not a directory.
     """
-    parts = _parts(relative)
-    here = _open_root(root)
-    try:
-        for part in parts:
-            below = os.open(part, _DIRECTORY, dir_fd=here)
-            os.close(here)
-            here = below
-    except (OSError, ValueError):
-        os.close(here)
-        raise _no_directory() from None
-    return Directory(here)
+    parts = relative.removesuffix("/").split("/")
+    if len(relative) > _MAX_PATH or "\0" in relative or any(p in ("", ".", "..") for p in parts):
+        message = "path must be relative to the import root, in plain form, and stay below it"
+        raise Refusal(Reason.FIELD_INVALID, message, "path")
+    here = open_root(root)
+    for part in parts:
+        with here:
+            try:
+                below = os.open(part, _DIRECTORY, dir_fd=here.descriptor)
+            except (OSError, ValueError):
+                raise _no_directory() from None
+        here = Directory(below)
+    return here
 
 
 def open_root(root: Path) -> Directory:
     """Opens `root` itself, which may be a link. Raises Refusal(STORE_UNAVAILABLE)."""
-    return Directory(_open_root(root))
-
-
-def _open_root(root: Path) -> int:
     try:
-        return os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        return Directory(os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
     except OSError:
-        raise Refusal(
-            Reason.STORE_UNAVAILABLE, "the server's import root cannot be opened", "path"
-        ) from None
-
-
-def _parts(relative: str) -> list[str]:
-    parts = relative.removesuffix("/").split("/")
-    if len(relative) > _MAX_PATH or "\0" in relative or any(p in ("", ".", "..") for p in parts):
-        raise Refusal(
-            Reason.FIELD_INVALID,
-            "path must be relative to the import root, in plain form, and stay below it",
-            "path",
-        )
-    return parts
+        message = "the server's import root cannot be opened"
+        raise Refusal(Reason.STORE_UNAVAILABLE, message, "path") from None
 
 
 def _no_directory() -> Refusal:

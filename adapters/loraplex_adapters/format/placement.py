@@ -24,7 +24,7 @@ from loraplex_adapters.format.modules import (
     role_shapes,
 )
 from loraplex_adapters.format.patterns import Value, match
-from loraplex_adapters.format.spec import AdapterLimits, TensorLocation
+from loraplex_adapters.format.spec import AdapterLimits, ModuleSpec, TensorLocation
 from loraplex_adapters.format.strict_json import shown
 from loraplex_adapters.format.targets import Targets
 
@@ -118,23 +118,33 @@ class Placement:
             return None
         return next(iter(inner.values()), 0)
 
-    def fits_rank(
+    def single(self, site: Site, ending: str, role: str) -> list[ModuleSpec]:
+        """The part with one tensor at a site; empty, with a finding, if it is missing or unfit."""
+        tensor = self.require(site, ending)
+        if tensor is None or self.fits(site, {role: tensor}) is None:
+            return []
+        return [ModuleSpec(*site, {role: tensor})]
+
+    def of_rank(
         self, site: Site, tensors: Mapping[str, TensorLocation | None], rank: int, field: str
-    ) -> bool:
-        """Whether tensors fit and have the rank that `field` of the configuration gives."""
+    ) -> dict[str, TensorLocation] | None:
+        """Returns the tensors if they fit and have the rank that `field` states; else None.
+
+        If they do not, there is a finding.
+        """
         held = self.fits(site, tensors)
         if held is None:
-            return False
+            return None
         if held > self.limits.max_rank:
             message = f"has rank {held}; at most {self.limits.max_rank} is allowed"
             first = next(t for t in tensors.values() if t is not None)
             self.find(Reason.RANK_TOO_LARGE, f"{module_path(*site)} {message}", shown(first.name))
-            return False
+            return None
         if held != rank:
             message = f"has rank {held} in the weights and {rank} in {CONFIG_FILE}"
             self.find(Reason.ADAPTER_INVALID, f"{module_path(*site)} {message}", field)
-            return False
-        return True
+            return None
+        return {role: tensor for role, tensor in tensors.items() if tensor is not None}
 
     def check_rank(self, field: str, rank: int) -> None:
         """Adds a finding if a rank in the configuration is too large, whatever the tensors have."""

@@ -37,17 +37,20 @@ class Reader:
         self.config = config
         self.findings: list[Problem] = []
 
-    def integer(self, key: str, least: int = 1) -> int | None:
-        """A required integer of at least `least`."""
-        value = self.config.get(key)
-        if type(value) is int and value >= least:
-            return value
-        self.invalid(key, f"needs an integer of at least {least}")
-        return None
+    def integer(self, key: str) -> int | None:
+        """A required integer of at least 1."""
+        return self.as_integer(key, self.config.get(key))
 
-    def optional_integer(self, key: str, least: int = 1) -> int | None:
-        """An integer of at least `least`; None if the key is null or missing."""
-        return None if self.config.get(key) is None else self.integer(key, least)
+    def optional_integer(self, key: str) -> int | None:
+        """An integer of at least 1; None if the key is null or missing."""
+        return None if self.config.get(key) is None else self.integer(key)
+
+    def as_integer(self, key: str, value: object) -> int | None:
+        """`value`, found under `key`, as an integer of at least 1."""
+        if type(value) is int and value >= 1:
+            return value
+        self.invalid(key, "needs an integer of at least 1")
+        return None
 
     def number(self, key: str, default: float | None = None) -> float | None:
         """A finite number, which is required if there is no default."""
@@ -59,13 +62,6 @@ class Reader:
         if isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)  # finite, as the parser accepts no other numbers
         self.invalid(key, "needs a number")
-        return None
-
-    def as_rank(self, key: str, value: object) -> int | None:
-        """`value`, found under `key`, as a rank."""
-        if type(value) is int and value >= 1:
-            return value
-        self.invalid(key, "needs an integer rank of at least 1")
         return None
 
     def flag(self, key: str) -> bool:

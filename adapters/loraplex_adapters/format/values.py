@@ -17,12 +17,12 @@ PIECE = 4 << 20
 
 
 def scan(
-    file: RegularFile, header: Header, digest: AdapterDigest, max_abs_value: float | None
+    file: RegularFile, header: Header, digest: AdapterDigest, max_abs_value: float
 ) -> list[Problem]:
     """Adds the whole file to `digest` and reports tensors with elements beyond `max_abs_value`.
 
-    None leaves the elements unchecked. The file is read in pieces instead of mapped, because
-    truncating a mapped file kills the process. Raises Refusal if it cannot be read.
+    The file is read in pieces instead of mapped, because truncating a mapped file kills the
+    process. Raises Refusal if it cannot be read.
     """
     findings = []
     digest.update(file.read(0, header.data_start))
@@ -33,8 +33,7 @@ def scan(
             piece = buffer[: min(PIECE, tensor.end - start)]
             file.read_into(piece, start)
             digest.update(piece)
-            if max_abs_value is not None and sound:
-                sound = _within(piece, tensor, max_abs_value)
+            sound = sound and _within(piece, tensor, max_abs_value)
         if not sound:
             message = f"{shown(tensor.name)} contains NaN, infinity or more than {max_abs_value:g}"
             findings.append(Problem(shown(tensor.name), message, Reason.ADAPTER_INVALID))

@@ -49,8 +49,7 @@ def load(
 def _read_verified(directory: Path, digest: str, max_bytes: int) -> tuple[bytes, NDArray[np.uint8]]:
     try:
         with open_directory(directory) as opened:
-            with opened.open_config() as file:
-                config = file.read(0, file.size)
+            config = opened.read_config()
             with opened.open_weights(max_bytes) as file:
                 weights = np.empty(file.size, np.uint8)
                 file.read_into(weights.data, 0)

@@ -13,7 +13,7 @@ from loraplex_adapters.store.database import Database
 from loraplex_adapters.store.ids import AdapterId
 from loraplex_adapters.store.records import Alias
 
-_names, _versions, _aliases = schema.names.c, schema.versions.c, schema.aliases.c
+_names, _aliases = schema.names.c, schema.aliases.c
 
 
 class Aliases:
@@ -36,21 +36,17 @@ class Aliases:
                 raise Refusal(Reason.ADAPTER_CONFLICT, f"{alias} is the name of an adapter", alias)
             row = lookup.alias_row(connection, alias)
             if expected is not None:
-                _expect(connection, alias, row, expected or None)
-            now = time.time()
-            values = {"name": target.name, "version": target.version, "updated_at": now}
+                _expect(connection, alias, row, expected)
+            place = {"name": target.name, "version": target.version}
             if row is None:
-                connection.execute(sa.insert(schema.aliases).values(alias=alias, **values))
+                change: sa.Insert | sa.Update = sa.insert(schema.aliases).values(alias=alias)
             elif (row.name, row.version) != (target.name, target.version):
-                connection.execute(
-                    sa.update(schema.aliases).where(_aliases.alias == alias).values(values)
-                )
+                change = sa.update(schema.aliases).where(_aliases.alias == alias)
             else:
-                return Alias(
-                    alias, row.name, row.version, row.digest, records.moment(row.updated_at)
-                )
+                return _alias(row)
+            connection.execute(change.values(**place, updated_at=time.time()))
             schema.count_change(connection)
-            return Alias(alias, target.name, target.version, target.digest, records.moment(now))
+            return _alias(lookup.alias_row(connection, alias))
 
     def delete(self, alias: str) -> None:
         """Deletes an alias. Raises Refusal(ADAPTER_NOT_FOUND)."""
@@ -62,38 +58,27 @@ class Aliases:
 
     def all(self) -> tuple[Alias, ...]:
         """All aliases in order, including those of deleted versions."""
-        query = (
-            sa.select(schema.aliases, _versions.digest)
-            .join(schema.versions, lookup.is_target)
-            .order_by(_aliases.alias)
-        )
         with self._database.reading() as connection:
-            return tuple(
-                Alias(r.alias, r.name, r.version, r.digest, records.moment(r.updated_at))
-                for r in connection.execute(query)
-            )
+            rows = connection.execute(lookup.aliases.order_by(_aliases.alias))
+            return tuple(_alias(row) for row in rows)
 
 
-def _expect(
-    connection: sa.Connection, alias: str, row: Any, expected: AdapterId | str | None
-) -> None:
-    shown = "nothing" if row is None else f"{row.name}@{row.version}"
-    if isinstance(expected, AdapterId):
-        version = expected.version
-        if version is None and expected.digest is None:
-            version = connection.execute(
-                sa.select(_names.current_version).where(_names.name == expected.name)
-            ).scalar()
-        if (
-            row is not None
-            and row.name == expected.name
-            and (
-                row.version == version if expected.digest is None else row.digest == expected.digest
-            )
-        ):
-            return
-    elif row is None:
-        return
-    raise Refusal(
-        Reason.ADAPTER_CONFLICT, f"{alias} points to {shown}, not to the expected version", alias
-    )
+def _alias(row: Any) -> Alias:
+    return Alias(row.alias, row.name, row.version, row.digest, records.moment(row.updated_at))
+
+
+def _expect(connection: sa.Connection, alias: str, row: Any, expected: AdapterId | str) -> None:
+    """Refuses an alias that does not point to an id; "" stands for one that does not exist."""
+    if isinstance(expected, str):
+        met = row is None
+    elif row is None or row.name != expected.name:
+        met = False
+    elif expected.digest is not None:
+        met = row.digest == expected.digest
+    else:
+        current = sa.select(_names.current_version).where(_names.name == expected.name)
+        met = row.version == (expected.version or connection.execute(current).scalar())
+    if not met:
+        shown = "nothing" if row is None else f"{row.name}@{row.version}"
+        message = f"{alias} points to {shown}, not to the expected version"
+        raise Refusal(Reason.ADAPTER_CONFLICT, message, alias)

@@ -145,8 +145,7 @@ class Blobs:
         place = self.path(digest)
         try:
             with open_directory(place) as directory:
-                with directory.open_config() as file:
-                    config = file.read(0, file.size)
+                config = directory.read_config()
                 with directory.open(WEIGHTS_FILE, _NO_LIMIT) as file:
                     actual = AdapterDigest(config, file.size)
                     for piece in _pieces(file):

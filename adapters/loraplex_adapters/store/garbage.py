@@ -23,7 +23,6 @@ from loraplex_adapters.store.database import Database
 from loraplex_adapters.store.uploads import Uploads
 
 _versions, _blobs, _aliases = schema.versions.c, schema.blobs.c, schema.aliases.c
-_labels = schema.labels.c
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
 
 import sqlalchemy as sa
 from loraplex_model.base.refusal import Reason, Refusal
@@ -20,23 +19,6 @@ _names, _versions, _blobs = schema.names.c, schema.versions.c, schema.blobs.c
 _labels = schema.labels.c
 
 
-@dataclass(frozen=True, slots=True)
-class VersionRequest:
-    """Content that a name should point to.
-
-    Attributes:
-        base_fingerprint: fingerprint of the base that the adapter was checked against.
-        labels: labels that the version gets in addition to those it has.
-        replace: whether a name that points to other content may be moved.
-    """
-
-    name: str
-    spec: CheckedAdapter
-    base_fingerprint: str
-    labels: Mapping[str, str]
-    replace: bool
-
-
 class Index:
     """Names, versions and labels. Safe to use from several threads and processes.
 
@@ -47,16 +29,23 @@ class Index:
         self._database = database
 
     def point(
-        self, wanted: VersionRequest, is_stored: Callable[[str], bool]
+        self,
+        name: str,
+        spec: CheckedAdapter,
+        base_fingerprint: str,
+        labels: Mapping[str, str],
+        replace: bool,
+        is_stored: Callable[[str], bool],
     ) -> tuple[Record, bool] | None:
         """Points a name to content; returns the version, and True if the version is new.
 
-        Returns None, and changes nothing, if `is_stored` is false for the digest. It is called
-        within the change, so the content cannot be collected before a name points to it.
+        `base_fingerprint` is that of the base that the adapter was checked against. The version
+        gets `labels` in addition to those it has. Returns None, and changes nothing, if `is_stored`
+        is false for the digest. It is called within the change, so the content cannot be collected
+        before a name points to it.
         Raises Refusal: ADAPTER_CONFLICT if the name points to other content and `replace` is not
         set, or is an alias; FIELD_INVALID for too many labels.
         """
-        name, spec = wanted.name, wanted.spec
         with self._database.writing() as connection:
             if not is_stored(spec.digest):
                 return None
@@ -66,18 +55,16 @@ class Index:
                 records.living.where(_names.name == name, records.is_current)
             ).one_or_none()
             if current is not None and current.digest == spec.digest:
-                if wanted.labels:
-                    _put_labels(connection, name, current.version, wanted.labels)
+                if labels:
+                    _put_labels(connection, name, current.version, labels)
                     schema.count_change(connection)
                 return records.read(connection, [current])[0], False
-            if current is not None and not wanted.replace:
-                raise Refusal(
-                    Reason.ADAPTER_CONFLICT,
-                    f"{name} already names other content ({current.digest}); replace it or use "
-                    "another name",
-                    name,
-                )
-            version = _add_version(connection, wanted, time.time())
+            if current is not None and not replace:
+                message = f"{name} already names other content ({current.digest}); "
+                message += "replace it or use another name"
+                raise Refusal(Reason.ADAPTER_CONFLICT, message, name)
+            version = _add_version(connection, name, spec, base_fingerprint)
+            _put_labels(connection, name, version, labels)
             schema.count_change(connection)
             made = records.read_one(connection, lookup.exactly(name, version))
             assert made is not None
@@ -166,11 +153,8 @@ class Index:
         """
         with self._database.writing() as connection:
             if lookup.is_name(connection, name) or lookup.alias_row(connection, name) is not None:
-                raise Refusal(
-                    Reason.ADAPTER_CONFLICT,
-                    f"{name} is in use again, as an adapter's name or as an alias",
-                    name,
-                )
+                message = f"{name} is in use again, as an adapter's name or as an alias"
+                raise Refusal(Reason.ADAPTER_CONFLICT, message, name)
             of_name = _versions.name == name
             last = connection.execute(
                 sa.select(sa.func.max(_versions.deleted_at)).where(of_name)
@@ -205,9 +189,11 @@ class Index:
         return found
 
 
-def _add_version(connection: sa.Connection, wanted: VersionRequest, now: float) -> int:
-    name, digest = wanted.name, wanted.spec.digest
-    about = records.summary(wanted.spec)
+def _add_version(
+    connection: sa.Connection, name: str, spec: CheckedAdapter, base_fingerprint: str
+) -> int:
+    now, digest = time.time(), spec.digest
+    about = records.summary(spec)
     known = connection.execute(sa.select(_blobs.summary).where(_blobs.digest == digest)).scalar()
     if known is None:
         connection.execute(
@@ -230,10 +216,9 @@ def _add_version(connection: sa.Connection, wanted: VersionRequest, now: float) 
             version=version,
             digest=digest,
             created_at=now,
-            base_fingerprint=wanted.base_fingerprint,
+            base_fingerprint=base_fingerprint,
         )
     )
-    _put_labels(connection, name, version, wanted.labels)
     return version
 
 

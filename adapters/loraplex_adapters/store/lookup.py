@@ -15,6 +15,9 @@ _names, _versions, _aliases = schema.names.c, schema.versions.c, schema.aliases.
 
 is_target = sa.and_(_versions.name == _aliases.name, _versions.version == _aliases.version)
 
+aliases = sa.select(schema.aliases, _versions.digest).join(schema.versions, is_target)
+"""Query of every alias, with the digest of its version."""
+
 
 def find(connection: sa.Connection, adapter: AdapterId) -> Record:
     """Returns the version that an id means; the newest if several have the digest.
@@ -53,12 +56,7 @@ def is_name(connection: sa.Connection, name: str) -> bool:
 
 def alias_row(connection: sa.Connection, alias: str) -> Any:
     """Returns an alias's row, with the digest of its version; None if there is no such alias."""
-    query = (
-        sa.select(schema.aliases, _versions.digest)
-        .join(schema.versions, is_target)
-        .where(_aliases.alias == alias)
-    )
-    return connection.execute(query).one_or_none()
+    return connection.execute(aliases.where(_aliases.alias == alias)).one_or_none()
 
 
 def not_found(shown: str) -> Refusal:

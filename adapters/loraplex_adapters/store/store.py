@@ -21,7 +21,7 @@ from loraplex_adapters.store.disk import locked
 from loraplex_adapters.store.garbage import Collected
 from loraplex_adapters.store.identity import read_id, write_id
 from loraplex_adapters.store.ids import AdapterId, check_name, parse_id
-from loraplex_adapters.store.index import Index, VersionRequest
+from loraplex_adapters.store.index import Index
 from loraplex_adapters.store.labels import check_keys, check_labels
 from loraplex_adapters.store.records import Alias, Page, Record
 from loraplex_adapters.store.uploads import UploadBounds, Uploads
@@ -118,8 +118,9 @@ class Store:
                 raise Refusal.of(findings)
             for _ in range(_ATTEMPTS):
                 spec = self._admit(src, base, limits, expected_digest)
-                wanted = VersionRequest(name, spec, base.fingerprint, checked, replace)
-                outcome = self._index.point(wanted, self._blobs.has)
+                outcome = self._index.point(
+                    name, spec, base.fingerprint, checked, replace, self._blobs.has
+                )
                 if outcome is not None:
                     return outcome
                 # No version had this digest yet, and the blob was collected meanwhile.

@@ -32,7 +32,6 @@ from loraplex_adapters.format.files import (
     open_directory,
 )
 from loraplex_adapters.store.disk import disk_errors, locked
-from loraplex_adapters.store.ids import check_name
 
 _ID = re.compile(r"\A[0-9a-f]{32}\Z")
 
@@ -75,14 +74,8 @@ class Uploads:
             self._root.mkdir(exist_ok=True)
             flush(root)
 
-    def begin(self, name: str = "") -> str:
-        """Begins an upload; returns its id.
-
-        A `name` is only checked, so that a bad one is refused before anything is sent.
-        Raises Refusal: FIELD_INVALID (name), OVERLOADED (too many uploads are open).
-        """
-        if name:
-            check_name(name)
+    def begin(self) -> str:
+        """Begins an upload; returns its id. Raises Refusal(OVERLOADED) if too many are open."""
         with locked(self._root):
             self.expire()
             if len(self._ids()) >= self._bounds.max_open:
@@ -104,26 +97,19 @@ class Uploads:
         """
         limit = self._limits.get(file)
         if limit is None:
-            raise Refusal(
-                Reason.FIELD_INVALID,
-                f"an upload has the files {CONFIG_FILE} and {WEIGHTS_FILE}",
-                "file",
-            )
+            message = f"an upload has the files {CONFIG_FILE} and {WEIGHTS_FILE}"
+            raise Refusal(Reason.FIELD_INVALID, message, "file")
         with self._held(upload_id) as folder, disk_errors():
             flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
             descriptor = os.open(folder / file, flags, 0o600)
             try:
                 size = os.fstat(descriptor).st_size
                 if offset != size:
-                    raise Refusal(
-                        Reason.UPLOAD_OFFSET, f"{file} has {size} bytes; continue from there", file
-                    )
+                    message = f"{file} has {size} bytes; continue from there"
+                    raise Refusal(Reason.UPLOAD_OFFSET, message, file)
                 if size + len(data) > limit:
-                    raise Refusal(
-                        Reason.ADAPTER_TOO_LARGE,
-                        f"{file} may have at most {limit} bytes",
-                        file,
-                    )
+                    message = f"{file} may have at most {limit} bytes"
+                    raise Refusal(Reason.ADAPTER_TOO_LARGE, message, file)
                 rest = memoryview(data)
                 while rest:
                     reach("store.upload.write")
@@ -230,6 +216,5 @@ def _last_change(folder: Path) -> float:
 
 
 def _not_found(upload_id: str) -> Refusal:
-    return Refusal(
-        Reason.UPLOAD_NOT_FOUND, "there is no such upload; it may have expired", upload_id
-    )
+    message = "there is no such upload; it may have expired"
+    return Refusal(Reason.UPLOAD_NOT_FOUND, message, upload_id)

@@ -119,8 +119,7 @@ def _number(value: float) -> int | float:
 
 def _read(directory: Path) -> _Files:
     with open_directory(directory) as opened:
-        with opened.open_config() as file:
-            config = load_config(file.read(0, file.size))
+        config = load_config(opened.read_config())
         with opened.open_weights(_MAX_BYTES) as weights:
             header = read_header(weights.read, weights.size)
             tensors = {

@@ -108,8 +108,7 @@ def convert(source: Path, target: Path) -> None:
             findings.append(Problem(name, _present(name), Reason.ADAPTER_UNSUPPORTED))
         if any(name in _PICKLED for name in present):
             raise Refusal.of(tuple(findings))
-        with directory.open_config() as file:
-            bottleneck = _read_config(file.read(0, file.size), findings)
+        bottleneck = _read_config(directory.read_config(), findings)
         with directory.open(SOURCE_WEIGHTS, MAX_BYTES) as weights:
             header = _read_header(weights)
             renamed = _rename(header, bottleneck, findings)

@@ -15,28 +15,18 @@ from loraplex_adapters.format.files import WEIGHTS_FILE
 from loraplex_adapters.format.kinds.base import Kind
 from loraplex_adapters.format.kinds.initialisation import check_initialisation
 from loraplex_adapters.format.kinds.lora import (
-    BASE_COPY,
-    BIAS,
     BIASES,
+    SHARED_ENDINGS,
     SHARED_OPTIONS,
-    WRAPPED_BIAS,
     adaptable,
     claim_extras,
-    place_biases,
+    place_others,
 )
-from loraplex_adapters.format.kinds.whole import (
-    EMBEDDING,
-    ROWS_ENDING,
-    SAVED_ENDING,
-    TokenRows,
-    place_rows,
-    place_saved,
-    read_rows,
-)
+from loraplex_adapters.format.kinds.whole import EMBEDDING, TokenRows, read_rows
 from loraplex_adapters.format.modules import module_path
 from loraplex_adapters.format.placement import Placement
 from loraplex_adapters.format.reader import Reader
-from loraplex_adapters.format.spec import ModuleSpec, TensorLocation
+from loraplex_adapters.format.spec import ModuleSpec
 from loraplex_adapters.format.strict_json import shown
 from loraplex_adapters.format.support import ignored, refused, served
 from loraplex_adapters.format.targets import Targets
@@ -44,6 +34,7 @@ from loraplex_adapters.format.targets import Targets
 _FACTORS = {"a": "lora_A", "b": "lora_B", "e": "lora_E"}
 _MARK = ".lora_E"
 _UNUSED = "PEFT ignores it for this type"
+_SCHEDULE = ("beta1", "beta2", "deltaT", "target_r", "tfinal", "tinit", "total_step")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,21 +65,15 @@ class AdaLoraReading:
         modules = []
         for site in adapted:
             file.check_scale(site, scale, "lora_alpha")
-            factors = {role: file.require(site, end) for role, end in _FACTORS.items()}
-            extras: dict[str, TensorLocation | None] = {}
-            claim_extras(file, site, self.bias, extras)
+            tensors = {role: file.require(site, end) for role, end in _FACTORS.items()}
+            claim_extras(file, site, self.bias, tensors)
             rank, field_name = self._rank(site)
-            if not file.fits_rank(site, factors, rank, field_name):
-                continue
-            if extras and file.fits(site, extras) is None:
-                continue
-            tensors = {**(factors if rank else {}), **extras}
-            held = {role: tensor for role, tensor in tensors.items() if tensor is not None}
+            held = file.of_rank(site, tensors, rank, field_name) or {}
+            if not rank:
+                held = {role: tensor for role, tensor in held.items() if role not in _FACTORS}
             if held:
                 modules.append(ModuleSpec(*site, held, rank, scale))
-        modules += place_biases(file, self.bias, adapted)
-        modules += place_saved(file, self.targets)
-        modules += place_rows(file, self.rows, "trainable_token_indices")
+        modules += place_others(file, self.targets, self.bias, self.rows, adapted)
         candidates = [site for site in adaptable(file) if site != EMBEDDING]
         file.check_targets(self.targets, candidates, adapted)
         if not modules and not file.findings:
@@ -120,7 +105,7 @@ def _read_kept(reader: Reader, init_r: int) -> dict[str, int]:
 
 
 def _read(reader: Reader) -> AdaLoraReading | None:
-    init_r = reader.as_rank("init_r", reader.config.get("init_r"))
+    init_r = reader.integer("init_r")
     alpha = reader.number("lora_alpha")
     if alpha is not None and alpha <= 0:
         # PEFT then scales each module by the rank that it has at load.
@@ -131,7 +116,7 @@ def _read(reader: Reader) -> AdaLoraReading | None:
         targets=reader.targets(),
         kept=_read_kept(reader, init_r or 0),
         bias=reader.choice("bias", BIASES, "none"),
-        rows=read_rows(reader, "trainable_token_indices"),
+        rows=read_rows(reader),
     )
     check_initialisation(reader)
     return None if init_r is None or alpha is None else reading
@@ -142,19 +127,8 @@ ADALORA = Kind(
     summary="AdaLoRA: ranks differ by module, down to 0",
     options={
         **SHARED_OPTIONS,
-        **{
-            name: ignored("acts in training only")
-            for name in (
-                "beta1",
-                "beta2",
-                "deltaT",
-                "orth_reg_weight",
-                "target_r",
-                "tfinal",
-                "tinit",
-                "total_step",
-            )
-        },
+        **dict.fromkeys(_SCHEDULE, ignored("acts in training only")),
+        "orth_reg_weight": ignored("acts in training only"),
         "alpha_pattern": ignored(_UNUSED),
         "init_r": served("scale is alpha / (init_r + 1e-5)"),
         "lora_bias": ignored(_UNUSED),
@@ -167,11 +141,7 @@ ADALORA = Kind(
         "lora_A": "",
         "lora_B": "",
         "lora_E": "",
-        WRAPPED_BIAS: "bias",
-        BIAS: "bias",
-        BASE_COPY: "save_embedding_layers",
-        ROWS_ENDING: "trainable_token_indices",
-        SAVED_ENDING: "modules_to_save",
+        **SHARED_ENDINGS,
     },
     read=_read,
 )

@@ -18,16 +18,8 @@ from loraplex_adapters.format.reader import Reader
 from loraplex_adapters.format.spec import ModuleSpec
 from loraplex_adapters.format.support import served
 
-ACTIVATIONS = {
-    "linear": "none",
-    "relu": "relu",
-    "silu": "silu",
-    "gelu": "gelu",
-    "gelu_tanh": "gelu_tanh",
-    "tanh": "tanh",
-    "sigmoid": "sigmoid",
-    "leaky_relu": "leaky_relu",
-}
+_SAME = ("relu", "silu", "gelu", "gelu_tanh", "tanh", "sigmoid", "leaky_relu")
+ACTIVATIONS = {"linear": "none", **{name: name for name in _SAME}}
 """Name of a `loraplex_model.adapters.delta.Activation` by the word in the configuration."""
 
 READS = {name: name for name in ("normed", "output", "stream", "incoming")}
@@ -63,19 +55,17 @@ class BottleneckReading:
                 if (bias := file.claim(site, ending)) is not None:
                     tensors[role] = bias
             file.check_scale(site, self.scaling, "scaling")
-            width = self.size
             down = tensors["down"]
-            if width is None and down is not None:
-                width = max(1, down.shape[0])
-            if not file.fits_rank(site, tensors, width or 1, "bottleneck_size"):
+            width = self.size or (down.shape[0] if down else 0) or 1
+            held = file.of_rank(site, tensors, width, "bottleneck_size")
+            if held is None:
                 continue
             if site[1] not in self.placements:
                 message = f"{module_path(*site)} has weights but is not among the placements"
                 file.find(Reason.ADAPTER_INVALID, message, "placements")
                 continue
-            held = {role: tensor for role, tensor in tensors.items() if tensor is not None}
             modules.append(
-                ModuleSpec(*site, held, width or 1, self.scaling, (), self.activation, self.reads)
+                ModuleSpec(*site, held, width, self.scaling, (), self.activation, self.reads)
             )
         return modules
 

@@ -13,6 +13,7 @@ from loraplex_adapters.format.kinds.initialisation import check_initialisation
 from loraplex_adapters.format.kinds.whole import (
     EMBEDDING,
     ROWS_ENDING,
+    ROWS_OPTION,
     SAVED_ENDING,
     SAVED_OPTION,
     TokenRows,
@@ -27,12 +28,21 @@ from loraplex_adapters.format.spec import ModuleSpec, TensorLocation
 from loraplex_adapters.format.support import Option, ignored, refused, served
 from loraplex_adapters.format.targets import EMBEDDINGS, Targets
 
-BASE_COPY = "base_layer.weight"
+_BASE_COPY = "base_layer.weight"
 """The base's own weight, which PEFT writes with an adapted head or embedding
 (`save_embedding_layers`); it is skipped."""
 
-BIAS, WRAPPED_BIAS = "bias", "base_layer.bias"
+_BIAS, _WRAPPED_BIAS = "bias", "base_layer.bias"
 """A trained bias of a projection without and with A and B."""
+
+SHARED_ENDINGS: Mapping[str, str] = {
+    _WRAPPED_BIAS: "bias",
+    _BIAS: "bias",
+    _BASE_COPY: "save_embedding_layers",
+    ROWS_ENDING: ROWS_OPTION,
+    SAVED_ENDING: "modules_to_save",
+}
+"""Ends of tensor names that LORA and ADALORA have in common."""
 
 SHARED_OPTIONS: Mapping[str, Option] = {
     **SAVED_OPTION,
@@ -68,7 +78,7 @@ SHARED_OPTIONS: Mapping[str, Option] = {
 }
 """Options that LORA and ADALORA have in common."""
 
-BIASES: Mapping[str, str] = {"none": "none", "all": "all", "lora_only": "lora_only"}
+BIASES = {"none": "none", "all": "all", "lora_only": "lora_only"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +116,11 @@ class LoraReading:
             alpha = alphas.get(site, self.lora_alpha)
             scale = alpha / (math.sqrt(rank) if self.use_rslora else rank)
             file.check_scale(site, scale, "alpha_pattern" if site in alphas else "lora_alpha")
-            tensors = self._claim(file, site)
-            if file.fits_rank(site, tensors, rank, "rank_pattern" if site in ranks else "r"):
-                modules.append(ModuleSpec(*site, _present(tensors), rank, scale))
-        modules += place_biases(file, self.bias, adapted)
-        modules += place_saved(file, self.targets)
-        modules += place_rows(file, self.rows, "trainable_token_indices")
+            field_name = "rank_pattern" if site in ranks else "r"
+            tensors = file.of_rank(site, self._claim(file, site), rank, field_name)
+            if tensors is not None:
+                modules.append(ModuleSpec(*site, tensors, rank, scale))
+        modules += place_others(file, self.targets, self.bias, self.rows, adapted)
         file.check_targets(self.targets, adaptable(file), adapted)
         return modules
 
@@ -140,31 +149,27 @@ def claim_extras(
 ) -> None:
     """Adds a projection's trained bias to `tensors`, and checks a copy of the base's head."""
     if site[0] == MODEL:
-        copy = file.claim(site, BASE_COPY)
+        copy = file.claim(site, _BASE_COPY)
         if copy is not None:
             file.fits(site, {"weight": copy})
     elif bias != "none" and site[1] in file.base.config.biased:
-        tensors["bias"] = file.require(site, WRAPPED_BIAS)
+        tensors["bias"] = file.require(site, _WRAPPED_BIAS)
 
 
-def place_biases(file: Placement, bias: str, adapted: list[Site]) -> list[ModuleSpec]:
-    """The trained biases of projections without A and B, which `bias="all"` saves."""
+def place_others(
+    file: Placement, targets: Targets, bias: str, rows: TokenRows, adapted: list[Site]
+) -> list[ModuleSpec]:
+    """The parts without A and B: biases, which `bias="all"` saves, saved modules, trained rows."""
     modules = []
     if bias == "all":
         for site in base_sites(file.base):
             if site[1] in file.base.config.biased and site not in adapted:
-                tensor = file.require(site, BIAS)
-                if tensor is not None and file.fits(site, {"bias": tensor}) is not None:
-                    modules.append(ModuleSpec(*site, {"bias": tensor}))
-    return modules
-
-
-def _present(tensors: Mapping[str, TensorLocation | None]) -> dict[str, TensorLocation]:
-    return {role: tensor for role, tensor in tensors.items() if tensor is not None}
+                modules += file.single(site, _BIAS, "bias")
+    return modules + place_saved(file, targets) + place_rows(file, rows)
 
 
 def _read(reader: Reader) -> LoraReading | None:
-    rank = reader.as_rank("r", reader.config.get("r"))
+    rank = reader.integer("r")
     alpha = reader.number("lora_alpha")
     reading = LoraReading(
         r=rank or 1,
@@ -173,10 +178,10 @@ def _read(reader: Reader) -> LoraReading | None:
         use_rslora=reader.flag("use_rslora"),
         use_dora=reader.flag("use_dora"),
         lora_bias=reader.flag("lora_bias"),
-        rank_pattern=reader.pattern("rank_pattern", reader.as_rank),
+        rank_pattern=reader.pattern("rank_pattern", reader.as_integer),
         alpha_pattern=reader.pattern("alpha_pattern", reader.as_number),
         bias=reader.choice("bias", BIASES, "none"),
-        rows=read_rows(reader, "trainable_token_indices"),
+        rows=read_rows(reader),
     )
     check_initialisation(reader)
     if reading.use_dora and reading.lora_bias:
@@ -203,11 +208,7 @@ LORA = Kind(
         "lora_embedding_B": "",
         "lora_B.bias": "lora_bias",
         "lora_magnitude_vector": "use_dora",
-        WRAPPED_BIAS: "bias",
-        BIAS: "bias",
-        BASE_COPY: "save_embedding_layers",
-        ROWS_ENDING: "trainable_token_indices",
-        SAVED_ENDING: "modules_to_save",
+        **SHARED_ENDINGS,
     },
     read=_read,
 )

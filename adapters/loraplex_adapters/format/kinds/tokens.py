@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from loraplex_adapters.format.kinds.base import Kind
-from loraplex_adapters.format.kinds.whole import EMBEDDING, HEAD, row_module
+from loraplex_adapters.format.kinds.whole import EMBEDDING, HEAD, row_modules
 from loraplex_adapters.format.placement import Placement
 from loraplex_adapters.format.reader import Reader
 from loraplex_adapters.format.spec import ModuleSpec
@@ -33,11 +33,10 @@ class TokensReading:
             tensors.setdefault(HEAD, tensors[EMBEDDING])
         else:
             file.check_targets(self.targets, EMBEDDINGS, adapted)
-        placed = (
-            row_module(file, site, tensor, self.token_ids, "token_indices")
-            for site, tensor in tensors.items()
-        )
-        return [module for module in placed if module]
+        modules = []
+        for site, tensor in tensors.items():
+            modules += row_modules(file, site, tensor, self.token_ids, "token_indices")
+        return modules
 
 
 def _read(reader: Reader) -> TokensReading | None:

@@ -50,7 +50,8 @@ class Ia3Reading:
                 file.find(Reason.ADAPTER_INVALID, message, "feedforward_modules")
                 continue
             modules.append(ModuleSpec(*site, {role: tensor}))
-        file.check_targets(self.targets, _projections(file), adapted)
+        projections = [site for site in base_sites(file.base) if site[1] in PROJECTIONS]
+        file.check_targets(self.targets, projections, adapted)
         return modules + place_saved(file, self.targets)
 
     def _is_feedforward(self, site: Site) -> bool:
@@ -59,52 +60,32 @@ class Ia3Reading:
 
 
 @dataclass(frozen=True, slots=True)
-class BeftReading:
-    """BEFT: y = W x + b + bias."""
+class VectorReading:
+    """BEFT and LN_TUNING: one tensor for each module.
+
+    Attributes:
+        ending, role: end of the tensors' names, and their role.
+        modules: names of the modules that can have such a tensor.
+    """
 
     targets: Targets
+    ending: str
+    role: str
+    modules: tuple[str, ...]
 
     def place(self, file: Placement) -> list[ModuleSpec]:
-        """An added bias for each module."""
-        adapted = file.sites("beft_bias")
+        """The tensor of each module."""
+        adapted = file.sites(self.ending)
         modules = []
         for site in adapted:
-            tensor = file.require(site, "beft_bias")
-            if tensor is not None and file.fits(site, {"bias_delta": tensor}) is not None:
-                modules.append(ModuleSpec(*site, {"bias_delta": tensor}))
-        file.check_targets(self.targets, _projections(file), adapted)
-        return modules + place_saved(file, self.targets)
-
-
-@dataclass(frozen=True, slots=True)
-class NormReading:
-    """LN_TUNING: weights that replace those of the norms."""
-
-    targets: Targets
-
-    def place(self, file: Placement) -> list[ModuleSpec]:
-        """A weight for each norm."""
-        adapted = file.sites(_NORM_ENDING)
-        modules = []
-        for site in adapted:
-            tensor = file.require(site, _NORM_ENDING)
-            if tensor is None:
-                continue
-            if site[1] not in NORMS:
-                message = f"{tensor.name} replaces {site[1]}, which is not a norm"
+            if site[1] in self.modules:
+                modules += file.single(site, self.ending, self.role)
+            elif (tensor := file.claim(site, self.ending)) is not None:
+                message = f"{tensor.name} changes {site[1]} in a way that is not supported"
                 file.find(Reason.ADAPTER_UNSUPPORTED, message, tensor.name)
-            elif file.fits(site, {"weight": tensor}) is not None:
-                modules.append(ModuleSpec(*site, {"weight": tensor}))
-        norms = [site for site in base_sites(file.base) if site[1] in NORMS]
-        file.check_targets(self.targets, norms, adapted)
+        candidates = [site for site in base_sites(file.base) if site[1] in self.modules]
+        file.check_targets(self.targets, candidates, adapted)
         return modules + place_saved(file, self.targets)
-
-
-_NORM_ENDING = "ln_tuning_layers.weight"
-
-
-def _projections(file: Placement) -> list[Site]:
-    return [site for site in base_sites(file.base) if site[1] in PROJECTIONS]
 
 
 def _read_ia3(reader: Reader) -> Ia3Reading:
@@ -113,12 +94,12 @@ def _read_ia3(reader: Reader) -> Ia3Reading:
     return Ia3Reading(reader.targets(), names)
 
 
-def _read_beft(reader: Reader) -> BeftReading:
-    return BeftReading(reader.targets())
+def _read_beft(reader: Reader) -> VectorReading:
+    return VectorReading(reader.targets(), "beft_bias", "bias_delta", PROJECTIONS)
 
 
-def _read_norms(reader: Reader) -> NormReading:
-    return NormReading(reader.targets())
+def _read_norms(reader: Reader) -> VectorReading:
+    return VectorReading(reader.targets(), "ln_tuning_layers.weight", "weight", NORMS)
 
 
 IA3 = Kind(
@@ -151,6 +132,6 @@ LN_TUNING = Kind(
         "exclude_modules": served(),
         "target_modules": served("norms; a string is not evaluated"),
     },
-    endings={_NORM_ENDING: "", SAVED_ENDING: "modules_to_save"},
+    endings={"ln_tuning_layers.weight": "", SAVED_ENDING: "modules_to_save"},
     read=_read_norms,
 )

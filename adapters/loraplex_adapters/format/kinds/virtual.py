@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from loraplex_model.base.refusal import Reason
 
@@ -70,14 +71,6 @@ def _read(reader: Reader, role: str) -> VirtualReading | None:
     return VirtualReading(role, count, base) if count else None
 
 
-def _read_prompt(reader: Reader) -> VirtualReading | None:
-    return _read(reader, "prompt")
-
-
-def _read_prefix(reader: Reader) -> VirtualReading | None:
-    return _read(reader, "prefix")
-
-
 _OPTIONS: Mapping[str, Option] = {
     "modules_to_save": refused("fully trained modules together with virtual tokens"),
     "num_attention_heads": served(),
@@ -99,7 +92,7 @@ PROMPT_TUNING = Kind(
         "tokenizer_name_or_path": ignored(),
     },
     endings={_TENSOR: ""},
-    read=_read_prompt,
+    read=partial(_read, role="prompt"),
     whole_names=True,
 )
 
@@ -114,7 +107,7 @@ P_TUNING = Kind(
         "encoder_reparameterization_type": _FOLDED,
     },
     endings={_TENSOR: ""},
-    read=_read_prompt,
+    read=partial(_read, role="prompt"),
     whole_names=True,
 )
 
@@ -128,6 +121,6 @@ PREFIX_TUNING = Kind(
         "prefix_projection": _FOLDED,
     },
     endings={_TENSOR: ""},
-    read=_read_prefix,
+    read=partial(_read, role="prefix"),
     whole_names=True,
 )

@@ -21,7 +21,7 @@ SAVED_OPTION: Mapping[str, Option] = {
     "modules_to_save": served("lm_head, embed_tokens and norms; no projections"),
 }
 
-ROWS_ENDING = "token_adapter.trainable_tokens_delta"
+ROWS_ENDING, ROWS_OPTION = "token_adapter.trainable_tokens_delta", "trainable_token_indices"
 EMBEDDING: Site = (MODEL, "embed_tokens")
 HEAD: Site = (MODEL, "lm_head")
 _BY_NAME = {"embed_tokens": EMBEDDING, "model.embed_tokens": EMBEDDING, "lm_head": HEAD}
@@ -39,18 +39,17 @@ def place_saved(file: Placement, targets: Targets) -> list[ModuleSpec]:
     modules = []
     claimed: set[str] = set()
     for site in sorted(targets.replaced(base_sites(file.base), file.base)):
-        weight = file.require(site, SAVED_ENDING)
+        modules += file.single(site, SAVED_ENDING, "weight")
         claimed.update(n for n in targets.saved if module_path(*site).endswith(n))
-        if weight is not None and file.fits(site, {"weight": weight}) is not None:
-            modules.append(ModuleSpec(*site, {"weight": weight}))
     if unknown := sorted(set(targets.saved) - claimed):
         message = f"modules_to_save names {shown(unknown[0])}, which this base does not have"
         file.find(Reason.BASE_MODEL_MISMATCH, message, "modules_to_save")
     return modules
 
 
-def read_rows(reader: Reader, key: str) -> TokenRows:
+def read_rows(reader: Reader) -> TokenRows:
     """Reads `trainable_token_indices`: a list for the embeddings, or a map from names to lists."""
+    key = ROWS_OPTION
     value = reader.config.get(key)
     if value is None:
         return {}
@@ -69,7 +68,7 @@ def read_rows(reader: Reader, key: str) -> TokenRows:
     return rows
 
 
-def place_rows(file: Placement, rows: TokenRows, key: str) -> list[ModuleSpec]:
+def place_rows(file: Placement, rows: TokenRows) -> list[ModuleSpec]:
     """The rows that `trainable_token_indices` replaces.
 
     If the base ties embeddings and head, one tensor replaces the rows of both, unless the two lists
@@ -78,19 +77,21 @@ def place_rows(file: Placement, rows: TokenRows, key: str) -> list[ModuleSpec]:
     ids = rows.get(EMBEDDING)
     if ids and file.base.config.tie_embeddings and rows.get(HEAD, ids) == ids:
         shared = file.require(EMBEDDING, ROWS_ENDING)
-        embedding = row_module(file, EMBEDDING, shared, ids, key)
-        return [embedding, replace(embedding, module=HEAD[1])] if embedding else []
-    placed = (row_module(file, s, file.require(s, ROWS_ENDING), i, key) for s, i in rows.items())
-    return [module for module in placed if module]
+        placed = row_modules(file, EMBEDDING, shared, ids, ROWS_OPTION)
+        return placed + [replace(embedding, module=HEAD[1]) for embedding in placed]
+    modules = []
+    for site, ids in rows.items():
+        modules += row_modules(file, site, file.require(site, ROWS_ENDING), ids, ROWS_OPTION)
+    return modules
 
 
-def row_module(
+def row_modules(
     file: Placement, site: Site, tensor: TensorLocation | None, ids: tuple[int, ...], key: str
-) -> ModuleSpec | None:
-    """Replaced rows of embeddings or head; None, with a finding, if they do not fit the base."""
+) -> list[ModuleSpec]:
+    """Replaced rows of embeddings or head; none, with a finding, if they do not fit the base."""
     count = file.fits(site, {"rows": tensor})
     if count is None or tensor is None:
-        return None
+        return []
     if count != len(ids):
         message = f"{shown(tensor.name)} has {count} rows; {key} lists {len(ids)} tokens"
         file.find(Reason.ADAPTER_INVALID, message, key)
@@ -98,5 +99,5 @@ def row_module(
         message = f"{key} lists token {max(ids)}; the base has {file.base.config.vocab_size}"
         file.find(Reason.BASE_MODEL_MISMATCH, message, key)
     else:
-        return ModuleSpec(*site, {"rows": tensor}, token_ids=ids)
-    return None
+        return [ModuleSpec(*site, {"rows": tensor}, token_ids=ids)]
+    return []
