@@ -7,7 +7,7 @@ Norms, biases, embeddings and the head stay as stored.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +20,14 @@ from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_model.base.weights import NF4Matrix
 from loraplex_model.checkpoints import prequantised
 from loraplex_model.checkpoints.checkpoint import TensorSource
-from loraplex_model.checkpoints.stored import StoredWriter
+from loraplex_model.checkpoints.safetensors_file import SafetensorsFile
+from loraplex_model.checkpoints.stored import StoredModel, StoredWriter
 from loraplex_model.ops.nf4 import quantise, stack
 
 _PER_LAYER = 24  # an upper bound on the tensors of a stored layer
 
-Progress = Callable[[int, int], None]
-"""Called with `(layers done, layers in all)`."""
 
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Converted:
-    """Description of a stored model: everything but its tensors."""
-
-    config: DecoderConfig
-    fingerprint: str
-    eos_token_ids: tuple[int, ...]
-
-
-def convert(source: TensorSource, path: Path, progress: Progress | None = None) -> Converted:
+def convert(source: TensorSource, path: Path) -> StoredModel:
     """Writes the quantised model to `path`, with one dense matrix in memory at a time.
 
     Raises `Refusal`: MODEL_UNSUPPORTED, MODEL_INVALID (a tensor is missing or has a wrong shape).
@@ -49,18 +38,16 @@ def convert(source: TensorSource, path: Path, progress: Progress | None = None) 
         pairs = zip(config.rope_inv_freq, source.rope_divisors, strict=True)
         config = dataclasses.replace(config, rope_inv_freq=tuple(f / by for f, by in pairs))
     reader = _SourceReader(source, config)
-    with StoredWriter(path, 3 + _PER_LAYER * config.num_layers, config) as writer:
+    with SafetensorsFile(path, 3 + _PER_LAYER * config.num_layers) as file:
+        writer = StoredWriter(file, config)
         writer.add("embed", reader.dense(families.EMBED, config.vocab_size, config.hidden_size))
         for i in range(config.num_layers):
             _layer(reader, writer, config, i)
-            if progress is not None:
-                progress(i + 1, config.num_layers)
         writer.add("norm", reader.dense(families.NORM, config.hidden_size))
         if not config.tie_embeddings:
             head = reader.dense(families.LM_HEAD, config.vocab_size, config.hidden_size)
             writer.add("lm_head", head)
-        fingerprint = writer.fingerprint
-    return Converted(config, fingerprint, _eos(source.generation_config, source.config))
+    return StoredModel(config, writer.fingerprint, _eos(source.generation_config, source.config))
 
 
 def _layer(reader: _SourceReader, writer: StoredWriter, config: DecoderConfig, i: int) -> None:

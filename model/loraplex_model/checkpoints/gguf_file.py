@@ -47,19 +47,22 @@ _CONFIG = {
     "rope.freq_base": "rope_theta",
 }
 
-_MODULES = {
-    "attn_q": "q_proj",
-    "attn_k": "k_proj",
-    "attn_v": "v_proj",
-    "attn_output": "o_proj",
-    "attn_q_norm": "q_norm",
-    "attn_k_norm": "k_norm",
-    "ffn_gate": "gate_proj",
-    "ffn_up": "up_proj",
-    "ffn_down": "down_proj",
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
+MODULES = {
+    "q_proj": "attn_q",
+    "k_proj": "attn_k",
+    "v_proj": "attn_v",
+    "o_proj": "attn_output",
+    "q_norm": "attn_q_norm",
+    "k_norm": "attn_k_norm",
+    "gate_proj": "ffn_gate",
+    "up_proj": "ffn_up",
+    "down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
 }
+"""llama.cpp's names of a layer's modules."""
+
+_BY_GGUF = {gguf: module for module, gguf in MODULES.items()}
 _GLOBALS = {
     "token_embd.weight": families.EMBED,
     "output_norm.weight": families.NORM,
@@ -81,14 +84,6 @@ class GgufTensor:
     size: int
 
 
-@dataclass(frozen=True, slots=True)
-class GgufHeader:
-    """Metadata, with arrays of strings replaced by their length, and the table of tensors."""
-
-    metadata: Mapping[str, Any]
-    tensors: Mapping[str, GgufTensor]
-
-
 class GgufSource:
     """A `TensorSource` over one GGUF file."""
 
@@ -99,14 +94,14 @@ class GgufSource:
                 self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             except ValueError as error:
                 raise Refusal(Reason.MODEL_INVALID, f"{path} is empty") from error
-        self._header = _HeaderReader(self._bytes, path).header()
-        self._names = dict(_hf_names(self._header.tensors))
-        self._architecture = str(self._header.metadata.get("general.architecture"))
+        self._metadata, self._tensors = _HeaderReader(self._bytes, path).header()
+        self._names = dict(_hf_names(self._tensors))
+        self._architecture = str(self._metadata.get("general.architecture"))
         self.config: Mapping[str, Any] = self._config()
         self.generation_config: Mapping[str, Any] = {}
-        self.has_tokenizer = "tokenizer.ggml.model" in self._header.metadata
+        self.has_tokenizer = "tokenizer.ggml.model" in self._metadata
         self.rope_divisors: tuple[float, ...] = ()
-        if ROPE_FACTORS in self._header.tensors:
+        if ROPE_FACTORS in self._tensors:
             self.rope_divisors = tuple(self._dequantise(ROPE_FACTORS).tolist())
 
     def names(self) -> Collection[str]:
@@ -132,7 +127,7 @@ class GgufSource:
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize, quant_shape_to_byte_shape
 
-        tensor = self._header.tensors[gguf_name]
+        tensor = self._tensors[gguf_name]
         kind = GGMLQuantizationType(tensor.kind)
         raw = np.frombuffer(self._bytes, np.uint8, tensor.size, tensor.start)
         try:
@@ -146,7 +141,7 @@ class GgufSource:
         return torch.from_numpy(writable).reshape(tensor.shape)
 
     def _config(self) -> dict[str, Any]:
-        metadata, architecture = self._header.metadata, self._architecture
+        metadata, architecture = self._metadata, self._architecture
         if architecture not in _FAMILIES:
             raise Refusal(
                 Reason.MODEL_UNSUPPORTED,
@@ -165,13 +160,13 @@ class GgufSource:
             if f"{architecture}.{key}" in metadata
         }
         config.setdefault("num_key_value_heads", config.get("num_attention_heads"))
-        if "token_embd.weight" not in self._header.tensors:
+        if "token_embd.weight" not in self._tensors:
             raise Refusal(Reason.MODEL_INVALID, f"{self._path} has no token_embd.weight")
         return config | {
             "model_type": _FAMILIES[architecture].model_type,
-            "vocab_size": self._header.tensors["token_embd.weight"].shape[0],
-            "tie_word_embeddings": "output.weight" not in self._header.tensors,
-            "attention_bias": "blk.0.attn_output.bias" in self._header.tensors,
+            "vocab_size": self._tensors["token_embd.weight"].shape[0],
+            "tie_word_embeddings": "output.weight" not in self._tensors,
+            "attention_bias": "blk.0.attn_output.bias" in self._tensors,
             "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
             "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
             "pad_token_id": metadata.get("tokenizer.ggml.padding_token_id"),
@@ -183,8 +178,8 @@ def _hf_names(tensors: Collection[str]) -> list[tuple[str, str]]:
     pairs = [(hf, gguf) for gguf, hf in _GLOBALS.items() if gguf in tensors]
     for gguf in tensors:
         match = _LAYER_TENSOR.fullmatch(gguf)
-        if match and match[2] in _MODULES:
-            name = families.tensor_name(int(match[1]), _MODULES[match[2]], match[3])
+        if match and match[2] in _BY_GGUF:
+            name = families.tensor_name(int(match[1]), _BY_GGUF[match[2]], match[3])
             pairs.append((name, gguf))
     return pairs
 
@@ -201,7 +196,8 @@ class _HeaderReader:
     def __init__(self, data: mmap.mmap, path: Path) -> None:
         self._data, self._path, self._at = data, path, 0
 
-    def header(self) -> GgufHeader:
+    def header(self) -> tuple[Mapping[str, Any], Mapping[str, GgufTensor]]:
+        """Metadata, with arrays of strings replaced by their length, and the table of tensors."""
         if self._data[:4] != b"GGUF":
             raise self._damaged("it does not start with GGUF")
         self._at = 4
@@ -217,11 +213,7 @@ class _HeaderReader:
         if not isinstance(alignment, int) or alignment <= 0:
             raise self._damaged(f"alignment {alignment}")
         base = -(-self._at // alignment) * alignment
-        tensors_by_name = {
-            name: self._place(name, base, shape, kind, offset)
-            for name, shape, kind, offset in table
-        }
-        return GgufHeader(metadata, tensors_by_name)
+        return metadata, {name: self._place(name, base, *rest) for name, *rest in table}
 
     def _tensor(self) -> tuple[str, tuple[int, ...], int, int]:
         name = self._string()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,8 +14,9 @@ from loraplex_model.base.config import DecoderConfig
 from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_model.base.weights import BaseWeights
 from loraplex_model.checkpoints import cache, checkpoint, stored, tokenizer
-from loraplex_model.checkpoints.convert import Converted, Progress, convert
+from loraplex_model.checkpoints.convert import convert
 from loraplex_model.checkpoints.default_model import DEFAULT, ensure_default_model
+from loraplex_model.checkpoints.stored import StoredModel
 
 DECODER = "decoder.json"
 
@@ -39,16 +41,12 @@ def load_base(
     cache_dir: Path,
     *,
     device: torch.device | str = "cpu",
-    verify: bool = False,
-    progress: Progress | None = None,
 ) -> LoadedBase:
     """Loads a model, converting it if the cache does not have it.
 
     Args:
         model: a directory, a GGUF file, a hub id, or "default" (or "").
         dtype: type of norms, biases, embeddings and head: float32 or bfloat16.
-        verify: checks the digests of the cached files, not only their sizes.
-        progress: called after each layer of a conversion.
 
     Raises:
         Refusal: one of `BASE_MODEL_REASONS`; the message says what to do.
@@ -58,34 +56,25 @@ def load_base(
     files = checkpoint.files_of(source)
     if not files:
         raise Refusal(Reason.MODEL_INVALID, f"{source} has neither config.json nor safetensors")
-
-    def build(directory: Path) -> None:
-        _build(source, directory, progress)
-
-    entry = cache.entry_for(cache_dir, files, build, verify=verify)
+    entry = cache.entry_for(cache_dir, files, partial(_build, source))
     built = _read_decoder(entry / DECODER)
-    weights = stored.read_weights(
-        entry / stored.WEIGHTS,
-        built.config,
-        built.fingerprint,
-        built.eos_token_ids,
-        dtype,
-        device,
-    )
+    weights = stored.read_weights(entry / stored.WEIGHTS, built, dtype, device)
     return LoadedBase(model or DEFAULT, weights, entry)
 
 
-def _build(source: Path, directory: Path, progress: Progress | None) -> None:
+def _build(source: Path, directory: Path) -> None:
     tensors = checkpoint.open_source(source)
-    built = convert(tensors, directory / stored.WEIGHTS, progress)
+    built = convert(tensors, directory / stored.WEIGHTS)
     text = source if tensors.has_tokenizer else None
     tokenizer.write(text, directory, built.config.architecture, built.eos_token_ids)
     (directory / DECODER).write_text(json.dumps(dataclasses.asdict(built)), "utf-8")
 
 
-def _read_decoder(path: Path) -> Converted:
+def _read_decoder(path: Path) -> StoredModel:
     fields = checkpoint.read_json(path)
     config = fields["config"]
     config["rope_inv_freq"] = tuple(config["rope_inv_freq"])
     config["sliding_windows"] = tuple(config["sliding_windows"])
-    return Converted(DecoderConfig(**config), fields["fingerprint"], tuple(fields["eos_token_ids"]))
+    return StoredModel(
+        DecoderConfig(**config), fields["fingerprint"], tuple(fields["eos_token_ids"])
+    )

@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -25,16 +24,25 @@ from loraplex_model.ops.nf4 import NESTED_BLOCK, blocks_of
 WEIGHTS = "model.safetensors"
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class StoredModel:
+    """Description of a stored model: everything but its tensors."""
+
+    config: DecoderConfig
+    fingerprint: str
+    eos_token_ids: tuple[int, ...]
+
+
 class StoredWriter:
-    """Writes tensors to a new file, which is complete when the context ends without an exception.
+    """Writes tensors to a new file and computes the model's fingerprint.
 
     `fingerprint` covers the configuration, and names, types, shapes and bytes of dense tensors and
     codes. It leaves out the quantised maxima and rounds the rotary frequencies, since their last
     bits depend on the vector width of the machine.
     """
 
-    def __init__(self, path: Path, most_tensors: int, config: DecoderConfig) -> None:
-        self._file = SafetensorsFile(path, most_tensors)
+    def __init__(self, file: SafetensorsFile, config: DecoderConfig) -> None:
+        self._file = file
         fields = dataclasses.asdict(config)
         fields["rope_inv_freq"] = [f"{frequency:.4e}" for frequency in config.rope_inv_freq]
         self._digest = hashlib.sha256(json.dumps(fields).encode())
@@ -62,30 +70,15 @@ class StoredWriter:
             self.add(f"{name}.scales", torch.cat(matrix.absmax_scales), identifies=False)
             self.add(f"{name}.offsets", torch.tensor(matrix.absmax_offsets), identifies=False)
 
-    def __enter__(self) -> StoredWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._file.__exit__(kind, error, traceback)
-
 
 def read_weights(
-    path: Path,
-    config: DecoderConfig,
-    fingerprint: str,
-    eos_token_ids: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device | str = "cpu",
+    path: Path, model: StoredModel, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> BaseWeights:
     """Maps the file. On the CPU packed codes stay in it; dense tensors are converted to `dtype`.
 
     Raises `Refusal` (MODEL_INVALID) if the file cannot be read or lacks a tensor.
     """
+    config = model.config
     try:
         with safe_open(path, framework="pt") as file:
             reader = _StoredReader(file, config, dtype, device)
@@ -96,8 +89,8 @@ def read_weights(
                 layers=tuple(reader.layer(i) for i in range(config.num_layers)),
                 norm=reader.dense("norm"),
                 lm_head=embed if config.tie_embeddings else reader.dense("lm_head"),
-                fingerprint=fingerprint,
-                eos_token_ids=eos_token_ids,
+                fingerprint=model.fingerprint,
+                eos_token_ids=model.eos_token_ids,
             )
     except (SafetensorError, OSError) as error:
         raise Refusal(Reason.MODEL_INVALID, f"{path} is damaged: {error}; delete it") from error

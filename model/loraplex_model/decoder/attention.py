@@ -29,31 +29,17 @@ class Attention(Protocol):
     ) -> torch.Tensor: ...
 
 
-class KVCache:
-    """Keys and values of every layer, [num_blocks, block_size, kv_heads, head_dim] each."""
-
-    def __init__(
-        self,
-        config: DecoderConfig,
-        num_blocks: int,
-        block_size: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        shape = (num_blocks, block_size, config.num_kv_heads, config.head_dim)
-        self.block_size = block_size
-        self.keys = [
-            torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)
-        ]
-        self.values = [torch.zeros_like(keys) for keys in self.keys]
+KVCache = tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]
+"""Keys and values of every layer, [num_blocks, block_size, kv_heads, head_dim] each."""
 
 
 class PagedAttention:
     """Attention of one batch over the cache, after adding the batch's keys and values to it."""
 
     def __init__(self, config: DecoderConfig, cache: KVCache, batch: ForwardBatch) -> None:
-        device = cache.keys[0].device
-        self._config, self._cache, self._batch = config, cache, batch
+        self._config, self._batch = config, batch
+        self._keys, self._values = cache
+        device, self._block_size = self._keys[0].device, self._keys[0].shape[1]
         self._positions = torch.from_numpy(batch.positions).to(device).long()
         self._tables = torch.from_numpy(batch.block_tables).to(device)
         self._starts = torch.from_numpy(batch.query_starts).to(device)
@@ -61,24 +47,24 @@ class PagedAttention:
         sequences = torch.repeat_interleave(
             torch.arange(len(batch.context_lens), device=device), self._starts.diff()
         )
-        blocks = self._tables[sequences, self._positions // cache.block_size].long()
-        self._slots = blocks * cache.block_size + self._positions % cache.block_size
+        blocks = self._tables[sequences, self._positions // self._block_size].long()
+        self._slots = blocks * self._block_size + self._positions % self._block_size
 
     def __call__(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> torch.Tensor:
         """See `Attention`."""
-        keys, values = self._cache.keys[layer], self._cache.values[layer]
+        keys, values = self._keys[layer], self._values[layer]
         keys.flatten(0, 1)[self._slots] = k.to(keys.dtype)
         values.flatten(0, 1)[self._slots] = v.to(values.dtype)
         window = self._config.sliding_windows[layer]
         flash = q.is_cuda and q.dtype != torch.float32
-        if flash and self._cache.block_size % _FLASH_BLOCK == 0:
+        if flash and self._block_size % _FLASH_BLOCK == 0:
             return self._varlen(q, keys, values, window)
         out = torch.empty_like(q)
         for s, length in enumerate(self._batch.context_lens.tolist()):
             rows = slice(int(self._batch.query_starts[s]), int(self._batch.query_starts[s + 1]))
-            blocks = self._tables[s, : -(-length // self._cache.block_size)].long()
+            blocks = self._tables[s, : -(-length // self._block_size)].long()
             past_k = keys[blocks].flatten(0, 1)[:length].to(q.dtype)
             past_v = values[blocks].flatten(0, 1)[:length].to(q.dtype)
             out[rows] = _by_tiles(q[rows], past_k, past_v, self._positions[rows], window)

@@ -9,9 +9,7 @@ import ctypes
 from ctypes import POINTER, Structure, c_float, c_int32, c_void_p
 from enum import IntEnum
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from loraplex_model.adapters.table import SlotTable
 from loraplex_model.base.batch import ForwardBatch
@@ -122,35 +120,22 @@ class CBatch(Structure):
     )
 
 
-def address(array: NDArray[np.generic]) -> int:
-    """Address of the data of a C-contiguous array."""
-    assert array.flags.c_contiguous
-    return int(array.ctypes.data)
+def _pointers(struct: type[Structure], arrays: object) -> dict[str, int]:
+    """Addresses of the C-contiguous arrays that are attributes with the names of void pointers."""
+    names = [name for name, kind, *_ in struct._fields_ if kind is c_void_p]
+    assert all(getattr(arrays, name).flags.c_contiguous for name in names)
+    return {name: getattr(arrays, name).ctypes.data for name in names}
 
 
 def c_adapters(table: SlotTable) -> CSlotTable:
     """The C struct that points to the table's arrays; `table` must outlive it."""
-    return CSlotTable(
-        entries=address(table.entries),
-        max_ranks=address(table.max_ranks),
-        uses=address(table.uses),
-        prompts=address(table.prompts),
-        merged=address(table.merged),
-        layers=table.merged.shape[1],
-    )
+    return CSlotTable(**_pointers(CSlotTable, table), layers=table.merged.shape[1])
 
 
 def c_batch(batch: ForwardBatch) -> CBatch:
     """The C struct that points to the batch's arrays; `batch` must outlive it."""
     return CBatch(
-        tokens=address(batch.tokens),
-        positions=address(batch.positions),
-        query_starts=address(batch.query_starts),
-        block_tables=address(batch.block_tables),
-        mix_starts=address(batch.mix_starts),
-        mix_slots=address(batch.mix_slots),
-        mix_weights=address(batch.mix_weights),
-        logit_rows=address(batch.logit_rows),
+        **_pointers(CBatch, batch),
         num_tokens=len(batch.tokens),
         num_sequences=len(batch.context_lens),
         table_width=batch.block_tables.shape[1],

@@ -21,7 +21,7 @@ from loraplex_model.base.config import FUSED
 from loraplex_model.base.weights import BLOCK, BaseWeights, LayerWeights, NF4Matrix
 from loraplex_model.decoder import layout
 from loraplex_model.decoder.layout import CLayer, CMatrix, CModel, Storage
-from loraplex_model.decoder.reference import copy_blocks
+from loraplex_model.decoder.reference import copy_blocks, write_blocks
 from loraplex_model.ops import build, nf4
 from loraplex_model.ops.rope import tables
 
@@ -143,12 +143,8 @@ class NativeDecoder:
 
     def write_prefix(self, blocks: Sequence[int], keys: torch.Tensor, values: torch.Tensor) -> None:
         """Writes keys and values [layers, n, kv_heads, head_dim] to the start of `blocks`."""
-        size = self._model.block_size
-        for layer, cached in enumerate(zip(self.keys, self.values, strict=True)):
-            for cache, own in zip(cached, (keys[layer], values[layer]), strict=True):
-                for i, block in enumerate(blocks):
-                    part = own[i * size : (i + 1) * size].transpose(0, 1)
-                    cache[block, :, : part.shape[1]] = part.to(cache)
+        for states, caches in ((keys, self.keys), (values, self.values)):
+            write_blocks(blocks, states, [cache.transpose(1, 2) for cache in caches])
 
     def _keep(self, tensor: torch.Tensor | None) -> int | None:
         if tensor is None:

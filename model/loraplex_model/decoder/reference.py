@@ -14,7 +14,7 @@ from loraplex_model.adapters.table import Merged, SlotTable
 from loraplex_model.base.batch import ForwardBatch
 from loraplex_model.base.config import FUSED
 from loraplex_model.base.weights import BaseWeights
-from loraplex_model.decoder.attention import KVCache, PagedAttention
+from loraplex_model.decoder.attention import PagedAttention
 from loraplex_model.decoder.forward import hidden_states, logits
 from loraplex_model.ops.linear import BaseLinear, DenseLinear, DequantisedLinear, FusedLinear
 
@@ -40,8 +40,9 @@ class ReferenceDecoder:
         device = weights.embed.device
         self.weights = weights
         self.table = SlotTable(num_slots, weights.config)
-        self._cache = KVCache(weights.config, num_blocks, block_size, weights.embed.dtype, device)
-        self.keys, self.values = self._cache.keys, self._cache.values
+        shape = (num_blocks, block_size, weights.config.num_kv_heads, weights.config.head_dim)
+        self.keys = [weights.embed.new_zeros(shape) for _ in weights.layers]
+        self.values = [weights.embed.new_zeros(shape) for _ in weights.layers]
         self._linear: BaseLinear
         if device.type == "cuda":
             self._linear = FusedLinear()
@@ -61,7 +62,7 @@ class ReferenceDecoder:
             torch.from_numpy(batch.positions).to(device),
             groups_of(batch, self.table, sequences.tolist(), device),
             self._linear,
-            PagedAttention(config, self._cache, batch),
+            PagedAttention(config, (self.keys, self.values), batch),
         )
         wanted = torch.from_numpy(batch.logit_rows).to(device).long()
         groups = groups_of(batch, self.table, sequences[batch.logit_rows].tolist(), device)
@@ -76,12 +77,20 @@ class ReferenceDecoder:
 
     def write_prefix(self, blocks: Sequence[int], keys: torch.Tensor, values: torch.Tensor) -> None:
         """Writes keys and values [layers, n, kv_heads, head_dim] to the start of `blocks`."""
-        size = self._cache.block_size
-        for layer, cached in enumerate(zip(self.keys, self.values, strict=True)):
-            for cache, own in zip(cached, (keys[layer], values[layer]), strict=True):
-                for i, block in enumerate(blocks):
-                    part = own[i * size : (i + 1) * size]
-                    cache[block, : len(part)] = part.to(cache)
+        write_blocks(blocks, keys, self.keys)
+        write_blocks(blocks, values, self.values)
+
+
+def write_blocks(
+    blocks: Sequence[int], states: torch.Tensor, caches: Sequence[torch.Tensor]
+) -> None:
+    """Writes keys or values [layers, n, kv_heads, head_dim] to the start of `blocks`.
+
+    A layer's cache is [num_blocks, block_size, kv_heads, head_dim].
+    """
+    for own, cache in zip(states, caches, strict=True):
+        for block, part in zip(blocks, own.split(cache.shape[1]), strict=False):
+            cache[block, : len(part)] = part.to(cache)
 
 
 def copy_blocks(

@@ -40,8 +40,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
     Keeps the tables only: the derivative is the opposite rotation (Su et al., arXiv 2104.09864).
     """
-    result: torch.Tensor = _Rotate.apply(x, cos, sin)  # type: ignore[no-untyped-call]
-    return result
+    return rotate_first_(x.flatten(1).clone(), x.shape[1], cos, sin).view_as(x)
 
 
 def rotate_first_(
@@ -98,18 +97,6 @@ class _RmsNorm(torch.autograd.Function):
         h = wide(grads[0]) * ctx.weight.to(normed.dtype)
         mean = torch.linalg.vecdot(h, normed).div_(x.shape[-1])[..., None]
         return h.sub_(normed.mul_(mean)).mul_(scale).to(x.dtype), None, None
-
-
-class _Rotate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _rotate_(x.clone(), cos, sin)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _rotate_(grads[0].clone(), cos, -sin), None, None
 
 
 class _RotateFirst(torch.autograd.Function):

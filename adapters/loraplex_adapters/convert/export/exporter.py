@@ -20,12 +20,12 @@ from loraplex_adapters.convert.export.peft_files import write_peft
 from loraplex_adapters.format.config import FINGERPRINT_KEY
 from loraplex_adapters.format.examine import inspect
 from loraplex_adapters.format.modules import module_path
+from loraplex_adapters.format.reader import MAX_STAMP
 from loraplex_adapters.format.spec import AdapterLimits, CheckedAdapter
 
 WORTH_A_WARNING = 0.01
 """Noise of rounding, relative to the change, above which a warning is given."""
 
-_MAX_STAMP = 512
 _DEFAULT_DTYPES = {"hf": "bf16", "nf4": "bf16", "gguf": "fp32", "peft": "fp32"}
 
 
@@ -157,12 +157,12 @@ def _stamps(
     """Metadata that records the origin of the written weights."""
     stamps = {
         FINGERPRINT_KEY: base.weights.fingerprint,
-        "loraplex_sources": ",".join(spec.digest for spec in specs)[:_MAX_STAMP],
+        "loraplex_sources": ",".join(spec.digest for spec in specs)[:MAX_STAMP],
     }
     if request.blend:
         weights = request.weights or (1.0,) * len(specs)
         stamps["loraplex_blend"] = request.blend
-        stamps["loraplex_weights"] = ",".join(f"{w:g}" for w in weights)[:_MAX_STAMP]
+        stamps["loraplex_weights"] = ",".join(f"{w:g}" for w in weights)[:MAX_STAMP]
     return stamps
 
 

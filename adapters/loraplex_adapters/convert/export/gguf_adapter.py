@@ -16,20 +16,11 @@ import torch
 from loraplex_model.base.config import MODEL, DecoderConfig, Site
 from loraplex_model.base.families import FAMILIES
 from loraplex_model.base.refusal import Reason, Refusal
+from loraplex_model.checkpoints.gguf_file import MODULES
 
 from loraplex_adapters.convert.export.factors import EMBEDDING, Factors, FactorsBySite
 
 FILE = "adapter.gguf"
-
-_LAYER_TENSORS = {
-    "q_proj": "attn_q",
-    "k_proj": "attn_k",
-    "v_proj": "attn_v",
-    "o_proj": "attn_output",
-    "gate_proj": "ffn_gate",
-    "up_proj": "ffn_up",
-    "down_proj": "ffn_down",
-}
 
 
 def write_gguf(
@@ -48,7 +39,10 @@ def write_gguf(
     from gguf import GGMLQuantizationType, GGUFType, GGUFWriter, LlamaFileType
     from gguf.constants import GGML_QUANT_VERSION, Keys
 
-    _check(factors, config)
+    shared = [name for layer, name in factors if layer == MODEL]
+    if config.tie_embeddings and shared:
+        message = f"llama.cpp cannot adapt {shared[0]}, because the base ties embeddings and head"
+        raise Refusal(Reason.EXPORT_UNSUPPORTED, message, "format")
     kinds = {
         torch.float32: (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
         torch.float16: (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
@@ -85,14 +79,7 @@ def tensor_name(site: Site) -> str:
     layer, name = site
     if layer == MODEL:
         return {"embed_tokens": "token_embd.weight", "lm_head": "output.weight"}[name]
-    return f"blk.{layer}.{_LAYER_TENSORS[name]}.weight"
-
-
-def _check(factors: FactorsBySite, config: DecoderConfig) -> None:
-    shared = [name for layer, name in factors if layer == MODEL]
-    if config.tie_embeddings and shared:
-        message = f"llama.cpp cannot adapt {shared[0]}, because the base ties embeddings and head"
-        raise Refusal(Reason.EXPORT_UNSUPPORTED, message, "format")
+    return f"blk.{layer}.{MODULES[name]}.weight"
 
 
 def _as_stored(

@@ -7,7 +7,7 @@ rounded to. So the retained share of the change is measured, and a small one is 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from loraplex_model.ops import nf4
 from loraplex_adapters.convert.export.account import Kept, measure, total
 from loraplex_adapters.convert.export.base import ExportBase
 from loraplex_adapters.convert.export.model_files import write_config, write_tokenizer
-from loraplex_adapters.convert.export.parameters import Form, Parameter, merged_form, parameters
+from loraplex_adapters.convert.export.parameters import Parameter, merged_form, parameters
 from loraplex_adapters.convert.export.shards import SHARD_BYTES, Checkpoint
 
 LEAST_RETAINED = 0.95
@@ -29,8 +29,6 @@ LEAST_RETAINED = 0.95
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 _PER_LAYER = 64  # more than the number of tensors of any layer, in NF4 too
-
-Write = Callable[[Checkpoint, Parameter, torch.dtype], Kept | None]
 
 
 def write_dense(
@@ -48,10 +46,7 @@ def write_dense(
     few times the largest matrix, in addition to the base.
     Raises Refusal(EXPORT_UNSUPPORTED) as `merged_form` does, and for values too large for `dtype`.
     """
-    form = merged_form(base.weights.config, delta)
-    target.mkdir()
-    write_config(target, base, dtype, form, None)
-    return _write(target, base, delta, form, dtype, _write_dense, stamps, shard_bytes)
+    return _write(target, base, delta, dtype, None, stamps, shard_bytes)
 
 
 def write_nf4(
@@ -62,7 +57,6 @@ def write_nf4(
     *,
     stamps: Mapping[str, str],
     force: bool = False,
-    shard_bytes: int = SHARD_BYTES,
 ) -> list[Kept]:
     """Creates the directory `target`: the merged projections quantised to NF4, the rest in `dtype`.
 
@@ -70,10 +64,7 @@ def write_nf4(
     Raises Refusal: EXPORT_UNSUPPORTED; EXPORT_DELTA_LOST if the projections retain less than
     `LEAST_RETAINED` of their change and `force` is not set.
     """
-    form = merged_form(base.weights.config, delta)
-    target.mkdir()
-    write_config(target, base, dtype, form, _quantisation(dtype))
-    kept = _write(target, base, delta, form, dtype, _write_nf4, stamps, shard_bytes)
+    kept = _write(target, base, delta, dtype, _quantisation(dtype), stamps, SHARD_BYTES)
     rounded = [part for part in kept if part.quantised]  # a large head would hide the others' loss
     retained = total(rounded).retained
     if retained < LEAST_RETAINED and not force:
@@ -92,18 +83,21 @@ def _write(
     target: Path,
     base: ExportBase,
     delta: AdapterDelta,
-    form: Form,
     dtype: torch.dtype,
-    write: Write,
+    quantisation: Mapping[str, object] | None,
     stamps: Mapping[str, str],
     shard_bytes: int,
 ) -> list[Kept]:
+    form = merged_form(base.weights.config, delta)
+    target.mkdir()
+    write_config(target, base, dtype, form, quantisation)
     write_tokenizer(target, base)
     most = 8 + _PER_LAYER * base.weights.config.num_layers
     file = Checkpoint(target, most, stamps, shard_bytes)
     kept = []
     for parameter in parameters(base.weights, delta, form):
-        found = write(file, parameter, dtype)
+        quantise = quantisation is not None and parameter.matrix is not None
+        found = (_write_nf4 if quantise else _write_dense)(file, parameter, dtype)
         if found is not None:
             kept.append(found)
     file.close()
@@ -122,8 +116,7 @@ def _write_dense(file: Checkpoint, parameter: Parameter, dtype: torch.dtype) -> 
 
 
 def _write_nf4(file: Checkpoint, parameter: Parameter, dtype: torch.dtype) -> Kept | None:
-    if parameter.matrix is None:
-        return _write_dense(file, parameter, dtype)
+    assert parameter.matrix is not None
     if parameter.change is None:
         _add_matrix(file, parameter.name, parameter.matrix, dtype)
         return None

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +36,8 @@ _OFF = ("use_dora", "lora_bias", "alora_invocation_tokens", "layer_replication")
 _MAX_BYTES = 8 << 30
 
 
-@dataclass(frozen=True, slots=True)
-class _Files:
-    config: Mapping[str, Any]
-    tensors: Mapping[str, torch.Tensor]
+_Files = tuple[Mapping[str, Any], Mapping[str, torch.Tensor]]
+"""Configuration and tensors of an adapter."""
 
 
 def convert(source: Path, initial: Path, target: Path) -> None:
@@ -50,18 +47,18 @@ def convert(source: Path, initial: Path, target: Path) -> None:
     initialisation, DoRA, ...), ADAPTER_INVALID (the two do not belong together), and as reading
     adapters does.
     """
-    trained, start = _read(source), _read(initial)
-    config = _plain_config(trained, start)
+    (config, tensors), (start_config, start) = _read(source), _read(initial)
+    plain = _plain_config(config, start_config)
     target.mkdir()
-    write_config(target, config)
-    stamps = {"loraplex_converted_from": str(trained.config["init_lora_weights"])}
-    with SafetensorsFile(target / WEIGHTS_FILE, len(trained.tensors), stamps) as file:
-        for name, tensor in trained.tensors.items():
+    write_config(target, plain)
+    stamps = {"loraplex_converted_from": str(config["init_lora_weights"])}
+    with SafetensorsFile(target / WEIGHTS_FILE, len(tensors), stamps) as file:
+        for name, tensor in tensors.items():
             if "lora_" in name and not name.endswith((_A, _B)):
                 message = f"{shown(name)} is neither A nor B of a projection"
                 raise Refusal(Reason.CONVERT_UNSUPPORTED, message, shown(name))
             if name.endswith((_A, _B)):
-                before = start.tensors.get(name)
+                before = start.get(name)
                 if before is None or before.shape != tensor.shape:
                     raise _mismatch(f"it has no {shown(name)} of the same shape")
                 joined = [tensor, before] if name.endswith(_A) else [tensor, -before]
@@ -69,8 +66,7 @@ def convert(source: Path, initial: Path, target: Path) -> None:
             file.add(name, tensor)
 
 
-def _plain_config(trained: _Files, start: _Files) -> dict[str, Any]:
-    config = dict(trained.config)
+def _plain_config(config: Mapping[str, Any], start: Mapping[str, Any]) -> dict[str, Any]:
     kind = config.get("init_lora_weights")
     if not isinstance(kind, str) or not kind.startswith(MUTATING):
         names = ", ".join(MUTATING)
@@ -82,9 +78,10 @@ def _plain_config(trained: _Files, start: _Files) -> dict[str, Any]:
         if config.get(key):
             raise Refusal(Reason.CONVERT_UNSUPPORTED, f"{key} cannot be converted", key)
     for key in _SAME:
-        if (config.get(key) or None) != (start.config.get(key) or None):
+        if (config.get(key) or None) != (start.get(key) or None):
             raise _mismatch(f"its {key} differs")
-    return config | {
+    return {
+        **config,
         "corda_config": None,
         "init_lora_weights": True,
         "lora_ga_config": None,
@@ -128,7 +125,7 @@ def _read(directory: Path) -> _Files:
                 ).view(t.shape)
                 for t in header.tensors
             }
-    return _Files(config, tensors)
+    return config, tensors
 
 
 def _mismatch(why: str) -> Refusal:

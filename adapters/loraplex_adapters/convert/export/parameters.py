@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from loraplex_model.adapters.delta import (
@@ -21,14 +22,11 @@ from loraplex_model.adapters.delta import (
 )
 from loraplex_model.adapters.merge import changes_matrix, fused_matrix, merged_module
 from loraplex_model.base import families
-from loraplex_model.base.config import FUSED, MODEL, DecoderConfig
+from loraplex_model.base.config import FUSED, MODEL, PROJECTIONS, DecoderConfig
 from loraplex_model.base.families import tensor_name
 from loraplex_model.base.refusal import Reason, Refusal
-from loraplex_model.base.weights import BaseWeights, LayerWeights, NF4Matrix
+from loraplex_model.base.weights import BaseWeights, NF4Matrix
 from loraplex_model.ops import nf4
-
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-_MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +72,12 @@ def merged_form(config: DecoderConfig, delta: AdapterDelta) -> Form:
     for (layer, name), change in delta.sites.items():
         if isinstance(change, BottleneckDelta):
             raise _unsupported(f"the {name.replace('_', ' ')} of layer {layer} is not linear")
-        if isinstance(change, ProjectionDelta) and _has_bias(change):
+        has_bias = isinstance(change, ProjectionDelta) and change.bias is not None
+        if has_bias and bool(change.bias.any()):
             changed.add(name)
     overrides: dict[str, bool] = {}
     biased = set(config.biased)
-    for key, names in (("attention_bias", _ATTENTION), ("mlp_bias", _MLP)):
+    for key, names in (("attention_bias", PROJECTIONS[:4]), ("mlp_bias", PROJECTIONS[4:])):
         if missing := sorted(changed.intersection(names) - biased):
             if key not in families.FAMILIES[config.architecture].bias_options:
                 message = f"{config.architecture} cannot have a bias at {missing[0]}"
@@ -96,9 +95,11 @@ def merged_form(config: DecoderConfig, delta: AdapterDelta) -> Form:
 def parameters(weights: BaseWeights, delta: AdapterDelta, form: Form) -> Iterator[Parameter]:
     """Every tensor of the merged checkpoint, in the order of the model."""
     embed = delta.at((MODEL, "embed_tokens"), RowsDelta)
-    yield _vocabulary(families.EMBED, weights.embed, embed, _embedding_change)
+    yield _vocabulary(families.EMBED, weights.embed, embed, transposed=True)
     for index, layer in enumerate(weights.layers):
-        yield from _norms(index, layer, delta)
+        for name, weight in layer.norms.items():
+            if weight is not None:
+                yield _norm(tensor_name(index, name), weight, delta.at((index, name), NormDelta))
         for fused, names in FUSED.items():
             matrix, bias = fused_matrix(layer, fused)
             biases = None if bias is None else torch.split(bias, list(matrix.rows))
@@ -109,15 +110,10 @@ def parameters(weights: BaseWeights, delta: AdapterDelta, form: Form) -> Iterato
                     own = None if biases is None else biases[i]
                     at = tensor_name(index, name, "bias")
                     yield _bias(at, own, module.shape[0], change)
-    norm = delta.at((MODEL, "norm"), NormDelta)
-    yield _vector(families.NORM, weights.norm, norm)
+    yield _norm(families.NORM, weights.norm, delta.at((MODEL, "norm"), NormDelta))
     if not form.tied:
         head = delta.at((MODEL, "lm_head"), RowsDelta)
-        yield _vocabulary(families.LM_HEAD, weights.lm_head, head, _head_change)
-
-
-def _has_bias(change: ProjectionDelta) -> bool:
-    return change.bias is not None and bool(change.bias.any())
+        yield _vocabulary(families.LM_HEAD, weights.lm_head, head, transposed=False)
 
 
 def _same_rows(embed: RowsDelta | None, head: RowsDelta | None) -> bool:
@@ -130,79 +126,55 @@ def _same_rows(embed: RowsDelta | None, head: RowsDelta | None) -> bool:
     return all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
 
 
-def _projection(name: str, matrix: NF4Matrix, change: ProjectionDelta | None) -> Parameter:
-    def base() -> torch.Tensor:
-        return nf4.dequantize(matrix)
+def _copy(own: torch.Tensor) -> torch.Tensor:
+    return own.float().clone()
 
+
+def _projection(name: str, matrix: NF4Matrix, change: ProjectionDelta | None) -> Parameter:
+    base = partial(nf4.dequantize, matrix)
     if change is None or not changes_matrix(change):
         return Parameter(name, base, None, matrix)
-    found = change
-    return Parameter(name, base, lambda weight: merged_module(weight, found), matrix)
+    return Parameter(name, base, partial(merged_module, change=change), matrix)
 
 
 def _bias(
     name: str, own: torch.Tensor | None, width: int, change: ProjectionDelta | None
 ) -> Parameter:
-    def base() -> torch.Tensor:
-        return torch.zeros(width) if own is None else own.float().clone()
+    base = partial(torch.zeros, width) if own is None else partial(_copy, own)
+    if change is None or (change.gain is None and change.bias is None):
+        return Parameter(name, base)
+    gain, added = change.gain, change.bias
 
     def merged(bias: torch.Tensor) -> torch.Tensor:
-        assert change is not None
-        total = bias.clone() if change.gain is None else bias * change.gain
-        return total if change.bias is None else total + change.bias
+        total = bias.clone() if gain is None else bias * gain
+        return total if added is None else total + added
 
-    changes = change is not None and (change.gain is not None or change.bias is not None)
-    return Parameter(name, base, merged if changes else None)
+    return Parameter(name, base, merged)
 
 
-def _vector(name: str, own: torch.Tensor, change: NormDelta | None) -> Parameter:
-    def base() -> torch.Tensor:
-        return own.float().clone()
-
-    if change is None:
-        return Parameter(name, base)
-    added = change.weight
-    return Parameter(name, base, lambda weight: weight + added)
-
-
-def _norms(index: int, layer: LayerWeights, delta: AdapterDelta) -> Iterator[Parameter]:
-    for name, weight in layer.norms.items():
-        if weight is not None:
-            yield _vector(tensor_name(index, name), weight, delta.at((index, name), NormDelta))
+def _norm(name: str, own: torch.Tensor, change: NormDelta | None) -> Parameter:
+    return Parameter(name, partial(_copy, own), None if change is None else change.weight.add)
 
 
 def _vocabulary(
-    name: str,
-    own: torch.Tensor,
-    change: RowsDelta | None,
-    factors: Callable[[torch.Tensor, RowsDelta], torch.Tensor],
+    name: str, own: torch.Tensor, change: RowsDelta | None, *, transposed: bool
 ) -> Parameter:
-    def base() -> torch.Tensor:
-        return own.float().clone()
+    """Embeddings, whose A and B are `transposed`, or the head."""
+    if change is None:
+        return Parameter(name, partial(_copy, own))
+    factors, changed = change.factors, change.changed_rows
 
     def merged(weight: torch.Tensor) -> torch.Tensor:
-        assert change is not None
-        total = factors(weight, change)
-        if change.changed_rows is not None:
-            token_ids, rows = change.changed_rows
+        total = weight.clone()
+        if factors is not None:
+            a, b = (factor.float() for factor in factors)
+            total = torch.addmm(weight, a, b) if transposed else torch.addmm(weight, b.T, a)
+        if changed is not None:
+            token_ids, rows = changed
             total.index_add_(0, token_ids.long(), rows.float())
         return total
 
-    return Parameter(name, base, None if change is None else merged)
-
-
-def _embedding_change(weight: torch.Tensor, change: RowsDelta) -> torch.Tensor:
-    if change.factors is None:
-        return weight.clone()
-    a, b = change.factors
-    return torch.addmm(weight, a.float(), b.float())
-
-
-def _head_change(weight: torch.Tensor, change: RowsDelta) -> torch.Tensor:
-    if change.factors is None:
-        return weight.clone()
-    a, b = change.factors
-    return torch.addmm(weight, b.float().T, a.float())
+    return Parameter(name, partial(_copy, own), merged)
 
 
 def _unsupported(why: str) -> Refusal:
