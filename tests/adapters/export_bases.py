@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from loraplex_adapters.convert.export.base import ExportBase, open_base
+from loraplex_adapters.convert.export.base import open_base
 from loraplex_model.adapters.delta import AdapterDelta
 from loraplex_model.adapters.pack import pack
+from loraplex_model.checkpoints.load import LoadedBase
 from loraplex_model.decoder.reference import ReferenceDecoder
 from model.passes import BLOCK_SIZE, NUM_BLOCKS, Driver, Sequence, token_ids
 
@@ -19,7 +20,7 @@ class Bases:
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self._open: dict[str, ExportBase] = {}
+        self._open: dict[str, LoadedBase] = {}
 
     def directory(self, variant: str) -> Path:
         path = self._root / variant
@@ -27,7 +28,7 @@ class Bases:
             tiny.write(variant, path)
         return path
 
-    def __call__(self, variant: str) -> ExportBase:
+    def __call__(self, variant: str) -> LoadedBase:
         if variant not in self._open:
             self._open[variant] = open_base(str(self.directory(variant)), self.cache)
         return self._open[variant]
@@ -41,7 +42,7 @@ PROMPT = token_ids(3, 19, tiny.VOCAB)
 
 
 def rows(
-    base: ExportBase, *adapters: tuple[AdapterDelta, float], merged: bool = False
+    base: LoadedBase, *adapters: tuple[AdapterDelta, float], merged: bool = False
 ) -> torch.Tensor:
     """Logits [T, vocab] of `PROMPT` under a mix, unmerged or with dense copies."""
     decoder = ReferenceDecoder(base.weights, NUM_BLOCKS, BLOCK_SIZE, 4, keep_dense=True)

@@ -12,7 +12,7 @@ import torch
 from adapters.adapter_files import everywhere
 from adapters.export_bases import PROMPT, Bases, agree, rows
 from adapters.peft_files import CASES, lora, write
-from loraplex_adapters.convert.export.base import LIMITS, ExportBase, open_adapter
+from loraplex_adapters.convert.export.base import LIMITS, open_adapter
 from loraplex_adapters.convert.export.blend import (
     BlendMethod,
     BlendSpec,
@@ -29,6 +29,7 @@ from loraplex_model.adapters.delta import AdapterDelta
 from loraplex_model.base.config import MODEL
 from loraplex_model.base.families import tensor_name
 from loraplex_model.base.refusal import Refusal
+from loraplex_model.checkpoints.load import LoadedBase
 from model.changes import random_adapter
 from peft.utils import merge_utils
 from transformers import AutoModelForCausalLM
@@ -64,7 +65,7 @@ def adapters(bases: Bases, tmp_path_factory: pytest.TempPathFactory) -> list[Ada
     ]
 
 
-def peft_logits(base: ExportBase, directory: Path) -> torch.Tensor:
+def peft_logits(base: LoadedBase, directory: Path) -> torch.Tensor:
     """PEFT's logits with an adapter on the weights as they are served."""
     from loraplex_adapters.convert.export.parameters import merged_form, parameters
 

@@ -12,10 +12,11 @@ from adapters.adapter_files import write_adapter
 from adapters.export_bases import PROMPT, Bases, agree, rows
 from adapters.peft_files import CASES, write
 from loraplex_adapters.convert.export.account import measure, total
-from loraplex_adapters.convert.export.base import ExportBase, open_adapter, open_base
+from loraplex_adapters.convert.export.base import open_adapter, open_base
 from loraplex_adapters.convert.export.merged import LEAST_RETAINED, write_dense, write_nf4
 from loraplex_model.adapters.delta import Activation, AdapterDelta, BottleneckDelta, ProjectionDelta
 from loraplex_model.base.refusal import Refusal
+from loraplex_model.checkpoints.load import LoadedBase
 from loraplex_model.ops import nf4
 from model.changes import random_adapter, random_prompt
 from model.peft_oracle import _compute_as_asked
@@ -64,7 +65,7 @@ def logits(model: Any) -> torch.Tensor:
     return found
 
 
-def small_lora(base: ExportBase, share: float) -> AdapterDelta:
+def small_lora(base: LoadedBase, share: float) -> AdapterDelta:
     """A rank-4 change of every projection, of `share` times the norm of each weight."""
     random = torch.Generator().manual_seed(1)
     sites = {}

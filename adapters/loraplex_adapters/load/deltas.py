@@ -56,10 +56,8 @@ def adapter_delta(
 def _change(module: ModuleSpec, tensors: Tensors, base: BaseWeights) -> SiteDelta:
     if module.module in PROJECTIONS:
         return _projection(module, tensors, base)
-    if module.module == "embed_tokens":
-        return _embedding(module, tensors, base)
-    if module.module == "lm_head":
-        return _head(module, tensors, base)
+    if module.module in ("embed_tokens", "lm_head"):
+        return _vocabulary(module, tensors, base)
     if module.module.endswith("_bottleneck"):
         return _bottleneck(module, tensors)
     return NormDelta(tensors["weight"].float() - _host(_norm(module, base)))
@@ -97,17 +95,12 @@ def _projection(module: ModuleSpec, tensors: Tensors, base: BaseWeights) -> Proj
     return ProjectionDelta(a, b, gain, in_gain, bias)
 
 
-def _embedding(module: ModuleSpec, tensors: Tensors, base: BaseWeights) -> RowsDelta:
-    """x += s B A[:, token], where A is [r, vocab] as in PEFT, or replaced rows."""
+def _vocabulary(module: ModuleSpec, tensors: Tensors, base: BaseWeights) -> RowsDelta:
+    """Replaced rows, and B A as in PEFT: x += s B A[:, token] at the embeddings, A [r, vocab]."""
     a, b = _factors(module, tensors)
-    ids, rows = _rows(module, tensors, base.embed)
-    return RowsDelta(None if a is None else a.T, b, rows, ids)
-
-
-def _head(module: ModuleSpec, tensors: Tensors, base: BaseWeights) -> RowsDelta:
-    a, b = _factors(module, tensors)
-    ids, rows = _rows(module, tensors, base.lm_head)
-    return RowsDelta(a, b, rows, ids)
+    if module.module == "lm_head":
+        return RowsDelta(a, b, *_rows(module, tensors, base.lm_head))
+    return RowsDelta(None if a is None else a.T, b, *_rows(module, tensors, base.embed))
 
 
 def _bottleneck(module: ModuleSpec, tensors: Tensors) -> BottleneckDelta:
@@ -137,13 +130,13 @@ def _factors(
 def _rows(
     module: ModuleSpec, tensors: Tensors, base: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
-    """Token ids, ascending, and the differences from their rows in `base` [vocab, hidden]."""
+    """Differences from rows of `base` [vocab, hidden], and their token ids, ascending."""
     if "weight" in tensors:
         ids = torch.arange(base.shape[0], dtype=torch.int32)
-        return ids, tensors["weight"].float() - _host(base)
+        return tensors["weight"].float() - _host(base), ids
     if "rows" in tensors:
         ids, order = torch.tensor(module.token_ids, dtype=torch.int32).sort()
-        return ids, tensors["rows"][order].float() - _host(base[ids.long().to(base.device)])
+        return tensors["rows"][order].float() - _host(base[ids.long().to(base.device)]), ids
     return None, None
 
 

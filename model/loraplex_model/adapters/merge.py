@@ -118,7 +118,7 @@ def _touched(changes: AdapterDelta, layer: int) -> list[str]:
 
 
 def _has_bias(changes: AdapterDelta, config: DecoderConfig, layer: int, fused: str) -> bool:
-    if (fused == "qkv" and config.qkv_bias) or (fused == "o" and config.o_bias):
+    if not config.biased.isdisjoint(FUSED[fused]):
         return True
     found = (changes.at((layer, name), ProjectionDelta) for name in FUSED[fused])
     return any(change is not None and change.bias is not None for change in found)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loraplex_model.base.config import BLOCKS, DecoderConfig
-from loraplex_model.base.refusal import Reason, Refusal
+from loraplex_model.base.refusal import model_invalid, model_unsupported
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,19 +105,17 @@ def decoder_config(raw: Mapping[str, Any]) -> DecoderConfig:
 def _architecture(raw: Mapping[str, Any]) -> str:
     supported = ", ".join(FAMILIES)
     if "auto_map" in raw:
-        raise Refusal(
-            Reason.MODEL_UNSUPPORTED,
+        raise model_unsupported(
             "the model needs code of its own (auto_map), which is never run; "
-            f"supported architectures: {supported}",
+            f"supported architectures: {supported}"
         )
     stated = raw.get("architectures") or []
     if not stated:
         by_type = {family.model_type: name for name, family in FAMILIES.items()}
         stated = [by_type.get(raw.get("model_type", ""), raw.get("model_type", "none stated"))]
     if len(stated) != 1 or stated[0] not in FAMILIES:
-        raise Refusal(
-            Reason.MODEL_UNSUPPORTED,
-            f"architecture {', '.join(map(str, stated))} is not supported; supported: {supported}",
+        raise model_unsupported(
+            f"architecture {', '.join(map(str, stated))} is not supported; supported: {supported}"
         )
     return str(stated[0])
 
@@ -128,14 +126,13 @@ def _parse(architecture: str, raw: Mapping[str, Any]) -> Any:
 
     kind = FAMILIES[architecture].model_type
     if raw.get("model_type", kind) != kind:
-        raise Refusal(
-            Reason.MODEL_INVALID,
-            f"config.json states {architecture} but model_type {raw['model_type']!r}",
+        raise model_invalid(
+            f"config.json states {architecture} but model_type {raw['model_type']!r}"
         )
     try:
         return CONFIG_MAPPING[kind].from_dict(dict(raw))
     except Exception as error:  # transformers raises many kinds for a malformed configuration
-        raise Refusal(Reason.MODEL_INVALID, f"config.json cannot be read: {error}") from error
+        raise model_invalid(f"config.json cannot be read: {error}") from error
 
 
 def _refuse_unsupported(architecture: str, config: Any) -> None:
@@ -150,7 +147,7 @@ def _refuse_unsupported(architecture: str, config: Any) -> None:
     }
     for fault, present in faults.items():
         if present:
-            raise Refusal(Reason.MODEL_UNSUPPORTED, f"{architecture} with {fault} is not supported")
+            raise model_unsupported(f"{architecture} with {fault} is not supported")
 
 
 def _sliding_windows(family: Family, config: Any) -> tuple[int | None, ...]:
@@ -161,9 +158,7 @@ def _sliding_windows(family: Family, config: Any) -> tuple[int | None, ...]:
     kinds: list[str] = getattr(config, "layer_types", None) or ["full_attention"] * layers
     unknown = set(kinds) - {"full_attention", "sliding_attention"}
     if unknown or len(kinds) != layers:
-        raise Refusal(
-            Reason.MODEL_UNSUPPORTED, f"layer_types {sorted(set(kinds))} of {len(kinds)} layers"
-        )
+        raise model_unsupported(f"layer_types {sorted(set(kinds))} of {len(kinds)} layers")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
@@ -175,14 +170,11 @@ def inverse_frequencies(config: Any) -> tuple[tuple[float, ...], float]:
     parameters = config.rope_parameters
     kind = parameters.get("rope_type", "default")
     if kind not in ("default", *SCALINGS):
-        raise Refusal(
-            Reason.MODEL_UNSUPPORTED,
-            f"rope_type {kind!r} is not supported; supported are default, {', '.join(SCALINGS)}",
+        raise model_unsupported(
+            f"rope_type {kind!r} is not supported; supported are default, {', '.join(SCALINGS)}"
         )
     if parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise Refusal(
-            Reason.MODEL_UNSUPPORTED, "partial_rotary_factor other than 1 is not supported"
-        )
+        raise model_unsupported("partial_rotary_factor other than 1 is not supported")
     if kind != "default":
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 

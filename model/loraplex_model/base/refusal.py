@@ -242,3 +242,13 @@ class Refusal(Exception):
         """The refusal for a non-empty list of problems, whose message repeats the first ones."""
         found = [Problem("", p) if isinstance(p, str) else p for p in problems]
         return cls(reason, "; ".join(p.message for p in found[:SHOWN_PROBLEMS]), problems=found)
+
+
+def model_invalid(message: str) -> Refusal:
+    """The refusal of a base model whose files are missing, damaged or contradict each other."""
+    return Refusal(Reason.MODEL_INVALID, message)
+
+
+def model_unsupported(message: str) -> Refusal:
+    """The refusal of a base model that is intact but of a kind that is not supported."""
+    return Refusal(Reason.MODEL_UNSUPPORTED, message)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from loraplex_model.base.durable import flush, locked, write_atomically
-from loraplex_model.base.refusal import Reason, Refusal
+from loraplex_model.base.refusal import Reason, Refusal, model_invalid
 
 FORMAT = 2
 """Version of the stored form, increased with each change, so that older entries are rebuilt."""
@@ -104,7 +104,7 @@ def _of_source(read: Callable[[Path], T], file: Path) -> T:
     try:
         return read(file)
     except OSError as error:
-        raise Refusal(Reason.MODEL_INVALID, f"{file} cannot be read: {error}") from error
+        raise model_invalid(f"{file} cannot be read: {error}") from error
 
 
 def _size_and_time(file: Path) -> tuple[int, int]:

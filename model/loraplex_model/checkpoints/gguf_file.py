@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from loraplex_model.base import families
-from loraplex_model.base.refusal import Reason, Refusal
+from loraplex_model.base.refusal import Refusal, model_invalid, model_unsupported
 
 _SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 """`struct` letters of the metadata types of fixed size."""
@@ -93,7 +93,7 @@ class GgufSource:
             try:
                 self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             except ValueError as error:
-                raise Refusal(Reason.MODEL_INVALID, f"{path} is empty") from error
+                raise model_invalid(f"{path} is empty") from error
         self._metadata, self._tensors = _HeaderReader(self._bytes, path).header()
         self._names = dict(_hf_names(self._tensors))
         self._architecture = str(self._metadata.get("general.architecture"))
@@ -111,7 +111,7 @@ class GgufSource:
     def read(self, name: str) -> torch.Tensor:
         """See `TensorSource`: float32, in Hugging Face's layout."""
         if name not in self._names:
-            raise Refusal(Reason.MODEL_INVALID, f"{self._path} has no tensor for {name}")
+            raise model_invalid(f"{self._path} has no tensor for {name}")
         values = self._dequantise(self._names[name])
         heads = {
             ".q_proj.": self.config["num_attention_heads"],
@@ -133,9 +133,7 @@ class GgufSource:
         try:
             values = dequantize(raw.reshape(quant_shape_to_byte_shape(tensor.shape, kind)), kind)
         except (NotImplementedError, ValueError) as error:
-            raise Refusal(
-                Reason.MODEL_UNSUPPORTED, f"{self._path}: {gguf_name}: {error}"
-            ) from error
+            raise model_unsupported(f"{self._path}: {gguf_name}: {error}") from error
         # float32 tensors are views of the read-only file and torch needs writable memory
         writable = np.require(values, np.float32, ["C", "W"])
         return torch.from_numpy(writable).reshape(tensor.shape)
@@ -143,16 +141,14 @@ class GgufSource:
     def _config(self) -> dict[str, Any]:
         metadata, architecture = self._metadata, self._architecture
         if architecture not in _FAMILIES:
-            raise Refusal(
-                Reason.MODEL_UNSUPPORTED,
+            raise model_unsupported(
                 f"{self._path} is of GGUF architecture {architecture!r}; "
-                f"supported: {', '.join(sorted(_FAMILIES))}",
+                f"supported: {', '.join(sorted(_FAMILIES))}"
             )
         if metadata.get(f"{architecture}.rope.scaling.type", "none") != "none":
-            raise Refusal(
-                Reason.MODEL_UNSUPPORTED,
+            raise model_unsupported(
                 f"{self._path} uses RoPE scaling, which is not read from GGUF files; use the "
-                "model's safetensors",
+                "model's safetensors"
             )
         config = {
             name: metadata[f"{architecture}.{key}"]
@@ -161,7 +157,7 @@ class GgufSource:
         }
         config.setdefault("num_key_value_heads", config.get("num_attention_heads"))
         if "token_embd.weight" not in self._tensors:
-            raise Refusal(Reason.MODEL_INVALID, f"{self._path} has no token_embd.weight")
+            raise model_invalid(f"{self._path} has no token_embd.weight")
         return config | {
             "model_type": _FAMILIES[architecture].model_type,
             "vocab_size": self._tensors["token_embd.weight"].shape[0],
@@ -203,7 +199,7 @@ class _HeaderReader:
         self._at = 4
         version, tensors, entries = self._unpack("<IQQ")
         if version not in (2, 3):
-            raise Refusal(Reason.MODEL_UNSUPPORTED, f"{self._path} is of GGUF version {version}")
+            raise model_unsupported(f"{self._path} is of GGUF version {version}")
         metadata: dict[str, Any] = {}
         for _ in range(entries):
             key = self._string()
@@ -213,16 +209,16 @@ class _HeaderReader:
         if not isinstance(alignment, int) or alignment <= 0:
             raise self._damaged(f"alignment {alignment}")
         base = -(-self._at // alignment) * alignment
-        return metadata, {name: self._place(name, base, *rest) for name, *rest in table}
+        return metadata, {name: self._place(name, base, *place) for name, place in table}
 
-    def _tensor(self) -> tuple[str, tuple[int, ...], int, int]:
+    def _tensor(self) -> tuple[str, tuple[tuple[int, ...], int, int]]:
         name = self._string()
         (dimensions,) = self._unpack("<I")
         if dimensions > _MAX_DIMENSIONS:
             raise self._damaged(f"{name} has {dimensions} dimensions")
         shape = tuple(reversed(self._unpack(f"<{dimensions}Q")))  # ggml: fastest dimension first
         kind, offset = self._unpack("<IQ")
-        return name, shape, kind, offset
+        return name, (shape, kind, offset)
 
     def _place(
         self, name: str, base: int, shape: tuple[int, ...], kind: int, offset: int
@@ -232,7 +228,7 @@ class _HeaderReader:
         try:
             weights, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
         except ValueError as error:
-            raise Refusal(Reason.MODEL_UNSUPPORTED, f"{self._path}: {name}: {error}") from error
+            raise model_unsupported(f"{self._path}: {name}: {error}") from error
         total = prod(shape) // weights * size
         if base + offset + total > len(self._data):
             raise self._damaged(f"{name} exceeds the file; the download may be incomplete")
@@ -274,4 +270,4 @@ class _HeaderReader:
         return struct.unpack_from(layout, self._data, start)
 
     def _damaged(self, what: str) -> Refusal:
-        return Refusal(Reason.MODEL_INVALID, f"{self._path} is not a whole GGUF file: {what}")
+        return model_invalid(f"{self._path} is not a whole GGUF file: {what}")

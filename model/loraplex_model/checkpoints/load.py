@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from loraplex_model.base.config import DecoderConfig
-from loraplex_model.base.refusal import Reason, Refusal
+from loraplex_model.base.refusal import model_invalid
 from loraplex_model.base.weights import BaseWeights
 from loraplex_model.checkpoints import cache, checkpoint, stored, tokenizer
 from loraplex_model.checkpoints.convert import convert
@@ -27,11 +27,13 @@ class LoadedBase:
 
     Attributes:
         name: the operator's name for it.
+        source: directory of the checkpoint, or the GGUF file.
         directory: folder of `tokenizer.json` and `model.json` (`tokenizer.TokenizerInfo.read`).
     """
 
     name: str
     weights: BaseWeights
+    source: Path
     directory: Path
 
 
@@ -55,11 +57,11 @@ def load_base(
     source = ensure_default_model(cache_dir) if is_default else checkpoint.locate(model)
     files = checkpoint.files_of(source)
     if not files:
-        raise Refusal(Reason.MODEL_INVALID, f"{source} has neither config.json nor safetensors")
+        raise model_invalid(f"{source} has neither config.json nor safetensors")
     entry = cache.entry_for(cache_dir, files, partial(_build, source))
     built = _read_decoder(entry / DECODER)
     weights = stored.read_weights(entry / stored.WEIGHTS, built, dtype, device)
-    return LoadedBase(model or DEFAULT, weights, entry)
+    return LoadedBase(model or DEFAULT, weights, source, entry)
 
 
 def _build(source: Path, directory: Path) -> None:

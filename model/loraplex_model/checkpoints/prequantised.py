@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from loraplex_model.base.refusal import Reason, Refusal
+from loraplex_model.base.refusal import model_invalid, model_unsupported
 from loraplex_model.base.weights import BLOCK, NF4Matrix
 from loraplex_model.checkpoints.checkpoint import TensorSource
 from loraplex_model.ops.nf4 import NESTED_BLOCK, blocks_of, dynamic_map, nf4_code
@@ -30,19 +30,16 @@ def refuse_unsupported(config: Mapping[str, Any]) -> None:
     kind = quantisation.get("bnb_4bit_quant_type", "fp4")
     if method != "bitsandbytes" or not quantisation.get("load_in_4bit") or kind != "nf4":
         what = f"{method} {kind}" if quantisation.get("load_in_4bit") else method
-        raise Refusal(
-            Reason.MODEL_UNSUPPORTED,
+        raise model_unsupported(
             f"the checkpoint is quantised with {what}; only bitsandbytes NF4 is supported, and "
-            "unquantised checkpoints, which are quantised on loading",
+            "unquantised checkpoints, which are quantised on loading"
         )
 
 
 def is_nf4(source: TensorSource, name: str) -> bool:
     """Whether the source holds the tensor `name` in NF4. Raises `Refusal` if it holds it in fp4."""
     if f"{name}{_STATE}fp4" in source.names():
-        raise Refusal(
-            Reason.MODEL_UNSUPPORTED, f"{name} is quantised to fp4; only NF4 is supported"
-        )
+        raise model_unsupported(f"{name} is quantised to fp4; only NF4 is supported")
     return f"{name}{_STATE}nf4" in source.names()
 
 
@@ -69,29 +66,24 @@ def read(source: TensorSource, name: str, shape: tuple[int, int]) -> NF4Matrix:
         or absmax.numel() != blocks
         or absmax.dtype != wanted
     ):
-        raise Refusal(
-            Reason.MODEL_INVALID,
+        raise model_invalid(
             f"{name} has {packed.numel()} bytes and {absmax.numel()} maxima for shape "
-            f"{state.get('shape')}, but the configuration needs {list(shape)}",
+            f"{state.get('shape')}, but the configuration needs {list(shape)}"
         )
     if not nested:
         return NF4Matrix(shape, packed, absmax, (), (), (shape[0],))
     scales = source.read(f"{name}.nested_absmax").reshape(-1)
     if scales.numel() != -(-blocks // NESTED_BLOCK):
-        raise Refusal(
-            Reason.MODEL_INVALID, f"{name} has {scales.numel()} scales for {blocks} blocks"
-        )
+        raise model_invalid(f"{name} has {scales.numel()} scales for {blocks} blocks")
     offset = torch.tensor(state["nested_offset"], dtype=torch.float32).item()
     return NF4Matrix(shape, packed, absmax, (scales.float(),), (offset,), (shape[0],))
 
 
 def _expect(name: str, what: str, found: Any, wanted: int) -> None:
     if found != wanted:
-        raise Refusal(Reason.MODEL_UNSUPPORTED, f"{name} has {what} {found}, not {wanted}")
+        raise model_unsupported(f"{name} has {what} {found}, not {wanted}")
 
 
 def _same(name: str, what: str, found: torch.Tensor, wanted: torch.Tensor) -> None:
     if found.shape != wanted.shape or not torch.allclose(found, wanted, rtol=0, atol=1e-7):
-        raise Refusal(
-            Reason.MODEL_UNSUPPORTED, f"{name} uses another {what} than bitsandbytes' own"
-        )
+        raise model_unsupported(f"{name} uses another {what} than bitsandbytes' own")

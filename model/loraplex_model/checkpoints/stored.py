@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from loraplex_model.base.config import FUSED, DecoderConfig
-from loraplex_model.base.refusal import Reason, Refusal
+from loraplex_model.base.refusal import model_invalid
 from loraplex_model.base.weights import BaseWeights, LayerWeights, NF4Matrix
 from loraplex_model.checkpoints.safetensors_file import SafetensorsFile
 from loraplex_model.ops.dtypes import SAFETENSORS_NAMES
@@ -93,7 +93,7 @@ def read_weights(
                 eos_token_ids=model.eos_token_ids,
             )
     except (SafetensorError, OSError) as error:
-        raise Refusal(Reason.MODEL_INVALID, f"{path} is damaged: {error}; delete it") from error
+        raise model_invalid(f"{path} is damaged: {error}; delete it") from error
 
 
 class _StoredReader:

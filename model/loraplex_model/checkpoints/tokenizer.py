@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loraplex_model.base.refusal import Reason, Refusal
+from loraplex_model.base.refusal import model_invalid
 
 TOKENIZER = "tokenizer.json"
 MODEL = "model.json"
@@ -53,7 +53,7 @@ class TokenizerInfo:
             fields["eos_token_ids"] = tuple(fields["eos_token_ids"])
             return TokenizerInfo(**fields)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise Refusal(Reason.MODEL_INVALID, f"{path} cannot be read: {error}") from error
+            raise model_invalid(f"{path} cannot be read: {error}") from error
 
 
 def write(
@@ -101,9 +101,7 @@ def _load(source: Path) -> Any:
             )
         return AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds for a malformed tokenizer
-        raise Refusal(
-            Reason.MODEL_INVALID, f"the tokenizer of {source} cannot be read: {error}"
-        ) from error
+        raise model_invalid(f"the tokenizer of {source} cannot be read: {error}") from error
 
 
 def _first_token(path: Path) -> int | None:

@@ -61,7 +61,6 @@ class NativeDecoder:
         self._workspace = c_void_p(self._library.loraplex_workspace())
         self._kept: list[torch.Tensor] = []
         self.isa = self._library.isa
-        self.vocab_size = config.vocab_size
         self.table = SlotTable(num_slots, config)
         shape = (num_blocks, config.num_kv_heads, block_size, config.head_dim)
         self.keys = [torch.zeros(shape, dtype=dtype) for _ in weights.layers]
@@ -112,7 +111,7 @@ class NativeDecoder:
         Raises `MemoryError`.
         """
         copy_blocks(batch, self.keys, self.values)
-        logits = torch.empty(len(batch.logit_rows), self.vocab_size)
+        logits = torch.empty(len(batch.logit_rows), self.weights.config.vocab_size)
         failed = self._library.loraplex_forward(
             byref(self._model),
             byref(layout.c_batch(batch)),
@@ -175,11 +174,10 @@ class NativeDecoder:
         codes, scales = layout.nf4_panels(
             self._library, matrix.packed, nf4.absmax_float(matrix), out, fan_in
         )
-        self._kept += [codes, scales]
         return CMatrix(
-            data=codes.data_ptr(),
-            absmax=scales.data_ptr(),
-            bias=self._keep(bias.float()) if bias is not None else None,
+            data=self._keep(codes),
+            absmax=self._keep(scales),
+            bias=self._keep(None if bias is None else bias.float()),
             out=out,
             in_=fan_in,
             kind=Storage.NF4,
@@ -187,10 +185,9 @@ class NativeDecoder:
 
     def _dense(self, rows: torch.Tensor, bias: torch.Tensor | None) -> CMatrix:
         panels = layout.dense_panels(rows)
-        if bias is not None:
-            bias = bias.float().contiguous()
-            self._kept.append(bias)
-        self._kept.append(panels)
+        bias = None if bias is None else bias.float().contiguous()
+        self._keep(panels)
+        self._keep(bias)
         return _dense_matrix(panels, rows.shape, bias)
 
 

@@ -31,13 +31,7 @@ ISAS: dict[str, tuple[str, ...]] = {
     "avx2": ("-mavx2", "-mfma"),
     "portable": (),
 }
-"""Compiler flags by instruction set, fastest first."""
-
-NEEDED = {
-    "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx2", "fma"},
-    "avx2": {"avx2", "fma"},
-    "portable": set[str](),
-}
+"""Compiler flags by instruction set, fastest first: "-m" and a feature that it needs."""
 
 
 class Kernels(ctypes.CDLL):
@@ -65,7 +59,11 @@ def cpu_flags() -> frozenset[str]:
 
 def supported_isas() -> list[str]:
     """Instruction sets that this processor can run, fastest first."""
-    return [isa for isa in ISAS if NEEDED[isa] <= cpu_flags()]
+    return [
+        isa
+        for isa, flags in ISAS.items()
+        if cpu_flags().issuperset(flag.removeprefix("-m") for flag in flags)
+    ]
 
 
 @cache

@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from loraplex_model.adapters.delta import AdapterDelta
 from loraplex_model.base.refusal import Reason, Refusal
+from loraplex_model.checkpoints.load import LoadedBase
 
 from loraplex_adapters.convert.export.account import Kept, total
-from loraplex_adapters.convert.export.base import LIMITS, ExportBase, open_adapter, open_base
+from loraplex_adapters.convert.export.base import LIMITS, open_adapter, open_base
 from loraplex_adapters.convert.export.blend import BlendMethod, BlendSpec, blend, check
 from loraplex_adapters.convert.export.factors import FactorsBySite, delta_of, factors_of
 from loraplex_adapters.convert.export.gguf_adapter import write_gguf
@@ -134,7 +135,7 @@ def _blend_spec(request: ExportRequest) -> BlendSpec | None:
 def _merge(
     request: ExportRequest,
     target: Path,
-    base: ExportBase,
+    base: LoadedBase,
     delta: AdapterDelta,
     dtype: torch.dtype,
     stamps: dict[str, str],
@@ -152,7 +153,7 @@ def _merge(
 
 
 def _stamps(
-    base: ExportBase, specs: Sequence[CheckedAdapter], request: ExportRequest
+    base: LoadedBase, specs: Sequence[CheckedAdapter], request: ExportRequest
 ) -> dict[str, str]:
     """Metadata that records the origin of the written weights."""
     stamps = {

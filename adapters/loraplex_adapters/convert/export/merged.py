@@ -15,10 +15,10 @@ import torch
 from loraplex_model.adapters.delta import AdapterDelta
 from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_model.base.weights import BLOCK, NF4Matrix
+from loraplex_model.checkpoints.load import LoadedBase
 from loraplex_model.ops import nf4
 
 from loraplex_adapters.convert.export.account import Kept, measure, total
-from loraplex_adapters.convert.export.base import ExportBase
 from loraplex_adapters.convert.export.model_files import write_config, write_tokenizer
 from loraplex_adapters.convert.export.parameters import Parameter, merged_form, parameters
 from loraplex_adapters.convert.export.shards import SHARD_BYTES, Checkpoint
@@ -33,7 +33,7 @@ _PER_LAYER = 64  # more than the number of tensors of any layer, in NF4 too
 
 def write_dense(
     target: Path,
-    base: ExportBase,
+    base: LoadedBase,
     delta: AdapterDelta,
     dtype: torch.dtype,
     *,
@@ -51,7 +51,7 @@ def write_dense(
 
 def write_nf4(
     target: Path,
-    base: ExportBase,
+    base: LoadedBase,
     delta: AdapterDelta,
     dtype: torch.dtype,
     *,
@@ -81,7 +81,7 @@ def write_nf4(
 
 def _write(
     target: Path,
-    base: ExportBase,
+    base: LoadedBase,
     delta: AdapterDelta,
     dtype: torch.dtype,
     quantisation: Mapping[str, object] | None,

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_model.checkpoints import checkpoint
+from loraplex_model.checkpoints.load import LoadedBase
 from loraplex_model.checkpoints.tokenizer import TOKENIZER, TokenizerInfo
 
-from loraplex_adapters.convert.export.base import ExportBase
 from loraplex_adapters.convert.export.parameters import Form
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -22,7 +22,7 @@ _WRITTEN = (CONFIG, checkpoint.INDEX)  # written here, not copied
 
 def write_config(
     target: Path,
-    base: ExportBase,
+    base: LoadedBase,
     dtype: torch.dtype,
     form: Form,
     quantisation: Mapping[str, object] | None,
@@ -53,7 +53,7 @@ def write_config(
         _write_json(target / GENERATION, {"eos_token_id": ids[0] if len(ids) == 1 else ids})
 
 
-def write_tokenizer(target: Path, base: ExportBase) -> None:
+def write_tokenizer(target: Path, base: LoadedBase) -> None:
     """Copies the base's tokenizer and generation configuration, or makes them from a GGUF file."""
     if base.source.is_dir():
         for file in checkpoint.files_of(base.source):

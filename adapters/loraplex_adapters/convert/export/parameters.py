@@ -72,8 +72,8 @@ def merged_form(config: DecoderConfig, delta: AdapterDelta) -> Form:
     for (layer, name), change in delta.sites.items():
         if isinstance(change, BottleneckDelta):
             raise _unsupported(f"the {name.replace('_', ' ')} of layer {layer} is not linear")
-        has_bias = isinstance(change, ProjectionDelta) and change.bias is not None
-        if has_bias and bool(change.bias.any()):
+        bias = change.bias if isinstance(change, ProjectionDelta) else None
+        if bias is not None and bool(bias.any()):
             changed.add(name)
     overrides: dict[str, bool] = {}
     biased = set(config.biased)

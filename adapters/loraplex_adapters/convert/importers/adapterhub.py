@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from loraplex_model.base.durable import flush_file
 from loraplex_model.base.families import FAMILIES
@@ -82,18 +82,6 @@ _NAME = re.compile(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class _Bottleneck:
-    """The configuration in terms of this project's bottleneck format."""
-
-    reads: str
-    activation: str
-    scaling: float
-    placements: tuple[str, ...]
-    base_model: str
-    left_out: frozenset[int]
-
-
 def convert(source: Path, target: Path) -> None:
     """Converts an AdapterHub directory; writes the result to the new directory `target`.
 
@@ -108,24 +96,16 @@ def convert(source: Path, target: Path) -> None:
             findings.append(Problem(name, _present(name), Reason.ADAPTER_UNSUPPORTED))
         if any(name in _PICKLED for name in present):
             raise Refusal.of(tuple(findings))
-        bottleneck = _read_config(directory.read_config(), findings)
+        config, left_out = _read_config(directory.read_config(), findings)
         with directory.open(SOURCE_WEIGHTS, MAX_BYTES) as weights:
             header = _read_header(weights)
-            renamed = _rename(header, bottleneck, findings)
-            if findings or bottleneck is None:
+            renamed, held = _rename(header, findings)
+            if config["scaling"] is not None:
+                _check_layers(held, config["placements"], left_out, findings)
+            if findings:
                 raise Refusal.of(tuple(findings))
             widths = {t.shape[0] for n, t in renamed.items() if n.endswith("_down.weight")}
-            config = {
-                "base_model_name_or_path": bottleneck.base_model,
-                "bottleneck_size": widths.pop() if len(widths) == 1 else None,
-                "loraplex_imported_from": "adapterhub",
-                "non_linearity": bottleneck.activation,
-                "peft_type": "BOTTLENECK",
-                "placements": list(bottleneck.placements),
-                "reads": bottleneck.reads,
-                "scaling": bottleneck.scaling,
-                "task_type": "CAUSAL_LM",
-            }
+            config["bottleneck_size"] = widths.pop() if len(widths) == 1 else None
             _write(target, config, renamed, weights, header)
 
 
@@ -135,7 +115,11 @@ def _present(name: str) -> str:
     return f"{name} holds a trained head, which cannot be imported; save with with_head=False"
 
 
-def _read_config(data: bytes, findings: list[Problem]) -> _Bottleneck | None:
+def _read_config(data: bytes, findings: list[Problem]) -> tuple[dict[str, Any], frozenset[int]]:
+    """The configuration in this project's format but for the widths, and the layers left out.
+
+    A scaling that cannot be read is None, with a finding.
+    """
     outer = load_config(data)
     inner = outer.get("config")
     if not isinstance(inner, dict):
@@ -162,17 +146,24 @@ def _read_config(data: bytes, findings: list[Problem]) -> _Bottleneck | None:
     if word not in _ACTIVATIONS:
         reader.unsupported("non_linearity", f"is {shown(word)}, which is not supported")
     flags = {"attention": reader.flag("mh_adapter"), "mlp": reader.flag("output_adapter")}
-    placements = tuple(name for name, there in flags.items() if there)
+    placements = [name for name, there in flags.items() if there]
     if not placements:
         reader.invalid("output_adapter", "is off, and so is mh_adapter: there is no adapter")
     base_model = about.text("model_name")
     layers = inner.get("leave_out") or []
     left_out = frozenset(reader.token_ids("leave_out", layers) or ()) if layers else frozenset()
     findings += about.findings + reader.findings
-    if factor is None:
-        return None
-    activation = _ACTIVATIONS.get(word, "relu")
-    return _Bottleneck(reads, activation, factor, placements, base_model, left_out)
+    config = {
+        "base_model_name_or_path": base_model,
+        "loraplex_imported_from": "adapterhub",
+        "non_linearity": _ACTIVATIONS.get(word),
+        "peft_type": "BOTTLENECK",
+        "placements": placements,
+        "reads": reads,
+        "scaling": factor,
+        "task_type": "CAUSAL_LM",
+    }
+    return config, left_out
 
 
 def _reads(reader: Reader) -> str:
@@ -205,8 +196,9 @@ def _read_header(weights: RegularFile) -> Header:
 
 
 def _rename(
-    header: Header, bottleneck: _Bottleneck | None, findings: list[Problem]
-) -> dict[str, TensorLocation]:
+    header: Header, findings: list[Problem]
+) -> tuple[dict[str, TensorLocation], set[tuple[int, str]]]:
+    """The tensors by their names in this project's format, and the layers and placements held."""
     renamed: dict[str, TensorLocation] = {}
     held: set[tuple[int, str]] = set()
     adapters: set[str] = set()
@@ -225,18 +217,19 @@ def _rename(
     if len(adapters) > 1:
         message = f"{SOURCE_WEIGHTS} contains more than one adapter"
         findings.append(Problem(SOURCE_WEIGHTS, message, Reason.ADAPTER_UNSUPPORTED))
-    if bottleneck is not None:
-        _check_layers(held, bottleneck, findings)
-    return renamed
+    return renamed, held
 
 
 def _check_layers(
-    held: set[tuple[int, str]], bottleneck: _Bottleneck, findings: list[Problem]
+    held: set[tuple[int, str]],
+    placements: Sequence[str],
+    left_out: frozenset[int],
+    findings: list[Problem],
 ) -> None:
     """Checks that the layers up to the last one have weights, except those that are left out."""
     layers = range(1 + max((layer for layer, _ in held), default=-1))
-    taken = (layer for layer in layers if layer not in bottleneck.left_out)
-    expected = set(product(taken, bottleneck.placements))
+    taken = (layer for layer in layers if layer not in left_out)
+    expected = set(product(taken, placements))
     if wrong := sorted(held ^ expected):
         layer, placement = wrong[0]
         what = "has no weights" if wrong[0] in expected else "has weights"
