@@ -37,7 +37,6 @@ def digest_hex(digest: str) -> str:
     """
     digits = digest.removeprefix(_PREFIX)
     if not digest.startswith(_PREFIX) or len(digits) != 64 or not _HEX.issuperset(digits):
-        raise Refusal(
-            Reason.FIELD_INVALID, 'a digest is "sha256:" and 64 lower-case hex digits', "digest"
-        )
+        message = 'a digest is "sha256:" and 64 lower-case hex digits'
+        raise Refusal(Reason.FIELD_INVALID, message, "digest")
     return digits

@@ -199,9 +199,8 @@ def open_root(root: Path) -> Directory:
 
 
 def _no_directory() -> Refusal:
-    return Refusal(
-        Reason.FIELD_INVALID, "there is no such directory, or its path contains a link", "path"
-    )
+    message = "there is no such directory, or its path contains a link"
+    return Refusal(Reason.FIELD_INVALID, message, "path")
 
 
 def _irregular(name: str) -> Refusal:

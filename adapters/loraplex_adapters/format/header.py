@@ -97,12 +97,9 @@ def _location(name: str, entry: object, data_start: int) -> TensorLocation:
     if not isinstance(dtype, str):
         raise _invalid("has a tensor whose dtype is not a string", name)
     if dtype not in ITEM_SIZE:
-        raise Refusal(
-            Reason.ADAPTER_UNSUPPORTED,
-            f"tensor {shown(name)} has dtype {shown(dtype, 16)}; supported are "
-            f"{', '.join(ITEM_SIZE)}",
-            shown(name),
-        )
+        supported = ", ".join(ITEM_SIZE)
+        message = f"tensor {shown(name)} has dtype {shown(dtype, 16)}; supported are {supported}"
+        raise Refusal(Reason.ADAPTER_UNSUPPORTED, message, shown(name))
     if not _integers(shape) or not 1 <= len(shape) <= MAX_DIMENSIONS or min(shape) < 0:
         raise _invalid("has a tensor whose shape is not a list of sizes", name)
     if not _integers(offsets) or len(offsets) != 2 or offsets[0] < 0:

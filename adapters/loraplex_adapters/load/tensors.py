@@ -59,11 +59,8 @@ def _read_verified(directory: Path, digest: str, max_bytes: int) -> tuple[bytes,
     actual = AdapterDigest(config, len(weights))
     actual.update(weights.data)
     if actual.text() != digest:
-        raise Refusal(
-            Reason.ADAPTER_CORRUPT,
-            "the stored adapter's content has changed since it was registered",
-            digest,
-        )
+        message = "the stored adapter's content has changed since it was registered"
+        raise Refusal(Reason.ADAPTER_CORRUPT, message, digest)
     return config, weights
 
 

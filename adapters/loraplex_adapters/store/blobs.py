@@ -34,7 +34,7 @@ from loraplex_adapters.format.files import (
     RegularFile,
     open_directory,
 )
-from loraplex_adapters.store.disk import disk_errors
+from loraplex_adapters.store.disk import disk_errors, unavailable
 
 _PIECE = 1 << 20
 _NO_LIMIT = 1 << 62
@@ -106,7 +106,7 @@ class Blobs:
                     damaged = self._session / uuid.uuid4().hex
                     _move_if_there(place, damaged)
                     shutil.rmtree(damaged, ignore_errors=True)
-        raise Refusal(Reason.STORE_UNAVAILABLE, f"{digest} cannot be added to the adapter store")
+        raise unavailable(f"{digest} cannot be added to the adapter store")
 
     def path(self, digest: str) -> Path:
         """Returns the blob's directory. Raises Refusal: FIELD_INVALID, ADAPTER_NOT_FOUND."""

@@ -13,8 +13,9 @@ from typing import Any
 
 import sqlalchemy as sa
 from loraplex_model.base.faults import reach
-from loraplex_model.base.refusal import Reason, Refusal
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+
+from loraplex_adapters.store.disk import full, unavailable
 
 _BUSY_SECONDS = 30
 _CONNECT_SECONDS = 10
@@ -80,9 +81,7 @@ def _postgresql(text: str) -> sa.Engine:
     try:
         url = sa.make_url(text)
         if url.get_backend_name() != "postgresql":
-            raise Refusal(
-                Reason.STORE_UNAVAILABLE, "store_url must be empty or begin with postgresql://"
-            )
+            raise unavailable("store_url must be empty or begin with postgresql://")
         if url.drivername == "postgresql":
             url = url.set(drivername="postgresql+psycopg")
         return sa.create_engine(
@@ -90,11 +89,10 @@ def _postgresql(text: str) -> sa.Engine:
         )
     except (ArgumentError, ValueError):
         # The URL is not shown, because it may contain a password.
-        raise Refusal(Reason.STORE_UNAVAILABLE, "store_url is not a database URL") from None
+        raise unavailable("store_url is not a database URL") from None
     except ModuleNotFoundError:
-        raise Refusal(
-            Reason.STORE_UNAVAILABLE,
-            "a PostgreSQL store needs a driver: pip install 'loraplex[server,postgres]'",
+        raise unavailable(
+            "a PostgreSQL store needs a driver: pip install 'loraplex[server,postgres]'"
         ) from None
 
 
@@ -118,7 +116,5 @@ def _database_errors() -> Iterator[None]:
     except SQLAlchemyError as error:
         cause = getattr(error, "orig", None)
         if getattr(cause, "sqlstate", "") == _DISK_FULL or "full" in str(cause or ""):
-            raise Refusal(Reason.STORE_FULL, "the adapter store's disk is full") from error
-        raise Refusal(
-            Reason.STORE_UNAVAILABLE, "the adapter store's index cannot be used"
-        ) from error
+            raise full() from error
+        raise unavailable("the adapter store's index cannot be used") from error

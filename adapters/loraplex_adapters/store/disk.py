@@ -14,6 +14,16 @@ from loraplex_model.base.refusal import Reason, Refusal
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
+def full() -> Refusal:
+    """The refusal of a change for which the store's disk has no room."""
+    return Refusal(Reason.STORE_FULL, "the adapter store's disk is full")
+
+
+def unavailable(message: str) -> Refusal:
+    """The refusal of a store that cannot be read or written."""
+    return Refusal(Reason.STORE_UNAVAILABLE, message)
+
+
 @contextmanager
 def disk_errors() -> Iterator[None]:
     """Turns OSError into Refusal: STORE_FULL if the disk is full, else STORE_UNAVAILABLE."""
@@ -21,8 +31,8 @@ def disk_errors() -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in _FULL:
-            raise Refusal(Reason.STORE_FULL, "the adapter store's disk is full") from error
-        raise Refusal(Reason.STORE_UNAVAILABLE, "the adapter store cannot be written") from error
+            raise full() from error
+        raise unavailable("the adapter store cannot be written") from error
 
 
 @contextmanager

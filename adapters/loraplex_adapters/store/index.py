@@ -156,19 +156,17 @@ class Index:
                 message = f"{name} is in use again, as an adapter's name or as an alias"
                 raise Refusal(Reason.ADAPTER_CONFLICT, message, name)
             of_name = _versions.name == name
-            last = connection.execute(
-                sa.select(sa.func.max(_versions.deleted_at)).where(of_name)
-            ).scalar()
+            deleted = sa.select(_versions.version, _versions.deleted_at).where(
+                of_name, _versions.deleted_at.is_not(None)
+            )
+            latest = deleted.order_by(_versions.deleted_at.desc(), _versions.version.desc())
+            last = connection.execute(latest).first()
             if last is None:
                 raise lookup.not_found(name)
-            deletion = sa.and_(of_name, _versions.deleted_at == last)
-            current = connection.execute(
-                sa.select(sa.func.max(_versions.version)).where(deletion)
-            ).scalar_one()
+            deletion = sa.and_(of_name, _versions.deleted_at == last.deleted_at)
             connection.execute(sa.update(schema.versions).where(deletion).values(deleted_at=None))
-            connection.execute(
-                sa.update(schema.names).where(_names.name == name).values(current_version=current)
-            )
+            of_row = sa.update(schema.names).where(_names.name == name)
+            connection.execute(of_row.values(current_version=last.version))
             schema.count_change(connection)
             return lookup.find(connection, AdapterId(name))
 

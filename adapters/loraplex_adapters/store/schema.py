@@ -15,7 +15,8 @@ import uuid
 
 import sqlalchemy as sa
 from loraplex_model.base.faults import reach
-from loraplex_model.base.refusal import Reason, Refusal
+
+from loraplex_adapters.store.disk import unavailable
 
 SCHEMA_VERSION = 2
 _VERSION, _STORE_ID, _CHANGES = "schema_version", "store_id", "changes"
@@ -84,15 +85,11 @@ def prepare(connection: sa.Connection, known_id: str | None, has_blobs: bool) ->
     """
     version = _version(connection)
     if version not in (0, 1, SCHEMA_VERSION):
-        raise Refusal(
-            Reason.STORE_UNAVAILABLE,
-            "the adapter store was written by another version of the server",
-        )
+        raise unavailable("the adapter store was written by another version of the server")
     if version == 0 and known_id is not None and has_blobs:
-        raise Refusal(
-            Reason.STORE_UNAVAILABLE,
+        raise unavailable(
             "the adapter store has adapters, but its index is empty: restore the index, or remove "
-            "the file store-id to begin with an empty index",
+            "the file store-id to begin with an empty index"
         )
     if version < SCHEMA_VERSION:
         if version == 1:
@@ -111,10 +108,7 @@ def prepare(connection: sa.Connection, known_id: str | None, has_blobs: bool) ->
         return store_id
     recorded = _meta(connection, _STORE_ID)
     if known_id not in (None, recorded):
-        raise Refusal(
-            Reason.STORE_UNAVAILABLE,
-            "the adapter store's directory and index do not belong together",
-        )
+        raise unavailable("the adapter store's directory and index do not belong together")
     return recorded
 
 

@@ -17,7 +17,7 @@ from loraplex_adapters.store import garbage, schema
 from loraplex_adapters.store.aliases import Aliases
 from loraplex_adapters.store.blobs import Blobs
 from loraplex_adapters.store.database import Database
-from loraplex_adapters.store.disk import locked
+from loraplex_adapters.store.disk import locked, unavailable
 from loraplex_adapters.store.garbage import Collected
 from loraplex_adapters.store.identity import read_id, write_id
 from loraplex_adapters.store.ids import AdapterId, check_name, parse_id
@@ -124,7 +124,7 @@ class Store:
                 if outcome is not None:
                     return outcome
                 # No version had this digest yet, and the blob was collected meanwhile.
-        raise Refusal(Reason.STORE_UNAVAILABLE, "the adapter was collected while it was registered")
+        raise unavailable("the adapter was collected while it was registered")
 
     def admit(
         self,

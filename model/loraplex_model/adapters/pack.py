@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from math import prod
 from typing import Any
 
 import torch
@@ -79,11 +80,8 @@ class PackedAdapter:
         return PackedAdapter(data, self.places, self.virtual_places, self.options)
 
     def _at(self, place: Place) -> torch.Tensor:
-        strides = [1]
-        for length in reversed(place.shape[1:]):
-            strides.append(strides[-1] * length)
-        whole = self.data.view(place.dtype)  # possible, since its size is aligned
-        return whole.as_strided(place.shape, strides[::-1], place.start // place.dtype.itemsize)
+        size = prod(place.shape) * place.dtype.itemsize
+        return self.data[place.start : place.start + size].view(place.dtype).view(place.shape)
 
 
 @torch.no_grad()

@@ -85,13 +85,11 @@ def default_directory() -> Path:
 def find(isa: str, flags: Sequence[str] = (), directory: Path | None = None) -> Path | None:
     """A finished build in `LORAPLEX_KERNELS_DIR` or in `directory`, or None."""
     shipped = os.environ.get("LORAPLEX_KERNELS_DIR")
-    for place in (Path(shipped) if shipped else None, directory or default_directory()):
-        if place is None:
-            continue
-        path = place / _name(isa, flags) / LIBRARY
-        if path.is_file():
-            return path
-    return None
+    places = [Path(shipped)] if shipped else []
+    paths = (
+        place / _name(isa, flags) / LIBRARY for place in (*places, directory or default_directory())
+    )
+    return next((path for path in paths if path.is_file()), None)
 
 
 def compile_kernels(isa: str, into: Path | None = None, flags: Sequence[str] = ()) -> Path:

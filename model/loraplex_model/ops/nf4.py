@@ -109,20 +109,14 @@ def stack(parts: Sequence[NF4Matrix]) -> NF4Matrix:
 def split(matrix: NF4Matrix) -> list[NF4Matrix]:
     """The modules of a stacked matrix, as views: the inverse of `stack`."""
     fan_in = matrix.shape[1]
-    counts = [blocks_of(rows, fan_in) for rows in matrix.rows]
     packed = torch.split(matrix.packed, [rows * fan_in // 2 for rows in matrix.rows])
+    absmax = torch.split(matrix.absmax, [blocks_of(rows, fan_in) for rows in matrix.rows])
+    scales, offsets = matrix.absmax_scales, matrix.absmax_offsets
     return [
         NF4Matrix(
-            (rows, fan_in),
-            packed[i],
-            absmax,
-            matrix.absmax_scales[i : i + 1],
-            matrix.absmax_offsets[i : i + 1],
-            (rows,),
+            (rows, fan_in), packed[i], absmax[i], scales[i : i + 1], offsets[i : i + 1], (rows,)
         )
-        for i, (rows, absmax) in enumerate(
-            zip(matrix.rows, torch.split(matrix.absmax, counts), strict=True)
-        )
+        for i, rows in enumerate(matrix.rows)
     ]
 
 
@@ -174,15 +168,10 @@ def dequantize(matrix: NF4Matrix) -> torch.Tensor:
 
 def _modules(matrix: NF4Matrix) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Packed bytes and float32 maxima of each module, flat."""
-    fan_in = matrix.shape[1]
-    byte = block = 0
-    for i, rows in enumerate(matrix.rows):
-        size, blocks = rows * fan_in // 2, blocks_of(rows, fan_in)
-        packed = matrix.packed[byte : byte + size]
-        maxima = matrix.absmax[block : block + blocks]
-        if matrix.absmax_scales:
-            scale = matrix.absmax_scales[i].repeat_interleave(NESTED_BLOCK)[:blocks]
+    for module in split(matrix):
+        maxima = module.absmax
+        for scales, offset in zip(module.absmax_scales, module.absmax_offsets, strict=True):
+            scale = scales.repeat_interleave(NESTED_BLOCK)[: len(maxima)]
             values = dynamic_map().to(maxima.device).index_select(0, maxima.int())
-            maxima = values.mul_(scale).add_(matrix.absmax_offsets[i])
-        yield packed, maxima
-        byte, block = byte + size, block + blocks
+            maxima = values.mul_(scale).add_(offset)
+        yield module.packed, maxima
