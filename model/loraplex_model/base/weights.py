@@ -14,12 +14,13 @@ BLOCK = 64
 """Number of weights that share one absmax (QLoRA, arXiv 2305.14314)."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class NF4Matrix:
     """Several modules' matrices stacked into one [out, in], NF4 with double quantisation.
 
     Each module was quantised on its own, so its bytes equal those of bitsandbytes' `Linear4bit`.
-    These tensors are never written to after they are made.
+    These tensors are never written to after they are made. Two matrices are equal only if they are
+    the same object, so that values derived from one can be looked up by it.
 
     Attributes:
         shape: (out, in) of the whole stack.

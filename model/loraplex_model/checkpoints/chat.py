@@ -66,12 +66,9 @@ class ChatTemplate:
                 if size > MAX_RENDERED:
                     raise TextRefused("the rendered conversation is too long")
                 pieces.append(piece)
-        except _TemplateRefusal as error:
-            # The template's own messages are for the caller; other errors are not shown.
-            raise TextRefused(f"the model's chat template refuses: {error}") from error
         except TextRefused:
             raise
-        except Exception as error:
+        except Exception as error:  # not shown, unlike the template's own messages
             text = "the model's chat template does not accept this conversation"
             raise TextRefused(text) from error
         return "".join(pieces)
@@ -88,12 +85,9 @@ class _Generation(Extension):
         return nodes.Scope(body, lineno=line)  # variables set inside are local, as in transformers
 
 
-class _TemplateRefusal(Exception):
-    """Raised by a template's call of `raise_exception`."""
-
-
 def _refuse(message: str) -> NoReturn:
-    raise _TemplateRefusal(message)
+    """The function `raise_exception` of templates, whose messages are for the caller."""
+    raise TextRefused(f"the model's chat template refuses: {message}")
 
 
 def _to_json(value: object, indent: int | None = None) -> str:

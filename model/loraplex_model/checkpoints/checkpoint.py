@@ -111,7 +111,7 @@ class SafetensorsSource:
         self._files: dict[str, Any] = {}  # the open file of each tensor
         for shard in _shards(directory):
             try:
-                file = safe_open(shard, framework="pt")
+                file: Any = safe_open(shard, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise model_invalid(
                     f"{shard} is damaged or cut short ({error}); fetch it again"

@@ -71,13 +71,13 @@ class DenseLinear:
     """Keeps each unpacked matrix in float32, for tests and small models: eight times the memory."""
 
     def __init__(self) -> None:
-        self._dense: dict[int, tuple[NF4Matrix, torch.Tensor]] = {}
+        self._dense: dict[NF4Matrix, torch.Tensor] = {}
 
     def __call__(self, matrix: NF4Matrix, x: torch.Tensor) -> torch.Tensor:
         """See `BaseLinear`."""
-        if id(matrix) not in self._dense:  # keeping the matrix keeps its id unique
-            self._dense[id(matrix)] = (matrix, dequantize(matrix))
-        return by_tiles(x, self._dense[id(matrix)][1].to(x.dtype))
+        if matrix not in self._dense:
+            self._dense[matrix] = dequantize(matrix)
+        return by_tiles(x, self._dense[matrix].to(x.dtype))
 
 
 class ScratchLinear:
@@ -90,7 +90,7 @@ class ScratchLinear:
     def __init__(self, unpack: nf4.Unpack | None = None) -> None:
         """`unpack` is the kernel that unpacks; without one, `nf4.dequantize` does."""
         self._unpack = unpack
-        self._maxima: dict[int, tuple[NF4Matrix, torch.Tensor]] = {}
+        self._maxima: dict[NF4Matrix, torch.Tensor] = {}
         self._scratch = torch.empty(0)
 
     def __call__(self, matrix: NF4Matrix, x: torch.Tensor) -> torch.Tensor:
@@ -102,13 +102,13 @@ class ScratchLinear:
         """The weights, float32 [out, in], valid until the next call."""
         if self._unpack is None:
             return nf4.dequantize(matrix)
-        if id(matrix) not in self._maxima:  # keeping the matrix keeps its id unique
-            self._maxima[id(matrix)] = (matrix, nf4.maxima(matrix))
+        if matrix not in self._maxima:
+            self._maxima[matrix] = nf4.maxima(matrix)
         count = matrix.shape[0] * matrix.shape[1]
         if self._scratch.numel() < count:
             self._scratch = torch.empty(count)
         weight = self._scratch[:count]
-        self._unpack(matrix, self._maxima[id(matrix)][1], weight)
+        self._unpack(matrix, self._maxima[matrix], weight)
         return weight.view(matrix.shape)
 
 
@@ -121,27 +121,22 @@ class FusedLinear:
 
     def __init__(self) -> None:
         quieten_bitsandbytes()
-        self._states: dict[int, tuple[NF4Matrix, Any]] = {}
+        self._states: dict[NF4Matrix, Any] = {}
 
     def __call__(self, matrix: NF4Matrix, x: torch.Tensor) -> torch.Tensor:
         """See `BaseLinear`."""
         import bitsandbytes
-
-        state = self._state(matrix, x.dtype)
-        result: torch.Tensor = bitsandbytes.matmul_4bit(x, matrix.packed.view(-1, 1), state)
-        return result
-
-    def _state(self, matrix: NF4Matrix, dtype: torch.dtype) -> Any:
         from bitsandbytes.functional import QuantState
 
-        if id(matrix) not in self._states:
-            state = QuantState(
+        if matrix not in self._states:
+            self._states[matrix] = QuantState(
                 absmax=absmax_float(matrix).reshape(-1),
                 shape=torch.Size(matrix.shape),
                 code=nf4_code(matrix.packed.device),
                 blocksize=BLOCK,
                 quant_type="nf4",
-                dtype=dtype,
+                dtype=x.dtype,
             )
-            self._states[id(matrix)] = (matrix, state)
-        return self._states[id(matrix)][1]
+        codes = matrix.packed.view(-1, 1)
+        result: torch.Tensor = bitsandbytes.matmul_4bit(x, codes, self._states[matrix])
+        return result

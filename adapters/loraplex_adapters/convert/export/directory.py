@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -38,6 +39,11 @@ def staged(out: Path, *, force: bool = False) -> Iterator[Path]:
         raise Refusal(Reason.EXPORT_FAILED, message, "out") from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def write_json(path: Path, value: Mapping[str, object]) -> None:
+    """Writes a JSON file as Hugging Face's libraries do: indented, with sorted keys."""
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
 def _check_free(out: Path, force: bool) -> None:

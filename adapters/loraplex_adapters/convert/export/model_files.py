@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from loraplex_model.checkpoints import checkpoint
 from loraplex_model.checkpoints.load import LoadedBase
 from loraplex_model.checkpoints.tokenizer import TOKENIZER, TokenizerInfo
 
+from loraplex_adapters.convert.export.directory import write_json
 from loraplex_adapters.convert.export.parameters import Form
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -47,10 +47,10 @@ def write_config(
     config |= {"architectures": [base.weights.config.architecture], "dtype": name, **form.overrides}
     if quantisation is not None:
         config["quantization_config"] = dict(quantisation)
-    _write_json(target / CONFIG, config)
+    write_json(target / CONFIG, config)
     if base.source.is_file() and base.weights.eos_token_ids:
         ids = list(base.weights.eos_token_ids)
-        _write_json(target / GENERATION, {"eos_token_id": ids[0] if len(ids) == 1 else ids})
+        write_json(target / GENERATION, {"eos_token_id": ids[0] if len(ids) == 1 else ids})
 
 
 def write_tokenizer(target: Path, base: LoadedBase) -> None:
@@ -71,7 +71,3 @@ def write_tokenizer(target: Path, base: LoadedBase) -> None:
         **info.special_tokens,
     )
     tokenizer.save_pretrained(target)
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", "utf-8")

@@ -25,10 +25,8 @@ from loraplex_adapters.convert.export.peft_files import write_config
 from loraplex_adapters.format.config import load_config
 from loraplex_adapters.format.files import CONFIG_FILE, WEIGHTS_FILE, open_directory
 from loraplex_adapters.format.header import read_header
+from loraplex_adapters.format.kinds.initialisation import MUTATING
 from loraplex_adapters.format.strict_json import shown
-
-MUTATING = ("pissa", "olora", "corda", "lora_ga")
-"""Initialisations that can be converted, by the beginnings of their names."""
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 _SAME = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")

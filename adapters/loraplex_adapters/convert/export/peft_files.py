@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from loraplex_model.checkpoints.safetensors_file import SafetensorsFile
 
+from loraplex_adapters.convert.export.directory import write_json
 from loraplex_adapters.convert.export.factors import EMBEDDING, FactorsBySite
 from loraplex_adapters.format.files import CONFIG_FILE, WEIGHTS_FILE
 from loraplex_adapters.format.modules import PREFIX, module_path
@@ -45,8 +45,7 @@ def write_peft(
 
 def write_config(target: Path, config: Mapping[str, Any]) -> None:
     """Writes adapter_config.json with sorted keys, as PEFT does."""
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    (target / CONFIG_FILE).write_text(text, "utf-8")
+    write_json(target / CONFIG_FILE, config)
 
 
 def lora_config(ranks: Mapping[str, int], base_model: str) -> dict[str, Any]:

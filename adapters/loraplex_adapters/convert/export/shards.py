@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from loraplex_model.checkpoints.safetensors_file import SafetensorsFile
+
+from loraplex_adapters.convert.export.directory import write_json
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -59,5 +60,4 @@ class Checkpoint:
             (self._directory / f"shard-{i}").rename(self._directory / shard)
             weight_map.update(dict.fromkeys(names, shard))
         index = {"metadata": {"total_size": self._total}, "weight_map": weight_map}
-        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (self._directory / INDEX).write_text(text, "utf-8")
+        write_json(self._directory / INDEX, index)

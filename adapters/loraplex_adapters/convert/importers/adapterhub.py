@@ -25,6 +25,7 @@ from loraplex_model.base.durable import flush_file
 from loraplex_model.base.families import FAMILIES
 from loraplex_model.base.refusal import Problem, Reason, Refusal
 
+from loraplex_adapters.convert.export.directory import write_json
 from loraplex_adapters.format.config import load_config
 from loraplex_adapters.format.files import CONFIG_FILE, WEIGHTS_FILE, RegularFile, open_directory
 from loraplex_adapters.format.header import Header, read_header
@@ -257,7 +258,7 @@ def _write(
             for start in range(header.data_start, weights.size, _PIECE):
                 out.write(weights.read(start, min(_PIECE, weights.size - start)))
             flush_file(out)
-        (target / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        write_json(target / CONFIG_FILE, config)
     except OSError as error:
         message = f"the converted adapter cannot be written: {error.strerror}"
         raise Refusal(Reason.FIELD_INVALID, message, "target") from None

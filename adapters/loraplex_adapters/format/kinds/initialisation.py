@@ -8,6 +8,9 @@ from loraplex_adapters.format.strict_json import shown
 PLAIN = frozenset({"gaussian", "eva", "orthogonal"})
 """Names of initialisations that leave the base unchanged, so that A and B are the whole change."""
 
+MUTATING = ("pissa", "olora", "corda", "lora_ga")
+"""Initialisations whose adapters can be converted, by the beginnings of their names."""
+
 _CONVERT = (
     "convert it: loraplex-server convert --from pissa --initial DIR, where DIR holds the adapter "
     "as it was before training"
@@ -17,8 +20,7 @@ _RETRAIN = "train it on the served base with another initialisation"
 
 def way_out(initialisation: str) -> str:
     """Advice to the owner of an adapter whose initialisation may change the base."""
-    convertible = initialisation.startswith(("pissa", "corda", "olora", "lora_ga"))
-    return _CONVERT if convertible else _RETRAIN
+    return _CONVERT if initialisation.startswith(MUTATING) else _RETRAIN
 
 
 def check_initialisation(reader: Reader) -> None:
