@@ -22,9 +22,10 @@ from loraplex_adapters.convert.export.blend import (
     ties,
     truncated,
 )
-from loraplex_adapters.convert.export.factors import EMBEDDING, Factors, delta_of, factors_of
+from loraplex_adapters.convert.export.factors import Factors, delta_of, factors_of
 from loraplex_adapters.convert.export.peft_files import write_peft
 from loraplex_adapters.format.examine import inspect
+from loraplex_adapters.format.modules import EMBEDDING
 from loraplex_model.adapters.delta import AdapterDelta
 from loraplex_model.base.config import MODEL
 from loraplex_model.base.families import tensor_name

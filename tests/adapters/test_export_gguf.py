@@ -12,8 +12,9 @@ from adapters.export_bases import Bases
 from adapters.peft_files import CASES, lora, write
 from gguf import GGUFReader
 from loraplex_adapters.convert.export.base import open_adapter
-from loraplex_adapters.convert.export.factors import EMBEDDING, factors_of
+from loraplex_adapters.convert.export.factors import factors_of
 from loraplex_adapters.convert.export.gguf_adapter import FILE, tensor_name, write_gguf
+from loraplex_adapters.format.modules import EMBEDDING
 from loraplex_model.adapters.delta import AdapterDelta
 from loraplex_model.base.config import DecoderConfig
 from loraplex_model.base.refusal import Refusal

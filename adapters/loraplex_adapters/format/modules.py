@@ -11,6 +11,9 @@ from loraplex_model.base.info import BaseInfo
 PREFIX = "base_model.model."
 """PEFT's prefix of a module's path in the Hugging Face model."""
 
+EMBEDDING: Site = (MODEL, "embed_tokens")
+HEAD: Site = (MODEL, "lm_head")
+
 VIRTUAL_TOKENS: Site = (MODEL, "virtual_tokens")
 """Site of an adapter's virtual tokens, which is not a module of the base."""
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Set
 from dataclasses import dataclass
 
-from loraplex_model.base.config import MODEL, Site
+from loraplex_model.base.config import Site
 from loraplex_model.base.info import BaseInfo
 
-from loraplex_adapters.format.modules import module_path
+from loraplex_adapters.format.modules import EMBEDDING, HEAD, module_path
 from loraplex_adapters.format.patterns import suffixes
 
-EMBEDDINGS: tuple[Site, ...] = ((MODEL, "embed_tokens"), (MODEL, "lm_head"))
+EMBEDDINGS: tuple[Site, ...] = (EMBEDDING, HEAD)
 """Sites of embeddings and head, which a base may tie."""
 
 

@@ -21,9 +21,9 @@ from loraplex_model.adapters.delta import (
     VirtualTokens,
     is_empty,
 )
-from loraplex_model.adapters.merge import fused_matrix
-from loraplex_model.base.config import PROJECTIONS, Site, fused_place
-from loraplex_model.base.weights import BaseWeights
+from loraplex_model.adapters.merge import own_bias, own_matrix
+from loraplex_model.base.config import PROJECTIONS, Site
+from loraplex_model.base.weights import BaseWeights, NF4Matrix
 from loraplex_model.ops import nf4
 
 from loraplex_adapters.format.spec import CheckedAdapter, ModuleSpec, TensorLocation
@@ -79,11 +79,14 @@ def _projection(module: ModuleSpec, tensors: Tensors, base: BaseWeights) -> Proj
         biases.append(tensors["b_bias"].float() * module.scale)
     if "bias_delta" in tensors:
         biases.append(tensors["bias_delta"].float().reshape(-1))
-    base_bias = _base_bias(module, base)
+    site = module.layer, module.module
+    base_bias = own_bias(base, site)
+    if base_bias is not None:
+        base_bias = _host(base_bias)
     if "magnitude" in tensors:
         assert a is not None
         assert b is not None
-        gain = tensors["magnitude"].float() / _row_norms(module, a, b, base)
+        gain = tensors["magnitude"].float() / _row_norms(own_matrix(base, site), a, b)
         b = b * gain
         if base_bias is not None:
             biases.append(base_bias * (1 - gain))
@@ -150,25 +153,12 @@ def _virtual_tokens(tensors: Tensors, base: BaseWeights) -> VirtualTokens:
     return VirtualTokens(keys=keys, values=values)
 
 
-def _row_norms(
-    module: ModuleSpec, a: torch.Tensor, b: torch.Tensor, base: BaseWeights
-) -> torch.Tensor:
+def _row_norms(matrix: NF4Matrix, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Norms of the rows of W + s B A, float32 [out], where W is the dequantised base."""
-    fused, index = fused_place(module.module)
-    matrix, _ = fused_matrix(base.layers[module.layer], fused)
-    weight = nf4.dequantize(nf4.split(matrix)[index])
+    weight = nf4.dequantize(matrix)
     weight.addmm_(b.T.to(weight.device), a.float().to(weight.device))
     norms: torch.Tensor = torch.linalg.vector_norm(weight, dim=1).cpu()
     return norms
-
-
-def _base_bias(module: ModuleSpec, base: BaseWeights) -> torch.Tensor | None:
-    """The base's bias of a projection, float32 [out]; None if it has none."""
-    fused, index = fused_place(module.module)
-    matrix, bias = fused_matrix(base.layers[module.layer], fused)
-    if bias is None:
-        return None
-    return _host(torch.split(bias, list(matrix.rows))[index])
 
 
 def _norm(module: ModuleSpec, base: BaseWeights) -> torch.Tensor:

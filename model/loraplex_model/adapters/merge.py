@@ -14,7 +14,7 @@ import torch
 
 from loraplex_model.adapters.delta import AdapterDelta, ProjectionDelta
 from loraplex_model.adapters.table import DenseMatrix
-from loraplex_model.base.config import FUSED, DecoderConfig
+from loraplex_model.base.config import FUSED, DecoderConfig, Site, fused_place
 from loraplex_model.base.weights import BaseWeights, LayerWeights, NF4Matrix
 from loraplex_model.ops import nf4
 
@@ -65,6 +65,19 @@ def fused_matrix(layer: LayerWeights, fused: str) -> tuple[NF4Matrix, torch.Tens
     biases = {"qkv": layer.qkv_bias, "o": layer.o_bias}
     matrices = {"qkv": layer.qkv, "o": layer.o, "gate_up": layer.gate_up, "down": layer.down}
     return matrices[fused], biases.get(fused)
+
+
+def own_matrix(base: BaseWeights, site: Site) -> NF4Matrix:
+    """Returns a projection's NF4 weights as views of the base's."""
+    fused, index = fused_place(site[1])
+    return nf4.split(fused_matrix(base.layers[site[0]], fused)[0])[index]
+
+
+def own_bias(base: BaseWeights, site: Site) -> torch.Tensor | None:
+    """Returns a projection's bias [out] in the base's dtype, or None if it has none."""
+    fused, index = fused_place(site[1])
+    matrix, bias = fused_matrix(base.layers[site[0]], fused)
+    return None if bias is None else torch.split(bias, list(matrix.rows))[index]
 
 
 def merged_module(weight: torch.Tensor, change: ProjectionDelta) -> torch.Tensor:

@@ -34,16 +34,12 @@ class ChatTemplate:
         clock: Callable[[], datetime] = datetime.now,
     ) -> None:
         """`clock` returns the local time that the template may print."""
-
-        def now(form: str) -> str:
-            return clock().strftime(form)
-
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
         )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = now
+        environment.globals["strftime_now"] = lambda form: clock().strftime(form)
         self._template = environment.from_string(source)
         self._special_tokens = dict(special_tokens)
 

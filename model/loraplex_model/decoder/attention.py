@@ -29,17 +29,19 @@ class Attention(Protocol):
     ) -> torch.Tensor: ...
 
 
-KVCache = tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]
-"""Keys and values of every layer, [num_blocks, block_size, kv_heads, head_dim] each."""
-
-
 class PagedAttention:
     """Attention of one batch over the cache, after adding the batch's keys and values to it."""
 
-    def __init__(self, config: DecoderConfig, cache: KVCache, batch: ForwardBatch) -> None:
-        self._config, self._batch = config, batch
-        self._keys, self._values = cache
-        device, self._block_size = self._keys[0].device, self._keys[0].shape[1]
+    def __init__(
+        self,
+        config: DecoderConfig,
+        keys: Sequence[torch.Tensor],
+        values: Sequence[torch.Tensor],
+        batch: ForwardBatch,
+    ) -> None:
+        """`keys` and `values` are [num_blocks, block_size, kv_heads, head_dim] for each layer."""
+        self._config, self._keys, self._values, self._batch = config, keys, values, batch
+        device, self._block_size = keys[0].device, keys[0].shape[1]
         self._positions = torch.from_numpy(batch.positions).to(device).long()
         self._tables = torch.from_numpy(batch.block_tables).to(device)
         self._starts = torch.from_numpy(batch.query_starts).to(device)

@@ -62,7 +62,7 @@ class ReferenceDecoder:
             torch.from_numpy(batch.positions).to(device),
             groups_of(batch, self.table, sequences.tolist(), device),
             self._linear,
-            PagedAttention(config, (self.keys, self.values), batch),
+            PagedAttention(config, self.keys, self.values, batch),
         )
         wanted = torch.from_numpy(batch.logit_rows).to(device).long()
         groups = groups_of(batch, self.table, sequences[batch.logit_rows].tolist(), device)

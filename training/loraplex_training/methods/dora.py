@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from loraplex_adapters.format.modules import PREFIX, module_path
 from loraplex_model.adapters.delta import AdapterDelta, LoraFactors, ProjectionDelta
+from loraplex_model.adapters.merge import own_bias
 from loraplex_model.base.config import Site
 
 from loraplex_training.methods.base import (
@@ -32,7 +33,7 @@ from loraplex_training.methods.lora import (
 )
 from loraplex_training.methods.options import OptionProblems
 from loraplex_training.methods.plain import leaf
-from loraplex_training.methods.targets import bias, weight
+from loraplex_training.methods.targets import weight
 
 
 def dora(options: LoraOptions, setting: Setting, problems: OptionProblems) -> TrainedAdapter:
@@ -96,7 +97,7 @@ class DoraAdapter:
     def _change(self, site: Site) -> ProjectionDelta:
         factors = self._pairs.at(site)
         gain = self._magnitudes[_name(site)] / self._norms_of(site, factors)
-        base_bias = bias(self._setting.base, site)
+        base_bias = own_bias(self._setting.base, site)
         return ProjectionDelta(
             a=factors.a,
             b=factors.b.T * (factors.scale * gain),

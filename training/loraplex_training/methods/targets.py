@@ -8,11 +8,11 @@ from typing import TypeVar
 import torch
 from loraplex_adapters.format.modules import module_path
 from loraplex_adapters.format.patterns import match, suffixes
-from loraplex_model.adapters.merge import fused_matrix
-from loraplex_model.base.config import BLOCKS, MODEL, PROJECTIONS, Site, fused_place
+from loraplex_model.adapters.merge import own_matrix
+from loraplex_model.base.config import BLOCKS, MODEL, PROJECTIONS, Site
 from loraplex_model.base.names import suggest
-from loraplex_model.base.weights import BaseWeights, NF4Matrix
-from loraplex_model.ops import nf4, unpack
+from loraplex_model.base.weights import BaseWeights
+from loraplex_model.ops import unpack
 
 from loraplex_training.methods.options import OptionProblems, TargetOptions
 
@@ -88,22 +88,9 @@ def shape(base: BaseWeights, site: Site) -> tuple[int, int]:
     return base.config.projection_shapes()[site[1]]
 
 
-def matrix(base: BaseWeights, site: Site) -> NF4Matrix:
-    """Returns a projection's NF4 weights as views of the base's."""
-    fused, index = fused_place(site[1])
-    return nf4.split(fused_matrix(base.layers[site[0]], fused)[0])[index]
-
-
 def weight(base: BaseWeights, site: Site) -> torch.Tensor:
     """Unpacks a projection's weights: a new float32 tensor [out, in] on the base's device."""
-    return unpack.dequantize(matrix(base, site))
-
-
-def bias(base: BaseWeights, site: Site) -> torch.Tensor | None:
-    """Returns a projection's bias [out] in the base's dtype, or None if it has none."""
-    fused, index = fused_place(site[1])
-    stack, biases = fused_matrix(base.layers[site[0]], fused)
-    return None if biases is None else torch.split(biases, list(stack.rows))[index]
+    return unpack.dequantize(own_matrix(base, site))
 
 
 def _names(name: str, site: Site) -> bool:

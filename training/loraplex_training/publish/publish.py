@@ -21,10 +21,9 @@ from pathlib import Path
 
 import torch
 from loraplex import Client, LoraplexError
-from loraplex_adapters.convert.export.directory import staged
-from loraplex_adapters.convert.export.peft_files import write_config
+from loraplex_adapters.convert.export.directory import staged, write_json
 from loraplex_adapters.format.config import FINGERPRINT_KEY
-from loraplex_adapters.format.files import WEIGHTS_FILE
+from loraplex_adapters.format.files import CONFIG_FILE, WEIGHTS_FILE
 from loraplex_adapters.format.support import STAMP
 from loraplex_adapters.store import Store
 from loraplex_model.base.info import BaseInfo
@@ -123,7 +122,7 @@ def write(
 ) -> None:
     """Writes an adapter's directory. The same adapter gives the same bytes. Raises OSError."""
     folder.mkdir()
-    write_config(folder, files.config)
+    write_json(folder / CONFIG_FILE, files.config)
     with SafetensorsFile(folder / WEIGHTS_FILE, len(files.tensors), stamped) as out:
         for name, tensor in sorted(files.tensors.items()):
             out.add(name, tensor.to(dtype))

@@ -15,12 +15,10 @@ from loraplex_model.adapters.delta import (
     SiteDelta,
     low_rank,
 )
-from loraplex_model.base.config import MODEL, Site
+from loraplex_model.base.config import Site
 from loraplex_model.base.refusal import Reason, Refusal
 
-from loraplex_adapters.format.modules import module_path, table_order
-
-EMBEDDING: Site = (MODEL, "embed_tokens")
+from loraplex_adapters.format.modules import EMBEDDING, module_path, table_order
 
 
 @dataclass(frozen=True, slots=True)

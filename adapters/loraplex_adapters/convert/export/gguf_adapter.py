@@ -18,7 +18,8 @@ from loraplex_model.base.families import FAMILIES
 from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_model.checkpoints.gguf_file import MODULES
 
-from loraplex_adapters.convert.export.factors import EMBEDDING, Factors, FactorsBySite
+from loraplex_adapters.convert.export.factors import Factors, FactorsBySite
+from loraplex_adapters.format.modules import EMBEDDING
 
 FILE = "adapter.gguf"
 

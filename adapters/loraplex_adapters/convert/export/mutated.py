@@ -21,7 +21,7 @@ from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_model.checkpoints.safetensors_file import SafetensorsFile
 from loraplex_model.ops.dtypes import BY_SAFETENSORS
 
-from loraplex_adapters.convert.export.peft_files import write_config
+from loraplex_adapters.convert.export.directory import write_json
 from loraplex_adapters.format.config import load_config
 from loraplex_adapters.format.files import CONFIG_FILE, WEIGHTS_FILE, open_directory
 from loraplex_adapters.format.header import read_header
@@ -48,7 +48,7 @@ def convert(source: Path, initial: Path, target: Path) -> None:
     (config, tensors), (start_config, start) = _read(source), _read(initial)
     plain = _plain_config(config, start_config)
     target.mkdir()
-    write_config(target, plain)
+    write_json(target / CONFIG_FILE, plain)
     stamps = {"loraplex_converted_from": str(config["init_lora_weights"])}
     with SafetensorsFile(target / WEIGHTS_FILE, len(tensors), stamps) as file:
         for name, tensor in tensors.items():

@@ -20,13 +20,15 @@ from loraplex_model.adapters.delta import (
     ProjectionDelta,
     RowsDelta,
 )
-from loraplex_model.adapters.merge import changes_matrix, fused_matrix, merged_module
+from loraplex_model.adapters.merge import changes_matrix, merged_module, own_bias, own_matrix
 from loraplex_model.base import families
-from loraplex_model.base.config import FUSED, MODEL, PROJECTIONS, DecoderConfig
+from loraplex_model.base.config import MODEL, PROJECTIONS, DecoderConfig
 from loraplex_model.base.families import tensor_name
 from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_model.base.weights import BaseWeights, NF4Matrix
 from loraplex_model.ops import nf4
+
+from loraplex_adapters.format.modules import EMBEDDING, HEAD
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,7 @@ def merged_form(config: DecoderConfig, delta: AdapterDelta) -> Form:
             overrides[key] = True
             biased.update(names)
     tied = config.tie_embeddings and _same_rows(
-        delta.at((MODEL, "embed_tokens"), RowsDelta), delta.at((MODEL, "lm_head"), RowsDelta)
+        delta.at(EMBEDDING, RowsDelta), delta.at(HEAD, RowsDelta)
     )
     if tied != config.tie_embeddings:
         overrides["tie_word_embeddings"] = False
@@ -94,25 +96,22 @@ def merged_form(config: DecoderConfig, delta: AdapterDelta) -> Form:
 
 def parameters(weights: BaseWeights, delta: AdapterDelta, form: Form) -> Iterator[Parameter]:
     """Every tensor of the merged checkpoint, in the order of the model."""
-    embed = delta.at((MODEL, "embed_tokens"), RowsDelta)
+    embed = delta.at(EMBEDDING, RowsDelta)
     yield _vocabulary(families.EMBED, weights.embed, embed, transposed=True)
     for index, layer in enumerate(weights.layers):
         for name, weight in layer.norms.items():
             if weight is not None:
                 yield _norm(tensor_name(index, name), weight, delta.at((index, name), NormDelta))
-        for fused, names in FUSED.items():
-            matrix, bias = fused_matrix(layer, fused)
-            biases = None if bias is None else torch.split(bias, list(matrix.rows))
-            for i, (name, module) in enumerate(zip(names, nf4.split(matrix), strict=True)):
-                change = delta.at((index, name), ProjectionDelta)
-                yield _projection(tensor_name(index, name), module, change)
-                if name in form.biased:
-                    own = None if biases is None else biases[i]
-                    at = tensor_name(index, name, "bias")
-                    yield _bias(at, own, module.shape[0], change)
+        for name in PROJECTIONS:
+            site = index, name
+            matrix, change = own_matrix(weights, site), delta.at(site, ProjectionDelta)
+            yield _projection(tensor_name(*site), matrix, change)
+            if name in form.biased:
+                bias = own_bias(weights, site)
+                yield _bias(tensor_name(*site, "bias"), bias, matrix.shape[0], change)
     yield _norm(families.NORM, weights.norm, delta.at((MODEL, "norm"), NormDelta))
     if not form.tied:
-        head = delta.at((MODEL, "lm_head"), RowsDelta)
+        head = delta.at(HEAD, RowsDelta)
         yield _vocabulary(families.LM_HEAD, weights.lm_head, head, transposed=False)
 
 

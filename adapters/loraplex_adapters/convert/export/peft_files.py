@@ -11,9 +11,9 @@ import torch
 from loraplex_model.checkpoints.safetensors_file import SafetensorsFile
 
 from loraplex_adapters.convert.export.directory import write_json
-from loraplex_adapters.convert.export.factors import EMBEDDING, FactorsBySite
+from loraplex_adapters.convert.export.factors import FactorsBySite
 from loraplex_adapters.format.files import CONFIG_FILE, WEIGHTS_FILE
-from loraplex_adapters.format.modules import PREFIX, module_path
+from loraplex_adapters.format.modules import EMBEDDING, PREFIX, module_path
 
 
 def write_peft(
@@ -32,7 +32,7 @@ def write_peft(
     """
     target.mkdir()
     config = lora_config({module_path(*site): f.rank for site, f in factors.items()}, base_model)
-    write_config(target, config)
+    write_json(target / CONFIG_FILE, config)
     with SafetensorsFile(target / WEIGHTS_FILE, 2 * len(factors), stamps) as file:
         for site, found in factors.items():
             a, b = "lora_A.weight", "lora_B.weight"
@@ -41,11 +41,6 @@ def write_peft(
             path = PREFIX + module_path(*site)
             file.add(f"{path}.{a}", found.a.to(dtype))
             file.add(f"{path}.{b}", found.b.to(dtype))
-
-
-def write_config(target: Path, config: Mapping[str, Any]) -> None:
-    """Writes adapter_config.json with sorted keys, as PEFT does."""
-    write_json(target / CONFIG_FILE, config)
 
 
 def lora_config(ranks: Mapping[str, int], base_model: str) -> dict[str, Any]:

@@ -22,8 +22,8 @@ from loraplex_adapters.format.kinds.lora import (
     claim_extras,
     place_others,
 )
-from loraplex_adapters.format.kinds.whole import EMBEDDING, TokenRows, read_rows
-from loraplex_adapters.format.modules import module_path
+from loraplex_adapters.format.kinds.whole import TokenRows, read_rows
+from loraplex_adapters.format.modules import EMBEDDING, module_path
 from loraplex_adapters.format.placement import Placement
 from loraplex_adapters.format.reader import Reader
 from loraplex_adapters.format.spec import ModuleSpec

@@ -11,7 +11,6 @@ from loraplex_model.base.config import MODEL, PROJECTIONS, Site
 from loraplex_adapters.format.kinds.base import Kind
 from loraplex_adapters.format.kinds.initialisation import check_initialisation
 from loraplex_adapters.format.kinds.whole import (
-    EMBEDDING,
     ROWS_ENDING,
     ROWS_OPTION,
     SAVED_ENDING,
@@ -21,7 +20,7 @@ from loraplex_adapters.format.kinds.whole import (
     place_saved,
     read_rows,
 )
-from loraplex_adapters.format.modules import base_sites
+from loraplex_adapters.format.modules import EMBEDDING, base_sites
 from loraplex_adapters.format.placement import Placement
 from loraplex_adapters.format.reader import Reader
 from loraplex_adapters.format.spec import ModuleSpec, TensorLocation

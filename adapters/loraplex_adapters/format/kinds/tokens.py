@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from loraplex_adapters.format.kinds.base import Kind
-from loraplex_adapters.format.kinds.whole import EMBEDDING, HEAD, row_modules
+from loraplex_adapters.format.kinds.whole import row_modules
+from loraplex_adapters.format.modules import EMBEDDING, HEAD
 from loraplex_adapters.format.placement import Placement
 from loraplex_adapters.format.reader import Reader
 from loraplex_adapters.format.spec import ModuleSpec

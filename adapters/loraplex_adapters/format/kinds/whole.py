@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from loraplex_model.base.config import MODEL, Site
+from loraplex_model.base.config import Site
 from loraplex_model.base.refusal import Reason
 
-from loraplex_adapters.format.modules import base_sites, module_path
+from loraplex_adapters.format.modules import EMBEDDING, HEAD, base_sites, module_path
 from loraplex_adapters.format.placement import Placement
 from loraplex_adapters.format.reader import Reader
 from loraplex_adapters.format.spec import ModuleSpec, TensorLocation
@@ -22,8 +22,6 @@ SAVED_OPTION: Mapping[str, Option] = {
 }
 
 ROWS_ENDING, ROWS_OPTION = "token_adapter.trainable_tokens_delta", "trainable_token_indices"
-EMBEDDING: Site = (MODEL, "embed_tokens")
-HEAD: Site = (MODEL, "lm_head")
 _BY_NAME = {"embed_tokens": EMBEDDING, "model.embed_tokens": EMBEDDING, "lm_head": HEAD}
 
 TokenRows = Mapping[Site, tuple[int, ...]]
