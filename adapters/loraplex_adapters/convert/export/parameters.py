@@ -164,8 +164,9 @@ def _vocabulary(
     factors, changed = change.factors, change.changed_rows
 
     def merged(weight: torch.Tensor) -> torch.Tensor:
-        total = weight.clone()
-        if factors is not None:
+        if factors is None:
+            total = weight.clone()
+        else:
             a, b = (factor.float() for factor in factors)
             total = torch.addmm(weight, a, b) if transposed else torch.addmm(weight, b.T, a)
         if changed is not None:
