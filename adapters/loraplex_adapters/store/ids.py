@@ -10,6 +10,7 @@ from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_adapters.format.digest import digest_hex
 
 _NAME = re.compile(r"\A[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\Z")
+_RULE = "has 1 to 63 characters of a-z, 0-9 and -, and does not begin or end with -"
 _VERSION = re.compile(r"\A[1-9][0-9]{0,8}\Z")
 
 
@@ -25,12 +26,7 @@ class AdapterId:
 def check_name(name: str) -> str:
     """Returns `name` if it is valid; raises Refusal(FIELD_INVALID, field "name") otherwise."""
     if not _NAME.match(name):
-        raise Refusal(
-            Reason.FIELD_INVALID,
-            "an adapter name has 1 to 63 characters of a-z, 0-9 and -, and does not begin or end "
-            "with -",
-            "name",
-        )
+        raise Refusal(Reason.FIELD_INVALID, f"an adapter name {_RULE}", "name")
     return name
 
 
@@ -46,9 +42,6 @@ def parse_id(adapter_id: str) -> AdapterId:
         digest_hex(rest)
         return AdapterId(name, digest=rest)
     except Refusal:
-        raise Refusal(
-            Reason.FIELD_INVALID,
-            'an adapter id is "name", "name@<version>" or "name@sha256:<64 hex digits>", where the '
-            "name has 1 to 63 characters of a-z, 0-9 and -, and does not begin or end with -",
-            "adapter_id",
-        ) from None
+        forms = '"name", "name@<version>" or "name@sha256:<64 hex digits>"'
+        message = f"an adapter id is {forms}, where the name {_RULE}"
+        raise Refusal(Reason.FIELD_INVALID, message, "adapter_id") from None
