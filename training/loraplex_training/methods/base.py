@@ -66,6 +66,8 @@ class Observe(Protocol):
 class TrainedAdapter(Protocol):
     """An adapter in training. Not shared between jobs; on the device of the base.
 
+    The defaults are those of an adapter that consists of its parameters alone.
+
     Attributes:
         parameters: leaf tensors that gradients are computed for, float32 (float64 on a float64
             base), by names that are the same in every run, in the order in which they are saved.
@@ -75,29 +77,36 @@ class TrainedAdapter(Protocol):
     """
 
     parameters: Mapping[str, torch.Tensor]
-    dropout: float
-    settled: int
+    dropout: float = 0.0
+    settled: int = 0
 
     def prepare(self, observe: Observe) -> None:
         """Chooses masks from data. Called once before the first step, not when a run is resumed."""
+        return
 
     def groups(self) -> Sequence[ParameterGroup]:
         """Returns groups that contain every parameter once."""
+        return [ParameterGroup(tuple(self.parameters))]
 
     def delta(self) -> AdapterDelta:
         """Computes the change of the base for one pass, differentiable in the parameters."""
 
     def penalty(self) -> torch.Tensor | None:
         """Returns a term added to the mean loss of a step (AdaLoRA's orthogonality), or None."""
+        return None
 
     def stepped(self, step: int) -> None:
         """Updates budgets and masks after optimiser step `step` (from 1); gradients still exist."""
+        return
 
     def state(self) -> Mapping[str, torch.Tensor]:
-        """Returns the tensors other than parameters that an exact continuation needs."""
+        """Returns the tensors, not copied, besides parameters that a continuation needs."""
+        return {}
 
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
         """Restores what `state` returned. The caller restores the parameters, in place."""
+        for name, tensor in self.state().items():
+            tensor.copy_(state[name])
 
     def files(self) -> AdapterFiles:
         """Returns the files of the adapter as it is now."""
