@@ -107,7 +107,7 @@ class Runner:
             error = failure.of(status, progress, self._folder / LOG)
             if late:
                 text = f"the job ran for more than {self._trainer.timeout:g} s and was stopped"
-                error = FailureRecord("TIMEOUT", text, error.log)
+                error = FailureRecord(Reason.TIMEOUT, text, error.log)
             raise _Stopped(self._ended(State.FAILED, error=error))
         ending = failure.without_paths(progress.ended.reason) if progress.ended else ""
         job = self.job.change(made=str(made), ending=ending, peak_bytes=progress.peak_bytes)
