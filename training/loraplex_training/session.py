@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from itertools import count
 from pathlib import Path
 from types import FrameType
 from typing import Final
@@ -198,10 +199,8 @@ def _free(spec: RunSpec) -> Path:
     """Returns the run's directory; for the default one, adds a number if it already has a run."""
     if spec.out.parent != options.RUNS or not is_run(spec.out):
         return spec.out
-    number = 2
-    while is_run(spec.out.with_name(f"{spec.out.name}-{number}")):
-        number += 1
-    return spec.out.with_name(f"{spec.out.name}-{number}")
+    numbered = (spec.out.with_name(f"{spec.out.name}-{number}") for number in count(2))
+    return next(out for out in numbered if not is_run(out))
 
 
 def _describe(run: Run) -> None:

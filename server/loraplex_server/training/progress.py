@@ -75,8 +75,6 @@ class RunProgress:
                 self.peak_bytes = event.peak_bytes
             case Failed():
                 self.failed = event
-            case _:
-                pass
 
     def _step(self, now: ProgressRecord, event: StepDone) -> ProgressRecord:
         self.tokens += event.tokens
