@@ -78,7 +78,7 @@ class Bench:
 
     async def create(self, *texts: str, name: str = "made", **fields: Any) -> JobRecord:
         order = JobOrder(name=name, settings={"steps": 9}, replace=True)
-        request = JobRequest(order, DataSource("data", lines(*texts)), **fields)
+        request = JobRequest(order, DataSource(lines(*texts)), **fields)
         return (await self.queue.create(request))[0]
 
     async def at(self, job: JobRecord, step: int) -> None:

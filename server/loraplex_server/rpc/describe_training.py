@@ -101,9 +101,11 @@ def request(message: training_pb2.CreateJobRequest) -> JobRequest:
         alias=delivery.alias,
         labels=dict(delivery.labels),
     )
-    given = message.HasField("eval_data")
-    evaluation = _source("eval_data", message.eval_data) if given else None
-    return JobRequest(order, _source("data", message.data), evaluation, message.request_id)
+    data, evaluation = (
+        DataSource(given.jsonl, given.path) for given in (message.data, message.eval_data)
+    )
+    has_evaluation = message.HasField("eval_data")
+    return JobRequest(order, data, evaluation if has_evaluation else None, message.request_id)
 
 
 def job(found: JobRecord, position: int) -> training_pb2.TrainingJob:
@@ -158,10 +160,6 @@ def _given(message: Any, names: Mapping[str, str]) -> Iterator[tuple[str, Scalar
     for field, key in names.items():
         if message.HasField(field):
             yield key, getattr(message, field)
-
-
-def _source(field: str, data: training_pb2.TrainingData) -> DataSource:
-    return DataSource(field, data.jsonl, data.path)
 
 
 def _spec(order: JobOrder) -> training_pb2.TrainingSpec:

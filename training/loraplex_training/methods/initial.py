@@ -79,7 +79,10 @@ def initialisation(
     if name == "pissa":
         return lambda site, rank, scale: largest(weight(base, site), rank, scale)
     if name == "loftq":
-        return partial(_loftq, base, largest, _open(base, source, problems))
+        try:
+            return partial(_loftq, base, largest, _open(source))
+        except (Refusal, ValueError) as error:
+            problems.add("loftq_source", f"loftq_source: {error}")
     return partial(_drawn, base, name, chance)
 
 
@@ -104,12 +107,11 @@ def _uniform(fan_out: int, fan_in: int, chance: torch.Generator) -> torch.Tensor
 def _loftq(
     base: BaseWeights,
     largest: Callable[[torch.Tensor, int, float], Pair],
-    source: TensorSource | None,
+    source: TensorSource,
     site: Site,
     rank: int,
     scale: float,
 ) -> Pair:
-    assert source is not None, "`initialisation` has reported that it is missing"
     served = weight(base, site)
     name = tensor_name(*site)
     try:
@@ -132,31 +134,19 @@ def _not_the_source(why: str) -> Refusal:
     )
 
 
-def _open(base: BaseWeights, source: str, problems: OptionProblems) -> TensorSource | None:
-    """Opens the weights before quantisation; None after a problem."""
-
-    def refuse(message: str) -> None:
-        problems.add("loftq_source", f"loftq_source: {message}")
-
+def _open(source: str) -> TensorSource:
+    """Opens the weights before quantisation. Raises ValueError or Refusal if that is impossible."""
     if not source:
-        refuse(
+        raise ValueError(
             "LoftQ fits the quantisation error, which the base alone does not show; give the "
             "directory (or .gguf file) of the weights before quantisation"
         )
-        return None
     path = Path(source).expanduser()
     if not path.exists():
-        refuse(f"there is no {path}")
-        return None
-    try:
-        found = open_source(path)
-        quantised = prequantised.is_nf4(found, tensor_name(0, "q_proj"))
-    except Refusal as error:
-        refuse(str(error))
-        return None
-    if quantised:
-        refuse(f"{path} is quantised itself; give the weights before that")
-        return None
+        raise ValueError(f"there is no {path}")
+    found = open_source(path)
+    if prequantised.is_nf4(found, tensor_name(0, "q_proj")):
+        raise ValueError(f"{path} is quantised itself; give the weights before that")
     return found
 
 

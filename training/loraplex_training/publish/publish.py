@@ -203,11 +203,10 @@ def _facts(job: Job, run: Run) -> Facts:
         "of these learned": report.train.learned,
         "evaluation examples": report.evaluation.examples,
     }
-    parameters = sum(p.numel() for p in job.adapter.parameters.values())
     return Facts(
         base=known_as(run.base.name),
         fingerprint=run.base.weights.fingerprint,
-        parameters=parameters,
+        parameters=job.parameters,
         counts=counts,
         data=run.datasets[job.name].digest,
         template=run.text.template_digest,

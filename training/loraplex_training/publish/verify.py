@@ -104,9 +104,9 @@ def in_float32(base: BaseWeights) -> BaseWeights:
         return base
 
     def wide(layer: LayerWeights) -> LayerWeights:
-        found = {field.name: getattr(layer, field.name) for field in fields(layer)}
-        dense = {n: t.float() for n, t in found.items() if isinstance(t, torch.Tensor)}
-        return replace(layer, **dense)
+        found = {f.name: getattr(layer, f.name) for f in fields(layer)}
+        dense = {name: t.float() for name, t in found.items() if isinstance(t, torch.Tensor)}
+        return replace(layer, **dense)  # type: ignore[arg-type]
 
     embed = base.embed.float()
     layers = tuple(map(wide, base.layers))

@@ -49,10 +49,9 @@ def _sizes(job: Job) -> tuple[int, int, AdapterSize]:
         up = change.up if isinstance(change, BottleneckDelta) else None
         up = change.b if isinstance(change, ProjectionDelta) else up
         layers[layer] = layers.get(layer, 0) + (0 if up is None else len(up))
-    parameters = list(job.adapter.parameters.values())
     size = AdapterSize(
-        sum(p.numel() for p in parameters),
-        max(p.itemsize for p in parameters),
+        job.parameters,
+        max(p.itemsize for p in job.adapter.parameters.values()),
         job.spec.optim.name,
         max(layers.values(), default=0),
         changes_head(delta),

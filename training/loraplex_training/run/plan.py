@@ -26,7 +26,6 @@ from loraplex_training.run.process_settings import process_settings
 from loraplex_training.spec.spec import RATES, OptimSpec, RunSpec
 from loraplex_training.step.job import Job
 from loraplex_training.step.joint import JointPass, Part
-from loraplex_training.step.optimiser import expected
 
 BACKWARD: Final = 3.0
 """Cost of a forward and backward pass in forward passes, roughly. The frozen base model needs no
@@ -111,8 +110,8 @@ def _plan(spec: RunSpec, inputs: RunInputs, jobs: Sequence[Job]) -> RunPlan:
         JobPlan(
             job.name,
             job.spec.method.name,
-            sum(p.numel() for p in job.adapter.parameters.values()),
-            str(expected(job.spec.optim, job.adapter.parameters, job.adapter.groups())),
+            job.parameters,
+            job.optimiser,
             job.batches.steps,
             _tokens(job),
         )

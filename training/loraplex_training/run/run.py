@@ -38,7 +38,6 @@ from loraplex_training.spec.spec import RunSpec
 from loraplex_training.step.job import Job
 from loraplex_training.step.joint import JointPass, Part
 from loraplex_training.step.memory import peak_bytes
-from loraplex_training.step.optimiser import expected
 
 _FORMAT = 1
 
@@ -288,17 +287,13 @@ class Run:
         return [job for job in self._jobs if job.active]
 
     def _started(self) -> RunStarted:
-        states = [
-            str(expected(job.spec.optim, job.adapter.parameters, job.adapter.groups()))
-            for job in self._jobs
-        ]
         return RunStarted(
             tuple(job.name for job in self._jobs),
             tuple(job.batches.steps for job in self._jobs),
             self.round,
             str(self.base.weights.embed.device),
             costs.of(self.base.weights, self._jobs, self.spec).total,
-            tuple(states),
+            tuple(job.optimiser for job in self._jobs),
         )
 
     def _emit(self, events: Iterable[Event]) -> None:

@@ -31,7 +31,7 @@ from loraplex_training.report.events import Evaluated, Event, JobEnded, JobStatu
 from loraplex_training.spec.spec import JobSpec
 from loraplex_training.step.divergence import DivergenceWatch
 from loraplex_training.step.joint import Part
-from loraplex_training.step.optimiser import JobOptimiser
+from loraplex_training.step.optimiser import JobOptimiser, expected
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -108,6 +108,16 @@ class Job:
     @property
     def name(self) -> str:
         return self.spec.name
+
+    @property
+    def parameters(self) -> int:
+        """Number of trained parameters."""
+        return sum(p.numel() for p in self.adapter.parameters.values())
+
+    @property
+    def optimiser(self) -> str:
+        """The state that the optimiser will keep ("AdamW, float32, 1.2 MB")."""
+        return str(expected(self.spec.optim, self.adapter.parameters, self.adapter.groups()))
 
     @property
     def active(self) -> bool:
