@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
+from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from loraplex.v1 import training_pb2
 from loraplex_model.base.refusal import Problem, Reason
@@ -20,32 +21,14 @@ from loraplex_server.training.jobs import (
 )
 from loraplex_server.training.request import DataSource, JobRequest
 
-_SPEC: Final[Mapping[str, str]] = {
-    name: name
-    for name in (
-        "epochs",
-        "steps",
-        "batch_size",
-        "accumulation",
-        "pack",
-        "max_tokens",
-        "max_length",
-        "learn",
-        "system",
-        "eval_fraction",
-        "eval_every",
-        "patience",
-        "metric",
-        "seed",
-    )
-}
-_OPTIMISER: Final[Mapping[str, str]] = {
-    "learning_rate": "lr",
-    "weight_decay": "weight_decay",
-    "schedule": "schedule",
-    "warmup": "warmup",
-    "clip": "clip",
-}
+
+def _options(message: type[Message], *others: str) -> Mapping[str, str]:
+    names = [field for field in message.DESCRIPTOR.fields_by_name if field not in others]
+    return {name: "lr" if name == "learning_rate" else name for name in names}
+
+
+_SPEC: Final = _options(training_pb2.TrainingSpec, "name", "method", "optimiser")
+_OPTIMISER: Final = _options(training_pb2.TrainingOptimiser, "name")
 """Fields of the API with the trainer's keys for them."""
 
 PATHS: Final[Mapping[str, str]] = {

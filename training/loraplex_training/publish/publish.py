@@ -69,7 +69,7 @@ def publish(job: Job, run: Run, target: Target, alias: str = "") -> Published:
     examples = [sample.tokens for sample in (*data.evaluation, *data.train)[:CHECKED]]
     with torch.no_grad():
         trained = job.adapter.delta()
-    with placed(folder) as fresh:
+    with _failing("nothing was registered"), staged(folder, force=True) as fresh:
         write(fresh, files, stamped, text, BY_NAME[target.dtype])
         if (picture := run.spec.out / PICTURE).is_file():
             shutil.copyfile(picture, fresh / PICTURE)
@@ -183,16 +183,6 @@ def send(
             f"registered {sent.digest}; the adapter is {digest}",
         )
     return f"{name}@{sent.version}", asked.text
-
-
-@contextmanager
-def placed(out: Path) -> Iterator[Path]:
-    """Provides a temporary path that is renamed to `out` when the context ends; see `staged`.
-
-    Raises Refusal: DISK_FULL, PUBLISH_FAILED.
-    """
-    with _failing("nothing was registered"), staged(out, force=True) as fresh:
-        yield fresh
 
 
 def _facts(job: Job, run: Run) -> Facts:

@@ -23,6 +23,7 @@ from loraplex_training.report.progress import duration_text, size_text
 from loraplex_training.run import costs
 from loraplex_training.run.inputs import RunInputs
 from loraplex_training.run.process_settings import process_settings
+from loraplex_training.spec.flags import default_text
 from loraplex_training.spec.spec import RATES, OptimSpec, RunSpec
 from loraplex_training.step.job import Job
 from loraplex_training.step.joint import JointPass, Part
@@ -145,10 +146,7 @@ def _option(declared: tuple[str, FieldInfo]) -> str:
     """Returns the line of an option: its name, description and default."""
     name, info = declared
     default = info.get_default(call_default_factory=True, validated_data={})
-    if isinstance(default, tuple):
-        default = ",".join(map(str, default))
-    shown = f" (default: {default})" if default not in (None, "", {}, False) else ""
-    return f"{name}: {' '.join(str(info.description).split())}{shown}"
+    return f"{name}: {' '.join(str(info.description).split())}{default_text(default)}"
 
 
 def _tokens(job: Job) -> int:
