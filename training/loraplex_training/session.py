@@ -98,7 +98,7 @@ class _Session:
         if signals and any(job.active for job in jobs):
             self.say(f"saved; continue with: loraplex-train resume {self.out}")
             return 128 + signals[0]
-        with _ending_on_sigterm():
+        with _handling(_end):
             problems = self._publish(run, target, jobs)
         self._summary(jobs)
         if problems:
@@ -165,15 +165,9 @@ def _stoppable(run: Run) -> Iterator[list[int]]:
         yield received
 
 
-@contextmanager
-def _ending_on_sigterm() -> Iterator[None]:
-    """Makes SIGTERM and SIGINT raise SystemExit, so that unfinished files are removed."""
-
-    def end(number: int, _: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    with _handling(end):
-        yield
+def _end(number: int, _: FrameType | None) -> None:
+    """Ends the process on a signal by SystemExit, so that unfinished files are removed."""
+    raise SystemExit(128 + number)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
+import msgspec
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from loraplex.v1 import training_pb2
@@ -94,7 +95,7 @@ def request(message: training_pb2.CreateJobRequest) -> JobRequest:
 def job(found: JobRecord, position: int) -> training_pb2.TrainingJob:
     """Returns the message for a job with `position` jobs before it in the queue."""
     order = found.order
-    message = training_pb2.TrainingJob(
+    return training_pb2.TrainingJob(
         job_id=found.id,
         state=f"TRAINING_JOB_STATE_{found.state.name}",
         spec=_spec(order),
@@ -104,32 +105,22 @@ def job(found: JobRecord, position: int) -> training_pb2.TrainingJob:
         queue_position=position,
         resumptions=found.resumptions,
         estimated_bytes=found.estimated_bytes,
+        create_time=_time(found.created),
+        start_time=_time(found.started),
+        end_time=_time(found.ended),
         progress=None if found.progress is None else _progress(found.progress),
+        result=_result(found),
+        error=None
+        if found.error is None
+        else training_pb2.TrainingError(**msgspec.structs.asdict(found.error)),
     )
-    for seconds, stamp in (
-        (found.created, message.create_time),
-        (found.started, message.start_time),
-        (found.ended, message.end_time),
-    ):
-        if seconds:
-            _set(stamp, seconds)
-    if found.result is not None:
-        message.result.CopyFrom(
-            training_pb2.TrainingResult(
-                version=found.result.version,
-                digest=found.result.digest,
-                ending=found.ending,
-                loaded=found.result.loaded,
-                warning=found.result.warning,
-                peak_bytes=found.peak_bytes,
-            )
-        )
-    if found.error is not None:
-        error = found.error
-        message.error.CopyFrom(
-            training_pb2.TrainingError(reason=error.reason, message=error.message, log=error.log)
-        )
-    return message
+
+
+def _result(found: JobRecord) -> training_pb2.TrainingResult | None:
+    if found.result is None:
+        return None
+    result = msgspec.structs.asdict(found.result)
+    return training_pb2.TrainingResult(ending=found.ending, peak_bytes=found.peak_bytes, **result)
 
 
 def states(message: training_pb2.ListJobsRequest) -> frozenset[State]:
@@ -187,5 +178,10 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def _set(stamp: Timestamp, seconds: float) -> None:
+def _time(seconds: float) -> Timestamp | None:
+    """Returns a Unix time as a message; None for 0, which is no time."""
+    if not seconds:
+        return None
+    stamp = Timestamp()
     stamp.FromNanoseconds(int(seconds * 1e9))
+    return stamp

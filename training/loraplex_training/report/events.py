@@ -97,6 +97,11 @@ class Sampled(_Event, frozen=True):
     answer: str
     reference: str
 
+    @property
+    def when(self) -> str:
+        """The step in words."""
+        return f"after {self.step} steps" if self.step else "before training"
+
 
 class JobEnded(_Event, frozen=True):
     """A job has ended; `reason` is a sentence on why."""
@@ -152,16 +157,8 @@ class Failed(_Event, frozen=True):
 
 
 Event = (
-    RunStarted
-    | StepDone
-    | Evaluated
-    | Sampled
-    | JobEnded
-    | Saved
-    | Published
-    | RunEnded
-    | Failed
-)  # fmt: skip
+    RunStarted | StepDone | Evaluated | Sampled | JobEnded | Saved | Published | RunEnded | Failed
+)
 
 
 class Observer(Protocol):

@@ -90,8 +90,7 @@ def samples(events: Iterable[Event]) -> str:
             if not part:
                 part += [f"## {event.job}", block(event.prompt)]
                 part += ["expected:", block(event.reference)]
-            when = f"after {event.step} steps:" if event.step else "before training:"
-            part += [when, block(event.answer)]
+            part += [f"{event.when}:", block(event.answer)]
     return "".join("\n\n".join(part) + "\n\n" for part in parts.values())
 
 

@@ -13,13 +13,14 @@ import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from loraplex_model.adapters.delta import AdapterDelta
 from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_model.ops.linear import BaseLinear
 
+from loraplex_training.methods.base import Observe
 from loraplex_training.report.events import Event, JobStatus, Observer, RunEnded, RunStarted, Saved
 from loraplex_training.run import costs, evaluate
 from loraplex_training.run.checkpoint import CONFIG, RunFolder, RunSnapshot, is_run
@@ -202,16 +203,11 @@ class Run:
         self._save()
         return True
 
-    def _observe(self, job: Job) -> Any:
+    def _observe(self, job: Job) -> Observe:
         def observe(linear: BaseLinear, batches: int) -> None:
-            passed = 0
-            for number in range(job.batches.steps):
-                for batch in job.batches.step(number):
-                    if passed == batches:
-                        return
-                    part = Part(None, batch, 1 / max(1, batch.learned))
-                    self.joint.backward([part], linear)
-                    passed += 1
+            every = (b for number in range(job.batches.steps) for b in job.batches.step(number))
+            for batch in islice(every, batches):
+                self.joint.backward([Part(None, batch, 1 / max(1, batch.learned))], linear)
 
         return observe
 

@@ -104,7 +104,8 @@ class JobOptimiser:
 
     def norm(self) -> float:
         """Returns the 2-norm of all gradients together."""
-        return float(torch.nn.utils.get_total_norm(self._gradients()))
+        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients))
 
     def clip(self, norm: float) -> None:
         """Scales the gradients to the job's limit if `norm`, their norm, exceeds it."""
@@ -184,9 +185,6 @@ class JobOptimiser:
             return value.to(parameter.device, copy=True)
         buffer: torch.Tensor = self._optimiser.get_state_buffer(parameter, dtype=value.dtype)  # type: ignore[attr-defined]
         return buffer.copy_(value)
-
-    def _gradients(self) -> list[torch.Tensor]:
-        return [p.grad for p in self._parameters.values() if p.grad is not None]
 
 
 def expected(
