@@ -27,7 +27,7 @@ from loraplex_training.run.checkpoint import CONFIG, FOLDER
 from loraplex_training.run.inputs import RunInputs
 from loraplex_training.run.run import Run
 from loraplex_training.spec.fields import located
-from loraplex_training.spec.parse import from_toml
+from loraplex_training.spec.parse import read
 from loraplex_training.spec.spec import MethodSpec, RunSpec
 from loraplex_training.step.joint import JointPass, Part
 
@@ -160,7 +160,7 @@ def test_a_run_in_progress_has_its_folder_alone(spec: RunSpec, inputs: RunInputs
 
 def test_the_folder_says_what_was_asked_for(spec: RunSpec, inputs: RunInputs) -> None:
     Run.start(spec, inputs=inputs)
-    assert from_toml((spec.out / CONFIG).read_text()) == spec
+    assert read(config=spec.out / CONFIG) == spec
 
 
 def test_without_evaluation_the_last_step_is_kept(spec: RunSpec) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -38,29 +38,21 @@ class Setting:
         base_model: name for `base_model_name_or_path`.
         generator: seeded with the job's seed; a method draws random numbers from nothing else.
         steps: number of optimiser steps of the job, for schedules of ranks.
-        token_ids: converts text to ids, for virtual tokens that start from a text.
+        token_ids: converts text to ids without special tokens, for virtual tokens.
     """
 
     base: BaseWeights
     base_model: str
     generator: torch.Generator
     steps: int
-    token_ids: TokenIds
+    token_ids: Callable[[str], Sequence[int]]
 
 
-class TokenIds(Protocol):
-    """Converts text to token ids, without special tokens."""
+Observe = Callable[[BaseLinear, int], None]
+"""Runs a number of the job's micro-batches forward and backward over the base without adapters.
 
-    def __call__(self, text: str, /) -> Sequence[int]: ...
-
-
-class Observe(Protocol):
-    """Runs `batches` micro-batches of the job forward and backward over the base without adapters.
-
-    `linear` computes the products of projections, and is the only one to see their gradients.
-    """
-
-    def __call__(self, linear: BaseLinear, batches: int, /) -> None: ...
+The `BaseLinear` computes the products of projections, and is the only one to see their gradients.
+"""
 
 
 class TrainedAdapter(Protocol):

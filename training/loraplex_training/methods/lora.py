@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import torch
 from loraplex_adapters.format.modules import module_path
@@ -24,10 +24,8 @@ from loraplex_training.methods.base import AdapterFiles, ParameterGroup, Setting
 from loraplex_training.methods.initial import Initialise, StartOptions, initialisation
 from loraplex_training.methods.options import Alphas, OptionProblems, Rank, Ranks
 from loraplex_training.methods.plain import config_of, leaf, stored, tensor_name
-from loraplex_training.methods.targets import HEAD, by_site, sites_of
+from loraplex_training.methods.targets import HEAD, Number, by_site, sites_of
 from loraplex_training.spec.fields import AboveZero, Fraction
-
-Number = TypeVar("Number", int, float)
 
 _FIRST = "first."
 

@@ -55,29 +55,24 @@ class TensorBoard:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._writers: dict[str, Any] = {}
-        self._resumed_at = 0
 
     @until_failure("TensorBoard curves are not written", ImportError, OSError)
     def on(self, event: Event) -> None:
         if isinstance(event, RunStarted):
-            self._resumed_at = event.step
+            board = import_module("torch.utils.tensorboard")
+            # Hides the values of steps that a resumed run repeats.
+            purge = event.step + 1 if event.step else None
+            for job in event.jobs:
+                folder = str(self._folder / job)
+                self._writers[job] = board.SummaryWriter(folder, purge_step=purge)
         elif isinstance(event, StepDone | Evaluated):
             for name, value in scalars(event).items():
-                self._writer(event.job).add_scalar(name, value, event.step)
+                self._writers[event.job].add_scalar(name, value, event.step)
         elif isinstance(event, JobEnded):
-            self._writer(event.job).flush()
+            self._writers[event.job].flush()
         elif isinstance(event, RunEnded):
             for writer in self._writers.values():
                 writer.close()
-            self._writers.clear()
-
-    def _writer(self, job: str) -> Any:
-        if job not in self._writers:
-            board = import_module("torch.utils.tensorboard")
-            # Hides the values of steps that a resumed run repeats.
-            purge = self._resumed_at + 1 if self._resumed_at else None
-            self._writers[job] = board.SummaryWriter(str(self._folder / job), purge_step=purge)
-        return self._writers[job]
 
 
 class Picture:

@@ -31,7 +31,7 @@ from loraplex_training.spec.parse import (
     absolute,
     check,
     from_mapping,
-    from_toml,
+    read,
     to_mapping,
     to_toml,
 )
@@ -304,7 +304,7 @@ def _spec_of(out: Path, snapshot: RunSnapshot | None) -> RunSpec:
     The directory may have been moved since then.
     """
     if snapshot is None:
-        spec = from_toml((out / CONFIG).read_text("utf-8"))
+        spec = read(config=out / CONFIG)
     elif snapshot.values.get("format") != _FORMAT:
         raise Refusal(
             Reason.CHECKPOINT_INVALID,
