@@ -159,17 +159,16 @@ def from_mapping(document: Mapping[str, object]) -> RunSpec:
 
 def to_mapping(spec: RunSpec) -> dict[str, Any]:
     """Returns the run as plain values, for JSON; `from_mapping` makes an equal one of them."""
-    run = {name: to_jsonable_python(getattr(spec, name)) for name in RUN_KEYS}
+    run = {name: getattr(spec, name) for name in RUN_KEYS}
     jobs = []
     for job in spec.jobs:
         values = {
             name: getattr(getattr(job, key.part) if key.part else job, key.field)
             for name, key in KEYS.items()
         }
-        jobs.append(
-            {name: to_jsonable_python(value) for name, value in values.items() if value is not None}
-        )
-    return {"run": run, "job": jobs}
+        jobs.append({name: value for name, value in values.items() if value is not None})
+    plain: dict[str, Any] = to_jsonable_python({"run": run, "job": jobs})
+    return plain
 
 
 def to_toml(spec: RunSpec) -> str:

@@ -178,11 +178,10 @@ class Job:
             self.name, number, loss, rate, norm, step.tokens, step.learned, seconds
         )  # fmt: skip
         reason = self._watch.trained(loss)
-        if not self.evaluation and not reason and number == self.batches.steps:
-            self._set(best_step=number, best_loss=loss)
         if reason:
             yield self.leave(JobStatus.DIVERGED, reason)
         elif number == self.batches.steps and not self.evaluation:
+            self._set(best_step=number, best_loss=loss)
             yield self.leave(JobStatus.FINISHED, f"all {number} steps are done")
 
     def evaluate(self, loss_sum: float, metric: float | None) -> Iterator[Event]:
