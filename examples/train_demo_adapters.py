@@ -20,15 +20,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from loraplex_adapters.convert.export.directory import staged
 from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_model.checkpoints.default_model import HUB_NAME
-from loraplex_training.publish.publish import known_as, placed, stamps, write
+from loraplex_training.publish.publish import known_as, stamps, write
 from loraplex_training.publish.verify import verify
 from loraplex_training.report.events import JobStatus
 from loraplex_training.report.progress import ProgressDisplay
-from loraplex_training.run.run import JobOutcome, Run
+from loraplex_training.run.run import Run
 from loraplex_training.spec.parse import from_mapping
 from loraplex_training.spec.spec import RunSpec
+from loraplex_training.step.job import Job
 from rich.console import Console
 
 HERE = Path(__file__).parent
@@ -131,16 +133,17 @@ def run_of(args: argparse.Namespace, work: Path) -> RunSpec:
     return from_mapping({"run": run, "job": jobs})
 
 
-def publish(recipe: Recipe, outcome: JobOutcome, run: Run, out: Path, stamp: bool) -> None:
+def publish(recipe: Recipe, job: Job, run: Run, out: Path, stamp: bool) -> None:
     """Writes an adapter with bfloat16 weights, the compute type of a bfloat16 server."""
-    base, files = run.base, outcome.adapter.files()
+    base, files = run.base, job.adapter.files()
     config = {**files.config, "base_model_name_or_path": known_as(base.name)}
-    digests = run.text.template_digest, outcome.data_digest
+    data = run.datasets[recipe.name]
+    digests = run.text.template_digest, data.digest
     stamped = stamps(base.weights, *digests) if stamp else {}
-    examples = [sample.tokens for sample in run.datasets[recipe.name].train[:4]]
+    examples = [sample.tokens for sample in data.train[:4]]
     with torch.no_grad():
-        trained = outcome.adapter.delta()
-    with placed(out / recipe.name) as fresh:
+        trained = job.adapter.delta()
+    with staged(out / recipe.name, force=True) as fresh:
         named = replace(files, config=config)
         write(fresh, named, stamped, recipe.card, torch.bfloat16)
         verify(fresh, trained, run.joint, base.weights, examples, run.spec.cache, torch.bfloat16)
@@ -150,12 +153,12 @@ def train(args: argparse.Namespace, recipes: Sequence[Recipe] = RECIPES) -> None
     """Trains and writes all adapters. Raises Refusal."""
     with tempfile.TemporaryDirectory() as work, closing(ProgressDisplay(Console())) as progress:
         run = Run.start(run_of(args, Path(work)), [progress])
-        outcomes = run.train()
+        jobs = run.train()
         for recipe in recipes:
-            outcome = outcomes[recipe.name]
-            if outcome.state is not JobStatus.FINISHED:
-                raise Refusal(Reason.DIVERGED, f"{recipe.name}: {outcome.progress.reason}")
-            publish(recipe, outcome, run, args.out, args.stamp)
+            job = jobs[recipe.name]
+            if job.progress.state is not JobStatus.FINISHED:
+                raise Refusal(Reason.DIVERGED, f"{recipe.name}: {job.progress.reason}")
+            publish(recipe, job, run, args.out, args.stamp)
             print(args.out / recipe.name)
 
 

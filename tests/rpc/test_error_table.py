@@ -241,7 +241,7 @@ async def upload_offset(up: Running, patch: pytest.MonkeyPatch) -> None:
 
 @raises(Reason.TRAINING_DISABLED)
 async def training_disabled(up: Running, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(TrainingService, "_on", TrainingService(None, Gate())._on)
+    patch.setattr(TrainingService, "_open", TrainingService(None, Gate())._open)
     await jobs(up).ListJobs(training_pb2.ListJobsRequest())
 
 

@@ -78,7 +78,7 @@ class Bench:
 
     async def create(self, *texts: str, name: str = "made", **fields: Any) -> JobRecord:
         order = JobOrder(name=name, settings={"steps": 9}, replace=True)
-        request = JobRequest(order, DataSource("data", lines(*texts)), **fields)
+        request = JobRequest(order, DataSource(lines(*texts)), **fields)
         return (await self.queue.create(request))[0]
 
     async def at(self, job: JobRecord, step: int) -> None:
@@ -250,6 +250,20 @@ async def test_old_jobs_are_forgotten_with_their_files(tmp_path: Path) -> None:
         assert [job.id for job in kept] == [jobs[3].id, jobs[2].id]
         left = {"lock", jobs[2].id, jobs[3].id}
         await until(lambda: {path.name for path in (tmp_path / "jobs").iterdir()} == left)
+
+
+async def test_a_job_that_ends_last_is_kept_though_newer_ones_ended_before_it(
+    tmp_path: Path,
+) -> None:
+    async with opened(tmp_path, kept=1) as one:
+        old = await one.create("step 1", "hold", name="old")
+        await one.at(old, 1)
+        newer = await one.create("diverge", name="newer")
+        await one.queue.cancel(newer.id)
+        watched = asyncio.create_task(one.ended(old))
+        assert (await one.queue.cancel(old.id)).state is State.CANCELLED
+        assert (await watched).state is State.CANCELLED
+        assert [job.id for job in one.queue.page(10, "", ())[0]] == [old.id]
 
 
 async def test_what_is_no_job_is_cleared_away_and_a_damaged_one_is_left(

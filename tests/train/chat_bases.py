@@ -141,7 +141,7 @@ def write(folder: Path, tokenizer: Tokenizer, template: str | None, adds_bos: bo
     (folder / "model.json").write_text(json.dumps(dataclasses.asdict(info)))
     theirs = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
     theirs.chat_template = template
-    return ChatBase(folder, BaseText.open(folder, (eos,)), theirs)
+    return ChatBase(folder, BaseText(folder, (eos,)), theirs)
 
 
 def chat_base(folder: Path, template: str | None = CHATML, adds_bos: bool = False) -> ChatBase:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from loraplex_training.report.events import Event, Observer
 from loraplex_training.run.inputs import RunInputs
-from loraplex_training.run.run import JobOutcome, Run
+from loraplex_training.run.run import Run
 from loraplex_training.spec.spec import (
     DataSpec,
     JobSpec,
@@ -20,6 +20,7 @@ from loraplex_training.spec.spec import (
     OptimSpec,
     RunSpec,
 )
+from loraplex_training.step.job import Job
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -97,20 +98,16 @@ def spec(top: Path, out: str, *jobs: JobSpec, **changes: Any) -> RunSpec:
     return replace(made, **changes)
 
 
-def train(
-    made: RunSpec, *observers: Observer, inputs: RunInputs | None = None
-) -> dict[str, JobOutcome]:
+def train(made: RunSpec, *observers: Observer, inputs: RunInputs | None = None) -> dict[str, Job]:
     """Runs it to the end."""
     return dict(Run.start(made, observers, inputs).train())
 
 
-def parameters(outcome: JobOutcome) -> dict[str, torch.Tensor]:
+def parameters(outcome: Job) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in outcome.adapter.parameters.items()}
 
 
-def alone(
-    made: RunSpec, inputs: RunInputs | None, jobs: Sequence[JobSpec]
-) -> dict[str, JobOutcome]:
+def alone(made: RunSpec, inputs: RunInputs | None, jobs: Sequence[JobSpec]) -> dict[str, Job]:
     """Each job in a run of its own."""
     outcomes = {}
     for one in jobs:
@@ -119,7 +116,7 @@ def alone(
     return outcomes
 
 
-def written(outcome: JobOutcome) -> dict[str, bytes]:
+def written(outcome: Job) -> dict[str, bytes]:
     """The bytes of every tensor that would be saved, and of the configuration."""
     files = outcome.adapter.files()
     found = {name: t.contiguous().numpy().tobytes() for name, t in files.tensors.items()}

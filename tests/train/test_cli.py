@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from loraplex_adapters.store import Store
+from loraplex_model.base.refusal import Problem, Reason
 from loraplex_training import session
 from loraplex_training.methods import METHODS
 from loraplex_training.publish.target import TARGET, Target, keep, kept
@@ -21,6 +22,7 @@ from loraplex_training.report.events import (
     Evaluated,
     Failed,
     JobEnded,
+    JobStatus,
     Published,
     RunEnded,
     RunStarted,
@@ -28,7 +30,9 @@ from loraplex_training.report.events import (
     Saved,
     StepDone,
 )
+from loraplex_training.report.lines import decode
 from loraplex_training.run import plan as reports
+from loraplex_training.step.divergence import DivergenceWatch
 
 from train import commands
 from train.commands import Place, invoke
@@ -279,6 +283,21 @@ def test_a_run_that_diverges_fails(place: Place) -> None:
     assert done.exit_code == 1
     assert "diverged" in done.output
     assert not (place.top / "wild" / "job" / "adapter").exists()
+
+
+def test_a_job_with_no_adapter_worth_keeping_says_why_as_an_event(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DivergenceWatch, "limit", 0.0)
+    events = place.top / "lost.jsonl"
+    done = place.run("lost", lr=1e-2, warmup=0, steps=2, events=events)
+    assert done.exit_code == 1
+    seen = [decode(line) for line in events.read_text().splitlines()]
+    (ended,) = [event for event in seen if isinstance(event, JobEnded)]
+    assert ended.state is JobStatus.FINISHED
+    assert seen[-1] == Failed(
+        Reason.DIVERGED, (Problem("jobs.job", ended.reason, Reason.DIVERGED),)
+    )
 
 
 def test_where_adapters_go_is_kept_without_the_database_s_secret(tmp_path: Path) -> None:

@@ -92,9 +92,9 @@ def test_the_picture_is_drawn_from_the_record(tmp_path: Path) -> None:
 def test_points_are_those_of_the_events_and_finite() -> None:
     odd = replace(STEP, step=4, loss=math.inf)
     found = gather((*COURSE, odd))
-    assert found["a"].loss == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
-    assert found["a"].metric == [(3, 0.5)]
-    assert found["b"].evaluated == []
+    assert found["a"]["train/loss"] == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
+    assert found["a"]["eval/metric"] == [(3, 0.5)]
+    assert "eval/loss" not in found["b"]
 
 
 def test_nothing_to_draw_is_no_picture(tmp_path: Path) -> None:

@@ -55,14 +55,17 @@ def test_final_weights_are_those_of_each_alone(exact: tuple[RunSpec, RunInputs])
     seen = runs.Seen()
     joint = runs.train(spec, seen, inputs=inputs)
     alone = runs.alone(spec, inputs, spec.jobs)
-    states = {name: outcome.state for name, outcome in joint.items()}
+    states = {name: outcome.progress.state for name, outcome in joint.items()}
     assert states.pop("wild") is JobStatus.DIVERGED
     assert set(states.values()) == {JobStatus.FINISHED}
-    assert [outcome.step for outcome in joint.values()][:3] == [10, 10, 4]
-    assert joint["wild"].step < 10
+    assert [outcome.progress.step for outcome in joint.values()][:3] == [10, 10, 4]
+    assert joint["wild"].progress.step < 10
     for name, outcome in joint.items():
-        assert (outcome.state, outcome.step) == (alone[name].state, alone[name].step)
-        assert outcome.best_step == alone[name].best_step
+        assert (outcome.progress.state, outcome.progress.step) == (
+            alone[name].progress.state,
+            alone[name].progress.step,
+        )
+        assert outcome.progress.best_step == alone[name].progress.best_step
         mine, other = runs.parameters(outcome), runs.parameters(alone[name])
         assert mine.keys() == other.keys()
         for key, tensor in mine.items():
@@ -73,7 +76,7 @@ def test_final_weights_are_those_of_each_alone(exact: tuple[RunSpec, RunInputs])
         after = runs.parameters(joint[name])
         moved = [(after[k] - p.detach()).abs().max() for k, p in started[name].items()]
         assert max(moved) > 1e-3, "what was compared is more than where they began"
-        assert len(seen.of(StepDone, name)) == joint[name].step
+        assert len(seen.of(StepDone, name)) == joint[name].progress.step
 
 
 def test_in_float32_on_nf4_gradients_at_equal_weights_agree(top: Path) -> None:

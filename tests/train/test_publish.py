@@ -22,7 +22,8 @@ from loraplex_training.publish.publish import publish
 from loraplex_training.publish.target import Target
 from loraplex_training.report.record import RunRecord
 from loraplex_training.run.generate import Generator
-from loraplex_training.run.run import JobOutcome, Run
+from loraplex_training.run.run import Run
+from loraplex_training.step.job import Job
 from safetensors import safe_open
 
 from train import commands, runs, tiny
@@ -40,7 +41,7 @@ METHODS: dict[str, dict[str, object]] = {
 @dataclass
 class Trained:
     run: Run
-    outcomes: dict[str, JobOutcome]
+    outcomes: dict[str, Job]
 
     def publish(self, job: str = "lora", alias: str = "", **target: Any) -> Any:
         return publish(self.outcomes[job], self.run, Target(**target), alias)
@@ -91,7 +92,7 @@ def test_the_file_says_what_it_was_made_of_and_peft_is_not_bothered(trained: Tra
         stamps = file.metadata()
     assert stamps["loraplex_base_fingerprint"] == trained.run.base.weights.fingerprint
     assert stamps["loraplex_quantisation"] == "nf4 double 64"
-    assert stamps["loraplex_data_sha256"] == trained.outcomes["lora"].data_digest
+    assert stamps["loraplex_data_sha256"] == trained.run.datasets["lora"].digest
     assert stamps["loraplex_trainer"].startswith("loraplex ")
     config = json.loads((done.path / "adapter_config.json").read_text())
     assert not [key for key in config if key.startswith("loraplex")]

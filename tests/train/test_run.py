@@ -27,7 +27,7 @@ from loraplex_training.run.checkpoint import CONFIG, FOLDER
 from loraplex_training.run.inputs import RunInputs
 from loraplex_training.run.run import Run
 from loraplex_training.spec.fields import located
-from loraplex_training.spec.parse import from_toml
+from loraplex_training.spec.parse import read
 from loraplex_training.spec.spec import MethodSpec, RunSpec
 from loraplex_training.step.joint import JointPass, Part
 
@@ -99,8 +99,7 @@ def test_what_a_run_tells_in_order(spec: RunSpec, inputs: RunInputs) -> None:
     }  # fmt: skip
     for name, outcome in outcomes.items():
         best = min((e.loss, e.step) for e in seen.of(Evaluated, name) if e.step)
-        assert (outcome.best_loss, outcome.best_step) == best
-        assert outcome.data_digest == inputs.datasets[name].digest
+        assert (outcome.progress.best_loss, outcome.progress.best_step) == best
 
 
 def test_the_outcome_is_the_adapter_of_the_best_evaluation(
@@ -114,7 +113,7 @@ def test_the_outcome_is_the_adapter_of_the_best_evaluation(
     (job,) = run.jobs
     total = sum(run.joint.losses([Part(outcome.adapter, batch)])[0] for batch in job.evaluation)
     learned = sum(batch.learned for batch in job.evaluation)
-    assert total / learned == pytest.approx(outcome.best_loss, rel=1e-6)
+    assert total / learned == pytest.approx(outcome.progress.best_loss, rel=1e-6)
 
 
 def test_everything_wrong_is_told_before_anything_is_written(
@@ -161,7 +160,7 @@ def test_a_run_in_progress_has_its_folder_alone(spec: RunSpec, inputs: RunInputs
 
 def test_the_folder_says_what_was_asked_for(spec: RunSpec, inputs: RunInputs) -> None:
     Run.start(spec, inputs=inputs)
-    assert from_toml((spec.out / CONFIG).read_text()) == spec
+    assert read(config=spec.out / CONFIG) == spec
 
 
 def test_without_evaluation_the_last_step_is_kept(spec: RunSpec) -> None:
@@ -170,8 +169,8 @@ def test_without_evaluation_the_last_step_is_kept(spec: RunSpec) -> None:
     seen = runs.Seen()
     outcome = runs.train(spec, seen)["a"]
     assert seen.of(Evaluated) == []
-    assert (outcome.state, outcome.best_step) == (JobStatus.FINISHED, 5)
-    assert outcome.best_loss == seen.of(StepDone, "a")[-1].loss
+    assert (outcome.progress.state, outcome.progress.best_step) == (JobStatus.FINISHED, 5)
+    assert outcome.progress.best_loss == seen.of(StepDone, "a")[-1].loss
 
 
 def test_one_job_is_cancelled_and_the_other_goes_on(spec: RunSpec, inputs: RunInputs) -> None:
@@ -182,14 +181,14 @@ def test_one_job_is_cancelled_and_the_other_goes_on(spec: RunSpec, inputs: RunIn
     seen = runs.Seen()
     run = Run.start(spec, [seen, runs.Calling(cancel)], inputs)
     outcomes = run.train()
-    assert (outcomes["a"].state, outcomes["a"].step) == (JobStatus.CANCELLED, 3)
-    assert outcomes["a"].best_step == 2, "its best so far"
-    assert outcomes["b"].state is JobStatus.FINISHED
+    assert (outcomes["a"].progress.state, outcomes["a"].progress.step) == (JobStatus.CANCELLED, 3)
+    assert outcomes["a"].progress.best_step == 2, "its best so far"
+    assert outcomes["b"].progress.state is JobStatus.FINISHED
     alone = runs.alone(replace(spec, out=spec.out / "b"), inputs, [spec.jobs[1]])["b"]
     for name, tensor in runs.parameters(outcomes["b"]).items():
         torch.testing.assert_close(tensor, runs.parameters(alone)[name], rtol=1e-4, atol=1e-5)
     again = Run.resume(spec.out, inputs=inputs).train()
-    assert again["a"].state is JobStatus.CANCELLED, "which is on the disk too"
+    assert again["a"].progress.state is JobStatus.CANCELLED, "which is on the disk too"
     with pytest.raises(Refusal, match="no job 'c'"):
         run.cancel("c")
 
@@ -202,7 +201,7 @@ def test_cancelling_the_last_job_is_saved_too(spec: RunSpec, inputs: RunInputs) 
     seen = runs.Seen()
     run = Run.start(replace(spec, jobs=spec.jobs[:1]), [seen, runs.Calling(cancel)], inputs)
     outcome = run.train()["a"]
-    assert (outcome.state, outcome.step, run.round) == (JobStatus.CANCELLED, 3, 3)
+    assert (outcome.progress.state, outcome.progress.step, run.round) == (JobStatus.CANCELLED, 3, 3)
     assert [e.step for e in seen.of(Saved)] == [0, 3, 3]
     again = Run.resume(spec.out, inputs=inputs).train()["a"]
     assert again.progress == outcome.progress
@@ -218,8 +217,8 @@ def test_stop_saves_and_returns_and_the_rest_is_as_if_nothing_had_been(
 
     run = Run.start(spec, [runs.Calling(stop)], inputs)
     outcomes = run.train()
-    assert {o.state for o in outcomes.values()} == {JobStatus.TRAINING}
-    assert {o.step for o in outcomes.values()} == {at}
+    assert {o.progress.state for o in outcomes.values()} == {JobStatus.TRAINING}
+    assert {o.progress.step for o in outcomes.values()} == {at}
     found = Run.resume(spec.out, inputs=inputs).train()
     assert {n: runs.written(o) for n, o in found.items()} == whole
 
@@ -241,7 +240,7 @@ def test_a_step_that_was_begun_when_it_stopped_leaves_nothing_behind(
     with monkeypatch.context() as patched:
         patched.setattr(JointPass, "backward", counted)
         outcomes = run.train()
-    assert {o.step for o in outcomes.values()} == {1}
+    assert {o.progress.step for o in outcomes.values()} == {1}
     for outcome in outcomes.values():
         assert all(p.grad is None for p in outcome.adapter.parameters.values())
     found = Run.resume(spec.out, inputs=inputs).train()
@@ -351,7 +350,7 @@ def test_every_method_trains_in_one_run(spec: RunSpec, inputs: RunInputs, top: P
     every = RunInputs(inputs.base, inputs.text, datasets)
     outcomes = runs.train(replace(spec, jobs=jobs), inputs=every)
     assert len(outcomes) == len(methods.METHODS)
-    assert {o.state for o in outcomes.values()} == {JobStatus.FINISHED}
+    assert {o.progress.state for o in outcomes.values()} == {JobStatus.FINISHED}
     assert (spec.out / FOLDER / "000002").is_dir()
     found = Run.resume(spec.out, inputs=every).train()
     for name, outcome in outcomes.items():

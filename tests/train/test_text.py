@@ -122,7 +122,7 @@ def test_the_default_models_conversations_equal_transformers() -> None:
     cache = Path(__file__).parents[2] / "var" / "cache"
     gguf = ensure_default_model(cache)
     base = load_base("default", torch.float32, cache)
-    text = BaseText.open(base.directory, base.weights.eos_token_ids)
+    text = BaseText(base.directory, base.weights.eos_token_ids)
     # the class that AutoTokenizer ends at, without its detour (10 s)
     theirs = PreTrainedTokenizerFast.from_pretrained(gguf.parent, gguf_file=gguf.name)
     [row] = routing.rows(1, 1)
@@ -144,7 +144,7 @@ def test_a_base_that_cannot_be_trained_on_is_refused_with_the_reason(tmp_path: P
         (folder / "model.json").write_text(json.dumps(dataclasses.asdict(info)))
         byte_level().save(str(folder / "tokenizer.json"))
         with pytest.raises(Refusal) as caught:
-            BaseText.open(folder, eos)
+            BaseText(folder, eos)
         assert caught.value.reason == "CONFIG_INVALID"
         return str(caught.value)
 
@@ -153,6 +153,6 @@ def test_a_base_that_cannot_be_trained_on_is_refused_with_the_reason(tmp_path: P
     assert "does not compile" in problem(chat_template="{% for %}")
     (base.folder / "tokenizer.json").write_text("{")
     with pytest.raises(Refusal, match=r"tokenizer\.json"):
-        BaseText.open(base.folder, (2,))
+        BaseText(base.folder, (2,))
     with pytest.raises(Refusal, match=r"model\.json"):
-        BaseText.open(tmp_path / "nowhere", (2,))
+        BaseText(tmp_path / "nowhere", (2,))

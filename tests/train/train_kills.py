@@ -28,8 +28,9 @@ from loraplex_model.base import faults
 from loraplex_training.report.events import StepDone
 from loraplex_training.run.checkpoint import FOLDER, is_run
 from loraplex_training.run.inputs import RunInputs
-from loraplex_training.run.run import JobOutcome, Run
+from loraplex_training.run.run import Run
 from loraplex_training.spec.spec import MethodSpec, RunSpec
+from loraplex_training.step.job import Job
 
 from train import runs
 
@@ -57,7 +58,7 @@ def prepare(top: Path) -> RunSpec:
     return runs.spec(top, "whole", *jobs, save_every=2)
 
 
-def digests(outcomes: Mapping[str, JobOutcome]) -> dict[str, str]:
+def digests(outcomes: Mapping[str, Job]) -> dict[str, str]:
     """SHA-256 of what each job would save."""
     found = {}
     for name, outcome in outcomes.items():

@@ -6,8 +6,9 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from enum import IntEnum
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Final
 
 import typer
 from loraplex_model.base.refusal import BASE_MODEL_REASONS, Reason, Refusal
@@ -48,10 +49,8 @@ _CALLERS: Final = BASE_MODEL_REASONS | {
 """Reasons that end with BAD_INPUT."""
 
 
-def _panel(panel: str, *names: str, **settings: Any) -> Any:
-    """A flag that is no option of a job, in the panel of related options."""
-    return typer.Option(*names, rich_help_panel=panel, **settings)
-
+_in_method = partial(typer.Option, rich_help_panel="Method")
+_in_output = partial(typer.Option, rich_help_panel="Output")
 
 Config = Annotated[
     Path | None,
@@ -59,12 +58,11 @@ Config = Annotated[
 ]
 Set = Annotated[
     list[str] | None,
-    _panel("Method", "--set", metavar="KEY=VALUE", help="Option of the method. May be repeated."),
+    _in_method("--set", metavar="KEY=VALUE", help="Option of the method. May be repeated."),
 ]
 Sweep = Annotated[
     list[str] | None,
-    _panel(
-        "Method",
+    _in_method(
         "--sweep",
         metavar="KEY=A,B ...",
         help="Train one job per combination of values, in one pass: --sweep r=4,16 lr=1e-4,3e-4.",
@@ -73,12 +71,11 @@ Sweep = Annotated[
 More = Annotated[list[str] | None, typer.Argument(metavar="", hidden=True)]
 StoreDir = Annotated[
     Path | None,
-    _panel("Output", "--store", help="Directory of the store that registers the adapters."),
+    _in_output("--store", help="Directory of the store that registers the adapters."),
 ]
 StoreUrl = Annotated[
     str,
-    _panel(
-        "Output",
+    _in_output(
         "--store-url",
         envvar="LORAPLEX_STORE_URL",
         help="Database URL of a store that several servers share.",
@@ -86,23 +83,17 @@ StoreUrl = Annotated[
 ]
 Alias = Annotated[
     str,
-    _panel(
-        "Output", "--alias", help="Alias to point to the adapter; with several, to the best one."
-    ),
+    _in_output("--alias", help="Alias to point to the adapter; with several, to the best one."),
 ]
 Label = Annotated[
     list[str] | None,
-    _panel(
-        "Output",
-        "--label",
-        metavar="KEY=VALUE",
-        help="Label of the registered adapters. May be repeated.",
+    _in_output(
+        "--label", metavar="KEY=VALUE", help="Label of the registered adapters. May be repeated."
     ),
 ]
 Serve = Annotated[
     str,
-    _panel(
-        "Output",
+    _in_output(
         "--serve",
         metavar="HOST:PORT",
         help="Running server to upload the adapters to; it loads them and answers an example.",
@@ -110,12 +101,11 @@ Serve = Annotated[
 ]
 SaveDtype = Annotated[
     str,
-    _panel("Output", "--save-dtype", help="Data type of the saved tensors: float32 or bfloat16."),
+    _in_output("--save-dtype", help="Data type of the saved tensors: float32 or bfloat16."),
 ]
 Events = Annotated[
     str,
-    _panel(
-        "Output",
+    _in_output(
         "--events",
         metavar="FILE|-",
         help="File to append every event to as a line of JSON. - is standard output.",

@@ -8,27 +8,29 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from itertools import count
 from pathlib import Path
 from types import FrameType
 from typing import Final
 
 from loraplex import Client, LoraplexError
-from loraplex_model.base.refusal import Problem, Refusal
+from loraplex_model.base.refusal import Problem, Reason, Refusal
 from rich.console import Console
 from rich.table import Table
 
 from loraplex_training.publish.publish import publish
 from loraplex_training.publish.target import Target, keep, kept
 from loraplex_training.report import curves
-from loraplex_training.report.events import Event, JobStatus, Observer
+from loraplex_training.report.events import JobStatus, Observer
 from loraplex_training.report.lines import STDOUT, opened
 from loraplex_training.report.progress import ProgressDisplay
 from loraplex_training.report.record import RunRecord
 from loraplex_training.run.checkpoint import is_run
 from loraplex_training.run.generate import Generator, answering
-from loraplex_training.run.run import JobOutcome, Run
+from loraplex_training.run.run import Run
 from loraplex_training.spec import parse as options
 from loraplex_training.spec.spec import RunSpec
+from loraplex_training.step.job import Job
 
 DATA: Final = "data.json"
 _GOOD: Final = (JobStatus.FINISHED, JobStatus.STOPPED_EARLY)
@@ -91,61 +93,56 @@ class _Session:
                 self.say(f"{name}: note: {note}")
         answer = answering(Generator(run.base.weights, run.spec.cache), run.text)
         with _stoppable(run) as signals:
-            outcomes = list(run.train(answer).values())
+            jobs = list(run.train(answer).values())
         self.display.close()
-        if signals and any(outcome.state is JobStatus.TRAINING for outcome in outcomes):
+        if signals and any(job.active for job in jobs):
             self.say(f"saved; continue with: loraplex-train resume {self.out}")
             return 128 + signals[0]
-        with _ending_on_sigterm():
-            failed = self._publish(run, target, outcomes)
-        self._summary(outcomes)
-        if failed:
-            problems = [problem for refusal in failed for problem in refusal.problems]
-            raise Refusal(failed[0].reason, failed[0].message, problems=problems)
-        good = all(outcome.state in _GOOD and outcome.best_step for outcome in outcomes)
-        return 0 if good else 1
+        with _handling(_end):
+            problems = self._publish(run, target, jobs)
+        self._summary(jobs)
+        if problems:
+            raise Refusal.of(problems)
+        return 0
 
-    def _publish(
-        self, run: Run, target: Target, outcomes: Sequence[JobOutcome]
-    ) -> Sequence[Refusal]:
-        """Publishes every job that ended well; returns the refusals of those that could not be."""
-        good = [outcome for outcome in outcomes if outcome.state in _GOOD and outcome.best_step]
-        best = min(good, key=lambda outcome: outcome.best_loss, default=None)
-        failed: list[Refusal] = []
-        for outcome in good:
-            first = outcome.progress.first_loss
-            if first is not None and outcome.best_loss >= first:
+    def _publish(self, run: Run, target: Target, jobs: Sequence[Job]) -> list[Problem]:
+        """Publishes every job that ended well; returns why the others have no adapter."""
+        good = [job for job in jobs if job.progress.state in _GOOD and job.progress.best_step]
+        best = min(good, key=lambda job: job.progress.best_loss, default=None)
+        problems: list[Problem] = []
+        for job in jobs:
+            progress, field = job.progress, f"jobs.{job.name}"
+            if job not in good:
+                problems.append(Problem(field, progress.reason, Reason.DIVERGED))
+                continue
+            if progress.first_loss is not None and progress.best_loss >= progress.first_loss:
                 self.say(
-                    f"{outcome.job}: note: its evaluation loss is not below the base model's",
-                    "yellow",
+                    f"{job.name}: note: its evaluation loss is not below the base model's", "yellow"
                 )
             try:
-                alias = target.alias if outcome is best else ""
-                self._notify(publish(outcome, run, target, alias))
+                published = publish(job, run, target, target.alias if job is best else "")
+                for observer in self.observers:
+                    observer.on(published)
             except Refusal as error:
-                field = f"jobs.{outcome.job}"
-                found = [Problem(field, p.message, error.reason) for p in error.problems]
-                failed.append(Refusal.of(found))
-        return failed
+                problems += [Problem(field, p.message, error.reason) for p in error.problems]
+        return problems
 
-    def _notify(self, event: Event) -> None:
-        for observer in self.observers:
-            observer.on(event)
-
-    def _summary(self, outcomes: Sequence[JobOutcome]) -> None:
+    def _summary(self, jobs: Sequence[Job]) -> None:
         """Prints a table of several jobs, sorted by evaluation loss."""
-        if len(outcomes) < 2:
+        if len(jobs) < 2:
             return
         table = Table(title="jobs, by evaluation loss", title_justify="left")
         for column in ("job", "state", "best step", "eval loss", "correct"):
             table.add_column(column, justify="left" if column in ("job", "state") else "right")
-        for outcome in sorted(outcomes, key=lambda outcome: outcome.best_loss):
-            metric = outcome.progress.best_metric
+        for progress, name in sorted(
+            ((job.progress, job.name) for job in jobs), key=lambda pair: pair[0].best_loss
+        ):
+            metric = progress.best_metric
             table.add_row(
-                outcome.job,
-                outcome.state.value.replace("_", " "),
-                str(outcome.best_step),
-                f"{outcome.best_loss:.4f}",
+                name,
+                progress.state.value.replace("_", " "),
+                str(progress.best_step),
+                f"{progress.best_loss:.4f}",
                 "" if metric is None else f"{metric:.1%}",
             )
         self.console.print(table)
@@ -168,15 +165,9 @@ def _stoppable(run: Run) -> Iterator[list[int]]:
         yield received
 
 
-@contextmanager
-def _ending_on_sigterm() -> Iterator[None]:
-    """Makes SIGTERM and SIGINT raise SystemExit, so that unfinished files are removed."""
-
-    def end(number: int, _: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    with _handling(end):
-        yield
+def _end(number: int, _: FrameType | None) -> None:
+    """Ends the process on a signal by SystemExit, so that unfinished files are removed."""
+    raise SystemExit(128 + number)
 
 
 @contextmanager
@@ -202,10 +193,8 @@ def _free(spec: RunSpec) -> Path:
     """Returns the run's directory; for the default one, adds a number if it already has a run."""
     if spec.out.parent != options.RUNS or not is_run(spec.out):
         return spec.out
-    number = 2
-    while is_run(spec.out.with_name(f"{spec.out.name}-{number}")):
-        number += 1
-    return spec.out.with_name(f"{spec.out.name}-{number}")
+    numbered = (spec.out.with_name(f"{spec.out.name}-{number}") for number in count(2))
+    return next(out for out in numbered if not is_run(out))
 
 
 def _describe(run: Run) -> None:

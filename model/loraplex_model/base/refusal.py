@@ -112,13 +112,17 @@ class Reason(StrEnum):
     OUT_OF_MEMORY = auto()
     """The memory ran out."""
     DIVERGED = auto()
-    """The loss of a job diverged."""
+    """The loss of a job diverged, or no evaluation was good enough to keep its adapter."""
     PUBLISH_FAILED = auto()
     """The trained adapter could not be handed over."""
     BUSY = auto()
     """Another process works in the same folder."""
     TRAINER_CRASHED = auto()
     """The trainer ended without an adapter and without a reason."""
+    TIMEOUT = auto()
+    """The trainer exceeded the operator's time limit."""
+    INTERRUPTED = auto()
+    """The server died several times while it trained the job."""
     TRAINING_DISABLED = auto()
     """The operator has not turned training on."""
     TRAINING_ELSEWHERE = auto()

@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
+import msgspec
+from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from loraplex.v1 import training_pb2
 from loraplex_model.base.refusal import Problem, Reason
@@ -20,32 +22,14 @@ from loraplex_server.training.jobs import (
 )
 from loraplex_server.training.request import DataSource, JobRequest
 
-_SPEC: Final[Mapping[str, str]] = {
-    name: name
-    for name in (
-        "epochs",
-        "steps",
-        "batch_size",
-        "accumulation",
-        "pack",
-        "max_tokens",
-        "max_length",
-        "learn",
-        "system",
-        "eval_fraction",
-        "eval_every",
-        "patience",
-        "metric",
-        "seed",
-    )
-}
-_OPTIMISER: Final[Mapping[str, str]] = {
-    "learning_rate": "lr",
-    "weight_decay": "weight_decay",
-    "schedule": "schedule",
-    "warmup": "warmup",
-    "clip": "clip",
-}
+
+def _options(message: type[Message], *others: str) -> Mapping[str, str]:
+    names = [field for field in message.DESCRIPTOR.fields_by_name if field not in others]
+    return {name: "lr" if name == "learning_rate" else name for name in names}
+
+
+_SPEC: Final = _options(training_pb2.TrainingSpec, "name", "method", "optimiser")
+_OPTIMISER: Final = _options(training_pb2.TrainingOptimiser, "name")
 """Fields of the API with the trainer's keys for them."""
 
 PATHS: Final[Mapping[str, str]] = {
@@ -101,15 +85,17 @@ def request(message: training_pb2.CreateJobRequest) -> JobRequest:
         alias=delivery.alias,
         labels=dict(delivery.labels),
     )
-    given = message.HasField("eval_data")
-    evaluation = _source("eval_data", message.eval_data) if given else None
-    return JobRequest(order, _source("data", message.data), evaluation, message.request_id)
+    data, evaluation = (
+        DataSource(given.jsonl, given.path) for given in (message.data, message.eval_data)
+    )
+    has_evaluation = message.HasField("eval_data")
+    return JobRequest(order, data, evaluation if has_evaluation else None, message.request_id)
 
 
 def job(found: JobRecord, position: int) -> training_pb2.TrainingJob:
     """Returns the message for a job with `position` jobs before it in the queue."""
     order = found.order
-    message = training_pb2.TrainingJob(
+    return training_pb2.TrainingJob(
         job_id=found.id,
         state=f"TRAINING_JOB_STATE_{found.state.name}",
         spec=_spec(order),
@@ -119,32 +105,22 @@ def job(found: JobRecord, position: int) -> training_pb2.TrainingJob:
         queue_position=position,
         resumptions=found.resumptions,
         estimated_bytes=found.estimated_bytes,
+        create_time=_time(found.created),
+        start_time=_time(found.started),
+        end_time=_time(found.ended),
         progress=None if found.progress is None else _progress(found.progress),
+        result=_result(found),
+        error=None
+        if found.error is None
+        else training_pb2.TrainingError(**msgspec.structs.asdict(found.error)),
     )
-    for seconds, stamp in (
-        (found.created, message.create_time),
-        (found.started, message.start_time),
-        (found.ended, message.end_time),
-    ):
-        if seconds:
-            _set(stamp, seconds)
-    if found.result is not None:
-        message.result.CopyFrom(
-            training_pb2.TrainingResult(
-                version=found.result.version,
-                digest=found.result.digest,
-                ending=found.ending,
-                loaded=found.result.loaded,
-                warning=found.result.warning,
-                peak_bytes=found.peak_bytes,
-            )
-        )
-    if found.error is not None:
-        error = found.error
-        message.error.CopyFrom(
-            training_pb2.TrainingError(reason=error.reason, message=error.message, log=error.log)
-        )
-    return message
+
+
+def _result(found: JobRecord) -> training_pb2.TrainingResult | None:
+    if found.result is None:
+        return None
+    result = msgspec.structs.asdict(found.result)
+    return training_pb2.TrainingResult(ending=found.ending, peak_bytes=found.peak_bytes, **result)
 
 
 def states(message: training_pb2.ListJobsRequest) -> frozenset[State]:
@@ -158,10 +134,6 @@ def _given(message: Any, names: Mapping[str, str]) -> Iterator[tuple[str, Scalar
     for field, key in names.items():
         if message.HasField(field):
             yield key, getattr(message, field)
-
-
-def _source(field: str, data: training_pb2.TrainingData) -> DataSource:
-    return DataSource(field, data.jsonl, data.path)
 
 
 def _spec(order: JobOrder) -> training_pb2.TrainingSpec:
@@ -206,5 +178,10 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def _set(stamp: Timestamp, seconds: float) -> None:
+def _time(seconds: float) -> Timestamp | None:
+    """Returns a Unix time as a message; None for 0, which is no time."""
+    if not seconds:
+        return None
+    stamp = Timestamp()
     stamp.FromNanoseconds(int(seconds * 1e9))
+    return stamp

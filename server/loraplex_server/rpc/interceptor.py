@@ -67,10 +67,6 @@ class Gate:
         self.draining = True
         self._closing.set()
 
-    async def closing(self) -> None:
-        """Returns when the server starts to drain, which ends endless streams."""
-        await self._closing.wait()
-
     async def before_draining(
         self, work: Awaitable[T], refusal: str, seconds: float | None = None
     ) -> T:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator, Awaitable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing, contextmanager
 from typing import Any, Final, TypeVar
 
 import grpc
@@ -37,33 +36,24 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):
         self, request: training_pb2.CreateJobRequest, context: _Context
     ) -> training_pb2.CreateJobResponse:
         """Checks and queues a job."""
-        queue = self._on()
-        _require(validate.create(request))
-        job, created = await _typed(queue.create(describe.request(request)))
+        with self._open(validate.create, request) as queue:
+            job, created = await queue.create(describe.request(request))
         return training_pb2.CreateJobResponse(job=self._describe(job), created=created)
 
     async def GetJob(
         self, request: training_pb2.GetJobRequest, context: _Context
     ) -> training_pb2.GetJobResponse:
         """Describes one job."""
-        queue = self._on()
-        _require(validate.job_id(request.job_id))
-        try:
+        with self._open(validate.job_id, request.job_id) as queue:
             return training_pb2.GetJobResponse(job=self._describe(queue.get(request.job_id)))
-        except Refusal as refusal:
-            raise _error(refusal) from refusal
 
     async def ListJobs(
         self, request: training_pb2.ListJobsRequest, context: _Context
     ) -> training_pb2.ListJobsResponse:
         """Lists a page of jobs, newest first."""
-        queue = self._on()
-        _require(validate.page(request))
-        size = request.page_size or DEFAULT_PAGE
-        try:
+        with self._open(validate.page, request) as queue:
+            size = request.page_size or DEFAULT_PAGE
             found, token = queue.page(size, request.page_token, describe.states(request))
-        except Refusal as refusal:
-            raise _error(refusal) from refusal
         jobs = [self._describe(job) for job in found]
         return training_pb2.ListJobsResponse(jobs=jobs, next_page_token=token)
 
@@ -71,71 +61,43 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):
         self, request: training_pb2.CancelJobRequest, context: _Context
     ) -> training_pb2.CancelJobResponse:
         """Cancels a job."""
-        queue = self._on()
-        _require(validate.job_id(request.job_id))
-        job = await _typed(queue.cancel(request.job_id))
+        with self._open(validate.job_id, request.job_id) as queue:
+            job = await queue.cancel(request.job_id)
         return training_pb2.CancelJobResponse(job=self._describe(job))
 
     async def WatchJob(
         self, request: training_pb2.WatchJobRequest, context: _Context
     ) -> AsyncGenerator[training_pb2.WatchJobResponse, None]:
         """Streams the job now and after each change, until it has ended."""
-        queue = self._on()
-        _require(validate.job_id(request.job_id))
-        closing = asyncio.ensure_future(self._gate.closing())
-        try:
+        draining = "the server is shutting down; the job continues later"
+        with self._open(validate.job_id, request.job_id) as queue:
             async with aclosing(queue.watch(request.job_id)) as changes:
-                while (job := await _next(changes, closing)) is not None:
+                while job := await self._gate.before_draining(anext(changes, None), draining):
                     yield training_pb2.WatchJobResponse(job=self._describe(job))
                     if job.final:
                         return
-        except Refusal as refusal:
-            raise _error(refusal) from refusal
-        finally:
-            closing.cancel()
-        raise Refusal(Reason.DRAINING, "the server is shutting down; the job continues later")
+        raise Refusal(Reason.DRAINING, draining)
 
-    def _on(self) -> JobQueue:
+    @contextmanager
+    def _open(self, problems: Callable[[T], list[Problem]], checked: T) -> Iterator[JobQueue]:
+        """Provides the queue for a request of which `problems` finds none.
+
+        The queue's refusals become those that the client sees, with paths of the request as fields.
+        """
         if self._queue is None:
             text = "training is off on this server; its operator turns it on with --training"
             raise Refusal(
                 Reason.TRAINING_DISABLED, text, subject=Subject("loraplex.Setting", _SETTING)
             )
-        return self._queue
+        if found := problems(checked):
+            raise invalid(found)
+        try:
+            yield self._queue
+        except Refusal as refusal:
+            if refusal.reason is not Reason.FIELD_INVALID:
+                raise for_client(refusal, Subject(JOB)) from refusal
+            found = [Problem(describe.path(p), p.message) for p in refusal.problems]
+            raise invalid(found) from refusal
 
     def _describe(self, job: JobRecord) -> training_pb2.TrainingJob:
         return describe.job(job, self._queue.position(job) if self._queue else 0)
-
-
-async def _next(
-    changes: AsyncGenerator[JobRecord, None], closing: asyncio.Future[None]
-) -> JobRecord | None:
-    """Returns the next state of a job; None once the server drains."""
-    coming = asyncio.ensure_future(anext(changes, None))
-    both: set[asyncio.Future[Any]] = {coming, closing}
-    try:
-        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-        return coming.result() if coming.done() else None
-    finally:
-        if not coming.done():
-            coming.cancel()
-            await asyncio.wait({coming})
-
-
-def _require(violations: list[Problem]) -> None:
-    if violations:
-        raise invalid(violations)
-
-
-async def _typed(work: Awaitable[T]) -> T:
-    try:
-        return await work
-    except Refusal as refusal:
-        raise _error(refusal) from refusal
-
-
-def _error(refusal: Refusal) -> Refusal:
-    """Returns the refusal as the client sees it, with paths of the request as fields."""
-    if refusal.reason is Reason.FIELD_INVALID:
-        return invalid([Problem(describe.path(p), p.message) for p in refusal.problems])
-    return for_client(refusal, Subject(JOB))

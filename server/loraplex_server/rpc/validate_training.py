@@ -22,7 +22,6 @@ MAX_WORD_BYTES: Final = 512
 _NAME_FORM: Final = "must match [a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
 _OPTION: Final = re.compile(r"[a-z][a-z0-9_]{0,63}", re.ASCII)
 _JOB: Final = re.compile(r"[0-9a-f-]{1,64}", re.ASCII)
-_WORDS: Final = ("learn", "metric")
 _FILES: Final = ("loftq_source",)
 """Options that name a directory: a client must not choose one of the server's."""
 
@@ -47,11 +46,14 @@ def create(request: training_pb2.CreateJobRequest) -> list[Problem]:
         "must not be set with `eval_data`",
     )
     _short("spec.system", spec.system, MAX_SYSTEM_BYTES, checks)
-    _short("spec.method.name", spec.method.name, MAX_WORD_BYTES, checks)
-    _short("spec.optimiser.name", spec.optimiser.name, MAX_WORD_BYTES, checks)
-    _short("spec.optimiser.schedule", spec.optimiser.schedule, MAX_WORD_BYTES, checks)
-    for field in _WORDS:
-        _short(f"spec.{field}", getattr(spec, field), MAX_WORD_BYTES, checks)
+    for field, word in (
+        ("method.name", spec.method.name),
+        ("optimiser.name", spec.optimiser.name),
+        ("optimiser.schedule", spec.optimiser.schedule),
+        ("learn", spec.learn),
+        ("metric", spec.metric),
+    ):
+        _short(f"spec.{field}", word, MAX_WORD_BYTES, checks)
     _data(request, checks)
     delivery = request.delivery
     if delivery.alias:
@@ -84,18 +86,13 @@ def job_id(text: str) -> list[Problem]:
 
 def _options(options: Mapping[str, str], checks: RequestChecks) -> None:
     where = "spec.method.options"
-    checks.require(len(options) <= MAX_OPTIONS, where, f"must have at most {MAX_OPTIONS} entries")
-    if len(options) > MAX_OPTIONS:
+    if not checks.at_most(where, options, MAX_OPTIONS):
         return
     for key, value in options.items():
-        good = _OPTION.fullmatch(key) is not None
-        checks.require(good, f"{where}[{key[:64]}]", "the key must match [a-z][a-z0-9_]{0,63}")
-        checks.require(
-            key not in _FILES,
-            f"{where}[{key[:64]}]",
-            "must not name a file of the server",
-        )
-        _short(f"{where}[{key[:64]}]", value, MAX_OPTION_BYTES, checks)
+        field, good = f"{where}[{key[:64]}]", _OPTION.fullmatch(key) is not None
+        checks.require(good, field, "the key must match [a-z][a-z0-9_]{0,63}")
+        checks.require(key not in _FILES, field, "must not name a file of the server")
+        _short(field, value, MAX_OPTION_BYTES, checks)
 
 
 def _data(request: training_pb2.CreateJobRequest, checks: RequestChecks) -> None:
@@ -105,9 +102,7 @@ def _data(request: training_pb2.CreateJobRequest, checks: RequestChecks) -> None
         inline += len(data.jsonl)
         match data.WhichOneof("source"):
             case "path":
-                size = len(data.path.encode())
-                text = f"must be 1 to {MAX_PATH_BYTES} bytes"
-                checks.require(1 <= size <= MAX_PATH_BYTES, f"{field}.path", text)
+                checks.size(f"{field}.path", data.path, MAX_PATH_BYTES)
             case "jsonl":
                 checks.require(bool(data.jsonl), f"{field}.jsonl", "must not be empty")
             case _ if field == "data" or request.HasField(field):

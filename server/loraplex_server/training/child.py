@@ -43,11 +43,6 @@ class Child:
             )
         return cls(process)
 
-    @property
-    def pid(self) -> int:
-        """Process id, which is also the id of the process group."""
-        return self._process.pid
-
     async def lines(self) -> AsyncIterator[bytes]:
         """Yields the lines of standard output until that is closed. For one reader only."""
         stream = self._process.stdout

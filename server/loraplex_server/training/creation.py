@@ -69,13 +69,12 @@ class JobFactory:
         evaluated = request.eval_data is not None
         configuration = self.trainer.configuration(request.order, folder, evaluated)
         (folder / CONFIG).write_text(configuration, "utf-8")
-        for source, name in ((request.data, DATA), (request.eval_data, EVAL_DATA)):
-            if source is None:
-                continue
-            if source.path:
-                field = f"{source.field}.path"
-                data.copy(self.import_root, source.path, folder / name, self.data_bytes, field)
-            else:
+        sources = {"data": (request.data, DATA), "eval_data": (request.eval_data, EVAL_DATA)}
+        for field, (source, name) in sources.items():
+            if source is not None and source.path:
+                path = f"{field}.path"
+                data.copy(self.import_root, source.path, folder / name, self.data_bytes, path)
+            elif source is not None:
                 data.write(folder / name, source.jsonl)
 
 

@@ -32,28 +32,29 @@ def of(status: int, progress: RunProgress, log: Path) -> FailureRecord:
     `status` is its exit status, or minus the number of the signal that ended it. The reason is that
     of its `Failed` event, if there was one.
     """
-    last_lines = tail(log)
-    if progress.ended is not None and progress.ended.state is JobStatus.DIVERGED:
-        text = without_paths(progress.ended.reason) or "the loss diverged"
-        return FailureRecord(Reason.DIVERGED, text, last_lines)
+    reason, text = _verdict(status, progress)
+    return FailureRecord(reason, text, tail(log))
+
+
+def _verdict(status: int, progress: RunProgress) -> tuple[Reason, str]:
+    ended, failed = progress.ended, progress.failed
+    if ended is not None and ended.state is JobStatus.DIVERGED:
+        return Reason.DIVERGED, without_paths(ended.reason) or "the loss diverged"
     if status == -signal.SIGKILL:
         at = f" at step {progress.state.step}" if progress.state else ""
         text = f"the trainer was killed{at}: most likely the machine's memory ran out"
-        return FailureRecord(Reason.OUT_OF_MEMORY, text, last_lines)
+        return Reason.OUT_OF_MEMORY, text
     if status < 0:
         with suppress(ValueError):
             text = f"the trainer was ended by {signal.Signals(-status).name}"
-            return FailureRecord(Reason.TRAINER_CRASHED, text, last_lines)
+            return Reason.TRAINER_CRASHED, text
     if status == 0:
-        text = "the trainer ended without an adapter"
-        return FailureRecord(Reason.TRAINER_CRASHED, text, last_lines)
-    if progress.failed is not None and progress.failed.problems:
-        first, *others = progress.failed.problems
+        return Reason.TRAINER_CRASHED, "the trainer ended without an adapter"
+    if failed is not None and failed.problems:
+        first, *others = failed.problems
         more = f" (and {len(others)} more)" if others else ""
-        text = without_paths(first.message)[:MAX_LINE] + more
-        return FailureRecord(progress.failed.reason, text, last_lines)
-    text = f"the trainer ended with status {status}"
-    return FailureRecord(Reason.TRAINER_CRASHED, text, last_lines)
+        return failed.reason, without_paths(first.message)[:MAX_LINE] + more
+    return Reason.TRAINER_CRASHED, f"the trainer ended with status {status}"
 
 
 def tail(log: Path) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from enum import Enum
 from typing import Final, TypeAlias
 
 import msgspec
+from loraplex_model.base.refusal import Reason
 
 Scalar: TypeAlias = bool | int | float | str
 
@@ -98,7 +99,7 @@ class ResultRecord(msgspec.Struct, frozen=True, kw_only=True):
 class FailureRecord(msgspec.Struct, frozen=True):
     """Why there is no adapter; `log` holds the last lines of the trainer's log."""
 
-    reason: str
+    reason: Reason
     message: str
     log: tuple[str, ...] = ()
 

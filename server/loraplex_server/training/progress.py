@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from typing import Final
 
-import msgspec
 from loraplex_training.report.events import (
     Evaluated,
     Event,
@@ -17,6 +16,7 @@ from loraplex_training.report.events import (
     Saved,
     StepDone,
 )
+from msgspec.structs import replace
 
 from loraplex_server.training.jobs import EvaluationRecord, ProgressRecord
 
@@ -63,27 +63,25 @@ class RunProgress:
             case Evaluated():
                 found = EvaluationRecord(event.step, event.loss, event.perplexity, event.metric)
                 best = found if event.best or now.best is None else now.best
-                self.state = _with(now, evaluation=found, best=best)
+                self.state = replace(now, evaluation=found, best=best)
             case Saved():
-                self.state = _with(now, saved_step=event.step)
+                self.state = replace(now, saved_step=event.step)
             case JobEnded():
                 self.ended = event
-                self.state = _with(now, step=event.step, remaining=0.0)
+                self.state = replace(now, step=event.step, remaining=0.0)
             case Published():
                 self.published = event
             case RunEnded():
                 self.peak_bytes = event.peak_bytes
             case Failed():
                 self.failed = event
-            case _:
-                pass
 
     def _step(self, now: ProgressRecord, event: StepDone) -> ProgressRecord:
         self.tokens += event.tokens
         self._last.append((event.tokens, event.seconds))
         seconds = sum(s for _, s in self._last)
         left = max(0, now.steps - event.step)
-        return _with(
+        return replace(
             now,
             step=event.step,
             loss=event.loss,
@@ -92,7 +90,3 @@ class RunProgress:
             tokens_per_second=sum(t for t, _ in self._last) / seconds if seconds > 0 else 0.0,
             remaining=left * seconds / len(self._last),
         )
-
-
-def _with(state: ProgressRecord, **fields: object) -> ProgressRecord:
-    return msgspec.structs.replace(state, **fields)

@@ -251,7 +251,7 @@ class JobQueue:
                     f"the server ended {count} times while this job ran, so it is not started "
                     "again; its last checkpoint is kept, for `loraplex-train resume`"
                 )
-                error = FailureRecord("INTERRUPTED", text)
+                error = FailureRecord(Reason.INTERRUPTED, text)
                 failed = job.change(state=State.FAILED, ended=time.time(), error=error)
                 await self._end(failed, 0)
                 continue

@@ -12,12 +12,8 @@ from loraplex_server.training.jobs import JobOrder
 
 @dataclass(frozen=True, slots=True)
 class DataSource:
-    """Examples of a request: their bytes, or the path of a file below the import root.
+    """Examples of a request: their bytes, or the path of a file below the import root."""
 
-    `field` is the field of the request that they come from.
-    """
-
-    field: str
     jsonl: bytes = b""
     path: str = ""
 

@@ -73,14 +73,12 @@ class Runner:
         begun = self.job.started or time.time()
         await self._change(self.job.change(state=State.RUNNING, started=begun), keep=True)
         try:
-            if not self.job.made:
-                await self._train()
+            if not self.job.made and (stopped := await self._train()) is not None:
+                return stopped
             if self._halt is Halt.CANCELLED:
                 return self._ended(State.CANCELLED)
             result = await self._destination.deliver(self._folder / self.job.made, self.job.order)
             return self._ended(State.SUCCEEDED, result=result)
-        except _Stopped as stopped:
-            return stopped.job
         except Refusal as refusal:
             error = FailureRecord(refusal.reason, refusal.message)
             return self._ended(State.FAILED, error=error)
@@ -92,26 +90,27 @@ class Runner:
         if self._child is not None:
             await self._child.stop(patience)
 
-    async def _train(self) -> None:
-        """Runs the trainer until the adapter is made. Raises _Stopped if there is none."""
+    async def _train(self) -> JobRecord | None:
+        """Runs the trainer. Returns None once the adapter is made, else the job as it stopped."""
         self._trainer.require_memory(self.job)
         progress = RunProgress(self.job.progress)
         status, late = await self._supervise(progress)
         self.tokens = progress.tokens
         if self._halt is Halt.CANCELLED:
-            raise _Stopped(self._ended(State.CANCELLED))
+            return self._ended(State.CANCELLED)
         made = self._made(progress) if status == 0 else None
         if made is None and self._halt is Halt.SHUTDOWN:
-            raise _Stopped(self.job.change(state=State.INTERRUPTED))
+            return self.job.change(state=State.INTERRUPTED)
         if made is None:
             error = failure.of(status, progress, self._folder / LOG)
             if late:
                 text = f"the job ran for more than {self._trainer.timeout:g} s and was stopped"
-                error = FailureRecord("TIMEOUT", text, error.log)
-            raise _Stopped(self._ended(State.FAILED, error=error))
+                error = FailureRecord(Reason.TIMEOUT, text, error.log)
+            return self._ended(State.FAILED, error=error)
         ending = failure.without_paths(progress.ended.reason) if progress.ended else ""
         job = self.job.change(made=str(made), ending=ending, peak_bytes=progress.peak_bytes)
         await self._change(job, keep=True)
+        return None
 
     async def _supervise(self, progress: RunProgress) -> tuple[int, bool]:
         """Runs the process; returns its exit status and whether it exceeded the time limit."""
@@ -185,11 +184,3 @@ class Runner:
     async def _change(self, job: JobRecord, keep: bool) -> None:
         self.job = job
         await self._update(job, keep)
-
-
-class _Stopped(Exception):
-    """Ends the training of a job, in the state that `job` has."""
-
-    def __init__(self, job: JobRecord) -> None:
-        super().__init__(job.state.value)
-        self.job = job

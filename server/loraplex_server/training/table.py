@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 class JobTable:
-    """The jobs by their ids. At most `kept` jobs that have ended are kept, the newest ones."""
+    """The jobs by their ids. The last `kept` ones that ended are kept of those."""
 
     def __init__(self, records: Records, kept: int) -> None:
         self._records = records
@@ -113,13 +113,13 @@ class JobTable:
                 await asyncio.sleep(WATCH_SECONDS)
                 while self._jobs.get(job_id) is job and position(job) == place:
                     await self.change()
-                job = self._jobs.get(job_id, job)
+                job = self.get(job_id)
         finally:
             self._watchers -= 1
 
     async def forget_old(self) -> None:
-        """Removes the oldest jobs that have ended, with their files, beyond the number kept."""
-        ended = sorted(job_id for job_id, job in self._jobs.items() if job.final)
-        for job_id in ended[: max(0, len(ended) - self._kept)]:
-            del self._jobs[job_id]
-            await asyncio.to_thread(self._records.remove, job_id)
+        """Removes ended jobs, with their files, beyond the number kept: first to end, first out."""
+        ended = sorted((job for job in self if job.final), key=lambda job: job.ended)
+        for job in ended[: max(0, len(ended) - self._kept)]:
+            del self._jobs[job.id]
+            await asyncio.to_thread(self._records.remove, job.id)

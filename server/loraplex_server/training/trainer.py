@@ -165,22 +165,18 @@ def resumable(run: Path) -> bool:
 
 def _plan_refusal(lines: Iterable[bytes], status: int, log_file: Path) -> Refusal:
     """Returns the refusal for a `plan` that ended with `status` and without a plan."""
-    failed = next((event for line in lines if (event := _failed(line)) is not None), None)
-    if failed is not None and failed.reason in INPUT_REASONS:
-        return _invalid(failed.reason, failed.problems)
-    out_of_memory = failed is not None and failed.reason is Reason.OUT_OF_MEMORY
-    if out_of_memory or status == -signal.SIGKILL:
+    out_of_memory = status == -signal.SIGKILL
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            if isinstance(failed := decode(line), Failed):
+                if failed.reason in INPUT_REASONS:
+                    return _invalid(failed.reason, failed.problems)
+                out_of_memory |= failed.reason is Reason.OUT_OF_MEMORY
+    if out_of_memory:
         text = "the memory ran out while the trainer examined the job"
         return Refusal(Reason.TRAINING_MEMORY, text)
     log.error("plan ended with %d: %s", status, "; ".join(failure.tail(log_file)[-3:]))
     return Refusal(Reason.ENGINE_FAULT, "the trainer's plan failed")
-
-
-def _failed(line: bytes) -> Failed | None:
-    with contextlib.suppress(ValueError):
-        if isinstance(event := decode(line), Failed):
-            return event
-    return None
 
 
 def _invalid(reason: Reason, problems: Sequence[Problem]) -> Refusal:

@@ -41,7 +41,6 @@ class Batches:
         self._samples = samples
         self._job = job
         self._lengths = [len(sample.tokens) for sample in samples]
-        self._learned = [sum(sample.learned) for sample in samples]
         self._epoch = lru_cache(maxsize=2)(self._lay_out)
         self._ends: list[int] = []
         if job.steps:
@@ -56,11 +55,10 @@ class Batches:
 
     def step(self, i: int) -> list[MicroBatch]:
         """Returns the micro-batches of step `i`, counted from 0."""
-        return [MicroBatch.of([self._samples[s] for s in batch]) for batch in self._batches(i)]
-
-    def learned(self, i: int) -> int:
-        """Returns the number of learned tokens of step `i`."""
-        return sum(self._learned[s] for batch in self._batches(i) for s in batch)
+        epoch = self.epoch(i)
+        first = (i - (self._ends[epoch - 1] if epoch else 0)) * self._job.accumulation
+        batches = self._epoch(epoch)[first : first + self._job.accumulation]
+        return [MicroBatch.of([self._samples[s] for s in batch]) for batch in batches]
 
     def epoch(self, i: int) -> int:
         """Returns the epoch of step `i`, counted from 0."""
@@ -69,11 +67,6 @@ class Batches:
         while not self._ends or i >= self._ends[-1]:
             self._grow(len(self._ends))
         return bisect_right(self._ends, i)
-
-    def _batches(self, i: int) -> list[list[int]]:
-        epoch = self.epoch(i)
-        first = (i - (self._ends[epoch - 1] if epoch else 0)) * self._job.accumulation
-        return self._epoch(epoch)[first : first + self._job.accumulation]
 
     def _grow(self, epoch: int) -> None:
         """Counts the steps up to the end of `epoch`."""

@@ -131,7 +131,8 @@ def load(spec: DataSpec, text: BaseText) -> Dataset:
     main = _File("data", spec.path, spec, text, problems)
     other = _File("eval_data", spec.eval_path, spec, text, problems) if spec.eval_path else None
     problems.check()
-    for file in [main, other] if other else [main]:
+    files = [main, other] if other else [main]
+    for file in files:
         if not file.examples:
             raise Refusal(
                 Reason.DATA_INVALID,
@@ -149,8 +150,10 @@ def load(spec: DataSpec, text: BaseText) -> Dataset:
         apart = _set_apart({example.digest for example in train}, spec)
         evaluation = [example for example in train if example.digest in apart]
         train = [example for example in train if example.digest not in apart]
-    learned, held = _samples(train), _samples(evaluation)
-    files = [main, other] if other else [main]
+    learned, held = (
+        tuple(sample for example in side for sample in example.samples)
+        for side in (train, evaluation)
+    )
     report = DataReport(
         Counts.of(learned),
         Counts.of(held),
@@ -224,10 +227,6 @@ def _set_apart(digests: set[bytes], spec: DataSpec) -> set[bytes]:
         )
     count = min(max(1, round(spec.eval_fraction * len(digests))), len(digests) - 1)
     return set(sorted(digests)[:count])
-
-
-def _samples(examples: Sequence[_Example]) -> tuple[Sample, ...]:
-    return tuple(sample for example in examples for sample in example.samples)
 
 
 def _some(places: Sequence[str]) -> str:

@@ -7,7 +7,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from loraplex_training.data.dataset import Counts, DataReport, Dataset
+from loraplex_training.data.dataset import DataReport, Dataset
 from loraplex_training.data.samples import Sample
 from loraplex_training.data.text import BaseText
 
@@ -18,30 +18,19 @@ STRIPE = ("", "underline")
 
 def show(dataset: Dataset, text: BaseText, count: int = 3) -> RenderableType:
     """Renders the first `count` training and evaluation examples and the report."""
-    parts: list[RenderableType] = [legend()]
+    legend = Text.assemble(
+        ("learned", LEARNED), "  given  ", ("special", SPECIAL), "  ", ("cut off here", CUT)
+    )
+    parts: list[RenderableType] = [legend]
     for side, samples in (("training", dataset.train), ("evaluation", dataset.evaluation)):
         parts += [example(sample, text, side) for sample in samples[:count]]
     return Group(*parts, report(dataset.report))
 
 
-def legend() -> Text:
-    """Renders the meaning of the colours."""
-    return Text.assemble(
-        ("learned", LEARNED), "  given  ", ("special", SPECIAL), "  ", ("cut off here", CUT)
-    )
-
-
 def example(sample: Sample, text: BaseText, side: str = "") -> Panel:
     """Renders one example with its token borders, learned tokens in colour."""
-    title = " ".join(
-        part
-        for part in (
-            side,
-            f"line {sample.line}:",
-            f"{len(sample.tokens)} tokens, {sum(sample.learned)} learned",
-        )
-        if part
-    )
+    counts = f"{len(sample.tokens)} tokens, {sum(sample.learned)} learned"
+    title = f"{side} line {sample.line}: {counts}".strip()
     return Panel(mask(sample, text), title=Text(title), title_align="left")
 
 
@@ -79,14 +68,11 @@ def report(report: DataReport) -> Group:
         "cut": "tokens cut",
     }
     for name, words in rows.items():
-        table.add_row(words, _number(report.train, name), _number(report.evaluation, name))
+        sides = (report.train, report.evaluation)
+        table.add_row(words, *(f"{getattr(counts, name):,}" for counts in sides))
     shapes = ", ".join(f"{count:,} {shape}" for shape, count in sorted(report.shapes.items()))
-    lines = [Text(f"lines: {shapes}; dropped: {len(report.dropped):,}")]
-    return Group(table, *lines, *(Text(f"note: {note}") for note in report.notes()))
-
-
-def _number(counts: Counts, name: str) -> str:
-    return f"{getattr(counts, name):,}"
+    lines = Text(f"lines: {shapes}; dropped: {len(report.dropped):,}")
+    return Group(table, lines, *(Text(f"note: {note}") for note in report.notes()))
 
 
 def _visible(piece: str) -> str:

@@ -29,35 +29,7 @@ class BaseText:
         tokenizer_digest: SHA-256 (hex) of tokenizer.json.
     """
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        info: TokenizerInfo,
-        eos_token_ids: Sequence[int],
-        tokenizer_digest: str,
-    ) -> None:
-        """Raises Refusal(CONFIG_INVALID); see `open`."""
-        self.eos_ids = tuple(eos_token_ids)
-        if not self.eos_ids:
-            raise Refusal(
-                Reason.CONFIG_INVALID,
-                "the base model has no end-of-text token, so an adapter could not learn to stop; "
-                "set eos_token_id in its config.json",
-            )
-        self.eos = self.eos_ids[0]
-        self.tokenizer_digest = tokenizer_digest
-        source = info.chat_template
-        self.template_digest = hashlib.sha256(source.encode()).hexdigest() if source else ""
-        self._tokenizer = tokenizer
-        self._bos = info.bos_token_id if info.adds_bos else None
-        self._chat = _template(info)
-        # One int object per id: a data set has millions of tokens.
-        self._ids = {token: token for token in range(tokenizer.get_vocab_size())}
-        added = tokenizer.get_added_tokens_decoder()
-        self._special = {id_ for id_, token in added.items() if token.special}
-
-    @classmethod
-    def open(cls, directory: Path, eos_token_ids: Sequence[int]) -> BaseText:
+    def __init__(self, directory: Path, eos_token_ids: Sequence[int]) -> None:
         """Reads tokenizer and template from `LoadedBase.directory`.
 
         Args:
@@ -84,7 +56,24 @@ class BaseText:
             raise Refusal(Reason.CONFIG_INVALID, f"cannot read {path}: {error}") from error
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        return cls(tokenizer, info, eos_token_ids, hashlib.sha256(content).hexdigest())
+        self.eos_ids = tuple(eos_token_ids)
+        if not self.eos_ids:
+            raise Refusal(
+                Reason.CONFIG_INVALID,
+                "the base model has no end-of-text token, so an adapter could not learn to stop; "
+                "set eos_token_id in its config.json",
+            )
+        self.eos = self.eos_ids[0]
+        self.tokenizer_digest = hashlib.sha256(content).hexdigest()
+        source = info.chat_template
+        self.template_digest = hashlib.sha256(source.encode()).hexdigest() if source else ""
+        self._tokenizer = tokenizer
+        self._bos = info.bos_token_id if info.adds_bos else None
+        self._chat = _template(info)
+        # One int object per id: a data set has millions of tokens.
+        self._ids = {token: token for token in range(tokenizer.get_vocab_size())}
+        added = tokenizer.get_added_tokens_decoder()
+        self._special = {id_ for id_, token in added.items() if token.special}
 
     @property
     def has_template(self) -> bool:

@@ -7,35 +7,21 @@ least important triplets are cut by a schedule until `target_r` per module remai
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
 import torch
-from loraplex_adapters.format.modules import PREFIX, module_path
+from loraplex_adapters.format.modules import module_path
 from loraplex_model.adapters.delta import AdapterDelta, ProjectionDelta
 from loraplex_model.base.config import Site
 from pydantic import Field
 
-from loraplex_training.methods.base import (
-    AdapterFiles,
-    Observe,
-    ParameterGroup,
-    Setting,
-    TrainedAdapter,
-)
-from loraplex_training.methods.lora import stored
+from loraplex_training.methods.base import AdapterFiles, Setting, TrainedAdapter
 from loraplex_training.methods.options import OptionProblems, Rank, TargetOptions
-from loraplex_training.methods.plain import config_of, leaf
+from loraplex_training.methods.plain import config_of, leaf, stored, tensor_name
 from loraplex_training.methods.targets import sites_of
-from loraplex_training.spec.fields import (
-    AboveZero,
-    Count,
-    Fraction,
-    NotNegative,
-    Number,
-    Positive,
-)
+from loraplex_training.spec.fields import AboveZero, Count, Fraction, NotNegative, Number, Positive
 
 _STD = 0.02  # of A and B at the start; E is 0
 _KEPT, _SENSITIVITY, _UNCERTAINTY = "kept.", "sensitivity.", "uncertainty."
@@ -129,7 +115,7 @@ def adalora(options: AdaLoraOptions, setting: Setting, problems: OptionProblems)
     return AdaLoraAdapter(setting, options, sites, target_r, schedule)
 
 
-class AdaLoraAdapter:
+class AdaLoraAdapter(TrainedAdapter):
     """A `TrainedAdapter` of A, B and E, some of whose triplets are cut in training."""
 
     def __init__(
@@ -159,13 +145,6 @@ class AdaLoraAdapter:
         device = setting.base.embed.device
         self._kept = {site: torch.ones(rank, dtype=torch.bool, device=device) for site in sites}
 
-    def prepare(self, observe: Observe) -> None:
-        """Does nothing: AdaLoRA chooses nothing from data before the first step."""
-
-    def groups(self) -> Sequence[ParameterGroup]:
-        """See `TrainedAdapter`."""
-        return [ParameterGroup(tuple(self.parameters))]
-
     def delta(self) -> AdapterDelta:
         """See `TrainedAdapter`."""
         scale = self._options.alpha / (self._options.init_r + 1e-5)
@@ -179,8 +158,9 @@ class AdaLoraAdapter:
         """Returns the mean of |A A^T - 1| and |B^T B - 1| over all modules, times its weight."""
         if not self._options.orth_reg_weight:
             return None
-        total = torch.stack([_skewness(rows) for rows in self._bases()]).mean()
-        return total * self._options.orth_reg_weight
+        modules = map(self._of, self._sites)
+        skewness = [_skewness(rows) for a, b, _ in modules for rows in (a, b.T)]
+        return torch.stack(skewness).mean() * self._options.orth_reg_weight
 
     def stepped(self, step: int) -> None:
         """Updates the importances from the step's gradients, and cuts by the schedule."""
@@ -201,11 +181,6 @@ class AdaLoraAdapter:
             **{_UNCERTAINTY + name: tensor for name, tensor in self._uncertainty.items()},
             **{_KEPT + module_path(*site): tensor for site, tensor in self._kept.items()},
         }
-
-    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
-        """See `TrainedAdapter`."""
-        for name, tensor in self.state().items():
-            tensor.copy_(state[name])
 
     def files(self) -> AdapterFiles:
         """See `TrainedAdapter`. Cut triplets are left out; a module may have none left."""
@@ -243,14 +218,8 @@ class AdaLoraAdapter:
 
     def _of(self, site: Site) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns a module's A [r, in], B [out, r] and E [r, 1]."""
-        a, b, e = _names(site)
-        return self.parameters[a], self.parameters[b], self.parameters[e]
-
-    def _bases(self) -> Iterator[torch.Tensor]:
-        """Yields the matrices whose rows should be orthogonal: every A and B^T."""
-        for site in self._sites:
-            a, b, _ = self._of(site)
-            yield from (a, b.T)
+        a, b, e = (self.parameters[name] for name in _names(site))
+        return a, b, e
 
     def _watch(self) -> None:
         """Smooths |p * gradient| of every parameter p, and its variation (section 3.3)."""
@@ -290,7 +259,6 @@ def _skewness(rows: torch.Tensor) -> torch.Tensor:
     return distance
 
 
-def _names(site: Site) -> tuple[str, str, str]:
+def _names(site: Site) -> Sequence[str]:
     """Returns the names of a module's A, B and E in PEFT's files."""
-    path = PREFIX + module_path(*site)
-    return f"{path}.lora_A", f"{path}.lora_B", f"{path}.lora_E"
+    return [tensor_name(site, f"lora_{letter}") for letter in "ABE"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -38,33 +38,27 @@ class Setting:
         base_model: name for `base_model_name_or_path`.
         generator: seeded with the job's seed; a method draws random numbers from nothing else.
         steps: number of optimiser steps of the job, for schedules of ranks.
-        token_ids: converts text to ids, for virtual tokens that start from a text.
+        token_ids: converts text to ids without special tokens, for virtual tokens.
     """
 
     base: BaseWeights
     base_model: str
     generator: torch.Generator
     steps: int
-    token_ids: TokenIds
+    token_ids: Callable[[str], Sequence[int]]
 
 
-class TokenIds(Protocol):
-    """Converts text to token ids, without special tokens."""
+Observe = Callable[[BaseLinear, int], None]
+"""Runs a number of the job's micro-batches forward and backward over the base without adapters.
 
-    def __call__(self, text: str, /) -> Sequence[int]: ...
-
-
-class Observe(Protocol):
-    """Runs `batches` micro-batches of the job forward and backward over the base without adapters.
-
-    `linear` computes the products of projections, and is the only one to see their gradients.
-    """
-
-    def __call__(self, linear: BaseLinear, batches: int, /) -> None: ...
+The `BaseLinear` computes the products of projections, and is the only one to see their gradients.
+"""
 
 
 class TrainedAdapter(Protocol):
     """An adapter in training. Not shared between jobs; on the device of the base.
+
+    The defaults are those of an adapter that consists of its parameters alone.
 
     Attributes:
         parameters: leaf tensors that gradients are computed for, float32 (float64 on a float64
@@ -75,29 +69,36 @@ class TrainedAdapter(Protocol):
     """
 
     parameters: Mapping[str, torch.Tensor]
-    dropout: float
-    settled: int
+    dropout: float = 0.0
+    settled: int = 0
 
     def prepare(self, observe: Observe) -> None:
         """Chooses masks from data. Called once before the first step, not when a run is resumed."""
+        return
 
     def groups(self) -> Sequence[ParameterGroup]:
         """Returns groups that contain every parameter once."""
+        return [ParameterGroup(tuple(self.parameters))]
 
     def delta(self) -> AdapterDelta:
         """Computes the change of the base for one pass, differentiable in the parameters."""
 
     def penalty(self) -> torch.Tensor | None:
         """Returns a term added to the mean loss of a step (AdaLoRA's orthogonality), or None."""
+        return None
 
     def stepped(self, step: int) -> None:
         """Updates budgets and masks after optimiser step `step` (from 1); gradients still exist."""
+        return
 
     def state(self) -> Mapping[str, torch.Tensor]:
-        """Returns the tensors other than parameters that an exact continuation needs."""
+        """Returns the tensors, not copied, besides parameters that a continuation needs."""
+        return {}
 
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
         """Restores what `state` returned. The caller restores the parameters, in place."""
+        for name, tensor in self.state().items():
+            tensor.copy_(state[name])
 
     def files(self) -> AdapterFiles:
         """Returns the files of the adapter as it is now."""

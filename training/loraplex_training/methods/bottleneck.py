@@ -6,12 +6,11 @@ untrained adapter changes nothing; `down` starts as torch's linear layers do, it
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 import torch
 from loraplex_adapters.format.kinds.bottleneck import ACTIVATIONS, PLACEMENTS, READS
-from loraplex_adapters.format.modules import PREFIX, module_path
 from loraplex_adapters.format.spec import AdapterLimits
 from loraplex_model.adapters.delta import Activation, AdapterDelta, BottleneckDelta, Reads
 from loraplex_model.base.config import Site
@@ -25,7 +24,7 @@ from loraplex_training.methods.options import (
     Rank,
     split_names,
 )
-from loraplex_training.methods.plain import PlainAdapter, config_of, leaf
+from loraplex_training.methods.plain import PlainAdapter, config_of, leaf, tensor_name
 from loraplex_training.spec.fields import AboveZero, one_of
 
 STYLES: Mapping[str, tuple[tuple[str, ...], str]] = {
@@ -36,7 +35,9 @@ STYLES: Mapping[str, tuple[tuple[str, ...], str]] = {
 """Placements and inputs of each paper's bottlenecks: Houlsby et al. 2019 (arXiv 1902.00751),
 Pfeiffer et al. 2020 (arXiv 2005.00247), He et al. 2021 (arXiv 2110.04366)."""
 
-_PARTS = ("down.weight", "down.bias", "up.weight", "up.bias")
+_PARTS = tuple(
+    f"bottleneck_{part}" for part in ("down.weight", "down.bias", "up.weight", "up.bias")
+)
 
 
 class BottleneckOptions(MethodOptions):
@@ -90,10 +91,11 @@ def bottleneck(
     parameters: dict[str, torch.Tensor] = {}
     for site in sites:
         starts = _starts(shape.hidden_size, width, setting.generator)
-        parameters |= {_name(site, part): leaf(starts[part], setting.base) for part in _PARTS}
+        for part, start in zip(_PARTS, starts, strict=True):
+            parameters[tensor_name(site, part)] = leaf(start, setting.base)
 
     def change(site: Site) -> BottleneckDelta:
-        down, down_bias, up, up_bias = (parameters[_name(site, part)] for part in _PARTS)
+        down, down_bias, up, up_bias = (parameters[tensor_name(site, part)] for part in _PARTS)
         return BottleneckDelta(
             down=down,
             up=up.T * scaling,
@@ -116,7 +118,6 @@ def bottleneck(
         parameters,
         lambda: AdapterDelta({site: change(site) for site in sites}),
         config,
-        lambda: parameters,
         undecayed=[name for name in parameters if name.endswith(".bias")],
     )
 
@@ -139,15 +140,8 @@ def _width(options: BottleneckOptions, hidden: int, problems: OptionProblems) ->
     return width
 
 
-def _starts(hidden: int, width: int, generator: torch.Generator) -> Mapping[str, torch.Tensor]:
+def _starts(hidden: int, width: int, generator: torch.Generator) -> Sequence[torch.Tensor]:
+    """Returns the initial values of `_PARTS`."""
     bound = hidden**-0.5
-    return {
-        "down.weight": torch.empty(width, hidden).uniform_(-bound, bound, generator=generator),
-        "down.bias": torch.zeros(width),
-        "up.weight": torch.zeros(hidden, width),
-        "up.bias": torch.zeros(hidden),
-    }
-
-
-def _name(site: Site, part: str) -> str:
-    return f"{PREFIX}{module_path(*site)}.bottleneck_{part}"
+    down = torch.empty(width, hidden).uniform_(-bound, bound, generator=generator)
+    return down, torch.zeros(width), torch.zeros(hidden, width), torch.zeros(hidden)

@@ -11,28 +11,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from loraplex_adapters.format.modules import PREFIX, module_path
 from loraplex_model.adapters.delta import AdapterDelta, LoraFactors, ProjectionDelta
 from loraplex_model.adapters.merge import own_bias
 from loraplex_model.base.config import Site
 
-from loraplex_training.methods.base import (
-    AdapterFiles,
-    Observe,
-    ParameterGroup,
-    Setting,
-    TrainedAdapter,
-)
-from loraplex_training.methods.lora import (
-    LoraLayout,
-    LoraOptions,
-    Pairs,
-    make_pairs,
-    names_of,
-    stored,
-)
+from loraplex_training.methods.base import AdapterFiles, ParameterGroup, Setting, TrainedAdapter
+from loraplex_training.methods.lora import LoraAdapter, LoraOptions, make_lora, names_of
 from loraplex_training.methods.options import OptionProblems
-from loraplex_training.methods.plain import leaf
+from loraplex_training.methods.plain import leaf, stored, tensor_name
 from loraplex_training.methods.targets import weight
 
 
@@ -42,38 +28,33 @@ def dora(options: LoraOptions, setting: Setting, problems: OptionProblems) -> Tr
     With `loraplus_lr_ratio` the lengths have B's learning rate, as with PEFT's optimiser. Saved as
     PEFT's LORA with use_dora.
     """
-    layout, pairs = make_pairs(options, setting, problems)
-    return DoraAdapter(setting, layout, pairs)
+    return DoraAdapter(setting, make_lora(options, setting, problems), options.loraplus_lr_ratio)
 
 
-class DoraAdapter:
-    """A `TrainedAdapter` of A, B and magnitudes."""
+class DoraAdapter(TrainedAdapter):
+    """A `TrainedAdapter` of a LoRA's A and B and of magnitudes.
 
-    def __init__(self, setting: Setting, layout: LoraLayout, pairs: Pairs) -> None:
-        self._setting, self._layout, self._pairs = setting, layout, pairs
+    `rate` is the learning rate of the magnitudes divided by that of A.
+    """
+
+    def __init__(self, setting: Setting, pairs: LoraAdapter, rate: float) -> None:
+        self._setting, self._pairs, self._rate = setting, pairs, rate
         self._norms: dict[Site, tuple[tuple[int, ...], torch.Tensor]] = {}
         self._magnitudes = {
             _name(site): leaf(self._norms_of(site, pairs.at(site)), setting.base)
-            for site in layout.ranks
+            for site in pairs.ranks
         }
         self.parameters: Mapping[str, torch.Tensor] = {**pairs.parameters, **self._magnitudes}
-        self.dropout = layout.dropout
-        self.settled = 0
-
-    def prepare(self, observe: Observe) -> None:
-        """Does nothing: DoRA chooses nothing from data."""
+        self.dropout = pairs.dropout
 
     def groups(self) -> Sequence[ParameterGroup]:
         """See `TrainedAdapter`. Magnitudes have no weight decay, which would shorten all rows."""
-        magnitudes = ParameterGroup(tuple(self._magnitudes), self._layout.ratio, decay=False)
+        magnitudes = ParameterGroup(tuple(self._magnitudes), self._rate, decay=False)
         return [*self._pairs.groups(), magnitudes]
 
     def delta(self) -> AdapterDelta:
         """See `TrainedAdapter`. Unpacks every adapted matrix, if its A or B has changed since."""
-        return AdapterDelta({site: self._change(site) for site in self._layout.ranks})
-
-    def penalty(self) -> None:
-        """Returns None: DoRA has no penalty."""
+        return AdapterDelta({site: self._change(site) for site in self._pairs.ranks})
 
     def stepped(self, step: int) -> None:
         """Drops the norms, which the step has changed."""
@@ -85,14 +66,14 @@ class DoraAdapter:
 
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
         """See `TrainedAdapter`."""
-        self._pairs.restore(state)
+        super().restore(state)
         self._norms.clear()
 
     def files(self) -> AdapterFiles:
         """See `TrainedAdapter`."""
+        files = self._pairs.files()
         magnitudes = {name: stored(tensor) for name, tensor in self._magnitudes.items()}
-        config = self._pairs.config(self._setting, use_dora=True)
-        return AdapterFiles(config, {**self._pairs.tensors(), **magnitudes})
+        return AdapterFiles({**files.config, "use_dora": True}, {**files.tensors, **magnitudes})
 
     def _change(self, site: Site) -> ProjectionDelta:
         factors = self._pairs.at(site)
@@ -120,4 +101,4 @@ class DoraAdapter:
 
 
 def _name(site: Site) -> str:
-    return f"{PREFIX}{module_path(*site)}.lora_magnitude_vector"
+    return tensor_name(site, "lora_magnitude_vector")

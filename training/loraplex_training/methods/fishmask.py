@@ -20,16 +20,10 @@ from loraplex_model.base.weights import BaseWeights, NF4Matrix
 from loraplex_model.ops.linear import DequantisedLinear
 from pydantic import Field
 
-from loraplex_training.methods.base import (
-    AdapterFiles,
-    Observe,
-    ParameterGroup,
-    Setting,
-    TrainedAdapter,
-)
-from loraplex_training.methods.lora import names_of, stored
+from loraplex_training.methods.base import AdapterFiles, Observe, Setting, TrainedAdapter
+from loraplex_training.methods.lora import names_of
 from loraplex_training.methods.options import OptionProblems, TargetOptions
-from loraplex_training.methods.plain import config_of, leaf, precision
+from loraplex_training.methods.plain import config_of, leaf, precision, stored
 from loraplex_training.methods.targets import sites_of
 from loraplex_training.spec.fields import Number, Positive
 
@@ -64,30 +58,24 @@ def fishmask(
     rows = min(16, narrowest) if options.rows is None else options.rows
     problems.at_most("rows", rows, min(narrowest, AdapterLimits().max_rank))
     problems.check()
-    return FishMaskAdapter(setting, sites, rows, options.keep, options.samples)
+    return FishMaskAdapter(setting, sites, rows, options)
 
 
-class FishMaskAdapter:
+class FishMaskAdapter(TrainedAdapter):
     """A `TrainedAdapter`. Before `prepare` or `restore` it trains no entries."""
 
-    dropout = 0.0
-    settled = 0
-
     def __init__(
-        self, setting: Setting, sites: Sequence[Site], rows: int, keep: float, samples: int
+        self, setting: Setting, sites: Sequence[Site], rows: int, options: FishMaskOptions
     ) -> None:
         base, shapes = setting.base, setting.base.config.projection_shapes()
         device = base.embed.device
-        self._setting, self._sites = setting, tuple(sites)
-        self._keep, self._samples, self._width = keep, samples, rows
-        self._values = {
-            site: leaf(torch.zeros(rows, shapes[site[1]][0]), base) for site in self._sites
-        }
+        self._setting, self._sites, self._width, self._options = setting, sites, rows, options
+        self._values = {site: leaf(torch.zeros(rows, shapes[site[1]][0]), base) for site in sites}
         self._masks = {
             site: torch.zeros(values.shape, dtype=torch.bool, device=device)
             for site, values in self._values.items()
         }
-        self._rows = {site: torch.arange(rows, device=device) for site in self._sites}
+        self._rows = {site: torch.arange(rows, device=device) for site in sites}
         self.parameters: Mapping[str, torch.Tensor] = {
             names_of(site)[0]: values for site, values in self._values.items()
         }
@@ -103,7 +91,7 @@ class FishMaskAdapter:
             parts = [(g @ x).square().sum(1) for g in torch.split(dy.T, _CHUNK)]
             by_row[site] = by_row.get(site, 0) + torch.cat(parts)
 
-        observe(_Watched(self._setting.base, self._sites, sum_rows), self._samples)
+        observe(_Watched(self._setting.base, self._sites, sum_rows), self._options.samples)
         for site, sums in by_row.items():
             self._rows[site].copy_(sums.topk(self._width).indices.sort().values)
 
@@ -113,14 +101,10 @@ class FishMaskAdapter:
             part = (dy[:, self._rows[site]].T @ x).square()
             by_entry[site] = by_entry.get(site, 0) + part
 
-        observe(_Watched(self._setting.base, self._sites, sum_entries), self._samples)
+        observe(_Watched(self._setting.base, self._sites, sum_entries), self._options.samples)
         for site, sums in by_entry.items():
-            count = max(1, round(self._keep * sums.numel()))
+            count = max(1, round(self._options.keep * sums.numel()))
             self._masks[site].zero_().view(-1)[sums.view(-1).topk(count).indices] = True
-
-    def groups(self) -> Sequence[ParameterGroup]:
-        """See `TrainedAdapter`."""
-        return [ParameterGroup(tuple(self.parameters))]
 
     def delta(self) -> AdapterDelta:
         """See `TrainedAdapter`. Entries outside the mask are zero and get no gradient."""
@@ -131,23 +115,12 @@ class FishMaskAdapter:
             }
         )
 
-    def penalty(self) -> None:
-        """Returns None: FISH Mask has no penalty."""
-
-    def stepped(self, step: int) -> None:
-        """Does nothing."""
-
     def state(self) -> Mapping[str, torch.Tensor]:
         """Returns the rows and the masks of the trained entries."""
         return {
             **{_ROWS + module_path(*site): rows for site, rows in self._rows.items()},
             **{_MASK + module_path(*site): mask for site, mask in self._masks.items()},
         }
-
-    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
-        """See `TrainedAdapter`."""
-        for name, tensor in self.state().items():
-            tensor.copy_(state[name])
 
     def files(self) -> AdapterFiles:
         """See `TrainedAdapter`."""

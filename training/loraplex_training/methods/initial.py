@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -36,7 +35,6 @@ from loraplex_training.spec.fields import Count, one_of
 
 INITIALISATIONS = ("default", "gaussian", "random", "pissa", "loftq")
 
-_Decompose = Callable[[torch.Tensor, int, float], tuple[torch.Tensor, torch.Tensor]]
 _OVERSAMPLING = 8
 _LARGEST_RESIDUAL = 0.2  # of |W|: NF4's error is 0.09 on normal weights; other weights give 1.4
 
@@ -53,20 +51,11 @@ class StartOptions(TargetOptions):
     """Directory or .gguf file of the weights before quantisation, for loftq."""
 
 
-@dataclass(frozen=True, slots=True)
-class Start:
-    """A module's initial matrices, float32: a [r, in], b [out, r].
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""A module's matrices A [r, in] and B [out, r], float32."""
 
-    `subtracted`: their initial product is subtracted from the adapter's change of the base.
-    """
-
-    a: torch.Tensor
-    b: torch.Tensor
-    subtracted: bool = False
-
-
-Initialise = Callable[[Site, int, float], Start]
-"""`(site, rank, scale)`; called once per module, in the order of the model."""
+Initialise = Callable[[Site, int, float], Pair]
+"""Initial values by `(site, rank, scale)`; called once per module, in the order of the model."""
 
 
 def initialisation(
@@ -88,15 +77,18 @@ def initialisation(
         _check_ranks(base, ranks, problems)
     largest = partial(_largest_parts, iterations=options.svd_iterations, chance=chance)
     if name == "pissa":
-        return partial(_pissa, base, largest)
+        return lambda site, rank, scale: largest(weight(base, site), rank, scale)
     if name == "loftq":
-        return partial(_loftq, base, largest, _open(base, source, problems))
+        try:
+            return partial(_loftq, base, largest, _open(source))
+        except (Refusal, ValueError) as error:
+            problems.add("loftq_source", f"loftq_source: {error}")
     return partial(_drawn, base, name, chance)
 
 
 def _drawn(
     base: BaseWeights, name: str, chance: torch.Generator, site: Site, rank: int, scale: float
-) -> Start:
+) -> Pair:
     """Draws from PEFT's distributions, with the job's generator; ignores the base's weights."""
     fan_in, fan_out = shape(base, site)
     if name == "gaussian":
@@ -104,7 +96,7 @@ def _drawn(
     else:
         a = _uniform(rank, fan_in, chance)
     b = _uniform(fan_out, rank, chance) if name == "random" else torch.zeros(fan_out, rank)
-    return Start(a, b)
+    return a, b
 
 
 def _uniform(fan_out: int, fan_in: int, chance: torch.Generator) -> torch.Tensor:
@@ -112,20 +104,14 @@ def _uniform(fan_out: int, fan_in: int, chance: torch.Generator) -> torch.Tensor
     return (2 * torch.rand(fan_out, fan_in, generator=chance) - 1) / math.sqrt(fan_in)
 
 
-def _pissa(base: BaseWeights, largest: _Decompose, site: Site, rank: int, scale: float) -> Start:
-    b, a = largest(weight(base, site), rank, scale)
-    return Start(a, b, subtracted=True)
-
-
 def _loftq(
     base: BaseWeights,
-    largest: _Decompose,
-    source: TensorSource | None,
+    largest: Callable[[torch.Tensor, int, float], Pair],
+    source: TensorSource,
     site: Site,
     rank: int,
     scale: float,
-) -> Start:
-    assert source is not None, "`initialisation` has reported that it is missing"
+) -> Pair:
     served = weight(base, site)
     name = tensor_name(*site)
     try:
@@ -138,8 +124,7 @@ def _loftq(
     share = float(residual.norm() / original.norm())
     if not share < _LARGEST_RESIDUAL:
         raise _not_the_source(f"{name} differs from the base's by {share:.0%}, NF4 does by 9%")
-    b, a = largest(residual, rank, scale)
-    return Start(a, b)
+    return largest(residual, rank, scale)
 
 
 def _not_the_source(why: str) -> Refusal:
@@ -149,31 +134,19 @@ def _not_the_source(why: str) -> Refusal:
     )
 
 
-def _open(base: BaseWeights, source: str, problems: OptionProblems) -> TensorSource | None:
-    """Opens the weights before quantisation; None after a problem."""
-
-    def refuse(message: str) -> None:
-        problems.add("loftq_source", f"loftq_source: {message}")
-
+def _open(source: str) -> TensorSource:
+    """Opens the weights before quantisation. Raises ValueError or Refusal if that is impossible."""
     if not source:
-        refuse(
+        raise ValueError(
             "LoftQ fits the quantisation error, which the base alone does not show; give the "
             "directory (or .gguf file) of the weights before quantisation"
         )
-        return None
     path = Path(source).expanduser()
     if not path.exists():
-        refuse(f"there is no {path}")
-        return None
-    try:
-        found = open_source(path)
-        quantised = prequantised.is_nf4(found, tensor_name(0, "q_proj"))
-    except Refusal as error:
-        refuse(str(error))
-        return None
-    if quantised:
-        refuse(f"{path} is quantised itself; give the weights before that")
-        return None
+        raise ValueError(f"there is no {path}")
+    found = open_source(path)
+    if prequantised.is_nf4(found, tensor_name(0, "q_proj")):
+        raise ValueError(f"{path} is quantised itself; give the weights before that")
     return found
 
 
@@ -186,8 +159,8 @@ def _check_ranks(base: BaseWeights, ranks: Mapping[Site, int], problems: OptionP
 
 def _largest_parts(
     matrix: torch.Tensor, rank: int, scale: float, *, iterations: int, chance: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns B [out, r] and A [r, in] with scale * B A the best fit of `matrix` [out, in].
+) -> Pair:
+    """Returns A [r, in] and B [out, r] with scale * B A the best fit of `matrix` [out, in].
 
     With `iterations` 0 the decomposition is exact. Otherwise it takes that many rounds of subspace
     iteration with a few directions more than `rank` (arXiv 0909.4061): faster and nearly as good.
@@ -203,4 +176,4 @@ def _largest_parts(
     else:
         u, values, vh = torch.linalg.svd(matrix, full_matrices=False)
     root = (values[:rank] / scale).sqrt()
-    return u[:, :rank] * root, root[:, None] * vh[:rank]
+    return root[:, None] * vh[:rank], u[:, :rank] * root

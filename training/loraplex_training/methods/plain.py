@@ -1,44 +1,46 @@
-"""Adapters that consist of parameters alone: no masks, budgets, penalties or dropout."""
+"""Adapters that consist of parameters alone, and what the files of all methods have in common."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
+from loraplex_adapters.format.modules import PREFIX, module_path
 from loraplex_model.adapters.delta import AdapterDelta
+from loraplex_model.base.config import Site
 from loraplex_model.base.weights import BaseWeights
 
-from loraplex_training.methods.base import AdapterFiles, Observe, ParameterGroup, Setting
+from loraplex_training.methods.base import AdapterFiles, ParameterGroup, Setting, TrainedAdapter
 
 Tensors = Mapping[str, torch.Tensor]
 
 
-class PlainAdapter:
+class PlainAdapter(TrainedAdapter):
     """A `TrainedAdapter` that consists of its parameters alone."""
-
-    dropout = 0.0
-    settled = 0
 
     def __init__(
         self,
         parameters: Tensors,
         delta: Callable[[], AdapterDelta],
         config: Mapping[str, object],
-        tensors: Callable[[], Tensors],
+        tensors: Callable[[], Tensors] | None = None,
         undecayed: Collection[str] = (),
     ) -> None:
         """`delta` and `tensors` (of the file) are computed from the parameters at each call.
+
+        Without `tensors` the file has the parameters themselves.
 
         `undecayed` names the parameters without weight decay: gains, whose initial value is not 0,
         and biases, by convention.
         """
         self.parameters = parameters
-        self.delta = delta
-        self._config, self._tensors = config, tensors
+        self._delta, self._config = delta, config
+        self._tensors = tensors or (lambda: parameters)
         self._undecayed = undecayed
 
-    def prepare(self, observe: Observe) -> None:
-        """Does nothing: nothing is chosen from data."""
+    def delta(self) -> AdapterDelta:
+        """See `TrainedAdapter`."""
+        return self._delta()
 
     def groups(self) -> Sequence[ParameterGroup]:
         """See `TrainedAdapter`."""
@@ -47,26 +49,10 @@ class PlainAdapter:
         groups = (ParameterGroup(decayed), ParameterGroup(spared, decay=False))
         return [group for group in groups if group.names]
 
-    def penalty(self) -> None:
-        """Returns None: there is no penalty."""
-
-    def stepped(self, step: int) -> None:
-        """Does nothing."""
-
-    def state(self) -> Tensors:
-        """Returns nothing: the parameters are the whole state."""
-        return {}
-
-    def restore(self, state: Tensors) -> None:
-        """See `state`."""
-
     def files(self) -> AdapterFiles:
         """See `TrainedAdapter`."""
         with torch.no_grad():
-            tensors = {
-                name: tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
-                for name, tensor in self._tensors().items()
-            }
+            tensors = {name: stored(tensor) for name, tensor in self._tensors().items()}
         return AdapterFiles(self._config, tensors)
 
 
@@ -79,6 +65,16 @@ def config_of(setting: Setting, peft_type: str, **options: object) -> dict[str, 
         "task_type": "CAUSAL_LM",
         **options,
     }
+
+
+def tensor_name(site: Site, ending: str) -> str:
+    """Returns the name of a module's tensor in the file."""
+    return f"{PREFIX}{module_path(*site)}.{ending}"
+
+
+def stored(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns a copy for the file: float32, on the CPU, contiguous."""
+    return tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
 
 
 def leaf(start: torch.Tensor, base: BaseWeights) -> torch.Tensor:

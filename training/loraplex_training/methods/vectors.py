@@ -5,18 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from loraplex_adapters.format.modules import PREFIX, module_path
+from loraplex_adapters.format.modules import module_path
 from loraplex_adapters.format.patterns import suffixes
 from loraplex_model.adapters.delta import AdapterDelta, ProjectionDelta
 from loraplex_model.base.config import Site
 
 from loraplex_training.methods.base import Setting, TrainedAdapter
-from loraplex_training.methods.options import (
-    Names,
-    OptionProblems,
-    TargetOptions,
-)
-from loraplex_training.methods.plain import PlainAdapter, config_of, leaf
+from loraplex_training.methods.options import Names, OptionProblems, TargetOptions
+from loraplex_training.methods.plain import PlainAdapter, config_of, leaf, tensor_name
 from loraplex_training.methods.targets import sites_of
 
 
@@ -42,10 +38,10 @@ def ia3(options: Ia3Options, setting: Setting, problems: OptionProblems) -> Trai
     for site in sites:
         fan_in, fan_out = shapes[site[1]]
         shape = (1, fan_in) if site in inward else (fan_out, 1)
-        parameters[_name(site, "ia3_l")] = leaf(torch.ones(shape), setting.base)
+        parameters[tensor_name(site, "ia3_l")] = leaf(torch.ones(shape), setting.base)
 
     def change(site: Site) -> ProjectionDelta:
-        gain = parameters[_name(site, "ia3_l")].reshape(-1)
+        gain = parameters[tensor_name(site, "ia3_l")].reshape(-1)
         return ProjectionDelta(in_gain=gain) if site in inward else ProjectionDelta(gain=gain)
 
     config = config_of(
@@ -58,7 +54,6 @@ def ia3(options: Ia3Options, setting: Setting, problems: OptionProblems) -> Trai
         parameters,
         lambda: AdapterDelta({site: change(site) for site in sites}),
         config,
-        lambda: parameters,
         undecayed=parameters,  # a gain that decayed to 0 would remove the base's output
     )
 
@@ -72,18 +67,17 @@ def bitfit(options: TargetOptions, setting: Setting, problems: OptionProblems) -
     sites = sites_of(options, setting.base, problems)
     problems.check()
     parameters = {
-        _name(site, "beft_bias"): leaf(torch.zeros(1, shapes[site[1]][1]), setting.base)
+        tensor_name(site, "beft_bias"): leaf(torch.zeros(1, shapes[site[1]][1]), setting.base)
         for site in sites
     }
 
     def change(site: Site) -> ProjectionDelta:
-        return ProjectionDelta(bias=parameters[_name(site, "beft_bias")].reshape(-1))
+        return ProjectionDelta(bias=parameters[tensor_name(site, "beft_bias")].reshape(-1))
 
     return PlainAdapter(
         parameters,
         lambda: AdapterDelta({site: change(site) for site in sites}),
         config_of(setting, "BEFT", target_modules=[module_path(*site) for site in sites]),
-        lambda: parameters,
         undecayed=parameters,
     )
 
@@ -104,7 +98,3 @@ def _feedforward(
             )
         found.update(named)
     return frozenset(found)
-
-
-def _name(site: Site, ending: str) -> str:
-    return f"{PREFIX}{module_path(*site)}.{ending}"

@@ -40,7 +40,8 @@ from loraplex_training.report.card import Facts, card
 from loraplex_training.report.curves import PICTURE
 from loraplex_training.report.events import Published
 from loraplex_training.report.record import read
-from loraplex_training.run.run import JobOutcome, Run
+from loraplex_training.run.run import Run
+from loraplex_training.step.job import Job
 
 FOLDER = "adapter"
 CARD = "README.md"
@@ -50,24 +51,24 @@ SAMPLE_TOKENS = 128
 """Largest number of tokens of the answer that a server generates."""
 
 
-def publish(outcome: JobOutcome, run: Run, target: Target, alias: str = "") -> Published:
+def publish(job: Job, run: Run, target: Target, alias: str = "") -> Published:
     """Publishes a finished job's adapter; `alias` then points to it, unless it is "".
 
     Raises Refusal: PUBLISH_FAILED, DISK_FULL. Its message says which steps were completed; these
     are not undone.
     """
-    base, name = run.base.weights, outcome.job
+    base, name = run.base.weights, job.name
     data = run.datasets[name]
     folder = run.spec.out / name / FOLDER
-    files = outcome.adapter.files()
+    files = job.adapter.files()
     called = {"base_model_name_or_path": known_as(run.base.name)}
     files = replace(files, config={**files.config, **called})
     stamped = stamps(base, run.text.template_digest, data.digest)
-    text = card(outcome.spec, _facts(outcome, run), list(read(run.spec.out)))
+    text = card(job.spec, _facts(job, run), list(read(run.spec.out)))
     examples = [sample.tokens for sample in (*data.evaluation, *data.train)[:CHECKED]]
     with torch.no_grad():
-        trained = outcome.adapter.delta()
-    with placed(folder) as fresh:
+        trained = job.adapter.delta()
+    with _failing("nothing was registered"), staged(folder, force=True) as fresh:
         write(fresh, files, stamped, text, BY_NAME[target.dtype])
         if (picture := run.spec.out / PICTURE).is_file():
             shutil.copyfile(picture, fresh / PICTURE)
@@ -183,33 +184,22 @@ def send(
     return f"{name}@{sent.version}", asked.text
 
 
-@contextmanager
-def placed(out: Path) -> Iterator[Path]:
-    """Provides a temporary path that is renamed to `out` when the context ends; see `staged`.
-
-    Raises Refusal: DISK_FULL, PUBLISH_FAILED.
-    """
-    with _failing("nothing was registered"), staged(out, force=True) as fresh:
-        yield fresh
-
-
-def _facts(outcome: JobOutcome, run: Run) -> Facts:
-    report = run.datasets[outcome.job].report
+def _facts(job: Job, run: Run) -> Facts:
+    report = run.datasets[job.name].report
     counts = {
         "training examples": report.train.examples,
         "training tokens": report.train.tokens,
         "of these learned": report.train.learned,
         "evaluation examples": report.evaluation.examples,
     }
-    parameters = sum(p.numel() for p in outcome.adapter.parameters.values())
     return Facts(
         base=known_as(run.base.name),
         fingerprint=run.base.weights.fingerprint,
-        parameters=parameters,
+        parameters=job.parameters,
         counts=counts,
-        data=outcome.data_digest,
+        data=run.datasets[job.name].digest,
         template=run.text.template_digest,
-        step=outcome.best_step,
+        step=job.progress.best_step,
     )
 
 

@@ -75,10 +75,10 @@ def read(
 
 def keep(target: Target, out: Path) -> None:
     """Writes the target into the run's directory, for `resume`; without the database's URL."""
-    values = {**asdict(target), "store": str(target.store) if target.store else None}
+    values = asdict(target)
     del values["store_url"]
     with suppress(OSError):
-        (out / TARGET).write_text(json.dumps(values, indent=2) + "\n", "utf-8")
+        (out / TARGET).write_text(json.dumps(values, indent=2, default=str) + "\n", "utf-8")
 
 
 def kept(out: Path) -> Target:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from loraplex_adapters.format.spec import AdapterLimits
 from loraplex_adapters.load.tensors import load
 from loraplex_model.adapters.delta import AdapterDelta
 from loraplex_model.base.refusal import Reason, Refusal
-from loraplex_model.base.weights import BaseWeights
+from loraplex_model.base.weights import BaseWeights, LayerWeights
 
 from loraplex_training.run.generate import Generator
 from loraplex_training.step.joint import JointPass
@@ -103,21 +103,12 @@ def in_float32(base: BaseWeights) -> BaseWeights:
     if base.embed.dtype == torch.float32:
         return base
 
-    def wide(tensor: torch.Tensor | None) -> torch.Tensor | None:
-        return None if tensor is None else tensor.float()
+    def wide(layer: LayerWeights) -> LayerWeights:
+        found = {f.name: getattr(layer, f.name) for f in fields(layer)}
+        dense = {name: t.float() for name, t in found.items() if isinstance(t, torch.Tensor)}
+        return replace(layer, **dense)  # type: ignore[arg-type]
 
     embed = base.embed.float()
-    layers = tuple(
-        replace(
-            layer,
-            input_norm=layer.input_norm.float(),
-            post_norm=layer.post_norm.float(),
-            qkv_bias=wide(layer.qkv_bias),
-            o_bias=wide(layer.o_bias),
-            q_norm=wide(layer.q_norm),
-            k_norm=wide(layer.k_norm),
-        )
-        for layer in base.layers
-    )
+    layers = tuple(map(wide, base.layers))
     head = embed if base.lm_head is base.embed else base.lm_head.float()
     return replace(base, embed=embed, layers=layers, norm=base.norm.float(), lm_head=head)

@@ -124,24 +124,16 @@ def _thinned(evaluations: Sequence[Evaluated], best: int) -> list[Evaluated]:
 
 def _samples(samples: Sequence[Sampled]) -> str:
     """Returns the answers to the same prompts before and after training."""
-    lines = ["## Answers to evaluation examples", ""]
-    shown = dict.fromkeys(s.prompt for s in samples)
-    for prompt in list(shown)[:MOST_SAMPLES]:
+    if not samples:
+        return ""
+    parts = ["## Answers to evaluation examples"]
+    for prompt in list(dict.fromkeys(s.prompt for s in samples))[:MOST_SAMPLES]:
         own = [s for s in samples if s.prompt == prompt]
-        lines += [
-            "Prompt:",
-            "",
-            block(prompt, MOST_CHARACTERS),
-            "",
-            "expected:",
-            "",
-            block(own[0].reference, MOST_CHARACTERS),
-            "",
-        ]
+        parts += ["Prompt:", block(prompt, MOST_CHARACTERS)]
+        parts += ["expected:", block(own[0].reference, MOST_CHARACTERS)]
         for sample in (own[0], own[-1]) if len(own) > 1 else own:
-            when = f"after {sample.step} steps" if sample.step else "before training"
-            lines += [f"{when}:", "", block(sample.answer, MOST_CHARACTERS), ""]
-    return "\n".join(lines).rstrip() if shown else ""
+            parts += [f"{sample.when}:", block(sample.answer, MOST_CHARACTERS)]
+    return "\n\n".join(parts)
 
 
 def _code(text: str) -> str:

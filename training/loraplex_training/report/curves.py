@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,9 +19,8 @@ from loraplex_training.report.events import (
     RunEnded,
     RunStarted,
     StepDone,
+    until_failure,
 )
-
-log = logging.getLogger(__name__)
 
 PICTURE = "curves.png"
 TENSORBOARD = "tensorboard"
@@ -39,20 +36,17 @@ def writers(folder: Path) -> list[Observer]:
     return found
 
 
-def scalars(event: Event) -> dict[str, float]:
+def scalars(event: StepDone | Evaluated) -> dict[str, float]:
     """Returns the values of an event by the names of their curves."""
-    match event:
-        case StepDone():
-            return {
-                "train/loss": event.loss,
-                "train/rate": event.rate,
-                "train/norm": event.norm,
-                "train/tokens_per_second": event.tokens / max(event.seconds, 1e-9),
-            }
-        case Evaluated():
-            values = {"eval/loss": event.loss, "eval/perplexity": event.perplexity}
-            return values if event.metric is None else {**values, "eval/metric": event.metric}
-    return {}
+    if isinstance(event, StepDone):
+        return {
+            "train/loss": event.loss,
+            "train/rate": event.rate,
+            "train/norm": event.norm,
+            "train/tokens_per_second": event.tokens / max(event.seconds, 1e-9),
+        }
+    values = {"eval/loss": event.loss, "eval/perplexity": event.perplexity}
+    return values if event.metric is None else {**values, "eval/metric": event.metric}
 
 
 class TensorBoard:
@@ -61,38 +55,24 @@ class TensorBoard:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._writers: dict[str, Any] = {}
-        self._resumed_at = 0
-        self._broken = False
 
+    @until_failure("TensorBoard curves are not written", ImportError, OSError)
     def on(self, event: Event) -> None:
-        if self._broken:
-            return
-        try:
-            self._write(event)
-        except (ImportError, OSError) as error:
-            self._broken = True
-            log.warning("TensorBoard curves are not written: %s", error)
-
-    def _write(self, event: Event) -> None:
         if isinstance(event, RunStarted):
-            self._resumed_at = event.step
+            board = import_module("torch.utils.tensorboard")
+            # Hides the values of steps that a resumed run repeats.
+            purge = event.step + 1 if event.step else None
+            for job in event.jobs:
+                folder = str(self._folder / job)
+                self._writers[job] = board.SummaryWriter(folder, purge_step=purge)
         elif isinstance(event, StepDone | Evaluated):
             for name, value in scalars(event).items():
-                self._writer(event.job).add_scalar(name, value, event.step)
+                self._writers[event.job].add_scalar(name, value, event.step)
         elif isinstance(event, JobEnded):
-            self._writer(event.job).flush()
+            self._writers[event.job].flush()
         elif isinstance(event, RunEnded):
             for writer in self._writers.values():
                 writer.close()
-            self._writers.clear()
-
-    def _writer(self, job: str) -> Any:
-        if job not in self._writers:
-            board = import_module("torch.utils.tensorboard")
-            # Hides the values of steps that a resumed run repeats.
-            purge = self._resumed_at + 1 if self._resumed_at else None
-            self._writers[job] = board.SummaryWriter(str(self._folder / job), purge_step=purge)
-        return self._writers[job]
 
 
 class Picture:
@@ -101,12 +81,10 @@ class Picture:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
+    @until_failure("the picture of the curves is not drawn", ImportError, OSError)
     def on(self, event: Event) -> None:
         if isinstance(event, RunEnded):
-            try:
-                draw(list(record.read(self._folder)), self._folder / PICTURE)
-            except (ImportError, OSError) as error:
-                log.warning("the picture of the curves is not drawn: %s", error)
+            draw(record.read(self._folder), self._folder / PICTURE)
 
 
 class MLflow:
@@ -115,18 +93,9 @@ class MLflow:
     def __init__(self) -> None:
         self._mlflow = import_module("mlflow")
         self._runs: dict[str, str] = {}
-        self._broken = False
 
+    @until_failure("MLflow curves are not written", Exception)  # a server may fail in any way
     def on(self, event: Event) -> None:
-        if self._broken:
-            return
-        try:
-            self._log(event)
-        except Exception as error:  # a tracking server may fail in any way; training goes on
-            self._broken = True
-            log.warning("MLflow curves are not written: %s", error)
-
-    def _log(self, event: Event) -> None:
         client = self._mlflow.MlflowClient
         if isinstance(event, RunStarted):
             for job in event.jobs:
@@ -141,51 +110,36 @@ class MLflow:
             client().set_terminated(self._runs[event.job])
 
 
-@dataclass
-class Curves:
-    """Points of one job's curves, as (step, value)."""
-
-    loss: Points = field(default_factory=list)
-    evaluated: Points = field(default_factory=list)
-    metric: Points = field(default_factory=list)
-    rate: Points = field(default_factory=list)
-
-
-def gather(events: Sequence[Event]) -> dict[str, Curves]:
-    """Returns the curves of every job, without values that are not finite."""
-    jobs: dict[str, Curves] = defaultdict(Curves)
+def gather(events: Iterable[Event]) -> dict[str, defaultdict[str, Points]]:
+    """Returns the curves of every job by their names, without values that are not finite."""
+    jobs: dict[str, defaultdict[str, Points]] = {}
     for event in events:
-        match event:
-            case StepDone():
-                jobs[event.job].loss.append((event.step, event.loss))
-                jobs[event.job].rate.append((event.step, event.rate))
-            case Evaluated():
-                jobs[event.job].evaluated.append((event.step, event.loss))
-                if event.metric is not None:
-                    jobs[event.job].metric.append((event.step, event.metric))
-    for curves in jobs.values():
-        for points in (curves.loss, curves.evaluated, curves.metric):
-            points[:] = [point for point in points if math.isfinite(point[1])]
-    return dict(jobs)
+        if isinstance(event, StepDone | Evaluated):
+            curves = jobs.setdefault(event.job, defaultdict(list))
+            for name, value in scalars(event).items():
+                if math.isfinite(value):
+                    curves[name].append((event.step, value))
+    return jobs
 
 
-def draw(events: Sequence[Event], out: Path) -> None:
+def draw(events: Iterable[Event], out: Path) -> None:
     """Draws loss, metric and learning rate of all jobs. Raises ImportError without matplotlib."""
     from matplotlib.figure import Figure
 
     jobs = gather(events)
     if not jobs:
         return
-    has_metric = any(curves.metric for curves in jobs.values())
+    has_metric = any("eval/metric" in curves for curves in jobs.values())
     figure = Figure(figsize=(12 if has_metric else 9, 4), layout="constrained")
     axes = list(figure.subplots(1, 3 if has_metric else 2))
     for i, (name, curves) in enumerate(jobs.items()):
-        colour = f"C{i % 10}"
-        axes[0].plot(*_xy(curves.loss), color=colour, alpha=0.35, linewidth=1)
-        axes[0].plot(*_xy(curves.evaluated), color=colour, marker="o", markersize=3, label=name)
-        axes[1].plot(*_xy(curves.rate), color=colour, label=name)
+        named = {"color": f"C{i % 10}", "label": name}
+        dots = {**named, "marker": "o", "markersize": 3}
+        axes[0].plot(*_xy(curves["train/loss"]), color=named["color"], alpha=0.35, linewidth=1)
+        axes[0].plot(*_xy(curves["eval/loss"]), **dots)
+        axes[1].plot(*_xy(curves["train/rate"]), **named)
         if has_metric:
-            axes[2].plot(*_xy(curves.metric), color=colour, marker="o", markersize=3, label=name)
+            axes[2].plot(*_xy(curves["eval/metric"]), **dots)
     axes[0].set(title="loss (thin: train, dots: eval)", xlabel="step", ylabel="nats per token")
     axes[0].set_yscale("log")
     axes[1].set(title="learning rate", xlabel="step")
@@ -201,4 +155,5 @@ def draw(events: Sequence[Event], out: Path) -> None:
 
 
 def _xy(points: Points) -> tuple[list[int], list[float]]:
+    """Splits points into their steps and their values."""
     return [step for step, _ in points], [value for _, value in points]

@@ -5,12 +5,18 @@ Events are values. Observers receive them in the order in which things happen, o
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from enum import Enum
+from functools import wraps
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
+from weakref import WeakSet
 
 from loraplex_model.base.refusal import Problem, Reason
 from msgspec import Struct
+
+log = logging.getLogger(__name__)
 
 
 class JobStatus(Enum):
@@ -91,6 +97,11 @@ class Sampled(_Event, frozen=True):
     answer: str
     reference: str
 
+    @property
+    def when(self) -> str:
+        """The step in words."""
+        return f"after {self.step} steps" if self.step else "before training"
+
 
 class JobEnded(_Event, frozen=True):
     """A job has ended; `reason` is a sentence on why."""
@@ -146,19 +157,37 @@ class Failed(_Event, frozen=True):
 
 
 Event = (
-    RunStarted
-    | StepDone
-    | Evaluated
-    | Sampled
-    | JobEnded
-    | Saved
-    | Published
-    | RunEnded
-    | Failed
-)  # fmt: skip
+    RunStarted | StepDone | Evaluated | Sampled | JobEnded | Saved | Published | RunEnded | Failed
+)
 
 
 class Observer(Protocol):
     """Receives every event. It must not raise; a slow observer slows the run."""
 
     def on(self, event: Event) -> None: ...
+
+
+_On = Callable[[Any, Any], None]
+
+
+def until_failure(what: str, *errors: type[Exception]) -> Callable[[_On], _On]:
+    """Returns a decorator of `Observer.on` that ends the observer after one of `errors`.
+
+    The error is logged as a warning that begins with `what`; the run goes on.
+    """
+
+    def decorate(on: _On) -> _On:
+        failed: WeakSet[Any] = WeakSet()
+
+        @wraps(on)
+        def guarded(self: Any, event: Any) -> None:
+            if self not in failed:
+                try:
+                    on(self, event)
+                except errors as error:
+                    failed.add(self)
+                    log.warning("%s: %s", what, error)
+
+        return guarded
+
+    return decorate

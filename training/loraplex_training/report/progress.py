@@ -157,8 +157,7 @@ class ProgressDisplay:
         )
 
     def _sampled(self, event: Sampled) -> None:
-        when = f"after {event.step} steps" if event.step else "before training"
-        self._print(f"{event.job}: {when}: {_line(_end_of(event.prompt))}")
+        self._print(f"{event.job}: {event.when}: {_line(_end_of(event.prompt))}")
         self._print(f"    answer   {_line(event.answer)}")
         self._print(f"    expected {_line(event.reference)}")
 

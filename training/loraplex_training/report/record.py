@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import platform
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -28,10 +27,9 @@ from loraplex_training.report.events import (
     RunStarted,
     Sampled,
     StepDone,
+    until_failure,
 )
 from loraplex_training.report.lines import decode, encode
-
-log = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
 ENVIRONMENT = "environment.json"
@@ -51,21 +49,15 @@ class RunRecord:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._broken = False
 
+    @until_failure("the run is no longer recorded", OSError)
     def on(self, event: Event) -> None:
-        if self._broken:
-            return
-        try:
-            if isinstance(event, RunStarted):
-                self._begin(event)
-            with (self._folder / METRICS).open("a", encoding="utf-8") as file:
-                file.write(encode(event) + "\n")
-            if isinstance(event, RunEnded):
-                (self._folder / SAMPLES).write_text(samples(list(read(self._folder))), "utf-8")
-        except OSError as error:
-            self._broken = True
-            log.warning("the run is no longer recorded: %s: %s", self._folder, error.strerror)
+        if isinstance(event, RunStarted):
+            self._begin(event)
+        with (self._folder / METRICS).open("a", encoding="utf-8") as file:
+            file.write(encode(event) + "\n")
+        if isinstance(event, RunEnded):
+            (self._folder / SAMPLES).write_text(samples(read(self._folder)), "utf-8")
 
     def _begin(self, event: RunStarted) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -89,7 +81,7 @@ def read(folder: Path) -> Iterator[Event]:
                 yield decode(line)
 
 
-def samples(events: Sequence[Event]) -> str:
+def samples(events: Iterable[Event]) -> str:
     """Returns all sampled answers as Markdown, grouped by job and prompt."""
     parts: dict[tuple[str, str], list[str]] = {}
     for event in events:
@@ -98,8 +90,7 @@ def samples(events: Sequence[Event]) -> str:
             if not part:
                 part += [f"## {event.job}", block(event.prompt)]
                 part += ["expected:", block(event.reference)]
-            when = f"after {event.step} steps:" if event.step else "before training:"
-            part += [when, block(event.answer)]
+            part += [f"{event.when}:", block(event.answer)]
     return "".join("\n\n".join(part) + "\n\n" for part in parts.values())
 
 

@@ -103,7 +103,8 @@ class RunFolder:
         fresh = self.out / FOLDER / f"{_NEW}{serial:06}"
         try:
             with _on_disk(self.out):
-                self._clear()
+                for left in (self.out / FOLDER).glob(f"{_NEW}*"):  # by a crash
+                    shutil.rmtree(left)
                 reach("train.checkpoint.make")
                 fresh.mkdir()
                 _fill(fresh, snapshot)
@@ -154,11 +155,6 @@ class RunFolder:
         """Returns the numbers of all checkpoints, oldest first."""
         names = [path.name for path in (self.out / FOLDER).iterdir()]
         return sorted(int(name) for name in names if name.isdecimal())
-
-    def _clear(self) -> None:
-        """Removes unfinished checkpoints that a crash has left."""
-        for path in (self.out / FOLDER).glob(f"{_NEW}*"):
-            shutil.rmtree(path)
 
 
 def is_run(folder: Path) -> bool:

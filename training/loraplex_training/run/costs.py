@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -28,27 +27,13 @@ def of(base: BaseWeights, jobs: Sequence[Job], spec: RunSpec) -> Estimate:
 
     By then training still holds its memory or has not returned it to the operating system.
     """
-    shapes = [_shape(job) for job in jobs]
-    trained = estimate(
-        base,
-        sum(shape.tokens for shape in shapes),
-        [shape.size for shape in shapes],
-        spec.checkpointing,
-        sum(shape.learned for shape in shapes),
-    )
+    tokens, learned, sizes = zip(*map(_sizes, jobs), strict=True)
+    trained = estimate(base, sum(tokens), sizes, spec.checkpointing, sum(learned))
     return Estimate({**trained.items, "generating answers": _generating(base, jobs)})
 
 
-@dataclass(frozen=True, slots=True)
-class _Shape:
-    """Sizes of a job's largest micro-batch, in tokens, and of its adapter."""
-
-    tokens: int
-    learned: int
-    size: AdapterSize
-
-
-def _shape(job: Job) -> _Shape:
+def _sizes(job: Job) -> tuple[int, int, AdapterSize]:
+    """Returns the most tokens and learned tokens of a micro-batch, and the adapter's size."""
     delta = delta_of(job)
     virtual = delta.virtual.count if delta.virtual else 0
     tokens = learned = 0
@@ -64,15 +49,14 @@ def _shape(job: Job) -> _Shape:
         up = change.up if isinstance(change, BottleneckDelta) else None
         up = change.b if isinstance(change, ProjectionDelta) else up
         layers[layer] = layers.get(layer, 0) + (0 if up is None else len(up))
-    parameters = list(job.adapter.parameters.values())
     size = AdapterSize(
-        sum(p.numel() for p in parameters),
-        max(p.itemsize for p in parameters),
+        job.parameters,
+        max(p.itemsize for p in job.adapter.parameters.values()),
         job.spec.optim.name,
         max(layers.values(), default=0),
         changes_head(delta),
     )
-    return _Shape(tokens, learned, size)
+    return tokens, learned, size
 
 
 def _generating(base: BaseWeights, jobs: Sequence[Job]) -> int:

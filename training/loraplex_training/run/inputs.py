@@ -50,7 +50,7 @@ class RunInputs:
             base = load_base(spec.model, BY_NAME[spec.dtype], spec.cache, device=device)
         except Refusal as error:
             raise Refusal(Reason.CONFIG_INVALID, f"{error.reason}: {error.message}") from error
-        text = BaseText.open(base.directory, base.weights.eos_token_ids)
+        text = BaseText(base.directory, base.weights.eos_token_ids)
         specs: list[DataSpec] = []
         for job in spec.jobs:
             if job.data not in specs:
@@ -92,13 +92,9 @@ class RunInputs:
             )
             problems.append(Problem("", text))
         for job in spec.jobs:
-            for key, path, then, now in zip(
-                ("data", "eval_data"),
-                (job.data.path, job.data.eval_path),
-                identity["data"][job.name],
-                mine["data"][job.name],
-                strict=True,
-            ):
+            files = {"data": job.data.path, "eval_data": job.data.eval_path}
+            digests = zip(identity["data"][job.name], mine["data"][job.name], strict=True)
+            for (key, path), (then, now) in zip(files.items(), digests, strict=True):
                 if then != now:
                     text = (
                         f"{path} has changed since the run began (SHA-256 {then[:12]}…, now "

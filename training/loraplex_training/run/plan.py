@@ -23,10 +23,10 @@ from loraplex_training.report.progress import duration_text, size_text
 from loraplex_training.run import costs
 from loraplex_training.run.inputs import RunInputs
 from loraplex_training.run.process_settings import process_settings
+from loraplex_training.spec.flags import default_text
 from loraplex_training.spec.spec import RATES, OptimSpec, RunSpec
 from loraplex_training.step.job import Job
 from loraplex_training.step.joint import JointPass, Part
-from loraplex_training.step.optimiser import expected
 
 BACKWARD: Final = 3.0
 """Cost of a forward and backward pass in forward passes, roughly. The frozen base model needs no
@@ -111,8 +111,8 @@ def _plan(spec: RunSpec, inputs: RunInputs, jobs: Sequence[Job]) -> RunPlan:
         JobPlan(
             job.name,
             job.spec.method.name,
-            sum(p.numel() for p in job.adapter.parameters.values()),
-            str(expected(job.spec.optim, job.adapter.parameters, job.adapter.groups())),
+            job.parameters,
+            job.optimiser,
             job.batches.steps,
             _tokens(job),
         )
@@ -146,10 +146,7 @@ def _option(declared: tuple[str, FieldInfo]) -> str:
     """Returns the line of an option: its name, description and default."""
     name, info = declared
     default = info.get_default(call_default_factory=True, validated_data={})
-    if isinstance(default, tuple):
-        default = ",".join(map(str, default))
-    shown = f" (default: {default})" if default not in (None, "", {}, False) else ""
-    return f"{name}: {' '.join(str(info.description).split())}{shown}"
+    return f"{name}: {' '.join(str(info.description).split())}{default_text(default)}"
 
 
 def _tokens(job: Job) -> int:

@@ -12,23 +12,16 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from loraplex_model.adapters.delta import AdapterDelta
 from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_model.ops.linear import BaseLinear
 
-from loraplex_training.methods.base import TrainedAdapter
-from loraplex_training.report.events import (
-    Event,
-    JobStatus,
-    Observer,
-    RunEnded,
-    RunStarted,
-    Saved,
-)
+from loraplex_training.methods.base import Observe
+from loraplex_training.report.events import Event, JobStatus, Observer, RunEnded, RunStarted, Saved
 from loraplex_training.run import costs, evaluate
 from loraplex_training.run.checkpoint import CONFIG, RunFolder, RunSnapshot, is_run
 from loraplex_training.run.evaluate import Answer
@@ -38,56 +31,16 @@ from loraplex_training.spec.parse import (
     absolute,
     check,
     from_mapping,
-    from_toml,
+    read,
     to_mapping,
     to_toml,
 )
-from loraplex_training.spec.spec import JobSpec, RunSpec
-from loraplex_training.step.job import Job, TrainingState
+from loraplex_training.spec.spec import RunSpec
+from loraplex_training.step.job import Job
 from loraplex_training.step.joint import JointPass, Part
 from loraplex_training.step.memory import peak_bytes
-from loraplex_training.step.optimiser import expected
 
 _FORMAT = 1
-
-
-@dataclass(frozen=True, slots=True)
-class JobOutcome:
-    """Result of a job.
-
-    Attributes:
-        adapter: has the job's best parameters, or its current ones if the job was interrupted.
-        progress: losses and counters of the job.
-        data_digest: SHA-256 (hex) of the training data.
-        eval_digest: SHA-256 (hex) of the evaluation file, or "".
-    """
-
-    spec: JobSpec
-    progress: TrainingState
-    adapter: TrainedAdapter
-    data_digest: str
-    eval_digest: str
-
-    @property
-    def job(self) -> str:
-        return self.spec.name
-
-    @property
-    def state(self) -> JobStatus:
-        return self.progress.state
-
-    @property
-    def step(self) -> int:
-        return self.progress.step
-
-    @property
-    def best_step(self) -> int:
-        """Step of the adapter's parameters; 0 if they are as before the first step."""
-        return self.progress.best_step
-
-    @property
-    def best_loss(self) -> float:
-        return self.progress.best_loss
 
 
 class Run:
@@ -198,10 +151,12 @@ class Run:
             raise Refusal(Reason.CONFIG_INVALID, f"there is no job {job!r} in this run")
         self._cancelled.add(job)
 
-    def train(self, answer: Answer | None = None) -> Mapping[str, JobOutcome]:
+    def train(self, answer: Answer | None = None) -> Mapping[str, Job]:
         """Trains until every job has ended or `stop` was called, and saves the run either way.
 
-        `answer` generates the answers for metrics and samples; without it there are none.
+        Returns the jobs by name: their adapters have the best parameters, or the current ones if
+        the run was stopped. `answer` generates the answers for metrics and samples; without it
+        there are none.
 
         Raises Refusal: OUT_OF_MEMORY, DISK_FULL. The last checkpoint is then undamaged, and the
         run can be resumed.
@@ -233,7 +188,7 @@ class Run:
                 self._emit([RunEnded(time.monotonic() - began, tokens, peak_bytes())])
         finally:
             self._folder.close()
-        return {job.name: self._outcome(job) for job in self._jobs}
+        return {job.name: job for job in self._jobs}
 
     def _prepare(self) -> bool:
         """Does what precedes the first step. Returns False if stopped before that was complete."""
@@ -248,16 +203,11 @@ class Run:
         self._save()
         return True
 
-    def _observe(self, job: Job) -> Any:
+    def _observe(self, job: Job) -> Observe:
         def observe(linear: BaseLinear, batches: int) -> None:
-            passed = 0
-            for number in range(job.batches.steps):
-                for batch in job.batches.step(number):
-                    if passed == batches:
-                        return
-                    part = Part(None, batch, 1 / max(1, batch.learned))
-                    self.joint.backward([part], linear)
-                    passed += 1
+            every = (b for number in range(job.batches.steps) for b in job.batches.step(number))
+            for batch in islice(every, batches):
+                self.joint.backward([Part(None, batch, 1 / max(1, batch.learned))], linear)
 
         return observe
 
@@ -333,22 +283,14 @@ class Run:
         return [job for job in self._jobs if job.active]
 
     def _started(self) -> RunStarted:
-        states = [
-            str(expected(job.spec.optim, job.adapter.parameters, job.adapter.groups()))
-            for job in self._jobs
-        ]
         return RunStarted(
             tuple(job.name for job in self._jobs),
             tuple(job.batches.steps for job in self._jobs),
             self.round,
             str(self.base.weights.embed.device),
             costs.of(self.base.weights, self._jobs, self.spec).total,
-            tuple(states),
+            tuple(job.optimiser for job in self._jobs),
         )
-
-    def _outcome(self, job: Job) -> JobOutcome:
-        data = self.datasets[job.name]
-        return JobOutcome(job.spec, job.progress, job.adapter, data.digest, data.eval_digest)
 
     def _emit(self, events: Iterable[Event]) -> None:
         for event in events:
@@ -362,7 +304,7 @@ def _spec_of(out: Path, snapshot: RunSnapshot | None) -> RunSpec:
     The directory may have been moved since then.
     """
     if snapshot is None:
-        spec = from_toml((out / CONFIG).read_text("utf-8"))
+        spec = read(config=out / CONFIG)
     elif snapshot.values.get("format") != _FORMAT:
         raise Refusal(
             Reason.CHECKPOINT_INVALID,

@@ -75,7 +75,7 @@ def _parameters() -> Iterator[tuple[str, inspect.Parameter]]:
 def _parameter(name: str, key: Key, panel: str) -> inspect.Parameter:
     flag = "--" + name.replace("_", "-")
     kind: Any = FieldInfo.from_annotation(key.hint).annotation
-    help_ = _descriptions(key.kind)[key.field] + _default(key.default)
+    help_ = _descriptions(key.kind)[key.field] + default_text(key.default)
     if kind is bool:
         names, metavar = f"{flag}/--no-{flag.removeprefix('--')}", None
     else:
@@ -101,8 +101,8 @@ def _descriptions(kind: type) -> Mapping[str, str]:
     return found
 
 
-def _default(value: object) -> str:
-    """The default in brackets; nothing for a flag that is off and for an option that is empty."""
+def default_text(value: object) -> str:
+    """Returns " (default: ...)", or "" for a flag that is off and for an option that is empty."""
     if isinstance(value, tuple):
         value = ",".join(map(str, value))
     shown = isinstance(value, int | float | str | Path) and value is not False and value != ""

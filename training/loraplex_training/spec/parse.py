@@ -35,6 +35,7 @@ from typing import Any, get_type_hints
 from loraplex_model.base.refusal import Problem, Reason, Refusal
 from pydantic import BaseModel, ConfigDict, create_model
 from pydantic.fields import FieldInfo
+from pydantic_core import to_jsonable_python
 
 from loraplex_training.spec import fields
 from loraplex_training.spec.spec import RATES, DataSpec, JobSpec, MethodSpec, OptimSpec, RunSpec
@@ -150,14 +151,6 @@ def read(
     return _build(document, problems)
 
 
-def from_toml(text: str) -> RunSpec:
-    """Reads TOML as `to_toml` or a person writes it. Raises as `read`."""
-    try:
-        return from_mapping(tomllib.loads(text))
-    except tomllib.TOMLDecodeError as error:
-        raise Refusal(Reason.CONFIG_INVALID, f"it is not TOML: {error}") from None
-
-
 def from_mapping(document: Mapping[str, object]) -> RunSpec:
     """Reads a parsed TOML or JSON document. Raises as `read`."""
     problems: list[Problem] = []
@@ -166,19 +159,20 @@ def from_mapping(document: Mapping[str, object]) -> RunSpec:
 
 def to_mapping(spec: RunSpec) -> dict[str, Any]:
     """Returns the run as plain values, for JSON; `from_mapping` makes an equal one of them."""
-    run = {name: _plain(getattr(spec, name)) for name in RUN_KEYS}
+    run = {name: getattr(spec, name) for name in RUN_KEYS}
     jobs = []
     for job in spec.jobs:
         values = {
             name: getattr(getattr(job, key.part) if key.part else job, key.field)
             for name, key in KEYS.items()
         }
-        jobs.append({name: _plain(value) for name, value in values.items() if value is not None})
-    return {"run": run, "job": jobs}
+        jobs.append({name: value for name, value in values.items() if value is not None})
+    plain: dict[str, Any] = to_jsonable_python({"run": run, "job": jobs})
+    return plain
 
 
 def to_toml(spec: RunSpec) -> str:
-    """Returns the run as TOML with every option; `from_toml` makes an equal one of it."""
+    """Returns the run as TOML with every option; `read` makes an equal one of it."""
     document = to_mapping(spec)
     lines = ["[run]", *(f"{key} = {_toml(value)}" for key, value in document["run"].items())]
     for job in document["job"]:
@@ -258,14 +252,6 @@ def _job(values: BaseModel) -> JobSpec:
         parts[KEYS[name].part][KEYS[name].field] = value
     own = parts.pop("")
     return JobSpec(**own, **{part: _PARTS[part](**given) for part, given in parts.items()})
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, tuple):
-        return [_plain(one) for one in value]
-    return dict(value) if isinstance(value, Mapping) else value
 
 
 def _toml(value: object) -> str:

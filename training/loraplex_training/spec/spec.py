@@ -6,7 +6,7 @@ attribute's docstring the help of its flag. `parse` reads and writes runs, `flag
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Final, Literal
@@ -56,20 +56,20 @@ def _pair(value: object) -> object:
     return tuple(pair)
 
 
-def _adapter_name(value: str) -> str:
-    try:
-        return check_name(value)
-    except Refusal as error:
-        raise ValueError(str(error)) from None
+def _passing(check: Callable[[str], object]) -> AfterValidator:
+    """A validator of text that `check` raises no Refusal for."""
+
+    def validate(value: str) -> str:
+        try:
+            check(value)
+        except Refusal as error:
+            raise ValueError(str(error)) from None
+        return value
+
+    return AfterValidator(validate)
 
 
-def _metric(value: str) -> str:
-    try:
-        if value:
-            rule(value)
-    except Refusal as error:
-        raise ValueError(str(error)) from None
-    return value
+_METRIC: Final = _passing(lambda text: text and rule(text))
 
 
 def _device(value: str) -> str:
@@ -146,7 +146,7 @@ class OptimSpec:
 class JobSpec:
     """One adapter to train. `data`, `method` and `optim` hold the options that belong together."""
 
-    name: Annotated[str, AfterValidator(_adapter_name)]
+    name: Annotated[str, _passing(check_name)]
     """Name under which the adapter is registered: lower-case letters, digits and hyphens."""
     data: DataSpec
     method: MethodSpec = field(default_factory=MethodSpec)
@@ -168,7 +168,7 @@ class JobSpec:
     """Optimiser steps between evaluations. 0 evaluates after each epoch."""
     patience: Count = 0
     """Evaluations without a lower loss after which training stops. 0 never stops early."""
-    metric: Annotated[str, AfterValidator(_metric)] = ""
+    metric: Annotated[str, _METRIC] = ""
     """Metric that compares generated answers with the data: exact, json or regex:<expression>."""
     metric_examples: Positive = 32
     """Number of answers generated for --metric at each evaluation."""

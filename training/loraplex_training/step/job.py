@@ -31,7 +31,7 @@ from loraplex_training.report.events import Evaluated, Event, JobEnded, JobStatu
 from loraplex_training.spec.spec import JobSpec
 from loraplex_training.step.divergence import DivergenceWatch
 from loraplex_training.step.joint import Part
-from loraplex_training.step.optimiser import JobOptimiser
+from loraplex_training.step.optimiser import JobOptimiser, expected
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -110,6 +110,16 @@ class Job:
         return self.spec.name
 
     @property
+    def parameters(self) -> int:
+        """Number of trained parameters."""
+        return sum(p.numel() for p in self.adapter.parameters.values())
+
+    @property
+    def optimiser(self) -> str:
+        """The state that the optimiser will keep ("AdamW, float32, 1.2 MB")."""
+        return str(expected(self.spec.optim, self.adapter.parameters, self.adapter.groups()))
+
+    @property
     def active(self) -> bool:
         """Whether the job still trains."""
         return self.progress.state is JobStatus.TRAINING
@@ -168,11 +178,10 @@ class Job:
             self.name, number, loss, rate, norm, step.tokens, step.learned, seconds
         )  # fmt: skip
         reason = self._watch.trained(loss)
-        if not self.evaluation and not reason and number == self.batches.steps:
-            self._set(best_step=number, best_loss=loss)
         if reason:
             yield self.leave(JobStatus.DIVERGED, reason)
         elif number == self.batches.steps and not self.evaluation:
+            self._set(best_step=number, best_loss=loss)
             yield self.leave(JobStatus.FINISHED, f"all {number} steps are done")
 
     def evaluate(self, loss_sum: float, metric: float | None) -> Iterator[Event]:

@@ -8,7 +8,7 @@ a job's loss and gradient are the same as alone, and values that are not finite 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import torch
@@ -42,20 +42,20 @@ class Part:
     dropout: torch.Generator | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass
 class _Rows:
     """All parts side by side; rows of virtual tokens precede those of each example.
 
     `learned` has, for each part, the rows whose next token is learned; `targets` has those tokens.
     """
 
-    tokens: torch.Tensor
-    positions: torch.Tensor
     starts: list[int]
     virtual: list[VirtualTokens | None]
     groups: list[RowGroup]
     learned: list[torch.Tensor]
     targets: list[torch.Tensor]
+    tokens: torch.Tensor = field(init=False)
+    positions: torch.Tensor = field(init=False)
 
 
 class JointPass:
@@ -121,7 +121,7 @@ class JointPass:
         vocab = len(self._base.embed)
         tokens: list[torch.Tensor] = []
         positions: list[torch.Tensor] = []
-        rows = _Rows(torch.empty(0), torch.empty(0), [0], [], [], [], [])
+        rows = _Rows([0], [], [], [], [])
         for delta, batch, dropout in parts:
             first, learned = rows.starts[-1], []
             virtual = delta.virtual if delta else None
@@ -142,15 +142,8 @@ class JointPass:
                 rows.groups.append(group)
             rows.learned.append(torch.cat(learned).to(device))
             rows.targets.append(batch.targets[batch.targets != IGNORED].to(device))
-        return _Rows(
-            torch.cat(tokens).to(device),
-            torch.cat(positions).to(device),
-            rows.starts,
-            rows.virtual,
-            rows.groups,
-            rows.learned,
-            rows.targets,
-        )
+        rows.tokens, rows.positions = torch.cat(tokens).to(device), torch.cat(positions).to(device)
+        return rows
 
 
 def _group(delta: AdapterDelta | None, rows: int) -> list[RowGroup]:

@@ -23,6 +23,7 @@ _BITSANDBYTES = {
     "paged_adamw": "PagedAdamW32bit",
     "paged_adamw8bit": "PagedAdamW8bit",
 }
+_MOMENTS = ("exp_avg", "exp_avg_sq", "state1", "state2")
 _BY_LOSS = ("reduce_lr_on_plateau", "greedy")
 _CODES = {"qmap1": "dynamic", "qmap2": "udynamic"}
 """bitsandbytes' 8-bit codes, which are the same for all tensors and therefore not saved."""
@@ -103,7 +104,8 @@ class JobOptimiser:
 
     def norm(self) -> float:
         """Returns the 2-norm of all gradients together."""
-        return float(torch.nn.utils.get_total_norm(self._gradients()))
+        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients))
 
     def clip(self, norm: float) -> None:
         """Scales the gradients to the job's limit if `norm`, their norm, exceeds it."""
@@ -128,8 +130,20 @@ class JobOptimiser:
             parameter.grad = None
 
     def describe(self) -> OptimiserState:
-        """Returns the current state, which is empty before the first step."""
-        return describe(self._optimiser)
+        """Returns the actual state, from its tensors; it is empty before the first step."""
+        dtypes: Counter[str] = Counter()
+        storage: dict[int, torch.Tensor] = {}
+        for state in self._optimiser.state.values():
+            tensors = {key: v for key, v in state.items() if isinstance(v, torch.Tensor)}
+            storage |= {tensor.data_ptr(): tensor for tensor in tensors.values()}
+            kinds = {t.dtype for key, t in tensors.items() if key in _MOMENTS}
+            dtypes.update(str(kind).removeprefix("torch.") for kind in kinds)
+        return OptimiserState(
+            type(self._optimiser).__name__,
+            dict(dtypes),
+            sum(tensor.nbytes for tensor in storage.values()),
+            sum(t.nbytes for t in storage.values() if getattr(t, "is_paged", False)),
+        )
 
     def state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """Returns JSON values and named tensors that `restore` resumes from bit for bit."""
@@ -171,27 +185,6 @@ class JobOptimiser:
             return value.to(parameter.device, copy=True)
         buffer: torch.Tensor = self._optimiser.get_state_buffer(parameter, dtype=value.dtype)  # type: ignore[attr-defined]
         return buffer.copy_(value)
-
-    def _gradients(self) -> list[torch.Tensor]:
-        return [p.grad for p in self._parameters.values() if p.grad is not None]
-
-
-def describe(optimiser: torch.optim.Optimizer) -> OptimiserState:
-    """Returns the actual state of an optimiser, from its tensors rather than its name."""
-    dtypes: Counter[str] = Counter()
-    storage: dict[int, torch.Tensor] = {}
-    for state in optimiser.state.values():
-        tensors = {key: v for key, v in state.items() if isinstance(v, torch.Tensor)}
-        storage |= {tensor.data_ptr(): tensor for tensor in tensors.values()}
-        moments = {str(t.dtype).removeprefix("torch.") for key, t in tensors.items()
-                   if key in ("exp_avg", "exp_avg_sq", "state1", "state2")}  # fmt: skip
-        dtypes.update(moments)
-    return OptimiserState(
-        type(optimiser).__name__,
-        dict(dtypes),
-        sum(tensor.nbytes for tensor in storage.values()),
-        sum(t.nbytes for t in storage.values() if getattr(t, "is_paged", False)),
-    )
 
 
 def expected(
