@@ -72,34 +72,7 @@ class NativeDecoder:
                 for i, layer in enumerate(weights.layers)
             )
         )
-        lm_head = self._dense(weights.lm_head, None)
-        cos, sin = tables(
-            torch.arange(max_positions or config.max_positions),
-            torch.tensor(config.rope_inv_freq),
-            config.rope_scale,
-        )
-        self._model = CModel(
-            layers=self._layers,
-            embed=lm_head.data if config.tie_embeddings else self._keep(weights.embed),
-            norm=self._keep(weights.norm),
-            lm_head=lm_head,
-            cos=self._keep(cos),
-            sin=self._keep(sin),
-            adapters=layout.c_adapters(self.table),
-            num_layers=config.num_layers,
-            hidden=config.hidden_size,
-            intermediate=config.intermediate_size,
-            heads=config.num_heads,
-            kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            block_size=block_size,
-            threads=threads or torch.get_num_threads(),
-            eps=config.rms_norm_eps,
-            attention_scale=config.head_dim**-0.5,
-            embed_in_panels=config.tie_embeddings,
-            bf16_storage=dtype == torch.bfloat16,
-            vocab=config.vocab_size,
-        )
+        self._model = self._c_model(block_size, max_positions, threads or torch.get_num_threads())
 
     def __del__(self) -> None:
         if hasattr(self, "_workspace"):
@@ -151,6 +124,38 @@ class NativeDecoder:
         tensor = tensor.contiguous()
         self._kept.append(tensor)
         return tensor.data_ptr()
+
+    def _c_model(self, block_size: int, max_positions: int | None, threads: int) -> CModel:
+        """The whole model as the kernels read it."""
+        weights, config = self.weights, self.weights.config
+        lm_head = self._dense(weights.lm_head, None)
+        cos, sin = tables(
+            torch.arange(max_positions or config.max_positions),
+            torch.tensor(config.rope_inv_freq),
+            config.rope_scale,
+        )
+        return CModel(
+            layers=self._layers,
+            embed=lm_head.data if config.tie_embeddings else self._keep(weights.embed),
+            norm=self._keep(weights.norm),
+            lm_head=lm_head,
+            cos=self._keep(cos),
+            sin=self._keep(sin),
+            adapters=layout.c_adapters(self.table),
+            num_layers=config.num_layers,
+            hidden=config.hidden_size,
+            intermediate=config.intermediate_size,
+            heads=config.num_heads,
+            kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            block_size=block_size,
+            threads=threads,
+            eps=config.rms_norm_eps,
+            attention_scale=config.head_dim**-0.5,
+            embed_in_panels=config.tie_embeddings,
+            bf16_storage=weights.embed.dtype == torch.bfloat16,
+            vocab=config.vocab_size,
+        )
 
     def _layer(self, index: int, layer: LayerWeights, window: int | None) -> CLayer:
         return CLayer(
