@@ -43,8 +43,9 @@ class Case:
 def write(case: Case, directory: Path, *, seed: int = 0) -> Path:
     """Creates an adapter with PEFT, fills it with noise, and saves it with PEFT."""
     config = getattr(peft, case.kind)(task_type="CAUSAL_LM", **case.options)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.random.fork_rng():
         warnings.simplefilter("ignore")
+        torch.manual_seed(seed)  # PEFT's own initial values
         model = peft.get_peft_model(tiny.build(case.variant), config)
         noise = torch.Generator().manual_seed(seed)
         with torch.no_grad():

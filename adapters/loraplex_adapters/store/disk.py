@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from loraplex_model.base.durable import lock
+from loraplex_model.base.durable import is_disk_full, lock
 from loraplex_model.base.refusal import Reason, Refusal
-
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def full() -> Refusal:
@@ -30,7 +27,7 @@ def disk_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
+        if is_disk_full(error):
             raise full() from error
         raise unavailable("the adapter store cannot be written") from error
 

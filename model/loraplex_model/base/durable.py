@@ -5,6 +5,7 @@ Every function lets OSError through; callers turn it into their own reasons.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import uuid
@@ -12,6 +13,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an error says that the disk, or the user's share of it, is full."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def flush(path: Path) -> None:

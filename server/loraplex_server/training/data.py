@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 from pathlib import Path
 from typing import Final
 
 from loraplex_adapters.format.files import open_below, open_root
-from loraplex_model.base.durable import flush_file
+from loraplex_model.base.durable import flush_file, is_disk_full
 from loraplex_model.base.refusal import Reason, Refusal
 
 _CHUNK: Final = 1 << 20
@@ -47,6 +46,6 @@ def copy(root: Path, relative: str, target: Path, max_bytes: int, field: str) ->
 
 def from_os_error(error: OSError) -> Refusal:
     """Returns the refusal for a failure of the disk that holds the jobs."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if is_disk_full(error):
         return Refusal(Reason.STORE_FULL, "the disk of the training jobs is full")
     return Refusal(Reason.STORE_UNAVAILABLE, "the directory of training jobs cannot be written")

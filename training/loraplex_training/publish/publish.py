@@ -11,7 +11,6 @@ A failure before 3 leaves no directory. Only a verified adapter is registered or
 
 from __future__ import annotations
 
-import errno
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from loraplex_adapters.format.config import FINGERPRINT_KEY
 from loraplex_adapters.format.files import CONFIG_FILE, WEIGHTS_FILE
 from loraplex_adapters.format.support import STAMP
 from loraplex_adapters.store import Store
+from loraplex_model.base.durable import is_disk_full
 from loraplex_model.base.info import BaseInfo
 from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_model.base.weights import BaseWeights
@@ -209,10 +209,7 @@ def _failing(what: str) -> Iterator[None]:
     try:
         yield
     except Refusal as error:
-        full = error.reason is Reason.STORE_FULL or (
-            isinstance(error.__cause__, OSError)
-            and error.__cause__.errno in (errno.ENOSPC, errno.EDQUOT)
-        )
+        full = error.reason is Reason.STORE_FULL or is_disk_full(error.__cause__)
         advice = "make room and resume the run, which publishes again" if full else ""
         text = f"{error.message}; {what}" + (f"; {advice}" if advice else "")
         raise Refusal(Reason.DISK_FULL if full else Reason.PUBLISH_FAILED, text) from error

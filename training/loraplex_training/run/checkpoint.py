@@ -14,7 +14,6 @@ removed only after that, so a crash at any moment leaves the last complete check
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from loraplex_model.base.durable import flush, lock
+from loraplex_model.base.durable import flush, is_disk_full, lock
 from loraplex_model.base.faults import reach
 from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_model.checkpoints.safetensors_file import SafetensorsFile
@@ -37,7 +36,6 @@ CONFIG = "config.toml"
 FOLDER = "checkpoints"
 _STATE, _SUMS, _TENSORS = "state.json", "SHA256SUMS", ".safetensors"
 _NEW = ".new-"
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +210,7 @@ def _on_disk(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
+        if is_disk_full(error):
             raise Refusal(
                 Reason.DISK_FULL,
                 f"the disk of {out} is full; its last checkpoint is complete: make room, then "
