@@ -30,7 +30,7 @@ def on_the_wire(error: Refusal) -> int:
 
 
 @pytest.mark.parametrize("reason", list(TABLE), ids=lambda reason: reason.name)
-@pytest.mark.parametrize("text", ["x", "é", "\N{PILE OF POO}", "%"], ids=ascii)
+@pytest.mark.parametrize("text", ["x", "é", "\N{PILE OF POO}", "%", "\udcff"], ids=ascii)
 @pytest.mark.parametrize("count", [1, 60, 5000])
 def test_the_largest_refusals_fit_a_trailer(reason: Reason, text: str, count: int) -> None:
     problems = [Problem(text * 3000, text * 3000, reason)] * count

@@ -195,9 +195,11 @@ def _details(
 
 
 def _cut(text: str, limit: int) -> str:
-    """The text in at most `limit` bytes of UTF-8."""
-    data = text.encode()
-    return text if len(data) <= limit else data[: limit - 3].decode(errors="ignore") + "…"
+    """The text in at most `limit` bytes of UTF-8; halves of surrogate pairs are written out."""
+    data = text.encode(errors="backslashreplace")
+    if len(data) <= limit:
+        return data.decode()
+    return data[: limit - 3].decode(errors="ignore") + "…"
 
 
 def trailers_of(status: status_pb2.Status, reason: Reason, request_id: str) -> Trailers:
