@@ -1,4 +1,4 @@
-"""What was refused and why: the reasons, and the one exception that carries them.
+"""Refusals: the reasons for them, and the one exception that carries a reason.
 
 Every package raises `Refusal`, from the reader of a base model to the gRPC handlers. It says that
 an input, a file or the machine is at fault; a fault of the program is an `assert` or another

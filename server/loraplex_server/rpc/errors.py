@@ -1,8 +1,8 @@
 """The error table: every way in which a call can be refused or fail, and how a client sees it.
 
-A row binds a reason to a gRPC code and to the detail that goes with it. Handlers raise `Refusal`;
-the interceptor alone turns it into a status. Every status carries a
-`google.rpc.ErrorInfo`; `UNAVAILABLE` ones also say when to try again.
+A row of the table gives a reason its gRPC code and the kind of detail in its status. Handlers raise
+`Refusal`, and only the interceptor turns it into a status. Every status has a
+`google.rpc.ErrorInfo`; a status with code UNAVAILABLE also says when to try again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _PUSHBACK_KEY: Final = "grpc-retry-pushback-ms"
 
 
 class Detail(Enum):
-    """What a status carries beside its ErrorInfo."""
+    """Kind of the detail that a status has in addition to its ErrorInfo."""
 
     NONE = "none"
     BAD_REQUEST = "BadRequest"
@@ -37,7 +37,10 @@ class Detail(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """How a reason looks to a client. `retry_seconds` is 0 where trying again would not help."""
+    """The gRPC code and detail of a reason.
+
+    `retry_seconds` is the pause after which a client may try again; 0 if that would not help.
+    """
 
     code: grpc.StatusCode
     detail: Detail = Detail.NONE

@@ -21,7 +21,7 @@ SAVED: Final = ("float32", "bfloat16")
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where to publish adapters once they are in their directories.
+    """The store and the server that trained adapters are published to.
 
     Attributes:
         store: directory of the store, or None.

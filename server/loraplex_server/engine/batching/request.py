@@ -24,13 +24,13 @@ class RequestState(Enum):
     """Stage of a request. Adapter pins are held in `QUEUED` and `RUNNING` only."""
 
     FETCHING = "fetching"
-    """Its adapters are not all on the device."""
+    """Some of the request's adapters are not on the device yet."""
     QUEUED = "queued"
-    """It waits for KV blocks and a place among the running requests, first or after preemption."""
+    """The request waits for KV blocks and a place in the batch, at first or after preemption."""
     RUNNING = "running"
-    """It owns KV blocks and takes part in steps."""
+    """The request owns KV blocks and takes part in steps."""
     DONE = "done"
-    """It has had its last output and holds nothing."""
+    """The request has had its last output and holds nothing."""
 
 
 @dataclass(frozen=True, slots=True)
