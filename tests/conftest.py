@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
+    parser.addoption("--fault", metavar="NAME", help="run only the tests of this fault")
+    parser.addoption(
+        "--without-fsync",
+        action="store_true",
+        help="replace fsync by nothing, which tests of power cuts must notice",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--without-fsync"):
+        os.fsync = lambda descriptor: None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        # Shown in JUnit reports, from which `make test-seams` counts.
+        item.user_properties += [("fault", name) for name in faults(item)]
+    wanted = config.getoption("--fault")
+    if wanted:
+        config.hook.pytest_deselected(items=[i for i in items if wanted not in faults(i)])
+        items[:] = [item for item in items if wanted in faults(item)]
     if not config.getoption("--slow"):
         _skip(items, "slow", "slow: runs with --slow")
     if any(item.get_closest_marker("gpu") for item in items):
@@ -17,6 +37,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
         if not torch.cuda.is_available():
             _skip(items, "gpu", "needs a CUDA device")
+
+
+def faults(item: pytest.Item) -> list[str]:
+    """Names of the faults that a test is for."""
+    return [name for marker in item.iter_markers("fault") for name in marker.args]
 
 
 def _skip(items: list[pytest.Item], marker: str, reason: str) -> None:

@@ -205,3 +205,14 @@ def test_nothing_names_a_path_of_the_machine_it_was_written_on() -> None:
         if pattern.search(line)
     }
     assert not offenders
+
+
+def test_every_fault_has_a_test_and_every_marker_a_row() -> None:
+    rows = set(re.findall(r"^\| `([a-z-]+)` \|", (ROOT / "docs" / "faults.md").read_text(), re.M))
+    assert rows, "there is no table of faults"
+    marked = {
+        name
+        for file in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"mark\.fault\(\s*\"([a-z-]+)\"", file.read_text())
+    }
+    assert marked <= rows
