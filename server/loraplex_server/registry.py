@@ -16,8 +16,9 @@ from loraplex_adapters.format.files import Directory, open_below
 from loraplex_adapters.format.spec import AdapterLimits
 from loraplex_adapters.store import Record, Store
 from loraplex_model.base.info import BaseInfo
-from loraplex_model.base.refusal import Reason, Refusal
+from loraplex_model.base.refusal import Problem, Reason, Refusal
 
+from loraplex_server import servable
 from loraplex_server.engine.messages import AdapterRef
 from loraplex_server.engine.process.client import EngineClient
 from loraplex_server.feed import AdapterFeed, Catalogue
@@ -33,15 +34,26 @@ Source: TypeAlias = Callable[[], AbstractContextManager[Directory]]
 
 @dataclass(frozen=True, slots=True)
 class Registered:
-    """A version of an adapter and the directory that holds its files."""
+    """A version of an adapter and the directory that holds its files.
+
+    `obstacle` says why calls may not use the version; None if they may.
+    """
 
     record: Record
     path: str
+    obstacle: Problem | None = None
 
     @property
     def ref(self) -> AdapterRef:
         """Reference by which the engine loads the adapter."""
         return AdapterRef(self.record.digest, self.path)
+
+
+def usable(adapter: Registered) -> Registered:
+    """Returns the adapter if calls may use it; raises the Refusal that says why not otherwise."""
+    if adapter.obstacle is not None:
+        raise Refusal.of([adapter.obstacle])
+    return adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +109,7 @@ class Registry:
         )
 
     async def resolve(self, adapter_id: str) -> Registered:
-        """The version that an adapter id or an alias names now.
+        """The version that an adapter id or an alias names now, even one that may not be served.
 
         Changes made by other processes are seen within half a second.
         """
@@ -112,6 +124,13 @@ class Registry:
         adapter = await self._names.get(adapter_id, look_up)
         self._metrics.adapter_registered(adapter.record.name)
         return adapter
+
+    async def servable(self, adapter_id: str) -> Registered:
+        """The version that an adapter id or an alias names now, for a call that uses it.
+
+        Raises Refusal(ADAPTER_QUARANTINED) if the version may not be served.
+        """
+        return usable(await self.resolve(adapter_id))
 
     # examination of files
 
@@ -186,6 +205,9 @@ class Registry:
                     digest = self.store.admit(
                         opened, self._base(), self._limits, terms.expected_digest
                     )
+                held = self.store.quarantined().get(digest)
+                if held is not None:
+                    raise Refusal.of([servable.held_back(terms.name, held)])
                 return AdapterRef(digest, str(self.store.path(digest)))
 
             await self.engine.load(await asyncio.to_thread(admit))
@@ -197,7 +219,7 @@ class Registry:
         adapter, created = await self.change(work)
         self._metrics.adapter_registered(terms.name)
         if terms.load:
-            await self.engine.load(adapter.ref)
+            await self.engine.load(usable(adapter).ref)
         return adapter, created
 
     # changes of names, labels and aliases
@@ -259,7 +281,8 @@ class Registry:
     # the store
 
     def _registered(self, record: Record) -> Registered:
-        return Registered(record, str(self.store.path(record.digest)))
+        path = str(self.store.path(record.digest))
+        return Registered(record, path, servable.obstacle(record))
 
     async def _catalogue(self) -> Catalogue:
         def work() -> Catalogue:

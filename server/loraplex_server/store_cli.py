@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final, NoReturn
 
 import typer
+from loraplex_adapters.format.digest import is_digest
 from loraplex_adapters.format.spec import AdapterLimits
 from loraplex_adapters.store import Store, Verified
 from loraplex_model.base.info import BaseInfo
@@ -150,8 +151,14 @@ def verify(
         checked = list(shell.store.verify_all())
     damaged = [verified for verified in checked if verified.error is not None]
     lines = [f"{' '.join(v.versions)}: {v.error}" for v in damaged]
+    held = shell.store.quarantined()
+    if adapter_ids:
+        held = {v.digest: held[v.digest] for v in checked if v.digest in held}
+    named = {v.digest: " ".join(v.versions) for v in checked}
+    lines += [f"{named.get(d, d)}: quarantined: {q.reason}" for d, q in held.items()]
+    quarantined = {"quarantined": list(held.values())} if held else {}
     shell.show(
-        {"checked": len(checked), "damaged": damaged},
+        {"checked": len(checked), "damaged": damaged, **quarantined},
         "\n".join([*lines, f"{len(checked)} checked, {len(damaged)} damaged"]),
     )
     if damaged:
@@ -193,6 +200,20 @@ def restore(
     """Undo the last deletion of an adapter."""
     record = shell.store.restore(name)
     shell.show(record, f"{record.id} {record.digest}")
+
+
+@_command("release")
+def release(
+    shell: Shell,
+    adapter: Annotated[
+        str, typer.Argument(help='Adapter, "name" or "name@3", or its digest, "sha256:...".')
+    ],
+) -> None:
+    """End the quarantine of an adapter, so that servers load it again."""
+    digest = adapter if is_digest(adapter) else shell.store.resolve(adapter).digest
+    if not shell.store.release(digest):
+        raise Refusal(Reason.ADAPTER_NOT_FOUND, f"{adapter} is not quarantined")
+    shell.show({"digest": digest, "released": True}, f"{adapter} was released")
 
 
 @_command("alias")

@@ -29,7 +29,7 @@ def plain(value: Any) -> Any:
 def records_table(records: Iterable[Record], *, deleted: bool = False) -> Table:
     """Table with a row for each version."""
     since = "deleted" if deleted else "registered"
-    columns = ("adapter", "aliases", "kind", "rank", "size", "digest", since, "labels")
+    columns = ("adapter", "aliases", "kind", "rank", "size", "digest", since, "labels", "state")
     table = _table(*columns, right=("rank", "size"))
     for record in records:
         when = record.deleted_at or record.created_at
@@ -42,6 +42,7 @@ def records_table(records: Iterable[Record], *, deleted: bool = False) -> Table:
             short(record.digest),
             f"{when:%Y-%m-%d %H:%M}",
             labels_text(record.labels),
+            state_text(record),
         )
     return table
 
@@ -75,6 +76,11 @@ def size_text(size: float) -> str:
 def labels_text(labels: Mapping[str, str]) -> str:
     """Labels as text, such as "team=ops stage=test"."""
     return " ".join(f"{key}={value}" for key, value in labels.items())
+
+
+def state_text(record: Record) -> str:
+    """Why a version is not served; "" if nothing is known against it."""
+    return "" if record.quarantine is None else f"quarantined: {record.quarantine.reason}"
 
 
 def _table(*columns: str, right: tuple[str, ...] = ()) -> Table:

@@ -21,6 +21,7 @@ from loraplex.v1 import (
 )
 from loraplex_adapters.store import Store
 from loraplex_model.base.refusal import Reason, Refusal
+from loraplex_server import name_cache
 from loraplex_server.rpc import generation
 from loraplex_server.rpc.errors import TABLE, Detail
 from loraplex_server.rpc.interceptor import Gate
@@ -191,6 +192,15 @@ async def adapter_unloaded(up: Running, patch: pytest.MonkeyPatch) -> None:
     unload = adapter_pb2.UnloadAdapterRequest(adapter_id="brief", force=True)
     await up.adapters.UnloadAdapter(unload)
     await rest(call)
+
+
+@raises(Reason.ADAPTER_QUARANTINED)
+async def adapter_quarantined(up: Running, patch: pytest.MonkeyPatch) -> None:
+    adapter = await up.register("held", 6)
+    with Store(up.folder / "store") as store:
+        store.quarantine(adapter.digest, "it ended the engine 3 times")
+    patch.setattr(name_cache, "FRESH_SECONDS", 0.0)
+    await up.generation.Generate(ask(adapter="held"))
 
 
 @raises(Reason.ADAPTER_NOT_MIXABLE)

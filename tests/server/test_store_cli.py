@@ -113,6 +113,26 @@ def test_verify_exits_with_1_when_something_is_damaged(
     assert run("verify", "unknown").exit_code == 1
 
 
+@pytest.mark.fault("adapter-kills-engines")
+def test_a_quarantine_is_shown_and_released(run: Any, root: Path, sources: list[Path]) -> None:
+    made = parsed(run("import", str(sources[0]), "--name", "a", "--json"))
+    run("import", str(sources[1]), "--name", "b")
+    assert run("release", "a").exit_code == 1
+    with Store(root) as serving:
+        serving.quarantine(made["digest"], "it ended the engine 3 times")
+    assert "quarantined: it ended the engine 3 times" in run("ls").stdout
+    (held,) = (r["quarantine"] for r in parsed(run("ls", "--json")) if r["quarantine"])
+    assert (held["digest"], held["reason"]) == (made["digest"], "it ended the engine 3 times")
+    assert "a@1: quarantined: it ended the engine 3 times" in run("verify").stdout
+    assert parsed(run("verify", "--json"))["quarantined"] == [held]
+    assert "quarantined" not in run("verify", "b").stdout
+    assert run("release", made["digest"]).exit_code == 0
+    assert "quarantined" not in run("ls").stdout
+    with Store(root) as serving:
+        serving.quarantine(made["digest"], "again")
+    assert parsed(run("release", "a@1", "--json")) == {"digest": made["digest"], "released": True}
+
+
 def test_what_was_deleted_is_restored_or_collected(
     run: Any, root: Path, sources: list[Path]
 ) -> None:

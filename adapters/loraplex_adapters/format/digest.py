@@ -40,3 +40,12 @@ def digest_hex(digest: str) -> str:
         message = 'a digest is "sha256:" and 64 lower-case hex digits'
         raise Refusal(Reason.FIELD_INVALID, message, "digest")
     return digits
+
+
+def is_digest(text: str) -> bool:
+    """Whether `text` is "sha256:<64 hex digits>"."""
+    try:
+        digest_hex(text)
+    except Refusal:
+        return False
+    return True

@@ -6,7 +6,7 @@ devices or requests.
 """
 
 from loraplex_adapters.store.garbage import Collected
-from loraplex_adapters.store.records import Alias, Page, Record
+from loraplex_adapters.store.records import Alias, Page, Quarantine, Record
 from loraplex_adapters.store.store import Store, Verified
 from loraplex_adapters.store.uploads import Upload, UploadBounds
 
@@ -14,6 +14,7 @@ __all__ = [
     "Alias",
     "Collected",
     "Page",
+    "Quarantine",
     "Record",
     "Store",
     "Upload",

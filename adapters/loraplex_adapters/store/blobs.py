@@ -25,7 +25,7 @@ from loraplex_model.base.durable import flush, flush_file, lock
 from loraplex_model.base.faults import reach
 from loraplex_model.base.refusal import Reason, Refusal
 
-from loraplex_adapters.format.digest import AdapterDigest, digest_hex
+from loraplex_adapters.format.digest import AdapterDigest, digest_hex, is_digest
 from loraplex_adapters.format.files import (
     CONFIG_FILE,
     MAX_CONFIG_BYTES,
@@ -212,15 +212,6 @@ class Blobs:
         flush(self._blobs)
         reach("store.publish.done")
         return True
-
-
-def is_digest(text: str) -> bool:
-    """Whether `text` is "sha256:<64 hex digits>"."""
-    try:
-        digest_hex(text)
-    except Refusal:
-        return False
-    return True
 
 
 def _move_if_there(source: Path, target: Path) -> bool:

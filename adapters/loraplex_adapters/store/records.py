@@ -15,12 +15,23 @@ from loraplex_adapters.store import schema
 
 
 @dataclass(frozen=True, slots=True)
+class Quarantine:
+    """Content that must not be served until an operator releases it; `since` is in UTC."""
+
+    digest: str
+    reason: str
+    since: datetime
+
+
+@dataclass(frozen=True, slots=True)
 class Record:
     """One version of a registered adapter. Times are in UTC.
 
     Attributes:
         base_fingerprint: fingerprint of the base that the adapter was checked against; "" if the
             version was registered before fingerprints were recorded.
+        base_name: name of that base; "" if the version was registered before names were recorded.
+        quarantine: why the content must not be served; None if it may be.
         deleted_at: time of deletion; None if the version is not deleted.
         labels, aliases: as they were when the record was read. `aliases` are sorted.
         others: as in `CheckedAdapter`.
@@ -41,6 +52,8 @@ class Record:
     deleted_at: datetime | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
+    base_name: str = ""
+    quarantine: Quarantine | None = None
 
     @property
     def id(self) -> str:
@@ -68,9 +81,15 @@ class Alias:
 
 
 versions = (
-    sa.select(schema.versions, schema.blobs.c.summary)
+    sa.select(
+        schema.versions,
+        schema.blobs.c.summary,
+        schema.quarantine.c.reason.label("quarantine_reason"),
+        schema.quarantine.c.created_at.label("quarantined_at"),
+    )
     .join(schema.blobs, schema.blobs.c.digest == schema.versions.c.digest)
     .join(schema.names, schema.names.c.name == schema.versions.c.name)
+    .outerjoin(schema.quarantine, schema.quarantine.c.digest == schema.versions.c.digest)
 )
 """Query of every version, including deleted ones."""
 
@@ -142,4 +161,10 @@ def _record(
         deleted_at=None if row.deleted_at is None else moment(row.deleted_at),
         labels=labels.get(key, {}),
         aliases=tuple(aliases.get(key, ())),
+        base_name=row.base_name,
+        quarantine=(
+            None
+            if row.quarantined_at is None
+            else Quarantine(row.digest, row.quarantine_reason, moment(row.quarantined_at))
+        ),
     )

@@ -6,7 +6,9 @@ that "name@3" never comes to mean other content. A deleted version keeps its row
 its deletion, until it is collected.
 
 `meta` holds the schema's version, the store's id and the number of changes. SQLite's own
-`user_version` is set too, because older servers read it to refuse a newer index.
+`user_version` is set too, because older servers read it to refuse a newer index. Tables and columns
+that older servers can ignore are added without a new version, so that an older server can still
+open the index.
 """
 
 from __future__ import annotations
@@ -54,6 +56,7 @@ versions = sa.Table(
     sa.Column("created_at", sa.Float, nullable=False),
     sa.Column("base_fingerprint", sa.String, nullable=False, server_default=""),
     sa.Column("deleted_at", sa.Float),  # null: not deleted
+    sa.Column("base_name", sa.String, nullable=False, server_default=""),
 )
 aliases = sa.Table(
     "aliases",
@@ -75,6 +78,28 @@ labels = sa.Table(
     sa.ForeignKeyConstraint(["name", "version"], ["versions.name", "versions.version"]),
     sa.Index("ix_labels_key_value", "key", "value"),
 )
+# A row belongs to the content, whether or not a version has it, and outlives the content.
+quarantine = sa.Table(
+    "quarantine",
+    tables,
+    sa.Column("digest", _text, primary_key=True),
+    sa.Column("reason", sa.String, nullable=False),
+    sa.Column("created_at", sa.Float, nullable=False),
+)
+# A permanent record, which outlives the versions.
+rebases = sa.Table(
+    "rebases",
+    tables,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("name", _text, nullable=False),
+    sa.Column("version", sa.Integer, nullable=False),
+    sa.Column("digest", _text, nullable=False),
+    sa.Column("old_fingerprint", sa.String, nullable=False),
+    sa.Column("old_base", sa.String, nullable=False),
+    sa.Column("new_fingerprint", sa.String, nullable=False),
+    sa.Column("new_base", sa.String, nullable=False),
+    sa.Column("created_at", sa.Float, nullable=False),
+)
 
 
 def prepare(connection: sa.Connection, known_id: str | None, has_blobs: bool) -> str:
@@ -94,6 +119,7 @@ def prepare(connection: sa.Connection, known_id: str | None, has_blobs: bool) ->
     if version < SCHEMA_VERSION:
         if version == 1:
             _add_columns(connection)
+            _add_ignorable(connection)
         tables.create_all(connection)
         reach("store.index.migrate")
         store_id = known_id or uuid.uuid4().hex
@@ -106,6 +132,7 @@ def prepare(connection: sa.Connection, known_id: str | None, has_blobs: bool) ->
         if connection.dialect.name == "sqlite":
             connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA_VERSION}")
         return store_id
+    _add_ignorable(connection)
     recorded = _meta(connection, _STORE_ID)
     if known_id not in (None, recorded):
         raise unavailable("the adapter store's directory and index do not belong together")
@@ -140,3 +167,13 @@ def _add_columns(connection: sa.Connection) -> None:
     # Version 1 existed on SQLite only, and removed deleted versions at once.
     for column in ("base_fingerprint VARCHAR NOT NULL DEFAULT ''", "deleted_at FLOAT"):
         connection.exec_driver_sql(f"ALTER TABLE versions ADD COLUMN {column}")
+
+
+def _add_ignorable(connection: sa.Connection) -> None:
+    """Adds the tables and the column that older servers of the same version do not have."""
+    present = sa.inspect(connection)
+    if versions.c.base_name.name not in {c["name"] for c in present.get_columns(versions.name)}:
+        connection.exec_driver_sql(
+            "ALTER TABLE versions ADD COLUMN base_name VARCHAR NOT NULL DEFAULT ''"
+        )
+    tables.create_all(connection, [quarantine, rebases])

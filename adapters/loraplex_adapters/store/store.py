@@ -23,7 +23,8 @@ from loraplex_adapters.store.identity import read_id, write_id
 from loraplex_adapters.store.ids import AdapterId, check_name, parse_id
 from loraplex_adapters.store.index import Index
 from loraplex_adapters.store.labels import check_keys, check_labels
-from loraplex_adapters.store.records import Alias, Page, Record
+from loraplex_adapters.store.quarantines import Quarantines
+from loraplex_adapters.store.records import Alias, Page, Quarantine, Record
 from loraplex_adapters.store.uploads import UploadBounds, Uploads
 
 DEFAULT_PAGE = 100
@@ -79,6 +80,7 @@ class Store:
                     write_id(root, store_id)
                 self._index = Index(self._database)
                 self._aliases = Aliases(self._database)
+                self._quarantines = Quarantines(self._database)
                 self.uploads = Uploads(root, uploads or UploadBounds())
                 self.uploads.clear()
                 self.uploads.expire()
@@ -249,6 +251,25 @@ class Store:
     def deleted(self) -> tuple[Record, ...]:
         """The deleted versions that are not collected yet, in order of names and versions."""
         return self._index.deleted()
+
+    def quarantine(self, digest: str, reason: str) -> bool:
+        """Marks content as not to be served, under any name, until `release`.
+
+        `reason` is a sentence for operators and clients; it is cut to 1000 characters. Returns
+        False if the content is quarantined already, with its earlier reason. Content that is
+        registered again is still quarantined. Raises Refusal(FIELD_INVALID): not a digest.
+        """
+        digest_hex(digest)
+        return self._quarantines.add(digest, reason)
+
+    def release(self, digest: str) -> bool:
+        """Ends a quarantine; False if there was none. Raises Refusal(FIELD_INVALID)."""
+        digest_hex(digest)
+        return self._quarantines.remove(digest)
+
+    def quarantined(self) -> Mapping[str, Quarantine]:
+        """The quarantines by digest, the oldest first."""
+        return self._quarantines.all()
 
     def gc(
         self,

@@ -49,6 +49,7 @@ _EXIT_STATUSES: tuple[tuple[type[errors.LoraplexError], ExitStatus], ...] = (
 _ADVICE: dict[str | type[errors.LoraplexError], str] = {
     "PROMPT_TOO_LONG": "shorten the prompt or lower --max-new-tokens",
     "ADAPTER_NOT_MIXABLE": "use it alone, with --adapter",
+    "ADAPTER_QUARANTINED": "ask the server's operator to release it",
     "TRAINING_MEMORY": "lower --batch-size or --max-length to use less memory",
     "JOB_QUEUE_FULL": "wait for a job to end, or cancel one with `loraplex train cancel`",
     "PIN_BUDGET": "unpin or unmerge another adapter",

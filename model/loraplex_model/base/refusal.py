@@ -51,6 +51,8 @@ class Reason(StrEnum):
     """The adapter's bytes in the store have changed since they were registered."""
     ADAPTER_UNLOADED = auto()
     """The adapter was unloaded by force while the request ran."""
+    ADAPTER_QUARANTINED = auto()
+    """The adapter is held back, for example because it ended the engine repeatedly."""
     ADAPTER_NOT_MIXABLE = auto()
     """The adapter has virtual tokens, so it can be used only alone and with weight 1."""
     PIN_BUDGET = auto()

@@ -34,13 +34,19 @@ T = TypeVar("T")
 
 
 def _order(
-    reply: Callable[..., Any], order: Callable[[EngineClient, AdapterRef], Awaitable[None]]
+    reply: Callable[..., Any],
+    order: Callable[[EngineClient, AdapterRef], Awaitable[None]],
+    *,
+    uses: bool = True,
 ) -> Any:
-    """A handler that carries out an order to the engine and describes the adapter afterwards."""
+    """A handler that carries out an order to the engine and describes the adapter afterwards.
+
+    An order that `uses` the adapter is refused for one that may not be served.
+    """
 
     async def handle(service: AdapterService, request: Any, context: _Context) -> Any:
         adapter = await service._ordered(
-            request.adapter_id, lambda ref: order(service._engine, ref)
+            request.adapter_id, lambda ref: order(service._engine, ref), uses=uses
         )
         return reply(adapter=adapter)
 
@@ -217,10 +223,12 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
 
     LoadAdapter = _order(pb.LoadAdapterResponse, lambda engine, ref: engine.load(ref))
     PinAdapter = _order(pb.PinAdapterResponse, lambda engine, ref: engine.pin(ref, True))
-    UnpinAdapter = _order(pb.UnpinAdapterResponse, lambda engine, ref: engine.pin(ref, False))
+    UnpinAdapter = _order(
+        pb.UnpinAdapterResponse, lambda engine, ref: engine.pin(ref, False), uses=False
+    )
     MergeAdapter = _order(pb.MergeAdapterResponse, lambda engine, ref: engine.merge(ref))
     UnmergeAdapter = _order(
-        pb.UnmergeAdapterResponse, lambda engine, ref: engine.unmerge(ref.digest)
+        pb.UnmergeAdapterResponse, lambda engine, ref: engine.unmerge(ref.digest), uses=False
     )
 
     async def UnloadAdapter(
@@ -232,15 +240,19 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         if request.HasField("drain"):
             drain = request.drain.seconds + request.drain.nanos / 1e9
         adapter = await self._ordered(
-            request.adapter_id, lambda a: self._registry.unload(a.digest, request.force, drain)
+            request.adapter_id,
+            lambda a: self._registry.unload(a.digest, request.force, drain),
+            uses=False,
         )
         return pb.UnloadAdapterResponse(adapter=adapter)
 
     async def _ordered(
-        self, adapter_id: str, order: Callable[[AdapterRef], Awaitable[None]]
+        self, adapter_id: str, order: Callable[[AdapterRef], Awaitable[None]], *, uses: bool
     ) -> pb.Adapter:
         """Carries out an order to the engine and describes the adapter afterwards."""
-        adapter = await self._resolve(adapter_id)
+        require(validate.adapter_id(adapter_id))
+        resolving = self._registry.servable if uses else self._registry.resolve
+        adapter = await _typed(resolving(adapter_id), adapter_id, "adapter_id")
         await _typed(order(adapter.ref), adapter_id, "adapter_id")
         return self._describe(adapter.record)
 

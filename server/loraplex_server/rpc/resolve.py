@@ -41,13 +41,13 @@ async def resolve(
 ) -> Sequence[WeightedAdapter]:
     """Resolves the adapters of a valid request, in its order; none for the bare base.
 
-    Raises Refusal(ADAPTER_NOT_FOUND) for the first that does not exist.
+    Raises Refusal for the first that does not exist (ADAPTER_NOT_FOUND) or may not be served.
     """
     if request.adapter_id:
-        return (WeightedAdapter(await registry.resolve(request.adapter_id), 1.0),)
+        return (WeightedAdapter(await registry.servable(request.adapter_id), 1.0),)
     if not request.mix:
         return ()
-    found = await asyncio.gather(*(registry.resolve(term.adapter_id) for term in request.mix))
+    found = await asyncio.gather(*(registry.servable(term.adapter_id) for term in request.mix))
     weights = [term.weight if term.HasField("weight") else 1.0 for term in request.mix]
     return tuple(WeightedAdapter(a, w) for a, w in zip(found, weights, strict=True))
 
