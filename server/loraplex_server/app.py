@@ -41,8 +41,9 @@ from loraplex_server.metrics import Metrics
 from loraplex_server.registry import Registry
 from loraplex_server.rpc.adapters import AdapterService
 from loraplex_server.rpc.admission import Admission
+from loraplex_server.rpc.gate import Gate
 from loraplex_server.rpc.generation import GenerationService
-from loraplex_server.rpc.interceptor import Gate, Interceptor
+from loraplex_server.rpc.interceptor import Interceptor
 from loraplex_server.rpc.server import Address, RpcServer
 from loraplex_server.rpc.training import TrainingService
 from loraplex_server.rpc.validate import ModelBounds

@@ -24,7 +24,7 @@ from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_server import name_cache
 from loraplex_server.rpc import generation
 from loraplex_server.rpc.errors import TABLE, Detail
-from loraplex_server.rpc.interceptor import Gate
+from loraplex_server.rpc.gate import Gate
 from loraplex_server.rpc.training import TrainingService
 from rpc.harness import (
     CRASH,

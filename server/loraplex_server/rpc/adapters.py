@@ -21,7 +21,7 @@ from loraplex_server.registry import Registered, RegistrationTerms, Registry
 from loraplex_server.rpc import describe, watching
 from loraplex_server.rpc import validate_adapters as validate
 from loraplex_server.rpc.errors import for_client, require
-from loraplex_server.rpc.interceptor import Gate
+from loraplex_server.rpc.gate import Gate
 from loraplex_server.rpc.uploads import UploadReceiver
 
 DEFAULT_PAGE: Final = 100

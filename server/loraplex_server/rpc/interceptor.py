@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
-from typing import Any, Final, Self, TypeAlias, TypeVar
+from typing import Any, Final, Self, TypeAlias
 
 import grpc
 from google.protobuf.message import Message
@@ -22,9 +22,8 @@ from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_server.logs import REQUEST_ID
 from loraplex_server.metrics import Metrics
 from loraplex_server.rpc.errors import TABLE, status_of, trailers_of
+from loraplex_server.rpc.gate import Gate
 from loraplex_server.rpc.validate import is_request_id
-
-T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -39,60 +38,6 @@ _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 _Behaviour: TypeAlias = "Callable[[Any, _Context], Awaitable[Message]]"
 """Takes the request, or an iterator of requests, and returns the reply."""
-
-
-class Gate:
-    """Counts the running calls of our services and signals when the server drains."""
-
-    def __init__(self) -> None:
-        self.draining = False
-        self._calls = 0
-        self._closing = asyncio.Event()
-        self._idle = asyncio.Event()
-        self._idle.set()
-
-    def enter(self) -> None:
-        """Counts a call that begins."""
-        self._calls += 1
-        self._idle.clear()
-
-    def leave(self) -> None:
-        """Counts a call that ended."""
-        self._calls -= 1
-        if self._calls == 0:
-            self._idle.set()
-
-    def close(self) -> None:
-        """Starts draining: new calls are refused from now on."""
-        self.draining = True
-        self._closing.set()
-
-    async def before_draining(
-        self, work: Awaitable[T], refusal: str, seconds: float | None = None
-    ) -> T:
-        """The result of `work`, which is cancelled when the server starts to drain.
-
-        Raises Refusal(DRAINING) with the text `refusal`, and TimeoutError after `seconds`.
-        """
-        closing = asyncio.ensure_future(self._closing.wait())
-        working = asyncio.ensure_future(work)
-        either: set[asyncio.Future[Any]] = {working, closing}
-        try:
-            await asyncio.wait(either, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-            if working.done():
-                return working.result()
-        finally:
-            closing.cancel()
-            if not working.done():
-                working.cancel()
-                await asyncio.wait({working})
-        if self.draining:
-            raise Refusal(Reason.DRAINING, refusal)
-        raise TimeoutError
-
-    async def drained(self) -> None:
-        """Returns once no call is running."""
-        await self._idle.wait()
 
 
 class Interceptor(grpc.aio.ServerInterceptor):

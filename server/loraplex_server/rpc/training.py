@@ -13,7 +13,7 @@ from loraplex_model.base.refusal import Problem, Reason, Refusal, Subject
 from loraplex_server.rpc import describe_training as describe
 from loraplex_server.rpc import validate_training as validate
 from loraplex_server.rpc.errors import for_client, invalid
-from loraplex_server.rpc.interceptor import Gate
+from loraplex_server.rpc.gate import Gate
 from loraplex_server.training.jobs import JOB, JobRecord
 from loraplex_server.training.queue import JobQueue
 

@@ -14,7 +14,7 @@ from loraplex_model.base.refusal import Problem, Reason, Refusal, Subject
 from loraplex_server.registry import Registered, RegistrationTerms, Registry
 from loraplex_server.rpc import validate_adapters as validate
 from loraplex_server.rpc.errors import invalid, require
-from loraplex_server.rpc.interceptor import Gate
+from loraplex_server.rpc.gate import Gate
 
 MAX_STREAMS: Final = 16
 """Most uploads that may send at the same time; each holds one chunk in memory."""

@@ -10,7 +10,7 @@ from loraplex_model.base.refusal import Reason, Refusal
 
 from loraplex_server.feed import AdapterFeed, Event, FeedTable
 from loraplex_server.rpc import describe
-from loraplex_server.rpc.interceptor import Gate
+from loraplex_server.rpc.gate import Gate
 
 MAX_WATCHERS: Final = 64
 _PART: Final = 100

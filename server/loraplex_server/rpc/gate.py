@@ -1,0 +1,65 @@
+"""The gate that every call of our services passes; it closes when the server drains."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from typing import Any, TypeVar
+
+from loraplex_model.base.refusal import Reason, Refusal
+
+T = TypeVar("T")
+
+
+class Gate:
+    """Counts the running calls of our services and signals when the server drains."""
+
+    def __init__(self) -> None:
+        self.draining = False
+        self._calls = 0
+        self._closing = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def enter(self) -> None:
+        """Counts a call that begins."""
+        self._calls += 1
+        self._idle.clear()
+
+    def leave(self) -> None:
+        """Counts a call that ended."""
+        self._calls -= 1
+        if self._calls == 0:
+            self._idle.set()
+
+    def close(self) -> None:
+        """Starts draining: new calls are refused from now on."""
+        self.draining = True
+        self._closing.set()
+
+    async def before_draining(
+        self, work: Awaitable[T], refusal: str, seconds: float | None = None
+    ) -> T:
+        """The result of `work`, which is cancelled when the server starts to drain.
+
+        Raises Refusal(DRAINING) with the text `refusal`, and TimeoutError after `seconds`.
+        """
+        closing = asyncio.ensure_future(self._closing.wait())
+        working = asyncio.ensure_future(work)
+        either: set[asyncio.Future[Any]] = {working, closing}
+        try:
+            await asyncio.wait(either, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+            if working.done():
+                return working.result()
+        finally:
+            closing.cancel()
+            if not working.done():
+                working.cancel()
+                await asyncio.wait({working})
+        if self.draining:
+            raise Refusal(Reason.DRAINING, refusal)
+        raise TimeoutError
+
+    async def drained(self) -> None:
+        """Returns once no call is running."""
+        await self._idle.wait()
