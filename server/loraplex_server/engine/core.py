@@ -7,7 +7,6 @@ output. However a request ends, `_end` releases its blocks, its pins and its pla
 
 from __future__ import annotations
 
-import heapq
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from loraplex_server.engine.adapters.adapters import Adapters
 from loraplex_server.engine.adapters.loader import Loader, ThreadLoader
 from loraplex_server.engine.adapters.residency import UNLOADED
 from loraplex_server.engine.batching.admission import refusal
+from loraplex_server.engine.batching.deadlines import Deadlines
 from loraplex_server.engine.batching.kv import BlockPool
 from loraplex_server.engine.batching.layout import lay_out
 from loraplex_server.engine.batching.request import Request, RequestState
@@ -31,7 +31,13 @@ from loraplex_server.engine.batching.sampler import (
     logprobs,
     sample,
 )
-from loraplex_server.engine.batching.scheduler import BatchRow, EngineLimits, Logits, Scheduler
+from loraplex_server.engine.batching.scheduler import (
+    PRIORITY_SECONDS,
+    BatchRow,
+    EngineLimits,
+    Logits,
+    Scheduler,
+)
 from loraplex_server.engine.messages import (
     Control,
     Failure,
@@ -79,7 +85,7 @@ class EngineCore:
         self.adapters = Adapters(runner, loader or ThreadLoader(runner), clock)
         self._reporter = Reporter(self._scheduler, self.adapters, clock)
         self._requests: dict[int, Request] = {}
-        self._deadlines: list[tuple[float, int]] = []
+        self._deadlines = Deadlines()
         self._outputs: list[Output] = []
         self._arrivals = 0
         self._steps = 0
@@ -102,11 +108,12 @@ class EngineCore:
             self._outputs.append(Output(id=submit.id, error=failure))
             return
         self._arrivals += 1
-        order, draw = (-submit.priority, self._arrivals), Draw(submit.sampling, submit.token_ids)
-        request = Request(submit, order, self._clock(), draw)
+        now, draw = self._clock(), Draw(submit.sampling, submit.token_ids)
+        order = (now - submit.priority * PRIORITY_SECONDS, self._arrivals)
+        request = Request(submit, order, now, draw)
         self._requests[submit.id] = request
         if submit.deadline is not None:
-            heapq.heappush(self._deadlines, (submit.deadline, submit.id))
+            self._deadlines.add(submit.id, submit.deadline)
         if submit.adapters:
             self.adapters.want(request)
         else:
@@ -157,12 +164,9 @@ class EngineCore:
         """Seconds until `step` has work again if nothing arrives; None if never."""
         if self._woken or not self._scheduler.is_idle:
             return 0.0
-        while self._deadlines and self._deadlines[0][1] not in self._requests:
-            heapq.heappop(self._deadlines)
-        ends = [self._deadlines[0][0]] if self._deadlines else []
-        if self.adapters.deadline is not None:
-            ends.append(self.adapters.deadline)
-        return max(0.0, min(ends) - self._clock()) if ends else None
+        ends = [self._deadlines.next, self.adapters.deadline]
+        end = min((end for end in ends if end is not None), default=None)
+        return None if end is None else max(0.0, end - self._clock())
 
     def check(self) -> None:
         """Verifies that an idle engine holds nothing. Raises `AssertionError`."""
@@ -173,11 +177,8 @@ class EngineCore:
         self.adapters.check()
 
     def _expire(self, now: float) -> None:
-        while self._deadlines and self._deadlines[0][0] <= now:
-            deadline, request_id = heapq.heappop(self._deadlines)
-            request = self._requests.get(request_id)
-            if request is not None and request.submit.deadline == deadline:
-                self._end(request, EXPIRED)
+        for request_id in self._deadlines.passed(now):
+            self._end(self._requests[request_id], EXPIRED)
         for digest, waiting in self.adapters.overdue_unloads(now):
             self._evacuate(digest, waiting)
 
@@ -195,8 +196,7 @@ class EngineCore:
         for request in settled.granted:
             self._scheduler.enqueue(request)
         for request, failure in settled.refused:
-            request.state = RequestState.DONE
-            del self._requests[request.id]
+            self._forget(request)
             self._outputs.append(Output(id=request.id, error=failure))
         return settled.replies
 
@@ -291,8 +291,12 @@ class EngineCore:
         """Ends a request and releases everything it holds, whatever its state."""
         self._scheduler.remove(request)
         self.adapters.release(request)
-        request.state = RequestState.DONE
-        del self._requests[request.id]
+        self._forget(request)
         self._woken = True
         if failure is not None:
             self._outputs.append(Output(id=request.id, error=failure))
+
+    def _forget(self, request: Request) -> None:
+        request.state = RequestState.DONE
+        del self._requests[request.id]
+        self._deadlines.remove(request.id)

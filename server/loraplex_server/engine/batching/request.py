@@ -75,7 +75,8 @@ class Request:
     """The state of one request.
 
     Attributes:
-        order: sort key; smaller is served earlier. By priority, then by arrival.
+        order: sort key; smaller is served earlier: the time of arrival less the seconds that the
+            priority is worth, then the number of the arrival.
         arrived: time of arrival on the engine's clock.
         draw: state of sampling.
         tokens: the prompt, then the generated tokens (int32).
@@ -90,7 +91,7 @@ class Request:
     """
 
     submit: Submit
-    order: tuple[int, int]
+    order: tuple[float, int]
     arrived: float
     draw: Draw
     tokens: array[int] = field(init=False)

@@ -1,10 +1,12 @@
 """The scheduler: which tokens of which requests are computed in the next step.
 
 Continuous batching: every step first computes one token for each decoding request, then fills the
-rest of the token budget with chunks of prompts. Requests are served by priority, then by arrival;
-none overtakes another. When KV blocks run out while decoding, the request that is last in order
-returns its blocks and queues again (preemption); its generated tokens stay and are recomputed as if
-they were prompt. The first in order is never preempted for another, and no request larger than the
+rest of the token budget with chunks of prompts. Requests are served in the order of their arrival,
+each level of priority counting as `PRIORITY_SECONDS` of waiting; none overtakes another. So however
+many requests of a higher priority keep arriving, a request is overtaken only by those that arrive
+within a bounded time after it. When KV blocks run out while decoding, the request that is last in
+order returns its blocks and queues again (preemption); its generated tokens stay and are recomputed
+as if they were prompt. The first in order is never preempted for another, and no request larger than the
 whole cache is accepted, so at least one request always makes progress.
 """
 
@@ -19,6 +21,9 @@ import msgspec
 
 from loraplex_server.engine.batching.kv import BlockPool
 from loraplex_server.engine.batching.request import Request, RequestState
+
+PRIORITY_SECONDS = 0.1
+"""Seconds of waiting that one level of priority is worth."""
 
 
 class EngineLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
