@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from loraplex_model.base.durable import flush, flush_file, lock
+from loraplex_model.base.durable import flush, flush_file, lock, make_directory
 from loraplex_model.base.faults import reach
 from loraplex_model.base.refusal import Reason, Refusal
 
@@ -53,12 +53,9 @@ class Blobs:
             self._blobs = root / "blobs" / "sha256"
             self._trash = root / "trash"
             reach("store.open.make")
-            self._blobs.mkdir(parents=True, exist_ok=True)
-            self._trash.mkdir(exist_ok=True)
-            for made in (root, root / "blobs", self._blobs):
-                flush(made)
             staging = root / "staging"
-            staging.mkdir(exist_ok=True)
+            for folder in (self._blobs, self._trash, staging):
+                make_directory(folder)
             reach("store.open.clear")
             _clear_dead_sessions(staging)
             self._session = staging / uuid.uuid4().hex

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from loraplex_model.base.durable import is_disk_full, lock
+from loraplex_model.base.durable import is_disk_full, lock, make_directory
 from loraplex_model.base.refusal import Reason, Refusal
 
 
@@ -36,7 +36,7 @@ def disk_errors() -> Iterator[None]:
 def locked(folder: Path) -> Iterator[None]:
     """Holds the lock of a folder of the store; creates the folder if it is missing."""
     with disk_errors():
-        folder.mkdir(parents=True, exist_ok=True)
+        make_directory(folder)
         descriptor = lock(folder / "lock")
     try:
         yield

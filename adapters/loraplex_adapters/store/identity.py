@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from loraplex_model.base.durable import flush, flush_file
+from loraplex_model.base.durable import flush, write_atomically
 from loraplex_model.base.faults import reach
 
 from loraplex_adapters.store.disk import disk_errors
@@ -27,14 +27,8 @@ def read_id(root: Path) -> str | None:
 
 def write_id(root: Path, store_id: str) -> None:
     """Writes the id atomically. The caller holds the store's lock."""
-    new = root / f"{_FILE}.new"
     with disk_errors():
         reach("store.identity.write")
-        with open(new, "wb") as file:
-            file.write(f"{store_id}\n".encode("ascii"))
-            reach("store.identity.sync")
-            flush_file(file)
-        reach("store.identity.rename")
-        new.rename(root / _FILE)
+        write_atomically(root / _FILE, f"{store_id}\n".encode("ascii"), mode=0o644)
         reach("store.identity.sync-directory")
         flush(root)

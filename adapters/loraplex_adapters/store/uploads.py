@@ -3,9 +3,10 @@
     <store>/uploads/lock                    held while an upload is begun
     <store>/uploads/<id>/lock               held while the upload is written, read or removed
     <store>/uploads/<id>/adapter_config.json, adapter_model.safetensors
+    <store>/uploads/<id>/received.json      their sizes: see `received`
 
-The size of a file is the only record of its progress. A piece is acknowledged once it is on disk;
-bytes that a crash leaves beyond the last acknowledged piece are the beginning of the next one.
+A piece is acknowledged once it is on disk and its end is recorded. Bytes that a crash leaves beyond
+that are removed when the upload is used again; the client sends them again.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from loraplex_model.base.durable import flush, lock
+from loraplex_model.base.durable import flush, lock, make_directory
 from loraplex_model.base.faults import reach
 from loraplex_model.base.refusal import Reason, Refusal
 
@@ -32,6 +33,7 @@ from loraplex_adapters.format.files import (
     open_directory,
 )
 from loraplex_adapters.store.disk import disk_errors, locked
+from loraplex_adapters.store.received import cut_to_received, record_received
 
 _ID = re.compile(r"\A[0-9a-f]{32}\Z")
 
@@ -71,8 +73,7 @@ class Uploads:
         self._bounds = bounds
         self._limits = {CONFIG_FILE: MAX_CONFIG_BYTES, WEIGHTS_FILE: bounds.max_weights_bytes}
         with disk_errors():
-            self._root.mkdir(exist_ok=True)
-            flush(root)
+            make_directory(self._root)
 
     def begin(self) -> str:
         """Begins an upload; returns its id. Raises Refusal(OVERLOADED) if too many are open."""
@@ -85,6 +86,7 @@ class Uploads:
                 reach("store.upload.make")
                 (self._root / upload_id).mkdir()
                 reach("store.upload.made")
+                record_received(self._root / upload_id, {})
                 flush(self._root)
         return upload_id
 
@@ -100,6 +102,7 @@ class Uploads:
             message = f"an upload has the files {CONFIG_FILE} and {WEIGHTS_FILE}"
             raise Refusal(Reason.FIELD_INVALID, message, "file")
         with self._held(upload_id) as folder, disk_errors():
+            sizes = cut_to_received(folder, tuple(self._limits))
             flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
             descriptor = os.open(folder / file, flags, 0o600)
             try:
@@ -119,15 +122,14 @@ class Uploads:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
-            if offset == 0:
-                reach("store.upload.sync-directory")
-                flush(folder)
+            record_received(folder, sizes | {file: size})
         return size
 
     def state(self, upload_id: str) -> Upload:
         """Returns the progress of an upload. Raises Refusal(UPLOAD_NOT_FOUND)."""
         with self._held(upload_id) as folder, disk_errors():
-            return Upload(upload_id, _size(folder / CONFIG_FILE), _size(folder / WEIGHTS_FILE))
+            sizes = cut_to_received(folder, tuple(self._limits))
+            return Upload(upload_id, sizes[CONFIG_FILE], sizes[WEIGHTS_FILE])
 
     @contextmanager
     def reading(self, upload_id: str, *, remove: bool = False) -> Iterator[Directory]:
@@ -137,6 +139,8 @@ class Uploads:
         Refusal(UPLOAD_NOT_FOUND).
         """
         with self._held(upload_id) as folder:
+            with disk_errors():
+                cut_to_received(folder, tuple(self._limits))
             with open_directory(folder) as directory:
                 yield directory
             if remove:
@@ -201,13 +205,6 @@ class Uploads:
             flush(self._root)
         shutil.rmtree(gone, ignore_errors=True)
         reach("store.upload.removed")
-
-
-def _size(file: Path) -> int:
-    try:
-        return file.stat().st_size
-    except FileNotFoundError:
-        return 0
 
 
 def _last_change(folder: Path) -> float:

@@ -10,7 +10,7 @@ import fcntl
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -33,6 +33,23 @@ def flush_file(file: IO[bytes]) -> None:
     """Brings everything that was written to an open file to the disk."""
     file.flush()
     os.fsync(file.fileno())
+
+
+def make_directory(path: Path, mode: int = 0o777) -> None:
+    """Makes a directory and its missing parents, whose names are on the disk on return.
+
+    `mode` of the directory, not of its parents, is subject to the umask. The name of a directory
+    that exists is flushed too, since the process that made it may have ended before its own flush.
+    """
+    missing = not path.is_dir()
+    if missing and not path.parent.is_dir():
+        make_directory(path.parent)
+    path.mkdir(mode, exist_ok=True)
+    if missing:
+        flush(path.parent)
+    else:
+        with suppress(PermissionError):  # the folder above may belong to somebody else
+            flush(path.parent)
 
 
 def write_atomically(path: Path, data: bytes, mode: int = 0o666) -> None:

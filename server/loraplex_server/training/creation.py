@@ -68,7 +68,7 @@ class JobFactory:
         """Writes the job's configuration and the copies of its examples. Blocks."""
         evaluated = request.eval_data is not None
         configuration = self.trainer.configuration(request.order, folder, evaluated)
-        (folder / CONFIG).write_text(configuration, "utf-8")
+        data.write(folder / CONFIG, configuration.encode())
         sources = {"data": (request.data, DATA), "eval_data": (request.eval_data, EVAL_DATA)}
         for field, (source, name) in sources.items():
             if source is not None and source.path:

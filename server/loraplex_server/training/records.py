@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 import msgspec
-from loraplex_model.base.durable import flush, lock, write_atomically
+from loraplex_model.base.durable import flush, lock, make_directory, write_atomically
 
 from loraplex_server.training.jobs import JobRecord
 
@@ -37,7 +37,7 @@ class Records:
 
         The kernel releases the lock when the process ends, however it ends.
         """
-        self._root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_directory(self._root, mode=0o700)
         try:
             self._lock = lock(self._root / _LOCK, wait=False, mode=0o600)
         except BlockingIOError:
@@ -90,4 +90,5 @@ class Records:
         folder = self.folder(job_id)
         with contextlib.suppress(FileNotFoundError):
             (folder / RECORD).unlink()  # first: without a record it is no job
+            flush(folder)
         shutil.rmtree(folder, ignore_errors=True)

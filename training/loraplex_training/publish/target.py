@@ -13,6 +13,7 @@ from typing import Final
 from loraplex_adapters.store import Store
 from loraplex_adapters.store.ids import check_name
 from loraplex_adapters.store.labels import check_labels
+from loraplex_model.base.durable import flush, write_atomically
 from loraplex_model.base.refusal import Reason, Refusal
 
 TARGET: Final = "target.json"
@@ -78,7 +79,9 @@ def keep(target: Target, out: Path) -> None:
     values = asdict(target)
     del values["store_url"]
     with suppress(OSError):
-        (out / TARGET).write_text(json.dumps(values, indent=2, default=str) + "\n", "utf-8")
+        text = json.dumps(values, indent=2, default=str) + "\n"
+        write_atomically(out / TARGET, text.encode())
+        flush(out)
 
 
 def kept(out: Path) -> Target:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from loraplex_model.base.durable import flush, is_disk_full, lock
+from loraplex_model.base.durable import flush, is_disk_full, lock, make_directory, write_atomically
 from loraplex_model.base.faults import reach
 from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_model.checkpoints.safetensors_file import SafetensorsFile
@@ -67,7 +67,7 @@ class RunFolder:
         self._damaged: set[int] = set()
         with _on_disk(out):
             reach("train.folder.make")
-            (out / FOLDER).mkdir(parents=True, exist_ok=True)
+            make_directory(out / FOLDER)
             try:
                 self._lock = lock(out / "lock", wait=False)
             except BlockingIOError:
@@ -82,12 +82,9 @@ class RunFolder:
     def write_config(self, text: str) -> None:
         """Writes the run's options atomically."""
         with _on_disk(self.out):
-            fresh = self.out / f".{CONFIG}"
             reach("train.config.write")
-            fresh.write_text(text, "utf-8")
-            _sync(fresh)
-            reach("train.config.rename")
-            fresh.rename(self.out / CONFIG)
+            write_atomically(self.out / CONFIG, text.encode())
+            reach("train.config.flush")
             flush(self.out)
 
     def save(self, snapshot: RunSnapshot) -> Path:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from loraplex_model.base.durable import flush
+from loraplex_model.base.durable import flush, make_directory
 from loraplex_model.base.refusal import Reason, Refusal
 
 OURS = ("config.json", "adapter_config.json", "adapter.gguf")
@@ -30,7 +30,7 @@ def staged(out: Path, *, force: bool = False) -> Iterator[Path]:
     _check_free(out, force)
     fresh = out.parent / f".{out.name}.{uuid.uuid4().hex}.new"
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(out.parent)
         yield fresh
         _sync_tree(fresh)
         _publish(fresh, out, force)
