@@ -6,8 +6,8 @@ each level of priority counting as `PRIORITY_SECONDS` of waiting; none overtakes
 many requests of a higher priority keep arriving, a request is overtaken only by those that arrive
 within a bounded time after it. When KV blocks run out while decoding, the request that is last in
 order returns its blocks and queues again (preemption); its generated tokens stay and are recomputed
-as if they were prompt. The first in order is never preempted for another, and no request larger than the
-whole cache is accepted, so at least one request always makes progress.
+as if they were prompt. The first in order is never preempted for another, and no request larger
+than the whole cache is accepted, so at least one request always makes progress.
 """
 
 from __future__ import annotations
