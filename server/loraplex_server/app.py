@@ -78,7 +78,6 @@ class _Observer:
         self.on_merge = metrics.on_merge
         self._metrics = metrics
         self._rpc = rpc
-        self._tasks: set[asyncio.Task[None]] = set()
 
     def on_step(self, done: StepReport) -> None:
         self._metrics.on_step(done)
@@ -88,19 +87,14 @@ class _Observer:
     def on_restart(self) -> None:
         self._metrics.on_restart()
         self.on_table([])
-        self._set_serving(False)
+        self._rpc.set_serving(False)
 
     def on_ready(self, hello: Hello) -> None:
         self._metrics.on_ready(hello)
-        self._set_serving(True)
+        self._rpc.set_serving(True)
 
     def on_fatal(self, fatal: Fatal) -> None:
         log.error("the engine does not start: %s", fatal.message, extra={"reason": fatal.reason})
-
-    def _set_serving(self, serving: bool) -> None:
-        task = asyncio.get_running_loop().create_task(self._rpc.set_serving(serving))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
 
 class Server:
@@ -115,7 +109,10 @@ class Server:
         self.metrics = Metrics(collectors, version("loraplex"))
         self._gate = Gate()
         self._rpc = RpcServer(
-            Interceptor(self._gate, self.metrics, config.write_stall_timeout), config.reflection
+            Interceptor(self._gate, self.metrics, config.write_stall_timeout),
+            self._gate,
+            config.max_connections,
+            config.reflection,
         )
         self._observer = _Observer(self.metrics, self._rpc)
         self.engine = EngineClient(config.engine_setup().command(), self._observer)
@@ -173,7 +170,7 @@ class Server:
 
     async def drain(self) -> None:
         """Refuses new calls and waits for running ones, which end at the drain timeout."""
-        await self._rpc.lame_duck()
+        self._rpc.lame_duck()
         self._gate.close()
         # The trainer saves its checkpoint meanwhile.
         training = asyncio.create_task(self._stop_training(self._config.drain_timeout))
