@@ -36,6 +36,7 @@ class RawConnection:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
         self._next = 1
+        self._begun = False
         self.ended: set[int] = set()
         """Streams that the server has ended."""
         self.received: dict[int, int] = {}
@@ -46,12 +47,13 @@ class RawConnection:
 
     def begin(self, window: int = DEFAULT_WINDOW) -> None:
         """Starts HTTP/2. The server may send `window` bytes of each stream's data, and no more."""
+        self._begun = True
         settings = struct.pack(">HI", INITIAL_WINDOW_SIZE, window)
         self.send(PREFACE + frame(SETTINGS, 0, 0, settings))
         self.follow()
 
     def follow(self) -> None:
-        """Reads frames from here on, and acknowledges those that ask for it."""
+        """Reads frames from here on; once HTTP/2 has begun, acknowledges those that ask for it."""
         self._following = asyncio.create_task(self._follow())
 
     def send(self, data: bytes) -> None:
@@ -91,7 +93,7 @@ class RawConnection:
                 length = int.from_bytes(head[:3])
                 kind, flags, stream = struct.unpack(">BBI", head[3:])
                 payload = await self._reader.readexactly(length)
-                if kind in {SETTINGS, PING} and not flags & ACK:
+                if self._begun and kind in {SETTINGS, PING} and not flags & ACK:
                     self.send(frame(kind, ACK, 0, payload if kind == PING else b""))
                 elif kind == DATA:
                     self.received[stream] = self.received.get(stream, 0) + length
