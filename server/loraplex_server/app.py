@@ -13,9 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from threading import Thread
 from typing import Final
-from wsgiref.simple_server import WSGIServer
 
 from loraplex_adapters.format.spec import AdapterLimits
 from loraplex_adapters.store import Store
@@ -25,9 +23,9 @@ from prometheus_client import (
     GCCollector,
     PlatformCollector,
     ProcessCollector,
-    start_http_server,
 )
 
+from loraplex_server.admin import MetricsServer
 from loraplex_server.config import Config
 from loraplex_server.engine.messages import (
     AdapterStatus,
@@ -189,9 +187,9 @@ class Server:
     def _bind(self) -> None:
         admin = self.admin_address
         with _needed(ServerExit.PORT_IN_USE, f"cannot listen on {admin} for metrics"):
-            httpd, thread = start_http_server(admin.port, admin.host, self.metrics.registry)
-        self._closing.push_async_callback(_stop_metrics, httpd, thread)
-        self.admin_address = Address(admin.host, httpd.server_port)
+            metrics = MetricsServer(admin.host, admin.port, self.metrics.registry)
+        self._closing.push_async_callback(asyncio.to_thread, metrics.stop)
+        self.admin_address = Address(admin.host, metrics.port)
         with _needed(ServerExit.PORT_IN_USE, f"cannot listen on {self.address}"):
             self.address = self._rpc.bind(self.address)
         self._closing.push_async_callback(self._rpc.stop, STOP_GRACE)
@@ -303,9 +301,3 @@ async def _serve(config: Config) -> None:
         stopping.cancel()
         await server.close()
         log.info("stopped")
-
-
-async def _stop_metrics(httpd: WSGIServer, thread: Thread) -> None:
-    await asyncio.to_thread(httpd.shutdown)
-    await asyncio.to_thread(thread.join)
-    httpd.server_close()
