@@ -7,7 +7,7 @@ from contextlib import aclosing
 from typing import Any, Final
 
 import grpc
-from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
+from grpc_reflection.v1alpha import reflection
 from loraplex_model.base.refusal import Reason, Refusal
 
 from loraplex_server.rpc.arriving import SILENCE_SECONDS, messages
@@ -15,11 +15,8 @@ from loraplex_server.rpc.gate import Gate
 
 MAX_REFLECTIONS: Final = 16
 
-_Request = reflection_pb2.ServerReflectionRequest
-_Response = reflection_pb2.ServerReflectionResponse
 
-
-class ReflectionService(reflection_pb2_grpc.ServerReflectionServicer):
+class ReflectionService:
     """grpcio's reflection of `services` and of itself."""
 
     def __init__(self, services: Iterable[str], gate: Gate) -> None:
@@ -28,8 +25,8 @@ class ReflectionService(reflection_pb2_grpc.ServerReflectionServicer):
         self._calls = 0
 
     async def ServerReflectionInfo(
-        self, request_iterator: AsyncIterator[_Request], context: grpc.aio.ServicerContext[Any, Any]
-    ) -> AsyncGenerator[_Response, None]:
+        self, request_iterator: AsyncIterator[Any], context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncGenerator[Any, None]:
         """Answers each question. Raises Refusal: OVERLOADED, DRAINING, DEADLINE_EXCEEDED."""
         if self._calls >= MAX_REFLECTIONS:
             raise Refusal(Reason.OVERLOADED, f"{self._calls} calls are open; try again later")
