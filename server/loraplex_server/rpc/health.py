@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Iterable
 from typing import Any, Final
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 from loraplex_model.base.refusal import Reason, Refusal
 
 MAX_HEALTH_WATCHERS: Final = 256
@@ -21,8 +21,8 @@ _Context = grpc.aio.ServicerContext[Any, Any]
 _Response = health_pb2.HealthCheckResponse
 
 
-class HealthService(health_pb2_grpc.HealthServicer):
-    """The health of `services`, of which "" is the whole server; NOT_SERVING at first.
+class HealthService:
+    """The servicer of `services`, of which "" is the whole server; NOT_SERVING at first.
 
     Once closed it stays NOT_SERVING. All methods belong to the event loop.
     """
