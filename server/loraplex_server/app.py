@@ -9,13 +9,12 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from threading import Thread
 from typing import Final
-from wsgiref.simple_server import WSGIServer
 
 from loraplex_adapters.format.spec import AdapterLimits
 from loraplex_adapters.store import Store
@@ -25,9 +24,9 @@ from prometheus_client import (
     GCCollector,
     PlatformCollector,
     ProcessCollector,
-    start_http_server,
 )
 
+from loraplex_server.admin import MetricsServer
 from loraplex_server.config import Config
 from loraplex_server.engine.messages import (
     AdapterStatus,
@@ -47,6 +46,14 @@ from loraplex_server.rpc.interceptor import Interceptor
 from loraplex_server.rpc.server import Address, RpcServer
 from loraplex_server.rpc.training import TrainingService
 from loraplex_server.rpc.validate import ModelBounds
+from loraplex_server.shutdown import (
+    ENGINE_SECONDS,
+    EXIT_SECONDS,
+    PART_SECONDS,
+    TRAINING_SECONDS,
+    exit_within,
+    within,
+)
 from loraplex_server.text.tokenizer import TextTokenizer
 from loraplex_server.training.delivery import RegistryDestination
 from loraplex_server.training.queue import JobLimits, JobQueue
@@ -78,7 +85,6 @@ class _Observer:
         self.on_merge = metrics.on_merge
         self._metrics = metrics
         self._rpc = rpc
-        self._tasks: set[asyncio.Task[None]] = set()
 
     def on_step(self, done: StepReport) -> None:
         self._metrics.on_step(done)
@@ -88,19 +94,14 @@ class _Observer:
     def on_restart(self) -> None:
         self._metrics.on_restart()
         self.on_table([])
-        self._set_serving(False)
+        self._rpc.set_serving(False)
 
     def on_ready(self, hello: Hello) -> None:
         self._metrics.on_ready(hello)
-        self._set_serving(True)
+        self._rpc.set_serving(True)
 
     def on_fatal(self, fatal: Fatal) -> None:
         log.error("the engine does not start: %s", fatal.message, extra={"reason": fatal.reason})
-
-    def _set_serving(self, serving: bool) -> None:
-        task = asyncio.get_running_loop().create_task(self._rpc.set_serving(serving))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
 
 class Server:
@@ -115,7 +116,10 @@ class Server:
         self.metrics = Metrics(collectors, version("loraplex"))
         self._gate = Gate()
         self._rpc = RpcServer(
-            Interceptor(self._gate, self.metrics, config.write_stall_timeout), config.reflection
+            Interceptor(self._gate, self.metrics, config.write_stall_timeout),
+            self._gate,
+            config.max_connections,
+            config.reflection,
         )
         self._observer = _Observer(self.metrics, self._rpc)
         self.engine = EngineClient(config.engine_setup().command(), self._observer)
@@ -133,7 +137,7 @@ class Server:
         store = await self._open_store()
         with _needed(ServerExit.NO_MODEL, "cannot start the engine"):
             hello = await self.engine.start()
-        self._closing.push_async_callback(self.engine.stop)
+        self._close_later(ENGINE_SECONDS, "the engine does not stop", self.engine.stop)
         model = hello.model
         context = min(
             config.max_context or model.max_context,
@@ -169,11 +173,11 @@ class Server:
             TrainingService(self._training, self._gate),
         )
         # Stopped before engine and store are closed, because running calls use them.
-        self._closing.push_async_callback(self._rpc.stop, STOP_GRACE)
+        self._close_later(PART_SECONDS, "the connections do not close", self._stop_rpc)
 
     async def drain(self) -> None:
         """Refuses new calls and waits for running ones, which end at the drain timeout."""
-        await self._rpc.lame_duck()
+        self._rpc.lame_duck()
         self._gate.close()
         # The trainer saves its checkpoint meanwhile.
         training = asyncio.create_task(self._stop_training(self._config.drain_timeout))
@@ -182,7 +186,7 @@ class Server:
         except TimeoutError:
             log.warning("drain timeout: ending the calls that still run")
             # Their streams fail with DRAINING, which the handlers report to the clients.
-            await self.engine.stop()
+            await within(ENGINE_SECONDS, "the engine does not stop", self.engine.stop())
         await training
 
     async def close(self) -> None:
@@ -192,12 +196,13 @@ class Server:
     def _bind(self) -> None:
         admin = self.admin_address
         with _needed(ServerExit.PORT_IN_USE, f"cannot listen on {admin} for metrics"):
-            httpd, thread = start_http_server(admin.port, admin.host, self.metrics.registry)
-        self._closing.push_async_callback(_stop_metrics, httpd, thread)
-        self.admin_address = Address(admin.host, httpd.server_port)
+            metrics = MetricsServer(admin.host, admin.port, self.metrics.registry)
+        stop = partial(asyncio.to_thread, metrics.stop)
+        self._close_later(PART_SECONDS, "the metrics endpoint does not stop", stop)
+        self.admin_address = Address(admin.host, metrics.port)
         with _needed(ServerExit.PORT_IN_USE, f"cannot listen on {self.address}"):
             self.address = self._rpc.bind(self.address)
-        self._closing.push_async_callback(self._rpc.stop, STOP_GRACE)
+        self._close_later(PART_SECONDS, "the connections do not close", self._stop_rpc)
 
     async def _open_training(self, registry: Registry) -> JobQueue | None:
         """Opens the queue of training jobs; None if training is off. Raises StartFailure."""
@@ -225,12 +230,27 @@ class Server:
         )
         with _needed(ServerExit.STORE_UNUSABLE, "cannot use"):
             await queue.open()
-        self._closing.push_async_callback(self._stop_training, STOP_GRACE)
+        stop = partial(self._stop_training, STOP_GRACE)
+        self._close_later(TRAINING_SECONDS, "the training does not stop", stop)
         return queue
+
+    async def _stop_rpc(self) -> None:
+        await self._rpc.stop(STOP_GRACE)
 
     async def _stop_training(self, patience: float) -> None:
         if self._training is not None:
-            await self._training.stop(patience)
+            stopping = self._training.stop(patience)
+            await within(patience + TRAINING_SECONDS, "the training does not stop", stopping)
+
+    def _close_later(
+        self, seconds: float, complaint: str, close: Callable[[], Awaitable[None]]
+    ) -> None:
+        """Has `close` called by `close`, which does not wait for it for more than `seconds`."""
+
+        async def bounded() -> None:
+            await within(seconds, complaint, close())
+
+        self._closing.push_async_callback(bounded)
 
     async def _open_store(self) -> Store:
         def work() -> Store:
@@ -239,7 +259,8 @@ class Server:
 
         with _needed(ServerExit.STORE_UNUSABLE, "cannot use"):
             store = await asyncio.to_thread(work)
-        self._closing.push_async_callback(asyncio.to_thread, store.close)
+        close = partial(asyncio.to_thread, store.close)
+        self._close_later(PART_SECONDS, "the store does not close", close)
         return store
 
 
@@ -267,37 +288,39 @@ async def run(config: Config) -> ServerExit:
 
 async def _serve(config: Config) -> None:
     began = time.monotonic()
-    for line in config.lines():
-        log.info("config: %s", line)
-    server = Server(config)
     stop = asyncio.Event()
+    server: Server | None = None
+
+    def kill_engine() -> None:
+        if server is not None and server.engine.pid is not None:
+            os.kill(server.engine.pid, signal.SIGKILL)
 
     def on_signal(number: int) -> None:
         if stop.is_set():
-            if server.engine.pid is not None:
-                os.kill(server.engine.pid, signal.SIGKILL)
+            kill_engine()
             os._exit(128 + number)
         log.info("%s: draining", signal.Signals(number).name)
+        exit_within(config.drain_timeout + EXIT_SECONDS, ServerExit.OK, kill_engine)
         stop.set()
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
+    for line in config.lines():
+        log.info("config: %s", line)
+    server = Server(config)
     stopping = asyncio.create_task(stop.wait())
     starting = asyncio.create_task(server.start())
     try:
         await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        if not starting.done():
+        if stop.is_set():
             starting.cancel()
             await asyncio.wait({starting})
+            if not starting.cancelled() and (failure := starting.exception()) is not None:
+                log.warning("the start failed while it was given up: %s", failure)
             return
         starting.result()
-        model = server.engine.hello.model
-        print(
-            f"ready: grpc {server.address} admin {server.admin_address} model {model.name} "
-            f"({model.base.dtype} on {model.device}) in {time.monotonic() - began:.1f} s",
-            flush=True,
-        )
+        _announce(server, time.monotonic() - began)
         gc.collect()
         gc.freeze()  # imported modules are never freed, so collections need not visit them
         await stopping
@@ -308,7 +331,11 @@ async def _serve(config: Config) -> None:
         log.info("stopped")
 
 
-async def _stop_metrics(httpd: WSGIServer, thread: Thread) -> None:
-    await asyncio.to_thread(httpd.shutdown)
-    await asyncio.to_thread(thread.join)
-    httpd.server_close()
+def _announce(server: Server, seconds: float) -> None:
+    """Prints that the server is ready."""
+    model = server.engine.hello.model
+    print(
+        f"ready: grpc {server.address} admin {server.admin_address} model {model.name} "
+        f"({model.base.dtype} on {model.device}) in {seconds:.1f} s",
+        flush=True,
+    )

@@ -81,6 +81,8 @@ class Config(BaseSettings):
     """Port of the metrics endpoint; 0 picks a free one."""
     insecure: bool = False
     """Allow addresses that other machines can reach, although callers are not authenticated."""
+    max_connections: int = Field(1024, ge=1, le=1 << 20)
+    """Most connections to the gRPC port; further ones are closed at once."""
     reflection: bool = True
     """Serve gRPC reflection."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from loraplex_model.base.refusal import Reason, Refusal
@@ -20,6 +20,11 @@ class Gate:
         self._closing = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
+        self._when_closing: list[Callable[[], None]] = []
+
+    def when_closing(self, callback: Callable[[], None]) -> None:
+        """Has `callback` called when the gate closes."""
+        self._when_closing.append(callback)
 
     def enter(self) -> None:
         """Counts a call that begins."""
@@ -33,9 +38,13 @@ class Gate:
             self._idle.set()
 
     def close(self) -> None:
-        """Starts draining: new calls are refused from now on."""
+        """Starts draining: new calls are refused from now on. Idempotent."""
+        if self.draining:
+            return
         self.draining = True
         self._closing.set()
+        for callback in self._when_closing:
+            callback()
 
     async def before_draining(
         self, work: Awaitable[T], refusal: str, seconds: float | None = None

@@ -7,7 +7,7 @@ internal error. The client gets the request id, under which the log has the deta
 from __future__ import annotations
 
 import asyncio
-import inspect
+import contextlib
 import logging
 import time
 import uuid
@@ -21,9 +21,11 @@ from loraplex_model.base.refusal import Reason, Refusal
 
 from loraplex_server.logs import REQUEST_ID
 from loraplex_server.metrics import Metrics
+from loraplex_server.rpc.arriving import Arrivals
 from loraplex_server.rpc.errors import TABLE, status_of, trailers_of
 from loraplex_server.rpc.gate import Gate
 from loraplex_server.rpc.validate import is_request_id
+from loraplex_server.rpc.writing import StreamWriter
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +41,9 @@ _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 _Behaviour: TypeAlias = "Callable[[Any, _Context], Awaitable[Message]]"
 """Takes the request, or an iterator of requests, and returns the reply."""
 
+_StreamBehaviour: TypeAlias = "Callable[[Any, _Context], AsyncGenerator[Message, None]]"
+"""Takes the same, and yields the replies."""
+
 
 class Interceptor(grpc.aio.ServerInterceptor):
     """Wraps the handler and the deserialiser of every method.
@@ -49,7 +54,9 @@ class Interceptor(grpc.aio.ServerInterceptor):
     def __init__(self, gate: Gate, metrics: Metrics, write_stall_seconds: float) -> None:
         self._gate = gate
         self._metrics = metrics
-        self._write_stall_seconds = write_stall_seconds
+        self.arrivals = Arrivals(gate)
+        self._writer = StreamWriter(gate, write_stall_seconds)
+        self._refusing: set[asyncio.Task[None]] = set()
 
     async def intercept_service(
         self,
@@ -57,27 +64,29 @@ class Interceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> _Handler | None:
         """See grpc.aio.ServerInterceptor."""
-        handler = await continuation(handler_call_details)
+        handler: Any = await continuation(handler_call_details)
         if handler is None:
             return None
         method = str(handler_call_details.method)
-        unary: Any = handler.unary_unary
-        gather: Any = handler.stream_unary
-        stream: Any = handler.unary_stream
-        make: Callable[..., _Handler]
+        # What is one request to the client is read here as a stream, since a handler of the former
+        # kind is called only once the request is complete, which may be never.
+        make: Callable[..., _Handler] = grpc.stream_stream_rpc_method_handler
         guarded: Callable[[Any, _Context], Awaitable[Message | None]]
-        if unary is not None:
-            make, guarded = grpc.unary_unary_rpc_method_handler, self._unary(method, unary)
-        elif gather is not None:
-            make, guarded = grpc.stream_unary_rpc_method_handler, self._gathering(method, gather)
-        elif inspect.isasyncgenfunction(stream):
-            make, guarded = grpc.unary_stream_rpc_method_handler, self._stream(method, stream)
+        if handler.unary_unary is not None:
+            make = grpc.stream_unary_rpc_method_handler
+            guarded = self._unary(method, handler.unary_unary)
+        elif handler.stream_unary is not None:
+            make = grpc.stream_unary_rpc_method_handler
+            guarded = self._gathering(method, handler.stream_unary)
+        elif handler.unary_stream is not None:
+            guarded = self._stream(method, handler.unary_stream)
         else:
-            return handler  # grpc's reflection, and Watch of its health service
+            guarded = self._conversation(method, handler.stream_stream)
         return make(guarded, _forgiving(handler.request_deserializer), handler.response_serializer)
 
     def _unary(self, method: str, behave: _Behaviour) -> _Behaviour:
-        async def guarded(request: Any, context: _Context) -> Message:
+        async def guarded(requests: Any, context: _Context) -> Message:
+            request = await self._request(method, context)
             async with _Call(self._gate, self._metrics, method, context, request) as call:
                 call.check(request)
                 return await behave(request, context)
@@ -93,46 +102,53 @@ class Interceptor(grpc.aio.ServerInterceptor):
         return guarded
 
     def _stream(
-        self, method: str, behave: Callable[[Any, _Context], AsyncGenerator[Message, None]]
+        self, method: str, behave: _StreamBehaviour
     ) -> Callable[[Any, _Context], Awaitable[None]]:
-        async def guarded(request: Any, context: _Context) -> None:
+        async def guarded(requests: Any, context: _Context) -> None:
+            request = await self._request(method, context)
             async with _Call(self._gate, self._metrics, method, context, request) as call:
                 call.check(request)
-                # Closing the generator frees the request when the client is gone.
-                async with aclosing(behave(request, context)) as events:
-                    async for event in events:
-                        await self._write(context, event, call, events)
+                await self._answer(call, behave(request, context), context)
 
         return guarded
 
-    async def _write(
-        self, context: _Context, event: Message, call: _Call, events: AsyncGenerator[Message, None]
+    def _conversation(
+        self, method: str, behave: _StreamBehaviour
+    ) -> Callable[[Any, _Context], Awaitable[None]]:
+        async def guarded(requests: AsyncIterator[Any], context: _Context) -> None:
+            async with _Call(self._gate, self._metrics, method, context) as call:
+                call.check(None)
+                await self._answer(call, behave(call.checked(requests), context), context)
+
+        return guarded
+
+    async def _request(self, method: str, context: _Context) -> Any:
+        """Reads the only request of a call, which `Arrivals` refuses if it does not arrive."""
+
+        async def fail(refusal: Refusal) -> None:
+            # gRPC then ends the reading, with the same AbortError.
+            with contextlib.suppress(grpc.aio.BaseError):
+                async with _Call(self._gate, self._metrics, method, context):
+                    raise refusal
+
+        def refuse(refusal: Refusal) -> None:
+            task = asyncio.get_running_loop().create_task(fail(refusal))
+            self._refusing.add(task)
+            task.add_done_callback(self._refusing.discard)
+
+        with self.arrivals.waiting(refuse):
+            request = await context.read()
+        return _MALFORMED if request is grpc.aio.EOF else request
+
+    async def _answer(
+        self, call: _Call, events: AsyncGenerator[Message, None], context: _Context
     ) -> None:
-        """Writes one message; closes `events` if the client does not read it in time.
-
-        Waits for the write in any case: gRPC cannot send a status before the write has ended, which
-        happens when the client reads again or is gone.
-        """
-        loop = asyncio.get_running_loop()
-        closing: list[asyncio.Task[None]] = []
-
-        def give_up() -> None:
-            log.warning("the client stopped reading", extra={"request_id": call.id})
-            call.stalled = True
-            closing.append(loop.create_task(events.aclose()))
-
-        timer = loop.call_later(self._write_stall_seconds, give_up)
-        try:
-            await context.write(event)
-        except Exception as error:
-            # A write fails only if the client is gone; its cancellation is about to arrive.
-            raise asyncio.CancelledError from error
-        finally:
-            timer.cancel()
-            if closing:
-                await closing[0]
-        if call.stalled:
-            raise Refusal(Reason.READER_STALLED, "the client stopped reading")
+        # Closing the generator frees the request when the client is gone.
+        async with aclosing(events):
+            async for event in events:
+                await self._writer.write(context, event, events, call.stall)
+                if call.stalled:
+                    raise Refusal(Reason.READER_STALLED, "the client stopped reading")
 
 
 class _Call:
@@ -150,6 +166,7 @@ class _Call:
         self._code = grpc.StatusCode.OK
         self._reason = ""
         self._began = time.monotonic()
+        self._counted = False
         self.stalled = False
         """Whether the request was ended because its client does not read."""
 
@@ -157,6 +174,7 @@ class _Call:
         self._token = REQUEST_ID.set(self.id)
         if self._ours:
             self._gate.enter()
+            self._counted = True
         return self
 
     async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
@@ -166,10 +184,21 @@ class _Call:
             else:
                 await self._fail(error)
         finally:
+            self._leave()
             if self._ours:
-                self._gate.leave()
                 self._report(time.monotonic() - self._began)
             REQUEST_ID.reset(self._token)
+
+    def stall(self) -> None:
+        """Ends the work for a client that does not read. A drain does not wait for its call."""
+        log.warning("the client stopped reading", extra={"request_id": self.id})
+        self.stalled = True
+        self._leave()
+
+    def _leave(self) -> None:
+        if self._counted:
+            self._counted = False
+            self._gate.leave()
 
     def _report(self, seconds: float) -> None:
         self._metrics.rpc_ended(self._method, self._code.name, seconds, self._reason)

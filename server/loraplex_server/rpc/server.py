@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_health.v1 import health, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2_grpc
 from loraplex.v1 import (
     adapter_pb2,
     adapter_pb2_grpc,
@@ -20,8 +20,11 @@ from loraplex.v1 import (
 )
 
 from loraplex_server.rpc.adapters import AdapterService
+from loraplex_server.rpc.gate import Gate
 from loraplex_server.rpc.generation import GenerationService
+from loraplex_server.rpc.health import HealthService
 from loraplex_server.rpc.interceptor import Interceptor
+from loraplex_server.rpc.reflection import ReflectionService
 from loraplex_server.rpc.training import TrainingService
 
 MAX_MESSAGE_BYTES: Final = 4 << 20
@@ -40,12 +43,14 @@ _OPTIONS: Final[Sequence[tuple[str, Any]]] = (
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 20_000),
     ("grpc.http2.max_ping_strikes", 3),
+    ("grpc.server_handshake_timeout_ms", 10_000),
+    ("grpc.max_connection_idle_ms", 300_000),
     ("grpc.max_connection_age_ms", 1_800_000),
     ("grpc.max_connection_age_grace_ms", 600_000),
     ("grpc.so_reuseport", 0),
 )
-"""Idle peers are probed and dropped. Connections have an age limit, so that load balancers in front
-can rebalance."""
+"""Peers that do not answer are dropped, and so are connections without a call. Connections have an
+age limit, so that load balancers in front can rebalance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +67,19 @@ class Address:
 class RpcServer:
     """The services, health checks and, optionally, reflection on one port."""
 
-    def __init__(self, interceptor: Interceptor, with_reflection: bool) -> None:
-        self._server = grpc.aio.server(interceptors=[interceptor], options=_OPTIONS)
-        self._health = health.aio.HealthServicer()
+    def __init__(
+        self, interceptor: Interceptor, gate: Gate, max_connections: int, with_reflection: bool
+    ) -> None:
+        options = (*_OPTIONS, ("grpc.max_allowed_incoming_connections", max_connections))
+        self._interceptor = interceptor
+        self._server = grpc.aio.server(interceptors=[interceptor], options=options)
+        self._health = HealthService((health.OVERALL_HEALTH, *SERVICES))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        self._reflection = ReflectionService((*SERVICES, health.SERVICE_NAME), gate)
         if with_reflection:
-            names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
-            reflection.enable_server_reflection(names, self._server)
+            reflection_pb2_grpc.add_ServerReflectionServicer_to_server(
+                self._reflection, self._server
+            )
 
     def bind(self, address: Address) -> Address:
         """Binds the port, so that a conflict shows before a model is loaded.
@@ -86,23 +97,19 @@ class RpcServer:
     async def start(
         self, generation: GenerationService, adapters: AdapterService, training: TrainingService
     ) -> None:
-        """Starts to accept calls, and reports SERVING."""
+        """Starts to accept calls."""
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, self._server)
         adapter_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, self._server)
         training_pb2_grpc.add_TrainingServiceServicer_to_server(training, self._server)
-        await self.set_serving(True)
         await self._server.start()
 
-    async def set_serving(self, serving: bool) -> None:
-        """Sets the health status of the server and of each service."""
-        status = health_pb2.HealthCheckResponse
-        value = status.SERVING if serving else status.NOT_SERVING
-        for name in (health.OVERALL_HEALTH, *SERVICES):
-            await self._health.set(name, value)
+    def set_serving(self, serving: bool) -> None:
+        """Sets the health of the server and of each service."""
+        self._health.set(serving)
 
-    async def lame_duck(self) -> None:
+    def lame_duck(self) -> None:
         """Reports NOT_SERVING from now on."""
-        await self._health.enter_graceful_shutdown()
+        self._health.close()
 
     async def stop(self, grace_seconds: float) -> None:
         """Stops listening; cancels calls that do not end within the grace period."""

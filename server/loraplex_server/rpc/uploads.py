@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Final
 
@@ -13,14 +13,15 @@ from loraplex_model.base.refusal import Problem, Reason, Refusal, Subject
 
 from loraplex_server.registry import Registered, RegistrationTerms, Registry
 from loraplex_server.rpc import validate_adapters as validate
+from loraplex_server.rpc.arriving import SILENCE_SECONDS, messages
 from loraplex_server.rpc.errors import invalid, require
 from loraplex_server.rpc.gate import Gate
 
 MAX_STREAMS: Final = 16
 """Most uploads that may send at the same time; each holds one chunk in memory."""
 
-SILENCE_SECONDS: Final = 60.0
-"""Seconds without a message after which an upload's stream is ended."""
+_DRAINING: Final = "the server is shutting down; what has arrived is kept"
+_SILENCE: Final = f"nothing arrived for {SILENCE_SECONDS:g} s; what has arrived before is kept"
 
 FILES: Final = {
     adapter_pb2.ADAPTER_FILE_CONFIG: CONFIG_FILE,
@@ -48,7 +49,7 @@ class UploadReceiver:
             raise Refusal(Reason.OVERLOADED, f"{self._streams} uploads are running; try again")
         self._streams += 1
         try:
-            async with aclosing(_arriving(requests, self._gate)) as arriving:
+            async with aclosing(messages(requests, self._gate, _DRAINING, _SILENCE)) as arriving:
                 return await self._receive(arriving)
         finally:
             self._streams -= 1
@@ -93,23 +94,6 @@ class UploadReceiver:
             raise invalid([Problem("header", "the first message must be the header")])
         require(validate.header(first.header, self._registry.max_weights_bytes))
         return first.header
-
-
-async def _arriving(
-    requests: AsyncIterator[adapter_pb2.UploadAdapterRequest], gate: Gate
-) -> AsyncGenerator[adapter_pb2.UploadAdapterRequest, None]:
-    """Yields the messages. Raises Refusal: DRAINING, DEADLINE_EXCEEDED after a silence."""
-    shutting_down = "the server is shutting down; what has arrived is kept"
-    try:
-        while True:
-            coming = anext(requests, None)
-            request = await gate.before_draining(coming, shutting_down, SILENCE_SECONDS)
-            if request is None:
-                return
-            yield request
-    except TimeoutError:
-        text = f"nothing arrived for {SILENCE_SECONDS:g} s; what has arrived before is kept"
-        raise Refusal(Reason.DEADLINE_EXCEEDED, text) from None
 
 
 def _offset(upload_id: str, file: str, text: str) -> Refusal:

@@ -32,6 +32,7 @@ MAX_CREATING: Final = 8
 LOCK_SECONDS: Final = 1.0
 """Seconds between two attempts to take the jobs over from another server."""
 _HANDOVER_SECONDS: Final = 5.0
+_CANCEL_SECONDS: Final = 1.0
 
 log = logging.getLogger(__name__)
 
@@ -101,17 +102,21 @@ class JobQueue:
     async def stop(self, patience: float) -> None:
         """Stops the trainer, which may save for `patience` seconds. Idempotent.
 
+        Returns a few seconds after `patience` at the latest, even if the job cannot be stopped.
+
         The next `open` continues with the jobs that wait and the one that ran.
         """
         self._stopping = True
         self._wake.set()
+        end = time.monotonic() + patience
         if self._runner is not None:
             await self._runner.halt(Halt.SHUTDOWN, patience)
         if self._worker is not None:
             # Only a delivery can still be running. If it hangs, the next `open` repeats it.
-            await asyncio.wait({self._worker}, timeout=patience + _HANDOVER_SECONDS)
+            left = max(0.0, end - time.monotonic())
+            await asyncio.wait({self._worker}, timeout=left + _HANDOVER_SECONDS)
             self._worker.cancel()
-            await asyncio.wait({self._worker})
+            await asyncio.wait({self._worker}, timeout=_CANCEL_SECONDS)
             self._worker = None
         self._owned = False
         await asyncio.to_thread(self._records.release)

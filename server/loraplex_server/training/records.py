@@ -46,9 +46,9 @@ class Records:
 
     def release(self) -> None:
         """Releases the lock. Idempotent."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        held, self._lock = self._lock, None
+        if held is not None:
+            os.close(held)
 
     def folder(self, job_id: str) -> Path:
         """Returns the path of a job's directory."""
