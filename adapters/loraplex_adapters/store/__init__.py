@@ -6,6 +6,7 @@ devices or requests.
 """
 
 from loraplex_adapters.store.garbage import Collected
+from loraplex_adapters.store.rebases import Rebase
 from loraplex_adapters.store.records import Alias, Page, Quarantine, Record
 from loraplex_adapters.store.store import Store, Verified
 from loraplex_adapters.store.uploads import Upload, UploadBounds
@@ -15,6 +16,7 @@ __all__ = [
     "Collected",
     "Page",
     "Quarantine",
+    "Rebase",
     "Record",
     "Store",
     "Upload",

@@ -38,8 +38,7 @@ from loraplex_adapters.store.disk import disk_errors, unavailable
 
 _PIECE = 1 << 20
 _NO_LIMIT = 1 << 62
-_TAKEN = (errno.ENOTEMPTY, errno.EEXIST)
-_ATTEMPTS = 8
+_TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 
 
 class Blobs:
@@ -84,26 +83,36 @@ class Blobs:
         finally:
             shutil.rmtree(copy, ignore_errors=True)
 
-    def publish(self, copy: Path, digest: str) -> None:
-        """Makes a staged copy the blob of its digest, unless an intact one exists already."""
+    def is_intact(self, digest: str) -> bool:
+        """Whether there is a blob of this digest and its bytes are right; reads all of it."""
+        try:
+            self.verify(digest)
+        except Refusal:
+            return False
+        return True
+
+    def place(self, copy: Path, digest: str, *, keep: bool) -> bool:
+        """Makes a staged copy the blob of its digest; False if the blob that is there was kept.
+
+        `keep` says that the blob, if there is one, is intact. Must be called within a change of the
+        index, so that nobody else places or collects blobs meanwhile.
+        """
         place = self._blobs / digest_hex(digest)
         with disk_errors():
-            for _ in range(_ATTEMPTS):
-                if self._take_place(copy, place):
-                    return
-                try:
-                    self.verify(digest)
-                    flush(self._blobs)  # the process that renamed it may not have flushed yet
-                    return
-                except Refusal:
-                    # The blob is damaged, partly deleted by hand, or collected meanwhile; the copy
-                    # has just been checked, so it takes the blob's place. A crash between the two
-                    # renames leaves no blob; registering the adapter again stores one.
-                    reach("store.publish.displace")
-                    damaged = self._session / uuid.uuid4().hex
-                    _move_if_there(place, damaged)
-                    shutil.rmtree(damaged, ignore_errors=True)
-        raise unavailable(f"{digest} cannot be added to the adapter store")
+            if keep and place.is_dir():
+                flush(self._blobs)  # the process that renamed it may not have flushed yet
+                return False
+            if not self._take_place(copy, place):
+                # The blob is damaged or partly deleted by hand. The copy has just been checked, so
+                # it takes the blob's place. A crash between the two renames leaves no blob;
+                # registering the adapter again stores one.
+                reach("store.publish.displace")
+                damaged = self._session / uuid.uuid4().hex
+                _move_if_there(place, damaged)
+                shutil.rmtree(damaged, ignore_errors=True)
+                if not self._take_place(copy, place):
+                    raise unavailable(f"{digest} cannot be added to the adapter store")
+        return True
 
     def path(self, digest: str) -> Path:
         """Returns the blob's directory. Raises Refusal: FIELD_INVALID, ADAPTER_NOT_FOUND."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from loraplex_model.base.info import BaseInfo
@@ -17,13 +19,14 @@ from loraplex_adapters.store import garbage, schema
 from loraplex_adapters.store.aliases import Aliases
 from loraplex_adapters.store.blobs import Blobs
 from loraplex_adapters.store.database import Database
-from loraplex_adapters.store.disk import locked, unavailable
+from loraplex_adapters.store.disk import locked
 from loraplex_adapters.store.garbage import Collected
 from loraplex_adapters.store.identity import read_id, write_id
 from loraplex_adapters.store.ids import AdapterId, check_name, parse_id
 from loraplex_adapters.store.index import Index
 from loraplex_adapters.store.labels import check_keys, check_labels
 from loraplex_adapters.store.quarantines import Quarantines
+from loraplex_adapters.store.rebases import Rebase, Rebases
 from loraplex_adapters.store.records import Alias, Page, Quarantine, Record
 from loraplex_adapters.store.uploads import UploadBounds, Uploads
 
@@ -31,8 +34,6 @@ DEFAULT_PAGE = 100
 MAX_PAGE = 1000
 GRACE_SECONDS = 7 * 24 * 3600.0
 """Default time for which a deletion can be undone."""
-
-_ATTEMPTS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,14 @@ class Verified:
     digest: str
     versions: tuple[str, ...]
     error: Refusal | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Staged:
+    """A checked copy, and what puts it into the store within a change of the index."""
+
+    spec: CheckedAdapter
+    place: Callable[[], bool]
 
 
 class Store:
@@ -81,6 +90,7 @@ class Store:
                 self._index = Index(self._database)
                 self._aliases = Aliases(self._database)
                 self._quarantines = Quarantines(self._database)
+                self._rebases = Rebases(self._database)
                 self.uploads = Uploads(root, uploads or UploadBounds())
                 self.uploads.clear()
                 self.uploads.expire()
@@ -103,7 +113,8 @@ class Store:
         """Checks and copies the adapter in `source` and points `name` to it, as a new version.
 
         Returns the version, and whether it is new: False if `name` already points to this content;
-        `labels` are then added to those that the version has. The check that decides reads the
+        `labels` are then added to those that the version has, and the version is recorded for
+        `base`. The check that decides reads the
         copy, so that later changes of the files have no effect.
         Raises Refusal: FIELD_INVALID (name, labels), ADAPTER_CONFLICT (the name points to other
         content and `replace` is not set, or it is an alias), ADAPTER_INVALID (field "digest": the
@@ -118,15 +129,8 @@ class Store:
             # Checked first without the weights, before gigabytes are copied.
             if findings := examine_header(src, base, limits).findings:
                 raise Refusal.of(findings)
-            for _ in range(_ATTEMPTS):
-                spec = self._admit(src, base, limits, expected_digest)
-                outcome = self._index.point(
-                    name, spec, base.fingerprint, checked, replace, self._blobs.has
-                )
-                if outcome is not None:
-                    return outcome
-                # No version had this digest yet, and the blob was collected meanwhile.
-        raise unavailable("the adapter was collected while it was registered")
+            with self._staged(src, base, limits, expected_digest) as staged:
+                return self._index.point(name, staged.spec, base, checked, replace, staged.place)
 
     def admit(
         self,
@@ -142,19 +146,27 @@ class Store:
         """
         if expected_digest:
             digest_hex(expected_digest)
-        with opened(source) as src:
-            return self._admit(src, base, limits or AdapterLimits(), expected_digest).digest
+        with (
+            opened(source) as src,
+            self._staged(src, base, limits or AdapterLimits(), expected_digest) as staged,
+            self._database.writing(),
+        ):
+            staged.place()
+            return staged.spec.digest
 
-    def _admit(
+    @contextmanager
+    def _staged(
         self, source: Directory, base: BaseInfo, limits: AdapterLimits, expected_digest: str
-    ) -> CheckedAdapter:
+    ) -> Iterator[_Staged]:
+        """A checked copy of an adapter, which is removed at the end unless it was placed."""
         with self._blobs.staged(source, limits.max_weights_bytes) as copy:
             spec = inspect(copy, base, limits)
             if expected_digest not in ("", spec.digest):
                 message = f"the digest is {spec.digest}, not {expected_digest}"
                 raise Refusal(Reason.ADAPTER_INVALID, message, "digest")
-            self._blobs.publish(copy, spec.digest)
-        return spec
+            # Read here and not in the change of the index, which excludes all other changes.
+            keep = self._blobs.is_intact(spec.digest)
+            yield _Staged(spec, partial(self._blobs.place, copy, spec.digest, keep=keep))
 
     def resolve(self, adapter_id: str) -> Record:
         """Returns the version that an id means now.
@@ -270,6 +282,23 @@ class Store:
     def quarantined(self) -> Mapping[str, Quarantine]:
         """The quarantines by digest, the oldest first."""
         return self._quarantines.all()
+
+    def rebase(
+        self, adapter_id: str, base: BaseInfo, limits: AdapterLimits | None = None
+    ) -> Record:
+        """Checks a version against `base` and records it for `base`; returns the version.
+
+        The move is recorded for good (`rebases`). Raises Refusal: as `resolve` and `verify` do, and
+        as `format.examine.inspect` does if the adapter does not fit.
+        """
+        record = self.resolve(adapter_id)
+        self.verify(record.digest)
+        inspect(self.path(record.digest), base, limits)
+        return self._rebases.move(record, base)
+
+    def rebases(self) -> tuple[Rebase, ...]:
+        """Every version's move to another base, the oldest first."""
+        return self._rebases.all()
 
     def gc(
         self,
