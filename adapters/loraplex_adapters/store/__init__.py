@@ -9,6 +9,7 @@ from loraplex_adapters.store.garbage import Collected
 from loraplex_adapters.store.rebases import Rebase
 from loraplex_adapters.store.records import Alias, Page, Quarantine, Record
 from loraplex_adapters.store.store import Store, Verified
+from loraplex_adapters.store.survey import Surveyed
 from loraplex_adapters.store.uploads import Upload, UploadBounds
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Rebase",
     "Record",
     "Store",
+    "Surveyed",
     "Upload",
     "UploadBounds",
     "Verified",

@@ -16,9 +16,10 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from loraplex_model.base.durable import flush, flush_file, lock, make_directory
@@ -109,7 +110,7 @@ class Blobs:
                 reach("store.publish.displace")
                 damaged = self._session / uuid.uuid4().hex
                 _move_if_there(place, damaged)
-                shutil.rmtree(damaged, ignore_errors=True)
+                _remove(damaged)
                 if not self._take_place(copy, place):
                     raise unavailable(f"{digest} cannot be added to the adapter store")
         return True
@@ -125,6 +126,21 @@ class Blobs:
         """Whether there is a blob of this digest, which must be well formed."""
         return (self._blobs / digest_hex(digest)).is_dir()
 
+    def directory(self, digest: str) -> Path:
+        """Returns where the blob is, or would be. Raises Refusal(FIELD_INVALID)."""
+        return self._blobs / digest_hex(digest)
+
+    def is_complete(self, digest: str) -> bool:
+        """Whether both files of the blob are there and not empty; they are not read."""
+        place = self.directory(digest)
+        try:
+            return stat.S_ISDIR(place.lstat().st_mode) and all(
+                stat.S_ISREG(found.st_mode) and found.st_size
+                for found in ((place / name).lstat() for name in (CONFIG_FILE, WEIGHTS_FILE))
+            )
+        except OSError:
+            return False
+
     def ages(self, now: float) -> dict[str, float]:
         """Maps the digest of every blob to its age in seconds."""
         ages = {}
@@ -133,7 +149,7 @@ class Blobs:
                 digest = f"sha256:{place.name}"
                 try:
                     if is_digest(digest):
-                        ages[digest] = now - place.stat().st_mtime
+                        ages[digest] = now - place.lstat().st_mtime
                 except FileNotFoundError:
                     continue  # collected meanwhile
         return ages
@@ -145,6 +161,15 @@ class Blobs:
             return sum(file.stat().st_size for file in place.iterdir())
         except OSError:
             return 0
+
+    def check(self, digest: str) -> None:
+        """Verifies a blob that a version names, so that a missing one is ADAPTER_CORRUPT too."""
+        try:
+            self.verify(digest)
+        except Refusal as error:
+            if error.reason is not Reason.ADAPTER_NOT_FOUND:
+                raise
+            raise _corrupt(digest, "its files are missing") from None
 
     def verify(self, digest: str) -> None:
         """Reads the blob and compares its digest; raises Refusal: ADAPTER_CORRUPT, as `path`."""
@@ -196,7 +221,7 @@ class Blobs:
     def remove(self, discarded: Path) -> None:
         """Removes a blob in the trash."""
         reach("store.discard.remove")
-        shutil.rmtree(discarded, ignore_errors=True)
+        _remove(discarded)
         reach("store.discard.removed")
 
     def close(self) -> None:
@@ -218,6 +243,15 @@ class Blobs:
         flush(self._blobs)
         reach("store.publish.done")
         return True
+
+
+def _remove(path: Path) -> None:
+    """Removes a directory, or what somebody has put in its place, as far as that is possible."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 def _move_if_there(source: Path, target: Path) -> bool:

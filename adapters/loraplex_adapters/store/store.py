@@ -28,6 +28,7 @@ from loraplex_adapters.store.labels import check_keys, check_labels
 from loraplex_adapters.store.quarantines import Quarantines
 from loraplex_adapters.store.rebases import Rebase, Rebases
 from loraplex_adapters.store.records import Alias, Page, Quarantine, Record
+from loraplex_adapters.store.survey import Surveyed, survey
 from loraplex_adapters.store.uploads import UploadBounds, Uploads
 
 DEFAULT_PAGE = 100
@@ -288,11 +289,11 @@ class Store:
     ) -> Record:
         """Checks a version against `base` and records it for `base`; returns the version.
 
-        The move is recorded for good (`rebases`). Raises Refusal: as `resolve` and `verify` do, and
-        as `format.examine.inspect` does if the adapter does not fit.
+        The move is recorded for good (`rebases`). Raises Refusal: as `resolve` does,
+        ADAPTER_CORRUPT, and as `format.examine.inspect` does if the adapter does not fit.
         """
         record = self.resolve(adapter_id)
-        self.verify(record.digest)
+        self._blobs.check(record.digest)
         inspect(self.path(record.digest), base, limits)
         return self._rebases.move(record, base)
 
@@ -342,6 +343,18 @@ class Store:
         """
         return self._blobs.path(digest)
 
+    def directory(self, digest: str) -> Path:
+        """Returns where an adapter's files are, or would be: nobody has looked whether they are.
+
+        Raises Refusal(FIELD_INVALID): not a digest.
+        """
+        return self._blobs.directory(digest)
+
+    def survey(self) -> tuple[Surveyed, ...]:
+        """Every version that is current or has an alias, and what is wrong with it."""
+        with self._database.reading() as connection:
+            return survey(connection, self._blobs.is_complete)
+
     def verify(self, digest: str) -> None:
         """Reads an adapter's files again and compares their digest.
 
@@ -352,12 +365,19 @@ class Store:
     def verify_all(self) -> Iterator[Verified]:
         """Verifies the content of every version, including deleted ones, in order of digests."""
         for digest, versions in self._index.users().items():
-            error = None
-            try:
-                self._blobs.verify(digest)
-            except Refusal as found:
-                error = found
-            yield Verified(digest, versions, error)
+            yield self._verified(digest, versions)
+
+    def verify_version(self, adapter_id: str) -> Verified:
+        """Verifies the content of one version. Raises Refusal as `resolve` does."""
+        record = self.resolve(adapter_id)
+        return self._verified(record.digest, (record.id,))
+
+    def _verified(self, digest: str, versions: tuple[str, ...]) -> Verified:
+        try:
+            self._blobs.check(digest)
+        except Refusal as error:
+            return Verified(digest, versions, error)
+        return Verified(digest, versions, None)
 
     def close(self) -> None:
         """Closes the index and removes the staging area. Idempotent."""
