@@ -152,7 +152,9 @@ class Server:
             max_virtual_tokens=config.adapter_virtual_tokens,
         )
         registry = Registry(store, self.engine, self.metrics, config.import_root, limits)
-        await registry.open()
+        with _needed(ServerExit.STORE_UNUSABLE, "cannot read the store"):
+            await registry.open()
+        self._keep_census(registry)
         self._observer.on_table = registry.feed.on_table
         admission = Admission(
             config.max_running + config.max_waiting, config.max_waiting_tokens, self.metrics
@@ -192,6 +194,15 @@ class Server:
     async def close(self) -> None:
         """Stops all parts that were started. Idempotent."""
         await self._closing.aclose()
+
+    def _keep_census(self, registry: Registry) -> None:
+        counting = asyncio.create_task(registry.census.run(), name="census")
+
+        async def stop() -> None:
+            counting.cancel()
+            await asyncio.wait({counting})
+
+        self._closing.push_async_callback(stop)
 
     def _bind(self) -> None:
         admin = self.admin_address

@@ -7,7 +7,7 @@ removes its series.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, Counter
@@ -206,6 +206,11 @@ class Metrics:
         """Records that the name is registered. Idempotent."""
         self._labels.add(name)
         self.series.adapters.labels("registered").set(len(self._labels))
+
+    def unservable(self, counts: Mapping[str, int]) -> None:
+        """Sets the number of versions in use that are not served, by cause."""
+        for cause, count in counts.items():
+            self.series.adapters_unservable.labels(cause).set(count)
 
     def adapter_unloaded(self, result: str) -> None:
         """Records the end of an ordered unload: "ok" or "error"."""

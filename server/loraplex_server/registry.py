@@ -19,6 +19,7 @@ from loraplex_model.base.info import BaseInfo
 from loraplex_model.base.refusal import Problem, Reason, Refusal
 
 from loraplex_server import servable
+from loraplex_server.census import Census
 from loraplex_server.engine.messages import AdapterRef
 from loraplex_server.engine.process.client import EngineClient
 from loraplex_server.feed import AdapterFeed, Catalogue
@@ -97,6 +98,7 @@ class Registry:
         # One look-up at a time: a burst of them must not take the cores from the engine's pass.
         self._looking_up = asyncio.Semaphore(1)
         self.feed = AdapterFeed(self._catalogue, count_changes)
+        self.census = Census(partial(asyncio.to_thread, store.survey), self._base, metrics)
 
     async def open(self) -> None:
         """Reads the registered names. To be called once, before serving."""
@@ -107,6 +109,7 @@ class Registry:
         self._names.fill(
             {name: self._registered(record) for name, record in known.items()}, catalogue.count
         )
+        await self.census.count()
 
     async def resolve(self, adapter_id: str) -> Registered:
         """The version that an adapter id or an alias names now, even one that may not be served.
@@ -128,7 +131,7 @@ class Registry:
     async def servable(self, adapter_id: str) -> Registered:
         """The version that an adapter id or an alias names now, for a call that uses it.
 
-        Raises Refusal(ADAPTER_QUARANTINED) if the version may not be served.
+        Raises Refusal if the version may not be served: ADAPTER_QUARANTINED, BASE_MODEL_MISMATCH.
         """
         return usable(await self.resolve(adapter_id))
 
@@ -276,13 +279,16 @@ class Registry:
         self._metrics.adapter_unloaded("ok")
 
     def _base(self) -> BaseInfo:
-        return self.engine.hello.model.base
+        model = self.engine.hello.model
+        return model.base.named(model.name)
 
     # the store
 
     def _registered(self, record: Record) -> Registered:
-        path = str(self.store.path(record.digest))
-        return Registered(record, path, servable.obstacle(record))
+        # Nobody looks here whether the files are there: the load of the adapter does, and a fault
+        # of one adapter must not keep the names of others from being read.
+        path = str(self.store.directory(record.digest))
+        return Registered(record, path, servable.obstacle(record, self._base()))
 
     async def _catalogue(self) -> Catalogue:
         def work() -> Catalogue:

@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 from loraplex_adapters.store import Quarantine, Record
+from loraplex_model.base.info import BaseInfo
 from loraplex_model.base.refusal import Problem, Reason
 
+_HEX = 12
 
-def obstacle(record: Record) -> Problem | None:
-    """The reason why no call may use the version; None if calls may."""
+
+def obstacle(record: Record, base: BaseInfo) -> Problem | None:
+    """The reason why no call may use the version while `base` is served; None if calls may.
+
+    A version that was registered before fingerprints were recorded is served: its shapes are
+    compared with the base when it is loaded, as are the stamps in its files.
+    """
     if record.quarantine is not None:
         return held_back(record.id, record.quarantine)
+    if not is_for(record.base_fingerprint, base):
+        message = (
+            f"{record.id} was registered for the base model "
+            f"{base_text(record.base_name, record.base_fingerprint)}; this server serves "
+            f"{base_text(base.name, base.fingerprint)}. An operator can check it against this base "
+            "with `loraplex-server store rebase`"
+        )
+        return Problem("", message, Reason.BASE_MODEL_MISMATCH)
     return None
 
 
@@ -20,3 +35,14 @@ def held_back(shown: str, quarantine: Quarantine) -> Problem:
         "an operator can release it"
     )
     return Problem("", message, Reason.ADAPTER_QUARANTINED)
+
+
+def is_for(fingerprint: str, base: BaseInfo) -> bool:
+    """Whether a recorded fingerprint is that of `base`, or unknown ("")."""
+    return fingerprint in ("", base.fingerprint)
+
+
+def base_text(name: str, fingerprint: str) -> str:
+    """A base model for people, such as "tiny (3f2a9c01b7d4)": its name and the first hex digits."""
+    digits = fingerprint.removeprefix("sha256:")[:_HEX]
+    return f"{name} ({digits})" if name else digits or "unknown"

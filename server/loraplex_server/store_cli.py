@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final, NoReturn
 import typer
 from loraplex_adapters.format.digest import is_digest
 from loraplex_adapters.format.spec import AdapterLimits
-from loraplex_adapters.store import Store, Verified
+from loraplex_adapters.store import Store
 from loraplex_model.base.info import BaseInfo
 from loraplex_model.base.refusal import BASE_MODEL_REASONS, Reason, Refusal
 from rich.console import Console, RenderableType
@@ -146,7 +146,7 @@ def verify(
 ) -> None:
     """Read adapters again and compare them with their digests; exit 1 if one is damaged."""
     if adapter_ids:
-        checked = [_verified(shell.store, adapter_id) for adapter_id in adapter_ids]
+        checked = [shell.store.verify_version(adapter_id) for adapter_id in adapter_ids]
     else:
         checked = list(shell.store.verify_all())
     damaged = [verified for verified in checked if verified.error is not None]
@@ -265,16 +265,6 @@ def _labels(texts: list[str] | None) -> dict[str, str]:
             raise typer.BadParameter(f"{text!r} is not KEY=VALUE", param_hint="--label")
         labels[key] = value
     return labels
-
-
-def _verified(store: Store, adapter_id: str) -> Verified:
-    record = store.resolve(adapter_id)
-    damage = None
-    try:
-        store.verify(record.digest)
-    except Refusal as error:
-        damage = error
-    return Verified(record.digest, (record.id,), damage)
 
 
 def _fail(refusal: Refusal) -> NoReturn:

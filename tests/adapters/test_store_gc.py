@@ -129,6 +129,51 @@ def test_a_registration_whose_bytes_are_collected_meanwhile_stores_them_again(
     assert not rubbish(root)
 
 
+@pytest.mark.fault("registration-starves")
+@pytest.mark.parametrize("known", [False, True])
+def test_a_registration_ends_however_often_its_bytes_are_collected(
+    store: Store, root: Path, url: str, sources: list[Path], known: bool
+) -> None:
+    if known:  # bytes that are in the store already, and that nothing names
+        store.register("old", sources[0], BASE)
+        store.delete("old")
+    real = store._index.point
+    with Store(root, url) as collector:
+
+        def point_after_a_collection(*args: Any) -> Any:
+            collector.gc(0)
+            return real(*args)
+
+        store._index.point = point_after_a_collection  # type: ignore[method-assign]
+        record, created = store.register("new", sources[0], BASE)
+        collector.gc(0)
+        assert created
+        assert collector.resolve("new") == record
+        collector.verify(record.digest)
+    assert not rubbish(root)
+
+
+@pytest.mark.fault("registration-starves")
+def test_a_registration_that_dies_leaves_nothing_that_is_kept_for_ever(
+    root: Path, url: str, sources: list[Path]
+) -> None:
+    def die(point: str) -> None:
+        if point == "store.publish.done":
+            os._exit(0)
+
+    Store(root, url).close()
+    child = os.fork()
+    if not child:
+        with faults.injected(die), Store(root, url) as dying:
+            dying.register("a", sources[0], BASE)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    with Store(root, url) as store:
+        assert len(store.gc(0).digests) == 1
+        assert not blobs(root)
+        assert not rubbish(root)
+
+
 def test_bytes_in_the_trash_that_something_names_are_taken_back(
     root: Path, url: str, sources: list[Path]
 ) -> None:
@@ -173,6 +218,7 @@ print(json.dumps(done))
 """
 
 
+@pytest.mark.fault("registration-starves")
 def test_processes_that_register_delete_and_collect_at_once_lose_nothing(
     tmp_path: Path, url: str
 ) -> None:

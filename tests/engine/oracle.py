@@ -125,6 +125,7 @@ class OracleRunner:
         step_seconds: how long a forward pass takes at least.
         device: name of the device; the adapters' memory is the host's if it begins with "cpu".
         width: of the hidden states and of every projection of the attention.
+        fingerprint, name: of the base model.
         merges_files: whether adapters that are LoRA directories can be merged.
         max_tokens_seen, batches: what the engine asked for, for assertions.
     """
@@ -149,10 +150,12 @@ class OracleRunner:
     tokenizer_path: str = ""
     device: str = "cpu"
     width: int = 16
+    fingerprint: str = "oracle"
+    name: str = "oracle"
 
     def __post_init__(self) -> None:
         base = base_info(
-            "oracle",
+            self.fingerprint,
             architecture="oracle",
             vocab_size=self.vocab_size,
             hidden_size=self.width,
@@ -165,7 +168,7 @@ class OracleRunner:
         )
         self.info = ModelInfo(
             base=base,
-            name="oracle",
+            name=self.name,
             device=self.device,
             kernels="oracle",
             tokenizer_path=self.tokenizer_path,
@@ -191,7 +194,7 @@ class OracleRunner:
         else:
             folder = Path(ref.path)
             if not folder.is_dir():
-                raise Refusal(Reason.ADAPTER_INVALID, "there is no such adapter", "path")
+                raise Refusal(Reason.ADAPTER_CORRUPT, "the adapter cannot be read", "path")
             size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
             options = self._described(folder, size)
             if (folder / "oracle.json").exists():

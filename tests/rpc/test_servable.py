@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
+import sqlite3
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +14,8 @@ import pytest
 from loraplex.v1 import adapter_pb2 as pb
 from loraplex.v1 import generation_pb2
 from loraplex_adapters.store import Store
-from loraplex_server import name_cache
-from rpc.harness import Refused, Running, ask, refusal, rest, running, streamed
+from loraplex_server import census, name_cache
+from rpc.harness import Refused, Running, ask, refusal, rest, running, streamed, until
 
 
 @pytest.fixture(autouse=True)
@@ -80,3 +83,129 @@ async def test_a_quarantined_adapter_is_refused_until_it_is_released(tmp_path: P
         with Store(tmp_path / "store") as store:
             store.release(held.digest)
         await served(up, "held")
+
+
+OTHER = {"fingerprint": "sha256:" + "b" * 64, "name": "/models/other"}
+
+
+@pytest.mark.fault("base-changed-under-store")
+async def test_adapters_of_another_base_are_refused_and_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running(tmp_path) as up:
+        await up.register("pirate", 1)
+        await up.adapters.SetAlias(pb.SetAliasRequest(alias="prod", adapter_id="pirate"))
+        assert up.metric("adapters_unservable", cause="base") == 0
+        await served(up, "pirate")
+    with caplog.at_level(logging.WARNING):
+        async with running(tmp_path, engine_options=OTHER) as up:
+            assert up.metric("adapters_unservable", cause="base") == 1
+            await up.register("fresh", 2)
+            for adapter_id in ("pirate", "pirate@1", "prod"):
+                for name, call in uses(up, adapter_id).items():
+                    seen = await refused(call())
+                    assert seen.reason == "BASE_MODEL_MISMATCH", name
+                    assert (
+                        "pirate@1 was registered for the base model oracle (oracle)" in seen.message
+                    )
+                    assert "this server serves other (bbbbbbbbbbbb)" in seen.message
+            await served(up, "fresh")
+            await manages(up, "pirate")
+    warned = [r.message for r in caplog.records if "were registered for" in r.message]
+    assert len(warned) == 1
+    assert "1 adapters were registered for oracle (oracle)" in warned[0]
+    assert "pirate@1" in warned[0]
+    async with running(tmp_path) as up:
+        await served(up, "pirate")
+        assert (await refused(uses(up, "fresh")["generate"]())).reason == "BASE_MODEL_MISMATCH"
+
+
+@pytest.mark.fault("base-changed-under-store")
+async def test_registering_the_same_bytes_again_is_a_check_against_this_base(
+    tmp_path: Path,
+) -> None:
+    async with running(tmp_path) as up:
+        before = await up.register("pirate", 1)
+        await up.register("twin", 1)
+    async with running(tmp_path, engine_options=OTHER) as up:
+        again = await up.register("pirate", 1)
+        assert (again.digest, again.version) == (before.digest, 1)
+        await served(up, "pirate")
+        # The content is the same, but nobody has checked this version of it.
+        assert (await refused(uses(up, "twin")["generate"]())).reason == "BASE_MODEL_MISMATCH"
+    with Store(tmp_path / "store") as store:
+        (move,) = store.rebases()
+        assert (move.name, move.version, move.digest) == ("pirate", 1, before.digest)
+        assert (move.old_fingerprint, move.new_fingerprint) == ("oracle", OTHER["fingerprint"])
+        assert (move.old_base, move.new_base) == ("oracle", "other")
+
+
+@pytest.mark.fault("base-changed-under-store")
+async def test_a_version_whose_base_was_never_recorded_is_served_and_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running(tmp_path) as up:
+        await up.register("pirate", 1)
+    with sqlite3.connect(tmp_path / "store" / "index.sqlite3") as index:
+        index.execute("UPDATE versions SET base_fingerprint = ''")
+    with caplog.at_level(logging.WARNING):
+        async with running(tmp_path, engine_options=OTHER) as up:
+            await served(up, "pirate")
+            assert up.metric("adapters_unservable", cause="base") == 0
+    assert any("before bases were recorded" in r.message for r in caplog.records)
+
+
+@pytest.mark.fault("blob-missing-at-start")
+async def test_a_server_starts_without_the_files_of_one_adapter(tmp_path: Path) -> None:
+    async with running(tmp_path) as up:
+        lost = await up.register("lost", 1)
+        await up.register("sound", 2)
+        await up.adapters.SetAlias(pb.SetAliasRequest(alias="prod", adapter_id="lost"))
+    blob = tmp_path / "store" / "blobs" / "sha256" / lost.digest.removeprefix("sha256:")
+    shutil.rmtree(blob)
+    async with running(tmp_path) as up:
+        assert up.metric("adapters_unservable", cause="missing") == 1
+        for adapter_id in ("lost", "lost@1", f"lost@{lost.digest}", "prod"):
+            seen = await refused(uses(up, adapter_id)["generate"]())
+            assert seen.reason == "ADAPTER_CORRUPT", adapter_id
+        await served(up, "sound")
+        listed = await up.adapters.ListAdapters(pb.ListAdaptersRequest())
+        assert [a.name for a in listed.adapters] == ["lost", "sound"]
+        watch = up.adapters.WatchAdapters(pb.WatchAdaptersRequest())
+        table = (await watch.read()).table
+        assert [a.name for a in table.adapters] == ["lost", "sound"]
+        watch.cancel()
+        await manages(up, "lost")
+        again = await up.register("lost", 1)
+        assert (again.version, again.digest) == (1, lost.digest)
+        await served(up, "lost")
+        await served(up, "prod")
+        shutil.rmtree(blob)
+        await up.adapters.DeleteAdapter(pb.DeleteAdapterRequest(name="lost"))
+        await up.adapters.RestoreAdapter(pb.RestoreAdapterRequest(name="lost"))
+        await up.adapters.DeleteAdapter(pb.DeleteAdapterRequest(name="lost"))
+        with Store(tmp_path / "store") as store:
+            assert store.gc(0).versions == ("lost@1",)
+
+
+@pytest.mark.fault("blob-missing-at-start")
+async def test_files_that_go_while_the_server_runs_fail_their_adapter_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(census, "CENSUS_SECONDS", 0.02)
+    async with running(tmp_path) as up:
+        lost = await up.register("lost", 1)
+        await up.register("sound", 2)
+        await served(up, "lost")
+        blobs = tmp_path / "store" / "blobs" / "sha256"
+        shutil.rmtree(blobs / lost.digest.removeprefix("sha256:"))
+        await served(up, "lost")  # from the device
+        await up.adapters.UnpinAdapter(pb.UnpinAdapterRequest(adapter_id="lost"))
+        await up.adapters.UnloadAdapter(pb.UnloadAdapterRequest(adapter_id="lost"))
+        for name, call in uses(up, "lost").items():
+            assert (await refused(call())).reason == "ADAPTER_CORRUPT", name
+        await served(up, "sound")
+        await until(lambda: up.metric("adapters_unservable", cause="missing") == 1)
+        await up.register("lost", 1)
+        await until(lambda: up.metric("adapters_unservable", cause="missing") == 0)
+        await served(up, "lost")

@@ -6,8 +6,10 @@ devices or requests.
 """
 
 from loraplex_adapters.store.garbage import Collected
+from loraplex_adapters.store.rebases import Rebase
 from loraplex_adapters.store.records import Alias, Page, Quarantine, Record
 from loraplex_adapters.store.store import Store, Verified
+from loraplex_adapters.store.survey import Surveyed
 from loraplex_adapters.store.uploads import Upload, UploadBounds
 
 __all__ = [
@@ -15,8 +17,10 @@ __all__ = [
     "Collected",
     "Page",
     "Quarantine",
+    "Rebase",
     "Record",
     "Store",
+    "Surveyed",
     "Upload",
     "UploadBounds",
     "Verified",

@@ -16,9 +16,10 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from loraplex_model.base.durable import flush, flush_file, lock, make_directory
@@ -38,8 +39,7 @@ from loraplex_adapters.store.disk import disk_errors, unavailable
 
 _PIECE = 1 << 20
 _NO_LIMIT = 1 << 62
-_TAKEN = (errno.ENOTEMPTY, errno.EEXIST)
-_ATTEMPTS = 8
+_TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 
 
 class Blobs:
@@ -84,26 +84,36 @@ class Blobs:
         finally:
             shutil.rmtree(copy, ignore_errors=True)
 
-    def publish(self, copy: Path, digest: str) -> None:
-        """Makes a staged copy the blob of its digest, unless an intact one exists already."""
+    def is_intact(self, digest: str) -> bool:
+        """Whether there is a blob of this digest and its bytes are right; reads all of it."""
+        try:
+            self.verify(digest)
+        except Refusal:
+            return False
+        return True
+
+    def place(self, copy: Path, digest: str, *, keep: bool) -> bool:
+        """Makes a staged copy the blob of its digest; False if the blob that is there was kept.
+
+        `keep` says that the blob, if there is one, is intact. Must be called within a change of the
+        index, so that nobody else places or collects blobs meanwhile.
+        """
         place = self._blobs / digest_hex(digest)
         with disk_errors():
-            for _ in range(_ATTEMPTS):
-                if self._take_place(copy, place):
-                    return
-                try:
-                    self.verify(digest)
-                    flush(self._blobs)  # the process that renamed it may not have flushed yet
-                    return
-                except Refusal:
-                    # The blob is damaged, partly deleted by hand, or collected meanwhile; the copy
-                    # has just been checked, so it takes the blob's place. A crash between the two
-                    # renames leaves no blob; registering the adapter again stores one.
-                    reach("store.publish.displace")
-                    damaged = self._session / uuid.uuid4().hex
-                    _move_if_there(place, damaged)
-                    shutil.rmtree(damaged, ignore_errors=True)
-        raise unavailable(f"{digest} cannot be added to the adapter store")
+            if keep and place.is_dir():
+                flush(self._blobs)  # the process that renamed it may not have flushed yet
+                return False
+            if not self._take_place(copy, place):
+                # The blob is damaged or partly deleted by hand. The copy has just been checked, so
+                # it takes the blob's place. A crash between the two renames leaves no blob;
+                # registering the adapter again stores one.
+                reach("store.publish.displace")
+                damaged = self._session / uuid.uuid4().hex
+                _move_if_there(place, damaged)
+                _remove(damaged)
+                if not self._take_place(copy, place):
+                    raise unavailable(f"{digest} cannot be added to the adapter store")
+        return True
 
     def path(self, digest: str) -> Path:
         """Returns the blob's directory. Raises Refusal: FIELD_INVALID, ADAPTER_NOT_FOUND."""
@@ -116,6 +126,21 @@ class Blobs:
         """Whether there is a blob of this digest, which must be well formed."""
         return (self._blobs / digest_hex(digest)).is_dir()
 
+    def directory(self, digest: str) -> Path:
+        """Returns where the blob is, or would be. Raises Refusal(FIELD_INVALID)."""
+        return self._blobs / digest_hex(digest)
+
+    def is_complete(self, digest: str) -> bool:
+        """Whether both files of the blob are there and not empty; they are not read."""
+        place = self.directory(digest)
+        try:
+            return stat.S_ISDIR(place.lstat().st_mode) and all(
+                stat.S_ISREG(found.st_mode) and found.st_size
+                for found in ((place / name).lstat() for name in (CONFIG_FILE, WEIGHTS_FILE))
+            )
+        except OSError:
+            return False
+
     def ages(self, now: float) -> dict[str, float]:
         """Maps the digest of every blob to its age in seconds."""
         ages = {}
@@ -124,7 +149,7 @@ class Blobs:
                 digest = f"sha256:{place.name}"
                 try:
                     if is_digest(digest):
-                        ages[digest] = now - place.stat().st_mtime
+                        ages[digest] = now - place.lstat().st_mtime
                 except FileNotFoundError:
                     continue  # collected meanwhile
         return ages
@@ -136,6 +161,15 @@ class Blobs:
             return sum(file.stat().st_size for file in place.iterdir())
         except OSError:
             return 0
+
+    def check(self, digest: str) -> None:
+        """Verifies a blob that a version names, so that a missing one is ADAPTER_CORRUPT too."""
+        try:
+            self.verify(digest)
+        except Refusal as error:
+            if error.reason is not Reason.ADAPTER_NOT_FOUND:
+                raise
+            raise _corrupt(digest, "its files are missing") from None
 
     def verify(self, digest: str) -> None:
         """Reads the blob and compares its digest; raises Refusal: ADAPTER_CORRUPT, as `path`."""
@@ -187,7 +221,7 @@ class Blobs:
     def remove(self, discarded: Path) -> None:
         """Removes a blob in the trash."""
         reach("store.discard.remove")
-        shutil.rmtree(discarded, ignore_errors=True)
+        _remove(discarded)
         reach("store.discard.removed")
 
     def close(self) -> None:
@@ -209,6 +243,15 @@ class Blobs:
         flush(self._blobs)
         reach("store.publish.done")
         return True
+
+
+def _remove(path: Path) -> None:
+    """Removes a directory, or what somebody has put in its place, as far as that is possible."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 def _move_if_there(source: Path, target: Path) -> bool:

@@ -1,11 +1,11 @@
 """Garbage collection: removes versions deleted long ago, and blobs that no version names.
 
-A registration that finds its blob stored points a name to it a moment later, and the blob must not
-be collected in between. So a blob is moved to the trash inside a change of the index that has found
-no version with its digest, and a registration checks inside its change that the blob is still
-there. Changes run one after the other. If a crash undoes a change after its blob was moved, and a
-registration follows before the next collection, then a blob in the trash is named again; the next
-collection moves it back.
+A registration keeps its own copy until a name points to the content, and puts the copy into its
+place inside the change of the index that adds the name, unless the blob is there. A collection
+moves a blob to the trash inside a change that has found no version with its digest. Changes run one
+after the other, so that neither can undo the other, and a registration never has to try again. If a
+crash undoes a change after its blob was moved, and a registration follows before the next
+collection, then a blob in the trash is named again; the next collection moves it back.
 """
 
 from __future__ import annotations

@@ -6,10 +6,11 @@ import time
 from collections.abc import Callable, Collection, Mapping
 
 import sqlalchemy as sa
+from loraplex_model.base.info import BaseInfo
 from loraplex_model.base.refusal import Reason, Refusal
 
 from loraplex_adapters.format.spec import CheckedAdapter
-from loraplex_adapters.store import lookup, records, schema
+from loraplex_adapters.store import lookup, rebases, records, schema
 from loraplex_adapters.store.database import Database
 from loraplex_adapters.store.ids import AdapterId
 from loraplex_adapters.store.labels import check_count
@@ -32,38 +33,42 @@ class Index:
         self,
         name: str,
         spec: CheckedAdapter,
-        base_fingerprint: str,
+        base: BaseInfo,
         labels: Mapping[str, str],
         replace: bool,
-        is_stored: Callable[[str], bool],
-    ) -> tuple[Record, bool] | None:
+        place: Callable[[], bool],
+    ) -> tuple[Record, bool]:
         """Points a name to content; returns the version, and True if the version is new.
 
-        `base_fingerprint` is that of the base that the adapter was checked against. The version
-        gets `labels` in addition to those it has. Returns None, and changes nothing, if `is_stored`
-        is false for the digest. It is called within the change, so the content cannot be collected
-        before a name points to it.
+        `base` is the one that the adapter was checked against: a version that exists is recorded
+        for it. The version gets `labels` in addition to those it has. `place` puts the content into
+        the store, unless it is there, and returns whether it did. It is called within the change,
+        so that the content cannot be collected before a name points to it.
         Raises Refusal: ADAPTER_CONFLICT if the name points to other content and `replace` is not
         set, or is an alias; FIELD_INVALID for too many labels.
         """
         with self._database.writing() as connection:
-            if not is_stored(spec.digest):
-                return None
             if lookup.alias_row(connection, name) is not None:
                 raise Refusal(Reason.ADAPTER_CONFLICT, f"{name} is an alias", name)
             current = connection.execute(
                 records.living.where(_names.name == name, records.is_current)
             ).one_or_none()
             if current is not None and current.digest == spec.digest:
+                changed = place()
+                changed |= rebases.move(connection, current, base)
                 if labels:
                     _put_labels(connection, name, current.version, labels)
+                if changed or labels:
                     schema.count_change(connection)
-                return records.read(connection, [current])[0], False
+                found = records.read_one(connection, lookup.exactly(name, current.version))
+                assert found is not None
+                return found, False
             if current is not None and not replace:
                 message = f"{name} already names other content ({current.digest}); "
                 message += "replace it or use another name"
                 raise Refusal(Reason.ADAPTER_CONFLICT, message, name)
-            version = _add_version(connection, name, spec, base_fingerprint)
+            place()
+            version = _add_version(connection, name, spec, base)
             _put_labels(connection, name, version, labels)
             schema.count_change(connection)
             made = records.read_one(connection, lookup.exactly(name, version))
@@ -187,9 +192,7 @@ class Index:
         return found
 
 
-def _add_version(
-    connection: sa.Connection, name: str, spec: CheckedAdapter, base_fingerprint: str
-) -> int:
+def _add_version(connection: sa.Connection, name: str, spec: CheckedAdapter, base: BaseInfo) -> int:
     now, digest = time.time(), spec.digest
     about = records.summary(spec)
     known = connection.execute(sa.select(_blobs.summary).where(_blobs.digest == digest)).scalar()
@@ -214,7 +217,8 @@ def _add_version(
             version=version,
             digest=digest,
             created_at=now,
-            base_fingerprint=base_fingerprint,
+            base_fingerprint=base.fingerprint,
+            base_name=base.name,
         )
     )
     return version

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from loraplex_model.base.info import BaseInfo
@@ -17,22 +19,22 @@ from loraplex_adapters.store import garbage, schema
 from loraplex_adapters.store.aliases import Aliases
 from loraplex_adapters.store.blobs import Blobs
 from loraplex_adapters.store.database import Database
-from loraplex_adapters.store.disk import locked, unavailable
+from loraplex_adapters.store.disk import locked
 from loraplex_adapters.store.garbage import Collected
 from loraplex_adapters.store.identity import read_id, write_id
 from loraplex_adapters.store.ids import AdapterId, check_name, parse_id
 from loraplex_adapters.store.index import Index
 from loraplex_adapters.store.labels import check_keys, check_labels
 from loraplex_adapters.store.quarantines import Quarantines
+from loraplex_adapters.store.rebases import Rebase, Rebases
 from loraplex_adapters.store.records import Alias, Page, Quarantine, Record
+from loraplex_adapters.store.survey import Surveyed, survey
 from loraplex_adapters.store.uploads import UploadBounds, Uploads
 
 DEFAULT_PAGE = 100
 MAX_PAGE = 1000
 GRACE_SECONDS = 7 * 24 * 3600.0
 """Default time for which a deletion can be undone."""
-
-_ATTEMPTS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,14 @@ class Verified:
     digest: str
     versions: tuple[str, ...]
     error: Refusal | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Staged:
+    """A checked copy, and what puts it into the store within a change of the index."""
+
+    spec: CheckedAdapter
+    place: Callable[[], bool]
 
 
 class Store:
@@ -81,6 +91,7 @@ class Store:
                 self._index = Index(self._database)
                 self._aliases = Aliases(self._database)
                 self._quarantines = Quarantines(self._database)
+                self._rebases = Rebases(self._database)
                 self.uploads = Uploads(root, uploads or UploadBounds())
                 self.uploads.clear()
                 self.uploads.expire()
@@ -103,7 +114,8 @@ class Store:
         """Checks and copies the adapter in `source` and points `name` to it, as a new version.
 
         Returns the version, and whether it is new: False if `name` already points to this content;
-        `labels` are then added to those that the version has. The check that decides reads the
+        `labels` are then added to those that the version has, and the version is recorded for
+        `base`. The check that decides reads the
         copy, so that later changes of the files have no effect.
         Raises Refusal: FIELD_INVALID (name, labels), ADAPTER_CONFLICT (the name points to other
         content and `replace` is not set, or it is an alias), ADAPTER_INVALID (field "digest": the
@@ -118,15 +130,8 @@ class Store:
             # Checked first without the weights, before gigabytes are copied.
             if findings := examine_header(src, base, limits).findings:
                 raise Refusal.of(findings)
-            for _ in range(_ATTEMPTS):
-                spec = self._admit(src, base, limits, expected_digest)
-                outcome = self._index.point(
-                    name, spec, base.fingerprint, checked, replace, self._blobs.has
-                )
-                if outcome is not None:
-                    return outcome
-                # No version had this digest yet, and the blob was collected meanwhile.
-        raise unavailable("the adapter was collected while it was registered")
+            with self._staged(src, base, limits, expected_digest) as staged:
+                return self._index.point(name, staged.spec, base, checked, replace, staged.place)
 
     def admit(
         self,
@@ -142,19 +147,27 @@ class Store:
         """
         if expected_digest:
             digest_hex(expected_digest)
-        with opened(source) as src:
-            return self._admit(src, base, limits or AdapterLimits(), expected_digest).digest
+        with (
+            opened(source) as src,
+            self._staged(src, base, limits or AdapterLimits(), expected_digest) as staged,
+            self._database.writing(),
+        ):
+            staged.place()
+            return staged.spec.digest
 
-    def _admit(
+    @contextmanager
+    def _staged(
         self, source: Directory, base: BaseInfo, limits: AdapterLimits, expected_digest: str
-    ) -> CheckedAdapter:
+    ) -> Iterator[_Staged]:
+        """A checked copy of an adapter, which is removed at the end unless it was placed."""
         with self._blobs.staged(source, limits.max_weights_bytes) as copy:
             spec = inspect(copy, base, limits)
             if expected_digest not in ("", spec.digest):
                 message = f"the digest is {spec.digest}, not {expected_digest}"
                 raise Refusal(Reason.ADAPTER_INVALID, message, "digest")
-            self._blobs.publish(copy, spec.digest)
-        return spec
+            # Read here and not in the change of the index, which excludes all other changes.
+            keep = self._blobs.is_intact(spec.digest)
+            yield _Staged(spec, partial(self._blobs.place, copy, spec.digest, keep=keep))
 
     def resolve(self, adapter_id: str) -> Record:
         """Returns the version that an id means now.
@@ -271,6 +284,23 @@ class Store:
         """The quarantines by digest, the oldest first."""
         return self._quarantines.all()
 
+    def rebase(
+        self, adapter_id: str, base: BaseInfo, limits: AdapterLimits | None = None
+    ) -> Record:
+        """Checks a version against `base` and records it for `base`; returns the version.
+
+        The move is recorded for good (`rebases`). Raises Refusal: as `resolve` does,
+        ADAPTER_CORRUPT, and as `format.examine.inspect` does if the adapter does not fit.
+        """
+        record = self.resolve(adapter_id)
+        self._blobs.check(record.digest)
+        inspect(self.path(record.digest), base, limits)
+        return self._rebases.move(record, base)
+
+    def rebases(self) -> tuple[Rebase, ...]:
+        """Every version's move to another base, the oldest first."""
+        return self._rebases.all()
+
     def gc(
         self,
         grace_seconds: float = GRACE_SECONDS,
@@ -313,6 +343,18 @@ class Store:
         """
         return self._blobs.path(digest)
 
+    def directory(self, digest: str) -> Path:
+        """Returns where an adapter's files are, or would be: nobody has looked whether they are.
+
+        Raises Refusal(FIELD_INVALID): not a digest.
+        """
+        return self._blobs.directory(digest)
+
+    def survey(self) -> tuple[Surveyed, ...]:
+        """Every version that is current or has an alias, and what is wrong with it."""
+        with self._database.reading() as connection:
+            return survey(connection, self._blobs.is_complete)
+
     def verify(self, digest: str) -> None:
         """Reads an adapter's files again and compares their digest.
 
@@ -323,12 +365,19 @@ class Store:
     def verify_all(self) -> Iterator[Verified]:
         """Verifies the content of every version, including deleted ones, in order of digests."""
         for digest, versions in self._index.users().items():
-            error = None
-            try:
-                self._blobs.verify(digest)
-            except Refusal as found:
-                error = found
-            yield Verified(digest, versions, error)
+            yield self._verified(digest, versions)
+
+    def verify_version(self, adapter_id: str) -> Verified:
+        """Verifies the content of one version. Raises Refusal as `resolve` does."""
+        record = self.resolve(adapter_id)
+        return self._verified(record.digest, (record.id,))
+
+    def _verified(self, digest: str, versions: tuple[str, ...]) -> Verified:
+        try:
+            self._blobs.check(digest)
+        except Refusal as error:
+            return Verified(digest, versions, error)
+        return Verified(digest, versions, None)
 
     def close(self) -> None:
         """Closes the index and removes the staging area. Idempotent."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from loraplex_model.base.config import DecoderConfig
 
@@ -14,8 +14,17 @@ class BaseInfo:
     Attributes:
         fingerprint: "sha256:<hex>" of the weights, compared with an adapter's stamp if it has one.
         dtype: compute dtype, in which adapters are packed too: "float32" or "bfloat16".
+        name: public name of the model, for messages; "" if it is not known. Not compared.
     """
 
     config: DecoderConfig
     fingerprint: str
     dtype: str
+    name: str = field(default="", compare=False)
+
+    def named(self, model: str) -> BaseInfo:
+        """The same base with its public name: the last part of `model`, a path or a hub id.
+
+        Clients see the name, so it must not reveal the directories of the machine.
+        """
+        return replace(self, name=model.rstrip("/").rpartition("/")[2])
