@@ -10,8 +10,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from loraplex_model.base.refusal import model_invalid
-
 
 class MappedFile:
     """The size and the time of last change of a file, and a descriptor that keeps it.
@@ -22,7 +20,6 @@ class MappedFile:
 
     def __init__(self, path: Path) -> None:
         """Raises OSError if the file cannot be opened."""
-        self._path = path
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._state = self._look()
 
@@ -33,14 +30,6 @@ class MappedFile:
     def is_intact(self) -> bool:
         """Whether nothing was written to the file or cut from it; about a microsecond."""
         return self._look() == self._state
-
-    def check(self) -> None:
-        """Raises `Refusal` (MODEL_INVALID) unless the file is intact."""
-        if not self.is_intact():
-            raise model_invalid(
-                f"{self._path} was written to or cut short while it was in use; start again, which "
-                "builds it again, and find out what changes files in the cache"
-            )
 
     def _look(self) -> tuple[int, int]:
         stat = os.fstat(self._descriptor)
