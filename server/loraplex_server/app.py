@@ -150,6 +150,7 @@ class Server:
             max_rank=config.max_rank,
             max_device_bytes=hello.adapter_budget_bytes,
             max_virtual_tokens=config.adapter_virtual_tokens,
+            max_context=context,
         )
         registry = Registry(store, self.engine, self.metrics, config.import_root, limits)
         with _needed(ServerExit.STORE_UNUSABLE, "cannot read the store"):

@@ -127,6 +127,7 @@ def import_(
         max_rank=config.max_rank,
         max_device_bytes=int(config.adapter_memory),
         max_virtual_tokens=config.adapter_virtual_tokens,
+        max_context=config.max_context or None,
     )
     record, created = shell.store.register(
         name, directory, load_base_info(config), limits, replace, _labels(label)

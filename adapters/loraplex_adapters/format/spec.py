@@ -15,6 +15,8 @@ class AdapterLimits:
         max_weights_bytes: size of the weights file.
         max_device_bytes: packed size in the base's dtype; None for no limit.
         max_virtual_tokens: number of virtual tokens.
+        max_context: longest sequence that is computed, virtual tokens included; None for the base's
+            number of positions, which is the limit in any case.
         max_scale: |scale| of any module, such as |alpha / r|.
         max_abs_value: |element| of any tensor; the default is float16's largest number.
     """
@@ -23,6 +25,7 @@ class AdapterLimits:
     max_weights_bytes: int = 4 << 30
     max_device_bytes: int | None = None
     max_virtual_tokens: int = 1024
+    max_context: int | None = None
     max_scale: float = 1e4
     max_abs_value: float = 65504.0
 

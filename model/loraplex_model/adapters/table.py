@@ -81,6 +81,7 @@ class SlotTable:
         max_ranks: int32 [slots], the largest rank at a projection or the head.
         uses: int32 [slots], bits of `Uses`.
         prompts: uint64 [slots], addresses of virtual tokens' embeddings.
+        prompt_counts: int32 [slots], number of rows of these embeddings.
         merged: uint64 [slots, layers, 4], addresses of dense matrices (`Matrix` of cpu/matmul.h)
             that replace qkv, o, gate_up and down for rows whose mix is this slot at weight 1.
         adapters: the owners of the memory that the addresses point into.
@@ -92,6 +93,7 @@ class SlotTable:
         self.max_ranks = np.zeros(num_slots, np.int32)
         self.uses = np.zeros(num_slots, np.int32)
         self.prompts = np.zeros(num_slots, np.uint64)
+        self.prompt_counts = np.zeros(num_slots, np.int32)
         self.merged: NDArray[np.uint64] = np.zeros(
             (num_slots, config.num_layers, len(FUSED)), np.uint64
         )
@@ -111,8 +113,9 @@ class SlotTable:
             if used & (Uses.FACTORS | Uses.HEAD):
                 rank = max(rank, int(entry["rank"]))
         if "embeddings" in adapter.virtual_places:
-            start = adapter.virtual_places["embeddings"].start
-            self.prompts[slot] = adapter.data.data_ptr() + start
+            place = adapter.virtual_places["embeddings"]
+            self.prompts[slot] = adapter.data.data_ptr() + place.start
+            self.prompt_counts[slot] = place.shape[0]
         self.max_ranks[slot], self.uses[slot] = rank, uses
         self.adapters[slot] = adapter
 
@@ -121,7 +124,7 @@ class SlotTable:
         self.remove_merge(slot)
         self.entries[slot] = np.zeros((), ENTRY)
         self.max_ranks[slot] = self.uses[slot] = 0
-        self.prompts[slot] = 0
+        self.prompts[slot] = self.prompt_counts[slot] = 0
         self.adapters[slot] = None
         self._deltas.pop(slot, None)
 

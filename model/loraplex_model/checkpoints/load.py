@@ -13,9 +13,10 @@ import torch
 from loraplex_model.base.config import DecoderConfig
 from loraplex_model.base.refusal import model_invalid
 from loraplex_model.base.weights import BaseWeights
-from loraplex_model.checkpoints import cache, checkpoint, stored, tokenizer
+from loraplex_model.checkpoints import cache, checkpoint, default_model, stored, tokenizer
 from loraplex_model.checkpoints.convert import convert
 from loraplex_model.checkpoints.default_model import DEFAULT, ensure_default_model
+from loraplex_model.checkpoints.mapped import MappedFile
 from loraplex_model.checkpoints.stored import StoredModel
 
 DECODER = "decoder.json"
@@ -29,12 +30,15 @@ class LoadedBase:
         name: the operator's name for it.
         source: directory of the checkpoint, or the GGUF file.
         directory: folder of `tokenizer.json` and `model.json` (`tokenizer.TokenizerInfo.read`).
+        file: the file to which the packed codes are mapped if the weights are on the CPU. Who reads
+            them long after the start looks at it first.
     """
 
     name: str
     weights: BaseWeights
     source: Path
     directory: Path
+    file: MappedFile
 
 
 def load_base(
@@ -44,7 +48,10 @@ def load_base(
     *,
     device: torch.device | str = "cpu",
 ) -> LoadedBase:
-    """Loads a model, converting it if the cache does not have it.
+    """Loads a model, converting it if the cache does not have it or has it damaged.
+
+    Every file of the cache is read and compared with its digest, which takes a second for each
+    gigabyte, before the model is used.
 
     Args:
         model: a directory, a GGUF file, a hub id, or "default" (or "").
@@ -53,15 +60,25 @@ def load_base(
     Raises:
         Refusal: one of `BASE_MODEL_REASONS`; the message says what to do.
     """
-    is_default = model in ("", DEFAULT)
-    source = ensure_default_model(cache_dir) if is_default else checkpoint.locate(model)
+    if model in ("", DEFAULT):
+        source = ensure_default_model(cache_dir)
+        digests = [default_model.SHA256]
+        build = partial(_build_default, cache_dir)
+    else:
+        source, digests = checkpoint.locate(model), []
+        build = partial(_build, source)
     files = checkpoint.files_of(source)
     if not files:
         raise model_invalid(f"{source} has neither config.json nor safetensors")
-    entry = cache.entry_for(cache_dir, files, partial(_build, source))
+    entry = cache.entry_for(cache_dir, files, build, digests=digests)
     built = _read_decoder(entry / DECODER)
-    weights = stored.read_weights(entry / stored.WEIGHTS, built, dtype, device)
-    return LoadedBase(model or DEFAULT, weights, source, entry)
+    path = entry / stored.WEIGHTS
+    weights = stored.read_weights(path, built, dtype, device)
+    return LoadedBase(model or DEFAULT, weights, source, entry, MappedFile(path))
+
+
+def _build_default(cache_dir: Path, directory: Path) -> None:
+    _build(ensure_default_model(cache_dir, verify=True), directory)
 
 
 def _build(source: Path, directory: Path) -> None:

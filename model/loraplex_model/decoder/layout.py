@@ -26,6 +26,34 @@ class Storage(IntEnum):
     F32 = 2
 
 
+class Fault(IntEnum):
+    """What a pass returns, as in `cpu/bounds.h`."""
+
+    NO_FAULT = 0
+    NO_MEMORY = 1
+    BAD_ROWS = 2
+    BAD_TOKEN = 3
+    BAD_POSITION = 4
+    BAD_BLOCK = 5
+    BAD_SLOT = 6
+
+
+class PassOutOfBounds(Exception):
+    """A number of a batch is outside of the tables that it is an index of; nothing was computed.
+
+    It is a fault of the program: requests and adapters are checked long before.
+    """
+
+
+FAULTS = {
+    Fault.BAD_ROWS: "its row counts contradict each other",
+    Fault.BAD_TOKEN: "a token id is outside of the vocabulary and the adapter's virtual tokens",
+    Fault.BAD_POSITION: "a position is outside of the longest sequence or of its block table",
+    Fault.BAD_BLOCK: "a block is outside of the KV cache",
+    Fault.BAD_SLOT: "an adapter slot is outside of the slot table",
+}
+
+
 class CMatrix(Structure):
     """The struct `Matrix`: weights in panels of 16 output rows."""
 
@@ -68,8 +96,9 @@ class CSlotTable(Structure):
         ("uses", c_void_p),
         ("prompts", c_void_p),
         ("merged", c_void_p),
+        ("prompt_counts", c_void_p),
         ("layers", c_int32),
-        ("reserved", c_int32),
+        ("slots", c_int32),
     )
 
 
@@ -97,6 +126,8 @@ class CModel(Structure):
         ("embed_in_panels", c_int32),
         ("bf16_storage", c_int32),
         ("vocab", c_int32),
+        ("positions", c_int32),
+        ("blocks", c_int32),
         ("reserved", c_int32),
     )
 
@@ -117,6 +148,8 @@ class CBatch(Structure):
         ("num_sequences", c_int32),
         ("table_width", c_int32),
         ("num_logits", c_int32),
+        ("num_mixes", c_int32),
+        ("reserved", c_int32),
     )
 
 
@@ -129,7 +162,9 @@ def _pointers(struct: type[Structure], arrays: object) -> dict[str, int]:
 
 def c_adapters(table: SlotTable) -> CSlotTable:
     """The C struct that points to the table's arrays; `table` must outlive it."""
-    return CSlotTable(**_pointers(CSlotTable, table), layers=table.merged.shape[1])
+    return CSlotTable(
+        **_pointers(CSlotTable, table), layers=table.merged.shape[1], slots=len(table.uses)
+    )
 
 
 def c_batch(batch: ForwardBatch) -> CBatch:
@@ -140,6 +175,7 @@ def c_batch(batch: ForwardBatch) -> CBatch:
         num_sequences=len(batch.context_lens),
         table_width=batch.block_tables.shape[1],
         num_logits=len(batch.logit_rows),
+        num_mixes=len(batch.mix_slots),
     )
 
 
@@ -147,6 +183,8 @@ def nf4_panels(
     library: ctypes.CDLL, packed: torch.Tensor, absmax: torch.Tensor, out: int, fan_in: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rearranges codes, uint8 [out * in / 2], and absmax, float32 [out, in / 64], into panels."""
+    assert packed.numel() * 2 == out * fan_in
+    assert absmax.numel() * 64 == out * fan_in
     count = -(-out // PANEL)
     codes = torch.empty(count * fan_in // 8 * PANEL, dtype=torch.int32)
     scales = torch.empty(count * (fan_in // 64) * PANEL, dtype=torch.float32)

@@ -20,7 +20,14 @@ from loraplex_model.base.batch import ForwardBatch
 from loraplex_model.base.config import FUSED
 from loraplex_model.base.weights import BLOCK, BaseWeights, LayerWeights, NF4Matrix
 from loraplex_model.decoder import layout
-from loraplex_model.decoder.layout import CLayer, CMatrix, CModel, Storage
+from loraplex_model.decoder.layout import (
+    CLayer,
+    CMatrix,
+    CModel,
+    Fault,
+    PassOutOfBounds,
+    Storage,
+)
 from loraplex_model.decoder.reference import copy_blocks, write_blocks
 from loraplex_model.ops import build, nf4
 from loraplex_model.ops.rope import tables
@@ -81,18 +88,20 @@ class NativeDecoder:
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         """Computes a pass and fills the cache; returns logits, float32 [R, vocab].
 
-        Raises `MemoryError`.
+        Raises `MemoryError` and `PassOutOfBounds`.
         """
         copy_blocks(batch, self.keys, self.values)
         logits = torch.empty(len(batch.logit_rows), self.weights.config.vocab_size)
-        failed = self._library.loraplex_forward(
+        fault = self._library.loraplex_forward(
             byref(self._model),
             byref(layout.c_batch(batch)),
             self._workspace,
             c_void_p(logits.data_ptr()),
         )
-        if failed:
+        if fault == Fault.NO_MEMORY:
             raise MemoryError(f"no memory for a pass of {len(batch.tokens)} tokens")
+        if fault:
+            raise PassOutOfBounds(f"a pass was not computed: {layout.FAULTS[fault]}")
         return logits
 
     def merge(self, adapter: PackedAdapter, dtype: torch.dtype) -> Merged:
@@ -129,8 +138,9 @@ class NativeDecoder:
         """The whole model as the kernels read it."""
         weights, config = self.weights, self.weights.config
         lm_head = self._dense(weights.lm_head, None)
+        positions = max_positions or config.max_positions
         cos, sin = tables(
-            torch.arange(max_positions or config.max_positions),
+            torch.arange(positions),
             torch.tensor(config.rope_inv_freq),
             config.rope_scale,
         )
@@ -155,6 +165,8 @@ class NativeDecoder:
             embed_in_panels=config.tie_embeddings,
             bf16_storage=weights.embed.dtype == torch.bfloat16,
             vocab=config.vocab_size,
+            positions=positions,
+            blocks=len(self.keys[0]),
         )
 
     def _layer(self, index: int, layer: LayerWeights, window: int | None) -> CLayer:

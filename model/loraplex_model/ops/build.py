@@ -4,7 +4,8 @@
 
 A build is in `<directory>/<isa>-<digest of the sources>/`, so that changed sources never use an old
 library and several versions can share a directory. `LORAPLEX_KERNELS_DIR` names a directory that is
-searched first; an image without a compiler has its kernels there.
+searched first; an image without a compiler has its kernels there. A build is used only if its
+library has the SHA-256 that was written beside it; otherwise it is built again, with a warning.
 """
 
 from __future__ import annotations
@@ -17,14 +18,19 @@ import os
 import re
 import shutil
 import tempfile
+import uuid
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+
+from loraplex_model.base.durable import flush, locked, write_atomically
 
 log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parents[1] / "decoder" / "cpu"
 LIBRARY = "loraplex_cpu.so"
+DIGEST = LIBRARY + ".sha256"
+"""Name of the file beside a library with the SHA-256 of its bytes, in hex."""
 
 ISAS: dict[str, tuple[str, ...]] = {
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma"),
@@ -83,52 +89,105 @@ def default_directory() -> Path:
 
 
 def find(isa: str, flags: Sequence[str] = (), directory: Path | None = None) -> Path | None:
-    """A finished build in `LORAPLEX_KERNELS_DIR` or in `directory`, or None."""
+    """A whole build in `LORAPLEX_KERNELS_DIR` or in `directory`, or None.
+
+    Warns about every damaged one that it passes over.
+    """
+    for path in builds(isa, flags, directory):
+        if is_whole(path):
+            return path
+        log.warning("the kernels at %s are damaged or incomplete, so they are not used", path)
+    return None
+
+
+def builds(isa: str, flags: Sequence[str] = (), directory: Path | None = None) -> list[Path]:
+    """Libraries in `LORAPLEX_KERNELS_DIR` and in `directory`, whether they are whole or not."""
     shipped = os.environ.get("LORAPLEX_KERNELS_DIR")
     places = [Path(shipped)] if shipped else []
-    paths = (
-        place / _name(isa, flags) / LIBRARY for place in (*places, directory or default_directory())
-    )
-    return next((path for path in paths if path.is_file()), None)
+    folders = (place / _name(isa, flags) for place in (*places, directory or default_directory()))
+    return [folder / LIBRARY for folder in folders if folder.exists()]
 
 
-def compile_kernels(isa: str, into: Path | None = None, flags: Sequence[str] = ()) -> Path:
+def is_whole(path: Path) -> bool:
+    """Whether a library has the digest that was written beside it when it was built."""
+    recorded, actual = _recorded(path), _file_digest(path)
+    return bool(actual) and recorded == actual
+
+
+def compile_kernels(
+    isa: str, into: Path | None = None, flags: Sequence[str] = (), *, instead_of: str = ""
+) -> Path:
     """Compiles for `isa` with torch's extension loader; returns the library's path.
 
-    A build has a directory of its own and is moved into place by one rename, so a killed build
-    never disturbs a later one. Raises `KernelsUnavailable`.
+    A build has a directory of its own, is flushed to disk with its digest and moved into place by a
+    rename, so neither a killed build nor a power cut disturbs a later one. One of several processes
+    compiles while the others wait. A whole build is returned at once, unless it has the digest
+    `instead_of`, which does not load. Raises `KernelsUnavailable`.
     """
+    target = (into or default_directory()) / _name(isa, flags)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with locked(target.parent / f".{target.name}.lock", mode=0o666):
+            library = target / LIBRARY
+            if not is_whole(library) or _recorded(library) == instead_of:
+                _compile(isa, target, flags)
+            return library
+    except (RuntimeError, OSError) as error:
+        raise KernelsUnavailable(f"compiling the CPU kernels failed: {error}") from error
+
+
+def _compile(isa: str, target: Path, flags: Sequence[str]) -> None:
+    """Compiles into `target`, in the place of a damaged build. Called with the build's lock."""
     if shutil.which(os.environ.get("CXX", "c++")) is None:
         raise KernelsUnavailable("no C++ compiler found; install g++ (Debian: apt-get install g++)")
     from torch.utils import cpp_extension
 
-    target = (into or default_directory()) / _name(isa, flags)
-    # The loader adds a suffix to a name that it has built before in this process.
-    name = "loraplex_cpu_" + re.sub(r"\W", "_", target.name)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".build-", dir=target.parent))
+    prefix = f".build-{target.name}-"
+    for abandoned in target.parent.glob(prefix + "*"):  # by a dead process, since we hold the lock
+        shutil.rmtree(abandoned, ignore_errors=True)
+    scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
     try:
         log.info("compiling the CPU kernels for %s (once)", isa)
+        # The loader loads what it has compiled, and adds a suffix to a name that it knows.
+        name = f"loraplex_cpu_{uuid.uuid4().hex}"
         cpp_extension.load(
             name=name,
             sources=[str(SOURCES / "library.cpp")],
             extra_cflags=["-O3", "-fopenmp", "-Wno-psabi", *ISAS[isa], *flags],
-            extra_ldflags=["-fopenmp"],
+            extra_ldflags=["-fopenmp", *flags],
             build_directory=str(scratch),
             is_python_module=False,
         )
-        finished = Path(tempfile.mkdtemp(prefix=".done-", dir=target.parent))
-        shutil.copy2(scratch / f"{name}.so", finished / LIBRARY)
-        finished.chmod(0o755)
-        try:
-            finished.rename(target)
-        except OSError:  # another process finished the same build first
-            shutil.rmtree(finished)
-    except (RuntimeError, OSError) as error:
-        raise KernelsUnavailable(f"compiling the CPU kernels failed: {error}") from error
+        finished = scratch / "finished"
+        finished.mkdir(mode=0o755)
+        library = finished / LIBRARY
+        shutil.copy2(scratch / f"{name}.so", library)
+        flush(library)
+        write_atomically(finished / DIGEST, _file_digest(library).encode())
+        flush(finished)
+        if target.exists():
+            target.rename(scratch / "damaged")
+        finished.rename(target)
+        flush(target.parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return target / LIBRARY
+
+
+def _file_digest(path: Path) -> str:
+    """SHA-256 of a file in hex; empty if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return ""
+
+
+def _recorded(path: Path) -> str:
+    """The digest beside a library; empty if there is none."""
+    try:
+        return (path.parent / DIGEST).read_text("ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
 
 
 def load(
@@ -137,27 +196,41 @@ def load(
     """The kernels for `isa` (default: the best this processor runs), compiled if need be.
 
     `LORAPLEX_ISA` overrides the default. `directory` holds the builds. A process loads one library
-    per instruction set, from the directory of the first call. Raises `KernelsUnavailable`.
+    per instruction set, from the directory of the first call. A build that is damaged or does not
+    load is built again, once. Raises `KernelsUnavailable`.
     """
     isa = isa or os.environ.get("LORAPLEX_ISA") or supported_isas()[0]
     if isa not in supported_isas():
         raise KernelsUnavailable(f"this processor cannot run {isa}; it runs {supported_isas()}")
     if (isa, flags) not in _loaded:
-        path = find(isa, flags, directory) or compile_kernels(isa, directory, flags)
-        try:
-            library = Kernels(str(path))
-        except OSError as error:
-            raise KernelsUnavailable(f"the kernels at {path} do not load: {error}") from error
+        path = find(isa, flags, directory)
+        library = _open(path or compile_kernels(isa, directory, flags), retry=path is not None)
+        if library is None:
+            assert path is not None
+            built = compile_kernels(isa, directory, flags, instead_of=_recorded(path))
+            library = _open(built)
+        assert library is not None
         library.isa = isa
         _loaded[isa, flags] = library
     return _loaded[isa, flags]
+
+
+def _open(path: Path, *, retry: bool = False) -> Kernels | None:
+    """Loads a library. If it does not load: None and a warning with `retry`, else an exception."""
+    try:
+        return Kernels(str(path))
+    except OSError as error:
+        if not retry:
+            raise KernelsUnavailable(f"the kernels at {path} do not load: {error}") from error
+        log.warning("the kernels at %s do not load, so they are built again: %s", path, error)
+        return None
 
 
 _loaded: dict[tuple[str, tuple[str, ...]], Kernels] = {}
 
 
 def _name(isa: str, flags: Sequence[str]) -> str:
-    return "-".join([isa, *(flag.strip("-").replace("=", "") for flag in flags), source_digest()])
+    return "-".join([isa, *(re.sub(r"\W", "", flag) for flag in flags), source_digest()])
 
 
 def main() -> None:

@@ -25,6 +25,8 @@ def kernel() -> nf4.Unpack | None:
     def unpack(matrix: NF4Matrix, maxima: torch.Tensor, into: torch.Tensor) -> None:
         assert into.is_contiguous()
         assert into.dtype == torch.float32
+        count = matrix.shape[0] * matrix.shape[1]
+        assert count <= min(into.numel(), 2 * matrix.packed.numel())
         fan_in = matrix.shape[1]
         code = block = 0
         for rows in matrix.rows:  # each module starts a new block

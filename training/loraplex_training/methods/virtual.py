@@ -13,6 +13,7 @@ from functools import partial
 from typing import Annotated
 
 import torch
+from loraplex_adapters.format.kinds.virtual import ROOM
 from loraplex_adapters.format.spec import AdapterLimits
 from loraplex_model.adapters.delta import AdapterDelta, VirtualTokens
 from loraplex_model.base.config import DecoderConfig
@@ -88,7 +89,7 @@ def prompt_tuning(
 
     Saved as PEFT's PROMPT_TUNING.
     """
-    base, count = setting.base, options.num_virtual_tokens
+    base, count = setting.base, _count(options, setting, problems)
     start, ids = _start(options, setting, problems, _STARTS[:3])
     problems.check()
     if ids is None:
@@ -116,7 +117,7 @@ def p_tuning(options: PTuningOptions, setting: Setting, problems: OptionProblems
 
     Saved as PEFT's P_TUNING, with the encoder's output.
     """
-    width, count = setting.base.config.hidden_size, options.num_virtual_tokens
+    width, count = setting.base.config.hidden_size, _count(options, setting, problems)
     kind, hidden, layers = options.encoder, options.encoder_hidden_size, options.encoder_num_layers
     if kind == "mlp" and layers != _LSTM_LAYERS:
         text = "encoder_num_layers: the MLP has three layers; leave it out, or take lstm"
@@ -149,7 +150,7 @@ def prefix_tuning(
     PREFIX_TUNING.
     """
     base, config = setting.base, setting.base.config
-    count = options.num_virtual_tokens
+    count = _count(options, setting, problems)
     projected, hidden = options.prefix_projection, options.encoder_hidden_size
     start, ids = _start(options, setting, problems, _STARTS[2:] if projected else _STARTS)
     if "encoder_hidden_size" in options.model_fields_set and not projected:
@@ -218,6 +219,12 @@ def _keys_and_values(config: DecoderConfig, rows: torch.Tensor) -> VirtualTokens
     shape = (len(rows), config.num_layers, 2, config.num_kv_heads, config.head_dim)
     keys, values = rows.view(shape).permute(2, 1, 0, 3, 4)
     return VirtualTokens(keys=keys, values=values)
+
+
+def _count(options: VirtualOptions, setting: Setting, problems: OptionProblems) -> int:
+    """The number of virtual tokens, which must leave room in the base's context."""
+    most = setting.base.config.max_positions - ROOM
+    return problems.at_most("num_virtual_tokens", options.num_virtual_tokens, most)
 
 
 def _start(

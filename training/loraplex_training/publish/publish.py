@@ -58,6 +58,12 @@ def publish(job: Job, run: Run, target: Target, alias: str = "") -> Published:
     are not undone.
     """
     base, name = run.base.weights, job.name
+    if not run.base.file.is_intact():
+        raise Refusal(
+            Reason.PUBLISH_FAILED,
+            "the base model's file in the cache was changed while the run used it, so what was "
+            "trained may fit no base model; nothing was registered",
+        )
     data = run.datasets[name]
     folder = run.spec.out / name / FOLDER
     files = job.adapter.files()

@@ -18,6 +18,9 @@ from loraplex_adapters.format.reader import Reader
 from loraplex_adapters.format.spec import ModuleSpec
 from loraplex_adapters.format.support import Option, ignored, refused, served
 
+ROOM = 2
+"""Positions that virtual tokens leave free: one token of the prompt and one of the answer."""
+
 _TENSOR = "prompt_embeddings"
 
 
@@ -38,10 +41,7 @@ class VirtualReading:
     def place(self, file: Placement) -> list[ModuleSpec]:
         """The only tensor of the file."""
         base = file.base.config
-        if self.count > file.limits.max_virtual_tokens:
-            message = f"num_virtual_tokens is {self.count}; at most "
-            message += f"{file.limits.max_virtual_tokens} are allowed"
-            file.find(Reason.ADAPTER_TOO_LARGE, message, "num_virtual_tokens")
+        self._check_count(file)
         actual = {"token_dim": base.hidden_size}
         if self.role == "prefix":
             actual = {"token_dim": base.kv_size, "num_attention_heads": base.num_kv_heads}
@@ -59,6 +59,20 @@ class VirtualReading:
             message = f"{_TENSOR} has {held} rows; num_virtual_tokens is {self.count}"
             file.find(Reason.ADAPTER_INVALID, message, "num_virtual_tokens")
         return [ModuleSpec(*VIRTUAL_TOKENS, {self.role: tensor})]
+
+    def _check_count(self, file: Placement) -> None:
+        """Finds fault with more virtual tokens than the limits and the context have room for."""
+        positions = file.base.config.max_positions
+        context = min(positions, file.limits.max_context or positions)
+        message = f"num_virtual_tokens is {self.count}; "
+        if self.count > file.limits.max_virtual_tokens:
+            message += f"at most {file.limits.max_virtual_tokens} are allowed (max_virtual_tokens)"
+        elif self.count + ROOM > context:
+            message += f"the context of {context} positions (max_context) has room for "
+            message += f"{max(context - ROOM, 0)} with one token each of prompt and answer"
+        else:
+            return
+        file.find(Reason.ADAPTER_TOO_LARGE, message, "num_virtual_tokens")
 
 
 def _read(reader: Reader, role: str) -> VirtualReading | None:

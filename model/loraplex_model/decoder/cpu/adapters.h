@@ -57,8 +57,9 @@ struct SlotTable {
   const int32_t* uses;          // [slots], bits of Use
   const void* const* prompts;   // [slots], embeddings of virtual tokens
   const Matrix* const* merged;  // [slots][layers][FUSED_MATRICES], or null
+  const int32_t* prompt_counts; // [slots], number of virtual tokens that have embeddings
   int32_t layers;
-  int32_t reserved;
+  int32_t slots;
 
   // The entry of a layer's site; sites outside the layers are at (layers, ModelSite).
   const Entry& at(int slot, int layer, int site) const {
@@ -86,6 +87,7 @@ struct Batch {
   const float* mix_weights;
   const int32_t* logit_rows;
   int32_t num_tokens, num_sequences, table_width, num_logits;
+  int32_t num_mixes, reserved;
 };
 
 // An adapter with its weight in the mix of a segment.

@@ -39,7 +39,10 @@ struct Model {
   int32_t num_layers, hidden, intermediate, heads, kv_heads, head_dim, block_size, threads;
   float eps, attention_scale;
   int32_t embed_in_panels, bf16_storage;
-  int32_t vocab, reserved;
+  int32_t vocab;
+  int32_t positions;  // of cos and sin
+  int32_t blocks;     // of each layer's keys and values
+  int32_t reserved;
 };
 
 // Memory that grows to the size of the largest pass and is reused by later ones. Not initialised.

@@ -1,5 +1,6 @@
 // The C interface: the pass, the packing of weights, and each kernel on its own for the tests.
 
+#include "bounds.h"
 #include "decoder.h"
 #include "train.h"
 #include "unpack.h"
@@ -13,16 +14,17 @@ int loraplex_lanes() { return LANES; }
 Workspace* loraplex_workspace() { return new Workspace; }
 void loraplex_free_workspace(Workspace* workspace) { delete workspace; }
 
-// Returns 0, or 1 if there is not enough memory.
+// Returns a Fault; nothing is computed unless it is NO_FAULT.
 int loraplex_forward(const Model* model, const Batch* batch, Workspace* workspace, float* logits) {
+  if (Fault fault = check(*model, *batch)) return fault;
   try {
     if (model->bf16_storage)
       Pass<bf16>(*model, *batch, *workspace, logits).run();
     else
       Pass<float>(*model, *batch, *workspace, logits).run();
-    return 0;
+    return NO_FAULT;
   } catch (const std::bad_alloc&) {
-    return 1;
+    return NO_MEMORY;
   }
 }
 

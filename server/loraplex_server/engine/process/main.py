@@ -7,6 +7,7 @@ moment longer.
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import importlib
 import logging
@@ -59,6 +60,9 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s engine %(name)s: %(message)s")
+    # A signal such as SIGBUS, which a mapped file that is cut short causes, is reported with the
+    # Python code that was running.
+    faulthandler.enable()
     # Adapters and caches are many megabytes with scattered access: on pages of 4 KiB every other
     # access would miss the TLB. torch reads this variable at its first allocation.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from loraplex_model.base.batch import ForwardBatch
 from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_model.base.weights import BaseWeights
 from loraplex_model.checkpoints.load import LoadedBase, load_base
+from loraplex_model.checkpoints.mapped import MappedFile
 from loraplex_model.decoder.native import NativeDecoder
 from loraplex_model.decoder.open import BLOCK_SIZE, Decoder, open_decoder
 from loraplex_model.ops.devices import resolve
@@ -25,7 +29,12 @@ from loraplex_model.ops.dtypes import BY_NAME
 from loraplex_server.engine.messages import AdapterRef, ModelInfo
 from loraplex_server.engine.runner.config import RunnerConfig
 
+log = logging.getLogger(__name__)
+
 NUM_SLOTS = 1024
+
+EXIT_BASE_CHANGED = 6
+"""Exit status of an engine whose base model was changed on the disk while it was mapped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +60,16 @@ class LocalRunner:
     """A `ModelRunner` over one decoder. See the protocol for the threads that may call it.
 
     The decoder has `num_blocks` KV blocks for requests, then `prefix_blocks` for virtual tokens.
+
+    On the CPU the base's packed codes, and dense tensors that need no conversion, stay mapped to
+    `base_file`. Every use of them is between two looks at the file (a microsecond): reading pages
+    that were cut off ends the process with SIGBUS, and the rest of the last page would be zeros. If
+    the file has changed, the process ends with `EXIT_BASE_CHANGED` and without a result, and the
+    next one builds the file again.
     """
 
     decoder: Decoder
+    base_file: MappedFile
     info: ModelInfo
     limits: AdapterLimits
     merge_dtype: torch.dtype
@@ -67,16 +83,17 @@ class LocalRunner:
 
     def __post_init__(self) -> None:
         self._device = self.decoder.weights.embed.device
+        self._need_file()  # most of it was read to pack it for the kernels
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         """Logits, float32 [R, vocab], on the CPU."""
-        with torch.inference_mode():
+        with self._mapped(), torch.inference_mode():
             return self.decoder.forward(batch).to("cpu", torch.float32)
 
     def read_adapter(self, ref: AdapterRef) -> ReadAdapter:
         """Reads, verifies and packs an adapter's files. Raises `Refusal`."""
         weights = self.decoder.weights
-        with torch.inference_mode():
+        with self._mapped(), torch.inference_mode():
             _, delta = load(Path(ref.path), ref.digest, weights, self.limits)
             packed = pack(delta, weights.embed.dtype, pin=self._device.type == "cuda")
             dense = merged_nbytes(delta, weights.config, self.merge_dtype)
@@ -113,7 +130,7 @@ class LocalRunner:
 
     def merge_adapter(self, adapter: ReadAdapter) -> Merged:
         """Dense copies of the matrices that the adapter changes."""
-        with torch.inference_mode():
+        with self._mapped(), torch.inference_mode():
             return self.decoder.merge(adapter.packed, self.merge_dtype)
 
     def publish_merge(self, slot: int, merged: Merged) -> None:
@@ -124,6 +141,22 @@ class LocalRunner:
         """Drops the copies."""
         self.decoder.table.remove_merge(slot)
 
+    @contextmanager
+    def _mapped(self) -> Iterator[None]:
+        """Lets the weights be read; ends the process if their file was changed since the start."""
+        self._need_file()
+        yield
+        self._need_file()
+
+    def _need_file(self) -> None:
+        if self._device.type == "cpu" and not self.base_file.is_intact():
+            log.critical(
+                "the cached base model was written to or cut short while it was in use; this "
+                "process ends, and the next one builds the cache again"
+            )
+            logging.shutdown()
+            os._exit(EXIT_BASE_CHANGED)
+
 
 def build(config: RunnerConfig) -> LocalRunner:
     """Loads the model and sizes the KV cache. Raises `Refusal` with what the operator can do."""
@@ -133,15 +166,16 @@ def build(config: RunnerConfig) -> LocalRunner:
     base = load_base(config.model, BY_NAME[config.dtype], cache, device=device)
     weights = base.weights
     most = weights.config.max_positions
-    context = min(config.max_context or most, most)
+    positions = min(config.max_context or most, most)
     block_size = BLOCK_SIZE[device.type]
     num_blocks = _num_blocks(weights, block_size, config.kv_tokens, config.kv_memory)
+    context = min(positions, num_blocks * block_size)
     prefix_blocks = -(-config.virtual_tokens // block_size)
     decoder = open_decoder(
         weights,
         num_blocks + prefix_blocks,
         NUM_SLOTS,
-        max_positions=context,
+        max_positions=positions,
         cache=cache,
         threads=config.threads,
     )
@@ -151,9 +185,12 @@ def build(config: RunnerConfig) -> LocalRunner:
         torch.set_num_threads(1)
     return LocalRunner(
         decoder=decoder,
-        info=_info(base, device, min(context, num_blocks * block_size), decoder),
+        base_file=base.file,
+        info=_info(base, device, context, decoder),
         limits=AdapterLimits(
-            max_rank=config.max_rank, max_virtual_tokens=config.max_virtual_tokens
+            max_rank=config.max_rank,
+            max_virtual_tokens=config.max_virtual_tokens,
+            max_context=context,
         ),
         merge_dtype=BY_NAME[config.merge_dtype],
         num_blocks=num_blocks,
