@@ -37,6 +37,7 @@ from loraplex_server.engine.messages import (
 )
 from loraplex_server.engine.process.client import EngineClient
 from loraplex_server.exits import ServerExit
+from loraplex_server.lanes import Lanes
 from loraplex_server.metrics import Metrics
 from loraplex_server.registry import Registry
 from loraplex_server.rpc.adapters import AdapterService
@@ -119,6 +120,7 @@ class Server:
         )
         self._observer = _Observer(self.metrics, self._rpc)
         self.engine = EngineClient(config.engine_setup().command(), self._observer)
+        self._lanes = Lanes()
         self._training: JobQueue | None = None
         self.address = Address(config.host, config.port)
         self.admin_address = Address(config.admin_host, config.admin_port)
@@ -131,6 +133,7 @@ class Server:
         config = self._config
         self._bind()
         store = await self._open_store()
+        self._closing.push_async_callback(self._lanes.close, STOP_GRACE)
         with _needed(ServerExit.NO_MODEL, "cannot start the engine"):
             hello = await self.engine.start()
         self._closing.push_async_callback(self.engine.stop)
@@ -141,13 +144,17 @@ class Server:
             hello.num_blocks * hello.block_size,
         )
         with _needed(ServerExit.NO_MODEL, "cannot read"):
-            tokenizer = await asyncio.to_thread(TextTokenizer, Path(model.tokenizer_path), context)
+            folder = Path(model.tokenizer_path)
+            tokenizer = await asyncio.to_thread(TextTokenizer, folder, context, self._lanes.text)
         limits = AdapterLimits(
             max_rank=config.max_rank,
             max_device_bytes=hello.adapter_budget_bytes,
             max_virtual_tokens=config.adapter_virtual_tokens,
         )
-        registry = Registry(store, self.engine, self.metrics, config.import_root, limits)
+        registry = Registry(
+            store, self.engine, self.metrics, config.import_root, limits, self._lanes
+        )
+        self._closing.push_async_callback(registry.close)
         await registry.open()
         self._observer.on_table = registry.feed.on_table
         admission = Admission(
@@ -211,6 +218,7 @@ class Server:
             memory=int(config.training_memory),
             threads=config.trainer_threads,
             timeout=config.training_timeout,
+            lane=self._lanes.training,
         )
         bounds = JobLimits(
             config.training_max_jobs, config.training_keep_jobs, int(config.training_data)

@@ -123,6 +123,9 @@ class Series:
     )
     adapter_merge_seconds = _histogram(_LONG, "Time to compute the dense copies of an adapter.")
     adapters = _gauge("Adapters by state.", state=("registered", *ADAPTER_STATES))
+    index_away_seconds = _gauge(
+        "Seconds since the store's index has stopped to answer; 0 while it answers."
+    )
     adapter_bytes = _gauge("Bytes that adapters take.", tier=_TIERS)
     adapter_budget_bytes = _gauge("Bytes that adapters may take.", tier=_TIERS)
     adapter_prefix_blocks = _gauge("KV blocks for virtual tokens.", state=("free", "used"))
