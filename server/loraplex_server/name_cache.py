@@ -18,6 +18,9 @@ __all__ = ["FRESH_SECONDS", "NameCache"]
 
 T = TypeVar("T")
 
+_NEVER: Final = -1
+"""Generation of a value that no look-up has confirmed."""
+
 _GONE: Final = (Reason.ADAPTER_NOT_FOUND, Reason.FIELD_INVALID)
 
 
@@ -105,6 +108,11 @@ class NameCache(Generic[T]):
         """Has all entries looked up again before their next use, because the store has changed."""
         self._generation += 1
 
+    def keep(self, key: str, value: T) -> None:
+        """Keeps a value for the time when the index is away; until then `key` is looked up."""
+        if key not in self._entries:
+            self._put(key, _Entry(value, _NEVER))
+
     def forget(self, concerned: Callable[[str, T], bool]) -> None:
         """Removes the entries for whose key and value `concerned` is true."""
         for key in [k for k, entry in self._entries.items() if concerned(k, entry.value)]:
@@ -124,11 +132,14 @@ class NameCache(Generic[T]):
         key, generation = about
         found = await look_up()
         if generation == self._generation:
-            self._entries[key] = _Entry(found, generation)
-            self._entries.move_to_end(key)
-            if len(self._entries) > self._size:
-                self._entries.popitem(last=False)
+            self._put(key, _Entry(found, generation))
         return found
+
+    def _put(self, key: str, entry: _Entry[T]) -> None:
+        self._entries[key] = entry
+        self._entries.move_to_end(key)
+        if len(self._entries) > self._size:
+            self._entries.popitem(last=False)
 
     def _looked(self, about: tuple[str, int], task: asyncio.Task[T]) -> None:
         del self._looking[about]

@@ -265,6 +265,7 @@ class Registry:
             return self._registered(found), created
 
         adapter, created = await self._change(lane, terms.name, work)
+        self._names.keep(terms.name, adapter)
         self._metrics.adapter_registered(terms.name)
         if terms.load:
             await self.engine.load(usable(adapter).ref)
@@ -283,7 +284,7 @@ class Registry:
             pointed = self.store.set_alias(alias, adapter_id, expected)
             return self.store.get(pointed.name, pointed.version)
 
-        return await self._change(self.lanes.changes, alias, work)
+        return await self._move(alias, work)
 
     async def delete_alias(self, alias: str) -> None:
         """Deletes an alias. The adapter that it pointed to stays."""
@@ -296,8 +297,7 @@ class Registry:
 
     async def restore(self, name: str) -> Record:
         """Restores a deleted name."""
-        work = partial(self.store.restore, name)
-        record = await self._change(self.lanes.changes, name, work)
+        record = await self._move(name, partial(self.store.restore, name))
         self._metrics.adapter_registered(name)
         return record
 
@@ -307,6 +307,21 @@ class Registry:
         The change runs to its end even if the caller is cancelled.
         """
         return await self._change(self.lanes.changes, "", partial(work, *args, **kwargs))
+
+    async def _move(self, name: str, work: Callable[[], Record]) -> Record:
+        """Runs a change after which `name` means the version that `work` returns."""
+
+        def moving() -> tuple[Record, Registered | None]:
+            record = work()
+            try:
+                return record, self._registered(record)
+            except Refusal:  # its files are missing; the change was made all the same
+                return record, None
+
+        record, adapter = await self._change(self.lanes.changes, name, moving)
+        if adapter is not None:
+            self._names.keep(name, adapter)
+        return record
 
     async def _change(self, lane: Lane, moved: str, work: Callable[[], T]) -> T:
         """Runs a change, after which the name or alias `moved` may mean something else."""

@@ -13,6 +13,8 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from loraplex.v1 import adapter_pb2 as pb
 from loraplex.v1 import generation_pb2
+from loraplex_adapters.store import Store
+from loraplex_server import registry
 from loraplex_server.text.tokenizer import INLINE_CHARACTERS
 from rpc.harness import Running, ask, expected, refusal, running, until, write_adapter
 
@@ -71,7 +73,7 @@ async def test_64_validations_hold_up_no_other_call_and_more_are_refused_at_once
     options = {"num_blocks": 1024}
     async with running(tmp_path, engine_options=options) as up:
         alpha = await up.register("alpha", load=True)
-        held = Held(monkeypatch, __import__("loraplex_server.registry").registry, "examine")
+        held = Held(monkeypatch, registry, "examine")
         request = pb.ValidateAdapterRequest(path="alpha-0")
         calls = [asyncio.ensure_future(up.adapters.ValidateAdapter(request)) for _ in range(80)]
         await until(lambda: held.begun > 0 and any(call.done() for call in calls))
@@ -93,7 +95,7 @@ async def test_registrations_that_take_long_hold_up_no_other_call(
 ) -> None:
     async with running(tmp_path, engine_options={"num_blocks": 1024}) as up:
         alpha = await up.register("alpha", load=True)
-        held = Held(monkeypatch, up.server._store, "register")
+        held = Held(monkeypatch, Store, "register")
         write_adapter(tmp_path / "import" / "beta", 1)
         calls = [
             up.adapters.RegisterAdapter(pb.RegisterAdapterRequest(name=f"beta-{i}", path="beta"))

@@ -52,6 +52,7 @@ class Index:
 
 @pytest.fixture
 def index(monkeypatch: pytest.MonkeyPatch) -> Iterator[Index]:
+    monkeypatch.setattr("loraplex_server.freshness.PATIENCE_SECONDS", 0.2)
     made = Index(monkeypatch)
     yield made
     made.answers.set()
