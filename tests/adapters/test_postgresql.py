@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import psycopg
 import pytest
 import sqlalchemy as sa
 from adapters.stores import url as new_url
@@ -134,18 +135,21 @@ def test_a_change_may_wait_for_others_and_its_connection_is_then_limited_again(
         connection.execute(sa.text("SELECT pg_sleep(30)"))
 
 
-def test_parameters_of_the_url_take_precedence_over_the_limits() -> None:
-    address = sa.make_url("postgresql+psycopg://localhost/x?keepalives_idle=99")
-    made = postgresql.engine(address, 1.0)
+def test_parameters_of_the_url_take_precedence_over_the_limits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     given: dict[str, object] = {}
 
-    def connect(_dialect: object, _record: object, _arguments: object, options: dict) -> None:
-        given.update(options)
-        raise sa.exc.OperationalError("no server", None, Exception())
+    class Connections:
+        @staticmethod
+        def connect(**options: object) -> None:
+            given.update(options)
+            raise psycopg.OperationalError("no server")
 
-    sa.event.listen(made, "do_connect", connect, insert=True)
-    with pytest.raises(sa.exc.OperationalError):
-        made.connect()
+    monkeypatch.setattr(postgresql, "_limited_connection", lambda: Connections)
+    url = "postgresql+psycopg://localhost/x?keepalives_idle=99"
+    with pytest.raises(Refusal):
+        one(Database(Path("unused"), url))
     assert given["keepalives_idle"] == "99"
     assert given["connect_timeout"] == postgresql.CONNECT_SECONDS
     assert given["tcp_user_timeout"]
