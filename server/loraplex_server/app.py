@@ -36,6 +36,7 @@ from loraplex_server.engine.messages import (
 )
 from loraplex_server.engine.process.client import EngineClient
 from loraplex_server.exits import ServerExit
+from loraplex_server.lanes import Lanes
 from loraplex_server.metrics import Metrics
 from loraplex_server.registry import Registry
 from loraplex_server.rpc.adapters import AdapterService
@@ -123,6 +124,7 @@ class Server:
         )
         self._observer = _Observer(self.metrics, self._rpc)
         self.engine = EngineClient(config.engine_setup().command(), self._observer)
+        self._lanes = Lanes()
         self._training: JobQueue | None = None
         self.address = Address(config.host, config.port)
         self.admin_address = Address(config.admin_host, config.admin_port)
@@ -135,6 +137,7 @@ class Server:
         config = self._config
         self._bind()
         store = await self._open_store()
+        self._closing.push_async_callback(self._lanes.close, STOP_GRACE)
         with _needed(ServerExit.NO_MODEL, "cannot start the engine"):
             hello = await self.engine.start()
         self._close_later(ENGINE_SECONDS, "the engine does not stop", self.engine.stop)
@@ -145,14 +148,18 @@ class Server:
             hello.num_blocks * hello.block_size,
         )
         with _needed(ServerExit.NO_MODEL, "cannot read"):
-            tokenizer = await asyncio.to_thread(TextTokenizer, Path(model.tokenizer_path), context)
+            folder = Path(model.tokenizer_path)
+            tokenizer = await asyncio.to_thread(TextTokenizer, folder, context, self._lanes.text)
         limits = AdapterLimits(
             max_rank=config.max_rank,
             max_device_bytes=hello.adapter_budget_bytes,
             max_virtual_tokens=config.adapter_virtual_tokens,
             max_context=context,
         )
-        registry = Registry(store, self.engine, self.metrics, config.import_root, limits)
+        registry = Registry(
+            store, self.engine, self.metrics, config.import_root, limits, self._lanes
+        )
+        self._closing.push_async_callback(registry.close)
         with _needed(ServerExit.STORE_UNUSABLE, "cannot read the store"):
             await registry.open()
         self._keep_census(registry)
@@ -228,6 +235,7 @@ class Server:
             memory=int(config.training_memory),
             threads=config.trainer_threads,
             timeout=config.training_timeout,
+            lane=self._lanes.training,
         )
         bounds = JobLimits(
             config.training_max_jobs, config.training_keep_jobs, int(config.training_data)

@@ -201,6 +201,9 @@ class AdapterFeed:
             except Refusal as error:
                 log.warning("watchers are not updated: the store cannot be read: %s", error.message)
                 await asyncio.sleep(self._poll_seconds)
+            except Exception:  # the next attempt may succeed; without this task none is made
+                log.exception("watchers are not updated")
+                await asyncio.sleep(self._poll_seconds)
 
     async def _refresh(self) -> None:
         """Reads the catalogue and publishes what changed since the last reading."""

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import ParamSpec, TypeAlias, TypeVar
+from typing import Final, ParamSpec, TypeAlias, TypeVar
 
 from loraplex_adapters.format.examine import Report, examine
 from loraplex_adapters.format.files import Directory, open_below
@@ -23,11 +23,19 @@ from loraplex_server.census import Census
 from loraplex_server.engine.messages import AdapterRef
 from loraplex_server.engine.process.client import EngineClient
 from loraplex_server.feed import AdapterFeed, Catalogue
+from loraplex_server.freshness import unanswered
+from loraplex_server.lanes import Lane, Lanes
 from loraplex_server.metrics import Metrics
 from loraplex_server.name_cache import NameCache
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+READ_SECONDS: Final = 3.0
+"""Seconds that one reading of the index may take; then the index counts as away."""
+
+CATALOGUE_SECONDS: Final = 30.0
+"""Seconds that reading all names may take."""
 
 Source: TypeAlias = Callable[[], AbstractContextManager[Directory]]
 """Opens the files of an adapter."""
@@ -77,7 +85,8 @@ class Registry:
 
     What only reads the store, or only moves an adapter within the engine, goes to `store` or
     `engine` directly. Every method may raise `Refusal`, and none blocks the event loop: files and
-    index are accessed in threads.
+    index are accessed in the threads of `lanes`. While the index is away, adapters whose names are
+    known are still resolved; what else needs the index is refused with STORE_UNAVAILABLE.
     """
 
     def __init__(
@@ -87,16 +96,17 @@ class Registry:
         metrics: Metrics,
         import_root: Path,
         limits: AdapterLimits,
+        lanes: Lanes | None = None,
     ) -> None:
+        self.lanes = lanes or Lanes()
         self.store = store
         self.engine = engine
         self._metrics = metrics
         self._import_root = import_root
         self._limits = limits
-        count_changes = partial(asyncio.to_thread, store.change_counter)
+        count_changes = partial(self.lanes.count.run, store.change_counter)
         self._names: NameCache[Registered] = NameCache(count_changes)
-        # One look-up at a time: a burst of them must not take the cores from the engine's pass.
-        self._looking_up = asyncio.Semaphore(1)
+        metrics.series.index_away_seconds.set_function(self._names.freshness.away_seconds)
         self.feed = AdapterFeed(self._catalogue, count_changes)
         self.census = Census(partial(asyncio.to_thread, store.survey), self._base, metrics)
 
@@ -111,20 +121,26 @@ class Registry:
         )
         await self.census.count()
 
+    async def close(self) -> None:
+        """Ends the background work. Idempotent."""
+        await self._names.freshness.close()
+
     async def resolve(self, adapter_id: str) -> Registered:
         """The version that an adapter id or an alias names now, even one that may not be served.
 
-        Changes made by other processes are seen within half a second.
+        Changes made by other processes are seen within half a second while the index answers.
         """
 
         def work() -> Registered:
             return self._registered(self.store.resolve(adapter_id))
 
         async def look_up() -> Registered:
-            async with self._looking_up:
-                return await asyncio.to_thread(work)
+            # A flood of unknown names must not delay those that are only looked up again.
+            known = adapter_id in self._names
+            return await self._reading(self.lanes.known if known else self.lanes.index, work)
 
-        adapter = await self._names.get(adapter_id, look_up)
+        await self._names.freshness.fresh()
+        adapter = self._current(adapter_id) or await self._names.get(adapter_id, look_up)
         self._metrics.adapter_registered(adapter.record.name)
         return adapter
 
@@ -134,6 +150,33 @@ class Registry:
         Raises Refusal if the version may not be served: ADAPTER_QUARANTINED, BASE_MODEL_MISMATCH.
         """
         return usable(await self.resolve(adapter_id))
+
+    def _current(self, adapter_id: str) -> Registered | None:
+        """The cached current version of a name, if `adapter_id` pins just that; else None."""
+        name, _, pin = adapter_id.partition("@")
+        current = self._names.recall(name) if pin else None
+        if current is None:
+            return None
+        record = current.record
+        pinned = pin == record.digest or (pin == str(record.version) and name == record.name)
+        return current if pinned else None
+
+    async def read(self, work: Callable[..., T], *args: object) -> T:
+        """Runs a reading of the store's index, such as a list, in a thread."""
+        await self._names.freshness.require()
+        try:
+            return await self._reading(self.lanes.index, partial(work, *args))
+        except Refusal as refusal:
+            if refusal.reason is Reason.STORE_UNAVAILABLE:
+                self._names.freshness.lost()
+            raise
+
+    async def _reading(self, lane: Lane, work: Callable[[], T], seconds: float = READ_SECONDS) -> T:
+        try:
+            async with asyncio.timeout(seconds):
+                return await lane.run(work)
+        except TimeoutError:
+            raise unanswered() from None
 
     # examination of files
 
@@ -153,12 +196,14 @@ class Registry:
             with source() as opened:
                 return examine(opened, self._base(), self._limits)
 
-        return await asyncio.to_thread(work)
+        return await self.lanes.validations.run(work)
 
     # registration: each returns the adapter and whether the version is new
 
-    async def register(self, source: Source, terms: RegistrationTerms) -> tuple[Registered, bool]:
-        """Checks, copies and registers a directory."""
+    async def register(
+        self, source: Source, terms: RegistrationTerms, lane: Lane | None = None
+    ) -> tuple[Registered, bool]:
+        """Checks, copies and registers a directory, in a thread of `lane` if it is given."""
 
         def record() -> tuple[Record, bool]:
             with source() as opened:
@@ -171,7 +216,7 @@ class Registry:
                     labels=terms.labels or {},
                 )
 
-        return await self._name(terms, source, record)
+        return await self._name(terms, source, record, lane or self.lanes.registrations)
 
     async def finish_upload(
         self, upload_id: str, terms: RegistrationTerms
@@ -189,18 +234,21 @@ class Registry:
                 terms.labels or {},
             )
 
-        return await self._name(terms, partial(self.store.uploads.reading, upload_id), record)
+        source = partial(self.store.uploads.reading, upload_id)
+        return await self._name(terms, source, record, self.lanes.registrations)
 
     async def _name(
         self,
         terms: RegistrationTerms,
         source: Source,
         record: Callable[[], tuple[Record, bool]],
+        lane: Lane,
     ) -> tuple[Registered, bool]:
         """Runs `record`, and loads the adapter if the terms say so.
 
         A replacement is loaded first: its files are copied into the store without a name.
         """
+        await self._names.freshness.require()
         if terms.load and terms.replace:
 
             def admit() -> AdapterRef:
@@ -213,13 +261,14 @@ class Registry:
                     raise Refusal.of([servable.held_back(terms.name, held)])
                 return AdapterRef(digest, str(self.store.path(digest)))
 
-            await self.engine.load(await asyncio.to_thread(admit))
+            await self.engine.load(await lane.run(admit))
 
         def work() -> tuple[Registered, bool]:
             found, created = record()
             return self._registered(found), created
 
-        adapter, created = await self.change(work)
+        adapter, created = await self._change(lane, terms.name, work)
+        self._names.keep(terms.name, adapter)
         self._metrics.adapter_registered(terms.name)
         if terms.load:
             await self.engine.load(usable(adapter).ref)
@@ -238,25 +287,57 @@ class Registry:
             pointed = self.store.set_alias(alias, adapter_id, expected)
             return self.store.get(pointed.name, pointed.version)
 
-        return await self.change(work)
+        return await self._move(alias, work)
+
+    async def delete_alias(self, alias: str) -> None:
+        """Deletes an alias. The adapter that it pointed to stays."""
+        await self._change(self.lanes.changes, alias, partial(self.store.delete_alias, alias))
 
     async def delete(self, name: str) -> None:
         """Deletes a name and its metrics. Running requests that use it finish."""
-        await self.change(self.store.delete, name)
+        await self._change(self.lanes.changes, name, partial(self.store.delete, name))
         self._metrics.adapter_deleted(name)
 
     async def restore(self, name: str) -> Record:
         """Restores a deleted name."""
-        record = await self.change(self.store.restore, name)
+        record = await self._move(name, partial(self.store.restore, name))
         self._metrics.adapter_registered(name)
         return record
 
     async def change(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Runs a change of the store, then clears the cache, even if the caller is cancelled."""
+        """Runs a change of the store that moves no name.
+
+        The change runs to its end even if the caller is cancelled.
+        """
+        return await self._change(self.lanes.changes, "", partial(work, *args, **kwargs))
+
+    async def _move(self, name: str, work: Callable[[], Record]) -> Record:
+        """Runs a change after which `name` means the version that `work` returns."""
+
+        def moving() -> tuple[Record, Registered | None]:
+            record = work()
+            try:
+                return record, self._registered(record)
+            except Refusal:  # its files are missing; the change was made all the same
+                return record, None
+
+        record, adapter = await self._change(self.lanes.changes, name, moving)
+        if adapter is not None:
+            self._names.keep(name, adapter)
+        return record
+
+    async def _change(self, lane: Lane, moved: str, work: Callable[[], T]) -> T:
+        """Runs a change, after which the name or alias `moved` may mean something else."""
+        await self._names.freshness.require()
+
+        def concerned(adapter_id: str, adapter: Registered) -> bool:
+            return moved in (adapter_id.partition("@")[0], adapter.record.name)
 
         async def run() -> T:
             try:
-                return await asyncio.to_thread(work, *args, **kwargs)
+                done = await lane.run(work)
+                self._names.forget(concerned)
+                return done
             finally:
                 self._names.clear()
                 self.feed.changed()
@@ -297,7 +378,7 @@ class Registry:
             names = {record.name: record for record in self.store.current()}
             return Catalogue(names, dict(self._pointed(names)), count)
 
-        return await asyncio.to_thread(work)
+        return await self._reading(self.lanes.index, work, CATALOGUE_SECONDS)
 
     def _pointed(self, names: Mapping[str, Record]) -> Iterator[tuple[str, Record]]:
         """Every alias and its version, except aliases of deleted versions."""

@@ -126,6 +126,9 @@ class Series:
     adapters_unservable = _gauge(
         "Versions in use that are not served, by cause.", cause=("base", "missing")
     )
+    index_away_seconds = _gauge(
+        "Seconds since the store's index has stopped to answer; 0 while it answers."
+    )
     adapter_bytes = _gauge("Bytes that adapters take.", tier=_TIERS)
     adapter_budget_bytes = _gauge("Bytes that adapters may take.", tier=_TIERS)
     adapter_prefix_blocks = _gauge("KV blocks for virtual tokens.", state=("free", "used"))

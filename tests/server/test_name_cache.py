@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 
 import pytest
+from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_server.name_cache import FRESH_SECONDS, NameCache
 
 
@@ -110,3 +112,133 @@ async def test_a_change_between_reading_and_filling_in_is_found() -> None:
     world.count, world.meaning["a"] = 1, "new"
     world.cache.fill({"a": "1"}, count=0)
     assert await world.get("a") == "new"
+
+
+class Outage(World):
+    """A world whose index can fail, hang or be late."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache = NameCache(self.changes, clock=lambda: self.now)
+        self.fails = False
+        self.answers = asyncio.Event()
+        self.answers.set()
+
+    async def _index(self) -> None:
+        await self.answers.wait()
+        if self.fails:
+            raise Refusal(Reason.STORE_UNAVAILABLE, "gone")
+
+    async def changes(self) -> int:
+        self.counts_read += 1
+        await self._index()
+        return self.count
+
+    async def look_up(self, key: str) -> str:
+        await self._index()
+        if key not in self.meaning:
+            raise Refusal(Reason.ADAPTER_NOT_FOUND, "there is no such adapter")
+        return await super().look_up(key)
+
+    async def back(self) -> None:
+        self.fails = False
+        self.answers.set()
+        while self.cache.freshness.away:  # noqa: ASYNC110  (it asks by itself)
+            await asyncio.sleep(0.005)
+
+
+async def reason(work: Awaitable[str]) -> Reason:
+    with pytest.raises(Refusal) as refused:
+        await work
+    return refused.value.reason
+
+
+@pytest.mark.fault("index-away")
+async def test_known_ids_are_served_while_the_index_fails_and_others_refused() -> None:
+    world = Outage()
+    await world.get("a")
+    world.fails = True
+    world.now += 1
+    assert await world.get("a") == "1"
+    world.now += 9
+    assert world.cache.freshness.away_seconds() == 9
+    assert await world.get("a") == "1"
+    assert await reason(world.get("b")) is Reason.STORE_UNAVAILABLE
+    world.meaning["a"], world.count = "new", 1
+    await world.back()
+    assert world.cache.freshness.away_seconds() == 0
+    assert [await world.get(key) for key in "ab"] == ["new", "2"]
+    await world.cache.freshness.close()
+
+
+@pytest.mark.fault("index-away")
+async def test_an_index_that_hangs_is_asked_once_and_holds_up_known_ids_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("loraplex_server.freshness.PATIENCE_SECONDS", 0.05)
+    world = Outage()
+    await world.get("a")
+    world.answers.clear()
+    world.now += 1
+    assert await asyncio.gather(*(world.get("a") for _ in range(20))) == ["1"] * 20
+    read = world.counts_read
+    for _ in range(20):
+        world.now += 1
+        done, waiting = await asyncio.wait({asyncio.ensure_future(world.get("a"))}, timeout=20)
+        assert [task.result() for task in done] == ["1"]
+        assert not waiting
+    found = await asyncio.gather(*(reason(world.get(key)) for key in "bcbcbc"))
+    assert set(found) == {Reason.STORE_UNAVAILABLE}
+    assert world.counts_read == read, "a second reading was begun beside one that hangs"
+    assert world.asked == ["a"]
+    await world.back()
+    assert await world.get("b") == "2"
+    await world.cache.freshness.close()
+
+
+@pytest.mark.fault("index-away")
+async def test_while_calls_go_on_none_waits_for_an_index_that_is_late() -> None:
+    world = Outage()
+    await world.get("a")
+    world.now += FRESH_SECONDS * 0.6
+    world.answers.clear()
+    assert await world.get("a") == "1"  # and begins to read the count
+    world.meaning["a"], world.count = "new", 1
+    world.answers.set()
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert await world.get("a") == "new"
+    assert not world.cache.freshness.away
+
+
+@pytest.mark.fault("index-away")
+async def test_what_has_changed_is_served_as_it_was_only_while_the_index_is_away() -> None:
+    world = Outage()
+    for key in "abc":
+        await world.get(key)
+    world.cache.clear()
+    world.cache.forget(lambda key, value: key == "b")
+    world.fails = True
+    assert await world.get("a") == "1"  # its look-up fails
+    assert await reason(world.get("b")) is Reason.STORE_UNAVAILABLE  # this process removed it
+    await world.back()
+    del world.meaning["c"]
+    assert await reason(world.get("c")) is Reason.ADAPTER_NOT_FOUND
+    world.fails = True
+    assert await reason(world.get("c")) is Reason.STORE_UNAVAILABLE  # and is not remembered
+    await world.cache.freshness.close()
+
+
+@pytest.mark.fault("index-away")
+async def test_calls_for_one_id_share_a_look_up_which_outlives_its_first_caller() -> None:
+    world = Outage()
+    await world.get("b")
+    world.answers.clear()
+    world.cache.clear()
+    first, *others = (asyncio.create_task(world.get("a")) for _ in range(10))
+    await asyncio.sleep(0)
+    first.cancel()
+    await asyncio.sleep(0)
+    world.answers.set()
+    assert await asyncio.gather(*others) == ["1"] * 9
+    assert world.asked == ["b", "a"]

@@ -15,10 +15,12 @@ import sqlalchemy as sa
 from loraplex_model.base.faults import reach
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
+from loraplex_adapters.store import postgresql
 from loraplex_adapters.store.disk import full, unavailable
 
 _BUSY_SECONDS = 30
-_CONNECT_SECONDS = 10
+_SLACK_SECONDS = 10
+"""Seconds that a statement may take beyond the wait for other changes."""
 _LOCK = int.from_bytes(b"loraplex", "big")
 _DISK_FULL = "53100"  # PostgreSQL's code
 
@@ -52,6 +54,8 @@ class Database:
             if self._is_sqlite:
                 connection = connection.execution_options(loraplex_writes=True)
             else:
+                # Before a change others may have to end theirs.
+                postgresql.allow(connection, _BUSY_SECONDS + 2 * _SLACK_SECONDS)
                 connection = connection.execution_options(isolation_level="READ COMMITTED")
             with connection.begin():
                 if not self._is_sqlite:
@@ -84,9 +88,7 @@ def _postgresql(text: str) -> sa.Engine:
             raise unavailable("store_url must be empty or begin with postgresql://")
         if url.drivername == "postgresql":
             url = url.set(drivername="postgresql+psycopg")
-        return sa.create_engine(
-            url, pool_pre_ping=True, connect_args={"connect_timeout": _CONNECT_SECONDS}
-        )
+        return postgresql.engine(url, _BUSY_SECONDS + _SLACK_SECONDS)
     except (ArgumentError, ValueError):
         # The URL is not shown, because it may contain a password.
         raise unavailable("store_url is not a database URL") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from functools import partial
@@ -64,6 +63,7 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         self._registry = registry
         self._store = registry.store
         self._engine = registry.engine
+        self._lanes = registry.lanes
         self._gate = gate
         self._uploads = UploadReceiver(registry, gate)
 
@@ -82,7 +82,8 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         """Lists a page of adapters in the order of names."""
         require(validate.page(request))
         size = request.page_size or DEFAULT_PAGE
-        work = asyncio.to_thread(self._store.page, size, request.page_token, dict(request.labels))
+        terms = (size, request.page_token, dict(request.labels))
+        work = self._registry.read(self._store.page, *terms)
         page = await _typed(work, "", "page_token")
         return pb.ListAdaptersResponse(
             adapters=map(self._describe, page.records), next_page_token=page.next_page_token
@@ -93,7 +94,7 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
     ) -> pb.ListAdapterVersionsResponse:
         """Lists all versions of a name, the newest first."""
         require(validate.name(request.name))
-        work = asyncio.to_thread(self._store.versions, request.name)
+        work = self._registry.read(self._store.versions, request.name)
         found = await _typed(work, request.name, "name")
         return pb.ListAdapterVersionsResponse(adapters=map(self._describe, found))
 
@@ -158,8 +159,7 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
     ) -> pb.DeleteAliasResponse:
         """Deletes an alias."""
         require(validate.name(request.alias, "alias"))
-        work = self._registry.change(self._store.delete_alias, request.alias)
-        await _typed(work, request.alias, "alias")
+        await _typed(self._registry.delete_alias(request.alias), request.alias, "alias")
         return pb.DeleteAliasResponse()
 
     async def DeleteAdapter(
@@ -184,7 +184,8 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         self, request: pb.StartUploadRequest, context: _Context
     ) -> pb.StartUploadResponse:
         """Opens an upload and returns its id."""
-        upload_id = await _typed(asyncio.to_thread(self._store.uploads.begin), "", "", _UPLOAD)
+        work = self._lanes.uploads.run(self._store.uploads.begin)
+        upload_id = await _typed(work, "", "", _UPLOAD)
         return pb.StartUploadResponse(upload_id=upload_id)
 
     async def UploadAdapter(
@@ -204,7 +205,7 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
     ) -> pb.GetUploadResponse:
         """Reports the received bytes of an upload."""
         require(validate.upload_id(request.upload_id))
-        work = asyncio.to_thread(self._store.uploads.state, request.upload_id)
+        work = self._lanes.uploads.run(self._store.uploads.state, request.upload_id)
         sizes = await _typed(work, request.upload_id, "upload_id", _UPLOAD)
         return pb.GetUploadResponse(
             config_bytes=sizes.config_bytes, weights_bytes=sizes.weights_bytes
@@ -215,7 +216,7 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
     ) -> pb.AbortUploadResponse:
         """Deletes an upload."""
         require(validate.upload_id(request.upload_id))
-        work = asyncio.to_thread(self._store.uploads.abort, request.upload_id)
+        work = self._lanes.uploads.run(self._store.uploads.abort, request.upload_id)
         await _typed(work, request.upload_id, "upload_id", _UPLOAD)
         return pb.AbortUploadResponse()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Final
@@ -57,10 +56,10 @@ class UploadReceiver:
     async def _receive(
         self, requests: AsyncIterator[adapter_pb2.UploadAdapterRequest]
     ) -> tuple[Registered, bool] | None:
-        store = self._registry.store
+        store, lane = self._registry.store, self._registry.lanes.uploads
         header = await self._header(requests)
         wanted = {CONFIG_FILE: header.config_size, WEIGHTS_FILE: header.weights_size}
-        there = await asyncio.to_thread(store.uploads.state, header.upload_id)
+        there = await lane.run(store.uploads.state, header.upload_id)
         sizes = {CONFIG_FILE: there.config_bytes, WEIGHTS_FILE: there.weights_bytes}
         async for request in requests:
             if request.WhichOneof("part") != "chunk":
@@ -72,7 +71,7 @@ class UploadReceiver:
             if end > wanted[file]:
                 text = f"{file} was announced with {wanted[file]} bytes; this piece ends at {end}"
                 raise _offset(header.upload_id, file, text)
-            sizes[file] = await asyncio.to_thread(
+            sizes[file] = await lane.run(
                 store.uploads.append, header.upload_id, file, chunk.offset, chunk.data
             )
         for file, size in wanted.items():

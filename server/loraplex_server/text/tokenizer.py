@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
@@ -13,6 +12,7 @@ from loraplex_model.checkpoints.chat import ChatTemplate, TextRefused
 from loraplex_model.checkpoints.tokenizer import TOKENIZER, TokenizerInfo
 from tokenizers import Tokenizer
 
+from loraplex_server.lanes import Lane, Lanes
 from loraplex_server.text.detokenizer import Detokenizer, NoText
 
 INLINE_CHARACTERS: Final = 2048
@@ -31,8 +31,12 @@ class TextTokenizer:
     without a tokenizer, requests must give token ids, and all text is "".
     """
 
-    def __init__(self, folder: Path, max_context: int) -> None:
-        """Raises Refusal, with a message for the operator."""
+    def __init__(self, folder: Path, max_context: int, lane: Lane | None = None) -> None:
+        """Long texts are tokenised in the threads of `lane`, or in some of the tokenizer's own.
+
+        Raises Refusal, with a message for the operator.
+        """
+        self._lane = lane or Lanes().text
         info = TokenizerInfo.read(folder)
         self._tokenizer = _read_tokenizer(folder) if info.has_tokenizer else None
         self._chat = _chat_template(info)
@@ -58,7 +62,7 @@ class TextTokenizer:
         if size > self._max_characters:
             raise TooLong
         if size + len(messages) > INLINE_CHARACTERS:
-            text = await asyncio.to_thread(self._chat.render, messages)
+            text = await self._lane.run(self._chat.render, messages)
         else:
             text = self._chat.render(messages)
         return await self._encode(text, add_special_tokens=False)
@@ -92,7 +96,7 @@ class TextTokenizer:
             encoded = tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
             return list(encoded[0].ids)
 
-        return await asyncio.to_thread(work)
+        return await self._lane.run(work)
 
 
 def _read_tokenizer(folder: Path) -> Tokenizer:

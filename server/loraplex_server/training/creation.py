@@ -41,8 +41,8 @@ class JobFactory:
         """
         job_id = _next_id(newest)
         try:
-            folder = await asyncio.to_thread(self.records.make, job_id)
-            await asyncio.to_thread(self._write, request, folder)
+            folder = await self.trainer.lane.run(self.records.make, job_id)
+            await self.trainer.lane.run(self._write, request, folder)
             plan = await self.trainer.plan(folder)
             self.trainer.require(plan, held_bytes)
             require_open()
@@ -54,10 +54,10 @@ class JobFactory:
                 created=time.time(),
                 estimated_bytes=plan.bytes,
             )
-            await asyncio.to_thread(self.records.save, job)
+            await self.trainer.lane.run(self.records.save, job)
             return job
         except BaseException as error:
-            removing = asyncio.create_task(asyncio.to_thread(self.records.remove, job_id))
+            removing = asyncio.create_task(self.trainer.lane.run(self.records.remove, job_id))
             await asyncio.shield(removing)
             if isinstance(error, OSError):
                 log.error("a training job cannot be written: %s", error)

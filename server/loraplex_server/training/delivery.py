@@ -66,10 +66,12 @@ class RegistryDestination:
 
     async def _register(self, folder: Path, order: JobOrder, load: bool) -> Registered:
         terms = RegistrationTerms(order.name, order.replace, order.labels, load=load)
+        # Not in a lane that clients' registrations can fill.
+        source, lane = partial(open_directory, folder), self._registry.lanes.training
         pauses = iter(_RETRY_SECONDS)
         while True:
             try:
-                return (await self._registry.register(partial(open_directory, folder), terms))[0]
+                return (await self._registry.register(source, terms, lane))[0]
             except Refusal as error:
                 pause = next(pauses, None) if error.reason is Reason.STORE_UNAVAILABLE else None
                 if pause is None:

@@ -80,7 +80,7 @@ class JobQueue:
         self._metrics = metrics
         self._limits = limits
         self._factory = JobFactory(records, trainer, import_root, limits.data_bytes)
-        self._table = JobTable(records, limits.kept)
+        self._table = JobTable(records, limits.kept, trainer.lane)
         self._waiting: deque[str] = deque()
         self._runner: Runner | None = None
         self._owned = False
@@ -119,7 +119,7 @@ class JobQueue:
             await asyncio.wait({self._worker}, timeout=_CANCEL_SECONDS)
             self._worker = None
         self._owned = False
-        await asyncio.to_thread(self._records.release)
+        await self._trainer.lane.run(self._records.release)
 
     def get(self, job_id: str) -> JobRecord:
         """Returns a job. Raises Refusal: JOB_NOT_FOUND, DRAINING, TRAINING_ELSEWHERE."""
@@ -233,7 +233,7 @@ class JobQueue:
 
     async def _own(self) -> bool:
         """Takes the jobs over. Returns False if another server has them. Raises OSError."""
-        if not await asyncio.to_thread(self._records.acquire):
+        if not await self._trainer.lane.run(self._records.acquire):
             return False
         try:
             await self._load()

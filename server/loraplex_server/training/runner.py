@@ -116,7 +116,7 @@ class Runner:
         """Runs the process; returns its exit status and whether it exceeded the time limit."""
         if self._halt is not None:
             return -1, False
-        command = await asyncio.to_thread(self._trainer.command, self.job, self._folder)
+        command = await self._trainer.lane.run(self._trainer.command, self.job, self._folder)
         try:
             child = await self._trainer.start(command, self._folder / LOG)
         except OSError as error:

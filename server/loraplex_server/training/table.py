@@ -12,6 +12,7 @@ from typing import Final
 
 from loraplex_model.base.refusal import Reason, Refusal, Subject
 
+from loraplex_server.lanes import Lane
 from loraplex_server.training.jobs import JOB, JobRecord, State
 from loraplex_server.training.records import Records
 
@@ -23,10 +24,14 @@ log = logging.getLogger(__name__)
 
 
 class JobTable:
-    """The jobs by their ids. The last `kept` ones that ended are kept of those."""
+    """The jobs by their ids. The last `kept` ones that ended are kept of those.
 
-    def __init__(self, records: Records, kept: int) -> None:
+    The threads of `lane` read and write their files.
+    """
+
+    def __init__(self, records: Records, kept: int, lane: Lane) -> None:
         self._records = records
+        self._lane = lane
         self._kept = kept
         self._jobs: dict[str, JobRecord] = {}
         self._changed = asyncio.Event()
@@ -34,7 +39,7 @@ class JobTable:
 
     async def load(self) -> Sequence[JobRecord]:
         """Reads the jobs from the disk, oldest first. Raises OSError."""
-        found = await asyncio.to_thread(self._records.load)
+        found = await self._lane.run(self._records.load)
         self._jobs = {job.id: job for job in found}
         return found
 
@@ -76,7 +81,7 @@ class JobTable:
         """Replaces a job's state: first on the disk, unless `save` is false, then for everybody."""
         if save:
             try:
-                await asyncio.to_thread(self._records.save, job)
+                await self._lane.run(self._records.save, job)
             except OSError as error:
                 log.error("the record of training job %s cannot be written: %s", job.id, error)
         self._jobs[job.id] = job
@@ -122,4 +127,4 @@ class JobTable:
         ended = sorted((job for job in self if job.final), key=lambda job: job.ended)
         for job in ended[: max(0, len(ended) - self._kept)]:
             del self._jobs[job.id]
-            await asyncio.to_thread(self._records.remove, job.id)
+            await self._lane.run(self._records.remove, job.id)

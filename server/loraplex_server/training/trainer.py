@@ -9,7 +9,7 @@ import shutil
 import signal
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -19,6 +19,7 @@ from loraplex_training.report.events import Failed
 from loraplex_training.report.lines import decode
 from loraplex_training.spec import parse as options
 
+from loraplex_server.lanes import Lane, Lanes
 from loraplex_server.training import failure, memory
 from loraplex_server.training.child import Child
 from loraplex_server.training.jobs import JobOrder, JobRecord
@@ -68,6 +69,7 @@ class Trainer:
         threads: number of CPU threads.
         timeout: longest duration of a job in seconds; 0 is no limit.
         patience: seconds that a trainer may take to save when it is stopped.
+        lane: threads that read and write the files of jobs.
     """
 
     program: Sequence[str]
@@ -76,6 +78,7 @@ class Trainer:
     threads: int = 1
     timeout: float = 0.0
     patience: float = STOP_SECONDS
+    lane: Lane = field(default_factory=lambda: Lanes().training)
 
     def configuration(self, order: JobOrder, folder: Path, with_eval_data: bool) -> str:
         """Returns the TOML for one job in `folder`.
@@ -124,7 +127,7 @@ class Trainer:
         for line in reversed(lines) if status == 0 else ():
             with contextlib.suppress(msgspec.DecodeError):
                 return msgspec.json.decode(line, type=TrainerPlan)
-        raise await asyncio.to_thread(_plan_refusal, lines, status, folder / PLAN_LOG)
+        raise await self.lane.run(_plan_refusal, lines, status, folder / PLAN_LOG)
 
     def require(self, plan: TrainerPlan, held: int) -> None:
         """Raises Refusal(TRAINING_MEMORY) if there is not enough memory for the planned job.
