@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from loraplex_model.base.durable import flush
+
 from loraplex_server.training import data
 from loraplex_server.training.jobs import JobRecord
 from loraplex_server.training.records import Records
@@ -76,6 +78,7 @@ class JobFactory:
                 data.copy(self.import_root, source.path, folder / name, self.data_bytes, path)
             elif source is not None:
                 data.write(folder / name, source.jsonl)
+        flush(folder)  # before the record is there: a job with a record has all of its inputs
 
 
 def _next_id(newest: str) -> str:
