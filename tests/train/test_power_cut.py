@@ -76,7 +76,6 @@ def test_a_checkpoint_that_was_saved_is_there(at_most: int, keep: int, tmp_path:
 
 
 @power_cut
-@pytest.mark.slow
 def test_a_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
     """Events, curves and other files that are not flushed are in the run's directory too."""
     runs.write_base(tmp_path)
@@ -105,7 +104,7 @@ def test_a_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
         assert runs.written(resumed.train()["a"]) == expected
         assert seen.of(RunStarted)[0].step >= max(saved, 0)
 
-    replay(recorder.moments, check, at_most=5)
+    replay(recorder.moments, check, at_most=16)
 
 
 @power_cut
