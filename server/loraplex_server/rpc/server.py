@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2_grpc
 from loraplex.v1 import (
@@ -19,6 +18,7 @@ from loraplex.v1 import (
     training_pb2_grpc,
 )
 
+from loraplex_server.rpc.accepting import make_server
 from loraplex_server.rpc.adapters import AdapterService
 from loraplex_server.rpc.gate import Gate
 from loraplex_server.rpc.generation import GenerationService
@@ -72,7 +72,7 @@ class RpcServer:
     ) -> None:
         options = (*_OPTIONS, ("grpc.max_allowed_incoming_connections", max_connections))
         self._interceptor = interceptor
-        self._server = grpc.aio.server(interceptors=[interceptor], options=options)
+        self._server = make_server([interceptor], options)
         self._health = HealthService((health.OVERALL_HEALTH, *SERVICES))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         self._reflection = ReflectionService((*SERVICES, health.SERVICE_NAME), gate)

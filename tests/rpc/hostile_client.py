@@ -1,0 +1,163 @@
+"""A hostile client, in a process of its own so that it delays nobody who measures the server.
+
+    python tests/rpc/hostile_client.py KIND ADDRESS SECONDS SEED
+
+KIND is messages (wrong messages in proper calls), calls (wrong headers), garbage (no HTTP/2) or
+resets (calls that are taken back at once). The last line of output is one JSON object: `sent`, and
+the number of answers by status in `codes`.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import socket
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import grpc
+from fuzz import frames
+from fuzz.messages import Method, hostile, methods
+
+CALL_SECONDS = 5.0
+ANSWERS = 1 << 16
+
+
+def send_messages(address: str, end: float, chance: random.Random) -> tuple[int, Counter[str]]:
+    """Calls every method in turn with hostile messages, eight at a time."""
+    codes: Counter[str] = Counter()
+    sent = 0
+    with grpc.insecure_channel(address) as channel:
+        while time.monotonic() < end:
+            for method in methods():
+                calls = [_begin(channel, method, chance) for _ in range(8)]
+                sent += len(calls)
+                for call in calls:
+                    codes[_outcome(call)] += 1
+    return sent, codes
+
+
+def _begin(channel: grpc.Channel, method: Method, chance: random.Random) -> Any:
+    made = {
+        (False, False): channel.unary_unary,
+        (False, True): channel.unary_stream,
+        (True, False): channel.stream_unary,
+        (True, True): channel.stream_stream,
+    }[method.takes_many, method.sends_many]
+    call: Any = made(method.path)
+    data = [hostile(method, chance) for _ in range(chance.randint(0, 4))]
+    request = iter(data) if method.takes_many else hostile(method, chance)
+    seconds = chance.choice((0.05, 0.5, CALL_SECONDS))
+    metadata = (("x-bin", chance.randbytes(30)), ("x", "y" * chance.choice((1, 2000))))
+    if method.sends_many:
+        return call(request, timeout=seconds, metadata=metadata)
+    return call.future(request, timeout=seconds, metadata=metadata)
+
+
+def _outcome(call: Any) -> str:
+    """Reads at most a few answers; returns the status, and the reason that the server gave."""
+    try:
+        if hasattr(call, "result") and not hasattr(call, "__next__"):
+            call.result()
+        else:
+            for _, _answer in zip(range(20), call, strict=False):
+                pass
+            call.cancel()
+            return "READ"
+    except grpc.RpcError as error:
+        if error.details() and "internal" in error.details().lower():
+            return f"{error.code().name} {error.details()}"
+        return str(error.code().name)
+    except grpc.FutureCancelledError:
+        return "CANCELLED"
+    return "OK"
+
+
+@contextmanager
+def connected(address: str) -> Iterator[socket.socket]:
+    host, _, port = address.rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=1.0) as connection:
+        yield connection
+
+
+def _drain(connection: socket.socket, seconds: float) -> bool:
+    """Reads what has come; returns whether the server still talks to us."""
+    connection.settimeout(seconds)
+    try:
+        while data := connection.recv(ANSWERS):
+            if len(data) < ANSWERS:
+                return True
+        return False
+    except TimeoutError:
+        return True
+
+
+def send_calls(address: str, end: float, chance: random.Random) -> tuple[int, Counter[str]]:
+    """Proper connections whose calls have wrong headers or messages."""
+    sent, codes = 0, Counter[str]()
+    every = methods()
+    while time.monotonic() < end:
+        with suppress(OSError), connected(address) as connection:
+            codes["connections"] += 1
+            connection.sendall(frames.begun())
+            for stream in range(1, 100, 2):
+                method = chance.choice(every)
+                data = hostile(method, chance)
+                opened = frames.hostile_call(stream, method.path.encode(), data, chance)
+                connection.sendall(opened)
+                sent += 1
+                if not _drain(connection, 0.005) or time.monotonic() > end:
+                    break
+    return sent, codes
+
+
+def send_garbage(address: str, end: float, chance: random.Random) -> tuple[int, Counter[str]]:
+    """Connections that break the protocol."""
+    sent, codes = 0, Counter[str]()
+    while time.monotonic() < end:
+        with suppress(OSError), connected(address) as connection:
+            codes["connections"] += 1
+            connection.sendall(frames.garbage(chance))
+            sent += 1
+            _drain(connection, 0.005)
+    return sent, codes
+
+
+def send_resets(address: str, end: float, chance: random.Random) -> tuple[int, Counter[str]]:
+    """As many calls as the connection takes, each of them taken back at once."""
+    sent, codes = 0, Counter[str]()
+    paths = (b"/loraplex.v1.GenerationService/Generate", b"/grpc.health.v1.Health/Check")
+    headers = [frames.packed(frames.call(path)) for path in paths]
+    while time.monotonic() < end:
+        with suppress(OSError), connected(address) as connection:
+            codes["connections"] += 1
+            connection.sendall(frames.begun())
+            first = 1
+            while time.monotonic() < end and first < 2**30:
+                connection.sendall(frames.resets(first, 200, chance.choice(headers)))
+                first, sent = first + 400, sent + 200
+                if not _drain(connection, 0.0001):
+                    break
+    return sent, codes
+
+
+KINDS = {
+    "messages": send_messages,
+    "calls": send_calls,
+    "garbage": send_garbage,
+    "resets": send_resets,
+}
+
+
+if __name__ == "__main__":
+    kind, address, seconds, seed = sys.argv[1:]
+    end = time.monotonic() + float(seconds)
+    sent, codes = KINDS[kind](address, end, random.Random(seed))
+    print(json.dumps({"sent": sent, "codes": dict(codes)}))

@@ -1,0 +1,94 @@
+"""Arbitrary messages, headers, frames and resets, sent to a server in its own process."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from statistics import median
+from urllib.request import urlopen
+
+import grpc
+import psutil
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from loraplex.v1 import adapter_pb2, adapter_pb2_grpc, generation_pb2_grpc
+from rpc.harness import ask, expected, series, write_adapter
+from server.test_process import Process, children, serving
+
+pytestmark = pytest.mark.fault("hostile-messages")
+
+CLIENT = Path(__file__).with_name("hostile_client.py")
+GROWTH = 256 << 20
+"""Bytes that the server and its engine may take more than before."""
+FAULTS = ("Traceback", "internal error", "a handler failed", "never retrieved", "ENGINE_FAULT")
+
+
+def attack(up: Process, kind: str, seconds: float, seed: int) -> subprocess.Popen[str]:
+    command = [sys.executable, str(CLIENT), kind, up.grpc, str(seconds), str(seed)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def memory(up: Process) -> int:
+    pids = [up.process.pid, *children(up.process.pid)]
+    return sum(psutil.Process(pid).memory_info().rss for pid in pids)
+
+
+def watch_health(channel: grpc.Channel, clients: list[subprocess.Popen[str]]) -> list[float]:
+    """Seconds that each health check took while the clients ran."""
+    health, took = health_pb2_grpc.HealthStub(channel), []
+    while any(client.poll() is None for client in clients):
+        began = time.monotonic()
+        reply = health.Check(health_pb2.HealthCheckRequest(), timeout=10)
+        took.append(time.monotonic() - began)
+        assert reply.status == health_pb2.HealthCheckResponse.SERVING
+        time.sleep(0.05)
+    return took
+
+
+def scrape(up: Process) -> dict[str, float]:
+    with urlopen(f"http://{up.admin}/metrics") as reply:
+        return series(reply.read().decode())
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("seconds", [3, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kinds", [("messages", "calls", "garbage"), ("resets",)])
+def test_whatever_is_sent_the_server_goes_on(
+    kinds: tuple[str, ...], seconds: int, tmp_path: Path
+) -> None:
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")
+    for name in ("kept", "fuzzed"):
+        write_adapter(tmp_path / "import" / f"{name}-0", seed=len(name))
+    with serving(tmp_path) as up, grpc.insecure_channel(up.grpc) as channel:
+        generation = generation_pb2_grpc.GenerationServiceStub(channel)
+        adapters = adapter_pb2_grpc.AdapterServiceStub(channel)
+        for name in ("kept", "fuzzed"):
+            adapters.RegisterAdapter(
+                adapter_pb2.RegisterAdapterRequest(name=name, path=f"{name}-0")
+            )
+        before = [generation.Generate(ask(adapter=name)) for name in ("", "kept")]
+        engines, used = children(up.process.pid), memory(up)
+        clients = [attack(up, kind, seconds, seed) for kind in kinds]
+        took = watch_health(channel, clients)
+        reports = [json.loads(client.communicate()[0].splitlines()[-1]) for client in clients]
+        codes = Counter[str]()
+        for report in reports:
+            codes.update(report["codes"])
+            assert report["sent"] > 20, report
+        assert median(took) < 0.1, sorted(took)
+        assert max(took) < 2.0, sorted(took)
+        assert not {"INTERNAL", "UNKNOWN"} & {code.split()[0] for code in codes}, codes
+        assert children(up.process.pid) == engines
+        assert memory(up) - used < GROWTH
+        after = [generation.Generate(ask(adapter=name)) for name in ("", "kept")]
+        assert [list(reply.token_ids) for reply in after] == [list(r.token_ids) for r in before]
+        assert list(after[0].token_ids) == expected([20, 21, 22], 8)
+        assert not any(value for name, value in scrape(up).items() if "ENGINE_FAULT" in name)
+    faulty = [line for line in up.log if any(fault in line for fault in FAULTS)]
+    assert not faulty, "".join(up.log)[-5000:]
