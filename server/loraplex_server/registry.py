@@ -23,6 +23,7 @@ from loraplex_server.census import Census
 from loraplex_server.engine.messages import AdapterRef
 from loraplex_server.engine.process.client import EngineClient
 from loraplex_server.feed import AdapterFeed, Catalogue
+from loraplex_server.finishing import to_the_end
 from loraplex_server.freshness import unanswered
 from loraplex_server.lanes import Lane, Lanes
 from loraplex_server.metrics import Metrics
@@ -342,7 +343,7 @@ class Registry:
                 self._names.clear()
                 self.feed.changed()
 
-        return await asyncio.shield(asyncio.create_task(run()))
+        return await to_the_end(run())
 
     # the engine
 

@@ -151,6 +151,25 @@ def _varint(number: int) -> bytes:
     return data + bytes([number])
 
 
+def proper(chance: random.Random) -> tuple[str, bytes]:
+    """The path and the bytes of a valid call about the adapter "fuzzed"."""
+    request = generation_pb2.GenerateRequest(
+        adapter_id=chance.choice(("", "fuzzed")),
+        token_ids=generation_pb2.TokenIds(ids=[20, 21, 22]),
+        stop={"max_new_tokens": 4},
+    )
+    generation, adapters = "/loraplex.v1.GenerationService/", "/loraplex.v1.AdapterService/"
+    calls: tuple[tuple[str, Message], ...] = (
+        (generation + "Generate", request),
+        (generation + "GenerateStream", generation_pb2.GenerateStreamRequest(request=request)),
+        (adapters + "LoadAdapter", adapter_pb2.LoadAdapterRequest(adapter_id="fuzzed")),
+        (adapters + "UnloadAdapter", adapter_pb2.UnloadAdapterRequest(adapter_id="fuzzed")),
+        (adapters + "ListAdapters", adapter_pb2.ListAdaptersRequest()),
+    )
+    path, message = chance.choice(calls)
+    return path, message.SerializeToString()
+
+
 def hostile(method: Method, chance: random.Random) -> bytes:
     """The bytes of one message for a method."""
     kinds: Sequence[Callable[[], bytes]] = (

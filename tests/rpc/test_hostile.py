@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import random
+import socket
 import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from urllib.request import urlopen
@@ -15,6 +17,7 @@ from urllib.request import urlopen
 import grpc
 import psutil
 import pytest
+from fuzz import frames
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from loraplex.v1 import adapter_pb2, adapter_pb2_grpc, generation_pb2_grpc
 from rpc.harness import ask, expected, series, write_adapter
@@ -48,6 +51,16 @@ def watch_health(channel: grpc.Channel, clients: list[subprocess.Popen[str]]) ->
         assert reply.status == health_pb2.HealthCheckResponse.SERVING
         time.sleep(0.05)
     return took
+
+
+def send(up: Process, data: bytes) -> None:
+    """Sends bytes in a connection of their own, and reads what comes back for a moment."""
+    host, _, port = up.grpc.rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=0.2) as connection:
+        connection.sendall(data)
+        with suppress(OSError):
+            while connection.recv(1 << 16):
+                pass
 
 
 def scrape(up: Process) -> dict[str, float]:
@@ -90,5 +103,33 @@ def test_whatever_is_sent_the_server_goes_on(
         assert [list(reply.token_ids) for reply in after] == [list(r.token_ids) for r in before]
         assert list(after[0].token_ids) == expected([20, 21, 22], 8)
         assert not any(value for name, value in scrape(up).items() if "ENGINE_FAULT" in name)
+    up.wait()
     faulty = [line for line in up.log if any(fault in line for fault in FAULTS)]
     assert not faulty, "".join(up.log)[-5000:]
+
+
+def test_a_path_that_is_not_text_does_not_stop_the_server(tmp_path: Path) -> None:
+    with serving(tmp_path) as up, grpc.insecure_channel(up.grpc) as channel:
+        for path in (b"/\xff\xfe", b"/loraplex.v1.GenerationService/\xc3\x28", b"\x80", b""):
+            headers = frames.packed(frames.call(path))
+            send(up, frames.begun() + frames.frame(frames.HEADERS, 5, 1, headers))
+        unknown = channel.unary_unary("/loraplex.v1.GenerationService/Unknown")
+        with pytest.raises(grpc.RpcError) as caught:
+            unknown(b"", timeout=10)
+        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+        reply = generation_pb2_grpc.GenerationServiceStub(channel).Generate(ask())
+        assert list(reply.token_ids) == expected([20, 21, 22], 8)
+    up.wait()
+    assert not any("Traceback" in line for line in up.log), "".join(up.log)
+
+
+@pytest.mark.fault("log-line-forged")
+def test_bytes_of_a_peer_are_no_lines_of_the_log(tmp_path: Path) -> None:
+    forged = b"\nI0000 12:00:00 forged principal=admin\n"
+    headers = frames.packed([*frames.call(b"/a"), (b"grpc-timeout", forged), (b"x", forged)])
+    with serving(tmp_path) as up:
+        send(up, frames.begun() + frames.frame(frames.GOAWAY, 0, 0, bytes(8) + forged))
+        send(up, frames.begun() + frames.frame(frames.HEADERS, 5, 1, headers))
+        send(up, frames.begun() + forged * 20)
+    up.wait()
+    assert not any("forged" in line for line in up.log), "".join(up.log)

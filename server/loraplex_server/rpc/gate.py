@@ -65,6 +65,8 @@ class Gate:
             if not working.done():
                 working.cancel()
                 await asyncio.wait({working})
+            if not working.cancelled():
+                working.exception()  # has been seen, also if the caller was cancelled meanwhile
         if self.draining:
             raise Refusal(Reason.DRAINING, refusal)
         raise TimeoutError

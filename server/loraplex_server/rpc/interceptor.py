@@ -222,7 +222,8 @@ class _Call:
 
     async def _fail(self, error: BaseException) -> None:
         """Ends the call with the error's status. Returns only if there is no status to send."""
-        if isinstance(error, asyncio.CancelledError):
+        gone = isinstance(error, grpc.aio.InternalError)  # what operations on its call then raise
+        if gone or isinstance(error, asyncio.CancelledError):
             remaining = self._context.time_remaining()
             late = remaining is not None and remaining <= _CLOCK_SLACK
             self._code = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
@@ -230,6 +231,8 @@ class _Call:
                 self._reason = Reason.READER_STALLED.name
             elif late:
                 self._reason = Reason.DEADLINE_EXCEEDED.name
+            if gone:
+                raise asyncio.CancelledError from error
             return
         if isinstance(error, grpc.aio.AbortError) or not isinstance(error, Exception):
             return
@@ -240,7 +243,10 @@ class _Call:
         self._reason = error.reason.name
         status = status_of(error, self.id)
         trailers = trailers_of(status, error.reason, self.id)
-        await self._context.abort(self._code, status.message, trailers)
+        try:
+            await self._context.abort(self._code, status.message, trailers)
+        except grpc.aio.InternalError as failed:  # the client is gone
+            raise asyncio.CancelledError from failed
 
 
 def _forgiving(read: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
