@@ -75,7 +75,12 @@ def test_an_exception_at_a_point_loses_nothing(point: str, prepared: Path, ram: 
 
 
 @pytest.mark.parametrize(
-    "wanted", [len(POINTS), pytest.param(200, marks=pytest.mark.slow)], ids=["each", "200"]
+    "wanted",
+    [
+        len(POINTS),
+        pytest.param(200, marks=[pytest.mark.slow, pytest.mark.fault("kills-and-fuzz-not-run")]),
+    ],
+    ids=["each", "200"],
 )
 def test_kill_9_at_every_point_loses_nothing(wanted: int, ram: Path) -> None:
     ran = subprocess.run(

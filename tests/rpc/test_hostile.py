@@ -128,7 +128,7 @@ def test_bytes_of_a_peer_are_no_lines_of_the_log(tmp_path: Path) -> None:
     forged = b"\nI0000 12:00:00 forged principal=admin\n"
     headers = frames.packed([*frames.call(b"/a"), (b"grpc-timeout", forged), (b"x", forged)])
     with serving(tmp_path) as up:
-        send(up, frames.begun() + frames.frame(frames.GOAWAY, 0, 0, bytes(8) + forged))
+        send(up, frames.begun() + frames.frame(frames.GOAWAY, 0, 0, bytes(7) + b"\x02" + forged))
         send(up, frames.begun() + frames.frame(frames.HEADERS, 5, 1, headers))
         send(up, frames.begun() + forged * 20)
     up.wait()
