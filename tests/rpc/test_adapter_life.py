@@ -305,3 +305,24 @@ async def test_virtual_tokens_are_used_alone_and_count_against_the_context(
         too_long = up.generation.Generate(ask(*[20] * 61, adapter="soft"))
         assert await reason_of(too_long) == "PROMPT_TOO_LONG"
         await up.generation.Generate(ask(*[20] * 61, adapter="alpha"))
+
+
+@pytest.mark.fault("virtual-tokens-beyond-context")
+async def test_virtual_tokens_without_room_for_a_prompt_are_refused_at_the_door(
+    tmp_path: Path,
+) -> None:
+    async with running(tmp_path, engine_options={"prefix_blocks": 40, "max_context": 64}) as up:
+        for tokens, reason in ((62, ""), (63, "ADAPTER_TOO_LARGE"), (400, "ADAPTER_TOO_LARGE")):
+            name = f"soft{tokens}"
+            write_prompt(tmp_path / "import" / name, tokens)
+            report = await up.adapters.ValidateAdapter(pb.ValidateAdapterRequest(path=name))
+            assert {finding.reason for finding in report.findings} == {reason} - {""}
+            request = pb.RegisterAdapterRequest(name=name, path=name)
+            if not reason:
+                await up.adapters.RegisterAdapter(request)
+                continue
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await up.adapters.RegisterAdapter(request)
+            seen = refusal(caught.value)
+            assert seen.reason == reason
+            assert "max_context" in str(caught.value.details())

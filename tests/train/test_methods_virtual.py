@@ -283,3 +283,14 @@ def test_wrong_options_are_told_all_at_once(
     assert len(caught.value.messages) == len(told)
     for name in told:
         assert any(name in problem for problem in caught.value.messages)
+
+
+@pytest.mark.fault("virtual-tokens-beyond-context")
+@pytest.mark.parametrize("name", CASES)
+def test_what_no_server_could_use_is_not_trained(name: str) -> None:
+    """The base has 256 positions; one is for the prompt and one for the answer."""
+    make("llama", name, num_virtual_tokens=254)
+    with pytest.raises(Refusal, match="at most 254") as caught:
+        make("llama", name, num_virtual_tokens=255)
+    assert caught.value.reason == "METHOD_INVALID"
+    assert caught.value.field == "method.num_virtual_tokens"

@@ -93,6 +93,8 @@ class Reason(StrEnum):
     """The model could not be downloaded."""
     CACHE_FAILED = auto()
     """The cache folder cannot be written."""
+    PACKAGE_UNSUPPORTED = auto()
+    """An installed package is missing, or its version fails or computes wrong results."""
     NO_CUDA = auto()
     """CUDA was asked for and there is no CUDA device."""
     KV_TOO_SMALL = auto()
@@ -162,6 +164,7 @@ BASE_MODEL_REASONS: Final = frozenset(
         Reason.MODEL_UNSUPPORTED,
         Reason.MODEL_UNAVAILABLE,
         Reason.CACHE_FAILED,
+        Reason.PACKAGE_UNSUPPORTED,
     }
 )
 """Reasons for which a base model cannot be loaded."""

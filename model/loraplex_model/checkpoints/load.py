@@ -18,6 +18,7 @@ from loraplex_model.checkpoints.convert import convert
 from loraplex_model.checkpoints.default_model import DEFAULT, ensure_default_model
 from loraplex_model.checkpoints.mapped import MappedFile
 from loraplex_model.checkpoints.stored import StoredModel
+from loraplex_model.ops import known_faults
 
 DECODER = "decoder.json"
 
@@ -60,6 +61,9 @@ def load_base(
     Raises:
         Refusal: one of `BASE_MODEL_REASONS`; the message says what to do.
     """
+    kind = torch.device(device).type
+    known_faults.check(kind)
+    known_faults.avoid(kind)
     if model in ("", DEFAULT):
         source = ensure_default_model(cache_dir)
         digests = [default_model.SHA256]

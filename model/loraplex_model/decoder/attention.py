@@ -12,10 +12,10 @@ import torch
 from loraplex_model.adapters.delta import VirtualTokens
 from loraplex_model.base.batch import ForwardBatch
 from loraplex_model.base.config import DecoderConfig
+from loraplex_model.decoder import flash
 from loraplex_model.ops.linear import TILE
 
 _PAD = 64  # keys are padded to a multiple of this, so that sums over them have one order
-_FLASH_BLOCK = 256  # FlashAttention 2 needs a paged cache with blocks of a multiple of this
 
 
 class Attention(Protocol):
@@ -51,6 +51,11 @@ class PagedAttention:
         )
         blocks = self._tables[sequences, self._positions // self._block_size].long()
         self._slots = blocks * self._block_size + self._positions % self._block_size
+        self._flash = not flash.obstacle(device, keys[0].dtype, config.head_dim, self._block_size)
+        if self._flash:
+            self._key_starts = torch.nn.functional.pad(
+                self._lengths.cumsum(0, dtype=torch.int32), (1, 0)
+            )
 
     def __call__(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
@@ -60,9 +65,8 @@ class PagedAttention:
         keys.flatten(0, 1)[self._slots] = k.to(keys.dtype)
         values.flatten(0, 1)[self._slots] = v.to(values.dtype)
         window = self._config.sliding_windows[layer]
-        flash = q.is_cuda and q.dtype != torch.float32
-        if flash and self._block_size % _FLASH_BLOCK == 0:
-            return self._varlen(q, keys, values, window)
+        if self._flash:
+            return self._all_at_once(q, keys, values, window)
         out = torch.empty_like(q)
         for s, length in enumerate(self._batch.context_lens.tolist()):
             rows = slice(int(self._batch.query_starts[s]), int(self._batch.query_starts[s + 1]))
@@ -72,26 +76,22 @@ class PagedAttention:
             out[rows] = _by_tiles(q[rows], past_k, past_v, self._positions[rows], window)
         return out.flatten(1)
 
-    def _varlen(
+    def _all_at_once(
         self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int | None
     ) -> torch.Tensor:
-        from torch.nn.attention.varlen import varlen_attn
-
         batch = self._batch
-        out = varlen_attn(
+        out = flash.attend(
             q,
             keys,
             values,
-            self._starts,
-            None,
-            int((batch.query_starts[1:] - batch.query_starts[:-1]).max()),
-            int(batch.context_lens.max()),
-            window_size=(-1 if window is None else window - 1, 0),
-            enable_gqa=True,
-            seqused_k=self._lengths,
-            block_table=self._tables,
+            query_starts=self._starts,
+            key_starts=self._key_starts,
+            lengths=self._lengths,
+            tables=self._tables,
+            most_queries=int((batch.query_starts[1:] - batch.query_starts[:-1]).max()),
+            most_keys=int(batch.context_lens.max()),
+            window=window,
         )
-        assert isinstance(out, torch.Tensor)  # a tuple only if the log-sum-exp is requested
         return out.flatten(1)
 
 

@@ -8,14 +8,15 @@ from pathlib import Path
 import torch
 
 from loraplex_model.base.weights import BaseWeights
+from loraplex_model.decoder import flash
 from loraplex_model.decoder.native import NativeDecoder
 from loraplex_model.decoder.reference import ReferenceDecoder
 from loraplex_model.ops import build
 
 log = logging.getLogger(__name__)
 
-BLOCK_SIZE = {"cpu": 16, "cuda": 256}
-"""Tokens of a KV block, by device type. FlashAttention's pages have 256 tokens."""
+BLOCK_SIZE = {"cpu": 16, "cuda": flash.BLOCK}
+"""Tokens of a KV block, by device type."""
 
 Decoder = NativeDecoder | ReferenceDecoder
 
@@ -53,4 +54,6 @@ def open_decoder(
             )
         except build.KernelsUnavailable as error:
             log.warning("no compiled kernels, so decoding will be many times slower: %s", error)
+    elif why := flash.obstacle(weights.embed.device, dtype, weights.config.head_dim, block_size):
+        log.warning("attention computes one sequence after the other, many times slower: %s", why)
     return ReferenceDecoder(weights, num_blocks, block_size, num_slots)

@@ -116,15 +116,19 @@ class FusedLinear:
     """bitsandbytes' fused 4-bit product, for CUDA.
 
     The maxima are kept in float32, which takes 0.4 bits per weight more: bitsandbytes' double
-    quantisation has one offset per matrix, and a stack has one per module.
+    quantisation has one offset per matrix, and a stack has one per module. Matrices whose rows do
+    not hold whole blocks are unpacked for every product, since bitsandbytes takes them to do so.
     """
 
     def __init__(self) -> None:
         quieten_bitsandbytes()
         self._states: dict[NF4Matrix, Any] = {}
+        self._unfit = DequantisedLinear()
 
     def __call__(self, matrix: NF4Matrix, x: torch.Tensor) -> torch.Tensor:
         """See `BaseLinear`."""
+        if matrix.shape[1] % BLOCK:
+            return self._unfit(matrix, x)
         import bitsandbytes
         from bitsandbytes.functional import QuantState
 
