@@ -36,6 +36,7 @@ from loraplex_server.engine.messages import (
 )
 from loraplex_server.engine.process.client import EngineClient
 from loraplex_server.exits import ServerExit
+from loraplex_server.failures import for_operator
 from loraplex_server.lanes import Lanes
 from loraplex_server.metrics import Metrics
 from loraplex_server.registry import Registry
@@ -290,7 +291,7 @@ def _needed(code: ServerExit, what: str) -> Iterator[None]:
     try:
         yield
     except Refusal as error:
-        raise StartFailure(code, error.message) from error
+        raise StartFailure(code, for_operator(error)) from error
     except OSError as error:
         file = f" {error.filename}" if error.filename else ""
         raise StartFailure(code, f"{what}{file}: {error.strerror}") from error

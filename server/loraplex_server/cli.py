@@ -12,6 +12,7 @@ from loraplex_server import app as server
 from loraplex_server import doctor, export_cli, logs, store_cli
 from loraplex_server.config import Config
 from loraplex_server.exits import ServerExit
+from loraplex_server.failures import unexpected
 from loraplex_server.flags import ALL_SETTINGS, with_settings
 
 app = typer.Typer(
@@ -50,8 +51,11 @@ def version() -> None:
 
 
 def main() -> None:
-    """The console script."""
-    app()
+    """The console script. An error that nothing has handled is logged, and is an exit code too."""
+    try:
+        app()
+    except Exception as error:
+        sys.exit(unexpected(error))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import ByteSize, Field, SecretStr, ValidationError, model_validator
-from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict, SettingsError
 
 from loraplex_server.engine.batching.scheduler import EngineLimits
 from loraplex_server.engine.process.setup import EngineSetup
@@ -241,7 +241,11 @@ def load(file: Path | None, flags: Mapping[str, Any]) -> Config:
             raise ConfigError(f"cannot read {file}: {error.strerror}") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{file} is not TOML: {error}") from error
-    given = {**from_file, **EnvSettingsSource(Config)(), **flags}
+    try:
+        from_environment = EnvSettingsSource(Config)()
+    except SettingsError as error:  # a list or a table that is not JSON
+        raise ConfigError(f"the environment cannot be read: {error}") from error
+    given = {**from_file, **from_environment, **flags}
     unknown = given.keys() - Config.model_fields.keys()
     problems = [f"{name}: there is no such setting" for name in sorted(unknown)]
     try:

@@ -15,3 +15,9 @@ class ServerExit(IntEnum):
     PORT_IN_USE = 3
     NO_MODEL = 4
     STORE_UNUSABLE = 5
+    ENGINE_LOST = 6
+    """The engine cannot be kept running: the server gave up restarting it."""
+    BASE_CHANGED = 7
+    """A restarted engine reports another base model than the first one."""
+    INTERNAL = 8
+    """An unexpected error ended a part that must run as long as the server."""

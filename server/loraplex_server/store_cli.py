@@ -19,6 +19,7 @@ from rich.console import Console, RenderableType
 from loraplex_server import store_tables as tables
 from loraplex_server.config import Config
 from loraplex_server.exits import ServerExit
+from loraplex_server.failures import for_operator
 from loraplex_server.flags import own_parameters, parameter, with_settings
 
 _DAY = 24 * 3600.0
@@ -269,8 +270,11 @@ def _labels(texts: list[str] | None) -> dict[str, str]:
 
 
 def _fail(refusal: Refusal) -> NoReturn:
-    for problem in refusal.problems:
-        typer.echo(f"error: {problem.reason}: {problem.message}", err=True)
+    if len(refusal.problems) == 1:
+        typer.echo(f"error: {refusal.reason}: {for_operator(refusal)}", err=True)
+    else:
+        for problem in refusal.problems:
+            typer.echo(f"error: {problem.reason}: {problem.message}", err=True)
     if refusal.reason in BASE_MODEL_REASONS:
         raise typer.Exit(ServerExit.NO_MODEL) from None
     broken = refusal.reason in _STORE_REASONS

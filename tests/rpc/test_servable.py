@@ -209,3 +209,14 @@ async def test_files_that_go_while_the_server_runs_fail_their_adapter_only(
         await up.register("lost", 1)
         await until(lambda: up.metric("adapters_unservable", cause="missing") == 0)
         await served(up, "lost")
+
+
+@pytest.mark.fault("label-keys-unbounded")
+async def test_too_many_label_keys_are_a_bad_request(tmp_path: Path) -> None:
+    async with running(tmp_path) as up:
+        await up.register("a", 1, labels={"team": "ops"})
+        keys = [f"k{i}" for i in range(260_000)]
+        change = pb.LabelAdapterRequest(adapter_id="a", remove=keys)
+        assert (await refused(up.adapters.LabelAdapter(change))).reason == "FIELD_INVALID"
+        request = pb.GetAdapterRequest(adapter_id="a")
+        assert (await up.adapters.GetAdapter(request)).adapter.labels == {"team": "ops"}

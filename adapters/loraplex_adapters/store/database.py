@@ -6,6 +6,7 @@ takes an advisory lock. So a change can rely on what it sees in the store's dire
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -115,8 +116,8 @@ def _begin(connection: sa.Connection) -> None:
 def _database_errors() -> Iterator[None]:
     try:
         yield
-    except SQLAlchemyError as error:
-        cause = getattr(error, "orig", None)
-        if getattr(cause, "sqlstate", "") == _DISK_FULL or "full" in str(cause or ""):
-            raise full() from error
-        raise unavailable("the adapter store's index cannot be used") from error
+    except (SQLAlchemyError, sqlite3.Error) as error:
+        cause = getattr(error, "orig", None) or error
+        if getattr(cause, "sqlstate", "") == _DISK_FULL or "full" in str(cause):
+            raise full() from cause
+        raise unavailable("the adapter store's index cannot be used") from cause

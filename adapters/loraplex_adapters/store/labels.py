@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 
 from loraplex_model.base.refusal import Reason, Refusal
 
@@ -18,12 +18,16 @@ def check_labels(labels: Mapping[str, str]) -> dict[str, str]:
     check_keys(labels)
     if any(len(value) > MAX_VALUE or not value.isprintable() for value in labels.values()):
         raise _invalid(f"a label value has at most {MAX_VALUE} characters, all of them printable")
-    check_count(len(labels))
     return dict(labels)
 
 
-def check_keys(keys: Iterable[str]) -> None:
-    """Raises Refusal(FIELD_INVALID, field "labels") unless all `keys` are valid label keys."""
+def check_keys(keys: Collection[str]) -> None:
+    """Raises Refusal(FIELD_INVALID, field "labels") unless `keys` are valid label keys.
+
+    There may be at most as many as a version has labels. They are counted before anything else, so
+    that a list of any length costs nothing.
+    """
+    check_count(len(keys))
     if not all(_KEY.match(key) for key in keys):
         raise _invalid(
             "a label key has 1 to 63 characters of a-z, 0-9, ., _, / and -, and begins with a "

@@ -13,6 +13,8 @@ import sqlalchemy as sa
 from loraplex_adapters.format.spec import CheckedAdapter
 from loraplex_adapters.store import schema
 
+_MOST_NAMES = 1000
+
 
 @dataclass(frozen=True, slots=True)
 class Quarantine:
@@ -114,17 +116,21 @@ def read(connection: sa.Connection, rows: Sequence[Any]) -> tuple[Record, ...]:
     """Returns the records of rows of `versions`, with their labels and aliases."""
     if not rows:
         return ()
-    names = {row.name for row in rows}
+    names = sorted({row.name for row in rows})
     labels: dict[tuple[str, int], dict[str, str]] = defaultdict(dict)
-    for row in connection.execute(
-        sa.select(schema.labels).where(schema.labels.c.name.in_(names)).order_by("key")
-    ):
-        labels[row.name, row.version][row.key] = row.value
     aliases: dict[tuple[str, int], list[str]] = defaultdict(list)
-    for row in connection.execute(
-        sa.select(schema.aliases).where(schema.aliases.c.name.in_(names)).order_by("alias")
-    ):
-        aliases[row.name, row.version].append(row.alias)
+    of_label, of_alias = schema.labels.c, schema.aliases.c
+    # A statement has a bounded number of parameters on every database.
+    for start in range(0, len(names), _MOST_NAMES):
+        some = names[start : start + _MOST_NAMES]
+        for row in connection.execute(
+            sa.select(schema.labels).where(of_label.name.in_(some)).order_by(of_label.key)
+        ):
+            labels[row.name, row.version][row.key] = row.value
+        for row in connection.execute(
+            sa.select(schema.aliases).where(of_alias.name.in_(some)).order_by(of_alias.alias)
+        ):
+            aliases[row.name, row.version].append(row.alias)
     return tuple(_record(row, labels, aliases) for row in rows)
 
 

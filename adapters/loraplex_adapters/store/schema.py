@@ -133,6 +133,7 @@ def prepare(connection: sa.Connection, known_id: str | None, has_blobs: bool) ->
             connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA_VERSION}")
         return store_id
     _add_ignorable(connection)
+    changes(connection)
     recorded = _meta(connection, _STORE_ID)
     if known_id not in (None, recorded):
         raise unavailable("the adapter store's directory and index do not belong together")
@@ -140,8 +141,14 @@ def prepare(connection: sa.Connection, known_id: str | None, has_blobs: bool) ->
 
 
 def changes(connection: sa.Connection) -> int:
-    """Number of changes of names, aliases and labels so far."""
-    return int(_meta(connection, _CHANGES))
+    """Number of changes of names, aliases and labels so far.
+
+    Raises Refusal(STORE_UNAVAILABLE) if the index is damaged.
+    """
+    text = _meta(connection, _CHANGES)
+    if not text.isdecimal():
+        raise unavailable("the adapter store's index is damaged: it has no count of its changes")
+    return int(text)
 
 
 def count_change(connection: sa.Connection) -> None:

@@ -81,7 +81,7 @@ class Records:
                 found.append(msgspec.json.decode((folder / RECORD).read_bytes(), type=JobRecord))
             except FileNotFoundError:
                 self.remove(folder.name)
-            except msgspec.DecodeError as error:
+            except (msgspec.DecodeError, OSError) as error:
                 log.error("the record of training job %s is damaged: %s", folder.name, error)
         return found
 

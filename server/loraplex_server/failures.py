@@ -1,0 +1,39 @@
+"""What an operator reads when a command fails: one line, whatever the cause."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from loraplex_model.base.refusal import Reason, Refusal
+
+from loraplex_server.exits import ServerExit
+
+log = logging.getLogger(__name__)
+
+
+def for_operator(refusal: Refusal) -> str:
+    """The message of a refusal. One by the store also says what the disk or the database said.
+
+    Clients never see that, because it may name files and hosts.
+    """
+    cause = refusal.__cause__
+    if refusal.reason not in (Reason.STORE_UNAVAILABLE, Reason.STORE_FULL) or cause is None:
+        return refusal.message
+    if isinstance(cause, OSError) and cause.strerror:
+        where = f"{cause.filename}: " if cause.filename else ""
+        return f"{refusal.message}: {where}{cause.strerror}"
+    said = str(cause).strip().partition("\n")[0]
+    return f"{refusal.message}: {said or type(cause).__name__}"
+
+
+def unexpected(error: Exception) -> ServerExit:
+    """Logs an error that nothing has handled, and tells the operator in one line."""
+    log.critical("a command ended because of an unexpected error", exc_info=error)
+    print(
+        f"error: an unexpected error, {type(error).__name__}, ended the command; the lines above "
+        "show where; please report them",
+        file=sys.stderr,
+        flush=True,
+    )
+    return ServerExit.INTERNAL
