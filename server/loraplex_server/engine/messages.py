@@ -247,6 +247,12 @@ class StepStats(msgspec.Struct, frozen=True):
     """Adapters read into host memory before they were needed, since the engine started."""
     prefetch_hits: int = 0
     """Number of these adapters that were then used."""
+    waiting_turns: int = 0
+    """Requests that wait for their turn, because choosing their next token is costly."""
+    memory_bytes: int = 0
+    """Anonymous memory of the engine process, at most some seconds old; 0 if unknown."""
+    accounted_bytes: int = 0
+    """Memory of the process before the first adapter, and that of all adapters by budget."""
 
 
 class StepReport(msgspec.Struct, frozen=True, tag="step"):

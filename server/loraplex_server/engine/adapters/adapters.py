@@ -99,6 +99,12 @@ class Adapters:
         """Grows whenever `statuses` changes by more than references and times."""
         return self.slots.version + self.residency.fetching.version + self.merging.version
 
+    @property
+    def process_bytes(self) -> int:
+        """Bytes of this process's memory that adapters take in all tiers, by budget."""
+        device = self.slots.nbytes + self.merging.nbytes
+        return self.host.nbytes + (device if self.host.shared else 0)
+
     def statuses(self) -> list[AdapterStatus]:
         """Status of every adapter that is on the device, in host memory, or on its way."""
         return statuses(self.slots, self.host, self.residency.fetching)
