@@ -116,14 +116,24 @@ class Unmerge(msgspec.Struct, frozen=True, tag="unmerge"):
     digest: str
 
 
+class Withdraw(msgspec.Struct, frozen=True, tag="withdraw"):
+    """Nobody waits for the answer to the order `op` any more.
+
+    An adapter that is wanted for this order alone is not loaded, pinned or merged, unless that has
+    begun. An unload or unmerge is carried out. The answer is dropped; unknown numbers are ignored.
+    """
+
+    op: int
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
     """End the engine process now. The front drains before it sends this."""
 
 
-Control = Load | Unload | SetPinned | Merge | Unmerge
-"""Orders about adapters."""
+Control = Load | Unload | SetPinned | Merge | Unmerge | Withdraw
+"""Orders about adapters, and their withdrawal."""
 
-ToEngine = Submit | Abort | Load | Unload | SetPinned | Merge | Unmerge | Shutdown
+ToEngine = Submit | Abort | Load | Unload | SetPinned | Merge | Unmerge | Withdraw | Shutdown
 
 # engine -> front
 

@@ -23,7 +23,14 @@ from loraplex_server.engine.adapters.slots import AdapterSlots
 from loraplex_server.engine.adapters.table import statuses
 from loraplex_server.engine.adapters.wants import Settled
 from loraplex_server.engine.batching.request import Request
-from loraplex_server.engine.messages import AdapterStatus, Control, Reply, Unload, Unmerge
+from loraplex_server.engine.messages import (
+    AdapterStatus,
+    Control,
+    Reply,
+    Unload,
+    Unmerge,
+    Withdraw,
+)
 from loraplex_server.engine.runner.protocol import ModelRunner
 
 
@@ -58,6 +65,8 @@ class Adapters:
                 self.residency.unload(message)
             case Unmerge():
                 self.merging.unmerge(message)
+            case Withdraw():
+                self.residency.withdraw(message.op)
             case _:
                 self.residency.order(message)
 
