@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from loraplex_model.adapters.delta import AdapterDelta
 from loraplex_model.base.refusal import Reason, Refusal
