@@ -112,6 +112,9 @@ class Metrics:
         self._set_held(
             stats.adapter_bytes, stats.host_bytes, stats.merged_bytes, stats.prefix_blocks
         )
+        series.sampling_waiting_requests.set(stats.waiting_turns)
+        series.engine_memory_bytes.labels("used").set(stats.memory_bytes)
+        series.engine_memory_bytes.labels("accounted").set(stats.accounted_bytes)
         for counter, value in (
             (series.preemptions, stats.preemptions),
             (series.adapter_evictions.labels("device"), stats.evictions),
@@ -154,6 +157,9 @@ class Metrics:
     def _set_empty(self) -> None:
         """Sets the gauges of an engine without adapters."""
         self._set_held(0, 0, 0, 0)
+        self.series.sampling_waiting_requests.set(0)
+        for kind in ("used", "accounted"):
+            self.series.engine_memory_bytes.labels(kind).set(0)
         for state in ADAPTER_STATES:
             self.series.adapters.labels(state).set(0)
 

@@ -95,6 +95,10 @@ class Series:
     prefill_tokens = _counter("Prompt tokens computed, repeats included.")
     batch_distinct_adapters = _histogram(_ROWS, "Different adapters in a step.")
     engine_step_seconds = _histogram(_SHORT, "Duration of an engine step.")
+    engine_memory_bytes = _gauge(
+        "Memory of the engine process: in use, and accounted for.", kind=("used", "accounted")
+    )
+    sampling_waiting_requests = _gauge("Requests that wait for their turn of costly sampling.")
     kv_blocks = _gauge("KV cache blocks.", state=("free", "used"))
     preemptions = _counter("Requests put back into the queue for lack of KV blocks.")
     adapter_requests = _counter("Generations that ended, by adapter.", adapter=_NAMES, code=())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import pytest
 from loraplex_model.base.refusal import Reason
 from loraplex_server.engine.messages import (
     AdapterStatus,
@@ -115,6 +116,18 @@ def test_the_engines_table_becomes_gauges_and_is_empty_after_a_restart() -> None
     for tier in sizes:
         assert value(metrics, "adapter_bytes", tier=tier) == 0, tier
     assert value(metrics, "adapter_prefix_blocks", state="used") == 0
+
+
+@pytest.mark.fault("churn-grows-memory")
+def test_memory_in_use_and_accounted_for_can_be_compared() -> None:
+    metrics = fresh()
+    metrics.on_step(StepReport([], step(memory_bytes=70, accounted_bytes=50, waiting_turns=4)))
+    assert value(metrics, "engine_memory_bytes", kind="used") == 70
+    assert value(metrics, "engine_memory_bytes", kind="accounted") == 50
+    assert value(metrics, "sampling_waiting_requests") == 4
+    metrics.on_restart()
+    assert value(metrics, "engine_memory_bytes", kind="used") == 0
+    assert value(metrics, "sampling_waiting_requests") == 0
 
 
 def test_loads_are_counted_by_tier_and_result() -> None:

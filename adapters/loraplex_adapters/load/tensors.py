@@ -10,6 +10,7 @@ import torch
 from loraplex_model.adapters.delta import AdapterDelta
 from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_model.base.weights import BaseWeights
+from loraplex_model.ops import mapping
 from loraplex_model.ops.dtypes import BY_SAFETENSORS
 from numpy.typing import NDArray
 
@@ -51,7 +52,7 @@ def _read_verified(directory: Path, digest: str, max_bytes: int) -> tuple[bytes,
         with open_directory(directory) as opened:
             config = opened.read_config()
             with opened.open_weights(max_bytes) as file:
-                weights = np.empty(file.size, np.uint8)
+                weights = mapping.zeros(file.size).numpy()
                 file.read_into(weights.data, 0)
     except Refusal as error:
         message = f"the stored adapter cannot be read: {error.message}"

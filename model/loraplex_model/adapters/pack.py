@@ -19,6 +19,7 @@ from loraplex_model.adapters.delta import (
 )
 from loraplex_model.base.config import Site
 from loraplex_model.base.dtypes import ALIGNMENT
+from loraplex_model.ops import mapping
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +121,7 @@ def pack(delta: AdapterDelta, dtype: torch.dtype, *, pin: bool = False) -> Packe
         tensor = getattr(delta.virtual, attribute.name)
         if tensor is not None:
             virtual[attribute.name] = put(tensor, dtype)
-    data = torch.zeros(end, dtype=torch.uint8, pin_memory=pin)
+    data = torch.zeros(end, dtype=torch.uint8, pin_memory=True) if pin else mapping.zeros(end)
     packed = PackedAdapter(data, places, virtual, options)
     for place, tensor in pieces:
         packed._at(place).copy_(tensor)

@@ -29,7 +29,7 @@ from loraplex_model.decoder.layout import (
     Storage,
 )
 from loraplex_model.decoder.reference import copy_blocks, write_blocks
-from loraplex_model.ops import build, nf4
+from loraplex_model.ops import build, mapping, nf4
 from loraplex_model.ops.rope import tables
 
 
@@ -115,7 +115,7 @@ class NativeDecoder:
         kept: list[torch.Tensor] = []
         addresses = np.zeros((config.num_layers, len(FUSED)), np.uint64)
         for (layer, fused), dense in merge_layers(self.weights, changes, dtype):
-            panels = layout.dense_panels(dense.weight)
+            panels = mapping.moved(layout.dense_panels(dense.weight))
             kept += [panels] if dense.bias is None else [panels, dense.bias]
             structs.append(_dense_matrix(panels, dense.weight.shape, dense.bias))
             addresses[layer, list(FUSED).index(fused)] = addressof(structs[-1])

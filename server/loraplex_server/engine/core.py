@@ -151,6 +151,7 @@ class EngineCore:
             logits = self._compute(rows)
             if logits is not None:
                 self._commit(rows, logits)
+        self._take_turns(rows, begun)
         outputs, self._outputs = self._outputs, []
         done = self._reporter.report(rows, outputs, self._requests.values(), self._steps, begun)
         return [*replies] if done is None else [done, *replies]
@@ -207,21 +208,25 @@ class EngineCore:
             reach("engine.before_step")
             logits: Floats = np.asarray(self._runner.forward(batch))
         except Exception:
-            self._fault(rows, "a forward pass failed; its %d requests fail")
+            requests = [row.request for row in rows]
+            self._fault(requests, "a forward pass failed; its %d requests fail")
             return None
         self._faults = 0
         return logits
 
-    def _fault(self, rows: Sequence[BatchRow], text: str) -> None:
-        log.exception(text, len(rows))
+    def _fault(self, requests: Sequence[Request], text: str) -> None:
+        log.exception(text, len(requests))
         self._faults += 1
         self.broken = self._faults >= MAX_FAULTS
-        for row in rows:
-            self._end(row.request, FAULT)
+        for request in requests:
+            self._end(request, FAULT)
 
     def _commit(self, rows: Sequence[BatchRow], logits: Floats) -> None:
-        """Notes the computed tokens, and samples the next token of each completed row."""
-        due: list[BatchRow] = []
+        """Notes the computed tokens, and samples the next token of each completed row.
+
+        Rows for which sampling is costly wait for their turn instead.
+        """
+        due: list[Request] = []
         lines: list[int] = []
         at = 0
         for row in rows:
@@ -229,20 +234,40 @@ class EngineCore:
             if row.logits is Logits.ALL and not self._score(row, logits[at : at + row.count]):
                 self._end(row.request, NOT_FINITE)
             elif row.completes:
-                due.append(row)
-                lines.append(at + (row.count - 1 if row.logits is Logits.ALL else 0))
+                line = at + (row.count - 1 if row.logits is Logits.ALL else 0)
+                if row.request.draw.is_costly:
+                    self._scheduler.turns.wait(row.request, logits[line])
+                else:
+                    due.append(row.request)
+                    lines.append(line)
             at += row.count if row.logits is Logits.ALL else row.logits is Logits.LAST
-        if not due:
-            return
-        picked = logits if len(lines) == len(logits) else logits[lines]
+        if due:
+            self._sample(due, logits if len(lines) == len(logits) else logits[lines])
+
+    def _sample(self, due: Sequence[Request], logits: Floats) -> None:
+        """Gives each request its next token, chosen from its row of `logits`."""
         try:
-            tokens = sample(picked, [row.request.draw for row in due])
+            tokens = sample(logits, [request.draw for request in due])
             reach("engine.after_sample")
         except Exception:
             self._fault(due, "sampling failed; its %d requests fail")
             return
-        for row, line, token in zip(due, picked, tokens, strict=True):
-            self._give(row.request, token, line)
+        for request, line, token in zip(due, logits, tokens, strict=True):
+            self._give(request, token, line)
+
+    def _take_turns(self, rows: Sequence[BatchRow], begun: float) -> None:
+        """Samples requests for which that is costly, for as long as the other rows allow."""
+        turns = self._scheduler.turns
+        if not turns:
+            return
+        at = self._clock()
+        turns.earn(at - begun)
+        is_shared = any(not row.request.draw.is_costly for row in rows)
+        while turns and not (is_shared and turns.is_over):
+            request, logits = turns.take()
+            self._sample([request], logits[np.newaxis])
+            began, at = at, self._clock()
+            turns.spend(at - began)
 
     def _score(self, row: BatchRow, logits: Floats) -> bool:
         """Takes log-probabilities of prompt tokens; False if the logits are not finite."""

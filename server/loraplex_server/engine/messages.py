@@ -116,14 +116,24 @@ class Unmerge(msgspec.Struct, frozen=True, tag="unmerge"):
     digest: str
 
 
+class Withdraw(msgspec.Struct, frozen=True, tag="withdraw"):
+    """Nobody waits for the answer to the order `op` any more.
+
+    An adapter that is wanted for this order alone is not loaded, pinned or merged, unless that has
+    begun. An unload or unmerge is carried out. The answer is dropped; unknown numbers are ignored.
+    """
+
+    op: int
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
     """End the engine process now. The front drains before it sends this."""
 
 
-Control = Load | Unload | SetPinned | Merge | Unmerge
-"""Orders about adapters."""
+Control = Load | Unload | SetPinned | Merge | Unmerge | Withdraw
+"""Orders about adapters, and their withdrawal."""
 
-ToEngine = Submit | Abort | Load | Unload | SetPinned | Merge | Unmerge | Shutdown
+ToEngine = Submit | Abort | Load | Unload | SetPinned | Merge | Unmerge | Withdraw | Shutdown
 
 # engine -> front
 
@@ -247,6 +257,12 @@ class StepStats(msgspec.Struct, frozen=True):
     """Adapters read into host memory before they were needed, since the engine started."""
     prefetch_hits: int = 0
     """Number of these adapters that were then used."""
+    waiting_turns: int = 0
+    """Requests that wait for their turn, because choosing their next token is costly."""
+    memory_bytes: int = 0
+    """Anonymous memory of the engine process, at most some seconds old; 0 if unknown."""
+    accounted_bytes: int = 0
+    """Memory of the process before the first adapter, and that of all adapters by budget."""
 
 
 class StepReport(msgspec.Struct, frozen=True, tag="step"):

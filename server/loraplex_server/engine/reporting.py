@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from loraplex_server.engine.adapters.adapters import Adapters
 from loraplex_server.engine.batching.request import Request, RequestState
 from loraplex_server.engine.batching.scheduler import BatchRow, Scheduler
+from loraplex_server.engine.memory import MemoryGauge
 from loraplex_server.engine.messages import Output, StepReport, StepStats
 
 TABLE_SECONDS = 0.25
@@ -26,6 +27,7 @@ class Reporter:
         self._scheduler = scheduler
         self._adapters = adapters
         self._clock = clock
+        self._memory = MemoryGauge(clock)
         self._version = 0
         self._uses = 0
         self._table_at = clock()
@@ -91,4 +93,7 @@ class Reporter:
             host_evictions=adapters.host.evictions,
             prefetches=fetching.ahead,
             prefetch_hits=fetching.hits,
+            waiting_turns=len(self._scheduler.turns),
+            memory_bytes=self._memory.nbytes,
+            accounted_bytes=self._memory.at_start + adapters.process_bytes,
         )

@@ -23,7 +23,14 @@ from loraplex_server.engine.adapters.slots import AdapterSlots
 from loraplex_server.engine.adapters.table import statuses
 from loraplex_server.engine.adapters.wants import Settled
 from loraplex_server.engine.batching.request import Request
-from loraplex_server.engine.messages import AdapterStatus, Control, Reply, Unload, Unmerge
+from loraplex_server.engine.messages import (
+    AdapterStatus,
+    Control,
+    Reply,
+    Unload,
+    Unmerge,
+    Withdraw,
+)
 from loraplex_server.engine.runner.protocol import ModelRunner
 
 
@@ -58,6 +65,8 @@ class Adapters:
                 self.residency.unload(message)
             case Unmerge():
                 self.merging.unmerge(message)
+            case Withdraw():
+                self.residency.withdraw(message.op)
             case _:
                 self.residency.order(message)
 
@@ -98,6 +107,12 @@ class Adapters:
     def version(self) -> int:
         """Grows whenever `statuses` changes by more than references and times."""
         return self.slots.version + self.residency.fetching.version + self.merging.version
+
+    @property
+    def process_bytes(self) -> int:
+        """Bytes of this process's memory that adapters take in all tiers, by budget."""
+        device = self.slots.nbytes + self.merging.nbytes
+        return self.host.nbytes + (device if self.host.shared else 0)
 
     def statuses(self) -> list[AdapterStatus]:
         """Status of every adapter that is on the device, in host memory, or on its way."""

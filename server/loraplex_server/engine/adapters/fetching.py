@@ -8,11 +8,15 @@ staged adapter and the reads in flight.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from itertools import chain, islice
 
 from loraplex_server.engine.adapters.host_tier import HostAdapter, HostTier
 from loraplex_server.engine.adapters.loader import LoaderResult, LoadLanes, Read
 from loraplex_server.engine.messages import AdapterRef
+
+MOST_AHEAD = 64
+"""Most missing adapters that are looked at in a step for one to read ahead."""
 
 
 class Fetching:
@@ -52,21 +56,24 @@ class Fetching:
         return any(ref.digest == digest for ref in self.coming)
 
     def start_reads(
-        self, head_missing: Mapping[str, AdapterRef], missing: Mapping[str, AdapterRef]
+        self,
+        head_missing: Mapping[str, AdapterRef],
+        missing: Iterable[AdapterRef],
+        is_missing: Callable[[str], bool],
     ) -> None:
         """Starts as many reads as lanes allow.
 
         `head_missing` is what the head want lacks: one of these is read in the foreground unless an
-        adapter is staged or one of these is being read. The rest of `missing`, which any want
-        lacks, are read ahead in its order while the host tier may have room for them.
+        adapter is staged or one of these is being read. The first `MOST_AHEAD` of `missing`, which
+        any want lacks, are read ahead in its order while the host tier may have room for them.
         """
-        self._no_room.intersection_update(missing)
+        self._no_room = {digest for digest in self._no_room if is_missing(digest)}
         is_served = self.staged is not None or any(d in self._reading for d in head_missing)
         if head_missing and not is_served and self._lanes.is_free(background=False):
             self._start(next(iter(head_missing.values())), ahead=False)
         if not self._host.budget:
             return
-        for ref in (*head_missing.values(), *missing.values()):
+        for ref in islice(chain(head_missing.values(), missing), MOST_AHEAD):
             if not self._lanes.is_free(background=True):
                 break
             is_kept = ref.digest in self._host.adapters

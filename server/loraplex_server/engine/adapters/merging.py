@@ -15,7 +15,7 @@ ones. Orders for one adapter take effect in their order.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -78,6 +78,7 @@ class Merging:
         self._clock = clock
         self._reply = reply
         self._ordered: dict[int, str] = {}
+        self._expected: Counter[str] = Counter()
         self._unmerges: dict[str, list[int]] = {}
         self._queue: deque[_Merge] = deque()
         self._current: _Merge | None = None
@@ -88,6 +89,7 @@ class Merging:
     def expect(self, order: Merge) -> None:
         """Notes an order whose adapter is still to be loaded; `accept` or `answer` follows."""
         self._ordered[order.op] = order.adapter.digest
+        self._expected[order.adapter.digest] += 1
 
     def accept(self, op: int, resident: Resident) -> None:
         """Queues an order's merge: its adapter is on the device."""
@@ -98,9 +100,22 @@ class Merging:
 
     def answer(self, op: int, failure: Failure | None = None) -> None:
         """Answers an order to merge. Without a `failure`, the copies are in use."""
-        digest = self._ordered.pop(op)
         self._reply(ControlDone(op, failure))
-        self._unmerge_if_due(digest)
+        self._settle(op)
+
+    def withdraw(self, op: int) -> None:
+        """Drops an order that nobody waits for any more. A merge that has begun goes on.
+
+        An unmerge is carried out nevertheless, without an answer. Unknown numbers are ignored.
+        """
+        for ops in self._unmerges.values():
+            if op in ops:
+                ops.remove(op)
+                return
+        if op not in self._ordered or (self._current is not None and self._current.op == op):
+            return
+        self._queue = deque(merge for merge in self._queue if merge.op != op)
+        self._settle(op)
 
     def unmerge(self, order: Unmerge) -> None:
         """Drops an adapter's copies, after the merges of it that were ordered before."""
@@ -229,8 +244,16 @@ class Merging:
         self._reply(MergeDone(merge.resident.digest, True, merge.seconds, failure))
         self.answer(merge.op, failure)
 
+    def _settle(self, op: int) -> None:
+        """Notes that an order to merge is answered or withdrawn."""
+        digest = self._ordered.pop(op)
+        self._expected[digest] -= 1
+        if not self._expected[digest]:
+            del self._expected[digest]
+        self._unmerge_if_due(digest)
+
     def _unmerge_if_due(self, digest: str) -> None:
-        if digest not in self._unmerges or digest in self._ordered.values():
+        if digest not in self._unmerges or digest in self._expected:
             return
         resident = self._slots.residents.get(digest)
         if resident is not None and resident.merged_bytes:

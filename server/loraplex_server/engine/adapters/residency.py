@@ -90,8 +90,7 @@ class Residency:
 
     def want(self, request: Request) -> None:
         """Adds a request's want; a later `settle` grants or refuses it."""
-        refs = {ref.digest: ref for ref in request.submit.adapters}
-        self._wants.add(Want(refs, request))
+        self._wants.add(request)
 
     def release(self, request: Request) -> None:
         """Drops a request's want, or the pins that it was granted."""
@@ -109,7 +108,16 @@ class Residency:
             return
         if isinstance(order, Merge):
             self._merging.expect(order)
-        self._wants.add(Want({order.adapter.digest: order.adapter}, order=order))
+        self._wants.add_order(order)
+
+    def withdraw(self, op: int) -> None:
+        """Drops an order that nobody waits for any more, and what is wanted for it alone.
+
+        It is not answered, unless it is being carried out already. Unknown numbers are ignored.
+        """
+        if not self._unloads.withdraw(op):
+            self._wants.withdraw(op)
+            self._merging.withdraw(op)
 
     def unload(self, order: Unload) -> None:
         """Drains an adapter. Answered when it is gone.
@@ -173,7 +181,8 @@ class Residency:
                 self._grant()
                 if not self._advance_head():
                     break
-            self.fetching.start_reads(self._wants.head_missing, self._wants.missing)
+            wants = self._wants
+            self.fetching.start_reads(wants.head_missing, wants.missing(), wants.is_missing)
         settled, self._settled = self._settled, Settled()
         return settled
 
@@ -191,7 +200,7 @@ class Residency:
     def _grant(self) -> None:
         """Grants every want whose adapters are all on the device and take new pins."""
         head = self._wants.head
-        for want in self._wants:
+        for want in self._wants.arrived():
             if not all(self._is_open(digest, want is head) for digest in want.refs):
                 continue
             residents = [self._slots.residents[digest] for digest in want.refs]
@@ -203,8 +212,8 @@ class Residency:
             if want.request is not None:
                 self._pin(want.request)
                 self._settled.granted.append(want.request)
-            elif want.order is not None:
-                self._fulfil(want.order, residents[0])
+            for order in want.orders.values():
+                self._fulfil(order, residents[0])
 
     def _advance_head(self) -> bool:
         """Stages and publishes for the head want; True if more may be possible at once."""
@@ -300,8 +309,9 @@ class Residency:
     def _unpin(self, digest: str) -> None:
         """Lifts an operator's pin; orders to pin that still wait become plain loads."""
         for want in self._wants.naming(digest):
-            if isinstance(want.order, SetPinned):
-                want.order = Load(want.order.op, want.order.adapter)
+            for op, order in want.orders.items():
+                if isinstance(order, SetPinned):
+                    want.orders[op] = Load(op, order.adapter)
         if digest in self._slots.residents:
             self._slots.set_pinned(self._slots.residents[digest], False)
 
@@ -355,10 +365,11 @@ class Residency:
         self._wants.remove(want)
         if want.request is not None:
             self._settled.refused.append((want.request, failure))
-        elif isinstance(want.order, Merge):
-            self._merging.answer(want.order.op, failure)
-        elif want.order is not None:
-            self._reply(ControlDone(want.order.op, failure))
+        for op, order in want.orders.items():
+            if isinstance(order, Merge):
+                self._merging.answer(op, failure)
+            else:
+                self._reply(ControlDone(op, failure))
 
     def _fail_staged(self, staged: HostAdapter, failure: Failure) -> None:
         self.fetching.drop_staged()

@@ -1,4 +1,4 @@
-"""Deadlines of unfinished requests, in the order in which they pass."""
+"""Deadlines of unfinished requests or orders, in the order in which they pass."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ _FEW = 64
 
 
 class Deadlines:
-    """One deadline per request. Memory is proportional to the deadlines that are kept now.
+    """One deadline per key, which is the number of a request or of an order.
+
+    Memory is proportional to the number of deadlines that are kept now.
 
     A removed deadline stays in the heap until it reaches the top or until half of the heap
     consists of such entries, when the heap is rebuilt; so each operation takes logarithmic time on
@@ -24,16 +26,20 @@ class Deadlines:
         """Number of entries in memory, removed ones included."""
         return len(self._heap)
 
-    def add(self, request_id: int, deadline: float) -> None:
-        """Adds the deadline of a request that has none."""
-        assert request_id not in self._kept, "a request has two deadlines"
-        self._kept[request_id] = deadline
-        heapq.heappush(self._heap, (deadline, request_id))
+    def add(self, key: int, deadline: float) -> None:
+        """Adds the deadline of a key that has none."""
+        assert key not in self._kept, "a key has two deadlines"
+        self._kept[key] = deadline
+        heapq.heappush(self._heap, (deadline, key))
 
-    def remove(self, request_id: int) -> None:
-        """Removes a request's deadline. No effect if it has none."""
-        if self._kept.pop(request_id, None) is not None:
+    def remove(self, key: int) -> None:
+        """Removes a key's deadline. No effect if it has none."""
+        if self._kept.pop(key, None) is not None:
             self._shrink()
+
+    def of(self, key: int) -> float | None:
+        """A key's deadline; None if it has none, or if it has passed."""
+        return self._kept.get(key)
 
     @property
     def next(self) -> float | None:
@@ -42,12 +48,12 @@ class Deadlines:
         return self._heap[0][0] if self._heap else None
 
     def passed(self, now: float) -> list[int]:
-        """Removes the deadlines that have passed; returns their requests, the earliest first."""
+        """Removes the deadlines that have passed; returns their keys, the earliest first."""
         passed: list[int] = []
         while (deadline := self.next) is not None and deadline <= now:
-            _, request_id = heapq.heappop(self._heap)
-            del self._kept[request_id]
-            passed.append(request_id)
+            _, key = heapq.heappop(self._heap)
+            del self._kept[key]
+            passed.append(key)
         self._shrink()
         return passed
 

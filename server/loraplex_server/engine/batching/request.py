@@ -132,7 +132,10 @@ class Request:
 
     @property
     def remaining(self) -> int:
-        """Number of tokens to compute before the next one can be chosen; 1 when decoding."""
+        """Number of tokens to compute before the next one can be chosen; 1 when decoding.
+
+        0 while the next token is still to be chosen: see `Turns`.
+        """
         return len(self.tokens) - self.computed
 
     @property

@@ -11,7 +11,7 @@ the output.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,12 +28,60 @@ _HUGE = np.float32(1e30)
 """Larger than any real logit, and still finite after every adjustment."""
 _TINY = 1e-37
 """Smallest divisor used; smaller ones would be 0 in float32."""
+_HOT = 2.0
+"""Temperature above which top-p is taken to be costly before the first token shows it."""
+_LARGE_PART = 0.25
+"""Part of the vocabulary that top-p may put in order before it counts as costly."""
+
+
+class _Tokens:
+    """Different tokens and how often each occurred, as arrays that grow by doubling."""
+
+    __slots__ = ("_counts", "_ids", "_places")
+
+    def __init__(self, tokens: Iterable[int] = ()) -> None:
+        self._places: dict[int, int] = {token: at for at, token in enumerate(dict.fromkeys(tokens))}
+        self._ids = np.fromiter(self._places, np.int64, len(self._places))
+        self._counts = np.ones(len(self._places), np.float32)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @property
+    def ids(self) -> NDArray[np.int64]:
+        return self._ids[: len(self._places)]
+
+    @property
+    def counts(self) -> Floats:
+        return self._counts[: len(self._places)]
+
+    def add(self, token: int) -> None:
+        at = self._places.setdefault(token, len(self._places))
+        if at == len(self._ids):
+            more = max(at, 64)
+            self._ids = np.concatenate([self._ids, np.zeros(more, np.int64)])
+            self._counts = np.concatenate([self._counts, np.zeros(more, np.float32)])
+        self._ids[at] = token
+        self._counts[at] += 1
 
 
 class Draw:
-    """State of one request's sampling: its parameters, random numbers and tokens so far."""
+    """State of one request's sampling: its parameters, random numbers and tokens so far.
 
-    __slots__ = ("_bias_ids", "_bias_values", "_counts", "_index", "_is_plain", "_seen", "params")
+    Attributes:
+        is_costly: the next choice is likely to sort a large part of the vocabulary.
+    """
+
+    __slots__ = (
+        "_bias_ids",
+        "_bias_values",
+        "_counts",
+        "_index",
+        "_is_plain",
+        "_seen",
+        "is_costly",
+        "params",
+    )
 
     def __init__(self, params: SamplingParams, prompt: Sequence[int]) -> None:
         self.params = params
@@ -41,10 +89,11 @@ class Draw:
         self._bias_ids = np.fromiter(params.logit_bias.keys(), np.int64)
         self._bias_values = np.fromiter(params.logit_bias.values(), np.float32)
         penalised = params.repetition_penalty != 1.0
-        self._seen: dict[int, None] | None = dict.fromkeys(prompt) if penalised else None
+        self._seen = _Tokens(prompt) if penalised else None
         counted = params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
-        self._counts: dict[int, int] | None = {} if counted else None
+        self._counts = _Tokens() if counted else None
         self._is_plain = not (params.logit_bias or penalised or counted)
+        self.is_costly = params.top_p < 1.0 and params.temperature > _HOT
 
     @property
     def is_plain_greedy(self) -> bool:
@@ -55,18 +104,21 @@ class Draw:
         """Notes a generated token."""
         self._index += 1
         if self._seen is not None:
-            self._seen[token] = None
+            self._seen.add(token)
         if self._counts is not None:
-            self._counts[token] = self._counts.get(token, 0) + 1
+            self._counts.add(token)
 
     def choose(self, logits: Floats) -> int:
         """The next token, from finite logits [vocab]. Repeating the call gives the same token."""
         adjusted = self._adjust(logits)
         if self.params.temperature == 0.0:
             return int(adjusted.argmax())
+        scaled = adjusted - adjusted.max()
         with np.errstate(over="ignore"):  # at a tiny temperature all but the best go to -inf
-            scaled = (adjusted - adjusted.max()) / np.float32(max(self.params.temperature, _TINY))
-        ids, weights = candidates(scaled, self.params.top_k, self.params.top_p, self.params.min_p)
+            scaled /= np.float32(max(self.params.temperature, _TINY))
+        top_k, top_p, min_p = self.params.top_k, self.params.top_p, self.params.min_p
+        ids, weights, ordered = _candidates(scaled, top_k, top_p, min_p)
+        self.is_costly = ordered > len(logits) * _LARGE_PART
         at = invert(weights, uniform(self.params.seed, self._index))
         return at if ids is None else int(ids[at])
 
@@ -77,15 +129,14 @@ class Draw:
         logits = logits.clip(-_HUGE, _HUGE)
         logits[self._bias_ids] += self._bias_values
         if self._seen is not None:
-            ids = np.fromiter(self._seen, np.int64, len(self._seen))
+            ids = self._seen.ids
             penalty = np.float32(max(self.params.repetition_penalty, _TINY))
             values = logits[ids]
             with np.errstate(over="ignore"):
                 logits[ids] = np.where(values < 0, values * penalty, values / penalty)
         if self._counts:
-            ids = np.fromiter(self._counts.keys(), np.int64, len(self._counts))
-            counts = np.fromiter(self._counts.values(), np.float32, len(self._counts))
-            logits[ids] -= np.float32(self.params.frequency_penalty) * counts
+            ids = self._counts.ids
+            logits[ids] -= np.float32(self.params.frequency_penalty) * self._counts.counts
             logits[ids] -= np.float32(self.params.presence_penalty)
         return logits.clip(-_HUGE, _HUGE, out=logits)
 
@@ -122,31 +173,53 @@ def candidates(
     Weights are probabilities up to a common factor. The ids are None if all tokens remain. The most
     probable token always remains, and so do all tokens that tie at the k-th place.
     """
+    ids, weights, _ = _candidates(logits, top_k, top_p, min_p)
+    return ids, weights
+
+
+def _candidates(
+    logits: Floats, top_k: int, top_p: float, min_p: float
+) -> tuple[NDArray[np.int64] | None, Floats, int]:
+    """As `candidates`, and the number of tokens that were put in order for top-p."""
     ids: NDArray[np.int64] | None = None
     if 0 < top_k < len(logits):
         ids = np.flatnonzero(logits >= np.partition(logits, -top_k)[-top_k])
     elif min_p > 0.0 and top_p >= 1.0:
         ids = np.flatnonzero(logits >= np.float32(np.log(min_p)))
     weights = np.exp(logits if ids is None else logits[ids])
+    ordered = 0
     if top_p < 1.0:
-        kept = _nucleus(weights, top_p)
+        kept, ordered = _nucleus(weights, top_p)
         ids = kept if ids is None else ids[kept]
         weights = weights[kept]
     if min_p > 0.0 and ids is not None:
         kept = np.flatnonzero(weights >= np.float32(min_p))
         ids, weights = ids[kept], weights[kept]
-    return ids, weights
+    return ids, weights, ordered
 
 
-def _nucleus(weights: Floats, top_p: float) -> NDArray[np.int64]:
-    """Indices of the smallest set of largest weights whose share of the total reaches `top_p`."""
+def _nucleus(weights: Floats, top_p: float) -> tuple[NDArray[np.int64], int]:
+    """Indices of the smallest set of largest weights whose share of the total reaches `top_p`.
+
+    Also returns the number of weights that were put in order for it.
+    """
     total = weights.sum(dtype=np.float64)
     # All weights below this bound sum to less than 1 - top_p of the total, so none of them is in
     # the set; the rest, usually a few of many thousand, is cheap to sort.
     maybe = np.flatnonzero(weights >= (1.0 - top_p) * total / len(weights))
-    order = maybe[np.argsort(-weights[maybe], kind="stable")]
-    before = np.cumsum(weights[order], dtype=np.float64) - weights[order]
-    return np.sort(order[: max(1, int(np.searchsorted(before, top_p * total)))])
+    values = weights[maybe]
+    # The sums need the values in order, but not their indices, and numpy sorts plain float32 values
+    # many times faster than it sorts indices.
+    ordered = np.sort(values)[::-1]
+    before = ordered.astype(np.float64)
+    np.add.accumulate(before, out=before)
+    before -= ordered
+    count = max(1, int(np.searchsorted(before, top_p * total)))
+    kept = maybe[values >= ordered[count - 1]]
+    if len(kept) > count:  # of weights that equal the smallest, the first by id remain
+        equal = np.flatnonzero(weights[kept] == ordered[count - 1])
+        kept = np.delete(kept, equal[count - len(kept) :])
+    return kept, len(ordered)
 
 
 def invert(weights: Floats, u: float) -> int:
@@ -190,7 +263,15 @@ def logprobs(logits: Floats, token: int, count: int) -> Logprobs:
     top: list[tuple[int, float]] = []
     count = min(count, len(logits))
     if count:
-        best = np.argpartition(-logits, count - 1)[:count]
+        best = _largest(logits, count)
         best = best[np.lexsort((best, -logits[best]))]
         top = [(int(i), float(logits[i] - shift)) for i in best]
     return Logprobs(token, float(logits[token] - shift), top)
+
+
+def _largest(logits: Floats, count: int) -> NDArray[np.int64]:
+    """Indices of the `count` largest logits, in no order."""
+    # Values alone are partitioned many times faster than indices. If more logits than asked for
+    # reach the smallest of the values, which of the equal ones are meant is left to argpartition.
+    found = np.flatnonzero(logits >= np.partition(logits, -count)[-count])
+    return found if len(found) == count else np.argpartition(-logits, count - 1)[:count]

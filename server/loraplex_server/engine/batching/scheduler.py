@@ -21,6 +21,7 @@ import msgspec
 
 from loraplex_server.engine.batching.kv import BlockPool
 from loraplex_server.engine.batching.request import Request, RequestState
+from loraplex_server.engine.batching.turns import Turns
 
 PRIORITY_SECONDS = 0.1
 """Seconds of waiting that one level of priority is worth."""
@@ -35,7 +36,8 @@ class EngineLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         max_waiting: requests that wait for their first step; more are refused.
         max_waiting_tokens: prompt tokens of the waiting requests; a prompt beyond it is refused
             unless nothing waits.
-        prompt_logprob_rows: longest prefill chunk of which every token's logits are kept.
+        prompt_logprob_rows: prompt tokens of one step whose logits are all kept, of all requests
+            together.
     """
 
     token_budget: int = 512
@@ -78,13 +80,18 @@ _order = attrgetter("order")
 
 
 class Scheduler:
-    """Queued and running requests, both in serving order, and their KV blocks."""
+    """Queued and running requests, both in serving order, and their KV blocks.
+
+    Attributes:
+        turns: running requests whose last token is computed and whose next one is not chosen yet.
+    """
 
     def __init__(self, pool: BlockPool, limits: EngineLimits) -> None:
         self.pool = pool
         self.limits = limits
         self.queue: list[Request] = []
         self.running: list[Request] = []
+        self.turns = Turns()
         self.preemptions = 0
 
     @property
@@ -123,7 +130,7 @@ class Scheduler:
         while at < len(self.running):
             request = self.running[at]
             at += 1
-            if request.remaining > 1:
+            if request.remaining != 1:  # a part of its prompt is missing, or it waits for its turn
                 continue
             while not self._grow(request):
                 victim = self.running.pop()
@@ -143,10 +150,13 @@ class Scheduler:
         return True
 
     def _chunk(self, request: Request, budget: int, rows: list[BatchRow]) -> int:
-        """Adds the next chunk of a prompt; returns its number of tokens."""
+        """Adds the next chunk of a prompt, if it may have one; returns its number of tokens."""
         count = min(request.remaining, budget)
         if request.wants_prompt_logits:
-            count = min(count, self.limits.prompt_logprob_rows)
+            scored = sum(row.count for row in rows if row.logits is Logits.ALL)
+            count = min(count, self.limits.prompt_logprob_rows - scored)
+            if count <= 0:
+                return 0
         if request.wants_prompt_logits and request.computed + count >= request.scored:
             logits = Logits.ALL
         else:
@@ -185,6 +195,7 @@ class Scheduler:
     def _free(self, request: Request) -> None:
         self.pool.release(request.blocks)
         del request.blocks[:]
+        self.turns.drop(request)
 
 
 def _take(ordered: list[Request], request: Request) -> None:

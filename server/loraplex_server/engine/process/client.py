@@ -37,6 +37,7 @@ from loraplex_server.engine.messages import (
     ToEngine,
     Unload,
     Unmerge,
+    Withdraw,
 )
 from loraplex_server.engine.process.child import EngineProcess
 from loraplex_server.engine.process.observer import EngineObserver
@@ -46,6 +47,12 @@ STOP_SECONDS = 5.0
 """Seconds that a stopped engine may take to end before it is killed."""
 
 RESTARTED = Failure(Reason.ENGINE_RESTARTED, "the engine was restarted; try again")
+MAX_ORDERS = 1024
+"""Orders about adapters that may wait for their answers at once; more are refused."""
+
+TOO_MANY_ORDERS = Failure(
+    Reason.OVERLOADED, f"{MAX_ORDERS} orders about adapters are waiting for the engine already"
+)
 STOPPED = Failure(Reason.DRAINING, "the server is shutting down")
 
 log = logging.getLogger(__name__)
@@ -141,11 +148,16 @@ class EngineClient:
         """Sends an order and waits for its answer."""
         if not self.ready:
             raise _refusal(self._absence)
+        if len(self._pending) >= MAX_ORDERS:
+            raise _refusal(TOO_MANY_ORDERS)
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._pending[message.op] = future
         try:
             self._send(message)
             await future
+        except asyncio.CancelledError:
+            self._send(Withdraw(message.op))
+            raise
         finally:
             self._pending.pop(message.op, None)
 
