@@ -21,6 +21,7 @@ from loraplex.results import (
     Completion,
     HealthStatus,
     Registration,
+    UploadInfo,
     UploadProgress,
     Validation,
 )
@@ -267,6 +268,12 @@ class Calls:
         """Returns how much of an upload has arrived. Raises UploadNotFound."""
         request = adapter_pb2.GetUploadRequest(upload_id=upload_id)
         return read(UploadProgress, await self._call(self._stub.GetUpload, request, timeout))
+
+    async def list_uploads(self, *, timeout: float | None = None) -> list[UploadInfo]:
+        """Returns the open uploads of all clients, the one that expires first at the front."""
+        request = adapter_pb2.ListUploadsRequest()
+        reply = await self._call(self._stub.ListUploads, request, timeout)
+        return [read(UploadInfo, upload) for upload in reply.uploads]
 
     async def abort_upload(self, upload_id: str, *, timeout: float | None = None) -> None:
         """Drops an upload and its bytes. Raises UploadNotFound."""

@@ -85,6 +85,7 @@ class Client:
     stage_adapter = blocking(Calls.stage_adapter)
     start_upload = blocking(Calls.start_upload)
     get_upload = blocking(Calls.get_upload)
+    list_uploads = blocking(Calls.list_uploads)
     abort_upload = blocking(Calls.abort_upload)
     health = blocking(Calls.health)
 

@@ -201,6 +201,22 @@ class UploadProgress:
 
 
 @dataclass(frozen=True, slots=True)
+class UploadInfo:
+    """An upload whose adapter is not registered yet.
+
+    `peer` is the address of the client that started it, "" if it is not known. The upload is
+    removed at `expire_time` unless another piece arrives.
+    """
+
+    upload_id: str
+    config_bytes: int
+    weights_bytes: int
+    peer: str
+    change_time: datetime
+    expire_time: datetime
+
+
+@dataclass(frozen=True, slots=True)
 class Finding:
     """One fault of an adapter; `field` is the configuration key, tensor or file at fault."""
 

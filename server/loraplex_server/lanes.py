@@ -121,6 +121,7 @@ class Lanes:
         validations: examinations that change nothing, which read whole files.
         registrations: registrations, which read and copy whole files.
         uploads: pieces of uploads, and their states.
+        survey: regular counts over the whole store.
         text: tokenising.
         training: files of training jobs; the queue of jobs bounds what waits here.
     """
@@ -133,6 +134,7 @@ class Lanes:
         self.validations = Lane("validation", threads=1, waiting=64, nice=NICE)
         self.registrations = Lane("registration", threads=2, waiting=64, nice=NICE)
         self.uploads = Lane("receiving", threads=4, waiting=64, nice=NICE)
+        self.survey = Lane("survey", threads=1, waiting=1, nice=NICE)
         self.text = Lane("tokenising", threads=2, waiting=320)
         self.training = Lane("work on training jobs", threads=2, waiting=1024, nice=NICE)
 

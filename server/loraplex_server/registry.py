@@ -109,7 +109,7 @@ class Registry:
         self._names: NameCache[Registered] = NameCache(count_changes)
         metrics.series.index_away_seconds.set_function(self._names.freshness.away_seconds)
         self.feed = AdapterFeed(self._catalogue, count_changes)
-        self.census = Census(partial(asyncio.to_thread, store.survey), self._base, metrics)
+        self.census = Census(partial(self.lanes.survey.run, store.survey), self._base, metrics)
 
     async def open(self) -> None:
         """Reads the registered names. To be called once, before serving."""

@@ -187,6 +187,7 @@ def gc(
     """Remove deleted adapters and unused files for good."""
     done = shell.store.gc(grace_days * _DAY, dry_run=dry_run)
     gone = [*done.versions, *(f"alias {alias}" for alias in done.aliases)]
+    gone += [f"upload {upload}" for upload in done.uploads]
     verb = "would be freed" if dry_run else "freed"
     total = f"{len(done.digests)} adapters, {tables.size_text(done.bytes)} {verb}"
     shell.show(

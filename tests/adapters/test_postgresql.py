@@ -9,7 +9,6 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-import psycopg
 import pytest
 import sqlalchemy as sa
 from adapters.stores import url as new_url
@@ -18,6 +17,8 @@ from loraplex_adapters.store.database import Database
 from loraplex_model.base.refusal import Reason, Refusal
 
 pytestmark = pytest.mark.fault("index-away")
+
+psycopg = pytest.importorskip("psycopg")
 
 _SOCKET = ".s.PGSQL.5432"
 

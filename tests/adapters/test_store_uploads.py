@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -193,3 +194,58 @@ def test_a_link_in_place_of_a_file_is_not_followed(
     refused = refusal(store.uploads.append, upload, CONFIG_FILE, secret.stat().st_size, b"x")
     assert refused[0] == "STORE_UNAVAILABLE"
     assert secret.read_text() == '{"r": 8}'
+
+
+@pytest.mark.fault("uploads-blocked")
+def test_uploads_without_bytes_expire_in_minutes_and_the_others_stay(
+    root: Path, store: Store
+) -> None:
+    bounds = UploadBounds()
+    assert bounds.expire_empty_seconds <= 600 < bounds.expire_seconds
+    with Store(root, uploads=UploadBounds(max_open=4)) as store:
+        empty, begun, fresh = (store.uploads.begin() for _ in range(3))
+        store.uploads.append(begun, CONFIG_FILE, 0, b"{}")
+        for upload in (empty, begun):
+            then = time.time() - bounds.expire_empty_seconds - 5
+            folder = root / "uploads" / upload
+            store.uploads.state(upload)  # looking at an upload does not keep it
+            for file in (*folder.iterdir(), folder):
+                os.utime(file, (then, then))
+        assert [upload.id for upload in store.uploads.all()] == [empty, fresh, begun]
+        assert store.gc(0, dry_run=True).uploads == (empty,)
+        for _ in range(2):
+            store.uploads.begin()
+        assert refusal(store.uploads.state, empty) == ("UPLOAD_NOT_FOUND", empty)
+        assert store.uploads.state(begun).config_bytes == 2
+
+
+@pytest.mark.fault("uploads-blocked")
+def test_one_peer_cannot_take_all_uploads(root: Path) -> None:
+    assert UploadBounds().max_per_peer <= UploadBounds().max_open / 2
+    bounds = UploadBounds(max_open=5, max_per_peer=2)
+    with Store(root, uploads=bounds) as store:
+        first, _ = (store.uploads.begin("10.0.0.1") for _ in range(2))
+        assert refusal(store.uploads.begin, "10.0.0.1")[0] == "OVERLOADED"
+        other = store.uploads.begin("10.0.0.2")
+    with Store(root, uploads=bounds) as store:  # the addresses survive a restart
+        assert refusal(store.uploads.begin, "10.0.0.1")[0] == "OVERLOADED"
+        assert {u.id: u.peer for u in store.uploads.all()}[other] == "10.0.0.2"
+        store.uploads.abort(first)
+        store.uploads.begin("10.0.0.1")
+        store.uploads.begin()
+        store.uploads.begin()
+        assert refusal(store.uploads.begin, "10.0.0.3")[0] == "OVERLOADED"
+
+
+@pytest.mark.fault("uploads-blocked")
+def test_an_upload_that_is_registered_for_long_holds_up_nobody_who_asks_for_it(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loraplex_adapters.store.uploads._BUSY_SECONDS", 0.05)
+    upload = store.uploads.begin()
+    store.uploads.append(upload, CONFIG_FILE, 0, b"{}")
+    with store.uploads.reading(upload), ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(refusal, store.uploads.state, upload)
+        assert asked.result(20)[0] == "OVERLOADED"
+        assert [each.config_bytes for each in store.uploads.all()] == [2]
+    assert store.uploads.state(upload).config_bytes == 2

@@ -312,6 +312,22 @@ class FakeServer(
             config_bytes=len(files[1]), weights_bytes=len(files[2])
         )
 
+    def ListUploads(self, request, context):
+        self._enter("ListUploads", request, context)
+        return adapter_pb2.ListUploadsResponse(
+            uploads=[
+                adapter_pb2.OpenUpload(
+                    upload_id=upload_id,
+                    config_bytes=len(files[1]),
+                    weights_bytes=len(files[2]),
+                    peer="10.0.0.7",
+                    change_time={"seconds": 1_900_000_000},
+                    expire_time={"seconds": 1_900_086_400},
+                )
+                for upload_id, files in self.uploads.items()
+            ]
+        )
+
     def AbortUpload(self, request, context):
         self._enter("AbortUpload", request, context)
         self._open(request.upload_id, context)

@@ -93,6 +93,16 @@ def test_an_upload_that_another_process_began_is_finished(
     assert server.received["alpha"] == (CONFIG, WEIGHTS)
 
 
+@pytest.mark.fault("uploads-blocked")
+def test_unfinished_uploads_are_listed(client: Client, server: FakeServer):
+    assert client.list_uploads() == []
+    upload_id = client.start_upload()
+    server.uploads[upload_id][2] += b"12345"
+    (upload,) = client.list_uploads()
+    assert (upload.upload_id, upload.weights_bytes, upload.peer) == (upload_id, 5, "10.0.0.7")
+    assert (upload.expire_time - upload.change_time).days == 1
+
+
 def test_a_lost_reply_is_no_lost_upload(client: Client, server: FakeServer, folder: Path):
     server.lose_reply = True
     done = client.upload_adapter("alpha", folder)

@@ -406,6 +406,23 @@ def test_an_interrupted_upload_says_how_to_go_on(run, server: FakeServer, files:
     assert again.exit_code == 0
 
 
+@pytest.mark.fault("uploads-blocked")
+def test_unfinished_uploads_are_listed_and_aborted(run, server: FakeServer):
+    assert "no unfinished uploads" in run("adapters", "uploads", "list").stderr
+    for number in range(2):
+        server.uploads[f"upload{number}"] = {1: bytearray(b"{}"), 2: bytearray(number)}
+    lines = run("adapters", "uploads", "list").stdout.splitlines()
+    assert lines[1:] == [
+        f"upload{number}\t10.0.0.7\t{2 + number}\t2030-03-17 17:46:40Z\t2030-03-18 17:46:40Z"
+        for number in range(2)
+    ]
+    (first, _) = json.loads(run("adapters", "uploads", "list", "--json").stdout)
+    assert (first["upload_id"], first["config_bytes"]) == ("upload0", 2)
+    result = run("adapters", "uploads", "abort", "upload0", "upload1")
+    assert result.stdout == "upload0 aborted\nupload1 aborted\n"
+    assert server.uploads == {}
+
+
 def test_a_refused_upload_is_dropped(run, server: FakeServer, files: str):
     server.break_uploads = [failure(grpc.StatusCode.FAILED_PRECONDITION, "ADAPTER_INVALID")]
     assert run("adapters", "upload", "pirate", files).exit_code == 6

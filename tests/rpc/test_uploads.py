@@ -15,7 +15,9 @@ from loraplex.v1 import adapter_pb2 as pb
 from loraplex.v1 import adapter_pb2_grpc
 from loraplex_adapters.store.uploads import Uploads
 from loraplex_model.base.refusal import Reason, Refusal
-from rpc.harness import Running, ask, expected, refusal, running, write_adapter
+from loraplex_server.rpc.peers import peer_address
+from loraplex_server.rpc.uploads import MAX_STREAMS, MAX_STREAMS_PER_PEER
+from rpc.harness import Running, ask, expected, refusal, running, until, write_adapter
 
 PROMPT = [20, 21, 22]
 
@@ -239,3 +241,70 @@ async def test_a_draining_server_cuts_an_upload_short_and_keeps_it(tmp_path: Pat
 
 
 PROGRESS_NONE = pb.GetUploadResponse()
+
+
+@pytest.mark.fault("uploads-blocked")
+async def test_one_address_cannot_block_uploads_and_what_it_opened_is_listed_and_aborted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peers = iter(["ipv4:10.0.0.1:1"] * 40 + ["ipv4:10.0.0.2:1"] * 4)
+    monkeypatch.setattr("loraplex_server.rpc.adapters.peer_address", lambda _: next(peers))
+    async with running(tmp_path) as up:
+        calls = [asyncio.ensure_future(start(up)) for _ in range(40)]
+        ended = await asyncio.gather(*calls, return_exceptions=True)
+        opened = [upload_id for upload_id in ended if isinstance(upload_id, str)]
+        refused = [e for e in ended if isinstance(e, grpc.aio.AioRpcError)]
+        assert {refusal(error).reason for error in refused} == {"OVERLOADED"}
+        assert 0 < len(opened) <= 16
+        other = await start(up)
+        listed = (await up.adapters.ListUploads(pb.ListUploadsRequest())).uploads
+        by_peer = {upload.upload_id: upload.peer for upload in listed}
+        assert by_peer.pop(other) == "ipv4:10.0.0.2:1"
+        assert by_peer == dict.fromkeys(opened, "ipv4:10.0.0.1:1")
+        assert all(u.expire_time.seconds - u.change_time.seconds <= 600 for u in listed)
+        for upload_id in opened:
+            await up.adapters.AbortUpload(pb.AbortUploadRequest(upload_id=upload_id))
+        (left,) = (await up.adapters.ListUploads(pb.ListUploadsRequest())).uploads
+        assert left.upload_id == other
+
+
+@pytest.mark.fault("uploads-blocked")
+async def test_silent_streams_of_one_address_leave_room_for_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    who = "ipv4:10.0.0.1:1"
+    monkeypatch.setattr("loraplex_server.rpc.adapters.peer_address", lambda _: who)
+    async with running(tmp_path) as up:
+
+        async def silent() -> AsyncIterator[pb.UploadAdapterRequest]:
+            await asyncio.Event().wait()
+            yield pb.UploadAdapterRequest()
+
+        calls = [up.adapters.UploadAdapter(silent()) for _ in range(20)]
+        ended = [asyncio.ensure_future(call.code()) for call in calls]
+        await until(lambda: sum(one.done() for one in ended) == 20 - MAX_STREAMS_PER_PEER)
+        assert MAX_STREAMS_PER_PEER < MAX_STREAMS
+        who = "ipv4:10.0.0.2:1"
+        files = Files.read(write_adapter(tmp_path / "mine", 1))
+        reply = await up.adapters.UploadAdapter(iter(pieces(files, await start(up))))
+        assert reply.created
+        for call in calls:
+            call.cancel()
+
+
+@pytest.mark.parametrize(
+    ("peer", "address"),
+    [
+        ("ipv4:10.0.0.7:53412", "10.0.0.7"),
+        ("ipv6:%5B::1%5D:53412", "::/64"),
+        ("ipv6:[2001:db8:1:2:3:4:5:6]:1", "2001:db8:1:2::/64"),
+        ("ipv6:%5Bfe80::1%25eth0%5D:1", "fe80::/64"),
+        ("ipv6:[::ffff:10.0.0.7]:1", "10.0.0.7"),
+        ("unix:/run/loraplex.sock", "local"),
+        ("unix:", "local"),
+        ("ipv4:nonsense", "unknown"),
+        ("", "local"),
+    ],
+)
+def test_a_peer_is_known_by_its_address(peer: str, address: str) -> None:
+    assert peer_address(peer) == address

@@ -10,11 +10,12 @@ from loraplex_adapters.store.rebases import Rebase
 from loraplex_adapters.store.records import Alias, Page, Quarantine, Record
 from loraplex_adapters.store.store import Store, Verified
 from loraplex_adapters.store.survey import Surveyed
-from loraplex_adapters.store.uploads import Upload, UploadBounds
+from loraplex_adapters.store.uploads import OpenUpload, Upload, UploadBounds
 
 __all__ = [
     "Alias",
     "Collected",
+    "OpenUpload",
     "Page",
     "Quarantine",
     "Rebase",

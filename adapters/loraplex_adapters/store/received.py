@@ -14,7 +14,7 @@ from pathlib import Path
 from loraplex_model.base.durable import flush, write_atomically
 from loraplex_model.base.faults import reach
 
-_FILE = "received.json"
+RECEIVED = "received.json"
 
 
 def record_received(folder: Path, sizes: Mapping[str, int]) -> None:
@@ -23,7 +23,7 @@ def record_received(folder: Path, sizes: Mapping[str, int]) -> None:
     On return the names of the files are on the disk too.
     """
     reach("store.received.write")
-    write_atomically(folder / _FILE, json.dumps(dict(sizes)).encode(), mode=0o600)
+    write_atomically(folder / RECEIVED, json.dumps(dict(sizes)).encode(), mode=0o600)
     reach("store.received.sync-directory")
     flush(folder)
 
@@ -36,7 +36,7 @@ def cut_to_received(folder: Path, files: tuple[str, ...]) -> dict[str, int]:
     """
     sizes = {name: _size(folder / name) for name in files}
     try:
-        recorded = json.loads((folder / _FILE).read_bytes())
+        recorded = json.loads((folder / RECEIVED).read_bytes())
     except FileNotFoundError:
         return sizes
     for name in files:

@@ -2,6 +2,7 @@
 
     <store>/uploads/lock                    held while an upload is begun
     <store>/uploads/<id>/lock               held while the upload is written, read or removed
+    <store>/uploads/<id>/peer               address of the client that began it, if it is known
     <store>/uploads/<id>/adapter_config.json, adapter_model.safetensors
     <store>/uploads/<id>/received.json      their sizes: see `received`
 
@@ -21,7 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from loraplex_model.base.durable import flush, lock, make_directory
+from loraplex_model.base.durable import flush, lock, make_directory, write_atomically
 from loraplex_model.base.faults import reach
 from loraplex_model.base.refusal import Reason, Refusal
 
@@ -33,9 +34,12 @@ from loraplex_adapters.format.files import (
     open_directory,
 )
 from loraplex_adapters.store.disk import disk_errors, locked
-from loraplex_adapters.store.received import cut_to_received, record_received
+from loraplex_adapters.store.received import RECEIVED, cut_to_received, record_received
 
 _ID = re.compile(r"\A[0-9a-f]{32}\Z")
+_PEER = "peer"
+_BUSY_SECONDS = 5.0
+_POLL_SECONDS = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +49,16 @@ class UploadBounds:
     Attributes:
         max_weights_bytes: size of one weights file.
         max_open: number of unfinished uploads.
+        max_per_peer: number of unfinished uploads that one peer has begun.
         expire_seconds: time from the last piece to the removal of an unfinished upload.
+        expire_empty_seconds: time from its begin to the removal of an upload without any bytes.
     """
 
     max_weights_bytes: int = 4 << 30
-    max_open: int = 16
+    max_open: int = 32
+    max_per_peer: int = 8
     expire_seconds: float = 24 * 3600.0
+    expire_empty_seconds: float = 300.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +68,25 @@ class Upload:
     id: str
     config_bytes: int
     weights_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class OpenUpload:
+    """An unfinished upload as it is listed.
+
+    Attributes:
+        config_bytes, weights_bytes: size of each file so far.
+        peer: address of the client that began it; "" if it is not known.
+        changed: Unix time of the last piece, or of its begin.
+        expires: Unix time after which it may be removed.
+    """
+
+    id: str
+    config_bytes: int
+    weights_bytes: int
+    peer: str
+    changed: float
+    expires: float
 
 
 class Uploads:
@@ -75,17 +102,27 @@ class Uploads:
         with disk_errors():
             make_directory(self._root)
 
-    def begin(self) -> str:
-        """Begins an upload; returns its id. Raises Refusal(OVERLOADED) if too many are open."""
+    def begin(self, peer: str = "") -> str:
+        """Begins an upload for a client at the address `peer`, "" if unknown; returns its id.
+
+        Raises Refusal(OVERLOADED) if too many are open, in all or of this peer.
+        """
         with locked(self._root):
             self.expire()
-            if len(self._ids()) >= self._bounds.max_open:
+            there = self.all()
+            own = sum(upload.peer == peer for upload in there) if peer else 0
+            if own >= self._bounds.max_per_peer:
+                message = f"{own} uploads of {peer} are open; finish or abort some"
+                raise Refusal(Reason.OVERLOADED, message)
+            if len(there) >= self._bounds.max_open:
                 raise Refusal(Reason.OVERLOADED, "too many uploads are open; finish or abort some")
             upload_id = uuid.uuid4().hex
             with disk_errors():
                 reach("store.upload.make")
                 (self._root / upload_id).mkdir()
                 reach("store.upload.made")
+                if peer:
+                    write_atomically(self._root / upload_id / _PEER, peer.encode())
                 record_received(self._root / upload_id, {})
                 flush(self._root)
         return upload_id
@@ -131,6 +168,14 @@ class Uploads:
             sizes = cut_to_received(folder, tuple(self._limits))
             return Upload(upload_id, sizes[CONFIG_FILE], sizes[WEIGHTS_FILE])
 
+    def all(self) -> tuple[OpenUpload, ...]:
+        """The unfinished uploads, the one that expires first at the front."""
+        found = []
+        for upload_id in self._ids():
+            with disk_errors(), suppress(FileNotFoundError):  # removed meanwhile
+                found.append(self._described(upload_id))
+        return tuple(sorted(found, key=lambda upload: upload.expires))
+
     @contextmanager
     def reading(self, upload_id: str, *, remove: bool = False) -> Iterator[Directory]:
         """Opens an upload's files, to which nothing is appended meanwhile.
@@ -161,10 +206,12 @@ class Uploads:
             except OSError:  # in use, or removed meanwhile
                 continue
             try:
-                if time.time() - _last_change(folder) > self._bounds.expire_seconds:
+                if time.time() > self._described(upload_id).expires:
                     expired.append(upload_id)
                     if not dry_run:
                         self._remove(folder)
+            except FileNotFoundError:  # removed by the lock's last holder
+                continue
             finally:
                 os.close(owner)
         return tuple(expired)
@@ -175,18 +222,27 @@ class Uploads:
             for removed in self._root.glob("removed-*"):
                 shutil.rmtree(removed, ignore_errors=True)
 
+    def _described(self, upload_id: str) -> OpenUpload:
+        """Describes an upload. Raises FileNotFoundError if it is gone."""
+        folder = self._root / upload_id
+        config, weights = _size(folder / CONFIG_FILE), _size(folder / WEIGHTS_FILE)
+        changed, bounds = _last_change(folder), self._bounds
+        patience = bounds.expire_seconds if config or weights else bounds.expire_empty_seconds
+        peer = _content(folder / _PEER)
+        return OpenUpload(upload_id, config, weights, peer, changed, changed + patience)
+
     def _ids(self) -> list[str]:
         with disk_errors():
             return sorted(entry.name for entry in self._root.iterdir() if _ID.match(entry.name))
 
     @contextmanager
     def _held(self, upload_id: str) -> Iterator[Path]:
-        """Waits for the upload's lock and holds it."""
+        """Holds the upload's lock. Raises Refusal(OVERLOADED) if another holds it for long."""
         folder = self._root / upload_id
         descriptor = None
         if _ID.match(upload_id) and folder.is_dir():
             with disk_errors(), suppress(FileNotFoundError):
-                descriptor = lock(folder / "lock")
+                descriptor = _lock_soon(folder / "lock")
         if descriptor is None:
             raise _not_found(upload_id)
         try:
@@ -207,9 +263,41 @@ class Uploads:
         reach("store.upload.removed")
 
 
+def _lock_soon(file: Path) -> int:
+    """Takes a lock for which others are waited for at most `_BUSY_SECONDS`.
+
+    A registration of gigabytes holds it for long; those that only ask must not all wait for that.
+    """
+    deadline = time.monotonic() + _BUSY_SECONDS
+    while True:
+        try:
+            return lock(file, wait=False)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                message = "the upload is being checked or registered; try again later"
+                raise Refusal(Reason.OVERLOADED, message) from None
+        time.sleep(_POLL_SECONDS)
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _content(file: Path) -> str:
+    try:
+        return file.read_text("utf-8", "replace")
+    except FileNotFoundError:
+        return ""
+
+
 def _last_change(folder: Path) -> float:
-    files = (folder, folder / CONFIG_FILE, folder / WEIGHTS_FILE)
-    return max(file.stat().st_mtime for file in files if file.exists())
+    # The folder itself changes also when the upload is only looked at, by the file of its lock.
+    files = [folder / name for name in (RECEIVED, CONFIG_FILE, WEIGHTS_FILE)]
+    begun = folder.stat().st_mtime
+    return max((file.stat().st_mtime for file in files if file.exists()), default=begun)
 
 
 def _not_found(upload_id: str) -> Refusal:

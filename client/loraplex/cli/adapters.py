@@ -40,6 +40,7 @@ def register(
 
 command(app, "upload", _REGISTRATION)(uploads.upload)
 command(app, "validate", _REGISTRATION)(uploads.validate)
+app.add_typer(uploads.app, rich_help_panel=_REGISTRATION)
 
 
 @command(app, "delete", _REGISTRATION, json=False)

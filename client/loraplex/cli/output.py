@@ -19,6 +19,7 @@ from loraplex.results import (
     FinishReason,
     Registration,
     ResolvedAdapter,
+    UploadInfo,
     Usage,
     Validation,
 )
@@ -171,6 +172,21 @@ def write_registration(done: Registration) -> None:
     """Prints the registered adapter, and whether the registration is new."""
     news = "registered" if done.created else "was registered already"
     print(f"{identity(done.adapter)} {news}")
+
+
+def write_uploads(uploads: Sequence[UploadInfo]) -> None:
+    """Prints a table of unfinished uploads."""
+    write_table(
+        ("upload", "peer", "bytes", "last change", "expires"),
+        [
+            (
+                *(u.upload_id, u.peer or "-", u.config_bytes + u.weights_bytes),
+                *(f"{time:%Y-%m-%d %H:%M:%S}Z" for time in (u.change_time, u.expire_time)),
+            )
+            for u in uploads
+        ],
+        numbers=("bytes",),
+    )
 
 
 def write_validation(found: Validation) -> None:

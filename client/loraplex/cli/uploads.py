@@ -1,4 +1,4 @@
-"""`loraplex adapters upload` and `validate`."""
+"""`loraplex adapters upload`, `validate` and `uploads`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,35 @@ import typer
 
 from loraplex import uploads
 from loraplex.cli import options, output
+from loraplex.cli.command import command
 from loraplex.cli.options import option
 from loraplex.cli.session import ExitStatus, Session
 from loraplex.client import Client
 from loraplex.errors import Cancelled, DeadlineExceeded, LoraplexError, Unavailable
 from loraplex.results import Validation
+
+app = typer.Typer(name="uploads", help="List and abort unfinished uploads.", no_args_is_help=True)
+
+
+@command(app, "list")
+def list_(session: Session) -> None:
+    """List the unfinished uploads of all clients, the one that expires first at the front."""
+    found = session.client.list_uploads()
+    if found or session.as_json:
+        session.show(found, output.write_uploads)
+    else:
+        output.note("no unfinished uploads")
+
+
+@command(app, "abort", json=False)
+def abort(
+    session: Session,
+    upload_ids: Annotated[list[str], typer.Argument(metavar="ID...", help="Uploads to drop.")],
+) -> None:
+    """Drop unfinished uploads and their bytes."""
+    for upload_id in upload_ids:
+        session.client.abort_upload(upload_id)
+        print(f"{upload_id} aborted")
 
 
 def upload(

@@ -397,6 +397,32 @@ class GetUploadResponse(_message.Message):
     weights_bytes: int
     def __init__(self, config_bytes: _Optional[int] = ..., weights_bytes: _Optional[int] = ...) -> None: ...
 
+class ListUploadsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListUploadsResponse(_message.Message):
+    __slots__ = ("uploads",)
+    UPLOADS_FIELD_NUMBER: _ClassVar[int]
+    uploads: _containers.RepeatedCompositeFieldContainer[OpenUpload]
+    def __init__(self, uploads: _Optional[_Iterable[_Union[OpenUpload, _Mapping]]] = ...) -> None: ...
+
+class OpenUpload(_message.Message):
+    __slots__ = ("upload_id", "config_bytes", "weights_bytes", "peer", "change_time", "expire_time")
+    UPLOAD_ID_FIELD_NUMBER: _ClassVar[int]
+    CONFIG_BYTES_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PEER_FIELD_NUMBER: _ClassVar[int]
+    CHANGE_TIME_FIELD_NUMBER: _ClassVar[int]
+    EXPIRE_TIME_FIELD_NUMBER: _ClassVar[int]
+    upload_id: str
+    config_bytes: int
+    weights_bytes: int
+    peer: str
+    change_time: _timestamp_pb2.Timestamp
+    expire_time: _timestamp_pb2.Timestamp
+    def __init__(self, upload_id: _Optional[str] = ..., config_bytes: _Optional[int] = ..., weights_bytes: _Optional[int] = ..., peer: _Optional[str] = ..., change_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expire_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+
 class AbortUploadRequest(_message.Message):
     __slots__ = ("upload_id",)
     UPLOAD_ID_FIELD_NUMBER: _ClassVar[int]

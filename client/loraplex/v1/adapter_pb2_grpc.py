@@ -110,6 +110,11 @@ class AdapterServiceStub:
                 request_serializer=loraplex_dot_v1_dot_adapter__pb2.GetUploadRequest.SerializeToString,
                 response_deserializer=loraplex_dot_v1_dot_adapter__pb2.GetUploadResponse.FromString,
                 _registered_method=True)
+        self.ListUploads = channel.unary_unary(
+                '/loraplex.v1.AdapterService/ListUploads',
+                request_serializer=loraplex_dot_v1_dot_adapter__pb2.ListUploadsRequest.SerializeToString,
+                response_deserializer=loraplex_dot_v1_dot_adapter__pb2.ListUploadsResponse.FromString,
+                _registered_method=True)
         self.AbortUpload = channel.unary_unary(
                 '/loraplex.v1.AdapterService/AbortUpload',
                 request_serializer=loraplex_dot_v1_dot_adapter__pb2.AbortUploadRequest.SerializeToString,
@@ -261,8 +266,16 @@ class AdapterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListUploads(self, request, context):
+        """ListUploads lists the open uploads, the one that expires first at the front.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def AbortUpload(self, request, context):
-        """AbortUpload drops an upload and its bytes. The number of open uploads is limited.
+        """AbortUpload drops an upload and its bytes. The number of open uploads is limited, in all and for each
+        address of clients.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -387,6 +400,11 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     servicer.GetUpload,
                     request_deserializer=loraplex_dot_v1_dot_adapter__pb2.GetUploadRequest.FromString,
                     response_serializer=loraplex_dot_v1_dot_adapter__pb2.GetUploadResponse.SerializeToString,
+            ),
+            'ListUploads': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListUploads,
+                    request_deserializer=loraplex_dot_v1_dot_adapter__pb2.ListUploadsRequest.FromString,
+                    response_serializer=loraplex_dot_v1_dot_adapter__pb2.ListUploadsResponse.SerializeToString,
             ),
             'AbortUpload': grpc.unary_unary_rpc_method_handler(
                     servicer.AbortUpload,
@@ -808,6 +826,33 @@ class AdapterService:
             '/loraplex.v1.AdapterService/GetUpload',
             loraplex_dot_v1_dot_adapter__pb2.GetUploadRequest.SerializeToString,
             loraplex_dot_v1_dot_adapter__pb2.GetUploadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListUploads(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/loraplex.v1.AdapterService/ListUploads',
+            loraplex_dot_v1_dot_adapter__pb2.ListUploadsRequest.SerializeToString,
+            loraplex_dot_v1_dot_adapter__pb2.ListUploadsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -79,8 +79,12 @@ class AdapterServiceStub:
     """
     GetUpload: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.GetUploadRequest, _adapter_pb2.GetUploadResponse]
     """GetUpload returns how much of an upload has arrived and is stored safely."""
+    ListUploads: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.ListUploadsRequest, _adapter_pb2.ListUploadsResponse]
+    """ListUploads lists the open uploads, the one that expires first at the front."""
     AbortUpload: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.AbortUploadRequest, _adapter_pb2.AbortUploadResponse]
-    """AbortUpload drops an upload and its bytes. The number of open uploads is limited."""
+    """AbortUpload drops an upload and its bytes. The number of open uploads is limited, in all and for each
+    address of clients.
+    """
     ValidateAdapter: _grpc.UnaryUnaryMultiCallable[_adapter_pb2.ValidateAdapterRequest, _adapter_pb2.ValidateAdapterResponse]
     """ValidateAdapter checks an adapter against the base model and the server's limits, and returns everything
     that is wrong with it. It changes nothing.
@@ -154,8 +158,12 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     """
     GetUpload: _aio.UnaryUnaryMultiCallable[_adapter_pb2.GetUploadRequest, _adapter_pb2.GetUploadResponse]  # type: ignore[assignment]
     """GetUpload returns how much of an upload has arrived and is stored safely."""
+    ListUploads: _aio.UnaryUnaryMultiCallable[_adapter_pb2.ListUploadsRequest, _adapter_pb2.ListUploadsResponse]  # type: ignore[assignment]
+    """ListUploads lists the open uploads, the one that expires first at the front."""
     AbortUpload: _aio.UnaryUnaryMultiCallable[_adapter_pb2.AbortUploadRequest, _adapter_pb2.AbortUploadResponse]  # type: ignore[assignment]
-    """AbortUpload drops an upload and its bytes. The number of open uploads is limited."""
+    """AbortUpload drops an upload and its bytes. The number of open uploads is limited, in all and for each
+    address of clients.
+    """
     ValidateAdapter: _aio.UnaryUnaryMultiCallable[_adapter_pb2.ValidateAdapterRequest, _adapter_pb2.ValidateAdapterResponse]  # type: ignore[assignment]
     """ValidateAdapter checks an adapter against the base model and the server's limits, and returns everything
     that is wrong with it. It changes nothing.
@@ -312,12 +320,22 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         """GetUpload returns how much of an upload has arrived and is stored safely."""
 
     @_abc_1.abstractmethod
+    def ListUploads(
+        self,
+        request: _adapter_pb2.ListUploadsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapter_pb2.ListUploadsResponse, _abc.Awaitable[_adapter_pb2.ListUploadsResponse]]:
+        """ListUploads lists the open uploads, the one that expires first at the front."""
+
+    @_abc_1.abstractmethod
     def AbortUpload(
         self,
         request: _adapter_pb2.AbortUploadRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapter_pb2.AbortUploadResponse, _abc.Awaitable[_adapter_pb2.AbortUploadResponse]]:
-        """AbortUpload drops an upload and its bytes. The number of open uploads is limited."""
+        """AbortUpload drops an upload and its bytes. The number of open uploads is limited, in all and for each
+        address of clients.
+        """
 
     @_abc_1.abstractmethod
     def ValidateAdapter(

@@ -21,6 +21,7 @@ from loraplex_server.rpc import describe, watching
 from loraplex_server.rpc import validate_adapters as validate
 from loraplex_server.rpc.errors import for_client, require
 from loraplex_server.rpc.gate import Gate
+from loraplex_server.rpc.peers import peer_address
 from loraplex_server.rpc.uploads import UploadReceiver
 
 DEFAULT_PAGE: Final = 100
@@ -184,7 +185,7 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         self, request: pb.StartUploadRequest, context: _Context
     ) -> pb.StartUploadResponse:
         """Opens an upload and returns its id."""
-        work = self._lanes.uploads.run(self._store.uploads.begin)
+        work = self._lanes.uploads.run(self._store.uploads.begin, peer_address(context.peer()))
         upload_id = await _typed(work, "", "", _UPLOAD)
         return pb.StartUploadResponse(upload_id=upload_id)
 
@@ -194,7 +195,8 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         context: _Context,
     ) -> pb.UploadAdapterResponse:
         """Receives an adapter's files and registers it."""
-        done = await _typed(self._uploads.receive(request_iterator), "", "name", _UPLOAD)
+        work = self._uploads.receive(request_iterator, peer_address(context.peer()))
+        done = await _typed(work, "", "name", _UPLOAD)
         if done is None:
             return pb.UploadAdapterResponse()
         adapter, created = done
@@ -210,6 +212,13 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         return pb.GetUploadResponse(
             config_bytes=sizes.config_bytes, weights_bytes=sizes.weights_bytes
         )
+
+    async def ListUploads(
+        self, request: pb.ListUploadsRequest, context: _Context
+    ) -> pb.ListUploadsResponse:
+        """Lists the open uploads."""
+        found = await _typed(self._lanes.uploads.run(self._store.uploads.all), "", "", _UPLOAD)
+        return pb.ListUploadsResponse(uploads=map(describe.upload, found))
 
     async def AbortUpload(
         self, request: pb.AbortUploadRequest, context: _Context

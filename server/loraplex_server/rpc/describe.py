@@ -8,6 +8,7 @@ from typing import Any, Final
 from google.protobuf.message import Message
 from loraplex.v1 import adapter_pb2
 from loraplex_adapters.format.examine import Report
+from loraplex_adapters.store import OpenUpload
 
 from loraplex_server.engine.messages import AdapterStatus
 from loraplex_server.feed import AdapterRow
@@ -39,6 +40,14 @@ def judgement(report: Report) -> adapter_pb2.ValidateAdapterResponse:
         described = _shared(adapter_pb2.AdapterSpec, spec)
         reply.spec.CopyFrom(adapter_pb2.AdapterSpec(**described, device_bytes=spec.packed_bytes))
     return reply
+
+
+def upload(found: OpenUpload) -> adapter_pb2.OpenUpload:
+    """An unfinished upload."""
+    message = adapter_pb2.OpenUpload(upload_id=found.id, **_shared(adapter_pb2.OpenUpload, found))
+    message.change_time.FromNanoseconds(int(found.changed * 1e9))
+    message.expire_time.FromNanoseconds(int(found.expires * 1e9))
+    return message
 
 
 def _shared(kind: type[Message], value: Any) -> dict[str, Any]:

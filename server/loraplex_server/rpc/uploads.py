@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Final
@@ -19,6 +20,10 @@ from loraplex_server.rpc.gate import Gate
 MAX_STREAMS: Final = 16
 """Most uploads that may send at the same time; each holds one chunk in memory."""
 
+MAX_STREAMS_PER_PEER: Final = 8
+"""Most uploads of one peer that may send at the same time. All clients behind a proxy are one peer,
+so this is a good part of all."""
+
 _DRAINING: Final = "the server is shutting down; what has arrived is kept"
 _SILENCE: Final = f"nothing arrived for {SILENCE_SECONDS:g} s; what has arrived before is kept"
 
@@ -34,24 +39,30 @@ class UploadReceiver:
     def __init__(self, registry: Registry, gate: Gate) -> None:
         self._registry = registry
         self._gate = gate
-        self._streams = 0
+        self._streams: Counter[str] = Counter()
 
     async def receive(
-        self, requests: AsyncIterator[adapter_pb2.UploadAdapterRequest]
+        self, requests: AsyncIterator[adapter_pb2.UploadAdapterRequest], peer: str
     ) -> tuple[Registered, bool] | None:
-        """Receives one stream and, if it completes an upload that is not staged, registers it.
+        """Receives one stream of a client at the address `peer`.
+
+        If it completes an upload that is not staged, the adapter is registered.
 
         Returns the adapter and whether the version is new; None if the files were only staged.
         Raises Refusal. The bytes that had arrived are kept, and the upload can be resumed.
         """
-        if self._streams >= MAX_STREAMS:
-            raise Refusal(Reason.OVERLOADED, f"{self._streams} uploads are running; try again")
-        self._streams += 1
+        running, own = self._streams.total(), self._streams[peer]
+        if running >= MAX_STREAMS or own >= MAX_STREAMS_PER_PEER:
+            text = f"{running} uploads are running, {own} of them from {peer}; try again"
+            raise Refusal(Reason.OVERLOADED, text)
+        self._streams[peer] += 1
         try:
             async with aclosing(messages(requests, self._gate, _DRAINING, _SILENCE)) as arriving:
                 return await self._receive(arriving)
         finally:
-            self._streams -= 1
+            self._streams[peer] -= 1
+            if not self._streams[peer]:
+                del self._streams[peer]
 
     async def _receive(
         self, requests: AsyncIterator[adapter_pb2.UploadAdapterRequest]
