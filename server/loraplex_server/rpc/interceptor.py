@@ -22,8 +22,11 @@ from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_server.logs import REQUEST_ID
 from loraplex_server.metrics import Metrics
 from loraplex_server.rpc.arriving import Arrivals
-from loraplex_server.rpc.errors import TABLE, status_of, trailers_of
+from loraplex_server.rpc.bounds import beyond_bounds
+from loraplex_server.rpc.errors import TABLE, require, status_of, trailers_of
 from loraplex_server.rpc.gate import Gate
+from loraplex_server.rpc.intake import Intake, Reader
+from loraplex_server.rpc.remains import forget_after_call
 from loraplex_server.rpc.validate import is_request_id
 from loraplex_server.rpc.writing import StreamWriter
 
@@ -33,8 +36,8 @@ _OURS: Final = "/loraplex.v1."
 _CLOCK_SLACK: Final = 0.02
 """Seconds before its deadline at which a client's cancellation still counts as the deadline."""
 
-_MALFORMED: Final = object()
-"""Stands for a request whose bytes could not be read."""
+_NO_REQUEST: Final = b"\xff"
+"""Stands for a request that its client did not send: bytes that are no message."""
 
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -46,7 +49,7 @@ _StreamBehaviour: TypeAlias = "Callable[[Any, _Context], AsyncGenerator[Message,
 
 
 class Interceptor(grpc.aio.ServerInterceptor):
-    """Wraps the handler and the deserialiser of every method.
+    """Wraps the handler of every method, and decodes its requests in place of gRPC.
 
     A stream is ended after `write_stall_seconds` in which its client does not read.
     """
@@ -55,6 +58,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
         self._gate = gate
         self._metrics = metrics
         self.arrivals = Arrivals(gate)
+        self._intake = Intake()
         self._writer = StreamWriter(gate, write_stall_seconds)
         self._refusing: set[asyncio.Task[None]] = set()
 
@@ -68,61 +72,77 @@ class Interceptor(grpc.aio.ServerInterceptor):
         if handler is None:
             return None
         method = str(handler_call_details.method)
+        read: Reader = handler.request_deserializer
         # What is one request to the client is read here as a stream, since a handler of the former
         # kind is called only once the request is complete, which may be never.
         make: Callable[..., _Handler] = grpc.stream_stream_rpc_method_handler
         guarded: Callable[[Any, _Context], Awaitable[Message | None]]
         if handler.unary_unary is not None:
             make = grpc.stream_unary_rpc_method_handler
-            guarded = self._unary(method, handler.unary_unary)
+            guarded = self._unary(method, handler.unary_unary, read)
         elif handler.stream_unary is not None:
             make = grpc.stream_unary_rpc_method_handler
-            guarded = self._gathering(method, handler.stream_unary)
+            guarded = self._gathering(method, handler.stream_unary, read)
         elif handler.unary_stream is not None:
-            guarded = self._stream(method, handler.unary_stream)
+            guarded = self._stream(method, handler.unary_stream, read)
         else:
-            guarded = self._conversation(method, handler.stream_stream)
-        return make(guarded, _forgiving(handler.request_deserializer), handler.response_serializer)
+            guarded = self._conversation(method, handler.stream_stream, read)
+        return make(guarded, None, handler.response_serializer)
 
-    def _unary(self, method: str, behave: _Behaviour) -> _Behaviour:
-        async def guarded(requests: Any, context: _Context) -> Message:
-            request = await self._request(method, context)
-            async with _Call(self._gate, self._metrics, method, context, request) as call:
-                call.check(request)
-                return await behave(request, context)
+    def _unary(self, method: str, behave: _Behaviour, read: Reader) -> _Behaviour:
+        async def guarded(requests: object, context: _Context) -> Message:
+            data = await self._request(method, context)
+            async with _Call(self._gate, self._metrics, method, context) as call:
+                with self._intake.holding(len(data)):
+                    request = call.check(await self._intake.decode(read, data))
+                    return await behave(request, context)
 
         return guarded
 
-    def _gathering(self, method: str, behave: _Behaviour) -> _Behaviour:
-        async def guarded(requests: AsyncIterator[Any], context: _Context) -> Message:
+    def _gathering(self, method: str, behave: _Behaviour, read: Reader) -> _Behaviour:
+        async def guarded(stream: AsyncIterator[bytes], context: _Context) -> Message:
             async with _Call(self._gate, self._metrics, method, context) as call:
-                call.check(None)
-                return await behave(call.checked(requests), context)
+                call.require_open()
+                async with aclosing(self._requests(stream, call, read)) as requests:
+                    return await behave(requests, context)
 
         return guarded
 
     def _stream(
-        self, method: str, behave: _StreamBehaviour
+        self, method: str, behave: _StreamBehaviour, read: Reader
     ) -> Callable[[Any, _Context], Awaitable[None]]:
-        async def guarded(requests: Any, context: _Context) -> None:
-            request = await self._request(method, context)
-            async with _Call(self._gate, self._metrics, method, context, request) as call:
-                call.check(request)
-                await self._answer(call, behave(request, context), context)
+        async def guarded(requests: object, context: _Context) -> None:
+            data = await self._request(method, context)
+            async with _Call(self._gate, self._metrics, method, context) as call:
+                with self._intake.holding(len(data)):
+                    request = call.check(await self._intake.decode(read, data))
+                    await self._answer(call, behave(request, context), context)
 
         return guarded
 
     def _conversation(
-        self, method: str, behave: _StreamBehaviour
+        self, method: str, behave: _StreamBehaviour, read: Reader
     ) -> Callable[[Any, _Context], Awaitable[None]]:
-        async def guarded(requests: AsyncIterator[Any], context: _Context) -> None:
+        async def guarded(stream: AsyncIterator[bytes], context: _Context) -> None:
             async with _Call(self._gate, self._metrics, method, context) as call:
-                call.check(None)
-                await self._answer(call, behave(call.checked(requests), context), context)
+                call.require_open()
+                async with aclosing(self._requests(stream, call, read)) as requests:
+                    await self._answer(call, behave(requests, context), context)
 
         return guarded
 
-    async def _request(self, method: str, context: _Context) -> Any:
+    async def _requests(
+        self, stream: AsyncIterator[bytes], call: _Call, read: Reader
+    ) -> AsyncGenerator[Message, None]:
+        """Yields the requests of a stream; raises Refusal as for a single request."""
+        arriving: Any = aiter(stream)
+        # gRPC's generator refers to itself until it is closed.
+        async with aclosing(arriving):
+            async for data in arriving:
+                with self._intake.holding(len(data)):
+                    yield call.check(await self._intake.decode(read, data))
+
+    async def _request(self, method: str, context: _Context) -> bytes:
         """Reads the only request of a call, which `Arrivals` refuses if it does not arrive."""
 
         async def fail(refusal: Refusal) -> None:
@@ -136,9 +156,13 @@ class Interceptor(grpc.aio.ServerInterceptor):
             self._refusing.add(task)
             task.add_done_callback(self._refusing.discard)
 
-        with self.arrivals.waiting(refuse):
-            request = await context.read()
-        return _MALFORMED if request is grpc.aio.EOF else request
+        try:
+            with self.arrivals.waiting(refuse):
+                data: Any = await context.read()
+        except grpc.aio.AbortError as refused:
+            forget_after_call(refused)
+            raise
+        return _NO_REQUEST if data is grpc.aio.EOF else bytes(data)
 
     async def _answer(
         self, call: _Call, events: AsyncGenerator[Message, None], context: _Context
@@ -154,10 +178,8 @@ class Interceptor(grpc.aio.ServerInterceptor):
 class _Call:
     """One call: its id, the status of its failure, and the log line and metrics of its end."""
 
-    def __init__(
-        self, gate: Gate, metrics: Metrics, method: str, context: _Context, request: Any = None
-    ) -> None:
-        self.id = _given_id(request) or uuid.uuid4().hex
+    def __init__(self, gate: Gate, metrics: Metrics, method: str, context: _Context) -> None:
+        self.id = uuid.uuid4().hex
         self._gate = gate
         self._metrics = metrics
         self._context = context
@@ -182,6 +204,7 @@ class _Call:
             if error is None:
                 self._context.set_trailing_metadata((("x-request-id", self.id),))
             else:
+                forget_after_call(error)
                 await self._fail(error)
         finally:
             self._leave()
@@ -207,18 +230,23 @@ class _Call:
             extra["reason"] = self._reason
         log.info("call ended", extra=extra)
 
-    def check(self, request: object) -> None:
-        """Raises Refusal if the request was malformed or the server is draining."""
-        if request is _MALFORMED:
-            raise Refusal(Reason.REQUEST_MALFORMED, "malformed request")
+    def check(self, request: Message) -> Message:
+        """Takes the request's id and returns the request.
+
+        Raises Refusal if a field is beyond its bounds or the server is draining.
+        """
+        if given := _given_id(request):
+            self.id = given
+            REQUEST_ID.set(given)
+        if self._ours:
+            self.require_open()
+            require(beyond_bounds(request))
+        return request
+
+    def require_open(self) -> None:
+        """Raises Refusal if the server is draining."""
         if self._ours and self._gate.draining:
             raise Refusal(Reason.DRAINING, "the server is shutting down")
-
-    async def checked(self, requests: AsyncIterator[Any]) -> AsyncGenerator[Any, None]:
-        """Yields the requests; raises Refusal as `check` does."""
-        async for request in requests:
-            self.check(request)
-            yield request
 
     async def _fail(self, error: BaseException) -> None:
         """Ends the call with the error's status. Returns only if there is no status to send."""
@@ -247,20 +275,9 @@ class _Call:
             await self._context.abort(self._code, status.message, trailers)
         except grpc.aio.InternalError as failed:  # the client is gone
             raise asyncio.CancelledError from failed
-
-
-def _forgiving(read: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
-    """Wraps a deserialiser so that unreadable bytes reach the handler as `_MALFORMED`."""
-    if read is None:
-        raise TypeError("a method without a deserialiser")
-
-    def attempt(data: bytes) -> Any:
-        try:
-            return read(data)
-        except Exception:
-            return _MALFORMED
-
-    return attempt
+        except grpc.aio.AbortError as aborted:
+            forget_after_call(aborted)
+            raise
 
 
 def _given_id(request: Any) -> str:

@@ -20,14 +20,13 @@ from loraplex.v1 import (
 
 from loraplex_server.rpc.accepting import make_server
 from loraplex_server.rpc.adapters import AdapterService
+from loraplex_server.rpc.bounds import MAX_MESSAGE_BYTES
 from loraplex_server.rpc.gate import Gate
 from loraplex_server.rpc.generation import GenerationService
 from loraplex_server.rpc.health import HealthService
 from loraplex_server.rpc.interceptor import Interceptor
 from loraplex_server.rpc.reflection import ReflectionService
 from loraplex_server.rpc.training import TrainingService
-
-MAX_MESSAGE_BYTES: Final = 4 << 20
 
 SERVICES: Final = (
     generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,

@@ -5,24 +5,29 @@ A request that passes is in range, finite and within the model's vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from typing import Final
 
 from loraplex.v1 import generation_pb2
 from loraplex_model.base.refusal import Problem
 
+from loraplex_server.rpc.bounds import (
+    MAX_LISTED as MAX_LISTED,
+)
+from loraplex_server.rpc.bounds import (
+    MAX_LOGIT_BIAS,
+    MAX_MIX,
+    MAX_REQUEST_ID,
+    MAX_STOP_STRING_BYTES,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKENS,
+    MAX_TOKEN_IDS,
+    MAX_TURNS,
+)
 from loraplex_server.rpc.resolve import is_adapter_id
 
-MAX_MIX: Final = 8
 MAX_LOGPROBS: Final = 20
-MAX_LOGIT_BIAS: Final = 300
-MAX_STOP_STRINGS: Final = 16
-MAX_STOP_STRING_BYTES: Final = 64
-MAX_STOP_TOKENS: Final = 64
-MAX_REQUEST_ID: Final = 128
-MAX_LISTED: Final = 32
-"""Most problems listed in one answer."""
 
 ROLES: Final = frozenset({"system", "user", "assistant"})
 
@@ -79,8 +84,10 @@ class RequestChecks:
         """Requires an adapter id."""
         self.require(is_adapter_id(text), field, ADAPTER_ID_FORM)
 
-    def tokens(self, field: str, ids: Iterable[int], vocab_size: int) -> None:
+    def tokens(self, field: str, ids: Sequence[int], vocab_size: int) -> None:
         """Requires every id to be in the vocabulary; reports the first that is not."""
+        if max(ids, default=0) < vocab_size:
+            return
         for i, token in enumerate(ids):
             if token >= vocab_size:
                 text = f"{token} is not in the vocabulary of {vocab_size} tokens"
@@ -137,13 +144,15 @@ def _input(
         case "token_ids":
             ids = request.token_ids.ids
             checks.require(bool(ids), "token_ids.ids", "must not be empty")
+            checks.at_most("token_ids.ids", ids, MAX_TOKEN_IDS)
             # A prompt longer than the context is refused as such, without a check of each token.
             if len(ids) < bounds.max_context:
                 checks.tokens("token_ids.ids", ids, bounds.vocab_size)
         case "messages":
             turns = request.messages.messages
             checks.require(bool(turns), "messages.messages", "must not be empty")
-            for i, turn in enumerate(turns):
+            checks.at_most("messages.messages", turns, MAX_TURNS)
+            for i, turn in enumerate(turns[:MAX_TURNS]):
                 if turn.role not in ROLES:
                     field = f"messages.messages[{i}].role"
                     checks.add(field, 'must be "system", "user" or "assistant"')

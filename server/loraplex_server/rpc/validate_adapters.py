@@ -10,14 +10,16 @@ from loraplex.v1 import adapter_pb2
 from loraplex_adapters.format.files import MAX_CONFIG_BYTES
 from loraplex_model.base.refusal import Problem
 
+from loraplex_server.rpc.bounds import (
+    MAX_LABEL_VALUE,
+    MAX_LABELS,
+    MAX_PAGE_TOKEN,
+    MAX_PATH_BYTES,
+)
 from loraplex_server.rpc.resolve import is_adapter_id, is_name
 from loraplex_server.rpc.validate import ADAPTER_ID_FORM, RequestChecks
 
 MAX_PAGE: Final = 1000
-MAX_PATH_BYTES: Final = 4096
-MAX_PAGE_TOKEN: Final = 512
-MAX_LABELS: Final = 32
-MAX_LABEL_VALUE: Final = 256
 MAX_DRAIN_SECONDS: Final = 86_400
 MAX_CHUNK_BYTES: Final = 1 << 20
 
@@ -74,8 +76,9 @@ def label(request: adapter_pb2.LabelAdapterRequest) -> list[Problem]:
     checks.adapter_id("adapter_id", request.adapter_id)
     checks.require(bool(request.set or request.remove), "set", "must be set unless `remove` is")
     labels("set", request.set, checks)
-    _keys("remove", request.remove, checks)
-    both = [key for key in request.remove if key in request.set]
+    if checks.at_most("remove", request.remove, MAX_LABELS):
+        _keys("remove", request.remove, checks)
+    both = [key for key in request.remove[:MAX_LABELS] if key in request.set]
     checks.require(not both, "remove", "must not name a label that is also set")
     return checks.problems
 

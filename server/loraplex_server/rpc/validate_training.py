@@ -9,15 +9,20 @@ from typing import Final
 from loraplex.v1 import training_pb2
 from loraplex_model.base.refusal import Problem
 
+from loraplex_server.rpc.bounds import (
+    MAX_OPTION_BYTES,
+    MAX_OPTIONS,
+    MAX_PATH_BYTES,
+    MAX_REQUEST_ID,
+    MAX_STATES,
+    MAX_SYSTEM_BYTES,
+    MAX_WORD_BYTES,
+)
 from loraplex_server.rpc.resolve import is_name
-from loraplex_server.rpc.validate import MAX_REQUEST_ID, RequestChecks, is_request_id
-from loraplex_server.rpc.validate_adapters import MAX_PAGE, MAX_PATH_BYTES, labels
+from loraplex_server.rpc.validate import RequestChecks, is_request_id
+from loraplex_server.rpc.validate_adapters import MAX_PAGE, labels
 
 MAX_INLINE: Final = 3 << 20
-MAX_OPTIONS: Final = 64
-MAX_OPTION_BYTES: Final = 4096
-MAX_SYSTEM_BYTES: Final = 16 << 10
-MAX_WORD_BYTES: Final = 512
 
 _NAME_FORM: Final = "must match [a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
 _OPTION: Final = re.compile(r"[a-z][a-z0-9_]{0,63}", re.ASCII)
@@ -72,7 +77,8 @@ def page(request: training_pb2.ListJobsRequest) -> list[Problem]:
     good = not request.page_token or _JOB.fullmatch(request.page_token) is not None
     checks.require(good, "page_token", "is not a token of this server")
     known = training_pb2.TrainingJobState.values()
-    for i, state in enumerate(request.states):
+    checks.at_most("states", request.states, MAX_STATES)
+    for i, state in enumerate(request.states[:MAX_STATES]):
         good = state in known and state != training_pb2.TRAINING_JOB_STATE_UNSPECIFIED
         checks.require(good, f"states[{i}]", "is not a state")
     return checks.problems
