@@ -38,6 +38,7 @@ from loraplex_server.engine.process.client import EngineClient
 from loraplex_server.exits import ServerExit
 from loraplex_server.failures import for_operator
 from loraplex_server.lanes import Lanes
+from loraplex_server.loop_lag import watch_event_loop
 from loraplex_server.metrics import Metrics
 from loraplex_server.registry import Registry
 from loraplex_server.rpc.adapters import AdapterService
@@ -137,6 +138,8 @@ class Server:
         """
         config = self._config
         self._bind()
+        watching = asyncio.create_task(watch_event_loop(self.metrics.series), name="event loop lag")
+        self._closing.callback(watching.cancel)
         store = await self._open_store()
         self._closing.push_async_callback(self._lanes.close, STOP_GRACE)
         with _needed(ServerExit.NO_MODEL, "cannot start the engine"):

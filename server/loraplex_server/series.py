@@ -85,6 +85,7 @@ class Series:
     request_duration_seconds = _histogram(
         _LONG, "Time from an RPC's arrival to its end.", method=()
     )
+    event_loop_lag_seconds = _histogram(_LONG, "Time by which the event loop wakes a task late.")
     prompt_tokens = _counter("Prompt tokens of started requests.")
     generated_tokens = _counter("Tokens returned to clients.")
     batch_rows = _histogram(

@@ -112,3 +112,8 @@ async def test_too_many_bytes_are_refused_at_once_and_the_running_go_on(
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await up.channel.unary_unary("/loraplex.v1.GenerationService/Generate")(LARGE)
         assert refusal(caught.value).reason != "OVERLOADED"
+
+
+async def test_a_server_measures_the_lag_of_its_loop(tmp_path: Path) -> None:
+    async with running(tmp_path) as up:
+        await until(lambda: up.metric("event_loop_lag_seconds_count") > 0)
