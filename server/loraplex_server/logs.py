@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Mapping
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any, Final, Literal
 
 REQUEST_ID: Final[ContextVar[str]] = ContextVar("loraplex_request_id", default="")
 """Id of the RPC that the current task serves; "" outside of RPCs."""
+
+_SPECIAL: Final = frozenset('"=\\')
+"""Characters, besides white space, for which the value of a field is quoted."""
 
 _STANDARD: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
 
@@ -28,19 +32,62 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False, default=str)
+        return printable(json.dumps(line, ensure_ascii=False, default=str))
 
 
 class TextFormatter(logging.Formatter):
-    """Formats a record as `time level message key=value`, for a terminal."""
+    """Formats a record as `time level message key=value`, for a terminal.
 
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
+    No text of a client can begin a line, a field or a sequence of control characters: a value that
+    is not a plain word is quoted as in JSON, an argument of the message that looks like fields is
+    quoted too, and the lines of a traceback are indented.
+    """
+
+    def __init__(self, form: str = "%(asctime)s %(levelname)-7s %(message)s") -> None:
+        super().__init__(form, "%H:%M:%S")
 
     def format(self, record: logging.LogRecord) -> str:
-        first, newline, rest = super().format(record).partition("\n")
-        pairs = [f"{key}={value}" for key, value in _extra(record).items()]
-        return " ".join([first, *pairs]) + newline + rest
+        record.message = printable(_message(record))
+        record.asctime = self.formatTime(record, self.datefmt)
+        pairs = [f"{key}={_value(value)}" for key, value in _extra(record).items()]
+        lines = [" ".join([self.formatMessage(record), *pairs])]
+        if record.exc_info:
+            trace = self.formatException(record.exc_info).split("\n")
+            lines += [f"    {printable(line)}" for line in trace]
+        return "\n".join(lines)
+
+
+def printable(text: str) -> str:
+    """The text with every character that is not printable written as in JSON, such as `\\u001b`."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
+
+
+def _value(value: object) -> str:
+    """The value of a field: a plain word as it is, anything else quoted."""
+    text = str(value)
+    plain = text and text.isprintable() and not any(c in _SPECIAL or c.isspace() for c in text)
+    return text if plain else printable(json.dumps(text, ensure_ascii=False))
+
+
+def _message(record: logging.LogRecord) -> str:
+    """The record's message. Arguments of it that contain `key=value` are quoted."""
+    given = record.args
+    if not given:
+        return record.getMessage()
+    if isinstance(given, Mapping):
+        return str(record.msg) % {key: _argument(value) for key, value in given.items()}
+    return str(record.msg) % tuple(_argument(value) for value in given)
+
+
+def _argument(value: object) -> object:
+    if value is None or isinstance(value, int | float):
+        return value
+    text = str(value)
+    # A field has no blank before its "="; a setting in the log, `name = value`, has one.
+    looks_like_fields = any(before[-1:].strip() for before in text.split("=")[:-1])
+    return json.dumps(text, ensure_ascii=False) if looks_like_fields else value
 
 
 def configure(form: Literal["text", "json"], level: str) -> None:
@@ -50,6 +97,13 @@ def configure(form: Literal["text", "json"], level: str) -> None:
     handler.addFilter(_add_request_id)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.getLogger("asyncio").setLevel(logging.WARNING)
+
+
+def configure_engine() -> None:
+    """The same for the engine's process, whose lines are text in any case."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(TextFormatter("%(levelname)s engine %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
 
 
 def _add_request_id(record: logging.LogRecord) -> bool:

@@ -2,9 +2,28 @@
 
 from __future__ import annotations
 
+import time
+from typing import Final
+
 from loraplex_model.base.refusal import Reason, Refusal
 
 from loraplex_server.metrics import Metrics
+
+MAX_DEADLINE_SECONDS: Final = 86_400.0
+"""Longest time that a request with a deadline may take; later deadlines count as this one."""
+
+
+def admitted_deadline(remaining: float | None) -> float | None:
+    """The deadline of a request (`time.monotonic()`) whose client leaves `remaining` seconds.
+
+    A client may name any number, such as a hundred million hours; waits of that length overflow.
+    None means that the client has set no deadline.
+    """
+    if remaining is None:
+        return None
+    if not remaining <= MAX_DEADLINE_SECONDS:  # NaN is not, either
+        remaining = MAX_DEADLINE_SECONDS
+    return time.monotonic() + max(0.0, remaining)
 
 
 class Admission:

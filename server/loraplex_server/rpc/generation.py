@@ -24,7 +24,7 @@ from loraplex_server.logs import REQUEST_ID
 from loraplex_server.metrics import Metrics
 from loraplex_server.registry import Registry
 from loraplex_server.rpc import validate
-from loraplex_server.rpc.admission import Admission, Ticket
+from loraplex_server.rpc.admission import Admission, Ticket, admitted_deadline
 from loraplex_server.rpc.completion import FINISH_REASONS, CompletionBuilder, logprobs_proto
 from loraplex_server.rpc.errors import TABLE, for_client, invalid, require
 from loraplex_server.rpc.resolve import (
@@ -100,7 +100,8 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             room = self.bounds.max_context - virtual_tokens(adapters)
             prompt = await self._tokenise(request, field_path, room)
             ticket.wait(len(prompt))
-            call = _Call(request, adapters, prompt, room, _deadline(context), field_path, streaming)
+            deadline = admitted_deadline(context.time_remaining())
+            call = _Call(request, adapters, prompt, room, deadline, field_path, streaming)
             with self.metrics.generation(call.names):
                 async with aclosing(self._run(call, ticket, clock)) as events:
                     async for event in events:
@@ -312,11 +313,6 @@ def _finished(finish: str, prompt: int, tokens: int) -> _Event:
             finish_reason=FINISH_REASONS[finish], usage=usage
         )
     )
-
-
-def _deadline(context: _Context) -> float | None:
-    remaining = context.time_remaining()
-    return None if remaining is None else time.monotonic() + remaining
 
 
 def _subject(request: generation_pb2.GenerateRequest) -> Subject:

@@ -37,6 +37,7 @@ from loraplex_server.engine.process import wire
 from loraplex_server.engine.process.setup import EngineSetup
 from loraplex_server.engine.runner.config import CustomRunner, RunnerConfig
 from loraplex_server.engine.runner.protocol import ModelRunner
+from loraplex_server.logs import configure_engine
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ def main() -> int:
     # The front decides when the engine ends: a Ctrl-C in the terminal must not cut its drain short.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s engine %(name)s: %(message)s")
+    configure_engine()
     # A signal such as SIGBUS, which a mapped file that is cut short causes, is reported with the
     # Python code that was running.
     faulthandler.enable()
