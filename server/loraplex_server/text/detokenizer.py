@@ -12,12 +12,19 @@ REPLACEMENT: Final = "\ufffd"
 _CONTEXT: Final = 6
 """Number of prompt tokens given to the decoder, so that the first piece keeps its leading space."""
 
+_WINDOW: Final = 32
+"""Most tokens without a whole character at their end that are decoded again with the next one."""
+
+_CHARACTER: Final = 4
+"""Most tokens of one character: a token has one byte at least."""
+
 
 class Detokenizer:
     """Converts one completion to text, piece by piece.
 
     The joined pieces are the completion as decoded after its prompt, without special tokens and
-    without an incomplete character at the very end.
+    without an incomplete character at the very end. A token costs the same however many tokens
+    without a character precede it; what is decoded again with each token is bounded.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
@@ -28,6 +35,7 @@ class Detokenizer:
             self._context = []
         self._stream = DecodeStream(self._context, skip_special_tokens=True)
         self._held: list[int] = []
+        self._behind: list[str] = []
 
     def push(self, token: int) -> str:
         """Adds a token and returns the text that it completes; "" within a character."""
@@ -35,17 +43,47 @@ class Detokenizer:
             text = self._stream.step(self._tokenizer, token)
         except Exception:  # the decoder fails on bytes that are not valid text
             text = self._resume(token)
+        self._held.append(token)
         if text is None:
-            self._held.append(token)
+            if len(self._held) == _WINDOW:
+                self._shorten()
             return ""
-        self._held.clear()
-        return text
+        self._context, self._held = self._held, []
+        return self._after_behind(text)
 
     def finish(self) -> str:
         """Returns the rest of the text. No token may be pushed afterwards."""
-        text = self._decode(self._held).rstrip(REPLACEMENT)
+        text = self._after_behind(self._decode(self._held)).rstrip(REPLACEMENT)
         self._held.clear()
         return text
+
+    def _after_behind(self, text: str) -> str:
+        if self._behind:
+            text = "".join((*self._behind, text))
+            self._behind.clear()
+        return text
+
+    def _shorten(self) -> None:
+        """Decodes the older held tokens for good, and keeps those of the last character.
+
+        Their text is not returned yet: it may be the incomplete end of the completion.
+        """
+        held = [token for token in self._held if not self._is_special(token)]
+        whole = self._decode(held)
+        for kept in range(_CHARACTER, _WINDOW // 2):
+            before, after = self._decode(held[:-kept]), self._decode(held[-kept:])
+            if before + after == whole:  # otherwise a character has tokens on both sides
+                break
+        self._behind.append(before)
+        self._held = held[-kept:]
+        # Without any held token the text before them still decides on the space of the next word.
+        self._stream = DecodeStream(self._held or self._context, skip_special_tokens=True)
+
+    def _is_special(self, token: int) -> bool:
+        """Whether a token has no text because it is a special one."""
+        return not self._decode([token]) and bool(
+            self._tokenizer.decode([token], skip_special_tokens=False)
+        )
 
     def _resume(self, token: int) -> str:
         text = self._decode([*self._held, token])
