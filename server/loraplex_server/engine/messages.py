@@ -202,6 +202,16 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     error: Failure | None = None
 
 
+class PromptScores(msgspec.Struct, frozen=True, tag="scores"):
+    """Log-probabilities of a part of one request's prompt, in order.
+
+    Sent before the `StepReport` whose output they belong to, if they are too many for one frame.
+    """
+
+    id: int
+    logprobs: list[Logprobs]
+
+
 class AdapterStatus(msgspec.Struct, frozen=True, omit_defaults=True):
     """An adapter that is on the device, in host memory, or on its way.
 
@@ -305,4 +315,4 @@ class ControlDone(msgspec.Struct, frozen=True, tag="done"):
 Reply = ControlDone | LoadDone | MergeDone
 """Answers to orders, and notices of ended loads and merges."""
 
-FromEngine = Hello | Fatal | StepReport | LoadDone | MergeDone | ControlDone
+FromEngine = Hello | Fatal | StepReport | PromptScores | LoadDone | MergeDone | ControlDone

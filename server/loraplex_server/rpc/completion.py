@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from google.protobuf.internal.containers import RepeatedCompositeFieldContainer
 from loraplex.v1 import generation_pb2
 
 from loraplex_server.engine.messages import Logprobs, Output
 from loraplex_server.text.stops import StopMatcher
 from loraplex_server.text.tokenizer import TextTokenizer
+
+SLICE_ENTRIES: Final = 1024
+"""Tokens and alternatives whose log-probabilities are put into a reply without a pause: 1 ms."""
+
+SLICE_COPIES: Final = 256
+"""Tokens whose log-probabilities are copied without a pause."""
+
+SLICE_OUTPUTS: Final = 256
+"""Outputs of the engine that are turned into text without a pause."""
 
 FINISH_REASONS: Final = {
     "stop": generation_pb2.FINISH_REASON_STOP,
@@ -65,19 +76,46 @@ class CompletionBuilder:
         return Piece("".join(texts), tokens, logprobs, "stop" if stopped else finish)
 
 
-def logprobs_proto(
-    tokenizer: TextTokenizer, logprobs: Sequence[Logprobs]
-) -> list[generation_pb2.TokenLogprobs]:
-    """Log-probabilities as messages, with the tokens' texts."""
+async def add_logprobs(
+    field: RepeatedCompositeFieldContainer[generation_pb2.TokenLogprobs],
+    tokenizer: TextTokenizer,
+    logprobs: Iterable[Logprobs],
+) -> None:
+    """Adds log-probabilities to a field of a reply, with the tokens' texts.
 
-    def one(token: int, value: float) -> generation_pb2.TokenLogprob:
-        return generation_pb2.TokenLogprob(
-            token_id=token, logprob=value, text=tokenizer.token_text(token)
+    Lets other tasks run after every `SLICE_ENTRIES` tokens and alternatives.
+    """
+    text = tokenizer.token_text
+    entries = 0
+    for each in logprobs:
+        if entries >= SLICE_ENTRIES:
+            entries = 0
+            await asyncio.sleep(0)
+        added = field.add()
+        chosen = added.chosen
+        chosen.SetInParent()
+        chosen.token_id, chosen.logprob, chosen.text = (
+            each.token_id,
+            each.logprob,
+            text(each.token_id),
         )
+        for token, value in each.top:
+            added.top.add(token_id=token, logprob=value, text=text(token))
+        entries += 1 + len(each.top)
 
-    return [
-        generation_pb2.TokenLogprobs(
-            chosen=one(entry.token_id, entry.logprob), top=[one(t, v) for t, v in entry.top]
-        )
-        for entry in logprobs
-    ]
+
+async def copy_logprobs(
+    field: RepeatedCompositeFieldContainer[generation_pb2.TokenLogprobs],
+    source: Sequence[generation_pb2.TokenLogprobs],
+) -> None:
+    """Appends the log-probabilities of one reply to those of another, in slices."""
+    for at in range(0, len(source), SLICE_COPIES):
+        if at:
+            await asyncio.sleep(0)
+        field.extend(source[at : at + SLICE_COPIES])
+
+
+def slices(outputs: Sequence[Output]) -> Iterator[Sequence[Output]]:
+    """The outputs in their order, at most `SLICE_OUTPUTS` at a time."""
+    for at in range(0, len(outputs), SLICE_OUTPUTS):
+        yield outputs[at : at + SLICE_OUTPUTS]

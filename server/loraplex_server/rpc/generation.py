@@ -25,7 +25,14 @@ from loraplex_server.metrics import Metrics
 from loraplex_server.registry import Registry
 from loraplex_server.rpc import validate
 from loraplex_server.rpc.admission import Admission, Ticket, admitted_deadline
-from loraplex_server.rpc.completion import FINISH_REASONS, CompletionBuilder, logprobs_proto
+from loraplex_server.rpc.completion import (
+    FINISH_REASONS,
+    CompletionBuilder,
+    Piece,
+    add_logprobs,
+    copy_logprobs,
+    slices,
+)
 from loraplex_server.rpc.errors import TABLE, for_client, invalid, require
 from loraplex_server.rpc.resolve import (
     WeightedAdapter,
@@ -67,11 +74,12 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                     case "started":
                         reply.request_id = event.started.request_id
                         reply.adapters.extend(event.started.adapters)
-                        reply.prompt_logprobs.extend(event.started.prompt_logprobs)
+                        scores = event.started.prompt_logprobs
+                        await copy_logprobs(reply.prompt_logprobs, scores)
                     case "delta":
                         pieces.append(event.delta.text)
                         reply.token_ids.extend(event.delta.token_ids)
-                        reply.logprobs.extend(event.delta.logprobs)
+                        await copy_logprobs(reply.logprobs, event.delta.logprobs)
                     case "finished":
                         reply.finish_reason = event.finished.finish_reason
                         reply.usage.CopyFrom(event.finished.usage)
@@ -99,6 +107,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             adapters = await self._resolve(request, field_path)
             room = self.bounds.max_context - virtual_tokens(adapters)
             prompt = await self._tokenise(request, field_path, room)
+            require(validate.scores(request, len(prompt), field_path))
             ticket.wait(len(prompt))
             deadline = admitted_deadline(context.time_remaining())
             call = _Call(request, adapters, prompt, room, deadline, field_path, streaming)
@@ -114,34 +123,35 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         completion = CompletionBuilder(self.tokenizer, call.prompt, list(call.request.stop.strings))
         code = grpc.StatusCode.CANCELLED
         try:
+            started, begun = self._started(call), False
             not_before = 0.0
             outputs = self.engine.submit(call.submit(request_id, self.bounds))
-            while batch := await outputs.take(not_before):
-                if batch[0].started:
-                    ticket.run()
-                    self.metrics.series.queue_wait_seconds.observe(batch[0].queue_seconds)
-                    self.metrics.generation_started(call.names, len(call.prompt))
-                    yield self._started(call, batch[0])
-                piece = completion.take(batch)
-                clock.tokens(len(piece.token_ids))
-                if piece.token_ids or piece.text:
-                    yield _Event(
-                        delta=generation_pb2.GenerationDelta(
-                            text=piece.text,
-                            token_ids=piece.token_ids,
-                            logprobs=logprobs_proto(self.tokenizer, piece.logprobs),
-                        )
-                    )
-                if piece.finish:
-                    # Frees the rows now, without waiting for the client to read the last message.
-                    self.engine.abort(request_id)
-                    code = grpc.StatusCode.OK
-                    yield _finished(piece.finish, len(call.prompt), completion.tokens)
-                    return
-                if (failure := batch[-1].error) is not None:
-                    failed = Refusal(failure.reason, failure.message)
-                    raise for_client(failed, _subject(call.request), call.field_of(failure))
-                not_before = self._next_look(call)
+            while taken := await outputs.take(not_before):
+                for batch in slices(taken):
+                    for output in batch:
+                        if output.prompt_logprobs:
+                            field = started.started.prompt_logprobs
+                            await add_logprobs(field, self.tokenizer, output.prompt_logprobs)
+                        if output.started:
+                            begun = True
+                            self._begin(call, ticket, output)
+                            yield started
+                    piece = completion.take(batch)
+                    clock.tokens(len(piece.token_ids))
+                    if piece.token_ids or piece.text:
+                        yield await self._delta(piece)
+                    if piece.finish:
+                        # Frees the rows now, without waiting for the client to read the message.
+                        self.engine.abort(request_id)
+                        code = grpc.StatusCode.OK
+                        yield _finished(piece.finish, len(call.prompt), completion.tokens)
+                        return
+                    if (failure := batch[-1].error) is not None:
+                        failed = Refusal(failure.reason, failure.message)
+                        raise for_client(failed, _subject(call.request), call.field_of(failure))
+                    if len(batch) < len(taken):
+                        await asyncio.sleep(0)
+                not_before = self._next_look(call) if begun else 0.0
             raise Refusal(Reason.ENGINE_FAULT, "internal error")
         except Refusal as error:
             code = TABLE[error.reason].code
@@ -209,8 +219,14 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         writes = self.stream_writes
         return time.monotonic() + self.admission.running / writes if writes else 0.0
 
-    def _started(self, call: _Call, output: Output) -> _Event:
-        tokenizer = self.tokenizer
+    def _begin(self, call: _Call, ticket: Ticket, output: Output) -> None:
+        """Records that the prompt of a request is computed."""
+        ticket.run()
+        self.metrics.series.queue_wait_seconds.observe(output.queue_seconds)
+        self.metrics.generation_started(call.names, len(call.prompt))
+
+    def _started(self, call: _Call) -> _Event:
+        """The first event of a request, still without log-probabilities of the prompt."""
         return _Event(
             started=generation_pb2.GenerationStarted(
                 request_id=REQUEST_ID.get(),
@@ -224,9 +240,15 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                     for each in call.adapters
                 ],
                 prompt_tokens=len(call.prompt),
-                prompt_logprobs=logprobs_proto(tokenizer, output.prompt_logprobs),
             )
         )
+
+    async def _delta(self, piece: Piece) -> _Event:
+        event = _Event(
+            delta=generation_pb2.GenerationDelta(text=piece.text, token_ids=piece.token_ids)
+        )
+        await add_logprobs(event.delta.logprobs, self.tokenizer, piece.logprobs)
+        return event
 
 
 @dataclass(frozen=True, slots=True)

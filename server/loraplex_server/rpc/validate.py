@@ -28,6 +28,9 @@ from loraplex_server.rpc.bounds import (
 from loraplex_server.rpc.resolve import is_adapter_id
 
 MAX_LOGPROBS: Final = 20
+MAX_PROMPT_SCORES: Final = 1 << 20
+"""Most log-probabilities of a prompt: its tokens and their alternatives together."""
+
 
 ROLES: Final = frozenset({"system", "user", "assistant"})
 
@@ -122,6 +125,20 @@ def generate(
         )
     checks.between("priority", request.priority, -100, 100)
     return checks.problems
+
+
+def scores(
+    request: generation_pb2.GenerateRequest, prompt_tokens: int, field_path: str = ""
+) -> list[Problem]:
+    """Problems of the number of log-probabilities that a request asks for of its prompt."""
+    entries = prompt_tokens * (1 + request.prompt_logprobs)
+    if not request.HasField("prompt_logprobs") or entries <= MAX_PROMPT_SCORES:
+        return []
+    text = (
+        f"asks for {entries} log-probabilities of a prompt of {prompt_tokens} tokens; "
+        f"at most {MAX_PROMPT_SCORES} are possible"
+    )
+    return [Problem(field_path + "prompt_logprobs", text)]
 
 
 def _adapters(request: generation_pb2.GenerateRequest, checks: RequestChecks) -> None:

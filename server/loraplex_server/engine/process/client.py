@@ -29,6 +29,7 @@ from loraplex_server.engine.messages import (
     Merge,
     MergeDone,
     Output,
+    PromptScores,
     SetPinned,
     Shutdown,
     StepReport,
@@ -180,6 +181,9 @@ class EngineClient:
             if message.adapters is not None:
                 self.adapters = {status.digest: status for status in message.adapters}
             self._observer.on_step(message)
+        elif isinstance(message, PromptScores):
+            if (stream := self._streams.get(message.id)) is not None:
+                stream.put(Output(id=message.id, prompt_logprobs=message.logprobs))
         elif isinstance(message, LoadDone):
             self._observer.on_load(message)
         elif isinstance(message, MergeDone):

@@ -6,14 +6,24 @@ from collections.abc import Iterator
 from typing import TypeVar
 
 import msgspec
+from msgspec import structs
 
-from loraplex_server.engine.messages import FromEngine, ToEngine
+from loraplex_server.engine.messages import (
+    FromEngine,
+    Output,
+    PromptScores,
+    StepReport,
+    ToEngine,
+)
+
+SCORES_IN_FRAME = 4096
+"""Log-probabilities of a prompt in one frame, which the front decodes in some 2 ms."""
 
 SOCKET_VARIABLE = "LORAPLEX_ENGINE_FD"
 """Environment variable with the descriptor number of the engine process's socket."""
 
 MAX_FRAME = 256 << 20
-"""Bytes of the largest frame; prompt log-probabilities of a long prompt stay below it."""
+"""Bytes of the largest frame."""
 
 TO_ENGINE: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
 FROM_ENGINE: msgspec.msgpack.Decoder[FromEngine] = msgspec.msgpack.Decoder(FromEngine)
@@ -29,7 +39,35 @@ class WireError(Exception):
 
 
 def encode(message: ToEngine | FromEngine) -> bytes:
-    """The frame of a message. Raises `WireError` if it is longer than `MAX_FRAME`."""
+    """The frames of a message: one, and others before it for what does not belong into one frame.
+
+    Raises `WireError` if a frame is longer than `MAX_FRAME`.
+    """
+    if isinstance(message, StepReport) and any(map(_is_long, message.outputs)):
+        return b"".join(_frame(part) for part in _parts(message))
+    return _frame(message)
+
+
+def _parts(report: StepReport) -> Iterator[FromEngine]:
+    """A report whose long lists of log-probabilities are sent before it, piece by piece."""
+    for output in filter(_is_long, report.outputs):
+        scores = output.prompt_logprobs
+        size = max(1, SCORES_IN_FRAME // (1 + len(scores[0].top)))
+        for at in range(0, len(scores), size):
+            yield PromptScores(output.id, scores[at : at + size])
+    outputs = [
+        structs.replace(output, prompt_logprobs=[]) if _is_long(output) else output
+        for output in report.outputs
+    ]
+    yield structs.replace(report, outputs=outputs)
+
+
+def _is_long(output: Output) -> bool:
+    scores = output.prompt_logprobs
+    return bool(scores) and len(scores) * (1 + len(scores[0].top)) > SCORES_IN_FRAME
+
+
+def _frame(message: ToEngine | FromEngine) -> bytes:
     frame = bytearray(4)
     _encoder.encode_into(message, frame, 4)
     length = len(frame) - 4
