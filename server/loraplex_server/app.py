@@ -141,6 +141,7 @@ class Server:
         )
         self._lanes = Lanes()
         self._training: JobQueue | None = None
+        self._accepting: WatchedTask | None = None
         self.address = Address(config.host, config.port)
         self.admin_address = Address(config.admin_host, config.admin_port)
 
@@ -197,6 +198,7 @@ class Server:
             AdapterService(registry, self._gate),
             TrainingService(self._training, self._gate),
         )
+        self._accepting = WatchedTask(self._rpc.stopped(), "acceptance of calls")
         # Stopped before engine and store are closed, because running calls use them.
         self._close_later(PART_SECONDS, "the connections do not close", self._stop_rpc)
 
@@ -220,7 +222,13 @@ class Server:
 
     def _keep_running(self, registry: Registry) -> None:
         """Starts the tasks that run as long as the server."""
-        keeper = QuarantineKeeper(registry.store, self.engine, self.metrics, registry.change)
+        store = registry.store
+        keeper = QuarantineKeeper(
+            partial(self._lanes.survey.run, store.quarantined),
+            lambda digest, reason: registry.change(store.quarantine, digest, reason),
+            self.engine,
+            self.metrics,
+        )
         self._observer.on_quarantine = keeper.wake
         for work, name in ((registry.census.run(), "census"), (keeper.run(), "quarantines")):
             self._closing.push_async_callback(WatchedTask(work, name).stop)
@@ -270,6 +278,8 @@ class Server:
         return queue
 
     async def _stop_rpc(self) -> None:
+        if self._accepting is not None:
+            self._accepting.release()
         await self._rpc.stop(STOP_GRACE)
 
     async def _stop_training(self, patience: float) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
 
-from loraplex_adapters.store import Store
+from loraplex_adapters.store import Quarantine
 from loraplex_model.base.refusal import Refusal
 
 from loraplex_server.engine.process.client import EngineClient
@@ -32,16 +32,19 @@ class QuarantineKeeper:
 
     def __init__(
         self,
-        store: Store,
+        read: Callable[[], Awaitable[Mapping[str, Quarantine]]],
+        write: Callable[[str, str], Awaitable[bool]],
         engine: EngineClient,
         metrics: Metrics,
-        change: Callable[..., Awaitable[bool]],
     ) -> None:
-        """`change` runs a change of the store and makes it known, as `Registry.change`."""
-        self._store = store
+        """`read` returns the store's quarantines by digest; `write` adds one, with its reason.
+
+        Both raise Refusal if the store fails.
+        """
+        self._read = read
+        self._quarantine = write
         self._engine = engine
         self._metrics = metrics
-        self._change = change
         self._written: set[str] = set()
         self._woken = asyncio.Event()
 
@@ -68,9 +71,9 @@ class QuarantineKeeper:
         """Writes what is new and releases what was released. Raises Refusal if the store fails."""
         for digest, reason in list(self._engine.quarantined.items()):
             if digest not in self._written:
-                await self._change(self._store.quarantine, digest, reason)
+                await self._quarantine(digest, reason)
                 self._written.add(digest)
-        found = await asyncio.to_thread(self._store.quarantined)
+        found = await self._read()
         self._metrics.series.quarantined_adapters.set(len(found))
         for digest in self._written - found.keys():
             log.info("adapter %s was released from its quarantine", digest)

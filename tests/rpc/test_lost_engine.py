@@ -157,6 +157,11 @@ async def test_the_longest_deadline_of_grpc_ends_nothing(
 # the end of the process
 
 
+@pytest.fixture(autouse=True)
+def _no_timer_ends_the_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "exit_within", lambda *_: None)
+
+
 async def exit_code(config: Any, act: Callable[[], object] = lambda: None) -> ServerExit:
     """Runs a server until it ends by itself; `act` is called once it is ready."""
     serving = asyncio.create_task(app.run(config))
@@ -182,6 +187,8 @@ async def ending(*_: object) -> None:
         ("loraplex_server.engine.process.supervisor.Supervisor", "_supervise", failing),
         ("loraplex_server.engine.process.supervisor.Supervisor", "_supervise", ending),
         ("loraplex_server.quarantine.QuarantineKeeper", "run", failing),
+        ("loraplex_server.census.Census", "run", failing),
+        ("loraplex_server.rpc.server.RpcServer", "stopped", failing),
         ("loraplex_server.training.queue.JobQueue", "_work", ending),
     ],
 )
@@ -197,8 +204,9 @@ async def test_the_end_of_a_task_that_should_not_end_ends_the_server(
 async def test_the_end_of_the_metrics_thread_ends_the_server(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exposition.ThreadingWSGIServer, "serve_forever", lambda server: None)
-    monkeypatch.setattr(exposition.ThreadingWSGIServer, "shutdown", lambda server: None)
+    server = exposition.ThreadingWSGIServer
+    monkeypatch.setattr(server, "serve_forever", lambda server, seconds: None)
+    monkeypatch.setattr(server, "shutdown", lambda server: None)
     assert await exit_code(config_for(tmp_path)) is ServerExit.INTERNAL
 
 

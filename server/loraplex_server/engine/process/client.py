@@ -224,7 +224,7 @@ class EngineClient:
             self._supervisor.send(message)
             await future
         except asyncio.CancelledError:
-            self._send(Withdraw(message.op))
+            self._supervisor.send(Withdraw(message.op))
             raise
         finally:
             self._pending.pop(message.op, None)
