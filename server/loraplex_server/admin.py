@@ -30,7 +30,11 @@ log = logging.getLogger(__name__)
 
 
 class MetricsServer:
-    """Serves a registry over HTTP until `stop`."""
+    """Serves a registry over HTTP until `stop`.
+
+    Attributes:
+        thread: the thread that accepts connections; it ends only after `stop`.
+    """
 
     def __init__(self, host: str, port: int, registry: CollectorRegistry) -> None:
         """Binds the port; port 0 picks a free one. Raises OSError."""
@@ -40,10 +44,10 @@ class MetricsServer:
         self._server = _BoundedServer(family, (str(address[0]), port))
         self._server.set_app(make_wsgi_app(registry))
         self.port = self._server.server_port
-        self._thread = threading.Thread(
+        self.thread = threading.Thread(
             target=self._server.serve_forever, args=(_POLL_SECONDS,), name="metrics", daemon=True
         )
-        self._thread.start()
+        self.thread.start()
 
     @property
     def open_connections(self) -> int:
@@ -53,7 +57,7 @@ class MetricsServer:
     def stop(self) -> None:
         """Stops listening and closes all connections. Blocks."""
         self._server.shutdown()
-        self._thread.join()
+        self.thread.join()
         self._server.server_close()
         self._server.close_older(0.0)
 
@@ -76,7 +80,7 @@ class _BoundedServer(ThreadingWSGIServer):
         self.connections: dict[socket.socket, _Connection] = {}
         """The connections that are not being closed, oldest first."""
         self._lock = threading.Lock()
-        self._threads_left = threading.Semaphore(MAX_HTTP_CONNECTIONS)
+        self.threads_left = threading.Semaphore(MAX_HTTP_CONNECTIONS)
         super().__init__(address, _RequestHandler)
 
     def asked(self, request: socket.socket) -> bool:
@@ -112,18 +116,18 @@ class _BoundedServer(ThreadingWSGIServer):
                 open_now = list(self.connections.values())
                 self._close(next((c for c in open_now if not c.asked), open_now[0]))
             self.connections[request] = _Connection(request, time.monotonic())
-        self._threads_left.acquire()  # that of a closed connection ends at once
+        self.threads_left.acquire()  # that of a closed connection ends at once
         try:
             super().process_request(request, client_address)
         except BaseException:
-            self._threads_left.release()
+            self.threads_left.release()
             raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._threads_left.release()
+            self.threads_left.release()
 
     def shutdown_request(self, request: Any) -> None:
         with self._lock:

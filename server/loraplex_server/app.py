@@ -14,7 +14,7 @@ from contextlib import AsyncExitStack, contextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from loraplex_adapters.format.spec import AdapterLimits
 from loraplex_adapters.store import Store
@@ -28,6 +28,7 @@ from prometheus_client import (
 
 from loraplex_server.admin import MetricsServer
 from loraplex_server.config import Config
+from loraplex_server.ending import CLOSE_SECONDS, unexpected_end
 from loraplex_server.engine.messages import (
     AdapterStatus,
     Fatal,
@@ -35,11 +36,15 @@ from loraplex_server.engine.messages import (
     StepReport,
 )
 from loraplex_server.engine.process.client import EngineClient
+from loraplex_server.engine.process.descriptors import raise_descriptor_limit
+from loraplex_server.engine.process.supervisor import Cause
+from loraplex_server.engine.process.suspects import Verdict
 from loraplex_server.exits import ServerExit
 from loraplex_server.failures import for_operator
 from loraplex_server.lanes import Lanes
 from loraplex_server.loop_lag import watch_event_loop
 from loraplex_server.metrics import Metrics
+from loraplex_server.quarantine import QuarantineKeeper
 from loraplex_server.registry import Registry
 from loraplex_server.rpc.adapters import AdapterService
 from loraplex_server.rpc.admission import Admission
@@ -62,6 +67,7 @@ from loraplex_server.training.delivery import RegistryDestination
 from loraplex_server.training.queue import JobLimits, JobQueue
 from loraplex_server.training.records import Records
 from loraplex_server.training.trainer import Trainer
+from loraplex_server.watched import WatchedTask, while_alive
 
 STOP_GRACE: Final = 2.0
 """Seconds that finished calls have to reach their clients before connections are closed."""
@@ -84,6 +90,7 @@ class _Observer:
 
     def __init__(self, metrics: Metrics, rpc: RpcServer) -> None:
         self.on_table: Callable[[Sequence[AdapterStatus]], None] = lambda table: None
+        self.on_quarantine: Callable[[], None] = lambda: None
         self.on_load = metrics.on_load
         self.on_merge = metrics.on_merge
         self._metrics = metrics
@@ -98,6 +105,11 @@ class _Observer:
         self._metrics.on_restart()
         self.on_table([])
         self._rpc.set_serving(False)
+
+    def on_death(self, cause: Cause, verdict: Verdict) -> None:
+        self._metrics.on_death(cause.value)
+        if verdict.quarantined:
+            self.on_quarantine()
 
     def on_ready(self, hello: Hello) -> None:
         self._metrics.on_ready(hello)
@@ -125,9 +137,12 @@ class Server:
             config.reflection,
         )
         self._observer = _Observer(self.metrics, self._rpc)
-        self.engine = EngineClient(config.engine_setup().command(), self._observer)
+        self.engine = EngineClient(
+            config.engine_setup().command(), self._observer, limits=config.supervision_limits()
+        )
         self._lanes = Lanes()
         self._training: JobQueue | None = None
+        self._accepting: WatchedTask | None = None
         self.address = Address(config.host, config.port)
         self.admin_address = Address(config.admin_host, config.admin_port)
 
@@ -166,8 +181,8 @@ class Server:
         self._closing.push_async_callback(registry.close)
         with _needed(ServerExit.STORE_UNUSABLE, "cannot read the store"):
             await registry.open()
-        self._keep_census(registry)
         self._observer.on_table = registry.feed.on_table
+        self._keep_running(registry)
         admission = Admission(
             config.max_running + config.max_waiting, config.max_waiting_tokens, self.metrics
         )
@@ -186,6 +201,7 @@ class Server:
             AdapterService(registry, self._gate),
             TrainingService(self._training, self._gate),
         )
+        self._accepting = WatchedTask(self._rpc.stopped(), "acceptance of calls")
         # Stopped before engine and store are closed, because running calls use them.
         self._close_later(PART_SECONDS, "the connections do not close", self._stop_rpc)
 
@@ -207,14 +223,18 @@ class Server:
         """Stops all parts that were started. Idempotent."""
         await self._closing.aclose()
 
-    def _keep_census(self, registry: Registry) -> None:
-        counting = asyncio.create_task(registry.census.run(), name="census")
-
-        async def stop() -> None:
-            counting.cancel()
-            await asyncio.wait({counting})
-
-        self._closing.push_async_callback(stop)
+    def _keep_running(self, registry: Registry) -> None:
+        """Starts the tasks that run as long as the server."""
+        store = registry.store
+        keeper = QuarantineKeeper(
+            partial(self._lanes.survey.run, store.quarantined),
+            lambda digest, reason: registry.change(store.quarantine, digest, reason),
+            self.engine,
+            self.metrics,
+        )
+        self._observer.on_quarantine = keeper.wake
+        for work, name in ((registry.census.run(), "census"), (keeper.run(), "quarantines")):
+            self._closing.push_async_callback(WatchedTask(work, name).stop)
 
     def _bind(self) -> None:
         admin = self.admin_address
@@ -222,6 +242,8 @@ class Server:
             metrics = MetricsServer(admin.host, admin.port, self.metrics.registry)
         stop = partial(asyncio.to_thread, metrics.stop)
         self._close_later(PART_SECONDS, "the metrics endpoint does not stop", stop)
+        watch = WatchedTask(while_alive(metrics.thread), "metrics endpoint")
+        self._closing.push_async_callback(watch.stop)
         self.admin_address = Address(admin.host, metrics.port)
         with _needed(ServerExit.PORT_IN_USE, f"cannot listen on {self.address}"):
             self.address = self._rpc.bind(self.address)
@@ -259,6 +281,8 @@ class Server:
         return queue
 
     async def _stop_rpc(self) -> None:
+        if self._accepting is not None:
+            self._accepting.release()
         await self._rpc.stop(STOP_GRACE)
 
     async def _stop_training(self, patience: float) -> None:
@@ -301,16 +325,19 @@ def _needed(code: ServerExit, what: str) -> Iterator[None]:
 
 
 async def run(config: Config) -> ServerExit:
-    """Serves until SIGTERM or SIGINT, then drains. A second signal ends the process at once."""
+    """Serves until SIGTERM or SIGINT, then drains. A second signal ends the process at once.
+
+    Also ends when the server cannot go on: the exit code tells why.
+    """
+    raise_descriptor_limit()
     try:
-        await _serve(config)
+        return await _serve(config)
     except StartFailure as failure:
         print(f"error: {failure.message}", file=sys.stderr, flush=True)
         return failure.code
-    return ServerExit.OK
 
 
-async def _serve(config: Config) -> None:
+async def _serve(config: Config) -> ServerExit:
     began = time.monotonic()
     stop = asyncio.Event()
     server: Server | None = None
@@ -328,6 +355,7 @@ async def _serve(config: Config) -> None:
         stop.set()
 
     loop = asyncio.get_running_loop()
+    failing = unexpected_end(loop)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
     for line in config.lines():
@@ -335,14 +363,15 @@ async def _serve(config: Config) -> None:
     server = Server(config)
     stopping = asyncio.create_task(stop.wait())
     starting = asyncio.create_task(server.start())
+    ends: set[asyncio.Future[Any]] = {stopping, failing}
     try:
-        await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        if stop.is_set():
+        await asyncio.wait({starting, *ends}, return_when=asyncio.FIRST_COMPLETED)
+        if stop.is_set() or failing.done():
             starting.cancel()
             await asyncio.wait({starting})
             if not starting.cancelled() and (failure := starting.exception()) is not None:
                 log.warning("the start failed while it was given up: %s", failure)
-            return
+            return failing.result() if failing.done() else ServerExit.OK
         starting.result()
         _announce(server, time.monotonic() - began)
         gc.collect()
@@ -350,10 +379,14 @@ async def _serve(config: Config) -> None:
         # Python collects fully only once new objects are a quarter of those that the last full
         # collection left. This one leaves almost none.
         gc.collect()
-        await stopping
-        await server.drain()
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        if not failing.done():
+            await server.drain()
+        return failing.result() if failing.done() else ServerExit.OK
     finally:
         stopping.cancel()
+        if failing.done():
+            exit_within(CLOSE_SECONDS, failing.result(), kill_engine)
         await server.close()
         log.info("stopped")
 

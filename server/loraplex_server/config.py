@@ -6,6 +6,7 @@ import ipaddress
 import os
 import tomllib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -13,6 +14,8 @@ from pydantic import ByteSize, Field, SecretStr, ValidationError, model_validato
 from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict, SettingsError
 
 from loraplex_server.engine.batching.scheduler import EngineLimits
+from loraplex_server.engine.process.limits import SupervisionLimits
+from loraplex_server.engine.process.pulse import BEAT_SECONDS
 from loraplex_server.engine.process.setup import EngineSetup
 from loraplex_server.engine.runner.config import CustomRunner, RunnerConfig
 
@@ -126,6 +129,12 @@ class Config(BaseSettings):
     """Seconds that running requests have to finish after SIGTERM."""
     write_stall_timeout: float = Field(30.0, gt=0, le=86_400)
     """Seconds after which a request is ended because its client does not read the stream."""
+    engine_start_timeout: float = Field(1800.0, ge=1, le=86_400)
+    """Seconds that the engine may take to become ready when the server starts. A restart may take
+    two minutes, or four times as long as the first start."""
+    engine_hang_timeout: float = Field(300.0, ge=1, le=86_400)
+    """Seconds that one step of the engine may take before its process is replaced. Half a minute
+    without any sign of life suffices as well."""
 
     training: bool = False
     """Train adapters on request, in a process of their own."""
@@ -180,7 +189,13 @@ class Config(BaseSettings):
         """Settings of the engine process."""
         custom = CustomRunner(self.engine_factory, self.engine_options or {})
         runner = custom if self.engine_factory else self.runner_config()
-        return EngineSetup(runner, self.engine_limits())
+        beat_seconds = min(BEAT_SECONDS, self.engine_hang_timeout / 10)
+        return EngineSetup(runner, self.engine_limits(), beat_seconds)
+
+    def supervision_limits(self) -> SupervisionLimits:
+        """What is tolerated of the engine process."""
+        limits = SupervisionLimits(start=self.engine_start_timeout, stuck=self.engine_hang_timeout)
+        return replace(limits, silent=min(limits.silent, self.engine_hang_timeout))
 
     def runner_config(self) -> RunnerConfig:
         """Settings of the engine's runner for a real model."""

@@ -21,6 +21,7 @@ from loraplex_adapters.store import Record
 from loraplex_model.base.refusal import Refusal
 
 from loraplex_server.engine.messages import AdapterStatus
+from loraplex_server.watched import WatchedTask
 
 POLL_SECONDS: Final = 1.0
 BACKLOG: Final = 1024
@@ -143,7 +144,7 @@ class AdapterFeed:
         self._statuses: dict[str, AdapterStatus] = {}
         self._stale = asyncio.Event()
         self._reading = asyncio.Lock()
-        self._follower: asyncio.Task[None] | None = None
+        self._follower: WatchedTask | None = None
 
     def __len__(self) -> int:
         return len(self._watchers)
@@ -154,7 +155,7 @@ class AdapterFeed:
         watcher = Watcher(self._backlog)
         self._watchers.add(watcher)
         if self._follower is None:
-            self._follower = asyncio.get_running_loop().create_task(self._follow())
+            self._follower = WatchedTask(self._follow(), "adapter feed")
         try:
             yield watcher
         finally:

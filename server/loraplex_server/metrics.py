@@ -97,6 +97,10 @@ class Metrics:
         self._since_start.clear()
         self._set_empty()
 
+    def on_death(self, cause: str) -> None:
+        """An engine process has ended, or could not be started; `cause` is one of DEATH_CAUSES."""
+        self.series.engine_deaths.labels(cause).inc()
+
     def on_step(self, done: StepReport) -> None:
         """Records the statistics of one step."""
         series, stats = self.series, done.stats

@@ -19,6 +19,8 @@ BASE_LABEL: Final = "_base"
 OTHER_LABEL: Final = "_other"
 ADAPTER_STATES: Final = ("host", "loading", "resident", "draining", "pinned", "merged")
 """States of an adapter in the engine; a resident one can also be pinned and merged."""
+DEATH_CAUSES: Final = ("exit", "signal", "silent", "stuck", "start")
+"""Ways in which an engine process is lost; see `Cause` of its supervisor."""
 
 _LONG: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160)
 _SHORT: Final = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.075, *_LONG[4:9])
@@ -144,6 +146,10 @@ class Series:
     training_tokens = _counter("Tokens that ended training jobs were trained on.")
     engine_ready = _gauge("1 while the engine takes requests.")
     engine_restarts = _counter("Restarts of the engine.")
+    engine_deaths = _counter(
+        "Engine processes that ended, hung or could not be started.", cause=DEATH_CAUSES
+    )
+    quarantined_adapters = _gauge("Adapters that are not loaded until an operator releases them.")
     build_info = _gauge("Constant 1.", version=())
     model_info = _gauge(
         "Constant 1.", model=(), architecture=(), dtype=(), device=(), kernels=(), fingerprint=()

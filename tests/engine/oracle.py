@@ -12,7 +12,8 @@ read from `oracle.json` in it, if there is one, and the virtual tokens from its 
 Options: `nbytes` (else the size of the files), `fail` (an error reason for `read_adapter`),
 `seconds` (how long reading takes), `nonfinite` (rows that use it get NaN logits), `virtual` (how
 many virtual tokens it has), `merge_nbytes` (what its dense copies take; 0: it cannot be merged),
-`merge_fail` (merging it raises).
+`merge_fail` (merging it raises), `kills` (the process is killed by the work on it: "read",
+"publish", "merge" or "publish_merge").
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -102,6 +104,13 @@ class OracleAdapter:
     virtual_tokens: int = 0
     merge_nbytes: int = 0
     merge_fails: bool = False
+    kills: str = ""
+
+
+def kill_if(doing: str, adapter: OracleAdapter) -> None:
+    """Kills this process if work of this kind on the adapter does so."""
+    if adapter.kills == doing:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +119,7 @@ class OracleMerge:
 
     digest: str
     nbytes: int
+    adapter: OracleAdapter
 
 
 @dataclass
@@ -121,6 +131,7 @@ class OracleRunner:
         nonfinite_token: a sequence that contains it gets NaN logits.
         fault_token: a batch that computes it makes `forward` raise.
         crash_token: a batch that computes it kills the process.
+        hang_token: a batch that computes it takes an hour.
         scripts: after the marker token `m`, the sequence continues with `scripts[m]`.
         step_seconds: how long a forward pass takes at least.
         device: name of the device; the adapters' memory is the host's if it begins with "cpu".
@@ -144,6 +155,7 @@ class OracleRunner:
     nonfinite_token: int = -1
     fault_token: int = -1
     crash_token: int = -1
+    hang_token: int = -1
     scripts: dict[int, list[int]] = field(default_factory=dict)
     step_seconds: float = 0.0
     merges_files: bool = False
@@ -205,14 +217,17 @@ class OracleRunner:
             if options["fail"] == "crash":
                 raise RuntimeError("a secret of the reader")
             raise Refusal(options["fail"], f"made to fail: {options['fail']}", "path")
-        return OracleAdapter(
+        adapter = OracleAdapter(
             ref.digest,
             options.get("nbytes", size),
             options.get("nonfinite", False),
             options.get("virtual", 0),
             options.get("merge_nbytes", 0),
             options.get("merge_fail", False),
+            options.get("kills", ""),
         )
+        kill_if("read", adapter)
+        return adapter
 
     def _described(self, folder: Path, size: int) -> dict[str, Any]:
         """What a PEFT directory says by itself; LoRA's copies take as much as its files."""
@@ -224,6 +239,7 @@ class OracleRunner:
 
     def publish_adapter(self, slot: int, adapter: OracleAdapter, blocks: Sequence[int]) -> None:
         assert self.slots[slot] is None, f"slot {slot} is taken"
+        kill_if("publish", adapter)
         self.slots[slot] = adapter
         held = sum(a.nbytes for a in self.slots if a is not None)
         assert held <= self.adapter_budget_bytes, "over the adapter budget"
@@ -250,13 +266,15 @@ class OracleRunner:
         if adapter.merge_fails:
             raise RuntimeError("a secret of the merger")
         assert adapter.merge_nbytes, "there is nothing to merge"
-        return OracleMerge(adapter.digest, adapter.merge_nbytes)
+        kill_if("merge", adapter)
+        return OracleMerge(adapter.digest, adapter.merge_nbytes, adapter)
 
     def publish_merge(self, slot: int, merged: OracleMerge) -> None:
         adapter = self.slots[slot]
         assert adapter is not None, f"slot {slot} is free"
         assert adapter.digest == merged.digest, "the copies are another adapter's"
         assert slot not in self.merges, "merged twice"
+        kill_if("publish_merge", merged.adapter)
         self.merges[slot] = merged
         assert sum(m.nbytes for m in self.merges.values()) <= self.merge_budget_bytes
 
@@ -272,6 +290,8 @@ class OracleRunner:
             self.batches.append(batch)
         if self.crash_token in batch.tokens:
             os._exit(9)
+        if self.hang_token in batch.tokens:
+            time.sleep(3600)
         if self.fault_token in batch.tokens:
             raise RuntimeError("a secret of the device")
         logits = np.zeros((len(batch.logit_rows), self.vocab_size), np.float32)
@@ -335,10 +355,15 @@ def build(**options: Any) -> OracleRunner:
     return OracleRunner(**options)
 
 
-def command(limits: dict[str, Any] | None = None, **options: Any) -> list[str]:
+def command(
+    limits: dict[str, Any] | None = None, beat_seconds: float | None = None, **options: Any
+) -> list[str]:
     """The command line of an engine process that runs the oracle."""
     runner = {"type": "custom", "factory": "engine.oracle:build", "options": options}
-    config = json.dumps({"runner": runner, "limits": limits or {}})
+    setup: dict[str, Any] = {"runner": runner, "limits": limits or {}}
+    if beat_seconds is not None:
+        setup["beat_seconds"] = beat_seconds
+    config = json.dumps(setup)
     tests = str(Path(__file__).resolve().parents[1])
     code = (
         "import sys; sys.path.insert(0, sys.argv.pop(1));"

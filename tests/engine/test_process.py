@@ -31,6 +31,8 @@ from loraplex_server.engine.messages import (
 from loraplex_server.engine.process import wire
 from loraplex_server.engine.process.client import EngineClient
 from loraplex_server.engine.process.stream import OutputStream
+from loraplex_server.engine.process.supervisor import Cause
+from loraplex_server.engine.process.suspects import Verdict
 
 GREEDY = SamplingParams(temperature=0.0)
 BACKOFF = (0.01, 0.1)
@@ -44,6 +46,7 @@ class Observer:
         self.loads: list[LoadDone] = []
         self.merges: list[MergeDone] = []
         self.fatals: list[Fatal] = []
+        self.deaths: list[tuple[Cause, Verdict]] = []
         self.restarts = 0
         self.readies = 0
         self._changed = asyncio.Event()
@@ -62,6 +65,10 @@ class Observer:
 
     def on_restart(self) -> None:
         self.restarts += 1
+        self._changed.set()
+
+    def on_death(self, cause: Cause, verdict: Verdict) -> None:
+        self.deaths.append((cause, verdict))
         self._changed.set()
 
     def on_ready(self, hello: Hello) -> None:
@@ -330,7 +337,7 @@ async def test_an_engine_that_sends_garbage_is_replaced(tmp_path: Path) -> None:
             from loraplex_server.engine.process import wire
             from loraplex_server.engine.messages import Hello
             s = socket.socket(fileno=int(os.environ[wire.SOCKET_VARIABLE]))
-            s.sendall(wire.encode(Hello(OracleRunner().info, 1, 1, 1)))
+            s.sendall(wire.encode(Hello(OracleRunner().info, 64, 4, 1000)))
             s.recv(1)
             s.sendall(b"\\xff" * 100)
             s.recv(1 << 20)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -333,6 +334,15 @@ async def engine_restarted(up: Running, patch: pytest.MonkeyPatch) -> None:
         await up.generation.Generate(ask(20, CRASH))
     finally:
         await until(lambda: up.server.engine.ready)
+
+
+@raises(Reason.REQUEST_QUARANTINED)
+async def request_quarantined(up: Running, patch: pytest.MonkeyPatch) -> None:
+    for _ in range(3):
+        with suppress(grpc.aio.AioRpcError):
+            await up.generation.Generate(ask(23, CRASH))
+        await until(lambda: up.server.engine.ready)
+    await up.generation.Generate(ask(23, CRASH))
 
 
 @raises(Reason.DEADLINE_EXCEEDED)

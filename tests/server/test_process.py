@@ -23,6 +23,7 @@ from loraplex.v1 import generation_pb2_grpc
 from rpc.harness import ask, config_for, expected, refusal, series, streamed
 
 TESTS = Path(__file__).resolve().parents[1]
+PATH = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
 
 
 def toml(value: Any) -> str:

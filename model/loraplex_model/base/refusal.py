@@ -145,6 +145,8 @@ class Reason(StrEnum):
     """The queue is full, in requests or in tokens."""
     DRAINING = auto()
     """The server is shutting down."""
+    REQUEST_QUARANTINED = auto()
+    """The engine ended each time that the request was computed."""
     ENGINE_RESTARTED = auto()
     """The engine is starting, or it died while the request ran."""
     DEADLINE_EXCEEDED = auto()

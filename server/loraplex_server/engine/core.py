@@ -16,6 +16,7 @@ from loraplex_model.base.faults import reach
 from loraplex_model.base.refusal import Reason
 
 from loraplex_server.engine.adapters.adapters import Adapters
+from loraplex_server.engine.adapters.attempts import Announcements
 from loraplex_server.engine.adapters.loader import Loader, ThreadLoader
 from loraplex_server.engine.adapters.residency import UNLOADED
 from loraplex_server.engine.batching.admission import refusal
@@ -75,14 +76,18 @@ class EngineCore:
         limits: EngineLimits | None = None,
         clock: Callable[[], float] = time.monotonic,
         loader: Loader | None = None,
+        attempts: Announcements | None = None,
     ) -> None:
-        """`clock` gives the seconds in which deadlines are; `loader` defaults to threads."""
+        """`clock` gives the seconds in which deadlines are; `loader` defaults to threads.
+
+        `attempts` announces work on adapters that the process may not survive.
+        """
         self._runner = runner
         self._limits = limits or EngineLimits()
         self._clock = clock
         self._pool = BlockPool(runner.num_blocks, runner.block_size)
         self._scheduler = Scheduler(self._pool, self._limits)
-        self.adapters = Adapters(runner, loader or ThreadLoader(runner), clock)
+        self.adapters = Adapters(runner, loader or ThreadLoader(runner), clock, attempts)
         self._reporter = Reporter(self._scheduler, self.adapters, clock)
         self._requests: dict[int, Request] = {}
         self._deadlines = Deadlines()
@@ -118,6 +123,18 @@ class EngineCore:
             self.adapters.want(request)
         else:
             self._scheduler.enqueue(request)
+
+    def reject(self, request_id: int) -> None:
+        """Fails a request whose `add` raised an exception, however far it came."""
+        self._woken = True
+        request = self._requests.get(request_id)
+        if request is not None:
+            try:
+                self._end(request)
+            except Exception:
+                log.exception("a failed request could not be ended")
+                self._requests.pop(request_id, None)
+        self._outputs.append(Output(id=request_id, error=FAULT))
 
     def abort(self, request_id: int) -> None:
         """Ends a request at once and without an output. Unknown ids are ignored."""

@@ -312,7 +312,31 @@ class ControlDone(msgspec.Struct, frozen=True, tag="done"):
     error: Failure | None = None
 
 
+class Attempt(msgspec.Struct, frozen=True, tag="attempt"):
+    """Work on an adapter begins, or has ended. `work` is "load" or "merge".
+
+    Sent at once and before the work begins, because the process may not survive the work.
+    """
+
+    digest: str
+    work: str
+    begun: bool
+
+
+class Beat(msgspec.Struct, frozen=True, tag="beat"):
+    """The process runs. Sent at regular intervals by a thread of its own.
+
+    `turns` is the number of turns of the main loop so far; `waiting` tells whether the loop waits
+    for messages, so that `turns` need not grow.
+    """
+
+    turns: int
+    waiting: bool
+
+
 Reply = ControlDone | LoadDone | MergeDone
 """Answers to orders, and notices of ended loads and merges."""
 
-FromEngine = Hello | Fatal | StepReport | PromptScores | LoadDone | MergeDone | ControlDone
+FromEngine = (
+    Hello | Fatal | StepReport | PromptScores | LoadDone | MergeDone | ControlDone | Attempt | Beat
+)

@@ -81,6 +81,7 @@ TABLE: Final[Mapping[Reason, Row]] = MappingProxyType(
         Reason.OVERLOADED: Row(_CODE.UNAVAILABLE, Detail.RETRY, 0.5),
         Reason.DRAINING: Row(_CODE.UNAVAILABLE, Detail.RETRY, 1.0),
         Reason.ENGINE_RESTARTED: Row(_CODE.UNAVAILABLE, Detail.RETRY, 2.0),
+        Reason.REQUEST_QUARANTINED: Row(_CODE.FAILED_PRECONDITION),
         Reason.DEADLINE_EXCEEDED: Row(_CODE.DEADLINE_EXCEEDED),
         Reason.READER_STALLED: Row(_CODE.ABORTED),
         Reason.NON_FINITE_LOGITS: Row(_CODE.INTERNAL),

@@ -110,6 +110,10 @@ class RpcServer:
         """Reports NOT_SERVING from now on."""
         self._health.close()
 
+    async def stopped(self) -> None:
+        """Waits until no calls are accepted any more. Raises the error that ended the server."""
+        await self._server.wait_for_termination()
+
     async def stop(self, grace_seconds: float) -> None:
         """Stops listening; cancels calls that do not end within the grace period."""
         await self._server.stop(grace_seconds)

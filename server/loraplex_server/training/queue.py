@@ -24,6 +24,7 @@ from loraplex_server.training.request import JobRequest
 from loraplex_server.training.runner import Destination, Halt, Runner
 from loraplex_server.training.table import JobTable
 from loraplex_server.training.trainer import Trainer
+from loraplex_server.watched import WatchedTask
 
 MAX_RESUMPTIONS: Final = 3
 """Number of restarts of a job under which the server died: the job may be the cause."""
@@ -88,7 +89,7 @@ class JobQueue:
         self._creating = 0
         self._one_creation = asyncio.Lock()
         self._wake = asyncio.Event()
-        self._worker: asyncio.Task[None] | None = None
+        self._worker: WatchedTask | None = None
 
     async def open(self) -> None:
         """Takes over the jobs on the disk and starts work. Retries while another server has them.
@@ -97,7 +98,7 @@ class JobQueue:
         """
         if not await self._own():
             log.warning("another server has the training jobs; waiting for it to end")
-        self._worker = asyncio.create_task(self._work(), name="training jobs")
+        self._worker = WatchedTask(self._work(), "training jobs")
 
     async def stop(self, patience: float) -> None:
         """Stops the trainer, which may save for `patience` seconds. Idempotent.
@@ -107,6 +108,8 @@ class JobQueue:
         The next `open` continues with the jobs that wait and the one that ran.
         """
         self._stopping = True
+        if self._worker is not None:
+            self._worker.release()
         self._wake.set()
         end = time.monotonic() + patience
         if self._runner is not None:
@@ -114,9 +117,9 @@ class JobQueue:
         if self._worker is not None:
             # Only a delivery can still be running. If it hangs, the next `open` repeats it.
             left = max(0.0, end - time.monotonic())
-            await asyncio.wait({self._worker}, timeout=left + _HANDOVER_SECONDS)
+            await asyncio.wait({self._worker.task}, timeout=left + _HANDOVER_SECONDS)
             self._worker.cancel()
-            await asyncio.wait({self._worker}, timeout=_CANCEL_SECONDS)
+            await asyncio.wait({self._worker.task}, timeout=_CANCEL_SECONDS)
             self._worker = None
         self._owned = False
         await self._trainer.lane.run(self._records.release)

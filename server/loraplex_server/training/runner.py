@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from enum import Enum, auto
+from functools import partial
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -123,6 +124,7 @@ class Runner:
             log.error("the trainer cannot be started: %s", error)
             raise Refusal(Reason.TRAINER_CRASHED, "the trainer cannot be started") from error
         following = asyncio.create_task(self._follow(child, progress))
+        following.add_done_callback(partial(_on_followed, child))
         self._child = child
         late = False
         try:
@@ -138,6 +140,8 @@ class Runner:
             while not following.done() and lines != self._lines:
                 lines = self._lines
                 await asyncio.wait({following}, timeout=_SILENCE_SECONDS)
+            if following.done():
+                following.result()  # raises what ended the reading
             return status, late
         finally:
             child.kill()
@@ -184,3 +188,9 @@ class Runner:
     async def _change(self, job: JobRecord, keep: bool) -> None:
         self.job = job
         await self._update(job, keep)
+
+
+def _on_followed(child: Child, following: asyncio.Task[None]) -> None:
+    """Ends a trainer whose output is no longer read, for it would wait for the reader for ever."""
+    if not following.cancelled() and following.exception() is not None:
+        child.kill()

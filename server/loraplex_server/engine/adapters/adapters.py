@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from loraplex_server.engine.adapters.attempts import Announcements
 from loraplex_server.engine.adapters.host_tier import HostTier
 from loraplex_server.engine.adapters.loader import Loader, LoadLanes, Read
 from loraplex_server.engine.adapters.merging import Merging
@@ -41,13 +42,19 @@ class Adapters:
         slots, host, residency, merging: the parts, for statistics and tests to read.
     """
 
-    def __init__(self, runner: ModelRunner, loader: Loader, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        runner: ModelRunner,
+        loader: Loader,
+        clock: Callable[[], float],
+        attempts: Announcements | None = None,
+    ) -> None:
         self._replies: list[Reply] = []
         self._lanes = LoadLanes(loader)
         reply = self._replies.append
-        self.slots = AdapterSlots(runner, clock)
+        self.slots = AdapterSlots(runner, clock, attempts)
         self.host = HostTier(runner.host_budget_bytes, runner.info.device.startswith("cpu"))
-        self.merging = Merging(runner, self.slots, self.host, self._lanes, clock, reply)
+        self.merging = Merging(runner, self.slots, self.host, self._lanes, clock, reply, attempts)
         self.residency = Residency(runner, self.slots, self.host, self._lanes, self.merging, reply)
 
     def want(self, request: Request) -> None:

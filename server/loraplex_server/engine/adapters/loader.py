@@ -19,6 +19,7 @@ from typing import Protocol
 from loraplex_model.base.faults import reach
 from loraplex_model.base.refusal import Reason, Refusal
 
+from loraplex_server.engine.adapters.attempts import LOAD, MERGE, Announcements
 from loraplex_server.engine.messages import AdapterRef, Failure
 from loraplex_server.engine.runner.protocol import LoadedAdapter, MergedWeights, ModelRunner
 
@@ -103,10 +104,15 @@ class ThreadLoader:
     """A `Loader` with one thread per lane; each calls `wake` after every task."""
 
     def __init__(
-        self, runner: ModelRunner, wake: Callable[[], None] = lambda: None, lanes: int = 2
+        self,
+        runner: ModelRunner,
+        wake: Callable[[], None] = lambda: None,
+        lanes: int = 2,
+        attempts: Announcements | None = None,
     ) -> None:
         self._runner = runner
         self._wake = wake
+        self._attempts = attempts or Announcements()
         self._tasks: queue.SimpleQueue[LoaderTask] = queue.SimpleQueue()
         self._results: queue.SimpleQueue[LoaderResult] = queue.SimpleQueue()
         self.lanes = lanes
@@ -126,7 +132,10 @@ class ThreadLoader:
     def _work(self) -> None:
         _lower_priority()
         while True:
-            self._results.put(execute(self._runner, self._tasks.get()))
+            task = self._tasks.get()
+            with self._attempts.of(task.ref.digest, LOAD if isinstance(task, Read) else MERGE):
+                result = execute(self._runner, task)
+            self._results.put(result)
             self._wake()
 
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 from loraplex_model.base.refusal import Reason
 
+from loraplex_server.engine.adapters.attempts import MERGE, Announcements
 from loraplex_server.engine.adapters.host_tier import HostTier
 from loraplex_server.engine.adapters.loader import (
     LoaderResult,
@@ -69,8 +70,10 @@ class Merging:
         lanes: LoadLanes,
         clock: Callable[[], float],
         reply: Callable[[Reply], None],
+        attempts: Announcements | None = None,
     ) -> None:
         """`reply` receives answers to orders, and a `MergeDone` for every merge and unmerge."""
+        self._attempts = attempts or Announcements()
         self._runner = runner
         self._slots = slots
         self._host = host
@@ -191,7 +194,8 @@ class Merging:
             return
         resident, begun = merge.resident, self._clock()
         try:
-            self._runner.publish_merge(resident.slot, merge.copies)
+            with self._attempts.of(resident.digest, MERGE):
+                self._runner.publish_merge(resident.slot, merge.copies)
         except Exception as error:
             self._fail(merge, failure_of(error, f"publishing the merge of {resident.digest}"))
             return

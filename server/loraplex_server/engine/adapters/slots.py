@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from loraplex_model.base.faults import reach
 from loraplex_model.base.refusal import Reason
 
+from loraplex_server.engine.adapters.attempts import LOAD, Announcements
 from loraplex_server.engine.adapters.eviction import GreedyDual
 from loraplex_server.engine.adapters.host_tier import HostAdapter
 from loraplex_server.engine.batching.kv import BlockPool
@@ -83,9 +84,12 @@ class AdapterSlots:
         uses: grows whenever references and times change.
     """
 
-    def __init__(self, runner: ModelRunner, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, runner: ModelRunner, clock: Callable[[], float], attempts: Announcements | None = None
+    ) -> None:
         self._runner = runner
         self._clock = clock
+        self._attempts = attempts or Announcements()
         self._free = list(range(runner.num_slots - 1, -1, -1))
         self._generations = [0] * runner.num_slots
         self._order = GreedyDual()
@@ -110,8 +114,9 @@ class AdapterSlots:
         blocks = self._blocks.reserve(self._blocks.blocks_for(adapter.virtual_tokens))
         begun = self._clock()
         try:
-            reach("adapter.publish")
-            self._runner.publish_adapter(slot, adapter, blocks)
+            with self._attempts.of(held.digest, LOAD):
+                reach("adapter.publish")
+                self._runner.publish_adapter(slot, adapter, blocks)
         except BaseException:
             self._blocks.release(blocks)
             raise

@@ -7,12 +7,21 @@ import contextlib
 import logging
 import os
 import socket
+import time
 from collections.abc import Callable, Sequence
 
 from loraplex_model.base.refusal import Reason, Refusal
 
-from loraplex_server.engine.messages import Fatal, FromEngine, Hello, ToEngine
+from loraplex_server.engine.messages import Beat, Fatal, FromEngine, Hello, ToEngine
 from loraplex_server.engine.process import wire
+from loraplex_server.engine.process.pulse import Hang, PulseCheck
+
+END_SECONDS = 1.0
+"""Seconds that a process which has closed its socket may take to end by itself."""
+KILL_SECONDS = 10.0
+"""Seconds that a killed process may take to end; one that waits for a device may never end."""
+
+_now = time.monotonic
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +38,7 @@ class EngineProcess(asyncio.Protocol):
         self._frames = wire.Frames()
         self._first: asyncio.Future[FromEngine | None] = asyncio.get_running_loop().create_future()
         self._lost = asyncio.Event()
+        self._check: PulseCheck | None = None
 
     @property
     def pid(self) -> int | None:
@@ -40,6 +50,21 @@ class EngineProcess(asyncio.Protocol):
 
         After an exception, `kill` must be called.
         """
+        try:
+            await self._connect()
+        except OSError as error:
+            message = f"the engine process cannot be started: {error.strerror or error}"
+            raise Refusal(Reason.ENGINE_FAULT, message) from error
+        first = await self._first
+        if isinstance(first, Fatal):
+            raise Refusal(first.reason, first.message)
+        if not isinstance(first, Hello):
+            message = "the engine process ended before it was ready; see its log"
+            raise Refusal(Reason.ENGINE_FAULT, message)
+        return first
+
+    async def _connect(self) -> None:
+        """Starts the process with one end of a socket; the other end is ours. Raises OSError."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             with theirs:
@@ -50,37 +75,58 @@ class EngineProcess(asyncio.Protocol):
                     pass_fds=[theirs.fileno()],
                     env={**os.environ, wire.SOCKET_VARIABLE: str(theirs.fileno())},
                 )
-        except OSError as error:
+            await asyncio.get_running_loop().create_unix_connection(lambda: self, sock=ours)
+        except BaseException:
+            # A process that was started after all ends when it finds its socket closed.
             ours.close()
-            message = f"the engine process cannot be started: {error.strerror}"
-            raise Refusal(Reason.ENGINE_FAULT, message) from error
-        await asyncio.get_running_loop().create_unix_connection(lambda: self, sock=ours)
-        first = await self._first
-        if isinstance(first, Fatal):
-            raise Refusal(first.reason, first.message)
-        if not isinstance(first, Hello):
-            message = "the engine process ended before it was ready; see its log"
-            raise Refusal(Reason.ENGINE_FAULT, message)
-        return first
+            raise
 
     def send(self, message: ToEngine) -> None:
         """Sends a message. No effect without a connection."""
         if self._transport is not None and not self._transport.is_closing():
             self._transport.write(wire.encode(message))
 
-    async def lost(self) -> None:
-        """Waits until the connection is lost; returns at once if there is none."""
-        if self._transport is not None:
-            await self._lost.wait()
+    async def lost(self, check: PulseCheck | None = None) -> Hang | None:
+        """Waits until the connection is lost; returns at once if there is none.
 
-    async def kill(self) -> None:
-        """Closes the connection, kills the process and waits for its end. Idempotent."""
+        With a `check`, also returns when the process hangs, and then how.
+        """
+        if self._transport is None:
+            return None
+        self._check = check
+        while not self._lost.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(check.tick if check else None):
+                    await self._lost.wait()
+            if check is not None and not self._lost.is_set() and (hang := check.look(_now())):
+                return hang
+        return None
+
+    async def kill(self) -> int | None:
+        """Closes the connection, kills the process and waits for its end. Idempotent.
+
+        Returns the exit status, or minus the number of the signal that ended the process; None if
+        there was no process or it cannot be killed.
+        """
         if self._transport is not None:
             self._transport.abort()
-        if self._child is not None:
+        if self._child is None:
+            return None
+        try:
+            if self._lost.is_set():
+                # It has closed its socket, so it is ending by itself: its own status is wanted.
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(END_SECONDS):
+                        return await self._child.wait()
+        finally:
             with contextlib.suppress(ProcessLookupError):
                 self._child.kill()
-            await self._child.wait()
+        try:
+            async with asyncio.timeout(KILL_SECONDS):
+                return await self._child.wait()
+        except TimeoutError:
+            log.error("the engine process %d does not end although it was killed", self._child.pid)
+            return None
 
     # asyncio.Protocol
 
@@ -93,6 +139,8 @@ class EngineProcess(asyncio.Protocol):
         try:
             for payload in self._frames.feed(data):
                 message = wire.decode(payload, wire.FROM_ENGINE)
+                if self._check is not None:
+                    self._check.heard(message if isinstance(message, Beat) else None)
                 if self._first.done():
                     self._receive(message)
                 else:

@@ -1,16 +1,17 @@
-"""The front's end of the engine: it starts the process, talks to it, and replaces it if it is lost.
+"""The front's end of the engine: requests and orders to it, and what is lost with a process.
 
 Runs on one asyncio loop. Nothing here runs per token: a step is one message, and each stream with
-outputs in it is woken once.
+outputs in it is woken once. `Supervisor` owns the process.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import ParamSpec
 
 from loraplex_model.base.refusal import Reason, Refusal
 
@@ -18,6 +19,7 @@ from loraplex_server.engine.messages import (
     Abort,
     AdapterRef,
     AdapterStatus,
+    Attempt,
     Control,
     ControlDone,
     Failure,
@@ -31,21 +33,20 @@ from loraplex_server.engine.messages import (
     Output,
     PromptScores,
     SetPinned,
-    Shutdown,
     StepReport,
     StepStats,
     Submit,
-    ToEngine,
     Unload,
     Unmerge,
     Withdraw,
 )
-from loraplex_server.engine.process.child import EngineProcess
+from loraplex_server.engine.process.limits import SupervisionLimits
 from loraplex_server.engine.process.observer import EngineObserver
+from loraplex_server.engine.process.restoring import Restoration
 from loraplex_server.engine.process.stream import OutputStream, ends
-
-STOP_SECONDS = 5.0
-"""Seconds that a stopped engine may take to end before it is killed."""
+from loraplex_server.engine.process.supervisor import Cause, Supervisor
+from loraplex_server.engine.process.suspects import Suspects, Verdict
+from loraplex_server.engine.process.trials import Trials
 
 RESTARTED = Failure(Reason.ENGINE_RESTARTED, "the engine was restarted; try again")
 MAX_ORDERS = 1024
@@ -55,6 +56,11 @@ TOO_MANY_ORDERS = Failure(
     Reason.OVERLOADED, f"{MAX_ORDERS} orders about adapters are waiting for the engine already"
 )
 STOPPED = Failure(Reason.DRAINING, "the server is shutting down")
+REFUSED = Failure(
+    Reason.REQUEST_QUARANTINED, "the engine ended each time that this request was computed"
+)
+
+P = ParamSpec("P")
 
 log = logging.getLogger(__name__)
 
@@ -63,87 +69,149 @@ class EngineClient:
     """One engine process and its replacements.
 
     Attributes:
-        hello: first message of the current or last engine process.
-        ready: the engine accepts requests now.
         restarts: number of processes lost.
         stats: statistics of the last step; None before the first.
         adapters: the engine's table of adapters by digest.
+        quarantined: adapters by digest that are not given to the engine, each with the reason.
     """
-
-    hello: Hello
 
     def __init__(
         self,
         command: Sequence[str],
         observer: EngineObserver,
-        backoff: tuple[float, float] = (0.1, 10.0),
+        backoff: tuple[float, float] | None = None,
+        limits: SupervisionLimits | None = None,
     ) -> None:
         """`command` starts the process, which finds its socket through `wire.SOCKET_VARIABLE`.
 
-        `backoff` is the first and the longest pause in seconds before a lost process is replaced.
+        `backoff` replaces the first and the longest pause of `limits`.
         """
-        self._command = list(command)
+        limits = limits or SupervisionLimits()
+        if backoff is not None:
+            limits = replace(limits, first_pause=backoff[0], longest_pause=backoff[1])
         self._observer = observer
-        self._backoff = backoff
+        self._supervisor = Supervisor(command, self._receive, self, limits)
+        self._suspects = Suspects(limits)
+        self._trials = Trials(self._suspects)
+        self._restoration = Restoration()
+        self._verdict = Verdict()
         self._streams: dict[int, OutputStream] = {}
+        self._requests: dict[int, Submit] = {}
         self._pending: dict[int, asyncio.Future[None]] = {}
-        self._merged: set[str] = set()
         self._ops = itertools.count(1)
-        self._process: EngineProcess | None = None
-        self._supervisor: asyncio.Task[None] | None = None
-        self._stopping = False
-        self.ready = False
         self.restarts = 0
         self.stats: StepStats | None = None
         self.adapters: dict[str, AdapterStatus] = {}
+        self.quarantined: dict[str, str] = {}
+
+    @property
+    def hello(self) -> Hello:
+        """First message of the first engine process; those of all others are equal."""
+        return self._supervisor.hello
+
+    @property
+    def ready(self) -> bool:
+        """Whether the engine accepts requests now."""
+        return self._supervisor.ready
 
     @property
     def pid(self) -> int | None:
         """Process id of the engine; None while there is no process."""
-        return self._process.pid if self._process is not None else None
+        return self._supervisor.pid
 
     # requests and orders
 
     def submit(self, message: Submit) -> OutputStream:
         """Sends a request. Every failure, a missing engine included, arrives as an output."""
         stream = OutputStream()
-        if self.ready:
-            self._streams[message.id] = stream
-            self._send(message)
+        failure = self._objection(message)
+        if failure is not None:
+            stream.put(Output(id=message.id, error=failure))
+            return stream
+        self._streams[message.id] = stream
+        self._requests[message.id] = message
+        suspects = [ref for ref in message.adapters if self._suspects.is_suspect(ref.digest)]
+        if suspects:
+            self._trials.start(self._submit_after_trial(message, suspects))
         else:
-            stream.put(Output(id=message.id, error=self._absence))
+            self._supervisor.send(message)
         return stream
+
+    async def _submit_after_trial(self, message: Submit, suspects: Sequence[AdapterRef]) -> None:
+        """Sends a request once its suspect adapters have been loaded, one after the other."""
+        try:
+            for ref in suspects:
+                await self.load(ref)
+        except Refusal as refusal:
+            failure = Failure(refusal.reason, refusal.message)
+            self._deliver(Output(id=message.id, error=failure))
+            return
+        if message.id in self._requests:
+            self._supervisor.send(message)
+
+    def _objection(self, message: Submit) -> Failure | None:
+        """Why a request is not sent to the engine; None if it is."""
+        if not self.ready:
+            return self._absence
+        for ref in message.adapters:
+            if ref.digest in self.quarantined:
+                return self._quarantine_of(ref.digest)
+        return REFUSED if self._suspects.refuses(message) else None
 
     def abort(self, request_id: int) -> None:
         """Ends a request; its stream receives nothing more. Unknown ids are ignored."""
+        self._requests.pop(request_id, None)
         if self._streams.pop(request_id, None) is not None:
-            self._send(Abort(request_id))
+            self._supervisor.send(Abort(request_id))
 
     async def load(self, ref: AdapterRef) -> None:
         """Makes an adapter resident. Raises `Refusal`."""
-        await self._order(Load(next(self._ops), ref))
+        await self._order_load(Load(next(self._ops), ref))
 
     async def unload(self, digest: str, force: bool = False, deadline: float | None = None) -> None:
         """Removes an adapter from the device; returns when it is gone. Raises `Refusal`.
 
         Requests that use it are ended by `force`, or at `deadline` (`time.monotonic()`).
         """
-        self._merged.discard(digest)
+        self._restoration.merged.discard(digest)
         await self._order(Unload(next(self._ops), digest, force, deadline))
 
     async def pin(self, ref: AdapterRef, pinned: bool) -> None:
         """Makes an adapter resident and forbids its eviction, or allows it. Raises `Refusal`."""
-        await self._order(SetPinned(next(self._ops), ref, pinned))
+        await self._order_load(SetPinned(next(self._ops), ref, pinned))
 
     async def merge(self, ref: AdapterRef) -> None:
         """Makes dense copies for an adapter; returns when rows use them. Raises `Refusal`."""
-        await self._order(Merge(next(self._ops), ref))
-        self._merged.add(ref.digest)
+        await self._order_load(Merge(next(self._ops), ref))
+        self._restoration.merged.add(ref.digest)
 
     async def unmerge(self, digest: str) -> None:
         """Drops an adapter's dense copies. Raises `Refusal`."""
-        self._merged.discard(digest)
+        self._restoration.merged.discard(digest)
         await self._order(Unmerge(next(self._ops), digest))
+
+    async def _order_load(self, message: Load | SetPinned | Merge) -> None:
+        """Sends an order that may load or merge its adapter; a suspect waits for its trial."""
+        digest = message.adapter.digest
+        if isinstance(message, SetPinned) and not message.pinned:
+            await self._order(message)
+            return
+
+        async def order() -> None:
+            if digest in self.quarantined:
+                raise _refusal(self._quarantine_of(digest))
+            await self._order(message)
+
+        await self._trials.run(digest, order)
+
+    def _quarantine_of(self, digest: str) -> Failure:
+        text = f"the adapter {digest} is quarantined: {self.quarantined[digest]}"
+        return Failure(Reason.ADAPTER_QUARANTINED, text)
+
+    def release(self, digest: str) -> None:
+        """Allows an adapter again that was quarantined, and forgets what was counted against it."""
+        self.quarantined.pop(digest, None)
+        self._suspects.forget(digest)
 
     async def _order(self, message: Control) -> None:
         """Sends an order and waits for its answer."""
@@ -154,10 +222,10 @@ class EngineClient:
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._pending[message.op] = future
         try:
-            self._send(message)
+            self._supervisor.send(message)
             await future
         except asyncio.CancelledError:
-            self._send(Withdraw(message.op))
+            self._supervisor.send(Withdraw(message.op))
             raise
         finally:
             self._pending.pop(message.op, None)
@@ -165,30 +233,31 @@ class EngineClient:
     @property
     def _absence(self) -> Failure:
         """Why the engine accepts nothing now."""
-        return STOPPED if self._stopping else RESTARTED
+        return STOPPED if self._supervisor.stopping else RESTARTED
 
-    def _send(self, message: ToEngine) -> None:
-        if self._process is not None:
-            self._process.send(message)
+    # messages
 
     def _receive(self, message: FromEngine) -> None:
         if isinstance(message, StepReport):
             for output in message.outputs:
-                find = self._streams.pop if ends(output) else self._streams.get
-                if (stream := find(output.id, None)) is not None:
-                    stream.put(output)
+                self._deliver(output)
             self.stats = message.stats
             if message.adapters is not None:
                 self.adapters = {status.digest: status for status in message.adapters}
-            self._observer.on_step(message)
+            self._tell(self._observer.on_step, message)
         elif isinstance(message, PromptScores):
             if (stream := self._streams.get(message.id)) is not None:
                 stream.put(Output(id=message.id, prompt_logprobs=message.logprobs))
+        elif isinstance(message, Attempt):
+            self._suspects.attempt(message)
         elif isinstance(message, LoadDone):
-            self._observer.on_load(message)
+            self._suspects.on_load(message)
+            self._tell(self._observer.on_load, message)
         elif isinstance(message, MergeDone):
-            self._observer.on_merge(message)
+            self._suspects.on_merge(message)
+            self._tell(self._observer.on_merge, message)
         elif isinstance(message, ControlDone):
+            self._restoration.done(message.op)
             future = self._pending.pop(message.op, None)
             if future is None or future.done():
                 return
@@ -197,95 +266,82 @@ class EngineClient:
             else:
                 future.set_exception(_refusal(message.error))
 
+    def _deliver(self, output: Output) -> None:
+        """Puts an output into its stream, if that is still read."""
+        if not ends(output):
+            stream = self._streams.get(output.id)
+        else:
+            stream = self._streams.pop(output.id, None)
+            request = self._requests.pop(output.id, None)
+            if request is not None and output.finish is not None:
+                self._suspects.on_finish(request)
+        if stream is not None:
+            stream.put(output)
+
+    def _tell(self, notice: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
+        """Calls the observer, whose faults must not end the connection to the engine."""
+        try:
+            notice(*args, **kwargs)
+        except Exception:
+            log.exception("an observer of the engine failed")
+
     # the process
 
     async def start(self) -> Hello:
         """Starts the engine and waits until it is ready. Raises `Refusal`."""
-        await self._start_process()
-        self._supervisor = asyncio.create_task(self._supervise(), name="engine supervisor")
-        return self.hello
+        return await self._supervisor.start()
 
     async def stop(self) -> None:
         """Ends the engine and does not replace it. Streams that are open end with DRAINING."""
-        self._stopping = True
-        self.ready = False
-        if self._process is not None:
-            self._send(Shutdown())
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._process.lost(), STOP_SECONDS)
-        if self._supervisor is not None:
-            self._supervisor.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._supervisor
-        await self._kill_process()
+        await self._supervisor.stop()
+        self._trials.cancel()
         self._fail_all(STOPPED)
 
-    async def _start_process(self) -> None:
-        self._process = EngineProcess(self._command, self._receive)
-        try:
-            self.hello = await self._process.start()
-        except BaseException:
-            await self._kill_process()
-            raise
-        self.ready = True
-        self._observer.on_ready(self.hello)
+    # events of the process
 
-    async def _kill_process(self) -> None:
-        if self._process is not None:
-            await self._process.kill()
-            self._process = None
+    def on_ready(self, hello: Hello) -> None:
+        """A process accepts messages: gives it the adapters of the lost one."""
+        for order in self._restoration.orders(self._ops):
+            self._supervisor.send(order)
+        self._tell(self._observer.on_ready, hello)
 
-    async def _supervise(self) -> None:
-        """Replaces the engine process whenever it is lost."""
-        pause, longest = self._backoff
-        while True:
-            assert self._process is not None
-            await self._process.lost()
-            if self._stopping:
-                return
-            self._on_lost()
-            orders = self._orders_to_restore()
-            self.adapters = {}
-            await self._kill_process()
-            delay = pause
-            while not self.ready:
-                await asyncio.sleep(delay)
-                delay = min(2 * delay, longest)
-                try:
-                    await self._start_process()
-                except Refusal as error:
-                    log.error("the engine did not start again: %s", error.message)
-                    self._observer.on_fatal(Fatal(error.reason, error.message))
-            for order in orders:
-                self._send(order)
-
-    def _orders_to_restore(self) -> list[Control]:
-        """Orders that give a new engine the adapters of the lost one: loads, pins and merges."""
-        orders: list[Control] = []
-        for status in self.adapters.values():
-            if status.state not in {"resident", "loading"}:
-                continue
-            ref = AdapterRef(status.digest, status.path)
-            if status.pinned:
-                orders.append(SetPinned(next(self._ops), ref, pinned=True))
-            else:
-                orders.append(Load(next(self._ops), ref))
-            if status.digest in self._merged:
-                orders.append(Merge(next(self._ops), ref))
-        # Pins first, while there is room that no other adapter has to leave.
-        return sorted(orders, key=lambda order: not isinstance(order, SetPinned))
-
-    def _on_lost(self) -> None:
-        self.ready = False
+    def on_lost(self) -> None:
+        """The process was lost: its requests fail, and what it was doing is under suspicion."""
         self.stats = None
         self.restarts += 1
         log.error("the engine process was lost; %d requests fail", len(self._streams))
+        self._verdict = self._suspects.on_death(self._requests.values())
+        self.quarantined |= self._verdict.quarantined
+        self._restoration.on_lost(
+            self.adapters.values(),
+            lambda digest: self._suspects.is_suspect(digest) or digest in self.quarantined,
+        )
+        self.adapters = {}
         self._fail_all(RESTARTED)
-        self._observer.on_restart()
+        self._tell(self._observer.on_restart)
+
+    def on_end(self, cause: Cause) -> None:
+        """The lost process has ended, or a replacement has failed to start."""
+        verdict, self._verdict = self._verdict, Verdict()
+        if cause is not Cause.START:
+            log.error("the engine process has ended: %s", cause, extra={"cause": cause.value})
+        for digest in sorted(verdict.suspects - verdict.quarantined.keys()):
+            log.error("adapter %s was being loaded or merged; it is loaded on demand only", digest)
+        for digest, reason in verdict.quarantined.items():
+            log.critical("adapter %s is quarantined: %s", digest, reason)
+        if verdict.requests:
+            log.critical("a request is refused from now on: it ran at each of the last ends")
+        self._tell(self._observer.on_death, cause, verdict)
+
+    def on_failed_start(self, refusal: Refusal) -> None:
+        """A replacement could not be started; another attempt follows."""
+        log.error("the engine did not start again: %s", refusal.message)
+        self._tell(self._observer.on_fatal, Fatal(refusal.reason, refusal.message))
 
     def _fail_all(self, failure: Failure) -> None:
         """Ends every open stream and every unanswered order with a failure."""
         streams, self._streams = self._streams, {}
+        self._requests.clear()
         for request_id, stream in streams.items():
             stream.put(Output(id=request_id, error=failure))
         pending, self._pending = self._pending, {}

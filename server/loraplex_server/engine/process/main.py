@@ -17,23 +17,19 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import cast
 
 from loraplex_model.base.refusal import Reason, Refusal
 
+from loraplex_server.engine.adapters.attempts import Announcements
 from loraplex_server.engine.adapters.loader import ThreadLoader
 from loraplex_server.engine.core import EngineCore
-from loraplex_server.engine.messages import (
-    Abort,
-    Fatal,
-    FromEngine,
-    Hello,
-    Shutdown,
-    Submit,
-    ToEngine,
-)
+from loraplex_server.engine.messages import Fatal, FromEngine, Hello, Shutdown, ToEngine
 from loraplex_server.engine.process import wire
+from loraplex_server.engine.process.descriptors import raise_descriptor_limit
+from loraplex_server.engine.process.handling import Handler
+from loraplex_server.engine.process.pulse import Pulse
 from loraplex_server.engine.process.setup import EngineSetup
 from loraplex_server.engine.runner.config import CustomRunner, RunnerConfig
 from loraplex_server.engine.runner.protocol import ModelRunner
@@ -51,6 +47,9 @@ SWITCH_SECONDS = 5e-4
 The default, 5 ms, could occur several times in a step.
 """
 
+MAX_WAIT = 3600.0
+"""Longest wait of the main loop in seconds; `queue` accepts no time of arbitrary length."""
+
 Inbox = queue.SimpleQueue[ToEngine | None]
 """Messages from the front; None only wakes the loop after a loader task."""
 
@@ -64,47 +63,76 @@ def main() -> int:
     # A signal such as SIGBUS, which a mapped file that is cut short causes, is reported with the
     # Python code that was running.
     faulthandler.enable()
+    threading.excepthook = _on_lost_thread
+    raise_descriptor_limit()
     # Adapters and caches are many megabytes with scattered access: on pages of 4 KiB every other
     # access would miss the TLB. torch reads this variable at its first allocation.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     (argument,) = sys.argv[1:]
     front = socket.socket(fileno=int(os.environ[wire.SOCKET_VARIABLE]))
+    outbox = Outbox(front)
     inbox: Inbox = queue.SimpleQueue()
-    threading.Thread(target=_receive, args=(front, inbox), name="front", daemon=True).start()
+    _start_thread("front", _receive, front, inbox)
     try:
         setup = EngineSetup.parse(argument)
         runner = _build(setup.runner)
-        loader = ThreadLoader(runner, wake=lambda: inbox.put(None))
-        core = EngineCore(runner, setup.limits, loader=loader)
+        attempts = Announcements(outbox.send)
+        loader = ThreadLoader(runner, wake=lambda: inbox.put(None), attempts=attempts)
+        core = EngineCore(runner, setup.limits, loader=loader, attempts=attempts)
     except Exception as error:
         log.exception("the engine cannot start")
-        _send(front, [_fatal(error)])
+        outbox.send(_fatal(error))
         return EXIT_START_FAILED
-    _send(front, [_hello(runner)])
+    outbox.send(_hello(runner))
+    pulse = Pulse()
+    _start_thread("pulse", pulse.beat, outbox.send, setup.beat_seconds)
     gc.collect()
     sys.setswitchinterval(SWITCH_SECONDS)
     gc.freeze()  # the model's objects are never freed; no later collection visits them
-    return serve(core, inbox, front)
+    try:
+        return serve(core, inbox, outbox, pulse)
+    except Exception:
+        log.exception("the main loop failed; this process ends to be replaced")
+        return EXIT_BROKEN
 
 
-def serve(core: EngineCore, inbox: Inbox, front: socket.socket) -> int:
+class Outbox:
+    """Sends messages to the front, from any thread. Ends this process if the front is gone."""
+
+    def __init__(self, front: socket.socket) -> None:
+        self._front = front
+        self._lock = threading.Lock()
+
+    def send(self, *messages: FromEngine) -> None:
+        """Sends messages, in their order and without others between them."""
+        data = b"".join(wire.encode(message) for message in messages)
+        try:
+            with self._lock:
+                self._front.sendall(data)
+        except OSError:
+            os._exit(0)  # the front is gone
+
+
+def serve(core: EngineCore, inbox: Inbox, outbox: Outbox, pulse: Pulse) -> int:
     """The main loop: receive, step, send; waits while there is nothing to do."""
+    handler = Handler(core)
     while True:
-        for message in _take(inbox, core.wait_seconds()):
-            match message:
-                case Submit():
-                    core.add(message)
-                case Abort():
-                    core.abort(message.id)
-                case Shutdown():
-                    return 0
-                case _:
-                    core.control(message)
-        messages = core.step()
-        if messages:
-            _send(front, messages)
-        if core.broken:
-            log.critical("the model failed in step after step; this process ends to be replaced")
+        pulse.turns += 1
+        wait = core.wait_seconds()
+        pulse.waiting = wait != 0.0
+        messages = _take(inbox, wait)
+        pulse.waiting = False
+        for message in messages:
+            if isinstance(message, Shutdown):
+                return 0
+            failed = handler.handle(message)
+            if failed is not None:
+                outbox.send(failed)
+        done = core.step()
+        if done:
+            outbox.send(*done)
+        if core.broken or handler.broken:
+            log.critical("the engine fails again and again; this process ends to be replaced")
             return EXIT_BROKEN
         if core.idle:
             core.check()
@@ -115,7 +143,7 @@ def _take(inbox: Inbox, wait: float | None) -> list[ToEngine]:
     messages: list[ToEngine | None] = []
     if wait != 0.0:
         try:
-            messages.append(inbox.get(timeout=wait))
+            messages.append(inbox.get(timeout=None if wait is None else min(wait, MAX_WAIT)))
         except queue.Empty:
             return []
     for _ in range(inbox.qsize()):
@@ -139,11 +167,17 @@ def _receive(front: socket.socket, inbox: Inbox) -> None:
     os._exit(status)
 
 
-def _send(front: socket.socket, messages: Sequence[FromEngine]) -> None:
-    try:
-        front.sendall(b"".join(wire.encode(message) for message in messages))
-    except OSError:
-        os._exit(0)  # the front is gone
+def _start_thread(name: str, work: Callable[..., None], *arguments: object) -> None:
+    threading.Thread(target=work, args=arguments, name=name, daemon=True).start()
+
+
+def _on_lost_thread(lost: threading.ExceptHookArgs) -> None:
+    """Ends the process when a thread does: none of them ends while the engine works."""
+    name = lost.thread.name if lost.thread is not None else "unknown"
+    log.critical(
+        "the thread %r failed; this process ends to be replaced", name, exc_info=lost.exc_value
+    )
+    os._exit(EXIT_BROKEN)
 
 
 def _build(config: RunnerConfig | CustomRunner) -> ModelRunner:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Protocol
 
 from loraplex_server.engine.messages import Fatal, Hello, LoadDone, MergeDone, StepReport
+from loraplex_server.engine.process.supervisor import Cause
+from loraplex_server.engine.process.suspects import Verdict
 
 
 class EngineObserver(Protocol):
@@ -21,6 +23,9 @@ class EngineObserver(Protocol):
 
     def on_restart(self) -> None:
         """The engine process was lost and its requests have failed; a new one will be started."""
+
+    def on_death(self, cause: Cause, verdict: Verdict) -> None:
+        """The lost process has ended, or a new one has failed to start; who may have caused it."""
 
     def on_ready(self, hello: Hello) -> None:
         """The engine is ready, for the first time or again."""

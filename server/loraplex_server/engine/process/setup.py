@@ -7,6 +7,7 @@ import sys
 import msgspec
 
 from loraplex_server.engine.batching.scheduler import EngineLimits
+from loraplex_server.engine.process.pulse import BEAT_SECONDS
 from loraplex_server.engine.runner.config import CustomRunner, RunnerConfig
 
 
@@ -15,6 +16,8 @@ class EngineSetup(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     runner: RunnerConfig | CustomRunner
     limits: EngineLimits = EngineLimits()
+    beat_seconds: float = BEAT_SECONDS
+    """Seconds between two signs of life."""
 
     def command(self) -> list[str]:
         """The command line that starts the engine process with these settings."""

@@ -1,0 +1,50 @@
+"""Whether a restarted engine serves the same base model, with the same limits, as the first one."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from loraplex_server.engine.messages import Hello
+
+TOKENIZER_FILES: Final = ("tokenizer.json", "model.json")
+"""Files of the model's directory that the front has read at its start."""
+
+
+class BaseChanged(Exception):
+    """A restarted engine reports another base model than the first one. The message says how."""
+
+
+def tokenizer_digests(hello: Hello) -> Mapping[str, str]:
+    """SHA-256 of the tokenizer's files, by name; files that cannot be read are left out. Blocks."""
+    digests: dict[str, str] = {}
+    for name in TOKENIZER_FILES:
+        try:
+            data = (Path(hello.model.tokenizer_path) / name).read_bytes()
+        except OSError:
+            continue
+        digests[name] = hashlib.sha256(data).hexdigest()
+    return digests
+
+
+def differences(first: Hello, now: Hello) -> list[str]:
+    """What two engines report differently, as `field: old, now new`."""
+    old, new = dict(_fields(msgspec.to_builtins(first))), dict(_fields(msgspec.to_builtins(now)))
+    return [
+        f"{name}: {old.get(name)}, now {new.get(name)}"
+        for name in {**old, **new}
+        if old.get(name) != new.get(name)
+    ]
+
+
+def _fields(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested mappings, each with its dotted path."""
+    if not isinstance(value, dict):
+        yield path, value
+        return
+    for name, item in value.items():
+        yield from _fields(item, f"{path}.{name}" if path else str(name))

@@ -1,0 +1,64 @@
+"""The adapters of a lost engine that its replacement is given again."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+
+from loraplex_server.engine.messages import (
+    AdapterRef,
+    AdapterStatus,
+    Control,
+    Load,
+    Merge,
+    SetPinned,
+)
+
+log = logging.getLogger(__name__)
+
+
+class Restoration:
+    """Loads, pins and merges to repeat. What was being loaded or merged is never repeated.
+
+    Attributes:
+        merged: digests of the adapters that are merged by order.
+    """
+
+    def __init__(self) -> None:
+        self.merged: set[str] = set()
+        self._wanted: dict[str, bool] = {}
+        self._refs: dict[str, AdapterRef] = {}
+        self._open: dict[int, str] = {}
+
+    def on_lost(self, table: Iterable[AdapterStatus], is_unsafe: Callable[[str], bool]) -> None:
+        """Notes what a lost engine held, without adapters that are unsafe to load.
+
+        Of an engine that was lost before everything was repeated, the rest is repeated as well.
+        """
+        # Not yet repeated, as they were when the engine before was lost.
+        waiting = {digest: self._wanted[digest] for digest in self._open.values()}
+        refs = {digest: self._refs[digest] for digest in waiting}
+        for status in table:
+            if status.state == "resident":
+                waiting[status.digest] = status.pinned or waiting.get(status.digest, False)
+                refs[status.digest] = AdapterRef(status.digest, status.path)
+        self._wanted = {d: pinned for d, pinned in waiting.items() if not is_unsafe(d)}
+        self._refs = {digest: refs[digest] for digest in self._wanted}
+        self.merged.intersection_update(self._wanted)
+        self._open = {}
+
+    def orders(self, ops: Iterator[int]) -> list[Control]:
+        """Orders for a new engine, pins first: then no other adapter has to leave for them."""
+        orders: list[Control] = []
+        for digest, pinned in sorted(self._wanted.items(), key=lambda item: not item[1]):
+            ref = self._refs[digest]
+            order = SetPinned(next(ops), ref, pinned=True) if pinned else Load(next(ops), ref)
+            orders.append(order)
+            self._open[order.op] = digest
+            if digest in self.merged:
+                orders.append(Merge(next(ops), ref))
+        return orders
+
+    def done(self, op: int) -> None:
+        """Notes that an order was answered."""
+        self._open.pop(op, None)

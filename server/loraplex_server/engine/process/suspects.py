@@ -1,0 +1,150 @@
+"""Which adapters and requests may have caused the end of an engine process.
+
+An adapter is a suspect if it was being loaded or merged when a process ended. Suspects are not
+loaded again automatically, and later at most one of them is loaded or merged at a time: it is on
+trial. So two suspects never share the blame, and an adapter that was only there by chance is
+cleared by its next load. One that was a suspect at `adapter_deaths` ends is quarantined.
+
+A request is recognised by its content, because clients retry with new ids. It is quarantined if it
+ran at `request_deaths` ends in a row and is the only one that did; a request that finishes is
+cleared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Final
+
+import msgspec
+
+from loraplex_server.engine.messages import Attempt, LoadDone, MergeDone, Submit
+from loraplex_server.engine.process.limits import SupervisionLimits
+
+REQUEST_SECONDS: Final = 3600.0
+"""Seconds after which a quarantined request is allowed again."""
+MOST_REQUESTS: Final = 256
+"""Number of quarantined requests that are remembered."""
+
+_DOING: Final = {"load": "loaded", "merge": "merged"}
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the end of a process says about adapters and requests.
+
+    Attributes:
+        suspects: digests of the adapters that were being loaded or merged.
+        quarantined: those of them that are quarantined now, each with the reason.
+        requests: number of requests that are quarantined now.
+    """
+
+    suspects: frozenset[str] = frozenset()
+    quarantined: dict[str, str] = field(default_factory=dict)
+    requests: int = 0
+
+
+class Suspects:
+    """Counts of ends, by adapter and by request."""
+
+    def __init__(
+        self, limits: SupervisionLimits, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._limits = limits
+        self._clock = clock
+        self._attempts: Counter[tuple[str, str]] = Counter()
+        self._adapters: Counter[tuple[str, str]] = Counter()
+        self._requests: dict[bytes, int] = {}
+        self._refused: dict[bytes, float] = {}
+
+    # adapters
+
+    def attempt(self, attempt: Attempt) -> None:
+        """Notes that work on an adapter begins or has ended."""
+        key = attempt.digest, attempt.work
+        self._attempts[key] += 1 if attempt.begun else -1
+        if not self._attempts[key]:
+            del self._attempts[key]
+
+    def is_suspect(self, digest: str) -> bool:
+        """Whether a process ended during work on the adapter, which has not succeeded since."""
+        return any(suspect == digest for suspect, _ in self._adapters)
+
+    def on_load(self, done: LoadDone) -> None:
+        """Clears an adapter whose load has ended, even with an error: the process survived it."""
+        del self._adapters[done.digest, "load"]
+
+    def on_merge(self, done: MergeDone) -> None:
+        """Clears an adapter whose merge has ended, even with an error."""
+        if done.merged:
+            del self._adapters[done.digest, "merge"]
+
+    def forget(self, digest: str) -> None:
+        """Forgets all about an adapter, which the operator has released."""
+        for work in _DOING:
+            del self._adapters[digest, work]
+
+    # requests
+
+    def refuses(self, request: Submit) -> bool:
+        """Whether a request is quarantined."""
+        if not self._refused:
+            return False
+        content = content_of(request)
+        until = self._refused.get(content)
+        if until is not None and until <= self._clock():
+            del self._refused[content]
+            return False
+        return until is not None
+
+    def on_finish(self, request: Submit) -> None:
+        """Clears a request that has finished."""
+        if self._requests:
+            self._requests.pop(content_of(request), None)
+
+    # the end of a process
+
+    def on_death(self, requests: Iterable[Submit]) -> Verdict:
+        """Counts the end of a process, in which `requests` were unfinished."""
+        attempts, self._attempts = set(self._attempts), Counter()
+        suspects = frozenset(digest for digest, _ in attempts)
+        self._adapters.update(attempts)
+        quarantined: dict[str, str] = {}
+        for digest, work in attempts:
+            count = self._adapters[digest, work]
+            if count >= self._limits.adapter_deaths:
+                quarantined[digest] = (
+                    f"the engine process ended {count} times while the adapter was being "
+                    f"{_DOING.get(work, work)}"
+                )
+        for digest in quarantined:
+            self.forget(digest)
+        # A request whose adapter was being loaded had not run yet.
+        ran = {
+            content_of(request)
+            for request in requests
+            if not any(ref.digest in suspects for ref in request.adapters)
+        }
+        return Verdict(suspects, quarantined, self._count_requests(ran))
+
+    def _count_requests(self, ran: set[bytes]) -> int:
+        """Counts an end for the requests that ran; returns how many are quarantined for it."""
+        self._requests = {content: self._requests.get(content, 0) + 1 for content in ran}
+        worst = [c for c, n in self._requests.items() if n >= self._limits.request_deaths]
+        if len(worst) != 1:
+            return 0
+        while len(self._refused) >= MOST_REQUESTS:
+            del self._refused[next(iter(self._refused))]
+        self._refused[worst[0]] = self._clock() + REQUEST_SECONDS
+        del self._requests[worst[0]]
+        return 1
+
+
+def content_of(request: Submit) -> bytes:
+    """Digest of what a request computes, without its id, deadline, priority and seed."""
+    sampling = msgspec.structs.replace(request.sampling, seed=0)
+    plain = msgspec.structs.replace(request, id=0, deadline=None, priority=0, sampling=sampling)
+    return hashlib.blake2b(msgspec.msgpack.encode(plain), digest_size=16).digest()

@@ -1,0 +1,81 @@
+"""Quarantined adapters: written to the store when engine processes have ended over them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Final
+
+from loraplex_adapters.store import Quarantine
+from loraplex_model.base.refusal import Refusal
+
+from loraplex_server.engine.process.client import EngineClient
+from loraplex_server.metrics import Metrics
+
+POLL_SECONDS: Final = 5.0
+"""Seconds between two counts of the quarantined adapters."""
+
+RELEASE_SECONDS: Final = 1.0
+"""The same while the engine's client refuses adapters that an operator may release."""
+
+log = logging.getLogger(__name__)
+
+
+class QuarantineKeeper:
+    """Writes the engine's quarantines to the store, and counts those in the store.
+
+    The engine's client refuses an adapter from the moment at which it is quarantined, however long
+    the store fails, until an operator has released it in the store.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[], Awaitable[Mapping[str, Quarantine]]],
+        write: Callable[[str, str], Awaitable[bool]],
+        engine: EngineClient,
+        metrics: Metrics,
+    ) -> None:
+        """`read` returns the store's quarantines by digest; `write` adds one, with its reason.
+
+        Both raise Refusal if the store fails.
+        """
+        self._read = read
+        self._quarantine = write
+        self._engine = engine
+        self._metrics = metrics
+        self._written: set[str] = set()
+        self._woken = asyncio.Event()
+
+    def wake(self) -> None:
+        """Something was quarantined: makes `run` write it at once."""
+        self._woken.set()
+
+    async def run(self) -> None:
+        """Works until it is cancelled."""
+        while True:
+            try:
+                await self._synchronise()
+            except Refusal as error:
+                log.warning("quarantines cannot be kept: %s", error.message)
+            except Exception:
+                log.exception("quarantines cannot be kept")
+            with contextlib.suppress(TimeoutError):
+                seconds = RELEASE_SECONDS if self._engine.quarantined else POLL_SECONDS
+                async with asyncio.timeout(seconds):
+                    await self._woken.wait()
+            self._woken.clear()
+
+    async def _synchronise(self) -> None:
+        """Writes what is new and releases what was released. Raises Refusal if the store fails."""
+        for digest, reason in list(self._engine.quarantined.items()):
+            if digest not in self._written:
+                await self._quarantine(digest, reason)
+                self._written.add(digest)
+        found = await self._read()
+        self._metrics.series.quarantined_adapters.set(len(found))
+        for digest in self._written - found.keys():
+            log.info("adapter %s was released from its quarantine", digest)
+            self._written.discard(digest)
+            self._engine.release(digest)
