@@ -33,6 +33,9 @@ _OURS: Final = "/loraplex.v1."
 _CLOCK_SLACK: Final = 0.02
 """Seconds before its deadline at which a client's cancellation still counts as the deadline."""
 
+_CANCELLATION_SECONDS: Final = 0.1
+"""Longest time between the end of a lost call's requests and its cancellation."""
+
 _MALFORMED: Final = object()
 """Stands for a request whose bytes could not be read."""
 
@@ -64,6 +67,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> _Handler | None:
         """See grpc.aio.ServerInterceptor."""
+        self._gate.arrive()
         handler: Any = await continuation(handler_call_details)
         if handler is None:
             return None
@@ -138,7 +142,11 @@ class Interceptor(grpc.aio.ServerInterceptor):
 
         with self.arrivals.waiting(refuse):
             request = await context.read()
-        return _MALFORMED if request is grpc.aio.EOF else request
+        if request is not grpc.aio.EOF:
+            return request
+        # Either the client has sent none, or the cancellation of a lost call is about to arrive.
+        await asyncio.sleep(_CANCELLATION_SECONDS)
+        return _MALFORMED
 
     async def _answer(
         self, call: _Call, events: AsyncGenerator[Message, None], context: _Context
