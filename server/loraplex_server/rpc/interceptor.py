@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
+from functools import partial
 from typing import Any, Final, Self, TypeAlias
 
 import grpc
@@ -128,25 +129,28 @@ class Interceptor(grpc.aio.ServerInterceptor):
 
     async def _request(self, method: str, context: _Context) -> Any:
         """Reads the only request of a call, which `Arrivals` refuses if it does not arrive."""
-
-        async def fail(refusal: Refusal) -> None:
-            # gRPC then ends the reading, with the same AbortError.
-            with contextlib.suppress(grpc.aio.BaseError):
-                async with _Call(self._gate, self._metrics, method, context):
-                    raise refusal
-
-        def refuse(refusal: Refusal) -> None:
-            task = asyncio.get_running_loop().create_task(fail(refusal))
-            self._refusing.add(task)
-            task.add_done_callback(self._refusing.discard)
-
-        with self.arrivals.waiting(refuse):
+        key = self.arrivals.begin(partial(self._refuse, method, context))
+        try:
             request = await context.read()
+        finally:
+            self.arrivals.end(key)
         if request is not grpc.aio.EOF:
             return request
         # Either the client has sent none, or the cancellation of a lost call is about to arrive.
         await asyncio.sleep(_CANCELLATION_SECONDS)
         return _MALFORMED
+
+    def _refuse(self, method: str, context: _Context, refusal: Refusal) -> None:
+        """Ends a call that is being read. gRPC then ends the reading, with the same AbortError."""
+
+        async def fail() -> None:
+            with contextlib.suppress(grpc.aio.BaseError):
+                async with _Call(self._gate, self._metrics, method, context):
+                    raise refusal
+
+        task = asyncio.get_running_loop().create_task(fail())
+        self._refusing.add(task)
+        task.add_done_callback(self._refusing.discard)
 
     async def _answer(
         self, call: _Call, events: AsyncGenerator[Message, None], context: _Context
