@@ -153,9 +153,9 @@ async def test_connections_that_do_nothing_are_closed(
     from loraplex_server.rpc import server
 
     short = {"grpc.max_connection_idle_ms": 300, "grpc.server_handshake_timeout_ms": 300}
-    assert short.keys() <= dict(server._OPTIONS).keys()
-    options = {**dict(server._OPTIONS), **short}
-    monkeypatch.setattr(server, "_OPTIONS", tuple(options.items()))
+    assert short.keys() <= dict(server.OPTIONS).keys()
+    options = {**dict(server.OPTIONS), **short}
+    monkeypatch.setattr(server, "OPTIONS", tuple(options.items()))
     async with (
         running(tmp_path) as up,
         raw_connection(up.server.address) as silent,
