@@ -10,9 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from loraplex_server import admin
 from loraplex_server.config import Config
 from loraplex_server.exits import ServerExit
+from loraplex_server.rpc import arriving, health, reflection, server, watching
 from loraplex_server.rpc.errors import TABLE
+from loraplex_server.training import table as table_of_jobs
 
 from deploy import exposition
 
@@ -77,6 +80,34 @@ def test_the_metrics_table_is_the_codes() -> None:
 
 def test_the_table_of_exit_codes_is_the_codes() -> None:
     assert table(OPERATIONS, "exit code").keys() == {str(int(code)) for code in ServerExit}
+
+
+def test_the_table_of_what_clients_may_hold_is_the_codes() -> None:
+    rows = list(table(OPERATIONS, "what").values())
+    options = dict(server.OPTIONS)
+    in_code = [
+        (),
+        (options["grpc.server_handshake_timeout_ms"] / 1000,),
+        (options["grpc.max_connection_idle_ms"] / 60_000,),
+        (
+            options["grpc.max_connection_age_ms"] / 60_000,
+            options["grpc.max_connection_age_grace_ms"] / 60_000,
+        ),
+        (options["grpc.max_concurrent_streams"],),
+        (arriving.ARRIVAL_SECONDS,),
+        (arriving.MAX_HALF_SENT, server.MAX_MESSAGE_BYTES >> 20),
+        (arriving.SILENCE_SECONDS,),
+        (),
+        (
+            watching.MAX_WATCHERS,
+            table_of_jobs.MAX_WATCHERS,
+            health.MAX_HEALTH_WATCHERS,
+            reflection.MAX_REFLECTIONS,
+        ),
+        (admin.MAX_HTTP_CONNECTIONS, admin.HTTP_SECONDS),
+    ]
+    numbers = [tuple(map(float, re.findall(r"\d+", cells[0]))) for cells in rows]
+    assert numbers == in_code
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

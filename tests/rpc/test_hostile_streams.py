@@ -10,7 +10,6 @@ import grpc
 import pytest
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from loraplex.v1 import adapter_pb2, generation_pb2_grpc, training_pb2
-from loraplex_server.rpc import arriving
 from rpc.harness import Running, ask, refusal, rest, running, streamed, until
 from rpc.raw_http2 import DEFAULT_WINDOW, PREFACE, raw_connection
 from rpc.training_jobs import order, settings
@@ -21,6 +20,7 @@ WATCH_ADAPTERS = "/loraplex.v1.AdapterService/WatchAdapters"
 WATCH_JOB = "/loraplex.v1.TrainingService/WatchJob"
 REFLECT = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 HALF = b"x" * 1000
+ARRIVING = "loraplex_server.rpc.arriving"
 
 
 def refused(up: Running, method: str, code: str) -> float:
@@ -32,7 +32,7 @@ def refused(up: Running, method: str, code: str) -> float:
 async def test_a_request_that_does_not_arrive_is_refused_in_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    monkeypatch.setattr(arriving, "ARRIVAL_SECONDS", 0.5)
+    monkeypatch.setattr(f"{ARRIVING}.ARRIVAL_SECONDS", 0.5)
     async with (
         running(tmp_path) as up,
         raw_connection(up.server.address, DEFAULT_WINDOW) as hostile,
@@ -57,8 +57,8 @@ async def test_a_call_that_ends_without_a_request_is_malformed(tmp_path: Path) -
 async def test_the_oldest_of_too_many_half_sent_requests_make_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(arriving, "MAX_HALF_SENT", 8)
-    monkeypatch.setattr(arriving, "YOUNG_SECONDS", 0.0)
+    monkeypatch.setattr(f"{ARRIVING}.MAX_HALF_SENT", 8)
+    monkeypatch.setattr(f"{ARRIVING}.YOUNG_SECONDS", 0.0)
     async with (
         running(tmp_path) as up,
         raw_connection(up.server.address, DEFAULT_WINDOW) as hostile,
@@ -74,7 +74,7 @@ async def test_the_oldest_of_too_many_half_sent_requests_make_room(
 async def test_a_burst_of_calls_is_not_taken_for_half_sent_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(arriving, "MAX_HALF_SENT", 1)
+    monkeypatch.setattr(f"{ARRIVING}.MAX_HALF_SENT", 1)
     async with running(tmp_path) as up:
         calls = (up.generation.Generate(ask(new=1)) for _ in range(100))
         assert all(reply.token_ids for reply in await asyncio.gather(*calls))
@@ -153,9 +153,9 @@ async def test_connections_that_do_nothing_are_closed(
     from loraplex_server.rpc import server
 
     short = {"grpc.max_connection_idle_ms": 300, "grpc.server_handshake_timeout_ms": 300}
-    assert short.keys() <= dict(server._OPTIONS).keys()
-    options = {**dict(server._OPTIONS), **short}
-    monkeypatch.setattr(server, "_OPTIONS", tuple(options.items()))
+    assert short.keys() <= dict(server.OPTIONS).keys()
+    options = {**dict(server.OPTIONS), **short}
+    monkeypatch.setattr(server, "OPTIONS", tuple(options.items()))
     async with (
         running(tmp_path) as up,
         raw_connection(up.server.address) as silent,

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -156,6 +156,39 @@ def test_a_second_sigterm_ends_it_at_once(tmp_path: Path) -> None:
         assert up.wait() == 128 + signal.SIGTERM
         while any(is_alive(pid) for pid in engine):
             pass
+
+
+def test_a_hung_engine_does_not_outlive_its_server(tmp_path: Path) -> None:
+    with (
+        serving(tmp_path, engine_options=SLOW, drain_timeout=0.2) as up,
+        grpc.insecure_channel(up.grpc) as channel,
+    ):
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)
+        stream = stub.GenerateStream(streamed(ask(new=1000)))
+        next(stream)
+        engine = children(up.process.pid)
+        for pid in engine:
+            os.kill(pid, signal.SIGSTOP)
+        up.process.send_signal(signal.SIGTERM)
+        with pytest.raises(grpc.RpcError) as caught:
+            list(stream)
+        assert refusal(caught.value).reason in {"DRAINING", "ENGINE_RESTARTED"}
+        assert up.process.wait(20.2) == 0
+        assert not any(is_alive(pid) for pid in engine)
+
+
+@pytest.mark.fault("admin-threads")
+def test_half_sent_requests_to_the_admin_port_cost_no_threads(tmp_path: Path) -> None:
+    with serving(tmp_path) as up, ExitStack() as stack:
+        threads = Path(f"/proc/{up.process.pid}/task")
+        before = len(list(threads.iterdir()))
+        host, _, port = up.admin.rpartition(":")
+        for _ in range(400):
+            held = stack.enter_context(socket.create_connection((host, int(port))))
+            held.sendall(b"GET /metrics HTTP/1.1\r\nHost: ")
+        with urlopen(f"http://{up.admin}/metrics", timeout=30) as reply:
+            assert b"loraplex_engine_ready 1.0" in reply.read()
+        assert len(list(threads.iterdir())) - before < 40
 
 
 def test_no_engine_outlives_a_killed_front(tmp_path: Path) -> None:

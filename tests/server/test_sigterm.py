@@ -1,9 +1,9 @@
-"""SIGTERM at any moment: the process ends in time and well, and nobody waits for an answer for ever.
+"""SIGTERM at any moment: the process ends in time and well, and every call ends.
 
 A moment is made from its seed: how long after which stage of its life a server gets the signal.
-Meanwhile it has everything to do: unary calls and streams, adapters that are registered, uploaded and
-watched, jobs that train and deliver, and clients that never read, send half of a message, or only
-hold connections.
+Meanwhile it has everything to do: unary calls and streams, adapters that are registered, uploaded
+and watched, jobs that train and deliver, and clients that never read, send half of a message, or
+only hold connections.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from rpc.raw_http2 import DEFAULT_WINDOW, raw_connection
 from rpc.training_jobs import jobs_dir, order, settings
 from server.test_process import TESTS, children, is_alive, write_config
 
-DRAIN_SECONDS = 1.0
+DRAIN_SECONDS = 0.5
 EXIT_SECONDS = 20.0
 """What a shutdown may take beyond the drain; see docs/operations.md."""
 
@@ -55,8 +55,8 @@ class Life:
     folder: Path
     process: asyncio.subprocess.Process
     log: list[str] = field(default_factory=list)
-    outcomes: list[tuple[str, object]] = field(default_factory=list)
-    """Name of each call that has ended, and its status code, None for success."""
+    outcomes: list[tuple[str, object, str | None]] = field(default_factory=list)
+    """Name of each call that has ended, its status code, None for success, and its details."""
 
     async def follow(self) -> None:
         """Keeps what the server logs."""
@@ -74,9 +74,9 @@ class Life:
         try:
             await call
         except grpc.RpcError as error:
-            self.outcomes.append((name, error.code()))
+            self.outcomes.append((name, error.code(), error.details()))
             return False
-        self.outcomes.append((name, None))
+        self.outcomes.append((name, None, None))
         return True
 
 
@@ -100,7 +100,7 @@ def seconds_between(random_: random.Random, least: float, most: float) -> float:
 
 async def repeat(life: Life, name: str, call: Callable[[], Awaitable[object]]) -> None:
     """Calls until the server is gone."""
-    while await life.count(name, call()):
+    while await life.count(name, call()):  # noqa: ASYNC110
         await asyncio.sleep(0.005)
 
 
@@ -145,6 +145,7 @@ async def honest(life: Life, address: str) -> None:
         pb = adapter_pb2
         made = life.folder / "import" / "made"
         new = pb.RegisterAdapterRequest(name="made", path="made", replace=True, load=True)
+        unload = pb.UnloadAdapterRequest(adapter_id="made")
         await life.count("register", adapters.RegisterAdapter(new))
         delivery = training_pb2.TrainingDelivery(replace=True, load=True, alias="newest")
         job = order("step 1", f"publish {made}", delivery=delivery)
@@ -162,9 +163,7 @@ async def honest(life: Life, address: str) -> None:
                 "long": lambda: read_all(generation.GenerateStream(streamed(ask(new=900)))),
                 "list": lambda: adapters.ListAdapters(pb.ListAdaptersRequest()),
                 "register": lambda: adapters.RegisterAdapter(new),
-                "unload": lambda: adapters.UnloadAdapter(
-                    pb.UnloadAdapterRequest(adapter_id="made")
-                ),
+                "unload": lambda: adapters.UnloadAdapter(unload),
                 "upload": lambda: asyncio.to_thread(upload, address, made),
                 "watch": lambda: read_all(adapters.WatchAdapters(pb.WatchAdaptersRequest())),
                 "health": lambda: read_all(health.Watch(health_pb2.HealthCheckRequest())),
@@ -295,4 +294,4 @@ async def test_sigterm_ends_a_server_well_at_some_moments(tmp_path: Path) -> Non
 @pytest.mark.fault("sigterm-anywhere")
 @pytest.mark.fault("drain-unbounded")
 async def test_sigterm_ends_a_server_well_at_fifty_moments(tmp_path: Path) -> None:
-    await live_all(tmp_path, range(1000, 1050), at_once=4)
+    await live_all(tmp_path, range(1000, 1050), at_once=8)

@@ -6,10 +6,8 @@ gRPC keeps the bytes of a message until it is complete, for as long as its sende
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Final, TypeVar
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from typing import Final, NamedTuple, TypeVar
 
 from loraplex_model.base.refusal import Reason, Refusal
 
@@ -30,58 +28,66 @@ SILENCE_SECONDS: Final = 60.0
 M = TypeVar("M")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Arrival:
+class _Arrival(NamedTuple):
     refuse: Callable[[Refusal], None]
     began: float
-    timer: asyncio.TimerHandle
 
 
 class Arrivals:
-    """The calls whose only request has not arrived completely, oldest first."""
+    """The calls whose only request has not arrived completely, oldest first.
+
+    For most calls this takes no time, so that one timer, for the oldest, serves all.
+    """
 
     def __init__(self, gate: Gate) -> None:
         self._waiting: dict[int, _Arrival] = {}
         self._count = 0
+        self._timer: asyncio.TimerHandle | None = None
         gate.when_closing(self._end_all)
 
     def __len__(self) -> int:
         return len(self._waiting)
 
-    @contextmanager
-    def waiting(self, refuse: Callable[[Refusal], None]) -> Iterator[None]:
-        """While a request is read. Calls `refuse` if that takes too long or there are too many."""
+    def begin(self, refuse: Callable[[Refusal], None]) -> int:
+        """Begins to wait for a request; returns a key for `end`.
+
+        `refuse` is called if the request takes too long or there are too many.
+        """
         loop = asyncio.get_running_loop()
         now = loop.time()
         if len(self._waiting) >= MAX_HALF_SENT:
             self._make_room(now)
+        if self._timer is None:
+            self._timer = loop.call_later(ARRIVAL_SECONDS, self._sweep)
         self._count += 1
-        key = self._count
-        timer = loop.call_later(ARRIVAL_SECONDS, self._expire, key)
-        self._waiting[key] = _Arrival(refuse, now, timer)
-        try:
-            yield
-        finally:
-            timer.cancel()
-            self._waiting.pop(key, None)
+        self._waiting[self._count] = _Arrival(refuse, now)
+        return self._count
+
+    def end(self, key: int) -> None:
+        """Ends the wait, whether the request has arrived or the call has ended. Idempotent."""
+        self._waiting.pop(key, None)
 
     def _make_room(self, now: float) -> None:
         key, oldest = next(iter(self._waiting.items()))
         if now - oldest.began >= YOUNG_SECONDS:
-            self._end(key, Refusal(Reason.OVERLOADED, "too many requests arrive too slowly"))
+            self._refuse(key, Refusal(Reason.OVERLOADED, "too many requests arrive too slowly"))
 
-    def _expire(self, key: int) -> None:
+    def _sweep(self) -> None:
+        self._timer = None
+        loop = asyncio.get_running_loop()
         text = f"the request was not complete after {ARRIVAL_SECONDS:g} s"
-        self._end(key, Refusal(Reason.DEADLINE_EXCEEDED, text))
+        for key, arrival in list(self._waiting.items()):
+            if arrival.began + ARRIVAL_SECONDS > loop.time():
+                self._timer = loop.call_at(arrival.began + ARRIVAL_SECONDS, self._sweep)
+                return
+            self._refuse(key, Refusal(Reason.DEADLINE_EXCEEDED, text))
 
     def _end_all(self) -> None:
         for key in list(self._waiting):
-            self._end(key, Refusal(Reason.DRAINING, "the server is shutting down"))
+            self._refuse(key, Refusal(Reason.DRAINING, "the server is shutting down"))
 
-    def _end(self, key: int, refusal: Refusal) -> None:
-        arrival = self._waiting.pop(key)
-        arrival.timer.cancel()
-        arrival.refuse(refusal)
+    def _refuse(self, key: int, refusal: Refusal) -> None:
+        self._waiting.pop(key).refuse(refusal)
 
 
 async def messages(

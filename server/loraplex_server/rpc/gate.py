@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -20,11 +21,16 @@ class Gate:
         self._closing = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
+        self._arrived = 0.0
         self._when_closing: list[Callable[[], None]] = []
 
     def when_closing(self, callback: Callable[[], None]) -> None:
         """Has `callback` called when the gate closes."""
         self._when_closing.append(callback)
+
+    def arrive(self) -> None:
+        """Notes that a call of any service has arrived."""
+        self._arrived = time.monotonic()
 
     def enter(self) -> None:
         """Counts a call that begins."""
@@ -74,3 +80,13 @@ class Gate:
     async def drained(self) -> None:
         """Returns once no call is running."""
         await self._idle.wait()
+
+    async def quiet(self, seconds: float, patience: float) -> None:
+        """Returns once no call has arrived for `seconds`, and after `patience` seconds anyway.
+
+        A call that gRPC has received and not yet handed over when the server is stopped is
+        CANCELLED, which no client tries again.
+        """
+        end = time.monotonic() + patience
+        while (now := time.monotonic()) < end and now - self._arrived < seconds:  # noqa: ASYNC110
+            await asyncio.sleep(seconds / 4)

@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
+from functools import partial
 from typing import Any, Final, Self, TypeAlias
 
 import grpc
@@ -35,6 +36,9 @@ log = logging.getLogger(__name__)
 _OURS: Final = "/loraplex.v1."
 _CLOCK_SLACK: Final = 0.02
 """Seconds before its deadline at which a client's cancellation still counts as the deadline."""
+
+_CANCELLATION_SECONDS: Final = 0.1
+"""Longest time between the end of a lost call's requests and its cancellation."""
 
 _NO_REQUEST: Final = b"\xff"
 """Stands for a request that its client did not send: bytes that are no message."""
@@ -68,6 +72,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> _Handler | None:
         """See grpc.aio.ServerInterceptor."""
+        self._gate.arrive()
         handler: Any = await continuation(handler_call_details)
         if handler is None:
             return None
@@ -144,25 +149,31 @@ class Interceptor(grpc.aio.ServerInterceptor):
 
     async def _request(self, method: str, context: _Context) -> bytes:
         """Reads the only request of a call, which `Arrivals` refuses if it does not arrive."""
+        key = self.arrivals.begin(partial(self._refuse, method, context))
+        try:
+            data: Any = await context.read()
+        except grpc.aio.AbortError as refused:
+            forget_after_call(refused)
+            raise
+        finally:
+            self.arrivals.end(key)
+        if data is not grpc.aio.EOF:
+            return bytes(data)
+        # Either the client has sent none, or the cancellation of a lost call is about to arrive.
+        await asyncio.sleep(_CANCELLATION_SECONDS)
+        return _NO_REQUEST
 
-        async def fail(refusal: Refusal) -> None:
-            # gRPC then ends the reading, with the same AbortError.
+    def _refuse(self, method: str, context: _Context, refusal: Refusal) -> None:
+        """Ends a call that is being read. gRPC then ends the reading, with the same AbortError."""
+
+        async def fail() -> None:
             with contextlib.suppress(grpc.aio.BaseError):
                 async with _Call(self._gate, self._metrics, method, context):
                     raise refusal
 
-        def refuse(refusal: Refusal) -> None:
-            task = asyncio.get_running_loop().create_task(fail(refusal))
-            self._refusing.add(task)
-            task.add_done_callback(self._refusing.discard)
-
-        try:
-            with self.arrivals.waiting(refuse):
-                data: Any = await context.read()
-        except grpc.aio.AbortError as refused:
-            forget_after_call(refused)
-            raise
-        return _NO_REQUEST if data is grpc.aio.EOF else bytes(data)
+        task = asyncio.get_running_loop().create_task(fail())
+        self._refusing.add(task)
+        task.add_done_callback(self._refusing.discard)
 
     async def _answer(
         self, call: _Call, events: AsyncGenerator[Message, None], context: _Context

@@ -34,7 +34,7 @@ SERVICES: Final = (
     training_pb2.DESCRIPTOR.services_by_name["TrainingService"].full_name,
 )
 
-_OPTIONS: Final[Sequence[tuple[str, Any]]] = (
+OPTIONS: Final[Sequence[tuple[str, Any]]] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_concurrent_streams", 256),
     ("grpc.keepalive_time_ms", 60_000),
@@ -69,7 +69,7 @@ class RpcServer:
     def __init__(
         self, interceptor: Interceptor, gate: Gate, max_connections: int, with_reflection: bool
     ) -> None:
-        options = (*_OPTIONS, ("grpc.max_allowed_incoming_connections", max_connections))
+        options = (*OPTIONS, ("grpc.max_allowed_incoming_connections", max_connections))
         self._interceptor = interceptor
         self._server = make_server([interceptor], options)
         self._health = HealthService((health.OVERALL_HEALTH, *SERVICES))
