@@ -39,6 +39,7 @@ from loraplex_server.engine.batching.scheduler import (
     Logits,
     Scheduler,
 )
+from loraplex_server.engine.books import check_books
 from loraplex_server.engine.messages import (
     Control,
     Failure,
@@ -56,6 +57,9 @@ log = logging.getLogger(__name__)
 
 MAX_FAULTS = 3
 """Number of failed forward passes in a row after which the process should be replaced."""
+
+CHECK_SECONDS = 60.0
+"""Seconds after which a busy engine verifies its books; an idle one does so whenever it rests."""
 
 EXPIRED = Failure(Reason.DEADLINE_EXCEEDED, "the deadline passed before the request was finished")
 FAULT = Failure(Reason.ENGINE_FAULT, "the model failed to compute this request")
@@ -96,6 +100,7 @@ class EngineCore:
         self._steps = 0
         self._faults = 0
         self._woken = False
+        self._checked_at = clock()
         self.broken = False
 
     # commands
@@ -169,6 +174,9 @@ class EngineCore:
             if logits is not None:
                 self._commit(rows, logits)
         self._take_turns(rows, begun)
+        if begun - self._checked_at >= CHECK_SECONDS:
+            self._checked_at = begun
+            self.check_books()
         outputs, self._outputs = self._outputs, []
         done = self._reporter.report(rows, outputs, self._requests.values(), self._steps, begun)
         return [*replies] if done is None else [done, *replies]
@@ -186,9 +194,13 @@ class EngineCore:
         end = min((end for end in ends if end is not None), default=None)
         return None if end is None else max(0.0, end - self._clock())
 
+    def check_books(self) -> None:
+        """Verifies, at any moment, that nothing was lost; see `books`. Raises `AssertionError`."""
+        check_books(self._requests.values(), self._scheduler, self.adapters)
+
     def check(self) -> None:
         """Verifies that an idle engine holds nothing. Raises `AssertionError`."""
-        self._pool.check()
+        self.check_books()
         assert self.idle, "the engine is not idle"
         assert self._pool.used == 0, "a KV block was leaked"
         assert self._scheduler.is_idle, "a request was left in the queue or running"

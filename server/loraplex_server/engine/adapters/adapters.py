@@ -127,7 +127,11 @@ class Adapters:
 
     def check(self) -> None:
         """Verifies the books of an idle engine. Raises `AssertionError`."""
+        self.check_bytes()
+        self.residency.check()
+
+    def check_bytes(self) -> None:
+        """Verifies slots, blocks and bytes of all tiers, at any moment. Raises `AssertionError`."""
         self.slots.check()
         self.host.check()
-        self.residency.check()
         self.merging.check()

@@ -27,7 +27,7 @@ want it meanwhile wait until it has been removed and loaded again.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from loraplex_model.base.refusal import Reason
 
@@ -147,6 +147,11 @@ class Residency:
             if is_coming:
                 self._refuse_orders(digest)
         return overdue
+
+    @property
+    def waiting(self) -> Collection[Request]:
+        """The requests whose adapters are not all on the device yet."""
+        return self._wants.requests
 
     @property
     def deadline(self) -> float | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, KeysView, Mapping
+from collections.abc import Collection, Iterator, KeysView, Mapping
 from dataclasses import dataclass, field
 
 from loraplex_server.engine.adapters.slots import Resident
@@ -67,6 +67,11 @@ class Wants:
 
     def __bool__(self) -> bool:
         return bool(self._wants)
+
+    @property
+    def requests(self) -> Collection[Request]:
+        """Live view of the requests that have a want."""
+        return self._requests.keys()
 
     @property
     def digests(self) -> KeysView[str]:

@@ -1,0 +1,37 @@
+"""Conservation: what requests and adapters hold and what is free is all there is, at any moment."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+
+from loraplex_server.engine.adapters.adapters import Adapters
+from loraplex_server.engine.batching.request import Request, RequestState
+from loraplex_server.engine.batching.scheduler import Scheduler
+
+
+def check_books(requests: Collection[Request], scheduler: Scheduler, adapters: Adapters) -> None:
+    """Verifies blocks, places in queues, pins and bytes between two steps, whatever is running.
+
+    `requests` are the unfinished ones. Takes time in proportion to the blocks and the requests.
+    Raises `AssertionError`.
+    """
+    scheduler.pool.check()
+    held = [block for request in requests for block in request.blocks]
+    assert len(held) == len(set(held)), "two requests hold the same KV block"
+    assert len(held) == scheduler.pool.used, "a KV block belongs to no request"
+    states = Counter(request.state for request in requests)
+    places = {
+        RequestState.QUEUED: scheduler.queue,
+        RequestState.RUNNING: scheduler.running,
+        RequestState.FETCHING: adapters.residency.waiting,
+    }
+    for state, place in places.items():
+        assert len(place) == states[state], f"a place of a {state.value} request was lost"
+        assert all(request.state is state for request in place), "a request is in two places"
+    assert len(scheduler.turns) <= len(scheduler.running), "a request without a place has a turn"
+    pins = Counter(pin.digest for request in requests for pin in request.pins)
+    for digest, resident in adapters.slots.residents.items():
+        assert resident.refs == pins.pop(digest, 0), "a pin was lost"
+    assert not pins, "a pinned adapter has left the device"
+    adapters.check_bytes()
