@@ -24,6 +24,7 @@ WORDS = (
     *("adapter_config.json", "adapter_model.safetensors", "{}", "[" * 5000, "%s%n", "{{ x }}"),
     *("user", "system", "assistant", "A" * 70, "A" * 20_000, "lora", "all-linear", "0" * 32),
 )
+GOOD = ("fuzzed", "fuzzed", "fuzzed-0", "a", "hello", "user", "lora", "adapter_config.json")
 NUMBERS = (0, 1, -1, 2, 3, 5, 21, 399, 400, 1000, 2**15, 2**31 - 1, -(2**31), 2**32 - 1, 2**53 + 1)
 NUMBERS += (2**63 - 1, -(2**63), 2**64 - 1)
 FLOATS = (0.0, -0.0, 0.5, 1.0, -1.0, 2.0, 1e-45, 1e38, -1e38, 1e308)
@@ -67,8 +68,9 @@ def methods() -> list[Method]:
 def odd(descriptor: Descriptor, chance: random.Random, depth: int = 0) -> Message:
     """A message whose fields have unusual values, or none; most of them are readable."""
     message: Message = message_factory.GetMessageClass(descriptor)()
+    missing = chance.choice((0.3, 0.6, 0.9))  # messages with few fields are valid more often
     for field in descriptor.fields:
-        if chance.random() < 0.35:
+        if chance.random() < missing:
             continue
         if field.message_type is not None and field.message_type.GetOptions().map_entry:
             _fill_map(getattr(message, field.name), field.message_type, chance)
@@ -111,7 +113,7 @@ def _value(field: FieldDescriptor, chance: random.Random) -> Any:
         return chance.choice((0, 1, 2, 3, 77, -1, 2**31 - 1))
     if field.type == FieldDescriptor.TYPE_BYTES:
         return chance.randbytes(chance.choice((0, 1, 100, 5000)))
-    return chance.choice(WORDS)
+    return chance.choice(GOOD if chance.random() < 0.5 else WORDS)
 
 
 def mangled(data: bytes, chance: random.Random) -> bytes:

@@ -27,7 +27,7 @@ import grpc
 from fuzz import frames
 from fuzz.messages import Method, hostile, methods, proper
 
-CALL_SECONDS = (0.02, 0.2, 0.5)
+CALL_SECONDS = (0.02, 0.1, 0.2)
 ANSWERS = 20
 PIECE = 1 << 16
 INTERNAL = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)

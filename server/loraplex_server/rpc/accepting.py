@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import grpc
-from grpc._cython import cygrpc
+from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
 UNKNOWN_METHOD = "Method not found!"
 """What grpcio says of a method that it does not know."""
