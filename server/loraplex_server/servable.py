@@ -17,15 +17,20 @@ def obstacle(record: Record, base: BaseInfo) -> Problem | None:
     """
     if record.quarantine is not None:
         return held_back(record.id, record.quarantine)
-    if not is_for(record.base_fingerprint, base):
-        message = (
-            f"{record.id} was registered for the base model "
-            f"{base_text(record.base_name, record.base_fingerprint)}; this server serves "
-            f"{base_text(base.name, base.fingerprint)}. An operator can check it against this base "
-            "with `loraplex-server store rebase`"
-        )
-        return Problem("", message, Reason.BASE_MODEL_MISMATCH)
-    return None
+    return other_base(record, base)
+
+
+def other_base(record: Record, base: BaseInfo) -> Problem | None:
+    """The problem with a version that was registered for another base than `base`; else None."""
+    if is_for(record.base_fingerprint, base):
+        return None
+    message = (
+        f"{record.id} was registered for the base model "
+        f"{base_text(record.base_name, record.base_fingerprint)}, and this is "
+        f"{base_text(base.name, base.fingerprint)}. An operator can check it against this base "
+        "with `loraplex-server store rebase`"
+    )
+    return Problem("", message, Reason.BASE_MODEL_MISMATCH)
 
 
 def held_back(shown: str, quarantine: Quarantine) -> Problem:
