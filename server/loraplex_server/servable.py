@@ -22,7 +22,7 @@ def obstacle(record: Record, base: BaseInfo) -> Problem | None:
 
 def other_base(record: Record, base: BaseInfo) -> Problem | None:
     """The problem with a version that was registered for another base than `base`; else None."""
-    if is_for(record.base_fingerprint, base):
+    if record.base_fingerprint in ("", base.fingerprint):
         return None
     message = (
         f"{record.id} was registered for the base model "
@@ -40,11 +40,6 @@ def held_back(shown: str, quarantine: Quarantine) -> Problem:
         "an operator can release it"
     )
     return Problem("", message, Reason.ADAPTER_QUARANTINED)
-
-
-def is_for(fingerprint: str, base: BaseInfo) -> bool:
-    """Whether a recorded fingerprint is that of `base`, or unknown ("")."""
-    return fingerprint in ("", base.fingerprint)
 
 
 def base_text(name: str, fingerprint: str) -> str:
