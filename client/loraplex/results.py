@@ -157,7 +157,9 @@ class AdapterInfo:
 
     `device_bytes` is 0 unless the adapter is resident, `merged_bytes` 0 unless it is merged.
     `last_use_time` and `load_seconds` are None if it has not been used or loaded since the server's
-    engine started. `provenance` is what its trainer wrote into its files.
+    engine started. `provenance` is what its trainer wrote into its files. `base_name` and
+    `base_fingerprint` are those of the base model against which it was checked, "" if they are not
+    known. `unservable` says why the server does not serve it; None if it does, or in a watch.
     """
 
     name: str
@@ -182,6 +184,9 @@ class AdapterInfo:
     labels: Mapping[str, str] = field(default_factory=dict)
     provenance: Mapping[str, str] = field(default_factory=dict)
     virtual_tokens: int = 0
+    base_fingerprint: str = ""
+    base_name: str = ""
+    unservable: Finding | None = None
 
 
 @dataclass(frozen=True, slots=True)

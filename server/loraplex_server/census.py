@@ -13,7 +13,7 @@ from loraplex_model.base.info import BaseInfo
 from loraplex_model.base.refusal import Refusal
 
 from loraplex_server.metrics import Metrics
-from loraplex_server.servable import base_text, is_for
+from loraplex_server.servable import base_text
 
 CENSUS_SECONDS: Final = 30.0
 """Seconds between two counts."""
@@ -51,7 +51,7 @@ class Census:
         base, found = self._base(), await self._survey()
         counts = Counter({"base": 0, "missing": 0})
         told = {}
-        for cause, text, ids in troubles(found, base):
+        for cause, text, ids in troubles(found, base.name, base.fingerprint):
             counts[cause] += len(ids)
             told[text] = ids
             if self._told.get(text) != ids:
@@ -61,18 +61,22 @@ class Census:
         self._metrics.unservable({cause: counts[cause] for cause in ("base", "missing")})
 
 
-def troubles(found: Sequence[Surveyed], base: BaseInfo) -> Iterator[tuple[str, str, list[str]]]:
-    """What keeps adapters from being served on `base`: a cause, a text, and the adapters' ids.
+def troubles(
+    found: Sequence[Surveyed], base_name: str, base_fingerprint: str
+) -> Iterator[tuple[str, str, list[str]]]:
+    """What keeps adapters from being served on a base: a cause, a text, and the adapters' ids.
+
+    A fingerprint of "" stands for a base that is not known, which is compared with nothing.
 
     The causes are "base", once for each other base, and "missing". The cause "unknown" stands for
     adapters that are served although the base for which they were registered is not known.
     """
     others: dict[tuple[str, str], list[str]] = {}
     for each in found:
-        if not is_for(each.base_fingerprint, base):
+        if base_fingerprint and each.base_fingerprint not in ("", base_fingerprint):
             others.setdefault((each.base_name, each.base_fingerprint), []).append(each.id)
+    served = base_text(base_name, base_fingerprint)
     for (name, fingerprint), ids in others.items():
-        served = base_text(base.name, base.fingerprint)
         text = f"were registered for {base_text(name, fingerprint)} and are not served on {served}"
         yield "base", text, ids
     if missing := [each.id for each in found if not each.is_stored]:

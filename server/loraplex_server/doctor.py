@@ -11,13 +11,22 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
+from loraplex_adapters.store import survey_at
+from loraplex_model.base.info import public_name
+from loraplex_model.base.refusal import Refusal
+
+from loraplex_server.census import troubles
 from loraplex_server.config import Config, available_cores
+from loraplex_server.failures import for_operator
+
+_SHOWN: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """Result of one check. The server could not serve if `good` is False."""
+    """Result of one check. The server could not serve, or not all adapters, if `good` is False."""
 
     subject: str
     text: str
@@ -32,6 +41,7 @@ def examine(config: Config) -> Iterator[Check]:
     yield _model(config)
     for name in ("store", "cache", "import_root"):
         yield _folder(name, getattr(config, name), writable=name != "import_root")
+    yield from _adapters(config)
     yield _port("grpc port", config.host, config.port)
     yield _port("admin port", config.admin_host, config.admin_port)
 
@@ -88,6 +98,38 @@ def _model(config: Config) -> Check:
     if config.model.count("/") == 1 and not config.model.startswith((".", "/")):
         return Check("model", f"{config.model}, a hub id, downloaded at the first start; {kept}")
     return Check("model", f"{config.model}: no such file or directory", good=False)
+
+
+def _adapters(config: Config) -> Iterator[Check]:
+    """Looks at the store's index, if there is one, and for the files that it names."""
+    url = config.store_url.get_secret_value()
+    if not url and not (config.store / "index.sqlite3").exists():
+        return
+    try:
+        found = survey_at(config.store, url)
+    except Refusal as refusal:
+        yield Check("adapters", for_operator(refusal), good=False)
+        return
+    if found is None:
+        yield Check("adapters", "the index will be brought up to date at the next start")
+        return
+    held = [each.id for each in found if each.is_quarantined]
+    fingerprint = _fingerprint(config)
+    text = "" if fingerprint else "; their base is compared once the model is converted"
+    yield Check("adapters", f"{len(found)} versions in use, {len(held)} quarantined{text}")
+    for _, trouble, ids in troubles(found, public_name(config.model), fingerprint):
+        shown = ", ".join(ids[:_SHOWN]) + (", ..." if len(ids) > _SHOWN else "")
+        yield Check("adapters", f"{len(ids)} {trouble}: {shown}", good=False)
+
+
+def _fingerprint(config: Config) -> str:
+    """The fingerprint of the configured base; "" if it is not known without converting the base."""
+    try:
+        from loraplex_model.checkpoints.load import known_fingerprint
+
+        return known_fingerprint(config.model, config.cache)
+    except (ImportError, Refusal):
+        return ""  # other checks report it
 
 
 def _folder(name: str, path: Path, writable: bool) -> Check:

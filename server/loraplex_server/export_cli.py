@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -12,11 +12,14 @@ import typer
 from loraplex_adapters.convert.export.directory import staged
 from loraplex_adapters.convert.importers import adapterhub
 from loraplex_adapters.format import matrix
+from loraplex_adapters.store import Record, Store
+from loraplex_model.base.info import BaseInfo
 from loraplex_model.base.refusal import Reason, Refusal
 
 from loraplex_server.config import Config
 from loraplex_server.exits import ServerExit
 from loraplex_server.flags import with_settings
+from loraplex_server.servable import other_base
 
 if TYPE_CHECKING:  # imports torch, which is slow
     from loraplex_adapters.convert.export.exporter import ExportRequest, ExportResult
@@ -77,7 +80,8 @@ def export(
     )
     with _errors(), staged(out, force=force) as target:
         url = config.store_url.get_secret_value()
-        outcome = run(request, target, _locator(config.store, url))
+        sources = _Adapters(config.store, url)
+        outcome = run(request, target, sources.locate, sources.accept)
     _report(outcome, request, out)
 
 
@@ -152,21 +156,31 @@ def _numbers(text: str) -> tuple[float, ...]:
             raise Refusal(Reason.FIELD_INVALID, message, "weights") from None
 
 
-def _locator(root: Path, url: str) -> Callable[[str], Path]:
-    """A function from an adapter's directory or id to its directory."""
+class _Adapters:
+    """Finds adapters by directory or id; those of a store are only for the base recorded there."""
 
-    def locate(adapter: str) -> Path:
+    def __init__(self, root: Path, url: str) -> None:
+        self._root = root
+        self._url = url
+        self._records: list[Record] = []
+
+    def locate(self, adapter: str) -> Path:
+        """The directory of an adapter. Raises Refusal as `Store.resolve` does."""
         if Path(adapter).is_dir():
             return Path(adapter)
-        if not root.is_dir():
-            message = f"{adapter} is not a directory, and there is no store at {root}"
+        if not self._root.is_dir():
+            message = f"{adapter} is not a directory, and there is no store at {self._root}"
             raise Refusal(Reason.ADAPTER_NOT_FOUND, message, "adapter")
-        from loraplex_adapters.store import Store
+        with Store(self._root, self._url) as opened:
+            record = opened.resolve(adapter)
+            self._records.append(record)
+            return opened.path(record.digest)
 
-        with Store(root, url) as opened:
-            return opened.path(opened.resolve(adapter).digest)
-
-    return locate
+    def accept(self, base: BaseInfo) -> None:
+        """Raises Refusal(BASE_MODEL_MISMATCH) if a located version is for another base."""
+        for record in self._records:
+            if (problem := other_base(record, base)) is not None:
+                raise Refusal.of([problem])
 
 
 def _report(outcome: ExportResult, request: ExportRequest, out: Path) -> None:

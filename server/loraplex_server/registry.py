@@ -370,7 +370,11 @@ class Registry:
         # Nobody looks here whether the files are there: the load of the adapter does, and a fault
         # of one adapter must not keep the names of others from being read.
         path = str(self.store.directory(record.digest))
-        return Registered(record, path, servable.obstacle(record, self._base()))
+        return Registered(record, path, self.obstacle(record))
+
+    def obstacle(self, record: Record) -> Problem | None:
+        """The reason why calls may not use a version; None if they may."""
+        return servable.obstacle(record, self._base())
 
     async def _catalogue(self) -> Catalogue:
         def work() -> Catalogue:

@@ -17,15 +17,20 @@ def obstacle(record: Record, base: BaseInfo) -> Problem | None:
     """
     if record.quarantine is not None:
         return held_back(record.id, record.quarantine)
-    if not is_for(record.base_fingerprint, base):
-        message = (
-            f"{record.id} was registered for the base model "
-            f"{base_text(record.base_name, record.base_fingerprint)}; this server serves "
-            f"{base_text(base.name, base.fingerprint)}. An operator can check it against this base "
-            "with `loraplex-server store rebase`"
-        )
-        return Problem("", message, Reason.BASE_MODEL_MISMATCH)
-    return None
+    return other_base(record, base)
+
+
+def other_base(record: Record, base: BaseInfo) -> Problem | None:
+    """The problem with a version that was registered for another base than `base`; else None."""
+    if record.base_fingerprint in ("", base.fingerprint):
+        return None
+    message = (
+        f"{record.id} was registered for the base model "
+        f"{base_text(record.base_name, record.base_fingerprint)}, and this is "
+        f"{base_text(base.name, base.fingerprint)}. An operator can check it against this base "
+        "with `loraplex-server store rebase`"
+    )
+    return Problem("", message, Reason.BASE_MODEL_MISMATCH)
 
 
 def held_back(shown: str, quarantine: Quarantine) -> Problem:
@@ -35,11 +40,6 @@ def held_back(shown: str, quarantine: Quarantine) -> Problem:
         "an operator can release it"
     )
     return Problem("", message, Reason.ADAPTER_QUARANTINED)
-
-
-def is_for(fingerprint: str, base: BaseInfo) -> bool:
-    """Whether a recorded fingerprint is that of `base`, or unknown ("")."""
-    return fingerprint in ("", base.fingerprint)
 
 
 def base_text(name: str, fingerprint: str) -> str:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final, NoReturn
 import typer
 from loraplex_adapters.format.digest import is_digest
 from loraplex_adapters.format.spec import AdapterLimits
-from loraplex_adapters.store import Store
+from loraplex_adapters.store import Record, Store
 from loraplex_model.base.info import BaseInfo
 from loraplex_model.base.refusal import BASE_MODEL_REASONS, Reason, Refusal
 from rich.console import Console, RenderableType
@@ -123,20 +123,60 @@ def import_(
     label: Labels = None,
 ) -> None:
     """Check an adapter against the base model and register it."""
-    config = shell.config
-    limits = AdapterLimits(
-        max_rank=config.max_rank,
-        max_device_bytes=int(config.adapter_memory),
-        max_virtual_tokens=config.adapter_virtual_tokens,
-        max_context=config.max_context or None,
-    )
-    record, created = shell.store.register(
-        name, directory, load_base_info(config), limits, replace, _labels(label)
-    )
+    base, limits = _base(shell.config)
+    record, created = shell.store.register(name, directory, base, limits, replace, _labels(label))
     shell.show(
         {**tables.plain(record), "created": created},
         f"{record.id} {record.digest}" + ("" if created else " (registered already)"),
     )
+
+
+@_command("rebase", "model")
+def rebase(
+    shell: Shell,
+    adapter_ids: Annotated[
+        list[str] | None,
+        typer.Argument(help="Adapters to check; without them the earlier changes are listed."),
+    ] = None,
+    *,
+    everything: Annotated[
+        bool,
+        typer.Option("--all", help="Check every version that was registered for another base."),
+    ] = False,
+) -> None:
+    """Check adapters against the base model and record that they are for it.
+
+    An adapter that does not fit stays as it was. Whether it answers sensibly on another base of the
+    same shape is for the operator to judge. Exit 1 if one does not fit.
+    """
+    if not adapter_ids and not everything:
+        found = shell.store.rebases()
+        shell.show(found, tables.rebases_table(found) if found else "no changes of bases")
+        return
+    base, limits = _base(shell.config)
+    ids = adapter_ids or _of_other_bases(shell.store, base)
+    done: list[Record] = []
+    refused: dict[str, Refusal] = {}
+    for adapter_id in ids:
+        try:
+            done.append(shell.store.rebase(adapter_id, base, limits))
+        except Refusal as refusal:
+            if refusal.reason in _STORE_REASONS:
+                raise
+            refused[adapter_id] = refusal
+    lines = [f"{record.id}: recorded for {tables.base_text(record)}" for record in done]
+    lines += [f"{adapter_id}: {refusal}" for adapter_id, refusal in refused.items()]
+    lines.append(f"{len(done)} recorded, {len(refused)} refused")
+    shell.show({"recorded": done, "refused": refused}, "\n".join(lines))
+    if refused:
+        raise typer.Exit(ServerExit.REFUSED)
+
+
+@_command("rm")
+def rm(shell: Shell, name: Annotated[str, typer.Argument(help="Name to delete.")]) -> None:
+    """Delete an adapter, even a damaged one; `restore` undoes that until `gc` removes it."""
+    shell.store.delete(name)
+    shell.show({"name": name, "deleted": True}, f"{name} was deleted")
 
 
 @_command("verify")
@@ -158,9 +198,13 @@ def verify(
         held = {v.digest: held[v.digest] for v in checked if v.digest in held}
     named = {v.digest: " ".join(v.versions) for v in checked}
     lines += [f"{named.get(d, d)}: quarantined: {q.reason}" for d, q in held.items()]
-    quarantined = {"quarantined": list(held.values())} if held else {}
+    more: dict[str, Any] = {"quarantined": list(held.values())} if held else {}
+    bases = tables.by_base(shell.store.survey())
+    if len(bases) > 1:
+        lines += [f"{len(ids)} for the base {base}: {' '.join(ids)}" for base, ids in bases.items()]
+        more["bases"] = bases
     shell.show(
-        {"checked": len(checked), "damaged": damaged, **quarantined},
+        {"checked": len(checked), "damaged": damaged, **more},
         "\n".join([*lines, f"{len(checked)} checked, {len(damaged)} damaged"]),
     )
     if damaged:
@@ -258,6 +302,23 @@ def load_base_info(config: Config) -> BaseInfo:
     from loraplex_model.ops.dtypes import BY_NAME
 
     return load_base(config.model, BY_NAME[config.dtype], Path(config.cache)).weights.info
+
+
+def _base(config: Config) -> tuple[BaseInfo, AdapterLimits]:
+    """The configured base model, and the limits of the adapters on it."""
+    limits = AdapterLimits(
+        max_rank=config.max_rank,
+        max_device_bytes=int(config.adapter_memory),
+        max_virtual_tokens=config.adapter_virtual_tokens,
+        max_context=config.max_context or None,
+    )
+    return load_base_info(config).named(config.model), limits
+
+
+def _of_other_bases(store: Store, base: BaseInfo) -> list[str]:
+    """Ids of the versions that are not recorded for `base`, also those of an unknown base."""
+    every = (version for record in store.current() for version in store.versions(record.name))
+    return [v.id for v in every if v.base_fingerprint != base.fingerprint]
 
 
 def _labels(texts: list[str] | None) -> dict[str, str]:

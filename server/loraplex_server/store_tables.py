@@ -7,10 +7,12 @@ from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import Any
 
-from loraplex_adapters.store import Alias, Record
+from loraplex_adapters.store import Alias, Rebase, Record, Surveyed
 from loraplex_model.base.refusal import Refusal
 from rich import box
 from rich.table import Table
+
+from loraplex_server import servable
 
 _HEX = 12
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -29,8 +31,8 @@ def plain(value: Any) -> Any:
 def records_table(records: Iterable[Record], *, deleted: bool = False) -> Table:
     """Table with a row for each version."""
     since = "deleted" if deleted else "registered"
-    columns = ("adapter", "aliases", "kind", "rank", "size", "digest", since, "labels", "state")
-    table = _table(*columns, right=("rank", "size"))
+    columns = ("adapter", "aliases", "kind", "rank", "size", "digest", "base", since, "labels")
+    table = _table(*columns, "state", right=("rank", "size"))
     for record in records:
         when = record.deleted_at or record.created_at
         table.add_row(
@@ -40,6 +42,7 @@ def records_table(records: Iterable[Record], *, deleted: bool = False) -> Table:
             str(record.rank or ""),
             size_text(record.size_bytes),
             short(record.digest),
+            base_text(record),
             f"{when:%Y-%m-%d %H:%M}",
             labels_text(record.labels),
             state_text(record),
@@ -76,6 +79,33 @@ def size_text(size: float) -> str:
 def labels_text(labels: Mapping[str, str]) -> str:
     """Labels as text, such as "team=ops stage=test"."""
     return " ".join(f"{key}={value}" for key, value in labels.items())
+
+
+def rebases_table(rebases: Iterable[Rebase]) -> Table:
+    """Table with a row for each version that was recorded for another base."""
+    table = _table("adapter", "digest", "from", "to", "when")
+    for each in rebases:
+        table.add_row(
+            f"{each.name}@{each.version}",
+            short(each.digest),
+            servable.base_text(each.old_base, each.old_fingerprint),
+            servable.base_text(each.new_base, each.new_fingerprint),
+            f"{each.moved_at:%Y-%m-%d %H:%M}",
+        )
+    return table
+
+
+def by_base(found: Iterable[Surveyed]) -> dict[str, list[str]]:
+    """Ids of versions, by the base for which they were registered."""
+    bases: dict[str, list[str]] = {}
+    for each in found:
+        bases.setdefault(base_text(each), []).append(each.id)
+    return bases
+
+
+def base_text(version: Record | Surveyed) -> str:
+    """The base for which a version was registered, such as "tiny (3f2a9c01b7d4)"."""
+    return servable.base_text(version.base_name, version.base_fingerprint)
 
 
 def state_text(record: Record) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,17 @@ def test_every_format_is_written_and_described_in_json(
     figures = json.loads(result.stdout.splitlines()[-1])
     assert (figures["format"], figures["out"]) == (format_, str(shell.out))
     assert sorted(shell.root.iterdir()) == [shell.out], "something was left beside it"
+
+
+@pytest.mark.fault("base-changed-under-store")
+def test_a_version_that_is_for_another_base_is_not_exported(
+    shell: Shell, bases: Bases, adapter: Path
+) -> None:
+    other = replace(bases("llama").weights.info, fingerprint="sha256:" + "b" * 64)
+    with Store(shell.root / "store") as store:
+        store.register("kept", adapter, other.named("models/other"))
+    said = shell.refused("BASE_MODEL_MISMATCH", "kept", "--format", "hf")
+    assert "kept@1 was registered for the base model other (bbbbbbbbbbbb)" in said
 
 
 def test_an_id_of_the_store_is_an_adapter_too(shell: Shell, bases: Bases, adapter: Path) -> None:

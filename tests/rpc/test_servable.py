@@ -108,9 +108,18 @@ async def test_adapters_of_another_base_are_refused_and_counted(
                     assert (
                         "pirate@1 was registered for the base model oracle (oracle)" in seen.message
                     )
-                    assert "this server serves other (bbbbbbbbbbbb)" in seen.message
+                    assert "and this is other (bbbbbbbbbbbb)" in seen.message
             await served(up, "fresh")
             await manages(up, "pirate")
+            listed = (await up.adapters.ListAdapters(pb.ListAdaptersRequest())).adapters
+            assert {a.name: a.unservable.reason for a in listed} == {
+                "fresh": "",
+                "pirate": "BASE_MODEL_MISMATCH",
+            }
+            assert [(a.base_name, a.base_fingerprint) for a in listed] == [
+                ("other", OTHER["fingerprint"]),
+                ("oracle", "oracle"),
+            ]
     warned = [r.message for r in caplog.records if "were registered for" in r.message]
     assert len(warned) == 1
     assert "1 adapters were registered for oracle (oracle)" in warned[0]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from adapters.adapter_files import BASE
+from loraplex_adapters.format.config import FINGERPRINT_KEY
 from loraplex_adapters.store import Store
 from loraplex_server import store_cli
 from loraplex_server.cli import app
@@ -131,6 +134,63 @@ def test_a_quarantine_is_shown_and_released(run: Any, root: Path, sources: list[
     with Store(root) as serving:
         serving.quarantine(made["digest"], "again")
     assert parsed(run("release", "a@1", "--json")) == {"digest": made["digest"], "released": True}
+
+
+@pytest.mark.fault("base-changed-under-store")
+def test_adapters_of_another_base_are_shown_checked_and_recorded(
+    run: Any, root: Path, tmp_path: Path, sources: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stamped = stores.adapter(tmp_path / "stamped", 7, **{FINGERPRINT_KEY: BASE.fingerprint})
+    for source, name in ((sources[0], "a"), (sources[1], "a"), (stamped, "stamped")):
+        run("import", str(source), "--name", name, "--replace")
+    other = replace(BASE, fingerprint="sha256:" + "b" * 64)
+    monkeypatch.setattr(store_cli, "load_base_info", lambda config: other)
+    run("import", str(sources[0]), "--name", "new", "--model", "models/other")
+    assert "other (bbbbbbbbbbbb)" in run("ls").stdout
+    assert "1 for the base other (bbbbbbbbbbbb): new@1" in run("verify").stdout
+    assert list(parsed(run("verify", "--json"))["bases"].values()) == [
+        ["a@2", "stamped@1"],
+        ["new@1"],
+    ]
+    assert parsed(run("rebase", "--json")) == []
+    with Store(root) as serving:
+        before = serving.change_counter()
+        one = parsed(run("rebase", "a", "--model", "models/other", "--json"))
+        assert [r["base_fingerprint"] for r in one["recorded"]] == [other.fingerprint]
+        assert serving.resolve("a").base_name == "other"
+        assert serving.change_counter() == before + 1
+    # The stamp in the files says which base it was made for: nobody can overrule it.
+    result = run("rebase", "--all", "--model", "models/other")
+    assert result.exit_code == 1
+    assert "a@1: recorded for other (bbbbbbbbbbbb)" in result.stdout
+    assert "stamped@1: the adapter was made for the base" in result.stdout
+    assert "1 recorded, 1 refused" in result.stdout
+    moves = [(m["name"], m["version"]) for m in parsed(run("rebase", "--json"))]
+    assert moves == [("a", 2), ("a", 1)]
+    assert "a@2" in run("rebase").stdout
+    smaller = replace(other, config=replace(BASE.config, hidden_size=16), fingerprint="sha256:c")
+    monkeypatch.setattr(store_cli, "load_base_info", lambda config: smaller)
+    refused = run("rebase", "new", "--json")
+    assert refused.exit_code == 1
+    with Store(root) as serving:
+        assert serving.resolve("new").base_fingerprint == other.fingerprint
+
+
+@pytest.mark.fault("blob-missing-at-start")
+def test_what_has_lost_its_files_is_told_and_removed(
+    run: Any, root: Path, sources: list[Path]
+) -> None:
+    made = parsed(run("import", str(sources[0]), "--name", "a", "--json"))
+    shutil.rmtree(root / "blobs" / "sha256" / made["digest"][7:])
+    result = run("verify")
+    assert result.exit_code == 1
+    assert "a@1: the stored adapter" in result.stdout
+    assert "its files are missing" in result.stdout
+    assert "its files are missing" in run("verify", "a").stdout
+    assert parsed(run("rm", "a", "--json")) == {"name": "a", "deleted": True}
+    assert run("rm", "a").exit_code == 1
+    assert run("gc", "--grace-days", "0").exit_code == 0
+    assert parsed(run("verify", "--json")) == {"checked": 0, "damaged": []}
 
 
 def test_what_was_deleted_is_restored_or_collected(

@@ -9,7 +9,7 @@ from loraplex_adapters.store.garbage import Collected
 from loraplex_adapters.store.rebases import Rebase
 from loraplex_adapters.store.records import Alias, Page, Quarantine, Record
 from loraplex_adapters.store.store import Store, Verified
-from loraplex_adapters.store.survey import Surveyed
+from loraplex_adapters.store.survey import Surveyed, survey_at
 from loraplex_adapters.store.uploads import OpenUpload, Upload, UploadBounds
 
 __all__ = [
@@ -25,4 +25,5 @@ __all__ = [
     "Upload",
     "UploadBounds",
     "Verified",
+    "survey_at",
 ]

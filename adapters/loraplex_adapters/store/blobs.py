@@ -37,6 +37,7 @@ from loraplex_adapters.format.files import (
 )
 from loraplex_adapters.store.disk import disk_errors, unavailable
 
+_BLOBS = Path("blobs", "sha256")
 _PIECE = 1 << 20
 _NO_LIMIT = 1 << 62
 _TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
@@ -50,7 +51,7 @@ class Blobs:
 
     def __init__(self, root: Path) -> None:
         with disk_errors():
-            self._blobs = root / "blobs" / "sha256"
+            self._blobs = root / _BLOBS
             self._trash = root / "trash"
             reach("store.open.make")
             staging = root / "staging"
@@ -132,14 +133,7 @@ class Blobs:
 
     def is_complete(self, digest: str) -> bool:
         """Whether both files of the blob are there and not empty; they are not read."""
-        place = self.directory(digest)
-        try:
-            return stat.S_ISDIR(place.lstat().st_mode) and all(
-                stat.S_ISREG(found.st_mode) and found.st_size
-                for found in ((place / name).lstat() for name in (CONFIG_FILE, WEIGHTS_FILE))
-            )
-        except OSError:
-            return False
+        return is_complete(self.directory(digest))
 
     def ages(self, now: float) -> dict[str, float]:
         """Maps the digest of every blob to its age in seconds."""
@@ -243,6 +237,22 @@ class Blobs:
         flush(self._blobs)
         reach("store.publish.done")
         return True
+
+
+def blob_at(root: Path, digest: str) -> Path:
+    """Where the store in `root` keeps the blob of this digest, which must be well formed."""
+    return root / _BLOBS / digest_hex(digest)
+
+
+def is_complete(place: Path) -> bool:
+    """Whether `place` is a directory with both files of an adapter, neither of them empty."""
+    try:
+        return stat.S_ISDIR(place.lstat().st_mode) and all(
+            stat.S_ISREG(found.st_mode) and found.st_size
+            for found in ((place / name).lstat() for name in (CONFIG_FILE, WEIGHTS_FILE))
+        )
+    except OSError:
+        return False
 
 
 def _remove(path: Path) -> None:

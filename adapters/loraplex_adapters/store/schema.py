@@ -140,6 +140,12 @@ def prepare(connection: sa.Connection, known_id: str | None, has_blobs: bool) ->
     return recorded
 
 
+def is_current(connection: sa.Connection) -> bool:
+    """Whether the index has all tables and columns; otherwise `prepare` will add them."""
+    present = sa.inspect(connection)
+    return present.has_table(rebases.name) and _version(connection) == SCHEMA_VERSION
+
+
 def changes(connection: sa.Connection) -> int:
     """Number of changes of names, aliases and labels so far.
 

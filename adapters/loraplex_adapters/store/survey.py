@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import sqlalchemy as sa
 
 from loraplex_adapters.store import lookup, schema
+from loraplex_adapters.store.blobs import blob_at, is_complete
+from loraplex_adapters.store.database import Database
 
 _names, _versions, _aliases = schema.names.c, schema.versions.c, schema.aliases.c
 
@@ -73,3 +76,19 @@ def survey(connection: sa.Connection, is_stored: Callable[[str], bool]) -> tuple
         )
         for row in rows
     )
+
+
+def survey_at(root: Path, url: str = "") -> tuple[Surveyed, ...] | None:
+    """Surveys a store without opening it, so that neither its files nor its index are changed.
+
+    Arguments as for `Store`. Returns None if a server has to bring the index up to date first.
+    Raises Refusal(STORE_UNAVAILABLE) if the index cannot be read.
+    """
+    database = Database(root / "index.sqlite3", url)
+    try:
+        with database.reading() as connection:
+            if not schema.is_current(connection):
+                return None
+            return survey(connection, lambda digest: is_complete(blob_at(root, digest)))
+    finally:
+        database.close()

@@ -23,8 +23,13 @@ class BaseInfo:
     name: str = field(default="", compare=False)
 
     def named(self, model: str) -> BaseInfo:
-        """The same base with its public name: the last part of `model`, a path or a hub id.
+        """The same base with the public name of `model`."""
+        return replace(self, name=public_name(model))
 
-        Clients see the name, so it must not reveal the directories of the machine.
-        """
-        return replace(self, name=model.rstrip("/").rpartition("/")[2])
+
+def public_name(model: str) -> str:
+    """The last part of a model's path or hub id.
+
+    Clients see it, so it must not reveal the directories of the machine.
+    """
+    return model.rstrip("/").rpartition("/")[2]

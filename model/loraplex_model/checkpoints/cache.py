@@ -87,6 +87,17 @@ def entry_for(
         ) from error
 
 
+def known_entry(root: Path, files: Sequence[Path], digests: Sequence[str] = ()) -> Path | None:
+    """The directory that `entry_for` would use without building it; None if there is none.
+
+    No large file is read, and nothing is changed.
+    """
+    key = _key(files, digests) if digests else _read_key(_memory_of(root, files))
+    if key is None or not is_whole(root / "entries" / key):
+        return None
+    return root / "entries" / key
+
+
 def is_whole(entry: Path, *, digests: bool = False) -> bool:
     """Whether an entry has all of its files and no others, with the right sizes.
 
@@ -116,18 +127,29 @@ def _content_key(root: Path, files: Sequence[Path], digests: Sequence[str]) -> t
     """The key of the files' content, and whether it was remembered by their times, not read."""
     if digests:
         return _key(files, digests), False
-    stats = [(str(file), *_of_source(_size_and_time, file)) for file in files]
-    manifest = json.dumps([FORMAT, stats]).encode()
-    known = root / "sources" / hashlib.sha256(manifest).hexdigest()
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        key = known.read_text("ascii").strip()
-        if len(key) == 64 and key.isalnum():
-            return key, True
+    known = _memory_of(root, files)
+    if (remembered := _read_key(known)) is not None:
+        return remembered, True
     key = _key(files, _digests_of(files))
     with contextlib.suppress(OSError):  # then it is computed again next time
         known.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(known, key.encode())
     return key, False
+
+
+def _memory_of(root: Path, files: Sequence[Path]) -> Path:
+    """The file that remembers the key of the files' content, found by their sizes and times."""
+    stats = [(str(file), *_of_source(_size_and_time, file)) for file in files]
+    manifest = json.dumps([FORMAT, stats]).encode()
+    return root / "sources" / hashlib.sha256(manifest).hexdigest()
+
+
+def _read_key(known: Path) -> str | None:
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        key = known.read_text("ascii").strip()
+        if len(key) == 64 and key.isalnum():
+            return key
+    return None
 
 
 def _key(files: Sequence[Path], digests: Sequence[str]) -> str:

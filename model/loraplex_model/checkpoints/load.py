@@ -81,6 +81,23 @@ def load_base(
     return LoadedBase(model or DEFAULT, weights, source, entry, MappedFile(path))
 
 
+def known_fingerprint(model: str, cache_dir: Path) -> str:
+    """The fingerprint of a model that was converted before; "" if it has to be converted first.
+
+    Nothing is downloaded, no weights are read, and nothing is changed. Raises `Refusal` if the
+    model's files cannot be read.
+    """
+    if model in ("", DEFAULT):
+        source, digests = cache_dir / "default" / default_model.FILE, [default_model.SHA256]
+    else:
+        source, digests = Path(model), []
+    if not source.exists():
+        return ""
+    files = checkpoint.files_of(source)
+    entry = cache.known_entry(cache_dir, files, digests) if files else None
+    return "" if entry is None else _read_decoder(entry / DECODER).fingerprint
+
+
 def _build_default(cache_dir: Path, directory: Path) -> None:
     _build(ensure_default_model(cache_dir, verify=True), directory)
 

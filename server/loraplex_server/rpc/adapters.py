@@ -272,7 +272,8 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
 
     def _describe(self, record: Record) -> pb.Adapter:
         status = self._engine.adapters.get(record.digest)
-        return describe.adapter(AdapterRow(record.digest, record, status))
+        row = AdapterRow(record.digest, record, status)
+        return describe.adapter(row, self._registry.obstacle(record))
 
 
 async def _typed(work: Awaitable[T], about: str, field: str, kind: str = _ADAPTER) -> T:

@@ -9,6 +9,7 @@ from google.protobuf.message import Message
 from loraplex.v1 import adapter_pb2
 from loraplex_adapters.format.examine import Report
 from loraplex_adapters.store import OpenUpload
+from loraplex_model.base.refusal import Problem
 
 from loraplex_server.engine.messages import AdapterStatus
 from loraplex_server.feed import AdapterRow
@@ -21,12 +22,19 @@ _STATES: Final = {
 }
 
 
-def adapter(row: AdapterRow) -> adapter_pb2.Adapter:
-    """Describes a version, or an adapter that only the engine holds because its name is gone."""
+def adapter(row: AdapterRow, obstacle: Problem | None = None) -> adapter_pb2.Adapter:
+    """Describes a version, or an adapter that only the engine holds because its name is gone.
+
+    `obstacle` is why the version is not served.
+    """
     message = adapter_pb2.Adapter(digest=row.digest)
     if row.record is not None:
         message = adapter_pb2.Adapter(**_shared(adapter_pb2.Adapter, row.record))
         message.create_time.FromDatetime(row.record.created_at)
+    if obstacle is not None:
+        message.unservable.CopyFrom(
+            adapter_pb2.AdapterFinding(**_shared(adapter_pb2.AdapterFinding, obstacle))
+        )
     _place(message, row.status)
     return message
 

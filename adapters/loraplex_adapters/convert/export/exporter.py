@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from loraplex_model.adapters.delta import AdapterDelta
+from loraplex_model.base.info import BaseInfo
 from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_model.checkpoints.load import LoadedBase
 
@@ -67,15 +68,21 @@ class ExportResult:
     figures: dict[str, float | int]
 
 
-def run(request: ExportRequest, target: Path, locate: Callable[[str], Path]) -> ExportResult:
+def run(
+    request: ExportRequest,
+    target: Path,
+    locate: Callable[[str], Path],
+    accept: Callable[[BaseInfo], None] = lambda base: None,
+) -> ExportResult:
     """Writes the export to the new directory `target`; `locate` maps a name to its directory.
 
-    Raises Refusal: FIELD_INVALID (the request), EXPORT_UNSUPPORTED, EXPORT_DELTA_LOST, and as
-    loading the base or reading an adapter does.
+    `accept` may refuse the base once it is known. Raises Refusal: FIELD_INVALID (the request),
+    EXPORT_UNSUPPORTED, EXPORT_DELTA_LOST, and as loading the base or reading an adapter does.
     """
     spec = _blend_spec(request)
     directories = [locate(adapter) for adapter in request.adapters]
     base = open_base(request.model, request.cache)
+    accept(base.weights.info.named(request.model))
     opened = [open_adapter(directory, base) for directory in directories]
     specs = [spec for spec, _ in opened]
     deltas = [delta for _, delta in opened]

@@ -1,0 +1,55 @@
+"""The fingerprint of a base names its content and nothing else, so that it can be compared; R16."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from loraplex_model.checkpoints.load import load_base
+from safetensors.torch import load_file, save_file
+
+from model import tiny
+
+SCRIPT = """
+import sys, torch
+from pathlib import Path
+from loraplex_model.checkpoints.load import load_base
+print(load_base(sys.argv[1], torch.bfloat16, Path(sys.argv[2])).weights.fingerprint)
+"""
+
+
+@pytest.mark.fault("base-changed-under-store")
+@pytest.mark.parametrize("variant", ["qwen3-window-bias", "llama"])
+def test_it_is_the_same_for_every_type_cache_and_start_and_another_for_other_weights(
+    tmp_path: Path, variant: str
+) -> None:
+    model, cache = tmp_path / "model", tmp_path / "cache"
+    tiny.write(variant, model)
+    first = load_base(str(model), torch.float32, cache).weights.fingerprint
+    for dtype in (torch.float32, torch.bfloat16):
+        assert load_base(str(model), dtype, cache).weights.fingerprint == first
+        fresh = tmp_path / f"cache-{dtype}"
+        assert load_base(str(model), dtype, fresh).weights.fingerprint == first
+    moved = tmp_path / "moved"
+    shutil.copytree(model, moved)
+    assert (
+        load_base(str(moved), torch.float32, tmp_path / "cache-moved").weights.fingerprint == first
+    )
+    # Another start, with other vectors and another order of hashes.
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": "default", "PYTHONHASHSEED": "7"}
+    command = [sys.executable, "-c", SCRIPT, str(model), str(tmp_path / "cache-process")]
+    out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == first
+
+    file = moved / "model.safetensors"
+    tensors = load_file(file)
+    name = max(tensors, key=lambda key: tensors[key].numel())
+    tensors[name].view(-1)[0] += 1.0
+    save_file(tensors, file, metadata={"format": "pt"})
+    other = load_base(str(moved), torch.float32, tmp_path / "cache-moved").weights.fingerprint
+    assert other != first
