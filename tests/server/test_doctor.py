@@ -1,0 +1,80 @@
+"""`loraplex-server doctor` reads what the server keeps in its cache, and says what is damaged."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from loraplex_model.checkpoints import default_model, load
+from loraplex_model.ops import build, known_faults
+from loraplex_server import doctor
+from loraplex_server.config import Config
+from loraplex_server.config import load as load_config
+
+from model import tiny
+
+ISA = build.supported_isas()[0]
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    """A cache with a converted model and, as far as a digest tells, kernels."""
+    checkpoint = tiny.write("llama", tmp_path / "model")
+    load.load_base(str(checkpoint), torch.float32, tmp_path / "cache")
+    monkeypatch.delenv("LORAPLEX_KERNELS_DIR", raising=False)
+    kernels = tmp_path / "cache" / "kernels" / build._name(ISA, ()) / build.LIBRARY
+    kernels.parent.mkdir(parents=True)
+    kernels.write_bytes(b"kernels")
+    (kernels.parent / build.DIGEST).write_text(build._file_digest(kernels))
+    flags = {"model": str(checkpoint), "cache": str(tmp_path / "cache"), "port": "0"}
+    return load_config(None, {**flags, "admin_port": "0", "store": str(tmp_path / "store")})
+
+
+def bad(config: Config) -> list[str]:
+    return [f"{c.subject}: {c.text}" for c in doctor.examine(config) if not c.good]
+
+
+@pytest.mark.fault("base-cache-damaged")
+def test_a_damaged_base_is_named(config: Config, tmp_path: Path) -> None:
+    assert bad(config) == []
+    (file,) = (tmp_path / "cache").glob("entries/*/decoder.json")
+    text = file.read_text()
+    file.write_text(text.replace("sha256:", "sha256;"))
+    (found,) = bad(config)
+    assert found.startswith(f"base cache: {file.parent}: damaged")
+    assert file.read_text() != text, "doctor changes nothing"
+
+
+@pytest.mark.fault("base-cache-damaged")
+def test_a_damaged_default_model_is_named(config: Config) -> None:
+    source = default_model.path_in(config.cache)
+    source.parent.mkdir()
+    source.write_bytes(b"")
+    os.truncate(source, default_model.SIZE)
+    (found,) = bad(config)
+    assert found.startswith(f"base cache: {source}: damaged")
+
+
+@pytest.mark.fault("kernel-cache-damaged")
+@pytest.mark.parametrize("compiler", ["c++", "no-such-compiler"])
+def test_damaged_kernels_are_named(
+    compiler: str, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", compiler)
+    (library,) = (tmp_path / "cache").glob(f"kernels/*/{build.LIBRARY}")
+    os.truncate(library, 3)
+    (found,) = bad(config)
+    assert found.startswith(f"kernels: {library.parent}: damaged")
+    texts = {check.text for check in doctor.examine(config) if check.subject == "kernels"}
+    assert any("many times slower" in text for text in texts) == (compiler != "c++")
+
+
+@pytest.mark.fault("paged-attention-splits")
+def test_packages_with_known_faults_are_named(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(known_faults, "version_of", lambda package: "2.4.0")
+    (found,) = bad(config)
+    assert found.startswith("packages: torch 2.4.0 cannot be used")
