@@ -175,6 +175,7 @@ def test_a_source_that_changed_behind_its_times_never_becomes_another_base(home:
     assert opened(home).directory != directory
 
 
+@pytest.mark.slow
 @pytest.mark.fault("base-cache-damaged")
 def test_processes_that_find_the_damage_together_build_it_once(home: Path) -> None:
     DAMAGES["codes"](opened(home).directory)
