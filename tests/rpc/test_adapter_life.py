@@ -326,3 +326,17 @@ async def test_virtual_tokens_without_room_for_a_prompt_are_refused_at_the_door(
             seen = refusal(caught.value)
             assert seen.reason == reason
             assert "max_context" in str(caught.value.details())
+
+
+@pytest.mark.fault("virtual-tokens-beyond-context")
+async def test_virtual_tokens_from_a_time_of_more_room_are_refused_by_name(tmp_path: Path) -> None:
+    """Not as a prompt that is too long, since no prompt is short enough."""
+    async with running(tmp_path, engine_options={"prefix_blocks": 8, "max_context": 64}) as up:
+        write_prompt(tmp_path / "import" / "soft", 30)
+        await up.adapters.RegisterAdapter(pb.RegisterAdapterRequest(name="soft", path="soft"))
+    async with running(tmp_path, engine_options={"prefix_blocks": 8, "max_context": 31}) as up:
+        assert await reason_of(answer(up, "soft")) == "ADAPTER_TOO_LARGE"
+        assert await answer(up, "") == expected(PROMPT, 3)
+    async with running(tmp_path, engine_options={"prefix_blocks": 8, "max_context": 32}) as up:
+        soft = up.generation.Generate(ask(20, new=5, adapter="soft"))
+        assert len((await soft).token_ids) == 1

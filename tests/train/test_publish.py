@@ -245,3 +245,16 @@ def test_a_base_is_called_what_others_call_it(tmp_path: Path) -> None:
     assert publishing.known_as(str(tmp_path / "my-base")) == "my-base"
     assert publishing.known_as("org/base-1") == "org/base-1"
     assert publishing.known_as("default") == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+@pytest.mark.fault("base-cache-cut-short")
+def test_what_was_trained_while_the_base_changed_on_the_disk_is_not_published(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = trained.run.base.file
+    monkeypatch.setattr(type(file), "is_intact", lambda self: self is not file)
+    store = tmp_path / "store"
+    with pytest.raises(Refusal, match="nothing was registered") as refused:
+        trained.publish(store=store)
+    assert refused.value.reason == "PUBLISH_FAILED"
+    assert not store.exists()

@@ -39,7 +39,7 @@ from loraplex_server.rpc.resolve import (
     mixable,
     references,
     resolve,
-    virtual_tokens,
+    room_beside,
 )
 from loraplex_server.text.tokenizer import TextTokenizer, TooLong
 
@@ -105,7 +105,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         require(validate.generate(request, self.bounds, field_path))
         with self.admission.enter() as ticket:
             adapters = await self._resolve(request, field_path)
-            room = self.bounds.max_context - virtual_tokens(adapters)
+            room = room_beside(adapters, self.bounds.max_context)
             prompt = await self._tokenise(request, field_path, room)
             require(validate.scores(request, len(prompt), field_path))
             ticket.wait(len(prompt))

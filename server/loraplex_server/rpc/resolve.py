@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from loraplex.v1 import generation_pb2
+from loraplex_adapters.format.kinds.virtual import ROOM
+from loraplex_model.base.refusal import Reason, Refusal
 
 from loraplex_server.engine.messages import AdapterRef
 from loraplex_server.registry import Registered, Registry
@@ -55,6 +57,22 @@ async def resolve(
 def virtual_tokens(adapters: Sequence[WeightedAdapter]) -> int:
     """Number of positions in the context that the adapters occupy before the prompt."""
     return max((each.adapter.record.virtual_tokens for each in adapters), default=0)
+
+
+def room_beside(adapters: Sequence[WeightedAdapter], max_context: int) -> int:
+    """The positions of the context that are left for prompt and answer.
+
+    Raises Refusal(ADAPTER_TOO_LARGE) if there are fewer, as for an adapter that was registered
+    while the context was longer: no prompt is short enough then.
+    """
+    count = virtual_tokens(adapters)
+    if count and max_context - count < ROOM:
+        raise Refusal(
+            Reason.ADAPTER_TOO_LARGE,
+            f"the adapter's {count} virtual tokens leave no room for a prompt and an answer in "
+            f"the context of {max_context} positions (max_context)",
+        )
+    return max_context - count
 
 
 def mixable(adapters: Sequence[WeightedAdapter]) -> bool:
