@@ -95,5 +95,5 @@ class Gate:
     async def quiet(self, seconds: float, patience: float) -> None:
         """Returns once no call has arrived for `seconds`, and after `patience` seconds anyway."""
         end = time.monotonic() + patience
-        while (now := time.monotonic()) < end and (left := self._arrived + seconds - now) > 0:  # noqa: ASYNC110
+        while (left := min(end, self._arrived + seconds) - time.monotonic()) > 0:  # noqa: ASYNC110
             await asyncio.sleep(left)
