@@ -102,7 +102,7 @@ def seconds_between(random_: random.Random, least: float, most: float) -> float:
 async def repeat(life: Life, name: str, call: Callable[[], Awaitable[object]]) -> None:
     """Calls until the server is gone."""
     while await life.count(name, call()) or not life.signalled:  # noqa: ASYNC110
-        await asyncio.sleep(0.005)
+        await asyncio.sleep(0.03)
 
 
 async def read_all(call: Any) -> None:
@@ -239,7 +239,7 @@ async def live(folder: Path, seed: int) -> None:
             _, _, address, _, admin, *_ = line.split()
             calls = asyncio.create_task(honest(life, address))
             await hostile(stack, address, admin)
-            await asyncio.sleep(seconds_between(random_, 0, 1.2))
+            await asyncio.sleep(seconds_between(random_, 0, 0.8))
             if random_.random() < 0.2:  # while the engine is replaced
                 with suppress(IndexError, ProcessLookupError):
                     os.kill(children(life.process.pid)[0], signal.SIGKILL)
