@@ -72,9 +72,6 @@ from loraplex_server.watched import WatchedTask, while_alive
 STOP_GRACE: Final = 2.0
 """Seconds that finished calls have to reach their clients before connections are closed."""
 
-QUIET_SECONDS: Final = 0.2
-"""Seconds without a new call after which a drained server stops to listen."""
-
 log = logging.getLogger(__name__)
 
 
@@ -221,7 +218,6 @@ class Server:
             # Their streams fail with DRAINING, which the handlers report to the clients.
             await within(ENGINE_SECONDS, "the engine does not stop", self.engine.stop())
         await training
-        await self._gate.quiet(QUIET_SECONDS, STOP_GRACE)
 
     async def close(self) -> None:
         """Stops all parts that were started. Idempotent."""

@@ -13,7 +13,7 @@ import pytest
 from loraplex_server import admin
 from loraplex_server.config import Config
 from loraplex_server.exits import ServerExit
-from loraplex_server.rpc import arriving, health, reflection, server, watching
+from loraplex_server.rpc import arriving, bounds, health, reflection, server, watching
 from loraplex_server.rpc.errors import TABLE
 from loraplex_server.training import table as table_of_jobs
 
@@ -95,7 +95,7 @@ def test_the_table_of_what_clients_may_hold_is_the_codes() -> None:
         ),
         (options["grpc.max_concurrent_streams"],),
         (arriving.ARRIVAL_SECONDS,),
-        (arriving.MAX_HALF_SENT, server.MAX_MESSAGE_BYTES >> 20),
+        (arriving.MAX_HALF_SENT, bounds.MAX_MESSAGE_BYTES >> 20),
         (arriving.SILENCE_SECONDS,),
         (),
         (

@@ -54,6 +54,7 @@ class Life:
 
     folder: Path
     process: asyncio.subprocess.Process
+    signalled: bool = False
     log: list[str] = field(default_factory=list)
     outcomes: list[tuple[str, object, str | None]] = field(default_factory=list)
     """Name of each call that has ended, its status code, None for success, and its details."""
@@ -100,8 +101,8 @@ def seconds_between(random_: random.Random, least: float, most: float) -> float:
 
 async def repeat(life: Life, name: str, call: Callable[[], Awaitable[object]]) -> None:
     """Calls until the server is gone."""
-    while await life.count(name, call()):  # noqa: ASYNC110
-        await asyncio.sleep(0.005)
+    while await life.count(name, call()) or not life.signalled:  # noqa: ASYNC110
+        await asyncio.sleep(0.03)
 
 
 async def read_all(call: Any) -> None:
@@ -146,7 +147,10 @@ async def honest(life: Life, address: str) -> None:
         made = life.folder / "import" / "made"
         new = pb.RegisterAdapterRequest(name="made", path="made", replace=True, load=True)
         unload = pb.UnloadAdapterRequest(adapter_id="made")
-        await life.count("register", adapters.RegisterAdapter(new))
+        while not await life.count("register", adapters.RegisterAdapter(new)):
+            if life.signalled:
+                return
+            await asyncio.sleep(0.01)
         delivery = training_pb2.TrainingDelivery(replace=True, load=True, alias="newest")
         job = order("step 1", f"publish {made}", delivery=delivery)
 
@@ -235,12 +239,13 @@ async def live(folder: Path, seed: int) -> None:
             _, _, address, _, admin, *_ = line.split()
             calls = asyncio.create_task(honest(life, address))
             await hostile(stack, address, admin)
-            await asyncio.sleep(seconds_between(random_, 0, 1.2))
+            await asyncio.sleep(seconds_between(random_, 0, 0.8))
             if random_.random() < 0.2:  # while the engine is replaced
                 with suppress(IndexError, ProcessLookupError):
                     os.kill(children(life.process.pid)[0], signal.SIGKILL)
                 await asyncio.sleep(seconds_between(random_, 0, 0.5))
         left = descendants(life.process.pid)
+        life.signalled = True
         life.process.send_signal(signal.SIGTERM)
         began = time.monotonic()
         code = await asyncio.wait_for(life.process.wait(), DRAIN_SECONDS + EXIT_SECONDS + 10)

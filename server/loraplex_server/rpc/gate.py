@@ -22,6 +22,7 @@ class Gate:
         self._idle = asyncio.Event()
         self._idle.set()
         self._arrived = 0.0
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._when_closing: list[Callable[[], None]] = []
 
     def when_closing(self, callback: Callable[[], None]) -> None:
@@ -29,8 +30,12 @@ class Gate:
         self._when_closing.append(callback)
 
     def arrive(self) -> None:
-        """Notes that a call of any service has arrived."""
+        """Notes that a call of any service has arrived. To be called in the call's task."""
         self._arrived = time.monotonic()
+        task = asyncio.current_task()
+        if task is not None:
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
     def enter(self) -> None:
         """Counts a call that begins."""
@@ -81,12 +86,14 @@ class Gate:
         """Returns once no call is running."""
         await self._idle.wait()
 
-    async def quiet(self, seconds: float, patience: float) -> None:
-        """Returns once no call has arrived for `seconds`, and after `patience` seconds anyway.
-
-        A call that gRPC has received and not yet handed over when the server is stopped is
-        CANCELLED, which no client tries again.
-        """
+    async def ended(self, patience: float) -> None:
+        """Returns once the replies of all calls have been sent, and after `patience` anyway."""
         end = time.monotonic() + patience
-        while (now := time.monotonic()) < end and now - self._arrived < seconds:  # noqa: ASYNC110
-            await asyncio.sleep(seconds / 4)
+        while self._tasks and (left := end - time.monotonic()) > 0:
+            await asyncio.wait(set(self._tasks), timeout=left)
+
+    async def quiet(self, seconds: float, patience: float) -> None:
+        """Returns once no call has arrived for `seconds`, and after `patience` seconds anyway."""
+        end = time.monotonic() + patience
+        while (left := min(end, self._arrived + seconds) - time.monotonic()) > 0:  # noqa: ASYNC110
+            await asyncio.sleep(left)

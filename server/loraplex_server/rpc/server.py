@@ -28,6 +28,9 @@ from loraplex_server.rpc.interceptor import Interceptor
 from loraplex_server.rpc.reflection import ReflectionService
 from loraplex_server.rpc.training import TrainingService
 
+QUIET_SECONDS: Final = 0.2
+"""Seconds without a new call after which the server stops."""
+
 SERVICES: Final = (
     generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
     adapter_pb2.DESCRIPTOR.services_by_name["AdapterService"].full_name,
@@ -71,6 +74,7 @@ class RpcServer:
     ) -> None:
         options = (*OPTIONS, ("grpc.max_allowed_incoming_connections", max_connections))
         self._interceptor = interceptor
+        self._gate = gate
         self._server = make_server([interceptor], options)
         self._health = HealthService((health.OVERALL_HEALTH, *SERVICES))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -115,5 +119,14 @@ class RpcServer:
         await self._server.wait_for_termination()
 
     async def stop(self, grace_seconds: float) -> None:
-        """Stops listening; cancels calls that do not end within the grace period."""
-        await self._server.stop(grace_seconds)
+        """Stops listening. Calls that do not end within the grace period are cancelled.
+
+        A call that arrives at a gRPC server which is being stopped is CANCELLED, and no client
+        tries that again. So new calls are refused until there are none, and only then the server is
+        stopped, at once.
+        """
+        self.lame_duck()
+        self._gate.close()
+        await self._gate.ended(grace_seconds)
+        await self._gate.quiet(QUIET_SECONDS, grace_seconds)
+        await self._server.stop(0.0)
