@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loraplex_server.engine.batching.request import Request
 from loraplex_server.engine.batching.sampler import Draw, candidates, logprobs, sample
+from loraplex_server.engine.batching.turns import SHARE
 from loraplex_server.engine.messages import SamplingParams
 
 VOCAB = 3000
@@ -136,7 +137,7 @@ def test_63_costly_rows_delay_a_cheap_one_by_less_than_half(
     gaps = np.diff(times)
     assert len(gaps) == 99
     assert gaps.mean() < 1.5 * FORWARD_SECONDS
-    assert gaps.max() <= 1.4 * FORWARD_SECONDS + COSTLY_SECONDS + 1e-9
+    assert gaps.max() <= (1 + SHARE) * FORWARD_SECONDS + COSTLY_SECONDS + 1e-9
     assert engine.tokens(1) == continuation([5], [], 100)
     # The costly rows took their turns meanwhile: none is far ahead of another.
     counts = [len(engine.tokens(id)) for id in range(2, 65)]
