@@ -10,7 +10,7 @@ import pytest
 from loraplex.v1 import adapter_pb2 as pb
 from rpc.harness import ask, rest, running, streamed, until
 
-ONE_SLOT = {"num_slots": 1, "step_seconds": 0.005, "num_blocks": 400}
+ONE_SLOT = {"num_slots": 1, "step_seconds": 0.04, "num_blocks": 400}
 
 
 @pytest.mark.fault("abandoned-orders")
@@ -20,7 +20,7 @@ async def test_loads_that_clients_gave_up_are_not_carried_out(tmp_path: Path) ->
         names = [f"a{i}" for i in range(8)]
         for seed, name in enumerate(["busy", *names, "last"]):
             await up.register(name, seed)
-        call = up.generation.GenerateStream(streamed(ask(new=600, adapter="busy")))
+        call = up.generation.GenerateStream(streamed(ask(new=900, adapter="busy")))
         await call.read()
         orders = [
             *(up.adapters.LoadAdapter(pb.LoadAdapterRequest(adapter_id=name)) for name in names),
