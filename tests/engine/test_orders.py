@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from types import FrameType
 from typing import Any
 
 import pytest
 from engine.driving import Engine, adapter
 from engine.oracle import OracleRunner, command, continuation
-from engine.test_process import ask, drain, engine
+from engine.test_process import Observer, ask, drain, engine
 from loraplex_model.base.refusal import Refusal
 from loraplex_server.engine.messages import AdapterRef, Load, Merge, SetPinned, Unload, Unmerge
+from loraplex_server.engine.process.client import EngineClient
 
 try:
     from loraplex_server.engine.messages import Withdraw
@@ -142,35 +145,54 @@ def test_withdrawn_unloads_and_unmerges_are_carried_out_and_not_answered() -> No
     assert engine.runner.merges == {}
 
 
+async def turns_until(holds: Callable[[], bool]) -> None:
+    """Turns of the event loop, at most a hundred, until something holds."""
+    for _ in range(100):
+        if holds():
+            return
+        await asyncio.sleep(0)
+    raise AssertionError("it does not hold after a hundred turns")
+
+
+@asynccontextmanager
+async def full_engine() -> AsyncIterator[tuple[EngineClient, Observer]]:
+    """An engine whose only slot belongs to request 1 until the request is aborted."""
+    options = {"num_slots": 1, "num_blocks": 5000, "max_context": 1 << 16, "step_seconds": 0.02}
+    async with engine(command(adapter_budget_bytes=100, **options)) as (client, observer):
+        stream = client.submit(ask(1, [3], 10_000, adapters=[AdapterRef("sha256:busy", "{}")]))
+        assert await stream.take()
+        yield client, observer
+
+
 @pytest.mark.fault("abandoned-orders")
 async def test_orders_whose_callers_are_gone_are_withdrawn_from_the_engine() -> None:
-    async with engine(command(num_slots=2, adapter_budget_bytes=100)) as (client, observer):
-        slow = asyncio.create_task(client.load(AdapterRef("sha256:slow", '{"seconds": 1.0}')))
-        await asyncio.sleep(0)
+    async with full_engine() as (client, observer):
         gone = [
             asyncio.create_task(client.load(AdapterRef(f"sha256:{i}", "{}"))) for i in range(1000)
         ]
-        await asyncio.sleep(0)
+        await turns_until(lambda: len(client._pending) == 1000)
         for task in gone:
             task.cancel()
         await asyncio.gather(*gone, return_exceptions=True)
-        # Adapters are loaded in the order of their orders: this one would be the last.
-        await client.load(AdapterRef("sha256:last", "{}"))
-        await slow
-        assert [load.digest for load in observer.loads] == ["sha256:slow", "sha256:last"]
+        last = asyncio.create_task(client.load(AdapterRef("sha256:last", "{}")))
+        await turns_until(lambda: bool(client._pending))
+        client.abort(1)
+        # Adapters are loaded in the order of their orders: those given up would come before.
+        await last
+        assert [load.digest for load in observer.loads] == ["sha256:busy", "sha256:last"]
         assert not client._pending
 
 
 @pytest.mark.fault("abandoned-orders")
 async def test_more_orders_than_may_wait_are_refused_at_once() -> None:
-    async with engine(command(num_slots=2, adapter_budget_bytes=100)) as (client, _):
-        ref = AdapterRef("sha256:slow", '{"seconds": 1.0}')
+    async with full_engine() as (client, _):
+        ref = AdapterRef("sha256:other", "{}")
         tasks = [asyncio.create_task(client.load(ref)) for _ in range(8000)]
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-        # Refusals come at once, so none of the others has its answer yet.
+        await turns_until(lambda: sum(task.done() for task in tasks) + len(client._pending) == 8000)
         refused = [task.exception() for task in tasks if task.done()]
         assert len(refused) == 8000 - 1024
         assert {error.reason for error in refused if isinstance(error, Refusal)} == {"OVERLOADED"}
+        client.abort(1)
         outcomes = await asyncio.gather(*tasks, return_exceptions=True)
         assert sum(outcome is None for outcome in outcomes) == 1024
-        assert await drain(client.submit(ask(1, [3]))) == (continuation([3], [], 5), "length")
+        assert await drain(client.submit(ask(2, [3]))) == (continuation([3], [], 5), "length")

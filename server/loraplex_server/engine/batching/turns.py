@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from loraplex_server.engine.batching.request import Request
     from loraplex_server.engine.batching.sampler import Floats
 
-SHARE = 0.4
+SHARE = 1 / 3
 """Time for costly sampling, as a fraction of the time that the rest of the step takes."""
 
 
