@@ -44,6 +44,9 @@ class Census:
                 await self.count()
             except Refusal as error:
                 log.warning("adapters that are not served cannot be counted: %s", error.message)
+            except Exception:
+                # A count is not worth the end of the server.
+                log.exception("adapters that are not served cannot be counted")
             await asyncio.sleep(CENSUS_SECONDS)
 
     async def count(self) -> None:

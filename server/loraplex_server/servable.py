@@ -17,6 +17,9 @@ def obstacle(record: Record, base: BaseInfo) -> Problem | None:
     """
     if record.quarantine is not None:
         return held_back(record.id, record.quarantine)
+    if not record.is_described:
+        message = f"the description of {record.id} in the store is damaged; register it again"
+        return Problem("", message, Reason.ADAPTER_CORRUPT)
     return other_base(record, base)
 
 

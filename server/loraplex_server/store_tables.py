@@ -110,7 +110,9 @@ def base_text(version: Record | Surveyed) -> str:
 
 def state_text(record: Record) -> str:
     """Why a version is not served; "" if nothing is known against it."""
-    return "" if record.quarantine is None else f"quarantined: {record.quarantine.reason}"
+    if record.quarantine is not None:
+        return f"quarantined: {record.quarantine.reason}"
+    return "" if record.is_described else "description damaged"
 
 
 def _table(*columns: str, right: tuple[str, ...] = ()) -> Table:

@@ -198,6 +198,25 @@ async def test_a_server_starts_without_the_files_of_one_adapter(tmp_path: Path) 
 
 
 @pytest.mark.fault("blob-missing-at-start")
+@pytest.mark.parametrize("text", ["{", "[1]", "{}", "null"])
+async def test_a_damaged_row_of_one_adapter_stops_no_other(tmp_path: Path, text: str) -> None:
+    async with running(tmp_path) as up:
+        hurt = await up.register("hurt", 1)
+        await up.register("sound", 2)
+    with sqlite3.connect(tmp_path / "store" / "index.sqlite3") as index:
+        change = "UPDATE blobs SET summary = ? WHERE digest = ?"
+        assert index.execute(change, (text, hurt.digest)).rowcount == 1
+    async with running(tmp_path) as up:
+        await served(up, "sound")
+        for name, call in uses(up, "hurt").items():
+            assert (await refused(call())).reason == "ADAPTER_CORRUPT", name
+        await manages(up, "hurt")
+        again = await up.register("hurt", 1)
+        assert (again.version, again.rank, again.peft_type) == (1, 2, "LORA")
+        await served(up, "hurt")
+
+
+@pytest.mark.fault("blob-missing-at-start")
 async def test_files_that_go_while_the_server_runs_fail_their_adapter_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

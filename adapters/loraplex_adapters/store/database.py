@@ -6,6 +6,7 @@ takes an advisory lock. So a change can rely on what it sees in the store's dire
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -76,6 +77,7 @@ def _sqlite(file: Path) -> sa.Engine:
     engine = sa.create_engine(
         sa.URL.create("sqlite", database=str(file)),
         connect_args={"timeout": float(_BUSY_SECONDS)},
+        json_deserializer=_read_json,
     )
     sa.event.listen(engine, "connect", _configure)
     sa.event.listen(engine, "begin", _begin)
@@ -97,6 +99,14 @@ def _postgresql(text: str) -> sa.Engine:
         raise unavailable(
             "a PostgreSQL store needs a driver: pip install 'loraplex[server,postgres]'"
         ) from None
+
+
+def _read_json(text: str) -> Any:
+    """Reads a cell. A damaged one is None, so that it does not keep other rows from being read."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
 
 
 def _configure(connection: Any, _entry: object) -> None:

@@ -55,6 +55,7 @@ class Index:
             ).one_or_none()
             if current is not None and current.digest == spec.digest:
                 changed = place()
+                changed |= _describe(connection, spec)
                 changed |= rebases.move(connection, current, base)
                 if labels:
                     _put_labels(connection, name, current.version, labels)
@@ -194,16 +195,7 @@ class Index:
 
 def _add_version(connection: sa.Connection, name: str, spec: CheckedAdapter, base: BaseInfo) -> int:
     now, digest = time.time(), spec.digest
-    about = records.summary(spec)
-    known = connection.execute(sa.select(_blobs.summary).where(_blobs.digest == digest)).scalar()
-    if known is None:
-        connection.execute(
-            sa.insert(schema.blobs).values(digest=digest, summary=about, created_at=now)
-        )
-    elif known != about:  # an older server recorded less about the same content
-        connection.execute(
-            sa.update(schema.blobs).where(_blobs.digest == digest).values(summary=about)
-        )
+    _describe(connection, spec)
     last = connection.execute(sa.select(_names.last_version).where(_names.name == name)).scalar()
     version = (last or 0) + 1
     row = {"current_version": version, "last_version": version}
@@ -222,6 +214,23 @@ def _add_version(connection: sa.Connection, name: str, spec: CheckedAdapter, bas
         )
     )
     return version
+
+
+def _describe(connection: sa.Connection, spec: CheckedAdapter) -> bool:
+    """Writes the description of content; False if it is there already."""
+    about = records.summary(spec)
+    found = connection.execute(
+        sa.select(_blobs.summary).where(_blobs.digest == spec.digest)
+    ).one_or_none()
+    if found is None:
+        row = {"digest": spec.digest, "summary": about, "created_at": time.time()}
+        connection.execute(sa.insert(schema.blobs).values(row))
+    elif found.summary != about:  # damaged, or an older server recorded less
+        changed = sa.update(schema.blobs).where(_blobs.digest == spec.digest)
+        connection.execute(changed.values(summary=about))
+    else:
+        return False
+    return True
 
 
 def _put_labels(

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from types import MappingProxyType
 from typing import Any
 
 import sqlalchemy as sa
@@ -14,6 +15,9 @@ from loraplex_adapters.format.spec import CheckedAdapter
 from loraplex_adapters.store import schema
 
 _MOST_NAMES = 1000
+_UNDESCRIBED: Mapping[str, Any] = MappingProxyType(
+    {"peft_type": "", "rank": 0, "target_modules": (), "size_bytes": 0, "base_model": ""}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,8 @@ class Record:
             version was registered before fingerprints were recorded.
         base_name: name of that base; "" if the version was registered before names were recorded.
         quarantine: why the content must not be served; None if it may be.
+        is_described: False if the description in the index is damaged. Then what `CheckedAdapter`
+            has is empty here, until the same files are registered again.
         deleted_at: time of deletion; None if the version is not deleted.
         labels, aliases: as they were when the record was read. `aliases` are sorted.
         others: as in `CheckedAdapter`.
@@ -56,6 +62,7 @@ class Record:
     aliases: tuple[str, ...] = ()
     base_name: str = ""
     quarantine: Quarantine | None = None
+    is_described: bool = True
 
     @property
     def id(self) -> str:
@@ -151,6 +158,9 @@ def _record(
     aliases: Mapping[tuple[str, int], list[str]],
 ) -> Record:
     about, key = row.summary, (row.name, row.version)
+    is_described = isinstance(about, dict) and _UNDESCRIBED.keys() <= about.keys()
+    if not is_described:
+        about = _UNDESCRIBED
     return Record(
         name=row.name,
         version=row.version,
@@ -168,6 +178,7 @@ def _record(
         labels=labels.get(key, {}),
         aliases=tuple(aliases.get(key, ())),
         base_name=row.base_name,
+        is_described=is_described,
         quarantine=(
             None
             if row.quarantined_at is None
