@@ -15,6 +15,16 @@ from loraplex_server.engine.messages import Submit
 from loraplex_server.engine.process.stream import OutputStream
 from loraplex_server.rpc.admission import MAX_DEADLINE_SECONDS, admitted_deadline
 from rpc.harness import Running, ask, running, until
+from rpc.raw_http2 import (
+    DATA,
+    END_HEADERS,
+    END_STREAM,
+    HEADERS,
+    PREFACE,
+    SETTINGS,
+    frame,
+    header_block,
+)
 
 pytestmark = pytest.mark.fault("deadline-overflows")
 
@@ -50,19 +60,6 @@ async def up(tmp_path: Path) -> AsyncIterator[Running]:
         yield server
 
 
-def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
-    """A frame of HTTP/2 (RFC 9113, section 4.1)."""
-    return struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream) + payload
-
-
-def headers(**named: str) -> bytes:
-    """Header fields as literals that are never indexed (RFC 7541, section 6.2.3)."""
-    fields = [(name.encode(), value.encode()) for name, value in named.items()]
-    return b"".join(
-        b"\x10" + bytes([len(name)]) + name + bytes([len(value)]) + value for name, value in fields
-    )
-
-
 def call(method: str, message: bytes, duration: str) -> bytes:
     """The bytes of a connection with one call, whose `grpc-timeout` no gRPC client would send."""
     fields = {
@@ -76,10 +73,10 @@ def call(method: str, message: bytes, duration: str) -> bytes:
     }
     body = b"\0" + struct.pack(">I", len(message)) + message
     return (
-        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-        + frame(4, 0, 0, b"")  # SETTINGS
-        + frame(1, 4, 1, headers(**fields))  # HEADERS, END_HEADERS
-        + frame(0, 1, 1, body)  # DATA, END_STREAM
+        PREFACE
+        + frame(SETTINGS, 0, 0)
+        + frame(HEADERS, END_HEADERS, 1, header_block(fields))
+        + frame(DATA, END_STREAM, 1, body)
     )
 
 

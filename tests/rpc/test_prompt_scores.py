@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
-from collections import Counter
 from pathlib import Path
 
 import grpc
@@ -21,9 +19,11 @@ from loraplex_server.engine.messages import (
 )
 from loraplex_server.engine.process import wire
 from loraplex_server.rpc import validate
-from loraplex_server.rpc.completion import SLICE_ENTRIES, add_logprobs, copy_logprobs
+from loraplex_server.rpc.completion import SLICE_ENTRIES, add_logprobs
+from loraplex_server.rpc.slices import extend_in_slices
 from loraplex_server.text.tokenizer import TextTokenizer
 from rpc.harness import ask, refusal, running, streamed, write_model
+from rpc.turns import Turns
 
 pytestmark = pytest.mark.fault("prompt-logprobs-hold-loop")
 
@@ -41,28 +41,6 @@ def scores(tokens: int, top: int) -> list[Logprobs]:
         for _ in range(tokens)
     ]
     return [Logprobs(0, 0.0, [(0, 0.0)] * top), *made]
-
-
-class Turns:
-    """Counts what happens in each turn of the event loop."""
-
-    def __init__(self) -> None:
-        self.done: Counter[int] = Counter()
-        self._turn = 0
-        self._task = asyncio.create_task(self._count())
-
-    async def _count(self) -> None:
-        while True:
-            self._turn += 1
-            await asyncio.sleep(0)
-
-    def note(self) -> None:
-        self.done[self._turn] += 1
-
-    def stop(self) -> int:
-        """Returns the most that happened in one turn."""
-        self._task.cancel()
-        return max(self.done.values())
 
 
 async def test_they_are_put_into_a_reply_in_slices(
@@ -91,7 +69,7 @@ async def test_they_are_put_into_a_reply_in_slices(
     assert sum(turns.done.values()) == 2001 * 21
     assert made.SerializeToString() == wanted.SerializeToString()
     copied = generation_pb2.GenerationDelta()
-    await copy_logprobs(copied.logprobs, made.logprobs)
+    await extend_in_slices(copied.logprobs, made.logprobs)
     assert copied == wanted
 
 

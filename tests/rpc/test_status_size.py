@@ -16,6 +16,8 @@ from loraplex_model.base.refusal import Problem, Reason, Refusal, Subject
 from loraplex_server.rpc.errors import TABLE, TRAILER_BYTES, Detail, status_of, trailers_of
 from rpc.harness import Running, refusal, running, write_adapter
 
+pytestmark = pytest.mark.fault("details-overflow")
+
 REQUEST_ID = "r" * 128
 
 

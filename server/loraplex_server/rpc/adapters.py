@@ -22,6 +22,7 @@ from loraplex_server.rpc import validate_adapters as validate
 from loraplex_server.rpc.errors import for_client, require
 from loraplex_server.rpc.gate import Gate
 from loraplex_server.rpc.peers import peer_address
+from loraplex_server.rpc.slices import extend_in_slices
 from loraplex_server.rpc.uploads import UploadReceiver
 
 DEFAULT_PAGE: Final = 100
@@ -86,9 +87,9 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         terms = (size, request.page_token, dict(request.labels))
         work = self._registry.read(self._store.page, *terms)
         page = await _typed(work, "", "page_token")
-        return pb.ListAdaptersResponse(
-            adapters=map(self._describe, page.records), next_page_token=page.next_page_token
-        )
+        reply = pb.ListAdaptersResponse(next_page_token=page.next_page_token)
+        await extend_in_slices(reply.adapters, page.records, self._describe)
+        return reply
 
     async def ListAdapterVersions(
         self, request: pb.ListAdapterVersionsRequest, context: _Context
@@ -97,7 +98,9 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         require(validate.name(request.name))
         work = self._registry.read(self._store.versions, request.name)
         found = await _typed(work, request.name, "name")
-        return pb.ListAdapterVersionsResponse(adapters=map(self._describe, found))
+        reply = pb.ListAdapterVersionsResponse()
+        await extend_in_slices(reply.adapters, found, self._describe)
+        return reply
 
     async def ValidateAdapter(
         self, request: pb.ValidateAdapterRequest, context: _Context

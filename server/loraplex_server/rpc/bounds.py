@@ -6,11 +6,12 @@ of the handlers are stricter; these limit what the handlers have to look at.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
-from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 from loraplex_model.base.refusal import Problem
 
@@ -137,64 +138,96 @@ LENGTHS: Final[Mapping[str, int]] = MappingProxyType(
 """Most characters of each string and most bytes of each `bytes`, by the field's full name."""
 
 
+_Findings: TypeAlias = list[tuple[str, str]]
+"""What exceeds a bound: paths, below the place that was checked, and descriptions."""
+
+_Check: TypeAlias = Callable[[Any], _Findings]
+"""Checks the value of a field."""
+
+
 def beyond_bounds(message: Message) -> list[Problem]:
     """Problems of the fields that exceed their bounds, at most `MAX_LISTED`.
 
     Visits the entries of those lists only that are short enough. Raises KeyError for a field of
     our messages that has no row in `ENTRIES` or `LENGTHS`.
     """
-    found = []
-    for problem in _message(message, ""):
-        found.append(problem)
-        if len(found) == MAX_LISTED:
-            break
+    return [Problem(path, text) for path, text in _beyond(message)[:MAX_LISTED]]
+
+
+def _beyond(message: Message) -> _Findings:
+    found: _Findings = []
+    checks = _checks(message.DESCRIPTOR)
+    for field, value in message.ListFields():
+        check = checks.get(field.number)
+        if check is not None:
+            found += [(field.name + path, text) for path, text in check(value)]
     return found
 
 
-def _message(message: Message, path: str) -> Iterator[Problem]:
-    for field, value in message.ListFields():
-        where = path + field.name
-        entry = field.message_type
-        if entry is not None and entry.GetOptions().map_entry:
-            yield from _map(entry.fields_by_name, field.full_name, value, where)
-        elif field.is_repeated:
-            yield from _list(field, value, where)
-        elif entry is not None:
-            yield from _message(value, where + ".")
-        else:
-            yield from _text(field, value, where)
+@cache
+def _checks(message: Descriptor) -> Mapping[int, _Check]:
+    """The checks of a message's fields by their numbers. Numbers themselves need none."""
+    made = {field.number: _check_of(field) for field in message.fields}
+    return {number: check for number, check in made.items() if check is not None}
 
 
-def _list(field: FieldDescriptor, values: Any, where: str) -> Iterator[Problem]:
-    if len(values) > ENTRIES[field.full_name]:
-        yield _too_many(field.full_name, where)
-    elif field.message_type is not None:
-        for i, value in enumerate(values):
-            yield from _message(value, f"{where}[{i}].")
-    elif field.type in _TEXTS:
-        for i, value in enumerate(values):
-            yield from _text(field, value, f"{where}[{i}]")
+def _check_of(field: FieldDescriptor) -> _Check | None:
+    entry = field.message_type
+    if entry is not None and entry.GetOptions().map_entry:
+        key, value = (_check_of(entry.fields_by_name[name]) for name in ("key", "value"))
+        return _map_check(ENTRIES[field.full_name], key, value)
+    one = _text_check(field)
+    if entry is not None:
+        one = _message_check
+    return _list_check(ENTRIES[field.full_name], one) if field.is_repeated else one
 
 
-def _map(entry: Any, name: str, values: Any, where: str) -> Iterator[Problem]:
-    if len(values) > ENTRIES[name]:
-        yield _too_many(name, where)
-        return
-    for key, value in values.items():
-        shown = f"{where}[{str(key)[:_SHOWN]}]"
-        yield from _text(entry["key"], key, shown)
-        yield from _text(entry["value"], value, shown)
+def _message_check(value: Message) -> _Findings:
+    return [(f".{path}", text) for path, text in _beyond(value)]
 
 
-def _text(field: FieldDescriptor, value: Any, where: str) -> Iterator[Problem]:
+def _text_check(field: FieldDescriptor) -> _Check | None:
     if field.type not in _TEXTS:
-        return
+        return None
     most = LENGTHS[field.full_name]
-    if len(value) > most:
-        unit = "bytes" if field.type == FieldDescriptor.TYPE_BYTES else "characters"
-        part = "the key must" if field.full_name.endswith("Entry.key") else "must"
-        yield Problem(where, f"{part} have at most {most} {unit}")
+    if most >= MAX_MESSAGE_BYTES:
+        return None  # no message has more
+    unit = "bytes" if field.type == FieldDescriptor.TYPE_BYTES else "characters"
+
+    def check(value: str | bytes) -> _Findings:
+        return [("", f"must have at most {most} {unit}")] if len(value) > most else []
+
+    return check
 
 
-def _too_many(name: str, where: str) -> Problem:
-    return Problem(where, f"must have at most {ENTRIES[name]} entries")
+def _list_check(most: int, one: _Check | None) -> _Check:
+    def check(values: Any) -> _Findings:
+        if len(values) > most:
+            return _too_many(most)
+        found: _Findings = []
+        for i, value in enumerate(values if one is not None else ()):
+            if wrong := one(value):  # type: ignore[misc]
+                found += [(f"[{i}]{path}", text) for path, text in wrong]
+                if len(found) >= MAX_LISTED:
+                    break
+        return found
+
+    return check
+
+
+def _map_check(most: int, key: _Check | None, value: _Check | None) -> _Check:
+    def check(values: Any) -> _Findings:
+        if len(values) > most:
+            return _too_many(most)
+        found: _Findings = []
+        for name, given in values.items():
+            wrong = [f"the key {text}" for _, text in (key(name) if key else [])]
+            wrong += [text for _, text in (value(given) if value else [])]
+            found += [(f"[{str(name)[:_SHOWN]}]", text) for text in wrong]
+        return found
+
+    return check
+
+
+def _too_many(most: int) -> _Findings:
+    return [("", f"must have at most {most} entries")]

@@ -17,9 +17,6 @@ from loraplex_server.text.tokenizer import TextTokenizer
 SLICE_ENTRIES: Final = 1024
 """Tokens and alternatives whose log-probabilities are put into a reply without a pause: 1 ms."""
 
-SLICE_COPIES: Final = 256
-"""Tokens whose log-probabilities are copied without a pause."""
-
 SLICE_OUTPUTS: Final = 256
 """Outputs of the engine that are turned into text without a pause."""
 
@@ -102,17 +99,6 @@ async def add_logprobs(
         for token, value in each.top:
             added.top.add(token_id=token, logprob=value, text=text(token))
         entries += 1 + len(each.top)
-
-
-async def copy_logprobs(
-    field: RepeatedCompositeFieldContainer[generation_pb2.TokenLogprobs],
-    source: Sequence[generation_pb2.TokenLogprobs],
-) -> None:
-    """Appends the log-probabilities of one reply to those of another, in slices."""
-    for at in range(0, len(source), SLICE_COPIES):
-        if at:
-            await asyncio.sleep(0)
-        field.extend(source[at : at + SLICE_COPIES])
 
 
 def slices(outputs: Sequence[Output]) -> Iterator[Sequence[Output]]:

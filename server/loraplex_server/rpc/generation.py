@@ -30,7 +30,6 @@ from loraplex_server.rpc.completion import (
     CompletionBuilder,
     Piece,
     add_logprobs,
-    copy_logprobs,
     slices,
 )
 from loraplex_server.rpc.errors import TABLE, for_client, invalid, require
@@ -41,6 +40,7 @@ from loraplex_server.rpc.resolve import (
     resolve,
     room_beside,
 )
+from loraplex_server.rpc.slices import extend_in_slices
 from loraplex_server.text.tokenizer import TextTokenizer, TooLong
 
 DEFAULT_MAX_NEW_TOKENS: Final = 256
@@ -75,11 +75,11 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                         reply.request_id = event.started.request_id
                         reply.adapters.extend(event.started.adapters)
                         scores = event.started.prompt_logprobs
-                        await copy_logprobs(reply.prompt_logprobs, scores)
+                        await extend_in_slices(reply.prompt_logprobs, scores)
                     case "delta":
                         pieces.append(event.delta.text)
                         reply.token_ids.extend(event.delta.token_ids)
-                        await copy_logprobs(reply.logprobs, event.delta.logprobs)
+                        await extend_in_slices(reply.logprobs, event.delta.logprobs)
                     case "finished":
                         reply.finish_reason = event.finished.finish_reason
                         reply.usage.CopyFrom(event.finished.usage)

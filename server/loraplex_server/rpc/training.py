@@ -14,6 +14,7 @@ from loraplex_server.rpc import describe_training as describe
 from loraplex_server.rpc import validate_training as validate
 from loraplex_server.rpc.errors import for_client, invalid
 from loraplex_server.rpc.gate import Gate
+from loraplex_server.rpc.slices import extend_in_slices
 from loraplex_server.training.jobs import JOB, JobRecord
 from loraplex_server.training.queue import JobQueue
 
@@ -54,8 +55,9 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):
         with self._open(validate.page, request) as queue:
             size = request.page_size or DEFAULT_PAGE
             found, token = queue.page(size, request.page_token, describe.states(request))
-        jobs = [self._describe(job) for job in found]
-        return training_pb2.ListJobsResponse(jobs=jobs, next_page_token=token)
+        reply = training_pb2.ListJobsResponse(next_page_token=token)
+        await extend_in_slices(reply.jobs, found, self._describe)
+        return reply
 
     async def CancelJob(
         self, request: training_pb2.CancelJobRequest, context: _Context
