@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from loraplex_model.base.durable import flush, locked, write_atomically
+from loraplex_model.base.durable import flush, locked, make_directory, write_atomically
 from loraplex_model.base.refusal import Reason, Refusal, model_invalid
 
 FORMAT = 2
@@ -69,7 +69,7 @@ def entry_for(
         entry = root / "entries" / key
         if is_whole(entry, digests=verify):
             return entry
-        entry.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(entry.parent)
         with locked(entry.parent / f"{key}.lock", mode=0o666):
             if is_whole(entry, digests=verify):
                 return entry

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from loraplex_model.base.durable import flush, locked, write_atomically
+from loraplex_model.base.durable import flush, locked, make_directory, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ def compile_kernels(
     """
     target = (into or default_directory()) / _name(isa, flags)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(target.parent)
         with locked(target.parent / f".{target.name}.lock", mode=0o666):
             library = target / LIBRARY
             if not is_whole(library) or _recorded(library) == instead_of:
