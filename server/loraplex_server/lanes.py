@@ -134,7 +134,7 @@ class Lanes:
         self.validations = Lane("validation", threads=1, waiting=64, nice=NICE)
         self.registrations = Lane("registration", threads=2, waiting=64, nice=NICE)
         self.uploads = Lane("receiving", threads=4, waiting=64, nice=NICE)
-        self.survey = Lane("survey", threads=1, waiting=1, nice=NICE)
+        self.survey = Lane("survey", threads=1, waiting=8, nice=NICE)
         self.text = Lane("tokenising", threads=2, waiting=320)
         self.training = Lane("work on training jobs", threads=2, waiting=1024, nice=NICE)
 
