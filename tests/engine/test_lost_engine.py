@@ -18,7 +18,7 @@ import pytest
 from engine.oracle import command, continuation
 from engine.test_process import Observer, ask, drain
 from loraplex_model.base.refusal import Refusal
-from loraplex_server.engine.messages import AdapterRef
+from loraplex_server.engine.messages import AdapterRef, SamplingParams
 from loraplex_server.engine.process.client import EngineClient
 from loraplex_server.engine.process.identity import BaseChanged
 from loraplex_server.engine.process.limits import SupervisionLimits
@@ -363,3 +363,14 @@ async def test_a_changed_tokenizer_is_another_base(tmp_path: Path) -> None:
         kill(client)
         assert "tokenizer.json" in str(await ends.first())
         assert observer.readies == 2
+
+
+@pytest.mark.fault("message-ends-engine")
+async def test_a_request_that_cannot_be_handled_fails_alone() -> None:
+    async with supervised(command(step_seconds=0.01, num_blocks=200)) as (client, observer):
+        running = client.submit(ask(1, [1], 100))
+        await running.take()
+        broken = ask(2, [2], sampling=SamplingParams(logit_bias={1 << 63: 1.0}))
+        assert await drain(client.submit(broken)) == ([], "ENGINE_FAULT")
+        assert (await drain(running))[1] == "length"
+        assert observer.restarts == 0
