@@ -216,6 +216,8 @@ class OracleRunner:
         if "fail" in options:
             if options["fail"] == "crash":
                 raise RuntimeError("a secret of the reader")
+            if options["fail"] == "exit":
+                raise SystemExit  # ends the thread that reads
             raise Refusal(options["fail"], f"made to fail: {options['fail']}", "path")
         adapter = OracleAdapter(
             ref.digest,

@@ -18,8 +18,9 @@ import pytest
 from engine.oracle import command, continuation
 from engine.test_process import Observer, ask, drain
 from loraplex_model.base.refusal import Refusal
-from loraplex_server.engine.messages import AdapterRef
+from loraplex_server.engine.messages import AdapterRef, SamplingParams
 from loraplex_server.engine.process.client import EngineClient
+from loraplex_server.engine.process.descriptors import MOST, raise_descriptor_limit
 from loraplex_server.engine.process.identity import BaseChanged
 from loraplex_server.engine.process.limits import SupervisionLimits
 from loraplex_server.engine.process.supervisor import EngineLost
@@ -213,6 +214,31 @@ async def test_an_observer_that_raises_ends_nothing() -> None:
         assert await answers(client)
 
 
+@pytest.mark.fault("supervision-ends")
+async def test_the_end_of_a_thread_ends_the_engine_which_is_replaced() -> None:
+    async with supervised(command()) as (client, observer):
+        ending = client.load(adapter("bad", fail="exit"))
+        assert await fails(asyncio.wait_for(ending, 30)) == "ENGINE_RESTARTED"
+        await observer.until(lambda: client.ready)
+        assert [cause for cause, _ in observer.deaths] == ["exit"]
+        assert await answers(client, adapter("good"))
+
+
+@pytest.mark.fault("supervision-ends")
+async def test_processes_may_open_as_many_files_as_the_hard_limit_allows() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MOST if hard == resource.RLIM_INFINITY else min(hard, MOST)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 256), hard))
+    try:
+        async with supervised(command()) as (client, _):
+            assert client.pid is not None
+            assert resource.prlimit(client.pid, resource.RLIMIT_NOFILE) == (most, hard)
+        raise_descriptor_limit()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (most, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 # what ends engines
 
 
@@ -363,3 +389,14 @@ async def test_a_changed_tokenizer_is_another_base(tmp_path: Path) -> None:
         kill(client)
         assert "tokenizer.json" in str(await ends.first())
         assert observer.readies == 2
+
+
+@pytest.mark.fault("message-ends-engine")
+async def test_a_request_that_cannot_be_handled_fails_alone() -> None:
+    async with supervised(command(step_seconds=0.01, num_blocks=200)) as (client, observer):
+        running = client.submit(ask(1, [1], 100))
+        await running.take()
+        broken = ask(2, [2], sampling=SamplingParams(logit_bias={1 << 63: 1.0}))
+        assert await drain(client.submit(broken)) == ([], "ENGINE_FAULT")
+        assert (await drain(running))[1] == "length"
+        assert observer.restarts == 0

@@ -367,6 +367,21 @@ async def test_a_fault_of_the_server_ends_a_job_and_not_the_queue(
         assert after.error.reason == "DIVERGED"
 
 
+@pytest.mark.fault("supervision-ends")
+async def test_a_trainer_whose_output_is_no_longer_read_fails_its_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(tmp_path) as one:
+
+        async def broken(*_: object) -> None:
+            raise RuntimeError("a fault of the reader")
+
+        monkeypatch.setattr("loraplex_server.training.runner.Runner._follow", broken)
+        job = await one.create("step 1", "hold")  # it would go on until it is released
+        done = await asyncio.wait_for(one.ended(job), 30)
+        assert done.error == FailureRecord("ENGINE_FAULT", "internal error")
+
+
 async def test_memory_that_has_gone_meanwhile_fails_the_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -144,7 +144,7 @@ class EngineClient:
                 await self.load(ref)
         except Refusal as refusal:
             failure = Failure(refusal.reason, refusal.message)
-            self._deliver(Output(id=message.id, error=failure))
+            self._finish(Output(id=message.id, error=failure))
             return
         if message.id in self._requests:
             self._supervisor.send(message)
@@ -240,7 +240,10 @@ class EngineClient:
     def _receive(self, message: FromEngine) -> None:
         if isinstance(message, StepReport):
             for output in message.outputs:
-                self._deliver(output)
+                if ends(output):
+                    self._finish(output)
+                elif (stream := self._streams.get(output.id)) is not None:
+                    stream.put(output)
             self.stats = message.stats
             if message.adapters is not None:
                 self.adapters = {status.digest: status for status in message.adapters}
@@ -266,16 +269,12 @@ class EngineClient:
             else:
                 future.set_exception(_refusal(message.error))
 
-    def _deliver(self, output: Output) -> None:
-        """Puts an output into its stream, if that is still read."""
-        if not ends(output):
-            stream = self._streams.get(output.id)
-        else:
-            stream = self._streams.pop(output.id, None)
-            request = self._requests.pop(output.id, None)
-            if request is not None and output.finish is not None:
-                self._suspects.on_finish(request)
-        if stream is not None:
+    def _finish(self, output: Output) -> None:
+        """Puts the last output of a request into its stream, if that is still read."""
+        request = self._requests.pop(output.id, None)
+        if request is not None and output.finish is not None:
+            self._suspects.on_finish(request)
+        if (stream := self._streams.pop(output.id, None)) is not None:
             stream.put(output)
 
     def _tell(self, notice: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
