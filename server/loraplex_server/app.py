@@ -41,7 +41,7 @@ from loraplex_server.engine.process.supervisor import Cause
 from loraplex_server.engine.process.suspects import Verdict
 from loraplex_server.exits import ServerExit
 from loraplex_server.failures import for_operator
-from loraplex_server.lanes import Lanes
+from loraplex_server.lanes import Lanes, yield_often
 from loraplex_server.loop_lag import watch_event_loop
 from loraplex_server.metrics import Metrics
 from loraplex_server.quarantine import QuarantineKeeper
@@ -339,6 +339,7 @@ async def run(config: Config) -> ServerExit:
 
 async def _serve(config: Config) -> ServerExit:
     began = time.monotonic()
+    yield_often()
     stop = asyncio.Event()
     server: Server | None = None
 

@@ -26,6 +26,8 @@ T = TypeVar("T")
 NICE: Final = 10
 """Added to the niceness of threads whose work nobody's tokens wait for (Linux)."""
 
+_SWITCH_SECONDS: Final = 0.001
+
 _Task: TypeAlias = "tuple[Future[Any], Callable[[], Any]] | None"
 
 
@@ -141,6 +143,15 @@ class Lanes:
     async def close(self, patience: float) -> None:
         """Closes all lanes; see `Lane.close`."""
         await asyncio.gather(*(lane.close(patience) for lane in vars(self).values()))
+
+
+def yield_often() -> None:
+    """Has threads of this process hand over the interpreter's lock after a millisecond.
+
+    By default a thread keeps it for 5 ms if others want it. An examination in pure Python then
+    delays each of the many short turns of the event loop by that time.
+    """
+    sys.setswitchinterval(_SWITCH_SECONDS)
 
 
 def _call_soon(loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
