@@ -175,6 +175,20 @@ def test_a_source_that_changed_behind_its_times_never_becomes_another_base(home:
     assert opened(home).directory != directory
 
 
+@pytest.mark.fault("base-cache-damaged")
+@pytest.mark.parametrize("content", ["0" * 64, "0" * 63, "", "\xff" * 64])
+def test_a_damaged_memory_of_the_source_costs_a_look_at_the_source(
+    content: str, home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = opened(home).directory
+    for memory in (home / "cache" / "sources").iterdir():
+        memory.write_text(content, "latin-1")
+    assert opened(home).directory == directory
+    assert opened(home).directory == directory
+    assert [path for path in directory.parent.iterdir() if path.is_dir()] == [directory]
+    assert not caplog.records, "nothing was built"
+
+
 @pytest.mark.slow
 @pytest.mark.fault("base-cache-damaged")
 def test_processes_that_find_the_damage_together_build_it_once(home: Path) -> None:

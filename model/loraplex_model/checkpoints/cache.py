@@ -66,6 +66,9 @@ def entry_for(
     """
     try:
         key, is_remembered = _content_key(root, files, digests)
+        if is_remembered and not (root / "entries" / key).exists():
+            # Removed, or the memory is damaged: nothing else is known of this key.
+            key, is_remembered = _remember(root, files), False
         entry = root / "entries" / key
         if is_whole(entry, digests=verify):
             return entry
@@ -127,14 +130,18 @@ def _content_key(root: Path, files: Sequence[Path], digests: Sequence[str]) -> t
     """The key of the files' content, and whether it was remembered by their times, not read."""
     if digests:
         return _key(files, digests), False
-    known = _memory_of(root, files)
-    if (remembered := _read_key(known)) is not None:
+    if (remembered := _read_key(_memory_of(root, files))) is not None:
         return remembered, True
-    key = _key(files, _digests_of(files))
-    with contextlib.suppress(OSError):  # then it is computed again next time
-        known.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(known, key.encode())
-    return key, False
+    return _remember(root, files), False
+
+
+def _remember(root: Path, files: Sequence[Path]) -> str:
+    """Reads the files; returns the key of their content, and keeps it under their times."""
+    key, memory = _key(files, _digests_of(files)), _memory_of(root, files)
+    with contextlib.suppress(OSError):  # then they are read again next time
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(memory, key.encode())
+    return key
 
 
 def _memory_of(root: Path, files: Sequence[Path]) -> Path:
