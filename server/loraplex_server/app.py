@@ -38,7 +38,7 @@ from loraplex_server.engine.messages import (
 from loraplex_server.engine.process.client import EngineClient
 from loraplex_server.engine.process.descriptors import raise_descriptor_limit
 from loraplex_server.engine.process.supervisor import Cause
-from loraplex_server.engine.process.suspects import Verdict
+from loraplex_server.engine.process.suspects import LossReport
 from loraplex_server.exits import ServerExit
 from loraplex_server.failures import for_operator
 from loraplex_server.lanes import Lanes, yield_often
@@ -106,9 +106,9 @@ class _Observer:
         self.on_table([])
         self._rpc.set_serving(False)
 
-    def on_death(self, cause: Cause, verdict: Verdict) -> None:
+    def on_death(self, cause: Cause, report: LossReport) -> None:
         self._metrics.on_death(cause.value)
-        if verdict.quarantined:
+        if report.quarantined:
             self.on_quarantine()
 
     def on_ready(self, hello: Hello) -> None:

@@ -291,7 +291,7 @@ async def test_requests_for_an_adapter_that_ends_engines_end_two_and_no_more() -
 
 
 @pytest.mark.fault("adapter-kills-engines")
-async def test_an_adapter_that_is_loaded_beside_the_guilty_one_is_not_blamed() -> None:
+async def test_an_adapter_that_is_loaded_beside_the_cause_is_not_quarantined() -> None:
     async with supervised(command(host_budget_bytes=500)) as (client, observer):
         bad, slow = adapter("bad", kills="read", seconds=0.2), adapter("slow", seconds=0.3)
         for id in range(2):

@@ -32,7 +32,7 @@ from loraplex_server.engine.process import wire
 from loraplex_server.engine.process.client import EngineClient
 from loraplex_server.engine.process.stream import OutputStream
 from loraplex_server.engine.process.supervisor import Cause
-from loraplex_server.engine.process.suspects import Verdict
+from loraplex_server.engine.process.suspects import LossReport
 
 GREEDY = SamplingParams(temperature=0.0)
 BACKOFF = (0.01, 0.1)
@@ -46,7 +46,7 @@ class Observer:
         self.loads: list[LoadDone] = []
         self.merges: list[MergeDone] = []
         self.fatals: list[Fatal] = []
-        self.deaths: list[tuple[Cause, Verdict]] = []
+        self.deaths: list[tuple[Cause, LossReport]] = []
         self.restarts = 0
         self.readies = 0
         self._changed = asyncio.Event()
@@ -67,8 +67,8 @@ class Observer:
         self.restarts += 1
         self._changed.set()
 
-    def on_death(self, cause: Cause, verdict: Verdict) -> None:
-        self.deaths.append((cause, verdict))
+    def on_death(self, cause: Cause, report: LossReport) -> None:
+        self.deaths.append((cause, report))
         self._changed.set()
 
     def on_ready(self, hello: Hello) -> None:

@@ -59,8 +59,8 @@ def test_only_work_that_was_under_way_is_counted() -> None:
     begin(suspects, "a", "b", "b")
     suspects.attempt(Attempt("a", "load", begun=False))
     suspects.attempt(Attempt("b", "load", begun=False))
-    verdict = suspects.on_death([])
-    assert verdict.suspects == {"b"}
+    report = suspects.on_death([])
+    assert report.suspects == {"b"}
     assert suspects.is_suspect("b")
     assert not suspects.is_suspect("a")
     assert suspects.on_death([]).suspects == frozenset()  # of the next process
@@ -82,27 +82,27 @@ def test_work_that_succeeds_clears_of_its_own_kind_only() -> None:
     assert suspects.on_death([]).quarantined == {}
 
 
-def test_a_request_is_known_by_its_content_and_blamed_only_if_it_is_the_only_one(
+def test_a_request_is_known_by_its_content_and_refused_only_if_it_is_the_only_one(
     clock: Clock,
 ) -> None:
     suspects = Suspects(LIMITS, clock)
 
-    def guilty(id: int) -> Submit:
+    def cause(id: int) -> Submit:
         return ask(id, [1], priority=id, deadline=float(id), sampling=SamplingParams(seed=id))
 
     companion = ask(50, [2])
     for id in range(3):
-        assert suspects.on_death([guilty(id), companion]).requests == 0
-    assert not suspects.refuses(guilty(9))
+        assert suspects.on_death([cause(id), companion]).requests == 0
+    assert not suspects.refuses(cause(9))
     suspects.on_finish(companion)
-    assert suspects.on_death([guilty(4), ask(51, [3])]).requests == 1
-    assert suspects.refuses(guilty(5))
+    assert suspects.on_death([cause(4), ask(51, [3])]).requests == 1
+    assert suspects.refuses(cause(5))
     assert not suspects.refuses(companion)
     clock.now += 3601
-    assert not suspects.refuses(guilty(6))
+    assert not suspects.refuses(cause(6))
 
 
-def test_a_request_that_waits_for_a_suspect_adapter_is_not_blamed() -> None:
+def test_a_request_that_waits_for_a_suspect_adapter_is_not_counted() -> None:
     suspects = Suspects(SupervisionLimits(adapter_deaths=9))
     for id in range(5):
         begin(suspects, "a")

@@ -145,7 +145,7 @@ async def test_the_longest_deadline_of_grpc_ends_nothing(
 ) -> None:
     hours = 99_999_999  # the most that fit into the header grpc-timeout
     later = time.monotonic() + hours * 3600.0
-    monkeypatch.setattr(generation, "_deadline", lambda context: later)
+    monkeypatch.setattr(generation, "admitted_deadline", lambda remaining: later)
     async with running(tmp_path) as up:
         adapter = await up.register("slow")
         await sabotage(up, "slow", seconds=0.3)

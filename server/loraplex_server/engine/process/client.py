@@ -45,8 +45,8 @@ from loraplex_server.engine.process.observer import EngineObserver
 from loraplex_server.engine.process.restoring import Restoration
 from loraplex_server.engine.process.stream import OutputStream, ends
 from loraplex_server.engine.process.supervisor import Cause, Supervisor
-from loraplex_server.engine.process.suspects import Suspects, Verdict
-from loraplex_server.engine.process.trials import Trials
+from loraplex_server.engine.process.suspect_loads import SuspectLoads
+from loraplex_server.engine.process.suspects import LossReport, Suspects
 
 RESTARTED = Failure(Reason.ENGINE_RESTARTED, "the engine was restarted; try again")
 MAX_ORDERS = 1024
@@ -92,9 +92,9 @@ class EngineClient:
         self._observer = observer
         self._supervisor = Supervisor(command, self._receive, self, limits)
         self._suspects = Suspects(limits)
-        self._trials = Trials(self._suspects)
+        self._suspect_loads = SuspectLoads(self._suspects)
         self._restoration = Restoration()
-        self._verdict = Verdict()
+        self._report = LossReport()
         self._streams: dict[int, OutputStream] = {}
         self._requests: dict[int, Submit] = {}
         self._pending: dict[int, asyncio.Future[None]] = {}
@@ -132,12 +132,12 @@ class EngineClient:
         self._requests[message.id] = message
         suspects = [ref for ref in message.adapters if self._suspects.is_suspect(ref.digest)]
         if suspects:
-            self._trials.start(self._submit_after_trial(message, suspects))
+            self._suspect_loads.start(self._submit_after_loads(message, suspects))
         else:
             self._supervisor.send(message)
         return stream
 
-    async def _submit_after_trial(self, message: Submit, suspects: Sequence[AdapterRef]) -> None:
+    async def _submit_after_loads(self, message: Submit, suspects: Sequence[AdapterRef]) -> None:
         """Sends a request once its suspect adapters have been loaded, one after the other."""
         try:
             for ref in suspects:
@@ -191,7 +191,7 @@ class EngineClient:
         await self._order(Unmerge(next(self._ops), digest))
 
     async def _order_load(self, message: Load | SetPinned | Merge) -> None:
-        """Sends an order that may load or merge its adapter; a suspect waits for its trial."""
+        """Sends an order that may load or merge its adapter; a suspect waits for the others."""
         digest = message.adapter.digest
         if isinstance(message, SetPinned) and not message.pinned:
             await self._order(message)
@@ -202,7 +202,7 @@ class EngineClient:
                 raise _refusal(self._quarantine_of(digest))
             await self._order(message)
 
-        await self._trials.run(digest, order)
+        await self._suspect_loads.run(digest, order)
 
     def _quarantine_of(self, digest: str) -> Failure:
         text = f"the adapter {digest} is quarantined: {self.quarantined[digest]}"
@@ -293,7 +293,7 @@ class EngineClient:
     async def stop(self) -> None:
         """Ends the engine and does not replace it. Streams that are open end with DRAINING."""
         await self._supervisor.stop()
-        self._trials.cancel()
+        self._suspect_loads.cancel()
         self._fail_all(STOPPED)
 
     # events of the process
@@ -309,8 +309,8 @@ class EngineClient:
         self.stats = None
         self.restarts += 1
         log.error("the engine process was lost; %d requests fail", len(self._streams))
-        self._verdict = self._suspects.on_death(self._requests.values())
-        self.quarantined |= self._verdict.quarantined
+        self._report = self._suspects.on_death(self._requests.values())
+        self.quarantined |= self._report.quarantined
         self._restoration.on_lost(
             self.adapters.values(),
             lambda digest: self._suspects.is_suspect(digest) or digest in self.quarantined,
@@ -321,16 +321,16 @@ class EngineClient:
 
     def on_end(self, cause: Cause) -> None:
         """The lost process has ended, or a replacement has failed to start."""
-        verdict, self._verdict = self._verdict, Verdict()
+        report, self._report = self._report, LossReport()
         if cause is not Cause.START:
             log.error("the engine process has ended: %s", cause, extra={"cause": cause.value})
-        for digest in sorted(verdict.suspects - verdict.quarantined.keys()):
+        for digest in sorted(report.suspects - report.quarantined.keys()):
             log.error("adapter %s was being loaded or merged; it is loaded on demand only", digest)
-        for digest, reason in verdict.quarantined.items():
+        for digest, reason in report.quarantined.items():
             log.critical("adapter %s is quarantined: %s", digest, reason)
-        if verdict.requests:
+        if report.requests:
             log.critical("a request is refused from now on: it ran at each of the last ends")
-        self._tell(self._observer.on_death, cause, verdict)
+        self._tell(self._observer.on_death, cause, report)
 
     def on_failed_start(self, refusal: Refusal) -> None:
         """A replacement could not be started; another attempt follows."""

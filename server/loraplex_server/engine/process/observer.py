@@ -6,7 +6,7 @@ from typing import Protocol
 
 from loraplex_server.engine.messages import Fatal, Hello, LoadDone, MergeDone, StepReport
 from loraplex_server.engine.process.supervisor import Cause
-from loraplex_server.engine.process.suspects import Verdict
+from loraplex_server.engine.process.suspects import LossReport
 
 
 class EngineObserver(Protocol):
@@ -24,7 +24,7 @@ class EngineObserver(Protocol):
     def on_restart(self) -> None:
         """The engine process was lost and its requests have failed; a new one will be started."""
 
-    def on_death(self, cause: Cause, verdict: Verdict) -> None:
+    def on_death(self, cause: Cause, report: LossReport) -> None:
         """The lost process has ended, or a new one has failed to start; who may have caused it."""
 
     def on_ready(self, hello: Hello) -> None:

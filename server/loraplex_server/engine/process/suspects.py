@@ -1,9 +1,9 @@
 """Which adapters and requests may have caused the end of an engine process.
 
 An adapter is a suspect if it was being loaded or merged when a process ended. Suspects are not
-loaded again automatically, and later at most one of them is loaded or merged at a time: it is on
-trial. So two suspects never share the blame, and an adapter that was only there by chance is
-cleared by its next load. One that was a suspect at `adapter_deaths` ends is quarantined.
+loaded again automatically, and later at most one of them is loaded or merged at a time. So two
+suspects are never counted together, and an adapter that was only there by chance is cleared by its
+next load. One that was a suspect at `adapter_deaths` ends is quarantined.
 
 A request is recognised by its content, because clients retry with new ids. It is quarantined if it
 ran at `request_deaths` ends in a row and is the only one that did; a request that finishes is
@@ -33,7 +33,7 @@ _DOING: Final = {"load": "loaded", "merge": "merged"}
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class LossReport:
     """What the end of a process says about adapters and requests.
 
     Attributes:
@@ -107,7 +107,7 @@ class Suspects:
 
     # the end of a process
 
-    def on_death(self, requests: Iterable[Submit]) -> Verdict:
+    def on_death(self, requests: Iterable[Submit]) -> LossReport:
         """Counts the end of a process, in which `requests` were unfinished."""
         attempts, self._attempts = set(self._attempts), Counter()
         suspects = frozenset(digest for digest, _ in attempts)
@@ -128,7 +128,7 @@ class Suspects:
             for request in requests
             if not any(ref.digest in suspects for ref in request.adapters)
         }
-        return Verdict(suspects, quarantined, self._count_requests(ran))
+        return LossReport(suspects, quarantined, self._count_requests(ran))
 
     def _count_requests(self, ran: set[bytes]) -> int:
         """Counts an end for the requests that ran; returns how many are quarantined for it."""

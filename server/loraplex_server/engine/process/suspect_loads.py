@@ -1,4 +1,4 @@
-"""Trials: suspect adapters are loaded or merged one at a time, so that one alone is to blame."""
+"""Suspect adapters are loaded or merged one at a time, so that an end points to one of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from loraplex_server.engine.process.suspects import Suspects
 
 
-class Trials:
+class SuspectLoads:
     """Runs work on suspect adapters one after the other, and all other work at once."""
 
     def __init__(self, suspects: Suspects) -> None:
@@ -18,19 +18,19 @@ class Trials:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self, digest: str, work: Callable[[], Awaitable[None]]) -> None:
-        """Runs `work` on an adapter; for a suspect, once no other suspect is on trial.
+        """Runs `work` on an adapter; for a suspect, after the work on other suspects.
 
-        A caller that is cancelled does not end the trial. Raises what `work` raises.
+        A caller that is cancelled does not end the work. Raises what `work` raises.
         """
         if not self._suspects.is_suspect(digest):
             await work()
             return
 
-        async def trial() -> None:
+        async def alone() -> None:
             async with self._one:
                 await work()
 
-        await asyncio.shield(self.start(trial()))
+        await asyncio.shield(self.start(alone()))
 
     def start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Runs `work` as a task that ends at the latest with `cancel`."""
