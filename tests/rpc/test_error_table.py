@@ -348,7 +348,7 @@ async def request_quarantined(up: Running, patch: pytest.MonkeyPatch) -> None:
 @raises(Reason.DEADLINE_EXCEEDED)
 async def deadline_exceeded(up: Running, patch: pytest.MonkeyPatch) -> None:
     loop = asyncio.get_running_loop()
-    patch.setattr(generation, "_deadline", lambda context: loop.time() + 0.05)
+    patch.setattr(generation, "admitted_deadline", lambda remaining: loop.time() + 0.05)
     await up.generation.Generate(ask(new=500))
 
 
