@@ -9,8 +9,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +18,6 @@ from typing import Any, Final
 
 from loraplex_adapters.format.spec import AdapterLimits
 from loraplex_adapters.store import Store
-from loraplex_model.base.refusal import Refusal
 from prometheus_client import (
     CollectorRegistry,
     GCCollector,
@@ -40,7 +39,7 @@ from loraplex_server.engine.process.descriptors import raise_descriptor_limit
 from loraplex_server.engine.process.supervisor import Cause
 from loraplex_server.engine.process.suspects import LossReport
 from loraplex_server.exits import ServerExit
-from loraplex_server.failures import for_operator
+from loraplex_server.failures import StartFailure, needed
 from loraplex_server.lanes import Lanes, yield_often
 from loraplex_server.loop_lag import watch_event_loop
 from loraplex_server.metrics import Metrics
@@ -73,15 +72,6 @@ STOP_GRACE: Final = 2.0
 """Seconds that finished calls have to reach their clients before connections are closed."""
 
 log = logging.getLogger(__name__)
-
-
-class StartFailure(Exception):
-    """The reason why the server cannot start. The message tells the operator what to do."""
-
-    def __init__(self, code: ServerExit, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-        self.message = message
 
 
 class _Observer:
@@ -157,7 +147,7 @@ class Server:
         self._closing.callback(watching.cancel)
         store = await self._open_store()
         self._closing.push_async_callback(self._lanes.close, STOP_GRACE)
-        with _needed(ServerExit.NO_MODEL, "cannot start the engine"):
+        with needed(ServerExit.NO_MODEL, "cannot start the engine"):
             hello = await self.engine.start()
         self._close_later(ENGINE_SECONDS, "the engine does not stop", self.engine.stop)
         model = hello.model
@@ -166,7 +156,7 @@ class Server:
             model.max_context,
             hello.num_blocks * hello.block_size,
         )
-        with _needed(ServerExit.NO_MODEL, "cannot read"):
+        with needed(ServerExit.NO_MODEL, "cannot read"):
             folder = Path(model.tokenizer_path)
             tokenizer = await asyncio.to_thread(TextTokenizer, folder, context, self._lanes.text)
         limits = AdapterLimits(
@@ -179,7 +169,7 @@ class Server:
             store, self.engine, self.metrics, config.import_root, limits, self._lanes
         )
         self._closing.push_async_callback(registry.close)
-        with _needed(ServerExit.STORE_UNUSABLE, "cannot read the store"):
+        with needed(ServerExit.STORE_UNUSABLE, "cannot read the store"):
             await registry.open()
         self._observer.on_table = registry.feed.on_table
         self._keep_running(registry)
@@ -238,14 +228,14 @@ class Server:
 
     def _bind(self) -> None:
         admin = self.admin_address
-        with _needed(ServerExit.PORT_IN_USE, f"cannot listen on {admin} for metrics"):
+        with needed(ServerExit.PORT_IN_USE, f"cannot listen on {admin} for metrics"):
             metrics = MetricsServer(admin.host, admin.port, self.metrics.registry)
         stop = partial(asyncio.to_thread, metrics.stop)
         self._close_later(PART_SECONDS, "the metrics endpoint does not stop", stop)
         watch = WatchedTask(while_alive(metrics.thread), "metrics endpoint")
         self._closing.push_async_callback(watch.stop)
         self.admin_address = Address(admin.host, metrics.port)
-        with _needed(ServerExit.PORT_IN_USE, f"cannot listen on {self.address}"):
+        with needed(ServerExit.PORT_IN_USE, f"cannot listen on {self.address}"):
             self.address = self._rpc.bind(self.address)
         self._close_later(PART_SECONDS, "the connections do not close", self._stop_rpc)
 
@@ -274,7 +264,7 @@ class Server:
             config.import_root,
             bounds,
         )
-        with _needed(ServerExit.STORE_UNUSABLE, "cannot use"):
+        with needed(ServerExit.STORE_UNUSABLE, "cannot use"):
             await queue.open()
         stop = partial(self._stop_training, STOP_GRACE)
         self._close_later(TRAINING_SECONDS, "the training does not stop", stop)
@@ -305,23 +295,11 @@ class Server:
             self._config.import_root.mkdir(parents=True, exist_ok=True)
             return Store(self._config.store, self._config.store_url.get_secret_value())
 
-        with _needed(ServerExit.STORE_UNUSABLE, "cannot use"):
+        with needed(ServerExit.STORE_UNUSABLE, "cannot use"):
             store = await asyncio.to_thread(work)
         close = partial(asyncio.to_thread, store.close)
         self._close_later(PART_SECONDS, "the store does not close", close)
         return store
-
-
-@contextmanager
-def _needed(code: ServerExit, what: str) -> Iterator[None]:
-    """Turns a refusal or an OSError into StartFailure; `what` begins the message of the latter."""
-    try:
-        yield
-    except Refusal as error:
-        raise StartFailure(code, for_operator(error)) from error
-    except OSError as error:
-        file = f" {error.filename}" if error.filename else ""
-        raise StartFailure(code, f"{what}{file}: {error.strerror}") from error
 
 
 async def run(config: Config) -> ServerExit:

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from loraplex_model.base.refusal import Reason, Refusal
 
 from loraplex_server.exits import ServerExit
 
 log = logging.getLogger(__name__)
+
+
+class StartFailure(Exception):
+    """The reason why the server cannot start. The message tells the operator what to do."""
+
+    def __init__(self, code: ServerExit, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
 
 
 def for_operator(refusal: Refusal) -> str:
@@ -25,6 +36,18 @@ def for_operator(refusal: Refusal) -> str:
         return f"{refusal.message}: {where}{cause.strerror}"
     said = str(cause).strip().partition("\n")[0]
     return f"{refusal.message}: {said or type(cause).__name__}"
+
+
+@contextmanager
+def needed(code: ServerExit, what: str) -> Iterator[None]:
+    """Turns a refusal or an OSError into StartFailure; `what` begins the message of the latter."""
+    try:
+        yield
+    except Refusal as error:
+        raise StartFailure(code, for_operator(error)) from error
+    except OSError as error:
+        file = f" {error.filename}" if error.filename else ""
+        raise StartFailure(code, f"{what}{file}: {error.strerror}") from error
 
 
 def unexpected(error: Exception) -> ServerExit:

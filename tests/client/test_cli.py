@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import grpc
 import pytest
@@ -17,7 +18,7 @@ from google.protobuf import duration_pb2
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2
 from loraplex.cli import app, output
-from loraplex.results import FinishReason, Usage
+from loraplex.results import Finding, FinishReason, Usage
 from loraplex.v1 import adapter_pb2
 from typer.testing import CliRunner, Result
 
@@ -168,6 +169,24 @@ def test_a_list_on_a_terminal_is_a_table(client, monkeypatch):
     output.write_adapters([info])
     for expected in ("pirate", "resident", "3.0 MiB", "2.0 MiB", "sha256:abababababab"):
         assert expected in screen.getvalue()
+
+
+@pytest.mark.fault("base-changed-under-store")
+def test_an_adapter_that_is_not_served_says_why(client, monkeypatch, capsys):
+    info = client.register_adapter("pirate", "dir").adapter
+    output.write_fields(info)
+    assert "unservable" not in capsys.readouterr().out
+    why = Finding("BASE_MODEL_MISMATCH", "", "registered for another base")
+    info = replace(info, unservable=why, base_name="tiny")
+    output.write_fields(info)
+    lines = capsys.readouterr().out.splitlines()
+    assert "unservable: BASE_MODEL_MISMATCH: registered for another base" in lines
+    assert "base_name: tiny" in lines
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setenv("COLUMNS", "120")
+    output.write_adapters([info])
+    assert "not served" in screen.getvalue()
 
 
 def test_an_empty_list_says_what_to_do(run):

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 from loraplex.results import (
     AdapterEvent,
     AdapterInfo,
+    Finding,
     FinishReason,
     Registration,
     ResolvedAdapter,
@@ -99,7 +100,8 @@ def write_adapters(adapters: Sequence[AdapterInfo]) -> None:
             ("name", "version", "state", "type", "rank", "size", "on device", "active", "digest"),
             [
                 (
-                    *(a.name, a.version, a.state, a.peft_type, a.rank, size(a.size_bytes)),
+                    *(a.name, a.version, "not served" if a.unservable else a.state),
+                    *(a.peft_type, a.rank, size(a.size_bytes)),
                     *(size(a.device_bytes) if a.device_bytes else "-", a.active_requests),
                     short(a.digest),
                 )
@@ -138,9 +140,11 @@ def write_table(
 
 
 def write_fields(value: DataclassInstance) -> None:
-    """Prints a line `name: value` for each field."""
+    """Prints a line `name: value` for each field; none for a fault that there is not."""
     for item in dataclasses.fields(value):
-        print(f"{item.name}: {plain(getattr(value, item.name))}")
+        content = getattr(value, item.name)
+        if item.name != "unservable" or content is not None:
+            print(f"{item.name}: {plain(content)}")
 
 
 def plain(value: object) -> object:
@@ -152,6 +156,8 @@ def plain(value: object) -> object:
             return " ".join(value)
         case datetime():
             return value.isoformat()
+        case Finding():
+            return f"{value.reason}: {value.message}"
         case Mapping():
             return " ".join(f"{key}={one}" for key, one in sorted(value.items()))
     return value
