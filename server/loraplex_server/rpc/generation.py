@@ -109,8 +109,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             prompt = await self._tokenise(request, field_path, room)
             require(validate.scores(request, len(prompt), field_path))
             ticket.wait(len(prompt))
-            deadline = admitted_deadline(context.time_remaining())
-            call = _Call(request, adapters, prompt, room, deadline, field_path, streaming)
+            call = _Call(request, adapters, prompt, room, _deadline(context), field_path, streaming)
             with self.metrics.generation(call.names):
                 async with aclosing(self._run(call, ticket, clock)) as events:
                     async for event in events:
@@ -335,6 +334,10 @@ def _finished(finish: str, prompt: int, tokens: int) -> _Event:
             finish_reason=FINISH_REASONS[finish], usage=usage
         )
     )
+
+
+def _deadline(context: _Context) -> float | None:
+    return admitted_deadline(context.time_remaining())
 
 
 def _subject(request: generation_pb2.GenerateRequest) -> Subject:
