@@ -373,8 +373,6 @@ async def _serve(config: Config) -> ServerExit:
 def _announce(server: Server, seconds: float) -> None:
     """Prints that the server is ready."""
     model = server.engine.hello.model
-    print(
-        f"ready: grpc {server.address} admin {server.admin_address} model {model.name} "
-        f"({model.base.dtype} on {model.device}) in {seconds:.1f} s",
-        flush=True,
-    )
+    where = f"grpc {server.address} admin {server.admin_address}"
+    what = f"{model.name} ({model.base.dtype} on {model.device})"
+    print(f"ready: {where} model {what} in {seconds:.1f} s", flush=True)

@@ -11,7 +11,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from loraplex_server.rpc.server import SERVICES
 from rpc.harness import refusal, running, until
-from rpc.raw_http2 import raw_connection
+from rpc.raw_http2 import DATA, DEFAULT_WINDOW, END_STREAM, frame, raw_connection
 
 WATCH = "/grpc.health.v1.Health/Watch"
 Status = health_pb2.HealthCheckResponse
@@ -96,3 +96,17 @@ async def test_watchers_are_bounded_and_stalled_ones_make_room(
         watch = stub.Watch(health_pb2.HealthCheckRequest())
         assert (await watch.read()).status == Status.SERVING
         watch.cancel()
+
+
+async def test_a_check_that_arrives_while_the_drain_begins_is_answered(tmp_path: Path) -> None:
+    async with (
+        running(tmp_path) as up,
+        raw_connection(up.server.address, DEFAULT_WINDOW) as slow,
+    ):
+        check = slow.call("/grpc.health.v1.Health/Check")
+        await until(lambda: len(up.server._rpc._interceptor.arrivals) == 1)
+        await asyncio.wait_for(up.server.drain(), 20)
+        assert len(up.server._rpc._interceptor.arrivals) == 1
+        slow.send(frame(DATA, END_STREAM, check, bytes(5)))
+        await until(lambda: check in slow.ended)
+        assert slow.received[check] == 7  # the head of a message, and a status

@@ -96,7 +96,10 @@ async def test_half_sent_requests_end_with_the_drain(tmp_path: Path) -> None:
 
 
 @pytest.mark.fault("drain-unbounded")
-async def test_readers_that_have_stopped_do_not_hold_the_drain(tmp_path: Path) -> None:
+async def test_readers_that_have_stopped_do_not_hold_the_drain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loraplex_server.rpc.writing.DRAIN_STALL_SECONDS", 0.5)
     slow = {"step_seconds": 0.003, "num_blocks": 1024}
     more = settings(tmp_path)
     async with (

@@ -158,6 +158,7 @@ def test_a_second_sigterm_ends_it_at_once(tmp_path: Path) -> None:
             pass
 
 
+@pytest.mark.slow
 def test_a_hung_engine_does_not_outlive_its_server(tmp_path: Path) -> None:
     with (
         serving(tmp_path, engine_options=SLOW, drain_timeout=0.2) as up,

@@ -292,7 +292,7 @@ async def live_all(folder: Path, seeds: range, at_once: int) -> None:
 @pytest.mark.fault("sigterm-anywhere")
 @pytest.mark.fault("drain-unbounded")
 async def test_sigterm_ends_a_server_well_at_some_moments(tmp_path: Path) -> None:
-    await live_all(tmp_path, range(4), at_once=2)
+    await live_all(tmp_path, range(3), at_once=3)
 
 
 @pytest.mark.slow

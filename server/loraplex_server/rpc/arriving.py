@@ -31,6 +31,7 @@ M = TypeVar("M")
 class _Arrival(NamedTuple):
     refuse: Callable[[Refusal], None]
     began: float
+    drains: bool
 
 
 class Arrivals:
@@ -48,10 +49,11 @@ class Arrivals:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def begin(self, refuse: Callable[[Refusal], None]) -> int:
+    def begin(self, refuse: Callable[[Refusal], None], drains: bool) -> int:
         """Begins to wait for a request; returns a key for `end`.
 
-        `refuse` is called if the request takes too long or there are too many.
+        `refuse` is called if the request takes too long or there are too many; with `drains` also
+        when the gate closes.
         """
         loop = asyncio.get_running_loop()
         now = loop.time()
@@ -60,7 +62,7 @@ class Arrivals:
         if self._timer is None:
             self._timer = loop.call_later(ARRIVAL_SECONDS, self._sweep)
         self._count += 1
-        self._waiting[self._count] = _Arrival(refuse, now)
+        self._waiting[self._count] = _Arrival(refuse, now, drains)
         return self._count
 
     def end(self, key: int) -> None:
@@ -83,7 +85,7 @@ class Arrivals:
             self._refuse(key, Refusal(Reason.DEADLINE_EXCEEDED, text))
 
     def _end_all(self) -> None:
-        for key in list(self._waiting):
+        for key in [key for key, arrival in self._waiting.items() if arrival.drains]:
             self._refuse(key, Refusal(Reason.DRAINING, "the server is shutting down"))
 
     def _refuse(self, key: int, refusal: Refusal) -> None:

@@ -149,7 +149,8 @@ class Interceptor(grpc.aio.ServerInterceptor):
 
     async def _request(self, method: str, context: _Context) -> bytes:
         """Reads the only request of a call, which `Arrivals` refuses if it does not arrive."""
-        key = self.arrivals.begin(partial(self._refuse, method, context))
+        refuse = partial(self._refuse, method, context)
+        key = self.arrivals.begin(refuse, drains=method.startswith(_OURS))
         try:
             data: Any = await context.read()
         except grpc.aio.AbortError as refused:
