@@ -193,7 +193,7 @@ class AdapterFeed:
 
     async def _follow(self) -> None:
         while True:
-            # Not wait_for, which drops a cancellation that comes with the event (until Python 3.12).
+            # Not wait_for: before Python 3.12 it drops a cancellation that comes with the event.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._poll_seconds):
                     await self._stale.wait()
