@@ -193,11 +193,13 @@ class AdapterFeed:
 
     async def _follow(self) -> None:
         while True:
+            # Not wait_for: before Python 3.12 it drops a cancellation that comes with the event.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stale.wait(), self._poll_seconds)
+                async with asyncio.timeout(self._poll_seconds):
+                    await self._stale.wait()
             try:
-                stale = self._stale.is_set()
-                if stale or self._catalogue is None or await self._count() != self._catalogue.count:
+                stale, known = self._stale.is_set(), self._catalogue
+                if stale or known is None or await self._count() != known.count:
                     await self._refresh()
             except Refusal as error:
                 log.warning("watchers are not updated: the store cannot be read: %s", error.message)

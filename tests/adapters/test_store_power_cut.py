@@ -43,7 +43,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @power_cut
-@pytest.mark.parametrize("at_most", [50, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("at_most", [50, pytest.param(300, marks=pytest.mark.slow)])
 def test_whatever_power_leaves_of_a_store_it_has_what_it_acknowledged(
     at_most: int, prepared: Path, tmp_path: Path
 ) -> None:

@@ -12,7 +12,7 @@ import pytest
 from fuzz.targets import TARGETS
 
 TESTS = Path(__file__).resolve().parents[1]
-SECONDS = 5
+SECONDS = 4
 
 
 @pytest.mark.slow

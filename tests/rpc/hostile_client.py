@@ -29,6 +29,8 @@ from fuzz.messages import Method, hostile, methods, proper
 
 CALL_SECONDS = (0.02, 0.1, 0.2)
 ANSWERS = 20
+PAUSE_SECONDS = 0.003
+"""Time between two connections of garbage, so that it is their content that is tested."""
 PIECE = 1 << 16
 INTERNAL = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
 
@@ -128,6 +130,7 @@ def send_garbage(address: str, end: float, chance: random.Random) -> tuple[int, 
             connection.sendall(frames.garbage(chance))
             sent += 1
             _drain(connection, 0.005)
+        time.sleep(PAUSE_SECONDS)
     return sent, codes
 
 

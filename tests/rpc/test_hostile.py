@@ -78,10 +78,18 @@ def scrape(up: Process) -> dict[str, float]:
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("seconds", [3, pytest.param(30, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kinds", [("messages", "calls", "garbage"), ("resets",)])
+@pytest.mark.parametrize(
+    ("kinds", "seconds", "least"),
+    [
+        (("messages", "calls", "garbage"), 2, 20),
+        (("resets",), 2, 20_000),
+        pytest.param(("messages", "calls", "garbage"), 45, 500, marks=pytest.mark.slow),
+        pytest.param(("resets",), 10, 100_000, marks=pytest.mark.slow),
+    ],
+    ids=["messages", "resets", "messages-long", "resets-long"],
+)
 def test_whatever_is_sent_the_server_goes_on(
-    kinds: tuple[str, ...], seconds: int, tmp_path: Path
+    kinds: tuple[str, ...], seconds: int, least: int, tmp_path: Path
 ) -> None:
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
@@ -104,10 +112,10 @@ def test_whatever_is_sent_the_server_goes_on(
         codes = Counter[str]()
         for report in reports:
             codes.update(report["codes"])
-            assert report["sent"] > 20, report
+            assert report["sent"] >= least, report
         print(f"health: median {median(took):.4f} s, longest {max(took):.4f} s, idle {idle:.4f} s")
         assert median(took) < 0.1 + 10 * idle, sorted(took)  # what else the machine does included
-        assert max(took) < 5.0, sorted(took)
+        assert max(took) < 8.0, sorted(took)
         assert not {"INTERNAL", "UNKNOWN"} & {code.split()[0] for code in codes}, codes
         assert children(up.process.pid) == engines
         assert memory(up) - used < GROWTH
@@ -116,8 +124,8 @@ def test_whatever_is_sent_the_server_goes_on(
         assert list(after[0].token_ids) == expected([20, 21, 22], 8)
         assert not any(value for name, value in scrape(up).items() if "ENGINE_FAULT" in name)
     up.wait()
-    faulty = [line for line in up.log if any(fault in line for fault in FAULTS)]
-    assert not faulty, "".join(up.log)[-5000:]
+    faulty = [n for n, line in enumerate(up.log) if any(fault in line for fault in FAULTS)]
+    assert not faulty, "".join(up.log[max(0, faulty[0] - 5) : faulty[0] + 60])
 
 
 def test_a_path_that_is_not_text_does_not_stop_the_server(tmp_path: Path) -> None:

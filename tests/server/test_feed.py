@@ -150,3 +150,18 @@ async def test_while_nobody_watches_nobody_reads() -> None:
     shop.feed.on_table([AdapterStatus("sha256:a1", "resident", 1, 0)])
     await asyncio.sleep(0.02)
     assert shop.reads == 0
+
+
+@pytest.mark.fault("hostile-messages")
+@pytest.mark.parametrize("ticks", range(5))
+async def test_the_feed_ends_with_its_last_watcher_even_as_the_store_changes(ticks: int) -> None:
+    shop = Shop()
+    before = asyncio.all_tasks()
+    with shop.feed.watch():
+        for _ in range(3):
+            await asyncio.sleep(0)  # the feed waits for a change
+        shop.feed.changed()
+        for _ in range(ticks):
+            await asyncio.sleep(0)
+    await asyncio.sleep(0.05)
+    assert asyncio.all_tasks() == before

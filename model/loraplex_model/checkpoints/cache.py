@@ -139,7 +139,7 @@ def _remember(root: Path, files: Sequence[Path]) -> str:
     """Reads the files; returns the key of their content, and keeps it under their times."""
     key, memory = _key(files, _digests_of(files)), _memory_of(root, files)
     with contextlib.suppress(OSError):  # then they are read again next time
-        memory.parent.mkdir(parents=True, exist_ok=True)
+        make_directory(memory.parent)
         write_atomically(memory, key.encode())
     return key
 
