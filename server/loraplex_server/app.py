@@ -25,9 +25,7 @@ from prometheus_client import (
     ProcessCollector,
 )
 
-from loraplex_server.admin import MetricsServer
 from loraplex_server.config import Config
-from loraplex_server.ending import CLOSE_SECONDS, unexpected_end
 from loraplex_server.engine.messages import (
     AdapterStatus,
     Fatal,
@@ -39,21 +37,23 @@ from loraplex_server.engine.process.descriptors import raise_descriptor_limit
 from loraplex_server.engine.process.supervisor import Cause
 from loraplex_server.engine.process.suspects import LossReport
 from loraplex_server.exits import ServerExit
-from loraplex_server.failures import StartFailure, needed
-from loraplex_server.lanes import Lanes, yield_often
-from loraplex_server.loop_lag import watch_event_loop
 from loraplex_server.metrics import Metrics
-from loraplex_server.quarantine import QuarantineKeeper
-from loraplex_server.registry import Registry
-from loraplex_server.rpc.adapters import AdapterService
-from loraplex_server.rpc.admission import Admission
-from loraplex_server.rpc.gate import Gate
-from loraplex_server.rpc.generation import GenerationService
-from loraplex_server.rpc.interceptor import Interceptor
+from loraplex_server.registry.quarantine import QuarantineKeeper
+from loraplex_server.registry.registry import Registry
+from loraplex_server.rpc.calls.gate import Gate
+from loraplex_server.rpc.calls.interceptor import Interceptor
+from loraplex_server.rpc.messages.validate import ModelBounds
 from loraplex_server.rpc.server import Address, RpcServer
-from loraplex_server.rpc.training import TrainingService
-from loraplex_server.rpc.validate import ModelBounds
-from loraplex_server.shutdown import (
+from loraplex_server.rpc.services.adapters import AdapterService
+from loraplex_server.rpc.services.admission import Admission
+from loraplex_server.rpc.services.generation import GenerationService
+from loraplex_server.rpc.services.training import TrainingService
+from loraplex_server.runtime.admin import MetricsServer
+from loraplex_server.runtime.ending import CLOSE_SECONDS, unexpected_end
+from loraplex_server.runtime.failures import StartFailure, needed
+from loraplex_server.runtime.lanes import Lanes, yield_often
+from loraplex_server.runtime.loop_lag import watch_event_loop
+from loraplex_server.runtime.shutdown import (
     ENGINE_SECONDS,
     EXIT_SECONDS,
     PART_SECONDS,
@@ -61,12 +61,12 @@ from loraplex_server.shutdown import (
     exit_within,
     within,
 )
+from loraplex_server.runtime.watched import WatchedTask, while_alive
 from loraplex_server.text.tokenizer import TextTokenizer
 from loraplex_server.training.delivery import RegistryDestination
 from loraplex_server.training.queue import JobLimits, JobQueue
 from loraplex_server.training.records import Records
 from loraplex_server.training.trainer import Trainer
-from loraplex_server.watched import WatchedTask, while_alive
 
 STOP_GRACE: Final = 2.0
 """Seconds that finished calls have to reach their clients before connections are closed."""

@@ -9,11 +9,12 @@ from importlib.metadata import version as installed
 import typer
 
 from loraplex_server import app as server
-from loraplex_server import doctor, export_cli, logs, store_cli
+from loraplex_server import logs
+from loraplex_server.commands import doctor, export_cli, store_cli
+from loraplex_server.commands.flags import ALL_SETTINGS, with_settings
 from loraplex_server.config import Config
 from loraplex_server.exits import ServerExit
-from loraplex_server.failures import unexpected
-from loraplex_server.flags import ALL_SETTINGS, with_settings
+from loraplex_server.runtime.failures import unexpected
 
 app = typer.Typer(
     help="Serve one NF4 base model and many LoRA adapters over gRPC.",

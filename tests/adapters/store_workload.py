@@ -13,7 +13,8 @@ from pathlib import Path
 from adapters.adapter_files import BASE
 from loraplex_adapters.format.examine import inspect
 from loraplex_adapters.format.files import CONFIG_FILE, WEIGHTS_FILE
-from loraplex_adapters.store import Store, blobs
+from loraplex_adapters.store import Store
+from loraplex_adapters.store.files import blobs
 from loraplex_model.base.refusal import Refusal
 
 from adapters import stores

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 from adapters.stores import url as new_url
-from loraplex_adapters.store import postgresql
-from loraplex_adapters.store.database import Database
+from loraplex_adapters.store.index import postgresql
+from loraplex_adapters.store.index.database import Database
 from loraplex_model.base.refusal import Reason, Refusal
 
 pytestmark = pytest.mark.fault("index-away")

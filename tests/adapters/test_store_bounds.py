@@ -9,7 +9,8 @@ import pytest
 import sqlalchemy as sa
 from adapters.adapter_files import BASE
 from adapters.stores import DATABASES, refusal
-from loraplex_adapters.store import Store, records
+from loraplex_adapters.store import Store
+from loraplex_adapters.store.index import records
 
 from adapters import stores
 

@@ -19,7 +19,8 @@ from pathlib import Path
 import msgspec
 from loraplex_model.base.info import BaseInfo
 from loraplex_model.base.refusal import Refusal
-from loraplex_adapters.store import Store, blobs
+from loraplex_adapters.store import Store
+from loraplex_adapters.store.files import blobs
 
 top, base = Path(sys.argv[1]), msgspec.json.decode(sys.argv[2], type=BaseInfo)
 blobs._PIECE = 512  # several deaths within one file

@@ -241,7 +241,7 @@ def test_one_peer_cannot_take_all_uploads(root: Path) -> None:
 def test_an_upload_that_is_registered_for_long_holds_up_nobody_who_asks_for_it(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loraplex_adapters.store.uploads._BUSY_SECONDS", 0.05)
+    monkeypatch.setattr("loraplex_adapters.store.files.uploads._BUSY_SECONDS", 0.05)
     upload = store.uploads.begin()
     store.uploads.append(upload, CONFIG_FILE, 0, b"{}")
     with store.uploads.reading(upload), ThreadPoolExecutor(1) as pool:

@@ -10,11 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from loraplex_server import admin
 from loraplex_server.config import Config
 from loraplex_server.exits import ServerExit
-from loraplex_server.rpc import arriving, bounds, health, reflection, server, watching
-from loraplex_server.rpc.errors import TABLE
+from loraplex_server.rpc import server
+from loraplex_server.rpc.calls import arriving, bounds
+from loraplex_server.rpc.calls.errors import TABLE
+from loraplex_server.rpc.services import health, reflection, watching
+from loraplex_server.runtime import admin
 from loraplex_server.training import table as table_of_jobs
 
 from deploy import exposition

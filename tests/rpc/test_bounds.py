@@ -17,8 +17,8 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 from google.rpc import error_details_pb2
 from loraplex.v1 import adapter_pb2, generation_pb2, training_pb2
-from loraplex_server.rpc import bounds
-from loraplex_server.rpc.bounds import ENTRIES, LENGTHS, beyond_bounds
+from loraplex_server.rpc.calls import bounds
+from loraplex_server.rpc.calls.bounds import ENTRIES, LENGTHS, beyond_bounds
 from rpc.harness import Running, refusal, running
 
 PROTO = Path(__file__).resolve().parents[2] / "proto"

@@ -13,7 +13,7 @@ import pytest
 import pytest_asyncio
 from loraplex_server.engine.messages import Submit
 from loraplex_server.engine.process.stream import OutputStream
-from loraplex_server.rpc.admission import MAX_DEADLINE_SECONDS, admitted_deadline
+from loraplex_server.rpc.services.admission import MAX_DEADLINE_SECONDS, admitted_deadline
 from rpc.harness import Running, ask, running, until
 from rpc.raw_http2 import (
     DATA,
@@ -46,7 +46,7 @@ pytestmark = pytest.mark.fault("deadline-overflows")
 def test_a_deadline_is_at_most_a_day_away(
     remaining: float, seconds: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loraplex_server.rpc.admission.time.monotonic", lambda: 1000.0)
+    monkeypatch.setattr("loraplex_server.rpc.services.admission.time.monotonic", lambda: 1000.0)
     assert admitted_deadline(remaining) == 1000.0 + seconds
 
 

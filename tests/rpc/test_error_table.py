@@ -22,11 +22,11 @@ from loraplex.v1 import (
 )
 from loraplex_adapters.store import Store
 from loraplex_model.base.refusal import Reason, Refusal
-from loraplex_server import name_cache
-from loraplex_server.rpc import generation
-from loraplex_server.rpc.errors import TABLE, Detail
-from loraplex_server.rpc.gate import Gate
-from loraplex_server.rpc.training import TrainingService
+from loraplex_server.registry import name_cache
+from loraplex_server.rpc.calls.errors import TABLE, Detail
+from loraplex_server.rpc.calls.gate import Gate
+from loraplex_server.rpc.services import generation
+from loraplex_server.rpc.services.training import TrainingService
 from rpc.harness import (
     CRASH,
     FAULT,

@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from loraplex.v1 import adapter_pb2 as pb
 from loraplex.v1 import generation_pb2
 from loraplex_adapters.store import Store
-from loraplex_server import registry
+from loraplex_server.registry import registry
 from loraplex_server.text.tokenizer import INLINE_CHARACTERS
 from rpc.harness import Running, ask, expected, refusal, running, until, write_adapter
 

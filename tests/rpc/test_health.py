@@ -80,7 +80,7 @@ async def test_a_watcher_that_does_not_read_holds_neither_the_state_nor_the_drai
 async def test_watchers_are_bounded_and_stalled_ones_make_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loraplex_server.rpc.health.MAX_HEALTH_WATCHERS", 4)
+    monkeypatch.setattr("loraplex_server.rpc.services.health.MAX_HEALTH_WATCHERS", 4)
     async with running(tmp_path, write_stall_timeout=1.0) as up, AsyncExitStack() as stack:
         hostile = await stack.enter_async_context(raw_connection(up.server.address, window=0))
         for _ in range(4):

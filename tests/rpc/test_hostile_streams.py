@@ -20,7 +20,7 @@ WATCH_ADAPTERS = "/loraplex.v1.AdapterService/WatchAdapters"
 WATCH_JOB = "/loraplex.v1.TrainingService/WatchJob"
 REFLECT = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 HALF = b"x" * 1000
-ARRIVING = "loraplex_server.rpc.arriving"
+ARRIVING = "loraplex_server.rpc.calls.arriving"
 
 
 def refused(up: Running, method: str, code: str) -> float:
@@ -99,7 +99,7 @@ async def test_half_sent_requests_end_with_the_drain(tmp_path: Path) -> None:
 async def test_readers_that_have_stopped_do_not_hold_the_drain(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loraplex_server.rpc.writing.DRAIN_STALL_SECONDS", 0.5)
+    monkeypatch.setattr("loraplex_server.rpc.calls.writing.DRAIN_STALL_SECONDS", 0.5)
     slow = {"step_seconds": 0.003, "num_blocks": 1024}
     more = settings(tmp_path)
     async with (
@@ -179,7 +179,7 @@ async def test_connections_that_do_nothing_are_closed(
 async def test_open_reflections_are_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loraplex_server.rpc.reflection.MAX_REFLECTIONS", 2)
+    monkeypatch.setattr("loraplex_server.rpc.services.reflection.MAX_REFLECTIONS", 2)
     async with running(tmp_path) as up:
         stub = reflection_pb2_grpc.ServerReflectionStub(up.channel)
         question = reflection_pb2.ServerReflectionRequest(list_services="")

@@ -14,8 +14,8 @@ import grpc
 import pytest
 import sqlalchemy as sa
 from loraplex.v1 import adapter_pb2 as pb
-from loraplex_adapters.store.database import Database
 from loraplex_adapters.store.disk import unavailable
+from loraplex_adapters.store.index.database import Database
 from rpc.harness import Running, ask, expected, refusal, running, until
 
 pytestmark = pytest.mark.fault("index-away")
@@ -52,7 +52,7 @@ class Index:
 
 @pytest.fixture
 def index(monkeypatch: pytest.MonkeyPatch) -> Iterator[Index]:
-    monkeypatch.setattr("loraplex_server.freshness.PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr("loraplex_server.registry.freshness.PATIENCE_SECONDS", 0.2)
     made = Index(monkeypatch)
     yield made
     made.answers.set()

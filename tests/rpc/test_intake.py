@@ -12,7 +12,7 @@ import pytest
 from google.protobuf.message import Message
 from loraplex.v1 import generation_pb2
 from loraplex_model.base.refusal import Reason, Refusal
-from loraplex_server.rpc.intake import SMALL_BYTES, Intake
+from loraplex_server.rpc.calls.intake import SMALL_BYTES, Intake
 from rpc.harness import ask, expected, refusal, running, streamed, until
 
 pytestmark = pytest.mark.fault("event-loop-held")
@@ -46,7 +46,7 @@ async def test_a_large_request_is_followed_by_a_pause_as_long_as_its_decoding(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = 0.0
-    monkeypatch.setattr("loraplex_server.rpc.intake.time.perf_counter", lambda: now)
+    monkeypatch.setattr("loraplex_server.rpc.calls.intake.time.perf_counter", lambda: now)
     pauses: list[float] = []
     loop = asyncio.get_running_loop()
     monkeypatch.setattr(loop, "call_later", lambda s, release: pauses.append(s) or release())
@@ -96,7 +96,7 @@ def test_the_bytes_of_all_requests_are_bounded() -> None:
 async def test_too_many_bytes_are_refused_at_once_and_the_running_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loraplex_server.rpc.interceptor.Intake", lambda: Intake(5000))
+    monkeypatch.setattr("loraplex_server.rpc.calls.interceptor.Intake", lambda: Intake(5000))
     async with running(tmp_path, engine_options={"step_seconds": 0.003}) as up:
         running_call = up.generation.GenerateStream(streamed(ask(new=200)))
         await running_call.read()

@@ -18,13 +18,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from loraplex.v1 import adapter_pb2
 from loraplex_adapters.store import Store
 from loraplex_model.base.refusal import Reason, Refusal
-from loraplex_server import app, quarantine
+from loraplex_server import app
 from loraplex_server.config import Config
 from loraplex_server.engine.process.limits import SupervisionLimits
 from loraplex_server.engine.process.setup import EngineSetup
 from loraplex_server.exits import ServerExit
-from loraplex_server.feed import AdapterFeed
-from loraplex_server.rpc import generation
+from loraplex_server.registry import quarantine
+from loraplex_server.registry.feed import AdapterFeed
+from loraplex_server.rpc.services import generation
 from prometheus_client import exposition
 from rpc.harness import Running, ask, config_for, expected, refusal, running, until
 
@@ -186,8 +187,8 @@ async def ending(*_: object) -> None:
     [
         ("loraplex_server.engine.process.supervisor.Supervisor", "_supervise", failing),
         ("loraplex_server.engine.process.supervisor.Supervisor", "_supervise", ending),
-        ("loraplex_server.quarantine.QuarantineKeeper", "run", failing),
-        ("loraplex_server.census.Census", "run", failing),
+        ("loraplex_server.registry.quarantine.QuarantineKeeper", "run", failing),
+        ("loraplex_server.registry.census.Census", "run", failing),
         ("loraplex_server.rpc.server.RpcServer", "stopped", failing),
         ("loraplex_server.training.queue.JobQueue", "_work", ending),
     ],

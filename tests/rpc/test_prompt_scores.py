@@ -18,9 +18,9 @@ from loraplex_server.engine.messages import (
     StepStats,
 )
 from loraplex_server.engine.process import wire
-from loraplex_server.rpc import validate
-from loraplex_server.rpc.completion import SLICE_ENTRIES, add_logprobs
-from loraplex_server.rpc.slices import extend_in_slices
+from loraplex_server.rpc.messages import validate
+from loraplex_server.rpc.messages.completion import SLICE_ENTRIES, add_logprobs
+from loraplex_server.rpc.messages.slices import extend_in_slices
 from loraplex_server.text.tokenizer import TextTokenizer
 from rpc.harness import ask, refusal, running, streamed, write_model
 from rpc.turns import Turns

@@ -16,7 +16,7 @@ import pytest_asyncio
 from google.protobuf.message import Message
 from loraplex.v1 import adapter_pb2, generation_pb2
 from loraplex_model.base.refusal import Refusal
-from loraplex_server.rpc import arriving
+from loraplex_server.rpc.calls import arriving
 from rpc.harness import NONFINITE, Running, ask, rest, running, streamed
 
 pytestmark = pytest.mark.fault("refused-calls-keep-memory")

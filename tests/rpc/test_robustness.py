@@ -15,8 +15,8 @@ from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from loraplex.v1 import adapter_pb2, generation_pb2, generation_pb2_grpc
-from loraplex_server.rpc.adapters import AdapterService
 from loraplex_server.rpc.server import SERVICES
+from loraplex_server.rpc.services.adapters import AdapterService
 from rpc.harness import (
     EOS,
     SCRIPT,
@@ -197,7 +197,7 @@ async def test_no_exceptions_text_leaves_the_server(
         def leak(*_: object) -> None:
             raise RuntimeError("secret /etc/passwd")
 
-        monkeypatch.setattr("loraplex_server.rpc.generation.references", leak)
+        monkeypatch.setattr("loraplex_server.rpc.services.generation.references", leak)
         monkeypatch.setattr(AdapterService, "_describe", leak)
         stream = up.generation.GenerateStream(streamed(ask(request_id="my-id")))
         calls = [

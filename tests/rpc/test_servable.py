@@ -14,7 +14,7 @@ import pytest
 from loraplex.v1 import adapter_pb2 as pb
 from loraplex.v1 import generation_pb2
 from loraplex_adapters.store import Store
-from loraplex_server import census, name_cache
+from loraplex_server.registry import census, name_cache
 from rpc.harness import Refused, Running, ask, refusal, rest, running, streamed, until
 
 

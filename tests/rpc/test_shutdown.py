@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 from loraplex_server.app import Server
-from loraplex_server.shutdown import within
+from loraplex_server.runtime.shutdown import within
 from rpc.harness import running
 from rpc.training_jobs import settings
 
 HANGS = """
 import asyncio, sys, threading, time
 from pathlib import Path
-from loraplex_server.shutdown import exit_within
+from loraplex_server.runtime.shutdown import exit_within
 exit_within(0.2, 7, lambda: Path(sys.argv[1]).touch())
 threading.Thread(target=time.sleep, args=(600,)).start()  # not joined in time at the exit
 async def hang():

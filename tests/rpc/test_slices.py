@@ -11,9 +11,9 @@ import pytest
 import pytest_asyncio
 from loraplex.v1 import adapter_pb2
 from loraplex_adapters.store import Store
-from loraplex_adapters.store.records import Page
-from loraplex_server.rpc import describe
-from loraplex_server.rpc.slices import SLICE
+from loraplex_adapters.store.index.records import Page
+from loraplex_server.rpc.messages import describe
+from loraplex_server.rpc.messages.slices import SLICE
 from rpc.harness import Running, running
 from rpc.turns import Turns
 

@@ -13,7 +13,7 @@ import pytest_asyncio
 from google.rpc import error_details_pb2
 from loraplex.v1 import adapter_pb2
 from loraplex_model.base.refusal import Problem, Reason, Refusal, Subject
-from loraplex_server.rpc.errors import TABLE, TRAILER_BYTES, Detail, status_of, trailers_of
+from loraplex_server.rpc.calls.errors import TABLE, TRAILER_BYTES, Detail, status_of, trailers_of
 from rpc.harness import Running, refusal, running, write_adapter
 
 pytestmark = pytest.mark.fault("details-overflow")

@@ -13,10 +13,10 @@ from loraplex import AdapterRejected, AsyncClient, InvalidRequest
 from loraplex.uploads import Files, stream
 from loraplex.v1 import adapter_pb2 as pb
 from loraplex.v1 import adapter_pb2_grpc
-from loraplex_adapters.store.uploads import Uploads
+from loraplex_adapters.store.files.uploads import Uploads
 from loraplex_model.base.refusal import Reason, Refusal
-from loraplex_server.rpc.peers import peer_address
-from loraplex_server.rpc.uploads import MAX_STREAMS, MAX_STREAMS_PER_PEER
+from loraplex_server.rpc.calls.peers import peer_address
+from loraplex_server.rpc.services.uploads import MAX_STREAMS, MAX_STREAMS_PER_PEER
 from rpc.harness import Running, ask, expected, refusal, running, until, write_adapter
 
 PROMPT = [20, 21, 22]
@@ -248,7 +248,7 @@ async def test_one_address_cannot_block_uploads_and_what_it_opened_is_listed_and
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     peers = iter(["ipv4:10.0.0.1:1"] * 40 + ["ipv4:10.0.0.2:1"] * 4)
-    monkeypatch.setattr("loraplex_server.rpc.adapters.peer_address", lambda _: next(peers))
+    monkeypatch.setattr("loraplex_server.rpc.services.adapters.peer_address", lambda _: next(peers))
     async with running(tmp_path) as up:
         calls = [asyncio.ensure_future(start(up)) for _ in range(40)]
         ended = await asyncio.gather(*calls, return_exceptions=True)
@@ -273,7 +273,7 @@ async def test_silent_streams_of_one_address_leave_room_for_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     who = "ipv4:10.0.0.1:1"
-    monkeypatch.setattr("loraplex_server.rpc.adapters.peer_address", lambda _: who)
+    monkeypatch.setattr("loraplex_server.rpc.services.adapters.peer_address", lambda _: who)
     async with running(tmp_path) as up:
 
         async def silent() -> AsyncIterator[pb.UploadAdapterRequest]:

@@ -6,7 +6,7 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 from loraplex.v1 import adapter_pb2 as pb
 from loraplex_model.base.refusal import Problem
-from loraplex_server.rpc import validate_adapters as validate
+from loraplex_server.rpc.messages import validate_adapters as validate
 
 DIGEST = "sha256:" + "0" * 64
 

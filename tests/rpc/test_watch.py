@@ -10,7 +10,7 @@ import grpc
 import pytest
 from loraplex import AdapterEvent, AdapterTable, AsyncClient, Unavailable
 from loraplex.v1 import adapter_pb2 as pb
-from loraplex_server.feed import AdapterFeed
+from loraplex_server.registry.feed import AdapterFeed
 from rpc.harness import Running, ask, refusal, running, slow_channel, until, write_adapter
 
 
@@ -157,7 +157,7 @@ async def test_a_cancelled_watch_leaves_nothing_behind(tmp_path: Path) -> None:
 async def test_too_many_watchers_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("loraplex_server.rpc.watching.MAX_WATCHERS", 0)
+    monkeypatch.setattr("loraplex_server.rpc.services.watching.MAX_WATCHERS", 0)
     async with running(tmp_path) as up:
         call = up.adapters.WatchAdapters(pb.WatchAdaptersRequest())
         with pytest.raises(grpc.aio.AioRpcError) as caught:

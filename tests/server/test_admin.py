@@ -11,8 +11,8 @@ from contextlib import ExitStack
 from http.client import HTTPConnection
 
 import pytest
-from loraplex_server import admin
-from loraplex_server.admin import MAX_HTTP_CONNECTIONS, MetricsServer
+from loraplex_server.runtime import admin
+from loraplex_server.runtime.admin import MAX_HTTP_CONNECTIONS, MetricsServer
 from prometheus_client import CollectorRegistry, Counter
 
 HALF = b"GET /metrics HTTP/1.1\r\nHost: "

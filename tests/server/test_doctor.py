@@ -9,7 +9,7 @@ import pytest
 import torch
 from loraplex_model.checkpoints import default_model, load
 from loraplex_model.ops import build, known_faults
-from loraplex_server import doctor
+from loraplex_server.commands import doctor
 from loraplex_server.config import Config
 from loraplex_server.config import load as load_config
 

@@ -11,7 +11,7 @@ import torch
 from adapters.adapter_files import BASE
 from loraplex_adapters.store import Store
 from loraplex_model.checkpoints.load import known_fingerprint, load_base
-from loraplex_server import doctor
+from loraplex_server.commands import doctor
 from loraplex_server.config import Config
 
 from adapters import stores

@@ -9,7 +9,7 @@ import pytest
 from loraplex_adapters.store import Record
 from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_server.engine.messages import AdapterStatus
-from loraplex_server.feed import AdapterFeed, Catalogue, Change, Watcher
+from loraplex_server.registry.feed import AdapterFeed, Catalogue, Change, Watcher
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
 

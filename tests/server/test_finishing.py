@@ -7,7 +7,7 @@ import logging
 
 import pytest
 from loraplex_model.base.refusal import Reason, Refusal
-from loraplex_server.finishing import to_the_end
+from loraplex_server.runtime.finishing import to_the_end
 
 REFUSAL = Refusal(Reason.FIELD_INVALID, "no")
 

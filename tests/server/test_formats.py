@@ -10,7 +10,7 @@ import torch
 import typer
 from loraplex_adapters.format import matrix
 from loraplex_adapters.format.kinds import KINDS
-from loraplex_server import export_cli
+from loraplex_server.commands import export_cli
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 

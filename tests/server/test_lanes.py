@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from loraplex_model.base.refusal import Reason, Refusal
-from loraplex_server.lanes import NICE, Lane, Lanes
+from loraplex_server.runtime.lanes import NICE, Lane, Lanes
 from rpc.harness import until
 
 pytestmark = pytest.mark.fault("validation-starves-calls")

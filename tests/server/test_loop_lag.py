@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from loraplex_server.loop_lag import INTERVAL_SECONDS, watch_event_loop
+from loraplex_server.runtime.loop_lag import INTERVAL_SECONDS, watch_event_loop
 from loraplex_server.series import Series
 from prometheus_client import CollectorRegistry
 
@@ -22,7 +22,7 @@ async def test_the_lag_of_the_event_loop_is_observed(monkeypatch: pytest.MonkeyP
         now += seconds + next(held)
 
     monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: now)
-    monkeypatch.setattr("loraplex_server.loop_lag.asyncio.sleep", sleep)
+    monkeypatch.setattr("loraplex_server.runtime.loop_lag.asyncio.sleep", sleep)
     with pytest.raises(RuntimeError):  # no more measurements
         await watch_event_loop(Series(registry))
     lag = "loraplex_event_loop_lag_seconds"

@@ -7,7 +7,7 @@ from collections.abc import Awaitable
 
 import pytest
 from loraplex_model.base.refusal import Reason, Refusal
-from loraplex_server.name_cache import FRESH_SECONDS, NameCache
+from loraplex_server.registry.name_cache import FRESH_SECONDS, NameCache
 
 
 class World:
@@ -175,7 +175,7 @@ async def test_known_ids_are_served_while_the_index_fails_and_others_refused() -
 async def test_an_index_that_hangs_is_asked_once_and_holds_up_known_ids_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("loraplex_server.freshness.PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr("loraplex_server.registry.freshness.PATIENCE_SECONDS", 0.05)
     world = Outage()
     await world.get("a")
     world.answers.clear()

@@ -5,12 +5,12 @@ with `format` before it stores them and never changes stored bytes. It has no no
 devices or requests.
 """
 
+from loraplex_adapters.store.files.uploads import OpenUpload, Upload, UploadBounds
 from loraplex_adapters.store.garbage import Collected
-from loraplex_adapters.store.rebases import Rebase
-from loraplex_adapters.store.records import Alias, Page, Quarantine, Record
+from loraplex_adapters.store.index.rebases import Rebase
+from loraplex_adapters.store.index.records import Alias, Page, Quarantine, Record
 from loraplex_adapters.store.store import Store, Verified
 from loraplex_adapters.store.survey import Surveyed, survey_at
-from loraplex_adapters.store.uploads import OpenUpload, Upload, UploadBounds
 
 __all__ = [
     "Alias",

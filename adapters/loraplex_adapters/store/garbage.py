@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 from loraplex_model.base.faults import reach
 
-from loraplex_adapters.store import lookup, schema
-from loraplex_adapters.store.blobs import Blobs
-from loraplex_adapters.store.database import Database
-from loraplex_adapters.store.uploads import Uploads
+from loraplex_adapters.store.files.blobs import Blobs
+from loraplex_adapters.store.files.uploads import Uploads
+from loraplex_adapters.store.index import lookup, schema
+from loraplex_adapters.store.index.database import Database
 
 _versions, _blobs, _aliases = schema.versions.c, schema.blobs.c, schema.aliases.c
 

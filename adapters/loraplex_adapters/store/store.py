@@ -15,21 +15,22 @@ from loraplex_adapters.format.digest import digest_hex
 from loraplex_adapters.format.examine import examine_header, inspect
 from loraplex_adapters.format.files import Directory, opened
 from loraplex_adapters.format.spec import AdapterLimits, CheckedAdapter
-from loraplex_adapters.store import garbage, schema
-from loraplex_adapters.store.aliases import Aliases
-from loraplex_adapters.store.blobs import Blobs
-from loraplex_adapters.store.database import Database
+from loraplex_adapters.store import garbage
 from loraplex_adapters.store.disk import locked
+from loraplex_adapters.store.files.blobs import Blobs
+from loraplex_adapters.store.files.identity import read_id, write_id
+from loraplex_adapters.store.files.uploads import UploadBounds, Uploads
 from loraplex_adapters.store.garbage import Collected
-from loraplex_adapters.store.identity import read_id, write_id
-from loraplex_adapters.store.ids import AdapterId, check_name, parse_id
-from loraplex_adapters.store.index import Index
-from loraplex_adapters.store.labels import check_keys, check_labels
-from loraplex_adapters.store.quarantines import Quarantines
-from loraplex_adapters.store.rebases import Rebase, Rebases
-from loraplex_adapters.store.records import Alias, Page, Quarantine, Record
+from loraplex_adapters.store.index import schema
+from loraplex_adapters.store.index.aliases import Aliases
+from loraplex_adapters.store.index.database import Database
+from loraplex_adapters.store.index.ids import AdapterId, check_name, parse_id
+from loraplex_adapters.store.index.index import Index
+from loraplex_adapters.store.index.labels import check_keys, check_labels
+from loraplex_adapters.store.index.quarantines import Quarantines
+from loraplex_adapters.store.index.rebases import Rebase, Rebases
+from loraplex_adapters.store.index.records import Alias, Page, Quarantine, Record
 from loraplex_adapters.store.survey import Surveyed, survey
-from loraplex_adapters.store.uploads import UploadBounds, Uploads
 
 DEFAULT_PAGE = 100
 MAX_PAGE = 1000

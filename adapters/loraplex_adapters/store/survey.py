@@ -11,9 +11,9 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-from loraplex_adapters.store import lookup, schema
-from loraplex_adapters.store.blobs import blob_at, is_complete
-from loraplex_adapters.store.database import Database
+from loraplex_adapters.store.files.blobs import blob_at, is_complete
+from loraplex_adapters.store.index import lookup, schema
+from loraplex_adapters.store.index.database import Database
 
 _names, _versions, _aliases = schema.names.c, schema.versions.c, schema.aliases.c
 

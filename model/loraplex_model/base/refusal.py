@@ -16,8 +16,8 @@ from typing import Final
 class Reason(StrEnum):
     """Why something was refused or failed. Names are stable: clients, logs and metrics use them.
 
-    `loraplex_server.rpc.errors.TABLE` lists the reasons that a client of the server can meet, with
-    the gRPC code of each; the others reach operators and the trainer's user only.
+    `loraplex_server.rpc.calls.errors.TABLE` lists the reasons that a client of the server can meet,
+    with the gRPC code of each; the others reach operators and the trainer's user only.
     """
 
     @staticmethod

@@ -18,15 +18,15 @@ from loraplex.v1 import (
     training_pb2_grpc,
 )
 
-from loraplex_server.rpc.accepting import make_server
-from loraplex_server.rpc.adapters import AdapterService
-from loraplex_server.rpc.bounds import MAX_MESSAGE_BYTES
-from loraplex_server.rpc.gate import Gate
-from loraplex_server.rpc.generation import GenerationService
-from loraplex_server.rpc.health import HealthService
-from loraplex_server.rpc.interceptor import Interceptor
-from loraplex_server.rpc.reflection import ReflectionService
-from loraplex_server.rpc.training import TrainingService
+from loraplex_server.rpc.calls.accepting import make_server
+from loraplex_server.rpc.calls.bounds import MAX_MESSAGE_BYTES
+from loraplex_server.rpc.calls.gate import Gate
+from loraplex_server.rpc.calls.interceptor import Interceptor
+from loraplex_server.rpc.services.adapters import AdapterService
+from loraplex_server.rpc.services.generation import GenerationService
+from loraplex_server.rpc.services.health import HealthService
+from loraplex_server.rpc.services.reflection import ReflectionService
+from loraplex_server.rpc.services.training import TrainingService
 
 QUIET_SECONDS: Final = 0.2
 """Seconds without a new call after which the server stops."""

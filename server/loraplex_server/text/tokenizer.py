@@ -12,7 +12,7 @@ from loraplex_model.checkpoints.chat import ChatTemplate, TextRefused
 from loraplex_model.checkpoints.tokenizer import TOKENIZER, TokenizerInfo
 from tokenizers import Tokenizer
 
-from loraplex_server.lanes import Lane, Lanes
+from loraplex_server.runtime.lanes import Lane, Lanes
 from loraplex_server.text.detokenizer import Detokenizer, NoText
 
 INLINE_CHARACTERS: Final = 2048

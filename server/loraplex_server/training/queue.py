@@ -17,6 +17,7 @@ from typing import Final, Protocol
 
 from loraplex_model.base.refusal import Reason, Refusal, Subject
 
+from loraplex_server.runtime.watched import WatchedTask
 from loraplex_server.training.creation import JobFactory
 from loraplex_server.training.jobs import ADAPTER, JOB, FailureRecord, JobOrder, JobRecord, State
 from loraplex_server.training.records import Records
@@ -24,7 +25,6 @@ from loraplex_server.training.request import JobRequest
 from loraplex_server.training.runner import Destination, Halt, Runner
 from loraplex_server.training.table import JobTable
 from loraplex_server.training.trainer import Trainer
-from loraplex_server.watched import WatchedTask
 
 MAX_RESUMPTIONS: Final = 3
 """Number of restarts of a job under which the server died: the job may be the cause."""

@@ -12,7 +12,7 @@ from typing import Final
 
 from loraplex_model.base.refusal import Reason, Refusal, Subject
 
-from loraplex_server.lanes import Lane
+from loraplex_server.runtime.lanes import Lane
 from loraplex_server.training.jobs import JOB, JobRecord, State
 from loraplex_server.training.records import Records
 

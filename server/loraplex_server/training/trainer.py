@@ -19,7 +19,7 @@ from loraplex_training.report.events import Failed
 from loraplex_training.report.lines import decode
 from loraplex_training.spec import parse as options
 
-from loraplex_server.lanes import Lane, Lanes
+from loraplex_server.runtime.lanes import Lane, Lanes
 from loraplex_server.training import failure, memory
 from loraplex_server.training.child import Child
 from loraplex_server.training.jobs import JobOrder, JobRecord

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Final
 
 from loraplex_adapters.store import Store
-from loraplex_adapters.store.ids import check_name
-from loraplex_adapters.store.labels import check_labels
+from loraplex_adapters.store.index.ids import check_name
+from loraplex_adapters.store.index.labels import check_labels
 from loraplex_model.base.durable import flush, write_atomically
 from loraplex_model.base.refusal import Reason, Refusal
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
-from loraplex_adapters.store.ids import check_name
+from loraplex_adapters.store.index.ids import check_name
 from loraplex_model.base.refusal import Refusal
 from pydantic import AfterValidator, BeforeValidator, Field
 

@@ -25,7 +25,7 @@ from loraplex_server.engine.process.child import EngineProcess
 from loraplex_server.engine.process.identity import BaseChanged, differences, tokenizer_digests
 from loraplex_server.engine.process.limits import RestartPolicy, SupervisionLimits
 from loraplex_server.engine.process.pulse import Hang, PulseCheck
-from loraplex_server.watched import WatchedTask
+from loraplex_server.runtime.watched import WatchedTask
 
 STOP_SECONDS = 5.0
 """Seconds that a stopped engine may take to end before it is killed."""

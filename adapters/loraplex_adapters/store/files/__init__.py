@@ -1,0 +1,1 @@
+"""The files of the store: content by digest, uploads, and the store's id."""

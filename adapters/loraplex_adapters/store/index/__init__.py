@@ -1,0 +1,1 @@
+"""The index of the store: names, versions, labels, aliases and quarantines in a database."""

@@ -1,0 +1,210 @@
+"""`loraplex-server doctor`: checks of the machine and of the settings."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from loraplex_adapters.store import survey_at
+from loraplex_model.base.info import public_name
+from loraplex_model.base.refusal import Refusal
+
+from loraplex_server.config import Config, available_cores
+from loraplex_server.registry.census import troubles
+from loraplex_server.runtime.failures import for_operator
+
+_SHOWN: Final = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """Result of one check.
+
+    `good` is False for what the server could not serve with, or could not serve all adapters with,
+    and for damage. What is damaged in the cache is built again when it is needed, but something has
+    damaged it.
+    """
+
+    subject: str
+    text: str
+    good: bool = True
+
+
+def examine(config: Config) -> Iterator[Check]:
+    """Checks everything that serving needs, without loading a model or changing a file."""
+    yield Check("python", f"{platform.python_version()} on {platform.platform()}")
+    yield Check("processor", f"{_processor()}, {available_cores()} cores, {_memory()}")
+    yield from _arithmetic(config)
+    yield _model(config)
+    yield from _base_cache(config)
+    for name in ("store", "cache", "import_root"):
+        yield _folder(name, getattr(config, name), writable=name != "import_root")
+    yield from _adapters(config)
+    yield _port("grpc port", config.host, config.port)
+    yield _port("admin port", config.admin_host, config.admin_port)
+
+
+def _arithmetic(config: Config) -> Iterator[Check]:
+    try:
+        import torch
+    except ImportError:
+        yield Check(
+            "torch", "not installed; install it with: pip install 'loraplex[server]'", good=False
+        )
+        return
+    from loraplex_model.ops import build, known_faults
+    from loraplex_model.ops.devices import resolve
+
+    cuda = torch.cuda.is_available()
+    gpu = torch.cuda.get_device_name() if cuda else "no CUDA device"
+    chosen = resolve(config.device).type if cuda else "cpu"
+    possible = config.device != "cuda" or cuda
+    yield Check("torch", f"{torch.__version__}, {gpu}")
+    yield Check("device", f"{chosen} (--device {config.device})", possible)
+    try:
+        known_faults.check(chosen)
+        yield Check("packages", f"no known fault that matters on {chosen}")
+    except Refusal as error:
+        yield from (Check("packages", problem.message, False) for problem in error.problems)
+    isas = build.supported_isas()
+    yield Check("instructions", f"supported by this processor: {', '.join(isas)}")
+    compiler = _compiler()
+    yield Check("compiler", compiler or "not found")
+    best = os.environ.get("LORAPLEX_ISA") or isas[0]
+    builds = build.builds(best, directory=config.cache / "kernels")
+    built = next(filter(build.is_whole, builds), None)
+    for damaged in builds:
+        if not build.is_whole(damaged):
+            text = "damaged or incomplete" + ("; built again at the next start" if compiler else "")
+            yield Check("kernels", f"{damaged.parent}: {text}", good=False)
+    if chosen == "cuda":
+        text = "torch and bitsandbytes on the GPU"
+    elif built is not None:
+        text = f"C++ for {best}, the fastest supported; built in {built.parent}"
+    elif compiler:
+        text = f"C++ for {best}, the fastest supported; will be compiled at the first start"
+    else:
+        text = "torch reference, many times slower; the C++ kernels need a compiler (g++)"
+    yield Check("kernels", text)
+
+
+def _compiler() -> str:
+    path = shutil.which(os.environ.get("CXX", "c++"))
+    if path is None:
+        return ""
+    said = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
+    return f"{path}: {said.stdout.partition(chr(10))[0]}"
+
+
+def _model(config: Config) -> Check:
+    entries = len(list(config.cache.glob("entries/*/model.json")))
+    kept = f"{entries} converted models in {config.cache}"
+    if config.model == "default":
+        return Check("model", f"SmolLM2-135M-Instruct (default); {kept}")
+    if Path(config.model).exists():
+        return Check("model", f"{config.model}, a local file or directory; {kept}")
+    if config.model.count("/") == 1 and not config.model.startswith((".", "/")):
+        return Check("model", f"{config.model}, a hub id, downloaded at the first start; {kept}")
+    return Check("model", f"{config.model}: no such file or directory", good=False)
+
+
+def _adapters(config: Config) -> Iterator[Check]:
+    """Looks at the store's index, if there is one, and for the files that it names."""
+    url = config.store_url.get_secret_value()
+    if not url and not (config.store / "index.sqlite3").exists():
+        return
+    try:
+        found = survey_at(config.store, url)
+    except Refusal as refusal:
+        yield Check("adapters", for_operator(refusal), good=False)
+        return
+    if found is None:
+        yield Check("adapters", "the index will be brought up to date at the next start")
+        return
+    held = [each.id for each in found if each.is_quarantined]
+    fingerprint = _fingerprint(config)
+    text = "" if fingerprint else "; their base is compared once the model is converted"
+    yield Check("adapters", f"{len(found)} versions in use, {len(held)} quarantined{text}")
+    for _, trouble, ids in troubles(found, public_name(config.model), fingerprint):
+        shown = ", ".join(ids[:_SHOWN]) + (", ..." if len(ids) > _SHOWN else "")
+        yield Check("adapters", f"{len(ids)} {trouble}: {shown}", good=False)
+
+
+def _fingerprint(config: Config) -> str:
+    """The fingerprint of the configured base; "" if it is not known without converting the base."""
+    try:
+        from loraplex_model.checkpoints.load import known_fingerprint
+
+        return known_fingerprint(config.model, config.cache)
+    except (ImportError, Refusal):
+        return ""  # other checks report it
+
+
+def _base_cache(config: Config) -> Iterator[Check]:
+    """Reads every converted model, and the default one's source, and compares their digests."""
+    from loraplex_model.checkpoints import cache, default_model
+
+    entries = [path.parent for path in sorted(config.cache.glob(f"entries/*/{cache.ENTRY}"))]
+    whole = [entry for entry in entries if cache.is_whole(entry, digests=True)]
+    for entry in entries:
+        if entry not in whole:
+            yield Check("base cache", f"{entry}: damaged; built again at its next use", good=False)
+    source = default_model.path_in(config.cache)
+    if source.exists() and not default_model.is_pinned(source, digest=True):
+        yield Check("base cache", f"{source}: damaged; fetched again when needed", good=False)
+    elif whole or not entries:
+        yield Check("base cache", f"{len(whole)} converted models with the right digests")
+
+
+def _folder(name: str, path: Path, writable: bool) -> Check:
+    if path.is_dir():
+        mode = os.R_OK | os.X_OK | (os.W_OK if writable else 0)
+        if os.access(path, mode):
+            return Check(name, f"{path}, {shutil.disk_usage(path).free / 1e9:.1f} GB free")
+        return Check(name, f"{path}: no permission", good=False)
+    if path.exists():
+        return Check(name, f"{path}: not a directory", good=False)
+    parent = next(p for p in path.absolute().parents if p.exists())
+    good = os.access(parent, os.W_OK | os.X_OK)
+    return Check(name, f"{path}: will be created" if good else f"{path}: cannot be created", good)
+
+
+def _port(name: str, host: str, port: int) -> Check:
+    if port == 0:
+        return Check(name, f"{host}, any free port")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            return Check(name, f"{host}:{port}: {error.strerror}", good=False)
+    return Check(name, f"{host}:{port} is free")
+
+
+def _processor() -> str:
+    return _read_field("/proc/cpuinfo", "model name") or platform.processor() or sys.platform
+
+
+def _memory() -> str:
+    kilobytes = _read_field("/proc/meminfo", "MemTotal").removesuffix(" kB")
+    return f"{int(kilobytes) / 1e6:.1f} GB memory" if kilobytes else "memory unknown"
+
+
+def _read_field(path: str, name: str) -> str:
+    def matches(line: str) -> bool:
+        return line.partition(":")[0].strip() == name
+
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError:
+        return ""
+    return next(filter(matches, lines), "").partition(":")[2].strip()

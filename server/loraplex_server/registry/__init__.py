@@ -1,0 +1,1 @@
+"""The adapters that are registered, as this server knows them."""

@@ -1,0 +1,399 @@
+"""Registration and look-up of adapters, from the event loop over the blocking store."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Final, ParamSpec, TypeAlias, TypeVar
+
+from loraplex_adapters.format.examine import Report, examine
+from loraplex_adapters.format.files import Directory, open_below
+from loraplex_adapters.format.spec import AdapterLimits
+from loraplex_adapters.store import Record, Store
+from loraplex_model.base.info import BaseInfo
+from loraplex_model.base.refusal import Problem, Reason, Refusal
+
+from loraplex_server.engine.messages import AdapterRef
+from loraplex_server.engine.process.client import EngineClient
+from loraplex_server.metrics import Metrics
+from loraplex_server.registry import servable
+from loraplex_server.registry.census import Census
+from loraplex_server.registry.feed import AdapterFeed, Catalogue
+from loraplex_server.registry.freshness import unanswered
+from loraplex_server.registry.name_cache import NameCache
+from loraplex_server.runtime.finishing import to_the_end
+from loraplex_server.runtime.lanes import Lane, Lanes
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+READ_SECONDS: Final = 3.0
+"""Seconds that one reading of the index may take; then the index counts as away."""
+
+CATALOGUE_SECONDS: Final = 30.0
+"""Seconds that reading all names may take."""
+
+Source: TypeAlias = Callable[[], AbstractContextManager[Directory]]
+"""Opens the files of an adapter."""
+
+
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """A version of an adapter and the directory that holds its files.
+
+    `obstacle` says why calls may not use the version; None if they may.
+    """
+
+    record: Record
+    path: str
+    obstacle: Problem | None = None
+
+    @property
+    def ref(self) -> AdapterRef:
+        """Reference by which the engine loads the adapter."""
+        return AdapterRef(self.record.digest, self.path)
+
+
+def usable(adapter: Registered) -> Registered:
+    """Returns the adapter if calls may use it; raises the Refusal that says why not otherwise."""
+    if adapter.obstacle is not None:
+        raise Refusal.of([adapter.obstacle])
+    return adapter
+
+
+@dataclass(frozen=True, slots=True)
+class RegistrationTerms:
+    """Name under which an adapter is registered, and the conditions.
+
+    With `load`, a name that is replaced moves to the new content only once that is on the device,
+    so that no request waits for it. If it cannot be loaded, the name does not move.
+    """
+
+    name: str
+    replace: bool = False
+    labels: Mapping[str, str] | None = None
+    expected_digest: str = ""
+    load: bool = False
+
+
+class Registry:
+    """Registers adapters, changes their names, and resolves adapter ids.
+
+    What only reads the store, or only moves an adapter within the engine, goes to `store` or
+    `engine` directly. Every method may raise `Refusal`, and none blocks the event loop: files and
+    index are accessed in the threads of `lanes`. While the index is away, adapters whose names are
+    known are still resolved; what else needs the index is refused with STORE_UNAVAILABLE.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        engine: EngineClient,
+        metrics: Metrics,
+        import_root: Path,
+        limits: AdapterLimits,
+        lanes: Lanes | None = None,
+    ) -> None:
+        self.lanes = lanes or Lanes()
+        self.store = store
+        self.engine = engine
+        self._metrics = metrics
+        self._import_root = import_root
+        self._limits = limits
+        count_changes = partial(self.lanes.count.run, store.change_counter)
+        self._names: NameCache[Registered] = NameCache(count_changes)
+        metrics.series.index_away_seconds.set_function(self._names.freshness.away_seconds)
+        self.feed = AdapterFeed(self._catalogue, count_changes)
+        self.census = Census(partial(self.lanes.survey.run, store.survey), self._base, metrics)
+
+    async def open(self) -> None:
+        """Reads the registered names. To be called once, before serving."""
+        catalogue = await self._catalogue()
+        for name in catalogue.names:
+            self._metrics.adapter_registered(name)
+        known = {**catalogue.names, **catalogue.aliases}
+        self._names.fill(
+            {name: self._registered(record) for name, record in known.items()}, catalogue.count
+        )
+        await self.census.count()
+
+    async def close(self) -> None:
+        """Ends the background work. Idempotent."""
+        await self._names.freshness.close()
+
+    async def resolve(self, adapter_id: str) -> Registered:
+        """The version that an adapter id or an alias names now, even one that may not be served.
+
+        Changes made by other processes are seen within half a second while the index answers.
+        """
+
+        def work() -> Registered:
+            return self._registered(self.store.resolve(adapter_id))
+
+        async def look_up() -> Registered:
+            # A flood of unknown names must not delay those that are only looked up again.
+            known = adapter_id in self._names
+            return await self._reading(self.lanes.known if known else self.lanes.index, work)
+
+        await self._names.freshness.fresh()
+        adapter = self._current(adapter_id) or await self._names.get(adapter_id, look_up)
+        self._metrics.adapter_registered(adapter.record.name)
+        return adapter
+
+    async def servable(self, adapter_id: str) -> Registered:
+        """The version that an adapter id or an alias names now, for a call that uses it.
+
+        Raises Refusal if the version may not be served: ADAPTER_QUARANTINED, BASE_MODEL_MISMATCH.
+        """
+        return usable(await self.resolve(adapter_id))
+
+    def _current(self, adapter_id: str) -> Registered | None:
+        """The cached current version of a name, if `adapter_id` pins just that; else None."""
+        name, _, pin = adapter_id.partition("@")
+        current = self._names.recall(name) if pin else None
+        if current is None:
+            return None
+        record = current.record
+        pinned = pin == record.digest or (pin == str(record.version) and name == record.name)
+        return current if pinned else None
+
+    async def read(self, work: Callable[..., T], *args: object) -> T:
+        """Runs a reading of the store's index, such as a list, in a thread."""
+        await self._names.freshness.require()
+        try:
+            return await self._reading(self.lanes.index, partial(work, *args))
+        except Refusal as refusal:
+            if refusal.reason is Reason.STORE_UNAVAILABLE:
+                self._names.freshness.lost()
+            raise
+
+    async def _reading(self, lane: Lane, work: Callable[[], T], seconds: float = READ_SECONDS) -> T:
+        try:
+            async with asyncio.timeout(seconds):
+                return await lane.run(work)
+        except TimeoutError:
+            raise unanswered() from None
+
+    # examination of files
+
+    @property
+    def max_weights_bytes(self) -> int:
+        """Size of the largest weights file that is accepted."""
+        return self._limits.max_weights_bytes
+
+    def imported(self, path: str) -> Source:
+        """Source of the directory `path` below the import root; opening it checks the path."""
+        return partial(open_below, self._import_root, path)
+
+    async def examine(self, source: Source) -> Report:
+        """Reports all faults of an adapter's files; changes nothing."""
+
+        def work() -> Report:
+            with source() as opened:
+                return examine(opened, self._base(), self._limits)
+
+        return await self.lanes.validations.run(work)
+
+    # registration: each returns the adapter and whether the version is new
+
+    async def register(
+        self, source: Source, terms: RegistrationTerms, lane: Lane | None = None
+    ) -> tuple[Registered, bool]:
+        """Checks, copies and registers a directory, in a thread of `lane` if it is given."""
+
+        def record() -> tuple[Record, bool]:
+            with source() as opened:
+                return self.store.register(
+                    terms.name,
+                    opened,
+                    self._base(),
+                    self._limits,
+                    terms.replace,
+                    labels=terms.labels or {},
+                )
+
+        return await self._name(terms, source, record, lane or self.lanes.registrations)
+
+    async def finish_upload(
+        self, upload_id: str, terms: RegistrationTerms
+    ) -> tuple[Registered, bool]:
+        """Checks and registers an upload."""
+
+        def record() -> tuple[Record, bool]:
+            return self.store.finish_upload(
+                upload_id,
+                terms.name,
+                terms.expected_digest,
+                self._base(),
+                self._limits,
+                terms.replace,
+                terms.labels or {},
+            )
+
+        source = partial(self.store.uploads.reading, upload_id)
+        return await self._name(terms, source, record, self.lanes.registrations)
+
+    async def _name(
+        self,
+        terms: RegistrationTerms,
+        source: Source,
+        record: Callable[[], tuple[Record, bool]],
+        lane: Lane,
+    ) -> tuple[Registered, bool]:
+        """Runs `record`, and loads the adapter if the terms say so.
+
+        A replacement is loaded first: its files are copied into the store without a name.
+        """
+        await self._names.freshness.require()
+        if terms.load and terms.replace:
+
+            def admit() -> AdapterRef:
+                with source() as opened:
+                    digest = self.store.admit(
+                        opened, self._base(), self._limits, terms.expected_digest
+                    )
+                held = self.store.quarantined().get(digest)
+                if held is not None:
+                    raise Refusal.of([servable.held_back(terms.name, held)])
+                return AdapterRef(digest, str(self.store.path(digest)))
+
+            await self.engine.load(await lane.run(admit))
+
+        def work() -> tuple[Registered, bool]:
+            found, created = record()
+            return self._registered(found), created
+
+        adapter, created = await self._change(lane, terms.name, work)
+        self._names.keep(terms.name, adapter)
+        self._metrics.adapter_registered(terms.name)
+        if terms.load:
+            await self.engine.load(usable(adapter).ref)
+        return adapter, created
+
+    # changes of names, labels and aliases
+
+    async def set_alias(self, alias: str, adapter_id: str, expected: str | None) -> Record:
+        """Points an alias to a version.
+
+        `expected` is the adapter id that the alias must point to now, "" if it must not exist, None
+        for any. Raises Refusal(ADAPTER_CONFLICT) if it points elsewhere.
+        """
+
+        def work() -> Record:
+            pointed = self.store.set_alias(alias, adapter_id, expected)
+            return self.store.get(pointed.name, pointed.version)
+
+        return await self._move(alias, work)
+
+    async def delete_alias(self, alias: str) -> None:
+        """Deletes an alias. The adapter that it pointed to stays."""
+        await self._change(self.lanes.changes, alias, partial(self.store.delete_alias, alias))
+
+    async def delete(self, name: str) -> None:
+        """Deletes a name and its metrics. Running requests that use it finish."""
+        await self._change(self.lanes.changes, name, partial(self.store.delete, name))
+        self._metrics.adapter_deleted(name)
+
+    async def restore(self, name: str) -> Record:
+        """Restores a deleted name."""
+        record = await self._move(name, partial(self.store.restore, name))
+        self._metrics.adapter_registered(name)
+        return record
+
+    async def change(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Runs a change of the store that moves no name.
+
+        The change runs to its end even if the caller is cancelled.
+        """
+        return await self._change(self.lanes.changes, "", partial(work, *args, **kwargs))
+
+    async def _move(self, name: str, work: Callable[[], Record]) -> Record:
+        """Runs a change after which `name` means the version that `work` returns."""
+
+        def moving() -> tuple[Record, Registered | None]:
+            record = work()
+            try:
+                return record, self._registered(record)
+            except Refusal:  # its files are missing; the change was made all the same
+                return record, None
+
+        record, adapter = await self._change(self.lanes.changes, name, moving)
+        if adapter is not None:
+            self._names.keep(name, adapter)
+        return record
+
+    async def _change(self, lane: Lane, moved: str, work: Callable[[], T]) -> T:
+        """Runs a change, after which the name or alias `moved` may mean something else."""
+        await self._names.freshness.require()
+
+        def concerned(adapter_id: str, adapter: Registered) -> bool:
+            return moved in (adapter_id.partition("@")[0], adapter.record.name)
+
+        async def run() -> T:
+            try:
+                done = await lane.run(work)
+                self._names.forget(concerned)
+                return done
+            finally:
+                self._names.clear()
+                self.feed.changed()
+
+        return await to_the_end(run())
+
+    # the engine
+
+    async def unload(self, digest: str, force: bool, drain: float | None = None) -> None:
+        """Removes an adapter from the device, after the requests that use it or, by force, at once.
+
+        Requests that still run after `drain` seconds (None: no limit) are aborted.
+        """
+        deadline = None if drain is None else time.monotonic() + drain
+        try:
+            await self.engine.unload(digest, force, deadline)
+        except Refusal:
+            self._metrics.adapter_unloaded("error")
+            raise
+        self._metrics.adapter_unloaded("ok")
+
+    def _base(self) -> BaseInfo:
+        model = self.engine.hello.model
+        return model.base.named(model.name)
+
+    # the store
+
+    def _registered(self, record: Record) -> Registered:
+        # Nobody looks here whether the files are there: the load of the adapter does, and a fault
+        # of one adapter must not keep the names of others from being read.
+        path = str(self.store.directory(record.digest))
+        return Registered(record, path, self.obstacle(record))
+
+    def obstacle(self, record: Record) -> Problem | None:
+        """The reason why calls may not use a version; None if they may."""
+        return servable.obstacle(record, self._base())
+
+    async def _catalogue(self) -> Catalogue:
+        def work() -> Catalogue:
+            # The count is read first: a change during the reading is then noticed the next time.
+            count = self.store.change_counter()
+            names = {record.name: record for record in self.store.current()}
+            return Catalogue(names, dict(self._pointed(names)), count)
+
+        return await self._reading(self.lanes.index, work, CATALOGUE_SECONDS)
+
+    def _pointed(self, names: Mapping[str, Record]) -> Iterator[tuple[str, Record]]:
+        """Every alias and its version, except aliases of deleted versions."""
+        for alias in self.store.aliases():
+            record = names.get(alias.name)
+            if record is None or record.version != alias.version:
+                try:
+                    record = self.store.get(alias.name, alias.version)
+                except Refusal as error:
+                    if error.reason is not Reason.ADAPTER_NOT_FOUND:
+                        raise
+                    continue
+            yield alias.alias, record

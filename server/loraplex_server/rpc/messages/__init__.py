@@ -1,0 +1,1 @@
+"""Checks of requests, and replies made from what the server knows."""

@@ -1,0 +1,203 @@
+"""Checks generation requests against the bounds of the proto and reports all problems at once.
+
+A request that passes is in range, finite and within the model's vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Sized
+from dataclasses import dataclass
+from typing import Final
+
+from loraplex.v1 import generation_pb2
+from loraplex_model.base.refusal import Problem
+
+from loraplex_server.rpc.calls.bounds import (
+    MAX_LISTED as MAX_LISTED,
+)
+from loraplex_server.rpc.calls.bounds import (
+    MAX_LOGIT_BIAS,
+    MAX_MIX,
+    MAX_REQUEST_ID,
+    MAX_STOP_STRING_BYTES,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKENS,
+    MAX_TOKEN_IDS,
+    MAX_TURNS,
+)
+from loraplex_server.rpc.calls.ids import is_adapter_id, is_request_id
+
+MAX_LOGPROBS: Final = 20
+MAX_PROMPT_SCORES: Final = 1 << 20
+"""Most log-probabilities of a prompt: its tokens and their alternatives together."""
+
+
+ROLES: Final = frozenset({"system", "user", "assistant"})
+
+ADAPTER_ID_FORM: Final = 'must be "name", "name@<version>" or "name@sha256:<64 hex digits>"'
+
+
+@dataclass(frozen=True, slots=True)
+class ModelBounds:
+    """Bounds that the model sets: vocabulary, context length and end-of-sequence ids."""
+
+    vocab_size: int
+    max_context: int
+    eos_token_ids: Sequence[int] = ()
+
+
+class RequestChecks:
+    """Checks the fields of one request and collects their `problems`.
+
+    `field_path` is put before the fields' names.
+    """
+
+    def __init__(self, field_path: str) -> None:
+        self.problems: list[Problem] = []
+        self._field_path = field_path
+
+    def add(self, field: str, description: str) -> None:
+        if len(self.problems) < MAX_LISTED:
+            self.problems.append(Problem(self._field_path + field, description))
+
+    def require(self, true: bool, field: str, description: str) -> None:
+        if not true:
+            self.add(field, description)
+
+    def between(self, field: str, value: float, low: float, high: float) -> None:
+        """Requires low <= value <= high; NaN is in no range."""
+        self.require(low <= value <= high, field, f"must be between {low:g} and {high:g}")
+
+    def above(self, field: str, value: float, low: float, high: float) -> None:
+        """Requires low < value <= high."""
+        self.require(
+            low < value <= high, field, f"must be greater than {low:g} and at most {high:g}"
+        )
+
+    def at_most(self, field: str, entries: Sized, most: int) -> bool:
+        """Requires at most `most` entries; returns whether the requirement is met."""
+        self.require(len(entries) <= most, field, f"must have at most {most} entries")
+        return len(entries) <= most
+
+    def size(self, field: str, text: str, most: int) -> None:
+        """Requires 1 to `most` bytes of UTF-8."""
+        self.require(1 <= len(text.encode()) <= most, field, f"must be 1 to {most} bytes")
+
+    def adapter_id(self, field: str, text: str) -> None:
+        """Requires an adapter id."""
+        self.require(is_adapter_id(text), field, ADAPTER_ID_FORM)
+
+    def tokens(self, field: str, ids: Sequence[int], vocab_size: int) -> None:
+        """Requires every id to be in the vocabulary; reports the first that is not."""
+        if max(ids, default=0) < vocab_size:
+            return
+        for i, token in enumerate(ids):
+            if token >= vocab_size:
+                text = f"{token} is not in the vocabulary of {vocab_size} tokens"
+                self.add(f"{field}[{i}]", text)
+                return
+
+
+def generate(
+    request: generation_pb2.GenerateRequest, bounds: ModelBounds, field_path: str = ""
+) -> list[Problem]:
+    """Problems of a generation request; `field_path` is put before the fields' names."""
+    checks = RequestChecks(field_path)
+    _adapters(request, checks)
+    _input(request, bounds, checks)
+    if request.HasField("sampling"):
+        _sampling(request.sampling, bounds, checks)
+    if request.HasField("stop"):
+        _stop(request.stop, bounds, checks)
+    for field in ("logprobs", "prompt_logprobs"):
+        if request.HasField(field):
+            checks.between(field, getattr(request, field), 0, MAX_LOGPROBS)
+    if request.request_id:
+        checks.require(
+            is_request_id(request.request_id),
+            "request_id",
+            f"must be 1 to {MAX_REQUEST_ID} printable ASCII characters",
+        )
+    checks.between("priority", request.priority, -100, 100)
+    return checks.problems
+
+
+def scores(
+    request: generation_pb2.GenerateRequest, prompt_tokens: int, field_path: str = ""
+) -> list[Problem]:
+    """Problems of the number of log-probabilities that a request asks for of its prompt."""
+    entries = prompt_tokens * (1 + request.prompt_logprobs)
+    if not request.HasField("prompt_logprobs") or entries <= MAX_PROMPT_SCORES:
+        return []
+    text = (
+        f"asks for {entries} log-probabilities of a prompt of {prompt_tokens} tokens; "
+        f"at most {MAX_PROMPT_SCORES} are possible"
+    )
+    return [Problem(field_path + "prompt_logprobs", text)]
+
+
+def _adapters(request: generation_pb2.GenerateRequest, checks: RequestChecks) -> None:
+    if request.adapter_id:
+        checks.adapter_id("adapter_id", request.adapter_id)
+        checks.require(not request.mix, "adapter_id", "must be empty when `mix` is set")
+    checks.at_most("mix", request.mix, MAX_MIX)
+    for i, term in enumerate(request.mix[:MAX_MIX]):
+        checks.adapter_id(f"mix[{i}].adapter_id", term.adapter_id)
+        if term.HasField("weight"):
+            checks.between(f"mix[{i}].weight", term.weight, -16, 16)
+
+
+def _input(
+    request: generation_pb2.GenerateRequest, bounds: ModelBounds, checks: RequestChecks
+) -> None:
+    match request.WhichOneof("input"):
+        case "prompt":
+            checks.require(bool(request.prompt), "prompt", "must not be empty")
+        case "token_ids":
+            ids = request.token_ids.ids
+            checks.require(bool(ids), "token_ids.ids", "must not be empty")
+            checks.at_most("token_ids.ids", ids, MAX_TOKEN_IDS)
+            # A prompt longer than the context is refused as such, without a check of each token.
+            if len(ids) < bounds.max_context:
+                checks.tokens("token_ids.ids", ids, bounds.vocab_size)
+        case "messages":
+            turns = request.messages.messages
+            checks.require(bool(turns), "messages.messages", "must not be empty")
+            checks.at_most("messages.messages", turns, MAX_TURNS)
+            for i, turn in enumerate(turns[:MAX_TURNS]):
+                if turn.role not in ROLES:
+                    field = f"messages.messages[{i}].role"
+                    checks.add(field, 'must be "system", "user" or "assistant"')
+                    break
+        case None:
+            checks.add("input", "one of `prompt`, `token_ids` or `messages` must be set")
+
+
+def _sampling(
+    sampling: generation_pb2.SamplingParams, bounds: ModelBounds, checks: RequestChecks
+) -> None:
+    for field, (rule, low, high) in {
+        "temperature": (checks.between, 0, 100),
+        "min_p": (checks.between, 0, 1),
+        "presence_penalty": (checks.between, -2, 2),
+        "frequency_penalty": (checks.between, -2, 2),
+        "top_p": (checks.above, 0, 1),
+        "repetition_penalty": (checks.above, 0, 100),
+    }.items():
+        if sampling.HasField(field):
+            rule(f"sampling.{field}", getattr(sampling, field), low, high)
+    if checks.at_most("sampling.logit_bias", sampling.logit_bias, MAX_LOGIT_BIAS):
+        for token, bias in sampling.logit_bias.items():
+            field = f"sampling.logit_bias[{token}]"
+            checks.require(token < bounds.vocab_size, field, "is not in the vocabulary")
+            checks.between(field, bias, -100, 100)
+
+
+def _stop(stop: generation_pb2.StopConditions, bounds: ModelBounds, checks: RequestChecks) -> None:
+    if stop.HasField("max_new_tokens"):
+        checks.require(stop.max_new_tokens >= 1, "stop.max_new_tokens", "must be at least 1")
+    checks.at_most("stop.strings", stop.strings, MAX_STOP_STRINGS)
+    for i, text in enumerate(stop.strings[:MAX_STOP_STRINGS]):
+        checks.size(f"stop.strings[{i}]", text, MAX_STOP_STRING_BYTES)
+    checks.at_most("stop.token_ids", stop.token_ids, MAX_STOP_TOKENS)
+    checks.tokens("stop.token_ids", stop.token_ids[:MAX_STOP_TOKENS], bounds.vocab_size)

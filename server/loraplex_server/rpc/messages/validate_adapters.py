@@ -1,0 +1,155 @@
+"""Checks the requests of AdapterService; each function returns the problems of one request."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Final
+
+from loraplex.v1 import adapter_pb2
+from loraplex_adapters.format.files import MAX_CONFIG_BYTES
+from loraplex_model.base.refusal import Problem
+
+from loraplex_server.rpc.calls.bounds import (
+    MAX_LABEL_VALUE,
+    MAX_LABELS,
+    MAX_PAGE_TOKEN,
+    MAX_PATH_BYTES,
+)
+from loraplex_server.rpc.calls.ids import is_adapter_id, is_name
+from loraplex_server.rpc.messages.validate import ADAPTER_ID_FORM, RequestChecks
+
+MAX_PAGE: Final = 1000
+MAX_DRAIN_SECONDS: Final = 86_400
+MAX_CHUNK_BYTES: Final = 1 << 20
+
+_NAME_FORM: Final = "must match [a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
+_LABEL_FORM: Final = "the key must match [a-z0-9][a-z0-9._/-]{0,62}"
+_UPLOAD_FORM: Final = "is not an id of StartUpload"
+_LABEL: Final = re.compile(r"[a-z0-9][a-z0-9._/-]{0,62}", re.ASCII)
+_DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}", re.ASCII)
+_UPLOAD: Final = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
+
+
+def register(request: adapter_pb2.RegisterAdapterRequest) -> list[Problem]:
+    """Problems of a registration. The path is only checked further when it is opened."""
+    checks = RequestChecks("")
+    checks.require(is_name(request.name), "name", _NAME_FORM)
+    checks.size("path", request.path, MAX_PATH_BYTES)
+    labels("labels", request.labels, checks)
+    return checks.problems
+
+
+def adapter_id(text: str) -> list[Problem]:
+    """Problems of the `adapter_id` of an adapter call, which must not be empty."""
+    return [] if is_adapter_id(text) else [Problem("adapter_id", ADAPTER_ID_FORM)]
+
+
+def name(text: str, field: str = "name") -> list[Problem]:
+    """Problems of a name without a version, or of an alias."""
+    return [] if is_name(text) else [Problem(field, _NAME_FORM)]
+
+
+def page(request: adapter_pb2.ListAdaptersRequest) -> list[Problem]:
+    """Problems of a request for a page."""
+    checks = RequestChecks("")
+    checks.between("page_size", request.page_size, 0, MAX_PAGE)
+    good = len(request.page_token) <= MAX_PAGE_TOKEN
+    checks.require(good, "page_token", "is not a token of this server")
+    labels("labels", request.labels, checks)
+    return checks.problems
+
+
+def unload(request: adapter_pb2.UnloadAdapterRequest) -> list[Problem]:
+    """Problems of an order to unload."""
+    checks = RequestChecks("")
+    checks.adapter_id("adapter_id", request.adapter_id)
+    if request.HasField("drain"):
+        seconds = request.drain.seconds + request.drain.nanos / 1e9
+        checks.between("drain", seconds, 0, MAX_DRAIN_SECONDS)
+    return checks.problems
+
+
+def label(request: adapter_pb2.LabelAdapterRequest) -> list[Problem]:
+    """Problems of a change of labels."""
+    checks = RequestChecks("")
+    checks.adapter_id("adapter_id", request.adapter_id)
+    checks.require(bool(request.set or request.remove), "set", "must be set unless `remove` is")
+    labels("set", request.set, checks)
+    if checks.at_most("remove", request.remove, MAX_LABELS):
+        _keys("remove", request.remove, checks)
+    both = [key for key in request.remove[:MAX_LABELS] if key in request.set]
+    checks.require(not both, "remove", "must not name a label that is also set")
+    return checks.problems
+
+
+def alias(request: adapter_pb2.SetAliasRequest) -> list[Problem]:
+    """Problems of the setting of an alias."""
+    checks = RequestChecks("")
+    checks.require(is_name(request.alias), "alias", _NAME_FORM)
+    checks.adapter_id("adapter_id", request.adapter_id)
+    if request.expected:
+        checks.adapter_id("expected", request.expected)
+    return checks.problems
+
+
+def upload_id(text: str) -> list[Problem]:
+    """Problems of an upload's id."""
+    return [] if _UPLOAD.fullmatch(text) else [Problem("upload_id", _UPLOAD_FORM)]
+
+
+def header(header: adapter_pb2.UploadHeader, max_weights_bytes: int) -> list[Problem]:
+    """Problems of the first message of an upload."""
+    checks = RequestChecks("header.")
+    checks.require(not upload_id(header.upload_id), "upload_id", _UPLOAD_FORM)
+    if header.stage_only:
+        for field in ("name", "replace", "load", "labels"):
+            checks.require(not getattr(header, field), field, "must not be set with `stage_only`")
+    else:
+        checks.require(is_name(header.name), "name", _NAME_FORM)
+    checks.between("config_size", header.config_size, 1, MAX_CONFIG_BYTES)
+    checks.between("weights_size", header.weights_size, 1, max_weights_bytes)
+    if header.expected_digest:
+        good = _DIGEST.fullmatch(header.expected_digest) is not None
+        checks.require(good, "expected_digest", 'must be "sha256:" and 64 hex digits')
+    labels("labels", header.labels, checks)
+    return checks.problems
+
+
+def chunk(chunk: adapter_pb2.UploadChunk) -> list[Problem]:
+    """Problems of one piece of an upload, taken by itself."""
+    checks = RequestChecks("chunk.")
+    files = {adapter_pb2.ADAPTER_FILE_CONFIG, adapter_pb2.ADAPTER_FILE_WEIGHTS}
+    checks.require(chunk.file in files, "file", "must be CONFIG or WEIGHTS")
+    checks.between("data", len(chunk.data), 1, MAX_CHUNK_BYTES)
+    return checks.problems
+
+
+def validation(request: adapter_pb2.ValidateAdapterRequest) -> list[Problem]:
+    """Problems of a request to validate an adapter."""
+    checks = RequestChecks("")
+    match request.WhichOneof("source"):
+        case "path":
+            checks.size("path", request.path, MAX_PATH_BYTES)
+        case "upload_id":
+            checks.require(not upload_id(request.upload_id), "upload_id", _UPLOAD_FORM)
+        case None:
+            checks.add("source", "one of `path` or `upload_id` must be set")
+    return checks.problems
+
+
+def labels(field: str, given: Mapping[str, str], checks: RequestChecks) -> None:
+    """Adds the problems of a version's labels."""
+    if not checks.at_most(field, given, MAX_LABELS):
+        return
+    _keys(field, given, checks)
+    for key, value in given.items():
+        # The store checks again; a refusal here names the key.
+        good = len(value) <= MAX_LABEL_VALUE and value.isprintable()
+        text = f"the value must have at most {MAX_LABEL_VALUE} characters, all printable"
+        checks.require(good, f"{field}[{key}]", text)
+
+
+def _keys(field: str, keys: Iterable[str], checks: RequestChecks) -> None:
+    for key in keys:
+        checks.require(_LABEL.fullmatch(key) is not None, f"{field}[{key[:64]}]", _LABEL_FORM)

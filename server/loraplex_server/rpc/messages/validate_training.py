@@ -1,0 +1,122 @@
+"""Checks the requests of TrainingService. The trainer itself checks the values of its options."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Final
+
+from loraplex.v1 import training_pb2
+from loraplex_model.base.refusal import Problem
+
+from loraplex_server.rpc.calls.bounds import (
+    MAX_OPTION_BYTES,
+    MAX_OPTIONS,
+    MAX_PATH_BYTES,
+    MAX_REQUEST_ID,
+    MAX_STATES,
+    MAX_SYSTEM_BYTES,
+    MAX_WORD_BYTES,
+)
+from loraplex_server.rpc.calls.ids import is_name, is_request_id
+from loraplex_server.rpc.messages.validate import RequestChecks
+from loraplex_server.rpc.messages.validate_adapters import MAX_PAGE, labels
+
+MAX_INLINE: Final = 3 << 20
+
+_NAME_FORM: Final = "must match [a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
+_OPTION: Final = re.compile(r"[a-z][a-z0-9_]{0,63}", re.ASCII)
+_JOB: Final = re.compile(r"[0-9a-f-]{1,64}", re.ASCII)
+_FILES: Final = ("loftq_source",)
+"""Options that name a directory: a client must not choose one of the server's."""
+
+
+def create(request: training_pb2.CreateJobRequest) -> list[Problem]:
+    """Returns the problems of a request for a new job, its examples aside."""
+    checks = RequestChecks("")
+    if request.request_id:
+        text = f"must be 1 to {MAX_REQUEST_ID} printable ASCII characters"
+        checks.require(is_request_id(request.request_id), "request_id", text)
+    spec = request.spec
+    checks.require(is_name(spec.name), "spec.name", _NAME_FORM)
+    _options(spec.method.options, checks)
+    checks.require(
+        not (spec.HasField("epochs") and spec.HasField("steps")),
+        "spec.steps",
+        "must not be set with `epochs`",
+    )
+    checks.require(
+        not (spec.HasField("eval_fraction") and request.HasField("eval_data")),
+        "spec.eval_fraction",
+        "must not be set with `eval_data`",
+    )
+    _short("spec.system", spec.system, MAX_SYSTEM_BYTES, checks)
+    for field, word in (
+        ("method.name", spec.method.name),
+        ("optimiser.name", spec.optimiser.name),
+        ("optimiser.schedule", spec.optimiser.schedule),
+        ("learn", spec.learn),
+        ("metric", spec.metric),
+    ):
+        _short(f"spec.{field}", word, MAX_WORD_BYTES, checks)
+    _data(request, checks)
+    delivery = request.delivery
+    if delivery.alias:
+        checks.require(is_name(delivery.alias), "delivery.alias", _NAME_FORM)
+        checks.require(
+            delivery.alias != spec.name, "delivery.alias", "must not be the adapter's name"
+        )
+    labels("delivery.labels", delivery.labels, checks)
+    return checks.problems
+
+
+def page(request: training_pb2.ListJobsRequest) -> list[Problem]:
+    """Returns the problems of a request for a page of jobs."""
+    checks = RequestChecks("")
+    checks.between("page_size", request.page_size, 0, MAX_PAGE)
+    good = not request.page_token or _JOB.fullmatch(request.page_token) is not None
+    checks.require(good, "page_token", "is not a token of this server")
+    known = training_pb2.TrainingJobState.values()
+    checks.at_most("states", request.states, MAX_STATES)
+    for i, state in enumerate(request.states[:MAX_STATES]):
+        good = state in known and state != training_pb2.TRAINING_JOB_STATE_UNSPECIFIED
+        checks.require(good, f"states[{i}]", "is not a state")
+    return checks.problems
+
+
+def job_id(text: str) -> list[Problem]:
+    """Returns the problems of a job's id."""
+    good = _JOB.fullmatch(text) is not None
+    return [] if good else [Problem("job_id", "is not the id of a job")]
+
+
+def _options(options: Mapping[str, str], checks: RequestChecks) -> None:
+    where = "spec.method.options"
+    if not checks.at_most(where, options, MAX_OPTIONS):
+        return
+    for key, value in options.items():
+        field, good = f"{where}[{key[:64]}]", _OPTION.fullmatch(key) is not None
+        checks.require(good, field, "the key must match [a-z][a-z0-9_]{0,63}")
+        checks.require(key not in _FILES, field, "must not name a file of the server")
+        _short(field, value, MAX_OPTION_BYTES, checks)
+
+
+def _data(request: training_pb2.CreateJobRequest, checks: RequestChecks) -> None:
+    inline = 0
+    for field in ("data", "eval_data"):
+        data: training_pb2.TrainingData = getattr(request, field)
+        inline += len(data.jsonl)
+        match data.WhichOneof("source"):
+            case "path":
+                checks.size(f"{field}.path", data.path, MAX_PATH_BYTES)
+            case "jsonl":
+                checks.require(bool(data.jsonl), f"{field}.jsonl", "must not be empty")
+            case _ if field == "data" or request.HasField(field):
+                checks.add(f"{field}.source", "`jsonl` or `path` must be set")
+    text = f"must be at most {MAX_INLINE} bytes in all; put a larger file below the import root"
+    checks.require(inline <= MAX_INLINE, "data.jsonl", text)
+
+
+def _short(field: str, text: str, most: int, checks: RequestChecks) -> None:
+    good = len(text.encode()) <= most and "\0" not in text
+    checks.require(good, field, f"must have at most {most} bytes and no NUL")

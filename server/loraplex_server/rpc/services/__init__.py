@@ -1,0 +1,1 @@
+"""The services: one module for each, and what only one of them needs."""

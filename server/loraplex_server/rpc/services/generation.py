@@ -1,0 +1,349 @@
+"""GenerationService: both calls read one generator of events; the unary one collects them."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+import secrets
+import time
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import grpc
+from google.protobuf.message import Message
+from loraplex.v1 import generation_pb2, generation_pb2_grpc
+from loraplex_model.base.refusal import Problem, Reason, Refusal, Subject
+from loraplex_model.checkpoints.chat import TextRefused
+
+from loraplex_server.engine.messages import Failure, Output, SamplingParams, Submit
+from loraplex_server.engine.process.client import EngineClient
+from loraplex_server.logs import REQUEST_ID
+from loraplex_server.metrics import Metrics
+from loraplex_server.registry.registry import Registry
+from loraplex_server.rpc.calls.errors import TABLE, for_client, invalid, require
+from loraplex_server.rpc.messages import validate
+from loraplex_server.rpc.messages.completion import (
+    FINISH_REASONS,
+    CompletionBuilder,
+    Piece,
+    add_logprobs,
+    slices,
+)
+from loraplex_server.rpc.messages.slices import extend_in_slices
+from loraplex_server.rpc.services.admission import Admission, Ticket, admitted_deadline
+from loraplex_server.rpc.services.resolve import (
+    WeightedAdapter,
+    mixable,
+    references,
+    resolve,
+    room_beside,
+)
+from loraplex_server.text.tokenizer import TextTokenizer, TooLong
+
+DEFAULT_MAX_NEW_TOKENS: Final = 256
+
+_Event = generation_pb2.GenerateStreamResponse
+_Context = grpc.aio.ServicerContext[Any, Any]
+
+
+@dataclass
+class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
+    """See loraplex/v1/generation.proto. The parts that it uses live as long as the server."""
+
+    engine: EngineClient
+    registry: Registry
+    tokenizer: TextTokenizer
+    admission: Admission
+    metrics: Metrics
+    bounds: validate.ModelBounds
+    stream_writes: int
+    ids: Iterator[int] = field(default_factory=itertools.count)
+
+    async def Generate(
+        self, request: generation_pb2.GenerateRequest, context: _Context
+    ) -> generation_pb2.GenerateResponse:
+        """Returns the whole completion."""
+        reply = generation_pb2.GenerateResponse()
+        pieces: list[str] = []
+        async with aclosing(self._events(request, context)) as events:
+            async for event in events:
+                match event.WhichOneof("event"):
+                    case "started":
+                        reply.request_id = event.started.request_id
+                        reply.adapters.extend(event.started.adapters)
+                        scores = event.started.prompt_logprobs
+                        await extend_in_slices(reply.prompt_logprobs, scores)
+                    case "delta":
+                        pieces.append(event.delta.text)
+                        reply.token_ids.extend(event.delta.token_ids)
+                        await extend_in_slices(reply.logprobs, event.delta.logprobs)
+                    case "finished":
+                        reply.finish_reason = event.finished.finish_reason
+                        reply.usage.CopyFrom(event.finished.usage)
+        reply.text = "".join(pieces)
+        return reply
+
+    async def GenerateStream(
+        self, request: generation_pb2.GenerateStreamRequest, context: _Context
+    ) -> AsyncGenerator[_Event, None]:
+        """Streams the completion."""
+        async with aclosing(self._events(request.request, context, streaming=True)) as events:
+            async for event in events:
+                yield event
+
+    async def _events(
+        self,
+        request: generation_pb2.GenerateRequest,
+        context: _Context,
+        streaming: bool = False,
+    ) -> AsyncGenerator[_Event, None]:
+        field_path = "request." if streaming else ""
+        clock = _Clock(self.metrics)
+        require(validate.generate(request, self.bounds, field_path))
+        with self.admission.enter() as ticket:
+            adapters = await self._resolve(request, field_path)
+            room = room_beside(adapters, self.bounds.max_context)
+            prompt = await self._tokenise(request, field_path, room)
+            require(validate.scores(request, len(prompt), field_path))
+            ticket.wait(len(prompt))
+            call = _Call(request, adapters, prompt, room, _deadline(context), field_path, streaming)
+            with self.metrics.generation(call.names):
+                async with aclosing(self._run(call, ticket, clock)) as events:
+                    async for event in events:
+                        yield event
+
+    async def _run(
+        self, call: _Call, ticket: Ticket, clock: _Clock
+    ) -> AsyncGenerator[_Event, None]:
+        request_id = next(self.ids)
+        completion = CompletionBuilder(self.tokenizer, call.prompt, list(call.request.stop.strings))
+        code = grpc.StatusCode.CANCELLED
+        try:
+            started, begun = self._started(call), False
+            not_before = 0.0
+            outputs = self.engine.submit(call.submit(request_id, self.bounds))
+            while taken := await outputs.take(not_before):
+                for batch in slices(taken):
+                    for output in batch:
+                        if output.prompt_logprobs:
+                            field = started.started.prompt_logprobs
+                            await add_logprobs(field, self.tokenizer, output.prompt_logprobs)
+                        if output.started:
+                            begun = True
+                            self._begin(call, ticket, output)
+                            yield started
+                    piece = completion.take(batch)
+                    clock.tokens(len(piece.token_ids))
+                    if piece.token_ids or piece.text:
+                        yield await self._delta(piece)
+                    if piece.finish:
+                        # Frees the rows now, without waiting for the client to read the message.
+                        self.engine.abort(request_id)
+                        code = grpc.StatusCode.OK
+                        yield _finished(piece.finish, len(call.prompt), completion.tokens)
+                        return
+                    if (failure := batch[-1].error) is not None:
+                        failed = Refusal(failure.reason, failure.message)
+                        raise for_client(failed, _subject(call.request), call.field_of(failure))
+                    if len(batch) < len(taken):
+                        await asyncio.sleep(0)
+                not_before = self._next_look(call) if begun else 0.0
+            raise Refusal(Reason.ENGINE_FAULT, "internal error")
+        except Refusal as error:
+            code = TABLE[error.reason].code
+            raise
+        except asyncio.CancelledError:
+            if call.deadline is not None and time.monotonic() >= call.deadline:
+                code = grpc.StatusCode.DEADLINE_EXCEEDED
+            raise
+        finally:
+            self.engine.abort(request_id)
+            self.metrics.generation_ended(call.names, code.name, completion.tokens)
+
+    async def _resolve(
+        self, request: generation_pb2.GenerateRequest, field_path: str
+    ) -> Sequence[WeightedAdapter]:
+        field = field_path + ("adapter_id" if request.adapter_id else "mix")
+        try:
+            adapters = await resolve(request, self.registry)
+        except Refusal as error:
+            raise for_client(error, _subject(request), field) from error
+        if not mixable(adapters):
+            reason = Reason.ADAPTER_NOT_MIXABLE
+            text = "an adapter with virtual tokens can only be used alone and with weight 1"
+            raise Refusal(reason, text, problems=[Problem(field, text)])
+        return adapters
+
+    async def _tokenise(
+        self, request: generation_pb2.GenerateRequest, field_path: str, room: int
+    ) -> list[int]:
+        tokenizer = self.tokenizer
+        field = field_path + (request.WhichOneof("input") or "input")
+        try:
+            match request.WhichOneof("input"):
+                case "prompt":
+                    ids = await tokenizer.encode(request.prompt)
+                case "messages":
+                    turns = request.messages.messages
+                    ids = await tokenizer.encode_chat(
+                        [{"role": turn.role, "content": turn.content} for turn in turns]
+                    )
+                case _:
+                    ids = list(request.token_ids.ids)
+        except TextRefused as error:
+            raise invalid([Problem(field, str(error))]) from error
+        except TooLong:
+            raise _too_long(field, f"the prompt is longer than {room - 1} tokens") from None
+        if not ids:
+            raise invalid([Problem(field, "must give at least one token")])
+        if len(ids) >= room:
+            text = f"the prompt has {len(ids)} tokens; at most {room - 1} leave room for an answer"
+            raise _too_long(field, text)
+        return ids
+
+    def _next_look(self, call: _Call) -> float:
+        """Time before which further outputs are not needed; the last one is delivered at once.
+
+        A write costs far more than a token. With few streams, tokens are sent as they come; with
+        many, several at a time, so that all streams together make at most `stream_writes` writes a
+        second. Stop strings must be searched for after every step.
+        """
+        if call.request.stop.strings:
+            return 0.0
+        if not call.streaming:
+            return math.inf
+        writes = self.stream_writes
+        return time.monotonic() + self.admission.running / writes if writes else 0.0
+
+    def _begin(self, call: _Call, ticket: Ticket, output: Output) -> None:
+        """Records that the prompt of a request is computed."""
+        ticket.run()
+        self.metrics.series.queue_wait_seconds.observe(output.queue_seconds)
+        self.metrics.generation_started(call.names, len(call.prompt))
+
+    def _started(self, call: _Call) -> _Event:
+        """The first event of a request, still without log-probabilities of the prompt."""
+        return _Event(
+            started=generation_pb2.GenerationStarted(
+                request_id=REQUEST_ID.get(),
+                adapters=[
+                    generation_pb2.ResolvedAdapter(
+                        name=each.adapter.record.name,
+                        version=each.adapter.record.version,
+                        digest=each.adapter.record.digest,
+                        weight=each.weight,
+                    )
+                    for each in call.adapters
+                ],
+                prompt_tokens=len(call.prompt),
+            )
+        )
+
+    async def _delta(self, piece: Piece) -> _Event:
+        event = _Event(
+            delta=generation_pb2.GenerationDelta(text=piece.text, token_ids=piece.token_ids)
+        )
+        await add_logprobs(event.delta.logprobs, self.tokenizer, piece.logprobs)
+        return event
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """A valid request with its adapters resolved and its prompt tokenised.
+
+    `room` is the context length that is left for prompt and answer. `field_path` is put before the
+    names of the request's fields in errors.
+    """
+
+    request: generation_pb2.GenerateRequest
+    adapters: Sequence[WeightedAdapter]
+    prompt: list[int]
+    room: int
+    deadline: float | None
+    field_path: str
+    streaming: bool
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the adapters, each once, for metrics."""
+        return list(dict.fromkeys(each.adapter.record.name for each in self.adapters))
+
+    def field_of(self, failure: Failure) -> str:
+        """Path of the request's field that a failure is about."""
+        if failure.reason == Reason.PROMPT_TOO_LONG.name:
+            return self.field_path + (self.request.WhichOneof("input") or "input")
+        return self.field_path + ("adapter_id" if self.request.adapter_id else "mix")
+
+    def submit(self, request_id: int, bounds: validate.ModelBounds) -> Submit:
+        """The request to the engine. Everything in it is decided here."""
+        request, stop = self.request, self.request.stop
+        wanted = stop.max_new_tokens if stop.HasField("max_new_tokens") else DEFAULT_MAX_NEW_TOKENS
+        ends = [] if stop.ignore_eos else bounds.eos_token_ids
+        return Submit(
+            id=request_id,
+            token_ids=self.prompt,
+            max_new_tokens=min(wanted, self.room - len(self.prompt)),
+            adapters=references(self.adapters),
+            sampling=_sampling(request.sampling),
+            stop_token_ids=sorted({*ends, *stop.token_ids}),
+            logprobs=_given(request, "logprobs"),
+            prompt_logprobs=_given(request, "prompt_logprobs"),
+            priority=request.priority,
+            deadline=self.deadline,
+        )
+
+
+class _Clock:
+    """Measures the times of tokens since the call's arrival."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._last = time.monotonic()
+        self._first = True
+
+    def tokens(self, count: int) -> None:
+        if not count:
+            return
+        now = time.monotonic()
+        if self._first:
+            self._metrics.series.time_to_first_token_seconds.observe(now - self._last)
+            self._first = False
+        else:
+            self._metrics.series.inter_token_latency_seconds.observe((now - self._last) / count)
+        self._last = now
+
+
+def _sampling(wire: generation_pb2.SamplingParams) -> SamplingParams:
+    given: dict[str, Any] = {field.name: value for field, value in wire.ListFields()}
+    given.setdefault("seed", secrets.randbits(64))
+    return SamplingParams(**{**given, "logit_bias": dict(wire.logit_bias)})
+
+
+def _given(message: Message, field: str) -> Any:
+    """An optional field of a message; None if it is not set."""
+    return getattr(message, field) if message.HasField(field) else None
+
+
+def _finished(finish: str, prompt: int, tokens: int) -> _Event:
+    usage = generation_pb2.Usage(prompt_tokens=prompt, completion_tokens=tokens)
+    return _Event(
+        finished=generation_pb2.GenerationFinished(
+            finish_reason=FINISH_REASONS[finish], usage=usage
+        )
+    )
+
+
+def _deadline(context: _Context) -> float | None:
+    return admitted_deadline(context.time_remaining())
+
+
+def _subject(request: generation_pb2.GenerateRequest) -> Subject:
+    named = request.adapter_id or ", ".join(term.adapter_id for term in request.mix)
+    return Subject("loraplex.v1.Adapter", named)
+
+
+def _too_long(field: str, text: str) -> Refusal:
+    return Refusal(Reason.PROMPT_TOO_LONG, text, problems=[Problem(field, text)])

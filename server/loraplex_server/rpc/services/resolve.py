@@ -1,0 +1,75 @@
+"""The adapters with weights that a request names."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from loraplex.v1 import generation_pb2
+from loraplex_adapters.format.kinds.virtual import ROOM
+from loraplex_model.base.refusal import Reason, Refusal
+
+from loraplex_server.engine.messages import AdapterRef
+from loraplex_server.registry.registry import Registered, Registry
+
+
+@dataclass(frozen=True, slots=True)
+class WeightedAdapter:
+    """An adapter of a request and its weight."""
+
+    adapter: Registered
+    weight: float
+
+
+async def resolve(
+    request: generation_pb2.GenerateRequest, registry: Registry
+) -> Sequence[WeightedAdapter]:
+    """Resolves the adapters of a valid request, in its order; none for the bare base.
+
+    Raises Refusal for the first that does not exist (ADAPTER_NOT_FOUND) or may not be served.
+    """
+    if request.adapter_id:
+        return (WeightedAdapter(await registry.servable(request.adapter_id), 1.0),)
+    if not request.mix:
+        return ()
+    found = await asyncio.gather(*(registry.servable(term.adapter_id) for term in request.mix))
+    weights = [term.weight if term.HasField("weight") else 1.0 for term in request.mix]
+    return tuple(WeightedAdapter(a, w) for a, w in zip(found, weights, strict=True))
+
+
+def virtual_tokens(adapters: Sequence[WeightedAdapter]) -> int:
+    """Number of positions in the context that the adapters occupy before the prompt."""
+    return max((each.adapter.record.virtual_tokens for each in adapters), default=0)
+
+
+def room_beside(adapters: Sequence[WeightedAdapter], max_context: int) -> int:
+    """The positions of the context that are left for prompt and answer.
+
+    Raises Refusal(ADAPTER_TOO_LARGE) if there are fewer, as for an adapter that was registered
+    while the context was longer: no prompt is short enough then.
+    """
+    count = virtual_tokens(adapters)
+    if count and max_context - count < ROOM:
+        raise Refusal(
+            Reason.ADAPTER_TOO_LARGE,
+            f"the adapter's {count} virtual tokens leave no room for a prompt and an answer in "
+            f"the context of {max_context} positions (max_context)",
+        )
+    return max_context - count
+
+
+def mixable(adapters: Sequence[WeightedAdapter]) -> bool:
+    """Whether these adapters can be combined: virtual tokens cannot be weighted or summed."""
+    used = references(adapters)
+    return not virtual_tokens(adapters) or (len(used) == 1 and used[0].weight == 1.0)
+
+
+def references(adapters: Sequence[WeightedAdapter]) -> list[AdapterRef]:
+    """References for the engine: each distinct content once, with the sum of its weights."""
+    weights: dict[str, float] = {}
+    for each in adapters:
+        digest = each.adapter.record.digest
+        weights[digest] = weights.get(digest, 0.0) + each.weight
+    paths = {each.adapter.record.digest: each.adapter.path for each in adapters}
+    return [AdapterRef(digest, paths[digest], weight) for digest, weight in weights.items()]

@@ -1,0 +1,111 @@
+"""Receives uploads: an adapter's files in pieces, over streams that may break and be resumed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Final
+
+from loraplex.v1 import adapter_pb2
+from loraplex_adapters.format.files import CONFIG_FILE, WEIGHTS_FILE
+from loraplex_model.base.refusal import Problem, Reason, Refusal, Subject
+
+from loraplex_server.registry.registry import Registered, RegistrationTerms, Registry
+from loraplex_server.rpc.calls.arriving import SILENCE_SECONDS, messages
+from loraplex_server.rpc.calls.errors import invalid, require
+from loraplex_server.rpc.calls.gate import Gate
+from loraplex_server.rpc.messages import validate_adapters as validate
+
+MAX_STREAMS: Final = 16
+"""Most uploads that may send at the same time; each holds one chunk in memory."""
+
+MAX_STREAMS_PER_PEER: Final = 8
+"""Most uploads of one peer that may send at the same time. All clients behind a proxy are one peer,
+so this is a good part of all."""
+
+_DRAINING: Final = "the server is shutting down; what has arrived is kept"
+_SILENCE: Final = f"nothing arrived for {SILENCE_SECONDS:g} s; what has arrived before is kept"
+
+FILES: Final = {
+    adapter_pb2.ADAPTER_FILE_CONFIG: CONFIG_FILE,
+    adapter_pb2.ADAPTER_FILE_WEIGHTS: WEIGHTS_FILE,
+}
+
+
+class UploadReceiver:
+    """Receives uploads. Each chunk is on disk before the next one is read from the stream."""
+
+    def __init__(self, registry: Registry, gate: Gate) -> None:
+        self._registry = registry
+        self._gate = gate
+        self._streams: Counter[str] = Counter()
+
+    async def receive(
+        self, requests: AsyncIterator[adapter_pb2.UploadAdapterRequest], peer: str
+    ) -> tuple[Registered, bool] | None:
+        """Receives one stream of a client at the address `peer`.
+
+        If it completes an upload that is not staged, the adapter is registered.
+
+        Returns the adapter and whether the version is new; None if the files were only staged.
+        Raises Refusal. The bytes that had arrived are kept, and the upload can be resumed.
+        """
+        running, own = self._streams.total(), self._streams[peer]
+        if running >= MAX_STREAMS or own >= MAX_STREAMS_PER_PEER:
+            text = f"{running} uploads are running, {own} of them from {peer}; try again"
+            raise Refusal(Reason.OVERLOADED, text)
+        self._streams[peer] += 1
+        try:
+            async with aclosing(messages(requests, self._gate, _DRAINING, _SILENCE)) as arriving:
+                return await self._receive(arriving)
+        finally:
+            self._streams[peer] -= 1
+            if not self._streams[peer]:
+                del self._streams[peer]
+
+    async def _receive(
+        self, requests: AsyncIterator[adapter_pb2.UploadAdapterRequest]
+    ) -> tuple[Registered, bool] | None:
+        store, lane = self._registry.store, self._registry.lanes.uploads
+        header = await self._header(requests)
+        wanted = {CONFIG_FILE: header.config_size, WEIGHTS_FILE: header.weights_size}
+        there = await lane.run(store.uploads.state, header.upload_id)
+        sizes = {CONFIG_FILE: there.config_bytes, WEIGHTS_FILE: there.weights_bytes}
+        async for request in requests:
+            if request.WhichOneof("part") != "chunk":
+                raise invalid([Problem("part", "every message after the first must be a chunk")])
+            chunk = request.chunk
+            require(validate.chunk(chunk))
+            file = FILES[chunk.file]
+            end = chunk.offset + len(chunk.data)
+            if end > wanted[file]:
+                text = f"{file} was announced with {wanted[file]} bytes; this piece ends at {end}"
+                raise _offset(header.upload_id, file, text)
+            sizes[file] = await lane.run(
+                store.uploads.append, header.upload_id, file, chunk.offset, chunk.data
+            )
+        for file, size in wanted.items():
+            if sizes[file] != size:
+                text = f"{sizes[file]} of the {size} bytes of {file} have arrived"
+                raise _offset(header.upload_id, file, text)
+        if header.stage_only:
+            return None
+        terms = RegistrationTerms(
+            header.name, header.replace, dict(header.labels), header.expected_digest, header.load
+        )
+        return await self._registry.finish_upload(header.upload_id, terms)
+
+    async def _header(
+        self, requests: AsyncIterator[adapter_pb2.UploadAdapterRequest]
+    ) -> adapter_pb2.UploadHeader:
+        first = await anext(requests, None)
+        if first is None or first.WhichOneof("part") != "header":
+            raise invalid([Problem("header", "the first message must be the header")])
+        require(validate.header(first.header, self._registry.max_weights_bytes))
+        return first.header
+
+
+def _offset(upload_id: str, file: str, text: str) -> Refusal:
+    subject = Subject("loraplex.v1.Upload", upload_id)
+    return Refusal(Reason.UPLOAD_OFFSET, text, problems=[Problem(file, text)], subject=subject)

@@ -1,0 +1,1 @@
+"""The process: worker threads, watched tasks, the metrics endpoint, failures and shutdown."""
