@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from loraplex.v1 import generation_pb2
+from loraplex_server.rpc.calls.ids import is_adapter_id, is_name
 from loraplex_server.rpc.messages import validate
 from loraplex_server.rpc.messages.validate import ModelBounds
-from loraplex_server.rpc.services.resolve import is_adapter_id, is_name
 
 BOUNDS = ModelBounds(vocab_size=100, max_context=50)
 NAN, INF = float("nan"), float("inf")
