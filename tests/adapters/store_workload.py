@@ -10,11 +10,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import loraplex_adapters.store
 from adapters.adapter_files import BASE
 from loraplex_adapters.format.examine import inspect
 from loraplex_adapters.format.files import CONFIG_FILE, WEIGHTS_FILE
 from loraplex_adapters.store import Store
-from loraplex_adapters.store.files import blobs
 from loraplex_model.base.refusal import Refusal
 
 from adapters import stores
@@ -23,7 +23,7 @@ from adapters import stores
 def points() -> list[str]:
     """Every fault point in the store's source, once for each place."""
     found = []
-    for file in sorted(Path(blobs.__file__).resolve().parent.rglob("*.py")):
+    for file in sorted(Path(loraplex_adapters.store.__file__).parent.rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("reach"):
                 (name,) = node.args

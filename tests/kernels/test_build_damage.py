@@ -190,9 +190,10 @@ def test_a_build_is_on_the_disk_before_it_has_its_name(
     monkeypatch.setattr(os, "fsync", flush)
     monkeypatch.setattr(Path, "rename", move)
     build.compile_kernels(ISA, tmp_path)
-    assert events[0] == f"flush {build.LIBRARY}"
-    assert events[1].startswith("flush .writing-")  # the digest
-    assert events[2:] == ["flush finished", "rename finished", f"flush {tmp_path.name}"]
+    assert events[0] == f"flush {tmp_path.parent.name}"  # the name of the cache's folder
+    assert events[1] == f"flush {build.LIBRARY}"
+    assert events[2].startswith("flush .writing-")  # the digest
+    assert events[3:] == ["flush finished", "rename finished", f"flush {tmp_path.name}"]
 
 
 def test_what_a_killed_compiler_left_is_swept(compiler: Compiler, tmp_path: Path) -> None:

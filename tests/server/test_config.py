@@ -72,7 +72,9 @@ def test_a_file_that_is_no_toml_is_named(tmp_path: Path, content: str) -> None:
 def test_the_resolved_settings_are_shown_and_hidden_ones_are_not() -> None:
     lines = load(None, {"port": "77"}).lines()
     assert "port = 77" in lines
-    assert not any("engine_" in line for line in lines)
+    shown = {line.partition(" ")[0] for line in lines}
+    assert shown == {name for name, field in Config.model_fields.items() if field.repr}
+    assert "engine_factory" not in shown
 
 
 def test_the_front_refuses_before_the_engine_would() -> None:

@@ -44,7 +44,10 @@ def make_directory(path: Path, mode: int = 0o777) -> None:
     missing = not path.is_dir()
     if missing and not path.parent.is_dir():
         make_directory(path.parent)
-    path.mkdir(mode, exist_ok=True)
+    try:
+        path.mkdir(mode, exist_ok=True)
+    except FileExistsError:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from None
     if missing:
         flush(path.parent)
     else:

@@ -84,8 +84,13 @@ class RunFolder:
         with _on_disk(self.out):
             reach("train.config.write")
             write_atomically(self.out / CONFIG, text.encode())
-            reach("train.config.flush")
-            flush(self.out)
+            try:
+                reach("train.config.flush")
+                flush(self.out)
+            except BaseException:
+                # A directory with options is a run; one that could not be started is none.
+                (self.out / CONFIG).unlink(missing_ok=True)
+                raise
 
     def save(self, snapshot: RunSnapshot) -> Path:
         """Writes a checkpoint, removes older ones beyond `keep`, and returns the new one's path.
