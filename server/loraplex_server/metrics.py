@@ -218,7 +218,10 @@ class Metrics:
         self.series.adapters.labels("registered").set(len(self._labels))
 
     def unservable(self, counts: Mapping[str, int]) -> None:
-        """Sets the number of versions in use that are not served, by cause."""
+        """Sets the numbers of adapters that are not served, for the causes in `counts`.
+
+        The census of the registry sets "base" and "missing", the quarantine keeper "quarantined".
+        """
         for cause, count in counts.items():
             self.series.adapters_unservable.labels(cause).set(count)
 

@@ -131,10 +131,10 @@ class Series:
     adapter_merge_seconds = _histogram(_LONG, "Time to compute the dense copies of an adapter.")
     adapters = _gauge("Adapters by state.", state=("registered", *ADAPTER_STATES))
     adapters_unservable = _gauge(
-        "Versions in use that are not served, by cause.", cause=("base", "missing")
+        "Adapters that are not served, by cause.", cause=("base", "missing", "quarantined")
     )
     index_away_seconds = _gauge(
-        "Seconds since the store's index has stopped to answer; 0 while it answers."
+        "Seconds since the store's index stopped answering; 0 while it answers."
     )
     adapter_bytes = _gauge("Bytes that adapters take.", tier=_TIERS)
     adapter_budget_bytes = _gauge("Bytes that adapters may take.", tier=_TIERS)
@@ -149,7 +149,6 @@ class Series:
     engine_deaths = _counter(
         "Engine processes that ended, hung or could not be started.", cause=DEATH_CAUSES
     )
-    quarantined_adapters = _gauge("Adapters that are not loaded until an operator releases them.")
     build_info = _gauge("Constant 1.", version=())
     model_info = _gauge(
         "Constant 1.", model=(), architecture=(), dtype=(), device=(), kernels=(), fingerprint=()

@@ -97,7 +97,7 @@ async def test_an_adapter_that_ends_engines_is_quarantined_until_it_is_released(
             assert up.metric("engine_deaths_total", cause="signal") == deaths
         assert await reason(up.generation.Generate(ask(adapter="bad"))) == "ADAPTER_QUARANTINED"
         assert await reason(up.adapters.LoadAdapter(load)) == "ADAPTER_QUARANTINED"
-        await until(lambda: up.metric("quarantined_adapters") == 1)
+        await until(lambda: up.metric("adapters_unservable", cause="quarantined") == 1)
         with Store(tmp_path / "store") as store:
             assert "2 times" in store.quarantined()[bad.digest].reason
             await asyncio.sleep(0.6)  # what the registry remembers of names is old by then
@@ -105,7 +105,7 @@ async def test_an_adapter_that_ends_engines_is_quarantined_until_it_is_released(
             assert up.metric("engine_restarts_total") == deaths
             await sabotage(up, "bad")
             store.release(bad.digest)
-        await until(lambda: up.metric("quarantined_adapters") == 0)
+        await until(lambda: up.metric("adapters_unservable", cause="quarantined") == 0)
         await until(lambda: not up.server.engine.quarantined)
         await asyncio.sleep(0.6)
         assert await is_answered(up, "bad", bad.digest)
@@ -135,7 +135,7 @@ async def test_a_quarantine_holds_while_the_store_fails(
                 await asyncio.sleep(0.1)
                 answer = await reason(up.generation.Generate(ask(adapter="bad")))
                 assert answer == "ADAPTER_QUARANTINED"
-        await until(lambda: up.metric("quarantined_adapters") == 1)
+        await until(lambda: up.metric("adapters_unservable", cause="quarantined") == 1)
         with Store(tmp_path / "store") as store:
             assert store.quarantined().keys() == {bad.digest}
 

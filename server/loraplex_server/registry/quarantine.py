@@ -74,7 +74,7 @@ class QuarantineKeeper:
                 await self._quarantine(digest, reason)
                 self._written.add(digest)
         found = await self._read()
-        self._metrics.series.quarantined_adapters.set(len(found))
+        self._metrics.unservable({"quarantined": len(found)})
         for digest in self._written - found.keys():
             log.info("adapter %s was released from its quarantine", digest)
             self._written.discard(digest)
