@@ -133,8 +133,8 @@ class Config(BaseSettings):
     """Seconds that the engine may take to become ready when the server starts. A restart may take
     two minutes, or four times as long as the first start."""
     engine_hang_timeout: float = Field(300.0, ge=1, le=86_400)
-    """Seconds that one step of the engine may take before its process is replaced. Half a minute
-    without any sign of life suffices as well."""
+    """Seconds that one step of the engine may take before its process is replaced. A process
+    that gives no sign of life for half a minute is replaced as well."""
 
     training: bool = False
     """Train adapters on request, in a process of their own."""
