@@ -1,4 +1,4 @@
-"""What it costs at a start to compare the cached base model with its digests.
+"""Time that comparing the cached base model with its digests takes at a start.
 
     python bench/cache_check.py [--model default] [--cache var/cache] [--repeats 5]
 

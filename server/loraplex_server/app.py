@@ -283,7 +283,7 @@ class Server:
     def _close_later(
         self, seconds: float, complaint: str, close: Callable[[], Awaitable[None]]
     ) -> None:
-        """Has `close` called by `close`, which does not wait for it for more than `seconds`."""
+        """Registers a step of `self.close`, which waits at most `seconds` for `close`."""
 
         async def bounded() -> None:
             await within(seconds, complaint, close())
@@ -305,7 +305,7 @@ class Server:
 async def run(config: Config) -> ServerExit:
     """Serves until SIGTERM or SIGINT, then drains. A second signal ends the process at once.
 
-    Also ends when the server cannot go on: the exit code tells why.
+    Also ends when the server cannot go on; the exit code gives the reason.
     """
     raise_descriptor_limit()
     try:

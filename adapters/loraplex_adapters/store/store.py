@@ -345,7 +345,7 @@ class Store:
         return self._blobs.path(digest)
 
     def directory(self, digest: str) -> Path:
-        """Returns where an adapter's files are, or would be: nobody has looked whether they are.
+        """Returns the directory of an adapter's files, without checking whether they exist.
 
         Raises Refusal(FIELD_INVALID): not a digest.
         """

@@ -140,7 +140,7 @@ def write_table(
 
 
 def write_fields(value: DataclassInstance) -> None:
-    """Prints a line `name: value` for each field; none for a fault that there is not."""
+    """Prints a line `name: value` for each field, except `unservable` if it is None."""
     for item in dataclasses.fields(value):
         content = getattr(value, item.name)
         if item.name != "unservable" or content is not None:

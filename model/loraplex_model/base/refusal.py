@@ -52,7 +52,7 @@ class Reason(StrEnum):
     ADAPTER_UNLOADED = auto()
     """The adapter was unloaded by force while the request ran."""
     ADAPTER_QUARANTINED = auto()
-    """The adapter is held back, for example because it ended the engine repeatedly."""
+    """The adapter is quarantined, because engine processes ended while it was loaded or merged."""
     ADAPTER_NOT_MIXABLE = auto()
     """The adapter has virtual tokens, so it can be used only alone and with weight 1."""
     PIN_BUDGET = auto()

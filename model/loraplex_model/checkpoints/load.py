@@ -31,8 +31,8 @@ class LoadedBase:
         name: the operator's name for it.
         source: directory of the checkpoint, or the GGUF file.
         directory: folder of `tokenizer.json` and `model.json` (`tokenizer.TokenizerInfo.read`).
-        file: the file to which the packed codes are mapped if the weights are on the CPU. Who reads
-            them long after the start looks at it first.
+        file: the file to which the packed codes are mapped if the weights are on the CPU. Code that
+            reads them long after the start must check `file.is_intact()` first.
     """
 
     name: str

@@ -1,8 +1,8 @@
 """A file that stays mapped: whether it is still the file that was verified.
 
 Reading a mapped page that was cut off ends the process with SIGBUS; in the last page it reads
-zeros. So the file is looked at before its pages are read again. What has been read (the kernels'
-panels, tensors on another device) is not affected.
+zeros. So the file is checked before its pages are read again. Copies of what has been read (the
+kernels' panels, tensors on another device) are not affected.
 """
 
 from __future__ import annotations

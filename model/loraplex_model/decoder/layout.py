@@ -39,9 +39,9 @@ class Fault(IntEnum):
 
 
 class PassOutOfBounds(Exception):
-    """A number of a batch is outside of the tables that it is an index of; nothing was computed.
+    """A number of a batch is outside of the table that it indexes; nothing was computed.
 
-    It is a fault of the program: requests and adapters are checked long before.
+    This is a programming error: requests and adapters are checked long before.
     """
 
 

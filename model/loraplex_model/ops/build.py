@@ -91,7 +91,7 @@ def default_directory() -> Path:
 def find(isa: str, flags: Sequence[str] = (), directory: Path | None = None) -> Path | None:
     """A whole build in `LORAPLEX_KERNELS_DIR` or in `directory`, or None.
 
-    Warns about every damaged one that it passes over.
+    Logs a warning for every damaged build that is skipped.
     """
     for path in builds(isa, flags, directory):
         if is_whole(path):

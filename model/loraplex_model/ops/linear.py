@@ -117,7 +117,7 @@ class FusedLinear:
 
     The maxima are kept in float32, which takes 0.4 bits per weight more: bitsandbytes' double
     quantisation has one offset per matrix, and a stack has one per module. Matrices whose rows do
-    not hold whole blocks are unpacked for every product, since bitsandbytes takes them to do so.
+    not hold whole blocks are unpacked for every product, since bitsandbytes assumes whole blocks.
     """
 
     def __init__(self) -> None:

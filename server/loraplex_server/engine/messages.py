@@ -326,8 +326,8 @@ class Attempt(msgspec.Struct, frozen=True, tag="attempt"):
 class Beat(msgspec.Struct, frozen=True, tag="beat"):
     """The process runs. Sent at regular intervals by a thread of its own.
 
-    `turns` is the number of turns of the main loop so far; `waiting` tells whether the loop waits
-    for messages, so that `turns` need not grow.
+    `turns` is the number of turns of the main loop so far. `waiting` is True while the loop waits
+    for messages; then `turns` need not grow.
     """
 
     turns: int

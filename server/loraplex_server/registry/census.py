@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class Census:
-    """Counts once in `CENSUS_SECONDS`; a warning tells what has changed for the worse."""
+    """Counts once in `CENSUS_SECONDS`, and logs a warning when more adapters are not served."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class Census:
         self._survey = survey
         self._base = base
         self._metrics = metrics
-        self._told: dict[str, list[str]] = {}
+        self._reported: dict[str, list[str]] = {}
 
     async def run(self) -> None:
         """Counts until it is cancelled. A store that fails is asked again the next time."""
@@ -45,7 +45,7 @@ class Census:
             except Refusal as error:
                 log.warning("adapters that are not served cannot be counted: %s", error.message)
             except Exception:
-                # A count is not worth the end of the server.
+                # The server goes on without the count: it is for the log and the metrics only.
                 log.exception("adapters that are not served cannot be counted")
             await asyncio.sleep(CENSUS_SECONDS)
 
@@ -53,14 +53,14 @@ class Census:
         """Counts now. Raises Refusal if the store cannot be read."""
         base, found = self._base(), await self._survey()
         counts = Counter({"base": 0, "missing": 0})
-        told = {}
+        reported = {}
         for cause, text, ids in troubles(found, base.name, base.fingerprint):
             counts[cause] += len(ids)
-            told[text] = ids
-            if self._told.get(text) != ids:
+            reported[text] = ids
+            if self._reported.get(text) != ids:
                 shown = ", ".join(ids[:_SHOWN]) + (", ..." if len(ids) > _SHOWN else "")
                 log.warning("%d adapters %s: %s", len(ids), text, shown)
-        self._told = told
+        self._reported = reported
         self._metrics.unservable({cause: counts[cause] for cause in ("base", "missing")})
 
 

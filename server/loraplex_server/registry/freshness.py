@@ -26,9 +26,9 @@ log = logging.getLogger(__name__)
 class IndexFreshness:
     """Reads the store's change count, one reading at a time, when calls need it.
 
-    A reading that is older than half of `FRESH_SECONDS` is repeated while calls go on; only a call
-    that finds one older than `FRESH_SECONDS` waits, and at most for `PATIENCE_SECONDS`. Then the
-    index counts as away, no call waits for it, and it is asked until it answers again.
+    A reading that is older than half of `FRESH_SECONDS` is repeated while calls go on. Only a call
+    that finds a reading older than `FRESH_SECONDS` waits, at most for `PATIENCE_SECONDS`. After
+    that the index counts as away: no call waits for the index, which is asked until it answers.
     """
 
     def __init__(
@@ -57,11 +57,11 @@ class IndexFreshness:
         return 0.0 if lost_at is None else self._clock() - lost_at
 
     def known(self, count: int) -> None:
-        """Takes the change count of a reading that was made elsewhere."""
+        """Records the change count of a reading that was made elsewhere."""
         self._count = count
 
     async def fresh(self) -> None:
-        """Waits until the last reading is recent enough, or the index has had its time."""
+        """Waits until the last reading is recent enough, or until the index counts as away."""
         age = self._clock() - self._checked
         if age <= FRESH_SECONDS / 2:
             return

@@ -105,7 +105,7 @@ class NameCache(Generic[T]):
         return entry.value
 
     def clear(self) -> None:
-        """Has all entries looked up again before their next use, because the store has changed."""
+        """Marks all entries to be looked up again before their next use: the store has changed."""
         self._generation += 1
 
     def keep(self, key: str, value: T) -> None:

@@ -1,4 +1,4 @@
-"""Quarantined adapters: written to the store when engine processes have ended over them."""
+"""Writes the quarantines that the supervision of the engine decides to the store."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from loraplex_server.engine.process.client import EngineClient
 from loraplex_server.metrics import Metrics
 
 POLL_SECONDS: Final = 5.0
-"""Seconds between two counts of the quarantined adapters."""
+"""Seconds between two counts of the quarantined adapters in the store."""
 
 RELEASE_SECONDS: Final = 1.0
-"""The same while the engine's client refuses adapters that an operator may release."""
+"""Seconds between two counts while the engine's client refuses adapters, which may be released."""
 
 log = logging.getLogger(__name__)
 
@@ -49,11 +49,11 @@ class QuarantineKeeper:
         self._woken = asyncio.Event()
 
     def wake(self) -> None:
-        """Something was quarantined: makes `run` write it at once."""
+        """Makes `run` write new quarantines at once."""
         self._woken.set()
 
     async def run(self) -> None:
-        """Works until it is cancelled."""
+        """Writes and counts until it is cancelled; a store that fails is tried again."""
         while True:
             try:
                 await self._synchronise()

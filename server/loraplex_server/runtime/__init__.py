@@ -1,1 +1,1 @@
-"""The process: worker threads, watched tasks, the metrics endpoint, failures and shutdown."""
+"""The front process: worker threads, watched tasks, metrics endpoint, failures and shutdown."""

@@ -116,7 +116,7 @@ class _BoundedServer(ThreadingWSGIServer):
                 open_now = list(self.connections.values())
                 self._close(next((c for c in open_now if not c.asked), open_now[0]))
             self.connections[request] = _Connection(request, time.monotonic())
-        self.threads_left.acquire()  # that of a closed connection ends at once
+        self.threads_left.acquire()  # soon free: the thread of a closed connection ends at once
         try:
             super().process_request(request, client_address)
         except BaseException:

@@ -1,4 +1,4 @@
-"""What an operator reads when a command fails: one line, whatever the cause."""
+"""Messages for the operator when a command fails: one line, whatever the cause."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 class StartFailure(Exception):
-    """The reason why the server cannot start. The message tells the operator what to do."""
+    """The reason why the server cannot start. The message says what the operator can do."""
 
     def __init__(self, code: ServerExit, message: str) -> None:
         super().__init__(message)
@@ -24,9 +24,9 @@ class StartFailure(Exception):
 
 
 def for_operator(refusal: Refusal) -> str:
-    """The message of a refusal. One by the store also says what the disk or the database said.
+    """The message of a refusal; for the store, with the error of the disk or the database.
 
-    Clients never see that, because it may name files and hosts.
+    Clients never see that error, because it may name files and hosts.
     """
     cause = refusal.__cause__
     if refusal.reason not in (Reason.STORE_UNAVAILABLE, Reason.STORE_FULL) or cause is None:
@@ -51,7 +51,7 @@ def needed(code: ServerExit, what: str) -> Iterator[None]:
 
 
 def unexpected(error: Exception) -> ServerExit:
-    """Logs an error that nothing has handled, and tells the operator in one line."""
+    """Logs an error that nothing has handled, and prints one line for the operator."""
     log.critical("a command ended because of an unexpected error", exc_info=error)
     print(
         f"error: an unexpected error, {type(error).__name__}, ended the command; the lines above "

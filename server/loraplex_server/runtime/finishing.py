@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 async def to_the_end(work: Coroutine[Any, Any, T]) -> T:
     """Returns the result of `work`, which is not cancelled with its caller.
 
-    What it raises after that is logged, except a Refusal, which was meant for the caller.
+    If the caller is gone, an exception of `work` is logged, unless it is a Refusal.
     """
     task = asyncio.create_task(work)
     try:

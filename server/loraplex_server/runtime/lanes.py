@@ -1,4 +1,4 @@
-"""Worker threads for blocking work, apart for each class of work, with bounds on what waits.
+"""Worker threads for blocking work, separate for each class of work, with bounds on what waits.
 
 If all blocking work shared its threads, 64 examinations of files would delay every look-up of a
 name and every long prompt. Here each class of work has a lane of its own.
@@ -24,7 +24,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 NICE: Final = 10
-"""Added to the niceness of threads whose work nobody's tokens wait for (Linux)."""
+"""Added to the niceness of threads whose work delays no tokens (Linux)."""
 
 _SWITCH_SECONDS: Final = 0.001
 
@@ -115,8 +115,8 @@ class Lanes:
     """The lanes of one server.
 
     Attributes:
-        count: the store's change count, one reading at a time; it decides whether the index is
-            there, so nothing else may delay it.
+        count: readings of the store's change count, one at a time. A late reading means that the
+            index is away, so no other work may delay it.
         index: look-ups and lists.
         known: look-ups of names that were known before a change.
         changes: changes of names, labels and aliases.
@@ -146,7 +146,7 @@ class Lanes:
 
 
 def yield_often() -> None:
-    """Has threads of this process hand over the interpreter's lock after a millisecond.
+    """Makes threads of this process release the interpreter's lock after a millisecond.
 
     By default a thread keeps it for 5 ms if others want it. An examination in pure Python then
     delays each of the many short turns of the event loop by that time.

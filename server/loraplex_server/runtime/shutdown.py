@@ -10,13 +10,13 @@ from collections.abc import Awaitable, Callable
 from typing import Final
 
 PART_SECONDS: Final = 5.0
-"""Seconds that a part without work of its own may take to close."""
+"""Seconds that a part may take to close if it has no work to finish."""
 
 ENGINE_SECONDS: Final = 10.0
-"""Seconds that the engine may take to end; longer than it has before it is killed."""
+"""Seconds that stopping the engine may take, the time until the process is killed included."""
 
 TRAINING_SECONDS: Final = 8.0
-"""Seconds that training may take beyond the patience with a trainer that saves."""
+"""Seconds that stopping the training may take beyond the time for saving a checkpoint."""
 
 EXIT_SECONDS: Final = 20.0
 """Seconds after `drain_timeout` at which the process ends, whatever still runs."""

@@ -1,8 +1,8 @@
 """Long-lived tasks whose unexpected end is noticed.
 
-A task that ends of an exception is silent until somebody awaits it, and nobody awaits a task that
-should run as long as the process. Such tasks are started by `WatchedTask`. If one ends although
-nobody stopped it, the event loop's exception handler is called; the server's handler, set by
+A task that ends with an exception is silent until it is awaited, and a task that should run as long
+as the process is not awaited. Such tasks are started by `WatchedTask`. If one ends although it was
+not stopped, the event loop's exception handler is called; the server's handler, set by
 `on_unexpected_end`, ends the process.
 """
 
@@ -24,7 +24,7 @@ _KEY: Final = "watched_task"
 
 
 class WatchedTask:
-    """A task that runs until `stop` is called. Its work may also end by itself after `release`."""
+    """A task that runs until `stop` is called. After `release` the task may also end by itself."""
 
     def __init__(self, work: Coroutine[Any, Any, None], name: str) -> None:
         self._may_end = False
@@ -48,7 +48,7 @@ class WatchedTask:
     async def stop(self) -> None:
         """Cancels the task and waits for its end. Idempotent.
 
-        Cancels it again if it goes on: before Python 3.12 `asyncio.wait_for` can lose one.
+        Cancels repeatedly, because before Python 3.12 `asyncio.wait_for` can lose a cancellation.
         """
         self.release()
         while not self._task.done():
@@ -79,7 +79,7 @@ def on_unexpected_end(
 ) -> None:
     """Calls `act` with a task's name and its exception when a watched task ends unexpectedly.
 
-    What else the event loop reports is logged as by default.
+    Everything else that the event loop reports is logged as by default.
     """
 
     def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

@@ -191,6 +191,6 @@ class Runner:
 
 
 def _on_followed(child: Child, following: asyncio.Task[None]) -> None:
-    """Ends a trainer whose output is no longer read, for it would wait for the reader for ever."""
+    """Ends a trainer whose output is no longer read, since its writes would block for ever."""
     if not following.cancelled() and following.exception() is not None:
         child.kill()

@@ -61,7 +61,7 @@ class VirtualReading:
         return [ModuleSpec(*VIRTUAL_TOKENS, {self.role: tensor})]
 
     def _check_count(self, file: Placement) -> None:
-        """Finds fault with more virtual tokens than the limits and the context have room for."""
+        """Reports more virtual tokens than the limits allow or than leave room in the context."""
         positions = file.base.config.max_positions
         context = min(positions, file.limits.max_context or positions)
         message = f"num_virtual_tokens is {self.count}; "

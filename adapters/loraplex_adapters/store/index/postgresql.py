@@ -1,7 +1,7 @@
-"""Connections to PostgreSQL that end instead of waiting for ever.
+"""Connections to PostgreSQL that fail instead of waiting for ever.
 
-A network or a proxy that drops packets leaves connections half open: the operating system tells
-nobody, and a query waits until the machine is restarted. Three limits act together: keepalives and
+A network or a proxy that drops packets leaves connections half open: the operating system reports
+no error, and a query may wait for ever. Three limits act together: keepalives and
 `tcp_user_timeout` find a peer that is gone, `statement_timeout` ends a query that the server does
 not finish, and the client itself gives up a reply that does not come, which also covers a proxy
 that answers keepalives but forwards nothing.

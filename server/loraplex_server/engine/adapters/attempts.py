@@ -25,16 +25,16 @@ def _nowhere(attempt: Attempt) -> None:
 
 
 class Announcements:
-    """Announces work on adapters. `tell` is called on any thread and must send at once."""
+    """Announces work on adapters. `send` is called on any thread and must send at once."""
 
-    def __init__(self, tell: Callable[[Attempt], None] = _nowhere) -> None:
-        self._tell = tell
+    def __init__(self, send: Callable[[Attempt], None] = _nowhere) -> None:
+        self._send = send
 
     @contextmanager
     def of(self, digest: str, work: str) -> Iterator[None]:
         """Announces `work` on an adapter for the duration of the context."""
-        self._tell(Attempt(digest, work, begun=True))
+        self._send(Attempt(digest, work, begun=True))
         try:
             yield
         finally:
-            self._tell(Attempt(digest, work, begun=False))
+            self._send(Attempt(digest, work, begun=False))

@@ -49,9 +49,9 @@ class Wants:
     """All open wants, the oldest first.
 
     The *head* is the oldest want of which no adapter is draining; room is made for it alone. All
-    orders for one adapter share one want, the age of which is that of the first of them. What is
-    asked in every step takes time in proportion to the adapters on the device or to the answer, not
-    to the number of open wants: thousands of orders may be waiting.
+    orders for one adapter share one want, whose age is that of the first order. Thousands of orders
+    may be waiting, so the queries of every step take time in proportion to the adapters on the
+    device or to the result, not to the number of open wants.
 
     `residents` is the live table of adapters on the device.
     """

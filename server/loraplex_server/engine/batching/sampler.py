@@ -29,7 +29,7 @@ _HUGE = np.float32(1e30)
 _TINY = 1e-37
 """Smallest divisor used; smaller ones would be 0 in float32."""
 _HOT = 2.0
-"""Temperature above which top-p is taken to be costly before the first token shows it."""
+"""Temperature above which top-p counts as costly before the first token."""
 _LARGE_PART = 0.25
 """Part of the vocabulary that top-p may put in order before it counts as costly."""
 

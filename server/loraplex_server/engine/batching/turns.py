@@ -1,4 +1,4 @@
-"""Turns of the rows whose next token is costly to choose, so that they slow other rows a little.
+"""Turns of the rows whose next token is costly to choose, so that they hardly slow other rows.
 
 With a high temperature and top-p, choosing a token sorts most of the vocabulary, which takes
 milliseconds; with 60 such rows a step would spend more time on sampling than on the forward pass,

@@ -1,4 +1,4 @@
-"""The front's end of the engine: requests and orders to it, and what is lost with a process.
+"""The engine as the front uses it: requests, orders, and what is lost with a process.
 
 Runs on one asyncio loop. Nothing here runs per token: a step is one message, and each stream with
 outputs in it is woken once. `Supervisor` owns the process.
@@ -209,7 +209,7 @@ class EngineClient:
         return Failure(Reason.ADAPTER_QUARANTINED, text)
 
     def release(self, digest: str) -> None:
-        """Allows an adapter again that was quarantined, and forgets what was counted against it."""
+        """Allows a quarantined adapter again, and drops what was counted against it."""
         self.quarantined.pop(digest, None)
         self._suspects.forget(digest)
 
@@ -247,7 +247,7 @@ class EngineClient:
             self.stats = message.stats
             if message.adapters is not None:
                 self.adapters = {status.digest: status for status in message.adapters}
-            self._tell(self._observer.on_step, message)
+            self._notify(self._observer.on_step, message)
         elif isinstance(message, PromptScores):
             if (stream := self._streams.get(message.id)) is not None:
                 stream.put(Output(id=message.id, prompt_logprobs=message.logprobs))
@@ -255,10 +255,10 @@ class EngineClient:
             self._suspects.attempt(message)
         elif isinstance(message, LoadDone):
             self._suspects.on_load(message)
-            self._tell(self._observer.on_load, message)
+            self._notify(self._observer.on_load, message)
         elif isinstance(message, MergeDone):
             self._suspects.on_merge(message)
-            self._tell(self._observer.on_merge, message)
+            self._notify(self._observer.on_merge, message)
         elif isinstance(message, ControlDone):
             self._restoration.done(message.op)
             future = self._pending.pop(message.op, None)
@@ -277,7 +277,7 @@ class EngineClient:
         if (stream := self._streams.pop(output.id, None)) is not None:
             stream.put(output)
 
-    def _tell(self, notice: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
+    def _notify(self, notice: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
         """Calls the observer, whose faults must not end the connection to the engine."""
         try:
             notice(*args, **kwargs)
@@ -302,10 +302,10 @@ class EngineClient:
         """A process accepts messages: gives it the adapters of the lost one."""
         for order in self._restoration.orders(self._ops):
             self._supervisor.send(order)
-        self._tell(self._observer.on_ready, hello)
+        self._notify(self._observer.on_ready, hello)
 
     def on_lost(self) -> None:
-        """The process was lost: its requests fail, and what it was doing is under suspicion."""
+        """The process was lost: its requests fail; the adapters that it worked on are suspects."""
         self.stats = None
         self.restarts += 1
         log.error("the engine process was lost; %d requests fail", len(self._streams))
@@ -317,7 +317,7 @@ class EngineClient:
         )
         self.adapters = {}
         self._fail_all(RESTARTED)
-        self._tell(self._observer.on_restart)
+        self._notify(self._observer.on_restart)
 
     def on_end(self, cause: Cause) -> None:
         """The lost process has ended, or a replacement has failed to start."""
@@ -330,12 +330,12 @@ class EngineClient:
             log.critical("adapter %s is quarantined: %s", digest, reason)
         if report.requests:
             log.critical("a request is refused from now on: it ran at each of the last ends")
-        self._tell(self._observer.on_death, cause, report)
+        self._notify(self._observer.on_death, cause, report)
 
     def on_failed_start(self, refusal: Refusal) -> None:
         """A replacement could not be started; another attempt follows."""
         log.error("the engine did not start again: %s", refusal.message)
-        self._tell(self._observer.on_fatal, Fatal(refusal.reason, refusal.message))
+        self._notify(self._observer.on_fatal, Fatal(refusal.reason, refusal.message))
 
     def _fail_all(self, failure: Failure) -> None:
         """Ends every open stream and every unanswered order with a failure."""

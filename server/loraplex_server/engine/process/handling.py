@@ -1,4 +1,4 @@
-"""One message from the front in the engine: handled, or failed without harm to the others."""
+"""Handling of one message from the front in the engine, without harm to the others if it fails."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from loraplex_server.engine.messages import (
 )
 
 FAR_SECONDS: Final = 366 * 86_400.0
-"""Seconds after which no deadline lies. Timers and queues refuse waits of some hundred years."""
+"""Longest distance of a deadline in seconds. Timers and queues refuse waits of some centuries."""
 
 MAX_FAILURES: Final = 8
 """Number of requests and orders in a row that fail with an exception before the process is to be
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 class Handler:
-    """Gives messages to the core. An exception fails the message that caused it, and no other.
+    """Passes messages to the core. An exception fails the message that caused it, and no other.
 
     Attributes:
         broken: the last `MAX_FAILURES` requests and orders have failed, so the core is at fault.
@@ -48,7 +48,7 @@ class Handler:
         return self._failures >= MAX_FAILURES
 
     def handle(self, message: ToEngine) -> ControlDone | None:
-        """Gives a message, which is not `Shutdown`, to the core.
+        """Passes a message, which is not `Shutdown`, to the core.
 
         Returns the answer to an order that failed; a failed request is answered by the next step.
         """
@@ -83,7 +83,7 @@ class Handler:
 def within_reach(message: T) -> T:
     """The message with a deadline that can be compared and waited for.
 
-    One that is no number has passed, and the farthest is `FAR_SECONDS` away.
+    A deadline that is not a number has passed, and one in the far future is `FAR_SECONDS` away.
     """
     deadline = message.deadline
     if deadline is None:

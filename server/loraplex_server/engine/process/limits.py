@@ -19,8 +19,9 @@ class SupervisionLimits:
             becoming healthy.
         give_up: time without a healthy engine before which the front does not give up.
         start: time that a process may take to become ready.
-        restart: time that a replacement may take at least; longer if the first start took longer.
-        silent: time that a process may send nothing.
+        restart: time that a replacement may take to become ready; longer if the first start took
+            long.
+        silent: longest time between two messages of a process.
         stuck: time that the main loop may take for one turn.
         adapter_deaths: number of ends during work on an adapter after which it is quarantined.
         request_deaths: number of ends in a row after which the only request that ran at each of
@@ -41,7 +42,7 @@ class SupervisionLimits:
 
 
 class RestartPolicy:
-    """Pauses before restarts: they grow over ends in a row, until an engine has become healthy."""
+    """Pauses before restarts, which double with each end until an engine has become healthy."""
 
     def __init__(
         self, limits: SupervisionLimits, clock: Callable[[], float] = time.monotonic

@@ -25,7 +25,7 @@ class EngineObserver(Protocol):
         """The engine process was lost and its requests have failed; a new one will be started."""
 
     def on_death(self, cause: Cause, report: LossReport) -> None:
-        """The lost process has ended, or a new one has failed to start; who may have caused it."""
+        """The lost process has ended, or a new one failed to start. `report` has the suspects."""
 
     def on_ready(self, hello: Hello) -> None:
         """The engine is ready, for the first time or again."""

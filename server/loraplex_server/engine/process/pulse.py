@@ -1,10 +1,10 @@
 """Signs of life of the engine process: sent by a thread of its own, and judged by the front.
 
-A process that is stopped, or whose machine hangs, sends nothing. A main loop that hangs lets the
-thread go on, but makes no more turns.
+A process that is stopped, or whose machine hangs, sends nothing. If only the main loop hangs, the
+thread goes on sending, but the number of turns no longer grows.
 
     engine   main loop --turns, waiting--> Pulse --beat--> socket
-    front    socket --> PulseCheck.heard --> PulseCheck.look: silent, stuck, or well
+    front    socket --> PulseCheck.heard --> PulseCheck.look: silent, stuck, or healthy
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Pulse:
         self.waiting = False
 
     def beat(self, send: Callable[[Beat], None], seconds: float) -> None:
-        """Sends a `Beat` every `seconds`. Returns never."""
+        """Sends a `Beat` every `seconds`. Never returns."""
         while True:
             send(Beat(self.turns, self.waiting))
             time.sleep(seconds)
@@ -51,12 +51,12 @@ class Hang(StrEnum):
 class PulseCheck:
     """Judges the beats of one engine process. All times are seconds.
 
-    Only time in which this process itself runs is counted: at most `tick` per call of `look`. So an
-    engine is not judged by a pause of the whole machine.
+    Only time in which this process itself runs is counted: at most two `tick` per call of `look`.
+    So a pause of the whole machine does not count against the engine.
     """
 
     def __init__(self, silent_seconds: float, stuck_seconds: float) -> None:
-        """The limits of a process without a message, and of a main loop without a turn."""
+        """A hang is `silent_seconds` without a message or `stuck_seconds` without a turn."""
         self._silent_seconds = silent_seconds
         self._stuck_seconds = stuck_seconds
         self._silence = 0.0
@@ -77,7 +77,7 @@ class PulseCheck:
             self._stuck = 0.0
 
     def look(self, now: float) -> Hang | None:
-        """What is wrong with the process at `now` (`time.monotonic()`); None if it is well."""
+        """How the process hangs at `now` (`time.monotonic()`); None if it is healthy."""
         passed = 0.0 if self._looked is None else min(now - self._looked, 2 * self.tick)
         self._looked = now
         self._silence += passed

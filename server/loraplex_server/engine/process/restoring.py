@@ -1,4 +1,4 @@
-"""The adapters of a lost engine that its replacement is given again."""
+"""The adapters of a lost engine that are restored in its replacement."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Restoration:
     def on_lost(self, table: Iterable[AdapterStatus], is_unsafe: Callable[[str], bool]) -> None:
         """Notes what a lost engine held, without adapters that are unsafe to load.
 
-        Of an engine that was lost before everything was repeated, the rest is repeated as well.
+        If that engine was lost before all orders were repeated, the remaining orders are kept.
         """
         # Not yet repeated, as they were when the engine before was lost.
         waiting = {digest: self._wanted[digest] for digest in self._open.values()}
@@ -48,7 +48,7 @@ class Restoration:
         self._open = {}
 
     def orders(self, ops: Iterator[int]) -> list[Control]:
-        """Orders for a new engine, pins first: then no other adapter has to leave for them."""
+        """Orders for a new engine, pins first, so that no adapter is evicted for a pinned one."""
         orders: list[Control] = []
         for digest, pinned in sorted(self._wanted.items(), key=lambda item: not item[1]):
             ref = self._refs[digest]

@@ -1,4 +1,4 @@
-"""Keeps one engine process running: starts it, watches it, replaces it, and knows when to give up.
+"""Keeps one engine process running: starts, watches and replaces it, or gives up.
 
 start -----> ready --- ends, or hangs and is killed ---> lost
                ^                                          |
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 class EngineLost(Exception):
-    """The engine cannot be kept running. The message says what was tried."""
+    """The engine cannot be kept running. The message says how many processes ended."""
 
 
 class Cause(StrEnum):
@@ -153,7 +153,7 @@ class Supervisor:
             await self._replace()
 
     async def _replace(self) -> None:
-        """Starts a new process, as often as it takes."""
+        """Starts new processes until one is ready. Raises EngineLost or BaseChanged."""
         while not (self.ready or self.stopping):
             if self._policy.gives_up:
                 raise EngineLost(f"the engine cannot be kept running: {self._policy}")

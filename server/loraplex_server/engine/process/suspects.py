@@ -3,7 +3,7 @@
 An adapter is a suspect if it was being loaded or merged when a process ended. Suspects are not
 loaded again automatically, and later at most one of them is loaded or merged at a time. So two
 suspects are never counted together, and an adapter that was only there by chance is cleared by its
-next load. One that was a suspect at `adapter_deaths` ends is quarantined.
+next load. An adapter that was a suspect at `adapter_deaths` ends is quarantined.
 
 A request is recognised by its content, because clients retry with new ids. It is quarantined if it
 ran at `request_deaths` ends in a row and is the only one that did; a request that finishes is
@@ -27,14 +27,14 @@ from loraplex_server.engine.process.limits import SupervisionLimits
 REQUEST_SECONDS: Final = 3600.0
 """Seconds after which a quarantined request is allowed again."""
 MOST_REQUESTS: Final = 256
-"""Number of quarantined requests that are remembered."""
+"""Most quarantined requests that are kept; beyond it the oldest is allowed again."""
 
 _DOING: Final = {"load": "loaded", "merge": "merged"}
 
 
 @dataclass(frozen=True, slots=True)
 class LossReport:
-    """What the end of a process says about adapters and requests.
+    """What follows from the end of a process for adapters and requests.
 
     Attributes:
         suspects: digests of the adapters that were being loaded or merged.
@@ -83,7 +83,7 @@ class Suspects:
             del self._adapters[done.digest, "merge"]
 
     def forget(self, digest: str) -> None:
-        """Forgets all about an adapter, which the operator has released."""
+        """Drops everything that was counted against an adapter."""
         for work in _DOING:
             del self._adapters[digest, work]
 

@@ -143,7 +143,7 @@ class LocalRunner:
 
     @contextmanager
     def _mapped(self) -> Iterator[None]:
-        """Lets the weights be read; ends the process if their file was changed since the start."""
+        """A context for reading the weights; ends the process if their file has changed."""
         self._need_file()
         yield
         self._need_file()

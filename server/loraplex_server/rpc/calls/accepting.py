@@ -1,9 +1,10 @@
-"""A gRPC server whose loop that accepts calls no request can end.
+"""A gRPC server whose accept loop cannot be ended by a request.
 
 grpcio (seen in 1.85) decodes the path of a call to an unknown method in that loop. A path that is
 not UTF-8 raises there, which ends the loop: the server closes its port while its process lives.
-Calls of known methods do not take this way, because their names are registered with the server. So
-every call that does is one of an unknown method, and is answered here without reading its path.
+Calls of known methods are not decoded there, because their names are registered with the server.
+So every call that reaches this loop has an unknown method, and is answered here without reading its
+path.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import grpc
 from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
 UNKNOWN_METHOD = "Method not found!"
-"""What grpcio says of a method that it does not know."""
+"""grpcio's message for an unknown method."""
 
 
 def make_server(

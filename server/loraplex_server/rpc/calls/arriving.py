@@ -20,7 +20,7 @@ MAX_HALF_SENT: Final = 64
 """Most calls whose request has not arrived completely; beyond it the oldest is refused."""
 
 YOUNG_SECONDS: Final = 1.0
-"""Age up to which a call is never refused for others. In a burst many have not been read yet."""
+"""Age in seconds up to which a call is not refused for newer ones: a burst takes time to read."""
 
 SILENCE_SECONDS: Final = 60.0
 """Seconds without a message after which a stream of requests is ended."""
@@ -37,7 +37,8 @@ class _Arrival(NamedTuple):
 class Arrivals:
     """The calls whose only request has not arrived completely, oldest first.
 
-    For most calls this takes no time, so that one timer, for the oldest, serves all.
+    Most requests arrive at once, so there is one timer, for the oldest call, instead of one for
+    each.
     """
 
     def __init__(self, gate: Gate) -> None:

@@ -127,8 +127,8 @@ TRAILER_BYTES: Final = 8 << 10
 """Bytes of trailing metadata that every gRPC peer accepts, encodings included."""
 
 _STATUS_BYTES: Final = TRAILER_BYTES // 2
-"""Bytes of the status in base64. Beside it travel its message, of which a byte may take three when
-it is percent-encoded, and a request id."""
+"""Bytes of the status in base64. The rest of the trailer holds the request id and the message, of
+which a byte takes up to three bytes when it is percent-encoded."""
 _MESSAGE_BYTES: Final = 1 << 10
 _PROBLEM_BYTES: Final = 512
 _FIELD_BYTES: Final = 256

@@ -26,7 +26,7 @@ class Gate:
         self._when_closing: list[Callable[[], None]] = []
 
     def when_closing(self, callback: Callable[[], None]) -> None:
-        """Has `callback` called when the gate closes."""
+        """Registers a callback, which is called when the gate closes."""
         self._when_closing.append(callback)
 
     def arrive(self) -> None:

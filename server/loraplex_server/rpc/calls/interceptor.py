@@ -41,7 +41,7 @@ _CANCELLATION_SECONDS: Final = 0.1
 """Longest time between the end of a lost call's requests and its cancellation."""
 
 _NO_REQUEST: Final = b"\xff"
-"""Stands for a request that its client did not send: bytes that are no message."""
+"""Stands for a request that its client did not send: bytes that are not a valid message."""
 
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 _Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
@@ -78,8 +78,8 @@ class Interceptor(grpc.aio.ServerInterceptor):
             return None
         method = str(handler_call_details.method)
         read: Reader = handler.request_deserializer
-        # What is one request to the client is read here as a stream, since a handler of the former
-        # kind is called only once the request is complete, which may be never.
+        # Single requests are read here as streams too: gRPC calls a handler of a single request
+        # only once the request is complete, which may be never.
         make: Callable[..., _Handler] = grpc.stream_stream_rpc_method_handler
         guarded: Callable[[Any, _Context], Awaitable[Message | None]]
         if handler.unary_unary is not None:
@@ -165,7 +165,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
         return _NO_REQUEST
 
     def _refuse(self, method: str, context: _Context, refusal: Refusal) -> None:
-        """Ends a call that is being read. gRPC then ends the reading, with the same AbortError."""
+        """Ends a call whose request is being read; the read then fails with the same AbortError."""
 
         async def fail() -> None:
             with contextlib.suppress(grpc.aio.BaseError):

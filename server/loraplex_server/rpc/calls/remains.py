@@ -1,8 +1,9 @@
 """Frees what the exceptions of an ended call still refer to.
 
-gRPC keeps the exception of an aborted call in the call's state. The exception's traceback refers to
-the frames of the handler, and these to the request and to the call's state: a cycle, which only a
-full garbage collection would free. Full collections are rare, and one cycle can hold megabytes.
+gRPC keeps the exception of an aborted call in the call's state. The traceback of the exception
+refers to the frames of the handler, and these frames to the request and the call's state: a cycle,
+which only a full garbage collection would free. Full collections are rare, and one cycle can hold
+megabytes.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""The services: one module for each, and what only one of them needs."""
+"""The gRPC services, one module each, and the modules that only one of them uses."""

@@ -14,10 +14,9 @@ MAX_DEADLINE_SECONDS: Final = 86_400.0
 
 
 def admitted_deadline(remaining: float | None) -> float | None:
-    """The deadline of a request (`time.monotonic()`) whose client leaves `remaining` seconds.
+    """The deadline (`time.monotonic()`) of a request with `remaining` seconds; None without one.
 
-    A client may name any number, such as a hundred million hours; waits of that length overflow.
-    None means that the client has set no deadline.
+    A client may send any number, such as a hundred million hours; waits of that length overflow.
     """
     if remaining is None:
         return None
