@@ -73,7 +73,7 @@ DAMAGE = [
 
 
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
-def test_the_store_opens_says_so_and_is_repaired(
+def test_the_store_opens_reports_missing_files_and_is_repaired(
     tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:
     sources = stores.adapters(tmp_path, 2)

@@ -70,7 +70,7 @@ def send(store: Store, upload: str, source: Path, acknowledge: Callable[[str], N
 
 
 def check_upload(root: Path, source: Path, acknowledged: frozenset[str]) -> None:
-    """Goes on with the upload, if there is one, as a client does that knows no digest."""
+    """Continues the upload, if there is one, as a client without the digest does."""
     received = dict.fromkeys(FILES, 0)
     for step in acknowledged - {"begun", "finished"}:
         file, size = step.split()
@@ -177,7 +177,7 @@ def test_sqlite_is_asked_to_flush_every_commit(tmp_path: Path) -> None:
                 assert level >= 2  # FULL or EXTRA
 
 
-def test_a_store_whose_folder_cannot_be_made_says_so(tmp_path: Path) -> None:
+def test_a_store_whose_folder_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(Refusal, match="cannot be written"):
         Store(tmp_path / "file" / "store")

@@ -1,4 +1,4 @@
-"""Quarantine belongs to content, survives, and old indexes learn of it."""
+"""Quarantine of content: for every name, after a restart, and in indexes of older servers."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def write(directory: Path, kind: str, count: int, config: DecoderConfig = BASE.c
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("context", [None, 20, 10 * POSITIONS])
-def test_they_leave_a_position_for_the_prompt_and_one_for_the_answer(
+def test_virtual_tokens_leave_a_position_for_the_prompt_and_one_for_the_answer(
     kind: str, context: int | None, tmp_path: Path
 ) -> None:
     limits = AdapterLimits(max_context=context)
@@ -57,7 +57,7 @@ def test_they_leave_a_position_for_the_prompt_and_one_for_the_answer(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_store_takes_none_that_its_base_has_no_positions_for(kind: str, tmp_path: Path) -> None:
+def test_a_store_refuses_virtual_tokens_without_positions_in_its_base(kind: str, tmp_path: Path) -> None:
     source = write(tmp_path / "source", kind, POSITIONS)
     with pytest.raises(Refusal, match="max_context") as caught:
         Store(tmp_path / "store").register("soft", source, BASE)

@@ -1,4 +1,4 @@
-"""A request's priority moves it forward in the queue by a bounded time, so it starves nobody."""
+"""A request's priority moves it forward in the queue by a bounded time, so none is starved."""
 
 from __future__ import annotations
 

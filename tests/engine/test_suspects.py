@@ -67,7 +67,7 @@ def test_only_work_that_was_under_way_is_counted() -> None:
 
 
 @pytest.mark.fault("adapter-kills-engines")
-def test_work_that_succeeds_clears_of_its_own_kind_only() -> None:
+def test_success_clears_suspicion_for_the_same_kind_of_work_only() -> None:
     suspects = Suspects(LIMITS)
     begin(suspects, "a", work="merge")
     suspects.on_death([])

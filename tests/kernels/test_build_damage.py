@@ -1,4 +1,4 @@
-"""A damaged build of the kernels is noticed, said and built again; it is never slow for good."""
+"""A damaged build of the kernels is noticed, reported and built again."""
 
 from __future__ import annotations
 

@@ -149,7 +149,7 @@ def test_another_models_entry_in_its_place_is_not_served(home: Path) -> None:
 
 @pytest.mark.fault("base-cache-damaged")
 def test_a_damaged_entry_stays_until_the_new_one_is_complete(home: Path) -> None:
-    """And if the source cannot be read any more, the refusal says what to do."""
+    """If the source cannot be read any more either, the refusal says what to do."""
     directory = opened(home).directory
     DAMAGES["codes"](directory)
     (home / "model" / "model.safetensors").rename(home / "elsewhere")
@@ -177,7 +177,7 @@ def test_a_source_that_changed_behind_its_times_never_becomes_another_base(home:
 
 @pytest.mark.fault("base-cache-damaged")
 @pytest.mark.parametrize("content", ["0" * 64, "0" * 63, "", "\xff" * 64])
-def test_a_damaged_memory_of_the_source_costs_a_look_at_the_source(
+def test_a_damaged_record_of_the_source_makes_the_source_be_read_again(
     content: str, home: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     directory = opened(home).directory

@@ -1,4 +1,4 @@
-"""Caches beside the store after a loss of power: what is there is what was built."""
+"""Caches after a loss of power: an entry is complete or absent."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ print(load_base(sys.argv[1], torch.bfloat16, Path(sys.argv[2])).weights.fingerpr
 
 @pytest.mark.fault("base-changed-under-store")
 @pytest.mark.parametrize("variant", ["qwen3-window-bias", "llama"])
-def test_it_is_the_same_for_every_type_cache_and_start_and_another_for_other_weights(
+def test_the_fingerprint_depends_on_the_weights_and_not_on_type_cache_or_start(
     tmp_path: Path, variant: str
 ) -> None:
     model, cache = tmp_path / "model", tmp_path / "cache"

@@ -135,7 +135,7 @@ def usable(**changes: Any) -> str | None:
         ({"block_size": 16}, "16"),
     ],
 )
-def test_what_flash_attention_refuses_takes_the_other_path(
+def test_what_flash_attention_refuses_uses_the_fallback(
     changes: dict[str, Any], why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
@@ -143,7 +143,7 @@ def test_what_flash_attention_refuses_takes_the_other_path(
     assert why in (usable(**changes) or "")
 
 
-def test_an_old_device_or_torch_takes_the_other_path(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_device_or_torch_uses_the_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
     assert "7.5" in (usable() or "")
 
@@ -155,7 +155,7 @@ def test_an_old_device_or_torch_takes_the_other_path(monkeypatch: pytest.MonkeyP
     assert "block_table, enable_gqa, num_splits, seqused_k" in (usable() or "")
 
 
-def test_the_other_path_is_said_once_at_the_start(
+def test_the_fallback_is_logged_once_at_the_start(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(opening, "ReferenceDecoder", lambda *_: "decoder")

@@ -1,4 +1,4 @@
-"""A hostile client, in a process of its own so that it delays nobody who measures the server.
+"""A hostile client, in a process of its own so that it does not delay the measuring process.
 
     python tests/rpc/hostile_client.py KIND ADDRESS SECONDS SEED
 

@@ -308,7 +308,7 @@ async def test_virtual_tokens_are_used_alone_and_count_against_the_context(
 
 
 @pytest.mark.fault("virtual-tokens-beyond-context")
-async def test_virtual_tokens_without_room_for_a_prompt_are_refused_at_the_door(
+async def test_virtual_tokens_without_room_for_a_prompt_are_not_registered(
     tmp_path: Path,
 ) -> None:
     async with running(tmp_path, engine_options={"prefix_blocks": 40, "max_context": 64}) as up:

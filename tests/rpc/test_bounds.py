@@ -83,7 +83,7 @@ def test_the_bound_of_every_list_is_in_its_comment() -> None:
 
 
 class Unread:
-    """A list or map that only tells its length."""
+    """A list or map that has only a length: reading an entry fails."""
 
     def __init__(self, length: int) -> None:
         self._length = length

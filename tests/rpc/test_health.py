@@ -1,4 +1,4 @@
-"""The health service: what it says, and what watchers that do not read cannot do to it."""
+"""The health service: its states, and watchers that do not read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WATCH = "/grpc.health.v1.Health/Watch"
 Status = health_pb2.HealthCheckResponse
 
 
-async def test_every_service_has_a_state_and_unknown_ones_are_told(tmp_path: Path) -> None:
+async def test_every_service_has_a_state_and_unknown_ones_have_none(tmp_path: Path) -> None:
     async with running(tmp_path) as up:
         stub = health_pb2_grpc.HealthStub(up.channel)
         names = ["", *SERVICES]

@@ -43,7 +43,7 @@ def scores(tokens: int, top: int) -> list[Logprobs]:
     return [Logprobs(0, 0.0, [(0, 0.0)] * top), *made]
 
 
-async def test_they_are_put_into_a_reply_in_slices(
+async def test_prompt_scores_are_put_into_a_reply_in_slices(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokenizer = TextTokenizer(write_model(tmp_path), 100)
@@ -136,7 +136,7 @@ def test_a_report_without_many_is_one_frame() -> None:
     assert frames(wire.encode(report)) == [report]
 
 
-def test_their_number_is_bounded() -> None:
+def test_the_number_of_prompt_scores_is_bounded() -> None:
     request = generation_pb2.GenerateRequest(prompt_logprobs=20)
     most = validate.MAX_PROMPT_SCORES // 21
     assert validate.scores(request, most) == []
@@ -148,7 +148,7 @@ def test_their_number_is_bounded() -> None:
     assert problem.field == "request.prompt_logprobs"
 
 
-async def test_too_many_are_refused_before_the_engine_sees_the_request(tmp_path: Path) -> None:
+async def test_too_many_prompt_scores_are_refused_before_the_engine_gets_the_request(tmp_path: Path) -> None:
     async with running(tmp_path, engine_options=LONG) as up:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await up.generation.Generate(ask(*[20] * 50_000, prompt_logprobs=20))

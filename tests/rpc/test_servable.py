@@ -150,7 +150,7 @@ async def test_registering_the_same_bytes_again_is_a_check_against_this_base(
 
 
 @pytest.mark.fault("base-changed-under-store")
-async def test_a_version_whose_base_was_never_recorded_is_served_and_told(
+async def test_a_version_whose_base_was_never_recorded_is_served_and_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with running(tmp_path) as up:

@@ -25,7 +25,7 @@ asyncio.run(hang())
 """
 
 
-async def test_a_step_that_hangs_or_fails_is_told_and_passed_over(
+async def test_a_step_that_hangs_or_fails_is_logged_and_skipped(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     done = []

@@ -1,4 +1,4 @@
-"""The admin port: what it answers, and clients that only hold connections."""
+"""The admin port: its answers, and clients that only hold connections."""
 
 from __future__ import annotations
 

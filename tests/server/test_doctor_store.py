@@ -33,7 +33,7 @@ def content(folder: Path) -> dict[Path, bytes]:
     }
 
 
-def test_it_counts_what_will_not_be_served(tmp_path: Path) -> None:
+def test_doctor_counts_adapters_that_will_not_be_served(tmp_path: Path) -> None:
     assert said(tmp_path) == []
     sources = stores.adapters(tmp_path, 4)
     model = tiny.write("llama", tmp_path / "model")
@@ -59,7 +59,7 @@ def test_it_counts_what_will_not_be_served(tmp_path: Path) -> None:
     assert not any(c.good for c in rest)
 
 
-def test_it_reports_an_index_that_cannot_be_read_or_is_old(tmp_path: Path) -> None:
+def test_doctor_reports_an_index_that_cannot_be_read_or_is_old(tmp_path: Path) -> None:
     root = tmp_path / "store"
     root.mkdir()
     (root / "index.sqlite3").write_bytes(b"not a database " * 1000)

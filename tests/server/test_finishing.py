@@ -34,7 +34,7 @@ async def outlived(error: Exception | None) -> bool:
     return ended.is_set()
 
 
-async def test_the_result_is_the_callers() -> None:
+async def test_the_caller_gets_the_result() -> None:
     async def work() -> int:
         return 5
 

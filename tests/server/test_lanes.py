@@ -64,7 +64,7 @@ async def test_what_is_given_up_while_it_waits_is_never_begun_and_leaves_its_pla
     assert held.begun == 2
 
 
-async def test_errors_are_those_of_the_work() -> None:
+async def test_an_error_of_the_work_reaches_the_caller() -> None:
     lane = Lane("test", threads=1, waiting=0)
     with pytest.raises(ZeroDivisionError):
         await lane.run(lambda: 1 // 0)

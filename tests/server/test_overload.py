@@ -77,7 +77,7 @@ class Beset:
         return generation_pb2_grpc.GenerationServiceStub(self.channel)
 
     async def repeat(self, call: Callable[[], Awaitable[Any]], pause: float) -> None:
-        """Makes a call again and again; it may fail in every way."""
+        """Repeats a call, which may fail in any way."""
         while True:
             self.sent += 1
             try:

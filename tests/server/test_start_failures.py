@@ -133,7 +133,7 @@ STORES: dict[str, Callable[[Path], None]] = {
 
 
 @pytest.mark.parametrize("damage", STORES.values(), ids=STORES.keys())
-def test_a_damaged_store_is_told(
+def test_a_damaged_store_is_reported(
     tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None]
 ) -> None:
     damage(root)
@@ -150,7 +150,7 @@ def test_a_damaged_store_is_told(
     "number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO, errno.EMFILE]
 )
 @pytest.mark.parametrize("point", ["store.open.make", "store.open.session", "store.index.commit"])
-def test_a_disk_that_fails_is_told(
+def test_a_failing_disk_is_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], point: str, number: int
 ) -> None:
     def fail(reached: str) -> None:
@@ -169,7 +169,7 @@ def test_a_disk_that_fails_is_told(
         ("training_jobs_dir", "below a file"),
     ],
 )
-def test_a_folder_that_cannot_be_made_is_told(
+def test_a_folder_that_cannot_be_made_is_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], setting: str, what: str
 ) -> None:
     place = tmp_path / "place"
@@ -190,7 +190,7 @@ def test_a_folder_that_cannot_be_made_is_told(
 @pytest.mark.parametrize(
     ("file", "content"), [("tokenizer.json", None), ("tokenizer.json", b"{}"), ("model.json", b"[")]
 )
-def test_a_model_without_a_tokenizer_is_told(
+def test_a_model_without_a_tokenizer_is_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, content: bytes | None
 ) -> None:
     config = config_for(tmp_path)
@@ -205,7 +205,7 @@ def test_a_model_without_a_tokenizer_is_told(
 
 
 @pytest.mark.parametrize(("name", "text"), [("ENGINE_OPTIONS", "{"), ("TRAINER", "[")])
-def test_an_environment_that_makes_no_sense_is_told(
+def test_invalid_environment_variables_are_reported(
     monkeypatch: pytest.MonkeyPatch, name: str, text: str
 ) -> None:
     monkeypatch.setenv(f"LORAPLEX_{name}", text)

@@ -177,7 +177,7 @@ def test_adapters_of_another_base_are_shown_checked_and_recorded(
 
 
 @pytest.mark.fault("blob-missing-at-start")
-def test_what_has_lost_its_files_is_told_and_removed(
+def test_adapters_without_files_are_reported_and_removed(
     run: Any, root: Path, sources: list[Path]
 ) -> None:
     made = parsed(run("import", str(sources[0]), "--name", "a", "--json"))

@@ -26,7 +26,7 @@ SAVES = 4
 
 
 def snapshot(step: int) -> RunSnapshot:
-    """State of two jobs whose every value tells its step."""
+    """State of two jobs in which every value is the number of its step."""
     tensors = {job: {"w": torch.full((40, 7), float(step))} for job in ("a", "b")}
     return RunSnapshot({"step": step, "history": [step] * 50}, tensors)
 
@@ -138,7 +138,7 @@ def test_an_adapter_that_was_published_is_there(tmp_path: Path) -> None:
 
 
 @power_cut
-def test_a_resumed_run_knows_where_to_publish(tmp_path: Path) -> None:
+def test_a_resumed_run_publishes_to_its_target(tmp_path: Path) -> None:
     target = Target(store=Path("/adapters"), alias="best", labels={"a": "b"})
     recorder = Recorder(tmp_path)
     with recorder.recording():
@@ -151,7 +151,7 @@ def test_a_resumed_run_knows_where_to_publish(tmp_path: Path) -> None:
     replay(recorder.moments, check)
 
 
-def test_a_folder_that_cannot_be_made_says_so(tmp_path: Path) -> None:
+def test_a_run_folder_that_cannot_be_made_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(Refusal, match="cannot be written"):
         RunFolder(tmp_path / "file" / "run")

@@ -1,1 +1,1 @@
-"""Commands beside `serve`: the store, export and doctor, and flags made from the settings."""
+"""The commands other than `serve`: store, export and doctor, and flags made from the settings."""

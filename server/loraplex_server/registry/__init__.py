@@ -1,1 +1,1 @@
-"""The adapters that are registered, as this server knows them."""
+"""The registered adapters: names, changes, quarantines, and which of them may be served."""

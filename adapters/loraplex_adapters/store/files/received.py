@@ -1,7 +1,7 @@
 """How much of an upload's files has been acknowledged, in the file `received.json` of the upload.
 
 After a power failure a file may be longer than what was acknowledged, with zeros or other bytes at
-its end. So its size alone does not tell how much of it the client has sent.
+its end. So the size of the file does not show how much of it the client has sent.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Checks of requests, and replies made from what the server knows."""
+"""Checks of requests, and conversion of results into replies."""

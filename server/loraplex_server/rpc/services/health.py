@@ -39,7 +39,7 @@ class HealthService:
         self._wake()
 
     def close(self) -> None:
-        """Sets NOT_SERVING for good. Watchers are told, and then their calls end."""
+        """Sets NOT_SERVING for good. Watchers receive the state, and then their calls end."""
         self._closed = True
         self.set(False)
 
