@@ -349,7 +349,7 @@ async def _serve(config: Config) -> ServerExit:
             starting.cancel()
             await asyncio.wait({starting})
             if not starting.cancelled() and (failure := starting.exception()) is not None:
-                log.warning("the start failed while it was given up: %s", failure)
+                log.warning("the start failed while it was being cancelled: %s", failure)
             return failing.result() if failing.done() else ServerExit.OK
         starting.result()
         _announce(server, time.monotonic() - began)

@@ -58,9 +58,9 @@ class QuarantineKeeper:
             try:
                 await self._synchronise()
             except Refusal as error:
-                log.warning("quarantines cannot be kept: %s", error.message)
+                log.warning("quarantines cannot be written or counted: %s", error.message)
             except Exception:
-                log.exception("quarantines cannot be kept")
+                log.exception("quarantines cannot be written or counted")
             with contextlib.suppress(TimeoutError):
                 seconds = RELEASE_SECONDS if self._engine.quarantined else POLL_SECONDS
                 async with asyncio.timeout(seconds):

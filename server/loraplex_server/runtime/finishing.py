@@ -30,4 +30,4 @@ async def to_the_end(work: Coroutine[Any, Any, T]) -> T:
 def _report(task: asyncio.Task[Any]) -> None:
     error = None if task.cancelled() else task.exception()
     if error is not None and not isinstance(error, Refusal):
-        log.error("work failed whose caller was gone", exc_info=error)
+        log.error("work failed after its caller was gone", exc_info=error)

@@ -57,7 +57,8 @@ class Lane:
         Raises what `work` raises, and Refusal(OVERLOADED) at once if too many calls wait.
         """
         if self._taken >= self._most:
-            raise Refusal(Reason.OVERLOADED, f"too much {self.name} is waiting; try again later")
+            text = f"too many calls are waiting ({self.name}); try again later"
+            raise Refusal(Reason.OVERLOADED, text)
         loop = asyncio.get_running_loop()
         self._taken += 1
         self._idle.clear()

@@ -62,7 +62,8 @@ class WatchedTask:
                 context = {"message": "a task failed while it was stopped", "exception": error}
                 task.get_loop().call_exception_handler(context)
             return
-        context = {"message": "a task ended that should not", _KEY: task.get_name()}
+        text = "a task ended that should run as long as the process"
+        context = {"message": text, _KEY: task.get_name()}
         if error is not None:
             context["exception"] = error
         task.get_loop().call_exception_handler(context)

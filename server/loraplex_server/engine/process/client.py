@@ -325,11 +325,12 @@ class EngineClient:
         if cause is not Cause.START:
             log.error("the engine process has ended: %s", cause, extra={"cause": cause.value})
         for digest in sorted(report.suspects - report.quarantined.keys()):
-            log.error("adapter %s was being loaded or merged; it is loaded on demand only", digest)
+            text = "adapter %s was being loaded or merged; the next call for it loads it again"
+            log.error(text, digest)
         for digest, reason in report.quarantined.items():
             log.critical("adapter %s is quarantined: %s", digest, reason)
         if report.requests:
-            log.critical("a request is refused from now on: it ran at each of the last ends")
+            log.critical("a request is quarantined: it was running at each of the last ends")
         self._notify(self._observer.on_death, cause, report)
 
     def on_failed_start(self, refusal: Refusal) -> None:

@@ -92,7 +92,7 @@ def main() -> int:
     try:
         return serve(core, inbox, outbox, pulse)
     except Exception:
-        log.exception("the main loop failed; this process ends to be replaced")
+        log.exception("the main loop failed; this process ends and is replaced")
         return EXIT_BROKEN
 
 
@@ -132,7 +132,7 @@ def serve(core: EngineCore, inbox: Inbox, outbox: Outbox, pulse: Pulse) -> int:
         if done:
             outbox.send(*done)
         if core.broken or handler.broken:
-            log.critical("the engine fails again and again; this process ends to be replaced")
+            log.critical("the engine fails repeatedly; this process ends and is replaced")
             return EXIT_BROKEN
         if core.idle:
             core.check()
@@ -175,7 +175,7 @@ def _on_lost_thread(lost: threading.ExceptHookArgs) -> None:
     """Ends the process when a thread does: none of them ends while the engine works."""
     name = lost.thread.name if lost.thread is not None else "unknown"
     log.critical(
-        "the thread %r failed; this process ends to be replaced", name, exc_info=lost.exc_value
+        "the thread %r failed; this process ends and is replaced", name, exc_info=lost.exc_value
     )
     os._exit(EXIT_BROKEN)
 

@@ -148,7 +148,7 @@ class Supervisor:
             self._policy.on_end()
             self._events.on_lost()
             if hang is not None:
-                log.error("the engine process is %s: it is killed", hang)
+                log.error("the engine process hangs (%s) and is killed", hang)
             self._events.on_end(_cause(hang, await self._kill()))
             await self._replace()
 

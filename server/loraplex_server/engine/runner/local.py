@@ -151,7 +151,7 @@ class LocalRunner:
     def _need_file(self) -> None:
         if self._device.type == "cpu" and not self.base_file.is_intact():
             log.critical(
-                "the cached base model was written to or cut short while it was in use; this "
+                "the cached base model was written to or truncated while it was in use; this "
                 "process ends, and the next one builds the cache again"
             )
             logging.shutdown()

@@ -53,7 +53,7 @@ class UploadReceiver:
         """
         running, own = self._streams.total(), self._streams[peer]
         if running >= MAX_STREAMS or own >= MAX_STREAMS_PER_PEER:
-            text = f"{running} uploads are running, {own} of them from {peer}; try again"
+            text = f"{running} uploads are running, {own} of them from {peer}; try again later"
             raise Refusal(Reason.OVERLOADED, text)
         self._streams[peer] += 1
         try:
