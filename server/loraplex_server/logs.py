@@ -100,7 +100,7 @@ def configure(form: Literal["text", "json"], level: str) -> None:
 
 
 def configure_engine() -> None:
-    """The same for the engine's process, whose lines are text in any case."""
+    """Sends log lines of the engine process to standard error, as text. To be called once."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(TextFormatter("%(levelname)s engine %(name)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])

@@ -60,7 +60,7 @@ class Registered:
 
 
 def usable(adapter: Registered) -> Registered:
-    """Returns the adapter if calls may use it; raises the Refusal that says why not otherwise."""
+    """Returns the adapter. Raises Refusal, with the reason, if calls may not use it."""
     if adapter.obstacle is not None:
         raise Refusal.of([adapter.obstacle])
     return adapter
@@ -84,10 +84,10 @@ class RegistrationTerms:
 class Registry:
     """Registers adapters, changes their names, and resolves adapter ids.
 
-    What only reads the store, or only moves an adapter within the engine, goes to `store` or
+    Calls that only read the store, or only move an adapter within the engine, use `store` or
     `engine` directly. Every method may raise `Refusal`, and none blocks the event loop: files and
     index are accessed in the threads of `lanes`. While the index is away, adapters whose names are
-    known are still resolved; what else needs the index is refused with STORE_UNAVAILABLE.
+    known are still resolved; other calls that need it are refused with STORE_UNAVAILABLE.
     """
 
     def __init__(
@@ -367,8 +367,8 @@ class Registry:
     # the store
 
     def _registered(self, record: Record) -> Registered:
-        # Nobody looks here whether the files are there: the load of the adapter does, and a fault
-        # of one adapter must not keep the names of others from being read.
+        # Whether the files exist is checked when the adapter is loaded, not here: a fault of one
+        # adapter must not keep the names of others from being read.
         path = str(self.store.directory(record.digest))
         return Registered(record, path, self.obstacle(record))
 

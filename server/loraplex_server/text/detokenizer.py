@@ -23,8 +23,8 @@ class Detokenizer:
     """Converts one completion to text, piece by piece.
 
     The joined pieces are the completion as decoded after its prompt, without special tokens and
-    without an incomplete character at the very end. A token costs the same however many tokens
-    without a character precede it; what is decoded again with each token is bounded.
+    without an incomplete character at the very end. The time per token does not grow with the
+    number of tokens without a whole character before it.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
@@ -64,9 +64,9 @@ class Detokenizer:
         return text
 
     def _shorten(self) -> None:
-        """Decodes the older held tokens for good, and keeps those of the last character.
+        """Decodes the older held tokens once and for all; those of the last character stay held.
 
-        Their text is not returned yet: it may be the incomplete end of the completion.
+        The text is not returned yet: it may be the incomplete end of the completion.
         """
         held = [token for token in self._held if not self._is_special(token)]
         whole = self._decode(held)

@@ -1,8 +1,8 @@
 """grpc.health.v1: the state of the server and of each of its services.
 
-The servicer of the grpcio package writes to its watchers under a lock that the state needs too, so
-that one watcher that does not read stops every change of the state. Here a change is one
-assignment. Each watcher takes the newest state whenever its last message has been written.
+The servicer of the package grpcio-health-checking writes to its watchers under a lock that changes
+of the state need too, so one watcher that does not read stops every change. Here a change is one
+assignment, and each watcher is sent the newest state once its last message has been written.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _Response = health_pb2.HealthCheckResponse
 
 
 class HealthService:
-    """The servicer of `services`, of which "" is the whole server; NOT_SERVING at first.
+    """The state of `services`, of which "" is the whole server; NOT_SERVING at first.
 
-    Once closed it stays NOT_SERVING. All methods belong to the event loop.
+    Once closed, the state stays NOT_SERVING. All methods must be called on the event loop.
     """
 
     def __init__(self, services: Iterable[str]) -> None:
