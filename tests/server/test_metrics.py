@@ -171,6 +171,18 @@ def test_what_is_active_is_counted_by_adapter_and_survives_deletions() -> None:
     assert (value(metrics, "adapter_last_use_timestamp_seconds", adapter="a") or 0) > 0
 
 
+def test_each_cause_for_not_serving_adapters_is_set_on_its_own() -> None:
+    metrics = fresh()
+    metrics.unservable({"base": 1, "missing": 2})
+    metrics.unservable({"quarantined": 3})
+    metrics.unservable({"base": 0, "missing": 4})
+    shown = [
+        value(metrics, "adapters_unservable", cause=cause)
+        for cause in ("base", "missing", "quarantined")
+    ]
+    assert shown == [0, 4, 3]
+
+
 def test_every_name_has_the_prefix_and_its_unit() -> None:
     metrics = fresh()
     for family in metrics.registry.collect():
