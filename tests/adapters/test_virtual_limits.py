@@ -57,7 +57,9 @@ def test_virtual_tokens_leave_a_position_for_the_prompt_and_one_for_the_answer(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_store_refuses_virtual_tokens_without_positions_in_its_base(kind: str, tmp_path: Path) -> None:
+def test_a_store_refuses_virtual_tokens_without_positions_in_its_base(
+    kind: str, tmp_path: Path
+) -> None:
     source = write(tmp_path / "source", kind, POSITIONS)
     with pytest.raises(Refusal, match="max_context") as caught:
         Store(tmp_path / "store").register("soft", source, BASE)

@@ -148,7 +148,9 @@ def test_the_number_of_prompt_scores_is_bounded() -> None:
     assert problem.field == "request.prompt_logprobs"
 
 
-async def test_too_many_prompt_scores_are_refused_before_the_engine_gets_the_request(tmp_path: Path) -> None:
+async def test_too_many_prompt_scores_are_refused_before_the_engine_gets_the_request(
+    tmp_path: Path,
+) -> None:
     async with running(tmp_path, engine_options=LONG) as up:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await up.generation.Generate(ask(*[20] * 50_000, prompt_logprobs=20))
