@@ -39,8 +39,8 @@ def other_base(record: Record, base: BaseInfo) -> Problem | None:
 def held_back(shown: str, quarantine: Quarantine) -> Problem:
     """The problem with quarantined content; `shown` is the adapter's id."""
     message = (
-        f"{shown} has been quarantined since {quarantine.since:%Y-%m-%d %H:%M} UTC: "
-        f"{quarantine.reason}. An operator can release it with `loraplex-server store release`"
+        f"{shown} is quarantined: {quarantine.reason} (since {quarantine.since:%Y-%m-%d %H:%M} "
+        "UTC). An operator can release it with `loraplex-server store release`"
     )
     return Problem("", message, Reason.ADAPTER_QUARANTINED)
 
