@@ -131,7 +131,7 @@ class Config(BaseSettings):
     """Seconds after which a request is ended because its client does not read the stream."""
     engine_start_timeout: float = Field(1800.0, ge=1, le=86_400)
     """Seconds that the engine may take to become ready when the server starts. A restart may take
-    two minutes, or four times as long as the first start."""
+    two minutes, or four times as long as the first start, and longer after one that was cut off."""
     engine_hang_timeout: float = Field(300.0, ge=1, le=86_400)
     """Seconds that one step of the engine may take before its process is replaced. A process
     that gives no sign of life for half a minute is replaced as well."""

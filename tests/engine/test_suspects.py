@@ -91,7 +91,7 @@ def test_a_request_is_known_by_its_content_and_refused_only_if_it_is_the_only_on
         return ask(id, [1], priority=id, deadline=float(id), sampling=SamplingParams(seed=id))
 
     companion = ask(50, [2])
-    for id in range(3):
+    for id in range(LIMITS.request_deaths):
         assert suspects.on_death([cause(id), companion]).requests == 0
     assert not suspects.refuses(cause(9))
     suspects.on_finish(companion)
@@ -100,6 +100,18 @@ def test_a_request_is_known_by_its_content_and_refused_only_if_it_is_the_only_on
     assert not suspects.refuses(companion)
     clock.now += 3601
     assert not suspects.refuses(cause(6))
+
+
+def test_a_request_that_ran_at_an_end_is_a_suspect_until_it_finishes_or_for_an_hour(
+    clock: Clock,
+) -> None:
+    suspects = Suspects(LIMITS, clock)
+    suspects.on_death([ask(1, [1]), ask(2, [2])])
+    suspects.on_finish(ask(3, [2]))
+    assert suspects.ran_at_last_end(ask(4, [1]))
+    assert not suspects.ran_at_last_end(ask(5, [2]))
+    clock.now += 3601
+    assert not suspects.ran_at_last_end(ask(6, [1]))
 
 
 def test_a_request_that_waits_for_a_suspect_adapter_is_not_counted() -> None:

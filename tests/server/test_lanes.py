@@ -6,6 +6,7 @@ import asyncio
 import os
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,18 @@ async def test_what_exceeds_the_bound_is_refused_at_once_and_the_rest_is_done() 
     held.end.set()
     assert len(set(await asyncio.gather(*calls))) == 2
     assert await lane.run(lambda: 7) == 7
+
+
+class Result:
+    """Something that can be referred to weakly."""
+
+
+async def test_an_idle_thread_keeps_no_result_alive() -> None:
+    lane = Lane("test", threads=1, waiting=2)
+    result: Result | None = await lane.run(Result)
+    left = weakref.ref(result)
+    del result
+    await until(lambda: left() is None)
 
 
 async def test_what_is_given_up_while_it_waits_is_never_begun_and_leaves_its_place() -> None:

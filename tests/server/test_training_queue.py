@@ -252,6 +252,21 @@ async def test_old_jobs_are_forgotten_with_their_files(tmp_path: Path) -> None:
         await until(lambda: {path.name for path in (tmp_path / "jobs").iterdir()} == left)
 
 
+@pytest.mark.fault("supervision-ends")
+async def test_a_disk_that_removes_nothing_does_not_end_the_queue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Records, job_id: str) -> None:
+        raise OSError(errno.EROFS, "the file system is read-only")
+
+    monkeypatch.setattr(Records, "remove", fail)
+    async with opened(tmp_path, kept=1) as one, asyncio.timeout(60):
+        for _ in range(3):
+            job = await one.create(f"publish {one.made}")
+            assert (await one.ended(job)).state is State.SUCCEEDED
+        await until(lambda: len(one.queue.page(10, "", ())[0]) == 1)
+
+
 async def test_a_job_that_ends_last_is_kept_though_newer_ones_ended_before_it(
     tmp_path: Path,
 ) -> None:

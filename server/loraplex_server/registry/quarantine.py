@@ -20,6 +20,10 @@ POLL_SECONDS: Final = 5.0
 RELEASE_SECONDS: Final = 1.0
 """Seconds between two counts while the engine's client refuses adapters, which may be released."""
 
+MOST_WRITTEN: Final = 8
+"""Quarantines that one server may have in the store. If it comes to more, the machine is at fault
+rather than the adapters, and other servers need not do without them."""
+
 log = logging.getLogger(__name__)
 
 
@@ -27,7 +31,8 @@ class QuarantineKeeper:
     """Writes the engine's quarantines to the store, and counts those in the store.
 
     The engine's client refuses an adapter from the moment at which it is quarantined, however long
-    the store fails, until an operator has released it in the store.
+    the store fails, until an operator has released it in the store. Beyond `MOST_WRITTEN` it is
+    refused by this server alone, until that is restarted.
     """
 
     def __init__(
@@ -46,6 +51,7 @@ class QuarantineKeeper:
         self._engine = engine
         self._metrics = metrics
         self._written: set[str] = set()
+        self._own: set[str] = set()
         self._woken = asyncio.Event()
 
     def wake(self) -> None:
@@ -70,9 +76,18 @@ class QuarantineKeeper:
     async def _synchronise(self) -> None:
         """Writes what is new and releases what was released. Raises Refusal if the store fails."""
         for digest, reason in list(self._engine.quarantined.items()):
-            if digest not in self._written:
-                await self._quarantine(digest, reason)
-                self._written.add(digest)
+            if digest in self._written or digest in self._own:
+                continue
+            if len(self._written) >= MOST_WRITTEN:
+                self._own.add(digest)
+                log.critical(
+                    "adapter %s is quarantined on this server only: it is the one after %d others, "
+                    "so the machine may be at fault",
+                    *(digest, MOST_WRITTEN),
+                )
+                continue
+            await self._quarantine(digest, reason)
+            self._written.add(digest)
         found = await self._read()
         self._metrics.unservable({"quarantined": len(found)})
         for digest in self._written - found.keys():

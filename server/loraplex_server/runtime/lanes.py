@@ -104,11 +104,9 @@ class Lane:
         while (task := self._tasks.get()) is not None:
             future, work = task
             try:
-                result = work()
+                future.set_result(work())
             except BaseException as error:
                 future.set_exception(error)
-            else:
-                future.set_result(result)
             del task, future, work  # an idle thread keeps nothing alive
 
 

@@ -127,4 +127,7 @@ class JobTable:
         ended = sorted((job for job in self if job.final), key=lambda job: job.ended)
         for job in ended[: max(0, len(ended) - self._kept)]:
             del self._jobs[job.id]
-            await self._lane.run(self._records.remove, job.id)
+            try:
+                await self._lane.run(self._records.remove, job.id)
+            except OSError as error:
+                log.error("training job %s cannot be removed from the disk: %s", job.id, error)

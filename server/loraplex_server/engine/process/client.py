@@ -129,16 +129,26 @@ class EngineClient:
             stream.put(Output(id=message.id, error=failure))
             return stream
         self._streams[message.id] = stream
-        self._requests[message.id] = message
         suspects = [ref for ref in message.adapters if self._suspects.is_suspect(ref.digest)]
-        if suspects:
-            self._suspect_loads.start(self._submit_after_loads(message, suspects))
+        if suspects or self._suspects.ran_at_last_end(message):
+            self._suspect_loads.start(self._submit_apart(message, stream, suspects))
         else:
-            self._supervisor.send(message)
+            self._send(message)
         return stream
 
-    async def _submit_after_loads(self, message: Submit, suspects: Sequence[AdapterRef]) -> None:
-        """Sends a request once its suspect adapters have been loaded, one after the other."""
+    def _send(self, message: Submit) -> None:
+        """Gives a request to the engine, unless it has ended."""
+        if message.id in self._streams:
+            self._requests[message.id] = message
+            self._supervisor.send(message)
+
+    async def _submit_apart(
+        self, message: Submit, stream: OutputStream, suspects: Sequence[AdapterRef]
+    ) -> None:
+        """Sends a request once its suspect adapters have been loaded, one after the other.
+
+        A suspect request is sent when no other suspect adapter is being loaded.
+        """
         try:
             for ref in suspects:
                 await self.load(ref)
@@ -146,8 +156,15 @@ class EngineClient:
             failure = Failure(refusal.reason, refusal.message)
             self._finish(Output(id=message.id, error=failure))
             return
-        if message.id in self._requests:
-            self._supervisor.send(message)
+        if not self._suspects.ran_at_last_end(message):
+            self._send(message)
+            return
+
+        def is_starting() -> bool:
+            return message.id in self._streams and not stream.has_begun
+
+        alone = self._suspects.is_one_of_several(message)
+        await self._suspect_loads.begin(lambda: self._send(message), is_starting, alone)
 
     def _objection(self, message: Submit) -> Failure | None:
         """Why a request is not sent to the engine; None if it is."""

@@ -20,12 +20,13 @@ class SupervisionLimits:
         give_up: time without a healthy engine before which the front does not give up.
         start: time that a process may take to become ready.
         restart: time that a replacement may take to become ready; longer if the first start took
-            long.
+            long, and twice as long after each replacement that ran out of time, up to `start`.
         silent: longest time between two messages of a process.
         stuck: time that the main loop may take for one turn.
         adapter_deaths: number of ends during work on an adapter after which it is quarantined.
         request_deaths: number of ends in a row after which the only request that ran at each of
-            them is refused.
+            them is refused. A call of our client with its retries makes four attempts, each of
+            which is told that the engine was lost; only who sends the request once more is refused.
     """
 
     first_pause: float = 0.1
@@ -38,7 +39,7 @@ class SupervisionLimits:
     silent: float = 30.0
     stuck: float = 300.0
     adapter_deaths: int = 2
-    request_deaths: int = 3
+    request_deaths: int = 4
 
 
 class RestartPolicy:

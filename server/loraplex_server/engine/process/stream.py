@@ -10,9 +10,13 @@ from loraplex_server.engine.messages import Output
 
 
 class OutputStream:
-    """The outputs of one request, in order, for one reader. The last has a finish or an error."""
+    """The outputs of one request, in order, for one reader. The last has a finish or an error.
 
-    __slots__ = ("_complete", "_ended", "_not_before", "_outputs", "_waiter")
+    Attributes:
+        has_begun: there has been an output.
+    """
+
+    __slots__ = ("_complete", "_ended", "_not_before", "_outputs", "_waiter", "has_begun")
 
     def __init__(self) -> None:
         self._outputs: list[Output] = []
@@ -20,10 +24,12 @@ class OutputStream:
         self._complete = False
         self._ended = False
         self._not_before = 0.0
+        self.has_begun = False
 
     def put(self, output: Output) -> None:
         """Adds an output, and wakes the reader unless it asked to sleep longer."""
         self._outputs.append(output)
+        self.has_begun = True
         self._complete = ends(output)
         if self._complete or time.monotonic() >= self._not_before:
             self._wake()

@@ -1,13 +1,14 @@
 """Which adapters and requests may have caused the end of an engine process.
 
 An adapter is a suspect if it was being loaded or merged when a process ended. Suspects are not
-loaded again automatically, and later at most one of them is loaded or merged at a time. So two
-suspects are never counted together, and an adapter that was only there by chance is cleared by its
-next load. An adapter that was a suspect at `adapter_deaths` ends is quarantined.
+loaded again automatically, and later at most one of them is loaded or merged at a time, and not
+while a request that ran at the last end is on its way to its first token. So two suspects are not
+counted together, and an adapter that was only there by chance is cleared by its next load. An
+adapter that was a suspect at `adapter_deaths` ends is quarantined.
 
 A request is recognised by its content, because clients retry with new ids. It is quarantined if it
-ran at `request_deaths` ends in a row and is the only one that did; a request that finishes is
-cleared.
+ran at `request_deaths` ends in a row and is the only one that did; several that did are begun one
+after the other from then on. A request that finishes is cleared.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from loraplex_server.engine.messages import Attempt, LoadDone, MergeDone, Submit
 from loraplex_server.engine.process.limits import SupervisionLimits
 
 REQUEST_SECONDS: Final = 3600.0
-"""Seconds after which a quarantined request is allowed again."""
+"""Seconds after which a quarantined request is allowed again, and a suspect one is forgotten."""
 MOST_REQUESTS: Final = 256
 """Most quarantined requests that are kept; beyond it the oldest is allowed again."""
 
@@ -59,6 +60,7 @@ class Suspects:
         self._adapters: Counter[tuple[str, str]] = Counter()
         self._requests: dict[bytes, int] = {}
         self._refused: dict[bytes, float] = {}
+        self._died_at = clock()
 
     # adapters
 
@@ -89,6 +91,19 @@ class Suspects:
 
     # requests
 
+    def ran_at_last_end(self, request: Submit) -> bool:
+        """Whether a request ran when the last process ended, and has not finished since."""
+        if not self._requests:
+            return False
+        if self._clock() - self._died_at > REQUEST_SECONDS:
+            self._requests.clear()  # whoever sent them has given up
+            return False
+        return content_of(request) in self._requests
+
+    def is_one_of_several(self, request: Submit) -> bool:
+        """Whether a request would be refused if others had not run at the same ends."""
+        return self._requests.get(content_of(request), 0) >= self._limits.request_deaths
+
     def refuses(self, request: Submit) -> bool:
         """Whether a request is quarantined."""
         if not self._refused:
@@ -108,7 +123,7 @@ class Suspects:
     # the end of a process
 
     def on_death(self, requests: Iterable[Submit]) -> LossReport:
-        """Counts the end of a process, in which `requests` were unfinished."""
+        """Counts the end of a process, which had `requests` to compute and did not finish them."""
         attempts, self._attempts = set(self._attempts), Counter()
         suspects = frozenset(digest for digest, _ in attempts)
         self._adapters.update(attempts)
@@ -132,6 +147,7 @@ class Suspects:
 
     def _count_requests(self, ran: set[bytes]) -> int:
         """Counts an end for the requests that ran; returns how many are quarantined for it."""
+        self._died_at = self._clock()
         self._requests = {content: self._requests.get(content, 0) + 1 for content in ran}
         worst = [c for c, n in self._requests.items() if n >= self._limits.request_deaths]
         if len(worst) != 1:
