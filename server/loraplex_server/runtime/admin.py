@@ -22,7 +22,7 @@ MAX_HTTP_CONNECTIONS: Final = 16
 HTTP_SECONDS: Final = 10.0
 """Seconds after which a connection is closed, whatever it does."""
 
-_POLL_SECONDS: Final = 0.1
+_POLL_SECONDS: Final = 0.5
 _RETRY_SECONDS: Final = 0.2
 """Pause after a connection could not be accepted, for lack of descriptors for example."""
 

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
-THREAD_SECONDS: Final = 1.0
+THREAD_SECONDS: Final = 5.0
 """Seconds between two looks at a watched thread."""
 
 CANCEL_SECONDS: Final = 1.0

@@ -16,7 +16,7 @@ from typing import Final
 
 from loraplex_server.engine.messages import Beat
 
-BEAT_SECONDS: Final = 1.0
+BEAT_SECONDS: Final = 3.0
 """Seconds between two beats."""
 
 
