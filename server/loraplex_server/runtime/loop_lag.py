@@ -8,9 +8,11 @@ from typing import Final
 from loraplex_server.series import Series
 
 INTERVAL_SECONDS: Final = 1.0
-"""Pause between two measurements. Only a hold longer than this is certain to be seen. A shorter pause
-slows the engine on a small machine: its threads wait for each other in every step, so whatever
-wakes on one of their cores delays all of them."""
+"""Pause between two measurements. Only a hold longer than this is certain to be seen.
+
+A shorter pause slows the engine on a small machine: its threads wait for each other in every step,
+so whatever wakes on one of their cores delays all of them.
+"""
 
 
 async def watch_event_loop(series: Series) -> None:
