@@ -51,7 +51,7 @@ from loraplex_server.rpc.services.training import TrainingService
 from loraplex_server.runtime.admin import MetricsServer
 from loraplex_server.runtime.ending import CLOSE_SECONDS, unexpected_end
 from loraplex_server.runtime.failures import StartFailure, needed
-from loraplex_server.runtime.lanes import Lanes, yield_often
+from loraplex_server.runtime.lanes import Lanes
 from loraplex_server.runtime.loop_lag import watch_event_loop
 from loraplex_server.runtime.shutdown import (
     ENGINE_SECONDS,
@@ -317,7 +317,6 @@ async def run(config: Config) -> ServerExit:
 
 async def _serve(config: Config) -> ServerExit:
     began = time.monotonic()
-    yield_often()
     stop = asyncio.Event()
     server: Server | None = None
 

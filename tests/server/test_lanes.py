@@ -118,3 +118,12 @@ def test_no_call_uses_the_executor_that_all_would_share() -> None:
     }
     # Both use it at the start of the server or of an engine, for work that no client can cause.
     assert users <= {"app.py", "engine/process/supervisor.py"}
+
+
+async def test_the_interpreters_lock_is_released_sooner_only_while_a_niced_lane_works() -> None:
+    before = sys.getswitchinterval()
+    files, text = Lane("files", threads=1, waiting=1, nice=1), Lane("text", threads=1, waiting=1)
+    assert await files.run(sys.getswitchinterval) < before
+    assert await text.run(sys.getswitchinterval) == before
+    assert sys.getswitchinterval() == before
+    await asyncio.gather(files.close(1.0), text.close(1.0))

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
-from typing import Any, Final, ParamSpec, TypeAlias, TypeVar
+from typing import Any, ClassVar, Final, ParamSpec, TypeAlias, TypeVar
 
 from loraplex_model.base.refusal import Reason, Refusal
 
@@ -27,6 +27,13 @@ NICE: Final = 10
 """Added to the niceness of threads whose work delays no tokens (Linux)."""
 
 _SWITCH_SECONDS: Final = 0.001
+"""Longest time for which a thread keeps the interpreter's lock while work of a niced lane runs.
+
+By default that is 5 ms, by which examinations in pure Python would delay each of the many short
+turns of the event loop. At other times the shorter interval would only cost: it slowed answers by
+2 % on two cores.
+"""
+_DEFAULT_SWITCH_SECONDS: Final = sys.getswitchinterval()
 
 _Task: TypeAlias = "tuple[Future[Any], Callable[[], Any]] | None"
 
@@ -50,6 +57,9 @@ class Lane:
         self._idle = asyncio.Event()
         self._idle.set()
 
+    _working_niced: ClassVar[int] = 0
+    """Number of pieces of work that run in niced lanes of this process."""
+
     async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Returns `work(*args, **kwargs)`, computed in one of the lane's threads.
 
@@ -67,6 +77,7 @@ class Lane:
         except BaseException:
             self._leave()
             raise
+        self._count_niced(1)
         future: Future[T] = Future()
         future.set_running_or_notify_cancel()  # from here on the work runs, whoever waits for it
         future.add_done_callback(lambda _: _call_soon(loop, self._done))
@@ -85,6 +96,7 @@ class Lane:
         self._threads = []
 
     def _done(self) -> None:
+        self._count_niced(-1)
         self._free.release()
         self._leave()
 
@@ -92,6 +104,12 @@ class Lane:
         self._taken -= 1
         if not self._taken:
             self._idle.set()
+
+    def _count_niced(self, change: int) -> None:
+        if self._nice:
+            Lane._working_niced += change
+            busy = Lane._working_niced > 0
+            sys.setswitchinterval(_SWITCH_SECONDS if busy else _DEFAULT_SWITCH_SECONDS)
 
     def _start_thread(self) -> None:
         name = f"{self.name} {len(self._threads)}"
@@ -142,15 +160,6 @@ class Lanes:
     async def close(self, patience: float) -> None:
         """Closes all lanes; see `Lane.close`."""
         await asyncio.gather(*(lane.close(patience) for lane in vars(self).values()))
-
-
-def yield_often() -> None:
-    """Makes threads of this process release the interpreter's lock after a millisecond.
-
-    By default a thread keeps it for 5 ms if others want it. An examination in pure Python then
-    delays each of the many short turns of the event loop by that time.
-    """
-    sys.setswitchinterval(_SWITCH_SECONDS)
 
 
 def _call_soon(loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
