@@ -22,6 +22,7 @@ from loraplex.v1 import (
 )
 from loraplex_adapters.store import Store
 from loraplex_model.base.refusal import Reason, Refusal
+from loraplex_server.engine.process.limits import SupervisionLimits
 from loraplex_server.registry import name_cache
 from loraplex_server.rpc.calls.errors import TABLE, Detail
 from loraplex_server.rpc.calls.gate import Gate
@@ -338,7 +339,7 @@ async def engine_restarted(up: Running, patch: pytest.MonkeyPatch) -> None:
 
 @raises(Reason.REQUEST_QUARANTINED)
 async def request_quarantined(up: Running, patch: pytest.MonkeyPatch) -> None:
-    for _ in range(3):
+    for _ in range(SupervisionLimits().request_deaths):
         with suppress(grpc.aio.AioRpcError):
             await up.generation.Generate(ask(23, CRASH))
         await until(lambda: up.server.engine.ready)
