@@ -249,3 +249,14 @@ def test_an_upload_that_is_registered_for_long_holds_up_nobody_who_asks_for_it(
         assert asked.result(20)[0] == "OVERLOADED"
         assert [each.config_bytes for each in store.uploads.all()] == [2]
     assert store.uploads.state(upload).config_bytes == 2
+
+
+@pytest.mark.parametrize("record", [b"", b"{", b"[]", b'{"adapter_config.json": "x"}', b"\xff"])
+def test_with_a_damaged_record_an_upload_begins_again(
+    record: bytes, root: Path, store: Store
+) -> None:
+    upload = store.uploads.begin()
+    store.uploads.append(upload, CONFIG_FILE, 0, b"{")
+    (root / "uploads" / upload / "received.json").write_bytes(record)
+    assert store.uploads.state(upload).config_bytes == 0
+    assert store.uploads.append(upload, CONFIG_FILE, 0, b"{}") == 2

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from loraplex_model.base.durable import flush, lock, locked, write_atomically
+from loraplex_model.base.durable import flush, lock, locked, read_regular, write_atomically
 
 
 def test_a_write_replaces_the_whole_file(tmp_path: Path) -> None:
@@ -57,3 +58,13 @@ def test_a_lock_excludes_others_until_it_is_closed(tmp_path: Path) -> None:
     waiter.join(10)
     assert entered.is_set()
     os.close(lock(path, wait=False))
+
+
+@pytest.mark.timeout(20)  # a reader would wait for a writer
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["fifo", "directory"])
+def test_what_is_no_regular_file_is_an_error_at_once(
+    make: Callable[[Path], None], tmp_path: Path
+) -> None:
+    make(tmp_path / "file")
+    with pytest.raises(OSError, match=r"Not a regular file|Is a directory"):
+        read_regular(tmp_path / "file")

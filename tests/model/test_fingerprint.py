@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapters.adapter_files import base_info
 from loraplex_model.checkpoints.load import load_base
+from loraplex_model.checkpoints.safetensors_file import SafetensorsFile
+from loraplex_model.checkpoints.stored import StoredWriter
 from safetensors.torch import load_file, save_file
 
 from model import tiny
@@ -53,3 +56,14 @@ def test_the_fingerprint_depends_on_the_weights_and_not_on_type_cache_or_start(
     save_file(tensors, file, metadata={"format": "pt"})
     other = load_base(str(moved), torch.float32, tmp_path / "cache-moved").weights.fingerprint
     assert other != first
+
+
+@pytest.mark.fault("base-changed-under-store")
+def test_the_fingerprint_of_a_configuration_is_that_of_earlier_versions(tmp_path: Path) -> None:
+    """If a field added to `DecoderConfig` changed it, every stored adapter would be refused."""
+    with SafetensorsFile(tmp_path / "weights", most_tensors=1) as file:
+        written = StoredWriter(file, base_info().config)
+        file.add("any", torch.zeros(1))
+    assert written.fingerprint == (
+        "sha256:a4df30007dbd212c7791f08709959514f24bfd6265812edcf73f99ac5ecb2b8a"
+    )

@@ -76,7 +76,7 @@ def overwritten_in_the_middle(root: Path) -> None:
 
 
 def replaced(name: str, by: str) -> Callable[[Path], None]:
-    """What replaces a file or directory of the store by a file, a directory or a loop of links."""
+    """What replaces a part of the store by a file, a directory, a FIFO or a loop of links."""
 
     def damage(root: Path) -> None:
         place = root / name
@@ -90,6 +90,8 @@ def replaced(name: str, by: str) -> Callable[[Path], None]:
             case "directory":
                 place.mkdir()
                 (place / "file").touch()
+            case "fifo":
+                os.mkfifo(place)
             case _:
                 place.symlink_to(place)
 
@@ -120,6 +122,7 @@ STORES: dict[str, Callable[[Path], None]] = {
             replaced("index.sqlite3", "loop"),
             replaced("store-id", "directory"),
             replaced("store-id", "loop"),
+            replaced("store-id", "fifo"),
             replaced("lock", "directory"),
             replaced("blobs", "file"),
             replaced("blobs/sha256", "loop"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -53,6 +54,18 @@ def make_directory(path: Path, mode: int = 0o777) -> None:
     else:
         with suppress(PermissionError):  # the folder above may belong to somebody else
             flush(path.parent)
+
+
+def read_regular(path: Path) -> bytes:
+    """Content of a regular file. Raises OSError for anything else; a FIFO does not block."""
+    with open(path, "rb", opener=_open_at_once) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "Not a regular file", str(path))
+        return file.read()
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def write_atomically(path: Path, data: bytes, mode: int = 0o666) -> None:

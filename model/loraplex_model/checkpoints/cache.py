@@ -24,7 +24,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from loraplex_model.base.durable import flush, locked, make_directory, write_atomically
+from loraplex_model.base.durable import (
+    flush,
+    locked,
+    make_directory,
+    read_regular,
+    write_atomically,
+)
 from loraplex_model.base.refusal import Reason, Refusal, model_invalid
 
 FORMAT = 2
@@ -107,7 +113,7 @@ def is_whole(entry: Path, *, digests: bool = False) -> bool:
     With `digests` they are also read and their digests compared.
     """
     try:
-        record = json.loads((entry / ENTRY).read_text("utf-8"))
+        record = json.loads(read_regular(entry / ENTRY))
         files = {name: (size, digest) for name, (size, digest) in record["files"].items()}
         if record.get("key", entry.name) != entry.name or files.keys() != _content_of(entry):
             return False
@@ -153,7 +159,7 @@ def _memory_of(root: Path, files: Sequence[Path]) -> Path:
 
 def _read_key(known: Path) -> str | None:
     with contextlib.suppress(OSError, UnicodeDecodeError):
-        key = known.read_text("ascii").strip()
+        key = read_regular(known).decode("ascii").strip()
         if len(key) == 64 and key.isalnum():
             return key
     return None

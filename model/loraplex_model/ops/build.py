@@ -23,7 +23,13 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from loraplex_model.base.durable import flush, locked, make_directory, write_atomically
+from loraplex_model.base.durable import (
+    flush,
+    locked,
+    make_directory,
+    read_regular,
+    write_atomically,
+)
 
 log = logging.getLogger(__name__)
 
@@ -185,7 +191,7 @@ def _file_digest(path: Path) -> str:
 def _recorded(path: Path) -> str:
     """The digest beside a library; empty if there is none."""
     try:
-        return (path.parent / DIGEST).read_text("ascii").strip()
+        return read_regular(path.parent / DIGEST).decode("ascii").strip()
     except (OSError, UnicodeDecodeError):
         return ""
 

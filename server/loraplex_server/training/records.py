@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import Final
 
 import msgspec
-from loraplex_model.base.durable import flush, lock, make_directory, write_atomically
+from loraplex_model.base.durable import (
+    flush,
+    lock,
+    make_directory,
+    read_regular,
+    write_atomically,
+)
 
 from loraplex_server.training.jobs import JobRecord
 
@@ -78,7 +84,7 @@ class Records:
             if not _ID.fullmatch(folder.name):
                 continue
             try:
-                found.append(msgspec.json.decode((folder / RECORD).read_bytes(), type=JobRecord))
+                found.append(msgspec.json.decode(read_regular(folder / RECORD), type=JobRecord))
             except FileNotFoundError:
                 self.remove(folder.name)
             except (msgspec.DecodeError, OSError) as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from loraplex_model.base.durable import flush, write_atomically
+from loraplex_model.base.durable import flush, read_regular, write_atomically
 from loraplex_model.base.faults import reach
 
 from loraplex_adapters.store.disk import disk_errors
@@ -20,7 +20,7 @@ def read_id(root: Path) -> str | None:
     """Returns the id in the directory; None if there is none. Raises Refusal(STORE_UNAVAILABLE)."""
     with disk_errors():
         try:
-            return (root / _FILE).read_text("ascii", errors="replace").strip()
+            return read_regular(root / _FILE).decode("ascii", "replace").strip()
         except FileNotFoundError:
             return None
 

@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from loraplex_model.base.durable import flush, write_atomically
+from loraplex_model.base.durable import flush, read_regular, write_atomically
 from loraplex_model.base.faults import reach
 
 RECEIVED = "received.json"
@@ -32,11 +32,12 @@ def cut_to_received(folder: Path, files: tuple[str, ...]) -> dict[str, int]:
     """Removes bytes beyond those that were acknowledged; returns the sizes of `files`.
 
     The size of a file counts as acknowledged if there is no record, which earlier versions of the
-    store did not write. The caller holds the upload's lock. Raises OSError.
+    store did not write. With a damaged record nothing counts as acknowledged, so that the client
+    sends everything again. The caller holds the upload's lock. Raises OSError.
     """
     sizes = {name: _size(folder / name) for name in files}
     try:
-        recorded = json.loads((folder / RECEIVED).read_bytes())
+        recorded = _recorded(folder / RECEIVED)
     except FileNotFoundError:
         return sizes
     for name in files:
@@ -48,6 +49,17 @@ def cut_to_received(folder: Path, files: tuple[str, ...]) -> dict[str, int]:
             finally:
                 os.close(descriptor)
     return sizes
+
+
+def _recorded(file: Path) -> dict[str, int]:
+    """The acknowledged sizes; empty if the record is damaged. Raises OSError."""
+    try:
+        found = json.loads(read_regular(file))
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(found, dict):
+        return {}
+    return {name: size for name, size in found.items() if type(size) is int and size >= 0}
 
 
 def _size(file: Path) -> int:

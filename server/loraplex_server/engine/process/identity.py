@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import msgspec
+from loraplex_model.base.durable import read_regular
 
 from loraplex_server.engine.messages import Hello
 
@@ -24,7 +25,7 @@ def tokenizer_digests(hello: Hello) -> Mapping[str, str]:
     digests: dict[str, str] = {}
     for name in TOKENIZER_FILES:
         try:
-            data = (Path(hello.model.tokenizer_path) / name).read_bytes()
+            data = read_regular(Path(hello.model.tokenizer_path) / name)
         except OSError:
             continue
         digests[name] = hashlib.sha256(data).hexdigest()

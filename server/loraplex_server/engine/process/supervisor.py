@@ -180,7 +180,7 @@ class Supervisor:
                 return await self._process.start()
         except TimeoutError:
             await self._kill()
-            # It may have had to build a cache anew that the first process found.
+            # It may have had to build a cache again that the first process found.
             longer = min(2.0 * self._restart_seconds, self._limits.start)
             self._restart_seconds = max(self._restart_seconds, longer)
             text = f"the engine process was not ready after {seconds:g} s"
