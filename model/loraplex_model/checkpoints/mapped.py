@@ -28,7 +28,7 @@ class MappedFile:
             os.close(self._descriptor)
 
     def is_intact(self) -> bool:
-        """Whether nothing was written to the file or cut from it; about a microsecond."""
+        """Whether nothing was written to the file or cut from it. Makes one system call."""
         return self._look() == self._state
 
     def _look(self) -> tuple[int, int]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 MEASURE_SECONDS = 1.0
-"""Shortest time between two measurements, each of which takes some tens of microseconds."""
+"""Shortest time between two measurements, each of which reads a file of the system."""
 
 _STATUS = Path("/proc/self/status")
 
