@@ -62,7 +62,7 @@ class LocalRunner:
     The decoder has `num_blocks` KV blocks for requests, then `prefix_blocks` for virtual tokens.
 
     On the CPU the base's packed codes, and dense tensors that need no conversion, stay mapped to
-    `base_file`. Every use of them is between two looks at the file, a system call each: reading pages
+    `base_file`. Every use of them is between two looks at the file, since reading pages
     that were cut off ends the process with SIGBUS, and the rest of the last page would be zeros. If
     the file has changed, the process ends with `EXIT_BASE_CHANGED` and without a result, and the
     next one builds the file again.

@@ -1,9 +1,10 @@
 """Turns the bytes of requests into checked messages, without holding the event loop for long.
 
 Decoding is a single call into C that nothing can interrupt: 4 MiB of empty submessages take tens
-of milliseconds. It is as long in a thread, since it keeps the interpreter's lock. Therefore the bytes of all
-requests together are limited before any of them is decoded, and large requests are decoded one at a
-time, each followed by a pause as long as its decoding, in which all other calls go on.
+of milliseconds. It is as long in a thread, since it keeps the interpreter's lock. Therefore the
+bytes of all requests together are limited before any of them is decoded, and large requests are
+decoded one at a time, each followed by a pause as long as its decoding, in which all other calls go
+on.
 """
 
 from __future__ import annotations
