@@ -63,8 +63,13 @@ async def test_the_oldest_of_too_many_half_sent_requests_make_room(
         running(tmp_path) as up,
         raw_connection(up.server.address, DEFAULT_WINDOW) as hostile,
     ):
-        streams = [hostile.call(GENERATE, HALF, end=False) for _ in range(50)]
-        await until(lambda: len(hostile.ended) == 42)
+        # Each call is seen by the server before the next is sent: gRPC hands calls that arrive
+        # together to the server in any order.
+        calls = up.server._rpc._interceptor.arrivals
+        streams: list[int] = []
+        for sent in range(50):
+            streams.append(hostile.call(GENERATE, HALF, end=False))
+            await until(lambda sent=sent: len(calls) + len(hostile.ended) == sent + 1)
         assert hostile.ended == set(streams[:42])
         assert refused(up, "Generate", "UNAVAILABLE") == 42
         assert (await up.generation.Generate(ask(new=1))).token_ids
