@@ -1,0 +1,56 @@
+"""What all kernels share: the interpreter's types, and how a configuration is described."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton.language as tl
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether kernels run in Triton's interpreter, on tensors in host memory."""
+
+TYPES: Mapping[torch.dtype, Any] = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+"""Triton's type for each compute type of a decoder."""
+
+
+def product_type(dtype: torch.dtype) -> Any:
+    """The type of the operands of `tl.dot` for activations of `dtype`.
+
+    The interpreter multiplies the bit patterns of bfloat16 numbers instead of the numbers, and
+    reports no error, so there the operands are float32.
+    """
+    return tl.float32 if INTERPRETED else TYPES[dtype]
+
+
+def product_precision(dtype: torch.dtype) -> str:
+    """`input_precision` of `tl.dot`: without it float32 operands are rounded to ten bits."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+@dataclass(frozen=True, slots=True)
+class Compilation:
+    """One configuration of one kernel, as `make gpu-aot` compiles it.
+
+    Attributes:
+        kernel: the function under `triton.jit`.
+        name: name of the configuration, unique among all kernels.
+        signature: type of each argument that is no constant, such as "*bf16" or "i32".
+        constants: values of the constant arguments.
+        is_hot: the kernel runs in every layer of a step, so it may not spill registers.
+    """
+
+    kernel: Any
+    name: str
+    signature: Mapping[str, str]
+    constants: Mapping[str, Any]
+    num_warps: int = 4
+    num_stages: int = 3
+    is_hot: bool = False
