@@ -375,7 +375,7 @@ def _attend_compilation(
         **dict.fromkeys(_UNSPECIALISED, "i32"),
     }
     name = f"attend_{'short' if is_short else 'tall'}_{model}_{kind}{_ending(is_windowed)}"
-    is_hot = dtype != torch.float32 or shape[2] <= 128
+    is_hot = dtype != torch.float32  # the slow type of comparisons may spill
     return Compilation(_attend, name, signature, constants, **options, is_hot=is_hot)
 
 
