@@ -213,26 +213,29 @@ def _norm_residual(
 
 
 @triton.jit
-def _rope_cache(
-    qkv,
-    positions,
-    kv_slots,
-    cos,
-    sin,
-    q,
-    keys,
-    values,
-    q_norm,
-    k_norm,
-    eps,
-    Q_HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    HALF: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    HEADS: tl.constexpr,
-    HAS_NORMS: tl.constexpr,
+def _normed_heads(
+    a, b, d, q_norm, k_norm, q_cell, k_cell, eps, HEAD_DIM: tl.constexpr, TYPE: tl.constexpr
 ):
+    """Both halves of heads, normed; heads in neither mask become 0."""
+    WIDTH: tl.constexpr = HEAD_DIM // 2
+    scale = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / HEAD_DIM + eps)[:, None]
+    at = d[None, :] + tl.zeros_like(a).to(tl.int32)
+    # for each head at least one of the two loads is masked
+    a_weight = tl.load(q_norm + at, mask=q_cell, other=0.0).to(tl.float32)
+    a_weight += tl.load(k_norm + at, mask=k_cell, other=0.0).to(tl.float32)
+    b_weight = tl.load(q_norm + at + WIDTH, mask=q_cell, other=0.0).to(tl.float32)
+    b_weight += tl.load(k_norm + at + WIDTH, mask=k_cell, other=0.0).to(tl.float32)
+    a = (a * scale).to(TYPE).to(tl.float32) * a_weight
+    b = (b * scale).to(TYPE).to(tl.float32) * b_weight
+    return a.to(TYPE).to(tl.float32), b.to(TYPE).to(tl.float32)
+
+
+@triton.jit
+def _rope_cache(
+    qkv, positions, kv_slots, cos, sin, q, keys, values, q_norm, k_norm, eps,
+    Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, HEADS: tl.constexpr, HAS_NORMS: tl.constexpr,
+):  # fmt: skip
     """`HEADS` heads of one row, each in two halves; grid (T, heads / HEADS)."""
     WIDTH: tl.constexpr = HEAD_DIM // 2
     TYPE: tl.constexpr = qkv.dtype.element_ty
@@ -248,18 +251,8 @@ def _rope_cache(
     second = tl.load(qkv + at + WIDTH, mask=is_cell, other=0.0)
     a, b = first.to(tl.float32), second.to(tl.float32)
     if HAS_NORMS:
-        scale = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / HEAD_DIM + eps)
         q_cell, k_cell = is_q[:, None] & is_half, is_k[:, None] & is_half
-        d_ = d[None, :] + (head * 0)[:, None]
-        a = (a * scale[:, None]).to(TYPE).to(tl.float32)
-        b = (b * scale[:, None]).to(TYPE).to(tl.float32)
-        # one of the two loads is masked, and a value's weight is 0; it is stored as it was
-        a_weight = tl.load(q_norm + d_, mask=q_cell, other=0.0).to(tl.float32)
-        a_weight += tl.load(k_norm + d_, mask=k_cell, other=0.0).to(tl.float32)
-        b_weight = tl.load(q_norm + d_ + WIDTH, mask=q_cell, other=0.0).to(tl.float32)
-        b_weight += tl.load(k_norm + d_ + WIDTH, mask=k_cell, other=0.0).to(tl.float32)
-        a = (a * a_weight).to(TYPE).to(tl.float32)
-        b = (b * b_weight).to(TYPE).to(tl.float32)
+        a, b = _normed_heads(a, b, d, q_norm, k_norm, q_cell, k_cell, eps, HEAD_DIM, TYPE)
     angle = tl.load(positions + row).to(tl.int64) * WIDTH + d
     c = tl.load(cos + angle, mask=d < WIDTH, other=0.0)[None, :]
     s = tl.load(sin + angle, mask=d < WIDTH, other=0.0)[None, :]
@@ -300,63 +293,52 @@ _SHAPES = {"llama_8b": (4096, 14336, 32, 8, 128), "smollm2": (576, 1536, 9, 3, 6
 def compilations() -> list[Compilation]:
     """The configurations that `make gpu-aot` compiles."""
     found = []
-    for model, (hidden, intermediate, heads, kv_heads, head_dim) in _SHAPES.items():
+    for model, (hidden, intermediate, *heads) in _SHAPES.items():
         for dtype in (torch.bfloat16, torch.float32):
-            kind = str(TYPES[dtype])
-            p, name = f"*{kind}", f"{model}_{kind}"
-            found.append(
+            p = f"*{TYPES[dtype]}"
+            name = f"{model}_{TYPES[dtype]}"
+            found += [
                 Compilation(
                     _embed,
                     f"embed_{name}",
-                    {
-                        "tokens": "*i32",
-                        "table": p,
-                        "last_tokens": "*i32",
-                        "out": p,
-                        "vocab": "i32",
-                        "drawn": "i32",
-                    },
+                    {"tokens": "*i32", "table": p, "last_tokens": "*i32", "out": p}
+                    | {"vocab": "i32", "drawn": "i32"},
                     {"HIDDEN": hidden, "BLOCK": _BLOCK},
-                )
-            )
-            for has_rows in (False, True):
-                constants, options = _norm_configuration(hidden, True, has_rows)
-                arguments = dict.fromkeys(("x", "delta", "weight", "normed"), p)
-                found.append(
-                    Compilation(
-                        _norm_residual,
-                        f"norm_residual_{name}" + ("_rows" if has_rows else ""),
-                        {**arguments, "rows": "*i32" if has_rows else p, "eps": "fp32"},
-                        constants,
-                        **options,
-                        is_hot=True,
-                    )
-                )
-            for has_norms in (False, True):
-                constants, options = _rope_configuration(heads, kv_heads, head_dim, 32, has_norms)
-                found.append(
-                    Compilation(
-                        _rope_cache,
-                        f"rope_cache_{name}" + ("_norms" if has_norms else ""),
-                        {
-                            "qkv": p,
-                            **dict.fromkeys(("positions", "kv_slots"), "*i32"),
-                            **dict.fromkeys(("cos", "sin"), "*fp32"),
-                            **dict.fromkeys(("q", "keys", "values", "q_norm", "k_norm"), p),
-                            "eps": "fp32",
-                        },
-                        constants,
-                        **options,
-                        is_hot=True,
-                    )
-                )
-            found.append(
+                ),
                 Compilation(
                     _silu_mul,
                     f"silu_mul_{name}",
                     {"gate_up": p, "out": p},
                     {"WIDTH": intermediate, "BLOCK": _BLOCK},
                     is_hot=True,
-                )
-            )
+                ),
+            ]
+            for is_more in (False, True):
+                found.append(_norm_compilation(name, p, hidden, is_more))
+                found.append(_rope_compilation(name, p, heads, is_more))
     return found
+
+
+def _norm_compilation(name: str, pointer: str, hidden: int, has_rows: bool) -> Compilation:
+    constants, options = _norm_configuration(hidden, True, has_rows)
+    signature = {
+        **dict.fromkeys(("x", "delta", "weight", "normed"), pointer),
+        "rows": "*i32" if has_rows else pointer,
+        "eps": "fp32",
+    }
+    name = f"norm_residual_{name}" + ("_rows" if has_rows else "")
+    return Compilation(_norm_residual, name, signature, constants, **options, is_hot=True)
+
+
+def _rope_compilation(name: str, pointer: str, heads: list[int], has_norms: bool) -> Compilation:
+    query_heads, kv_heads, head_dim = heads
+    constants, options = _rope_configuration(query_heads, kv_heads, head_dim, 32, has_norms)
+    signature = {
+        "qkv": pointer,
+        **dict.fromkeys(("positions", "kv_slots"), "*i32"),
+        **dict.fromkeys(("cos", "sin"), "*fp32"),
+        **dict.fromkeys(("q", "keys", "values", "q_norm", "k_norm"), pointer),
+        "eps": "fp32",
+    }
+    name = f"rope_cache_{name}" + ("_norms" if has_norms else "")
+    return Compilation(_rope_cache, name, signature, constants, **options, is_hot=True)
