@@ -104,7 +104,7 @@ class EngineGroup:
         The caller ends each request with `abort`, even one that has finished.
         """
         engine = self._evidence.confined_to(message)
-        if engine is None:
+        if engine is None or self.members[engine].client.has_given_up:
             engine = self._choose([ref.digest for ref in message.adapters])
         self._routes.add(message, engine)
         return self.members[engine].client.submit(message)
@@ -233,7 +233,8 @@ class EngineGroup:
                 error.exceptions[0] if isinstance(error, BaseExceptionGroup) else error
             ) from None
         self._is_started = True
-        self._announce_ready()
+        if self.ready:
+            self._announce_ready()
         return self.hello
 
     async def stop(self) -> None:
