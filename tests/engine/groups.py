@@ -13,7 +13,7 @@ from typing import Any
 
 from engine.oracle import continuation
 from engine.test_process import Observer, ask, drain
-from loraplex_server.engine.group.devices import Placement
+from loraplex_server.engine.group.devices import EnginePlacement
 from loraplex_server.engine.group.group import EngineGroup
 from loraplex_server.engine.messages import AdapterRef, StepReport
 from loraplex_server.engine.process.limits import SupervisionLimits
@@ -32,10 +32,12 @@ class GroupEvents(Observer):
 
 
 def make(
-    commands: Sequence[list[str]], placements: Sequence[Placement] | None = None, **limits: Any
+    commands: Sequence[list[str]],
+    placements: Sequence[EnginePlacement] | None = None,
+    **limits: Any,
 ) -> tuple[EngineGroup, GroupEvents]:
     """A group that is not started, on CPUs unless `placements` are given."""
-    placements = placements or [Placement("cpu", number) for number in range(len(commands))]
+    placements = placements or [EnginePlacement("cpu", number) for number in range(len(commands))]
     limits = {"first_pause": 0.01, "longest_pause": 0.1, **limits}
     events = GroupEvents()
     engines = list(zip(placements, commands, strict=True))

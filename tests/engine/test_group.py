@@ -12,7 +12,7 @@ from engine.oracle import command
 from engine.test_lost_engine import Ends, fails, switched
 from engine.test_process import ask, drain
 from loraplex_model.base.refusal import Reason, Refusal
-from loraplex_server.engine.group.devices import Placement
+from loraplex_server.engine.group.devices import EnginePlacement
 from loraplex_server.engine.process.identity import BaseChanged
 from loraplex_server.engine.process.supervisor import EngineLost
 
@@ -240,7 +240,7 @@ def visible(pid: int) -> str:
 
 
 async def test_each_process_sees_its_own_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    placements = [Placement("cuda", 2), Placement("cuda", 0)]
+    placements = [EnginePlacement("cuda", 2), EnginePlacement("cuda", 0)]
 
     async def seen() -> list[str]:
         engines, _ = make([command(), command()], placements)

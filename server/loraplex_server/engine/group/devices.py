@@ -26,7 +26,7 @@ VISIBLE: Final = "CUDA_VISIBLE_DEVICES"
 
 
 @dataclass(frozen=True, slots=True)
-class Placement:
+class EnginePlacement:
     """Where one of several engines computes.
 
     Attributes:
@@ -59,19 +59,19 @@ class Placement:
         return {**variables, VISIBLE: visible[self.number]}
 
 
-def parse(text: str) -> list[Placement]:
+def parse(text: str) -> list[EnginePlacement]:
     """The placements that the setting `devices` names; none if it is empty.
 
     Raises ValueError with one line that says what is wrong.
     """
     words = [word.strip() for word in text.split(",")] if text.strip() else []
-    found: list[Placement] = []
+    found: list[EnginePlacement] = []
     for word in words:
         number = word.removeprefix("cuda:")
         if word == "cpu":
-            placement = Placement("cpu", len(found))
+            placement = EnginePlacement("cpu", len(found))
         elif number.isascii() and number.isdecimal() and len(number) < 5:
-            placement = Placement("cuda", int(number))
+            placement = EnginePlacement("cuda", int(number))
         else:
             raise ValueError(
                 f"{word!r} is no device; give numbers of GPUs such as 0,1 or cuda:0,cuda:1, or cpu "
@@ -89,7 +89,7 @@ def parse(text: str) -> list[Placement]:
     return found
 
 
-def require_agreement(placements: list[Placement], device: str) -> None:
+def require_agreement(placements: list[EnginePlacement], device: str) -> None:
     """Raises ValueError if the setting `device` contradicts the placements."""
     if placements and device not in ("auto", placements[0].kind):
         raise ValueError(

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from loraplex_model.base.refusal import Reason, Refusal
 
-from loraplex_server.engine.group.devices import Placement
+from loraplex_server.engine.group.devices import EnginePlacement
 from loraplex_server.engine.group.face import Engine, EngineMember, GroupObserver
 from loraplex_server.engine.group.joining import JoinedStats, join_hellos, join_tables
 from loraplex_server.engine.group.routing import Routes
@@ -52,7 +52,7 @@ class EngineGroup:
 
     def __init__(
         self,
-        engines: Sequence[tuple[Placement, Sequence[str]]],
+        engines: Sequence[tuple[EnginePlacement, Sequence[str]]],
         observer: GroupObserver,
         limits: SupervisionLimits | None = None,
     ) -> None:
