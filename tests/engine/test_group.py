@@ -240,24 +240,23 @@ def visible(pid: int) -> str:
 
 
 async def test_each_process_sees_its_own_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    placements = [EnginePlacement("cuda", 2), EnginePlacement("cuda", 0)]
-
-    async def seen() -> list[str]:
-        engines, _ = make([command(), command()], placements)
-        await engines.start()
-        found = [visible(pid) for pid in engines.pids]
-        assert [member.device for member in engines.members] == ["cuda:2", "cuda:0"]
-        await engines.stop()
-        return found
-
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert await seen() == ["2", "0"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-aa, 5,MIG-cc")
-    assert await seen() == ["MIG-cc", "GPU-aa"]
+    placements = [EnginePlacement("cuda", 2), EnginePlacement("cuda", 0)]
+    engines, _ = make([command(), command()], placements)
+    await engines.start()
+    assert [visible(pid) for pid in engines.pids] == ["MIG-cc", "GPU-aa"]
+    assert [member.device for member in engines.members] == ["cuda:2", "cuda:0"]
+    await engines.stop()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,-1,3")
+    engines, _ = make([command(), command()], placements)
     with pytest.raises(Refusal, match="there is no cuda:2") as refused:
-        await seen()
+        await engines.start()
     assert refused.value.reason is Reason.NO_CUDA
+
+
+def test_without_an_outer_choice_the_number_is_that_of_cuda() -> None:
+    assert EnginePlacement("cuda", 3).environment({})["CUDA_VISIBLE_DEVICES"] == "3"
+    assert "CUDA_VISIBLE_DEVICES" not in EnginePlacement("cpu", 1).environment({})
 
 
 async def test_a_stop_ends_all_streams_and_processes() -> None:

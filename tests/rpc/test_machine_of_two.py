@@ -66,7 +66,7 @@ def nothing_is_left(up: Running) -> None:
 
 
 @pytest.mark.fault("right-weights-excused")
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
 @given(program=operations)
 async def test_whatever_clients_do_every_answer_is_right_and_nothing_is_left(
     up: Running, program: list[object]
@@ -75,7 +75,7 @@ async def test_whatever_clients_do_every_answer_is_right_and_nothing_is_left(
     nothing_is_left(up)
 
 
-@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=3, deadline=None, suppress_health_check=list(HealthCheck))
 @given(before=operations, after=operations)
 async def test_an_engine_killed_anywhere_costs_only_what_ran(
     up: Running, before: list[object], after: list[object]

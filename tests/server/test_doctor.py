@@ -87,7 +87,7 @@ def test_the_devices_of_several_engines_and_their_budgets_are_shown(
     monkeypatch.setattr("loraplex_server.config.available_cores", lambda: 6)
     two = config.model_copy(update={"devices": "cpu,cpu"})
     shown = [f"{c.subject}: {c.text}" for c in doctor.examine(two)]
-    assert "device: cpu:1: an engine of 3 threads" in shown
+    assert "device: cpu:1: an engine, CPU threads: 3" in shown
     assert "memory: the budgets of 2 engines are 7.5 GB together, of 8.0 GB" in shown
     assert bad(two) == []
     (found,) = bad(config.model_copy(update={"devices": "cpu,cpu,cpu"}))

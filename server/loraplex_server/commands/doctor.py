@@ -103,7 +103,9 @@ def _engines(config: Config, gpus: Sequence[str]) -> Iterator[Check]:
     """The device of each of several engines, and their memory; `gpus` are the names of all GPUs."""
     for placement in config.placements:
         if placement.kind == "cpu":
-            yield Check("device", f"{placement.name}: an engine of {config.engine_threads} threads")
+            yield Check(
+                "device", f"{placement.name}: an engine, CPU threads: {config.engine_threads}"
+            )
         elif placement.number < len(gpus):
             yield Check("device", f"{placement.name}: an engine on {gpus[placement.number]}")
         else:
