@@ -111,7 +111,7 @@ def _engines(config: Config, gpus: Sequence[str]) -> Iterator[Check]:
         else:
             text = f"{placement.name}: no such GPU; CUDA finds {len(gpus)} (--devices)"
             yield Check("device", text, good=False)
-    budgets = config.host_adapter_memory
+    budgets = int(config.host_adapter_memory)
     if config.engine_device == "cpu":
         budgets += config.kv_memory + config.adapter_memory + config.merge_memory
     needed, there = config.engine_count * budgets, _memory_bytes()
