@@ -232,6 +232,16 @@ async def test_a_failed_start_names_the_device_and_ends_the_others() -> None:
     assert not engines.pids
 
 
+async def test_a_cancelled_start_leaves_no_process() -> None:
+    engines, _ = make([command(), command()])
+    starting = asyncio.create_task(engines.start())
+    await until(lambda: len(engines.pids) == 2)
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert not engines.pids
+
+
 def visible(pid: int) -> str:
     """The GPUs that a process sees, from its environment."""
     variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
