@@ -14,13 +14,12 @@ loop over the chunks whose number the device says, so the grid depends on the ca
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 
 from loraplex_model.decoder.cuda.kernels.common import (
     TYPES,
@@ -28,8 +27,14 @@ from loraplex_model.decoder.cuda.kernels.common import (
     product_precision,
     product_type,
 )
+from loraplex_model.decoder.cuda.kernels.lora_programs import (
+    expand_kernel,
+    expand_silu_mul_kernel,
+    shrink_kernel,
+)
 from loraplex_model.decoder.cuda.lora_pass import LoraPass
-from loraplex_model.decoder.cuda.plan import CHUNK_ROWS
+from loraplex_model.decoder.cuda.plan import CHUNK_ROWS, RANK_STEP
+from loraplex_model.decoder.cuda.table import WORDS
 
 _RANKS = 32  # ranks of a tile: with fewer, some of a program's four warps would have none
 _MAX_SPLITS = 8
@@ -84,232 +89,32 @@ def h_view(scratch: torch.Tensor, lora: LoraPass, fan_in: int, parts: int) -> to
     return scratch[: h_size(lora, fan_in, parts)].view(shape)
 
 
-@triton.jit
-def _address(entry, word, TYPE: tl.constexpr):
-    """The pointer in a word of an entry; tensors of adapters begin at multiples of 16 bytes."""
-    return tl.multiple_of(tl.load(entry + word).to(tl.pointer_type(TYPE)), 16)
-
-
-@triton.jit(do_not_specialize=["h_rows", "rank_stride", "sites", "site"])
-def shrink_kernel(
-    x,
-    h,
-    entries,
-    chunk_begin,
-    chunk_end,
-    chunk_count,
-    term_start,
-    term_slot,
-    term_row,
-    h_rows,
-    rank_stride,
-    sites,
-    site,
-    FAN_IN: tl.constexpr,
-    PARTS: tl.constexpr,
-    SPAN: tl.constexpr,
-    STEP: tl.constexpr,
-    RANKS: tl.constexpr,
-    ROWS: tl.constexpr,
-    ENTRY_WORDS: tl.constexpr,
-    TYPE: tl.constexpr,
-    DT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Grid (lanes, splits * parts): one partial sum of one part, for every lanes-th chunk."""
-    split = tl.program_id(1) // PARTS
-    part = tl.program_id(1) % PARTS
-    stride = tl.multiple_of(rank_stride, 16)
-    h += tl.program_id(1).to(tl.int64) * h_rows * stride
-    for c in range(tl.program_id(0), tl.load(chunk_count), tl.num_programs(0)):
-        m = tl.load(chunk_begin + c) + tl.arange(0, ROWS)
-        ok = m < tl.load(chunk_end + c)
-        x_rows = x + m.to(tl.int64)[:, None] * FAN_IN
-        for t in range(tl.load(term_start + c), tl.load(term_start + c + 1)):
-            slot = tl.load(term_slot + t).to(tl.int64)
-            entry = entries + (slot * sites + site + part) * ENTRY_WORDS
-            rank = tl.load(entry + 8).to(tl.int32)
-            a = _address(entry, 0, TYPE)
-            rows = (tl.load(term_row + t) + tl.arange(0, ROWS)).to(tl.int64)
-            for first in range(0, rank, RANKS):
-                r = first + tl.arange(0, RANKS)
-                total = tl.zeros((ROWS, RANKS), tl.float32)
-                for i in range(0, SPAN, STEP):
-                    k = split * SPAN + i + tl.arange(0, STEP)
-                    inside = (k < FAN_IN)[None, :]
-                    xs = tl.load(x_rows + k[None, :], mask=ok[:, None] & inside, other=0.0)
-                    ranks = tl.load(
-                        a + r.to(tl.int64)[:, None] * FAN_IN + k[None, :],
-                        mask=(r < rank)[:, None] & inside,
-                        other=0.0,
-                    )
-                    total = tl.dot(
-                        xs.to(DT), tl.trans(ranks.to(DT)), total, input_precision=PRECISION
-                    )
-                at = h + rows[:, None] * stride + r[None, :]
-                tl.store(at, total, mask=ok[:, None] & (r < rank)[None, :])
-
-
-@triton.jit
-def _changed(
-    own,
-    h,
-    entries,
-    term_slot,
-    term_weight,
-    term_row,
-    first_term,
-    last_term,
-    h_rows,
-    rank_stride,
-    sites,
-    site,
-    part,
-    ok,
-    n,
-    width,
-    PARTS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    RANKS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BN: tl.constexpr,
-    ENTRY_WORDS: tl.constexpr,
-    TYPE: tl.constexpr,
-    DT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """A tile of the base's result, float32 [ROWS, BN], with the changes of a chunk's adapters.
-
-    The tile's columns `n` belong to a part of `width` outputs. Also returns whether any adapter
-    changes the part.
-    """
-    stride = tl.multiple_of(rank_stride, 16)
-    inside = n < width
-    total = tl.zeros((ROWS, BN), tl.float32)
-    gain = tl.full((BN,), 1.0, tl.float32)
-    bias = tl.zeros((BN,), tl.float32)
-    gains = 0
-    changes = 0
-    for t in range(first_term, last_term):
-        slot = tl.load(term_slot + t).to(tl.int64)
-        weight = tl.load(term_weight + t)
-        entry = entries + (slot * sites + site + part) * ENTRY_WORDS
-        rank = tl.load(entry + 8).to(tl.int32)
-        b = _address(entry, 1, TYPE)
-        has_gain = tl.load(entry + 3) != 0
-        has_bias = tl.load(entry + 5) != 0
-        changes = changes | rank | has_gain.to(tl.int32) | has_bias.to(tl.int32)
-        if has_gain:
-            mine = tl.load(_address(entry, 3, tl.float32) + n, mask=inside, other=1.0)
-            # A single gain at weight 1 is used as it is: 1 + (gain - 1) would round it.
-            only = (gains == 0) & (weight == 1.0)
-            gain = tl.where(only, mine, gain + weight * (mine - 1.0))
-            gains = 1
-        if has_bias:
-            bias += weight * tl.load(_address(entry, 5, tl.float32) + n, mask=inside, other=0.0)
-        rows = (tl.load(term_row + t) + tl.arange(0, ROWS)).to(tl.int64)
-        for first in tl.range(0, rank, RANKS, num_stages=1):
-            r = first + tl.arange(0, RANKS)
-            columns = tl.load(
-                b + r.to(tl.int64)[:, None] * width + n[None, :],
-                mask=(r < rank)[:, None] & inside[None, :],
-                other=0.0,
-            )
-            inner = tl.zeros((ROWS, RANKS), tl.float32)
-            for split in tl.static_range(SPLITS):
-                partial = h + (split * PARTS + part).to(tl.int64) * h_rows * stride
-                inner += tl.load(
-                    partial + rows[:, None] * stride + r[None, :],
-                    mask=ok[:, None] & (r < rank)[None, :],
-                    other=0.0,
-                )
-            inner = (inner * weight).to(DT)
-            total = tl.dot(inner, columns.to(DT), total, input_precision=PRECISION)
-    changed = changes != 0
-    return tl.where(changed, own * gain[None, :] + bias[None, :] + total, own), changed
-
-
-@triton.jit(do_not_specialize=["h_rows", "rank_stride", "sites", "site"])
-def expand_kernel(
-    h,
-    y,
-    entries,
-    chunk_begin,
-    chunk_end,
-    chunk_count,
-    term_start,
-    term_slot,
-    term_weight,
-    term_row,
-    h_rows,
-    rank_stride,
-    sites,
-    site,
-    W0: tl.constexpr,
-    W1: tl.constexpr,
-    W2: tl.constexpr,
-    PARTS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    RANKS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BN: tl.constexpr,
-    ENTRY_WORDS: tl.constexpr,
-    TYPE: tl.constexpr,
-    DT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Grid (lanes, tiles of all parts): one tile of outputs, for every lanes-th chunk."""
-    tile = tl.program_id(1)
-    T0: tl.constexpr = (W0 + BN - 1) // BN
-    T1: tl.constexpr = T0 + (W1 + BN - 1) // BN
-    part = (tile >= T0).to(tl.int32) + (tile >= T1).to(tl.int32)
-    width = tl.where(part == 0, W0, tl.where(part == 1, W1, W2))
-    column = tl.where(part == 0, 0, tl.where(part == 1, W0, W0 + W1))
-    tile = tile - tl.where(part == 0, 0, tl.where(part == 1, T0, T1))
-    n = tile * BN + tl.arange(0, BN)
-    for c in range(tl.program_id(0), tl.load(chunk_count), tl.num_programs(0)):
-        m = tl.load(chunk_begin + c) + tl.arange(0, ROWS)
-        ok = m < tl.load(chunk_end + c)
-        at = y + m.to(tl.int64)[:, None] * (W0 + W1 + W2) + (column + n)[None, :]
-        mask = ok[:, None] & (n < width)[None, :]
-        own = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-        result, changed = _changed(
-            own,
-            h,
-            entries,
-            term_slot,
-            term_weight,
-            term_row,
-            tl.load(term_start + c),
-            tl.load(term_start + c + 1),
-            h_rows,
-            rank_stride,
-            sites,
-            site,
-            part,
-            ok,
-            n,
-            width,
-            PARTS,
-            SPLITS,
-            RANKS,
-            ROWS,
-            BN,
-            ENTRY_WORDS,
-            TYPE,
-            DT,
-            PRECISION,
-        )
-        tl.store(at, result.to(y.dtype.element_ty), mask=mask & changed)
-
-
 def shrink(x: torch.Tensor, h: torch.Tensor, lora: LoraPass, site: int, parts: int) -> None:
     """Computes A x of all parts of a fused matrix for all chunks.
 
     `x` is [T, fan_in] in the compute dtype, `h` is that of `h_view`; `site` is the table's index of
     the first part, and the other parts follow.
     """
-    raise NotImplementedError
+    _check(h, lora, parts, x)
+    constants, options = shrink_configuration(x.shape[1], parts, x.dtype)
+    programs = h.shape[0] * parts
+    shrink_kernel[(_lanes(lora, programs), programs)](
+        x,
+        h,
+        lora.entries,
+        lora.chunk_begin,
+        lora.chunk_end,
+        lora.chunk_count,
+        lora.term_start,
+        lora.term_slot,
+        lora.term_row,
+        h.shape[2],
+        h.shape[3],
+        lora.sites,
+        site,
+        **constants,
+        **options,
+    )
 
 
 def expand(
@@ -322,9 +127,31 @@ def expand(
 ) -> None:
     """Adds the adapters' changes to the base's result `y` [T, sum of widths], in place.
 
-    `dtype` is that of the adapters' matrices, if it is not that of `y` (at the head).
+    `h` is what `shrink` wrote, of the same site. `dtype` is that of the adapters' matrices, if it
+    is not that of `y` (at the head).
     """
-    raise NotImplementedError
+    _check(h, lora, len(widths), y)
+    assert y.shape[1] == sum(widths)
+    constants, options = expand_configuration(h.shape[0], widths, dtype or y.dtype)
+    tiles = sum(triton.cdiv(width, constants["BN"]) for width in widths)
+    expand_kernel[(_lanes(lora, tiles), tiles)](
+        h,
+        y,
+        lora.entries,
+        lora.chunk_begin,
+        lora.chunk_end,
+        lora.chunk_count,
+        lora.term_start,
+        lora.term_slot,
+        lora.term_weight,
+        lora.term_row,
+        h.shape[2],
+        h.shape[3],
+        lora.sites,
+        site,
+        **constants,
+        **options,
+    )
 
 
 def expand_silu_mul(
@@ -332,7 +159,154 @@ def expand_silu_mul(
 ) -> None:
     """`out = silu(gate) * up`, with the adapters' changes of gate and up, for all rows.
 
-    `gate_up` [T, 2 * ff] is the base's result and is only read; `out` is [T, ff]. Bit for bit what
-    `expand` and `silu_mul` would compute one after the other.
+    `gate_up` [T, 2 * ff] is the base's result and is only read; `out` is [T, ff], and T is at most
+    the rows of the pass's capacity. Bit for bit what `expand` and `silu_mul` compute one after the
+    other.
     """
-    raise NotImplementedError
+    rows, width = out.shape
+    _check(h, lora, 2, gate_up, out)
+    assert gate_up.shape == (rows, 2 * width)
+    assert rows <= lora.capacity.rows
+    constants, options = silu_configuration(h.shape[0], width, out.dtype)
+    tiles = triton.cdiv(width, constants["BN"])
+    lanes = _lanes(lora, tiles)
+    expand_silu_mul_kernel[(lanes + triton.cdiv(rows, CHUNK_ROWS), tiles)](
+        h,
+        gate_up,
+        out,
+        lora.entries,
+        lora.chunk_begin,
+        lora.chunk_end,
+        lora.chunk_count,
+        lora.term_start,
+        lora.term_slot,
+        lora.term_weight,
+        lora.term_row,
+        lora.row_chunk,
+        h.shape[2],
+        h.shape[3],
+        lora.sites,
+        site,
+        rows,
+        lanes,
+        **constants,
+        **options,
+    )
+
+
+def _lanes(lora: LoraPass, programs: int) -> int:
+    """Programs that share the chunks, for `programs` of a chunk."""
+    return max(1, min(lora.capacity.rows, _PROGRAMS // programs))
+
+
+def _check(h: torch.Tensor, lora: LoraPass, parts: int, *activations: torch.Tensor) -> None:
+    capacity = lora.capacity
+    assert h.shape[1:] == (parts, capacity.h_rows, capacity.rank_stride)
+    assert capacity.rank_stride % RANK_STEP == 0
+    assert all(tensor.is_contiguous() for tensor in (h, *activations))
+
+
+def _constants(dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "RANKS": _RANKS,
+        "ROWS": CHUNK_ROWS,
+        "ENTRY_WORDS": WORDS,
+        "TYPE": TYPES[dtype],
+        "DT": product_type(dtype),
+        "PRECISION": product_precision(dtype),
+    }
+
+
+def shrink_configuration(
+    fan_in: int, parts: int, dtype: torch.dtype
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """Constants of `shrink_kernel`, and its warps and stages."""
+    shape = shrink_shape(fan_in)
+    constants = {"FAN_IN": fan_in, "PARTS": parts, "SPAN": shape.span, "STEP": shape.step}
+    stages = 4 if dtype.itemsize == 2 else 2
+    return {**constants, **_constants(dtype)}, {"num_warps": 4, "num_stages": stages}
+
+
+def expand_configuration(
+    splits: int, widths: Sequence[int], dtype: torch.dtype
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """Constants of `expand_kernel`, and its warps and stages."""
+    w0, w1, w2 = [*widths, 0, 0][:3]
+    constants = {
+        "W0": w0,
+        "W1": w1,
+        "W2": w2,
+        "PARTS": len(widths),
+        "SPLITS": splits,
+        "BN": expand_columns(widths),
+    }
+    return {**constants, **_constants(dtype)}, {"num_warps": 4, "num_stages": 1}
+
+
+def silu_configuration(
+    splits: int, width: int, dtype: torch.dtype
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """Constants of `expand_silu_mul_kernel`, and its warps and stages."""
+    constants = {"WIDTH": width, "SPLITS": splits, "BN": 128 if width >= 2048 else 64}
+    return {**constants, **_constants(dtype)}, {"num_warps": 4, "num_stages": 1}
+
+
+_PLAN = {
+    "entries": "*i64",
+    **dict.fromkeys(("chunk_begin", "chunk_end", "chunk_count", "term_start"), "*i32"),
+    **dict.fromkeys(("term_slot", "term_row"), "*i32"),
+    **dict.fromkeys(("h_rows", "rank_stride", "sites", "site"), "i32"),
+}
+
+_MODELS = {
+    "8b": {"hidden": 4096, "kv": 1024, "ff": 14336, "vocab": 128256},
+    "smollm2": {"hidden": 576, "kv": 192, "ff": 1536, "vocab": 49152},
+}
+
+
+def compilations() -> list[Compilation]:
+    """The kernels for the shapes of Llama 3.1 8B and SmolLM2 135M, in bfloat16 and float32."""
+    return [
+        compilation
+        for model, sizes in _MODELS.items()
+        for dtype in (torch.bfloat16, torch.float32)
+        for compilation in _of_model(model, dtype, **sizes)
+    ]
+
+
+def _of_model(
+    model: str, dtype: torch.dtype, hidden: int, kv: int, ff: int, vocab: int
+) -> Iterator[Compilation]:
+    kind = str(TYPES[dtype])
+    weighted = {**_PLAN, "h": "*fp32", "term_weight": "*fp32"}
+    matrices: dict[str, tuple[int, tuple[int, ...], str]] = {
+        "qkv": (hidden, (hidden, kv, kv), kind),
+        "o": (hidden, (hidden,), kind),
+        "gate_up": (hidden, (ff, ff), kind),
+        "down": (ff, (hidden,), kind),
+        "head": (hidden, (vocab,), "fp32"),
+    }
+    for name, (fan_in, widths, output) in matrices.items():
+        named = f"{name}_{model}_{kind}"
+        constants, options = shrink_configuration(fan_in, len(widths), dtype)
+        signature = {**_PLAN, "x": f"*{kind}", "h": "*fp32"}
+        yield Compilation(
+            shrink_kernel, f"shrink_{named}", signature, constants, is_hot=True, **options
+        )
+        splits = shrink_shape(fan_in).splits
+        constants, options = expand_configuration(splits, widths, dtype)
+        signature = {**weighted, "y": f"*{output}"}
+        yield Compilation(
+            expand_kernel, f"expand_{named}", signature, constants, is_hot=True, **options
+        )
+    constants, options = silu_configuration(shrink_shape(hidden).splits, ff, dtype)
+    signature = {**weighted, "gate_up": f"*{kind}", "out": f"*{kind}", "row_chunk": "*i32"}
+    signature |= {"rows": "i32", "lanes": "i32"}
+    yield Compilation(
+        expand_silu_mul_kernel,
+        f"expand_silu_mul_{model}_{kind}",
+        signature,
+        constants,
+        is_hot=True,
+        **options,
+    )
