@@ -34,9 +34,7 @@ from loraplex_model.decoder.cuda.kernels.lora_programs import (
 )
 from loraplex_model.decoder.cuda.lora_pass import LoraPass
 from loraplex_model.decoder.cuda.plan import CHUNK_ROWS, RANK_STEP
-from loraplex_model.decoder.cuda.table import WORDS
 
-_RANKS = 32  # ranks of a tile: with fewer, some of a program's four warps would have none
 _MAX_SPLITS = 8
 _SPLIT_INPUTS = 512  # inputs of a partial sum, at least
 _PROGRAMS = 2048  # of a launch, about: several for each of a GPU's multiprocessors
@@ -208,9 +206,6 @@ def _check(h: torch.Tensor, lora: LoraPass, parts: int, *activations: torch.Tens
 
 def _constants(dtype: torch.dtype) -> dict[str, Any]:
     return {
-        "RANKS": _RANKS,
-        "ROWS": CHUNK_ROWS,
-        "ENTRY_WORDS": WORDS,
         "TYPE": TYPES[dtype],
         "DT": product_type(dtype),
         "PRECISION": product_precision(dtype),
@@ -238,6 +233,7 @@ def expand_configuration(
         "W2": w2,
         "PARTS": len(widths),
         "SPLITS": splits,
+        "SUMS": triton.next_power_of_2(splits),
         "BN": expand_columns(widths),
     }
     return {**constants, **_constants(dtype)}, {"num_warps": 4, "num_stages": 1}
@@ -247,7 +243,12 @@ def silu_configuration(
     splits: int, width: int, dtype: torch.dtype
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """Constants of `expand_silu_mul_kernel`, and its warps and stages."""
-    constants = {"WIDTH": width, "SPLITS": splits, "BN": 128 if width >= 2048 else 64}
+    constants = {
+        "WIDTH": width,
+        "SPLITS": splits,
+        "SUMS": triton.next_power_of_2(splits),
+        "BN": 128 if width >= 2048 else 64,
+    }
     return {**constants, **_constants(dtype)}, {"num_warps": 4, "num_stages": 1}
 
 

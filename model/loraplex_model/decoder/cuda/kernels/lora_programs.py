@@ -2,8 +2,9 @@
 
 Arguments that several have in common: `h` is A x, float32 [SPLITS, PARTS, h_rows, rank_stride];
 `entries` is the table of addresses [slots, sites, ENTRY_WORDS]; `site` is the index of the first
-part; the plan's arrays are those of `LoraPass`. TYPE is the type of the adapters' matrices, DT that
-of the operands of products, RANKS, STEP and BN are the sizes of tiles.
+part; the plan's arrays are those of `LoraPass`. SUMS is SPLITS, rounded up to a power
+of two. TYPE is the type of the adapters' matrices, DT that of the operands of products; ROWS, RANKS,
+STEP and BN are the sizes of tiles.
 
 The loops over chunks read their number from device memory, so that programs behind it end at once.
 Whatever lies behind a plan's numbers, or between its rows and ranks, is masked out.
@@ -15,6 +16,12 @@ import triton
 import triton.language as tl
 
 from loraplex_model.decoder.cuda.kernels.common import rounded
+from loraplex_model.decoder.cuda.plan import CHUNK_ROWS
+from loraplex_model.decoder.cuda.table import WORDS
+
+ROWS: tl.constexpr = tl.constexpr(CHUNK_ROWS)
+RANKS: tl.constexpr = tl.constexpr(32)  # of a tile: with fewer, some of four warps had no columns
+ENTRY_WORDS: tl.constexpr = tl.constexpr(WORDS)
 
 
 @triton.jit
@@ -42,9 +49,6 @@ def shrink_kernel(
     PARTS: tl.constexpr,
     SPAN: tl.constexpr,
     STEP: tl.constexpr,
-    RANKS: tl.constexpr,
-    ROWS: tl.constexpr,
-    ENTRY_WORDS: tl.constexpr,
     TYPE: tl.constexpr,
     DT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -54,33 +58,40 @@ def shrink_kernel(
     part = tl.program_id(1) % PARTS
     stride = tl.multiple_of(rank_stride, 16)
     h += tl.program_id(1).to(tl.int64) * h_rows * stride
+    i = tl.arange(0, ROWS)
+    j = tl.arange(0, RANKS)
     for c in range(tl.program_id(0), tl.load(chunk_count), tl.num_programs(0)):
-        m = tl.load(chunk_begin + c) + tl.arange(0, ROWS)
-        ok = m < tl.load(chunk_end + c)
-        x_rows = x + m.to(tl.int64)[:, None] * FAN_IN
+        begin = tl.load(chunk_begin + c)
+        ok = i < tl.load(chunk_end + c) - begin
+        x_rows = x + begin.to(tl.int64) * FAN_IN
         for t in range(tl.load(term_start + c), tl.load(term_start + c + 1)):
             slot = tl.load(term_slot + t).to(tl.int64)
             entry = entries + (slot * sites + site + part) * ENTRY_WORDS
             rank = tl.load(entry + 8).to(tl.int32)
             a = _address(entry, 0, TYPE)
-            rows = (tl.load(term_row + t) + tl.arange(0, ROWS)).to(tl.int64)
+            h_rows_of_term = h + tl.load(term_row + t).to(tl.int64) * stride
             for first in range(0, rank, RANKS):
-                r = first + tl.arange(0, RANKS)
+                present = first + j < rank
                 total = tl.zeros((ROWS, RANKS), tl.float32)
-                for i in range(0, SPAN, STEP):
-                    k = split * SPAN + i + tl.arange(0, STEP)
+                a_ranks = a + tl.cast(first, tl.int64) * FAN_IN
+                for k0 in range(0, SPAN, STEP):
+                    k = split * SPAN + k0 + tl.arange(0, STEP)
                     inside = (k < FAN_IN)[None, :]
-                    xs = tl.load(x_rows + k[None, :], mask=ok[:, None] & inside, other=0.0)
-                    ranks = tl.load(
-                        a + r.to(tl.int64)[:, None] * FAN_IN + k[None, :],
-                        mask=(r < rank)[:, None] & inside,
+                    xs = tl.load(
+                        x_rows + (i[:, None] * FAN_IN + k[None, :]),
+                        mask=ok[:, None] & inside,
+                        other=0.0,
+                    )
+                    own = tl.load(
+                        a_ranks + (j[:, None] * FAN_IN + k[None, :]),
+                        mask=present[:, None] & inside,
                         other=0.0,
                     )
                     total = tl.dot(
-                        xs.to(DT), tl.trans(ranks.to(DT)), total, input_precision=PRECISION
+                        xs.to(DT), tl.trans(own.to(DT)), total, input_precision=PRECISION
                     )
-                at = h + rows[:, None] * stride + r[None, :]
-                tl.store(at, total, mask=ok[:, None] & (r < rank)[None, :])
+                at = h_rows_of_term + first + (i[:, None] * stride + j[None, :])
+                tl.store(at, total, mask=ok[:, None] & present[None, :])
 
 
 @triton.jit
@@ -98,15 +109,13 @@ def _changed(
     sites,
     site,
     part,
-    ok,
+    rows,
     n,
     width,
     PARTS: tl.constexpr,
     SPLITS: tl.constexpr,
-    RANKS: tl.constexpr,
-    ROWS: tl.constexpr,
+    SUMS: tl.constexpr,
     BN: tl.constexpr,
-    ENTRY_WORDS: tl.constexpr,
     TYPE: tl.constexpr,
     DT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -118,6 +127,11 @@ def _changed(
     """
     stride = tl.multiple_of(rank_stride, 16)
     inside = n < width
+    i = tl.arange(0, ROWS)
+    j = tl.arange(0, RANKS)
+    s = tl.arange(0, SUMS)
+    h_part = h + tl.cast(part, tl.int64) * h_rows * stride
+    partials = s.to(tl.int64) * PARTS * h_rows * stride
     total = tl.zeros((ROWS, BN), tl.float32)
     gain = tl.full((BN,), 1.0, tl.float32)
     bias = tl.zeros((BN,), tl.float32)
@@ -140,23 +154,22 @@ def _changed(
             gains = 1
         if has_bias:
             bias += weight * tl.load(_address(entry, 5, tl.float32) + n, mask=inside, other=0.0)
-        rows = (tl.load(term_row + t) + tl.arange(0, ROWS)).to(tl.int64)
+        h_term = h_part + tl.load(term_row + t).to(tl.int64) * stride
         for first in tl.range(0, rank, RANKS, num_stages=1):
-            r = first + tl.arange(0, RANKS)
+            present = first + j < rank
             columns = tl.load(
-                b + r.to(tl.int64)[:, None] * width + n[None, :],
-                mask=(r < rank)[:, None] & inside[None, :],
+                b + tl.cast(first, tl.int64) * width + (j[:, None] * width + n[None, :]),
+                mask=present[:, None] & inside[None, :],
                 other=0.0,
             )
-            inner = tl.zeros((ROWS, RANKS), tl.float32)
-            for split in tl.static_range(SPLITS):
-                partial = h + (split * PARTS + part).to(tl.int64) * h_rows * stride
-                inner += tl.load(
-                    partial + rows[:, None] * stride + r[None, :],
-                    mask=ok[:, None] & (r < rank)[None, :],
-                    other=0.0,
-                )
-            inner = (inner * weight).to(DT)
+            tile = first + (i[:, None] * stride + j[None, :])
+            known = (i < rows)[:, None] & present[None, :]
+            inner = tl.load(
+                h_term + (partials[:, None, None] + tile[None, :, :]),
+                mask=(s < SPLITS)[:, None, None] & known[None, :, :],
+                other=0.0,
+            )
+            inner = (tl.sum(inner, 0) * weight).to(DT)
             total = tl.dot(inner, columns.to(DT), total, input_precision=PRECISION)
     changed = changes != 0
     return tl.where(changed, own * gain[None, :] + bias[None, :] + total, own), changed
@@ -183,10 +196,8 @@ def expand_kernel(
     W2: tl.constexpr,
     PARTS: tl.constexpr,
     SPLITS: tl.constexpr,
-    RANKS: tl.constexpr,
-    ROWS: tl.constexpr,
+    SUMS: tl.constexpr,
     BN: tl.constexpr,
-    ENTRY_WORDS: tl.constexpr,
     TYPE: tl.constexpr,
     DT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -200,11 +211,13 @@ def expand_kernel(
     column = tl.where(part == 0, 0, tl.where(part == 1, W0, W0 + W1))
     tile = tile - tl.where(part == 0, 0, tl.where(part == 1, T0, T1))
     n = tile * BN + tl.arange(0, BN)
+    i = tl.arange(0, ROWS)
     for c in range(tl.program_id(0), tl.load(chunk_count), tl.num_programs(0)):
-        m = tl.load(chunk_begin + c) + tl.arange(0, ROWS)
-        ok = m < tl.load(chunk_end + c)
-        at = y + m.to(tl.int64)[:, None] * (W0 + W1 + W2) + (column + n)[None, :]
-        mask = ok[:, None] & (n < width)[None, :]
+        begin = tl.load(chunk_begin + c)
+        rows = tl.load(chunk_end + c) - begin
+        at = y + begin.to(tl.int64) * (W0 + W1 + W2)
+        at += i[:, None] * (W0 + W1 + W2) + (column + n)[None, :]
+        mask = (i < rows)[:, None] & (n < width)[None, :]
         own = tl.load(at, mask=mask, other=0.0).to(tl.float32)
         result, changed = _changed(
             own,
@@ -220,15 +233,13 @@ def expand_kernel(
             sites,
             site,
             part,
-            ok,
+            rows,
             n,
             width,
             PARTS,
             SPLITS,
-            RANKS,
-            ROWS,
+            SUMS,
             BN,
-            ENTRY_WORDS,
             TYPE,
             DT,
             PRECISION,
@@ -258,10 +269,8 @@ def expand_silu_mul_kernel(
     lanes,
     WIDTH: tl.constexpr,
     SPLITS: tl.constexpr,
-    RANKS: tl.constexpr,
-    ROWS: tl.constexpr,
+    SUMS: tl.constexpr,
     BN: tl.constexpr,
-    ENTRY_WORDS: tl.constexpr,
     TYPE: tl.constexpr,
     DT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -273,15 +282,15 @@ def expand_silu_mul_kernel(
     lane = tl.program_id(0)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     inside = (n < WIDTH)[None, :]
+    i = tl.arange(0, ROWS)
     if lane < lanes:
         for c in range(lane, tl.load(chunk_count), lanes):
-            m = tl.load(chunk_begin + c) + tl.arange(0, ROWS)
-            ok = m < tl.load(chunk_end + c)
-            mask = ok[:, None] & inside
-            at = gate_up + m.to(tl.int64)[:, None] * (2 * WIDTH) + n[None, :]
+            begin = tl.load(chunk_begin + c)
+            chunk_rows = tl.load(chunk_end + c) - begin
+            mask = (i < chunk_rows)[:, None] & inside
+            at = gate_up + begin.to(tl.int64) * (2 * WIDTH)
+            at += i[:, None] * (2 * WIDTH) + n[None, :]
             gate = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-            up = tl.load(at + WIDTH, mask=mask, other=0.0).to(tl.float32)
-            first, last = tl.load(term_start + c), tl.load(term_start + c + 1)
             gate, _ = _changed(
                 gate,
                 h,
@@ -289,26 +298,26 @@ def expand_silu_mul_kernel(
                 term_slot,
                 term_weight,
                 term_row,
-                first,
-                last,
+                tl.load(term_start + c),
+                tl.load(term_start + c + 1),
                 h_rows,
                 rank_stride,
                 sites,
                 site,
                 0,
-                ok,
+                chunk_rows,
                 n,
                 WIDTH,
                 2,
                 SPLITS,
-                RANKS,
-                ROWS,
+                SUMS,
                 BN,
-                ENTRY_WORDS,
                 TYPE,
                 DT,
                 PRECISION,
             )
+            active = _silu(_as_stored(gate, TYPE), TYPE)
+            up = tl.load(at + WIDTH, mask=mask, other=0.0).to(tl.float32)
             up, _ = _changed(
                 up,
                 h,
@@ -316,39 +325,39 @@ def expand_silu_mul_kernel(
                 term_slot,
                 term_weight,
                 term_row,
-                first,
-                last,
+                tl.load(term_start + c),
+                tl.load(term_start + c + 1),
                 h_rows,
                 rank_stride,
                 sites,
                 site,
                 1,
-                ok,
+                chunk_rows,
                 n,
                 WIDTH,
                 2,
                 SPLITS,
-                RANKS,
-                ROWS,
+                SUMS,
                 BN,
-                ENTRY_WORDS,
                 TYPE,
                 DT,
                 PRECISION,
             )
-            gate, up = _as_stored(gate, TYPE), _as_stored(up, TYPE)
-            own = out + m.to(tl.int64)[:, None] * WIDTH + n[None, :]
-            tl.store(own, rounded(_silu(gate, TYPE) * up, TYPE), mask=mask)
+            result = rounded(active * _as_stored(up, TYPE), TYPE)
+            own = out + begin.to(tl.int64) * WIDTH
+            tl.store(own + (i[:, None] * WIDTH + n[None, :]), result, mask=mask)
     else:
-        m = (lane - lanes) * ROWS + tl.arange(0, ROWS)
-        ok = tl.load(row_chunk + m, mask=m < rows, other=0) < 0
-        if tl.max(ok.to(tl.int32), 0) > 0:
-            mask = ok[:, None] & inside
-            at = gate_up + m.to(tl.int64)[:, None] * (2 * WIDTH) + n[None, :]
+        begin = (lane - lanes) * ROWS
+        base = tl.load(row_chunk + begin + i, mask=begin + i < rows, other=0) < 0
+        if tl.max(base.to(tl.int32), 0) > 0:
+            mask = base[:, None] & inside
+            at = gate_up + begin.to(tl.int64) * (2 * WIDTH)
+            at += i[:, None] * (2 * WIDTH) + n[None, :]
             gate = tl.load(at, mask=mask, other=0.0).to(tl.float32)
             up = tl.load(at + WIDTH, mask=mask, other=0.0).to(tl.float32)
-            own = out + m.to(tl.int64)[:, None] * WIDTH + n[None, :]
-            tl.store(own, rounded(_silu(gate, TYPE) * up, TYPE), mask=mask)
+            own = out + begin.to(tl.int64) * WIDTH
+            result = rounded(_silu(gate, TYPE) * up, TYPE)
+            tl.store(own + (i[:, None] * WIDTH + n[None, :]), result, mask=mask)
 
 
 @triton.jit
