@@ -99,7 +99,7 @@ async def test_both_engines_answer_and_the_orders_of_an_adapter_meet_both(tmp_pa
 async def test_while_an_engine_is_away_the_others_serve_and_health_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    limits = SupervisionLimits(first_pause=1.0, longest_pause=1.0)
+    limits = SupervisionLimits(first_pause=0.6, longest_pause=0.6)
     monkeypatch.setattr(Config, "supervision_limits", lambda config: limits)
     async with running(tmp_path, **TWO, engine_options=SLOW) as up:
         engines = group(up)
