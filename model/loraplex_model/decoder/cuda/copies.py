@@ -53,7 +53,7 @@ class CudaCopies:
         self._stream.wait_stream(torch.cuda.current_stream(target.device))
         with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
-            event = torch.cuda.Event()
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
         return _CudaCopy(event, target.device)
 
@@ -64,7 +64,7 @@ class _CudaCopy:
     device: torch.device
 
     def has_ended(self) -> bool:
-        return bool(self.event.query())
+        return bool(self.event.query())  # type: ignore[no-untyped-call]
 
     def join(self) -> None:
         torch.cuda.current_stream(self.device).wait_event(self.event)
@@ -91,10 +91,7 @@ class _Ended:
 class _Preparation:
     source: PackedAdapter
     placed: PackedAdapter
-    copy: Copy | None = None
-
-    def move(self, moved: PackedAdapter) -> None:
-        self.placed = moved
+    copy: Copy
 
 
 class DeviceAdapters:
@@ -115,12 +112,7 @@ class DeviceAdapters:
 
         An adapter that was prepared before, and not taken, is given up. Raises `ArenaFull`.
         """
-        if self._preparation is None or self._preparation.source is not adapter:
-            self._abandon()
-            self._begin(adapter)
-        assert self._preparation is not None
-        assert self._preparation.copy is not None
-        return self._preparation.copy.has_ended()
+        return self._prepared(adapter).copy.has_ended()
 
     def take(
         self, adapter: PackedAdapter, on_move: Callable[[PackedAdapter], None]
@@ -130,10 +122,7 @@ class DeviceAdapters:
         `on_move` is called with the adapter at its new place whenever it is moved. Raises
         `ArenaFull`.
         """
-        self.prepare(adapter)
-        preparation, self._preparation = self._preparation, None
-        assert preparation is not None
-        assert preparation.copy is not None
+        preparation, self._preparation = self._prepared(adapter), None
         preparation.copy.join()
         self._arena.watch(preparation.placed, on_move)
         return preparation.placed
@@ -142,19 +131,27 @@ class DeviceAdapters:
         """Gives back the range of an adapter that is used by no pass that is still to come."""
         self._arena.free(placed)
 
-    def _begin(self, adapter: PackedAdapter) -> None:
-        # Whatever is moved to make room is moved by the stream that computes, so the copy waits
-        # for the moves as it waits for the passes.
-        begun = _Preparation(adapter, adapter)
-        begun.placed = self._arena.place(adapter, begun.move)
-        self._preparation = begun
-        begun.copy = self._stream.begin(begun.placed.data, adapter.data)
+    def _prepared(self, adapter: PackedAdapter) -> _Preparation:
+        if self._preparation is None or self._preparation.source is not adapter:
+            self._abandon()
+            # What is moved to make room is moved by the stream that computes, so the copy waits for
+            # the moves as it waits for the passes.
+            placed = self._arena.place(adapter, self._follow)
+            try:
+                copy = self._stream.begin(placed.data, adapter.data)
+            except BaseException:
+                self._arena.free(placed)
+                raise
+            self._preparation = _Preparation(adapter, placed, copy)
+        return self._preparation
+
+    def _follow(self, moved: PackedAdapter) -> None:
+        assert self._preparation is not None, "an adapter that nobody uses was moved"
+        self._preparation.placed = moved
 
     def _abandon(self) -> None:
         given_up, self._preparation = self._preparation, None
-        if given_up is None:
-            return
-        if given_up.copy is not None:
-            # The range may be overwritten by a move on the computing stream next.
+        if given_up is not None:
+            # The range may be overwritten next, by a move on the computing stream.
             given_up.copy.join()
-        self._arena.free(given_up.placed)
+            self._arena.free(given_up.placed)

@@ -99,6 +99,10 @@ class LocalRunner:
             dense = merged_nbytes(delta, weights.config, self.merge_dtype)
         return ReadAdapter(packed, dense)
 
+    def prepare_adapter(self, adapter: ReadAdapter) -> bool:
+        """Begins to copy an adapter to the device, or goes on; True once it can be published."""
+        return True
+
     def publish_adapter(self, slot: int, adapter: ReadAdapter, blocks: Sequence[int]) -> None:
         """Points the slot to the adapter; computes its virtual tokens, once, into `blocks`.
 
