@@ -46,7 +46,7 @@ class CudaCopies:
     """Copies on a CUDA stream beside the one that computes, which is the current one."""
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def begin(self, target: torch.Tensor, source: torch.Tensor) -> Copy:
         """See `CopyStream`."""
