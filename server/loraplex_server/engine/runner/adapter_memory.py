@@ -28,7 +28,7 @@ class AdapterMemory(Protocol):
         """The adapter on the device; passes launched from now on may read it."""
 
     def free(self, placed: PackedAdapter) -> None:
-        """Gives back the device memory of an adapter; passes launched from now on do not read it."""
+        """Gives back the device memory of an adapter that no later pass reads."""
 
     def aside(self) -> AbstractContextManager[None]:
         """A context for work of a loader thread on the device: beside the passes, not among them.
