@@ -19,6 +19,7 @@ from loraplex_model.base.refusal import Refusal
 
 from loraplex_server.commands import doctor_cuda
 from loraplex_server.config import Config, available_cores
+from loraplex_server.engine.runner.config import CPU_KV_BYTES
 from loraplex_server.registry.census import troubles
 from loraplex_server.runtime.failures import for_operator
 
@@ -116,7 +117,8 @@ def _engines(config: Config, gpus: Sequence[str]) -> Iterator[Check]:
             yield Check("device", text, good=False)
     budgets = int(config.host_adapter_memory)
     if config.engine_device == "cpu":
-        budgets += config.kv_memory + config.adapter_memory + config.merge_memory
+        budgets += config.kv_memory or CPU_KV_BYTES
+        budgets += config.adapter_memory + config.merge_memory
     needed, there = config.engine_count * budgets, _memory_bytes()
     text = f"the budgets of {config.engine_count} engines are {needed / 1e9:.1f} GB together"
     yield Check("memory", f"{text}, of {there / 1e9:.1f} GB", not there or needed <= there)
