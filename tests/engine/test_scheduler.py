@@ -7,9 +7,15 @@ import sys
 
 import numpy as np
 import pytest
-from engine.driving import Engine, adapter
+from engine.driving import GREEDY, Engine, adapter
 from engine.oracle import OracleRunner, continuation
-from loraplex_server.engine.batching.scheduler import EngineLimits
+from loraplex_server.engine.batching.kv import BlockPool
+from loraplex_server.engine.batching.request import Request
+from loraplex_server.engine.batching.sampler import Draw
+from loraplex_server.engine.batching.scheduler import EngineLimits, Scheduler
+from loraplex_server.engine.messages import Submit
+
+pytestmark = pytest.mark.usefixtures("pace")
 
 
 def counts(engine: Engine) -> list[int]:
@@ -17,6 +23,7 @@ def counts(engine: Engine) -> list[int]:
     return np.diff(engine.runner.batches[-1].query_starts).tolist()
 
 
+@pytest.mark.lock_step
 def test_decode_rows_go_first_and_prompts_share_the_rest_of_the_budget() -> None:
     engine = Engine(OracleRunner(num_blocks=100), token_budget=10, max_running=8)
     engine.submit(1, [1] * 3, 20)
@@ -35,6 +42,7 @@ def test_decode_rows_go_first_and_prompts_share_the_rest_of_the_budget() -> None
     assert sorted(counts(engine)) == [1, 1, 1, 1]
 
 
+@pytest.mark.lock_step
 def test_logits_are_asked_for_only_where_a_token_is_due() -> None:
     engine = Engine(token_budget=4, max_running=4)
     engine.submit(1, [1] * 10, 3)
@@ -92,6 +100,7 @@ def test_preemption_takes_the_last_in_order_and_repeats_no_output() -> None:
     assert ends == [10, 10]
 
 
+@pytest.mark.lock_step
 def test_the_first_in_order_is_never_put_back() -> None:
     engine = Engine(OracleRunner(num_blocks=6, block_size=2), token_budget=64, max_running=4)
     engine.submit(1, [1, 1], 10)
@@ -131,12 +140,24 @@ def test_a_request_that_can_never_fit_is_refused_by_name() -> None:
     assert engine.outcome(2) == "PROMPT_TOO_LONG"
 
 
+def test_a_request_whose_next_token_is_being_chosen_is_not_started_before_it_is_known() -> None:
+    scheduler = Scheduler(BlockPool(8, 4), EngineLimits())
+    submit = Submit(1, [1, 2], 4, sampling=GREEDY)
+    request = Request(submit, (0.0, 1), 0.0, Draw(submit.sampling, submit.token_ids))
+    request.awaits_token = True  # as after a preemption
+    scheduler.enqueue(request)
+    assert scheduler.schedule(0.0) == []
+    request.awaits_token = False
+    assert [row.request for row in scheduler.schedule(0.0)] == [request]
+
+
 @pytest.mark.parametrize("limits", [{"max_running": 9, "token_budget": 8}, {"max_waiting": 0}])
 def test_limits_that_cannot_work_are_refused(limits: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="must be"):
         EngineLimits(**limits)
 
 
+@pytest.mark.lock_step
 def test_scheduler_requests_and_blocks_need_neither_torch_nor_numpy_nor_grpc() -> None:
     code = (
         "import sys\n"
