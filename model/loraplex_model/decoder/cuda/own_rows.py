@@ -122,9 +122,7 @@ class OwnRows:
                 rows = prompts.index_select(0, place).to(x.dtype)
                 own.copy_(torch.where((ids < vocab)[:, None], own, rows))
 
-    def norm(
-        self, site: Site, weight: torch.Tensor, x: torch.Tensor, normed: torch.Tensor
-    ) -> None:
+    def norm(self, site: Site, weight: torch.Tensor, x: torch.Tensor, normed: torch.Tensor) -> None:
         """Norms rows of the residual stream x [T, hidden] again, whose adapters change the norm."""
         for run in _using(self._runs, Uses.NORM):
             self._norm(run, site, weight, x[run.rows], normed)

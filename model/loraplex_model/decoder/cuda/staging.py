@@ -61,13 +61,6 @@ class Layout:
             end += -(-size // _ALIGNMENT) * _ALIGNMENT
         self.nbytes = end
 
-    @staticmethod
-    def of(arrays: Mapping[str, NDArray[Any]]) -> Layout:
-        """The layout with room for exactly these arrays."""
-        return Layout(
-            {name: Segment(a.dtype.str[1:], max(a.size, 1)) for name, a in arrays.items()}
-        )
-
     def views(self, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
         """The arrays as views of a buffer, uint8 [>= nbytes], each with one dimension."""
         return {
@@ -80,14 +73,12 @@ class Layout:
         }
 
     def write(self, buffer: NDArray[np.uint8], arrays: Mapping[str, NDArray[Any]]) -> int:
-        """Writes every array to a buffer, flat, and the fill value behind it.
+        """Writes each segment's array to a buffer, flat, and the fill value behind it.
 
         Returns the number of bytes from the start of the buffer that need be copied: behind the
-        array of the last segment there is nothing. Raises `ValueError` if an array is missing, or
-        larger than its segment.
+        array of the last segment there is nothing. Raises `KeyError` for a missing array, and
+        `ValueError` for one that is larger than its segment.
         """
-        if arrays.keys() != self.segments.keys():
-            raise ValueError(f"arrays {sorted(arrays)} for segments {sorted(self.segments)}")
         used = 0
         for name, segment in self.segments.items():
             values = arrays[name]

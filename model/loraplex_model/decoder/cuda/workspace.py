@@ -8,7 +8,6 @@ from dataclasses import dataclass, fields
 import torch
 
 from loraplex_model.base.config import DecoderConfig
-from loraplex_model.decoder.cuda.kernels import attention
 
 
 @dataclass(frozen=True, slots=True)
