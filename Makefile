@@ -142,7 +142,7 @@ bench-gpu-launches: setup $(TRITON_READY) ## Count the kernel launches and synch
 	@TRITON_INTERPRET=1 $(TRITON_PYTHON) bench/gpu_launches.py $(ARGS)
 
 gpu-aot: setup $(TRITON_READY) $(OLDER_READY) ## Compile every Triton kernel for three kinds of GPU with two releases of Triton (no GPU)
-	@$(TRITON_PYTHON) scripts/gpu_aot.py --older $(dir $(OLDER_READY)) $(ARGS)
+	@$(TRITON_PYTHON) bench/gpu_aot.py --older $(dir $(OLDER_READY)) $(ARGS)
 
 # The stages on a CPU need Triton's interpreter; on a GPU machine torch has brought Triton.
 gpu-check: setup $(if $(findstring --dry,$(ARGS)),$(TRITON_READY)) ## Check and measure everything on a CUDA device in six minutes (ARGS=--dry: every stage, tiny, without one)

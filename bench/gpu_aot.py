@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
 """Compiles every Triton kernel for several kinds of GPU, without one: make gpu-aot
 
-    python scripts/gpu_aot.py --older DIRECTORY [--check]
+    python bench/gpu_aot.py --older DIRECTORY [--check]
 
 Every configuration that `compilations()` of a module in `loraplex_model.decoder.cuda.kernels` names
 is compiled for the targets below, by the Triton of this Python and by the older release in
@@ -17,131 +16,20 @@ one JSON object. Exit code 1 if a configuration fails, or if the comparison find
 from __future__ import annotations
 
 import argparse
-import contextlib
-import importlib
-import io
 import json
 import os
-import pkgutil
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+
+from gpu.usage import SHARED_KB, Usage, compilations, compile_one
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "bench" / "results" / "gpu-aot.md"
-
-SHARED_KB = {80: 163, 90: 227, 120: 99}
-"""Shared memory that one block may use, in KiB, by compute capability: A100, H100 and H200, and
-GeForce RTX 50 (CUDA C++ Programming Guide, "Technical Specifications per Compute Capability")."""
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """What one configuration takes on one target.
-
-    Attributes:
-        name: the configuration's name.
-        is_hot: it runs in every layer of a step.
-        capability: compute capability times ten.
-        registers: of a thread.
-        spilled: bytes that a thread stores to memory for want of registers.
-        stack: bytes of a thread's stack frame.
-        shared: bytes of a block's shared memory.
-        product: the matrix instruction it uses: "wgmma", "mma", or "" if none.
-        error: why it did not compile; "" if it did.
-    """
-
-    name: str
-    is_hot: bool
-    capability: int
-    registers: int = 0
-    spilled: int = 0
-    stack: int = 0
-    shared: int = 0
-    product: str = ""
-    error: str = ""
-
-    @property
-    def problem(self) -> str:
-        """What is wrong with it; "" if nothing is."""
-        if self.error:
-            return self.error
-        if self.is_hot and self.spilled:
-            return f"spills {self.spilled} bytes"
-        if self.shared > SHARED_KB[self.capability] * 1024:
-            return f"needs {self.shared} bytes of shared memory"
-        return ""
-
-
-def compilations() -> Iterator[Any]:
-    """The configurations of all kernels, in the order of their modules."""
-    kernels = importlib.import_module("loraplex_model.decoder.cuda.kernels")
-    seen: set[str] = set()
-    for info in sorted(pkgutil.iter_modules(kernels.__path__), key=lambda info: info.name):
-        module = importlib.import_module(f"{kernels.__name__}.{info.name}")
-        for compilation in getattr(module, "compilations", list)():
-            assert compilation.name not in seen, f"two configurations named {compilation.name}"
-            seen.add(compilation.name)
-            yield compilation
-
-
-def compile_one(compilation: Any, capability: int) -> Usage:
-    """Compiles a configuration for one target."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    kernel, constants = compilation.kernel, dict(compilation.constants)
-    types = {**compilation.signature, **dict.fromkeys(constants, "constexpr")}
-    signature = {name: types[name] for name in kernel.arg_names}
-    # Tensors begin at multiples of 16 bytes, which a launch finds out by itself.
-    pointers = [i for i, kind in enumerate(signature.values()) if kind.startswith("*")]
-    source = ASTSource(
-        kernel,
-        signature,
-        constexprs=constants,
-        attrs={(i,): [["tt.divisibility", 16]] for i in pointers},
-    )
-    options = {"num_warps": compilation.num_warps, "num_stages": compilation.num_stages}
-    log = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(log):
-            built = triton.compile(
-                source, target=GPUTarget("cuda", capability, 32), options=options
-            )
-    except Exception as error:
-        lines = [line for line in f"{type(error).__name__}: {error}".splitlines() if line.strip()]
-        return Usage(compilation.name, compilation.is_hot, capability, error=" ".join(lines)[:400])
-    ptx = built.asm["ptx"]
-    return Usage(
-        compilation.name,
-        compilation.is_hot,
-        capability,
-        shared=int(built.metadata.shared),
-        product="wgmma" if "wgmma.mma" in ptx else "mma" if "mma.sync" in ptx else "",
-        **of_log(log.getvalue()),
-    )
-
-
-def of_log(log: str) -> dict[str, int]:
-    """Registers, spilled bytes and stack from what `ptxas -v` prints."""
-    found = {}
-    for line in log.splitlines():
-        words = line.replace(",", " ").split()
-        for i, word in enumerate(words):
-            if word == "registers":
-                found["registers"] = int(words[i - 1])
-            elif words[i : i + 3] == ["bytes", "stack", "frame"]:
-                found["stack"] = int(words[i - 1])
-            elif words[i : i + 3] == ["bytes", "spill", "stores"]:
-                found["spilled"] = int(words[i - 1])
-    assert found.keys() == {"registers", "stack", "spilled"}, f"ptxas printed something else: {log}"
-    return found
 
 
 def compile_all() -> None:
@@ -244,10 +132,10 @@ def main() -> int:
     failed = False
     for version, usages in results.items():
         for usage in usages:
-            if usage.problem:
+            if problem := usage.problem(SHARED_KB[usage.capability]):
                 failed = True
                 where = f"Triton {version}, sm_{usage.capability}"
-                print(f"{usage.name} ({where}): {usage.problem}")
+                print(f"{usage.name} ({where}): {problem}")
     every = [usage for usages in results.values() for usage in usages]
     figures = {
         "kernels": len({usage.name for usage in every}),
