@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
 
 from loraplex_server.engine.messages import AdapterRef, ModelInfo
 
 if TYPE_CHECKING:
     import torch
     from loraplex_model.base.batch import ForwardBatch
+
+
+class OutOfDeviceMemory(Exception):
+    """A pass needed more device memory than is free; nothing else is lost.
+
+    The runner has returned the allocator's unused memory to the device before it raises this. A
+    smaller pass may succeed.
+    """
+
+
+class DeviceLost(Exception):
+    """The device or this process's context on it is unusable, so every later call would fail.
+
+    Only a new process can go on.
+    """
 
 
 class LoadedAdapter(Protocol):
@@ -79,3 +98,106 @@ class ModelRunner(Protocol):
 
     def remove_merge(self, slot: int) -> None:
         """Drops the copies: rows of `slot` are computed unmerged from the next pass on."""
+
+
+NOTHING_PENDING = -1
+"""`DrawOrder.pending` of a draw whose earlier tokens are all known."""
+
+
+@dataclass(frozen=True, slots=True)
+class DrawOrder:
+    """How the device chooses the next token of one row, as `batching.sampler` would.
+
+    Attributes:
+        temperature: 0 takes the largest logit after penalties; then the fields up to `uniform` are
+            without effect.
+        top_k: number of largest logits that remain; 0 keeps all.
+        top_p: share of the probability that remains; 1 keeps all.
+        min_p: smallest probability that remains, as a fraction of the largest; 0 keeps all.
+        uniform: the random number of this draw, float64 in [0, 1).
+        repetition_penalty: divides (or multiplies, if negative) the logits of tokens in `seen`; 1
+            is without effect.
+        presence_penalty: subtracted from the logits of tokens in `counted`.
+        frequency_penalty: subtracted once per occurrence, `counts`.
+        seen: int32, different tokens of prompt and output; empty without a repetition penalty.
+        counted: int32, different tokens of the output; empty without the other two penalties.
+        counts: float32, how often each token of `counted` occurred.
+        pending: `NOTHING_PENDING`, or k: the token of draw k of the launch before, which the host
+            does not know yet, belongs to `seen` and (once more) to `counted` too.
+    """
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    uniform: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    seen: NDArray[np.int32]
+    counted: NDArray[np.int32]
+    counts: NDArray[np.float32]
+    pending: int = NOTHING_PENDING
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a launch brings back to the host.
+
+    Attributes:
+        tokens: int32 [D], the token of each draw; -1 if the row's logits are not all finite.
+        lines: float32 [L, vocab], the logits that were asked for.
+    """
+
+    tokens: NDArray[np.int32]
+    lines: NDArray[np.float32]
+
+
+class Ticket(Protocol):
+    """A launch whose result has not been read yet."""
+
+    def wait(self) -> StepResult:
+        """Waits for the launch to end and returns its result. Called exactly once.
+
+        Raises `DeviceLost`, or any other error if this launch alone has failed.
+        """
+
+
+@runtime_checkable
+class AheadRunner(ModelRunner, Protocol):
+    """A runner that chooses tokens on the device, so that a pass can follow before they are read.
+
+    At most two launches are in flight. They run in the order of their calls, on one stream, and so
+    does the device's part of every other method: a launch sees the KV entries and the tokens of the
+    launches before, and an adapter is published behind the launches that are under way. Their
+    tickets are waited for in the same order.
+
+    The engine calls `remove_adapter`, `publish_merge` and `remove_merge` for a slot only after
+    every ticket whose launch used the slot has been waited for. KV blocks of an ended request can
+    be used by the next launch at once.
+    """
+
+    def launch(
+        self,
+        batch: ForwardBatch,
+        draws: Sequence[DrawOrder],
+        draw_lines: NDArray[np.int32],
+        host_lines: NDArray[np.int32],
+    ) -> Ticket:
+        """Starts a forward pass and the choice of tokens; does not wait for either.
+
+        A token id of -1 - k in `batch.tokens` stands for the token of draw k of the launch before.
+        That token may turn out as -1 (its logits were not finite): then the engine drops the row's
+        result, and the pass may compute anything for that row, but must not fail.
+
+        Args:
+            batch: the pass. The runner has copied what it needs of it when this returns.
+            draws: D orders; draw d chooses from the logits of `logit_rows[draw_lines[d]]`.
+            draw_lines: int32 [D], indices into `batch.logit_rows`.
+            host_lines: int32 [L], indices into `batch.logit_rows` whose logits the host wants.
+
+        Raises:
+            OutOfDeviceMemory: too little memory is free; nothing was started, and a smaller pass
+                may be launched instead. The tokens of the launch before remain available to it.
+            DeviceLost: the device cannot be used any more.
+        """
