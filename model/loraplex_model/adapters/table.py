@@ -85,6 +85,7 @@ class SlotTable:
         merged: uint64 [slots, layers, 4], addresses of dense matrices (`Matrix` of cpu/matmul.h)
             that replace qkv, o, gate_up and down for rows whose mix is this slot at weight 1.
         adapters: the owners of the memory that the addresses point into.
+        changed: slots whose entries changed; a copy of the table elsewhere takes them from here.
     """
 
     def __init__(self, num_slots: int, config: DecoderConfig) -> None:
@@ -98,6 +99,7 @@ class SlotTable:
             (num_slots, config.num_layers, len(FUSED)), np.uint64
         )
         self.adapters: list[PackedAdapter | None] = [None] * num_slots
+        self.changed: set[int] = set()
         self._merges: list[Merged | None] = [None] * num_slots
         self._deltas: dict[int, AdapterDelta] = {}
 
@@ -118,6 +120,7 @@ class SlotTable:
             self.prompt_counts[slot] = place.shape[0]
         self.max_ranks[slot], self.uses[slot] = rank, uses
         self.adapters[slot] = adapter
+        self.changed.add(slot)
 
     def remove(self, slot: int) -> None:
         """Frees a slot, which no row may be using."""
@@ -127,6 +130,7 @@ class SlotTable:
         self.prompts[slot] = self.prompt_counts[slot] = 0
         self.adapters[slot] = None
         self._deltas.pop(slot, None)
+        self.changed.add(slot)
 
     def publish_merge(self, slot: int, merged: Merged) -> None:
         """Lets rows of the slot use dense matrices."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton
 import triton.language as tl
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -35,6 +36,22 @@ def product_precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
+_INTERPRETED: tl.constexpr = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def rounded(x, TYPE: tl.constexpr):
+    """Float32 numbers in a type of activations, rounded to nearest, ties to even.
+
+    `x.to(TYPE)` does so on a device; the interpreter leaves out the lower bits of bfloat16.
+    """
+    if _INTERPRETED and TYPE == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
+        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return x.to(TYPE)
+
+
 @dataclass(frozen=True, slots=True)
 class Compilation:
     """One configuration of one kernel, as `make gpu-aot` compiles it.
@@ -45,6 +62,7 @@ class Compilation:
         signature: type of each argument that is no constant, such as "*bf16" or "i32".
         constants: values of the constant arguments.
         is_hot: the kernel runs in every layer of a step, so it may not spill registers.
+        is_fused: the compiler may join a multiplication and an addition, with one rounding.
     """
 
     kernel: Any
@@ -54,3 +72,4 @@ class Compilation:
     num_warps: int = 4
     num_stages: int = 3
     is_hot: bool = False
+    is_fused: bool = True

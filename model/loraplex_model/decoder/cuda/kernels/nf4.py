@@ -1,0 +1,326 @@
+"""Products with NF4 weights, which are decoded in registers, and unpacking to a dense matrix.
+
+A product computes out^T = W x^T, tile by tile: the decoded weights are the left operand, which
+tensor cores take from registers, so a decoded weight is never written to memory. A weight is
+
+    value[code] * (level[absmax byte] * scale + offset)
+
+in float32 with one rounding for each operation, then rounded once to the compute dtype, so it has
+the bits of `nf4.dequantize(...).to(dtype)`. The launches forbid fused multiply-add, which would
+leave out a rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from loraplex_model.base.weights import BLOCK
+from loraplex_model.decoder.cuda.kernels.common import (
+    INTERPRETED,
+    TYPES,
+    Compilation,
+    product_precision,
+    product_type,
+    rounded,
+)
+from loraplex_model.decoder.cuda.pack import TILE, DeviceMatrix
+
+BYTES: tl.constexpr = tl.constexpr(BLOCK // 2)
+ROWS: tl.constexpr = tl.constexpr(TILE)
+
+
+@triton.jit
+def _maximum(raw, scale, offset, levels, NESTED: tl.constexpr):
+    """The float32 maximum of a block from its stored form."""
+    if NESTED:
+        return tl.load(levels + raw.to(tl.int32)) * scale + offset
+    return raw
+
+
+@triton.jit
+def _halves(byte, maximum, table, BN: tl.constexpr):
+    """Float32 weights [BN, 32] of the low and of the high codes of bytes [BN, 32]."""
+    values = tl.broadcast_to(table[None, :], (BN, 16))
+    low = tl.gather(values, (byte & 15).to(tl.int32), 1)
+    high = tl.gather(values, (byte >> 4).to(tl.int32), 1)
+    return low * maximum[:, None], high * maximum[:, None]
+
+
+@triton.jit(do_not_specialize=["T", "N", "blocks", "span"])
+def multiply_kernel(
+    x,
+    out,
+    codes,
+    absmax,
+    starts,
+    scales,
+    offsets,
+    levels,
+    values,
+    bias,
+    partials,
+    arrivals,
+    T,
+    N,
+    blocks,
+    span,
+    x_stride,
+    out_stride,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    SPLIT: tl.constexpr,
+    NESTED: tl.constexpr,
+    BIASED: tl.constexpr,
+    DT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One tile [BN, BM] of out^T, over blocks [z * span, (z + 1) * span) of the input.
+
+    With SPLIT > 1 every program writes its partial sum, and the one that arrives last adds them in
+    the order of z. `arrivals` holds a zero for every tile before and after the launch.
+    """
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    m = tl.program_id(0) * BM + tl.arange(0, BM)
+    first = tl.program_id(2) * span
+    last = tl.minimum(first + span, blocks)
+    j = tl.arange(0, BYTES)
+    table = tl.load(values + tl.arange(0, 16))
+    tile = (n // ROWS).to(tl.int64) * blocks + first
+    at_code = codes + tile[:, None] * (ROWS * BYTES) + ((n % ROWS) * BYTES)[:, None] + j[None, :]
+    at_maximum = absmax + tile * ROWS + n % ROWS
+    at_x = x + m.to(tl.int64)[None, :] * x_stride + first * (2 * BYTES) + j[:, None]
+    wanted = m[None, :] < T
+    start = tl.load(starts + n) + first
+    offset = tl.load(offsets + n)
+    acc = tl.zeros((BN, BM), tl.float32)
+    for b in range(last - first):
+        byte = tl.load(at_code)
+        raw = tl.load(at_maximum)
+        scale = offset
+        if NESTED:
+            scale = tl.load(scales + ((start + b) >> 8))
+        low, high = _halves(byte, _maximum(raw, scale, offset, levels, NESTED), table, BN)
+        left = tl.load(at_x, mask=wanted, other=0.0)
+        right = tl.load(at_x + BYTES, mask=wanted, other=0.0)
+        acc = tl.dot(low.to(DT), left.to(DT), acc, input_precision=PRECISION)
+        acc = tl.dot(high.to(DT), right.to(DT), acc, input_precision=PRECISION)
+        at_code += ROWS * BYTES
+        at_maximum += ROWS
+        at_x += 2 * BYTES
+    stored = (n < N)[:, None] & wanted
+    at_out = out + m.to(tl.int64)[None, :] * out_stride + n[:, None]
+    if BIASED:
+        shift = tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    if SPLIT == 1:
+        if BIASED:
+            acc += shift
+        tl.store(at_out, rounded(acc, out.dtype.element_ty), mask=stored)
+    else:
+        number = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        within = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
+        mine = partials + number.to(tl.int64) * (SPLIT * BN * BM) + within
+        tl.store(mine + tl.program_id(2) * (BN * BM), acc)
+        # The barrier puts the stores of all threads before the atomic operation of one of them,
+        # whose release makes them visible to the program that arrives last; its acquire and the
+        # barrier after it put that program's reads behind them. `.cg` reads from the L2 cache: a
+        # line in the L1 cache could be older.
+        tl.debug_barrier()
+        before = tl.atomic_add(arrivals + number, 1, sem="acq_rel", scope="gpu")
+        tl.debug_barrier()
+        if before == SPLIT - 1:
+            total = tl.zeros((BN, BM), tl.float32)
+            for z in range(SPLIT):
+                total += tl.load(mine + z * (BN * BM), cache_modifier=".cg")
+            if BIASED:
+                total += shift
+            tl.store(at_out, rounded(total, out.dtype.element_ty), mask=stored)
+            tl.store(arrivals + number, 0)
+
+
+@triton.jit(do_not_specialize=["N", "blocks"])
+def unpack_kernel(
+    out,
+    codes,
+    absmax,
+    starts,
+    scales,
+    offsets,
+    levels,
+    values,
+    N,
+    blocks,
+    out_stride,
+    BN: tl.constexpr,
+    NESTED: tl.constexpr,
+):
+    """Weights [BN, 64] of one block for each row, rounded to the type of `out`."""
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    b = tl.program_id(0)
+    j = tl.arange(0, BYTES)
+    tile = (n // ROWS).to(tl.int64) * blocks + b
+    at_code = codes + tile[:, None] * (ROWS * BYTES) + ((n % ROWS) * BYTES)[:, None] + j[None, :]
+    raw = tl.load(absmax + tile * ROWS + n % ROWS)
+    offset = tl.load(offsets + n)
+    scale = offset
+    if NESTED:
+        scale = tl.load(scales + ((tl.load(starts + n) + b) >> 8))
+    table = tl.load(values + tl.arange(0, 16))
+    maximum = _maximum(raw, scale, offset, levels, NESTED)
+    low, high = _halves(tl.load(at_code), maximum, table, BN)
+    at = out + n.to(tl.int64)[:, None] * out_stride + b * (2 * BYTES) + j[None, :]
+    stored = (n < N)[:, None]
+    tl.store(at, rounded(low, out.dtype.element_ty), mask=stored)
+    tl.store(at + BYTES, rounded(high, out.dtype.element_ty), mask=stored)
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """How one product is cut into programs.
+
+    Attributes:
+        out_tile: weight rows of a program, 32, 64 or 128.
+        row_tile: activation rows of a program, a power of two from 16.
+        split: programs that share the input dimension of a tile.
+        warps, stages: of Triton.
+    """
+
+    out_tile: int
+    row_tile: int
+    split: int
+    warps: int
+    stages: int
+
+    @property
+    def name(self) -> str:
+        """Name in reports and in the file of timings."""
+        return f"nf4 {self.out_tile}x{self.row_tile}/{self.split} w{self.warps} s{self.stages}"
+
+    def grid(self, shape: tuple[int, int], rows: int) -> tuple[int, int, int]:
+        """Programs along the rows, along the outputs, and along the input."""
+        return -(-rows // self.row_tile), -(-shape[0] // self.out_tile), self.split
+
+
+def tilings(
+    shape: tuple[int, int], rows: int, dtype: torch.dtype, processors: int
+) -> Sequence[Tiling]:
+    """Configurations for a product of `rows` rows, the one to take without a measurement first."""
+    row_tile = min(128, max(16, 1 << (rows - 1).bit_length()))
+    programs = -(-shape[0] // TILE) * -(-rows // row_tile)
+    split = 1
+    while split < 8 and programs * split < processors and shape[1] // BLOCK // split >= 8:
+        split *= 2
+    return [Tiling(64, row_tile, split, 4, 3)]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scratch:
+    """Device memory of products with a split input. Used by one stream at a time.
+
+    Attributes:
+        partials: float32, sums of the programs of every tile.
+        arrivals: int32, for every tile the number of programs that are done; zero between launches.
+    """
+
+    partials: torch.Tensor
+    arrivals: torch.Tensor
+
+    @classmethod
+    def for_launches(
+        cls, launches: Sequence[tuple[Tiling, tuple[int, int], int]], device: torch.device | str
+    ) -> Scratch:
+        """Memory for the largest of launches, each a tiling, a shape and a number of rows."""
+        sums, tiles = 1, 1
+        for tiling, shape, rows in launches:
+            if tiling.split > 1:
+                across, along, split = tiling.grid(shape, rows)
+                tiles = max(tiles, across * along)
+                sums = max(sums, across * along * split * tiling.out_tile * tiling.row_tile)
+        return cls(
+            torch.zeros(sums, dtype=torch.float32, device=device),
+            torch.zeros(tiles, dtype=torch.int32, device=device),
+        )
+
+
+def multiply(
+    matrix: DeviceMatrix, x: torch.Tensor, out: torch.Tensor, tiling: Tiling, scratch: Scratch
+) -> None:
+    """Writes `x @ W.T + bias` to `out`. x [T, in] and out [T, out] have contiguous rows."""
+    rows, (fan_out, fan_in) = len(x), matrix.shape
+    assert x.stride(1) == out.stride(1) == 1, "rows are contiguous"
+    assert out.shape == (rows, fan_out) and x.shape[1] == fan_in
+    if not rows:
+        return
+    grid = tiling.grid(matrix.shape, rows)
+    if tiling.split > 1:
+        assert grid[0] * grid[1] <= len(scratch.arrivals)
+        assert grid[0] * grid[1] * tiling.split * tiling.out_tile * tiling.row_tile <= len(
+            scratch.partials
+        )
+    blocks = fan_in // BLOCK
+    multiply_kernel[grid](
+        x,
+        out,
+        matrix.codes,
+        matrix.absmax,
+        matrix.starts,
+        matrix.scales,
+        matrix.offsets,
+        matrix.levels,
+        matrix.values,
+        out if matrix.bias is None else matrix.bias,
+        scratch.partials,
+        scratch.arrivals,
+        rows,
+        fan_out,
+        blocks,
+        -(-blocks // tiling.split),
+        x.stride(0),
+        out.stride(0),
+        BN=tiling.out_tile,
+        BM=tiling.row_tile,
+        SPLIT=tiling.split,
+        NESTED=matrix.is_nested,
+        BIASED=matrix.bias is not None,
+        DT=product_type(x.dtype),
+        PRECISION=product_precision(x.dtype),
+        num_warps=tiling.warps,
+        num_stages=tiling.stages,
+        enable_fp_fusion=False,
+    )
+
+
+def unpack(matrix: DeviceMatrix, out: torch.Tensor) -> None:
+    """Writes the weights to `out` [out, in], rounded once to its type."""
+    assert out.shape == matrix.shape and out.stride(1) == 1
+    if matrix.dense is not None:
+        out.copy_(matrix.dense)
+        return
+    blocks = matrix.shape[1] // BLOCK
+    unpack_kernel[(blocks, len(matrix.codes))](
+        out,
+        matrix.codes,
+        matrix.absmax,
+        matrix.starts,
+        matrix.scales,
+        matrix.offsets,
+        matrix.levels,
+        matrix.values,
+        matrix.shape[0],
+        blocks,
+        out.stride(0),
+        BN=TILE,
+        NESTED=matrix.is_nested,
+        num_warps=4,
+        num_stages=1,
+        enable_fp_fusion=False,
+    )
+
+
+def compilations() -> list[Compilation]:
+    """See the package."""
+    return []

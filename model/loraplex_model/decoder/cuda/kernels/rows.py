@@ -1,0 +1,362 @@
+"""The steps of a layer that work on single rows: embedding, norms, rotation, SiLU.
+
+Sums are float32, and results are rounded to the compute type where Hugging Face rounds them, except
+that a rotation is rounded once instead of after each product.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from loraplex_model.decoder.cuda.kernels.common import TYPES, Compilation
+
+_BLOCK = 1024  # columns of a program, in kernels whose columns are independent
+_HEADS = 8  # heads of a program that rotates
+
+
+def embed(
+    tokens: torch.Tensor, table: torch.Tensor, last_tokens: torch.Tensor, out: torch.Tensor
+) -> None:
+    """Writes the embedding of each token, and zeros for a token that has none.
+
+    Args:
+        tokens: int32 [T]; -1 - k stands for the token in `last_tokens[k]`. An id of `vocab` or more
+            is a virtual token, which has no embedding, and so has a negative id in `last_tokens`.
+        table: [vocab, hidden].
+        last_tokens: int32 [D], tokens that were drawn on the device.
+        out: [T, hidden] in the type of the table.
+    """
+    assert out.is_contiguous()
+    assert table.is_contiguous()
+    vocab, hidden = table.shape
+    grid = (len(out), triton.cdiv(hidden, _BLOCK))
+    _embed[grid](
+        tokens, table, last_tokens, out, vocab, len(last_tokens), HIDDEN=hidden, BLOCK=_BLOCK
+    )
+
+
+def norm_residual(
+    x: torch.Tensor,
+    delta: torch.Tensor | None,
+    weight: torch.Tensor,
+    normed: torch.Tensor,
+    eps: float,
+    rows: torch.Tensor | None = None,
+) -> None:
+    """Adds a block's result to the residual stream and norms the sum: `rmsnorm(x + delta) * weight`.
+
+    Args:
+        x: [T, hidden], the residual stream; becomes `x + delta` unless `rows` is given.
+        delta: [T, hidden]; None for zeros.
+        weight: [hidden].
+        normed: [T, hidden], or [R, hidden] with `rows`.
+        rows: int32 [R], the rows of x and delta that are normed; row r of `normed` belongs to row
+            `rows[r]` of x. A negative number is padding, and its row of `normed` is left as it is.
+    """
+    hidden = x.shape[1]
+    for tensor in (x, weight, normed, *(() if delta is None else (delta,))):
+        assert tensor.is_contiguous()
+        assert tensor.dtype == x.dtype
+    constants, options = _norm_configuration(hidden, delta is not None, rows is not None)
+    _norm_residual[(len(normed),)](
+        x,
+        x if delta is None else delta,
+        weight,
+        normed,
+        x if rows is None else rows,
+        eps,
+        **constants,
+        **options,
+    )
+
+
+def rope_cache(
+    qkv: torch.Tensor,
+    positions: torch.Tensor,
+    kv_slots: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    eps: float,
+) -> None:
+    """Norms the heads if the model does, rotates queries and keys, and fills the cache.
+
+    Args:
+        qkv: [T, (heads + 2 * kv_heads) * head_dim]: queries, keys and values of each row.
+        positions: int32 [T].
+        kv_slots: int32 [T], `block * block_size + offset` of each row in the cache; a row with a
+            negative slot is not written to the cache.
+        cos, sin: float32 [positions, head_dim / 2], with the model's scale; see `ops.rope`.
+        q: [T, heads, head_dim], the rotated queries.
+        keys, values: [blocks, kv_heads, block_size, head_dim].
+        q_norm, k_norm: [head_dim], weights of the norms of heads; None without them.
+    """
+    _, heads, head_dim = q.shape
+    _, kv_heads, block_size, _ = keys.shape
+    assert (q_norm is None) == (k_norm is None)
+    assert qkv.shape[1] == (heads + 2 * kv_heads) * head_dim
+    assert cos.shape[1] == sin.shape[1] == head_dim // 2
+    for tensor in (qkv, q, keys, values, cos, sin):
+        assert tensor.is_contiguous()
+    constants, options = _rope_configuration(
+        heads, kv_heads, head_dim, block_size, q_norm is not None
+    )
+    _rope_cache[(len(q), triton.cdiv(heads + 2 * kv_heads, _HEADS))](
+        qkv,
+        positions,
+        kv_slots,
+        cos,
+        sin,
+        q,
+        keys,
+        values,
+        qkv if q_norm is None else q_norm,
+        qkv if k_norm is None else k_norm,
+        eps,
+        **constants,
+        **options,
+    )
+
+
+def silu_mul(gate_up: torch.Tensor, out: torch.Tensor) -> None:
+    """Writes `silu(gate) * up` for gate_up [T, 2 * width] to out [T, width], both contiguous."""
+    width = out.shape[1]
+    assert gate_up.shape == (len(out), 2 * width)
+    assert gate_up.is_contiguous()
+    assert out.is_contiguous()
+    _silu_mul[(len(out), triton.cdiv(width, _BLOCK))](gate_up, out, WIDTH=width, BLOCK=_BLOCK)
+
+
+def _norm_configuration(
+    hidden: int, has_delta: bool, has_rows: bool
+) -> tuple[dict[str, Any], dict[str, int]]:
+    block = triton.next_power_of_2(hidden)
+    constants = {"HIDDEN": hidden, "BLOCK": block, "HAS_DELTA": has_delta, "HAS_ROWS": has_rows}
+    return constants, {"num_warps": min(max(block // 512, 4), 16)}
+
+
+def _rope_configuration(
+    heads: int, kv_heads: int, head_dim: int, block_size: int, has_norms: bool
+) -> tuple[dict[str, Any], dict[str, int]]:
+    constants = {
+        "Q_HEADS": heads,
+        "KV_HEADS": kv_heads,
+        "HEAD_DIM": head_dim,
+        "HALF": triton.next_power_of_2(head_dim // 2),
+        "BLOCK_SIZE": block_size,
+        "HEADS": _HEADS,
+        "HAS_NORMS": has_norms,
+    }
+    return constants, {"num_warps": 4}
+
+
+@triton.jit(do_not_specialize=["vocab", "drawn"])
+def _embed(
+    tokens, table, last_tokens, out, vocab, drawn, HIDDEN: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One row's block of columns; grid (T, hidden / BLOCK)."""
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    given = tl.load(tokens + row)
+    last = -1 - given
+    last_token = tl.load(last_tokens + last, mask=(last >= 0) & (last < drawn), other=-1)
+    token = tl.where(given < 0, last_token, given)
+    has_embedding = (token >= 0) & (token < vocab)
+    at = table + token.to(tl.int64) * HIDDEN + d
+    state = tl.load(at, mask=has_embedding & (d < HIDDEN), other=0.0)
+    tl.store(out + row * HIDDEN + d, state, mask=d < HIDDEN)
+
+
+@triton.jit
+def _norm_residual(
+    x,
+    delta,
+    weight,
+    normed,
+    rows,
+    eps,
+    HIDDEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_DELTA: tl.constexpr,
+    HAS_ROWS: tl.constexpr,
+):
+    """One row; grid (T) or, with rows, (R)."""
+    target = tl.program_id(0).to(tl.int64)
+    source = target
+    if HAS_ROWS:
+        source = tl.load(rows + target).to(tl.int64)
+        if source < 0:
+            return
+    d = tl.arange(0, BLOCK)
+    is_column = d < HIDDEN
+    at = source * HIDDEN + d
+    state = tl.load(x + at, mask=is_column, other=0.0)
+    if HAS_DELTA:
+        added = tl.load(delta + at, mask=is_column, other=0.0)
+        state = (state.to(tl.float32) + added.to(tl.float32)).to(x.dtype.element_ty)
+        if not HAS_ROWS:
+            tl.store(x + at, state, mask=is_column)
+    wide = state.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(wide * wide, 0) / HIDDEN + eps)
+    unit = (wide * scale).to(x.dtype.element_ty)
+    factor = tl.load(weight + d, mask=is_column, other=0.0)
+    result = (unit.to(tl.float32) * factor.to(tl.float32)).to(x.dtype.element_ty)
+    tl.store(normed + target * HIDDEN + d, result, mask=is_column)
+
+
+@triton.jit
+def _rope_cache(
+    qkv,
+    positions,
+    kv_slots,
+    cos,
+    sin,
+    q,
+    keys,
+    values,
+    q_norm,
+    k_norm,
+    eps,
+    Q_HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEADS: tl.constexpr,
+    HAS_NORMS: tl.constexpr,
+):
+    """`HEADS` heads of one row, each in two halves; grid (T, heads / HEADS)."""
+    WIDTH: tl.constexpr = HEAD_DIM // 2
+    TYPE: tl.constexpr = qkv.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    d = tl.arange(0, HALF)
+    is_half = (d < WIDTH)[None, :]
+    is_q, is_k = head < Q_HEADS, (head >= Q_HEADS) & (head < Q_HEADS + KV_HEADS)
+    is_v = (head >= Q_HEADS + KV_HEADS) & (head < Q_HEADS + 2 * KV_HEADS)
+    is_cell = (is_q | is_k | is_v)[:, None] & is_half
+    at = (row * (Q_HEADS + 2 * KV_HEADS) + head)[:, None] * HEAD_DIM + d[None, :]
+    first = tl.load(qkv + at, mask=is_cell, other=0.0)
+    second = tl.load(qkv + at + WIDTH, mask=is_cell, other=0.0)
+    a, b = first.to(tl.float32), second.to(tl.float32)
+    if HAS_NORMS:
+        scale = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / HEAD_DIM + eps)
+        q_cell, k_cell = is_q[:, None] & is_half, is_k[:, None] & is_half
+        d_ = d[None, :] + (head * 0)[:, None]
+        a = (a * scale[:, None]).to(TYPE).to(tl.float32)
+        b = (b * scale[:, None]).to(TYPE).to(tl.float32)
+        # one of the two loads is masked, and a value's weight is 0; it is stored as it was
+        a_weight = tl.load(q_norm + d_, mask=q_cell, other=0.0).to(tl.float32)
+        a_weight += tl.load(k_norm + d_, mask=k_cell, other=0.0).to(tl.float32)
+        b_weight = tl.load(q_norm + d_ + WIDTH, mask=q_cell, other=0.0).to(tl.float32)
+        b_weight += tl.load(k_norm + d_ + WIDTH, mask=k_cell, other=0.0).to(tl.float32)
+        a = (a * a_weight).to(TYPE).to(tl.float32)
+        b = (b * b_weight).to(TYPE).to(tl.float32)
+    angle = tl.load(positions + row).to(tl.int64) * WIDTH + d
+    c = tl.load(cos + angle, mask=d < WIDTH, other=0.0)[None, :]
+    s = tl.load(sin + angle, mask=d < WIDTH, other=0.0)[None, :]
+    turned, turned_too = (a * c - b * s).to(TYPE), (b * c + a * s).to(TYPE)
+
+    query = (row * Q_HEADS + head)[:, None] * HEAD_DIM + d[None, :]
+    tl.store(q + query, turned, mask=is_q[:, None] & is_half)
+    tl.store(q + query + WIDTH, turned_too, mask=is_q[:, None] & is_half)
+    slot = tl.load(kv_slots + row).to(tl.int64)
+    block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
+    is_kept = slot >= 0
+    kv_head = (head - Q_HEADS) % KV_HEADS
+    place = (block * KV_HEADS + kv_head) * BLOCK_SIZE + offset
+    place = place[:, None] * HEAD_DIM + d[None, :]
+    key_cell, value_cell = (is_k & is_kept)[:, None] & is_half, (is_v & is_kept)[:, None] & is_half
+    tl.store(keys + place, turned, mask=key_cell)
+    tl.store(keys + place + WIDTH, turned_too, mask=key_cell)
+    tl.store(values + place, first, mask=value_cell)
+    tl.store(values + place + WIDTH, second, mask=value_cell)
+
+
+@triton.jit
+def _silu_mul(gate_up, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """One row's block of columns; grid (T, width / BLOCK)."""
+    TYPE: tl.constexpr = out.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    at = gate_up + row * 2 * WIDTH + d
+    gate = tl.load(at, mask=d < WIDTH, other=0.0).to(tl.float32)
+    up = tl.load(at + WIDTH, mask=d < WIDTH, other=0.0).to(tl.float32)
+    active = (gate / (1.0 + tl.exp(-gate))).to(TYPE).to(tl.float32)
+    tl.store(out + row * WIDTH + d, (active * up).to(TYPE), mask=d < WIDTH)
+
+
+_SHAPES = {"llama_8b": (4096, 14336, 32, 8, 128), "smollm2": (576, 1536, 9, 3, 64)}
+
+
+def compilations() -> list[Compilation]:
+    """The configurations that `make gpu-aot` compiles."""
+    found = []
+    for model, (hidden, intermediate, heads, kv_heads, head_dim) in _SHAPES.items():
+        for dtype in (torch.bfloat16, torch.float32):
+            kind = str(TYPES[dtype])
+            p, name = f"*{kind}", f"{model}_{kind}"
+            found.append(
+                Compilation(
+                    _embed,
+                    f"embed_{name}",
+                    {
+                        "tokens": "*i32",
+                        "table": p,
+                        "last_tokens": "*i32",
+                        "out": p,
+                        "vocab": "i32",
+                        "drawn": "i32",
+                    },
+                    {"HIDDEN": hidden, "BLOCK": _BLOCK},
+                )
+            )
+            for has_rows in (False, True):
+                constants, options = _norm_configuration(hidden, True, has_rows)
+                arguments = dict.fromkeys(("x", "delta", "weight", "normed"), p)
+                found.append(
+                    Compilation(
+                        _norm_residual,
+                        f"norm_residual_{name}" + ("_rows" if has_rows else ""),
+                        {**arguments, "rows": "*i32" if has_rows else p, "eps": "fp32"},
+                        constants,
+                        **options,
+                        is_hot=True,
+                    )
+                )
+            for has_norms in (False, True):
+                constants, options = _rope_configuration(heads, kv_heads, head_dim, 32, has_norms)
+                found.append(
+                    Compilation(
+                        _rope_cache,
+                        f"rope_cache_{name}" + ("_norms" if has_norms else ""),
+                        {
+                            "qkv": p,
+                            **dict.fromkeys(("positions", "kv_slots"), "*i32"),
+                            **dict.fromkeys(("cos", "sin"), "*fp32"),
+                            **dict.fromkeys(("q", "keys", "values", "q_norm", "k_norm"), p),
+                            "eps": "fp32",
+                        },
+                        constants,
+                        **options,
+                        is_hot=True,
+                    )
+                )
+            found.append(
+                Compilation(
+                    _silu_mul,
+                    f"silu_mul_{name}",
+                    {"gate_up": p, "out": p},
+                    {"WIDTH": intermediate, "BLOCK": _BLOCK},
+                    is_hot=True,
+                )
+            )
+    return found
