@@ -2,10 +2,12 @@
 
 Arguments that several have in common: `h` is A x, float32 [SPLITS, PARTS, h_rows, rank_stride];
 `entries` is the table of addresses [slots, sites, ENTRY_WORDS]; `site` is the index of the first
-part; the plan's arrays are those of `LoraPass`. TYPE is the type of the adapters' matrices, DT that
-of the operands of products, RANKS, STEP and BN are the sizes of tiles.
+part; the plan's arrays are those of `LoraPass`. SUMS is SPLITS, rounded up to a power of
+two. TYPE is the type of the adapters' matrices, DT that of the operands of products; ROWS, RANKS,
+STEP and BN are the sizes of tiles.
 
-The loops over chunks read their number from device memory, so that programs behind it end at once.
+A fixed number of programs share the items of work, whose number follows from the number of chunks
+in device memory; neighbouring items belong to one chunk, so its entries come from the L1 cache.
 Whatever lies behind a plan's numbers, or between its rows and ranks, is masked out.
 """
 
@@ -15,6 +17,21 @@ import triton
 import triton.language as tl
 
 from loraplex_model.decoder.cuda.kernels.common import rounded
+from loraplex_model.decoder.cuda.plan import CHUNK_ROWS
+from loraplex_model.decoder.cuda.table import WORDS
+
+ROWS: tl.constexpr = tl.constexpr(CHUNK_ROWS)
+ENTRY_WORDS: tl.constexpr = tl.constexpr(WORDS)
+
+
+@triton.jit
+def _share(items):
+    """The items of this program, of those that all programs share."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    every = items // programs
+    more = items % programs
+    first = program * every + tl.minimum(program, more)
+    return first, first + every + (program < more).to(tl.int32)
 
 
 @triton.jit
@@ -40,47 +57,55 @@ def shrink_kernel(
     site,
     FAN_IN: tl.constexpr,
     PARTS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    RANKS: tl.constexpr,
     SPAN: tl.constexpr,
     STEP: tl.constexpr,
-    RANKS: tl.constexpr,
-    ROWS: tl.constexpr,
-    ENTRY_WORDS: tl.constexpr,
     TYPE: tl.constexpr,
     DT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid (lanes, splits * parts): one partial sum of one part, for every lanes-th chunk."""
-    split = tl.program_id(1) // PARTS
-    part = tl.program_id(1) % PARTS
+    """An item is one partial sum of one part, for one chunk."""
     stride = tl.multiple_of(rank_stride, 16)
-    h += tl.program_id(1).to(tl.int64) * h_rows * stride
-    for c in range(tl.program_id(0), tl.load(chunk_count), tl.num_programs(0)):
-        m = tl.load(chunk_begin + c) + tl.arange(0, ROWS)
-        ok = m < tl.load(chunk_end + c)
-        x_rows = x + m.to(tl.int64)[:, None] * FAN_IN
+    i = tl.arange(0, ROWS)
+    j = tl.arange(0, RANKS)
+    first_item, last_item = _share(tl.load(chunk_count) * (SPLITS * PARTS))
+    for item in range(first_item, last_item):
+        c = item // (SPLITS * PARTS)
+        split = item // PARTS % SPLITS
+        part = item % PARTS
+        h_part = h + (split * PARTS + part).to(tl.int64) * h_rows * stride
+        begin = tl.load(chunk_begin + c)
+        ok = i < tl.load(chunk_end + c) - begin
+        x_rows = x + begin.to(tl.int64) * FAN_IN
         for t in range(tl.load(term_start + c), tl.load(term_start + c + 1)):
             slot = tl.load(term_slot + t).to(tl.int64)
             entry = entries + (slot * sites + site + part) * ENTRY_WORDS
             rank = tl.load(entry + 8).to(tl.int32)
             a = _address(entry, 0, TYPE)
-            rows = (tl.load(term_row + t) + tl.arange(0, ROWS)).to(tl.int64)
+            h_term = h_part + tl.load(term_row + t).to(tl.int64) * stride
             for first in range(0, rank, RANKS):
-                r = first + tl.arange(0, RANKS)
+                present = first + j < rank
                 total = tl.zeros((ROWS, RANKS), tl.float32)
-                for i in range(0, SPAN, STEP):
-                    k = split * SPAN + i + tl.arange(0, STEP)
+                a_ranks = a + tl.cast(first, tl.int64) * FAN_IN
+                for k0 in range(0, SPAN, STEP):
+                    k = split * SPAN + k0 + tl.arange(0, STEP)
                     inside = (k < FAN_IN)[None, :]
-                    xs = tl.load(x_rows + k[None, :], mask=ok[:, None] & inside, other=0.0)
-                    ranks = tl.load(
-                        a + r.to(tl.int64)[:, None] * FAN_IN + k[None, :],
-                        mask=(r < rank)[:, None] & inside,
+                    xs = tl.load(
+                        x_rows + (i[:, None] * FAN_IN + k[None, :]),
+                        mask=ok[:, None] & inside,
+                        other=0.0,
+                    )
+                    own = tl.load(
+                        a_ranks + (j[:, None] * FAN_IN + k[None, :]),
+                        mask=present[:, None] & inside,
                         other=0.0,
                     )
                     total = tl.dot(
-                        xs.to(DT), tl.trans(ranks.to(DT)), total, input_precision=PRECISION
+                        xs.to(DT), tl.trans(own.to(DT)), total, input_precision=PRECISION
                     )
-                at = h + rows[:, None] * stride + r[None, :]
-                tl.store(at, total, mask=ok[:, None] & (r < rank)[None, :])
+                at = h_term + first + (i[:, None] * stride + j[None, :])
+                tl.store(at, total, mask=ok[:, None] & present[None, :])
 
 
 @triton.jit
@@ -98,15 +123,14 @@ def _changed(
     sites,
     site,
     part,
-    ok,
+    rows,
     n,
     width,
     PARTS: tl.constexpr,
     SPLITS: tl.constexpr,
+    SUMS: tl.constexpr,
     RANKS: tl.constexpr,
-    ROWS: tl.constexpr,
     BN: tl.constexpr,
-    ENTRY_WORDS: tl.constexpr,
     TYPE: tl.constexpr,
     DT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -118,6 +142,11 @@ def _changed(
     """
     stride = tl.multiple_of(rank_stride, 16)
     inside = n < width
+    i = tl.arange(0, ROWS)
+    j = tl.arange(0, RANKS)
+    s = tl.arange(0, SUMS)
+    h_part = h + tl.cast(part, tl.int64) * h_rows * stride
+    partials = s.to(tl.int64) * PARTS * h_rows * stride
     total = tl.zeros((ROWS, BN), tl.float32)
     gain = tl.full((BN,), 1.0, tl.float32)
     bias = tl.zeros((BN,), tl.float32)
@@ -140,23 +169,22 @@ def _changed(
             gains = 1
         if has_bias:
             bias += weight * tl.load(_address(entry, 5, tl.float32) + n, mask=inside, other=0.0)
-        rows = (tl.load(term_row + t) + tl.arange(0, ROWS)).to(tl.int64)
+        h_term = h_part + tl.load(term_row + t).to(tl.int64) * stride
         for first in tl.range(0, rank, RANKS, num_stages=1):
-            r = first + tl.arange(0, RANKS)
+            present = first + j < rank
             columns = tl.load(
-                b + r.to(tl.int64)[:, None] * width + n[None, :],
-                mask=(r < rank)[:, None] & inside[None, :],
+                b + tl.cast(first, tl.int64) * width + (j[:, None] * width + n[None, :]),
+                mask=present[:, None] & inside[None, :],
                 other=0.0,
             )
-            inner = tl.zeros((ROWS, RANKS), tl.float32)
-            for split in tl.static_range(SPLITS):
-                partial = h + (split * PARTS + part).to(tl.int64) * h_rows * stride
-                inner += tl.load(
-                    partial + rows[:, None] * stride + r[None, :],
-                    mask=ok[:, None] & (r < rank)[None, :],
-                    other=0.0,
-                )
-            inner = (inner * weight).to(DT)
+            tile = first + (i[:, None] * stride + j[None, :])
+            known = (i < rows)[:, None] & present[None, :]
+            inner = tl.load(
+                h_term + (partials[:, None, None] + tile[None, :, :]),
+                mask=(s < SPLITS)[:, None, None] & known[None, :, :],
+                other=0.0,
+            )
+            inner = (tl.sum(inner, 0) * weight).to(DT)
             total = tl.dot(inner, columns.to(DT), total, input_precision=PRECISION)
     changed = changes != 0
     return tl.where(changed, own * gain[None, :] + bias[None, :] + total, own), changed
@@ -183,28 +211,32 @@ def expand_kernel(
     W2: tl.constexpr,
     PARTS: tl.constexpr,
     SPLITS: tl.constexpr,
+    SUMS: tl.constexpr,
     RANKS: tl.constexpr,
-    ROWS: tl.constexpr,
     BN: tl.constexpr,
-    ENTRY_WORDS: tl.constexpr,
     TYPE: tl.constexpr,
     DT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid (lanes, tiles of all parts): one tile of outputs, for every lanes-th chunk."""
-    tile = tl.program_id(1)
+    """An item is one tile of the outputs of one part, for one chunk."""
     T0: tl.constexpr = (W0 + BN - 1) // BN
     T1: tl.constexpr = T0 + (W1 + BN - 1) // BN
-    part = (tile >= T0).to(tl.int32) + (tile >= T1).to(tl.int32)
-    width = tl.where(part == 0, W0, tl.where(part == 1, W1, W2))
-    column = tl.where(part == 0, 0, tl.where(part == 1, W0, W0 + W1))
-    tile = tile - tl.where(part == 0, 0, tl.where(part == 1, T0, T1))
-    n = tile * BN + tl.arange(0, BN)
-    for c in range(tl.program_id(0), tl.load(chunk_count), tl.num_programs(0)):
-        m = tl.load(chunk_begin + c) + tl.arange(0, ROWS)
-        ok = m < tl.load(chunk_end + c)
-        at = y + m.to(tl.int64)[:, None] * (W0 + W1 + W2) + (column + n)[None, :]
-        mask = ok[:, None] & (n < width)[None, :]
+    TILES: tl.constexpr = T1 + (W2 + BN - 1) // BN
+    i = tl.arange(0, ROWS)
+    first_item, last_item = _share(tl.load(chunk_count) * TILES)
+    for item in range(first_item, last_item):
+        c = item // TILES
+        tile = item % TILES
+        part = (tile >= T0).to(tl.int32) + (tile >= T1).to(tl.int32)
+        width = tl.where(part == 0, W0, tl.where(part == 1, W1, W2))
+        column = tl.where(part == 0, 0, tl.where(part == 1, W0, W0 + W1))
+        tile = tile - tl.where(part == 0, 0, tl.where(part == 1, T0, T1))
+        n = tile * BN + tl.arange(0, BN)
+        begin = tl.load(chunk_begin + c)
+        rows = tl.load(chunk_end + c) - begin
+        at = y + begin.to(tl.int64) * (W0 + W1 + W2)
+        at += i[:, None] * (W0 + W1 + W2) + (column + n)[None, :]
+        mask = (i < rows)[:, None] & (n < width)[None, :]
         own = tl.load(at, mask=mask, other=0.0).to(tl.float32)
         result, changed = _changed(
             own,
@@ -220,15 +252,14 @@ def expand_kernel(
             sites,
             site,
             part,
-            ok,
+            rows,
             n,
             width,
             PARTS,
             SPLITS,
+            SUMS,
             RANKS,
-            ROWS,
             BN,
-            ENTRY_WORDS,
             TYPE,
             DT,
             PRECISION,
@@ -236,7 +267,7 @@ def expand_kernel(
         tl.store(at, rounded(result, y.dtype.element_ty), mask=mask & changed)
 
 
-@triton.jit(do_not_specialize=["h_rows", "rank_stride", "sites", "site", "rows", "lanes"])
+@triton.jit(do_not_specialize=["h_rows", "rank_stride", "sites", "site", "rows"])
 def expand_silu_mul_kernel(
     h,
     gate_up,
@@ -255,100 +286,101 @@ def expand_silu_mul_kernel(
     sites,
     site,
     rows,
-    lanes,
     WIDTH: tl.constexpr,
     SPLITS: tl.constexpr,
+    SUMS: tl.constexpr,
     RANKS: tl.constexpr,
-    ROWS: tl.constexpr,
     BN: tl.constexpr,
-    ENTRY_WORDS: tl.constexpr,
     TYPE: tl.constexpr,
     DT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid (lanes + tiles of all rows, tiles of outputs).
-
-    The first lanes compute the rows of chunks, the other programs rows of the bare base.
-    """
-    lane = tl.program_id(0)
-    n = tl.program_id(1) * BN + tl.arange(0, BN)
-    inside = (n < WIDTH)[None, :]
-    if lane < lanes:
-        for c in range(lane, tl.load(chunk_count), lanes):
-            m = tl.load(chunk_begin + c) + tl.arange(0, ROWS)
-            ok = m < tl.load(chunk_end + c)
-            mask = ok[:, None] & inside
-            at = gate_up + m.to(tl.int64)[:, None] * (2 * WIDTH) + n[None, :]
+    """An item is one tile of outputs, for one chunk or for the base rows among `ROWS` rows."""
+    TILES: tl.constexpr = (WIDTH + BN - 1) // BN
+    i = tl.arange(0, ROWS)
+    first_item, last_item = _share(tl.load(chunk_count) * TILES)
+    for item in range(first_item, last_item):
+        c = item // TILES
+        n = item % TILES * BN + tl.arange(0, BN)
+        inside = (n < WIDTH)[None, :]
+        begin = tl.load(chunk_begin + c)
+        chunk_rows = tl.load(chunk_end + c) - begin
+        mask = (i < chunk_rows)[:, None] & inside
+        at = gate_up + begin.to(tl.int64) * (2 * WIDTH)
+        at += i[:, None] * (2 * WIDTH) + n[None, :]
+        gate = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        gate, _ = _changed(
+            gate,
+            h,
+            entries,
+            term_slot,
+            term_weight,
+            term_row,
+            tl.load(term_start + c),
+            tl.load(term_start + c + 1),
+            h_rows,
+            rank_stride,
+            sites,
+            site,
+            0,
+            chunk_rows,
+            n,
+            WIDTH,
+            2,
+            SPLITS,
+            SUMS,
+            RANKS,
+            BN,
+            TYPE,
+            DT,
+            PRECISION,
+        )
+        active = _silu(_as_stored(gate, TYPE), TYPE)
+        up = tl.load(at + WIDTH, mask=mask, other=0.0).to(tl.float32)
+        up, _ = _changed(
+            up,
+            h,
+            entries,
+            term_slot,
+            term_weight,
+            term_row,
+            tl.load(term_start + c),
+            tl.load(term_start + c + 1),
+            h_rows,
+            rank_stride,
+            sites,
+            site,
+            1,
+            chunk_rows,
+            n,
+            WIDTH,
+            2,
+            SPLITS,
+            SUMS,
+            RANKS,
+            BN,
+            TYPE,
+            DT,
+            PRECISION,
+        )
+        result = rounded(active * _as_stored(up, TYPE), TYPE)
+        own = out + begin.to(tl.int64) * WIDTH
+        tl.store(own + (i[:, None] * WIDTH + n[None, :]), result, mask=mask)
+    first_item, last_item = _share(tl.cdiv(rows, ROWS) * TILES)
+    for item in range(first_item, last_item):
+        begin = item // TILES * ROWS
+        n = item % TILES * BN + tl.arange(0, BN)
+        inside = (n < WIDTH)[None, :]
+        base = tl.load(row_chunk + begin + i, mask=begin + i < rows, other=0) < 0
+        if tl.max(base.to(tl.int32), 0) > 0:
+            mask = base[:, None] & inside
+            at = gate_up + begin.to(tl.int64) * (2 * WIDTH)
+            at += i[:, None] * (2 * WIDTH) + n[None, :]
             gate = tl.load(at, mask=mask, other=0.0).to(tl.float32)
             up = tl.load(at + WIDTH, mask=mask, other=0.0).to(tl.float32)
-            first, last = tl.load(term_start + c), tl.load(term_start + c + 1)
-            gate, _ = _changed(
-                gate,
-                h,
-                entries,
-                term_slot,
-                term_weight,
-                term_row,
-                first,
-                last,
-                h_rows,
-                rank_stride,
-                sites,
-                site,
-                0,
-                ok,
-                n,
-                WIDTH,
-                2,
-                SPLITS,
-                RANKS,
-                ROWS,
-                BN,
-                ENTRY_WORDS,
-                TYPE,
-                DT,
-                PRECISION,
-            )
-            up, _ = _changed(
-                up,
-                h,
-                entries,
-                term_slot,
-                term_weight,
-                term_row,
-                first,
-                last,
-                h_rows,
-                rank_stride,
-                sites,
-                site,
-                1,
-                ok,
-                n,
-                WIDTH,
-                2,
-                SPLITS,
-                RANKS,
-                ROWS,
-                BN,
-                ENTRY_WORDS,
-                TYPE,
-                DT,
-                PRECISION,
-            )
-            gate, up = _as_stored(gate, TYPE), _as_stored(up, TYPE)
-            own = out + m.to(tl.int64)[:, None] * WIDTH + n[None, :]
-            tl.store(own, rounded(_silu(gate, TYPE) * up, TYPE), mask=mask)
-    else:
-        m = (lane - lanes) * ROWS + tl.arange(0, ROWS)
-        ok = tl.load(row_chunk + m, mask=m < rows, other=0) < 0
-        if tl.max(ok.to(tl.int32), 0) > 0:
-            mask = ok[:, None] & inside
-            at = gate_up + m.to(tl.int64)[:, None] * (2 * WIDTH) + n[None, :]
-            gate = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-            up = tl.load(at + WIDTH, mask=mask, other=0.0).to(tl.float32)
-            own = out + m.to(tl.int64)[:, None] * WIDTH + n[None, :]
-            tl.store(own, rounded(_silu(gate, TYPE) * up, TYPE), mask=mask)
+            own = out + begin.to(tl.int64) * WIDTH
+            result = rounded(_silu(gate, TYPE) * up, TYPE)
+            tl.store(own + (i[:, None] * WIDTH + n[None, :]), result, mask=mask)
 
 
 @triton.jit
