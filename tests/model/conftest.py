@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from interpreter import IS_INTERPRETED
 from loraplex_model.checkpoints.load import LoadedBase, load_base
 from loraplex_model.decoder.reference import ReferenceDecoder
 
@@ -29,9 +30,17 @@ def _native() -> Any:
     return NativeDecoder
 
 
-@pytest.fixture(params=["reference", "native"])
+# The kernels for CUDA run in Triton's interpreter, where there is one: see `make test-triton`.
+DECODERS = ["reference", "native", *(["cuda"] if IS_INTERPRETED else [])]
+
+
+@pytest.fixture(params=DECODERS)
 def decoder_class(request: pytest.FixtureRequest) -> Any:
     """`(weights, num_blocks, block_size, num_slots) -> decoder`, each implementation in turn."""
+    if request.param == "cuda":
+        from loraplex_model.decoder.cuda.decoder import CudaDecoder
+
+        return partial(CudaDecoder, max_rows=64, max_draws=8)
     if request.param == "reference":
         return partial(ReferenceDecoder, keep_dense=True)
     native = _native()
