@@ -28,6 +28,7 @@ from loraplex_model.ops.dtypes import BY_NAME
 
 from loraplex_server.engine.messages import AdapterRef, ModelInfo
 from loraplex_server.engine.runner.config import RunnerConfig
+from loraplex_server.engine.runner.device_errors import DeviceErrors
 
 log = logging.getLogger(__name__)
 
@@ -83,12 +84,15 @@ class LocalRunner:
 
     def __post_init__(self) -> None:
         self._device = self.decoder.weights.embed.device
+        self._errors = DeviceErrors(self._device)
         self._need_file()  # most of it was read to pack it for the kernels
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         """Logits, float32 [R, vocab], on the CPU."""
         with self._mapped(), torch.inference_mode():
-            return self.decoder.forward(batch).to("cpu", torch.float32)
+            return self._errors.replace(
+                lambda: self.decoder.forward(batch).to("cpu", torch.float32)
+            )
 
     def read_adapter(self, ref: AdapterRef) -> ReadAdapter:
         """Reads, verifies and packs an adapter's files. Raises `Refusal`."""
@@ -105,7 +109,7 @@ class LocalRunner:
         If this raises, the slot is still free.
         """
         table = self.decoder.table
-        table.publish(slot, adapter.packed.to(self._device))
+        self._errors.replace(lambda: table.publish(slot, adapter.packed.to(self._device)))
         try:
             self._write_virtual_tokens(slot, adapter.packed.virtual, blocks)
         except BaseException:
@@ -118,7 +122,8 @@ class LocalRunner:
         if virtual is None:
             return
         if virtual.keys is not None and virtual.values is not None:
-            self.decoder.write_prefix(blocks, virtual.keys, virtual.values)
+            keys, values = virtual.keys, virtual.values
+            self._errors.replace(lambda: self.decoder.write_prefix(blocks, keys, values))
             return
         first = self.info.base.config.vocab_size
         ids = list(range(first, first + virtual.count))
@@ -131,7 +136,9 @@ class LocalRunner:
     def merge_adapter(self, adapter: ReadAdapter) -> Merged:
         """Dense copies of the matrices that the adapter changes."""
         with self._mapped(), torch.inference_mode():
-            return self.decoder.merge(adapter.packed, self.merge_dtype)
+            return self._errors.replace(
+                lambda: self.decoder.merge(adapter.packed, self.merge_dtype)
+            )
 
     def publish_merge(self, slot: int, merged: Merged) -> None:
         """Lets the rows of the slot use the copies."""
