@@ -29,6 +29,7 @@ from loraplex_model.ops.dtypes import BY_NAME
 from loraplex_server.engine.messages import AdapterRef, ModelInfo
 from loraplex_server.engine.runner.config import RunnerConfig
 from loraplex_server.engine.runner.device_errors import DeviceErrors
+from loraplex_server.engine.runner.launching import Launcher, LaunchingDecoder
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +68,9 @@ class LocalRunner:
     that were cut off ends the process with SIGBUS, and the rest of the last page would be zeros. If
     the file has changed, the process ends with `EXIT_BASE_CHANGED` and without a result, and the
     next one builds the file again.
+
+    Attributes:
+        launch: the method of an `AheadRunner`; None if the decoder computes passes one by one.
     """
 
     decoder: Decoder
@@ -85,6 +89,9 @@ class LocalRunner:
     def __post_init__(self) -> None:
         self._device = self.decoder.weights.embed.device
         self._errors = DeviceErrors(self._device)
+        self.launch: Launcher | None = None
+        if isinstance(self.decoder, LaunchingDecoder):
+            self.launch = Launcher(self.decoder, self._errors, self._mapped)
         self._need_file()  # most of it was read to pack it for the kernels
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
