@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -72,7 +71,7 @@ def rows_of(ids: list[list[int]], first: list[int], order: list[int], base: int)
 
 
 def one_by_one(runner: LocalRunner, steps: int) -> tuple[list[list[int]], list[np.ndarray]]:
-    """The tokens of each sequence with `forward` and the sampler in numpy; the first one's logits."""
+    """Tokens of each sequence by `forward` and the sampler in numpy, and logits of the first."""
     draws = [Draw(params, prompt) for params, prompt in zip(PARAMS, PROMPTS, strict=True)]
     ids, first = PROMPTS, [0] * len(PROMPTS)
     tokens: list[list[int]] = [[] for _ in PROMPTS]
@@ -152,7 +151,7 @@ def test_one_ahead_gives_the_tokens_of_one_by_one(runner: LocalRunner) -> None:
     orders = [[0, 1, 2], [2, 0, 1], [1, 2, 0], [0, 2, 1], [2, 1, 0]]
     tokens, lines = one_ahead(runner, steps, orders)
     assert tokens == expected
-    assert len(set(sum(tokens, []))) > 5
+    assert len({token for found in tokens for token in found}) > 5
     for ours, theirs in zip(lines, logits, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
