@@ -13,7 +13,7 @@ Options: `nbytes` (else the size of the files), `fail` (an error reason for `rea
 `seconds` (how long reading takes), `nonfinite` (rows that use it get NaN logits), `virtual` (how
 many virtual tokens it has), `merge_nbytes` (what its dense copies take; 0: it cannot be merged),
 `merge_fail` (merging it raises), `kills` (the process is killed by the work on it: "read",
-"publish", "merge" or "publish_merge").
+"publish", "merge" or "publish_merge"), `loses` (the device is lost by it, likewise).
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from adapters.adapter_files import base_info
 from loraplex_model.base.batch import ForwardBatch
 from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_server.engine.messages import AdapterRef, ModelInfo
+from loraplex_server.engine.runner.protocol import DeviceLost, OutOfDeviceMemory
 
 MASK = (1 << 64) - 1
 EMPTY = np.uint64(0xDEAD)
@@ -105,12 +106,15 @@ class OracleAdapter:
     merge_nbytes: int = 0
     merge_fails: bool = False
     kills: str = ""
+    loses: str = ""
 
 
 def kill_if(doing: str, adapter: OracleAdapter) -> None:
-    """Kills this process if work of this kind on the adapter does so."""
+    """Kills this process, or loses the device, if work of this kind on the adapter does so."""
     if adapter.kills == doing:
         os.kill(os.getpid(), signal.SIGKILL)
+    if adapter.loses == doing:
+        raise DeviceLost("a secret of the device")
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +136,8 @@ class OracleRunner:
         fault_token: a batch that computes it makes `forward` raise.
         crash_token: a batch that computes it kills the process.
         hang_token: a batch that computes it takes an hour.
+        lost_token: a batch that computes it loses the device, at "launch" or at "read" (`lost_at`).
+        out_of_memory: number of next passes that find too little memory.
         scripts: after the marker token `m`, the sequence continues with `scripts[m]`.
         step_seconds: how long a forward pass takes at least.
         device: name of the device; the adapters' memory is the host's if it begins with "cpu".
@@ -156,6 +162,9 @@ class OracleRunner:
     fault_token: int = -1
     crash_token: int = -1
     hang_token: int = -1
+    lost_token: int = -1
+    lost_at: str = "read"
+    out_of_memory: int = 0
     scripts: dict[int, list[int]] = field(default_factory=dict)
     step_seconds: float = 0.0
     merges_files: bool = False
@@ -227,6 +236,7 @@ class OracleRunner:
             options.get("merge_nbytes", 0),
             options.get("merge_fail", False),
             options.get("kills", ""),
+            options.get("loses", ""),
         )
         kill_if("read", adapter)
         return adapter
@@ -288,6 +298,11 @@ class OracleRunner:
     def forward(self, batch: ForwardBatch) -> np.ndarray:
         if self.step_seconds:
             time.sleep(self.step_seconds)
+        if self.out_of_memory:
+            self.out_of_memory -= 1
+            raise OutOfDeviceMemory("a secret of the allocator")
+        if self.lost_token in batch.tokens:
+            raise DeviceLost("a secret of the device")
         if self.keep_batches:
             self.batches.append(batch)
         if self.crash_token in batch.tokens:
@@ -344,8 +359,11 @@ class OracleRunner:
         return next_token(entries, self.vocab_size, self.forbidden)
 
 
-def build(**options: Any) -> OracleRunner:
-    """The factory that an engine process is started with; takes the fields of `OracleRunner`."""
+def build(**options: Any) -> object:
+    """The factory that an engine process is started with; takes the fields of `OracleRunner`.
+
+    With `ahead` the runner launches one pass ahead.
+    """
     if "refuse" in options:
         raise Refusal(Reason(options["refuse"]), "this model cannot be served")
     if "explode" in options:
@@ -354,7 +372,11 @@ def build(**options: Any) -> OracleRunner:
         options["forbidden"] = frozenset(options["forbidden"])
     if "scripts" in options:
         options["scripts"] = {int(k): v for k, v in options["scripts"].items()}
-    return OracleRunner(**options)
+    if not options.pop("ahead", False):
+        return OracleRunner(**options)
+    from engine.ahead_oracle import AheadOracle
+
+    return AheadOracle(OracleRunner(**options))
 
 
 def command(
