@@ -49,7 +49,8 @@ def rounded(x, TYPE: tl.constexpr):
         bits = x.to(tl.uint32, bitcast=True)
         bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
         return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return x.to(TYPE)
+    else:
+        return x.to(TYPE)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ leave out a rounding.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,9 +30,38 @@ from loraplex_model.decoder.cuda.kernels.common import (
     rounded,
 )
 from loraplex_model.decoder.cuda.pack import TILE, DeviceMatrix
+from loraplex_model.ops import nf4
 
 BYTES: tl.constexpr = tl.constexpr(BLOCK // 2)
 ROWS: tl.constexpr = tl.constexpr(TILE)
+_EMULATED: tl.constexpr = tl.constexpr(INTERPRETED)
+
+
+def decode_ptx() -> str:
+    """PTX that turns four bytes ($8) into the values of their low ($0-$3) and high codes ($4-$7).
+
+    Lane l of a warp holds value l % 16, and a code names the lane to read from: the segments of
+    16 lanes (0x101f) ignore all bits of an index above the fourth. A look-up thereby costs one
+    shift and one shuffle, and works on registers in any layout, such as that of tensor cores.
+    The values are selected by `%tid.x` and not by `%laneid`, since the compiler knows the former
+    to be constant, and moves the selection out of loops. Blocks of threads have one dimension.
+    """
+    bits = [struct.unpack("<I", struct.pack("<f", value))[0] for value in nf4.nf4_code().tolist()]
+    lines = [".reg .u32 lane, held, code;", ".reg .pred here;"]
+    lines += ["mov.u32 lane, %tid.x;", "and.b32 lane, lane, 15;", f"mov.b32 held, {bits[0]};"]
+    for lane in range(1, 16):
+        lines += [f"setp.eq.u32 here, lane, {lane};", f"selp.b32 held, {bits[lane]}, held, here;"]
+    for number in range(8):
+        shift = 8 * (number % 4) + 4 * (number // 4)
+        lines += [
+            f"shr.u32 code, $8, {shift};",
+            f"shfl.sync.idx.b32 ${number}, held, code, 0x101f, 0xffffffff;",
+        ]
+    return "\n".join(["{", *lines, "}"])
+
+
+_DECODE: tl.constexpr = tl.constexpr(decode_ptx())
+_REGISTERS: tl.constexpr = tl.constexpr("=r,=r,=r,=r,=r,=r,=r,=r,r")
 
 
 @triton.jit
@@ -39,15 +69,21 @@ def _maximum(raw, scale, offset, levels, NESTED: tl.constexpr):
     """The float32 maximum of a block from its stored form."""
     if NESTED:
         return tl.load(levels + raw.to(tl.int32)) * scale + offset
-    return raw
+    else:
+        return raw
 
 
 @triton.jit
-def _halves(byte, maximum, table, BN: tl.constexpr):
+def _halves(byte, maximum, values, BN: tl.constexpr):
     """Float32 weights [BN, 32] of the low and of the high codes of bytes [BN, 32]."""
-    values = tl.broadcast_to(table[None, :], (BN, 16))
-    low = tl.gather(values, (byte & 15).to(tl.int32), 1)
-    high = tl.gather(values, (byte >> 4).to(tl.int32), 1)
+    if _EMULATED:  # the interpreter has no inline assembly
+        table = tl.broadcast_to(tl.load(values + tl.arange(0, 16))[None, :], (BN, 16))
+        low = tl.gather(table, (byte & 15).to(tl.int32), 1)
+        high = tl.gather(table, (byte >> 4).to(tl.int32), 1)
+    else:
+        low, high = tl.inline_asm_elementwise(
+            _DECODE, _REGISTERS, [byte], dtype=(tl.float32, tl.float32), is_pure=True, pack=4
+        )
     return low * maximum[:, None], high * maximum[:, None]
 
 
@@ -74,6 +110,7 @@ def multiply_kernel(
     BN: tl.constexpr,
     BM: tl.constexpr,
     SPLIT: tl.constexpr,
+    UNROLL: tl.constexpr,
     NESTED: tl.constexpr,
     BIASED: tl.constexpr,
     DT: tl.constexpr,
@@ -89,7 +126,6 @@ def multiply_kernel(
     first = tl.program_id(2) * span
     last = tl.minimum(first + span, blocks)
     j = tl.arange(0, BYTES)
-    table = tl.load(values + tl.arange(0, 16))
     tile = (n // ROWS).to(tl.int64) * blocks + first
     at_code = codes + tile[:, None] * (ROWS * BYTES) + ((n % ROWS) * BYTES)[:, None] + j[None, :]
     at_maximum = absmax + tile * ROWS + n % ROWS
@@ -98,20 +134,27 @@ def multiply_kernel(
     start = tl.load(starts + n) + first
     offset = tl.load(offsets + n)
     acc = tl.zeros((BN, BM), tl.float32)
-    for b in range(last - first):
-        byte = tl.load(at_code)
-        raw = tl.load(at_maximum)
-        scale = offset
-        if NESTED:
-            scale = tl.load(scales + ((start + b) >> 8))
-        low, high = _halves(byte, _maximum(raw, scale, offset, levels, NESTED), table, BN)
-        left = tl.load(at_x, mask=wanted, other=0.0)
-        right = tl.load(at_x + BYTES, mask=wanted, other=0.0)
-        acc = tl.dot(low.to(DT), left.to(DT), acc, input_precision=PRECISION)
-        acc = tl.dot(high.to(DT), right.to(DT), acc, input_precision=PRECISION)
-        at_code += ROWS * BYTES
-        at_maximum += ROWS
-        at_x += 2 * BYTES
+    count = last - first
+    # A byte of a maximum is the address of its level, so it is loaded one block ahead: a load that
+    # waits for another one would hold up every step of the loop.
+    raw = tl.load(at_maximum, mask=count > 0, other=0)
+    for step in range(count // UNROLL):
+        for unrolled in tl.static_range(UNROLL):
+            b = step * UNROLL + unrolled
+            at_maximum += ROWS
+            ahead = tl.load(at_maximum, mask=b + 1 < count, other=0)
+            scale = offset
+            if NESTED:
+                scale = tl.load(scales + ((start + b) >> 8))
+            maximum = _maximum(raw, scale, offset, levels, NESTED)
+            low, high = _halves(tl.load(at_code), maximum, values, BN)
+            left = tl.load(at_x, mask=wanted, other=0.0)
+            right = tl.load(at_x + BYTES, mask=wanted, other=0.0)
+            acc = tl.dot(low.to(DT), left.to(DT), acc, input_precision=PRECISION)
+            acc = tl.dot(high.to(DT), right.to(DT), acc, input_precision=PRECISION)
+            raw = ahead
+            at_code += ROWS * BYTES
+            at_x += 2 * BYTES
     stored = (n < N)[:, None] & wanted
     at_out = out + m.to(tl.int64)[None, :] * out_stride + n[:, None]
     if BIASED:
@@ -169,9 +212,8 @@ def unpack_kernel(
     scale = offset
     if NESTED:
         scale = tl.load(scales + ((tl.load(starts + n) + b) >> 8))
-    table = tl.load(values + tl.arange(0, 16))
     maximum = _maximum(raw, scale, offset, levels, NESTED)
-    low, high = _halves(tl.load(at_code), maximum, table, BN)
+    low, high = _halves(tl.load(at_code), maximum, values, BN)
     at = out + n.to(tl.int64)[:, None] * out_stride + b * (2 * BYTES) + j[None, :]
     stored = (n < N)[:, None]
     tl.store(at, rounded(low, out.dtype.element_ty), mask=stored)
@@ -284,6 +326,7 @@ def multiply(
         BN=tiling.out_tile,
         BM=tiling.row_tile,
         SPLIT=tiling.split,
+        UNROLL=1,
         NESTED=matrix.is_nested,
         BIASED=matrix.bias is not None,
         DT=product_type(x.dtype),
