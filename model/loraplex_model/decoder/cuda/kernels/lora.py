@@ -14,13 +14,12 @@ loop over the chunks whose number the device says, so the grid depends on the ca
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 
 from loraplex_model.decoder.cuda.kernels.common import (
     TYPES,
@@ -28,10 +27,14 @@ from loraplex_model.decoder.cuda.kernels.common import (
     product_precision,
     product_type,
 )
+from loraplex_model.decoder.cuda.kernels.lora_programs import (
+    expand_kernel,
+    expand_silu_mul_kernel,
+    shrink_kernel,
+)
 from loraplex_model.decoder.cuda.lora_pass import LoraPass
-from loraplex_model.decoder.cuda.plan import CHUNK_ROWS
+from loraplex_model.decoder.cuda.plan import CHUNK_ROWS, RANK_STEP
 
-_RANKS = 32  # ranks of a tile: with fewer, some of a program's four warps would have none
 _MAX_SPLITS = 8
 _SPLIT_INPUTS = 512  # inputs of a partial sum, at least
 _PROGRAMS = 2048  # of a launch, about: several for each of a GPU's multiprocessors
@@ -90,7 +93,26 @@ def shrink(x: torch.Tensor, h: torch.Tensor, lora: LoraPass, site: int, parts: i
     `x` is [T, fan_in] in the compute dtype, `h` is that of `h_view`; `site` is the table's index of
     the first part, and the other parts follow.
     """
-    raise NotImplementedError
+    _check(h, lora, parts, x)
+    constants, options = shrink_configuration(x.shape[1], parts, x.dtype)
+    programs = h.shape[0] * parts
+    shrink_kernel[(_lanes(lora, programs), programs)](
+        x,
+        h,
+        lora.entries,
+        lora.chunk_begin,
+        lora.chunk_end,
+        lora.chunk_count,
+        lora.term_start,
+        lora.term_slot,
+        lora.term_row,
+        h.shape[2],
+        h.shape[3],
+        lora.sites,
+        site,
+        **constants,
+        **options,
+    )
 
 
 def expand(
@@ -103,9 +125,31 @@ def expand(
 ) -> None:
     """Adds the adapters' changes to the base's result `y` [T, sum of widths], in place.
 
-    `dtype` is that of the adapters' matrices, if it is not that of `y` (at the head).
+    `h` is what `shrink` wrote, of the same site. `dtype` is that of the adapters' matrices, if it
+    is not that of `y` (at the head).
     """
-    raise NotImplementedError
+    _check(h, lora, len(widths), y)
+    assert y.shape[1] == sum(widths)
+    constants, options = expand_configuration(h.shape[0], widths, dtype or y.dtype)
+    tiles = sum(triton.cdiv(width, constants["BN"]) for width in widths)
+    expand_kernel[(_lanes(lora, tiles), tiles)](
+        h,
+        y,
+        lora.entries,
+        lora.chunk_begin,
+        lora.chunk_end,
+        lora.chunk_count,
+        lora.term_start,
+        lora.term_slot,
+        lora.term_weight,
+        lora.term_row,
+        h.shape[2],
+        h.shape[3],
+        lora.sites,
+        site,
+        **constants,
+        **options,
+    )
 
 
 def expand_silu_mul(
@@ -113,7 +157,157 @@ def expand_silu_mul(
 ) -> None:
     """`out = silu(gate) * up`, with the adapters' changes of gate and up, for all rows.
 
-    `gate_up` [T, 2 * ff] is the base's result and is only read; `out` is [T, ff]. Bit for bit what
-    `expand` and `silu_mul` would compute one after the other.
+    `gate_up` [T, 2 * ff] is the base's result and is only read; `out` is [T, ff], and T is at most
+    the rows of the pass's capacity. Bit for bit what `expand` and `silu_mul` compute one after the
+    other.
     """
-    raise NotImplementedError
+    rows, width = out.shape
+    _check(h, lora, 2, gate_up, out)
+    assert gate_up.shape == (rows, 2 * width)
+    assert rows <= lora.capacity.rows
+    constants, options = silu_configuration(h.shape[0], width, out.dtype)
+    tiles = triton.cdiv(width, constants["BN"])
+    lanes = _lanes(lora, tiles)
+    expand_silu_mul_kernel[(lanes + triton.cdiv(rows, CHUNK_ROWS), tiles)](
+        h,
+        gate_up,
+        out,
+        lora.entries,
+        lora.chunk_begin,
+        lora.chunk_end,
+        lora.chunk_count,
+        lora.term_start,
+        lora.term_slot,
+        lora.term_weight,
+        lora.term_row,
+        lora.row_chunk,
+        h.shape[2],
+        h.shape[3],
+        lora.sites,
+        site,
+        rows,
+        lanes,
+        **constants,
+        **options,
+    )
+
+
+def _lanes(lora: LoraPass, programs: int) -> int:
+    """Programs that share the chunks, for `programs` of a chunk."""
+    return max(1, min(lora.capacity.rows, _PROGRAMS // programs))
+
+
+def _check(h: torch.Tensor, lora: LoraPass, parts: int, *activations: torch.Tensor) -> None:
+    capacity = lora.capacity
+    assert h.shape[1:] == (parts, capacity.h_rows, capacity.rank_stride)
+    assert capacity.rank_stride % RANK_STEP == 0
+    assert all(tensor.is_contiguous() for tensor in (h, *activations))
+
+
+def _constants(dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "TYPE": TYPES[dtype],
+        "DT": product_type(dtype),
+        "PRECISION": product_precision(dtype),
+    }
+
+
+def shrink_configuration(
+    fan_in: int, parts: int, dtype: torch.dtype
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """Constants of `shrink_kernel`, and its warps and stages."""
+    shape = shrink_shape(fan_in)
+    constants = {"FAN_IN": fan_in, "PARTS": parts, "SPAN": shape.span, "STEP": shape.step}
+    stages = 4 if dtype.itemsize == 2 else 2
+    return {**constants, **_constants(dtype)}, {"num_warps": 4, "num_stages": stages}
+
+
+def expand_configuration(
+    splits: int, widths: Sequence[int], dtype: torch.dtype
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """Constants of `expand_kernel`, and its warps and stages."""
+    w0, w1, w2 = [*widths, 0, 0][:3]
+    constants = {
+        "W0": w0,
+        "W1": w1,
+        "W2": w2,
+        "PARTS": len(widths),
+        "SPLITS": splits,
+        "SUMS": triton.next_power_of_2(splits),
+        "BN": expand_columns(widths),
+    }
+    return {**constants, **_constants(dtype)}, {"num_warps": 4, "num_stages": 1}
+
+
+def silu_configuration(
+    splits: int, width: int, dtype: torch.dtype
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """Constants of `expand_silu_mul_kernel`, and its warps and stages."""
+    constants = {
+        "WIDTH": width,
+        "SPLITS": splits,
+        "SUMS": triton.next_power_of_2(splits),
+        "BN": 128 if width >= 2048 else 64,
+    }
+    return {**constants, **_constants(dtype)}, {"num_warps": 4, "num_stages": 1}
+
+
+_PLAN = {
+    "entries": "*i64",
+    **dict.fromkeys(("chunk_begin", "chunk_end", "chunk_count", "term_start"), "*i32"),
+    **dict.fromkeys(("term_slot", "term_row"), "*i32"),
+    **dict.fromkeys(("h_rows", "rank_stride", "sites", "site"), "i32"),
+}
+
+_MODELS = {
+    "8b": {"hidden": 4096, "kv": 1024, "ff": 14336, "vocab": 128256},
+    "smollm2": {"hidden": 576, "kv": 192, "ff": 1536, "vocab": 49152},
+}
+
+
+def compilations() -> list[Compilation]:
+    """The kernels for the shapes of Llama 3.1 8B and SmolLM2 135M, in bfloat16 and float32."""
+    return [
+        compilation
+        for model, sizes in _MODELS.items()
+        for dtype in (torch.bfloat16, torch.float32)
+        for compilation in _of_model(model, dtype, **sizes)
+    ]
+
+
+def _of_model(
+    model: str, dtype: torch.dtype, hidden: int, kv: int, ff: int, vocab: int
+) -> Iterator[Compilation]:
+    kind = str(TYPES[dtype])
+    weighted = {**_PLAN, "h": "*fp32", "term_weight": "*fp32"}
+    matrices: dict[str, tuple[int, tuple[int, ...], str]] = {
+        "qkv": (hidden, (hidden, kv, kv), kind),
+        "o": (hidden, (hidden,), kind),
+        "gate_up": (hidden, (ff, ff), kind),
+        "down": (ff, (hidden,), kind),
+        "head": (hidden, (vocab,), "fp32"),
+    }
+    for name, (fan_in, widths, output) in matrices.items():
+        named = f"{name}_{model}_{kind}"
+        constants, options = shrink_configuration(fan_in, len(widths), dtype)
+        signature = {**_PLAN, "x": f"*{kind}", "h": "*fp32"}
+        yield Compilation(
+            shrink_kernel, f"shrink_{named}", signature, constants, is_hot=True, **options
+        )
+        splits = shrink_shape(fan_in).splits
+        constants, options = expand_configuration(splits, widths, dtype)
+        signature = {**weighted, "y": f"*{output}"}
+        yield Compilation(
+            expand_kernel, f"expand_{named}", signature, constants, is_hot=True, **options
+        )
+    constants, options = silu_configuration(shrink_shape(hidden).splits, ff, dtype)
+    signature = {**weighted, "gate_up": f"*{kind}", "out": f"*{kind}", "row_chunk": "*i32"}
+    signature |= {"rows": "i32", "lanes": "i32"}
+    yield Compilation(
+        expand_silu_mul_kernel,
+        f"expand_silu_mul_{model}_{kind}",
+        signature,
+        constants,
+        is_hot=True,
+        **options,
+    )
