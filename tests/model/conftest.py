@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +31,18 @@ def _native() -> Any:
     return NativeDecoder
 
 
-@pytest.fixture(params=["reference", "native"])
+# The kernels for CUDA run in Triton's interpreter, where there is one: see `make test-triton`.
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
+DECODERS = ["reference", "native", *(["cuda"] if IS_INTERPRETED else [])]
+
+
+@pytest.fixture(params=DECODERS)
 def decoder_class(request: pytest.FixtureRequest) -> Any:
     """`(weights, num_blocks, block_size, num_slots) -> decoder`, each implementation in turn."""
+    if request.param == "cuda":
+        from loraplex_model.decoder.cuda.decoder import CudaDecoder
+
+        return partial(CudaDecoder, max_rows=64, max_draws=8)
     if request.param == "reference":
         return partial(ReferenceDecoder, keep_dense=True)
     native = _native()
