@@ -1,5 +1,6 @@
 """The engine core: requests in, one step at a time, messages out.
 
+The core decides what lives and what ends; `passes` computes and answers in between.
 A plain object without threads, sockets or files of its own. One thread owns it; adapter files are
 read by the loader that it is given. Every accepted request that is not aborted has exactly one last
 output. However a request ends, `_end` releases its blocks, its pins and its place in a queue.
@@ -11,8 +12,6 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
-import numpy as np
-from loraplex_model.base.faults import reach
 from loraplex_model.base.refusal import Reason
 
 from loraplex_server.engine.adapters.adapters import Adapters
@@ -22,36 +21,24 @@ from loraplex_server.engine.adapters.residency import UNLOADED
 from loraplex_server.engine.batching.admission import refusal
 from loraplex_server.engine.batching.deadlines import Deadlines
 from loraplex_server.engine.batching.kv import BlockPool
-from loraplex_server.engine.batching.layout import lay_out
 from loraplex_server.engine.batching.request import Request, RequestState
-from loraplex_server.engine.batching.sampler import (
-    NON_FINITE,
-    Draw,
-    Floats,
-    finite_rows,
-    logprobs,
-    sample,
-)
-from loraplex_server.engine.batching.scheduler import (
-    PRIORITY_SECONDS,
-    BatchRow,
-    EngineLimits,
-    Logits,
-    Scheduler,
-)
+from loraplex_server.engine.batching.sampler import Draw
+from loraplex_server.engine.batching.scheduler import PRIORITY_SECONDS, EngineLimits, Scheduler
 from loraplex_server.engine.books import check_books
 from loraplex_server.engine.messages import (
     Control,
     Failure,
-    Logprobs,
-    Output,
     Reply,
     StepReport,
     Submit,
     Unload,
 )
+from loraplex_server.engine.passes.answers import Answers
+from loraplex_server.engine.passes.lock_step import LockStep, Passes
+from loraplex_server.engine.passes.one_ahead import OneAhead
+from loraplex_server.engine.passes.tally import PassTally
 from loraplex_server.engine.reporting import Reporter
-from loraplex_server.engine.runner.protocol import ModelRunner
+from loraplex_server.engine.runner.protocol import ModelRunner, works_ahead
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +50,6 @@ CHECK_SECONDS = 60.0
 
 EXPIRED = Failure(Reason.DEADLINE_EXCEEDED, "the deadline passed before the request was finished")
 FAULT = Failure(Reason.ENGINE_FAULT, "the model failed to compute this request")
-NOT_FINITE = Failure(Reason.NON_FINITE_LOGITS, "the model's output for this request is not finite")
 
 
 class EngineCore:
@@ -71,7 +57,6 @@ class EngineCore:
 
     Attributes:
         adapters: the adapters' side of the engine.
-        broken: the runner has failed `MAX_FAULTS` times in a row.
     """
 
     def __init__(
@@ -91,17 +76,27 @@ class EngineCore:
         self._clock = clock
         self._pool = BlockPool(runner.num_blocks, runner.block_size)
         self._scheduler = Scheduler(self._pool, self._limits)
-        self.adapters = Adapters(runner, loader or ThreadLoader(runner), clock, attempts)
-        self._reporter = Reporter(self._scheduler, self.adapters, clock)
+        self._tally = PassTally()
+        self._answers = Answers(self._scheduler.turns, clock, self._end, self._fault)
+        self._passes = self._choose_passes(runner)
+        settle_slot = self._passes.settle_slot
+        self.adapters = Adapters(
+            runner, loader or ThreadLoader(runner), clock, attempts, settle_slot
+        )
+        self._reporter = Reporter(self._scheduler, self.adapters, self._tally, clock)
         self._requests: dict[int, Request] = {}
         self._deadlines = Deadlines()
-        self._outputs: list[Output] = []
         self._arrivals = 0
         self._steps = 0
-        self._faults = 0
         self._woken = False
         self._checked_at = clock()
-        self.broken = False
+
+    def _choose_passes(self, runner: ModelRunner) -> Passes:
+        """One pass ahead if the runner can; else one after the other."""
+        parts = self._scheduler, self._answers, self._tally, self._fault
+        if works_ahead(runner):
+            return OneAhead(runner, *parts, self._clock)
+        return LockStep(runner, *parts)
 
     # commands
 
@@ -115,7 +110,7 @@ class EngineCore:
         waiting = [r.prompt_len for r in self._requests.values() if r.queue_seconds is None]
         failure = refusal(submit, waiting, self._runner.info, cache_tokens, self._limits)
         if failure is not None:
-            self._outputs.append(Output(id=submit.id, error=failure))
+            self._answers.fail(submit.id, failure)
             return
         self._arrivals += 1
         now, draw = self._clock(), Draw(submit.sampling, submit.token_ids)
@@ -139,11 +134,11 @@ class EngineCore:
             except Exception:
                 log.exception("a failed request could not be ended")
                 self._requests.pop(request_id, None)
-        self._outputs.append(Output(id=request_id, error=FAULT))
+        self._answers.fail(request_id, FAULT)
 
     def abort(self, request_id: int) -> None:
         """Ends a request at once and without an output. Unknown ids are ignored."""
-        self._outputs = [output for output in self._outputs if output.id != request_id]
+        self._answers.withdraw(request_id)
         request = self._requests.get(request_id)
         if request is not None:
             self._end(request)
@@ -167,28 +162,30 @@ class EngineCore:
         self._woken = False
         self._expire(begun)
         replies = self._settle()
-        rows = self._scheduler.schedule(begun)
-        if rows:
-            self._steps += 1
-            logits = self._compute(rows)
-            if logits is not None:
-                self._commit(rows, logits)
-        self._take_turns(rows, begun)
+        read = self._passes.run(begun)
+        self._steps += bool(read.rows)
+        self._answers.take_turns(read)
         if begun - self._checked_at >= CHECK_SECONDS:
             self._checked_at = begun
             self.check_books()
-        outputs, self._outputs = self._outputs, []
-        done = self._reporter.report(rows, outputs, self._requests.values(), self._steps, begun)
+        outputs, requests = self._answers.take(), self._requests.values()
+        done = self._reporter.report(read.rows, outputs, requests, self._steps, read.begun)
         return [*replies] if done is None else [done, *replies]
 
     @property
     def idle(self) -> bool:
-        """Whether no request is unfinished and no order unanswered."""
-        return not self._requests and not self._outputs and self.adapters.is_idle
+        """Whether no request is unfinished, no pass unread and no order unanswered."""
+        busy = self._requests or self._answers or self._passes.in_flight
+        return not busy and self.adapters.is_idle
+
+    @property
+    def broken(self) -> bool:
+        """Whether the runner has failed `MAX_FAULTS` times in a row."""
+        return self._tally.faults >= MAX_FAULTS
 
     def wait_seconds(self) -> float | None:
         """Seconds until `step` has work again if nothing arrives; None if never."""
-        if self._woken or not self._scheduler.is_idle:
+        if self._woken or not self._scheduler.is_idle or self._passes.in_flight:
             return 0.0
         ends = [self._deadlines.next, self.adapters.deadline]
         end = min((end for end in ends if end is not None), default=None)
@@ -227,119 +224,15 @@ class EngineCore:
             self._scheduler.enqueue(request)
         for request, failure in settled.refused:
             self._forget(request)
-            self._outputs.append(Output(id=request.id, error=failure))
+            self._answers.fail(request.id, failure)
         return settled.replies
 
-    def _compute(self, rows: Sequence[BatchRow]) -> Floats | None:
-        """Logits of the forward pass. If it fails, its requests end; returns None."""
-        batch = lay_out(rows)
-        try:
-            reach("engine.before_step")
-            logits: Floats = np.asarray(self._runner.forward(batch))
-        except Exception:
-            requests = [row.request for row in rows]
-            self._fault(requests, "a forward pass failed; its %d requests fail")
-            return None
-        self._faults = 0
-        return logits
-
-    def _fault(self, requests: Sequence[Request], text: str) -> None:
-        log.exception(text, len(requests))
-        self._faults += 1
-        self.broken = self._faults >= MAX_FAULTS
+    def _fault(self, requests: Sequence[Request], text: str, error: Exception) -> None:
+        """Ends the requests that a failure has hit; `text` is for the log."""
+        log.error(text, len(requests), exc_info=error)
+        self._tally.faults += 1
         for request in requests:
             self._end(request, FAULT)
-
-    def _commit(self, rows: Sequence[BatchRow], logits: Floats) -> None:
-        """Notes the computed tokens, and samples the next token of each completed row.
-
-        Rows for which sampling is costly wait for their turn instead.
-        """
-        due: list[Request] = []
-        lines: list[int] = []
-        at = 0
-        for row in rows:
-            row.request.computed += row.count
-            if row.logits is Logits.ALL and not self._score(row, logits[at : at + row.count]):
-                self._end(row.request, NOT_FINITE)
-            elif row.completes:
-                line = at + (row.count - 1 if row.logits is Logits.ALL else 0)
-                if row.request.draw.is_costly:
-                    self._scheduler.turns.wait(row.request, logits[line])
-                else:
-                    due.append(row.request)
-                    lines.append(line)
-            at += row.count if row.logits is Logits.ALL else row.logits is Logits.LAST
-        if due:
-            self._sample(due, logits if len(lines) == len(logits) else logits[lines])
-
-    def _sample(self, due: Sequence[Request], logits: Floats) -> None:
-        """Gives each request its next token, chosen from its row of `logits`."""
-        try:
-            tokens = sample(logits, [request.draw for request in due])
-            reach("engine.after_sample")
-        except Exception:
-            self._fault(due, "sampling failed; its %d requests fail")
-            return
-        for request, line, token in zip(due, logits, tokens, strict=True):
-            self._give(request, token, line)
-
-    def _take_turns(self, rows: Sequence[BatchRow], begun: float) -> None:
-        """Samples requests for which that is costly, for as long as the other rows allow."""
-        turns = self._scheduler.turns
-        if not turns:
-            return
-        at = self._clock()
-        turns.earn(at - begun)
-        is_shared = any(not row.request.draw.is_costly for row in rows)
-        while turns and not (is_shared and turns.is_over):
-            request, logits = turns.take()
-            self._sample([request], logits[np.newaxis])
-            began, at = at, self._clock()
-            turns.spend(at - began)
-
-    def _score(self, row: BatchRow, logits: Floats) -> bool:
-        """Takes log-probabilities of prompt tokens; False if the logits are not finite."""
-        request = row.request
-        skipped = request.scored - 1 - row.start
-        wanted = logits[skipped : request.prompt_len - 1 - row.start]
-        if not all(finite_rows(wanted)):
-            return False
-        for line in wanted:
-            token = request.tokens[request.scored]
-            count = request.submit.prompt_logprobs or 0
-            request.prompt_logprobs.append(logprobs(line, token, count))
-            request.scored += 1
-        return True
-
-    def _give(self, request: Request, token: int, logits: Floats) -> None:
-        """Adds a sampled token to a request and to the outputs of this step."""
-        if token == NON_FINITE:
-            self._end(request, NOT_FINITE)
-            return
-        started = request.generated == 0
-        finish: str | None = None
-        if token in request.stops:
-            finish = "stop"
-        elif request.generated + 1 == request.submit.max_new_tokens:
-            finish = "length"
-        entries: list[Logprobs] = []
-        if request.submit.logprobs is not None and finish != "stop":
-            entries.append(logprobs(logits, token, request.submit.logprobs))
-        output = Output(
-            id=request.id,
-            token_ids=[] if finish == "stop" else [token],
-            logprobs=entries,
-            prompt_logprobs=request.prompt_logprobs if started else [],
-            started=started,
-            queue_seconds=(request.queue_seconds or 0.0) if started else 0.0,
-            finish=finish,
-        )
-        self._outputs.append(output)
-        if finish is None:
-            request.append(token)
-        else:
-            self._end(request)
 
     def _end(self, request: Request, failure: Failure | None = None) -> None:
         """Ends a request and releases everything it holds, whatever its state."""
@@ -348,7 +241,7 @@ class EngineCore:
         self._forget(request)
         self._woken = True
         if failure is not None:
-            self._outputs.append(Output(id=request.id, error=failure))
+            self._answers.fail(request.id, failure)
 
     def _forget(self, request: Request) -> None:
         request.state = RequestState.DONE

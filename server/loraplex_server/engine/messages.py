@@ -273,6 +273,10 @@ class StepStats(msgspec.Struct, frozen=True):
     """Anonymous memory of the engine process, at most some seconds old; 0 if unknown."""
     accounted_bytes: int = 0
     """Memory of the process before the first adapter, and that of all adapters by budget."""
+    wasted_rows: int = 0
+    """Rows computed for requests that had ended meanwhile, since the engine started."""
+    out_of_memory: int = 0
+    """Passes for which device memory did not suffice, since the engine started."""
 
 
 class StepReport(msgspec.Struct, frozen=True, tag="step"):

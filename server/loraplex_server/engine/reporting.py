@@ -9,6 +9,7 @@ from loraplex_server.engine.batching.request import Request, RequestState
 from loraplex_server.engine.batching.scheduler import BatchRow, Scheduler
 from loraplex_server.engine.memory import MemoryGauge
 from loraplex_server.engine.messages import Output, StepReport, StepStats
+from loraplex_server.engine.passes.tally import PassTally
 
 TABLE_SECONDS = 0.25
 """Shortest time between two tables that differ in references alone, while requests run.
@@ -22,9 +23,14 @@ class Reporter:
     """Builds the message of each step, and remembers which state the front was last sent."""
 
     def __init__(
-        self, scheduler: Scheduler, adapters: Adapters, clock: Callable[[], float]
+        self,
+        scheduler: Scheduler,
+        adapters: Adapters,
+        tally: PassTally,
+        clock: Callable[[], float],
     ) -> None:
         self._scheduler = scheduler
+        self._tally = tally
         self._adapters = adapters
         self._clock = clock
         self._memory = MemoryGauge(clock)
@@ -41,9 +47,10 @@ class Reporter:
         step: int,
         begun: float,
     ) -> StepReport | None:
-        """The message of a step that computed `rows`; None if nothing has changed.
+        """The message of a step that read the pass of `rows`; None if nothing has changed.
 
-        `requests` are the unfinished ones; the step began at `begun` on the engine's clock.
+        `requests` are the unfinished ones; the duration of the pass counts from `begun` on the
+        engine's clock.
         """
         changed = self._table_is_due()
         held = (len(requests), self._scheduler.pool.used)
@@ -96,4 +103,6 @@ class Reporter:
             waiting_turns=len(self._scheduler.turns),
             memory_bytes=self._memory.nbytes,
             accounted_bytes=self._memory.at_start + adapters.process_bytes,
+            wasted_rows=self._tally.wasted_rows,
+            out_of_memory=self._tally.out_of_memory,
         )

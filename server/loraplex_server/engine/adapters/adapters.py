@@ -48,11 +48,13 @@ class Adapters:
         loader: Loader,
         clock: Callable[[], float],
         attempts: Announcements | None = None,
+        settle_slot: Callable[[int], None] = lambda slot: None,
     ) -> None:
+        """`settle_slot` returns when no pass reads a slot, whose contents are to change then."""
         self._replies: list[Reply] = []
         self._lanes = LoadLanes(loader)
         reply = self._replies.append
-        self.slots = AdapterSlots(runner, clock, attempts)
+        self.slots = AdapterSlots(runner, clock, attempts, settle_slot)
         self.host = HostTier(runner.host_budget_bytes, runner.info.device.startswith("cpu"))
         self.merging = Merging(runner, self.slots, self.host, self._lanes, clock, reply, attempts)
         self.residency = Residency(runner, self.slots, self.host, self._lanes, self.merging, reply)

@@ -193,6 +193,7 @@ class Merging:
         if merge is None or merge.copies is None:
             return
         resident, begun = merge.resident, self._clock()
+        self._slots.settle_slot(resident.slot)
         try:
             with self._attempts.of(resident.digest, MERGE):
                 self._runner.publish_merge(resident.slot, merge.copies)
@@ -261,6 +262,7 @@ class Merging:
             return
         resident = self._slots.residents.get(digest)
         if resident is not None and resident.merged_bytes:
+            self._slots.settle_slot(resident.slot)
             begun = self._clock()
             self._runner.remove_merge(resident.slot)
             self._on_unmerged(resident, self._clock() - begun)

@@ -85,8 +85,14 @@ class AdapterSlots:
     """
 
     def __init__(
-        self, runner: ModelRunner, clock: Callable[[], float], attempts: Announcements | None = None
+        self,
+        runner: ModelRunner,
+        clock: Callable[[], float],
+        attempts: Announcements | None = None,
+        settle_slot: Callable[[int], None] = lambda slot: None,
     ) -> None:
+        """`settle_slot` returns when no pass reads a slot, whose contents are to change then."""
+        self.settle_slot = settle_slot
         self._runner = runner
         self._clock = clock
         self._attempts = attempts or Announcements()
@@ -144,6 +150,7 @@ class AdapterSlots:
     def remove(self, resident: Resident, evicted: bool) -> None:
         """Frees the slot of an adapter without pins; `evicted` if it makes room for another."""
         assert resident.refs == 0, "an adapter in use is removed"
+        self.settle_slot(resident.slot)
         self._runner.remove_adapter(resident.slot)
         del self.residents[resident.digest]
         self._free.append(resident.slot)

@@ -79,8 +79,13 @@ class Request:
             priority is worth, then the number of the arrival.
         arrived: time of arrival on the engine's clock.
         draw: state of sampling.
-        tokens: the prompt, then the generated tokens (int32).
-        computed: number of `tokens` in the KV cache; 0 again after preemption.
+        tokens: the prompt, then the generated tokens (int32). The last `pending` ones are not known
+            to the host yet: -1 - k stands for the token of draw k of the launch that chooses it.
+        pending: number of `tokens` that are not known yet.
+        awaits_token: its next token is being chosen and has no place in `tokens` yet, so nothing
+            can be scheduled for it.
+        computed: number of `tokens` in the KV cache, once the launches under way have run; 0 again
+            after preemption.
         scored: number of prompt tokens whose log-probability has been taken, counting the first
             (it has none); never falls, so none is reported twice.
         blocks: KV blocks that the request owns, in the order of its tokens (int32).
@@ -97,6 +102,8 @@ class Request:
     tokens: array[int] = field(init=False)
     stops: frozenset[int] = field(init=False)
     state: RequestState = RequestState.FETCHING
+    pending: int = 0
+    awaits_token: bool = False
     computed: int = 0
     scored: int = 1
     prompt_logprobs: list[Logprobs] = field(default_factory=list)
@@ -127,14 +134,19 @@ class Request:
 
     @property
     def generated(self) -> int:
-        """Number of tokens generated so far."""
-        return len(self.tokens) - self.prompt_len
+        """Number of tokens generated so far, without those that are not known yet."""
+        return len(self.tokens) - self.prompt_len - self.pending
+
+    @property
+    def next_is_last(self) -> bool:
+        """Whether the token after `tokens` ends the request by its length."""
+        return len(self.tokens) - self.prompt_len + 1 == self.submit.max_new_tokens
 
     @property
     def remaining(self) -> int:
         """Number of tokens to compute before the next one can be chosen; 1 when decoding.
 
-        0 while the next token is still to be chosen: see `Turns`.
+        0 while the next token is still to be chosen: see `Turns` and `awaits_token`.
         """
         return len(self.tokens) - self.computed
 
@@ -153,7 +165,16 @@ class Request:
         """Upper bound of its own tokens in the KV cache: the last one is never computed."""
         return self.prompt_len + self.submit.max_new_tokens - 1
 
+    def expect(self, draw: int) -> None:
+        """Adds the token that draw `draw` of a launch will choose."""
+        self.tokens.append(-1 - draw)
+        self.pending += 1
+
     def append(self, token: int) -> None:
-        """Adds a generated token that does not end the request."""
-        self.tokens.append(token)
+        """Adds a generated token that does not end the request, or learns the first pending one."""
+        if self.pending:
+            self.tokens[-self.pending] = token
+            self.pending -= 1
+        else:
+            self.tokens.append(token)
         self.draw.saw(token)

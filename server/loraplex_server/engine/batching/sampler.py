@@ -32,6 +32,8 @@ _HOT = 2.0
 """Temperature above which top-p counts as costly before the first token."""
 _LARGE_PART = 0.25
 """Part of the vocabulary that top-p may put in order before it counts as costly."""
+_NO_IDS = np.empty(0, np.int32)
+_NO_COUNTS = np.empty(0, np.float32)
 
 
 class _Tokens:
@@ -99,6 +101,27 @@ class Draw:
     def is_plain_greedy(self) -> bool:
         """Whether the next token is the one with the largest unadjusted logit."""
         return self._is_plain and self.params.temperature == 0.0
+
+    def uniform(self, ahead: int = 0) -> float:
+        """The random number of the choice that is `ahead` choices after the next; 0 if greedy."""
+        if self.params.temperature == 0.0:
+            return 0.0
+        return uniform(self.params.seed, self._index + ahead)
+
+    @property
+    def seen(self) -> NDArray[np.int32]:
+        """Different tokens of prompt and output; empty without a repetition penalty."""
+        return _NO_IDS if self._seen is None else self._seen.ids.astype(np.int32)
+
+    @property
+    def counted(self) -> tuple[NDArray[np.int32], Floats]:
+        """Different tokens of the output, and how often each occurred.
+
+        Empty without a presence or frequency penalty.
+        """
+        if self._counts is None:
+            return _NO_IDS, _NO_COUNTS
+        return self._counts.ids.astype(np.int32), self._counts.counts.copy()
 
     def saw(self, token: int) -> None:
         """Notes a generated token."""

@@ -26,6 +26,9 @@ from loraplex_server.engine.batching.turns import Turns
 PRIORITY_SECONDS = 0.1
 """Seconds of waiting that one level of priority is worth."""
 
+NARROW_STEPS = 32
+"""Number of steps with fewer tokens after a step for which device memory did not suffice."""
+
 
 class EngineLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Bounds of the engine.
@@ -93,6 +96,8 @@ class Scheduler:
         self.running: list[Request] = []
         self.turns = Turns()
         self.preemptions = 0
+        self._token_budget = limits.token_budget
+        self._narrow_steps = 0
 
     @property
     def is_idle(self) -> bool:
@@ -112,22 +117,37 @@ class Scheduler:
             _take(self.running, request)
             self._free(request)
 
+    def narrow(self, tokens: int) -> None:
+        """Limits each of the next `NARROW_STEPS` steps to `tokens`, but at least to one."""
+        self._token_budget = max(1, min(tokens, self._token_budget))
+        self._narrow_steps = NARROW_STEPS
+
     def schedule(self, now: float) -> list[BatchRow]:
-        """The rows of the next step; rows with an equal mix are adjacent."""
+        """The rows of the next step; rows with an equal mix are adjacent.
+
+        Calling it again without computing the rows gives them again, as far as the budget allows.
+        """
         rows: list[BatchRow] = []
         self._schedule_decodes(rows)
-        budget = self.limits.token_budget - len(rows)
+        budget = self._token_budget - len(rows)
         for request in self.running:
             if budget and request.remaining > 1:
                 budget -= self._chunk(request, budget, rows)
         self._admit(budget, rows, now)
         rows.sort(key=lambda row: row.request.mix)
+        if self._narrow_steps and rows:
+            self._narrow_steps -= 1
+            if not self._narrow_steps:
+                self._token_budget = self.limits.token_budget
         return rows
 
     def _schedule_decodes(self, rows: list[BatchRow]) -> None:
-        """Adds every decode row; preempts the last in order while a row lacks a block."""
+        """Adds every decode row; preempts the last in order while a row lacks a block.
+
+        The budget has room for all of them, unless memory has run out lately.
+        """
         at = 0
-        while at < len(self.running):
+        while at < len(self.running) and len(rows) < self._token_budget:
             request = self.running[at]
             at += 1
             if request.remaining != 1:  # a part of its prompt is missing, or it waits for its turn
@@ -172,7 +192,7 @@ class Scheduler:
         """
         started = 0
         for request in self.queue:
-            if not budget or len(self.running) >= self.limits.max_running:
+            if not budget or len(self.running) >= self.limits.max_running or request.awaits_token:
                 break
             need = self.pool.blocks_for(request.in_own_blocks)
             if need + len(self.running) > self.pool.free and self.running:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,10 +24,11 @@ class OutOfDeviceMemory(Exception):
     """
 
 
-class DeviceLost(Exception):
+class DeviceLost(BaseException):
     """The device or this process's context on it is unusable, so every later call would fail.
 
-    Only a new process can go on.
+    Only a new process can go on. Not an `Exception`, so that no code that handles the failure of
+    one request or adapter takes it for one.
     """
 
 
@@ -153,7 +154,7 @@ class StepResult:
     lines: NDArray[np.float32]
 
 
-class Ticket(Protocol):
+class StepTicket(Protocol):
     """A launch whose result has not been read yet."""
 
     def wait(self) -> StepResult:
@@ -163,14 +164,14 @@ class Ticket(Protocol):
         """
 
 
-@runtime_checkable
 class AheadRunner(ModelRunner, Protocol):
     """A runner that chooses tokens on the device, so that a pass can follow before they are read.
 
     At most two launches are in flight. They run in the order of their calls, on one stream, and so
     does the device's part of every other method: a launch sees the KV entries and the tokens of the
     launches before, and an adapter is published behind the launches that are under way. Their
-    tickets are waited for in the same order.
+    tickets are waited for in the same order. Calls of other methods between two launches, `forward`
+    included, leave the tokens of the earlier one available to the later one.
 
     The engine calls `remove_adapter`, `publish_merge` and `remove_merge` for a slot only after
     every ticket whose launch used the slot has been waited for. KV blocks of an ended request can
@@ -183,7 +184,7 @@ class AheadRunner(ModelRunner, Protocol):
         draws: Sequence[DrawOrder],
         draw_lines: NDArray[np.int32],
         host_lines: NDArray[np.int32],
-    ) -> Ticket:
+    ) -> StepTicket:
         """Starts a forward pass and the choice of tokens; does not wait for either.
 
         A token id of -1 - k in `batch.tokens` stands for the token of draw k of the launch before.
@@ -201,3 +202,11 @@ class AheadRunner(ModelRunner, Protocol):
                 may be launched instead. The tokens of the launch before remain available to it.
             DeviceLost: the device cannot be used any more.
         """
+
+
+def works_ahead(runner: ModelRunner) -> TypeGuard[AheadRunner]:
+    """Whether a runner can launch a pass before the one before it has been read.
+
+    A runner that cannot has no `launch`, or None in its place.
+    """
+    return getattr(runner, "launch", None) is not None

@@ -1,0 +1,181 @@
+"""The outputs of a step, and how the results of a pass become outputs.
+
+Here a request gets its next token and the log-probabilities that it asked for. Requests that end
+are handed back to the core, which releases what they hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from loraplex_model.base.faults import reach
+from loraplex_model.base.refusal import Reason
+
+from loraplex_server.engine.batching.request import Request
+from loraplex_server.engine.batching.sampler import (
+    NON_FINITE,
+    Floats,
+    finite_rows,
+    logprobs,
+    sample,
+)
+from loraplex_server.engine.batching.scheduler import BatchRow, Logits
+from loraplex_server.engine.batching.turns import Turns
+from loraplex_server.engine.messages import Failure, Logprobs, Output
+
+NOT_FINITE = Failure(Reason.NON_FINITE_LOGITS, "the model's output for this request is not finite")
+
+
+OnFault = Callable[[Sequence[Request], str, Exception], None]
+"""Ends requests that a failure has hit. The text, for the log, has a place for their number."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReadPass:
+    """What a step has done.
+
+    Attributes:
+        rows: those of the pass that was read; empty if none was.
+        begun: time on the engine's clock from which the duration of that pass counts.
+        ahead: rows of the pass that was started and is not read yet.
+    """
+
+    rows: Sequence[BatchRow]
+    begun: float
+    ahead: Sequence[BatchRow] = ()
+
+
+class Answers:
+    """The outputs that are not sent yet, and the ways in which they are made."""
+
+    def __init__(
+        self,
+        turns: Turns,
+        clock: Callable[[], float],
+        end: Callable[[Request, Failure | None], None],
+        on_fault: OnFault,
+    ) -> None:
+        """`end` ends a request; `on_fault` ends those for which choosing a token has failed."""
+        self._turns = turns
+        self._clock = clock
+        self._end = end
+        self._on_fault = on_fault
+        self._outputs: list[Output] = []
+
+    def __bool__(self) -> bool:
+        """Whether there are outputs to send."""
+        return bool(self._outputs)
+
+    def fail(self, request_id: int, failure: Failure) -> None:
+        """Adds the last output of a request that fails."""
+        self._outputs.append(Output(id=request_id, error=failure))
+
+    def withdraw(self, request_id: int) -> None:
+        """Drops the outputs of a request."""
+        self._outputs = [output for output in self._outputs if output.id != request_id]
+
+    def take(self) -> list[Output]:
+        """Removes and returns all outputs."""
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def commit(self, rows: Sequence[BatchRow], logits: Floats) -> None:
+        """Notes the computed tokens, and samples the next token of each completed row.
+
+        Rows for which sampling is costly wait for their turn instead.
+        """
+        due: list[Request] = []
+        lines: list[int] = []
+        at = 0
+        for row in rows:
+            row.request.computed += row.count
+            is_all = row.logits is Logits.ALL
+            is_sound = not is_all or self.score(row, logits[at : at + row.count])
+            if is_sound and row.completes:
+                line = at + (row.count - 1 if is_all else 0)
+                if row.request.draw.is_costly:
+                    self._turns.wait(row.request, logits[line])
+                else:
+                    due.append(row.request)
+                    lines.append(line)
+            at += row.count if is_all else row.logits is Logits.LAST
+        if due:
+            self.sample(due, logits if len(lines) == len(logits) else logits[lines])
+
+    def sample(self, due: Sequence[Request], logits: Floats) -> None:
+        """Gives each request its next token, chosen from its row of `logits`."""
+        try:
+            tokens = sample(logits, [request.draw for request in due])
+            reach("engine.after_sample")
+        except Exception as error:
+            self._on_fault(due, "sampling failed; its %d requests fail", error)
+            return
+        for request, line, token in zip(due, logits, tokens, strict=True):
+            self.give(request, token, line)
+
+    def take_turns(self, read: ReadPass) -> None:
+        """Samples requests for which that is costly, for as long as the other rows allow."""
+        turns = self._turns
+        if not turns:
+            return
+        at = self._clock()
+        turns.earn(at - read.begun)
+        is_shared = any(not row.request.draw.is_costly for row in (*read.rows, *read.ahead))
+        while turns and not (is_shared and turns.is_over):
+            request, logits = turns.take()
+            self.sample([request], logits[np.newaxis])
+            began, at = at, self._clock()
+            turns.spend(at - began)
+
+    def score(self, row: BatchRow, logits: Floats) -> bool:
+        """Takes log-probabilities of prompt tokens from `logits`, a line for each token of the row.
+
+        If they are not finite, the request ends; returns False.
+        """
+        request = row.request
+        skipped = request.scored - 1 - row.start
+        wanted = logits[skipped : request.prompt_len - 1 - row.start]
+        if not all(finite_rows(wanted)):
+            self._end(request, NOT_FINITE)
+            return False
+        for line in wanted:
+            token = request.tokens[request.scored]
+            count = request.submit.prompt_logprobs or 0
+            request.prompt_logprobs.append(logprobs(line, token, count))
+            request.scored += 1
+        return True
+
+    def give(self, request: Request, token: int, logits: Floats | None) -> None:
+        """Gives a request its next token, and adds it to the outputs.
+
+        `logits` [vocab] may be None if the request wants no log-probabilities of new tokens.
+        """
+        if token == NON_FINITE:
+            self._end(request, NOT_FINITE)
+            return
+        started = request.generated == 0
+        finish: str | None = None
+        if token in request.stops:
+            finish = "stop"
+        elif request.generated + 1 == request.submit.max_new_tokens:
+            finish = "length"
+        entries: list[Logprobs] = []
+        if request.submit.logprobs is not None and finish != "stop":
+            assert logits is not None, "log-probabilities without logits"
+            entries.append(logprobs(logits, token, request.submit.logprobs))
+        output = Output(
+            id=request.id,
+            token_ids=[] if finish == "stop" else [token],
+            logprobs=entries,
+            prompt_logprobs=request.prompt_logprobs if started else [],
+            started=started,
+            queue_seconds=(request.queue_seconds or 0.0) if started else 0.0,
+            finish=finish,
+        )
+        self._outputs.append(output)
+        if finish is None:
+            request.append(token)
+        else:
+            self._end(request, None)

@@ -1,0 +1,20 @@
+"""Numbers about the passes of an engine, kept by those who start and read them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class PassTally:
+    """Counts since the engine started, unless stated otherwise.
+
+    Attributes:
+        faults: passes or choices of tokens that have failed in a row, up to now.
+        wasted_rows: rows whose result was dropped, because their request had ended meanwhile.
+        out_of_memory: passes that could not be computed for lack of device memory.
+    """
+
+    faults: int = 0
+    wasted_rows: int = 0
+    out_of_memory: int = 0
