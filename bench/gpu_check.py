@@ -186,12 +186,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         stage = next(stage for stage in STAGES if stage.name == args.stage)
         device = "cpu" if args.dry else "cuda"
         report = StageReport(out / f"{stage.name}.json", args.dry, device, args.budget)
-        return int(not report.run(importlib.import_module(f"gpu.{stage.module}").run))
+        return int(not report.run(lambda own: load(stage).run(own)))
     if not args.dry and (why := no_device()):
         print(why, file=sys.stderr)
         return 2
     wanted = [stage for stage in STAGES if stage.name in args.only.split(",")]
     return run_all(wanted, args.dry, args.budget or (DRY_BUDGET if args.dry else BUDGET), out)
+
+
+def load(stage: Stage) -> Any:
+    """The module of a stage."""
+    return importlib.import_module(f"gpu.{stage.module}")
 
 
 def no_device() -> str:
