@@ -22,6 +22,8 @@ import triton.language as tl
 
 from loraplex_model.base.weights import BLOCK
 from loraplex_model.decoder.cuda.kernels.common import (
+    INTERPRETED,
+    TYPES,
     Compilation,
     product_precision,
     product_type,
