@@ -59,6 +59,9 @@ def products(report: StageReport) -> None:
     """The NF4 product and the unpacking of whole blocks."""
     device = report.device
     shapes = [((192,), 576), ((576,), 1536), ((64, 32, 32), 128)]
+    processors = 132
+    if device == "cuda":
+        processors = torch.cuda.get_device_properties(0).multi_processor_count
     row_counts = [1, 3, 17] if report.dry else [1, 3, 16, 17, 64, 200]
     if not report.dry:
         shapes += [((4096, 1024, 1024), 4096), ((4096,), 4096), ((14336, 14336), 4096)]
@@ -72,15 +75,21 @@ def products(report: StageReport) -> None:
         unpacked = poisoned(*matrix.shape, device=device)
         nf4_kernels.unpack(packed, unpacked)
         report.check(torch.equal(unpacked, weight.to(DTYPE)), f"{name}: unpacking is not bit-equal")
-        multiply = Products([packed], DTYPE, most_rows=max(row_counts)).multiply
         wide = weight.to(DTYPE).double()
         for count in row_counts:
             x = torch.randn(count, fan_in, device=device).to(DTYPE)
-            out, again = (poisoned(count, sum(modules), device=device) for _ in range(2))
-            multiply(packed, x, out)
-            multiply(packed, x, again)
-            near(report, f"{name}, {count} rows", out, x.double() @ wide.T + bias.double(), PRODUCT)
-            same_twice(report, f"{name}, {count} rows", out, again)
+            wanted = x.double() @ wide.T + bias.double()
+            # Every configuration that a start would measure, and so may choose.
+            tilings = nf4_kernels.tilings(matrix.shape, count, DTYPE, processors)
+            launches = [(tiling, matrix.shape, count) for tiling in tilings]
+            scratch = nf4_kernels.Scratch.for_launches(launches, device)
+            for tiling in tilings[:2] if report.dry else tilings:
+                out, again = (poisoned(count, sum(modules), device=device) for _ in range(2))
+                nf4_kernels.multiply(packed, x, out, tiling, scratch)
+                nf4_kernels.multiply(packed, x, again, tiling, scratch)
+                what = f"{name}, {count} rows, {tiling.name}"
+                near(report, what, out, wanted, PRODUCT)
+                same_twice(report, what, out, again)
         del wide, weight
 
 
@@ -169,7 +178,7 @@ def attend(report: StageReport, case: Heads, sequences: Sequence[tuple[int, int]
     shape = (count, case.kv_heads, size, case.head_dim)
     keys, values = (torch.randn(shape, device=device).to(DTYPE) for _ in range(2))
     q = torch.randn(int(starts[-1]), case.heads, case.head_dim, device=device).to(DTYPE)
-    flat = torch.from_numpy(np.concatenate(tables)).to(device)
+    flat = torch.from_numpy(np.concatenate(tables)).to(device)[:, None]
     begins = np.cumsum([0, *(len(table) for table in tables)])
     for fields in (tiles.short, tiles.tall):
         fields[:, 2] = begins[fields[:, 2]]
