@@ -74,8 +74,7 @@ def pack_matrix(
     `dtype` is the compute dtype: of the bias, and of the copy that replaces the codes if rows do
     not hold whole blocks.
     """
-    out, fan_in = matrix.shape
-    whole = fan_in % BLOCK == 0
+    whole = matrix.shape[1] % BLOCK == 0
     dense = None if whole else nf4.dequantize(matrix).to(dtype).to(device)
     codes, absmax = _tiles(matrix) if whole else (_nothing(), _nothing())
     starts, offsets = _numbering(matrix) if whole else (_nothing(), _nothing())

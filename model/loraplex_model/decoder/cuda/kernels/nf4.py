@@ -13,8 +13,8 @@ leave out a rounding.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -87,7 +87,7 @@ def _halves(byte, maximum, values, BN: tl.constexpr):
     return low * maximum[:, None], high * maximum[:, None]
 
 
-@triton.jit(do_not_specialize=["T", "N", "blocks", "span"])
+@triton.jit(do_not_specialize=["T", "N", "blocks", "span", "splits"])
 def multiply_kernel(
     x,
     out,
@@ -105,11 +105,12 @@ def multiply_kernel(
     N,
     blocks,
     span,
+    splits,
     x_stride,
     out_stride,
     BN: tl.constexpr,
     BM: tl.constexpr,
-    SPLIT: tl.constexpr,
+    SHARED: tl.constexpr,
     UNROLL: tl.constexpr,
     NESTED: tl.constexpr,
     BIASED: tl.constexpr,
@@ -118,8 +119,9 @@ def multiply_kernel(
 ):
     """One tile [BN, BM] of out^T, over blocks [z * span, (z + 1) * span) of the input.
 
-    With SPLIT > 1 every program writes its partial sum, and the one that arrives last adds them in
-    the order of z. `arrivals` holds a zero for every tile before and after the launch.
+    SHARED: `splits` programs share the input of a tile. Each writes its partial sum, and the one
+    that arrives last adds them in the order of z, so the result does not depend on which it is.
+    `arrivals` holds a zero for every tile before and after the launch.
     """
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     m = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -159,14 +161,14 @@ def multiply_kernel(
     at_out = out + m.to(tl.int64)[None, :] * out_stride + n[:, None]
     if BIASED:
         shift = tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-    if SPLIT == 1:
+    if not SHARED:
         if BIASED:
             acc += shift
         tl.store(at_out, rounded(acc, out.dtype.element_ty), mask=stored)
     else:
         number = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
         within = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
-        mine = partials + number.to(tl.int64) * (SPLIT * BN * BM) + within
+        mine = partials + number.to(tl.int64) * splits * (BN * BM) + within
         tl.store(mine + tl.program_id(2) * (BN * BM), acc)
         # The barrier puts the stores of all threads before the atomic operation of one of them,
         # whose release makes them visible to the program that arrives last; its acquire and the
@@ -175,9 +177,9 @@ def multiply_kernel(
         tl.debug_barrier()
         before = tl.atomic_add(arrivals + number, 1, sem="acq_rel", scope="gpu")
         tl.debug_barrier()
-        if before == SPLIT - 1:
+        if before == splits - 1:
             total = tl.zeros((BN, BM), tl.float32)
-            for z in range(SPLIT):
+            for z in range(splits):
                 total += tl.load(mine + z * (BN * BM), cache_modifier=".cg")
             if BIASED:
                 total += shift
@@ -225,38 +227,98 @@ class Tiling:
     """How one product is cut into programs.
 
     Attributes:
-        out_tile: weight rows of a program, 32, 64 or 128.
+        out_tile: weight rows of a program: 64, 128 or 256, and a divisor of the padded rows.
         row_tile: activation rows of a program, a power of two from 16.
         split: programs that share the input dimension of a tile.
+        unroll: blocks of 64 inputs in one step of the loop; divides those of every program.
         warps, stages: of Triton.
     """
 
     out_tile: int
     row_tile: int
-    split: int
-    warps: int
-    stages: int
+    split: int = 1
+    unroll: int = 1
+    warps: int = 4
+    stages: int = 3
 
     @property
     def name(self) -> str:
         """Name in reports and in the file of timings."""
-        return f"nf4 {self.out_tile}x{self.row_tile}/{self.split} w{self.warps} s{self.stages}"
+        shape = f"{self.out_tile}x{self.row_tile}"
+        return f"nf4 {shape} split {self.split} unroll {self.unroll} w{self.warps} s{self.stages}"
 
     def grid(self, shape: tuple[int, int], rows: int) -> tuple[int, int, int]:
         """Programs along the rows, along the outputs, and along the input."""
         return -(-rows // self.row_tile), -(-shape[0] // self.out_tile), self.split
 
 
+_FAMILIES: Mapping[int, Sequence[Tiling]] = {
+    16: (
+        Tiling(64, 16, unroll=2),
+        Tiling(128, 16, unroll=2),
+        Tiling(64, 16, unroll=4, stages=4),
+    ),
+    32: (
+        Tiling(64, 32, unroll=2),
+        Tiling(128, 32, unroll=2, warps=8),
+    ),
+    64: (
+        Tiling(128, 64, unroll=2, warps=8),
+        Tiling(64, 64, unroll=2),
+        Tiling(256, 64, warps=8),
+    ),
+    128: (
+        Tiling(128, 128, unroll=2, warps=8),
+        Tiling(128, 128, warps=8),
+        Tiling(64, 128),
+    ),
+}
+"""Configurations by their activation rows, without the split. None spills registers, on compute
+capability 8.0, 9.0 or 12.0; with 256 activation rows all do outside 9.0."""
+
+_PROGRAMS = 3
+"""Programs for each multiprocessor that keep enough reads in flight: a program has 4 to 8 KiB on
+the way, and 3 TB/s at a latency of 0.8 microseconds are 18 KiB on each of 132 multiprocessors."""
+
+_MOST_SPLITS = 16
+
+
 def tilings(
     shape: tuple[int, int], rows: int, dtype: torch.dtype, processors: int
 ) -> Sequence[Tiling]:
-    """Configurations for a product of `rows` rows, the one to take without a measurement first."""
-    row_tile = min(128, max(16, 1 << (rows - 1).bit_length()))
-    programs = -(-shape[0] // TILE) * -(-rows // row_tile)
-    split = 1
-    while split < 8 and programs * split < processors and shape[1] // BLOCK // split >= 8:
-        split *= 2
-    return [Tiling(64, row_tile, split, 4, 3)]
+    """Configurations for a product of `rows` rows; without a measurement, the first is taken.
+
+    They depend on the tile that holds `rows`, not on `rows` itself.
+    """
+    row_tile = min(max(_FAMILIES), max(min(_FAMILIES), 1 << (rows - 1).bit_length()))
+    families = _FAMILIES[row_tile]
+    if dtype == torch.float32:  # no tensor cores: each thread needs registers for both operands
+        row_tile = min(row_tile, 32)
+        families = (Tiling(64, row_tile),)
+    padded, blocks = shape[0] + -shape[0] % TILE, shape[1] // BLOCK
+    found: dict[Tiling, None] = {}
+    for family in families:
+        if padded % family.out_tile:
+            continue
+        programs = padded // family.out_tile * -(-rows // row_tile)
+        split = 1
+        while split < _MOST_SPLITS and programs * split < _PROGRAMS * processors:
+            split *= 2
+        for each in (split, split // 2, split * 2):
+            if 1 <= each <= min(_MOST_SPLITS, max(1, blocks // 4)):
+                found[_fitted(family, each, blocks)] = None
+        if not found:
+            found[_fitted(family, max(1, blocks // 8), blocks)] = None
+    return list(found)
+
+
+def _fitted(family: Tiling, split: int, blocks: int) -> Tiling:
+    unroll = family.unroll
+    while blocks % (split * unroll):
+        unroll //= 2
+        if unroll <= 1:
+            return replace(family, split=split, unroll=1)
+    return replace(family, split=split, unroll=unroll)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -321,12 +383,13 @@ def multiply(
         fan_out,
         blocks,
         -(-blocks // tiling.split),
+        tiling.split,
         x.stride(0),
         out.stride(0),
         BN=tiling.out_tile,
         BM=tiling.row_tile,
-        SPLIT=tiling.split,
-        UNROLL=1,
+        SHARED=tiling.split > 1,
+        UNROLL=tiling.unroll,
         NESTED=matrix.is_nested,
         BIASED=matrix.bias is not None,
         DT=product_type(x.dtype),
@@ -364,6 +427,81 @@ def unpack(matrix: DeviceMatrix, out: torch.Tensor) -> None:
     )
 
 
+_POINTERS: Mapping[str, str] = {
+    "codes": "*u8",
+    "starts": "*i32",
+    "scales": "*fp32",
+    "offsets": "*fp32",
+    "levels": "*fp32",
+    "values": "*fp32",
+}
+
+_SHAPES: Sequence[tuple[int, int]] = (
+    (6144, 4096),
+    (4096, 4096),
+    (28672, 4096),
+    (4096, 14336),
+    (960, 576),
+    (576, 576),
+    (3072, 576),
+    (576, 1536),
+)
+
+
 def compilations() -> list[Compilation]:
-    """See the package."""
-    return []
+    """The configurations for Llama-3.1-8B and SmolLM2-135M on 132 multiprocessors."""
+    found: dict[str, Compilation] = {}
+    for dtype, number in ((torch.bfloat16, "*bf16"), (torch.float32, "*fp32")):
+        for nested in (True, False):
+            pointers = {**_POINTERS, "absmax": "*u8" if nested else "*fp32", "out": number}
+            name = f"nf4_unpack {number} nested {nested}"
+            found[name] = Compilation(
+                unpack_kernel,
+                name,
+                {**pointers, "N": "i32", "blocks": "i32", "out_stride": "i32"},
+                {"BN": TILE, "NESTED": nested},
+                num_stages=1,
+                is_fused=False,
+            )
+            chosen = {
+                tiling
+                for shape in _SHAPES
+                for rows in (16, 32, 64, 128)
+                for tiling in tilings(shape, rows, dtype, 132)
+            }
+            for tiling in sorted(chosen, key=lambda each: each.name):
+                built = _compilation(tiling, dtype, number, pointers, nested)
+                found[built.name] = built
+    return list(found.values())
+
+
+def _compilation(
+    tiling: Tiling, dtype: torch.dtype, number: str, pointers: Mapping[str, str], nested: bool
+) -> Compilation:
+    shared = replace(tiling, split=min(2, tiling.split))  # the kernel knows only whether it is cut
+    return Compilation(
+        multiply_kernel,
+        f"{shared.name} {number} nested {nested}",
+        {
+            **pointers,
+            **dict.fromkeys(("x", "bias"), number),
+            "partials": "*fp32",
+            "arrivals": "*i32",
+            **dict.fromkeys(("T", "N", "blocks", "span", "splits"), "i32"),
+            **dict.fromkeys(("x_stride", "out_stride"), "i32"),
+        },
+        {
+            "BN": tiling.out_tile,
+            "BM": tiling.row_tile,
+            "SHARED": tiling.split > 1,
+            "UNROLL": tiling.unroll,
+            "NESTED": nested,
+            "BIASED": False,
+            "DT": TYPES[dtype],
+            "PRECISION": product_precision(dtype),
+        },
+        num_warps=tiling.warps,
+        num_stages=tiling.stages,
+        is_hot=True,
+        is_fused=False,
+    )

@@ -1,0 +1,31 @@
+"""What this machine's packages offer to the decoder on CUDA, found without importing them."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+
+def obstacle_to_triton() -> str | None:
+    """Why the Triton kernels cannot be used; None if the package is there."""
+    if find_spec("triton") is None:
+        return "the package triton is not installed"
+    return None
+
+
+def obstacle_to_bitsandbytes(cuda: str | None) -> str | None:
+    """Why bitsandbytes cannot compute on CUDA; None if it has a library for this version.
+
+    `cuda` is torch's version of CUDA, such as "13.0". A library for another minor version of the
+    same major one serves too; bitsandbytes picks it by itself.
+    """
+    if cuda is None:
+        return "torch is built without CUDA"
+    found = find_spec("bitsandbytes")
+    if found is None or found.origin is None:
+        return "the package bitsandbytes is not installed"
+    names = sorted(each.stem for each in Path(found.origin).parent.glob("libbitsandbytes_cuda*"))
+    versions = [name.removeprefix("libbitsandbytes_cuda") for name in names]
+    if any(version[:2] == cuda.partition(".")[0] for version in versions):
+        return None
+    return f"bitsandbytes has no library for CUDA {cuda}, only for {', '.join(versions) or 'none'}"
