@@ -8,13 +8,15 @@ where y is the base's result, and addresses and exact ranks come from the table 
 are in float32; y is rounded once, and A x is rounded to the compute dtype, times its weight.
 
 `shrink` writes A x in a fixed number of partial sums over parts of the input, and `expand` adds
-these up in order: no atomics, and no sum depends on the other rows or on their adapters. Programs
-loop over the chunks whose number the device says, so the grid depends on the capacity alone.
+these up in order: no atomics, and no sum depends on the other rows or on their adapters. The number
+of programs follows from the capacity and the device alone; they share the work that the number of
+chunks in device memory implies, so that no replay of a captured graph leaves out an adapter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,11 +35,12 @@ from loraplex_model.decoder.cuda.kernels.lora_programs import (
     shrink_kernel,
 )
 from loraplex_model.decoder.cuda.lora_pass import LoraPass
-from loraplex_model.decoder.cuda.plan import CHUNK_ROWS, RANK_STEP
+from loraplex_model.decoder.cuda.plan import RANK_STEP
 
 _MAX_SPLITS = 8
 _SPLIT_INPUTS = 512  # inputs of a partial sum, at least
-_PROGRAMS = 2048  # of a launch, about: several for each of a GPU's multiprocessors
+_RANKS = 32  # of a tile: with fewer, some of the four warps of `shrink` would have no columns
+_WARPS = 16  # of a multiprocessor: as many as it runs at once with 128 registers a thread
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +67,15 @@ def shrink_shape(fan_in: int) -> ShrinkShape:
     return ShrinkShape(-(-steps // per_split), per_split * step, step)
 
 
-def expand_columns(widths: Sequence[int]) -> int:
-    """Outputs of a tile of `expand` for parts of these widths."""
-    total = sum(widths)
-    return 256 if total >= 16384 else 128 if total >= 2048 else 64
+def expand_tile(widths: Sequence[int]) -> tuple[int, int]:
+    """Outputs of a tile of the expanding kernels for parts of these widths, and its warps.
+
+    With several parts the width is no constant of the program, which takes more registers; eight
+    warps share the wider tile, so that they have no more than 128 each.
+    """
+    if sum(widths) < 2048:
+        return 64, 4
+    return (128, 4) if len(widths) == 1 else (256, 8)
 
 
 def h_size(lora: LoraPass, fan_in: int, parts: int) -> int:
@@ -95,8 +103,7 @@ def shrink(x: torch.Tensor, h: torch.Tensor, lora: LoraPass, site: int, parts: i
     """
     _check(h, lora, parts, x)
     constants, options = shrink_configuration(x.shape[1], parts, x.dtype)
-    programs = h.shape[0] * parts
-    shrink_kernel[(_lanes(lora, programs), programs)](
+    shrink_kernel[_grid(lora, h.shape[0] * parts, options)](
         x,
         h,
         lora.entries,
@@ -132,7 +139,7 @@ def expand(
     assert y.shape[1] == sum(widths)
     constants, options = expand_configuration(h.shape[0], widths, dtype or y.dtype)
     tiles = sum(triton.cdiv(width, constants["BN"]) for width in widths)
-    expand_kernel[(_lanes(lora, tiles), tiles)](
+    expand_kernel[_grid(lora, tiles, options)](
         h,
         y,
         lora.entries,
@@ -167,8 +174,7 @@ def expand_silu_mul(
     assert rows <= lora.capacity.rows
     constants, options = silu_configuration(h.shape[0], width, out.dtype)
     tiles = triton.cdiv(width, constants["BN"])
-    lanes = _lanes(lora, tiles)
-    expand_silu_mul_kernel[(lanes + triton.cdiv(rows, CHUNK_ROWS), tiles)](
+    expand_silu_mul_kernel[_grid(lora, tiles, options)](
         h,
         gate_up,
         out,
@@ -186,15 +192,22 @@ def expand_silu_mul(
         lora.sites,
         site,
         rows,
-        lanes,
         **constants,
         **options,
     )
 
 
-def _lanes(lora: LoraPass, programs: int) -> int:
-    """Programs that share the chunks, for `programs` of a chunk."""
-    return max(1, min(lora.capacity.rows, _PROGRAMS // programs))
+def _grid(lora: LoraPass, items: int, options: Mapping[str, int]) -> tuple[int]:
+    """Programs of a launch with `items` for each chunk."""
+    programs = _WARPS // options["num_warps"] * _multiprocessors(lora.entries.device)
+    return (max(1, min(programs, lora.capacity.rows * items)),)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 3  # so that programs of the interpreter have several items
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _check(h: torch.Tensor, lora: LoraPass, parts: int, *activations: torch.Tensor) -> None:
@@ -206,6 +219,7 @@ def _check(h: torch.Tensor, lora: LoraPass, parts: int, *activations: torch.Tens
 
 def _constants(dtype: torch.dtype) -> dict[str, Any]:
     return {
+        "RANKS": _RANKS,
         "TYPE": TYPES[dtype],
         "DT": product_type(dtype),
         "PRECISION": product_precision(dtype),
@@ -217,7 +231,8 @@ def shrink_configuration(
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """Constants of `shrink_kernel`, and its warps and stages."""
     shape = shrink_shape(fan_in)
-    constants = {"FAN_IN": fan_in, "PARTS": parts, "SPAN": shape.span, "STEP": shape.step}
+    constants = {"FAN_IN": fan_in, "PARTS": parts, "SPLITS": shape.splits}
+    constants |= {"SPAN": shape.span, "STEP": shape.step}
     stages = 4 if dtype.itemsize == 2 else 2
     return {**constants, **_constants(dtype)}, {"num_warps": 4, "num_stages": stages}
 
@@ -227,29 +242,25 @@ def expand_configuration(
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """Constants of `expand_kernel`, and its warps and stages."""
     w0, w1, w2 = [*widths, 0, 0][:3]
-    constants = {
-        "W0": w0,
-        "W1": w1,
-        "W2": w2,
-        "PARTS": len(widths),
-        "SPLITS": splits,
-        "SUMS": triton.next_power_of_2(splits),
-        "BN": expand_columns(widths),
+    columns, warps = expand_tile(widths)
+    constants = {"W0": w0, "W1": w1, "W2": w2, "PARTS": len(widths), "BN": columns}
+    return {**constants, **_sums(splits), **_constants(dtype)}, {
+        "num_warps": warps,
+        "num_stages": 1,
     }
-    return {**constants, **_constants(dtype)}, {"num_warps": 4, "num_stages": 1}
 
 
 def silu_configuration(
     splits: int, width: int, dtype: torch.dtype
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """Constants of `expand_silu_mul_kernel`, and its warps and stages."""
-    constants = {
-        "WIDTH": width,
-        "SPLITS": splits,
-        "SUMS": triton.next_power_of_2(splits),
-        "BN": 128 if width >= 2048 else 64,
-    }
-    return {**constants, **_constants(dtype)}, {"num_warps": 4, "num_stages": 1}
+    columns, warps = expand_tile([width])
+    constants = {"WIDTH": width, "BN": columns, **_sums(splits)}
+    return {**constants, **_constants(dtype)}, {"num_warps": warps, "num_stages": 1}
+
+
+def _sums(splits: int) -> dict[str, int]:
+    return {"SPLITS": splits, "SUMS": triton.next_power_of_2(splits)}
 
 
 _PLAN = {
@@ -278,7 +289,7 @@ def compilations() -> list[Compilation]:
 def _of_model(
     model: str, dtype: torch.dtype, hidden: int, kv: int, ff: int, vocab: int
 ) -> Iterator[Compilation]:
-    kind = str(TYPES[dtype])
+    kind, is_hot = str(TYPES[dtype]), dtype != torch.float32  # which is for comparisons
     weighted = {**_PLAN, "h": "*fp32", "term_weight": "*fp32"}
     matrices: dict[str, tuple[int, tuple[int, ...], str]] = {
         "qkv": (hidden, (hidden, kv, kv), kind),
@@ -292,22 +303,22 @@ def _of_model(
         constants, options = shrink_configuration(fan_in, len(widths), dtype)
         signature = {**_PLAN, "x": f"*{kind}", "h": "*fp32"}
         yield Compilation(
-            shrink_kernel, f"shrink_{named}", signature, constants, is_hot=True, **options
+            shrink_kernel, f"shrink_{named}", signature, constants, is_hot=is_hot, **options
         )
         splits = shrink_shape(fan_in).splits
         constants, options = expand_configuration(splits, widths, dtype)
         signature = {**weighted, "y": f"*{output}"}
         yield Compilation(
-            expand_kernel, f"expand_{named}", signature, constants, is_hot=True, **options
+            expand_kernel, f"expand_{named}", signature, constants, is_hot=is_hot, **options
         )
     constants, options = silu_configuration(shrink_shape(hidden).splits, ff, dtype)
     signature = {**weighted, "gate_up": f"*{kind}", "out": f"*{kind}", "row_chunk": "*i32"}
-    signature |= {"rows": "i32", "lanes": "i32"}
+    signature |= {"rows": "i32"}
     yield Compilation(
         expand_silu_mul_kernel,
         f"expand_silu_mul_{model}_{kind}",
         signature,
         constants,
-        is_hot=True,
+        is_hot=is_hot,
         **options,
     )

@@ -2,11 +2,12 @@
 
 Arguments that several have in common: `h` is A x, float32 [SPLITS, PARTS, h_rows, rank_stride];
 `entries` is the table of addresses [slots, sites, ENTRY_WORDS]; `site` is the index of the first
-part; the plan's arrays are those of `LoraPass`. SUMS is SPLITS, rounded up to a power
-of two. TYPE is the type of the adapters' matrices, DT that of the operands of products; ROWS, RANKS,
+part; the plan's arrays are those of `LoraPass`. SUMS is SPLITS, rounded up to a power of
+two. TYPE is the type of the adapters' matrices, DT that of the operands of products; ROWS, RANKS,
 STEP and BN are the sizes of tiles.
 
-The loops over chunks read their number from device memory, so that programs behind it end at once.
+A fixed number of programs share the items of work, whose number follows from the number of chunks
+in device memory; neighbouring items belong to one chunk, so its entries come from the L1 cache.
 Whatever lies behind a plan's numbers, or between its rows and ranks, is masked out.
 """
 
@@ -20,8 +21,17 @@ from loraplex_model.decoder.cuda.plan import CHUNK_ROWS
 from loraplex_model.decoder.cuda.table import WORDS
 
 ROWS: tl.constexpr = tl.constexpr(CHUNK_ROWS)
-RANKS: tl.constexpr = tl.constexpr(32)  # of a tile: with fewer, some of four warps had no columns
 ENTRY_WORDS: tl.constexpr = tl.constexpr(WORDS)
+
+
+@triton.jit
+def _share(items):
+    """The items of this program, of those that all programs share."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    every = items // programs
+    more = items % programs
+    first = program * every + tl.minimum(program, more)
+    return first, first + every + (program < more).to(tl.int32)
 
 
 @triton.jit
@@ -47,20 +57,24 @@ def shrink_kernel(
     site,
     FAN_IN: tl.constexpr,
     PARTS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    RANKS: tl.constexpr,
     SPAN: tl.constexpr,
     STEP: tl.constexpr,
     TYPE: tl.constexpr,
     DT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid (lanes, splits * parts): one partial sum of one part, for every lanes-th chunk."""
-    split = tl.program_id(1) // PARTS
-    part = tl.program_id(1) % PARTS
+    """An item is one partial sum of one part, for one chunk."""
     stride = tl.multiple_of(rank_stride, 16)
-    h += tl.program_id(1).to(tl.int64) * h_rows * stride
     i = tl.arange(0, ROWS)
     j = tl.arange(0, RANKS)
-    for c in range(tl.program_id(0), tl.load(chunk_count), tl.num_programs(0)):
+    first_item, last_item = _share(tl.load(chunk_count) * (SPLITS * PARTS))
+    for item in range(first_item, last_item):
+        c = item // (SPLITS * PARTS)
+        split = item // PARTS % SPLITS
+        part = item % PARTS
+        h_part = h + (split * PARTS + part).to(tl.int64) * h_rows * stride
         begin = tl.load(chunk_begin + c)
         ok = i < tl.load(chunk_end + c) - begin
         x_rows = x + begin.to(tl.int64) * FAN_IN
@@ -69,7 +83,7 @@ def shrink_kernel(
             entry = entries + (slot * sites + site + part) * ENTRY_WORDS
             rank = tl.load(entry + 8).to(tl.int32)
             a = _address(entry, 0, TYPE)
-            h_rows_of_term = h + tl.load(term_row + t).to(tl.int64) * stride
+            h_term = h_part + tl.load(term_row + t).to(tl.int64) * stride
             for first in range(0, rank, RANKS):
                 present = first + j < rank
                 total = tl.zeros((ROWS, RANKS), tl.float32)
@@ -90,7 +104,7 @@ def shrink_kernel(
                     total = tl.dot(
                         xs.to(DT), tl.trans(own.to(DT)), total, input_precision=PRECISION
                     )
-                at = h_rows_of_term + first + (i[:, None] * stride + j[None, :])
+                at = h_term + first + (i[:, None] * stride + j[None, :])
                 tl.store(at, total, mask=ok[:, None] & present[None, :])
 
 
@@ -115,6 +129,7 @@ def _changed(
     PARTS: tl.constexpr,
     SPLITS: tl.constexpr,
     SUMS: tl.constexpr,
+    RANKS: tl.constexpr,
     BN: tl.constexpr,
     TYPE: tl.constexpr,
     DT: tl.constexpr,
@@ -197,22 +212,26 @@ def expand_kernel(
     PARTS: tl.constexpr,
     SPLITS: tl.constexpr,
     SUMS: tl.constexpr,
+    RANKS: tl.constexpr,
     BN: tl.constexpr,
     TYPE: tl.constexpr,
     DT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid (lanes, tiles of all parts): one tile of outputs, for every lanes-th chunk."""
-    tile = tl.program_id(1)
+    """An item is one tile of the outputs of one part, for one chunk."""
     T0: tl.constexpr = (W0 + BN - 1) // BN
     T1: tl.constexpr = T0 + (W1 + BN - 1) // BN
-    part = (tile >= T0).to(tl.int32) + (tile >= T1).to(tl.int32)
-    width = tl.where(part == 0, W0, tl.where(part == 1, W1, W2))
-    column = tl.where(part == 0, 0, tl.where(part == 1, W0, W0 + W1))
-    tile = tile - tl.where(part == 0, 0, tl.where(part == 1, T0, T1))
-    n = tile * BN + tl.arange(0, BN)
+    TILES: tl.constexpr = T1 + (W2 + BN - 1) // BN
     i = tl.arange(0, ROWS)
-    for c in range(tl.program_id(0), tl.load(chunk_count), tl.num_programs(0)):
+    first_item, last_item = _share(tl.load(chunk_count) * TILES)
+    for item in range(first_item, last_item):
+        c = item // TILES
+        tile = item % TILES
+        part = (tile >= T0).to(tl.int32) + (tile >= T1).to(tl.int32)
+        width = tl.where(part == 0, W0, tl.where(part == 1, W1, W2))
+        column = tl.where(part == 0, 0, tl.where(part == 1, W0, W0 + W1))
+        tile = tile - tl.where(part == 0, 0, tl.where(part == 1, T0, T1))
+        n = tile * BN + tl.arange(0, BN)
         begin = tl.load(chunk_begin + c)
         rows = tl.load(chunk_end + c) - begin
         at = y + begin.to(tl.int64) * (W0 + W1 + W2)
@@ -239,6 +258,7 @@ def expand_kernel(
             PARTS,
             SPLITS,
             SUMS,
+            RANKS,
             BN,
             TYPE,
             DT,
@@ -247,7 +267,7 @@ def expand_kernel(
         tl.store(at, rounded(result, y.dtype.element_ty), mask=mask & changed)
 
 
-@triton.jit(do_not_specialize=["h_rows", "rank_stride", "sites", "site", "rows", "lanes"])
+@triton.jit(do_not_specialize=["h_rows", "rank_stride", "sites", "site", "rows"])
 def expand_silu_mul_kernel(
     h,
     gate_up,
@@ -266,88 +286,91 @@ def expand_silu_mul_kernel(
     sites,
     site,
     rows,
-    lanes,
     WIDTH: tl.constexpr,
     SPLITS: tl.constexpr,
     SUMS: tl.constexpr,
+    RANKS: tl.constexpr,
     BN: tl.constexpr,
     TYPE: tl.constexpr,
     DT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid (lanes + tiles of all rows, tiles of outputs).
-
-    The first lanes compute the rows of chunks, the other programs rows of the bare base.
-    """
-    lane = tl.program_id(0)
-    n = tl.program_id(1) * BN + tl.arange(0, BN)
-    inside = (n < WIDTH)[None, :]
+    """An item is one tile of outputs, for one chunk or for the base rows among `ROWS` rows."""
+    TILES: tl.constexpr = (WIDTH + BN - 1) // BN
     i = tl.arange(0, ROWS)
-    if lane < lanes:
-        for c in range(lane, tl.load(chunk_count), lanes):
-            begin = tl.load(chunk_begin + c)
-            chunk_rows = tl.load(chunk_end + c) - begin
-            mask = (i < chunk_rows)[:, None] & inside
-            at = gate_up + begin.to(tl.int64) * (2 * WIDTH)
-            at += i[:, None] * (2 * WIDTH) + n[None, :]
-            gate = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-            gate, _ = _changed(
-                gate,
-                h,
-                entries,
-                term_slot,
-                term_weight,
-                term_row,
-                tl.load(term_start + c),
-                tl.load(term_start + c + 1),
-                h_rows,
-                rank_stride,
-                sites,
-                site,
-                0,
-                chunk_rows,
-                n,
-                WIDTH,
-                2,
-                SPLITS,
-                SUMS,
-                BN,
-                TYPE,
-                DT,
-                PRECISION,
-            )
-            active = _silu(_as_stored(gate, TYPE), TYPE)
-            up = tl.load(at + WIDTH, mask=mask, other=0.0).to(tl.float32)
-            up, _ = _changed(
-                up,
-                h,
-                entries,
-                term_slot,
-                term_weight,
-                term_row,
-                tl.load(term_start + c),
-                tl.load(term_start + c + 1),
-                h_rows,
-                rank_stride,
-                sites,
-                site,
-                1,
-                chunk_rows,
-                n,
-                WIDTH,
-                2,
-                SPLITS,
-                SUMS,
-                BN,
-                TYPE,
-                DT,
-                PRECISION,
-            )
-            result = rounded(active * _as_stored(up, TYPE), TYPE)
-            own = out + begin.to(tl.int64) * WIDTH
-            tl.store(own + (i[:, None] * WIDTH + n[None, :]), result, mask=mask)
-    else:
-        begin = (lane - lanes) * ROWS
+    first_item, last_item = _share(tl.load(chunk_count) * TILES)
+    for item in range(first_item, last_item):
+        c = item // TILES
+        n = item % TILES * BN + tl.arange(0, BN)
+        inside = (n < WIDTH)[None, :]
+        begin = tl.load(chunk_begin + c)
+        chunk_rows = tl.load(chunk_end + c) - begin
+        mask = (i < chunk_rows)[:, None] & inside
+        at = gate_up + begin.to(tl.int64) * (2 * WIDTH)
+        at += i[:, None] * (2 * WIDTH) + n[None, :]
+        gate = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        gate, _ = _changed(
+            gate,
+            h,
+            entries,
+            term_slot,
+            term_weight,
+            term_row,
+            tl.load(term_start + c),
+            tl.load(term_start + c + 1),
+            h_rows,
+            rank_stride,
+            sites,
+            site,
+            0,
+            chunk_rows,
+            n,
+            WIDTH,
+            2,
+            SPLITS,
+            SUMS,
+            RANKS,
+            BN,
+            TYPE,
+            DT,
+            PRECISION,
+        )
+        active = _silu(_as_stored(gate, TYPE), TYPE)
+        up = tl.load(at + WIDTH, mask=mask, other=0.0).to(tl.float32)
+        up, _ = _changed(
+            up,
+            h,
+            entries,
+            term_slot,
+            term_weight,
+            term_row,
+            tl.load(term_start + c),
+            tl.load(term_start + c + 1),
+            h_rows,
+            rank_stride,
+            sites,
+            site,
+            1,
+            chunk_rows,
+            n,
+            WIDTH,
+            2,
+            SPLITS,
+            SUMS,
+            RANKS,
+            BN,
+            TYPE,
+            DT,
+            PRECISION,
+        )
+        result = rounded(active * _as_stored(up, TYPE), TYPE)
+        own = out + begin.to(tl.int64) * WIDTH
+        tl.store(own + (i[:, None] * WIDTH + n[None, :]), result, mask=mask)
+    first_item, last_item = _share(tl.cdiv(rows, ROWS) * TILES)
+    for item in range(first_item, last_item):
+        begin = item // TILES * ROWS
+        n = item % TILES * BN + tl.arange(0, BN)
+        inside = (n < WIDTH)[None, :]
         base = tl.load(row_chunk + begin + i, mask=begin + i < rows, other=0) < 0
         if tl.max(base.to(tl.int32), 0) > 0:
             mask = base[:, None] & inside
