@@ -7,8 +7,8 @@ programs that walk through the whole context.
 
 A row's bits depend on its own sequence and on whether its tile is short or tall, which is whether
 the pass holds one new token of the sequence or several. They depend neither on other rows, nor on
-where the tiles of a prompt begin, nor on the number of tiles: keys that a row does not see leave its
-sums as they are, and the length of a chunk follows from the length of the row's own context.
+where the tiles of a prompt begin, nor on the number of tiles: keys that a row does not see leave
+its sums as they are, and the length of a chunk follows from the length of the row's own context.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _SHORT, _TALL = 16, 64
 class AttentionTiles:
     """The tiles of one pass.
 
-    A tile is described by its first row, its number of rows, its sequence, the position of its first
-    row, and the number of keys in a chunk of its context.
+    A tile is described by its first row, its number of rows, its sequence, the position of its
+    first row, and the number of keys in a chunk of its context.
 
     Attributes:
         short: int32 [n, FIELDS], the sequences with one new token.

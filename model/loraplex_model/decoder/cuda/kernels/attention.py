@@ -155,9 +155,19 @@ def _configuration(
     is_short: bool,
     is_windowed: bool,
 ) -> tuple[dict[str, Any], dict[str, int]]:
-    """Constants of `_attend` and the options of its launch."""
+    """Constants of `_attend` and the options of its launch.
+
+    Short tiles wait for memory, so they have the most stages; blocks of tall tiles are as large as
+    registers allow. Products in float32 are computed without tensor cores.
+    """
     width = max(16, triton.next_power_of_2(head_dim))
-    block = 64 if width * dtype.itemsize <= 256 else 32
+    if dtype == torch.float32:
+        block, warps, stages = (16, 8, 2) if width <= 128 else (16, 16, 1)
+    elif is_short:
+        block, warps, stages = (64 if width <= 128 else 32), 4, 5
+    else:
+        block, warps, stages = {128: (32, 4, 3), 256: (32, 8, 2)}.get(width, (64, 4, 3))
+    assert CHUNK % block == 0
     constants = {
         "HEADS": heads,
         "KV_HEADS": kv_heads,
@@ -173,9 +183,7 @@ def _configuration(
         "DT": product_type(dtype),
         "PRECISION": product_precision(dtype),
     }
-    assert CHUNK % block == 0
-    wide = not is_short and width * dtype.itemsize > 256
-    return constants, {"num_warps": 8 if wide else 4, "num_stages": 2 if wide else 3}
+    return constants, {"num_warps": warps, "num_stages": stages}
 
 
 def _combine_constants(heads: int, head_dim: int, is_windowed: bool) -> dict[str, Any]:
@@ -278,14 +286,13 @@ def _attend(
         acc = tl.dot(weights.to(DT), value, acc * shrink[:, None], input_precision=PRECISION)
         top = higher
 
-    if IS_SHORT:
-        if length < context:
-            part = (tile.to(tl.int64) * HEADS + query_head) * chunks + chunk
-            tl.store(scratch + part[:, None] * HEAD_DIM + d[None, :], acc, mask=is_used)
-            sums = scratch + capacity.to(tl.int64) * HEADS * chunks * HEAD_DIM + part * 2
-            tl.store(sums, top, mask=row < rows)
-            tl.store(sums + 1, total, mask=row < rows)
-            return
+    if IS_SHORT and length < context:
+        part = (tile.to(tl.int64) * HEADS + query_head) * chunks + chunk
+        tl.store(scratch + part[:, None] * HEAD_DIM + d[None, :], acc, mask=is_used)
+        sums = scratch + capacity.to(tl.int64) * HEADS * chunks * HEAD_DIM + part * 2
+        tl.store(sums, top, mask=row < rows)
+        tl.store(sums + 1, total, mask=row < rows)
+        return
     mixed = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     tl.store(out + cell, mixed.to(out.dtype.element_ty), mask=is_used)
 
@@ -332,6 +339,7 @@ def _combine(
     tl.store(out + cell, mixed.to(out.dtype.element_ty), mask=d < HEAD_DIM)
 
 
+_BLOCK_SIZE = 32
 _SHAPES = {
     "llama_8b": (32, 8, 128),
     "smollm2": (9, 3, 64),
@@ -343,49 +351,49 @@ _SHAPES = {
 def compilations() -> list[Compilation]:
     """The configurations that `make gpu-aot` compiles."""
     found = []
-    for model, (heads, kv_heads, head_dim) in _SHAPES.items():
+    for model, shape in _SHAPES.items():
         for dtype in (torch.bfloat16, torch.float32):
-            pointer = f"*{_short_name(dtype)}"
-            for is_short in (True, False):
-                for is_windowed in (False, True):
-                    constants, options = _configuration(
-                        heads, kv_heads, head_dim, 32, dtype, is_short, is_windowed
-                    )
-                    ends = ("short" if is_short else "tall", *(["window"] if is_windowed else []))
-                    found.append(
-                        Compilation(
-                            _attend,
-                            "_".join(("attend", model, _short_name(dtype), *ends)),
-                            {
-                                **dict.fromkeys(("q", "keys", "values"), pointer),
-                                **dict.fromkeys(("tables", "fields", "count"), "*i32"),
-                                "out": pointer,
-                                "scratch": "*fp32" if is_short else pointer,
-                                **dict.fromkeys(_UNSPECIALISED, "i32"),
-                            },
-                            constants,
-                            **options,
-                            is_hot=True,
-                        )
-                    )
-            found.append(
-                Compilation(
-                    _combine,
-                    f"combine_{model}_{_short_name(dtype)}",
-                    {
-                        "out": pointer,
-                        "scratch": "*fp32",
-                        "fields": "*i32",
-                        "count": "*i32",
-                        **dict.fromkeys(("capacity", "chunks", "window"), "i32"),
-                    },
-                    _combine_constants(heads, head_dim, False),
-                    num_warps=4,
-                    is_hot=True,
-                )
-            )
+            for is_windowed in (False, True):
+                found += [
+                    _attend_compilation(model, shape, dtype, is_short, is_windowed)
+                    for is_short in (True, False)
+                ]
+                found.append(_combine_compilation(model, shape, dtype, is_windowed))
     return found
 
 
-def _short_name(dtype: torch.dtype) -> str:
-    return str(TYPES[dtype])
+def _attend_compilation(
+    model: str, shape: tuple[int, int, int], dtype: torch.dtype, is_short: bool, is_windowed: bool
+) -> Compilation:
+    kind = str(TYPES[dtype])
+    constants, options = _configuration(*shape, _BLOCK_SIZE, dtype, is_short, is_windowed)
+    signature = {
+        **dict.fromkeys(("q", "keys", "values"), f"*{kind}"),
+        **dict.fromkeys(("tables", "fields", "count"), "*i32"),
+        "out": f"*{kind}",
+        "scratch": "*fp32" if is_short else f"*{kind}",
+        **dict.fromkeys(_UNSPECIALISED, "i32"),
+    }
+    name = f"attend_{'short' if is_short else 'tall'}_{model}_{kind}{_ending(is_windowed)}"
+    is_hot = dtype != torch.float32 or shape[2] <= 128
+    return Compilation(_attend, name, signature, constants, **options, is_hot=is_hot)
+
+
+def _combine_compilation(
+    model: str, shape: tuple[int, int, int], dtype: torch.dtype, is_windowed: bool
+) -> Compilation:
+    heads, _, head_dim = shape
+    kind = str(TYPES[dtype])
+    signature = {
+        "out": f"*{kind}",
+        "scratch": "*fp32",
+        **dict.fromkeys(("fields", "count"), "*i32"),
+        **dict.fromkeys(("capacity", "chunks", "window"), "i32"),
+    }
+    constants = _combine_constants(heads, head_dim, is_windowed)
+    name = f"attend_combine_{model}_{kind}{_ending(is_windowed)}"
+    return Compilation(_combine, name, signature, constants, num_warps=4, is_hot=True)
+
+
+def _ending(is_windowed: bool) -> str:
+    return "_window" if is_windowed else ""

@@ -47,7 +47,7 @@ def norm_residual(
     eps: float,
     rows: torch.Tensor | None = None,
 ) -> None:
-    """Adds a block's result to the residual stream and norms the sum: `rmsnorm(x + delta) * weight`.
+    """Adds a block's result to the residual stream, and norms it: `rmsnorm(x + delta) * weight`.
 
     Args:
         x: [T, hidden], the residual stream; becomes `x + delta` unless `rows` is given.
