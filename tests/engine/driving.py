@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any
+from typing import Any, ClassVar, cast
 
+from engine.ahead_oracle import AheadOracle
 from engine.oracle import OracleRunner
 from loraplex_server.engine.adapters.loader import LoaderResult, LoaderTask, Read, execute
 from loraplex_server.engine.batching.scheduler import EngineLimits
@@ -20,6 +21,7 @@ from loraplex_server.engine.messages import (
     StepReport,
     Submit,
 )
+from loraplex_server.engine.runner.protocol import ModelRunner
 
 GREEDY = SamplingParams(temperature=0.0)
 
@@ -71,14 +73,23 @@ class ManualLoader:
 
 
 class Engine:
-    """A core over an oracle, and everything that came out of it."""
+    """A core over an oracle, and everything that came out of it.
+
+    Attributes:
+        is_ahead: whether engines launch one pass ahead; see the fixture `pace`.
+        device: the oracle as the core drives it, if it launches ahead.
+    """
+
+    is_ahead: ClassVar[bool] = False
 
     def __init__(self, runner: OracleRunner | None = None, **limits: int) -> None:
         self.runner = runner or OracleRunner()
         self.runner.keep_batches = True
+        self.device = AheadOracle(self.runner)
         self.clock = Clock()
         self.loader = ManualLoader(self.runner, self.clock)
-        self.core = EngineCore(self.runner, EngineLimits(**limits), self.clock, self.loader)
+        driven = cast(ModelRunner, self.device if self.is_ahead else self.runner)
+        self.core = EngineCore(driven, EngineLimits(**limits), self.clock, self.loader)
         self.outputs: dict[int, list[Output]] = {}
         self.controls: dict[int, ControlDone] = {}
         self.loads: list[LoadDone] = []
@@ -131,3 +142,9 @@ class Engine:
 def adapter(name: str, weight: float = 1.0, **options: Any) -> AdapterRef:
     """A reference to an oracle adapter; see `oracle` for the options."""
     return AdapterRef(f"sha256:{name}", json.dumps(options), weight)
+
+
+class AheadEngine(Engine):
+    """An engine that launches one pass ahead, whatever the fixture `pace` says."""
+
+    is_ahead = True

@@ -34,6 +34,7 @@ from adapters.adapter_files import base_info
 from loraplex_model.base.batch import ForwardBatch
 from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_server.engine.messages import AdapterRef, ModelInfo
+from loraplex_server.engine.runner.protocol import DeviceLost, OutOfDeviceMemory
 
 MASK = (1 << 64) - 1
 EMPTY = np.uint64(0xDEAD)
@@ -132,6 +133,8 @@ class OracleRunner:
         fault_token: a batch that computes it makes `forward` raise.
         crash_token: a batch that computes it kills the process.
         hang_token: a batch that computes it takes an hour.
+        lost_token: a batch that computes it loses the device, at "launch" or at "read" (`lost_at`).
+        out_of_memory: number of next passes that find too little memory.
         scripts: after the marker token `m`, the sequence continues with `scripts[m]`.
         step_seconds: how long a forward pass takes at least.
         device: name of the device; the adapters' memory is the host's if it begins with "cpu".
@@ -157,6 +160,9 @@ class OracleRunner:
     fault_token: int = -1
     crash_token: int = -1
     hang_token: int = -1
+    lost_token: int = -1
+    lost_at: str = "read"
+    out_of_memory: int = 0
     scripts: dict[int, list[int]] = field(default_factory=dict)
     step_seconds: float = 0.0
     merges_files: bool = False
@@ -301,6 +307,11 @@ class OracleRunner:
     def forward(self, batch: ForwardBatch) -> np.ndarray:
         if self.step_seconds:
             time.sleep(self.step_seconds)
+        if self.out_of_memory:
+            self.out_of_memory -= 1
+            raise OutOfDeviceMemory("a secret of the allocator")
+        if self.lost_token in batch.tokens:
+            raise DeviceLost("a secret of the device")
         if self.keep_batches:
             self.batches.append(batch)
         if self.crash_token in batch.tokens:

@@ -10,11 +10,14 @@ from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import pytest
+from engine.ahead_oracle import AheadOracle
 from engine.driving import Engine, ManualLoader, adapter
 from engine.oracle import OracleRunner, continuation
 from loraplex_server.engine.batching.request import Request
 from loraplex_server.engine.core import EngineCore
 from loraplex_server.engine.messages import Load, Merge, SamplingParams, SetPinned, Unload, Unmerge
+
+pytestmark = pytest.mark.usefixtures("pace")
 
 LEAKS: dict[str, Callable[[EngineCore, Request], object]] = {
     "a block": lambda core, _: core._pool.reserve(1),
@@ -64,7 +67,7 @@ CODE = (ModuleType, type, FunctionType, BuiltinFunctionType, MethodType)
 
 def size_of(core: EngineCore) -> tuple[int, int]:
     """Number and bytes of the objects that the core holds, without code and what tests own."""
-    passed = (*CODE, OracleRunner, ManualLoader)
+    passed = (*CODE, OracleRunner, AheadOracle, ManualLoader)
     seen: dict[int, object] = {}
     todo: list[object] = [core]
     while todo:

@@ -16,6 +16,8 @@ from loraplex_server.engine.messages import (
     Submit,
 )
 
+pytestmark = pytest.mark.usefixtures("pace")
+
 
 def test_a_stop_token_ends_the_request_and_is_not_returned() -> None:
     expected = continuation([1, 2], [], 6)
@@ -39,6 +41,7 @@ def test_the_first_output_and_no_other_says_started() -> None:
     assert [output.queue_seconds for output in engine.outputs[1]] == [2.5, 0.0, 0.0]
 
 
+@pytest.mark.lock_step
 def test_an_abort_is_final_within_a_step() -> None:
     engine = Engine()
     engine.submit(1, [1], 50)
@@ -168,6 +171,7 @@ def test_a_failed_pass_costs_its_rows_and_the_next_ones_are_served() -> None:
     assert all("secret" not in str(output) for output in engine.outputs[2])
 
 
+@pytest.mark.lock_step
 def test_an_engine_that_only_fails_says_that_it_is_broken() -> None:
     engine = Engine(OracleRunner(fault_token=7), max_running=1)
     for id in range(MAX_FAULTS):
@@ -254,6 +258,7 @@ def test_sampled_tokens_depend_on_the_request_alone() -> None:
     assert alone.tokens(1) != continuation([4, 5], [], 12)
 
 
+@pytest.mark.lock_step
 def test_statistics_tell_what_the_step_did() -> None:
     engine = Engine(OracleRunner(num_blocks=20, block_size=4), token_budget=8, max_running=8)
     engine.core.control(Load(1, adapter("a", nbytes=9)))
@@ -274,6 +279,7 @@ def test_statistics_tell_what_the_step_did() -> None:
     assert stats.adapter_bytes == 9
 
 
+@pytest.mark.lock_step
 def test_a_row_whose_request_ends_in_the_step_counts_as_what_it_was_computed_with() -> None:
     engine = Engine(OracleRunner(merge_budget_bytes=10, num_slots=4))
     merged, other = adapter("a", merge_nbytes=5), adapter("b")
@@ -319,6 +325,7 @@ def test_the_oracle_notices_a_block_that_was_mixed_up() -> None:
     assert engine.tokens(1) != continuation([1, 2, 3], [], 6)
 
 
+@pytest.mark.lock_step
 def test_the_oracle_notices_weights_that_were_swapped() -> None:
     engine = Engine()
     engine.submit(1, [1], 6, adapters=[adapter("a")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from loraplex_server.engine.messages import (
     Unmerge,
     Withdraw,
 )
+from loraplex_server.engine.runner.protocol import OutOfDeviceMemory
 
 BUDGET = 100
 CATALOGUE: dict[str, dict[str, object]] = {
@@ -98,6 +100,8 @@ class Asked:
 
 
 class EngineMachine(RuleBasedStateMachine):
+    engine_class: ClassVar[type[Engine]] = Engine
+
     @initialize(
         num_blocks=st.integers(3, 24) | st.just(40),
         block_size=st.integers(1, 4),
@@ -136,7 +140,7 @@ class EngineMachine(RuleBasedStateMachine):
             fault_token=511,
         )
         self.max_waiting = 8
-        self.engine = Engine(
+        self.engine = self.engine_class(
             self.runner,
             token_budget=token_budget,
             max_running=min(max_running, token_budget),
@@ -149,6 +153,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.withdrawn: set[int] = set()
         self.unloads: dict[int, str] = {}
         self.is_held = False
+        self.is_second_attempt = False
         self.note_who_meets_a_fault()
 
     def note_who_meets_a_fault(self) -> None:
@@ -157,18 +162,32 @@ class EngineMachine(RuleBasedStateMachine):
 
         def noting(batch: ForwardBatch) -> np.ndarray:
             try:
-                return forward(batch)
-            except RuntimeError:
-                size, written = self.runner.block_size, set[int]()
-                for at, table in enumerate(batch.block_tables):
-                    first, end = batch.query_starts[at], batch.query_starts[at + 1]
-                    written |= {int(table[p // size]) for p in batch.positions[first:end]}
-                for request in self.engine.core._requests.values():
-                    if written & set(request.blocks):
-                        self.asked[request.id].met_fault = True
+                logits = forward(batch)
+            except Exception as error:
+                self.meet(error, self.owners(batch))
                 raise
+            self.is_second_attempt = False
+            return logits
 
         self.runner.forward = noting  # type: ignore[method-assign]
+
+    def owners(self, batch: ForwardBatch) -> list[int]:
+        """The unfinished requests that own a block that the pass writes."""
+        size, written = self.runner.block_size, set[int]()
+        for at, table in enumerate(batch.block_tables):
+            first, end = batch.query_starts[at], batch.query_starts[at + 1]
+            written |= {int(table[p // size]) for p in batch.positions[first:end]}
+        requests = self.engine.core._requests.values()
+        return [request.id for request in requests if written & set(request.blocks)]
+
+    def meet(self, error: Exception, ids: list[int]) -> None:
+        """Marks the requests of a failed pass; the first lack of memory of a step costs nothing."""
+        if isinstance(error, OutOfDeviceMemory) and not self.is_second_attempt:
+            self.is_second_attempt = True
+            return
+        self.is_second_attempt = False
+        for id in ids:
+            self.asked[id].met_fault = True
 
     @rule(
         size=st.integers(1, 8) | st.integers(1, 20),
@@ -240,6 +259,10 @@ class EngineMachine(RuleBasedStateMachine):
         if self.engine.outcome(request_id) is None:
             self.asked[request_id].aborted = True
         self.engine.core.abort(request_id)
+
+    @rule(passes=st.sampled_from([1, 1, 1, 2, 3]))
+    def run_out_of_memory(self, passes: int) -> None:
+        self.runner.out_of_memory = passes
 
     def next_op(self) -> int:
         self.ops.add(len(self.ops) + 1)
@@ -387,6 +410,7 @@ class EngineMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "engine"):
             return
+        self.runner.out_of_memory = 0
         self.engine.run(most=5000)
         self.tokens_are_right_and_ends_are_justified()
         self.engine.core.check()

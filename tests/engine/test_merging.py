@@ -8,6 +8,8 @@ from engine.oracle import OracleRunner, continuation
 from loraplex_server.engine.adapters.loader import MergeWeights, Read
 from loraplex_server.engine.messages import AdapterRef, Load, Merge, SetPinned, Unload, Unmerge
 
+pytestmark = pytest.mark.usefixtures("pace")
+
 
 def engine_with(budget: int = 100, host: int = 0, device: str = "cpu") -> Engine:
     runner = OracleRunner(

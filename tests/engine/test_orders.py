@@ -17,6 +17,8 @@ from loraplex_model.base.refusal import Refusal
 from loraplex_server.engine.messages import AdapterRef, Load, Merge, SetPinned, Unload, Unmerge
 from loraplex_server.engine.process.client import EngineClient
 
+pytestmark = pytest.mark.usefixtures("pace")
+
 try:
     from loraplex_server.engine.messages import Withdraw
 except ImportError:  # so that the test fails, and not its import, where orders stay for ever

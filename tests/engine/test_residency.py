@@ -8,6 +8,8 @@ from engine.driving import Engine, adapter
 from engine.oracle import OracleAdapter, OracleRunner, continuation
 from loraplex_server.engine.messages import AdapterRef, Load, Unload
 
+pytestmark = pytest.mark.usefixtures("pace")
+
 
 def engine_with(budget: int = 100, slots: int = 8, **limits: int) -> Engine:
     return Engine(
@@ -44,6 +46,7 @@ def test_a_load_is_shared_by_all_who_wait_for_it_and_repeating_it_is_free() -> N
     assert all(engine.outcome(id) == "length" for id in (1, 2, 3))
 
 
+@pytest.mark.lock_step
 def test_waiting_for_an_adapter_blocks_nobody_else() -> None:
     engine = engine_with()
     load(engine, adapter("a"), 1)
@@ -181,6 +184,7 @@ def test_room_that_a_drain_will_free_is_waited_for_and_nobody_else_is_asked() ->
     assert engine.outcome(4) == "length"
 
 
+@pytest.mark.lock_step
 def test_when_room_is_wanted_no_longer_all_are_open_again_at_once() -> None:
     engine = engine_with(budget=100)
     engine.submit(1, [1], 90, adapters=[adapter("a", nbytes=50)])
@@ -271,6 +275,7 @@ def test_unload_waits_for_running_requests_and_newcomers_have_it_loaded_again() 
     assert engine.loader.started == ["sha256:a", "sha256:b", "sha256:a"]
 
 
+@pytest.mark.lock_step
 def test_a_drain_does_not_keep_other_adapters_from_loading() -> None:
     engine = engine_with()
     engine.submit(1, [1], 50, adapters=[adapter("a")])

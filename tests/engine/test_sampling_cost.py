@@ -120,6 +120,7 @@ def with_costs(monkeypatch: pytest.MonkeyPatch, rows: int, num_blocks: int = 400
     return engine
 
 
+@pytest.mark.usefixtures("pace")
 @pytest.mark.fault("sampling-holds-step")
 def test_63_costly_rows_delay_a_cheap_one_by_less_than_half(
     monkeypatch: pytest.MonkeyPatch,
@@ -154,6 +155,7 @@ def test_costly_rows_among_themselves_are_not_slowed(monkeypatch: pytest.MonkeyP
     assert [engine.outcome(id) for id in range(1, 9)] == ["length"] * 8
 
 
+@pytest.mark.usefixtures("pace")
 @pytest.mark.fault("sampling-holds-step")
 def test_rows_that_wait_for_their_turn_get_the_tokens_that_they_get_alone(
     monkeypatch: pytest.MonkeyPatch,

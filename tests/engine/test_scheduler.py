@@ -11,12 +11,15 @@ from engine.driving import Engine, adapter
 from engine.oracle import OracleRunner, continuation
 from loraplex_server.engine.batching.scheduler import EngineLimits
 
+pytestmark = pytest.mark.usefixtures("pace")
+
 
 def counts(engine: Engine) -> list[int]:
     """Tokens per sequence of the last pass."""
     return np.diff(engine.runner.batches[-1].query_starts).tolist()
 
 
+@pytest.mark.lock_step
 def test_decode_rows_go_first_and_prompts_share_the_rest_of_the_budget() -> None:
     engine = Engine(OracleRunner(num_blocks=100), token_budget=10, max_running=8)
     engine.submit(1, [1] * 3, 20)
@@ -35,6 +38,7 @@ def test_decode_rows_go_first_and_prompts_share_the_rest_of_the_budget() -> None
     assert sorted(counts(engine)) == [1, 1, 1, 1]
 
 
+@pytest.mark.lock_step
 def test_logits_are_asked_for_only_where_a_token_is_due() -> None:
     engine = Engine(token_budget=4, max_running=4)
     engine.submit(1, [1] * 10, 3)
@@ -92,6 +96,7 @@ def test_preemption_takes_the_last_in_order_and_repeats_no_output() -> None:
     assert ends == [10, 10]
 
 
+@pytest.mark.lock_step
 def test_the_first_in_order_is_never_put_back() -> None:
     engine = Engine(OracleRunner(num_blocks=6, block_size=2), token_budget=64, max_running=4)
     engine.submit(1, [1, 1], 10)

@@ -13,6 +13,8 @@ from loraplex_model.base.faults import injected
 from loraplex_server.engine.adapters.loader import NICE, Read, ThreadLoader
 from loraplex_server.engine.messages import AdapterRef, AdapterStatus, Load, SetPinned, Unload
 
+pytestmark = pytest.mark.usefixtures("pace")
+
 
 def engine_with(
     budget: int = 100, host: int = 100, slots: int = 8, device: str = "cpu", **limits: int
@@ -161,6 +163,7 @@ def test_a_bad_adapter_that_is_read_ahead_fails_its_own_requests_only() -> None:
     assert engine.outcome(1) == engine.outcome(3) == "length"
 
 
+@pytest.mark.lock_step
 def test_a_burst_of_loads_publishes_one_adapter_a_step() -> None:
     engine = engine_with(budget=1000, host=1000, slots=100)
     engine.submit(1, [1], 150, adapters=[])
@@ -294,6 +297,7 @@ def test_an_unload_wakes_the_engine_at_its_deadline() -> None:
 # the table
 
 
+@pytest.mark.lock_step
 def test_while_rows_run_new_references_are_told_now_and_then_and_the_last_ones_always() -> None:
     engine = engine_with()
     load(engine, adapter("a"), 1)
@@ -333,8 +337,10 @@ def test_a_fault_on_the_way_of_an_adapter_is_the_fault_of_its_load(point: str) -
     assert engine.controls[2].error is None
 
 
-@pytest.mark.parametrize("point", ["engine.before_step", "engine.after_sample"])
-def test_a_fault_in_a_step_costs_its_rows_and_nobody_else(point: str) -> None:
+@pytest.mark.parametrize("point", ["engine.before_step", "after"])
+def test_a_fault_in_a_step_costs_its_rows_and_nobody_else(point: str, pace: str) -> None:
+    if point == "after":
+        point = "engine.after_sample" if pace == "lock-step" else "engine.after_read"
     engine = engine_with(max_running=1)
     engine.submit(1, [1], 4)
     engine.submit(2, [2], 4)
@@ -344,7 +350,8 @@ def test_a_fault_in_a_step_costs_its_rows_and_nobody_else(point: str) -> None:
             raise RuntimeError("a secret of the step")
 
     with injected(fail):
-        engine.step()
+        while engine.outcome(1) is None:
+            engine.step()
     engine.run()
     assert engine.outcome(1) == "ENGINE_FAULT"
     assert engine.tokens(2) == continuation([2], [], 4)

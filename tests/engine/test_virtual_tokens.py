@@ -8,6 +8,8 @@ from engine.driving import Engine, adapter
 from engine.oracle import OracleRunner, continuation
 from loraplex_server.engine.messages import AdapterRef, Load, Unload
 
+pytestmark = pytest.mark.usefixtures("pace")
+
 
 def engine_with(prefix_blocks: int = 8, num_blocks: int = 40, **limits: int) -> Engine:
     return Engine(OracleRunner(num_blocks=num_blocks, prefix_blocks=prefix_blocks), **limits)

@@ -143,6 +143,11 @@ class Request:
         return len(self.tokens) - self.prompt_len + 1 == self.submit.max_new_tokens
 
     @property
+    def is_finishing(self) -> bool:
+        """Whether the token that is being chosen is its last one, so that nothing follows."""
+        return self.awaits_token and self.next_is_last
+
+    @property
     def remaining(self) -> int:
         """Number of tokens to compute before the next one can be chosen; 1 when decoding.
 

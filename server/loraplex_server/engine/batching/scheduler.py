@@ -192,7 +192,7 @@ class Scheduler:
         """
         started = 0
         for request in self.queue:
-            if not budget or len(self.running) >= self.limits.max_running or request.awaits_token:
+            if not budget or self._is_full() or request.awaits_token:
                 break
             need = self.pool.blocks_for(request.in_own_blocks)
             if need + len(self.running) > self.pool.free and self.running:
@@ -205,6 +205,13 @@ class Scheduler:
             budget -= self._chunk(request, budget, rows)
             started += 1
         del self.queue[:started]
+
+    def _is_full(self) -> bool:
+        """Whether no more requests may take part in steps. Those that are finishing do not."""
+        most = self.limits.max_running
+        if len(self.running) < most:
+            return False
+        return sum(not request.is_finishing for request in self.running) >= most
 
     def _preempt(self, request: Request) -> None:
         self._free(request)

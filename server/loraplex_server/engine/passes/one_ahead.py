@@ -30,6 +30,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from loraplex_model.base.batch import ForwardBatch
+from loraplex_model.base.faults import reach
 
 from loraplex_server.engine.batching.request import Request, RequestState
 from loraplex_server.engine.batching.scheduler import BatchRow, Logits, Scheduler
@@ -188,10 +189,10 @@ class OneAhead:
         flight.land()
         try:
             result = flight.result()
+            reach("engine.after_read")
         except Exception as error:
             self._fail([launched.row.request for launched in flight.rows], error)
             return
-        self._tally.faults = 0
         tokens: list[int] = result.tokens.tolist()
         due: list[Request] = []
         lines: list[int] = []
@@ -200,6 +201,7 @@ class OneAhead:
             if request.state is RequestState.DONE:
                 self._tally.wasted_rows += 1
                 continue
+            self._tally.faults = 0  # a pass that served nobody proves nothing
             row = launched.row
             if launched.completes:
                 request.awaits_token = False
