@@ -57,7 +57,7 @@ LLAMA_8B = config(
 )
 """The shapes of Llama-3.1-8B."""
 
-TINY = config(hidden=128, intermediate=192, layers=2, heads=4, kv_heads=2, head_dim=32, vocab=512)
+TINY = config(hidden=64, intermediate=128, layers=2, heads=2, kv_heads=1, head_dim=32, vocab=256)
 """The stand-in for `LLAMA_8B` in a dry run."""
 
 
