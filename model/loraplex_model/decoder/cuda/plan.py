@@ -13,16 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from loraplex_model.adapters.table import Uses
+from loraplex_model.adapters.table import SlotTable, Uses
 from loraplex_model.base.batch import ForwardBatch, Mix
-
-if TYPE_CHECKING:
-    from loraplex_model.adapters.table import SlotTable
 
 CHUNK_ROWS = 16
 """Rows of a chunk, at most: the rows of the smallest tile of a tensor core."""
@@ -75,6 +72,12 @@ class PlanCapacity:
     terms: int
     h_rows: int
     rank_stride: int
+
+    @staticmethod
+    def of_rows(rows: int, max_rank: int, adapters: int = 1) -> PlanCapacity:
+        """Holds every plan of so many rows with mixes of so many adapters, up to a rank."""
+        terms = rows * adapters
+        return PlanCapacity(rows, terms, terms, -(-max_rank // RANK_STEP) * RANK_STEP)
 
     def lengths(self) -> Mapping[str, int]:
         """Elements of each array of `ChunkPlan.arrays`."""
