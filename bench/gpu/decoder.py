@@ -56,7 +56,7 @@ def run(report: StageReport) -> None:
 
 
 def families(report: StageReport) -> None:
-    """Tiny models of the families against Hugging Face in float64: prompts in chunks, then decode."""
+    """Tiny models of the families against Hugging Face: prompts in chunks, then single tokens."""
     variants = references.VARIANTS[-1:] if report.dry else references.VARIANTS
     for variant in variants:
         for dtype, most in ((torch.float32, FLOAT32), (torch.bfloat16, BFLOAT16)):
