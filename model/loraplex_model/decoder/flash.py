@@ -83,6 +83,10 @@ def attend(
     the first sequence only (pytorch#194167), which happens with few short sequences, where it looks
     for more parallelism. The results of a sequence would also depend on the others'.
 
+    If each sequence has one query, at its last position, and there is no sliding window, the query
+    sees all keys, so the call is not causal: only then does FlashAttention read the keys once for
+    all query heads that share them.
+
     Args:
         q: [T, heads, head_dim], float16 or bfloat16, on CUDA.
         keys, values: [num_blocks, block_size, kv_heads, head_dim].
@@ -96,6 +100,8 @@ def attend(
     """
     from torch.nn.attention.varlen import varlen_attn
 
+    sees_all = window is None and most_queries == 1 and len(q) == len(lengths)
+    left = -1 if window is None else window - 1
     out = varlen_attn(
         q,
         keys,
@@ -104,7 +110,7 @@ def attend(
         key_starts,
         most_queries,
         most_keys,
-        window_size=(-1 if window is None else window - 1, 0),
+        window_size=(left, -1 if sees_all else 0),
         enable_gqa=True,
         seqused_k=lengths,
         block_table=tables,
