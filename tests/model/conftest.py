@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from interpreter import IS_INTERPRETED
 from loraplex_model.checkpoints.load import LoadedBase, load_base
 from loraplex_model.decoder.reference import ReferenceDecoder
 
@@ -32,7 +31,6 @@ def _native() -> Any:
 
 
 # The kernels for CUDA run in Triton's interpreter, where there is one: see `make test-triton`.
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
 DECODERS = ["reference", "native", *(["cuda"] if IS_INTERPRETED else [])]
 
 

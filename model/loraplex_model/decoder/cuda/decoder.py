@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,15 +16,18 @@ from loraplex_model.adapters.table import Merged, SlotTable
 from loraplex_model.base.batch import ForwardBatch
 from loraplex_model.base.config import FUSED
 from loraplex_model.base.weights import BaseWeights
-from loraplex_model.decoder.cuda.bounds import Bounds
 from loraplex_model.decoder.cuda.draws import DrawTable
+from loraplex_model.decoder.cuda.graphs import Capture, CudaCapture, Graphs, GraphSizes
+from loraplex_model.decoder.cuda.kernels import sampling
 from loraplex_model.decoder.cuda.network import Network, device_matrices
-from loraplex_model.decoder.cuda.own_rows import OwnRows
-from loraplex_model.decoder.cuda.passes import DevicePass, PassPlan, PassShape, plan_pass
 from loraplex_model.decoder.cuda.products import Products
-from loraplex_model.decoder.cuda.staging import Staging, Transfers
+from loraplex_model.decoder.cuda.step.bounds import Bounds
+from loraplex_model.decoder.cuda.step.own_rows import OwnRows
+from loraplex_model.decoder.cuda.step.passes import DevicePass, PassPlan, PassShape, plan_pass
+from loraplex_model.decoder.cuda.step.staging import Staging, Transfers
+from loraplex_model.decoder.cuda.step.tickets import PassTicket
+from loraplex_model.decoder.cuda.step.workspace import Workspace
 from loraplex_model.decoder.cuda.table import DeviceTable
-from loraplex_model.decoder.cuda.workspace import Workspace
 
 MOST_ROWS = 512
 """Rows of a pass for which memory is allocated at once; larger passes allocate more."""
@@ -34,15 +38,17 @@ MOST_DRAWS = 256
 
 @dataclass(frozen=True, slots=True)
 class Launched:
-    """A pass under way.
+    """A pass under way; the tensors are overwritten by the next one.
 
     Attributes:
-        logits: float32 [R, vocab], on the device, until the next pass is launched.
-        step: the pass in device memory.
+        logits: float32 [R, vocab], on the device. Rows from which a token was chosen are spoilt.
+        tokens: int32 [D], the chosen tokens, on the device.
+        lines: float32 [L, vocab], on the device.
     """
 
     logits: torch.Tensor
-    step: DevicePass
+    tokens: torch.Tensor
+    lines: torch.Tensor
 
 
 class CudaDecoder:
@@ -72,13 +78,17 @@ class CudaDecoder:
         max_positions: int | None = None,
         max_rows: int = MOST_ROWS,
         max_draws: int = MOST_DRAWS,
+        graphs: GraphSizes | None = None,
+        capture: Capture | None = None,
     ) -> None:
-        """Packs the weights for the kernels.
+        """Packs the weights for the kernels, compiles the kernels and captures graphs.
 
         Args:
             max_positions: the longest sequence; by default the model's context.
             max_rows: rows of a pass for which memory is allocated at once.
             max_draws: tokens that one pass can choose on the device.
+            graphs: the passes that graphs are captured for; None captures none.
+            capture: what captures them; by default CUDA.
         """
         config, device, dtype = weights.config, weights.embed.device, weights.embed.dtype
         self.weights = weights
@@ -101,7 +111,9 @@ class CudaDecoder:
         self._staging = Staging(device, 1 << 16, self.transfers)
         self._space = self._workspace(max_rows, 0, 0)
         self.last_tokens = torch.full((max_draws,), -1, dtype=torch.int32, device=device)
+        self._kept = sampling.workspace(max_draws, device)
         self._drawn = 0
+        self._graphs = None if graphs is None else self._captured(graphs, capture)
 
     @torch.no_grad()
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
@@ -141,11 +153,18 @@ class CudaDecoder:
             lines=lines,
         )
         self._device_table.update()
-        self._drawn = 0 if draws is None else len(draws.records)
-        return self._launch(plan)
+        found = self._graphs.launch(plan) if self._graphs else None
+        logits, kept = found or self._launch(plan)
+        self._drawn = plan.shape.draws
+        return Launched(logits, self.last_tokens[: self._drawn], kept)
 
-    def _launch(self, plan: PassPlan) -> Launched:
-        """Launches a pass kernel by kernel."""
+    def launch(self, batch: ForwardBatch, draws: DrawTable, lines: NDArray[np.int32]) -> PassTicket:
+        """Launches a pass and the copies of its results: tokens and lines. See `start`."""
+        under_way = self.start(batch, draws, lines)
+        return PassTicket.of(under_way.tokens, under_way.lines, self.transfers)
+
+    def _launch(self, plan: PassPlan) -> tuple[torch.Tensor, torch.Tensor]:
+        """Launches a pass kernel by kernel; returns its logits and the lines for the host."""
         own = None
         if plan.needs_torch:
             own = OwnRows(
@@ -155,17 +174,47 @@ class CudaDecoder:
                 self.weights.config.rms_norm_eps,
                 plan.has_virtual,
             )
-        layout = plan.shape.layout()
+        shape = plan.shape
+        step = self._staged(shape, plan.arrays, own)
+        logits = self._logits(shape.logits)
+        lines = torch.empty(shape.lines, logits.shape[1], device=logits.device)
+        self._compute(step, self._room(shape), logits, lines)
+        return logits, lines
+
+    def _staged(
+        self, shape: PassShape, arrays: Mapping[str, NDArray[Any]], own: OwnRows | None
+    ) -> DevicePass:
+        """Copies the arrays of a pass to the device."""
+        layout = shape.layout()
         if layout.nbytes > self._staging.capacity:
-            self._staging = Staging(self._staging.buffer.device, 2 * layout.nbytes, self.transfers)
-        self._staging.send(layout, plan.arrays)
+            self._staging = Staging(self._cache.device, 2 * layout.nbytes, self.transfers)
+        self._staging.send(layout, arrays)
         views = layout.views(self._staging.buffer)
-        step = DevicePass.at(views, plan.shape, self._device_table.entries, own)
+        return DevicePass.at(views, shape, self._device_table.entries, own)
+
+    def _compute(
+        self, step: DevicePass, space: Workspace, logits: torch.Tensor, lines: torch.Tensor
+    ) -> None:
+        """Everything that a pass launches; also what a graph consists of."""
         self._copy_blocks(step.copies)
-        hidden = self._network.hidden_states(step, self._room(plan.shape), self.last_tokens)
-        logits = torch.empty(step.logits, self.weights.config.vocab_size, device=hidden.device)
+        hidden = self._network.hidden_states(step, space, self.last_tokens)
         self._network.head(step, hidden, logits)
-        return Launched(logits, step)
+        sampling.copy_lines(logits, step.lines, step.line_count, lines)
+        sampling.sample(logits, step.draws, self.last_tokens, self._kept)
+
+    def _captured(self, sizes: GraphSizes, capture: Capture | None) -> Graphs:
+        shapes = list(sizes.shapes(self._bounds.positions, self._bounds.block_size))
+        for shape in shapes:
+            self._room(shape)
+        return Graphs(
+            shapes,
+            self._space,
+            self._compute,
+            self._device_table.entries,
+            self.weights.config.vocab_size,
+            self.transfers,
+            capture or CudaCapture(),
+        )
 
     def merge(self, adapter: PackedAdapter, dtype: torch.dtype) -> Merged:
         """Merges an adapter: dense copies, in `dtype`, of the matrices that it changes.
@@ -185,6 +234,9 @@ class CudaDecoder:
         states = states.transpose(2, 3)  # [layers, 2, kv_heads, n, head_dim]
         for block, part in zip(blocks, states.split(size, dim=3), strict=False):
             self._cache[:, :, block, :, : part.shape[3]] = part
+
+    def _logits(self, rows: int) -> torch.Tensor:
+        return torch.empty(rows, self.weights.config.vocab_size, device=self._cache.device)
 
     def _copy_blocks(self, copies: torch.Tensor) -> None:
         """Copies blocks of all layers at once: int64 [2, C], from and to."""

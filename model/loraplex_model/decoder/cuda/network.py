@@ -15,11 +15,11 @@ from loraplex_model.adapters.merge import fused_matrix
 from loraplex_model.base.config import FUSED, MODEL, DecoderConfig
 from loraplex_model.base.weights import BaseWeights
 from loraplex_model.decoder.cuda.kernels import attention, lora, rows
-from loraplex_model.decoder.cuda.own_rows import HeadStates
 from loraplex_model.decoder.cuda.pack import DeviceMatrix, pack_matrix
-from loraplex_model.decoder.cuda.passes import DevicePass, PassShape
 from loraplex_model.decoder.cuda.products import Products
-from loraplex_model.decoder.cuda.workspace import Workspace
+from loraplex_model.decoder.cuda.step.own_rows import HeadStates
+from loraplex_model.decoder.cuda.step.passes import DevicePass, PassShape
+from loraplex_model.decoder.cuda.step.workspace import Workspace
 from loraplex_model.ops.linear import by_tiles
 from loraplex_model.ops.rope import tables
 

@@ -24,7 +24,6 @@ from loraplex_model.decoder.cuda.draws import RECORD, DrawTable, Field
 from loraplex_model.decoder.cuda.kernels.attention import DeviceTiles
 from loraplex_model.decoder.cuda.kernels.sampling import DeviceDraws
 from loraplex_model.decoder.cuda.lora_pass import LoraPass
-from loraplex_model.decoder.cuda.own_rows import OwnRows
 from loraplex_model.decoder.cuda.plan import (
     ChunkPlan,
     PlanCapacity,
@@ -32,7 +31,8 @@ from loraplex_model.decoder.cuda.plan import (
     plan_chunks,
     plan_head,
 )
-from loraplex_model.decoder.cuda.staging import Layout, Segment
+from loraplex_model.decoder.cuda.step.own_rows import OwnRows
+from loraplex_model.decoder.cuda.step.staging import Layout, Segment
 from loraplex_model.decoder.cuda.tiles import FIELDS, plan_tiles
 
 _SEQUENCE = 2  # the column of a tile's fields that says where its block table begins
@@ -47,7 +47,8 @@ class PassShape:
         short, tall: tiles of attention; see `tiles`.
         chunks: the most chunks of a short tile's context; 0 without short tiles.
         lora: sizes of the adapters' plan; None if no row has a change that the kernels make.
-        draws: tokens that are chosen on the device, and lines of logits that are kept.
+        draws: tokens that are chosen on the device.
+        lines: lines of the logits that are kept for the host.
         ragged: int32 numbers of block tables and lists.
         copies: blocks that are copied before the pass.
     """
@@ -59,6 +60,7 @@ class PassShape:
     chunks: int
     lora: PlanCapacity | None
     draws: int
+    lines: int
     ragged: int
     copies: int = 0
 
@@ -83,7 +85,7 @@ class PassShape:
         draws = {
             "records": Segment("i4", self.draws * RECORD, unread),
             "draw_count": Segment("i4", 1),
-            "lines": Segment("i4", self.draws, unread),
+            "lines": Segment("i4", self.lines, unread),
             "line_count": Segment("i4", 1),
             "copies": Segment("i8", 2 * self.copies),
         }
@@ -124,7 +126,7 @@ class PassPlan:
             return False
         return all(
             getattr(own, name) <= getattr(shape, name)
-            for name in ("rows", "logits", "short", "chunks", "draws", "ragged")
+            for name in ("rows", "logits", "short", "chunks", "draws", "lines", "ragged")
         )
 
 
@@ -167,7 +169,8 @@ def plan_pass(
         tall=len(tiles.tall),
         chunks=tiles.chunks,
         lora=lora,
-        draws=max(len(records), len(kept)),
+        draws=len(records),
+        lines=len(kept),
         ragged=len(tables) + len(lists),
         copies=len(batch.copies),
     )
@@ -238,7 +241,7 @@ class DevicePass:
         short, tall: tiles; None without any.
         lora: the adapters' plan; None without any.
         draws: tokens to choose.
-        lines, line_count: int32 [draws] and [1], rows of the logits to keep.
+        lines, line_count: int32 [lines] and [1], rows of the logits to keep.
         copies: int64 [2, C], blocks to copy from and to.
         own: rows that need code in torch; None without any.
     """

@@ -61,6 +61,10 @@ class Layout:
             end += -(-size // _ALIGNMENT) * _ALIGNMENT
         self.nbytes = end
 
+    def nothing(self) -> dict[str, NDArray[Any]]:
+        """Arrays without elements, whose segments then hold the fill values."""
+        return {name: np.empty(0, segment.kind) for name, segment in self.segments.items()}
+
     def views(self, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
         """The arrays as views of a buffer, uint8 [>= nbytes], each with one dimension."""
         return {
@@ -88,7 +92,7 @@ class Layout:
             end = start + segment.size * np.dtype(segment.kind).itemsize
             target = buffer[start:end].view(segment.kind)
             target[: values.size] = values.reshape(-1)
-            used = start + values.nbytes
+            used = start + values.size * target.itemsize
             if name != self._last:
                 target[values.size :] = segment.fill
         return used
