@@ -228,7 +228,7 @@ def _constants(dtype: torch.dtype) -> dict[str, Any]:
 
 def shrink_configuration(
     fan_in: int, parts: int, dtype: torch.dtype
-) -> tuple[dict[str, Any], dict[str, int]]:
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Constants of `shrink_kernel`, and its warps and stages."""
     shape = shrink_shape(fan_in)
     constants = {"FAN_IN": fan_in, "PARTS": parts, "SPLITS": shape.splits}
@@ -239,7 +239,7 @@ def shrink_configuration(
 
 def expand_configuration(
     splits: int, widths: Sequence[int], dtype: torch.dtype
-) -> tuple[dict[str, Any], dict[str, int]]:
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Constants of `expand_kernel`, and its warps and stages."""
     w0, w1, w2 = [*widths, 0, 0][:3]
     columns, warps = expand_tile(widths)
@@ -252,7 +252,7 @@ def expand_configuration(
 
 def silu_configuration(
     splits: int, width: int, dtype: torch.dtype
-) -> tuple[dict[str, Any], dict[str, int]]:
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Constants of `expand_silu_mul_kernel`, and its warps and stages."""
     columns, warps = expand_tile([width])
     constants = {"WIDTH": width, "BN": columns, **_sums(splits)}
