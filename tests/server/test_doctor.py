@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
 import pytest
 import torch
 from loraplex_model.checkpoints import default_model, load
+from loraplex_model.decoder.cuda.choices import FILE, Timings
 from loraplex_model.ops import build, known_faults
-from loraplex_server.commands import doctor
+from loraplex_server.commands import doctor, doctor_cuda
 from loraplex_server.config import Config
 from loraplex_server.config import load as load_config
 
@@ -78,3 +80,28 @@ def test_packages_with_known_faults_are_named(
     monkeypatch.setattr(known_faults, "version_of", lambda package: "2.4.0")
     (found,) = bad(config)
     assert found.startswith("packages: torch 2.4.0 cannot be used")
+
+
+def test_what_was_measured_on_a_card_is_shown(tmp_path: Path) -> None:
+    (nothing,) = doctor_cuda.products(tmp_path, "card")
+    assert nothing == ("products", "not measured on this card yet; the first start does so")
+    timings = Timings(tmp_path / "kernels" / FILE, "card")
+    timings.put(
+        (576, 1536), 16, {"nf4 a": 9.0, "nf4 b": 8.0, "dense": 7.25, "bitsandbytes": math.inf}
+    )
+    timings.save()
+    assert list(doctor_cuda.products(tmp_path, "card")) == [
+        (
+            "products",
+            "576 x 1536, up to 16 rows: dense 7.2 us, nf4 b 8.0 us, bitsandbytes failed",
+        )
+    ]
+
+
+def test_the_packages_that_cuda_uses_are_named(tmp_path: Path) -> None:
+    """On this machine torch has no CUDA; no package is needed to say so."""
+    found = dict(doctor_cuda.examine(tmp_path, "float32"))
+    assert set(found) >= {"kernels", "4-bit products", "varlen_attn"}
+    assert found["varlen_attn"] == "the compute type is float32"
+    if torch.version.cuda is None:
+        assert found["4-bit products"] == "torch is built without CUDA"

@@ -17,6 +17,7 @@ from loraplex_adapters.store import survey_at
 from loraplex_model.base.info import public_name
 from loraplex_model.base.refusal import Refusal
 
+from loraplex_server.commands import doctor_cuda
 from loraplex_server.config import Config, available_cores
 from loraplex_server.registry.census import troubles
 from loraplex_server.runtime.failures import for_operator
@@ -86,8 +87,10 @@ def _arithmetic(config: Config) -> Iterator[Check]:
             text = "damaged or incomplete" + ("; built again at the next start" if compiler else "")
             yield Check("kernels", f"{damaged.parent}: {text}", good=False)
     if chosen == "cuda":
-        text = "torch and bitsandbytes on the GPU"
-    elif built is not None:
+        for subject, words in doctor_cuda.examine(config.cache, config.dtype):
+            yield Check(subject, words)
+        return
+    if built is not None:
         text = f"C++ for {best}, the fastest supported; built in {built.parent}"
     elif compiler:
         text = f"C++ for {best}, the fastest supported; will be compiled at the first start"

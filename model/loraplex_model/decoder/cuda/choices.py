@@ -18,6 +18,9 @@ from pathlib import Path
 from loraplex_model.base import durable
 
 _LOGGER = logging.getLogger(__name__)
+FILE = "products.json"
+"""Name of the file of times, in the folder of compiled kernels."""
+
 _FORMAT = 1
 _MOST_CARDS = 16
 

@@ -308,7 +308,7 @@ _REPEATS = 7
 
 def device_time(candidate: str, shape: Shape, rows: int, run: Callable[[], None]) -> float:
     """Median of the microseconds of `run` as a CUDA graph, without the time of the launches."""
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         run()  # compiles, and allocates what a capture may not
@@ -316,7 +316,7 @@ def device_time(candidate: str, shape: Shape, rows: int, run: Callable[[], None]
         with torch.cuda.graph(graph, stream=stream):
             run()
         graph.replay()
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(_REPEATS + 1)]
+        events = [_event() for _ in range(_REPEATS + 1)]
         events[0].record(stream)
         for event in events[1:]:
             graph.replay()
@@ -324,4 +324,8 @@ def device_time(candidate: str, shape: Shape, rows: int, run: Callable[[], None]
     events[-1].synchronize()
     torch.cuda.current_stream().wait_stream(stream)
     spans = sorted(start.elapsed_time(end) * 1e3 for start, end in pairwise(events))
-    return spans[len(spans) // 2]
+    return float(spans[len(spans) // 2])
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+
+import torch
+
+from loraplex_model.base import durable
+
+_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def obstacle_to_triton() -> str | None:
@@ -29,3 +38,22 @@ def obstacle_to_bitsandbytes(cuda: str | None) -> str | None:
     if any(version[:2] == cuda.partition(".")[0] for version in versions):
         return None
     return f"bitsandbytes has no library for CUDA {cuda}, only for {', '.join(versions) or 'none'}"
+
+
+def card_name(device: torch.device, dtype: torch.dtype) -> str:
+    """Everything on which the time of a product depends, for `choices.Timings`."""
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    driver = ""
+    with suppress(OSError, UnicodeDecodeError):
+        driver = durable.read_regular(_DRIVER).decode().partition("\n")[0].strip()
+    packages = [f"{name} {_version(name)}" for name in ("torch", "triton", "bitsandbytes")]
+    kernels = hashlib.sha256(Path(__file__).with_name("kernels").joinpath("nf4.py").read_bytes())
+    number = str(dtype).removeprefix("torch.")
+    return "; ".join([card, driver, *packages, number, f"kernels {kernels.hexdigest()[:12]}"])
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"

@@ -45,7 +45,7 @@ def rounded(x, TYPE: tl.constexpr):
 
     `x.to(TYPE)` does so on a device; the interpreter leaves out the lower bits of bfloat16.
     """
-    if _INTERPRETED and tl.bfloat16 == TYPE:
+    if _INTERPRETED and TYPE == tl.bfloat16:  # noqa: SIM300
         bits = x.to(tl.uint32, bitcast=True)
         bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
         return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)

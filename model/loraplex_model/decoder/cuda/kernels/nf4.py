@@ -356,7 +356,8 @@ def multiply(
     """Writes `x @ W.T + bias` to `out`. x [T, in] and out [T, out] have contiguous rows."""
     rows, (fan_out, fan_in) = len(x), matrix.shape
     assert x.stride(1) == out.stride(1) == 1, "rows are contiguous"
-    assert out.shape == (rows, fan_out) and x.shape[1] == fan_in
+    assert out.shape == (rows, fan_out)
+    assert x.shape[1] == fan_in
     if not rows:
         return
     grid = tiling.grid(matrix.shape, rows)
@@ -402,7 +403,8 @@ def multiply(
 
 def unpack(matrix: DeviceMatrix, out: torch.Tensor) -> None:
     """Writes the weights to `out` [out, in], rounded once to its type."""
-    assert out.shape == matrix.shape and out.stride(1) == 1
+    assert out.shape == matrix.shape
+    assert out.stride(1) == 1
     if matrix.dense is not None:
         out.copy_(matrix.dense)
         return
