@@ -121,6 +121,8 @@ class Metrics:
         series.engine_memory_bytes.labels("accounted").set(stats.accounted_bytes)
         for counter, value in (
             (series.preemptions, stats.preemptions),
+            (series.wasted_rows, stats.wasted_rows),
+            (series.out_of_memory, stats.out_of_memory),
             (series.adapter_evictions.labels("device"), stats.evictions),
             (series.adapter_evictions.labels("host"), stats.host_evictions),
             (series.adapter_prefetches, stats.prefetches),

@@ -13,7 +13,7 @@ Options: `nbytes` (else the size of the files), `fail` (an error reason for `rea
 `seconds` (how long reading takes), `nonfinite` (rows that use it get NaN logits), `virtual` (how
 many virtual tokens it has), `merge_nbytes` (what its dense copies take; 0: it cannot be merged),
 `merge_fail` (merging it raises), `kills` (the process is killed by the work on it: "read",
-"publish", "merge" or "publish_merge").
+"publish", "merge" or "publish_merge"), `loses` (the device is lost by it, likewise).
 """
 
 from __future__ import annotations
@@ -106,12 +106,15 @@ class OracleAdapter:
     merge_nbytes: int = 0
     merge_fails: bool = False
     kills: str = ""
+    loses: str = ""
 
 
 def kill_if(doing: str, adapter: OracleAdapter) -> None:
-    """Kills this process if work of this kind on the adapter does so."""
+    """Kills this process, or loses the device, if work of this kind on the adapter does so."""
     if adapter.kills == doing:
         os.kill(os.getpid(), signal.SIGKILL)
+    if adapter.loses == doing:
+        raise DeviceLost("a secret of the device")
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,6 +240,7 @@ class OracleRunner:
             options.get("merge_nbytes", 0),
             options.get("merge_fail", False),
             options.get("kills", ""),
+            options.get("loses", ""),
         )
         kill_if("read", adapter)
         return adapter
@@ -368,8 +372,11 @@ class OracleRunner:
         return next_token(entries, self.vocab_size, self.forbidden)
 
 
-def build(**options: Any) -> OracleRunner:
-    """The factory that an engine process is started with; takes the fields of `OracleRunner`."""
+def build(**options: Any) -> object:
+    """The factory that an engine process is started with; takes the fields of `OracleRunner`.
+
+    With `ahead` the runner launches one pass ahead.
+    """
     if "refuse" in options:
         raise Refusal(Reason(options["refuse"]), "this model cannot be served")
     if "explode" in options:
@@ -378,7 +385,11 @@ def build(**options: Any) -> OracleRunner:
         options["forbidden"] = frozenset(options["forbidden"])
     if "scripts" in options:
         options["scripts"] = {int(k): v for k, v in options["scripts"].items()}
-    return OracleRunner(**options)
+    if not options.pop("ahead", False):
+        return OracleRunner(**options)
+    from engine.ahead_oracle import AheadOracle
+
+    return AheadOracle(OracleRunner(**options))
 
 
 def command(

@@ -282,12 +282,12 @@ async def test_stop_ends_open_streams_and_the_process() -> None:
         assert observer.restarts == 0
 
 
-def start_bare() -> tuple[subprocess.Popen[bytes], socket.socket]:
+def start_bare(**options: object) -> tuple[subprocess.Popen[bytes], socket.socket]:
     """An engine process with a socket held by the test itself, past its Hello."""
     ours, theirs = socket.socketpair()
     with theirs:
         process = subprocess.Popen(
-            command(step_seconds=0.001),
+            command(step_seconds=0.001, **options),
             pass_fds=[theirs.fileno()],
             env={**os.environ, wire.SOCKET_VARIABLE: str(theirs.fileno())},
             stderr=subprocess.DEVNULL,

@@ -93,6 +93,16 @@ def test_counters_go_on_over_a_restart_of_the_engine() -> None:
     assert value(metrics, "engine_restarts_total") == 1
 
 
+def test_wasted_rows_and_lacks_of_memory_go_on_over_a_restart_too() -> None:
+    metrics = fresh()
+    metrics.on_step(StepReport([], step(wasted_rows=7, out_of_memory=1)))
+    metrics.on_restart()
+    metrics.on_step(StepReport([], step(wasted_rows=2)))
+    metrics.on_step(StepReport([], step(wasted_rows=3, out_of_memory=1)))
+    assert value(metrics, "wasted_rows_total") == 10
+    assert value(metrics, "out_of_memory_total") == 2
+
+
 def test_the_engines_table_becomes_gauges_and_is_empty_after_a_restart() -> None:
     metrics = fresh()
     table = [

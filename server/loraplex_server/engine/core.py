@@ -164,7 +164,7 @@ class EngineCore:
         replies = self._settle()
         read = self._passes.run(begun)
         self._steps += bool(read.rows)
-        self._answers.take_turns(read)
+        self._answers.take_turns(read, begun)
         if begun - self._checked_at >= CHECK_SECONDS:
             self._checked_at = begun
             self.check_books()

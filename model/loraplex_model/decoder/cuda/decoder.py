@@ -155,8 +155,9 @@ class CudaDecoder:
         self._device_table.update()
         found = self._graphs.launch(plan) if self._graphs else None
         logits, kept = found or self._launch(plan)
-        self._drawn = plan.shape.draws
-        return Launched(logits, self.last_tokens[: self._drawn], kept)
+        if draws is not None:  # a pass without any, of virtual tokens say, leaves those before
+            self._drawn = len(draws.records)
+        return Launched(logits, self.last_tokens[: plan.shape.draws], kept)
 
     def launch(self, batch: ForwardBatch, draws: DrawTable, lines: NDArray[np.int32]) -> PassTicket:
         """Launches a pass and the copies of its results: tokens and lines. See `start`."""

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Final
 
 from loraplex_server.engine.messages import Attempt
+from loraplex_server.engine.runner.protocol import DeviceLost
 
 LOAD: Final = "load"
 """Work: reading an adapter, or putting it on the device."""
@@ -32,9 +33,16 @@ class Announcements:
 
     @contextmanager
     def of(self, digest: str, work: str) -> Iterator[None]:
-        """Announces `work` on an adapter for the duration of the context."""
+        """Announces `work` on an adapter for the duration of the context.
+
+        Work in which the device is lost does not end, since the process does not survive it.
+        """
         self._send(Attempt(digest, work, begun=True))
         try:
             yield
-        finally:
+        except DeviceLost:
+            raise
+        except BaseException:
             self._send(Attempt(digest, work, begun=False))
+            raise
+        self._send(Attempt(digest, work, begun=False))

@@ -115,13 +115,16 @@ class Answers:
         for request, line, token in zip(due, logits, tokens, strict=True):
             self.give(request, token, line)
 
-    def take_turns(self, read: ReadPass) -> None:
-        """Samples requests for which that is costly, for as long as the other rows allow."""
+    def take_turns(self, read: ReadPass, begun: float) -> None:
+        """Samples requests for which that is costly, for as long as the other rows allow.
+
+        The step began at `begun` on the engine's clock.
+        """
         turns = self._turns
         if not turns:
             return
         at = self._clock()
-        turns.earn(at - read.begun)
+        turns.earn(at - begun)
         is_shared = any(not row.request.draw.is_costly for row in (*read.rows, *read.ahead))
         while turns and not (is_shared and turns.is_over):
             request, logits = turns.take()

@@ -32,7 +32,7 @@ from loraplex_server.engine.process.handling import Handler
 from loraplex_server.engine.process.pulse import Pulse
 from loraplex_server.engine.process.setup import EngineSetup
 from loraplex_server.engine.runner.config import CustomRunner, RunnerConfig
-from loraplex_server.engine.runner.protocol import ModelRunner
+from loraplex_server.engine.runner.protocol import DeviceLost, ModelRunner
 from loraplex_server.logs import configure_engine
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def main() -> int:
         attempts = Announcements(outbox.send)
         loader = ThreadLoader(runner, wake=lambda: inbox.put(None), attempts=attempts)
         core = EngineCore(runner, setup.limits, loader=loader, attempts=attempts)
-    except Exception as error:
+    except (Exception, DeviceLost) as error:
         log.exception("the engine cannot start")
         outbox.send(_fatal(error))
         return EXIT_START_FAILED
@@ -91,6 +91,10 @@ def main() -> int:
     gc.freeze()  # the model's objects are never freed; no later collection visits them
     try:
         return serve(core, inbox, outbox, pulse)
+    except DeviceLost:
+        log.critical("the device is lost; this process ends and is replaced", exc_info=True)
+        logging.shutdown()
+        os._exit(EXIT_BROKEN)  # an orderly end would use the device
     except Exception:
         log.exception("the main loop failed; this process ends and is replaced")
         return EXIT_BROKEN
@@ -201,7 +205,7 @@ def _hello(runner: ModelRunner) -> Hello:
     )
 
 
-def _fatal(error: Exception) -> Fatal:
+def _fatal(error: BaseException) -> Fatal:
     """The refusal's own words for the operator; for any other error a pointer to the log."""
     if isinstance(error, Refusal):
         return Fatal(error.reason, error.message)

@@ -33,6 +33,8 @@ from loraplex_server.engine.runner.adapter_memory import (
     adapter_memory,
 )
 from loraplex_server.engine.runner.config import RunnerConfig
+from loraplex_server.engine.runner.device_errors import DeviceErrors
+from loraplex_server.engine.runner.launching import Launcher, LaunchingDecoder
 from loraplex_server.engine.runner.sizing import CacheSizer, token_bytes
 
 log = logging.getLogger(__name__)
@@ -72,6 +74,9 @@ class LocalRunner:
     that were cut off ends the process with SIGBUS, and the rest of the last page would be zeros. If
     the file has changed, the process ends with `EXIT_BASE_CHANGED` and without a result, and the
     next one builds the file again.
+
+    Attributes:
+        launch: the method of an `AheadRunner`; None if the decoder computes passes one by one.
     """
 
     decoder: Decoder
@@ -90,12 +95,18 @@ class LocalRunner:
 
     def __post_init__(self) -> None:
         self._device = self.decoder.weights.embed.device
+        self._errors = DeviceErrors(self._device)
+        self.launch: Launcher | None = None
+        if isinstance(self.decoder, LaunchingDecoder):
+            self.launch = Launcher(self.decoder, self._errors, self._mapped)
         self._need_file()  # most of it was read to pack it for the kernels
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         """Logits, float32 [R, vocab], on the CPU."""
         with self._mapped(), torch.inference_mode():
-            return self.decoder.forward(batch).to("cpu", torch.float32)
+            return self._errors.replace(
+                lambda: self.decoder.forward(batch).to("cpu", torch.float32)
+            )
 
     def read_adapter(self, ref: AdapterRef) -> ReadAdapter:
         """Reads, verifies and packs an adapter's files. Raises `Refusal`."""
@@ -115,8 +126,12 @@ class LocalRunner:
 
         If this raises, the slot is still free.
         """
-        placed = self.memory.take(adapter.packed, partial(self.decoder.table.move, slot))
-        self.decoder.table.publish(slot, placed)
+        table, memory = self.decoder.table, self.memory
+
+        def place() -> None:
+            table.publish(slot, memory.take(adapter.packed, partial(table.move, slot)))
+
+        self._errors.replace(place)
         try:
             self._write_virtual_tokens(slot, adapter.packed.virtual, blocks)
         except BaseException:
@@ -129,7 +144,8 @@ class LocalRunner:
         if virtual is None:
             return
         if virtual.keys is not None and virtual.values is not None:
-            self.decoder.write_prefix(blocks, virtual.keys, virtual.values)
+            keys, values = virtual.keys, virtual.values
+            self._errors.replace(lambda: self.decoder.write_prefix(blocks, keys, values))
             return
         first = self.info.base.config.vocab_size
         ids = list(range(first, first + virtual.count))
@@ -145,7 +161,9 @@ class LocalRunner:
     def merge_adapter(self, adapter: ReadAdapter) -> Merged:
         """Dense copies of the matrices that the adapter changes."""
         with self._mapped(), self.memory.aside(), torch.inference_mode():
-            return self.decoder.merge(adapter.packed, self.merge_dtype)
+            return self._errors.replace(
+                lambda: self.decoder.merge(adapter.packed, self.merge_dtype)
+            )
 
     def publish_merge(self, slot: int, merged: Merged) -> None:
         """Lets the rows of the slot use the copies."""
