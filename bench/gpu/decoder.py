@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from loraplex_model.base.batch import ForwardBatch, Mix
 from loraplex_model.base.weights import BaseWeights
 from loraplex_model.decoder.cuda.decoder import CudaDecoder
+from loraplex_model.decoder.cuda.graphs import GraphSizes
 
 from gpu import inputs, oracles, references
 from gpu.stage import StageReport
@@ -24,10 +25,28 @@ AGREE = 0.9
 class Session:
     """A decoder with sequences of its own KV blocks, full of NaN until they are written."""
 
-    def __init__(self, weights: BaseWeights, sequences: int, length: int, slots: int = 1) -> None:
+    def __init__(
+        self,
+        weights: BaseWeights,
+        sequences: int,
+        length: int,
+        *,
+        slots: int = 1,
+        graphs: GraphSizes | None = None,
+    ) -> None:
         self.per = -(-length // BLOCK)
         blocks = sequences * self.per
-        self.decoder = CudaDecoder(weights, blocks, BLOCK, slots, max_positions=length)
+        # Without a device a graph is the function that would be captured.
+        capture = None if weights.embed.is_cuda else repeated
+        self.decoder = CudaDecoder(
+            weights,
+            blocks,
+            BLOCK,
+            slots,
+            max_positions=length,
+            graphs=graphs,
+            capture=capture,
+        )
         self.order = torch.randperm(blocks, generator=torch.Generator().manual_seed(1)).tolist()
         for cache in (*self.decoder.keys, *self.decoder.values):
             cache.fill_(float("nan"))
@@ -44,10 +63,16 @@ class Session:
         return self.decoder.forward(batch)
 
 
+def repeated(body: Callable[[], None]) -> Callable[[], None]:
+    """Stands in for a capture: replaying launches everything again."""
+    body()
+    return body
+
+
 def run(report: StageReport) -> None:
     """All parts, the ones that compare with an independent computation first."""
     torch.manual_seed(0)
-    for part in (families, adapters, alone_and_among_others):
+    for part in (families, adapters, graphs_and_kernels, alone_and_among_others):
         before, checks = len(report.failed), report.checks
         part(report)
         bad = len(report.failed) - before
@@ -92,14 +117,18 @@ def families(report: StageReport) -> None:
 
 
 def adapters(report: StageReport) -> None:
-    """Adapters that come and go between passes; merged rows give what unmerged rows give."""
+    """Adapters that come and go between replays of graphs that were captured without any.
+
+    Graphs have room for one more row than there are, so each replay has a row of padding.
+    """
     device = report.device
     model = inputs.TINY if report.dry else inputs.with_layers(inputs.LLAMA_8B, 2)
     count = 3 if report.dry else 64
     # The interpreter drops bits where a device rounds to the nearest bfloat16.
     dtype = torch.float32 if report.dry else torch.bfloat16
     weights = inputs.random_weights(model, dtype, device)
-    session = Session(weights, count, BLOCK, slots=count)
+    sizes = GraphSizes(max_rank=8, rows=(count + 1,))
+    session = Session(weights, count, BLOCK, slots=count, graphs=sizes)
     table = session.decoder.table
     template = inputs.adapter_of(model, 8, dtype)
     copies = [inputs.random_factors(template, device, 0.05) for _ in range(4)]
@@ -131,6 +160,28 @@ def adapters(report: StageReport) -> None:
     for slot in range(count):
         table.remove(slot)
     report.check(torch.equal(decode(bare), base), "removed adapters left something behind")
+
+
+def graphs_and_kernels(report: StageReport) -> None:
+    """A graph gives what its kernels give, launched one by one, for base rows and adapters."""
+    model = inputs.TINY if report.dry else inputs.with_layers(inputs.LLAMA_8B, 2)
+    count, length = (2, 40) if report.dry else (64, 600)
+    dtype = torch.float32 if report.dry else torch.bfloat16
+    weights = inputs.random_weights(model, dtype, report.device)
+    adapter = inputs.random_factors(inputs.adapter_of(model, 8, dtype), report.device, 0.05)
+    results = []
+    for sizes in (None, GraphSizes(max_rank=8, rows=(count,))):
+        session = Session(weights, count, length, slots=count, graphs=sizes)
+        for slot in range(count):
+            session.decoder.table.publish(slot, adapter)
+        first = 1 if report.dry else 512
+        prompts = [(s, list(range(s % 50 + 3, s % 50 + 3 + first)), 0, ()) for s in range(2)]
+        session.step(prompts, every=False)
+        rows: list[tuple[int, list[int], int, Mix]] = [(s, [9 + s], first, ()) for s in range(2)]
+        rows += [(s, [9 + s], 0, ((s, 1.0),)) for s in range(2, count)]
+        results.append(torch.cat([session.step(rows, every=False) for _ in range(2)]))
+    report.check(bool(results[0].isfinite().all()), "logits are not finite")
+    report.check(torch.equal(*results), "graphs and single launches differ")
 
 
 def alone_and_among_others(report: StageReport) -> None:

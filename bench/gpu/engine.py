@@ -22,6 +22,7 @@ from loraplex_adapters.format.spec import AdapterLimits
 from loraplex_model.base.weights import BaseWeights
 from loraplex_model.checkpoints.mapped import MappedFile
 from loraplex_model.decoder.cuda.decoder import CudaDecoder
+from loraplex_model.decoder.cuda.graphs import GraphSizes
 from loraplex_server.engine.batching.scheduler import EngineLimits
 from loraplex_server.engine.core import EngineCore
 from loraplex_server.engine.messages import (
@@ -159,7 +160,14 @@ def build(
     memory = adapter_memory(device, count * largest, HOST_COPIES * 2 * largest, 1024)
     blocks = -(-tokens // BLOCK) + 8
     positions = max(case.prompt + case.output for case in cases) + BLOCK
-    decoder = CudaDecoder(weights, blocks, BLOCK, 1024, max_positions=positions)
+    decoder = CudaDecoder(
+        weights,
+        blocks,
+        BLOCK,
+        1024,
+        max_positions=positions,
+        graphs=None if report.dry else GraphSizes(max_rank=64),
+    )
     runner = SyntheticRunner(
         decoder=decoder,
         base_file=MappedFile(file),
