@@ -126,10 +126,12 @@ class LocalRunner:
 
         If this raises, the slot is still free.
         """
-        placed = self._errors.replace(
-            lambda: self.memory.take(adapter.packed, partial(self.decoder.table.move, slot))
-        )
-        self.decoder.table.publish(slot, placed)
+        table, memory = self.decoder.table, self.memory
+
+        def place() -> None:
+            table.publish(slot, memory.take(adapter.packed, partial(table.move, slot)))
+
+        self._errors.replace(place)
         try:
             self._write_virtual_tokens(slot, adapter.packed.virtual, blocks)
         except BaseException:
