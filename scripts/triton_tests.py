@@ -33,10 +33,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 SUITES = (
     "tests/model/test_changes.py",
-    "tests/model/test_families.py",
+    "tests/model/test_parity_hugging_face.py",
     "tests/model/test_parity_peft.py",
     "tests/model/test_batch_invariance.py",
-    "tests/adapters/test_kinds_runner.py",
 )
 """Suites with a parameter for the decoder, one of which is `cuda`."""
 
