@@ -44,6 +44,9 @@ from gpu.timing import synchronise
 DTYPE = torch.bfloat16
 BLOCK = 32
 GREEDY = SamplingParams(temperature=0.0)
+PATIENCE = 30
+"""Seconds without a token after which a case is given up."""
+
 HOST_COPIES = 8
 """Adapters in host memory; every slot of the device has bytes of its own all the same."""
 
@@ -271,9 +274,12 @@ def serve(core: EngineCore, case: Case, device: str) -> Served:
             refs = [AdapterRef(digest(case, chosen_adapter(case, row)), "")]
         core.add(Submit(next(numbers), ids, case.output, adapters=refs, sampling=GREEDY))
     extra = case.adapters
-    idle = 0
-    while not core.idle and idle < 100_000:
+    progress = began
+    while not core.idle:
         start = time.perf_counter()
+        if start - progress > PATIENCE:
+            served.errors.append(f"no token for {PATIENCE} s")
+            break
         tokens = 0
         for message in core.step():
             if not isinstance(message, StepReport):
@@ -284,8 +290,10 @@ def serve(core: EngineCore, case: Case, device: str) -> Served:
                     served.first.setdefault(output.id, time.perf_counter() - began)
                 if output.error is not None:
                     served.errors.append(str(output.error))
-        idle = 0 if tokens else idle + 1
-        served.steps.append((time.perf_counter() - start, tokens))
+        end = time.perf_counter()
+        served.steps.append((end - start, tokens))
+        if tokens:
+            progress = end
         if case.churn and tokens and len(served.steps) % case.churn == 0:
             exchange(core, case, extra)
             extra += 1
