@@ -158,7 +158,7 @@ def run_all(stages: Sequence[Stage], dry: bool, budget: float, out: Path) -> int
             saved = max(0.0, saved + share - result["seconds"])
             results[stage.name] = result
             print(line(stage, result), flush=True)
-            text = output.json_line({"dry": dry, "stages": results, **summary(results, dry)})
+            text = output.json_line({"stages": results, "summary": summary(results, dry)})
             (out / "gpu.json").write_text(text + "\n", "utf-8")
     print()
     if not dry:

@@ -8,7 +8,8 @@ these run:
 
 - tests/cuda: every kernel and the parts of the decoder, compared with float64;
 - the suites of the other decoders, with the decoder on CUDA in the interpreter (`-k cuda`);
-- bench/gpu_check.py --dry: every stage of the check that runs on a GPU, with tiny models.
+- bench/gpu_check.py --dry: every stage of the check that runs on a GPU, with tiny models;
+- bench/gpu_launches.py: the launches of a layer and the waits of a step.
 
 Each test file is a process, and `LORAPLEX_TEST_PROCESSES` of them (default: 2) run side by side,
 since the interpreter uses one core. The output of a process is printed when it ends. The last line
@@ -32,10 +33,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 SUITES = (
     "tests/model/test_changes.py",
-    "tests/model/test_families.py",
+    "tests/model/test_parity_hugging_face.py",
     "tests/model/test_parity_peft.py",
     "tests/model/test_batch_invariance.py",
-    "tests/adapters/test_kinds_runner.py",
 )
 """Suites with a parameter for the decoder, one of which is `cuda`."""
 
@@ -56,11 +56,12 @@ def jobs(arguments: Sequence[str]) -> list[Job]:
     pytest = ("-m", "pytest", "-q", "-rs")
     if arguments:
         return [Job("pytest", (*pytest, *arguments))]
-    check = Job("bench/gpu_check.py --dry", ("bench/gpu_check.py", "--dry"))
+    benches = [Job("bench/gpu_check.py --dry", ("bench/gpu_check.py", "--dry"))]
+    benches += [Job("bench/gpu_launches.py", ("bench/gpu_launches.py",))]
     suites = [Job(f"{path} -k cuda", (*pytest, path, "-k", "cuda")) for path in SUITES]
     files = sorted((ROOT / "tests" / "cuda").glob("test_*.py"))
     own = [Job(name, (*pytest, name)) for name in (str(file.relative_to(ROOT)) for file in files)]
-    return [check, *suites, *own]
+    return [*benches, *suites, *own]
 
 
 def run(job: Job, cache: str) -> tuple[int, str, float]:

@@ -13,7 +13,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,9 @@ from gpu.timing import synchronise
 DTYPE = torch.bfloat16
 BLOCK = 32
 GREEDY = SamplingParams(temperature=0.0)
+PATIENCE = 30
+"""Seconds without a token after which a case is given up."""
+
 HOST_COPIES = 8
 """Adapters in host memory; every slot of the device has bytes of its own all the same."""
 
@@ -155,9 +158,14 @@ def build(
     device = torch.device(report.device)
     tokens = max(case.rows * (case.prompt + case.output + BLOCK) for case in cases)
     weights = inputs.random_weights(model, DTYPE, report.device)
-    largest = max(ref_bytes(model, case) for case in cases)
-    count = max(case.adapters for case in cases) + 4
-    memory = adapter_memory(device, count * largest, HOST_COPIES * 2 * largest, 1024)
+    ranks = sorted({rank for case in cases for rank in case.ranks})
+    packed = {rank: inputs.adapter_of(model, rank, DTYPE) for rank in ranks}
+    copies = {rank: HOST_COPIES if rank == ranks[0] or rank == 16 else 2 for rank in ranks}
+    # Every case's adapters fit beside those of another, and beside the ones that come and go.
+    budget = max(case.adapters * packed[max(case.ranks)].nbytes for case in cases) * 2
+    budget += 8 * packed[ranks[-1]].nbytes
+    host = 2 * sum(packed[rank].nbytes * count for rank, count in copies.items())
+    memory = adapter_memory(device, budget, host, 1024)
     blocks = -(-tokens // BLOCK) + 8
     positions = max(case.prompt + case.output for case in cases) + BLOCK
     decoder = CudaDecoder(
@@ -177,32 +185,23 @@ def build(
         num_blocks=blocks,
         prefix_blocks=0,
         block_size=BLOCK,
-        adapter_budget_bytes=count * largest,
-        host_budget_bytes=HOST_COPIES * 2 * largest,
+        adapter_budget_bytes=budget,
+        host_budget_bytes=host,
         merge_budget_bytes=0,
         memory=memory,
     )
     runner.adapters = {}
-    templates = {}
-    for rank in sorted({rank for case in cases for rank in case.ranks}):
-        packed = inputs.adapter_of(model, rank, DTYPE)
-        for i in range(HOST_COPIES if rank == 16 or report.dry else 2):
-            data = memory.zeros(packed.nbytes)
-            data.copy_(inputs.random_copy(packed, report.device, 0.01).data)
-            templates[rank, i] = type(packed)(data, packed.places, packed.virtual_places, {})
+    own: dict[int, list[ReadAdapter]] = {rank: [] for rank in ranks}
+    for rank, count in copies.items():
+        for _ in range(count):
+            data = memory.zeros(packed[rank].nbytes)
+            data.copy_(inputs.random_copy(packed[rank], report.device, 0.01).data)
+            own[rank].append(ReadAdapter(replace(packed[rank], data=data), 0))
     for case in cases:
         for i in range(case.adapters + 32 * bool(case.churn)):
-            rank = case.ranks[i % len(case.ranks)]
-            own = [packed for (r, _), packed in templates.items() if r == rank]
-            runner.adapters[digest(case, i)] = ReadAdapter(own[i % len(own)], 0)
+            alike = own[case.ranks[i % len(case.ranks)]]
+            runner.adapters[digest(case, i)] = alike[i % len(alike)]
     return runner
-
-
-def ref_bytes(model: inputs.DecoderConfig, case: Case) -> int:
-    """Bytes of a case's largest adapter, with room for alignment."""
-    shapes = model.projection_shapes().values()
-    per_rank = model.num_layers * sum(fan_in + out for fan_in, out in shapes) * DTYPE.itemsize
-    return max(case.ranks) * per_rank + (1 << 20)
 
 
 def info(weights: BaseWeights, device: str, context: int) -> ModelInfo:
@@ -275,9 +274,12 @@ def serve(core: EngineCore, case: Case, device: str) -> Served:
             refs = [AdapterRef(digest(case, chosen_adapter(case, row)), "")]
         core.add(Submit(next(numbers), ids, case.output, adapters=refs, sampling=GREEDY))
     extra = case.adapters
-    idle = 0
-    while not core.idle and idle < 100_000:
+    progress = began
+    while not core.idle:
         start = time.perf_counter()
+        if start - progress > PATIENCE:
+            served.errors.append(f"no token for {PATIENCE} s")
+            break
         tokens = 0
         for message in core.step():
             if not isinstance(message, StepReport):
@@ -288,8 +290,10 @@ def serve(core: EngineCore, case: Case, device: str) -> Served:
                     served.first.setdefault(output.id, time.perf_counter() - began)
                 if output.error is not None:
                     served.errors.append(str(output.error))
-        idle = 0 if tokens else idle + 1
-        served.steps.append((time.perf_counter() - start, tokens))
+        end = time.perf_counter()
+        served.steps.append((end - start, tokens))
+        if tokens:
+            progress = end
         if case.churn and tokens and len(served.steps) % case.churn == 0:
             exchange(core, case, extra)
             extra += 1

@@ -72,7 +72,8 @@ def products(report: StageReport) -> None:
             pack_matrix(inputs.random_matrix(widths, fan_in, device), None, device, dtype=DTYPE)
             for _ in range(copies)
         ]
-        chosen = Products(matrices, DTYPE, most_rows=max(row_counts))
+        room = 0 if report.dry else torch.cuda.mem_get_info()[0] // 4
+        chosen = Products(matrices, DTYPE, most_rows=max(row_counts), copy_bytes=room)
         runs = {"ours": chosen.multiply, **rivals(matrices, device)}
         for rows in row_counts:
             x = torch.randn(rows, fan_in, device=device).to(DTYPE)

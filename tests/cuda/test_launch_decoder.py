@@ -9,7 +9,8 @@ import pytest
 from loraplex_model.base.batch import ForwardBatch
 from loraplex_model.decoder.cuda.decoder import CudaDecoder
 from loraplex_server.engine.batching.sampler import Draw, uniform
-from loraplex_server.engine.messages import SamplingParams
+from loraplex_server.engine.core import EngineCore
+from loraplex_server.engine.messages import SamplingParams, StepReport, Submit
 from loraplex_server.engine.runner import local
 from loraplex_server.engine.runner.config import RunnerConfig
 from loraplex_server.engine.runner.local import LocalRunner
@@ -170,3 +171,34 @@ def test_a_pass_without_draws_between_two_leaves_the_tokens(runner: LocalRunner)
     found = after.wait().tokens
     plain = runner.forward(ForwardBatch.build([([5, 6, 7, token], 0, [12, 13], ())]))
     assert found.tolist() == [int(plain[0].argmax())]
+
+
+def generate(runner: LocalRunner) -> dict[int, list[int]]:
+    """The answers of an engine: sampled with all kinds of parameters, of different lengths."""
+    core = EngineCore(runner)
+    for s, (params, prompt) in enumerate(zip(PARAMS, PROMPTS, strict=True)):
+        core.add(Submit(s, prompt, 3 + s, sampling=params))
+    biased = SamplingParams(temperature=0.7, logit_bias={4: 3.0, 9: 2.5}, seed=1)
+    core.add(Submit(3, [8, 9], 4, sampling=biased))
+    core.add(Submit(4, [8, 7], 3, sampling=PARAMS[1], logprobs=2, prompt_logprobs=0))
+    tokens: dict[int, list[int]] = {s: [] for s in range(5)}
+    ended = 0
+    for _ in range(12):
+        for message in core.step():
+            for output in message.outputs if isinstance(message, StepReport) else []:
+                assert output.error is None
+                tokens[output.id] += output.token_ids
+                ended += output.finish is not None
+        if ended == len(tokens):
+            break
+    assert ended == len(tokens)
+    return tokens
+
+
+def test_the_engine_gives_the_same_answers_at_both_paces(
+    runner: LocalRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ahead = generate(runner)
+    monkeypatch.setattr(runner, "launch", None)
+    assert ahead == generate(runner)
+    assert [len(found) for found in ahead.values()] == [3, 4, 5, 4, 3]

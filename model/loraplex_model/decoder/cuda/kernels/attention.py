@@ -201,66 +201,16 @@ def _combine_constants(heads: int, head_dim: int, is_windowed: bool) -> dict[str
 _UNSPECIALISED = ["capacity", "chunks", "table_stride", "window"]
 
 
-@triton.jit(do_not_specialize=_UNSPECIALISED)
-def _attend(
-    q,
-    keys,
-    values,
-    tables,
-    fields,
-    count,
-    out,
-    scratch,
-    capacity,
-    chunks,
-    table_stride,
-    window,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    BLOCK: tl.constexpr,
-    FIELDS: tl.constexpr,
-    SCALE: tl.constexpr,
-    IS_SHORT: tl.constexpr,
-    IS_WINDOWED: tl.constexpr,
-    DT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """One chunk of one tile for one key/value head; grid (capacity, kv_heads, chunks or 1)."""
-    GROUP: tl.constexpr = HEADS // KV_HEADS
-    used = tl.load(count)
-    tile = tl.program_id(0)
-    if tile >= used:
-        return
-    if not IS_SHORT:
-        tile = used - 1 - tile  # the longest contexts of a prompt first
-    fields += tile * FIELDS
-    begin, rows, sequence = tl.load(fields), tl.load(fields + 1), tl.load(fields + 2)
-    position, length = tl.load(fields + 3), tl.load(fields + 4)
-    context = position + rows
-    first = 0
-    if IS_WINDOWED:
-        first = tl.maximum(position - window + 1, 0)
-    chunk = tl.program_id(2)
-    start = tl.maximum(chunk * length, first // BLOCK * BLOCK)
-    end = tl.minimum(chunk * length + length, context)
-    if start >= end:
-        return
-
-    head = tl.program_id(1)
-    m = tl.arange(0, HEIGHT)
+@triton.jit
+def _walk(
+    query, at, start, end, keys, values, table, head, window,
+    KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    SCALE: tl.constexpr, IS_WINDOWED: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Mixed values, highest score and sum of weights of queries at `at` over keys start to end."""
+    HEIGHT: tl.constexpr = query.shape[0]
+    WIDTH: tl.constexpr = query.shape[1]
     d = tl.arange(0, WIDTH)
-    row = m // GROUP
-    is_used = (row < rows)[:, None] & (d < HEAD_DIM)[None, :]
-    query_head = head * GROUP + m % GROUP
-    cell = ((begin + row).to(tl.int64) * HEADS + query_head)[:, None] * HEAD_DIM + d[None, :]
-    query = tl.load(q + cell, mask=is_used, other=0.0).to(DT)  # [HEIGHT, WIDTH]
-    at = position + row
-    table = tables + sequence.to(tl.int64) * table_stride
-
     top = tl.full([HEIGHT], float("-inf"), tl.float32)
     total = tl.zeros([HEIGHT], tl.float32)
     acc = tl.zeros([HEIGHT, WIDTH], tl.float32)
@@ -286,7 +236,63 @@ def _attend(
         value = tl.load(values + place, mask=is_cell, other=0.0).to(DT)
         acc = tl.dot(weights.to(DT), value, acc * shrink[:, None], input_precision=PRECISION)
         top = higher
+    return acc, top, total
 
+
+@triton.jit(do_not_specialize=_UNSPECIALISED)
+def _attend(
+    q, keys, values, tables, fields, count, out, scratch, capacity, chunks, table_stride, window,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, HEIGHT: tl.constexpr, BLOCK: tl.constexpr, FIELDS: tl.constexpr,
+    SCALE: tl.constexpr, IS_SHORT: tl.constexpr, IS_WINDOWED: tl.constexpr, DT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One chunk of one tile for one key/value head; grid (capacity, kv_heads, chunks or 1)."""
+    GROUP: tl.constexpr = HEADS // KV_HEADS
+    used = tl.load(count)
+    tile = tl.program_id(0)
+    if tile >= used:
+        return
+    if not IS_SHORT:
+        tile = used - 1 - tile  # the longest contexts of a prompt first
+    fields += tile * FIELDS
+    begin, rows, sequence = tl.load(fields), tl.load(fields + 1), tl.load(fields + 2)
+    position, length = tl.load(fields + 3), tl.load(fields + 4)
+    context, chunk = position + rows, tl.program_id(2)
+    start = chunk * length
+    if IS_WINDOWED:
+        start = tl.maximum(start, tl.maximum(position - window + 1, 0) // BLOCK * BLOCK)
+    end = tl.minimum(chunk * length + length, context)
+    if start >= end:
+        return
+
+    head = tl.program_id(1)
+    m = tl.arange(0, HEIGHT)
+    d = tl.arange(0, WIDTH)
+    row = m // GROUP
+    is_used = (row < rows)[:, None] & (d < HEAD_DIM)[None, :]
+    query_head = head * GROUP + m % GROUP
+    cell = ((begin + row).to(tl.int64) * HEADS + query_head)[:, None] * HEAD_DIM + d[None, :]
+    query = tl.load(q + cell, mask=is_used, other=0.0).to(DT)  # [HEIGHT, WIDTH]
+    acc, top, total = _walk(
+        query,
+        position + row,
+        start,
+        end,
+        keys,
+        values,
+        tables + sequence.to(tl.int64) * table_stride,
+        head,
+        window,
+        KV_HEADS,
+        HEAD_DIM,
+        BLOCK_SIZE,
+        BLOCK,
+        SCALE,
+        IS_WINDOWED,
+        DT,
+        PRECISION,
+    )
     if IS_SHORT and length < context:
         part = (tile.to(tl.int64) * HEADS + query_head) * chunks + chunk
         tl.store(scratch + part[:, None] * HEAD_DIM + d[None, :], acc, mask=is_used)
@@ -300,20 +306,10 @@ def _attend(
 
 @triton.jit(do_not_specialize=["capacity", "chunks", "window"])
 def _combine(
-    out,
-    scratch,
-    fields,
-    count,
-    capacity,
-    chunks,
-    window,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    MOST_CHUNKS: tl.constexpr,
-    FIELDS: tl.constexpr,
-    IS_WINDOWED: tl.constexpr,
-):
+    out, scratch, fields, count, capacity, chunks, window,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, MOST_CHUNKS: tl.constexpr,
+    FIELDS: tl.constexpr, IS_WINDOWED: tl.constexpr,
+):  # fmt: skip
     """Adds the chunks of one row for one query head, in one order; grid (capacity, heads)."""
     tile, head = tl.program_id(0), tl.program_id(1)
     if tile >= tl.load(count):
@@ -376,7 +372,7 @@ def _attend_compilation(
         **dict.fromkeys(_UNSPECIALISED, "i32"),
     }
     name = f"attend_{'short' if is_short else 'tall'}_{model}_{kind}{_ending(is_windowed)}"
-    is_hot = dtype != torch.float32 or shape[2] <= 128
+    is_hot = dtype != torch.float32  # the slow type of comparisons may spill
     return Compilation(_attend, name, signature, constants, **options, is_hot=is_hot)
 
 

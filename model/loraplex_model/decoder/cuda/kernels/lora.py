@@ -38,7 +38,7 @@ from loraplex_model.decoder.cuda.lora_pass import LoraPass
 from loraplex_model.decoder.cuda.plan import RANK_STEP
 
 _MAX_SPLITS = 8
-_SPLIT_INPUTS = 512  # inputs of a partial sum, at least
+_SPLIT_INPUTS = 256  # inputs of a partial sum, at least
 _RANKS = 32  # of a tile: with fewer, some of the four warps of `shrink` would have no columns
 _WARPS = 4  # of a program
 _SHRINK_PROGRAMS = 4  # for each multiprocessor: as many as it runs at once, by their registers
@@ -229,7 +229,7 @@ def shrink_configuration(
     shape = shrink_shape(fan_in)
     constants = {"FAN_IN": fan_in, "PARTS": parts, "SPLITS": shape.splits}
     constants |= {"SPAN": shape.span, "STEP": shape.step}
-    stages = 4 if dtype.itemsize == 2 and shape.step == 128 else 2
+    stages = 4 if dtype.itemsize == 2 else 2
     return {**constants, **_constants(dtype)}, {"num_warps": _WARPS, "num_stages": stages}
 
 

@@ -55,7 +55,7 @@ def penalise(
     )
 
 
-def compilations(vocab: int) -> list[Compilation]:
+def penalty_compilations(vocab: int) -> list[Compilation]:
     """The configurations that `make gpu-aot` compiles."""
     pointers = {"logits": "*fp32", "records": "*i32", "lists": "*i32", "count": "*i32"}
     return [

@@ -142,7 +142,7 @@ def compilations() -> list[Compilation]:
     found = []
     for vocab in (128256, 49152):
         found += [
-            *penalties.compilations(vocab),
+            *penalties.penalty_compilations(vocab),
             Compilation(
                 _copy_lines,
                 f"copy_lines_{vocab}",
