@@ -188,7 +188,7 @@ def test_a_launch_captured_with_one_segment_serves_sixty_four() -> None:
     for mixes in ([(1, ((9, 1.0),)), (63, ())], plan, [(60, ()), (4, ((5, 0.5), (63, 2.0)))], []):
         lora.load(plan_of(mixes or [(64, ())], adapters))
         got = launch(x, y, lora, [24])
-        grids.append(kernels._grid(lora, 1, {"num_warps": 4}))
+        grids.append(kernels._grid(lora, 1, 4))
         rows = rows_of(mixes or [(64, ())])
         want = expected(x, y, rows, adapters, SITE, [24])
         error = (got[:64].double() - want[:64]).norm() / want[:64].norm()

@@ -11,9 +11,9 @@ import torch
 from loraplex_model.base.weights import NF4Matrix
 from loraplex_model.decoder.cuda.choices import Shape
 from loraplex_model.decoder.cuda.kernels import nf4 as kernels
-from loraplex_model.decoder.cuda.kernels.nf4 import Scratch, Tiling
 from loraplex_model.decoder.cuda.pack import DeviceMatrix, pack_matrix
 from loraplex_model.decoder.cuda.products import Products
+from loraplex_model.decoder.cuda.tilings import Scratch, Tiling
 from loraplex_model.ops import nf4
 
 BF16, F32 = torch.bfloat16, torch.float32

@@ -23,6 +23,7 @@ from loraplex_model.decoder.cuda.kernels import nf4
 from loraplex_model.decoder.cuda.kernels.common import INTERPRETED
 from loraplex_model.decoder.cuda.pack import DeviceMatrix
 from loraplex_model.decoder.cuda.support import obstacle_to_bitsandbytes
+from loraplex_model.decoder.cuda.tilings import Scratch, tilings
 from loraplex_model.ops.linear import by_tiles
 
 _LOGGER = logging.getLogger(__name__)
@@ -103,16 +104,12 @@ class Products:
         for matrix in packed:
             by_shape.setdefault(matrix.shape, []).append(matrix)
         self._tilings = {
-            (shape, rows): {t.name: t for t in nf4.tilings(shape, rows, dtype, processors)}
+            (shape, rows): {t.name: t for t in tilings(shape, rows, dtype, processors)}
             for shape in by_shape
             for rows in self._rows
         }
-        launches = [
-            (tiling, shape, rows)
-            for (shape, rows), named in self._tilings.items()
-            for tiling in named.values()
-        ]
-        self._scratch = nf4.Scratch.for_launches(launches, self._device)
+        launches = [(t, *key) for key, named in self._tilings.items() for t in named.values()]
+        self._scratch = Scratch.for_launches(launches, self._device)
         self._dense: dict[DeviceMatrix, torch.Tensor] = {}
         self._fourbit = FourBit()
         self._has_fourbit = on_card and not obstacle_to_bitsandbytes(torch.version.cuda)
@@ -123,7 +120,16 @@ class Products:
             if matrix.dense is not None:
                 self._dense[matrix] = matrix.dense
                 self._assign(matrix, [DENSE] * len(self._rows))
-        timings = timings or Timings(None, "")
+        self._choose(by_shape, timings or Timings(None, ""), copy_bytes, measure)
+
+    def _choose(
+        self,
+        by_shape: Mapping[Shape, Sequence[DeviceMatrix]],
+        timings: Timings,
+        copy_bytes: int,
+        measure: Measure | None,
+    ) -> None:
+        """Measures what is not known yet, decides, and keeps only the scratch memory in use."""
         for shape, same in by_shape.items():
             times = {rows: self._times(same, rows, timings, measure) for rows in self._rows}
             self._groups.append(Group(shape, len(same), times, self._sizes(shape)))
@@ -131,6 +137,13 @@ class Products:
         place_copies(self._groups, copy_bytes if measure is not None else 0)
         for group, same in zip(self._groups, by_shape.values(), strict=True):
             self._settle(group, same)
+        names = {(m.shape, n) for m, chosen in self._names.items() for n in enumerate(chosen)}
+        used = [
+            (self._tilings[shape, self._rows[bucket]][name], shape, self._rows[bucket])
+            for shape, (bucket, name) in names
+            if name not in (DENSE, FOUR_BIT)
+        ]
+        self._scratch = Scratch.for_launches(used, self._device)
 
     def multiply(self, matrix: DeviceMatrix, x: torch.Tensor, out: torch.Tensor) -> None:
         """Writes `x @ W.T + bias` to `out`: x [T, in] -> out [T, out], both of the compute dtype.
@@ -257,8 +270,7 @@ class Products:
         if name == FOUR_BIT:
             return self._fourbit
         tiling = self._tilings[shape, rows][name]
-        scratch = self._scratch
-        return lambda matrix, x, out: nf4.multiply(matrix, x, out, tiling, scratch)
+        return lambda matrix, x, out: nf4.multiply(matrix, x, out, tiling, self._scratch)
 
     def _multiply_dense(self, matrix: DeviceMatrix, x: torch.Tensor, out: torch.Tensor) -> None:
         weight = self._dense[matrix]

@@ -58,7 +58,7 @@ class DeviceTable:
         staged.copy_(torch.from_numpy(_words(self._table.entries[slot])))
         self.entries[slot].copy_(staged, non_blocking=self._is_cuda)
         if self._is_cuda:
-            copied = copied or torch.cuda.Event()
+            copied = copied or torch.cuda.Event()  # type: ignore[no-untyped-call]
             copied.record()
             self._copied[at] = copied
 

@@ -16,7 +16,7 @@ chunks in device memory implies, so that no replay of a captured graph leaves ou
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,9 +38,11 @@ from loraplex_model.decoder.cuda.lora_pass import LoraPass
 from loraplex_model.decoder.cuda.plan import RANK_STEP
 
 _MAX_SPLITS = 8
-_SPLIT_INPUTS = 512  # inputs of a partial sum, at least
+_SPLIT_INPUTS = 256  # inputs of a partial sum, at least
 _RANKS = 32  # of a tile: with fewer, some of the four warps of `shrink` would have no columns
-_WARPS = 16  # of a multiprocessor: as many as it runs at once with 128 registers a thread
+_WARPS = 4  # of a program
+_SHRINK_PROGRAMS = 4  # for each multiprocessor: as many as it runs at once, by their registers
+_EXPAND_PROGRAMS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,15 +69,9 @@ def shrink_shape(fan_in: int) -> ShrinkShape:
     return ShrinkShape(-(-steps // per_split), per_split * step, step)
 
 
-def expand_tile(widths: Sequence[int]) -> tuple[int, int]:
-    """Outputs of a tile of the expanding kernels for parts of these widths, and its warps.
-
-    With several parts the width is no constant of the program, which takes more registers; eight
-    warps share the wider tile, so that they have no more than 128 each.
-    """
-    if sum(widths) < 2048:
-        return 64, 4
-    return (128, 4) if len(widths) == 1 else (256, 8)
+def expand_columns(widths: Sequence[int]) -> int:
+    """Outputs of a tile of the expanding kernels for parts of these widths."""
+    return 64 if sum(widths) < 2048 else 128
 
 
 def h_size(lora: LoraPass, fan_in: int, parts: int) -> int:
@@ -103,7 +99,7 @@ def shrink(x: torch.Tensor, h: torch.Tensor, lora: LoraPass, site: int, parts: i
     """
     _check(h, lora, parts, x)
     constants, options = shrink_configuration(x.shape[1], parts, x.dtype)
-    shrink_kernel[_grid(lora, h.shape[0] * parts, options)](
+    shrink_kernel[_grid(lora, h.shape[0] * parts, _SHRINK_PROGRAMS)](
         x,
         h,
         lora.entries,
@@ -139,7 +135,7 @@ def expand(
     assert y.shape[1] == sum(widths)
     constants, options = expand_configuration(h.shape[0], widths, dtype or y.dtype)
     tiles = sum(triton.cdiv(width, constants["BN"]) for width in widths)
-    expand_kernel[_grid(lora, tiles, options)](
+    expand_kernel[_grid(lora, tiles, _EXPAND_PROGRAMS)](
         h,
         y,
         lora.entries,
@@ -174,7 +170,7 @@ def expand_silu_mul(
     assert rows <= lora.capacity.rows
     constants, options = silu_configuration(h.shape[0], width, out.dtype)
     tiles = triton.cdiv(width, constants["BN"])
-    expand_silu_mul_kernel[_grid(lora, tiles, options)](
+    expand_silu_mul_kernel[_grid(lora, tiles, _EXPAND_PROGRAMS)](
         h,
         gate_up,
         out,
@@ -197,9 +193,9 @@ def expand_silu_mul(
     )
 
 
-def _grid(lora: LoraPass, items: int, options: Mapping[str, int]) -> tuple[int]:
-    """Programs of a launch with `items` for each chunk."""
-    programs = _WARPS // options["num_warps"] * _multiprocessors(lora.entries.device)
+def _grid(lora: LoraPass, items: int, programs: int) -> tuple[int]:
+    """Programs of a launch with `items` for each chunk, and `programs` for each multiprocessor."""
+    programs *= _multiprocessors(lora.entries.device)
     return (max(1, min(programs, lora.capacity.rows * items)),)
 
 
@@ -228,35 +224,31 @@ def _constants(dtype: torch.dtype) -> dict[str, Any]:
 
 def shrink_configuration(
     fan_in: int, parts: int, dtype: torch.dtype
-) -> tuple[dict[str, Any], dict[str, int]]:
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Constants of `shrink_kernel`, and its warps and stages."""
     shape = shrink_shape(fan_in)
     constants = {"FAN_IN": fan_in, "PARTS": parts, "SPLITS": shape.splits}
     constants |= {"SPAN": shape.span, "STEP": shape.step}
     stages = 4 if dtype.itemsize == 2 else 2
-    return {**constants, **_constants(dtype)}, {"num_warps": 4, "num_stages": stages}
+    return {**constants, **_constants(dtype)}, {"num_warps": _WARPS, "num_stages": stages}
 
 
 def expand_configuration(
     splits: int, widths: Sequence[int], dtype: torch.dtype
-) -> tuple[dict[str, Any], dict[str, int]]:
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Constants of `expand_kernel`, and its warps and stages."""
     w0, w1, w2 = [*widths, 0, 0][:3]
-    columns, warps = expand_tile(widths)
-    constants = {"W0": w0, "W1": w1, "W2": w2, "PARTS": len(widths), "BN": columns}
-    return {**constants, **_sums(splits), **_constants(dtype)}, {
-        "num_warps": warps,
-        "num_stages": 1,
-    }
+    constants = {"W0": w0, "W1": w1, "W2": w2, "PARTS": len(widths), "BN": expand_columns(widths)}
+    constants |= _sums(splits)
+    return {**constants, **_constants(dtype)}, {"num_warps": _WARPS, "num_stages": 1}
 
 
 def silu_configuration(
     splits: int, width: int, dtype: torch.dtype
-) -> tuple[dict[str, Any], dict[str, int]]:
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Constants of `expand_silu_mul_kernel`, and its warps and stages."""
-    columns, warps = expand_tile([width])
-    constants = {"WIDTH": width, "BN": columns, **_sums(splits)}
-    return {**constants, **_constants(dtype)}, {"num_warps": warps, "num_stages": 1}
+    constants = {"WIDTH": width, "BN": expand_columns([width]), **_sums(splits)}
+    return {**constants, **_constants(dtype)}, {"num_warps": _WARPS, "num_stages": 1}
 
 
 def _sums(splits: int) -> dict[str, int]:

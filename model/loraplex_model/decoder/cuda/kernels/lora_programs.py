@@ -42,29 +42,11 @@ def _address(entry, word, TYPE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["h_rows", "rank_stride", "sites", "site"])
 def shrink_kernel(
-    x,
-    h,
-    entries,
-    chunk_begin,
-    chunk_end,
-    chunk_count,
-    term_start,
-    term_slot,
-    term_row,
-    h_rows,
-    rank_stride,
-    sites,
-    site,
-    FAN_IN: tl.constexpr,
-    PARTS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    RANKS: tl.constexpr,
-    SPAN: tl.constexpr,
-    STEP: tl.constexpr,
-    TYPE: tl.constexpr,
-    DT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    x, h, entries, chunk_begin, chunk_end, chunk_count, term_start, term_slot, term_row, h_rows,
+    rank_stride, sites, site, FAN_IN: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr,
+    RANKS: tl.constexpr, SPAN: tl.constexpr, STEP: tl.constexpr, TYPE: tl.constexpr,
+    DT: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
     """An item is one partial sum of one part, for one chunk."""
     stride = tl.multiple_of(rank_stride, 16)
     i = tl.arange(0, ROWS)
@@ -110,31 +92,11 @@ def shrink_kernel(
 
 @triton.jit
 def _changed(
-    own,
-    h,
-    entries,
-    term_slot,
-    term_weight,
-    term_row,
-    first_term,
-    last_term,
-    h_rows,
-    rank_stride,
-    sites,
-    site,
-    part,
-    rows,
-    n,
-    width,
-    PARTS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    SUMS: tl.constexpr,
-    RANKS: tl.constexpr,
-    BN: tl.constexpr,
-    TYPE: tl.constexpr,
-    DT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    own, h, entries, term_slot, term_weight, term_row, first_term, last_term, h_rows, rank_stride,
+    sites, site, part, rows, n, width, PARTS: tl.constexpr, SPLITS: tl.constexpr,
+    SUMS: tl.constexpr, RANKS: tl.constexpr, BN: tl.constexpr, TYPE: tl.constexpr, DT: tl.constexpr,
+    PRECISION: tl.constexpr
+):  # fmt: skip
     """A tile of the base's result, float32 [ROWS, BN], with the changes of a chunk's adapters.
 
     The tile's columns `n` belong to a part of `width` outputs. Also returns whether any adapter
@@ -192,32 +154,12 @@ def _changed(
 
 @triton.jit(do_not_specialize=["h_rows", "rank_stride", "sites", "site"])
 def expand_kernel(
-    h,
-    y,
-    entries,
-    chunk_begin,
-    chunk_end,
-    chunk_count,
-    term_start,
-    term_slot,
-    term_weight,
-    term_row,
-    h_rows,
-    rank_stride,
-    sites,
-    site,
-    W0: tl.constexpr,
-    W1: tl.constexpr,
-    W2: tl.constexpr,
-    PARTS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    SUMS: tl.constexpr,
-    RANKS: tl.constexpr,
-    BN: tl.constexpr,
-    TYPE: tl.constexpr,
-    DT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    h, y, entries, chunk_begin, chunk_end, chunk_count, term_start, term_slot, term_weight,
+    term_row, h_rows, rank_stride, sites, site, W0: tl.constexpr, W1: tl.constexpr,
+    W2: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr, SUMS: tl.constexpr,
+    RANKS: tl.constexpr, BN: tl.constexpr, TYPE: tl.constexpr, DT: tl.constexpr,
+    PRECISION: tl.constexpr
+):  # fmt: skip
     """An item is one tile of the outputs of one part, for one chunk."""
     T0: tl.constexpr = (W0 + BN - 1) // BN
     T1: tl.constexpr = T0 + (W1 + BN - 1) // BN
@@ -239,62 +181,20 @@ def expand_kernel(
         mask = (i < rows)[:, None] & (n < width)[None, :]
         own = tl.load(at, mask=mask, other=0.0).to(tl.float32)
         result, changed = _changed(
-            own,
-            h,
-            entries,
-            term_slot,
-            term_weight,
-            term_row,
-            tl.load(term_start + c),
-            tl.load(term_start + c + 1),
-            h_rows,
-            rank_stride,
-            sites,
-            site,
-            part,
-            rows,
-            n,
-            width,
-            PARTS,
-            SPLITS,
-            SUMS,
-            RANKS,
-            BN,
-            TYPE,
-            DT,
-            PRECISION,
-        )
+            own, h, entries, term_slot, term_weight, term_row, tl.load(term_start + c),
+            tl.load(term_start + c + 1), h_rows, rank_stride, sites, site, part, rows, n, width,
+            PARTS, SPLITS, SUMS, RANKS, BN, TYPE, DT, PRECISION
+        )  # fmt: skip
         tl.store(at, rounded(result, y.dtype.element_ty), mask=mask & changed)
 
 
 @triton.jit(do_not_specialize=["h_rows", "rank_stride", "sites", "site", "rows"])
 def expand_silu_mul_kernel(
-    h,
-    gate_up,
-    out,
-    entries,
-    chunk_begin,
-    chunk_end,
-    chunk_count,
-    term_start,
-    term_slot,
-    term_weight,
-    term_row,
-    row_chunk,
-    h_rows,
-    rank_stride,
-    sites,
-    site,
-    rows,
-    WIDTH: tl.constexpr,
-    SPLITS: tl.constexpr,
-    SUMS: tl.constexpr,
-    RANKS: tl.constexpr,
-    BN: tl.constexpr,
-    TYPE: tl.constexpr,
-    DT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    h, gate_up, out, entries, chunk_begin, chunk_end, chunk_count, term_start, term_slot,
+    term_weight, term_row, row_chunk, h_rows, rank_stride, sites, site, rows, WIDTH: tl.constexpr,
+    SPLITS: tl.constexpr, SUMS: tl.constexpr, RANKS: tl.constexpr, BN: tl.constexpr,
+    TYPE: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
     """An item is one tile of outputs, for one chunk or for the base rows among `ROWS` rows."""
     TILES: tl.constexpr = (WIDTH + BN - 1) // BN
     i = tl.arange(0, ROWS)
@@ -310,59 +210,17 @@ def expand_silu_mul_kernel(
         at += i[:, None] * (2 * WIDTH) + n[None, :]
         gate = tl.load(at, mask=mask, other=0.0).to(tl.float32)
         gate, _ = _changed(
-            gate,
-            h,
-            entries,
-            term_slot,
-            term_weight,
-            term_row,
-            tl.load(term_start + c),
-            tl.load(term_start + c + 1),
-            h_rows,
-            rank_stride,
-            sites,
-            site,
-            0,
-            chunk_rows,
-            n,
-            WIDTH,
-            2,
-            SPLITS,
-            SUMS,
-            RANKS,
-            BN,
-            TYPE,
-            DT,
-            PRECISION,
-        )
+            gate, h, entries, term_slot, term_weight, term_row, tl.load(term_start + c),
+            tl.load(term_start + c + 1), h_rows, rank_stride, sites, site, 0, chunk_rows, n, WIDTH,
+            2, SPLITS, SUMS, RANKS, BN, TYPE, DT, PRECISION
+        )  # fmt: skip
         active = _silu(_as_stored(gate, TYPE), TYPE)
         up = tl.load(at + WIDTH, mask=mask, other=0.0).to(tl.float32)
         up, _ = _changed(
-            up,
-            h,
-            entries,
-            term_slot,
-            term_weight,
-            term_row,
-            tl.load(term_start + c),
-            tl.load(term_start + c + 1),
-            h_rows,
-            rank_stride,
-            sites,
-            site,
-            1,
-            chunk_rows,
-            n,
-            WIDTH,
-            2,
-            SPLITS,
-            SUMS,
-            RANKS,
-            BN,
-            TYPE,
-            DT,
-            PRECISION,
-        )
+            up, h, entries, term_slot, term_weight, term_row, tl.load(term_start + c),
+            tl.load(term_start + c + 1), h_rows, rank_stride, sites, site, 1, chunk_rows, n, WIDTH,
+            2, SPLITS, SUMS, RANKS, BN, TYPE, DT, PRECISION
+        )  # fmt: skip
         result = rounded(active * _as_stored(up, TYPE), TYPE)
         own = out + begin.to(tl.int64) * WIDTH
         tl.store(own + (i[:, None] * WIDTH + n[None, :]), result, mask=mask)

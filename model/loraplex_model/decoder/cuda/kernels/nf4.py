@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import triton
@@ -30,6 +30,7 @@ from loraplex_model.decoder.cuda.kernels.common import (
     rounded,
 )
 from loraplex_model.decoder.cuda.pack import TILE, DeviceMatrix
+from loraplex_model.decoder.cuda.tilings import Scratch, Tiling, tilings
 from loraplex_model.ops import nf4
 
 BYTES: tl.constexpr = tl.constexpr(BLOCK // 2)
@@ -87,6 +88,64 @@ def _halves(byte, maximum, values, BN: tl.constexpr):
     return low * maximum[:, None], high * maximum[:, None]
 
 
+@triton.jit
+def _sum_over_blocks(
+    at_code, at_maximum, at_x, wanted, count, start, offset, scales, levels, values,
+    BN: tl.constexpr, BM: tl.constexpr, UNROLL: tl.constexpr, NESTED: tl.constexpr,
+    DT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The sum [BN, BM] over `count` blocks from the given addresses on."""
+    acc = tl.zeros((BN, BM), tl.float32)
+    # A byte of a maximum is the address of its level, so it is loaded one block ahead: a load that
+    # waits for another one would hold up every step of the loop.
+    raw = tl.load(at_maximum, mask=count > 0, other=0)
+    for step in range(count // UNROLL):
+        for unrolled in tl.static_range(UNROLL):
+            b = step * UNROLL + unrolled
+            at_maximum += ROWS
+            ahead = tl.load(at_maximum, mask=b + 1 < count, other=0)
+            scale = offset
+            if NESTED:
+                scale = tl.load(scales + ((start + b) >> 8))
+            maximum = _maximum(raw, scale, offset, levels, NESTED)
+            low, high = _halves(tl.load(at_code), maximum, values, BN)
+            left = tl.load(at_x, mask=wanted, other=0.0)
+            right = tl.load(at_x + BYTES, mask=wanted, other=0.0)
+            acc = tl.dot(low.to(DT), left.to(DT), acc, input_precision=PRECISION)
+            acc = tl.dot(high.to(DT), right.to(DT), acc, input_precision=PRECISION)
+            raw = ahead
+            at_code += ROWS * BYTES
+            at_x += 2 * BYTES
+    return acc
+
+
+@triton.jit
+def _sum_of_all(acc, partials, arrivals, splits, BN: tl.constexpr, BM: tl.constexpr):
+    """The sum [BN, BM] over the programs that share a tile, for the one that arrives last.
+
+    Each writes its partial sum, and the last adds them in the order of z, so the result does not
+    depend on which it is. Returns zeros and False to the others.
+    """
+    number = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    within = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
+    first = partials + number.to(tl.int64) * splits * (BN * BM) + within
+    tl.store(first + tl.program_id(2) * (BN * BM), acc)
+    # The barrier puts the stores of all threads before the atomic operation of one of them, whose
+    # release makes them visible to the program that arrives last; its acquire and the barrier
+    # after it put that program's reads behind them. `.cg` reads from the L2 cache: a line in the
+    # L1 cache could be older.
+    tl.debug_barrier()
+    before = tl.atomic_add(arrivals + number, 1, sem="acq_rel", scope="gpu")
+    tl.debug_barrier()
+    is_last = before == splits - 1
+    total = tl.zeros((BN, BM), tl.float32)
+    if is_last:
+        for z in range(splits):
+            total += tl.load(first + z * (BN * BM), cache_modifier=".cg")
+        tl.store(arrivals + number, 0)
+    return total, is_last
+
+
 @triton.jit(do_not_specialize=["T", "N", "blocks", "span", "splits"])
 def multiply_kernel(
     x,
@@ -119,9 +178,8 @@ def multiply_kernel(
 ):
     """One tile [BN, BM] of out^T, over blocks [z * span, (z + 1) * span) of the input.
 
-    SHARED: `splits` programs share the input of a tile. Each writes its partial sum, and the one
-    that arrives last adds them in the order of z, so the result does not depend on which it is.
-    `arrivals` holds a zero for every tile before and after the launch.
+    SHARED: `splits` programs share the input of a tile. `arrivals` holds a zero for every tile
+    before and after the launch.
     """
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     m = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -135,56 +193,18 @@ def multiply_kernel(
     wanted = m[None, :] < T
     start = tl.load(starts + n) + first
     offset = tl.load(offsets + n)
-    acc = tl.zeros((BN, BM), tl.float32)
-    count = last - first
-    # A byte of a maximum is the address of its level, so it is loaded one block ahead: a load that
-    # waits for another one would hold up every step of the loop.
-    raw = tl.load(at_maximum, mask=count > 0, other=0)
-    for step in range(count // UNROLL):
-        for unrolled in tl.static_range(UNROLL):
-            b = step * UNROLL + unrolled
-            at_maximum += ROWS
-            ahead = tl.load(at_maximum, mask=b + 1 < count, other=0)
-            scale = offset
-            if NESTED:
-                scale = tl.load(scales + ((start + b) >> 8))
-            maximum = _maximum(raw, scale, offset, levels, NESTED)
-            low, high = _halves(tl.load(at_code), maximum, values, BN)
-            left = tl.load(at_x, mask=wanted, other=0.0)
-            right = tl.load(at_x + BYTES, mask=wanted, other=0.0)
-            acc = tl.dot(low.to(DT), left.to(DT), acc, input_precision=PRECISION)
-            acc = tl.dot(high.to(DT), right.to(DT), acc, input_precision=PRECISION)
-            raw = ahead
-            at_code += ROWS * BYTES
-            at_x += 2 * BYTES
-    stored = (n < N)[:, None] & wanted
+    acc = _sum_over_blocks(
+        at_code, at_maximum, at_x, wanted, last - first, start, offset, scales, levels, values,
+        BN, BM, UNROLL, NESTED, DT, PRECISION,
+    )  # fmt: skip
     at_out = out + m.to(tl.int64)[None, :] * out_stride + n[:, None]
+    stored = (n < N)[:, None] & wanted
+    if SHARED:
+        acc, is_last = _sum_of_all(acc, partials, arrivals, splits, BN, BM)
+        stored = stored & is_last
     if BIASED:
-        shift = tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-    if not SHARED:
-        if BIASED:
-            acc += shift
-        tl.store(at_out, rounded(acc, out.dtype.element_ty), mask=stored)
-    else:
-        number = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-        within = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
-        mine = partials + number.to(tl.int64) * splits * (BN * BM) + within
-        tl.store(mine + tl.program_id(2) * (BN * BM), acc)
-        # The barrier puts the stores of all threads before the atomic operation of one of them,
-        # whose release makes them visible to the program that arrives last; its acquire and the
-        # barrier after it put that program's reads behind them. `.cg` reads from the L2 cache: a
-        # line in the L1 cache could be older.
-        tl.debug_barrier()
-        before = tl.atomic_add(arrivals + number, 1, sem="acq_rel", scope="gpu")
-        tl.debug_barrier()
-        if before == splits - 1:
-            total = tl.zeros((BN, BM), tl.float32)
-            for z in range(splits):
-                total += tl.load(mine + z * (BN * BM), cache_modifier=".cg")
-            if BIASED:
-                total += shift
-            tl.store(at_out, rounded(total, out.dtype.element_ty), mask=stored)
-            tl.store(arrivals + number, 0)
+        acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    tl.store(at_out, rounded(acc, out.dtype.element_ty), mask=stored)
 
 
 @triton.jit(do_not_specialize=["N", "blocks"])
@@ -222,142 +242,13 @@ def unpack_kernel(
     tl.store(at + BYTES, rounded(high, out.dtype.element_ty), mask=stored)
 
 
-@dataclass(frozen=True, slots=True)
-class Tiling:
-    """How one product is cut into programs.
-
-    Attributes:
-        out_tile: weight rows of a program: 64, 128 or 256, and a divisor of the padded rows.
-        row_tile: activation rows of a program, a power of two from 16.
-        split: programs that share the input dimension of a tile.
-        unroll: blocks of 64 inputs in one step of the loop; divides those of every program.
-        warps, stages: of Triton.
-    """
-
-    out_tile: int
-    row_tile: int
-    split: int = 1
-    unroll: int = 1
-    warps: int = 4
-    stages: int = 3
-
-    @property
-    def name(self) -> str:
-        """Name in reports and in the file of timings."""
-        shape = f"{self.out_tile}x{self.row_tile}"
-        return f"nf4 {shape} split {self.split} unroll {self.unroll} w{self.warps} s{self.stages}"
-
-    def grid(self, shape: tuple[int, int], rows: int) -> tuple[int, int, int]:
-        """Programs along the rows, along the outputs, and along the input."""
-        return -(-rows // self.row_tile), -(-shape[0] // self.out_tile), self.split
-
-
-_FAMILIES: Mapping[int, Sequence[Tiling]] = {
-    16: (
-        Tiling(64, 16, unroll=2),
-        Tiling(128, 16, unroll=2),
-        Tiling(64, 16, unroll=4, stages=4),
-    ),
-    32: (
-        Tiling(64, 32, unroll=2),
-        Tiling(128, 32, unroll=2, warps=8),
-    ),
-    64: (
-        Tiling(128, 64, unroll=2, warps=8),
-        Tiling(64, 64, unroll=2),
-        Tiling(256, 64, warps=8),
-    ),
-    128: (
-        Tiling(128, 128, unroll=2, warps=8),
-        Tiling(128, 128, warps=8),
-        Tiling(64, 128),
-    ),
-}
-"""Configurations by their activation rows, without the split. None spills registers, on compute
-capability 8.0, 9.0 or 12.0; with 256 activation rows all do outside 9.0."""
-
-_PROGRAMS = 3
-"""Programs for each multiprocessor that keep enough reads in flight: a program has 4 to 8 KiB on
-the way, and 3 TB/s at a latency of 0.8 microseconds are 18 KiB on each of 132 multiprocessors."""
-
-_MOST_SPLITS = 16
-
-
-def tilings(
-    shape: tuple[int, int], rows: int, dtype: torch.dtype, processors: int
-) -> Sequence[Tiling]:
-    """Configurations for a product of `rows` rows; without a measurement, the first is taken.
-
-    They depend on the tile that holds `rows`, not on `rows` itself.
-    """
-    row_tile = min(max(_FAMILIES), max(min(_FAMILIES), 1 << (rows - 1).bit_length()))
-    families = _FAMILIES[row_tile]
-    if dtype == torch.float32:  # no tensor cores: each thread needs registers for both operands
-        row_tile = min(row_tile, 32)
-        families = (Tiling(64, row_tile),)
-    padded, blocks = shape[0] + -shape[0] % TILE, shape[1] // BLOCK
-    found: dict[Tiling, None] = {}
-    for family in families:
-        if padded % family.out_tile:
-            continue
-        programs = padded // family.out_tile * -(-rows // row_tile)
-        split = 1
-        while split < _MOST_SPLITS and programs * split < _PROGRAMS * processors:
-            split *= 2
-        for each in (split, split // 2, split * 2):
-            if 1 <= each <= min(_MOST_SPLITS, max(1, blocks // 4)):
-                found[_fitted(family, each, blocks)] = None
-        if not found:
-            found[_fitted(family, max(1, blocks // 8), blocks)] = None
-    return list(found)
-
-
-def _fitted(family: Tiling, split: int, blocks: int) -> Tiling:
-    unroll = family.unroll
-    while blocks % (split * unroll):
-        unroll //= 2
-        if unroll <= 1:
-            return replace(family, split=split, unroll=1)
-    return replace(family, split=split, unroll=unroll)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Scratch:
-    """Device memory of products with a split input. Used by one stream at a time.
-
-    Attributes:
-        partials: float32, sums of the programs of every tile.
-        arrivals: int32, for every tile the number of programs that are done; zero between launches.
-    """
-
-    partials: torch.Tensor
-    arrivals: torch.Tensor
-
-    @classmethod
-    def for_launches(
-        cls, launches: Sequence[tuple[Tiling, tuple[int, int], int]], device: torch.device | str
-    ) -> Scratch:
-        """Memory for the largest of launches, each a tiling, a shape and a number of rows."""
-        sums, tiles = 1, 1
-        for tiling, shape, rows in launches:
-            if tiling.split > 1:
-                across, along, split = tiling.grid(shape, rows)
-                tiles = max(tiles, across * along)
-                sums = max(sums, across * along * split * tiling.out_tile * tiling.row_tile)
-        return cls(
-            torch.zeros(sums, dtype=torch.float32, device=device),
-            torch.zeros(tiles, dtype=torch.int32, device=device),
-        )
-
-
 def multiply(
     matrix: DeviceMatrix, x: torch.Tensor, out: torch.Tensor, tiling: Tiling, scratch: Scratch
 ) -> None:
     """Writes `x @ W.T + bias` to `out`. x [T, in] and out [T, out] have contiguous rows."""
     rows, (fan_out, fan_in) = len(x), matrix.shape
     assert x.stride(1) == out.stride(1) == 1, "rows are contiguous"
-    assert out.shape == (rows, fan_out)
-    assert x.shape[1] == fan_in
+    assert (*x.shape, *out.shape) == (rows, fan_in, rows, fan_out)
     if not rows:
         return
     grid = tiling.grid(matrix.shape, rows)
