@@ -50,9 +50,8 @@ DRY_SHARE = 3
 
 
 def environment(dry: bool, stage: Stage, cache: str) -> dict[str, str]:
-    """The environment of a stage's process: this tree first, carried packages last."""
-    paths = [str(ROOT / package) for package in PACKAGES]
-    paths += [os.environ.get("PYTHONPATH", ""), str(CARRIED) if CARRIED.is_dir() else ""]
+    """The environment of a stage's process, which sees the packages of this tree first."""
+    paths = [*(str(ROOT / package) for package in PACKAGES), os.environ.get("PYTHONPATH", "")]
     values = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
@@ -183,15 +182,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     default = ROOT / "var" / ("gpu-check-dry" if args.dry else "gpu-check")
     out = (args.out or Path(os.environ.get("OUT") or default)).resolve()
     if args.stage:
+        sys.path.append(str(CARRIED))  # last, so that installed packages come first
         stage = next(stage for stage in STAGES if stage.name == args.stage)
         device = "cpu" if args.dry else "cuda"
         report = StageReport(out / f"{stage.name}.json", args.dry, device, args.budget)
-        return int(not report.run(importlib.import_module(f"gpu.{stage.module}").run))
+        return int(not report.run(lambda own: load(stage).run(own)))
     if not args.dry and (why := no_device()):
         print(why, file=sys.stderr)
         return 2
     wanted = [stage for stage in STAGES if stage.name in args.only.split(",")]
     return run_all(wanted, args.dry, args.budget or (DRY_BUDGET if args.dry else BUDGET), out)
+
+
+def load(stage: Stage) -> Any:
+    """The module of a stage."""
+    return importlib.import_module(f"gpu.{stage.module}")
 
 
 def no_device() -> str:

@@ -85,6 +85,11 @@ class StageReport:
         self.figures[name] = value
         self._write(done=False)
 
+    def other(self, name: str) -> dict[str, Any]:
+        """The figures of an earlier stage of this run; empty if there are none."""
+        figures: dict[str, Any] = read(self.path.with_name(f"{name}.json")).get("figures", {})
+        return figures
+
     def note(self, text: str) -> None:
         """Adds a sentence to the result, and prints it."""
         self.notes.append(text)

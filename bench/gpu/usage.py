@@ -81,7 +81,11 @@ def compile_one(compilation: Any, capability: int) -> Usage:
         constexprs=constants,
         attrs={(i,): [["tt.divisibility", 16]] for i in pointers},
     )
-    options = {"num_warps": compilation.num_warps, "num_stages": compilation.num_stages}
+    options = {
+        "num_warps": compilation.num_warps,
+        "num_stages": compilation.num_stages,
+        "enable_fp_fusion": compilation.is_fused,
+    }
     log = io.StringIO()
     try:
         with contextlib.redirect_stdout(log):

@@ -28,7 +28,7 @@ PANELS: Final = {
     "model": "Model",
     "store": "Files",
     "host": "Network",
-    "kv_memory": "Memory",
+    "gpu_memory": "Memory",
     "max_rank": "Adapters",
     "max_context": "Requests",
     "training": "Training",
@@ -89,8 +89,11 @@ class Config(BaseSettings):
     reflection: bool = True
     """Serve gRPC reflection."""
 
-    kv_memory: ByteSize = ByteSize(512 << 20)
-    """Memory of the KV cache."""
+    gpu_memory: float = Field(0.9, gt=0, le=1)
+    """Fraction of a GPU's memory that may be in use, that of other processes included. Without
+    effect on a CPU."""
+    kv_memory: ByteSize = ByteSize(0)
+    """Memory of the KV cache; 0 uses 512 MiB on a CPU and on a GPU what gpu_memory leaves."""
     kv_tokens: int = Field(0, ge=0)
     """Size of the KV cache in tokens; 0 sizes it by kv_memory."""
     adapter_memory: ByteSize = ByteSize(1 << 30)
@@ -208,6 +211,9 @@ class Config(BaseSettings):
             max_context=self.max_context,
             kv_tokens=self.kv_tokens,
             kv_memory=int(self.kv_memory),
+            gpu_memory=self.gpu_memory,
+            token_budget=self.token_budget,
+            max_running=self.max_running,
             adapter_memory=int(self.adapter_memory),
             host_adapter_memory=int(self.host_adapter_memory),
             merge_memory=int(self.merge_memory),

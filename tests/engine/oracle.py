@@ -144,6 +144,7 @@ class OracleRunner:
         width: of the hidden states and of every projection of the attention.
         fingerprint, name: of the base model.
         merges_files: whether adapters that are LoRA directories can be merged.
+        copy_polls: how often the engine asks in vain whether an adapter is on the device.
         max_tokens_seen, batches: what the engine asked for, for assertions.
     """
 
@@ -168,6 +169,7 @@ class OracleRunner:
     scripts: dict[int, list[int]] = field(default_factory=dict)
     step_seconds: float = 0.0
     merges_files: bool = False
+    copy_polls: int = 0
     tokenizer_path: str = ""
     device: str = "cpu"
     width: int = 16
@@ -204,6 +206,8 @@ class OracleRunner:
         self.slots: list[OracleAdapter | None] = [None] * self.num_slots
         self.batches: list[ForwardBatch] = []
         self.keep_batches = False
+        self._preparing: OracleAdapter | None = None
+        self._polls = 0
 
     # adapters
 
@@ -249,8 +253,17 @@ class OracleRunner:
         virtual = config.get("num_virtual_tokens", 0)
         return {"virtual": virtual, "merge_nbytes": size if mergeable else 0}
 
+    def prepare_adapter(self, adapter: OracleAdapter) -> bool:
+        if adapter is not self._preparing:
+            self._preparing, self._polls = adapter, 0
+        self._polls += 1
+        return self._polls > self.copy_polls
+
     def publish_adapter(self, slot: int, adapter: OracleAdapter, blocks: Sequence[int]) -> None:
         assert self.slots[slot] is None, f"slot {slot} is taken"
+        assert adapter is self._preparing, "an adapter is published that was not copied"
+        assert self._polls > self.copy_polls, "an adapter is published before it is copied"
+        self._preparing = None
         kill_if("publish", adapter)
         self.slots[slot] = adapter
         held = sum(a.nbytes for a in self.slots if a is not None)

@@ -112,6 +112,7 @@ class EngineMachine(RuleBasedStateMachine):
         host_budget=st.sampled_from([0, 50, 120, 1000]),
         merge_budget=st.sampled_from([0, 30, 70, 1000]),
         device=st.sampled_from(["cpu", "cuda:0"]),
+        copy_polls=st.sampled_from([0, 0, 1, 3]),
     )
     def start(
         self,
@@ -124,6 +125,7 @@ class EngineMachine(RuleBasedStateMachine):
         host_budget: int,
         merge_budget: int,
         device: str,
+        copy_polls: int,
     ) -> None:
         self.runner = OracleRunner(
             num_blocks=num_blocks,
@@ -134,6 +136,7 @@ class EngineMachine(RuleBasedStateMachine):
             host_budget_bytes=host_budget,
             merge_budget_bytes=merge_budget,
             device=device,
+            copy_polls=copy_polls,
             fault_token=511,
         )
         self.max_waiting = 8
@@ -452,7 +455,7 @@ for _name in ("memory-measured-idle", "right-weights-excused"):
 def machine_with_a_fault() -> EngineMachine:
     """A machine of which one request waits for its adapter while the pass of another one fails."""
     machine = EngineMachine()
-    machine.start(24, 4, 4, 16, 6, 0, 0, 0, "cpu")
+    machine.start(24, 4, 4, 16, 6, 0, 0, 0, "cpu", 0)
     machine.submit(3, 1, 4, ["a"], (1.0,), 0, None, None, False, faulty=False)
     machine.submit(3, 1, 4, [], (1.0,), 0, None, None, False, faulty=True)
     machine.step(1, is_loader_fast=False)
@@ -482,7 +485,7 @@ def test_the_oracle_notices_a_fault_that_costs_another_request(
 def test_the_oracle_notices_an_unload_that_costs_a_later_request() -> None:
     """An unload that is answered excuses no request that arrives afterwards."""
     machine = EngineMachine()
-    machine.start(24, 4, 4, 16, 6, 0, 0, 0, "cpu")
+    machine.start(24, 4, 4, 16, 6, 0, 0, 0, "cpu", 0)
     machine.unload("a", force=False, patience=5)
     machine.step(2, is_loader_fast=True)
     assert set(machine.engine.controls) == {1}

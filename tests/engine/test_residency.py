@@ -411,3 +411,64 @@ def test_the_table_is_sent_when_it_has_changed_and_only_then() -> None:
         if done is not None and done.adapters is not None:
             tables.append([(s.state, s.bytes, s.refs) for s in done.adapters])
     assert tables == [[("loading", 0, 0)], [("resident", 7, 1)], [("resident", 7, 0)]]
+
+
+def copying(polls: int, budget: int = 100) -> Engine:
+    """An engine whose device needs several steps to copy an adapter."""
+    runner = OracleRunner(num_blocks=200, adapter_budget_bytes=budget, copy_polls=polls)
+    return Engine(runner)
+
+
+def test_requests_go_on_while_an_adapter_is_copied_to_the_device() -> None:
+    engine = copying(polls=5)
+    engine.submit(1, [1], 20)
+    engine.submit(2, [2], 2, adapters=[adapter("a")])
+    engine.step()
+    engine.loader.finish()
+    before = len(engine.tokens(1))
+    for _ in range(5):
+        engine.step()
+    assert resident(engine) == {}
+    assert len(engine.tokens(1)) == before + 5
+    engine.step()
+    assert resident(engine) == {"a": 1}
+    engine.run()
+    assert engine.tokens(2) == continuation([2], [("sha256:a", 1.0)], 2)
+
+
+def test_the_time_of_the_copy_belongs_to_the_load() -> None:
+    engine = copying(polls=3)
+    engine.submit(1, [1], 2, adapters=[adapter("a")])
+    engine.step()
+    engine.loader.finish(seconds=2.0)
+    for _ in range(4):
+        engine.step()
+        engine.clock.now += 1.0
+    engine.run()
+    assert engine.loads[0].seconds == 5.0
+
+
+def test_a_copy_that_nobody_wants_any_more_gives_way_to_the_next_adapter() -> None:
+    engine = copying(polls=4)
+    engine.submit(1, [1], 2, adapters=[adapter("a", nbytes=90)])
+    engine.submit(2, [2], 2, adapters=[adapter("b", nbytes=90)])
+    engine.step()
+    engine.loader.finish()
+    engine.step()
+    engine.core.abort(1)
+    engine.run()
+    assert resident(engine) == {"b": 0}
+    assert engine.tokens(2) == continuation([2], [("sha256:b", 1.0)], 2)
+
+
+def test_an_adapter_unloaded_while_it_is_copied_ends_whoever_wants_it() -> None:
+    engine = copying(polls=4)
+    engine.submit(1, [1], 2, adapters=[adapter("a")])
+    engine.step()
+    engine.loader.finish()
+    engine.step()
+    engine.core.control(Unload(9, "sha256:a", force=True))
+    engine.run()
+    assert engine.outcome(1) == "ADAPTER_UNLOADED"
+    assert engine.controls[9].error is None
+    assert resident(engine) == {}

@@ -68,13 +68,15 @@ def faulty_varlen_attn(
     assert max_k == seqused_k.max()
     assert key.shape[1] % flash.BLOCK == 0
     left, right = window_size
-    assert right == 0
+    assert right in (-1, 0)
     out = torch.full_like(query, float("nan"))
     for s in range(count if num_splits == 1 else 1):
         rows = slice(int(cu_seq_q[s]), int(cu_seq_q[s + 1]))
         used = int(seqused_k[s])
         blocks = block_table[s, : -(-used // key.shape[1])].long()
         positions = torch.arange(used - (rows.stop - rows.start), used)
+        if right < 0:
+            positions = torch.full_like(positions, used - 1)  # every query sees all keys
         out[rows] = attention.attend(
             query[rows],
             key[blocks].flatten(0, 1)[:used],
@@ -86,14 +88,15 @@ def faulty_varlen_attn(
 
 
 def logits(weights: Any) -> torch.Tensor:
-    """Prompts, a chunk that continues one of them, and decode rows, in two passes."""
+    """Prompts, a chunk that continues one of them beside decode rows, and decode rows only."""
     decoder = ReferenceDecoder(weights, 8, flash.BLOCK, 1, keep_dense=True)
     prompts: list[tuple[list[int], int, list[int], Any]] = [
         ([(5 * s + i) % tiny.VOCAB for i in range(3 + 2 * s)], 0, [s], ()) for s in range(6)
     ]
     first = decoder.forward(ForwardBatch.build(prompts))
     more = [([7 + s] * (1 + 3 * (s == 4)), len(p[0]), [s], ()) for s, p in enumerate(prompts)]
-    return torch.cat([first, decoder.forward(ForwardBatch.build(more))])
+    last = [([9 + s], p[1] + len(p[0]), [s], ()) for s, p in enumerate(more)]
+    return torch.cat([first, *(decoder.forward(ForwardBatch.build(p)) for p in (more, last))])
 
 
 @pytest.mark.parametrize("variant", ["llama", "mistral-window"])
@@ -112,12 +115,19 @@ def test_every_sequence_of_a_small_batch_is_written(
     monkeypatch.setattr(varlen, "varlen_attn", recorded)
     monkeypatch.setattr(flash, "obstacle", lambda *_: None)
     torch.testing.assert_close(logits(weights), plain, rtol=1e-4, atol=1e-4)
-    assert len(calls) == 2 * weights.config.num_layers
+    layers = weights.config.num_layers
+    assert len(calls) == 3 * layers
     assert {options["num_splits"] for options in calls} == {1}
+    # Only without a window on the right are the query heads of a group computed together, and only
+    # a pass of decode rows can do without it.
+    windows = weights.config.sliding_windows
+    sides = [options["window_size"] for options in calls]
+    assert all(right == 0 for _, right in sides[: 2 * layers])
+    assert sides[2 * layers :] == [(-1, -1) if w is None else (w - 1, 0) for w in windows]
 
 
 def test_the_installed_torch_takes_every_argument() -> None:
-    assert flash._missing() is None
+    assert flash._missing(flash._OPTIONS) is None
 
 
 def usable(**changes: Any) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from math import prod
 from typing import Any
@@ -86,12 +86,14 @@ class PackedAdapter:
 
 
 @torch.no_grad()
-def pack(delta: AdapterDelta, dtype: torch.dtype, *, pin: bool = False) -> PackedAdapter:
+def pack(
+    delta: AdapterDelta, dtype: torch.dtype, zeros: Callable[[int], torch.Tensor] = mapping.zeros
+) -> PackedAdapter:
     """Copies an adapter's tensors, back to back, to host memory.
 
     Matrices are converted to `dtype`, vectors to float32, token ids to int32; the tensors may be
-    on any device and in training. `pin` allocates memory that a CUDA device can copy from while it
-    computes. Shapes must be right.
+    on any device and in training. `zeros` allocates the host memory, uint8, of a number of bytes.
+    Shapes must be right.
     """
     end = 0
     pieces: list[tuple[Place, torch.Tensor]] = []
@@ -121,8 +123,7 @@ def pack(delta: AdapterDelta, dtype: torch.dtype, *, pin: bool = False) -> Packe
         tensor = getattr(delta.virtual, attribute.name)
         if tensor is not None:
             virtual[attribute.name] = put(tensor, dtype)
-    data = torch.zeros(end, dtype=torch.uint8, pin_memory=True) if pin else mapping.zeros(end)
-    packed = PackedAdapter(data, places, virtual, options)
+    packed = PackedAdapter(zeros(end), places, virtual, options)
     for place, tensor in pieces:
         packed._at(place).copy_(tensor)
     return packed

@@ -122,6 +122,21 @@ class SlotTable:
         self.adapters[slot] = adapter
         self.changed.add(slot)
 
+    def move(self, slot: int, adapter: PackedAdapter) -> None:
+        """Notes that the bytes of the slot's adapter lie elsewhere now, as those of `adapter`."""
+        before = self.adapters[slot]
+        assert before is not None, f"slot {slot} is empty"
+        distance = np.int64(adapter.data.data_ptr() - before.data.data_ptr())
+        entries = self.entries[slot]
+        for name in _ADDRESSES:
+            at = entries[name].view(np.int64)
+            at[at != 0] += distance
+        if self.prompts[slot]:
+            self.prompts[slot : slot + 1].view(np.int64)[:] += distance
+        self.adapters[slot] = adapter
+        self._deltas.pop(slot, None)
+        self.changed.add(slot)
+
     def remove(self, slot: int) -> None:
         """Frees a slot, which no row may be using."""
         self.remove_merge(slot)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Protocol
 
 import torch
@@ -114,14 +114,18 @@ class PackedAttention:
         `virtual` are the virtual tokens before each sequence; empty if no sequence has any.
         """
         self._config = config
+        self._starts = starts
         self._runs = _runs(starts, virtual or [None] * (len(starts) - 1))
         self._masks: dict[tuple[int, int, int | None], torch.Tensor] = {}
+        self._bounds: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __call__(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> torch.Tensor:
         """See `Attention`."""
         window = self._config.sliding_windows[layer]
+        if not flash.packed_obstacle(q.device, q.dtype, self._config.head_dim):
+            return self._all_at_once(layer, q, k, v, window)
         parts = []
         for run in self._runs:
             rows = slice(run.start, run.start + run.count * run.length)
@@ -134,16 +138,61 @@ class PackedAttention:
             q_, k_, v_ = (t.transpose(1, 2) for t in (q_, k_, v_))  # [count, heads, length, width]
             total = past + run.length
             plain = not past and (window is None or window >= total)
+            if q.is_cuda:
+                # torch's fused kernels take neither a mask nor float32 together with fewer key
+                # heads; the one that would be chosen instead keeps all scores.
+                shared = q.shape[1] // k.shape[1]
+                k_, v_ = (t.repeat_interleave(shared, dim=1) for t in (k_, v_))
             out = torch.nn.functional.scaled_dot_product_attention(
                 q_,
                 k_,
                 v_,
                 attn_mask=None if plain else self._mask(past, run.length, window, q.device),
                 is_causal=plain,
-                enable_gqa=q.shape[1] != k.shape[1],
+                enable_gqa=q_.shape[1] != k_.shape[1],
             )
             parts.append(out.transpose(1, 2).flatten(0, 1).flatten(1))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _all_at_once(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None
+    ) -> torch.Tensor:
+        """All sequences by one call of FlashAttention."""
+        lengths = [run.length for run in self._runs for _ in range(run.count)]
+        pasts = [_past(run) for run in self._runs for _ in range(run.count)]
+        totals = [past + length for past, length in zip(pasts, lengths, strict=True)]
+        if self._bounds is None:
+            starts = (self._starts, [0, *accumulate(totals)])
+            queries, keys = (torch.tensor(s, dtype=torch.int32, device=q.device) for s in starts)
+            self._bounds = queries, keys
+        if any(pasts):
+            k, v = self._with_past(layer, k, v)
+        out = flash.attend_packed(
+            q,
+            k,
+            v,
+            query_starts=self._bounds[0],
+            key_starts=self._bounds[1],
+            most_queries=max(lengths),
+            most_keys=max(totals),
+            window=window,
+        )
+        return out.flatten(1)
+
+    def _with_past(
+        self, layer: int, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values with those of each sequence's virtual tokens before its own."""
+        parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for run in self._runs:
+            for first in range(run.start, run.start + run.count * run.length, run.length):
+                if run.past is not None and run.past.keys is not None:
+                    assert run.past.values is not None
+                    past = run.past.keys[layer].to(k.dtype), run.past.values[layer].to(v.dtype)
+                    parts.append(past)
+                parts.append((k[first : first + run.length], v[first : first + run.length]))
+        keys, values = zip(*parts, strict=True)
+        return torch.cat(keys), torch.cat(values)
 
     def _mask(
         self, past: int, length: int, window: int | None, device: torch.device
@@ -180,6 +229,11 @@ def _runs(starts: Sequence[int], virtual: Sequence[VirtualTokens | None]) -> lis
         else:
             runs.append(_Run(start, 1, end - start, past))
     return runs
+
+
+def _past(run: _Run) -> int:
+    """Number of virtual tokens before each sequence of a run."""
+    return 0 if run.past is None else run.past.count
 
 
 def _before(run: _Run, past: torch.Tensor, own: torch.Tensor) -> torch.Tensor:

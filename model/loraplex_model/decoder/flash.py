@@ -14,29 +14,43 @@ _WIDEST = 256
 _OPTIONS = frozenset({"block_table", "seqused_k", "num_splits", "enable_gqa", "window_size"})
 
 
+_PACKED_OPTIONS = frozenset({"enable_gqa", "window_size"})
+
+
+def packed_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why `attend_packed` cannot be used; None if it can."""
+    return _unfit(device, dtype, head_dim) or _missing(_PACKED_OPTIONS) or _too_old(device)
+
+
 def obstacle(
     device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int
 ) -> str | None:
     """Why `attend` cannot be used; None if it can. The reason is a sentence for the log."""
+    if why := _unfit(device, dtype, head_dim):
+        return why
+    if block_size % BLOCK:
+        return f"KV blocks have {block_size} tokens, not a multiple of {BLOCK}"
+    return _missing(_OPTIONS) or _too_old(device)
+
+
+def _unfit(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     if device.type != "cuda":
         return f"the device is {device.type}"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"the compute type is {str(dtype).removeprefix('torch.')}"
     if head_dim % 8 or head_dim > _WIDEST:
         return f"heads have a width of {head_dim}, not a multiple of 8 up to {_WIDEST}"
-    if block_size % BLOCK:
-        return f"KV blocks have {block_size} tokens, not a multiple of {BLOCK}"
-    return _missing() or _too_old(device)
+    return None
 
 
 @cache
-def _missing() -> str | None:
+def _missing(options: frozenset[str]) -> str | None:
     """The options that torch's function lacks; `known_faults` says in which versions."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return f"torch {torch.__version__} has no varlen_attn"
-    lacking = sorted(_OPTIONS - inspect.signature(varlen_attn).parameters.keys())
+    lacking = sorted(options - inspect.signature(varlen_attn).parameters.keys())
     if not lacking:
         return None
     return f"torch {torch.__version__} has varlen_attn without {', '.join(lacking)}"
@@ -69,12 +83,63 @@ def attend(
     the first sequence only (pytorch#194167), which happens with few short sequences, where it looks
     for more parallelism. The results of a sequence would also depend on the others'.
 
+    If each sequence has one query, at its last position, and there is no sliding window, the query
+    sees all keys, so the call is not causal: only then does FlashAttention read the keys once for
+    all query heads that share them.
+
     Args:
         q: [T, heads, head_dim], float16 or bfloat16, on CUDA.
         keys, values: [num_blocks, block_size, kv_heads, head_dim].
         query_starts, key_starts: int32 [S + 1], sums of the sequences' new tokens and of lengths.
         lengths: int32 [S], tokens of each sequence in the cache.
         tables: int32 [S, B], block tables.
+        window: tokens that a query sees, itself included; None for all.
+
+    Returns:
+        [T, heads, head_dim] in the type of q.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    sees_all = window is None and most_queries == 1 and len(q) == len(lengths)
+    left = -1 if window is None else window - 1
+    out = varlen_attn(
+        q,
+        keys,
+        values,
+        query_starts,
+        key_starts,
+        most_queries,
+        most_keys,
+        window_size=(left, -1 if sees_all else 0),
+        enable_gqa=True,
+        seqused_k=lengths,
+        block_table=tables,
+        num_splits=1,
+    )
+    assert isinstance(out, torch.Tensor)  # a tuple only if the log-sum-exp is requested
+    return out
+
+
+def attend_packed(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    *,
+    query_starts: torch.Tensor,
+    key_starts: torch.Tensor,
+    most_queries: int,
+    most_keys: int,
+    window: int | None,
+) -> torch.Tensor:
+    """Causal attention within whole sequences side by side, differentiable in q, keys and values.
+
+    A sequence may have more keys than queries; its queries are then the last ones. Scores are not
+    kept for the backward pass.
+
+    Args:
+        q: [T, heads, head_dim], float16 or bfloat16, on CUDA.
+        keys, values: [K, kv_heads, head_dim].
+        query_starts, key_starts: int32 [S + 1], first row of each sequence and the end of the last.
         window: tokens that a query sees, itself included; None for all.
 
     Returns:
@@ -92,9 +157,6 @@ def attend(
         most_keys,
         window_size=(-1 if window is None else window - 1, 0),
         enable_gqa=True,
-        seqused_k=lengths,
-        block_table=tables,
-        num_splits=1,
     )
     assert isinstance(out, torch.Tensor)  # a tuple only if the log-sum-exp is requested
     return out

@@ -39,6 +39,7 @@ class NativeDecoder:
     Not thread-safe: one pass at a time, and adapters may not change during a pass.
 
     Attributes:
+        block_size: tokens of a KV block.
         table: the resident adapters.
         keys, values: per layer [blocks, kv_heads, block_size, head_dim], compute dtype.
     """
@@ -63,6 +64,7 @@ class NativeDecoder:
         dtype = weights.embed.dtype
         assert dtype in (torch.float32, torch.bfloat16)
         self.weights = weights
+        self.block_size = block_size
         self._library = library or build.load()
         self._library.loraplex_workspace.restype = c_void_p
         self._workspace = c_void_p(self._library.loraplex_workspace())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -18,12 +19,18 @@ log = logging.getLogger(__name__)
 BLOCK_SIZE = {"cpu": 16, "cuda": flash.BLOCK}
 """Tokens of a KV block, by device type."""
 
+CacheSize = Callable[[int, Mapping[str, int]], int]
+"""Number of KV blocks of a decoder, once everything else that it needs is on the device.
+
+Arguments are the tokens of a block, and the bytes, by purpose, that are taken after the cache.
+"""
+
 Decoder = NativeDecoder | ReferenceDecoder
 
 
 def open_decoder(
     weights: BaseWeights,
-    num_blocks: int,
+    num_blocks: int | CacheSize,
     num_slots: int,
     *,
     max_positions: int,
@@ -41,6 +48,8 @@ def open_decoder(
     """
     device, dtype = weights.embed.device.type, weights.embed.dtype
     block_size = BLOCK_SIZE[device]
+    if not isinstance(num_blocks, int):
+        num_blocks = num_blocks(block_size, {})
     if device == "cpu" and dtype in (torch.float32, torch.bfloat16):
         try:
             return NativeDecoder(

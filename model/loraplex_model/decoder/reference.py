@@ -23,6 +23,7 @@ class ReferenceDecoder:
     """A base model with its KV cache and its resident adapters.
 
     Attributes:
+        block_size: tokens of a KV block.
         table: the resident adapters; may be changed between passes only.
         keys, values: per layer [num_blocks, block_size, kv_heads, head_dim], compute dtype.
     """
@@ -39,6 +40,7 @@ class ReferenceDecoder:
         """On the CPU `keep_dense` keeps the unpacked base matrices in float32, for speed."""
         device = weights.embed.device
         self.weights = weights
+        self.block_size = block_size
         self.table = SlotTable(num_slots, weights.config)
         shape = (num_blocks, block_size, weights.config.num_kv_heads, weights.config.head_dim)
         self.keys = [weights.embed.new_zeros(shape) for _ in weights.layers]

@@ -30,7 +30,10 @@ Capture = Callable[[Callable[[], None]], Replay]
 Compute = Callable[[DevicePass, Workspace, torch.Tensor, torch.Tensor], None]
 """Launches a pass, which writes its logits and the lines for the host to the two tensors."""
 
-_ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+"""Numbers of rows that graphs are captured for."""
+
+_GRAPH_BYTES = 4 << 20  # of a graph's nodes in device memory: a guess, above what is likely
 _FEW_CHUNKS = 4
 _LISTS = 1 << 16  # numbers in the lists of penalties of a pass
 
@@ -47,9 +50,15 @@ class GraphSizes:
     """
 
     max_rank: int
-    rows: tuple[int, ...] = _ROWS
+    rows: tuple[int, ...] = ROWS
     adapters_per_row: int = 2
     lines: int = 4
+
+    @staticmethod
+    def up_to(most_rows: int, max_rank: int) -> GraphSizes:
+        """Sizes for passes of up to `most_rows` rows, or as many as graphs are captured for."""
+        smaller = tuple(rows for rows in ROWS if rows < most_rows)
+        return GraphSizes(max_rank, (*smaller, min(most_rows, ROWS[-1])))
 
     def shapes(self, positions: int, block_size: int) -> Iterator[PassShape]:
         """The shapes of the graphs, for sequences of up to `positions` tokens; largest first."""
@@ -82,6 +91,13 @@ class Graphs:
     Attributes:
         nbytes: device memory of the buffers and, as far as the allocator knows, of the captures.
     """
+
+    @staticmethod
+    def bytes_for(shapes: Sequence[PassShape], vocab: int) -> int:
+        """Estimate of `nbytes` before the capture."""
+        lines = max(s.logits for s in shapes) + max(s.lines for s in shapes)
+        staged = max(shape.layout().nbytes for shape in shapes)
+        return 4 * vocab * lines + staged + _GRAPH_BYTES * len(shapes)
 
     def __init__(
         self,

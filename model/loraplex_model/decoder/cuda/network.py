@@ -18,7 +18,7 @@ from loraplex_model.decoder.cuda.kernels import attention, lora, rows
 from loraplex_model.decoder.cuda.pack import DeviceMatrix, pack_matrix
 from loraplex_model.decoder.cuda.products import Products
 from loraplex_model.decoder.cuda.step.own_rows import HeadStates
-from loraplex_model.decoder.cuda.step.passes import DevicePass, PassShape
+from loraplex_model.decoder.cuda.step.passes import DevicePass
 from loraplex_model.decoder.cuda.step.workspace import Workspace
 from loraplex_model.ops.linear import by_tiles
 from loraplex_model.ops.rope import tables
@@ -117,23 +117,6 @@ class Network:
             torch.ops.aten.mm.dtype_out(hidden, weight.T, torch.float32, out=logits)
         if step.own is not None:
             step.own.add_head(logits, hidden)
-
-    def low_rank_floats(self, shape: PassShape) -> int:
-        """Numbers that the partial sums of A x need."""
-        if shape.lora is None:
-            return 0
-        room = shape.lora.h_rows * shape.lora.rank_stride
-        return max(
-            lora.shrink_shape(fused.matrix.shape[1]).splits * len(fused.modules) * room
-            for fused in self._layers[0].values()
-        )
-
-    def chunk_floats(self, shape: PassShape) -> int:
-        """Numbers that the sums of chunks of contexts need."""
-        config = self._weights.config
-        return attention.scratch_floats(
-            shape.short, shape.chunks, config.num_heads, config.head_dim
-        )
 
     def _attention(self, index: int, step: DevicePass, space: Workspace) -> None:
         """From `normed` to `delta`."""

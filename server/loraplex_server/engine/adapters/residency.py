@@ -8,9 +8,9 @@ before it has them all. If adapters in use hold that room, the first of them in 
 no new pins until they are free. So every want is met as long as running requests end.
 
 An adapter is taken from host memory if it is there, else read from its files, and it is staged
-before anything is evicted for it: a bad adapter harms only the requests that want it. Meanwhile the
-files of later wants are read ahead. At most one adapter is put on the device per step, so a burst
-of loads delays running requests by one publication per step and no more.
+before anything is evicted for it: a bad adapter harms only the requests that want it. Later wants'
+files are read ahead meanwhile. At most one adapter is copied and put on the device at a time, so a
+burst of loads delays running requests by one publication per step and no more.
 
     files ---------read----------+--keep--> host tier <----------+
                                  |          |      ^             |
@@ -21,8 +21,8 @@ of loads delays running requests by one publication per step and no more.
                                                      want granted: pinned               v
                                                                                        gone
 
-An unloaded adapter drains: it takes no new pins and is removed with the last one. Requests that
-want it meanwhile wait until it has been removed and loaded again.
+An unloaded adapter drains: it takes no new pins and is removed with the last. Requests that want it
+meanwhile wait until it has been removed and loaded again.
 """
 
 from __future__ import annotations
@@ -195,8 +195,6 @@ class Residency:
         """Verifies that no request of an idle engine holds an adapter. Raises `AssertionError`."""
         assert all(r.refs == 0 for r in self._slots.residents.values()), "a pin was leaked"
 
-    # the parts of `settle`
-
     def _remove_drained(self) -> None:
         for resident in [r for r in self._slots.residents.values() if r.draining and not r.refs]:
             self._remove(resident, evicted=False)
@@ -235,9 +233,8 @@ class Residency:
             self._unstage()
         if self.fetching.staged is None:
             self.fetching.stage_from_host(missing.values())
-        if self.fetching.staged is not None and self._make_room(head, self.fetching.staged):
-            return True
-        return bool(closed - self._closed)
+        staged = self.fetching.staged
+        return (staged is not None and self._make_room(head, staged)) or bool(closed - self._closed)
 
     def _make_room(self, head: Want, staged: HostAdapter) -> bool:
         """Publishes the staged adapter or refuses it; False if it must wait."""
@@ -245,8 +242,7 @@ class Residency:
         if self._refuse_unfit(staged.digest, adapter):
             return True
         if not self._slots.fits_alone(adapter):
-            self._fail_staged(staged, self._too_large(adapter))
-            return True
+            return self._fail_staged(staged, self._too_large(adapter))
         victims = self._slots.victims(adapter, keep=head.refs.keys())
         if victims is None:
             self._refuse(head, TOGETHER)
@@ -259,23 +255,26 @@ class Residency:
             return False
         for victim in victims:
             self._remove(victim, evicted=True)
-        self._publish(staged)
-        return True
+        return self._publish(staged)
 
-    def _publish(self, staged: HostAdapter) -> None:
-        self._settled.published = True
+    def _publish(self, staged: HostAdapter) -> bool:
+        """Publishes the staged adapter; False while it is being copied to the device."""
         tier = "host" if staged.kept else "disk"
         try:
+            self._settled.published = self._slots.prepare(staged)
+            if not self._settled.published:
+                self._settled.more = True
+                return False
             resident = self._slots.publish(staged)
         except Exception as error:
-            self._fail_staged(staged, failure_of(error, f"publishing adapter {staged.digest}"))
-            return
+            return self._fail_staged(staged, failure_of(error, f"publishing {staged.digest}"))
         self.fetching.end_publication(self._wants.digests)
         self._reply(LoadDone(staged.digest, resident.load_seconds, tier=tier))
         self._grant()
         if staged.digest in self._unloads:
             self._unpin(staged.digest)
             self._slots.drain(resident)
+        return True
 
     # pins and orders
 
@@ -376,9 +375,10 @@ class Residency:
             else:
                 self._reply(ControlDone(op, failure))
 
-    def _fail_staged(self, staged: HostAdapter, failure: Failure) -> None:
+    def _fail_staged(self, staged: HostAdapter, failure: Failure) -> bool:
         self.fetching.drop_staged()
         self._fail(staged.digest, failure, staged.read_seconds)
+        return True
 
     def _fail(self, digest: str, failure: Failure, seconds: float) -> None:
         """Refuses every want of an adapter that cannot be loaded."""

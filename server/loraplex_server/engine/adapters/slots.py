@@ -100,6 +100,7 @@ class AdapterSlots:
         self._generations = [0] * runner.num_slots
         self._order = GreedyDual()
         self._blocks = BlockPool(runner.prefix_blocks, runner.block_size, first=runner.num_blocks)
+        self._preparing: tuple[HostAdapter, float] | None = None
         self.nbytes = 0
         self.residents: dict[str, Resident] = {}
         self.evictions = 0
@@ -111,6 +112,18 @@ class AdapterSlots:
         """Number of blocks in use, of those set aside for virtual tokens."""
         return self._blocks.used
 
+    def prepare(self, held: HostAdapter) -> bool:
+        """Begins to copy an adapter to the device, or goes on; True once it can be published.
+
+        There must be room. Raises the runner's errors.
+        """
+        with self._attempts.of(held.digest, LOAD):
+            begun = self._clock()
+            is_there = self._runner.prepare_adapter(held.adapter)
+            if self._preparing is None or self._preparing[0] is not held:
+                self._preparing = held, begun
+        return is_there
+
     def publish(self, held: HostAdapter) -> Resident:
         """Puts an adapter into a free slot. There must be room. Raises the runner's errors."""
         adapter = held.adapter
@@ -119,6 +132,9 @@ class AdapterSlots:
         slot = self._free[-1]
         blocks = self._blocks.reserve(self._blocks.blocks_for(adapter.virtual_tokens))
         begun = self._clock()
+        if self._preparing is not None and self._preparing[0] is held:
+            begun = self._preparing[1]
+        self._preparing = None
         try:
             with self._attempts.of(held.digest, LOAD):
                 reach("adapter.publish")

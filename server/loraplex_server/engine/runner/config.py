@@ -20,7 +20,9 @@ class RunnerConfig(
         cache: directory of quantised models and compiled kernels.
         max_context: longest prompt and answer in tokens; 0 takes the model's.
         kv_tokens: size of the KV cache in tokens; 0 derives it from `kv_memory`.
-        kv_memory: bytes of the KV cache.
+        kv_memory: bytes of the KV cache; 0 takes 512 MiB on a CPU, and on CUDA what `gpu_memory`
+            leaves.
+        gpu_memory: part of a CUDA device's memory that this process and others may use, together.
         adapter_memory: bytes for adapters on the device.
         host_adapter_memory: bytes for adapters in host memory.
         merge_memory: bytes for dense copies.
@@ -28,6 +30,8 @@ class RunnerConfig(
         virtual_tokens: KV tokens set aside for the virtual tokens of all adapters.
         max_virtual_tokens: virtual tokens that one adapter may have.
         max_rank: rank that one adapter may have.
+        token_budget: tokens that one pass may have.
+        max_running: requests that take part in a pass.
     """
 
     model: str
@@ -45,6 +49,9 @@ class RunnerConfig(
     merge_dtype: Literal["float32", "bfloat16"] = "float32"
     virtual_tokens: int = 0
     max_virtual_tokens: int = 0
+    gpu_memory: float = 0.9
+    token_budget: int = 512
+    max_running: int = 64
 
 
 class CustomRunner(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="custom"):

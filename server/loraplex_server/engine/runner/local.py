@@ -6,7 +6,8 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,18 +19,23 @@ from loraplex_model.adapters.pack import PackedAdapter, pack
 from loraplex_model.adapters.table import Merged
 from loraplex_model.base.batch import ForwardBatch
 from loraplex_model.base.refusal import Reason, Refusal
-from loraplex_model.base.weights import BaseWeights
 from loraplex_model.checkpoints.load import LoadedBase, load_base
 from loraplex_model.checkpoints.mapped import MappedFile
 from loraplex_model.decoder.native import NativeDecoder
-from loraplex_model.decoder.open import BLOCK_SIZE, Decoder, open_decoder
+from loraplex_model.decoder.open import Decoder, open_decoder
 from loraplex_model.ops.devices import resolve
 from loraplex_model.ops.dtypes import BY_NAME
 
 from loraplex_server.engine.messages import AdapterRef, ModelInfo
+from loraplex_server.engine.runner.adapter_memory import (
+    AdapterMemory,
+    SharedMemory,
+    adapter_memory,
+)
 from loraplex_server.engine.runner.config import RunnerConfig
 from loraplex_server.engine.runner.device_errors import DeviceErrors
 from loraplex_server.engine.runner.launching import Launcher, LaunchingDecoder
+from loraplex_server.engine.runner.sizing import CacheSizer, token_bytes
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +90,7 @@ class LocalRunner:
     adapter_budget_bytes: int
     host_budget_bytes: int
     merge_budget_bytes: int
+    memory: AdapterMemory = field(default_factory=SharedMemory)
     num_slots: int = NUM_SLOTS
 
     def __post_init__(self) -> None:
@@ -104,23 +111,31 @@ class LocalRunner:
     def read_adapter(self, ref: AdapterRef) -> ReadAdapter:
         """Reads, verifies and packs an adapter's files. Raises `Refusal`."""
         weights = self.decoder.weights
-        with self._mapped(), torch.inference_mode():
+        with self._mapped(), self.memory.aside(), torch.inference_mode():
             _, delta = load(Path(ref.path), ref.digest, weights, self.limits)
-            packed = pack(delta, weights.embed.dtype, pin=self._device.type == "cuda")
+            packed = pack(delta, weights.embed.dtype, self.memory.zeros)
             dense = merged_nbytes(delta, weights.config, self.merge_dtype)
         return ReadAdapter(packed, dense)
+
+    def prepare_adapter(self, adapter: ReadAdapter) -> bool:
+        """Begins to copy an adapter to the device, or goes on; True once it can be published."""
+        return self.memory.prepare(adapter.packed)
 
     def publish_adapter(self, slot: int, adapter: ReadAdapter, blocks: Sequence[int]) -> None:
         """Points the slot to the adapter; computes its virtual tokens, once, into `blocks`.
 
         If this raises, the slot is still free.
         """
-        table = self.decoder.table
-        self._errors.replace(lambda: table.publish(slot, adapter.packed.to(self._device)))
+        table, memory = self.decoder.table, self.memory
+
+        def place() -> None:
+            table.publish(slot, memory.take(adapter.packed, partial(table.move, slot)))
+
+        self._errors.replace(place)
         try:
             self._write_virtual_tokens(slot, adapter.packed.virtual, blocks)
         except BaseException:
-            table.remove(slot)
+            self.remove_adapter(slot)
             raise
 
     def _write_virtual_tokens(
@@ -138,17 +153,21 @@ class LocalRunner:
 
     def remove_adapter(self, slot: int) -> None:
         """Frees the slot and the adapter's memory, dense copies included."""
+        placed = self.decoder.table.adapters[slot]
         self.decoder.table.remove(slot)
+        if placed is not None:
+            self.memory.free(placed)
 
     def merge_adapter(self, adapter: ReadAdapter) -> Merged:
         """Dense copies of the matrices that the adapter changes."""
-        with self._mapped(), torch.inference_mode():
+        with self._mapped(), self.memory.aside(), torch.inference_mode():
             return self._errors.replace(
                 lambda: self.decoder.merge(adapter.packed, self.merge_dtype)
             )
 
     def publish_merge(self, slot: int, merged: Merged) -> None:
         """Lets the rows of the slot use the copies."""
+        self.memory.hand_over(merged)
         self.decoder.table.publish_merge(slot, merged)
 
     def remove_merge(self, slot: int) -> None:
@@ -177,22 +196,24 @@ def build(config: RunnerConfig) -> LocalRunner:
     device, cache = _device(config.device), Path(config.cache)
     if config.threads:
         torch.set_num_threads(config.threads)
+    sizer = CacheSizer.on(device, config)
     base = load_base(config.model, BY_NAME[config.dtype], cache, device=device)
     weights = base.weights
     most = weights.config.max_positions
     positions = min(config.max_context or most, most)
-    block_size = BLOCK_SIZE[device.type]
-    num_blocks = _num_blocks(weights, block_size, config.kv_tokens, config.kv_memory)
-    context = min(positions, num_blocks * block_size)
-    prefix_blocks = -(-config.virtual_tokens // block_size)
+    memory = adapter_memory(device, config.adapter_memory, config.host_adapter_memory, NUM_SLOTS)
     decoder = open_decoder(
         weights,
-        num_blocks + prefix_blocks,
+        replace(sizer, bytes_of_token=token_bytes(weights.config, weights.embed.element_size())),
         NUM_SLOTS,
         max_positions=positions,
         cache=cache,
         threads=config.threads,
     )
+    block_size = decoder.block_size
+    prefix_blocks = sizer.prefix_blocks(block_size)
+    num_blocks = len(decoder.keys[0]) - prefix_blocks
+    context = min(positions, num_blocks * block_size)
     # Sampling works on a few rows; there torch's threads would only wait for each other and for
     # those of the decoder.
     if isinstance(decoder, NativeDecoder):
@@ -213,6 +234,7 @@ def build(config: RunnerConfig) -> LocalRunner:
         adapter_budget_bytes=config.adapter_memory,
         host_budget_bytes=config.host_adapter_memory,
         merge_budget_bytes=config.merge_memory,
+        memory=memory,
     )
 
 
@@ -223,19 +245,6 @@ def _device(device: str) -> torch.device:
             "use --device cpu"
         )  # fmt: skip
     return resolve(device)
-
-
-def _num_blocks(weights: BaseWeights, block_size: int, kv_tokens: int, kv_memory: int) -> int:
-    config = weights.config
-    token_bytes = 2 * config.num_layers * config.kv_size * weights.embed.element_size()
-    tokens = kv_tokens or kv_memory // token_bytes
-    if tokens < block_size:
-        raise Refusal(
-            Reason.KV_TOO_SMALL,
-            f"the KV cache holds {tokens} tokens and needs at least {block_size}: raise kv_memory "
-            f"(a token takes {token_bytes} bytes) or kv_tokens",
-        )
-    return tokens // block_size
 
 
 def _info(

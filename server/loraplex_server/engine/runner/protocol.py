@@ -82,6 +82,13 @@ class ModelRunner(Protocol):
     def read_adapter(self, ref: AdapterRef) -> LoadedAdapter:
         """Reads and packs an adapter's files. Raises `Refusal`. Changes no slot."""
 
+    def prepare_adapter(self, adapter: LoadedAdapter) -> bool:
+        """Begins to copy an adapter to the device, or goes on; True once it can be published.
+
+        Called between steps, again and again, for an adapter that there is room for. An adapter
+        that was prepared is given up if another one is prepared or published instead.
+        """
+
     def publish_adapter(self, slot: int, adapter: LoadedAdapter, blocks: Sequence[int]) -> None:
         """Puts the adapter into `slot`, and its virtual tokens' keys and values into `blocks`.
 

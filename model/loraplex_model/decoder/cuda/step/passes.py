@@ -79,9 +79,10 @@ class PassShape:
             "tall_count": Segment("i4", 1),
         }
         lora: dict[str, Segment] = {}
+        read = {"chunk_count": 0, "row_chunk": -1}
         for name, size in (self.lora.lengths() if self.lora else {}).items():
             kind = "f4" if name == "term_weight" else "i4"
-            lora[name] = Segment(kind, size, -1 if name == "row_chunk" else unread)
+            lora[name] = Segment(kind, size, read.get(name, unread))
         draws = {
             "records": Segment("i4", self.draws * RECORD, unread),
             "draw_count": Segment("i4", 1),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import torch
 
-from loraplex_model.base.config import DecoderConfig
+from loraplex_model.base.config import FUSED, DecoderConfig
+from loraplex_model.decoder.cuda.kernels import attention, lora
+from loraplex_model.decoder.cuda.step.passes import PassShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +44,16 @@ class Workspace:
         config: DecoderConfig,
         dtype: torch.dtype,
         device: torch.device,
-        *,
         rows: int,
-        chunk_floats: int,
-        low_rank_floats: int,
+        shapes: Sequence[PassShape] = (),
+        chunk_floats: int = 0,
+        low_rank_floats: int = 0,
     ) -> Workspace:
-        """Memory that is not initialised."""
+        """Memory, not initialised, for passes of each of `shapes`, and no less than the numbers."""
+        for shape in shapes:
+            rows = max(rows, shape.rows)
+            chunk_floats = max(chunk_floats, _chunk_floats(config, shape))
+            low_rank_floats = max(low_rank_floats, _low_rank_floats(config, shape))
 
         def empty(*shape: int) -> torch.Tensor:
             return torch.empty(rows, *shape, dtype=dtype, device=device)
@@ -65,6 +71,18 @@ class Workspace:
             low_rank=torch.empty(low_rank_floats, device=device),
         )
 
+    def with_room(self, config: DecoderConfig, shape: PassShape) -> Workspace:
+        """This workspace if it has room for a pass, else a larger one."""
+        has_room = (
+            shape.rows <= self.rows
+            and _chunk_floats(config, shape) <= self.chunks.numel()
+            and _low_rank_floats(config, shape) <= self.low_rank.numel()
+        )
+        if has_room:
+            return self
+        least = (self.chunks.numel(), self.low_rank.numel())
+        return Workspace.of(config, self.x.dtype, self.x.device, self.rows, [shape], *least)
+
     @property
     def rows(self) -> int:
         """Number of rows that there is room for."""
@@ -79,3 +97,18 @@ class Workspace:
     def nbytes(self) -> int:
         """Size in bytes."""
         return sum(tensor.nbytes for tensor in self.tensors)
+
+
+def _chunk_floats(config: DecoderConfig, shape: PassShape) -> int:
+    """Numbers that the sums of chunks of contexts need."""
+    return attention.scratch_floats(shape.short, shape.chunks, config.num_heads, config.head_dim)
+
+
+def _low_rank_floats(config: DecoderConfig, shape: PassShape) -> int:
+    """Numbers that the partial sums of A x need, for the fused matrix that needs most."""
+    if shape.lora is None:
+        return 0
+    shapes, room = config.projection_shapes(), shape.lora.h_rows * shape.lora.rank_stride
+    return room * max(
+        lora.shrink_shape(shapes[modules[0]][0]).splits * len(modules) for modules in FUSED.values()
+    )
