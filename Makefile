@@ -7,6 +7,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
+# Triton takes 700 MB, and a machine without a GPU needs it only to test and compile the kernels. So it
+# has an environment of its own, which sees the packages of .venv. TRITON_OLDER is the oldest release
+# that the kernels must compile with.
+TRITON_VENV := .venv-triton
+TRITON_PYTHON := $(TRITON_VENV)/bin/python
+TRITON_READY := $(TRITON_VENV)/.ready
+TRITON_OLDER := 3.6.0
+OLDER_READY := $(TRITON_VENV)/triton-$(TRITON_OLDER)/.ready
+
 # Torch's extension loader calls ninja, which pip installs into .venv, so it must be on PATH.
 export PATH := $(CURDIR)/$(BIN):$(CURDIR)/var/tools/bin:$(PATH)
 
@@ -22,11 +31,12 @@ FUZZ_SECONDS ?= 20
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model prometheus demo serve train-adapter test test-seams test-sanitized test-gpu fuzz lint house proto bench bench-peft \
-        bench-kernels bench-train bench-adapters bench-paper bench-gpu figures lock clean distclean
+.PHONY: help setup model prometheus demo serve train-adapter test test-seams test-sanitized test-triton test-gpu fuzz lint house proto \
+        bench bench-peft bench-kernels bench-train bench-adapters bench-paper bench-gpu bench-gpu-launches gpu-aot gpu-check gpu-pack figures \
+        lock clean distclean
 
 help: ## Show this list of targets
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  \033[1m%-14s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  \033[1m%-18s\033[0m %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(READY) ## Create .venv with the locked versions of all dependencies (runs again only if they change)
 
@@ -38,6 +48,15 @@ $(READY): pyproject.toml requirements.lock
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing the locked dependencies into $(VENV); the first time takes a few minutes."
 	$(BIN)/python -m pip install -qq --constraint requirements.lock --editable '.[dev]'
+	@touch $@
+
+$(TRITON_READY): $(READY) scripts/triton-venv
+	@echo "Installing Triton into $(TRITON_VENV)"
+	scripts/triton-venv $(BIN)/python $(TRITON_VENV)
+	@touch $@
+
+$(OLDER_READY): $(TRITON_READY)
+	$(BIN)/python -m pip install -qq --no-deps --upgrade --target $(@D) triton==$(TRITON_OLDER)
 	@touch $@
 
 model: $(READY) ## Download the default model into var/cache (93 MB, once)
@@ -68,6 +87,9 @@ test-seams: setup model ## Run the tests of every fault in docs/faults.md, long 
 
 test-sanitized: setup ## Run the tests of the C++ kernels with address and undefined-behaviour sanitizers
 	@OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python scripts/sanitized.py $(ARGS)
+
+test-triton: setup model $(TRITON_READY) ## Test the Triton kernels, and the decoder on CUDA, in Triton's interpreter (no GPU; under 10 minutes)
+	@$(TRITON_PYTHON) scripts/triton_tests.py $(ARGS)
 
 test-gpu: setup model ## Run the tests that need a CUDA device
 	@$(BIN)/python scripts/require_cuda.py
@@ -116,6 +138,19 @@ bench-gpu: setup model ## Compare this server with PEFT on a CUDA device
 	@$(BIN)/python scripts/require_cuda.py
 	$(BIN)/python bench/bench_peft.py --device cuda $(ARGS)
 
+bench-gpu-launches: setup $(TRITON_READY) ## Count the kernel launches and synchronisations of a step of the decoder on CUDA (no GPU)
+	@TRITON_INTERPRET=1 $(TRITON_PYTHON) bench/gpu_launches.py $(ARGS)
+
+gpu-aot: setup $(TRITON_READY) $(OLDER_READY) ## Compile every Triton kernel for three kinds of GPU with two releases of Triton (no GPU)
+	@$(TRITON_PYTHON) bench/gpu_aot.py --older $(dir $(OLDER_READY)) $(ARGS)
+
+# The stages on a CPU need Triton's interpreter; on a GPU machine torch has brought Triton.
+gpu-check: setup $(if $(findstring --dry,$(ARGS)),$(TRITON_READY)) ## Check and measure everything on a CUDA device in six minutes (ARGS=--dry: every stage, tiny, without one)
+	@$(if $(findstring --dry,$(ARGS)),$(TRITON_PYTHON),$(BIN)/python) bench/gpu_check.py $(ARGS)
+
+gpu-pack: setup ## Gather in .gpu/ what gpu-check needs on a GPU machine without network
+	@$(BIN)/python scripts/gpu_pack.py $(ARGS)
+
 figures: setup ## Draw the figures of docs/ from the server's quantiser and the last results of bench-paper
 	$(BIN)/python docs/figures/draw.py
 	$(BIN)/python docs/figures/draw_paper.py
@@ -123,9 +158,9 @@ figures: setup ## Draw the figures of docs/ from the server's quantiser and the 
 lock: setup ## Write requirements.lock from the packages in .venv
 	scripts/write-lock $(BIN)/python
 
-clean: ## Remove caches and build output, but not .venv and var/
-	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
-	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
+clean: ## Remove caches and build output, but not the environments and var/
+	rm -rf .gpu build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -path ./$(TRITON_VENV) -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
 
-distclean: clean ## Also remove .venv and var/, including the adapters stored in var/
-	rm -rf $(VENV) var
+distclean: clean ## Also remove the environments and var/, including the adapters stored in var/
+	rm -rf $(VENV) $(TRITON_VENV) var

@@ -77,6 +77,9 @@ class Config(BaseSettings):
     threads: int = Field(0, ge=0)
     """CPU threads of the engine; 0 uses all cores that the process may use. Several engines on the
     CPU divide them among each other."""
+    cuda_graphs: bool = True
+    """On a GPU, launch the kernels of a decode step all at once. Without, the server starts sooner
+    and every step takes longer."""
 
     store: Path = Path("var/store")
     """Directory of the adapter store, which holds the registered adapters."""
@@ -253,6 +256,7 @@ class Config(BaseSettings):
             gpu_memory=self.gpu_memory,
             token_budget=self.token_budget,
             max_running=self.max_running,
+            cuda_graphs=self.cuda_graphs,
             adapter_memory=int(self.adapter_memory),
             host_adapter_memory=int(self.host_adapter_memory),
             merge_memory=int(self.merge_memory),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from importlib.util import find_spec
+import sys
+from pathlib import Path
 
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
+from interpreter import IS_INTERPRETED
 
 # Modules that import kernels can be collected only where Triton is installed.
 collect_ignore_glob = [] if IS_INTERPRETED else ["test_*_kernels.py", "test_*_decoder.py"]
+
+# The counter of launches is a module of the benchmarks.
+sys.path.append(str(Path(__file__).parents[2] / "bench"))

@@ -53,6 +53,7 @@ def test_without_a_compiler_one_warning_and_the_same_answers(
 ) -> None:
     compiled = start(checkpoint, Path("var/cache"))
     assert compiled.info.kernels.startswith("C++")
+    assert compiled.launch is None
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr(kernels, "_loaded", {})  # as in a new process
     with caplog.at_level(logging.WARNING):

@@ -188,10 +188,10 @@ def _project_part(
     rows: torch.Tensor,
     product: Product,
 ) -> None:
-    gain = _blend([(change.in_gain, weight) for change, weight in changes])
+    gain = blend([(change.in_gain, weight) for change, weight in changes])
     if gain is not None:
         y.index_copy_(0, rows, product(x[rows] * gain.to(x.dtype)))
-    gain = _blend([(change.gain, weight) for change, weight in changes])
+    gain = blend([(change.gain, weight) for change, weight in changes])
     if gain is not None:
         y.index_copy_(0, rows, y[rows] * gain.to(y.dtype))
     for change, weight in changes:
@@ -203,7 +203,7 @@ def _project_part(
             y.index_add_(0, rows, (change.bias.to(y.dtype) * weight).expand(len(rows), -1))
 
 
-def _blend(gains: Sequence[tuple[torch.Tensor | None, float]]) -> torch.Tensor | None:
+def blend(gains: Sequence[tuple[torch.Tensor | None, float]]) -> torch.Tensor | None:
     """`1 + sum w (gain - 1)`, or None if there are no gains. A single gain at weight 1 is exact."""
     present = [(gain, weight) for gain, weight in gains if gain is not None]
     if not present:
@@ -244,14 +244,19 @@ def add_bottlenecks(
                 Reads.STREAM: stream + added,
                 Reads.INCOMING: stream,
             }[change.reads][group.rows]
-            inner = by_tiles(read, change.down.to(read.dtype))  # [rows, width]
-            if change.down_bias is not None:
-                inner = inner + change.down_bias.to(read.dtype)
-            up = by_tiles(_activated(inner, change.activation), change.up.T.to(read.dtype))
-            if change.up_bias is not None:
-                up = up + change.up_bias.to(read.dtype)
-            result = result.index_add(0, group.rows, up * weight)
+            result = result.index_add(0, group.rows, bottleneck(change, read) * weight)
     return result
+
+
+def bottleneck(change: BottleneckDelta, read: torch.Tensor) -> torch.Tensor:
+    """The output of a bottleneck, [n, hidden], for its inputs `read` [n, hidden]."""
+    inner = by_tiles(read, change.down.to(read.dtype))  # [n, width]
+    if change.down_bias is not None:
+        inner = inner + change.down_bias.to(read.dtype)
+    up = by_tiles(_activated(inner, change.activation), change.up.T.to(read.dtype))
+    if change.up_bias is not None:
+        up = up + change.up_bias.to(read.dtype)
+    return up
 
 
 def _activated(x: torch.Tensor, activation: Activation) -> torch.Tensor:

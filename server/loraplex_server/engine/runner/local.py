@@ -22,7 +22,7 @@ from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_model.checkpoints.load import LoadedBase, load_base
 from loraplex_model.checkpoints.mapped import MappedFile
 from loraplex_model.decoder.native import NativeDecoder
-from loraplex_model.decoder.open import Decoder, open_decoder
+from loraplex_model.decoder.open import Decoder, ServingSizes, open_decoder
 from loraplex_model.ops.devices import resolve
 from loraplex_model.ops.dtypes import BY_NAME
 
@@ -34,6 +34,7 @@ from loraplex_server.engine.runner.adapter_memory import (
 )
 from loraplex_server.engine.runner.config import RunnerConfig
 from loraplex_server.engine.runner.device_errors import DeviceErrors
+from loraplex_server.engine.runner.launching import Launcher, LaunchingDecoder
 from loraplex_server.engine.runner.sizing import CacheSizer, token_bytes
 
 log = logging.getLogger(__name__)
@@ -73,6 +74,9 @@ class LocalRunner:
     that were cut off ends the process with SIGBUS, and the rest of the last page would be zeros. If
     the file has changed, the process ends with `EXIT_BASE_CHANGED` and without a result, and the
     next one builds the file again.
+
+    Attributes:
+        launch: the method of an `AheadRunner`; None if the decoder computes passes one by one.
     """
 
     decoder: Decoder
@@ -92,6 +96,9 @@ class LocalRunner:
     def __post_init__(self) -> None:
         self._device = self.decoder.weights.embed.device
         self._errors = DeviceErrors(self._device)
+        self.launch: Launcher | None = None
+        if isinstance(self.decoder, LaunchingDecoder):
+            self.launch = Launcher(self.decoder, self._errors, self._mapped)
         self._need_file()  # most of it was read to pack it for the kernels
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
@@ -119,9 +126,12 @@ class LocalRunner:
 
         If this raises, the slot is still free.
         """
-        moved = partial(self.decoder.table.move, slot)
-        placed = self._errors.replace(lambda: self.memory.take(adapter.packed, moved))
-        self.decoder.table.publish(slot, placed)
+        table, memory = self.decoder.table, self.memory
+
+        def place() -> None:
+            table.publish(slot, memory.take(adapter.packed, partial(table.move, slot)))
+
+        self._errors.replace(place)
         try:
             self._write_virtual_tokens(slot, adapter.packed.virtual, blocks)
         except BaseException:
@@ -199,6 +209,12 @@ def build(config: RunnerConfig) -> LocalRunner:
         max_positions=positions,
         cache=cache,
         threads=config.threads,
+        serving=ServingSizes(
+            max_rows=config.token_budget,
+            max_draws=config.max_running,
+            max_rank=config.max_rank,
+            has_graphs=config.cuda_graphs,
+        ),
     )
     block_size = decoder.block_size
     prefix_blocks = sizer.prefix_blocks(block_size)
@@ -243,12 +259,11 @@ def _info(
     max_context: int,
     decoder: Decoder,
 ) -> ModelInfo:
-    kernels_used = f"C++ {decoder.isa}" if isinstance(decoder, NativeDecoder) else "torch"
     return ModelInfo(
         base=base.weights.info,
         name=base.name,
         device=str(device),
-        kernels=kernels_used,
+        kernels=decoder.kernels,
         tokenizer_path=str(base.directory),
         max_context=max_context,
         eos_token_ids=list(base.weights.eos_token_ids),

@@ -21,6 +21,7 @@ from loraplex_model.decoder.cuda.kernels.common import (
     Compilation,
     product_precision,
     product_type,
+    rounded,
 )
 from loraplex_model.decoder.cuda.tiles import CHUNK, FIELDS, MOST_CHUNKS, height
 
@@ -299,7 +300,7 @@ def _attend(
         tl.store(sums + 1, total, mask=row < rows)
         return
     mixed = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    tl.store(out + cell, mixed.to(out.dtype.element_ty), mask=is_used)
+    tl.store(out + cell, rounded(mixed, out.dtype.element_ty), mask=is_used)
 
 
 @triton.jit(do_not_specialize=["capacity", "chunks", "window"])
@@ -331,7 +332,7 @@ def _combine(
     parts = tl.load(scratch + part[:, None] * HEAD_DIM + d[None, :], mask=is_cell, other=0.0)
     mixed = tl.sum(parts * weights[:, None], 0) / total
     cell = (begin.to(tl.int64) * HEADS + head) * HEAD_DIM + d
-    tl.store(out + cell, mixed.to(out.dtype.element_ty), mask=d < HEAD_DIM)
+    tl.store(out + cell, rounded(mixed, out.dtype.element_ty), mask=d < HEAD_DIM)
 
 
 _BLOCK_SIZE = 32

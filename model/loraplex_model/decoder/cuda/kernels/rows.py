@@ -12,8 +12,10 @@ import torch
 import triton
 import triton.language as tl
 
-from loraplex_model.decoder.cuda.kernels.common import TYPES, Compilation
+from loraplex_model.decoder.cuda.kernels.common import INTERPRETED, TYPES, Compilation, rounded
 
+_ROWS = 16 if INTERPRETED else 1
+"""Rows of a program. The interpreter's time goes by the number of programs, a device's does not."""
 _BLOCK = 1024  # columns of a program, in kernels whose columns are independent
 _HEADS = 8  # heads of a program that rotates
 
@@ -33,9 +35,18 @@ def embed(
     assert out.is_contiguous()
     assert table.is_contiguous()
     vocab, hidden = table.shape
-    grid = (len(out), triton.cdiv(hidden, _BLOCK))
+    grid = (triton.cdiv(len(out), _ROWS), triton.cdiv(hidden, _BLOCK))
     _embed[grid](
-        tokens, table, last_tokens, out, vocab, len(last_tokens), HIDDEN=hidden, BLOCK=_BLOCK
+        tokens,
+        table,
+        last_tokens,
+        out,
+        len(out),
+        vocab,
+        len(last_tokens),
+        HIDDEN=hidden,
+        BLOCK=_BLOCK,
+        ROWS=_ROWS,
     )
 
 
@@ -62,12 +73,13 @@ def norm_residual(
         assert tensor.is_contiguous()
         assert tensor.dtype == x.dtype
     constants, options = _norm_configuration(hidden, delta is not None, rows is not None)
-    _norm_residual[(len(normed),)](
+    _norm_residual[(triton.cdiv(len(normed), _ROWS),)](
         x,
         x if delta is None else delta,
         weight,
         normed,
         x if rows is None else rows,
+        len(normed),
         eps,
         **constants,
         **options,
@@ -109,7 +121,7 @@ def rope_cache(
     constants, options = _rope_configuration(
         heads, kv_heads, head_dim, block_size, q_norm is not None
     )
-    _rope_cache[(len(q), triton.cdiv(heads + 2 * kv_heads, _HEADS))](
+    _rope_cache[(triton.cdiv(len(q), _ROWS), triton.cdiv(heads + 2 * kv_heads, _HEADS))](
         qkv,
         positions,
         kv_slots,
@@ -120,6 +132,7 @@ def rope_cache(
         values,
         qkv if q_norm is None else q_norm,
         qkv if k_norm is None else k_norm,
+        len(q),
         eps,
         **constants,
         **options,
@@ -132,7 +145,8 @@ def silu_mul(gate_up: torch.Tensor, out: torch.Tensor) -> None:
     assert gate_up.shape == (len(out), 2 * width)
     assert gate_up.is_contiguous()
     assert out.is_contiguous()
-    _silu_mul[(len(out), triton.cdiv(width, _BLOCK))](gate_up, out, WIDTH=width, BLOCK=_BLOCK)
+    grid = (triton.cdiv(len(out), _ROWS), triton.cdiv(width, _BLOCK))
+    _silu_mul[grid](gate_up, out, len(out), WIDTH=width, BLOCK=_BLOCK, ROWS=_ROWS)
 
 
 def _norm_configuration(
@@ -140,6 +154,7 @@ def _norm_configuration(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     block = triton.next_power_of_2(hidden)
     constants = {"HIDDEN": hidden, "BLOCK": block, "HAS_DELTA": has_delta, "HAS_ROWS": has_rows}
+    constants["ROWS"] = _ROWS
     return constants, {"num_warps": min(max(block // 512, 4), 16)}
 
 
@@ -153,115 +168,142 @@ def _rope_configuration(
         "HALF": triton.next_power_of_2(head_dim // 2),
         "BLOCK_SIZE": block_size,
         "HEADS": _HEADS,
+        "ROWS": _ROWS,
         "HAS_NORMS": has_norms,
     }
     return constants, {"num_warps": 4}
 
 
-@triton.jit(do_not_specialize=["vocab", "drawn"])
+@triton.jit(do_not_specialize=["count", "vocab", "drawn"])
 def _embed(
-    tokens, table, last_tokens, out, vocab, drawn, HIDDEN: tl.constexpr, BLOCK: tl.constexpr
+    tokens,
+    table,
+    last_tokens,
+    out,
+    count,
+    vocab,
+    drawn,
+    HIDDEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """One row's block of columns; grid (T, hidden / BLOCK)."""
-    row = tl.program_id(0).to(tl.int64)
+    """A block of columns of some rows; grid (T / ROWS, hidden / BLOCK)."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    is_row = row < count
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    given = tl.load(tokens + row)
+    is_cell = is_row[:, None] & (d < HIDDEN)[None, :]
+    given = tl.load(tokens + row, mask=is_row, other=0)
     last = -1 - given
     last_token = tl.load(last_tokens + last, mask=(last >= 0) & (last < drawn), other=-1)
     token = tl.where(given < 0, last_token, given)
     has_embedding = (token >= 0) & (token < vocab)
-    at = table + token.to(tl.int64) * HIDDEN + d
-    state = tl.load(at, mask=has_embedding & (d < HIDDEN), other=0.0)
-    tl.store(out + row * HIDDEN + d, state, mask=d < HIDDEN)
+    at = table + token.to(tl.int64)[:, None] * HIDDEN + d[None, :]
+    state = tl.load(at, mask=has_embedding[:, None] & is_cell, other=0.0)
+    tl.store(out + row.to(tl.int64)[:, None] * HIDDEN + d[None, :], state, mask=is_cell)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _norm_residual(
     x,
     delta,
     weight,
     normed,
     rows,
+    count,
     eps,
     HIDDEN: tl.constexpr,
     BLOCK: tl.constexpr,
     HAS_DELTA: tl.constexpr,
     HAS_ROWS: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """One row; grid (T) or, with rows, (R)."""
-    target = tl.program_id(0).to(tl.int64)
+    """Some whole rows; grid (T / ROWS) or, with rows, (R / ROWS)."""
+    TYPE: tl.constexpr = x.dtype.element_ty
+    target = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    is_row = target < count
     source = target
     if HAS_ROWS:
-        source = tl.load(rows + target).to(tl.int64)
-        if source < 0:
-            return
+        source = tl.load(rows + target, mask=is_row, other=-1)
+        is_row &= source >= 0
     d = tl.arange(0, BLOCK)
-    is_column = d < HIDDEN
-    at = source * HIDDEN + d
-    state = tl.load(x + at, mask=is_column, other=0.0)
+    is_cell = is_row[:, None] & (d < HIDDEN)[None, :]
+    at = source.to(tl.int64)[:, None] * HIDDEN + d[None, :]
+    state = tl.load(x + at, mask=is_cell, other=0.0)
     if HAS_DELTA:
-        added = tl.load(delta + at, mask=is_column, other=0.0)
-        state = (state.to(tl.float32) + added.to(tl.float32)).to(x.dtype.element_ty)
+        added = tl.load(delta + at, mask=is_cell, other=0.0)
+        state = rounded(state.to(tl.float32) + added.to(tl.float32), TYPE)
         if not HAS_ROWS:
-            tl.store(x + at, state, mask=is_column)
+            tl.store(x + at, state, mask=is_cell)
     wide = state.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(wide * wide, 0) / HIDDEN + eps)
-    unit = (wide * scale).to(x.dtype.element_ty)
-    factor = tl.load(weight + d, mask=is_column, other=0.0)
-    result = (unit.to(tl.float32) * factor.to(tl.float32)).to(x.dtype.element_ty)
-    tl.store(normed + target * HIDDEN + d, result, mask=is_column)
+    scale = tl.rsqrt(tl.sum(wide * wide, 1) / HIDDEN + eps)
+    unit = rounded(wide * scale[:, None], TYPE)
+    factor = tl.load(weight + d, mask=d < HIDDEN, other=0.0).to(tl.float32)
+    result = rounded(unit.to(tl.float32) * factor[None, :], TYPE)
+    tl.store(normed + target.to(tl.int64)[:, None] * HIDDEN + d[None, :], result, mask=is_cell)
 
 
-@triton.jit
-def _normed_heads(
-    a, b, d, q_norm, k_norm, q_cell, k_cell, eps, HEAD_DIM: tl.constexpr, TYPE: tl.constexpr
-):
-    """Both halves of heads, normed; heads in neither mask become 0."""
-    WIDTH: tl.constexpr = HEAD_DIM // 2
-    scale = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / HEAD_DIM + eps)[:, None]
-    at = d[None, :] + tl.zeros_like(a).to(tl.int32)
-    # for each head at least one of the two loads is masked
-    a_weight = tl.load(q_norm + at, mask=q_cell, other=0.0).to(tl.float32)
-    a_weight += tl.load(k_norm + at, mask=k_cell, other=0.0).to(tl.float32)
-    b_weight = tl.load(q_norm + at + WIDTH, mask=q_cell, other=0.0).to(tl.float32)
-    b_weight += tl.load(k_norm + at + WIDTH, mask=k_cell, other=0.0).to(tl.float32)
-    a = (a * scale).to(TYPE).to(tl.float32) * a_weight
-    b = (b * scale).to(TYPE).to(tl.float32) * b_weight
-    return a.to(TYPE).to(tl.float32), b.to(TYPE).to(tl.float32)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _rope_cache(
-    qkv, positions, kv_slots, cos, sin, q, keys, values, q_norm, k_norm, eps,
-    Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, HEADS: tl.constexpr, HAS_NORMS: tl.constexpr,
-):  # fmt: skip
-    """`HEADS` heads of one row, each in two halves; grid (T, heads / HEADS)."""
+    qkv,
+    positions,
+    kv_slots,
+    cos,
+    sin,
+    q,
+    keys,
+    values,
+    q_norm,
+    k_norm,
+    count,
+    eps,
+    Q_HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    HEADS: tl.constexpr,
+    ROWS: tl.constexpr,
+    HAS_NORMS: tl.constexpr,
+):
+    """`HEADS` heads of some rows, each in two halves; grid (T / ROWS, heads / HEADS)."""
     WIDTH: tl.constexpr = HEAD_DIM // 2
     TYPE: tl.constexpr = qkv.dtype.element_ty
-    row = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    m = tl.arange(0, ROWS * HEADS)
+    row = (tl.program_id(0) * ROWS + m // HEADS).to(tl.int64)
+    head = tl.program_id(1) * HEADS + m % HEADS
+    is_row = row < count
     d = tl.arange(0, HALF)
     is_half = (d < WIDTH)[None, :]
     is_q, is_k = head < Q_HEADS, (head >= Q_HEADS) & (head < Q_HEADS + KV_HEADS)
     is_v = (head >= Q_HEADS + KV_HEADS) & (head < Q_HEADS + 2 * KV_HEADS)
-    is_cell = (is_q | is_k | is_v)[:, None] & is_half
+    is_cell = (is_row & (is_q | is_k | is_v))[:, None] & is_half
     at = (row * (Q_HEADS + 2 * KV_HEADS) + head)[:, None] * HEAD_DIM + d[None, :]
     first = tl.load(qkv + at, mask=is_cell, other=0.0)
     second = tl.load(qkv + at + WIDTH, mask=is_cell, other=0.0)
     a, b = first.to(tl.float32), second.to(tl.float32)
     if HAS_NORMS:
+        scale = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / HEAD_DIM + eps)
         q_cell, k_cell = is_q[:, None] & is_half, is_k[:, None] & is_half
-        a, b = _normed_heads(a, b, d, q_norm, k_norm, q_cell, k_cell, eps, HEAD_DIM, TYPE)
-    angle = tl.load(positions + row).to(tl.int64) * WIDTH + d
-    c = tl.load(cos + angle, mask=d < WIDTH, other=0.0)[None, :]
-    s = tl.load(sin + angle, mask=d < WIDTH, other=0.0)[None, :]
-    turned, turned_too = (a * c - b * s).to(TYPE), (b * c + a * s).to(TYPE)
+        d_ = d[None, :] + (head * 0)[:, None]
+        a = rounded(a * scale[:, None], TYPE).to(tl.float32)
+        b = rounded(b * scale[:, None], TYPE).to(tl.float32)
+        # one of the two loads is masked, and a value's weight is 0; it is stored as it was
+        a_weight = tl.load(q_norm + d_, mask=q_cell, other=0.0).to(tl.float32)
+        a_weight += tl.load(k_norm + d_, mask=k_cell, other=0.0).to(tl.float32)
+        b_weight = tl.load(q_norm + d_ + WIDTH, mask=q_cell, other=0.0).to(tl.float32)
+        b_weight += tl.load(k_norm + d_ + WIDTH, mask=k_cell, other=0.0).to(tl.float32)
+        a = rounded(a * a_weight, TYPE).to(tl.float32)
+        b = rounded(b * b_weight, TYPE).to(tl.float32)
+    position = tl.load(positions + row, mask=is_row, other=0).to(tl.int64)
+    angle = position[:, None] * WIDTH + d[None, :]
+    c = tl.load(cos + angle, mask=is_half, other=0.0)
+    s = tl.load(sin + angle, mask=is_half, other=0.0)
+    turned, turned_too = rounded(a * c - b * s, TYPE), rounded(b * c + a * s, TYPE)
 
     query = (row * Q_HEADS + head)[:, None] * HEAD_DIM + d[None, :]
-    tl.store(q + query, turned, mask=is_q[:, None] & is_half)
-    tl.store(q + query + WIDTH, turned_too, mask=is_q[:, None] & is_half)
-    slot = tl.load(kv_slots + row).to(tl.int64)
+    tl.store(q + query, turned, mask=(is_row & is_q)[:, None] & is_half)
+    tl.store(q + query + WIDTH, turned_too, mask=(is_row & is_q)[:, None] & is_half)
+    slot = tl.load(kv_slots + row, mask=is_row, other=-1).to(tl.int64)
     block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
     is_kept = slot >= 0
     kv_head = (head - Q_HEADS) % KV_HEADS
@@ -274,17 +316,18 @@ def _rope_cache(
     tl.store(values + place + WIDTH, second, mask=value_cell)
 
 
-@triton.jit
-def _silu_mul(gate_up, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """One row's block of columns; grid (T, width / BLOCK)."""
+@triton.jit(do_not_specialize=["count"])
+def _silu_mul(gate_up, out, count, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """A block of columns of some rows; grid (T / ROWS, width / BLOCK)."""
     TYPE: tl.constexpr = out.dtype.element_ty
-    row = tl.program_id(0).to(tl.int64)
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    at = gate_up + row * 2 * WIDTH + d
-    gate = tl.load(at, mask=d < WIDTH, other=0.0).to(tl.float32)
-    up = tl.load(at + WIDTH, mask=d < WIDTH, other=0.0).to(tl.float32)
-    active = (gate / (1.0 + tl.exp(-gate))).to(TYPE).to(tl.float32)
-    tl.store(out + row * WIDTH + d, (active * up).to(TYPE), mask=d < WIDTH)
+    is_cell = (row < count)[:, None] & (d < WIDTH)[None, :]
+    at = gate_up + row[:, None] * 2 * WIDTH + d[None, :]
+    gate = tl.load(at, mask=is_cell, other=0.0).to(tl.float32)
+    up = tl.load(at + WIDTH, mask=is_cell, other=0.0).to(tl.float32)
+    active = rounded(gate / (1.0 + tl.exp(-gate)), TYPE).to(tl.float32)
+    tl.store(out + row[:, None] * WIDTH + d[None, :], rounded(active * up, TYPE), mask=is_cell)
 
 
 _SHAPES = {"llama_8b": (4096, 14336, 32, 8, 128), "smollm2": (576, 1536, 9, 3, 64)}
@@ -293,52 +336,68 @@ _SHAPES = {"llama_8b": (4096, 14336, 32, 8, 128), "smollm2": (576, 1536, 9, 3, 6
 def compilations() -> list[Compilation]:
     """The configurations that `make gpu-aot` compiles."""
     found = []
-    for model, (hidden, intermediate, *heads) in _SHAPES.items():
+    for model, (hidden, intermediate, heads, kv_heads, head_dim) in _SHAPES.items():
         for dtype in (torch.bfloat16, torch.float32):
-            p = f"*{TYPES[dtype]}"
-            name = f"{model}_{TYPES[dtype]}"
-            found += [
+            kind = str(TYPES[dtype])
+            p, name = f"*{kind}", f"{model}_{kind}"
+            found.append(
                 Compilation(
                     _embed,
                     f"embed_{name}",
-                    {"tokens": "*i32", "table": p, "last_tokens": "*i32", "out": p}
-                    | {"vocab": "i32", "drawn": "i32"},
-                    {"HIDDEN": hidden, "BLOCK": _BLOCK},
-                ),
+                    {
+                        "tokens": "*i32",
+                        "table": p,
+                        "last_tokens": "*i32",
+                        "out": p,
+                        **dict.fromkeys(("count", "vocab", "drawn"), "i32"),
+                    },
+                    {"HIDDEN": hidden, "BLOCK": _BLOCK, "ROWS": _ROWS},
+                )
+            )
+            for has_rows in (False, True):
+                constants, options = _norm_configuration(hidden, True, has_rows)
+                arguments = dict.fromkeys(("x", "delta", "weight", "normed"), p)
+                found.append(
+                    Compilation(
+                        _norm_residual,
+                        f"norm_residual_{name}" + ("_rows" if has_rows else ""),
+                        {
+                            **arguments,
+                            "rows": "*i32" if has_rows else p,
+                            "count": "i32",
+                            "eps": "fp32",
+                        },
+                        constants,
+                        **options,
+                        is_hot=True,
+                    )
+                )
+            for has_norms in (False, True):
+                constants, options = _rope_configuration(heads, kv_heads, head_dim, 32, has_norms)
+                found.append(
+                    Compilation(
+                        _rope_cache,
+                        f"rope_cache_{name}" + ("_norms" if has_norms else ""),
+                        {
+                            "qkv": p,
+                            **dict.fromkeys(("positions", "kv_slots"), "*i32"),
+                            **dict.fromkeys(("cos", "sin"), "*fp32"),
+                            **dict.fromkeys(("q", "keys", "values", "q_norm", "k_norm"), p),
+                            "count": "i32",
+                            "eps": "fp32",
+                        },
+                        constants,
+                        **options,
+                        is_hot=True,
+                    )
+                )
+            found.append(
                 Compilation(
                     _silu_mul,
                     f"silu_mul_{name}",
-                    {"gate_up": p, "out": p},
-                    {"WIDTH": intermediate, "BLOCK": _BLOCK},
+                    {"gate_up": p, "out": p, "count": "i32"},
+                    {"WIDTH": intermediate, "BLOCK": _BLOCK, "ROWS": _ROWS},
                     is_hot=True,
-                ),
-            ]
-            for is_more in (False, True):
-                found.append(_norm_compilation(name, p, hidden, is_more))
-                found.append(_rope_compilation(name, p, heads, is_more))
+                )
+            )
     return found
-
-
-def _norm_compilation(name: str, pointer: str, hidden: int, has_rows: bool) -> Compilation:
-    constants, options = _norm_configuration(hidden, True, has_rows)
-    signature = {
-        **dict.fromkeys(("x", "delta", "weight", "normed"), pointer),
-        "rows": "*i32" if has_rows else pointer,
-        "eps": "fp32",
-    }
-    name = f"norm_residual_{name}" + ("_rows" if has_rows else "")
-    return Compilation(_norm_residual, name, signature, constants, **options, is_hot=True)
-
-
-def _rope_compilation(name: str, pointer: str, heads: list[int], has_norms: bool) -> Compilation:
-    query_heads, kv_heads, head_dim = heads
-    constants, options = _rope_configuration(query_heads, kv_heads, head_dim, 32, has_norms)
-    signature = {
-        "qkv": pointer,
-        **dict.fromkeys(("positions", "kv_slots"), "*i32"),
-        **dict.fromkeys(("cos", "sin"), "*fp32"),
-        **dict.fromkeys(("q", "keys", "values", "q_norm", "k_norm"), pointer),
-        "eps": "fp32",
-    }
-    name = f"rope_cache_{name}" + ("_norms" if has_norms else "")
-    return Compilation(_rope_cache, name, signature, constants, **options, is_hot=True)
