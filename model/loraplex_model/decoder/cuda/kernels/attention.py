@@ -155,7 +155,7 @@ def _configuration(
     dtype: torch.dtype,
     is_short: bool,
     is_windowed: bool,
-) -> tuple[dict[str, Any], dict[str, int]]:
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Constants of `_attend` and the options of its launch.
 
     Short tiles wait for memory, so they have the most stages; blocks of tall tiles are as large as
