@@ -13,6 +13,8 @@ from engine.oracle import OracleRunner, continuation
 from engine.test_sampling_cost import COSTLY, COSTLY_SECONDS, FORWARD_SECONDS, with_costs
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loraplex_server.engine.batching.request import Request
+from loraplex_server.engine.batching.scheduler import Scheduler
 from loraplex_server.engine.batching.turns import SHARE
 from loraplex_server.engine.core import MAX_FAULTS
 from loraplex_server.engine.messages import Load, Merge, SamplingParams, Unload, Unmerge
@@ -351,15 +353,20 @@ def _answer(engine: Engine, id: int) -> tuple[object, ...]:
     )
 
 
+@pytest.mark.parametrize("sampling", [GREEDY, COSTLY])
 def test_costly_rows_of_the_host_take_turns_beside_rows_that_run_ahead(
-    monkeypatch: pytest.MonkeyPatch,
+    sampling: SamplingParams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Whatever the parameters of those are: choosing their tokens costs the host nothing."""
+    alone = Engine()
+    alone.submit(1, [5], 60, sampling=sampling)
+    alone.run()
     monkeypatch.setattr(Engine, "is_ahead", True)
     engine = with_costs(monkeypatch, rows=33)
     costly = msgspec.structs.replace(COSTLY, logit_bias={3: 0.0})
     for id in range(2, 34):
         engine.submit(id, [id], 12, sampling=costly)
-    engine.submit(1, [5], 60)
+    engine.submit(1, [5], 60, sampling=sampling)
     times: list[float] = []
     while engine.outcome(1) is None:
         tokens = len(engine.tokens(1))
@@ -369,5 +376,38 @@ def test_costly_rows_of_the_host_take_turns_beside_rows_that_run_ahead(
     gaps = np.diff(times)
     assert len(gaps) == 59
     assert gaps.max() <= (1 + SHARE) * FORWARD_SECONDS + COSTLY_SECONDS + 1e-9
-    assert engine.tokens(1) == continuation([5], [], 60)
+    assert engine.tokens(1) == alone.tokens(1)
     assert min(len(engine.tokens(id)) for id in range(2, 34)) >= 3
+
+
+def test_costly_rows_of_the_host_that_are_preempted_are_computed_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    costly = {
+        id: SamplingParams(temperature=50.0, top_p=0.99, seed=id, logit_bias={3: 0.0})
+        for id in range(2, 8)
+    }
+    alone = Engine(OracleRunner(num_blocks=40))
+    monkeypatch.setattr(Engine, "is_ahead", True)
+    # A turn lasts so long that the next one waits for several steps.
+    monkeypatch.setattr("engine.test_sampling_cost.COSTLY_SECONDS", 0.02)
+    engine = with_costs(monkeypatch, rows=8, num_blocks=14)
+    preempt, met = Scheduler._preempt, []
+
+    def noting(scheduler: Scheduler, request: Request) -> None:
+        met.append(request.awaits_token and request.draw.is_costly)
+        preempt(scheduler, request)
+
+    monkeypatch.setattr(Scheduler, "_preempt", noting)
+    for id, params in costly.items():
+        alone.submit(id, [id], 12, sampling=params)
+        alone.run()
+        engine.submit(id, [id], 12, sampling=params)
+    engine.submit(1, [1], 40, priority=5)
+    while not engine.core.idle:
+        engine.step()
+        engine.core.check_books()
+    assert any(met)
+    for id in costly:
+        assert engine.tokens(id) == alone.tokens(id)
+    assert engine.tokens(1) == continuation([1], [], 40)

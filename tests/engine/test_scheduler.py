@@ -7,9 +7,13 @@ import sys
 
 import numpy as np
 import pytest
-from engine.driving import Engine, adapter
+from engine.driving import GREEDY, Engine, adapter
 from engine.oracle import OracleRunner, continuation
-from loraplex_server.engine.batching.scheduler import EngineLimits
+from loraplex_server.engine.batching.kv import BlockPool
+from loraplex_server.engine.batching.request import Request
+from loraplex_server.engine.batching.sampler import Draw
+from loraplex_server.engine.batching.scheduler import EngineLimits, Scheduler
+from loraplex_server.engine.messages import Submit
 
 pytestmark = pytest.mark.usefixtures("pace")
 
@@ -134,6 +138,17 @@ def test_a_request_that_can_never_fit_is_refused_by_name() -> None:
     engine.run()
     assert engine.outcome(1) == "length"
     assert engine.outcome(2) == "PROMPT_TOO_LONG"
+
+
+def test_a_request_whose_next_token_is_being_chosen_is_not_started_before_it_is_known() -> None:
+    scheduler = Scheduler(BlockPool(8, 4), EngineLimits())
+    submit = Submit(1, [1, 2], 4, sampling=GREEDY)
+    request = Request(submit, (0.0, 1), 0.0, Draw(submit.sampling, submit.token_ids))
+    request.awaits_token = True  # as after a preemption
+    scheduler.enqueue(request)
+    assert scheduler.schedule(0.0) == []
+    request.awaits_token = False
+    assert [row.request for row in scheduler.schedule(0.0)] == [request]
 
 
 @pytest.mark.parametrize("limits", [{"max_running": 9, "token_budget": 8}, {"max_waiting": 0}])

@@ -9,6 +9,7 @@ import torch
 from loraplex_model.adapters.delta import AdapterDelta, RowsDelta
 from loraplex_model.adapters.pack import pack
 from loraplex_model.base.config import MODEL
+from loraplex_model.decoder import forward
 from loraplex_model.decoder.reference import ReferenceDecoder
 from model.changes import KINDS, random_adapter, random_prompt
 from model.conftest import Load
@@ -60,6 +61,15 @@ def together(decoder: Any) -> dict[str, torch.Tensor]:
     return {name: torch.cat(sequence.logits) for name, sequence in sequences.items()}
 
 
+def is_for_cuda(decoder: Any) -> bool:
+    return str(decoder.kernels).startswith("Triton")
+
+
+def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """The largest difference, as a part of the largest number."""
+    return float((found - wanted).abs().max() / wanted.abs().max())
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_neighbours_of_every_kind_change_no_bit(decoder: Any) -> None:
     for index, (name, got) in enumerate(together(decoder).items()):
@@ -78,7 +88,11 @@ def test_every_kind_changes_its_rows(decoder: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_native_equals_the_reference(
-    variant: str, dtype: torch.dtype, decoder_class: Any, load_tiny: Load
+    variant: str,
+    dtype: torch.dtype,
+    decoder_class: Any,
+    load_tiny: Load,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     weights = load_tiny(variant, dtype).weights
     reference, other = (
@@ -88,9 +102,17 @@ def test_native_equals_the_reference(
     wanted = together(reference)
     # Keys and values are rounded to the storage type, at places that differ in the last bit.
     tolerance = 2e-5 if dtype == torch.float32 else 2e-2
+    if dtype == torch.bfloat16 and is_for_cuda(other):
+        # Its activations have the compute type, so they are rounded too. How much that matters, the
+        # reference says itself when it rounds its activations; the places are not quite the same.
+        monkeypatch.setattr(forward, "activation_dtype", lambda stored: stored.dtype)
+        rounded = together(
+            with_adapters(ReferenceDecoder(weights, NUM_BLOCKS, BLOCK_SIZE, len(KINDS)), dtype)
+        )
+        tolerance = 2 * max(distance(rounded[name], wanted[name]) for name in MIXES)
+        assert tolerance < 0.5
     for name, got in together(other).items():
-        scale = wanted[name].abs().max()
-        assert (got - wanted[name]).abs().max() <= tolerance * scale, name
+        assert distance(got, wanted[name]) <= tolerance, name
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -169,6 +169,7 @@ def test_the_fallback_is_logged_once_at_the_start(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(opening, "ReferenceDecoder", lambda *_: "decoder")
+    monkeypatch.setattr(opening.support, "obstacle_to_triton", lambda: "there is no Triton")
     embed = SimpleNamespace(device=CUDA, dtype=torch.float32)
     weights: Any = SimpleNamespace(embed=embed, config=SimpleNamespace(head_dim=64))
     with caplog.at_level(logging.WARNING):

@@ -127,12 +127,17 @@ def _adds(module: Any, names: list[str], factors: list[float]) -> Any:
 
 
 def test_bfloat16_is_met_within_pefts_own_rounding(
-    variant: str, expected: list[torch.Tensor], decoder_class: Any, load_tiny: Load, tmp_path
+    variant: str,
+    expected: list[torch.Tensor],
+    decoder_class: Any,
+    load_tiny: Load,
+    tmp_path,
+    request: pytest.FixtureRequest,
 ) -> None:
     """Noise is how far PEFT in bfloat16 lies from PEFT in float32, at most, on the same weights.
 
-    We keep activations in float32, so we lie nearer to the float32 result than PEFT does, and no
-    farther than twice the noise from PEFT in bfloat16.
+    On a CPU activations are kept in float32, so we lie nearer to the float32 result than PEFT does,
+    and no farther than twice the noise from PEFT in bfloat16.
     """
     directory = tiny.write(variant, tmp_path / variant)
     base = peft_oracle.quantised(directory, torch.bfloat16)
@@ -145,5 +150,8 @@ def test_bfloat16_is_met_within_pefts_own_rounding(
 
     noise = farthest(theirs, expected)
     assert noise > 1e-3
-    assert farthest(ours, expected) <= noise
-    assert farthest(ours, theirs) <= 2 * noise
+    # The decoder for CUDA rounds its activations as often as PEFT does, if not in the same places,
+    # so it lies as far from the float32 result as PEFT: no rule says which of the two is nearer.
+    factor = 2 if request.node.callspec.params["decoder_class"] == "cuda" else 1
+    assert farthest(ours, expected) <= factor * noise
+    assert farthest(ours, theirs) <= (factor + 1) * noise

@@ -40,6 +40,7 @@ class NativeDecoder:
 
     Attributes:
         block_size: tokens of a KV block.
+        kernels: what computes the passes, for people.
         table: the resident adapters.
         keys, values: per layer [blocks, kv_heads, block_size, head_dim], compute dtype.
     """
@@ -70,6 +71,7 @@ class NativeDecoder:
         self._workspace = c_void_p(self._library.loraplex_workspace())
         self._kept: list[torch.Tensor] = []
         self.isa = self._library.isa
+        self.kernels = f"C++ {self.isa}"
         self.table = SlotTable(num_slots, config)
         shape = (num_blocks, config.num_kv_heads, block_size, config.head_dim)
         self.keys = [torch.zeros(shape, dtype=dtype) for _ in weights.layers]

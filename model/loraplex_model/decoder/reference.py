@@ -24,6 +24,7 @@ class ReferenceDecoder:
 
     Attributes:
         block_size: tokens of a KV block.
+        kernels: what computes the passes, for people.
         table: the resident adapters; may be changed between passes only.
         keys, values: per layer [num_blocks, block_size, kv_heads, head_dim], compute dtype.
     """
@@ -41,6 +42,7 @@ class ReferenceDecoder:
         device = weights.embed.device
         self.weights = weights
         self.block_size = block_size
+        self.kernels = "torch"
         self.table = SlotTable(num_slots, weights.config)
         shape = (num_blocks, block_size, weights.config.num_kv_heads, weights.config.head_dim)
         self.keys = [weights.embed.new_zeros(shape) for _ in weights.layers]

@@ -15,7 +15,7 @@ from loraplex_model.adapters.delta import AdapterDelta
 from loraplex_model.adapters.pack import pack
 from loraplex_model.base.batch import ForwardBatch, Mix
 from loraplex_model.base.weights import BaseWeights
-from loraplex_model.decoder.open import BLOCK_SIZE, open_decoder
+from loraplex_model.decoder.open import block_size, open_decoder
 
 from loraplex_training.data.samples import Sample
 from loraplex_training.data.text import BaseText
@@ -80,14 +80,14 @@ class Generator:
     def _blocks(self, delta: AdapterDelta | None, sequence: _Sequence) -> int:
         """KV blocks that a sequence can come to need."""
         tokens = _virtual_tokens(delta) + sequence.start + sequence.limit
-        return -(-tokens // BLOCK_SIZE[self._base.embed.device.type])
+        return -(-tokens // block_size(self._base))
 
     def _run(
         self, delta: AdapterDelta | None, waiting: list[_Sequence], stop_ids: frozenset[int]
     ) -> None:
         """Continues all sequences; new ones begin as others end."""
         needs = [self._blocks(delta, sequence) for sequence in waiting]
-        shared = self._cache_tokens // BLOCK_SIZE[self._base.embed.device.type]
+        shared = self._cache_tokens // block_size(self._base)
         total = min(sum(needs), max(shared, max(needs)))
         serving = _Serving(self._base, self._cache, delta, total)
         free = list(range(total))
@@ -118,7 +118,7 @@ class _Serving:
     def __init__(
         self, base: BaseWeights, cache: Path, delta: AdapterDelta | None, blocks: int
     ) -> None:
-        tokens = blocks * BLOCK_SIZE[base.embed.device.type]
+        tokens = blocks * block_size(base)
         positions = min(tokens, base.config.max_positions)
         self._decoder = open_decoder(base, blocks, 1, max_positions=positions, cache=cache)
         self._virtual = delta.virtual if delta else None

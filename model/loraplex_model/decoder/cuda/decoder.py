@@ -126,6 +126,8 @@ class CudaDecoder:
         self._drawn = 0
 
         if not isinstance(num_blocks, int):
+            if device.type == "cuda":
+                torch.cuda.empty_cache()  # what measuring the products took and gave back
             num_blocks = num_blocks(block_size, self._taken_later(shapes, max_rows))
         shape = (num_blocks, config.num_kv_heads, block_size, config.head_dim)
         self._cache = torch.zeros((config.num_layers, 2, *shape), dtype=dtype, device=device)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -12,6 +14,7 @@ import torch
 
 from loraplex_model.base import durable
 
+_WIDEST_HEAD = 256
 _DRIVER = Path("/proc/driver/nvidia/version")
 
 
@@ -19,6 +22,25 @@ def obstacle_to_triton() -> str | None:
     """Why the Triton kernels cannot be used; None if the package is there."""
     if find_spec("triton") is None:
         return "the package triton is not installed"
+    return None
+
+
+def obstacle_to_kernels(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why the Triton kernels cannot compute with a base model on CUDA; None if they can.
+
+    Triton compiles what launches a kernel with the machine's C compiler.
+    """
+    if why := obstacle_to_triton():
+        return why
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the compute type is {str(dtype).removeprefix('torch.')}"
+    if head_dim > _WIDEST_HEAD:
+        return f"heads have a width of {head_dim}, above {_WIDEST_HEAD}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"the device has compute capability {major}.{minor}, below 8.0"
+    if not (os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang", "cc")))):
+        return "there is no C compiler (gcc, clang or cc)"
     return None
 
 

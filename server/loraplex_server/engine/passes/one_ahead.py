@@ -36,7 +36,7 @@ from loraplex_server.engine.batching.request import Request, RequestState
 from loraplex_server.engine.batching.scheduler import BatchRow, Logits, Scheduler
 from loraplex_server.engine.passes.answers import Answers, OnFault, ReadPass
 from loraplex_server.engine.passes.lock_step import FAILED
-from loraplex_server.engine.passes.start import start
+from loraplex_server.engine.passes.start import note_memory, start
 from loraplex_server.engine.passes.tally import PassTally
 from loraplex_server.engine.runner.protocol import (
     NOTHING_PENDING,
@@ -191,7 +191,9 @@ class OneAhead:
             result = flight.result()
             reach("engine.after_read")
         except Exception as error:
-            self._fail([launched.row.request for launched in flight.rows], error)
+            rows = [launched.row for launched in flight.rows]
+            note_memory(self._scheduler, self._tally, rows, error)
+            self._fail([row.request for row in rows], error)
             return
         tokens: list[int] = result.tokens.tolist()
         due: list[Request] = []

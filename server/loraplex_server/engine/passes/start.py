@@ -44,15 +44,26 @@ def start(
     it lose nothing: a later step computes them.
     """
     started = _attempt(scheduler, now, compute)
-    if not isinstance(started.error, OutOfDeviceMemory):
-        return started
-    tally.out_of_memory += 1
-    tokens = sum(row.count for row in started.rows)
-    log.warning("a pass of %d tokens ran out of device memory and is made smaller", tokens)
-    scheduler.narrow(tokens // 2)
-    started = _attempt(scheduler, now, compute)
-    tally.out_of_memory += isinstance(started.error, OutOfDeviceMemory)
+    if note_memory(scheduler, tally, started.rows, started.error):
+        started = _attempt(scheduler, now, compute)
+        note_memory(scheduler, tally, started.rows, started.error)
     return started
+
+
+def note_memory(
+    scheduler: Scheduler, tally: PassTally, rows: list[BatchRow], error: Exception | None
+) -> bool:
+    """Makes the next passes smaller if `error`, of a pass of `rows`, is a lack of device memory.
+
+    Returns whether it is.
+    """
+    if not isinstance(error, OutOfDeviceMemory):
+        return False
+    tokens = sum(row.count for row in rows)
+    log.warning("a pass of %d tokens ran out of device memory; the next ones are smaller", tokens)
+    tally.out_of_memory += 1
+    scheduler.narrow(tokens // 2)
+    return True
 
 
 def _attempt(

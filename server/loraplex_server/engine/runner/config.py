@@ -32,6 +32,7 @@ class RunnerConfig(
         max_rank: rank that one adapter may have.
         token_budget: tokens that one pass may have.
         max_running: requests that take part in a pass.
+        cuda_graphs: on CUDA, capture the launches of decode passes as graphs.
     """
 
     model: str
@@ -52,6 +53,7 @@ class RunnerConfig(
     gpu_memory: float = 0.9
     token_budget: int = 512
     max_running: int = 64
+    cuda_graphs: bool = True
 
 
 class CustomRunner(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="custom"):

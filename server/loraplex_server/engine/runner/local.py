@@ -22,7 +22,7 @@ from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_model.checkpoints.load import LoadedBase, load_base
 from loraplex_model.checkpoints.mapped import MappedFile
 from loraplex_model.decoder.native import NativeDecoder
-from loraplex_model.decoder.open import Decoder, open_decoder
+from loraplex_model.decoder.open import Decoder, ServingSizes, open_decoder
 from loraplex_model.ops.devices import resolve
 from loraplex_model.ops.dtypes import BY_NAME
 
@@ -209,6 +209,12 @@ def build(config: RunnerConfig) -> LocalRunner:
         max_positions=positions,
         cache=cache,
         threads=config.threads,
+        serving=ServingSizes(
+            max_rows=config.token_budget,
+            max_draws=config.max_running,
+            max_rank=config.max_rank,
+            has_graphs=config.cuda_graphs,
+        ),
     )
     block_size = decoder.block_size
     prefix_blocks = sizer.prefix_blocks(block_size)
@@ -253,12 +259,11 @@ def _info(
     max_context: int,
     decoder: Decoder,
 ) -> ModelInfo:
-    kernels_used = f"C++ {decoder.isa}" if isinstance(decoder, NativeDecoder) else "torch"
     return ModelInfo(
         base=base.weights.info,
         name=base.name,
         device=str(device),
-        kernels=kernels_used,
+        kernels=decoder.kernels,
         tokenizer_path=str(base.directory),
         max_context=max_context,
         eos_token_ids=list(base.weights.eos_token_ids),

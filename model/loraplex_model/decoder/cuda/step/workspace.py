@@ -51,7 +51,7 @@ class Workspace:
     ) -> Workspace:
         """Memory, not initialised, for passes of each of `shapes`, and no less than the numbers."""
         for shape in shapes:
-            rows = max(rows, shape.rows)
+            rows = max(rows, shape.rows, shape.logits)
             chunk_floats = max(chunk_floats, _chunk_floats(config, shape))
             low_rank_floats = max(low_rank_floats, _low_rank_floats(config, shape))
 
@@ -74,7 +74,7 @@ class Workspace:
     def with_room(self, config: DecoderConfig, shape: PassShape) -> Workspace:
         """This workspace if it has room for a pass, else a larger one."""
         has_room = (
-            shape.rows <= self.rows
+            max(shape.rows, shape.logits) <= self.rows
             and _chunk_floats(config, shape) <= self.chunks.numel()
             and _low_rank_floats(config, shape) <= self.low_rank.numel()
         )
