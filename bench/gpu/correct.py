@@ -81,10 +81,10 @@ def products(report: StageReport) -> None:
             x = torch.randn(count, fan_in, device=device).to(DTYPE)
             wanted = x.double() @ wide.T + bias.double()
             # Every configuration that a start would measure, and so may choose.
-            tilings = tilings(matrix.shape, count, DTYPE, processors)
-            launches = [(tiling, matrix.shape, count) for tiling in tilings]
+            candidates = tilings(matrix.shape, count, DTYPE, processors)
+            launches = [(tiling, matrix.shape, count) for tiling in candidates]
             scratch = Scratch.for_launches(launches, device)
-            for tiling in tilings[:2] if report.dry else tilings:
+            for tiling in candidates[:2] if report.dry else candidates:
                 out, again = (poisoned(count, sum(modules), device=device) for _ in range(2))
                 nf4_kernels.multiply(packed, x, out, tiling, scratch)
                 nf4_kernels.multiply(packed, x, again, tiling, scratch)
