@@ -151,7 +151,7 @@ def silu_mul(gate_up: torch.Tensor, out: torch.Tensor) -> None:
 
 def _norm_configuration(
     hidden: int, has_delta: bool, has_rows: bool
-) -> tuple[dict[str, Any], dict[str, int]]:
+) -> tuple[dict[str, Any], dict[str, Any]]:
     block = triton.next_power_of_2(hidden)
     constants = {"HIDDEN": hidden, "BLOCK": block, "HAS_DELTA": has_delta, "HAS_ROWS": has_rows}
     constants["ROWS"] = _ROWS
@@ -160,7 +160,7 @@ def _norm_configuration(
 
 def _rope_configuration(
     heads: int, kv_heads: int, head_dim: int, block_size: int, has_norms: bool
-) -> tuple[dict[str, Any], dict[str, int]]:
+) -> tuple[dict[str, Any], dict[str, Any]]:
     constants = {
         "Q_HEADS": heads,
         "KV_HEADS": kv_heads,
