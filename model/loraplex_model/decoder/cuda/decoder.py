@@ -207,7 +207,7 @@ class CudaDecoder:
         """Writes keys and values [layers, n, kv_heads, head_dim] to the start of `blocks`."""
         states = torch.stack([keys, values], dim=1).to(self._cache)  # [layers, 2, n, ...]
         states = states.transpose(2, 3)  # [layers, 2, kv_heads, n, head_dim]
-        for block, part in zip(blocks, states.split(self.block_size, dim=3), strict=False):
+        for block, part in zip(blocks, torch.split(states, self.block_size, 3), strict=False):
             self._cache[:, :, block, :, : part.shape[3]] = part
 
     @torch.no_grad()

@@ -71,7 +71,7 @@ class Bounds:
         prompt_counts: NDArray[np.int32],
         drawn: int,
     ) -> bool:
-        highest = self.vocab
+        highest: int | NDArray[np.int64] = self.vocab
         if batch.tokens.max() >= self.vocab:  # virtual tokens, of the first adapter of a mix
             virtual = np.zeros(len(counts), np.int64)
             mixed = np.diff(batch.mix_starts) > 0

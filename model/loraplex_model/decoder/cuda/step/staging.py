@@ -124,7 +124,7 @@ class Transfers:
         """An event after everything launched so far; None on the CPU, which is never behind."""
         if device.type != "cuda":
             return None
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
         return event
 
@@ -161,7 +161,7 @@ class Staging:
         assert layout.nbytes <= self.capacity
         self._hosts.reverse()
         host = self._hosts[0]
-        if host.copied is not None and not host.copied.query():
+        if host.copied is not None and not host.copied.query():  # type: ignore[no-untyped-call]
             self._transfers.wait(host.copied)
         used = layout.write(host.bytes, arrays)
         self._transfers.copy_in(self.buffer[:used], host.tensor[:used])
