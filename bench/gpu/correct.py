@@ -18,6 +18,7 @@ from loraplex_model.decoder.cuda.plan import plan_chunks
 from loraplex_model.decoder.cuda.products import Products
 from loraplex_model.decoder.cuda.table import DeviceTable
 from loraplex_model.decoder.cuda.tiles import plan_tiles
+from loraplex_model.decoder.cuda.tilings import Scratch, tilings
 from loraplex_model.ops import nf4
 
 from gpu import draws_check, inputs, oracles
@@ -80,10 +81,10 @@ def products(report: StageReport) -> None:
             x = torch.randn(count, fan_in, device=device).to(DTYPE)
             wanted = x.double() @ wide.T + bias.double()
             # Every configuration that a start would measure, and so may choose.
-            tilings = nf4_kernels.tilings(matrix.shape, count, DTYPE, processors)
-            launches = [(tiling, matrix.shape, count) for tiling in tilings]
-            scratch = nf4_kernels.Scratch.for_launches(launches, device)
-            for tiling in tilings[:2] if report.dry else tilings:
+            candidates = tilings(matrix.shape, count, DTYPE, processors)
+            launches = [(tiling, matrix.shape, count) for tiling in candidates]
+            scratch = Scratch.for_launches(launches, device)
+            for tiling in candidates[:2] if report.dry else candidates:
                 out, again = (poisoned(count, sum(modules), device=device) for _ in range(2))
                 nf4_kernels.multiply(packed, x, out, tiling, scratch)
                 nf4_kernels.multiply(packed, x, again, tiling, scratch)

@@ -160,6 +160,7 @@ class AdapterInfo:
     engine started. `provenance` is what its trainer wrote into its files. `base_name` and
     `base_fingerprint` are those of the base model against which it was checked, "" if they are not
     known. `unservable` says why the server does not serve it; None if it does, or in a watch.
+    `devices` names the devices that hold it, such as "cuda:1", if the server has several.
     """
 
     name: str
@@ -187,6 +188,7 @@ class AdapterInfo:
     base_fingerprint: str = ""
     base_name: str = ""
     unservable: Finding | None = None
+    devices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

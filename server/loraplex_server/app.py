@@ -9,8 +9,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack, suppress
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -26,18 +26,15 @@ from prometheus_client import (
 )
 
 from loraplex_server.config import Config
-from loraplex_server.engine.messages import (
-    AdapterStatus,
-    Fatal,
-    Hello,
-    StepReport,
-)
+from loraplex_server.engine.group.face import Engine
+from loraplex_server.engine.group.group import EngineGroup, members
+from loraplex_server.engine.messages import Hello
 from loraplex_server.engine.process.client import EngineClient
 from loraplex_server.engine.process.descriptors import raise_descriptor_limit
-from loraplex_server.engine.process.supervisor import Cause
-from loraplex_server.engine.process.suspects import LossReport
+from loraplex_server.engine.process.identity import BaseChanged
 from loraplex_server.exits import ServerExit
 from loraplex_server.metrics import Metrics
+from loraplex_server.observing import ServerObserver
 from loraplex_server.registry.quarantine import QuarantineKeeper
 from loraplex_server.registry.registry import Registry
 from loraplex_server.rpc.calls.gate import Gate
@@ -74,41 +71,6 @@ STOP_GRACE: Final = 2.0
 log = logging.getLogger(__name__)
 
 
-class _Observer:
-    """Observer of the engine. It updates the metrics and the health status, and passes each table
-    of adapters to `on_table`."""
-
-    def __init__(self, metrics: Metrics, rpc: RpcServer) -> None:
-        self.on_table: Callable[[Sequence[AdapterStatus]], None] = lambda table: None
-        self.on_quarantine: Callable[[], None] = lambda: None
-        self.on_load = metrics.on_load
-        self.on_merge = metrics.on_merge
-        self._metrics = metrics
-        self._rpc = rpc
-
-    def on_step(self, done: StepReport) -> None:
-        self._metrics.on_step(done)
-        if done.adapters is not None:
-            self.on_table(done.adapters)
-
-    def on_restart(self) -> None:
-        self._metrics.on_restart()
-        self.on_table([])
-        self._rpc.set_serving(False)
-
-    def on_death(self, cause: Cause, report: LossReport) -> None:
-        self._metrics.on_death(cause.value)
-        if report.quarantined:
-            self.on_quarantine()
-
-    def on_ready(self, hello: Hello) -> None:
-        self._metrics.on_ready(hello)
-        self._rpc.set_serving(True)
-
-    def on_fatal(self, fatal: Fatal) -> None:
-        log.error("the engine does not start: %s", fatal.message, extra={"reason": fatal.reason})
-
-
 class Server:
     """The front process: `start`, then `drain`. `close` undoes a start, even an incomplete one."""
 
@@ -126,10 +88,8 @@ class Server:
             config.max_connections,
             config.reflection,
         )
-        self._observer = _Observer(self.metrics, self._rpc)
-        self.engine = EngineClient(
-            config.engine_setup().command(), self._observer, limits=config.supervision_limits()
-        )
+        self._observer = ServerObserver(self.metrics, self._rpc)
+        self.engine: Engine = _engine(config, self._observer)
         self._lanes = Lanes()
         self._training: JobQueue | None = None
         self._accepting: WatchedTask | None = None
@@ -147,8 +107,7 @@ class Server:
         self._closing.callback(watching.cancel)
         store = await self._open_store()
         self._closing.push_async_callback(self._lanes.close, STOP_GRACE)
-        with needed(ServerExit.NO_MODEL, "cannot start the engine"):
-            hello = await self.engine.start()
+        hello = await self._start_engine()
         self._close_later(ENGINE_SECONDS, "the engine does not stop", self.engine.stop)
         model = hello.model
         context = min(
@@ -173,9 +132,7 @@ class Server:
             await registry.open()
         self._observer.on_table = registry.feed.on_table
         self._keep_running(registry)
-        admission = Admission(
-            config.max_running + config.max_waiting, config.max_waiting_tokens, self.metrics
-        )
+        admission = Admission(config.max_requests, config.max_waiting_tokens, self.metrics)
         generation = GenerationService(
             self.engine,
             registry,
@@ -212,6 +169,16 @@ class Server:
     async def close(self) -> None:
         """Stops all parts that were started. Idempotent."""
         await self._closing.aclose()
+
+    async def _start_engine(self) -> Hello:
+        """Starts the engine, one process or several. Raises StartFailure."""
+        with needed(ServerExit.NO_MODEL, "cannot start the engine"):
+            try:
+                hello = await self.engine.start()
+            except BaseChanged as error:
+                raise StartFailure(ServerExit.BASE_CHANGED, str(error)) from error
+        self._observer.devices.watch(members(self.engine))
+        return hello
 
     def _keep_running(self, registry: Registry) -> None:
         """Starts the tasks that run as long as the server."""
@@ -252,6 +219,7 @@ class Server:
             threads=config.trainer_threads,
             timeout=config.training_timeout,
             lane=self._lanes.training,
+            environment=config.trainer_environment(os.environ),
         )
         bounds = JobLimits(
             config.training_max_jobs, config.training_keep_jobs, int(config.training_data)
@@ -302,6 +270,14 @@ class Server:
         return store
 
 
+def _engine(config: Config, observer: ServerObserver) -> Engine:
+    """The engine of a server: one process, or one for each of several devices."""
+    command, limits = config.engine_setup().command(), config.supervision_limits()
+    if not config.placements:
+        return EngineClient(command, observer, limits=limits)
+    return EngineGroup([(each, command) for each in config.placements], observer, limits)
+
+
 async def run(config: Config) -> ServerExit:
     """Serves until SIGTERM or SIGINT, then drains. A second signal ends the process at once.
 
@@ -321,8 +297,9 @@ async def _serve(config: Config) -> ServerExit:
     server: Server | None = None
 
     def kill_engine() -> None:
-        if server is not None and server.engine.pid is not None:
-            os.kill(server.engine.pid, signal.SIGKILL)
+        for pid in server.engine.pids if server is not None else ():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def on_signal(number: int) -> None:
         if stop.is_set():
@@ -373,5 +350,6 @@ def _announce(server: Server, seconds: float) -> None:
     """Prints that the server is ready."""
     model = server.engine.hello.model
     where = f"grpc {server.address} admin {server.admin_address}"
-    what = f"{model.name} ({model.base.dtype} on {model.device})"
+    devices = ", ".join(member.device for member in members(server.engine))
+    what = f"{model.name} ({model.base.dtype} on {devices})"
     print(f"ready: {where} model {what} in {seconds:.1f} s", flush=True)

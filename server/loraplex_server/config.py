@@ -10,10 +10,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import ByteSize, Field, SecretStr, ValidationError, model_validator
+from pydantic import (
+    ByteSize,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict, SettingsError
 
 from loraplex_server.engine.batching.scheduler import EngineLimits
+from loraplex_server.engine.group import devices
+from loraplex_server.engine.group.devices import EnginePlacement
 from loraplex_server.engine.process.limits import SupervisionLimits
 from loraplex_server.engine.process.pulse import BEAT_SECONDS
 from loraplex_server.engine.process.setup import EngineSetup
@@ -61,8 +70,13 @@ class Config(BaseSettings):
     """Compute type. The base's weights are NF4 in any case."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to compute on. `auto` uses CUDA if it is available."""
+    devices: str = ""
+    """Several devices, with an engine process for each: numbers of GPUs (0,1 or cuda:0,cuda:1), or
+    cpu once for each engine; if empty, there is one engine on device. Budgets of memory and
+    max_running are those of each engine."""
     threads: int = Field(0, ge=0)
-    """CPU threads of the engine; 0 uses all cores that the process may use."""
+    """CPU threads of the engine; 0 uses all cores that the process may use. Several engines on the
+    CPU divide them among each other."""
     cuda_graphs: bool = True
     """On a GPU, launch the kernels of a decode step all at once. Without, the server starts sooner
     and every step takes longer."""
@@ -172,8 +186,23 @@ class Config(BaseSettings):
     trainer: list[str] | None = Field(None, repr=False)
     """Command line that starts the trainer. Tests set their own."""
 
+    @field_validator("devices", mode="before")
+    @classmethod
+    def _joined(cls, given: object) -> object:
+        """Accepts a list, or one number, from a TOML file."""
+        if isinstance(given, list):
+            return ",".join(map(str, given))
+        return str(given) if type(given) is int else given
+
+    @field_validator("devices")
+    @classmethod
+    def _known(cls, text: str) -> str:
+        devices.parse(text)
+        return text
+
     @model_validator(mode="after")
     def _coherent(self) -> Config:
+        devices.require_agreement(self.placements, self.device)
         if self.max_running > self.token_budget:
             raise ValueError("max_running must be at most token_budget")
         for name in ("host", "admin_host"):
@@ -191,8 +220,18 @@ class Config(BaseSettings):
         values = self.model_dump(mode="json", include=shown)
         return [f"{name} = {value}" for name, value in values.items()]
 
+    @property
+    def placements(self) -> list[EnginePlacement]:
+        """The devices of several engines; empty if there is one engine, on `device`."""
+        return devices.parse(self.devices)
+
+    @property
+    def engine_count(self) -> int:
+        """Number of engine processes."""
+        return len(self.placements) or 1
+
     def engine_setup(self) -> EngineSetup:
-        """Settings of the engine process."""
+        """Settings of an engine process, the same for each."""
         custom = CustomRunner(self.engine_factory, self.engine_options or {})
         runner = custom if self.engine_factory else self.runner_config()
         beat_seconds = min(BEAT_SECONDS, self.engine_hang_timeout / 10)
@@ -208,8 +247,8 @@ class Config(BaseSettings):
         return RunnerConfig(
             model=self.model,
             dtype=self.dtype,
-            device=self.device,
-            threads=self.threads,
+            device=self.engine_device,
+            threads=self.engine_threads,
             cache=str(self.cache),
             max_context=self.max_context,
             kv_tokens=self.kv_tokens,
@@ -232,9 +271,25 @@ class Config(BaseSettings):
         return {
             "model": self.model,
             "dtype": self.dtype,
-            "device": self.device,
+            "device": self.engine_device,
             "cache": str(self.cache.absolute()),
         }
+
+    def trainer_environment(self, outer: Mapping[str, str]) -> dict[str, str]:
+        """Variables for the trainer, which computes where the first of several engines does."""
+        return self.placements[0].environment(outer) if self.placements else {}
+
+    @property
+    def engine_device(self) -> Literal["auto", "cpu", "cuda"]:
+        """Device of an engine, as its process sees it."""
+        return self.placements[0].kind if self.placements else self.device
+
+    @property
+    def engine_threads(self) -> int:
+        """CPU threads of one engine; 0 for all cores."""
+        if self.engine_count == 1 or self.engine_device == "cuda":
+            return self.threads
+        return max(1, (self.threads or available_cores()) // self.engine_count)
 
     @property
     def trainer_threads(self) -> int:
@@ -246,12 +301,17 @@ class Config(BaseSettings):
         """Largest number of virtual tokens of one adapter, within what is reserved for all."""
         return min(self.virtual_tokens, self.max_virtual_tokens)
 
+    @property
+    def max_requests(self) -> int:
+        """Most requests in the server, running and waiting."""
+        return self.engine_count * self.max_running + self.max_waiting
+
     def engine_limits(self) -> EngineLimits:
-        """Limits of the engine. Its queue is longer than the front's, which refuses first."""
+        """Limits of an engine. Its queue is longer than the front's, which refuses first."""
         return EngineLimits(
             token_budget=self.token_budget,
             max_running=self.max_running,
-            max_waiting=self.max_running + self.max_waiting,
+            max_waiting=self.max_requests,
             max_waiting_tokens=2 * self.max_waiting_tokens,
         )
 

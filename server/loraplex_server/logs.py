@@ -99,10 +99,14 @@ def configure(form: Literal["text", "json"], level: str) -> None:
     logging.getLogger("asyncio").setLevel(logging.WARNING)
 
 
-def configure_engine() -> None:
-    """Sends log lines of the engine process to standard error, as text. To be called once."""
+def configure_engine(device: str = "") -> None:
+    """Sends log lines of the engine process to standard error, as text. To be called once.
+
+    `device` names the engine's device, if there are several engines.
+    """
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(TextFormatter("%(levelname)s engine %(name)s: %(message)s"))
+    engine = f"engine {device}" if device else "engine"
+    handler.setFormatter(TextFormatter(f"%(levelname)s {engine} %(name)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
 
 

@@ -97,6 +97,10 @@ class Metrics:
         self._since_start.clear()
         self._set_empty()
 
+    def on_partial_loss(self) -> None:
+        """One of several engines was lost, and others are up."""
+        self.series.engine_restarts.inc()
+
     def on_death(self, cause: str) -> None:
         """An engine process has ended, or could not be started; `cause` is one of DEATH_CAUSES."""
         self.series.engine_deaths.labels(cause).inc()

@@ -151,6 +151,15 @@ class Series:
     engine_deaths = _counter(
         "Engine processes that ended, hung or could not be started.", cause=DEATH_CAUSES
     )
+    engine_up = _gauge("1 while the engine on a device takes requests.", device=())
+    engine_device_requests = _gauge(
+        "Requests in the engine on a device, by state.", device=(), state=()
+    )
+    engine_device_adapters = _gauge("Adapters that are resident on a device.", device=())
+    engine_device_memory_bytes = _gauge(
+        "Memory that the process of the engine on a device uses.", device=()
+    )
+    engine_device_restarts = _counter("Restarts of the engine on a device.", device=())
     build_info = _gauge("Constant 1.", version=())
     model_info = _gauge(
         "Constant 1.", model=(), architecture=(), dtype=(), device=(), kernels=(), fingerprint=()

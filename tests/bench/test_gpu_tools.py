@@ -7,9 +7,12 @@ from pathlib import Path
 from types import ModuleType
 
 import gpu_aot
+import numpy as np
 import pytest
-from gpu import references
+import torch
+from gpu import inputs, references
 from gpu.usage import SHARED_KB, Usage, of_log
+from loraplex_model.ops import nf4
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -80,16 +83,23 @@ def test_packages_travel_in_the_locked_versions(pack: ModuleType) -> None:
         pack.pinned("no-such-package")
 
 
-def test_reference_models_are_the_same_after_a_journey_in_a_file(tmp_path: Path) -> None:
-    import numpy as np
-    import torch
+def test_a_base_model_is_the_same_after_a_journey_in_a_file(tmp_path: Path) -> None:
+    weights = inputs.random_weights(inputs.TINY, torch.float32, "cpu")
+    np.savez_compressed(tmp_path / "ref.npz", **references.as_arrays(weights))
+    arrays = dict(np.load(tmp_path / "ref.npz"))
+    again = references.of_arrays(arrays, "cpu", torch.float32)
+    assert again.config == weights.config
+    for name, array in references.as_arrays(again).items():
+        assert np.array_equal(array, arrays[name]), name
+    for layer, own in zip(again.layers, weights.layers, strict=True):
+        for fused in ("qkv", "o", "gate_up", "down"):
+            found, wanted = getattr(layer, fused), getattr(own, fused)
+            assert torch.equal(nf4.dequantize(found), nf4.dequantize(wanted))
 
-    arrays = references.make(["qwen2"])
-    np.savez_compressed(tmp_path / "ref.npz", **arrays)
-    own = {name.removeprefix("qwen2/"): array for name, array in arrays.items()}
-    weights = references.of_arrays(own, "cpu", torch.float32)
-    again = references.as_arrays(weights)
-    for name, array in again.items():
-        assert np.array_equal(array, own[name]), name
-    assert weights.config.qkv_bias
-    assert weights.layers[0].qkv_bias is not None
+
+def test_synthetic_weights_keep_the_size_of_activations() -> None:
+    matrix = inputs.random_matrix((96, 32), 192, "cpu", std=0.05)
+    weight = nf4.dequantize(matrix)
+    assert weight.shape == (128, 192)
+    assert 0.04 < weight.std().item() < 0.06
+    assert abs(weight.mean().item()) < 0.01

@@ -36,7 +36,7 @@ def server(folder: Path) -> Iterator[Server]:
     config = config_for(folder)
     environment = {
         **os.environ,
-        "PYTHONPATH": str(ROOT / "tests"),
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
         "LORAPLEX_ENGINE_FACTORY": config.engine_factory,
         "LORAPLEX_ENGINE_OPTIONS": json.dumps(config.engine_options),
         "LORAPLEX_STORE": str(config.store),

@@ -34,6 +34,7 @@ from adapters.adapter_files import base_info
 from loraplex_model.base.batch import ForwardBatch
 from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_server.engine.messages import AdapterRef, ModelInfo
+from loraplex_server.engine.process.wire import DEVICE_VARIABLE
 from loraplex_server.engine.runner.protocol import DeviceLost, OutOfDeviceMemory
 
 MASK = (1 << 64) - 1
@@ -375,8 +376,10 @@ class OracleRunner:
 def build(**options: Any) -> object:
     """The factory that an engine process is started with; takes the fields of `OracleRunner`.
 
-    With `ahead` the runner launches one pass ahead.
+    With `ahead` the runner launches one pass ahead. `by_device` has options for one of several
+    engines, by the name of its device.
     """
+    options |= options.pop("by_device", {}).get(os.environ.get(DEVICE_VARIABLE), {})
     if "refuse" in options:
         raise Refusal(Reason(options["refuse"]), "this model cannot be served")
     if "explode" in options:

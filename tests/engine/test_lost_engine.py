@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine.oracle import command, continuation
+from engine.oracle import OracleRunner, command, continuation
 from engine.test_process import Observer, ask, drain
 from loraplex_model.base.refusal import Refusal
-from loraplex_server.engine.messages import AdapterRef, SamplingParams
+from loraplex_server.engine.messages import AdapterRef, Hello, SamplingParams
 from loraplex_server.engine.process.client import EngineClient
 from loraplex_server.engine.process.descriptors import MOST, raise_descriptor_limit
-from loraplex_server.engine.process.identity import BaseChanged
+from loraplex_server.engine.process.identity import BaseChanged, differences
 from loraplex_server.engine.process.limits import SupervisionLimits
 from loraplex_server.engine.process.supervisor import EngineLost
 
@@ -413,6 +413,18 @@ async def test_an_engine_that_comes_back_on_another_base_serves_nothing(
         assert field in str(error)
         assert (client.ready, client.pid, observer.readies) == (False, None, 1)
         assert await drain(client.submit(ask(1, [1]))) == ([], "ENGINE_RESTARTED")
+
+
+def test_what_other_processes_leave_of_a_gpu_is_no_part_of_the_base() -> None:
+    hellos = {
+        device: [
+            Hello(OracleRunner(device=device, max_context=context).info, blocks, 4, 1000)
+            for context, blocks in ((1024, 64), (1000, 63))
+        ]
+        for device in ("cpu", "cuda:0")
+    }
+    assert differences(*hellos["cuda:0"]) == []
+    assert len(differences(*hellos["cpu"])) == 2
 
 
 @pytest.mark.fault("restarted-engine-other-base")

@@ -11,7 +11,10 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -311,9 +314,9 @@ class Story:
         return set() if name is None else self.stands_for(name)
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def up(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Running]:
-    folder = tmp_path_factory.mktemp("machine")
+@asynccontextmanager
+async def machine(folder: Path, **options: Any) -> AsyncIterator[Running]:
+    """A server with little room in every tier, and the adapters to register."""
     for seed in LORAS:
         write_adapter(folder / "import" / f"seed-{seed}", seed)
     for seed in PROMPTS:
@@ -328,7 +331,14 @@ async def up(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Running]
         "merges_files": True,
         "num_slots": 3,
     }
-    async with running(folder, max_running=6, token_budget=16, engine_options=tight) as server:
+    options = {"max_running": 6, "token_budget": 16, "engine_options": tight, **options}
+    async with running(folder, **options) as server:
+        yield server
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def up(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Running]:
+    async with machine(tmp_path_factory.mktemp("machine")) as server:
         yield server
 
 

@@ -41,6 +41,13 @@ def test_flags_beat_the_environment_which_beats_the_file(
         ({"host": "example.org"}, "--insecure"),
         ({"admin_host": "10.0.0.1"}, "--insecure"),
         ({"engine_factory": "os.system('x')"}, "engine_factory: "),
+        ({"devices": "gpu0"}, "devices: 'gpu0' is no device"),
+        ({"devices": "0,"}, "devices: '' is no device"),
+        ({"devices": "-1"}, "devices: '-1' is no device"),
+        ({"devices": "0,cuda:0"}, "devices: cuda:0 is named twice"),
+        ({"devices": "0,cpu"}, "devices: '0,cpu' mixes CPU and GPU"),
+        ({"devices": ",".join(["cpu"] * 17)}, "devices: 17 devices are named; a server has at"),
+        ({"devices": "0,1", "device": "cpu"}, "device is 'cpu', and devices names cuda:0"),
     ],
     ids=str,
 )
@@ -48,6 +55,44 @@ def test_a_wrong_setting_is_named(flags: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load(None, flags)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("written", "names"),
+    [
+        ('""', []),
+        ('"cpu"', ["cpu:0"]),
+        ('"cpu, cpu"', ["cpu:0", "cpu:1"]),
+        ('"cuda:1,0"', ["cuda:1", "cuda:0"]),
+        ("[0, 1]", ["cuda:0", "cuda:1"]),
+        ("3", ["cuda:3"]),
+    ],
+)
+def test_devices_are_numbers_of_gpus_or_cpus(
+    tmp_path: Path, written: str, names: list[str]
+) -> None:
+    (tmp_path / "server.toml").write_text(f"devices = {written}\n")
+    config = load(tmp_path / "server.toml", {})
+    assert [placement.name for placement in config.placements] == names
+    assert config.engine_device == (names[0].partition(":")[0] if names else "auto")
+    assert config.trainer_options()["device"] == config.engine_device
+
+
+def test_engines_on_the_cpu_share_its_threads_and_the_front_counts_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("loraplex_server.config.available_cores", lambda: 9)
+    threads = [
+        load(None, {"devices": devices, "threads": given}).engine_threads
+        for devices, given in [
+            *(("", 0), ("cpu", 0), ("cpu,cpu", 0), ("cpu,cpu", 6), ("cpu,cpu", 1)),
+            *(("0,1", 0), ("0,1", 6)),
+        ]
+    ]
+    assert threads == [0, 0, 4, 3, 1, 0, 6]
+    config = load(None, {"devices": "0,1,2", "max_running": 10, "max_waiting": 5})
+    assert config.max_requests == 35
+    assert config.engine_limits().max_running == 10
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])

@@ -82,6 +82,34 @@ def test_packages_with_known_faults_are_named(
     assert found.startswith("packages: torch 2.4.0 cannot be used")
 
 
+def test_the_devices_of_several_engines_and_their_budgets_are_shown(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "_memory_bytes", lambda: 8_000_000_000)
+    monkeypatch.setattr("loraplex_server.config.available_cores", lambda: 6)
+    two = config.model_copy(update={"devices": "cpu,cpu"})
+    shown = [f"{c.subject}: {c.text}" for c in doctor.examine(two)]
+    assert "device: cpu:1: an engine, CPU threads: 3" in shown
+    assert "memory: the budgets of 2 engines are 7.5 GB together, of 8.0 GB" in shown
+    assert bad(two) == []
+    (found,) = bad(config.model_copy(update={"devices": "cpu,cpu,cpu"}))
+    assert found == "memory: the budgets of 3 engines are 11.3 GB together, of 8.0 GB"
+
+
+def test_a_gpu_that_is_not_there_is_named(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: f"card {number}")
+    monkeypatch.setattr(known_faults, "check", lambda device: None)
+    monkeypatch.setattr(doctor_cuda, "examine", lambda cache, dtype: [])
+    two = config.model_copy(update={"devices": "1,2"})
+    checks = [c for c in doctor.examine(two) if c.subject == "device"]
+    assert [(c.text, c.good) for c in checks] == [
+        ("cuda:1: an engine on card 1", True),
+        ("cuda:2: no such GPU; CUDA finds 2 (--devices)", False),
+    ]
+
+
 def test_what_was_measured_on_a_card_is_shown(tmp_path: Path) -> None:
     (nothing,) = doctor_cuda.products(tmp_path, "card")
     assert nothing == ("products", "not measured on this card yet; the first start does so")

@@ -80,7 +80,7 @@ ADAPTER_CHANGE_TYPE_PINNED: AdapterChangeType
 ADAPTER_CHANGE_TYPE_UNPINNED: AdapterChangeType
 
 class Adapter(_message.Message):
-    __slots__ = ("name", "version", "digest", "peft_type", "rank", "target_modules", "size_bytes", "state", "device_bytes", "active_requests", "create_time", "base_model", "tier", "host_bytes", "merged_bytes", "pinned", "last_use_time", "load_duration", "aliases", "labels", "provenance", "virtual_tokens", "base_fingerprint", "base_name", "unservable")
+    __slots__ = ("name", "version", "digest", "peft_type", "rank", "target_modules", "size_bytes", "state", "device_bytes", "active_requests", "create_time", "base_model", "tier", "host_bytes", "merged_bytes", "pinned", "last_use_time", "load_duration", "aliases", "labels", "provenance", "virtual_tokens", "base_fingerprint", "base_name", "unservable", "devices")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -120,6 +120,7 @@ class Adapter(_message.Message):
     BASE_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     BASE_NAME_FIELD_NUMBER: _ClassVar[int]
     UNSERVABLE_FIELD_NUMBER: _ClassVar[int]
+    DEVICES_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: int
     digest: str
@@ -145,7 +146,8 @@ class Adapter(_message.Message):
     base_fingerprint: str
     base_name: str
     unservable: AdapterFinding
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., peft_type: _Optional[str] = ..., rank: _Optional[int] = ..., target_modules: _Optional[_Iterable[str]] = ..., size_bytes: _Optional[int] = ..., state: _Optional[_Union[AdapterState, str]] = ..., device_bytes: _Optional[int] = ..., active_requests: _Optional[int] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., base_model: _Optional[str] = ..., tier: _Optional[_Union[AdapterTier, str]] = ..., host_bytes: _Optional[int] = ..., merged_bytes: _Optional[int] = ..., pinned: _Optional[bool] = ..., last_use_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., load_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., aliases: _Optional[_Iterable[str]] = ..., labels: _Optional[_Mapping[str, str]] = ..., provenance: _Optional[_Mapping[str, str]] = ..., virtual_tokens: _Optional[int] = ..., base_fingerprint: _Optional[str] = ..., base_name: _Optional[str] = ..., unservable: _Optional[_Union[AdapterFinding, _Mapping]] = ...) -> None: ...
+    devices: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., peft_type: _Optional[str] = ..., rank: _Optional[int] = ..., target_modules: _Optional[_Iterable[str]] = ..., size_bytes: _Optional[int] = ..., state: _Optional[_Union[AdapterState, str]] = ..., device_bytes: _Optional[int] = ..., active_requests: _Optional[int] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., base_model: _Optional[str] = ..., tier: _Optional[_Union[AdapterTier, str]] = ..., host_bytes: _Optional[int] = ..., merged_bytes: _Optional[int] = ..., pinned: _Optional[bool] = ..., last_use_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., load_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., aliases: _Optional[_Iterable[str]] = ..., labels: _Optional[_Mapping[str, str]] = ..., provenance: _Optional[_Mapping[str, str]] = ..., virtual_tokens: _Optional[int] = ..., base_fingerprint: _Optional[str] = ..., base_name: _Optional[str] = ..., unservable: _Optional[_Union[AdapterFinding, _Mapping]] = ..., devices: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class RegisterAdapterRequest(_message.Message):
     __slots__ = ("name", "path", "replace", "load", "labels")

@@ -8,7 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -19,6 +19,7 @@ from loraplex_model.base.refusal import Refusal
 
 from loraplex_server.commands import doctor_cuda
 from loraplex_server.config import Config, available_cores
+from loraplex_server.engine.runner.config import CPU_KV_BYTES
 from loraplex_server.registry.census import troubles
 from loraplex_server.runtime.failures import for_operator
 
@@ -65,11 +66,14 @@ def _arithmetic(config: Config) -> Iterator[Check]:
     from loraplex_model.ops.devices import resolve
 
     cuda = torch.cuda.is_available()
-    gpu = torch.cuda.get_device_name() if cuda else "no CUDA device"
-    chosen = resolve(config.device).type if cuda else "cpu"
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else []
+    chosen = resolve(config.engine_device).type if cuda else "cpu"
     possible = config.device != "cuda" or cuda
-    yield Check("torch", f"{torch.__version__}, {gpu}")
-    yield Check("device", f"{chosen} (--device {config.device})", possible)
+    yield Check("torch", f"{torch.__version__}, {gpus[0] if gpus else 'no CUDA device'}")
+    if config.placements:
+        yield from _engines(config, gpus)
+    else:
+        yield Check("device", f"{chosen} (--device {config.device})", possible)
     try:
         known_faults.check(chosen)
         yield Check("packages", f"no known fault that matters on {chosen}")
@@ -97,6 +101,27 @@ def _arithmetic(config: Config) -> Iterator[Check]:
     else:
         text = "torch reference, many times slower; the C++ kernels need a compiler (g++)"
     yield Check("kernels", text)
+
+
+def _engines(config: Config, gpus: Sequence[str]) -> Iterator[Check]:
+    """The device of each of several engines, and their memory; `gpus` are the names of all GPUs."""
+    for placement in config.placements:
+        if placement.kind == "cpu":
+            yield Check(
+                "device", f"{placement.name}: an engine, CPU threads: {config.engine_threads}"
+            )
+        elif placement.number < len(gpus):
+            yield Check("device", f"{placement.name}: an engine on {gpus[placement.number]}")
+        else:
+            text = f"{placement.name}: no such GPU; CUDA finds {len(gpus)} (--devices)"
+            yield Check("device", text, good=False)
+    budgets = int(config.host_adapter_memory)
+    if config.engine_device == "cpu":
+        budgets += config.kv_memory or CPU_KV_BYTES
+        budgets += config.adapter_memory + config.merge_memory
+    needed, there = config.engine_count * budgets, _memory_bytes()
+    text = f"the budgets of {config.engine_count} engines are {needed / 1e9:.1f} GB together"
+    yield Check("memory", f"{text}, of {there / 1e9:.1f} GB", not there or needed <= there)
 
 
 def _compiler() -> str:
@@ -198,8 +223,14 @@ def _processor() -> str:
 
 
 def _memory() -> str:
+    there = _memory_bytes()
+    return f"{there / 1e9:.1f} GB memory" if there else "memory unknown"
+
+
+def _memory_bytes() -> int:
+    """Memory of the machine in bytes; 0 if unknown."""
     kilobytes = _read_field("/proc/meminfo", "MemTotal").removesuffix(" kB")
-    return f"{int(kilobytes) / 1e6:.1f} GB memory" if kilobytes else "memory unknown"
+    return int(kilobytes) * 1000 if kilobytes else 0
 
 
 def _read_field(path: str, name: str) -> str:

@@ -235,6 +235,8 @@ class AdapterStatus(msgspec.Struct, frozen=True, omit_defaults=True):
     last_used: float = 0.0
     load_seconds: float = 0.0
     """Duration of its last load, from its files or from host memory."""
+    devices: list[str] = []
+    """Devices that hold it, if there are several engines; set by the front."""
 
 
 class StepStats(msgspec.Struct, frozen=True):

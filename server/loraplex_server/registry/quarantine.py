@@ -11,7 +11,7 @@ from typing import Final
 from loraplex_adapters.store import Quarantine
 from loraplex_model.base.refusal import Refusal
 
-from loraplex_server.engine.process.client import EngineClient
+from loraplex_server.engine.group.face import Engine
 from loraplex_server.metrics import Metrics
 
 POLL_SECONDS: Final = 5.0
@@ -39,7 +39,7 @@ class QuarantineKeeper:
         self,
         read: Callable[[], Awaitable[Mapping[str, Quarantine]]],
         write: Callable[[str, str], Awaitable[bool]],
-        engine: EngineClient,
+        engine: Engine,
         metrics: Metrics,
     ) -> None:
         """`read` returns the store's quarantines by digest; `write` adds one, with its reason.

@@ -18,8 +18,8 @@ from loraplex_adapters.store import Record, Store
 from loraplex_model.base.info import BaseInfo
 from loraplex_model.base.refusal import Problem, Reason, Refusal
 
+from loraplex_server.engine.group.face import Engine
 from loraplex_server.engine.messages import AdapterRef
-from loraplex_server.engine.process.client import EngineClient
 from loraplex_server.metrics import Metrics
 from loraplex_server.registry import servable
 from loraplex_server.registry.census import Census
@@ -93,7 +93,7 @@ class Registry:
     def __init__(
         self,
         store: Store,
-        engine: EngineClient,
+        engine: Engine,
         metrics: Metrics,
         import_root: Path,
         limits: AdapterLimits,

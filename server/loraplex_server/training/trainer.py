@@ -67,6 +67,7 @@ class Trainer:
         run: options of the run that the operator fixes (model, device, ...), by the trainer's keys.
         memory: largest number of bytes that a job may need; 0 allows all that are free.
         threads: number of CPU threads.
+        environment: variables that the program gets in addition to those of this process.
         timeout: longest duration of a job in seconds; 0 is no limit.
         patience: seconds that a trainer may take to save when it is stopped.
         lane: threads that read and write the files of jobs.
@@ -79,6 +80,7 @@ class Trainer:
     timeout: float = 0.0
     patience: float = STOP_SECONDS
     lane: Lane = field(default_factory=lambda: Lanes().training)
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     def configuration(self, order: JobOrder, folder: Path, with_eval_data: bool) -> str:
         """Returns the TOML for one job in `folder`.
@@ -156,7 +158,8 @@ class Trainer:
 
     async def start(self, command: Sequence[str], log: Path) -> Child:
         """Starts a command; its standard error is appended to `log`. Raises OSError."""
-        return await Child.start(command, log, {"OMP_NUM_THREADS": str(self.threads)})
+        variables = {**self.environment, "OMP_NUM_THREADS": str(self.threads)}
+        return await Child.start(command, log, variables)
 
 
 def resumable(run: Path) -> bool:

@@ -8,7 +8,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from loraplex_model.base.refusal import Reason, Refusal
 
@@ -29,9 +29,18 @@ log = logging.getLogger(__name__)
 class EngineProcess(asyncio.Protocol):
     """A child process that runs the engine, and the socket to it."""
 
-    def __init__(self, command: Sequence[str], receive: Callable[[FromEngine], None]) -> None:
-        """`receive` is called on the loop with every message after the first."""
+    def __init__(
+        self,
+        command: Sequence[str],
+        receive: Callable[[FromEngine], None],
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """`receive` is called on the loop with every message after the first.
+
+        `environment` is added to that of this process.
+        """
         self._command = command
+        self._environment = environment or {}
         self._receive = receive
         self._child: asyncio.subprocess.Process | None = None
         self._transport: asyncio.Transport | None = None
@@ -73,7 +82,11 @@ class EngineProcess(asyncio.Protocol):
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=2,  # the front's standard output belongs to the front
                     pass_fds=[theirs.fileno()],
-                    env={**os.environ, wire.SOCKET_VARIABLE: str(theirs.fileno())},
+                    env={
+                        **os.environ,
+                        **self._environment,
+                        wire.SOCKET_VARIABLE: str(theirs.fileno()),
+                    },
                 )
             await asyncio.get_running_loop().create_unix_connection(lambda: self, sock=ours)
         except BaseException:

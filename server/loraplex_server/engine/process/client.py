@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import ParamSpec
 
@@ -46,7 +46,7 @@ from loraplex_server.engine.process.restoring import Restoration
 from loraplex_server.engine.process.stream import OutputStream, ends
 from loraplex_server.engine.process.supervisor import Cause, Supervisor
 from loraplex_server.engine.process.suspect_loads import SuspectLoads
-from loraplex_server.engine.process.suspects import LossReport, Suspects
+from loraplex_server.engine.process.suspects import Evidence, LossReport, Suspects
 
 RESTARTED = Failure(Reason.ENGINE_RESTARTED, "the engine was restarted; try again")
 MAX_ORDERS = 1024
@@ -81,17 +81,22 @@ class EngineClient:
         observer: EngineObserver,
         backoff: tuple[float, float] | None = None,
         limits: SupervisionLimits | None = None,
+        environment: Mapping[str, str] | None = None,
+        evidence: Evidence | None = None,
+        is_last: Callable[[], bool] = lambda: True,
     ) -> None:
         """`command` starts the process, which finds its socket through `wire.SOCKET_VARIABLE`.
 
-        `backoff` replaces the first and the longest pause of `limits`.
+        `backoff` replaces the first and the longest pause of `limits`. Engines of one server share
+        `evidence`; for `environment` and `is_last` see `Supervisor`.
         """
         limits = limits or SupervisionLimits()
         if backoff is not None:
             limits = replace(limits, first_pause=backoff[0], longest_pause=backoff[1])
         self._observer = observer
-        self._supervisor = Supervisor(command, self._receive, self, limits)
-        self._suspects = Suspects(limits)
+        self._supervisor = Supervisor(command, self._receive, self, limits, environment, is_last)
+        evidence = evidence or Evidence()
+        self._suspects = Suspects(limits, evidence=evidence)
         self._suspect_loads = SuspectLoads(self._suspects)
         self._restoration = Restoration()
         self._report = LossReport()
@@ -102,7 +107,7 @@ class EngineClient:
         self.restarts = 0
         self.stats: StepStats | None = None
         self.adapters: dict[str, AdapterStatus] = {}
-        self.quarantined: dict[str, str] = {}
+        self.quarantined = evidence.quarantined
 
     @property
     def hello(self) -> Hello:
@@ -118,6 +123,16 @@ class EngineClient:
     def pid(self) -> int | None:
         """Process id of the engine; None while there is no process."""
         return self._supervisor.pid
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of all engine processes."""
+        return [] if self.pid is None else [self.pid]
+
+    @property
+    def has_given_up(self) -> bool:
+        """Whether the engine is away, and was lost so often that only others go on."""
+        return self._supervisor.has_given_up
 
     # requests and orders
 
@@ -206,6 +221,13 @@ class EngineClient:
         """Drops an adapter's dense copies. Raises `Refusal`."""
         self._restoration.merged.discard(digest)
         await self._order(Unmerge(next(self._ops), digest))
+
+    def forget(self, digest: str, only_pin: bool = False) -> None:
+        """Has an adapter, or its pin, not restored by the next process."""
+        if only_pin:
+            self._restoration.unpin(digest)
+        else:
+            self._restoration.drop(digest)
 
     async def _order_load(self, message: Load | SetPinned | Merge) -> None:
         """Sends an order that may load or merge its adapter; a suspect waits for the others."""
@@ -327,7 +349,7 @@ class EngineClient:
         self.restarts += 1
         log.error("the engine process was lost; %d requests fail", len(self._streams))
         self._report = self._suspects.on_death(self._requests.values())
-        self.quarantined |= self._report.quarantined
+        self.quarantined.update(self._report.quarantined)
         self._restoration.on_lost(
             self.adapters.values(),
             lambda digest: self._suspects.is_suspect(digest) or digest in self.quarantined,

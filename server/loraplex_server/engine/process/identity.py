@@ -16,6 +16,10 @@ TOKENIZER_FILES: Final = ("tokenizer.json", "model.json")
 """Files of the model's directory that the front has read at its start."""
 
 
+_BY_MEMORY: Final = frozenset({"num_blocks", "model.max_context"})
+"""Fields that follow from the memory that other processes leave on a GPU."""
+
+
 class BaseChanged(Exception):
     """A restarted engine reports another base model than the first one. The message says how."""
 
@@ -33,12 +37,16 @@ def tokenizer_digests(hello: Hello) -> Mapping[str, str]:
 
 
 def differences(first: Hello, now: Hello) -> list[str]:
-    """What two engines report differently, as `field: old, now new`."""
+    """What two engines report differently, as `field: old, now new`.
+
+    On a GPU the size of the KV cache may differ; each engine refuses what does not fit into its own.
+    """
+    own = _BY_MEMORY if first.model.device.startswith("cuda") else frozenset()
     old, new = dict(_fields(msgspec.to_builtins(first))), dict(_fields(msgspec.to_builtins(now)))
     return [
         f"{name}: {old.get(name)}, now {new.get(name)}"
         for name in {**old, **new}
-        if old.get(name) != new.get(name)
+        if old.get(name) != new.get(name) and name not in own
     ]
 
 

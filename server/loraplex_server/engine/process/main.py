@@ -59,7 +59,7 @@ def main() -> int:
     # The front decides when the engine ends: a Ctrl-C in the terminal must not cut its drain short.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    configure_engine()
+    configure_engine(os.environ.get(wire.DEVICE_VARIABLE, ""))
     # A signal such as SIGBUS, which a mapped file that is cut short causes, is reported with the
     # Python code that was running.
     faulthandler.enable()

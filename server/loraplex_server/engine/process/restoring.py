@@ -59,6 +59,18 @@ class Restoration:
                 orders.append(Merge(next(ops), ref))
         return orders
 
+    def drop(self, digest: str) -> None:
+        """Removes an adapter that is unloaded while there is no engine that holds it."""
+        self._wanted.pop(digest, None)
+        self._refs.pop(digest, None)
+        self.merged.discard(digest)
+        self._open = {op: each for op, each in self._open.items() if each != digest}
+
+    def unpin(self, digest: str) -> None:
+        """Has an adapter restored without its pin."""
+        if digest in self._wanted:
+            self._wanted[digest] = False
+
     def done(self, op: int) -> None:
         """Notes that an order was answered."""
         self._open.pop(op, None)

@@ -83,9 +83,17 @@ class Supervisor:
         receive: Callable[[FromEngine], None],
         events: ProcessEvents,
         limits: SupervisionLimits,
+        environment: Mapping[str, str] | None = None,
+        is_last: Callable[[], bool] = lambda: True,
     ) -> None:
-        """`command` starts the process, which finds its socket through `wire.SOCKET_VARIABLE`."""
+        """`command` starts the process, which finds its socket through `wire.SOCKET_VARIABLE`.
+
+        `environment` is added to that of this process. `is_last` tells whether no other engine of
+        the server is left; until then this one is not given up for good.
+        """
         self._command = list(command)
+        self._environment = environment
+        self._is_last = is_last
         self._receive = receive
         self._events = events
         self._limits = limits
@@ -101,6 +109,11 @@ class Supervisor:
     def pid(self) -> int | None:
         """Process id of the engine; None while there is no process."""
         return self._process.pid if self._process is not None else None
+
+    @property
+    def has_given_up(self) -> bool:
+        """Whether the process is away, and was lost so often that only others go on."""
+        return not self.ready and self._policy.gives_up
 
     def send(self, message: ToEngine) -> None:
         """Sends a message. No effect without a process."""
@@ -155,7 +168,7 @@ class Supervisor:
     async def _replace(self) -> None:
         """Starts new processes until one is ready. Raises EngineLost or BaseChanged."""
         while not (self.ready or self.stopping):
-            if self._policy.gives_up:
+            if self._policy.gives_up and self._is_last():
                 raise EngineLost(f"the engine cannot be kept running: {self._policy}")
             await asyncio.sleep(self._policy.pause)
             try:
@@ -174,7 +187,7 @@ class Supervisor:
 
     async def _start(self, seconds: float) -> Hello:
         """Starts a process, which has `seconds` to become ready. Raises `Refusal`."""
-        self._process = EngineProcess(self._command, self._receive)
+        self._process = EngineProcess(self._command, self._receive, self._environment)
         try:
             async with asyncio.timeout(seconds):
                 return await self._process.start()

@@ -22,6 +22,9 @@ SCORES_IN_FRAME = 4096
 SOCKET_VARIABLE = "LORAPLEX_ENGINE_FD"
 """Environment variable with the descriptor number of the engine process's socket."""
 
+DEVICE_VARIABLE = "LORAPLEX_ENGINE_DEVICE"
+"""Environment variable with the name of an engine process's device, if there are several."""
+
 MAX_FRAME = 256 << 20
 """Bytes of the largest frame."""
 

@@ -6,6 +6,9 @@ from typing import Any, Literal
 
 import msgspec
 
+CPU_KV_BYTES = 512 << 20
+"""Size of the KV cache on a CPU if the settings give none."""
+
 
 class RunnerConfig(
     msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag="local"

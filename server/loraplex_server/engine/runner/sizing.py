@@ -9,10 +9,7 @@ import torch
 from loraplex_model.base.config import DecoderConfig
 from loraplex_model.base.refusal import Reason, Refusal
 
-from loraplex_server.engine.runner.config import RunnerConfig
-
-CPU_KV_BYTES = 512 << 20
-"""Size of the KV cache on a CPU if the settings give none."""
+from loraplex_server.engine.runner.config import CPU_KV_BYTES, RunnerConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,6 +75,7 @@ def _place(message: adapter_pb2.Adapter, status: AdapterStatus | None) -> None:
         message.device_bytes = status.bytes
     elif status.host_bytes:
         message.tier = adapter_pb2.ADAPTER_TIER_HOST
+    message.devices.extend(status.devices)
     message.host_bytes = status.host_bytes
     message.merged_bytes = status.merged_bytes
     message.pinned = status.pinned

@@ -13,8 +13,8 @@ from loraplex.v1 import adapter_pb2_grpc
 from loraplex_adapters.store import Record
 from loraplex_model.base.refusal import Refusal, Subject
 
+from loraplex_server.engine.group.face import Engine
 from loraplex_server.engine.messages import AdapterRef
-from loraplex_server.engine.process.client import EngineClient
 from loraplex_server.registry.feed import AdapterRow
 from loraplex_server.registry.registry import Registered, RegistrationTerms, Registry
 from loraplex_server.rpc.calls.errors import for_client, require
@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 def _order(
     reply: Callable[..., Any],
-    order: Callable[[EngineClient, AdapterRef], Awaitable[None]],
+    order: Callable[[Engine, AdapterRef], Awaitable[None]],
     *,
     uses: bool = True,
 ) -> Any:

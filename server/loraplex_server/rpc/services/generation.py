@@ -18,8 +18,8 @@ from loraplex.v1 import generation_pb2, generation_pb2_grpc
 from loraplex_model.base.refusal import Problem, Reason, Refusal, Subject
 from loraplex_model.checkpoints.chat import TextRefused
 
+from loraplex_server.engine.group.face import Engine
 from loraplex_server.engine.messages import Failure, Output, SamplingParams, Submit
-from loraplex_server.engine.process.client import EngineClient
 from loraplex_server.logs import REQUEST_ID
 from loraplex_server.metrics import Metrics
 from loraplex_server.registry.registry import Registry
@@ -53,7 +53,7 @@ _Context = grpc.aio.ServicerContext[Any, Any]
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     """See loraplex/v1/generation.proto. The parts that it uses live as long as the server."""
 
-    engine: EngineClient
+    engine: Engine
     registry: Registry
     tokenizer: TextTokenizer
     admission: Admission

@@ -165,7 +165,8 @@ def _configuration(
     if dtype == torch.float32:
         block, warps, stages = (16, 8, 2) if width <= 128 else (16, 16, 1)
     elif is_short:
-        block, warps, stages = (64 if width <= 128 else 32), 4, 5
+        # with masks for the padding of a width there are no registers for so many
+        block, warps, stages = (64 if width <= 128 else 32), 4, (5 if head_dim == width else 3)
     else:
         block, warps, stages = {128: (32, 4, 3), 256: (32, 8, 2)}.get(width, (64, 4, 3))
     assert CHUNK % block == 0
@@ -249,8 +250,7 @@ def _attend(
 ):  # fmt: skip
     """One chunk of one tile for one key/value head; grid (capacity, kv_heads, chunks or 1)."""
     GROUP: tl.constexpr = HEADS // KV_HEADS
-    used = tl.load(count)
-    tile = tl.program_id(0)
+    used, tile = tl.load(count), tl.program_id(0)
     if tile >= used:
         return
     if not IS_SHORT:
@@ -267,8 +267,7 @@ def _attend(
         return
 
     head = tl.program_id(1)
-    m = tl.arange(0, HEIGHT)
-    d = tl.arange(0, WIDTH)
+    m, d = tl.arange(0, HEIGHT), tl.arange(0, WIDTH)
     row = m // GROUP
     is_used = (row < rows)[:, None] & (d < HEAD_DIM)[None, :]
     query_head = head * GROUP + m % GROUP

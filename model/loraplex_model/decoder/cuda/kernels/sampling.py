@@ -45,7 +45,8 @@ from loraplex_model.decoder.cuda.kernels.records import (
 from loraplex_model.decoder.cuda.kernels.thresholds import distances, load_block, threshold
 
 _BLOCK = 4096
-"""Values that a program reads at once; passes that write nothing read twice as many."""
+"""Values that a program reads at once; the search for the largest, all that greedy rows need, reads
+twice as many."""
 _TILE = 4096
 """Values that are divided in registers."""
 _LINE_BLOCK = 4096

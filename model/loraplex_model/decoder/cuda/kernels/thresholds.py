@@ -117,16 +117,7 @@ def threshold(
     s_high = tl.zeros((), tl.float64)
     while (high - low > 1) & (n_low - n_high > TILE):
         s_a, s_b, s_c, n_a, n_b, n_c = _sums_above(
-            row,
-            a,
-            b,
-            c,
-            largest,
-            limit,
-            temperature,
-            BY_WEIGHT,
-            VOCAB,
-            BLOCK if BY_WEIGHT else 2 * BLOCK,
+            row, a, b, c, largest, limit, temperature, BY_WEIGHT, VOCAB, BLOCK
         )
         is_a, is_b, is_c = s_a < target, s_b < target, s_c < target
         low, n_low = tl.where(is_a, low, a), tl.where(is_a, n_low, n_a)
