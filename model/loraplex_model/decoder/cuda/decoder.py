@@ -250,9 +250,10 @@ class CudaDecoder:
         self, shape: PassShape, arrays: Mapping[str, NDArray[Any]], own: OwnRows | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         config, device, layout = self.weights.config, self._cache.device, shape.layout()
-        if layout.nbytes > self._staging.capacity:
-            self._staging = Staging(device, 2 * layout.nbytes, self.transfers)
-        self._space = self._space.with_room(config, shape)
+        with torch.inference_mode(False):  # later passes may be outside of inference mode
+            if layout.nbytes > self._staging.capacity:
+                self._staging = Staging(device, 2 * layout.nbytes, self.transfers)
+            self._space = self._space.with_room(config, shape)
         self._staging.send(layout, arrays)
         views = layout.views(self._staging.buffer)
         step = DevicePass.at(views, shape, self._device_table.entries, own)

@@ -321,7 +321,7 @@ _SHAPES = {"llama_8b": (4096, 14336, 32, 8, 128), "smollm2": (576, 1536, 9, 3, 6
 def compilations() -> list[Compilation]:
     """The configurations that `make gpu-aot` compiles."""
     found = []
-    for model, (hidden, intermediate, *heads) in _SHAPES.items():
+    for model, (hidden, intermediate, heads, kv_heads, head_dim) in _SHAPES.items():
         for dtype in (torch.bfloat16, torch.float32):
             kind = str(TYPES[dtype])
             p, name = f"*{kind}", f"{model}_{kind}"
@@ -340,7 +340,10 @@ def compilations() -> list[Compilation]:
                     is_hot=True,
                 ),
                 *(_norm_compilation(hidden, p, name, has_rows) for has_rows in (False, True)),
-                *(_rope_compilation(*heads, p, name, has_norms) for has_norms in (False, True)),
+                *(
+                    _rope_compilation((heads, kv_heads, head_dim), p, name, has)
+                    for has in (False, True)
+                ),
             ]
     return found
 
@@ -363,9 +366,9 @@ def _norm_compilation(hidden: int, p: str, name: str, has_rows: bool) -> Compila
 
 
 def _rope_compilation(
-    heads: int, kv_heads: int, head_dim: int, p: str, name: str, has_norms: bool
+    heads: tuple[int, int, int], p: str, name: str, has_norms: bool
 ) -> Compilation:
-    constants, options = _rope_configuration(heads, kv_heads, head_dim, 32, has_norms)
+    constants, options = _rope_configuration(*heads, 32, has_norms)
     return Compilation(
         _rope_cache,
         f"rope_cache_{name}" + ("_norms" if has_norms else ""),
