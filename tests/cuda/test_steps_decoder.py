@@ -54,6 +54,7 @@ def lora(weights: Any) -> AdapterDelta:
         (layer, name): ProjectionDelta(a=torch.ones(2, fan_in), b=torch.ones(2, out))
         for layer in range(weights.config.num_layers)
         for name, (fan_in, out) in shapes
+        if name in ("q_proj", "down_proj")  # the interpreter's time goes by the products
     })  # fmt: skip
 
 

@@ -324,7 +324,7 @@ def compilations() -> list[Compilation]:
     for model, (hidden, intermediate, heads, kv_heads, head_dim) in _SHAPES.items():
         for dtype in (torch.bfloat16, torch.float32):
             kind = str(TYPES[dtype])
-            p, name = f"*{kind}", f"{model}_{kind}"
+            p, name, shape = f"*{kind}", f"{model}_{kind}", (heads, kv_heads, head_dim)
             tokens = {"tokens": "*i32", "table": p, "last_tokens": "*i32", "out": p}
             numbers = dict.fromkeys(("count", "vocab", "drawn"), "i32")
             constants = {"BLOCK": _BLOCK, "ROWS": _ROWS}
