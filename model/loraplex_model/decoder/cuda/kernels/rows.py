@@ -340,10 +340,7 @@ def compilations() -> list[Compilation]:
                     is_hot=True,
                 ),
                 *(_norm_compilation(hidden, p, name, has_rows) for has_rows in (False, True)),
-                *(
-                    _rope_compilation((heads, kv_heads, head_dim), p, name, has)
-                    for has in (False, True)
-                ),
+                *(_rope_compilation(shape, p, name, has_norms) for has_norms in (False, True)),
             ]
     return found
 
