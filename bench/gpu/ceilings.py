@@ -6,6 +6,7 @@ import sys
 from importlib import metadata
 
 import torch
+from loraplex_model.ops import known_faults
 
 from gpu.stage import StageReport
 from gpu.timing import replay_seconds, seconds
@@ -41,6 +42,10 @@ def run(report: StageReport) -> None:
         report.figure(name, value)
     report.table(["ceiling", "measured"], [[name, value] for name, value in figures.items()])
     report.note(f"{card}; " + ", ".join(f"{n} {v}" for n, v in versions().items()))
+    for fault in known_faults.PACKAGE_FAULTS:
+        if known_faults.has(fault, "cuda"):
+            answer = f"avoided ({fault.avoided})" if fault.avoided else "the server refuses it"
+            report.note(f"known fault of this {fault.package}: {fault.text}: {answer}")
     for name, (copy, product) in EXPECTED.items():
         low = figures["copy_tb_s"] < copy or figures["product_tflop_s"] < product
         if name in card and low:

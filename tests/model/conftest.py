@@ -45,9 +45,7 @@ CASES: dict[str, dict[str, tuple[Any, ...]]] = {
         "variant": ("llama", "llama-odd-sizes", "qwen3-window-bias"),
     },
     "test_neighbours_of_every_kind_change_no_bit": {"variant": ("llama", "qwen3-window-bias")},
-    "test_merged_rows_agree_and_others_keep_their_bits": {
-        "variant": ("llama-odd-sizes", "qwen3-window-bias"),
-    },
+    "test_merged_rows_agree_and_others_keep_their_bits": {"variant": ("llama-odd-sizes",)},
     "test_virtual_tokens_stand_before_a_prompt": {"variant": ("llama-tied-bias",)},
     "test_neighbours_change_no_bit": {"neighbours": (13,)},
     "test_chunks_change_no_bit": {"variant": ("llama",), "chunks": ((5, 16), (2, 3, 11, 5))},

@@ -124,10 +124,7 @@ class CudaDecoder:
         self.last_tokens = torch.full((max_draws,), -1, dtype=torch.int32, device=device)
         self._kept = sampling.workspace(max_draws, device)
         self._drawn = 0
-
         if not isinstance(num_blocks, int):
-            if device.type == "cuda":
-                torch.cuda.empty_cache()  # what measuring the products took and gave back
             num_blocks = num_blocks(block_size, self._taken_later(shapes, max_rows))
         shape = (num_blocks, config.num_kv_heads, block_size, config.head_dim)
         self._cache = torch.zeros((config.num_layers, 2, *shape), dtype=dtype, device=device)
@@ -253,9 +250,10 @@ class CudaDecoder:
         self, shape: PassShape, arrays: Mapping[str, NDArray[Any]], own: OwnRows | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         config, device, layout = self.weights.config, self._cache.device, shape.layout()
-        if layout.nbytes > self._staging.capacity:
-            self._staging = Staging(device, 2 * layout.nbytes, self.transfers)
-        self._space = self._space.with_room(config, shape)
+        with torch.inference_mode(False):  # later passes may be outside of inference mode
+            if layout.nbytes > self._staging.capacity:
+                self._staging = Staging(device, 2 * layout.nbytes, self.transfers)
+            self._space = self._space.with_room(config, shape)
         self._staging.send(layout, arrays)
         views = layout.views(self._staging.buffer)
         step = DevicePass.at(views, shape, self._device_table.entries, own)
@@ -277,7 +275,12 @@ class CudaDecoder:
         sampling.sample(logits, step.draws, self.last_tokens, self._kept)
 
     def _taken_later(self, shapes: Sequence[PassShape], max_rows: int) -> Mapping[str, int]:
-        """Estimate of the device memory that is taken after the cache, by purpose."""
+        """Estimate of the device memory that is taken after the cache, by purpose.
+
+        What is free can be measured after this call.
+        """
+        if self.weights.embed.is_cuda:
+            torch.cuda.empty_cache()  # what measuring the products took and gave back
         vocab = self.weights.config.vocab_size
         later = {"logits": 4 * vocab * max_rows}
         if shapes:
