@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from loraplex_model.base.batch import ForwardBatch
 from loraplex_model.decoder.cuda.decoder import CudaDecoder
+from loraplex_model.decoder.cuda.step.tickets import HostRoom
 from loraplex_server.engine.batching.sampler import Draw, uniform
 from loraplex_server.engine.core import EngineCore
 from loraplex_server.engine.messages import SamplingParams, StepReport, Submit
@@ -171,6 +173,31 @@ def test_a_pass_without_draws_between_two_leaves_the_tokens(runner: LocalRunner)
     found = after.wait().tokens
     plain = runner.forward(ForwardBatch.build([([5, 6, 7, token], 0, [12, 13], ())]))
     assert found.tolist() == [int(plain[0].argmax())]
+
+
+def test_a_launch_without_memory_for_its_results_leaves_the_tokens(
+    runner: LocalRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine launches a smaller pass then, whose tokens are those of the launch before."""
+
+    def no_memory(*_: object) -> HostRoom:
+        raise torch.OutOfMemoryError("no pinned memory")
+
+    nobody, one = np.empty(0, np.int32), np.zeros(1, np.int32)
+    order = replace(order_of(1, [], -1), temperature=0.0)
+    first = ForwardBatch.build([([5, 6, 7], 0, [14, 15], ())])
+    other = ForwardBatch.build([([20, 21], 0, [12], ())])
+    ticket = runner.launch(first, [order], one, nobody)
+    with monkeypatch.context() as patch:
+        patch.setattr(HostRoom, "of", no_memory)
+        with pytest.raises(torch.OutOfMemoryError, match="pinned"):
+            runner.launch(other, [order], one, nobody)
+    after = runner.launch(ForwardBatch.build([([-1], 3, [14, 15], ())]), [order], one, nobody)
+    token = int(ticket.wait().tokens[0])
+    found = after.wait().tokens
+    alone = runner.forward(ForwardBatch.build([([5, 6, 7, token], 0, [12, 13], ())]))
+    assert found.tolist() == [int(alone[0].argmax())]
+    assert token != int(runner.forward(other)[0].argmax())
 
 
 def generate(runner: LocalRunner) -> dict[int, list[int]]:

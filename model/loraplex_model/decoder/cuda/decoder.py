@@ -27,7 +27,7 @@ from loraplex_model.decoder.cuda.step.bounds import Bounds
 from loraplex_model.decoder.cuda.step.own_rows import OwnRows
 from loraplex_model.decoder.cuda.step.passes import DevicePass, PassPlan, PassShape, plan_pass
 from loraplex_model.decoder.cuda.step.staging import Staging, Transfers
-from loraplex_model.decoder.cuda.step.tickets import PassTicket
+from loraplex_model.decoder.cuda.step.tickets import HostRoom, PassTicket
 from loraplex_model.decoder.cuda.step.workspace import Workspace
 from loraplex_model.decoder.cuda.table import DeviceTable
 from loraplex_model.decoder.cuda.tiles import most_tall_tiles
@@ -152,8 +152,10 @@ class CudaDecoder:
 
     def launch(self, batch: ForwardBatch, draws: DrawTable, lines: NDArray[np.int32]) -> PassTicket:
         """Launches a pass and the copies of its results: tokens and lines. See `start`."""
+        vocab, device = self.weights.config.vocab_size, self.weights.embed.device
+        room = HostRoom.of(len(draws.records), len(lines), vocab, device)
         under_way = self.start(batch, draws, lines)
-        return PassTicket.of(under_way.tokens, under_way.lines, self.transfers)
+        return PassTicket.of(under_way.tokens, under_way.lines, room, self.transfers)
 
     @torch.no_grad()
     def start(

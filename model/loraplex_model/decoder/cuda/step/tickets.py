@@ -12,6 +12,31 @@ from loraplex_model.decoder.cuda.step.staging import Transfers
 
 
 @dataclass(frozen=True, slots=True)
+class HostRoom:
+    """Pinned memory for the results of one pass.
+
+    It is taken before the pass is launched: if there is none left, nothing has been computed, and
+    the tokens that the pass before chose have not been overwritten.
+
+    Attributes:
+        tokens: int32 [D].
+        lines: float32 [L, vocab].
+    """
+
+    tokens: torch.Tensor
+    lines: torch.Tensor
+
+    @staticmethod
+    def of(draws: int, lines: int, vocab: int, device: torch.device) -> HostRoom:
+        """Room for so many tokens and lines; pinned if `device` is a CUDA device."""
+        pin = device.type == "cuda"
+        return HostRoom(
+            torch.empty(draws, dtype=torch.int32, pin_memory=pin),
+            torch.empty(lines, vocab, pin_memory=pin),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class PassTicket:
     """Results that are on their way to the host, in pinned memory of their own.
 
@@ -27,19 +52,16 @@ class PassTicket:
     transfers: Transfers
 
     @staticmethod
-    def of(tokens: torch.Tensor, lines: torch.Tensor, transfers: Transfers) -> PassTicket:
-        """Starts the copies of tokens, int32 [D], and lines, float32 [L, vocab]."""
-        found = [_copy(tensor, transfers) for tensor in (tokens, lines)]
-        return PassTicket(found[0], found[1], transfers.mark(tokens.device), transfers)
+    def of(
+        tokens: torch.Tensor, lines: torch.Tensor, room: HostRoom, transfers: Transfers
+    ) -> PassTicket:
+        """Starts the copies of tokens, int32 [D], and lines, float32 [L, vocab], to `room`."""
+        for source, target in ((tokens, room.tokens), (lines, room.lines)):
+            if source.numel():
+                transfers.copy_out(target, source)
+        return PassTicket(room.tokens, room.lines, transfers.mark(tokens.device), transfers)
 
     def wait(self) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """Waits for the pass and returns tokens and lines."""
         self.transfers.wait(self.ended)
         return self.tokens.numpy(), self.lines.numpy()
-
-
-def _copy(source: torch.Tensor, transfers: Transfers) -> torch.Tensor:
-    target = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
-    if source.numel():
-        transfers.copy_out(target, source)
-    return target
