@@ -72,6 +72,17 @@ def test_a_size_that_is_given_must_fit_and_the_message_names_every_part() -> Non
         assert part in refused.value.message
 
 
+def test_copies_take_a_part_of_what_the_settings_leave_and_nothing_on_a_cpu() -> None:
+    config = settings_with(gpu_memory=0.5, merge_memory=GIB, adapter_memory=2 * GIB, kv_tokens=100)
+    used = 1 + 4 + 2  # elsewhere, base, adapters
+    sizer = CacheSizer(config, GIB // 100, GIB, lambda: ((40 - used) * GIB, 40 * GIB))
+    left = (20 - used - 4 - 1) * GIB - GIB // 100 * 100  # base again, merges, cache
+    assert sizer.room_for_copies() == left // 4
+    tight = CacheSizer(settings_with(gpu_memory=0.2), 1, GIB, sizer.measure)
+    assert tight.room_for_copies() == 0
+    assert CacheSizer(config, 1).room_for_copies() == 0
+
+
 def test_what_is_on_the_device_is_measured_and_what_comes_later_is_left_free() -> None:
     free = [8 * GIB]
     config = settings_with(gpu_memory=1.0, merge_memory=GIB, virtual_tokens=100)

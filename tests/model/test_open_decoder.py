@@ -78,6 +78,13 @@ def test_graphs_can_be_left_out_and_a_few_passes_need_none(made: list[Any], tmp_
 
 
 @pytest.mark.usefixtures("capable")
+def test_the_memory_for_copies_can_be_given(made: list[Any], tmp_path: Path) -> None:
+    opened(weights(), tmp_path, serving=opening.ServingSizes(copy_bytes=0))
+    opened(weights(), tmp_path, serving=opening.ServingSizes(copy_bytes=5))
+    assert [options["copy_bytes"] for _, options in made] == [0, 5]
+
+
+@pytest.mark.usefixtures("capable")
 @pytest.mark.parametrize(
     ("of", "change", "why"),
     [

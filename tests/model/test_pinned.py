@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
+from loraplex_model.decoder.cuda.memory import pinned as pinned_memory
 from loraplex_model.decoder.cuda.memory.pinned import PinnedArena
 
 PAGE = 4096
@@ -58,6 +60,22 @@ def test_without_pinning_there_is_a_warning_and_ordinary_memory(
     assert "the limit is 0" in caplog.text
     assert arena.zeros(PAGE).sum() == 0
     assert (arena.size, arena.used) == (0, 0)
+
+
+def test_an_error_of_pinning_is_not_left_to_the_next_launch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """CUDA keeps it until somebody asks, and torch asks after each launch."""
+    taken: list[str] = []
+    cudart = SimpleNamespace(cudaHostRegister=lambda *_: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    monkeypatch.setattr(pinned_memory, "take_error", lambda: taken.append("error"))
+    assert pinned_memory.pin_memory(0, 4096) == "cudaHostRegister returned 2"
+    assert taken == ["error"]
+    cudart.cudaHostRegister = lambda *_: 0
+    assert pinned_memory.pin_memory(0, 4096) is None
+    assert taken == ["error"]
 
 
 def test_threads_that_take_and_drop_never_share_bytes() -> None:

@@ -61,12 +61,15 @@ class ServingSizes:
         max_draws: tokens that one pass chooses: requests that run together.
         max_rank: the largest rank of an adapter.
         has_graphs: whether CUDA graphs are captured.
+        copy_bytes: device memory for copies of the base's matrices whose products are faster; None
+            takes a quarter of what is free.
     """
 
     max_rows: int = 512
     max_draws: int = 64
     max_rank: int = 256
     has_graphs: bool = True
+    copy_bytes: int | None = None
 
 
 def block_size(weights: BaseWeights) -> int:
@@ -148,6 +151,7 @@ def _on_cuda(
     sizes = serving or ServingSizes(has_graphs=False)
     device = weights.embed.device
     free, _ = torch.cuda.mem_get_info(device)
+    copy_bytes = free // 4 if sizes.copy_bytes is None else sizes.copy_bytes
     return CudaDecoder(
         weights,
         num_blocks,
@@ -157,6 +161,6 @@ def _on_cuda(
         max_rows=sizes.max_rows,
         max_draws=sizes.max_draws,
         graphs=GraphSizes.up_to(sizes.max_draws, sizes.max_rank) if sizes.has_graphs else None,
-        copy_bytes=free // 4 if serving else 0,
+        copy_bytes=copy_bytes if serving else 0,
         timings=Timings(kernels / FILE, support.card_name(device, weights.embed.dtype)),
     )

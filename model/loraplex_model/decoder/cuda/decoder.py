@@ -284,7 +284,7 @@ class CudaDecoder:
         if self.weights.embed.is_cuda:
             torch.cuda.empty_cache()  # what measuring the products took and gave back
         vocab = self.weights.config.vocab_size
-        later = {"logits": 4 * vocab * max_rows}
+        later = {"logits": 2 * 4 * vocab * max_rows}  # those for the host are copied
         if shapes:
             later["graphs"] = Graphs.bytes_for(shapes, vocab)
         return later

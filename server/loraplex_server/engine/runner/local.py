@@ -110,16 +110,18 @@ class LocalRunner:
 
     def read_adapter(self, ref: AdapterRef) -> ReadAdapter:
         """Reads, verifies and packs an adapter's files. Raises `Refusal`."""
-        weights = self.decoder.weights
         with self._mapped(), self.memory.aside(), torch.inference_mode():
-            _, delta = load(Path(ref.path), ref.digest, weights, self.limits)
-            packed = pack(delta, weights.embed.dtype, self.memory.zeros)
-            dense = merged_nbytes(delta, weights.config, self.merge_dtype)
-        return ReadAdapter(packed, dense)
+            return self._errors.replace(lambda: self._read(ref))
+
+    def _read(self, ref: AdapterRef) -> ReadAdapter:
+        weights = self.decoder.weights
+        _, delta = load(Path(ref.path), ref.digest, weights, self.limits)
+        packed = pack(delta, weights.embed.dtype, self.memory.zeros)
+        return ReadAdapter(packed, merged_nbytes(delta, weights.config, self.merge_dtype))
 
     def prepare_adapter(self, adapter: ReadAdapter) -> bool:
         """Begins to copy an adapter to the device, or goes on; True once it can be published."""
-        return self.memory.prepare(adapter.packed)
+        return self._errors.replace(lambda: self.memory.prepare(adapter.packed))
 
     def publish_adapter(self, slot: int, adapter: ReadAdapter, blocks: Sequence[int]) -> None:
         """Points the slot to the adapter; computes its virtual tokens, once, into `blocks`.
@@ -202,9 +204,10 @@ def build(config: RunnerConfig) -> LocalRunner:
     most = weights.config.max_positions
     positions = min(config.max_context or most, most)
     memory = adapter_memory(device, config.adapter_memory, config.host_adapter_memory, NUM_SLOTS)
+    sizer = replace(sizer, bytes_of_token=token_bytes(weights.config, weights.embed.element_size()))
     decoder = open_decoder(
         weights,
-        replace(sizer, bytes_of_token=token_bytes(weights.config, weights.embed.element_size())),
+        sizer,
         NUM_SLOTS,
         max_positions=positions,
         cache=cache,
@@ -214,6 +217,7 @@ def build(config: RunnerConfig) -> LocalRunner:
             max_draws=config.max_running,
             max_rank=config.max_rank,
             has_graphs=config.cuda_graphs,
+            copy_bytes=sizer.room_for_copies(),
         ),
     )
     block_size = decoder.block_size

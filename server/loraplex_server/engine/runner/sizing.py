@@ -11,6 +11,8 @@ from loraplex_model.base.refusal import Reason, Refusal
 
 from loraplex_server.engine.runner.config import CPU_KV_BYTES, RunnerConfig
 
+_COPIES = 4  # this part of the memory that is left is for copies of the base's matrices
+
 
 @dataclass(frozen=True, slots=True)
 class DeviceMemory:
@@ -99,6 +101,22 @@ class CacheSizer:
     def prefix_blocks(self, block_size: int) -> int:
         """Blocks that are set aside for virtual tokens."""
         return -(-self.config.virtual_tokens // block_size)
+
+    def room_for_copies(self) -> int:
+        """Bytes for copies of the base's matrices: a part of what `gpu_memory` leaves.
+
+        To be called once the base and the memory for adapters are on the device. Leaves room for
+        the base once more, since its matrices are brought into the layout of the kernels.
+        """
+        if self.measure is None:
+            return 0
+        free, total = self.measure()
+        config = self.config
+        used = total - free
+        base = used - self.elsewhere - config.adapter_memory
+        cache = config.kv_tokens * self.bytes_of_token or config.kv_memory
+        limit = int(total * config.gpu_memory)
+        return max(0, limit - used - base - cache - config.merge_memory) // _COPIES
 
     def __call__(self, block_size: int, later: Mapping[str, int]) -> int:
         """See `decoder.open.CacheSize`. Raises `Refusal`."""

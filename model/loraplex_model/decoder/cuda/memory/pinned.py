@@ -13,6 +13,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 
@@ -84,4 +85,16 @@ def pin_memory(address: int, nbytes: int) -> str | None:
     if not torch.cuda.is_available():
         return "there is no CUDA device"
     status = int(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0))  # type: ignore[no-untyped-call]
-    return None if status == 0 else f"cudaHostRegister returned {status}"
+    if status == 0:
+        return None
+    take_error()
+    return f"cudaHostRegister returned {status}"
+
+
+def take_error() -> None:
+    """Takes the error that CUDA keeps after a call that failed and that torch did not check.
+
+    torch asks for it after every launch, and would report it for the next one, whatever that is.
+    """
+    with suppress(RuntimeError):
+        torch.ones(1, device="cuda")
