@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -105,6 +105,20 @@ def same(pair: tuple[CudaDecoder, CudaDecoder], batch: ForwardBatch, is_graph: b
     assert wanted.isfinite().all()
     assert torch.equal(found, wanted)
     assert torch.equal(graphs._cache, eager._cache)
+
+
+def test_without_a_capture_passes_are_launched_kernel_by_kernel(
+    weights: Any, pair: tuple[CudaDecoder, CudaDecoder], caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(body: Callable[[], None]) -> Any:
+        body()
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    decoder = make(weights, graphs=SIZES, capture=refuse)
+    assert decoder.graphs is None
+    assert "not permitted" in caplog.text
+    batch = decode([()] * 2)
+    assert torch.equal(decoder.forward(batch), pair[1].forward(batch))
 
 
 def test_recorded_without_adapters_and_repeated_with_sixty_four(

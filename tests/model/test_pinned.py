@@ -53,6 +53,15 @@ def test_what_does_not_fit_is_in_ordinary_memory_and_takes_nothing() -> None:
     assert bool((second == 1).all())
 
 
+def test_an_adapter_that_is_read_while_the_budget_is_used_up_is_pinned_too() -> None:
+    adapter = 3 * PAGE
+    arena = PinnedArena(PinnedArena.size_for(2 * adapter, adapter), pinned)
+    kept = [arena.zeros(adapter) for _ in range(2)]
+    read = arena.zeros(adapter)
+    assert arena.used == sum(tensor.nbytes for tensor in (*kept, read))
+    assert PinnedArena.size_for(0, 1 << 40) == 512 << 20
+
+
 def test_without_pinning_there_is_a_warning_and_ordinary_memory(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

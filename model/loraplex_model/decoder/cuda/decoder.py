@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,8 @@ from loraplex_model.decoder.cuda.step.tickets import HostRoom, PassTicket
 from loraplex_model.decoder.cuda.step.workspace import Workspace
 from loraplex_model.decoder.cuda.table import DeviceTable
 from loraplex_model.decoder.cuda.tiles import most_tall_tiles
+
+_LOGGER = logging.getLogger(__name__)
 
 BLOCK_SIZE = 32
 """Tokens of a KV block that serving uses; the kernels take any number."""
@@ -290,16 +293,26 @@ class CudaDecoder:
         return later
 
     @torch.no_grad()
-    def _captured(self, shapes: Sequence[PassShape], capture: Capture) -> Graphs:
-        return Graphs(
-            shapes,
-            self._space,
-            self._compute,
-            self._device_table.entries,
-            self.weights.config.vocab_size,
-            self.transfers,
-            capture,
-        )
+    def _captured(self, shapes: Sequence[PassShape], capture: Capture) -> Graphs | None:
+        """The graphs; None, with an error in the log, if the device captures none.
+
+        Passes have the same results without graphs, so a server starts all the same.
+        """
+        try:
+            return Graphs(
+                shapes,
+                self._space,
+                self._compute,
+                self._device_table.entries,
+                self.weights.config.vocab_size,
+                self.transfers,
+                capture,
+            )
+        except RuntimeError as error:
+            if self.weights.embed.is_cuda:
+                torch.cuda.synchronize()  # raises if the device cannot be used any more
+            _LOGGER.error("every pass is launched kernel by kernel, without graphs: %s", error)
+            return None
 
 
 def _description(device: torch.device) -> str:

@@ -26,7 +26,7 @@ class CudaAdapterMemory:
     ) -> None:
         """`adapter_budget` and `host_budget` are bytes for the adapters in `slots` slots."""
         self._device = device
-        self._host = PinnedArena(host_budget)
+        self._host = PinnedArena(PinnedArena.size_for(host_budget, adapter_budget))
         size = DeviceArena.size_for(adapter_budget, slots)
         self._adapters = DeviceAdapters(DeviceArena(size, device), CudaCopies(device))
         self._aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

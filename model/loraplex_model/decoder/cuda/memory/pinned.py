@@ -23,6 +23,7 @@ from loraplex_model.ops import mapping
 log = logging.getLogger(__name__)
 
 _GRANULE = 4096
+_BEING_READ = 512 << 20
 _SMALLEST = 1 << 17  # from this size on the memory is a mapping of its own, whole pages
 
 Pin = Callable[[int, int], str | None]
@@ -46,6 +47,16 @@ class PinnedArena:
         # A range is given back by the collector, on whatever thread and at whatever moment it
         # runs, so it is only noted there. Appending to a deque needs no lock.
         self._freed: deque[int] = deque()
+
+    @staticmethod
+    def size_for(budget: int, largest: int) -> int:
+        """Bytes for `budget` bytes of adapters, and for those that are being read beside them.
+
+        No adapter has more than `largest` bytes. Without room beside the budget, every adapter that
+        is read while the budget is used up would be in ordinary memory, and copying it would stop
+        the passes.
+        """
+        return budget + min(largest, _BEING_READ)
 
     @property
     def size(self) -> int:
