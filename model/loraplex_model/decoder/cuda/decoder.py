@@ -287,7 +287,7 @@ class CudaDecoder:
         if self.weights.embed.is_cuda:
             torch.cuda.empty_cache()  # what measuring the products took and gave back
         vocab = self.weights.config.vocab_size
-        later = {"logits": 2 * 4 * vocab * max_rows}  # those for the host are copied
+        later = {"logits": 4 * vocab * max_rows}
         if shapes:
             later["graphs"] = Graphs.bytes_for(shapes, vocab)
         return later
