@@ -33,5 +33,25 @@ def patch_once() -> None:
     interpreter.InterpretedFunction.__call__ = call
 
 
+def keep_types() -> None:
+    """Keeps numpy's type for each of Triton's, which the interpreter looks up in new tables."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    original, kept = interpreter._get_np_dtype, {}
+
+    def number_type(given: Any) -> Any:
+        scalar = given.scalar
+        if isinstance(scalar, tl.pointer_type):
+            return np.dtype(np.uint64)
+        if scalar.name not in kept:
+            kept[scalar.name] = original(scalar)
+        return kept[scalar.name]
+
+    interpreter._get_np_dtype = number_type
+
+
 if IS_INTERPRETED:
     patch_once()
+    keep_types()

@@ -14,9 +14,8 @@ import torch
 from loraplex_model.adapters.delta import VirtualTokens
 from loraplex_model.decoder import flash
 from loraplex_model.decoder.attention import PackedAttention
-from torch.nn.attention import varlen
-
 from model.conftest import Load
+from torch.nn.attention import varlen
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 2
 

@@ -124,10 +124,7 @@ class CudaDecoder:
         self.last_tokens = torch.full((max_draws,), -1, dtype=torch.int32, device=device)
         self._kept = sampling.workspace(max_draws, device)
         self._drawn = 0
-
         if not isinstance(num_blocks, int):
-            if device.type == "cuda":
-                torch.cuda.empty_cache()  # what measuring the products took and gave back
             num_blocks = num_blocks(block_size, self._taken_later(shapes, max_rows))
         shape = (num_blocks, config.num_kv_heads, block_size, config.head_dim)
         self._cache = torch.zeros((config.num_layers, 2, *shape), dtype=dtype, device=device)
@@ -277,7 +274,12 @@ class CudaDecoder:
         sampling.sample(logits, step.draws, self.last_tokens, self._kept)
 
     def _taken_later(self, shapes: Sequence[PassShape], max_rows: int) -> Mapping[str, int]:
-        """Estimate of the device memory that is taken after the cache, by purpose."""
+        """Estimate of the device memory that is taken after the cache, by purpose.
+
+        What is free can be measured after this call.
+        """
+        if self.weights.embed.is_cuda:
+            torch.cuda.empty_cache()  # what measuring the products took and gave back
         vocab = self.weights.config.vocab_size
         later = {"logits": 4 * vocab * max_rows}
         if shapes:

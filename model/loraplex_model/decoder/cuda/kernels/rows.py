@@ -242,29 +242,21 @@ def _norm_residual(
     tl.store(normed + target.to(tl.int64)[:, None] * HIDDEN + d[None, :], result, mask=is_cell)
 
 
+@triton.jit
+def _weighted(unit, q_weight, k_weight, q_cell, k_cell, TYPE: tl.constexpr):
+    """Normed halves of heads times their weights; those of values become 0."""
+    # for every cell at most one of the two loads is not masked
+    weight = tl.load(q_weight, mask=q_cell, other=0.0).to(tl.float32)
+    weight += tl.load(k_weight, mask=k_cell, other=0.0).to(tl.float32)
+    return rounded(rounded(unit, TYPE).to(tl.float32) * weight, TYPE).to(tl.float32)
+
+
 @triton.jit(do_not_specialize=["count"])
 def _rope_cache(
-    qkv,
-    positions,
-    kv_slots,
-    cos,
-    sin,
-    q,
-    keys,
-    values,
-    q_norm,
-    k_norm,
-    count,
-    eps,
-    Q_HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    HALF: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    HEADS: tl.constexpr,
-    ROWS: tl.constexpr,
-    HAS_NORMS: tl.constexpr,
-):
+    qkv, positions, kv_slots, cos, sin, q, keys, values, q_norm, k_norm, count, eps,
+    Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, HAS_NORMS: tl.constexpr
+):  # fmt: skip
     """`HEADS` heads of some rows, each in two halves; grid (T / ROWS, heads / HEADS)."""
     WIDTH: tl.constexpr = HEAD_DIM // 2
     TYPE: tl.constexpr = qkv.dtype.element_ty
@@ -282,18 +274,11 @@ def _rope_cache(
     second = tl.load(qkv + at + WIDTH, mask=is_cell, other=0.0)
     a, b = first.to(tl.float32), second.to(tl.float32)
     if HAS_NORMS:
-        scale = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / HEAD_DIM + eps)
+        scale = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / HEAD_DIM + eps)[:, None]
         q_cell, k_cell = is_q[:, None] & is_half, is_k[:, None] & is_half
         d_ = d[None, :] + (head * 0)[:, None]
-        a = rounded(a * scale[:, None], TYPE).to(tl.float32)
-        b = rounded(b * scale[:, None], TYPE).to(tl.float32)
-        # one of the two loads is masked, and a value's weight is 0; it is stored as it was
-        a_weight = tl.load(q_norm + d_, mask=q_cell, other=0.0).to(tl.float32)
-        a_weight += tl.load(k_norm + d_, mask=k_cell, other=0.0).to(tl.float32)
-        b_weight = tl.load(q_norm + d_ + WIDTH, mask=q_cell, other=0.0).to(tl.float32)
-        b_weight += tl.load(k_norm + d_ + WIDTH, mask=k_cell, other=0.0).to(tl.float32)
-        a = rounded(a * a_weight, TYPE).to(tl.float32)
-        b = rounded(b * b_weight, TYPE).to(tl.float32)
+        a = _weighted(a * scale, q_norm + d_, k_norm + d_, q_cell, k_cell, TYPE)
+        b = _weighted(b * scale, q_norm + d_ + WIDTH, k_norm + d_ + WIDTH, q_cell, k_cell, TYPE)
     position = tl.load(positions + row, mask=is_row, other=0).to(tl.int64)
     angle = position[:, None] * WIDTH + d[None, :]
     c = tl.load(cos + angle, mask=is_half, other=0.0)
@@ -336,68 +321,63 @@ _SHAPES = {"llama_8b": (4096, 14336, 32, 8, 128), "smollm2": (576, 1536, 9, 3, 6
 def compilations() -> list[Compilation]:
     """The configurations that `make gpu-aot` compiles."""
     found = []
-    for model, (hidden, intermediate, heads, kv_heads, head_dim) in _SHAPES.items():
+    for model, (hidden, intermediate, *heads) in _SHAPES.items():
         for dtype in (torch.bfloat16, torch.float32):
             kind = str(TYPES[dtype])
             p, name = f"*{kind}", f"{model}_{kind}"
-            found.append(
+            tokens = {"tokens": "*i32", "table": p, "last_tokens": "*i32", "out": p}
+            numbers = dict.fromkeys(("count", "vocab", "drawn"), "i32")
+            constants = {"BLOCK": _BLOCK, "ROWS": _ROWS}
+            found += [
                 Compilation(
-                    _embed,
-                    f"embed_{name}",
-                    {
-                        "tokens": "*i32",
-                        "table": p,
-                        "last_tokens": "*i32",
-                        "out": p,
-                        **dict.fromkeys(("count", "vocab", "drawn"), "i32"),
-                    },
-                    {"HIDDEN": hidden, "BLOCK": _BLOCK, "ROWS": _ROWS},
-                )
-            )
-            for has_rows in (False, True):
-                constants, options = _norm_configuration(hidden, True, has_rows)
-                arguments = dict.fromkeys(("x", "delta", "weight", "normed"), p)
-                found.append(
-                    Compilation(
-                        _norm_residual,
-                        f"norm_residual_{name}" + ("_rows" if has_rows else ""),
-                        {
-                            **arguments,
-                            "rows": "*i32" if has_rows else p,
-                            "count": "i32",
-                            "eps": "fp32",
-                        },
-                        constants,
-                        **options,
-                        is_hot=True,
-                    )
-                )
-            for has_norms in (False, True):
-                constants, options = _rope_configuration(heads, kv_heads, head_dim, 32, has_norms)
-                found.append(
-                    Compilation(
-                        _rope_cache,
-                        f"rope_cache_{name}" + ("_norms" if has_norms else ""),
-                        {
-                            "qkv": p,
-                            **dict.fromkeys(("positions", "kv_slots"), "*i32"),
-                            **dict.fromkeys(("cos", "sin"), "*fp32"),
-                            **dict.fromkeys(("q", "keys", "values", "q_norm", "k_norm"), p),
-                            "count": "i32",
-                            "eps": "fp32",
-                        },
-                        constants,
-                        **options,
-                        is_hot=True,
-                    )
-                )
-            found.append(
+                    _embed, f"embed_{name}", tokens | numbers, {"HIDDEN": hidden, **constants}
+                ),
                 Compilation(
                     _silu_mul,
                     f"silu_mul_{name}",
                     {"gate_up": p, "out": p, "count": "i32"},
-                    {"WIDTH": intermediate, "BLOCK": _BLOCK, "ROWS": _ROWS},
+                    {"WIDTH": intermediate, **constants},
                     is_hot=True,
-                )
-            )
+                ),
+                *(_norm_compilation(hidden, p, name, has_rows) for has_rows in (False, True)),
+                *(_rope_compilation(*heads, p, name, has_norms) for has_norms in (False, True)),
+            ]
     return found
+
+
+def _norm_compilation(hidden: int, p: str, name: str, has_rows: bool) -> Compilation:
+    constants, options = _norm_configuration(hidden, True, has_rows)
+    return Compilation(
+        _norm_residual,
+        f"norm_residual_{name}" + ("_rows" if has_rows else ""),
+        {
+            **dict.fromkeys(("x", "delta", "weight", "normed"), p),
+            "rows": "*i32" if has_rows else p,
+            "count": "i32",
+            "eps": "fp32",
+        },
+        constants,
+        **options,
+        is_hot=True,
+    )
+
+
+def _rope_compilation(
+    heads: int, kv_heads: int, head_dim: int, p: str, name: str, has_norms: bool
+) -> Compilation:
+    constants, options = _rope_configuration(heads, kv_heads, head_dim, 32, has_norms)
+    return Compilation(
+        _rope_cache,
+        f"rope_cache_{name}" + ("_norms" if has_norms else ""),
+        {
+            "qkv": p,
+            **dict.fromkeys(("positions", "kv_slots"), "*i32"),
+            **dict.fromkeys(("cos", "sin"), "*fp32"),
+            **dict.fromkeys(("q", "keys", "values", "q_norm", "k_norm"), p),
+            "count": "i32",
+            "eps": "fp32",
+        },
+        constants,
+        **options,
+        is_hot=True,
+    )

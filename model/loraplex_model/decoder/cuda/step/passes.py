@@ -84,9 +84,9 @@ class PassShape:
             kind = "f4" if name == "term_weight" else "i4"
             lora[name] = Segment(kind, size, read.get(name, unread))
         draws = {
-            "records": Segment("i4", self.draws * RECORD, unread),
+            "draw": Segment("i4", self.draws * RECORD, unread),
             "draw_count": Segment("i4", 1),
-            "lines": Segment("i4", self.lines, unread),
+            "line": Segment("i4", self.lines, unread),
             "line_count": Segment("i4", 1),
             "copies": Segment("i8", 2 * self.copies),
         }
@@ -155,40 +155,31 @@ def plan_pass(
     chunks = plan_chunks(batch, table)
     has_virtual = bool(batch.tokens.max() >= vocab)
     head_segments = plan_head(batch, table).segments if chunks.segments else ()
-    needs_torch = has_virtual or any(
-        segment.needs_torch for segment in (*chunks.segments, *head_segments)
-    )
+    segments = (*chunks.segments, *head_segments)
+    needs_torch = has_virtual or any(segment.needs_torch for segment in segments)
     for fields in (tiles.short, tiles.tall):
         fields[:, _SEQUENCE] = starts[fields[:, _SEQUENCE]]
     records, lists = _records(draws, len(tables))
     kept = np.empty(0, np.int32) if lines is None else lines
-    lora = chunks.capacity if len(chunks.chunk_begin) else None
     shape = PassShape(
         rows=len(batch.tokens),
         logits=len(batch.logit_rows),
         short=len(tiles.short),
         tall=len(tiles.tall),
         chunks=tiles.chunks,
-        lora=lora,
+        lora=chunks.capacity if len(chunks.chunk_begin) else None,
         draws=len(records),
         lines=len(kept),
         ragged=len(tables) + len(lists),
         copies=len(batch.copies),
     )
-    arrays: dict[str, NDArray[Any]] = {
+    arrays = {
         "tokens": batch.tokens,
         "positions": batch.positions,
         "kv_slots": slots,
         "logit_rows": batch.logit_rows,
-        "short": tiles.short,
-        "short_count": np.array([len(tiles.short)], np.int32),
-        "tall": tiles.tall,
-        "tall_count": np.array([len(tiles.tall)], np.int32),
+        **_counted(short=tiles.short, tall=tiles.tall, draw=records, line=kept),
         **chunks.arrays(),
-        "records": records,
-        "draw_count": np.array([len(records)], np.int32),
-        "lines": kept,
-        "line_count": np.array([len(kept)], np.int32),
         "copies": batch.copies.T.astype(np.int64),
         "ragged": np.concatenate([tables, lists]),
     }
@@ -200,6 +191,12 @@ def plan_pass(
         head_segments if needs_torch else (),
         has_virtual,
     )
+
+
+def _counted(**parts: NDArray[np.int32]) -> dict[str, NDArray[Any]]:
+    """Arrays by their names, and the number of rows of each."""
+    counts = {f"{name}_count": np.array([len(part)], np.int32) for name, part in parts.items()}
+    return {**parts, **counts}
 
 
 def _blocks(
@@ -286,10 +283,8 @@ class DevicePass:
             short=_tiles(views, "short", shape.short, shape.chunks),
             tall=_tiles(views, "tall", shape.tall, 0),
             lora=lora,
-            draws=DeviceDraws(
-                views["records"].view(-1, RECORD), views["ragged"], views["draw_count"]
-            ),
-            lines=views["lines"],
+            draws=DeviceDraws(views["draw"].view(-1, RECORD), views["ragged"], views["draw_count"]),
+            lines=views["line"],
             line_count=views["line_count"],
             copies=views["copies"].view(2, -1),
             own=own,
