@@ -57,7 +57,7 @@ class AheadMachine(EngineMachine):
         super().teardown()
 
 
-AheadMachine.TestCase.settings = settings(EngineMachine.TestCase.settings)
+AheadMachine.TestCase.settings = settings(EngineMachine.TestCase.settings, max_examples=100)
 TestEveryRequestOfAnEngineThatWorksAheadEndsOnceWithTheRightTokens = AheadMachine.TestCase
 for _name in ("memory-measured-idle", "right-weights-excused"):
     pytest.mark.fault(_name)(TestEveryRequestOfAnEngineThatWorksAheadEndsOnceWithTheRightTokens)

@@ -12,8 +12,6 @@ from loraplex_server.engine.adapters.eviction import GreedyDual
 from loraplex_server.engine.adapters.host_tier import HostAdapter, HostTier
 from loraplex_server.engine.messages import AdapterRef
 
-pytestmark = pytest.mark.usefixtures("pace")
-
 
 def leaving(order: GreedyDual, keys: str) -> str:
     return "".join(sorted(keys, key=order.worth))

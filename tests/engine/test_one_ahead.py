@@ -312,7 +312,7 @@ REQUESTS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     requests=st.lists(REQUESTS, min_size=1, max_size=7),
     gaps=st.lists(st.integers(0, 3), min_size=7, max_size=7),

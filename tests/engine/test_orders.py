@@ -167,6 +167,7 @@ async def full_engine() -> AsyncIterator[tuple[EngineClient, Observer]]:
 
 
 @pytest.mark.fault("abandoned-orders")
+@pytest.mark.lock_step
 async def test_orders_whose_callers_are_gone_are_withdrawn_from_the_engine() -> None:
     async with full_engine() as (client, observer):
         gone = [
@@ -186,6 +187,7 @@ async def test_orders_whose_callers_are_gone_are_withdrawn_from_the_engine() -> 
 
 
 @pytest.mark.fault("abandoned-orders")
+@pytest.mark.lock_step
 async def test_more_orders_than_may_wait_are_refused_at_once() -> None:
     async with full_engine() as (client, _):
         ref = AdapterRef("sha256:other", "{}")

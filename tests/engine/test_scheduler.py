@@ -157,6 +157,7 @@ def test_limits_that_cannot_work_are_refused(limits: dict[str, int]) -> None:
         EngineLimits(**limits)
 
 
+@pytest.mark.lock_step
 def test_scheduler_requests_and_blocks_need_neither_torch_nor_numpy_nor_grpc() -> None:
     code = (
         "import sys\n"

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from loraplex_model.adapters.pack import PackedAdapter
-from loraplex_model.decoder.cuda.arena import GRANULE, ArenaFull, DeviceArena
-from loraplex_model.decoder.cuda.copies import DeviceAdapters, ImmediateCopies
+from loraplex_model.decoder.cuda.memory.arena import GRANULE, ArenaFull, DeviceArena
+from loraplex_model.decoder.cuda.memory.copies import DeviceAdapters, ImmediateCopies
 
 CPU = torch.device("cpu")
 

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loraplex_model.adapters.pack import PackedAdapter
-from loraplex_model.decoder.cuda import arena as arenas
-from loraplex_model.decoder.cuda.arena import GRANULE, ArenaFull, DeviceArena
-from loraplex_model.decoder.cuda.ranges import Ranges
+from loraplex_model.decoder.cuda.memory import arena as arenas
+from loraplex_model.decoder.cuda.memory.arena import GRANULE, ArenaFull, DeviceArena
+from loraplex_model.decoder.cuda.memory.ranges import Ranges
 
 CPU = torch.device("cpu")
 

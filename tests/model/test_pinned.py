@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from loraplex_model.decoder.cuda.pinned import PinnedArena
+from loraplex_model.decoder.cuda.memory.pinned import PinnedArena
 
 PAGE = 4096
 

@@ -23,7 +23,8 @@ SUMMED: Final = (
 """States of an engine; together they are the sums over the engines that are up."""
 
 COUNTED: Final = (
-    "preemptions", "evictions", "host_evictions", "prefetches", "prefetch_hits",
+    "preemptions", "evictions", "host_evictions", "prefetches", "prefetch_hits", "wasted_rows",
+    "out_of_memory",
 )  # fmt: skip
 """Numbers since an engine started; together they also count those of lost engines."""
 

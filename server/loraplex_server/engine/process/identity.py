@@ -39,7 +39,7 @@ def tokenizer_digests(hello: Hello) -> Mapping[str, str]:
 def differences(first: Hello, now: Hello) -> list[str]:
     """What two engines report differently, as `field: old, now new`.
 
-    On a GPU the size of the KV cache may differ; each engine refuses what does not fit into its own.
+    On a GPU the size of the KV cache may differ; an engine refuses what does not fit into its own.
     """
     own = _BY_MEMORY if first.model.device.startswith("cuda") else frozenset()
     old, new = dict(_fields(msgspec.to_builtins(first))), dict(_fields(msgspec.to_builtins(now)))

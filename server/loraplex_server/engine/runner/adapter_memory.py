@@ -72,6 +72,6 @@ def adapter_memory(
     """The memory for adapters on `device`, with all of it taken at once; sizes in bytes."""
     if device.type != "cuda":
         return SharedMemory()
-    from loraplex_model.decoder.cuda.adapter_memory import CudaAdapterMemory
+    from loraplex_model.decoder.cuda.memory.adapters import CudaAdapterMemory
 
     return CudaAdapterMemory(device, adapter_budget, host_budget, slots)

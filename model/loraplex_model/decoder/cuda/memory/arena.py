@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 
 from loraplex_model.adapters.pack import PackedAdapter
-from loraplex_model.decoder.cuda.ranges import Ranges
+from loraplex_model.decoder.cuda.memory.ranges import Ranges
 
 GRANULE = 4096
 """Bytes of which every range is a multiple."""

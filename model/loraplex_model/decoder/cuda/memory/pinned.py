@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import torch
 
-from loraplex_model.decoder.cuda.ranges import Ranges
+from loraplex_model.decoder.cuda.memory.ranges import Ranges
 from loraplex_model.ops import mapping
 
 log = logging.getLogger(__name__)

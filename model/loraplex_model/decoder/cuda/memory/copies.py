@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 
 from loraplex_model.adapters.pack import PackedAdapter
-from loraplex_model.decoder.cuda.arena import DeviceArena
+from loraplex_model.decoder.cuda.memory.arena import DeviceArena
 
 
 class Copy(Protocol):

@@ -9,9 +9,9 @@ import torch
 
 from loraplex_model.adapters.pack import PackedAdapter
 from loraplex_model.adapters.table import Merged
-from loraplex_model.decoder.cuda.arena import DeviceArena
-from loraplex_model.decoder.cuda.copies import CudaCopies, DeviceAdapters
-from loraplex_model.decoder.cuda.pinned import PinnedArena
+from loraplex_model.decoder.cuda.memory.arena import DeviceArena
+from loraplex_model.decoder.cuda.memory.copies import CudaCopies, DeviceAdapters
+from loraplex_model.decoder.cuda.memory.pinned import PinnedArena
 
 
 class CudaAdapterMemory:
