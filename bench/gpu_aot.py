@@ -48,6 +48,7 @@ def by_release(directory: Path | None) -> tuple[str, list[Usage]]:
         environment = {
             **os.environ,
             "TRITON_DUMP_PTXAS_LOG": "1",
+            "TRITON_ALWAYS_COMPILE": "1",  # what comes from the cache has no log
             "TRITON_CACHE_DIR": cache,
             "OMP_NUM_THREADS": "1",
         }

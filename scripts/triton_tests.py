@@ -8,8 +8,7 @@ these run:
 
 - tests/cuda: every kernel and the parts of the decoder, compared with float64;
 - the suites of the other decoders, with the decoder on CUDA in the interpreter (`-k cuda`);
-- bench/gpu_check.py --dry: every stage of the check that runs on a GPU, with tiny models;
-- bench/gpu_launches.py: the launches of a layer and the waits of a step.
+- bench/gpu_check.py --dry: every stage of the check that runs on a GPU, with tiny models.
 
 Each test file is a process, and `LORAPLEX_TEST_PROCESSES` of them (default: 2) run side by side,
 since the interpreter uses one core. The output of a process is printed when it ends. The last line
@@ -56,12 +55,11 @@ def jobs(arguments: Sequence[str]) -> list[Job]:
     pytest = ("-m", "pytest", "-q", "-rs")
     if arguments:
         return [Job("pytest", (*pytest, *arguments))]
-    benches = [Job("bench/gpu_check.py --dry", ("bench/gpu_check.py", "--dry"))]
-    benches += [Job("bench/gpu_launches.py", ("bench/gpu_launches.py",))]
+    check = Job("bench/gpu_check.py --dry", ("bench/gpu_check.py", "--dry"))
     suites = [Job(f"{path} -k cuda", (*pytest, path, "-k", "cuda")) for path in SUITES]
     files = sorted((ROOT / "tests" / "cuda").glob("test_*.py"))
     own = [Job(name, (*pytest, name)) for name in (str(file.relative_to(ROOT)) for file in files)]
-    return [*benches, *suites, *own]
+    return [check, *suites, *own]
 
 
 def run(job: Job, cache: str) -> tuple[int, str, float]:
