@@ -8,6 +8,7 @@ choice, and with it the card, decides the last bits of a result. For one choice 
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -320,7 +321,7 @@ _REPEATS = 7
 
 def device_time(candidate: str, shape: Shape, rows: int, run: Callable[[], None]) -> float:
     """Median of the microseconds of `run` as a CUDA graph, without the time of the launches."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream = _stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         run()  # compiles, and allocates what a capture may not
@@ -337,6 +338,12 @@ def device_time(candidate: str, shape: Shape, rows: int, run: Callable[[], None]
     torch.cuda.current_stream().wait_stream(stream)
     spans = sorted(start.elapsed_time(end) * 1e3 for start, end in pairwise(events))
     return float(spans[len(spans) // 2])
+
+
+@functools.cache
+def _stream(device: int) -> torch.cuda.Stream:
+    """The stream of all measurements: for each stream cuBLAS keeps a workspace for ever."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _event() -> torch.cuda.Event:
