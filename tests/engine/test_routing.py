@@ -6,6 +6,7 @@ import random
 from collections.abc import Mapping
 
 import pytest
+from engine.oracle import OracleRunner
 from loraplex_server.engine.group.joining import (
     COUNTED,
     NOTHING,
@@ -19,8 +20,15 @@ from loraplex_server.engine.group.routing import (
     SPREAD_REQUESTS,
     TOKENS_AS_REQUEST,
     Routes,
+    with_room,
 )
-from loraplex_server.engine.messages import AdapterRef, AdapterStatus, Hello, StepStats, Submit
+from loraplex_server.engine.messages import (
+    AdapterRef,
+    AdapterStatus,
+    Hello,
+    StepStats,
+    Submit,
+)
 from msgspec import structs
 
 Table = Mapping[str, AdapterStatus]
@@ -111,6 +119,19 @@ def test_a_lost_engine_counts_from_nothing() -> None:
     assert routes.loads[0].weight == TOKENS_AS_REQUEST + 7
     routes.end(2)
     assert (routes.loads[0].weight, len(routes.loads[0].expected), len(routes)) == (0, 0, 0)
+
+
+def test_a_request_goes_where_the_cache_holds_it_and_anywhere_if_none_does() -> None:
+    oracle = OracleRunner().info
+
+    def hello(blocks: int, context: int) -> Hello:
+        return Hello(structs.replace(oracle, max_context=context), blocks, 16, 0)
+
+    sizes = {0: hello(2, 1000), 2: hello(4, 1000), 3: hello(100, 40)}
+    assert with_room(33, [0, 2, 3], sizes) == [0, 2, 3]
+    assert with_room(34, [0, 2, 3], sizes) == [2, 3]
+    assert with_room(41, [0, 2, 3], sizes) == [2]
+    assert with_room(66, [0, 2, 3], sizes) == [0, 2, 3]
 
 
 def test_whatever_happens_the_loads_are_those_of_the_open_requests() -> None:

@@ -17,7 +17,7 @@ from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_server.engine.group.devices import EnginePlacement
 from loraplex_server.engine.group.face import Engine, EngineMember, GroupObserver
 from loraplex_server.engine.group.joining import JoinedStats, join_hellos, join_tables
-from loraplex_server.engine.group.routing import Routes
+from loraplex_server.engine.group.routing import Routes, with_room
 from loraplex_server.engine.messages import (
     AdapterRef,
     AdapterStatus,
@@ -105,7 +105,8 @@ class EngineGroup:
         """
         engine = self._evidence.confined_to(message)
         if engine is None or self.members[engine].client.has_given_up:
-            engine = self._choose([ref.digest for ref in message.adapters])
+            tokens = len(message.token_ids) + message.max_new_tokens
+            engine = self._choose([ref.digest for ref in message.adapters], tokens)
         self._routes.add(message, engine)
         return self.members[engine].client.submit(message)
 
@@ -115,15 +116,16 @@ class EngineGroup:
         if engine is not None:
             self.members[engine].client.abort(request_id)
 
-    def _choose(self, digests: Sequence[str]) -> int:
-        """The engine for these adapters; the first one, which refuses, if none is up."""
+    def _choose(self, digests: Sequence[str], tokens: int = 0) -> int:
+        """The engine for these adapters and tokens; the first, which refuses, if none is up."""
         up = self._up()
         if not up:
             return 0
+        up = with_room(tokens, up, {n: self.members[n].client.hello for n in up})
         tables = [member.client.adapters for member in self.members]
         return self._routes.choose(dict.fromkeys(digests).keys(), up, tables)
 
-    def _up(self) -> list[int]:
+    def _up(self) -> Sequence[int]:
         return [number for number, member in enumerate(self.members) if member.client.ready]
 
     # orders

@@ -4,7 +4,8 @@ The load of an engine is what the front has given to it and what has not ended: 
 one, and `TOKENS_AS_REQUEST` prompt tokens that are not computed yet count one more. Nothing is
 estimated from reports, which arrive late.
 
-The rule, for the engines that are up:
+The rule, for the engines that are up and whose KV cache holds the request, if there are any (on
+GPUs the caches may differ in size):
 
 1. Those whose load is at most `SPREAD_FACTOR` times the smallest load plus `SPREAD_REQUESTS` are
    candidates. The engine with the smallest load always is.
@@ -24,13 +25,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final
 
-from loraplex_server.engine.messages import AdapterStatus, Submit
+from loraplex_server.engine.messages import AdapterStatus, Hello, Submit
 
 TOKENS_AS_REQUEST: Final = 64
 SPREAD_FACTOR: Final = 2
 SPREAD_REQUESTS: Final = 8
 
 _RESIDENT, _COMING, _HOST, _ABSENT = range(4)
+
+
+def with_room(tokens: int, up: Sequence[int], sizes: Mapping[int, Hello]) -> Sequence[int]:
+    """The engines of `up` that accept requests of so many tokens; all of `up` if none does.
+
+    `tokens` are those of a prompt and its answer.
+    """
+
+    def longest(hello: Hello) -> int:  # as in `batching.admission`
+        return min(hello.model.max_context, hello.num_blocks * hello.block_size + 1)
+
+    return [engine for engine in up if tokens <= longest(sizes[engine])] or up
 
 
 @dataclass(slots=True)
