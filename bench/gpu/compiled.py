@@ -27,7 +27,7 @@ def run(report: StageReport) -> None:
         major, minor = torch.cuda.get_device_capability()
         capability = 10 * major + minor
     os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
-    os.environ["TRITON_ALWAYS_COMPILE"] = "1"  # what comes from the cache has no log
+    os.environ["TRITON_ALWAYS_COMPILE"] = "1"  # a kernel from the cache has no compiler log
     names = [compilation.name for compilation in compilations()]
     if report.dry:
         kernels = {compilation.kernel: compilation.name for compilation in compilations()}

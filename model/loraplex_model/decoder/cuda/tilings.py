@@ -66,8 +66,9 @@ _FAMILIES: Mapping[int, Sequence[Tiling]] = {
 capability 8.0, 9.0 or 12.0; with 256 activation rows all do outside 9.0."""
 
 _PROGRAMS = 3
-"""Programs for each multiprocessor that keep enough reads in flight: a program has 4 to 8 KiB on
-the way, and 3 TB/s at a latency of 0.8 microseconds are 18 KiB on each of 132 multiprocessors."""
+"""Programs for each multiprocessor that keep enough reads in flight. An estimate, not measured: a
+program reads 4 to 8 KiB at a time, and 3 TB/s at a latency of 0.8 microseconds need 18 KiB on each
+of 132 multiprocessors."""
 
 _MOST_SPLITS = 16
 
@@ -117,7 +118,7 @@ class Scratch:
 
     Attributes:
         partials: float32, sums of the programs of every tile.
-        arrivals: int32, for every tile the number of programs that are done; zero between launches.
+        arrivals: int32, for every tile the number of programs that have ended; 0 between launches.
     """
 
     partials: torch.Tensor

@@ -371,7 +371,9 @@ def compilations() -> list[Compilation]:
 def _compilation(
     tiling: Tiling, dtype: torch.dtype, number: str, pointers: Mapping[str, str], nested: bool
 ) -> Compilation:
-    shared = replace(tiling, split=min(2, tiling.split))  # the kernel knows only whether it is cut
+    shared = replace(
+        tiling, split=min(2, tiling.split)
+    )  # the kernel depends only on whether there is a split
     return Compilation(
         multiply_kernel,
         f"{shared.name} {number} nested {nested}",
