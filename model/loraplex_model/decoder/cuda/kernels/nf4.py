@@ -371,9 +371,7 @@ def compilations() -> list[Compilation]:
 def _compilation(
     tiling: Tiling, dtype: torch.dtype, number: str, pointers: Mapping[str, str], nested: bool
 ) -> Compilation:
-    shared = replace(
-        tiling, split=min(2, tiling.split)
-    )  # the kernel depends only on whether there is a split
+    shared = replace(tiling, split=min(2, tiling.split))  # all splits are one kernel
     return Compilation(
         multiply_kernel,
         f"{shared.name} {number} nested {nested}",
