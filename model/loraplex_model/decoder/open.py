@@ -120,7 +120,7 @@ def open_decoder(
         reasons = [f"the kernels cannot be used: {why}"]
         if slow := flash.obstacle(weights.embed.device, dtype, weights.config.head_dim, size):
             reasons.append(f"attention computes one sequence after the other: {slow}")
-        log.warning("decoding will be many times slower, since %s", "; ".join(reasons))
+        log.warning("expect decoding to be many times slower: %s", "; ".join(reasons))
     return ReferenceDecoder(weights, num_blocks, size, num_slots)
 
 
