@@ -61,12 +61,18 @@ class ServingSizes:
         max_draws: tokens that one pass chooses: requests that run together.
         max_rank: the largest rank of an adapter.
         has_graphs: whether CUDA graphs are captured.
+        memory: part of the device's memory that may be in use, other processes included.
     """
 
     max_rows: int = 512
     max_draws: int = 64
     max_rank: int = 256
     has_graphs: bool = True
+    memory: float = 0.9
+
+    def copy_bytes(self, free: int, total: int) -> int:
+        """Most bytes for copies of matrices: a quarter of what may still be used."""
+        return max(0, int(total * self.memory) - (total - free)) // 4
 
 
 def block_size(weights: BaseWeights) -> int:
@@ -147,7 +153,6 @@ def _on_cuda(
 
     sizes = serving or ServingSizes(has_graphs=False)
     device = weights.embed.device
-    free, _ = torch.cuda.mem_get_info(device)
     return CudaDecoder(
         weights,
         num_blocks,
@@ -157,6 +162,6 @@ def _on_cuda(
         max_rows=sizes.max_rows,
         max_draws=sizes.max_draws,
         graphs=GraphSizes.up_to(sizes.max_draws, sizes.max_rank) if sizes.has_graphs else None,
-        copy_bytes=free // 4 if serving else 0,
+        copy_bytes=serving.copy_bytes(*torch.cuda.mem_get_info(device)) if serving else 0,
         timings=Timings(kernels / FILE, support.card_name(device, weights.embed.dtype)),
     )

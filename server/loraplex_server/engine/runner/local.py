@@ -214,6 +214,7 @@ def build(config: RunnerConfig) -> LocalRunner:
             max_draws=config.max_running,
             max_rank=config.max_rank,
             has_graphs=config.cuda_graphs,
+            memory=config.gpu_memory,
         ),
     )
     block_size = decoder.block_size
