@@ -38,7 +38,7 @@ def compile_all() -> None:
 
     print(json.dumps(triton.__version__), flush=True)
     for compilation in compilations():
-        for capability in SHARED_KB:
+        for capability in compilation.targets:
             print(json.dumps(asdict(compile_one(compilation, capability))), flush=True)
 
 
@@ -89,15 +89,18 @@ def document(results: Mapping[str, Sequence[Usage]]) -> str:
         "",
         "Written by `make gpu-aot`, without a GPU. For each target: registers of a thread, shared",
         "memory of a block in KiB, the matrix instruction, and what a thread spills to memory, if",
-        "anything. A kernel marked `*` runs in every layer of a step and must not spill.",
+        "anything. A kernel marked `*` runs in every layer of a step and must not spill. A cell is",
+        "empty if devices of that kind do not use the configuration.",
     ]
     for version, usages in results.items():
         lines += ["", f"## Triton {version}", ""]
         lines += [f"| configuration | {' | '.join(targets)} |", "|---" * (1 + len(targets)) + "|"]
-        cells: dict[str, list[str]] = {}
+        cells: dict[str, dict[int, str]] = {}
         for usage in usages:
-            cells.setdefault(f"`{usage.name}`{' *' * usage.is_hot}", []).append(_cell(usage))
-        lines += [f"| {name} | {' | '.join(row)} |" for name, row in cells.items()]
+            row = cells.setdefault(f"`{usage.name}`{' *' * usage.is_hot}", {})
+            row[usage.capability] = _cell(usage)
+        for name, row in cells.items():
+            lines.append(f"| {name} | {' | '.join(row.get(each, '') for each in SHARED_KB)} |")
     return "\n".join(lines) + "\n"
 
 

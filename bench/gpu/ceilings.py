@@ -1,4 +1,4 @@
-"""S0: what this device can do at most, and which versions run here."""
+"""S0: the limits of this device (bandwidth, arithmetic, latencies) and the installed versions."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from gpu.timing import replay_seconds, seconds
 PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "numpy", "msgspec")
 
 EXPECTED = {"H100": (2.8, 750.0), "H200": (4.0, 750.0)}
-"""By card: TB/s of a copy and TFLOP/s of a product that such a card reached before."""
+"""By card: TB/s of a copy and TFLOP/s of a product to expect; estimates from its data sheet."""
 
 NODES = 540
-"""Kernels of a step of a model with 32 layers, about."""
+"""Approximate number of kernels in a step of a model with 32 layers."""
 
 
 def run(report: StageReport) -> None:
-    """Measures the device; nothing here can fail but a call."""
+    """Measures the device; compares nothing, so only an exception is a failure."""
     device, dry = report.device, report.dry
     card = torch.cuda.get_device_name() if device == "cuda" else "no card"
     report.figure("card", card)

@@ -60,9 +60,10 @@ def products(report: StageReport) -> None:
     """The NF4 product and the unpacking of whole blocks."""
     device = report.device
     shapes = [((192,), 576), ((576,), 1536), ((64, 32, 32), 128)]
-    processors = 132
+    processors, major = 132, 9
     if device == "cuda":
-        processors = torch.cuda.get_device_properties(0).multi_processor_count
+        properties = torch.cuda.get_device_properties(0)
+        processors, major = properties.multi_processor_count, properties.major
     row_counts = [1, 3, 17] if report.dry else [1, 3, 16, 17, 64, 200]
     if not report.dry:
         shapes += [((4096, 1024, 1024), 4096), ((4096,), 4096), ((14336, 14336), 4096)]
@@ -81,7 +82,7 @@ def products(report: StageReport) -> None:
             x = torch.randn(count, fan_in, device=device).to(DTYPE)
             wanted = x.double() @ wide.T + bias.double()
             # Every configuration that a start would measure, and so may choose.
-            candidates = tilings(matrix.shape, count, DTYPE, processors)
+            candidates = tilings(matrix.shape, count, DTYPE, processors, major)
             launches = [(tiling, matrix.shape, count) for tiling in candidates]
             scratch = Scratch.for_launches(launches, device)
             for tiling in candidates[:2] if report.dry else candidates:

@@ -152,11 +152,17 @@ def adapters(report: StageReport) -> None:
     report.check(all(changed), f"{changed.count(False)} of {count} adapters were skipped")
     mixed = decode([((0, 0.5), (1, 0.5)), *(((slot, 1.0),) for slot in range(1, count))])
     report.check(not torch.equal(mixed[0], every[0]), "a mix equals its first adapter")
+    # A merged row is not computed in graphs, and single launches have no row of padding: with
+    # another number of rows another product may be the fastest, whose last bits differ.
+    graphs, session.decoder.graphs = session.decoder.graphs, None
+    report.check(graphs is not None, "no graphs were captured")
+    single = decode([((slot, 1.0),) for slot in range(count)])
     table.publish_merge(0, session.decoder.merge(copies[0], dtype))
     merged = decode([((slot, 1.0),) for slot in range(count)])
+    session.decoder.graphs = graphs
     error = oracles.relative(merged[0], every[0])
     report.check(error < BFLOAT16, f"merged rows differ by {error:.2e} from unmerged ones")
-    report.check(torch.equal(merged[1:], every[1:]), "a merge changed rows of other adapters")
+    report.check(torch.equal(merged[1:], single[1:]), "a merge changed rows of other adapters")
     for slot in range(count):
         table.remove(slot)
     report.check(torch.equal(decode(bare), base), "removed adapters left something behind")
@@ -172,6 +178,8 @@ def graphs_and_kernels(report: StageReport) -> None:
     results = []
     for sizes in (None, GraphSizes(max_rank=8, rows=(count,))):
         session = Session(weights, count, length, slots=count, graphs=sizes)
+        has_graphs = session.decoder.graphs is not None
+        report.check(has_graphs == (sizes is not None), "no graphs were captured")
         for slot in range(count):
             session.decoder.table.publish(slot, adapter)
         first = 1 if report.dry else 512

@@ -170,7 +170,7 @@ def build(
     ranks = sorted({rank for case in cases for rank in case.ranks})
     packed = {rank: inputs.adapter_of(model, rank, DTYPE) for rank in ranks}
     copies = {rank: HOST_COPIES if rank == ranks[0] or rank == 16 else 2 for rank in ranks}
-    # Every case's adapters fit beside those of another, and beside the ones that come and go.
+    # There is room for the adapters of two cases and for those that are exchanged meanwhile.
     budget = max(case.adapters * packed[max(case.ranks)].nbytes for case in cases) * 2
     budget += 8 * packed[ranks[-1]].nbytes
     host = 2 * sum(packed[rank].nbytes * count for rank, count in copies.items())

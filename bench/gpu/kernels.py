@@ -38,7 +38,7 @@ COPIES = 8
 """Matrices of a shape; the smallest shape then fills an L2 cache of 50 MB."""
 
 SLOWER = 1.05
-"""Our product may take this much longer than bitsandbytes', for the noise of a measurement."""
+"""Largest ratio of our product's time to bitsandbytes', above 1 because measurements vary."""
 
 COMPARED_ROWS = 64
 """Up to so many rows a product may not be slower than bitsandbytes'."""

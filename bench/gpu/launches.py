@@ -121,7 +121,7 @@ class _Operations(TorchDispatchMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         name = name_of(func)
-        if name in WAITS or not (func.is_view or name in _FREE):  # `lift_fresh` says it is a view
+        if name in WAITS or not (func.is_view or name in _FREE):  # `lift_fresh` is marked as a view
             self._report(func, args, kwargs, result)
         return result
 

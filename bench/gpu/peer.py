@@ -51,7 +51,7 @@ def run(report: StageReport) -> None:
         else:
             report.note("no time was left for the adapters")
     for case, seconds in steps.items():
-        # A dry run's three tokens say nothing of speed: only that both calls work.
+        # A dry run's three tokens only show that both calls work; their times mean nothing.
         report.check(report.dry or seconds > 0, f"{case}: a step took {seconds:.4f} s")
         rates[case] = rows / seconds
     report.figure("tok_s", rates)

@@ -78,8 +78,8 @@ class Config(BaseSettings):
     """CPU threads of the engine; 0 uses all cores that the process may use. Several engines on the
     CPU divide them among each other."""
     cuda_graphs: bool = True
-    """On a GPU, launch the kernels of a decode step all at once. Without, the server starts sooner
-    and every step takes longer."""
+    """On a GPU, capture the kernel launches of decode steps at start and replay each step as
+    a whole (CUDA graphs). Without effect on a CPU."""
 
     store: Path = Path("var/store")
     """Directory of the adapter store, which holds the registered adapters."""
@@ -110,7 +110,7 @@ class Config(BaseSettings):
     """Fraction of a GPU's memory that may be in use, that of other processes included. Without
     effect on a CPU."""
     kv_memory: ByteSize = ByteSize(0)
-    """Memory of the KV cache; 0 uses 512 MiB on a CPU and on a GPU what gpu_memory leaves."""
+    """Memory of the KV cache; 0 uses 512 MiB on a CPU, and on a GPU what gpu_memory leaves."""
     kv_tokens: int = Field(0, ge=0)
     """Size of the KV cache in tokens; 0 sizes it by kv_memory."""
     adapter_memory: ByteSize = ByteSize(1 << 30)

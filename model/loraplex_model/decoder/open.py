@@ -24,6 +24,7 @@ from loraplex_model.ops import build
 log = logging.getLogger(__name__)
 
 _CPU_BLOCK, _CUDA_BLOCK = 16, 32
+_USED = 0.9  # part of a device's memory, that of other processes included
 
 CacheSize = Callable[[int, Mapping[str, int]], int]
 """Number of KV blocks of a decoder, once everything else that it needs is on the device.
@@ -62,7 +63,7 @@ class ServingSizes:
         max_rank: the largest rank of an adapter.
         has_graphs: whether CUDA graphs are captured.
         copy_bytes: device memory for copies of the base's matrices whose products are faster; None
-            takes a quarter of what is free.
+            takes a quarter of what is free of `_USED` of the device's memory.
     """
 
     max_rows: int = 512
@@ -123,7 +124,7 @@ def open_decoder(
         reasons = [f"the kernels cannot be used: {why}"]
         if slow := flash.obstacle(weights.embed.device, dtype, weights.config.head_dim, size):
             reasons.append(f"attention computes one sequence after the other: {slow}")
-        log.warning("decoding will be many times slower, since %s", "; ".join(reasons))
+        log.warning("expect decoding to be many times slower: %s", "; ".join(reasons))
     return ReferenceDecoder(weights, num_blocks, size, num_slots)
 
 
@@ -150,8 +151,10 @@ def _on_cuda(
 
     sizes = serving or ServingSizes(has_graphs=False)
     device = weights.embed.device
-    free, _ = torch.cuda.mem_get_info(device)
-    copy_bytes = free // 4 if sizes.copy_bytes is None else sizes.copy_bytes
+    copy_bytes = sizes.copy_bytes
+    if copy_bytes is None:
+        free, total = torch.cuda.mem_get_info(device)
+        copy_bytes = max(0, int(total * _USED) - (total - free)) // 4
     return CudaDecoder(
         weights,
         num_blocks,

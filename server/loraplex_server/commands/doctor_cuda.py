@@ -1,4 +1,4 @@
-"""What `loraplex-server doctor` says of the packages and products of a CUDA device."""
+"""What `loraplex-server doctor` reports about the packages and products of a CUDA device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 def examine(cache: Path, dtype: str) -> Iterator[tuple[str, str]]:
     """Subjects and findings. Reads `cache`, and measures nothing.
 
-    A missing package is no fault: another implementation, a slower one, takes its place.
+    A missing package is no fault: a slower implementation is used instead.
     """
     import torch
     from loraplex_model.decoder import flash
@@ -51,4 +51,4 @@ def _ranking(times: Mapping[str, float]) -> str:
 
 
 def _without(obstacle: str) -> str:
-    return f"torch and bitsandbytes, many times slower with adapters: {obstacle}"
+    return f"torch and bitsandbytes, whose launches grow with the number of adapters: {obstacle}"

@@ -1,9 +1,9 @@
 """The parameters of a step's draws as the sampling kernels read them: one record for each draw.
 
 A record is a row of int32 numbers. Floating-point fields are stored as their bits; a float64 field
-takes two numbers, the low half first. The ids and counts of penalties, of any length, are one array
-beside the records, which hold where each draw's parts begin and end. So two arrays of one type are
-copied to the device, whatever the parameters.
+takes two numbers, the low half first. The ids and counts of penalties, of any length, are one
+more array; the records hold where each draw's parts of it begin and end. So two arrays of one type
+are copied to the device, whatever the parameters.
 """
 
 from __future__ import annotations

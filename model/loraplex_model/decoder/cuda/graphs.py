@@ -33,7 +33,7 @@ Compute = Callable[[DevicePass, Workspace, torch.Tensor, torch.Tensor], None]
 ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Numbers of rows that graphs are captured for."""
 
-_GRAPH_BYTES = 4 << 20  # of a graph's nodes in device memory: a guess, above what is likely
+_GRAPH_BYTES = 4 << 20  # of a graph's nodes in device memory: a guess, not measured
 _FEW_CHUNKS = 4
 _LISTS = 1 << 16  # numbers in the lists of penalties of a pass
 

@@ -74,7 +74,7 @@ class Network:
     ) -> torch.Tensor:
         """Fills the cache; returns the normed states [R, hidden] of the rows with logits.
 
-        They lie in the workspace. Rows of padding hold anything.
+        They lie in the workspace. Rows of padding have arbitrary values.
         """
         weights, config = self._weights, self._weights.config
         eps, own = config.rms_norm_eps, step.own

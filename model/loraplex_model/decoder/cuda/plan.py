@@ -2,7 +2,7 @@
 
 Adjacent rows with the same mix form a segment, as in `make_plan` of `cpu/adapters.h`, and a segment
 is cut into chunks of at most `CHUNK_ROWS` rows. Rows of the bare base are in no chunk, and neither
-are rows with dense matrices of their own, nor rows whose adapters leave the projections alone.
+are rows with dense matrices of their own, nor rows whose adapters do not change the projections.
 
 A captured graph is replayed with other plans than the one at its capture. So kernels read the
 number of chunks from device memory, their grids cover `PlanCapacity`, and what lies behind a plan's

@@ -1,8 +1,9 @@
 """Products of activations with the base model's matrices on a device, by the fastest means.
 
 Candidates are the configurations of our own kernel, bitsandbytes' 4-bit product, and a product with
-a dense copy. Which is the fastest depends on the card, so each is timed once for every shape and
-number of rows, and the times are kept in a file. The candidates round and add differently: the
+a dense copy. The last two read copies of the weights, so they need memory that is given for copies.
+The fastest candidate depends on the card, so each is timed once for every shape and number of rows,
+and the times are kept in a file. The candidates round and add differently: the
 choice, and with it the card, decides the last bits of a result. For one choice they are fixed.
 """
 
@@ -36,13 +37,13 @@ DENSE = "dense"
 FOUR_BIT = "bitsandbytes"
 
 _TOLERANCE = 0.02
-"""Relative error above which a candidate is refused: bfloat16 rounding causes 0.003."""
+"""Relative error above which a candidate is excluded; bfloat16 rounding alone is below 0.004."""
 
 Run = Callable[[DeviceMatrix, torch.Tensor, torch.Tensor], None]
 
 
 class Measure(Protocol):
-    """Finds the microseconds of one call of `run`; any error refuses the candidate."""
+    """Measures the microseconds of one call of `run`; any error excludes the candidate."""
 
     def __call__(
         self, candidate: str, shape: Shape, rows: int, run: Callable[[], None]
@@ -87,9 +88,10 @@ class Products:
             matrices: all matrices, in the order in which they get copies.
             dtype: compute dtype, of activations and results.
             most_rows: the largest number of rows of one launch; more are computed in parts.
-            copy_bytes: device memory for dense copies and for those of bitsandbytes.
+            copy_bytes: device memory for dense copies and for those of bitsandbytes, together.
+                With 0 neither is made, and our kernel computes all products.
             timings: times measured before; what is missing is added, and saved.
-            measure: replaces the clock.
+            measure: replaces `device_time`.
         """
         self._dtype = dtype
         packed = [matrix for matrix in matrices if matrix.dense is None]
@@ -98,14 +100,15 @@ class Products:
         on_card = self._device.type == "cuda" and not INTERPRETED
         if measure is None and on_card:
             measure = device_time
-        processors = 1
+        processors, major = 1, 0
         if on_card:
-            processors = torch.cuda.get_device_properties(self._device).multi_processor_count
+            properties = torch.cuda.get_device_properties(self._device)
+            processors, major = properties.multi_processor_count, properties.major
         by_shape: dict[Shape, list[DeviceMatrix]] = {}
         for matrix in packed:
             by_shape.setdefault(matrix.shape, []).append(matrix)
         self._tilings = {
-            (shape, rows): {t.name: t for t in tilings(shape, rows, dtype, processors)}
+            (shape, rows): {t.name: t for t in tilings(shape, rows, dtype, processors, major)}
             for shape in by_shape
             for rows in self._rows
         }
@@ -207,8 +210,8 @@ class Products:
     ) -> Times:
         """Times of all candidates, each on so many matrices that the L2 cache does not hold them.
 
-        The copies that this takes are released again. A candidate that fails takes for ever; NaN
-        if there was not enough memory, which may be different at the next start.
+        The copies that are made for this are released again. The time of a candidate that fails is
+        infinite. It is NaN if there was too little memory, which may differ at the next start.
         """
         shape, device = same[0].shape, self._device
         sample = same[: _distinct(same[0], device)]
@@ -225,7 +228,7 @@ class Products:
                 times[name] = measure(name, shape, rows, once) / len(sample)
             except torch.OutOfMemoryError:
                 times[name] = math.nan
-            except Exception as error:  # a kernel that this card refuses is no candidate on it
+            except Exception as error:  # a kernel that fails on this card is no candidate
                 _LOGGER.warning("%s cannot multiply %d rows by %s: %s", name, rows, shape, error)
                 times[name] = math.inf
             finally:

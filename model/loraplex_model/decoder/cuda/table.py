@@ -20,7 +20,7 @@ class DeviceTable:
     Captured graphs read adapters through this tensor, so they need no new capture when adapters
     come and go.
 
-    The host's table is the truth. `update` runs between passes on the stream on which passes run:
+    The host's table is the original. `update` runs between passes on the stream of the passes:
     passes queued before it read the old entries, passes queued after it the new ones. It copies the
     slots in `SlotTable.changed` alone, each through a row of pinned memory, which is written again
     only after its last copy has ended.

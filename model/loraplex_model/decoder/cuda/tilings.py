@@ -52,6 +52,15 @@ _FAMILIES: Mapping[int, Sequence[Tiling]] = {
         Tiling(128, 32, unroll=2),
     ),
     64: (
+        Tiling(64, 64, unroll=2),
+        Tiling(256, 64, warps=8),
+    ),
+    128: (Tiling(64, 128, warps=8),),
+}
+"""Configurations by their activation rows, without the split, for any device."""
+
+_WITH_WARP_GROUPS: Mapping[int, Sequence[Tiling]] = {
+    64: (
         Tiling(128, 64, unroll=2, warps=8),
         Tiling(64, 64, unroll=2),
         Tiling(256, 64, warps=8),
@@ -62,25 +71,31 @@ _FAMILIES: Mapping[int, Sequence[Tiling]] = {
         Tiling(64, 128),
     ),
 }
-"""Configurations by their activation rows, without the split. None spills registers, on compute
-capability 8.0, 9.0 or 12.0; with 256 activation rows all do outside 9.0."""
+"""The same for devices of `WARP_GROUPS`; elsewhere some of these spill registers."""
+
+WARP_GROUPS = 9
+"""Major compute capability of the devices whose matrix instructions take the work of four warps."""
 
 _PROGRAMS = 3
-"""Programs for each multiprocessor that keep enough reads in flight: a program has 4 to 8 KiB on
-the way, and 3 TB/s at a latency of 0.8 microseconds are 18 KiB on each of 132 multiprocessors."""
+"""Programs for each multiprocessor that keep enough reads in flight. An estimate, not measured: a
+program reads 4 to 8 KiB at a time, and 3 TB/s at a latency of 0.8 microseconds need 18 KiB on each
+of 132 multiprocessors."""
 
 _MOST_SPLITS = 16
 
 
 def tilings(
-    shape: tuple[int, int], rows: int, dtype: torch.dtype, processors: int
+    shape: tuple[int, int], rows: int, dtype: torch.dtype, processors: int, major: int
 ) -> Sequence[Tiling]:
     """Configurations for a product of `rows` rows; without a measurement, the first is taken.
 
-    They depend on the tile that holds `rows`, not on `rows` itself.
+    They depend on the tile that holds `rows`, not on `rows` itself, and on the device's
+    multiprocessors and major compute capability.
     """
     row_tile = min(max(_FAMILIES), max(min(_FAMILIES), 1 << (rows - 1).bit_length()))
     families = _FAMILIES[row_tile]
+    if major == WARP_GROUPS:
+        families = _WITH_WARP_GROUPS.get(row_tile, families)
     if dtype == torch.float32:  # no tensor cores: each thread needs registers for both operands
         row_tile = min(row_tile, 32)
         families = (Tiling(64, row_tile),)
@@ -117,7 +132,7 @@ class Scratch:
 
     Attributes:
         partials: float32, sums of the programs of every tile.
-        arrivals: int32, for every tile the number of programs that are done; zero between launches.
+        arrivals: int32, for every tile the number of programs that have ended; 0 between launches.
     """
 
     partials: torch.Tensor

@@ -91,7 +91,7 @@ class AdapterSlots:
         attempts: Announcements | None = None,
         settle_slot: Callable[[int], None] = lambda slot: None,
     ) -> None:
-        """`settle_slot` returns when no pass reads a slot, whose contents are to change then."""
+        """`settle_slot` returns once no pass reads a slot; it is called before a slot changes."""
         self.settle_slot = settle_slot
         self._runner = runner
         self._clock = clock
@@ -113,9 +113,9 @@ class AdapterSlots:
         return self._blocks.used
 
     def prepare(self, held: HostAdapter) -> bool:
-        """Begins to copy an adapter to the device, or goes on; True once it can be published.
+        """Begins or continues to copy an adapter to the device; True once it can be published.
 
-        There must be room. Raises the runner's errors.
+        There must be room for it. Raises the runner's errors.
         """
         with self._attempts.of(held.digest, LOAD):
             begun = self._clock()

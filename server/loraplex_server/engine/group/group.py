@@ -1,8 +1,8 @@
-"""Several engines behind the face of one: requests are routed, orders go where they are needed.
+"""Several engines behind the interface of one: routes requests, sends orders where needed.
 
-Each engine has a process, a supervisor, a socket and a restoration of its own. They share what is
-known about adapters and requests that end processes. One that is lost costs its own requests; the
-others go on, and get what would have been sent to it.
+Each engine has a process, a supervisor, a socket and a restoration of its own. They share the
+evidence about adapters and requests that end processes. If an engine is lost, only its own requests
+fail; the others continue, and get the requests that would have been sent to it.
 """
 
 from __future__ import annotations
@@ -194,8 +194,8 @@ class EngineGroup:
     ) -> None:
         """Gives an order to all engines and waits for their answers. Raises the first refusal.
 
-        A lost engine holds nothing any more: `forget` has its next process restore nothing, and it
-        counts as done, unless no engine is up.
+        A lost engine holds nothing any more: `forget` makes its next process restore nothing, and
+        the order counts as done for it, unless no engine is up.
         """
         is_up = self.ready
 

@@ -42,7 +42,7 @@ class JoinedStats:
         self._sums: Counter[str] = Counter()
 
     def join(self, engine: int, stats: StepStats) -> StepStats:
-        """Takes an engine's statistics; returns them with the sums over all engines."""
+        """Records an engine's statistics; returns them with the sums over all engines."""
         last, self._last[engine] = self._last[engine], stats
         sums = self._sums
         for name in (*SUMMED, *COUNTED):

@@ -1,4 +1,4 @@
-"""Which engine gets a request: where its adapters are, unless that engine has much more to do.
+"""Which engine gets a request: one that has its adapters, unless its load is much higher.
 
 The load of an engine is what the front has given to it and what has not ended: each request counts
 one, and `TOKENS_AS_REQUEST` prompt tokens that are not computed yet count one more. Nothing is
@@ -14,7 +14,7 @@ GPUs the caches may differ in size):
 3. Of several, the one with the smallest load is taken, and then the one with the lowest number.
 
 So a request of the base goes to the engine with the smallest load. An adapter stays on one engine
-until that is so much busier than another that a second load pays; then both share its requests.
+until rule 1 excludes that engine for its load; then another one loads the adapter too.
 """
 
 from __future__ import annotations

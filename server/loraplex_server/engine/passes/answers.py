@@ -1,6 +1,6 @@
 """The outputs of a step, and how the results of a pass become outputs.
 
-Here a request gets its next token and the log-probabilities that it asked for. Requests that end
+Requests get their next tokens and the log-probabilities that they ask for. Requests that end
 are handed back to the core, which releases what they hold.
 """
 
@@ -29,7 +29,7 @@ NOT_FINITE = Failure(Reason.NON_FINITE_LOGITS, "the model's output for this requ
 
 
 OnFault = Callable[[Sequence[Request], str, Exception], None]
-"""Ends requests that a failure has hit. The text, for the log, has a place for their number."""
+"""Ends requests after a failure. The text, for the log, has a placeholder for their number."""
 
 
 @dataclass(frozen=True, slots=True)

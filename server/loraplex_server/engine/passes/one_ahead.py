@@ -1,16 +1,16 @@
 """One pass ahead: a pass is launched before the result of the one before it is read.
 
-While the host reads and answers pass N, the device computes pass N + 1, so it never waits for the
-host. Pass N + 1 is scheduled as if N had been answered: the tokens that N chooses are known to the
-device alone, and their places in the requests hold numbers that name them.
+While the host reads and answers pass N, the device computes pass N + 1, so the device does not wait
+for the host. Pass N + 1 is scheduled as if N had been answered: the tokens that N chooses are only
+on the device, and negative numbers stand for them in the requests.
 
     step n      launch N      read N-1, answer
     step n+1    launch N+1    read N, answer            device:  | N-1 | N | N+1 | ...
 
     request.tokens    prompt ... t t t -1-k             k: draw of the launch that is not read yet
 
-What the host learns late: a request may end by a stop token in N, by an abort or by its deadline
-when its row of N + 1 is launched already. The result of that row is dropped, which wastes one row
+A request may end by a stop token in N, by an abort or by its deadline when its row of N + 1 is
+launched already. The result of that row is dropped, which wastes one row
 of one pass. The number of tokens is known in advance, so an end by length wastes nothing. Requests
 whose next token is chosen on the host (biased logits, log-probabilities of new tokens) take part in
 every other pass.
@@ -20,7 +20,7 @@ Memory. The launches run in order, on one stream:
     KV blocks    of a request that ended or was preempted are free at once. A launch under way may
                  still write to them, but every later launch overwrites what it will read.
     pins         are released at once too. Before the weights of a slot are removed or replaced,
-                 `settle_slot` waits for the launch that reads them, whatever the pins say.
+                 `settle_slot` waits for the launch that reads them, even if no pin is left.
 """
 
 from __future__ import annotations

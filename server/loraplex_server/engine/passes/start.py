@@ -40,8 +40,8 @@ def start(
 ) -> StartedPass[T]:
     """Schedules rows and computes them.
 
-    If device memory runs out, a second attempt has at most half of the tokens. The rows left out of
-    it lose nothing: a later step computes them.
+    If device memory runs out, a second attempt has at most half of the tokens. Rows that are left
+    out of the second attempt are computed in a later step.
     """
     started = _attempt(scheduler, now, compute)
     if note_memory(scheduler, tally, started.rows, started.error):
@@ -53,9 +53,9 @@ def start(
 def note_memory(
     scheduler: Scheduler, tally: PassTally, rows: list[BatchRow], error: Exception | None
 ) -> bool:
-    """Makes the next passes smaller if `error`, of a pass of `rows`, is a lack of device memory.
+    """Makes the next passes smaller if a pass of `rows` failed for lack of device memory.
 
-    Returns whether it is.
+    Returns whether `error`, that of the pass, is of this kind.
     """
     if not isinstance(error, OutOfDeviceMemory):
         return False

@@ -1,4 +1,4 @@
-"""Numbers about the passes of an engine, kept by those who start and read them."""
+"""Counts of an engine's passes, updated where passes are started and read."""
 
 from __future__ import annotations
 

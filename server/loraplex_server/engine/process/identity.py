@@ -1,4 +1,7 @@
-"""Whether a restarted engine serves the same base model, with the same limits, as the first one."""
+"""Whether an engine, restarted or one of several, serves what the first one serves.
+
+That is the same base model with the same limits.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ TOKENIZER_FILES: Final = ("tokenizer.json", "model.json")
 
 
 _BY_MEMORY: Final = frozenset({"num_blocks", "model.max_context"})
-"""Fields that follow from the memory that other processes leave on a GPU."""
+"""Fields of `Hello` that depend on how much memory of a GPU is free when the engine starts."""
 
 
 class BaseChanged(Exception):
@@ -39,7 +42,8 @@ def tokenizer_digests(hello: Hello) -> Mapping[str, str]:
 def differences(first: Hello, now: Hello) -> list[str]:
     """What two engines report differently, as `field: old, now new`.
 
-    On a GPU the size of the KV cache may differ; an engine refuses what does not fit into its own.
+    Fields in which engines may differ are left out: on a GPU the size of the KV cache, and the
+    context length that follows from it. Each engine refuses requests that do not fit into its own.
     """
     own = _BY_MEMORY if first.model.device.startswith("cuda") else frozenset()
     old, new = dict(_fields(msgspec.to_builtins(first))), dict(_fields(msgspec.to_builtins(now)))

@@ -89,7 +89,7 @@ class Evidence:
     def confined_to(self, request: Submit) -> int | None:
         """The only engine that a request may be sent to, as a number; None if it is any.
 
-        A request that may have ended two engines does not get to try the others.
+        A request that may have ended two engines is not sent to the others.
         """
         if not any(self.requests):
             return None

@@ -1,4 +1,4 @@
-"""Where adapters lie: packed in host memory, and in their slots on the device."""
+"""The memory that holds adapters: packed in host memory, and in their slots on the device."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class AdapterMemory(Protocol):
         """Zeros in host memory, uint8 [nbytes], from which the device can copy."""
 
     def prepare(self, adapter: PackedAdapter) -> bool:
-        """Begins to copy an adapter to the device, or goes on; True once it is there."""
+        """Begins or continues to copy an adapter to the device; True once it is there."""
 
     def take(self, adapter: PackedAdapter, on_move: Moved) -> PackedAdapter:
         """The adapter on the device; passes launched from now on may read it."""
@@ -31,13 +31,13 @@ class AdapterMemory(Protocol):
         """Gives back the device memory of an adapter that no later pass reads."""
 
     def aside(self) -> AbstractContextManager[None]:
-        """A context for work of a loader thread on the device: beside the passes, not among them.
+        """A context for a loader thread's work on the device, on a stream other than the passes'.
 
-        Its results are complete when the context ends.
+        The results of the work are complete when the context ends.
         """
 
     def hand_over(self, merged: Merged) -> None:
-        """Prepares what was computed `aside` for use by passes."""
+        """Prepares dense copies that were computed in `aside` for use by passes."""
 
 
 class SharedMemory:
@@ -69,7 +69,7 @@ class SharedMemory:
 def adapter_memory(
     device: torch.device, adapter_budget: int, host_budget: int, slots: int
 ) -> AdapterMemory:
-    """The memory for adapters on `device`, with all of it taken at once; sizes in bytes."""
+    """The memory for adapters on `device`; on CUDA allocated here. Budgets are bytes."""
     if device.type != "cuda":
         return SharedMemory()
     from loraplex_model.decoder.cuda.memory.adapters import CudaAdapterMemory

@@ -25,7 +25,7 @@ class RunnerConfig(
         kv_tokens: size of the KV cache in tokens; 0 derives it from `kv_memory`.
         kv_memory: bytes of the KV cache; 0 takes 512 MiB on a CPU, and on CUDA what `gpu_memory`
             leaves.
-        gpu_memory: part of a CUDA device's memory that this process and others may use, together.
+        gpu_memory: fraction of a CUDA device's memory that may be in use by all processes.
         adapter_memory: bytes for adapters on the device.
         host_adapter_memory: bytes for adapters in host memory.
         merge_memory: bytes for dense copies.

@@ -1,4 +1,4 @@
-"""torch's errors about a CUDA device, as the two kinds that the engine can do something about."""
+"""Turns torch's errors about a CUDA device into the two kinds that the engine handles."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from loraplex_server.engine.runner.protocol import DeviceLost, OutOfDeviceMemory
 T = TypeVar("T")
 
 _NO_MEMORY = "out of memory"
-"""Part of the message if memory lacks that torch's allocator does not give out, such as that of a
-kernel that is loaded; `torch.OutOfMemoryError` is for its own."""
+"""Part of the message of an error for lack of memory outside of torch's allocator, such as that
+of a kernel that is loaded. The allocator itself raises `torch.OutOfMemoryError`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +37,8 @@ class DeviceErrors:
         """The result of `work`.
 
         Raises:
-            OutOfDeviceMemory: `work` lacks memory.
-            DeviceLost: `work` has failed, and so does everything else from now on.
+            OutOfDeviceMemory: there was too little device memory for `work`.
+            DeviceLost: `work` failed, and the device cannot be used by this process any more.
         """
         if self.device.type != "cuda":
             return work()
@@ -51,8 +51,8 @@ class DeviceErrors:
                 self._need_device(error)
                 raise
             text = str(error)
-        # Not before the handler has ended: until then the exception holds the frames of `work`, and
-        # with them the memory that it had allocated.
+        # Only after the handler: until it ends, the exception refers to the frames of `work`, and
+        # so to the memory that `work` allocated.
         self.empty_cache()
         raise OutOfDeviceMemory(text)
 

@@ -1,4 +1,4 @@
-"""Passes that a local decoder computes while the host goes on."""
+"""Passes that a local decoder computes while the host does other work."""
 
 from __future__ import annotations
 

@@ -70,10 +70,10 @@ class LocalRunner:
     The decoder has `num_blocks` KV blocks for requests, then `prefix_blocks` for virtual tokens.
 
     On the CPU the base's packed codes, and dense tensors that need no conversion, stay mapped to
-    `base_file`. Every use of them is between two looks at the file, since reading pages
-    that were cut off ends the process with SIGBUS, and the rest of the last page would be zeros. If
-    the file has changed, the process ends with `EXIT_BASE_CHANGED` and without a result, and the
-    next one builds the file again.
+    `base_file`. The file is checked before and after every use, since reading pages that were cut
+    off ends the process with SIGBUS, and the rest of the last page would be zeros. If the file has
+    changed, the process ends with `EXIT_BASE_CHANGED` and without a result, and the next process
+    builds the file again.
 
     Attributes:
         launch: the method of an `AheadRunner`; None if the decoder computes passes one by one.
@@ -120,7 +120,7 @@ class LocalRunner:
         return ReadAdapter(packed, merged_nbytes(delta, weights.config, self.merge_dtype))
 
     def prepare_adapter(self, adapter: ReadAdapter) -> bool:
-        """Begins to copy an adapter to the device, or goes on; True once it can be published."""
+        """Begins or continues to copy an adapter to the device; True once it can be published."""
         return self._errors.replace(lambda: self.memory.prepare(adapter.packed))
 
     def publish_adapter(self, slot: int, adapter: ReadAdapter, blocks: Sequence[int]) -> None:

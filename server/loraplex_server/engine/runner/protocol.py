@@ -27,8 +27,8 @@ class OutOfDeviceMemory(Exception):
 class DeviceLost(BaseException):
     """The device or this process's context on it is unusable, so every later call would fail.
 
-    Only a new process can go on. Not an `Exception`, so that no code that handles the failure of
-    one request or adapter takes it for one.
+    Only a new process can continue. Not an `Exception`, so that no code that handles the failure of
+    one request or adapter catches it.
     """
 
 
@@ -83,7 +83,7 @@ class ModelRunner(Protocol):
         """Reads and packs an adapter's files. Raises `Refusal`. Changes no slot."""
 
     def prepare_adapter(self, adapter: LoadedAdapter) -> bool:
-        """Begins to copy an adapter to the device, or goes on; True once it can be published.
+        """Begins or continues to copy an adapter to the device; True once it can be published.
 
         Called between steps, again and again, for an adapter that there is room for. An adapter
         that was prepared is given up if another one is prepared or published instead.
@@ -195,8 +195,8 @@ class AheadRunner(ModelRunner, Protocol):
         """Starts a forward pass and the choice of tokens; does not wait for either.
 
         A token id of -1 - k in `batch.tokens` stands for the token of draw k of the launch before.
-        That token may turn out as -1 (its logits were not finite): then the engine drops the row's
-        result, and the pass may compute anything for that row, but must not fail.
+        That token may be -1 (its logits were not finite): then the engine drops the row's result,
+        and the pass may compute anything for that row, but must not fail.
 
         Args:
             batch: the pass. The runner has copied what it needs of it when this returns.

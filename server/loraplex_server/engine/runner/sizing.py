@@ -1,4 +1,4 @@
-"""The size of the KV cache: given by the settings, or whatever the device's memory leaves."""
+"""The size of the KV cache: given by the settings, or what the device's memory leaves."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class DeviceMemory:
 
     Attributes:
         total: all of it.
-        elsewhere: taken by other processes, and by CUDA itself, before this one took any.
-        taken: what this process takes beside the KV cache, by purpose.
+        elsewhere: taken by other processes, and by CUDA itself, before this process took any.
+        taken: what this process takes in addition to the KV cache, by purpose.
     """
 
     total: int
@@ -49,7 +49,7 @@ def given_blocks(config: RunnerConfig, block_size: int, bytes_of_token: int) -> 
 def blocks_left(
     config: RunnerConfig, memory: DeviceMemory, block_size: int, bytes_of_token: int, prefix: int
 ) -> int:
-    """KV blocks for requests in what `gpu_memory` of the device leaves beside `prefix` blocks.
+    """KV blocks for requests in what `gpu_memory` of the device leaves, without `prefix` blocks.
 
     If the settings give a size, it is that size, and it must fit. Raises `Refusal`, with the sizes
     of all parts, if it does not, or if no block is left.
@@ -68,8 +68,9 @@ def blocks_left(
         raise Refusal(
             Reason.KV_TOO_SMALL,
             f"of the device's {_mib(memory.total)} this server may use {_mib(limit)} (gpu_memory "
-            f"{config.gpu_memory:g}), and the KV cache needs {_mib(needed)} beside {listed}: lower "
-            "adapter_memory, merge_memory or kv_memory, or raise gpu_memory",
+            f"{config.gpu_memory:g}), and the KV cache needs {_mib(needed)} in addition to "
+            f"{listed}: lower adapter_memory, merge_memory, kv_memory or token_budget, raise "
+            "gpu_memory, or stop other processes on the device",
         )
     return wanted or fitting
 

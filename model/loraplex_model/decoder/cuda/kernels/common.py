@@ -53,6 +53,10 @@ def rounded(x, TYPE: tl.constexpr):
         return x.to(TYPE)
 
 
+TARGETS = (80, 90, 120)
+"""Compute capabilities, times ten, for which kernels are compiled ahead of time."""
+
+
 @dataclass(frozen=True, slots=True)
 class Compilation:
     """One configuration of one kernel, as `make gpu-aot` compiles it.
@@ -64,6 +68,7 @@ class Compilation:
         constants: values of the constant arguments.
         is_hot: the kernel runs in every layer of a step, so it may not spill registers.
         is_fused: the compiler may join a multiplication and an addition, with one rounding.
+        targets: compute capabilities, times ten, of the devices that use the configuration.
     """
 
     kernel: Any
@@ -74,3 +79,4 @@ class Compilation:
     num_stages: int = 3
     is_hot: bool = False
     is_fused: bool = True
+    targets: tuple[int, ...] = TARGETS

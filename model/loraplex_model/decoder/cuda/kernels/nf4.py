@@ -15,6 +15,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 
 import torch
 import triton
@@ -23,6 +24,7 @@ import triton.language as tl
 from loraplex_model.base.weights import BLOCK
 from loraplex_model.decoder.cuda.kernels.common import (
     INTERPRETED,
+    TARGETS,
     TYPES,
     Compilation,
     product_precision,
@@ -323,21 +325,12 @@ def unpack(matrix: DeviceMatrix, out: torch.Tensor) -> None:
 _POINTERS: Mapping[str, str] = {
     "codes": "*u8",
     "starts": "*i32",
-    "scales": "*fp32",
-    "offsets": "*fp32",
-    "levels": "*fp32",
-    "values": "*fp32",
+    **dict.fromkeys(("scales", "offsets", "levels", "values"), "*fp32"),
 }
 
 _SHAPES: Sequence[tuple[int, int]] = (
-    (6144, 4096),
-    (4096, 4096),
-    (28672, 4096),
-    (4096, 14336),
-    (960, 576),
-    (576, 576),
-    (3072, 576),
-    (576, 1536),
+    *((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)),
+    *((960, 576), (576, 576), (3072, 576), (576, 1536)),
 )
 
 
@@ -356,22 +349,24 @@ def compilations() -> list[Compilation]:
                 num_stages=1,
                 is_fused=False,
             )
-            chosen = {
-                tiling
-                for shape in _SHAPES
-                for rows in (16, 32, 64, 128)
-                for tiling in tilings(shape, rows, dtype, 132)
-            }
-            for tiling in sorted(chosen, key=lambda each: each.name):
+            for tiling, targets in _chosen(dtype).items():
                 built = _compilation(tiling, dtype, number, pointers, nested)
-                found[built.name] = built
+                found[built.name] = replace(built, targets=targets)
     return list(found.values())
 
 
+def _chosen(dtype: torch.dtype) -> Mapping[Tiling, tuple[int, ...]]:
+    """The tilings of all shapes and the targets that use them; all splits are one kernel."""
+    found: dict[Tiling, dict[int, None]] = {}
+    for target, shape, rows in product(TARGETS, _SHAPES, (16, 32, 64, 128)):
+        for tiling in tilings(shape, rows, dtype, 132, target // 10):
+            found.setdefault(replace(tiling, split=min(2, tiling.split)), {})[target] = None
+    return {each: (*found[each],) for each in sorted(found, key=lambda each: each.name)}
+
+
 def _compilation(
-    tiling: Tiling, dtype: torch.dtype, number: str, pointers: Mapping[str, str], nested: bool
+    shared: Tiling, dtype: torch.dtype, number: str, pointers: Mapping[str, str], nested: bool
 ) -> Compilation:
-    shared = replace(tiling, split=min(2, tiling.split))  # the kernel knows only whether it is cut
     return Compilation(
         multiply_kernel,
         f"{shared.name} {number} nested {nested}",
@@ -380,21 +375,22 @@ def _compilation(
             **dict.fromkeys(("x", "bias"), number),
             "partials": "*fp32",
             "arrivals": "*i32",
-            **dict.fromkeys(("T", "N", "blocks", "span", "splits"), "i32"),
-            **dict.fromkeys(("x_stride", "out_stride"), "i32"),
+            **dict.fromkeys(
+                ("T", "N", "blocks", "span", "splits", "x_stride", "out_stride"), "i32"
+            ),
         },
         {
-            "BN": tiling.out_tile,
-            "BM": tiling.row_tile,
-            "SHARED": tiling.split > 1,
-            "UNROLL": tiling.unroll,
+            "BN": shared.out_tile,
+            "BM": shared.row_tile,
+            "SHARED": shared.split > 1,
+            "UNROLL": shared.unroll,
             "NESTED": nested,
             "BIASED": False,
             "DT": TYPES[dtype],
             "PRECISION": product_precision(dtype),
         },
-        num_warps=tiling.warps,
-        num_stages=tiling.stages,
+        num_warps=shared.warps,
+        num_stages=shared.stages,
         is_hot=True,
         is_fused=False,
     )

@@ -1,4 +1,4 @@
-"""Finding the value of a row that a given number, or a given weight, of values lies above.
+"""Finds the threshold above which a given number, or weight, of a row's values lies.
 
 Nothing is sorted: an interval of float32 bit patterns, whose order as integers is that of the
 numbers, is divided. Passes over the row divide it into four until it holds at most `TILE` of the

@@ -15,10 +15,10 @@ from loraplex_model.decoder.cuda.memory.pinned import PinnedArena
 
 
 class CudaAdapterMemory:
-    """The adapters' memory, and the streams on which they come.
+    """The adapters' memory, and the streams on which adapters are copied and merged.
 
-    Reading and merging an adapter on a loader thread can take many kernels. On a stream of their
-    own they are not queued among those of the passes, so no pass waits for all of them.
+    Reading and merging an adapter on a loader thread can take many kernels. They
+    run on a stream of their own, so no pass is queued behind all of them.
     """
 
     def __init__(
@@ -32,11 +32,11 @@ class CudaAdapterMemory:
         self._aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def zeros(self, nbytes: int) -> torch.Tensor:
-        """Zeros in pinned host memory, uint8 [nbytes]; in other host memory if that is full."""
+        """Zeros in pinned host memory, uint8 [nbytes]; in ordinary memory if the arena is full."""
         return self._host.zeros(nbytes)
 
     def prepare(self, adapter: PackedAdapter) -> bool:
-        """Begins to copy an adapter to the device, or goes on; True once it is there."""
+        """Begins or continues to copy an adapter to the device; True once it is there."""
         return self._adapters.prepare(adapter)
 
     def take(
@@ -46,12 +46,12 @@ class CudaAdapterMemory:
         return self._adapters.take(adapter, on_move)
 
     def free(self, placed: PackedAdapter) -> None:
-        """Gives back an adapter's memory on the device."""
+        """Frees an adapter's memory on the device."""
         self._adapters.free(placed)
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """A context in which this thread's work on the device runs beside the passes."""
+        """A context in which this thread's work on the device runs on a stream of its own."""
         with torch.cuda.stream(self._aside):
             yield
         self._aside.synchronize()

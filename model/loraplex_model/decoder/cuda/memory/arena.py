@@ -1,9 +1,9 @@
-"""Memory of the device for adapters: one block, taken once, whose parts come and go.
+"""Memory of the device for adapters: one block, allocated once, divided into ranges.
 
 Allocating and freeing device memory waits for the device, so it may not happen while requests are
 served. An adapter's memory is a range of the arena instead. Adapters of different sizes leave gaps;
-if no gap is large enough although the sum of all gaps is, the adapters are moved together, which
-takes the device about a millisecond for each gigabyte.
+if no gap is large enough although the sum of all gaps is, the adapters are moved together. An
+estimate, not measured: this takes the device about a millisecond for each gigabyte.
 
     device bytes   | adapter 3 |    gap    | adapter 7 | gap | adapter 1 |      rest        |
 """
@@ -85,7 +85,7 @@ class DeviceArena:
         self._places[int(placed.data.storage_offset())] = placed, on_move
 
     def free(self, placed: PackedAdapter) -> None:
-        """Gives back the range of an adapter that `place` or `on_move` has returned."""
+        """Frees the range of an adapter that `place` returned or `on_move` received."""
         start = int(placed.data.storage_offset())
         del self._places[start]
         self._ranges.free(start)

@@ -1,6 +1,6 @@
 """Copies of adapters to the device, made while passes run.
 
-    prepare(a)   takes a range of the arena, begins to copy on a stream of its own;
+    prepare(a)   takes a range of the arena and begins to copy on a stream of its own;
                  later calls say whether the copy has ended
     take(a)      the adapter on the device, to be published
     free(p)      gives back the range of an adapter that was removed
@@ -29,7 +29,7 @@ class Copy(Protocol):
         """Whether the bytes have arrived. Does not wait."""
 
     def join(self) -> None:
-        """Lets everything that is launched from now on wait, on the device, for the copy."""
+        """Makes everything that is launched from now on wait, on the device, for the copy."""
 
 
 class CopyStream(Protocol):
@@ -43,7 +43,7 @@ class CopyStream(Protocol):
 
 
 class CudaCopies:
-    """Copies on a CUDA stream beside the one that computes, which is the current one."""
+    """Copies on a CUDA stream of their own; passes are computed on the current stream."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -71,7 +71,7 @@ class _CudaCopy:
 
 
 class ImmediateCopies:
-    """Copies that have ended when they have begun: for a device that is the host."""
+    """Copies that end before `begin` returns, for a device that is the host."""
 
     def begin(self, target: torch.Tensor, source: torch.Tensor) -> Copy:
         """See `CopyStream`."""
@@ -108,9 +108,10 @@ class DeviceAdapters:
         return self._arena
 
     def prepare(self, adapter: PackedAdapter) -> bool:
-        """Begins to copy an adapter, or goes on; True once it is on the device.
+        """Begins or continues to copy an adapter; True once it is on the device.
 
-        An adapter that was prepared before, and not taken, is given up. Raises `ArenaFull`.
+        If another adapter was prepared before and not taken, its range is freed. Raises
+        `ArenaFull`.
         """
         return self._prepared(adapter).copy.has_ended()
 
@@ -128,7 +129,7 @@ class DeviceAdapters:
         return preparation.placed
 
     def free(self, placed: PackedAdapter) -> None:
-        """Gives back the range of an adapter that is used by no pass that is still to come."""
+        """Frees the range of an adapter that no pass launched from now on uses."""
         self._arena.free(placed)
 
     def _prepared(self, adapter: PackedAdapter) -> _Preparation:

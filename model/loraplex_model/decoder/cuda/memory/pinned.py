@@ -1,7 +1,8 @@
 """Pinned host memory: one block, of which adapters and staging buffers take parts.
 
-A device copies from pinned memory while it computes; from other memory the copy stops the caller.
-Pinning takes tens of milliseconds and the driver's lock, so it is done once, at the start. torch's
+A device copies from pinned memory while it computes; a copy from other memory blocks the caller.
+Pinning takes the driver's lock, and is expected to take tens of milliseconds (not measured), so it
+is done once, at the start. torch's
 own pinned memory is not used for adapters because each block is rounded up to a power of two.
 """
 
@@ -44,8 +45,8 @@ class PinnedArena:
             nbytes, self._memory = 0, mapping.zeros(0)
         self._ranges = Ranges(nbytes, _GRANULE)
         self._lock = threading.Lock()
-        # A range is given back by the collector, on whatever thread and at whatever moment it
-        # runs, so it is only noted there. Appending to a deque needs no lock.
+        # A range is freed by the garbage collector, which may run on any thread and at any moment,
+        # so the range is only noted then. Appending to a deque needs no lock.
         self._freed: deque[int] = deque()
 
     @staticmethod
@@ -73,7 +74,7 @@ class PinnedArena:
     def zeros(self, nbytes: int) -> torch.Tensor:
         """Zeros, uint8 [nbytes]: pinned if the arena has room, else in ordinary memory.
 
-        The range is given back with the last tensor that shares the memory. A copy to a device
+        The range is freed with the last tensor that shares the memory. A copy to a device
         must have ended by then.
         """
         with self._lock:

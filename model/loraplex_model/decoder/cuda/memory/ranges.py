@@ -39,14 +39,14 @@ class Ranges:
         return start
 
     def free(self, start: int) -> None:
-        """Gives back the range that begins at `start`."""
+        """Frees the range that begins at `start`."""
         del self._lengths[start]
         del self._starts[bisect_left(self._starts, start)]
 
     def compacted(self) -> Iterator[tuple[int, int, int]]:
         """Moves all ranges to the front, in their order.
 
-        Yields `(from, to, bytes)` of each range that moves, before the next one is looked at, so
+        Yields `(from, to, bytes)` of each range that moves, before the next range is considered, so
         the caller can move its bytes at once. `to` is below `from`; the two may overlap.
         """
         end = 0

@@ -1,8 +1,8 @@
 """Changes that the LoRA kernels do not make, in torch, on the rows that have them alone.
 
 These are changed norms, bottlenecks, input gains, embeddings, heads, virtual tokens and merged
-matrices. Rows with the same mix lie side by side, so every step works on slices, and the host knows
-all it needs: nothing is read back from the device. The formulas are those of `adapters.mix`.
+matrices. Rows with the same mix lie side by side, so every step works on slices, and all sizes are
+known on the host: nothing is read back from the device. The formulas are those of `adapters.mix`.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class OwnRows:
     ) -> None:
         """Changes embeddings x [T, hidden] of `tokens`, int32 [T], which may refer to drawn ones.
 
-        A token that could not be drawn has any embedding.
+        The embedding of a token that could not be drawn is arbitrary.
         """
         for run in self._runs:
             changes = list(run.at((MODEL, "embed_tokens"), RowsDelta))

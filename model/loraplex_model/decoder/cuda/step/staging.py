@@ -79,8 +79,8 @@ class Layout:
     def write(self, buffer: NDArray[np.uint8], arrays: Mapping[str, NDArray[Any]]) -> int:
         """Writes each segment's array to a buffer, flat, and the fill value behind it.
 
-        Returns the number of bytes from the start of the buffer that need be copied: behind the
-        array of the last segment there is nothing. Raises `KeyError` for a missing array, and
+        Returns the number of bytes from the start of the buffer that must be copied: nothing
+        is written behind the array of the last segment. Raises `KeyError` for a missing array, and
         `ValueError` for one that is larger than its segment.
         """
         used = 0
@@ -156,7 +156,7 @@ class Staging:
     def send(self, layout: Layout, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Copies the arrays to the device's buffer, as `layout` says, in one copy.
 
-        Waits only if the buffer's copy before the last one is not done yet, so never in practice.
+        Waits if the last copy from the same buffer, two calls ago, has not ended.
         """
         assert layout.nbytes <= self.capacity
         self._hosts.reverse()

@@ -1,4 +1,4 @@
-"""What a pass brings back to the host, and the wait for it."""
+"""The results of a pass that are copied to the host, and the wait for them."""
 
 from __future__ import annotations
 
