@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 import socket
 import subprocess
@@ -18,8 +19,10 @@ import grpc
 import psutil
 import pytest
 from fuzz import frames
+from grpc._cython import cygrpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from loraplex.v1 import adapter_pb2, adapter_pb2_grpc, generation_pb2_grpc
+from loraplex_server.rpc.calls import accepting
 from rpc import training_jobs
 from rpc.harness import ask, expected, series, write_adapter
 from server.test_process import Process, children, serving
@@ -126,6 +129,18 @@ def test_whatever_is_sent_the_server_goes_on(
     up.wait()
     faulty = [n for n, line in enumerate(up.log) if any(fault in line for fault in FAULTS)]
     assert not faulty, "".join(up.log[max(0, faulty[0] - 5) : faulty[0] + 60])
+
+
+@pytest.mark.parametrize("error", [cygrpc.ExecuteBatchError, cygrpc.InternalError, ValueError])
+def test_a_reply_to_a_client_that_is_gone_leaves_no_traceback(error: type[Exception]) -> None:
+    try:
+        raise error("the call is gone")
+    except error:
+        about = sys.exc_info()
+    text = "%s raised in core by servicer method [/a/b]"
+    record = logging.LogRecord("grpc", logging.ERROR, __file__, 1, text, ("x",), about)
+    is_the_client = error is cygrpc.ExecuteBatchError
+    assert accepting._is_worth_logging(record) is not is_the_client
 
 
 def test_a_path_that_is_not_text_does_not_stop_the_server(tmp_path: Path) -> None:

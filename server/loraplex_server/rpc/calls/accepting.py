@@ -26,7 +26,8 @@ def make_server(
 ) -> grpc.aio.Server:
     """Like grpc.aio.server. Services must be added by generated code, which registers methods.
 
-    Header values that are not UTF-8 are not logged with a traceback each.
+    Header values that are not UTF-8, and replies to clients that are gone, are not logged with a
+    traceback each.
     """
     logging.getLogger(cygrpc.__name__).addFilter(_is_worth_logging)
     server: Any = grpc.aio.server(interceptors=interceptors, options=options)
@@ -68,4 +69,8 @@ async def _refuse(state: object, loop: asyncio.AbstractEventLoop) -> None:
 
 
 def _is_worth_logging(record: logging.LogRecord) -> bool:
+    # Sending a reply fails if the client has reset the call after the handler returned.
+    kind = record.exc_info[0] if record.exc_info else None
+    if kind is not None and issubclass(kind, cygrpc.ExecuteBatchError):
+        return False
     return not str(record.msg).startswith("Invalid encoding on")
