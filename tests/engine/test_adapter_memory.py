@@ -17,12 +17,13 @@ from loraplex_model.adapters.pack import PackedAdapter, pack
 from loraplex_model.adapters.table import Merged
 from loraplex_model.base.batch import ForwardBatch
 from loraplex_model.decoder.cuda.memory.arena import GRANULE, DeviceArena
-from loraplex_model.decoder.cuda.memory.copies import DeviceAdapters, ImmediateCopies
+from loraplex_model.decoder.cuda.memory.copies import DeviceAdapters
 from loraplex_model.decoder.cuda.memory.pinned import PinnedArena
 from loraplex_server.engine.messages import AdapterRef
 from loraplex_server.engine.runner.adapter_memory import Moved
 from loraplex_server.engine.runner.config import RunnerConfig
 from loraplex_server.engine.runner.local import LocalRunner, ReadAdapter, build
+from model.immediate_copies import ImmediateCopies
 
 from model import tiny
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from loraplex_model.adapters.pack import PackedAdapter
 from loraplex_model.decoder.cuda.memory.arena import GRANULE, ArenaFull, DeviceArena
-from loraplex_model.decoder.cuda.memory.copies import DeviceAdapters, ImmediateCopies
+from loraplex_model.decoder.cuda.memory.copies import DeviceAdapters
+from model.immediate_copies import ImmediateCopies
 
 CPU = torch.device("cpu")
 

@@ -220,11 +220,10 @@ class CudaDecoder:
         """
         config = self.weights.config
         group = config.num_heads // config.num_kv_heads
-        rank = -(-max_rank // RANK_STEP) * RANK_STEP
         sizes = [*(rows for rows in BUCKETS if rows < max_rows), max_rows]
         for rows in sizes:
             few = min(rows, len(self.last_tokens))
-            for lora in (None, PlanCapacity(rows, rows, rows, rank)):
+            for lora in (None, PlanCapacity.of_rows(rows, max_rank)):
                 shape = PassShape(
                     rows=rows,
                     logits=few,

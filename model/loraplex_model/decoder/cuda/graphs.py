@@ -15,7 +15,7 @@ from functools import partial
 
 import torch
 
-from loraplex_model.decoder.cuda.plan import RANK_STEP, PlanCapacity
+from loraplex_model.decoder.cuda.plan import PlanCapacity
 from loraplex_model.decoder.cuda.step.passes import DevicePass, PassPlan, PassShape
 from loraplex_model.decoder.cuda.step.staging import Staging, Transfers
 from loraplex_model.decoder.cuda.step.workspace import Workspace
@@ -66,7 +66,8 @@ class GraphSizes:
         most = most_chunks(positions)
         for rows in sorted(self.rows, reverse=True):
             for chunks in sorted({most, min(most, _FEW_CHUNKS)}, reverse=True):
-                for lora in (self._lora(rows), None):
+                capacity = PlanCapacity.of_rows(rows, self.max_rank, self.adapters_per_row)
+                for lora in (capacity, None):
                     yield PassShape(
                         rows=rows,
                         logits=rows,
@@ -78,11 +79,6 @@ class GraphSizes:
                         lines=min(rows, self.lines),
                         ragged=rows * blocks + _LISTS,
                     )
-
-    def _lora(self, rows: int) -> PlanCapacity:
-        terms = rows * self.adapters_per_row
-        rank = -(-self.max_rank // RANK_STEP) * RANK_STEP
-        return PlanCapacity(rows=rows, terms=terms, h_rows=terms, rank_stride=rank)
 
 
 class Graphs:

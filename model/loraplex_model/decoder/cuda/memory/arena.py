@@ -50,11 +50,6 @@ class DeviceArena:
         """Bytes in use, each adapter rounded up to whole granules."""
         return self._ranges.used
 
-    @property
-    def nbytes(self) -> int:
-        """Size of the arena."""
-        return self._data.numel()
-
     @staticmethod
     def size_for(budget: int, adapters: int) -> int:
         """Bytes of an arena in which `adapters` adapters of `budget` bytes in all always fit."""

@@ -70,23 +70,6 @@ class _CudaCopy:
         torch.cuda.current_stream(self.device).wait_event(self.event)
 
 
-class ImmediateCopies:
-    """Copies that end before `begin` returns, for a device that is the host."""
-
-    def begin(self, target: torch.Tensor, source: torch.Tensor) -> Copy:
-        """See `CopyStream`."""
-        target.copy_(source)
-        return _Ended()
-
-
-class _Ended:
-    def has_ended(self) -> bool:
-        return True
-
-    def join(self) -> None:
-        pass
-
-
 @dataclass(slots=True)
 class _Preparation:
     source: PackedAdapter
