@@ -80,7 +80,7 @@ ADAPTER_CHANGE_TYPE_PINNED: AdapterChangeType
 ADAPTER_CHANGE_TYPE_UNPINNED: AdapterChangeType
 
 class Adapter(_message.Message):
-    __slots__ = ("name", "version", "digest", "peft_type", "rank", "target_modules", "size_bytes", "state", "device_bytes", "active_requests", "create_time", "base_model", "tier", "host_bytes", "merged_bytes", "pinned", "last_use_time", "load_duration", "aliases", "labels", "provenance", "virtual_tokens", "base_fingerprint", "base_name", "unservable", "devices")
+    __slots__ = ("name", "version", "digest", "peft_type", "rank", "target_modules", "size_bytes", "state", "device_bytes", "active_requests", "create_time", "base_model", "tier", "host_bytes", "merged_bytes", "pinned", "last_use_time", "load_duration", "aliases", "labels", "provenance", "virtual_tokens", "base_fingerprint", "base_name", "unservable", "devices", "eos_token_ids", "chat_template_sha256")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -121,6 +121,8 @@ class Adapter(_message.Message):
     BASE_NAME_FIELD_NUMBER: _ClassVar[int]
     UNSERVABLE_FIELD_NUMBER: _ClassVar[int]
     DEVICES_FIELD_NUMBER: _ClassVar[int]
+    EOS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    CHAT_TEMPLATE_SHA256_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: int
     digest: str
@@ -147,10 +149,12 @@ class Adapter(_message.Message):
     base_name: str
     unservable: AdapterFinding
     devices: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., peft_type: _Optional[str] = ..., rank: _Optional[int] = ..., target_modules: _Optional[_Iterable[str]] = ..., size_bytes: _Optional[int] = ..., state: _Optional[_Union[AdapterState, str]] = ..., device_bytes: _Optional[int] = ..., active_requests: _Optional[int] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., base_model: _Optional[str] = ..., tier: _Optional[_Union[AdapterTier, str]] = ..., host_bytes: _Optional[int] = ..., merged_bytes: _Optional[int] = ..., pinned: _Optional[bool] = ..., last_use_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., load_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., aliases: _Optional[_Iterable[str]] = ..., labels: _Optional[_Mapping[str, str]] = ..., provenance: _Optional[_Mapping[str, str]] = ..., virtual_tokens: _Optional[int] = ..., base_fingerprint: _Optional[str] = ..., base_name: _Optional[str] = ..., unservable: _Optional[_Union[AdapterFinding, _Mapping]] = ..., devices: _Optional[_Iterable[str]] = ...) -> None: ...
+    eos_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    chat_template_sha256: str
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., peft_type: _Optional[str] = ..., rank: _Optional[int] = ..., target_modules: _Optional[_Iterable[str]] = ..., size_bytes: _Optional[int] = ..., state: _Optional[_Union[AdapterState, str]] = ..., device_bytes: _Optional[int] = ..., active_requests: _Optional[int] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., base_model: _Optional[str] = ..., tier: _Optional[_Union[AdapterTier, str]] = ..., host_bytes: _Optional[int] = ..., merged_bytes: _Optional[int] = ..., pinned: _Optional[bool] = ..., last_use_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., load_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., aliases: _Optional[_Iterable[str]] = ..., labels: _Optional[_Mapping[str, str]] = ..., provenance: _Optional[_Mapping[str, str]] = ..., virtual_tokens: _Optional[int] = ..., base_fingerprint: _Optional[str] = ..., base_name: _Optional[str] = ..., unservable: _Optional[_Union[AdapterFinding, _Mapping]] = ..., devices: _Optional[_Iterable[str]] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., chat_template_sha256: _Optional[str] = ...) -> None: ...
 
 class RegisterAdapterRequest(_message.Message):
-    __slots__ = ("name", "path", "replace", "load", "labels")
+    __slots__ = ("name", "path", "replace", "load", "labels", "chat_template", "eos_token_ids")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -163,20 +167,26 @@ class RegisterAdapterRequest(_message.Message):
     REPLACE_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
+    CHAT_TEMPLATE_FIELD_NUMBER: _ClassVar[int]
+    EOS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     name: str
     path: str
     replace: bool
     load: bool
     labels: _containers.ScalarMap[str, str]
-    def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., replace: _Optional[bool] = ..., load: _Optional[bool] = ..., labels: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    chat_template: str
+    eos_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., replace: _Optional[bool] = ..., load: _Optional[bool] = ..., labels: _Optional[_Mapping[str, str]] = ..., chat_template: _Optional[str] = ..., eos_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class RegisterAdapterResponse(_message.Message):
-    __slots__ = ("adapter", "created")
+    __slots__ = ("adapter", "created", "notes")
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     CREATED_FIELD_NUMBER: _ClassVar[int]
+    NOTES_FIELD_NUMBER: _ClassVar[int]
     adapter: Adapter
     created: bool
-    def __init__(self, adapter: _Optional[_Union[Adapter, _Mapping]] = ..., created: _Optional[bool] = ...) -> None: ...
+    notes: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, adapter: _Optional[_Union[Adapter, _Mapping]] = ..., created: _Optional[bool] = ..., notes: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class GetAdapterRequest(_message.Message):
     __slots__ = ("adapter_id",)
@@ -345,7 +355,7 @@ class UploadAdapterRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[UploadHeader, _Mapping]] = ..., chunk: _Optional[_Union[UploadChunk, _Mapping]] = ...) -> None: ...
 
 class UploadHeader(_message.Message):
-    __slots__ = ("upload_id", "name", "config_size", "weights_size", "expected_digest", "replace", "load", "labels", "stage_only")
+    __slots__ = ("upload_id", "name", "config_size", "weights_size", "expected_digest", "replace", "load", "labels", "stage_only", "chat_template", "eos_token_ids")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -362,6 +372,8 @@ class UploadHeader(_message.Message):
     LOAD_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
     STAGE_ONLY_FIELD_NUMBER: _ClassVar[int]
+    CHAT_TEMPLATE_FIELD_NUMBER: _ClassVar[int]
+    EOS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     upload_id: str
     name: str
     config_size: int
@@ -371,7 +383,9 @@ class UploadHeader(_message.Message):
     load: bool
     labels: _containers.ScalarMap[str, str]
     stage_only: bool
-    def __init__(self, upload_id: _Optional[str] = ..., name: _Optional[str] = ..., config_size: _Optional[int] = ..., weights_size: _Optional[int] = ..., expected_digest: _Optional[str] = ..., replace: _Optional[bool] = ..., load: _Optional[bool] = ..., labels: _Optional[_Mapping[str, str]] = ..., stage_only: _Optional[bool] = ...) -> None: ...
+    chat_template: str
+    eos_token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, upload_id: _Optional[str] = ..., name: _Optional[str] = ..., config_size: _Optional[int] = ..., weights_size: _Optional[int] = ..., expected_digest: _Optional[str] = ..., replace: _Optional[bool] = ..., load: _Optional[bool] = ..., labels: _Optional[_Mapping[str, str]] = ..., stage_only: _Optional[bool] = ..., chat_template: _Optional[str] = ..., eos_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class UploadChunk(_message.Message):
     __slots__ = ("file", "offset", "data")
@@ -384,12 +398,14 @@ class UploadChunk(_message.Message):
     def __init__(self, file: _Optional[_Union[AdapterFile, str]] = ..., offset: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class UploadAdapterResponse(_message.Message):
-    __slots__ = ("adapter", "created")
+    __slots__ = ("adapter", "created", "notes")
     ADAPTER_FIELD_NUMBER: _ClassVar[int]
     CREATED_FIELD_NUMBER: _ClassVar[int]
+    NOTES_FIELD_NUMBER: _ClassVar[int]
     adapter: Adapter
     created: bool
-    def __init__(self, adapter: _Optional[_Union[Adapter, _Mapping]] = ..., created: _Optional[bool] = ...) -> None: ...
+    notes: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, adapter: _Optional[_Union[Adapter, _Mapping]] = ..., created: _Optional[bool] = ..., notes: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class GetUploadRequest(_message.Message):
     __slots__ = ("upload_id",)
@@ -450,12 +466,14 @@ class ValidateAdapterRequest(_message.Message):
     def __init__(self, path: _Optional[str] = ..., upload_id: _Optional[str] = ...) -> None: ...
 
 class ValidateAdapterResponse(_message.Message):
-    __slots__ = ("findings", "spec")
+    __slots__ = ("findings", "spec", "notes")
     FINDINGS_FIELD_NUMBER: _ClassVar[int]
     SPEC_FIELD_NUMBER: _ClassVar[int]
+    NOTES_FIELD_NUMBER: _ClassVar[int]
     findings: _containers.RepeatedCompositeFieldContainer[AdapterFinding]
     spec: AdapterSpec
-    def __init__(self, findings: _Optional[_Iterable[_Union[AdapterFinding, _Mapping]]] = ..., spec: _Optional[_Union[AdapterSpec, _Mapping]] = ...) -> None: ...
+    notes: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, findings: _Optional[_Iterable[_Union[AdapterFinding, _Mapping]]] = ..., spec: _Optional[_Union[AdapterSpec, _Mapping]] = ..., notes: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class AdapterFinding(_message.Message):
     __slots__ = ("reason", "field", "message")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final, NoReturn
 
@@ -22,6 +23,26 @@ MAX_RENDERED: Final = 4 << 20
 
 class TextRefused(Exception):
     """A text or conversation cannot be turned into tokens; the message may be shown to a client."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatOptions:
+    """How a conversation is rendered.
+
+    Attributes:
+        add_generation_prompt: whether the assistant's next message is opened at the end. None: yes,
+            unless the conversation is continued.
+        continue_final_message: whether the prompt ends with the text of the last message, so that
+            the completion continues it. None: yes, if the last message is the assistant's and
+            `add_generation_prompt` is not True.
+        tools: descriptions of functions that the model may call; () for none.
+        variables: further variables of the template (`chat_template_kwargs`).
+    """
+
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    tools: Sequence[Mapping[str, Any]] = ()
+    variables: Mapping[str, Any] = field(default_factory=dict)
 
 
 class ChatTemplate:
