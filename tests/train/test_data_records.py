@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from loraplex_model.base.refusal import Refusal
 from loraplex_training.data import records
 from loraplex_training.data.problems import SHOWN, Problems
-from loraplex_training.data.records import DataRecord, RecordFile
+from loraplex_training.data.records import RecordFile
+from loraplex_training.data.shapes import DataRecord
 
 GOOD = b'{"prompt": "a", "completion": "b"}'
 USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}

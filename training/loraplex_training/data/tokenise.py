@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from loraplex_training.data.records import DataRecord, Message
 from loraplex_training.data.samples import Sample
+from loraplex_training.data.shapes import DataRecord, Message
 from loraplex_training.data.text import BaseText
 
 _AUTO: Final = {
