@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -13,10 +13,12 @@ from typing import Final, ParamSpec, TypeAlias, TypeVar
 
 from loraplex_adapters.format.examine import Report, examine
 from loraplex_adapters.format.files import Directory, open_below
+from loraplex_adapters.format.notes import MAX_NOTED_FILES, folder_notes
 from loraplex_adapters.format.spec import AdapterLimits
-from loraplex_adapters.store import Record, Store
+from loraplex_adapters.store import Record, Store, VersionText
 from loraplex_model.base.info import BaseInfo
 from loraplex_model.base.refusal import Problem, Reason, Refusal
+from loraplex_model.checkpoints.chat import ChatTemplate
 
 from loraplex_server.engine.group.face import Engine
 from loraplex_server.engine.messages import AdapterRef
@@ -26,6 +28,8 @@ from loraplex_server.registry.census import Census
 from loraplex_server.registry.feed import AdapterFeed, Catalogue
 from loraplex_server.registry.freshness import unanswered
 from loraplex_server.registry.name_cache import NameCache
+from loraplex_server.registry.terms import RegistrationTerms
+from loraplex_server.registry.texts import AdapterTexts
 from loraplex_server.runtime.finishing import to_the_end
 from loraplex_server.runtime.lanes import Lane, Lanes
 
@@ -66,21 +70,6 @@ def usable(adapter: Registered) -> Registered:
     return adapter
 
 
-@dataclass(frozen=True, slots=True)
-class RegistrationTerms:
-    """Name under which an adapter is registered, and the conditions.
-
-    With `load`, a name that is replaced moves to the new content only once that is on the device,
-    so that no request waits for it. If it cannot be loaded, the name does not move.
-    """
-
-    name: str
-    replace: bool = False
-    labels: Mapping[str, str] | None = None
-    expected_digest: str = ""
-    load: bool = False
-
-
 class Registry:
     """Registers adapters, changes their names, and resolves adapter ids.
 
@@ -98,6 +87,7 @@ class Registry:
         import_root: Path,
         limits: AdapterLimits,
         lanes: Lanes | None = None,
+        texts: AdapterTexts | None = None,
     ) -> None:
         self.lanes = lanes or Lanes()
         self.store = store
@@ -108,6 +98,7 @@ class Registry:
         count_changes = partial(self.lanes.count.run, store.change_counter)
         self._names: NameCache[Registered] = NameCache(count_changes)
         metrics.series.index_away_seconds.set_function(self._names.freshness.away_seconds)
+        self._texts = texts or AdapterTexts()
         self.feed = AdapterFeed(self._catalogue, count_changes)
         self.census = Census(partial(self.lanes.survey.run, store.survey), self._base, metrics)
 
@@ -179,6 +170,10 @@ class Registry:
         except TimeoutError:
             raise unanswered() from None
 
+    async def template(self, records: Sequence[Record]) -> ChatTemplate | None:
+        """The chat template of a request with these adapters; None for the base model's."""
+        return await self._texts.template(records, partial(self.read, self.store.chat_template))
+
     # examination of files
 
     @property
@@ -199,6 +194,16 @@ class Registry:
 
         return await self.lanes.validations.run(work)
 
+    async def notes(self, source: Source, text: VersionText | None = None) -> list[str]:
+        """Notes about files beside an adapter that are not used; `text` is what it brings."""
+
+        def work() -> list[str]:
+            with source() as opened:
+                names = opened.names(MAX_NOTED_FILES)
+            return folder_notes(names, has_template=bool(text and text.chat_template))
+
+        return await self.lanes.validations.run(work)
+
     # registration: each returns the adapter and whether the version is new
 
     async def register(
@@ -215,6 +220,7 @@ class Registry:
                     self._limits,
                     terms.replace,
                     labels=terms.labels or {},
+                    text=terms.text,
                 )
 
         return await self._name(terms, source, record, lane or self.lanes.registrations)
@@ -233,6 +239,7 @@ class Registry:
                 self._limits,
                 terms.replace,
                 terms.labels or {},
+                text=terms.text,
             )
 
         source = partial(self.store.uploads.reading, upload_id)
@@ -250,6 +257,7 @@ class Registry:
         A replacement is loaded first: its files are copied into the store without a name.
         """
         await self._names.freshness.require()
+        await lane.run(partial(self._texts.check, terms.text))
         if terms.load and terms.replace:
 
             def admit() -> AdapterRef:
