@@ -249,7 +249,8 @@ class Calls:
         An interrupted upload is resumed, even if the server has restarted meanwhile. `upload_id`
         (from `start_upload`) resumes an upload that another process started. `progress` may be
         called on another thread. `timeout` is the deadline of each stream; None sets no deadline.
-        `chat_template` and `eos_token_ids` are as in `register_adapter`. Raises AdapterRejected or AdapterConflict.
+        `chat_template` and `eos_token_ids` are as in `register_adapter`. Raises AdapterRejected or
+        AdapterConflict.
         """
         files = await self._connection.offload(uploads.Files.read, folder)
         header = files.header(

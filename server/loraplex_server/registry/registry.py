@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Final, ParamSpec, TypeAlias, TypeVar
@@ -28,7 +27,7 @@ from loraplex_server.registry.census import Census
 from loraplex_server.registry.feed import AdapterFeed, Catalogue
 from loraplex_server.registry.freshness import unanswered
 from loraplex_server.registry.name_cache import NameCache
-from loraplex_server.registry.terms import RegistrationTerms
+from loraplex_server.registry.terms import Registered, RegistrationTerms, usable
 from loraplex_server.registry.texts import AdapterTexts
 from loraplex_server.runtime.finishing import to_the_end
 from loraplex_server.runtime.lanes import Lane, Lanes
@@ -44,30 +43,6 @@ CATALOGUE_SECONDS: Final = 30.0
 
 Source: TypeAlias = Callable[[], AbstractContextManager[Directory]]
 """Opens the files of an adapter."""
-
-
-@dataclass(frozen=True, slots=True)
-class Registered:
-    """A version of an adapter and the directory that holds its files.
-
-    `obstacle` says why calls may not use the version; None if they may.
-    """
-
-    record: Record
-    path: str
-    obstacle: Problem | None = None
-
-    @property
-    def ref(self) -> AdapterRef:
-        """Reference by which the engine loads the adapter."""
-        return AdapterRef(self.record.digest, self.path)
-
-
-def usable(adapter: Registered) -> Registered:
-    """Returns the adapter. Raises Refusal, with the reason, if calls may not use it."""
-    if adapter.obstacle is not None:
-        raise Refusal.of([adapter.obstacle])
-    return adapter
 
 
 class Registry:

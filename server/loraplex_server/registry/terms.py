@@ -1,11 +1,14 @@
-"""What a client orders when it registers an adapter."""
+"""What a client orders when it registers an adapter, and what it gets: a registered version."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from loraplex_adapters.store import VersionText
+from loraplex_adapters.store import Record, VersionText
+from loraplex_model.base.refusal import Problem, Refusal
+
+from loraplex_server.engine.messages import AdapterRef
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,3 +25,27 @@ class RegistrationTerms:
     expected_digest: str = ""
     load: bool = False
     text: VersionText = field(default_factory=VersionText)
+
+
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """A version of an adapter and the directory that holds its files.
+
+    `obstacle` says why calls may not use the version; None if they may.
+    """
+
+    record: Record
+    path: str
+    obstacle: Problem | None = None
+
+    @property
+    def ref(self) -> AdapterRef:
+        """Reference by which the engine loads the adapter."""
+        return AdapterRef(self.record.digest, self.path)
+
+
+def usable(adapter: Registered) -> Registered:
+    """Returns the adapter. Raises Refusal, with the reason, if calls may not use it."""
+    if adapter.obstacle is not None:
+        raise Refusal.of([adapter.obstacle])
+    return adapter

@@ -52,8 +52,9 @@ class AdapterTexts:
     ) -> ChatTemplate | None:
         """The template of a request with these adapters; None for the base model's.
 
-        `read` returns the source of a template by its SHA-256. Raises Refusal(ADAPTER_UNSUPPORTED) if templates of adapters are not allowed any more, and
-        ADAPTER_CORRUPT if the index has lost the template.
+        `read` returns the source of a template by its SHA-256. Raises Refusal(ADAPTER_UNSUPPORTED)
+        if templates of adapters are not allowed any more, and ADAPTER_CORRUPT if the index has lost
+        the template.
         """
         sha256 = _common([record.chat_template_sha256 for record in records], "")
         if not sha256:

@@ -17,8 +17,8 @@ from loraplex_model.base.refusal import Refusal, Subject
 from loraplex_server.engine.group.face import Engine
 from loraplex_server.engine.messages import AdapterRef
 from loraplex_server.registry.feed import AdapterRow
-from loraplex_server.registry.registry import Registered, Registry
-from loraplex_server.registry.terms import RegistrationTerms
+from loraplex_server.registry.registry import Registry
+from loraplex_server.registry.terms import Registered, RegistrationTerms
 from loraplex_server.rpc.calls.errors import for_client, require
 from loraplex_server.rpc.calls.gate import Gate
 from loraplex_server.rpc.calls.peers import peer_address

@@ -12,7 +12,8 @@ from loraplex_adapters.store import Record
 from loraplex_model.base.refusal import Reason, Refusal
 
 from loraplex_server.engine.messages import AdapterRef
-from loraplex_server.registry.registry import Registered, Registry
+from loraplex_server.registry.registry import Registry
+from loraplex_server.registry.terms import Registered
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,8 @@ from loraplex_adapters.format.notes import folder_notes
 from loraplex_adapters.store import VersionText
 from loraplex_model.base.refusal import Problem, Reason, Refusal, Subject
 
-from loraplex_server.registry.registry import Registered, Registry
-from loraplex_server.registry.terms import RegistrationTerms
+from loraplex_server.registry.registry import Registry
+from loraplex_server.registry.terms import Registered, RegistrationTerms
 from loraplex_server.rpc.calls.arriving import SILENCE_SECONDS, messages
 from loraplex_server.rpc.calls.errors import invalid, require
 from loraplex_server.rpc.calls.gate import Gate
