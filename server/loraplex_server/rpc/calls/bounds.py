@@ -46,7 +46,7 @@ MAX_NAME: Final = 256
 MAX_LISTED: Final = 32
 """Most problems listed in one answer."""
 
-_SHOWN: Final = 64
+MAX_SHOWN: Final = 64
 """Characters of a map's key that the path of a field shows."""
 
 _TEXTS: Final = frozenset({FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES})
@@ -165,6 +165,12 @@ LENGTHS: Final[Mapping[str, int]] = MappingProxyType(
 """Most characters of each string and most bytes of each `bytes`, by the field's full name."""
 
 
+TOTALS: Final[Mapping[str, Mapping[str, int]]] = MappingProxyType(
+    {"loraplex.v1.ChatMessages.messages": {"parts": MAX_TURNS, "tool_calls": MAX_TURNS}}
+)
+"""Most entries that lists in the entries of a list have together, by the outer list's full name."""
+
+
 _Findings: TypeAlias = list[tuple[str, str]]
 """What exceeds a bound: paths, below the place that was checked, and descriptions."""
 
@@ -206,7 +212,9 @@ def _check_of(field: FieldDescriptor) -> _Check | None:
     one = _text_check(field)
     if entry is not None:
         one = _message_check
-    return _list_check(ENTRIES[field.full_name], one) if field.is_repeated else one
+    if not field.is_repeated:
+        return one
+    return _list_check(ENTRIES[field.full_name], one, TOTALS.get(field.full_name, {}))
 
 
 def _message_check(value: Message) -> _Findings:
@@ -227,10 +235,13 @@ def _text_check(field: FieldDescriptor) -> _Check | None:
     return check
 
 
-def _list_check(most: int, one: _Check | None) -> _Check:
+def _list_check(most: int, one: _Check | None, totals: Mapping[str, int]) -> _Check:
     def check(values: Any) -> _Findings:
         if len(values) > most:
             return _too_many(most)
+        for inner, total in totals.items():
+            if sum(len(getattr(value, inner)) for value in values) > total:
+                return [("", f"must have at most {total} {inner} in all entries together")]
         found: _Findings = []
         for i, value in enumerate(values if one is not None else ()):
             if wrong := one(value):  # type: ignore[misc]
@@ -250,7 +261,7 @@ def _map_check(most: int, key: _Check | None, value: _Check | None) -> _Check:
         for name, given in values.items():
             wrong = [f"the key {text}" for _, text in (key(name) if key else [])]
             wrong += [text for _, text in (value(given) if value else [])]
-            found += [(f"[{str(name)[:_SHOWN]}]", text) for text in wrong]
+            found += [(f"[{str(name)[:MAX_SHOWN]}]", text) for text in wrong]
         return found
 
     return check

@@ -11,6 +11,7 @@ from loraplex.v1 import generation_pb2
 from loraplex_model.base.refusal import Problem
 from loraplex_model.checkpoints.chat import ChatOptions, ChatTemplate
 
+from loraplex_server.rpc.calls.bounds import MAX_SHOWN
 from loraplex_server.rpc.calls.errors import require
 from loraplex_server.rpc.messages.validate import RequestChecks
 from loraplex_server.runtime.lanes import Lane
@@ -20,9 +21,6 @@ INLINE_BYTES: Final = 64 << 10
 
 MAX_JSON_DEPTH: Final = 32
 """Most lists and objects within each other in a JSON value."""
-
-_SHOWN: Final = 64
-"""Characters of a name that the path of a field shows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +50,7 @@ def unread(options: ChatOptions, template: ChatTemplate, field: str) -> list[Pro
     for name in options.variables:
         if name not in template.variables:
             text = f"is not a variable that the chat template reads; it reads: {known}"
-            checks.add(f".chat_template_kwargs[{name[:_SHOWN]}]", text)
+            checks.add(f".chat_template_kwargs[{name[:MAX_SHOWN]}]", text)
     return checks.problems
 
 
@@ -63,7 +61,7 @@ def _read(wire: generation_pb2.ChatMessages, field: str) -> ChatInput:
     ]
     tools = [_object(text, f".tools[{i}]", checks) for i, text in enumerate(wire.tools)]
     variables = {
-        name: _variable(value, f".chat_template_kwargs[{name[:_SHOWN]}]", checks)
+        name: _variable(value, f".chat_template_kwargs[{name[:MAX_SHOWN]}]", checks)
         for name, value in wire.chat_template_kwargs.items()
     }
     require(checks.problems)
@@ -74,9 +72,7 @@ def _read(wire: generation_pb2.ChatMessages, field: str) -> ChatInput:
 _FLAGS: Final = ("add_generation_prompt", "continue_final_message")
 
 
-def _message(
-    wire: generation_pb2.ChatMessage, field: str, checks: RequestChecks
-) -> dict[str, Any]:
+def _message(wire: generation_pb2.ChatMessage, field: str, checks: RequestChecks) -> dict[str, Any]:
     content: Any = wire.content if wire.HasField("content") else None
     if wire.parts:
         content = [{"type": "text", "text": part.text} for part in wire.parts]

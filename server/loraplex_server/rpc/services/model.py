@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 from loraplex.v1 import model_pb2, model_pb2_grpc
 from loraplex_model.base.refusal import Refusal, Subject
+from loraplex_model.checkpoints.tokenizer import SpeltToken
 
 from loraplex_server.engine.messages import ModelInfo
 from loraplex_server.registry.registry import Registry
@@ -39,16 +40,16 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
         """Describes the base model."""
         tokenizer = self.prompts.tokenizer
         model = model_pb2.Model(
-            name=self.model.name,
+            name=self.model.base.name,
             fingerprint=self.model.base.fingerprint,
-            architecture=self.model.base.config.architecture,
+            architecture=tokenizer.architecture,
             max_context=self.bounds.max_context,
             vocab_size=self.bounds.vocab_size,
-            eos_tokens=[self._named(token) for token in self.bounds.eos_token_ids],
+            eos_tokens=map(_named, tokenizer.eos_tokens),
             has_tokenizer=tokenizer.has_tokenizer,
         )
-        if tokenizer.bos_token_id is not None:
-            model.bos_token.CopyFrom(self._named(tokenizer.bos_token_id))
+        if (bos := tokenizer.bos_token) is not None:
+            model.bos_token.CopyFrom(_named(bos))
         if (template := tokenizer.template) is not None:
             model.chat_template.sha256 = template.sha256
             model.chat_template.source = self.template_source
@@ -76,5 +77,6 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
             subject = Subject("loraplex.v1.Adapter", adapter_id)
             raise for_client(error, subject, "adapter_id") from error
 
-    def _named(self, token: int) -> model_pb2.NamedToken:
-        return model_pb2.NamedToken(token_id=token, text=self.prompts.tokenizer.spelling(token))
+
+def _named(token: SpeltToken) -> model_pb2.NamedToken:
+    return model_pb2.NamedToken(token_id=token.token_id, text=token.text)
