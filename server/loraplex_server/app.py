@@ -119,7 +119,14 @@ class Server:
         )
         with needed(ServerExit.NO_MODEL, "cannot read"):
             folder = Path(model.tokenizer_path)
-            tokenizer = await asyncio.to_thread(TextTokenizer, folder, context, self._lanes.text)
+            tokenizer = await asyncio.to_thread(
+                TextTokenizer,
+                folder,
+                context,
+                self._lanes.text,
+                eos_token_ids=model.eos_token_ids,
+                special_tokens_in_messages=config.special_tokens_in_messages,
+            )
         limits = AdapterLimits(
             max_rank=config.max_rank,
             max_device_bytes=hello.adapter_budget_bytes,

@@ -162,6 +162,7 @@ class MarkedChat:
     Attributes:
         messages: the messages, marked.
         options: the options, with tools and variables marked.
+        is_marked: whether there is a mark in them.
     """
 
     def __init__(
@@ -185,6 +186,8 @@ class MarkedChat:
                 tools=self._marks.mark_all(options.tools, controls),
                 variables=self._marks.mark_all(options.variables, controls),
             )
+            marked = strings_of([self.messages, self.options.tools, self.options.variables])
+            self.is_marked = any(map(self._marks.are_in, marked))
         except RecursionError as error:
             raise TextRefused("the conversation is nested too deeply") from error
 

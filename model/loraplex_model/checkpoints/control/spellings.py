@@ -32,6 +32,11 @@ class Spellings:
         """Whether one of the words occurs in the text."""
         return self._word.search(text) is not None
 
+    def at_start_of(self, text: str) -> str | None:
+        """The longest word that the text begins with."""
+        found = self._word.match(text)
+        return found[0] if found else None
+
     def count(self, text: str) -> int:
         """How many words the text holds: from the left, the longest of each place."""
         return sum(1 for _ in self._word.finditer(text))
