@@ -55,9 +55,7 @@ class Conversation:
             output.note("/help lists the commands")
         while True:
             try:
-                line = recovered(
-                    input(f"{self._adapter or 'base'}> " if interactive else "")
-                ).strip()
+                asked = input(f"{self._adapter or 'base'}> " if interactive else "")
             except (EOFError, KeyboardInterrupt):
                 if interactive:
                     print()
