@@ -7,7 +7,7 @@ with the field's name, so that a caller handles one kind of error.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypedDict, TypeVar, Unpack
 
 from google.protobuf.message import Message as ProtoMessage
@@ -150,15 +150,25 @@ def render_chat(
 
 
 def _chat(messages: Sequence[Message], options: Mapping[str, Any]) -> generation_pb2.ChatMessages:
-    variables = options.get("chat_template_kwargs") or {}
+    variables, tools = options.get("chat_template_kwargs") or {}, options.get("tools") or ()
+    if not isinstance(variables, Mapping):
+        raise invalid("chat_template_kwargs", "must be a mapping of names to values")
     return fill(
         generation_pb2.ChatMessages,
-        messages=[_message(each, f"messages[{i}]") for i, each in enumerate(messages)],
-        tools=[_object(tool, f"tools[{i}]") for i, tool in enumerate(options.get("tools") or ())],
+        messages=[_message(each, where) for each, where in _each(messages, "messages")],
+        tools=[_object(tool, where) for tool, where in _each(tools, "tools")],
         add_generation_prompt=options.get("add_generation_prompt"),
         continue_final_message=options.get("continue_final_message"),
         chat_template_kwargs={name: _variable(name, value) for name, value in variables.items()},
     )
+
+
+def _each(values: object, where: str) -> Iterator[tuple[Any, str]]:
+    """Yields the entries of a list and their places. Raises InvalidRequest if it is no list."""
+    if not isinstance(values, Iterable) or isinstance(values, str | bytes | Mapping):
+        raise invalid(where, "must be a list")
+    for i, value in enumerate(values):
+        yield value, f"{where}[{i}]"
 
 
 _MESSAGE_KEYS = frozenset(
@@ -179,12 +189,12 @@ def _message(message: Message, where: str) -> generation_pb2.ChatMessage:
         text = 'has no "content"; only a message of the assistant with "tool_calls" may have none'
         raise invalid(where, text)
     if isinstance(content, Sequence) and not isinstance(content, str | bytes):
-        given["parts"] = [_part(each, f"{where}.content[{i}]") for i, each in enumerate(content)]
+        given["parts"] = [_part(each, at) for each, at in _each(content, f"{where}.content")]
         if not content:
             raise invalid(f"{where}.content", "has no part")
     else:
         given["content"] = content
-    given["tool_calls"] = [_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(calls)]
+    given["tool_calls"] = [_call(call, at) for call, at in _each(calls, f"{where}.tool_calls")]
     return fill(generation_pb2.ChatMessage, where + ".", **given)
 
 

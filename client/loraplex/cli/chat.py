@@ -9,6 +9,7 @@ from typing import Annotated
 from loraplex import errors
 from loraplex.cli import options, output
 from loraplex.cli.session import Session, complain
+from loraplex.cli.terminal import recovered
 from loraplex.requests import GenerateOptions, Message
 
 HELP = """\
@@ -54,11 +55,12 @@ class Conversation:
             output.note("/help lists the commands")
         while True:
             try:
-                line = input(f"{self._adapter or 'base'}> " if interactive else "").strip()
+                asked = input(f"{self._adapter or 'base'}> " if interactive else "")
             except (EOFError, KeyboardInterrupt):
                 if interactive:
                     print()
                 return
+            line = recovered(asked).strip()
             if line == "/quit":
                 return
             if line.startswith("/"):

@@ -11,6 +11,7 @@ import typer
 from loraplex.cli import options, output
 from loraplex.cli.options import option
 from loraplex.cli.session import Session
+from loraplex.cli.terminal import recovered
 from loraplex.requests import GenerateOptions, Message
 from loraplex.results import Completion
 
@@ -77,7 +78,7 @@ def generate(
     ] = True,
 ) -> None:
     """Continue PROMPT with the base model, an adapter or a mix of adapters."""
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = recovered(sys.stdin.read()) if prompt == "-" else prompt
     chosen: GenerateOptions = {
         **given,
         "adapter": adapter,

@@ -13,6 +13,7 @@ import typer
 from loraplex.cli import options, output
 from loraplex.cli.options import option
 from loraplex.cli.session import Session
+from loraplex.cli.terminal import recovered
 from loraplex.requests import Message
 from loraplex.results import ModelDescription, NamedToken, RenderedChat
 
@@ -66,7 +67,7 @@ def render(
         raise typer.BadParameter("give either PROMPT or --messages")
     opening: list[Message] = [] if system is None else [{"role": "system", "content": system}]
     given: list[Message] = (
-        [{"role": "user", "content": sys.stdin.read() if prompt == "-" else prompt}]
+        [{"role": "user", "content": recovered(sys.stdin.read()) if prompt == "-" else prompt}]
         if messages is None
         else _read_list(messages)
     )
@@ -84,7 +85,7 @@ def render(
 def _read_list(path: str) -> list[Any]:
     """The list in a JSON file. Raises BadParameter."""
     try:
-        text = sys.stdin.read() if path == "-" else Path(path).read_text("utf-8")
+        text = recovered(sys.stdin.read()) if path == "-" else Path(path).read_text("utf-8")
         value = json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise typer.BadParameter(f"{path}: {error}") from None

@@ -1,4 +1,4 @@
-"""What a terminal or pipe cannot encode is replaced, and never ends a command with an exception."""
+"""Text in and out of commands, whatever a terminal or pipe can encode."""
 
 from __future__ import annotations
 
@@ -9,16 +9,24 @@ import sys
 def adapt_streams() -> None:
     """Makes the standard streams take any text.
 
-    Characters outside the encoding are printed as "?". Input that is not text in the encoding is
-    kept in surrogates, which no request can carry, so it is refused with the field's name.
+    Standard output shows "?" for what it cannot encode; standard error escapes it by itself. Bytes
+    of standard input that are no text in its encoding are kept for `recovered`.
     """
-    for stream, errors in (
-        (sys.stdout, "replace"),
-        (sys.stderr, "replace"),
-        (sys.stdin, "surrogateescape"),
-    ):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors=errors)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
+
+
+def recovered(text: str) -> str:
+    """Returns the text of bytes that Python could not decode, as in the locale C, if it is UTF-8.
+
+    Any other text is returned as it is; no request can carry undecoded bytes.
+    """
+    try:
+        return text.encode(errors="surrogateescape").decode()
+    except UnicodeError:
+        return text
 
 
 def can_show(text: str) -> bool:

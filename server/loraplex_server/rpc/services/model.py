@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 from loraplex.v1 import model_pb2, model_pb2_grpc
+from loraplex_model.base.info import public_name
 from loraplex_model.base.refusal import Refusal, Subject
 from loraplex_model.checkpoints.tokenizer import SpeltToken
 
@@ -40,7 +41,7 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
         """Describes the base model."""
         tokenizer = self.prompts.tokenizer
         model = model_pb2.Model(
-            name=self.model.base.name,
+            name=self.model.base.name or public_name(self.model.name),
             fingerprint=self.model.base.fingerprint,
             architecture=tokenizer.architecture,
             max_context=self.bounds.max_context,
