@@ -148,11 +148,12 @@ class Server:
             config.stream_writes,
         )
         self._training = await self._open_training(registry)
+        template_source = "model" if config.chat_template is None else "operator"
         await self._rpc.start(
             generation,
             AdapterService(registry, self._gate),
             TrainingService(self._training, self._gate),
-            ModelService(model, registry, prompts, admission, bounds, "model"),
+            ModelService(model, registry, prompts, admission, bounds, template_source),
         )
         self._accepting = WatchedTask(self._rpc.stopped(), "acceptance of calls")
         # Stopped before engine and store are closed, because running calls use them.
@@ -193,6 +194,7 @@ class Server:
             self._lanes.text,
             eos_token_ids=model.eos_token_ids,
             special_tokens_in_messages=self._config.special_tokens_in_messages,
+            chat_template=self._config.chat_template,
         )
 
     def _keep_running(self, registry: Registry) -> None:
