@@ -89,6 +89,16 @@ def split_pairs(value: object) -> object:
     return found
 
 
+def split_names(value: object) -> object:
+    """Splits text like "prompt=question,completion=answer"; checks that every name has a value."""
+    pairs = split_pairs(value)
+    if isinstance(pairs, Mapping):
+        for key, name in pairs.items():
+            if not (isinstance(name, str) and name and key):
+                raise expected('names, as in "prompt=question,completion=answer"')
+    return pairs
+
+
 def read(
     kind: type[Options], values: Mapping[str, object], field: str = ""
 ) -> tuple[Options | None, list[Problem]]:
