@@ -68,9 +68,7 @@ def _paths(value: object) -> Path | tuple[Path, ...]:
     return (first, *others) if others else first
 
 
-def _one_for_each_file(
-    weights: tuple[float, ...], info: ValidationInfo
-) -> tuple[float, ...]:
+def _one_for_each_file(weights: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
     files = info.data.get("data")
     if weights and files is not None:
         count = len(files) if isinstance(files, tuple) else 1
