@@ -167,7 +167,8 @@ def _kind_of_objects(text: str, columns: Set[str], whole: bool) -> FileKind:
         key = _list_key(text)
         if not whole and key and key not in columns:
             raise Unreadable(_wrapped(key)) from None
-        if not text.partition("\n")[0][1:].strip():
+        first, _, rest = text.partition("\n")
+        if first.strip() == "{" and not _is_object(rest.lstrip().partition("\n")[0]):
             return FileKind.OBJECTS  # over several lines, and damaged
         _refuse_text(text, whole)
         return FileKind.LINES
