@@ -72,6 +72,9 @@ READ: list[tuple[str, str, Callable[[], bytes]]] = [
     ("a.json", "JSON array", lambda: json.dumps(ROWS, indent=2).encode() + b"\n\n"),
     ("a.json", "JSON array", lambda: MARK + b" [" + b",\r\n".join(map(enc, ROWS)) + b"]"),
     ("a.json", "JSON objects", lambda: b"\n".join(json.dumps(r, indent=1).encode() for r in ROWS)),
+    ("a.json", "JSON objects", lambda: b"".join(map(enc, ROWS))),
+    ("a.json", "JSON objects", lambda: b"\r".join(map(enc, ROWS))),
+    ("a.csv", "CSV", lambda: table(ROWS, lineterminator="\r")),
     ("a.csv", "CSV", lambda: table(ROWS)),
     ("a.CSV", "CSV", lambda: MARK + table(ROWS, lineterminator="\n")),
     ("a.csv", "CSV", lambda: table(ROWS, quoting=csv.QUOTE_ALL)),
@@ -99,6 +102,34 @@ def test_the_same_examples_are_read_of_every_kind(
     assert file.kind == kind + ", gzipped" * gzipped
     assert (file.rows, file.blank) == (5, 0)
     assert file.digest == hashlib.sha256(data).hexdigest()
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_file_of_one_example_is_no_list_of_examples(tmp_path: Path, indent: int | None) -> None:
+    tools = {"tags": [{"a": 1}, {"b": 2}], "_list": [1, 2]}
+    for row in (TALK | tools, {"prompt": "a", "completion": "b"} | tools):
+        _, [found] = opened(tmp_path / "a.json", json.dumps(row, indent=indent).encode())
+        assert found.shape in row
+
+
+def test_line_separators_of_unicode_are_no_ends_of_lines(tmp_path: Path) -> None:
+    text = "a\u2028b\x85c\u2029d"
+    content = json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n"
+    for name in ("a.jsonl", "b.csv"):
+        if name == "b.csv":
+            content = f"prompt,completion\n{text},b\n".encode()
+        _, [found] = opened(tmp_path / name, content)
+        assert text in (found.text, *(m["content"] for m in found.messages))
+
+
+def test_two_bad_lines_at_the_start_are_bad_lines(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    with pytest.raises(Refusal) as caught:
+        opened(path, b'{"text": "a\n{"text": oh}\n' + lines(ROWS))
+    assert [message.split(": ")[0] for message in caught.value.messages] == [
+        f"{path}:1",
+        f"{path}:2",
+    ]
 
 
 def test_an_element_or_a_row_at_fault_is_named_by_its_number(tmp_path: Path) -> None:
