@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import typer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loraplex_model.base.refusal import Problem, Reason, Refusal
 from loraplex_training.cli import app
 from loraplex_training.spec import parse as options
 from loraplex_training.spec.fields import located
+from loraplex_training.spec.flags import with_flags
 from loraplex_training.spec.spec import (
     RATES,
     DataSpec,
@@ -29,6 +31,7 @@ from loraplex_training.spec.spec import (
 )
 from transformers import SchedulerType
 from typer.main import get_command
+from typer.testing import CliRunner
 
 GIVEN = {"data": "d.jsonl", "name": "a"}
 
@@ -109,6 +112,17 @@ def test_a_run_that_was_written_before_these_options_is_read() -> None:
 
 
 def test_a_flag_may_be_repeated_only_for_data() -> None:
+    given: list[dict[str, str | list[str]]] = []
+
+    @with_flags(("data", "seed", "pack"))
+    def take(*, flags: dict[str, str | list[str]]) -> None:
+        given.append(flags)
+
+    own = typer.Typer()
+    own.command()(take)
+    for words in ("", "--data a --seed 3 --pack", "--data a --data b"):
+        assert CliRunner().invoke(own, words.split()).exit_code == 0
+    assert given == [{}, {"data": ["a"], "seed": "3", "pack": "True"}, {"data": ["a", "b"]}]
     repeated = [p.name for p in get_command(app).commands["run"].params if p.multiple]
     assert "data" in repeated
     assert set(repeated) <= {"data", "set_", "sweep", "label"}
