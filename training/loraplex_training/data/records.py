@@ -20,7 +20,7 @@ from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_training.data.prepare import FREE, RowNames, without_nulls
 from loraplex_training.data.problems import Dropped, Problems
 from loraplex_training.data.recognise import HEAD, FileKind, recognise
-from loraplex_training.data.rows import Blank, Row, SizeLimits, rows
+from loraplex_training.data.rows import Blank, FileRow, SizeLimits, rows
 from loraplex_training.data.shapes import KEYS, WANTED, DataRecord, kind_of, read_record
 from loraplex_training.data.streams import (
     GZIP,
@@ -134,7 +134,7 @@ class RecordFile:
         self.kind = f"{kind}, gzipped" if gzipped else str(kind)
         return kind, stream
 
-    def _record(self, row: Row, free: frozenset[str] | tuple[()]) -> DataRecord:
+    def _record(self, row: FileRow, free: frozenset[str] | tuple[()]) -> DataRecord:
         """Returns the example of a row. Raises ValueError with the reason why it cannot be used."""
         if row.problem:
             raise ValueError(row.problem)
