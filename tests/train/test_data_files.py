@@ -165,6 +165,14 @@ def test_a_cell_of_messages_holds_json(tmp_path: Path) -> None:
     row = {"messages": json.dumps(TALK["messages"])}
     _, found = opened(tmp_path / "a.csv", table([row]))
     assert list(found[0].messages) == TALK["messages"]
+    problems = Problems()
+    path = tmp_path / "b.csv"
+    talk = [{"role": "Human", "content": "a"}, {"role": "assistant", "content": "b", "name": None}]
+    path.write_bytes(table([{"talk": json.dumps(talk)}]))
+    names = RowNames({"messages": "talk"}, {"Human": "user"})
+    [found] = RecordFile(path, problems, names=names)
+    problems.check()
+    assert [m["role"] for m in found.messages] == ["user", "assistant"]
     row = {"messages": str(TALK["messages"])}
     assert 'has a cell of the column "messages" that is not JSON' in refused(
         tmp_path / "a.csv", table([row])
@@ -441,6 +449,11 @@ class TestParquet:
         _, found = opened(path)
         assert list(found[0].messages) == TALK["messages"]
         assert [record.shape for record in found] == ["messages", "messages", "prompt"]
+
+    def test_a_column_of_json_text_is_parsed(self, tmp_path: Path) -> None:
+        path = self.write(tmp_path / "a.parquet", [{"messages": json.dumps(TALK["messages"])}])
+        _, [found] = opened(path)
+        assert list(found.messages) == TALK["messages"]
 
     def test_a_null_answer_is_refused_by_its_row(self, tmp_path: Path) -> None:
         rows = [*ROWS, {"prompt": "a", "completion": None}]

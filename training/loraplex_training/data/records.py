@@ -17,7 +17,7 @@ from typing import BinaryIO, Final
 from loraplex_adapters.format.strict_json import shown
 from loraplex_model.base.refusal import Reason, Refusal
 
-from loraplex_training.data.prepare import FREE, RowNames, without_nulls
+from loraplex_training.data.prepare import FREE, RowNames, with_nested, without_nulls
 from loraplex_training.data.problems import Dropped, Problems
 from loraplex_training.data.recognise import HEAD, FileKind, recognise
 from loraplex_training.data.rows import Blank, FileRow, SizeLimits, rows
@@ -145,6 +145,9 @@ class RecordFile:
                 self.keys[key] += 1
         removed: list[str] = []
         value = without_nulls(self._names.renamed(row.value), free, removed)
+        if self._is_table:
+            value = with_nested(value, removed)
+        value = self._names.with_roles(value)
         try:
             return read_record(value, row.number, self.ignored, self._shape)
         except ValueError as error:

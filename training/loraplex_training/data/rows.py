@@ -17,8 +17,6 @@ from loraplex_training.data.recognise import FileKind, delimiter_of
 from loraplex_training.data.streams import Unreadable
 
 NOT_UTF8: Final = "is not UTF-8; convert it, for example with iconv -f WINDOWS-1252 -t UTF-8"
-NESTED: Final = frozenset({"messages", "conversations", "conversation", "tools"})
-"""Columns of a CSV file whose cells hold JSON."""
 _PARQUET_BYTES: Final = 1 << 30
 _PARQUET_ROWS: Final = 1024
 """Limits of the rows of a Parquet file that are decoded at once."""
@@ -35,8 +33,8 @@ class FileRow:
     """A row of a file.
 
     Attributes:
-        number: the line of JSON lines and CSV, the element of a list, the row of a Parquet file,
-            from 1.
+        number: the line of JSON lines, the element of a list, the row of a table, from 1. The
+            header of CSV is row 1.
         value: a JSON value, or BLANK.
         problem: why the row cannot be read, or "". Completes the sentence "this line …".
     """
@@ -226,23 +224,7 @@ def _table_row(number: int, names: list[str], cells: list[str], limits: SizeLimi
         return FileRow(number, problem=text)
     if sum(map(len, cells)) > limits.row:
         return FileRow(number, problem=f"is longer than {limits.row:,} characters")
-    try:
-        pairs = zip(names, cells, strict=True)
-        return FileRow(number, {name: _cell(name, cell) for name, cell in pairs})
-    except ValueError as error:
-        return FileRow(number, problem=str(error))
-
-
-def _cell(name: str, cell: str) -> object:
-    """Returns the value of a cell: text, None if it is empty, or JSON in columns for lists."""
-    if not cell:
-        return None
-    if name not in NESTED:
-        return cell
-    try:
-        return loads(cell.encode())
-    except ValueError as error:
-        raise ValueError(f'has a cell of the column "{name}" that {error}') from None
+    return FileRow(number, {name: cell or None for name, cell in zip(names, cells, strict=True)})
 
 
 def _parquet(stream: BinaryIO, limits: SizeLimits) -> Iterator[FileRow]:
