@@ -118,7 +118,7 @@ Events = Annotated[
 @with_flags()
 def run(
     *,
-    flags: dict[str, str],
+    flags: dict[str, str | list[str]],
     config: Config = None,
     set_: Set = None,
     sweep: Sweep = None,
@@ -156,7 +156,7 @@ def resume(
 @with_flags((*DATA_FLAGS, *BASE_FLAGS))
 def inspect(
     *,
-    flags: dict[str, str],
+    flags: dict[str, str | list[str]],
     count: Annotated[
         int, typer.Option("--count", min=1, help="Number of training and of evaluation examples.")
     ] = 3,
@@ -173,7 +173,7 @@ def inspect(
 @with_flags()
 def plan(
     *,
-    flags: dict[str, str],
+    flags: dict[str, str | list[str]],
     config: Config = None,
     set_: Set = None,
     sweep: Sweep = None,

@@ -11,6 +11,10 @@ SHOWN: Final = 100
 """Number of bad lines that are listed; the others are counted."""
 
 
+class Dropped(ValueError):
+    """A line that is left out and counted. The message completes the sentence "this line …"."""
+
+
 class Problems:
     """The bad lines in the order in which they were found."""
 

@@ -32,6 +32,10 @@ _SHAPES: Final[Mapping[str, tuple[str, ...]]] = {
 WANTED: Final = (
     '{"messages"}, {"prompt", "completion"}, {"instruction", "input", "output"} or {"text"}'
 )
+KEYS: Final = frozenset(key for keys in _SHAPES.values() for key in keys)
+"""Keys that belong to a shape."""
+SHAPES: Final = tuple(_SHAPES)
+"""Names of the shapes."""
 _KINDS: Final = {str: "a string", list: "a list", dict: "an object", bool: "true or false"}
 
 Message = Mapping[str, str]
@@ -64,13 +68,17 @@ class DataRecord:
         return hashlib.sha256(json.dumps(words).encode()).digest()
 
 
-def read_record(value: Mapping[str, object], line: int, ignored: Counter[str]) -> DataRecord:
+def read_record(
+    value: Mapping[str, object], line: int, ignored: Counter[str], given: str = ""
+) -> DataRecord:
     """Returns the example that an object describes, and counts the keys that it ignores.
+
+    If the shape is `given`, all keys of others are ignored.
 
     Raises:
         ValueError: the object is not an example; the message completes "this line …".
     """
-    shape = _shape(value)
+    shape = _shape({k: v for k, v in value.items() if k in _SHAPES[given]} if given else value)
     for key in value.keys() - set(_SHAPES[shape]):
         ignored[key] += 1
     return _BUILDERS[shape](value, line)

@@ -7,7 +7,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from loraplex_training.data.dataset import DataReport, Dataset
+from loraplex_training.data.dataset import DataReport, Dataset, FileCounts
 from loraplex_training.data.samples import Sample
 from loraplex_training.data.text import BaseText
 
@@ -72,7 +72,18 @@ def report(report: DataReport) -> Group:
         table.add_row(words, *(f"{getattr(counts, name):,}" for counts in sides))
     shapes = ", ".join(f"{count:,} {shape}" for shape, count in sorted(report.shapes.items()))
     lines = Text(f"lines: {shapes}; dropped: {len(report.dropped):,}")
-    return Group(table, lines, *(Text(f"note: {note}") for note in report.notes()))
+    if len(report.files) > 1 or any(file.kind != "JSONL" for file in report.files):
+        files = [Text(_file(file, report)) for file in report.files]
+    else:
+        files = []
+    return Group(table, lines, *files, *(Text(f"note: {note}") for note in report.notes()))
+
+
+def _file(file: FileCounts, report: DataReport) -> str:
+    """Returns the line of one file."""
+    whole = sum(one.taken for one in report.files)
+    share = f", {file.taken / whole:.1%} of an epoch" if file.taken else ""
+    return f"file: {_visible(file.path)}: {file.kind}, {file.examples:,} examples{share}"
 
 
 def _visible(piece: str) -> str:
