@@ -117,7 +117,14 @@ class Server:
         )
         with needed(ServerExit.NO_MODEL, "cannot read"):
             folder = Path(model.tokenizer_path)
-            tokenizer = await asyncio.to_thread(TextTokenizer, folder, context, self._lanes.text)
+            tokenizer = await asyncio.to_thread(
+                TextTokenizer,
+                folder,
+                context,
+                self._lanes.text,
+                eos_token_ids=model.eos_token_ids,
+                special_tokens_in_messages=config.special_tokens_in_messages,
+            )
         limits = AdapterLimits(
             max_rank=config.max_rank,
             max_device_bytes=hello.adapter_budget_bytes,
@@ -139,7 +146,7 @@ class Server:
             tokenizer,
             admission,
             self.metrics,
-            ModelBounds(model.base.config.vocab_size, context, model.eos_token_ids),
+            ModelBounds(model.base.config.vocab_size, context, tokenizer.eos_token_ids),
             config.stream_writes,
         )
         self._training = await self._open_training(registry)
