@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,6 @@ def reasons(path: Path, content: bytes) -> list[str]:
 
 
 BAD: list[tuple[Any, str]] = [
-    (b"", "is empty; remove it"),
-    (b"   ", "is empty; remove it"),
     (b"{", "is not JSON"),
     (b"nonsense", "is not JSON"),
     (b"{'prompt': 1}", "is not JSON"),
@@ -66,7 +65,7 @@ BAD: list[tuple[Any, str]] = [
     ({"instruction": "a", "input": "b"}, 'has no "output"'),
     ({"text": ""}, "text is empty"),
     ({"text": 3}, "text is a number, not a string"),
-    ({"text": None}, "text is null, not a string"),
+    ({"text": None}, "holds nothing; it must be one of"),
     ({"text": ["a"]}, "text is a list, not a string"),
     ({"prompt": "a", "completion": " \n"}, "completion is empty"),
     ({"prompt": "", "completion": "a"}, "prompt is empty"),
@@ -77,7 +76,7 @@ BAD: list[tuple[Any, str]] = [
     ({"prompt": [], "completion": [ANSWER]}, "prompt is empty"),
     ({"prompt": [USER], "completion": []}, "completion is empty"),
     ({"instruction": "a", "input": 1, "output": "b"}, "input is a number"),
-    ({"instruction": "a", "input": None, "output": "b"}, "input is null"),
+    ({"instruction": "a", "output": None}, 'no "output"; null counts as absent: "output"'),
     ({"instruction": "a", "output": ""}, "output is empty"),
     ({"messages": "a"}, "messages is a string, not a list"),
     ({"messages": []}, "messages is empty"),
@@ -88,7 +87,7 @@ BAD: list[tuple[Any, str]] = [
     ({"messages": [USER, {"role": "bot", "content": "a"}]}, 'messages[1] has the role "bot"'),
     ({"messages": [USER, {"role": 1, "content": "a"}]}, "messages[1].role is a number"),
     ({"messages": [USER, {"role": "assistant", "content": ""}]}, "messages[1].content is empty"),
-    ({"messages": [USER, {"role": "assistant", "content": None}]}, "content is null"),
+    ({"messages": [USER, {"role": "assistant", "content": None}]}, 'absent: "messages[1].content"'),
     ({"messages": [USER, {**ANSWER, "tool_calls": []}]}, 'unknown key "tool_calls"'),
     ({"messages": [USER, {"role": "system", "content": "a"}, ANSWER]}, "not the first one"),
 ]
@@ -107,6 +106,18 @@ def test_a_bad_line_is_told_with_file_line_and_reason(
     assert problem.startswith(f"{path}:2: ")
     assert reason in problem
     assert problem.isprintable()
+
+
+def test_lines_without_content_are_skipped_and_counted(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b"\n" + GOOD + b"\n\n \t\r\n" + GOOD + b"\n\n")
+    problems = Problems()
+    file = RecordFile(path, problems)
+    assert [record.line for record in file] == [2, 5]
+    problems.check()
+    assert (file.rows, file.blank) == (2, 4)
+    assert file.digest == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert "has only blank lines" in reasons(path, b"\n \n")[0]
 
 
 def test_all_bad_lines_are_told_at_once(tmp_path: Path) -> None:

@@ -29,6 +29,8 @@ class RowNames:
 
         Raises ValueError if a key would be there twice; the message completes "this line …".
         """
+        if not self.columns and not self.roles:
+            return dict(row)
         old = {name: new for new, name in self.columns.items()}
         if taken := [new for new in self.columns if new in row and new not in old]:
             new = shown(taken[0])

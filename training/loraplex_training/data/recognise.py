@@ -10,7 +10,7 @@ import csv
 import json
 from collections.abc import Mapping, Set
 from enum import StrEnum
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Final
 
@@ -84,6 +84,8 @@ _BOMS: Final = (
     (codecs.BOM_UTF16_LE, "UTF-16"),
     (codecs.BOM_UTF16_BE, "UTF-16"),
 )
+_SPACE: Final = " \t\r\n"
+"""White space of JSON."""
 _LETTERS: Final = 64
 """Characters of a file that are shown in a message."""
 _WRITE: Final = 'write each example as an object on its own line, such as {"text": "…"}'
@@ -102,7 +104,7 @@ def recognise(head: bytes, name: str, columns: Set[str]) -> FileKind:
         return FileKind.PARQUET
     _refuse_binary(head)
     text = codecs.getincrementaldecoder("utf-8-sig")("replace").decode(head)
-    start = text.lstrip()
+    start = text.lstrip(_SPACE)
     if start.startswith("["):
         return FileKind.ARRAY
     if start.startswith("{"):
@@ -167,15 +169,20 @@ def _kind_of_objects(text: str, columns: Set[str], whole: bool) -> FileKind:
         key = _list_key(text)
         if not whole and key and key not in columns:
             raise Unreadable(_wrapped(key)) from None
-        if not text.partition("\n")[0][1:].strip():
+        first, _, rest = text.partition("\n")
+        if first.strip() == "{" and not _is_object(rest.lstrip().partition("\n")[0]):
             return FileKind.OBJECTS  # over several lines, and damaged
         _refuse_text(text, whole)
         return FileKind.LINES
     assert isinstance(value, dict), "it begins with a brace"
-    if whole and not text[end:].strip():
-        _refuse_object(value)
-    if "\n" in text[:end].strip():
+    rest = text[end:]
+    if whole and not rest.strip():
+        _refuse_object(value, columns)
+    if "\n" in text[:end]:
         return FileKind.OBJECTS
+    second = rest.partition("\n")[2].lstrip().partition("\n")[0]
+    if rest.lstrip(" \t\r").startswith("{") and not _is_object(second):
+        return FileKind.OBJECTS  # without line ends between them
     _refuse_text(text, whole)
     return FileKind.LINES
 
@@ -196,10 +203,10 @@ def _is_example(item: object) -> bool:
     return isinstance(item, dict) and item.keys().isdisjoint(("role", "from"))
 
 
-def _refuse_object(value: Mapping[str, object]) -> None:
+def _refuse_object(value: Mapping[str, object], columns: Set[str]) -> None:
     """Raises Unreadable if the only object of a file is a whole data set."""
     lists = {key: one for key, one in value.items() if isinstance(one, list) and one}
-    for key, one in lists.items():
+    for key, one in lists.items() if columns.isdisjoint(value) else ():
         if all(map(_is_example, one)):
             raise Unreadable(_wrapped(key))
     by_row = all(isinstance(one, dict) and "0" in one for one in value.values())
@@ -225,16 +232,19 @@ def _refuse_text(text: str, whole: bool) -> None:
 
     If only one is none, the file has JSON lines with a bad line.
     """
-    lines = [line.strip() for line in text.splitlines()[: None if whole else -1] if line.strip()]
-    if len(lines) < 2 or any(map(_is_object, lines[:2])):
+    complete = text.split("\n")[: None if whole else -1]
+    lines = list(islice((line.strip() for line in complete if line.strip()), 2))
+    if len(lines) < 2 or any(map(_is_object, lines)):
         return
     first = lines[0]
     if first.lower().startswith(("<!doctype html", "<html")):
         what = "an HTML page, perhaps that of a login or an error; download the file itself"
-    elif first.startswith(("{'", '{"')) and all(line.endswith("},") for line in lines[:2]):
+    elif first.startswith(("{'", '{"')) and all(line.endswith("},") for line in lines):
         what = "JSON objects with a comma after each line; remove the commas: sed 's/,$//'"
     elif first.startswith("{'"):
         what = "written as Python shows dictionaries, which is not JSON; use json.dumps"
+    elif first.startswith("{"):
+        return
     elif first.startswith("<"):
         what = f"XML, not JSON lines; {_WRITE}"
     elif first.startswith(("---", "- ")):

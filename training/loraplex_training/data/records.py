@@ -46,7 +46,8 @@ class RecordFile:
         kind: what the file is once it has been read, such as "JSONL" or "Parquet, gzipped".
         rows: number of rows that were read, those that are refused or dropped included.
         blank: number of lines and rows without content.
-        keys: the keys of the rows as they are in the file, with the number of times.
+        keys: the first keys of the rows as they are in the file, and all that `names` names, with
+            the number of times.
         ignored: keys that were ignored, with the number of times.
         dropped: number and reason of each row that is left out. A reason completes "this line …".
     """
@@ -74,6 +75,7 @@ class RecordFile:
         self.dropped: list[tuple[int, str]] = []
         self._problems = problems
         self._names = names or RowNames()
+        self._named = frozenset(self._names.columns.values())
         self._shape = shape
 
     def __iter__(self) -> Iterator[DataRecord]:
@@ -125,9 +127,8 @@ class RecordFile:
         gzipped = head.startswith(GZIP)
         if gzipped:
             head, stream = with_head(decompressed(stream, MAX_FILE), HEAD)
-        columns = KEYS | frozenset(self._names.columns.values())
         try:
-            kind = recognise(head, self.path.name, columns)
+            kind = recognise(head, self.path.name, KEYS | self._named)
         except Unreadable as error:
             raise Unreadable(f"{error} (inside gzip)" if gzipped else str(error)) from None
         self.kind = f"{kind}, gzipped" if gzipped else str(kind)
@@ -139,8 +140,9 @@ class RecordFile:
             raise ValueError(row.problem)
         if not isinstance(row.value, dict):
             raise ValueError(f"is {kind_of(row.value)}, not an object; each is one of {WANTED}")
-        if len(self.keys) < MAX_KEYS:
-            self.keys.update(row.value.keys())
+        for key in row.value:
+            if len(self.keys) < MAX_KEYS or key in self._named:
+                self.keys[key] += 1
         removed: list[str] = []
         value = without_nulls(self._names.renamed(row.value), free, removed)
         try:

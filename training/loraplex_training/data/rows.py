@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -206,13 +207,14 @@ def _text_lines(text: io.TextIOWrapper, most: int) -> Iterator[str]:
 
 
 def _header(cells: list[str]) -> list[str]:
-    """Returns the names of columns. Those that pandas writes for its index begin with "_" """
+    """Returns the names of columns. Those that pandas writes for its index get a "_" before."""
     names = [
         f"_{at}" if not name else f"_{name}" if name.startswith("Unnamed: ") else name
         for at, name in enumerate(cells)
     ]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise Unreadable(f'has two columns with the name "{shown(twice[0])}"; rename one')
+    name, count = Counter(names).most_common(1)[0] if names else ("", 0)
+    if count > 1:
+        raise Unreadable(f'has two columns with the name "{shown(name)}"; rename one')
     return names
 
 

@@ -92,10 +92,8 @@ def split_pairs(value: object) -> object:
 def split_names(value: object) -> object:
     """Splits text like "prompt=question,completion=answer"; checks that every name has a value."""
     pairs = split_pairs(value)
-    if isinstance(pairs, Mapping):
-        for key, name in pairs.items():
-            if not (isinstance(name, str) and name and key):
-                raise expected('names, as in "prompt=question,completion=answer"')
+    if isinstance(pairs, Mapping) and not all(isinstance(n, str) and n for n in pairs.values()):
+        raise expected('names, as in "prompt=question,completion=answer"')
     return pairs
 
 

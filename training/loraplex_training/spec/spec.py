@@ -85,6 +85,13 @@ def _split(value: object) -> object:
     return [part for part in value.split(",") if part] if isinstance(value, str) else value
 
 
+def _different(columns: Mapping[str, str]) -> Mapping[str, str]:
+    for name in columns.values():
+        if list(columns.values()).count(name) > 1:
+            raise ValueError(f"columns names {name!r:.80} twice")
+    return columns
+
+
 Names: TypeAlias = Annotated[Mapping[str, str], BeforeValidator(split_names)]
 
 
@@ -136,7 +143,7 @@ class DataSpec:
     ] = ()
     """Shares of several --data files in an epoch, in their order, as in 0.7,0.3. Examples of a file
     are repeated to reach its share. Without weights each example is taken once."""
-    columns: Names = field(default_factory=dict)
+    columns: Annotated[Names, AfterValidator(_different)] = field(default_factory=dict)
     """Keys or columns under other names, as in prompt=question,completion=answer. Renamed before
     the shape of an example is determined."""
     shape: str = ""
