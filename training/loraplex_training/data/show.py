@@ -7,7 +7,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from loraplex_training.data.dataset import DataReport, Dataset, FileCounts
+from loraplex_training.data.dataset import Dataset
+from loraplex_training.data.report import DataReport, FileCounts
 from loraplex_training.data.samples import Sample
 from loraplex_training.data.text import BaseText
 

@@ -105,7 +105,7 @@ def _exchange(line: Line, given: str, named: Collection[str]) -> ShapeKeys:
     answers = [key for key in ANSWERS if key in line]
     usual = EXCHANGES[shape]
     chosen = _preferred(answers, named)
-    if given and usual in answers and not chosen[0] in named:
+    if given and usual in answers and chosen[0] not in named:
         chosen = [usual]
     if not chosen:
         if TEXT in line and not given:
