@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import csv
 import gzip
 import hashlib
@@ -17,8 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from loraplex_model.base.refusal import Refusal
 from loraplex_training.data import records
+from loraplex_training.data.prepare import RowNames
 from loraplex_training.data.problems import Problems
 from loraplex_training.data.records import RecordFile
 from loraplex_training.data.shapes import DataRecord
@@ -161,6 +165,14 @@ def test_a_cell_of_messages_holds_json(tmp_path: Path) -> None:
     row = {"messages": json.dumps(TALK["messages"])}
     _, found = opened(tmp_path / "a.csv", table([row]))
     assert list(found[0].messages) == TALK["messages"]
+    problems = Problems()
+    path = tmp_path / "b.csv"
+    talk = [{"role": "Human", "content": "a"}, {"role": "assistant", "content": "b", "name": None}]
+    path.write_bytes(table([{"talk": json.dumps(talk)}]))
+    names = RowNames({"messages": "talk"}, {"Human": "user"})
+    [found] = RecordFile(path, problems, names=names)
+    problems.check()
+    assert [m["role"] for m in found.messages] == ["user", "assistant"]
     row = {"messages": str(TALK["messages"])}
     assert 'has a cell of the column "messages" that is not JSON' in refused(
         tmp_path / "a.csv", table([row])
@@ -353,6 +365,34 @@ def test_the_rows_of_every_kind_are_bounded(
     assert csv.field_size_limit() == before
 
 
+@settings(deadline=None, max_examples=300)
+@given(
+    st.sampled_from(["a.jsonl", "a.csv", "a.tsv", "a.json"]),
+    st.sampled_from([b"", b"[", b"{", b"prompt,completion\n", b"\xef\xbb\xbf", b'{"data": [']),
+    st.binary(max_size=120)
+    | st.text("[]{}\",:'ab\n\t; é0\\", max_size=120).map(str.encode)
+    | st.lists(st.sampled_from([b'{"text": "a"}', b"[", b"]", b",", b"\n"])).map(b"".join),
+    st.booleans(),
+)
+def test_no_bytes_do_worse_than_be_refused(
+    tmp_path_factory: pytest.TempPathFactory, name: str, start: bytes, rest: bytes, gzipped: bool
+) -> None:
+    content = gzip.compress(start + rest) if gzipped else start + rest
+    with contextlib.suppress(Refusal):
+        opened(tmp_path_factory.getbasetemp() / name, content)
+
+
+def test_a_table_may_have_very_many_columns(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    names = ",".join(f"_{i}" for i in range(50_000))
+    path.write_text(f"{names},q,a\n{',' * 50_000}b,c\n")
+    problems = Problems()
+    file = RecordFile(path, problems, names=RowNames({"prompt": "q", "completion": "a"}))
+    assert asked(list(file)) == ["b"]
+    assert "a" in file.keys
+    assert len(file.keys) < 50_000
+
+
 def test_many_elements_are_read_in_linear_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -409,6 +449,11 @@ class TestParquet:
         _, found = opened(path)
         assert list(found[0].messages) == TALK["messages"]
         assert [record.shape for record in found] == ["messages", "messages", "prompt"]
+
+    def test_a_column_of_json_text_is_parsed(self, tmp_path: Path) -> None:
+        path = self.write(tmp_path / "a.parquet", [{"messages": json.dumps(TALK["messages"])}])
+        _, [found] = opened(path)
+        assert list(found.messages) == TALK["messages"]
 
     def test_a_null_answer_is_refused_by_its_row(self, tmp_path: Path) -> None:
         rows = [*ROWS, {"prompt": "a", "completion": None}]

@@ -205,6 +205,7 @@ def _describe(run: Run) -> None:
             "eval_sha256": dataset.eval_digest,
             "train": asdict(dataset.report.train),
             "evaluation": asdict(dataset.report.evaluation),
+            "files": [asdict(file) for file in dataset.report.files],
             "notes": dataset.report.notes(),
         }
         for name, dataset in run.datasets.items()

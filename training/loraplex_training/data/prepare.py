@@ -6,10 +6,13 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from loraplex_adapters.format.strict_json import shown
+from loraplex_adapters.format.strict_json import loads, shown
 
 FREE: Final = frozenset({"arguments", "parameters"})
 """Keys of tools and their calls whose values are the caller's own, so that null means something."""
+
+NESTED: Final = frozenset({"messages", "conversations", "conversation", "tools"})
+"""Columns of tables whose cells may hold JSON as text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +28,11 @@ class RowNames:
     roles: Mapping[str, str] = field(default_factory=dict)
 
     def renamed(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns a row with the names of the shapes.
+        """Returns a row whose keys have the names of the shapes.
 
         Raises ValueError if a key would be there twice; the message completes "this line …".
         """
-        if not self.columns and not self.roles:
+        if not self.columns:
             return dict(row)
         old = {name: new for new, name in self.columns.items()}
         if taken := [new for new in self.columns if new in row and new not in old]:
@@ -40,15 +43,18 @@ class RowNames:
                     f'has "{new}" and "{shown(given)}", which --columns makes "{new}" too; name '
                     "only one"
                 )
-        made = {old.get(key, key): value for key, value in row.items()}
-        if not self.roles:
-            return made
-        return {key: self._with_roles(value) for key, value in made.items()}
+        return {old.get(key, key): value for key, value in row.items()}
 
-    def _with_roles(self, value: object) -> object:
-        if not isinstance(value, list):
-            return value
-        return [self._message(one) if isinstance(one, dict) else one for one in value]
+    def with_roles(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Returns a row in whose lists of messages the roles have the names of the shapes."""
+        if not self.roles:
+            return row
+        return {
+            key: [self._message(one) if isinstance(one, dict) else one for one in value]
+            if isinstance(value, list)
+            else value
+            for key, value in row.items()
+        }
 
     def _message(self, message: dict[str, Any]) -> dict[str, Any]:
         return {
@@ -57,6 +63,21 @@ class RowNames:
             else value
             for key, value in message.items()
         }
+
+
+def with_nested(row: dict[str, Any], removed: list[str]) -> dict[str, Any]:
+    """Returns the row of a table with the JSON in its cells parsed, and without nulls.
+
+    Raises ValueError if a cell that should hold JSON does not.
+    """
+    made = dict(row)
+    for key in NESTED & row.keys():
+        if isinstance(text := row[key], str):
+            try:
+                made[key] = without_nulls(loads(text.encode()), FREE, removed, key)
+            except ValueError as error:
+                raise ValueError(f'has a cell of the column "{key}" that {error}') from None
+    return made
 
 
 def without_nulls(

@@ -17,10 +17,10 @@ from typing import BinaryIO, Final
 from loraplex_adapters.format.strict_json import shown
 from loraplex_model.base.refusal import Reason, Refusal
 
-from loraplex_training.data.prepare import FREE, RowNames, without_nulls
+from loraplex_training.data.prepare import FREE, RowNames, with_nested, without_nulls
 from loraplex_training.data.problems import Dropped, Problems
 from loraplex_training.data.recognise import HEAD, FileKind, recognise
-from loraplex_training.data.rows import Blank, Row, SizeLimits, rows
+from loraplex_training.data.rows import Blank, FileRow, SizeLimits, rows
 from loraplex_training.data.shapes import KEYS, WANTED, DataRecord, kind_of, read_record
 from loraplex_training.data.streams import (
     GZIP,
@@ -132,7 +132,7 @@ class RecordFile:
         self.kind = f"{kind}, gzipped" if gzipped else str(kind)
         return kind, stream
 
-    def _record(self, row: Row, free: frozenset[str] | tuple[()]) -> DataRecord:
+    def _record(self, row: FileRow, free: frozenset[str] | tuple[()]) -> DataRecord:
         """Returns the example of a row. Raises ValueError with the reason why it cannot be used."""
         if row.problem:
             raise ValueError(row.problem)
@@ -143,6 +143,9 @@ class RecordFile:
                 self.keys[key] += 1
         removed: list[str] = []
         value = without_nulls(self._names.renamed(row.value), free, removed)
+        if self._is_table:
+            value = with_nested(value, removed)
+        value = self._names.with_roles(value)
         try:
             return read_record(
                 value, row.number, self.ignored, self._shape, self._names.columns.keys()

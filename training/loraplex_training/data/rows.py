@@ -17,8 +17,6 @@ from loraplex_training.data.recognise import FileKind, delimiter_of
 from loraplex_training.data.streams import Unreadable
 
 NOT_UTF8: Final = "is not UTF-8; convert it, for example with iconv -f WINDOWS-1252 -t UTF-8"
-NESTED: Final = frozenset({"messages", "conversations", "conversation", "tools"})
-"""Columns of a CSV file whose cells hold JSON."""
 _PARQUET_BYTES: Final = 1 << 30
 _PARQUET_ROWS: Final = 1024
 """Limits of the rows of a Parquet file that are decoded at once."""
@@ -31,12 +29,12 @@ class Blank(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class FileRow:
     """A row of a file.
 
     Attributes:
-        number: the line of JSON lines and CSV, the element of a list, the row of a Parquet file,
-            from 1.
+        number: the line of JSON lines, the element of a list, the row of a table, from 1. The
+            header of CSV is row 1.
         value: a JSON value, or BLANK.
         problem: why the row cannot be read, or "". Completes the sentence "this line …".
     """
@@ -54,30 +52,30 @@ class SizeLimits:
     row: int
 
 
-def rows(kind: FileKind, stream: io.BufferedReader, limits: SizeLimits) -> Iterator[Row]:
+def rows(kind: FileKind, stream: io.BufferedReader, limits: SizeLimits) -> Iterator[FileRow]:
     """Yields the rows of a file. Raises Unreadable."""
     return _READERS[kind](stream, limits)
 
 
-def _json_lines(stream: BinaryIO, limits: SizeLimits) -> Iterator[Row]:
+def _json_lines(stream: BinaryIO, limits: SizeLimits) -> Iterator[FileRow]:
     foreign = last = 0
     for number, line in enumerate(_lines(stream, limits.row), 1):
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
         if not line.strip():
-            yield Row(number, Blank.BLANK)
+            yield FileRow(number, Blank.BLANK)
             continue
         try:
-            yield Row(number, _line_value(line, limits))
+            yield FileRow(number, _line_value(line, limits))
         except UnicodeDecodeError:
             # All lines of a file in another encoding are at fault for one reason: name it once.
             foreign, last = foreign + 1, number
             if foreign == 1:
-                yield Row(number, problem=NOT_UTF8)
+                yield FileRow(number, problem=NOT_UTF8)
         except ValueError as error:
-            yield Row(number, problem=str(error))
+            yield FileRow(number, problem=str(error))
     if foreign > 1:
-        yield Row(last, problem=f"is the last of {foreign:,} lines that are not UTF-8")
+        yield FileRow(last, problem=f"is the last of {foreign:,} lines that are not UTF-8")
 
 
 def _line_value(line: bytes, limits: SizeLimits) -> object:
@@ -119,7 +117,7 @@ class _JsonText:
         """Goes past one character."""
         self._at += 1
 
-    def value(self, number: int) -> Row:
+    def value(self, number: int) -> FileRow:
         """Reads the value that follows. Raises Unreadable."""
         self.next()
         while len(self._held) - self._at <= self._row and not self._ended:
@@ -131,7 +129,7 @@ class _JsonText:
             raise Unreadable(f"cannot be read: example {number} {error}{cut}") from None
         size, self._at = end - self._at, end
         long = size > self._row
-        return Row(number, value, f"is longer than {self._row:,} characters" if long else "")
+        return FileRow(number, value, f"is longer than {self._row:,} characters" if long else "")
 
     def _fill(self) -> None:
         try:
@@ -142,7 +140,7 @@ class _JsonText:
         self._ended = not more
 
 
-def _json_array(stream: BinaryIO, limits: SizeLimits) -> Iterator[Row]:
+def _json_array(stream: BinaryIO, limits: SizeLimits) -> Iterator[FileRow]:
     text, number = _JsonText(stream, limits.row), 0
     text.next()
     text.skip()
@@ -165,7 +163,7 @@ def _json_array(stream: BinaryIO, limits: SizeLimits) -> Iterator[Row]:
         raise Unreadable("goes on after the end of its JSON list; write one object on each line")
 
 
-def _json_objects(stream: BinaryIO, limits: SizeLimits) -> Iterator[Row]:
+def _json_objects(stream: BinaryIO, limits: SizeLimits) -> Iterator[FileRow]:
     text, number = _JsonText(stream, limits.row), 0
     while mark := text.next():
         if number and mark == ",":
@@ -174,7 +172,7 @@ def _json_objects(stream: BinaryIO, limits: SizeLimits) -> Iterator[Row]:
         yield text.value(number)
 
 
-def _table(stream: BinaryIO, limits: SizeLimits, delimiter: str = "") -> Iterator[Row]:
+def _table(stream: BinaryIO, limits: SizeLimits, delimiter: str = "") -> Iterator[FileRow]:
     text = io.TextIOWrapper(stream, "utf-8-sig", newline="")
     lines = _text_lines(text, limits.row)
     first = next((line for line in lines if line.strip()), "")
@@ -218,34 +216,18 @@ def _header(cells: list[str]) -> list[str]:
     return names
 
 
-def _table_row(number: int, names: list[str], cells: list[str], limits: SizeLimits) -> Row:
+def _table_row(number: int, names: list[str], cells: list[str], limits: SizeLimits) -> FileRow:
     if not any(cells):
-        return Row(number, Blank.BLANK)
+        return FileRow(number, Blank.BLANK)
     if len(cells) != len(names):
         text = f"has {len(cells)} cells, and the header names {len(names)} columns"
-        return Row(number, problem=text)
+        return FileRow(number, problem=text)
     if sum(map(len, cells)) > limits.row:
-        return Row(number, problem=f"is longer than {limits.row:,} characters")
-    try:
-        pairs = zip(names, cells, strict=True)
-        return Row(number, {name: _cell(name, cell) for name, cell in pairs})
-    except ValueError as error:
-        return Row(number, problem=str(error))
+        return FileRow(number, problem=f"is longer than {limits.row:,} characters")
+    return FileRow(number, {name: cell or None for name, cell in zip(names, cells, strict=True)})
 
 
-def _cell(name: str, cell: str) -> object:
-    """Returns the value of a cell: text, None if it is empty, or JSON in columns for lists."""
-    if not cell:
-        return None
-    if name not in NESTED:
-        return cell
-    try:
-        return loads(cell.encode())
-    except ValueError as error:
-        raise ValueError(f'has a cell of the column "{name}" that {error}') from None
-
-
-def _parquet(stream: BinaryIO, limits: SizeLimits) -> Iterator[Row]:
+def _parquet(stream: BinaryIO, limits: SizeLimits) -> Iterator[FileRow]:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -271,7 +253,7 @@ def _parquet(stream: BinaryIO, limits: SizeLimits) -> Iterator[Row]:
             held = batch.nbytes > size * limits.row
             for value in () if held else batch.to_pylist(maps_as_pydicts="strict"):
                 number += 1
-                yield Row(number, value)
+                yield FileRow(number, value)
             if held:
                 raise Unreadable(f"has rows of more than {limits.row:,} bytes after row {number}")
     except (pyarrow.ArrowException, OSError, KeyError) as error:
@@ -279,7 +261,7 @@ def _parquet(stream: BinaryIO, limits: SizeLimits) -> Iterator[Row]:
         raise Unreadable(f"is a damaged Parquet file: {text}; copy or write it again") from None
 
 
-_READERS: Final[Mapping[FileKind, Callable[[Any, SizeLimits], Iterator[Row]]]] = {
+_READERS: Final[Mapping[FileKind, Callable[[Any, SizeLimits], Iterator[FileRow]]]] = {
     FileKind.LINES: _json_lines,
     FileKind.ARRAY: _json_array,
     FileKind.OBJECTS: _json_objects,
