@@ -24,7 +24,7 @@ class Dropped(ValueError):
 
     def __init__(self, cause: str, detail: str = "") -> None:
         """`detail` says where in the line, or more about it."""
-        super().__init__(f"{cause}: {detail}" if detail else cause)
+        super().__init__(f"{cause}; {detail}" if detail else cause)
         self.cause = cause
 
 

@@ -152,6 +152,8 @@ class RecordFile:
             )
         except ValueError as error:
             named = [path for path in removed if _names(str(error), path)]
+            if KEYS.isdisjoint(value):
+                named = named or [path for path in removed if path in KEYS]
             if not named:
                 raise
             absent = ", ".join(f'"{shown(path)}"' for path in named[:8])

@@ -103,8 +103,11 @@ class DataReport:
         """ "file:line" of all lines that were left out."""
         return tuple(place for places in self.causes.values() for place in places)
 
-    def notes(self) -> list[str]:
-        """Returns sentences about what deserves attention; none if all is well."""
+    def notes(self, *, with_causes: bool = True) -> list[str]:
+        """Returns sentences about what deserves attention; none if all is well.
+
+        `with_causes` includes why lines were left out.
+        """
         notes = []
         for side, counts in (("training", self.train), ("evaluation", self.evaluation)):
             if counts.truncated:
@@ -112,7 +115,7 @@ class DataReport:
                     f"{counts.truncated:,} of {counts.examples:,} {side} examples were cut, by "
                     f"{counts.cut:,} tokens in all, and do not teach to stop; raise max_length"
                 )
-        for cause, places in self.causes.items():
+        for cause, places in self.causes.items() if with_causes else ():
             notes.append(f"{_lines(len(places))} dropped; each {cause}: {_some(places)}")
         for what, count in self.left_out.items():
             notes.append(

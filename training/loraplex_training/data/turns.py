@@ -72,8 +72,8 @@ class TurnMaker:
         template = self._text.template
         if template is None:
             raise ValueError(
-                f"is {_kind(record)}, which needs a chat template, and the base model has none; "
-                "write prompt and completion as strings, or text"
+                "is a conversation, and the base model has no chat template; write a prompt and a "
+                "completion as strings, or text"
             )
         added = len(messages) - len(record.messages)
         given = {at + added for at in record.given}
@@ -232,9 +232,3 @@ def _text_of(message: Message) -> str:
     if isinstance(content, list):
         return "".join(part["text"] for part in content)
     return content or ""
-
-
-def _kind(record: DataRecord) -> str:
-    if len(record.messages) == 2 and not record.tools:
-        return "a list of messages"
-    return "a conversation"

@@ -74,7 +74,7 @@ def turns_of(value: object, what: str, ignored: Counter[str], lenient: bool = Fa
             given.add(at)
         messages.append(message)
     if not messages:
-        raise Dropped(f"{what} is empty")
+        raise Dropped(f'has nothing under "{what}"', f"{what} is empty")
     return Turns(tuple(messages), frozenset(given))
 
 
@@ -83,8 +83,6 @@ def check_conversation(turns: Turns) -> None:
     roles = [message["role"] for message in turns.messages]
     if "system" in roles[1:]:
         raise Dropped("has a system message that is not the first one")
-    if "assistant" not in roles:
-        raise Dropped("has no answer (no message of the assistant)")
     if roles[-1] != "assistant":
         raise Dropped(
             f'ends with a message of the role "{roles[-1]}"; it must end with an answer (assistant)'

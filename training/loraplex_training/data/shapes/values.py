@@ -34,7 +34,7 @@ def filled(value: object, what: str) -> str:
     """Returns a string with content. Raises ValueError, Dropped."""
     text = string(value, what)
     if not text.strip():
-        raise Dropped(f"{what} is empty")
+        raise Dropped(f'has nothing under "{what.partition("[")[0]}"', f"{what} is empty")
     return text
 
 
