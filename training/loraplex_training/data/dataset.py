@@ -176,7 +176,7 @@ class _File:
         self.refusal: Refusal | None = None
         self._text = text
         self._too_long = too_long(spec.max_length)
-        tokeniser = Tokeniser(text, spec.max_length, spec.learn, spec.system)
+        tokeniser = Tokeniser(text, spec.max_length, spec.learn, spec.system, spec.strict)
         names = RowNames(spec.columns, spec.roles)
         file = RecordFile(path, problems, field, names, spec.shape)
         try:

@@ -21,13 +21,20 @@ from loraplex_training.data.turns import Conversation, Turn, TurnMaker
 class Tokeniser:
     """Converts records to samples."""
 
-    def __init__(self, text: BaseText, max_length: int, learn: str, system: str | None) -> None:
+    def __init__(
+        self,
+        text: BaseText,
+        max_length: int,
+        learn: str,
+        system: str | None,
+        strict: bool = False,
+    ) -> None:
         """Arguments are those of DataSpec."""
         self._text = text
         self._max_length = max_length
         self._learn = learn
         self._system = system
-        self._maker = TurnMaker(text)
+        self._maker = TurnMaker(text, strict)
 
     @property
     def left_out(self) -> Mapping[str, int]:

@@ -57,7 +57,9 @@ class TurnMaker:
         left_out: what templates left out of conversations, with the number of conversations.
     """
 
-    def __init__(self, text: BaseText) -> None:
+    def __init__(self, text: BaseText, strict: bool = False) -> None:
+        """`strict` drops conversations of which the template leaves something out."""
+        self._strict = strict
         self.left_out: Counter[str] = Counter()
         self._text = text
         self._silent: dict[str, bool] = {}
@@ -67,7 +69,8 @@ class TurnMaker:
 
         Raises:
             ValueError: the base model has no template.
-            Dropped: the template leaves out what an answer is based on, or all answers.
+            Dropped: the template leaves out what an answer is based on, or all answers, or
+                anything if that is not allowed.
         """
         template = self._text.template
         if template is None:
@@ -95,6 +98,9 @@ class TurnMaker:
             lost.append("reasoning_content")
         variables = {k: v for k, v in record.variables.items() if k in template.variables}
         lost += [f"the variable {key}" for key in record.variables.keys() - variables.keys()]
+        if lost and self._strict:
+            what = ", ".join(dict.fromkeys(lost))
+            raise Dropped(f"is a conversation of which the chat template leaves out {what}")
         answers = {at for at, message in enumerate(made) if message["role"] == "assistant"}
         if answers <= given:
             raise Dropped("has answers with tool calls only, which the chat template leaves out")

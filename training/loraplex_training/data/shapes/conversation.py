@@ -103,7 +103,7 @@ def _message(
     if known is None:
         raise ValueError(
             f'{what} has the role "{shown(role)}"; roles are {", ".join(_ROLE_OF)}; name what it '
-            f"is, as in --roles {shown(role)}=user"
+            f"is, as in --roles {shown(role)}=assistant"
         )
     _check_keys(turn, what, ignored, lenient)
     message: dict[str, Any] = {"role": "assistant" if known == "call" else known}

@@ -121,7 +121,7 @@ def _exchange(line: Line, given: str, named: Collection[str]) -> ShapeKeys:
     if len(contexts) > 1:
         raise ValueError(
             f"has {_quoted(contexts)}, and only one further text has a place; leave one out with "
-            f"--columns meta={contexts[-1]}"
+            f"--columns _{contexts[-1]}={contexts[-1]}"
         )
     own = {shape, chosen[0], *contexts, *_BESIDE, HISTORY}
     copies = (TEXT,) if TEXT in line and not given else ()
@@ -169,7 +169,7 @@ def _beside(line: Line, own: Collection[str]) -> tuple[str, str]:
         if len(there) > 1:
             raise ValueError(
                 f"has {_quoted(there)}, and only one {what} has a place; leave one out with "
-                f"--columns meta={there[-1]}"
+                f"--columns _{there[-1]}={there[-1]}"
             )
         made.append(there[0] if there else "")
     return made[0], made[1]

@@ -127,7 +127,7 @@ def _with_system(value: Line, keys: ShapeKeys, turns: Turns) -> Turns:
     if first["content"] != content:
         raise ValueError(
             f'has "{keys.system}" and another system message; leave out the first with --columns '
-            f"meta={keys.system}"
+            f"_{keys.system}={keys.system}"
         )
     return turns
 

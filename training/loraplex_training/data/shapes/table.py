@@ -53,7 +53,7 @@ REQUEST: Final = frozenset(
         *("model", "temperature", "top_p", "n", "seed", "stop", "stream", "max_tokens", "store"),
         *("max_completion_tokens", "parallel_tool_calls", "tool_choice", "function_call"),
         *("response_format", "frequency_penalty", "presence_penalty", "logprobs", "logit_bias"),
-        *("reasoning_effort", "top_logprobs", "service_tier", "stream_options"),
+        *("reasoning_effort", "top_logprobs", "service_tier", "stream_options", "user"),
     }
 )
 """Keys of a request for a conversation, which are ignored beside one."""
@@ -90,6 +90,16 @@ def markdown() -> str:
     rows = [
         _Row(f'{{"messages": [{_TURN}]}}', "a conversation", chats),
         _Row(f'{{"conversations": [{_SHARED}]}}', "the same (ShareGPT)", chats),
+        _Row(
+            '{"instruction": "…", "input": "…", "output": "…"}',
+            "an instruction with a text and its answer (Alpaca)",
+            "`output`",
+        ),
+        _Row(
+            '{"instruction": "…", "context": "…", "response": "…", "category": "…"}',
+            "the same (Dolly)",
+            "`response`",
+        ),
         *(
             _Row(f'{{"{asked}": "…", "{answer}": "…"}}', "a question and its answer", f"`{answer}`")
             for asked, answer in EXCHANGES.items()
