@@ -36,7 +36,7 @@ def opened(path: Path, content: bytes | None = None) -> tuple[RecordFile, list[D
     """Raises Refusal with everything that is wrong."""
     if content is not None:
         path.write_bytes(content)
-    problems = Problems()
+    problems = Problems(strict=True)
     file = RecordFile(path, problems)
     found = list(file)
     problems.check()

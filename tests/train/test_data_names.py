@@ -31,7 +31,7 @@ def write(path: Path, *rows: dict[str, Any]) -> Path:
 
 
 def messages(path: Path, *rows: dict[str, Any], **names: Any) -> list[list[Any]]:
-    problems = Problems()
+    problems = Problems(strict=True)
     file = RecordFile(write(path, *rows), problems, names=RowNames(**names))
     found = [list(record.messages) for record in file]
     problems.check()
@@ -160,5 +160,5 @@ def test_a_shape_that_is_given_ignores_and_counts_the_keys_of_others(
     with pytest.raises(Refusal, match="did you mean 'prompt'") as caught:
         data.load(DataSpec(path, shape="promt"), text)
     assert caught.value.reason == "CONFIG_INVALID"
-    with pytest.raises(Refusal, match="it must be one of"):
+    with pytest.raises(Refusal, match='has no "messages"'):
         data.load(DataSpec(path, shape="messages"), text)

@@ -22,9 +22,9 @@ USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content"
 
 
 def read(path: Path, content: bytes) -> list[DataRecord]:
-    """Raises Refusal with everything that is wrong."""
+    """Raises Refusal with everything that is wrong, lines that are left out included."""
     path.write_bytes(content)
-    problems = Problems()
+    problems = Problems(strict=True)
     found = list(RecordFile(path, problems))
     problems.check()
     return found
@@ -53,12 +53,15 @@ BAD: list[tuple[Any, str]] = [
     (3, "is a number, not an object"),
     ({}, "holds nothing"),
     ({"id": 1}, 'holds "id"; it must be one of'),
-    ({"question": "a", "answer": "b"}, 'holds "question", "answer"; it must be one of'),
+    ({"q": "a", "a": "b"}, "name its keys, as in --columns prompt=q,completion=a"),
     ({"text": "a", "prompt": "b"}, 'mixes shapes ("prompt", "text")'),
     ({"instruction": "a", "output": "b", "text": "c"}, "mixes shapes"),
-    ({"instruction": "a", "completion": "b"}, "mixes shapes"),
+    ({"messages": [USER, ANSWER], "text": "c"}, '"text" is not a copy of them; choose one with'),
+    ({"messages": [USER, ANSWER], "prompt": "c"}, "is not the beginning of"),
+    ({"messages": [USER, ANSWER], "output": "c"}, 'mixes shapes ("messages", "output")'),
+    ({"messages": [USER, ANSWER], "conversations": [USER, ANSWER]}, "mixes shapes"),
     ({"text": "a", "weight": 2}, 'unknown keys: "weight"'),
-    ({"instruction": "a", "output": "b", "history": []}, 'unknown keys: "history"'),
+    ({"instruction": "a", "output": "b", "histroy": []}, "did you mean 'history'"),
     ({"text": "a", "\u202eevil\n": 2}, 'unknown keys: "\\u202eevil\\n"'),
     ({"prompt": "a"}, 'has no "completion"'),
     ({"completion": "a"}, 'has no "prompt"'),
@@ -66,12 +69,12 @@ BAD: list[tuple[Any, str]] = [
     ({"text": ""}, "text is empty"),
     ({"text": 3}, "text is a number, not a string"),
     ({"text": None}, "holds nothing; it must be one of"),
+    ({"text": None}, 'null counts as absent: "text"'),
     ({"text": ["a"]}, "text is a list, not a string"),
     ({"prompt": "a", "completion": " \n"}, "completion is empty"),
     ({"prompt": "", "completion": "a"}, "prompt is empty"),
     ({"prompt": "a", "completion": {}}, "completion is an object, not a string"),
-    ({"prompt": "a", "completion": [ANSWER]}, "mixes a string and a list"),
-    ({"prompt": [USER], "completion": "b"}, "mixes a string and a list"),
+    ({"prompt": [USER], "context": "c", "completion": "b"}, "beside a list of messages"),
     ({"prompt": [USER], "completion": [USER]}, 'completion begins with the role "user"'),
     ({"prompt": [], "completion": [ANSWER]}, "prompt is empty"),
     ({"prompt": [USER], "completion": []}, "completion is empty"),
@@ -88,7 +91,7 @@ BAD: list[tuple[Any, str]] = [
     ({"messages": [USER, {"role": 1, "content": "a"}]}, "messages[1].role is a number"),
     ({"messages": [USER, {"role": "assistant", "content": ""}]}, "messages[1].content is empty"),
     ({"messages": [USER, {"role": "assistant", "content": None}]}, 'absent: "messages[1].content"'),
-    ({"messages": [USER, {**ANSWER, "tool_calls": []}]}, 'unknown key "tool_calls"'),
+    ({"messages": [USER, {**ANSWER, "tool_call": []}]}, 'unknown key "tool_call"'),
     ({"messages": [USER, {"role": "system", "content": "a"}, ANSWER]}, "not the first one"),
 ]
 

@@ -1,4 +1,4 @@
-"""The commands of `loraplex-train`: run, resume, inspect, plan, methods."""
+"""The commands of `loraplex-train`: run, resume, inspect, plan, methods, shapes."""
 
 from __future__ import annotations
 
@@ -196,6 +196,14 @@ def methods() -> None:
     from loraplex_training.run import plan as reports
 
     reports.methods(Console(highlight=False))
+
+
+@app.command()
+def shapes() -> None:
+    """Print the shapes of examples that are taken, as Markdown."""
+    from loraplex_training.data.shapes import table
+
+    print(table.markdown())
 
 
 def pairs(flag: str, texts: list[str] | None) -> dict[str, str]:

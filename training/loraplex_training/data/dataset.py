@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,122 +14,22 @@ from loraplex_model.checkpoints.chat import TextRefused
 
 from loraplex_training.data.mixture import combined, mixed
 from loraplex_training.data.prepare import RowNames
-from loraplex_training.data.problems import Problems
+from loraplex_training.data.problems import Dropped, Problems
 from loraplex_training.data.records import RecordFile
+from loraplex_training.data.report import (
+    Counts,
+    DataReport,
+    FileCounts,
+    by_cause,
+    causes_text,
+    too_long,
+)
 from loraplex_training.data.samples import Sample
 from loraplex_training.data.shapes import SHAPES, DataRecord
 from loraplex_training.data.text import BaseText
 from loraplex_training.data.tokenise import Tokeniser
 from loraplex_training.spec.parse import problems_of
 from loraplex_training.spec.spec import DataSpec
-
-
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """Sizes of the training or the evaluation examples.
-
-    Attributes:
-        learned: number of learned tokens.
-        longest: number of tokens of the longest example.
-        truncated: number of examples that were cut at `max_length`.
-        cut: number of tokens that these lost.
-    """
-
-    examples: int
-    tokens: int
-    learned: int
-    longest: int
-    truncated: int
-    cut: int
-
-    @staticmethod
-    def of(samples: Sequence[Sample]) -> Counts:
-        return Counts(
-            len(samples),
-            sum(len(s.tokens) for s in samples),
-            sum(sum(s.learned) for s in samples),
-            max((len(s.tokens) for s in samples), default=0),
-            sum(s.truncated > 0 for s in samples),
-            sum(s.truncated for s in samples),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class FileCounts:
-    """Counts of one file.
-
-    Attributes:
-        kind: what the file is, such as "JSONL" or "Parquet, gzipped".
-        rows: number of rows with content.
-        blank: number of lines and rows without content.
-        examples: number of examples, those set apart for evaluation included.
-        taken: number of examples of an epoch, repeated ones included; 0 for an evaluation file.
-    """
-
-    path: str
-    kind: str
-    rows: int
-    blank: int
-    examples: int
-    taken: int
-
-
-@dataclass(frozen=True, slots=True)
-class DataReport:
-    """Counts of a data set's lines.
-
-    Attributes:
-        shapes: number of lines of each shape ("messages", "prompt", …) in both files.
-        dropped: "file:line" of lines whose answers all start beyond `max_length`.
-        repeated: number of training lines with the content of an earlier one.
-        leaked: "file:line" of evaluation lines whose content is in the training file too.
-        divided: number of conversations that became several examples.
-        ignored: keys that were ignored, with the number of times.
-        files: counts of each file, in the order in which they were named.
-    """
-
-    train: Counts
-    evaluation: Counts
-    shapes: Mapping[str, int]
-    dropped: tuple[str, ...]
-    repeated: int
-    leaked: tuple[str, ...]
-    divided: int
-    ignored: Mapping[str, int]
-    files: tuple[FileCounts, ...]
-
-    def notes(self) -> list[str]:
-        """Returns sentences about what deserves attention; none if all is well."""
-        notes = []
-        for side, counts in (("training", self.train), ("evaluation", self.evaluation)):
-            if counts.truncated:
-                notes.append(
-                    f"{counts.truncated:,} of {counts.examples:,} {side} examples were cut, by "
-                    f"{counts.cut:,} tokens in all, and do not teach to stop; raise max_length"
-                )
-        if self.dropped:
-            notes.append(
-                f"{len(self.dropped):,} lines were dropped, since their answers start beyond "
-                f"max_length: {_some(self.dropped)}"
-            )
-        if self.leaked:
-            notes.append(
-                f"{len(self.leaked):,} evaluation lines are training lines too, so their loss "
-                f"means little: {_some(self.leaked)}"
-            )
-        if self.repeated:
-            notes.append(f"{self.repeated:,} training lines repeat earlier ones")
-        if self.divided:
-            notes.append(
-                f"{self.divided:,} conversations became several examples, since the template "
-                "renders earlier turns differently"
-            )
-        if blank := sum(file.blank for file in self.files):
-            notes.append(f"{blank:,} blank lines were skipped")
-        if self.ignored:
-            keys = ", ".join(f'"{key}"' for key in sorted(self.ignored))
-            notes.append(f"keys that were ignored: {keys}")
-        return notes
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +56,7 @@ def load(spec: DataSpec, text: BaseText) -> Dataset:
         Refusal: DATA_INVALID with every bad line of all files; CONFIG_INVALID for an option.
     """
     _check(spec, text)
-    problems = Problems()
+    problems = Problems(spec.strict)
     given = [("data", path) for path in spec.paths]
     given += [("eval_data", spec.eval_path)] if spec.eval_path else []
     files = [_File(field, path, spec, text, problems) for field, path in given]
@@ -182,23 +82,47 @@ def load(spec: DataSpec, text: BaseText) -> Dataset:
         tuple(sample for example in side for sample in example.samples)
         for side in (train, evaluation)
     )
-    taken = Counter(example.path for example in train)
     report = DataReport(
-        Counts.of(learned),
-        Counts.of(held),
-        dict(sum((file.shapes for file in files), Counter())),
-        tuple(place for file in files for place in file.dropped),
-        len(examples) - len({example.digest for example in examples}),
-        tuple(leaked),
-        sum(len(e.samples) > 1 for file in files for e in file.examples),
-        dict(sum((file.ignored for file in files), Counter())),
-        tuple(
-            FileCounts(str(f.path), f.kind, f.rows, f.blank, len(f.examples), taken[f.path])
-            for f in files
-        ),
+        train=Counts.of(learned),
+        evaluation=Counts.of(held),
+        shapes=_sum(file.shapes for file in files),
+        causes=by_cause(problems.dropped),
+        repeated=len(examples) - len({example.digest for example in examples}),
+        leaked=tuple(leaked),
+        divided=sum(len(e.samples) > 1 for file in files for e in file.examples),
+        ignored=_sum(file.ignored for file in files),
+        left_out=_sum(file.left_out for file in files),
+        files=_counts(files, Counter(example.path for example in train), problems),
     )
     digest = combined([file.digest for file in main], spec.weights)
     return Dataset(learned, held, digest, others[0].digest if others else "", report)
+
+
+def _sum(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    return dict(sum(map(Counter, counts), Counter[str]()))
+
+
+def _counts(
+    files: Sequence[_File], taken: Mapping[Path, int], problems: Problems
+) -> tuple[FileCounts, ...]:
+    """Returns the counts of each file; `taken` are the examples of an epoch by file."""
+    dropped = Counter(line.path for line in problems.dropped)
+    return tuple(
+        FileCounts(
+            path=str(file.path),
+            kind=file.kind,
+            rows=file.rows,
+            blank=file.blank,
+            examples=len(file.examples),
+            taken=taken.get(file.path, 0),
+            shapes=dict(file.shapes),
+            dropped=dropped[file.path],
+            repeated=len(file.examples) - len({example.digest for example in file.examples}),
+            tokens=sum(len(s.tokens) for e in file.examples for s in e.samples),
+            learned=sum(sum(s.learned) for e in file.examples for s in e.samples),
+        )
+        for file in files
+    )
 
 
 def _check_files(files: Sequence[_File], spec: DataSpec, problems: Problems) -> None:
@@ -220,10 +144,10 @@ def _check_files(files: Sequence[_File], spec: DataSpec, problems: Problems) -> 
     problems.check()
     for file in files:
         if not file.examples:
+            causes = by_cause(line for line in problems.dropped if line.path == file.path)
             raise Refusal(
                 Reason.DATA_INVALID,
-                f"{file.path}: no answer starts within max_length={spec.max_length} tokens; "
-                "raise it",
+                f"{file.path}: no line is left to learn from: {causes_text(causes)}",
                 field=file.field,
             )
 
@@ -248,10 +172,11 @@ class _File:
         self.field = field
         self.path = path
         self.examples: list[_Example] = []
-        self.dropped: list[str] = []
         self.shapes: Counter[str] = Counter()
         self.refusal: Refusal | None = None
-        tokeniser = Tokeniser(text, spec.max_length, spec.learn, spec.system)
+        self._text = text
+        self._too_long = too_long(spec.max_length)
+        tokeniser = Tokeniser(text, spec.max_length, spec.learn, spec.system, spec.strict)
         names = RowNames(spec.columns, spec.roles)
         file = RecordFile(path, problems, field, names, spec.shape)
         try:
@@ -259,22 +184,27 @@ class _File:
                 self._add(record, tokeniser, problems)
         except Refusal as error:
             self.refusal = error
-        self.dropped += [f"{path}:{number}" for number, _ in file.dropped]
         self.digest, self.kind = file.digest, file.kind
         self.rows, self.blank = file.rows, file.blank
         self.keys, self.ignored = file.keys, file.ignored
+        self.left_out = tokeniser.left_out
 
     def _add(self, record: DataRecord, tokeniser: Tokeniser, problems: Problems) -> None:
         try:
             samples = tokeniser.samples(record)
-        except (TextRefused, ValueError) as error:
+        except Dropped as error:
+            problems.drop(self.path, record.line, error, self.field)
+        except TextRefused as error:
+            refused = Dropped(f"cannot be rendered: {shown(str(error), 300)}")
+            problems.drop(self.path, record.line, refused, self.field)
+        except ValueError as error:
             problems.add(self.path, record.line, str(error), self.field)
-            return
-        self.shapes[record.shape] += 1
-        if samples:
-            self.examples.append(_Example(record.digest(), self.path, record.line, samples))
         else:
-            self.dropped.append(f"{self.path}:{record.line}")
+            self.shapes[record.shape] += 1
+            if samples:
+                self.examples.append(_Example(record.digest(), self.path, record.line, samples))
+            else:
+                problems.leave_out(self.path, record.line, self._too_long)
 
 
 def _check(spec: DataSpec, text: BaseText) -> None:
@@ -306,7 +236,3 @@ def _set_apart(digests: set[bytes], spec: DataSpec) -> set[bytes]:
         )
     count = min(max(1, round(spec.eval_fraction * len(digests))), len(digests) - 1)
     return set(sorted(digests)[:count])
-
-
-def _some(places: Sequence[str]) -> str:
-    return ", ".join(places[:5]) + (", …" if len(places) > 5 else "")

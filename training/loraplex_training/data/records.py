@@ -49,7 +49,6 @@ class RecordFile:
         keys: the first keys of the rows as they are in the file, and all that `names` names, with
             the number of times.
         ignored: keys that were ignored, with the number of times.
-        dropped: number and reason of each row that is left out. A reason completes "this line …".
     """
 
     def __init__(
@@ -60,7 +59,7 @@ class RecordFile:
         names: RowNames | None = None,
         shape: str = "",
     ) -> None:
-        """Bad lines go to `problems`; `field` is the option that names the file.
+        """Bad lines and those left out go to `problems`; `field` is the option that names the file.
 
         `shape` is that of all rows; "" determines it from the keys of each.
         """
@@ -72,7 +71,6 @@ class RecordFile:
         self.blank = 0
         self.keys: Counter[str] = Counter()
         self.ignored: Counter[str] = Counter()
-        self.dropped: list[tuple[int, str]] = []
         self._problems = problems
         self._names = names or RowNames()
         self._named = frozenset(self._names.columns.values())
@@ -112,7 +110,7 @@ class RecordFile:
             try:
                 record = self._record(row, free)
             except Dropped as error:
-                self.dropped.append((row.number, str(error)))
+                self._problems.drop(self.path, row.number, error, self.field)
             except ValueError as error:
                 self._problems.add(self.path, row.number, str(error), self.field)
             else:
@@ -149,15 +147,20 @@ class RecordFile:
             value = with_nested(value, removed)
         value = self._names.with_roles(value)
         try:
-            return read_record(value, row.number, self.ignored, self._shape)
+            return read_record(
+                value, row.number, self.ignored, self._shape, self._names.columns.keys()
+            )
         except ValueError as error:
             named = [path for path in removed if _names(str(error), path)]
+            if KEYS.isdisjoint(value):
+                named = named or [path for path in removed if path in KEYS]
             if not named:
                 raise
             absent = ", ".join(f'"{shown(path)}"' for path in named[:8])
             what = "an empty cell" if self._is_table else "null"
-            kind = Dropped if isinstance(error, Dropped) else ValueError
-            raise kind(f"{error}; {what} counts as absent: {absent}") from None
+            # The file has the key, so the shape is known: only this line lacks a value.
+            cause = error.cause if isinstance(error, Dropped) else str(error)
+            raise Dropped(cause, f"{what} counts as absent: {absent}") from None
 
     def _check(self, good: bool) -> None:
         """Raises Unreadable if the file holds no example at all for one reason."""

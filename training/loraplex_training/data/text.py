@@ -102,6 +102,11 @@ class BaseText:
         """Whether conversations can be rendered."""
         return self._encoder.template is not None
 
+    @property
+    def template(self) -> ChatTemplate | None:
+        """The chat template by which conversations are rendered."""
+        return self._encoder.template
+
     def ids(self, text: str) -> list[int]:
         """Tokenises a text without adding special tokens; those spelt out in it are recognised."""
         return self._shared(self._tokenizer.encode(text, add_special_tokens=False).ids)

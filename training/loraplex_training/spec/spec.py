@@ -151,6 +151,8 @@ class DataSpec:
     Without it, the keys of each example determine its shape."""
     roles: Names = field(default_factory=dict)
     """Roles of messages under other names, as in human=user,bot=assistant."""
+    strict: bool = False
+    """Refuse lines that would be left out, such as conversations that end with a question."""
 
     @property
     def paths(self) -> tuple[Path, ...]:
