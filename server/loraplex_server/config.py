@@ -89,7 +89,8 @@ class Config(BaseSettings):
     cache: Path = Path("var/cache")
     """Directory for quantised base models and compiled kernels."""
     import_root: Path = Path("var/import")
-    """Directory below which clients may name files of the server: adapters and training data."""
+    """Directory below which clients may name files of the server: adapters and training data. It
+    must exist, unless it is called `import` and lies beside the store, as by default."""
 
     host: str = "127.0.0.1"
     """Address that the gRPC services listen on."""
@@ -219,6 +220,20 @@ class Config(BaseSettings):
         shown = {name for name, field in type(self).model_fields.items() if field.repr}
         values = self.model_dump(mode="json", include=shown)
         return [f"{name} = {value}" for name, value in values.items()]
+
+    def prepare_import_root(self) -> None:
+        """Creates a missing import root beside the store, if it has the default's name.
+
+        Any other import root must exist: a new, empty directory would hide a mistyped path. Raises
+        OSError.
+        """
+        root = self.import_root
+        beside = os.path.abspath(root.parent) == os.path.abspath(self.store.parent)
+        if beside and root.name == type(self).model_fields["import_root"].default.name:
+            root.mkdir(parents=True, exist_ok=True)
+        if not root.is_dir():
+            problem = errno.ENOTDIR if root.exists() else errno.ENOENT
+            raise OSError(problem, f"{os.strerror(problem)} (--import-root)", str(root))
 
     @property
     def placements(self) -> list[EnginePlacement]:
