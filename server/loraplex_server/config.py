@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import os
 import tomllib
@@ -221,19 +222,25 @@ class Config(BaseSettings):
         values = self.model_dump(mode="json", include=shown)
         return [f"{name} = {value}" for name, value in values.items()]
 
-    def prepare_import_root(self) -> None:
-        """Creates a missing import root beside the store, if it has the default's name.
+    @property
+    def makes_import_root(self) -> bool:
+        """Whether a missing import root is created: if it has the default's name and place.
 
-        Any other import root must exist: a new, empty directory would hide a mistyped path. Raises
-        OSError.
+        Any other import root must exist, since a new, empty directory would hide a mistyped path.
         """
+        default = type(self).model_fields["import_root"].default
+        beside = os.path.abspath(self.store.parent) == os.path.abspath(self.import_root.parent)
+        return beside and self.import_root.name == default.name
+
+    def prepare_import_root(self) -> None:
+        """Creates the import root if `makes_import_root`. Raises OSError if there is none then."""
         root = self.import_root
-        beside = os.path.abspath(root.parent) == os.path.abspath(self.store.parent)
-        if beside and root.name == type(self).model_fields["import_root"].default.name:
+        if self.makes_import_root:
             root.mkdir(parents=True, exist_ok=True)
-        if not root.is_dir():
-            problem = errno.ENOTDIR if root.exists() else errno.ENOENT
-            raise OSError(problem, f"{os.strerror(problem)} (--import-root)", str(root))
+        if not os.path.isdir(root):
+            problem = errno.ENOTDIR if os.path.exists(root) else errno.ENOENT
+            text = "; create the directory, or correct import_root (--import-root)"
+            raise OSError(problem, os.strerror(problem) + text, str(root))
 
     @property
     def placements(self) -> list[EnginePlacement]:

@@ -21,6 +21,7 @@ from loraplex_model.base.refusal import Problem, Reason, Refusal
 from loraplex_adapters.format.config import FINGERPRINT_KEY, Settings, parse_config
 from loraplex_adapters.format.digest import AdapterDigest
 from loraplex_adapters.format.files import WEIGHTS_FILE, Directory, opened
+from loraplex_adapters.format.foreign.causes import explained, grouped, led_by
 from loraplex_adapters.format.header import Header, read_header
 from loraplex_adapters.format.modules import module_path, table_order
 from loraplex_adapters.format.packing import packed_bytes
@@ -99,7 +100,9 @@ def examine(
         report = examine_parsed(config, header, size, base, limits)
         if unreadable or report.spec is None or not read_weights:
             spec = None if unreadable else report.spec
-            return Report(spec, (*unreadable, *report.findings))
+            # A type that is not served comes before what is wrong with its files.
+            findings = led_by("peft_type", dict.fromkeys((*unreadable, *report.findings)))
+            return Report(spec, tuple(findings))
         assert config is not None
         assert header is not None
         digest = AdapterDigest(config, size)
@@ -108,7 +111,7 @@ def examine(
         except Refusal as error:
             findings = list(error.problems)
     if findings:
-        return Report(None, tuple(findings[:MAX_FINDINGS]))
+        return Report(None, tuple(grouped(findings)[:MAX_FINDINGS]))
     return Report(replace(report.spec, digest=digest.text()), ())
 
 
@@ -124,7 +127,7 @@ def examine_parsed(
         return Report(None, ())
     settings, findings = parse_config(config)
     if settings is None or header is None:
-        return Report(None, tuple(findings[:MAX_FINDINGS]))
+        return Report(None, tuple(grouped(findings)[:MAX_FINDINGS]))
     provenance = {**_stamps(header.metadata, findings), **settings.provenance}
     _check_base(settings, header, base, findings)
     kind = settings.kind
@@ -139,7 +142,8 @@ def examine_parsed(
         message = f"needs {packed} bytes on the device; it has {limits.max_device_bytes}"
         findings.append(Problem(WEIGHTS_FILE, message, Reason.ADAPTER_TOO_LARGE))
     if findings:
-        return Report(None, tuple(findings[:MAX_FINDINGS]))
+        found = explained(findings, header.tensors, base.config.vocab_size)
+        return Report(None, tuple(found[:MAX_FINDINGS]))
     changed = {m.module for m in modules}
     spec = CheckedAdapter(
         digest="",

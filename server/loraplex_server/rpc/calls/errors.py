@@ -128,9 +128,9 @@ TRAILER_BYTES: Final = 6 << 10
 """Most bytes of trailing metadata as HTTP/2 counts them, encodings included. Peers and proxies
 accept 8 KiB, which they may count together with headers of their own."""
 
-_STATUS_BYTES: Final = 7 << 9
+_STATUS_BYTES: Final = 4 << 10
 """Bytes of the status in base64. The rest of the trailer holds the message and the request id."""
-_MESSAGE_BYTES: Final = 3 << 9
+_MESSAGE_BYTES: Final = 1 << 10
 """Bytes of the message after percent-encoding, which turns a byte into up to three."""
 _PROBLEM_BYTES: Final = 512
 _FIELD_BYTES: Final = 256
