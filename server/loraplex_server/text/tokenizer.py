@@ -13,7 +13,7 @@ from loraplex_model.checkpoints.tokenizer import TOKENIZER, TokenizerInfo
 from tokenizers import Tokenizer
 
 from loraplex_server.runtime.lanes import Lane, Lanes
-from loraplex_server.text.detokenizer import Detokenizer, NoText
+from loraplex_server.text.detokenizer import Detokenizer, NoText, TokenTexts
 
 INLINE_CHARACTERS: Final = 2048
 """Longest text that is tokenised on the event loop, where a thread would cost more."""
@@ -41,6 +41,7 @@ class TextTokenizer:
         self._tokenizer = _read_tokenizer(folder) if info.has_tokenizer else None
         self._chat = _chat_template(info)
         self._max_characters = max_context
+        self._token_texts = TokenTexts(self._tokenizer) if self._tokenizer else None
         self._texts: dict[int, str] = {}
         self._anchor: list[int] = []
         self._anchor_text = ""
@@ -67,9 +68,11 @@ class TextTokenizer:
             text = self._chat.render(messages)
         return await self._encode(text, add_special_tokens=False)
 
-    def detokenizer(self, prompt: Sequence[int]) -> Detokenizer | NoText:
+    def detokenizer(self, prompt: Sequence[int], skip_special_tokens: bool = True) -> Detokenizer:
         """Returns a detokenizer for a completion of `prompt`."""
-        return Detokenizer(self._tokenizer, prompt) if self._tokenizer else NoText()
+        if self._token_texts is None:
+            return NoText()
+        return self._token_texts.detokenizer(prompt, skip_special_tokens)
 
     def token_text(self, token: int) -> str:
         """Text of a single token; bytes that are not a whole character become U+FFFD."""
