@@ -101,7 +101,7 @@ def examine(
         if unreadable or report.spec is None or not read_weights:
             spec = None if unreadable else report.spec
             # A type that is not served comes before what is wrong with its files.
-            findings = led_by("peft_type", dict.fromkeys((*unreadable, *report.findings)))
+            findings = led_by("peft_type", (*dict.fromkeys(unreadable), *report.findings))
             return Report(spec, tuple(findings))
         assert config is not None
         assert header is not None
@@ -142,7 +142,7 @@ def examine_parsed(
         message = f"needs {packed} bytes on the device; it has {limits.max_device_bytes}"
         findings.append(Problem(WEIGHTS_FILE, message, Reason.ADAPTER_TOO_LARGE))
     if findings:
-        found = explained(findings, header.tensors, base.config.vocab_size)
+        found = explained(findings, header.tensors, base)
         return Report(None, tuple(found[:MAX_FINDINGS]))
     changed = {m.module for m in modules}
     spec = CheckedAdapter(

@@ -135,7 +135,7 @@ class Directory(_Opened):
     def listing(self, below: str = "") -> list[tuple[str, bool]]:
         """The names in a folder `below`, and which of them are folders; none if unreadable.
 
-        Links are not followed and not listed. At most 1000 names are read.
+        Links are listed as files and not followed. At most 1000 names are read.
         """
         try:
             descriptor = os.open(below or ".", _DIRECTORY, dir_fd=self.descriptor)
@@ -144,9 +144,7 @@ class Directory(_Opened):
         try:
             with os.scandir(descriptor) as entries:
                 named = islice(entries, _MAX_LISTED)
-                return [
-                    (e.name, e.is_dir(follow_symlinks=False)) for e in named if not e.is_symlink()
-                ]
+                return [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in named]
         except OSError:
             return []
         finally:

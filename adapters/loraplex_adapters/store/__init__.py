@@ -5,6 +5,7 @@ with `format` before it stores them and never changes stored bytes. It has no no
 devices or requests.
 """
 
+from loraplex_adapters.store.disk import require_store
 from loraplex_adapters.store.files.uploads import OpenUpload, Upload, UploadBounds
 from loraplex_adapters.store.garbage import Collected
 from loraplex_adapters.store.index.rebases import Rebase
@@ -25,5 +26,6 @@ __all__ = [
     "Upload",
     "UploadBounds",
     "Verified",
+    "require_store",
     "survey_at",
 ]

@@ -10,13 +10,16 @@ from typing import Annotated, Any, Final, NoReturn
 
 import typer
 from loraplex_adapters.format.digest import is_digest
+from loraplex_adapters.format.examine import inspect
 from loraplex_adapters.format.spec import AdapterLimits
-from loraplex_adapters.store import Record, Store
+from loraplex_adapters.store import Record, Store, require_store
+from loraplex_adapters.store.index.ids import check_name
 from loraplex_model.base.info import BaseInfo
 from loraplex_model.base.refusal import BASE_MODEL_REASONS, Reason, Refusal
 from rich.console import Console, RenderableType
 
 from loraplex_server.commands import store_tables as tables
+from loraplex_server.commands.converting import converted
 from loraplex_server.commands.flags import own_parameters, parameter, with_settings
 from loraplex_server.config import Config
 from loraplex_server.exits import ServerExit
@@ -62,15 +65,20 @@ _JSON: Final = parameter(
 )
 
 
-def _command(name: str, *settings: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def _command(
+    name: str, *settings: str, creates: bool = False
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """A command on the store: `work` gets a `Shell` and its own arguments.
 
-    `settings` names the settings that it takes besides those of the store.
+    `settings` names the settings that it takes besides those of the store. Unless it `creates` a
+    store, one must exist.
     """
 
     def add(work: Callable[..., None]) -> Callable[..., None]:
         def run(config: Config, as_json: bool, **arguments: Any) -> None:
             try:
+                if not creates:
+                    require_store(config.store)
                 with Store(config.store, config.store_url.get_secret_value()) as store:
                     work(Shell(store, config, as_json), **arguments)
             except Refusal as refusal:
@@ -109,7 +117,7 @@ def ls(
     )
 
 
-@_command("import", "model")
+@_command("import", "model", creates=True)
 def import_(
     shell: Shell,
     directory: Annotated[
@@ -121,14 +129,44 @@ def import_(
         bool, typer.Option("--replace", help="Register a new version if the name exists.")
     ] = False,
     label: Labels = None,
+    convert: Annotated[
+        bool,
+        typer.Option(
+            "--convert",
+            help="Rewrite an adapter that differs from PEFT's only in names and layout: foreign "
+            "prefixes, MLX, mistral-finetune, Tinker, several weights files.",
+        ),
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Only say what would be converted and whether it is taken."),
+    ] = False,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="For --convert: rank that the tensors must have.")
+    ] = None,
+    alpha: Annotated[
+        float | None,
+        typer.Option(help="For --convert: alpha of an adapter whose files do not state it."),
+    ] = None,
 ) -> None:
     """Check an adapter against the base model and register it."""
+    check_name(name)
+    labels = _labels(label)
+    if not convert and (rank is not None or alpha is not None):
+        raise typer.BadParameter("--rank and --alpha need --convert")
     base, limits = _base(shell.config)
-    record, created = shell.store.register(name, directory, base, limits, replace, _labels(label))
-    shell.show(
-        {**tables.plain(record), "created": created},
-        f"{record.id} {record.digest}" + ("" if created else " (registered already)"),
-    )
+    with converted(directory, base, limits, rank, alpha, convert=convert) as (source, lines):
+        if dry_run:
+            digest = inspect(source, base, limits).digest
+            done: dict[str, Any] = {"dry_run": True, "name": name, "digest": digest}
+            said = f"{name} {digest} would be registered"
+        else:
+            terms = (base, limits, replace, labels)
+            record, created = shell.store.register(name, source, *terms)
+            done = {**tables.plain(record), "created": created}
+            said = f"{record.id} {record.digest}" + ("" if created else " (registered already)")
+    more = {"converted": lines} if convert else {}
+    shell.show({**done, **more}, "\n".join([*lines, said]))
 
 
 @_command("rebase", "model")

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from loraplex_model.base.info import BaseInfo
 from loraplex_model.base.refusal import Problem, Reason
 
 from loraplex_adapters.format.foreign.folder import CONVERT
@@ -26,6 +27,8 @@ _OTHER_INPUTS = frozenset(
 )
 _OF_ADAPTERS = ("lora_", "ia3_l", "trainable_tokens", "prompt_", "bottleneck", "modules_to_save")
 _MAX_READ = 512
+_MANY = 8
+"""Findings of one kind that are joined. Fewer are listed one by one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +101,12 @@ _FORMS = (
 
 
 def explained(
-    findings: Sequence[Problem], tensors: Iterable[TensorLocation], vocab_size: int
+    findings: Sequence[Problem], tensors: Iterable[TensorLocation], base: BaseInfo
 ) -> list[Problem]:
     """The findings by cause: causes that explain many of them first, then the rest in groups.
 
-    `tensors` are those of the weights file, `vocab_size` is the base's. A finding about a tensor
-    has the tensor's name, as `shown` gives it, as its field.
+    `tensors` are those of the weights file. A finding about a tensor has the tensor's name, as
+    `shown` gives it, as its field.
     """
     fields = {finding.field for finding in findings}
     about = [tensor for tensor in tensors if shown(tensor.name) in fields]
@@ -117,19 +120,27 @@ def explained(
         message = f"names of tensors {what} ({_counted(names)}); {way_out}"
         causes.append(Problem(names[0], message, reason))
         gone.update(names)
-    if resized := [t for t in about if _vocabulary(t) not in (0, vocab_size)]:
-        causes.append(_resized(resized, vocab_size))
+    vocab_size = base.config.vocab_size
+    hidden_size = base.config.hidden_size
+    if resized := [t for t in about if _vocabulary(t, hidden_size) not in (0, vocab_size)]:
+        size = _vocabulary(resized[0], hidden_size)
+        causes.append(_resized([shown(t.name) for t in resized], size, vocab_size))
         gone.update(shown(tensor.name) for tensor in resized)
     return [*causes, *grouped([f for f in findings if f.field not in gone])]
 
 
 def grouped(findings: Iterable[Problem]) -> list[Problem]:
-    """The findings in order, with one for all that differ only in the tensor or the layer."""
+    """The findings in order, with one for many that differ only in the tensor or the layer."""
     groups: dict[tuple[object, ...], list[Problem]] = {}
     for finding in findings:
         subject, rest = _split(finding)
-        groups.setdefault((finding.reason, bool(subject), _LAYER.sub("", rest)), []).append(finding)
-    return [_joined(group) if len(group) > 1 else group[0] for group in groups.values()]
+        alike = _LAYER.sub("", rest) if subject else finding.message
+        groups.setdefault((finding.reason, bool(subject), alike), []).append(finding)
+    few = (
+        group if len(group) < _MANY or not key[1] else [_joined(group)]
+        for key, group in groups.items()
+    )
+    return [finding for group in few for finding in group]
 
 
 def led_by(field: str, findings: Iterable[Problem]) -> list[Problem]:
@@ -155,26 +166,31 @@ def _cause(name: str) -> tuple[Reason, str, str] | None:
     return reason, what, f"{WAYS_OUT[found.wrappers[0]]}, or {CONVERT}"
 
 
+def is_of_another_form(name: str) -> bool:
+    """Whether a tensor's name is in another program's form, and not only spelt differently."""
+    return any(form.matches(name[:_MAX_READ]) for form in _FORMS)
+
+
 def _is_bare(name: str) -> bool:
     found = spelling(name)
     return found is not None and Wrapper.BARE in found.wrappers
 
 
-def _vocabulary(tensor: TensorLocation) -> int:
+def _vocabulary(tensor: TensorLocation, hidden_size: int) -> int:
     """The number of tokens that a tensor of embeddings or head is for; 0 for other tensors."""
     module, _, ending = tensor.name.rpartition("model.")[2].partition(".")
     if module not in ("embed_tokens", "lm_head") or len(tensor.shape) != 2:
         return 0
+    first, second = tensor.shape
     if ending.startswith("lora_embedding_A"):
-        return tensor.shape[1]
-    rows = ending.startswith(("lora_B", "base_layer")) and module == "lm_head"
+        return second
+    if module == "lm_head" and ending.startswith("lora_B"):
+        return first
     saved = ending in ("weight", "base_layer.weight") or ending.startswith("modules_to_save")
-    return tensor.shape[0] if rows or saved else 0
+    return first if saved and second == hidden_size else 0
 
 
-def _resized(tensors: Sequence[TensorLocation], vocab_size: int) -> Problem:
-    size = _vocabulary(tensors[0])
-    names = [shown(tensor.name) for tensor in tensors]
+def _resized(names: Sequence[str], size: int, vocab_size: int) -> Problem:
     message = (
         f"the adapter is for a vocabulary of {size} tokens; this base has {vocab_size} "
         f"({_counted(names)})"
@@ -200,16 +216,17 @@ def _split(finding: Problem) -> tuple[str, str]:
     """The tensor or module that a message begins with, and the rest; "" if it begins otherwise."""
     subject, _, rest = finding.message.partition(" ")
     is_subject = subject == finding.field or _LAYER.search(subject[:_MAX_READ]) is not None
-    return (subject, rest) if is_subject and rest else ("", finding.message)
+    is_path = "." in subject.removesuffix("...")
+    return (subject, rest) if is_subject and is_path and rest else ("", finding.message)
 
 
 def _joined(group: Sequence[Problem]) -> Problem:
     first = group[0]
-    subjects = dict.fromkeys(_split(finding)[0] for finding in group)
     subject, rest = _split(first)
-    if not subject or len(subjects) == 1:
-        message = f"{first.message} (and {len(group) - 1} more of this kind)"
+    subjects = dict.fromkeys(_split(finding)[0] for finding in group)
+    if len(subjects) == 1:
+        message = f"{first.message} (and {len(group) - 1} more findings like this one)"
         return Problem(first.field, message, first.reason)
-    kind = "tensors" if ".lora_" in subject or subject.endswith(".weight") else "modules"
-    message = f"{len(subjects)} {kind}: each {rest}, for example {subject}"
-    return Problem(first.field, message, first.reason)
+    is_tensor = subject == first.field or any(word in subject for word in _OF_ADAPTERS)
+    message = f"{len(subjects)} {'tensors' if is_tensor else 'modules'}: each {rest}"
+    return Problem(first.field, f"{message}, for example {subject}", first.reason)
