@@ -1,6 +1,6 @@
 """Says why a folder does not hold a PEFT adapter, from the names in it and from first bytes.
 
-The packages `loraplex` (the client) and `loraplex_adapters` each have a copy of this module, because
+The packages `loraplex` (the client) and `loraplex_adapters` each have a copy of this module, since
 neither imports the other. A test compares the copies. The module needs the standard library only
 and never opens a file itself.
 """
@@ -17,7 +17,7 @@ INVALID, UNSUPPORTED = "ADAPTER_INVALID", "ADAPTER_UNSUPPORTED"
 # Of a finding: its reason, its message, and the file or folder that it is about.
 Cause = tuple[str, str, str]
 
-# Lists a folder below the given one ("" is the folder itself): names, and which of them are folders.
+# Lists a folder below the given one ("" is the folder itself): names, and which are folders.
 Listing = Callable[[str], Sequence[tuple[str, bool]]]
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

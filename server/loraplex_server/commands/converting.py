@@ -33,6 +33,6 @@ def converted(
 
     with tempfile.TemporaryDirectory(prefix="loraplex-convert-") as place:
         target = Path(place, "adapter")
-        terms = {"rank": rank, "alpha": alpha, "max_bytes": limits.max_weights_bytes}
-        plan = rewrite(directory, target, base, **terms)
+        most = limits.max_weights_bytes
+        plan = rewrite(directory, target, base, rank=rank, alpha=alpha, max_bytes=most)
         yield (target, plan.lines) if plan.lines else (directory, ("nothing to convert",))

@@ -19,7 +19,7 @@ from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_adapters.convert.export.directory import write_json
 from loraplex_adapters.convert.importers.spellings import (
     Plan,
-    Step,
+    Rewriting,
     plan_mistral,
     plan_mlx,
     plan_peft,
@@ -37,6 +37,7 @@ from loraplex_adapters.format.files import (
 from loraplex_adapters.format.foreign.folder import cause_of
 from loraplex_adapters.format.header import ITEM_SIZE, Header, read_header
 from loraplex_adapters.format.spec import TensorLocation
+from loraplex_adapters.format.strict_json import shown
 
 MLX_WEIGHTS, MISTRAL_WEIGHTS = "adapters.safetensors", "lora.safetensors"
 _MISTRAL_PARAMS = "params.json"
@@ -104,8 +105,9 @@ def _weights(files: set[str], directory: Directory) -> list[str]:
     shards = sorted(n for n in files if n.startswith(_SHARD) and n.endswith(".safetensors"))
     if shards:
         count = shards[0].removesuffix(".safetensors").rpartition("-of-")[2]
-        if len(shards) > _MAX_SHARDS or not count.isdecimal() or int(count) != len(shards):
-            message = f"there are {len(shards)} of the {count} files that hold the weights"
+        if len(shards) > _MAX_SHARDS or count.lstrip("0") != str(len(shards)):
+            message = f"there are {len(shards)} files of weights, by whose names there should be "
+            message += shown(count.lstrip("0"))
             raise Refusal(Reason.ADAPTER_INVALID, message, shards[0])
         return shards
     for name in (MLX_WEIGHTS, MISTRAL_WEIGHTS):
@@ -170,7 +172,7 @@ def _write(target: Path, plan: Plan, sources: Sequence[_Source]) -> None:
         raise Refusal(Reason.EXPORT_FAILED, message, "target") from None
 
 
-def _bytes(file: RegularFile, tensor: TensorLocation, step: Step) -> Iterator[bytes]:
+def _bytes(file: RegularFile, tensor: TensorLocation, step: Rewriting) -> Iterator[bytes]:
     """A tensor's bytes in its new layout, whatever its dtype."""
     if not step.transposed and not step.heads:
         starts = range(tensor.start, tensor.end, _CHUNK)

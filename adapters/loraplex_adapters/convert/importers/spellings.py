@@ -42,7 +42,7 @@ _FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class Rewriting:
     """What becomes of one tensor.
 
     Attributes:
@@ -60,19 +60,19 @@ class Step:
 class Plan:
     """A conversion: a step for each tensor by its name, the new configuration, and a summary."""
 
-    steps: Mapping[str, Step]
+    steps: Mapping[str, Rewriting]
     config: Mapping[str, Any]
     lines: Sequence[str] = ()
 
 
 def plan_peft(tensors: Iterable[TensorLocation], config: Mapping[str, Any]) -> Plan:
     """The plan for an adapter of PEFT whose names differ. Raises Refusal(CONVERT_UNSUPPORTED)."""
-    steps: dict[str, Step] = {}
+    steps: dict[str, Rewriting] = {}
     examples: dict[Wrapper, str] = {}
     names: dict[str, str] = {}
     found = {tensor.name: spelling(tensor.name) for tensor in tensors}
     if any(map(is_of_another_form, found)):
-        return Plan({name: Step(name) for name in found}, config)  # its check says what it is
+        return Plan({name: Rewriting(name) for name in found}, config)  # its check says what it is
     if len(adapters := adapters_in(s for s in found.values() if s)) > 1:
         listed = ", ".join(map(shown, adapters[:3]))
         raise _unsupported(f"the weights file has several adapters: {listed}; save each by itself")
@@ -83,7 +83,7 @@ def plan_peft(tensors: Iterable[TensorLocation], config: Mapping[str, Any]) -> P
                 f"{shown(name)} and {shown(names[target])} would both become {shown(target)}"
             )
         names[target] = name
-        steps[name] = Step(target)
+        steps[name] = Rewriting(target)
         for wrapper in spelt.wrappers if spelt else ():
             examples.setdefault(wrapper, f"{shown(name)} becomes {shown(target)}")
     lines = [f"names that {w.value}: {example}" for w, example in examples.items()]
@@ -107,7 +107,7 @@ def plan_mlx(
         what = "states both scale and alpha, which versions of MLX combine differently"
         what = what if ambiguous else "does not state lora_parameters.scale"
         raise _unsupported(f"{CONFIG_FILE} {what}; give --alpha (scale times rank)")
-    steps: dict[str, Step] = {}
+    steps: dict[str, Rewriting] = {}
     ranks: dict[str, int] = {}
     for tensor in tensors:
         matched = _MLX.match(tensor.name)
@@ -118,7 +118,7 @@ def plan_mlx(
         half = matched[2].upper()
         embedding = path.endswith(".embed_tokens")
         ending = f"lora_embedding_{half}" if embedding else f"lora_{half}.weight"
-        steps[tensor.name] = Step(f"{path}.{ending}", transposed=True)
+        steps[tensor.name] = Rewriting(f"{path}.{ending}", transposed=True)
         if half == "A":
             ranks[path.removeprefix(PREFIX)] = tensor.shape[1]
     rank = _one_rank(ranks)
@@ -140,7 +140,7 @@ def plan_mistral(
     if alpha is None and not _is_number(scaling):
         message = "params.json is missing or states no lora.scaling; give --alpha (scaling times "
         raise _unsupported(message + "rank; mistral-finetune's scaling is 2 by default)")
-    steps: dict[str, Step] = {}
+    steps: dict[str, Rewriting] = {}
     ranks: dict[str, int] = {}
     for tensor in tensors:
         matched = _MISTRAL.match(tensor.name)
@@ -155,9 +155,10 @@ def plan_mistral(
         elif matched[2] == "attention.wk":
             heads = base.config.num_kv_heads
         if heads and tensor.shape[0] != heads * base.config.head_dim:
-            message = f"{shown(tensor.name)} has {tensor.shape[0]} rows; this base has {heads} heads"
-            raise Refusal(Reason.BASE_MODEL_MISMATCH, f"{message} of {base.config.head_dim}")
-        steps[tensor.name] = Step(f"{PREFIX}{path}.lora_{matched[3]}.weight", heads=heads)
+            message = f"{shown(tensor.name)} has {tensor.shape[0]} rows; this base has "
+            message += f"{heads} heads of {base.config.head_dim}"
+            raise Refusal(Reason.BASE_MODEL_MISMATCH, message)
+        steps[tensor.name] = Rewriting(f"{PREFIX}{path}.lora_{matched[3]}.weight", heads=heads)
     rank = _one_rank(ranks)
     alpha = float(scaling) * rank if alpha is None else alpha  # type: ignore[arg-type]
     lines = [f"mistral-finetune: modules get PEFT's names ({len(ranks)}); alpha is {alpha:g}"]

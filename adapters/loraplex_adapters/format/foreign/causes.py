@@ -22,8 +22,16 @@ _BLOCK = re.compile(r"(?:\A|\.)(?:h|blocks?|gpt_neox\.layers|encoder\.layers?)\.
 _IMAGE = ("lora_unet_", "lora_te", "unet.", "text_encoder", "diffusion_model.")
 _IMAGE_BLOCKS = ("transformer_blocks.", "double_blocks.", "single_blocks.", ".lora_down.")
 _OTHER_INPUTS = frozenset(
-    "vision_tower vision_model visual audio_tower audio_model multi_modal_projector "
-    "mm_projector image_newline".split()
+    {
+        "audio_model",
+        "audio_tower",
+        "image_newline",
+        "mm_projector",
+        "multi_modal_projector",
+        "vision_model",
+        "vision_tower",
+        "visual",
+    }
 )
 _OF_ADAPTERS = ("lora_", "ia3_l", "trainable_tokens", "prompt_", "bottleneck", "modules_to_save")
 _MAX_READ = 512

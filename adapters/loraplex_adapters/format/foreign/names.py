@@ -13,13 +13,13 @@ PREFIX = "base_model.model."
 class Wrapper(Enum):
     """What was added to PEFT's name, or left out of it. The value describes the names."""
 
-    COMPILED = "have the prefix _orig_mod. of a compiled model"
+    COMPILED = "contain _orig_mod., as those of a compiled model do"
     PARALLEL = "have the prefix of a model that was wrapped for several devices"
-    NAMED = "have the adapter's name inside"
+    NAMED = "contain the adapter's name"
     REPEATED = "have PEFT's prefix in another form"
     BARE = "lack PEFT's prefix base_model.model."
-    MULTIMODAL = "have the names of a multimodal model's language model"
-    UNEMBED = "name the head unembed_tokens, as Tinker does"
+    MULTIMODAL = "are those of the language model within a multimodal model"
+    UNEMBED = "call the head unembed_tokens, as Tinker does"
 
 
 WAYS_OUT = {
