@@ -49,9 +49,11 @@ def cause_in(head: bytes, name: str, *, text: bool = False) -> Cause | None:
 
     `text` says that the file should hold text, as the configuration does.
     """
-    begins = head.lstrip()[:64].lower()
     if not head:
         return INVALID, f"{name} is empty; copy or download it again", name
+    if not text and head[8:9] == b"{":
+        return None  # a safetensors header, whose length can look like another program's mark
+    begins = head.lstrip()[:64].lower()
     if head.startswith(b"version https://git-lfs"):
         what = "is a Git LFS pointer and not the file itself; run `git lfs pull` in the repository"
         return INVALID, f"{name} {what}, or download the file", name

@@ -24,6 +24,7 @@ from loraplex_adapters.format.examine import examine
 from loraplex_adapters.format.foreign import folder as servers_copy
 from loraplex_adapters.format.foreign.causes import grouped
 from loraplex_adapters.format.foreign.names import spelling
+from loraplex_adapters.format.spec import TensorLocation
 from loraplex_model.base.refusal import Problem, Reason
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -230,6 +231,14 @@ def test_what_is_there_instead_of_a_file_is_recognised(
     assert word in only.message
 
 
+@pytest.mark.parametrize("length", [0x0280, 0x0380, 0x0480, 0x0580, 0x8B1F, 0x2020])
+def test_a_header_length_that_looks_like_a_mark_is_a_length(length: int, tmp_path: Path) -> None:
+    size = int.from_bytes(GOOD[:8], "little")
+    padded = length.to_bytes(8, "little") + GOOD[8 : 8 + size].ljust(length) + GOOD[8 + size :]
+    config = lora_config(target_modules=["down_proj"])
+    assert examine(write_adapter(tmp_path, config, padded), BASE).spec is not None
+
+
 LORA = json.dumps(lora_config()).encode()
 FOLDERS: dict[str, tuple[dict[str, bytes], str, str]] = {
     "one deeper": (
@@ -309,13 +318,23 @@ def test_a_folder_of_many_folders_is_searched_within_a_bound() -> None:
 
 
 def test_many_findings_of_one_kind_are_one_and_few_are_listed() -> None:
+    names = [f"a.layers.{n}.x" for n in range(40)]
+    tensors = [TensorLocation(name, "F32", (1,), 0, 4) for name in names]
     many = [
-        Problem(f"a.layers.{n}.x", f"a.layers.{n}.x has width {n % 2}", Reason.BASE_MODEL_MISMATCH)
-        for n in range(40)
+        Problem(name, f"{name} has width {n % 2}", Reason.BASE_MODEL_MISMATCH)
+        for n, name in enumerate(names)
     ]
-    first, second = grouped(many)
+    first, second = grouped(many, tensors)
     assert first.message == "20 tensors: each has width 0, for example a.layers.0.x"
     assert second.field == "a.layers.1.x"
-    assert grouped(many[:5]) == [*many[:5:2], *many[1:5:2]]
+    assert sorted(grouped(many[:5], tensors), key=many.index) == many[:5]
     options = [Problem(f"o{n}", f"o{n} is unknown", Reason.ADAPTER_UNSUPPORTED) for n in range(40)]
-    assert grouped(options) == options
+    assert grouped(options, tensors) == options
+
+
+def test_a_wrong_rank_of_many_modules_is_one_finding(tmp_path: Path) -> None:
+    modules = everywhere("q_proj", "k_proj", "v_proj", "o_proj", "down_proj")
+    folder = write_adapter(tmp_path, lora_config(r=8, target_modules=".*"), lora_tensors(modules))
+    (only,) = [f for f in examine(folder, BASE).findings if f.field == "r"]
+    assert "has rank 4 in the weights and 8 in adapter_config.json" in only.message
+    assert "9 more findings like this one" in only.message

@@ -111,7 +111,7 @@ def examine(
         except Refusal as error:
             findings = list(error.problems)
     if findings:
-        return Report(None, tuple(grouped(findings)[:MAX_FINDINGS]))
+        return Report(None, tuple(grouped(findings, header.tensors)[:MAX_FINDINGS]))
     return Report(replace(report.spec, digest=digest.text()), ())
 
 
@@ -127,7 +127,7 @@ def examine_parsed(
         return Report(None, ())
     settings, findings = parse_config(config)
     if settings is None or header is None:
-        return Report(None, tuple(grouped(findings)[:MAX_FINDINGS]))
+        return Report(None, tuple(findings[:MAX_FINDINGS]))
     provenance = {**_stamps(header.metadata, findings), **settings.provenance}
     _check_base(settings, header, base, findings)
     kind = settings.kind

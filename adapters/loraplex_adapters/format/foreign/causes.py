@@ -14,7 +14,6 @@ from loraplex_adapters.format.foreign.names import WAYS_OUT, Wrapper, spelling
 from loraplex_adapters.format.spec import TensorLocation
 from loraplex_adapters.format.strict_json import shown
 
-_LAYER = re.compile(r"\blayers\.[0-9]{1,5}\.")
 _MISTRAL = re.compile(
     r"\A(?:model\.)?layers\.[0-9]{1,5}\.(?:attention\.w[qkvo]|feed_forward\.w[123])\.lora_[AB]\."
 )
@@ -134,18 +133,29 @@ def explained(
         size = _vocabulary(resized[0], hidden_size)
         causes.append(_resized([shown(t.name) for t in resized], size, vocab_size))
         gone.update(shown(tensor.name) for tensor in resized)
-    return [*causes, *grouped([f for f in findings if f.field not in gone])]
+    rest = [finding for finding in findings if finding.field not in gone]
+    return [*causes, *grouped(rest, about)]
 
 
-def grouped(findings: Iterable[Problem]) -> list[Problem]:
-    """The findings in order, with one for many that differ only in the tensor or the layer."""
+def grouped(findings: Iterable[Problem], tensors: Iterable[TensorLocation]) -> list[Problem]:
+    """The findings, with one for many that differ only in the tensor or the module.
+
+    Findings about tensors are alike if the rest of their messages is; findings about modules, if
+    they name the same option.
+    """
+    names = {shown(tensor.name) for tensor in tensors}
     groups: dict[tuple[object, ...], list[Problem]] = {}
-    for finding in findings:
-        subject, rest = _split(finding)
-        alike = _LAYER.sub("", rest) if subject else finding.message
-        groups.setdefault((finding.reason, bool(subject), alike), []).append(finding)
+    for number, finding in enumerate(findings):
+        begins = finding.message.startswith(finding.field)
+        if begins and finding.field in names:
+            key = ("tensors", finding.reason, finding.message.removeprefix(finding.field))
+        elif begins:
+            key = ("alone", finding.reason, str(number))
+        else:
+            key = ("option", finding.reason, finding.field)
+        groups.setdefault(key, []).append(finding)
     few = (
-        group if len(group) < _MANY or not key[1] else [_joined(group)]
+        group if len(group) < _MANY else [_joined(group, is_tensor=key[0] == "tensors")]
         for key, group in groups.items()
     )
     return [finding for group in few for finding in group]
@@ -220,21 +230,11 @@ def _counted(names: Sequence[str]) -> str:
     return f"{len(names)} tensors, for example {names[0]}"
 
 
-def _split(finding: Problem) -> tuple[str, str]:
-    """The tensor or module that a message begins with, and the rest; "" if it begins otherwise."""
-    subject, _, rest = finding.message.partition(" ")
-    is_subject = subject == finding.field or _LAYER.search(subject[:_MAX_READ]) is not None
-    is_path = "." in subject.removesuffix("...")
-    return (subject, rest) if is_subject and is_path and rest else ("", finding.message)
-
-
-def _joined(group: Sequence[Problem]) -> Problem:
+def _joined(group: Sequence[Problem], *, is_tensor: bool) -> Problem:
     first = group[0]
-    subject, rest = _split(first)
-    subjects = dict.fromkeys(_split(finding)[0] for finding in group)
-    if len(subjects) == 1:
+    if is_tensor:
+        rest = first.message.removeprefix(first.field).lstrip()
+        message = f"{len(group)} tensors: each {rest}, for example {first.field}"
+    else:
         message = f"{first.message} (and {len(group) - 1} more findings like this one)"
-        return Problem(first.field, message, first.reason)
-    is_tensor = subject == first.field or any(word in subject for word in _OF_ADAPTERS)
-    message = f"{len(subjects)} {'tensors' if is_tensor else 'modules'}: each {rest}"
-    return Problem(first.field, f"{message}, for example {subject}", first.reason)
+    return Problem(first.field, message, first.reason)
