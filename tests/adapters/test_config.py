@@ -201,9 +201,9 @@ def test_all_findings_are_reported_at_once(tmp_path: Path) -> None:
     assert (refused.value.reason, refused.value.message) == (first.reason, first.message)
 
 
-def test_a_configuration_of_more_than_64_kib_is_not_read(tmp_path: Path) -> None:
+def test_a_configuration_of_more_than_a_mebibyte_is_not_read(tmp_path: Path) -> None:
     with pytest.raises(Refusal) as refused:
-        inspect(write_adapter(tmp_path, lora_config(revision="x" * 65536)), BASE)
+        inspect(write_adapter(tmp_path, lora_config(revision="x" * (1 << 20))), BASE)
     assert refused.value.reason == "ADAPTER_TOO_LARGE"
     assert refused.value.field == "adapter_config.json"
 
