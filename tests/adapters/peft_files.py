@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import peft
 import torch
 from loraplex_model.base.families import decoder_config
 from loraplex_model.base.info import BaseInfo
+from loraplex_model.checkpoints.load import load_base
 
 from model import tiny
 
@@ -19,10 +22,23 @@ FINGERPRINT = "sha256:" + "ba5e" * 16
 
 
 def base_info(variant: str) -> BaseInfo:
-    """A tiny model as adapters are held against it."""
+    """A tiny model as adapters are held against it, with its stored weights."""
     kind, changes = tiny.VARIANTS[variant]
     config = decoder_config({**kind(**tiny._SHAPE | changes).to_dict()})
-    return BaseInfo(config, FINGERPRINT, "float32")
+    return BaseInfo(config, FINGERPRINT, "float32", weights_file=_stored(variant))
+
+
+@cache
+def _stored(variant: str) -> str:
+    """The converted model's file, which is removed at the end of the process."""
+    place = Path(_folder().name)
+    checkpoint = tiny.write(variant, place / variant)
+    return load_base(str(checkpoint), torch.float32, place / "cache").weights.file
+
+
+@cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="bases-")
 
 
 @dataclass(frozen=True)

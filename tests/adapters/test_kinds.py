@@ -56,7 +56,7 @@ PACKED = {
     "dora": 256 + 256 + 128 + 128,
     # one bias for two of q_proj, then q, k, v of both layers without A and B
     "lora-bias": 256 + 256 + 128 + 128 + 4 * 64,
-    "lora-embeddings": 2 * (320 + 256),
+    "lora-embeddings": 2 * (320 + 256) + 192 + 40 * 128,  # the copy is not the base's
     # q_norm twice, the head, and two rows
     "lora-saved": 512 + 2 * 64 + (192 + 5120) + (64 + 256),
     "adalora": 384 + 384,

@@ -11,6 +11,7 @@ from loraplex_model.base.config import DecoderConfig
 from loraplex_model.base.info import BaseInfo
 from loraplex_model.base.quantisation import BLOCK as BLOCK
 
+
 @dataclass(frozen=True, slots=True, eq=False)
 class NF4Matrix:
     """Several modules' matrices stacked into one [out, in], NF4 with double quantisation.

@@ -25,6 +25,7 @@ from loraplex_model.ops.quiet import quieten_bitsandbytes
 
 _CHUNK = BLOCK * 65536  # weights quantised in one call, so that scratch memory stays small
 
+
 def nf4_code(device: torch.device | str = "cpu") -> torch.Tensor:
     """The values of NF4, float32 [16]: quantiles of the normal distribution, with an exact zero."""
     return torch.tensor(CODE, dtype=torch.float32, device=device)
