@@ -125,7 +125,6 @@ WRONG: list[tuple[str, dict[str, Any], dict[str, Any], str, str]] = [
     ("lora", {"modules_to_save": ["n"] * 65}, {}, "ADAPTER_UNSUPPORTED", "modules_to_save"),
     ("lora-bias", {"lora_bias": False}, {}, "ADAPTER_INVALID", key(Q0, "lora_B.bias")),
     ("lora-bias", {"bias": "lora_only"}, {}, "ADAPTER_INVALID", key(V1, "bias")),
-    ("lora-saved", {"modules_to_save": ["q_norm"]}, {}, "ADAPTER_INVALID", key(HEAD, "weight")),
     # shapes
     ("dora", {}, {key(Q0, "lora_magnitude_vector"): (31,)}, "BASE_MODEL_MISMATCH", "="),
     ("dora", {}, {key(Q0, "lora_magnitude_vector"): (1, 32)}, "ADAPTER_INVALID", "="),
