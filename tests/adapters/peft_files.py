@@ -15,6 +15,7 @@ import torch
 from loraplex_model.base.families import decoder_config
 from loraplex_model.base.info import BaseInfo
 from loraplex_model.checkpoints.load import load_base
+from safetensors.torch import load_file, save_file
 
 from model import tiny
 
@@ -46,7 +47,7 @@ class Case:
     """One adapter: the base, PEFT's configuration class and its arguments.
 
     `sites` are the expected roles in the first layer and outside the layers. `prepare` changes
-    the model before it is saved.
+    the model before it is saved, `edit` the tensors of the file after that.
     """
 
     variant: str
@@ -54,6 +55,7 @@ class Case:
     options: dict[str, Any]
     sites: dict[tuple[int, str], str]
     prepare: Callable[[Any], None] | None = None
+    edit: Callable[[dict[str, torch.Tensor]], None] | None = None
 
 
 def write(case: Case, directory: Path, *, seed: int = 0) -> Path:
@@ -72,6 +74,11 @@ def write(case: Case, directory: Path, *, seed: int = 0) -> Path:
             case.prepare(model)
         model.create_or_update_model_card = lambda _: None  # takes longer than all the rest
         model.save_pretrained(directory)
+    if case.edit:
+        file = directory / "adapter_model.safetensors"
+        tensors = load_file(file)
+        case.edit(tensors)
+        save_file(tensors, file, {"format": "pt"})
     return directory
 
 
