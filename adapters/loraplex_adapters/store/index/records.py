@@ -44,6 +44,7 @@ class Record:
         notes: what the check found that the adapter's owner should know; only in the result of a
             registration, and not compared.
         labels, aliases: as they were when the record was read. `aliases` are sorted.
+        chat_template_sha256, eos_token_ids: what `VersionText` the version has; "" and () without.
         others: as in `CheckedAdapter`.
     """
 
@@ -65,6 +66,8 @@ class Record:
     base_name: str = ""
     quarantine: Quarantine | None = None
     is_described: bool = True
+    chat_template_sha256: str = ""
+    eos_token_ids: tuple[int, ...] = ()
     notes: tuple[str, ...] = field(default=(), compare=False)
 
     @property
@@ -102,10 +105,19 @@ versions = (
         schema.blobs.c.summary,
         schema.quarantine.c.reason.label("quarantine_reason"),
         schema.quarantine.c.created_at.label("quarantined_at"),
+        schema.version_texts.c.template.label("chat_template_sha256"),
+        schema.version_texts.c.eos_token_ids,
     )
     .join(schema.blobs, schema.blobs.c.digest == schema.versions.c.digest)
     .join(schema.names, schema.names.c.name == schema.versions.c.name)
     .outerjoin(schema.quarantine, schema.quarantine.c.digest == schema.versions.c.digest)
+    .outerjoin(
+        schema.version_texts,
+        sa.and_(
+            schema.version_texts.c.name == schema.versions.c.name,
+            schema.version_texts.c.version == schema.versions.c.version,
+        ),
+    )
 )
 """Query of every version, including deleted ones."""
 
@@ -186,6 +198,8 @@ def _record(
         aliases=tuple(aliases.get(key, ())),
         base_name=row.base_name,
         is_described=is_described,
+        chat_template_sha256=row.chat_template_sha256 or "",
+        eos_token_ids=tuple(row.eos_token_ids or ()),
         quarantine=(
             None
             if row.quarantined_at is None
