@@ -150,6 +150,7 @@ def import_(
     )
     with open_directory(directory) as opened:
         notes = folder_notes(opened.names(MAX_NOTED_FILES), bool(text.chat_template))
+    notes += record.notes
     shell.show(
         {**tables.plain(record), "created": created, "notes": notes},
         f"{record.id} {record.digest}" + ("" if created else " (registered already)"),
