@@ -200,6 +200,14 @@ class Directory(_Opened):
                 break
         raise _link(name, "to something that is not a regular file")
 
+    def names(self, most: int) -> list[str]:
+        """Up to `most` names of files in the directory, sorted; [] if it cannot be read."""
+        try:
+            with os.scandir(self.descriptor) as entries:
+                return sorted(entry.name for entry in islice(entries, most))
+        except OSError:
+            return []
+
     def _missing(self, name: str) -> Refusal:
         if name == WEIGHTS_FILE and (pickle := self._first_pickle()):
             return Refusal(
