@@ -18,6 +18,13 @@ from loraplex_model.base.refusal import Problem
 MAX_MESSAGE_BYTES: Final = 4 << 20
 MAX_TOKEN_IDS: Final = 1 << 20
 MAX_TURNS: Final = 4096
+MAX_TOOLS: Final = 128
+MAX_TOOL_CALLS: Final = 128
+MAX_PARTS: Final = 64
+MAX_JSON_BYTES: Final = 65536
+MAX_TEMPLATE_VARIABLES: Final = 32
+MAX_TEMPLATE_VALUE_BYTES: Final = 8192
+MAX_TEMPLATE_BYTES: Final = 262144
 MAX_MIX: Final = 8
 MAX_LOGIT_BIAS: Final = 300
 MAX_STOP_STRINGS: Final = 16
@@ -51,14 +58,20 @@ ENTRIES: Final[Mapping[str, int]] = MappingProxyType(
             "GenerateRequest.mix": MAX_MIX,
             "TokenIds.ids": MAX_TOKEN_IDS,
             "ChatMessages.messages": MAX_TURNS,
+            "ChatMessages.tools": MAX_TOOLS,
+            "ChatMessages.chat_template_kwargs": MAX_TEMPLATE_VARIABLES,
+            "ChatMessage.parts": MAX_PARTS,
+            "ChatMessage.tool_calls": MAX_TOOL_CALLS,
             "SamplingParams.logit_bias": MAX_LOGIT_BIAS,
             "StopConditions.strings": MAX_STOP_STRINGS,
             "StopConditions.token_ids": MAX_STOP_TOKENS,
             "RegisterAdapterRequest.labels": MAX_LABELS,
+            "RegisterAdapterRequest.eos_token_ids": MAX_STOP_TOKENS,
             "ListAdaptersRequest.labels": MAX_LABELS,
             "LabelAdapterRequest.set": MAX_LABELS,
             "LabelAdapterRequest.remove": MAX_LABELS,
             "UploadHeader.labels": MAX_LABELS,
+            "UploadHeader.eos_token_ids": MAX_STOP_TOKENS,
             "TrainingMethod.options": MAX_OPTIONS,
             "TrainingDelivery.labels": MAX_LABELS,
             "ListJobsRequest.states": MAX_STATES,
@@ -77,9 +90,21 @@ LENGTHS: Final[Mapping[str, int]] = MappingProxyType(
             "AdapterWeight.adapter_id": MAX_NAME,
             "ChatMessage.role": MAX_NAME,
             "ChatMessage.content": MAX_MESSAGE_BYTES,
+            "ChatMessage.tool_call_id": MAX_NAME,
+            "ChatMessage.name": MAX_NAME,
+            "ChatMessage.reasoning_content": MAX_MESSAGE_BYTES,
+            "ChatMessages.tools": MAX_JSON_BYTES,
+            "ChatMessages.ChatTemplateKwargsEntry.key": MAX_NAME,
+            "ContentPart.text": MAX_MESSAGE_BYTES,
+            "TemplateValue.string_value": MAX_TEMPLATE_VALUE_BYTES,
+            "TemplateValue.json_value": MAX_TEMPLATE_VALUE_BYTES,
+            "ToolCall.id": MAX_NAME,
+            "ToolCall.name": MAX_NAME,
+            "ToolCall.arguments": MAX_JSON_BYTES,
             "StopConditions.strings": MAX_STOP_STRING_BYTES,
             "RegisterAdapterRequest.name": MAX_NAME,
             "RegisterAdapterRequest.path": MAX_PATH_BYTES,
+            "RegisterAdapterRequest.chat_template": MAX_TEMPLATE_BYTES,
             "RegisterAdapterRequest.LabelsEntry.key": MAX_NAME,
             "RegisterAdapterRequest.LabelsEntry.value": MAX_LABEL_VALUE,
             "GetAdapterRequest.adapter_id": MAX_NAME,
@@ -102,6 +127,7 @@ LENGTHS: Final[Mapping[str, int]] = MappingProxyType(
             "UploadHeader.upload_id": MAX_NAME,
             "UploadHeader.name": MAX_NAME,
             "UploadHeader.expected_digest": MAX_NAME,
+            "UploadHeader.chat_template": MAX_TEMPLATE_BYTES,
             "UploadHeader.LabelsEntry.key": MAX_NAME,
             "UploadHeader.LabelsEntry.value": MAX_LABEL_VALUE,
             "UploadChunk.data": MAX_MESSAGE_BYTES,
@@ -132,6 +158,7 @@ LENGTHS: Final[Mapping[str, int]] = MappingProxyType(
             "CancelJobRequest.job_id": MAX_NAME,
             "WatchJobRequest.job_id": MAX_NAME,
             "ListJobsRequest.page_token": MAX_PAGE_TOKEN,
+            "RenderChatRequest.adapter_id": MAX_NAME,
         }.items()
     }
 )
