@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from loraplex_adapters.format.spec import AdapterLimits
-from loraplex_adapters.store import Store
+from loraplex_adapters.store import Store, UploadBounds
 from prometheus_client import (
     CollectorRegistry,
     GCCollector,
@@ -28,7 +28,7 @@ from prometheus_client import (
 from loraplex_server.config import Config
 from loraplex_server.engine.group.face import Engine
 from loraplex_server.engine.group.group import EngineGroup, members
-from loraplex_server.engine.messages import Hello
+from loraplex_server.engine.messages import Hello, ModelInfo
 from loraplex_server.engine.process.client import EngineClient
 from loraplex_server.engine.process.descriptors import raise_descriptor_limit
 from loraplex_server.engine.process.identity import BaseChanged
@@ -37,6 +37,7 @@ from loraplex_server.metrics import Metrics
 from loraplex_server.observing import ServerObserver
 from loraplex_server.registry.quarantine import QuarantineKeeper
 from loraplex_server.registry.registry import Registry
+from loraplex_server.registry.texts import AdapterTexts
 from loraplex_server.rpc.calls.gate import Gate
 from loraplex_server.rpc.calls.interceptor import Interceptor
 from loraplex_server.rpc.messages.validate import ModelBounds
@@ -116,16 +117,17 @@ class Server:
             hello.num_blocks * hello.block_size,
         )
         with needed(ServerExit.NO_MODEL, "cannot read"):
-            folder = Path(model.tokenizer_path)
-            tokenizer = await asyncio.to_thread(TextTokenizer, folder, context, self._lanes.text)
+            tokenizer = await asyncio.to_thread(self._tokenizer, model, context)
         limits = AdapterLimits(
             max_rank=config.max_rank,
+            max_weights_bytes=int(config.max_adapter_file),
             max_device_bytes=hello.adapter_budget_bytes,
             max_virtual_tokens=config.adapter_virtual_tokens,
             max_context=context,
         )
+        texts = AdapterTexts(tokenizer.special_tokens, config.adapter_chat_templates)
         registry = Registry(
-            store, self.engine, self.metrics, config.import_root, limits, self._lanes
+            store, self.engine, self.metrics, config.import_root, limits, self._lanes, texts
         )
         self._closing.push_async_callback(registry.close)
         with needed(ServerExit.STORE_UNUSABLE, "cannot read the store"):
@@ -139,7 +141,7 @@ class Server:
             tokenizer,
             admission,
             self.metrics,
-            ModelBounds(model.base.config.vocab_size, context, model.eos_token_ids),
+            ModelBounds(model.base.config.vocab_size, context, tokenizer.eos_token_ids),
             config.stream_writes,
         )
         self._training = await self._open_training(registry)
@@ -179,6 +181,15 @@ class Server:
                 raise StartFailure(ServerExit.BASE_CHANGED, str(error)) from error
         self._observer.devices.watch(members(self.engine))
         return hello
+
+    def _tokenizer(self, model: ModelInfo, context: int) -> TextTokenizer:
+        return TextTokenizer(
+            Path(model.tokenizer_path),
+            context,
+            self._lanes.text,
+            eos_token_ids=model.eos_token_ids,
+            special_tokens_in_messages=self._config.special_tokens_in_messages,
+        )
 
     def _keep_running(self, registry: Registry) -> None:
         """Starts the tasks that run as long as the server."""
@@ -261,7 +272,8 @@ class Server:
     async def _open_store(self) -> Store:
         def work() -> Store:
             self._config.prepare_import_root()
-            return Store(self._config.store, self._config.store_url.get_secret_value())
+            bounds = UploadBounds(max_weights_bytes=int(self._config.max_adapter_file))
+            return Store(self._config.store, self._config.store_url.get_secret_value(), bounds)
 
         with needed(ServerExit.STORE_UNUSABLE, "cannot use"):
             store = await asyncio.to_thread(work)

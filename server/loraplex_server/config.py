@@ -128,14 +128,23 @@ class Config(BaseSettings):
 
     max_rank: int = Field(256, ge=1, le=4096)
     """Largest rank of an adapter."""
+    max_adapter_file: ByteSize = Field(ByteSize(4 << 30), ge=1)
+    """Largest weights file of an adapter, sent by a client or imported."""
     max_virtual_tokens: int = Field(512, ge=0, le=1 << 20)
     """Largest number of virtual tokens of one adapter, at most virtual_tokens. Above token_budget,
     loading such an adapter can make a step longer than any prompt does."""
     merge_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the dense weights of merged adapters; `auto` uses dtype."""
 
+    adapter_chat_templates: bool = False
+    """Let clients register adapters with a chat template of their own, and render conversations
+    for such an adapter with it. Templates run in a sandbox."""
+
     max_context: int = Field(0, ge=0)
     """Longest prompt and answer together, in tokens; 0 uses the model's context length."""
+    special_tokens_in_messages: bool = False
+    """Recognise special tokens that messages spell out, in trained adapters' data as well, so that
+    a message can end its turn and open another. Otherwise they are text."""
     token_budget: int = Field(512, ge=1)
     """Most tokens in one step: decode rows and prompt chunks together."""
     max_running: int = Field(64, ge=1)
@@ -285,6 +294,7 @@ class Config(BaseSettings):
             merge_dtype=self.dtype if self.merge_dtype == "auto" else self.merge_dtype,
             virtual_tokens=self.virtual_tokens,
             max_rank=self.max_rank,
+            max_adapter_file=int(self.max_adapter_file),
             max_virtual_tokens=self.adapter_virtual_tokens,
         )
 
@@ -292,6 +302,7 @@ class Config(BaseSettings):
         """Training options that the operator fixes, keyed by the trainer's names."""
         return {
             "model": self.model,
+            "special_tokens_in_messages": str(self.special_tokens_in_messages).lower(),
             "dtype": self.dtype,
             "device": self.engine_device,
             "cache": str(self.cache.absolute()),

@@ -295,12 +295,12 @@ STRAY: list[tuple[str, str]] = [
     (f"{PREFIX}.lora_B.bias", "ADAPTER_INVALID"),
     (f"{PREFIX}.bias", "ADAPTER_INVALID"),
     (f"{PREFIX}.base_layer.bias", "ADAPTER_INVALID"),
-    (f"{PREFIX}.base_layer.weight", "ADAPTER_INVALID"),
-    (f"{PREFIX}.weight", "ADAPTER_INVALID"),
+    (f"{PREFIX}.base_layer.weight", "BASE_MODEL_MISMATCH"),
+    (f"{PREFIX}.weight", "BASE_MODEL_MISMATCH"),
     (f"{PREFIX}.ia3_l", "ADAPTER_INVALID"),
     ("base_model.model.model.norm.weight", "ADAPTER_INVALID"),
-    ("base_model.model.lm_head.weight", "ADAPTER_INVALID"),
-    ("base_model.model.model.embed_tokens.weight", "ADAPTER_INVALID"),
+    ("base_model.model.lm_head.weight", "BASE_MODEL_MISMATCH"),
+    ("base_model.model.model.embed_tokens.weight", "BASE_MODEL_MISMATCH"),
     ("prompt_embeddings", "ADAPTER_INVALID"),
 ]
 

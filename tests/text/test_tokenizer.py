@@ -109,8 +109,7 @@ def test_prompts_get_the_ids_that_transformers_gives(folder: Path, tmp_path: Pat
     assert rendered == theirs.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=True
     )
-    ours._chat = template
-    assert asyncio.run(ours.encode_chat(messages)) == list(
+    assert asyncio.run(ours.encode_chat(messages, template=template)) == list(
         theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
     )
 

@@ -10,16 +10,15 @@ from typing import Annotated, Any, Final, NoReturn
 
 import typer
 from loraplex_adapters.format.digest import is_digest
-from loraplex_adapters.format.examine import inspect
 from loraplex_adapters.format.spec import AdapterLimits
-from loraplex_adapters.store import Record, Store, require_store
+from loraplex_adapters.store import Record, Store, VersionText, require_store
 from loraplex_adapters.store.index.ids import check_name
 from loraplex_model.base.info import BaseInfo
 from loraplex_model.base.refusal import BASE_MODEL_REASONS, Reason, Refusal
 from rich.console import Console, RenderableType
 
+from loraplex_server.commands import store_import
 from loraplex_server.commands import store_tables as tables
-from loraplex_server.commands.converting import converted
 from loraplex_server.commands.flags import own_parameters, parameter, with_settings
 from loraplex_server.config import Config
 from loraplex_server.exits import ServerExit
@@ -117,7 +116,7 @@ def ls(
     )
 
 
-@_command("import", "model", creates=True)
+@_command("import", "model", "max_adapter_file", creates=True)
 def import_(
     shell: Shell,
     directory: Annotated[
@@ -129,47 +128,36 @@ def import_(
         bool, typer.Option("--replace", help="Register a new version if the name exists.")
     ] = False,
     label: Labels = None,
-    convert: Annotated[
-        bool,
-        typer.Option(
-            "--convert",
-            help="Rewrite an adapter that differs from PEFT's only in names and layout: foreign "
-            "prefixes, MLX, mistral-finetune, Tinker, several weights files.",
-        ),
-    ] = False,
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Only say what would be converted and whether it is taken."),
-    ] = False,
-    rank: Annotated[
-        int | None, typer.Option(min=1, help="For --convert: rank that the tensors must have.")
-    ] = None,
-    alpha: Annotated[
-        float | None,
-        typer.Option(help="For --convert: alpha of an adapter whose files do not state it."),
-    ] = None,
+    chat_template: store_import.TemplateFile = None,
+    eos_token_id: store_import.EndTokens = None,
+    convert: store_import.Convert = False,
+    rank: store_import.Rank = None,
+    alpha: store_import.Alpha = None,
+    dry_run: store_import.DryRun = False,
 ) -> None:
     """Check an adapter against the base model and register it."""
     check_name(name)
+    conversion = store_import.Conversion(convert, rank, alpha)
+    conversion.check()
     labels = _labels(label)
-    if not convert and (rank is not None or alpha is not None):
-        raise typer.BadParameter("--rank and --alpha need --convert")
+    text = VersionText.of(store_import.read_template(chat_template), eos_token_id or ())
     base, limits = _base(shell.config)
-    with converted(directory, base, limits, rank, alpha, convert=convert) as (source, lines):
-        if dry_run:
-            digest = inspect(source, base, limits).digest
-            done: dict[str, Any] = {"dry_run": True, "name": name, "digest": digest}
-            said = f"{name} {digest} would be registered"
-        else:
-            terms = (base, limits, replace, labels)
-            record, created = shell.store.register(name, source, *terms)
-            done = {**tables.plain(record), "created": created}
-            said = f"{record.id} {record.digest}" + ("" if created else " (registered already)")
-    more = {"converted": lines} if convert else {}
-    shell.show({**done, **more}, "\n".join([*lines, said]))
+    done = store_import.import_adapter(
+        shell.store,
+        name,
+        directory,
+        base,
+        limits,
+        replace=replace,
+        labels=labels,
+        text=text,
+        conversion=conversion,
+        dry_run=dry_run,
+    )
+    shell.show(done.value, *done.lines)
 
 
-@_command("rebase", "model")
+@_command("rebase", "model", "max_adapter_file")
 def rebase(
     shell: Shell,
     adapter_ids: Annotated[
@@ -346,6 +334,7 @@ def _base(config: Config) -> tuple[BaseInfo, AdapterLimits]:
     """The configured base model, and the limits of the adapters on it."""
     limits = AdapterLimits(
         max_rank=config.max_rank,
+        max_weights_bytes=int(config.max_adapter_file),
         max_device_bytes=int(config.adapter_memory),
         max_virtual_tokens=config.adapter_virtual_tokens,
         max_context=config.max_context or None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import Any
@@ -41,7 +41,10 @@ class Record:
         is_described: False if the description in the index is damaged. Then what `CheckedAdapter`
             has is empty here, until the same files are registered again.
         deleted_at: time of deletion; None if the version is not deleted.
+        notes: what the check found that the adapter's owner should know; only in the result of a
+            registration, and not compared.
         labels, aliases: as they were when the record was read. `aliases` are sorted.
+        chat_template_sha256, eos_token_ids: what `VersionText` the version has; "" and () without.
         others: as in `CheckedAdapter`.
     """
 
@@ -63,11 +66,18 @@ class Record:
     base_name: str = ""
     quarantine: Quarantine | None = None
     is_described: bool = True
+    chat_template_sha256: str = ""
+    eos_token_ids: tuple[int, ...] = ()
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def id(self) -> str:
         """Adapter id of this version: "name@version"."""
         return f"{self.name}@{self.version}"
+
+    def noted(self, notes: tuple[str, ...]) -> Record:
+        """The same version with notes of its registration."""
+        return replace(self, notes=notes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +105,19 @@ versions = (
         schema.blobs.c.summary,
         schema.quarantine.c.reason.label("quarantine_reason"),
         schema.quarantine.c.created_at.label("quarantined_at"),
+        schema.version_texts.c.template.label("chat_template_sha256"),
+        schema.version_texts.c.eos_token_ids,
     )
     .join(schema.blobs, schema.blobs.c.digest == schema.versions.c.digest)
     .join(schema.names, schema.names.c.name == schema.versions.c.name)
     .outerjoin(schema.quarantine, schema.quarantine.c.digest == schema.versions.c.digest)
+    .outerjoin(
+        schema.version_texts,
+        sa.and_(
+            schema.version_texts.c.name == schema.versions.c.name,
+            schema.version_texts.c.version == schema.versions.c.version,
+        ),
+    )
 )
 """Query of every version, including deleted ones."""
 
@@ -179,6 +198,8 @@ def _record(
         aliases=tuple(aliases.get(key, ())),
         base_name=row.base_name,
         is_described=is_described,
+        chat_template_sha256=row.chat_template_sha256 or "",
+        eos_token_ids=tuple(row.eos_token_ids or ()),
         quarantine=(
             None
             if row.quarantined_at is None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 from loraplex.v1 import adapter_pb2
-from loraplex_adapters.format.files import MAX_CONFIG_BYTES
+from loraplex_adapters.format.files import CONFIG_FILE, MAX_CONFIG_BYTES, WEIGHTS_FILE
 from loraplex_adapters.store.index.ids import did_you_mean
 from loraplex_adapters.store.index.labels import suggested_key
+from loraplex_adapters.store.index.texts import MAX_EOS_TOKENS, MAX_TEMPLATE_BYTES
 from loraplex_model.base.refusal import Problem
 
 from loraplex_server.rpc.calls.bounds import (
@@ -24,8 +25,11 @@ from loraplex_server.rpc.messages.validate import RequestChecks
 MAX_PAGE: Final = 1000
 MAX_DRAIN_SECONDS: Final = 86_400
 MAX_CHUNK_BYTES: Final = 1 << 20
+MAX_OTHER_FILES: Final = 256
+MAX_FILE_NAME: Final = 255
 
 _LABEL_FORM: Final = "the key must match [a-z0-9][a-z0-9._/-]{0,62}"
+_RAISE: Final = "; the server's setting max_adapter_file raises the limit"
 _UPLOAD_FORM: Final = "is not an id of StartUpload"
 _LABEL: Final = re.compile(r"[a-z0-9][a-z0-9._/-]{0,62}", re.ASCII)
 _DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}", re.ASCII)
@@ -38,6 +42,7 @@ def register(request: adapter_pb2.RegisterAdapterRequest) -> list[Problem]:
     checks.name("name", request.name)
     checks.size("path", request.path, MAX_PATH_BYTES)
     labels("labels", request.labels, checks)
+    _texts(request, checks)
     return checks.problems
 
 
@@ -106,16 +111,23 @@ def header(header: adapter_pb2.UploadHeader, max_weights_bytes: int) -> list[Pro
     checks = RequestChecks("header.")
     checks.require(not upload_id(header.upload_id), "upload_id", _UPLOAD_FORM)
     if header.stage_only:
-        for field in ("name", "replace", "load", "labels"):
+        for field in ("name", "replace", "load", "labels", "chat_template", "eos_token_ids"):
             checks.require(not getattr(header, field), field, "must not be set with `stage_only`")
     else:
         checks.name("name", header.name)
-    checks.between("config_size", header.config_size, 1, MAX_CONFIG_BYTES)
-    checks.between("weights_size", header.weights_size, 1, max_weights_bytes)
+    sizes = (
+        ("config_size", CONFIG_FILE, header.config_size, MAX_CONFIG_BYTES, ""),
+        ("weights_size", WEIGHTS_FILE, header.weights_size, max_weights_bytes, _RAISE),
+    )
+    for field, file, size, most, advice in sizes:
+        text = f"{file} has {size} bytes; 1 to {most} are accepted{advice}"
+        checks.require(1 <= size <= most, field, text)
     if header.expected_digest:
         good = _DIGEST.fullmatch(header.expected_digest) is not None
         checks.require(good, "expected_digest", 'must be "sha256:" and 64 hex digits')
     labels("labels", header.labels, checks)
+    _texts(header, checks)
+    _files("other_files", header.other_files, checks)
     return checks.problems
 
 
@@ -138,6 +150,7 @@ def validation(request: adapter_pb2.ValidateAdapterRequest) -> list[Problem]:
             checks.require(not upload_id(request.upload_id), "upload_id", _UPLOAD_FORM)
         case None:
             checks.add("source", "one of `path` or `upload_id` must be set")
+    _files("other_files", request.other_files, checks)
     return checks.problems
 
 
@@ -151,6 +164,21 @@ def labels(field: str, given: Mapping[str, str], checks: RequestChecks) -> None:
         good = len(value) <= MAX_LABEL_VALUE and value.isprintable()
         text = f"the value must have at most {MAX_LABEL_VALUE} characters, all printable"
         checks.require(good, f"{field}[{key}]", text)
+
+
+def _texts(
+    request: adapter_pb2.RegisterAdapterRequest | adapter_pb2.UploadHeader, checks: RequestChecks
+) -> None:
+    """Adds the problems of a chat template and end tokens that a version brings."""
+    size, most = len(request.chat_template.encode()), MAX_TEMPLATE_BYTES
+    checks.require(size <= most, "chat_template", f"must have at most {most} bytes")
+    checks.at_most("eos_token_ids", request.eos_token_ids, MAX_EOS_TOKENS)
+
+
+def _files(field: str, names: Sequence[str], checks: RequestChecks) -> None:
+    if checks.at_most(field, names, MAX_OTHER_FILES):
+        longest = max((len(name.encode()) for name in names), default=0)
+        checks.require(longest <= MAX_FILE_NAME, field, f"must be of {MAX_FILE_NAME} bytes at most")
 
 
 def _keys(field: str, keys: Iterable[str], checks: RequestChecks) -> None:

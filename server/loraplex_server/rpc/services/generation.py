@@ -23,6 +23,7 @@ from loraplex_server.engine.messages import Failure, Output, SamplingParams, Sub
 from loraplex_server.logs import REQUEST_ID
 from loraplex_server.metrics import Metrics
 from loraplex_server.registry.registry import Registry
+from loraplex_server.registry.texts import end_tokens
 from loraplex_server.rpc.calls.errors import TABLE, for_client, invalid, require
 from loraplex_server.rpc.messages import validate
 from loraplex_server.rpc.messages.completion import (
@@ -37,6 +38,7 @@ from loraplex_server.rpc.services.admission import Admission, Ticket, admitted_d
 from loraplex_server.rpc.services.resolve import (
     WeightedAdapter,
     mixable,
+    records,
     references,
     resolve,
     room_beside,
@@ -106,7 +108,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         with self.admission.enter() as ticket:
             adapters = await self._resolve(request, field_path)
             room = room_beside(adapters, self.bounds.max_context)
-            prompt = await self._tokenise(request, field_path, room)
+            prompt = await self._tokenise(request, adapters, field_path, room)
             require(validate.scores(request, len(prompt), field_path))
             ticket.wait(len(prompt))
             call = _Call(request, adapters, prompt, room, _deadline(context), field_path, streaming)
@@ -178,7 +180,11 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         return adapters
 
     async def _tokenise(
-        self, request: generation_pb2.GenerateRequest, field_path: str, room: int
+        self,
+        request: generation_pb2.GenerateRequest,
+        adapters: Sequence[WeightedAdapter],
+        field_path: str,
+        room: int,
     ) -> list[int]:
         tokenizer = self.tokenizer
         field = field_path + (request.WhichOneof("input") or "input")
@@ -187,9 +193,11 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                 case "prompt":
                     ids = await tokenizer.encode(request.prompt)
                 case "messages":
+                    template = await self.registry.template(records(adapters))
                     turns = request.messages.messages
                     ids = await tokenizer.encode_chat(
-                        [{"role": turn.role, "content": turn.content} for turn in turns]
+                        [{"role": turn.role, "content": turn.content} for turn in turns],
+                        template=template,
                     )
                 case _:
                     ids = list(request.token_ids.ids)
@@ -281,7 +289,7 @@ class _Call:
         """The request to the engine. Everything in it is decided here."""
         request, stop = self.request, self.request.stop
         wanted = stop.max_new_tokens if stop.HasField("max_new_tokens") else DEFAULT_MAX_NEW_TOKENS
-        ends = [] if stop.ignore_eos else bounds.eos_token_ids
+        ends = [] if stop.ignore_eos else end_tokens(records(self.adapters), bounds.eos_token_ids)
         return Submit(
             id=request_id,
             token_ids=self.prompt,
