@@ -54,7 +54,7 @@ class Files:
 
     @classmethod
     def read(cls, folder: str | os.PathLike[str]) -> Files:
-        """Reads both files once. Raises as `require_adapter` does; InvalidRequest if it cannot."""
+        """Reads both files once. Raises AdapterRejected and InvalidRequest as `require_adapter`."""
         require_adapter(folder)
         weights = Path(folder) / WEIGHTS_FILE
         try:

@@ -91,7 +91,7 @@ class Config(BaseSettings):
     """Directory for quantised base models and compiled kernels."""
     import_root: Path = Path("var/import")
     """Directory below which clients may name files of the server: adapters and training data. It
-    must exist, unless it is called `import` and lies beside the store, as by default."""
+    must exist, unless it is the default or is called `import` and lies beside the store."""
 
     host: str = "127.0.0.1"
     """Address that the gRPC services listen on."""
@@ -233,13 +233,13 @@ class Config(BaseSettings):
 
     @property
     def makes_import_root(self) -> bool:
-        """Whether a missing import root is created: if it has the default's name and place.
+        """Whether a missing import root is created: the default, or one like it beside the store.
 
         Any other import root must exist, since a new, empty directory would hide a mistyped path.
         """
         default = type(self).model_fields["import_root"].default
         beside = os.path.abspath(self.store.parent) == os.path.abspath(self.import_root.parent)
-        return beside and self.import_root.name == default.name
+        return self.import_root == default or (beside and self.import_root.name == default.name)
 
     def prepare_import_root(self) -> None:
         """Creates the import root if `makes_import_root`. Raises OSError if there is none then."""

@@ -205,7 +205,8 @@ def test_the_default_import_root_is_made_beside_its_store(tmp_path: Path) -> Non
     config = load(None, {"store": str(tmp_path / "store"), "import_root": str(tmp_path / "import")})
     config.prepare_import_root()
     assert (tmp_path / "import").is_dir()
-    assert load(None, {}).makes_import_root
+    assert load(None, {"store": str(tmp_path / "store")}).makes_import_root
+    assert not load(None, {"import_root": str(tmp_path / "import")}).makes_import_root
 
 
 @pytest.mark.parametrize(
