@@ -295,12 +295,12 @@ STRAY: list[tuple[str, str]] = [
     (f"{PREFIX}.lora_B.bias", "ADAPTER_INVALID"),
     (f"{PREFIX}.bias", "ADAPTER_INVALID"),
     (f"{PREFIX}.base_layer.bias", "ADAPTER_INVALID"),
-    (f"{PREFIX}.base_layer.weight", "ADAPTER_INVALID"),
-    (f"{PREFIX}.weight", "ADAPTER_INVALID"),
+    (f"{PREFIX}.base_layer.weight", "BASE_MODEL_MISMATCH"),
+    (f"{PREFIX}.weight", "BASE_MODEL_MISMATCH"),
     (f"{PREFIX}.ia3_l", "ADAPTER_INVALID"),
     ("base_model.model.model.norm.weight", "ADAPTER_INVALID"),
-    ("base_model.model.lm_head.weight", "ADAPTER_INVALID"),
-    ("base_model.model.model.embed_tokens.weight", "ADAPTER_INVALID"),
+    ("base_model.model.lm_head.weight", "BASE_MODEL_MISMATCH"),
+    ("base_model.model.model.embed_tokens.weight", "BASE_MODEL_MISMATCH"),
     ("prompt_embeddings", "ADAPTER_INVALID"),
 ]
 
@@ -393,9 +393,16 @@ def test_a_stamped_adapter_serves_on_its_own_base_only(tmp_path: Path) -> None:
     assert refused.value.field == "loraplex_base_fingerprint"
 
 
-def test_a_report_of_thousands_of_findings_ends(tmp_path: Path) -> None:
+def test_thousands_of_findings_of_one_kind_become_one_and_a_report_of_others_ends(
+    tmp_path: Path,
+) -> None:
     tensors = {f"stray.{n}": np.zeros((1, 1), np.float32) for n in range(3000)}
-    assert len(examine(write_adapter(tmp_path, weights=tensors), BASE).findings) == 100
+    (only,) = examine(write_adapter(tmp_path / "tensors", weights=tensors), BASE).findings
+    assert (only.reason, only.field) == ("ADAPTER_INVALID", "stray.0")
+    assert "3000 tensors" in only.message
+    unknown = lora_config() | {f"unknown_{n}": True for n in range(3000)}
+    folder = write_adapter(tmp_path / "options", unknown)
+    assert len(examine(folder, BASE).findings) == 100
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])

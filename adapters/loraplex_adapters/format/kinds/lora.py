@@ -6,14 +6,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from loraplex_model.base.config import MODEL, PROJECTIONS, Site
+from loraplex_model.base.config import PROJECTIONS, Site
 
+from loraplex_adapters.format.copies.names import COPY_ENDINGS
 from loraplex_adapters.format.kinds.base import Kind
 from loraplex_adapters.format.kinds.initialisation import check_initialisation
 from loraplex_adapters.format.kinds.whole import (
     ROWS_ENDING,
     ROWS_OPTION,
-    SAVED_ENDING,
     SAVED_OPTION,
     TokenRows,
     place_rows,
@@ -27,19 +27,14 @@ from loraplex_adapters.format.spec import ModuleSpec, TensorLocation
 from loraplex_adapters.format.support import Option, ignored, refused, served
 from loraplex_adapters.format.targets import EMBEDDINGS, Targets
 
-_BASE_COPY = "base_layer.weight"
-"""The base's own weight, which PEFT writes with an adapted head or embedding
-(`save_embedding_layers`); it is skipped."""
-
 _BIAS, _WRAPPED_BIAS = "bias", "base_layer.bias"
 """A trained bias of a projection without and with A and B."""
 
 SHARED_ENDINGS: Mapping[str, str] = {
     _WRAPPED_BIAS: "bias",
     _BIAS: "bias",
-    _BASE_COPY: "save_embedding_layers",
+    **COPY_ENDINGS,
     ROWS_ENDING: ROWS_OPTION,
-    SAVED_ENDING: "modules_to_save",
 }
 """Ends of tensor names that LORA and ADALORA have in common."""
 
@@ -146,12 +141,8 @@ def adaptable(file: Placement) -> list[Site]:
 def claim_extras(
     file: Placement, site: Site, bias: str, tensors: dict[str, TensorLocation | None]
 ) -> None:
-    """Adds a projection's trained bias to `tensors`, and checks a copy of the base's head."""
-    if site[0] == MODEL:
-        copy = file.claim(site, _BASE_COPY)
-        if copy is not None:
-            file.fits(site, {"weight": copy})
-    elif bias != "none" and site[1] in file.base.config.biased:
+    """Adds a projection's trained bias to `tensors`."""
+    if bias != "none" and site[1] in file.base.config.biased:
         tensors["bias"] = file.require(site, _WRAPPED_BIAS)
 
 

@@ -151,7 +151,7 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         return pb.RegisterAdapterResponse(
             adapter=self._describe(adapter.record),
             created=created,
-            notes=await self._registry.notes(source, terms.text),
+            notes=[*await self._registry.notes(source, terms.text), *adapter.record.notes],
         )
 
     async def LabelAdapter(

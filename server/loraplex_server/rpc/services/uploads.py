@@ -115,7 +115,7 @@ class UploadReceiver:
         )
         adapter, created = await self._registry.finish_upload(header.upload_id, terms)
         notes = folder_notes(header.other_files, has_template=bool(brings.chat_template))
-        return UploadOutcome(adapter, created, notes)
+        return UploadOutcome(adapter, created, [*notes, *adapter.record.notes])
 
     async def _header(
         self, requests: AsyncIterator[adapter_pb2.UploadAdapterRequest]
