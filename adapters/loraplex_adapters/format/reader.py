@@ -173,7 +173,8 @@ class Reader:
             if option:
                 self.unsupported(key, f"is set ({option.note}), which is not supported")
             else:
-                self.unsupported(key, f"is unknown and not empty, so it could change the result; {_REMOVE}")
+                effect = "so it could change the result"
+                self.unsupported(key, f"is unknown and not empty, {effect}; {_REMOVE}")
 
     def stamps(self) -> dict[str, str]:
         """The trainer's stamps in the configuration, by key without the prefix."""
