@@ -7,16 +7,26 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from adapters.adapter_files import BASE, everywhere, lora_config, lora_tensors, write_adapter
+from adapters.adapter_files import (
+    BASE,
+    SMOLLM,
+    everywhere,
+    lora_config,
+    lora_tensors,
+    write_adapter,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from loraplex_adapters.format.config import parse_config
 from loraplex_adapters.format.examine import examine, inspect
 from loraplex_adapters.format.kinds import KINDS
+from loraplex_adapters.format.modules import module_path
 from loraplex_adapters.format.spec import AdapterLimits
 from loraplex_adapters.format.strict_json import loads
 from loraplex_adapters.format.support import Support
+from loraplex_model.base.config import PROJECTIONS
 from loraplex_model.base.refusal import Refusal
 
 UNSUPPORTED = sorted(k for k, o in KINDS["LORA"].options.items() if o.support is Support.REFUSED)
@@ -116,6 +126,11 @@ WRONG: list[tuple[str, Any, str]] = [
 ]
 
 HARMLESS: list[tuple[str, Any]] = [
+    ("runtime_config", {"ephemeral_gpu_offload": True}),
+    ("lorap_emb_lr", 1e-6),
+    ("unsloth_fixed", True),
+    ("_name_or_path", "x"),
+    ("layers_pattern", r"(?:encoder\.)?layers"),
     ("a_new_option", None),
     ("a_new_option", False),
     ("a_new_option", {}),
@@ -206,6 +221,30 @@ def test_a_configuration_of_more_than_a_mebibyte_is_not_read(tmp_path: Path) -> 
         inspect(write_adapter(tmp_path, lora_config(revision="x" * (1 << 20))), BASE)
     assert refused.value.reason == "ADAPTER_TOO_LARGE"
     assert refused.value.field == "adapter_config.json"
+
+
+def test_a_configuration_of_a_thousand_modules_and_all_their_singular_values_is_read(
+    tmp_path: Path,
+) -> None:
+    """AdaLoRA's `rank_pattern` names every singular value of every module."""
+    paths = [module_path(*site) for site in everywhere(*PROJECTIONS, layers=30)]
+    kept = {f"{path}.lora_E": [False] * 23 + [n == 0] for n, path in enumerate(paths)}
+    config = {"peft_type": "ADALORA", "init_r": 24, "r": 8, "lora_alpha": 48}
+    config |= {"target_modules": list(PROJECTIONS), "rank_pattern": kept}
+    shapes = SMOLLM.config.projection_shapes()
+    tensors = {}
+    for n, (layer, name) in enumerate(everywhere(*PROJECTIONS, layers=30)):
+        fan_in, fan_out = shapes[name]
+        at, rank = f"base_model.model.{module_path(layer, name)}.lora_", int(n == 0)
+        tensors |= {
+            f"{at}{end}": np.ones(shape, np.float32)
+            for end, shape in (("A", (rank, fan_in)), ("B", (fan_out, rank)), ("E", (rank, 1)))
+        }
+    source = write_adapter(tmp_path, json.dumps(config, indent=2).encode(), tensors)
+    assert 1 << 16 < (source / "adapter_config.json").stat().st_size < 1 << 20
+    spec = inspect(source, SMOLLM)
+    assert [(m.layer, m.rank) for m in spec.modules] == [(0, 1)]
+    assert spec.modules[0].scale == 48 / (24 + 1e-5)
 
 
 def test_limits_are_the_callers(tmp_path: Path) -> None:

@@ -167,7 +167,7 @@ WRONG: list[tuple[str, dict[str, Any], dict[str, Any], str, str]] = [
     ("adalora", {"rank_pattern": {}}, {}, "ADAPTER_INVALID", "init_r"),
     ("adalora", {"rank_pattern": {MASK: [1, 0, 1, 1]}}, {}, "ADAPTER_INVALID", "rank_pattern"),
     ("adalora", {"rank_pattern": {MASK: 3}}, {}, "ADAPTER_INVALID", "rank_pattern"),
-    ("adalora", {"rank_pattern": {"(a+)+.lora_E": []}}, {}, "ADAPTER_UNSUPPORTED", "rank_pattern"),
+    ("adalora", {"rank_pattern": {"(a+)+.lora_E": []}}, {}, "ADAPTER_INVALID", "rank_pattern"),
     ("adalora", {"rank_pattern": {"x.lora_E": [True] * 4}}, {}, "ADAPTER_INVALID", "rank_pattern"),
     ("adalora", {"use_dora": True}, {}, "ADAPTER_UNSUPPORTED", "use_dora"),
     ("ia3", {"feedforward_modules": ["k_proj"]}, {}, "ADAPTER_INVALID", "feedforward_modules"),

@@ -16,6 +16,7 @@ from adapters.adapter_files import (
     BASE,
     BASE_JSON,
     Entry,
+    base_info,
     entries,
     everywhere,
     key,
@@ -27,8 +28,9 @@ from adapters.adapter_files import (
 )
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from loraplex_adapters.format.examine import examine, inspect
+from loraplex_adapters.format.examine import examine, examine_header, inspect
 from loraplex_adapters.format.header import MAX_HEADER_BYTES, read_header
+from loraplex_adapters.format.spec import AdapterLimits
 from loraplex_model.base.refusal import Refusal
 
 TENSORS = lora_tensors(everywhere("q_proj", "v_proj"))
@@ -437,3 +439,23 @@ def test_the_digest_keeps_the_files_apart(config: bytes, first: bytes, second: b
     assert digest(config, first, second) == digest(config, first + second)
     if first:
         assert digest(config + first, second) != digest(config, first + second)
+
+
+def test_a_file_of_more_than_4_gib_is_read_if_the_limit_allows_it(tmp_path: Path) -> None:
+    large = base_info(vocab_size=(1 << 25) + 1)
+    config = lora_config(modules_to_save=["lm_head"])
+    name = "base_model.model.lm_head.weight"
+    table = entries(lora_tensors(everywhere("q_proj", "v_proj")))
+    start = max(entry["data_offsets"][1] for entry in table.values())  # type: ignore[index]
+    shape = [large.config.vocab_size, large.config.hidden_size]
+    end = start + 4 * shape[0] * shape[1]
+    table[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+    head = safetensors_bytes(table, b"")
+    source = write_adapter(tmp_path, config, head)
+    os.truncate(source / "adapter_model.safetensors", len(head) + end)  # a hole, no bytes
+    (found,) = examine_header(source, large).findings
+    assert found.reason == "ADAPTER_TOO_LARGE"
+    assert "max_adapter_file" in found.message
+    spec = examine_header(source, large, AdapterLimits(max_weights_bytes=5 << 30)).spec
+    assert spec is not None
+    assert spec.size_bytes > 4 << 30

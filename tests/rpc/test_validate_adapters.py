@@ -78,6 +78,9 @@ def test_the_header_of_an_upload() -> None:
         "header.weights_size",
         "header.expected_digest",
     ]
+    texts = {problem.field: problem.message for problem in validate.header(wrong, 10)}
+    assert texts["header.config_size"].startswith("adapter_config.json has 1048577 bytes")
+    assert "max_adapter_file" in texts["header.weights_size"]
     staged = header(stage_only=True, replace=True, load=True, labels={"k": "v"})
     assert fields(validate.header(staged, 10)) == [
         "header.name",

@@ -17,7 +17,7 @@ from loraplex_adapters.format.foreign.folder import CONVERT, HEAD_BYTES, cause_i
 from loraplex_adapters.format.kinds import KINDS, Kind, Reading
 from loraplex_adapters.format.reader import Reader
 from loraplex_adapters.format.strict_json import loads, shown
-from loraplex_adapters.format.support import COMMON, UNSERVED
+from loraplex_adapters.format.support import COMMON, OTHERS, UNSERVED
 
 FINGERPRINT_KEY = "loraplex_base_fingerprint"
 """Key of the base's fingerprint in the configuration or in the weights file's metadata."""
@@ -72,7 +72,7 @@ def parse_config(data: bytes) -> tuple[Settings | None, list[Problem]]:
     provenance = reader.stamps()
     texts = {key: reader.text(key) for key in _SHOWN}
     provenance.update({key: shown(text) for key, text in texts.items() if text})
-    reader.check_keys({**COMMON, **kind.options})
+    reader.check_keys({**OTHERS, **COMMON, **kind.options})
     if reading is None:
         return None, reader.findings
     return Settings(kind, reading, provenance, shown(texts[_SHOWN[0]])), reader.findings

@@ -28,6 +28,7 @@ MAX_SAVED = 64
 MAX_PATTERNS = 16
 """Most entries of `layers_pattern`."""
 
+_REMOVE = "remove the key if only the trainer used it"
 _NAMES = "write the modules' names instead"
 
 Read = TypeVar("Read")
@@ -172,7 +173,8 @@ class Reader:
             if option:
                 self.unsupported(key, f"is set ({option.note}), which is not supported")
             else:
-                self.unsupported(key, "is unknown and not empty, so it could change the result")
+                effect = "so it could change the result"
+                self.unsupported(key, f"is unknown and not empty, {effect}; {_REMOVE}")
 
     def stamps(self) -> dict[str, str]:
         """The trainer's stamps in the configuration, by key without the prefix."""

@@ -30,6 +30,8 @@ class Named(Enum):
 LAYERS = "model.layers"
 """Path of the list of layers, which `layers_pattern` describes."""
 
+_BLOCKS = ("model", LAYERS, f"{LAYERS}.0", f"{LAYERS}.0.self_attn", f"{LAYERS}.0.mlp")
+
 
 @dataclass(frozen=True, slots=True)
 class Targets:
@@ -58,7 +60,13 @@ class Targets:
 
     @property
     def complete(self) -> bool:
-        """Whether every promised site must have weights."""
+        """Whether every promised site must have weights.
+
+        An expression that matches blocks too, such as `.*`, says little about what was trained:
+        trainers apply it to some of the modules only, and PEFT refuses it.
+        """
+        if isinstance(self.names, Expression):
+            return not self.names.matches(_BLOCKS)
         return self.names is not Named.ALL_LINEAR
 
     def promised(self, sites: Iterable[Site], base: BaseInfo) -> Set[Site]:

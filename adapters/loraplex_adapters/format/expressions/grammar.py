@@ -175,7 +175,10 @@ class _Parser:
         self._within_ahead &= ahead is None
         if not self._takes(")"):
             self.refuse("has a ( without a )", start)
-        return inner if ahead is None else Ahead(inner, ahead == "!")
+        if ahead is not None:
+            return Ahead(inner, ahead == "!")
+        # In a group, a place may be repeated.
+        return Sequence((inner,)) if isinstance(inner, Anchor) else inner
 
     def _name(self, start: int) -> None:
         end = self.text.find(">", self.at)

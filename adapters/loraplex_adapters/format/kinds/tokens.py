@@ -52,7 +52,7 @@ TRAINABLE_TOKENS = Kind(
     summary="trained rows of embeddings and head",
     options={
         "init_weights": ignored(),
-        "target_modules": served("embed_tokens, lm_head; a string is not evaluated"),
+        "target_modules": served("embed_tokens, lm_head; names or an expression"),
         "token_indices": served(),
     },
     endings={_ENDING: "", **COPY_ENDINGS},

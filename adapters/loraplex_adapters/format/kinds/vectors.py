@@ -19,7 +19,7 @@ from loraplex_adapters.format.targets import Targets
 
 _TARGETS = {
     **SAVED_OPTION,
-    "target_modules": served("projections; a string is not evaluated"),
+    "target_modules": served("projections; names or an expression"),
 }
 
 
@@ -108,7 +108,7 @@ IA3 = Kind(
     summary="(IA)3: gains on outputs and inputs",
     options={
         **_TARGETS,
-        "exclude_modules": served(),
+        "exclude_modules": served("names or an expression"),
         "fan_in_fan_out": ignored("no served base is transposed"),
         "feedforward_modules": served("those whose input is scaled"),
         "init_ia3_weights": ignored(),
@@ -130,8 +130,8 @@ LN_TUNING = Kind(
     summary="trained norms",
     options={
         **SAVED_OPTION,
-        "exclude_modules": served(),
-        "target_modules": served("norms; a string is not evaluated"),
+        "exclude_modules": served("names or an expression"),
+        "target_modules": served("norms; names or an expression"),
     },
     endings={"ln_tuning_layers.weight": "", **COPY_ENDINGS},
     read=_read_norms,
