@@ -104,10 +104,19 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class MatchedStop:
+    """What ended a completion: a stop string, or an end or stop token; the other one is None."""
+
+    text: str | None = None
+    token_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
     """A whole completion.
 
     `adapters` is empty for the base model; `logprobs` and `prompt_logprobs` are unless requested.
+    `matched_stop` is set if the finish reason is STOP.
     """
 
     text: str
@@ -118,6 +127,7 @@ class Completion:
     request_id: str
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    matched_stop: MatchedStop | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,11 +154,62 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The end of a stream."""
+    """The end of a stream. `matched_stop` is set if the finish reason is STOP."""
 
     finish_reason: FinishReason
     usage: Usage
     adapters: tuple[ResolvedAdapter, ...]
+    matched_stop: MatchedStop | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NamedToken:
+    """A token with its spelling in the vocabulary, which is "" without a tokenizer."""
+
+    token_id: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTemplateInfo:
+    """A chat template by what it takes.
+
+    `sha256` (hex) is that of its source, and `source` where it comes from: "model" or "operator".
+    `variables` are the names that `chat_template_kwargs` may set.
+    """
+
+    sha256: str
+    source: str
+    takes_tools: bool
+    variables: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDescription:
+    """The base model of a server.
+
+    `fingerprint` is the digest of its weights. `max_context` counts prompt and completion together.
+    `eos_tokens` end a completion, unless an adapter has its own. `bos_token` begins a prompt; None
+    if the model adds none. `chat_template` is None if the model has none.
+    """
+
+    name: str
+    fingerprint: str
+    architecture: str
+    max_context: int
+    vocab_size: int
+    eos_tokens: tuple[NamedToken, ...]
+    bos_token: NamedToken | None
+    has_tokenizer: bool
+    chat_template: ChatTemplateInfo | None
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedChat:
+    """The prompt that a conversation is rendered to: the chat template's text, and its tokens."""
+
+    text: str
+    token_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)

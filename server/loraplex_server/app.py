@@ -45,6 +45,8 @@ from loraplex_server.rpc.server import Address, RpcServer
 from loraplex_server.rpc.services.adapters import AdapterService
 from loraplex_server.rpc.services.admission import Admission
 from loraplex_server.rpc.services.generation import GenerationService
+from loraplex_server.rpc.services.model import ModelService
+from loraplex_server.rpc.services.prompts import Prompts
 from loraplex_server.rpc.services.training import TrainingService
 from loraplex_server.runtime.admin import MetricsServer
 from loraplex_server.runtime.ending import CLOSE_SECONDS, unexpected_end
@@ -118,7 +120,14 @@ class Server:
         )
         with needed(ServerExit.NO_MODEL, "cannot read"):
             folder = Path(model.tokenizer_path)
-            tokenizer = await asyncio.to_thread(TextTokenizer, folder, context, self._lanes.text)
+            tokenizer = await asyncio.to_thread(
+                TextTokenizer,
+                folder,
+                context,
+                self._lanes.text,
+                eos_token_ids=model.eos_token_ids,
+                special_tokens_in_messages=config.special_tokens_in_messages,
+            )
         limits = AdapterLimits(
             max_rank=config.max_rank,
             max_device_bytes=hello.adapter_budget_bytes,
@@ -135,13 +144,15 @@ class Server:
         self._observer.on_table = registry.feed.on_table
         self._keep_running(registry)
         admission = Admission(config.max_requests, config.max_waiting_tokens, self.metrics)
+        prompts = Prompts(tokenizer, self._lanes.text)
+        bounds = ModelBounds(model.base.config.vocab_size, context, tokenizer.eos_token_ids)
         generation = GenerationService(
             self.engine,
             registry,
-            tokenizer,
+            prompts,
             admission,
             self.metrics,
-            ModelBounds(model.base.config.vocab_size, context, model.eos_token_ids),
+            bounds,
             config.stream_writes,
         )
         self._training = await self._open_training(registry)
@@ -149,6 +160,7 @@ class Server:
             generation,
             AdapterService(registry, self._gate),
             TrainingService(self._training, self._gate),
+            ModelService(model, registry, prompts, admission, bounds, "model"),
         )
         self._accepting = WatchedTask(self._rpc.stopped(), "acceptance of calls")
         # Stopped before engine and store are closed, because running calls use them.

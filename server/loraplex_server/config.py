@@ -138,6 +138,9 @@ class Config(BaseSettings):
 
     max_context: int = Field(0, ge=0)
     """Longest prompt and answer together, in tokens; 0 uses the model's context length."""
+    special_tokens_in_messages: bool = False
+    """Recognise special tokens that messages spell out, in trained adapters' data as well, so that
+    a message can end its turn and open another. Otherwise they are text."""
     token_budget: int = Field(512, ge=1)
     """Most tokens in one step: decode rows and prompt chunks together."""
     max_running: int = Field(64, ge=1)
@@ -274,6 +277,7 @@ class Config(BaseSettings):
         """Training options that the operator fixes, keyed by the trainer's names."""
         return {
             "model": self.model,
+            "special_tokens_in_messages": str(self.special_tokens_in_messages).lower(),
             "dtype": self.dtype,
             "device": self.engine_device,
             "cache": str(self.cache.absolute()),

@@ -16,13 +16,13 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 from google.rpc import error_details_pb2
-from loraplex.v1 import adapter_pb2, generation_pb2, training_pb2
+from loraplex.v1 import adapter_pb2, generation_pb2, model_pb2, training_pb2
 from loraplex_server.rpc.calls import bounds
 from loraplex_server.rpc.calls.bounds import ENTRIES, LENGTHS, beyond_bounds
 from rpc.harness import Running, refusal, running
 
 PROTO = Path(__file__).resolve().parents[2] / "proto"
-FILES = (generation_pb2, adapter_pb2, training_pb2)
+FILES = (generation_pb2, adapter_pb2, training_pb2, model_pb2)
 TEXTS = (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES)
 
 pytestmark = pytest.mark.fault("event-loop-held")
@@ -115,7 +115,10 @@ def fill(values: Any, field: FieldDescriptor, count: int) -> None:
     if entry is not None and entry.GetOptions().map_entry:
         of_text = entry.fields_by_name["key"].type in TEXTS
         for i in range(count):
-            values[f"{i}" if of_text else i] = values[f"{i}" if of_text else i]
+            key = f"{i}" if of_text else i
+            value = values[key]  # creates a message
+            if entry.fields_by_name["value"].message_type is None:
+                values[key] = value
     elif entry is not None:
         for _ in range(count - len(values)):
             values.add()

@@ -113,6 +113,12 @@ SHAPES: list[dict[str, Any]] = [
 WITH_TEMPLATE = ["chatml", "forgetful", "opening", "no-end", "end-of-turn", "inst"]
 
 
+def end_of(base: ChatBase) -> int:
+    """The token that ends an answer: the template's, if that is a special token, or else EOS."""
+    is_eot = "<|eot|>" in (base.theirs.chat_template or "")
+    return base.theirs.convert_tokens_to_ids("<|eot|>") if is_eot else base.text.eos
+
+
 @pytest.mark.parametrize("name", [*WITH_TEMPLATE, "none", "bos"])
 @pytest.mark.parametrize("line", SHAPES, ids=str)
 def test_the_last_learned_token_is_eos_and_pad_being_eos_masks_nothing(
@@ -122,14 +128,15 @@ def test_the_last_learned_token_is_eos_and_pad_being_eos_masks_nothing(
     assert base.theirs.pad_token == base.theirs.eos_token
     if not base.text.has_template and isinstance(line.get("messages", line.get("prompt")), list):
         pytest.skip("needs a template")
+    end = base.text.eos if "text" in line else end_of(base)
     for sample in samples(base, scratch, line):
-        assert sample.tokens[-1] == base.text.eos
-        assert sample.tokens[-2] != base.text.eos
+        assert sample.tokens[-1] == end
+        assert sample.tokens[-2] not in base.text.eos_ids
         assert sample.learned[-1]
         assert not any(sample.learned[: sample.prompt])
         assert sample.learned[sample.prompt]
         batch = MicroBatch.of([sample])
-        assert batch.targets[-2] == base.text.eos
+        assert batch.targets[-2] == end
         if "text" not in line:
             assert (batch.targets[: sample.prompt - 1] == IGNORED).all()
 
@@ -160,8 +167,8 @@ def test_before_every_answer_stands_what_the_server_makes_of_the_conversation_so
     assert len(runs) == len(exchanges)
     for i, (before, answer) in enumerate(runs):
         assert before == asyncio.run(server.encode_chat(talk[: 2 * i + 1]))
-        assert answer[-1] == base.text.eos
-        assert base.text.eos not in answer[:-1]
+        assert answer[-1] == end_of(base)
+        assert not {*base.text.eos_ids}.intersection(answer[:-1])
         piece = base.theirs.decode([*before, *answer[:-1]], skip_special_tokens=False)
         assert talk[2 * i + 1]["content"].rstrip() in piece.removesuffix("<|eot|>")
 
@@ -185,8 +192,9 @@ def test_tokens_that_would_merge_across_the_beginning_of_an_answer_do_not(
     bases: dict[str, ChatBase], scratch: Path
 ) -> None:
     base = bases["chatml"]
-    prompt = base.text.ids(base.text.render([user("Hello")], True))
-    merged = base.text.ids(base.text.render([user("Hello")], True) + "\n\nthe end")
+    rendered = base.text.prompt([user("Hello")])
+    prompt = rendered.token_ids
+    merged = base.text.ids(rendered.text + "\n\nthe end")
     assert merged[: len(prompt)] != prompt  # or this test shows nothing
     [sample] = samples(base, scratch, {"prompt": "Hello", "completion": "\n\nthe end"})
     assert [*sample.tokens[: sample.prompt]] == prompt
@@ -212,13 +220,19 @@ def test_an_opening_that_told_answers_lack_is_before_the_answer(
     assert sample.reference == "fox</think>dog"
 
 
-def test_the_templates_end_of_turn_is_learned_and_then_eos(
-    bases: dict[str, ChatBase], scratch: Path
+def test_an_answer_ends_with_the_templates_end_of_turn_or_with_eos_behind_words_that_are_none(
+    bases: dict[str, ChatBase], scratch: Path, tmp_path: Path
 ) -> None:
     base = bases["end-of-turn"]
-    made = samples(base, scratch, {"messages": TURNS})
+    [sample] = samples(base, scratch, {"messages": TURNS})
     eot = base.theirs.convert_tokens_to_ids("<|eot|>")
-    assert [learned(s)[-2:] for s in made] == [[eot, base.text.eos]] * 2
+    assert eot in base.text.eos_ids
+    assert [answer[-1] for _, answer in answers(sample)] == [eot] * 2
+    assert base.text.eos not in sample.tokens
+    worded = chat_base(tmp_path, END_OF_TURN.replace("<|eot|>", " fox"))
+    made = samples(worded, scratch, {"messages": TURNS})
+    assert [learned(s)[-1] for s in made] == [worded.text.eos] * 2
+    assert all(worded.text.decode(learned(s)[:-1]).endswith(" fox") for s in made)
     [plain] = samples(bases["no-end"], scratch, {"prompt": "Hello", "completion": "the end"})
     assert base.text.decode(learned(plain)) == " the end"
 
@@ -234,7 +248,9 @@ def test_a_tokenizer_that_puts_a_space_before_texts_puts_none_into_answers(
     prompt, completion = f"Hello {words[0]}", f"{words[1]}llo"
     theirs = base.theirs(prompt)["input_ids"]
     tokeniser = Tokeniser(base.text, 100, "auto", None)
-    answer = tokeniser._continued(theirs, base.text.prompt_ids(prompt + completion), completion)
+    answer = tokeniser._continued(
+        theirs, base.text.prompt_ids(prompt + completion), completion, base.text.ids
+    )
     assert base.theirs.decode(theirs + answer, skip_special_tokens=True) == "Hello Hello"
 
 
@@ -297,8 +313,8 @@ def test_a_system_message_is_put_before_examples_that_have_none(
     base = bases["chatml"]
     line = {"prompt": "Hello", "completion": "the end"}
     [with_system] = samples(base, scratch, line, system="Be brief")
-    told = base.text.render([{"role": "system", "content": "Be brief"}, user("Hello")], True)
-    assert [*with_system.tokens[: with_system.prompt]] == base.text.ids(told)
+    told = base.text.prompt([{"role": "system", "content": "Be brief"}, user("Hello")]).token_ids
+    assert [*with_system.tokens[: with_system.prompt]] == told
     own = {"messages": [{"role": "system", "content": "mine"}, *TURNS]}
     assert samples(base, scratch, own, system="Be brief") == samples(base, scratch, own)
     line = {"prompt": TURNS[:2], "completion": TURNS[3:]}  # it ends with an answer, not learned

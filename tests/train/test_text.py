@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from loraplex_model.base.refusal import Refusal
-from loraplex_model.checkpoints.chat import TextRefused
+from loraplex_model.checkpoints.chat import ChatOptions, TextRefused
 from loraplex_model.checkpoints.default_model import ensure_default_model
 from loraplex_model.checkpoints.load import load_base
 from loraplex_model.checkpoints.tokenizer import TokenizerInfo
@@ -41,6 +41,12 @@ TALK = [
     {"role": "assistant", "content": "<think>déjà</think>\n\nvu 😀"},
     {"role": "user", "content": "the end"},
 ]
+
+
+def prompting(generation_prompt: bool) -> ChatOptions:
+    return ChatOptions(add_generation_prompt=generation_prompt)
+
+
 TEMPLATES = [CHATML, FORGETFUL, NO_END, END_OF_TURN, INST]
 
 
@@ -57,7 +63,9 @@ def test_renderings_equal_transformers(
     template: str, generation_prompt: bool, tmp_path: Path
 ) -> None:
     base = chat_base(tmp_path, template)
-    assert base.text.render(TALK, generation_prompt) == base.theirs.apply_chat_template(
+    assert base.text.prompt(
+        TALK, prompting(generation_prompt)
+    ).text == base.theirs.apply_chat_template(
         TALK, tokenize=False, add_generation_prompt=generation_prompt
     )
 
@@ -68,14 +76,14 @@ def test_what_a_template_sets_within_the_generation_tag_is_not_seen_after(tmp_pa
         "{% for m in messages %}{{ m.content }}{% endfor %}"
     )
     base = chat_base(tmp_path, template)
-    ours = base.text.render(TALK[1:2], True)
+    ours = base.text.prompt(TALK[1:2]).text
     assert ours == base.theirs.apply_chat_template(TALK[1:2], tokenize=False)
     assert ours.startswith("ba")
 
 
 def test_ids_equal_the_servers(base: ChatBase) -> None:
     server = TextTokenizer(base.folder, 1000)
-    prompt = base.text.ids(base.text.render(TALK, True))
+    prompt = base.text.prompt(TALK).token_ids
     assert prompt == asyncio.run(server.encode_chat(TALK))
     for text in ("Hello", " the end\n", "日本\x00語"):
         assert base.text.prompt_ids(text) == asyncio.run(server.encode(text))
@@ -100,7 +108,7 @@ def test_decoding_leaves_special_tokens_out_and_pieces_keep_them(tmp_path: Path)
 
 def test_a_template_that_writes_the_date_gives_the_same_text_every_day(tmp_path: Path) -> None:
     template = "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m.content }}{% endfor %}"
-    assert chat_base(tmp_path, template).text.render(TALK[1:2], True).startswith("26 Jul 2024")
+    assert chat_base(tmp_path, template).text.prompt(TALK[1:2]).text.startswith("26 Jul 2024")
 
 
 def test_digests_are_those_of_the_files(tmp_path: Path) -> None:
@@ -114,7 +122,7 @@ def test_digests_are_those_of_the_files(tmp_path: Path) -> None:
 def test_without_a_template_messages_are_refused_and_text_works(tmp_path: Path) -> None:
     text = chat_base(tmp_path, None).text
     with pytest.raises(TextRefused, match="no chat template"):
-        text.render(TALK, True)
+        text.prompt(TALK)
     assert text.decode(text.ids("the end")) == "the end"
 
 
@@ -126,9 +134,10 @@ def test_the_default_models_conversations_equal_transformers() -> None:
     # the class that AutoTokenizer ends at, without its detour (10 s)
     theirs = PreTrainedTokenizerFast.from_pretrained(gguf.parent, gguf_file=gguf.name)
     [row] = routing.rows(1, 1)
-    talks = [TALK, TALK[1:], [{"role": "user", "content": row["prompt"]}]]
+    words = [{**turn, "content": turn["content"].replace(EOS, "")} for turn in TALK]
+    talks = [words, words[1:], [{"role": "user", "content": row["prompt"]}]]
     for talk, generation_prompt in itertools.product(talks, (True, False)):
-        ours = text.ids(text.render(talk, generation_prompt))
+        ours = text.prompt(talk, prompting(generation_prompt)).token_ids
         encoded = theirs.apply_chat_template(talk, add_generation_prompt=generation_prompt)
         assert ours == encoded["input_ids"]
     assert text.eos == theirs.eos_token_id == theirs.pad_token_id
@@ -148,7 +157,7 @@ def test_a_base_that_cannot_be_trained_on_is_refused_with_the_reason(tmp_path: P
         assert caught.value.reason == "CONFIG_INVALID"
         return str(caught.value)
 
-    assert "no end-of-text token" in problem(())
+    assert "no end-of-text token" in problem((), chat_template=None)
     assert "no tokenizer" in problem(has_tokenizer=False)
     assert "does not compile" in problem(chat_template="{% for %}")
     (base.folder / "tokenizer.json").write_text("{")

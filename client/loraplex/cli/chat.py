@@ -22,10 +22,13 @@ def chat(
     *,
     adapter: options.Adapter = None,
     system: options.System = None,
+    chat_template_kwarg: options.TemplateVariables = None,
     given: Annotated[GenerateOptions, options.CHAT],
 ) -> None:
     """Chat with the model; /help lists the chat's own commands."""
-    Conversation(session, adapter or "", system, given).run()
+    variables = options.parse_variables(chat_template_kwarg)
+    chosen: GenerateOptions = {**given, "chat_template_kwargs": variables}
+    Conversation(session, adapter or "", system, chosen).run()
 
 
 class Conversation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -105,6 +106,16 @@ System = Annotated[
 ]
 
 
+TemplateVariables = Annotated[
+    list[str] | None,
+    option(
+        "Model",
+        "Variable of the chat template; VALUE is JSON, or else a text. Can be repeated.",
+        "--chat-template-kwarg",
+        metavar="NAME=VALUE",
+    ),
+]
+
 CHAT: Mapping[str, Any] = {
     "temperature": option(
         "Sampling", "Sampling temperature; 0 is greedy. Default: 1.", "--temperature", "-t"
@@ -137,3 +148,15 @@ def parse_pairs(terms: Iterable[str] | None) -> dict[str, str]:
             raise typer.BadParameter(f"{term!r}: use KEY=VALUE, with each KEY only once")
         pairs[key] = value
     return pairs
+
+
+def parse_variables(terms: Iterable[str] | None) -> dict[str, Any] | None:
+    """Parses `["a=true", "b=x"]` to `{"a": True, "b": "x"}`; None for none. Raises BadParameter."""
+    return {name: _value(text) for name, text in parse_pairs(terms).items()} or None
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text

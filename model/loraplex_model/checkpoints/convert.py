@@ -7,9 +7,7 @@ Norms, biases, embeddings and the head stay as stored.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,6 +18,7 @@ from loraplex_model.base.refusal import model_invalid
 from loraplex_model.base.weights import NF4Matrix
 from loraplex_model.checkpoints import prequantised
 from loraplex_model.checkpoints.checkpoint import TensorSource
+from loraplex_model.checkpoints.control.ends import named_end_tokens
 from loraplex_model.checkpoints.safetensors_file import SafetensorsFile
 from loraplex_model.checkpoints.stored import StoredModel, StoredWriter
 from loraplex_model.ops.nf4 import quantise, stack
@@ -47,7 +46,7 @@ def convert(source: TensorSource, path: Path) -> StoredModel:
         if not config.tie_embeddings:
             head = reader.dense(families.LM_HEAD, config.vocab_size, config.hidden_size)
             writer.add("lm_head", head)
-    return StoredModel(config, writer.fingerprint, _eos(source.generation_config, source.config))
+    return StoredModel(config, writer.fingerprint, named_ends(source, config.vocab_size))
 
 
 def _layer(reader: _SourceReader, writer: StoredWriter, config: DecoderConfig, i: int) -> None:
@@ -93,10 +92,8 @@ class _SourceReader:
         return quantise(self.dense(name, rows, fan_in))
 
 
-def _eos(*configs: Mapping[str, Any]) -> tuple[int, ...]:
-    """The end-of-sequence ids of the first configuration that names any."""
-    for config in configs:
-        ids = config.get("eos_token_id")
-        if ids is not None:
-            return tuple(ids) if isinstance(ids, list) else (int(ids),)
-    return ()
+def named_ends(source: TensorSource, vocab_size: int) -> tuple[int, ...]:
+    """The end tokens that the configurations of a checkpoint name, in the order of the files."""
+    ids = named_end_tokens("config.json", source.config, vocab_size)
+    ids += named_end_tokens("generation_config.json", source.generation_config, vocab_size)
+    return tuple(dict.fromkeys(ids))

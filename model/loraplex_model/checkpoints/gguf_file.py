@@ -47,6 +47,8 @@ _CONFIG = {
     "rope.freq_base": "rope_theta",
 }
 
+_END_TOKENS = ("eos_token_id", "eos_token_ids", "eot_token_id", "eom_token_id")
+
 MODULES = {
     "q_proj": "attn_q",
     "k_proj": "attn_k",
@@ -98,7 +100,7 @@ class GgufSource:
         self._names = dict(_hf_names(self._tensors))
         self._architecture = str(self._metadata.get("general.architecture"))
         self.config: Mapping[str, Any] = self._config()
-        self.generation_config: Mapping[str, Any] = {}
+        self.generation_config: Mapping[str, Any] = {"eos_token_id": self._end_tokens()}
         self.has_tokenizer = "tokenizer.ggml.model" in self._metadata
         self.rope_divisors: tuple[float, ...] = ()
         if ROPE_FACTORS in self._tensors:
@@ -137,6 +139,14 @@ class GgufSource:
         # float32 tensors are views of the read-only file and torch needs writable memory
         writable = np.require(values, np.float32, ["C", "W"])
         return torch.from_numpy(writable).reshape(tensor.shape)
+
+    def _end_tokens(self) -> list[Any]:
+        """Ends of text, turn and message, at each of which llama.cpp ends a generation."""
+        found: list[Any] = []
+        for key in _END_TOKENS:
+            value = self._metadata.get(f"tokenizer.ggml.{key}")
+            found += value if isinstance(value, list) else [value]
+        return found
 
     def _config(self) -> dict[str, Any]:
         metadata, architecture = self._metadata, self._architecture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,13 +15,18 @@ from loraplex_model.base.config import DecoderConfig
 from loraplex_model.base.refusal import model_invalid
 from loraplex_model.base.weights import BaseWeights
 from loraplex_model.checkpoints import cache, checkpoint, default_model, stored, tokenizer
-from loraplex_model.checkpoints.convert import convert
+from loraplex_model.checkpoints.convert import convert, named_ends
 from loraplex_model.checkpoints.default_model import DEFAULT, ensure_default_model
 from loraplex_model.checkpoints.mapped import MappedFile
 from loraplex_model.checkpoints.stored import StoredModel
+from loraplex_model.checkpoints.tokenizer import SpeltToken, TokenizerInfo
 from loraplex_model.ops import known_faults
 
 DECODER = "decoder.json"
+
+_END_RULE = 1
+"""Version of the rule that collects end tokens. An entry with another one has its own collected
+when it is loaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +82,7 @@ def load_base(
         raise model_invalid(f"{source} has neither config.json nor safetensors")
     entry = cache.entry_for(cache_dir, files, build, digests=digests)
     built = _read_decoder(entry / DECODER)
+    built = dataclasses.replace(built, eos_token_ids=_end_tokens(source, entry, built))
     path = entry / stored.WEIGHTS
     weights = stored.read_weights(path, built, dtype, device)
     return LoadedBase(model or DEFAULT, weights, source, entry, MappedFile(path))
@@ -87,15 +94,33 @@ def known_fingerprint(model: str, cache_dir: Path) -> str:
     Nothing is downloaded, no weights are read, and nothing is changed. Raises `Refusal` if the
     model's files cannot be read.
     """
+    known = _known(model, cache_dir)
+    return "" if known is None else _read_decoder(known[1] / DECODER).fingerprint
+
+
+def known_end_tokens(model: str, cache_dir: Path) -> list[SpeltToken] | None:
+    """The end tokens of a model that was converted before; None if it has to be converted first.
+
+    As for `known_fingerprint`, nothing is changed.
+    """
+    known = _known(model, cache_dir)
+    if known is None:
+        return None
+    ids = _end_tokens(*known, _read_decoder(known[1] / DECODER))
+    return tokenizer.spellings(known[1], ids)
+
+
+def _known(model: str, cache_dir: Path) -> tuple[Path, Path] | None:
+    """Source and cache entry of a model that was converted before."""
     if model in ("", DEFAULT):
         source, digests = cache_dir / "default" / default_model.FILE, [default_model.SHA256]
     else:
         source, digests = Path(model), []
     if not source.exists():
-        return ""
+        return None
     files = checkpoint.files_of(source)
     entry = cache.known_entry(cache_dir, files, digests) if files else None
-    return "" if entry is None else _read_decoder(entry / DECODER).fingerprint
+    return None if entry is None else (source, entry)
 
 
 def _build_default(cache_dir: Path, directory: Path) -> None:
@@ -106,8 +131,27 @@ def _build(source: Path, directory: Path) -> None:
     tensors = checkpoint.open_source(source)
     built = convert(tensors, directory / stored.WEIGHTS)
     text = source if tensors.has_tokenizer else None
-    tokenizer.write(text, directory, built.config.architecture, built.eos_token_ids)
-    (directory / DECODER).write_text(json.dumps(dataclasses.asdict(built)), "utf-8")
+    config = built.config
+    info = tokenizer.write(
+        text, directory, config.architecture, built.eos_token_ids, config.vocab_size
+    )
+    built = dataclasses.replace(built, eos_token_ids=info.eos_token_ids)
+    fields = dataclasses.asdict(built) | {"end_tokens": _END_RULE}
+    (directory / DECODER).write_text(json.dumps(fields), "utf-8")
+
+
+def _end_tokens(source: Path, entry: Path, built: StoredModel) -> tuple[int, ...]:
+    """The tokens that end a generation.
+
+    For an entry of an older version, which lacks some, they are collected from the source.
+    """
+    if checkpoint.read_json(entry / DECODER).get("end_tokens") == _END_RULE:
+        return built.eos_token_ids
+    size = built.config.vocab_size
+    named = built.eos_token_ids
+    with suppress(OSError):  # the entry is good without its source
+        named = named_ends(checkpoint.open_source(source), size)
+    return tokenizer.all_end_tokens(TokenizerInfo.read(entry), entry, named, size)
 
 
 def _read_decoder(path: Path) -> StoredModel:

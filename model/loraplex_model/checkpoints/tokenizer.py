@@ -9,11 +9,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
 from loraplex_model.base.refusal import model_invalid
+from loraplex_model.checkpoints.control.ends import end_tokens
 
 TOKENIZER = "tokenizer.json"
 MODEL = "model.json"
@@ -22,15 +26,23 @@ _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 @dataclass(frozen=True, slots=True)
+class SpeltToken:
+    """A token with its spelling in the vocabulary, which is "" without a tokenizer."""
+
+    token_id: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class TokenizerInfo:
     """The text side of a base model, stored as `model.json`.
 
     Attributes:
         architecture: the architecture in the Hugging Face configuration.
-        eos_token_ids: ids that end a generation.
+        eos_token_ids: ids that end a generation; those of `LoadedBase.weights` are more complete
+            if an older version wrote the file.
         bos_token_id: the first token of a text, or None.
-        adds_bos: True if `Tokenizer.encode` adds `bos_token_id`. A chat template writes its own,
-            so its result is encoded with `add_special_tokens=False`.
+        adds_bos: True if `Tokenizer.encode` adds `bos_token_id`.
         chat_template: Jinja source, or None.
         special_tokens: texts of "bos_token", "eos_token", ..., which the chat template may use.
         has_tokenizer: False for a checkpoint without one, which takes token ids only.
@@ -57,15 +69,24 @@ class TokenizerInfo:
 
 
 def write(
-    source: Path | None, directory: Path, architecture: str, eos_token_ids: tuple[int, ...]
+    source: Path | None,
+    directory: Path,
+    architecture: str,
+    named_ends: tuple[int, ...],
+    vocab_size: int,
 ) -> TokenizerInfo:
     """Makes both files in `directory` from a checkpoint directory or GGUF file.
 
-    `source` is None for a checkpoint without a tokenizer; then only `model.json` is made.
-    Raises `Refusal` (MODEL_INVALID) if the tokenizer cannot be converted.
+    Args:
+        source: None for a checkpoint without a tokenizer; then only `model.json` is made.
+        named_ends: the end tokens that the configurations name.
+        vocab_size: rows of the embedding.
+
+    Raises:
+        Refusal: MODEL_INVALID, if the tokenizer cannot be converted.
     """
     if source is None:
-        info = TokenizerInfo(architecture, eos_token_ids, None, False, None, {}, False)
+        info = TokenizerInfo(architecture, named_ends, None, False, None, {}, False)
     else:
         tokenizer = _load(source)
         with tempfile.TemporaryDirectory() as scratch:
@@ -75,7 +96,7 @@ def write(
         bos = tokenizer.bos_token_id
         info = TokenizerInfo(
             architecture=architecture,
-            eos_token_ids=eos_token_ids,
+            eos_token_ids=named_ends,
             bos_token_id=bos,
             adds_bos=bos is not None and _first_token(directory / TOKENIZER) == bos,
             chat_template=_default_template(tokenizer.chat_template),
@@ -86,8 +107,38 @@ def write(
             },
             has_tokenizer=True,
         )
+        ends = all_end_tokens(info, directory, named_ends, vocab_size)
+        info = dataclasses.replace(info, eos_token_ids=ends)
     (directory / MODEL).write_text(json.dumps(dataclasses.asdict(info), indent=1), "utf-8")
     return info
+
+
+def all_end_tokens(
+    info: TokenizerInfo, directory: Path, named: tuple[int, ...], vocab_size: int
+) -> tuple[int, ...]:
+    """`named`, and the end tokens of the tokenizer and of the chat template in `directory`.
+
+    Raises `Refusal` (MODEL_INVALID) if the tokenizer cannot be read.
+    """
+    if not info.has_tokenizer:
+        return named
+    tokenizer = _open(directory / TOKENIZER)
+    return end_tokens(named, tokenizer, info.special_tokens, info.chat_template, vocab_size)
+
+
+def spellings(directory: Path, ids: Iterable[int]) -> list[SpeltToken]:
+    """Tokens with their spellings. Raises `Refusal` (MODEL_INVALID)."""
+    if not TokenizerInfo.read(directory).has_tokenizer:
+        return [SpeltToken(token, "") for token in ids]
+    tokenizer = _open(directory / TOKENIZER)
+    return [SpeltToken(token, tokenizer.id_to_token(token) or "") for token in ids]
+
+
+def _open(path: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare exceptions
+        raise model_invalid(f"{path} cannot be read: {error}") from error
 
 
 def _load(source: Path) -> Any:
@@ -105,9 +156,7 @@ def _load(source: Path) -> Any:
 
 
 def _first_token(path: Path) -> int | None:
-    from tokenizers import Tokenizer
-
-    ids: list[int] = Tokenizer.from_file(str(path)).encode("a").ids
+    ids: list[int] = _open(path).encode("a").ids
     return ids[0] if ids else None
 
 

@@ -46,6 +46,7 @@ def examine(config: Config) -> Iterator[Check]:
     yield Check("processor", f"{_processor()}, {available_cores()} cores, {_memory()}")
     yield from _arithmetic(config)
     yield _model(config)
+    yield from _end_tokens(config)
     yield from _base_cache(config)
     for name in ("store", "cache", "import_root"):
         yield _folder(name, getattr(config, name), writable=name != "import_root")
@@ -142,6 +143,23 @@ def _model(config: Config) -> Check:
     if config.model.count("/") == 1 and not config.model.startswith((".", "/")):
         return Check("model", f"{config.model}, a hub id, downloaded at the first start; {kept}")
     return Check("model", f"{config.model}: no such file or directory", good=False)
+
+
+def _end_tokens(config: Config) -> Iterator[Check]:
+    """The tokens that end an answer of the configured base, if it has been converted."""
+    try:
+        from loraplex_model.checkpoints.load import known_end_tokens
+
+        tokens = known_end_tokens(config.model, config.cache)
+    except ImportError:
+        return  # other checks report it
+    except Refusal as refusal:
+        yield Check("end tokens", for_operator(refusal), good=False)
+        return
+    if tokens is not None:
+        named = ", ".join(f"{token.token_id} {token.text}".rstrip() for token in tokens)
+        text = named or "none; answers end at stop strings and at their length only"
+        yield Check("end tokens", text)
 
 
 def _adapters(config: Config) -> Iterator[Check]:

@@ -188,8 +188,8 @@ class Failure(msgspec.Struct, frozen=True):
 class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     """One request's part of a step. The last output of a request has a `finish` or an `error`.
 
-    `finish` is "stop" or "length"; a stop token is not in `token_ids`. `started` is set on a
-    request's first output, when its prompt has been computed.
+    `finish` is "stop" or "length". `stop_token` is the token that stopped the request; it is not in
+    `token_ids`. `started` is set on a request's first output, when its prompt has been computed.
     """
 
     id: int
@@ -200,6 +200,7 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     queue_seconds: float = 0.0
     finish: str | None = None
     error: Failure | None = None
+    stop_token: int | None = None
 
 
 class PromptScores(msgspec.Struct, frozen=True, tag="scores"):

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 from jinja2 import TemplateError
 from loraplex_model.base.refusal import Reason, Refusal
-from loraplex_model.checkpoints.chat import ChatTemplate, TextRefused
-from loraplex_model.checkpoints.tokenizer import TOKENIZER, TokenizerInfo
+from loraplex_model.checkpoints.chat import ChatOptions, ChatTemplate, TextRefused
+from loraplex_model.checkpoints.control.ends import end_of_turn
+from loraplex_model.checkpoints.control.marks import strings_of
+from loraplex_model.checkpoints.encoding import (
+    DEFAULTS,
+    MarkedChat,
+    Message,
+    PromptEncoder,
+    RenderedPrompt,
+)
+from loraplex_model.checkpoints.tokenizer import TOKENIZER, SpeltToken, TokenizerInfo
 from tokenizers import Tokenizer
 
 from loraplex_server.runtime.lanes import Lane, Lanes
-from loraplex_server.text.detokenizer import Detokenizer, NoText
+from loraplex_server.text.detokenizer import Detokenizer, NoText, TokenTexts
 
 INLINE_CHARACTERS: Final = 2048
 """Longest text that is tokenised on the event loop, where a thread would cost more."""
@@ -26,50 +35,135 @@ class TooLong(Exception):
 class TextTokenizer:
     """The tokenizer of a base model's directory (`loraplex_model.checkpoints.tokenizer`).
 
-    A prompt gets the ids that Hugging Face's tokenizer returns for it, including special tokens
-    such as BOS. A rendered conversation contains its special tokens, so none are added. For a model
-    without a tokenizer, requests must give token ids, and all text is "".
+    Prompts and conversations become token ids as `PromptEncoder` describes. For a model without a
+    tokenizer, requests must give token ids, and all text is "".
+
+    Attributes:
+        template: the chat template of the base model, or None.
+        architecture: the architecture in the Hugging Face configuration.
+        special_tokens: texts of "bos_token", "eos_token", ..., which a chat template may use.
+        eos_token_ids: ids that end a completion.
     """
 
-    def __init__(self, folder: Path, max_context: int, lane: Lane | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        max_context: int,
+        lane: Lane | None = None,
+        *,
+        eos_token_ids: Sequence[int] | None = None,
+        special_tokens_in_messages: bool = False,
+    ) -> None:
         """Long texts are tokenised in the threads of `lane`, or in some of the tokenizer's own.
+
+        Args:
+            max_context: longest prompt and completion together, in tokens.
+            eos_token_ids: the loaded base's; None for those in the directory.
+            special_tokens_in_messages: see `PromptEncoder`.
 
         Raises Refusal, with a message for the operator.
         """
         self._lane = lane or Lanes().text
         info = TokenizerInfo.read(folder)
+        self.architecture = info.architecture
+        self.special_tokens = info.special_tokens
+        self.template = _chat_template(info)
+        self.eos_token_ids = tuple(info.eos_token_ids if eos_token_ids is None else eos_token_ids)
         self._tokenizer = _read_tokenizer(folder) if info.has_tokenizer else None
-        self._chat = _chat_template(info)
+        self._encoder: PromptEncoder | None = None
         self._max_characters = max_context
+        self._token_texts = TokenTexts(self._tokenizer) if self._tokenizer else None
         self._texts: dict[int, str] = {}
         self._anchor: list[int] = []
         self._anchor_text = ""
         if self._tokenizer is not None:
+            self._encoder = PromptEncoder(
+                self._tokenizer,
+                info,
+                self.template,
+                special_tokens_in_messages=special_tokens_in_messages,
+            )
+            self.eos_token_ids = self._with_end_of_turn(self._tokenizer)
             vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
             self._max_characters *= max(map(len, vocabulary), default=1)
             self._anchor = self._tokenizer.encode("a", add_special_tokens=False).ids[-1:]
             self._anchor_text = self._tokenizer.decode(self._anchor, skip_special_tokens=False)
 
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the model has a tokenizer, so that prompts may be text."""
+        return self._tokenizer is not None
+
+    @property
+    def eos_tokens(self) -> list[SpeltToken]:
+        """`eos_token_ids` with their spellings."""
+        return [self.spelt(token) for token in self.eos_token_ids]
+
+    @property
+    def bos_token(self) -> SpeltToken | None:
+        """The token that begins every plain prompt; None if the model adds none."""
+        bos = self._encoder.bos if self._encoder else None
+        return None if bos is None else self.spelt(bos)
+
+    def spelt(self, token: int) -> SpeltToken:
+        """A token with its spelling in the vocabulary, which is "" without a tokenizer."""
+        text = self._tokenizer.id_to_token(token) if self._tokenizer else None
+        return SpeltToken(token, text or "")
+
     async def encode(self, text: str) -> list[int]:
         """Token ids of a prompt. Raises TextRefused, TooLong."""
-        return await self._encode(text, add_special_tokens=True)
+        encoder = self._needed()
+        self._check_length(len(text))
+        if len(text) <= INLINE_CHARACTERS:
+            return encoder.encode(text)
+        return await self._lane.run(encoder.encode, text)
 
-    async def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of a conversation. Raises TextRefused, TooLong."""
-        if self._chat is None:
+    async def encode_chat(
+        self,
+        messages: Sequence[Message],
+        options: ChatOptions = DEFAULTS,
+        template: ChatTemplate | None = None,
+    ) -> list[int]:
+        """Token ids of a conversation; see `render_chat`."""
+        return (await self.render_chat(messages, options, template)).token_ids
+
+    async def render_chat(
+        self,
+        messages: Sequence[Message],
+        options: ChatOptions = DEFAULTS,
+        template: ChatTemplate | None = None,
+    ) -> RenderedPrompt:
+        """Text and token ids of a conversation.
+
+        Args:
+            template: another chat template than the base model's.
+
+        Raises TextRefused, TooLong.
+        """
+        if template is None and self.template is None:
             raise TextRefused("the base model has no chat template")
-        size = sum(len(m["content"]) for m in messages)
-        if size > self._max_characters:
-            raise TooLong
-        if size + len(messages) > INLINE_CHARACTERS:
-            text = await self._lane.run(self._chat.render, messages)
-        else:
-            text = self._chat.render(messages)
-        return await self._encode(text, add_special_tokens=False)
+        encoder = self._needed()
+        self._check_length(sum(map(_content_length, messages)))
+        is_short = sum(map(len, strings_of([messages, options.tools]))) <= INLINE_CHARACTERS
 
-    def detokenizer(self, prompt: Sequence[int]) -> Detokenizer | NoText:
+        def work(chat: MarkedChat) -> RenderedPrompt:
+            text = chat.render(chat.messages, chat.options)
+            self._check_length(len(text))
+            return RenderedPrompt(chat.plain(text), chat.ids(text))
+
+        if not is_short:
+            return await self._lane.run(
+                lambda: work(encoder.conversation(messages, options, template))
+            )
+        chat = encoder.conversation(messages, options, template)
+        # The first marked text makes a second tokenizer, which takes long.
+        return await self._lane.run(work, chat) if chat.is_marked else work(chat)
+
+    def detokenizer(self, prompt: Sequence[int], skip_special_tokens: bool = True) -> Detokenizer:
         """Returns a detokenizer for a completion of `prompt`."""
-        return Detokenizer(self._tokenizer, prompt) if self._tokenizer else NoText()
+        if self._token_texts is None:
+            return NoText()
+        return self._token_texts.detokenizer(prompt, skip_special_tokens)
 
     def token_text(self, token: int) -> str:
         """Text of a single token; bytes that are not a whole character become U+FFFD."""
@@ -82,21 +176,25 @@ class TextTokenizer:
             text = self._texts[token] = pair[len(self._anchor_text) :]
         return text
 
-    async def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        tokenizer = self._tokenizer
-        if tokenizer is None:
+    def _needed(self) -> PromptEncoder:
+        if self._encoder is None:
             raise TextRefused("the base model has no tokenizer; send token ids")
-        if len(text) > self._max_characters:
+        return self._encoder
+
+    def _with_end_of_turn(self, tokenizer: Tokenizer) -> tuple[int, ...]:
+        """`eos_token_ids` and the token with which the chat template ends an answer."""
+        end = end_of_turn(tokenizer, self.template) if self.template else None
+        return tuple(dict.fromkeys([*self.eos_token_ids, *([] if end is None else [end])]))
+
+    def _check_length(self, characters: int) -> None:
+        if characters > self._max_characters:
             raise TooLong
-        if len(text) <= INLINE_CHARACTERS:
-            return list(tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
-        def work() -> list[int]:
-            # The batch call releases the GIL; the single one does not.
-            encoded = tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-            return list(encoded[0].ids)
 
-        return await self._lane.run(work)
+def _content_length(message: Message) -> int:
+    """Characters of a message's text."""
+    content = message.get("content") or ""
+    return len(content) if isinstance(content, str) else sum(len(p["text"]) for p in content)
 
 
 def _read_tokenizer(folder: Path) -> Tokenizer:

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Final
 
 from jinja2 import TemplateError
 from loraplex_model.base.refusal import Reason, Refusal
-from loraplex_model.checkpoints.chat import ChatTemplate, TextRefused
+from loraplex_model.checkpoints.chat import ChatOptions, ChatTemplate, TextRefused
+from loraplex_model.checkpoints.control.ends import end_of_turn
+from loraplex_model.checkpoints.encoding import (
+    DEFAULTS,
+    MarkedChat,
+    Message,
+    PromptEncoder,
+    RenderedPrompt,
+)
 from loraplex_model.checkpoints.tokenizer import TOKENIZER, TokenizerInfo
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
@@ -23,17 +31,25 @@ class BaseText:
     """A base model's tokenizer and chat template.
 
     Attributes:
-        eos: id appended to an answer or text that the template does not end with an EOS.
+        eos: id appended to an answer or text that the template does not end with an EOS: the
+            tokenizer's EOS if it ends a generation.
         eos_ids: all ids that end a generation.
         template_digest: SHA-256 (hex) of the chat template's source, or "".
         tokenizer_digest: SHA-256 (hex) of tokenizer.json.
     """
 
-    def __init__(self, directory: Path, eos_token_ids: Sequence[int]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        eos_token_ids: Sequence[int],
+        *,
+        special_tokens_in_messages: bool = False,
+    ) -> None:
         """Reads tokenizer and template from `LoadedBase.directory`.
 
         Args:
             eos_token_ids: `BaseWeights.eos_token_ids`.
+            special_tokens_in_messages: see `PromptEncoder`.
 
         Raises:
             Refusal: CONFIG_INVALID, if the base model has no tokenizer or EOS, or a template that
@@ -56,20 +72,25 @@ class BaseText:
             raise Refusal(Reason.CONFIG_INVALID, f"cannot read {path}: {error}") from error
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        self.eos_ids = tuple(eos_token_ids)
+        template = _template(info)
+        end = None if template is None else end_of_turn(tokenizer, template)
+        ends = [*eos_token_ids, *(() if end is None else (end,))]
+        self.eos_ids = tuple(dict.fromkeys(ends))
         if not self.eos_ids:
             raise Refusal(
                 Reason.CONFIG_INVALID,
                 "the base model has no end-of-text token, so an adapter could not learn to stop; "
                 "set eos_token_id in its config.json",
             )
-        self.eos = self.eos_ids[0]
+        usual = tokenizer.token_to_id(info.special_tokens.get("eos_token", ""))
+        self.eos = usual if usual in self.eos_ids else self.eos_ids[0]
         self.tokenizer_digest = hashlib.sha256(content).hexdigest()
         source = info.chat_template
         self.template_digest = hashlib.sha256(source.encode()).hexdigest() if source else ""
         self._tokenizer = tokenizer
-        self._bos = info.bos_token_id if info.adds_bos else None
-        self._chat = _template(info)
+        self._encoder = PromptEncoder(
+            tokenizer, info, template, special_tokens_in_messages=special_tokens_in_messages
+        )
         # One int object per id: a data set has millions of tokens.
         self._ids = {token: token for token in range(tokenizer.get_vocab_size())}
         added = tokenizer.get_added_tokens_decoder()
@@ -78,19 +99,42 @@ class BaseText:
     @property
     def has_template(self) -> bool:
         """Whether conversations can be rendered."""
-        return self._chat is not None
+        return self._encoder.template is not None
 
     def ids(self, text: str) -> list[int]:
         """Tokenises a text without adding special tokens; those spelt out in it are recognised."""
-        return self._encode(text, special=False)
+        return self._shared(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def prompt_ids(self, text: str) -> list[int]:
-        """Tokenises a plain prompt as the server does: with BOS if the base model uses it.
+        """Tokenises a plain prompt as the server does: with BOS if the base model uses it."""
+        return self._shared(self._encoder.encode(text))
 
-        A text that begins with BOS does not get a second one.
+    def conversation(
+        self, messages: Sequence[Message], options: ChatOptions = DEFAULTS
+    ) -> MarkedChat:
+        """A conversation to be rendered and encoded as the server does.
+
+        Raises:
+            TextRefused: the base model has no template.
         """
-        ids = self._encode(text, special=True)
-        return ids[1:] if self._bos is not None and ids[:2] == [self._bos] * 2 else ids
+        if not self.has_template:
+            raise TextRefused(
+                "the base model has no chat template, so messages cannot be used; write prompt and "
+                "completion as strings, or text"
+            )
+        return self._encoder.conversation(messages, options)
+
+    def prompt(
+        self, messages: Sequence[Message], options: ChatOptions = DEFAULTS
+    ) -> RenderedPrompt:
+        """Renders and encodes a conversation as the server does. Raises TextRefused."""
+        chat = self.conversation(messages, options)
+        text = chat.render(chat.messages, chat.options)
+        return RenderedPrompt(chat.plain(text), self.chat_ids(chat, text))
+
+    def chat_ids(self, chat: MarkedChat, text: str) -> list[int]:
+        """Tokenises a text that was rendered from a conversation, or a part of one."""
+        return self._shared(chat.ids(text))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of tokens without special ones, as a client of the server gets it."""
@@ -112,21 +156,7 @@ class BaseText:
         stream = DecodeStream(skip_special_tokens=False)
         return [stream.step(self._tokenizer, token) or "" for token in ids]
 
-    def render(self, messages: Sequence[Mapping[str, str]], generation_prompt: bool) -> str:
-        """Renders a conversation as the server does, with or without the next answer's opening.
-
-        Raises:
-            TextRefused: the base model has no template, or the template refuses.
-        """
-        if self._chat is None:
-            raise TextRefused(
-                "the base model has no chat template, so messages cannot be used; write prompt and "
-                "completion as strings, or text"
-            )
-        return self._chat.render(messages, generation_prompt)
-
-    def _encode(self, text: str, special: bool) -> list[int]:
-        ids = self._tokenizer.encode(text, add_special_tokens=special).ids
+    def _shared(self, ids: list[int]) -> list[int]:
         return [self._ids.setdefault(token, token) for token in ids]
 
 

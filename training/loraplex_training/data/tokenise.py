@@ -9,9 +9,12 @@ conversation becomes several examples.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
+
+from loraplex_model.checkpoints.chat import ChatOptions
 
 from loraplex_training.data.samples import Sample
 from loraplex_training.data.shapes import DataRecord, Message
@@ -23,6 +26,9 @@ _AUTO: Final = {
     "instruction": "completion",
     "text": "all",
 }
+
+_OPEN: Final = ChatOptions(add_generation_prompt=True, continue_final_message=False)
+_CLOSED: Final = ChatOptions(add_generation_prompt=False, continue_final_message=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,12 +122,18 @@ class Tokeniser:
 
     def _plain_turn(self, prompt: str, content: str) -> _Turn:
         ids = self._text.prompt_ids(prompt)
-        answer = self._continued(ids, self._text.prompt_ids(prompt + content), content)
+        answer = self._continued(
+            ids, self._text.prompt_ids(prompt + content), content, self._text.ids
+        )
         return _Turn(ids, self._ended(answer) or [*answer, self._text.eos])
 
     def _chat_turn(self, before: Sequence[Message], content: str) -> _Turn:
-        prompt = self._text.render(before, True)
-        whole = self._text.render([*before, {"role": "assistant", "content": content}], False)
+        answer: Message = {"role": "assistant", "content": content}
+        chat = self._text.conversation([*before, answer])
+        *before, answer = chat.messages
+        content = answer["content"]
+        prompt = chat.render(before, _OPEN)
+        whole = chat.render([*before, answer], _CLOSED)
         if whole.startswith(prompt):
             rest = whole[len(prompt) :]
         else:
@@ -129,30 +141,33 @@ class Tokeniser:
             # answer and the text that the template writes after it.
             _, found, tail = whole.rpartition(content.strip())
             rest = content + tail if found else content
-        ids = self._text.ids(prompt)
-        answer = self._continued(ids, self._text.ids(prompt + rest), rest)
-        ended = self._ended(answer)
+        encode = partial(self._text.chat_ids, chat)
+        ids = encode(prompt)
+        made = self._continued(ids, encode(prompt + rest), rest, encode)
+        ended = self._ended(made)
         if ended is None:
             # The template writes no EOS. Add one after the template's own end of turn, but before
             # the white space between turns.
             kept = content if rest.startswith(content) else ""
             rest = kept + rest[len(kept) :].rstrip()
-            answer = self._continued(ids, self._text.ids(prompt + rest), rest)
-            ended = [*answer, self._text.eos]
+            made = self._continued(ids, encode(prompt + rest), rest, encode)
+            ended = [*made, self._text.eos]
         return _Turn(ids, ended)
 
-    def _continued(self, prompt: list[int], whole: list[int], rest: str) -> list[int]:
+    def _continued(
+        self, prompt: list[int], whole: list[int], rest: str, encode: Callable[[str], list[int]]
+    ) -> list[int]:
         """Returns the ids of `rest` after `prompt`; `whole` are the ids of both texts together."""
         if whole[: len(prompt)] == prompt:
             return whole[len(prompt) :]
         # Tokens merge at the border. Some tokenizers add a space before the first word of a text,
         # so tokenise `rest` after a token that it does not merge with.
         for anchor in ("\n", self._text.token(self._text.eos)):
-            ahead = self._text.ids(anchor)
-            both = self._text.ids(anchor + rest)
+            ahead = encode(anchor)
+            both = encode(anchor + rest)
             if both[: len(ahead)] == ahead:
                 return both[len(ahead) :]
-        return self._text.ids(rest)
+        return encode(rest)
 
     def _ended(self, answer: list[int]) -> list[int] | None:
         """Returns the answer up to its first EOS, or None if it has none."""

@@ -50,7 +50,11 @@ class RunInputs:
             base = load_base(spec.model, BY_NAME[spec.dtype], spec.cache, device=device)
         except Refusal as error:
             raise Refusal(Reason.CONFIG_INVALID, f"{error.reason}: {error.message}") from error
-        text = BaseText(base.directory, base.weights.eos_token_ids)
+        text = BaseText(
+            base.directory,
+            base.weights.eos_token_ids,
+            special_tokens_in_messages=spec.special_tokens_in_messages,
+        )
         specs: list[DataSpec] = []
         for job in spec.jobs:
             if job.data not in specs:

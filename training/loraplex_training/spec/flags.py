@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 from loraplex_training.spec.parse import KEYS, RUN_KEYS, Key
 
 DATA_FLAGS: Final = ("data", "eval_data", "eval_fraction", "max_length", "learn", "system")
-BASE_FLAGS: Final = ("model", "cache")
+BASE_FLAGS: Final = ("model", "special_tokens_in_messages", "cache")
 
 PANELS: Final[Mapping[str, str]] = {
     "data": "Data",

@@ -185,6 +185,9 @@ class RunSpec:
     """Directory of the run. Default: var/runs/<name>, with a number if that holds a run already."""
     model: str = "default"
     """Base model: a directory, a GGUF file, a hub id, or `default`."""
+    special_tokens_in_messages: bool = False
+    """Recognise special tokens that messages spell out, as a server with the same option does.
+    Otherwise they are text."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Data type of the base model's dense tensors: float32 or bfloat16, or float64 for numerical
     checks (slow)."""

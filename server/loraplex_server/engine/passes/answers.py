@@ -176,6 +176,7 @@ class Answers:
             started=started,
             queue_seconds=(request.queue_seconds or 0.0) if started else 0.0,
             finish=finish,
+            stop_token=token if finish == "stop" else None,
         )
         self._outputs.append(output)
         if finish is None:

@@ -13,11 +13,20 @@ from typing import Any, Final, TypeAlias
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
+from loraplex_adapters.store.index.texts import MAX_TEMPLATE_BYTES
 from loraplex_model.base.refusal import Problem
 
 MAX_MESSAGE_BYTES: Final = 4 << 20
 MAX_TOKEN_IDS: Final = 1 << 20
 MAX_TURNS: Final = 4096
+MAX_TOOLS: Final = 128
+MAX_TOOL_CALLS: Final = 128
+MAX_PARTS: Final = 64
+MAX_JSON_BYTES: Final = 65536
+MAX_TEMPLATE_VARIABLES: Final = 32
+MAX_TEMPLATE_VALUE_BYTES: Final = 8192
+MAX_OTHER_FILES: Final = 256
+MAX_FILE_NAME: Final = 255
 MAX_MIX: Final = 8
 MAX_LOGIT_BIAS: Final = 300
 MAX_STOP_STRINGS: Final = 16
@@ -39,7 +48,7 @@ MAX_NAME: Final = 256
 MAX_LISTED: Final = 32
 """Most problems listed in one answer."""
 
-_SHOWN: Final = 64
+MAX_SHOWN: Final = 64
 """Characters of a map's key that the path of a field shows."""
 
 _TEXTS: Final = frozenset({FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES})
@@ -51,14 +60,22 @@ ENTRIES: Final[Mapping[str, int]] = MappingProxyType(
             "GenerateRequest.mix": MAX_MIX,
             "TokenIds.ids": MAX_TOKEN_IDS,
             "ChatMessages.messages": MAX_TURNS,
+            "ChatMessages.tools": MAX_TOOLS,
+            "ChatMessages.chat_template_kwargs": MAX_TEMPLATE_VARIABLES,
+            "ChatMessage.parts": MAX_PARTS,
+            "ChatMessage.tool_calls": MAX_TOOL_CALLS,
             "SamplingParams.logit_bias": MAX_LOGIT_BIAS,
             "StopConditions.strings": MAX_STOP_STRINGS,
             "StopConditions.token_ids": MAX_STOP_TOKENS,
             "RegisterAdapterRequest.labels": MAX_LABELS,
+            "RegisterAdapterRequest.eos_token_ids": MAX_STOP_TOKENS,
             "ListAdaptersRequest.labels": MAX_LABELS,
             "LabelAdapterRequest.set": MAX_LABELS,
             "LabelAdapterRequest.remove": MAX_LABELS,
             "UploadHeader.labels": MAX_LABELS,
+            "UploadHeader.eos_token_ids": MAX_STOP_TOKENS,
+            "UploadHeader.other_files": MAX_OTHER_FILES,
+            "ValidateAdapterRequest.other_files": MAX_OTHER_FILES,
             "TrainingMethod.options": MAX_OPTIONS,
             "TrainingDelivery.labels": MAX_LABELS,
             "ListJobsRequest.states": MAX_STATES,
@@ -77,9 +94,21 @@ LENGTHS: Final[Mapping[str, int]] = MappingProxyType(
             "AdapterWeight.adapter_id": MAX_NAME,
             "ChatMessage.role": MAX_NAME,
             "ChatMessage.content": MAX_MESSAGE_BYTES,
+            "ChatMessage.tool_call_id": MAX_NAME,
+            "ChatMessage.name": MAX_NAME,
+            "ChatMessage.reasoning_content": MAX_MESSAGE_BYTES,
+            "ChatMessages.tools": MAX_JSON_BYTES,
+            "ChatMessages.ChatTemplateKwargsEntry.key": MAX_NAME,
+            "ContentPart.text": MAX_MESSAGE_BYTES,
+            "TemplateValue.string_value": MAX_TEMPLATE_VALUE_BYTES,
+            "TemplateValue.json_value": MAX_TEMPLATE_VALUE_BYTES,
+            "ToolCall.id": MAX_NAME,
+            "ToolCall.name": MAX_NAME,
+            "ToolCall.arguments": MAX_JSON_BYTES,
             "StopConditions.strings": MAX_STOP_STRING_BYTES,
             "RegisterAdapterRequest.name": MAX_NAME,
             "RegisterAdapterRequest.path": MAX_PATH_BYTES,
+            "RegisterAdapterRequest.chat_template": MAX_TEMPLATE_BYTES,
             "RegisterAdapterRequest.LabelsEntry.key": MAX_NAME,
             "RegisterAdapterRequest.LabelsEntry.value": MAX_LABEL_VALUE,
             "GetAdapterRequest.adapter_id": MAX_NAME,
@@ -102,6 +131,9 @@ LENGTHS: Final[Mapping[str, int]] = MappingProxyType(
             "UploadHeader.upload_id": MAX_NAME,
             "UploadHeader.name": MAX_NAME,
             "UploadHeader.expected_digest": MAX_NAME,
+            "UploadHeader.chat_template": MAX_TEMPLATE_BYTES,
+            "UploadHeader.other_files": MAX_FILE_NAME,
+            "ValidateAdapterRequest.other_files": MAX_FILE_NAME,
             "UploadHeader.LabelsEntry.key": MAX_NAME,
             "UploadHeader.LabelsEntry.value": MAX_LABEL_VALUE,
             "UploadChunk.data": MAX_MESSAGE_BYTES,
@@ -132,10 +164,17 @@ LENGTHS: Final[Mapping[str, int]] = MappingProxyType(
             "CancelJobRequest.job_id": MAX_NAME,
             "WatchJobRequest.job_id": MAX_NAME,
             "ListJobsRequest.page_token": MAX_PAGE_TOKEN,
+            "RenderChatRequest.adapter_id": MAX_NAME,
         }.items()
     }
 )
 """Most characters of each string and most bytes of each `bytes`, by the field's full name."""
+
+
+TOTALS: Final[Mapping[str, Mapping[str, int]]] = MappingProxyType(
+    {"loraplex.v1.ChatMessages.messages": {"parts": MAX_TURNS, "tool_calls": MAX_TURNS}}
+)
+"""Most entries that lists in the entries of a list have together, by the outer list's full name."""
 
 
 _Findings: TypeAlias = list[tuple[str, str]]
@@ -179,7 +218,9 @@ def _check_of(field: FieldDescriptor) -> _Check | None:
     one = _text_check(field)
     if entry is not None:
         one = _message_check
-    return _list_check(ENTRIES[field.full_name], one) if field.is_repeated else one
+    if not field.is_repeated:
+        return one
+    return _list_check(ENTRIES[field.full_name], one, TOTALS.get(field.full_name, {}))
 
 
 def _message_check(value: Message) -> _Findings:
@@ -200,10 +241,13 @@ def _text_check(field: FieldDescriptor) -> _Check | None:
     return check
 
 
-def _list_check(most: int, one: _Check | None) -> _Check:
+def _list_check(most: int, one: _Check | None, totals: Mapping[str, int]) -> _Check:
     def check(values: Any) -> _Findings:
         if len(values) > most:
             return _too_many(most)
+        for inner, total in totals.items():
+            if sum(len(getattr(value, inner)) for value in values) > total:
+                return [("", f"must have at most {total} {inner} in all entries together")]
         found: _Findings = []
         for i, value in enumerate(values if one is not None else ()):
             if wrong := one(value):  # type: ignore[misc]
@@ -223,7 +267,7 @@ def _map_check(most: int, key: _Check | None, value: _Check | None) -> _Check:
         for name, given in values.items():
             wrong = [f"the key {text}" for _, text in (key(name) if key else [])]
             wrong += [text for _, text in (value(given) if value else [])]
-            found += [(f"[{str(name)[:_SHOWN]}]", text) for text in wrong]
+            found += [(f"[{str(name)[:MAX_SHOWN]}]", text) for text in wrong]
         return found
 
     return check

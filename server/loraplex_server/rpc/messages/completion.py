@@ -11,6 +11,7 @@ from google.protobuf.internal.containers import RepeatedCompositeFieldContainer
 from loraplex.v1 import generation_pb2
 
 from loraplex_server.engine.messages import Logprobs, Output
+from loraplex_server.text.detokenizer import Detokenizer
 from loraplex_server.text.stops import StopMatcher
 from loraplex_server.text.tokenizer import TextTokenizer
 
@@ -28,25 +29,47 @@ FINISH_REASONS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Part of a completion. `finish` is "stop" or "length" in the last part, otherwise ""."""
+    """Part of a completion. `finish` is "stop" or "length" in the last part, otherwise "".
+
+    `stop_text` or `stop_token` is what ended a completion by "stop".
+    """
 
     text: str
     token_ids: Sequence[int]
     logprobs: Sequence[Logprobs]
     finish: str
+    stop_text: str | None = None
+    stop_token: int | None = None
+
+    @property
+    def matched_stop(self) -> generation_pb2.MatchedStop | None:
+        """What ended the completion; None unless it ended by "stop"."""
+        if self.stop_text is not None:
+            return generation_pb2.MatchedStop(text=self.stop_text)
+        if self.stop_token is not None:
+            return generation_pb2.MatchedStop(token_id=self.stop_token)
+        return None
 
 
 class CompletionBuilder:
     """Builds a completion from the engine's outputs.
 
-    The token that completes a stop string is the last one: it counts, and tokens that the engine
-    computed after it are dropped.
+    Stop strings are searched for in the text with its special tokens, whether or not the returned
+    text has them. The token that completes a stop string is the last one: it counts, and tokens
+    that the engine computed after it are dropped.
     """
 
     def __init__(
-        self, tokenizer: TextTokenizer, prompt: Sequence[int], stop_strings: Sequence[str]
+        self,
+        tokenizer: TextTokenizer,
+        prompt: Sequence[int],
+        stop_strings: Sequence[str],
+        skip_special_tokens: bool = True,
     ) -> None:
-        self._detokenizer = tokenizer.detokenizer(prompt)
+        self._shown = tokenizer.detokenizer(prompt, skip_special_tokens)
+        self._searched = self._shown
+        if stop_strings and skip_special_tokens:
+            self._searched = tokenizer.detokenizer(prompt, False)
         self._stops = StopMatcher(stop_strings)
         self.tokens = 0
         """Number of tokens returned so far."""
@@ -59,18 +82,31 @@ class CompletionBuilder:
         texts = []
         stopped = False
         for at, token in enumerate(tokens):
-            text, stopped = self._stops.push(self._detokenizer.push(token))
+            text, stopped = self._push(token)
             texts.append(text)
             if stopped:
                 del tokens[at + 1 :], logprobs[at + 1 :]
                 break
         if finish and not stopped:
-            text, stopped = self._stops.push(self._detokenizer.finish())
+            text, stopped = self._push(None)
             texts.append(text)
             if not stopped:
                 texts.append(self._stops.finish())
         self.tokens += len(tokens)
-        return Piece("".join(texts), tokens, logprobs, "stop" if stopped else finish)
+        text = "".join(texts)
+        if stopped:
+            return Piece(text, tokens, logprobs, "stop", stop_text=self._stops.matched)
+        return Piece(text, tokens, logprobs, finish, stop_token=outputs[-1].stop_token)
+
+    def _push(self, token: int | None) -> tuple[str, bool]:
+        """Adds a token, or None for the end; returns new text, and whether a stop string ended."""
+
+        def text(source: Detokenizer) -> str:
+            return source.finish() if token is None else source.push(token)
+
+        shown = text(self._shown)
+        searched = shown if self._searched is self._shown else text(self._searched)
+        return self._stops.push(searched, shown)
 
 
 async def add_logprobs(

@@ -12,8 +12,10 @@ from loraplex_adapters.store.index.texts import MAX_EOS_TOKENS, MAX_TEMPLATE_BYT
 from loraplex_model.base.refusal import Problem
 
 from loraplex_server.rpc.calls.bounds import (
+    MAX_FILE_NAME,
     MAX_LABEL_VALUE,
     MAX_LABELS,
+    MAX_OTHER_FILES,
     MAX_PAGE_TOKEN,
     MAX_PATH_BYTES,
 )
@@ -23,8 +25,6 @@ from loraplex_server.rpc.messages.validate import ADAPTER_ID_FORM, RequestChecks
 MAX_PAGE: Final = 1000
 MAX_DRAIN_SECONDS: Final = 86_400
 MAX_CHUNK_BYTES: Final = 1 << 20
-MAX_OTHER_FILES: Final = 256
-MAX_FILE_NAME: Final = 255
 
 _NAME_FORM: Final = "must match [a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
 _LABEL_FORM: Final = "the key must match [a-z0-9][a-z0-9._/-]{0,62}"

@@ -1,0 +1,105 @@
+"""Marks in the strings of a conversation, by which its control tokens are told from the template's.
+
+A mark is a noncharacter of Unicode that the conversation does not hold. It is put into every
+control token that a string spells out, and at the ends of strings that could form one together with
+the text around them. In the rendered text, a control token without a mark is the template's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from loraplex_model.checkpoints.chat import TextRefused
+from loraplex_model.checkpoints.control.spellings import Spellings
+
+NONCHARACTERS: Final = frozenset(map(chr, range(0xFDD0, 0xFDF0)))
+
+_FIXED: Final = frozenset({"role", "type"})
+"""Keys of strings that templates compare: marked only where they spell out a control token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """Two noncharacters that a conversation does not hold.
+
+    Attributes:
+        inside: stands after the first character of a control token.
+        edge: stands where a string could form a control token with the text before or after it.
+    """
+
+    inside: str
+    edge: str
+
+    @staticmethod
+    def unused_in(texts: Iterable[str]) -> Marks:
+        """Raises TextRefused if the texts hold nearly all noncharacters."""
+        used: set[str] = set()
+        for text in texts:
+            if not text.isascii():
+                used |= NONCHARACTERS.intersection(text)
+        free = sorted(NONCHARACTERS - used)
+        if len(free) < 2:
+            raise TextRefused(
+                "the conversation holds the noncharacters U+FDD0 to U+FDEF, of which two must be "
+                "left unused; remove them"
+            )
+        return Marks(free[0], free[1])
+
+    def are_in(self, text: str) -> bool:
+        """Whether a text holds a mark."""
+        return self.inside in text or self.edge in text
+
+    def remove(self, text: str) -> str:
+        """The text without marks."""
+        return text.replace(self.inside, "").replace(self.edge, "")
+
+    def mark(self, text: str, spellings: Spellings, edges: bool = True) -> str:
+        """The text with marks in the words that it spells out and, if `edges`, at its ends.
+
+        White space at the ends, which templates strip, is left outside of the marks.
+        """
+        marked = spellings.split_first(text, self.inside)
+        if not edges:
+            return marked
+        core = marked.rstrip()
+        if spellings.begins_at_end_of(core):
+            marked = core + self.edge + marked[len(core) :]
+        if spellings.begins_at_end_of(marked):
+            marked += self.edge
+        core = marked.lstrip()
+        if spellings.ends_at_start_of(core):
+            marked = marked[: len(marked) - len(core)] + self.edge + core
+        if spellings.ends_at_start_of(marked):
+            marked = self.edge + marked
+        return marked
+
+    def mark_all(self, value: Any, spellings: Spellings, edges: bool = True) -> Any:
+        """A copy of a value of JSON's kinds whose strings and keys are marked."""
+        if isinstance(value, str):
+            return self.mark(value, spellings, edges)
+        if isinstance(value, Mapping):
+            return {
+                self.mark(str(key), spellings, edges=False): self.mark_all(
+                    item, spellings, edges and key not in _FIXED
+                )
+                for key, item in value.items()
+            }
+        if isinstance(value, Sequence) and not isinstance(value, bytes):
+            return [self.mark_all(item, spellings, edges) for item in value]
+        return value
+
+
+def strings_of(value: Any) -> Iterator[str]:
+    """All strings of a value of JSON's kinds, keys included, in no particular order."""
+    left = [value]
+    while left:
+        item = left.pop()
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, Mapping):
+            left += item.keys()
+            left += item.values()
+        elif isinstance(item, Sequence) and not isinstance(item, bytes):
+            left += item
