@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from loraplex_adapters.format.spec import AdapterLimits
-from loraplex_adapters.store import Store
+from loraplex_adapters.store import Store, UploadBounds
 from prometheus_client import (
     CollectorRegistry,
     GCCollector,
@@ -130,6 +130,7 @@ class Server:
             )
         limits = AdapterLimits(
             max_rank=config.max_rank,
+            max_weights_bytes=int(config.max_adapter_file),
             max_device_bytes=hello.adapter_budget_bytes,
             max_virtual_tokens=config.adapter_virtual_tokens,
             max_context=context,
@@ -275,7 +276,8 @@ class Server:
     async def _open_store(self) -> Store:
         def work() -> Store:
             self._config.import_root.mkdir(parents=True, exist_ok=True)
-            return Store(self._config.store, self._config.store_url.get_secret_value())
+            bounds = UploadBounds(max_weights_bytes=int(self._config.max_adapter_file))
+            return Store(self._config.store, self._config.store_url.get_secret_value(), bounds)
 
         with needed(ServerExit.STORE_UNUSABLE, "cannot use"):
             store = await asyncio.to_thread(work)

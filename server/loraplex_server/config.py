@@ -126,6 +126,8 @@ class Config(BaseSettings):
 
     max_rank: int = Field(256, ge=1, le=4096)
     """Largest rank of an adapter."""
+    max_adapter_file: ByteSize = Field(ByteSize(4 << 30), ge=1)
+    """Largest weights file of an adapter, sent by a client or imported."""
     max_virtual_tokens: int = Field(512, ge=0, le=1 << 20)
     """Largest number of virtual tokens of one adapter, at most virtual_tokens. Above token_budget,
     loading such an adapter can make a step longer than any prompt does."""
@@ -270,6 +272,7 @@ class Config(BaseSettings):
             merge_dtype=self.dtype if self.merge_dtype == "auto" else self.merge_dtype,
             virtual_tokens=self.virtual_tokens,
             max_rank=self.max_rank,
+            max_adapter_file=int(self.max_adapter_file),
             max_virtual_tokens=self.adapter_virtual_tokens,
         )
 

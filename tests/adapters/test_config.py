@@ -49,21 +49,25 @@ WRONG: list[tuple[str, Any, str]] = [
     ("rank_pattern", {"q_proj": 100_000}, "RANK_TOO_LARGE"),
     ("rank_pattern", {"q_proj": 5}, "ADAPTER_INVALID"),
     ("rank_pattern", ["q_proj"], "ADAPTER_INVALID"),
-    ("rank_pattern", {r"(.*a){30}": 4}, "ADAPTER_UNSUPPORTED"),
-    ("rank_pattern", {"(a+)+$": 4}, "ADAPTER_UNSUPPORTED"),
-    ("rank_pattern", {"q_proj|v_proj": 4}, "ADAPTER_UNSUPPORTED"),
-    ("rank_pattern", {"^model.q_proj": 4}, "ADAPTER_UNSUPPORTED"),
+    ("rank_pattern", {r"(.*a){3000}": 4}, "ADAPTER_UNSUPPORTED"),
+    ("rank_pattern", {r"(.|.|.)*" * 300: 4}, "ADAPTER_UNSUPPORTED"),
+    ("rank_pattern", {r"(?<=mlp\.)up_proj": 4}, "ADAPTER_UNSUPPORTED"),
+    ("rank_pattern", {r"(.)\1": 4}, "ADAPTER_UNSUPPORTED"),
+    ("rank_pattern", {"q_proj|v_proj": 5}, "ADAPTER_INVALID"),
+    ("rank_pattern", {"a" + "|" * n: 4 for n in range(1, 300)}, "ADAPTER_UNSUPPORTED"),
     ("rank_pattern", {"": 4}, "ADAPTER_UNSUPPORTED"),
-    ("rank_pattern", {"a..b": 4}, "ADAPTER_UNSUPPORTED"),
     ("rank_pattern", {"q_proj\n": 4}, "ADAPTER_UNSUPPORTED"),
-    ("rank_pattern", {"q" * 300: 4}, "ADAPTER_UNSUPPORTED"),
+    ("rank_pattern", {"q" * 65_000: 4}, "ADAPTER_UNSUPPORTED"),
     ("rank_pattern", {f"a.x{n}": 4 for n in range(300)}, "ADAPTER_UNSUPPORTED"),
     ("alpha_pattern", {"q_proj": "8"}, "ADAPTER_INVALID"),
     ("alpha_pattern", {"q_proj": 1e300}, "ADAPTER_INVALID"),
     ("alpha_pattern", {"q_proj": 1, "self_attn.q_proj": 2}, "ADAPTER_UNSUPPORTED"),
     ("alpha_pattern", {"self.attn.q_proj": 1, "q_proj": 2}, "ADAPTER_UNSUPPORTED"),
-    ("alpha_pattern", {"((a)*)*b": 2}, "ADAPTER_UNSUPPORTED"),
-    ("exclude_modules", r".*(q|k)+_proj", "ADAPTER_UNSUPPORTED"),
+    ("alpha_pattern", {"q_proj": 1, r".*\.(q|v)_proj": 2}, "ADAPTER_UNSUPPORTED"),
+    ("exclude_modules", r".*(?P=x)_proj", "ADAPTER_UNSUPPORTED"),
+    ("target_modules", r".*(?i:Q)_proj", "ADAPTER_UNSUPPORTED"),
+    ("target_modules", r".*\.q_proj", "ADAPTER_INVALID"),
+    ("target_modules", r"((((.*)*)*)*)*_proj", "ADAPTER_INVALID"),
     ("exclude_modules", [4], "ADAPTER_INVALID"),
     ("target_modules", [], "ADAPTER_INVALID"),
     ("target_modules", None, "ADAPTER_INVALID"),
@@ -74,7 +78,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("layers_to_transform", ["0"], "ADAPTER_INVALID"),
     ("layers_to_transform", -1, "ADAPTER_INVALID"),
     ("layers_to_transform", True, "ADAPTER_INVALID"),
-    ("layers_pattern", "l(a+)+yers", "ADAPTER_UNSUPPORTED"),
+    ("layers_pattern", r"l(a+)+\1yers", "ADAPTER_UNSUPPORTED"),
     ("use_rslora", "yes", "ADAPTER_INVALID"),
     ("base_model_name_or_path", 7, "ADAPTER_INVALID"),
     ("init_lora_weights", 3, "ADAPTER_INVALID"),
@@ -124,7 +128,11 @@ HARMLESS: list[tuple[str, Any]] = [
     ("auto_mapping", {"base_model_class": "X", "parent_library": "os"}),
     ("inference_mode", False),
     ("exclude_modules", ["k_proj"]),
-    ("target_modules", r"((((.*)*)*)*)*_proj"),
+    ("target_modules", r"((((.*)*)*)*)*[qv]_proj"),
+    ("exclude_modules", ["*vision_tower*", "mm-projector"]),
+    ("exclude_modules", r".*(vision_tower|audio_tower).*"),
+    ("rank_pattern", {"^model.q_proj": 9, "((a)*)*b": 9, "(a+)+$": 9, "a..b": 9}),
+    ("layers_pattern", "l(a+)+yers"),
     ("target_modules", "all-linear"),
     ("layers_to_transform", []),
     ("layers_to_transform", [0, 1]),
@@ -193,9 +201,9 @@ def test_all_findings_are_reported_at_once(tmp_path: Path) -> None:
     assert (refused.value.reason, refused.value.message) == (first.reason, first.message)
 
 
-def test_a_configuration_of_more_than_64_kib_is_not_read(tmp_path: Path) -> None:
+def test_a_configuration_of_more_than_a_mebibyte_is_not_read(tmp_path: Path) -> None:
     with pytest.raises(Refusal) as refused:
-        inspect(write_adapter(tmp_path, lora_config(revision="x" * 65536)), BASE)
+        inspect(write_adapter(tmp_path, lora_config(revision="x" * (1 << 20))), BASE)
     assert refused.value.reason == "ADAPTER_TOO_LARGE"
     assert refused.value.field == "adapter_config.json"
 

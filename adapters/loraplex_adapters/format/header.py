@@ -7,7 +7,8 @@ length, a JSON object of that length, and the tensors' bytes without gaps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -80,6 +81,22 @@ def read_header(read: Callable[[int, int], bytes], size: int) -> Header:
     if end != size:
         raise _invalid(f"has {size} bytes, but its tensors end at {end}")
     return Header(tuple(tensors), metadata, start)
+
+
+def planned_header(tensors: Mapping[str, tuple[str, Sequence[int]]]) -> tuple[Header, int]:
+    """The header of a file that does not exist yet, and the size that the file would have.
+
+    `tensors` are dtypes and shapes by name. Raises Refusal as `read_header` does.
+    """
+    table: dict[str, object] = {}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + prod(shape) * ITEM_SIZE[dtype]
+        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(table).encode()
+    head = len(text).to_bytes(8, "little") + text
+    size = len(head) + end
+    return read_header(lambda offset, length: head[offset : offset + length], size), size
 
 
 def _metadata(value: object) -> dict[str, str]:

@@ -196,17 +196,22 @@ class Placement:
     def check_targets(
         self, targets: Targets, candidates: Iterable[Site], adapted: Collection[Site]
     ) -> None:
-        """Compares the adapted sites with the sites that PEFT would adapt by a list of targets.
+        """Compares the adapted sites with the sites that PEFT would adapt by `target_modules`.
 
-        PEFT itself ignores tensors that the list does not name, and sets missing ones to zero.
+        PEFT itself ignores tensors that it does not name, and sets missing ones to zero.
         """
-        if targets.names is None or self.findings:
+        if not targets.known or self.findings:
             return
-        expected = targets.promised(candidates, self.base)
+        try:
+            expected = targets.promised(candidates, self.base)
+        except ValueError as error:
+            message = f"an expression for modules {error}; list the modules' names"
+            self.find(Reason.ADAPTER_UNSUPPORTED, message, "target_modules")
+            return
         if unnamed := sorted(set(adapted) - expected):
             message = f"{module_path(*unnamed[0])} has weights but is not among the target modules"
             self.find(Reason.ADAPTER_INVALID, message, "target_modules")
-        if missing := sorted(expected - set(adapted)):
+        if (missing := sorted(expected - set(adapted))) and targets.complete:
             message = f"{module_path(*missing[0])} is a target but has no weights"
             if missing[0][0] > max((layer for layer, _ in adapted), default=-1) >= 0:
                 message += "; the adapter seems to be for a base with fewer layers"

@@ -111,7 +111,7 @@ def ls(
     )
 
 
-@_command("import", "model")
+@_command("import", "model", "max_adapter_file")
 def import_(
     shell: Shell,
     directory: Annotated[
@@ -158,7 +158,7 @@ def import_(
     )
 
 
-@_command("rebase", "model")
+@_command("rebase", "model", "max_adapter_file")
 def rebase(
     shell: Shell,
     adapter_ids: Annotated[
@@ -335,6 +335,7 @@ def _base(config: Config) -> tuple[BaseInfo, AdapterLimits]:
     """The configured base model, and the limits of the adapters on it."""
     limits = AdapterLimits(
         max_rank=config.max_rank,
+        max_weights_bytes=int(config.max_adapter_file),
         max_device_bytes=int(config.adapter_memory),
         max_virtual_tokens=config.adapter_virtual_tokens,
         max_context=config.max_context or None,

@@ -35,11 +35,12 @@ from loraplex_model.ops.dtypes import BY_NAME
 
 from loraplex_training.methods.base import AdapterFiles
 from loraplex_training.publish.target import Target
-from loraplex_training.publish.verify import LIMITS, verify
+from loraplex_training.publish.verify import verify
 from loraplex_training.report.card import Facts, card
 from loraplex_training.report.curves import PICTURE
 from loraplex_training.report.events import Published
 from loraplex_training.report.record import read
+from loraplex_training.run.preflight import LIMITS
 from loraplex_training.run.run import Run
 from loraplex_training.step.job import Job
 

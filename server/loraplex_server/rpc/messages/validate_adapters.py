@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 from loraplex.v1 import adapter_pb2
-from loraplex_adapters.format.files import MAX_CONFIG_BYTES
+from loraplex_adapters.format.files import CONFIG_FILE, MAX_CONFIG_BYTES, WEIGHTS_FILE
 from loraplex_adapters.store.index.texts import MAX_EOS_TOKENS, MAX_TEMPLATE_BYTES
 from loraplex_model.base.refusal import Problem
 
@@ -28,6 +28,7 @@ MAX_CHUNK_BYTES: Final = 1 << 20
 
 _NAME_FORM: Final = "must match [a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
 _LABEL_FORM: Final = "the key must match [a-z0-9][a-z0-9._/-]{0,62}"
+_RAISE: Final = "; the server's setting max_adapter_file raises the limit"
 _UPLOAD_FORM: Final = "is not an id of StartUpload"
 _LABEL: Final = re.compile(r"[a-z0-9][a-z0-9._/-]{0,62}", re.ASCII)
 _DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}", re.ASCII)
@@ -111,8 +112,13 @@ def header(header: adapter_pb2.UploadHeader, max_weights_bytes: int) -> list[Pro
             checks.require(not getattr(header, field), field, "must not be set with `stage_only`")
     else:
         checks.require(is_name(header.name), "name", _NAME_FORM)
-    checks.between("config_size", header.config_size, 1, MAX_CONFIG_BYTES)
-    checks.between("weights_size", header.weights_size, 1, max_weights_bytes)
+    sizes = (
+        ("config_size", CONFIG_FILE, header.config_size, MAX_CONFIG_BYTES, ""),
+        ("weights_size", WEIGHTS_FILE, header.weights_size, max_weights_bytes, _RAISE),
+    )
+    for field, file, size, most, advice in sizes:
+        text = f"{file} has {size} bytes; 1 to {most} are accepted{advice}"
+        checks.require(1 <= size <= most, field, text)
     if header.expected_digest:
         good = _DIGEST.fullmatch(header.expected_digest) is not None
         checks.require(good, "expected_digest", 'must be "sha256:" and 64 hex digits')
