@@ -38,7 +38,6 @@ CONFIG = {
     "task_type": "CAUSAL_LM",
     "r": 2,
     "lora_alpha": 4,
-    "target_modules": ".*",
     "bias": "none",
 }
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -93,7 +92,9 @@ def on_head(width: int = 64) -> Tensors:
 
 def write(folder: Path, tensors: Mapping[str, torch.Tensor], **config: Any) -> Path:
     folder.mkdir(exist_ok=True)
-    (folder / "adapter_config.json").write_text(json.dumps(CONFIG | config))
+    adapted = {name.removeprefix(PREFIX).split(".lora_")[0] for name in tensors if ".lora_" in name}
+    targets = {"target_modules": sorted(adapted) or ["none"]}
+    (folder / "adapter_config.json").write_text(json.dumps(CONFIG | targets | config))
     save_file(
         {name: t.clone() for name, t in tensors.items()},
         folder / "adapter_model.safetensors",
