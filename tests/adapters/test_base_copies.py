@@ -143,6 +143,18 @@ def test_only_rows_that_differ_are_served(saved: torch.dtype, tmp_path: Path) ->
     assert report.spec.packed_bytes == alone.packed_bytes + 64 + 2 * 64 * 4
 
 
+def test_rows_that_were_only_rounded_are_served_if_another_row_was_changed(
+    info: Info, tmp_path: Path
+) -> None:
+    """PEFT computes with the rounded rows too."""
+    copy = own(UNEVEN, f"{HEAD}.weight")
+    copy[3] += 0.1
+    tensors = {**on_head(), f"{HEAD}.base_layer.weight": copy.half()}
+    head = at(examine(write(tmp_path, tensors), info(UNEVEN)), "lm_head")
+    assert head is not None
+    assert head.changed_rows == tuple(range(tiny.VOCAB))
+
+
 def test_one_unit_in_the_last_place_is_a_difference(tmp_path: Path) -> None:
     copy = own("llama", f"{HEAD}.weight")
     copy[5, 6] = torch.nextafter(copy[5, 6], torch.tensor(9.0))
