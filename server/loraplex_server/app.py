@@ -276,7 +276,7 @@ class Server:
 
     async def _open_store(self) -> Store:
         def work() -> Store:
-            self._config.import_root.mkdir(parents=True, exist_ok=True)
+            self._config.prepare_import_root()
             bounds = UploadBounds(max_weights_bytes=int(self._config.max_adapter_file))
             return Store(self._config.store, self._config.store_url.get_secret_value(), bounds)
 

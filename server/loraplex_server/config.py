@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import os
 import tomllib
@@ -89,7 +90,8 @@ class Config(BaseSettings):
     cache: Path = Path("var/cache")
     """Directory for quantised base models and compiled kernels."""
     import_root: Path = Path("var/import")
-    """Directory below which clients may name files of the server: adapters and training data."""
+    """Directory below which clients may name files of the server: adapters and training data. It
+    must exist, unless it is called `import` and lies beside the store, as by default."""
 
     host: str = "127.0.0.1"
     """Address that the gRPC services listen on."""
@@ -228,6 +230,26 @@ class Config(BaseSettings):
         shown = {name for name, field in type(self).model_fields.items() if field.repr}
         values = self.model_dump(mode="json", include=shown)
         return [f"{name} = {value}" for name, value in values.items()]
+
+    @property
+    def makes_import_root(self) -> bool:
+        """Whether a missing import root is created: if it has the default's name and place.
+
+        Any other import root must exist, since a new, empty directory would hide a mistyped path.
+        """
+        default = type(self).model_fields["import_root"].default
+        beside = os.path.abspath(self.store.parent) == os.path.abspath(self.import_root.parent)
+        return beside and self.import_root.name == default.name
+
+    def prepare_import_root(self) -> None:
+        """Creates the import root if `makes_import_root`. Raises OSError if there is none then."""
+        root = self.import_root
+        if self.makes_import_root:
+            root.mkdir(parents=True, exist_ok=True)
+        if not os.path.isdir(root):
+            problem = errno.ENOTDIR if os.path.exists(root) else errno.ENOENT
+            text = "; create the directory, or correct import_root (--import-root)"
+            raise OSError(problem, os.strerror(problem) + text, str(root))
 
     @property
     def placements(self) -> list[EnginePlacement]:

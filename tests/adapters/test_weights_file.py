@@ -393,9 +393,16 @@ def test_a_stamped_adapter_serves_on_its_own_base_only(tmp_path: Path) -> None:
     assert refused.value.field == "loraplex_base_fingerprint"
 
 
-def test_a_report_of_thousands_of_findings_ends(tmp_path: Path) -> None:
+def test_thousands_of_findings_of_one_kind_become_one_and_a_report_of_others_ends(
+    tmp_path: Path,
+) -> None:
     tensors = {f"stray.{n}": np.zeros((1, 1), np.float32) for n in range(3000)}
-    assert len(examine(write_adapter(tmp_path, weights=tensors), BASE).findings) == 100
+    (only,) = examine(write_adapter(tmp_path / "tensors", weights=tensors), BASE).findings
+    assert (only.reason, only.field) == ("ADAPTER_INVALID", "stray.0")
+    assert "3000 tensors" in only.message
+    unknown = lora_config() | {f"unknown_{n}": True for n in range(3000)}
+    folder = write_adapter(tmp_path / "options", unknown)
+    assert len(examine(folder, BASE).findings) == 100
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -23,6 +23,7 @@ from loraplex_adapters.format.copies.placing import place_copies, without_copies
 from loraplex_adapters.format.copies.settling import check_size, settle
 from loraplex_adapters.format.digest import AdapterDigest
 from loraplex_adapters.format.files import WEIGHTS_FILE, Directory, opened
+from loraplex_adapters.format.foreign.causes import explained, grouped, led_by
 from loraplex_adapters.format.header import Header, read_header
 from loraplex_adapters.format.modules import module_path, table_order
 from loraplex_adapters.format.packing import packed_bytes
@@ -101,7 +102,9 @@ def examine(
         report = examine_parsed(config, header, size, base, limits)
         if unreadable or report.spec is None or not read_weights:
             spec = None if unreadable else report.spec
-            return Report(spec, (*unreadable, *report.findings))
+            # A type that is not served comes before what is wrong with its files.
+            findings = led_by("peft_type", (*dict.fromkeys(unreadable), *report.findings))
+            return Report(spec, tuple(findings))
         assert config is not None
         assert header is not None
         digest = AdapterDigest(config, size)
@@ -113,7 +116,7 @@ def examine(
         except Refusal as error:
             findings = list(error.problems)
     if findings:
-        return Report(None, tuple(findings[:MAX_FINDINGS]))
+        return Report(None, tuple(grouped(findings, header.tensors)[:MAX_FINDINGS]))
     return Report(replace(spec, digest=digest.text()), ())
 
 
@@ -145,7 +148,8 @@ def examine_parsed(
         message = "the adapter changes nothing"
         findings.append(Problem(WEIGHTS_FILE, message, Reason.ADAPTER_INVALID))
     if findings:
-        return Report(None, tuple(findings[:MAX_FINDINGS]))
+        found = explained(findings, header.tensors, base)
+        return Report(None, tuple(found[:MAX_FINDINGS]))
     changed = {m.module for m in modules}
     spec = CheckedAdapter(
         digest="",

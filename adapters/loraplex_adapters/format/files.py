@@ -17,7 +17,7 @@ from typing import Self
 
 from loraplex_model.base.refusal import Reason, Refusal
 
-from loraplex_adapters.format.strict_json import shown
+from loraplex_adapters.format.foreign.folder import Cause, cause_of
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -25,10 +25,8 @@ MAX_CONFIG_BYTES = 1 << 20
 """Most bytes of a configuration. AdaLoRA's lists every singular value of every module, 13 bytes
 each: 30 layers with 7 modules of rank 256 are 700 KB. Parsing as much takes about 0.1 s."""
 
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-"""Endings of files whose readers execute code from the file. Such files are never opened."""
-
 _MAX_PATH = 4096
+_MAX_LISTED = 1000
 _MAX_LINKS = 8
 _SNAPSHOTS = "snapshots"
 _INSTEAD = (
@@ -209,22 +207,33 @@ class Directory(_Opened):
             return []
 
     def _missing(self, name: str) -> Refusal:
-        if name == WEIGHTS_FILE and (pickle := self._first_pickle()):
-            return Refusal(
-                Reason.ADAPTER_UNSUPPORTED,
-                f"the weights are pickled ({shown(pickle)}); save them as {WEIGHTS_FILE} "
-                "(PEFT: save_pretrained(..., safe_serialization=True))",
-                shown(pickle),
-            )
+        if name in (CONFIG_FILE, WEIGHTS_FILE) and (cause := cause_of(self.listing)) is not None:
+            return refused(cause)
         return Refusal(Reason.ADAPTER_INVALID, f"there is no {name}", name)
 
-    def _first_pickle(self) -> str | None:
+    def listing(self, below: str = "") -> list[tuple[str, bool]]:
+        """The names in a folder `below`, and which of them are folders; none if unreadable.
+
+        Links are listed as files and not followed. At most 1000 names are read.
+        """
         try:
-            with os.scandir(self.descriptor) as entries:
-                names = [e.name for e in islice(entries, 1000) if e.name.endswith(PICKLES)]
+            descriptor = os.open(below or ".", _DIRECTORY, dir_fd=self.descriptor)
         except OSError:
-            return None
-        return min(names, key=lambda n: (not n.startswith("adapter_model"), n), default=None)
+            return []
+        try:
+            with os.scandir(descriptor) as entries:
+                named = islice(entries, _MAX_LISTED)
+                return [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in named]
+        except OSError:
+            return []
+        finally:
+            os.close(descriptor)
+
+
+def refused(cause: Cause) -> Refusal:
+    """The refusal for a cause that was found in a folder or in a file's first bytes."""
+    reason, message, field = cause
+    return Refusal(Reason(reason), message, field)
 
 
 def open_directory(path: Path) -> Directory:

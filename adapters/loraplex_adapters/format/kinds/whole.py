@@ -22,6 +22,9 @@ SAVED_OPTION: Mapping[str, Option] = {
     "modules_to_save": served("lm_head, embed_tokens and norms; no projections"),
 }
 
+UNSAVED = ("layers", "mlp", "model", "rotary_emb", "self_attn")
+"""Modules of every base that are not served if they are saved completely."""
+
 ROWS_ENDING, ROWS_OPTION = "token_adapter.trainable_tokens_delta", "trainable_token_indices"
 _BY_NAME = {"embed_tokens": EMBEDDING, "model.embed_tokens": EMBEDDING, "lm_head": HEAD}
 
@@ -42,8 +45,13 @@ def place_saved(file: Placement, targets: Targets) -> list[ModuleSpec]:
         modules += _saved(file, site)
         claimed.update(n for n in targets.saved if module_path(*site).endswith(n))
     if unknown := sorted(set(targets.saved) - claimed):
-        message = f"modules_to_save names {shown(unknown[0])}, which this base does not have"
-        file.find(Reason.BASE_MODEL_MISMATCH, message, "modules_to_save")
+        name = shown(unknown[0])
+        if unknown[0] in UNSAVED or unknown[0].endswith(tuple(f".{part}" for part in UNSAVED)):
+            message = f"modules_to_save names {name}; only embeddings, head and norms are served"
+            file.find(Reason.ADAPTER_UNSUPPORTED, message, "modules_to_save")
+        else:
+            message = f"modules_to_save names {name}, which this base does not have"
+            file.find(Reason.BASE_MODEL_MISMATCH, message, "modules_to_save")
     file.saved.update(sites)
     both = [m.tensors["weight"] for m in modules if (m.layer, m.module) in EMBEDDINGS]
     if targets.tied and file.base.config.tie_embeddings and len(both) > 1:
