@@ -169,7 +169,7 @@ def test_a_resized_vocabulary_is_said_with_both_sizes(tmp_path: Path) -> None:
     config = lora_config(target_modules=["down_proj"], modules_to_save=["embed_tokens"])
     (only,) = examine(write_adapter(tmp_path, config, tensors), BASE).findings
     assert only.reason == "BASE_MODEL_MISMATCH"
-    assert "vocabulary of 104 tokens; this base has 40" in only.message
+    assert "vocabulary of 104 tokens, 64 more than the 40" in only.message
     assert "resize_token_embeddings" in only.message
 
 

@@ -27,7 +27,7 @@ from loraplex_adapters.format.modules import (
 from loraplex_adapters.format.patterns import Value, match
 from loraplex_adapters.format.spec import AdapterLimits, ModuleSpec, TensorLocation
 from loraplex_adapters.format.strict_json import shown
-from loraplex_adapters.format.targets import EMBEDDINGS, Targets
+from loraplex_adapters.format.targets import Targets
 
 _LAYER = re.compile(r"\Amodel\.layers\.(0|[1-9][0-9]{0,4})\.")
 
@@ -122,8 +122,6 @@ class Placement:
                 elif size != wanted:
                     name = shown(tensor.name)
                     message = f"{name} has width {size}; the base's {site[1]} has {wanted}"
-                    if site in EMBEDDINGS and wanted == self.base.config.vocab_size:
-                        message = f"{name} has {_other_vocabulary(size, wanted)}"
                     self.find(Reason.BASE_MODEL_MISMATCH, message, name)
                     return None
         if len(set(inner.values())) > 1:
@@ -286,22 +284,6 @@ class Placement:
         else:
             message = f"{name} changes {site[1]} in a way that is not supported"
             self.find(Reason.ADAPTER_UNSUPPORTED, message, name)
-
-
-def _other_vocabulary(rows: int, vocab: int) -> str:
-    """What is wrong with a tensor whose rows are not the base's vocabulary, and the way out."""
-    if rows > vocab:
-        return (
-            f"rows for {rows} tokens, {rows - vocab} more than the base, whose vocabulary has "
-            f"{vocab}: the adapter was trained on a resized vocabulary. Serve a base that is "
-            "resized in the same way (transformers: resize_token_embeddings, save_pretrained), or "
-            "train the rows of existing tokens only (PEFT: trainable_token_indices)"
-        )
-    return (
-        f"rows for {rows} tokens, {vocab - rows} fewer than the base, whose vocabulary has {vocab}:"
-        " the adapter was trained on a base with a smaller or unpadded vocabulary. Serve that base,"
-        " or pad the tensor with the base's own last rows"
-    )
 
 
 def _ending(name: str) -> str:

@@ -35,16 +35,22 @@ _TOLERANCE = 2.0**-8
 def changed_rows(
     tensor: TensorLocation, read: Read, base: BaseValues, site: Site
 ) -> tuple[int, ...]:
-    """Numbers of the rows of a copy [rows, width] that differ from the base's; a norm is a row."""
+    """Numbers of the rows of a copy [rows, width] that differ from the base's; a norm is a row.
+
+    There are none if all rows equal the base's after rounding. If one does not, rows that were
+    rounded count too, because what PEFT computes with the copy depends on them.
+    """
     width = tensor.shape[-1]
     found: list[int] = []
+    is_base = True
     for first, own in _rows(tensor, read, width):
         theirs = base.dense(site, first * width, own.size).reshape(own.shape)
-        same = np.zeros(len(own), bool)
+        found += (first + np.flatnonzero((theirs != own).any(axis=1))).tolist()
+        alike = np.zeros(len(own), bool)
         for kind in _LOADED:
-            same |= (rounded(rounded(theirs, kind), tensor.dtype) == own).all(axis=1)
-        found += (first + np.flatnonzero(~same)).tolist()
-    return tuple(found)
+            alike |= (rounded(rounded(theirs, kind), tensor.dtype) == own).all(axis=1)
+        is_base = is_base and bool(alike.all())
+    return () if is_base else tuple(found)
 
 
 def equals_blocks(tensor: TensorLocation, read: Read, base: BaseValues, site: Site) -> bool:

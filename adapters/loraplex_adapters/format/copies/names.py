@@ -20,7 +20,7 @@ INFIXES = ("modules_to_save.weight", "modules_to_save.default.weight")
 under the module's plain name, and ignores these if that is in the file too."""
 
 
-class State(Enum):
+class ModuleState(Enum):
     """What PEFT has put around a module, by which the module's own parameters are named."""
 
     PLAIN = ""
@@ -30,7 +30,7 @@ class State(Enum):
 
 
 COPY_ENDINGS: Mapping[str, str] = {
-    **{f"{state.value}weight": "save_embedding_layers" for state in State},
+    **{f"{state.value}weight": "save_embedding_layers" for state in ModuleState},
     **dict.fromkeys(INFIXES, "modules_to_save"),
 }
 """Ends of the names of a module's own weight and of its infixes, with the option of PEFT that

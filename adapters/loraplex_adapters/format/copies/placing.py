@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from loraplex_model.base.config import PROJECTIONS, Site
 
-from loraplex_adapters.format.copies.names import COPY_ENDINGS, State
+from loraplex_adapters.format.copies.names import COPY_ENDINGS, ModuleState
 from loraplex_adapters.format.modules import EMBEDDING, HEAD, PREFIX, base_sites, module_path
 from loraplex_adapters.format.placement import Placement
 from loraplex_adapters.format.spec import BaseCopy, ModuleSpec, TensorLocation
@@ -24,10 +24,10 @@ _PROJECTION = (
     "express the change as A and B, or merge it into the base and serve that"
 )
 _STATES = {
-    State.PLAIN: "is not adapted",
-    State.ADAPTED: "is adapted",
-    State.SAVED: "is in modules_to_save",
-    State.TOKENS: "has trained tokens",
+    ModuleState.PLAIN: "is not adapted",
+    ModuleState.ADAPTED: "is adapted",
+    ModuleState.SAVED: "is in modules_to_save",
+    ModuleState.TOKENS: "has trained tokens",
 }
 _OTHER_WEIGHT = "ln_tuning_layers.weight"
 
@@ -70,13 +70,13 @@ def without_copies(
             yield replace(module, tensors=tensors)
 
 
-def _claimed(file: Placement, site: Site) -> Iterator[tuple[State, TensorLocation]]:
-    for state in State:
+def _claimed(file: Placement, site: Site) -> Iterator[tuple[ModuleState, TensorLocation]]:
+    for state in ModuleState:
         if (tensor := file.claim(site, f"{state.value}weight")) is not None:
             yield state, tensor
 
 
-def _copy(file: Placement, site: Site, named: State, tensor: TensorLocation) -> BaseCopy:
+def _copy(file: Placement, site: Site, named: ModuleState, tensor: TensorLocation) -> BaseCopy:
     state = _state(file, site)
     if named is not state:
         name = f"{PREFIX}{module_path(*site)}.{state.value}weight"
@@ -97,17 +97,17 @@ def _has_own_weight(file: Placement, site: Site) -> bool:
     return site in file.saved or _OTHER_WEIGHT in file.claimed(site)
 
 
-def _state(file: Placement, site: Site) -> State:
+def _state(file: Placement, site: Site) -> ModuleState:
     if site in file.saved:
-        return State.SAVED
+        return ModuleState.SAVED
     endings = set(file.claimed(site))
     if site == HEAD and file.base.config.tie_embeddings:  # PEFT wraps the head alike
         endings |= {ending for ending in file.claimed(EMBEDDING) if "trainable_tokens" in ending}
     if any(ending.startswith("token_adapter.trainable") for ending in endings):
-        return State.TOKENS
+        return ModuleState.TOKENS
     if any(ending not in COPY_ENDINGS and ending != "bias" for ending in endings):
-        return State.ADAPTED
-    return State.PLAIN
+        return ModuleState.ADAPTED
+    return ModuleState.PLAIN
 
 
 def _set_weight(modules: list[ModuleSpec], site: Site, tensor: TensorLocation) -> None:

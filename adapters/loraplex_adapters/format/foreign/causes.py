@@ -204,22 +204,27 @@ def _vocabulary(tensor: TensorLocation, hidden_size: int) -> int:
         return second
     if module == "lm_head" and ending.startswith("lora_B"):
         return first
-    saved = ending in ("weight", "base_layer.weight") or ending.startswith("modules_to_save")
+    saved = ending.endswith("weight") and not ending.startswith("lora_")
     return first if saved and second == hidden_size else 0
 
 
 def _resized(names: Sequence[str], size: int, vocab_size: int) -> Problem:
+    more = size > vocab_size
     message = (
-        f"the adapter is for a vocabulary of {size} tokens; this base has {vocab_size} "
-        f"({_counted(names)})"
+        f"the adapter is for a vocabulary of {size} tokens, {abs(size - vocab_size)} "
+        f"{'more' if more else 'fewer'} than the {vocab_size} of this base ({_counted(names)}); "
     )
-    if size > vocab_size:
+    if more:
         message += (
-            "; if tokens were added for training (resize_token_embeddings), save the base with "
-            "them and serve that, or train without new tokens"
+            "if tokens were added for training, resize the base in the same way "
+            "(resize_token_embeddings, save_pretrained) and serve that, or train the rows of "
+            "existing tokens only (PEFT: trainable_token_indices)"
         )
     else:
-        message += "; serve the model that the adapter was trained on"
+        message += (
+            "serve the model that it was trained on, or, if this base is the same with a padded "
+            "vocabulary, pad these tensors with the base's own last rows"
+        )
     return Problem(names[0], message, Reason.BASE_MODEL_MISMATCH)
 
 
