@@ -28,7 +28,7 @@ from prometheus_client import (
 from loraplex_server.config import Config
 from loraplex_server.engine.group.face import Engine
 from loraplex_server.engine.group.group import EngineGroup, members
-from loraplex_server.engine.messages import Hello
+from loraplex_server.engine.messages import Hello, ModelInfo
 from loraplex_server.engine.process.client import EngineClient
 from loraplex_server.engine.process.descriptors import raise_descriptor_limit
 from loraplex_server.engine.process.identity import BaseChanged
@@ -118,15 +118,7 @@ class Server:
             hello.num_blocks * hello.block_size,
         )
         with needed(ServerExit.NO_MODEL, "cannot read"):
-            folder = Path(model.tokenizer_path)
-            tokenizer = await asyncio.to_thread(
-                TextTokenizer,
-                folder,
-                context,
-                self._lanes.text,
-                eos_token_ids=model.eos_token_ids,
-                special_tokens_in_messages=config.special_tokens_in_messages,
-            )
+            tokenizer = await asyncio.to_thread(self._tokenizer, model, context)
         limits = AdapterLimits(
             max_rank=config.max_rank,
             max_device_bytes=hello.adapter_budget_bytes,
@@ -191,6 +183,15 @@ class Server:
                 raise StartFailure(ServerExit.BASE_CHANGED, str(error)) from error
         self._observer.devices.watch(members(self.engine))
         return hello
+
+    def _tokenizer(self, model: ModelInfo, context: int) -> TextTokenizer:
+        return TextTokenizer(
+            Path(model.tokenizer_path),
+            context,
+            self._lanes.text,
+            eos_token_ids=model.eos_token_ids,
+            special_tokens_in_messages=self._config.special_tokens_in_messages,
+        )
 
     def _keep_running(self, registry: Registry) -> None:
         """Starts the tasks that run as long as the server."""

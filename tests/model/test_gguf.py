@@ -32,7 +32,7 @@ _NAMES = {
 }
 
 
-def write(variant: str, path: Path, **metadata: str) -> Path:
+def write(variant: str, path: Path, **metadata: str | int) -> Path:
     """The variant as llama.cpp would have converted it, without quantisation."""
     model = tiny.build(variant)
     config = model.config
@@ -52,7 +52,11 @@ def write(variant: str, path: Path, **metadata: str) -> Path:
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     for key, value in metadata.items():
-        writer.add_string(key.replace("_dot_", "."), value)
+        name = key.replace("_dot_", ".")
+        if isinstance(value, str):
+            writer.add_string(name, value)
+        else:
+            writer.add_uint32(name, value)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for name, tensor in model.state_dict().items():
         parts = name.split(".")

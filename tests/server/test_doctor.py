@@ -38,6 +38,13 @@ def bad(config: Config) -> list[str]:
     return [f"{c.subject}: {c.text}" for c in doctor.examine(config) if not c.good]
 
 
+def test_the_end_tokens_of_a_converted_base_are_listed(config: Config) -> None:
+    shown = [check.text for check in doctor.examine(config) if check.subject == "end tokens"]
+    assert shown == ["2"]  # without a spelling, since the base has no tokenizer
+    unknown = config.model_copy(update={"cache": config.cache / "other"})
+    assert all(check.subject != "end tokens" for check in doctor.examine(unknown))
+
+
 @pytest.mark.fault("base-cache-damaged")
 def test_a_damaged_base_is_named(config: Config, tmp_path: Path) -> None:
     assert bad(config) == []

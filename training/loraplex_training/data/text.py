@@ -83,7 +83,7 @@ class BaseText:
                 "set eos_token_id in its config.json",
             )
         usual = tokenizer.token_to_id(info.special_tokens.get("eos_token", ""))
-        self.eos = usual if usual in self.eos_ids else self.eos_ids[0]
+        self.eos = next((id_ for id_ in self.eos_ids if id_ == usual), self.eos_ids[0])
         self.tokenizer_digest = hashlib.sha256(content).hexdigest()
         source = info.chat_template
         self.template_digest = hashlib.sha256(source.encode()).hexdigest() if source else ""

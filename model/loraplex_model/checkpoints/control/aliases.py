@@ -123,5 +123,5 @@ def _is_found_within_text(tokenizer: Tokenizer, spelling: str) -> bool:
     A normaliser that puts a character before a text puts it before normalised tokens, too, so that
     they are found at the start only.
     """
-    ids = tokenizer.encode(f". {spelling}", add_special_tokens=False).ids
+    ids = tokenizer.encode(f".{spelling}.", add_special_tokens=False).ids
     return tokenizer.token_to_id(spelling) in ids
