@@ -164,11 +164,34 @@ def test_without_control_tokens_ids_are_those_of_transformers(name: str, text: s
     assert BASES[name].encoder.encode_chat(messages) == theirs(BASES[name], messages)
 
 
-@every_base
+def spaced() -> Tokenizer:
+    tokenizer = byte_level()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.model.ignore_merges = True
+    return tokenizer
+
+
+def always() -> Tokenizer:
+    tokenizer = metaspace()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    return tokenizer
+
+
+def by_word() -> Tokenizer:
+    """Control tokens are words of the model, as they would be of no trained one."""
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(CONTROLS)}, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return finish(tokenizer)
+
+
+OTHERS = {"spaced": base(spaced()), "always": base(always()), "by word": base(by_word())}
+
+
+@pytest.mark.parametrize("name", [*BASES, *OTHERS])
 @settings(deadline=None, max_examples=50)
 @given(st.text(TEXT, max_size=20), st.lists(st.sampled_from([*CONTROLS, TOOL]), max_size=3))
 def test_aliases_change_no_id(name: str, text: str, controls: list[str]) -> None:
-    base = BASES[name]
+    base = (BASES | OTHERS)[name]
     for within in ("", " ", "hi"):
         whole = within.join([text, *controls, text])
         aliased = AliasedTokenizer(base.tokenizer, separable(base.tokenizer))
@@ -251,7 +274,7 @@ def test_an_operator_may_have_messages_recognised(name: str) -> None:
 
 def test_control_tokens_are_the_special_ones_and_those_that_the_template_writes() -> None:
     tokenizer = byte_level()
-    tokenizer.add_tokens(["<tool_call>", "[OTHER]", "  ", "\n\n"])
+    tokenizer.add_tokens(["<tool_call>", "[OTHER]", "  ", "\n\n", "role"])
     tokenizer.add_special_tokens(["<end_of_turn>", "\t"])
     found = control_tokens(separable(tokenizer), CHATML + "<tool_call>")
     assert found == {*CONTROLS, TOOL, "<end_of_turn>"}
@@ -315,8 +338,11 @@ def test_marks_stay_outside_of_what_templates_strip_and_compare() -> None:
     assert marks.mark(f" {OPEN} <|im_ ", spellings) == " <I|im_start|> <|im_E "
     assert marks.mark(" end|> x", spellings) == " Eend|> x"
     value = {"type": "<|im_", CLOSE: ["x", 1, None, True]}
-    marked = {"type": "<|im_", "<I|im_end|>": ["x", 1, None, True]}
+    marked = {"type": "<|im_E", "<I|im_end|>": ["x", 1, None, True]}
     assert marks.mark_all(value, spellings) == marked
+    message = {"role": "user", "content": "the user", "parts": [{"type": "user"}]}
+    marked = {**message, "content": "the uIser"}
+    assert marks.mark_all(message, Spellings(["user", "userland"])) == marked
     assert marks.mark("x", Spellings([])) == "x"
 
 

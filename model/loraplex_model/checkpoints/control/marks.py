@@ -17,7 +17,7 @@ from loraplex_model.checkpoints.control.spellings import Spellings
 NONCHARACTERS: Final = frozenset(map(chr, range(0xFDD0, 0xFDF0)))
 
 _FIXED: Final = frozenset({"role", "type"})
-"""Keys of strings that templates compare: marked only where they spell out a control token."""
+"""Keys whose values templates compare with words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +55,12 @@ class Marks:
         """The text without marks."""
         return text.replace(self.inside, "").replace(self.edge, "")
 
-    def mark(self, text: str, spellings: Spellings, edges: bool = True) -> str:
-        """The text with marks in the words that it spells out and, if `edges`, at its ends.
+    def mark(self, text: str, spellings: Spellings) -> str:
+        """The text with marks in the words that it spells out, and at its ends if need be.
 
         White space at the ends, which templates strip, is left outside of the marks.
         """
         marked = spellings.split_first(text, self.inside)
-        if not edges:
-            return marked
         core = marked.rstrip()
         if spellings.begins_at_end_of(core):
             marked = core + self.edge + marked[len(core) :]
@@ -75,20 +73,28 @@ class Marks:
             marked = self.edge + marked
         return marked
 
-    def mark_all(self, value: Any, spellings: Spellings, edges: bool = True) -> Any:
-        """A copy of a value of JSON's kinds whose strings and keys are marked."""
+    def mark_all(self, value: Any, spellings: Spellings) -> Any:
+        """A copy of a value of JSON's kinds whose strings and keys are marked.
+
+        Keys that are names, and roles and types that are, stay as they are: templates look for
+        them.
+        """
         if isinstance(value, str):
-            return self.mark(value, spellings, edges)
+            return self.mark(value, spellings)
         if isinstance(value, Mapping):
             return {
-                self.mark(str(key), spellings, edges=False): self.mark_all(
-                    item, spellings, edges and key not in _FIXED
-                )
+                _marked_key(key, self, spellings): item
+                if key in _FIXED and isinstance(item, str) and item.isidentifier()
+                else self.mark_all(item, spellings)
                 for key, item in value.items()
             }
         if isinstance(value, Sequence) and not isinstance(value, bytes):
-            return [self.mark_all(item, spellings, edges) for item in value]
+            return [self.mark_all(item, spellings) for item in value]
         return value
+
+
+def _marked_key(key: str, marks: Marks, spellings: Spellings) -> str:
+    return key if key.isidentifier() else marks.mark(key, spellings)
 
 
 def strings_of(value: Any) -> Iterator[str]:

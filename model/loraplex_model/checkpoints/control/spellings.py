@@ -8,8 +8,8 @@ from typing import Final
 
 from tokenizers import AddedToken, Tokenizer
 
-_TAG: Final = re.compile(r"</?[A-Za-z_][\w.:-]*>")
-"""A plain tag such as <think>, which models write themselves."""
+_PLAIN: Final = re.compile(r"</?[A-Za-z_][\w.:-]*>|\w+")
+"""A plain tag such as <think>, or a word: both are written by models themselves."""
 
 
 class Spellings:
@@ -63,13 +63,13 @@ class Spellings:
 def separable(tokenizer: Tokenizer) -> dict[str, AddedToken]:
     """The added tokens that may be control tokens of some template, by their spelling.
 
-    White space and tags that are no special tokens are text. A special token of one character that
-    the model also has for text is text, too: it has no other id.
+    White space, and tags and words that are no special tokens, are text. A special token of one
+    character that the model also has for text is text, too: it has no other id.
     """
     tokens = {
         token.content: token
         for token in tokenizer.get_added_tokens_decoder().values()
-        if token.content.strip() and (token.special or not _TAG.fullmatch(token.content))
+        if token.content.strip() and (token.special or not _PLAIN.fullmatch(token.content))
     }
     if any(len(spelling) == 1 for spelling in tokens):
         vocabulary = tokenizer.get_vocab(with_added_tokens=False)
