@@ -94,12 +94,16 @@ class Calls:
         replace: bool = False,
         load: bool = False,
         labels: Mapping[str, str] | None = None,
+        chat_template: str = "",
+        eos_token_ids: Sequence[int] = (),
         timeout: float | None = None,
     ) -> Registration:
         """Registers the PEFT directory `path`, relative to the server's import root, as `name`.
 
         With `replace`, a name that is taken moves to these bytes as a new version. With `load`, the
-        adapter is made resident too. Raises AdapterRejected or AdapterConflict.
+        adapter is made resident too. `chat_template` (Jinja source, which the server's operator
+        must allow) and `eos_token_ids` take the place of the base model's for this version. Raises
+        AdapterRejected or AdapterConflict.
         """
         request = fill(
             adapter_pb2.RegisterAdapterRequest,
@@ -108,6 +112,8 @@ class Calls:
             replace=replace,
             load=load,
             labels=labels,
+            chat_template=chat_template,
+            eos_token_ids=eos_token_ids,
         )
         return read(Registration, await self._call(self._stub.RegisterAdapter, request, timeout))
 
@@ -165,14 +171,20 @@ class Calls:
         return [read(AdapterInfo, version) for version in reply.adapters]
 
     async def validate_adapter(
-        self, path: str = "", *, upload_id: str = "", timeout: float | None = None
+        self,
+        path: str = "",
+        *,
+        upload_id: str = "",
+        other_files: Sequence[str] = (),
+        timeout: float | None = None,
     ) -> Validation:
         """Returns everything that is wrong with an adapter, without registering it.
 
         The adapter is either the directory `path` below the server's import root or what
-        `stage_adapter` uploaded.
+        `stage_adapter` uploaded. `other_files` are names of further files in the directory that was
+        uploaded, for the notes.
         """
-        request = requests.validate(path, upload_id)
+        request = requests.validate(path, upload_id, other_files)
         return read(Validation, await self._call(self._stub.ValidateAdapter, request, timeout))
 
     async def label_adapter(
@@ -250,6 +262,8 @@ class Calls:
         replace: bool = False,
         load: bool = False,
         labels: Mapping[str, str] | None = None,
+        chat_template: str = "",
+        eos_token_ids: Sequence[int] = (),
         upload_id: str = "",
         progress: uploads.Progress | None = None,
         timeout: float | None = None,
@@ -259,10 +273,19 @@ class Calls:
         An interrupted upload is resumed, even if the server has restarted meanwhile. `upload_id`
         (from `start_upload`) resumes an upload that another process started. `progress` may be
         called on another thread. `timeout` is the deadline of each stream; None sets no deadline.
-        Raises AdapterRejected or AdapterConflict.
+        `chat_template` and `eos_token_ids` are as in `register_adapter`. Raises AdapterRejected or
+        AdapterConflict.
         """
         files = await self._connection.offload(uploads.Files.read, folder)
-        header = files.header(upload_id, labels, name=name, replace=replace, load=load)
+        header = files.header(
+            upload_id,
+            labels,
+            name=name,
+            replace=replace,
+            load=load,
+            chat_template=chat_template,
+            eos_token_ids=eos_token_ids,
+        )
         return await self._upload(files, header, progress, timeout)
 
     async def stage_adapter(

@@ -130,12 +130,14 @@ def unload(adapter_id: str, force: bool, drain: float | None) -> adapter_pb2.Unl
     return request
 
 
-def validate(path: str, upload_id: str) -> adapter_pb2.ValidateAdapterRequest:
+def validate(
+    path: str, upload_id: str, other_files: Sequence[str] = ()
+) -> adapter_pb2.ValidateAdapterRequest:
     """Returns the request for a path or an upload. Raises InvalidRequest unless one is given."""
     if bool(path) == bool(upload_id):
         raise invalid("source", "give either path or upload_id")
     given = {"path": path} if path else {"upload_id": upload_id}
-    return fill(adapter_pb2.ValidateAdapterRequest, **given)
+    return fill(adapter_pb2.ValidateAdapterRequest, other_files=other_files, **given)
 
 
 def render_chat(

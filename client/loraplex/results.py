@@ -222,6 +222,8 @@ class AdapterInfo:
     `base_fingerprint` are those of the base model against which it was checked, "" if they are not
     known. `unservable` says why the server does not serve it; None if it does, or in a watch.
     `devices` names the devices that hold it, such as "cuda:1", if the server has several.
+    `eos_token_ids` and `chat_template_sha256` are what the version brings in place of the base
+    model's end tokens and chat template; () and "" if it brings none.
     """
 
     name: str
@@ -250,14 +252,21 @@ class AdapterInfo:
     base_name: str = ""
     unservable: Finding | None = None
     devices: tuple[str, ...] = ()
+    eos_token_ids: tuple[int, ...] = ()
+    chat_template_sha256: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Registration:
-    """The result of a registration. `created` is False if the name already had these bytes."""
+    """The result of a registration.
+
+    `created` is False if the name already had these bytes. `notes` are sentences about what has no
+    effect, such as a tokenizer in the adapter's directory.
+    """
 
     adapter: AdapterInfo
     created: bool
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,10 +322,14 @@ class AdapterSpec:
 
 @dataclass(frozen=True, slots=True)
 class Validation:
-    """The result of checking an adapter: its faults or, if it has none, its description."""
+    """The result of checking an adapter: its faults or, if it has none, its description.
+
+    `notes` are sentences about what has no effect, such as a tokenizer in its directory.
+    """
 
     findings: tuple[Finding, ...]
     spec: AdapterSpec | None
+    notes: tuple[str, ...] = ()
 
     @property
     def valid(self) -> bool:

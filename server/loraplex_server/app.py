@@ -37,6 +37,7 @@ from loraplex_server.metrics import Metrics
 from loraplex_server.observing import ServerObserver
 from loraplex_server.registry.quarantine import QuarantineKeeper
 from loraplex_server.registry.registry import Registry
+from loraplex_server.registry.texts import AdapterTexts
 from loraplex_server.rpc.calls.gate import Gate
 from loraplex_server.rpc.calls.interceptor import Interceptor
 from loraplex_server.rpc.messages.validate import ModelBounds
@@ -125,8 +126,9 @@ class Server:
             max_virtual_tokens=config.adapter_virtual_tokens,
             max_context=context,
         )
+        texts = AdapterTexts(tokenizer.special_tokens, config.adapter_chat_templates)
         registry = Registry(
-            store, self.engine, self.metrics, config.import_root, limits, self._lanes
+            store, self.engine, self.metrics, config.import_root, limits, self._lanes, texts
         )
         self._closing.push_async_callback(registry.close)
         with needed(ServerExit.STORE_UNUSABLE, "cannot read the store"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -66,6 +67,30 @@ Labels = Annotated[
     ),
 ]
 
+ChatTemplate = Annotated[
+    Path | None,
+    option(
+        "Registration",
+        "Local Jinja file: the chat template of this version, in place of the base model's. The "
+        "server's operator must allow it.",
+        "--chat-template",
+        metavar="FILE",
+        exists=True,
+        dir_okay=False,
+    ),
+]
+EosTokenIds = Annotated[
+    list[int] | None,
+    option(
+        "Registration",
+        "Token that ends the answers of this version, in place of the base model's end tokens. Can "
+        "be repeated.",
+        "--eos-token-id",
+        metavar="ID",
+        min=0,
+    ),
+]
+
 Adapter = Annotated[
     str | None,
     option(
@@ -102,6 +127,16 @@ CHAT: Mapping[str, Any] = {
     ),
 }
 """The keys of GenerateOptions that are options of `chat` and `generate`."""
+
+
+def read_template(path: Path | None) -> str:
+    """Reads the file of a chat template; "" without one. Raises BadParameter."""
+    if path is None:
+        return ""
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise typer.BadParameter(f"{path} cannot be read as UTF-8 text: {error}") from None
 
 
 def parse_pairs(terms: Iterable[str] | None) -> dict[str, str]:

@@ -187,6 +187,7 @@ def write_registration(done: Registration) -> None:
     """Prints the registered adapter, and whether the registration is new."""
     news = "registered" if done.created else "was registered already"
     print(f"{identity(done.adapter)} {news}")
+    _write_notes(done.notes)
 
 
 def write_uploads(uploads: Sequence[UploadInfo]) -> None:
@@ -210,6 +211,12 @@ def write_validation(found: Validation) -> None:
         print(finding.reason, finding.field or "-", finding.message, sep="\t")
     if found.spec is not None:
         write_fields(found.spec)
+    _write_notes(found.notes)
+
+
+def _write_notes(notes: Sequence[str]) -> None:
+    for note in notes:
+        print(f"note: {note}")
 
 
 def write_event(event: AdapterEvent) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Final, TypeAlias
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
+from loraplex_adapters.store.index.texts import MAX_TEMPLATE_BYTES
 from loraplex_model.base.refusal import Problem
 
 MAX_MESSAGE_BYTES: Final = 4 << 20
@@ -24,7 +25,8 @@ MAX_PARTS: Final = 64
 MAX_JSON_BYTES: Final = 65536
 MAX_TEMPLATE_VARIABLES: Final = 32
 MAX_TEMPLATE_VALUE_BYTES: Final = 8192
-MAX_TEMPLATE_BYTES: Final = 262144
+MAX_OTHER_FILES: Final = 256
+MAX_FILE_NAME: Final = 255
 MAX_MIX: Final = 8
 MAX_LOGIT_BIAS: Final = 300
 MAX_STOP_STRINGS: Final = 16
@@ -72,6 +74,8 @@ ENTRIES: Final[Mapping[str, int]] = MappingProxyType(
             "LabelAdapterRequest.remove": MAX_LABELS,
             "UploadHeader.labels": MAX_LABELS,
             "UploadHeader.eos_token_ids": MAX_STOP_TOKENS,
+            "UploadHeader.other_files": MAX_OTHER_FILES,
+            "ValidateAdapterRequest.other_files": MAX_OTHER_FILES,
             "TrainingMethod.options": MAX_OPTIONS,
             "TrainingDelivery.labels": MAX_LABELS,
             "ListJobsRequest.states": MAX_STATES,
@@ -128,6 +132,8 @@ LENGTHS: Final[Mapping[str, int]] = MappingProxyType(
             "UploadHeader.name": MAX_NAME,
             "UploadHeader.expected_digest": MAX_NAME,
             "UploadHeader.chat_template": MAX_TEMPLATE_BYTES,
+            "UploadHeader.other_files": MAX_FILE_NAME,
+            "ValidateAdapterRequest.other_files": MAX_FILE_NAME,
             "UploadHeader.LabelsEntry.key": MAX_NAME,
             "UploadHeader.LabelsEntry.value": MAX_LABEL_VALUE,
             "UploadChunk.data": MAX_MESSAGE_BYTES,

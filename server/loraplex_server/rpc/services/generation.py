@@ -23,6 +23,7 @@ from loraplex_server.engine.messages import Failure, Logprobs, Output, SamplingP
 from loraplex_server.logs import REQUEST_ID
 from loraplex_server.metrics import Metrics
 from loraplex_server.registry.registry import Registry
+from loraplex_server.registry.texts import end_tokens
 from loraplex_server.rpc.calls.errors import TABLE, for_client, require
 from loraplex_server.rpc.messages import validate
 from loraplex_server.rpc.messages.completion import (
@@ -38,6 +39,7 @@ from loraplex_server.rpc.services.prompts import Prompts
 from loraplex_server.rpc.services.resolve import (
     WeightedAdapter,
     mixable,
+    records,
     references,
     resolve,
     room_beside,
@@ -108,7 +110,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         with self.admission.enter() as ticket:
             adapters = await self._resolve(request, field_path)
             room = room_beside(adapters, self.bounds.max_context)
-            prompt = await self.prompts.tokenise(request, field_path, room)
+            prompt = await self._prompt(request, adapters, field_path, room)
             require(validate.scores(request, len(prompt), field_path))
             ticket.wait(len(prompt))
             call = _Call(request, adapters, prompt, room, _deadline(context), field_path, streaming)
@@ -186,6 +188,18 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             text = "an adapter with virtual tokens can only be used alone and with weight 1"
             raise Refusal(reason, text, problems=[Problem(field, text)])
         return adapters
+
+    async def _prompt(
+        self,
+        request: generation_pb2.GenerateRequest,
+        adapters: Sequence[WeightedAdapter],
+        field_path: str,
+        room: int,
+    ) -> list[int]:
+        template = None
+        if request.WhichOneof("input") == "messages":
+            template = await self.registry.template(records(adapters))
+        return await self.prompts.tokenise(request, field_path, room, template)
 
     def _next_look(self, call: _Call) -> float:
         """Time before which further outputs are not needed; the last one is delivered at once.
@@ -271,7 +285,7 @@ class _Call:
         """The request to the engine. Everything in it is decided here."""
         request, stop = self.request, self.request.stop
         wanted = stop.max_new_tokens if stop.HasField("max_new_tokens") else DEFAULT_MAX_NEW_TOKENS
-        ends = [] if stop.ignore_eos else bounds.eos_token_ids
+        ends = [] if stop.ignore_eos else end_tokens(records(self.adapters), bounds.eos_token_ids)
         return Submit(
             id=request_id,
             token_ids=self.prompt,

@@ -18,7 +18,7 @@ from loraplex_server.rpc.calls.errors import for_client, require
 from loraplex_server.rpc.messages import validate
 from loraplex_server.rpc.services.admission import Admission
 from loraplex_server.rpc.services.prompts import Prompts
-from loraplex_server.rpc.services.resolve import WeightedAdapter, room_beside
+from loraplex_server.rpc.services.resolve import WeightedAdapter, records, room_beside
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -66,7 +66,8 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
         with self.admission.enter():
             adapters = await self._resolve(request.adapter_id)
             room = room_beside(adapters, self.bounds.max_context)
-            prompt = await self.prompts.render(request.messages, "messages", room)
+            template = await self.registry.template(records(adapters))
+            prompt = await self.prompts.render(request.messages, "messages", room, template)
         return model_pb2.RenderChatResponse(text=prompt.text, token_ids=prompt.token_ids)
 
     async def _resolve(self, adapter_id: str) -> Sequence[WeightedAdapter]:
