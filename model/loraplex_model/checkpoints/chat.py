@@ -13,7 +13,6 @@ from datetime import datetime
 from functools import cached_property
 from typing import Any, Final
 
-from jinja2 import TemplateError
 from jinja2.environment import Template
 
 from loraplex_model.checkpoints.chat_messages import Abilities, adapted, probe
@@ -161,8 +160,6 @@ class ChatTemplate:
             raise TooMuchWork from error
         except Exception as error:  # not shown, unlike the template's own messages
             text = "the model's chat template does not accept this conversation"
-            if isinstance(error, TemplateError) and error.message:
-                text += f": {error.message[:200]}"
             raise TextRefused(text) from error
         return "".join(pieces)
 

@@ -105,7 +105,8 @@ class _Bounds(Extension):
 
     def join(self, pieces: list[Any]) -> str:
         """The operator `~`."""
-        return self.made("".join(map(str, pieces)))
+        text: str = self.made("".join(map(str, pieces)))
+        return text
 
     def made(self, value: Any) -> Any:
         """Counts a value that was made or is looked through, by its length."""
@@ -145,11 +146,11 @@ class _Counting(NodeTransformer):
         self.generic_visit(node)
         return self._bounds.call_method("join", [nodes.List(node.nodes)], lineno=node.lineno)
 
-    def _counted(self, node: Any) -> nodes.Node:
+    def _counted(self, node: nodes.For | nodes.Macro | nodes.CallBlock) -> nodes.Node:
         self.generic_visit(node)
         count = self._bounds.call_method("spend", lineno=node.lineno)
         node.body.insert(0, nodes.ExprStmt(count, lineno=node.lineno))
-        return node  # type: ignore[no-any-return]
+        return node
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
@@ -183,7 +184,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             _check_format(left, given)
         return self.bounds.made(super().call_binop(context, operator, left, right))
 
-    def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
         """Calls a function or method, after a look at its arguments."""
         _check_arguments(args, kwargs)
         owner, name = getattr(obj, "__self__", None), getattr(obj, "__name__", "")
