@@ -132,6 +132,10 @@ class Config(BaseSettings):
     merge_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the dense weights of merged adapters; `auto` uses dtype."""
 
+    adapter_chat_templates: bool = False
+    """Let clients register adapters with a chat template of their own, and render conversations
+    for such an adapter with it. Templates run in a sandbox."""
+
     max_context: int = Field(0, ge=0)
     """Longest prompt and answer together, in tokens; 0 uses the model's context length."""
     special_tokens_in_messages: bool = False

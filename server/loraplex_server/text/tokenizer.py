@@ -41,6 +41,7 @@ class TextTokenizer:
     Attributes:
         template: the chat template of the base model, or None.
         architecture: the architecture in the Hugging Face configuration.
+        special_tokens: texts of "bos_token", "eos_token", ..., which a chat template may use.
         eos_token_ids: ids that end a completion.
     """
 
@@ -65,6 +66,7 @@ class TextTokenizer:
         self._lane = lane or Lanes().text
         info = TokenizerInfo.read(folder)
         self.architecture = info.architecture
+        self.special_tokens = info.special_tokens
         self.template = _chat_template(info)
         self.eos_token_ids = tuple(info.eos_token_ids if eos_token_ids is None else eos_token_ids)
         self._tokenizer = _read_tokenizer(folder) if info.has_tokenizer else None
