@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from loraplex_model.base.refusal import Refusal
-from loraplex_model.checkpoints.chat import ChatTemplate, TextRefused
+from loraplex_model.checkpoints.chat import ChatOptions, ChatTemplate, TextRefused
 from loraplex_server.text.tokenizer import TextTokenizer, TooLong
 from rpc.harness import VOCAB, make_tokenizer, write_model
 from tokenizers import Tokenizer, decoders, models, processors
@@ -58,11 +58,12 @@ def test_prompts_get_the_ids_that_transformers_gives(folder: Path, tmp_path: Pat
         assert asyncio.run(ours.encode(text)) == theirs(text)["input_ids"]
     messages = [{"role": "user", "content": " hi "}, {"role": "assistant", "content": "<b>é"}]
     template = ChatTemplate(theirs.chat_template, {"bos_token": "<s>", "eos_token": "</s>"})
-    rendered = template.render(messages)
+    opens = ChatOptions(add_generation_prompt=True)
+    rendered = template.render(messages, opens)
     assert rendered == theirs.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=True
     )
-    assert asyncio.run(ours.encode_chat(messages, template=template)) == list(
+    assert asyncio.run(ours.encode_chat(messages, opens, template)) == list(
         theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
     )
 
