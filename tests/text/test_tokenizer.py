@@ -58,12 +58,12 @@ def test_prompts_get_the_ids_that_transformers_gives(folder: Path, tmp_path: Pat
         assert asyncio.run(ours.encode(text)) == theirs(text)["input_ids"]
     messages = [{"role": "user", "content": " hi "}, {"role": "assistant", "content": "<b>é"}]
     template = ChatTemplate(theirs.chat_template, {"bos_token": "<s>", "eos_token": "</s>"})
-    opens = ChatOptions(add_generation_prompt=True)
-    rendered = template.render(messages, opens)
+    opened = ChatOptions(add_generation_prompt=True)
+    rendered = template.render(messages, opened)
     assert rendered == theirs.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=True
     )
-    assert asyncio.run(ours.encode_chat(messages, opens, template)) == list(
+    assert asyncio.run(ours.encode_chat(messages, opened, template)) == list(
         theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
     )
 
