@@ -136,6 +136,13 @@ class Server:
             await registry.open()
         self._observer.on_table = registry.feed.on_table
         self._keep_running(registry)
+        self._training = await self._open_training(registry)
+        await self._accept_calls(model, registry, tokenizer, context)
+
+    async def _accept_calls(
+        self, model: ModelInfo, registry: Registry, tokenizer: TextTokenizer, context: int
+    ) -> None:
+        config = self._config
         admission = Admission(config.max_requests, config.max_waiting_tokens, self.metrics)
         prompts = Prompts(tokenizer, self._lanes.text)
         bounds = ModelBounds(model.base.config.vocab_size, context, tokenizer.eos_token_ids)
@@ -148,7 +155,6 @@ class Server:
             bounds,
             config.stream_writes,
         )
-        self._training = await self._open_training(registry)
         template_source = "model" if config.chat_template is None else "operator"
         await self._rpc.start(
             generation,
