@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from loraplex_adapters.format.examine import inspect
 from loraplex_adapters.format.files import open_directory
-from loraplex_adapters.format.notes import MAX_NOTED_FILES, folder_notes
+from loraplex_adapters.format.foreign.notes import MAX_NOTED_FILES, folder_notes
 from loraplex_adapters.format.spec import AdapterLimits
 from loraplex_adapters.store import Store, VersionText
 from loraplex_model.base.info import BaseInfo

@@ -10,7 +10,7 @@ from typing import Any, Final, TypeVar
 import grpc
 from loraplex.v1 import adapter_pb2 as pb
 from loraplex.v1 import adapter_pb2_grpc
-from loraplex_adapters.format.notes import folder_notes
+from loraplex_adapters.format.foreign.notes import folder_notes
 from loraplex_adapters.store import Record, VersionText
 from loraplex_model.base.refusal import Refusal, Subject
 

@@ -10,7 +10,7 @@ from typing import Final
 
 from loraplex.v1 import adapter_pb2
 from loraplex_adapters.format.files import CONFIG_FILE, WEIGHTS_FILE
-from loraplex_adapters.format.notes import folder_notes
+from loraplex_adapters.format.foreign.notes import folder_notes
 from loraplex_adapters.store import VersionText
 from loraplex_model.base.refusal import Problem, Reason, Refusal, Subject
 
