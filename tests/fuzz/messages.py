@@ -23,7 +23,7 @@ WORDS = (
     *("fuzzed-0", "fuzzed-0/..", "\0", "a\0b", "\r\nx: y", "\u202e", "\U0001f600" * 40, "é" * 64),
     *("adapter_config.json", "adapter_model.safetensors", "{}", "[" * 5000, "%s%n", "{{ x }}"),
     *("user", "system", "assistant", "A" * 70, "A" * 20_000, "lora", "all-linear", "0" * 32),
-    *("tool", "developer", "{\"a\": [1]}"),
+    *("tool", "developer", '{"a": [1]}'),
 )
 GOOD = ("fuzzed", "fuzzed", "fuzzed-0", "a", "hello", "user", "lora", "adapter_config.json")
 NUMBERS = (0, 1, -1, 2, 3, 5, 21, 399, 400, 1000, 2**15, 2**31 - 1, -(2**31), 2**32 - 1, 2**53 + 1)
