@@ -119,6 +119,14 @@ CASES: dict[str, Case] = {
         target_modules="all-linear",
         exclude_modules=["mlp", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     ),
+    "expressions": lora(
+        "llama",
+        {FIRST: AB, (0, "up_proj"): AB},
+        target_modules=r"model.layers.[\d]+.(mlp|self_attn).(up|q|k)_proj",
+        exclude_modules=r".*(vision_tower|k_proj).*",
+        rank_pattern={r".*\.layers\.[01]\..*(q_proj|v_proj)$": 3},
+        alpha_pattern={r"layers\.(?:0|2)\.(?:self_attn|mlp)\.[a-z_]+": 11},
+    ),
     "some layers": lora("llama", {FIRST: AB}, layers_to_transform=[0, 2]),
     "bias all": lora(
         TIED,
