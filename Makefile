@@ -31,7 +31,7 @@ FUZZ_SECONDS ?= 20
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model prometheus demo serve train-adapter test test-seams test-sanitized test-triton test-gpu fuzz lint house proto \
+.PHONY: help setup model prometheus demo serve train-adapter test test-seams test-field test-sanitized test-triton test-gpu fuzz lint house proto \
         bench bench-peft bench-kernels bench-train bench-adapters bench-paper bench-gpu bench-gpu-launches gpu-aot gpu-check gpu-pack figures \
         lock clean distclean
 
@@ -84,6 +84,9 @@ test: setup model prometheus ## Run the test suite (ARGS='tests/engine -k preemp
 
 test-seams: setup model ## Run the tests of every fault in docs/faults.md, long ones included (under 10 minutes)
 	@OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python scripts/seams.py $(ARGS)
+
+test-field: setup model ## Try what people bring (templates, adapters, data) on real servers and commands (about 3 minutes)
+	@OMP_NUM_THREADS=1 $(BIN)/python scripts/field_tests.py $(ARGS)
 
 test-sanitized: setup ## Run the tests of the C++ kernels with address and undefined-behaviour sanitizers
 	@OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python scripts/sanitized.py $(ARGS)

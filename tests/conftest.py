@@ -9,6 +9,7 @@ import pytest
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
+    parser.addoption("--field", action="store_true", help="run the tests in tests/field too")
     parser.addoption("--fault", metavar="NAME", help="run only the tests of this fault")
     parser.addoption(
         "--without-fsync",

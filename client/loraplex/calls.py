@@ -15,17 +15,19 @@ from loraplex import channel, replies, requests, uploads
 from loraplex.connection import ServerConnection
 from loraplex.errors import LoraplexError, Unavailable, UploadNotFound
 from loraplex.replies import read
-from loraplex.requests import GenerateOptions, fill
+from loraplex.requests import ConversationOptions, GenerateOptions, Message, fill
 from loraplex.results import (
     AdapterInfo,
     Completion,
     HealthStatus,
+    ModelDescription,
     Registration,
+    RenderedChat,
     UploadInfo,
     UploadProgress,
     Validation,
 )
-from loraplex.v1 import adapter_pb2, adapter_pb2_grpc
+from loraplex.v1 import adapter_pb2, adapter_pb2_grpc, model_pb2
 
 Q = TypeVar("Q")
 
@@ -62,6 +64,28 @@ class Calls:
         method = self._connection.stubs.generation.Generate
         return read(Completion, await self._call(method, request, timeout))
 
+    async def get_model(self, *, timeout: float | None = None) -> ModelDescription:
+        """Returns the server's base model: its end tokens and its chat template, among others."""
+        method, request = self._connection.stubs.model.GetModel, model_pb2.GetModelRequest()
+        return read(ModelDescription, (await self._call(method, request, timeout)).model)
+
+    async def render_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        adapter: str | None = None,
+        timeout: float | None = None,
+        **options: Unpack[ConversationOptions],
+    ) -> RenderedChat:
+        """Returns the prompt that `generate` makes of a conversation, without generating.
+
+        `ConversationOptions` lists the options. Raises InvalidRequest if the chat template does not
+        take the conversation.
+        """
+        request = requests.render_chat(messages, adapter, options)
+        method = self._connection.stubs.model.RenderChat
+        return read(RenderedChat, await self._call(method, request, timeout))
+
     async def register_adapter(
         self,
         name: str,
@@ -70,12 +94,16 @@ class Calls:
         replace: bool = False,
         load: bool = False,
         labels: Mapping[str, str] | None = None,
+        chat_template: str = "",
+        eos_token_ids: Sequence[int] = (),
         timeout: float | None = None,
     ) -> Registration:
         """Registers the PEFT directory `path`, relative to the server's import root, as `name`.
 
         With `replace`, a name that is taken moves to these bytes as a new version. With `load`, the
-        adapter is made resident too. Raises AdapterRejected or AdapterConflict.
+        adapter is made resident too. `chat_template` (Jinja source, which the server's operator
+        must allow) and `eos_token_ids` take the place of the base model's for this version. Raises
+        AdapterRejected or AdapterConflict.
         """
         request = fill(
             adapter_pb2.RegisterAdapterRequest,
@@ -84,6 +112,8 @@ class Calls:
             replace=replace,
             load=load,
             labels=labels,
+            chat_template=chat_template,
+            eos_token_ids=eos_token_ids,
         )
         return read(Registration, await self._call(self._stub.RegisterAdapter, request, timeout))
 
@@ -141,14 +171,20 @@ class Calls:
         return [read(AdapterInfo, version) for version in reply.adapters]
 
     async def validate_adapter(
-        self, path: str = "", *, upload_id: str = "", timeout: float | None = None
+        self,
+        path: str = "",
+        *,
+        upload_id: str = "",
+        other_files: Sequence[str] = (),
+        timeout: float | None = None,
     ) -> Validation:
         """Returns everything that is wrong with an adapter, without registering it.
 
         The adapter is either the directory `path` below the server's import root or what
-        `stage_adapter` uploaded.
+        `stage_adapter` uploaded. `other_files` are names of further files in the directory that was
+        uploaded, for the notes.
         """
-        request = requests.validate(path, upload_id)
+        request = requests.validate(path, upload_id, other_files)
         return read(Validation, await self._call(self._stub.ValidateAdapter, request, timeout))
 
     async def label_adapter(
@@ -226,6 +262,8 @@ class Calls:
         replace: bool = False,
         load: bool = False,
         labels: Mapping[str, str] | None = None,
+        chat_template: str = "",
+        eos_token_ids: Sequence[int] = (),
         upload_id: str = "",
         progress: uploads.Progress | None = None,
         timeout: float | None = None,
@@ -235,10 +273,19 @@ class Calls:
         An interrupted upload is resumed, even if the server has restarted meanwhile. `upload_id`
         (from `start_upload`) resumes an upload that another process started. `progress` may be
         called on another thread. `timeout` is the deadline of each stream; None sets no deadline.
-        Raises AdapterRejected or AdapterConflict.
+        `chat_template` and `eos_token_ids` are as in `register_adapter`. Raises AdapterRejected or
+        AdapterConflict.
         """
         files = await self._connection.offload(uploads.Files.read, folder)
-        header = files.header(upload_id, labels, name=name, replace=replace, load=load)
+        header = files.header(
+            upload_id,
+            labels,
+            name=name,
+            replace=replace,
+            load=load,
+            chat_template=chat_template,
+            eos_token_ids=eos_token_ids,
+        )
         return await self._upload(files, header, progress, timeout)
 
     async def stage_adapter(

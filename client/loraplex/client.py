@@ -65,6 +65,8 @@ class Client:
         self.training = Training(self._connection)
 
     generate = blocking(Calls.generate)
+    get_model = blocking(Calls.get_model)
+    render_chat = blocking(Calls.render_chat)
     register_adapter = blocking(Calls.register_adapter)
     get_adapter = blocking(Calls.get_adapter)
     list_adapters = blocking(Calls.list_adapters)

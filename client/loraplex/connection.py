@@ -20,7 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from loraplex import channel
 from loraplex.errors import from_rpc_error
-from loraplex.v1 import adapter_pb2_grpc, generation_pb2_grpc, training_pb2_grpc
+from loraplex.v1 import adapter_pb2_grpc, generation_pb2_grpc, model_pb2_grpc, training_pb2_grpc
 
 P = ParamSpec("P")
 Q = TypeVar("Q")
@@ -35,9 +35,11 @@ class Stubs:
         generation: Any = generation_pb2_grpc.GenerationServiceStub(opened)
         adapters: Any = adapter_pb2_grpc.AdapterServiceStub(opened)
         training: Any = training_pb2_grpc.TrainingServiceStub(opened)
+        model: Any = model_pb2_grpc.ModelServiceStub(opened)
         self.generation: generation_pb2_grpc.GenerationServiceAsyncStub = generation
         self.adapters: adapter_pb2_grpc.AdapterServiceAsyncStub = adapters
         self.training: training_pb2_grpc.TrainingServiceAsyncStub = training
+        self.model: model_pb2_grpc.ModelServiceAsyncStub = model
         self.health: Any = health_pb2_grpc.HealthStub(opened)
 
 

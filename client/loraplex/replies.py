@@ -163,6 +163,7 @@ class Transcript:
             request_id=started.request_id,
             logprobs=tuple(entry for delta in self._deltas for entry in delta.logprobs),
             prompt_logprobs=started.prompt_logprobs,
+            matched_stop=finished.matched_stop,
         )
 
     def _whole(self) -> tuple[results.Started, results.Finished]:

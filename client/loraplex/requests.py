@@ -6,22 +6,44 @@ with the field's name, so that a caller handles one kind of error.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypedDict, TypeVar, Unpack
 
 from google.protobuf.message import Message as ProtoMessage
 
 from loraplex.errors import invalid
-from loraplex.v1 import adapter_pb2, generation_pb2
+from loraplex.v1 import adapter_pb2, generation_pb2, model_pb2
 
 M = TypeVar("M", bound=ProtoMessage)
 
 
-# One message of a conversation: {"role": "system" | "user" | "assistant", "content": ...}.
-Message = Mapping[str, str]
+# One message of a conversation, as in OpenAI's API: {"role": "user", "content": "Hello"}.
+#
+# role               "system", "developer", "user", "assistant" or "tool"
+# content            a text, or a list of {"type": "text", "text": ...}; None only with tool_calls
+# tool_calls         of the assistant: [{"id": ..., "type": "function", "function": {"name": ...,
+#                    "arguments": an object, or one as JSON text}}]
+# tool_call_id       of the role "tool": the id of the call that it answers
+# name, reasoning_content
+#
+# A key whose value is None counts as left out.
+Message = Mapping[str, Any]
 
 
-class GenerateOptions(TypedDict, total=False):
+class ConversationOptions(TypedDict, total=False):
+    """Keywords for conversations of `generate`, `stream` and `render_chat`.
+
+    None means the server's default, like leaving it out.
+    """
+
+    tools: Sequence[Mapping[str, Any]] | None  # functions that the model may call
+    add_generation_prompt: bool | None  # open the assistant's next message; default true
+    continue_final_message: bool | None  # continue the last message; default: the assistant's
+    chat_template_kwargs: Mapping[str, Any] | None  # variables, such as {"enable_thinking": False}
+
+
+class GenerateOptions(ConversationOptions, total=False):
     """Keywords of `generate` and `stream`. None means the server's default, like leaving it out."""
 
     # The prompt, unless it is the first argument: exactly one of the three.
@@ -47,7 +69,8 @@ class GenerateOptions(TypedDict, total=False):
     max_new_tokens: int | None  # default 256
     stop: Sequence[str] | str | None  # strings that end the completion; they are not returned
     stop_token_ids: Sequence[int] | None
-    ignore_eos: bool | None  # continue past the end-of-sequence token
+    ignore_eos: bool | None  # continue past the end tokens of the model or adapter
+    skip_special_tokens: bool | None  # leave special tokens out of the text; default true
 
     # What is reported, and how the request is queued.
     logprobs: int | None  # alternatives per generated token; 0: only the chosen token
@@ -86,8 +109,11 @@ def generate(
             ignore_eos=options.get("ignore_eos"),
         ),
     }
+    chat = {name: options.get(name) for name in ConversationOptions.__annotations__}
     if messages is not None:
-        values["messages"] = _conversation(messages)
+        values["messages"] = _chat(messages, chat)
+    elif given := [name for name, value in chat.items() if value is not None]:
+        raise invalid(given[0], "is only for conversations: give messages")
     if token_ids is not None:
         values["token_ids"] = fill(generation_pb2.TokenIds, "token_ids.", ids=token_ids)
     return part(generation_pb2.GenerateRequest, "", values)
@@ -104,22 +130,127 @@ def unload(adapter_id: str, force: bool, drain: float | None) -> adapter_pb2.Unl
     return request
 
 
-def validate(path: str, upload_id: str) -> adapter_pb2.ValidateAdapterRequest:
+def validate(
+    path: str, upload_id: str, other_files: Sequence[str] = ()
+) -> adapter_pb2.ValidateAdapterRequest:
     """Returns the request for a path or an upload. Raises InvalidRequest unless one is given."""
     if bool(path) == bool(upload_id):
         raise invalid("source", "give either path or upload_id")
     given = {"path": path} if path else {"upload_id": upload_id}
-    return fill(adapter_pb2.ValidateAdapterRequest, **given)
+    return fill(adapter_pb2.ValidateAdapterRequest, other_files=other_files, **given)
 
 
-def _conversation(messages: Sequence[Message]) -> generation_pb2.ChatMessages:
-    turns = []
-    for index, message in enumerate(messages):
-        where = f"messages[{index}]"
-        if not isinstance(message, Mapping) or message.keys() != {"role", "content"}:
-            raise invalid(where, 'must be {"role": ..., "content": ...}')
-        turns.append(fill(generation_pb2.ChatMessage, where + ".", **message))
-    return generation_pb2.ChatMessages(messages=turns)
+def render_chat(
+    messages: Sequence[Message], adapter: str | None, options: ConversationOptions
+) -> model_pb2.RenderChatRequest:
+    """Returns the request to render a conversation. Raises InvalidRequest, TypeError."""
+    refuse_unknown(options, ConversationOptions)
+    chat = _chat(messages, options)
+    return fill(model_pb2.RenderChatRequest, adapter_id=adapter, messages=chat)
+
+
+def _chat(messages: Sequence[Message], options: Mapping[str, Any]) -> generation_pb2.ChatMessages:
+    variables, tools = options.get("chat_template_kwargs") or {}, options.get("tools") or ()
+    if not isinstance(variables, Mapping):
+        raise invalid("chat_template_kwargs", "must be a mapping of names to values")
+    return fill(
+        generation_pb2.ChatMessages,
+        messages=[_message(each, where) for each, where in _each(messages, "messages")],
+        tools=[_object(tool, where) for tool, where in _each(tools, "tools")],
+        add_generation_prompt=options.get("add_generation_prompt"),
+        continue_final_message=options.get("continue_final_message"),
+        chat_template_kwargs={name: _variable(name, value) for name, value in variables.items()},
+    )
+
+
+def _each(values: object, where: str) -> Iterator[tuple[Any, str]]:
+    """Yields the entries of a list and their places. Raises InvalidRequest if it is no list."""
+    if not isinstance(values, Iterable) or isinstance(values, str | bytes | Mapping):
+        raise invalid(where, "must be a list")
+    for i, value in enumerate(values):
+        yield value, f"{where}[{i}]"
+
+
+_MESSAGE_KEYS = frozenset(
+    ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
+)
+
+
+def _message(message: Message, where: str) -> generation_pb2.ChatMessage:
+    if not isinstance(message, Mapping):
+        raise invalid(where, 'must be {"role": ..., "content": ...}')
+    given = {key: value for key, value in message.items() if value is not None}
+    if unknown := given.keys() - _MESSAGE_KEYS:
+        raise invalid(where, f"has an unknown key: {', '.join(sorted(map(str, unknown)))}")
+    calls, content = given.pop("tool_calls", ()), given.pop("content", None)
+    if "role" not in given:
+        raise invalid(where, 'has no "role"')
+    if content is None and not calls:
+        text = 'has no "content"; only a message of the assistant with "tool_calls" may have none'
+        raise invalid(where, text)
+    if isinstance(content, Sequence) and not isinstance(content, str | bytes):
+        given["parts"] = [_part(each, at) for each, at in _each(content, f"{where}.content")]
+        if not content:
+            raise invalid(f"{where}.content", "has no part")
+    else:
+        given["content"] = content
+    given["tool_calls"] = [_call(call, at) for call, at in _each(calls, f"{where}.tool_calls")]
+    return fill(generation_pb2.ChatMessage, where + ".", **given)
+
+
+def _part(value: object, where: str) -> generation_pb2.ContentPart:
+    if isinstance(value, str):
+        value = {"type": "text", "text": value}
+    if not isinstance(value, Mapping) or not isinstance(value.get("text"), str):
+        kind = value.get("type") if isinstance(value, Mapping) else None
+        text = f"is of the type {kind}" if kind and kind != "text" else "is not a text"
+        raise invalid(where, f'{text}; only {{"type": "text", "text": ...}} is supported')
+    return fill(generation_pb2.ContentPart, where + ".", text=value["text"])
+
+
+def _call(call: object, where: str) -> generation_pb2.ToolCall:
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(call, Mapping) or not isinstance(function, Mapping):
+        raise invalid(where, 'must be {"function": {"name": ..., "arguments": ...}}')
+    return fill(
+        generation_pb2.ToolCall,
+        where + ".",
+        id=call.get("id"),
+        name=function.get("name"),
+        arguments=_object(function.get("arguments") or {}, where + ".arguments"),
+    )
+
+
+def _object(value: object, where: str) -> str:
+    """Returns an object as JSON text, and a text as it is. Raises InvalidRequest."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, Mapping):
+        raise invalid(where, "must be an object, or one as JSON text")
+    return _json(value, where)
+
+
+def _json(value: object, where: str) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise invalid(where, f"has no form in JSON: {error}") from None
+
+
+def _variable(name: str, value: object) -> generation_pb2.TemplateValue:
+    where = f"chat_template_kwargs[{name}]"
+    kind = next((kind for of, kind in _KINDS if isinstance(value, of)), "json_value")
+    given = _json(value, where) if kind == "json_value" else value
+    message = fill(generation_pb2.TemplateValue, where + ".", **{kind: given})
+    return message
+
+
+_KINDS = (
+    (bool, "bool_value"),  # before int, of which bool is a kind
+    (int, "int_value"),
+    (float, "double_value"),
+    (str, "string_value"),
+)
 
 
 def _weight(adapter_id: str, weight: float | None) -> generation_pb2.AdapterWeight:

@@ -104,10 +104,19 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class MatchedStop:
+    """What ended a completion: a stop string, or an end or stop token; the other one is None."""
+
+    text: str | None = None
+    token_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
     """A whole completion.
 
     `adapters` is empty for the base model; `logprobs` and `prompt_logprobs` are unless requested.
+    `matched_stop` is set if the finish reason is STOP.
     """
 
     text: str
@@ -118,6 +127,7 @@ class Completion:
     request_id: str
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    matched_stop: MatchedStop | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,11 +154,62 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The end of a stream."""
+    """The end of a stream. `matched_stop` is set if the finish reason is STOP."""
 
     finish_reason: FinishReason
     usage: Usage
     adapters: tuple[ResolvedAdapter, ...]
+    matched_stop: MatchedStop | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NamedToken:
+    """A token with its spelling in the vocabulary, which is "" without a tokenizer."""
+
+    token_id: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTemplateInfo:
+    """A chat template by what it takes.
+
+    `sha256` (hex) is that of its source, and `source` where it comes from: "model" or "operator".
+    `variables` are the names that `chat_template_kwargs` may set.
+    """
+
+    sha256: str
+    source: str
+    takes_tools: bool
+    variables: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDescription:
+    """The base model of a server.
+
+    `fingerprint` is the digest of its weights. `max_context` counts prompt and completion together.
+    `eos_tokens` end a completion, unless an adapter has its own. `bos_token` begins a prompt; None
+    if the model adds none. `chat_template` is None if the model has none.
+    """
+
+    name: str
+    fingerprint: str
+    architecture: str
+    max_context: int
+    vocab_size: int
+    eos_tokens: tuple[NamedToken, ...]
+    bos_token: NamedToken | None
+    has_tokenizer: bool
+    chat_template: ChatTemplateInfo | None
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedChat:
+    """The prompt that a conversation is rendered to: the chat template's text, and its tokens."""
+
+    text: str
+    token_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +222,8 @@ class AdapterInfo:
     `base_fingerprint` are those of the base model against which it was checked, "" if they are not
     known. `unservable` says why the server does not serve it; None if it does, or in a watch.
     `devices` names the devices that hold it, such as "cuda:1", if the server has several.
+    `eos_token_ids` and `chat_template_sha256` are what the version brings in place of the base
+    model's end tokens and chat template; () and "" if it brings none.
     """
 
     name: str
@@ -189,14 +252,21 @@ class AdapterInfo:
     base_name: str = ""
     unservable: Finding | None = None
     devices: tuple[str, ...] = ()
+    eos_token_ids: tuple[int, ...] = ()
+    chat_template_sha256: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Registration:
-    """The result of a registration. `created` is False if the name already had these bytes."""
+    """The result of a registration.
+
+    `created` is False if the name already had these bytes. `notes` are sentences about what has no
+    effect, such as a tokenizer in the adapter's directory.
+    """
 
     adapter: AdapterInfo
     created: bool
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,10 +322,14 @@ class AdapterSpec:
 
 @dataclass(frozen=True, slots=True)
 class Validation:
-    """The result of checking an adapter: its faults or, if it has none, its description."""
+    """The result of checking an adapter: its faults or, if it has none, its description.
+
+    `notes` are sentences about what has no effect, such as a tokenizer in its directory.
+    """
 
     findings: tuple[Finding, ...]
     spec: AdapterSpec | None
+    notes: tuple[str, ...] = ()
 
     @property
     def valid(self) -> bool:

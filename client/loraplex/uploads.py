@@ -17,6 +17,7 @@ CHUNK_BYTES = 1 << 20
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
+_MOST_NAMES = 256
 _ATTEMPTS = 6  # in a row without progress
 _LONGEST_PAUSE = 5.0  # seconds
 
@@ -26,12 +27,16 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """The two files of a PEFT adapter directory. `digest` identifies the adapter."""
+    """The two files of a PEFT adapter directory. `digest` identifies the adapter.
+
+    `others` are the names of the directory's other files, at most 256.
+    """
 
     config: bytes
     weights: Path
     weights_size: int
     digest: str
+    others: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, folder: str | os.PathLike[str]) -> Files:
@@ -45,9 +50,11 @@ class Files:
                 digest.update(size.to_bytes(8, "little"))
                 while piece := file.read(CHUNK_BYTES):
                     digest.update(piece)
+            others = sorted(set(os.listdir(folder)) - {CONFIG_FILE, WEIGHTS_FILE})
         except OSError as error:
             raise invalid("folder", f"{error.filename}: {error.strerror}") from None
-        return cls(config, weights, size, f"sha256:{digest.hexdigest()}")
+        named = tuple(name for name in others if name.isprintable())[:_MOST_NAMES]
+        return cls(config, weights, size, f"sha256:{digest.hexdigest()}", named)
 
     @property
     def size(self) -> int:
@@ -64,6 +71,7 @@ class Files:
             weights_size=self.weights_size,
             expected_digest=self.digest,
             labels=labels,
+            other_files=self.others,
             **terms,
         )
 

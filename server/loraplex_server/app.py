@@ -37,6 +37,7 @@ from loraplex_server.metrics import Metrics
 from loraplex_server.observing import ServerObserver
 from loraplex_server.registry.quarantine import QuarantineKeeper
 from loraplex_server.registry.registry import Registry
+from loraplex_server.registry.texts import AdapterTexts
 from loraplex_server.rpc.calls.gate import Gate
 from loraplex_server.rpc.calls.interceptor import Interceptor
 from loraplex_server.rpc.messages.validate import ModelBounds
@@ -44,6 +45,8 @@ from loraplex_server.rpc.server import Address, RpcServer
 from loraplex_server.rpc.services.adapters import AdapterService
 from loraplex_server.rpc.services.admission import Admission
 from loraplex_server.rpc.services.generation import GenerationService
+from loraplex_server.rpc.services.model import ModelService
+from loraplex_server.rpc.services.prompts import Prompts
 from loraplex_server.rpc.services.training import TrainingService
 from loraplex_server.runtime.admin import MetricsServer
 from loraplex_server.runtime.ending import CLOSE_SECONDS, unexpected_end
@@ -123,8 +126,9 @@ class Server:
             max_virtual_tokens=config.adapter_virtual_tokens,
             max_context=context,
         )
+        texts = AdapterTexts(tokenizer.special_tokens, config.adapter_chat_templates)
         registry = Registry(
-            store, self.engine, self.metrics, config.import_root, limits, self._lanes
+            store, self.engine, self.metrics, config.import_root, limits, self._lanes, texts
         )
         self._closing.push_async_callback(registry.close)
         with needed(ServerExit.STORE_UNUSABLE, "cannot read the store"):
@@ -132,20 +136,24 @@ class Server:
         self._observer.on_table = registry.feed.on_table
         self._keep_running(registry)
         admission = Admission(config.max_requests, config.max_waiting_tokens, self.metrics)
+        prompts = Prompts(tokenizer, self._lanes.text)
+        bounds = ModelBounds(model.base.config.vocab_size, context, tokenizer.eos_token_ids)
         generation = GenerationService(
             self.engine,
             registry,
-            tokenizer,
+            prompts,
             admission,
             self.metrics,
-            ModelBounds(model.base.config.vocab_size, context, tokenizer.eos_token_ids),
+            bounds,
             config.stream_writes,
         )
         self._training = await self._open_training(registry)
+        template_source = "model" if config.chat_template is None else "operator"
         await self._rpc.start(
             generation,
             AdapterService(registry, self._gate),
             TrainingService(self._training, self._gate),
+            ModelService(model, registry, prompts, admission, bounds, template_source),
         )
         self._accepting = WatchedTask(self._rpc.stopped(), "acceptance of calls")
         # Stopped before engine and store are closed, because running calls use them.
@@ -186,6 +194,7 @@ class Server:
             self._lanes.text,
             eos_token_ids=model.eos_token_ids,
             special_tokens_in_messages=self._config.special_tokens_in_messages,
+            chat_template=self._config.chat_template,
         )
 
     def _keep_running(self, registry: Registry) -> None:

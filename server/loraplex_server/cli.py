@@ -7,6 +7,7 @@ import sys
 from importlib.metadata import version as installed
 
 import typer
+from loraplex_model.base.terminal import adapt_output
 
 from loraplex_server import app as server
 from loraplex_server import logs
@@ -53,6 +54,7 @@ def version() -> None:
 
 def main() -> None:
     """The console script. An error that nothing has handled is logged, and is an exit code too."""
+    adapt_output()
     try:
         app()
     except Exception as error:

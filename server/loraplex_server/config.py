@@ -132,8 +132,15 @@ class Config(BaseSettings):
     merge_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the dense weights of merged adapters; `auto` uses dtype."""
 
+    adapter_chat_templates: bool = False
+    """Let clients register adapters with a chat template of their own, and render conversations
+    for such an adapter with it. Templates run in a sandbox."""
+
     max_context: int = Field(0, ge=0)
     """Longest prompt and answer together, in tokens; 0 uses the model's context length."""
+    chat_template: Path | None = None
+    """File with a chat template (Jinja) that takes the place of the model's, or that a model
+    without one needs."""
     special_tokens_in_messages: bool = False
     """Recognise special tokens that messages spell out, in trained adapters' data as well, so that
     a message can end its turn and open another. Otherwise they are text."""
@@ -271,8 +278,10 @@ class Config(BaseSettings):
 
     def trainer_options(self) -> dict[str, str]:
         """Training options that the operator fixes, keyed by the trainer's names."""
+        template = {} if self.chat_template is None else {"chat_template": self.chat_template}
         return {
             "model": self.model,
+            **{name: str(path.absolute()) for name, path in template.items()},
             "special_tokens_in_messages": str(self.special_tokens_in_messages).lower(),
             "dtype": self.dtype,
             "device": self.engine_device,

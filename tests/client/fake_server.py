@@ -1,4 +1,4 @@
-"""A server for client tests: both services and health, in threads, doing what a test scripts.
+"""A server for client tests: its services and health, in threads, doing what a test scripts.
 
 A completion of prompt p with adapter a is the words "<a or base> says p", one word a delta. What
 clients sent is in `calls`.
@@ -17,7 +17,14 @@ from google.protobuf import any_pb2, timestamp_pb2
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
-from loraplex.v1 import adapter_pb2, adapter_pb2_grpc, generation_pb2, generation_pb2_grpc
+from loraplex.v1 import (
+    adapter_pb2,
+    adapter_pb2_grpc,
+    generation_pb2,
+    generation_pb2_grpc,
+    model_pb2,
+    model_pb2_grpc,
+)
 
 WAIT_S = 30.0  # how long a held call waits at most: reached only when a test fails
 DIGEST = "sha256:" + "ab" * 32
@@ -69,12 +76,15 @@ def logprobs(token: int) -> generation_pb2.TokenLogprobs:
 class FakeServer(
     generation_pb2_grpc.GenerationServiceServicer,
     adapter_pb2_grpc.AdapterServiceServicer,
+    model_pb2_grpc.ModelServiceServicer,
     health_pb2_grpc.HealthServicer,
 ):
     failures: list[Failure] = field(default_factory=list)  # each answers one call, first come
     hold_after: int | None = None  # after so many deltas a completion waits to be cancelled
     break_after: int | None = None  # after so many deltas a stream becomes UNAVAILABLE
     omit_finished: bool = False
+    matched_stop: generation_pb2.MatchedStop | None = None
+    model: model_pb2.Model = field(default_factory=model_pb2.Model)
     serving: int = health_pb2.HealthCheckResponse.SERVING
     adapters: dict[str, adapter_pb2.Adapter] = field(default_factory=dict)
     calls: list[Call] = field(default_factory=list)
@@ -96,6 +106,7 @@ class FakeServer(
         self._server = grpc.server(ThreadPoolExecutor(8))
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(self, self._server)
         adapter_pb2_grpc.add_AdapterServiceServicer_to_server(self, self._server)
+        model_pb2_grpc.add_ModelServiceServicer_to_server(self, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self, self._server)
         self.target = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
         self._server.start()
@@ -122,6 +133,7 @@ class FakeServer(
             usage=self._usage(request, words),
             logprobs=[logprobs(i) for i in range(len(words))],
             prompt_logprobs=[logprobs(7)],
+            matched_stop=self.matched_stop,
         )
 
     def GenerateStream(self, request, context) -> Iterator[Any]:
@@ -153,8 +165,20 @@ class FakeServer(
                 finished=generation_pb2.GenerationFinished(
                     finish_reason=generation_pb2.FINISH_REASON_STOP,
                     usage=self._usage(request, words),
+                    matched_stop=self.matched_stop,
                 )
             )
+
+    # ModelService
+
+    def GetModel(self, request, context):
+        self._enter("GetModel", request, context)
+        return model_pb2.GetModelResponse(model=self.model)
+
+    def RenderChat(self, request, context):
+        self._enter("RenderChat", request, context)
+        text = "".join(f"<{m.role}>{m.content}" for m in request.messages.messages)
+        return model_pb2.RenderChatResponse(text=text, token_ids=[1, 2])
 
     def _words(self, request) -> list[str]:
         last = request.messages.messages[-1].content if request.HasField("messages") else ""

@@ -18,7 +18,7 @@ from google.protobuf import duration_pb2
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2
 from loraplex.cli import app, output
-from loraplex.results import Finding, FinishReason, Usage
+from loraplex.results import Finding, Finished, FinishReason, Usage
 from loraplex.v1 import adapter_pb2
 from typer.testing import CliRunner, Result
 
@@ -294,7 +294,7 @@ def test_a_terminal_is_not_commanded_by_the_model(monkeypatch):
 def test_a_terminal_sees_who_answered(monkeypatch):
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
-    output.write_summary(FinishReason.LENGTH, Usage(12, 32), ())
+    output.write_summary(Finished(FinishReason.LENGTH, Usage(12, 32), ()))
     assert "[base model, 12 + 32 tokens, length]" in screen.getvalue()
 
 

@@ -41,6 +41,7 @@ def test_every_option_lands_in_its_field():
         prompt_logprobs=1,
         request_id="mine",
         priority=-4,
+        skip_special_tokens=False,
     )
     assert request == generation_pb2.GenerateRequest(
         adapter_id="pirate@3",
@@ -63,6 +64,7 @@ def test_every_option_lands_in_its_field():
         prompt_logprobs=1,
         request_id="mine",
         priority=-4,
+        skip_special_tokens=False,
     )
 
 
@@ -75,6 +77,7 @@ def test_the_documented_options_cover_every_field_of_the_proto():
     renamed = {"adapter_id": "adapter", "prompt": None, "sampling": None}
     expected = {renamed.get(name, name) for name in fields} - {None}
     expected |= {"max_new_tokens", "stop_token_ids", "ignore_eos"}  # StopConditions, and `stop`
+    expected |= {field.name for field in generation_pb2.ChatMessages.DESCRIPTOR.fields}
     assert set(requests.GenerateOptions.__annotations__) == expected
 
 
@@ -93,6 +96,95 @@ def test_a_mix_keeps_an_unset_weight_unset():
     mix = requests.generate("hi", mix={"a": 0.5, "b": None}).mix
     assert [(term.adapter_id, term.weight) for term in mix] == [("a", 0.5), ("b", 0)]
     assert [term.HasField("weight") for term in mix] == [True, False]
+
+
+USER = {"role": "user", "content": "hi"}
+
+
+def chat(*parts):
+    return {"messages": [{"role": "user", "content": list(parts)}]}
+
+
+def call(**function):
+    calls = [{"function": {"name": "f", **function}}]
+    return {"messages": [{"role": "assistant", "tool_calls": calls}]}
+
+
+def tools(*given):
+    return {"messages": [USER], "tools": given}
+
+
+def variables(**given):
+    return {"messages": [USER], "chat_template_kwargs": given}
+
+
+def test_messages_have_the_form_of_openais_api():
+    function = {"name": "add", "arguments": '{"a": 1}'}
+    request = requests.generate(
+        messages=[
+            {"role": "user", "content": ["a", {"type": "text", "text": "b"}], "name": None},
+            {
+                "role": "assistant",
+                "content": None,
+                "refusal": None,
+                "tool_calls": [
+                    {"id": "c", "type": "function", "function": function},
+                    {"function": {"name": "now", "arguments": {"é": [1]}}},
+                    {"name": "now", "arguments": None},
+                ],
+            },
+            {"role": "tool", "content": "2", "tool_call_id": "c", "name": "add"},
+            {"role": "assistant", "content": "", "reasoning_content": "so"},
+        ],
+        tools=[{"type": "function"}, '{"type": "function"}'],
+        continue_final_message=True,
+    )
+    assert request.messages == generation_pb2.ChatMessages(
+        messages=[
+            {"role": "user", "parts": [{"text": "a"}, {"text": "b"}]},
+            {
+                "role": "assistant",
+                "tool_calls": [
+                    {"id": "c", "name": "add", "arguments": '{"a": 1}'},
+                    {"name": "now", "arguments": '{"é": [1]}'},
+                    {"name": "now", "arguments": "{}"},
+                ],
+            },
+            {"role": "tool", "content": "2", "tool_call_id": "c", "name": "add"},
+            {"role": "assistant", "content": "", "reasoning_content": "so"},
+        ],
+        tools=['{"type": "function"}', '{"type": "function"}'],
+        continue_final_message=True,
+    )
+    assert request.messages.messages[3].HasField("content")
+    assert not request.messages.messages[1].HasField("content")
+    assert not request.messages.HasField("add_generation_prompt")
+
+
+def test_template_variables_keep_their_types():
+    given = {"a": True, "b": 1, "c": 1.5, "d": "x", "e": None, "f": [True, "é"], "g": {"h": 1}}
+    request = requests.generate(**variables(**given))
+    assert request.messages == generation_pb2.ChatMessages(
+        messages=[USER],
+        chat_template_kwargs={
+            "a": {"bool_value": True},
+            "b": {"int_value": 1},
+            "c": {"double_value": 1.5},
+            "d": {"string_value": "x"},
+            "e": {"json_value": "null"},
+            "f": {"json_value": '[true, "é"]'},
+            "g": {"json_value": '{"h": 1}'},
+        },
+    )
+
+
+def test_a_request_to_render_holds_the_same_conversation():
+    options = {"tools": [{"a": 1}], "add_generation_prompt": False}
+    rendered = requests.render_chat([USER], "pirate", options)
+    assert rendered.adapter_id == "pirate"
+    assert rendered.messages == requests.generate(messages=[USER], **options).messages
+    with pytest.raises(TypeError, match="temperature"):
+        requests.render_chat([USER], None, {"temperature": 1})
 
 
 @pytest.mark.parametrize(
@@ -115,6 +207,32 @@ def test_a_mix_keeps_an_unset_weight_unset():
         ({"messages": [{"role": "user"}]}, "messages[0]"),
         ({"messages": ["hi"]}, "messages[0]"),
         ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
+        ({"messages": {"role": "user", "content": "hi"}}, "messages"),
+        ({"messages": [USER], "tools": {"a": 1}}, "tools"),
+        ({"messages": [USER], "chat_template_kwargs": ["a"]}, "chat_template_kwargs"),
+        ({"messages": [{"role": "a", "tool_calls": 3}]}, "messages[0].tool_calls"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0]"),
+        ({"messages": [{"role": "assistant", "content": None, "tool_calls": []}]}, "messages[0]"),
+        ({"messages": [{"content": "hi"}]}, "messages[0]"),
+        ({"messages": [{"role": "user", "content": "hi", "weight": 1}]}, "messages[0]"),
+        ({"messages": [{"role": "user", "content": []}]}, "messages[0].content"),
+        (chat({"type": "image_url", "image_url": {"url": "x"}}), "messages[0].content[0]"),
+        (chat({"type": "text"}), "messages[0].content[0]"),
+        (chat("a", 3), "messages[0].content[1]"),
+        ({"messages": [{"role": "a", "tool_calls": ["f"]}]}, "messages[0].tool_calls[0]"),
+        (call(arguments=3), "messages[0].tool_calls[0].arguments"),
+        (call(arguments={"x": math.nan}), "messages[0].tool_calls[0].arguments"),
+        (call(name=3), "messages[0].tool_calls[0].name"),
+        (tools(["x"]), "tools[0]"),
+        (tools({"x": object()}), "tools[0]"),
+        (tools({"x": "\ud800"}), "tools"),
+        (variables(v=2**63), "chat_template_kwargs[v].int_value"),
+        (variables(v=object()), "chat_template_kwargs[v]"),
+        (variables(v=[math.inf]), "chat_template_kwargs[v]"),
+        (variables(v="\ud800"), "chat_template_kwargs[v].string_value"),
+        ({"prompt": "a", "tools": [{}]}, "tools"),
+        ({"prompt": "a", "add_generation_prompt": False}, "add_generation_prompt"),
+        ({"token_ids": [1], "chat_template_kwargs": {"a": 1}}, "chat_template_kwargs"),
     ],
 )
 def test_an_argument_no_message_can_carry_is_named(options, field):

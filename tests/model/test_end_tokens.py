@@ -77,8 +77,8 @@ def test_all_that_is_named_ends_an_answer(
 def test_what_is_no_token_is_left_out_with_a_warning(
     wrong: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert named_end_tokens("here.json", {"eos_token_id": wrong}, tiny.VOCAB) == []
-    assert ("here.json: eos_token_id" in caplog.text) == (wrong != [])
+    assert named_end_tokens("configuration", {"eos_token_id": wrong}, tiny.VOCAB) == []
+    assert ("of the base model's configuration is left out" in caplog.text) == (wrong != [])
     assert ends(write(tmp_path / "base", 0, wrong, "<|im_end|>"), tmp_path) == (0, 2)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from loraplex.v1 import generation_pb2
+from loraplex.v1 import generation_pb2, model_pb2
 from loraplex_server.rpc.calls.ids import is_adapter_id, is_name
 from loraplex_server.rpc.messages import validate
 from loraplex_server.rpc.messages.validate import ModelBounds
@@ -118,7 +118,7 @@ def test_an_input_must_be_given() -> None:
     request = generation_pb2.GenerateRequest(prompt="")
     assert [v.field for v in validate.generate(request, BOUNDS)] == ["prompt"]
     request = generation_pb2.GenerateRequest(messages={"messages": [{"role": "tool"}]})
-    assert [v.field for v in validate.generate(request, BOUNDS)] == ["messages.messages[0].role"]
+    assert [v.field for v in validate.generate(request, BOUNDS)] == ["messages.messages[0].content"]
     request = generation_pb2.GenerateRequest(messages={})
     assert [v.field for v in validate.generate(request, BOUNDS)] == ["messages.messages"]
 
@@ -186,3 +186,101 @@ def test_only_labels_are_names(text: str) -> None:
 )
 def test_what_is_no_pin_is_refused(pin: str) -> None:
     assert not is_adapter_id(f"a@{pin}")
+
+
+CALL = {"name": "f", "arguments": "{}"}
+USER = {"role": "user", "content": "x"}
+
+GOOD_CHATS: list[dict[str, Any]] = [
+    *({"messages": [{"role": role, "content": ""}]} for role in validate.ROLES),
+    {"messages": [{"role": "user", "parts": [{"text": "a"}, {"text": ""}]}]},
+    {"messages": [{"role": "assistant", "tool_calls": [CALL] * 128}]},
+    {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}]},
+    {"messages": [{"role": "tool", "content": "4", "tool_call_id": "1", "name": "f"}]},
+    {"messages": [{"role": "assistant", "content": "a", "reasoning_content": ""}]},
+    {"messages": [USER], "tools": ["{}"] * 128},
+    {"messages": [USER], "tools": ["x" * 65536]},
+    {"messages": [USER], "add_generation_prompt": True, "continue_final_message": False},
+    {"messages": [USER], "add_generation_prompt": False, "continue_final_message": True},
+    {
+        "messages": [USER],
+        "chat_template_kwargs": {
+            "a": {"bool_value": False},
+            "b": {"int_value": -(2**63)},
+            "c": {"double_value": 1e308},
+            "d": {"string_value": "x" * 8192},
+            "e": {"json_value": ""},
+        },
+    },
+]
+
+
+@pytest.mark.parametrize("chat", GOOD_CHATS, ids=lambda value: str(value)[:60])
+def test_a_conversation_within_bounds_passes(chat: dict[str, Any]) -> None:
+    request = generation_pb2.GenerateRequest(messages=chat)
+    assert validate.generate(request, BOUNDS) == []
+    rendered = model_pb2.RenderChatRequest(adapter_id="a@2", messages=chat)
+    assert validate.render_chat(rendered) == []
+
+
+def one(**message: Any) -> dict[str, Any]:
+    return {"messages": [USER, {"role": "assistant", **message}]}
+
+
+def value(**kind: Any) -> dict[str, Any]:
+    return {"messages": [USER], "chat_template_kwargs": {"v": kind}}
+
+
+BAD_CHATS: list[tuple[dict[str, Any], str]] = [
+    ({}, "messages"),
+    ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
+    ({"messages": [{"content": "x"}]}, "messages[0].role"),
+    (one(), "messages[1].content"),
+    (one(reasoning_content="x"), "messages[1].content"),
+    (one(content="x", parts=[{"text": "y"}]), "messages[1].parts"),
+    (one(parts=[{}]), "messages[1].parts[0]"),
+    (one(parts=[{"text": "y"}] * 65), "messages[1].parts"),
+    (one(content="x", tool_call_id="1"), "messages[1].tool_call_id"),
+    (one(role="user", content="x", tool_calls=[CALL]), "messages[1].tool_calls"),
+    (one(role="tool", content="x", reasoning_content="y"), "messages[1].reasoning_content"),
+    (one(tool_calls=[CALL, {"arguments": "{}"}]), "messages[1].tool_calls[1].name"),
+    (one(tool_calls=[CALL] * 129), "messages[1].tool_calls"),
+    (
+        one(tool_calls=[{"name": "f", "arguments": "\u00e9" * 40000}]),
+        "messages[1].tool_calls[0].arguments",
+    ),
+    ({"messages": [USER], "tools": ["{}", ""]}, "tools[1]"),
+    ({"messages": [USER], "tools": ["\u00e9" * 40000]}, "tools[0]"),
+    ({"messages": [USER], "tools": ["{}"] * 129}, "tools"),
+    (
+        {"messages": [USER], "add_generation_prompt": True, "continue_final_message": True},
+        "continue_final_message",
+    ),
+    (value(), "chat_template_kwargs[v]"),
+    (value(double_value=NAN), "chat_template_kwargs[v].double_value"),
+    (value(double_value=INF), "chat_template_kwargs[v].double_value"),
+    (value(string_value="\u00e9" * 5000), "chat_template_kwargs[v].string_value"),
+    (value(json_value="\u00e9" * 5000), "chat_template_kwargs[v].json_value"),
+    (
+        {
+            "messages": [USER],
+            "chat_template_kwargs": {str(i): {"bool_value": True} for i in range(33)},
+        },
+        "chat_template_kwargs",
+    ),
+]
+
+
+@pytest.mark.parametrize(("chat", "field"), BAD_CHATS, ids=lambda value: str(value)[:60])
+def test_what_is_wrong_with_a_conversation_is_named(chat: dict[str, Any], field: str) -> None:
+    request = generation_pb2.GenerateRequest(messages=chat)
+    assert [v.field for v in validate.generate(request, BOUNDS)] == [f"messages.{field}"]
+    within = validate.generate(request, BOUNDS, "request.")
+    assert [v.field for v in within] == [f"request.messages.{field}"]
+    rendered = model_pb2.RenderChatRequest(messages=chat)
+    assert [v.field for v in validate.render_chat(rendered)] == [f"messages.{field}"]
+
+
+def test_an_adapter_to_render_for_is_checked() -> None:
+    request = model_pb2.RenderChatRequest(adapter_id="A", messages={"messages": [USER]})
+    assert [v.field for v in validate.render_chat(request)] == ["adapter_id"]

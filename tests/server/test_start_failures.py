@@ -236,7 +236,7 @@ def test_one_job_that_cannot_be_read_stops_no_server(
 def test_an_error_that_nobody_expected_is_one_line_and_an_exit_code(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*args: object) -> None:
+    def broken(*args: object, **options: object) -> None:
         raise ZeroDivisionError("a secret")
 
     monkeypatch.setattr(app, "TextTokenizer", broken)

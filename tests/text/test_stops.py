@@ -71,6 +71,59 @@ def test_no_part_of_a_stop_string_is_ever_passed_on_early(
             return
 
 
+@given(st.lists(st.tuples(few, st.booleans()), max_size=8), stops)
+@example([("ab", True), ("<c>", False), ("d", True)], ["b<c>"])
+@example([("a", True), ("b", False), ("c", True)], ["bc"])
+def test_stops_are_found_in_text_that_is_not_shown(
+    parts: list[tuple[str, bool]], stops: list[str]
+) -> None:
+    """Special tokens are searched but not shown."""
+    matcher = StopMatcher(stops)
+    given, stopped = "", False
+    for text, is_shown in parts:
+        out, stopped = matcher.push(text, text if is_shown else "")
+        given += out
+        if stopped:
+            break
+    if not stopped:
+        given += matcher.finish()
+    whole = "".join(text for text, _ in parts)
+    end, found = naive(whole, stops)
+    assert stopped == found
+    left, expected = len(end), ""
+    for text, is_shown in parts:
+        expected += text[: max(left, 0)] if is_shown else ""
+        left -= len(text)
+    assert given == expected
+    if found:
+        assert matcher.matched in stops
+        assert whole.startswith(end + (matcher.matched or ""))
+    else:
+        assert matcher.matched is None
+
+
+def test_a_text_that_is_shown_differently_is_cut_where_it_is_the_same() -> None:
+    for searched, shown, stop, left in (
+        (" the end", "the end", "end", "the "),
+        (" the", "the", " ", ""),
+        ("\ufffd!", "é!", "!", "é"),
+        ("\ufffd!", "é!", "\ufffd", ""),
+        ("x", "", "x", ""),
+    ):
+        assert StopMatcher([stop]).push(searched, shown) == (left, True)
+    matcher = StopMatcher(["ab"])
+    assert matcher.push("", "é") == ("é", False)
+    assert matcher.push("a", "a") == ("", False)
+    assert matcher.push("", "é") == ("", False)
+    assert matcher.push("c", "c") == ("aéc", False)
+
+
+def test_of_two_that_end_together_the_longer_is_matched() -> None:
+    matcher = StopMatcher(["c", "bc", "x"])
+    assert matcher.push("abc") == ("a", True)
+    assert matcher.matched == "bc"
+
+
 def test_text_that_begins_no_stop_string_is_not_delayed() -> None:
     matcher = StopMatcher(["###", "END"])
     assert matcher.push("hello E") == ("hello ", False)

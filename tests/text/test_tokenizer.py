@@ -6,11 +6,8 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given
-from hypothesis import strategies as st
 from loraplex_model.base.refusal import Refusal
-from loraplex_model.checkpoints.chat import ChatTemplate, TextRefused
-from loraplex_server.text.detokenizer import Detokenizer
+from loraplex_model.checkpoints.chat import ChatOptions, ChatTemplate, TextRefused
 from loraplex_server.text.tokenizer import TextTokenizer, TooLong
 from rpc.harness import VOCAB, make_tokenizer, write_model
 from tokenizers import Tokenizer, decoders, models, processors
@@ -33,50 +30,6 @@ def metaspace() -> Tokenizer:
         ]
     )
     return tokenizer
-
-
-ids = st.lists(st.integers(0, VOCAB - 1), max_size=24)
-
-
-@given(ids, ids)
-@example([20], SMILE)
-@example(SMILE[:1], SMILE[1:])
-@example([20], [*SMILE[:-1], 30, *SMILE])
-def test_the_pieces_are_the_whole_text_less_a_last_half_character(
-    prompt: list[int], completion: list[int]
-) -> None:
-    detokenizer = Detokenizer(TOKENIZER, prompt)
-    pieces = [detokenizer.push(token) for token in completion]
-    whole = TOKENIZER.decode(completion, skip_special_tokens=True)
-    assert not any(piece.endswith("\ufffd") for piece in pieces)
-    assert "".join(pieces) + detokenizer.finish() == whole.rstrip("\ufffd")
-
-
-@given(st.text(max_size=40))
-def test_text_that_is_whole_comes_back_whole(text: str) -> None:
-    detokenizer = Detokenizer(TOKENIZER, [20])
-    pieces = [detokenizer.push(token) for token in TOKENIZER.encode(text).ids]
-    assert "".join(pieces) + detokenizer.finish() == text.rstrip("\ufffd")
-
-
-@given(st.lists(st.integers(3, 264), max_size=20))
-def test_no_tokens_whatever_they_are_make_the_decoder_fail(completion: list[int]) -> None:
-    detokenizer = Detokenizer(metaspace(), [1, 260])
-    pieces = [detokenizer.push(token) for token in completion]
-    assert not any(piece.endswith("\ufffd") for piece in pieces)
-    assert not detokenizer.finish().endswith("\ufffd")
-
-
-def test_a_first_word_keeps_its_space() -> None:
-    tokenizer = metaspace()
-    the = tokenizer.token_to_id("▁the")
-    assert Detokenizer(tokenizer, [1, the]).push(the) == " the"
-
-
-def test_special_tokens_are_not_text() -> None:
-    detokenizer = Detokenizer(TOKENIZER, [20])
-    assert detokenizer.push(1) == ""
-    assert detokenizer.push(TOKENIZER.encode("x").ids[0]) == "x"
 
 
 @pytest.fixture(scope="module")
@@ -105,11 +58,12 @@ def test_prompts_get_the_ids_that_transformers_gives(folder: Path, tmp_path: Pat
         assert asyncio.run(ours.encode(text)) == theirs(text)["input_ids"]
     messages = [{"role": "user", "content": " hi "}, {"role": "assistant", "content": "<b>é"}]
     template = ChatTemplate(theirs.chat_template, {"bos_token": "<s>", "eos_token": "</s>"})
-    rendered = template.render(messages)
+    opened = ChatOptions(add_generation_prompt=True)
+    rendered = template.render(messages, opened)
     assert rendered == theirs.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=True
     )
-    assert asyncio.run(ours.encode_chat(messages, template=template)) == list(
+    assert asyncio.run(ours.encode_chat(messages, opened, template)) == list(
         theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
     )
 

@@ -12,6 +12,7 @@ from typing import Annotated, Final
 
 import typer
 from loraplex_model.base.refusal import BASE_MODEL_REASONS, Reason, Refusal
+from loraplex_model.base.terminal import adapt_output
 from rich.console import Console
 
 from loraplex_training.publish import target
@@ -252,6 +253,7 @@ def errors(events: str = "") -> Iterator[None]:
 
 def main() -> None:
     """The console script."""
+    adapt_output()
     app()
 
 

@@ -129,6 +129,14 @@ class Directory(_Opened):
         """Opens adapter_model.safetensors; raises as `open` does."""
         return self.open(WEIGHTS_FILE, max_bytes)
 
+    def names(self, most: int) -> list[str]:
+        """Up to `most` names of files in the directory, sorted; [] if it cannot be read."""
+        try:
+            with os.scandir(self.descriptor) as entries:
+                return sorted(entry.name for entry in islice(entries, most))
+        except OSError:
+            return []
+
     def _missing(self, name: str) -> Refusal:
         if name == WEIGHTS_FILE and (pickle := self._first_pickle()):
             return Refusal(

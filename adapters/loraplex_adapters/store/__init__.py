@@ -9,8 +9,9 @@ from loraplex_adapters.store.files.uploads import OpenUpload, Upload, UploadBoun
 from loraplex_adapters.store.garbage import Collected
 from loraplex_adapters.store.index.rebases import Rebase
 from loraplex_adapters.store.index.records import Alias, Page, Quarantine, Record
-from loraplex_adapters.store.store import Store, Verified
-from loraplex_adapters.store.survey import Surveyed, survey_at
+from loraplex_adapters.store.index.texts import VersionText
+from loraplex_adapters.store.store import Store
+from loraplex_adapters.store.survey import Surveyed, Verified, survey_at
 
 __all__ = [
     "Alias",
@@ -25,5 +26,6 @@ __all__ = [
     "Upload",
     "UploadBounds",
     "Verified",
+    "VersionText",
     "survey_at",
 ]

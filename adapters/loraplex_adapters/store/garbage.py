@@ -19,7 +19,7 @@ from loraplex_model.base.faults import reach
 
 from loraplex_adapters.store.files.blobs import Blobs
 from loraplex_adapters.store.files.uploads import Uploads
-from loraplex_adapters.store.index import lookup, schema
+from loraplex_adapters.store.index import lookup, schema, texts
 from loraplex_adapters.store.index.database import Database
 
 _versions, _blobs, _aliases = schema.versions.c, schema.blobs.c, schema.aliases.c
@@ -101,6 +101,7 @@ def _drop_versions(
                     connection.execute(
                         sa.delete(table).where(table.c.name == name, table.c.version == version)
                     )
+            texts.drop(connection, versions)
     return sorted(versions), aliases
 
 

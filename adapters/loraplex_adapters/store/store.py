@@ -30,26 +30,13 @@ from loraplex_adapters.store.index.labels import check_keys, check_labels
 from loraplex_adapters.store.index.quarantines import Quarantines
 from loraplex_adapters.store.index.rebases import Rebase, Rebases
 from loraplex_adapters.store.index.records import Alias, Page, Quarantine, Record
-from loraplex_adapters.store.survey import Surveyed, survey
+from loraplex_adapters.store.index.texts import VersionText
+from loraplex_adapters.store.survey import Surveyed, Verified, survey
 
 DEFAULT_PAGE = 100
 MAX_PAGE = 1000
 GRACE_SECONDS = 7 * 24 * 3600.0
 """Default time for which a deletion can be undone."""
-
-
-@dataclass(frozen=True, slots=True)
-class Verified:
-    """A blob that was read again.
-
-    Attributes:
-        versions: the versions that have this content, as "name@version".
-        error: the fault that was found; None if the blob is intact.
-    """
-
-    digest: str
-    versions: tuple[str, ...]
-    error: Refusal | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,19 +98,22 @@ class Store:
         labels: Mapping[str, str] | None = None,
         *,
         expected_digest: str = "",
+        text: VersionText | None = None,
     ) -> tuple[Record, bool]:
         """Checks and copies the adapter in `source` and points `name` to it, as a new version.
 
         Returns the version, and whether it is new: False if `name` already points to this content;
         `labels` are then added to those that the version has, and the version is recorded for
-        `base`. The check that decides reads the
-        copy, so that later changes of the files have no effect.
-        Raises Refusal: FIELD_INVALID (name, labels), ADAPTER_CONFLICT (the name points to other
-        content and `replace` is not set, or it is an alias), ADAPTER_INVALID (field "digest": the
-        digest is not `expected_digest`), and as `format.examine.inspect` does.
+        `base`. The check that decides reads the copy, so that later changes of the files have no
+        effect. The same content with another `text` is another version.
+        Raises Refusal: FIELD_INVALID (name, labels, text), ADAPTER_CONFLICT (the name points to
+        other content and `replace` is not set, or it is an alias), ADAPTER_INVALID (field "digest":
+        the digest is not `expected_digest`), and as `format.examine.inspect` does.
         """
         check_name(name)
         checked = check_labels(labels or {})
+        text = text or VersionText()
+        text.check(base.config.vocab_size)
         if expected_digest:
             digest_hex(expected_digest)
         limits = limits or AdapterLimits()
@@ -132,7 +122,9 @@ class Store:
             if findings := examine_header(src, base, limits).findings:
                 raise Refusal.of(findings)
             with self._staged(src, base, limits, expected_digest) as staged:
-                return self._index.point(name, staged.spec, base, checked, replace, staged.place)
+                return self._index.point(
+                    name, staged.spec, base, checked, replace, staged.place, text
+                )
 
     def admit(
         self,
@@ -216,6 +208,13 @@ class Store:
     def versions(self, name: str) -> tuple[Record, ...]:
         """All versions of a name, newest first. Raises Refusal as `get` does."""
         return self._index.versions(check_name(name))
+
+    def chat_template(self, sha256: str) -> str:
+        """Source of a chat template that a version was registered with.
+
+        Raises Refusal(ADAPTER_CORRUPT) if the index has lost it.
+        """
+        return self._index.chat_template(sha256)
 
     def label(
         self, adapter_id: str, labels: Mapping[str, str], remove: Collection[str] = ()
@@ -326,6 +325,8 @@ class Store:
         limits: AdapterLimits | None = None,
         replace: bool = False,
         labels: Mapping[str, str] | None = None,
+        *,
+        text: VersionText | None = None,
     ) -> tuple[Record, bool]:
         """Registers an upload whose digest is `expected_digest` ("" for any), and removes it.
 
@@ -333,9 +334,8 @@ class Store:
         UPLOAD_NOT_FOUND, FIELD_INVALID (digest), and as `register` does.
         """
         with self.uploads.reading(upload_id, remove=True) as source:
-            return self.register(
-                name, source, base, limits, replace, labels, expected_digest=expected_digest
-            )
+            terms = (name, source, base, limits, replace, labels)
+            return self.register(*terms, expected_digest=expected_digest, text=text)
 
     def path(self, digest: str) -> Path:
         """Returns the directory of the adapter with this digest.

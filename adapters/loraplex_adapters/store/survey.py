@@ -10,12 +10,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import sqlalchemy as sa
+from loraplex_model.base.refusal import Refusal
 
 from loraplex_adapters.store.files.blobs import blob_at, is_complete
 from loraplex_adapters.store.index import lookup, schema
 from loraplex_adapters.store.index.database import Database
 
 _names, _versions, _aliases = schema.names.c, schema.versions.c, schema.aliases.c
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """A blob that was read again.
+
+    Attributes:
+        versions: the versions that have this content, as "name@version".
+        error: the fault that was found; None if the blob is intact.
+    """
+
+    digest: str
+    versions: tuple[str, ...]
+    error: Refusal | None
 
 
 @dataclass(frozen=True, slots=True)

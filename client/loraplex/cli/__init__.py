@@ -8,7 +8,7 @@ from __future__ import annotations
 import typer
 
 from loraplex import channel
-from loraplex.cli import adapters, chat, generate, health, options, train
+from loraplex.cli import adapters, chat, generate, health, model, options, terminal, train
 from loraplex.cli.command import command
 
 app = typer.Typer(
@@ -28,10 +28,13 @@ def root(ctx: typer.Context, server: options.RootServer = None) -> None:
 
 command(app, "generate")(generate.generate)
 command(app, "chat", json=False)(chat.chat)
+command(app, "model")(model.model)
+command(app, "render")(model.render)
 app.add_typer(adapters.app)
 app.add_typer(train.app)
 command(app, "health", timeout=channel.HEALTH_TIMEOUT)(health.health)
 
 
 def main() -> None:
+    terminal.adapt_streams()
     app()

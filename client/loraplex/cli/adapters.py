@@ -31,10 +31,19 @@ def register(
     replace: options.Replace = False,
     load: options.LoadNow = False,
     label: options.Labels = None,
+    chat_template: options.ChatTemplate = None,
+    eos_token_id: options.EosTokenIds = None,
 ) -> None:
     """Copy an adapter from the server's import root into its store and register it as NAME."""
     labels = options.parse_pairs(label)
-    done = session.client.register_adapter(name, path, replace=replace, load=load, labels=labels)
+    done = session.client.register_adapter(
+        *(name, path),
+        replace=replace,
+        load=load,
+        labels=labels,
+        chat_template=options.read_template(chat_template),
+        eos_token_ids=eos_token_id or (),
+    )
     session.show(done, output.write_registration)
 
 

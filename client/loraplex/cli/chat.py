@@ -9,6 +9,7 @@ from typing import Annotated
 from loraplex import errors
 from loraplex.cli import options, output
 from loraplex.cli.session import Session, complain
+from loraplex.cli.terminal import recovered
 from loraplex.requests import GenerateOptions, Message
 
 HELP = """\
@@ -22,10 +23,13 @@ def chat(
     *,
     adapter: options.Adapter = None,
     system: options.System = None,
+    chat_template_kwarg: options.TemplateVariables = None,
     given: Annotated[GenerateOptions, options.CHAT],
 ) -> None:
     """Chat with the model; /help lists the chat's own commands."""
-    Conversation(session, adapter or "", system, given).run()
+    variables = options.parse_variables(chat_template_kwarg)
+    chosen: GenerateOptions = {**given, "chat_template_kwargs": variables}
+    Conversation(session, adapter or "", system, chosen).run()
 
 
 class Conversation:
@@ -51,11 +55,12 @@ class Conversation:
             output.note("/help lists the commands")
         while True:
             try:
-                line = input(f"{self._adapter or 'base'}> " if interactive else "").strip()
+                asked = input(f"{self._adapter or 'base'}> " if interactive else "")
             except (EOFError, KeyboardInterrupt):
                 if interactive:
                     print()
                 return
+            line = recovered(asked).strip()
             if line == "/quit":
                 return
             if line.startswith("/"):

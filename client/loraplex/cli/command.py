@@ -16,6 +16,7 @@ import typer
 from loraplex import channel
 from loraplex.cli import options
 from loraplex.cli.session import session
+from loraplex.cli.terminal import recovered
 
 _KIND = inspect.Parameter.KEYWORD_ONLY
 
@@ -46,6 +47,7 @@ def command(
             target = given.pop("server") or ctx.obj or channel.DEFAULT_TARGET
             seconds = given.pop("timeout", channel.DEFAULT_TIMEOUT)
             as_json = given.pop("as_json", False)
+            given = {name: _recovered(value) for name, value in given.items()}
             for name, keys in groups.items():
                 given[name] = {key: given.pop(key) for key in keys}
             with session(target, seconds, as_json) as opened:
@@ -58,6 +60,13 @@ def command(
         return function
 
     return declare
+
+
+def _recovered(value: Any) -> Any:
+    """The value of an option or argument, with its texts as `terminal.recovered` returns them."""
+    if isinstance(value, list):
+        return [_recovered(each) for each in value]
+    return recovered(value) if isinstance(value, str) else value
 
 
 def _expanded(

@@ -11,6 +11,7 @@ import typer
 from loraplex.cli import options, output
 from loraplex.cli.options import option
 from loraplex.cli.session import Session
+from loraplex.cli.terminal import recovered
 from loraplex.requests import GenerateOptions, Message
 from loraplex.results import Completion
 
@@ -26,7 +27,12 @@ _COMPLETION: Mapping[str, Any] = {
         "Sampling", "Penalty per occurrence of a token in the output, -2 to 2."
     ),
     "ignore_eos": option(
-        "Stop conditions", "Continue past the end-of-sequence token.", "--ignore-eos"
+        "Stop conditions", "Continue past the end tokens of the model or adapter.", "--ignore-eos"
+    ),
+    "skip_special_tokens": option(
+        "Output",
+        "Leave special tokens out of the text. Default: they are left out.",
+        "--skip-special-tokens/--no-skip-special-tokens",
     ),
     "logprobs": option("Output", "Alternatives reported for each token, with --json."),
     "priority": option("Server", "Priority of the request, -100 to 100; higher is admitted first."),
@@ -49,6 +55,7 @@ def generate(
         option("Model", "Treat PROMPT as a user message and apply the chat template.", "--chat"),
     ] = False,
     system: options.System = None,
+    chat_template_kwarg: options.TemplateVariables = None,
     given: Annotated[GenerateOptions, _COMPLETION],
     stop: Annotated[
         list[str] | None,
@@ -58,20 +65,30 @@ def generate(
             metavar="TEXT",
         ),
     ] = None,
+    stop_token_id: Annotated[
+        list[int] | None,
+        option(
+            "Stop conditions",
+            "End the completion before this token. Can be repeated.",
+            metavar="ID",
+        ),
+    ] = None,
     stream: Annotated[
         bool, option("Output", "Print tokens as they are generated.", "--stream/--no-stream")
     ] = True,
 ) -> None:
     """Continue PROMPT with the base model, an adapter or a mix of adapters."""
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = recovered(sys.stdin.read()) if prompt == "-" else prompt
     chosen: GenerateOptions = {
         **given,
         "adapter": adapter,
         "mix": _parse_mix(mix or ()),
         "stop": stop,
+        "stop_token_ids": stop_token_id,
+        "chat_template_kwargs": options.parse_variables(chat_template_kwarg),
     }
     as_prompt: str | None = text
-    if chat or system is not None:
+    if chat or system is not None or chat_template_kwarg:
         as_prompt = None
         opening: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         chosen["messages"] = [*opening, {"role": "user", "content": text}]
@@ -83,7 +100,7 @@ def generate(
 
 def _write(completion: Completion) -> None:
     output.write_text(completion.text + "\n")
-    output.write_summary(completion.finish_reason, completion.usage, completion.adapters)
+    output.write_summary(completion)
 
 
 def _parse_mix(terms: Iterable[str]) -> dict[str, float | None]:

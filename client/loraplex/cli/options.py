@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -65,6 +67,30 @@ Labels = Annotated[
     ),
 ]
 
+ChatTemplate = Annotated[
+    Path | None,
+    option(
+        "Registration",
+        "Local Jinja file: the chat template of this version, in place of the base model's. The "
+        "server's operator must allow it.",
+        "--chat-template",
+        metavar="FILE",
+        exists=True,
+        dir_okay=False,
+    ),
+]
+EosTokenIds = Annotated[
+    list[int] | None,
+    option(
+        "Registration",
+        "Token that ends the answers of this version, in place of the base model's end tokens. Can "
+        "be repeated.",
+        "--eos-token-id",
+        metavar="ID",
+        min=0,
+    ),
+]
+
 Adapter = Annotated[
     str | None,
     option(
@@ -80,6 +106,16 @@ System = Annotated[
 ]
 
 
+TemplateVariables = Annotated[
+    list[str] | None,
+    option(
+        "Model",
+        "Variable of the chat template; VALUE is JSON, or else a text. Can be repeated.",
+        "--chat-template-kwarg",
+        metavar="NAME=VALUE",
+    ),
+]
+
 CHAT: Mapping[str, Any] = {
     "temperature": option(
         "Sampling", "Sampling temperature; 0 is greedy. Default: 1.", "--temperature", "-t"
@@ -93,6 +129,16 @@ CHAT: Mapping[str, Any] = {
 """The keys of GenerateOptions that are options of `chat` and `generate`."""
 
 
+def read_template(path: Path | None) -> str:
+    """Reads the file of a chat template; "" without one. Raises BadParameter."""
+    if path is None:
+        return ""
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise typer.BadParameter(f"{path} cannot be read as UTF-8 text: {error}") from None
+
+
 def parse_pairs(terms: Iterable[str] | None) -> dict[str, str]:
     """Parses `["a=x", "b="]` to `{"a": "x", "b": ""}`. Raises BadParameter."""
     pairs: dict[str, str] = {}
@@ -102,3 +148,15 @@ def parse_pairs(terms: Iterable[str] | None) -> dict[str, str]:
             raise typer.BadParameter(f"{term!r}: use KEY=VALUE, with each KEY only once")
         pairs[key] = value
     return pairs
+
+
+def parse_variables(terms: Iterable[str] | None) -> dict[str, Any] | None:
+    """Parses `["a=true", "b=x"]` to `{"a": True, "b": "x"}`; None for none. Raises BadParameter."""
+    return {name: _value(text) for name, text in parse_pairs(terms).items()} or None
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text

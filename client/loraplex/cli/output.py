@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+from loraplex.cli.terminal import can_show
 from loraplex.results import (
     AdapterEvent,
     AdapterInfo,
+    Completion,
     Finding,
-    FinishReason,
+    Finished,
     Registration,
-    ResolvedAdapter,
     UploadInfo,
-    Usage,
     Validation,
 )
 from loraplex.streams import Stream
@@ -40,7 +40,10 @@ def write_text(text: str) -> None:
 
 
 def write_json(value: object, flush: bool = False) -> None:
-    """Prints dataclasses, alone or within lists and mappings, as one line of JSON."""
+    """Prints dataclasses, alone or within lists and mappings, as one line of JSON.
+
+    Characters that standard output cannot show are escaped.
+    """
 
     def plain(item: object) -> object:
         if dataclasses.is_dataclass(item) and not isinstance(item, type):
@@ -49,15 +52,22 @@ def write_json(value: object, flush: bool = False) -> None:
             return item.isoformat()
         raise TypeError(type(item).__name__)
 
-    print(json.dumps(value, default=plain, ensure_ascii=False), flush=flush)
+    text = json.dumps(value, default=plain, ensure_ascii=False)
+    print(text if can_show(text) else json.dumps(value, default=plain), flush=flush)
 
 
-def write_summary(reason: FinishReason, usage: Usage, adapters: Sequence[ResolvedAdapter]) -> None:
-    """Prints the adapters, the token counts and the finish reason, if stderr is a terminal."""
+def write_summary(done: Completion | Finished) -> None:
+    """Prints adapters, token counts, finish reason and matched stop, if stderr is a terminal."""
     if not sys.stderr.isatty():
         return
-    model = " + ".join(f"{a.weight:g} x {a.name}@{a.version} {short(a.digest)}" for a in adapters)
-    tokens = f"{usage.prompt_tokens} + {usage.completion_tokens} tokens"
+    model = " + ".join(
+        f"{a.weight:g} x {a.name}@{a.version} {short(a.digest)}" for a in done.adapters
+    )
+    tokens = f"{done.usage.prompt_tokens} + {done.usage.completion_tokens} tokens"
+    reason = str(done.finish_reason)
+    if done.matched_stop is not None:
+        stop = done.matched_stop
+        reason += " at token " + str(stop.token_id) if stop.text is None else f" at {stop.text!r}"
     note(f"[{model or 'base model'}, {tokens}, {reason}]")
 
 
@@ -76,8 +86,7 @@ def write_stream(stream: Stream) -> str:
             if pieces:
                 write_text("\n")
     if stream.finished is not None:
-        done = stream.finished
-        write_summary(done.finish_reason, done.usage, done.adapters)
+        write_summary(stream.finished)
     return "".join(pieces)
 
 
@@ -178,6 +187,7 @@ def write_registration(done: Registration) -> None:
     """Prints the registered adapter, and whether the registration is new."""
     news = "registered" if done.created else "was registered already"
     print(f"{identity(done.adapter)} {news}")
+    _write_notes(done.notes)
 
 
 def write_uploads(uploads: Sequence[UploadInfo]) -> None:
@@ -201,6 +211,12 @@ def write_validation(found: Validation) -> None:
         print(finding.reason, finding.field or "-", finding.message, sep="\t")
     if found.spec is not None:
         write_fields(found.spec)
+    _write_notes(found.notes)
+
+
+def _write_notes(notes: Sequence[str]) -> None:
+    for note in notes:
+        print(f"note: {note}")
 
 
 def write_event(event: AdapterEvent) -> None:

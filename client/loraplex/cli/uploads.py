@@ -51,6 +51,8 @@ def upload(
     replace: options.Replace = False,
     load: options.LoadNow = False,
     label: options.Labels = None,
+    chat_template: options.ChatTemplate = None,
+    eos_token_id: options.EosTokenIds = None,
     resume: Annotated[
         str, option("Registration", "Resume the interrupted upload ID.", metavar="ID")
     ] = "",
@@ -65,6 +67,8 @@ def upload(
             replace=replace,
             load=load,
             labels=labels,
+            chat_template=options.read_template(chat_template),
+            eos_token_ids=eos_token_id or (),
             upload_id=upload_id,
             progress=show,
         )
@@ -90,12 +94,12 @@ def validate(
 
 
 def _validate_local(client: Client, path: str) -> Validation:
-    uploads.Files.read(path)  # a wrong path starts no upload
+    files = uploads.Files.read(path)  # a wrong path starts no upload
     upload_id = client.start_upload()
     try:
         with output.progress() as show:
             client.stage_adapter(path, upload_id=upload_id, progress=show)
-        return client.validate_adapter(upload_id=upload_id)
+        return client.validate_adapter(upload_id=upload_id, other_files=files.others)
     finally:
         with contextlib.suppress(LoraplexError):
             client.abort_upload(upload_id)

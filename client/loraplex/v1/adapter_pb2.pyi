@@ -355,7 +355,7 @@ class UploadAdapterRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[UploadHeader, _Mapping]] = ..., chunk: _Optional[_Union[UploadChunk, _Mapping]] = ...) -> None: ...
 
 class UploadHeader(_message.Message):
-    __slots__ = ("upload_id", "name", "config_size", "weights_size", "expected_digest", "replace", "load", "labels", "stage_only", "chat_template", "eos_token_ids")
+    __slots__ = ("upload_id", "name", "config_size", "weights_size", "expected_digest", "replace", "load", "labels", "stage_only", "chat_template", "eos_token_ids", "other_files")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -374,6 +374,7 @@ class UploadHeader(_message.Message):
     STAGE_ONLY_FIELD_NUMBER: _ClassVar[int]
     CHAT_TEMPLATE_FIELD_NUMBER: _ClassVar[int]
     EOS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    OTHER_FILES_FIELD_NUMBER: _ClassVar[int]
     upload_id: str
     name: str
     config_size: int
@@ -385,7 +386,8 @@ class UploadHeader(_message.Message):
     stage_only: bool
     chat_template: str
     eos_token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, upload_id: _Optional[str] = ..., name: _Optional[str] = ..., config_size: _Optional[int] = ..., weights_size: _Optional[int] = ..., expected_digest: _Optional[str] = ..., replace: _Optional[bool] = ..., load: _Optional[bool] = ..., labels: _Optional[_Mapping[str, str]] = ..., stage_only: _Optional[bool] = ..., chat_template: _Optional[str] = ..., eos_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    other_files: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, upload_id: _Optional[str] = ..., name: _Optional[str] = ..., config_size: _Optional[int] = ..., weights_size: _Optional[int] = ..., expected_digest: _Optional[str] = ..., replace: _Optional[bool] = ..., load: _Optional[bool] = ..., labels: _Optional[_Mapping[str, str]] = ..., stage_only: _Optional[bool] = ..., chat_template: _Optional[str] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., other_files: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class UploadChunk(_message.Message):
     __slots__ = ("file", "offset", "data")
@@ -458,12 +460,14 @@ class AbortUploadResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class ValidateAdapterRequest(_message.Message):
-    __slots__ = ("path", "upload_id")
+    __slots__ = ("path", "upload_id", "other_files")
     PATH_FIELD_NUMBER: _ClassVar[int]
     UPLOAD_ID_FIELD_NUMBER: _ClassVar[int]
+    OTHER_FILES_FIELD_NUMBER: _ClassVar[int]
     path: str
     upload_id: str
-    def __init__(self, path: _Optional[str] = ..., upload_id: _Optional[str] = ...) -> None: ...
+    other_files: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, path: _Optional[str] = ..., upload_id: _Optional[str] = ..., other_files: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ValidateAdapterResponse(_message.Message):
     __slots__ = ("findings", "spec", "notes")

@@ -94,6 +94,6 @@ class _SourceReader:
 
 def named_ends(source: TensorSource, vocab_size: int) -> tuple[int, ...]:
     """The end tokens that the configurations of a checkpoint name, in the order of the files."""
-    ids = named_end_tokens("config.json", source.config, vocab_size)
-    ids += named_end_tokens("generation_config.json", source.generation_config, vocab_size)
+    ids = named_end_tokens("configuration", source.config, vocab_size)
+    ids += named_end_tokens("generation configuration", source.generation_config, vocab_size)
     return tuple(dict.fromkeys(ids))

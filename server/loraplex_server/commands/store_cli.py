@@ -10,8 +10,10 @@ from typing import Annotated, Any, Final, NoReturn
 
 import typer
 from loraplex_adapters.format.digest import is_digest
+from loraplex_adapters.format.files import open_directory
+from loraplex_adapters.format.notes import MAX_NOTED_FILES, folder_notes
 from loraplex_adapters.format.spec import AdapterLimits
-from loraplex_adapters.store import Record, Store
+from loraplex_adapters.store import Record, Store, VersionText
 from loraplex_model.base.info import BaseInfo
 from loraplex_model.base.refusal import BASE_MODEL_REASONS, Reason, Refusal
 from rich.console import Console, RenderableType
@@ -121,13 +123,37 @@ def import_(
         bool, typer.Option("--replace", help="Register a new version if the name exists.")
     ] = False,
     label: Labels = None,
+    chat_template: Annotated[
+        Path | None,
+        typer.Option(
+            "--chat-template",
+            metavar="FILE",
+            help="Jinja file: the chat template of this version, in place of the base model's. "
+            "Servers use it with --adapter-chat-templates.",
+        ),
+    ] = None,
+    eos_token_id: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--eos-token-id",
+            metavar="ID",
+            help="Token that ends answers of this version, in place of the base model's end "
+            "tokens; may be repeated.",
+        ),
+    ] = None,
 ) -> None:
     """Check an adapter against the base model and register it."""
     base, limits = _base(shell.config)
-    record, created = shell.store.register(name, directory, base, limits, replace, _labels(label))
+    text = VersionText.of(_template(chat_template), eos_token_id or ())
+    record, created = shell.store.register(
+        name, directory, base, limits, replace, _labels(label), text=text
+    )
+    with open_directory(directory) as opened:
+        notes = folder_notes(opened.names(MAX_NOTED_FILES), bool(text.chat_template))
     shell.show(
-        {**tables.plain(record), "created": created},
+        {**tables.plain(record), "created": created, "notes": notes},
         f"{record.id} {record.digest}" + ("" if created else " (registered already)"),
+        *(f"note: {note}" for note in notes),
     )
 
 
@@ -319,6 +345,16 @@ def _of_other_bases(store: Store, base: BaseInfo) -> list[str]:
     """Ids of the versions that are not recorded for `base`, also those of an unknown base."""
     every = (version for record in store.current() for version in store.versions(record.name))
     return [v.id for v in every if v.base_fingerprint != base.fingerprint]
+
+
+def _template(path: Path | None) -> str:
+    if path is None:
+        return ""
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        text = f"{path} cannot be read as UTF-8 text: {error}"
+        raise typer.BadParameter(text, param_hint="--chat-template") from None
 
 
 def _labels(texts: list[str] | None) -> dict[str, str]:

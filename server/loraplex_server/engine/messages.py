@@ -188,8 +188,8 @@ class Failure(msgspec.Struct, frozen=True):
 class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     """One request's part of a step. The last output of a request has a `finish` or an `error`.
 
-    `finish` is "stop" or "length"; a stop token is not in `token_ids` but is `stop_token`. `started`
-    is set on a request's first output, when its prompt has been computed.
+    `finish` is "stop" or "length". `stop_token` is the token that stopped the request; it is not in
+    `token_ids`. `started` is set on a request's first output, when its prompt has been computed.
     """
 
     id: int

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Final, ParamSpec, TypeAlias, TypeVar
 
 from loraplex_adapters.format.examine import Report, examine
 from loraplex_adapters.format.files import Directory, open_below
+from loraplex_adapters.format.notes import MAX_NOTED_FILES, folder_notes
 from loraplex_adapters.format.spec import AdapterLimits
-from loraplex_adapters.store import Record, Store
+from loraplex_adapters.store import Record, Store, VersionText
 from loraplex_model.base.info import BaseInfo
 from loraplex_model.base.refusal import Problem, Reason, Refusal
+from loraplex_model.checkpoints.chat import ChatTemplate
 
 from loraplex_server.engine.group.face import Engine
 from loraplex_server.engine.messages import AdapterRef
@@ -26,6 +27,8 @@ from loraplex_server.registry.census import Census
 from loraplex_server.registry.feed import AdapterFeed, Catalogue
 from loraplex_server.registry.freshness import unanswered
 from loraplex_server.registry.name_cache import NameCache
+from loraplex_server.registry.terms import Registered, RegistrationTerms, usable
+from loraplex_server.registry.texts import AdapterTexts
 from loraplex_server.runtime.finishing import to_the_end
 from loraplex_server.runtime.lanes import Lane, Lanes
 
@@ -40,45 +43,6 @@ CATALOGUE_SECONDS: Final = 30.0
 
 Source: TypeAlias = Callable[[], AbstractContextManager[Directory]]
 """Opens the files of an adapter."""
-
-
-@dataclass(frozen=True, slots=True)
-class Registered:
-    """A version of an adapter and the directory that holds its files.
-
-    `obstacle` says why calls may not use the version; None if they may.
-    """
-
-    record: Record
-    path: str
-    obstacle: Problem | None = None
-
-    @property
-    def ref(self) -> AdapterRef:
-        """Reference by which the engine loads the adapter."""
-        return AdapterRef(self.record.digest, self.path)
-
-
-def usable(adapter: Registered) -> Registered:
-    """Returns the adapter. Raises Refusal, with the reason, if calls may not use it."""
-    if adapter.obstacle is not None:
-        raise Refusal.of([adapter.obstacle])
-    return adapter
-
-
-@dataclass(frozen=True, slots=True)
-class RegistrationTerms:
-    """Name under which an adapter is registered, and the conditions.
-
-    With `load`, a name that is replaced moves to the new content only once that is on the device,
-    so that no request waits for it. If it cannot be loaded, the name does not move.
-    """
-
-    name: str
-    replace: bool = False
-    labels: Mapping[str, str] | None = None
-    expected_digest: str = ""
-    load: bool = False
 
 
 class Registry:
@@ -98,6 +62,7 @@ class Registry:
         import_root: Path,
         limits: AdapterLimits,
         lanes: Lanes | None = None,
+        texts: AdapterTexts | None = None,
     ) -> None:
         self.lanes = lanes or Lanes()
         self.store = store
@@ -108,6 +73,7 @@ class Registry:
         count_changes = partial(self.lanes.count.run, store.change_counter)
         self._names: NameCache[Registered] = NameCache(count_changes)
         metrics.series.index_away_seconds.set_function(self._names.freshness.away_seconds)
+        self._texts = texts or AdapterTexts()
         self.feed = AdapterFeed(self._catalogue, count_changes)
         self.census = Census(partial(self.lanes.survey.run, store.survey), self._base, metrics)
 
@@ -179,6 +145,10 @@ class Registry:
         except TimeoutError:
             raise unanswered() from None
 
+    async def template(self, records: Sequence[Record]) -> ChatTemplate | None:
+        """The chat template of a request with these adapters; None for the base model's."""
+        return await self._texts.template(records, partial(self.read, self.store.chat_template))
+
     # examination of files
 
     @property
@@ -199,6 +169,16 @@ class Registry:
 
         return await self.lanes.validations.run(work)
 
+    async def notes(self, source: Source, text: VersionText | None = None) -> list[str]:
+        """Notes about files beside an adapter that are not used; `text` is what it brings."""
+
+        def work() -> list[str]:
+            with source() as opened:
+                names = opened.names(MAX_NOTED_FILES)
+            return folder_notes(names, has_template=bool(text and text.chat_template))
+
+        return await self.lanes.validations.run(work)
+
     # registration: each returns the adapter and whether the version is new
 
     async def register(
@@ -215,6 +195,7 @@ class Registry:
                     self._limits,
                     terms.replace,
                     labels=terms.labels or {},
+                    text=terms.text,
                 )
 
         return await self._name(terms, source, record, lane or self.lanes.registrations)
@@ -233,6 +214,7 @@ class Registry:
                 self._limits,
                 terms.replace,
                 terms.labels or {},
+                text=terms.text,
             )
 
         source = partial(self.store.uploads.reading, upload_id)
@@ -250,6 +232,7 @@ class Registry:
         A replacement is loaded first: its files are copied into the store without a name.
         """
         await self._names.freshness.require()
+        await lane.run(partial(self._texts.check, terms.text))
         if terms.load and terms.replace:
 
             def admit() -> AdapterRef:

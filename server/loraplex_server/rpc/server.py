@@ -14,6 +14,8 @@ from loraplex.v1 import (
     adapter_pb2_grpc,
     generation_pb2,
     generation_pb2_grpc,
+    model_pb2,
+    model_pb2_grpc,
     training_pb2,
     training_pb2_grpc,
 )
@@ -25,6 +27,7 @@ from loraplex_server.rpc.calls.interceptor import Interceptor
 from loraplex_server.rpc.services.adapters import AdapterService
 from loraplex_server.rpc.services.generation import GenerationService
 from loraplex_server.rpc.services.health import HealthService
+from loraplex_server.rpc.services.model import ModelService
 from loraplex_server.rpc.services.reflection import ReflectionService
 from loraplex_server.rpc.services.training import TrainingService
 
@@ -35,6 +38,7 @@ SERVICES: Final = (
     generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
     adapter_pb2.DESCRIPTOR.services_by_name["AdapterService"].full_name,
     training_pb2.DESCRIPTOR.services_by_name["TrainingService"].full_name,
+    model_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
 )
 
 OPTIONS: Final[Sequence[tuple[str, Any]]] = (
@@ -98,12 +102,17 @@ class RpcServer:
         return Address(address.host, port)
 
     async def start(
-        self, generation: GenerationService, adapters: AdapterService, training: TrainingService
+        self,
+        generation: GenerationService,
+        adapters: AdapterService,
+        training: TrainingService,
+        model: ModelService,
     ) -> None:
         """Starts to accept calls."""
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(generation, self._server)
         adapter_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, self._server)
         training_pb2_grpc.add_TrainingServiceServicer_to_server(training, self._server)
+        model_pb2_grpc.add_ModelServiceServicer_to_server(model, self._server)
         await self._server.start()
 
     def set_serving(self, serving: bool) -> None:

@@ -95,4 +95,3 @@ class StreamText:
 
     def _decode(self, tokens: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(tokens), skip_special_tokens=self._skip))
-

@@ -103,11 +103,10 @@ class TokenTexts:
 
     @cached_property
     def _anchor(self) -> list[int]:
-        """A token after which others are decoded; empty if none was found."""
-        for text in "a", "e", "1":
-            for token in self._tokenizer.encode(text, add_special_tokens=False).ids[-1:]:
-                if self.alone([token]) and not self.fallback_byte(token):
-                    return [token]
+        """A token after which others are decoded; empty if the vocabulary has none."""
+        for token in range(self._tokenizer.get_vocab_size(with_added_tokens=True)):
+            if self.is_visible(token, False) and not self.fallback_byte(token):
+                return [token]
         return []
 
     @cached_property
@@ -139,7 +138,8 @@ class ByteLevelText:
 
     def finish(self) -> str:
         """See Detokenizer."""
-        return ""
+        rest = self._decoder.decode(b"", final=True)
+        return rest if len(rest) > 1 else ""  # an incomplete character is one U+FFFD
 
 
 class PieceText:

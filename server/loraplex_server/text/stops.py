@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from os.path import commonprefix
 
 
 class StopMatcher:
@@ -82,6 +81,10 @@ def _place(text: str, shown: str, length: int) -> int:
 
     Their common end corresponds letter by letter. What precedes it counts as one letter.
     """
-    common = len(commonprefix([text[::-1], shown[::-1]]))
+    common = 0
+    for one, other in zip(reversed(text), reversed(shown), strict=False):
+        if one != other:
+            break
+        common += 1
     before = len(text) - common
     return len(shown) - common + length - before if length >= before else 0

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from jinja2 import TemplateError
 from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_model.checkpoints.chat import ChatOptions, ChatTemplate, TextRefused
 from loraplex_model.checkpoints.control.ends import end_of_turn
@@ -41,6 +40,7 @@ class TextTokenizer:
     Attributes:
         template: the chat template of the base model, or None.
         architecture: the architecture in the Hugging Face configuration.
+        special_tokens: texts of "bos_token", "eos_token", ..., which a chat template may use.
         eos_token_ids: ids that end a completion.
     """
 
@@ -52,6 +52,7 @@ class TextTokenizer:
         *,
         eos_token_ids: Sequence[int] | None = None,
         special_tokens_in_messages: bool = False,
+        chat_template: Path | None = None,
     ) -> None:
         """Long texts are tokenised in the threads of `lane`, or in some of the tokenizer's own.
 
@@ -59,13 +60,15 @@ class TextTokenizer:
             max_context: longest prompt and completion together, in tokens.
             eos_token_ids: the loaded base's; None for those in the directory.
             special_tokens_in_messages: see `PromptEncoder`.
+            chat_template: file of a template in place of the model's.
 
         Raises Refusal, with a message for the operator.
         """
         self._lane = lane or Lanes().text
-        info = TokenizerInfo.read(folder)
+        info = TokenizerInfo.read(folder).with_template(chat_template)
         self.architecture = info.architecture
-        self.template = _chat_template(info)
+        self.special_tokens = info.special_tokens
+        self.template = info.compiled()
         self.eos_token_ids = tuple(info.eos_token_ids if eos_token_ids is None else eos_token_ids)
         self._tokenizer = _read_tokenizer(folder) if info.has_tokenizer else None
         self._encoder: PromptEncoder | None = None
@@ -204,13 +207,3 @@ def _read_tokenizer(folder: Path) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
-
-
-def _chat_template(info: TokenizerInfo) -> ChatTemplate | None:
-    if info.chat_template is None:
-        return None
-    try:
-        return ChatTemplate(info.chat_template, info.special_tokens)
-    except TemplateError as error:
-        message = f"the model's chat template does not compile: {error}"
-        raise Refusal(Reason.MODEL_INVALID, message) from error

@@ -10,7 +10,8 @@ from typing import Final
 from loraplex_adapters.format.files import open_directory
 from loraplex_model.base.refusal import Reason, Refusal, Subject
 
-from loraplex_server.registry.registry import Registered, RegistrationTerms, Registry
+from loraplex_server.registry.registry import Registry
+from loraplex_server.registry.terms import Registered, RegistrationTerms
 from loraplex_server.training.jobs import ADAPTER, JobOrder, ResultRecord
 
 _RETRY_SECONDS: Final = (0.5, 1.0, 2.0)

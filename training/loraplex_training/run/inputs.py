@@ -54,6 +54,7 @@ class RunInputs:
             base.directory,
             base.weights.eos_token_ids,
             special_tokens_in_messages=spec.special_tokens_in_messages,
+            chat_template=spec.chat_template,
         )
         specs: list[DataSpec] = []
         for job in spec.jobs:

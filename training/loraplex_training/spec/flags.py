@@ -20,7 +20,7 @@ from loraplex_training.spec.spec import DataSpec
 DATA_FLAGS: Final = tuple(name for name, key in KEYS.items() if key.kind is DataSpec)
 REPEATED: Final = ("data",)
 """Flags that may be repeated."""
-BASE_FLAGS: Final = ("model", "special_tokens_in_messages", "cache")
+BASE_FLAGS: Final = ("model", "chat_template", "special_tokens_in_messages", "cache")
 
 PANELS: Final[Mapping[str, str]] = {
     "data": "Data",

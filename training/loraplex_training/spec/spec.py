@@ -247,6 +247,9 @@ class RunSpec:
     """Directory of the run. Default: var/runs/<name>, with a number if that holds a run already."""
     model: str = "default"
     """Base model: a directory, a GGUF file, a hub id, or `default`."""
+    chat_template: Annotated[Path | None, BLANK_IS_NONE] = None
+    """File with a chat template (Jinja) that takes the place of the model's, as a server with the
+    same option uses it."""
     special_tokens_in_messages: bool = False
     """Recognise special tokens that messages spell out, as a server with the same option does.
     Otherwise they are text."""

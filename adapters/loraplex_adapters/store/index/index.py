@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import sqlalchemy as sa
 from loraplex_model.base.info import BaseInfo
 from loraplex_model.base.refusal import Reason, Refusal
 
 from loraplex_adapters.format.spec import CheckedAdapter
-from loraplex_adapters.store.index import lookup, rebases, records, schema
+from loraplex_adapters.store.index import lookup, rebases, records, schema, texts
 from loraplex_adapters.store.index.database import Database
 from loraplex_adapters.store.index.ids import AdapterId
 from loraplex_adapters.store.index.labels import check_count
 from loraplex_adapters.store.index.records import Page, Record
+from loraplex_adapters.store.index.texts import VersionText
 
 _names, _versions, _blobs = schema.names.c, schema.versions.c, schema.blobs.c
 _labels = schema.labels.c
@@ -37,11 +39,13 @@ class Index:
         labels: Mapping[str, str],
         replace: bool,
         place: Callable[[], bool],
+        text: VersionText | None = None,
     ) -> tuple[Record, bool]:
         """Points a name to content; returns the version, and True if the version is new.
 
         `base` is the one that the adapter was checked against: a version that exists is recorded
-        for it. The version gets `labels` in addition to those it has. `place` puts the content into
+        for it. The same content with another `text` is other content. The version gets `labels` in
+        addition to those it has. `place` puts the content into
         the store, unless it is there, and returns whether it did. It is called within the change,
         so that the content cannot be collected before a name points to it.
         Raises Refusal: ADAPTER_CONFLICT if the name points to other content and `replace` is not
@@ -53,7 +57,9 @@ class Index:
             current = connection.execute(
                 records.living.where(_names.name == name, records.is_current)
             ).one_or_none()
-            if current is not None and current.digest == spec.digest:
+            text = text or VersionText()
+            same_content = current is not None and current.digest == spec.digest
+            if current is not None and same_content and _has_text(current, text):
                 changed = place()
                 changed |= _describe(connection, spec)
                 changed |= rebases.move(connection, current, base)
@@ -65,12 +71,15 @@ class Index:
                 assert found is not None
                 return found, False
             if current is not None and not replace:
-                message = f"{name} already names other content ({current.digest}); "
-                message += "replace it or use another name"
+                message = f"{name} already names other content ({current.digest})"
+                if same_content:
+                    message = f"{name} has this content with another chat template or end tokens"
+                message += "; replace it or use another name"
                 raise Refusal(Reason.ADAPTER_CONFLICT, message, name)
             place()
             version = _add_version(connection, name, spec, base)
             _put_labels(connection, name, version, labels)
+            texts.put(connection, name, version, text)
             schema.count_change(connection)
             made = records.read_one(connection, lookup.exactly(name, version))
             assert made is not None
@@ -176,6 +185,11 @@ class Index:
             schema.count_change(connection)
             return lookup.find(connection, AdapterId(name))
 
+    def chat_template(self, sha256: str) -> str:
+        """Source of a template, as `texts.template` returns it."""
+        with self._database.reading() as connection:
+            return texts.template(connection, sha256)
+
     def change_counter(self) -> int:
         """Counter that grows with every change of names, aliases and labels by any process."""
         with self._database.reading() as connection:
@@ -214,6 +228,11 @@ def _add_version(connection: sa.Connection, name: str, spec: CheckedAdapter, bas
         )
     )
     return version
+
+
+def _has_text(row: sa.Row[Any], text: VersionText) -> bool:
+    of_row = (row.chat_template_sha256 or "", tuple(row.eos_token_ids or ()))
+    return of_row == (text.template_sha256, text.eos_token_ids)
 
 
 def _describe(connection: sa.Connection, spec: CheckedAdapter) -> bool:

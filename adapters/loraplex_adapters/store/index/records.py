@@ -42,6 +42,7 @@ class Record:
             has is empty here, until the same files are registered again.
         deleted_at: time of deletion; None if the version is not deleted.
         labels, aliases: as they were when the record was read. `aliases` are sorted.
+        chat_template_sha256, eos_token_ids: what `VersionText` the version has; "" and () without.
         others: as in `CheckedAdapter`.
     """
 
@@ -63,6 +64,8 @@ class Record:
     base_name: str = ""
     quarantine: Quarantine | None = None
     is_described: bool = True
+    chat_template_sha256: str = ""
+    eos_token_ids: tuple[int, ...] = ()
 
     @property
     def id(self) -> str:
@@ -95,10 +98,19 @@ versions = (
         schema.blobs.c.summary,
         schema.quarantine.c.reason.label("quarantine_reason"),
         schema.quarantine.c.created_at.label("quarantined_at"),
+        schema.version_texts.c.template.label("chat_template_sha256"),
+        schema.version_texts.c.eos_token_ids,
     )
     .join(schema.blobs, schema.blobs.c.digest == schema.versions.c.digest)
     .join(schema.names, schema.names.c.name == schema.versions.c.name)
     .outerjoin(schema.quarantine, schema.quarantine.c.digest == schema.versions.c.digest)
+    .outerjoin(
+        schema.version_texts,
+        sa.and_(
+            schema.version_texts.c.name == schema.versions.c.name,
+            schema.version_texts.c.version == schema.versions.c.version,
+        ),
+    )
 )
 """Query of every version, including deleted ones."""
 
@@ -179,6 +191,8 @@ def _record(
         aliases=tuple(aliases.get(key, ())),
         base_name=row.base_name,
         is_described=is_described,
+        chat_template_sha256=row.chat_template_sha256 or "",
+        eos_token_ids=tuple(row.eos_token_ids or ()),
         quarantine=(
             None
             if row.quarantined_at is None

@@ -101,6 +101,23 @@ rebases = sa.Table(
     sa.Column("created_at", sa.Float, nullable=False),
 )
 
+# The two tables below refer to versions without a foreign key: an older server, which does not know
+# them, must be able to remove versions. Numbers of versions are never used again.
+chat_templates = sa.Table(
+    "chat_templates",
+    tables,
+    sa.Column("sha256", _text, primary_key=True),
+    sa.Column("source", sa.String, nullable=False),
+)
+version_texts = sa.Table(
+    "version_texts",
+    tables,
+    sa.Column("name", _text, primary_key=True),
+    sa.Column("version", sa.Integer, primary_key=True),
+    sa.Column("template", _text, nullable=False, index=True),  # "" without one
+    sa.Column("eos_token_ids", sa.JSON, nullable=False),
+)
+
 
 def prepare(connection: sa.Connection, known_id: str | None, has_blobs: bool) -> str:
     """Creates or upgrades the tables in this transaction; returns the id of the store.
@@ -143,7 +160,7 @@ def prepare(connection: sa.Connection, known_id: str | None, has_blobs: bool) ->
 def is_current(connection: sa.Connection) -> bool:
     """Whether the index has all tables and columns; otherwise `prepare` will add them."""
     present = sa.inspect(connection)
-    return present.has_table(rebases.name) and _version(connection) == SCHEMA_VERSION
+    return present.has_table(version_texts.name) and _version(connection) == SCHEMA_VERSION
 
 
 def changes(connection: sa.Connection) -> int:
@@ -189,4 +206,4 @@ def _add_ignorable(connection: sa.Connection) -> None:
         connection.exec_driver_sql(
             "ALTER TABLE versions ADD COLUMN base_name VARCHAR NOT NULL DEFAULT ''"
         )
-    tables.create_all(connection, [quarantine, rebases])
+    tables.create_all(connection, [quarantine, rebases, chat_templates, version_texts])

@@ -19,14 +19,14 @@ _ANSWER: Final = "It is mostly blue today."
 _log = logging.getLogger(__name__)
 
 
-def named_end_tokens(source: str, config: Mapping[str, Any], vocab_size: int) -> list[int]:
+def named_end_tokens(name: str, config: Mapping[str, Any], vocab_size: int) -> list[int]:
     """The ids of `eos_token_id` in a configuration: one, a list, or none.
 
     A value that is no token of the vocabulary could never be generated; it is left out with a
     warning.
 
     Args:
-        source: the configuration's file, for the warning.
+        name: the configuration's name in the warning.
     """
     value = config.get("eos_token_id")
     ids = []
@@ -35,9 +35,9 @@ def named_end_tokens(source: str, config: Mapping[str, Any], vocab_size: int) ->
             ids.append(item)
         elif item is not None:
             _log.warning(
-                "%s: eos_token_id %r is left out, since it is no token id below %d",
-                source,
+                "the eos_token_id %r in the base model's %s is left out: it is no id below %d",
                 item,
+                name,
                 vocab_size,
             )
     return ids

@@ -13,6 +13,7 @@ from typing import Any, Final, TypeAlias
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
+from loraplex_adapters.store.index.texts import MAX_TEMPLATE_BYTES
 from loraplex_model.base.refusal import Problem
 
 MAX_MESSAGE_BYTES: Final = 4 << 20
@@ -24,7 +25,8 @@ MAX_PARTS: Final = 64
 MAX_JSON_BYTES: Final = 65536
 MAX_TEMPLATE_VARIABLES: Final = 32
 MAX_TEMPLATE_VALUE_BYTES: Final = 8192
-MAX_TEMPLATE_BYTES: Final = 262144
+MAX_OTHER_FILES: Final = 256
+MAX_FILE_NAME: Final = 255
 MAX_MIX: Final = 8
 MAX_LOGIT_BIAS: Final = 300
 MAX_STOP_STRINGS: Final = 16
@@ -46,7 +48,7 @@ MAX_NAME: Final = 256
 MAX_LISTED: Final = 32
 """Most problems listed in one answer."""
 
-_SHOWN: Final = 64
+MAX_SHOWN: Final = 64
 """Characters of a map's key that the path of a field shows."""
 
 _TEXTS: Final = frozenset({FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES})
@@ -72,6 +74,8 @@ ENTRIES: Final[Mapping[str, int]] = MappingProxyType(
             "LabelAdapterRequest.remove": MAX_LABELS,
             "UploadHeader.labels": MAX_LABELS,
             "UploadHeader.eos_token_ids": MAX_STOP_TOKENS,
+            "UploadHeader.other_files": MAX_OTHER_FILES,
+            "ValidateAdapterRequest.other_files": MAX_OTHER_FILES,
             "TrainingMethod.options": MAX_OPTIONS,
             "TrainingDelivery.labels": MAX_LABELS,
             "ListJobsRequest.states": MAX_STATES,
@@ -128,6 +132,8 @@ LENGTHS: Final[Mapping[str, int]] = MappingProxyType(
             "UploadHeader.name": MAX_NAME,
             "UploadHeader.expected_digest": MAX_NAME,
             "UploadHeader.chat_template": MAX_TEMPLATE_BYTES,
+            "UploadHeader.other_files": MAX_FILE_NAME,
+            "ValidateAdapterRequest.other_files": MAX_FILE_NAME,
             "UploadHeader.LabelsEntry.key": MAX_NAME,
             "UploadHeader.LabelsEntry.value": MAX_LABEL_VALUE,
             "UploadChunk.data": MAX_MESSAGE_BYTES,
@@ -163,6 +169,12 @@ LENGTHS: Final[Mapping[str, int]] = MappingProxyType(
     }
 )
 """Most characters of each string and most bytes of each `bytes`, by the field's full name."""
+
+
+TOTALS: Final[Mapping[str, Mapping[str, int]]] = MappingProxyType(
+    {"loraplex.v1.ChatMessages.messages": {"parts": MAX_TURNS, "tool_calls": MAX_TURNS}}
+)
+"""Most entries that lists in the entries of a list have together, by the outer list's full name."""
 
 
 _Findings: TypeAlias = list[tuple[str, str]]
@@ -206,7 +218,9 @@ def _check_of(field: FieldDescriptor) -> _Check | None:
     one = _text_check(field)
     if entry is not None:
         one = _message_check
-    return _list_check(ENTRIES[field.full_name], one) if field.is_repeated else one
+    if not field.is_repeated:
+        return one
+    return _list_check(ENTRIES[field.full_name], one, TOTALS.get(field.full_name, {}))
 
 
 def _message_check(value: Message) -> _Findings:
@@ -227,10 +241,13 @@ def _text_check(field: FieldDescriptor) -> _Check | None:
     return check
 
 
-def _list_check(most: int, one: _Check | None) -> _Check:
+def _list_check(most: int, one: _Check | None, totals: Mapping[str, int]) -> _Check:
     def check(values: Any) -> _Findings:
         if len(values) > most:
             return _too_many(most)
+        for inner, total in totals.items():
+            if sum(len(getattr(value, inner)) for value in values) > total:
+                return [("", f"must have at most {total} {inner} in all entries together")]
         found: _Findings = []
         for i, value in enumerate(values if one is not None else ()):
             if wrong := one(value):  # type: ignore[misc]
@@ -250,7 +267,7 @@ def _map_check(most: int, key: _Check | None, value: _Check | None) -> _Check:
         for name, given in values.items():
             wrong = [f"the key {text}" for _, text in (key(name) if key else [])]
             wrong += [text for _, text in (value(given) if value else [])]
-            found += [(f"[{str(name)[:_SHOWN]}]", text) for text in wrong]
+            found += [(f"[{str(name)[:MAX_SHOWN]}]", text) for text in wrong]
         return found
 
     return check

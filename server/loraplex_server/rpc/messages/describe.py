@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any, Final
 
 from google.protobuf.message import Message
@@ -39,9 +40,9 @@ def adapter(row: AdapterRow, obstacle: Problem | None = None) -> adapter_pb2.Ada
     return message
 
 
-def judgement(report: Report) -> adapter_pb2.ValidateAdapterResponse:
+def judgement(report: Report, notes: Sequence[str]) -> adapter_pb2.ValidateAdapterResponse:
     """All problems of an adapter's files, or the adapter's properties if there are none."""
-    reply = adapter_pb2.ValidateAdapterResponse()
+    reply = adapter_pb2.ValidateAdapterResponse(notes=notes)
     for finding in report.findings:
         reply.findings.add(**_shared(adapter_pb2.AdapterFinding, finding))
     if spec := report.spec:

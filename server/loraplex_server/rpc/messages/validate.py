@@ -5,25 +5,33 @@ A request that passes is in range, finite and within the model's vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from typing import Final
 
-from loraplex.v1 import generation_pb2
+from loraplex.v1 import generation_pb2, model_pb2
 from loraplex_model.base.refusal import Problem
 
 from loraplex_server.rpc.calls.bounds import (
-    MAX_LISTED as MAX_LISTED,
-)
-from loraplex_server.rpc.calls.bounds import (
+    MAX_JSON_BYTES,
     MAX_LOGIT_BIAS,
     MAX_MIX,
+    MAX_PARTS,
     MAX_REQUEST_ID,
+    MAX_SHOWN,
     MAX_STOP_STRING_BYTES,
     MAX_STOP_STRINGS,
     MAX_STOP_TOKENS,
+    MAX_TEMPLATE_VALUE_BYTES,
+    MAX_TEMPLATE_VARIABLES,
     MAX_TOKEN_IDS,
+    MAX_TOOL_CALLS,
+    MAX_TOOLS,
     MAX_TURNS,
+)
+from loraplex_server.rpc.calls.bounds import (
+    MAX_LISTED as MAX_LISTED,
 )
 from loraplex_server.rpc.calls.ids import is_adapter_id, is_request_id
 
@@ -32,7 +40,7 @@ MAX_PROMPT_SCORES: Final = 1 << 20
 """Most log-probabilities of a prompt: its tokens and their alternatives together."""
 
 
-ROLES: Final = frozenset({"system", "user", "assistant"})
+ROLES: Final = ("system", "developer", "user", "assistant", "tool")
 
 ADAPTER_ID_FORM: Final = 'must be "name", "name@<version>" or "name@sha256:<64 hex digits>"'
 
@@ -122,6 +130,15 @@ def generate(
     return checks.problems
 
 
+def render_chat(request: model_pb2.RenderChatRequest) -> list[Problem]:
+    """Problems of a request to render a conversation."""
+    checks = RequestChecks("")
+    if request.adapter_id:
+        checks.adapter_id("adapter_id", request.adapter_id)
+    _chat(request.messages, checks)
+    return checks.problems
+
+
 def scores(
     request: generation_pb2.GenerateRequest, prompt_tokens: int, field_path: str = ""
 ) -> list[Problem]:
@@ -161,16 +178,72 @@ def _input(
             if len(ids) < bounds.max_context:
                 checks.tokens("token_ids.ids", ids, bounds.vocab_size)
         case "messages":
-            turns = request.messages.messages
-            checks.require(bool(turns), "messages.messages", "must not be empty")
-            checks.at_most("messages.messages", turns, MAX_TURNS)
-            for i, turn in enumerate(turns[:MAX_TURNS]):
-                if turn.role not in ROLES:
-                    field = f"messages.messages[{i}].role"
-                    checks.add(field, 'must be "system", "user" or "assistant"')
-                    break
+            _chat(request.messages, checks)
         case None:
             checks.add("input", "one of `prompt`, `token_ids` or `messages` must be set")
+
+
+def _chat(wire: generation_pb2.ChatMessages, checks: RequestChecks) -> None:
+    """Checks a conversation; that its JSON texts are JSON is found when they are read."""
+    checks.require(bool(wire.messages), "messages.messages", "must not be empty")
+    checks.at_most("messages.messages", wire.messages, MAX_TURNS)
+    for i, message in enumerate(wire.messages[:MAX_TURNS]):
+        _message(message, f"messages.messages[{i}]", checks)
+        if len(checks.problems) == MAX_LISTED:
+            return
+    if checks.at_most("messages.tools", wire.tools, MAX_TOOLS):
+        for i, tool in enumerate(wire.tools):
+            checks.size(f"messages.tools[{i}]", tool, MAX_JSON_BYTES)
+    if wire.add_generation_prompt and wire.continue_final_message:
+        text = "must not be true together with `add_generation_prompt`"
+        checks.add("messages.continue_final_message", text)
+    if checks.at_most(
+        "messages.chat_template_kwargs", wire.chat_template_kwargs, MAX_TEMPLATE_VARIABLES
+    ):
+        for name, value in wire.chat_template_kwargs.items():
+            _template_value(value, f"messages.chat_template_kwargs[{name[:MAX_SHOWN]}]", checks)
+
+
+def _message(message: generation_pb2.ChatMessage, field: str, checks: RequestChecks) -> None:
+    if message.role not in ROLES:
+        checks.add(f"{field}.role", f"must be one of {', '.join(ROLES)}")
+    has_content, is_assistant = message.HasField("content"), message.role == "assistant"
+    if message.parts:
+        checks.require(not has_content, f"{field}.parts", "must be empty if `content` is set")
+        checks.at_most(f"{field}.parts", message.parts, MAX_PARTS)
+        for j, part in enumerate(message.parts[:MAX_PARTS]):
+            if part.WhichOneof("kind") is None:
+                checks.add(f"{field}.parts[{j}]", "must be a text; the model takes nothing else")
+    elif not has_content and not message.tool_calls:
+        text = "must be set, except in a message of the assistant that has `tool_calls`"
+        checks.add(f"{field}.content", text)
+    for name in ("tool_calls", "reasoning_content"):
+        is_given = bool(getattr(message, name))
+        text = "is only for messages of the assistant"
+        checks.require(is_assistant or not is_given, f"{field}.{name}", text)
+    if message.tool_call_id and message.role != "tool":
+        checks.add(f"{field}.tool_call_id", "is only for messages of the role tool")
+    if message.tool_calls and checks.at_most(
+        f"{field}.tool_calls", message.tool_calls, MAX_TOOL_CALLS
+    ):
+        for j, call in enumerate(message.tool_calls):
+            where = f"{field}.tool_calls[{j}]"
+            checks.require(bool(call.name), f"{where}.name", "must not be empty")
+            if call.arguments:
+                checks.size(f"{where}.arguments", call.arguments, MAX_JSON_BYTES)
+
+
+def _template_value(value: generation_pb2.TemplateValue, field: str, checks: RequestChecks) -> None:
+    match kind := value.WhichOneof("kind"):
+        case None:
+            checks.add(field, "must have a value")
+        case "double_value":
+            finite = math.isfinite(value.double_value)
+            checks.require(finite, f"{field}.{kind}", "must be a finite number")
+        case "string_value" | "json_value":
+            count = len(getattr(value, kind).encode())
+            text = f"must be at most {MAX_TEMPLATE_VALUE_BYTES} bytes"
+            checks.require(count <= MAX_TEMPLATE_VALUE_BYTES, f"{field}.{kind}", text)
 
 
 def _sampling(

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 from loraplex.v1 import adapter_pb2
 from loraplex_adapters.format.files import MAX_CONFIG_BYTES
+from loraplex_adapters.store.index.texts import MAX_EOS_TOKENS, MAX_TEMPLATE_BYTES
 from loraplex_model.base.refusal import Problem
 
 from loraplex_server.rpc.calls.bounds import (
+    MAX_FILE_NAME,
     MAX_LABEL_VALUE,
     MAX_LABELS,
+    MAX_OTHER_FILES,
     MAX_PAGE_TOKEN,
     MAX_PATH_BYTES,
 )
@@ -37,6 +40,7 @@ def register(request: adapter_pb2.RegisterAdapterRequest) -> list[Problem]:
     checks.require(is_name(request.name), "name", _NAME_FORM)
     checks.size("path", request.path, MAX_PATH_BYTES)
     labels("labels", request.labels, checks)
+    _texts(request, checks)
     return checks.problems
 
 
@@ -103,7 +107,7 @@ def header(header: adapter_pb2.UploadHeader, max_weights_bytes: int) -> list[Pro
     checks = RequestChecks("header.")
     checks.require(not upload_id(header.upload_id), "upload_id", _UPLOAD_FORM)
     if header.stage_only:
-        for field in ("name", "replace", "load", "labels"):
+        for field in ("name", "replace", "load", "labels", "chat_template", "eos_token_ids"):
             checks.require(not getattr(header, field), field, "must not be set with `stage_only`")
     else:
         checks.require(is_name(header.name), "name", _NAME_FORM)
@@ -113,6 +117,8 @@ def header(header: adapter_pb2.UploadHeader, max_weights_bytes: int) -> list[Pro
         good = _DIGEST.fullmatch(header.expected_digest) is not None
         checks.require(good, "expected_digest", 'must be "sha256:" and 64 hex digits')
     labels("labels", header.labels, checks)
+    _texts(header, checks)
+    _files("other_files", header.other_files, checks)
     return checks.problems
 
 
@@ -135,6 +141,7 @@ def validation(request: adapter_pb2.ValidateAdapterRequest) -> list[Problem]:
             checks.require(not upload_id(request.upload_id), "upload_id", _UPLOAD_FORM)
         case None:
             checks.add("source", "one of `path` or `upload_id` must be set")
+    _files("other_files", request.other_files, checks)
     return checks.problems
 
 
@@ -148,6 +155,21 @@ def labels(field: str, given: Mapping[str, str], checks: RequestChecks) -> None:
         good = len(value) <= MAX_LABEL_VALUE and value.isprintable()
         text = f"the value must have at most {MAX_LABEL_VALUE} characters, all printable"
         checks.require(good, f"{field}[{key}]", text)
+
+
+def _texts(
+    request: adapter_pb2.RegisterAdapterRequest | adapter_pb2.UploadHeader, checks: RequestChecks
+) -> None:
+    """Adds the problems of a chat template and end tokens that a version brings."""
+    size, most = len(request.chat_template.encode()), MAX_TEMPLATE_BYTES
+    checks.require(size <= most, "chat_template", f"must have at most {most} bytes")
+    checks.at_most("eos_token_ids", request.eos_token_ids, MAX_EOS_TOKENS)
+
+
+def _files(field: str, names: Sequence[str], checks: RequestChecks) -> None:
+    if checks.at_most(field, names, MAX_OTHER_FILES):
+        longest = max((len(name.encode()) for name in names), default=0)
+        checks.require(longest <= MAX_FILE_NAME, field, f"must be of {MAX_FILE_NAME} bytes at most")
 
 
 def _keys(field: str, keys: Iterable[str], checks: RequestChecks) -> None:

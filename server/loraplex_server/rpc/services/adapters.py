@@ -10,13 +10,15 @@ from typing import Any, Final, TypeVar
 import grpc
 from loraplex.v1 import adapter_pb2 as pb
 from loraplex.v1 import adapter_pb2_grpc
-from loraplex_adapters.store import Record
+from loraplex_adapters.format.notes import folder_notes
+from loraplex_adapters.store import Record, VersionText
 from loraplex_model.base.refusal import Refusal, Subject
 
 from loraplex_server.engine.group.face import Engine
 from loraplex_server.engine.messages import AdapterRef
 from loraplex_server.registry.feed import AdapterRow
-from loraplex_server.registry.registry import Registered, RegistrationTerms, Registry
+from loraplex_server.registry.registry import Registry
+from loraplex_server.registry.terms import Registered, RegistrationTerms
 from loraplex_server.rpc.calls.errors import for_client, require
 from loraplex_server.rpc.calls.gate import Gate
 from loraplex_server.rpc.calls.peers import peer_address
@@ -108,13 +110,15 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
     ) -> pb.ValidateAdapterResponse:
         """Reports all faults of an adapter's files, or what the adapter is."""
         require(validate.validation(request))
+        notes = folder_notes(request.other_files)
         if request.WhichOneof("source") == "path":
-            work = self._registry.examine(self._registry.imported(request.path))
-            report = await _typed(work, "", "path")
+            source = self._registry.imported(request.path)
+            report = await _typed(self._registry.examine(source), "", "path")
+            notes = await self._registry.notes(source)
         else:
             work = self._registry.examine(partial(self._store.uploads.reading, request.upload_id))
             report = await _typed(work, request.upload_id, "upload_id", _UPLOAD)
-        return describe.judgement(report)
+        return describe.judgement(report, notes)
 
     async def WatchAdapters(
         self, request: pb.WatchAdaptersRequest, context: _Context
@@ -135,11 +139,20 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         """Checks, copies and registers a directory below the import root."""
         require(validate.register(request))
         terms = RegistrationTerms(
-            request.name, request.replace, dict(request.labels), load=request.load
+            request.name,
+            request.replace,
+            dict(request.labels),
+            load=request.load,
+            text=VersionText.of(request.chat_template, request.eos_token_ids),
         )
-        work = self._registry.register(self._registry.imported(request.path), terms)
+        source = self._registry.imported(request.path)
+        work = self._registry.register(source, terms)
         adapter, created = await _typed(work, request.name, "path")
-        return pb.RegisterAdapterResponse(adapter=self._describe(adapter.record), created=created)
+        return pb.RegisterAdapterResponse(
+            adapter=self._describe(adapter.record),
+            created=created,
+            notes=await self._registry.notes(source, terms.text),
+        )
 
     async def LabelAdapter(
         self, request: pb.LabelAdapterRequest, context: _Context
@@ -203,8 +216,9 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         done = await _typed(work, "", "name", _UPLOAD)
         if done is None:
             return pb.UploadAdapterResponse()
-        adapter, created = done
-        return pb.UploadAdapterResponse(adapter=self._describe(adapter.record), created=created)
+        return pb.UploadAdapterResponse(
+            adapter=self._describe(done.adapter.record), created=done.created, notes=done.notes
+        )
 
     async def GetUpload(
         self, request: pb.GetUploadRequest, context: _Context

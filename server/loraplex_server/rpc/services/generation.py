@@ -13,17 +13,18 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 import grpc
+from google.protobuf.internal.containers import RepeatedCompositeFieldContainer
 from google.protobuf.message import Message
 from loraplex.v1 import generation_pb2, generation_pb2_grpc
 from loraplex_model.base.refusal import Problem, Reason, Refusal, Subject
-from loraplex_model.checkpoints.chat import TextRefused
 
 from loraplex_server.engine.group.face import Engine
-from loraplex_server.engine.messages import Failure, Output, SamplingParams, Submit
+from loraplex_server.engine.messages import Failure, Logprobs, Output, SamplingParams, Submit
 from loraplex_server.logs import REQUEST_ID
 from loraplex_server.metrics import Metrics
 from loraplex_server.registry.registry import Registry
-from loraplex_server.rpc.calls.errors import TABLE, for_client, invalid, require
+from loraplex_server.registry.texts import end_tokens
+from loraplex_server.rpc.calls.errors import TABLE, for_client, require
 from loraplex_server.rpc.messages import validate
 from loraplex_server.rpc.messages.completion import (
     FINISH_REASONS,
@@ -34,14 +35,15 @@ from loraplex_server.rpc.messages.completion import (
 )
 from loraplex_server.rpc.messages.slices import extend_in_slices
 from loraplex_server.rpc.services.admission import Admission, Ticket, admitted_deadline
+from loraplex_server.rpc.services.prompts import Prompts
 from loraplex_server.rpc.services.resolve import (
     WeightedAdapter,
     mixable,
+    records,
     references,
     resolve,
     room_beside,
 )
-from loraplex_server.text.tokenizer import TextTokenizer, TooLong
 
 DEFAULT_MAX_NEW_TOKENS: Final = 256
 
@@ -55,7 +57,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
 
     engine: Engine
     registry: Registry
-    tokenizer: TextTokenizer
+    prompts: Prompts
     admission: Admission
     metrics: Metrics
     bounds: validate.ModelBounds
@@ -83,6 +85,8 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                     case "finished":
                         reply.finish_reason = event.finished.finish_reason
                         reply.usage.CopyFrom(event.finished.usage)
+                        if event.finished.HasField("matched_stop"):
+                            reply.matched_stop.CopyFrom(event.finished.matched_stop)
         reply.text = "".join(pieces)
         return reply
 
@@ -106,7 +110,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         with self.admission.enter() as ticket:
             adapters = await self._resolve(request, field_path)
             room = room_beside(adapters, self.bounds.max_context)
-            prompt = await self._tokenise(request, field_path, room)
+            prompt = await self._prompt(request, adapters, field_path, room)
             require(validate.scores(request, len(prompt), field_path))
             ticket.wait(len(prompt))
             call = _Call(request, adapters, prompt, room, _deadline(context), field_path, streaming)
@@ -119,7 +123,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         self, call: _Call, ticket: Ticket, clock: _Clock
     ) -> AsyncGenerator[_Event, None]:
         request_id = next(self.ids)
-        completion = CompletionBuilder(self.tokenizer, call.prompt, list(call.request.stop.strings))
+        completion = self._completion(call)
         code = grpc.StatusCode.CANCELLED
         try:
             started, begun = self._started(call), False
@@ -130,7 +134,9 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                     for output in batch:
                         if output.prompt_logprobs:
                             field = started.started.prompt_logprobs
-                            await add_logprobs(field, self.tokenizer, output.prompt_logprobs)
+                            await add_logprobs(
+                                field, self.prompts.tokenizer, output.prompt_logprobs
+                            )
                         if output.started:
                             begun = True
                             self._begin(call, ticket, output)
@@ -143,7 +149,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                         # Frees the rows now, without waiting for the client to read the message.
                         self.engine.abort(request_id)
                         code = grpc.StatusCode.OK
-                        yield _finished(piece.finish, len(call.prompt), completion.tokens)
+                        yield _finished(piece, len(call.prompt), completion.tokens)
                         return
                     if (failure := batch[-1].error) is not None:
                         failed = Refusal(failure.reason, failure.message)
@@ -163,6 +169,12 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             self.engine.abort(request_id)
             self.metrics.generation_ended(call.names, code.name, completion.tokens)
 
+    def _completion(self, call: _Call) -> CompletionBuilder:
+        request = call.request
+        skip = not request.HasField("skip_special_tokens") or request.skip_special_tokens
+        strings = list(request.stop.strings)
+        return CompletionBuilder(self.prompts.tokenizer, call.prompt, strings, skip)
+
     async def _resolve(
         self, request: generation_pb2.GenerateRequest, field_path: str
     ) -> Sequence[WeightedAdapter]:
@@ -177,32 +189,17 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             raise Refusal(reason, text, problems=[Problem(field, text)])
         return adapters
 
-    async def _tokenise(
-        self, request: generation_pb2.GenerateRequest, field_path: str, room: int
+    async def _prompt(
+        self,
+        request: generation_pb2.GenerateRequest,
+        adapters: Sequence[WeightedAdapter],
+        field_path: str,
+        room: int,
     ) -> list[int]:
-        tokenizer = self.tokenizer
-        field = field_path + (request.WhichOneof("input") or "input")
-        try:
-            match request.WhichOneof("input"):
-                case "prompt":
-                    ids = await tokenizer.encode(request.prompt)
-                case "messages":
-                    turns = request.messages.messages
-                    ids = await tokenizer.encode_chat(
-                        [{"role": turn.role, "content": turn.content} for turn in turns]
-                    )
-                case _:
-                    ids = list(request.token_ids.ids)
-        except TextRefused as error:
-            raise invalid([Problem(field, str(error))]) from error
-        except TooLong:
-            raise _too_long(field, f"the prompt is longer than {room - 1} tokens") from None
-        if not ids:
-            raise invalid([Problem(field, "must give at least one token")])
-        if len(ids) >= room:
-            text = f"the prompt has {len(ids)} tokens; at most {room - 1} leave room for an answer"
-            raise _too_long(field, text)
-        return ids
+        template = None
+        if request.WhichOneof("input") == "messages":
+            template = await self.registry.template(records(adapters))
+        return await self.prompts.tokenise(request, field_path, room, template)
 
     def _next_look(self, call: _Call) -> float:
         """Time before which further outputs are not needed; the last one is delivered at once.
@@ -246,8 +243,15 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         event = _Event(
             delta=generation_pb2.GenerationDelta(text=piece.text, token_ids=piece.token_ids)
         )
-        await add_logprobs(event.delta.logprobs, self.tokenizer, piece.logprobs)
+        await self._add_logprobs(event.delta.logprobs, piece.logprobs)
         return event
+
+    async def _add_logprobs(
+        self,
+        field: RepeatedCompositeFieldContainer[generation_pb2.TokenLogprobs],
+        logprobs: Sequence[Logprobs],
+    ) -> None:
+        await add_logprobs(field, self.prompts.tokenizer, logprobs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,7 +285,7 @@ class _Call:
         """The request to the engine. Everything in it is decided here."""
         request, stop = self.request, self.request.stop
         wanted = stop.max_new_tokens if stop.HasField("max_new_tokens") else DEFAULT_MAX_NEW_TOKENS
-        ends = [] if stop.ignore_eos else bounds.eos_token_ids
+        ends = [] if stop.ignore_eos else end_tokens(records(self.adapters), bounds.eos_token_ids)
         return Submit(
             id=request_id,
             token_ids=self.prompt,
@@ -327,11 +331,13 @@ def _given(message: Message, field: str) -> Any:
     return getattr(message, field) if message.HasField(field) else None
 
 
-def _finished(finish: str, prompt: int, tokens: int) -> _Event:
+def _finished(piece: Piece, prompt: int, tokens: int) -> _Event:
     usage = generation_pb2.Usage(prompt_tokens=prompt, completion_tokens=tokens)
     return _Event(
         finished=generation_pb2.GenerationFinished(
-            finish_reason=FINISH_REASONS[finish], usage=usage
+            finish_reason=FINISH_REASONS[piece.finish],
+            usage=usage,
+            matched_stop=piece.matched_stop,
         )
     )
 
@@ -343,7 +349,3 @@ def _deadline(context: _Context) -> float | None:
 def _subject(request: generation_pb2.GenerateRequest) -> Subject:
     named = request.adapter_id or ", ".join(term.adapter_id for term in request.mix)
     return Subject("loraplex.v1.Adapter", named)
-
-
-def _too_long(field: str, text: str) -> Refusal:
-    return Refusal(Reason.PROMPT_TOO_LONG, text, problems=[Problem(field, text)])

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 
 from loraplex.v1 import generation_pb2
 from loraplex_adapters.format.kinds.virtual import ROOM
+from loraplex_adapters.store import Record
 from loraplex_model.base.refusal import Reason, Refusal
 
 from loraplex_server.engine.messages import AdapterRef
-from loraplex_server.registry.registry import Registered, Registry
+from loraplex_server.registry.registry import Registry
+from loraplex_server.registry.terms import Registered
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,11 @@ async def resolve(
     found = await asyncio.gather(*(registry.servable(term.adapter_id) for term in request.mix))
     weights = [term.weight if term.HasField("weight") else 1.0 for term in request.mix]
     return tuple(WeightedAdapter(a, w) for a, w in zip(found, weights, strict=True))
+
+
+def records(adapters: Sequence[WeightedAdapter]) -> list[Record]:
+    """The store's records of the adapters, in their order."""
+    return [each.adapter.record for each in adapters]
 
 
 def virtual_tokens(adapters: Sequence[WeightedAdapter]) -> int:

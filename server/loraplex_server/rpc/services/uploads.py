@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Final
 
 from loraplex.v1 import adapter_pb2
 from loraplex_adapters.format.files import CONFIG_FILE, WEIGHTS_FILE
+from loraplex_adapters.format.notes import folder_notes
+from loraplex_adapters.store import VersionText
 from loraplex_model.base.refusal import Problem, Reason, Refusal, Subject
 
-from loraplex_server.registry.registry import Registered, RegistrationTerms, Registry
+from loraplex_server.registry.registry import Registry
+from loraplex_server.registry.terms import Registered, RegistrationTerms
 from loraplex_server.rpc.calls.arriving import SILENCE_SECONDS, messages
 from loraplex_server.rpc.calls.errors import invalid, require
 from loraplex_server.rpc.calls.gate import Gate
@@ -33,6 +37,15 @@ FILES: Final = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class UploadOutcome:
+    """An adapter that was uploaded, whether the version is new, and notes for the client."""
+
+    adapter: Registered
+    created: bool
+    notes: Sequence[str]
+
+
 class UploadReceiver:
     """Receives uploads. Each chunk is on disk before the next one is read from the stream."""
 
@@ -43,12 +56,12 @@ class UploadReceiver:
 
     async def receive(
         self, requests: AsyncIterator[adapter_pb2.UploadAdapterRequest], peer: str
-    ) -> tuple[Registered, bool] | None:
+    ) -> UploadOutcome | None:
         """Receives one stream of a client at the address `peer`.
 
         If it completes an upload that is not staged, the adapter is registered.
 
-        Returns the adapter and whether the version is new; None if the files were only staged.
+        Returns None if the files were only staged.
         Raises Refusal. The bytes that had arrived are kept, and the upload can be resumed.
         """
         running, own = self._streams.total(), self._streams[peer]
@@ -66,7 +79,7 @@ class UploadReceiver:
 
     async def _receive(
         self, requests: AsyncIterator[adapter_pb2.UploadAdapterRequest]
-    ) -> tuple[Registered, bool] | None:
+    ) -> UploadOutcome | None:
         store, lane = self._registry.store, self._registry.lanes.uploads
         header = await self._header(requests)
         wanted = {CONFIG_FILE: header.config_size, WEIGHTS_FILE: header.weights_size}
@@ -91,10 +104,18 @@ class UploadReceiver:
                 raise _offset(header.upload_id, file, text)
         if header.stage_only:
             return None
+        text = VersionText.of(header.chat_template, header.eos_token_ids)
         terms = RegistrationTerms(
-            header.name, header.replace, dict(header.labels), header.expected_digest, header.load
+            header.name,
+            header.replace,
+            dict(header.labels),
+            header.expected_digest,
+            header.load,
+            text,
         )
-        return await self._registry.finish_upload(header.upload_id, terms)
+        adapter, created = await self._registry.finish_upload(header.upload_id, terms)
+        notes = folder_notes(header.other_files, has_template=bool(text.chat_template))
+        return UploadOutcome(adapter, created, notes)
 
     async def _header(
         self, requests: AsyncIterator[adapter_pb2.UploadAdapterRequest]

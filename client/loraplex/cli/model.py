@@ -1,0 +1,127 @@
+"""`loraplex model` and `loraplex render`: the base model, and the prompt of a conversation."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from loraplex.cli import options, output
+from loraplex.cli.options import option
+from loraplex.cli.session import Session
+from loraplex.cli.terminal import recovered
+from loraplex.requests import Message
+from loraplex.results import ModelDescription, NamedToken, RenderedChat
+
+
+def model(session: Session) -> None:
+    """Describe the server's base model: its end tokens and its chat template, among others."""
+    session.show(session.client.get_model(), _write_model)
+
+
+def render(
+    session: Session,
+    prompt: Annotated[
+        str | None,
+        typer.Argument(metavar="[PROMPT]", help="User message; `-` reads it from standard input."),
+    ] = None,
+    *,
+    messages: Annotated[
+        str | None,
+        option(
+            "Model",
+            "JSON file of a conversation, a list of messages; `-` is standard input.",
+            metavar="FILE",
+        ),
+    ] = None,
+    tools: Annotated[
+        str | None,
+        option("Model", "JSON file of the functions that the model may call.", metavar="FILE"),
+    ] = None,
+    adapter: options.Adapter = None,
+    system: options.System = None,
+    chat_template_kwarg: options.TemplateVariables = None,
+    add_generation_prompt: Annotated[
+        bool | None,
+        option(
+            "Model",
+            "Open the assistant's next message at the end.",
+            "--add-generation-prompt/--no-add-generation-prompt",
+        ),
+    ] = None,
+    continue_final_message: Annotated[
+        bool | None,
+        option(
+            "Model",
+            "End with the text of the last message, for the model to continue.",
+            "--continue-final-message/--no-continue-final-message",
+        ),
+    ] = None,
+) -> None:
+    """Print the prompt that a conversation is rendered to, without generating."""
+    if (prompt is None) == (messages is None):
+        raise typer.BadParameter("give either PROMPT or --messages")
+    opening: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+    given: list[Message] = (
+        [{"role": "user", "content": recovered(sys.stdin.read()) if prompt == "-" else prompt}]
+        if messages is None
+        else _read_list(messages)
+    )
+    done = session.client.render_chat(
+        [*opening, *given],
+        adapter=adapter,
+        tools=None if tools is None else _read_list(tools),
+        chat_template_kwargs=options.parse_variables(chat_template_kwarg),
+        add_generation_prompt=add_generation_prompt,
+        continue_final_message=continue_final_message,
+    )
+    session.show(done, _write_prompt)
+
+
+def _read_list(path: str) -> list[Any]:
+    """The list in a JSON file. Raises BadParameter."""
+    try:
+        text = recovered(sys.stdin.read()) if path == "-" else Path(path).read_text("utf-8")
+        value = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        raise typer.BadParameter(f"{path}: {error}") from None
+    if not isinstance(value, list):
+        raise typer.BadParameter(f"{path}: must hold a JSON list")
+    return value
+
+
+def _write_model(found: ModelDescription) -> None:
+    """Prints a line `name: value` for each field, and for those of the chat template."""
+    for field in dataclasses.fields(found):
+        value = getattr(found, field.name)
+        if field.name == "chat_template":
+            continue
+        if isinstance(value, tuple):
+            value = " ".join(map(_named, value)) or "none"
+        elif isinstance(value, NamedToken):
+            value = _named(value)
+        print(f"{field.name}: {'none' if value is None else value}")
+    template = found.chat_template
+    if template is None:
+        print("chat_template: none")
+        return
+    for field in dataclasses.fields(template):
+        value = getattr(template, field.name)
+        text = (" ".join(value) or "none") if isinstance(value, tuple) else value
+        print(f"chat_template.{field.name}: {text}")
+
+
+def _named(token: NamedToken) -> str:
+    return f"{token.token_id} {json.dumps(token.text, ensure_ascii=False)}"
+
+
+def _write_prompt(prompt: RenderedChat) -> None:
+    output.write_text(prompt.text)
+    if sys.stdout.isatty() and not prompt.text.endswith("\n"):
+        output.write_text("\n")
+    if sys.stderr.isatty():
+        output.note(f"[{len(prompt.token_ids)} tokens]")

@@ -1,0 +1,88 @@
+"""Chat templates and end tokens that adapters bring, in place of the base model's."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Final, TypeVar
+
+from jinja2 import TemplateError
+from loraplex_adapters.store import Record, VersionText
+from loraplex_model.base.refusal import Reason, Refusal
+from loraplex_model.checkpoints.chat import ChatTemplate
+
+T = TypeVar("T")
+
+COMPILED: Final = 64
+"""Templates that are kept compiled."""
+
+_REFUSED: Final = (
+    "chat templates of adapters are not allowed on this server; its operator can allow them with "
+    "--adapter-chat-templates"
+)
+
+
+class AdapterTexts:
+    """Compiles the chat templates of adapters' versions.
+
+    A mix uses a template, or end tokens, only if all its adapters have the same; otherwise the base
+    model's.
+    """
+
+    def __init__(
+        self, special_tokens: Mapping[str, str] | None = None, allowed: bool = False
+    ) -> None:
+        """`allowed` is the setting `adapter_chat_templates`."""
+        self._special_tokens = dict(special_tokens or {})
+        self._allowed = allowed
+        self._compiled: OrderedDict[str, ChatTemplate] = OrderedDict()
+
+    def check(self, text: VersionText) -> None:
+        """Checks what a version is to be registered with. Takes up to a second for a long template.
+
+        Raises Refusal(FIELD_INVALID, field "chat_template"): not allowed, or does not compile.
+        """
+        if text.chat_template:
+            if not self._allowed:
+                raise Refusal(Reason.FIELD_INVALID, _REFUSED, "chat_template")
+            self._compile(text.chat_template)
+
+    async def template(
+        self, records: Sequence[Record], read: Callable[[str], Awaitable[str]]
+    ) -> ChatTemplate | None:
+        """The template of a request with these adapters; None for the base model's.
+
+        `read` returns the source of a template by its SHA-256. Raises Refusal(ADAPTER_UNSUPPORTED)
+        if templates of adapters are not allowed any more, and ADAPTER_CORRUPT if the index has lost
+        the template.
+        """
+        sha256 = _common([record.chat_template_sha256 for record in records], "")
+        if not sha256:
+            return None
+        if not self._allowed:
+            message = f"the adapter has a chat template of its own, and {_REFUSED}; send a prompt"
+            raise Refusal(Reason.ADAPTER_UNSUPPORTED, message, "messages")
+        found = self._compiled.get(sha256)
+        if found is None:
+            found = self._compiled[sha256] = self._compile(await read(sha256))
+            if len(self._compiled) > COMPILED:
+                self._compiled.popitem(last=False)
+        self._compiled.move_to_end(sha256)
+        return found
+
+    def _compile(self, source: str) -> ChatTemplate:
+        try:
+            return ChatTemplate(source, self._special_tokens)
+        except TemplateError as error:
+            message = f"the chat template does not compile: {error}"
+            raise Refusal(Reason.FIELD_INVALID, message, "chat_template") from error
+
+
+def end_tokens(records: Sequence[Record], base: Sequence[int]) -> Sequence[int]:
+    """The tokens that end a completion with these adapters; `base` are those of the base model."""
+    return _common([record.eos_token_ids for record in records], ()) or base
+
+
+def _common(values: Sequence[T], none: T) -> T:
+    """The value that all have in common; `none` if there is none."""
+    return values[0] if values and all(value == values[0] for value in values) else none
