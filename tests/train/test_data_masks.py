@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loraplex_model.base.refusal import Refusal
+from loraplex_model.checkpoints.chat import TextRefused
 from loraplex_training import data
 from loraplex_training.data.problems import Dropped, Problems
 from loraplex_training.data.records import RecordFile
@@ -230,7 +231,7 @@ def test_a_message_that_the_template_leaves_out_drops_the_line(
     bases: dict[str, ChatBase], scratch: Path, role: str
 ) -> None:
     line = {"messages": [USER, ANSWER, {"role": role, "content": "18"}, ANSWER]}
-    with pytest.raises(Dropped, match=f'role "{role}", which the chat template leaves out'):
+    with pytest.raises(TextRefused, match="leaves messages of the role"):
         samples(bases["deaf"], scratch, line)
     assert samples(bases["chatml"], scratch, line)
 

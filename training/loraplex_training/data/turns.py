@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, Final
 
 from loraplex_model.checkpoints.chat import ChatOptions, ChatTemplate
+from loraplex_model.checkpoints.chat_messages import joined_text
 from loraplex_model.checkpoints.encoding import MarkedChat
 
 from loraplex_training.data.problems import Dropped
@@ -62,15 +63,13 @@ class TurnMaker:
         self._strict = strict
         self.left_out: Counter[str] = Counter()
         self._text = text
-        self._silent: dict[str, bool] = {}
 
     def fitted(self, record: DataRecord, messages: Sequence[Message]) -> Conversation:
         """Returns `messages`, whose last ones are the record's, as the template can render them.
 
         Raises:
             ValueError: the base model has no template.
-            Dropped: the template leaves out what an answer is based on, or all answers, or
-                anything if that is not allowed.
+            Dropped: the template leaves out all answers, or anything if that is not allowed.
         """
         template = self._text.template
         if template is None:
@@ -86,16 +85,16 @@ class TurnMaker:
             tools = ()
             lost.append("tools")
         made = list(messages)
-        if "tool_calls" not in template.source:
-            for at, message in enumerate(made):
-                if "tool_calls" in message:
-                    made[at] = _without_calls(message)
-                    given.add(at)
-                    lost.append("tool calls")
-        if "reasoning_content" not in template.source and any(
-            "reasoning_content" in message for message in made
-        ):
-            lost.append("reasoning_content")
+        able = template.abilities
+        for at, message in enumerate(messages):
+            if "tool_calls" in message and not able.tool_calls:
+                made[at] = message = _without_calls(message)
+                given.add(at)
+                lost.append("tool calls")
+            if isinstance(message["content"], list) and not able.parts:
+                made[at] = {**message, "content": joined_text(message["content"])}
+            if "reasoning_content" in message and not _reads_reasoning(template):
+                lost.append("reasoning_content")
         variables = {k: v for k, v in record.variables.items() if k in template.variables}
         lost += [f"the variable {key}" for key in record.variables.keys() - variables.keys()]
         if lost and self._strict:
@@ -105,7 +104,6 @@ class TurnMaker:
         if answers <= given:
             raise Dropped("has answers with tool calls only, which the chat template leaves out")
         options = ChatOptions(tools=tools, variables=variables)
-        self._check_roles(template, made, options)
         self.left_out.update(set(lost))
         return Conversation(made, options, frozenset(given))
 
@@ -161,25 +159,6 @@ class TurnMaker:
         shown = chat.render([*before, marked], replace(chat.options, **_CLOSED))
         return shown.rpartition(_MARK)[2] if _MARK in shown else ""
 
-    def _check_roles(
-        self, template: ChatTemplate, messages: Sequence[Message], options: ChatOptions
-    ) -> None:
-        """Raises Dropped if the template leaves out all messages of a role. Raises TextRefused."""
-        for at, message in enumerate(messages):
-            role = message["role"]
-            if role not in ("tool", "developer") or not _text_of(message):
-                continue
-            if role not in self._silent:
-                other = [*messages]
-                other[at] = {**message, "content": f"{_text_of(message)} {_MARK}"}
-                closed = replace(options, **_CLOSED)
-                shown = template.render(messages, closed)
-                self._silent[role] = shown == template.render(other, closed)
-            if self._silent[role]:
-                raise Dropped(
-                    f'has a message of the role "{role}", which the chat template leaves out'
-                )
-
     def _checked(self, answer: Message) -> Message:
         """Returns an answer without an EOS spelt out at its end. Raises Dropped."""
         content = answer["content"]
@@ -226,6 +205,10 @@ class TurnMaker:
             if token in self._text.eos_ids:
                 return answer[: at + 1]
         return None
+
+
+def _reads_reasoning(template: ChatTemplate) -> bool:
+    return any(name in template.source for name in ("reasoning", "thinking"))
 
 
 def _without_calls(message: Message) -> Message:
