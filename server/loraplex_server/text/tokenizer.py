@@ -148,9 +148,10 @@ class TextTokenizer:
         is_short = sum(map(len, strings_of([messages, options.tools]))) <= INLINE_CHARACTERS
 
         def work(chat: MarkedChat) -> RenderedPrompt:
-            text = chat.render(chat.messages, chat.options)
+            marked = chat.render(chat.messages, chat.options)
+            text = chat.plain(marked)
             self._check_length(len(text))
-            return RenderedPrompt(chat.plain(text), chat.ids(text))
+            return RenderedPrompt(text, chat.ids(marked))
 
         if not is_short:
             return await self._lane.run(

@@ -123,20 +123,16 @@ class BaseText:
         Raises:
             TextRefused: the base model has no template.
         """
-        if not self.has_template:
-            raise TextRefused(
-                "the base model has no chat template, so messages cannot be used; write prompt and "
-                "completion as strings, or text"
-            )
+        self._check_template()
         return self._encoder.conversation(messages, options)
 
     def prompt(
         self, messages: Sequence[Message], options: ChatOptions = DEFAULTS
     ) -> RenderedPrompt:
         """Renders and encodes a conversation as the server does. Raises TextRefused."""
-        chat = self.conversation(messages, options)
-        text = chat.render(chat.messages, chat.options)
-        return RenderedPrompt(chat.plain(text), self.chat_ids(chat, text))
+        self._check_template()
+        prompt = self._encoder.prompt(messages, options)
+        return RenderedPrompt(prompt.text, self._shared(prompt.token_ids))
 
     def chat_ids(self, chat: MarkedChat, text: str) -> list[int]:
         """Tokenises a text that was rendered from a conversation, or a part of one."""
@@ -161,6 +157,13 @@ class BaseText:
         """
         stream = DecodeStream(skip_special_tokens=False)
         return [stream.step(self._tokenizer, token) or "" for token in ids]
+
+    def _check_template(self) -> None:
+        if not self.has_template:
+            raise TextRefused(
+                "the base model has no chat template, so messages cannot be used; write prompt and "
+                "completion as strings, or text"
+            )
 
     def _shared(self, ids: list[int]) -> list[int]:
         return [self._ids.setdefault(token, token) for token in ids]
