@@ -15,6 +15,7 @@ from loraplex_training.data.prepare import without_nulls
 from loraplex_training.data.problems import Dropped
 from loraplex_training.data.shapes import DataRecord, read_record, table
 from loraplex_training.data.shapes.conversation import LEARN_KEYS, ROLES
+from loraplex_training.data.shapes.values import DEEPEST
 from typer.testing import CliRunner
 
 DOCUMENT = Path(__file__).parents[2] / "docs/training.md"
@@ -284,3 +285,16 @@ def test_equal_examples_have_equal_digests_and_what_is_learned_is_part_of_them()
     ]
     assert len({record.digest() for record in same}) == 1
     assert len({record.digest() for record in (*same, *different)}) == 1 + len(different)
+
+
+def test_tools_and_arguments_are_bounded_in_depth() -> None:
+    deep: dict[str, Any] = {}
+    for _ in range(DEEPEST + 300):
+        deep = {"a": deep}
+    call = {"name": "weather", "arguments": deep}
+    for line in (
+        {"messages": [USER, {"role": "assistant", "tool_calls": [call]}]},
+        {"messages": [USER, ANSWER], "tools": [{"name": "weather", "parameters": deep}]},
+    ):
+        with pytest.raises(ValueError, match="nested more than 100 deep"):
+            read_record(line, 1, Counter())

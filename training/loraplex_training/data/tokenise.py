@@ -15,7 +15,7 @@ from loraplex_training.data.problems import Dropped
 from loraplex_training.data.samples import Sample
 from loraplex_training.data.shapes import CHATS, TEXT, DataRecord, Message
 from loraplex_training.data.text import BaseText
-from loraplex_training.data.turns import Conversation, Turn, TurnMaker
+from loraplex_training.data.turns import TemplateTalk, Turn, TurnMaker
 
 
 class Tokeniser:
@@ -86,7 +86,7 @@ class Tokeniser:
         turns = [self._maker.chat_turn(talk, at) for at in wanted]
         return self._joined(turns, learn, record.line)
 
-    def _whole(self, talk: Conversation, answers: Sequence[int], line: int) -> Sample:
+    def _whole(self, talk: TemplateTalk, answers: Sequence[int], line: int) -> Sample:
         """Returns one sample in which all is learned but the answers that are given."""
         last = self._maker.chat_turn(talk, answers[-1])
         tokens = last.prompt + last.answer

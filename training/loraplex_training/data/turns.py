@@ -39,7 +39,7 @@ class Turn:
 
 
 @dataclass(frozen=True, slots=True)
-class Conversation:
+class TemplateTalk:
     """A conversation as a template can render it.
 
     Attributes:
@@ -64,7 +64,7 @@ class TurnMaker:
         self.left_out: Counter[str] = Counter()
         self._text = text
 
-    def fitted(self, record: DataRecord, messages: Sequence[Message]) -> Conversation:
+    def fitted(self, record: DataRecord, messages: Sequence[Message]) -> TemplateTalk:
         """Returns `messages`, whose last ones are the record's, as the template can render them.
 
         Raises:
@@ -105,9 +105,9 @@ class TurnMaker:
             raise Dropped("has answers with tool calls only, which the chat template leaves out")
         options = ChatOptions(tools=tools, variables=variables)
         self.left_out.update(set(lost))
-        return Conversation(made, options, frozenset(given))
+        return TemplateTalk(made, options, frozenset(given))
 
-    def chat_turn(self, talk: Conversation, at: int) -> Turn:
+    def chat_turn(self, talk: TemplateTalk, at: int) -> Turn:
         """Returns the turn whose answer is the message `at`. Raises Dropped, TextRefused."""
         answer = self._checked(talk.messages[at])
         chat = self._text.conversation([*talk.messages[:at], answer], talk.options)

@@ -160,7 +160,7 @@ def from_mapping(document: Mapping[str, object]) -> RunSpec:
 
 def to_mapping(spec: RunSpec) -> dict[str, Any]:
     """Returns the run as plain values, for JSON; `from_mapping` makes an equal one of them."""
-    run = {name: getattr(spec, name) for name in RUN_KEYS}
+    run = {name: getattr(spec, name) for name in RUN_KEYS if getattr(spec, name) is not None}
     jobs = []
     for job in spec.jobs:
         values = {

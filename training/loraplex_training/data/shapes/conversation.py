@@ -47,18 +47,18 @@ _TAKEN: Final = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
-class Turns:
+class SpokenTurns:
     """Messages, and the indices of those of the assistant that are not to be learned."""
 
     messages: tuple[Message, ...]
     given: frozenset[int]
 
-    def __add__(self, other: Turns) -> Turns:
+    def __add__(self, other: SpokenTurns) -> SpokenTurns:
         moved = (at + len(self.messages) for at in other.given)
-        return Turns(self.messages + other.messages, self.given.union(moved))
+        return SpokenTurns(self.messages + other.messages, self.given.union(moved))
 
 
-def turns_of(value: object, what: str, ignored: Counter[str], lenient: bool = False) -> Turns:
+def turns_of(value: object, what: str, ignored: Counter[str], lenient: bool = False) -> SpokenTurns:
     """Returns a list of messages, and counts in `ignored` the keys of messages that it ignores.
 
     Unknown keys are refused, or ignored if `lenient`.
@@ -75,10 +75,10 @@ def turns_of(value: object, what: str, ignored: Counter[str], lenient: bool = Fa
         messages.append(message)
     if not messages:
         raise Dropped(f'has nothing under "{what}"', f"{what} is empty")
-    return Turns(tuple(messages), frozenset(given))
+    return SpokenTurns(tuple(messages), frozenset(given))
 
 
-def check_conversation(turns: Turns) -> None:
+def check_conversation(turns: SpokenTurns) -> None:
     """Raises Dropped if a conversation has nothing to learn or is not in order."""
     roles = [message["role"] for message in turns.messages]
     if "system" in roles[1:]:

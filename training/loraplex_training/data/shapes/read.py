@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from loraplex_training.data.shapes.calls import tools_of
 from loraplex_training.data.shapes.conversation import (
-    Turns,
+    SpokenTurns,
     check_conversation,
     texts_of,
     tidy,
@@ -19,7 +19,7 @@ from loraplex_training.data.shapes.record import DataRecord
 from loraplex_training.data.shapes.table import CHATS, HISTORY, TEXT, VARIABLES
 from loraplex_training.data.shapes.values import filled, items, mapping, string
 
-_NO_TURNS: Final = Turns((), frozenset())
+_NO_TURNS: Final = SpokenTurns((), frozenset())
 
 Line = Mapping[str, object]
 
@@ -102,11 +102,11 @@ def _exchange(
     )
 
 
-def _turn(role: str, content: str) -> Turns:
-    return Turns(({"role": role, "content": content},), frozenset())
+def _turn(role: str, content: str) -> SpokenTurns:
+    return SpokenTurns(({"role": role, "content": content},), frozenset())
 
 
-def _history(value: Line) -> Turns:
+def _history(value: Line) -> SpokenTurns:
     made = _NO_TURNS
     for at, pair in enumerate(items(value.get(HISTORY, []), HISTORY, "pairs")):
         if not isinstance(pair, list) or len(pair) != 2:
@@ -116,7 +116,7 @@ def _history(value: Line) -> Turns:
     return made
 
 
-def _with_system(value: Line, keys: ShapeKeys, turns: Turns) -> Turns:
+def _with_system(value: Line, keys: ShapeKeys, turns: SpokenTurns) -> SpokenTurns:
     """Returns the turns after the system message that stands beside them, if there is one."""
     content = string(value[keys.system], keys.system) if keys.system else ""
     if not content.strip():
@@ -139,7 +139,7 @@ def _for_template(
     return tools, tidy(mapping(value.get(VARIABLES, {}), VARIABLES), VARIABLES)
 
 
-def _check_copies(value: Line, keys: ShapeKeys, turns: Turns) -> None:
+def _check_copies(value: Line, keys: ShapeKeys, turns: SpokenTurns) -> None:
     """Raises ValueError if a key beside the shape's own is not the copy that it should be."""
     for key in keys.copies:
         copy = value[key]
@@ -161,7 +161,7 @@ def _check_copies(value: Line, keys: ShapeKeys, turns: Turns) -> None:
             )
 
 
-def _begins(copy: object, turns: Turns, asked: list[str]) -> bool:
+def _begins(copy: object, turns: SpokenTurns, asked: list[str]) -> bool:
     """Whether a prompt is the first question of a conversation, or its first messages."""
     if isinstance(copy, str):
         return bool(asked) and copy.strip() == asked[0].strip()

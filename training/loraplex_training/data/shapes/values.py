@@ -9,6 +9,8 @@ from loraplex_adapters.format.strict_json import loads
 
 from loraplex_training.data.problems import Dropped
 
+DEEPEST: Final = 100
+"""Levels of nesting of a tool's description or of a call's arguments."""
 _KINDS: Final = {str: "a string", list: "a list", dict: "an object", bool: "true or false"}
 
 
@@ -56,17 +58,19 @@ def mapping(value: object, what: str) -> dict[str, Any]:
     return value
 
 
-def check_strings(value: object, what: str) -> None:
-    """Raises ValueError if a string anywhere in a JSON value is no text."""
+def check_strings(value: object, what: str, depth: int = 0) -> None:
+    """Raises ValueError if a string anywhere in a JSON value is no text, or it is too deep."""
+    if depth > DEEPEST:
+        raise ValueError(f"{what} is nested more than {DEEPEST} deep")
     if isinstance(value, str):
         string(value, what)
     elif isinstance(value, Mapping):
         for key, inner in value.items():
             string(key, what)
-            check_strings(inner, what)
+            check_strings(inner, what, depth + 1)
     elif isinstance(value, list):
         for inner in value:
-            check_strings(inner, what)
+            check_strings(inner, what, depth + 1)
 
 
 def _decoded(text: str, wanted: type, otherwise: object) -> object:
