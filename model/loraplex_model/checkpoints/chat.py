@@ -21,6 +21,7 @@ from loraplex_model.checkpoints.chat_sandbox import (
     TooMuchWork,
     begin,
     compile_template,
+    end,
 )
 
 __all__ = ["ChatOptions", "ChatTemplate", "TextRefused"]
@@ -161,6 +162,8 @@ class ChatTemplate:
         except Exception as error:  # not shown, unlike the template's own messages
             text = "the model's chat template does not accept this conversation"
             raise TextRefused(text) from error
+        finally:
+            end(template)
         return "".join(pieces)
 
 
