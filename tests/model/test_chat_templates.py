@@ -386,3 +386,14 @@ def test_the_longest_conversation_of_a_request_is_rendered_by_every_style() -> N
     for style in STYLES:
         rendered = template(style).render([*turns, HELLO])
         assert len(rendered) > 2_000_000, style
+
+
+def test_looking_for_a_message_at_each_message_stays_within_the_bounds() -> None:
+    """What a list holds counts when something walks through it, not whenever the list is made."""
+    source = (
+        "{% for m in messages %}"
+        "{% set users = messages | selectattr('role', 'eq', 'user') | list %}"
+        "{% if loop.index0 == messages | length - 1 %}{{ users | length }}{% endif %}{% endfor %}"
+    )
+    chat = [message("user", "word " * 400)] * 200
+    assert ChatTemplate(source, {}).render(chat) == "200"

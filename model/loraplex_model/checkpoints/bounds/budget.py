@@ -86,19 +86,28 @@ class Budget:
         return total
 
     def made(self, value: Any) -> Any:
-        """Counts a value that was made or is walked through, and the values of an iterator."""
+        """Counts a value that was made, not what its values hold; and the values of an iterator.
+
+        Raises TooMuchWork for a value that nothing may walk through.
+        """
         if isinstance(value, str):
             fits(len(value))
             self.spend(len(value) // CHARACTERS)
-        elif isinstance(value, range):
-            self.spend(len(value) // NODES)
         elif isinstance(value, int):
             self.spend(value.bit_length() // 1024)
-        elif isinstance(value, list | tuple | set | Mapping | MappingView):
-            self.spend(self.weight(value) // NODES)
+        elif isinstance(value, range | list | tuple | set | Mapping | MappingView):
+            self.weight(value)
+            self.spend(len(value) // NODES)
         elif isinstance(value, Iterator):
             return self._counted(value)
         return value
+
+    def walked(self, value: Any) -> Any:
+        """Counts a value that is walked through at any depth."""
+        if isinstance(value, list | tuple | set | Mapping | MappingView):
+            self.spend(self.weight(value) // NODES)
+            return value
+        return self.made(value)
 
     def _counted(self, values: Iterator[Any]) -> Iterator[Any]:
         for value in values:
@@ -126,8 +135,7 @@ class Budget:
     def shown(self, value: Any) -> str:
         """The text of a value, counted before and after it is made."""
         if not isinstance(value, str):
-            self.made(value)
-            value = str(value)
+            value = str(self.walked(value))
         text: str = self.made(value)
         return text
 

@@ -85,9 +85,9 @@ def _check(budget: Budget, name: str, given: list[Any], kwargs: Mapping[str, Any
     value, further = given[0], (*given[1:], *kwargs.values())
     check_numbers(further)
     for argument in further:
-        budget.made(argument)
+        budget.walked(argument)
     if name not in _AT_ONCE or (name == "string" and not isinstance(value, str)):
-        budget.made(value)
+        budget.walked(value)
     if name in _ORDERING and isinstance(value, Sized):
         budget.spend(len(value) // 2)
     position = _ATTRIBUTE.get(name, len(given))
