@@ -36,10 +36,11 @@ class JobCalls:
     ) -> TrainingJob:
         """Queues the training of an adapter `name`; returns when the server has checked the job.
 
-        The examples are `data`, a local JSONL file or its bytes (at most 3 MiB), or `server_path`,
-        a file below the server's import root; likewise the evaluation data. Calls with the same
-        `request_id` create one job. Raises InvalidRequest that names every wrong line and option,
-        AdapterConflict, FailedPrecondition (TRAINING_MEMORY) or ResourceExhausted.
+        The examples are `data`, a local file (JSON lines, JSON, CSV, ...) or its bytes (at most
+        3 MiB), or `server_path`, a file below the server's import root; likewise the evaluation
+        data. Calls with the same `request_id` create one job. Raises InvalidRequest that names
+        every wrong line and option, AdapterConflict, FailedPrecondition
+        (TRAINING_MEMORY) or ResourceExhausted.
         """
         request = await self._connection.offload(
             training.create,

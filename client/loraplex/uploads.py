@@ -6,10 +6,24 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from loraplex.errors import LoraplexError, ServerFault, Unavailable, UploadOutOfStep, invalid
+import grpc
+
+from loraplex.errors import (
+    AdapterRejected,
+    ErrorDetails,
+    FieldViolation,
+    LoraplexError,
+    ServerFault,
+    Unavailable,
+    UploadOutOfStep,
+    invalid,
+)
+from loraplex.folder import HEAD_BYTES, cause_in, cause_of
 from loraplex.results import UploadProgress
 from loraplex.v1 import adapter_pb2
 
@@ -40,7 +54,8 @@ class Files:
 
     @classmethod
     def read(cls, folder: str | os.PathLike[str]) -> Files:
-        """Reads both files once. Raises InvalidRequest if one of them cannot be read."""
+        """Reads both files once. Raises AdapterRejected and InvalidRequest as `require_adapter`."""
+        require_adapter(folder)
         weights = Path(folder) / WEIGHTS_FILE
         try:
             config = (Path(folder) / CONFIG_FILE).read_bytes()
@@ -89,6 +104,52 @@ class Files:
             while piece := file.read(CHUNK_BYTES):
                 yield _chunk(adapter_pb2.ADAPTER_FILE_WEIGHTS, offset, piece)
                 offset += len(piece)
+
+
+def require_adapter(folder: str | os.PathLike[str]) -> None:
+    """Looks at the names in a folder and at the beginnings of the two files.
+
+    Raises AdapterRejected, with what the folder holds instead and what to do; InvalidRequest if
+    there is no such folder or it cannot be read.
+    """
+    root = Path(folder)
+    try:
+        if not _listing(root, ""):
+            raise invalid("folder", f"{root} is empty")
+        cause = cause_of(partial(_listing, root))
+        if cause is None and (head := _head(root / CONFIG_FILE)) is not None:
+            cause = cause_in(head, CONFIG_FILE, text=True)
+        if cause is None and (head := _head(root / WEIGHTS_FILE)) is not None:
+            cause = cause_in(head, WEIGHTS_FILE)
+    except NotADirectoryError:
+        raise invalid("folder", f"{root} is a file; give the folder of the adapter") from None
+    except OSError as error:
+        raise invalid("folder", f"{error.filename}: {error.strerror}") from None
+    if cause is not None:
+        reason, message, field = cause
+        violations = (FieldViolation(field, message),)
+        code = grpc.StatusCode.FAILED_PRECONDITION
+        details = ErrorDetails(code, f"{root}: {message}", reason, violations=violations)
+        raise AdapterRejected(details)
+
+
+def _listing(root: Path, below: str) -> list[tuple[str, bool]]:
+    """The names in a folder, and which are folders; none if a folder below cannot be read."""
+    try:
+        with os.scandir(root / below) as entries:
+            return [(entry.name, entry.is_dir()) for entry in islice(entries, 1000)]
+    except OSError:
+        if not below:
+            raise
+        return []
+
+
+def _head(file: Path) -> bytes | None:
+    """The first bytes of a regular file; None for anything else."""
+    if not file.is_file():
+        return None
+    with file.open("rb") as opened:
+        return opened.read(HEAD_BYTES)
 
 
 class Attempts:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from loraplex_adapters.format.spec import AdapterLimits
-from loraplex_adapters.store import Store
+from loraplex_adapters.store import Store, UploadBounds
 from prometheus_client import (
     CollectorRegistry,
     GCCollector,
@@ -122,6 +122,7 @@ class Server:
             tokenizer = await asyncio.to_thread(self._tokenizer, model, context)
         limits = AdapterLimits(
             max_rank=config.max_rank,
+            max_weights_bytes=int(config.max_adapter_file),
             max_device_bytes=hello.adapter_budget_bytes,
             max_virtual_tokens=config.adapter_virtual_tokens,
             max_context=context,
@@ -135,6 +136,13 @@ class Server:
             await registry.open()
         self._observer.on_table = registry.feed.on_table
         self._keep_running(registry)
+        self._training = await self._open_training(registry)
+        await self._accept_calls(model, registry, tokenizer, context)
+
+    async def _accept_calls(
+        self, model: ModelInfo, registry: Registry, tokenizer: TextTokenizer, context: int
+    ) -> None:
+        config = self._config
         admission = Admission(config.max_requests, config.max_waiting_tokens, self.metrics)
         prompts = Prompts(tokenizer, self._lanes.text)
         bounds = ModelBounds(model.base.config.vocab_size, context, tokenizer.eos_token_ids)
@@ -147,12 +155,12 @@ class Server:
             bounds,
             config.stream_writes,
         )
-        self._training = await self._open_training(registry)
+        template_source = "model" if config.chat_template is None else "operator"
         await self._rpc.start(
             generation,
             AdapterService(registry, self._gate),
             TrainingService(self._training, self._gate),
-            ModelService(model, registry, prompts, admission, bounds, "model"),
+            ModelService(model, registry, prompts, admission, bounds, template_source),
         )
         self._accepting = WatchedTask(self._rpc.stopped(), "acceptance of calls")
         # Stopped before engine and store are closed, because running calls use them.
@@ -193,6 +201,7 @@ class Server:
             self._lanes.text,
             eos_token_ids=model.eos_token_ids,
             special_tokens_in_messages=self._config.special_tokens_in_messages,
+            chat_template=self._config.chat_template,
         )
 
     def _keep_running(self, registry: Registry) -> None:
@@ -275,8 +284,9 @@ class Server:
 
     async def _open_store(self) -> Store:
         def work() -> Store:
-            self._config.import_root.mkdir(parents=True, exist_ok=True)
-            return Store(self._config.store, self._config.store_url.get_secret_value())
+            self._config.prepare_import_root()
+            bounds = UploadBounds(max_weights_bytes=int(self._config.max_adapter_file))
+            return Store(self._config.store, self._config.store_url.get_secret_value(), bounds)
 
         with needed(ServerExit.STORE_UNUSABLE, "cannot use"):
             store = await asyncio.to_thread(work)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import os
 import tomllib
@@ -89,7 +90,8 @@ class Config(BaseSettings):
     cache: Path = Path("var/cache")
     """Directory for quantised base models and compiled kernels."""
     import_root: Path = Path("var/import")
-    """Directory below which clients may name files of the server: adapters and training data."""
+    """Directory below which clients may name files of the server: adapters and training data. It
+    must exist, unless it is the default or is called `import` and lies beside the store."""
 
     host: str = "127.0.0.1"
     """Address that the gRPC services listen on."""
@@ -126,6 +128,8 @@ class Config(BaseSettings):
 
     max_rank: int = Field(256, ge=1, le=4096)
     """Largest rank of an adapter."""
+    max_adapter_file: ByteSize = Field(ByteSize(4 << 30), ge=1)
+    """Largest weights file of an adapter, sent by a client or imported."""
     max_virtual_tokens: int = Field(512, ge=0, le=1 << 20)
     """Largest number of virtual tokens of one adapter, at most virtual_tokens. Above token_budget,
     loading such an adapter can make a step longer than any prompt does."""
@@ -138,6 +142,9 @@ class Config(BaseSettings):
 
     max_context: int = Field(0, ge=0)
     """Longest prompt and answer together, in tokens; 0 uses the model's context length."""
+    chat_template: Path | None = None
+    """File with a chat template (Jinja) that takes the place of the model's, or that a model
+    without one needs."""
     special_tokens_in_messages: bool = False
     """Recognise special tokens that messages spell out, in trained adapters' data as well, so that
     a message can end its turn and open another. Otherwise they are text."""
@@ -193,6 +200,12 @@ class Config(BaseSettings):
     trainer: list[str] | None = Field(None, repr=False)
     """Command line that starts the trainer. Tests set their own."""
 
+    @field_validator("chat_template", mode="before")
+    @classmethod
+    def _named(cls, given: object) -> object:
+        """Takes an empty text, such as that of a variable that is set to nothing, for no file."""
+        return None if given == "" else given
+
     @field_validator("devices", mode="before")
     @classmethod
     def _joined(cls, given: object) -> object:
@@ -226,6 +239,26 @@ class Config(BaseSettings):
         shown = {name for name, field in type(self).model_fields.items() if field.repr}
         values = self.model_dump(mode="json", include=shown)
         return [f"{name} = {value}" for name, value in values.items()]
+
+    @property
+    def makes_import_root(self) -> bool:
+        """Whether a missing import root is created: the default, or one like it beside the store.
+
+        Any other import root must exist, since a new, empty directory would hide a mistyped path.
+        """
+        default = type(self).model_fields["import_root"].default
+        beside = os.path.abspath(self.store.parent) == os.path.abspath(self.import_root.parent)
+        return self.import_root == default or (beside and self.import_root.name == default.name)
+
+    def prepare_import_root(self) -> None:
+        """Creates the import root if `makes_import_root`. Raises OSError if there is none then."""
+        root = self.import_root
+        if self.makes_import_root:
+            root.mkdir(parents=True, exist_ok=True)
+        if not os.path.isdir(root):
+            problem = errno.ENOTDIR if os.path.exists(root) else errno.ENOENT
+            text = "; create the directory, or correct import_root (--import-root)"
+            raise OSError(problem, os.strerror(problem) + text, str(root))
 
     @property
     def placements(self) -> list[EnginePlacement]:
@@ -270,13 +303,16 @@ class Config(BaseSettings):
             merge_dtype=self.dtype if self.merge_dtype == "auto" else self.merge_dtype,
             virtual_tokens=self.virtual_tokens,
             max_rank=self.max_rank,
+            max_adapter_file=int(self.max_adapter_file),
             max_virtual_tokens=self.adapter_virtual_tokens,
         )
 
     def trainer_options(self) -> dict[str, str]:
         """Training options that the operator fixes, keyed by the trainer's names."""
+        template = {} if self.chat_template is None else {"chat_template": self.chat_template}
         return {
             "model": self.model,
+            **{name: str(path.absolute()) for name, path in template.items()},
             "special_tokens_in_messages": str(self.special_tokens_in_messages).lower(),
             "dtype": self.dtype,
             "device": self.engine_device,

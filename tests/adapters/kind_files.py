@@ -37,7 +37,12 @@ def _factors(site: tuple[int, str], fan_in: int, fan_out: int, rank: int = 2) ->
 
 Q0, V1, O0 = (0, "q_proj"), (1, "v_proj"), (0, "o_proj")
 EMBED, HEAD = (-1, "embed_tokens"), (-1, "lm_head")
-_LORA: Config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ".*q_proj"}
+_LORA: Config = {
+    "peft_type": "LORA",
+    "r": 2,
+    "lora_alpha": 4,
+    "target_modules": r"model\.layers\.0\..*q_proj",
+}
 _Q0 = _factors(Q0, 32, 32)
 _ADALORA_Q0 = {
     key(Q0, "lora_A"): (3, 32),
@@ -78,7 +83,7 @@ SAMPLES: dict[str, tuple[Config, Tensors]] = {
         },
     ),
     "lora-embeddings": _sample(
-        _LORA,
+        {**_LORA, "target_modules": ["embed_tokens", "lm_head"]},
         {
             **_factors(HEAD, HIDDEN, VOCAB),
             key(EMBED, "lora_embedding_A"): (2, VOCAB),

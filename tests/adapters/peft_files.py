@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ import peft
 import torch
 from loraplex_model.base.families import decoder_config
 from loraplex_model.base.info import BaseInfo
+from loraplex_model.checkpoints.load import load_base
+from safetensors.torch import load_file, save_file
 
 from model import tiny
 
@@ -19,10 +23,23 @@ FINGERPRINT = "sha256:" + "ba5e" * 16
 
 
 def base_info(variant: str) -> BaseInfo:
-    """A tiny model as adapters are held against it."""
+    """A tiny model as adapters are held against it, with its stored weights."""
     kind, changes = tiny.VARIANTS[variant]
     config = decoder_config({**kind(**tiny._SHAPE | changes).to_dict()})
-    return BaseInfo(config, FINGERPRINT, "float32")
+    return BaseInfo(config, FINGERPRINT, "float32", weights_file=_stored(variant))
+
+
+@cache
+def _stored(variant: str) -> str:
+    """The converted model's file, which is removed at the end of the process."""
+    place = Path(_folder().name)
+    checkpoint = tiny.write(variant, place / variant)
+    return load_base(str(checkpoint), torch.float32, place / "cache").weights.file
+
+
+@cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="bases-")
 
 
 @dataclass(frozen=True)
@@ -30,7 +47,7 @@ class Case:
     """One adapter: the base, PEFT's configuration class and its arguments.
 
     `sites` are the expected roles in the first layer and outside the layers. `prepare` changes
-    the model before it is saved.
+    the model before it is saved, `edit` the tensors of the file after that.
     """
 
     variant: str
@@ -38,6 +55,7 @@ class Case:
     options: dict[str, Any]
     sites: dict[tuple[int, str], str]
     prepare: Callable[[Any], None] | None = None
+    edit: Callable[[dict[str, torch.Tensor]], None] | None = None
 
 
 def write(case: Case, directory: Path, *, seed: int = 0) -> Path:
@@ -56,6 +74,11 @@ def write(case: Case, directory: Path, *, seed: int = 0) -> Path:
             case.prepare(model)
         model.create_or_update_model_card = lambda _: None  # takes longer than all the rest
         model.save_pretrained(directory)
+    if case.edit:
+        file = directory / "adapter_model.safetensors"
+        tensors = load_file(file)
+        case.edit(tensors)
+        save_file(tensors, file, {"format": "pt"})
     return directory
 
 
@@ -95,6 +118,14 @@ CASES: dict[str, Case] = {
         {FIRST: AB},
         target_modules="all-linear",
         exclude_modules=["mlp", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    ),
+    "expressions": lora(
+        "llama",
+        {FIRST: AB, (0, "up_proj"): AB},
+        target_modules=r"model.layers.[\d]+.(mlp|self_attn).(up|q|k)_proj",
+        exclude_modules=r".*(vision_tower|k_proj).*",
+        rank_pattern={r".*\.layers\.[01]\..*(q_proj|v_proj)$": 3},
+        alpha_pattern={r"layers\.(?:0|2)\.(?:self_attn|mlp)\.[a-z_]+": 11},
     ),
     "some layers": lora("llama", {FIRST: AB}, layers_to_transform=[0, 2]),
     "bias all": lora(

@@ -27,7 +27,7 @@ from loraplex_model.base.weights import BaseWeights
 from loraplex_model.checkpoints.load import load_base
 from model.passes import token_ids
 
-from adapters import bottlenecks, peft_files
+from adapters import bottlenecks, copies, peft_files
 from model import peft_oracle, tiny
 
 ATTENTION = [Q, "k_proj", "v_proj", "o_proj"]
@@ -62,6 +62,7 @@ MORE: dict[str, Case] = {
         modules_to_save=["lm_head", "input_layernorm", "norm"],
         trainable_token_indices=[9, 4, 7],
     ),
+    **copies.CASES,
     "prefix of full blocks": Case("llama", "PrefixTuningConfig", {"num_virtual_tokens": 8}, {}),
     "prompt of one": Case("llama", "PromptTuningConfig", {"num_virtual_tokens": 1}, {}),
 }

@@ -7,16 +7,26 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from adapters.adapter_files import BASE, everywhere, lora_config, lora_tensors, write_adapter
+from adapters.adapter_files import (
+    BASE,
+    SMOLLM,
+    everywhere,
+    lora_config,
+    lora_tensors,
+    write_adapter,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from loraplex_adapters.format.config import parse_config
 from loraplex_adapters.format.examine import examine, inspect
 from loraplex_adapters.format.kinds import KINDS
+from loraplex_adapters.format.modules import module_path
 from loraplex_adapters.format.spec import AdapterLimits
 from loraplex_adapters.format.strict_json import loads
 from loraplex_adapters.format.support import Support
+from loraplex_model.base.config import PROJECTIONS
 from loraplex_model.base.refusal import Refusal
 
 UNSUPPORTED = sorted(k for k, o in KINDS["LORA"].options.items() if o.support is Support.REFUSED)
@@ -49,21 +59,25 @@ WRONG: list[tuple[str, Any, str]] = [
     ("rank_pattern", {"q_proj": 100_000}, "RANK_TOO_LARGE"),
     ("rank_pattern", {"q_proj": 5}, "ADAPTER_INVALID"),
     ("rank_pattern", ["q_proj"], "ADAPTER_INVALID"),
-    ("rank_pattern", {r"(.*a){30}": 4}, "ADAPTER_UNSUPPORTED"),
-    ("rank_pattern", {"(a+)+$": 4}, "ADAPTER_UNSUPPORTED"),
-    ("rank_pattern", {"q_proj|v_proj": 4}, "ADAPTER_UNSUPPORTED"),
-    ("rank_pattern", {"^model.q_proj": 4}, "ADAPTER_UNSUPPORTED"),
+    ("rank_pattern", {r"(.*a){3000}": 4}, "ADAPTER_UNSUPPORTED"),
+    ("rank_pattern", {r"(.|.|.)*" * 300: 4}, "ADAPTER_UNSUPPORTED"),
+    ("rank_pattern", {r"(?<=mlp\.)up_proj": 4}, "ADAPTER_UNSUPPORTED"),
+    ("rank_pattern", {r"(.)\1": 4}, "ADAPTER_UNSUPPORTED"),
+    ("rank_pattern", {"q_proj|v_proj": 5}, "ADAPTER_INVALID"),
+    ("rank_pattern", {"a" + "|" * n: 4 for n in range(1, 300)}, "ADAPTER_UNSUPPORTED"),
     ("rank_pattern", {"": 4}, "ADAPTER_UNSUPPORTED"),
-    ("rank_pattern", {"a..b": 4}, "ADAPTER_UNSUPPORTED"),
     ("rank_pattern", {"q_proj\n": 4}, "ADAPTER_UNSUPPORTED"),
-    ("rank_pattern", {"q" * 300: 4}, "ADAPTER_UNSUPPORTED"),
+    ("rank_pattern", {"q" * 65_000: 4}, "ADAPTER_UNSUPPORTED"),
     ("rank_pattern", {f"a.x{n}": 4 for n in range(300)}, "ADAPTER_UNSUPPORTED"),
     ("alpha_pattern", {"q_proj": "8"}, "ADAPTER_INVALID"),
     ("alpha_pattern", {"q_proj": 1e300}, "ADAPTER_INVALID"),
     ("alpha_pattern", {"q_proj": 1, "self_attn.q_proj": 2}, "ADAPTER_UNSUPPORTED"),
     ("alpha_pattern", {"self.attn.q_proj": 1, "q_proj": 2}, "ADAPTER_UNSUPPORTED"),
-    ("alpha_pattern", {"((a)*)*b": 2}, "ADAPTER_UNSUPPORTED"),
-    ("exclude_modules", r".*(q|k)+_proj", "ADAPTER_UNSUPPORTED"),
+    ("alpha_pattern", {"q_proj": 1, r".*\.(q|v)_proj": 2}, "ADAPTER_UNSUPPORTED"),
+    ("exclude_modules", r".*(?P=x)_proj", "ADAPTER_UNSUPPORTED"),
+    ("target_modules", r".*(?i:Q)_proj", "ADAPTER_UNSUPPORTED"),
+    ("target_modules", r".*\.q_proj", "ADAPTER_INVALID"),
+    ("target_modules", r"((((.*)*)*)*)*_proj", "ADAPTER_INVALID"),
     ("exclude_modules", [4], "ADAPTER_INVALID"),
     ("target_modules", [], "ADAPTER_INVALID"),
     ("target_modules", None, "ADAPTER_INVALID"),
@@ -74,7 +88,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("layers_to_transform", ["0"], "ADAPTER_INVALID"),
     ("layers_to_transform", -1, "ADAPTER_INVALID"),
     ("layers_to_transform", True, "ADAPTER_INVALID"),
-    ("layers_pattern", "l(a+)+yers", "ADAPTER_UNSUPPORTED"),
+    ("layers_pattern", r"l(a+)+\1yers", "ADAPTER_UNSUPPORTED"),
     ("use_rslora", "yes", "ADAPTER_INVALID"),
     ("base_model_name_or_path", 7, "ADAPTER_INVALID"),
     ("init_lora_weights", 3, "ADAPTER_INVALID"),
@@ -112,6 +126,11 @@ WRONG: list[tuple[str, Any, str]] = [
 ]
 
 HARMLESS: list[tuple[str, Any]] = [
+    ("runtime_config", {"ephemeral_gpu_offload": True}),
+    ("lorap_emb_lr", 1e-6),
+    ("unsloth_fixed", True),
+    ("_name_or_path", "x"),
+    ("layers_pattern", r"(?:encoder\.)?layers"),
     ("a_new_option", None),
     ("a_new_option", False),
     ("a_new_option", {}),
@@ -124,7 +143,11 @@ HARMLESS: list[tuple[str, Any]] = [
     ("auto_mapping", {"base_model_class": "X", "parent_library": "os"}),
     ("inference_mode", False),
     ("exclude_modules", ["k_proj"]),
-    ("target_modules", r"((((.*)*)*)*)*_proj"),
+    ("target_modules", r"((((.*)*)*)*)*[qv]_proj"),
+    ("exclude_modules", ["*vision_tower*", "mm-projector"]),
+    ("exclude_modules", r".*(vision_tower|audio_tower).*"),
+    ("rank_pattern", {"^model.q_proj": 9, "((a)*)*b": 9, "(a+)+$": 9, "a..b": 9}),
+    ("layers_pattern", "l(a+)+yers"),
     ("target_modules", "all-linear"),
     ("layers_to_transform", []),
     ("layers_to_transform", [0, 1]),
@@ -193,11 +216,35 @@ def test_all_findings_are_reported_at_once(tmp_path: Path) -> None:
     assert (refused.value.reason, refused.value.message) == (first.reason, first.message)
 
 
-def test_a_configuration_of_more_than_64_kib_is_not_read(tmp_path: Path) -> None:
+def test_a_configuration_of_more_than_a_mebibyte_is_not_read(tmp_path: Path) -> None:
     with pytest.raises(Refusal) as refused:
-        inspect(write_adapter(tmp_path, lora_config(revision="x" * 65536)), BASE)
+        inspect(write_adapter(tmp_path, lora_config(revision="x" * (1 << 20))), BASE)
     assert refused.value.reason == "ADAPTER_TOO_LARGE"
     assert refused.value.field == "adapter_config.json"
+
+
+def test_a_configuration_of_a_thousand_modules_and_all_their_singular_values_is_read(
+    tmp_path: Path,
+) -> None:
+    """AdaLoRA's `rank_pattern` names every singular value of every module."""
+    paths = [module_path(*site) for site in everywhere(*PROJECTIONS, layers=30)]
+    kept = {f"{path}.lora_E": [False] * 23 + [n == 0] for n, path in enumerate(paths)}
+    config = {"peft_type": "ADALORA", "init_r": 24, "r": 8, "lora_alpha": 48}
+    config |= {"target_modules": list(PROJECTIONS), "rank_pattern": kept}
+    shapes = SMOLLM.config.projection_shapes()
+    tensors = {}
+    for n, (layer, name) in enumerate(everywhere(*PROJECTIONS, layers=30)):
+        fan_in, fan_out = shapes[name]
+        at, rank = f"base_model.model.{module_path(layer, name)}.lora_", int(n == 0)
+        tensors |= {
+            f"{at}{end}": np.ones(shape, np.float32)
+            for end, shape in (("A", (rank, fan_in)), ("B", (fan_out, rank)), ("E", (rank, 1)))
+        }
+    source = write_adapter(tmp_path, json.dumps(config, indent=2).encode(), tensors)
+    assert 1 << 16 < (source / "adapter_config.json").stat().st_size < 1 << 20
+    spec = inspect(source, SMOLLM)
+    assert [(m.layer, m.rank) for m in spec.modules] == [(0, 1)]
+    assert spec.modules[0].scale == 48 / (24 + 1e-5)
 
 
 def test_limits_are_the_callers(tmp_path: Path) -> None:

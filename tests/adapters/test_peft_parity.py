@@ -87,6 +87,30 @@ SERVED: dict[str, dict[str, Any]] = {
         "target_modules": ["q_proj", "k_proj"],
         "exclude_modules": "q_proj",
     },
+    "expressions as keys": {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["q_proj", "v_proj", "down_proj"],
+        "rank_pattern": {r".*\.layers\.1\..*(q_proj|v_proj)$": 6, r"^model.*down_proj": 3},
+        "alpha_pattern": {r"layers\.[01]\.(?:self_attn|mlp)\.(q|down)_proj": 5},
+    },
+    "an expression for the targets": {
+        "r": 4,
+        "target_modules": r"model.layers.[\d]+.(mlp|self_attn).(up|q)_proj",
+        "exclude_modules": r".*(vision_tower|\.0\.mlp).*",
+    },
+    "look-ahead in the targets": {"r": 4, "target_modules": r"^(?!.*(?:visual|mlp)).*(?:q|v)_proj"},
+    "globs that exclude nothing": {
+        "r": 4,
+        "target_modules": ["q_proj"],
+        "exclude_modules": ["*vision_tower*", "*q_proj"],
+    },
+    "an expression for the list of layers": {
+        "r": 4,
+        "target_modules": ["q_proj"],
+        "layers_to_transform": [1],
+        "layers_pattern": r"l[a-z]+s",
+    },
     "gaussian": {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": "gaussian"},
     "orthogonal": {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": "orthogonal"},
     "EVA": {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": "eva"},
@@ -98,7 +122,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "OLoRA": ({"init_lora_weights": "olora"}, "init_lora_weights"),
     "aLoRA": ({"alora_invocation_tokens": [3, 4]}, "alora_invocation_tokens"),
     "task type": ({"task_type": "FEATURE_EXTRACTION"}, "task_type"),
-    "expression as pattern": ({"alpha_pattern": {r".*q_proj": 3}}, "alpha_pattern"),
+    "a reference in an expression": ({"alpha_pattern": {r"(q)_proj\1?": 3}}, "alpha_pattern"),
 }
 
 

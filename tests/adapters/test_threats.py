@@ -107,7 +107,7 @@ def calls_of(run: Callable[[], object]) -> int:
 
 
 def full(entry: Callable[[int], str]) -> list[str]:
-    """As many names as fit into a configuration."""
+    """Many names, a tenth of what fits into a configuration."""
     names = [entry(n) for n in range(20_000)]
     while len(json.dumps(names)) > 60_000:
         names = names[: len(names) * 9 // 10]
@@ -123,6 +123,10 @@ def full(entry: Callable[[int], str]) -> list[str]:
         {"rank_pattern": dict.fromkeys(full(lambda n: f"a{n}"), 1)},
         {"rank_pattern": dict.fromkeys(full(lambda n: f"a.b{n}"), 1)},
         {"alpha_pattern": dict.fromkeys(full(lambda n: f"self.attn.q_pro{n % 10}.{n}"), 1)},
+        {"rank_pattern": dict.fromkeys(full(lambda n: f".*b{n}"), 1)},
+        {"alpha_pattern": {f"(.*x|.)*{n}" + ".?" * 1000: 1 for n in range(200)}},
+        {"target_modules": "(.*x|.)*" + ".?" * 1000},
+        {"exclude_modules": "(?!(.*x|.)*y).*" * 200},
         {"trainable_token_indices": list(range(10_000))},
         {"layers_to_transform": list(range(10_000))},
         {f"loraplex_{n}": "x" for n in range(3_000)},

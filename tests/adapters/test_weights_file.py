@@ -16,6 +16,7 @@ from adapters.adapter_files import (
     BASE,
     BASE_JSON,
     Entry,
+    base_info,
     entries,
     everywhere,
     key,
@@ -27,8 +28,9 @@ from adapters.adapter_files import (
 )
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from loraplex_adapters.format.examine import examine, inspect
+from loraplex_adapters.format.examine import examine, examine_header, inspect
 from loraplex_adapters.format.header import MAX_HEADER_BYTES, read_header
+from loraplex_adapters.format.spec import AdapterLimits
 from loraplex_model.base.refusal import Refusal
 
 TENSORS = lora_tensors(everywhere("q_proj", "v_proj"))
@@ -295,12 +297,12 @@ STRAY: list[tuple[str, str]] = [
     (f"{PREFIX}.lora_B.bias", "ADAPTER_INVALID"),
     (f"{PREFIX}.bias", "ADAPTER_INVALID"),
     (f"{PREFIX}.base_layer.bias", "ADAPTER_INVALID"),
-    (f"{PREFIX}.base_layer.weight", "ADAPTER_INVALID"),
-    (f"{PREFIX}.weight", "ADAPTER_INVALID"),
+    (f"{PREFIX}.base_layer.weight", "BASE_MODEL_MISMATCH"),
+    (f"{PREFIX}.weight", "BASE_MODEL_MISMATCH"),
     (f"{PREFIX}.ia3_l", "ADAPTER_INVALID"),
     ("base_model.model.model.norm.weight", "ADAPTER_INVALID"),
-    ("base_model.model.lm_head.weight", "ADAPTER_INVALID"),
-    ("base_model.model.model.embed_tokens.weight", "ADAPTER_INVALID"),
+    ("base_model.model.lm_head.weight", "BASE_MODEL_MISMATCH"),
+    ("base_model.model.model.embed_tokens.weight", "BASE_MODEL_MISMATCH"),
     ("prompt_embeddings", "ADAPTER_INVALID"),
 ]
 
@@ -393,9 +395,16 @@ def test_a_stamped_adapter_serves_on_its_own_base_only(tmp_path: Path) -> None:
     assert refused.value.field == "loraplex_base_fingerprint"
 
 
-def test_a_report_of_thousands_of_findings_ends(tmp_path: Path) -> None:
+def test_thousands_of_findings_of_one_kind_become_one_and_a_report_of_others_ends(
+    tmp_path: Path,
+) -> None:
     tensors = {f"stray.{n}": np.zeros((1, 1), np.float32) for n in range(3000)}
-    assert len(examine(write_adapter(tmp_path, weights=tensors), BASE).findings) == 100
+    (only,) = examine(write_adapter(tmp_path / "tensors", weights=tensors), BASE).findings
+    assert (only.reason, only.field) == ("ADAPTER_INVALID", "stray.0")
+    assert "3000 tensors" in only.message
+    unknown = lora_config() | {f"unknown_{n}": True for n in range(3000)}
+    folder = write_adapter(tmp_path / "options", unknown)
+    assert len(examine(folder, BASE).findings) == 100
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -430,3 +439,23 @@ def test_the_digest_keeps_the_files_apart(config: bytes, first: bytes, second: b
     assert digest(config, first, second) == digest(config, first + second)
     if first:
         assert digest(config + first, second) != digest(config, first + second)
+
+
+def test_a_file_of_more_than_4_gib_is_read_if_the_limit_allows_it(tmp_path: Path) -> None:
+    large = base_info(vocab_size=(1 << 25) + 1)
+    config = lora_config(modules_to_save=["lm_head"])
+    name = "base_model.model.lm_head.weight"
+    table = entries(lora_tensors(everywhere("q_proj", "v_proj")))
+    start = max(entry["data_offsets"][1] for entry in table.values())  # type: ignore[index]
+    shape = [large.config.vocab_size, large.config.hidden_size]
+    end = start + 4 * shape[0] * shape[1]
+    table[name] = {"dtype": "F32", "shape": shape, "data_offsets": [start, end]}
+    head = safetensors_bytes(table, b"")
+    source = write_adapter(tmp_path, config, head)
+    os.truncate(source / "adapter_model.safetensors", len(head) + end)  # a hole, no bytes
+    (found,) = examine_header(source, large).findings
+    assert found.reason == "ADAPTER_TOO_LARGE"
+    assert "max_adapter_file" in found.message
+    spec = examine_header(source, large, AdapterLimits(max_weights_bytes=5 << 30)).spec
+    assert spec is not None
+    assert spec.size_bytes > 4 << 30

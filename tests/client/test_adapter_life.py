@@ -15,6 +15,7 @@ from loraplex import (
     AdapterEvent,
     AdapterEventKind,
     AdapterInfo,
+    AdapterRejected,
     AdapterTable,
     AdapterTier,
     AsyncClient,
@@ -142,6 +143,45 @@ def test_files_that_are_not_there_send_nothing(client: Client, server: FakeServe
     with pytest.raises(InvalidRequest) as caught:
         client.upload_adapter("alpha", tmp_path)
     assert caught.value.violations[0].field == "folder"
+    assert server.calls == []
+
+
+FOREIGN = {
+    "one deeper": (
+        {"support/adapter_config.json": b"{}"},
+        "ADAPTER_INVALID",
+        "adapter in support/",
+    ),
+    "mlx": ({"adapters.safetensors": b"x"}, "ADAPTER_UNSUPPORTED", "MLX"),
+    "pointer": (
+        {
+            "adapter_config.json": b"{}",
+            "adapter_model.safetensors": b"version https://git-lfs.github.com/spec/v1\n",
+        },
+        "ADAPTER_INVALID",
+        "git lfs pull",
+    ),
+}
+
+
+@pytest.mark.parametrize(("files", "reason", "word"), FOREIGN.values(), ids=FOREIGN)
+def test_what_is_no_adapter_is_said_before_anything_is_sent(
+    client: Client,
+    server: FakeServer,
+    tmp_path: Path,
+    files: dict[str, bytes],
+    reason: str,
+    word: str,
+):
+    for name, data in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(AdapterRejected) as caught:
+        client.upload_adapter("alpha", tmp_path)
+    assert caught.value.reason == reason
+    assert word in caught.value.message
+    with pytest.raises(InvalidRequest, match="is a file"):
+        client.upload_adapter("alpha", tmp_path / next(iter(files)))
     assert server.calls == []
 
 

@@ -511,3 +511,17 @@ def test_a_watch_prints_the_table_then_a_line_for_each_change(run, server: FakeS
     table, *events = map(json.loads, run("adapters", "watch", "--json").stdout.splitlines())
     assert [adapter["name"] for adapter in table["table"]["adapters"]] == ["pirate"]
     assert [event["event"]["kind"] for event in events] == ["loading", "alias_set"]
+
+
+def test_a_folder_that_holds_no_adapter_is_reported_without_an_upload(
+    run, server: FakeServer, tmp_path
+):
+    (tmp_path / "support").mkdir()
+    (tmp_path / "support" / "adapter_config.json").write_text("{}")
+    found = run("adapters", "validate", "--local", str(tmp_path))
+    assert found.exit_code == 6
+    assert found.stdout.startswith("ADAPTER_INVALID\tsupport\t")
+    refused = run("adapters", "upload", "a", str(tmp_path))
+    assert refused.exit_code == 6
+    assert "support/" in refused.stderr
+    assert server.calls == []

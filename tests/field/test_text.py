@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from loraplex import Client, InvalidRequest
+from loraplex import Client, InvalidRequest, MatchedStop
 
 from field.bases import CLOSE, END_OF_TURN, OPEN, TinyBase, command, serving
 
@@ -33,7 +33,7 @@ def test_special_token_as_a_stop_string(client: Client) -> None:
         assert done.finish_reason.value == "stop", text
         assert len(done.token_ids) <= 2
         assert done.text == ""
-        assert done.matched_stop == text
+        assert done.matched_stop == MatchedStop(text=text)
 
 
 def test_special_tokens_in_the_text_on_request(client: Client) -> None:
@@ -72,7 +72,7 @@ def test_end_token_that_only_the_tokenizer_names() -> None:
     with Client(serving(TinyBase(eos=0)).address) as client:
         done = client.generate("abc", max_new_tokens=6, **always(CLOSE))
         assert done.finish_reason.value == "stop"
-        assert done.matched_stop == CLOSE
+        assert done.matched_stop == MatchedStop(token_id=CLOSE)
         assert {token.token_id for token in client.get_model().eos_tokens} == {0, CLOSE}
 
 

@@ -13,9 +13,9 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
-from loraplex.v1 import adapter_pb2, generation_pb2, training_pb2
+from loraplex.v1 import adapter_pb2, generation_pb2, model_pb2, training_pb2
 
-FILES = (generation_pb2, adapter_pb2, training_pb2, health_pb2, reflection_pb2)
+FILES = (generation_pb2, adapter_pb2, training_pb2, model_pb2, health_pb2, reflection_pb2)
 
 WORDS = (
     *("", "a", "fuzzed", "fuzzed@1", "fuzzed@999999999", "kept@0", "@", "@@", "a@sha256:"),
@@ -23,6 +23,7 @@ WORDS = (
     *("fuzzed-0", "fuzzed-0/..", "\0", "a\0b", "\r\nx: y", "\u202e", "\U0001f600" * 40, "é" * 64),
     *("adapter_config.json", "adapter_model.safetensors", "{}", "[" * 5000, "%s%n", "{{ x }}"),
     *("user", "system", "assistant", "A" * 70, "A" * 20_000, "lora", "all-linear", "0" * 32),
+    *("tool", "developer", '{"a": [1]}'),
 )
 GOOD = ("fuzzed", "fuzzed", "fuzzed-0", "a", "hello", "user", "lora", "adapter_config.json")
 NUMBERS = (0, 1, -1, 2, 3, 5, 21, 399, 400, 1000, 2**15, 2**31 - 1, -(2**31), 2**32 - 1, 2**53 + 1)

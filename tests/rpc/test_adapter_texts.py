@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 from loraplex.v1 import adapter_pb2, generation_pb2, model_pb2, model_pb2_grpc
-from rpc.harness import SCRIPT, VOCAB, Running, ask, refusal, running, write_adapter
+from rpc.harness import SCRIPT, VOCAB, WIDTH, Running, ask, refusal, running, write_adapter
+from safetensors.numpy import load_file, save_file
 
 OWN = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
 OTHER = "{% for m in messages %}({{ m.content }}){% endfor %}"
@@ -123,3 +125,17 @@ async def test_files_that_are_not_used_are_noted(tmp_path: Path) -> None:
         assert list((await up.adapters.ValidateAdapter(validate)).notes) == notes
         register.name, register.chat_template = "b", OWN
         assert list((await up.adapters.RegisterAdapter(register)).notes) == notes[1:]
+
+
+async def test_copies_of_the_base_in_an_adapter_are_noted(tmp_path: Path) -> None:
+    async with running(tmp_path) as up:
+        folder = write_adapter(tmp_path / "import" / "x")
+        file, name = folder / "adapter_model.safetensors", "base_model.model.model.norm.weight"
+        save_file({**load_file(file), name: np.full(WIDTH, 1.5, np.float32)}, file)
+        register = adapter_pb2.RegisterAdapterRequest(name="a", path="x")
+        for _ in range(2):  # the second time the version is there already
+            (note,) = (await up.adapters.RegisterAdapter(register)).notes
+            assert name in note
+            assert "replaces" in note
+        validate = adapter_pb2.ValidateAdapterRequest(path="x")
+        assert list((await up.adapters.ValidateAdapter(validate)).notes) == [note]

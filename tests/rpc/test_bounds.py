@@ -18,7 +18,7 @@ from google.protobuf.message_factory import GetMessageClass
 from google.rpc import error_details_pb2
 from loraplex.v1 import adapter_pb2, generation_pb2, model_pb2, training_pb2
 from loraplex_server.rpc.calls import bounds
-from loraplex_server.rpc.calls.bounds import ENTRIES, LENGTHS, beyond_bounds
+from loraplex_server.rpc.calls.bounds import ENTRIES, LENGTHS, TOTALS, beyond_bounds
 from rpc.harness import Running, refusal, running
 
 PROTO = Path(__file__).resolve().parents[2] / "proto"
@@ -80,6 +80,21 @@ def test_the_bound_of_every_list_is_in_its_comment() -> None:
     texts = comments()
     for name, most in ENTRIES.items():
         assert f"at most {most}" in texts[name].lower(), (name, texts[name])
+
+
+@pytest.mark.parametrize("inner", ["parts", "tool_calls"])
+def test_lists_in_the_entries_of_a_list_have_a_bound_together(inner: str) -> None:
+    def conversation(count: int) -> generation_pb2.ChatMessages:
+        full, rest = divmod(count, 64)
+        messages = [{inner: [{}] * 64}] * full + [{inner: [{}] * rest}]
+        return generation_pb2.ChatMessages(messages=messages)
+
+    (most,) = {totals[inner] for totals in TOTALS.values()}
+    assert beyond_bounds(conversation(most)) == []
+    (problem,) = beyond_bounds(conversation(most + 1))
+    assert problem.field == "messages"
+    assert str(most) in problem.message
+    assert f"{most} in all messages together" in comments()[f"loraplex.v1.ChatMessage.{inner}"]
 
 
 class Unread:

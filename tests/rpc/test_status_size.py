@@ -8,17 +8,26 @@ from pathlib import Path
 from urllib.parse import quote
 
 import grpc
+import numpy as np
 import pytest
 import pytest_asyncio
 from google.rpc import error_details_pb2
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from loraplex.v1 import adapter_pb2
 from loraplex_model.base.refusal import Problem, Reason, Refusal, Subject
 from loraplex_server.rpc.calls.errors import TABLE, TRAILER_BYTES, Detail, status_of, trailers_of
 from rpc.harness import Running, refusal, running, write_adapter
+from safetensors.numpy import save_file
 
 pytestmark = pytest.mark.fault("details-overflow")
 
 REQUEST_ID = "r" * 128
+HOSTILE = st.builds(
+    lambda text, times: text * times,
+    st.text(st.characters(codec=None), max_size=40),
+    st.sampled_from([1, 3, 100, 1000]),
+)
 
 
 def on_the_wire(error: Refusal) -> int:
@@ -32,13 +41,32 @@ def on_the_wire(error: Refusal) -> int:
 
 
 @pytest.mark.parametrize("reason", list(TABLE), ids=lambda reason: reason.name)
-@pytest.mark.parametrize("text", ["x", "é", "\N{PILE OF POO}", "%", "\udcff"], ids=ascii)
+@pytest.mark.parametrize("text", ["x", "é", "\N{PILE OF POO}", "%", "\udcff", "\n"], ids=ascii)
 @pytest.mark.parametrize("count", [1, 60, 5000])
 def test_the_largest_refusals_fit_a_trailer(reason: Reason, text: str, count: int) -> None:
     problems = [Problem(text * 3000, text * 3000, reason)] * count
     error = Refusal(
         reason, text * 3000, problems=problems, subject=Subject("loraplex.v1.Adapter", text * 3000)
     )
+    assert on_the_wire(error) <= TRAILER_BYTES
+
+
+def test_a_trailer_leaves_room_below_what_peers_accept() -> None:
+    assert TRAILER_BYTES <= 6 << 10
+
+
+@settings(deadline=None)
+@given(
+    reason=st.sampled_from(list(TABLE)),
+    message=HOSTILE,
+    problems=st.lists(st.builds(Problem, HOSTILE, HOSTILE), max_size=80),
+    name=HOSTILE,
+)
+def test_hostile_texts_fit_a_trailer(
+    reason: Reason, message: str, problems: list[Problem], name: str
+) -> None:
+    subject = Subject("loraplex.v1.Adapter", name)
+    error = Refusal(reason, message, problems=problems, subject=subject)
     assert on_the_wire(error) <= TRAILER_BYTES
 
 
@@ -77,3 +105,24 @@ async def test_an_adapter_with_many_faults_is_refused_with_its_reason(up: Runnin
     unmet = seen.detail(error_details_pb2.PreconditionFailure).violations
     assert "option_" in unmet[0].subject
     assert unmet[-1].description.startswith("and ")
+
+
+async def test_sixty_foreign_names_are_one_cause_with_its_reason(up: Running) -> None:
+    folder = write_adapter(up.folder / "import" / "compiled", 1)
+    file = folder / "adapter_model.safetensors"
+    tensors = {
+        f"_orig_mod.base_model.model.model.layers.{n}.self_attn.q_proj.lora_{half}.weight": a
+        for n in range(30)
+        for half, a in (("A", np.ones((2, 8), np.float32)), ("B", np.ones((8, 2), np.float32)))
+    }
+    save_file(tensors, file)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await up.adapters.RegisterAdapter(
+            adapter_pb2.RegisterAdapterRequest(name="compiled", path="compiled")
+        )
+    seen = refusal(caught.value)
+    assert seen.reason == "ADAPTER_INVALID"
+    unmet = seen.detail(error_details_pb2.PreconditionFailure).violations
+    assert "60 tensors" in unmet[0].description
+    assert "_orig_mod." in unmet[0].description
+    assert "--convert" in unmet[0].description

@@ -69,7 +69,7 @@ def test_the_header_of_an_upload() -> None:
     assert validate.header(header(expected_digest=DIGEST), 10) == []
     assert validate.header(header(stage_only=True, name=""), 10) == []
     wrong = header(
-        upload_id="", name="", config_size=(64 << 10) + 1, weights_size=11, expected_digest="x"
+        upload_id="", name="", config_size=(1 << 20) + 1, weights_size=11, expected_digest="x"
     )
     assert fields(validate.header(wrong, 10)) == [
         "header.upload_id",
@@ -78,6 +78,9 @@ def test_the_header_of_an_upload() -> None:
         "header.weights_size",
         "header.expected_digest",
     ]
+    texts = {problem.field: problem.message for problem in validate.header(wrong, 10)}
+    assert texts["header.config_size"].startswith("adapter_config.json has 1048577 bytes")
+    assert "max_adapter_file" in texts["header.weights_size"]
     staged = header(stage_only=True, replace=True, load=True, labels={"k": "v"})
     assert fields(validate.header(staged, 10)) == [
         "header.name",

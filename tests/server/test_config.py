@@ -174,3 +174,8 @@ def test_a_wrong_flag_ends_every_command_with_the_same_code(tmp_path: Path) -> N
         ended = CliRunner().invoke(app, command)
         assert ended.exit_code == ServerExit.BAD_CONFIG, ended.output
         assert ended.stderr.startswith("error: "), command
+
+
+def test_the_largest_weights_file_is_a_setting_of_the_server_and_its_engines() -> None:
+    assert load(None, {}).runner_config().max_adapter_file == 4 << 30
+    assert load(None, {"max_adapter_file": "6GiB"}).runner_config().max_adapter_file == 6 << 30

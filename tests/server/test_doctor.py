@@ -45,6 +45,11 @@ def test_the_end_tokens_of_a_converted_base_are_listed(config: Config) -> None:
     assert all(check.subject != "end tokens" for check in doctor.examine(unknown))
 
 
+def test_a_mistyped_import_root_is_named(config: Config, tmp_path: Path) -> None:
+    (found,) = bad(config.model_copy(update={"import_root": tmp_path / "imprt"}))
+    assert found.startswith(f"import_root: {tmp_path / 'imprt'}: no such directory")
+
+
 @pytest.mark.fault("base-cache-damaged")
 def test_a_damaged_base_is_named(config: Config, tmp_path: Path) -> None:
     assert bad(config) == []

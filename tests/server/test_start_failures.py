@@ -190,6 +190,25 @@ def test_a_folder_that_cannot_be_made_is_reported(
     assert (code, said[:7]) == (STORE, "error: ")
 
 
+@pytest.mark.parametrize("place", ["imprt", "elsewhere/import"])
+def test_a_mistyped_import_root_is_an_error_and_not_a_new_directory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str
+) -> None:
+    code, said = starts(tmp_path, capsys, import_root=tmp_path / place)
+    assert (code, said[:7]) == (STORE, "error: ")
+    assert str(tmp_path / place) in said
+    assert "--import-root" in said
+    assert not (tmp_path / place).exists()
+
+
+def test_the_default_import_root_is_made_beside_its_store(tmp_path: Path) -> None:
+    config = load(None, {"store": str(tmp_path / "store"), "import_root": str(tmp_path / "import")})
+    config.prepare_import_root()
+    assert (tmp_path / "import").is_dir()
+    assert load(None, {"store": str(tmp_path / "store")}).makes_import_root
+    assert not load(None, {"import_root": str(tmp_path / "import")}).makes_import_root
+
+
 @pytest.mark.parametrize(
     ("file", "content"), [("tokenizer.json", None), ("tokenizer.json", b"{}"), ("model.json", b"[")]
 )
@@ -241,7 +260,9 @@ def test_an_error_that_nobody_expected_is_one_line_and_an_exit_code(
 
     monkeypatch.setattr(app, "TextTokenizer", broken)
     monkeypatch.setattr(store_cli, "Store", broken)
-    for command in (["serve", "--config", str(write_config(tmp_path))], ["store", "ls"]):
+    (tmp_path / "lock").touch()  # a store, as far as names tell
+    listing = ["store", "ls", "--store", str(tmp_path)]
+    for command in (["serve", "--config", str(write_config(tmp_path))], listing):
         monkeypatch.setattr(sys, "argv", ["loraplex-server", *command])
         with pytest.raises(SystemExit) as ended:
             cli.main()

@@ -15,6 +15,7 @@ from loraplex_adapters.store import Store
 from loraplex_server.cli import app
 from loraplex_server.commands import store_cli
 from loraplex_server.config import load
+from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from adapters import stores
@@ -222,6 +223,7 @@ def test_what_cannot_be_opened_has_its_own_exit_code(run: Any, tmp_path: Path) -
     assert run("ls", "--store-url", "mysql://secret@x/y").exit_code == 5
     assert "secret" not in run("ls", "--store-url", "mysql://secret@x/y").output
     assert run("ls", "--config", str(tmp_path / "none.toml")).exit_code == 2
+    Store(tmp_path / "store").close()
     assert run("ls", "--label", "nonsense").exit_code == 2
     assert run("ls", "--label", "A=1").exit_code == 1
 
@@ -255,3 +257,60 @@ def test_the_shapes_of_the_base_come_from_its_files(tmp_path: Path) -> None:
     command = f"store import {tmp_path} --name a --model {tmp_path}/none --store {tmp_path}/store"
     result = CliRunner().invoke(app, command.split())
     assert result.exit_code == 4, result.output
+
+
+READING = [["ls"], ["verify"], ["gc"], ["rm", "a"], ["alias"], ["restore", "a"], ["release", "a"]]
+
+
+@pytest.mark.parametrize("command", READING, ids=lambda words: words[0])
+@pytest.mark.parametrize("what", ["missing", "another directory"])
+def test_a_mistyped_store_is_an_error_and_not_a_new_store(
+    run: Any, tmp_path: Path, command: list[str], what: str
+) -> None:
+    place = tmp_path / "stroe"
+    if what != "missing":
+        place.mkdir()
+        (place / "notes.txt").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    refused = run(*command, at=place)
+    assert refused.exit_code == 5
+    assert refused.stderr.startswith(f"error: STORE_UNAVAILABLE: {place}: ")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_name_that_is_refused_comes_with_one_that_is_not(run: Any, sources: list[Path]) -> None:
+    refused = run("import", str(sources[0]), "--name", "Org/Name_v1.2")
+    assert refused.exit_code == 1
+    assert 'did you mean "org-name-v1-2"?' in refused.stderr
+    assert run("import", str(sources[0]), "--name", "org-name-v1-2").exit_code == 0
+
+
+def test_an_adapter_with_foreign_names_is_imported_by_order_only(run: Any, tmp_path: Path) -> None:
+    plain = stores.adapter(tmp_path / "plain")
+    digest = parsed(run("import", str(plain), "--name", "plain", "--json"))["digest"]
+    foreign = prefixed(plain, tmp_path / "foreign", "_orig_mod.")
+    refused = run("import", str(foreign), "--name", "a")
+    assert refused.exit_code == 1
+    assert "--convert" in refused.stderr
+    tried = parsed(run("import", str(foreign), "--name", "a", "--convert", "--dry-run", "--json"))
+    assert tried["dry_run"] is True
+    assert "_orig_mod." in tried["converted"][0]
+    assert [record["name"] for record in parsed(run("ls", "--json"))] == ["plain"]
+    made = parsed(run("import", str(foreign), "--name", "a", "--convert", "--json"))
+    assert made["digest"] == tried["digest"]
+    assert (made["rank"], made["name"]) == (4, "a")
+    again = parsed(run("import", str(plain), "--name", "b", "--convert", "--json"))
+    assert (again["digest"], again["converted"]) == (digest, ["nothing to convert"])
+    assert run("import", str(plain), "--name", "c", "--alpha", "2").exit_code == 2
+
+
+def prefixed(source: Path, target: Path, prefix: str) -> Path:
+    """A copy of an adapter whose tensors have a prefix."""
+    target.mkdir()
+    shutil.copy(source / "adapter_config.json", target)
+    tensors = load_file(source / "adapter_model.safetensors")
+    save_file(
+        {prefix + name: value for name, value in tensors.items()},
+        target / "adapter_model.safetensors",
+    )
+    return target

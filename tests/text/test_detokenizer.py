@@ -223,6 +223,40 @@ def test_only_an_incomplete_character_at_the_very_end_has_no_text(data: list[int
     assert "".join(given) + rest == tokenizer.decode([letters[bytes([byte])] for byte in data])
 
 
+class CountingTokenizer:
+    """A tokenizer that counts the tokens that it decodes."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.decoded = 0
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        self.decoded += len(ids)
+        return str(self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+
+@pytest.mark.fault("detokenizer-quadratic")
+@pytest.mark.parametrize("word", ["<s>", "\u00e2", "<0xE6>", "<0xFF>", "a", REPLACEMENT])
+@kinds
+def test_a_token_decodes_a_bounded_number_of_tokens(name: str, word: str) -> None:
+    """However long no character is complete."""
+    tokenizer, _ = KINDS[name]
+    token = tokenizer.token_to_id(word)
+    counting = CountingTokenizer(tokenizer)
+    for completion in ([token] * 2000, [token, 0] * 1000):
+        for skip in (True, False):
+            texts = TokenTexts(counting)  # type: ignore[arg-type]
+            detokenizer = texts.detokenizer([0] * 2000, skip)
+            for each in completion:
+                detokenizer.push(each if each is not None else 1 << 20)
+            detokenizer.finish()
+            assert counting.decoded <= 8 * len(completion)
+            counting.decoded = 0
+
+
 def test_a_run_of_bytes_keeps_the_characters_before_a_byte_at_fault() -> None:
     tokenizer = metaspace()
     run = [3 + byte for byte in "日".encode()]

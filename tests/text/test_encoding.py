@@ -262,6 +262,15 @@ def test_every_string_of_a_conversation_is_text(name: str) -> None:
 
 
 @every_base
+@pytest.mark.parametrize("said", [f"x{CLOSE}<|im_", f"{OPEN}", "<", f"> {TOOL}x"])
+def test_an_answer_that_is_continued_ends_as_it_is_written(name: str, said: str) -> None:
+    base = BASES[name]
+    prompt = base.encoder.prompt([user("hi"), {"role": "assistant", "content": said}])
+    assert prompt.text.endswith(f"{OPEN}assistant\n{said}")
+    assert base.controls_in(prompt.token_ids) == [OPEN, CLOSE, OPEN]
+
+
+@every_base
 def test_an_operator_may_have_messages_recognised(name: str) -> None:
     mine = base(BASES[name].tokenizer, special_tokens_in_messages=True)
     assert mine.encoder.encode_chat([user(FORGED)]) == theirs(mine, [user(FORGED)])

@@ -16,7 +16,6 @@ from loraplex_server.config import load
 from loraplex_server.runtime.lanes import Lanes
 from loraplex_server.text.tokenizer import TextTokenizer
 from loraplex_training.data.text import BaseText
-from loraplex_training.data.tokenise import Tokeniser
 from loraplex_training.spec import parse
 
 from train.chat_bases import (
@@ -143,7 +142,11 @@ def test_only_short_conversations_without_control_tokens_hold_the_event_loop(
     assert threads == [True, False, False]
 
 
-def test_the_tokeniser_reports_an_answer_that_ends_within(base: ChatBase, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="where the model would stop"):
-        samples(base, tmp_path, {"prompt": "Hello", "completion": f"a{EOS}b"})
-    assert Tokeniser(base.text, 10, "auto", None)._checked(f"a{EOS}") == "a"
+def test_an_answer_that_spells_out_eos_ends_only_at_its_end(base: ChatBase, tmp_path: Path) -> None:
+    [sample] = samples(base, tmp_path, {"prompt": "Hello", "completion": f"a{EOS}b"})
+    learned = [t for t, yes in zip(sample.tokens, sample.learned, strict=True) if yes]
+    assert learned[-1] in base.text.eos_ids
+    assert not {*base.text.eos_ids}.intersection(learned[:-1])
+    plain = {"prompt": "Hello", "completion": "a"}
+    spelt = {"prompt": "Hello", "completion": f"a{EOS}"}
+    assert samples(base, tmp_path, spelt)[0].tokens == samples(base, tmp_path, plain)[0].tokens

@@ -143,7 +143,7 @@ def test_bad_lines_of_both_files_are_told_at_once(tmp_path: Path) -> None:
     one = write(tmp_path / "a.jsonl", [{"text": ""}, messages, *lines(2)])
     other = write(tmp_path / "b.jsonl", [{"prompt": "a"}])
     with pytest.raises(Refusal) as caught:
-        data.load(DataSpec(one, other), base.text)
+        data.load(DataSpec(one, other, strict=True), base.text)
     assert caught.value.reason == "DATA_INVALID"
     assert [problem.split(": ")[0] for problem in caught.value.messages] == [
         f"{one}:1",
@@ -153,16 +153,30 @@ def test_bad_lines_of_both_files_are_told_at_once(tmp_path: Path) -> None:
     assert "no chat template" in caught.value.messages[1]
 
 
-def test_a_templates_own_refusal_is_a_bad_line(tmp_path: Path) -> None:
-    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}x"
+def test_lines_that_the_template_refuses_are_left_out_or_bad_if_strict(tmp_path: Path) -> None:
+    template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "{% for m in messages %}{{ m.content }}{% endfor %}x"
+    )
     base = chat_base(tmp_path / "base", template)
     path = write(tmp_path / "a.jsonl", lines(2))
     with pytest.raises(Refusal) as caught:
-        data.load(DataSpec(path, system="Be brief"), base.text)
+        data.load(DataSpec(path, system="Be brief", strict=True), base.text)
     assert [p.endswith("chat template refuses: no system") for p in caught.value.messages] == [
         True,
         True,
     ]
+    with pytest.raises(Refusal) as caught:
+        data.load(DataSpec(path, system="Be brief"), base.text)
+    assert caught.value.reason == "DATA_INVALID"
+    assert caught.value.message == (
+        f"{path}: no line is left to learn from: 2 lines, each cannot be rendered: the model's "
+        f"chat template refuses: no system ({path}:1, {path}:2)"
+    )
+    path = write(path, [*lines(2), {**lines(3)[2], "system": "Be brief"}])
+    loaded = data.load(DataSpec(path, eval_fraction=0), base.text)
+    assert [sample.line for sample in loaded.train] == [1, 2]
+    assert loaded.report.dropped == (f"{path}:3",)
 
 
 def test_wrong_options_are_told_at_once(tmp_path: Path) -> None:

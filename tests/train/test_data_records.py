@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,9 @@ USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content"
 
 
 def read(path: Path, content: bytes) -> list[DataRecord]:
-    """Raises Refusal with everything that is wrong."""
+    """Raises Refusal with everything that is wrong, lines that are left out included."""
     path.write_bytes(content)
-    problems = Problems()
+    problems = Problems(strict=True)
     found = list(RecordFile(path, problems))
     problems.check()
     return found
@@ -37,8 +38,6 @@ def reasons(path: Path, content: bytes) -> list[str]:
 
 
 BAD: list[tuple[Any, str]] = [
-    (b"", "is empty; remove it"),
-    (b"   ", "is empty; remove it"),
     (b"{", "is not JSON"),
     (b"nonsense", "is not JSON"),
     (b"{'prompt': 1}", "is not JSON"),
@@ -54,30 +53,33 @@ BAD: list[tuple[Any, str]] = [
     (3, "is a number, not an object"),
     ({}, "holds nothing"),
     ({"id": 1}, 'holds "id"; it must be one of'),
-    ({"question": "a", "answer": "b"}, 'holds "question", "answer"; it must be one of'),
+    ({"q": "a", "a": "b"}, "name its keys, as in --columns prompt=q,completion=a"),
     ({"text": "a", "prompt": "b"}, 'mixes shapes ("prompt", "text")'),
     ({"instruction": "a", "output": "b", "text": "c"}, "mixes shapes"),
-    ({"instruction": "a", "completion": "b"}, "mixes shapes"),
+    ({"messages": [USER, ANSWER], "text": "c"}, '"text" is not a copy of them; choose one with'),
+    ({"messages": [USER, ANSWER], "prompt": "c"}, "is not the beginning of"),
+    ({"messages": [USER, ANSWER], "output": "c"}, 'mixes shapes ("messages", "output")'),
+    ({"messages": [USER, ANSWER], "conversations": [USER, ANSWER]}, "mixes shapes"),
     ({"text": "a", "weight": 2}, 'unknown keys: "weight"'),
-    ({"instruction": "a", "output": "b", "history": []}, 'unknown keys: "history"'),
+    ({"instruction": "a", "output": "b", "histroy": []}, "did you mean 'history'"),
     ({"text": "a", "\u202eevil\n": 2}, 'unknown keys: "\\u202eevil\\n"'),
     ({"prompt": "a"}, 'has no "completion"'),
     ({"completion": "a"}, 'has no "prompt"'),
     ({"instruction": "a", "input": "b"}, 'has no "output"'),
     ({"text": ""}, "text is empty"),
     ({"text": 3}, "text is a number, not a string"),
-    ({"text": None}, "text is null, not a string"),
+    ({"text": None}, "holds nothing; it must be one of"),
+    ({"text": None}, 'null counts as absent: "text"'),
     ({"text": ["a"]}, "text is a list, not a string"),
     ({"prompt": "a", "completion": " \n"}, "completion is empty"),
     ({"prompt": "", "completion": "a"}, "prompt is empty"),
     ({"prompt": "a", "completion": {}}, "completion is an object, not a string"),
-    ({"prompt": "a", "completion": [ANSWER]}, "mixes a string and a list"),
-    ({"prompt": [USER], "completion": "b"}, "mixes a string and a list"),
+    ({"prompt": [USER], "context": "c", "completion": "b"}, "beside a list of messages"),
     ({"prompt": [USER], "completion": [USER]}, 'completion begins with the role "user"'),
     ({"prompt": [], "completion": [ANSWER]}, "prompt is empty"),
     ({"prompt": [USER], "completion": []}, "completion is empty"),
     ({"instruction": "a", "input": 1, "output": "b"}, "input is a number"),
-    ({"instruction": "a", "input": None, "output": "b"}, "input is null"),
+    ({"instruction": "a", "output": None}, 'no "output"; null counts as absent: "output"'),
     ({"instruction": "a", "output": ""}, "output is empty"),
     ({"messages": "a"}, "messages is a string, not a list"),
     ({"messages": []}, "messages is empty"),
@@ -88,8 +90,8 @@ BAD: list[tuple[Any, str]] = [
     ({"messages": [USER, {"role": "bot", "content": "a"}]}, 'messages[1] has the role "bot"'),
     ({"messages": [USER, {"role": 1, "content": "a"}]}, "messages[1].role is a number"),
     ({"messages": [USER, {"role": "assistant", "content": ""}]}, "messages[1].content is empty"),
-    ({"messages": [USER, {"role": "assistant", "content": None}]}, "content is null"),
-    ({"messages": [USER, {**ANSWER, "tool_calls": []}]}, 'unknown key "tool_calls"'),
+    ({"messages": [USER, {"role": "assistant", "content": None}]}, 'absent: "messages[1].content"'),
+    ({"messages": [USER, {**ANSWER, "tool_call": []}]}, 'unknown key "tool_call"'),
     ({"messages": [USER, {"role": "system", "content": "a"}, ANSWER]}, "not the first one"),
 ]
 
@@ -107,6 +109,18 @@ def test_a_bad_line_is_told_with_file_line_and_reason(
     assert problem.startswith(f"{path}:2: ")
     assert reason in problem
     assert problem.isprintable()
+
+
+def test_lines_without_content_are_skipped_and_counted(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b"\n" + GOOD + b"\n\n \t\r\n" + GOOD + b"\n\n")
+    problems = Problems()
+    file = RecordFile(path, problems)
+    assert [record.line for record in file] == [2, 5]
+    problems.check()
+    assert (file.rows, file.blank) == (2, 4)
+    assert file.digest == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert "has only blank lines" in reasons(path, b"\n \n")[0]
 
 
 def test_all_bad_lines_are_told_at_once(tmp_path: Path) -> None:

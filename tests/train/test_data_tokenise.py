@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loraplex_server.text.tokenizer import TextTokenizer
-from loraplex_training.data.problems import Problems
+from loraplex_training.data.problems import Dropped, Problems
 from loraplex_training.data.records import RecordFile
 from loraplex_training.data.samples import IGNORED, MicroBatch, Sample
+from loraplex_training.data.text import BaseText
 from loraplex_training.data.tokenise import Tokeniser
+from loraplex_training.data.turns import TurnMaker
 
 from train.chat_bases import (
     CHATML,
@@ -247,8 +250,7 @@ def test_a_tokenizer_that_puts_a_space_before_texts_puts_none_into_answers(
     words = ["H", "e"]  # "He" is one token, but not behind a prompt that ends within the word
     prompt, completion = f"Hello {words[0]}", f"{words[1]}llo"
     theirs = base.theirs(prompt)["input_ids"]
-    tokeniser = Tokeniser(base.text, 100, "auto", None)
-    answer = tokeniser._continued(
+    answer = TurnMaker(base.text)._continued(
         theirs, base.text.prompt_ids(prompt + completion), completion, base.text.ids
     )
     assert base.theirs.decode(theirs + answer, skip_special_tokens=True) == "Hello Hello"
@@ -341,9 +343,26 @@ def test_what_is_too_long_is_cut_from_the_end(
         assert cut.reference == whole.reference
 
 
-@pytest.mark.parametrize("completion", [f"the{EOS}end", EOS, f"{EOS}{EOS}", f"  {EOS}"])
-def test_an_eos_within_an_answer_is_a_bad_line(
+@pytest.mark.parametrize("completion", [EOS, f"{EOS}{EOS}", f"  {EOS}", f"{EOS}\n"])
+def test_an_answer_of_nothing_but_eos_is_empty(
     bases: dict[str, ChatBase], scratch: Path, completion: str
 ) -> None:
-    with pytest.raises(ValueError, match=r"where the model would stop|is empty"):
-        samples(bases["chatml"], scratch, {"prompt": "Hello", "completion": completion})
+    for name in ("chatml", "none"):
+        with pytest.raises(Dropped, match="is empty"):
+            samples(bases[name], scratch, {"prompt": "Hello", "completion": completion})
+
+
+def test_an_eos_within_an_answer_is_text_where_messages_are(
+    bases: dict[str, ChatBase], scratch: Path
+) -> None:
+    line = {"prompt": "Hello", "completion": f"the{EOS}end{EOS}\n"}
+    base = bases["chatml"]
+    [sample] = samples(base, scratch, line)
+    [(_, answer)] = answers(sample)
+    assert answer[-1] == base.text.eos
+    assert base.text.eos not in answer[:-1]
+    assert "".join(base.text.pieces(answer)) == f"the{EOS}end{EOS}"
+    recognised = BaseText(base.folder, (base.text.eos,), special_tokens_in_messages=True)
+    for text in (recognised, bases["none"].text):
+        with pytest.raises(ValueError, match="where the model would stop"):
+            samples(replace(base, text=text), scratch, line)

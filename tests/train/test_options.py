@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import typer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loraplex_model.base.refusal import Problem, Reason, Refusal
 from loraplex_training.cli import app
 from loraplex_training.spec import parse as options
 from loraplex_training.spec.fields import located
+from loraplex_training.spec.flags import with_flags
 from loraplex_training.spec.spec import (
     RATES,
     DataSpec,
@@ -29,6 +31,7 @@ from loraplex_training.spec.spec import (
 )
 from transformers import SchedulerType
 from typer.main import get_command
+from typer.testing import CliRunner
 
 GIVEN = {"data": "d.jsonl", "name": "a"}
 
@@ -72,6 +75,57 @@ def test_flags_reach_every_part() -> None:
         pack=True,
     )
     assert (spec.threads, spec.out) == (2, Path("somewhere"))
+
+
+def test_several_files_have_weights_and_columns_other_names(tmp_path: Path) -> None:
+    spec = options.read(
+        {
+            "name": "a",
+            "data": ["a.jsonl", "b,c.csv"],
+            "data-weights": "0.7,0.3",
+            "columns": "prompt=question, completion=the answer",
+            "roles": "human=user",
+            "shape": "prompt",
+        }
+    )
+    assert spec.jobs[0].data == DataSpec(
+        (Path("a.jsonl"), Path("b,c.csv")),
+        weights=(0.7, 0.3),
+        columns={"prompt": "question", "completion": "the answer"},
+        roles={"human": "user"},
+        shape="prompt",
+    )
+    assert options.from_mapping(tomllib.loads(options.to_toml(spec))) == spec
+    assert options.from_mapping(json.loads(json.dumps(options.to_mapping(spec)))) == spec
+    assert [path.is_absolute() for path in options.absolute(spec).jobs[0].data.paths] == [True] * 2
+    one = options.read({"name": "a", "data": ["a.jsonl"]})
+    assert one == options.read({"name": "a", "data": "a.jsonl"})
+    assert options.to_mapping(one)["job"][0]["data"] == "a.jsonl"  # as it always was
+
+
+def test_a_run_that_was_written_before_these_options_is_read() -> None:
+    spec = options.read(GIVEN)
+    old = options.to_mapping(spec)
+    for name in ("data_weights", "columns", "shape", "roles"):
+        del old["job"][0][name]
+    assert options.from_mapping(old) == spec
+
+
+def test_a_flag_may_be_repeated_only_for_data() -> None:
+    given: list[dict[str, str | list[str]]] = []
+
+    @with_flags(("data", "seed", "pack"))
+    def take(*, flags: dict[str, str | list[str]]) -> None:
+        given.append(flags)
+
+    own = typer.Typer()
+    own.command()(take)
+    for words in ("", "--data a --seed 3 --pack", "--data a --data b"):
+        assert CliRunner().invoke(own, words.split()).exit_code == 0
+    assert given == [{}, {"data": ["a"], "seed": "3", "pack": "True"}, {"data": ["a", "b"]}]
+    repeated = [p.name for p in get_command(app).commands["run"].params if p.multiple]
+    assert "data" in repeated
+    assert set(repeated) <= {"data", "set_", "sweep", "label"}
 
 
 def test_what_is_not_said_is_the_specs_own_default() -> None:
@@ -193,6 +247,15 @@ def test_every_problem_is_told_at_once(tmp_path: Path) -> None:
         ("accumulation", "0"),
         ("max_tokens", "1"),
         ("max_length", "1"),
+        ("data", ["a", "a"]),
+        ("data", []),
+        ("data_weights", "1,2"),
+        ("data_weights", "0"),
+        ("data_weights", "many"),
+        ("columns", "prompt"),
+        ("columns", "prompt="),
+        ("columns", "a=c,b=c"),
+        ("roles", "human"),
         ("eval_every", "-1"),
         ("eval_fraction", "1"),
         ("eval_fraction", "-0.1"),

@@ -328,3 +328,24 @@ def test_another_base_or_other_data_are_refused(own: RunSpec, tmp_path: Path) ->
     assert "fingerprint" in refused(own.out, "BASE_MISMATCH")
     tiny.write("llama", tmp_path / runs.MODEL, seed=0)
     Run.resume(own.out)
+
+
+def test_a_run_on_several_files_resumes_with_the_same_ones(tmp_path: Path) -> None:
+    runs.write_base(tmp_path)
+    first = runs.write_data(tmp_path / runs.DATA)
+    second = tmp_path / "b.csv"
+    second.write_text("question,completion\n" + "".join(f"q{i},a\n" for i in range(8)))
+    spec = three(tmp_path)
+    (job,) = spec.jobs
+    data = replace(
+        job.data, path=(first, second), weights=(1.0, 2.0), columns={"prompt": "question"}
+    )
+    spec = replace(spec, jobs=(replace(job, data=data),))
+    stop_after(3, spec, RunInputs.open(spec))
+    content = second.read_bytes()
+    second.write_bytes(content + b"r,s\n")
+    said = refused(spec.out, "DATA_INVALID")
+    assert f"{first} or {second} has changed" in said
+    second.write_bytes(content)
+    resumed = Run.resume(spec.out)
+    assert resumed.spec.jobs[0].data == data

@@ -1,4 +1,4 @@
-"""The commands of `loraplex-train`: run, resume, inspect, plan, methods."""
+"""The commands of `loraplex-train`: run, resume, inspect, plan, methods, shapes."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ Events = Annotated[
 @with_flags()
 def run(
     *,
-    flags: dict[str, str],
+    flags: dict[str, str | list[str]],
     config: Config = None,
     set_: Set = None,
     sweep: Sweep = None,
@@ -156,7 +156,7 @@ def resume(
 @with_flags((*DATA_FLAGS, *BASE_FLAGS))
 def inspect(
     *,
-    flags: dict[str, str],
+    flags: dict[str, str | list[str]],
     count: Annotated[
         int, typer.Option("--count", min=1, help="Number of training and of evaluation examples.")
     ] = 3,
@@ -173,7 +173,7 @@ def inspect(
 @with_flags()
 def plan(
     *,
-    flags: dict[str, str],
+    flags: dict[str, str | list[str]],
     config: Config = None,
     set_: Set = None,
     sweep: Sweep = None,
@@ -196,6 +196,14 @@ def methods() -> None:
     from loraplex_training.run import plan as reports
 
     reports.methods(Console(highlight=False))
+
+
+@app.command()
+def shapes() -> None:
+    """Print the shapes of examples that are taken, as Markdown."""
+    from loraplex_training.data.shapes import table
+
+    print(table.markdown())
 
 
 def pairs(flag: str, texts: list[str] | None) -> dict[str, str]:

@@ -15,6 +15,7 @@ from typing import Final
 
 from loraplex import Client, LoraplexError
 from loraplex_model.base.refusal import Problem, Reason, Refusal
+from loraplex_model.ops.dtypes import BY_NAME
 from rich.console import Console
 from rich.table import Table
 
@@ -43,7 +44,7 @@ def start(spec: RunSpec, target: Target, events: str) -> int:
     """
     spec = replace(spec, out=_free(spec).absolute())
     with _session(spec.out, events) as session:
-        run = Run.start(spec, session.observers)
+        run = Run.start(spec, session.observers, saved=BY_NAME[target.dtype])
         keep(target, spec.out)
         _describe(run)
         return session.run(run, target)
@@ -205,6 +206,7 @@ def _describe(run: Run) -> None:
             "eval_sha256": dataset.eval_digest,
             "train": asdict(dataset.report.train),
             "evaluation": asdict(dataset.report.evaluation),
+            "files": [asdict(file) for file in dataset.report.files],
             "notes": dataset.report.notes(),
         }
         for name, dataset in run.datasets.items()

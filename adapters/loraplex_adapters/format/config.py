@@ -12,11 +12,12 @@ from typing import Any
 
 from loraplex_model.base.refusal import Problem, Reason, Refusal
 
-from loraplex_adapters.format.files import CONFIG_FILE
+from loraplex_adapters.format.files import CONFIG_FILE, refused
+from loraplex_adapters.format.foreign.folder import CONVERT, HEAD_BYTES, cause_in
 from loraplex_adapters.format.kinds import KINDS, Kind, Reading
 from loraplex_adapters.format.reader import Reader
 from loraplex_adapters.format.strict_json import loads, shown
-from loraplex_adapters.format.support import COMMON, UNSERVED
+from loraplex_adapters.format.support import COMMON, OTHERS, UNSERVED
 
 FINGERPRINT_KEY = "loraplex_base_fingerprint"
 """Key of the base's fingerprint in the configuration or in the weights file's metadata."""
@@ -43,6 +44,8 @@ class Settings:
 
 def load_config(data: bytes) -> dict[str, Any]:
     """Parses adapter_config.json; raises Refusal(ADAPTER_INVALID) unless it is a JSON object."""
+    if (cause := cause_in(data[:HEAD_BYTES], CONFIG_FILE, text=True)) is not None:
+        raise refused(cause)
     try:
         config = loads(data)
     except ValueError as error:
@@ -69,7 +72,7 @@ def parse_config(data: bytes) -> tuple[Settings | None, list[Problem]]:
     provenance = reader.stamps()
     texts = {key: reader.text(key) for key in _SHOWN}
     provenance.update({key: shown(text) for key, text in texts.items() if text})
-    reader.check_keys({**COMMON, **kind.options})
+    reader.check_keys({**OTHERS, **COMMON, **kind.options})
     if reading is None:
         return None, reader.findings
     return Settings(kind, reading, provenance, shown(texts[_SHOWN[0]])), reader.findings
@@ -79,6 +82,9 @@ def _kind(reader: Reader) -> Kind | None:
     value = reader.config.get("peft_type")
     if isinstance(value, str) and value in KINDS:
         return KINDS[value]
+    if value is None and (other := _other_program(reader.config)):
+        reader.unsupported("peft_type", f"is missing: {other}")
+        return None
     if not isinstance(value, str):
         given = "is missing"
     elif value in UNSERVED:
@@ -87,3 +93,15 @@ def _kind(reader: Reader) -> Kind | None:
         given = f"is {shown(value)}, which is unknown"
     reader.unsupported("peft_type", f"{given}; supported are {', '.join(KINDS)}")
     return None
+
+
+def _other_program(config: Mapping[str, object]) -> str:
+    """Which program's configuration this is, and what to do; "" if it is not known."""
+    if "fine_tune_type" in config or "lora_parameters" in config:
+        return f"this is the configuration of an MLX adapter; {CONVERT}"
+    if isinstance(config.get("config"), dict) and "model_type" in config:
+        command = "loraplex-server convert --from adapterhub"
+        return f"this is a configuration of AdapterHub; the operator can convert it: {command}"
+    if "architectures" in config or "hidden_size" in config:
+        return f"this is a model's config.json, not the {CONFIG_FILE} that PEFT writes"
+    return ""

@@ -19,8 +19,11 @@ from loraplex_model.base.info import BaseInfo
 from loraplex_model.base.refusal import Problem, Reason, Refusal
 
 from loraplex_adapters.format.config import FINGERPRINT_KEY, Settings, parse_config
+from loraplex_adapters.format.copies.placing import place_copies, without_copies
+from loraplex_adapters.format.copies.settling import check_size, settle
 from loraplex_adapters.format.digest import AdapterDigest
 from loraplex_adapters.format.files import WEIGHTS_FILE, Directory, opened
+from loraplex_adapters.format.foreign.causes import explained, grouped, led_by
 from loraplex_adapters.format.header import Header, read_header
 from loraplex_adapters.format.modules import module_path, table_order
 from loraplex_adapters.format.packing import packed_bytes
@@ -75,7 +78,7 @@ def examine(
     """Checks the adapter in `source` against `base` and reports everything that is wrong with it.
 
     The tensors' values are checked last, and only if nothing else is wrong. Without `read_weights`
-    they are not checked, and the spec's digest stays empty.
+    they are not checked, the spec's digest stays empty, and its copies are not compared.
     """
     limits = limits or AdapterLimits()
     unreadable: list[Problem] = []
@@ -99,17 +102,22 @@ def examine(
         report = examine_parsed(config, header, size, base, limits)
         if unreadable or report.spec is None or not read_weights:
             spec = None if unreadable else report.spec
-            return Report(spec, (*unreadable, *report.findings))
+            # A type that is not served comes before what is wrong with its files.
+            findings = led_by("peft_type", (*dict.fromkeys(unreadable), *report.findings))
+            return Report(spec, tuple(findings))
         assert config is not None
         assert header is not None
         digest = AdapterDigest(config, size)
+        spec = report.spec
         try:
             findings = scan(weights, header, digest, limits.max_abs_value)
+            if not findings:
+                spec, findings = settle(spec, weights.read, base, limits)
         except Refusal as error:
             findings = list(error.problems)
     if findings:
-        return Report(None, tuple(findings[:MAX_FINDINGS]))
-    return Report(replace(report.spec, digest=digest.text()), ())
+        return Report(None, tuple(grouped(findings, header.tensors)[:MAX_FINDINGS]))
+    return Report(replace(spec, digest=digest.text()), ())
 
 
 def examine_parsed(
@@ -118,7 +126,7 @@ def examine_parsed(
     """Checks a configuration and the header of a weights file of `size` bytes.
 
     A file that could not be read is None and not checked; the report then has no spec. The spec's
-    digest is empty, since it covers the weights.
+    digest is empty, since it covers the weights, and its copies are not compared yet (`settle`).
     """
     if config is None:
         return Report(None, ())
@@ -130,16 +138,18 @@ def examine_parsed(
     kind = settings.kind
     file = Placement(kind.peft_type, header, kind.endings, base, limits, kind.whole_names)
     modules = settings.reading.place(file)
+    copies = [] if kind.whole_names else place_copies(file, modules)
     file.finish()
     findings += file.findings
     modules.sort(key=lambda m: table_order((m.layer, m.module)))
     _check_once(modules, findings)
-    packed = packed_bytes(modules, base)
-    if limits.max_device_bytes is not None and packed > limits.max_device_bytes:
-        message = f"needs {packed} bytes on the device; it has {limits.max_device_bytes}"
-        findings.append(Problem(WEIGHTS_FILE, message, Reason.ADAPTER_TOO_LARGE))
+    findings += check_size(without_copies(modules, copies), base, limits)
+    if not modules and not findings:
+        message = "the adapter changes nothing"
+        findings.append(Problem(WEIGHTS_FILE, message, Reason.ADAPTER_INVALID))
     if findings:
-        return Report(None, tuple(findings[:MAX_FINDINGS]))
+        found = explained(findings, header.tensors, base)
+        return Report(None, tuple(found[:MAX_FINDINGS]))
     changed = {m.module for m in modules}
     spec = CheckedAdapter(
         digest="",
@@ -151,7 +161,9 @@ def examine_parsed(
         base_model=settings.base_model,
         virtual_tokens=max(_virtual_tokens(m) for m in modules),
         provenance=provenance,
-        packed_bytes=packed,
+        packed_bytes=packed_bytes(modules, base),
+        copies=tuple(copies),
+        twins=tuple(file.twins),
     )
     return Report(spec, ())
 

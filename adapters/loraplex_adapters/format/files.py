@@ -1,9 +1,15 @@
-"""Opens files of untrusted origin: regular files only, without following links, below a root."""
+"""Opens files of untrusted origin: regular files only, below a root.
+
+The kernel never follows a link. A hub's cache consists of links (`snapshots/REVISION/NAME` leads to
+`../../blobs/DIGEST`), so the link in place of a file is read and its target is walked to from the
+root, component by component; it can only end below the root.
+"""
 
 from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
@@ -11,16 +17,22 @@ from typing import Self
 
 from loraplex_model.base.refusal import Reason, Refusal
 
-from loraplex_adapters.format.strict_json import shown
+from loraplex_adapters.format.foreign.folder import Cause, cause_of
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-MAX_CONFIG_BYTES = 64 << 10
-
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-"""Endings of files whose readers execute code from the file. Such files are never opened."""
+MAX_CONFIG_BYTES = 1 << 20
+"""Most bytes of a configuration. AdaLoRA's lists every singular value of every module, 13 bytes
+each: 30 layers with 7 modules of rank 256 are 700 KB. Parsing as much takes about 0.1 s."""
 
 _MAX_PATH = 4096
+_MAX_LISTED = 1000
+_MAX_LINKS = 8
+_SNAPSHOTS = "snapshots"
+_INSTEAD = (
+    "import a copy without links (cp -rL FROM TO, or hf download --local-dir DIR), or send the "
+    "files with `loraplex adapters upload`"
+)
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # Without O_NONBLOCK, opening a FIFO that was swapped in after the check would block.
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
@@ -90,8 +102,20 @@ class RegularFile(_Opened):
 class Directory(_Opened):
     """An open directory whose files are opened through its descriptor; a context manager.
 
-    Later renames or links do not change which directory that is.
+    Later renames or links do not change which directory that is. `within` is the root that links to
+    files may not leave, which the directory then owns, and its path below it; without it no link is
+    followed.
     """
+
+    def __init__(self, descriptor: int, within: tuple[Directory, tuple[str, ...]] | None = None):
+        super().__init__(descriptor)
+        self._within = within
+
+    def close(self) -> None:
+        """Closes the directory, and the root. Idempotent."""
+        super().close()
+        if self._within is not None:
+            self._within[0].close()
 
     def open(self, name: str, max_bytes: int) -> RegularFile:
         """Opens the regular file `name`, which must be a trusted name.
@@ -101,9 +125,13 @@ class Directory(_Opened):
         """
         try:
             # Checked before it is opened, because opening some devices has effects.
-            if not stat.S_ISREG(os.lstat(name, dir_fd=self.descriptor).st_mode):
+            mode = os.lstat(name, dir_fd=self.descriptor).st_mode
+            if stat.S_ISLNK(mode):
+                descriptor = self._linked(name)
+            elif not stat.S_ISREG(mode):
                 raise _irregular(name)
-            descriptor = os.open(name, _FILE, dir_fd=self.descriptor)
+            else:
+                descriptor = os.open(name, _FILE, dir_fd=self.descriptor)
         except FileNotFoundError:
             raise self._missing(name) from None
         except OSError:
@@ -114,6 +142,8 @@ class Directory(_Opened):
                 raise _irregular(name)
             if status.st_size > max_bytes:
                 message = f"{name} has {status.st_size} bytes; at most {max_bytes} are accepted"
+                if name == WEIGHTS_FILE:
+                    message += "; a server's limit is its setting max_adapter_file"
                 raise Refusal(Reason.ADAPTER_TOO_LARGE, message, name)
             return RegularFile(descriptor, name)
         except BaseException:
@@ -129,6 +159,45 @@ class Directory(_Opened):
         """Opens adapter_model.safetensors; raises as `open` does."""
         return self.open(WEIGHTS_FILE, max_bytes)
 
+    def _linked(self, name: str) -> int:
+        """Opens the file that the link `name` leads to, below the root, and returns a descriptor.
+
+        Raises Refusal(ADAPTER_INVALID) if it leads elsewhere; OSError as `os.open` does.
+        """
+        if self._within is None:
+            raise _link(name, "and no links are followed here")
+        root, above = self._within
+        here, ahead, links = list(above), [name], 0
+        while ahead:
+            part = ahead.pop(0)
+            if part in ("", "."):
+                continue
+            if part == "..":
+                if not here:
+                    raise _link(name, "that leaves the folder it may lead to")
+                here.pop()
+                continue
+            try:
+                with _walk(root, here) as folder:
+                    mode = os.lstat(part, dir_fd=folder.descriptor).st_mode
+                    if stat.S_ISREG(mode) and not ahead:
+                        return os.open(part, _FILE, dir_fd=folder.descriptor)
+                    if stat.S_ISLNK(mode):
+                        ahead = os.readlink(part, dir_fd=folder.descriptor).split("/") + ahead
+            except FileNotFoundError:
+                raise _link(name, "to nothing") from None
+            if stat.S_ISLNK(mode):
+                links += 1
+                if links > _MAX_LINKS or sum(map(len, ahead)) > _MAX_PATH:
+                    raise _link(name, f"that leads through more than {_MAX_LINKS} links")
+                if ahead[0] == "" and len(ahead) > 1:
+                    raise _link(name, "to an absolute path")
+            elif stat.S_ISDIR(mode):
+                here.append(part)
+            else:
+                break
+        raise _link(name, "to something that is not a regular file")
+
     def names(self, most: int) -> list[str]:
         """Up to `most` names of files in the directory, sorted; [] if it cannot be read."""
         try:
@@ -138,22 +207,33 @@ class Directory(_Opened):
             return []
 
     def _missing(self, name: str) -> Refusal:
-        if name == WEIGHTS_FILE and (pickle := self._first_pickle()):
-            return Refusal(
-                Reason.ADAPTER_UNSUPPORTED,
-                f"the weights are pickled ({shown(pickle)}); save them as {WEIGHTS_FILE} "
-                "(PEFT: save_pretrained(..., safe_serialization=True))",
-                shown(pickle),
-            )
+        if name in (CONFIG_FILE, WEIGHTS_FILE) and (cause := cause_of(self.listing)) is not None:
+            return refused(cause)
         return Refusal(Reason.ADAPTER_INVALID, f"there is no {name}", name)
 
-    def _first_pickle(self) -> str | None:
+    def listing(self, below: str = "") -> list[tuple[str, bool]]:
+        """The names in a folder `below`, and which of them are folders; none if unreadable.
+
+        Links are listed as files and not followed. At most 1000 names are read.
+        """
         try:
-            with os.scandir(self.descriptor) as entries:
-                names = [e.name for e in islice(entries, 1000) if e.name.endswith(PICKLES)]
+            descriptor = os.open(below or ".", _DIRECTORY, dir_fd=self.descriptor)
         except OSError:
-            return None
-        return min(names, key=lambda n: (not n.startswith("adapter_model"), n), default=None)
+            return []
+        try:
+            with os.scandir(descriptor) as entries:
+                named = islice(entries, _MAX_LISTED)
+                return [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in named]
+        except OSError:
+            return []
+        finally:
+            os.close(descriptor)
+
+
+def refused(cause: Cause) -> Refusal:
+    """The refusal for a cause that was found in a folder or in a file's first bytes."""
+    reason, message, field = cause
+    return Refusal(Reason(reason), message, field)
 
 
 def open_directory(path: Path) -> Directory:
@@ -170,13 +250,26 @@ def open_directory(path: Path) -> Directory:
 def opened(source: Path | Directory) -> AbstractContextManager[Directory]:
     """Context manager of `source` as a directory: opens and closes a path as `open_directory` does.
 
-    A `Directory` belongs to the caller and stays open.
+    Its links may lead to files within the directory, and from a snapshot of a hub's cache to the
+    files of the same repository. A `Directory` belongs to the caller and stays open.
     """
-    return nullcontext(source) if isinstance(source, Directory) else open_directory(source)
+    if isinstance(source, Directory):
+        return nullcontext(source)
+    path = Path(os.path.abspath(source))
+    is_snapshot = path.parent.name == _SNAPSHOTS
+    above = path.parts[-2:] if is_snapshot else ()
+    with open_directory(source) as directory:
+        try:
+            root = open_root(path.parent.parent) if is_snapshot else _again(directory)
+        except Refusal:
+            raise _no_directory() from None
+        return Directory(os.dup(directory.descriptor), (root, above))
 
 
 def open_below(root: Path, relative: str) -> Directory:
     """Opens the directory `relative` below `root` without following links.
+
+    A link in place of a file may then lead to another file below `root`.
 
     `root` itself is trusted and may be a link. Raises Refusal(FIELD_INVALID, field "path") if
     `relative` is absolute, leaves the root, is not in plain form ("a//b", "./a"), contains a NUL,
@@ -186,15 +279,13 @@ def open_below(root: Path, relative: str) -> Directory:
     if len(relative) > _MAX_PATH or "\0" in relative or any(p in ("", ".", "..") for p in parts):
         message = "path must be relative to the import root, in plain form, and stay below it"
         raise Refusal(Reason.FIELD_INVALID, message, "path")
-    here = open_root(root)
-    for part in parts:
-        with here:
-            try:
-                below = os.open(part, _DIRECTORY, dir_fd=here.descriptor)
-            except (OSError, ValueError):
-                raise _no_directory() from None
-        here = Directory(below)
-    return here
+    top = open_root(root)
+    try:
+        with _walk(top, parts) as folder:
+            return Directory(os.dup(folder.descriptor), (top, tuple(parts)))
+    except (OSError, ValueError):
+        top.close()
+        raise _no_directory() from None
 
 
 def open_root(root: Path) -> Directory:
@@ -206,6 +297,20 @@ def open_root(root: Path) -> Directory:
         raise Refusal(Reason.STORE_UNAVAILABLE, message, "path") from None
 
 
+def _walk(root: Directory, parts: Sequence[str]) -> Directory:
+    """Opens the directory at `parts` below `root`, none of which may be a link. Raises OSError."""
+    here = _again(root)
+    for part in parts:
+        with here:
+            below = os.open(part, _DIRECTORY, dir_fd=here.descriptor)
+        here = Directory(below)
+    return here
+
+
+def _again(directory: Directory) -> Directory:
+    return Directory(os.dup(directory.descriptor))
+
+
 def _no_directory() -> Refusal:
     message = "there is no such directory, or its path contains a link"
     return Refusal(Reason.FIELD_INVALID, message, "path")
@@ -213,6 +318,11 @@ def _no_directory() -> Refusal:
 
 def _irregular(name: str) -> Refusal:
     return Refusal(Reason.ADAPTER_INVALID, f"{name} is not a regular file", name)
+
+
+def _link(name: str, problem: str) -> Refusal:
+    message = f"{name} is a symbolic link {problem}; {_INSTEAD}"
+    return Refusal(Reason.ADAPTER_INVALID, message, name)
 
 
 def _unreadable(name: str) -> Refusal:

@@ -7,14 +7,16 @@ length, a JSON object of that length, and the tensors' bytes without gaps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
 from loraplex_model.base.dtypes import ITEM_SIZES, SAFETENSORS
 from loraplex_model.base.refusal import Reason, Refusal
 
-from loraplex_adapters.format.files import WEIGHTS_FILE
+from loraplex_adapters.format.files import WEIGHTS_FILE, refused
+from loraplex_adapters.format.foreign.folder import HEAD_BYTES, cause_in
 from loraplex_adapters.format.spec import TensorLocation
 from loraplex_adapters.format.strict_json import loads, shown
 
@@ -26,7 +28,6 @@ ITEM_SIZE = {short: ITEM_SIZES[name] for short, name in SAFETENSORS.items()}
 
 # A tensor's entry has five commas. A header with more than this is refused before it is parsed.
 _MAX_COMMAS = 8 * MAX_TENSORS
-_PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +44,13 @@ def read_header(read: Callable[[int, int], bytes], size: int) -> Header:
 
     Raises Refusal: ADAPTER_INVALID, or ADAPTER_UNSUPPORTED for a dtype or a pickle.
     """
+    if (cause := cause_in(read(0, min(size, HEAD_BYTES)), WEIGHTS_FILE)) is not None:
+        raise refused(cause)
     if size < 8:
         raise _invalid("is shorter than a safetensors header")
     prefix = read(0, 8)
     length = int.from_bytes(prefix, "little")
     if length > size - 8:
-        if prefix.startswith(_PICKLE_MAGIC):
-            message = f"{WEIGHTS_FILE} is a pickle, not safetensors"
-            raise Refusal(Reason.ADAPTER_UNSUPPORTED, message, WEIGHTS_FILE)
         raise _invalid("is truncated: its header extends beyond its end")
     if length > MAX_HEADER_BYTES:
         raise _invalid(f"has a header of {length} bytes; at most {MAX_HEADER_BYTES} are accepted")
@@ -80,6 +80,22 @@ def read_header(read: Callable[[int, int], bytes], size: int) -> Header:
     if end != size:
         raise _invalid(f"has {size} bytes, but its tensors end at {end}")
     return Header(tuple(tensors), metadata, start)
+
+
+def planned_header(tensors: Mapping[str, tuple[str, Sequence[int]]]) -> tuple[Header, int]:
+    """The header of a file that does not exist yet, and the size that the file would have.
+
+    `tensors` are dtypes and shapes by name. Raises Refusal as `read_header` does.
+    """
+    table: dict[str, object] = {}
+    end = 0
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + prod(shape) * ITEM_SIZE[dtype]
+        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(table).encode()
+    head = len(text).to_bytes(8, "little") + text
+    size = len(head) + end
+    return read_header(lambda offset, length: head[offset : offset + length], size), size
 
 
 def _metadata(value: object) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from loraplex_adapters.format.kinds import KINDS
-from loraplex_adapters.format.support import COMMON, UNSERVED, Option
+from loraplex_adapters.format.support import COMMON, OTHERS, UNSERVED, Option
 
 
 def markdown() -> str:
@@ -24,6 +24,7 @@ def _lines() -> Iterator[str]:
     yield "| `peft_type` | option | | |"
     yield "|---|---|---|---|"
     yield from _options("all", COMMON)
+    yield from _options("all", OTHERS)
     for kind in KINDS.values():
         yield from _options(f"`{kind.peft_type}`", kind.options)
 

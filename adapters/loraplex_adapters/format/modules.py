@@ -81,16 +81,18 @@ def role_shapes(site: Site, base: BaseInfo) -> Mapping[str, tuple[int | None, ..
             "out_gain": (fan_out, 1),
             "in_gain": (1, fan_in),
             "bias_delta": (1, fan_out),
+            "copy": (fan_out, fan_in),
             **({"bias": (fan_out,)} if name in config.biased else {}),
         }
     if name in NORMS:
-        return {"weight": (config.head_dim if name in ("q_norm", "k_norm") else hidden,)}
+        width = config.head_dim if name in ("q_norm", "k_norm") else hidden
+        return {"weight": (width,), "copy": (width,)}
     if name == "embed_tokens":
         matrices = {"a": (None, vocab), "b": (hidden, None)}
-        return {**matrices, "weight": (vocab, hidden), "rows": (None, hidden)}
+        return {**matrices, **_rows(vocab, hidden)}
     if name == "lm_head":
         matrices = {"a": (None, hidden), "b": (vocab, None), "e": (None, 1)}
-        return {**matrices, "weight": (vocab, hidden), "rows": (None, hidden)}
+        return {**matrices, **_rows(vocab, hidden)}
     if name in BOTTLENECKS:
         return {
             "down": (None, hidden),
@@ -99,3 +101,8 @@ def role_shapes(site: Site, base: BaseInfo) -> Mapping[str, tuple[int | None, ..
             "up_bias": (hidden,),
         }
     return {"prompt": (None, hidden), "prefix": (None, 2 * config.num_layers * config.kv_size)}
+
+
+def _rows(vocab: int, hidden: int) -> Mapping[str, tuple[int | None, ...]]:
+    whole = (vocab, hidden)
+    return {"weight": whole, "copy": whole, "rows": (None, hidden)}

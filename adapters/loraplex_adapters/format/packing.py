@@ -6,12 +6,13 @@ from collections.abc import Iterable, Mapping
 from typing import Final
 
 from loraplex_model.adapters.delta import vector_fields
-from loraplex_model.base.config import PROJECTIONS, DecoderConfig
+from loraplex_model.base.config import MODEL, PROJECTIONS, DecoderConfig
 from loraplex_model.base.dtypes import ALIGNMENT, ITEM_SIZES
 from loraplex_model.base.info import BaseInfo
 
 from loraplex_adapters.format.modules import BOTTLENECKS, NORMS
 from loraplex_adapters.format.spec import ModuleSpec
+from loraplex_adapters.format.targets import EMBEDDINGS
 
 _VECTORS: Final = vector_fields()
 
@@ -51,12 +52,22 @@ def _elements(module: ModuleSpec, config: DecoderConfig) -> Mapping[str, int]:
         found = {"down": rank * config.hidden_size, "up": rank * config.hidden_size}
         found |= {"down_bias": rank} if "down_bias" in roles else {}
         return found | ({"up_bias": config.hidden_size} if "up_bias" in roles else {})
-    if "a" in roles:
-        return {"a": rank * config.vocab_size, "b": rank * config.hidden_size} if rank else {}
-    if "weight" in roles or "rows" in roles:
-        tokens = config.vocab_size if "weight" in roles else len(module.token_ids)
-        return {"token_ids": tokens, "rows": tokens * config.hidden_size}
+    if (MODEL, module.module) in EMBEDDINGS:
+        found = {"a": rank * config.vocab_size, "b": rank * config.hidden_size}
+        found = found if "a" in roles and rank else {}
+        if tokens := _changed_tokens(module, config):
+            found |= {"token_ids": tokens, "rows": tokens * config.hidden_size}
+        return found
     if "prompt" in roles:
         return {"embeddings": roles["prompt"].shape[0] * config.hidden_size}
     half = roles["prefix"].shape[0] * config.num_layers * config.kv_size if "prefix" in roles else 0
     return {"keys": half, "values": half}
+
+
+def _changed_tokens(module: ModuleSpec, config: DecoderConfig) -> int:
+    """Number of rows of embeddings or head that are replaced."""
+    if "weight" not in module.tensors:
+        return len(module.token_ids) if "rows" in module.tensors else 0
+    if not module.changed_rows:
+        return config.vocab_size
+    return len({*module.changed_rows, *module.token_ids})

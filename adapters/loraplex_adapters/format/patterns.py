@@ -1,8 +1,8 @@
-"""PEFT's matching of module names, for plain names only.
+"""The keys of `rank_pattern` and `alpha_pattern`, matched with modules as in PEFT.
 
-PEFT tries the keys of `rank_pattern` and `alpha_pattern` in turn as `(.*\\.)?(KEY)$` and uses the
-first that matches. A key in a file could be an expression that runs for hours, so only names joined
-by dots are accepted; a dot in them matches any character, as in PEFT.
+PEFT tries the keys in turn as `(.*\\.)?(KEY)$` and uses the first that matches. Most keys are plain
+names, which a look-up finds; a dot in them matches any character, as in PEFT. Other keys are
+expressions (`format.expressions`), which are never given to Python's `re`.
 
 The order of the keys in a file is meaningless: PEFT trains with the author's order and saves the
 keys sorted. If the order would decide, the file does not determine what was trained.
@@ -11,16 +11,22 @@ keys sorted. If the order would decide, the file does not determine what was tra
 from __future__ import annotations
 
 import string
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Generic, TypeVar
+
+from loraplex_adapters.format.expressions.automaton import Work, ending, find
+from loraplex_adapters.format.expressions.names import Names
 
 Value = TypeVar("Value", int, float)
 
 MAX_NAME = 256
 MAX_FOREIGN_KEYS = 256
 """Most dotted keys that equal no module's name, since these are compared one by one."""
+
+MAX_EXPRESSIONS = 256
+"""Most keys that are expressions, since each is compared with every module."""
 
 _NAME = frozenset(string.ascii_letters + string.digits + "_")
 
@@ -53,25 +59,43 @@ def suffixes(path: str) -> tuple[str, ...]:
 
 
 def match(pattern: Mapping[str, Value], paths: Collection[str]) -> Matched[Value]:
-    """Matches module paths with a pattern of plain keys; raises ValueError for too many keys."""
+    """Matches module paths with a pattern; raises ValueError if that would take too long."""
+    values: dict[str, Value] = {}
+    chosen: dict[str, str] = {}
+    conflict = None
+    for key, path in _pairs(pattern, paths):
+        if path in values and values[path] != pattern[key]:
+            conflict = conflict or (path, chosen[path], key)
+        chosen.setdefault(path, key)
+        values.setdefault(path, pattern[key])
+    return Matched(values, conflict)
+
+
+def _pairs(pattern: Collection[str], paths: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Every key with every path that it matches."""
     if not pattern:
-        return Matched({}, None)
+        return
+    plain = {key for key in pattern if is_plain(key)}
+    expressions = [key for key in pattern if key not in plain]
     names = {suffix for path in paths for suffix in suffixes(path)}
-    foreign = [key for key in pattern if "." in key and key not in names]
+    foreign = [key for key in plain if "." in key and key not in names]
     if len(foreign) > MAX_FOREIGN_KEYS:
         raise ValueError(f"has more than {MAX_FOREIGN_KEYS} keys that match no module of the file")
-    values: dict[str, Value] = {}
-    conflict = None
+    if len(expressions) > MAX_EXPRESSIONS:
+        raise ValueError(
+            f"has {len(expressions)} keys that are expressions; at most {MAX_EXPRESSIONS} are "
+            "evaluated: write the modules' names instead"
+        )
     for path in paths:
-        first = ""
         for suffix in suffixes(path):
-            equal = [suffix] if suffix in pattern else []
-            for key in equal + [key for key in foreign if _any_for_dot(key, suffix)]:
-                if path in values and values[path] != pattern[key]:
-                    conflict = conflict or (path, first, key)
-                first = first or key
-                values.setdefault(path, pattern[key])
-    return Matched(values, conflict)
+            if suffix in plain:
+                yield suffix, path
+            yield from ((key, path) for key in foreign if _any_for_dot(key, suffix))
+    if expressions:
+        work, tree = Work(), Names.of(paths)
+        for key in expressions:
+            work.spend(len(key))
+            yield from ((key, path) for path in sorted(find(ending(key), tree, work)))
 
 
 def _any_for_dot(key: str, name: str) -> bool:

@@ -7,12 +7,13 @@ becomes a finding, so no tensor can be dropped by mistake.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Set
 
 from loraplex_model.base.config import Site
 from loraplex_model.base.info import BaseInfo
 from loraplex_model.base.refusal import Problem, Reason
 
+from loraplex_adapters.format.copies.names import SPELLINGS
 from loraplex_adapters.format.files import CONFIG_FILE
 from loraplex_adapters.format.header import Header
 from loraplex_adapters.format.modules import (
@@ -37,6 +38,8 @@ class Placement:
     Attributes:
         base, limits: the base and the limits that the file is checked against.
         findings: everything that does not fit, in order of discovery.
+        saved: the sites whose weights the file replaces completely (`modules_to_save`).
+        twins: pairs of tensors that name one weight, and must be equal.
     """
 
     def __init__(
@@ -51,15 +54,19 @@ class Placement:
         self.base = base
         self.limits = limits
         self.findings: list[Problem] = []
+        self.saved: set[Site] = set()
+        self.twins: list[tuple[TensorLocation, TensorLocation]] = []
         self._peft_type = peft_type
         self._needs = endings
         # The longest ending first, since "lora_B.bias" also ends in "bias".
-        self._endings = sorted(endings, key=len, reverse=True)
+        spelt = [other for other, ending in SPELLINGS.items() if ending in endings]
+        self._endings = sorted([*endings, *spelt], key=len, reverse=True)
         self._sites = {module_path(*site): site for site in base_sites(base)}
         for layer in range(base.config.num_layers):
             for name in BOTTLENECKS:
                 self._sites[module_path(layer, name)] = (layer, name)
         self._left: dict[Site, dict[str, TensorLocation]] = {}
+        self._claimed: dict[Site, set[str]] = {}
         for tensor in header.tensors:
             if whole_names:
                 self._take_whole(tensor)
@@ -72,7 +79,14 @@ class Placement:
 
     def claim(self, site: Site, ending: str) -> TensorLocation | None:
         """Claims and returns a tensor; None if the file has none at this site with this ending."""
-        return self._left.get(site, {}).pop(ending, None)
+        tensor = self._left.get(site, {}).pop(ending, None)
+        if tensor is not None:
+            self._claimed.setdefault(site, set()).add(ending)
+        return tensor
+
+    def claimed(self, site: Site) -> Set[str]:
+        """The endings of the tensors at a site that were claimed."""
+        return self._claimed.get(site, frozenset())
 
     def require(self, site: Site, ending: str) -> TensorLocation | None:
         """Claims a tensor as `claim` does; adds a finding if it is missing."""
@@ -180,17 +194,22 @@ class Placement:
     def check_targets(
         self, targets: Targets, candidates: Iterable[Site], adapted: Collection[Site]
     ) -> None:
-        """Compares the adapted sites with the sites that PEFT would adapt by a list of targets.
+        """Compares the adapted sites with the sites that PEFT would adapt by `target_modules`.
 
-        PEFT itself ignores tensors that the list does not name, and sets missing ones to zero.
+        PEFT itself ignores tensors that it does not name, and sets missing ones to zero.
         """
-        if targets.names is None or self.findings:
+        if not targets.known or self.findings:
             return
-        expected = targets.promised(candidates, self.base)
+        try:
+            expected = targets.promised(candidates, self.base)
+        except ValueError as error:
+            message = f"an expression for modules {error}; list the modules' names"
+            self.find(Reason.ADAPTER_UNSUPPORTED, message, "target_modules")
+            return
         if unnamed := sorted(set(adapted) - expected):
             message = f"{module_path(*unnamed[0])} has weights but is not among the target modules"
             self.find(Reason.ADAPTER_INVALID, message, "target_modules")
-        if missing := sorted(expected - set(adapted)):
+        if (missing := sorted(expected - set(adapted))) and targets.complete:
             message = f"{module_path(*missing[0])} is a target but has no weights"
             if missing[0][0] > max((layer for layer, _ in adapted), default=-1) >= 0:
                 message += "; the adapter seems to be for a base with fewer layers"
@@ -229,8 +248,11 @@ class Placement:
         site = self._sites.get(path)
         if site is None:
             self._no_site(tensor, path)
-        else:
-            self._left.setdefault(site, {})[ending] = tensor
+            return
+        ending = SPELLINGS.get(ending, ending)
+        first = self._left.setdefault(site, {}).setdefault(ending, tensor)
+        if first is not tensor:
+            self.twins.append((first, tensor))
 
     def _no_tensor(self, tensor: TensorLocation) -> None:
         name = shown(tensor.name)

@@ -1,19 +1,22 @@
 """Reads typed values from a configuration; wrong values become findings.
 
-Nothing in the file is ever used as a regular expression, although PEFT uses several keys so.
+Nothing in the file is ever given to Python's `re`, although PEFT does so with several keys; see
+`format.expressions`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TypeVar
 
 from loraplex_model.base.refusal import Problem, Reason
 
-from loraplex_adapters.format.patterns import is_plain
+from loraplex_adapters.format.expressions.automaton import Expression, Work, ending
+from loraplex_adapters.format.expressions.grammar import NotEvaluated
+from loraplex_adapters.format.patterns import MAX_EXPRESSIONS, is_plain
 from loraplex_adapters.format.strict_json import shown
 from loraplex_adapters.format.support import STAMP, Option, Support, is_neutral
-from loraplex_adapters.format.targets import Targets
+from loraplex_adapters.format.targets import Named, Targets
 
 MAX_STAMPS = 64
 MAX_STAMP = 512
@@ -21,6 +24,12 @@ MAX_STAMP = 512
 
 MAX_SAVED = 64
 """Most names in `modules_to_save`, since each is compared with every module."""
+
+MAX_PATTERNS = 16
+"""Most entries of `layers_pattern`."""
+
+_REMOVE = "remove the key if only the trainer used it"
+_NAMES = "write the modules' names instead"
 
 Read = TypeVar("Read")
 
@@ -91,7 +100,7 @@ class Reader:
         return default
 
     def pattern(self, key: str, read: Callable[[str, object], Read | None]) -> dict[str, Read]:
-        """A map whose keys are plain module names, which PEFT uses as regular expressions.
+        """A map whose keys are plain module names, or expressions for ends of their paths.
 
         `read` converts a value of the map; None leaves the entry out.
         """
@@ -101,13 +110,18 @@ class Reader:
         if not isinstance(value, dict):
             self.invalid(key, "is not a map")
             return {}
-        plain: dict[str, Read] = {}
+        found: dict[str, Read] = {}
+        others = [name for name in value if not is_plain(name)]
+        if len(others) > MAX_EXPRESSIONS:
+            count = f"{len(others)} keys that are expressions; at most {MAX_EXPRESSIONS} are"
+            self.unsupported(key, f"has {count} evaluated: {_NAMES}")
+            return {}
+        if not self._understood(key, others, "the key "):
+            return {}
         for name, item in value.items():
-            if not is_plain(name):
-                self.unsupported(key, f"has the key {shown(name)}, not a plain module name")
-            elif (understood := read(key, item)) is not None:
-                plain[name] = understood
-        return plain
+            if (understood := read(key, item)) is not None:
+                found[name] = understood
+        return found
 
     def names(self, key: str) -> tuple[str, ...]:
         """Plain names, given as a list or one string."""
@@ -141,7 +155,7 @@ class Reader:
             names=self._target_names(),
             excluded=self._excluded(),
             layers=self._layers(),
-            layers_pattern=self.names("layers_pattern"),
+            layers_pattern=self._layers_pattern(),
             saved=self._saved(),
             tied=self.flag("ensure_weight_tying"),
         )
@@ -159,7 +173,8 @@ class Reader:
             if option:
                 self.unsupported(key, f"is set ({option.note}), which is not supported")
             else:
-                self.unsupported(key, "is unknown and not empty, so it could change the result")
+                effect = "so it could change the result"
+                self.unsupported(key, f"is unknown and not empty, {effect}; {_REMOVE}")
 
     def stamps(self) -> dict[str, str]:
         """The trainer's stamps in the configuration, by key without the prefix."""
@@ -187,21 +202,60 @@ class Reader:
         field = shown(key)
         self.findings.append(Problem(field, f"{field} {problem}", Reason.ADAPTER_UNSUPPORTED))
 
-    def _target_names(self) -> tuple[str, ...] | None:
-        """The list of targets; None for a string, a regular expression, which is not evaluated."""
+    def _target_names(self) -> tuple[str, ...] | Expression | Named:
+        """`target_modules`: a list of names, an expression, or the word "all-linear"."""
         value = self.config.get("target_modules")
         if isinstance(value, str) and value:
-            return None
+            if value.lower() == Named.ALL_LINEAR.value:
+                return Named.ALL_LINEAR
+            return self._expression("target_modules", value) or Named.UNKNOWN
         if not value:
             self.invalid("target_modules", "names no module")
-        return self.names("target_modules")
+        names = self.names("target_modules")
+        return names or Named.UNKNOWN
 
-    def _excluded(self) -> tuple[str, ...]:
-        """Names that PEFT excludes. A string must match a whole path, unlike a name in a list."""
+    def _excluded(self) -> tuple[str, ...] | Expression:
+        """What PEFT excludes: ends of paths, compared as text, or an expression for whole paths."""
         value = self.config.get("exclude_modules")
-        names = self.names("exclude_modules")
-        whole = ("model.", "lm_head")
-        return names if not isinstance(value, str) or value.startswith(whole) else ()
+        if isinstance(value, str) and value:
+            return self._expression("exclude_modules", value) or ()
+        if not value:
+            return ()
+        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+            self.invalid("exclude_modules", "is neither a list of names nor an expression")
+            return ()
+        return tuple(value)
+
+    def _layers_pattern(self) -> tuple[str, ...]:
+        """Names of the list of layers, or expressions for it."""
+        key = "layers_pattern"
+        value = self.config.get(key)
+        patterns = [value] if isinstance(value, str) and value else value or []
+        if not isinstance(patterns, list) or not all(isinstance(name, str) for name in patterns):
+            self.invalid(key, "is neither a name nor a list of names")
+        elif len(patterns) > MAX_PATTERNS:
+            self.unsupported(key, f"has more than {MAX_PATTERNS} entries")
+        elif self._understood(key, [name for name in patterns if not is_plain(name)]):
+            return tuple(patterns)
+        return ()
+
+    def _expression(self, key: str, text: str) -> Expression | None:
+        """An expression for whole paths; None, with a finding, if it is not understood."""
+        return Expression(text) if self._understood(key, [text]) else None
+
+    def _understood(self, key: str, texts: Collection[str], what: str = "") -> bool:
+        """Whether all expressions of a field can be evaluated; if not, there is a finding."""
+        work = Work()
+        for text in texts:
+            try:
+                if not text or not text.isprintable():
+                    raise NotEvaluated("is empty or not printable")
+                work.spend(len(text))
+                work.spend(ending(text).size)
+            except NotEvaluated as error:
+                self.unsupported(key, f"has {what}{shown(text)}, which {error}; {_NAMES}")
+                return False
+        return True
 
     def _saved(self) -> tuple[str, ...]:
         names = self.names("modules_to_save")

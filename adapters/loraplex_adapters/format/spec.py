@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from loraplex_model.base.config import Site
+
 
 @dataclass(frozen=True, slots=True)
 class AdapterLimits:
@@ -61,13 +63,16 @@ class ModuleSpec:
             out_gain [out, 1], in_gain [1, in]: IA3;
             bias [out]: replaces the base's; bias_delta [1, out]: is added to the base's;
             weight: replaces the base's: [width] of a norm, [vocab, hidden] of head or embeddings;
-            rows [n, hidden]: replace the rows `token_ids` of embeddings or head;
+                a and b at the same module act on top of it;
+            rows [n, hidden]: replace the rows `token_ids` of embeddings or head, or of `weight`;
             down [width, in], down_bias [width], up [out, width], up_bias [out]: a bottleneck;
             prompt [n, hidden]: virtual tokens as embeddings;
             prefix [n, 2 * layers * kv_size]: virtual tokens as keys and values.
         rank: rank of LoRA's matrices, or width of a bottleneck; 0 for other roles.
         scale: factor of B (A x), or of a bottleneck's output.
         token_ids: token ids of `rows`, in the order of the rows; distinct, not sorted.
+        changed_rows: token ids of the rows of `weight` that differ from the base's, ascending;
+            empty if all may differ.
         activation, reads: names of a bottleneck's `Activation` and `Reads` of
             `loraplex_model.adapters.delta`, in lower case; else "".
     """
@@ -80,6 +85,25 @@ class ModuleSpec:
     token_ids: tuple[int, ...] = ()
     activation: str = ""
     reads: str = ""
+    changed_rows: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class BaseCopy:
+    """A tensor that may equal the base's own weight; `format.copies` decides what it means.
+
+    Attributes:
+        site: the module whose weight in the base it is compared with.
+        sites: the modules whose weight it replaces if it differs.
+        refusal: why the file is refused if it differs; "" if it is not.
+        replaced_by: name of the tensor that sets the same weight after it; "" if none does.
+    """
+
+    tensor: TensorLocation
+    site: Site
+    sites: tuple[Site, ...]
+    refusal: str = ""
+    replaced_by: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +122,9 @@ class CheckedAdapter:
         provenance: the trainer's stamps by key ("base_fingerprint", "data_sha256", "trainer",
             "peft_version", ...); informational.
         packed_bytes: bytes on the device in the base's dtype, including padding.
+        copies: tensors to compare with the base's own weights, and twins: pairs of tensors that
+            must be equal. Until they are compared, `modules` has each copy as a replaced weight.
+        notes: what the adapter's owner should know, in sentences.
     """
 
     digest: str
@@ -110,3 +137,6 @@ class CheckedAdapter:
     virtual_tokens: int = 0
     provenance: Mapping[str, str] = field(default_factory=dict)
     packed_bytes: int = 0
+    copies: tuple[BaseCopy, ...] = ()
+    twins: tuple[tuple[TensorLocation, TensorLocation], ...] = ()
+    notes: tuple[str, ...] = ()

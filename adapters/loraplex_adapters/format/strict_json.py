@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from typing import NoReturn
+from collections.abc import Mapping
+from typing import Any, Final, NoReturn
 
 MAX_INTEGER_DIGITS = 19
 """Most digits of a signed 64-bit number."""
@@ -17,19 +18,26 @@ MAX_INTEGER_DIGITS = 19
 def loads(data: bytes) -> object:
     """Parses UTF-8 JSON; raises ValueError with a message that is safe to show."""
     try:
-        return json.loads(
-            data.decode("utf-8"),
-            parse_constant=_refuse_constant,
-            parse_float=_finite,
-            parse_int=_bounded,
-            object_pairs_hook=_unique,
-        )
+        return json.loads(data.decode("utf-8"), **_STRICT)
     except RecursionError:
         raise ValueError("is nested too deeply") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"is not JSON: {error.msg} at character {error.pos}") from None
     except UnicodeDecodeError:
         raise ValueError("is not UTF-8") from None
+
+
+def decode_from(text: str, start: int) -> tuple[object, int]:
+    """Parses the JSON value that begins at `start` of a longer text.
+
+    Returns the value and the index of the character after it. Raises ValueError as `loads` does.
+    """
+    try:
+        return json.JSONDecoder(**_STRICT).raw_decode(text, start)
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"is not JSON: {error.msg} at character {error.pos - start}") from None
 
 
 def shown(text: str, limit: int = 120) -> str:
@@ -64,3 +72,11 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
                 raise ValueError(f"contains the key {shown(key)} twice")
             seen.add(key)
     return unique
+
+
+_STRICT: Final[Mapping[str, Any]] = {
+    "parse_constant": _refuse_constant,
+    "parse_float": _finite,
+    "parse_int": _bounded,
+    "object_pairs_hook": _unique,
+}

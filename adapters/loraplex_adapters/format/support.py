@@ -59,6 +59,28 @@ COMMON: Mapping[str, Option] = {
 }
 """Options of every kind."""
 
+OTHERS: Mapping[str, Option] = {
+    "_name_or_path": ignored("a name of the base"),
+    "architectures": ignored("names the base's class"),
+    "dtype": ignored("the tensors state theirs"),
+    "enable_lora": refused("LoRA of parts of a fused matrix"),
+    "lora_dtype": ignored("the tensors state theirs"),
+    "lorap_emb_lr": ignored("a learning rate"),
+    "lorap_lr_ratio": ignored("a learning rate"),
+    "loraplus_lr_embedding": ignored("a learning rate"),
+    "loraplus_lr_ratio": ignored("a learning rate"),
+    "merge_weights": ignored("says when old versions of PEFT merge"),
+    "model_type": ignored("names the base's family"),
+    "runtime_config": ignored("says where PEFT computes"),
+    "torch_dtype": ignored("the tensors state theirs"),
+    "transformers_version": ignored(),
+    "unsloth_fixed": ignored("a mark of the trainer"),
+    "unsloth_version": ignored("a mark of the trainer"),
+    "use_cache": ignored("a setting of generation in training"),
+    "use_merged_linear": refused("LoRA of parts of a fused matrix"),
+}
+"""Options of every kind that PEFT 0.21 does not write: older versions do, or other trainers."""
+
 
 def is_neutral(key: str, value: object) -> bool:
     """Whether an option is switched off: null, false, empty, or "none" for `bias`."""

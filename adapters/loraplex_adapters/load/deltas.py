@@ -133,14 +133,28 @@ def _factors(
 def _rows(
     module: ModuleSpec, tensors: Tensors, base: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
-    """Differences from rows of `base` [vocab, hidden], and their token ids, ascending."""
-    if "weight" in tensors:
-        ids = torch.arange(base.shape[0], dtype=torch.int32)
-        return tensors["weight"].float() - _host(base), ids
+    """Differences from rows of `base` [vocab, hidden], and their token ids, ascending.
+
+    Trained rows replace those of a weight that is replaced as well.
+    """
+    found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     if "rows" in tensors:
         ids, order = torch.tensor(module.token_ids, dtype=torch.int32).sort()
-        return tensors["rows"][order].float() - _host(base[ids.long().to(base.device)]), ids
-    return None, None
+        found["rows"] = ids, tensors["rows"][order].float()
+    if "weight" in tensors:
+        ids, rows = torch.arange(base.shape[0], dtype=torch.int32), tensors["weight"]
+        if module.changed_rows:
+            ids = torch.tensor(module.changed_rows, dtype=torch.int32)
+            rows = rows[ids.long()]
+        if "rows" in tensors:
+            kept = ~torch.isin(ids, found["rows"][0])
+            ids, rows = ids[kept], rows[kept]
+        found["weight"] = ids, rows.float()
+    if not found:
+        return None, None
+    ids, order = torch.cat([ids for ids, _ in found.values()]).sort()
+    rows = torch.cat([rows for _, rows in found.values()])[order]
+    return rows - _host(base[ids.long().to(base.device)]), ids
 
 
 def _virtual_tokens(tensors: Tensors, base: BaseWeights) -> VirtualTokens:

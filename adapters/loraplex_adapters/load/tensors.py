@@ -14,6 +14,7 @@ from loraplex_model.ops import mapping
 from loraplex_model.ops.dtypes import BY_SAFETENSORS
 from numpy.typing import NDArray
 
+from loraplex_adapters.format.copies.settling import settle
 from loraplex_adapters.format.digest import AdapterDigest
 from loraplex_adapters.format.examine import examine_parsed
 from loraplex_adapters.format.files import open_directory
@@ -32,7 +33,8 @@ def load(
 
     The weights are read into memory once and digested there, and the tensors are views of that
     memory: nothing can change between check and use, and no mapped file can be truncated. The
-    values are not checked again, since the digest is that of the registered content.
+    values are not checked again, since the digest is that of the registered content, except that
+    copies of the base's own weights are compared with them.
     Raises Refusal: ADAPTER_CORRUPT (missing, or its digest is not `digest`), and as
     `examine_parsed` finds.
     """
@@ -43,7 +45,10 @@ def load(
     report = examine_parsed(config, header, len(weights), base.info, limits)
     if report.spec is None:
         raise Refusal.of(report.findings)
-    spec = replace(report.spec, digest=digest)
+    spec, findings = settle(report.spec, lambda at, n: view[at : at + n], base.info, limits)
+    if findings:
+        raise Refusal.of(findings)
+    spec = replace(spec, digest=digest)
     return spec, adapter_delta(spec, lambda location: _tensor(weights, location), base)
 
 

@@ -5,6 +5,7 @@ with `format` before it stores them and never changes stored bytes. It has no no
 devices or requests.
 """
 
+from loraplex_adapters.store.disk import require_store
 from loraplex_adapters.store.files.uploads import OpenUpload, Upload, UploadBounds
 from loraplex_adapters.store.garbage import Collected
 from loraplex_adapters.store.index.rebases import Rebase
@@ -27,5 +28,6 @@ __all__ = [
     "UploadBounds",
     "Verified",
     "VersionText",
+    "require_store",
     "survey_at",
 ]

@@ -21,6 +21,23 @@ def unavailable(message: str) -> Refusal:
     return Refusal(Reason.STORE_UNAVAILABLE, message)
 
 
+_OF_A_STORE = ("lock", "store-id", "index.sqlite3", "blobs")
+
+
+def require_store(root: Path) -> None:
+    """Raises Refusal(STORE_UNAVAILABLE) if `root` is missing or is a directory without a store.
+
+    For commands that only read or change what a store holds: to create one at a mistyped path
+    would hide the mistake. Whether a store can be used is found when it is opened.
+    """
+    with disk_errors():
+        missing = not os.path.lexists(root)
+    if missing or (root.is_dir() and not any((root / name).exists() for name in _OF_A_STORE)):
+        what = "there is no such directory" if missing else "the directory holds no adapter store"
+        message = f"{root}: {what} (--store); a server or `store import` creates a store"
+        raise unavailable(message)
+
+
 @contextmanager
 def disk_errors() -> Iterator[None]:
     """Turns OSError into Refusal: STORE_FULL if the disk is full, else STORE_UNAVAILABLE."""

@@ -105,7 +105,8 @@ class Store:
         Returns the version, and whether it is new: False if `name` already points to this content;
         `labels` are then added to those that the version has, and the version is recorded for
         `base`. The check that decides reads the copy, so that later changes of the files have no
-        effect. The same content with another `text` is another version.
+        effect; the version has its `notes`. The same content with another `text` is another
+        version.
         Raises Refusal: FIELD_INVALID (name, labels, text), ADAPTER_CONFLICT (the name points to
         other content and `replace` is not set, or it is an alias), ADAPTER_INVALID (field "digest":
         the digest is not `expected_digest`), and as `format.examine.inspect` does.
@@ -122,9 +123,10 @@ class Store:
             if findings := examine_header(src, base, limits).findings:
                 raise Refusal.of(findings)
             with self._staged(src, base, limits, expected_digest) as staged:
-                return self._index.point(
+                record, created = self._index.point(
                     name, staged.spec, base, checked, replace, staged.place, text
                 )
+                return record.noted(staged.spec.notes), created
 
     def admit(
         self,

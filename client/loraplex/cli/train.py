@@ -52,7 +52,10 @@ def create(
     session: Session,
     name: Annotated[str, typer.Argument(metavar="NAME", help="Name to register the adapter as.")],
     data: Annotated[
-        str, typer.Argument(metavar="DATA", help="JSONL file of examples; 3 MiB at most if local.")
+        str,
+        typer.Argument(
+            metavar="DATA", help="File of examples: JSON lines, JSON or CSV; 3 MiB if local."
+        ),
     ],
     *,
     on_server: Annotated[

@@ -15,8 +15,14 @@ from loraplex.cli.command import command
 from loraplex.cli.options import option
 from loraplex.cli.session import ExitStatus, Session
 from loraplex.client import Client
-from loraplex.errors import Cancelled, DeadlineExceeded, LoraplexError, Unavailable
-from loraplex.results import Validation
+from loraplex.errors import (
+    AdapterRejected,
+    Cancelled,
+    DeadlineExceeded,
+    LoraplexError,
+    Unavailable,
+)
+from loraplex.results import Finding, Validation
 
 app = typer.Typer(name="uploads", help="List and abort unfinished uploads.", no_args_is_help=True)
 
@@ -60,6 +66,7 @@ def upload(
     """Upload an adapter to the server and register it as NAME."""
     labels = options.parse_pairs(label)
     client = session.client
+    uploads.require_adapter(folder)  # a wrong folder starts no upload
     upload_id = resume or client.start_upload()
     with _kept(client, upload_id, dropped=not resume), output.progress() as show:
         done = client.upload_adapter(
@@ -94,7 +101,12 @@ def validate(
 
 
 def _validate_local(client: Client, path: str) -> Validation:
-    files = uploads.Files.read(path)  # a wrong path starts no upload
+    try:
+        files = uploads.Files.read(path)  # a wrong path starts no upload
+    except AdapterRejected as error:
+        (violation,) = error.violations
+        finding = Finding(error.reason, violation.field, violation.description)
+        return Validation((finding,), None)
     upload_id = client.start_upload()
     try:
         with output.progress() as show:

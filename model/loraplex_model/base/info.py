@@ -15,12 +15,15 @@ class BaseInfo:
         fingerprint: "sha256:<hex>" of the weights, compared with an adapter's stamp if it has one.
         dtype: compute dtype, in which adapters are packed too: "float32" or "bfloat16".
         name: public name of the model, for messages; "" if it is not known. Not compared.
+        weights_file: path of the stored weights on this machine (`checkpoints.values`), with which
+            an adapter's copies of them are compared; "" if there is none. Not compared.
     """
 
     config: DecoderConfig
     fingerprint: str
     dtype: str
     name: str = field(default="", compare=False)
+    weights_file: str = field(default="", compare=False, repr=False)
 
     def named(self, model: str) -> BaseInfo:
         """The same base with the public name of `model`."""

@@ -9,9 +9,7 @@ import torch
 
 from loraplex_model.base.config import DecoderConfig
 from loraplex_model.base.info import BaseInfo
-
-BLOCK = 64
-"""Number of weights that share one absmax (QLoRA, arXiv 2305.14314)."""
+from loraplex_model.base.quantisation import BLOCK as BLOCK
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,6 +75,7 @@ class BaseWeights:
         lm_head: [vocab, hidden]; the same tensor as `embed` if they are tied.
         fingerprint: "sha256:<hex>" over the configuration, the NF4 codes and the dense tensors as
             stored; equal for every compute dtype, and on every machine.
+        file: path of the stored weights; "" if they were not read from a file.
     """
 
     config: DecoderConfig
@@ -86,12 +85,13 @@ class BaseWeights:
     lm_head: torch.Tensor
     fingerprint: str
     eos_token_ids: tuple[int, ...]
+    file: str = ""
 
     @property
     def info(self) -> BaseInfo:
         """Description of this base without its tensors."""
         dtype = str(self.embed.dtype).removeprefix("torch.")
-        return BaseInfo(self.config, self.fingerprint, dtype)
+        return BaseInfo(self.config, self.fingerprint, dtype, weights_file=self.file)
 
     @property
     def nbytes(self) -> int:

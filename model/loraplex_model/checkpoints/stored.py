@@ -91,6 +91,7 @@ def read_weights(
                 lm_head=embed if config.tie_embeddings else reader.dense("lm_head"),
                 fingerprint=model.fingerprint,
                 eos_token_ids=model.eos_token_ids,
+                file=str(path.absolute()),
             )
     except (SafetensorError, OSError) as error:
         raise model_invalid(f"{path} is damaged: {error}; delete it") from error

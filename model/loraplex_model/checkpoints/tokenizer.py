@@ -9,20 +9,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from tokenizers import Tokenizer
 
-from loraplex_model.base.refusal import model_invalid
+from loraplex_model.base.refusal import Reason, Refusal, model_invalid
+from loraplex_model.checkpoints.chat import ChatTemplate
 from loraplex_model.checkpoints.control.ends import end_tokens
 
 TOKENIZER = "tokenizer.json"
 MODEL = "model.json"
-
-_SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,7 @@ class TokenizerInfo:
         chat_template: Jinja source, or None.
         special_tokens: texts of "bos_token", "eos_token", ..., which the chat template may use.
         has_tokenizer: False for a checkpoint without one, which takes token ids only.
+        tool_template: Jinja source for conversations with tools; None for `chat_template`.
     """
 
     architecture: str
@@ -55,6 +57,7 @@ class TokenizerInfo:
     chat_template: str | None
     special_tokens: dict[str, str]
     has_tokenizer: bool
+    tool_template: str | None = None
 
     @staticmethod
     def read(directory: Path) -> TokenizerInfo:
@@ -66,6 +69,32 @@ class TokenizerInfo:
             return TokenizerInfo(**fields)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise model_invalid(f"{path} cannot be read: {error}") from error
+
+    def with_template(self, path: Path | None) -> TokenizerInfo:
+        """The same with the chat template in a file; itself if `path` is None.
+
+        Raises Refusal(CONFIG_INVALID, field "chat_template") if the file cannot be read.
+        """
+        if path is None:
+            return self
+        try:
+            source = path.read_text("utf-8")
+        except (OSError, ValueError) as error:
+            message = f"the chat template {path} cannot be read: {error}"
+            raise Refusal(Reason.CONFIG_INVALID, message, "chat_template") from error
+        return dataclasses.replace(self, chat_template=source, tool_template=None)
+
+    def compiled(self, clock: Callable[[], datetime] = datetime.now) -> ChatTemplate | None:
+        """The chat template; None if there is none. `clock` returns the time that it may print.
+
+        Raises `Refusal` (MODEL_INVALID) if it does not compile.
+        """
+        if self.chat_template is None:
+            return None
+        try:
+            return ChatTemplate(self.chat_template, self.special_tokens, clock, self.tool_template)
+        except TemplateError as error:
+            raise model_invalid(f"the chat template does not compile: {error}") from error
 
 
 def write(
@@ -99,17 +128,21 @@ def write(
             eos_token_ids=named_ends,
             bos_token_id=bos,
             adds_bos=bos is not None and _first_token(directory / TOKENIZER) == bos,
-            chat_template=_default_template(tokenizer.chat_template),
+            chat_template=_named_template(tokenizer, source, "default"),
             special_tokens={
-                name: str(getattr(tokenizer, name))
-                for name in _SPECIAL
-                if getattr(tokenizer, name) is not None
+                name: str(text)
+                for name, text in tokenizer.special_tokens_map.items()
+                if isinstance(text, str)
             },
             has_tokenizer=True,
+            tool_template=_named_template(tokenizer, source, "tool_use"),
         )
         ends = all_end_tokens(info, directory, named_ends, vocab_size)
         info = dataclasses.replace(info, eos_token_ids=ends)
-    (directory / MODEL).write_text(json.dumps(dataclasses.asdict(info), indent=1), "utf-8")
+    fields = dataclasses.asdict(info)
+    if info.tool_template is None:
+        del fields["tool_template"]  # so that older versions can read the file
+    (directory / MODEL).write_text(json.dumps(fields, indent=1), "utf-8")
     return info
 
 
@@ -160,8 +193,16 @@ def _first_token(path: Path) -> int | None:
     return ids[0] if ids else None
 
 
-def _default_template(template: Any) -> str | None:
-    """The template for chat: of several named templates the one called "default"."""
-    if isinstance(template, dict):
-        template = template.get("default")
+def _named_template(tokenizer: Any, source: Path, name: str) -> str | None:
+    """One of a checkpoint's chat templates; a single one is called "default"."""
+    found = tokenizer.chat_template
+    beside = source / "chat_template.json"  # multimodal checkpoints have theirs there
+    if found is None and beside.is_file():
+        try:
+            found = json.loads(beside.read_text("utf-8")).get("chat_template")
+        except (OSError, ValueError, AttributeError) as error:
+            raise model_invalid(f"{beside} cannot be read: {error}") from error
+    if isinstance(found, str):
+        found = {"default": found}
+    template = found.get(name) if isinstance(found, dict) else None
     return template if isinstance(template, str) else None

@@ -17,37 +17,18 @@ from typing import Protocol
 
 import torch
 
-from loraplex_model.base.weights import BLOCK, NF4Matrix
+from loraplex_model.base.quantisation import BLOCK, CODE
+from loraplex_model.base.quantisation import NESTED_BLOCK as NESTED_BLOCK
+from loraplex_model.base.quantisation import blocks_of as blocks_of
+from loraplex_model.base.weights import NF4Matrix
 from loraplex_model.ops.quiet import quieten_bitsandbytes
 
-NESTED_BLOCK = 256
-"""Number of blocks whose maxima share one scale."""
-
 _CHUNK = BLOCK * 65536  # weights quantised in one call, so that scratch memory stays small
-
-_CODE = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-)
 
 
 def nf4_code(device: torch.device | str = "cpu") -> torch.Tensor:
     """The values of NF4, float32 [16]: quantiles of the normal distribution, with an exact zero."""
-    return torch.tensor(_CODE, dtype=torch.float32, device=device)
+    return torch.tensor(CODE, dtype=torch.float32, device=device)
 
 
 @functools.cache
@@ -63,11 +44,6 @@ def dynamic_map() -> torch.Tensor:
         steps = 10 ** (exponent - 6) * ((edges[:-1] + edges[1:]) / 2.0)
         values += steps.tolist() + (-steps).tolist()
     return torch.tensor(sorted(values), dtype=torch.float32)
-
-
-def blocks_of(rows: int, fan_in: int) -> int:
-    """Number of blocks of a module [rows, fan_in]; the last block may be short."""
-    return -(-rows * fan_in // BLOCK)
 
 
 def quantise(weight: torch.Tensor) -> NF4Matrix:

@@ -48,8 +48,13 @@ def examine(config: Config) -> Iterator[Check]:
     yield _model(config)
     yield from _end_tokens(config)
     yield from _base_cache(config)
-    for name in ("store", "cache", "import_root"):
-        yield _folder(name, getattr(config, name), writable=name != "import_root")
+    for name in ("store", "cache"):
+        yield _folder(name, getattr(config, name), writable=True)
+    if config.import_root.exists() or config.makes_import_root:
+        yield _folder("import_root", config.import_root, writable=False)
+    else:
+        text = "no such directory; create it, or correct --import-root"
+        yield Check("import_root", f"{config.import_root}: {text}", good=False)
     yield from _adapters(config)
     yield _port("grpc port", config.host, config.port)
     yield _port("admin port", config.admin_host, config.admin_port)

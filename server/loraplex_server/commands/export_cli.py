@@ -12,7 +12,7 @@ import typer
 from loraplex_adapters.convert.export.directory import staged
 from loraplex_adapters.convert.importers import adapterhub
 from loraplex_adapters.format import matrix
-from loraplex_adapters.store import Record, Store
+from loraplex_adapters.store import Record, Store, require_store
 from loraplex_model.base.info import BaseInfo
 from loraplex_model.base.refusal import Reason, Refusal
 
@@ -171,6 +171,7 @@ class _Adapters:
         if not self._root.is_dir():
             message = f"{adapter} is not a directory, and there is no store at {self._root}"
             raise Refusal(Reason.ADAPTER_NOT_FOUND, message, "adapter")
+        require_store(self._root)
         with Store(self._root, self._url) as opened:
             record = opened.resolve(adapter)
             self._records.append(record)

@@ -10,14 +10,14 @@ from typing import Annotated, Any, Final, NoReturn
 
 import typer
 from loraplex_adapters.format.digest import is_digest
-from loraplex_adapters.format.files import open_directory
-from loraplex_adapters.format.notes import MAX_NOTED_FILES, folder_notes
 from loraplex_adapters.format.spec import AdapterLimits
-from loraplex_adapters.store import Record, Store, VersionText
+from loraplex_adapters.store import Record, Store, VersionText, require_store
+from loraplex_adapters.store.index.ids import check_name
 from loraplex_model.base.info import BaseInfo
 from loraplex_model.base.refusal import BASE_MODEL_REASONS, Reason, Refusal
 from rich.console import Console, RenderableType
 
+from loraplex_server.commands import store_import
 from loraplex_server.commands import store_tables as tables
 from loraplex_server.commands.flags import own_parameters, parameter, with_settings
 from loraplex_server.config import Config
@@ -64,15 +64,20 @@ _JSON: Final = parameter(
 )
 
 
-def _command(name: str, *settings: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def _command(
+    name: str, *settings: str, creates: bool = False
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """A command on the store: `work` gets a `Shell` and its own arguments.
 
-    `settings` names the settings that it takes besides those of the store.
+    `settings` names the settings that it takes besides those of the store. Unless it `creates` a
+    store, one must exist.
     """
 
     def add(work: Callable[..., None]) -> Callable[..., None]:
         def run(config: Config, as_json: bool, **arguments: Any) -> None:
             try:
+                if not creates:
+                    require_store(config.store)
                 with Store(config.store, config.store_url.get_secret_value()) as store:
                     work(Shell(store, config, as_json), **arguments)
             except Refusal as refusal:
@@ -111,7 +116,7 @@ def ls(
     )
 
 
-@_command("import", "model")
+@_command("import", "model", "max_adapter_file", creates=True)
 def import_(
     shell: Shell,
     directory: Annotated[
@@ -123,41 +128,36 @@ def import_(
         bool, typer.Option("--replace", help="Register a new version if the name exists.")
     ] = False,
     label: Labels = None,
-    chat_template: Annotated[
-        Path | None,
-        typer.Option(
-            "--chat-template",
-            metavar="FILE",
-            help="Jinja file: the chat template of this version, in place of the base model's. "
-            "Servers use it with --adapter-chat-templates.",
-        ),
-    ] = None,
-    eos_token_id: Annotated[
-        list[int] | None,
-        typer.Option(
-            "--eos-token-id",
-            metavar="ID",
-            help="Token that ends answers of this version, in place of the base model's end "
-            "tokens; may be repeated.",
-        ),
-    ] = None,
+    chat_template: store_import.TemplateFile = None,
+    eos_token_id: store_import.EndTokens = None,
+    convert: store_import.Convert = False,
+    rank: store_import.Rank = None,
+    alpha: store_import.Alpha = None,
+    dry_run: store_import.DryRun = False,
 ) -> None:
     """Check an adapter against the base model and register it."""
+    check_name(name)
+    conversion = store_import.Conversion(convert, rank, alpha)
+    conversion.check()
+    labels = _labels(label)
+    text = VersionText.of(store_import.read_template(chat_template), eos_token_id or ())
     base, limits = _base(shell.config)
-    text = VersionText.of(_template(chat_template), eos_token_id or ())
-    record, created = shell.store.register(
-        name, directory, base, limits, replace, _labels(label), text=text
+    done = store_import.import_adapter(
+        shell.store,
+        name,
+        directory,
+        base,
+        limits,
+        replace=replace,
+        labels=labels,
+        text=text,
+        conversion=conversion,
+        dry_run=dry_run,
     )
-    with open_directory(directory) as opened:
-        notes = folder_notes(opened.names(MAX_NOTED_FILES), bool(text.chat_template))
-    shell.show(
-        {**tables.plain(record), "created": created, "notes": notes},
-        f"{record.id} {record.digest}" + ("" if created else " (registered already)"),
-        *(f"note: {note}" for note in notes),
-    )
+    shell.show(done.value, *done.lines)
 
 
-@_command("rebase", "model")
+@_command("rebase", "model", "max_adapter_file")
 def rebase(
     shell: Shell,
     adapter_ids: Annotated[
@@ -334,6 +334,7 @@ def _base(config: Config) -> tuple[BaseInfo, AdapterLimits]:
     """The configured base model, and the limits of the adapters on it."""
     limits = AdapterLimits(
         max_rank=config.max_rank,
+        max_weights_bytes=int(config.max_adapter_file),
         max_device_bytes=int(config.adapter_memory),
         max_virtual_tokens=config.adapter_virtual_tokens,
         max_context=config.max_context or None,
@@ -345,16 +346,6 @@ def _of_other_bases(store: Store, base: BaseInfo) -> list[str]:
     """Ids of the versions that are not recorded for `base`, also those of an unknown base."""
     every = (version for record in store.current() for version in store.versions(record.name))
     return [v.id for v in every if v.base_fingerprint != base.fingerprint]
-
-
-def _template(path: Path | None) -> str:
-    if path is None:
-        return ""
-    try:
-        return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        text = f"{path} cannot be read as UTF-8 text: {error}"
-        raise typer.BadParameter(text, param_hint="--chat-template") from None
 
 
 def _labels(texts: list[str] | None) -> dict[str, str]:

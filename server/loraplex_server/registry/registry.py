@@ -12,7 +12,7 @@ from typing import Final, ParamSpec, TypeAlias, TypeVar
 
 from loraplex_adapters.format.examine import Report, examine
 from loraplex_adapters.format.files import Directory, open_below
-from loraplex_adapters.format.notes import MAX_NOTED_FILES, folder_notes
+from loraplex_adapters.format.foreign.notes import MAX_NOTED_FILES, folder_notes
 from loraplex_adapters.format.spec import AdapterLimits
 from loraplex_adapters.store import Record, Store, VersionText
 from loraplex_model.base.info import BaseInfo

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from jinja2 import TemplateError
 from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_model.checkpoints.chat import ChatOptions, ChatTemplate, TextRefused
 from loraplex_model.checkpoints.control.ends import end_of_turn
@@ -53,6 +52,7 @@ class TextTokenizer:
         *,
         eos_token_ids: Sequence[int] | None = None,
         special_tokens_in_messages: bool = False,
+        chat_template: Path | None = None,
     ) -> None:
         """Long texts are tokenised in the threads of `lane`, or in some of the tokenizer's own.
 
@@ -60,14 +60,15 @@ class TextTokenizer:
             max_context: longest prompt and completion together, in tokens.
             eos_token_ids: the loaded base's; None for those in the directory.
             special_tokens_in_messages: see `PromptEncoder`.
+            chat_template: file of a template in place of the model's.
 
         Raises Refusal, with a message for the operator.
         """
         self._lane = lane or Lanes().text
-        info = TokenizerInfo.read(folder)
+        info = TokenizerInfo.read(folder).with_template(chat_template)
         self.architecture = info.architecture
         self.special_tokens = info.special_tokens
-        self.template = _chat_template(info)
+        self.template = info.compiled()
         self.eos_token_ids = tuple(info.eos_token_ids if eos_token_ids is None else eos_token_ids)
         self._tokenizer = _read_tokenizer(folder) if info.has_tokenizer else None
         self._encoder: PromptEncoder | None = None
@@ -147,9 +148,10 @@ class TextTokenizer:
         is_short = sum(map(len, strings_of([messages, options.tools]))) <= INLINE_CHARACTERS
 
         def work(chat: MarkedChat) -> RenderedPrompt:
-            text = chat.render(chat.messages, chat.options)
+            marked = chat.render(chat.messages, chat.options)
+            text = chat.plain(marked)
             self._check_length(len(text))
-            return RenderedPrompt(chat.plain(text), chat.ids(text))
+            return RenderedPrompt(text, chat.ids(marked))
 
         if not is_short:
             return await self._lane.run(
@@ -206,13 +208,3 @@ def _read_tokenizer(folder: Path) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
-
-
-def _chat_template(info: TokenizerInfo) -> ChatTemplate | None:
-    if info.chat_template is None:
-        return None
-    try:
-        return ChatTemplate(info.chat_template, info.special_tokens)
-    except TemplateError as error:
-        message = f"the model's chat template does not compile: {error}"
-        raise Refusal(Reason.MODEL_INVALID, message) from error

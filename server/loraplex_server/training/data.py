@@ -20,7 +20,7 @@ def write(target: Path, data: bytes) -> None:
 
 
 def copy(root: Path, relative: str, target: Path, max_bytes: int, field: str) -> None:
-    """Copies the file `relative` below `root` without following links.
+    """Copies the file `relative` below `root`; a link in a folder may lead to another file there.
 
     Raises Refusal(FIELD_INVALID) if it is missing, not a regular file or too large, and OSError if
     the copy cannot be written.

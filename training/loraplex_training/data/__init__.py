@@ -5,6 +5,7 @@ examples. Results depend on the arguments only: not on time, machine or order of
 """
 
 from loraplex_training.data.batches import Batches, in_order
-from loraplex_training.data.dataset import Counts, DataReport, Dataset, load
+from loraplex_training.data.dataset import Dataset, load
+from loraplex_training.data.report import Counts, DataReport
 
 __all__ = ["Batches", "Counts", "DataReport", "Dataset", "in_order", "load"]

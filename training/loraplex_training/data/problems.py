@@ -1,7 +1,8 @@
-"""Collects the bad lines of a data set, so that all of them are reported at once."""
+"""Collects the bad lines of a data set and those left out, so that all are reported at once."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -9,14 +10,52 @@ from loraplex_model.base.refusal import Problem, Reason, Refusal
 
 SHOWN: Final = 100
 """Number of bad lines that are listed; the others are counted."""
+MOST_CAUSES: Final = 50
+"""Number of different causes for which lines are left out; others are counted together."""
+OTHER_CAUSES: Final = "cannot be used for another reason; --strict names it"
+
+
+class Dropped(ValueError):
+    """A line that is left out and counted, because its content cannot be learned from.
+
+    Attributes:
+        cause: why, without what differs from line to line. Completes the sentence "this line …".
+    """
+
+    def __init__(self, cause: str, detail: str = "") -> None:
+        """`detail` says where in the line, or more about it."""
+        super().__init__(f"{cause}; {detail}" if detail else cause)
+        self.cause = cause
+
+
+@dataclass(frozen=True, slots=True)
+class DroppedLine:
+    """A line that was left out, and why; the cause completes the sentence "this line …"."""
+
+    path: Path
+    line: int
+    cause: str
+
+    @property
+    def place(self) -> str:
+        """The line as "file:line"."""
+        return f"{self.path}:{self.line}"
 
 
 class Problems:
-    """The bad lines in the order in which they were found."""
+    """The bad lines in the order in which they were found, and those that are left out.
 
-    def __init__(self) -> None:
+    Attributes:
+        dropped: lines that are left out.
+    """
+
+    def __init__(self, strict: bool = False) -> None:
+        """`strict` makes lines that would be left out bad ones."""
+        self.dropped: list[DroppedLine] = []
+        self._strict = strict
         self._shown: list[Problem] = []
         self._count = 0
+        self._causes: dict[str, str] = {}
 
     def add(self, path: Path, line: int, reason: str, field: str = "data") -> None:
         """Adds a bad line of the file that the option `field` names.
@@ -26,6 +65,19 @@ class Problems:
         self._count += 1
         if len(self._shown) < SHOWN:
             self._shown.append(Problem(field, f"{path}:{line}: {reason}"))
+
+    def drop(self, path: Path, line: int, error: Dropped, field: str = "data") -> None:
+        """Adds a line that is left out, or a bad one if that is not allowed."""
+        if self._strict:
+            self.add(path, line, str(error), field)
+        else:
+            self.leave_out(path, line, error.cause)
+
+    def leave_out(self, path: Path, line: int, cause: str) -> None:
+        """Adds a line that is left out in any case."""
+        if cause not in self._causes and len(self._causes) >= MOST_CAUSES:
+            cause = OTHER_CAUSES
+        self.dropped.append(DroppedLine(path, line, self._causes.setdefault(cause, cause)))
 
     def check(self) -> None:
         """Raises Refusal(DATA_INVALID) if there are bad lines."""

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Final
+
 from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from loraplex_training.data.dataset import DataReport, Dataset
+from loraplex_training.data.dataset import Dataset
+from loraplex_training.data.report import DataReport, FileCounts
 from loraplex_training.data.samples import Sample
 from loraplex_training.data.text import BaseText
 
 LEARNED, SPECIAL, CUT = "black on green", "bold", "white on red"
 STRIPE = ("", "underline")
 """Styles that alternate from token to token, so that their borders are visible."""
+EXAMPLES: Final = 3
+"""Number of dropped lines that are named for each cause."""
 
 
 def show(dataset: Dataset, text: BaseText, count: int = 3) -> RenderableType:
@@ -54,25 +60,71 @@ def mask(sample: Sample, text: BaseText) -> Text:
 
 
 def report(report: DataReport) -> Group:
-    """Renders the counts as a table, and the notes."""
+    """Renders the counts as tables, and the notes."""
+    lines = Text(f"lines: {_shapes(report.shapes)}; dropped: {len(report.dropped):,}")
+    parts: list[RenderableType] = [_sizes(report), lines]
+    if len(report.files) > 1 or any(file.kind != "JSONL" for file in report.files):
+        parts += [Text(_file(file, report)) for file in report.files]
+    if report.causes:
+        parts.append(_causes(report))
+    parts += [Text(f"note: {note}") for note in report.notes(with_causes=False)]
+    return Group(*parts)
+
+
+def _sizes(report: DataReport) -> Table:
     table = Table(title="data", title_justify="left")
     table.add_column("")
+    sides = (report.train, report.evaluation)
     for side in ("training", "evaluation"):
         table.add_column(side, justify="right")
-    rows = {
-        "examples": "examples",
-        "tokens": "tokens",
-        "learned": "learned tokens",
-        "longest": "longest, in tokens",
-        "truncated": "truncated examples",
-        "cut": "tokens cut",
-    }
-    for name, words in rows.items():
-        sides = (report.train, report.evaluation)
-        table.add_row(words, *(f"{getattr(counts, name):,}" for counts in sides))
-    shapes = ", ".join(f"{count:,} {shape}" for shape, count in sorted(report.shapes.items()))
-    lines = Text(f"lines: {shapes}; dropped: {len(report.dropped):,}")
-    return Group(table, lines, *(Text(f"note: {note}") for note in report.notes()))
+    table.add_row("examples", *(f"{side.examples:,}" for side in sides))
+    table.add_row("tokens", *(f"{side.tokens:,}" for side in sides))
+    table.add_row("learned tokens", *(_share(side.learned, side.tokens) for side in sides))
+    table.add_row("longest, in tokens", *(f"{side.longest:,}" for side in sides))
+    table.add_row("truncated examples", *(_share(side.truncated, side.examples) for side in sides))
+    table.add_row("tokens cut", *(_share(side.cut, side.tokens + side.cut) for side in sides))
+    return table
+
+
+def _file(file: FileCounts, report: DataReport) -> str:
+    """Returns the line of one file."""
+    whole = sum(one.taken for one in report.files)
+    words = [
+        f"{file.examples:,} examples",
+        f"{file.taken / whole:.1%} of an epoch" if file.taken else "for evaluation",
+        f"{file.tokens:,} tokens, {_share(file.learned, file.tokens)} learned",
+        f"lines: {_shapes(file.shapes)}",
+        *(
+            f"{count:,} {what}"
+            for count, what in (
+                (file.dropped, "dropped"),
+                (file.repeated, "repeated"),
+                (file.blank, "blank"),
+            )
+            if count
+        ),
+    ]
+    return f"file: {_visible(file.path)}: {file.kind}, {', '.join(words)}"
+
+
+def _causes(report: DataReport) -> Table:
+    table = Table(title="dropped lines", title_justify="left")
+    table.add_column("lines", justify="right")
+    table.add_column("each")
+    table.add_column("for example")
+    for cause, places in report.causes.items():
+        some = "\n".join(_visible(place) for place in places[:EXAMPLES])
+        table.add_row(f"{len(places):,}", Text(cause), Text(some, overflow="fold"))
+    return table
+
+
+def _shapes(shapes: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {shape}" for shape, count in sorted(shapes.items())) or "none"
+
+
+def _share(part: int, whole: int) -> str:
+    """Returns a number, and its share of a whole if it has one."""
+    return f"{part:,} ({part / whole:.1%})" if part else "0"
 
 
 def _visible(piece: str) -> str:

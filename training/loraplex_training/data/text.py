@@ -8,7 +8,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Final
 
-from jinja2 import TemplateError
 from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_model.checkpoints.chat import ChatOptions, ChatTemplate, TextRefused
 from loraplex_model.checkpoints.control.ends import end_of_turn
@@ -44,12 +43,14 @@ class BaseText:
         eos_token_ids: Sequence[int],
         *,
         special_tokens_in_messages: bool = False,
+        chat_template: Path | None = None,
     ) -> None:
         """Reads tokenizer and template from `LoadedBase.directory`.
 
         Args:
             eos_token_ids: `BaseWeights.eos_token_ids`.
             special_tokens_in_messages: see `PromptEncoder`.
+            chat_template: file of a template in place of the model's.
 
         Raises:
             Refusal: CONFIG_INVALID, if the base model has no tokenizer or EOS, or a template that
@@ -57,7 +58,7 @@ class BaseText:
         """
         path = directory / TOKENIZER
         try:
-            info = TokenizerInfo.read(directory)
+            info = TokenizerInfo.read(directory).with_template(chat_template)
             if not info.has_tokenizer:
                 raise Refusal(
                     Reason.CONFIG_INVALID,
@@ -66,13 +67,13 @@ class BaseText:
                 )
             content = path.read_bytes()
             tokenizer = Tokenizer.from_buffer(content)
+            template = info.compiled(lambda: TEMPLATE_TIME)
         except Refusal as refusal:
             raise Refusal(Reason.CONFIG_INVALID, refusal.message) from refusal
         except Exception as error:  # the library raises plain Exception
             raise Refusal(Reason.CONFIG_INVALID, f"cannot read {path}: {error}") from error
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        template = _template(info)
         end = None if template is None else end_of_turn(tokenizer, template)
         ends = [*eos_token_ids, *(() if end is None else (end,))]
         self.eos_ids = tuple(dict.fromkeys(ends))
@@ -101,6 +102,11 @@ class BaseText:
         """Whether conversations can be rendered."""
         return self._encoder.template is not None
 
+    @property
+    def template(self) -> ChatTemplate | None:
+        """The chat template by which conversations are rendered."""
+        return self._encoder.template
+
     def ids(self, text: str) -> list[int]:
         """Tokenises a text without adding special tokens; those spelt out in it are recognised."""
         return self._shared(self._tokenizer.encode(text, add_special_tokens=False).ids)
@@ -117,20 +123,16 @@ class BaseText:
         Raises:
             TextRefused: the base model has no template.
         """
-        if not self.has_template:
-            raise TextRefused(
-                "the base model has no chat template, so messages cannot be used; write prompt and "
-                "completion as strings, or text"
-            )
+        self._check_template()
         return self._encoder.conversation(messages, options)
 
     def prompt(
         self, messages: Sequence[Message], options: ChatOptions = DEFAULTS
     ) -> RenderedPrompt:
         """Renders and encodes a conversation as the server does. Raises TextRefused."""
-        chat = self.conversation(messages, options)
-        text = chat.render(chat.messages, chat.options)
-        return RenderedPrompt(chat.plain(text), self.chat_ids(chat, text))
+        self._check_template()
+        prompt = self._encoder.prompt(messages, options)
+        return RenderedPrompt(prompt.text, self._shared(prompt.token_ids))
 
     def chat_ids(self, chat: MarkedChat, text: str) -> list[int]:
         """Tokenises a text that was rendered from a conversation, or a part of one."""
@@ -156,16 +158,12 @@ class BaseText:
         stream = DecodeStream(skip_special_tokens=False)
         return [stream.step(self._tokenizer, token) or "" for token in ids]
 
+    def _check_template(self) -> None:
+        if not self.has_template:
+            raise TextRefused(
+                "the base model has no chat template, so messages cannot be used; write prompt and "
+                "completion as strings, or text"
+            )
+
     def _shared(self, ids: list[int]) -> list[int]:
         return [self._ids.setdefault(token, token) for token in ids]
-
-
-def _template(info: TokenizerInfo) -> ChatTemplate | None:
-    if info.chat_template is None:
-        return None
-    try:
-        return ChatTemplate(info.chat_template, info.special_tokens, lambda: TEMPLATE_TIME)
-    except TemplateError as error:
-        raise Refusal(
-            Reason.CONFIG_INVALID, f"the base model's chat template does not compile: {error}"
-        ) from error

@@ -9,45 +9,37 @@ conversation becomes several examples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Final
+from collections.abc import Mapping, Sequence
 
-from loraplex_model.checkpoints.chat import ChatOptions
-
+from loraplex_training.data.problems import Dropped
 from loraplex_training.data.samples import Sample
-from loraplex_training.data.shapes import DataRecord, Message
+from loraplex_training.data.shapes import CHATS, TEXT, DataRecord, Message
 from loraplex_training.data.text import BaseText
-
-_AUTO: Final = {
-    "messages": "assistant",
-    "prompt": "completion",
-    "instruction": "completion",
-    "text": "all",
-}
-
-_OPEN: Final = ChatOptions(add_generation_prompt=True, continue_final_message=False)
-_CLOSED: Final = ChatOptions(add_generation_prompt=False, continue_final_message=False)
-
-
-@dataclass(frozen=True, slots=True)
-class _Turn:
-    """An answer, which ends with an EOS id, and the prompt that the server would get for it."""
-
-    prompt: list[int]
-    answer: list[int]
+from loraplex_training.data.turns import TemplateTalk, Turn, TurnMaker
 
 
 class Tokeniser:
     """Converts records to samples."""
 
-    def __init__(self, text: BaseText, max_length: int, learn: str, system: str | None) -> None:
+    def __init__(
+        self,
+        text: BaseText,
+        max_length: int,
+        learn: str,
+        system: str | None,
+        strict: bool = False,
+    ) -> None:
         """Arguments are those of DataSpec."""
         self._text = text
         self._max_length = max_length
         self._learn = learn
         self._system = system
+        self._maker = TurnMaker(text, strict)
+
+    @property
+    def left_out(self) -> Mapping[str, int]:
+        """What the chat template left out of records, with the number of records."""
+        return self._maker.left_out
 
     def samples(self, record: DataRecord) -> list[Sample]:
         """Returns the samples of a record: one, or several if the template requires that.
@@ -55,10 +47,19 @@ class Tokeniser:
         Samples whose answer starts beyond `max_length` are dropped, so the list may be empty.
 
         Raises:
-            TextRefused, ValueError: the line cannot be used; the message completes "this line …".
+            ValueError: the line cannot be used; the message completes "this line …".
+            Dropped, TextRefused: nothing can be learned from it with this template.
         """
-        learn = _AUTO[record.shape] if self._learn == "auto" else self._learn
-        made = self._of_text(record, learn) if record.shape == "text" else self._of(record, learn)
+        learn = self._learn
+        if learn == "auto":
+            learn = _usual(record.shape)
+        if record.shape == TEXT:
+            made = self._of_text(record, learn)
+        elif not self._text.has_template and record.plain is not None:
+            [*_, answer] = record.messages
+            made = self._joined([self._maker.plain_turn(record.plain, answer)], learn, record.line)
+        else:
+            made = self._of_chat(record, learn)
         return [sample for sample in made if any(sample.learned)]
 
     def _of_text(self, record: DataRecord, learn: str) -> list[Sample]:
@@ -70,11 +71,44 @@ class Tokeniser:
         reference = self._text.decode(tokens[1:-1])
         return [self._cut(tokens, [True] * len(tokens), 1, reference, record.line)]
 
-    def _of(self, record: DataRecord, learn: str) -> list[Sample]:
-        turns = list(self._turns(record, learn))
+    def _of_chat(self, record: DataRecord, learn: str) -> list[Sample]:
+        messages = self._with_system(record)
+        talk = self._maker.fitted(record, messages)
+        answers = [at for at, one in enumerate(messages) if one["role"] == "assistant"]
+        if learn == "all":
+            return [self._whole(talk, answers, record.line)]
+        first = record.answer + len(messages) - len(record.messages)
+        if learn == "completion":
+            answers = [at for at in answers if at >= first or at == len(messages) - 1]
+        wanted = [at for at in answers if at not in talk.given]
+        if not wanted:
+            raise Dropped("has no answer to learn, since the last one is not to be learned")
+        turns = [self._maker.chat_turn(talk, at) for at in wanted]
+        return self._joined(turns, learn, record.line)
+
+    def _whole(self, talk: TemplateTalk, answers: Sequence[int], line: int) -> Sample:
+        """Returns one sample in which all is learned but the answers that are given."""
+        last = self._maker.chat_turn(talk, answers[-1])
+        tokens = last.prompt + last.answer
+        learned = [True] * len(tokens)
+        for at in talk.given:
+            if not talk.messages[at]["content"]:  # its calls are left out, so nothing is learned
+                continue
+            turn = self._maker.chat_turn(talk, at)
+            both = turn.prompt + turn.answer
+            if tokens[: len(both)] != both:
+                raise Dropped(
+                    "has an answer that is not to be learned, and the chat template renders it "
+                    "differently later, so --learn all cannot leave it out"
+                )
+            learned[len(turn.prompt) : len(both)] = [False] * len(turn.answer)
+        return self._cut(tokens, learned, len(last.prompt), self._reference(last), line)
+
+    def _joined(self, turns: list[Turn], learn: str, line: int) -> list[Sample]:
+        """Returns samples, each with as many turns as follow each other without a difference."""
         samples = []
         while turns:
-            prompt, reference = len(turns[0].prompt), self._text.decode(turns[0].answer[:-1])
+            prompt, reference = len(turns[0].prompt), self._reference(turns[0])
             tokens: list[int] = []
             learned: list[bool] = []
             while turns and turns[0].prompt[: len(tokens)] == tokens:
@@ -82,99 +116,16 @@ class Tokeniser:
                 learned += [learn == "all"] * (len(turn.prompt) - len(tokens))
                 learned += [True] * len(turn.answer)
                 tokens = turn.prompt + turn.answer
-            samples.append(self._cut(tokens, learned, prompt, reference, record.line))
+            samples.append(self._cut(tokens, learned, prompt, reference, line))
         return samples
 
-    def _turns(self, record: DataRecord, learn: str) -> Iterator[_Turn]:
-        """Yields the learned answers; for "all" only the last one, which all else precedes."""
-        messages = self._with_system(record)
-        added = len(messages) - len(record.messages)
-        for at, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            wanted = (
-                learn == "assistant"
-                or at == len(messages) - 1
-                or (learn == "completion" and at >= record.answer + added)
-            )
-            if wanted:
-                content = self._checked(message["content"])
-                if self._text.has_template or record.plain is None:
-                    yield self._chat_turn(messages[:at], content)
-                else:
-                    yield self._plain_turn(record.plain, content)
+    def _reference(self, turn: Turn) -> str:
+        return self._text.decode(turn.answer[:-1])
 
     def _with_system(self, record: DataRecord) -> tuple[Message, ...]:
-        if self._system is None or record.messages[0]["role"] == "system":
+        if self._system is None or record.messages[0]["role"] in ("system", "developer"):
             return record.messages
         return ({"role": "system", "content": self._system}, *record.messages)
-
-    def _checked(self, content: str) -> str:
-        """Returns the answer without an EOS spelt out at its end. Raises ValueError."""
-        for eos in map(self._text.token, self._text.eos_ids):
-            if eos:
-                content = content.removesuffix(eos)
-                if eos in content:
-                    raise ValueError(f"has an answer with {eos} in it, where the model would stop")
-        if not content.strip():
-            raise ValueError("has an answer that is empty")
-        return content
-
-    def _plain_turn(self, prompt: str, content: str) -> _Turn:
-        ids = self._text.prompt_ids(prompt)
-        answer = self._continued(
-            ids, self._text.prompt_ids(prompt + content), content, self._text.ids
-        )
-        return _Turn(ids, self._ended(answer) or [*answer, self._text.eos])
-
-    def _chat_turn(self, before: Sequence[Message], content: str) -> _Turn:
-        answer: Message = {"role": "assistant", "content": content}
-        chat = self._text.conversation([*before, answer])
-        *before, answer = chat.messages
-        content = answer["content"]
-        prompt = chat.render(before, _OPEN)
-        whole = chat.render([*before, answer], _CLOSED)
-        if whole.startswith(prompt):
-            rest = whole[len(prompt) :]
-        else:
-            # The template opens a new answer differently from one in the conversation. Take the
-            # answer and the text that the template writes after it.
-            _, found, tail = whole.rpartition(content.strip())
-            rest = content + tail if found else content
-        encode = partial(self._text.chat_ids, chat)
-        ids = encode(prompt)
-        made = self._continued(ids, encode(prompt + rest), rest, encode)
-        ended = self._ended(made)
-        if ended is None:
-            # The template writes no EOS. Add one after the template's own end of turn, but before
-            # the white space between turns.
-            kept = content if rest.startswith(content) else ""
-            rest = kept + rest[len(kept) :].rstrip()
-            made = self._continued(ids, encode(prompt + rest), rest, encode)
-            ended = [*made, self._text.eos]
-        return _Turn(ids, ended)
-
-    def _continued(
-        self, prompt: list[int], whole: list[int], rest: str, encode: Callable[[str], list[int]]
-    ) -> list[int]:
-        """Returns the ids of `rest` after `prompt`; `whole` are the ids of both texts together."""
-        if whole[: len(prompt)] == prompt:
-            return whole[len(prompt) :]
-        # Tokens merge at the border. Some tokenizers add a space before the first word of a text,
-        # so tokenise `rest` after a token that it does not merge with.
-        for anchor in ("\n", self._text.token(self._text.eos)):
-            ahead = encode(anchor)
-            both = encode(anchor + rest)
-            if both[: len(ahead)] == ahead:
-                return both[len(ahead) :]
-        return encode(rest)
-
-    def _ended(self, answer: list[int]) -> list[int] | None:
-        """Returns the answer up to its first EOS, or None if it has none."""
-        for at, token in enumerate(answer):
-            if token in self._text.eos_ids:
-                return answer[: at + 1]
-        return None
 
     def _cut(
         self, tokens: list[int], learned: list[bool], prompt: int, reference: str, line: int
@@ -188,3 +139,10 @@ class Tokeniser:
             line,
             len(tokens) - kept,
         )
+
+
+def _usual(shape: str) -> str:
+    """Returns what is learned of a shape by default."""
+    if shape == TEXT:
+        return "all"
+    return "assistant" if shape in CHATS else "completion"

@@ -35,11 +35,12 @@ from loraplex_model.ops.dtypes import BY_NAME
 
 from loraplex_training.methods.base import AdapterFiles
 from loraplex_training.publish.target import Target
-from loraplex_training.publish.verify import LIMITS, verify
+from loraplex_training.publish.verify import verify
 from loraplex_training.report.card import Facts, card
 from loraplex_training.report.curves import PICTURE
 from loraplex_training.report.events import Published
 from loraplex_training.report.record import read
+from loraplex_training.run.preflight import LIMITS
 from loraplex_training.run.run import Run
 from loraplex_training.step.job import Job
 
@@ -199,6 +200,8 @@ def _facts(job: Job, run: Run) -> Facts:
         "of these learned": report.train.learned,
         "evaluation examples": report.evaluation.examples,
     }
+    more = {"lines left out": len(report.dropped), "lines that repeat others": report.repeated}
+    counts |= {what: count for what, count in more.items() if count}
     return Facts(
         base=known_as(run.base.name),
         fingerprint=run.base.weights.fingerprint,

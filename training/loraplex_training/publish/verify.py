@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 from loraplex_adapters.format.examine import inspect
-from loraplex_adapters.format.spec import AdapterLimits
 from loraplex_adapters.load.tensors import load
 from loraplex_model.adapters.delta import AdapterDelta
 from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_model.base.weights import BaseWeights, LayerWeights
 
 from loraplex_training.run.generate import Generator
+from loraplex_training.run.preflight import LIMITS
 from loraplex_training.step.joint import JointPass
 
 TOLERANCE: Mapping[torch.dtype, float] = {torch.float32: 1e-4, torch.bfloat16: 0.1}
@@ -29,9 +29,6 @@ BROKEN = 1e-3
 
 MOST_PROBABLE = 20
 """Number of most probable tokens compared at each position, besides the token that follows."""
-
-LIMITS = AdapterLimits(max_rank=1 << 12, max_virtual_tokens=1 << 14)
-"""Limits for reading the adapter. A server with lower ones refuses it; an export is possible."""
 
 TOKENS = 256
 """Number of tokens of each example that are compared."""

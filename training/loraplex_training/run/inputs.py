@@ -54,6 +54,7 @@ class RunInputs:
             base.directory,
             base.weights.eos_token_ids,
             special_tokens_in_messages=spec.special_tokens_in_messages,
+            chat_template=spec.chat_template,
         )
         specs: list[DataSpec] = []
         for job in spec.jobs:
@@ -96,7 +97,10 @@ class RunInputs:
             )
             problems.append(Problem("", text))
         for job in spec.jobs:
-            files = {"data": job.data.path, "eval_data": job.data.eval_path}
+            files = {
+                "data": " or ".join(map(str, job.data.paths)),
+                "eval_data": job.data.eval_path,
+            }
             digests = zip(identity["data"][job.name], mine["data"][job.name], strict=True)
             for (key, path), (then, now) in zip(files.items(), digests, strict=True):
                 if then != now:

@@ -20,7 +20,7 @@ from loraplex_training.data import Dataset
 from loraplex_training.data.show import report, show
 from loraplex_training.methods import METHODS
 from loraplex_training.report.progress import duration_text, size_text
-from loraplex_training.run import costs
+from loraplex_training.run import costs, preflight
 from loraplex_training.run.inputs import RunInputs
 from loraplex_training.run.process_settings import process_settings
 from loraplex_training.spec.flags import default_text
@@ -50,6 +50,7 @@ def plan(spec: RunSpec, console: Console, as_json: bool = False) -> None:
     with process_settings(spec):
         inputs = RunInputs.open(spec)
         jobs = inputs.jobs(spec)
+        preflight.check(jobs, inputs.base.weights.info)
         found = _plan(spec, inputs, jobs)
     if as_json:
         print(json.dumps(asdict(found)))

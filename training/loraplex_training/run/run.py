@@ -16,13 +16,14 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+import torch
 from loraplex_model.adapters.delta import AdapterDelta
 from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_model.ops.linear import BaseLinear
 
 from loraplex_training.methods.base import Observe
 from loraplex_training.report.events import Event, JobStatus, Observer, RunEnded, RunStarted, Saved
-from loraplex_training.run import costs, evaluate
+from loraplex_training.run import costs, evaluate, preflight
 from loraplex_training.run.checkpoint import CONFIG, RunFolder, RunSnapshot, is_run
 from loraplex_training.run.evaluate import Answer
 from loraplex_training.run.inputs import RunInputs
@@ -76,10 +77,15 @@ class Run:
 
     @classmethod
     def start(
-        cls, spec: RunSpec, observers: Sequence[Observer] = (), inputs: RunInputs | None = None
+        cls,
+        spec: RunSpec,
+        observers: Sequence[Observer] = (),
+        inputs: RunInputs | None = None,
+        saved: torch.dtype = torch.float32,
     ) -> Run:
         """Makes a new run. Everything is checked before its directory is made.
 
+        That includes the adapters that it will publish, whose tensors are `saved` in that type.
         Raises Refusal: CONFIG_INVALID, DATA_INVALID, METHOD_INVALID, BUSY, DISK_FULL,
         OUT_OF_MEMORY.
         """
@@ -93,6 +99,7 @@ class Run:
         with process_settings(spec):
             inputs = inputs or RunInputs.open(spec)
             jobs = inputs.jobs(spec)
+            preflight.check(jobs, inputs.base.weights.info, saved)
         folder = RunFolder(spec.out, spec.keep)
         try:
             folder.write_config(to_toml(spec))

@@ -89,6 +89,14 @@ def split_pairs(value: object) -> object:
     return found
 
 
+def split_names(value: object) -> object:
+    """Splits text like "prompt=question,completion=answer"; checks that every name has a value."""
+    pairs = split_pairs(value)
+    if isinstance(pairs, Mapping) and not all(isinstance(n, str) and n for n in pairs.values()):
+        raise expected('names, as in "prompt=question,completion=answer"')
+    return pairs
+
+
 def read(
     kind: type[Options], values: Mapping[str, object], field: str = ""
 ) -> tuple[Options | None, list[Problem]]:

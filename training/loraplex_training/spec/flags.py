@@ -15,9 +15,12 @@ import typer
 from pydantic.fields import FieldInfo
 
 from loraplex_training.spec.parse import KEYS, RUN_KEYS, Key
+from loraplex_training.spec.spec import DataSpec
 
-DATA_FLAGS: Final = ("data", "eval_data", "eval_fraction", "max_length", "learn", "system")
-BASE_FLAGS: Final = ("model", "special_tokens_in_messages", "cache")
+DATA_FLAGS: Final = tuple(name for name, key in KEYS.items() if key.kind is DataSpec)
+REPEATED: Final = ("data",)
+"""Flags that may be repeated."""
+BASE_FLAGS: Final = ("model", "chat_template", "special_tokens_in_messages", "cache")
 
 PANELS: Final[Mapping[str, str]] = {
     "data": "Data",
@@ -44,6 +47,7 @@ def with_flags(
     """Returns a decorator that adds a flag for each option, or for each of `names`.
 
     The decorated function gets `flags`: the options that were given, with their values as text.
+    A flag that may be repeated has a list of them.
     """
     made = {name: parameter for name, parameter in _parameters() if names is None or name in names}
 
@@ -53,7 +57,11 @@ def with_flags(
 
         def run(**arguments: Any) -> None:
             given = {name: arguments.pop(name) for name in made}
-            texts = {name: str(value) for name, value in given.items() if value is not None}
+            texts = {
+                name: value if isinstance(value, list) else str(value)
+                for name, value in given.items()
+                if value not in (None, [])
+            }
             command(flags=texts, **arguments)
 
         run.__name__, run.__doc__ = command.__name__, command.__doc__
@@ -82,7 +90,8 @@ def _parameter(name: str, key: Key, panel: str) -> inspect.Parameter:
         is_path = Path in (kind, *get_args(kind))
         names, metavar = flag, {int: "N", float: "X"}.get(kind, "PATH" if is_path else "TEXT")
     option = typer.Option(names, help=help_, metavar=metavar, rich_help_panel=panel)
-    annotation: Any = Annotated[(bool if kind is bool else str) | None, option]
+    value: Any = list[str] if name in REPEATED else bool if kind is bool else str
+    annotation: Any = Annotated[value | None, option]
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
     )

@@ -110,7 +110,7 @@ class _Document(BaseModel):
 
 
 def read(
-    flags: Mapping[str, str] | None = None,
+    flags: Mapping[str, str | list[str]] | None = None,
     options: Mapping[str, str] | None = None,
     sweep: Iterable[str] = (),
     config: Path | None = None,
@@ -118,7 +118,8 @@ def read(
     """Reads the run that a command line asks for. The command line overrides the file.
 
     Args:
-        flags: options of jobs and of the run, with - or _, as text. They apply to every job.
+        flags: options of jobs and of the run, with - or _, as text; a list for a flag that was
+            repeated. They apply to every job.
         options: options of the method, as text ("16", "true", "q_proj,v_proj", "[1, 2]").
         sweep: options of jobs or of the method with their values: "r=4,16", "lr=1e-4,3e-4".
         config: a TOML file.
@@ -159,7 +160,7 @@ def from_mapping(document: Mapping[str, object]) -> RunSpec:
 
 def to_mapping(spec: RunSpec) -> dict[str, Any]:
     """Returns the run as plain values, for JSON; `from_mapping` makes an equal one of them."""
-    run = {name: getattr(spec, name) for name in RUN_KEYS}
+    run = {name: getattr(spec, name) for name in RUN_KEYS if getattr(spec, name) is not None}
     jobs = []
     for job in spec.jobs:
         values = {
@@ -275,7 +276,8 @@ def absolute(spec: RunSpec) -> RunSpec:
 
     def data(of: DataSpec) -> DataSpec:
         other = of.eval_path.absolute() if of.eval_path is not None else None
-        return replace(of, path=of.path.absolute(), eval_path=other)
+        first, *others = (path.absolute() for path in of.paths)
+        return replace(of, path=(first, *others) if others else first, eval_path=other)
 
     jobs = tuple(replace(job, data=data(job.data)) for job in spec.jobs)
     model = str(Path(spec.model).absolute()) if Path(spec.model).exists() else spec.model

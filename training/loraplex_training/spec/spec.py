@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, TypeAlias
 
 from loraplex_adapters.store.index.ids import check_name
 from loraplex_model.base.refusal import Refusal
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, ValidationInfo
 
 from loraplex_training.spec.fields import (
     AboveZero,
@@ -23,6 +23,7 @@ from loraplex_training.spec.fields import (
     Positive,
     Whole,
     expected,
+    split_names,
 )
 from loraplex_training.spec.metric import rule
 
@@ -56,6 +57,44 @@ def _pair(value: object) -> object:
     return tuple(pair)
 
 
+def _paths(value: object) -> Path | tuple[Path, ...]:
+    """One path as it is, several as a tuple."""
+    given = value if isinstance(value, list | tuple) else [value]
+    if not given or not all(isinstance(one, str | Path) and str(one) for one in given):
+        raise expected("a file, or a list of files")
+    if len(set(map(str, given))) < len(given):
+        raise expected("a list of different files")
+    first, *others = (Path(str(one)) for one in given)
+    return (first, *others) if others else first
+
+
+def _one_for_each_file(weights: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
+    files = info.data.get("data")
+    if weights and files is not None:
+        count = len(files) if isinstance(files, tuple) else 1
+        if len(weights) != count:
+            raise ValueError(
+                f"data_weights has {len(weights)} numbers, and data names {count}; give one weight "
+                "for each file"
+            )
+    return weights
+
+
+def _split(value: object) -> object:
+    """Splits text like "0.7,0.3"; returns other values as they are."""
+    return [part for part in value.split(",") if part] if isinstance(value, str) else value
+
+
+def _different(columns: Mapping[str, str]) -> Mapping[str, str]:
+    for name in columns.values():
+        if list(columns.values()).count(name) > 1:
+            raise ValueError(f"columns names {name!r:.80} twice")
+    return columns
+
+
+Names: TypeAlias = Annotated[Mapping[str, str], BeforeValidator(split_names)]
+
+
 def _passing(check: Callable[[str], object]) -> AfterValidator:
     """A validator of text that `check` raises no Refusal for."""
 
@@ -82,11 +121,11 @@ def _device(value: str) -> str:
 class DataSpec:
     """The examples of a job, and how they become tokens."""
 
-    path: Annotated[Path, Field(alias="data")]
-    """JSONL file of training examples: messages, prompt and completion, instruction and output, or
-    text."""
+    path: Annotated[Path | tuple[Path, ...], PlainValidator(_paths), Field(alias="data")]
+    """File of training examples: JSON lines, a JSON list, CSV, TSV or Parquet, also gzipped. May be
+    repeated."""
     eval_path: Annotated[Path | None, Field(alias="eval_data"), BLANK_IS_NONE] = None
-    """JSONL file of evaluation examples. Without it, some training examples are set apart."""
+    """File of evaluation examples. Without it, some training examples are set apart."""
     eval_fraction: Fraction = 0.1
     """Fraction of the examples that is set apart for evaluation, by a hash of their content."""
     max_length: Annotated[Whole, Field(ge=2)] = 512
@@ -96,6 +135,29 @@ class DataSpec:
     for text, assistant for messages, else completion)."""
     system: Annotated[str | None, BLANK_IS_NONE] = None
     """System message put before examples that have none."""
+    weights: Annotated[
+        tuple[AboveZero, ...],
+        BeforeValidator(_split),
+        AfterValidator(_one_for_each_file),
+        Field(alias="data_weights"),
+    ] = ()
+    """Shares of several --data files in an epoch, in their order, as in 0.7,0.3. Examples of a file
+    are repeated to reach its share. Without weights each example is taken once."""
+    columns: Annotated[Names, AfterValidator(_different)] = field(default_factory=dict)
+    """Keys or columns under other names, as in prompt=question,completion=answer. Renamed before
+    the shape of an example is determined."""
+    shape: str = ""
+    """Shape of all examples, such as messages, prompt or instruction. Other keys are then ignored.
+    Without it, the keys of each example determine its shape."""
+    roles: Names = field(default_factory=dict)
+    """Roles of messages under other names, as in human=user,bot=assistant."""
+    strict: bool = False
+    """Refuse lines that would be left out, such as conversations that end with a question."""
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The files of training examples."""
+        return self.path if isinstance(self.path, tuple) else (self.path,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +247,9 @@ class RunSpec:
     """Directory of the run. Default: var/runs/<name>, with a number if that holds a run already."""
     model: str = "default"
     """Base model: a directory, a GGUF file, a hub id, or `default`."""
+    chat_template: Annotated[Path | None, BLANK_IS_NONE] = None
+    """File with a chat template (Jinja) that takes the place of the model's, as a server with the
+    same option uses it."""
     special_tokens_in_messages: bool = False
     """Recognise special tokens that messages spell out, as a server with the same option does.
     Otherwise they are text."""

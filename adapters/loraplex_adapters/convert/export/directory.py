@@ -43,7 +43,12 @@ def staged(out: Path, *, force: bool = False) -> Iterator[Path]:
 
 def write_json(path: Path, value: Mapping[str, object]) -> None:
     """Writes a JSON file as Hugging Face's libraries do: indented, with sorted keys."""
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", "utf-8")
+    path.write_bytes(json_bytes(value))
+
+
+def json_bytes(value: Mapping[str, object]) -> bytes:
+    """The bytes that `write_json` writes."""
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _check_free(out: Path, force: bool) -> None:

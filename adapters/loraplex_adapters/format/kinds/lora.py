@@ -6,14 +6,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from loraplex_model.base.config import MODEL, PROJECTIONS, Site
+from loraplex_model.base.config import PROJECTIONS, Site
 
+from loraplex_adapters.format.copies.names import COPY_ENDINGS
 from loraplex_adapters.format.kinds.base import Kind
 from loraplex_adapters.format.kinds.initialisation import check_initialisation
 from loraplex_adapters.format.kinds.whole import (
     ROWS_ENDING,
     ROWS_OPTION,
-    SAVED_ENDING,
     SAVED_OPTION,
     TokenRows,
     place_rows,
@@ -27,19 +27,14 @@ from loraplex_adapters.format.spec import ModuleSpec, TensorLocation
 from loraplex_adapters.format.support import Option, ignored, refused, served
 from loraplex_adapters.format.targets import EMBEDDINGS, Targets
 
-_BASE_COPY = "base_layer.weight"
-"""The base's own weight, which PEFT writes with an adapted head or embedding
-(`save_embedding_layers`); it is skipped."""
-
 _BIAS, _WRAPPED_BIAS = "bias", "base_layer.bias"
 """A trained bias of a projection without and with A and B."""
 
 SHARED_ENDINGS: Mapping[str, str] = {
     _WRAPPED_BIAS: "bias",
     _BIAS: "bias",
-    _BASE_COPY: "save_embedding_layers",
+    **COPY_ENDINGS,
     ROWS_ENDING: ROWS_OPTION,
-    SAVED_ENDING: "modules_to_save",
 }
 """Ends of tensor names that LORA and ADALORA have in common."""
 
@@ -51,14 +46,14 @@ SHARED_OPTIONS: Mapping[str, Option] = {
     "corda_config": refused("CorDA, whose initialisation changes the base"),
     "ensure_weight_tying": served("both tensors are in the file"),
     "eva_config": ignored("settings of an initialisation that leaves the base unchanged"),
-    "exclude_modules": served(),
+    "exclude_modules": served("names or an expression"),
     "fan_in_fan_out": ignored("A and B are stored alike, and no served base is transposed"),
     "init_lora_weights": served(
         "plain ones; PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA are refused with advice"
     ),
     "kasa_config": refused("KaSA"),
     "layer_replication": refused("replicated layers"),
-    "layers_pattern": served(),
+    "layers_pattern": served("names or expressions"),
     "layers_to_transform": served(),
     "loftq_config": refused("LoftQ, whose initialisation changes the base"),
     "lora_alpha": served(),
@@ -68,7 +63,7 @@ SHARED_OPTIONS: Mapping[str, Option] = {
     "megatron_core": ignored(),
     "monteclora_config": refused("MonteCLoRA"),
     "qalora_group_size": ignored("has an effect with use_qalora only"),
-    "target_modules": served("projections, lm_head, embed_tokens; a string is not evaluated"),
+    "target_modules": served("projections, lm_head, embed_tokens; names or an expression"),
     "target_parameters": refused("targets that are parameters instead of modules"),
     "trainable_token_indices": served("embeddings and head, tied or not"),
     "use_bdlora": refused("block-diagonal LoRA"),
@@ -146,12 +141,8 @@ def adaptable(file: Placement) -> list[Site]:
 def claim_extras(
     file: Placement, site: Site, bias: str, tensors: dict[str, TensorLocation | None]
 ) -> None:
-    """Adds a projection's trained bias to `tensors`, and checks a copy of the base's head."""
-    if site[0] == MODEL:
-        copy = file.claim(site, _BASE_COPY)
-        if copy is not None:
-            file.fits(site, {"weight": copy})
-    elif bias != "none" and site[1] in file.base.config.biased:
+    """Adds a projection's trained bias to `tensors`."""
+    if bias != "none" and site[1] in file.base.config.biased:
         tensors["bias"] = file.require(site, _WRAPPED_BIAS)
 
 
@@ -193,10 +184,10 @@ LORA = Kind(
     summary="LoRA, rsLoRA, DoRA",
     options={
         **SHARED_OPTIONS,
-        "alpha_pattern": served("literal names; keys that disagree are refused"),
+        "alpha_pattern": served("names or expressions; keys that disagree are refused"),
         "lora_bias": served("projections"),
         "r": served(),
-        "rank_pattern": served("literal names; keys that disagree are refused"),
+        "rank_pattern": served("names or expressions; keys that disagree are refused"),
         "use_dora": served("projections; norms of the served weight"),
         "use_rslora": served("scale is alpha / sqrt(r)"),
     },

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from loraplex_adapters.format.copies.names import COPY_ENDINGS
 from loraplex_adapters.format.kinds.base import Kind
 from loraplex_adapters.format.kinds.whole import row_modules
 from loraplex_adapters.format.modules import EMBEDDING, HEAD
@@ -51,9 +52,9 @@ TRAINABLE_TOKENS = Kind(
     summary="trained rows of embeddings and head",
     options={
         "init_weights": ignored(),
-        "target_modules": served("embed_tokens, lm_head; a string is not evaluated"),
+        "target_modules": served("embed_tokens, lm_head; names or an expression"),
         "token_indices": served(),
     },
-    endings={_ENDING: ""},
+    endings={_ENDING: "", **COPY_ENDINGS},
     read=_read,
 )

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from loraplex_model.base.config import PROJECTIONS, Site
 from loraplex_model.base.refusal import Reason
 
+from loraplex_adapters.format.copies.names import COPY_ENDINGS
 from loraplex_adapters.format.kinds.base import Kind
-from loraplex_adapters.format.kinds.whole import SAVED_ENDING, SAVED_OPTION, place_saved
+from loraplex_adapters.format.kinds.whole import SAVED_OPTION, place_saved
 from loraplex_adapters.format.modules import NORMS, base_sites, module_path
 from loraplex_adapters.format.placement import Placement
 from loraplex_adapters.format.reader import Reader
@@ -18,7 +19,7 @@ from loraplex_adapters.format.targets import Targets
 
 _TARGETS = {
     **SAVED_OPTION,
-    "target_modules": served("projections; a string is not evaluated"),
+    "target_modules": served("projections; names or an expression"),
 }
 
 
@@ -107,12 +108,12 @@ IA3 = Kind(
     summary="(IA)3: gains on outputs and inputs",
     options={
         **_TARGETS,
-        "exclude_modules": served(),
+        "exclude_modules": served("names or an expression"),
         "fan_in_fan_out": ignored("no served base is transposed"),
         "feedforward_modules": served("those whose input is scaled"),
         "init_ia3_weights": ignored(),
     },
-    endings={"ia3_l": "", SAVED_ENDING: "modules_to_save"},
+    endings={"ia3_l": "", **COPY_ENDINGS},
     read=_read_ia3,
 )
 
@@ -120,7 +121,7 @@ BEFT = Kind(
     peft_type="BEFT",
     summary="BEFT: trained biases, also if the base has none",
     options={**_TARGETS, "init_weights": ignored()},
-    endings={"beft_bias": "", SAVED_ENDING: "modules_to_save"},
+    endings={"beft_bias": "", **COPY_ENDINGS},
     read=_read_beft,
 )
 
@@ -129,9 +130,9 @@ LN_TUNING = Kind(
     summary="trained norms",
     options={
         **SAVED_OPTION,
-        "exclude_modules": served(),
-        "target_modules": served("norms; a string is not evaluated"),
+        "exclude_modules": served("names or an expression"),
+        "target_modules": served("norms; names or an expression"),
     },
-    endings={"ln_tuning_layers.weight": "", SAVED_ENDING: "modules_to_save"},
+    endings={"ln_tuning_layers.weight": "", **COPY_ENDINGS},
     read=_read_norms,
 )

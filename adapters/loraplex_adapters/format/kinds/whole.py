@@ -8,18 +8,22 @@ from dataclasses import replace
 from loraplex_model.base.config import Site
 from loraplex_model.base.refusal import Reason
 
+from loraplex_adapters.format.copies.names import INFIXES
 from loraplex_adapters.format.modules import EMBEDDING, HEAD, base_sites, module_path
 from loraplex_adapters.format.placement import Placement
 from loraplex_adapters.format.reader import Reader
 from loraplex_adapters.format.spec import ModuleSpec, TensorLocation
 from loraplex_adapters.format.strict_json import shown
 from loraplex_adapters.format.support import Option, served
-from loraplex_adapters.format.targets import Targets
+from loraplex_adapters.format.targets import EMBEDDINGS, Targets
 
 SAVED_ENDING = "weight"
 SAVED_OPTION: Mapping[str, Option] = {
     "modules_to_save": served("lm_head, embed_tokens and norms; no projections"),
 }
+
+UNSAVED = ("layers", "mlp", "model", "rotary_emb", "self_attn")
+"""Modules of every base that are not served if they are saved completely."""
 
 ROWS_ENDING, ROWS_OPTION = "token_adapter.trainable_tokens_delta", "trainable_token_indices"
 _BY_NAME = {"embed_tokens": EMBEDDING, "model.embed_tokens": EMBEDDING, "lm_head": HEAD}
@@ -36,13 +40,35 @@ def place_saved(file: Placement, targets: Targets) -> list[ModuleSpec]:
     """
     modules = []
     claimed: set[str] = set()
-    for site in sorted(targets.replaced(base_sites(file.base), file.base)):
-        modules += file.single(site, SAVED_ENDING, "weight")
+    sites = sorted(targets.replaced(base_sites(file.base), file.base))
+    for site in sites:
+        modules += _saved(file, site)
         claimed.update(n for n in targets.saved if module_path(*site).endswith(n))
     if unknown := sorted(set(targets.saved) - claimed):
-        message = f"modules_to_save names {shown(unknown[0])}, which this base does not have"
-        file.find(Reason.BASE_MODEL_MISMATCH, message, "modules_to_save")
+        name = shown(unknown[0])
+        if unknown[0] in UNSAVED or unknown[0].endswith(tuple(f".{part}" for part in UNSAVED)):
+            message = f"modules_to_save names {name}; only embeddings, head and norms are served"
+            file.find(Reason.ADAPTER_UNSUPPORTED, message, "modules_to_save")
+        else:
+            message = f"modules_to_save names {name}, which this base does not have"
+            file.find(Reason.BASE_MODEL_MISMATCH, message, "modules_to_save")
+    file.saved.update(sites)
+    both = [m.tensors["weight"] for m in modules if (m.layer, m.module) in EMBEDDINGS]
+    if targets.tied and file.base.config.tie_embeddings and len(both) > 1:
+        file.twins.append((both[0], both[1]))
     return modules
+
+
+def _saved(file: Placement, site: Site) -> list[ModuleSpec]:
+    """A completely saved weight, which may be in the file under its names in the model as well."""
+    named = [tensor for ending in INFIXES if (tensor := file.claim(site, ending)) is not None]
+    if not named:
+        return file.single(site, SAVED_ENDING, "weight")
+    tensor = file.claim(site, SAVED_ENDING) or named[0]
+    file.twins += [(tensor, other) for other in named if other is not tensor]
+    if any(file.fits(site, {"weight": each}) is None for each in {tensor, *named}):
+        return []
+    return [ModuleSpec(*site, {"weight": tensor})]
 
 
 def read_rows(reader: Reader) -> TokenRows:

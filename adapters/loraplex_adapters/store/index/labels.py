@@ -7,10 +7,14 @@ from collections.abc import Collection, Mapping
 
 from loraplex_model.base.refusal import Reason, Refusal
 
+from loraplex_adapters.store.index.ids import did_you_mean
+
 MAX_LABELS = 32
 MAX_VALUE = 256
 
 _KEY = re.compile(r"\A[a-z0-9][a-z0-9._/-]{0,62}\Z")
+_OTHERS = re.compile(r"[^a-z0-9._/-]+")
+_MAX_KEY = 63
 
 
 def check_labels(labels: Mapping[str, str]) -> dict[str, str]:
@@ -28,11 +32,16 @@ def check_keys(keys: Collection[str]) -> None:
     that a list of any length costs nothing.
     """
     check_count(len(keys))
-    if not all(_KEY.match(key) for key in keys):
+    if (wrong := next((key for key in keys if not _KEY.match(key)), None)) is not None:
         raise _invalid(
             "a label key has 1 to 63 characters of a-z, 0-9, ., _, / and -, and begins with a "
-            "letter or a digit"
+            f"letter or a digit{did_you_mean(suggested_key(wrong))}"
         )
+
+
+def suggested_key(text: str) -> str:
+    """Returns a valid label key as similar to `text` as possible; "" if there is none."""
+    return _OTHERS.sub("-", text[:256].lower()).lstrip("._/-")[:_MAX_KEY].rstrip("-")
 
 
 def check_count(count: int) -> None:

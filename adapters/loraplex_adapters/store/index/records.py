@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import Any
@@ -41,6 +41,8 @@ class Record:
         is_described: False if the description in the index is damaged. Then what `CheckedAdapter`
             has is empty here, until the same files are registered again.
         deleted_at: time of deletion; None if the version is not deleted.
+        notes: what the check found that the adapter's owner should know; only in the result of a
+            registration, and not compared.
         labels, aliases: as they were when the record was read. `aliases` are sorted.
         chat_template_sha256, eos_token_ids: what `VersionText` the version has; "" and () without.
         others: as in `CheckedAdapter`.
@@ -66,11 +68,16 @@ class Record:
     is_described: bool = True
     chat_template_sha256: str = ""
     eos_token_ids: tuple[int, ...] = ()
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def id(self) -> str:
         """Adapter id of this version: "name@version"."""
         return f"{self.name}@{self.version}"
+
+    def noted(self, notes: tuple[str, ...]) -> Record:
+        """The same version with notes of its registration."""
+        return replace(self, notes=notes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,7 @@ def named_end_tokens(name: str, config: Mapping[str, Any], vocab_size: int) -> l
             ids.append(item)
         elif item is not None:
             _log.warning(
-                "the eos_token_id %r of the base model's %s is left out; it is no token id below %d",
+                "eos_token_id %r of the base model's %s is left out; it is no token id below %d",
                 item,
                 name,
                 vocab_size,

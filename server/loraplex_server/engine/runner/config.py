@@ -33,6 +33,7 @@ class RunnerConfig(
         virtual_tokens: KV tokens set aside for the virtual tokens of all adapters.
         max_virtual_tokens: virtual tokens that one adapter may have.
         max_rank: rank that one adapter may have.
+        max_adapter_file: bytes that an adapter's weights file may have.
         token_budget: tokens that one pass may have.
         max_running: requests that take part in a pass.
         cuda_graphs: on CUDA, capture the launches of decode passes as graphs.
@@ -48,6 +49,7 @@ class RunnerConfig(
     kv_memory: int
     adapter_memory: int
     max_rank: int
+    max_adapter_file: int = 4 << 30
     host_adapter_memory: int = 0
     merge_memory: int = 0
     merge_dtype: Literal["float32", "bfloat16"] = "float32"

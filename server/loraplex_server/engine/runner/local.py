@@ -234,6 +234,7 @@ def build(config: RunnerConfig) -> LocalRunner:
         info=_info(base, device, context, decoder),
         limits=AdapterLimits(
             max_rank=config.max_rank,
+            max_weights_bytes=config.max_adapter_file,
             max_virtual_tokens=config.max_virtual_tokens,
             max_context=context,
         ),

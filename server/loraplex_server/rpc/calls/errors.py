@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 from types import MappingProxyType
 from typing import Final
+from urllib.parse import quote
 
 import grpc
 from google.protobuf import message
@@ -123,16 +124,19 @@ def for_client(refusal: Refusal, subject: Subject = NO_SUBJECT, field: str = "")
 
 Trailers = tuple[tuple[str, str | bytes], ...]
 
-TRAILER_BYTES: Final = 8 << 10
-"""Bytes of trailing metadata that every gRPC peer accepts, encodings included."""
+TRAILER_BYTES: Final = 6 << 10
+"""Most bytes of trailing metadata as HTTP/2 counts them, encodings included. Peers and proxies
+accept 8 KiB, which they may count together with headers of their own."""
 
-_STATUS_BYTES: Final = TRAILER_BYTES // 2
-"""Bytes of the status in base64. The rest of the trailer holds the request id and the message, of
-which a byte takes up to three bytes when it is percent-encoded."""
+_STATUS_BYTES: Final = 4 << 10
+"""Bytes of the status in base64. The rest of the trailer holds the message and the request id."""
 _MESSAGE_BYTES: Final = 1 << 10
+"""Bytes of the message after percent-encoding, which turns a byte into up to three."""
 _PROBLEM_BYTES: Final = 512
 _FIELD_BYTES: Final = 256
 _MOST_PROBLEMS: Final = 64
+_PLAIN: Final = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
+"""Characters that gRPC sends as they are."""
 
 
 def status_of(error: Refusal, request_id: str) -> status_pb2.Status:
@@ -155,7 +159,7 @@ def status_of(error: Refusal, request_id: str) -> status_pb2.Status:
 
 
 def _status(error: Refusal, problems: Sequence[Problem], request_id: str) -> status_pb2.Status:
-    row, text = TABLE[error.reason], _cut(error.message, _MESSAGE_BYTES)
+    row, text = TABLE[error.reason], _cut_encoded(error.message, _MESSAGE_BYTES)
     info = error_details_pb2.ErrorInfo(
         reason=error.reason, domain=DOMAIN, metadata={"request_id": request_id}
     )
@@ -205,6 +209,19 @@ def _cut(text: str, limit: int) -> str:
     if len(data) <= limit:
         return data.decode()
     return data[: limit - 3].decode(errors="ignore") + "…"
+
+
+def _cut_encoded(text: str, limit: int) -> str:
+    """The text in at most `limit` bytes after gRPC's percent-encoding of the message."""
+    text = _cut(text, limit)
+    if len(quote(text, safe=_PLAIN)) <= limit:
+        return text
+    end, room = 0, limit - len(quote("…"))
+    for end, letter in enumerate(text):  # noqa: B007
+        room -= len(quote(letter, safe=_PLAIN))
+        if room < 0:
+            break
+    return text[:end] + "…"
 
 
 def trailers_of(status: status_pb2.Status, reason: Reason, request_id: str) -> Trailers:

@@ -42,7 +42,8 @@ def adapter(row: AdapterRow, obstacle: Problem | None = None) -> adapter_pb2.Ada
 
 def judgement(report: Report, notes: Sequence[str]) -> adapter_pb2.ValidateAdapterResponse:
     """All problems of an adapter's files, or the adapter's properties if there are none."""
-    reply = adapter_pb2.ValidateAdapterResponse(notes=notes)
+    found = report.spec.notes if report.spec else ()
+    reply = adapter_pb2.ValidateAdapterResponse(notes=[*notes, *found])
     for finding in report.findings:
         reply.findings.add(**_shared(adapter_pb2.AdapterFinding, finding))
     if spec := report.spec:

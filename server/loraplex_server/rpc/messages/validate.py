@@ -33,7 +33,7 @@ from loraplex_server.rpc.calls.bounds import (
 from loraplex_server.rpc.calls.bounds import (
     MAX_LISTED as MAX_LISTED,
 )
-from loraplex_server.rpc.calls.ids import is_adapter_id, is_request_id
+from loraplex_server.rpc.calls.ids import adapter_id_fault, is_request_id, name_fault
 
 MAX_LOGPROBS: Final = 20
 MAX_PROMPT_SCORES: Final = 1 << 20
@@ -41,8 +41,6 @@ MAX_PROMPT_SCORES: Final = 1 << 20
 
 
 ROLES: Final = ("system", "developer", "user", "assistant", "tool")
-
-ADAPTER_ID_FORM: Final = 'must be "name", "name@<version>" or "name@sha256:<64 hex digits>"'
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +89,15 @@ class RequestChecks:
         """Requires 1 to `most` bytes of UTF-8."""
         self.require(1 <= len(text.encode()) <= most, field, f"must be 1 to {most} bytes")
 
+    def name(self, field: str, text: str) -> None:
+        """Requires a name without a version."""
+        fault = name_fault(text)
+        self.require(not fault, field, fault)
+
     def adapter_id(self, field: str, text: str) -> None:
         """Requires an adapter id."""
-        self.require(is_adapter_id(text), field, ADAPTER_ID_FORM)
+        fault = adapter_id_fault(text)
+        self.require(not fault, field, fault)
 
     def tokens(self, field: str, ids: Sequence[int], vocab_size: int) -> None:
         """Requires every id to be in the vocabulary; reports the first that is not."""

@@ -7,7 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 from loraplex.v1 import adapter_pb2
-from loraplex_adapters.format.files import MAX_CONFIG_BYTES
+from loraplex_adapters.format.files import CONFIG_FILE, MAX_CONFIG_BYTES, WEIGHTS_FILE
+from loraplex_adapters.store.index.ids import did_you_mean
+from loraplex_adapters.store.index.labels import suggested_key
 from loraplex_adapters.store.index.texts import MAX_EOS_TOKENS, MAX_TEMPLATE_BYTES
 from loraplex_model.base.refusal import Problem
 
@@ -19,15 +21,15 @@ from loraplex_server.rpc.calls.bounds import (
     MAX_PAGE_TOKEN,
     MAX_PATH_BYTES,
 )
-from loraplex_server.rpc.calls.ids import is_adapter_id, is_name
-from loraplex_server.rpc.messages.validate import ADAPTER_ID_FORM, RequestChecks
+from loraplex_server.rpc.calls.ids import adapter_id_fault, name_fault
+from loraplex_server.rpc.messages.validate import RequestChecks
 
 MAX_PAGE: Final = 1000
 MAX_DRAIN_SECONDS: Final = 86_400
 MAX_CHUNK_BYTES: Final = 1 << 20
 
-_NAME_FORM: Final = "must match [a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
 _LABEL_FORM: Final = "the key must match [a-z0-9][a-z0-9._/-]{0,62}"
+_RAISE: Final = "; the server's setting max_adapter_file raises the limit"
 _UPLOAD_FORM: Final = "is not an id of StartUpload"
 _LABEL: Final = re.compile(r"[a-z0-9][a-z0-9._/-]{0,62}", re.ASCII)
 _DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}", re.ASCII)
@@ -37,7 +39,7 @@ _UPLOAD: Final = re.compile(r"[A-Za-z0-9_-]{1,64}", re.ASCII)
 def register(request: adapter_pb2.RegisterAdapterRequest) -> list[Problem]:
     """Problems of a registration. The path is only checked further when it is opened."""
     checks = RequestChecks("")
-    checks.require(is_name(request.name), "name", _NAME_FORM)
+    checks.name("name", request.name)
     checks.size("path", request.path, MAX_PATH_BYTES)
     labels("labels", request.labels, checks)
     _texts(request, checks)
@@ -46,12 +48,14 @@ def register(request: adapter_pb2.RegisterAdapterRequest) -> list[Problem]:
 
 def adapter_id(text: str) -> list[Problem]:
     """Problems of the `adapter_id` of an adapter call, which must not be empty."""
-    return [] if is_adapter_id(text) else [Problem("adapter_id", ADAPTER_ID_FORM)]
+    fault = adapter_id_fault(text)
+    return [Problem("adapter_id", fault)] if fault else []
 
 
 def name(text: str, field: str = "name") -> list[Problem]:
     """Problems of a name without a version, or of an alias."""
-    return [] if is_name(text) else [Problem(field, _NAME_FORM)]
+    fault = name_fault(text)
+    return [Problem(field, fault)] if fault else []
 
 
 def page(request: adapter_pb2.ListAdaptersRequest) -> list[Problem]:
@@ -90,7 +94,7 @@ def label(request: adapter_pb2.LabelAdapterRequest) -> list[Problem]:
 def alias(request: adapter_pb2.SetAliasRequest) -> list[Problem]:
     """Problems of the setting of an alias."""
     checks = RequestChecks("")
-    checks.require(is_name(request.alias), "alias", _NAME_FORM)
+    checks.name("alias", request.alias)
     checks.adapter_id("adapter_id", request.adapter_id)
     if request.expected:
         checks.adapter_id("expected", request.expected)
@@ -110,9 +114,14 @@ def header(header: adapter_pb2.UploadHeader, max_weights_bytes: int) -> list[Pro
         for field in ("name", "replace", "load", "labels", "chat_template", "eos_token_ids"):
             checks.require(not getattr(header, field), field, "must not be set with `stage_only`")
     else:
-        checks.require(is_name(header.name), "name", _NAME_FORM)
-    checks.between("config_size", header.config_size, 1, MAX_CONFIG_BYTES)
-    checks.between("weights_size", header.weights_size, 1, max_weights_bytes)
+        checks.name("name", header.name)
+    sizes = (
+        ("config_size", CONFIG_FILE, header.config_size, MAX_CONFIG_BYTES, ""),
+        ("weights_size", WEIGHTS_FILE, header.weights_size, max_weights_bytes, _RAISE),
+    )
+    for field, file, size, most, advice in sizes:
+        text = f"{file} has {size} bytes; 1 to {most} are accepted{advice}"
+        checks.require(1 <= size <= most, field, text)
     if header.expected_digest:
         good = _DIGEST.fullmatch(header.expected_digest) is not None
         checks.require(good, "expected_digest", 'must be "sha256:" and 64 hex digits')
@@ -174,4 +183,6 @@ def _files(field: str, names: Sequence[str], checks: RequestChecks) -> None:
 
 def _keys(field: str, keys: Iterable[str], checks: RequestChecks) -> None:
     for key in keys:
-        checks.require(_LABEL.fullmatch(key) is not None, f"{field}[{key[:64]}]", _LABEL_FORM)
+        if _LABEL.fullmatch(key) is None:
+            hint = did_you_mean(suggested_key(key))
+            checks.add(f"{field}[{key[:64]}]", _LABEL_FORM + hint)

@@ -18,13 +18,12 @@ from loraplex_server.rpc.calls.bounds import (
     MAX_SYSTEM_BYTES,
     MAX_WORD_BYTES,
 )
-from loraplex_server.rpc.calls.ids import is_name, is_request_id
+from loraplex_server.rpc.calls.ids import is_request_id
 from loraplex_server.rpc.messages.validate import RequestChecks
 from loraplex_server.rpc.messages.validate_adapters import MAX_PAGE, labels
 
 MAX_INLINE: Final = 3 << 20
 
-_NAME_FORM: Final = "must match [a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
 _OPTION: Final = re.compile(r"[a-z][a-z0-9_]{0,63}", re.ASCII)
 _JOB: Final = re.compile(r"[0-9a-f-]{1,64}", re.ASCII)
 _FILES: Final = ("loftq_source",)
@@ -38,7 +37,7 @@ def create(request: training_pb2.CreateJobRequest) -> list[Problem]:
         text = f"must be 1 to {MAX_REQUEST_ID} printable ASCII characters"
         checks.require(is_request_id(request.request_id), "request_id", text)
     spec = request.spec
-    checks.require(is_name(spec.name), "spec.name", _NAME_FORM)
+    checks.name("spec.name", spec.name)
     _options(spec.method.options, checks)
     checks.require(
         not (spec.HasField("epochs") and spec.HasField("steps")),
@@ -62,7 +61,7 @@ def create(request: training_pb2.CreateJobRequest) -> list[Problem]:
     _data(request, checks)
     delivery = request.delivery
     if delivery.alias:
-        checks.require(is_name(delivery.alias), "delivery.alias", _NAME_FORM)
+        checks.name("delivery.alias", delivery.alias)
         checks.require(
             delivery.alias != spec.name, "delivery.alias", "must not be the adapter's name"
         )

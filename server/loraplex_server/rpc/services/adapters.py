@@ -10,7 +10,7 @@ from typing import Any, Final, TypeVar
 import grpc
 from loraplex.v1 import adapter_pb2 as pb
 from loraplex.v1 import adapter_pb2_grpc
-from loraplex_adapters.format.notes import folder_notes
+from loraplex_adapters.format.foreign.notes import folder_notes
 from loraplex_adapters.store import Record, VersionText
 from loraplex_model.base.refusal import Refusal, Subject
 
@@ -151,7 +151,7 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         return pb.RegisterAdapterResponse(
             adapter=self._describe(adapter.record),
             created=created,
-            notes=await self._registry.notes(source, terms.text),
+            notes=[*await self._registry.notes(source, terms.text), *adapter.record.notes],
         )
 
     async def LabelAdapter(

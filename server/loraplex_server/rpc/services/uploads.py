@@ -10,7 +10,7 @@ from typing import Final
 
 from loraplex.v1 import adapter_pb2
 from loraplex_adapters.format.files import CONFIG_FILE, WEIGHTS_FILE
-from loraplex_adapters.format.notes import folder_notes
+from loraplex_adapters.format.foreign.notes import folder_notes
 from loraplex_adapters.store import VersionText
 from loraplex_model.base.refusal import Problem, Reason, Refusal, Subject
 
@@ -104,18 +104,18 @@ class UploadReceiver:
                 raise _offset(header.upload_id, file, text)
         if header.stage_only:
             return None
-        text = VersionText.of(header.chat_template, header.eos_token_ids)
+        brings = VersionText.of(header.chat_template, header.eos_token_ids)
         terms = RegistrationTerms(
             header.name,
             header.replace,
             dict(header.labels),
             header.expected_digest,
             header.load,
-            text,
+            brings,
         )
         adapter, created = await self._registry.finish_upload(header.upload_id, terms)
-        notes = folder_notes(header.other_files, has_template=bool(text.chat_template))
-        return UploadOutcome(adapter, created, notes)
+        notes = folder_notes(header.other_files, has_template=bool(brings.chat_template))
+        return UploadOutcome(adapter, created, [*notes, *adapter.record.notes])
 
     async def _header(
         self, requests: AsyncIterator[adapter_pb2.UploadAdapterRequest]
