@@ -77,7 +77,7 @@ def _longest(budget: Budget, given: Any) -> int:
         elif isinstance(value, int):
             longest = max(longest, abs(value) if abs(value) <= MAX_NUMBER else SHORT)
         else:
-            longest = max(longest, 16 * budget.weight(value))
+            longest = max(longest, 16 * budget.weight(budget.walked(value)))
     return longest
 
 
