@@ -11,6 +11,8 @@ from loraplex_adapters.store import Record, VersionText
 from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_model.checkpoints.chat import ChatTemplate
 
+from loraplex_server.runtime.lanes import Lane
+
 T = TypeVar("T")
 
 COMPILED: Final = 64
@@ -48,11 +50,12 @@ class AdapterTexts:
             self._compile(text.chat_template)
 
     async def template(
-        self, records: Sequence[Record], read: Callable[[str], Awaitable[str]]
+        self, records: Sequence[Record], read: Callable[[str], Awaitable[str]], lane: Lane
     ) -> ChatTemplate | None:
         """The template of a request with these adapters; None for the base model's.
 
-        `read` returns the source of a template by its SHA-256. Raises Refusal(ADAPTER_UNSUPPORTED)
+        `read` returns the source of a template by its SHA-256, which is compiled in a thread of
+        `lane`. Raises Refusal(ADAPTER_UNSUPPORTED)
         if templates of adapters are not allowed any more, and ADAPTER_CORRUPT if the index has lost
         the template.
         """
@@ -64,7 +67,8 @@ class AdapterTexts:
             raise Refusal(Reason.ADAPTER_UNSUPPORTED, message, "messages")
         found = self._compiled.get(sha256)
         if found is None:
-            found = self._compiled[sha256] = self._compile(await read(sha256))
+            compiled = await lane.run(self._compile, await read(sha256))
+            found = self._compiled[sha256] = compiled
             if len(self._compiled) > COMPILED:
                 self._compiled.popitem(last=False)
         self._compiled.move_to_end(sha256)
@@ -72,7 +76,9 @@ class AdapterTexts:
 
     def _compile(self, source: str) -> ChatTemplate:
         try:
-            return ChatTemplate(source, self._special_tokens)
+            template = ChatTemplate(source, self._special_tokens)
+            _ = template.abilities  # found by rendering, which must not happen on the event loop
+            return template
         except TemplateError as error:
             message = f"the chat template does not compile: {error}"
             raise Refusal(Reason.FIELD_INVALID, message, "chat_template") from error
