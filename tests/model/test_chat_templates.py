@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 from loraplex_model.checkpoints.chat import ChatOptions, ChatTemplate, TextRefused
+from model.chat_styles import SPECIAL_TOKENS, STYLES
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
-
-from model.chat_styles import SPECIAL_TOKENS, STYLES
 
 
 @dataclass(frozen=True)
@@ -325,30 +324,37 @@ EXPRESSIONS = [
     "{{ value }}{{ none }}{{ true }}{{ 1.50 }}{{ missing }}{{ value.missing }}",
     "{{ value | dictsort(true, 'key', true) | map('first') | join('-') }}",
     "{% for k, v in value | items %}{{ loop.index0 ~ k }}{% endfor %}",
-    "{% for k in value if k is not in ['b'] %}{{ loop.cycle('x', 'y') ~ k }}{% else %}n{% endfor %}",
+    "{% for k in value if k is not in ['b'] %}{{ loop.cycle('x', 'y') ~ k }}{% else %}"
+    "n{% endfor %}",
     "{{ value.list[::-1] | list }}{{ value.list[1:] }}{{ value.b[:-1] }}{{ value['b'][0] }}",
-    "{{ value.list | sum }}{{ value.list | map('string') | list }}{{ value.list | batch(2) | list }}",
+    "{{ value.list | sum }}{{ value.list | map('string') | list }}"
+    "{{ value.list | batch(2) | list }}",
     "{{ [[1], [2]] | sum(start=[]) }}{{ value.list | reverse | join(',') }}{{ (1, 2)[0] }}",
     "{{ '%s|%5.2f|%(x)s' | replace('%(x)s', '') % ('a', 2) }}{{ '%(k)s' % {'k': 'v'} }}",
     "{{ '{0:>5}{b}'.format('a', b=value.b) }}{{ '{}'.format(value.list) }}{{ 'a' * 3 ~ 2 ** 5 }}",
     "{{ value.b is string }}{{ value is mapping }}{{ 1 in value.list }}{{ 2 < 3 <= 3 != 4 }}",
     "{% set ns = namespace(n=0, t='') %}{% for i in range(4) %}{% set ns.n = ns.n + i %}"
     "{% if i == 2 %}{% break %}{% endif %}{% endfor %}{{ ns.n }}",
-    "{% macro f(a, b='-') %}{{ a }}{{ b }}{{ varargs | length }}{% endmacro %}{{ f(1) ~ f(2, 3, 4) }}",
+    "{% macro f(a, b='-') %}{{ a }}{{ b }}{{ varargs | length }}{% endmacro %}"
+    "{{ f(1) ~ f(2, 3, 4) }}",
     "{% set x %} a {{ value.b }}{% endset %}{{ x | trim | indent(2, true) }}{{ x | length }}",
     "{% filter upper %}a{{ value.b }}{% endfilter %}{% set s = joiner('; ') %}{{ s() }}a{{ s() }}b",
     "{% for i in [1, [2, [3]]] recursive %}{% if i is iterable %}({{ loop(i) }}){% else %}{{ i }}"
     "{% endif %}{% endfor %}",
-    "{{ [{'a': 1}, {'a': 1}] | groupby('a') | list | length }}{{ ['b', 'A'] | sort }}{{ [1, 1] | unique | list }}",
-    "{{ ' a b '.split() }}{{ 'a,b'.split(',', 1)[1] }}{{ '-'.join(['x', 'y']) }}{{ 'abc'.replace('b', '') }}",
+    "{{ [{'a': 1}, {'a': 1}] | groupby('a') | list | length }}{{ ['b', 'A'] | sort }}"
+    "{{ [1, 1] | unique | list }}",
+    "{{ ' a b '.split() }}{{ 'a,b'.split(',', 1)[1] }}{{ '-'.join(['x', 'y']) }}"
+    "{{ 'abc'.replace('b', '') }}",
     "{{ value.b | title }}{{ 'a<b' | e }}{{ 'a\n\n  b' | wordwrap(3) }}{{ 'x' | center(7) }}",
     "{{ value.keys() | list }}{{ value.items() | list | length }}{{ value.get('zz', 4) }}",
     "{{ 2.567 | round(1) }}{{ '12' | int + 1 }}{{ -5 | abs }}{{ 7 // 2 }}{{ 7 % 4 }}{{ 1 / 2 }}",
     "{{ dict(a=1, **{'b': 2}) }}{{ dict.fromkeys(['x'], 0) }}{{ strftime_now('%Y') | length }}",
     "{% autoescape true %}{{ '<' }}{{ '<b>' | safe }}{{ value.list }}{% endautoescape %}{{ '<' }}",
-    "{{ range(3) | list }}{{ range(2) }}{{ value.b | string }}{{ 3 | string ~ value.list | string }}",
+    "{{ range(3) | list }}{{ range(2) }}{{ value.b | string }}"
+    "{{ 3 | string ~ value.list | string }}",
     "{% block a %}{{ value.b }}{% endblock %}{{ self.a() }}{% raw %}{{ }}{% endraw %}{# note #}",
-    "a\n  {% if true %}\n  b\n  {% endif %}\n{%- if true -%}\n  c {{- 'd' -}} \n e {% endif +%}\n f\n",
+    "a\n  {% if true %}\n  b\n  {% endif %}\n{%- if true -%}\n  c {{- 'd' -}}"
+    " \n e {% endif +%}\n f\n",
 ]
 
 

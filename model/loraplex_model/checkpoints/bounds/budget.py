@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
+from collections.abc import Iterator, Mapping, MappingView
 from typing import Any, Final, NoReturn
 
 MAX_WORK: Final = 300_000
@@ -15,8 +15,6 @@ MAX_TEXT: Final = 4 << 20
 
 CHARACTERS: Final = 128
 NODES: Final = 16
-
-Views = KeysView | ValuesView | ItemsView
 
 
 class TextRefused(Exception):
@@ -66,7 +64,7 @@ class Budget:
         """
         if isinstance(value, str):
             return 1 + len(value) // 8
-        if not isinstance(value, list | tuple | set | frozenset | Mapping | Views):
+        if not isinstance(value, list | tuple | set | frozenset | Mapping | MappingView):
             return 1
         if not hasattr(self._state, "weights"):
             self._state.weights = {}
@@ -74,14 +72,14 @@ class Budget:
         if id(value) in known:
             return known[id(value)][1]
         total = 1
-        inner = value.items() if isinstance(value, Mapping) else value
+        inner: Any = value.items() if isinstance(value, Mapping) else value
         for item in inner:
             if isinstance(value, Mapping):
                 total += self.weight(item[0]) + self.weight(item[1])
             else:
                 total += self.weight(item)
             fits(total)
-        if not isinstance(value, Views):
+        if not isinstance(value, MappingView):
             # The value is kept, so that no other one takes its identity. A template cannot change
             # it, so its weight stays.
             known[id(value)] = value, total
@@ -96,7 +94,7 @@ class Budget:
             self.spend(len(value) // NODES)
         elif isinstance(value, int):
             self.spend(value.bit_length() // 1024)
-        elif isinstance(value, list | tuple | set | Mapping | Views):
+        elif isinstance(value, list | tuple | set | Mapping | MappingView):
             self.spend(self.weight(value) // NODES)
         elif isinstance(value, Iterator):
             return self._counted(value)
@@ -111,7 +109,7 @@ class Budget:
         """Counts an operand of a comparison."""
         if isinstance(value, str):
             self.spend(len(value) // (8 * CHARACTERS))
-        elif isinstance(value, list | tuple | set | Mapping | Views):
+        elif isinstance(value, list | tuple | set | Mapping | MappingView):
             self.spend(self.weight(value) // NODES)
         return value
 
