@@ -200,6 +200,12 @@ class Config(BaseSettings):
     trainer: list[str] | None = Field(None, repr=False)
     """Command line that starts the trainer. Tests set their own."""
 
+    @field_validator("chat_template", mode="before")
+    @classmethod
+    def _named(cls, given: object) -> object:
+        """Takes an empty text, such as that of a variable that is set to nothing, for no file."""
+        return None if given == "" else given
+
     @field_validator("devices", mode="before")
     @classmethod
     def _joined(cls, given: object) -> object:
