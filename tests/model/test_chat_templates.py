@@ -350,6 +350,7 @@ EXPRESSIONS = [
     "{{ 2.567 | round(1) }}{{ '12' | int + 1 }}{{ -5 | abs }}{{ 7 // 2 }}{{ 7 % 4 }}{{ 1 / 2 }}",
     "{{ dict(a=1, **{'b': 2}) }}{{ dict.fromkeys(['x'], 0) }}{{ strftime_now('%Y') | length }}",
     "{% autoescape true %}{{ '<' }}{{ '<b>' | safe }}{{ value.list }}{% endautoescape %}{{ '<' }}",
+    "{% autoescape true %}{{ value.b ~ '<' }}{{ '<b>' | safe ~ value.b }}{% endautoescape %}",
     "{{ range(3) | list }}{{ range(2) }}{{ value.b | string }}"
     "{{ 3 | string ~ value.list | string }}",
     "{% block a %}{{ value.b }}{% endblock %}{{ self.a() }}{% raw %}{{ }}{% endraw %}{# note #}",
@@ -371,6 +372,13 @@ def test_marks_of_the_encoder_stay_in_escaped_json() -> None:
     source = "{{ messages[0].content | tojson(ensure_ascii=True) }}"
     text = ChatTemplate(source, {}).render([message("user", "é\ufdd0\ufdef\uffff")])
     assert text == '"\\u00e9\ufdd0\ufdef\\uffff"'
+    text = ChatTemplate(source, {}).render([message("user", r"\ufdd0")])
+    assert text == r'"\\ufdd0"'
+
+
+def test_a_continued_answer_that_is_written_twice_has_no_marks_inside() -> None:
+    source = "{% for m in messages %}{{ m.content }}/{{ m.content }}{% endfor %}"
+    assert ChatTemplate(source, {}).render([message("assistant", "1, 2")]) == "1, 2/1, 2"
 
 
 def test_another_template_may_be_used_for_tools() -> None:

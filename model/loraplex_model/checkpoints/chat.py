@@ -208,4 +208,6 @@ def _cut(text: str, kept: str) -> str:
             "the chat template does not render the text of the last message as it is, so it cannot "
             "be continued"
         )
-    return text[:at] if text.startswith(_END, at) else text[:at].rstrip()
+    text = text[:at] if text.startswith(_END, at) else text[:at].rstrip()
+    # A template may write the message several times.
+    return text.replace(kept + _END, kept)

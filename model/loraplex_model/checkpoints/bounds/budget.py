@@ -6,6 +6,10 @@ import threading
 from collections.abc import Iterator, Mapping, MappingView
 from typing import Any, Final, NoReturn
 
+from jinja2 import pass_eval_context
+from jinja2.nodes import EvalContext
+from jinja2.runtime import markup_join, str_join
+
 MAX_WORK: Final = 300_000
 """Units of work of one rendering: some seconds at most. A unit is a pass of a loop, a call or the
 use of a filter, `CHARACTERS` characters of a text, or `NODES` values of a list or mapping."""
@@ -126,11 +130,12 @@ class Budget:
         """Counts an operand of `in` or a key; a mapping finds its keys without a search."""
         return value if isinstance(value, Mapping) else self.compared(value)
 
-    def joined(self, pieces: list[Any]) -> str:
-        """The operator `~`."""
+    @pass_eval_context
+    def joined(self, context: EvalContext, pieces: list[Any]) -> str:
+        """The operator `~`, which escapes HTML in blocks of the tag `autoescape`."""
         texts = [self.shown(piece) for piece in pieces]
         fits(sum(map(len, texts)))
-        return "".join(texts)
+        return markup_join(texts) if context.autoescape else str_join(texts)
 
     def shown(self, value: Any) -> str:
         """The text of a value, counted before and after it is made."""

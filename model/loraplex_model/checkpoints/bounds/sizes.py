@@ -139,6 +139,9 @@ def to_json(
         pieces.append(piece)
     text = "".join(pieces)
     if ensure_ascii and "\\ufd" in text:
+        # A backslash of the value itself is written as two, which are no beginning of an escape.
+        parts = text.split(r"\\")
         for code in range(0xFDD0, 0xFDF0):
-            text = text.replace(f"\\u{code:04x}", chr(code))
+            parts = [part.replace(rf"\u{code:04x}", chr(code)) for part in parts]
+        text = r"\\".join(parts)
     return text
