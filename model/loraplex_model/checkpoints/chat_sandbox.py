@@ -15,7 +15,6 @@ from jinja2 import nodes, pass_context, pass_eval_context
 from jinja2.environment import Template
 from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.ext import Extension, loopcontrols
-from jinja2.meta import find_undeclared_variables
 from jinja2.parser import Parser
 from jinja2.runtime import Context, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -28,7 +27,7 @@ from loraplex_model.checkpoints.bounds.budget import (
     TooMuchWork,
     refuse,
 )
-from loraplex_model.checkpoints.bounds.counting import Counting
+from loraplex_model.checkpoints.bounds.counting import Counting, variables_read
 from loraplex_model.checkpoints.bounds.filters import bounded_filter, bounded_test
 from loraplex_model.checkpoints.bounds.sizes import (
     check_method,
@@ -48,10 +47,13 @@ know of uses them."""
 _MAX_DATE_FORM: Final = 1000
 
 
-def compile_template(source: str, clock: Callable[[], datetime]) -> tuple[Template, frozenset[str]]:
-    """Compiles a template; returns it with the names of the variables that it reads.
+def compile_template(
+    source: str, clock: Callable[[], datetime]
+) -> tuple[Template, frozenset[str], frozenset[str]]:
+    """Compiles a template.
 
-    `clock` returns the local time that the template may print. Raises jinja2.TemplateError.
+    Returns it with the names of the variables that it reads from outside, and of those among them
+    that it does not set itself before. `clock` returns the local time that the template may print. Raises jinja2.TemplateError.
     """
     sandbox = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Bounds])
     budget = sandbox.budget
@@ -71,8 +73,7 @@ def compile_template(source: str, clock: Callable[[], datetime]) -> tuple[Templa
         "namespace": _Names,
     }
     try:
-        names = find_undeclared_variables(sandbox.parse(source))
-        return sandbox.from_string(source), frozenset(names)
+        return sandbox.from_string(source), *variables_read(sandbox.parse(source))
     except TemplateError:
         raise
     except (RecursionError, MemoryError, SyntaxError, ValueError, OverflowError) as error:
