@@ -122,7 +122,7 @@ class ChatTemplate:
     def _check(self, options: ChatOptions) -> None:
         if options.tools and not self.takes_tools:
             raise TextRefused(
-                "the chat template does not read tools, so the model would not see them"
+                "the chat template does not read tools; send the conversation without them"
             )
         unknown = sorted(options.variables.keys() - set(self.variables))
         if unknown:

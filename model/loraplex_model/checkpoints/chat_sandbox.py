@@ -41,8 +41,8 @@ __all__ = ["MAX_WORK", "TextRefused", "TooMuchWork", "begin", "compile_template"
 _BYTES: Final = frozenset(
     {"encode", "to_bytes", "from_bytes", "fromhex", "translate", "maketrans", "expandtabs"}
 )
-"""Methods of texts and numbers that make bytes, or texts that may be very long. No template that we
-know of uses them."""
+"""Methods of texts and numbers that make bytes, or texts that may be very long. No known
+template uses them."""
 
 _MAX_DATE_FORM: Final = 1000
 
@@ -86,7 +86,7 @@ def begin(template: Template) -> None:
 
 
 def end(template: Template) -> None:
-    """Forgets the values that a rendering in this thread had."""
+    """Drops what was kept about the values of a rendering in this thread."""
     _budget(template.environment).end()
 
 

@@ -152,7 +152,7 @@ class DataSpec:
     roles: Names = field(default_factory=dict)
     """Roles of messages under other names, as in human=user,bot=assistant."""
     strict: bool = False
-    """Refuse lines that would be left out, such as conversations that end with a question."""
+    """Refuse lines that would be dropped, such as conversations that end with a question."""
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -248,11 +248,11 @@ class RunSpec:
     model: str = "default"
     """Base model: a directory, a GGUF file, a hub id, or `default`."""
     chat_template: Annotated[Path | None, BLANK_IS_NONE] = None
-    """File with a chat template (Jinja) that takes the place of the model's, as a server with the
-    same option uses it."""
+    """File with a chat template (Jinja), used in place of the model's or for a model without one.
+    The server needs the same setting."""
     special_tokens_in_messages: bool = False
-    """Recognise special tokens that messages spell out, as a server with the same option does.
-    Otherwise they are text."""
+    """Recognise control tokens that messages spell out; the server needs the same setting. By
+    default they are text."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Data type of the base model's dense tensors: float32 or bfloat16, or float64 for numerical
     checks (slow)."""

@@ -1,4 +1,4 @@
-"""The budget of one rendering: every piece of work is taken from it, until nothing is left."""
+"""The budget of one rendering: every piece of work is counted, up to a limit."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ class TooMuchWork(TextRefused):
     """A template exceeds a bound."""
 
     def __init__(self) -> None:
-        super().__init__("the chat template needs too much work or memory for this conversation")
+        super().__init__(
+            "the chat template needs too much work or memory for this conversation; shorten it, or "
+            "send a prompt"
+        )
 
 
 def fits(size: int) -> None:
@@ -48,7 +51,7 @@ class Budget:
         self._state.weights = {}
 
     def end(self) -> None:
-        """Forgets the values of the rendering in this thread."""
+        """Drops what was kept about the values of the rendering in this thread."""
         self._state.weights = {}
 
     def spend(self, work: int = 1) -> str:
@@ -59,7 +62,7 @@ class Budget:
         return ""
 
     def weight(self, value: Any) -> int:
-        """How many values a value holds at any depth; eight characters count as much as one.
+        """Number of values that a value holds at any depth; eight characters count as much as one.
 
         A value that is held several times counts each time, since whatever walks through it does
         so several times. Raises TooMuchWork beyond `MAX_TEXT`.
