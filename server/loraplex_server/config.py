@@ -33,11 +33,8 @@ from loraplex_server.engine.runner.config import CustomRunner, RunnerConfig
 DEFAULT_MODEL: Final = "default"
 
 Port = Annotated[int, Field(ge=0, le=65535)]
-
-
-def _none_if_empty(value: object) -> object:
-    """The path "" of an environment variable would be the current directory."""
-    return None if value == "" else value
+PathOrNone = Annotated[Path | None, BeforeValidator(lambda given: given or None)]
+"""A path, or None for "", which would be the current directory."""
 
 
 PANELS: Final = {
@@ -148,7 +145,7 @@ class Config(BaseSettings):
 
     max_context: int = Field(0, ge=0)
     """Longest prompt and answer together, in tokens; 0 uses the model's context length."""
-    chat_template: Annotated[Path | None, BeforeValidator(_none_if_empty)] = None
+    chat_template: PathOrNone = None
     """File with a chat template (Jinja), used in place of the model's or for a model without one;
     if empty, the model's is used."""
     special_tokens_in_messages: bool = False
@@ -309,10 +306,9 @@ class Config(BaseSettings):
 
     def trainer_options(self) -> dict[str, str]:
         """Training options that the operator fixes, keyed by the trainer's names."""
-        template = {} if self.chat_template is None else {"chat_template": self.chat_template}
         return {
             "model": self.model,
-            **{name: str(path.absolute()) for name, path in template.items()},
+            "chat_template": str(self.chat_template.absolute()) if self.chat_template else "",
             "special_tokens_in_messages": str(self.special_tokens_in_messages).lower(),
             "dtype": self.dtype,
             "device": self.engine_device,
