@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Tries templates, adapters and data of other programs on real servers and commands: make test-field
+"""Tries templates, adapters and data of other programs on real servers: make test-field
 
     python scripts/field_tests.py [PYTEST ARGUMENTS]
 

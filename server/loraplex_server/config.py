@@ -33,9 +33,7 @@ from loraplex_server.engine.runner.config import CustomRunner, RunnerConfig
 DEFAULT_MODEL: Final = "default"
 
 Port = Annotated[int, Field(ge=0, le=65535)]
-PathOrNone = Annotated[Path | None, BeforeValidator(lambda given: given or None)]
-"""A path, or None for "", which would be the current directory."""
-
+PathOrNone = Annotated[Path | None, BeforeValidator(lambda given: given or None)]  # "" is no path
 
 PANELS: Final = {
     "model": "Model",
@@ -146,8 +144,7 @@ class Config(BaseSettings):
     max_context: int = Field(0, ge=0)
     """Longest prompt and answer together, in tokens; 0 uses the model's context length."""
     chat_template: PathOrNone = None
-    """File with a chat template (Jinja), used in place of the model's or for a model without one;
-    if empty, the model's is used."""
+    """File with a chat template (Jinja), in place of the model's. If empty, the model's is used."""
     special_tokens_in_messages: bool = False
     """Recognise control tokens that messages spell out, also in the data of training jobs, so that
     a message can end its turn and open another. By default they are text."""

@@ -40,9 +40,7 @@ def render(
     ] = None,
     tools: Annotated[
         str | None,
-        option(
-            "Model", "JSON file with a list of functions that the model may call.", metavar="FILE"
-        ),
+        option("Model", "JSON file with a list of functions for the model.", metavar="FILE"),
     ] = None,
     adapter: options.Adapter = None,
     system: options.System = None,

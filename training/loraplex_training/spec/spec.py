@@ -248,8 +248,7 @@ class RunSpec:
     model: str = "default"
     """Base model: a directory, a GGUF file, a hub id, or `default`."""
     chat_template: Annotated[Path | None, BLANK_IS_NONE] = None
-    """File with a chat template (Jinja), used in place of the model's or for a model without one.
-    The server needs the same setting."""
+    """File with a chat template (Jinja), in place of the model's. The server needs the same."""
     special_tokens_in_messages: bool = False
     """Recognise control tokens that messages spell out; the server needs the same setting. By
     default they are text."""
