@@ -113,7 +113,8 @@ class DataReport:
             if counts.truncated:
                 notes.append(
                     f"{counts.truncated:,} of {counts.examples:,} {side} examples were cut, by "
-                    f"{counts.cut:,} tokens in all, and do not teach to stop; raise max_length"
+                    f"{counts.cut:,} tokens in all, so the model does not learn to stop after "
+                    "them; raise max_length"
                 )
         for cause, places in self.causes.items() if with_causes else ():
             notes.append(f"{_lines(len(places))} dropped; each {cause}: {_some(places)}")

@@ -17,7 +17,10 @@ from loraplex_adapters.format.packing import packed_bytes
 from loraplex_adapters.format.spec import AdapterLimits, BaseCopy, CheckedAdapter, ModuleSpec
 from loraplex_adapters.format.strict_json import shown
 
-_INCOMPARABLE = "cannot be compared with the base, whose stored weights cannot be read"
+_INCOMPARABLE = (
+    "cannot be compared with the base, whose stored weights cannot be read; save the adapter "
+    "without this tensor"
+)
 
 
 @dataclass(frozen=True, slots=True)
