@@ -1,5 +1,7 @@
 """Chat templates in the styles of well-known models, written for the tests."""
 
+# ruff: noqa: E501  a line break would be part of the template
+
 from __future__ import annotations
 
 from typing import Final

@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 from loraplex_model.checkpoints.chat import ChatOptions, ChatTemplate, TextRefused
+from model.chat_styles import SPECIAL_TOKENS, STYLES
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
-
-from model.chat_styles import SPECIAL_TOKENS, STYLES
 
 
 @dataclass(frozen=True)
@@ -325,30 +324,38 @@ EXPRESSIONS = [
     "{{ value }}{{ none }}{{ true }}{{ 1.50 }}{{ missing }}{{ value.missing }}",
     "{{ value | dictsort(true, 'key', true) | map('first') | join('-') }}",
     "{% for k, v in value | items %}{{ loop.index0 ~ k }}{% endfor %}",
-    "{% for k in value if k is not in ['b'] %}{{ loop.cycle('x', 'y') ~ k }}{% else %}n{% endfor %}",
+    "{% for k in value if k is not in ['b'] %}{{ loop.cycle('x', 'y') ~ k }}{% else %}"
+    "n{% endfor %}",
     "{{ value.list[::-1] | list }}{{ value.list[1:] }}{{ value.b[:-1] }}{{ value['b'][0] }}",
-    "{{ value.list | sum }}{{ value.list | map('string') | list }}{{ value.list | batch(2) | list }}",
+    "{{ value.list | sum }}{{ value.list | map('string') | list }}"
+    "{{ value.list | batch(2) | list }}",
     "{{ [[1], [2]] | sum(start=[]) }}{{ value.list | reverse | join(',') }}{{ (1, 2)[0] }}",
     "{{ '%s|%5.2f|%(x)s' | replace('%(x)s', '') % ('a', 2) }}{{ '%(k)s' % {'k': 'v'} }}",
     "{{ '{0:>5}{b}'.format('a', b=value.b) }}{{ '{}'.format(value.list) }}{{ 'a' * 3 ~ 2 ** 5 }}",
     "{{ value.b is string }}{{ value is mapping }}{{ 1 in value.list }}{{ 2 < 3 <= 3 != 4 }}",
     "{% set ns = namespace(n=0, t='') %}{% for i in range(4) %}{% set ns.n = ns.n + i %}"
     "{% if i == 2 %}{% break %}{% endif %}{% endfor %}{{ ns.n }}",
-    "{% macro f(a, b='-') %}{{ a }}{{ b }}{{ varargs | length }}{% endmacro %}{{ f(1) ~ f(2, 3, 4) }}",
+    "{% macro f(a, b='-') %}{{ a }}{{ b }}{{ varargs | length }}{% endmacro %}"
+    "{{ f(1) ~ f(2, 3, 4) }}",
     "{% set x %} a {{ value.b }}{% endset %}{{ x | trim | indent(2, true) }}{{ x | length }}",
     "{% filter upper %}a{{ value.b }}{% endfilter %}{% set s = joiner('; ') %}{{ s() }}a{{ s() }}b",
     "{% for i in [1, [2, [3]]] recursive %}{% if i is iterable %}({{ loop(i) }}){% else %}{{ i }}"
     "{% endif %}{% endfor %}",
-    "{{ [{'a': 1}, {'a': 1}] | groupby('a') | list | length }}{{ ['b', 'A'] | sort }}{{ [1, 1] | unique | list }}",
-    "{{ ' a b '.split() }}{{ 'a,b'.split(',', 1)[1] }}{{ '-'.join(['x', 'y']) }}{{ 'abc'.replace('b', '') }}",
+    "{{ [{'a': 1}, {'a': 1}] | groupby('a') | list | length }}{{ ['b', 'A'] | sort }}"
+    "{{ [1, 1] | unique | list }}",
+    "{{ ' a b '.split() }}{{ 'a,b'.split(',', 1)[1] }}{{ '-'.join(['x', 'y']) }}"
+    "{{ 'abc'.replace('b', '') }}",
     "{{ value.b | title }}{{ 'a<b' | e }}{{ 'a\n\n  b' | wordwrap(3) }}{{ 'x' | center(7) }}",
     "{{ value.keys() | list }}{{ value.items() | list | length }}{{ value.get('zz', 4) }}",
     "{{ 2.567 | round(1) }}{{ '12' | int + 1 }}{{ -5 | abs }}{{ 7 // 2 }}{{ 7 % 4 }}{{ 1 / 2 }}",
     "{{ dict(a=1, **{'b': 2}) }}{{ dict.fromkeys(['x'], 0) }}{{ strftime_now('%Y') | length }}",
     "{% autoescape true %}{{ '<' }}{{ '<b>' | safe }}{{ value.list }}{% endautoescape %}{{ '<' }}",
-    "{{ range(3) | list }}{{ range(2) }}{{ value.b | string }}{{ 3 | string ~ value.list | string }}",
+    "{% autoescape true %}{{ value.b ~ '<' }}{{ '<b>' | safe ~ value.b }}{% endautoescape %}",
+    "{{ range(3) | list }}{{ range(2) }}{{ value.b | string }}"
+    "{{ 3 | string ~ value.list | string }}",
     "{% block a %}{{ value.b }}{% endblock %}{{ self.a() }}{% raw %}{{ }}{% endraw %}{# note #}",
-    "a\n  {% if true %}\n  b\n  {% endif %}\n{%- if true -%}\n  c {{- 'd' -}} \n e {% endif +%}\n f\n",
+    "a\n  {% if true %}\n  b\n  {% endif %}\n{%- if true -%}\n  c {{- 'd' -}}"
+    " \n e {% endif +%}\n f\n",
 ]
 
 
@@ -365,6 +372,13 @@ def test_marks_of_the_encoder_stay_in_escaped_json() -> None:
     source = "{{ messages[0].content | tojson(ensure_ascii=True) }}"
     text = ChatTemplate(source, {}).render([message("user", "é\ufdd0\ufdef\uffff")])
     assert text == '"\\u00e9\ufdd0\ufdef\\uffff"'
+    text = ChatTemplate(source, {}).render([message("user", r"\ufdd0")])
+    assert text == r'"\\ufdd0"'
+
+
+def test_a_continued_answer_that_is_written_twice_has_no_marks_inside() -> None:
+    source = "{% for m in messages %}{{ m.content }}/{{ m.content }}{% endfor %}"
+    assert ChatTemplate(source, {}).render([message("assistant", "1, 2")]) == "1, 2/1, 2"
 
 
 def test_another_template_may_be_used_for_tools() -> None:
@@ -380,3 +394,14 @@ def test_the_longest_conversation_of_a_request_is_rendered_by_every_style() -> N
     for style in STYLES:
         rendered = template(style).render([*turns, HELLO])
         assert len(rendered) > 2_000_000, style
+
+
+def test_looking_for_a_message_at_each_message_stays_within_the_bounds() -> None:
+    """What a list holds counts when something walks through it, not whenever the list is made."""
+    source = (
+        "{% for m in messages %}"
+        "{% set users = messages | selectattr('role', 'eq', 'user') | list %}"
+        "{% if loop.index0 == messages | length - 1 %}{{ users | length }}{% endif %}{% endfor %}"
+    )
+    chat = [message("user", "word " * 400)] * 200
+    assert ChatTemplate(source, {}).render(chat) == "200"

@@ -52,8 +52,9 @@ def compile_template(
 ) -> tuple[Template, frozenset[str], frozenset[str]]:
     """Compiles a template.
 
-    Returns it with the names of the variables that it reads from outside, and of those among them
-    that it does not set itself before. `clock` returns the local time that the template may print. Raises jinja2.TemplateError.
+    Returns it with the names of the variables that it reads from outside, and of those
+    that it reads before it sets them. `clock` returns the local time that the template may print.
+    Raises jinja2.TemplateError.
     """
     sandbox = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Bounds])
     budget = sandbox.budget
@@ -62,7 +63,7 @@ def compile_template(
     for name, work in list(sandbox.filters.items()):
         sandbox.filters[name] = bounded_filter(budget, name, work)
     for name, test in list(sandbox.tests.items()):
-        judge: Callable[..., Any] = test
+        judge: Any = test  # for mypy, which knows no type of it
         sandbox.tests[name] = bounded_test(budget, name, judge)
     sandbox.finalize = _finalize
     sandbox.globals.pop("lipsum")

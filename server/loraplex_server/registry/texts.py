@@ -9,7 +9,9 @@ from typing import Final, TypeVar
 from jinja2 import TemplateError
 from loraplex_adapters.store import Record, VersionText
 from loraplex_model.base.refusal import Reason, Refusal
-from loraplex_model.checkpoints.chat import ChatTemplate
+from loraplex_model.checkpoints.chat import ChatTemplate, TextRefused
+
+from loraplex_server.runtime.lanes import Lane
 
 T = TypeVar("T")
 
@@ -40,7 +42,8 @@ class AdapterTexts:
     def check(self, text: VersionText) -> None:
         """Checks what a version is to be registered with. Takes up to a second for a long template.
 
-        Raises Refusal(FIELD_INVALID, field "chat_template"): not allowed, or does not compile.
+        Raises Refusal(FIELD_INVALID, field "chat_template"): templates are not allowed, or it
+        does not compile, or it needs too much work.
         """
         if text.chat_template:
             if not self._allowed:
@@ -48,13 +51,13 @@ class AdapterTexts:
             self._compile(text.chat_template)
 
     async def template(
-        self, records: Sequence[Record], read: Callable[[str], Awaitable[str]]
+        self, records: Sequence[Record], read: Callable[[str], Awaitable[str]], lane: Lane
     ) -> ChatTemplate | None:
         """The template of a request with these adapters; None for the base model's.
 
-        `read` returns the source of a template by its SHA-256. Raises Refusal(ADAPTER_UNSUPPORTED)
-        if templates of adapters are not allowed any more, and ADAPTER_CORRUPT if the index has lost
-        the template.
+        `read` returns the source of a template by its SHA-256, which is compiled in a thread of
+        `lane`. Raises Refusal(ADAPTER_UNSUPPORTED) if templates of adapters are not allowed any
+        more, and ADAPTER_CORRUPT if the index has lost the template.
         """
         sha256 = _common([record.chat_template_sha256 for record in records], "")
         if not sha256:
@@ -64,7 +67,8 @@ class AdapterTexts:
             raise Refusal(Reason.ADAPTER_UNSUPPORTED, message, "messages")
         found = self._compiled.get(sha256)
         if found is None:
-            found = self._compiled[sha256] = self._compile(await read(sha256))
+            compiled = await lane.run(self._compile, await read(sha256))
+            found = self._compiled[sha256] = compiled
             if len(self._compiled) > COMPILED:
                 self._compiled.popitem(last=False)
         self._compiled.move_to_end(sha256)
@@ -72,9 +76,14 @@ class AdapterTexts:
 
     def _compile(self, source: str) -> ChatTemplate:
         try:
-            return ChatTemplate(source, self._special_tokens)
+            template = ChatTemplate(source, self._special_tokens)
+            _ = template.abilities  # found by rendering, which must not happen on the event loop
+            return template
         except TemplateError as error:
             message = f"the chat template does not compile: {error}"
+            raise Refusal(Reason.FIELD_INVALID, message, "chat_template") from error
+        except TextRefused as error:
+            message = "the chat template needs too much work or memory for two short messages"
             raise Refusal(Reason.FIELD_INVALID, message, "chat_template") from error
 
 

@@ -136,7 +136,9 @@ class TextTokenizer:
             raise TextRefused("the base model has no chat template")
         encoder = self._needed()
         self._check_length(sum(map(_content_length, messages)))
-        is_short = sum(map(len, strings_of([messages, options.tools]))) <= INLINE_CHARACTERS
+        size = sum(map(len, strings_of([messages, options.tools])))
+        # An adapter's template may take seconds, however short the conversation is.
+        is_quick = template is None and size <= INLINE_CHARACTERS
 
         def work(chat: MarkedChat) -> RenderedPrompt:
             marked = chat.render(chat.messages, chat.options)
@@ -144,7 +146,7 @@ class TextTokenizer:
             self._check_length(len(text))
             return RenderedPrompt(text, chat.ids(marked))
 
-        if not is_short:
+        if not is_quick:
             return await self._lane.run(
                 lambda: work(encoder.conversation(messages, options, template))
             )

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
+from collections.abc import Iterator, Mapping, MappingView
 from typing import Any, Final, NoReturn
+
+from jinja2 import pass_eval_context
+from jinja2.nodes import EvalContext
+from jinja2.runtime import markup_join, str_join
 
 MAX_WORK: Final = 300_000
 """Units of work of one rendering: some seconds at most. A unit is a pass of a loop, a call or the
@@ -15,8 +19,6 @@ MAX_TEXT: Final = 4 << 20
 
 CHARACTERS: Final = 128
 NODES: Final = 16
-
-Views = KeysView | ValuesView | ItemsView
 
 
 class TextRefused(Exception):
@@ -69,7 +71,7 @@ class Budget:
         """
         if isinstance(value, str):
             return 1 + len(value) // 8
-        if not isinstance(value, list | tuple | set | frozenset | Mapping | Views):
+        if not isinstance(value, list | tuple | set | frozenset | Mapping | MappingView):
             return 1
         if not hasattr(self._state, "weights"):
             self._state.weights = {}
@@ -77,33 +79,42 @@ class Budget:
         if id(value) in known:
             return known[id(value)][1]
         total = 1
-        inner = value.items() if isinstance(value, Mapping) else value
+        inner: Any = value.items() if isinstance(value, Mapping) else value
         for item in inner:
             if isinstance(value, Mapping):
                 total += self.weight(item[0]) + self.weight(item[1])
             else:
                 total += self.weight(item)
             fits(total)
-        if not isinstance(value, Views):
+        if not isinstance(value, MappingView):
             # The value is kept, so that no other one takes its identity. A template cannot change
             # it, so its weight stays.
             known[id(value)] = value, total
         return total
 
     def made(self, value: Any) -> Any:
-        """Counts a value that was made or is walked through, and the values of an iterator."""
+        """Counts a value that was made by its length, and the values of an iterator as they come.
+
+        Raises TooMuchWork for a value that is too large to walk through.
+        """
         if isinstance(value, str):
             fits(len(value))
             self.spend(len(value) // CHARACTERS)
-        elif isinstance(value, range):
-            self.spend(len(value) // NODES)
         elif isinstance(value, int):
             self.spend(value.bit_length() // 1024)
-        elif isinstance(value, list | tuple | set | Mapping | Views):
-            self.spend(self.weight(value) // NODES)
+        elif isinstance(value, range | list | tuple | set | Mapping | MappingView):
+            self.weight(value)
+            self.spend(len(value) // NODES)
         elif isinstance(value, Iterator):
             return self._counted(value)
         return value
+
+    def walked(self, value: Any) -> Any:
+        """Counts a value that is walked through at any depth."""
+        if isinstance(value, list | tuple | set | Mapping | MappingView):
+            self.spend(self.weight(value) // NODES)
+            return value
+        return self.made(value)
 
     def _counted(self, values: Iterator[Any]) -> Iterator[Any]:
         for value in values:
@@ -114,7 +125,7 @@ class Budget:
         """Counts an operand of a comparison."""
         if isinstance(value, str):
             self.spend(len(value) // (8 * CHARACTERS))
-        elif isinstance(value, list | tuple | set | Mapping | Views):
+        elif isinstance(value, list | tuple | set | Mapping | MappingView):
             self.spend(self.weight(value) // NODES)
         return value
 
@@ -122,17 +133,17 @@ class Budget:
         """Counts an operand of `in` or a key; a mapping finds its keys without a search."""
         return value if isinstance(value, Mapping) else self.compared(value)
 
-    def joined(self, pieces: list[Any]) -> str:
-        """The operator `~`."""
+    @pass_eval_context
+    def joined(self, context: EvalContext, pieces: list[Any]) -> str:
+        """The operator `~`, which escapes HTML in blocks of the tag `autoescape`."""
         texts = [self.shown(piece) for piece in pieces]
         fits(sum(map(len, texts)))
-        return "".join(texts)
+        return markup_join(texts) if context.autoescape else str_join(texts)
 
     def shown(self, value: Any) -> str:
         """The text of a value, counted before and after it is made."""
         if not isinstance(value, str):
-            self.made(value)
-            value = str(value)
+            value = str(self.walked(value))
         text: str = self.made(value)
         return text
 
