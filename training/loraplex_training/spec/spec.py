@@ -144,13 +144,13 @@ class DataSpec:
     """Shares of several --data files in an epoch, in their order, as in 0.7,0.3. Examples of a file
     are repeated to reach its share. Without weights each example is taken once."""
     columns: Annotated[Names, AfterValidator(_different)] = field(default_factory=dict)
-    """Keys or columns under other names, as in prompt=question,completion=answer. Renamed before
-    the shape of an example is determined."""
+    """Names of the data's keys or columns, as in prompt=question,completion=answer, which reads
+    the column question as prompt."""
     shape: str = ""
     """Shape of all examples, such as messages, prompt or instruction. Other keys are then ignored.
     Without it, the keys of each example determine its shape."""
     roles: Names = field(default_factory=dict)
-    """Roles of messages under other names, as in human=user,bot=assistant."""
+    """Roles in the data with their usual names, as in human=user,bot=assistant."""
     strict: bool = False
     """Refuse lines that would be dropped, such as conversations that end with a question."""
 
