@@ -85,7 +85,7 @@ test: setup model prometheus ## Run the test suite (ARGS='tests/engine -k preemp
 test-seams: setup model ## Run the tests of every fault in docs/faults.md, long ones included (under 10 minutes)
 	@OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python scripts/seams.py $(ARGS)
 
-test-field: setup model ## Try what people bring (templates, adapters, data) on real servers and commands (about 3 minutes)
+test-field: setup model ## Try templates, adapters and data of other programs on real servers and commands (about 3 minutes)
 	@OMP_NUM_THREADS=1 $(BIN)/python scripts/field_tests.py $(ARGS)
 
 test-sanitized: setup ## Run the tests of the C++ kernels with address and undefined-behaviour sanitizers

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Tries what people bring on real servers and command lines, and counts: make test-field
+"""Tries templates, adapters and data of other programs on real servers: make test-field
 
     python scripts/field_tests.py [PYTEST ARGUMENTS]
 
-Runs the tests in tests/field. The last line of output is one JSON object: the number of cases that
-ran, and of those that came out right. Exit code 1 unless all did.
+Runs the tests in tests/field. The last line of output is one JSON object: the number of tests that
+ran (`cases`), and of those that passed (`right`). Exit code 1 unless all did.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def run(arguments: Sequence[str]) -> dict[str, int]:
-    """Runs the tests; returns the numbers of cases and of right ones."""
+    """Runs the tests; returns the numbers of those that ran and of those that passed."""
     with tempfile.TemporaryDirectory() as directory:
         report = Path(directory) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-rs", "--field", f"--junitxml={report}"]

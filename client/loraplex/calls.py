@@ -65,7 +65,7 @@ class Calls:
         return read(Completion, await self._call(method, request, timeout))
 
     async def get_model(self, *, timeout: float | None = None) -> ModelDescription:
-        """Returns the server's base model: its end tokens and its chat template, among others."""
+        """Returns the server's base model, with its end tokens and its chat template."""
         method, request = self._connection.stubs.model.GetModel, model_pb2.GetModelRequest()
         return read(ModelDescription, (await self._call(method, request, timeout)).model)
 

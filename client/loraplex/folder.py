@@ -1,4 +1,4 @@
-"""Says why a folder does not hold a PEFT adapter, from the names in it and from first bytes.
+"""Finds out why a folder does not hold a PEFT adapter, from file names and first bytes.
 
 The packages `loraplex` (the client) and `loraplex_adapters` each have a copy of this module, since
 neither imports the other. A test compares the copies. The module needs the standard library only
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 HEAD_BYTES = 512
-"""Bytes of a file's beginning that tell what the file is."""
+"""Bytes at the beginning of a file by which its kind is recognised."""
 
 INVALID, UNSUPPORTED = "ADAPTER_INVALID", "ADAPTER_UNSUPPORTED"
 
@@ -30,7 +30,7 @@ CONVERT = "the server's operator can convert it: loraplex-server store import --
 
 
 def cause_of(listing: Listing) -> Cause | None:
-    """Why the folder has not both files of an adapter; None if it has both."""
+    """Why the folder lacks a file of an adapter; None if it has both."""
     entries = listing("")
     files = sorted(name for name, is_folder in entries if not is_folder)
     has_config, has_weights = _CONFIG in files, _WEIGHTS in files
@@ -45,9 +45,9 @@ def cause_of(listing: Listing) -> Cause | None:
 
 
 def cause_in(head: bytes, name: str, *, text: bool = False) -> Cause | None:
-    """Why a file cannot be what its `name` says, from its first bytes; None if nothing is wrong.
+    """Why the first bytes of a file do not fit its `name`; None if nothing is wrong.
 
-    `text` says that the file should hold text, as the configuration does.
+    `text` is True for a file of text, such as the configuration.
     """
     if not head:
         return INVALID, f"{name} is empty; copy or download it again", name
@@ -129,7 +129,7 @@ def _nested(below: Sequence[str], has_weights: bool) -> str:
     else:
         more = f" and {len(below) - _SHOWN} more" if len(below) > _SHOWN else ""
         where = f"but there are adapters in {names}{more}; give one of these folders"
-    which = f"there is no {_CONFIG} in this folder" + (" beside the weights" * has_weights)
+    which = f"there is no {_CONFIG} in this folder" + (" next to the weights" * has_weights)
     return f"{which}, {where}"
 
 

@@ -226,7 +226,7 @@ def _object(value: object, where: str) -> str:
     if isinstance(value, str):
         return value
     if not isinstance(value, Mapping):
-        raise invalid(where, "must be an object, or one as JSON text")
+        raise invalid(where, "must be an object, or the JSON text of one")
     return _json(value, where)
 
 
@@ -234,15 +234,14 @@ def _json(value: object, where: str) -> str:
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise invalid(where, f"has no form in JSON: {error}") from None
+        raise invalid(where, f"cannot be written as JSON: {error}") from None
 
 
 def _variable(name: str, value: object) -> generation_pb2.TemplateValue:
     where = f"chat_template_kwargs[{name}]"
     kind = next((kind for of, kind in _KINDS if isinstance(value, of)), "json_value")
     given = _json(value, where) if kind == "json_value" else value
-    message = fill(generation_pb2.TemplateValue, where + ".", **{kind: given})
-    return message
+    return fill(generation_pb2.TemplateValue, where + ".", **{kind: given})
 
 
 _KINDS = (

@@ -33,7 +33,7 @@ from loraplex_server.engine.runner.config import CustomRunner, RunnerConfig
 DEFAULT_MODEL: Final = "default"
 
 Port = Annotated[int, Field(ge=0, le=65535)]
-PathOrNone = Annotated[Path | None, BeforeValidator(lambda given: given or None)]
+PathOrNone = Annotated[Path | None, BeforeValidator(lambda given: given or None)]  # "" is no path
 
 PANELS: Final = {
     "model": "Model",
@@ -144,11 +144,10 @@ class Config(BaseSettings):
     max_context: int = Field(0, ge=0)
     """Longest prompt and answer together, in tokens; 0 uses the model's context length."""
     chat_template: PathOrNone = None
-    """File with a chat template (Jinja) that takes the place of the model's, or that a model
-    without one needs."""
+    """File with a chat template (Jinja), in place of the model's. If empty, the model's is used."""
     special_tokens_in_messages: bool = False
-    """Recognise special tokens that messages spell out, in trained adapters' data as well, so that
-    a message can end its turn and open another. Otherwise they are text."""
+    """Recognise control tokens that messages spell out, also in the data of training jobs, so that
+    a message can end its turn and open another. By default they are text."""
     token_budget: int = Field(512, ge=1)
     """Most tokens in one step: decode rows and prompt chunks together."""
     max_running: int = Field(64, ge=1)

@@ -220,7 +220,7 @@ def test_several_weights_files_are_joined(tmp_path: Path) -> None:
     made = load_file(tmp_path / "made" / WEIGHTS)
     assert all(np.array_equal(made[name], tensors[name]) for name in tensors)
     (source / "adapter_model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(Refusal, match="there are 1 files of weights"):
+    with pytest.raises(Refusal, match="weights files in the folder: 1"):
         convert(source, tmp_path / "again", BASE, max_bytes=MAX)
 
 

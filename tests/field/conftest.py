@@ -1,4 +1,4 @@
-"""Inputs of users' kinds against real servers and command lines; `make test-field` runs them."""
+"""Templates, adapters and data of other programs, tried on real servers; `make test-field`."""
 
 from __future__ import annotations
 

@@ -235,7 +235,7 @@ def test_what_is_no_program_is_a_template_error(source: str) -> None:
 
 
 def test_a_refused_template_leaves_nothing_behind() -> None:
-    """The count starts anew for each rendering."""
+    """Each rendering has a count of its own."""
     loops = "{% for a in range(n) %}{% for b in range(n) %}{% endfor %}{{ a }}{% endfor %}"
     template = ChatTemplate(loops, {})
     for _ in range(3):

@@ -74,6 +74,15 @@ async def test_template_that_does_not_compile_is_refused(tmp_path: Path) -> None
         assert "does not compile" in refusal(caught.value).message
 
 
+async def test_template_that_never_ends_is_refused_at_registration(tmp_path: Path) -> None:
+    async with running(tmp_path, **ALLOWED) as up:
+        loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await up.register("own", chat_template=loop)
+        assert refusal(caught.value).reason == "FIELD_INVALID"
+        assert "too much work" in refusal(caught.value).message
+
+
 async def test_adapters_end_tokens_take_the_place_of_the_models(tmp_path: Path) -> None:
     async with running(tmp_path, script=[30, 31, 32, 33]) as up:
         adapter = await up.register("ends", eos_token_ids=[32, 32])

@@ -65,7 +65,7 @@ def test_prompts_get_the_ids_that_transformers_gives(folder: Path, tmp_path: Pat
     assert rendered == theirs.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=True
     )
-    assert asyncio.run(ours.encode_chat(messages, opened, template)) == list(
+    assert asyncio.run(ours.render_chat(messages, opened, template)).token_ids == list(
         theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
     )
 

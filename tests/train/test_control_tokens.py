@@ -57,7 +57,7 @@ def test_the_prompt_of_each_answer_is_the_one_that_the_server_makes(
     runs = [r for s in samples(mine, tmp_path, {"messages": TALK}) for r in answers(s)]
     assert len(runs) == 2
     for at, (before, answer) in enumerate(runs):
-        assert before == asyncio.run(server.encode_chat(TALK[: 2 * at + 1]))
+        assert before == asyncio.run(server.render_chat(TALK[: 2 * at + 1])).token_ids
         assert answer[-1] == text.eos
         theirs = base.theirs.apply_chat_template(TALK[: 2 * at + 1], add_generation_prompt=True)
         assert (before == theirs["input_ids"]) == allowed
@@ -138,7 +138,7 @@ def test_only_short_conversations_without_control_tokens_hold_the_event_loop(
     server = TextTokenizer(base.folder, 100_000, Lanes().text)
     monkeypatch.setattr(ChatTemplate, "render", watched)
     for content in ("Hello", FORGED, "the " * 2000):
-        asyncio.run(server.encode_chat([{"role": "user", "content": content}]))
+        asyncio.run(server.render_chat([{"role": "user", "content": content}]))
     assert threads == [True, False, False]
 
 

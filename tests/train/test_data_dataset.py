@@ -114,7 +114,7 @@ def test_the_report_counts(tmp_path: Path, text: BaseText) -> None:
     assert counts.truncated == sum(s.truncated > 0 for s in loaded.train) > 0
     assert counts.cut == counts.truncated  # one token each
     notes = " ".join(loaded.report.notes())
-    assert "do not teach to stop" in notes
+    assert "does not learn to stop" in notes
     assert "1 lines were dropped" in notes
     assert data.load(DataSpec(path, eval_fraction=0), text).report.notes() == []
 

@@ -169,7 +169,7 @@ def test_before_every_answer_stands_what_the_server_makes_of_the_conversation_so
     runs = [run for s in samples(base, scratch, {"messages": talk}) for run in answers(s)]
     assert len(runs) == len(exchanges)
     for i, (before, answer) in enumerate(runs):
-        assert before == asyncio.run(server.encode_chat(talk[: 2 * i + 1]))
+        assert before == asyncio.run(server.render_chat(talk[: 2 * i + 1])).token_ids
         assert answer[-1] == end_of(base)
         assert not {*base.text.eos_ids}.intersection(answer[:-1])
         piece = base.theirs.decode([*before, *answer[:-1]], skip_special_tokens=False)

@@ -84,7 +84,7 @@ def test_what_a_template_sets_within_the_generation_tag_is_not_seen_after(tmp_pa
 def test_ids_equal_the_servers(base: ChatBase) -> None:
     server = TextTokenizer(base.folder, 1000)
     prompt = base.text.prompt(TALK).token_ids
-    assert prompt == asyncio.run(server.encode_chat(TALK))
+    assert prompt == asyncio.run(server.render_chat(TALK)).token_ids
     for text in ("Hello", " the end\n", "日本\x00語"):
         assert base.text.prompt_ids(text) == asyncio.run(server.encode(text))
 

@@ -1,8 +1,8 @@
 """Opens files of untrusted origin: regular files only, below a root.
 
 The kernel never follows a link. A hub's cache consists of links (`snapshots/REVISION/NAME` leads to
-`../../blobs/DIGEST`), so the link in place of a file is read and its target is walked to from the
-root, component by component; it can only end below the root.
+`../../blobs/DIGEST`), so where a link is in place of a file, the components of its target are
+opened one after the other from the root. The file that is opened is therefore below the root.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ class Directory(_Opened):
         raise _link(name, "to something that is not a regular file")
 
     def names(self, most: int) -> list[str]:
-        """Up to `most` names of files in the directory, sorted; [] if it cannot be read."""
+        """Up to `most` names in the directory, sorted; [] if it cannot be read."""
         try:
             with os.scandir(self.descriptor) as entries:
                 return sorted(entry.name for entry in islice(entries, most))

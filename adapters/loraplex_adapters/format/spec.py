@@ -124,7 +124,7 @@ class CheckedAdapter:
         packed_bytes: bytes on the device in the base's dtype, including padding.
         copies: tensors to compare with the base's own weights, and twins: pairs of tensors that
             must be equal. Until they are compared, `modules` has each copy as a replaced weight.
-        notes: what the adapter's owner should know, in sentences.
+        notes: sentences for the adapter's owner, such as which tensors are not used.
     """
 
     digest: str

@@ -79,7 +79,7 @@ OTHERS: Mapping[str, Option] = {
     "use_cache": ignored("a setting of generation in training"),
     "use_merged_linear": refused("LoRA of parts of a fused matrix"),
 }
-"""Options of every kind that PEFT 0.21 does not write: older versions do, or other trainers."""
+"""Options of every kind that PEFT 0.21 does not write, but older versions or other trainers do."""
 
 
 def is_neutral(key: str, value: object) -> bool:

@@ -19,7 +19,7 @@ from loraplex.results import ModelDescription, NamedToken, RenderedChat
 
 
 def model(session: Session) -> None:
-    """Describe the server's base model: its end tokens and its chat template, among others."""
+    """Describe the server's base model, with its end tokens and its chat template."""
     session.show(session.client.get_model(), _write_model)
 
 
@@ -34,13 +34,13 @@ def render(
         str | None,
         option(
             "Model",
-            "JSON file of a conversation, a list of messages; `-` is standard input.",
+            "JSON file with the messages of a conversation as a list; `-` reads standard input.",
             metavar="FILE",
         ),
     ] = None,
     tools: Annotated[
         str | None,
-        option("Model", "JSON file of the functions that the model may call.", metavar="FILE"),
+        option("Model", "JSON file with a list of functions for the model.", metavar="FILE"),
     ] = None,
     adapter: options.Adapter = None,
     system: options.System = None,
@@ -49,7 +49,8 @@ def render(
         bool | None,
         option(
             "Model",
-            "Open the assistant's next message at the end.",
+            "Open the assistant's next message at the end of the prompt. Default: yes, unless the "
+            "last message is continued.",
             "--add-generation-prompt/--no-add-generation-prompt",
         ),
     ] = None,
@@ -57,7 +58,8 @@ def render(
         bool | None,
         option(
             "Model",
-            "End with the text of the last message, for the model to continue.",
+            "End the prompt with the text of the last message, which the model then continues. "
+            "Default: yes, if the last message is the assistant's.",
             "--continue-final-message/--no-continue-final-message",
         ),
     ] = None,
@@ -90,7 +92,7 @@ def _read_list(path: str) -> list[Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise typer.BadParameter(f"{path}: {error}") from None
     if not isinstance(value, list):
-        raise typer.BadParameter(f"{path}: must hold a JSON list")
+        raise typer.BadParameter(f"{path}: the file must hold a JSON list")
     return value
 
 

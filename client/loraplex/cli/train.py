@@ -54,7 +54,8 @@ def create(
     data: Annotated[
         str,
         typer.Argument(
-            metavar="DATA", help="File of examples: JSON lines, JSON or CSV; 3 MiB if local."
+            metavar="DATA",
+            help="File of examples: JSON lines, JSON or CSV. At most 3 MiB if it is a local file.",
         ),
     ],
     *,

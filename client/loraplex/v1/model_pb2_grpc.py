@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class ModelServiceStub:
-    """ModelService describes the base model and shows what it makes of a conversation.
+    """ModelService describes the base model and renders conversations to prompts.
     """
 
     def __init__(self, channel):
@@ -48,7 +48,7 @@ class ModelServiceStub:
 
 
 class ModelServiceServicer:
-    """ModelService describes the base model and shows what it makes of a conversation.
+    """ModelService describes the base model and renders conversations to prompts.
     """
 
     def GetModel(self, request, context):
@@ -59,7 +59,7 @@ class ModelServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RenderChat(self, request, context):
-        """RenderChat returns the prompt that Generate makes of a conversation, without generating.
+        """RenderChat returns the prompt to which Generate renders a conversation, without generating.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -87,7 +87,7 @@ def add_ModelServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ModelService:
-    """ModelService describes the base model and shows what it makes of a conversation.
+    """ModelService describes the base model and renders conversations to prompts.
     """
 
     @staticmethod

@@ -27,7 +27,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ModelServiceStub:
-    """ModelService describes the base model and shows what it makes of a conversation."""
+    """ModelService describes the base model and renders conversations to prompts."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -36,20 +36,20 @@ class ModelServiceStub:
     GetModel: _grpc.UnaryUnaryMultiCallable[_model_pb2.GetModelRequest, _model_pb2.GetModelResponse]
     """GetModel describes the base model."""
     RenderChat: _grpc.UnaryUnaryMultiCallable[_model_pb2.RenderChatRequest, _model_pb2.RenderChatResponse]
-    """RenderChat returns the prompt that Generate makes of a conversation, without generating."""
+    """RenderChat returns the prompt to which Generate renders a conversation, without generating."""
 
 @_typing.type_check_only
 class ModelServiceAsyncStub(ModelServiceStub):
-    """ModelService describes the base model and shows what it makes of a conversation."""
+    """ModelService describes the base model and renders conversations to prompts."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetModel: _aio.UnaryUnaryMultiCallable[_model_pb2.GetModelRequest, _model_pb2.GetModelResponse]  # type: ignore[assignment]
     """GetModel describes the base model."""
     RenderChat: _aio.UnaryUnaryMultiCallable[_model_pb2.RenderChatRequest, _model_pb2.RenderChatResponse]  # type: ignore[assignment]
-    """RenderChat returns the prompt that Generate makes of a conversation, without generating."""
+    """RenderChat returns the prompt to which Generate renders a conversation, without generating."""
 
 class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
-    """ModelService describes the base model and shows what it makes of a conversation."""
+    """ModelService describes the base model and renders conversations to prompts."""
 
     @_abc_1.abstractmethod
     def GetModel(
@@ -65,6 +65,6 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _model_pb2.RenderChatRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_model_pb2.RenderChatResponse, _abc.Awaitable[_model_pb2.RenderChatResponse]]:
-        """RenderChat returns the prompt that Generate makes of a conversation, without generating."""
+        """RenderChat returns the prompt to which Generate renders a conversation, without generating."""
 
 def add_ModelServiceServicer_to_server(servicer: ModelServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

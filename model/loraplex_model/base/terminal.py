@@ -1,4 +1,4 @@
-"""Commands whose standard output cannot encode a character print "?" in its place."""
+"""Standard output of commands on terminals that cannot show every character."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import sys
 
 
 def adapt_output() -> None:
-    """Makes standard output take any text, such as on a terminal in Latin-1.
+    """Makes standard output print "?" for characters that it cannot encode, as in Latin-1.
 
-    Standard error does so by itself: Python escapes there what cannot be encoded.
+    Standard error needs nothing: Python escapes such characters there.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")

@@ -85,13 +85,13 @@ class ChatTemplate:
         self.source = source if tool_source is None else f"{source}{tool_source}"
         self.sha256 = hashlib.sha256(self.source.encode()).hexdigest()
         self._special_tokens = dict(special_tokens)
-        self._template, reads, wants = compile_template(source, clock)
+        self._template, reads, unset = compile_template(source, clock)
         self._with_tools = self._template
         if tool_source is not None:
             self._with_tools, reads, more = compile_template(tool_source, clock)
-            wants |= more
+            unset |= more
         self.takes_tools = "tools" in reads
-        self.variables = tuple(sorted(wants - {*_SET, *self._special_tokens}))
+        self.variables = tuple(sorted(unset - {*_SET, *self._special_tokens}))
 
     @cached_property
     def abilities(self) -> Abilities:
@@ -122,7 +122,7 @@ class ChatTemplate:
     def _check(self, options: ChatOptions) -> None:
         if options.tools and not self.takes_tools:
             raise TextRefused(
-                "the chat template does not read tools, so the model would not see them"
+                "the chat template does not read tools; send the conversation without them"
             )
         unknown = sorted(options.variables.keys() - set(self.variables))
         if unknown:

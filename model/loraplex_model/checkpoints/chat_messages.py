@@ -25,11 +25,11 @@ class Abilities:
 
     Attributes:
         parts: it renders content that is a list of parts; otherwise the parts' texts are joined.
-        left_out: roles whose messages it leaves out without a word.
-        developer: it renders the role "developer", and not as it does any word; otherwise the
-            messages of this role become the system's.
+        left_out: roles whose messages it leaves out without an error.
+        developer: it renders the role "developer", and differently from an unknown role; otherwise
+            the messages of this role become the system's.
         tool_calls: it renders the calls of an assistant.
-        text_arguments: it wants the arguments of a call as the text of a JSON object.
+        text_arguments: it expects the arguments of a call as the text of a JSON object.
     """
 
     parts: bool = False
@@ -117,7 +117,10 @@ def _adapted(message: dict[str, Any], able: Abilities) -> dict[str, Any]:
     if role == "developer" and not able.developer:
         message["role"] = role = "system"
     if role in able.left_out and message.get("content"):
-        raise TextRefused(f"the chat template leaves messages of the role {role} out")
+        raise TextRefused(
+            f"the chat template leaves messages of the role {role} out; send the conversation "
+            "without them"
+        )
     content = message.get("content")
     if isinstance(content, list):
         message["content"] = (
@@ -125,7 +128,9 @@ def _adapted(message: dict[str, Any], able: Abilities) -> dict[str, Any]:
         )
     if message.get("tool_calls"):
         if not able.tool_calls:
-            raise TextRefused("the chat template leaves tool calls out")
+            raise TextRefused(
+                "the chat template leaves tool calls out; send the conversation without them"
+            )
         message["tool_calls"] = [_call(call, able.text_arguments) for call in message["tool_calls"]]
     thought = next((message[key] for key in _REASONING if message.get(key) is not None), None)
     if thought is not None:

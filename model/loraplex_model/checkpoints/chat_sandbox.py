@@ -41,8 +41,8 @@ __all__ = ["MAX_WORK", "TextRefused", "TooMuchWork", "begin", "compile_template"
 _BYTES: Final = frozenset(
     {"encode", "to_bytes", "from_bytes", "fromhex", "translate", "maketrans", "expandtabs"}
 )
-"""Methods of texts and numbers that make bytes, or texts that may be very long. No template that we
-know of uses them."""
+"""Methods of texts and numbers that make bytes, or texts that may be very long. No known
+template uses them."""
 
 _MAX_DATE_FORM: Final = 1000
 
@@ -52,8 +52,8 @@ def compile_template(
 ) -> tuple[Template, frozenset[str], frozenset[str]]:
     """Compiles a template.
 
-    Returns it with the names of the variables that it reads from outside, and of those among them
-    that it does not set itself before. `clock` returns the local time that the template may print.
+    Returns it with the names of the variables that it reads from outside, and of those
+    that it reads before it sets them. `clock` returns the local time that the template may print.
     Raises jinja2.TemplateError.
     """
     sandbox = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Bounds])
@@ -63,7 +63,7 @@ def compile_template(
     for name, work in list(sandbox.filters.items()):
         sandbox.filters[name] = bounded_filter(budget, name, work)
     for name, test in list(sandbox.tests.items()):
-        judge: Any = test  # mypy takes it for an object of an unknown class "function"
+        judge: Any = test  # for mypy, which knows no type of it
         sandbox.tests[name] = bounded_test(budget, name, judge)
     sandbox.finalize = _finalize
     sandbox.globals.pop("lipsum")
@@ -87,7 +87,7 @@ def begin(template: Template) -> None:
 
 
 def end(template: Template) -> None:
-    """Forgets the values that a rendering in this thread had."""
+    """Drops what was kept about the values of a rendering in this thread."""
     _budget(template.environment).end()
 
 

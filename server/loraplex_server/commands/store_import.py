@@ -29,14 +29,14 @@ Convert = Annotated[
 ]
 DryRun = Annotated[
     bool,
-    typer.Option("--dry-run", help="Only say what would be converted and whether it is taken."),
+    typer.Option("--dry-run", help="Only print what would be converted, and check the adapter."),
 ]
 Rank = Annotated[
-    int | None, typer.Option(min=1, help="For --convert: rank that the tensors must have.")
+    int | None, typer.Option(min=1, help="With --convert: rank that the tensors must have.")
 ]
 Alpha = Annotated[
     float | None,
-    typer.Option(help="For --convert: alpha of an adapter whose files do not state it."),
+    typer.Option(help="With --convert: alpha of an adapter whose files do not state it."),
 ]
 TemplateFile = Annotated[
     Path | None,
@@ -95,17 +95,17 @@ def import_adapter(
 ) -> Imported:
     """Registers an adapter, or with `dry_run` only checks it. Raises Refusal as the store does."""
     with _converted(directory, base, limits, conversion) as (source, changes):
-        told = {"converted": changes} if conversion.wanted else {}
+        also = {"converted": changes} if conversion.wanted else {}
         if dry_run:
             digest = inspect(source, base, limits).digest
-            value = {"dry_run": True, "name": name, "digest": digest, **told}
+            value = {"dry_run": True, "name": name, "digest": digest, **also}
             return Imported(value, (*changes, f"{name} {digest} would be registered"))
         record, created = store.register(name, source, base, limits, replace, labels, text=text)
     with open_directory(directory) as opened:
         notes = folder_notes(opened.names(MAX_NOTED_FILES), bool(text.chat_template))
     notes += record.notes
     done = f"{record.id} {record.digest}" + ("" if created else " (registered already)")
-    value = {**tables.plain(record), "created": created, "notes": notes, **told}
+    value = {**tables.plain(record), "created": created, "notes": notes, **also}
     return Imported(value, (*changes, done, *(f"note: {note}" for note in notes)))
 
 

@@ -9,7 +9,7 @@ from typing import Final, TypeVar
 from jinja2 import TemplateError
 from loraplex_adapters.store import Record, VersionText
 from loraplex_model.base.refusal import Reason, Refusal
-from loraplex_model.checkpoints.chat import ChatTemplate
+from loraplex_model.checkpoints.chat import ChatTemplate, TextRefused
 
 from loraplex_server.runtime.lanes import Lane
 
@@ -42,7 +42,8 @@ class AdapterTexts:
     def check(self, text: VersionText) -> None:
         """Checks what a version is to be registered with. Takes up to a second for a long template.
 
-        Raises Refusal(FIELD_INVALID, field "chat_template"): not allowed, or does not compile.
+        Raises Refusal(FIELD_INVALID, field "chat_template"): templates are not allowed, or it
+        does not compile, or it needs too much work.
         """
         if text.chat_template:
             if not self._allowed:
@@ -55,9 +56,8 @@ class AdapterTexts:
         """The template of a request with these adapters; None for the base model's.
 
         `read` returns the source of a template by its SHA-256, which is compiled in a thread of
-        `lane`. Raises Refusal(ADAPTER_UNSUPPORTED)
-        if templates of adapters are not allowed any more, and ADAPTER_CORRUPT if the index has lost
-        the template.
+        `lane`. Raises Refusal(ADAPTER_UNSUPPORTED) if templates of adapters are not allowed any
+        more, and ADAPTER_CORRUPT if the index has lost the template.
         """
         sha256 = _common([record.chat_template_sha256 for record in records], "")
         if not sha256:
@@ -81,6 +81,9 @@ class AdapterTexts:
             return template
         except TemplateError as error:
             message = f"the chat template does not compile: {error}"
+            raise Refusal(Reason.FIELD_INVALID, message, "chat_template") from error
+        except TextRefused as error:
+            message = "the chat template needs too much work or memory for two short messages"
             raise Refusal(Reason.FIELD_INVALID, message, "chat_template") from error
 
 

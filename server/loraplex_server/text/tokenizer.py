@@ -119,15 +119,6 @@ class TextTokenizer:
             return encoder.encode(text)
         return await self._lane.run(encoder.encode, text)
 
-    async def encode_chat(
-        self,
-        messages: Sequence[Message],
-        options: ChatOptions = DEFAULTS,
-        template: ChatTemplate | None = None,
-    ) -> list[int]:
-        """Token ids of a conversation; see `render_chat`."""
-        return (await self.render_chat(messages, options, template)).token_ids
-
     async def render_chat(
         self,
         messages: Sequence[Message],

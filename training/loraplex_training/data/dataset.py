@@ -204,7 +204,7 @@ class _File:
             if samples:
                 self.examples.append(_Example(record.digest(), self.path, record.line, samples))
             else:
-                problems.leave_out(self.path, record.line, self._too_long)
+                problems.drop_always(self.path, record.line, self._too_long)
 
 
 def _check(spec: DataSpec, text: BaseText) -> None:

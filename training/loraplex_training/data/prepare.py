@@ -9,7 +9,7 @@ from typing import Any, Final
 from loraplex_adapters.format.strict_json import loads, shown
 
 FREE: Final = frozenset({"arguments", "parameters"})
-"""Keys of tools and their calls whose values are the caller's own, so that null means something."""
+"""Keys of tools and of their calls whose content is free, so that null is a value there."""
 
 NESTED: Final = frozenset({"messages", "conversations", "conversation", "tools"})
 """Columns of tables whose cells may hold JSON as text."""

@@ -1,4 +1,4 @@
-"""Collects the bad lines of a data set and those left out, so that all are reported at once."""
+"""Collects the bad lines and the dropped lines of a data set, so that all are reported at once."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from loraplex_model.base.refusal import Problem, Reason, Refusal
 SHOWN: Final = 100
 """Number of bad lines that are listed; the others are counted."""
 MOST_CAUSES: Final = 50
-"""Number of different causes for which lines are left out; others are counted together."""
+"""Number of different causes of dropped lines; others are counted together."""
 OTHER_CAUSES: Final = "cannot be used for another reason; --strict names it"
 
 
 class Dropped(ValueError):
-    """A line that is left out and counted, because its content cannot be learned from.
+    """A line that is dropped and counted, because nothing can be learned from it.
 
     Attributes:
         cause: why, without what differs from line to line. Completes the sentence "this line …".
@@ -30,7 +30,7 @@ class Dropped(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class DroppedLine:
-    """A line that was left out, and why; the cause completes the sentence "this line …"."""
+    """A line that was dropped, and why; the cause completes the sentence "this line …"."""
 
     path: Path
     line: int
@@ -43,14 +43,14 @@ class DroppedLine:
 
 
 class Problems:
-    """The bad lines in the order in which they were found, and those that are left out.
+    """The bad lines and the dropped lines, in the order in which they were found.
 
     Attributes:
-        dropped: lines that are left out.
+        dropped: the dropped lines.
     """
 
     def __init__(self, strict: bool = False) -> None:
-        """`strict` makes lines that would be left out bad ones."""
+        """With `strict`, lines that would be dropped are bad lines."""
         self.dropped: list[DroppedLine] = []
         self._strict = strict
         self._shown: list[Problem] = []
@@ -67,14 +67,14 @@ class Problems:
             self._shown.append(Problem(field, f"{path}:{line}: {reason}"))
 
     def drop(self, path: Path, line: int, error: Dropped, field: str = "data") -> None:
-        """Adds a line that is left out, or a bad one if that is not allowed."""
+        """Adds a dropped line, or a bad one if lines must not be dropped."""
         if self._strict:
             self.add(path, line, str(error), field)
         else:
-            self.leave_out(path, line, error.cause)
+            self.drop_always(path, line, error.cause)
 
-    def leave_out(self, path: Path, line: int, cause: str) -> None:
-        """Adds a line that is left out in any case."""
+    def drop_always(self, path: Path, line: int, cause: str) -> None:
+        """Adds a line that is dropped even if `strict` is set."""
         if cause not in self._causes and len(self._causes) >= MOST_CAUSES:
             cause = OTHER_CAUSES
         self.dropped.append(DroppedLine(path, line, self._causes.setdefault(cause, cause)))

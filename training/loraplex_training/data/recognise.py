@@ -255,7 +255,7 @@ def _refuse_text(text: str, whole: bool) -> None:
 
 
 def _is_object(line: str) -> bool:
-    # Of two equal keys and the like the reader of lines says more.
+    # The strict reader of lines reports the details, such as two equal keys.
     try:
         return isinstance(json.loads(line), dict)
     except (ValueError, RecursionError):

@@ -59,7 +59,7 @@ class RecordFile:
         names: RowNames | None = None,
         shape: str = "",
     ) -> None:
-        """Bad lines and those left out go to `problems`; `field` is the option that names the file.
+        """Bad and dropped lines are added to `problems`; `field` is the option that names the file.
 
         `shape` is that of all rows; "" determines it from the keys of each.
         """

@@ -52,7 +52,7 @@ class FileCounts:
         examples: number of examples, those set apart for evaluation included.
         taken: number of examples of an epoch, repeated ones included; 0 for an evaluation file.
         shapes: number of lines of each shape ("messages", "prompt", …).
-        dropped: number of lines that were left out.
+        dropped: number of lines that were dropped.
         repeated: number of examples with the content of an earlier one of the file.
         tokens: number of tokens of all examples.
         learned: number of these that are learned.
@@ -77,7 +77,7 @@ class DataReport:
 
     Attributes:
         shapes: number of lines of each shape ("messages", "prompt", …) in all files.
-        causes: "file:line" of lines that were left out, by the cause. A cause completes the
+        causes: "file:line" of dropped lines, by the cause. A cause completes the
             sentence "this line …".
         repeated: number of training lines with the content of an earlier one.
         leaked: "file:line" of evaluation lines whose content is in the training file too.
@@ -100,20 +100,21 @@ class DataReport:
 
     @property
     def dropped(self) -> tuple[str, ...]:
-        """ "file:line" of all lines that were left out."""
+        """ "file:line" of all dropped lines."""
         return tuple(place for places in self.causes.values() for place in places)
 
     def notes(self, *, with_causes: bool = True) -> list[str]:
         """Returns sentences about what deserves attention; none if all is well.
 
-        `with_causes` includes why lines were left out.
+        `with_causes` includes why lines were dropped.
         """
         notes = []
         for side, counts in (("training", self.train), ("evaluation", self.evaluation)):
             if counts.truncated:
                 notes.append(
                     f"{counts.truncated:,} of {counts.examples:,} {side} examples were cut, by "
-                    f"{counts.cut:,} tokens in all, and do not teach to stop; raise max_length"
+                    f"{counts.cut:,} tokens in all, so the model does not learn to stop after "
+                    "them; raise max_length"
                 )
         for cause, places in self.causes.items() if with_causes else ():
             notes.append(f"{_lines(len(places))} dropped; each {cause}: {_some(places)}")

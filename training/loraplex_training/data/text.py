@@ -30,7 +30,7 @@ class BaseText:
     """A base model's tokenizer and chat template.
 
     Attributes:
-        eos: id appended to an answer or text that the template does not end with an EOS: the
+        eos: id appended to an answer or text that does not end with an end token: the
             tokenizer's EOS if it ends a generation.
         eos_ids: all ids that end a generation.
         template_digest: SHA-256 (hex) of the chat template's source, or "".

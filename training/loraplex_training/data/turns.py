@@ -32,7 +32,7 @@ _MARK: Final = "loraplex"
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """An answer, which ends with an EOS id, and the prompt that the server would get for it."""
+    """An answer, which ends with an end token, and the prompt that the server would get for it."""
 
     prompt: list[int]
     answer: list[int]
@@ -125,8 +125,8 @@ class TurnMaker:
         made = self._continued(ids, encode(prompt + rest), rest, encode)
         ended = self._ended(made)
         if ended is None:
-            # The template writes no EOS. Add one after the template's own end of turn, but before
-            # the white space between turns.
+            # The template writes no end token. Add one after the template's own end of turn, but
+            # before the white space between turns.
             kept = content if rest.startswith(content) else ""
             rest = kept + rest[len(kept) :].rstrip()
             made = self._continued(ids, encode(prompt + rest), rest, encode)
@@ -160,7 +160,7 @@ class TurnMaker:
         return shown.rpartition(_MARK)[2] if _MARK in shown else ""
 
     def _checked(self, answer: Message) -> Message:
-        """Returns an answer without an EOS spelt out at its end. Raises Dropped."""
+        """Returns an answer without an end token spelt out at its end. Raises Dropped."""
         content = answer["content"]
         if isinstance(content, list):
             *parts, last = content
@@ -179,7 +179,7 @@ class TurnMaker:
         return content
 
     def _check_ends(self, answer: Message, are_text: bool) -> None:
-        """Raises ValueError for an EOS within an answer that would be recognised as such."""
+        """Raises ValueError for an end token within an answer that would be recognised as such."""
         for eos in map(self._text.token, self._text.eos_ids):
             if eos and not are_text and eos in _text_of(answer):
                 raise ValueError(f"has an answer with {eos} in it, where the model would stop")
@@ -200,7 +200,7 @@ class TurnMaker:
         return encode(rest)
 
     def _ended(self, answer: list[int]) -> list[int] | None:
-        """Returns the answer up to its first EOS, or None if it has none."""
+        """Returns the answer up to its first end token, or None if it has none."""
         for at, token in enumerate(answer):
             if token in self._text.eos_ids:
                 return answer[: at + 1]

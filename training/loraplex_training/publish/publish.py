@@ -200,7 +200,7 @@ def _facts(job: Job, run: Run) -> Facts:
         "of these learned": report.train.learned,
         "evaluation examples": report.evaluation.examples,
     }
-    more = {"lines left out": len(report.dropped), "lines that repeat others": report.repeated}
+    more = {"dropped lines": len(report.dropped), "repeated lines": report.repeated}
     counts |= {what: count for what, count in more.items() if count}
     return Facts(
         base=known_as(run.base.name),

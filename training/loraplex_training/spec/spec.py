@@ -144,15 +144,15 @@ class DataSpec:
     """Shares of several --data files in an epoch, in their order, as in 0.7,0.3. Examples of a file
     are repeated to reach its share. Without weights each example is taken once."""
     columns: Annotated[Names, AfterValidator(_different)] = field(default_factory=dict)
-    """Keys or columns under other names, as in prompt=question,completion=answer. Renamed before
-    the shape of an example is determined."""
+    """Names of the data's keys or columns, as in prompt=question,completion=answer, which reads
+    the column question as prompt."""
     shape: str = ""
     """Shape of all examples, such as messages, prompt or instruction. Other keys are then ignored.
     Without it, the keys of each example determine its shape."""
     roles: Names = field(default_factory=dict)
-    """Roles of messages under other names, as in human=user,bot=assistant."""
+    """Roles in the data with their usual names, as in human=user,bot=assistant."""
     strict: bool = False
-    """Refuse lines that would be left out, such as conversations that end with a question."""
+    """Refuse lines that would be dropped, such as conversations that end with a question."""
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -248,11 +248,10 @@ class RunSpec:
     model: str = "default"
     """Base model: a directory, a GGUF file, a hub id, or `default`."""
     chat_template: Annotated[Path | None, BLANK_IS_NONE] = None
-    """File with a chat template (Jinja) that takes the place of the model's, as a server with the
-    same option uses it."""
+    """File with a chat template (Jinja), in place of the model's. The server needs the same."""
     special_tokens_in_messages: bool = False
-    """Recognise special tokens that messages spell out, as a server with the same option does.
-    Otherwise they are text."""
+    """Recognise control tokens that messages spell out; the server needs the same setting. By
+    default they are text."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Data type of the base model's dense tensors: float32 or bfloat16, or float64 for numerical
     checks (slow)."""

@@ -80,7 +80,7 @@ def convert(
         tensors = [tensor for each in sources for tensor in each.header.tensors]
         plan = _plan(directory, files, tensors, base, alpha)
         if rank is not None and plan.config.get("r") != rank:
-            message = f"the tensors have rank {plan.config.get('r')}, not {rank} (--rank)"
+            message = f"the tensors have rank {plan.config.get('r')}, not {rank}; correct --rank"
             raise Refusal(Reason.FIELD_INVALID, message, "rank")
         if len(sources) > 1:
             line = f"{len(sources)} weights files are joined into one"
@@ -106,8 +106,8 @@ def _weights(files: set[str], directory: Directory) -> list[str]:
     if shards:
         count = shards[0].removesuffix(".safetensors").rpartition("-of-")[2]
         if len(shards) > _MAX_SHARDS or count.lstrip("0") != str(len(shards)):
-            message = f"there are {len(shards)} files of weights, by whose names there should be "
-            message += shown(count.lstrip("0"))
+            message = f"weights files in the folder: {len(shards)}, by their names: "
+            message += f"{shown(count.lstrip('0'))}; copy all of them (at most {_MAX_SHARDS})"
             raise Refusal(Reason.ADAPTER_INVALID, message, shards[0])
         return shards
     for name in (MLX_WEIGHTS, MISTRAL_WEIGHTS):

@@ -80,7 +80,8 @@ def plan_peft(tensors: Iterable[TensorLocation], config: Mapping[str, Any]) -> P
         target = spelt.name if spelt else name
         if target in names:
             raise _unsupported(
-                f"{shown(name)} and {shown(names[target])} would both become {shown(target)}"
+                f"{shown(name)} and {shown(names[target])} would both become {shown(target)};"
+                " keep the one that was trained"
             )
         names[target] = name
         steps[name] = Rewriting(target)
@@ -232,7 +233,9 @@ def _one_rank(ranks: Mapping[str, int]) -> int:
     if not ranks:
         raise _unsupported("the weights file has no matrix A of an adapter")
     if len(set(ranks.values())) > 1:
-        raise _unsupported("the modules have different ranks, so that one alpha does not fit all")
+        raise _unsupported(
+            "the modules have different ranks, which needs a PEFT configuration with rank_pattern"
+        )
     return next(iter(ranks.values()))
 
 

@@ -1,4 +1,4 @@
-"""Decides by their values what the copies of a file mean; `examine` and `load` call it alike."""
+"""Decides by their values what becomes of the copies in a file, for `examine` and for `load`."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ from loraplex_adapters.format.packing import packed_bytes
 from loraplex_adapters.format.spec import AdapterLimits, BaseCopy, CheckedAdapter, ModuleSpec
 from loraplex_adapters.format.strict_json import shown
 
-_INCOMPARABLE = "cannot be compared with the base, whose stored weights cannot be read"
+_INCOMPARABLE = (
+    "cannot be compared with the base, whose stored weights cannot be read; save the adapter "
+    "without this tensor"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class _Verdict:
-    """A copy, whether it changes the base, and its rows that do; none named: all of them."""
+    """A copy, and whether it differs from the base; `rows` are those that do, () for all."""
 
     copy: BaseCopy
     differs: bool
@@ -45,8 +48,8 @@ def settle(
 ) -> tuple[CheckedAdapter, list[Problem]]:
     """Compares the values of copies and twins; returns the adapter as it is served, and findings.
 
-    A copy that equals the base is left out. Of one that differs the rows that do are served. If the
-    base has no stored file, copies that can be served are served whole, which is the same to users.
+    A copy that equals the base is left out. If it differs, the rows that differ are served. If the
+    base has no stored file, copies that can be served are served whole, with the same results.
     `read` is called for pieces of at most 4 MiB.
     """
     findings = [
@@ -93,7 +96,7 @@ def _open(base: BaseInfo, stack: ExitStack) -> BaseValues | None:
 
 
 def _judge(copy: BaseCopy, read: Read, values: BaseValues | None) -> _Verdict | None:
-    """What a copy's values say; None if that cannot be found out and matters."""
+    """The verdict on a copy; None if it is needed, and the base's values cannot be read."""
     if not copy.sites and not copy.refusal:
         return _Verdict(copy, differs=False)
     if values is None:
@@ -138,7 +141,7 @@ def _module(module: ModuleSpec, verdict: _Verdict | None) -> ModuleSpec:
 
 def _notes(verdicts: Iterable[_Verdict]) -> list[str]:
     """One sentence for every sort of copies, and one for each that is served."""
-    said: dict[str, list[str]] = {}
+    alike: dict[str, list[str]] = {}
     notes = []
     for verdict in verdicts:
         copy, name = verdict.copy, shown(verdict.copy.tensor.name)
@@ -150,10 +153,10 @@ def _notes(verdicts: Iterable[_Verdict]) -> list[str]:
             notes.append(f"{name} is not used: the base ties embeddings and head, and {other} "
                          "sets both, as in PEFT")  # fmt: skip
         elif not copy.sites and not copy.refusal:
-            said.setdefault("not used, since the module has a weight of its own", []).append(name)
+            alike.setdefault("not used, since the module has a weight of its own", []).append(name)
         else:
-            said.setdefault("left out, since it equals the base's own weight", []).append(name)
-    for what, names in said.items():
+            alike.setdefault("left out, since it equals the base's own weight", []).append(name)
+    for what, names in alike.items():
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         notes.append(f"{names[0]}{more}: {what}")
     return notes

@@ -186,7 +186,7 @@ _Pledge = tuple[int, bool, int]
 """A look-ahead that was passed: its number, whether it is negative, and its set of states now."""
 
 _Thread = tuple[int, frozenset[_Pledge]]
-"""A state, and what the rest of the name must fulfil besides."""
+"""A state, and the look-aheads that the rest of the name must also satisfy."""
 
 _MATCHED, _FAILED = -1, -2
 

@@ -40,7 +40,7 @@ _MANY = 8
 
 @dataclass(frozen=True, slots=True)
 class _Form:
-    """Names of another program: which they are, and what to say about them."""
+    """Names that another program gives its tensors, with the finding about them."""
 
     matches: Callable[[str], bool]
     reason: Reason

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from typing import Final
 
 MAX_NOTED_FILES: Final = 1000
-"""Names of a directory that are looked at."""
+"""Most names of a directory that are compared."""
 
 TEMPLATE_FILES: Final = ("chat_template.jinja", "chat_template.json")
 TOKENIZER_FILES: Final = (
@@ -18,7 +18,7 @@ TOKENIZER_FILES: Final = (
 def folder_notes(names: Collection[str], has_template: bool = False) -> list[str]:
     """Returns a sentence for each kind of file in an adapter's directory that is not used.
 
-    `names` are the directory's files; `has_template` says that the adapter is registered with a
+    `names` are the directory's files; `has_template` is True if the adapter is registered with a
     chat template of its own.
     """
     notes = []

@@ -1,4 +1,4 @@
-"""The budget of one rendering: every piece of work is taken from it, until nothing is left."""
+"""The budget of one rendering: every piece of work is counted, up to a limit."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ class TooMuchWork(TextRefused):
     """A template exceeds a bound."""
 
     def __init__(self) -> None:
-        super().__init__("the chat template needs too much work or memory for this conversation")
+        super().__init__(
+            "the chat template needs too much work or memory for this conversation; shorten it, or "
+            "send a prompt"
+        )
 
 
 def fits(size: int) -> None:
@@ -50,7 +53,7 @@ class Budget:
         self._state.weights = {}
 
     def end(self) -> None:
-        """Forgets the values of the rendering in this thread."""
+        """Drops what was kept about the values of the rendering in this thread."""
         self._state.weights = {}
 
     def spend(self, work: int = 1) -> str:
@@ -61,7 +64,7 @@ class Budget:
         return ""
 
     def weight(self, value: Any) -> int:
-        """How many values a value holds at any depth; eight characters count as much as one.
+        """Number of values that a value holds at any depth; eight characters count as much as one.
 
         A value that is held several times counts each time, since whatever walks through it does
         so several times. Raises TooMuchWork beyond `MAX_TEXT`.
@@ -90,9 +93,9 @@ class Budget:
         return total
 
     def made(self, value: Any) -> Any:
-        """Counts a value that was made, not what its values hold; and the values of an iterator.
+        """Counts a value that was made by its length, and the values of an iterator as they come.
 
-        Raises TooMuchWork for a value that nothing may walk through.
+        Raises TooMuchWork for a value that is too large to walk through.
         """
         if isinstance(value, str):
             fits(len(value))

@@ -15,8 +15,7 @@ _NODES_IN_A_PASS: Final = 32
 
 
 def variables_read(tree: nodes.Template) -> tuple[frozenset[str], frozenset[str]]:
-    """The variables that a template reads from outside, and those of them that it does not set
-    before it reads them.
+    """Variables that a template reads from outside, and those that it reads before it sets them.
 
     jinja2 counts a variable among those from outside if only some branches set it.
     """

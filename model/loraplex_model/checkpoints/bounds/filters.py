@@ -28,7 +28,7 @@ _AT_ONCE: Final = {
 """Filters that do not walk through what they are given, or only as far as their result is read."""
 
 _ORDERING: Final = ("sort", "groupby", "unique", "dictsort", "min", "max", "sum")
-"""Filters that do more with each value than look at it."""
+"""Filters that compare or add values, which costs more than reading them."""
 
 _SLOW: Final = ("urlize", "striptags", "wordwrap", "urlencode", "xmlattr", "pprint", "title")
 """Filters whose time may grow as the square of a text's length, or that are slow."""

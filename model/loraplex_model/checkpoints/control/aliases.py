@@ -35,7 +35,7 @@ class AliasedTokenizer:
             spelling: _word(f"{secret}{number:08x}") for number, spelling in enumerate(tokens)
         }
         self._ids = frozenset(tokenizer.token_to_id(spelling) for spelling in tokens)
-        self._tokenizer = _renamed(tokenizer, tokens, self._aliases)
+        self._tokenizer = _renamed(tokenizer, self._aliases)
 
     def encode(self, text: str, marks: Marks) -> list[int]:
         """Token ids of a marked text. Raises TextRefused if the tokenizer alters aliases."""
@@ -54,7 +54,7 @@ class AliasedTokenizer:
         ids: list[int] = encoding.ids
         if sum(token in self._ids for token in ids) < written:
             raise TextRefused(
-                "the base model's tokenizer cannot keep the special tokens that the messages spell "
+                "the base model's tokenizer cannot keep the control tokens that the messages spell "
                 "out apart from those of the chat template; remove them from the messages"
             )
         return ids
@@ -79,9 +79,8 @@ def _is_word(character: str) -> bool:
     return re.fullmatch(r"\w", character) is not None
 
 
-def _renamed(
-    tokenizer: Tokenizer, tokens: Mapping[str, AddedToken], aliases: Mapping[str, str]
-) -> Tokenizer:
+def _renamed(tokenizer: Tokenizer, aliases: Mapping[str, str]) -> Tokenizer:
+    """A copy of a tokenizer with aliases; raises TextRefused if a token's id would change."""
     spec = json.loads(tokenizer.to_str())
     spec |= {"post_processor": None, "truncation": None, "padding": None}
     for added in spec["added_tokens"]:

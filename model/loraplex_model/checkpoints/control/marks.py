@@ -1,4 +1,4 @@
-"""Marks in the strings of a conversation, by which its control tokens are told from the template's.
+"""Marks in the strings of a conversation, that distinguish its control tokens from the template's.
 
 A mark is a noncharacter of Unicode that the conversation does not hold. It is put into every
 control token that a string spells out, and at the ends of strings that could form one together with
@@ -56,7 +56,7 @@ class Marks:
         return text.replace(self.inside, "").replace(self.edge, "")
 
     def mark(self, text: str, spellings: Spellings) -> str:
-        """The text with marks in the words that it spells out, and at its ends if need be.
+        """The text with marks in the words that it spells out, and at its ends if necessary.
 
         White space at the ends, which templates strip, is left outside of the marks.
         """

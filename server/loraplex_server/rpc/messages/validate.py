@@ -217,7 +217,10 @@ def _message(message: generation_pb2.ChatMessage, field: str, checks: RequestChe
         checks.at_most(f"{field}.parts", message.parts, MAX_PARTS)
         for j, part in enumerate(message.parts[:MAX_PARTS]):
             if part.WhichOneof("kind") is None:
-                checks.add(f"{field}.parts[{j}]", "must be a text; the model takes nothing else")
+                checks.add(
+                    f"{field}.parts[{j}]",
+                    "must be a text; other kinds of content are not supported",
+                )
     elif not has_content and not message.tool_calls:
         text = "must be set, except in a message of the assistant that has `tool_calls`"
         checks.add(f"{field}.content", text)

@@ -178,7 +178,9 @@ def _texts(
 def _files(field: str, names: Sequence[str], checks: RequestChecks) -> None:
     if checks.at_most(field, names, MAX_OTHER_FILES):
         longest = max((len(name.encode()) for name in names), default=0)
-        checks.require(longest <= MAX_FILE_NAME, field, f"must be of {MAX_FILE_NAME} bytes at most")
+        checks.require(
+            longest <= MAX_FILE_NAME, field, f"names must have at most {MAX_FILE_NAME} bytes"
+        )
 
 
 def _keys(field: str, keys: Iterable[str], checks: RequestChecks) -> None:

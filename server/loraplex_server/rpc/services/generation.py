@@ -134,9 +134,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                     for output in batch:
                         if output.prompt_logprobs:
                             field = started.started.prompt_logprobs
-                            await add_logprobs(
-                                field, self.prompts.tokenizer, output.prompt_logprobs
-                            )
+                            await self._add_logprobs(field, output.prompt_logprobs)
                         if output.started:
                             begun = True
                             self._begin(call, ticket, output)

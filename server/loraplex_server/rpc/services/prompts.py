@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from loraplex.v1 import generation_pb2
@@ -36,19 +38,14 @@ class Prompts:
     ) -> list[int]:
         """The tokens of a valid request's prompt."""
         field = field_path + (request.WhichOneof("input") or "input")
-        try:
-            match request.WhichOneof("input"):
-                case "prompt":
+        match request.WhichOneof("input"):
+            case "messages":
+                return (await self.render(request.messages, field, room, template)).token_ids
+            case "prompt":
+                with _naming(field, room):
                     ids = await self.tokenizer.encode(request.prompt)
-                case "messages":
-                    chat = await self._chat(request.messages, field, template)
-                    ids = await self.tokenizer.encode_chat(chat.messages, chat.options, template)
-                case _:
-                    ids = list(request.token_ids.ids)
-        except TextRefused as error:
-            raise invalid([Problem(field, str(error))]) from error
-        except TooLong:
-            raise _too_long(field, f"the prompt is longer than {room - 1} tokens") from None
+            case _:
+                ids = list(request.token_ids.ids)
         _check_length(ids, field, room)
         return ids
 
@@ -60,13 +57,9 @@ class Prompts:
         template: ChatTemplate | None = None,
     ) -> RenderedPrompt:
         """Text and tokens of a valid conversation, whose path in the request is `field`."""
-        try:
-            chat = await self._chat(messages, field, template)
+        chat = await self._chat(messages, field, template)
+        with _naming(field, room):
             prompt = await self.tokenizer.render_chat(chat.messages, chat.options, template)
-        except TextRefused as error:
-            raise invalid([Problem(field, str(error))]) from error
-        except TooLong:
-            raise _too_long(field, f"the prompt is longer than {room - 1} tokens") from None
         _check_length(prompt.token_ids, field, room)
         return prompt
 
@@ -78,6 +71,17 @@ class Prompts:
         if chosen is not None:
             require(unread(chat.options, chosen, field))
         return chat
+
+
+@contextmanager
+def _naming(field: str, room: int) -> Iterator[None]:
+    """Turns the tokenizer's errors into Refusal that names the field."""
+    try:
+        yield
+    except TextRefused as error:
+        raise invalid([Problem(field, str(error))]) from error
+    except TooLong:
+        raise _too_long(field, f"the prompt is longer than {room - 1} tokens") from None
 
 
 def _check_length(ids: list[int], field: str, room: int) -> None:

@@ -104,17 +104,17 @@ class UploadReceiver:
                 raise _offset(header.upload_id, file, text)
         if header.stage_only:
             return None
-        brings = VersionText.of(header.chat_template, header.eos_token_ids)
+        version_text = VersionText.of(header.chat_template, header.eos_token_ids)
         terms = RegistrationTerms(
             header.name,
             header.replace,
             dict(header.labels),
             header.expected_digest,
             header.load,
-            brings,
+            version_text,
         )
         adapter, created = await self._registry.finish_upload(header.upload_id, terms)
-        notes = folder_notes(header.other_files, has_template=bool(brings.chat_template))
+        notes = folder_notes(header.other_files, has_template=bool(version_text.chat_template))
         return UploadOutcome(adapter, created, [*notes, *adapter.record.notes])
 
     async def _header(

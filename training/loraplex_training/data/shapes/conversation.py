@@ -39,7 +39,7 @@ NOTES_OF_MESSAGES: Final = frozenset(
 )
 """Keys of a message that are ignored."""
 TEXT_PARTS: Final = ("text", "input_text", "output_text")
-"""Types of parts of a content that are taken."""
+"""Types of parts of a content that are read."""
 _KEPT: Final = ("name", "tool_call_id", "reasoning_content")
 _TAKEN: Final = frozenset(
     {*_KEPT, *LEARN_KEYS, "role", "from", "content", "value", "tool_calls", "function_call"}

@@ -193,7 +193,7 @@ def _ignored(
     )
     raise ValueError(
         f"has unknown keys: {keys}{near}; name what a key is, as in --columns NAME={first}, or "
-        f"use --shape {shape}, which ignores the keys that it does not know{answer}"
+        f"use --shape {shape}, which ignores unknown keys{answer}"
     )
 
 
@@ -217,8 +217,8 @@ def _refuse_by_name(line: Line) -> None:
         )
     if TOKENISED in line:
         raise ValueError(
-            f'is tokenised already ("{TOKENISED}"); bring its text, which is tokenised as the base '
-            "model needs it"
+            f'is tokenised already ("{TOKENISED}"); give the text instead, which is tokenised for '
+            "the base model"
         )
     if media := [key for key in MEDIA if line.get(key)]:
         raise ValueError(

@@ -90,15 +90,22 @@ def _exchange(
         plain = None
     else:
         after = _turn("assistant", filled(answer, keys.answer))
-    told = _with_system(value, keys, _history(value) + before)
-    turns = told + after
+    opening = _with_system(value, keys, _history(value) + before)
+    turns = opening + after
     check_conversation(turns)
     _check_copies(value, keys, turns)
     for_template = _for_template(value, keys)
-    if len(told.messages) > 1 or any(for_template):
+    if len(opening.messages) > 1 or any(for_template):
         plain = None
     return DataRecord(
-        keys.shape, turns.messages, len(told.messages), "", plain, line, *for_template, turns.given
+        keys.shape,
+        turns.messages,
+        len(opening.messages),
+        "",
+        plain,
+        line,
+        *for_template,
+        turns.given,
     )
 
 
