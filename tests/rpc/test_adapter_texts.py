@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import grpc
 import numpy as np
 import pytest
 from loraplex.v1 import adapter_pb2, generation_pb2, model_pb2, model_pb2_grpc
+from loraplex_model.checkpoints.chat import ChatTemplate
 from rpc.harness import SCRIPT, VOCAB, WIDTH, Running, ask, refusal, running, write_adapter
 from safetensors.numpy import load_file, save_file
 
@@ -43,6 +45,37 @@ async def test_conversations_are_rendered_with_the_adapters_template(tmp_path: P
         assert replaced.version == 2
         assert await rendered(up, "own") == "(hi)"
         assert await rendered(up, "own@1") == "[hi]"
+
+
+async def test_adapters_templates_never_run_on_the_event_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: dict[str, list[str]] = {"compile": [], "render": []}
+    compile_it, render = ChatTemplate.__init__, ChatTemplate.render
+
+    def compiling(self: ChatTemplate, source: str, *args: Any, **kwargs: Any) -> None:
+        if source == OWN:
+            threads["compile"].append(threading.current_thread().name)
+        compile_it(self, source, *args, **kwargs)
+
+    def rendering(self: ChatTemplate, *args: Any) -> str:
+        if self.source == OWN:
+            threads["render"].append(threading.current_thread().name)
+        return render(self, *args)
+
+    monkeypatch.setattr(ChatTemplate, "__init__", compiling)
+    monkeypatch.setattr(ChatTemplate, "render", rendering)
+    async with running(tmp_path, **ALLOWED) as up:
+        await up.register("own", chat_template=OWN)
+        assert await rendered(up, "own") == "[hi]"
+        request = ask(new=1)
+        request.adapter_id = "own"
+        request.messages.messages.add(role="user", content="hi")
+        await up.generation.Generate(request)
+    loop = threading.current_thread().name
+    assert len(threads["compile"]) >= 2
+    assert len(threads["render"]) == 2
+    assert loop not in {*threads["compile"], *threads["render"]}
 
 
 async def test_templates_are_refused_unless_the_operator_allows_them(tmp_path: Path) -> None:

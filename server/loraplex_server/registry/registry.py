@@ -147,7 +147,8 @@ class Registry:
 
     async def template(self, records: Sequence[Record]) -> ChatTemplate | None:
         """The chat template of a request with these adapters; None for the base model's."""
-        return await self._texts.template(records, partial(self.read, self.store.chat_template))
+        read = partial(self.read, self.store.chat_template)
+        return await self._texts.template(records, read, self.lanes.text)
 
     # examination of files
 

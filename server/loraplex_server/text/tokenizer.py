@@ -137,7 +137,8 @@ class TextTokenizer:
         """Text and token ids of a conversation.
 
         Args:
-            template: another chat template than the base model's.
+            template: another chat template than the base model's. It is an adapter's, which may
+                need as much time as the bounds allow, so it always runs in a thread.
 
         Raises TextRefused, TooLong.
         """
@@ -145,7 +146,8 @@ class TextTokenizer:
             raise TextRefused("the base model has no chat template")
         encoder = self._needed()
         self._check_length(sum(map(_content_length, messages)))
-        is_short = sum(map(len, strings_of([messages, options.tools]))) <= INLINE_CHARACTERS
+        given = strings_of([messages, options.tools, options.variables])
+        is_short = template is None and sum(map(len, given)) <= INLINE_CHARACTERS
 
         def work(chat: MarkedChat) -> RenderedPrompt:
             marked = chat.render(chat.messages, chat.options)

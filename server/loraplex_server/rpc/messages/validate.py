@@ -218,9 +218,6 @@ def _message(message: generation_pb2.ChatMessage, field: str, checks: RequestChe
         for j, part in enumerate(message.parts[:MAX_PARTS]):
             if part.WhichOneof("kind") is None:
                 checks.add(f"{field}.parts[{j}]", "must be a text; the model takes nothing else")
-    elif not has_content and not message.tool_calls:
-        text = "must be set, except in a message of the assistant that has `tool_calls`"
-        checks.add(f"{field}.content", text)
     for name in ("tool_calls", "reasoning_content"):
         is_given = bool(getattr(message, name))
         text = "is only for messages of the assistant"
