@@ -71,9 +71,7 @@ async def test_what_a_client_sends_is_what_the_template_gets() -> None:
 async def test_content_that_older_clients_leave_out_is_empty() -> None:
     # Their field "content" has no presence: an empty text is not sent.
     call = {"name": "add"}
-    chat = await read(
-        {"messages": [{"role": "user"}, {"role": "assistant", "tool_calls": [call]}]}
-    )
+    chat = await read({"messages": [{"role": "user"}, {"role": "assistant", "tool_calls": [call]}]})
     assert [message["content"] for message in chat.messages] == ["", None]
 
 

@@ -171,14 +171,21 @@ class Registry:
         return await self.lanes.validations.run(work)
 
     async def notes(self, source: Source, text: VersionText | None = None) -> list[str]:
-        """Notes about files beside an adapter that are not used; `text` is what it brings."""
+        """Notes about files beside an adapter that are not used; `text` is what it brings.
+
+        None if the directory cannot be listed: notes are no reason to fail a call that is done.
+        """
 
         def work() -> list[str]:
             with source() as opened:
                 names = opened.names(MAX_NOTED_FILES)
             return folder_notes(names, has_template=bool(text and text.chat_template))
 
-        return await self.lanes.validations.run(work)
+        try:
+            # Not in the lane of validations: each of them may read a whole file first.
+            return await self.lanes.index.run(work)
+        except Refusal:
+            return []
 
     # registration: each returns the adapter and whether the version is new
 

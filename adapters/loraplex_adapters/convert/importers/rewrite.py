@@ -31,7 +31,7 @@ from loraplex_adapters.format.files import (
     WEIGHTS_FILE,
     Directory,
     RegularFile,
-    open_directory,
+    opened,
     refused,
 )
 from loraplex_adapters.format.foreign.folder import cause_of
@@ -71,12 +71,15 @@ def convert(
     Raises Refusal: CONVERT_UNSUPPORTED; as reading an adapter does.
     """
     with ExitStack() as stack:
-        directory = stack.enter_context(open_directory(source))
+        directory = stack.enter_context(opened(source))
         files = {name for name, is_folder in directory.listing() if not is_folder}
         sources = []
         for name in _weights(files, directory):
             file = stack.enter_context(directory.open(name, max_bytes))
             sources.append(_Source(file, _header(file)))
+        if (total := sum(each.file.size for each in sources)) > max_bytes:
+            message = f"the weights files have {total} bytes together; at most {max_bytes} are "
+            raise Refusal(Reason.ADAPTER_TOO_LARGE, f"{message}accepted (--max-adapter-file)")
         tensors = [tensor for each in sources for tensor in each.header.tensors]
         plan = _plan(directory, files, tensors, base, alpha)
         if rank is not None and plan.config.get("r") != rank:

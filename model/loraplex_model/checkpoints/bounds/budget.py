@@ -137,5 +137,3 @@ class Budget:
 def refuse(message: object) -> NoReturn:
     """The function `raise_exception` of templates, whose messages are for the caller."""
     raise TextRefused(f"the model's chat template refuses: {str(message)[:1000]}")
-
-
