@@ -18,6 +18,12 @@ NODES: Final = 16
 
 Views = KeysView | ValuesView | ItemsView
 
+# As tuples, since a union is made anew each time, and these are asked for every value.
+_VIEWS: Final = (KeysView, ValuesView, ItemsView)
+_WALKED: Final = (list, tuple, set, Mapping, *_VIEWS)
+_WEIGHED: Final = (*_WALKED, frozenset)
+_SINGLE: Final = frozenset({int, float, bool, type(None)})
+
 
 class TextRefused(Exception):
     """A text or conversation cannot be turned into tokens; the message may be shown to a client."""
@@ -66,7 +72,7 @@ class Budget:
         """
         if isinstance(value, str):
             return 1 + len(value) // 8
-        if not isinstance(value, list | tuple | set | frozenset | Mapping | Views):
+        if type(value) in _SINGLE or not isinstance(value, _WEIGHED):
             return 1
         if not hasattr(self._state, "weights"):
             self._state.weights = {}
@@ -74,14 +80,15 @@ class Budget:
         if id(value) in known:
             return known[id(value)][1]
         total = 1
-        inner = value.items() if isinstance(value, Mapping) else value
+        inner = value
+        if isinstance(value, Mapping):
+            inner = (part for pair in value.items() for part in pair)
         for item in inner:
-            if isinstance(value, Mapping):
-                total += self.weight(item[0]) + self.weight(item[1])
-            else:
-                total += self.weight(item)
-            fits(total)
-        if not isinstance(value, Views):
+            # Most values are single ones, for which a call would take the longest.
+            total += 1 if type(item) in _SINGLE else self.weight(item)
+            if total > MAX_TEXT:
+                raise TooMuchWork
+        if not isinstance(value, _VIEWS):
             # The value is kept, so that no other one takes its identity. A template cannot change
             # it, so its weight stays.
             known[id(value)] = value, total
@@ -96,7 +103,7 @@ class Budget:
             self.spend(len(value) // NODES)
         elif isinstance(value, int):
             self.spend(value.bit_length() // 1024)
-        elif isinstance(value, list | tuple | set | Mapping | Views):
+        elif isinstance(value, _WALKED):
             self.spend(self.weight(value) // NODES)
         elif isinstance(value, Iterator):
             return self._counted(value)
@@ -111,7 +118,7 @@ class Budget:
         """Counts an operand of a comparison."""
         if isinstance(value, str):
             self.spend(len(value) // (8 * CHARACTERS))
-        elif isinstance(value, list | tuple | set | Mapping | Views):
+        elif isinstance(value, _WALKED):
             self.spend(self.weight(value) // NODES)
         return value
 

@@ -31,6 +31,9 @@ _AT_ONCE: Final = {
 _SLOW: Final = ("urlize", "striptags", "wordwrap", "urlencode", "xmlattr", "pprint", "title")
 """Filters whose time may grow as the square of a text's length, or that are slow."""
 
+_KEYED: Final = ("sort", "unique", "min", "max", "groupby", "dictsort")
+"""Filters that call a function for every value."""
+
 _SLOW_CHARACTERS: Final = 10_000
 
 _ATTRIBUTE: Final = {
@@ -86,6 +89,8 @@ def _check(budget: Budget, name: str, given: list[Any], kwargs: Mapping[str, Any
         budget.made(argument)
     if name not in _AT_ONCE or (name == "string" and not isinstance(value, str)):
         budget.made(value)
+    if name in _KEYED:
+        budget.spend(budget.weight(value) // 4)
     position = _ATTRIBUTE.get(name, len(given))
     paths = [kwargs.get("attribute"), *given[position : position + 1]]
     if any(isinstance(path, str) and len(path) > 8 * SHORT for path in paths):
