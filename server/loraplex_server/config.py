@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
+    BeforeValidator,
     ByteSize,
     Field,
     SecretStr,
@@ -32,7 +33,7 @@ from loraplex_server.engine.runner.config import CustomRunner, RunnerConfig
 DEFAULT_MODEL: Final = "default"
 
 Port = Annotated[int, Field(ge=0, le=65535)]
-
+PathOrNone = Annotated[Path | None, BeforeValidator(lambda given: given or None)]
 
 PANELS: Final = {
     "model": "Model",
@@ -142,7 +143,7 @@ class Config(BaseSettings):
 
     max_context: int = Field(0, ge=0)
     """Longest prompt and answer together, in tokens; 0 uses the model's context length."""
-    chat_template: Path | None = None
+    chat_template: PathOrNone = None
     """File with a chat template (Jinja) that takes the place of the model's, or that a model
     without one needs."""
     special_tokens_in_messages: bool = False
@@ -303,10 +304,9 @@ class Config(BaseSettings):
 
     def trainer_options(self) -> dict[str, str]:
         """Training options that the operator fixes, keyed by the trainer's names."""
-        template = {} if self.chat_template is None else {"chat_template": self.chat_template}
         return {
             "model": self.model,
-            **{name: str(path.absolute()) for name, path in template.items()},
+            "chat_template": str(self.chat_template.absolute()) if self.chat_template else "",
             "special_tokens_in_messages": str(self.special_tokens_in_messages).lower(),
             "dtype": self.dtype,
             "device": self.engine_device,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -101,6 +103,35 @@ def test_a_hostile_template_is_refused_and_gives_nothing_away(template: str) -> 
         "the model's chat template does not accept this conversation",
         "the rendered conversation is too long",
     }
+
+
+def test_a_template_that_works_too_long_is_tried_once() -> None:
+    started: list[datetime] = []
+
+    def clock() -> datetime:
+        started.append(datetime(2026, 1, 1))
+        return started[0]
+
+    endless = "{{ strftime_now('%Y') }}" + "{% for a in range(9999) %}" * 3 + "{% endfor %}" * 3
+    with pytest.raises(TextRefused, match="too much work"):
+        ChatTemplate(endless, {}, clock).render([{"role": "user", "content": "hi"}])
+    assert len(started) == 1
+
+
+def test_an_adapters_template_never_runs_in_the_servers_loop(folder: Path) -> None:
+    threads: list[int] = []
+
+    def clock() -> datetime:
+        threads.append(threading.get_ident())
+        return datetime(2026, 1, 1)
+
+    template = ChatTemplate("{{ strftime_now('%Y') }}{{ messages[0].content }}", {}, clock)
+    tokenizer = TextTokenizer(folder, 1000)
+    messages = [{"role": "user", "content": "hi"}]
+    rendered = asyncio.run(tokenizer.render_chat(messages, template=template))
+    assert rendered.text == "2026hi"
+    assert threads
+    assert threading.get_ident() not in threads
 
 
 def test_a_model_without_a_tokenizer_takes_token_ids_only(folder: Path, tmp_path: Path) -> None:

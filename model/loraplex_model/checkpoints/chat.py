@@ -65,7 +65,7 @@ class ChatTemplate:
         sha256: SHA-256 (hex) of the source.
         takes_tools: whether the template reads `tools`.
         variables: names of the variables that `ChatOptions.variables` may set, sorted: those that
-            the template reads and that are not set anyway.
+            the template reads before it sets them itself, and that are not set anyway.
     """
 
     def __init__(
@@ -85,13 +85,13 @@ class ChatTemplate:
         self.source = source if tool_source is None else f"{source}{tool_source}"
         self.sha256 = hashlib.sha256(self.source.encode()).hexdigest()
         self._special_tokens = dict(special_tokens)
-        self._template, reads = compile_template(source, clock)
-        self._with_tools, tools_reads = self._template, reads
+        self._template, reads, wants = compile_template(source, clock)
+        self._with_tools = self._template
         if tool_source is not None:
-            self._with_tools, tools_reads = compile_template(tool_source, clock)
-        self.takes_tools = "tools" in tools_reads
-        others = (reads | tools_reads) - {*_SET, *self._special_tokens}
-        self.variables = tuple(sorted(others))
+            self._with_tools, reads, more = compile_template(tool_source, clock)
+            wants |= more
+        self.takes_tools = "tools" in reads
+        self.variables = tuple(sorted(wants - {*_SET, *self._special_tokens}))
 
     @cached_property
     def abilities(self) -> Abilities:
@@ -208,4 +208,6 @@ def _cut(text: str, kept: str) -> str:
             "the chat template does not render the text of the last message as it is, so it cannot "
             "be continued"
         )
-    return text[:at] if text.startswith(_END, at) else text[:at].rstrip()
+    text = text[:at] if text.startswith(_END, at) else text[:at].rstrip()
+    # A template may write the message several times.
+    return text.replace(kept + _END, kept)

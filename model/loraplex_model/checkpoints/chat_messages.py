@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from loraplex_model.checkpoints.chat_sandbox import TextRefused
+from loraplex_model.checkpoints.chat_sandbox import TextRefused, TooMuchWork
 
 _REASONING: Final = ("reasoning_content", "thinking", "reasoning")
 """Names of an assistant's reasoning; the first one is the usual one."""
@@ -26,7 +26,8 @@ class Abilities:
     Attributes:
         parts: it renders content that is a list of parts; otherwise the parts' texts are joined.
         left_out: roles whose messages it leaves out without a word.
-        developer: it renders the role "developer"; otherwise its messages become the system's.
+        developer: it renders the role "developer", and not as it does any word; otherwise the
+            messages of this role become the system's.
         tool_calls: it renders the calls of an assistant.
         text_arguments: it wants the arguments of a call as the text of a JSON object.
     """
@@ -39,10 +40,11 @@ class Abilities:
 
 
 def probe(run: Run, takes_tools: bool) -> Abilities:
-    """Finds out what a template takes, by rendering short conversations."""
+    """Finds out what a template takes, by rendering short conversations. Raises TooMuchWork."""
     asked = {"role": "user", "content": _OTHER}
     parts = _tried(run, [{"role": "user", "content": [{"type": "text", "text": _WORD}]}])
     developer = _tried(run, [{"role": "developer", "content": _WORD}, asked])
+    unknown = _tried(run, [{"role": _NAME, "content": _WORD}, asked])
     system = _tried(run, [{"role": "system", "content": _WORD}, asked])
     tools = [_TOOL] if takes_tools else None
     as_map = _tried(run, _calling({"city": _CITY}), tools)
@@ -59,7 +61,9 @@ def probe(run: Run, takes_tools: bool) -> Abilities:
     return Abilities(
         parts=parts is not None and _WORD in parts and "'type'" not in parts,
         left_out=frozenset(left_out),
-        developer=developer is not None and _WORD in developer,
+        developer=developer is not None
+        and _WORD in developer
+        and (developer != unknown or "system" in left_out),
         tool_calls=called is None or _names(called),
         text_arguments=not _names(as_map) or f"'{_CITY}'" in (as_map or ""),
     )
@@ -91,9 +95,11 @@ def _names(text: str | None) -> bool:
 
 
 def _tried(run: Run, chat: list[dict[str, Any]], tools: Any = None) -> str | None:
-    """The rendered text; None if the template refuses."""
+    """The rendered text; None if the template refuses. Raises TooMuchWork."""
     try:
         return run(chat, tools, False, {})
+    except TooMuchWork:  # for a conversation of two words: what follows would cost as much again
+        raise
     except TextRefused:
         return None
 

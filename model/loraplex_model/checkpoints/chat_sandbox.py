@@ -15,7 +15,6 @@ from jinja2 import nodes, pass_context, pass_eval_context
 from jinja2.environment import Template
 from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.ext import Extension, loopcontrols
-from jinja2.meta import find_undeclared_variables
 from jinja2.parser import Parser
 from jinja2.runtime import Context, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -28,7 +27,7 @@ from loraplex_model.checkpoints.bounds.budget import (
     TooMuchWork,
     refuse,
 )
-from loraplex_model.checkpoints.bounds.counting import Counting
+from loraplex_model.checkpoints.bounds.counting import Counting, variables_read
 from loraplex_model.checkpoints.bounds.filters import bounded_filter, bounded_test
 from loraplex_model.checkpoints.bounds.sizes import (
     check_method,
@@ -48,10 +47,14 @@ know of uses them."""
 _MAX_DATE_FORM: Final = 1000
 
 
-def compile_template(source: str, clock: Callable[[], datetime]) -> tuple[Template, frozenset[str]]:
-    """Compiles a template; returns it with the names of the variables that it reads.
+def compile_template(
+    source: str, clock: Callable[[], datetime]
+) -> tuple[Template, frozenset[str], frozenset[str]]:
+    """Compiles a template.
 
-    `clock` returns the local time that the template may print. Raises jinja2.TemplateError.
+    Returns it with the names of the variables that it reads from outside, and of those among them
+    that it does not set itself before. `clock` returns the local time that the template may print.
+    Raises jinja2.TemplateError.
     """
     sandbox = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Bounds])
     budget = sandbox.budget
@@ -60,7 +63,7 @@ def compile_template(source: str, clock: Callable[[], datetime]) -> tuple[Templa
     for name, work in list(sandbox.filters.items()):
         sandbox.filters[name] = bounded_filter(budget, name, work)
     for name, test in list(sandbox.tests.items()):
-        judge: Callable[..., Any] = test
+        judge: Any = test  # mypy takes it for an object of an unknown class "function"
         sandbox.tests[name] = bounded_test(budget, name, judge)
     sandbox.finalize = _finalize
     sandbox.globals.pop("lipsum")
@@ -71,8 +74,7 @@ def compile_template(source: str, clock: Callable[[], datetime]) -> tuple[Templa
         "namespace": _Names,
     }
     try:
-        names = find_undeclared_variables(sandbox.parse(source))
-        return sandbox.from_string(source), frozenset(names)
+        return sandbox.from_string(source), *variables_read(sandbox.parse(source))
     except TemplateError:
         raise
     except (RecursionError, MemoryError, SyntaxError, ValueError, OverflowError) as error:
@@ -161,7 +163,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         budget = self.budget
         owner, name = getattr(obj, "__self__", None), getattr(obj, "__name__", "")
         if owner is budget:
-            if name == "_rendered":  # gets the context from jinja2
+            if hasattr(obj, "jinja_pass_arg"):
                 return super().call(context, obj, *args, **kwargs)
             return obj(*args)  # the keywords are jinja2's own, for functions that take the context
         budget.spend()

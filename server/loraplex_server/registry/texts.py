@@ -83,7 +83,9 @@ class AdapterTexts:
 
     def _compile(self, source: str) -> ChatTemplate:
         try:
-            return ChatTemplate(source, self._special_tokens)
+            template = ChatTemplate(source, self._special_tokens)
+            _ = template.abilities  # found by rendering, which must not happen on the event loop
+            return template
         except TemplateError as error:
             message = f"the chat template does not compile: {error}"
             raise Refusal(Reason.FIELD_INVALID, message, "chat_template") from error

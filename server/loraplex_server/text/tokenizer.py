@@ -137,8 +137,7 @@ class TextTokenizer:
         """Text and token ids of a conversation.
 
         Args:
-            template: another chat template than the base model's. It is an adapter's, which may
-                need as much time as the bounds allow, so it always runs in a thread.
+            template: another chat template than the base model's.
 
         Raises TextRefused, TooLong.
         """
@@ -146,8 +145,9 @@ class TextTokenizer:
             raise TextRefused("the base model has no chat template")
         encoder = self._needed()
         self._check_length(sum(map(_content_length, messages)))
-        given = strings_of([messages, options.tools, options.variables])
-        is_short = template is None and sum(map(len, given)) <= INLINE_CHARACTERS
+        size = sum(map(len, strings_of([messages, options.tools, options.variables])))
+        # An adapter's template may take seconds, however short the conversation is.
+        is_quick = template is None and size <= INLINE_CHARACTERS
 
         def work(chat: MarkedChat) -> RenderedPrompt:
             marked = chat.render(chat.messages, chat.options)
@@ -155,7 +155,7 @@ class TextTokenizer:
             self._check_length(len(text))
             return RenderedPrompt(text, chat.ids(marked))
 
-        if not is_short:
+        if not is_quick:
             return await self._lane.run(
                 lambda: work(encoder.conversation(messages, options, template))
             )

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
+from collections.abc import Iterator, Mapping, MappingView
 from typing import Any, Final, NoReturn
+
+from jinja2 import pass_eval_context
+from jinja2.nodes import EvalContext
+from jinja2.runtime import markup_join, str_join
 
 MAX_WORK: Final = 300_000
 """Units of work of one rendering: some seconds at most. A unit is a pass of a loop, a call or the
@@ -16,12 +20,10 @@ MAX_TEXT: Final = 4 << 20
 CHARACTERS: Final = 128
 NODES: Final = 16
 
-Views = KeysView | ValuesView | ItemsView
-
-# As tuples, since a union is made anew each time, and these are asked for every value.
-_VIEWS: Final = (KeysView, ValuesView, ItemsView)
-_WALKED: Final = (list, tuple, set, Mapping, *_VIEWS)
+# Tuples, since a union is made anew each time, and these are asked for every value.
+_WALKED: Final = (list, tuple, set, Mapping, MappingView)
 _WEIGHED: Final = (*_WALKED, frozenset)
+_COUNTED: Final = (*_WALKED, range)
 _SINGLE: Final = frozenset({int, float, bool, type(None)})
 
 
@@ -80,34 +82,43 @@ class Budget:
         if id(value) in known:
             return known[id(value)][1]
         total = 1
-        inner = value
+        inner: Any = value
         if isinstance(value, Mapping):
             inner = (part for pair in value.items() for part in pair)
         for item in inner:
-            # Most values are single ones, for which a call would take the longest.
+            # Most values are single ones, for which a call would take longest.
             total += 1 if type(item) in _SINGLE else self.weight(item)
             if total > MAX_TEXT:
                 raise TooMuchWork
-        if not isinstance(value, _VIEWS):
+        if not isinstance(value, MappingView):
             # The value is kept, so that no other one takes its identity. A template cannot change
             # it, so its weight stays.
             known[id(value)] = value, total
         return total
 
     def made(self, value: Any) -> Any:
-        """Counts a value that was made or is walked through, and the values of an iterator."""
+        """Counts a value that was made, not what its values hold; and the values of an iterator.
+
+        Raises TooMuchWork for a value that nothing may walk through.
+        """
         if isinstance(value, str):
             fits(len(value))
             self.spend(len(value) // CHARACTERS)
-        elif isinstance(value, range):
-            self.spend(len(value) // NODES)
         elif isinstance(value, int):
             self.spend(value.bit_length() // 1024)
-        elif isinstance(value, _WALKED):
-            self.spend(self.weight(value) // NODES)
+        elif isinstance(value, _COUNTED):
+            self.weight(value)
+            self.spend(len(value) // NODES)
         elif isinstance(value, Iterator):
             return self._counted(value)
         return value
+
+    def walked(self, value: Any) -> Any:
+        """Counts a value that is walked through at any depth."""
+        if isinstance(value, _WALKED):
+            self.spend(self.weight(value) // NODES)
+            return value
+        return self.made(value)
 
     def _counted(self, values: Iterator[Any]) -> Iterator[Any]:
         for value in values:
@@ -126,17 +137,17 @@ class Budget:
         """Counts an operand of `in` or a key; a mapping finds its keys without a search."""
         return value if isinstance(value, Mapping) else self.compared(value)
 
-    def joined(self, pieces: list[Any]) -> str:
-        """The operator `~`."""
+    @pass_eval_context
+    def joined(self, context: EvalContext, pieces: list[Any]) -> str:
+        """The operator `~`, which escapes HTML in blocks of the tag `autoescape`."""
         texts = [self.shown(piece) for piece in pieces]
         fits(sum(map(len, texts)))
-        return "".join(texts)
+        return markup_join(texts) if context.autoescape else str_join(texts)
 
     def shown(self, value: Any) -> str:
         """The text of a value, counted before and after it is made."""
         if not isinstance(value, str):
-            self.made(value)
-            value = str(value)
+            value = str(self.walked(value))
         text: str = self.made(value)
         return text
 

@@ -5,12 +5,39 @@ from __future__ import annotations
 from typing import Any, Final
 
 from jinja2 import nodes
+from jinja2.meta import find_undeclared_variables
 from jinja2.visitor import NodeTransformer
 
 from loraplex_model.checkpoints.bounds.budget import CHARACTERS
 
 _NODES_IN_A_PASS: Final = 32
 """Nodes of a body that count as much as one pass."""
+
+
+def variables_read(tree: nodes.Template) -> tuple[frozenset[str], frozenset[str]]:
+    """The variables that a template reads from outside, and those of them that it does not set
+    before it reads them.
+
+    jinja2 counts a variable among those from outside if only some branches set it.
+    """
+    read, first = find_undeclared_variables(tree), dict[str, bool]()
+    _note(tree, first)
+    return frozenset(read), frozenset(name for name in read if not first.get(name, False))
+
+
+def _note(node: nodes.Node, first: dict[str, bool]) -> None:
+    """Notes of each name whether it is set (True) where it occurs first."""
+    if isinstance(node, nodes.Assign | nodes.AssignBlock):
+        for child in node.iter_child_nodes(exclude=("target",)):
+            _note(child, first)
+        for name in (node.target, *node.target.find_all(nodes.Name)):
+            if isinstance(name, nodes.Name):
+                first.setdefault(name.name, True)
+        return
+    if isinstance(node, nodes.Name) and node.ctx == "load":
+        first.setdefault(node.name, False)
+    for child in node.iter_child_nodes():
+        _note(child, first)
 
 
 class Counting(NodeTransformer):

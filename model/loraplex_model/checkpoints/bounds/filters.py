@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MappingView, Sized
 from functools import wraps
 from typing import Any, Final
 
@@ -11,7 +11,6 @@ from loraplex_model.checkpoints.bounds.budget import (
     NODES,
     Budget,
     TooMuchWork,
-    Views,
     fits,
 )
 from loraplex_model.checkpoints.bounds.sizes import (
@@ -28,11 +27,11 @@ _AT_ONCE: Final = {
 }
 """Filters that do not walk through what they are given, or only as far as their result is read."""
 
+_ORDERING: Final = ("sort", "groupby", "unique", "dictsort", "min", "max", "sum")
+"""Filters that do more with each value than look at it."""
+
 _SLOW: Final = ("urlize", "striptags", "wordwrap", "urlencode", "xmlattr", "pprint", "title")
 """Filters whose time may grow as the square of a text's length, or that are slow."""
-
-_KEYED: Final = ("sort", "unique", "min", "max", "groupby", "dictsort")
-"""Filters that call a function for every value."""
 
 _SLOW_CHARACTERS: Final = 10_000
 
@@ -86,11 +85,11 @@ def _check(budget: Budget, name: str, given: list[Any], kwargs: Mapping[str, Any
     value, further = given[0], (*given[1:], *kwargs.values())
     check_numbers(further)
     for argument in further:
-        budget.made(argument)
+        budget.walked(argument)
     if name not in _AT_ONCE or (name == "string" and not isinstance(value, str)):
-        budget.made(value)
-    if name in _KEYED:
-        budget.spend(budget.weight(value) // 4)
+        budget.walked(value)
+    if name in _ORDERING and isinstance(value, Sized):
+        budget.spend(len(value) // 2)
     position = _ATTRIBUTE.get(name, len(given))
     paths = [kwargs.get("attribute"), *given[position : position + 1]]
     if any(isinstance(path, str) and len(path) > 8 * SHORT for path in paths):
@@ -112,7 +111,7 @@ def _check_list(budget: Budget, given: list[Any], kwargs: Mapping[str, Any]) -> 
 
 
 def _check_joined(budget: Budget, given: list[Any], kwargs: Mapping[str, Any]) -> None:
-    if not isinstance(given[0], str | list | tuple | Mapping | Views | range):
+    if not isinstance(given[0], str | list | tuple | Mapping | MappingView | range):
         given[0] = list(budget.made(iter(given[0])))
     separator = kwargs.get("d", given[1] if len(given) > 1 else "")
     check_join(separator if isinstance(separator, str) else "", given[0])

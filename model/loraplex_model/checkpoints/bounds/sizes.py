@@ -77,7 +77,7 @@ def _longest(budget: Budget, given: Any) -> int:
         elif isinstance(value, int):
             longest = max(longest, abs(value) if abs(value) <= MAX_NUMBER else SHORT)
         else:
-            longest = max(longest, 16 * budget.weight(value))
+            longest = max(longest, 16 * budget.weight(budget.walked(value)))
     return longest
 
 
@@ -139,6 +139,9 @@ def to_json(
         pieces.append(piece)
     text = "".join(pieces)
     if ensure_ascii and "\\ufd" in text:
+        # A backslash of the value itself is written as two, which are no beginning of an escape.
+        parts = text.split(r"\\")
         for code in range(0xFDD0, 0xFDF0):
-            text = text.replace(f"\\u{code:04x}", chr(code))
+            parts = [part.replace(rf"\u{code:04x}", chr(code)) for part in parts]
+        text = r"\\".join(parts)
     return text
