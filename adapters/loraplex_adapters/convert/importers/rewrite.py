@@ -80,17 +80,32 @@ def convert(
         if (total := sum(each.file.size for each in sources)) > max_bytes:
             message = f"the weights files have {total} bytes together; at most {max_bytes} are "
             raise Refusal(Reason.ADAPTER_TOO_LARGE, f"{message}accepted (--max-adapter-file)")
-        tensors = [tensor for each in sources for tensor in each.header.tensors]
+        tensors = _tensors(sources)
         plan = _plan(directory, files, tensors, base, alpha)
         if rank is not None and plan.config.get("r") != rank:
             message = f"the tensors have rank {plan.config.get('r')}, not {rank} (--rank)"
             raise Refusal(Reason.FIELD_INVALID, message, "rank")
-        if len(sources) > 1:
+        if sources[0].file.name.startswith(_SHARD):
             line = f"{len(sources)} weights files are joined into one"
+            if len(sources) == 1:
+                line = f"{sources[0].file.name} becomes {WEIGHTS_FILE}"
             plan = Plan(plan.steps, plan.config, (*plan.lines, line))
         if plan.lines:
             _write(target, plan, sources)
     return plan
+
+
+def _tensors(sources: Sequence[_Source]) -> list[TensorLocation]:
+    """The tensors of all files. Raises Refusal if two files have one of the same name."""
+    found: dict[str, str] = {}
+    for source in sources:
+        for tensor in source.header.tensors:
+            other = found.setdefault(tensor.name, source.file.name)
+            if other != source.file.name:
+                message = f"{shown(tensor.name)} is in {other} and in {source.file.name}; remove "
+                message += "the files that another saving left behind"
+                raise Refusal(Reason.ADAPTER_INVALID, message, source.file.name)
+    return [tensor for source in sources for tensor in source.header.tensors]
 
 
 def _header(file: RegularFile) -> Header:
