@@ -224,6 +224,58 @@ def test_several_weights_files_are_joined(tmp_path: Path) -> None:
         convert(source, tmp_path / "again", BASE, max_bytes=MAX)
 
 
+def test_a_single_file_with_a_number_gets_its_usual_name(tmp_path: Path) -> None:
+    source = write_adapter(tmp_path / "s")
+    tensors = load_file(source / WEIGHTS)
+    (source / WEIGHTS).rename(source / "adapter_model-00001-of-00001.safetensors")
+    [line] = convert(source, tmp_path / "made", BASE, max_bytes=MAX).lines
+    assert line == f"adapter_model-00001-of-00001.safetensors becomes {WEIGHTS}"
+    made = load_file(tmp_path / "made" / WEIGHTS)
+    assert all(np.array_equal(made[name], tensors[name]) for name in tensors)
+    assert inspect(tmp_path / "made", BASE).rank
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
+    source = write_adapter(tmp_path / "s")
+    content = (source / WEIGHTS).read_bytes()
+    (source / WEIGHTS).unlink()
+    for n in (1, 2):
+        (source / f"adapter_model-0000{n}-of-00002.safetensors").write_bytes(content)
+    with pytest.raises(Refusal, match="is in adapter_model-00001-of-00002"):
+        convert(source, tmp_path / "made", BASE, max_bytes=MAX)
+    assert not (tmp_path / "made").exists()
+
+
+def test_weights_files_are_bounded_together(tmp_path: Path) -> None:
+    source = write_adapter(tmp_path / "s")
+    weights = source / WEIGHTS
+    size = weights.stat().st_size
+    for n in (1, 2):
+        (source / f"adapter_model-0000{n}-of-00002.safetensors").write_bytes(weights.read_bytes())
+    weights.unlink()
+    with pytest.raises(Refusal, match="together") as refused:
+        convert(source, tmp_path / "made", BASE, max_bytes=2 * size - 1)
+    assert refused.value.reason == "ADAPTER_TOO_LARGE"
+    assert not (tmp_path / "made").exists()
+
+
+def test_an_adapter_in_a_hubs_cache_is_converted(original: Path, tmp_path: Path) -> None:
+    other(original, tmp_path / "plain", lambda name: name.removeprefix("base_model.model."))
+    snapshot = tmp_path / "models--o--n" / "snapshots" / "abc"
+    blobs = tmp_path / "models--o--n" / "blobs"
+    for folder in (snapshot, blobs):
+        folder.mkdir(parents=True)
+    for n, file in enumerate(sorted((tmp_path / "plain").iterdir())):
+        file.rename(blobs / str(n))
+        (snapshot / file.name).symlink_to(f"../../blobs/{n}")
+    assert convert(snapshot, tmp_path / "made", BASE, max_bytes=MAX).lines
+    assert torch.equal(logits(tmp_path / "made"), logits(original))
+    (blobs / "0").rename(tmp_path / "outside")
+    (blobs / "0").symlink_to("../../outside")
+    with pytest.raises(Refusal, match="symbolic link"):
+        convert(snapshot, tmp_path / "again", BASE, max_bytes=MAX)
+
+
 def test_two_adapters_in_one_file_are_refused(tmp_path: Path) -> None:
     tensors = lora_tensors(everywhere("down_proj"))
     both = {

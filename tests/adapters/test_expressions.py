@@ -191,3 +191,21 @@ def test_expressions_that_disagree_are_a_conflict_and_order_decides_nothing() ->
     assert path == "model.layers.1.self_attn.q_proj"
     assert set(keys) == set(pattern)
     assert match({r".*\.1\..*": 1, "q_proj": 1}, PATHS).conflict is None
+
+
+@pytest.mark.parametrize("form", ["^{}$", "^{}", "{}$", "{}"])
+@pytest.mark.parametrize("dot", ["\\.", "."])
+def test_a_key_for_each_module_is_looked_up(form: str, dot: str) -> None:
+    layers = [f"model.layers.{n}" for n in range(80)]
+    modules = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
+    paths = [f"{layer}.{module}" for layer in layers for module in modules]
+    pattern = {
+        form.format(path.replace(".", dot)): 1 + at for at, path in enumerate(paths) if at % 3
+    }
+    pattern |= {"^q_proj": 900, f"^self_attn{dot}q_proj": 901, f"layers{dot}7{dot}x": 902}
+    matched = match(pattern, paths)
+    # What PEFT does: the first key that matches.
+    assert matched.conflict is None
+    for path in paths[:30]:
+        keys = [key for key in pattern if re.match(rf"(.*\.)?({key})$", path)]
+        assert matched.values.get(path) == (pattern[keys[0]] if keys else None)

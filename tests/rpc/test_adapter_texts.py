@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,9 @@ import grpc
 import numpy as np
 import pytest
 from loraplex.v1 import adapter_pb2, generation_pb2, model_pb2, model_pb2_grpc
+from loraplex_adapters.format.files import Directory
+from loraplex_model.base.refusal import Reason, Refusal
+from loraplex_model.checkpoints.chat import ChatTemplate
 from rpc.harness import SCRIPT, VOCAB, WIDTH, Running, ask, refusal, running, write_adapter
 from safetensors.numpy import load_file, save_file
 
@@ -43,6 +48,37 @@ async def test_conversations_are_rendered_with_the_adapters_template(tmp_path: P
         assert replaced.version == 2
         assert await rendered(up, "own") == "(hi)"
         assert await rendered(up, "own@1") == "[hi]"
+
+
+async def test_adapters_templates_never_run_on_the_event_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: dict[str, list[str]] = {"compile": [], "render": []}
+    compile_it, render = ChatTemplate.__init__, ChatTemplate.render
+
+    def compiling(self: ChatTemplate, source: str, *args: Any, **kwargs: Any) -> None:
+        if source == OWN:
+            threads["compile"].append(threading.current_thread().name)
+        compile_it(self, source, *args, **kwargs)
+
+    def rendering(self: ChatTemplate, *args: Any) -> str:
+        if self.source == OWN:
+            threads["render"].append(threading.current_thread().name)
+        return render(self, *args)
+
+    monkeypatch.setattr(ChatTemplate, "__init__", compiling)
+    monkeypatch.setattr(ChatTemplate, "render", rendering)
+    async with running(tmp_path, **ALLOWED) as up:
+        await up.register("own", chat_template=OWN)
+        assert await rendered(up, "own") == "[hi]"
+        request = ask(new=1)
+        request.adapter_id = "own"
+        request.messages.messages.add(role="user", content="hi")
+        await up.generation.Generate(request)
+    loop = threading.current_thread().name
+    assert len(threads["compile"]) >= 2
+    assert len(threads["render"]) == 2
+    assert loop not in {*threads["compile"], *threads["render"]}
 
 
 async def test_templates_are_refused_unless_the_operator_allows_them(tmp_path: Path) -> None:
@@ -134,6 +170,31 @@ async def test_files_that_are_not_used_are_noted(tmp_path: Path) -> None:
         assert list((await up.adapters.ValidateAdapter(validate)).notes) == notes
         register.name, register.chat_template = "b", OWN
         assert list((await up.adapters.RegisterAdapter(register)).notes) == notes[1:]
+
+
+async def test_notes_neither_wait_for_validations_nor_fail_a_registration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(tmp_path) as up:
+        folder = write_adapter(tmp_path / "import" / "x")
+        (folder / "tokenizer.json").write_text("")
+        register = adapter_pb2.RegisterAdapterRequest(name="a", path="x")
+        leave = threading.Event()
+        busy = asyncio.create_task(up.server._lanes.validations.run(leave.wait))
+        try:
+            assert len((await up.adapters.RegisterAdapter(register, timeout=20)).notes) == 1
+        finally:
+            leave.set()
+            await busy
+
+        def vanished(*_: object) -> list[str]:
+            raise Refusal(Reason.OVERLOADED, "too many calls are waiting")
+
+        monkeypatch.setattr(Directory, "names", vanished)
+        register.name = "b"
+        reply = await up.adapters.RegisterAdapter(register)
+        assert reply.created
+        assert not reply.notes
 
 
 async def test_copies_of_the_base_in_an_adapter_are_noted(tmp_path: Path) -> None:

@@ -68,6 +68,13 @@ async def test_what_a_client_sends_is_what_the_template_gets() -> None:
     assert kinds == {name: type(value) for name, value in variables.items()}
 
 
+async def test_content_that_older_clients_leave_out_is_empty() -> None:
+    # Their field "content" has no presence: an empty text is not sent.
+    call = {"name": "add"}
+    chat = await read({"messages": [{"role": "user"}, {"role": "assistant", "tool_calls": [call]}]})
+    assert [message["content"] for message in chat.messages] == ["", None]
+
+
 async def test_a_large_conversation_is_read_in_a_thread() -> None:
     lane = Lanes().text
     ran: list[Any] = []

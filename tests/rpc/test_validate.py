@@ -117,8 +117,8 @@ def test_an_input_must_be_given() -> None:
     assert [v.field for v in wrong] == ["request.input"]
     request = generation_pb2.GenerateRequest(prompt="")
     assert [v.field for v in validate.generate(request, BOUNDS)] == ["prompt"]
-    request = generation_pb2.GenerateRequest(messages={"messages": [{"role": "tool"}]})
-    assert [v.field for v in validate.generate(request, BOUNDS)] == ["messages.messages[0].content"]
+    request = generation_pb2.GenerateRequest(messages={"messages": [{"content": "x"}]})
+    assert [v.field for v in validate.generate(request, BOUNDS)] == ["messages.messages[0].role"]
     request = generation_pb2.GenerateRequest(messages={})
     assert [v.field for v in validate.generate(request, BOUNDS)] == ["messages.messages"]
 
@@ -193,6 +193,8 @@ USER = {"role": "user", "content": "x"}
 
 GOOD_CHATS: list[dict[str, Any]] = [
     *({"messages": [{"role": role, "content": ""}]} for role in validate.ROLES),
+    *({"messages": [{"role": role}]} for role in validate.ROLES),
+    {"messages": [{"role": "assistant", "reasoning_content": "x"}]},
     {"messages": [{"role": "user", "parts": [{"text": "a"}, {"text": ""}]}]},
     {"messages": [{"role": "assistant", "tool_calls": [CALL] * 128}]},
     {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}]},
@@ -235,8 +237,6 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
     ({}, "messages"),
     ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
     ({"messages": [{"content": "x"}]}, "messages[0].role"),
-    (one(), "messages[1].content"),
-    (one(reasoning_content="x"), "messages[1].content"),
     (one(content="x", parts=[{"text": "y"}]), "messages[1].parts"),
     (one(parts=[{}]), "messages[1].parts[0]"),
     (one(parts=[{"text": "y"}] * 65), "messages[1].parts"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import codecs
 import contextlib
 import csv
+import datetime
+import decimal
 import gzip
 import hashlib
 import io
@@ -476,3 +478,23 @@ class TestParquet:
         self.write(path, [{"text": "a" * 50_000}] * 9000)
         monkeypatch.setattr(records, "MAX_LINE", 1000)
         assert "has rows of more than 1,000 bytes" in refused(path)
+
+    def test_a_value_counts_as_often_as_it_is_repeated(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        # The file states the size of the dictionary, not of what it stands for.
+        path = self.write(tmp_path / "a.parquet", [{"text": "a" * 50_000}] * 90)
+        monkeypatch.setattr(records, "MAX_FILE", 1 << 20)
+        assert "when decompressed up to row 21; at most 1,048,576" in refused(path)
+        monkeypatch.setattr(records, "MAX_LINE", 49_000)
+        # One long row among short ones.
+        self.write(path, [{"text": "b"}] * 5 + [{"text": "a" * 50_000}])
+        assert refused(path) == ":6: is longer than 49,000 characters"
+
+    def test_values_that_json_does_not_have_are_named(self, tmp_path: Path) -> None:
+        day = datetime.date(2024, 5, 6)
+        for value, kind in ((b"a", "bytes"), (day, "date"), (decimal.Decimal(1), "Decimal")):
+            path = self.write(tmp_path / "a.parquet", [{"prompt": value, "completion": "b"}])
+            assert refused(path) == f":1: prompt is a value of the type {kind}, not a string"
+        notes = {"id": day, "meta": b"\xff", "prompt": "a", "completion": "b"}
+        assert len(opened(self.write(tmp_path / "a.parquet", [notes]))[1]) == 1

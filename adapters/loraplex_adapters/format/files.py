@@ -216,18 +216,13 @@ class Directory(_Opened):
 
         Links are listed as files and not followed. At most 1000 names are read.
         """
+        parts = ["."] if not below else below.split("/")
         try:
-            descriptor = os.open(below or ".", _DIRECTORY, dir_fd=self.descriptor)
-        except OSError:
-            return []
-        try:
-            with os.scandir(descriptor) as entries:
+            with _walk(self, parts) as folder, os.scandir(folder.descriptor) as entries:
                 named = islice(entries, _MAX_LISTED)
                 return [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in named]
         except OSError:
             return []
-        finally:
-            os.close(descriptor)
 
 
 def refused(cause: Cause) -> Refusal:

@@ -1,8 +1,9 @@
 """The keys of `rank_pattern` and `alpha_pattern`, matched with modules as in PEFT.
 
 PEFT tries the keys in turn as `(.*\\.)?(KEY)$` and uses the first that matches. Most keys are plain
-names, which a look-up finds; a dot in them matches any character, as in PEFT. Other keys are
-expressions (`format.expressions`), which are never given to Python's `re`.
+names, which a look-up finds; a dot in them matches any character, as in PEFT. So are names with an
+anchor or escaped dots. Other keys are expressions (`format.expressions`), which are never given to
+Python's `re`.
 
 The order of the keys in a file is meaningless: PEFT trains with the author's order and saves the
 keys sorted. If the order would decide, the file does not determine what was trained.
@@ -11,7 +12,7 @@ keys sorted. If the order would decide, the file does not determine what was tra
 from __future__ import annotations
 
 import string
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Generic, TypeVar
@@ -76,8 +77,9 @@ def _pairs(pattern: Collection[str], paths: Collection[str]) -> Iterator[tuple[s
     if not pattern:
         return
     plain = {key for key in pattern if is_plain(key)}
-    expressions = [key for key in pattern if key not in plain]
     names = {suffix for path in paths for suffix in suffixes(path)}
+    spelt = _spelt((key for key in pattern if key not in plain), paths, names)
+    expressions = [key for key in pattern if key not in plain and key not in spelt]
     foreign = [key for key in plain if "." in key and key not in names]
     if len(foreign) > MAX_FOREIGN_KEYS:
         raise ValueError(f"has more than {MAX_FOREIGN_KEYS} keys that match no module of the file")
@@ -86,8 +88,13 @@ def _pairs(pattern: Collection[str], paths: Collection[str]) -> Iterator[tuple[s
             f"has {len(expressions)} keys that are expressions; at most {MAX_EXPRESSIONS} are "
             "evaluated: write the modules' names instead"
         )
+    by_name: dict[tuple[str, bool], list[str]] = {}
+    for key, place in spelt.items():
+        by_name.setdefault(place, []).append(key)
     for path in paths:
+        yield from ((key, path) for key in by_name.get((path, True), ()))
         for suffix in suffixes(path):
+            yield from ((key, path) for key in by_name.get((suffix, False), ()))
             if suffix in plain:
                 yield suffix, path
             yield from ((key, path) for key in foreign if _any_for_dot(key, suffix))
@@ -96,6 +103,24 @@ def _pairs(pattern: Collection[str], paths: Collection[str]) -> Iterator[tuple[s
         for key in expressions:
             work.spend(len(key))
             yield from ((key, path) for path in sorted(find(ending(key), tree, work)))
+
+
+def _spelt(
+    keys: Iterable[str], paths: Collection[str], names: Set[str]
+) -> dict[str, tuple[str, bool]]:
+    """Keys that are a name but for anchors and escaped dots: the name, and if it is a whole path.
+
+    Keys that name no module and have other dots are left out, since these match any character.
+    """
+    whole = frozenset(paths)
+    found = {}
+    for key in keys:
+        is_whole = key.startswith("^")
+        name = key.removeprefix("^").removesuffix("$").replace("\\.", ".")
+        is_literal = "." not in key.replace("\\.", "")
+        if is_plain(name) and (is_literal or name in (whole if is_whole else names)):
+            found[key] = name, is_whole
+    return found
 
 
 def _any_for_dot(key: str, name: str) -> bool:

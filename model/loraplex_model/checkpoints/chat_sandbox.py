@@ -163,7 +163,9 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         budget = self.budget
         owner, name = getattr(obj, "__self__", None), getattr(obj, "__name__", "")
         if owner is budget:
-            return super().call(context, obj, *args, **kwargs)
+            if hasattr(obj, "jinja_pass_arg"):
+                return super().call(context, obj, *args, **kwargs)
+            return obj(*args)  # the keywords are jinja2's own, for functions that take the context
         budget.spend()
         given = list(args)
         if not isinstance(obj, Macro):

@@ -55,9 +55,9 @@ class AdapterTexts:
     ) -> ChatTemplate | None:
         """The template of a request with these adapters; None for the base model's.
 
-        `read` returns the source of a template by its SHA-256, which is compiled in a thread of
+        `read` returns the source of a template by its SHA-256; it is compiled in a thread of
         `lane`. Raises Refusal(ADAPTER_UNSUPPORTED) if templates of adapters are not allowed any
-        more, and ADAPTER_CORRUPT if the index has lost the template.
+        more, or if this version does not compile it, and ADAPTER_CORRUPT if the index has lost it.
         """
         sha256 = _common([record.chat_template_sha256 for record in records], "")
         if not sha256:
@@ -67,12 +67,20 @@ class AdapterTexts:
             raise Refusal(Reason.ADAPTER_UNSUPPORTED, message, "messages")
         found = self._compiled.get(sha256)
         if found is None:
-            compiled = await lane.run(self._compile, await read(sha256))
-            found = self._compiled[sha256] = compiled
+            found = await lane.run(self._recompile, await read(sha256))
+            self._compiled[sha256] = found
             if len(self._compiled) > COMPILED:
                 self._compiled.popitem(last=False)
         self._compiled.move_to_end(sha256)
         return found
+
+    def _recompile(self, source: str) -> ChatTemplate:
+        """A registered template, which another version of this server compiled."""
+        try:
+            return self._compile(source)
+        except Refusal as error:
+            message = f"{error.message}; register the adapter with another one, or send a prompt"
+            raise Refusal(Reason.ADAPTER_UNSUPPORTED, message, "messages") from error
 
     def _compile(self, source: str) -> ChatTemplate:
         try:

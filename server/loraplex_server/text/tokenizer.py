@@ -136,7 +136,7 @@ class TextTokenizer:
             raise TextRefused("the base model has no chat template")
         encoder = self._needed()
         self._check_length(sum(map(_content_length, messages)))
-        size = sum(map(len, strings_of([messages, options.tools])))
+        size = sum(map(len, strings_of([messages, options.tools, options.variables])))
         # An adapter's template may take seconds, however short the conversation is.
         is_quick = template is None and size <= INLINE_CHARACTERS
 

@@ -241,24 +241,51 @@ def _parquet(stream: BinaryIO, limits: SizeLimits) -> Iterator[FileRow]:
         groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
         total = sum(group.total_byte_size for group in groups)
         if total > limits.file:
-            raise Unreadable(
-                f"is a Parquet file with {total:,} bytes when decompressed; at most "
-                f"{limits.file:,} are possible: train on a part of it"
-            )
+            raise Unreadable(_too_large(total, limits))
         # A value can be as large as its whole column if it is the same in all rows.
         largest = max((group.total_byte_size for group in groups), default=1)
         size = max(4, min(_PARQUET_ROWS, _PARQUET_BYTES // max(1, largest)))
-        number = 0
+        number = read = 0
         for batch in file.iter_batches(batch_size=size):
             held = batch.nbytes > size * limits.row
             for value in () if held else batch.to_pylist(maps_as_pydicts="strict"):
                 number += 1
-                yield FileRow(number, value)
+                row = _value_size(value)
+                # The sizes in the file count a value once that many rows have.
+                if (read := read + row) > limits.file:
+                    raise Unreadable(_too_large(read, limits, f" up to row {number}"))
+                long = row > limits.row
+                problem = f"is longer than {limits.row:,} characters" if long else ""
+                yield FileRow(number, value, problem)
             if held:
                 raise Unreadable(f"has rows of more than {limits.row:,} bytes after row {number}")
     except (pyarrow.ArrowException, OSError, KeyError) as error:
         text = shown(str(error).partition("\n")[0])
         raise Unreadable(f"is a damaged Parquet file: {text}; copy or write it again") from None
+
+
+def _too_large(size: int, limits: SizeLimits, where: str = "") -> str:
+    return (
+        f"is a Parquet file with {size:,} bytes when decompressed{where}; at most "
+        f"{limits.file:,} are possible: train on a part of it"
+    )
+
+
+def _value_size(value: object) -> int:
+    """Characters of the texts of a value, keys included; anything else counts as eight."""
+    size, left = 0, [value]
+    while left:
+        item = left.pop()
+        if isinstance(item, str | bytes):
+            size += len(item)
+        elif isinstance(item, Mapping):
+            size += sum(map(len, item))
+            left += item.values()
+        elif isinstance(item, list):
+            left += item
+        else:
+            size += 8
+    return size
 
 
 _READERS: Final[Mapping[FileKind, Callable[[Any, SizeLimits], Iterator[FileRow]]]] = {

@@ -31,7 +31,7 @@ from loraplex_adapters.format.files import (
     WEIGHTS_FILE,
     Directory,
     RegularFile,
-    open_directory,
+    opened,
     refused,
 )
 from loraplex_adapters.format.foreign.folder import cause_of
@@ -71,23 +71,41 @@ def convert(
     Raises Refusal: CONVERT_UNSUPPORTED; as reading an adapter does.
     """
     with ExitStack() as stack:
-        directory = stack.enter_context(open_directory(source))
+        directory = stack.enter_context(opened(source))
         files = {name for name, is_folder in directory.listing() if not is_folder}
         sources = []
         for name in _weights(files, directory):
             file = stack.enter_context(directory.open(name, max_bytes))
             sources.append(_Source(file, _header(file)))
-        tensors = [tensor for each in sources for tensor in each.header.tensors]
+        if (total := sum(each.file.size for each in sources)) > max_bytes:
+            message = f"the weights files have {total} bytes together; at most {max_bytes} are "
+            raise Refusal(Reason.ADAPTER_TOO_LARGE, f"{message}accepted (--max-adapter-file)")
+        tensors = _tensors(sources)
         plan = _plan(directory, files, tensors, base, alpha)
         if rank is not None and plan.config.get("r") != rank:
             message = f"the tensors have rank {plan.config.get('r')}, not {rank}; correct --rank"
             raise Refusal(Reason.FIELD_INVALID, message, "rank")
-        if len(sources) > 1:
+        if sources[0].file.name.startswith(_SHARD):
             line = f"{len(sources)} weights files are joined into one"
+            if len(sources) == 1:
+                line = f"{sources[0].file.name} becomes {WEIGHTS_FILE}"
             plan = Plan(plan.steps, plan.config, (*plan.lines, line))
         if plan.lines:
             _write(target, plan, sources)
     return plan
+
+
+def _tensors(sources: Sequence[_Source]) -> list[TensorLocation]:
+    """The tensors of all files. Raises Refusal if two files have one of the same name."""
+    found: dict[str, str] = {}
+    for source in sources:
+        for tensor in source.header.tensors:
+            other = found.setdefault(tensor.name, source.file.name)
+            if other != source.file.name:
+                message = f"{shown(tensor.name)} is in {other} and in {source.file.name}; remove "
+                message += "the files that another saving left behind"
+                raise Refusal(Reason.ADAPTER_INVALID, message, source.file.name)
+    return [tensor for source in sources for tensor in source.header.tensors]
 
 
 def _header(file: RegularFile) -> Header:

@@ -20,6 +20,12 @@ MAX_TEXT: Final = 4 << 20
 CHARACTERS: Final = 128
 NODES: Final = 16
 
+# Tuples, since a union is made anew each time, and these are asked for every value.
+_WALKED: Final = (list, tuple, set, Mapping, MappingView)
+_WEIGHED: Final = (*_WALKED, frozenset)
+_COUNTED: Final = (*_WALKED, range)
+_SINGLE: Final = frozenset({int, float, bool, type(None)})
+
 
 class TextRefused(Exception):
     """A text or conversation cannot be turned into tokens; the message may be shown to a client."""
@@ -71,7 +77,7 @@ class Budget:
         """
         if isinstance(value, str):
             return 1 + len(value) // 8
-        if not isinstance(value, list | tuple | set | frozenset | Mapping | MappingView):
+        if type(value) in _SINGLE or not isinstance(value, _WEIGHED):
             return 1
         if not hasattr(self._state, "weights"):
             self._state.weights = {}
@@ -79,13 +85,14 @@ class Budget:
         if id(value) in known:
             return known[id(value)][1]
         total = 1
-        inner: Any = value.items() if isinstance(value, Mapping) else value
+        inner: Any = value
+        if isinstance(value, Mapping):
+            inner = (part for pair in value.items() for part in pair)
         for item in inner:
-            if isinstance(value, Mapping):
-                total += self.weight(item[0]) + self.weight(item[1])
-            else:
-                total += self.weight(item)
-            fits(total)
+            # Most values are single ones, for which a call would take longest.
+            total += 1 if type(item) in _SINGLE else self.weight(item)
+            if total > MAX_TEXT:
+                raise TooMuchWork
         if not isinstance(value, MappingView):
             # The value is kept, so that no other one takes its identity. A template cannot change
             # it, so its weight stays.
@@ -102,7 +109,7 @@ class Budget:
             self.spend(len(value) // CHARACTERS)
         elif isinstance(value, int):
             self.spend(value.bit_length() // 1024)
-        elif isinstance(value, range | list | tuple | set | Mapping | MappingView):
+        elif isinstance(value, _COUNTED):
             self.weight(value)
             self.spend(len(value) // NODES)
         elif isinstance(value, Iterator):
@@ -111,7 +118,7 @@ class Budget:
 
     def walked(self, value: Any) -> Any:
         """Counts a value that is walked through at any depth."""
-        if isinstance(value, list | tuple | set | Mapping | MappingView):
+        if isinstance(value, _WALKED):
             self.spend(self.weight(value) // NODES)
             return value
         return self.made(value)
@@ -125,7 +132,7 @@ class Budget:
         """Counts an operand of a comparison."""
         if isinstance(value, str):
             self.spend(len(value) // (8 * CHARACTERS))
-        elif isinstance(value, list | tuple | set | Mapping | MappingView):
+        elif isinstance(value, _WALKED):
             self.spend(self.weight(value) // NODES)
         return value
 

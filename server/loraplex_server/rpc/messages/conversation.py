@@ -73,7 +73,8 @@ _FLAGS: Final = ("add_generation_prompt", "continue_final_message")
 
 
 def _message(wire: generation_pb2.ChatMessage, field: str, checks: RequestChecks) -> dict[str, Any]:
-    content: Any = wire.content if wire.HasField("content") else None
+    # Clients of older versions leave out an empty content.
+    content: Any = wire.content if wire.HasField("content") or not wire.tool_calls else None
     if wire.parts:
         content = [{"type": "text", "text": part.text} for part in wire.parts]
     message: dict[str, Any] = {"role": wire.role, "content": content}

@@ -221,9 +221,6 @@ def _message(message: generation_pb2.ChatMessage, field: str, checks: RequestChe
                     f"{field}.parts[{j}]",
                     "must be a text; other kinds of content are not supported",
                 )
-    elif not has_content and not message.tool_calls:
-        text = "must be set, except in a message of the assistant that has `tool_calls`"
-        checks.add(f"{field}.content", text)
     for name in ("tool_calls", "reasoning_content"):
         is_given = bool(getattr(message, name))
         text = "is only for messages of the assistant"

@@ -192,7 +192,7 @@ def _learned(turn: Mapping[str, object], role: str, what: str) -> bool | None:
             value = turn[key]
             if not isinstance(value, bool | int | float) or value not in (0, 1):
                 raise ValueError(
-                    f"{what}.{key} is {shown(str(value), 40)}; possible are 0 (the message is not "
+                    f"{what}.{key} is {shown(repr(value), 40)}; possible are 0 (the message is not "
                     "learned) and 1"
                 )
             found[key] = bool(value)

@@ -16,7 +16,11 @@ _KINDS: Final = {str: "a string", list: "a list", dict: "an object", bool: "true
 
 def kind_of(value: object) -> str:
     """Returns what a JSON value is, for messages."""
-    return "null" if value is None else _KINDS.get(type(value), "a number")
+    if value is None:
+        return "null"
+    # Parquet has more kinds than JSON.
+    other = f"a value of the type {type(value).__name__}"
+    return _KINDS.get(type(value), "a number" if isinstance(value, int | float) else other)
 
 
 def string(value: object, what: str) -> str:
