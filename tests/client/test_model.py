@@ -201,7 +201,7 @@ def test_what_cannot_be_shown_is_replaced(server: FakeServer, encoding: str, tmp
     assert shown in run("adapters", "get", "a")
     assert json.loads(run("adapters", "get", "a", "--json"))["name"] == "日本"
     run("adapters", "get", "日", code=3)
-    run("adapters", "upload", "日", str(tmp_path), code=2)
+    run("adapters", "upload", "日", str(tmp_path), code=6)
     assert "Usage" in run("--help")
 
 

@@ -13,14 +13,16 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
-from tokenizers import Tokenizer
 
 from loraplex_model.base.refusal import Reason, Refusal, model_invalid
 from loraplex_model.checkpoints.chat import ChatTemplate
 from loraplex_model.checkpoints.control.ends import end_tokens
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 TOKENIZER = "tokenizer.json"
 MODEL = "model.json"
@@ -168,6 +170,8 @@ def spellings(directory: Path, ids: Iterable[int]) -> list[SpeltToken]:
 
 
 def _open(path: Path) -> Tokenizer:
+    from tokenizers import Tokenizer  # a machine that only computes may lack it
+
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare exceptions

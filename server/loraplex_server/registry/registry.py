@@ -5,16 +5,16 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Final, ParamSpec, TypeAlias, TypeVar
 
 from loraplex_adapters.format.examine import Report, examine
 from loraplex_adapters.format.files import Directory, open_below
-from loraplex_adapters.format.foreign.notes import MAX_NOTED_FILES, folder_notes
+from loraplex_adapters.format.foreign.notes import MAX_NOTED_FILES
 from loraplex_adapters.format.spec import AdapterLimits
-from loraplex_adapters.store import Record, Store, VersionText
+from loraplex_adapters.store import Record, Store
 from loraplex_model.base.info import BaseInfo
 from loraplex_model.base.refusal import Problem, Reason, Refusal
 from loraplex_model.checkpoints.chat import ChatTemplate
@@ -43,6 +43,24 @@ CATALOGUE_SECONDS: Final = 30.0
 
 Source: TypeAlias = Callable[[], AbstractContextManager[Directory]]
 """Opens the files of an adapter."""
+
+
+class ImportedFolder:
+    """A source that remembers the names of the files in it, for notes.
+
+    Attributes:
+        names: the names when it was last opened.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self.names: Sequence[str] = ()
+
+    @contextmanager
+    def __call__(self) -> Iterator[Directory]:
+        with self._source() as opened:
+            self.names = opened.names(MAX_NOTED_FILES)
+            yield opened
 
 
 class Registry:
@@ -157,9 +175,9 @@ class Registry:
         """Size of the largest weights file that is accepted."""
         return self._limits.max_weights_bytes
 
-    def imported(self, path: str) -> Source:
+    def imported(self, path: str) -> ImportedFolder:
         """Source of the directory `path` below the import root; opening it checks the path."""
-        return partial(open_below, self._import_root, path)
+        return ImportedFolder(partial(open_below, self._import_root, path))
 
     async def examine(self, source: Source) -> Report:
         """Reports all faults of an adapter's files; changes nothing."""
@@ -169,23 +187,6 @@ class Registry:
                 return examine(opened, self._base(), self._limits)
 
         return await self.lanes.validations.run(work)
-
-    async def notes(self, source: Source, text: VersionText | None = None) -> list[str]:
-        """Notes about files beside an adapter that are not used; `text` is what it brings.
-
-        None if the directory cannot be listed: notes are no reason to fail a call that is done.
-        """
-
-        def work() -> list[str]:
-            with source() as opened:
-                names = opened.names(MAX_NOTED_FILES)
-            return folder_notes(names, has_template=bool(text and text.chat_template))
-
-        try:
-            # Not in the lane of validations: each of them may read a whole file first.
-            return await self.lanes.index.run(work)
-        except Refusal:
-            return []
 
     # registration: each returns the adapter and whether the version is new
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from jinja2 import TemplateError
-from tokenizers import Tokenizer
 
 from loraplex_model.checkpoints.chat import ChatOptions, ChatTemplate, TextRefused
 from loraplex_model.checkpoints.control.spellings import Spellings
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 _QUESTION: Final = "Which colour is the sky?"
 _ANSWER: Final = "It is mostly blue today."

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from tokenizers import AddedToken, Tokenizer
+if TYPE_CHECKING:
+    from tokenizers import AddedToken, Tokenizer
 
 _PLAIN: Final = re.compile(r"</?[A-Za-z_][\w.:-]*>|\w+")
 """A plain tag such as <think>, or a word: both are written by models themselves."""

@@ -114,7 +114,7 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         if request.WhichOneof("source") == "path":
             source = self._registry.imported(request.path)
             report = await _typed(self._registry.examine(source), "", "path")
-            notes = await self._registry.notes(source)
+            notes = folder_notes(source.names)
         else:
             work = self._registry.examine(partial(self._store.uploads.reading, request.upload_id))
             report = await _typed(work, request.upload_id, "upload_id", _UPLOAD)
@@ -148,10 +148,11 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
         source = self._registry.imported(request.path)
         work = self._registry.register(source, terms)
         adapter, created = await _typed(work, request.name, "path")
+        notes = folder_notes(source.names, has_template=bool(request.chat_template))
         return pb.RegisterAdapterResponse(
             adapter=self._describe(adapter.record),
             created=created,
-            notes=[*await self._registry.notes(source, terms.text), *adapter.record.notes],
+            notes=[*notes, *adapter.record.notes],
         )
 
     async def LabelAdapter(
