@@ -11,8 +11,6 @@ import grpc
 import numpy as np
 import pytest
 from loraplex.v1 import adapter_pb2, generation_pb2, model_pb2, model_pb2_grpc
-from loraplex_adapters.format.files import Directory
-from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_model.checkpoints.chat import ChatTemplate
 from rpc.harness import SCRIPT, VOCAB, WIDTH, Running, ask, refusal, running, write_adapter
 from safetensors.numpy import load_file, save_file
@@ -172,9 +170,7 @@ async def test_files_that_are_not_used_are_noted(tmp_path: Path) -> None:
         assert list((await up.adapters.RegisterAdapter(register)).notes) == notes[1:]
 
 
-async def test_notes_neither_wait_for_validations_nor_fail_a_registration(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_notes_of_a_registration_do_not_wait_for_validations(tmp_path: Path) -> None:
     async with running(tmp_path) as up:
         folder = write_adapter(tmp_path / "import" / "x")
         (folder / "tokenizer.json").write_text("")
@@ -186,15 +182,6 @@ async def test_notes_neither_wait_for_validations_nor_fail_a_registration(
         finally:
             leave.set()
             await busy
-
-        def vanished(*_: object) -> list[str]:
-            raise Refusal(Reason.OVERLOADED, "too many calls are waiting")
-
-        monkeypatch.setattr(Directory, "names", vanished)
-        register.name = "b"
-        reply = await up.adapters.RegisterAdapter(register)
-        assert reply.created
-        assert not reply.notes
 
 
 async def test_copies_of_the_base_in_an_adapter_are_noted(tmp_path: Path) -> None:
