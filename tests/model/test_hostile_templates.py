@@ -180,8 +180,9 @@ for source in json.load(sys.stdin):
     except Exception as error:
         end = f"{type(error).__name__}: {error}"
     print(json.dumps([end, time.monotonic() - before]), flush=True)
-used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps(used), flush=True)
+# Not ru_maxrss, which begins at the size of the process that started this one.
+[peak] = [line for line in open("/proc/self/status") if line.startswith("VmHWM:")]
+print(json.dumps(int(peak.split()[1])), flush=True)
 """
 
 

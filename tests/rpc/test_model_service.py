@@ -73,7 +73,10 @@ REFUSED = [
         {"messages": chat(chat_template_kwargs={"messages": {"bool_value": True}})},
         "messages.chat_template_kwargs[messages]",
     ),
-    ({"messages": chat({"role": "user"})}, "messages.messages[0].content"),
+    (
+        {"messages": chat({"role": "user", "tool_calls": [{"name": "f"}]})},
+        "messages.messages[0].tool_calls",
+    ),
     ({"messages": chat(USER, {"role": "system", "content": "x"})}, "messages"),
     ({}, "messages.messages"),
     ({"adapter_id": "A", "messages": chat()}, "adapter_id"),
