@@ -20,7 +20,7 @@ MAX_TEXT: Final = 4 << 20
 CHARACTERS: Final = 128
 NODES: Final = 16
 
-# Tuples, since a union is made anew each time, and these are asked for every value.
+# Tuples, since a union would be made each time, and these are asked for every value.
 _WALKED: Final = (list, tuple, set, Mapping, MappingView)
 _WEIGHED: Final = (*_WALKED, frozenset)
 _COUNTED: Final = (*_WALKED, range)
