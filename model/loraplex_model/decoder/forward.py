@@ -297,7 +297,7 @@ class _Layer:
         shares = shares.to(x.dtype)
         result = torch.zeros_like(x)
         activation = _ACTIVATIONS[config.activation]
-        for expert in chosen.unique().tolist():
+        for expert in sorted(set(chosen.flatten().tolist())):
             rows, place = torch.where(chosen == expert)
             gate_up, down = (self._of_expert(name, expert) for name in ("gate_up", "down"))
             gate, up = self._linear(gate_up, x[rows]).chunk(2, dim=-1)
