@@ -107,7 +107,6 @@ UNSERVED: Mapping[str, str] = {
     "HIRA": "Hadamard products with the base's weights",
     "HRA": "Householder reflections",
     "LILY": "Lily",
-    "LOHA": "Hadamard products of low-rank factors",
     "LOKR": "Kronecker products",
     "MISS": "matrix shards",
     "MULTITASK_PROMPT_TUNING": "prompts chosen by task",
