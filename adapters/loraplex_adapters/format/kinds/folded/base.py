@@ -169,7 +169,7 @@ def measured(
 
 
 def widest(file: Placement, targets: Targets) -> tuple[int, int]:
-    """The largest input and output of the target modules, which fix the widths of shared tensors."""
+    """The largest input and output of the target modules: the widths of shared tensors."""
     linear = [site for site in base_sites(file.base) if linear_shape(site, file.base)]
     try:
         named = targets.promised(linear, file.base)
