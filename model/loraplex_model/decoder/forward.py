@@ -183,8 +183,8 @@ class _Normed:
         Also returns how to recompute the result, if it is known.
         """
         normed, recompute = self._apply(x, weight, bias)
-        for rows, own in mix.norm_weights(site, weight, self._groups):
-            normed = normed.index_copy(0, rows, self._apply(x[rows], own, bias)[0])
+        for rows, own, own_bias in mix.norm_weights(site, weight, bias, self._groups):
+            normed = normed.index_copy(0, rows, self._apply(x[rows], own, own_bias)[0])
             recompute = None
         return normed, recompute
 
