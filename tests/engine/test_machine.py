@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import numpy as np
 import pytest
@@ -40,13 +40,15 @@ CATALOGUE: dict[str, dict[str, object]] = {
     "d": {"nbytes": 60},
     "v": {"nbytes": 20, "virtual": 3},
     "w": {"nbytes": 1, "virtual": 5, "merge_nbytes": 20},
+    "i": {"nbytes": 30, "invocation": [9, 10], "merge_nbytes": 10},
+    "j": {"nbytes": 20, "invocation": [12]},
     "whole": {"nbytes": BUDGET},
     "larger": {"nbytes": BUDGET + 1},
     "bad": {"fail": "ADAPTER_INVALID"},
     "crash": {"fail": "crash"},
     "nan": {"nbytes": 10, "nonfinite": True},
 }
-NAMES = st.sampled_from([*"aaaaaabbbbcccdvvvw", *CATALOGUE])
+NAMES = st.sampled_from([*"aaaaaabbbbcccdvvvwiii", *CATALOGUE])
 CONTROL_REASONS = {
     "ADAPTER_INVALID",
     "ENGINE_FAULT",
@@ -83,16 +85,26 @@ class Asked:
 
     @property
     def is_mixable(self) -> bool:
+        if len(set(self.names)) > 1 and any("invocation" in CATALOGUE[n] for n in self.names):
+            return False
         if not any(option(name, "virtual") for name in self.names):
             return True
         return len(set(self.names)) == 1 and sum(ref.weight for ref in self.refs) == 1.0
+
+    @property
+    def invocation(self) -> list[int] | None:
+        """The invocation tokens of its only adapter; None if there are none."""
+        options = CATALOGUE[self.names[0]] if len(set(self.names)) == 1 else {}
+        return cast("list[int] | None", options.get("invocation"))
 
     @property
     def expected(self) -> tuple[list[int], str]:
         """Its tokens and how it finishes, if nothing comes between."""
         mix = [(ref.digest, ref.weight) for ref in self.refs]
         virtual = option(self.names[0], "virtual") if self.names else 0
-        tokens = continuation(self.prompt, mix, self.max_new_tokens, virtual=virtual)
+        tokens = continuation(
+            self.prompt, mix, self.max_new_tokens, virtual=virtual, invocation=self.invocation
+        )
         for at, token in enumerate(tokens):
             if token in self.stops:
                 return tokens[:at], "stop"
@@ -243,7 +255,7 @@ class EngineMachine(RuleBasedStateMachine):
         )
 
     @rule(
-        names=st.lists(st.sampled_from(["", "a", "b", "v", "w"]), min_size=1, max_size=4),
+        names=st.lists(st.sampled_from(["", "a", "b", "v", "w", "i", "j"]), min_size=1, max_size=4),
         size=st.integers(1, 8),
         max_new_tokens=st.integers(2, 10),
     )

@@ -40,6 +40,7 @@ class Placement:
         findings: everything that does not fit, in order of discovery.
         saved: the sites whose weights the file replaces completely (`modules_to_save`).
         twins: pairs of tensors that name one weight, and must be equal.
+        invocation_tokens: as in `CheckedAdapter`; set by the kind.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Placement:
         self.findings: list[Problem] = []
         self.saved: set[Site] = set()
         self.twins: list[tuple[TensorLocation, TensorLocation]] = []
+        self.invocation_tokens: tuple[int, ...] = ()
         self._peft_type = peft_type
         self._needs = endings
         # The longest ending first, since "lora_B.bias" also ends in "bias".

@@ -92,6 +92,8 @@ class Request:
         pins: adapters that it was granted; they are pinned until it ends.
         prefix: virtual tokens before its own, of its adapter.
         mix: `(slot, weight)` pairs of its adapters.
+        active_from: index in `tokens` from which on `mix` applies; the base alone computes the
+            tokens before. `NEVER` if it computes all of them. See `activation`.
         queue_seconds: time from its arrival to its first step; None before that.
     """
 
@@ -111,6 +113,7 @@ class Request:
     pins: tuple[Pin, ...] = ()
     prefix: Prefix = Prefix()
     mix: tuple[tuple[int, float], ...] = ()
+    active_from: int = 0
     queue_seconds: float | None = None
 
     def __post_init__(self) -> None:

@@ -66,12 +66,20 @@ class Logits(Enum):
 
 @dataclass(frozen=True, slots=True)
 class BatchRow:
-    """One request's part of a step: `count` of its own tokens from index `start` on."""
+    """One request's part of a step: `count` of its own tokens from index `start` on.
+
+    A row never extends over the request's `active_from`.
+    """
 
     request: Request
     start: int
     count: int
     logits: Logits
+
+    @property
+    def mix(self) -> tuple[tuple[int, float], ...]:
+        """`(slot, weight)` pairs of the adapters that compute it; () for the base alone."""
+        return self.request.mix if self.start >= self.request.active_from else ()
 
     @property
     def completes(self) -> bool:
@@ -134,7 +142,7 @@ class Scheduler:
             if budget and request.remaining > 1:
                 budget -= self._chunk(request, budget, rows)
         self._admit(budget, rows, now)
-        rows.sort(key=lambda row: row.request.mix)
+        rows.sort(key=lambda row: row.mix)
         if self._narrow_steps and rows:
             self._narrow_steps -= 1
             if not self._narrow_steps:
@@ -172,6 +180,8 @@ class Scheduler:
     def _chunk(self, request: Request, budget: int, rows: list[BatchRow]) -> int:
         """Adds the next chunk of a prompt, if it may have one; returns its number of tokens."""
         count = min(request.remaining, budget)
+        if request.computed < request.active_from:  # all tokens of a row have the same mix
+            count = min(count, request.active_from - request.computed)
         if request.wants_prompt_logits:
             scored = sum(row.count for row in rows if row.logits is Logits.ALL)
             count = min(count, self.limits.prompt_logprob_rows - scored)
