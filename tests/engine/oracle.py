@@ -12,9 +12,9 @@ read from `oracle.json` in it, if there is one, and the virtual tokens from its 
 Options: `nbytes` (else the size of the files), `fail` (an error reason for `read_adapter`),
 `seconds` (how long reading takes), `nonfinite` (rows that use it get NaN logits), `virtual` (how
 many virtual tokens it has), `invocation` (token ids: it acts from their last occurrence in the
-prompt on, and on all tokens without this option), `merge_nbytes` (what its dense copies take; 0: it cannot be merged),
-`merge_fail` (merging it raises), `kills` (the process is killed by the work on it: "read",
-"publish", "merge" or "publish_merge"), `loses` (the device is lost by it, likewise).
+prompt on, and on all tokens without this option), `merge_nbytes` (what its dense copies take; 0:
+it cannot be merged), `merge_fail` (merging it raises), `kills` (the process is killed by the work
+on it: "read", "publish", "merge" or "publish_merge"), `loses` (the device is lost by it, likewise).
 """
 
 from __future__ import annotations
@@ -81,15 +81,14 @@ def continuation(
     vocab_size: int = 512,
     forbidden: frozenset[int] = frozenset(),
     virtual: int = 0,
-    invocation: list[int] | None = None,
+    active: int | None = 0,
 ) -> list[int]:
     """The `count` tokens that the oracle must answer greedily to `prompt` under `mix`.
 
-    `virtual` tokens stand before the prompt; they are those of the one adapter of the mix. With an
-    `invocation` the mix applies from its last occurrence in the prompt on.
+    `virtual` tokens stand before the prompt; they are those of the one adapter of the mix. The mix
+    applies from index `active` of the prompt on; to no token if that is None.
     """
     tokens = [vocab_size + j for j in range(virtual)] + prompt
-    active = 0 if invocation is None else invoked_at(prompt, invocation)
     base, weights = weights_hash([]), weights_hash(mix)
     entries = [
         entry(token, position, weights if active is not None and position >= active else base)

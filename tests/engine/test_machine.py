@@ -8,7 +8,7 @@ from typing import ClassVar, cast
 import numpy as np
 import pytest
 from engine.driving import Engine, adapter
-from engine.oracle import OracleRunner, continuation
+from engine.oracle import OracleRunner, continuation, invoked_at
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -92,10 +92,12 @@ class Asked:
         return len(set(self.names)) == 1 and sum(ref.weight for ref in self.refs) == 1.0
 
     @property
-    def invocation(self) -> list[int] | None:
-        """The invocation tokens of its only adapter; None if there are none."""
+    def active(self) -> int | None:
+        """Index of the prompt from which on its adapters act; None if they never do."""
         options = CATALOGUE[self.names[0]] if len(set(self.names)) == 1 else {}
-        return cast("list[int] | None", options.get("invocation"))
+        if "invocation" not in options:
+            return 0
+        return invoked_at(self.prompt, cast("list[int]", options["invocation"]))
 
     @property
     def expected(self) -> tuple[list[int], str]:
@@ -103,7 +105,7 @@ class Asked:
         mix = [(ref.digest, ref.weight) for ref in self.refs]
         virtual = option(self.names[0], "virtual") if self.names else 0
         tokens = continuation(
-            self.prompt, mix, self.max_new_tokens, virtual=virtual, invocation=self.invocation
+            self.prompt, mix, self.max_new_tokens, virtual=virtual, active=self.active
         )
         for at, token in enumerate(tokens):
             if token in self.stops:
