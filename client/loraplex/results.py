@@ -82,6 +82,7 @@ class ResolvedAdapter:
 class Usage:
     """Numbers of tokens.
 
+    `cached_prompt_tokens` are those of the prompt that were in the server's KV cache already.
     `base_prompt_tokens` are those that the base model alone computed before an activated LoRA; if
     they are all of the prompt, it does not contain the adapter's invocation tokens, and the
     completion is the base model's.
@@ -90,6 +91,7 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     base_prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

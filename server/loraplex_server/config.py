@@ -148,6 +148,10 @@ class Config(BaseSettings):
     special_tokens_in_messages: bool = False
     """Recognise control tokens that messages spell out, also in the data of training jobs, so that
     a message can end its turn and open another. By default they are text."""
+    share_base_prefixes: bool = False
+    """Keep keys and values that the base alone has computed, and let later prompts that begin alike
+    use them, also before the invocation of an activated LoRA. Clients can then learn by time, and
+    by usage.cached_prompt_tokens, whether someone has sent a prompt that begins like theirs."""
     token_budget: int = Field(512, ge=1)
     """Most tokens in one step: decode rows and prompt chunks together."""
     max_running: int = Field(64, ge=1)
@@ -350,6 +354,7 @@ class Config(BaseSettings):
             max_running=self.max_running,
             max_waiting=self.max_requests,
             max_waiting_tokens=2 * self.max_waiting_tokens,
+            share_base_prefixes=self.share_base_prefixes,
         )
 
 

@@ -94,6 +94,11 @@ class Request:
         mix: `(slot, weight)` pairs of its adapters.
         active_from: index in `tokens` from which on `mix` applies; the base alone computes the
             tokens before. `NEVER` if it computes all of them. See `activation`.
+        admissions: number of times that it was given blocks.
+        cached: number of its first tokens whose keys and values were found in the KV cache when it
+            was first admitted. See `base_prefix`.
+        keys: keys of its first full blocks, as far as they were needed.
+        kept: number of its blocks that are kept, or need not be kept.
         queue_seconds: time from its arrival to its first step; None before that.
     """
 
@@ -114,6 +119,10 @@ class Request:
     prefix: Prefix = Prefix()
     mix: tuple[tuple[int, float], ...] = ()
     active_from: int = 0
+    admissions: int = 0
+    cached: int = 0
+    keys: list[bytes] = field(default_factory=list)
+    kept: int = 0
     queue_seconds: float | None = None
 
     def __post_init__(self) -> None:
@@ -157,6 +166,12 @@ class Request:
         0 while the next token is still to be chosen: see `Turns` and `awaits_token`.
         """
         return len(self.tokens) - self.computed
+
+    @property
+    def base_len(self) -> int:
+        """Number of its first tokens that the base alone computes, among those the host knows."""
+        known = len(self.tokens) - self.pending
+        return min(self.active_from, known) if self.mix else known
 
     @property
     def in_own_blocks(self) -> int:

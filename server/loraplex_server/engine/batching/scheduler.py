@@ -19,6 +19,7 @@ from operator import attrgetter
 
 import msgspec
 
+from loraplex_server.engine.batching import base_prefix
 from loraplex_server.engine.batching.kv import BlockPool
 from loraplex_server.engine.batching.request import Request, RequestState
 from loraplex_server.engine.batching.turns import Turns
@@ -41,6 +42,7 @@ class EngineLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             unless nothing waits.
         prompt_logprob_rows: prompt tokens of one step whose logits are all kept, of all requests
             together.
+        share_base_prefixes: whether requests share blocks of the base; see `base_prefix`.
     """
 
     token_budget: int = 512
@@ -48,6 +50,7 @@ class EngineLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_waiting: int = 256
     max_waiting_tokens: int = 1 << 18
     prompt_logprob_rows: int = 128
+    share_base_prefixes: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_running <= self.token_budget:
@@ -124,6 +127,17 @@ class Scheduler:
         elif request.state is RequestState.RUNNING:
             _take(self.running, request)
             self._free(request)
+
+    def settle(self, row: BatchRow, admission: int) -> None:
+        """Notes that a row is computed; its request is one that has not ended.
+
+        `admission` is the request's number of `admissions` when the row was started: blocks that
+        it was given later do not hold the row.
+        """
+        request = row.request
+        is_there = request.state is RequestState.RUNNING and request.admissions == admission
+        if self.limits.share_base_prefixes and is_there:
+            base_prefix.keep(request, row.start + row.count, self.pool)
 
     def narrow(self, tokens: int) -> None:
         """Limits each of the next `NARROW_STEPS` steps to `tokens`, but at least to one."""
@@ -204,17 +218,32 @@ class Scheduler:
         for request in self.queue:
             if not budget or self._is_full() or request.awaits_token:
                 break
+            shared: list[int] = []
+            if self.limits.share_base_prefixes:
+                shared = base_prefix.matched(request, self.pool)
             need = self.pool.blocks_for(request.in_own_blocks)
+            need -= sum(self.pool.owners(block) > 0 for block in shared)
             if need + len(self.running) > self.pool.free and self.running:
                 break
-            self._grow(request)
-            request.state = RequestState.RUNNING
-            insort(self.running, request, key=_order)
-            if request.queue_seconds is None:
-                request.queue_seconds = now - request.arrived
+            self._begin(request, shared, now)
             budget -= self._chunk(request, budget, rows)
             started += 1
         del self.queue[:started]
+
+    def _begin(self, request: Request, shared: list[int], now: float) -> None:
+        """Starts a queued request, for which there is room, behind blocks that it shares."""
+        for block in shared:
+            self.pool.share(block)
+        request.blocks.extend(shared)
+        request.kept = len(shared)
+        request.computed = len(shared) * self.pool.block_size
+        request.admissions += 1
+        self._grow(request)
+        request.state = RequestState.RUNNING
+        insort(self.running, request, key=_order)
+        if request.queue_seconds is None:
+            request.queue_seconds = now - request.arrived
+            request.cached = request.computed
 
     def _is_full(self) -> bool:
         """Whether no more requests may take part in steps. Those that are finishing do not."""

@@ -138,6 +138,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                         if output.started:
                             begun = True
                             completion.base_tokens = output.base_tokens
+                            completion.cached_tokens = output.cached_tokens
                             self._begin(call, ticket, output)
                             yield started
                     piece = completion.take(batch)
@@ -217,7 +218,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         """Records that the prompt of a request is computed."""
         ticket.run()
         self.metrics.series.queue_wait_seconds.observe(output.queue_seconds)
-        self.metrics.generation_started(call.names, len(call.prompt))
+        self.metrics.generation_started(call.names, len(call.prompt), output.cached_tokens)
 
     def _started(self, call: _Call) -> _Event:
         """The first event of a request, still without log-probabilities of the prompt."""
@@ -332,6 +333,7 @@ def _given(message: Message, field: str) -> Any:
 def _finished(piece: Piece, prompt: int, completion: CompletionBuilder) -> _Event:
     usage = generation_pb2.Usage(
         prompt_tokens=prompt,
+        cached_prompt_tokens=completion.cached_tokens,
         completion_tokens=completion.tokens,
         base_prompt_tokens=completion.base_tokens,
     )
