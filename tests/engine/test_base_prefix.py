@@ -134,6 +134,19 @@ class TestBothPaces:
         assert ask(engine, 4, [2] * 17) == 17 + 2
         assert ask(engine, 5, [1] * 9) == 9 + 2
 
+    def test_kept_blocks_that_nobody_owns_are_part_of_the_need(self) -> None:
+        """3 of 6 blocks are in use, and of the other 3 the waiting request would find 2."""
+        engine = engine_with(num_blocks=6)
+        ask(engine, 1, HEAD[:9], new=1)
+        engine.submit(2, [1] * 9, 3)
+        engine.step()
+        engine.submit(3, [*HEAD[:8], *[3] * 7], 2)
+        engine.step()
+        assert len(engine.core._scheduler.running) == 1
+        engine.run()
+        assert engine.tokens(3) == continuation([*HEAD[:8], *[3] * 7], [], 2)
+        assert engine.outputs[3][0].cached_tokens == 8
+
     def test_a_preempted_request_finds_its_own_blocks_again(self) -> None:
         engine = engine_with(num_blocks=7, max_running=2)
         prompt = [1, 2, 3, 4, 7, 8, 5]

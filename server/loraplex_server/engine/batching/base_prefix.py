@@ -51,11 +51,12 @@ def keep(request: Request, computed: int, pool: BlockPool) -> None:
 
 
 def _key(request: Request, at: int, size: int) -> bytes:
-    """The key of the request's block `at`, which is full of tokens that the host knows."""
+    """The key of the request's block `at`, which is full."""
     keys = request.keys
     while len(keys) <= at:
         start = len(keys) * size
         before = keys[-1] if keys else b""
-        tokens = request.tokens[start : start + size].tobytes()
-        keys.append(hashlib.sha256(before + tokens).digest())
+        tokens = request.tokens[start : start + size]
+        assert min(tokens) >= 0, "a key of tokens that the host does not know yet"
+        keys.append(hashlib.sha256(before + tokens.tobytes()).digest())
     return keys[at]

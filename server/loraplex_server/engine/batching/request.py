@@ -94,7 +94,6 @@ class Request:
         mix: `(slot, weight)` pairs of its adapters.
         active_from: index in `tokens` from which on `mix` applies; the base alone computes the
             tokens before. `NEVER` if it computes all of them. See `activation`.
-        admissions: number of times that it was given blocks.
         cached: number of its first tokens whose keys and values were found in the KV cache when it
             was first admitted. See `base_prefix`.
         keys: keys of its first full blocks, as far as they were needed.
@@ -119,7 +118,6 @@ class Request:
     prefix: Prefix = Prefix()
     mix: tuple[tuple[int, float], ...] = ()
     active_from: int = 0
-    admissions: int = 0
     cached: int = 0
     keys: list[bytes] = field(default_factory=list)
     kept: int = 0
@@ -169,9 +167,8 @@ class Request:
 
     @property
     def base_len(self) -> int:
-        """Number of its first tokens that the base alone computes, among those the host knows."""
-        known = len(self.tokens) - self.pending
-        return min(self.active_from, known) if self.mix else known
+        """Number of its first tokens that the base alone computes."""
+        return min(self.active_from, len(self.tokens)) if self.mix else len(self.tokens)
 
     @property
     def in_own_blocks(self) -> int:

@@ -128,15 +128,14 @@ class Scheduler:
             _take(self.running, request)
             self._free(request)
 
-    def settle(self, row: BatchRow, admission: int) -> None:
-        """Notes that a row is computed; its request is one that has not ended.
+    def settle(self, row: BatchRow) -> None:
+        """Notes that a row is computed, before its request gets what it brings.
 
-        `admission` is the request's number of `admissions` when the row was started: blocks that
-        it was given later do not hold the row.
+        A request that was preempted since the row was scheduled is queued now, and has no blocks:
+        it is admitted again by a later `schedule`, when no pass with a row of it is under way.
         """
         request = row.request
-        is_there = request.state is RequestState.RUNNING and request.admissions == admission
-        if self.limits.share_base_prefixes and is_there:
+        if self.limits.share_base_prefixes and request.state is RequestState.RUNNING:
             base_prefix.keep(request, row.start + row.count, self.pool)
 
     def narrow(self, tokens: int) -> None:
@@ -237,7 +236,6 @@ class Scheduler:
         request.blocks.extend(shared)
         request.kept = len(shared)
         request.computed = len(shared) * self.pool.block_size
-        request.admissions += 1
         self._grow(request)
         request.state = RequestState.RUNNING
         insort(self.running, request, key=_order)

@@ -56,7 +56,7 @@ class LockStep:
         if started.result is not None:
             self._tally.faults = 0
             for row in started.rows:
-                self._scheduler.settle(row, row.request.admissions)
+                self._scheduler.settle(row)
             self._answers.commit(started.rows, started.result)
         elif started.error is not None:
             requests = [row.request for row in started.rows]

@@ -58,14 +58,12 @@ class LaunchedRow:
         completes: its request's next token is chosen from its last logits.
         draw: number of the draw that chooses it; `NOWHERE` if the host does, or nobody.
         line: the first of its lines among those for the host; `NOWHERE` if it has none.
-        admission: its request's number of `admissions` at the launch.
     """
 
     row: BatchRow
     completes: bool
     draw: int
     line: int
-    admission: int
 
 
 class Flight:
@@ -175,7 +173,7 @@ class OneAhead:
                 draw = len(draws)
                 draws.append(_order(row.request))
                 draw_lines.append(end - 1)
-            launched.append(LaunchedRow(row, completes, draw, line, row.request.admissions))
+            launched.append(LaunchedRow(row, completes, draw, line))
             at = end
         ticket = self._runner.launch(
             batch, draws, np.array(draw_lines, np.int32), np.array(host_lines, np.int32)
@@ -207,7 +205,7 @@ class OneAhead:
                 continue
             self._tally.faults = 0  # a pass that served nobody proves nothing
             row = launched.row
-            self._scheduler.settle(row, launched.admission)
+            self._scheduler.settle(row)
             if launched.completes:
                 request.awaits_token = False
             last = launched.line
