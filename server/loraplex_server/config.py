@@ -24,7 +24,6 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDic
 
 from loraplex_server.engine.batching.scheduler import EngineLimits
 from loraplex_server.engine.group import devices
-from loraplex_server.engine.group.devices import EnginePlacement
 from loraplex_server.engine.process.limits import SupervisionLimits
 from loraplex_server.engine.process.pulse import BEAT_SECONDS
 from loraplex_server.engine.process.setup import EngineSetup
@@ -149,9 +148,8 @@ class Config(BaseSettings):
     """Recognise control tokens that messages spell out, also in the data of training jobs, so that
     a message can end its turn and open another. By default they are text."""
     share_base_prefixes: bool = False
-    """Keep keys and values that the base alone has computed, and let later prompts that begin alike
-    use them, also before the invocation of an activated LoRA. Clients can then learn by time, and
-    by usage.cached_prompt_tokens, whether someone has sent a prompt that begins like theirs."""
+    """Let prompts that begin alike share keys and values that the base alone has computed. Clients
+    can then learn by time whether someone has sent a prompt that begins like theirs."""
     token_budget: int = Field(512, ge=1)
     """Most tokens in one step: decode rows and prompt chunks together."""
     max_running: int = Field(64, ge=1)
@@ -197,8 +195,7 @@ class Config(BaseSettings):
     """Lowest level that is logged."""
 
     engine_factory: str = Field("", repr=False, pattern=r"^([\w.]+:\w+)?$")
-    """Function that builds the engine's runner, as `module:name`; empty builds that of a real
-    model. Tests set their own."""
+    """Function that builds the engine's runner in tests, as `module:name`; empty: a real model."""
     engine_options: dict[str, Any] | None = Field(None, repr=False)
     """Keyword arguments of `engine_factory`."""
     trainer: list[str] | None = Field(None, repr=False)
@@ -259,7 +256,7 @@ class Config(BaseSettings):
             raise OSError(problem, os.strerror(problem) + text, str(root))
 
     @property
-    def placements(self) -> list[EnginePlacement]:
+    def placements(self) -> list[devices.EnginePlacement]:
         """The devices of several engines; empty if there is one engine, on `device`."""
         return devices.parse(self.devices)
 

@@ -166,7 +166,7 @@ class Served:
         directory = self.world.directory(name)
         return AdapterRef(inspect(directory, self.runner.info.base).digest, str(directory))
 
-    def submit(self, name: str, prompt: str, id: int) -> None:
+    def submit(self, name: str, prompt: str, id: int, scored: bool) -> None:
         vocabulary = tiny.VOCAB
         self.core.add(
             Submit(
@@ -176,14 +176,19 @@ class Served:
                 [self.ref(name)] if name else [],
                 SamplingParams(temperature=0.0),
                 logprobs=vocabulary,
-                prompt_logprobs=vocabulary,
+                prompt_logprobs=vocabulary if scored else None,
             )
         )
 
-    def run(self, *asked: tuple[str, str]) -> list[tuple[list[int], np.ndarray]]:
-        """Tokens, and log-probabilities as of `World.expected`, of each adapter and prompt."""
+    def run(
+        self, *asked: tuple[str, str], scored: bool = True
+    ) -> list[tuple[list[int], np.ndarray]]:
+        """Tokens, and log-probabilities as of `World.expected`, of each adapter and prompt.
+
+        Without `scored`, log-probabilities of the new tokens only.
+        """
         for id, (name, prompt) in enumerate(asked):
-            self.submit(name, prompt, id)
+            self.submit(name, prompt, id, scored)
         for _ in range(500):
             for message in self.core.step():
                 if isinstance(message, StepReport):
@@ -277,6 +282,33 @@ def test_preempted_it_has_the_same_bits(world: World, monkeypatch: pytest.Monkey
         assert np.array_equal(found[1], alone[1])
     assert served.preemptions
     assert_equals_peft(alone, world, "alora", "long")
+
+
+@pytest.mark.parametrize("decoder", ["native", "reference"])
+def test_keys_and_values_of_the_base_are_shared_and_change_no_bit(
+    world: World, decoder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = Served(world, decoder).runner.block_size
+    before = [11 + at % 60 for at in range(2 * size + 3)]
+    monkeypatch.setitem(PROMPTS, "shared", [*before, 7, 3, 8])
+    whole = len(PROMPTS["shared"]) + NEW - 1
+    alone = {
+        name: Served(world, decoder).run((name, "shared"), scored=False)[0]
+        for name in ("", "alora", "lora")
+    }
+    for first, second in (("", "alora"), ("alora", ""), ("alora", "alora"), ("lora", "alora")):
+        served = Served(world, decoder, share_base_prefixes=True)
+        rest = whole if first == "lora" else whole - 2 * size
+        for name, computed in ((first, whole), (second, rest)):
+            served.computed = 0
+            (found,) = served.run((name, "shared"), scored=False)
+            assert served.computed == computed
+            assert found[0] == alone[name][0]
+            assert np.array_equal(found[1], alone[name][1])
+            tokens, logprobs = world.expected(name, "shared")
+            assert found[0] == tokens
+            close = torch.from_numpy(found[1]).float()
+            torch.testing.assert_close(close, logprobs[-NEW:], atol=3e-5, rtol=1e-5)
 
 
 def test_merged_on_demand_only_the_rows_after_the_invocation_use_the_copies(world: World) -> None:
