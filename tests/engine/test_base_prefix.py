@@ -6,6 +6,7 @@ The oracle's blocks hold 4 tokens. `computed` counts the tokens that passes have
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from engine.test_machine import EngineMachine
 from hypothesis import settings
 from loraplex_server.engine.batching.kv import BlockPool
 from loraplex_server.engine.messages import AdapterRef, Merge, Unload
+from msgspec import structs
 
 HEAD = list(range(20, 31))  # 11 tokens: two full blocks
 INVOCATION = [7, 8]
@@ -107,6 +109,17 @@ class TestBothPaces:
         engine.run()
         assert [entry.token_id for entry in engine.outputs[2][0].prompt_logprobs] == HEAD[1:]
         assert engine.outputs[2][0].cached_tokens == 0
+
+    def test_long_and_short_sequences_share_nothing(self) -> None:
+        """A base with LongRoPE rotates all keys of a sequence that will be long otherwise."""
+        engine = engine_with()
+        info = engine.runner.info
+        config = replace(info.base.config, short_positions=16)
+        engine.runner.info = structs.replace(info, base=replace(info.base, config=config))
+        ask(engine, 1, HEAD)
+        assert ask(engine, 2, HEAD, new=10) == 20
+        assert ask(engine, 3, HEAD, new=12) == 22 - 8
+        assert ask(engine, 4, HEAD) == 13 - 8
 
     def test_running_requests_share_blocks_and_each_frees_its_own(self) -> None:
         engine = engine_with()

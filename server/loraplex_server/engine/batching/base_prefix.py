@@ -9,7 +9,8 @@ another request, whatever is loaded, replaced or merged meanwhile.
     aLoRA j   | t t t t | t t t j | t t             to its request alone
 
 A key is the SHA-256 of the key of the block before and of the block's tokens. So it stands for all
-tokens up to the end of the block, and no two different beginnings have the same key.
+tokens up to the end of the block, and no two different beginnings have the same key. Sequences that
+will be long are told apart from their first block on, since a base may rotate their keys otherwise.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ import hashlib
 
 from loraplex_server.engine.batching.kv import BlockPool
 from loraplex_server.engine.batching.request import Request
+
+_LONG = b"long"
+"""In place of the key before the first one, of a sequence that will be long."""
 
 
 def matched(request: Request, pool: BlockPool) -> list[int]:
@@ -55,7 +59,7 @@ def _key(request: Request, at: int, size: int) -> bytes:
     keys = request.keys
     while len(keys) <= at:
         start = len(keys) * size
-        before = keys[-1] if keys else b""
+        before = keys[-1] if keys else _LONG * request.is_long
         tokens = request.tokens[start : start + size]
         assert min(tokens) >= 0, "a key of tokens that the host does not know yet"
         keys.append(hashlib.sha256(before + tokens.tobytes()).digest())
