@@ -9,6 +9,12 @@ from dataclasses import dataclass, field
 from loraplex_model.base.config import Site
 
 from loraplex_adapters.format.copies.names import COPY_ENDINGS
+from loraplex_adapters.format.kinds.activation import (
+    INVOCATION_OPTION,
+    MAX_INVOCATION_TOKENS,
+    place_invocation,
+    read_invocation,
+)
 from loraplex_adapters.format.kinds.base import Kind
 from loraplex_adapters.format.kinds.initialisation import check_initialisation
 from loraplex_adapters.format.kinds.whole import (
@@ -83,6 +89,7 @@ class LoraReading:
         rank_pattern, alpha_pattern: by plain module name or dotted suffix, in the file's order.
         bias: "none", "all" or "lora_only".
         rows: the trained token rows.
+        invocation_tokens: as in `CheckedAdapter`.
     """
 
     r: int
@@ -95,6 +102,7 @@ class LoraReading:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     bias: str = "none"
     rows: TokenRows = field(default_factory=dict)
+    invocation_tokens: tuple[int, ...] = ()
 
     def place(self, file: Placement) -> list[ModuleSpec]:
         """LoRA's modules, then biases of other projections, saved modules and trained rows."""
@@ -116,6 +124,7 @@ class LoraReading:
                 modules.append(ModuleSpec(*site, tensors, rank, scale))
         modules += place_others(file, self.targets, self.bias, self.rows, adapted)
         file.check_targets(self.targets, adaptable(file), adapted)
+        place_invocation(file, self.invocation_tokens, adapted)
         return modules
 
     def _claim(self, file: Placement, site: Site) -> dict[str, TensorLocation | None]:
@@ -172,6 +181,7 @@ def _read(reader: Reader) -> LoraReading | None:
         alpha_pattern=reader.pattern("alpha_pattern", reader.as_number),
         bias=reader.choice("bias", BIASES, "none"),
         rows=read_rows(reader),
+        invocation_tokens=read_invocation(reader),
     )
     check_initialisation(reader)
     if reading.use_dora and reading.lora_bias:
@@ -181,9 +191,13 @@ def _read(reader: Reader) -> LoraReading | None:
 
 LORA = Kind(
     peft_type="LORA",
-    summary="LoRA, rsLoRA, DoRA",
+    summary="LoRA, rsLoRA, DoRA, activated LoRA",
     options={
         **SHARED_OPTIONS,
+        INVOCATION_OPTION: served(
+            f"activated LoRA, at most {MAX_INVOCATION_TOKENS} tokens; not together with use_dora, "
+            "bias, modules_to_save, trainable_token_indices or LoRA on the embeddings"
+        ),
         "alpha_pattern": served("names or expressions; keys that disagree are refused"),
         "lora_bias": served("projections"),
         "r": served(),
