@@ -132,6 +132,11 @@ def builds(isa: str, flags: Sequence[str] = (), directory: Path | None = None) -
     return [folder / LIBRARY for folder in folders if folder.exists()]
 
 
+def is_built(isa: str, directory: Path | None = None) -> bool:
+    """Whether kernels for `isa` can be used without compiling them."""
+    return (isa, ()) in _loaded or any(map(is_whole, builds(isa, directory=directory)))
+
+
 def is_whole(path: Path) -> bool:
     """Whether a library has the digest that was written beside it when it was built."""
     recorded, actual = _recorded(path), _file_digest(path)
