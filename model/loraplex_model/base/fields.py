@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
-from loraplex_model.base.config import DecoderConfig
+from loraplex_model.base.config import DecoderConfig, Rope
 from loraplex_model.base.refusal import Refusal, model_invalid, model_unsupported
 
 MAX_LAYERS: Final = 10_000
 MAX_TABLE_BYTES: Final = 2 << 30
-"""Most bytes of the tables of rotations, which have 4 * head_dim for each position: cosines and
-sines, float32. With heads of 128 these are 4,194,304 positions."""
+"""Most bytes of the tables of rotations: cosines and sines, float32, 4 * head_dim for each position.
+With heads of 128 these are 4,194,304 positions."""
 
 _WHOLE: Final[Mapping[str, tuple[int, int]]] = {
     "vocab_size": (1, 1 << 24),
@@ -68,7 +68,14 @@ _POSITIVE: Final = frozenset(
 """Numbers, or lists of numbers, that are positive. float32 holds them without rounding to 0."""
 
 _FINITE: Final = frozenset(
-    {"embedding_multiplier", "residual_multiplier", "logit_scale", "mscale", "mscale_all_dim"}
+    {
+        "embedding_multiplier",
+        "residual_multiplier",
+        "logit_scale",
+        "mscale",
+        "mscale_all_dim",
+        "llama_4_scaling_beta",
+    }
 )
 _SMALLEST, _LARGEST = 1e-30, 1e30
 
@@ -156,14 +163,26 @@ def check_decoder(config: DecoderConfig) -> None:
         if getattr(config, name) < 1:
             raise _wrong(name, getattr(config, name), "at least 1")
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        for each in value if isinstance(value, tuple) else (value,):
-            if isinstance(each, float) and not math.isfinite(each):
-                raise _wrong(field.name, each, "finite, and so must the numbers it is made of")
-    most = MAX_TABLE_BYTES // (4 * config.head_dim)
-    if config.max_positions > most:
+        for number in _floats(getattr(config, field.name)):
+            if not math.isfinite(number):
+                raise _wrong(field.name, number, "finite, and so must what it is made of")
+    ropes = [*config.ropes, *([config.long_rope] if config.long_rope else [])]
+    position_bytes = 8 * sum(len(rope.inv_freq) for rope in ropes)
+    if config.max_positions * position_bytes > MAX_TABLE_BYTES:
         raise model_unsupported(
             f"the model's configuration has max_position_embeddings {config.max_positions}, whose "
-            f"tables of rotations would take {config.max_positions * 4 * config.head_dim / 1e9:.1f} "
-            f"GB; at most {most} positions are supported: set it to the context that you need"
+            f"tables of rotations would take {config.max_positions * position_bytes / 1e9:.1f} GB; "
+            f"at most {MAX_TABLE_BYTES // position_bytes} positions are supported: set it to the "
+            "context that you need"
         )
+
+
+def _floats(value: object) -> Iterator[float]:
+    """All floats in a value of a configuration."""
+    if isinstance(value, float):
+        yield value
+    elif isinstance(value, Rope):
+        yield from (*value.inv_freq, value.scale)
+    elif isinstance(value, tuple):
+        for each in value:
+            yield from _floats(each)
