@@ -71,9 +71,15 @@ class _Layer:
             if config.biased.issuperset(modules):
                 bias = torch.cat([self._bias(module) for module in modules])
                 writer.add(f"{at}{fused}_bias", bias)
+        if config.num_experts:
+            writer.add(at + "router", self._router())
         for fused in config.fused:
-            modules = config.modules_of(fused)
-            writer.add_matrix(at + fused, stack([self._matrix(module) for module in modules]))
+            parts = [
+                self._matrix(module, expert)
+                for expert in range(config.copies_of(fused))
+                for module in config.modules_of(fused)
+            ]
+            writer.add_matrix(at + fused, stack(parts))
 
     def _name(self, module: str, kind: str = "weight") -> str:
         return tensor_name(self._config.architecture, self._layer, module, kind)
@@ -91,6 +97,11 @@ class _Layer:
     def _bias(self, module: str) -> torch.Tensor:
         return self._reader.dense(self._name(module, "bias"), (self._shapes[module][1],))
 
-    def _matrix(self, module: str) -> NF4Matrix:
+    def _router(self) -> torch.Tensor:
+        shape = self._config.num_experts, self._config.hidden_size
+        return self._reader.dense(self._name("router"), shape)
+
+    def _matrix(self, module: str, expert: int) -> NF4Matrix:
+        """A module's weights; `expert` says whose, if it has experts."""
         fan_in, rows = self._shapes[module]
-        return self._reader.matrix(self._name(module), (rows, fan_in))
+        return self._reader.matrix(self._name(module).format(expert=expert), (rows, fan_in))
