@@ -166,6 +166,12 @@ def check_decoder(config: DecoderConfig) -> None:
         for number in _floats(getattr(config, field.name)):
             if not math.isfinite(number):
                 raise _wrong(field.name, number, "finite, and so must what it is made of")
+    widths = {2 * len(rope.inv_freq) for rope in config.ropes}
+    if not all(2 <= width <= config.head_dim for width in widths):
+        raise model_unsupported(
+            f"the model's configuration rotates {max(widths)} of the {config.head_dim} numbers of a "
+            "head; correct its partial_rotary_factor, or fetch the model again"
+        )
     ropes = [*config.ropes, *([config.long_rope] if config.long_rope else [])]
     position_bytes = 8 * sum(len(rope.inv_freq) for rope in ropes)
     if config.max_positions * position_bytes > MAX_TABLE_BYTES:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -89,7 +90,12 @@ def _with_bitsandbytes(flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def stack(parts: Sequence[NF4Matrix]) -> NF4Matrix:
-    """Stacks the rows of several modules, which have the same input, into one matrix."""
+    """Stacks the rows of several modules, which have the same input, into one matrix.
+
+    If only some have double quantisation, the stack has the float32 maxima of all.
+    """
+    if len({bool(part.absmax_scales) for part in parts}) > 1:
+        parts = [replace(p, absmax=maxima(p), absmax_scales=(), absmax_offsets=()) for p in parts]
     return NF4Matrix(
         (sum(part.shape[0] for part in parts), parts[0].shape[1]),
         torch.cat([part.packed for part in parts]),
