@@ -8,6 +8,7 @@ from functools import lru_cache
 
 from loraplex_model.base import families
 from loraplex_model.base.config import (
+    BLOCKS,
     JOINED,
     LAYER_NORMS,
     LAYER_SITES,
