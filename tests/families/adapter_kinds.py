@@ -7,25 +7,18 @@ as possible.
 from __future__ import annotations
 
 import copy
-import json
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import fields
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
+from families import variants
 from loraplex_adapters.format.modules import ModulePaths, base_sites
-from loraplex_model.base.config import MODEL, DecoderConfig, NormSpan
 from loraplex_model.base.hf_config import decoder_config
 from loraplex_model.base.info import BaseInfo
-from safetensors.torch import save_file
-from torch.nn import functional as f
 from transformers import PreTrainedModel
-
-from families import variants
 
 Options = Callable[[BaseInfo], Mapping[str, Any]]
 
@@ -112,7 +105,9 @@ KINDS: dict[str, tuple[str, Options]] = {
 """PEFT's configuration class and its options, by kind."""
 
 
-def write(kind: str, base: BaseInfo, model: PreTrainedModel, directory: Path, seed: int = 0) -> Path:
+def write(
+    kind: str, base: BaseInfo, model: PreTrainedModel, directory: Path, seed: int = 0
+) -> Path:
     """Creates an adapter for a copy of the model with PEFT, and saves it, full of noise."""
     name, options = KINDS[kind]
     with warnings.catch_warnings(), torch.random.fork_rng():
