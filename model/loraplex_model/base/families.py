@@ -119,6 +119,7 @@ FAMILIES: Mapping[str, Family] = {
         "granite",
         "granite",
         gguf_interleaved=True,
+        fixed={"scaled_prompts": True},
         settings={
             **_BIASES,
             "embed_scale": "embedding_multiplier",
