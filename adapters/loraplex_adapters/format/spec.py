@@ -66,7 +66,8 @@ class ModuleSpec:
                 a and b at the same module act on top of it;
             rows [n, hidden]: replace the rows `token_ids` of embeddings or head, or of `weight`;
             down [width, in], down_bias [width], up [out, width], up_bias [out]: a bottleneck;
-            prompt [n, hidden]: virtual tokens as embeddings;
+            prompt [n, hidden]: virtual tokens as embeddings; task_cols [n, ranks] and
+            task_rows [ranks, hidden], whose product they are multiplied by, element by element;
             prefix [n, 2 * layers * kv_size]: virtual tokens as keys and values.
         rank: rank of LoRA's matrices, or width of a bottleneck; 0 for other roles.
         scale: factor of B (A x), or of a bottleneck's output.
