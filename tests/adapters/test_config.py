@@ -113,7 +113,7 @@ WRONG: list[tuple[str, Any, str]] = [
         {"embed_tokens": [1], "model.embed_tokens": [1]},
         "ADAPTER_INVALID",
     ),
-    ("peft_type", "VERA", "ADAPTER_UNSUPPORTED"),
+    ("peft_type", "FOURIERFT", "ADAPTER_UNSUPPORTED"),
     ("peft_type", "NEW", "ADAPTER_UNSUPPORTED"),
     ("peft_type", ..., "ADAPTER_UNSUPPORTED"),
     ("peft_type", ["LORA"], "ADAPTER_UNSUPPORTED"),

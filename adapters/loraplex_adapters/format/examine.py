@@ -136,7 +136,9 @@ def examine_parsed(
     provenance = {**_stamps(header.metadata, findings), **settings.provenance}
     _check_base(settings, header, base, findings)
     kind = settings.kind
-    file = Placement(kind.peft_type, header, kind.endings, base, limits, kind.whole_names)
+    file = Placement(
+        kind.peft_type, header, kind.endings, base, limits, kind.whole_names, kind.shared
+    )
     modules = settings.reading.place(file)
     copies = [] if kind.whole_names else place_copies(file, modules)
     file.finish()

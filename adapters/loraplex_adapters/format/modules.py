@@ -103,6 +103,21 @@ def role_shapes(site: Site, base: BaseInfo) -> Mapping[str, tuple[int | None, ..
     return {"prompt": (None, hidden), "prefix": (None, 2 * config.num_layers * config.kv_size)}
 
 
+def linear_shape(site: Site, base: BaseInfo) -> tuple[int, int] | None:
+    """Widths of the input and output of a linear module; None if the site is not one."""
+    shapes = role_shapes(site, base)
+    if site == EMBEDDING or "a" not in shapes or "b" not in shapes:
+        return None
+    (_, fan_in), (fan_out, _) = shapes["a"], shapes["b"]
+    assert fan_in is not None
+    assert fan_out is not None
+    return fan_in, fan_out
+
+
+SHARED: Site = (MODEL, "shared")
+"""Site of tensors that all modules of an adapter share, which is not a module of the base."""
+
+
 def _rows(vocab: int, hidden: int) -> Mapping[str, tuple[int | None, ...]]:
     whole = (vocab, hidden)
     return {"weight": whole, "copy": whole, "rows": (None, hidden)}

@@ -37,7 +37,8 @@ def _elements(module: ModuleSpec, config: DecoderConfig) -> Mapping[str, int]:
     roles, rank = module.tensors, module.rank
     if module.module in PROJECTIONS:
         fan_in, fan_out = config.projection_shapes()[module.module]
-        found = {"a": rank * fan_in, "b": rank * fan_out} if "a" in roles and rank else {}
+        has_factors = ("a" in roles or module.fold is not None) and rank
+        found = {"a": rank * fan_in, "b": rank * fan_out} if has_factors else {}
         if roles.keys() & {"magnitude", "out_gain"}:
             found["gain"] = fan_out
         if "in_gain" in roles:
@@ -54,7 +55,7 @@ def _elements(module: ModuleSpec, config: DecoderConfig) -> Mapping[str, int]:
         return found | ({"up_bias": config.hidden_size} if "up_bias" in roles else {})
     if (MODEL, module.module) in EMBEDDINGS:
         found = {"a": rank * config.vocab_size, "b": rank * config.hidden_size}
-        found = found if "a" in roles and rank else {}
+        found = found if ("a" in roles or module.fold is not None) and rank else {}
         if tokens := _changed_tokens(module, config):
             found |= {"token_ids": tokens, "rows": tokens * config.hidden_size}
         return found

@@ -19,6 +19,7 @@ from loraplex_adapters.format.header import Header
 from loraplex_adapters.format.modules import (
     BOTTLENECKS,
     PREFIX,
+    SHARED,
     VIRTUAL_TOKENS,
     base_sites,
     module_path,
@@ -50,6 +51,7 @@ class Placement:
         base: BaseInfo,
         limits: AdapterLimits,
         whole_names: bool = False,
+        shared: Mapping[str, str] | None = None,
     ) -> None:
         self.base = base
         self.limits = limits
@@ -57,7 +59,8 @@ class Placement:
         self.saved: set[Site] = set()
         self.twins: list[tuple[TensorLocation, TensorLocation]] = []
         self._peft_type = peft_type
-        self._needs = endings
+        self._shared = shared or {}
+        self._needs = {**endings, **self._shared}
         # The longest ending first, since "lora_B.bias" also ends in "bias".
         spelt = [other for other, ending in SPELLINGS.items() if ending in endings]
         self._endings = sorted([*endings, *spelt], key=len, reverse=True)
@@ -70,6 +73,8 @@ class Placement:
         for tensor in header.tensors:
             if whole_names:
                 self._take_whole(tensor)
+            elif tensor.name in self._shared:
+                self._left.setdefault(SHARED, {})[tensor.name] = tensor
             else:
                 self._take(tensor)
 
@@ -92,7 +97,8 @@ class Placement:
         """Claims a tensor as `claim` does; adds a finding if it is missing."""
         tensor = self.claim(site, ending)
         if tensor is None:
-            name = ending if site == VIRTUAL_TOKENS else f"{PREFIX}{module_path(*site)}.{ending}"
+            whole = site in (VIRTUAL_TOKENS, SHARED)
+            name = ending if whole else f"{PREFIX}{module_path(*site)}.{ending}"
             self.find(Reason.ADAPTER_INVALID, f"{name} is missing", name)
         return tensor
 

@@ -105,7 +105,6 @@ UNSERVED: Mapping[str, str] = {
     "HIRA": "Hadamard products with the base's weights",
     "HRA": "Householder reflections",
     "LILY": "Lily",
-    "LOHA": "Hadamard products of low-rank factors",
     "LOKR": "Kronecker products",
     "MISS": "matrix shards",
     "OFT": "orthogonal factors",

@@ -6,7 +6,7 @@ dequantised NF4 matrices, and replaced weights become differences from the base'
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from loraplex_model.adapters.delta import (
@@ -27,9 +27,8 @@ from loraplex_model.base.weights import BaseWeights, NF4Matrix
 from loraplex_model.ops import nf4
 
 from loraplex_adapters.format.spec import CheckedAdapter, ModuleSpec, TensorLocation
-
-Tensors = Mapping[str, torch.Tensor]
-"""A module's tensors by role, in the shapes and types of the file."""
+from loraplex_adapters.load import folded
+from loraplex_adapters.load.folded.base import Tensors
 
 
 def adapter_delta(
@@ -71,8 +70,9 @@ def _projection(module: ModuleSpec, tensors: Tensors, base: BaseWeights) -> Proj
     DoRA     m / |W + s B A| * (W x + s B A x) + base bias, norms of rows (arXiv 2402.09353)
     IA3      out_gain * (W x + base bias), or W (in_gain * x) + base bias
     biases   W x + bias
+    folded   as LoRA, with the A and B that `load.folded` computes
     """
-    a, b = _factors(module, tensors)
+    a, b = _factors(module, tensors, base)
     gain = tensors["out_gain"].float().reshape(-1) if "out_gain" in tensors else None
     biases: list[torch.Tensor] = []
     if "b_bias" in tensors:
@@ -100,7 +100,7 @@ def _projection(module: ModuleSpec, tensors: Tensors, base: BaseWeights) -> Proj
 
 def _vocabulary(module: ModuleSpec, tensors: Tensors, base: BaseWeights) -> RowsDelta:
     """Replaced rows, and B A as in PEFT: x += s B A[:, token] at the embeddings, A [r, vocab]."""
-    a, b = _factors(module, tensors)
+    a, b = _factors(module, tensors, base)
     if module.module == "lm_head":
         return RowsDelta(a, b, *_rows(module, tensors, base.lm_head))
     return RowsDelta(None if a is None else a.T, b, *_rows(module, tensors, base.embed))
@@ -119,9 +119,11 @@ def _bottleneck(module: ModuleSpec, tensors: Tensors) -> BottleneckDelta:
 
 
 def _factors(
-    module: ModuleSpec, tensors: Tensors
+    module: ModuleSpec, tensors: Tensors, base: BaseWeights
 ) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
     """A as in the file, and B transposed and multiplied by the scale; None at rank 0."""
+    if module.fold is not None:
+        return folded.factors(module, tensors, base)
     if "a" not in tensors or not module.rank:
         return None, None
     a = tensors["a"]

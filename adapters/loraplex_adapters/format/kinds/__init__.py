@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from loraplex_adapters.format.kinds.adalora import ADALORA
 from loraplex_adapters.format.kinds.base import Kind, Reading
 from loraplex_adapters.format.kinds.bottleneck import BOTTLENECK
+from loraplex_adapters.format.kinds.folded import FOLDED
 from loraplex_adapters.format.kinds.lora import LORA
 from loraplex_adapters.format.kinds.multitask import MULTITASK_PROMPT_TUNING
 from loraplex_adapters.format.kinds.tokens import TRAINABLE_TOKENS
@@ -35,6 +36,7 @@ KINDS: Mapping[str, Kind] = {
         PREFIX_TUNING,
         CARTRIDGE,
         BOTTLENECK,
+        *FOLDED,
     )
 }
 """Every kind by `peft_type`."""
