@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from adapters import served_cases
 from adapters.peft_files import HEAD, TIED, Case, Q
 
 FIRST = (0, Q)
@@ -14,5 +15,6 @@ CASES: dict[str, Case] = {
         {"target_modules": [Q, "lm_head", "down_proj"], "r": 3, "alpha": 60},
         {FIRST: LOHA, HEAD: LOHA, (0, "down_proj"): LOHA},
     ),
+    **served_cases.CASES,
 }
 """What is served. PEFT cannot load all of them over `Linear4bit`."""

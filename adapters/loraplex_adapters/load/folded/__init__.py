@@ -15,8 +15,17 @@ from loraplex_model.base.weights import BaseWeights
 from loraplex_adapters.format.spec import ModuleSpec
 from loraplex_adapters.load.folded.base import Arithmetic, Tensors
 from loraplex_adapters.load.folded.products import loha
+from loraplex_adapters.load.folded.served import deft, hra, peanut
+from loraplex_adapters.load.folded.vectors import delora, vblora
 
-ARITHMETIC: Mapping[str, Arithmetic] = {"loha": loha}
+ARITHMETIC: Mapping[str, Arithmetic] = {
+    "deft": deft,
+    "delora": delora,
+    "hra": hra,
+    "loha": loha,
+    "peanut": peanut,
+    "vblora": vblora,
+}
 """Every arithmetic by the name in `Fold`."""
 
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from loraplex_adapters.format.kinds.folded.deft import DEFT
+from loraplex_adapters.format.kinds.folded.delora import DELORA
+from loraplex_adapters.format.kinds.folded.hra import HRA
 from loraplex_adapters.format.kinds.folded.loha import LOHA
+from loraplex_adapters.format.kinds.folded.peanut import PEANUT
+from loraplex_adapters.format.kinds.folded.vblora import VBLORA
 
-FOLDED = (LOHA,)
+FOLDED = (LOHA, DELORA, HRA, DEFT, PEANUT, VBLORA)
 """The folded kinds, in the order of the support matrix."""
 
 __all__ = ["FOLDED"]
