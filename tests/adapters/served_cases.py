@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from adapters.peft_files import HEAD, TIED, Case, Q
+from adapters.peft_files import HEAD, TIED, Case, Q, lora
+from peft.tuners.lora import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
 
 FIRST, DOWN = (0, Q), (0, "down_proj")
 DELORA = "delora_A delora_B delora_lambda delora_w_norm"
@@ -90,7 +91,7 @@ CASES: dict[str, Case] = {
         "VBLoRAConfig",
         {"target_modules": TARGETS, "r": 3, "num_vectors": 9, "vector_length": 16},
         {FIRST: "vblora_logits_A vblora_logits_B base_model.vblora_vector_bank"},
-        edit=strong("vector_bank", 8.0),
+        edit=strong("vector_bank", 3.0),
     ),
     "vblora with biases": Case(
         TIED,
@@ -105,4 +106,41 @@ CASES: dict[str, Case] = {
         },
         {},
     ),
+    "bd-lora": lora(
+        "llama",
+        {FIRST: "a b", DOWN: "a b", HEAD: "a b"},
+        r=6,
+        target_modules=[*TARGETS, "lm_head"],
+        use_bdlora=BdLoraConfig(
+            target_modules_bd_a=["down_proj", "lm"], target_modules_bd_b=["self_attn"], nblocks=2
+        ),
+    ),
+    "bd-lora of some": lora(
+        TIED,
+        {},
+        r=4,
+        use_rslora=True,
+        lora_bias=True,
+        bias="lora_only",
+        rank_pattern={"k_proj": 8},
+        target_modules=[*TARGETS, "o_proj"],
+        use_bdlora=BdLoraConfig(target_modules_bd_b=["q_"], nblocks=4, match_strict=False),
+    ),
+    "kasa": lora(
+        "llama", {FIRST: "a b lora_diag"}, target_modules=TARGETS, kasa_config=KasaConfig()
+    ),
+    "kasa with biases": lora(
+        TIED,
+        {},
+        r=5,
+        lora_alpha=-3,
+        lora_bias=True,
+        bias="all",
+        target_modules=[*TARGETS, "up_proj"],
+        rank_pattern={"k_proj": 9},
+        kasa_config=KasaConfig(),
+    ),
+    "mica": lora("llama", {FIRST: "a b"}, init_lora_weights="mica", target_modules=TARGETS),
+    "velora": lora("llama", {FIRST: "a b"}, velora_config=VeloraConfig(num_groups=2)),
+    "monteclora": lora("llama", {FIRST: "a b"}, monteclora_config=MontecloraConfig(num_samples=3)),
 }

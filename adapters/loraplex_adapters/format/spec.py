@@ -21,6 +21,8 @@ class AdapterLimits:
             number of positions, which is the limit in any case.
         max_scale: |scale| of any module, such as |alpha / r|.
         max_abs_value: |element| of any tensor; the default is float16's largest number.
+        max_decompositions: work for singular vectors of the base's matrices at each load: the sum
+            of k * k * (k + m) over matrices of k by m, k <= m. The default is 100 s of one core.
     """
 
     max_rank: int = 256
@@ -30,6 +32,7 @@ class AdapterLimits:
     max_context: int | None = None
     max_scale: float = 1e4
     max_abs_value: float = 65504.0
+    max_decompositions: float = 5e11
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,12 +16,16 @@ from loraplex_adapters.format.spec import ModuleSpec
 from loraplex_adapters.load.folded.base import Arithmetic, Tensors
 from loraplex_adapters.load.folded.products import loha
 from loraplex_adapters.load.folded.served import deft, hra, peanut
+from loraplex_adapters.load.folded.variants import blocks, groups, kasa
 from loraplex_adapters.load.folded.vectors import delora, vblora
 
 ARITHMETIC: Mapping[str, Arithmetic] = {
+    "blocks": blocks,
     "deft": deft,
     "delora": delora,
+    "groups": groups,
     "hra": hra,
+    "kasa": kasa,
     "loha": loha,
     "peanut": peanut,
     "vblora": vblora,

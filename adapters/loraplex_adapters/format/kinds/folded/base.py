@@ -16,8 +16,7 @@ from loraplex_model.base.refusal import Reason
 
 from loraplex_adapters.format.copies.names import COPY_ENDINGS
 from loraplex_adapters.format.files import CONFIG_FILE
-from loraplex_adapters.format.kinds.lora import place_others
-from loraplex_adapters.format.kinds.whole import SAVED_OPTION
+from loraplex_adapters.format.kinds.whole import SAVED_OPTION, place_others
 from loraplex_adapters.format.modules import base_sites, linear_shape, module_path
 from loraplex_adapters.format.placement import Placement
 from loraplex_adapters.format.spec import Fold, ModuleSpec, TensorLocation
