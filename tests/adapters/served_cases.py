@@ -2,27 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-from adapters.peft_files import HEAD, TIED, Case, Q, lora
+from adapters.peft_files import HEAD, TIED, Case, Q, amplify, lora
 from peft.tuners.lora import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
 
 FIRST, DOWN = (0, Q), (0, "down_proj")
 DELORA = "delora_A delora_B delora_lambda delora_w_norm"
 DEFT = "deft_P deft_R"
 TARGETS = [Q, "k_proj", "down_proj"]
-
-
-def strong(name: str, factor: float) -> Any:
-    """An edit that multiplies the tensors of this name, so that the adapter changes an answer."""
-
-    def edit(tensors: dict[str, torch.Tensor]) -> None:
-        for key in tensors:
-            if name in key:
-                tensors[key] = tensors[key] * factor
-
-    return edit
 
 
 CASES: dict[str, Case] = {
@@ -74,7 +60,7 @@ CASES: dict[str, Case] = {
     "deft by qr": Case(
         "qwen2",
         "DeftConfig",
-        {"target_modules": TARGETS, "r": 200, "decomposition_method": "qr", "init_weights": False},
+        {"target_modules": TARGETS, "r": 9, "decomposition_method": "qr", "init_weights": False},
         {FIRST: DEFT},
     ),
     "peanut": Case(
@@ -91,7 +77,7 @@ CASES: dict[str, Case] = {
         "VBLoRAConfig",
         {"target_modules": TARGETS, "r": 3, "num_vectors": 9, "vector_length": 16},
         {FIRST: "vblora_logits_A vblora_logits_B base_model.vblora_vector_bank"},
-        edit=strong("vector_bank", 3.0),
+        edit=amplify("vector_bank", 3.0),
     ),
     "vblora with biases": Case(
         TIED,
