@@ -8,6 +8,8 @@ import numpy as np
 from adapters.adapter_files import BASE, Tensors
 from loraplex_adapters.format.modules import PREFIX, module_path
 
+from adapters import folded_files
+
 Config = dict[str, Any]
 
 _COMMON: Config = {"inference_mode": True, "peft_version": "0.21.2", "task_type": "CAUSAL_LM"}
@@ -180,5 +182,6 @@ SAMPLES: dict[str, tuple[Config, Tensors]] = {
         },
         _BOTTLENECK,
     ),
+    **folded_files.SAMPLES,
 }
 """By name: configuration and tensors."""

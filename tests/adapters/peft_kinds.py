@@ -113,6 +113,15 @@ BLENDS: dict[str, tuple[tuple[str, float], ...]] = {
         ("tied tokens that differ", 0.7),
         ("saved tied, both", -0.2),
     ),
+    "blend of folded kinds": (
+        ("loha", 0.5),
+        ("lokr of whole matrices", -0.25),
+        ("miss, few columns", 0.4),
+        ("gralora, hybrid", 0.3),
+        ("randlora", -0.5),
+        ("vera", 0.75),
+        ("lora", 0.5),
+    ),
 }
 """Weighted sums of adapters, on the tied base. No module's input and output are scaled by two
 different ones: their product is then no sum of what each changes."""
@@ -187,7 +196,9 @@ class Gallery:
 
     def _expected(self, variant: str, name: str) -> torch.Tensor:
         """Logits [tokens, vocab] of `ids_of(name)`; for `BASE` without an adapter."""
-        folded = name in folded_cases.CASES  # PEFT does not adapt `Linear4bit` by all of them
+        parts = [part for part, _ in BLENDS.get(name, ((name, 1.0),))]
+        folded = any(part in folded_cases.CASES for part in parts)
+        # PEFT cannot adapt `Linear4bit` by all of them.
         model = _copy((self._dequantised if folded else self._quantised)(variant))
         if name in BOTTLENECKS:
             bottlenecks.attach(model, self.adapter(variant, name))

@@ -9,6 +9,7 @@ import gguf
 import pytest
 import torch
 from loraplex_model.base import families
+from loraplex_model.base.hf_config import decoder_config
 from loraplex_model.base.refusal import Refusal
 from loraplex_model.checkpoints.gguf_file import ROPE_FACTORS, GgufSource
 from loraplex_model.checkpoints.load import load_base
@@ -75,7 +76,7 @@ def write(variant: str, path: Path, **metadata: str | int) -> Path:
         plain = tiny.VARIANTS["llama"][0]
         assert plain is type(config)
         default = 10000.0 ** -(torch.arange(0, 16, 2).float() / 16)
-        scaled = families.decoder_config(config.to_dict()).rope_inv_freq
+        scaled = decoder_config(config.to_dict()).rope_inv_freq
         writer.add_tensor(ROPE_FACTORS, (default / torch.tensor(scaled)).numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -41,8 +41,9 @@ def adapter_delta(
     """
     sites: dict[Site, SiteDelta] = {}
     virtual = None
+    shared = folded.regenerated(spec.modules)
     for module in spec.modules:
-        tensors = {role: read(location) for role, location in module.tensors.items()}
+        tensors = {**shared, **{role: read(at) for role, at in module.tensors.items()}}
         if module.module == "virtual_tokens":
             virtual = _virtual_tokens(tensors, base)
         else:

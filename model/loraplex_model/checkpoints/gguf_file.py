@@ -97,8 +97,8 @@ class GgufSource:
             except ValueError as error:
                 raise model_invalid(f"{path} is empty") from error
         self._metadata, self._tensors = _HeaderReader(self._bytes, path).header()
-        self._names = dict(_hf_names(self._tensors))
         self._architecture = str(self._metadata.get("general.architecture"))
+        self._names = dict(_hf_names(self._tensors))
         self.config: Mapping[str, Any] = self._config()
         self.generation_config: Mapping[str, Any] = {"eos_token_id": self._end_tokens()}
         self.has_tokenizer = "tokenizer.ggml.model" in self._metadata
@@ -185,7 +185,9 @@ def _hf_names(tensors: Collection[str]) -> list[tuple[str, str]]:
     for gguf in tensors:
         match = _LAYER_TENSOR.fullmatch(gguf)
         if match and match[2] in _BY_GGUF:
-            name = families.tensor_name(int(match[1]), _BY_GGUF[match[2]], match[3])
+            name = families.tensor_name(
+                "LlamaForCausalLM", int(match[1]), _BY_GGUF[match[2]], match[3]
+            )
             pairs.append((name, gguf))
     return pairs
 

@@ -1,8 +1,7 @@
 """Kinds that fold into A and B: their arithmetic, by name, done once at load.
 
-`factors` is what callers use. A function of `ARITHMETIC` returns A [columns, fan_in] and B
-[fan_out, columns], float32, before the module's scale. It may have more columns than the module's
-smaller width; `factors` then multiplies them out.
+`factors` is what callers use, with what `regenerated` returns among the tensors. `base` has the
+contract of a function of `ARITHMETIC`.
 """
 
 from __future__ import annotations
@@ -14,8 +13,10 @@ from loraplex_model.base.weights import BaseWeights
 
 from loraplex_adapters.format.spec import ModuleSpec
 from loraplex_adapters.load.folded.base import Arithmetic, Tensors
-from loraplex_adapters.load.folded.products import loha
+from loraplex_adapters.load.folded.blocks import gralora, miss
+from loraplex_adapters.load.folded.products import loha, lokr
 from loraplex_adapters.load.folded.served import deft, hra, peanut
+from loraplex_adapters.load.folded.shared import randlora, regenerated, vera
 from loraplex_adapters.load.folded.variants import blocks, groups, kasa
 from loraplex_adapters.load.folded.vectors import delora, vblora
 
@@ -23,12 +24,17 @@ ARITHMETIC: Mapping[str, Arithmetic] = {
     "blocks": blocks,
     "deft": deft,
     "delora": delora,
+    "gralora": gralora,
     "groups": groups,
     "hra": hra,
     "kasa": kasa,
     "loha": loha,
+    "lokr": lokr,
+    "miss": miss,
     "peanut": peanut,
+    "randlora": randlora,
     "vblora": vblora,
+    "vera": vera,
 }
 """Every arithmetic by the name in `Fold`."""
 
@@ -39,15 +45,18 @@ def factors(
     """Returns A [rank, fan_in] and B transposed [rank, fan_out], multiplied by the scale."""
     fold = module.fold
     assert fold is not None
-    a, b = ARITHMETIC[fold.arithmetic](module, tensors, base)
-    if a.shape[0] > min(fold.fan_in, fold.fan_out):
-        whole = b @ a
-        if fold.fan_out <= fold.fan_in:
-            a, b = whole, torch.eye(fold.fan_out)
-        else:
-            a, b = torch.eye(fold.fan_in), whole
+    found = ARITHMETIC[fold.arithmetic](module, tensors, base)
+    least = min(fold.fan_in, fold.fan_out)
+    if not isinstance(found, torch.Tensor) and found[0].shape[0] > least:
+        found = found[1] @ found[0]
+    if not isinstance(found, torch.Tensor):
+        a, b = found
+    elif fold.fan_out <= fold.fan_in:
+        a, b = found, torch.eye(fold.fan_out)
+    else:
+        a, b = torch.eye(fold.fan_in), found
     assert a.shape[0] == module.rank, "the reader computed the rank from the same shapes"
     return a, b.T * module.scale
 
 
-__all__ = ["ARITHMETIC", "factors"]
+__all__ = ["ARITHMETIC", "factors", "regenerated"]

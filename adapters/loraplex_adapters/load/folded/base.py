@@ -13,8 +13,15 @@ Tensors = Mapping[str, torch.Tensor]
 """A module's tensors by role, in the shapes and types of the file."""
 
 Factors = tuple[torch.Tensor, torch.Tensor]
-"""A [columns, fan_in] and B [fan_out, columns], float32, before the module's scale."""
+"""A [rank, fan_in] and B [fan_out, rank], float32, before the module's scale."""
 
-Arithmetic = Callable[[ModuleSpec, Tensors, BaseWeights], Factors]
-"""Computes A and B of one module. `module.fold` has the widths and settings; the base is there for
-kinds that read its served weights."""
+Arithmetic = Callable[[ModuleSpec, Tensors, BaseWeights], Factors | torch.Tensor]
+"""Computes A and B of one module, or the whole change [fan_out, fan_in] if its parts' rank exceeds
+the smaller width. `module.fold` has the widths and settings; the base is there for kinds that read
+its served weights. The largest temporary is a few times the change or the module's tensors."""
+
+
+def fits(module: ModuleSpec, columns: int) -> bool:
+    """Whether A and B of that many columns are not larger than the whole change needs."""
+    assert module.fold is not None
+    return columns <= min(module.fold.fan_in, module.fold.fan_out)

@@ -19,6 +19,7 @@ from loraplex_adapters.format.files import CONFIG_FILE
 from loraplex_adapters.format.kinds.whole import SAVED_OPTION, place_others
 from loraplex_adapters.format.modules import base_sites, linear_shape, module_path
 from loraplex_adapters.format.placement import Placement
+from loraplex_adapters.format.reader import Reader
 from loraplex_adapters.format.spec import Fold, ModuleSpec, TensorLocation
 from loraplex_adapters.format.strict_json import shown
 from loraplex_adapters.format.support import Option, ignored, served
@@ -51,6 +52,11 @@ DROPOUT = ignored("acts in training only")
 
 ENDINGS: Mapping[str, str] = COPY_ENDINGS
 """Ends of tensor names that every folded kind has."""
+
+
+def read_bias(reader: Reader, own: str) -> str:
+    """Reads `bias`, whose word for the adapted modules' biases is `own`."""
+    return reader.choice("bias", {"none": "none", "all": "all", own: own}, "none")
 
 
 class Method(Protocol):
@@ -126,9 +132,11 @@ def measured(
     site: Site,
     tensors: Mapping[str, TensorLocation | None],
     shapes: Mapping[str, tuple[Size, ...]],
+    owner: str = "",
 ) -> Mapping[str, int] | None:
     """Checks tensors, by role, against `shapes`; returns the widths that the file chooses, by name.
 
+    `owner` names what fixes the other widths; it is the base's module if left out.
     Returns None if a shape does not fit, which adds a finding, or if a tensor is None (missing, for
     which there is a finding already). A width of 0 does not fit.
     """
@@ -148,7 +156,8 @@ def measured(
                 return None
             if isinstance(wanted, int):
                 if size != wanted:
-                    message = f"{name} has width {size}; the base's {site[1]} has {wanted}"
+                    owner = owner or f"the base's {site[1]}"
+                    message = f"{name} has width {size}; {owner} has {wanted}"
                     file.find(Reason.BASE_MODEL_MISMATCH, message, name)
                     return None
             elif found.setdefault(wanted, size) != size:
@@ -156,6 +165,20 @@ def measured(
                 file.find(Reason.ADAPTER_INVALID, f"{message}{found[wanted]}", name)
                 return None
     return found
+
+
+def widest(file: Placement, targets: Targets) -> tuple[int, int]:
+    """The largest input and output of the target modules, which fix the widths of shared tensors.
+
+    As in PEFT, targets count even if `modules_to_save` keeps them from being adapted.
+    """
+    linear = [site for site in base_sites(file.base) if linear_shape(site, file.base)]
+    try:
+        named = replace(targets, saved=()).promised(linear, file.base)
+    except ValueError:  # `check_targets` reports it
+        named = frozenset(linear)
+    shapes = [shape_of(file, site) for site in named] or [(0, 0)]
+    return max(shape[0] for shape in shapes), max(shape[1] for shape in shapes)
 
 
 def states(file: Placement, site: Site, held: int, stated: int, field: str, what: str) -> bool:
@@ -180,9 +203,9 @@ def folded(
 ) -> list[ModuleSpec]:
     """A module whose A and B are computed at load; empty, with a finding, if its rank is too large.
 
-    `rank` is the number of columns that the arithmetic makes; `parts` says how it comes about, such
-    as "8 x 8". Factors of more columns than the module's smaller width are multiplied out at load,
-    with an identity as the other factor, so the folded rank is at most that width.
+    `rank` is that of the product by the shapes of its parts; `parts` says how it comes about, such
+    as "8 x 8". If it exceeds the module's smaller width, the whole change is computed at load, with
+    an identity as the other factor, so the folded rank is at most that width.
     """
     fan_in, fan_out = shape_of(file, site)
     least = min(rank, fan_in, fan_out)
