@@ -23,7 +23,7 @@ CASES: dict[str, Case] = {
             "rank_pattern": {"k_proj": 7, "layers.1.self_attn.q_proj": 2},
             "lambda_pattern": {"o_proj": 2},
             "bias": "all",
-            "modules_to_save": ["lm_head"],
+            "modules_to_save": ["input_layernorm"],
             "init_weights": False,
         },
         {FIRST: f"{DELORA} bias", (0, "v_proj"): "bias"},

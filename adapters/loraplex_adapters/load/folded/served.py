@@ -11,10 +11,9 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from loraplex_model.adapters.merge import own_matrix
+from loraplex_model.adapters.merge import own_weight
 from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_model.base.weights import BaseWeights
-from loraplex_model.ops import nf4
 
 from loraplex_adapters.format.kinds.folded.peanut import ACTIVATIONS
 from loraplex_adapters.format.modules import module_path
@@ -42,7 +41,7 @@ def served_weight(module: ModuleSpec, base: BaseWeights) -> torch.Tensor:
     """The weight of a linear module as it is computed with, float32 [fan_out, fan_in]."""
     if module.module == "lm_head":
         return base.lm_head.float()
-    return nf4.dequantize(own_matrix(base, (module.layer, module.module)))
+    return own_weight(base, (module.layer, module.module))
 
 
 def hra(module: ModuleSpec, tensors: Tensors, base: BaseWeights) -> Factors:
