@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from adapters import served_cases
 from adapters.peft_files import HEAD, TIED, Case, Q
+
+from adapters import served_cases
 
 FIRST, K, DOWN, UP = (0, Q), (0, "k_proj"), (0, "down_proj"), (0, "up_proj")
 LOHA = "hada_w1_a hada_w1_b hada_w2_a hada_w2_b"

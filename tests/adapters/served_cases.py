@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
-from adapters.peft_files import HEAD, TIED, Case, Q, amplify, lora
+from adapters.peft_files import TIED, Case, Q, amplify, lora
 from peft.tuners.lora import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
 
-FIRST, DOWN = (0, Q), (0, "down_proj")
+Sites = dict[tuple[int, str], str]
+
+PEANUT = "peanut_A.weight peanut_B.weight"
+DEEP = " ".join(f"peanut_{part}.{n}.weight" for part in ("encoders", "decoders") for n in (0, 1))
+VBLORA = "vblora_logits_A vblora_logits_B base_model.vblora_vector_bank"
+BIASED = (Q, "k_proj", "v_proj", "o_proj")
 DELORA = "delora_A delora_B delora_lambda delora_w_norm"
 DEFT = "deft_P deft_R"
 TARGETS = [Q, "k_proj", "down_proj"]
 
 
+def at(roles: str, *names: str) -> Sites:
+    """The same roles at modules of the first layer, or at the head."""
+    return {(-1 if name == "lm_head" else 0, name): roles for name in names}
+
+
+def biases(*names: str, **modules: str) -> Sites:
+    """Roles by module; the biased modules `names` have a bias in addition."""
+    sites = {(0, name): roles for name, roles in modules.items()}
+    return sites | {(0, name): f"{modules.get(name, '')} bias".strip() for name in names}
+
+
 CASES: dict[str, Case] = {
-    "delora": Case("llama", "DeloraConfig", {"target_modules": [*TARGETS, "lm_head"], "r": 3}, {FIRST: DELORA, HEAD: DELORA}),
+    "delora": Case(
+        "llama",
+        "DeloraConfig",
+        {"target_modules": [*TARGETS, "lm_head"], "r": 3},
+        at(DELORA, *TARGETS, "lm_head"),
+    ),
     "delora with biases": Case(
         TIED,
         "DeloraConfig",
@@ -26,9 +47,17 @@ CASES: dict[str, Case] = {
             "modules_to_save": ["input_layernorm"],
             "init_weights": False,
         },
-        {FIRST: f"{DELORA} bias", (0, "v_proj"): "bias"},
+        {
+            **biases(*BIASED, **dict.fromkeys([*TARGETS, "o_proj"], DELORA)),
+            **at("weight", "input_layernorm"),
+        },
     ),
-    "hra": Case("llama", "HRAConfig", {"target_modules": [*TARGETS, "lm_head"], "r": 4}, {FIRST: "hra_u", HEAD: "hra_u"}),
+    "hra": Case(
+        "llama",
+        "HRAConfig",
+        {"target_modules": [*TARGETS, "lm_head"], "r": 4},
+        at("hra_u", *TARGETS, "lm_head"),
+    ),
     "hra, orthogonal": Case(
         TIED,
         "HRAConfig",
@@ -40,10 +69,13 @@ CASES: dict[str, Case] = {
             "bias": "hra_only",
             "init_weights": False,
         },
-        {FIRST: "hra_u bias", DOWN: "hra_u"},
+        biases(*BIASED, **dict.fromkeys([*BIASED, "gate_proj", "down_proj"], "hra_u")),
     ),
     "deft": Case(
-        "llama", "DeftConfig", {"target_modules": [*TARGETS, "lm_head"], "r": 3, "alpha": 4}, {FIRST: DEFT}
+        "llama",
+        "DeftConfig",
+        {"target_modules": [*TARGETS, "lm_head"], "r": 3, "alpha": 4},
+        at(DEFT, *TARGETS, "lm_head"),
     ),
     "para": Case(
         TIED,
@@ -55,28 +87,34 @@ CASES: dict[str, Case] = {
             "para": True,
             "bias": "all",
         },
-        {FIRST: "deft_P bias"},
+        biases(*BIASED, **dict.fromkeys(TARGETS, "deft_P")),
     ),
     "deft by qr": Case(
         "qwen2",
         "DeftConfig",
         {"target_modules": TARGETS, "r": 9, "decomposition_method": "qr", "init_weights": False},
-        {FIRST: DEFT},
+        at(DEFT, *TARGETS),
     ),
     "peanut": Case(
-        "llama", "PeanutConfig", {"target_modules": TARGETS, "r": 4}, {FIRST: "peanut_A.weight peanut_B.weight"}
+        "llama", "PeanutConfig", {"target_modules": TARGETS, "r": 4}, at(PEANUT, *TARGETS)
     ),
     "peanut, deep": Case(
         TIED,
         "PeanutConfig",
-        {"target_modules": [*TARGETS, "o_proj"], "r": 6, "depth": 2, "act_fn": "gelu", "scaling": 0.5},
-        {},
+        {
+            "target_modules": [*TARGETS, "o_proj"],
+            "r": 6,
+            "depth": 2,
+            "act_fn": "gelu",
+            "scaling": 0.5,
+        },
+        at(f"{PEANUT} {DEEP}", *TARGETS, "o_proj"),
     ),
     "vblora": Case(
         "llama",
         "VBLoRAConfig",
         {"target_modules": TARGETS, "r": 3, "num_vectors": 9, "vector_length": 16},
-        {FIRST: "vblora_logits_A vblora_logits_B base_model.vblora_vector_bank"},
+        at(VBLORA, *TARGETS),
         edit=amplify("vector_bank", 3.0),
     ),
     "vblora with biases": Case(
@@ -90,11 +128,14 @@ CASES: dict[str, Case] = {
             "vector_length": 64,
             "bias": "vblora_only",
         },
-        {},
+        {
+            **biases(Q, "k_proj", **dict.fromkeys(TARGETS, VBLORA)),
+            **at(VBLORA, "lm_head"),
+        },
     ),
     "bd-lora": lora(
         "llama",
-        {FIRST: "a b", DOWN: "a b", HEAD: "a b"},
+        at("a b", *TARGETS, "lm_head"),
         r=6,
         target_modules=[*TARGETS, "lm_head"],
         use_bdlora=BdLoraConfig(
@@ -103,7 +144,11 @@ CASES: dict[str, Case] = {
     ),
     "bd-lora of some": lora(
         TIED,
-        {},
+        biases(
+            Q,
+            *("k_proj", "o_proj"),
+            **{Q: "a b", **dict.fromkeys(("k_proj", "o_proj", "down_proj"), "a b b_bias")},
+        ),
         r=4,
         use_rslora=True,
         lora_bias=True,
@@ -113,11 +158,11 @@ CASES: dict[str, Case] = {
         use_bdlora=BdLoraConfig(target_modules_bd_b=["q_"], nblocks=4, match_strict=False),
     ),
     "kasa": lora(
-        "llama", {FIRST: "a b lora_diag"}, target_modules=TARGETS, kasa_config=KasaConfig()
+        "llama", at("a b lora_diag", *TARGETS), target_modules=TARGETS, kasa_config=KasaConfig()
     ),
     "kasa with biases": lora(
         TIED,
-        {},
+        biases(*BIASED, **dict.fromkeys([*TARGETS, "up_proj"], "a b b_bias lora_diag")),
         r=5,
         lora_alpha=-3,
         lora_bias=True,
@@ -126,7 +171,7 @@ CASES: dict[str, Case] = {
         rank_pattern={"k_proj": 9},
         kasa_config=KasaConfig(),
     ),
-    "mica": lora("llama", {FIRST: "a b"}, init_lora_weights="mica", target_modules=TARGETS),
-    "velora": lora("llama", {FIRST: "a b"}, velora_config=VeloraConfig(num_groups=2)),
-    "monteclora": lora("llama", {FIRST: "a b"}, monteclora_config=MontecloraConfig(num_samples=3)),
+    "mica": lora("llama", at("a b", *TARGETS), init_lora_weights="mica", target_modules=TARGETS),
+    "velora": lora("llama", at("a b", Q), velora_config=VeloraConfig(num_groups=2)),
+    "monteclora": lora("llama", at("a b", Q), monteclora_config=MontecloraConfig(num_samples=3)),
 }

@@ -17,8 +17,8 @@ from loraplex_adapters.format.kinds.variants import (
     Rank,
     Variant,
     check_work,
-    claim_unused,
     place_variant,
+    read_unused,
     read_variant,
 )
 from loraplex_adapters.format.kinds.whole import (
@@ -91,6 +91,7 @@ class LoraReading:
         bias: "none", "all" or "lora_only".
         rows: the trained token rows.
         variant: how A and B are computed; None if they are in the file.
+        unused: ends of names of tensors that are read in training only.
     """
 
     r: int
@@ -104,6 +105,7 @@ class LoraReading:
     bias: str = "none"
     rows: TokenRows = field(default_factory=dict)
     variant: Variant | None = None
+    unused: tuple[str, ...] = ()
 
     def place(self, file: Placement) -> list[ModuleSpec]:
         """LoRA's modules, then biases of other projections, saved modules and trained rows."""
@@ -141,7 +143,8 @@ class LoraReading:
         if self.use_dora:
             tensors["magnitude"] = file.require(site, "lora_magnitude_vector")
         claim_extras(file, site, self.bias, tensors)
-        claim_unused(file, site)
+        for ending in self.unused:
+            file.claim(site, ending)
         return tensors
 
 
@@ -177,6 +180,7 @@ def _read(reader: Reader) -> LoraReading | None:
         bias=reader.choice("bias", BIASES, "none"),
         rows=read_rows(reader),
         variant=read_variant(reader),
+        unused=read_unused(reader),
     )
     check_initialisation(reader)
     if reading.use_dora and reading.lora_bias:

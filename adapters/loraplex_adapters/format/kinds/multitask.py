@@ -60,9 +60,7 @@ class MultitaskReading:
         factors = {"task_cols": columns, "task_rows": rows}
         return [replace(m, tensors={**m.tensors, **factors}) for m in placed]
 
-    def _of_task(
-        self, file: Placement, name: str, shape: tuple[int, int]
-    ) -> TensorLocation | None:
+    def _of_task(self, file: Placement, name: str, shape: tuple[int, int]) -> TensorLocation | None:
         """The part of a tensor that belongs to the task; None, with a finding, if it is unfit."""
         tensor = file.require(VIRTUAL_TOKENS, name)
         if tensor is None:

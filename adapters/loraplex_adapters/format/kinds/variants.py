@@ -107,17 +107,21 @@ def check_work(file: Placement, modules: Sequence[ModuleSpec]) -> None:
     if work <= file.limits.max_decompositions:
         return
     seconds = [_SECONDS * number for number in (work, file.limits.max_decompositions)]
-    message = f"KaSA needs the singular vectors of {len(folds)} of the base's matrices, which takes "
+    message = (
+        f"KaSA needs the singular vectors of {len(folds)} of the base's matrices, which takes "
+    )
     message += f"about {seconds[0]:.0f} s of one core whenever it is loaded; at most "
-    message += f"{seconds[1]:.0f} s are allowed: fold it once, with loraplex-server export --format "
+    message += (
+        f"{seconds[1]:.0f} s are allowed: fold it once, with loraplex-server export --format "
+    )
     message += "peft, and register the result"
     file.find(Reason.ADAPTER_TOO_LARGE, message, "kasa_config")
 
 
-def claim_unused(file: Placement, site: Site) -> None:
-    """Claims what PEFT reads in training only."""
-    for ending in TRAINING_ENDINGS:
-        file.claim(site, ending)
+def read_unused(reader: Reader) -> tuple[str, ...]:
+    """The ends of names of tensors that PEFT reads in training only, by the options that are on."""
+    found = TRAINING_ENDINGS.items()
+    return tuple(end for end, key in found if not is_neutral(key, reader.config.get(key)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +149,7 @@ class Blocks:
         """The module with its blocks."""
         fan_in, fan_out = shape_of(file, site)
         in_a, in_b = self._matches(site, self.of_a), self._matches(site, self.of_b)
-        if in_a and in_b or self.strict and not (in_a or in_b):
+        if (in_a and in_b) or (self.strict and not (in_a or in_b)):
             problem = "both lists" if in_a else "neither list, and match_strict is on"
             message = f"use_bdlora names {module_path(*site)} in {problem}"
             file.find(Reason.ADAPTER_INVALID, message, "use_bdlora")
@@ -170,9 +174,7 @@ class Blocks:
                 file.find(Reason.ADAPTER_INVALID, message, shown(tensor.name))
                 return []
         settings = {"blocks_a": float(a), "blocks_b": float(b)}
-        return folded(
-            file, site, "blocks", tensors, rank.rank, scale=rank.scale, settings=settings
-        )
+        return folded(file, site, "blocks", tensors, rank.rank, scale=rank.scale, settings=settings)
 
     def _matches(self, site: Site, texts: tuple[str, ...]) -> bool:
         path = module_path(*site)
@@ -211,9 +213,7 @@ class Groups:
             return []
         factor = fan_in / size / size if grouped else 1.0
         settings = {"size": float(size), "factor": factor}
-        return folded(
-            file, site, "groups", tensors, rank.rank, scale=rank.scale, settings=settings
-        )
+        return folded(file, site, "groups", tensors, rank.rank, scale=rank.scale, settings=settings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +236,9 @@ class Knowledge:
             return []
         path = module_path(*site)
         if site == HEAD:
-            message = f"{path} is adapted by KaSA, which changes the head's own weight in the file; "
+            message = (
+                f"{path} is adapted by KaSA, which changes the head's own weight in the file; "
+            )
             message += "train it without the head"
             file.find(Reason.ADAPTER_UNSUPPORTED, message, path)
             return []

@@ -92,7 +92,7 @@ VBLORA = Kind(
     peft_type="VBLORA",
     summary="VB-LoRA: factors made of vectors from a shared bank",
     options={
-        **TARGET_OPTIONS,
+        **{key: option for key, option in TARGET_OPTIONS.items() if key != "init_weights"},
         **EXCLUDED_OPTION,
         **TRANSPOSED_OPTION,
         "bias": served("none, all, vblora_only"),
