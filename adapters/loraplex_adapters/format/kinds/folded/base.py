@@ -168,13 +168,10 @@ def measured(
 
 
 def widest(file: Placement, targets: Targets) -> tuple[int, int]:
-    """The largest input and output of the target modules, which fix the widths of shared tensors.
-
-    As in PEFT, targets count even if `modules_to_save` keeps them from being adapted.
-    """
+    """The largest input and output of the target modules: the widths of shared tensors."""
     linear = [site for site in base_sites(file.base) if linear_shape(site, file.base)]
     try:
-        named = replace(targets, saved=()).promised(linear, file.base)
+        named = targets.promised(linear, file.base)
     except ValueError:  # `check_targets` reports it
         named = frozenset(linear)
     shapes = [shape_of(file, site) for site in named] or [(0, 0)]

@@ -68,13 +68,13 @@ class RandomBases:
         found = []
         for site in adapted:
             copies = {role: file.claim(site, role) for role in _BASES}
+            module = self._module(file, site, shared if fits else None)
             held = {role: copy for role, copy in copies.items() if copy is not None}
-            if measured(file, site, held, shapes, _OWNER) is None:
-                continue
-            for role, copy in held.items():
-                if (first := shared[role]) is not None:
-                    file.twins.append((first, copy))
-            found += self._module(file, site, shared if fits else None)
+            if fits and measured(file, site, held, shapes, _OWNER) is not None:
+                file.twins += [
+                    (first, held[r]) for r, first in shared.items() if first and r in held
+                ]
+                found += module
         return found
 
     def _module(
