@@ -53,7 +53,7 @@ WRONG: list[tuple[str, dict[str, Any], dict[str, Any], str, str]] = [
     ("peanut", {"depth": 2}, {}, "ADAPTER_INVALID", key(K0, "peanut_encoders.1.weight")),
     ("peanut", {"depth": 10**9}, {}, "ADAPTER_UNSUPPORTED", "depth"),
     ("peanut", {"depth": True}, {}, "ADAPTER_UNSUPPORTED", "depth"),
-    ("peanut", {"act_fn": "mish"}, {}, "ADAPTER_UNSUPPORTED", "act_fn"),
+    ("peanut", {"act_fn": "xielu"}, {}, "ADAPTER_UNSUPPORTED", "act_fn"),
     ("peanut", {"scaling": -1e5}, {}, "ADAPTER_INVALID", "scaling"),
     ("peanut", {}, {ENCODER: (3, 4)}, "ADAPTER_INVALID", "="),
     ("vblora", {"topk": 6}, {}, "ADAPTER_INVALID", "topk"),

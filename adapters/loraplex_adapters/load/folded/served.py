@@ -27,12 +27,13 @@ float32 numbers, less than this is mostly rounding."""
 _FUNCTIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": F.relu,
     "silu": F.silu,
+    "swish": F.silu,
     "gelu": F.gelu,
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
     "leaky_relu": F.leaky_relu,
-    "elu": F.elu,
+    "mish": F.mish,
 }
 """The functions of `ACTIVATIONS`, by name."""
 

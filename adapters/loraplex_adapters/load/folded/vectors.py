@@ -13,7 +13,7 @@ _SHORTEST = 1e-4
 
 
 def delora(module: ModuleSpec, tensors: Tensors, base: BaseWeights) -> Factors:
-    """DeLoRA (arXiv 2503.18225): A diag(w_norm), and B's column i times lambda / (r |a_i| |b_i|)."""
+    """DeLoRA (arXiv 2503.18225): A diag(w), and b_i times lambda / (r |a_i| |b_i|)."""
     a, b = tensors["delora_A"].float(), tensors["delora_B"].float()
     lengths = a.norm(dim=1).clamp(min=_SHORTEST) * b.norm(dim=0).clamp(min=_SHORTEST)
     strength = tensors["delora_lambda"].float() / a.shape[0] / lengths

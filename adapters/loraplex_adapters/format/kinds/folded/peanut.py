@@ -28,7 +28,17 @@ from loraplex_adapters.format.reader import Reader
 from loraplex_adapters.format.spec import ModuleSpec
 from loraplex_adapters.format.support import served
 
-ACTIVATIONS = ("relu", "silu", "gelu", "gelu_pytorch_tanh", "tanh", "sigmoid", "leaky_relu", "elu")
+ACTIVATIONS = (
+    "relu",
+    "silu",
+    "swish",
+    "gelu",
+    "gelu_pytorch_tanh",
+    "tanh",
+    "sigmoid",
+    "leaky_relu",
+    "mish",
+)
 """Names of activations as in transformers; the arithmetic gets a name's place in this list."""
 
 MAX_DEPTH = 8
