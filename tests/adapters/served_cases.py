@@ -133,6 +133,24 @@ CASES: dict[str, Case] = {
             **at(VBLORA, "lm_head"),
         },
     ),
+    "pvera": Case(
+        "llama",
+        "PveraConfig",
+        {"target_modules": TARGETS, "r": 6},
+        at("pvera_lambda_b pvera_lambda_d pvera_A pvera_B", *TARGETS),
+    ),
+    "pvera from its seed": Case(
+        TIED,
+        "PveraConfig",
+        {
+            "target_modules": TARGETS,
+            "r": 5,
+            "save_projection": False,
+            "projection_prng_key": 3,
+            "bias": "pvera_only",
+        },
+        biases(Q, "k_proj", **dict.fromkeys(TARGETS, "pvera_lambda_b pvera_lambda_d")),
+    ),
     "bd-lora": lora(
         "llama",
         at("a b", *TARGETS, "lm_head"),

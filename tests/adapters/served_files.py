@@ -92,6 +92,11 @@ SAMPLES: dict[str, tuple[Config, Tensors]] = {
         _of(K0, vblora_logits_A=(2, 4, 5), vblora_logits_B=(2, 2, 5)),
         whole={BANK: (5, 8)},
     ),
+    "pvera": _sample(
+        {"peft_type": "PVERA", "r": 3, "target_modules": _K, "sample_at_inference": False},
+        _of(K0, pvera_lambda_b=(16,), pvera_lambda_d=(6,)),
+        whole={"base_model.pvera_A": (6, 32), "base_model.pvera_B": (16, 3)},
+    ),
     "bd-lora": _sample(
         {**_LORA, "use_bdlora": _BLOCKS, "target_modules": r"model\.layers\.0\..*[qk]_proj"},
         _of(Q0, lora_A__weight=(4, 32), lora_B__weight=(32, 2)),
@@ -130,6 +135,7 @@ PACKED = {
     "para": 2 * 128 + 2 * 64,
     "peanut": 3 * 128 + 3 * 64,
     "vblora": 2 * 128 + 2 * 64,
+    "pvera": 3 * 128 + 192,
     "bd-lora": 2 * 4 * 128 + 4 * 128 + 4 * 64,
     "kasa": 2 * 8 * 128 + 128,
     "qa-lora": 2 * 4 * 128,

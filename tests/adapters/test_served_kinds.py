@@ -64,6 +64,8 @@ WRONG: list[tuple[str, dict[str, Any], dict[str, Any], str, str]] = [
     ("vblora", {}, {BANK: None}, "ADAPTER_INVALID", "="),
     ("vblora", {}, {BANK: (5,)}, "ADAPTER_INVALID", "="),
     ("vblora", {}, {key(K0, "vblora_logits_B"): (2, 2, 6)}, "BASE_MODEL_MISMATCH", "="),
+    ("pvera", {"sample_at_inference": True}, {}, "ADAPTER_UNSUPPORTED", "="),
+    ("pvera", {}, {key(K0, "pvera_lambda_d"): (3,)}, "ADAPTER_INVALID", "r"),
     # variants of LoRA
     ("bd-lora", {"use_bdlora": 2}, {}, "ADAPTER_INVALID", "use_bdlora"),
     ("bd-lora", {"use_bdlora": {**BLOCKS, "nblocks": 0}}, {}, "ADAPTER_INVALID", "use_bdlora"),

@@ -105,7 +105,6 @@ UNSERVED: Mapping[str, str] = {
     "OSF": "orthogonal subspaces of the base's weights",
     "POLY": "routed LoRA",
     "PSOFT": "orthogonal factors in a subspace",
-    "PVERA": "probabilistic VeRA",
     "ROAD": "rotations of activations",
     "SHADOW": "shadow networks",
     "SHIRA": "sparse deltas",

@@ -18,7 +18,7 @@ from loraplex_adapters.load.folded.base import Arithmetic, Tensors
 from loraplex_adapters.load.folded.blocks import gralora, miss
 from loraplex_adapters.load.folded.products import loha, lokr
 from loraplex_adapters.load.folded.served import deft, hra, peanut
-from loraplex_adapters.load.folded.shared import randlora, regenerated, vera
+from loraplex_adapters.load.folded.shared import pvera, randlora, regenerated, vera
 from loraplex_adapters.load.folded.variants import blocks, groups, kasa
 from loraplex_adapters.load.folded.vectors import delora, vblora
 
@@ -34,6 +34,7 @@ ARITHMETIC: Mapping[str, Arithmetic] = {
     "lokr": lokr,
     "miss": miss,
     "peanut": peanut,
+    "pvera": pvera,
     "randlora": randlora,
     "vblora": vblora,
     "vera": vera,

@@ -12,7 +12,7 @@ from loraplex_adapters.format.kinds.folded.miss import MISS
 from loraplex_adapters.format.kinds.folded.peanut import PEANUT
 from loraplex_adapters.format.kinds.folded.randlora import RANDLORA
 from loraplex_adapters.format.kinds.folded.vblora import VBLORA
-from loraplex_adapters.format.kinds.folded.vera import VERA
+from loraplex_adapters.format.kinds.folded.vera import PVERA, VERA
 
 FOLDED = (
     DEFT,
@@ -23,6 +23,7 @@ FOLDED = (
     LOKR,
     MISS,
     PEANUT,
+    PVERA,
     RANDLORA,
     VBLORA,
     VERA,

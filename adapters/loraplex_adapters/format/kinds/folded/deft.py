@@ -21,6 +21,7 @@ from loraplex_adapters.format.kinds.folded.base import (
     FoldedReading,
     folded,
     measured,
+    read_bias,
     shape_of,
     states,
 )
@@ -30,7 +31,6 @@ from loraplex_adapters.format.spec import ModuleSpec
 from loraplex_adapters.format.support import ignored, served
 
 _DIRECTIONS, _INJECTED = "deft_P", "deft_R"
-_BIASES = {word: word for word in ("none", "all", "deft_only")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ def _read(reader: Reader) -> FoldedReading | None:
     alpha = reader.number("alpha", 0.0)
     method = reader.choice("decomposition_method", {"relu": False, "qr": True}, False)
     removes_only = reader.flag("para")
-    bias = reader.choice("bias", _BIASES, "none")
+    bias = read_bias(reader, "deft_only")
     if rank is None or alpha is None:
         return None
     return FoldedReading(targets, Replacements(rank, alpha, method, removes_only), bias)

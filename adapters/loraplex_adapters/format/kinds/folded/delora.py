@@ -23,6 +23,7 @@ from loraplex_adapters.format.kinds.folded.base import (
     Size,
     folded,
     measured,
+    read_bias,
     shape_of,
     states,
 )
@@ -32,7 +33,6 @@ from loraplex_adapters.format.spec import ModuleSpec
 from loraplex_adapters.format.support import ignored, served
 
 _ROLES = ("delora_A", "delora_B", "delora_lambda", "delora_w_norm")
-_BIASES = {word: word for word in ("none", "all", "delora_only")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class NormalisedFactors:
 def _read(reader: Reader) -> FoldedReading | None:
     rank, targets = reader.integer("r"), reader.targets()
     rank_pattern = reader.pattern("rank_pattern", reader.as_integer)
-    bias = reader.choice("bias", _BIASES, "none")
+    bias = read_bias(reader, "delora_only")
     if rank is None:
         return None
     return FoldedReading(targets, NormalisedFactors(rank, rank_pattern), bias)

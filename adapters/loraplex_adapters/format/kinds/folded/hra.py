@@ -19,6 +19,7 @@ from loraplex_adapters.format.kinds.folded.base import (
     FoldedReading,
     folded,
     measured,
+    read_bias,
     shape_of,
     states,
 )
@@ -28,7 +29,6 @@ from loraplex_adapters.format.spec import ModuleSpec
 from loraplex_adapters.format.support import served
 
 _VECTORS = "hra_u"
-_BIASES = {word: word for word in ("none", "all", "hra_only")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class Reflections:
 def _read(reader: Reader) -> FoldedReading | None:
     rank, targets = reader.integer("r"), reader.targets()
     orthogonal = reader.flag("apply_GS")
-    bias = reader.choice("bias", _BIASES, "none")
+    bias = read_bias(reader, "hra_only")
     return None if rank is None else FoldedReading(targets, Reflections(rank, orthogonal), bias)
 
 

@@ -22,6 +22,7 @@ from loraplex_adapters.format.kinds.folded.base import (
     FoldedReading,
     folded,
     measured,
+    read_bias,
     shape_of,
     states,
 )
@@ -33,7 +34,6 @@ from loraplex_adapters.format.support import ignored, refused, served
 
 _BANK = "base_model.vblora_vector_bank"
 _LOGITS = ("vblora_logits_A", "vblora_logits_B")
-_BIASES = {word: word for word in ("none", "all", "vblora_only")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ class Pieces:
 
 def _read(reader: Reader) -> FoldedReading | None:
     targets = reader.targets()
-    bias = reader.choice("bias", _BIASES, "none")
+    bias = read_bias(reader, "vblora_only")
     numbers = [reader.integer(key) for key in ("r", "topk", "num_vectors", "vector_length")]
     rank, topk, vectors, length = numbers
     if rank is None or topk is None or vectors is None or length is None:
