@@ -45,6 +45,7 @@ class NormalisedFactors:
 
     def modules(self, file: Placement, adapted: list[Site]) -> list[ModuleSpec]:
         """The modules whose factors have the configured rank."""
+        file.check_rank("r", self.r)
         ranks = file.matched("rank_pattern", self.rank_pattern, adapted)
         found = []
         for site in adapted:

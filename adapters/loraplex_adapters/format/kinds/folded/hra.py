@@ -45,6 +45,7 @@ class Reflections:
 
     def modules(self, file: Placement, adapted: list[Site]) -> list[ModuleSpec]:
         """The modules with `r` vectors each."""
+        file.check_rank("r", self.r)  # the work at load grows with its square
         found = []
         for site in adapted:
             fan_in, _ = shape_of(file, site)

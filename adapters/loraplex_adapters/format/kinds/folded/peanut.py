@@ -66,6 +66,7 @@ class Networks:
 
     def modules(self, file: Placement, adapted: list[Site]) -> list[ModuleSpec]:
         """The modules whose matrices have the configured rank."""
+        file.check_rank("r", self.r)
         inner = (*_ENCODERS[: self.depth], *_DECODERS[: self.depth])
         found = []
         for site in adapted:

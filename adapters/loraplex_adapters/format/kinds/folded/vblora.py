@@ -48,6 +48,7 @@ class Pieces:
 
     def modules(self, file: Placement, adapted: list[Site]) -> list[ModuleSpec]:
         """The modules whose pieces fit their widths and the bank."""
+        file.check_rank("r", self.r)
         bank = file.require(SHARED, _BANK)
         if bank is not None and bank.shape != (self.vectors, self.length):
             message = f"{_BANK} has shape {list(bank.shape)}; num_vectors and vector_length ask "
