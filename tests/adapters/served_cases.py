@@ -151,6 +151,15 @@ CASES: dict[str, Case] = {
         },
         biases(Q, "k_proj", **dict.fromkeys(TARGETS, "pvera_lambda_b pvera_lambda_d")),
     ),
+    "poly": Case(
+        "llama",
+        "PolyConfig",
+        {"target_modules": TARGETS, "r": 3, "n_tasks": 3, "n_skills": 4, "n_splits": 2},
+        at("poly_lora_A poly_lora_B poly_router.module_logits", *TARGETS),
+        edit=amplify("module_logits", 20.0),
+        added={"loraplex_task": 1},
+        task=1,
+    ),
     "bd-lora": lora(
         "llama",
         at("a b", *TARGETS, "lm_head"),

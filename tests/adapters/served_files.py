@@ -97,6 +97,16 @@ SAMPLES: dict[str, tuple[Config, Tensors]] = {
         _of(K0, pvera_lambda_b=(16,), pvera_lambda_d=(6,)),
         whole={"base_model.pvera_A": (6, 32), "base_model.pvera_B": (16, 3)},
     ),
+    "poly": _sample(
+        {"peft_type": "POLY", "r": 3, "n_tasks": 1, "n_skills": 5, "n_splits": 2}
+        | {"target_modules": _K},
+        _of(
+            K0,
+            poly_lora_A=(2, 5, 16, 3),
+            poly_lora_B=(2, 5, 3, 8),
+            poly_router__module_logits=(1, 10),
+        ),
+    ),
     "bd-lora": _sample(
         {**_LORA, "use_bdlora": _BLOCKS, "target_modules": r"model\.layers\.0\..*[qk]_proj"},
         _of(Q0, lora_A__weight=(4, 32), lora_B__weight=(32, 2)),
@@ -136,6 +146,7 @@ PACKED = {
     "peanut": 3 * 128 + 3 * 64,
     "vblora": 2 * 128 + 2 * 64,
     "pvera": 3 * 128 + 192,
+    "poly": 3 * 128 + 192,
     "bd-lora": 2 * 4 * 128 + 4 * 128 + 4 * 64,
     "kasa": 2 * 8 * 128 + 128,
     "qa-lora": 2 * 4 * 128,

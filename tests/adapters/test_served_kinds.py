@@ -23,6 +23,7 @@ from loraplex_model.base.refusal import Refusal
 
 LORA_A, LORA_B, DIAG = (key(Q0, f"lora_{part}") for part in ("A.weight", "B.weight", "diag"))
 ENCODER = key(K0, "peanut_encoders.0.weight")
+LOGITS = key(K0, "poly_router.module_logits")
 COLUMNS = "prefix_task_cols"
 BLOCKS = {"nblocks": 2, "target_modules_bd_a": ["k_"], "target_modules_bd_b": ["q_proj"]}
 
@@ -67,6 +68,13 @@ WRONG: list[tuple[str, dict[str, Any], dict[str, Any], str, str]] = [
     ("vblora", {}, {key(K0, "vblora_logits_B"): (2, 2, 6)}, "BASE_MODEL_MISMATCH", "="),
     ("pvera", {"sample_at_inference": True}, {}, "ADAPTER_UNSUPPORTED", "="),
     ("pvera", {}, {key(K0, "pvera_lambda_d"): (3,)}, "ADAPTER_INVALID", "r"),
+    ("poly", {"n_tasks": 2}, {LOGITS: (2, 10)}, "ADAPTER_UNSUPPORTED", "n_tasks"),
+    ("poly", {"n_tasks": 2, "loraplex_task": 1}, {}, "ADAPTER_INVALID", "n_tasks"),
+    ("poly", {"n_skills": 4}, {}, "ADAPTER_INVALID", "n_skills"),
+    ("poly", {"n_splits": 3}, {}, "BASE_MODEL_MISMATCH", "n_splits"),
+    ("poly", {"poly_type": "other"}, {}, "ADAPTER_UNSUPPORTED", "poly_type"),
+    ("poly", {"r": 4}, {}, "ADAPTER_INVALID", "r"),
+    ("poly", {}, {LOGITS: (1, 9)}, "ADAPTER_INVALID", "n_skills"),
     # variants of LoRA
     ("bd-lora", {"use_bdlora": 2}, {}, "ADAPTER_INVALID", "use_bdlora"),
     ("bd-lora", {"use_bdlora": {**BLOCKS, "nblocks": 0}}, {}, "ADAPTER_INVALID", "use_bdlora"),

@@ -46,6 +46,7 @@ _OF_ADAPTERS = (
     "hra_",
     "deft_",
     "peanut_",
+    "poly_",
 )
 _MAX_READ = 512
 _MANY = 8

@@ -70,9 +70,33 @@ class MultitaskReading:
             message += f"num_virtual_tokens ask for {[self.tasks, *shape]}"
             file.find(Reason.ADAPTER_INVALID, message, shown(name))
             return None
-        size = prod(shape) * ITEM_SIZE[tensor.dtype]
-        start = tensor.start + self.task * size
-        return replace(tensor, shape=shape, start=start, end=start + size)
+        return of_task(tensor, self.task)
+
+
+def read_task(reader: Reader, key: str, tasks: int) -> int | None:
+    """The task that is served, of `tasks`, whose number is under `key`; None with a finding."""
+    task = reader.config.get(TASK)
+    if task is None and tasks == 1:
+        return 0
+    if task is None:
+        reader.unsupported(
+            key,
+            f"is {tasks}, and an adapter serves one task: add the key {TASK} with the number of "
+            f"the task, 0 to {tasks - 1}, and register the files once for each task",
+        )
+    elif type(task) is int and 0 <= task < tasks:
+        return task
+    else:
+        reader.invalid(TASK, f"is not the number of a task, 0 to {tasks - 1}")
+    return None
+
+
+def of_task(tensor: TensorLocation, task: int) -> TensorLocation:
+    """The part of a tensor [tasks, ...] that belongs to a task."""
+    shape = tensor.shape[1:]
+    size = prod(shape) * ITEM_SIZE[tensor.dtype]
+    start = tensor.start + task * size
+    return replace(tensor, shape=shape, start=start, end=start + size)
 
 
 def _read(reader: Reader) -> MultitaskReading | None:
@@ -82,17 +106,8 @@ def _read(reader: Reader) -> MultitaskReading | None:
     ranks = 1 if reader.config.get("num_ranks") is None else reader.integer("num_ranks")
     if prompt is None or tasks is None or ranks is None:
         return None
-    task = reader.config.get(TASK)
-    if task is None and tasks > 1:
-        reader.unsupported(
-            "num_tasks",
-            f"is {tasks}, and an adapter serves one task: add the key {TASK} with the number of "
-            f"the task, 0 to {tasks - 1}, and register the files once for each task",
-        )
-    elif task is not None and (type(task) is not int or not 0 <= task < tasks):
-        reader.invalid(TASK, f"is not the number of a task, 0 to {tasks - 1}")
-        return None
-    return MultitaskReading(prompt, tasks, ranks, task if isinstance(task, int) else 0)
+    task = read_task(reader, "num_tasks", tasks)
+    return None if task is None else MultitaskReading(prompt, tasks, ranks, task)
 
 
 MULTITASK_PROMPT_TUNING = Kind(

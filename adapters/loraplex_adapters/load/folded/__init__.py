@@ -16,6 +16,7 @@ from loraplex_adapters.format.modules import module_path
 from loraplex_adapters.format.spec import ModuleSpec
 from loraplex_adapters.load.folded.base import Arithmetic, Tensors
 from loraplex_adapters.load.folded.blocks import gralora, miss
+from loraplex_adapters.load.folded.mixtures import poly
 from loraplex_adapters.load.folded.products import loha, lokr
 from loraplex_adapters.load.folded.served import deft, hra, peanut
 from loraplex_adapters.load.folded.shared import pvera, randlora, regenerated, vera
@@ -34,6 +35,7 @@ ARITHMETIC: Mapping[str, Arithmetic] = {
     "lokr": lokr,
     "miss": miss,
     "peanut": peanut,
+    "poly": poly,
     "pvera": pvera,
     "randlora": randlora,
     "vblora": vblora,

@@ -10,6 +10,7 @@ from loraplex_adapters.format.kinds.folded.loha import LOHA
 from loraplex_adapters.format.kinds.folded.lokr import LOKR
 from loraplex_adapters.format.kinds.folded.miss import MISS
 from loraplex_adapters.format.kinds.folded.peanut import PEANUT
+from loraplex_adapters.format.kinds.folded.poly import POLY
 from loraplex_adapters.format.kinds.folded.randlora import RANDLORA
 from loraplex_adapters.format.kinds.folded.vblora import VBLORA
 from loraplex_adapters.format.kinds.folded.vera import PVERA, VERA
@@ -23,6 +24,7 @@ FOLDED = (
     LOKR,
     MISS,
     PEANUT,
+    POLY,
     PVERA,
     RANDLORA,
     VBLORA,
