@@ -104,7 +104,7 @@ def open_decoder(
     """
     device, dtype = weights.embed.device.type, weights.embed.dtype
     size = block_size(weights)
-    if not kernels_compute(weights.config):
+    if device == "cpu" and not kernels_compute(weights.config):
         return ReferenceDecoder(weights, _blocks(num_blocks, size), size, num_slots)
     if device == "cuda" and (why := _obstacle(weights)) is None:
         return _on_cuda(weights, num_blocks, num_slots, max_positions, cache, serving)
@@ -131,7 +131,7 @@ def open_decoder(
 
 
 def kernels_compute(config: DecoderConfig) -> bool:
-    """Whether the hand-written kernels know all features of a family."""
+    """Whether the hand-written kernels for CPUs know all features of a family."""
     plain = {each.name: each.default for each in fields(config) if each.default is not MISSING}
     return all(getattr(config, name) == value for name, value in plain.items())
 
@@ -143,7 +143,7 @@ def _blocks(num_blocks: int | CacheSize, size: int) -> int:
 def _obstacle(weights: BaseWeights) -> str | None:
     """Why Triton's kernels cannot compute with weights on CUDA; None if they can."""
     embed = weights.embed
-    return support.obstacle_to_kernels(embed.device, embed.dtype, weights.config.head_dim)
+    return support.obstacle_to_kernels(embed.device, embed.dtype, weights.config)
 
 
 def _on_cuda(
