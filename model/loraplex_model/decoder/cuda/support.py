@@ -41,6 +41,8 @@ def obstacle_to_kernels(
         return f"heads have a width of {config.head_dim}, above {_WIDEST_HEAD}"
     if config.head_dim % 2:
         return f"heads have a width of {config.head_dim}, an odd number"
+    if config.num_experts:
+        return "the base model is a mixture of experts"
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         return f"the device has compute capability {major}.{minor}, below 8.0"
