@@ -250,14 +250,15 @@ def _norm_residual(
         if IS_LAYER:
             wide = tl.where(is_cell, wide - (tl.sum(wide, 1) / HIDDEN)[:, None], 0.0)
         scale = tl.rsqrt(tl.sum(wide * wide, 1) / HIDDEN + eps)
-        factor = tl.load(weight + d, mask=d < HIDDEN, other=0.0).to(tl.float32)
         if IS_LAYER or OFFSET != 0.0:  # rounded once
+            factor = tl.load(weight + d, mask=d < HIDDEN, other=0.0).to(tl.float32)
             result = wide * scale[:, None] * (factor + OFFSET)[None, :]
             if HAS_BIAS:
                 result += tl.load(bias + d, mask=d < HIDDEN, other=0.0).to(tl.float32)[None, :]
             result = rounded(result, TYPE)
         else:
             unit = rounded(wide * scale[:, None], TYPE)
+            factor = tl.load(weight + d, mask=d < HIDDEN, other=0.0).to(tl.float32)
             result = rounded(unit.to(tl.float32) * factor[None, :], TYPE)
         at = target.to(tl.int64)[:, None] * HIDDEN + d[None, :]
         tl.store(normed + at, result, mask=is_cell)
