@@ -24,6 +24,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDic
 
 from loraplex_server.engine.batching.scheduler import EngineLimits
 from loraplex_server.engine.group import devices
+from loraplex_server.engine.group.devices import EnginePlacement
 from loraplex_server.engine.process.limits import SupervisionLimits
 from loraplex_server.engine.process.pulse import BEAT_SECONDS
 from loraplex_server.engine.process.setup import EngineSetup
@@ -256,7 +257,7 @@ class Config(BaseSettings):
             raise OSError(problem, os.strerror(problem) + text, str(root))
 
     @property
-    def placements(self) -> list[devices.EnginePlacement]:
+    def placements(self) -> list[EnginePlacement]:
         """The devices of several engines; empty if there is one engine, on `device`."""
         return devices.parse(self.devices)
 

@@ -194,7 +194,7 @@ class OracleRunner:
     def __post_init__(self) -> None:
         base = base_info(
             self.fingerprint,
-            architecture="oracle",
+            architecture="LlamaForCausalLM",
             vocab_size=self.vocab_size,
             hidden_size=self.width,
             num_layers=1,

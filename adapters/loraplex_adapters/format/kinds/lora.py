@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from loraplex_model.base.config import PROJECTIONS, Site
+from loraplex_model.base.config import Site
 
 from loraplex_adapters.format.copies.names import COPY_ENDINGS
 from loraplex_adapters.format.kinds.activation import (
@@ -26,7 +26,7 @@ from loraplex_adapters.format.kinds.whole import (
     place_saved,
     read_rows,
 )
-from loraplex_adapters.format.modules import EMBEDDING, base_sites
+from loraplex_adapters.format.modules import EMBEDDING, MATRICES, base_sites, role_shapes
 from loraplex_adapters.format.placement import Placement
 from loraplex_adapters.format.reader import Reader
 from loraplex_adapters.format.spec import ModuleSpec, TensorLocation
@@ -144,7 +144,7 @@ _FACTORS = ("lora_A.weight", "lora_B.weight", *_EMBEDDING_FACTORS)
 
 def adaptable(file: Placement) -> list[Site]:
     """The modules of the base that LoRA can adapt."""
-    return [s for s in base_sites(file.base) if s[1] in PROJECTIONS or s in EMBEDDINGS]
+    return [s for s in base_sites(file.base) if s[1] in MATRICES or s in EMBEDDINGS]
 
 
 def claim_extras(
@@ -162,7 +162,7 @@ def place_others(
     modules = []
     if bias == "all":
         for site in base_sites(file.base):
-            if site[1] in file.base.config.biased and site not in adapted:
+            if "bias" in role_shapes(site, file.base) and site not in adapted:
                 modules += file.single(site, _BIAS, "bias")
     return modules + place_saved(file, targets) + place_rows(file, rows)
 
