@@ -62,6 +62,7 @@ _BOTTLENECK = {
 
 SAMPLES: dict[str, tuple[Config, Tensors]] = {
     "lora": _sample(_LORA, _Q0),
+    "alora": _sample({**_LORA, "alora_invocation_tokens": [3, 39, 3]}, _Q0),
     "dora": _sample(
         {**_LORA, "use_dora": True, "bias": "lora_only"},
         {
