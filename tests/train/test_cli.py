@@ -188,9 +188,7 @@ def test_a_mistake_is_told_with_what_to_do(
     assert not (place.top / "bad").exists()
 
 
-def test_an_unknown_instruction_set_is_told(
-    place: Place, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unknown_instruction_set_is_told(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORAPLEX_ISA", "avx9")
     for command in (place.flags("bad"), [*place.flags("bad"), "--json"]):
         done = invoke("plan" if "--json" in command else "run", *command)

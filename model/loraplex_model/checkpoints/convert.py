@@ -28,6 +28,7 @@ from loraplex_model.ops import nf4, quantise
 
 _CHECKED = 1 << 22  # numbers that are looked at at once
 
+
 class Quantise(Protocol):
     """Quantises the matrix [out, in] of one module. Raises `ValueError` if it is not finite."""
 

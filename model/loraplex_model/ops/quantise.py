@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from loraplex_model.base.quantisation import BLOCK
 from loraplex_model.ops import build, nf4
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ def kernel(directory: Path | None, weights: int) -> nf4.QuantiseBlocks | None:
     def quantise(flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         count = flat.numel()
         packed = torch.empty(-(-count // 2), dtype=torch.uint8)
-        maxima = torch.empty(-(-count // nf4.BLOCK))
+        maxima = torch.empty(-(-count // BLOCK))
         native = flat.dtype in (torch.float32, torch.bfloat16)
         for chunk in range(0, count, count if native else _CHUNK):
             part = flat if native else flat[chunk : chunk + _CHUNK].float()
@@ -45,7 +46,7 @@ def kernel(directory: Path | None, weights: int) -> nf4.QuantiseBlocks | None:
                 int(part.dtype == torch.bfloat16),
                 c_int64(part.numel()),
                 c_void_p(packed.data_ptr() + chunk // 2),
-                c_void_p(maxima.data_ptr() + 4 * (chunk // nf4.BLOCK)),
+                c_void_p(maxima.data_ptr() + 4 * (chunk // BLOCK)),
                 torch.get_num_threads(),
             )
         return packed, maxima

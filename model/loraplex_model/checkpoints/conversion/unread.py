@@ -27,10 +27,26 @@ _HARMLESS = (
     "value_head.",
 )
 
-_TOWERS = ("vision", "visual", "multi_modal", "audio", "embed_vision", "embed_audio", "mm_projector")
+_TOWERS = (
+    "vision",
+    "visual",
+    "multi_modal",
+    "audio",
+    "embed_vision",
+    "embed_audio",
+    "mm_projector",
+)
 """Beginnings of the parts of a multimodal checkpoint that its text decoder does not use."""
 
-_ADAPTERS = (".lora_", ".base_layer.", "base_model.", ".ia3_", ".hada_", ".lokr_", "prompt_embeddings")
+_ADAPTERS = (
+    ".lora_",
+    ".base_layer.",
+    "base_model.",
+    ".ia3_",
+    ".hada_",
+    ".lokr_",
+    "prompt_embeddings",
+)
 _EXPERTS = (".experts.", ".block_sparse_moe.", ".shared_expert", ".mlp.gate.", ".mlp.router.")
 _QUANTISED = (
     ".SCB",
