@@ -166,9 +166,10 @@ class OwnRows:
         state: torch.Tensor,
         normed: torch.Tensor,
     ) -> None:
-        own = _norm_weight(run, site, weight)
-        if own is not None:
-            normed[run.rows] = apply_norm(self._config, state, own, bias)[0]
+        changes = list(run.at(site, NormDelta))
+        if changes:
+            own_weight, own_bias = mix.changed_norm(weight, bias, changes)
+            normed[run.rows] = apply_norm(self._config, state, own_weight, own_bias)[0]
 
     def head_norms(self, layer: int, states: HeadStates) -> None:
         """Norms and rotates queries and keys again where an adapter changes the norms of heads."""
