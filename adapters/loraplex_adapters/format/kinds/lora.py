@@ -10,11 +10,11 @@ from loraplex_model.base.config import PROJECTIONS, Site
 
 from loraplex_adapters.format.copies.names import COPY_ENDINGS
 from loraplex_adapters.format.kinds.base import Kind
+from loraplex_adapters.format.kinds.folded.patterns import Rank
 from loraplex_adapters.format.kinds.initialisation import check_initialisation
 from loraplex_adapters.format.kinds.variants import (
     VARIANT_ENDINGS,
     VARIANT_OPTIONS,
-    Rank,
     Variant,
     check_work,
     place_variant,

@@ -15,6 +15,7 @@ from loraplex_model.base.config import Site
 from loraplex_model.base.refusal import Reason
 
 from loraplex_adapters.format.kinds.folded.base import Size, folded, measured, shape_of, states
+from loraplex_adapters.format.kinds.folded.patterns import Rank
 from loraplex_adapters.format.modules import HEAD, linear_shape, module_path
 from loraplex_adapters.format.placement import Placement
 from loraplex_adapters.format.reader import Reader
@@ -54,15 +55,6 @@ VARIANT_ENDINGS: Mapping[str, str] = {"lora_diag": "kasa_config", **TRAINING_END
 _EXCLUSIVE = ("use_dora", "use_bdlora", "kasa_config", "velora_config", "monteclora_config")
 
 Tensors = Mapping[str, TensorLocation | None]
-
-
-@dataclass(frozen=True, slots=True)
-class Rank:
-    """A module's rank, the field that states it, and its scale."""
-
-    rank: int
-    field: str
-    scale: float
 
 
 class Variant(Protocol):
@@ -125,7 +117,7 @@ def read_unused(reader: Reader) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class Blocks:
+class DiagonalBlocks:
     """BD-LoRA: A or B is block-diagonal, and the file has the blocks one below the other.
 
     Attributes:
@@ -182,7 +174,7 @@ class Blocks:
 
 
 @dataclass(frozen=True, slots=True)
-class Groups:
+class PooledGroups:
     """QA-LoRA: A acts on the means of groups of `size` inputs, times the number of groups.
 
     PEFT does so for bases in GPTQ's format, and ignores the option on others; A's width tells.
@@ -217,7 +209,7 @@ class Groups:
 
 
 @dataclass(frozen=True, slots=True)
-class Knowledge:
+class TruncatedBase:
     """KaSA: B diag(d) A, without the r directions of the base's weight that are weakest."""
 
     def has_bias(self, site: Site) -> bool:
@@ -267,12 +259,12 @@ def read_variant(reader: Reader) -> Variant | None:
         reader.unsupported(found[1], f"is set together with {found[0]}, which PEFT does not load")
     if "kasa_config" in found:
         _map(reader, "kasa_config")
-        return Knowledge()
+        return TruncatedBase()
     if "use_bdlora" in found:
         return _read_blocks(reader)
     if reader.flag("use_qalora"):
         size = reader.config.get("qalora_group_size")
-        return Groups(16 if size is None else reader.integer("qalora_group_size") or 1)
+        return PooledGroups(16 if size is None else reader.integer("qalora_group_size") or 1)
     return None
 
 
@@ -296,7 +288,7 @@ def _read_blocks(reader: Reader) -> Variant | None:
     known = {"target_modules_bd_a", "target_modules_bd_b", "match_strict", "nblocks"}
     if unknown := sorted(options.keys() - known):
         reader.unsupported(key, f"has the unknown key {shown(unknown[0])}")
-    return None if count is None else Blocks(*lists, count, bool(strict))
+    return None if count is None else DiagonalBlocks(*lists, count, bool(strict))
 
 
 def _map(reader: Reader, key: str) -> Mapping[str, object]:
