@@ -29,6 +29,8 @@ _SECONDS = 2e-10
 MAX_PATTERNS = 64
 """Most names in each list of BD-LoRA, since every module's path is compared with all of them."""
 
+_OF_A, _OF_B = "target_modules_bd_a", "target_modules_bd_b"
+
 _TRAINING = "differs from LoRA in training only"
 _SAMPLER = "lora_monteclora_sampler."
 
@@ -222,7 +224,11 @@ class TruncatedBase:
         """The module; its folded rank is 2 r."""
         fan_in, fan_out = shape_of(file, site)
         every = {**tensors, "lora_diag": file.require(site, "lora_diag")}
-        shapes = {"a": ("r", fan_in), "b": (fan_out, "r"), "lora_diag": ("r",)}
+        shapes: dict[str, tuple[Size, ...]] = {
+            "a": ("r", fan_in),
+            "b": (fan_out, "r"),
+            "lora_diag": ("r",),
+        }
         held = measured(file, site, every, shapes)
         if held is None or not states(file, site, held["r"], rank.rank, rank.field, "rank"):
             return []
@@ -271,8 +277,8 @@ def read_variant(reader: Reader) -> Variant | None:
 def _read_blocks(reader: Reader) -> Variant | None:
     key = "use_bdlora"
     options = _map(reader, key)
-    lists = []
-    for name in ("target_modules_bd_a", "target_modules_bd_b"):
+    lists: dict[str, tuple[str, ...]] = {}
+    for name in (_OF_A, _OF_B):
         texts = options.get(name) or []
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             reader.invalid(key, f"has {name}, which is not a list of names")
@@ -280,15 +286,17 @@ def _read_blocks(reader: Reader) -> Variant | None:
         if len(texts) > MAX_PATTERNS:
             reader.unsupported(key, f"has more than {MAX_PATTERNS} names in {name}")
             return None
-        lists.append(tuple(texts))
+        lists[name] = tuple(texts)
     strict = options.get("match_strict", True)
     count = reader.as_integer(key, options.get("nblocks", 1))
     if not isinstance(strict, bool):
         reader.invalid(key, "has match_strict, which is not a boolean")
-    known = {"target_modules_bd_a", "target_modules_bd_b", "match_strict", "nblocks"}
+    known = {_OF_A, _OF_B, "match_strict", "nblocks"}
     if unknown := sorted(options.keys() - known):
         reader.unsupported(key, f"has the unknown key {shown(unknown[0])}")
-    return None if count is None else DiagonalBlocks(*lists, count, bool(strict))
+    return (
+        None if count is None else DiagonalBlocks(lists[_OF_A], lists[_OF_B], count, bool(strict))
+    )
 
 
 def _map(reader: Reader, key: str) -> Mapping[str, object]:
