@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from adapters.adapter_files import BASE, Tensors
-from loraplex_adapters.format.modules import PREFIX, module_path
+from adapters.adapter_files import BASE, Tensors, llama_path
+from loraplex_adapters.format.modules import PREFIX
 
 from adapters import folded_files
 
@@ -18,7 +18,7 @@ HIDDEN, VOCAB, KV = BASE.config.hidden_size, BASE.config.vocab_size, BASE.config
 
 def key(site: tuple[int, str], ending: str) -> str:
     """PEFT's name of a tensor."""
-    return f"{PREFIX}{module_path(*site)}.{ending}"
+    return f"{PREFIX}{llama_path(*site)}.{ending}"
 
 
 def _tensors(shapes: dict[str, tuple[int, ...]]) -> Tensors:
@@ -62,6 +62,7 @@ _BOTTLENECK = {
 
 SAMPLES: dict[str, tuple[Config, Tensors]] = {
     "lora": _sample(_LORA, _Q0),
+    "alora": _sample({**_LORA, "alora_invocation_tokens": [3, 39, 3]}, _Q0),
     "dora": _sample(
         {**_LORA, "use_dora": True, "bias": "lora_only"},
         {

@@ -54,6 +54,7 @@ def test_every_kind_is_served(name: str, tmp_path: Path) -> None:
 PACKED = {
     # 2 ranks: 64 + 64 elements
     "lora": 256 + 256,
+    "alora": 256 + 256,
     # and a gain and a bias of 32
     "dora": 256 + 256 + 128 + 128,
     # one bias for two of q_proj, then q, k, v of both layers without A and B

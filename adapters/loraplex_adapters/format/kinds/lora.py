@@ -6,9 +6,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from loraplex_model.base.config import PROJECTIONS, Site
+from loraplex_model.base.config import Site
 
 from loraplex_adapters.format.copies.names import COPY_ENDINGS
+from loraplex_adapters.format.kinds.activation import (
+    INVOCATION_OPTION,
+    MAX_INVOCATION_TOKENS,
+    place_invocation,
+    read_invocation,
+)
 from loraplex_adapters.format.kinds.base import Kind
 from loraplex_adapters.format.kinds.folded.patterns import Rank
 from loraplex_adapters.format.kinds.initialisation import check_initialisation
@@ -31,7 +37,7 @@ from loraplex_adapters.format.kinds.whole import (
     place_others,
     read_rows,
 )
-from loraplex_adapters.format.modules import EMBEDDING, base_sites
+from loraplex_adapters.format.modules import EMBEDDING, MATRICES, base_sites
 from loraplex_adapters.format.placement import Placement
 from loraplex_adapters.format.reader import Reader
 from loraplex_adapters.format.spec import ModuleSpec, TensorLocation
@@ -90,6 +96,7 @@ class LoraReading:
         rank_pattern, alpha_pattern: by plain module name or dotted suffix, in the file's order.
         bias: "none", "all" or "lora_only".
         rows: the trained token rows.
+        invocation_tokens: as in `CheckedAdapter`.
         variant: how A and B are computed; None if they are in the file.
         unused: ends of names of tensors that are read in training only.
     """
@@ -104,6 +111,7 @@ class LoraReading:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     bias: str = "none"
     rows: TokenRows = field(default_factory=dict)
+    invocation_tokens: tuple[int, ...] = ()
     variant: Variant | None = None
     unused: tuple[str, ...] = ()
 
@@ -133,12 +141,13 @@ class LoraReading:
         check_work(file, modules)
         modules += place_others(file, self.targets, self.bias, self.rows, adapted)
         file.check_targets(self.targets, adaptable(file), adapted)
+        place_invocation(file, self.invocation_tokens, adapted)
         return modules
 
     def _claim(self, file: Placement, site: Site) -> dict[str, TensorLocation | None]:
         a, b = ("lora_A.weight", "lora_B.weight") if site != EMBEDDING else _EMBEDDING_FACTORS
         tensors = {"a": file.require(site, a), "b": file.require(site, b)}
-        if self.lora_bias and (self.variant is None or self.variant.has_bias(site)):
+        if self.lora_bias and (self.variant is None or self.variant.has_bias(file, site)):
             tensors["b_bias"] = file.require(site, "lora_B.bias")
         if self.use_dora:
             tensors["magnitude"] = file.require(site, "lora_magnitude_vector")
@@ -154,7 +163,7 @@ _FACTORS = ("lora_A.weight", "lora_B.weight", *_EMBEDDING_FACTORS)
 
 def adaptable(file: Placement) -> list[Site]:
     """The modules of the base that LoRA can adapt."""
-    return [s for s in base_sites(file.base) if s[1] in PROJECTIONS or s in EMBEDDINGS]
+    return [s for s in base_sites(file.base) if s[1] in MATRICES or s in EMBEDDINGS]
 
 
 def claim_extras(
@@ -179,6 +188,7 @@ def _read(reader: Reader) -> LoraReading | None:
         alpha_pattern=reader.pattern("alpha_pattern", reader.as_number),
         bias=reader.choice("bias", BIASES, "none"),
         rows=read_rows(reader),
+        invocation_tokens=read_invocation(reader),
         variant=read_variant(reader),
         unused=read_unused(reader),
     )
@@ -190,10 +200,14 @@ def _read(reader: Reader) -> LoraReading | None:
 
 LORA = Kind(
     peft_type="LORA",
-    summary="LoRA, rsLoRA, DoRA, BD-LoRA, KaSA, QA-LoRA, MiCA",
+    summary="LoRA, rsLoRA, DoRA, activated LoRA, BD-LoRA, KaSA, QA-LoRA, MiCA",
     options={
         **SHARED_OPTIONS,
         **VARIANT_OPTIONS,
+        INVOCATION_OPTION: served(
+            f"activated LoRA, at most {MAX_INVOCATION_TOKENS} tokens; not together with use_dora, "
+            "bias, modules_to_save, trainable_token_indices or LoRA on the embeddings"
+        ),
         "alpha_pattern": served("names or expressions; keys that disagree are refused"),
         "lora_bias": served("projections"),
         "r": served(),

@@ -16,7 +16,7 @@ from loraplex_model.base.refusal import Reason
 
 from loraplex_adapters.format.kinds.folded.base import Size, folded, measured, shape_of, states
 from loraplex_adapters.format.kinds.folded.patterns import Rank
-from loraplex_adapters.format.modules import HEAD, linear_shape, module_path
+from loraplex_adapters.format.modules import HEAD, linear_shape
 from loraplex_adapters.format.placement import Placement
 from loraplex_adapters.format.reader import Reader
 from loraplex_adapters.format.spec import ModuleSpec, TensorLocation
@@ -62,7 +62,7 @@ Tensors = Mapping[str, TensorLocation | None]
 class Variant(Protocol):
     """A variant whose A and B are computed at load."""
 
-    def has_bias(self, site: Site) -> bool:
+    def has_bias(self, file: Placement, site: Site) -> bool:
         """Whether lora_B has a bias at this site if `lora_bias` is on."""
 
     def modules(
@@ -79,7 +79,7 @@ def place_variant(
 ) -> list[ModuleSpec]:
     """The module of a variant at a site, which must be linear."""
     if linear_shape(site, file.base) is None:
-        path = module_path(*site)
+        path = file.path(site)
         message = f"{path} is adapted by a variant of LoRA that PEFT has for linear modules only"
         file.find(Reason.ADAPTER_UNSUPPORTED, message, path)
         return []
@@ -133,25 +133,25 @@ class DiagonalBlocks:
     count: int
     strict: bool
 
-    def has_bias(self, site: Site) -> bool:
+    def has_bias(self, file: Placement, site: Site) -> bool:
         """PEFT's block-diagonal B has no bias."""
-        return not self._matches(site, self.of_b)
+        return not self._matches(file, site, self.of_b)
 
     def modules(
         self, file: Placement, site: Site, tensors: Tensors, rank: Rank
     ) -> list[ModuleSpec]:
         """The module with its blocks."""
         fan_in, fan_out = shape_of(file, site)
-        in_a, in_b = self._matches(site, self.of_a), self._matches(site, self.of_b)
+        in_a, in_b = self._matches(file, site, self.of_a), self._matches(file, site, self.of_b)
         if (in_a and in_b) or (self.strict and not (in_a or in_b)):
             problem = "both lists" if in_a else "neither list, and match_strict is on"
-            message = f"use_bdlora names {module_path(*site)} in {problem}"
+            message = f"use_bdlora names {file.path(site)} in {problem}"
             file.find(Reason.ADAPTER_INVALID, message, "use_bdlora")
             return []
         split = fan_in if in_a else fan_out
         if (in_a or in_b) and (rank.rank % self.count or split % self.count):
             message = f"{self.count} blocks do not divide both the rank {rank.rank} and the width "
-            message += f"{split} of {module_path(*site)}"
+            message += f"{split} of {file.path(site)}"
             file.find(Reason.ADAPTER_INVALID, message, "use_bdlora")
             return []
         a, b = self.count if in_a else 1, self.count if in_b else 1
@@ -170,8 +170,8 @@ class DiagonalBlocks:
         settings = {"blocks_a": float(a), "blocks_b": float(b)}
         return folded(file, site, "blocks", tensors, rank.rank, scale=rank.scale, settings=settings)
 
-    def _matches(self, site: Site, texts: tuple[str, ...]) -> bool:
-        path = module_path(*site)
+    def _matches(self, file: Placement, site: Site, texts: tuple[str, ...]) -> bool:
+        path = file.path(site)
         return any(text in path for text in texts)
 
 
@@ -184,7 +184,7 @@ class PooledGroups:
 
     size: int
 
-    def has_bias(self, site: Site) -> bool:
+    def has_bias(self, file: Placement, site: Site) -> bool:
         """As in LoRA."""
         return True
 
@@ -197,7 +197,7 @@ class PooledGroups:
         grouped = a is not None and a.shape[-1:] != (fan_in,)
         if grouped and fan_in % self.size:
             message = f"qalora_group_size is {self.size}, which does not divide the width {fan_in} "
-            message += f"of {module_path(*site)}"
+            message += f"of {file.path(site)}"
             file.find(Reason.BASE_MODEL_MISMATCH, message, "qalora_group_size")
             return []
         size = self.size if grouped else 1
@@ -214,7 +214,7 @@ class PooledGroups:
 class TruncatedBase:
     """KaSA: B diag(d) A, without the r directions of the base's weight that are weakest."""
 
-    def has_bias(self, site: Site) -> bool:
+    def has_bias(self, file: Placement, site: Site) -> bool:
         """As in LoRA."""
         return True
 
@@ -232,7 +232,7 @@ class TruncatedBase:
         held = measured(file, site, every, shapes)
         if held is None or not states(file, site, held["r"], rank.rank, rank.field, "rank"):
             return []
-        path = module_path(*site)
+        path = file.path(site)
         if site == HEAD:
             message = (
                 f"{path} is adapted by KaSA, which changes the head's own weight in the file; "

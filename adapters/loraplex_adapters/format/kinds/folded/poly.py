@@ -24,7 +24,6 @@ from loraplex_adapters.format.kinds.folded.base import (
     states,
 )
 from loraplex_adapters.format.kinds.multitask import TASK, of_task, read_task
-from loraplex_adapters.format.modules import module_path
 from loraplex_adapters.format.placement import Placement
 from loraplex_adapters.format.reader import Reader
 from loraplex_adapters.format.spec import ModuleSpec
@@ -53,7 +52,7 @@ class Skills:
             tensors = {role: file.require(site, role) for role in self.marks}
             if fan_in % self.splits or fan_out % self.splits:
                 message = f"n_splits is {self.splits}, which does not divide the widths of "
-                message += f"{module_path(*site)}, {fan_in} and {fan_out}"
+                message += f"{file.path(site)}, {fan_in} and {fan_out}"
                 file.find(Reason.BASE_MODEL_MISMATCH, message, "n_splits")
                 continue
             shapes: dict[str, tuple[Size, ...]] = {

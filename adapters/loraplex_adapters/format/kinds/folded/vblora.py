@@ -27,7 +27,7 @@ from loraplex_adapters.format.kinds.folded.base import (
     shape_of,
     states,
 )
-from loraplex_adapters.format.modules import SHARED, module_path
+from loraplex_adapters.format.modules import SHARED
 from loraplex_adapters.format.placement import Placement
 from loraplex_adapters.format.reader import Reader
 from loraplex_adapters.format.spec import ModuleSpec
@@ -62,7 +62,7 @@ class Pieces:
             tensors = {role: file.require(site, role) for role in _LOGITS}
             if fan_in % self.length or fan_out % self.length:
                 message = f"vector_length is {self.length}, which does not divide the widths of "
-                message += f"{module_path(*site)}, {fan_in} and {fan_out}"
+                message += f"{file.path(site)}, {fan_in} and {fan_out}"
                 file.find(Reason.BASE_MODEL_MISMATCH, message, "vector_length")
                 continue
             shapes: dict[str, tuple[Size, ...]] = {
