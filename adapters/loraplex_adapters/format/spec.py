@@ -139,6 +139,8 @@ class CheckedAdapter:
         size_bytes: size of the weights file.
         base_model: name of the base in the configuration; informational, may be "".
         virtual_tokens: number of virtual tokens, which take positions of the prompt.
+        invocation_tokens: token ids from whose last occurrence in the prompt on the adapter acts,
+            while the base alone computes the tokens before; () if it acts on all tokens.
         provenance: the trainer's stamps by key ("base_fingerprint", "data_sha256", "trainer",
             "peft_version", ...); informational.
         packed_bytes: bytes on the device in the base's dtype, including padding.
@@ -155,6 +157,7 @@ class CheckedAdapter:
     size_bytes: int
     base_model: str
     virtual_tokens: int = 0
+    invocation_tokens: tuple[int, ...] = ()
     provenance: Mapping[str, str] = field(default_factory=dict)
     packed_bytes: int = 0
     copies: tuple[BaseCopy, ...] = ()

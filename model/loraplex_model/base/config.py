@@ -135,6 +135,7 @@ class DecoderConfig:
         joined: the fused matrices that the checkpoint holds as one module (`JOINED`); it is
             quantised as one.
         embed_scale, residual_scale, logit_scale: factors on embeddings, blocks' outputs and logits.
+        scaled_prompts: True if `embed_scale` multiplies the embeddings of virtual tokens too.
         logit_softcap: c in `c * tanh(logit / c)`, after `logit_scale`; 0 for none.
         attention_scale: factor on queries times keys; 0 for `head_dim ** -0.5`.
         attention_softcap: c in `c * tanh(score / c)`, before the softmax; 0 for none.
@@ -145,6 +146,11 @@ class DecoderConfig:
             and answer together (LongRoPE).
         query_scale: b and n in the factor `1 + b * log(1 + floor(position / n))` on queries; empty
             for none (Ministral 3).
+        num_experts: experts of each layer's MLP, whose matrices are stacked: `gate_up` has gate and
+            up of the first expert, then of the second, and so on; 0 for one MLP without a router.
+        experts_per_token: number of experts that compute a token; their outputs are added, weighted
+            by the router's probabilities.
+        normalised_experts: True if these weights are divided by their sum.
     """
 
     architecture: str
@@ -176,6 +182,7 @@ class DecoderConfig:
     gated: bool = True
     joined: tuple[str, ...] = ()
     embed_scale: float = 1.0
+    scaled_prompts: bool = False
     residual_scale: float = 1.0
     logit_scale: float = 1.0
     logit_softcap: float = 0.0
@@ -187,6 +194,9 @@ class DecoderConfig:
     long_rope: Rope | None = None
     short_positions: int = 0
     query_scale: tuple[float, ...] = ()
+    num_experts: int = 0
+    experts_per_token: int = 0
+    normalised_experts: bool = False
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> DecoderConfig:
@@ -249,8 +259,12 @@ class DecoderConfig:
 
     @property
     def fused(self) -> Mapping[str, tuple[str, ...]]:
-        """As `FUSED`, with the modules that this decoder has."""
+        """As `FUSED`, with the modules that this decoder has; of experts, those of one."""
         return FUSED if self.gated else {**FUSED, "gate_up": ("up_proj",)}
+
+    def copies_of(self, fused: str) -> int:
+        """How often the modules of a fused matrix are stacked in it: once, or for each expert."""
+        return (self.num_experts or 1) if fused in ("gate_up", "down") else 1
 
     @property
     def biased(self) -> frozenset[str]:
@@ -306,6 +320,12 @@ class DecoderConfig:
     def modules_of(self, fused: str) -> tuple[str, ...]:
         """The checkpoint's modules of a fused matrix; each is quantised on its own."""
         return (JOINED[fused],) if fused in self.joined else self.fused[fused]
+
+    def parts_of(self, module: str) -> tuple[str, ...]:
+        """The projections that a module of `module_shapes` consists of."""
+        return next(
+            (self.fused[fused] for fused in self.joined if JOINED[fused] == module), (module,)
+        )
 
     def place(self, module: str) -> tuple[str, int, int]:
         """A module's fused matrix, and its first row and number of rows there.

@@ -31,7 +31,7 @@ from loraplex_model.base.config import (
 )
 from loraplex_model.base.weights import BaseWeights, LayerWeights
 from loraplex_model.decoder.attention import Attention
-from loraplex_model.ops import autograd, rope
+from loraplex_model.ops import autograd, nf4, rope
 from loraplex_model.ops.autograd import Recompute
 from loraplex_model.ops.linear import BaseLinear, by_tiles
 
@@ -56,7 +56,11 @@ def hidden_states(
     config = weights.config
     x = mix.embedded(tokens, weights.embed, activation_dtype(weights.embed), groups)
     if config.embed_scale != 1:
-        x = x * torch.tensor(config.embed_scale, dtype=x.dtype, device=x.device)
+        scale = torch.tensor(config.embed_scale, dtype=x.dtype, device=x.device)
+        scaled = x * scale
+        if not config.scaled_prompts:
+            scaled = torch.where((tokens < len(weights.embed))[:, None], scaled, x)
+        x = scaled
     places = Places.of(config, positions, is_long, x.dtype)
 
     for i, layer in enumerate(weights.layers):
@@ -99,12 +103,18 @@ class Places:
                 for ours, theirs in zip(ropes[0], long, strict=True)
             ]
             ropes[0] = chosen[0], chosen[1]
-        scale = None
-        if config.query_scale:
-            beta, period = config.query_scale
-            scale = (1 + beta * torch.log1p(torch.floor(positions / period)))[:, None, None]
-            scale = scale.to(dtype)
+        scale = query_scale(config, positions)
+        if scale is not None:
+            scale = scale[:, None, None].to(dtype)
         return Places(tuple((cos.to(dtype), sin.to(dtype)) for cos, sin in ropes), scale)
+
+
+def query_scale(config: DecoderConfig, positions: torch.Tensor) -> torch.Tensor | None:
+    """Factors on the queries at int positions [T], float32 [T]; None if they are all 1."""
+    if not config.query_scale:
+        return None
+    beta, period = config.query_scale
+    return 1 + beta * torch.log1p(torch.floor(positions / period))
 
 
 def _tables(each: Rope, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -183,8 +193,8 @@ class _Normed:
         Also returns how to recompute the result, if it is known.
         """
         normed, recompute = self._apply(x, weight, bias)
-        for rows, own in mix.norm_weights(site, weight, self._groups):
-            normed = normed.index_copy(0, rows, self._apply(x[rows], own, bias)[0])
+        for rows, own, own_bias in mix.norm_weights(site, weight, bias, self._groups):
+            normed = normed.index_copy(0, rows, self._apply(x[rows], own, own_bias)[0])
             recompute = None
         return normed, recompute
 
@@ -287,8 +297,40 @@ class _Layer:
         x = x.reshape(len(x), -1, config.head_dim)
         return x if config.qk_norm_span is NormSpan.ALL else self._norm(name, x)[0]
 
+    def _experts(self, x: torch.Tensor, router: torch.Tensor) -> torch.Tensor:
+        """The weighted outputs of each row's experts, added in the order of the experts."""
+        config = self._config
+        scores = autograd.wide(by_tiles(x, router.to(x.dtype))).softmax(-1)  # [T, experts]
+        shares, chosen = scores.topk(config.experts_per_token, dim=-1)
+        if config.normalised_experts:
+            shares = shares / shares.sum(-1, keepdim=True)
+        shares = shares.to(x.dtype)
+        result = torch.zeros_like(x)
+        activation = _ACTIVATIONS[config.activation]
+        for expert in sorted(set(chosen.flatten().tolist())):
+            rows, place = torch.where(chosen == expert)
+            gate, up = self._expert_product("gate_up", expert, x[rows], rows).chunk(2, dim=-1)
+            out = self._expert_product("down", expert, activation(gate) * up, rows)
+            result = result.index_add(0, rows, out * shares[rows, place, None])
+        return result
+
+    def _expert_product(
+        self, fused: str, expert: int, x: torch.Tensor, rows: torch.Tensor
+    ) -> torch.Tensor:
+        """One expert's part of a fused matrix with `rows` of the pass, and their adapters."""
+        config = self._config
+        parts = nf4.split(fused_matrix(self._weights, fused)[0])
+        names = config.fused[fused]
+        y = self._linear(nf4.stack(parts[expert * len(names) : (expert + 1) * len(names)]), x)
+        number = expert, config.num_experts
+        for name, part in zip(names, y.chunk(len(names), dim=-1), strict=True):
+            mix.add_to_expert(part, x, rows, (self._index, name), number, self._groups)
+        return y
+
     def _mlp(self, x: torch.Tensor, recompute: Recompute | None) -> torch.Tensor:
         config = self._config
+        if self._weights.router is not None:
+            return self._experts(x, self._weights.router)
         gate_up = self._project("gate_up", x, recompute)  # [T, 2 * intermediate], or only up
         if config.gated and config.activation is Gate.SILU and torch.is_grad_enabled():
             return self._project("down", *autograd.silu_mul(gate_up))

@@ -92,7 +92,14 @@ class Request:
         pins: adapters that it was granted; they are pinned until it ends.
         prefix: virtual tokens before its own, of its adapter.
         mix: `(slot, weight)` pairs of its adapters.
+        active_from: index in `tokens` from which on `mix` applies; the base alone computes the
+            tokens before. `NEVER` if it computes all of them. See `activation`.
+        cached: number of its first tokens whose keys and values were found in the KV cache when it
+            was first admitted. See `base_prefix`.
+        keys: keys of its first full blocks, as far as they were needed.
+        kept: number of its blocks that are kept, or need not be kept.
         queue_seconds: time from its arrival to its first step; None before that.
+        short_positions: as in the base's `DecoderConfig`; 0 if all sequences are alike.
     """
 
     submit: Submit
@@ -111,7 +118,12 @@ class Request:
     pins: tuple[Pin, ...] = ()
     prefix: Prefix = Prefix()
     mix: tuple[tuple[int, float], ...] = ()
+    active_from: int = 0
+    cached: int = 0
+    keys: list[bytes] = field(default_factory=list)
+    kept: int = 0
     queue_seconds: float | None = None
+    short_positions: int = 0
 
     def __post_init__(self) -> None:
         self.tokens = array("i", self.submit.token_ids)
@@ -156,6 +168,11 @@ class Request:
         return len(self.tokens) - self.computed
 
     @property
+    def base_len(self) -> int:
+        """Number of its first tokens that the base alone computes."""
+        return min(self.active_from, len(self.tokens)) if self.mix else len(self.tokens)
+
+    @property
     def in_own_blocks(self) -> int:
         """Number of tokens that its own blocks must hold now, the prefix's `rest` included."""
         return self.prefix.rest + len(self.tokens)
@@ -169,6 +186,14 @@ class Request:
     def most_tokens(self) -> int:
         """Upper bound of its own tokens in the KV cache: the last one is never computed."""
         return self.prompt_len + self.submit.max_new_tokens - 1
+
+    @property
+    def is_long(self) -> bool:
+        """Whether the base's frequencies for long sequences apply: known before its first token.
+
+        So its keys in the cache never have to be rotated anew.
+        """
+        return 0 < self.short_positions < self.prefix.count + self.most_tokens
 
     def expect(self, draw: int) -> None:
         """Adds the token that draw `draw` of a launch will choose."""

@@ -17,8 +17,8 @@ from loraplex_model.base.refusal import Reason
 from loraplex_adapters.format.copies.names import COPY_ENDINGS
 from loraplex_adapters.format.files import CONFIG_FILE
 from loraplex_adapters.format.kinds.lora import place_others
-from loraplex_adapters.format.kinds.whole import SAVED_OPTION
-from loraplex_adapters.format.modules import base_sites, linear_shape, module_path
+from loraplex_adapters.format.kinds.whole import SAVED_BIAS_ENDING, SAVED_OPTION
+from loraplex_adapters.format.modules import base_sites, linear_shape
 from loraplex_adapters.format.placement import Placement
 from loraplex_adapters.format.reader import Reader
 from loraplex_adapters.format.spec import Fold, ModuleSpec, TensorLocation
@@ -51,7 +51,7 @@ PATTERN_OPTIONS: Mapping[str, Option] = {
 }
 DROPOUT = ignored("acts in training only")
 
-ENDINGS: Mapping[str, str] = COPY_ENDINGS
+ENDINGS: Mapping[str, str] = {SAVED_BIAS_ENDING: "modules_to_save", **COPY_ENDINGS}
 """Ends of tensor names that every folded kind has."""
 
 
@@ -172,7 +172,7 @@ def widest(file: Placement, targets: Targets) -> tuple[int, int]:
     """The largest input and output of the target modules: the widths of shared tensors."""
     linear = [site for site in base_sites(file.base) if linear_shape(site, file.base)]
     try:
-        named = targets.promised(linear, file.base)
+        named = targets.promised(linear, file.path)
     except ValueError:  # `check_targets` reports it
         named = frozenset(linear)
     shapes = [shape_of(file, site) for site in named] or [(0, 0)]
@@ -184,7 +184,7 @@ def states(file: Placement, site: Site, held: int, stated: int, field: str, what
     if held == stated:
         return True
     message = f"has {what} {held} in the weights and {stated} in {CONFIG_FILE}"
-    file.find(Reason.ADAPTER_INVALID, f"{module_path(*site)} {message}", field)
+    file.find(Reason.ADAPTER_INVALID, f"{file.path(site)} {message}", field)
     return False
 
 
@@ -211,7 +211,7 @@ def folded(
         parts = f" ({parts})" if parts and least == rank else ""
         message = f"has folded rank {least}{parts}; at most {file.limits.max_rank} is allowed"
         first = next(shown(tensor.name) for tensor in tensors.values() if tensor is not None)
-        file.find(Reason.RANK_TOO_LARGE, f"{module_path(*site)} {message}", first)
+        file.find(Reason.RANK_TOO_LARGE, f"{file.path(site)} {message}", first)
         return []
     held = {role: tensor for role, tensor in tensors.items() if tensor is not None}
     fold = Fold(arithmetic, fan_in, fan_out, settings or {})

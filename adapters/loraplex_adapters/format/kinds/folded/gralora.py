@@ -23,7 +23,6 @@ from loraplex_adapters.format.kinds.folded.base import (
     shape_of,
     states,
 )
-from loraplex_adapters.format.modules import module_path
 from loraplex_adapters.format.placement import Placement
 from loraplex_adapters.format.reader import Reader
 from loraplex_adapters.format.spec import ModuleSpec
@@ -59,7 +58,7 @@ class BlockFactors:
         if self.hybrid_r:
             tensors |= {role: file.require(site, f"{role}.weight") for role in _HYBRID}
         if fan_in % self.k or fan_out % self.k:
-            message = f"gralora_k is {self.k}, which does not divide {module_path(*site)} of "
+            message = f"gralora_k is {self.k}, which does not divide {file.path(site)} of "
             message += f"{fan_out} x {fan_in}"
             file.find(Reason.BASE_MODEL_MISMATCH, message, "gralora_k")
             return []

@@ -23,7 +23,6 @@ from loraplex_adapters.format.kinds.folded.base import (
     states,
 )
 from loraplex_adapters.format.kinds.folded.patterns import Rank, Ranks, read_ranks
-from loraplex_adapters.format.modules import module_path
 from loraplex_adapters.format.placement import Placement
 from loraplex_adapters.format.reader import Reader
 from loraplex_adapters.format.spec import ModuleSpec, TensorLocation
@@ -88,7 +87,7 @@ class KroneckerProducts:
         made = first.height * second.height, first.width * second.width
         if made != (height, width):
             name = next(shown(tensor.name) for tensor in tensors.values() if tensor is not None)
-            message = f"{module_path(*site)} has a Kronecker product of {made[0]} x {made[1]}; "
+            message = f"{file.path(site)} has a Kronecker product of {made[0]} x {made[1]}; "
             message += f"the base's {site[1]} is {height} x {width}"
             file.find(Reason.BASE_MODEL_MISMATCH, message, name)
             return []

@@ -22,7 +22,6 @@ from loraplex_adapters.format.kinds.folded.base import (
     shape_of,
     states,
 )
-from loraplex_adapters.format.modules import module_path
 from loraplex_adapters.format.placement import Placement
 from loraplex_adapters.format.reader import Reader
 from loraplex_adapters.format.spec import ModuleSpec
@@ -56,7 +55,7 @@ class MatrixShards:
         if held is None or not states(file, site, held["rows"], self.r, "r", "rank"):
             return []
         if self.r > fan_in:
-            message = f"r is {self.r}; the input of {module_path(*site)} has width {fan_in}"
+            message = f"r is {self.r}; the input of {file.path(site)} has width {fan_in}"
             file.find(Reason.BASE_MODEL_MISMATCH, message, "r")
             return []
         if self.mini_r is None:
@@ -65,7 +64,7 @@ class MatrixShards:
             return []
         if fan_out % self.mini_r:
             message = f"mini_r is {self.mini_r}, which does not divide the output of "
-            message += f"{module_path(*site)}, whose width is {fan_out}"
+            message += f"{file.path(site)}, whose width is {fan_out}"
             file.find(Reason.BASE_MODEL_MISMATCH, message, "mini_r")
             return []
         return folded(file, site, "miss", tensors, min(self.r, self.mini_r))
