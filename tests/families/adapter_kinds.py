@@ -17,15 +17,14 @@ from typing import Any
 
 import peft
 import torch
+from families import variants
 from loraplex_adapters.format.modules import PREFIX, ModulePaths, base_sites
-from loraplex_model.base.config import MODEL, DecoderConfig
+from loraplex_model.base.config import DecoderConfig
 from loraplex_model.base.hf_config import decoder_config
 from loraplex_model.base.info import BaseInfo
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.nn import functional as f
 from transformers import PreTrainedModel
-
-from families import variants
 
 Options = Callable[[BaseInfo], Mapping[str, Any]]
 
@@ -147,6 +146,10 @@ KINDS: dict[str, tuple[str, Options]] = {
         lambda base: {"target_modules": names(base), "init_r": 4, "total_step": 10},
     ),
     "IA3": ("IA3Config", _ia3),
+    "VeRA": (
+        "VeraConfig",
+        lambda base: {"target_modules": names(base), "r": 6, "d_initial": 1.0, "bias": "all"},
+    ),
     "BEFT": ("BeftConfig", lambda base: {"target_modules": names(base)}),
     "norms": (
         "LNTuningConfig",
