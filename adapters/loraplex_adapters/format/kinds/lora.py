@@ -16,11 +16,11 @@ from loraplex_adapters.format.kinds.activation import (
     read_invocation,
 )
 from loraplex_adapters.format.kinds.base import Kind
+from loraplex_adapters.format.kinds.folded.patterns import Rank
 from loraplex_adapters.format.kinds.initialisation import check_initialisation
 from loraplex_adapters.format.kinds.variants import (
     VARIANT_ENDINGS,
     VARIANT_OPTIONS,
-    Rank,
     Variant,
     check_work,
     place_variant,

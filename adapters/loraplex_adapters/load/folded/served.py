@@ -66,7 +66,7 @@ def hra(module: ModuleSpec, tensors: Tensors, base: BaseWeights) -> Factors:
 
 
 def _lengths(u: torch.Tensor, module: ModuleSpec) -> torch.Tensor:
-    lengths = u.norm(dim=0)
+    lengths: torch.Tensor = torch.linalg.vector_norm(u, dim=0)
     if not bool((lengths > 0).all()):
         raise _no_direction(module, "is zero")
     return lengths
