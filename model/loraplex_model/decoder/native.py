@@ -40,9 +40,7 @@ from loraplex_model.ops.rope import tables
 _NORMS = {
     "input_norm": "input_layernorm",
     "post_norm": "post_attention_layernorm",
-    **{
-        name: name for name in ("q_norm", "k_norm", "attention_output_norm", "mlp_output_norm")
-    },
+    **{name: name for name in ("q_norm", "k_norm", "attention_output_norm", "mlp_output_norm")},
 }
 """The norms of a layer in `CLayer`, and the names of their sites."""
 
