@@ -12,7 +12,7 @@ import peft
 import pytest
 import torch
 from families import adapter_kinds, variants
-from families.test_adapters import Bases, assert_equals, bases, ours, theirs
+from families.adapter_bases import Bases, assert_equals, ours, theirs
 from loraplex_adapters.convert.export.base import open_adapter, open_base
 from loraplex_adapters.convert.export.blend import BlendMethod, BlendSpec, blend
 from loraplex_adapters.convert.export.factors import delta_of, factors_of
@@ -31,8 +31,6 @@ from transformers import (
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-__all__ = ["bases"]
 
 PREFIX = "base_model.model."
 
