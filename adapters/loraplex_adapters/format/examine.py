@@ -24,6 +24,7 @@ from loraplex_adapters.format.digest import AdapterDigest
 from loraplex_adapters.format.files import WEIGHTS_FILE, Directory, opened
 from loraplex_adapters.format.foreign.causes import explained, grouped, led_by
 from loraplex_adapters.format.header import Header, read_header
+from loraplex_adapters.format.kinds.activation import BEFORE
 from loraplex_adapters.format.modules import ModulePaths, shown_modules, table_order
 from loraplex_adapters.format.packing import packed_bytes
 from loraplex_adapters.format.placement import Placement
@@ -35,6 +36,11 @@ from loraplex_adapters.format.values import scan
 
 MAX_FINDINGS = 100
 """Findings that a report contains at most; a file can have 8,192 wrong tensors."""
+
+_ACTIVATED = (
+    "the adapter acts from the last occurrence of its invocation tokens in a prompt on; a prompt "
+    "without them is answered by the base alone"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +146,10 @@ def examine_parsed(
     )
     modules = settings.reading.place(file)
     copies = [] if kind.whole_names else place_copies(file, modules)
+    notes: tuple[str, ...] = ()
+    if file.invocation_tokens:
+        copies = [replace(copy, refusal=copy.refusal or BEFORE) for copy in copies]
+        notes = (_ACTIVATED,)
     file.finish()
     findings += file.findings
     modules.sort(key=lambda m: table_order((m.layer, m.module)))
@@ -160,10 +170,12 @@ def examine_parsed(
         size_bytes=size,
         base_model=settings.base_model,
         virtual_tokens=max(_virtual_tokens(m) for m in modules),
+        invocation_tokens=file.invocation_tokens,
         provenance=provenance,
         packed_bytes=packed_bytes(modules, base),
         copies=tuple(copies),
         twins=tuple(file.twins),
+        notes=notes,
     )
     return Report(spec, ())
 

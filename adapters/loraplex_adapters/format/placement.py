@@ -45,6 +45,7 @@ class Placement:
         findings: everything that does not fit, in order of discovery.
         saved: the sites whose weights the file replaces completely (`modules_to_save`).
         twins: pairs of tensors that name one weight, and must be equal.
+        invocation_tokens: as in `CheckedAdapter`; set by the kind.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Placement:
         self.findings: list[Problem] = []
         self.saved: set[Site] = set()
         self.twins: list[tuple[TensorLocation, TensorLocation]] = []
+        self.invocation_tokens: tuple[int, ...] = ()
         self._peft_type = peft_type
         self._shared = shared or {}
         self._needs = {**endings, **self._shared}

@@ -21,6 +21,8 @@ class AdapterLimits:
             number of positions, which is the limit in any case.
         max_scale: |scale| of any module, such as |alpha / r|.
         max_abs_value: |element| of any tensor; the default is float16's largest number.
+        max_decompositions: work for singular vectors of the base's matrices at each load: the sum
+            of k * k * (k + m) over matrices of k by m, k <= m. The default is 100 s of one core.
     """
 
     max_rank: int = 256
@@ -30,6 +32,7 @@ class AdapterLimits:
     max_context: int | None = None
     max_scale: float = 1e4
     max_abs_value: float = 65504.0
+    max_decompositions: float = 5e11
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +85,8 @@ class ModuleSpec:
                 a and b at the same module act on top of it;
             rows [n, hidden]: replace the rows `token_ids` of embeddings or head, or of `weight`;
             down [width, in], down_bias [width], up [out, width], up_bias [out]: a bottleneck;
-            prompt [n, hidden]: virtual tokens as embeddings;
+            prompt [n, hidden]: virtual tokens as embeddings; task_cols [n, ranks] and
+            task_rows [ranks, hidden], whose product they are multiplied by, element by element;
             prefix [n, 2 * layers * kv_size]: virtual tokens as keys and values;
             any other role: a tensor that `fold` reads, named as in PEFT.
         rank: rank of LoRA's matrices, also if they are folded, or width of a bottleneck; 0 for
@@ -139,6 +143,8 @@ class CheckedAdapter:
         size_bytes: size of the weights file.
         base_model: name of the base in the configuration; informational, may be "".
         virtual_tokens: number of virtual tokens, which take positions of the prompt.
+        invocation_tokens: token ids from whose last occurrence in the prompt on the adapter acts,
+            while the base alone computes the tokens before; () if it acts on all tokens.
         provenance: the trainer's stamps by key ("base_fingerprint", "data_sha256", "trainer",
             "peft_version", ...); informational.
         packed_bytes: bytes on the device in the base's dtype, including padding.
@@ -155,6 +161,7 @@ class CheckedAdapter:
     size_bytes: int
     base_model: str
     virtual_tokens: int = 0
+    invocation_tokens: tuple[int, ...] = ()
     provenance: Mapping[str, str] = field(default_factory=dict)
     packed_bytes: int = 0
     copies: tuple[BaseCopy, ...] = ()
