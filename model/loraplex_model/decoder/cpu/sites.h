@@ -28,17 +28,18 @@ inline void add_embedding(const Plan& plan, const Segment& segment, const SlotTa
   }
 }
 
-// out = weight + sum w delta: a norm's weight as the adapters change it. Returns null if none does.
+// out = base + sum w delta: a norm's weight (deltas are the entries' `bias`) or its bias (`hidden_bias`) as
+// the adapters change it. Returns null if none does.
 template <class T>
-inline const float* norm_weight(const Plan& plan, const Segment& segment, const SlotTable& table, int layer,
-                                int site, const T* weight, int width, float* out) {
+inline const float* norm_vector(const Plan& plan, const Segment& segment, const SlotTable& table, int layer,
+                                int site, const float* Entry::* deltas, const T* base, int width, float* out) {
   bool any = false;
   for (int t = segment.term_begin; t < segment.term_end; t++) {
     const Term& term = plan.terms[t];
-    const float* delta = table.at(term.slot, layer, site).bias;
+    const float* delta = table.at(term.slot, layer, site).*deltas;
     if (!delta) continue;
     if (!any)
-      for (int i = 0; i < width; i++) out[i] = load1(weight + i);
+      for (int i = 0; i < width; i++) out[i] = load1(base + i);
     any = true;
     for (int i = 0; i < width; i++) out[i] = multiply_add(term.weight, delta[i], out[i]);
   }
