@@ -65,11 +65,12 @@ class _Maker:
 
     def projections(self) -> list[tuple[Site, int, int]]:
         shapes = self.config.projection_shapes()
+        experts = {*self.config.fused["gate_up"], "down_proj"} if self.config.num_experts else ()
         return [
             ((layer, name), fan_in, out)
             for layer in range(self.config.num_layers)
             for name, (fan_in, out) in shapes.items()
-            if torch.rand((), generator=self.random) < 0.8
+            if name not in experts and torch.rand((), generator=self.random) < 0.8
         ]
 
     def lora(self) -> dict[Site, SiteDelta]:
@@ -96,11 +97,8 @@ class _Maker:
     def norms(self) -> dict[Site, SiteDelta]:
         config, found = self.config, {(MODEL, "norm"): NormDelta(self.normal(self.hidden))}
         for layer in range(config.num_layers):
-            for name in ("input_layernorm", "post_attention_layernorm"):
-                found[layer, name] = NormDelta(self.normal(self.hidden))
-            if config.qk_norm:
-                for name in ("q_norm", "k_norm"):
-                    found[layer, name] = NormDelta(self.normal(config.head_dim))
+            for name, width in config.norm_widths().items():
+                found[layer, name] = NormDelta(self.normal(width))
         return found
 
     def bottlenecks(self) -> dict[Site, SiteDelta]:

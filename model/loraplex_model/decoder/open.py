@@ -104,7 +104,8 @@ def open_decoder(
     """
     device, dtype = weights.embed.device.type, weights.embed.dtype
     size = block_size(weights)
-    if device == "cuda" and not kernels_compute(weights.config):
+    known = not weights.config.num_experts if device == "cpu" else kernels_compute(weights.config)
+    if not known:
         return ReferenceDecoder(weights, _blocks(num_blocks, size), size, num_slots)
     if device == "cuda" and (why := _obstacle(weights)) is None:
         return _on_cuda(weights, num_blocks, num_slots, max_positions, cache, serving)
