@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -38,11 +39,10 @@ def solo(decoder: Any, mix: Any, ids: list[int]) -> torch.Tensor:
     return torch.cat(sequence.logits)
 
 
-def together(decoder: Any) -> dict[str, torch.Tensor]:
+def together(decoder: Any, names: Iterable[str] = MIXES) -> dict[str, torch.Tensor]:
     """The logits of one sequence per mix, all in the same passes, in an order of their own."""
-    sequences = {
-        name: Sequence(ids_of(decoder, i), mix) for i, (name, mix) in enumerate(MIXES.items())
-    }
+    numbers = {name: number for number, name in enumerate(MIXES)}
+    sequences = {name: Sequence(ids_of(decoder, numbers[name]), MIXES[name]) for name in names}
     driver = Driver(decoder, seed=5)
     parts = sorted(sequences.values(), key=lambda s: s.ids[-1])
     driver.step(*((sequence, 4) for sequence in parts))
