@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from adapters.adapter_files import BASE, Tensors
-from loraplex_adapters.format.modules import PREFIX, module_path
+from adapters.adapter_files import BASE, Tensors, llama_path
+from loraplex_adapters.format.modules import PREFIX
+
+from adapters import folded_files
 
 Config = dict[str, Any]
 
@@ -16,7 +18,7 @@ HIDDEN, VOCAB, KV = BASE.config.hidden_size, BASE.config.vocab_size, BASE.config
 
 def key(site: tuple[int, str], ending: str) -> str:
     """PEFT's name of a tensor."""
-    return f"{PREFIX}{module_path(*site)}.{ending}"
+    return f"{PREFIX}{llama_path(*site)}.{ending}"
 
 
 def _tensors(shapes: dict[str, tuple[int, ...]]) -> Tensors:
@@ -60,6 +62,7 @@ _BOTTLENECK = {
 
 SAMPLES: dict[str, tuple[Config, Tensors]] = {
     "lora": _sample(_LORA, _Q0),
+    "alora": _sample({**_LORA, "alora_invocation_tokens": [3, 39, 3]}, _Q0),
     "dora": _sample(
         {**_LORA, "use_dora": True, "bias": "lora_only"},
         {
@@ -169,6 +172,27 @@ SAMPLES: dict[str, tuple[Config, Tensors]] = {
         },
         {"prompt_embeddings": (3, 2 * 2 * KV)},
     ),
+    "cpt": _sample(
+        {"peft_type": "CPT", "num_virtual_tokens": 3, "cpt_token_ids": [1, 2, 3]},
+        {"prompt_embeddings": (3, HIDDEN)},
+    ),
+    "multitask": _sample(
+        {
+            "peft_type": "MULTITASK_PROMPT_TUNING",
+            "num_virtual_tokens": 3,
+            "num_tasks": 1,
+            "num_ranks": 2,
+        },
+        {
+            "prompt_embeddings": (3, HIDDEN),
+            "prefix_task_cols": (1, 3, 2),
+            "prefix_task_rows": (1, 2, HIDDEN),
+        },
+    ),
+    "cartridge": _sample(
+        {"peft_type": "CARTRIDGE", "num_virtual_tokens": 3, "num_frozen_tokens": 1},
+        {"prompt_embeddings": (3, 2 * 2 * KV)},
+    ),
     "bottleneck": _sample(
         {
             "peft_type": "BOTTLENECK",
@@ -180,5 +204,6 @@ SAMPLES: dict[str, tuple[Config, Tensors]] = {
         },
         _BOTTLENECK,
     ),
+    **folded_files.SAMPLES,
 }
 """By name: configuration and tensors."""

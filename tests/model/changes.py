@@ -95,10 +95,12 @@ class _Maker:
         }
 
     def norms(self) -> dict[Site, SiteDelta]:
-        config, found = self.config, {(MODEL, "norm"): NormDelta(self.normal(self.hidden))}
-        for layer in range(config.num_layers):
-            for name, width in config.norm_widths().items():
-                found[layer, name] = NormDelta(self.normal(width))
+        found: dict[Site, SiteDelta] = {(MODEL, "norm"): NormDelta(self.normal(self.hidden))}
+        for layer in range(self.config.num_layers):
+            for name, width in self.config.norm_widths().items():
+                has_bias = self.config.norm_bias and width == self.hidden
+                bias = self.normal(width, scale=0.5) if has_bias else None
+                found[layer, name] = NormDelta(self.normal(width), bias)
         return found
 
     def bottlenecks(self) -> dict[Site, SiteDelta]:

@@ -21,6 +21,8 @@ class AdapterLimits:
             number of positions, which is the limit in any case.
         max_scale: |scale| of any module, such as |alpha / r|.
         max_abs_value: |element| of any tensor; the default is float16's largest number.
+        max_decompositions: work for singular vectors of the base's matrices at each load: the sum
+            of k * k * (k + m) over matrices of k by m, k <= m. The default is 100 s of one core.
     """
 
     max_rank: int = 256
@@ -30,6 +32,7 @@ class AdapterLimits:
     max_context: int | None = None
     max_scale: float = 1e4
     max_abs_value: float = 65504.0
+    max_decompositions: float = 5e11
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,22 @@ class TensorLocation:
     shape: tuple[int, ...]
     start: int
     end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """How the tensors of a module become A [rank, fan_in] and B [fan_out, rank].
+
+    Attributes:
+        arithmetic: name of the function in `load.folded` that computes A and B.
+        fan_in, fan_out: widths of the module's input and output.
+        settings: numbers in the configuration that the arithmetic needs, by name.
+    """
+
+    arithmetic: str
+    fan_in: int
+    fan_out: int
+    settings: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,15 +85,19 @@ class ModuleSpec:
                 a and b at the same module act on top of it;
             rows [n, hidden]: replace the rows `token_ids` of embeddings or head, or of `weight`;
             down [width, in], down_bias [width], up [out, width], up_bias [out]: a bottleneck;
-            prompt [n, hidden]: virtual tokens as embeddings;
-            prefix [n, 2 * layers * kv_size]: virtual tokens as keys and values.
-        rank: rank of LoRA's matrices, or width of a bottleneck; 0 for other roles.
+            prompt [n, hidden]: virtual tokens as embeddings; task_cols [n, ranks] and
+            task_rows [ranks, hidden], whose product they are multiplied by, element by element;
+            prefix [n, 2 * layers * kv_size]: virtual tokens as keys and values;
+            any other role: a tensor that `fold` reads, named as in PEFT.
+        rank: rank of LoRA's matrices, also if they are folded, or width of a bottleneck; 0 for
+            other roles.
         scale: factor of B (A x), or of a bottleneck's output.
         token_ids: token ids of `rows`, in the order of the rows; distinct, not sorted.
         changed_rows: token ids of the rows of `weight` that differ from the base's, ascending;
             empty if all may differ.
         activation, reads: names of a bottleneck's `Activation` and `Reads` of
             `loraplex_model.adapters.delta`, in lower case; else "".
+        fold: how A and B are computed from the tensors; None if they are tensors of the file.
     """
 
     layer: int
@@ -86,6 +109,7 @@ class ModuleSpec:
     activation: str = ""
     reads: str = ""
     changed_rows: tuple[int, ...] = ()
+    fold: Fold | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +143,8 @@ class CheckedAdapter:
         size_bytes: size of the weights file.
         base_model: name of the base in the configuration; informational, may be "".
         virtual_tokens: number of virtual tokens, which take positions of the prompt.
+        invocation_tokens: token ids from whose last occurrence in the prompt on the adapter acts,
+            while the base alone computes the tokens before; () if it acts on all tokens.
         provenance: the trainer's stamps by key ("base_fingerprint", "data_sha256", "trainer",
             "peft_version", ...); informational.
         packed_bytes: bytes on the device in the base's dtype, including padding.
@@ -135,6 +161,7 @@ class CheckedAdapter:
     size_bytes: int
     base_model: str
     virtual_tokens: int = 0
+    invocation_tokens: tuple[int, ...] = ()
     provenance: Mapping[str, str] = field(default_factory=dict)
     packed_bytes: int = 0
     copies: tuple[BaseCopy, ...] = ()

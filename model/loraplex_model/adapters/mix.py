@@ -25,7 +25,7 @@ from loraplex_model.adapters.delta import (
 )
 from loraplex_model.adapters.table import DenseMatrices, SlotTable
 from loraplex_model.base.batch import ForwardBatch, Mix
-from loraplex_model.base.config import MODEL, PROJECTIONS, Site
+from loraplex_model.base.config import FUSED, MODEL, PROJECTIONS, Site
 from loraplex_model.ops import autograd
 from loraplex_model.ops.linear import TILE, by_tiles
 
@@ -52,14 +52,19 @@ class Dropout:
 
     A mask depends on `seed` and the site alone. So a layer that is computed again drops the same
     numbers, and a job drops the same ones whatever other jobs share its pass.
+
+    Attributes:
+        joined: as in `DecoderConfig`; parts of one module read the same input.
     """
 
     probability: float
     seed: int
+    joined: tuple[str, ...] = ()
 
     def mask(self, site: Site, like: torch.Tensor) -> torch.Tensor:
         """Mask of the inputs that are kept: bool, with the shape of `like`."""
         layer, name = site
+        name = next((FUSED[fused][0] for fused in self.joined if name in FUSED[fused]), name)
         generator = torch.Generator(like.device)
         generator.manual_seed(self.seed + layer * len(PROJECTIONS) + PROJECTIONS.index(name))
         random = torch.rand(like.shape, generator=generator, device=like.device)
@@ -203,6 +208,31 @@ def _project_part(
             y.index_add_(0, rows, (change.bias.to(y.dtype) * weight).expand(len(rows), -1))
 
 
+def add_to_expert(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    rows: torch.Tensor,
+    site: Site,
+    expert: tuple[int, int],
+    groups: Sequence[RowGroup],
+) -> None:
+    """Adds the groups' changes of one expert's projection to y [n, out], in place.
+
+    Args:
+        x: [n, in], the expert's inputs.
+        rows: int64 [n], the rows of the pass that they are.
+        expert: the expert's number, and the number of experts; the adapters' factors are [experts *
+            rank, in] and [experts * rank, out].
+    """
+    number, count = expert
+    for group in groups:
+        own = torch.isin(rows, group.rows).nonzero().flatten()
+        for change, weight in group.at(site, ProjectionDelta) if len(own) else ():
+            assert change.factors is not None
+            a, b = (each.chunk(count)[number].to(x.dtype) for each in change.factors)
+            y.index_add_(0, own, by_tiles(by_tiles(x[own], a), b.T) * weight)
+
+
 def blend(gains: Sequence[tuple[torch.Tensor | None, float]]) -> torch.Tensor | None:
     """`1 + sum w (gain - 1)`, or None if there are no gains. A single gain at weight 1 is exact."""
     present = [(gain, weight) for gain, weight in gains if gain is not None]
@@ -214,13 +244,27 @@ def blend(gains: Sequence[tuple[torch.Tensor | None, float]]) -> torch.Tensor | 
 
 
 def norm_weights(
-    site: Site, weight: torch.Tensor, groups: Sequence[RowGroup]
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Rows and changed norm weight, float32 [width], of each group that changes the norm."""
+    site: Site, weight: torch.Tensor, bias: torch.Tensor | None, groups: Sequence[RowGroup]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+    """Rows and the norm's weight and bias [width] of each group that changes the norm."""
     for group in groups:
-        changes = [change.weight * w for change, w in group.at(site, NormDelta)]  # [width] each
+        changes = list(group.at(site, NormDelta))
         if changes:
-            yield group.rows, autograd.wide(weight) + sum(changes)
+            yield group.rows, *changed_norm(weight, bias, changes)
+
+
+def changed_norm(
+    weight: torch.Tensor, bias: torch.Tensor | None, changes: Sequence[tuple[NormDelta, float]]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A norm's weight and bias with weighted changes added; float32 if it changes."""
+    weights = [change.weight * factor for change, factor in changes if change.weight is not None]
+    biases = [change.bias * factor for change, factor in changes if change.bias is not None]
+    if weights:
+        weight = autograd.wide(weight) + sum(weights)
+    if biases:
+        assert bias is not None, "the base's norm has no bias"
+        bias = autograd.wide(bias) + sum(biases)
+    return weight, bias
 
 
 def add_bottlenecks(

@@ -321,6 +321,12 @@ class DecoderConfig:
         """The checkpoint's modules of a fused matrix; each is quantised on its own."""
         return (JOINED[fused],) if fused in self.joined else self.fused[fused]
 
+    def parts_of(self, module: str) -> tuple[str, ...]:
+        """The projections that a module of `module_shapes` consists of."""
+        return next(
+            (self.fused[fused] for fused in self.joined if JOINED[fused] == module), (module,)
+        )
+
     def place(self, module: str) -> tuple[str, int, int]:
         """A module's fused matrix, and its first row and number of rows there.
 

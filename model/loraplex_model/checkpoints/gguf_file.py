@@ -25,6 +25,7 @@ import torch
 
 from loraplex_model.base import families
 from loraplex_model.base.refusal import Refusal, model_invalid, model_unsupported
+from loraplex_model.checkpoints.checkpoint import TensorInfo
 
 _SCALARS = dict(zip((0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12), "BbHhIif?Qqd", strict=True))
 """`struct` letters of the metadata types of fixed size."""
@@ -109,6 +110,13 @@ class GgufSource:
     def names(self) -> Collection[str]:
         """See `TensorSource`."""
         return self._names.keys()
+
+    def info(self, name: str) -> TensorInfo:
+        """See `TensorSource`."""
+        if name not in self._names:
+            raise model_invalid(f"{self._path} has no tensor for {name}")
+        tensor = self._tensors[self._names[name]]
+        return TensorInfo(tensor.shape, "F32", tensor.size)
 
     def read(self, name: str) -> torch.Tensor:
         """See `TensorSource`: float32, in Hugging Face's layout."""

@@ -40,9 +40,7 @@ from loraplex_model.ops.rope import tables
 _NORMS = {
     "input_norm": "input_layernorm",
     "post_norm": "post_attention_layernorm",
-    **{
-        name: name for name in ("q_norm", "k_norm", "attention_output_norm", "mlp_output_norm")
-    },
+    **{name: name for name in ("q_norm", "k_norm", "attention_output_norm", "mlp_output_norm")},
 }
 """The norms of a layer in `CLayer`, and the names of their sites."""
 
@@ -196,6 +194,9 @@ class NativeDecoder:
             vocab=config.vocab_size,
             positions=positions,
             blocks=len(self.keys[0]),
+            num_experts=config.num_experts,
+            experts_per_token=config.experts_per_token,
+            normalised_experts=config.normalised_experts,
         )
 
     def _rotary(self, rope: Rope, positions: int) -> CRotary:
@@ -216,6 +217,7 @@ class NativeDecoder:
             o=self._matrix(layer.o, layer.o_bias),
             gate_up=self._matrix(layer.gate_up, layer.gate_up_bias),
             down=self._matrix(layer.down, layer.down_bias),
+            router=self._keep(layer.router),
             keys=self.keys[index].data_ptr(),
             values=self.values[index].data_ptr(),
             window=config.sliding_windows[index] or 0,

@@ -2,6 +2,7 @@
 
 #include "bounds.h"
 #include "decoder.h"
+#include "quantise.h"
 #include "train.h"
 #include "unpack.h"
 
@@ -54,6 +55,14 @@ void loraplex_pack_nf4(const uint8_t* packed, const float* absmax, int out, int 
 
 void loraplex_unpack_nf4(const uint8_t* packed, const float* maxima, int64_t count, float* out, int threads) {
   unpack_nf4(packed, maxima, count, out, threads);
+}
+
+void loraplex_quantise_nf4(const void* weights, int is_bf16, int64_t count, uint8_t* packed, float* maxima,
+                           int threads) {
+  if (is_bf16)
+    quantise_nf4(static_cast<const bf16*>(weights), count, packed, maxima, threads);
+  else
+    quantise_nf4(static_cast<const float*>(weights), count, packed, maxima, threads);
 }
 
 void loraplex_matmul(const Matrix* w, const float* x, int rows, float* y, int threads) {
