@@ -95,13 +95,16 @@ class _Maker:
         }
 
     def norms(self) -> dict[Site, SiteDelta]:
-        found: dict[Site, SiteDelta] = {(MODEL, "norm"): NormDelta(self.normal(self.hidden))}
+        found: dict[Site, SiteDelta] = {(MODEL, "norm"): self.norm("norm", self.hidden)}
         for layer in range(self.config.num_layers):
             for name, width in self.config.norm_widths().items():
-                has_bias = self.config.norm_bias and width == self.hidden
-                bias = self.normal(width, scale=0.5) if has_bias else None
-                found[layer, name] = NormDelta(self.normal(width), bias)
+                found[layer, name] = self.norm(name, width)
         return found
+
+    def norm(self, name: str, width: int) -> NormDelta:
+        of_stream = name in ("norm", "input_layernorm", "post_attention_layernorm")
+        has_bias = self.config.norm_bias and of_stream
+        return NormDelta(self.normal(width), self.normal(width, scale=0.5) if has_bias else None)
 
     def bottlenecks(self) -> dict[Site, SiteDelta]:
         found: dict[Site, SiteDelta] = {}

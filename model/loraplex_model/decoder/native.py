@@ -76,7 +76,6 @@ class NativeDecoder:
         config = weights.config
         dtype = weights.embed.dtype
         assert dtype in (torch.float32, torch.bfloat16)
-        assert not config.num_experts
         self.weights = weights
         self.block_size = block_size
         self._library = library or build.load()
