@@ -65,6 +65,6 @@ def place_invocation(file: Placement, tokens: tuple[int, ...], adapted: Collecti
         message = f"{INVOCATION_OPTION} has the token id {max(tokens)}; this base has {vocabulary}"
         file.find(Reason.BASE_MODEL_MISMATCH, message, INVOCATION_OPTION)
     if tokens and EMBEDDING in adapted:
-        path = module_path(*EMBEDDING)
+        path = module_path(file.base.config.architecture, *EMBEDDING)
         message = f"{path} is adapted together with {INVOCATION_OPTION}: {_COMBINATION}"
         file.find(Reason.ADAPTER_UNSUPPORTED, message, path)
