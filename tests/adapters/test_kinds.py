@@ -70,6 +70,9 @@ PACKED = {
     "prompt": 384,
     "p-tuning": 384,
     "prefix": 2 * 384,
+    "cpt": 384,
+    "multitask": 384,
+    "cartridge": 2 * 384,
     "bottleneck": 2 * 512 + 64 + 128 + 2 * 768,
     **folded_files.PACKED,
 }

@@ -29,7 +29,7 @@ from loraplex_model.base.config import (
     Rope,
     Site,
 )
-from loraplex_model.base.weights import BaseWeights, LayerWeights, NF4Matrix
+from loraplex_model.base.weights import BaseWeights, LayerWeights
 from loraplex_model.decoder.attention import Attention
 from loraplex_model.ops import autograd, nf4, rope
 from loraplex_model.ops.autograd import Recompute
@@ -179,6 +179,23 @@ def layer_norm(
     return result.to(x.dtype)
 
 
+def apply_norm(
+    config: DecoderConfig, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, Recompute | None]:
+    """One of the decoder's norms of x, whose last axis has the size of the weight or is a head.
+
+    A weight of several heads is for the axis before the last, too. Also returns how to recompute
+    the result, if it is known.
+    """
+    if config.norm_offset:
+        weight = autograd.wide(weight) + config.norm_offset
+    if weight.shape[0] != x.shape[-1]:
+        weight = weight.view(-1, x.shape[-1])  # a weight for every head
+    if config.norm is Norm.RMS:
+        return rms_norm(x, weight, config.rms_norm_eps)
+    return layer_norm(x, weight, bias, config.rms_norm_eps), None
+
+
 class _Normed:
     """The norms of one decoder, with the groups' changes of their weights."""
 
@@ -192,23 +209,12 @@ class _Normed:
 
         Also returns how to recompute the result, if it is known.
         """
-        normed, recompute = self._apply(x, weight, bias)
+        normed, recompute = apply_norm(self._config, x, weight, bias)
         for rows, own, own_bias in mix.norm_weights(site, weight, bias, self._groups):
-            normed = normed.index_copy(0, rows, self._apply(x[rows], own, own_bias)[0])
+            changed, _ = apply_norm(self._config, x[rows], own, own_bias)
+            normed = normed.index_copy(0, rows, changed)
             recompute = None
         return normed, recompute
-
-    def _apply(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> tuple[torch.Tensor, Recompute | None]:
-        config = self._config
-        if config.norm_offset:
-            weight = autograd.wide(weight) + config.norm_offset
-        if weight.shape[0] != x.shape[-1]:
-            weight = weight.view(-1, x.shape[-1])  # a weight for every head
-        if config.norm is Norm.RMS:
-            return rms_norm(x, weight, config.rms_norm_eps)
-        return layer_norm(x, weight, bias, config.rms_norm_eps), None
 
 
 _ACTIVATIONS: Mapping[Gate, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -309,17 +315,23 @@ class _Layer:
         activation = _ACTIVATIONS[config.activation]
         for expert in sorted(set(chosen.flatten().tolist())):
             rows, place = torch.where(chosen == expert)
-            gate_up, down = (self._of_expert(name, expert) for name in ("gate_up", "down"))
-            gate, up = self._linear(gate_up, x[rows]).chunk(2, dim=-1)
-            out = self._linear(down, activation(gate) * up)
+            gate, up = self._expert_product("gate_up", expert, x[rows], rows).chunk(2, dim=-1)
+            out = self._expert_product("down", expert, activation(gate) * up, rows)
             result = result.index_add(0, rows, out * shares[rows, place, None])
         return result
 
-    def _of_expert(self, fused: str, expert: int) -> NF4Matrix:
-        """The fused matrix of one expert, a view of the layer's."""
-        matrix, _ = fused_matrix(self._weights, fused)
-        parts, count = nf4.split(matrix), len(self._config.modules_of(fused))
-        return nf4.stack(parts[expert * count : (expert + 1) * count])
+    def _expert_product(
+        self, fused: str, expert: int, x: torch.Tensor, rows: torch.Tensor
+    ) -> torch.Tensor:
+        """One expert's part of a fused matrix with `rows` of the pass, and their adapters."""
+        config = self._config
+        parts = nf4.split(fused_matrix(self._weights, fused)[0])
+        names = config.fused[fused]
+        y = self._linear(nf4.stack(parts[expert * len(names) : (expert + 1) * len(names)]), x)
+        number = expert, config.num_experts
+        for name, part in zip(names, y.chunk(len(names), dim=-1), strict=True):
+            mix.add_to_expert(part, x, rows, (self._index, name), number, self._groups)
+        return y
 
     def _mlp(self, x: torch.Tensor, recompute: Recompute | None) -> torch.Tensor:
         config = self._config
