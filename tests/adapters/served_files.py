@@ -17,7 +17,7 @@ SAMPLER = "lora_monteclora_sampler"
 
 def key(site: tuple[int, str], ending: str) -> str:
     """PEFT's name of a tensor."""
-    return f"{PREFIX}{module_path(*site)}.{ending}"
+    return f"{PREFIX}{module_path('LlamaForCausalLM', *site)}.{ending}"
 
 
 def _sample(
