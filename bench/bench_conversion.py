@@ -106,9 +106,12 @@ def anonymous(status: str) -> int:
 
 def load(directory: str, cache: str) -> None:
     """Loads a checkpoint into a new cache, and prints the seconds. Imports are not measured."""
-    import bitsandbytes.functional  # noqa: F401
     from loraplex_model.checkpoints.load import load_base
+    from loraplex_model.ops.quiet import quieten_bitsandbytes
     from transformers import CONFIG_MAPPING
+
+    quieten_bitsandbytes()
+    import bitsandbytes.functional  # noqa: F401
 
     CONFIG_MAPPING["llama"]
     begin = time.perf_counter()

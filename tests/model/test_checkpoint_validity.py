@@ -1,4 +1,4 @@
-"""A checkpoint is converted to the model that it is, or refused with the tensor or field at fault."""
+"""A checkpoint becomes the model that it is, or is refused with the tensor or field at fault."""
 
 from __future__ import annotations
 
@@ -91,9 +91,8 @@ def test_a_head_that_is_the_embeddings_stays_tied(case: str, tmp_path: Path) -> 
         tensors[HEAD] = same.bfloat16() if case == "in another type" else same
 
     directory = edited(tiny.write("llama-tied-bias", tmp_path / "model"), change)
-    assert (HEAD in load_file(directory / "model.safetensors")) and HEAD not in load_file(
-        plain / "model.safetensors"
-    )
+    assert HEAD in load_file(directory / "model.safetensors")
+    assert HEAD not in load_file(plain / "model.safetensors")
     weights = loaded(directory)
     assert weights.lm_head is weights.embed
     assert weights.fingerprint == loaded(plain).fingerprint
