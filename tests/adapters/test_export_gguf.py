@@ -18,7 +18,7 @@ from loraplex_adapters.format.modules import EMBEDDING
 from loraplex_model.adapters.delta import AdapterDelta
 from loraplex_model.base.config import DecoderConfig
 from loraplex_model.base.refusal import Refusal
-from loraplex_model.checkpoints.gguf.names import Names
+from loraplex_model.checkpoints.gguf.names import GgufNames
 from loraplex_model.checkpoints.gguf.source import halves
 from model.changes import random_adapter
 
@@ -84,7 +84,7 @@ def test_products_are_ours_in_llama_cpps_order(
     assert metadata["general.architecture"] == architecture.get(config.architecture, "llama")
     assert len(tensors) == 2 * len(factors)
     tolerance = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
-    names = Names(metadata["general.architecture"], config.num_layers)
+    names = GgufNames(metadata["general.architecture"], config.num_layers)
     for site, found in factors.items():
         product = as_served(applied(metadata, tensors, tensor_name(site, names)), site[1], config)
         scale = found.dense().abs().max()

@@ -17,7 +17,7 @@ from loraplex_model.base import families
 from loraplex_model.base.config import MODEL, DecoderConfig, Site
 from loraplex_model.base.families import FAMILIES
 from loraplex_model.base.refusal import Reason, Refusal
-from loraplex_model.checkpoints.gguf.names import Names
+from loraplex_model.checkpoints.gguf.names import GgufNames
 
 from loraplex_adapters.convert.export.factors import Factors, FactorsBySite
 from loraplex_adapters.format.modules import EMBEDDING
@@ -52,7 +52,7 @@ def write_gguf(
     }
     kind, file_type = kinds[dtype]
     alpha = Counter(found.rank for found in factors.values()).most_common(1)[0][0]
-    names = Names(FAMILIES[config.architecture].gguf, config.num_layers)
+    names = GgufNames(FAMILIES[config.architecture].gguf, config.num_layers)
     places = {site: tensor_name(site, names) for site in factors}
     target.mkdir()
     writer = GGUFWriter(target / FILE, FAMILIES[config.architecture].gguf)
@@ -78,7 +78,7 @@ def write_gguf(
     writer.close()
 
 
-def tensor_name(site: Site, names: Names) -> str:
+def tensor_name(site: Site, names: GgufNames) -> str:
     """Name of a module's weight in llama.cpp."""
     layer, name = site
     if layer == MODEL:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from loraplex_model.checkpoints.gguf.rope import rope_parameters
-from loraplex_model.checkpoints.gguf.settings import Settings
+from loraplex_model.checkpoints.gguf.settings import GgufSettings
 
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
@@ -43,7 +43,7 @@ _HARMLESS = (
 """Keys that change no computation, whatever their value."""
 
 
-def config_of(settings: Settings) -> dict[str, Any]:
+def config_of(settings: GgufSettings) -> dict[str, Any]:
     """The settings of the decoder under the names of `config.json`.
 
     Raises `Refusal`: MODEL_INVALID for a setting that is missing or out of bounds,
@@ -76,7 +76,7 @@ def config_of(settings: Settings) -> dict[str, Any]:
     return config
 
 
-def _refuse_window(settings: Settings, context: int) -> None:
+def _refuse_window(settings: GgufSettings, context: int) -> None:
     """Takes a window that no position exceeds. llama.cpp does not apply others to these files."""
     key = "attention.sliding_window"
     if 0 < settings.natural(key) < context:

@@ -29,8 +29,8 @@ _LAYER = re.compile(r"blk\.(\d+)\..*")
 _OPTIONAL_BIASES = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
-class Names:
-    """Names in the files of one GGUF architecture.
+class GgufNames:
+    """GgufNames in the files of one GGUF architecture.
 
     Raises `Refusal` (MODEL_UNSUPPORTED) if the `gguf` package does not know the architecture.
     """
@@ -62,7 +62,7 @@ def assign(
     Raises `Refusal`: MODEL_INVALID for a missing tensor, MODEL_UNSUPPORTED for one that would not
     be used. Both name it.
     """
-    names = Names(architecture, layers)
+    names = GgufNames(architecture, layers)
     found, absent = dict[str, str](), set[str]()
     for tensor, is_required in _tensors(family, layers):
         name = names.of(tensor)

@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from loraplex_model.checkpoints.gguf.settings import Settings
+from loraplex_model.checkpoints.gguf.settings import GgufSettings
 
 _THETA = 10000.0
 """Base of the frequencies of a file that states none."""
 
 
-def rope_parameters(settings: Settings, context: int) -> dict[str, Any]:
+def rope_parameters(settings: GgufSettings, context: int) -> dict[str, Any]:
     """Reads the keys below `rope.` other than the number of rotated dimensions.
 
     Raises `Refusal` (MODEL_UNSUPPORTED) for scaling that cannot be stated exactly.
@@ -42,7 +42,7 @@ def rope_parameters(settings: Settings, context: int) -> dict[str, Any]:
     return plain | {"rope_type": "linear", "factor": factor}
 
 
-def _yarn(settings: Settings, factor: float, context: int) -> dict[str, Any]:
+def _yarn(settings: GgufSettings, factor: float, context: int) -> dict[str, Any]:
     if factor < 1 or "rope.scaling.factor" not in settings:
         raise settings.unsupported(
             "rope.scaling.type",

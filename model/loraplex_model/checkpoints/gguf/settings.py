@@ -16,7 +16,7 @@ from loraplex_model.checkpoints.gguf.header import LongValue
 _MOST = 1 << 31
 
 
-class Settings:
+class GgufSettings:
     """Reads `ARCHITECTURE.KEY` entries; each accessor takes the key without its prefix.
 
     A list has one value for each layer; it is read as a single value if all are equal. Every

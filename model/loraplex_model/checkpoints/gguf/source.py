@@ -19,7 +19,7 @@ from loraplex_model.base import families
 from loraplex_model.base.refusal import model_invalid, model_unsupported
 from loraplex_model.checkpoints.gguf import keys, kinds, names, parts
 from loraplex_model.checkpoints.gguf.header import GgufFile, GgufTensor
-from loraplex_model.checkpoints.gguf.settings import Settings
+from loraplex_model.checkpoints.gguf.settings import GgufSettings
 
 _FAMILIES = {family.gguf: family for family in reversed(list(families.FAMILIES.values()))}
 """The first family of each GGUF architecture: Mistral's files are read as Llama's."""
@@ -43,7 +43,7 @@ class GgufSource:
         kinds.refuse_others(path, self._metadata, self._tensors, _FAMILIES)
         architecture = str(self._metadata["general.architecture"])
         self._family = _FAMILIES[architecture]
-        config = keys.config_of(Settings(path, architecture, self._metadata))
+        config = keys.config_of(GgufSettings(path, architecture, self._metadata))
         self._names, self._zeros = self._assign(architecture, config["num_hidden_layers"])
         self.config: Mapping[str, Any] = config | self._ends_and_shape()
         self.generation_config: Mapping[str, Any] = {"eos_token_id": self._end_tokens()}
