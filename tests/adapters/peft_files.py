@@ -12,7 +12,7 @@ from typing import Any
 
 import peft
 import torch
-from loraplex_model.base.families import decoder_config
+from loraplex_model.base.hf_config import decoder_config
 from loraplex_model.base.info import BaseInfo
 from loraplex_model.checkpoints.load import load_base
 from safetensors.torch import load_file, save_file

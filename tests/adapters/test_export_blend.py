@@ -182,7 +182,7 @@ def test_ranks_that_differ_are_written_so_that_no_two_keys_overlap(
     assert config["rank_pattern"] == config["alpha_pattern"]
     assert config["rank_pattern"] == {
         "model.embed_tokens": 2,
-        tensor_name(2, "q_proj").removesuffix(".weight"): 5,
+        tensor_name("LlamaForCausalLM", 2, "q_proj").removesuffix(".weight"): 5,
     }
     spec = inspect(tmp_path / "out", base.weights.info, LIMITS)
     assert all(module.scale == 1 for module in spec.modules)

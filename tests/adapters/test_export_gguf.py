@@ -86,7 +86,11 @@ def test_products_are_ours_in_llama_cpps_order(
     tolerance = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
     names = GgufNames(metadata["general.architecture"], config.num_layers)
     for site, found in factors.items():
-        product = as_served(applied(metadata, tensors, tensor_name(site, names)), site[1], config)
+        product = as_served(
+            applied(metadata, tensors, tensor_name(site, config.architecture, names)),
+            site[1],
+            config,
+        )
         scale = found.dense().abs().max()
         torch.testing.assert_close(product / scale, found.dense() / scale, rtol=0, atol=tolerance)
 

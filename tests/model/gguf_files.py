@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,20 +12,32 @@ import numpy as np
 import torch
 from gguf.constants import MODEL_ARCH_NAMES
 from gguf.tensor_mapping import get_tensor_name_map
-from loraplex_model.base import families
-from loraplex_model.checkpoints.gguf.names import ROPE_FACTORS
 from transformers import PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from model import tiny
 
-ARCHITECTURES = {"mistral": "llama"}
+ARCHITECTURES = {
+    "mistral": "llama",
+    "ministral3": "mistral3",
+    "gemma3_text": "gemma3",
+    "olmo3": "olmo2",
+    "glm": "chatglm",
+    "cohere": "command-r",
+}
 """GGUF architectures by `model_type`, where they differ."""
 
-INTERLEAVED = {"llama"}
+INTERLEAVED = {"llama", "mistral3", "smollm3", "granite"}
+WITHOUT_HEAD = {"gemma", "gemma2", "cohere2", "command-r"}
 
 
-def write(
-    variant: str,
+def write(variant: str, path: Path, keys: Mapping[str, Any] | None = None, **options: Any) -> Path:
+    """Writes a variant of `tiny.VARIANTS`; as for `write_model`."""
+    return write_model(tiny.build(variant), path, keys, **options)
+
+
+def write_model(
+    model: PreTrainedModel,
     path: Path,
     keys: Mapping[str, Any] | None = None,
     *,
@@ -32,7 +45,7 @@ def write(
     without: Collection[str] = (),
     parts: int = 0,
 ) -> Path:
-    """Writes a variant of `tiny.VARIANTS`.
+    """Writes a model.
 
     Args:
         keys: further metadata, or other values of the converter's own; None leaves a key out.
@@ -41,7 +54,6 @@ def write(
         without: names of tensors that are left out.
         parts: number of tensors in each file of a split model; 0 writes one file.
     """
-    model = tiny.build(variant)
     kind = architecture(model)
     writer = gguf.GGUFWriter(None, kind, split_max_tensors=parts)
     for key, value in (settings(model) | dict(keys or {})).items():
@@ -81,9 +93,13 @@ def architecture(model: PreTrainedModel) -> str:
 
 def settings(model: PreTrainedModel) -> dict[str, Any]:
     """The metadata that the converter writes."""
-    config = model.config
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return {
+    config, kind = model.config, architecture(model)
+    width, rope = head_dim(config), parameters(config)
+    epsilons = {
+        "rms_epsilon": getattr(config, "rms_norm_eps", None),
+        "epsilon": getattr(config, "layer_norm_eps", getattr(config, "norm_epsilon", None)),
+    }
+    found: dict[str, Any] = {
         "general.type": "model",
         "general.name": "tiny",
         "general.file_type": 0,
@@ -96,15 +112,116 @@ def settings(model: PreTrainedModel) -> dict[str, Any]:
         "~.attention.head_count_kv": config.num_key_value_heads,
         "~.attention.key_length": width,
         "~.attention.value_length": width,
-        "~.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
-        "~.rope.freq_base": float(config.rope_parameters["rope_theta"]),
-        "~.rope.dimension_count": width,
+        **{f"~.attention.layer_norm_{name}": value for name, value in epsilons.items()},
+        "~.rope.freq_base": float(rope["rope_theta"]),
+        "~.rope.dimension_count": int(width * rope.get("partial_rotary_factor", 1.0)),
         "~.vocab_size": config.vocab_size,
         "tokenizer.ggml.tokens": [f"t{i}" for i in range(config.vocab_size)],
         "tokenizer.ggml.scores": [0.0] * config.vocab_size,
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2,
+        **_scaling(rope),
     }
+    own = _OWN.get(kind)
+    return found | own(config) if own else found
+
+
+def _scaling(rope: Mapping[str, Any]) -> dict[str, Any]:
+    if rope["rope_type"] not in ("linear", "yarn"):
+        return {}
+    return {
+        "~.rope.scaling.type": rope["rope_type"],
+        "~.rope.scaling.factor": rope["factor"],
+        "~.rope.scaling.original_context_length": rope.get("original_max_position_embeddings"),
+    }
+
+
+def _gemma(config: Any) -> dict[str, Any]:
+    local = config.model_type == "gemma3_text"
+    return {
+        "~.attn_logit_softcapping": config.attn_logit_softcapping,
+        "~.final_logit_softcapping": config.final_logit_softcapping,
+        "~.attention.sliding_window": config.sliding_window,
+        "~.rope.freq_base_swa": (
+            config.rope_parameters["sliding_attention"]["rope_theta"] if local else None
+        ),
+    }
+
+
+def _phi3(config: Any) -> dict[str, Any]:
+    rope = config.rope_parameters
+    is_long = rope["rope_type"] == "longrope"
+    factor = ROPE_INIT_FUNCTIONS["longrope"](config, "cpu")[1] if is_long else None
+    original = rope.get("original_max_position_embeddings", config.max_position_embeddings)
+    return {
+        "~.attention.key_length": None,
+        "~.attention.value_length": None,
+        "~.attention.sliding_window": config.sliding_window or 0,
+        "~.rope.scaling.original_context_length": original,
+        "~.rope.scaling.attn_factor": factor,
+    }
+
+
+def _granite(config: Any) -> dict[str, Any]:
+    return {
+        "~.attention.scale": config.attention_multiplier,
+        "~.embedding_scale": config.embedding_multiplier,
+        "~.residual_scale": config.residual_multiplier,
+        "~.logit_scale": config.logits_scaling,
+    }
+
+
+def _windows(config: Any) -> dict[str, Any]:
+    if getattr(config, "sliding_window", None) is None:
+        return {}
+    return {
+        "~.attention.sliding_window": config.sliding_window,
+        "~.attention.sliding_window_pattern": [
+            kind == "sliding_attention" for kind in config.layer_types
+        ],
+    }
+
+
+def _cohere(config: Any) -> dict[str, Any]:
+    return {
+        "~.logit_scale": config.logit_scale,
+        "~.attention.sliding_window": getattr(config, "sliding_window", None),
+        "~.rope.scaling.type": "none",
+    }
+
+
+def _ministral3(config: Any) -> dict[str, Any]:
+    rope = config.rope_parameters
+    return {
+        "~.rope.scaling.yarn_log_multiplier": rope.get("mscale_all_dim"),
+        "~.attention.temperature_scale": rope["llama_4_scaling_beta"],
+    }
+
+
+_OWN = {
+    "gemma2": _gemma,
+    "gemma3": _gemma,
+    "phi3": _phi3,
+    "granite": _granite,
+    "olmo2": _windows,
+    "cohere2": _cohere,
+    "command-r": _cohere,
+    "stablelm": lambda config: {"~.use_parallel_residual": config.use_parallel_residual},
+    "mistral3": _ministral3,
+}
+"""What the converters of single architectures write beside the others' metadata."""
+
+
+def head_dim(config: Any) -> int:
+    """Width of a head."""
+    heads = config.num_attention_heads
+    return getattr(config, "head_dim", None) or config.hidden_size // heads
+
+
+def parameters(config: Any) -> dict[str, Any]:
+    """The rotary parameters of layers that see all positions."""
+    rope = config.rope_parameters
+    return rope.get("full_attention", rope)
 
 
 def converted(model: PreTrainedModel) -> dict[str, np.ndarray]:
@@ -113,21 +230,35 @@ def converted(model: PreTrainedModel) -> dict[str, np.ndarray]:
     by_name = {name: arch for arch, name in MODEL_ARCH_NAMES.items()}
     names = get_tensor_name_map(by_name[kind], config.num_hidden_layers)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    found = {}
+    found, stacked = {}, dict[str, list[torch.Tensor]]()
     for name, tensor in model.state_dict().items():
         module, _, ending = name.rpartition(".")
-        if name == families.LM_HEAD and config.tie_word_embeddings:
+        if module == "lm_head" and (config.tie_word_embeddings or kind in WITHOUT_HEAD):
             continue
         count = heads.get(module.rpartition(".")[2])
         if kind in INTERLEAVED and count:
             rows = tensor.reshape(count, 2, -1, *tensor.shape[1:])
             tensor = rows.swapaxes(1, 2).reshape(tensor.shape)
+        if kind.startswith("gemma") and name.endswith("norm.weight"):
+            tensor = tensor + 1
+        if match := re.fullmatch(r"(.*layernorm)\.norms\.\d+", module):
+            stacked.setdefault(f"{names.get_name(match[1])}.{ending}", []).append(tensor)
+            continue
         found[f"{names.get_name(module)}.{ending}"] = tensor.contiguous().numpy()
-    if config.rope_parameters["rope_type"] == "llama3":
-        width = (
-            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        )
-        default = config.rope_parameters["rope_theta"] ** -(torch.arange(0, width, 2) / width)
-        scaled = families.decoder_config(config.to_dict()).rope_inv_freq
-        found[ROPE_FACTORS] = (default / torch.tensor(scaled)).numpy()
-    return found
+    found |= {name: torch.stack(rows).numpy() for name, rows in stacked.items()}
+    return found | _factors(config)
+
+
+def _factors(config: Any) -> dict[str, np.ndarray]:
+    rope = parameters(config)
+    if rope["rope_type"] == "longrope":
+        return {
+            f"rope_factors_{name}.weight": np.array(rope[f"{name}_factor"], np.float32)
+            for name in ("long", "short")
+        }
+    if rope["rope_type"] != "llama3":
+        return {}
+    width = head_dim(config)
+    default = rope["rope_theta"] ** -(torch.arange(0, width, 2) / width)
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    return {"rope_freqs.weight": (default / scaled).numpy()}

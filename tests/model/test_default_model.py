@@ -13,8 +13,8 @@ import pytest
 import torch
 from loraplex_model.adapters.delta import lora
 from loraplex_model.adapters.pack import pack
-from loraplex_model.base import families
 from loraplex_model.base.batch import ForwardBatch
+from loraplex_model.base.hf_config import decoder_config
 from loraplex_model.base.refusal import Refusal
 from loraplex_model.checkpoints import default_model
 from loraplex_model.checkpoints.gguf.source import GgufSource
@@ -64,7 +64,7 @@ def test_every_tensor_equals_transformers_reading(
 def test_the_configuration_equals_transformers_reading(
     hugging_face: dict[str, Any], base: LoadedBase
 ) -> None:
-    assert base.weights.config == families.decoder_config(hugging_face["config"])
+    assert base.weights.config == decoder_config(hugging_face["config"])
     assert base.weights.eos_token_ids == (2,)
 
 

@@ -136,8 +136,8 @@ def test_a_missing_or_senseless_setting_is_named(key: str, value: Any, tmp_path:
     "name",
     [
         "blk.0.post_attention_norm.weight", "blk.2.post_ffw_norm.weight", "blk.1.attn_qkv.weight",
-        "blk.0.attn_q_norm.bias", "blk.0.attn_sinks.weight", "blk.1.ffn_up.bias",
-        "blk.1.ffn_down.bias", "blk.0.attn_norm.bias", "blk.0.attn_q.scale",
+        "blk.0.attn_q_norm.bias", "blk.0.attn_sinks.weight", 
+        "blk.0.attn_norm.bias", "blk.0.attn_q.scale",
         "blk.0.ffn_down.input_scale", "blk.0.nextn.eh_proj.weight",
         "blk.0.layer_output_scale.weight",
         "output.bias", "output_norm.bias", "token_embd_norm.weight", "position_embd.weight",
@@ -157,6 +157,10 @@ def test_head_norms_are_used_only_where_the_family_has_them(tmp_path: Path) -> N
     tensors = {"blk.0.attn_q_norm.weight": np.ones(_WIDTH, np.float32)}
     path = gguf_files.write("llama", tmp_path / "m.gguf", tensors=tensors)
     refused(path, "blk.0.attn_q_norm.weight")
+    for name, size in (("attn_output", 192), ("ffn_up", 128), ("ffn_down", 192)):
+        tensors = {f"blk.1.{name}.bias": np.ones(size, np.float32)}
+        biased = gguf_files.write("qwen2", tmp_path / "q.gguf", tensors=tensors)
+        refused(biased, f"blk.1.{name}.bias")
     biased = gguf_files.write(
         "qwen2", tmp_path / "q.gguf", tensors={"blk.0.attn_output.bias": _VECTOR}
     )

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from loraplex_model.base.config import PROJECTIONS
-from loraplex_model.base.families import tensor_name
 from loraplex_model.ops import nf4
 from transformers import (
     AutoModelForCausalLM,
@@ -129,7 +128,8 @@ def oracle(variant: str, *, seed: int = 0) -> PreTrainedModel:
     model = build(variant, seed=seed)
     for layer in range(model.config.num_hidden_layers):
         for module in PROJECTIONS:
-            weight = model.get_parameter(tensor_name(layer, module))
+            block = "mlp" if module in PROJECTIONS[4:] else "self_attn"
+            weight = model.get_parameter(f"model.layers.{layer}.{block}.{module}.weight")
             if weight.shape[1] % 64:
                 # bitsandbytes' AVX-512 path takes blocks to lie within rows
                 rounded = nf4.dequantize(nf4.quantise(weight.data))

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 
-from loraplex_model.base.config import BLOCKS, LAYER_SITES, MODEL, MODEL_SITES, PROJECTIONS, Site
+from loraplex_model.base.config import (
+    BLOCKS,
+    LAYER_NORMS,
+    LAYER_SITES,
+    MODEL,
+    MODEL_SITES,
+    PROJECTIONS,
+    Site,
+)
 from loraplex_model.base.info import BaseInfo
 
 PREFIX = "base_model.model."
@@ -20,7 +28,7 @@ VIRTUAL_TOKENS: Site = (MODEL, "virtual_tokens")
 BOTTLENECKS = {"attention_bottleneck": "self_attn", "mlp_bottleneck": "mlp"}
 """The block that each bottleneck is parallel to or follows."""
 
-NORMS = ("input_layernorm", "post_attention_layernorm", "q_norm", "k_norm", "norm")
+NORMS = (*LAYER_NORMS, "norm")
 
 _MODEL_PATHS = {
     "embed_tokens": "model.embed_tokens",
@@ -44,10 +52,10 @@ def module_path(layer: int, module: str) -> str:
 
 def base_sites(base: BaseInfo) -> Iterator[Site]:
     """Every module of the base that an adapter may change, in the order of the adapter table."""
-    absent = set(BOTTLENECKS) if base.config.qk_norm else {*BOTTLENECKS, "q_norm", "k_norm"}
+    present = {*base.config.projection_shapes(), *base.config.norm_widths()}
     for layer in range(base.config.num_layers):
         for name in LAYER_SITES:
-            if name not in absent:
+            if name in present:
                 yield layer, name
     for name in MODEL_SITES:
         yield MODEL, name
@@ -85,7 +93,7 @@ def role_shapes(site: Site, base: BaseInfo) -> Mapping[str, tuple[int | None, ..
             **({"bias": (fan_out,)} if name in config.biased else {}),
         }
     if name in NORMS:
-        width = config.head_dim if name in ("q_norm", "k_norm") else hidden
+        width = config.norm_widths().get(name, hidden)
         return {"weight": (width,), "copy": (width,)}
     if name == "embed_tokens":
         matrices = {"a": (None, vocab), "b": (hidden, None)}

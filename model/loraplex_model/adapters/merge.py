@@ -14,7 +14,7 @@ import torch
 
 from loraplex_model.adapters.delta import AdapterDelta, ProjectionDelta
 from loraplex_model.adapters.table import DenseMatrix
-from loraplex_model.base.config import FUSED, DecoderConfig, Site, fused_place
+from loraplex_model.base.config import DecoderConfig, Site
 from loraplex_model.base.weights import BaseWeights, LayerWeights, NF4Matrix
 from loraplex_model.ops import nf4
 
@@ -39,9 +39,10 @@ def merged_nbytes(changes: AdapterDelta, config: DecoderConfig, dtype: torch.dty
     shapes = config.projection_shapes()
     total = 0
     for layer in range(config.num_layers):
-        for fused in _touched(changes, layer):
-            out = sum(shapes[name][1] for name in FUSED[fused])
-            total += out * shapes[FUSED[fused][0]][0] * dtype.itemsize
+        for fused in _touched(changes, config, layer):
+            parts = config.fused[fused]
+            out = sum(shapes[name][1] for name in parts)
+            total += out * shapes[parts[0]][0] * dtype.itemsize
             total += 4 * out * _has_bias(changes, config, layer, fused)
     return total
 
@@ -55,29 +56,41 @@ def merge_layers(
     go on using the base's.
     """
     for index, layer in enumerate(weights.layers):
-        for fused in _touched(changes, index):
-            matrix, bias = fused_matrix(layer, fused)
-            yield (index, fused), _merge(changes, index, fused, matrix, bias, dtype)
+        for fused in _touched(changes, weights.config, index):
+            yield (index, fused), _merge(weights.config, changes, index, fused, layer, dtype)
 
 
 def fused_matrix(layer: LayerWeights, fused: str) -> tuple[NF4Matrix, torch.Tensor | None]:
     """A layer's fused matrix by its name in `FUSED`, and its bias or None."""
-    biases = {"qkv": layer.qkv_bias, "o": layer.o_bias}
     matrices = {"qkv": layer.qkv, "o": layer.o, "gate_up": layer.gate_up, "down": layer.down}
-    return matrices[fused], biases.get(fused)
+    return matrices[fused], layer.biases[fused]
 
 
 def own_matrix(base: BaseWeights, site: Site) -> NF4Matrix:
-    """Returns a projection's NF4 weights as views of the base's."""
-    fused, index = fused_place(site[1])
-    return nf4.split(fused_matrix(base.layers[site[0]], fused)[0])[index]
+    """Returns the NF4 weights of a module of the checkpoint as views of the base's.
+
+    The name at the site is one of `DecoderConfig.module_shapes`: parts of a joined module have no
+    NF4 weights of their own, since they are quantised together.
+    """
+    fused, _, _ = base.config.place(site[1])
+    matrix = fused_matrix(base.layers[site[0]], fused)[0]
+    return nf4.split(matrix)[base.config.modules_of(fused).index(site[1])]
+
+
+def own_weight(base: BaseWeights, site: Site) -> torch.Tensor:
+    """Returns the dequantised weights, float32 [out, in], of a projection or a joined module."""
+    fused, start, rows = base.config.place(site[1])
+    if site[1] in base.config.modules_of(fused):
+        return nf4.dequantize(own_matrix(base, site))
+    whole = nf4.dequantize(fused_matrix(base.layers[site[0]], fused)[0])
+    return whole[start : start + rows].clone()
 
 
 def own_bias(base: BaseWeights, site: Site) -> torch.Tensor | None:
-    """Returns a projection's bias [out] in the base's dtype, or None if it has none."""
-    fused, index = fused_place(site[1])
-    matrix, bias = fused_matrix(base.layers[site[0]], fused)
-    return None if bias is None else torch.split(bias, list(matrix.rows))[index]
+    """Returns the bias [out], in the base's dtype, of a projection or a joined module, or None."""
+    fused, start, rows = base.config.place(site[1])
+    bias = base.layers[site[0]].biases[fused]
+    return None if bias is None else bias[start : start + rows]
 
 
 def merged_module(weight: torch.Tensor, change: ProjectionDelta) -> torch.Tensor:
@@ -94,18 +107,20 @@ def merged_module(weight: torch.Tensor, change: ProjectionDelta) -> torch.Tensor
 
 
 def _merge(
+    config: DecoderConfig,
     changes: AdapterDelta,
     layer: int,
     fused: str,
-    matrix: NF4Matrix,
-    bias: torch.Tensor | None,
+    weights: LayerWeights,
     dtype: torch.dtype,
 ) -> DenseMatrix:
+    matrix, bias = fused_matrix(weights, fused)
     dense = nf4.dequantize(matrix)
     total = torch.zeros(matrix.shape[0], device=dense.device) if bias is None else bias.float()
-    total, biased, end = total.clone(), bias is not None, 0
-    for name, rows in zip(FUSED[fused], matrix.rows, strict=True):
-        start, end = end, end + rows
+    total, biased = total.clone(), bias is not None
+    for name in config.fused[fused]:
+        _, start, rows = config.place(name)
+        end = start + rows
         change = changes.at((layer, name), ProjectionDelta)
         if change is None:
             continue
@@ -118,20 +133,21 @@ def _merge(
     return DenseMatrix(dense.to(dtype), total if biased else None)
 
 
-def _touched(changes: AdapterDelta, layer: int) -> list[str]:
+def _touched(changes: AdapterDelta, config: DecoderConfig, layer: int) -> list[str]:
     """Names of a layer's fused matrices at which the adapter changes anything, even a bias alone.
 
     Rows with a dense matrix use no other part of the adapter at these projections.
     """
     return [
         fused
-        for fused, names in FUSED.items()
+        for fused, names in config.fused.items()
         if any((layer, name) in changes.sites for name in names)
     ]
 
 
 def _has_bias(changes: AdapterDelta, config: DecoderConfig, layer: int, fused: str) -> bool:
-    if not config.biased.isdisjoint(FUSED[fused]):
+    names = config.fused[fused]
+    if not config.biased.isdisjoint(names):
         return True
-    found = (changes.at((layer, name), ProjectionDelta) for name in FUSED[fused])
+    found = (changes.at((layer, name), ProjectionDelta) for name in names)
     return any(change is not None and change.bias is not None for change in found)

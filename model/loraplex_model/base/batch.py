@@ -29,6 +29,8 @@ class ForwardBatch:
         mix_weights: float32 [X], factors on the slots' deltas.
         logit_rows: int32 [R], the tokens (indices into `tokens`) whose logits are wanted.
         copies: int32 [C, 2], KV blocks (from, to) that are copied before the pass.
+        is_long: bool [S], sequences that will be longer than `DecoderConfig.short_positions`; empty
+            if none is.
 
     A token id of `vocab_size + j` stands for virtual token j of the sequence's adapter.
     """
@@ -43,11 +45,13 @@ class ForwardBatch:
     mix_weights: NDArray[np.float32]
     logit_rows: NDArray[np.int32]
     copies: NDArray[np.int32] = field(default_factory=lambda: np.empty((0, 2), np.int32))
+    is_long: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, np.bool_))
 
     @staticmethod
     def build(
         sequences: list[tuple[list[int], int, list[int], Mix]],
         logit_rows: list[int] | None = None,
+        is_long: list[bool] | None = None,
     ) -> ForwardBatch:
         """Lays out `(new token ids, position of the first, KV blocks, mix)` of each sequence.
 
@@ -82,4 +86,5 @@ class ForwardBatch:
             np.asarray(slots, np.int32),
             np.asarray(weights, np.float32),
             np.asarray(logit_rows, np.int32),
+            is_long=np.asarray(is_long if is_long and any(is_long) else [], np.bool_),
         )

@@ -1,17 +1,20 @@
-"""The supported families of models: from a Hugging Face configuration to a `DecoderConfig`.
+"""The supported families of models, one row each: what their checkpoints say, and their names.
 
-Families differ by data: one `Family` in `FAMILIES` each. A family that computes like Llama needs
-nothing but its row.
+A family that computes like Llama needs nothing but its row. `hf_config` reads a configuration by
+these rows; `DecoderConfig` says what each setting means.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from loraplex_model.base.config import BLOCKS, DecoderConfig
-from loraplex_model.base.refusal import model_invalid, model_unsupported
+from loraplex_model.base.config import BLOCKS, MODEL, Gate, Norm, NormSpan
+
+Setting = str | Callable[[Any], Any]
+"""Where a field of `DecoderConfig` comes from: an entry of config.json (null keeps the default), or
+a function of the configuration as transformers reads it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,174 +23,235 @@ class Family:
 
     Attributes:
         model_type: the architecture's `model_type` in config.json.
-        gguf: the architecture in GGUF files.
+        gguf: the architecture in GGUF files; "" if there are none.
         gguf_interleaved: GGUF files hold the rows of q and k in pairs (real and imaginary part).
-        bias_options: entries of config.json that give projections biases: attention_bias (q, k, v
-            and o), mlp_bias (gate, up and down).
-        qkv_bias: q, k and v always have biases.
-        qk_norm: query and key heads are normed before the rotation.
+        fixed: fields of `DecoderConfig` that are the same in all checkpoints.
+        settings: fields of `DecoderConfig` that the configuration states.
+        names: path within a layer of each module that Llama names otherwise or does not have, by
+            its name in `DecoderConfig`; "{head}" in a path stands for the number of a head, each of
+            which has a tensor of its own.
         window_everywhere: `sliding_window` holds for every layer; elsewhere, `layer_types` says for
             which.
+        layer_ropes: gives for each layer whether it is rotated; None if all are.
     """
 
     model_type: str
-    gguf: str
+    gguf: str = ""
     gguf_interleaved: bool = False
-    bias_options: tuple[str, ...] = ("attention_bias", "mlp_bias")
-    qkv_bias: bool = False
-    qk_norm: bool = False
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Setting] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)
     window_everywhere: bool = False
+    layer_ropes: Callable[[Any], list[bool]] | None = None
 
+
+_ATTENTION_BIAS: Mapping[str, Setting] = {"qkv_bias": "attention_bias", "o_bias": "attention_bias"}
+_BIASES: Mapping[str, Setting] = {**_ATTENTION_BIAS, "mlp_bias": "mlp_bias"}
+_ALL_BIASES: Mapping[str, Setting] = dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), "use_bias")
+_SANDWICH = {
+    "attention_output_norm": "post_attention_layernorm",
+    "post_attention_layernorm": "pre_feedforward_layernorm",
+    "mlp_output_norm": "post_feedforward_layernorm",
+}
+_OUTPUT_ONLY = {
+    "attention_output_norm": "post_attention_layernorm",
+    "mlp_output_norm": "post_feedforward_layernorm",
+}
+_GEMMA: Mapping[str, Any] = {"norm_offset": 1.0}
+_GEMMA_SETTINGS: Mapping[str, Setting] = {
+    **_ATTENTION_BIAS,
+    "embed_scale": lambda config: config.hidden_size**0.5,
+}
+_GEMMA_2_SETTINGS: Mapping[str, Setting] = {
+    **_GEMMA_SETTINGS,
+    "activation": "hidden_activation",
+    "attention_scale": lambda config: config.query_pre_attn_scalar**-0.5,
+    "attention_softcap": "attn_logit_softcapping",
+    "logit_softcap": "final_logit_softcapping",
+}
+_GLM: Mapping[str, Any] = {"rope_interleaved": True, "joined": ("gate_up",)}
+_COHERE: Mapping[str, Any] = {"norm": Norm.LAYER, "parallel": True, "rope_interleaved": True}
+_COHERE_SETTINGS: Mapping[str, Setting] = {
+    **_ATTENTION_BIAS,
+    "rms_norm_eps": "layer_norm_eps",
+    "logit_scale": "logit_scale",
+}
 
 FAMILIES: Mapping[str, Family] = {
-    "LlamaForCausalLM": Family("llama", "llama", gguf_interleaved=True),
-    "MistralForCausalLM": Family(
-        "mistral", "llama", gguf_interleaved=True, bias_options=(), window_everywhere=True
+    "LlamaForCausalLM": Family("llama", "llama", gguf_interleaved=True, settings=_BIASES),
+    "MistralForCausalLM": Family("mistral", "llama", gguf_interleaved=True, window_everywhere=True),
+    "Ministral3ForCausalLM": Family(
+        "ministral3",
+        "mistral3",
+        gguf_interleaved=True,
+        settings={"query_scale": lambda config: _query_scale(config.rope_parameters)},
+        window_everywhere=True,
     ),
-    "Qwen2ForCausalLM": Family("qwen2", "qwen2", bias_options=(), qkv_bias=True),
-    "Qwen3ForCausalLM": Family("qwen3", "qwen3", bias_options=("attention_bias",), qk_norm=True),
+    "MinistralForCausalLM": Family("ministral"),
+    "Qwen2ForCausalLM": Family("qwen2", "qwen2", fixed={"qkv_bias": True}),
+    "Qwen3ForCausalLM": Family("qwen3", "qwen3", fixed={"qk_norm": True}, settings=_ATTENTION_BIAS),
+    "GemmaForCausalLM": Family("gemma", "gemma", fixed=_GEMMA, settings=_GEMMA_SETTINGS),
+    "Gemma2ForCausalLM": Family(
+        "gemma2",
+        "gemma2",
+        fixed={**_GEMMA, "output_norms": True},
+        settings=_GEMMA_2_SETTINGS,
+        names=_SANDWICH,
+    ),
+    "Gemma3ForCausalLM": Family(
+        "gemma3_text",
+        "gemma3",
+        fixed={**_GEMMA, "output_norms": True, "qk_norm": True},
+        settings=_GEMMA_2_SETTINGS,
+        names=_SANDWICH,
+    ),
+    "Phi3ForCausalLM": Family(
+        "phi3", "phi3", fixed={"joined": ("qkv", "gate_up")}, window_everywhere=True
+    ),
+    "SmolLM3ForCausalLM": Family(
+        "smollm3",
+        "smollm3",
+        gguf_interleaved=True,
+        settings=_BIASES,
+        layer_ropes=lambda config: [bool(used) for used in config.no_rope_layers],
+    ),
+    "GraniteForCausalLM": Family(
+        "granite",
+        "granite",
+        gguf_interleaved=True,
+        settings={
+            **_BIASES,
+            "embed_scale": "embedding_multiplier",
+            "residual_scale": "residual_multiplier",
+            "attention_scale": "attention_multiplier",
+            "logit_scale": lambda config: 1 / config.logits_scaling,
+        },
+    ),
+    "Olmo2ForCausalLM": Family(
+        "olmo2",
+        "olmo2",
+        fixed={
+            "input_norms": False,
+            "output_norms": True,
+            "qk_norm": True,
+            "qk_norm_span": NormSpan.ALL,
+        },
+        settings=_ATTENTION_BIAS,
+        names=_OUTPUT_ONLY,
+    ),
+    "Olmo3ForCausalLM": Family(
+        "olmo3",
+        "olmo2",
+        fixed={
+            "input_norms": False,
+            "output_norms": True,
+            "qk_norm": True,
+            "qk_norm_span": NormSpan.ALL,
+        },
+        settings=_ATTENTION_BIAS,
+        names=_OUTPUT_ONLY,
+    ),
+    "GlmForCausalLM": Family("glm", "chatglm", fixed=_GLM, settings={"qkv_bias": "attention_bias"}),
+    "Glm4ForCausalLM": Family(
+        "glm4",
+        "glm4",
+        fixed={**_GLM, "output_norms": True},
+        settings={"qkv_bias": "attention_bias"},
+        names={
+            "attention_output_norm": "post_self_attn_layernorm",
+            "mlp_output_norm": "post_mlp_layernorm",
+        },
+    ),
+    "CohereForCausalLM": Family(
+        "cohere",
+        "command-r",
+        fixed={**_COHERE, "qk_norm_span": NormSpan.EACH},
+        settings={**_COHERE_SETTINGS, "qk_norm": "use_qk_norm"},
+    ),
+    "Cohere2ForCausalLM": Family(
+        "cohere2",
+        "cohere2",
+        fixed=_COHERE,
+        settings=_COHERE_SETTINGS,
+        layer_ropes=lambda config: [kind == "sliding_attention" for kind in config.layer_types],
+    ),
+    "Starcoder2ForCausalLM": Family(
+        "starcoder2",
+        "starcoder2",
+        fixed={"norm": Norm.LAYER, "norm_bias": True, "gated": False},
+        settings={**_ALL_BIASES, "rms_norm_eps": "norm_epsilon"},
+        names={"up_proj": "mlp.c_fc", "down_proj": "mlp.c_proj"},
+        window_everywhere=True,
+    ),
+    "StableLmForCausalLM": Family(
+        "stablelm",
+        "stablelm",
+        fixed={"norm": Norm.LAYER, "norm_bias": True, "qk_norm_span": NormSpan.EACH},
+        settings={
+            "qkv_bias": "use_qkv_bias",
+            "qk_norm": "qk_layernorm",
+            "parallel": "use_parallel_residual",
+            "rms_norm_eps": "layer_norm_eps",
+        },
+        names={
+            "q_norm": "self_attn.q_layernorm.norms.{head}",
+            "k_norm": "self_attn.k_layernorm.norms.{head}",
+        },
+    ),
+    "HeliumForCausalLM": Family(
+        "helium",
+        fixed={"rope_interleaved": True},
+        settings={"qkv_bias": "attention_bias", "mlp_bias": "mlp_bias"},
+    ),
+    "Ernie4_5ForCausalLM": Family(
+        "ernie4_5", "ernie4_5", fixed={"rope_interleaved": True}, settings=_ALL_BIASES
+    ),
 }
 """The supported families, by the architecture that config.json states."""
 
+TEXT_PARTS = ("Gemma3ForConditionalGeneration", "Mistral3ForConditionalGeneration")
+"""Architectures of multimodal models whose text decoder is of a supported family. Their
+configuration is in `text_config`; images are not read."""
+
+ACTIVATIONS: Mapping[str, Gate] = {
+    "silu": Gate.SILU,
+    "swish": Gate.SILU,
+    "gelu": Gate.GELU,
+    "gelu_pytorch_tanh": Gate.GELU_TANH,
+    "gelu_new": Gate.GELU_TANH,
+}
+"""The activations by the names that configurations give them."""
+
 EMBED = "model.embed_tokens.weight"
 NORM = "model.norm.weight"
+NORM_BIAS = "model.norm.bias"
 LM_HEAD = "lm_head.weight"
 
-SCALINGS = ("linear", "llama3", "yarn")
-"""Supported kinds of RoPE scaling: those whose frequencies do not depend on the sequence's length.
-
-With "dynamic" and "longrope" they do, so keys in the cache would have been rotated with other
-frequencies than later queries.
-"""
+TEXT_PREFIXES: Mapping[str, str] = {"model.language_model.": "model.", "language_model.": ""}
+"""Beginnings of the names of a multimodal model's text decoder, and what a text model has there."""
 
 
-def tensor_name(layer: int, module: str, kind: str = "weight") -> str:
-    """Name of a layer's tensor in all supported checkpoints; `module` is "q_proj", "q_norm", ..."""
-    path = ".".join(filter(None, (BLOCKS.get(module), module)))
-    return f"model.layers.{layer}.{path}.{kind}"
+def module_path(architecture: str, layer: int, module: str) -> str:
+    """A module's path in an architecture's Hugging Face model: "model.layers.0.self_attn.q_proj".
 
-
-def decoder_config(raw: Mapping[str, Any]) -> DecoderConfig:
-    """Reads the contents of a `config.json`.
-
-    Raises:
-        Refusal: the architecture is not supported, needs code of its own, or has a feature that
-            the decoder lacks.
+    `module` is a projection, joined ones included, a norm of `LAYER_NORMS`, or, with layer `MODEL`,
+    one of `MODEL_SITES`.
     """
-    architecture = _architecture(raw)
-    config = _parse(architecture, raw)
-    _refuse_unsupported(architecture, config)
-    heads = config.num_attention_heads
-    inv_freq, scale = inverse_frequencies(config)
-    family = FAMILIES[architecture]
-    biased = "attention_bias" in family.bias_options and config.attention_bias
-    return DecoderConfig(
-        architecture=architecture,
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_layers=config.num_hidden_layers,
-        num_heads=heads,
-        num_kv_heads=config.num_key_value_heads or heads,
-        head_dim=head_dim(config),
-        rms_norm_eps=config.rms_norm_eps,
-        rope_inv_freq=inv_freq,
-        rope_scale=scale,
-        max_positions=config.max_position_embeddings,
-        qkv_bias=family.qkv_bias or biased,
-        o_bias=biased,
-        qk_norm=family.qk_norm,
-        tie_embeddings=config.tie_word_embeddings,
-        sliding_windows=_sliding_windows(family, config),
-    )
+    if layer == MODEL:
+        return module if module == "lm_head" else f"model.{module}"
+    path = FAMILIES[architecture].names.get(module)
+    if path is None:
+        path = ".".join(filter(None, (BLOCKS.get(module), module)))
+    return f"model.layers.{layer}.{path}"
 
 
-def _architecture(raw: Mapping[str, Any]) -> str:
-    supported = ", ".join(FAMILIES)
-    if "auto_map" in raw:
-        raise model_unsupported(
-            "the model needs code of its own (auto_map), which is never run; "
-            f"supported architectures: {supported}"
-        )
-    stated = raw.get("architectures") or []
-    if not stated:
-        by_type = {family.model_type: name for name, family in FAMILIES.items()}
-        stated = [by_type.get(raw.get("model_type", ""), raw.get("model_type", "none stated"))]
-    if len(stated) != 1 or stated[0] not in FAMILIES:
-        raise model_unsupported(
-            f"architecture {', '.join(map(str, stated))} is not supported; supported: {supported}"
-        )
-    return str(stated[0])
+def tensor_name(architecture: str, layer: int, module: str, kind: str = "weight") -> str:
+    """Name of a tensor in the family's checkpoints; as for `module_path`."""
+    return f"{module_path(architecture, layer, module)}.{kind}"
 
 
-def _parse(architecture: str, raw: Mapping[str, Any]) -> Any:
-    """The configuration as transformers reads it, with defaults and older spellings resolved."""
-    from transformers import CONFIG_MAPPING
-
-    kind = FAMILIES[architecture].model_type
-    if raw.get("model_type", kind) != kind:
-        raise model_invalid(
-            f"config.json states {architecture} but model_type {raw['model_type']!r}"
-        )
-    try:
-        return CONFIG_MAPPING[kind].from_dict(dict(raw))
-    except Exception as error:  # transformers raises many kinds for a malformed configuration
-        raise model_invalid(f"config.json cannot be read: {error}") from error
-
-
-def _refuse_unsupported(architecture: str, config: Any) -> None:
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    faults = {
-        f"hidden_act {config.hidden_act!r} (only silu)": config.hidden_act not in ("silu", "swish"),
-        "mlp_bias": getattr(config, "mlp_bias", False),
-        "an odd width": any(
-            width % 2 for width in (head_dim(config), config.hidden_size, config.intermediate_size)
-        ),
-        f"{heads} heads over {kv_heads} key-value heads": heads % (kv_heads or heads) != 0,
-    }
-    for fault, present in faults.items():
-        if present:
-            raise model_unsupported(f"{architecture} with {fault} is not supported")
-
-
-def _sliding_windows(family: Family, config: Any) -> tuple[int | None, ...]:
-    layers: int = config.num_hidden_layers
-    window: int | None = getattr(config, "sliding_window", None)
-    if family.window_everywhere:
-        return (window,) * layers
-    kinds: list[str] = getattr(config, "layer_types", None) or ["full_attention"] * layers
-    unknown = set(kinds) - {"full_attention", "sliding_attention"}
-    if unknown or len(kinds) != layers:
-        raise model_unsupported(f"layer_types {sorted(set(kinds))} of {len(kinds)} layers")
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
-
-
-def inverse_frequencies(config: Any) -> tuple[tuple[float, ...], float]:
-    """The head_dim / 2 inverse frequencies of a Hugging Face config, and the factor on cos and sin.
-
-    transformers computes the scaled kinds. Raises `Refusal` for kinds that cannot be.
-    """
-    parameters = config.rope_parameters
-    kind = parameters.get("rope_type", "default")
-    if kind not in ("default", *SCALINGS):
-        raise model_unsupported(
-            f"rope_type {kind!r} is not supported; supported are default, {', '.join(SCALINGS)}"
-        )
-    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise model_unsupported("partial_rotary_factor other than 1 is not supported")
-    if kind != "default":
-        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-        frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config)
-        return tuple(frequencies.tolist()), float(scale)
-    import torch
-
-    width = head_dim(config)
-    exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
-    return tuple((1.0 / parameters["rope_theta"] ** exponents).tolist()), 1.0
-
-
-def head_dim(config: Any) -> int:
-    """Width of one attention head, from a Hugging Face config."""
-    stated = getattr(config, "head_dim", None)
-    return int(stated or config.hidden_size // config.num_attention_heads)
+def _query_scale(parameters: Mapping[str, Any]) -> tuple[float, ...]:
+    beta = parameters.get("llama_4_scaling_beta")
+    if not beta:
+        return ()
+    return float(beta), float(parameters["original_max_position_embeddings"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -15,6 +15,8 @@ from loraplex_model.base.quantisation import BLOCK as BLOCK
 @dataclass(frozen=True, slots=True, eq=False)
 class NF4Matrix:
     """Several modules' matrices stacked into one [out, in], NF4 with double quantisation.
+
+    Modules are those of the checkpoint (`DecoderConfig.modules_of`).
 
     Each module was quantised on its own, so its bytes equal those of bitsandbytes' `Linear4bit`.
     These tensors are never written to after they are made. Two matrices are equal only if they are
@@ -41,28 +43,48 @@ class NF4Matrix:
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """Weights of one decoder layer. Vectors have the compute dtype; biases and head norms may be
-    absent."""
+    """Weights of one decoder layer. Vectors have the compute dtype; biases and norms may be absent.
 
-    input_norm: torch.Tensor
+    Attributes:
+        norm_biases: biases of norms, by the name of their site.
+    """
+
+    input_norm: torch.Tensor | None
     qkv: NF4Matrix
     qkv_bias: torch.Tensor | None
     q_norm: torch.Tensor | None
     k_norm: torch.Tensor | None
     o: NF4Matrix
     o_bias: torch.Tensor | None
-    post_norm: torch.Tensor
+    post_norm: torch.Tensor | None
     gate_up: NF4Matrix
     down: NF4Matrix
+    attention_output_norm: torch.Tensor | None = None
+    mlp_output_norm: torch.Tensor | None = None
+    gate_up_bias: torch.Tensor | None = None
+    down_bias: torch.Tensor | None = None
+    norm_biases: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def norms(self) -> Mapping[str, torch.Tensor | None]:
-        """Norm weights by the name of their site; head norms may be absent."""
+        """Norm weights by the name of their site; None for those that the family lacks."""
         return {
             "input_layernorm": self.input_norm,
             "post_attention_layernorm": self.post_norm,
             "q_norm": self.q_norm,
             "k_norm": self.k_norm,
+            "attention_output_norm": self.attention_output_norm,
+            "mlp_output_norm": self.mlp_output_norm,
+        }
+
+    @property
+    def biases(self) -> Mapping[str, torch.Tensor | None]:
+        """Biases by the name of their fused matrix."""
+        return {
+            "qkv": self.qkv_bias,
+            "o": self.o_bias,
+            "gate_up": self.gate_up_bias,
+            "down": self.down_bias,
         }
 
 
@@ -76,6 +98,7 @@ class BaseWeights:
         fingerprint: "sha256:<hex>" over the configuration, the NF4 codes and the dense tensors as
             stored; equal for every compute dtype, and on every machine.
         file: path of the stored weights; "" if they were not read from a file.
+        norm_bias: bias of the last norm, or None.
     """
 
     config: DecoderConfig
@@ -86,6 +109,7 @@ class BaseWeights:
     fingerprint: str
     eos_token_ids: tuple[int, ...]
     file: str = ""
+    norm_bias: torch.Tensor | None = None
 
     @property
     def info(self) -> BaseInfo:
@@ -99,8 +123,10 @@ class BaseWeights:
         tensors = [self.embed, self.norm]
         if self.lm_head is not self.embed:
             tensors.append(self.lm_head)
+        if self.norm_bias is not None:
+            tensors.append(self.norm_bias)
         for layer in self.layers:
-            dense = (*layer.norms.values(), layer.qkv_bias, layer.o_bias)
+            dense = (*layer.norms.values(), *layer.biases.values(), *layer.norm_biases.values())
             tensors += [tensor for tensor in dense if tensor is not None]
             for matrix in (layer.qkv, layer.o, layer.gate_up, layer.down):
                 tensors += [matrix.packed, matrix.absmax, *matrix.absmax_scales]

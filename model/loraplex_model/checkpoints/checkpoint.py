@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 
+from loraplex_model.base import families
 from loraplex_model.base.refusal import Reason, Refusal, model_invalid, model_unsupported
 from loraplex_model.checkpoints.gguf import parts
 
@@ -129,7 +130,7 @@ class SafetensorsSource:
         )
         self.rope_divisors: tuple[float, ...] = ()
         self.has_tokenizer = any((directory / name).exists() for name in _TOKENIZERS)
-        self._files: dict[str, Any] = {}  # the open file of each tensor
+        self._files: dict[str, tuple[Any, str]] = {}  # the open file of each tensor, its name there
         for shard in _shards(directory):
             try:
                 file: Any = safe_open(shard, framework="pt")
@@ -137,7 +138,8 @@ class SafetensorsSource:
                 raise model_invalid(
                     f"{shard} is damaged or cut short ({error}); fetch it again"
                 ) from error
-            self._files.update(dict.fromkeys(file.keys(), file))
+            names: list[str] = list(file.keys())
+            self._files.update({self._text_name(name): (file, name) for name in names})
 
     def names(self) -> Collection[str]:
         """See `TensorSource`."""
@@ -147,8 +149,18 @@ class SafetensorsSource:
         """See `TensorSource`. The tensor is a view of the mapped file."""
         if name not in self._files:
             raise model_invalid(f"the checkpoint has no tensor {name}")
-        tensor: torch.Tensor = self._files[name].get_tensor(name)
+        file, own_name = self._files[name]
+        tensor: torch.Tensor = file.get_tensor(own_name)
         return tensor
+
+    def _text_name(self, name: str) -> str:
+        """The name that a tensor of a multimodal model's text decoder has in a text model."""
+        if "text_config" not in self.config:
+            return name
+        for prefix, instead in families.TEXT_PREFIXES.items():
+            if name.startswith(prefix):
+                return instead + name.removeprefix(prefix)
+        return name
 
 
 def _shards(directory: Path) -> list[Path]:

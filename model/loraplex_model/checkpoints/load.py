@@ -156,9 +156,5 @@ def _end_tokens(source: Path, entry: Path, built: StoredModel) -> tuple[int, ...
 
 def _read_decoder(path: Path) -> StoredModel:
     fields = checkpoint.read_json(path)
-    config = fields["config"]
-    config["rope_inv_freq"] = tuple(config["rope_inv_freq"])
-    config["sliding_windows"] = tuple(config["sliding_windows"])
-    return StoredModel(
-        DecoderConfig(**config), fields["fingerprint"], tuple(fields["eos_token_ids"])
-    )
+    config = DecoderConfig.from_json(fields["config"])
+    return StoredModel(config, fields["fingerprint"], tuple(fields["eos_token_ids"]))

@@ -8,13 +8,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from loraplex_model.base.config import FUSED, DecoderConfig
+from loraplex_model.base.config import FUSED, LAYER_NORMS, DecoderConfig
 from loraplex_model.base.refusal import model_invalid
 from loraplex_model.base.weights import BaseWeights, LayerWeights, NF4Matrix
 from loraplex_model.checkpoints.safetensors_file import SafetensorsFile
@@ -22,6 +23,13 @@ from loraplex_model.ops.dtypes import SAFETENSORS_NAMES
 from loraplex_model.ops.nf4 import NESTED_BLOCK, blocks_of
 
 WEIGHTS = "model.safetensors"
+
+_NORMS = {"input_layernorm": "input_norm", "post_attention_layernorm": "post_norm"}
+
+
+def stored_norm(site: str) -> str:
+    """Name of a norm's weight in the file, and in `LayerWeights`, by the name of its site."""
+    return _NORMS.get(site, site)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -37,15 +45,13 @@ class StoredWriter:
     """Writes tensors to a new file and computes the model's fingerprint.
 
     `fingerprint` covers the configuration, and names, types, shapes and bytes of dense tensors and
-    codes. It leaves out the quantised maxima and rounds the rotary frequencies, since their last
-    bits depend on the vector width of the machine.
+    codes. It leaves out the quantised maxima, since their last bits depend on the vector width of
+    the machine.
     """
 
     def __init__(self, file: SafetensorsFile, config: DecoderConfig) -> None:
         self._file = file
-        fields = dataclasses.asdict(config)
-        fields["rope_inv_freq"] = [f"{frequency:.4e}" for frequency in config.rope_inv_freq]
-        self._digest = hashlib.sha256(json.dumps(fields).encode())
+        self._digest = hashlib.sha256(json.dumps(config.identity()).encode())
 
     @property
     def fingerprint(self) -> str:
@@ -92,6 +98,7 @@ def read_weights(
                 fingerprint=model.fingerprint,
                 eos_token_ids=model.eos_token_ids,
                 file=str(path.absolute()),
+                norm_bias=reader.optional("norm_bias"),
             )
     except (SafetensorError, OSError) as error:
         raise model_invalid(f"{path} is damaged: {error}; delete it") from error
@@ -113,28 +120,29 @@ class _StoredReader:
         tensor: torch.Tensor = self._file.get_tensor(name)
         return tensor
 
-    def _optional(self, name: str) -> torch.Tensor | None:
+    def optional(self, name: str) -> torch.Tensor | None:
         return self.dense(name) if name in self._names else None
 
     def layer(self, i: int) -> LayerWeights:
-        at = f"layers.{i}."
+        at, config = f"layers.{i}.", self._config
+        norms = {site: at + stored_norm(site) for site in config.norm_widths()}
+        biases = {site: self.optional(f"{name}_bias") for site, name in norms.items()}
+        parts: dict[str, Any] = {stored_norm(site): self._norm(norms, site) for site in LAYER_NORMS}
+        for fused in FUSED:
+            parts[fused] = self._matrix(at, fused)
+            parts[f"{fused}_bias"] = self.optional(f"{at}{fused}_bias")
         return LayerWeights(
-            input_norm=self.dense(at + "input_norm"),
-            qkv=self._matrix(at, "qkv"),
-            qkv_bias=self._optional(at + "qkv_bias"),
-            q_norm=self._optional(at + "q_norm"),
-            k_norm=self._optional(at + "k_norm"),
-            o=self._matrix(at, "o"),
-            o_bias=self._optional(at + "o_bias"),
-            post_norm=self.dense(at + "post_norm"),
-            gate_up=self._matrix(at, "gate_up"),
-            down=self._matrix(at, "down"),
+            **parts,
+            norm_biases={site: bias for site, bias in biases.items() if bias is not None},
         )
 
+    def _norm(self, norms: Mapping[str, str], site: str) -> torch.Tensor | None:
+        return self.dense(norms[site]) if site in norms else None
+
     def _matrix(self, at: str, name: str) -> NF4Matrix:
-        shapes = self._config.projection_shapes()
-        rows = tuple(shapes[module][1] for module in FUSED[name])
-        fan_in = shapes[FUSED[name][0]][0]
+        shapes, modules = self._config.module_shapes(), self._config.modules_of(name)
+        rows = tuple(shapes[module][1] for module in modules)
+        fan_in = shapes[modules[0]][0]
         at += name
         scales: tuple[torch.Tensor, ...] = ()
         offsets: tuple[float, ...] = ()

@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from loraplex_model.base.config import FUSED, MODEL, DecoderConfig, Site, fused_place
+from loraplex_model.base.config import MODEL, DecoderConfig, Site
 from loraplex_model.base.dtypes import ITEM_SIZES, SAFETENSORS
 from loraplex_model.base.quantisation import BLOCK, NESTED_BLOCK, blocks_of
 
@@ -80,10 +80,13 @@ class BaseValues:
         return self._floats(stored, start, count)
 
     def blocks(self, site: Site, start: int, count: int) -> Blocks:
-        """Elements of a projection's flat matrix; `start` is a multiple of 64."""
-        fused, place = fused_place(site[1])
-        shapes = self._config.projection_shapes()
-        rows = [shapes[module][1] for module in FUSED[fused]]
+        """Elements of the flat matrix of one of the checkpoint's modules.
+
+        `start` is a multiple of 64.
+        """
+        fused, _, _ = self._config.place(site[1])
+        shapes, modules = self._config.module_shapes(), self._config.modules_of(fused)
+        rows, place = [shapes[module][1] for module in modules], modules.index(site[1])
         fan_in = shapes[site[1]][0]
         at = f"layers.{site[0]}.{fused}"
         packed = self._elements(

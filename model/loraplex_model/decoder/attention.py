@@ -51,7 +51,9 @@ class PagedAttention:
         )
         blocks = self._tables[sequences, self._positions // self._block_size].long()
         self._slots = blocks * self._block_size + self._positions % self._block_size
-        self._flash = not flash.obstacle(device, keys[0].dtype, config.head_dim, self._block_size)
+        self._flash = not config.attention_softcap and not flash.obstacle(
+            device, keys[0].dtype, config.head_dim, self._block_size
+        )
         if self._flash:
             self._key_starts = torch.nn.functional.pad(
                 self._lengths.cumsum(0, dtype=torch.int32), (1, 0)
@@ -73,7 +75,8 @@ class PagedAttention:
             blocks = self._tables[s, : -(-length // self._block_size)].long()
             past_k = keys[blocks].flatten(0, 1)[:length].to(q.dtype)
             past_v = values[blocks].flatten(0, 1)[:length].to(q.dtype)
-            out[rows] = _by_tiles(q[rows], past_k, past_v, self._positions[rows], window)
+            scoring = Scoring.of(self._config, window)
+            out[rows] = _by_tiles(q[rows], past_k, past_v, self._positions[rows], scoring)
         return out.flatten(1)
 
     def _all_at_once(
@@ -91,6 +94,7 @@ class PagedAttention:
             most_queries=int((batch.query_starts[1:] - batch.query_starts[:-1]).max()),
             most_keys=int(batch.context_lens.max()),
             window=window,
+            scale=self._config.attention_scale or None,
         )
         return out.flatten(1)
 
@@ -123,8 +127,10 @@ class PackedAttention:
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> torch.Tensor:
         """See `Attention`."""
-        window = self._config.sliding_windows[layer]
-        if not flash.packed_obstacle(q.device, q.dtype, self._config.head_dim):
+        config, window = self._config, self._config.sliding_windows[layer]
+        if not (
+            config.attention_softcap or flash.packed_obstacle(q.device, q.dtype, config.head_dim)
+        ):
             return self._all_at_once(layer, q, k, v, window)
         parts = []
         for run in self._runs:
@@ -138,17 +144,23 @@ class PackedAttention:
             q_, k_, v_ = (t.transpose(1, 2) for t in (q_, k_, v_))  # [count, heads, length, width]
             total = past + run.length
             plain = not past and (window is None or window >= total)
-            if q.is_cuda:
+            if config.attention_softcap or q.is_cuda:
                 # torch's fused kernels take neither a mask nor float32 together with fewer key
                 # heads; the one that would be chosen instead keeps all scores.
                 shared = q.shape[1] // k.shape[1]
                 k_, v_ = (t.repeat_interleave(shared, dim=1) for t in (k_, v_))
+            if config.attention_softcap:
+                mask = self._mask(past, run.length, window, q.device)
+                out = _capped(q_, k_, v_, mask, config)
+                parts.append(out.transpose(1, 2).flatten(0, 1).flatten(1))
+                continue
             out = torch.nn.functional.scaled_dot_product_attention(
                 q_,
                 k_,
                 v_,
                 attn_mask=None if plain else self._mask(past, run.length, window, q.device),
                 is_causal=plain,
+                scale=config.attention_scale or None,
                 enable_gqa=q_.shape[1] != k_.shape[1],
             )
             parts.append(out.transpose(1, 2).flatten(0, 1).flatten(1))
@@ -176,6 +188,7 @@ class PackedAttention:
             most_queries=max(lengths),
             most_keys=max(totals),
             window=window,
+            scale=self._config.attention_scale or None,
         )
         return out.flatten(1)
 
@@ -240,12 +253,46 @@ def _before(run: _Run, past: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
     return past.to(own.dtype).expand(run.count, *past.shape)
 
 
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """How scores are made of queries and keys: `softcap(scale * q . k)` within a window.
+
+    Attributes:
+        window: positions that a query sees, its own included; None for all.
+        softcap: c in `c * tanh(score / c)`; 0 for none.
+    """
+
+    window: int | None
+    scale: float
+    softcap: float = 0.0
+
+    @staticmethod
+    def of(config: DecoderConfig, window: int | None) -> Scoring:
+        """The scoring of a layer with this window."""
+        return Scoring(window, config.softmax_scale, config.attention_softcap)
+
+
+def _capped(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, config: DecoderConfig
+) -> torch.Tensor:
+    """Attention [count, heads, length, width] with capped scores, which torch's kernels lack.
+
+    All scores are kept for the backward pass. `mask` is bool [length, keys].
+    """
+    cap = config.attention_softcap
+    scores = torch.tanh(q @ k.transpose(-1, -2) * (config.softmax_scale / cap)) * cap
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(
+        -1, dtype=torch.promote_types(q.dtype, torch.float32)
+    )
+    return weights.to(q.dtype) @ v
+
+
 def attend(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     positions: torch.Tensor,
-    window: int | None,
+    scoring: Scoring,
 ) -> torch.Tensor:
     """Attention of one sequence, with scores and softmax in float32.
 
@@ -256,11 +303,13 @@ def attend(
     kv_heads = k.shape[1]
     at = torch.arange(k.shape[0], device=q.device)
     hidden = at[None, :] > positions[:, None]  # [n, m]
-    if window is not None:
-        hidden |= at[None, :] <= positions[:, None] - window
+    if scoring.window is not None:
+        hidden |= at[None, :] <= positions[:, None] - scoring.window
     grouped = q.float().view(n, kv_heads, heads // kv_heads, width).permute(1, 2, 0, 3)
     # [kv_heads, heads / kv_heads * n, m]
-    scores = grouped.reshape(kv_heads, -1, width) @ k.float().permute(1, 2, 0) * width**-0.5
+    scores = grouped.reshape(kv_heads, -1, width) @ k.float().permute(1, 2, 0) * scoring.scale
+    if scoring.softcap:
+        scores = torch.tanh(scores / scoring.softcap) * scoring.softcap
     scores = scores.view(kv_heads, -1, n, k.shape[0]).masked_fill(hidden, float("-inf"))
     weights = scores.softmax(-1).view(kv_heads, -1, k.shape[0])
     mixed = (weights @ v.float().transpose(0, 1)).view(kv_heads, -1, n, width)
@@ -269,7 +318,11 @@ def attend(
 
 
 def _by_tiles(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, window: int | None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    positions: torch.Tensor,
+    scoring: Scoring,
 ) -> torch.Tensor:
     """`attend` in calls whose shapes do not depend on how the prompt was cut into chunks.
 
@@ -287,7 +340,7 @@ def _by_tiles(
             torch.nn.functional.pad(k[:seen], padding),
             torch.nn.functional.pad(v[:seen], padding),
             torch.nn.functional.pad(rows, (0, missing)),
-            window,
+            scoring,
         )
         out[start : start + TILE] = part[: len(rows)]
     return out

@@ -76,6 +76,7 @@ def attend(
     most_queries: int,
     most_keys: int,
     window: int | None,
+    scale: float | None = None,
 ) -> torch.Tensor:
     """Causal attention of sequences side by side.
 
@@ -94,6 +95,7 @@ def attend(
         lengths: int32 [S], tokens of each sequence in the cache.
         tables: int32 [S, B], block tables.
         window: tokens that a query sees, itself included; None for all.
+        scale: factor on queries times keys; None for `head_dim ** -0.5`.
 
     Returns:
         [T, heads, head_dim] in the type of q.
@@ -115,6 +117,7 @@ def attend(
         seqused_k=lengths,
         block_table=tables,
         num_splits=1,
+        scale=scale,
     )
     assert isinstance(out, torch.Tensor)  # a tuple only if the log-sum-exp is requested
     return out
@@ -130,6 +133,7 @@ def attend_packed(
     most_queries: int,
     most_keys: int,
     window: int | None,
+    scale: float | None = None,
 ) -> torch.Tensor:
     """Causal attention within whole sequences side by side, differentiable in q, keys and values.
 
@@ -141,6 +145,7 @@ def attend_packed(
         keys, values: [K, kv_heads, head_dim].
         query_starts, key_starts: int32 [S + 1], first row of each sequence and the end of the last.
         window: tokens that a query sees, itself included; None for all.
+        scale: factor on queries times keys; None for `head_dim ** -0.5`.
 
     Returns:
         [T, heads, head_dim] in the type of q.
@@ -157,6 +162,7 @@ def attend_packed(
         most_keys,
         window_size=(-1 if window is None else window - 1, 0),
         enable_gqa=True,
+        scale=scale,
     )
     assert isinstance(out, torch.Tensor)  # a tuple only if the log-sum-exp is requested
     return out

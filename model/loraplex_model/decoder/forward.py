@@ -10,7 +10,8 @@ activations have the compute dtype and are rounded where Hugging Face rounds the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -18,7 +19,16 @@ from torch.utils.checkpoint import checkpoint
 from loraplex_model.adapters import mix, spans
 from loraplex_model.adapters.merge import fused_matrix
 from loraplex_model.adapters.mix import RowGroup
-from loraplex_model.base.config import FUSED, MODEL, DecoderConfig, Site
+from loraplex_model.base.config import (
+    MODEL,
+    NO_ROPE,
+    DecoderConfig,
+    Gate,
+    Norm,
+    NormSpan,
+    Rope,
+    Site,
+)
 from loraplex_model.base.weights import BaseWeights, LayerWeights
 from loraplex_model.decoder.attention import Attention
 from loraplex_model.ops import autograd, rope
@@ -34,28 +44,73 @@ def hidden_states(
     linear: BaseLinear,
     attention: Attention,
     checkpointing: bool = False,
+    is_long: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The final, normed states [T, hidden] of `tokens` [T] at `positions` [T].
 
-    With `checkpointing` only the states between layers are kept, and each layer is computed again
-    in the backward pass (Chen et al., arXiv 1604.06174), with the same gradients bit for bit.
+    `is_long` is bool [T]: whether a token is of a sequence that `config.long_rope` is for; None if
+    none is. With `checkpointing` only the states between layers are kept, and each layer is
+    computed again in the backward pass (Chen et al., arXiv 1604.06174), with the same gradients bit
+    for bit.
     """
     config = weights.config
-    # float32 even if everything else is float64, since the angles' rounding is part of the model
-    inv_freq = torch.tensor(config.rope_inv_freq, device=tokens.device)
-    cos, sin = rope.tables(positions, inv_freq, config.rope_scale)
     x = mix.embedded(tokens, weights.embed, activation_dtype(weights.embed), groups)
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    if config.embed_scale != 1:
+        x = x * torch.tensor(config.embed_scale, dtype=x.dtype, device=x.device)
+    places = Places.of(config, positions, is_long, x.dtype)
 
     for i, layer in enumerate(weights.layers):
         block = _Layer(config, i, layer, groups, linear)
         if checkpointing and torch.is_grad_enabled():
             x = checkpoint(
-                block, x, cos, sin, attention, use_reentrant=False, preserve_rng_state=False
+                block, x, places, attention, use_reentrant=False, preserve_rng_state=False
             )
         else:
-            x = block(x, cos, sin, attention)
-    return _norm((MODEL, "norm"), weights.norm, x, config.rms_norm_eps, groups)[0]
+            x = block(x, places, attention)
+    norm = _Normed(config, groups)
+    return norm((MODEL, "norm"), weights.norm, weights.norm_bias, x)[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """What the positions of T tokens mean for attention.
+
+    Attributes:
+        ropes: tables of cosines and sines, [T, 1, width / 2], by index in `config.ropes`.
+        query_scale: factor on the queries, [T, 1, 1]; None for 1.
+    """
+
+    ropes: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    query_scale: torch.Tensor | None
+
+    @staticmethod
+    def of(
+        config: DecoderConfig,
+        positions: torch.Tensor,
+        is_long: torch.Tensor | None,
+        dtype: torch.dtype,
+    ) -> Places:
+        """The tables for int positions [T], in `dtype`."""
+        ropes = [_tables(each, positions) for each in config.ropes]
+        if config.long_rope is not None and is_long is not None:
+            long = _tables(config.long_rope, positions)
+            chosen = [
+                torch.where(is_long[:, None, None], theirs, ours)
+                for ours, theirs in zip(ropes[0], long, strict=True)
+            ]
+            ropes[0] = chosen[0], chosen[1]
+        scale = None
+        if config.query_scale:
+            beta, period = config.query_scale
+            scale = (1 + beta * torch.log1p(torch.floor(positions / period)))[:, None, None]
+            scale = scale.to(dtype)
+        return Places(tuple((cos.to(dtype), sin.to(dtype)) for cos, sin in ropes), scale)
+
+
+def _tables(each: Rope, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    # float32 even if everything else is float64, since the angles' rounding is part of the model
+    inv_freq = torch.tensor(each.inv_freq, device=positions.device)
+    return rope.tables(positions, inv_freq, each.scale)
 
 
 def logits(
@@ -66,7 +121,18 @@ def logits(
     Row numbers in `groups` are indices into `hidden`.
     """
     base = autograd.wide(by_tiles(hidden, weights.lm_head.to(hidden.dtype)))
-    return mix.add_head(base, hidden, groups)
+    result = mix.add_head(base, hidden, groups)
+    config = weights.config
+    if config.logit_scale != 1:
+        result = result * config.logit_scale
+    if config.logit_softcap:
+        result = softcapped(result, config.logit_softcap)
+    return result
+
+
+def softcapped(x: torch.Tensor, cap: float) -> torch.Tensor:
+    """`cap * tanh(x / cap)`: values pressed into (-cap, cap)."""
+    return torch.tanh(x / cap) * cap
 
 
 def activation_dtype(stored: torch.Tensor) -> torch.dtype:
@@ -90,15 +156,56 @@ def rms_norm(
     return weight.to(x.dtype) * normed.to(x.dtype), None
 
 
-def _norm(
-    site: Site, weight: torch.Tensor, x: torch.Tensor, eps: float, groups: Sequence[RowGroup]
-) -> tuple[torch.Tensor, Recompute | None]:
-    """`rms_norm` with the groups' changes of the weight."""
-    normed, recompute = rms_norm(x, weight, eps)
-    for rows, own in mix.norm_weights(site, weight, groups):
-        normed = normed.index_copy(0, rows, rms_norm(x[rows], own, eps)[0])
-        recompute = None
-    return normed, recompute
+def layer_norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
+) -> torch.Tensor:
+    """`weight * (x - mean) / deviation + bias` over the last axis, as `rms_norm` otherwise."""
+    wide = autograd.wide(x)
+    centred = wide - wide.mean(-1, keepdim=True)
+    normed = centred * torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + eps)
+    result = weight.to(wide.dtype) * normed
+    if bias is not None:
+        result = result + bias.to(wide.dtype)
+    return result.to(x.dtype)
+
+
+class _Normed:
+    """The norms of one decoder, with the groups' changes of their weights."""
+
+    def __init__(self, config: DecoderConfig, groups: Sequence[RowGroup]) -> None:
+        self._config, self._groups = config, groups
+
+    def __call__(
+        self, site: Site, weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor
+    ) -> tuple[torch.Tensor, Recompute | None]:
+        """The normed x, whose last axis has the size of the weight or is a head of it.
+
+        Also returns how to recompute the result, if it is known.
+        """
+        normed, recompute = self._apply(x, weight, bias)
+        for rows, own in mix.norm_weights(site, weight, self._groups):
+            normed = normed.index_copy(0, rows, self._apply(x[rows], own, bias)[0])
+            recompute = None
+        return normed, recompute
+
+    def _apply(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor, Recompute | None]:
+        config = self._config
+        if config.norm_offset:
+            weight = autograd.wide(weight) + config.norm_offset
+        if weight.shape[0] != x.shape[-1]:
+            weight = weight.view(-1, x.shape[-1])  # a weight for every head
+        if config.norm is Norm.RMS:
+            return rms_norm(x, weight, config.rms_norm_eps)
+        return layer_norm(x, weight, bias, config.rms_norm_eps), None
+
+
+_ACTIVATIONS: Mapping[Gate, Callable[[torch.Tensor], torch.Tensor]] = {
+    Gate.SILU: torch.nn.functional.silu,
+    Gate.GELU: torch.nn.functional.gelu,
+    Gate.GELU_TANH: lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+}
 
 
 class _Layer:
@@ -114,53 +221,82 @@ class _Layer:
     ) -> None:
         self._config, self._index, self._weights = config, index, weights
         self._groups, self._linear = groups, linear
+        self._normed = _Normed(config, groups)
 
-    def __call__(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attention
+    def __call__(self, x: torch.Tensor, places: Places, attend: Attention) -> torch.Tensor:
+        h, recompute = self._norm("input_layernorm", x)
+        attended = self._attention(h, recompute, places, attend)
+        added = self._output("attention", attended, x, h)
+        if self._config.parallel:
+            return x + added + self._output("mlp", self._mlp(h, recompute), x, h)
+        x = x + added
+        h, recompute = self._norm("post_attention_layernorm", x)
+        return x + self._output("mlp", self._mlp(h, recompute), x, h)
+
+    def _output(
+        self, block: str, out: torch.Tensor, x: torch.Tensor, h: torch.Tensor
     ) -> torch.Tensor:
-        layer, groups, i = self._weights, self._groups, self._index
-        h, recompute = self._norm("input_layernorm", layer.input_norm, x)
-        out = self._attention(h, recompute, cos, sin, attend)
-        x = x + mix.add_bottlenecks(out, x, h, (i, "attention_bottleneck"), groups)
-        h, recompute = self._norm("post_attention_layernorm", layer.post_norm, x)
-        out = self._mlp(h, recompute)
-        return x + mix.add_bottlenecks(out, x, h, (i, "mlp_bottleneck"), groups)
+        """What a block with input h and output `out` adds to the residual stream x."""
+        out, _ = self._norm(f"{block}_output_norm", out)
+        out = mix.add_bottlenecks(out, x, h, (self._index, f"{block}_bottleneck"), self._groups)
+        scale = self._config.residual_scale
+        return out if scale == 1 else out * scale
 
-    def _norm(
-        self, name: str, weight: torch.Tensor, x: torch.Tensor
-    ) -> tuple[torch.Tensor, Recompute | None]:
-        return _norm((self._index, name), weight, x, self._config.rms_norm_eps, self._groups)
+    def _norm(self, name: str, x: torch.Tensor) -> tuple[torch.Tensor, Recompute | None]:
+        """The normed x, or x itself if the layer does not have the norm."""
+        weight = self._weights.norms[name]
+        if weight is None:
+            return x, None
+        bias = self._weights.norm_biases.get(name)
+        return self._normed((self._index, name), weight, bias, x)
 
     def _attention(
         self,
         x: torch.Tensor,
         recompute: Recompute | None,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
+        places: Places,
         attend: Attention,
     ) -> torch.Tensor:
-        config, weights = self._config, self._weights
+        config = self._config
         qkv = self._project("qkv", x, recompute)  # [T, q_size + 2 * kv_size]
-        in_place = torch.is_grad_enabled() and weights.q_norm is None
+        rotary = config.layer_rope(self._index)
+        cos, sin = places.ropes[max(rotary, 0)]
+        in_place = (
+            torch.is_grad_enabled()
+            and rotary != NO_ROPE
+            and not (config.qk_norm or config.rope_interleaved)
+            and 2 * cos.shape[-1] == config.head_dim
+        )
         if in_place:
             qkv = autograd.rotate_first_(qkv, config.num_heads + config.num_kv_heads, cos, sin)
-        q, k, v = (  # [T, heads, head_dim], [T, kv_heads, head_dim] twice
-            part.reshape(len(x), -1, config.head_dim)
-            for part in torch.split(qkv, [config.q_size, config.kv_size, config.kv_size], dim=-1)
-        )
-        if weights.q_norm is not None and weights.k_norm is not None:
-            q, _ = self._norm("q_norm", weights.q_norm, q)
-            k, _ = self._norm("k_norm", weights.k_norm, k)
-        if not in_place:
-            q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin)
+        q, k, v = torch.split(qkv, [config.q_size, config.kv_size, config.kv_size], dim=-1)
+        q, k = self._head_norm("q_norm", q), self._head_norm("k_norm", k)
+        v = v.reshape(len(x), -1, config.head_dim)  # [T, kv_heads, head_dim]
+        if rotary != NO_ROPE and not in_place:
+            q = rope.rotate(q, cos, sin, interleaved=config.rope_interleaved)
+            k = rope.rotate(k, cos, sin, interleaved=config.rope_interleaved)
+        if places.query_scale is not None:
+            q = q * places.query_scale
         return self._project("o", attend(self._index, q, k, v))
 
+    def _head_norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """Queries or keys [T, heads * head_dim], normed and as heads [T, heads, head_dim]."""
+        config = self._config
+        if config.qk_norm_span is NormSpan.ALL:
+            x, _ = self._norm(name, x.contiguous())
+        x = x.reshape(len(x), -1, config.head_dim)
+        return x if config.qk_norm_span is NormSpan.ALL else self._norm(name, x)[0]
+
     def _mlp(self, x: torch.Tensor, recompute: Recompute | None) -> torch.Tensor:
-        gate_up = self._project("gate_up", x, recompute)  # [T, 2 * intermediate]
-        if torch.is_grad_enabled():
+        config = self._config
+        gate_up = self._project("gate_up", x, recompute)  # [T, 2 * intermediate], or only up
+        if config.gated and config.activation is Gate.SILU and torch.is_grad_enabled():
             return self._project("down", *autograd.silu_mul(gate_up))
+        activation = _ACTIVATIONS[config.activation]
+        if not config.gated:
+            return self._project("down", activation(gate_up))
         gate, up = gate_up.chunk(2, dim=-1)
-        return self._project("down", torch.nn.functional.silu(gate) * up)
+        return self._project("down", activation(gate) * up)
 
     def _project(
         self, fused: str, x: torch.Tensor, recompute: Recompute | None = None
@@ -171,7 +307,8 @@ class _Layer:
             y = self._linear(matrix, z)
             return y if bias is None else y + bias.to(y.dtype)
 
-        modules = list(zip(FUSED[fused], matrix.rows, strict=True))
+        shapes = self._config.projection_shapes()
+        modules = [(name, shapes[name][1]) for name in self._config.fused[fused]]
         if self._groups and all(group.span is not None for group in self._groups):
             return spans.project(product, x, self._index, fused, modules, self._groups, recompute)
         return mix.project(product, x, self._index, fused, modules, self._groups)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Protocol
 
@@ -14,6 +14,7 @@ import torch
 from loraplex_model.adapters.pack import PackedAdapter
 from loraplex_model.adapters.table import Merged, SlotTable
 from loraplex_model.base.batch import ForwardBatch
+from loraplex_model.base.config import DecoderConfig
 from loraplex_model.base.weights import BaseWeights
 from loraplex_model.decoder import flash
 from loraplex_model.decoder.cuda import support
@@ -103,10 +104,11 @@ def open_decoder(
     """
     device, dtype = weights.embed.device.type, weights.embed.dtype
     size = block_size(weights)
+    if not kernels_compute(weights.config):
+        return ReferenceDecoder(weights, _blocks(num_blocks, size), size, num_slots)
     if device == "cuda" and (why := _obstacle(weights)) is None:
         return _on_cuda(weights, num_blocks, num_slots, max_positions, cache, serving)
-    if not isinstance(num_blocks, int):
-        num_blocks = num_blocks(size, {})
+    num_blocks = _blocks(num_blocks, size)
     if device == "cpu" and dtype in (torch.float32, torch.bfloat16):
         try:
             return NativeDecoder(
@@ -126,6 +128,16 @@ def open_decoder(
             reasons.append(f"attention computes one sequence after the other: {slow}")
         log.warning("expect decoding to be many times slower: %s", "; ".join(reasons))
     return ReferenceDecoder(weights, num_blocks, size, num_slots)
+
+
+def kernels_compute(config: DecoderConfig) -> bool:
+    """Whether the hand-written kernels know all features of a family."""
+    plain = {each.name: each.default for each in fields(config) if each.default is not MISSING}
+    return all(getattr(config, name) == value for name, value in plain.items())
+
+
+def _blocks(num_blocks: int | CacheSize, size: int) -> int:
+    return num_blocks if isinstance(num_blocks, int) else num_blocks(size, {})
 
 
 def _obstacle(weights: BaseWeights) -> str | None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from loraplex_model.adapters.merge import merge_layers
 from loraplex_model.adapters.mix import groups_of
@@ -67,6 +68,7 @@ class ReferenceDecoder:
             groups_of(batch, self.table, sequences.tolist(), device),
             self._linear,
             PagedAttention(config, self.keys, self.values, batch),
+            is_long=_long_tokens(batch, counts, device),
         )
         wanted = torch.from_numpy(batch.logit_rows).to(device).long()
         groups = groups_of(batch, self.table, sequences[batch.logit_rows].tolist(), device)
@@ -83,6 +85,15 @@ class ReferenceDecoder:
         """Writes keys and values [layers, n, kv_heads, head_dim] to the start of `blocks`."""
         write_blocks(blocks, keys, self.keys)
         write_blocks(blocks, values, self.values)
+
+
+def _long_tokens(
+    batch: ForwardBatch, counts: NDArray[np.int32], device: torch.device
+) -> torch.Tensor | None:
+    """Whether each token is of a long sequence, bool [T]; None if none is."""
+    if not batch.is_long.any():
+        return None
+    return torch.from_numpy(np.repeat(batch.is_long, counts)).to(device)
 
 
 def write_blocks(

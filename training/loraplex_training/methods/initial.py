@@ -113,7 +113,7 @@ def _loftq(
     scale: float,
 ) -> Pair:
     served = weight(base, site)
-    name = tensor_name(*site)
+    name = tensor_name(base.config.architecture, *site)
     try:
         original = source.read(name).to(served.device, torch.float32)
     except Refusal as error:
@@ -145,7 +145,7 @@ def _open(source: str) -> TensorSource:
     if not path.exists():
         raise ValueError(f"there is no {path}")
     found = open_source(path)
-    if prequantised.is_nf4(found, tensor_name(0, "q_proj")):
+    if prequantised.is_nf4(found, tensor_name("LlamaForCausalLM", 0, "q_proj")):
         raise ValueError(f"{path} is quantised itself; give the weights before that")
     return found
 

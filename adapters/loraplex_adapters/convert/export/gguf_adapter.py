@@ -53,7 +53,7 @@ def write_gguf(
     kind, file_type = kinds[dtype]
     alpha = Counter(found.rank for found in factors.values()).most_common(1)[0][0]
     names = GgufNames(FAMILIES[config.architecture].gguf, config.num_layers)
-    places = {site: tensor_name(site, names) for site in factors}
+    places = {site: tensor_name(site, config.architecture, names) for site in factors}
     target.mkdir()
     writer = GGUFWriter(target / FILE, FAMILIES[config.architecture].gguf)
     writer.add_type(GGUFType.ADAPTER)
@@ -78,13 +78,13 @@ def write_gguf(
     writer.close()
 
 
-def tensor_name(site: Site, names: GgufNames) -> str:
+def tensor_name(site: Site, architecture: str, names: GgufNames) -> str:
     """Name of a module's weight in llama.cpp."""
     layer, name = site
     if layer == MODEL:
         ours = {"embed_tokens": families.EMBED, "lm_head": families.LM_HEAD}[name]
     else:
-        ours = families.tensor_name(layer, name)
+        ours = families.tensor_name(architecture, layer, name)
     theirs = names.of(ours)
     if theirs is None:
         raise Refusal(Reason.EXPORT_UNSUPPORTED, f"llama.cpp has no name for {ours}", "format")

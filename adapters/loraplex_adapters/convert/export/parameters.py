@@ -81,7 +81,7 @@ def merged_form(config: DecoderConfig, delta: AdapterDelta) -> Form:
     biased = set(config.biased)
     for key, names in (("attention_bias", PROJECTIONS[:4]), ("mlp_bias", PROJECTIONS[4:])):
         if missing := sorted(changed.intersection(names) - biased):
-            if key not in families.FAMILIES[config.architecture].bias_options:
+            if key not in families.FAMILIES[config.architecture].settings.values():
                 message = f"{config.architecture} cannot have a bias at {missing[0]}"
                 raise _unsupported(message)
             overrides[key] = True
@@ -96,19 +96,21 @@ def merged_form(config: DecoderConfig, delta: AdapterDelta) -> Form:
 
 def parameters(weights: BaseWeights, delta: AdapterDelta, form: Form) -> Iterator[Parameter]:
     """Every tensor of the merged checkpoint, in the order of the model."""
+    architecture = weights.config.architecture
     embed = delta.at(EMBEDDING, RowsDelta)
     yield _vocabulary(families.EMBED, weights.embed, embed, transposed=True)
     for index, layer in enumerate(weights.layers):
         for name, weight in layer.norms.items():
             if weight is not None:
-                yield _norm(tensor_name(index, name), weight, delta.at((index, name), NormDelta))
+                own_name = tensor_name(architecture, index, name)
+                yield _norm(own_name, weight, delta.at((index, name), NormDelta))
         for name in PROJECTIONS:
             site = index, name
             matrix, change = own_matrix(weights, site), delta.at(site, ProjectionDelta)
-            yield _projection(tensor_name(*site), matrix, change)
+            yield _projection(tensor_name(architecture, *site), matrix, change)
             if name in form.biased:
                 bias = own_bias(weights, site)
-                yield _bias(tensor_name(*site, "bias"), bias, matrix.shape[0], change)
+                yield _bias(tensor_name(architecture, *site, "bias"), bias, matrix.shape[0], change)
     yield _norm(families.NORM, weights.norm, delta.at((MODEL, "norm"), NormDelta))
     if not form.tied:
         head = delta.at(HEAD, RowsDelta)

@@ -8,29 +8,51 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from loraplex_model.base import families
-from loraplex_model.base.config import PROJECTIONS
-from loraplex_model.base.families import Family
+from loraplex_model.base.config import JOINED, DecoderConfig
 from loraplex_model.base.refusal import Refusal, model_invalid, model_unsupported
 
-ROPE_FACTORS = "rope_freqs.weight"
-"""Divisors of the rotary frequencies (Llama 3's scaling), float32 [head_dim / 2]."""
-
 EMBED = "token_embd.weight"
+
+FACTORS = "rope_freqs.weight"
+"""Divisors of the rotary frequencies (Llama 3's scaling), float32 [rotated / 2]."""
+
+LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
+"""Divisors for sequences of more tokens than the original context, and for others (LongRoPE)."""
 
 _HARMLESS = re.compile(r"blk\.\d+\.attn_rot_embd(\.weight)?")
 """Rotary frequencies of early converters. llama.cpp skips them: they follow from the metadata."""
 
 _EXPERT = re.compile(r"blk\.\d+\.(ffn_\w+_(exps|shexp|chexps)|ffn_gate_inp\w*|ffn_\w+\.\d+)\..*")
+_BIAS = re.compile(r"blk\.\d+\.(\w+)\.bias")
 _LAYER = re.compile(r"blk\.(\d+)\..*")
 
-_OPTIONAL_BIASES = ("q_proj", "k_proj", "v_proj", "o_proj")
+BIASED = {
+    "qkv_bias": ("attn_q", "attn_k", "attn_v", "attn_qkv"),
+    "o_bias": ("attn_output",),
+    "mlp_bias": ("ffn_gate", "ffn_up", "ffn_down"),
+}
+"""The modules whose biases a field of `DecoderConfig` stands for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Rows `first` to `end` of a tensor; all if `end` is None. `end` 0 stands for `first` zeros."""
+
+    tensor: str
+    first: int = 0
+    end: int | None = None
+
+
+Pieces = tuple[Piece, ...]
+"""What a Hugging Face tensor is made of, in order."""
 
 
 class GgufNames:
-    """GgufNames in the files of one GGUF architecture.
+    """Names in the files of one GGUF architecture.
 
     Raises `Refusal` (MODEL_UNSUPPORTED) if the `gguf` package does not know the architecture.
     """
@@ -41,7 +63,7 @@ class GgufNames:
 
         kinds = {name: kind for kind, name in MODEL_ARCH_NAMES.items()}
         if architecture not in kinds:
-            raise model_unsupported(f"the gguf package does not know {architecture!r}; update it")
+            raise model_unsupported(f"llama.cpp has no architecture {architecture!r}")
         self._map = get_tensor_name_map(kinds[architecture], layers)
 
     def of(self, tensor: str) -> str | None:
@@ -51,49 +73,111 @@ class GgufNames:
         return None if found is None else f"{found}.{kind}"
 
 
+def biased_modules(tensors: Collection[str]) -> set[str]:
+    """llama.cpp's names of the modules that have a bias in any layer."""
+    found = (_BIAS.fullmatch(name) for name in tensors)
+    return {match[1] for match in found if match}
+
+
 def assign(
-    path: Path, tensors: Collection[str], architecture: str, family: Family, layers: int
-) -> tuple[Mapping[str, str], frozenset[str]]:
-    """The GGUF name of every tensor that the decoder uses, by its Hugging Face name.
+    path: Path,
+    tensors: Collection[str],
+    architecture: str,
+    config: DecoderConfig,
+    used: Collection[str],
+) -> Mapping[str, Pieces]:
+    """The pieces of every tensor that the decoder reads, by its Hugging Face name.
 
-    The second value are the Hugging Face names of biases that the file lacks while it has others
-    of the same option: they are zero.
+    Args:
+        tensors: names in the file.
+        used: those that are used in another way.
 
-    Raises `Refusal`: MODEL_INVALID for a missing tensor, MODEL_UNSUPPORTED for one that would not
-    be used. Both name it.
+    Raises:
+        Refusal: MODEL_INVALID for a missing tensor, MODEL_UNSUPPORTED for one that would not be
+            used. Both name it.
     """
-    names = GgufNames(architecture, layers)
-    found, absent = dict[str, str](), set[str]()
-    for tensor, is_required in _tensors(family, layers):
-        name = names.of(tensor)
-        if name is not None and name in tensors:
-            found[tensor] = name
-        elif is_required:
-            raise model_invalid(f"{path} has no tensor {name} ({tensor})")
-        elif name is not None:
-            absent.add(tensor)
-    is_biased = any(tensor.endswith(".bias") for tensor in found)
-    for name in sorted(set(tensors) - set(found.values())):
-        if name != ROPE_FACTORS and not _HARMLESS.fullmatch(name):
+    layers = config.num_layers
+    place = _Places(tensors, architecture, config)
+    found: dict[str, Pieces] = {}
+    for layer, module, kind in _wanted(config):
+        for tensor, pieces in place.of(layer, module, kind):
+            if pieces is None:
+                name = place.names.of(tensor) or tensor
+                raise model_invalid(f"{path} has no tensor {name} ({tensor})")
+            found[tensor] = pieces
+    taken = {piece.tensor for pieces in found.values() for piece in pieces} | {*used}
+    for name in sorted(set(tensors) - taken):
+        if not _HARMLESS.fullmatch(name):
             raise _unused(path, name, architecture, layers)
-    zeros = {tensor for tensor in absent if tensor.endswith(".bias")} if is_biased else set[str]()
-    return found, frozenset(zeros)
+    return found
 
 
-def _tensors(family: Family, layers: int) -> Iterator[tuple[str, bool]]:
-    """`(Hugging Face name, whether it is required)` of every tensor that the family can have."""
-    yield families.EMBED, True
-    yield families.NORM, True
-    yield families.LM_HEAD, False
-    norms = ["input_layernorm", "post_attention_layernorm", *("q_norm", "k_norm") * family.qk_norm]
-    for layer in range(layers):
-        for module in (*norms, *PROJECTIONS):
-            yield families.tensor_name(layer, module), True
-        for module in _OPTIONAL_BIASES:
-            if family.qkv_bias and module != "o_proj":
-                yield families.tensor_name(layer, module, "bias"), True
-            elif "attention_bias" in family.bias_options:
-                yield families.tensor_name(layer, module, "bias"), False
+def _wanted(config: DecoderConfig) -> Iterator[tuple[int | None, str, str]]:
+    """Layer, module and kind of every tensor that the conversion reads.
+
+    The layer is None for the model's own, whose module is their whole name.
+    """
+    yield None, families.EMBED, ""
+    yield None, families.NORM, ""
+    if config.norm_bias:
+        yield None, families.NORM_BIAS, ""
+    if not config.tie_embeddings:
+        yield None, families.LM_HEAD, ""
+    for layer in range(config.num_layers):
+        for site in config.norm_widths():
+            yield layer, site, "weight"
+            if config.norm_bias and site not in ("q_norm", "k_norm"):
+                yield layer, site, "bias"
+        for module in config.module_shapes():
+            yield layer, module, "weight"
+            if module in config.biased:
+                yield layer, module, "bias"
+
+
+class _Places:
+    """Finds the tensors of a file that a Hugging Face tensor is made of."""
+
+    def __init__(self, tensors: Collection[str], architecture: str, config: DecoderConfig) -> None:
+        self.names = GgufNames(architecture, config.num_layers)
+        self._tensors, self._config = tensors, config
+        family = families.FAMILIES[config.architecture]
+        biased = {field for field in BIASED if field not in family.fixed}
+        self._may_lack = {f"{name}.bias" for field in biased for name in BIASED[field]}
+
+    def of(self, layer: int | None, module: str, kind: str) -> Iterator[tuple[str, Pieces | None]]:
+        """Hugging Face's tensors of a module, and the pieces of each; None if it is missing."""
+        if layer is None:
+            yield module, self._whole(module)
+            return
+        tensor = families.tensor_name(self._config.architecture, layer, module, kind)
+        if "{head}" in tensor:
+            width = self._config.norm_widths()[module] // self._config.head_dim
+            name = self.names.of(tensor.replace(".norms.{head}", ""))
+            for head in range(width):
+                there = name is not None and name in self._tensors
+                pieces = (Piece(str(name), head, head + 1),) if there else None
+                yield tensor.format(head=head), pieces
+            return
+        yield tensor, self._whole(tensor) or self._parts(layer, module, kind)
+
+    def _whole(self, tensor: str) -> Pieces | None:
+        name = self.names.of(tensor)
+        return (Piece(name),) if name is not None and name in self._tensors else None
+
+    def _parts(self, layer: int, module: str, kind: str) -> Pieces | None:
+        """A module that the file holds in parts, or in one with others, or as a bias of zeros."""
+        at, config = f"blk.{layer}", self._config
+        parts = [f"{at}.{name}.{kind}" for name in BIASED["qkv_bias"][:3]]
+        joined = f"{at}.attn_qkv.{kind}"
+        if module == JOINED["qkv"] and all(part in self._tensors for part in parts):
+            return tuple(Piece(part) for part in parts)
+        if module in ("q_proj", "k_proj", "v_proj") and joined in self._tensors:
+            _, first, count = config.place(module)
+            return (Piece(joined, first, first + count),)
+        name = self.names.of(families.tensor_name(config.architecture, layer, module, "bias"))
+        if kind == "bias" and name is not None and name.split(".", 2)[2] in self._may_lack:
+            return (Piece("", config.module_shapes()[module][1], 0),)
+        return None
 
 
 def _unused(path: Path, name: str, architecture: str, layers: int) -> Refusal:

@@ -16,8 +16,11 @@ _THETA = 10000.0
 """Base of the frequencies of a file that states none."""
 
 
-def rope_parameters(settings: GgufSettings, context: int) -> dict[str, Any]:
+def rope_parameters(settings: GgufSettings, context: int, *, two_lengths: bool) -> dict[str, Any]:
     """Reads the keys below `rope.` other than the number of rotated dimensions.
+
+    `two_lengths` is True for a file with divisors of the frequencies for short and for long
+    sequences; the caller adds those.
 
     Raises `Refusal` (MODEL_UNSUPPORTED) for scaling that cannot be stated exactly.
     """
@@ -25,6 +28,16 @@ def rope_parameters(settings: GgufSettings, context: int) -> dict[str, Any]:
         "rope_type": "default",
         "rope_theta": settings.number("rope.freq_base", _THETA),
     }
+    if two_lengths:
+        settings.expect("rope.scaling.type", "longrope", "none", "linear")
+        settings.expect("rope.scaling.factor", 1)
+        return plain | {
+            "rope_type": "longrope",
+            "original_max_position_embeddings": settings.integer(
+                "rope.scaling.original_context_length"
+            ),
+            "attention_factor": settings.number("rope.scaling.attn_factor"),
+        }
     # linear is llama.cpp's default; scale_linear is the name of the factor in early files
     kind = settings.text("rope.scaling.type", "linear")
     early = settings.number("rope.scale_linear", 1.0)

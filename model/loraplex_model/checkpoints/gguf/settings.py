@@ -40,28 +40,43 @@ class GgufSettings:
         """A positive integer; `default` None for one that must exist."""
         value = self._value(key, default)
         if type(value) is not int or not 0 < value < _MOST:
-            raise self._invalid(key, value, "a positive integer")
+            raise self.invalid(key, value, "a positive integer")
         return value
 
-    def natural(self, key: str) -> int:
-        """An integer from 0 on; 0 for a key that does not exist."""
-        value = self._value(key, 0)
+    def natural(self, key: str, default: int | None) -> int:
+        """An integer from 0 on; `default` None for one that must exist."""
+        value = self._value(key, default)
         if type(value) is not int or not 0 <= value < _MOST:
-            raise self._invalid(key, value, "0 or a positive integer")
+            raise self.invalid(key, value, "0 or a positive integer")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
         """A finite number above 0; `default` None for one that must exist."""
         value = self._value(key, default)
         if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise self._invalid(key, value, "a finite number above 0")
+            raise self.invalid(key, value, "a finite number above 0")
         return float(value)
+
+    def at_least_zero(self, key: str, default: float | None) -> float:
+        """A finite number from 0 on; `default` None for one that must exist."""
+        value = self._value(key, default)
+        if type(value) not in (int, float) or not 0 <= value < math.inf:
+            raise self.invalid(key, value, "a finite number from 0 on")
+        return float(value)
+
+    def list(self, key: str) -> list[Any] | None:
+        """A list with a value for each layer; None if the key has none or one value for all."""
+        value = self._values.get(key)
+        if not isinstance(value, list):
+            return None
+        self._unread.discard(key)
+        return value
 
     def text(self, key: str, default: str) -> str:
         """A string."""
         value = self._value(key, default)
         if not isinstance(value, str):
-            raise self._invalid(key, value, "a string")
+            raise self.invalid(key, value, "a string")
         return value
 
     def expect(self, key: str, *allowed: Any) -> None:
@@ -80,6 +95,10 @@ class GgufSettings:
                 return
         raise self.unsupported(key, f"supported: {', '.join(map(repr, allowed))}")
 
+    def is_unread(self, key: str) -> bool:
+        """Whether the key exists and was neither read nor ignored."""
+        return key in self._unread
+
     def ignore(self, key: str) -> None:
         """Marks a key as one that changes no computation."""
         self._unread.discard(key)
@@ -96,6 +115,11 @@ class GgufSettings:
             f"{self._path} has {self._prefix}{key} = {shown}, which would not be computed; {why}"
         )
 
+    def invalid(self, key: str, value: Any, wanted: str) -> Refusal:
+        """The refusal of a key with a value that makes no sense."""
+        at = f"{self._path} has {self._prefix}{key}"
+        return model_invalid(f"{at} = {_shown(value)}; it must be {wanted}")
+
     def _value(self, key: str, default: Any) -> Any:
         self._unread.discard(key)
         value = self._values.get(key, default)
@@ -106,10 +130,6 @@ class GgufSettings:
                 raise self.unsupported(key, "layers that differ in it are not supported")
             value = value[0] if value else None
         return value
-
-    def _invalid(self, key: str, value: Any, wanted: str) -> Refusal:
-        at = f"{self._path} has {self._prefix}{key}"
-        return model_invalid(f"{at} = {_shown(value)}; it must be {wanted}")
 
 
 def _shown(value: Any) -> str:

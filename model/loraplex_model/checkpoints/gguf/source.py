@@ -1,9 +1,9 @@
 """GGUF files as a source of Hugging Face tensors.
 
 The file has its own configuration, with llama.cpp's key names, and quantised tensors, with
-llama.cpp's tensor names. For the "llama" architecture (Llama and Mistral) the rows of q and k are
-stored interleaved in pairs within each head; this module restores Hugging Face's two halves. The
-`gguf` package dequantises values to float32.
+llama.cpp's tensor names. In the files of some architectures the rows of q and k are interleaved in
+pairs within each head, and this module restores Hugging Face's two halves; Gemma's norms hold
+1 + w. The `gguf` package dequantises values to float32.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from loraplex_model.base import families
+from loraplex_model.base.families import FAMILIES
+from loraplex_model.base.hf_config import decoder_config
 from loraplex_model.base.refusal import model_invalid, model_unsupported
 from loraplex_model.checkpoints.gguf import keys, kinds, names, parts
+from loraplex_model.checkpoints.gguf.architectures import ARCHITECTURES, GgufArchitecture
 from loraplex_model.checkpoints.gguf.header import GgufFile, GgufTensor
+from loraplex_model.checkpoints.gguf.names import Piece
 from loraplex_model.checkpoints.gguf.settings import GgufSettings
-
-_FAMILIES = {family.gguf: family for family in reversed(list(families.FAMILIES.values()))}
-"""The first family of each GGUF architecture: Mistral's files are read as Llama's."""
 
 _END_TOKENS = ("eos_token_id", "eos_token_ids", "eot_token_id", "eom_token_id")
 
@@ -40,30 +40,31 @@ class GgufSource:
         self._tensors: dict[str, tuple[GgufFile, GgufTensor]] = {
             name: (file, tensor) for file in files for name, tensor in file.tensors.items()
         }
-        kinds.refuse_others(path, self._metadata, self._tensors, _FAMILIES)
+        kinds.refuse_others(path, self._metadata, self._tensors, ARCHITECTURES)
         architecture = str(self._metadata["general.architecture"])
-        self._family = _FAMILIES[architecture]
-        config = keys.config_of(GgufSettings(path, architecture, self._metadata))
-        self._names, self._zeros = self._assign(architecture, config["num_hidden_layers"])
-        self.config: Mapping[str, Any] = config | self._ends_and_shape()
+        row = ARCHITECTURES[architecture]
+        settings = GgufSettings(path, architecture, self._metadata)
+        config = keys.config_of(settings, row, self._tensors)
+        self._family = FAMILIES[config["architectures"][0]]
+        config |= self._from_tensors(config)
+        used, self.rope_divisors = self._add_divisors(row, config)
+        self.config: Mapping[str, Any] = config
+        decoder = decoder_config(config)
+        self._pieces = names.assign(path, self._tensors, architecture, decoder, used)
+        self._offset = decoder.norm_offset
         self.generation_config: Mapping[str, Any] = {"eos_token_id": self._end_tokens()}
         self.has_tokenizer = "tokenizer.ggml.model" in self._metadata
-        self.rope_divisors: tuple[float, ...] = ()
-        if names.ROPE_FACTORS in self._tensors:
-            self.rope_divisors = self._rope_divisors()
 
     def names(self) -> Collection[str]:
         """See `TensorSource`."""
-        return self._names.keys() | self._zeros
+        return self._pieces.keys()
 
     def read(self, name: str) -> torch.Tensor:
         """See `TensorSource`: float32, in Hugging Face's layout."""
-        if name in self._zeros:
-            weight = self._tensors[self._names[name.removesuffix("bias") + "weight"]][1]
-            return torch.zeros(weight.shape[:1])
-        if name not in self._names:
+        if name not in self._pieces:
             raise model_invalid(f"{self._path} has no tensor for {name}")
-        values = self._dequantise(self._names[name])
+        found = [self._piece(piece) for piece in self._pieces[name]]
+        values = found[0] if len(found) == 1 else torch.cat(found)
         heads = {
             ".q_proj.": self.config["num_attention_heads"],
             ".k_proj.": self.config["num_key_value_heads"],
@@ -72,14 +73,23 @@ class GgufSource:
             for part, count in heads.items():
                 if part in name:
                     values = self._halves(name, values, count)
+        if self._offset and name.endswith("norm.weight"):
+            values = values - self._offset
         return values
 
-    def _assign(self, architecture: str, layers: int) -> tuple[Mapping[str, str], frozenset[str]]:
-        if layers > len(self._tensors):
+    def _piece(self, piece: Piece) -> torch.Tensor:
+        if piece.end == 0:
+            return torch.zeros(piece.first)
+        values = self._dequantise(piece.tensor)
+        if piece.end is None:
+            return values
+        if values.ndim == 0 or piece.end > values.shape[0]:
             raise model_invalid(
-                f"{self._path} states {layers} layers, but it holds {len(self._tensors)} tensors"
+                f"{self._path}: {piece.tensor} has shape {list(values.shape)}, but the settings "
+                f"need {piece.end} rows or more"
             )
-        return names.assign(self._path, self._tensors.keys(), architecture, self._family, layers)
+        rows = values[piece.first : piece.end]
+        return rows[0] if values.ndim == 2 and piece.end == piece.first + 1 else rows
 
     def _dequantise(self, gguf_name: str) -> torch.Tensor:
         from gguf import GGMLQuantizationType
@@ -99,24 +109,64 @@ class GgufSource:
     def _halves(self, name: str, rows: torch.Tensor, heads: int) -> torch.Tensor:
         if rows.ndim == 0 or rows.shape[0] % (2 * heads):
             raise model_invalid(
-                f"{self._path}: {self._names[name]} has shape {list(rows.shape)}, which is not a "
+                f"{self._path}: the tensor of {name} has shape {list(rows.shape)}, which is not a "
                 f"whole number of pairs for each of {heads} heads"
             )
         return halves(rows, heads)
 
-    def _rope_divisors(self) -> tuple[float, ...]:
-        if self.config["rope_parameters"]["rope_type"] != "default":
+    def _from_tensors(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Entries of config.json that follow from the tensors, and the ends of a text."""
+        shape = self._tensors[names.EMBED][1].shape if names.EMBED in self._tensors else ()
+        if len(shape) != 2:
+            raise model_invalid(
+                f"{self._path} has no tensor {names.EMBED} with a row for each token"
+            )
+        biased = names.biased_modules(self._tensors)
+        options: dict[str, Any] = {}
+        for name, modules in names.BIASED.items():
+            option = self._family.settings.get(name)
+            if isinstance(option, str):
+                options[option] = options.get(option, False) or not biased.isdisjoint(modules)
+        return options | {
+            "vocab_size": shape[0],
+            "tie_word_embeddings": "output.weight" not in self._tensors,
+            "bos_token_id": self._metadata.get("tokenizer.ggml.bos_token_id"),
+            "eos_token_id": self._metadata.get("tokenizer.ggml.eos_token_id"),
+            "pad_token_id": self._metadata.get("tokenizer.ggml.padding_token_id"),
+        }
+
+    def _add_divisors(
+        self, row: GgufArchitecture, config: dict[str, Any]
+    ) -> tuple[set[str], tuple[float, ...]]:
+        """Adds LongRoPE's divisors to `config`.
+
+        Returns the names of all tensors of divisors, and those of Llama 3's scaling.
+        """
+        parameters, width = config["rope_parameters"], config["head_dim"]
+        if parameters.get("rope_type") == "longrope":
+            # Phi-3's configuration has the original context outside of the rotary parameters too
+            original = "original_max_position_embeddings"
+            config[original] = parameters[original]
+            width = int(width * parameters.get("partial_rotary_factor", 1.0))
+            parameters["long_factor"] = self._divisors(names.LONG_FACTORS, width)
+            parameters["short_factor"] = self._divisors(names.SHORT_FACTORS, width)
+            return {names.LONG_FACTORS, names.SHORT_FACTORS}, ()
+        if not row.divided or names.FACTORS not in self._tensors:
+            return set(), ()
+        if parameters["rope_type"] != "default":
             raise model_unsupported(
-                f"{self._path} scales the rotary frequencies twice, by {names.ROPE_FACTORS} and by "
+                f"{self._path} scales the rotary frequencies twice, by {names.FACTORS} and by "
                 "rope.scaling"
             )
-        divisors = self._dequantise(names.ROPE_FACTORS)
-        width = self.config["head_dim"]
+        return {names.FACTORS}, tuple(self._divisors(names.FACTORS, width))
+
+    def _divisors(self, name: str, width: int) -> list[float]:
+        if name not in self._tensors:
+            raise model_invalid(f"{self._path} has no tensor {name}")
+        divisors = self._dequantise(name)
         if divisors.shape != (width // 2,) or not bool((divisors > 0).all()):
-            raise model_invalid(
-                f"{self._path}: {names.ROPE_FACTORS} must hold {width // 2} numbers above 0"
-            )
-        return tuple(divisors.tolist())
+            raise model_invalid(f"{self._path}: {name} must hold {width // 2} numbers above 0")
+        return [float(divisor) for divisor in divisors]
 
     def _end_tokens(self) -> list[Any]:
         """Ends of text, turn and message, at each of which llama.cpp ends a generation."""
@@ -125,20 +175,6 @@ class GgufSource:
             value = self._metadata.get(f"tokenizer.ggml.{key}")
             found += value if isinstance(value, list) else [value]
         return found
-
-    def _ends_and_shape(self) -> dict[str, Any]:
-        embeddings = self._tensors[names.EMBED][1].shape
-        if len(embeddings) != 2:
-            raise model_invalid(f"{self._path}: {names.EMBED} has shape {list(embeddings)}")
-        return {
-            "model_type": self._family.model_type,
-            "vocab_size": embeddings[0],
-            "tie_word_embeddings": families.LM_HEAD not in self._names,
-            "attention_bias": any(name.endswith(".bias") for name in self._names),
-            "bos_token_id": self._metadata.get("tokenizer.ggml.bos_token_id"),
-            "eos_token_id": self._metadata.get("tokenizer.ggml.eos_token_id"),
-            "pad_token_id": self._metadata.get("tokenizer.ggml.padding_token_id"),
-        }
 
 
 def halves(rows: torch.Tensor, heads: int) -> torch.Tensor:

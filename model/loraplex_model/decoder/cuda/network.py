@@ -84,6 +84,8 @@ class Network:
             own.embed(x, step.tokens, last_tokens, config.vocab_size)
         added = None
         for i, layer in enumerate(weights.layers):
+            assert layer.input_norm is not None
+            assert layer.post_norm is not None
             rows.norm_residual(x, added, layer.input_norm, normed, eps)
             if own is not None:
                 own.norm((i, "input_layernorm"), layer.input_norm, x, normed)

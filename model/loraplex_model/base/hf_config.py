@@ -1,0 +1,237 @@
+"""From a Hugging Face configuration to a `DecoderConfig`, by the rows of `families`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from loraplex_model.base.config import NO_ROPE, DecoderConfig, Rope
+from loraplex_model.base.families import ACTIVATIONS, FAMILIES, TEXT_PARTS, Family
+from loraplex_model.base.refusal import model_invalid, model_unsupported
+
+SCALINGS = ("linear", "llama3", "yarn", "dynamic", "longrope")
+"""Supported kinds of RoPE scaling.
+
+"dynamic" changes the frequencies only beyond the context for which the checkpoint was made, which
+is never served. "longrope" has two sets of them, by the length of the whole sequence.
+"""
+
+
+def decoder_config(raw: Mapping[str, Any]) -> DecoderConfig:
+    """Reads the contents of a `config.json`.
+
+    Raises:
+        Refusal: the architecture is not supported, needs code of its own, or has a feature that
+            the decoder lacks.
+    """
+    raw = text_part(raw)
+    architecture = _architecture(raw)
+    family = FAMILIES[architecture]
+    config = _parse(architecture, raw)
+    heads = config.num_attention_heads
+    width = config.head_dim if getattr(config, "head_dim", None) else config.hidden_size // heads
+    values: dict[str, Any] = {
+        "rms_norm_eps": getattr(config, "rms_norm_eps", 0.0),
+        "qkv_bias": False,
+        "o_bias": False,
+        "qk_norm": False,
+        **family.fixed,
+        **_settings(family, config),
+    }
+    _refuse_unsupported(architecture, config, width, values)
+    values |= _rotary(family, config)
+    return DecoderConfig(
+        architecture=architecture,
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_layers=config.num_hidden_layers,
+        num_heads=heads,
+        num_kv_heads=config.num_key_value_heads or heads,
+        head_dim=width,
+        tie_embeddings=bool(config.tie_word_embeddings),
+        sliding_windows=_sliding_windows(family, config),
+        **values,
+    )
+
+
+def text_part(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The configuration of the text decoder, which multimodal models have in a part of theirs."""
+    stated = raw.get("architectures") or []
+    if "text_config" not in raw or not set(stated) <= set(TEXT_PARTS):
+        return raw
+    part = dict(raw["text_config"])
+    part.pop("architectures", None)
+    for key in ("tie_word_embeddings", "quantization_config", "auto_map"):
+        if key in raw:
+            part.setdefault(key, raw[key])
+    return part
+
+
+def _architecture(raw: Mapping[str, Any]) -> str:
+    supported = ", ".join(FAMILIES)
+    if "auto_map" in raw:
+        raise model_unsupported(
+            "the model needs code of its own (auto_map), which is never run; "
+            f"supported architectures: {supported}"
+        )
+    stated = raw.get("architectures") or []
+    if not stated:
+        by_type = {family.model_type: name for name, family in FAMILIES.items()}
+        stated = [by_type.get(raw.get("model_type", ""), raw.get("model_type", "none stated"))]
+    if len(stated) != 1 or stated[0] not in FAMILIES:
+        raise model_unsupported(
+            f"architecture {', '.join(map(str, stated))} is not supported; supported: {supported}"
+        )
+    return str(stated[0])
+
+
+def _parse(architecture: str, raw: Mapping[str, Any]) -> Any:
+    """The configuration as transformers reads it, with defaults and older spellings resolved."""
+    from transformers import CONFIG_MAPPING
+
+    kind = FAMILIES[architecture].model_type
+    if raw.get("model_type", kind) != kind:
+        raise model_invalid(
+            f"config.json states {architecture} but model_type {raw['model_type']!r}"
+        )
+    try:
+        return CONFIG_MAPPING[kind].from_dict(dict(raw))
+    except Exception as error:  # transformers raises many kinds for a malformed configuration
+        raise model_invalid(f"config.json cannot be read: {error}") from error
+
+
+def _settings(family: Family, config: Any) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    activation = "hidden_act"
+    for name, source in family.settings.items():
+        if name == "activation":
+            activation = str(source)
+            continue
+        value = source(config) if callable(source) else getattr(config, source)
+        if value is not None:
+            values[name] = value
+    stated = getattr(config, activation)
+    if stated not in ACTIVATIONS:
+        raise model_unsupported(
+            f"{activation} {stated!r} is not supported; supported are {', '.join(ACTIVATIONS)}"
+        )
+    return values | {"activation": ACTIVATIONS[stated]}
+
+
+def _refuse_unsupported(
+    architecture: str, config: Any, width: int, values: Mapping[str, Any]
+) -> None:
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    faults = {
+        "use_bidirectional_attention": getattr(config, "use_bidirectional_attention", False),
+        "an odd width": any(
+            size % 2 for size in (width, config.hidden_size, config.intermediate_size)
+        ),
+        f"{heads} heads over {kv_heads} key-value heads": heads % (kv_heads or heads) != 0,
+        "an output head that has a scale of 0": values.get("logit_scale") == 0,
+    }
+    for fault, present in faults.items():
+        if present:
+            raise model_unsupported(f"{architecture} with {fault} is not supported")
+
+
+def _sliding_windows(family: Family, config: Any) -> tuple[int | None, ...]:
+    layers: int = config.num_hidden_layers
+    window: int | None = getattr(config, "sliding_window", None)
+    if family.window_everywhere:
+        return (window,) * layers
+    kinds = _layer_types(config)
+    unknown = set(kinds) - {"full_attention", "sliding_attention"}
+    if unknown or len(kinds) != layers:
+        raise model_unsupported(f"layer_types {sorted(set(kinds))} of {len(kinds)} layers")
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def _layer_types(config: Any) -> list[str]:
+    kinds: list[str] = getattr(config, "layer_types", None) or []
+    return kinds or ["full_attention"] * config.num_hidden_layers
+
+
+def _rotary(family: Family, config: Any) -> dict[str, Any]:
+    """The fields of `DecoderConfig` that concern positions."""
+    parameters = config.rope_parameters
+    nested = all(isinstance(value, dict) for value in parameters.values()) and bool(parameters)
+    kinds = _layer_types(config) if nested else ["full_attention"] * config.num_hidden_layers
+    order = sorted(set(kinds))  # full attention first
+    found = [_Rotary(config, kind if nested else None) for kind in order]
+    rotated = family.layer_ropes(config) if family.layer_ropes else [True] * len(kinds)
+    if len(rotated) != config.num_hidden_layers:
+        raise model_unsupported(f"positions are stated for {len(rotated)} layers")
+    layers = tuple(
+        order.index(kind) if used else NO_ROPE for kind, used in zip(kinds, rotated, strict=True)
+    )
+    first = found[0].rope
+    values: dict[str, Any] = {
+        "rope_inv_freq": first.inv_freq,
+        "rope_scale": first.scale,
+        "max_positions": min(config.max_position_embeddings, *(each.most for each in found)),
+    }
+    if any(layers):
+        values |= {"more_ropes": tuple(each.rope for each in found[1:]), "layer_ropes": layers}
+    long = [each for each in found if each.long is not None]
+    if long and len(found) > 1:
+        raise model_unsupported("rope_type 'longrope' for some layers is not supported")
+    if long and config.max_position_embeddings > long[0].short_positions:
+        values |= {"long_rope": long[0].long, "short_positions": long[0].short_positions}
+    return values
+
+
+class _Rotary:
+    """The rotary frequencies of one kind of layers, computed as transformers does.
+
+    Attributes:
+        rope: for sequences of any length, or for short ones.
+        long: for sequences of more than `short_positions` tokens, if they have other frequencies.
+        most: the longest sequence for which the frequencies hold.
+    """
+
+    def __init__(self, config: Any, layer_type: str | None) -> None:
+        """`layer_type` is None if all layers have the same parameters."""
+        parameters = config.rope_parameters
+        if layer_type is not None:
+            parameters = parameters[layer_type]
+        self._config, self._parameters, self._layer_type = config, parameters, layer_type
+        self.kind = parameters.get("rope_type", "default")
+        if self.kind not in ("default", *SCALINGS):
+            raise model_unsupported(
+                f"rope_type {self.kind!r} is not supported; supported are default, "
+                f"{', '.join(SCALINGS)}"
+            )
+        self.most: int = config.max_position_embeddings
+        self.long: Rope | None = None
+        self.short_positions = 0
+        if self.kind == "default":
+            self.rope = self._default()
+            return
+        self.rope = self._scaled(None)
+        original = parameters.get("original_max_position_embeddings")
+        if self.kind == "dynamic" and original:
+            self.most = min(self.most, original)
+        if self.kind == "longrope":
+            self.short_positions = int(original)
+            self.long = self._scaled(self.short_positions + 1)
+
+    def _scaled(self, length: int | None) -> Rope:
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+        further = {} if self._layer_type is None else {"layer_type": self._layer_type}
+        frequencies, scale = ROPE_INIT_FUNCTIONS[self.kind](
+            self._config, "cpu", seq_len=length, **further
+        )
+        return Rope(tuple(frequencies.tolist()), float(scale))
+
+    def _default(self) -> Rope:
+        import torch
+
+        config = self._config
+        heads = config.num_attention_heads
+        head = getattr(config, "head_dim", None) or config.hidden_size // heads
+        width = int(head * self._parameters.get("partial_rotary_factor", 1.0))
+        exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
+        return Rope(tuple((1.0 / self._parameters["rope_theta"] ** exponents).tolist()))
