@@ -144,6 +144,17 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3-moe": (
+        "qwen3_moe",
+        {
+            **_HEADS,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 64,
+            "norm_topk_prob": False,
+        },
+    ),
     "helium": ("helium", {"head_dim": 16, "attention_bias": True}),
     "ernie4_5": ("ernie4_5", {**_HEADS, "use_bias": True}),
 }
@@ -183,20 +194,27 @@ def write(variant: str, directory: Path, *, seed: int = 0, **options: Any) -> Pa
 
 def rounded(model: PreTrainedModel) -> PreTrainedModel:
     """The model with every matrix of its layers rounded to NF4 by bitsandbytes, in place."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and not name.endswith("lm_head"):
+            module.weight.data.copy_(_as_nf4(module.weight.data))
+        if name.endswith(".experts"):  # one tensor for all experts, [experts, out, in]
+            for expert in range(module.gate_up_proj.shape[0]):
+                for part in module.gate_up_proj.data[expert].chunk(2):
+                    part.copy_(_as_nf4(part))
+                down = module.down_proj.data[expert]
+                down.copy_(_as_nf4(down))
+    return model
+
+
+def _as_nf4(weight: torch.Tensor) -> torch.Tensor:
     import bitsandbytes.functional as bnb
 
-    for name, module in model.named_modules():
-        if not isinstance(module, torch.nn.Linear) or name.endswith("lm_head"):
-            continue
-        weight = module.weight
-        if weight.shape[1] % 64:
-            # bitsandbytes' AVX-512 path takes blocks to lie within rows
-            values = nf4.dequantize(nf4.quantise(weight.data))
-        else:
-            values = bnb.dequantize_4bit(
-                *bnb.quantize_4bit(
-                    weight.data, blocksize=64, compress_statistics=True, quant_type="nf4"
-                )
-            )
-        weight.data.copy_(values)
-    return model
+    if weight.shape[1] % 64:
+        # bitsandbytes' AVX-512 path takes blocks to lie within rows
+        return nf4.dequantize(nf4.quantise(weight))
+    values: torch.Tensor = bnb.dequantize_4bit(
+        *bnb.quantize_4bit(
+            weight.contiguous(), blocksize=64, compress_statistics=True, quant_type="nf4"
+        )
+    )
+    return values

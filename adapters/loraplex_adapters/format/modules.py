@@ -53,6 +53,8 @@ def module_path(layer: int, module: str) -> str:
 def base_sites(base: BaseInfo) -> Iterator[Site]:
     """Every module of the base that an adapter may change, in the order of the adapter table."""
     present = {*base.config.projection_shapes(), *base.config.norm_widths()}
+    if base.config.num_experts:
+        present -= {*base.config.fused["gate_up"], "down_proj"}
     for layer in range(base.config.num_layers):
         for name in LAYER_SITES:
             if name in present:

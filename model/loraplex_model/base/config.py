@@ -145,6 +145,11 @@ class DecoderConfig:
             and answer together (LongRoPE).
         query_scale: b and n in the factor `1 + b * log(1 + floor(position / n))` on queries; empty
             for none (Ministral 3).
+        num_experts: experts of each layer's MLP, whose matrices are stacked: `gate_up` has gate and
+            up of the first expert, then of the second, and so on; 0 for one MLP without a router.
+        experts_per_token: number of experts that compute a token; their outputs are added, weighted
+            by the router's probabilities.
+        normalised_experts: True if these weights are divided by their sum.
     """
 
     architecture: str
@@ -187,6 +192,9 @@ class DecoderConfig:
     long_rope: Rope | None = None
     short_positions: int = 0
     query_scale: tuple[float, ...] = ()
+    num_experts: int = 0
+    experts_per_token: int = 0
+    normalised_experts: bool = False
 
     @staticmethod
     def from_json(values: Mapping[str, Any]) -> DecoderConfig:
@@ -249,8 +257,12 @@ class DecoderConfig:
 
     @property
     def fused(self) -> Mapping[str, tuple[str, ...]]:
-        """As `FUSED`, with the modules that this decoder has."""
+        """As `FUSED`, with the modules that this decoder has; of experts, those of one."""
         return FUSED if self.gated else {**FUSED, "gate_up": ("up_proj",)}
+
+    def copies_of(self, fused: str) -> int:
+        """How often the modules of a fused matrix are stacked in it: once, or for each expert."""
+        return (self.num_experts or 1) if fused in ("gate_up", "down") else 1
 
     @property
     def biased(self) -> frozenset[str]:

@@ -28,8 +28,8 @@ class Family:
         fixed: fields of `DecoderConfig` that are the same in all checkpoints.
         settings: fields of `DecoderConfig` that the configuration states.
         names: path within a layer of each module that Llama names otherwise or does not have, by
-            its name in `DecoderConfig`; "{head}" in a path stands for the number of a head, each of
-            which has a tensor of its own.
+            its name in `DecoderConfig`; "{head}" and "{expert}" in a path stand for the number of a
+            head or of an expert, each of which has a tensor of its own.
         window_everywhere: `sliding_window` holds for every layer; elsewhere, `layer_types` says for
             which.
         layer_ropes: gives for each layer whether it is rotated; None if all are.
@@ -196,6 +196,38 @@ FAMILIES: Mapping[str, Family] = {
         names={
             "q_norm": "self_attn.q_layernorm.norms.{head}",
             "k_norm": "self_attn.k_layernorm.norms.{head}",
+        },
+    ),
+    "MixtralForCausalLM": Family(
+        "mixtral",
+        fixed={"normalised_experts": True},
+        settings={
+            "num_experts": "num_local_experts",
+            "experts_per_token": "num_experts_per_tok",
+        },
+        names={
+            "router": "block_sparse_moe.gate",
+            "gate_proj": "block_sparse_moe.experts.{expert}.w1",
+            "up_proj": "block_sparse_moe.experts.{expert}.w3",
+            "down_proj": "block_sparse_moe.experts.{expert}.w2",
+        },
+        window_everywhere=True,
+    ),
+    "Qwen3MoeForCausalLM": Family(
+        "qwen3_moe",
+        fixed={"qk_norm": True},
+        settings={
+            **_ATTENTION_BIAS,
+            "intermediate_size": "moe_intermediate_size",
+            "num_experts": "num_experts",
+            "experts_per_token": "num_experts_per_tok",
+            "normalised_experts": "norm_topk_prob",
+        },
+        names={
+            "router": "mlp.gate",
+            "gate_proj": "mlp.experts.{expert}.gate_proj",
+            "up_proj": "mlp.experts.{expert}.up_proj",
+            "down_proj": "mlp.experts.{expert}.down_proj",
         },
     ),
     "HeliumForCausalLM": Family(

@@ -32,6 +32,7 @@ def decoder_config(raw: Mapping[str, Any]) -> DecoderConfig:
     width = config.head_dim if getattr(config, "head_dim", None) else config.hidden_size // heads
     values: dict[str, Any] = {
         "rms_norm_eps": getattr(config, "rms_norm_eps", 0.0),
+        "intermediate_size": config.intermediate_size,
         "qkv_bias": False,
         "o_bias": False,
         "qk_norm": False,
@@ -44,7 +45,6 @@ def decoder_config(raw: Mapping[str, Any]) -> DecoderConfig:
         architecture=architecture,
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
         num_layers=config.num_hidden_layers,
         num_heads=heads,
         num_kv_heads=config.num_key_value_heads or heads,
@@ -126,9 +126,11 @@ def _refuse_unsupported(
     faults = {
         "use_bidirectional_attention": getattr(config, "use_bidirectional_attention", False),
         "an odd width": any(
-            size % 2 for size in (width, config.hidden_size, config.intermediate_size)
+            size % 2 for size in (width, config.hidden_size, values["intermediate_size"])
         ),
         f"{heads} heads over {kv_heads} key-value heads": heads % (kv_heads or heads) != 0,
+        "layers with and without experts": getattr(config, "mlp_only_layers", None)
+        or getattr(config, "decoder_sparse_step", 1) != 1,
         "an output head that has a scale of 0": values.get("logit_scale") == 0,
     }
     for fault, present in faults.items():

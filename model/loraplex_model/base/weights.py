@@ -47,6 +47,7 @@ class LayerWeights:
 
     Attributes:
         norm_biases: biases of norms, by the name of their site.
+        router: [num_experts, hidden], or None if there is one MLP.
     """
 
     input_norm: torch.Tensor | None
@@ -64,6 +65,7 @@ class LayerWeights:
     gate_up_bias: torch.Tensor | None = None
     down_bias: torch.Tensor | None = None
     norm_biases: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    router: torch.Tensor | None = None
 
     @property
     def norms(self) -> Mapping[str, torch.Tensor | None]:
@@ -126,7 +128,12 @@ class BaseWeights:
         if self.norm_bias is not None:
             tensors.append(self.norm_bias)
         for layer in self.layers:
-            dense = (*layer.norms.values(), *layer.biases.values(), *layer.norm_biases.values())
+            dense = (
+                *layer.norms.values(),
+                *layer.biases.values(),
+                *layer.norm_biases.values(),
+                layer.router,
+            )
             tensors += [tensor for tensor in dense if tensor is not None]
             for matrix in (layer.qkv, layer.o, layer.gate_up, layer.down):
                 tensors += [matrix.packed, matrix.absmax, *matrix.absmax_scales]

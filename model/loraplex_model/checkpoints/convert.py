@@ -64,9 +64,15 @@ def _layer(reader: _SourceReader, writer: StoredWriter, config: DecoderConfig, i
         if config.biased.issuperset(modules):
             bias = torch.cat([reader.bias(i, module) for module in modules])
             writer.add(f"{at}{fused}_bias", bias)
+    if config.num_experts:
+        writer.add(at + "router", reader.router(i))
     for fused in config.fused:
-        modules = config.modules_of(fused)
-        writer.add_matrix(at + fused, stack([reader.matrix(i, module) for module in modules]))
+        parts = [
+            reader.matrix(i, module, expert)
+            for expert in range(config.copies_of(fused))
+            for module in config.modules_of(fused)
+        ]
+        writer.add_matrix(at + fused, stack(parts))
 
 
 class _SourceReader:
@@ -87,10 +93,8 @@ class _SourceReader:
 
     def norm(self, layer: int, site: str, width: int, kind: str = "weight") -> torch.Tensor:
         """A norm's weight or bias, flat: heads that have one each are put side by side."""
-        name, head_dim = (
-            tensor_name(self._config.architecture, layer, site, kind),
-            self._config.head_dim,
-        )
+        name = tensor_name(self._config.architecture, layer, site, kind)
+        head_dim = self._config.head_dim
         if "{head}" in name:
             heads = range(width // head_dim)
             return torch.cat([self.dense(name.format(head=head), head_dim) for head in heads])
@@ -102,11 +106,14 @@ class _SourceReader:
         name = tensor_name(self._config.architecture, layer, module, "bias")
         return self.dense(name, self._shapes[module][1])
 
-    def matrix(self, layer: int, module: str) -> NF4Matrix:
-        name, (fan_in, rows) = (
-            tensor_name(self._config.architecture, layer, module),
-            self._shapes[module],
-        )
+    def router(self, layer: int) -> torch.Tensor:
+        name = tensor_name(self._config.architecture, layer, "router")
+        return self.dense(name, self._config.num_experts, self._config.hidden_size)
+
+    def matrix(self, layer: int, module: str, expert: int) -> NF4Matrix:
+        """A module's weights; `expert` says whose, if it has experts."""
+        name = tensor_name(self._config.architecture, layer, module).format(expert=expert)
+        fan_in, rows = self._shapes[module]
         if prequantised.is_nf4(self._source, name):
             return prequantised.read(self._source, name, (rows, fan_in))
         return quantise(self.dense(name, rows, fan_in))

@@ -134,6 +134,7 @@ class _StoredReader:
         return LayerWeights(
             **parts,
             norm_biases={site: bias for site, bias in biases.items() if bias is not None},
+            router=self.optional(at + "router"),
         )
 
     def _norm(self, norms: Mapping[str, str], site: str) -> torch.Tensor | None:
@@ -141,7 +142,7 @@ class _StoredReader:
 
     def _matrix(self, at: str, name: str) -> NF4Matrix:
         shapes, modules = self._config.module_shapes(), self._config.modules_of(name)
-        rows = tuple(shapes[module][1] for module in modules)
+        rows = tuple(shapes[module][1] for module in modules) * self._config.copies_of(name)
         fan_in = shapes[modules[0]][0]
         at += name
         scales: tuple[torch.Tensor, ...] = ()

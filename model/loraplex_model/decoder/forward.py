@@ -29,9 +29,9 @@ from loraplex_model.base.config import (
     Rope,
     Site,
 )
-from loraplex_model.base.weights import BaseWeights, LayerWeights
+from loraplex_model.base.weights import BaseWeights, LayerWeights, NF4Matrix
 from loraplex_model.decoder.attention import Attention
-from loraplex_model.ops import autograd, rope
+from loraplex_model.ops import autograd, nf4, rope
 from loraplex_model.ops.autograd import Recompute
 from loraplex_model.ops.linear import BaseLinear, by_tiles
 
@@ -287,8 +287,34 @@ class _Layer:
         x = x.reshape(len(x), -1, config.head_dim)
         return x if config.qk_norm_span is NormSpan.ALL else self._norm(name, x)[0]
 
+    def _experts(self, x: torch.Tensor, router: torch.Tensor) -> torch.Tensor:
+        """The weighted outputs of each row's experts, added in the order of the experts."""
+        config = self._config
+        scores = autograd.wide(by_tiles(x, router.to(x.dtype))).softmax(-1)  # [T, experts]
+        shares, chosen = scores.topk(config.experts_per_token, dim=-1)
+        if config.normalised_experts:
+            shares = shares / shares.sum(-1, keepdim=True)
+        shares = shares.to(x.dtype)
+        result = torch.zeros_like(x)
+        activation = _ACTIVATIONS[config.activation]
+        for expert in sorted(set(chosen.flatten().tolist())):
+            rows, place = torch.where(chosen == expert)
+            gate_up, down = (self._of_expert(name, expert) for name in ("gate_up", "down"))
+            gate, up = self._linear(gate_up, x[rows]).chunk(2, dim=-1)
+            out = self._linear(down, activation(gate) * up)
+            result = result.index_add(0, rows, out * shares[rows, place, None])
+        return result
+
+    def _of_expert(self, fused: str, expert: int) -> NF4Matrix:
+        """The fused matrix of one expert, a view of the layer's."""
+        matrix, _ = fused_matrix(self._weights, fused)
+        parts, count = nf4.split(matrix), len(self._config.modules_of(fused))
+        return nf4.stack(parts[expert * count : (expert + 1) * count])
+
     def _mlp(self, x: torch.Tensor, recompute: Recompute | None) -> torch.Tensor:
         config = self._config
+        if self._weights.router is not None:
+            return self._experts(x, self._weights.router)
         gate_up = self._project("gate_up", x, recompute)  # [T, 2 * intermediate], or only up
         if config.gated and config.activation is Gate.SILU and torch.is_grad_enabled():
             return self._project("down", *autograd.silu_mul(gate_up))

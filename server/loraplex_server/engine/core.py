@@ -116,6 +116,7 @@ class EngineCore:
         now, draw = self._clock(), Draw(submit.sampling, submit.token_ids)
         order = (now - submit.priority * PRIORITY_SECONDS, self._arrivals)
         request = Request(submit, order, now, draw)
+        request.short_positions = self._runner.info.base.config.short_positions
         self._requests[submit.id] = request
         if submit.deadline is not None:
             self._deadlines.add(submit.id, submit.deadline)

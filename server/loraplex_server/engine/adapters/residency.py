@@ -345,7 +345,9 @@ class Residency:
         """Why the want's request cannot use an adapter with `virtual_tokens`; None if it can."""
         if want.request is None:
             return None
-        context, size = self._runner.info.max_context, self._runner.block_size
+        info, size = self._runner.info, self._runner.block_size
+        # Virtual tokens are computed once, with the frequencies of short sequences.
+        context = min(info.max_context, info.base.config.short_positions or info.max_context)
         cache_tokens = self._runner.num_blocks * size
         return prefix_refusal(want.request, virtual_tokens, context, cache_tokens, size)
 

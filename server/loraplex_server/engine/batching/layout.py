@@ -45,6 +45,7 @@ def lay_out(rows: Sequence[BatchRow]) -> ForwardBatch:
         elif row.logits is Logits.LAST:
             logit_rows.append(end - 1)
         at = end
+    any_long = any(row.request.is_long for row in rows)
     return ForwardBatch(
         tokens=tokens,
         positions=positions,
@@ -56,4 +57,5 @@ def lay_out(rows: Sequence[BatchRow]) -> ForwardBatch:
         mix_weights=np.array([weight for _, weight in mix], np.float32),
         logit_rows=np.array(logit_rows, np.int32),
         copies=np.array(copies, np.int32).reshape(-1, 2),
+        is_long=np.array([row.request.is_long for row in rows] if any_long else [], np.bool_),
     )

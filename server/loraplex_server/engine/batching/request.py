@@ -93,6 +93,7 @@ class Request:
         prefix: virtual tokens before its own, of its adapter.
         mix: `(slot, weight)` pairs of its adapters.
         queue_seconds: time from its arrival to its first step; None before that.
+        short_positions: as in the base's `DecoderConfig`; 0 if all sequences are alike.
     """
 
     submit: Submit
@@ -112,6 +113,7 @@ class Request:
     prefix: Prefix = Prefix()
     mix: tuple[tuple[int, float], ...] = ()
     queue_seconds: float | None = None
+    short_positions: int = 0
 
     def __post_init__(self) -> None:
         self.tokens = array("i", self.submit.token_ids)
@@ -169,6 +171,14 @@ class Request:
     def most_tokens(self) -> int:
         """Upper bound of its own tokens in the KV cache: the last one is never computed."""
         return self.prompt_len + self.submit.max_new_tokens - 1
+
+    @property
+    def is_long(self) -> bool:
+        """Whether the base's frequencies for long sequences apply: known before its first token.
+
+        So its keys in the cache never have to be rotated anew.
+        """
+        return 0 < self.short_positions < self.prefix.count + self.most_tokens
 
     def expect(self, draw: int) -> None:
         """Adds the token that draw `draw` of a launch will choose."""
