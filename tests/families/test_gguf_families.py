@@ -15,14 +15,13 @@ import torch
 from families import variants
 from loraplex_model.base.batch import ForwardBatch
 from loraplex_model.base.families import FAMILIES
-from loraplex_model.base.refusal import Refusal
 from loraplex_model.base.weights import BaseWeights
 from loraplex_model.checkpoints.gguf.architectures import ARCHITECTURES
-from loraplex_model.checkpoints.gguf.source import GgufSource
 from loraplex_model.checkpoints.load import load_base
 from loraplex_model.decoder.reference import ReferenceDecoder
-from model import gguf_files
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+
+from model import gguf_files
 
 _SCALAR = {"query_pre_attn_scalar": 32}
 _SHORT = {"rope_parameters": {**variants._LONG, "original_max_position_embeddings": 256}}
@@ -33,10 +32,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("gemma", {}),
     "gemma2": ("gemma2", _SCALAR),
     "gemma2-caps": ("gemma2-strong-caps", _SCALAR),
-    "gemma2-27b": (
-        "gemma2",
-        {"layer_types": None, "num_hidden_layers": 46, "query_pre_attn_scalar": 16},
-    ),
     "gemma3": ("gemma3", {**_SCALAR, "layer_types": None, "num_hidden_layers": 7}),
     "gemma3-caps": (
         "gemma3",
@@ -61,6 +56,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "stablelm": ("stablelm", {}),
     "stablelm-parallel": ("stablelm-parallel", {}),
     "ministral3": ("ministral3", {}),
+    "mixtral": ("mixtral", {}),
+    "qwen3-moe": ("qwen3-moe", {"norm_topk_prob": True}),
     "ernie4_5": ("ernie4_5", {}),
     "ernie4_5-plain": ("ernie4_5", {"use_bias": False}),
 }
@@ -70,7 +67,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 def build(case: str) -> PreTrainedModel:
     variant, changes = CASES[case]
     kind, own = variants.VARIANTS[variant]
-    values = {**variants._SHAPE, **own, **changes}
+    return of(kind, {**own, **changes})
+
+
+def of(kind: str, settings: dict[str, Any]) -> PreTrainedModel:
+    """A random model; a setting that is None has transformers' default."""
+    values = {**variants._SHAPE, **settings}
     config = CONFIG_MAPPING[kind](**{key: v for key, v in values.items() if v is not None})
     return variants.randomised(AutoModelForCausalLM.from_config(config, dtype=torch.float32), 0)
 

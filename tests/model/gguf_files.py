@@ -24,6 +24,8 @@ ARCHITECTURES = {
     "olmo3": "olmo2",
     "glm": "chatglm",
     "cohere": "command-r",
+    "mixtral": "llama",
+    "qwen3_moe": "qwen3moe",
 }
 """GGUF architectures by `model_type`, where they differ."""
 
@@ -122,6 +124,12 @@ def settings(model: PreTrainedModel) -> dict[str, Any]:
         "tokenizer.ggml.eos_token_id": 2,
         **_scaling(rope),
     }
+    if getattr(config, "num_experts_per_tok", None):
+        found |= {
+            "~.expert_count": config.num_local_experts,
+            "~.expert_used_count": config.num_experts_per_tok,
+            "~.expert_feed_forward_length": getattr(config, "moe_intermediate_size", None),
+        }
     own = _OWN.get(kind)
     return found | own(config) if own else found
 
@@ -241,6 +249,14 @@ def converted(model: PreTrainedModel) -> dict[str, np.ndarray]:
             tensor = rows.swapaxes(1, 2).reshape(tensor.shape)
         if kind.startswith("gemma") and name.endswith("norm.weight"):
             tensor = tensor + 1
+        if name.endswith("experts.gate_up_proj"):
+            at = f"blk.{name.split('.')[2]}"
+            gate, up = tensor.chunk(2, dim=1)
+            found[f"{at}.ffn_gate_exps.weight"] = gate.contiguous().numpy()
+            found[f"{at}.ffn_up_exps.weight"] = up.contiguous().numpy()
+            continue
+        if name.endswith("experts.down_proj"):
+            module, ending = name, "weight"
         if match := re.fullmatch(r"(.*layernorm)\.norms\.\d+", module):
             stacked.setdefault(f"{names.get_name(match[1])}.{ending}", []).append(tensor)
             continue

@@ -200,6 +200,8 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "MixtralForCausalLM": Family(
         "mixtral",
+        "llama",
+        gguf_interleaved=True,
         fixed={"normalised_experts": True},
         settings={
             "num_experts": "num_local_experts",
@@ -215,6 +217,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "Qwen3MoeForCausalLM": Family(
         "qwen3_moe",
+        "qwen3moe",
         fixed={"qk_norm": True},
         settings={
             **_ATTENTION_BIAS,

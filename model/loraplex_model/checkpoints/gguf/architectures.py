@@ -32,6 +32,23 @@ class Windows:
 
 
 @dataclass(frozen=True, slots=True)
+class GgufExperts:
+    """How config.json states the experts of a mixture.
+
+    Attributes:
+        family: the architecture of Hugging Face's checkpoints of mixtures.
+        count: entry for `expert_count`.
+        used: entry for `expert_used_count`.
+        width: entry for `expert_feed_forward_length`; "" if `feed_forward_length` is an expert's.
+    """
+
+    family: str
+    count: str
+    used: str = "num_experts_per_tok"
+    width: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class GgufArchitecture:
     """What the files of one architecture state beside the settings that all have.
 
@@ -48,9 +65,10 @@ class GgufArchitecture:
         windows: None if no layer has a window.
         divided: the file may hold divisors of the rotary frequencies.
         two_lengths: it may hold divisors for short and for long sequences (LongRoPE).
-        by_width: number of layers of the model whose queries are scaled by the width of the residual
-            stream for each head. Those of others are scaled by the head's.
+        by_width: number of layers of the model whose queries are scaled by the width of the
+            residual stream for each head. Those of others are scaled by the head's.
         temperature: queries may have a factor that grows with their position.
+        experts: None if no file is a mixture of experts.
     """
 
     family: str
@@ -66,15 +84,25 @@ class GgufArchitecture:
     two_lengths: bool = False
     by_width: int | None = None
     temperature: bool = False
+    experts: GgufExperts | None = None
 
 
 _LAYER_NORM = "attention.layer_norm_epsilon"
 
 ARCHITECTURES: Mapping[str, GgufArchitecture] = {
-    "llama": GgufArchitecture("LlamaForCausalLM", divided=True),
+    "llama": GgufArchitecture(
+        "LlamaForCausalLM",
+        divided=True,
+        experts=GgufExperts("MixtralForCausalLM", "num_local_experts"),
+    ),
     "mistral3": GgufArchitecture("Ministral3ForCausalLM", divided=True, temperature=True),
     "qwen2": GgufArchitecture("Qwen2ForCausalLM"),
     "qwen3": GgufArchitecture("Qwen3ForCausalLM"),
+    "qwen3moe": GgufArchitecture(
+        "Qwen3MoeForCausalLM",
+        entries={"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True},
+        experts=GgufExperts("Qwen3MoeForCausalLM", "num_experts", width="moe_intermediate_size"),
+    ),
     "gemma": GgufArchitecture("GemmaForCausalLM"),
     "gemma2": GgufArchitecture(
         "Gemma2ForCausalLM",

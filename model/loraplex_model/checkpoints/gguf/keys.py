@@ -24,8 +24,11 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "attn_logit_softcapping": (0,),
     "embedding_scale": (1,),
     "expert_count": (0,),
+    "expert_gating_func": (1,),  # softmax
     "expert_shared_count": (0,),
     "expert_used_count": (0,),
+    "expert_weights_norm": (True,),
+    "expert_weights_scale": (0, 1),
     "final_logit_softcapping": (0,),
     "leading_dense_block_count": (0,),
     "logit_scale": (1,),
@@ -45,6 +48,7 @@ _HARMLESS = (
 )
 """Keys that change no computation, whatever their value."""
 
+_EXPERTS = "expert_count"
 _WINDOW = "attention.sliding_window"
 _PATTERN = "attention.sliding_window_pattern"
 
@@ -54,9 +58,10 @@ def config_of(
 ) -> dict[str, Any]:
     """The settings of the decoder under the names of `config.json`.
 
-    `tensors` are the names of the file's tensors, from which some settings follow. Raises `Refusal`:
-    MODEL_INVALID for a setting that is missing or out of bounds, MODEL_UNSUPPORTED for one that the
-    decoder does not have. Both name it.
+    `tensors` are the names of the file's tensors, from which some settings follow.
+
+    Raises `Refusal`: MODEL_INVALID for a setting that is missing or out of bounds,
+    MODEL_UNSUPPORTED for one that the decoder does not have. Both name it.
     """
     config = _shape(settings, row)
     width, layers = config["head_dim"], config["num_hidden_layers"]
@@ -75,7 +80,7 @@ def config_of(
     config |= row.entries
     config |= {name: f"blk.0.{tensor}" in tensors for name, tensor in row.tensors.items()}
     config |= {name: f"blk.0.{tensor}" not in tensors for name, tensor in row.lacks.items()}
-    _add_windows(settings, row, config)
+    _add_windows(settings, row, config, _family(settings, row, config))
     two_lengths = row.two_lengths and LONG_FACTORS in tensors
     _add_positions(settings, row, config, two_lengths=two_lengths)
     for key in ("attention.value_length", "attention.key_length_swa", "attention.value_length_swa"):
@@ -114,10 +119,25 @@ def _unscaled(name: str, width: int) -> float | None:
     return width**-0.5 if name == "attention_multiplier" else 1.0
 
 
-def _add_windows(settings: GgufSettings, row: GgufArchitecture, config: dict[str, Any]) -> None:
-    """Adds `sliding_window` and `layer_types`, and the family that has them."""
+def _family(settings: GgufSettings, row: GgufArchitecture, config: dict[str, Any]) -> str:
+    """Adds the numbers of experts, and returns the family, which is another one with experts."""
+    experts = row.experts
+    if experts is None or (experts.family != row.family and not settings.natural(_EXPERTS, 0)):
+        return row.family
+    config[experts.count] = count = settings.integer(_EXPERTS)
+    config[experts.used] = used = settings.integer("expert_used_count")
+    if used > count:
+        raise settings.invalid("expert_used_count", used, f"at most expert_count, {count}")
+    if experts.width:
+        config[experts.width] = settings.integer("expert_feed_forward_length")
+    return experts.family
+
+
+def _add_windows(
+    settings: GgufSettings, row: GgufArchitecture, config: dict[str, Any], family: str
+) -> None:
+    """Adds `sliding_window` and `layer_types`, and the family, which may be one with windows."""
     windows, context = row.windows, config["max_position_embeddings"]
-    family = row.family
     if windows is None:
         if 0 < settings.natural(_WINDOW, 0) < context:
             raise settings.unsupported(_WINDOW, f"supported: 0, or {context} and more")

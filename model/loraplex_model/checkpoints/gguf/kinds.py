@@ -23,10 +23,17 @@ _QUANTISATION = 2
 
 
 def refuse_others(
-    path: Path, metadata: Mapping[str, Any], tensors: Collection[str], supported: Collection[str]
+    path: Path,
+    metadata: Mapping[str, Any],
+    tensors: Collection[str],
+    supported: Collection[str],
+    mixtures: Collection[str],
 ) -> None:
-    """Raises `Refusal`: MODEL_UNSUPPORTED or MODEL_INVALID for all but a model of an architecture
-    of `supported`."""
+    """Refuses all but a model of an architecture of `supported`.
+
+    Mixtures of experts are taken if their architecture is one of `mixtures`. Raises `Refusal`:
+    MODEL_UNSUPPORTED, MODEL_INVALID.
+    """
     architecture = metadata.get("general.architecture")
     kind = metadata.get("general.type", "model")
     if architecture == "clip":
@@ -39,11 +46,11 @@ def refuse_others(
         raise model_unsupported(f"{path} is {what}")
     if not isinstance(architecture, str):
         raise model_invalid(f"{path} has no general.architecture")
-    if _states_experts(metadata.get(f"{architecture}.expert_count")):
-        count = metadata[f"{architecture}.expert_count"]
+    count = metadata.get(f"{architecture}.expert_count")
+    if architecture not in mixtures and _states_experts(count):
         raise model_unsupported(
-            f"{path} is a mixture of experts ({architecture}.expert_count = {count}), which is not "
-            "read from GGUF files"
+            f"{path} is a mixture of experts ({architecture}.expert_count = {count}); mixtures are "
+            f"read from files of the architectures {', '.join(sorted(mixtures))}"
         )
     if architecture not in supported:
         raise model_unsupported(

@@ -15,7 +15,7 @@ from loraplex_model.base import families
 from loraplex_model.base.config import JOINED, DecoderConfig
 from loraplex_model.base.refusal import Refusal, model_invalid, model_unsupported
 
-EMBED = "token_embd.weight"
+EMBED, HEAD = "token_embd.weight", "output.weight"
 
 FACTORS = "rope_freqs.weight"
 """Divisors of the rotary frequencies (Llama 3's scaling), float32 [rotated / 2]."""
@@ -40,11 +40,15 @@ BIASED = {
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Rows `first` to `end` of a tensor; all if `end` is None. `end` 0 stands for `first` zeros."""
+    """Rows `first` to `end` of a tensor; all if `end` is None. `end` 0 stands for `first` zeros.
+
+    With `one` they are a single row, without the dimension of rows.
+    """
 
     tensor: str
     first: int = 0
     end: int | None = None
+    one: bool = False
 
 
 Pieces = tuple[Piece, ...]
@@ -81,7 +85,7 @@ def biased_modules(tensors: Collection[str]) -> set[str]:
 
 def assign(
     path: Path,
-    tensors: Collection[str],
+    shapes: Mapping[str, tuple[int, ...]],
     architecture: str,
     config: DecoderConfig,
     used: Collection[str],
@@ -89,7 +93,7 @@ def assign(
     """The pieces of every tensor that the decoder reads, by its Hugging Face name.
 
     Args:
-        tensors: names in the file.
+        shapes: of all tensors in the file, by their names.
         used: those that are used in another way.
 
     Raises:
@@ -97,7 +101,7 @@ def assign(
             used. Both name it.
     """
     layers = config.num_layers
-    place = _Places(tensors, architecture, config)
+    place = _Places(path, shapes, architecture, config)
     found: dict[str, Pieces] = {}
     for layer, module, kind in _wanted(config):
         for tensor, pieces in place.of(layer, module, kind):
@@ -106,7 +110,7 @@ def assign(
                 raise model_invalid(f"{path} has no tensor {name} ({tensor})")
             found[tensor] = pieces
     taken = {piece.tensor for pieces in found.values() for piece in pieces} | {*used}
-    for name in sorted(set(tensors) - taken):
+    for name in sorted(shapes.keys() - taken):
         if not _HARMLESS.fullmatch(name):
             raise _unused(path, name, architecture, layers)
     return found
@@ -132,14 +136,22 @@ def _wanted(config: DecoderConfig) -> Iterator[tuple[int | None, str, str]]:
             yield layer, module, "weight"
             if module in config.biased:
                 yield layer, module, "bias"
+        if config.num_experts:
+            yield layer, "router", "weight"
 
 
 class _Places:
     """Finds the tensors of a file that a Hugging Face tensor is made of."""
 
-    def __init__(self, tensors: Collection[str], architecture: str, config: DecoderConfig) -> None:
+    def __init__(
+        self,
+        path: Path,
+        shapes: Mapping[str, tuple[int, ...]],
+        architecture: str,
+        config: DecoderConfig,
+    ) -> None:
         self.names = GgufNames(architecture, config.num_layers)
-        self._tensors, self._config = tensors, config
+        self._path, self._tensors, self._config = path, shapes, config
         family = families.FAMILIES[config.architecture]
         biased = {field for field in BIASED if field not in family.fixed}
         self._may_lack = {f"{name}.bias" for field in biased for name in BIASED[field]}
@@ -151,17 +163,31 @@ class _Places:
             return
         tensor = families.tensor_name(self._config.architecture, layer, module, kind)
         if "{head}" in tensor:
-            width = self._config.norm_widths()[module] // self._config.head_dim
-            name = self.names.of(tensor.replace(".norms.{head}", ""))
-            for head in range(width):
-                there = name is not None and name in self._tensors
-                pieces = (Piece(str(name), head, head + 1),) if there else None
-                yield tensor.format(head=head), pieces
+            count = self._config.norm_widths()[module] // self._config.head_dim
+            yield from self._each(tensor, ".norms.{head}", count)
+        elif "{expert}" in tensor:
+            yield from self._each(tensor, ".{expert}", self._config.num_experts)
+        else:
+            yield tensor, self._whole(tensor) or self._parts(layer, module, kind)
+
+    def _each(self, tensor: str, number: str, count: int) -> Iterator[tuple[str, Pieces | None]]:
+        """The tensors of all heads or experts, which the file holds as the rows of one."""
+        stacked = tensor.replace(number, "")
+        name = self.names.of(stacked)
+        if name is None or name not in self._tensors:
+            yield stacked, None
             return
-        yield tensor, self._whole(tensor) or self._parts(layer, module, kind)
+        if self._tensors[name][:1] != (count,):
+            raise model_invalid(
+                f"{self._path}: {name} has shape {list(self._tensors[name])}, but the settings "
+                f"need {count} in its first dimension"
+            )
+        for i in range(count):
+            yield tensor.format(head=i, expert=i), (Piece(name, i, i + 1, one=True),)
 
     def _whole(self, tensor: str) -> Pieces | None:
-        name = self.names.of(tensor)
+        # in the tables, the files of some architectures never have a head of their own
+        name = HEAD if tensor == families.LM_HEAD else self.names.of(tensor)
         return (Piece(name),) if name is not None and name in self._tensors else None
 
     def _parts(self, layer: int, module: str, kind: str) -> Pieces | None:
@@ -173,6 +199,11 @@ class _Places:
             return tuple(Piece(part) for part in parts)
         if module in ("q_proj", "k_proj", "v_proj") and joined in self._tensors:
             _, first, count = config.place(module)
+            if (*self._tensors[joined], 0)[0] < first + count:
+                raise model_invalid(
+                    f"{self._path}: {joined} has shape {list(self._tensors[joined])}, but the "
+                    f"settings need {first + count} rows or more"
+                )
             return (Piece(joined, first, first + count),)
         name = self.names.of(families.tensor_name(config.architecture, layer, module, "bias"))
         if kind == "bias" and name is not None and name.split(".", 2)[2] in self._may_lack:
@@ -183,7 +214,7 @@ class _Places:
 def _unused(path: Path, name: str, architecture: str, layers: int) -> Refusal:
     if _EXPERT.fullmatch(name):
         return model_unsupported(
-            f"{path} is a mixture of experts ({name}), which is not read from GGUF files"
+            f"{path} is a mixture of experts ({name}) of a kind that is not supported"
         )
     layer = _LAYER.fullmatch(name)
     if layer and int(layer[1]) >= layers:

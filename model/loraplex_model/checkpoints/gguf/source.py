@@ -40,7 +40,8 @@ class GgufSource:
         self._tensors: dict[str, tuple[GgufFile, GgufTensor]] = {
             name: (file, tensor) for file in files for name, tensor in file.tensors.items()
         }
-        kinds.refuse_others(path, self._metadata, self._tensors, ARCHITECTURES)
+        mixtures = [name for name, row in ARCHITECTURES.items() if row.experts]
+        kinds.refuse_others(path, self._metadata, self._tensors, ARCHITECTURES, mixtures)
         architecture = str(self._metadata["general.architecture"])
         row = ARCHITECTURES[architecture]
         settings = GgufSettings(path, architecture, self._metadata)
@@ -50,7 +51,8 @@ class GgufSource:
         used, self.rope_divisors = self._add_divisors(row, config)
         self.config: Mapping[str, Any] = config
         decoder = decoder_config(config)
-        self._pieces = names.assign(path, self._tensors, architecture, decoder, used)
+        shapes = {name: tensor.shape for name, (_, tensor) in self._tensors.items()}
+        self._pieces = names.assign(path, shapes, architecture, decoder, used)
         self._offset = decoder.norm_offset
         self.generation_config: Mapping[str, Any] = {"eos_token_id": self._end_tokens()}
         self.has_tokenizer = "tokenizer.ggml.model" in self._metadata
@@ -80,31 +82,28 @@ class GgufSource:
     def _piece(self, piece: Piece) -> torch.Tensor:
         if piece.end == 0:
             return torch.zeros(piece.first)
-        values = self._dequantise(piece.tensor)
-        if piece.end is None:
-            return values
-        if values.ndim == 0 or piece.end > values.shape[0]:
-            raise model_invalid(
-                f"{self._path}: {piece.tensor} has shape {list(values.shape)}, but the settings "
-                f"need {piece.end} rows or more"
-            )
-        rows = values[piece.first : piece.end]
-        return rows[0] if values.ndim == 2 and piece.end == piece.first + 1 else rows
+        values = self._dequantise(piece.tensor, piece.first, piece.end)
+        return values[0] if piece.one else values
 
-    def _dequantise(self, gguf_name: str) -> torch.Tensor:
+    def _dequantise(self, gguf_name: str, first: int = 0, end: int | None = None) -> torch.Tensor:
+        """Rows `first` to `end` of a tensor, or all of it, in float32."""
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize, quant_shape_to_byte_shape
 
         file, tensor = self._tensors[gguf_name]
         kind = GGMLQuantizationType(tensor.kind)
-        raw = np.frombuffer(file.data, np.uint8, tensor.size, tensor.start)
+        shape, start, size = tensor.shape, tensor.start, tensor.size
+        if end is not None:
+            row = size // shape[0]
+            shape, start, size = (end - first, *shape[1:]), start + first * row, (end - first) * row
+        raw = np.frombuffer(file.data, np.uint8, size, start)
         try:
-            values = dequantize(raw.reshape(quant_shape_to_byte_shape(tensor.shape, kind)), kind)
+            values = dequantize(raw.reshape(quant_shape_to_byte_shape(shape, kind)), kind)
         except (NotImplementedError, ValueError) as error:
             raise model_unsupported(f"{file.path}: {gguf_name}: {error}") from error
         # float32 tensors are views of the read-only file and torch needs writable memory
         writable = np.require(values, np.float32, ["C", "W"])
-        return torch.from_numpy(writable).reshape(tensor.shape)
+        return torch.from_numpy(writable).reshape(shape)
 
     def _halves(self, name: str, rows: torch.Tensor, heads: int) -> torch.Tensor:
         if rows.ndim == 0 or rows.shape[0] % (2 * heads):
@@ -129,7 +128,7 @@ class GgufSource:
                 options[option] = options.get(option, False) or not biased.isdisjoint(modules)
         return options | {
             "vocab_size": shape[0],
-            "tie_word_embeddings": "output.weight" not in self._tensors,
+            "tie_word_embeddings": names.HEAD not in self._tensors,
             "bos_token_id": self._metadata.get("tokenizer.ggml.bos_token_id"),
             "eos_token_id": self._metadata.get("tokenizer.ggml.eos_token_id"),
             "pad_token_id": self._metadata.get("tokenizer.ggml.padding_token_id"),
