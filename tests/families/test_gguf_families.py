@@ -64,6 +64,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 """A variant of `variants.VARIANTS` for each case, and what differs from it."""
 
 
+@functools.cache
+def built(case: str) -> PreTrainedModel:
+    """The model of a case, which must not be changed."""
+    return build(case)
+
+
 def build(case: str) -> PreTrainedModel:
     variant, changes = CASES[case]
     kind, own = variants.VARIANTS[variant]

@@ -25,7 +25,7 @@ _SHORT = "rope_factors_short.weight"
 
 
 def write(case: str, tmp_path: Path, keys: dict[str, Any] | None = None, **options: Any) -> Path:
-    return gguf_files.write_model(cases.build(case), tmp_path / "m.gguf", keys, **options)
+    return gguf_files.write_model(cases.built(case), tmp_path / "m.gguf", keys, **options)
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_the_largest_gemmas_scale_queries_by_the_stream(
     architecture: str, layers: int, scalar: int
 ) -> None:
     """The scale is in no file: llama.cpp knows the models by their numbers of layers."""
-    stated = gguf_files.settings(cases.build(architecture)) | {"~.block_count": layers}
+    stated = gguf_files.settings(cases.built(architecture)) | {"~.block_count": layers}
     metadata = {key.replace("~", architecture): v for key, v in stated.items() if v is not None}
     settings = GgufSettings(Path("m.gguf"), architecture, metadata)
     tensors = [f"t{i}" for i in range(100)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -35,7 +36,12 @@ WITHOUT_HEAD = {"gemma", "gemma2", "cohere2", "command-r"}
 
 def write(variant: str, path: Path, keys: Mapping[str, Any] | None = None, **options: Any) -> Path:
     """Writes a variant of `tiny.VARIANTS`; as for `write_model`."""
-    return write_model(tiny.build(variant), path, keys, **options)
+    return write_model(_tiny(variant), path, keys, **options)
+
+
+@functools.cache
+def _tiny(variant: str) -> PreTrainedModel:
+    return tiny.build(variant)
 
 
 def write_model(
