@@ -16,10 +16,11 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 
-from loraplex_adapters.format.modules import PREFIX, module_path
+from loraplex_adapters.format.modules import PREFIX
 from loraplex_model.adapters.delta import AdapterDelta, SiteDelta
 from loraplex_model.base.config import PROJECTIONS, Site
 from loraplex_training.methods.base import TrainedAdapter
+from loraplex_training.methods.targets import module_path
 from paper import small_model, sweeps
 from paper.conclusion import conclude
 from paper.sweeps import Job, Sweep

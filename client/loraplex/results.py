@@ -80,10 +80,18 @@ class ResolvedAdapter:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Numbers of tokens."""
+    """Numbers of tokens.
+
+    `cached_prompt_tokens` are those of the prompt that were in the server's KV cache already.
+    `base_prompt_tokens` are those that the base model alone computed before an activated LoRA; if
+    they are all of the prompt, it does not contain the adapter's invocation tokens, and the
+    completion is the base model's.
+    """
 
     prompt_tokens: int
     completion_tokens: int
+    base_prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +231,8 @@ class AdapterInfo:
     known. `unservable` says why the server does not serve it; None if it does, or in a watch.
     `devices` names the devices that hold it, such as "cuda:1", if the server has several.
     `eos_token_ids` and `chat_template_sha256` are what the version brings in place of the base
-    model's end tokens and chat template; () and "" if it brings none.
+    model's end tokens and chat template; () and "" if it brings none. `invocation_tokens` are the
+    token ids from whose last occurrence in a prompt on an activated LoRA acts; () for others.
     """
 
     name: str
@@ -254,6 +263,7 @@ class AdapterInfo:
     devices: tuple[str, ...] = ()
     eos_token_ids: tuple[int, ...] = ()
     chat_template_sha256: str = ""
+    invocation_tokens: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,6 +328,7 @@ class AdapterSpec:
     virtual_tokens: int
     base_model: str
     provenance: Mapping[str, str]
+    invocation_tokens: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

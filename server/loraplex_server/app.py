@@ -18,6 +18,7 @@ from typing import Any, Final
 
 from loraplex_adapters.format.spec import AdapterLimits
 from loraplex_adapters.store import Store, UploadBounds
+from loraplex_model.ops import build
 from prometheus_client import (
     CollectorRegistry,
     GCCollector,
@@ -310,6 +311,8 @@ async def run(config: Config) -> ServerExit:
     """
     raise_descriptor_limit()
     try:
+        with needed(ServerExit.BAD_CONFIG, "cannot read"):
+            build.chosen_isa()
         return await _serve(config)
     except StartFailure as failure:
         print(f"error: {failure.message}", file=sys.stderr, flush=True)

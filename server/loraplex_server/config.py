@@ -148,6 +148,9 @@ class Config(BaseSettings):
     special_tokens_in_messages: bool = False
     """Recognise control tokens that messages spell out, also in the data of training jobs, so that
     a message can end its turn and open another. By default they are text."""
+    share_base_prefixes: bool = False
+    """Let prompts that begin alike share keys and values that the base alone has computed. Clients
+    can then learn by time whether someone has sent a prompt that begins like theirs."""
     token_budget: int = Field(512, ge=1)
     """Most tokens in one step: decode rows and prompt chunks together."""
     max_running: int = Field(64, ge=1)
@@ -193,8 +196,7 @@ class Config(BaseSettings):
     """Lowest level that is logged."""
 
     engine_factory: str = Field("", repr=False, pattern=r"^([\w.]+:\w+)?$")
-    """Function that builds the engine's runner, as `module:name`; empty builds that of a real
-    model. Tests set their own."""
+    """Function that builds the engine's runner in tests, as `module:name`; empty: a real model."""
     engine_options: dict[str, Any] | None = Field(None, repr=False)
     """Keyword arguments of `engine_factory`."""
     trainer: list[str] | None = Field(None, repr=False)
@@ -350,6 +352,7 @@ class Config(BaseSettings):
             max_running=self.max_running,
             max_waiting=self.max_requests,
             max_waiting_tokens=2 * self.max_waiting_tokens,
+            share_base_prefixes=self.share_base_prefixes,
         )
 
 
@@ -386,10 +389,8 @@ def _explain(error: Any) -> str:
 
 
 def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
     try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
+        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
 

@@ -182,12 +182,15 @@ class Metrics:
         if reason:
             self.series.rejected_requests.labels(reason).inc()
 
-    def generation_started(self, adapters: Iterable[str], prompt_tokens: int) -> None:
-        """Records that a request's prompt is computed.
+    def generation_started(
+        self, adapters: Iterable[str], prompt_tokens: int, cached_tokens: int = 0
+    ) -> None:
+        """Records that a request's prompt is computed, or was partly found in the KV cache.
 
         `adapters` are the names of the request's adapters, empty for the base model.
         """
         self.series.prompt_tokens.inc(prompt_tokens)
+        self.series.cached_prompt_tokens.inc(cached_tokens)
         for name in adapters or ("",):
             label = self._labels.label(name)
             self.series.adapter_tokens.labels(label, "prompt").inc(prompt_tokens)

@@ -89,6 +89,7 @@ class Series:
     )
     event_loop_lag_seconds = _histogram(_LONG, "Time by which the event loop wakes a task late.")
     prompt_tokens = _counter("Prompt tokens of started requests.")
+    cached_prompt_tokens = _counter("Prompt tokens that were found in the KV cache.")
     generated_tokens = _counter("Tokens returned to clients.")
     batch_rows = _histogram(
         _ROWS,

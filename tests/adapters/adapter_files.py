@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,16 @@ from loraplex_model.base.config import DecoderConfig
 from loraplex_model.base.info import BaseInfo
 from numpy.typing import NDArray
 
+llama_path = partial(module_path, "LlamaForCausalLM")
+"""A module's path in models that name their modules as Llama does: `llama_path(layer, module)`."""
+
 
 def base_info(
     fingerprint: str = "sha256:" + "ba5e" * 16, dtype: str = "float32", **config: Any
 ) -> BaseInfo:
     """A small base; `config` overrides fields of its `DecoderConfig`."""
     fields: dict[str, Any] = {
-        "architecture": "tiny",
+        "architecture": "LlamaForCausalLM",
         "vocab_size": 40,
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -65,7 +69,7 @@ Entry = dict[str, object]
 
 def key(layer: int, module: str, half: str) -> str:
     """PEFT's name of a tensor."""
-    return f"base_model.model.{module_path(layer, module)}.lora_{half}.weight"
+    return f"base_model.model.{llama_path(layer, module)}.lora_{half}.weight"
 
 
 def lora_tensors(

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from adapters.adapter_files import BASE, Tensors
-from loraplex_adapters.format.modules import PREFIX, module_path
+from adapters.adapter_files import BASE, Tensors, llama_path
+from loraplex_adapters.format.modules import PREFIX
+
+from adapters import folded_files
 
 Config = dict[str, Any]
 
@@ -16,7 +18,7 @@ HIDDEN, VOCAB, KV = BASE.config.hidden_size, BASE.config.vocab_size, BASE.config
 
 def key(site: tuple[int, str], ending: str) -> str:
     """PEFT's name of a tensor."""
-    return f"{PREFIX}{module_path(*site)}.{ending}"
+    return f"{PREFIX}{llama_path(*site)}.{ending}"
 
 
 def _tensors(shapes: dict[str, tuple[int, ...]]) -> Tensors:
@@ -180,5 +182,6 @@ SAMPLES: dict[str, tuple[Config, Tensors]] = {
         },
         _BOTTLENECK,
     ),
+    **folded_files.SAMPLES,
 }
 """By name: configuration and tensors."""

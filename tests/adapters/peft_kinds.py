@@ -27,7 +27,7 @@ from loraplex_model.base.weights import BaseWeights
 from loraplex_model.checkpoints.load import load_base
 from model.passes import token_ids
 
-from adapters import bottlenecks, copies, peft_files
+from adapters import bottlenecks, copies, folded_cases, peft_files
 from model import peft_oracle, tiny
 
 ATTENTION = [Q, "k_proj", "v_proj", "o_proj"]
@@ -63,6 +63,7 @@ MORE: dict[str, Case] = {
         trainable_token_indices=[9, 4, 7],
     ),
     **copies.CASES,
+    **folded_cases.CASES,
     "prefix of full blocks": Case("llama", "PrefixTuningConfig", {"num_virtual_tokens": 8}, {}),
     "prompt of one": Case("llama", "PromptTuningConfig", {"num_virtual_tokens": 1}, {}),
 }
@@ -111,6 +112,15 @@ BLENDS: dict[str, tuple[tuple[str, float], ...]] = {
         ("tied embeddings", 0.3),
         ("tied tokens that differ", 0.7),
         ("saved tied, both", -0.2),
+    ),
+    "blend of folded kinds": (
+        ("loha", 0.5),
+        ("lokr of whole matrices", -0.25),
+        ("miss, few columns", 0.4),
+        ("gralora, hybrid", 0.3),
+        ("randlora", -0.5),
+        ("vera", 0.75),
+        ("lora", 0.5),
     ),
 }
 """Weighted sums of adapters, on the tied base. No module's input and output are scaled by two
@@ -186,7 +196,10 @@ class Gallery:
 
     def _expected(self, variant: str, name: str) -> torch.Tensor:
         """Logits [tokens, vocab] of `ids_of(name)`; for `BASE` without an adapter."""
-        model = _copy(self._quantised(variant))
+        parts = [part for part, _ in BLENDS.get(name, ((name, 1.0),))]
+        folded = any(part in folded_cases.CASES for part in parts)
+        # PEFT cannot adapt `Linear4bit` by all of them.
+        model = _copy((self._dequantised if folded else self._quantised)(variant))
         if name in BOTTLENECKS:
             bottlenecks.attach(model, self.adapter(variant, name))
         elif name in BLENDS:

@@ -13,6 +13,7 @@ from adapters.adapter_files import (
     BASE,
     SMOLLM,
     everywhere,
+    llama_path,
     lora_config,
     lora_tensors,
     write_adapter,
@@ -22,7 +23,6 @@ from hypothesis import strategies as st
 from loraplex_adapters.format.config import parse_config
 from loraplex_adapters.format.examine import examine, inspect
 from loraplex_adapters.format.kinds import KINDS
-from loraplex_adapters.format.modules import module_path
 from loraplex_adapters.format.spec import AdapterLimits
 from loraplex_adapters.format.strict_json import loads
 from loraplex_adapters.format.support import Support
@@ -113,7 +113,7 @@ WRONG: list[tuple[str, Any, str]] = [
         {"embed_tokens": [1], "model.embed_tokens": [1]},
         "ADAPTER_INVALID",
     ),
-    ("peft_type", "VERA", "ADAPTER_UNSUPPORTED"),
+    ("peft_type", "FOURIERFT", "ADAPTER_UNSUPPORTED"),
     ("peft_type", "NEW", "ADAPTER_UNSUPPORTED"),
     ("peft_type", ..., "ADAPTER_UNSUPPORTED"),
     ("peft_type", ["LORA"], "ADAPTER_UNSUPPORTED"),
@@ -227,7 +227,7 @@ def test_a_configuration_of_a_thousand_modules_and_all_their_singular_values_is_
     tmp_path: Path,
 ) -> None:
     """AdaLoRA's `rank_pattern` names every singular value of every module."""
-    paths = [module_path(*site) for site in everywhere(*PROJECTIONS, layers=30)]
+    paths = [llama_path(*site) for site in everywhere(*PROJECTIONS, layers=30)]
     kept = {f"{path}.lora_E": [False] * 23 + [n == 0] for n, path in enumerate(paths)}
     config = {"peft_type": "ADALORA", "init_r": 24, "r": 8, "lora_alpha": 48}
     config |= {"target_modules": list(PROJECTIONS), "rank_pattern": kept}
@@ -235,7 +235,7 @@ def test_a_configuration_of_a_thousand_modules_and_all_their_singular_values_is_
     tensors = {}
     for n, (layer, name) in enumerate(everywhere(*PROJECTIONS, layers=30)):
         fan_in, fan_out = shapes[name]
-        at, rank = f"base_model.model.{module_path(layer, name)}.lora_", int(n == 0)
+        at, rank = f"base_model.model.{llama_path(layer, name)}.lora_", int(n == 0)
         tensors |= {
             f"{at}{end}": np.ones(shape, np.float32)
             for end, shape in (("A", (rank, fan_in)), ("B", (fan_out, rank)), ("E", (rank, 1)))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from adapters.adapter_files import write_adapter
 from adapters.export_bases import PROMPT, Bases, agree, rows
-from adapters.peft_files import CASES, write
+from adapters.peft_files import write
 from loraplex_adapters.convert.export.account import measure, total
 from loraplex_adapters.convert.export.base import open_adapter, open_base
 from loraplex_adapters.convert.export.merged import LEAST_RETAINED, write_dense, write_nf4
@@ -22,6 +22,8 @@ from model.changes import random_adapter, random_prompt
 from model.peft_oracle import _compute_as_asked
 from model.test_gguf import write as write_gguf_base
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from adapters import folded_cases, peft_files
 
 MERGEABLE = (
     "lora",
@@ -40,7 +42,11 @@ MERGEABLE = (
     "ia3 on squares",
     "norms of heads",
     "tokens",
+    "lokr of whole matrices",
+    "gralora, hybrid",
+    "vera from its seed",
 )
+CASES = {**peft_files.CASES, **folded_cases.CASES}
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,12 @@ import re
 import time
 
 import pytest
+from adapters.adapter_files import llama_path
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from loraplex_adapters.format.expressions.automaton import Expression, Work, ending, find, whole
 from loraplex_adapters.format.expressions.grammar import NotEvaluated
 from loraplex_adapters.format.expressions.names import Names
-from loraplex_adapters.format.modules import module_path
 from loraplex_adapters.format.patterns import MAX_EXPRESSIONS, match
 from loraplex_model.base.config import LAYER_SITES, MODEL_SITES
 
@@ -21,8 +21,8 @@ SECONDS = 2.0
 
 def names_of(layers: int) -> list[str]:
     """Paths of all modules of a base."""
-    above = [module_path(-1, name) for name in MODEL_SITES]
-    return above + [module_path(layer, name) for layer in range(layers) for name in LAYER_SITES]
+    above = [llama_path(-1, name) for name in MODEL_SITES]
+    return above + [llama_path(layer, name) for layer in range(layers) for name in LAYER_SITES]
 
 
 PATHS = names_of(12)

@@ -174,7 +174,7 @@ def test_a_resized_vocabulary_is_said_with_both_sizes(tmp_path: Path) -> None:
 
 
 def test_a_type_that_is_not_served_comes_before_what_is_wrong_with_the_file(tmp_path: Path) -> None:
-    folder = write_adapter(tmp_path, lora_config(peft_type="LOHA"))
+    folder = write_adapter(tmp_path, lora_config(peft_type="FOURIERFT"))
     whole = weights_bytes(TENSORS).replace(b'"F32"', b'"F8E"')
     (folder / WEIGHTS).write_bytes(whole)
     found = examine(folder, BASE).findings

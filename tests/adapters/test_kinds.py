@@ -13,6 +13,8 @@ from adapters.kind_files import EMBED, HEAD, O0, Q0, SAMPLES, V1, key
 from loraplex_adapters.format.examine import Report, examine, inspect
 from loraplex_adapters.format.spec import AdapterLimits, CheckedAdapter, ModuleSpec
 
+from adapters import folded_files
+
 
 def judged(
     directory: Path, name: str, config: dict[str, Any] | None = None, **shapes: Any
@@ -68,6 +70,7 @@ PACKED = {
     "p-tuning": 384,
     "prefix": 2 * 384,
     "bottleneck": 2 * 512 + 64 + 128 + 2 * 768,
+    **folded_files.PACKED,
 }
 
 

@@ -11,6 +11,7 @@ import torch
 from adapters.peft_files import TIED
 from adapters.peft_kinds import BASE, Gallery, names_on, one_thread
 from adapters.serving import serve
+from loraplex_adapters.format.kinds.folded import FOLDED
 from loraplex_model.adapters.delta import AdapterDelta
 from loraplex_model.adapters.merge import is_mergeable
 from loraplex_model.base.config import MODEL
@@ -57,7 +58,8 @@ def test_merged_rows_equal_pefts_merged_model(gallery: Gallery, variant: str) ->
         assert difference.max() <= 3e-5, name
         if exact:
             kinds.add(spec.peft_type)
-    assert kinds == {"LORA", "ADALORA", "IA3"}
+    folded = {kind.peft_type for kind in FOLDED}
+    assert kinds == {"LORA", "ADALORA", "IA3"} | (folded if variant == TIED else set())
 
 
 def packed_digest(weights: BaseWeights) -> str:

@@ -30,7 +30,7 @@ def start(gallery: Gallery) -> LocalRunner:
             kv_tokens=KV_TOKENS,
             kv_memory=0,
             adapter_memory=1 << 24,
-            max_rank=64,
+            max_rank=128,
             virtual_tokens=VIRTUAL_TOKENS,
             max_virtual_tokens=16,
         )

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 
 import pytest
+from adapters.adapter_files import llama_path
 from hypothesis import given
 from hypothesis import strategies as st
-from loraplex_adapters.format.modules import module_path
 from loraplex_adapters.format.patterns import MAX_FOREIGN_KEYS, is_plain, match
 from loraplex_model.base.config import PROJECTIONS
 
-PATHS = [module_path(layer, name) for layer in (0, 1, 12) for name in PROJECTIONS]
+PATHS = [llama_path(layer, name) for layer in (0, 1, 12) for name in PROJECTIONS]
 WORDS = ["model", "layers", "self_attn", "self", "attn", "mlp", *PROJECTIONS, "q", "proj", "s_lf"]
 PLAIN = st.lists(st.sampled_from([*WORDS, "0", "1", "12", "2"]), min_size=1, max_size=6).map(
     ".".join

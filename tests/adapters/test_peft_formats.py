@@ -9,13 +9,16 @@ from pathlib import Path
 
 import peft
 import pytest
-from adapters.peft_files import CASES, EMBED, HEAD, base_info, lora, write
+from adapters.peft_files import EMBED, HEAD, base_info, lora, write
 from loraplex_adapters.format.examine import examine, inspect
 from loraplex_adapters.format.header import read_header
 from loraplex_adapters.format.kinds import KINDS
 from loraplex_adapters.format.support import COMMON, UNSERVED
 
-COPIES = "base_layer.weight"
+from adapters import folded_cases, peft_files
+
+COPIES = ("base_layer.weight", "_proj.randlora_A", "_proj.randlora_B")
+CASES = {**peft_files.CASES, **folded_cases.CASES}
 
 
 Written = Callable[[str], Path]

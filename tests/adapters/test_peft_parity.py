@@ -114,13 +114,28 @@ SERVED: dict[str, dict[str, Any]] = {
     "gaussian": {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": "gaussian"},
     "orthogonal": {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": "orthogonal"},
     "EVA": {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": "eva"},
+    "aLoRA": {"r": 4, "alora_invocation_tokens": [3, 4, 3]},
+    "aLoRA with biases of B": {
+        "r": 4,
+        "alora_invocation_tokens": [0],
+        "target_modules": ["q_proj"],
+        "lora_bias": True,
+    },
     "no task type": {"r": 4, "target_modules": ["q_proj"], "task_type": None},
 }
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "PiSSA": ({"init_lora_weights": "pissa"}, "init_lora_weights"),
     "OLoRA": ({"init_lora_weights": "olora"}, "init_lora_weights"),
-    "aLoRA": ({"alora_invocation_tokens": [3, 4]}, "alora_invocation_tokens"),
+    "aLoRA beside biases": ({"alora_invocation_tokens": [3, 4], "bias": "all"}, "bias"),
+    "aLoRA beside a saved head": (
+        {"alora_invocation_tokens": [3, 4], "modules_to_save": ["lm_head"]},
+        "modules_to_save",
+    ),
+    "aLoRA beside trained tokens": (
+        {"alora_invocation_tokens": [3, 4], "trainable_token_indices": [5]},
+        "trainable_token_indices",
+    ),
     "task type": ({"task_type": "FEATURE_EXTRACTION"}, "task_type"),
     "a reference in an expression": ({"alpha_pattern": {r"(q)_proj\1?": 3}}, "alpha_pattern"),
 }

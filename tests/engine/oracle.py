@@ -11,9 +11,10 @@ An adapter's `path` is either a JSON object of options or a directory, in which 
 read from `oracle.json` in it, if there is one, and the virtual tokens from its PEFT configuration.
 Options: `nbytes` (else the size of the files), `fail` (an error reason for `read_adapter`),
 `seconds` (how long reading takes), `nonfinite` (rows that use it get NaN logits), `virtual` (how
-many virtual tokens it has), `merge_nbytes` (what its dense copies take; 0: it cannot be merged),
-`merge_fail` (merging it raises), `kills` (the process is killed by the work on it: "read",
-"publish", "merge" or "publish_merge"), `loses` (the device is lost by it, likewise).
+many virtual tokens it has), `invocation` (token ids: it acts from their last occurrence in the
+prompt on, and on all tokens without this option), `merge_nbytes` (what its dense copies take; 0:
+it cannot be merged), `merge_fail` (merging it raises), `kills` (the process is killed by the work
+on it: "read", "publish", "merge" or "publish_merge"), `loses` (the device is lost by it, likewise).
 """
 
 from __future__ import annotations
@@ -80,20 +81,32 @@ def continuation(
     vocab_size: int = 512,
     forbidden: frozenset[int] = frozenset(),
     virtual: int = 0,
+    active: int | None = 0,
 ) -> list[int]:
     """The `count` tokens that the oracle must answer greedily to `prompt` under `mix`.
 
-    `virtual` tokens stand before the prompt; they are those of the one adapter of the mix.
+    `virtual` tokens stand before the prompt; they are those of the one adapter of the mix. The mix
+    applies from index `active` of the prompt on; to no token if that is None.
     """
-    weights = weights_hash(mix)
     tokens = [vocab_size + j for j in range(virtual)] + prompt
-    entries = [entry(token, position, weights) for position, token in enumerate(tokens)]
+    base, weights = weights_hash([]), weights_hash(mix)
+    entries = [
+        entry(token, position, weights if active is not None and position >= active else base)
+        for position, token in enumerate(tokens)
+    ]
     out: list[int] = []
     for _ in range(count):
         token = next_token(np.array(entries, np.uint64), vocab_size, forbidden)
         out.append(token)
-        entries.append(entry(token, len(entries), weights))
+        entries.append(entry(token, len(entries), base if active is None else weights))
     return out
+
+
+def invoked_at(prompt: list[int], invocation: list[int]) -> int | None:
+    """Index of the last occurrence of `invocation`; None if there is none."""
+    size = len(invocation)
+    found = [i for i in range(len(prompt) - size + 1) if prompt[i : i + size] == invocation]
+    return found[-1] if found else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +117,7 @@ class OracleAdapter:
     nbytes: int
     nonfinite: bool
     virtual_tokens: int = 0
+    invocation_tokens: tuple[int, ...] = ()
     merge_nbytes: int = 0
     merge_fails: bool = False
     kills: str = ""
@@ -180,7 +194,7 @@ class OracleRunner:
     def __post_init__(self) -> None:
         base = base_info(
             self.fingerprint,
-            architecture="oracle",
+            architecture="LlamaForCausalLM",
             vocab_size=self.vocab_size,
             hidden_size=self.width,
             num_layers=1,
@@ -238,6 +252,7 @@ class OracleRunner:
             options.get("nbytes", size),
             options.get("nonfinite", False),
             options.get("virtual", 0),
+            tuple(options.get("invocation", ())),
             options.get("merge_nbytes", 0),
             options.get("merge_fail", False),
             options.get("kills", ""),
@@ -252,7 +267,11 @@ class OracleRunner:
         config = json.loads(file.read_text()) if file.exists() else {}
         mergeable = self.merges_files and config.get("peft_type") == "LORA"
         virtual = config.get("num_virtual_tokens", 0)
-        return {"virtual": virtual, "merge_nbytes": size if mergeable else 0}
+        return {
+            "virtual": virtual,
+            "invocation": config.get("alora_invocation_tokens") or (),
+            "merge_nbytes": size if mergeable else 0,
+        }
 
     def prepare_adapter(self, adapter: OracleAdapter) -> bool:
         if adapter is not self._preparing:

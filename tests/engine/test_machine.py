@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import numpy as np
 import pytest
 from engine.driving import Engine, adapter
-from engine.oracle import OracleRunner, continuation
+from engine.oracle import OracleRunner, continuation, invoked_at
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -40,13 +40,15 @@ CATALOGUE: dict[str, dict[str, object]] = {
     "d": {"nbytes": 60},
     "v": {"nbytes": 20, "virtual": 3},
     "w": {"nbytes": 1, "virtual": 5, "merge_nbytes": 20},
+    "i": {"nbytes": 30, "invocation": [9, 10], "merge_nbytes": 10},
+    "j": {"nbytes": 20, "invocation": [12]},
     "whole": {"nbytes": BUDGET},
     "larger": {"nbytes": BUDGET + 1},
     "bad": {"fail": "ADAPTER_INVALID"},
     "crash": {"fail": "crash"},
     "nan": {"nbytes": 10, "nonfinite": True},
 }
-NAMES = st.sampled_from([*"aaaaaabbbbcccdvvvw", *CATALOGUE])
+NAMES = st.sampled_from([*"aaaaaabbbbcccdvvvwiii", *CATALOGUE])
 CONTROL_REASONS = {
     "ADAPTER_INVALID",
     "ENGINE_FAULT",
@@ -83,16 +85,28 @@ class Asked:
 
     @property
     def is_mixable(self) -> bool:
+        if len(set(self.names)) > 1 and any("invocation" in CATALOGUE[n] for n in self.names):
+            return False
         if not any(option(name, "virtual") for name in self.names):
             return True
         return len(set(self.names)) == 1 and sum(ref.weight for ref in self.refs) == 1.0
+
+    @property
+    def active(self) -> int | None:
+        """Index of the prompt from which on its adapters act; None if they never do."""
+        options = CATALOGUE[self.names[0]] if len(set(self.names)) == 1 else {}
+        if "invocation" not in options:
+            return 0
+        return invoked_at(self.prompt, cast("list[int]", options["invocation"]))
 
     @property
     def expected(self) -> tuple[list[int], str]:
         """Its tokens and how it finishes, if nothing comes between."""
         mix = [(ref.digest, ref.weight) for ref in self.refs]
         virtual = option(self.names[0], "virtual") if self.names else 0
-        tokens = continuation(self.prompt, mix, self.max_new_tokens, virtual=virtual)
+        tokens = continuation(
+            self.prompt, mix, self.max_new_tokens, virtual=virtual, active=self.active
+        )
         for at, token in enumerate(tokens):
             if token in self.stops:
                 return tokens[:at], "stop"
@@ -101,6 +115,7 @@ class Asked:
 
 class EngineMachine(RuleBasedStateMachine):
     engine_class: ClassVar[type[Engine]] = Engine
+    shares: ClassVar[bool] = False
 
     @initialize(
         num_blocks=st.integers(3, 24) | st.just(40),
@@ -147,6 +162,7 @@ class EngineMachine(RuleBasedStateMachine):
             max_waiting=self.max_waiting,
             max_waiting_tokens=100,
             prompt_logprob_rows=3,
+            share_base_prefixes=self.shares,
         )
         self.asked: dict[int, Asked] = {}
         self.ops: set[int] = set()
@@ -243,7 +259,7 @@ class EngineMachine(RuleBasedStateMachine):
         )
 
     @rule(
-        names=st.lists(st.sampled_from(["", "a", "b", "v", "w"]), min_size=1, max_size=4),
+        names=st.lists(st.sampled_from(["", "a", "b", "v", "w", "i", "j"]), min_size=1, max_size=4),
         size=st.integers(1, 8),
         max_new_tokens=st.integers(2, 10),
     )
@@ -390,7 +406,8 @@ class EngineMachine(RuleBasedStateMachine):
         core.adapters.host.check()
         core.adapters.merging.check()
         held = [block for r in core._requests.values() for block in r.blocks]
-        assert len(held) == len(set(held)) == core._pool.used
+        assert len(set(held)) == core._pool.used
+        assert self.shares or len(held) == len(set(held))
         never_started = [r for r in core._requests.values() if r.queue_seconds is None]
         assert len(never_started) <= self.max_waiting
         pins = [pin.digest for r in core._requests.values() for pin in r.pins]

@@ -86,7 +86,6 @@ def test_a_setting_of_another_model_is_named(
         ("phi4-mini", {"~.rope.scaling.original_context_length": None}, "original_context_length"),
         ("qwen3-moe", {"~.expert_count": None}, "no qwen3moe.expert_count"),
         ("qwen3-moe", {"~.expert_count": 7}, "blk.0.ffn_gate_exps.weight has shape [6, "),
-        ("qwen3-moe", {"~.expert_count": (1 << 31) - 1}, "blk.0.ffn_gate_exps.weight has shape"),
         ("qwen3-moe", {"~.expert_used_count": 9}, "qwen3moe.expert_used_count = 9"),
         ("qwen3-moe", {"~.expert_feed_forward_length": None}, "expert_feed_forward_length"),
         ("stablelm-parallel", {"~.attention.head_count_kv": 1}, "blk.0.attn_k_norm.weight"),

@@ -21,8 +21,8 @@ from loraplex_model.base.refusal import Problem, Refusal
 
 BASE = base_info(tie_embeddings=True)
 LIMITS = AdapterLimits(max_rank=64, max_weights_bytes=1 << 20, max_virtual_tokens=64)
-SKIPPED = "base_layer.weight"
-"""Copies of the base's own weights, which a file may hold without effect."""
+SKIPPED = ("base_layer.weight", "_proj.randlora_A", "_proj.randlora_B")
+"""Copies of the base's own weights, which a file may hold without effect, and of shared tensors."""
 
 
 def fuzz_config(data: bytes) -> None:

@@ -256,7 +256,7 @@ def test_a_damaged_default_model_is_fetched_again_before_it_is_converted(
     """Its digest is pinned, so a damaged file never becomes a base model of its own."""
     sources: list[bytes] = []
 
-    def build(source: Path, directory: Path) -> None:
+    def build(source: Path, cache_dir: Path, directory: Path) -> None:
         sources.append(source.read_bytes())
         Builder()(directory)
         raise _Built

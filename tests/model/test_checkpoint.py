@@ -11,7 +11,7 @@ import torch
 from loraplex_model.base.config import PROJECTIONS
 from loraplex_model.base.refusal import Refusal
 from loraplex_model.checkpoints import checkpoint
-from loraplex_model.checkpoints.checkpoint import SafetensorsSource
+from loraplex_model.checkpoints.checkpoint import SafetensorsSource, TensorInfo
 from loraplex_model.checkpoints.convert import convert
 from loraplex_model.checkpoints.load import LoadedBase, load_base
 from loraplex_model.ops import nf4
@@ -122,6 +122,9 @@ class CountingSource:
 
     def names(self):
         return self._inner.names()
+
+    def info(self, name: str) -> TensorInfo:
+        return self._inner.info(name)
 
     def read(self, name: str) -> torch.Tensor:
         tensor = self._inner.read(name)

@@ -74,3 +74,11 @@ def test_maxima_that_were_quantised_once_are_read_as_they_are() -> None:
     packed, state = bnb.quantize_4bit(weight(96, 64), blocksize=64, quant_type="nf4")
     plain = NF4Matrix((96, 64), packed.reshape(-1), state.absmax, (), (), (96,))
     assert torch.equal(nf4.dequantize(plain), bnb.dequantize_4bit(packed, state))
+
+
+def test_a_stack_may_have_modules_with_and_without_double_quantisation() -> None:
+    packed, state = bnb.quantize_4bit(weight(96, 64), blocksize=64, quant_type="nf4")
+    plain = NF4Matrix((96, 64), packed.reshape(-1), state.absmax, (), (), (96,))
+    parts = [nf4.quantise(weight(33, 64)), plain, nf4.quantise(weight(17, 64))]
+    stacked = nf4.stack(parts)
+    assert torch.equal(nf4.dequantize(stacked), torch.cat([nf4.dequantize(p) for p in parts]))

@@ -57,7 +57,7 @@ def write_model(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     make_tokenizer().save(str(folder / "tokenizer.json"))
     info = TokenizerInfo(
-        architecture="oracle",
+        architecture="LlamaForCausalLM",
         eos_token_ids=(EOS,),
         bos_token_id=None,
         adds_bos=False,

@@ -138,7 +138,7 @@ async def adapter_invalid(up: Running, patch: pytest.MonkeyPatch) -> None:
 
 @raises(Reason.ADAPTER_UNSUPPORTED)
 async def adapter_unsupported(up: Running, patch: pytest.MonkeyPatch) -> None:
-    import_adapter(up, "other", peft_type="LOHA")
+    import_adapter(up, "other", peft_type="FOURIERFT")
     await register(up, "other")
 
 

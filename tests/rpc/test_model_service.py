@@ -40,7 +40,7 @@ async def test_the_model_is_described(tmp_path: Path) -> None:
         model = (await stub(up).GetModel(model_pb2.GetModelRequest())).model
         assert model.name
         assert model.fingerprint == up.server.engine.hello.model.base.fingerprint
-        assert model.architecture == "oracle"
+        assert model.architecture == "LlamaForCausalLM"
         assert (model.vocab_size, model.has_tokenizer) == (VOCAB, True)
         assert 0 < model.max_context <= up.server.engine.hello.model.max_context
         assert EOS in [token.token_id for token in model.eos_tokens]

@@ -162,7 +162,7 @@ async def test_what_goes_wrong_after_the_registration_is_a_warning(trains: Train
 
 
 async def test_an_adapter_that_the_server_does_not_take_fails_the_job(trains: Training) -> None:
-    made = trains.adapter(4, peft_type="LOHA")
+    made = trains.adapter(4, peft_type="FOURIERFT")
     done = await trains.ended(await trains.create(f"publish {made}", name="odd"))
     assert done.state == State.TRAINING_JOB_STATE_FAILED
     assert done.error.reason == "ADAPTER_UNSUPPORTED"

@@ -145,3 +145,17 @@ def test_the_packages_that_cuda_uses_are_named(tmp_path: Path) -> None:
     assert found["varlen_attn"] == "the compute type is float32"
     if torch.version.cuda is None:
         assert found["4-bit products"] == "torch is built without CUDA"
+
+
+@pytest.mark.parametrize("asked", ["avx9", "avx512"])
+def test_a_wrong_instruction_set_is_named(
+    asked: str, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "cpu_flags", lambda: frozenset({"avx2", "fma"}))
+    monkeypatch.setenv("LORAPLEX_ISA", asked)
+    (found,) = bad(config)
+    assert found.startswith(f"instructions: LORAPLEX_ISA is {asked!r}, which ")
+    monkeypatch.setenv("LORAPLEX_ISA", "portable")
+    shown = [check.text for check in doctor.examine(config) if check.subject == "kernels"]
+    assert bad(config) == []
+    assert all(text.startswith("C++ for portable, as LORAPLEX_ISA says") for text in shown)

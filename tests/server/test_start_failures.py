@@ -28,7 +28,7 @@ from adapters import stores
 
 pytestmark = pytest.mark.fault("start-failure-untyped")
 
-STORE, MODEL = 5, 4
+SETTINGS, MODEL, STORE = 2, 4, 5
 
 
 def starts(folder: Path, capsys: pytest.CaptureFixture[str], **settings: Any) -> tuple[int, str]:
@@ -283,3 +283,12 @@ def test_the_process_says_what_is_wrong_with_its_settings_file(tmp_path: Path) -
     code, said = outcome(start(tmp_path))
     assert code == 2
     assert said == f"error: cannot read {tmp_path}: Is a directory"
+
+
+def test_an_unknown_instruction_set_is_reported_before_anything_is_opened(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORAPLEX_ISA", "avx9")
+    code, said = starts(tmp_path, capsys)
+    assert (code, said[:31]) == (SETTINGS, "error: LORAPLEX_ISA is 'avx9', ")
+    assert not (tmp_path / "store").exists()

@@ -188,6 +188,15 @@ def test_a_mistake_is_told_with_what_to_do(
     assert not (place.top / "bad").exists()
 
 
+def test_an_unknown_instruction_set_is_told(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAPLEX_ISA", "avx9")
+    for command in (place.flags("bad"), [*place.flags("bad"), "--json"]):
+        done = invoke("plan" if "--json" in command else "run", *command)
+        assert done.exit_code == 2
+        (line,) = done.stderr.splitlines()
+        assert line.startswith("error: CONFIG_INVALID: LORAPLEX_ISA is 'avx9', ")
+
+
 def test_programs_get_every_refusal_as_an_event(place: Place, tmp_path: Path) -> None:
     flags = {"lr": "fast", "batch_size": 0}
     log = tmp_path / "events.jsonl"

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from loraplex_adapters.format.modules import module_path
 from loraplex_model.base.config import PROJECTIONS
 from loraplex_model.base.refusal import Refusal
 from loraplex_model.ops.linear import BaseLinear
 from loraplex_training.data.samples import MicroBatch
 from loraplex_training.methods.base import TrainedAdapter
+from loraplex_training.methods.targets import module_path
 from loraplex_training.step.joint import Part
 
 from train import tiny

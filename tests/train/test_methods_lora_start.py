@@ -9,10 +9,9 @@ from typing import Any
 import peft
 import pytest
 import torch
-from loraplex_adapters.format.modules import module_path
 from loraplex_model.base.config import PROJECTIONS, Site
 from loraplex_model.base.refusal import Refusal
-from loraplex_training.methods.targets import weight
+from loraplex_training.methods.targets import module_path, weight
 from peft.utils.loftq_utils import _low_rank_decomposition
 
 from train import tiny

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-from loraplex_model.base.config import LAYER_SITES, MODEL_SITES
 from loraplex_model.base.info import BaseInfo
 from loraplex_model.base.refusal import Problem, Reason, Refusal
 
@@ -25,7 +24,8 @@ from loraplex_adapters.format.digest import AdapterDigest
 from loraplex_adapters.format.files import WEIGHTS_FILE, Directory, opened
 from loraplex_adapters.format.foreign.causes import explained, grouped, led_by
 from loraplex_adapters.format.header import Header, read_header
-from loraplex_adapters.format.modules import module_path, table_order
+from loraplex_adapters.format.kinds.activation import BEFORE
+from loraplex_adapters.format.modules import ModulePaths, shown_modules, table_order
 from loraplex_adapters.format.packing import packed_bytes
 from loraplex_adapters.format.placement import Placement
 from loraplex_adapters.format.reader import MAX_STAMP, MAX_STAMPS
@@ -36,6 +36,11 @@ from loraplex_adapters.format.values import scan
 
 MAX_FINDINGS = 100
 """Findings that a report contains at most; a file can have 8,192 wrong tensors."""
+
+_ACTIVATED = (
+    "the adapter acts from the last occurrence of its invocation tokens in a prompt on; a prompt "
+    "without them is answered by the base alone"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,13 +141,19 @@ def examine_parsed(
     provenance = {**_stamps(header.metadata, findings), **settings.provenance}
     _check_base(settings, header, base, findings)
     kind = settings.kind
-    file = Placement(kind.peft_type, header, kind.endings, base, limits, kind.whole_names)
+    file = Placement(
+        kind.peft_type, header, kind.endings, base, limits, kind.whole_names, kind.shared
+    )
     modules = settings.reading.place(file)
     copies = [] if kind.whole_names else place_copies(file, modules)
+    notes: tuple[str, ...] = ()
+    if file.invocation_tokens:
+        copies = [replace(copy, refusal=copy.refusal or BEFORE) for copy in copies]
+        notes = (_ACTIVATED,)
     file.finish()
     findings += file.findings
     modules.sort(key=lambda m: table_order((m.layer, m.module)))
-    _check_once(modules, findings)
+    _check_once(modules, file.path, findings)
     findings += check_size(without_copies(modules, copies), base, limits)
     if not modules and not findings:
         message = "the adapter changes nothing"
@@ -150,20 +161,21 @@ def examine_parsed(
     if findings:
         found = explained(findings, header.tensors, base)
         return Report(None, tuple(found[:MAX_FINDINGS]))
-    changed = {m.module for m in modules}
     spec = CheckedAdapter(
         digest="",
         peft_type=kind.peft_type,
         rank=max(m.rank for m in modules),
-        target_modules=tuple(n for n in (*LAYER_SITES, *MODEL_SITES) if n in changed),
+        target_modules=shown_modules(((m.layer, m.module) for m in modules), base),
         modules=tuple(modules),
         size_bytes=size,
         base_model=settings.base_model,
         virtual_tokens=max(_virtual_tokens(m) for m in modules),
+        invocation_tokens=file.invocation_tokens,
         provenance=provenance,
         packed_bytes=packed_bytes(modules, base),
         copies=tuple(copies),
         twins=tuple(file.twins),
+        notes=notes,
     )
     return Report(spec, ())
 
@@ -193,13 +205,13 @@ def _stamps(metadata: Mapping[str, str], findings: list[Problem]) -> dict[str, s
     return {shown(k.removeprefix(STAMP)): shown(v, MAX_STAMP) for k, v in stamps.items()}
 
 
-def _check_once(modules: Sequence[ModuleSpec], findings: list[Problem]) -> None:
+def _check_once(modules: Sequence[ModuleSpec], path: ModulePaths, findings: list[Problem]) -> None:
     """Refuses two changes of one module, such as A and B together with saved rows."""
     for first, second in pairwise(modules):
         if (first.layer, first.module) == (second.layer, second.module):
-            path = module_path(first.layer, first.module)
-            message = f"{path} is changed in two ways at once, which is not supported"
-            findings.append(Problem(path, message, Reason.ADAPTER_UNSUPPORTED))
+            name = path((first.layer, first.module))
+            message = f"{name} is changed in two ways at once, which is not supported"
+            findings.append(Problem(name, message, Reason.ADAPTER_UNSUPPORTED))
 
 
 def _virtual_tokens(module: ModuleSpec) -> int:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from math import prod
 from typing import Final
 
 from loraplex_model.adapters.delta import vector_fields
-from loraplex_model.base.config import MODEL, PROJECTIONS, DecoderConfig
+from loraplex_model.base.config import MODEL, DecoderConfig
 from loraplex_model.base.dtypes import ALIGNMENT, ITEM_SIZES
 from loraplex_model.base.info import BaseInfo
 
-from loraplex_adapters.format.modules import BOTTLENECKS, NORMS
+from loraplex_adapters.format.modules import BOTTLENECKS, MATRICES, NORMS
 from loraplex_adapters.format.spec import ModuleSpec
 from loraplex_adapters.format.targets import EMBEDDINGS
 
@@ -21,40 +22,55 @@ def packed_bytes(modules: Iterable[ModuleSpec], base: BaseInfo) -> int:
     """Bytes of every tensor of every site, each padded to `ALIGNMENT`.
 
     Matrices, rows and virtual tokens are packed in the base's dtype; gains, biases and token ids
-    take 4 bytes an element.
+    take 4 bytes an element. A module that the decoder divides into several is packed as these, with
+    one A and one gain of the input for all.
     """
     item = ITEM_SIZES[base.dtype]
     sizes = (
         elements * (4 if name in _VECTORS else item)
         for module in modules
-        for name, elements in _elements(module, base.config).items()
+        for name, elements in _tensors(module, base.config)
     )
     return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
+
+
+def _tensors(module: ModuleSpec, config: DecoderConfig) -> Iterator[tuple[str, int]]:
+    """Fields and numbers of elements of the tensors that a site is packed as."""
+    if module.module not in MATRICES:
+        yield from _elements(module, config).items()
+        return
+    roles, rank, name = module.tensors, module.rank, module.module
+    fan_in, _ = config.module_shapes()[name]
+    has_factors = bool(rank) and ("a" in roles or module.fold is not None)
+    offset = "magnitude" in roles and name in config.biased
+    present = {
+        "b": has_factors,
+        "gain": bool(roles.keys() & {"magnitude", "out_gain"}),
+        "bias": bool(offset or roles.keys() & {"b_bias", "bias", "bias_delta"}),
+    }
+    if has_factors:
+        yield "a", rank * fan_in
+    if "in_gain" in roles:
+        yield "in_gain", fan_in
+    for part in config.parts_of(name):
+        _, _, fan_out = config.place(part)
+        for field, is_present in present.items():
+            if is_present:
+                yield field, fan_out * (rank if field == "b" else 1)
 
 
 def _elements(module: ModuleSpec, config: DecoderConfig) -> Mapping[str, int]:
     """Number of elements of each tensor of a site, by field of the site's `delta_type`."""
     roles, rank = module.tensors, module.rank
-    if module.module in PROJECTIONS:
-        fan_in, fan_out = config.projection_shapes()[module.module]
-        found = {"a": rank * fan_in, "b": rank * fan_out} if "a" in roles and rank else {}
-        if roles.keys() & {"magnitude", "out_gain"}:
-            found["gain"] = fan_out
-        if "in_gain" in roles:
-            found["in_gain"] = fan_in
-        offset = "magnitude" in roles and module.module in config.biased
-        if offset or roles.keys() & {"b_bias", "bias", "bias_delta"}:
-            found["bias"] = fan_out
-        return found
     if module.module in NORMS:
-        return {"weight": roles["weight"].shape[0]}
+        return {role: prod(roles[role].shape) for role in ("weight", "bias") if role in roles}
     if module.module in BOTTLENECKS:
         found = {"down": rank * config.hidden_size, "up": rank * config.hidden_size}
         found |= {"down_bias": rank} if "down_bias" in roles else {}
         return found | ({"up_bias": config.hidden_size} if "up_bias" in roles else {})
     if (MODEL, module.module) in EMBEDDINGS:
         found = {"a": rank * config.vocab_size, "b": rank * config.hidden_size}
-        found = found if "a" in roles and rank else {}
+        found = found if ("a" in roles or module.fold is not None) and rank else {}
         if tokens := _changed_tokens(module, config):
             found |= {"token_ids": tokens, "rows": tokens * config.hidden_size}
         return found

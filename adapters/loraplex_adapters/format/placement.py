@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping, Set
 
-from loraplex_model.base.config import Site
+from loraplex_model.base.config import JOINED, Site
 from loraplex_model.base.info import BaseInfo
 from loraplex_model.base.refusal import Problem, Reason
 
@@ -19,9 +19,12 @@ from loraplex_adapters.format.header import Header
 from loraplex_adapters.format.modules import (
     BOTTLENECKS,
     PREFIX,
+    SHARED,
     VIRTUAL_TOKENS,
     base_sites,
+    has_norm_for_each_head,
     module_path,
+    paths_of,
     role_shapes,
 )
 from loraplex_adapters.format.patterns import Value, match
@@ -30,6 +33,7 @@ from loraplex_adapters.format.strict_json import shown
 from loraplex_adapters.format.targets import Targets
 
 _LAYER = re.compile(r"\Amodel\.layers\.(0|[1-9][0-9]{0,4})\.")
+_HEAD_NORM = re.compile(r"_layernorm\.norms\.[0-9]{1,5}\Z")
 
 
 class Placement:
@@ -37,9 +41,11 @@ class Placement:
 
     Attributes:
         base, limits: the base and the limits that the file is checked against.
+        path: gives the path of the module at a site, as the file spells it.
         findings: everything that does not fit, in order of discovery.
         saved: the sites whose weights the file replaces completely (`modules_to_save`).
         twins: pairs of tensors that name one weight, and must be equal.
+        invocation_tokens: as in `CheckedAdapter`; set by the kind.
     """
 
     def __init__(
@@ -50,26 +56,31 @@ class Placement:
         base: BaseInfo,
         limits: AdapterLimits,
         whole_names: bool = False,
+        shared: Mapping[str, str] | None = None,
     ) -> None:
         self.base = base
         self.limits = limits
+        self.path = paths_of((tensor.name for tensor in header.tensors), base)
         self.findings: list[Problem] = []
         self.saved: set[Site] = set()
         self.twins: list[tuple[TensorLocation, TensorLocation]] = []
+        self.invocation_tokens: tuple[int, ...] = ()
         self._peft_type = peft_type
-        self._needs = endings
+        self._shared = shared or {}
+        self._needs = {**endings, **self._shared}
         # The longest ending first, since "lora_B.bias" also ends in "bias".
         spelt = [other for other, ending in SPELLINGS.items() if ending in endings]
         self._endings = sorted([*endings, *spelt], key=len, reverse=True)
-        self._sites = {module_path(*site): site for site in base_sites(base)}
-        for layer in range(base.config.num_layers):
-            for name in BOTTLENECKS:
-                self._sites[module_path(layer, name)] = (layer, name)
+        own, layers = base.config.architecture, range(base.config.num_layers)
+        bottlenecks = [(layer, name) for layer in layers for name in BOTTLENECKS]
+        self._sites = {module_path(own, *s): s for s in (*base_sites(base), *bottlenecks)}
         self._left: dict[Site, dict[str, TensorLocation]] = {}
         self._claimed: dict[Site, set[str]] = {}
         for tensor in header.tensors:
             if whole_names:
                 self._take_whole(tensor)
+            elif tensor.name in self._shared:
+                self._left.setdefault(SHARED, {})[tensor.name] = tensor
             else:
                 self._take(tensor)
 
@@ -92,7 +103,8 @@ class Placement:
         """Claims a tensor as `claim` does; adds a finding if it is missing."""
         tensor = self.claim(site, ending)
         if tensor is None:
-            name = ending if site == VIRTUAL_TOKENS else f"{PREFIX}{module_path(*site)}.{ending}"
+            whole = site in (VIRTUAL_TOKENS, SHARED)
+            name = ending if whole else f"{PREFIX}{self.path(site)}.{ending}"
             self.find(Reason.ADAPTER_INVALID, f"{name} is missing", name)
         return tensor
 
@@ -127,7 +139,7 @@ class Placement:
         if len(set(inner.values())) > 1:
             sizes = " and ".join(f"{size} in {_ending(name)}" for name, size in inner.items())
             name = shown(list(inner)[-1])
-            message = f"{module_path(*site)} has different inner widths: {sizes}"
+            message = f"{self.path(site)} has different inner widths: {sizes}"
             self.find(Reason.ADAPTER_INVALID, message, name)
             return None
         return next(iter(inner.values()), 0)
@@ -152,11 +164,11 @@ class Placement:
         if held > self.limits.max_rank:
             message = f"has rank {held}; at most {self.limits.max_rank} is allowed"
             first = next(t for t in tensors.values() if t is not None)
-            self.find(Reason.RANK_TOO_LARGE, f"{module_path(*site)} {message}", shown(first.name))
+            self.find(Reason.RANK_TOO_LARGE, f"{self.path(site)} {message}", shown(first.name))
             return None
         if held != rank:
             message = f"has rank {held} in the weights and {rank} in {CONFIG_FILE}"
-            self.find(Reason.ADAPTER_INVALID, f"{module_path(*site)} {message}", field)
+            self.find(Reason.ADAPTER_INVALID, f"{self.path(site)} {message}", field)
             return None
         return {role: tensor for role, tensor in tensors.items() if tensor is not None}
 
@@ -170,13 +182,13 @@ class Placement:
         """Adds a finding if a scale is too large or not a number."""
         if not abs(scale) <= self.limits.max_scale:
             message = f"has scale {scale:g}; at most {self.limits.max_scale:g} is allowed"
-            self.find(Reason.ADAPTER_INVALID, f"{module_path(*site)} {message}", field)
+            self.find(Reason.ADAPTER_INVALID, f"{self.path(site)} {message}", field)
 
     def matched(
         self, field: str, pattern: Mapping[str, Value], sites: Collection[Site]
     ) -> Mapping[Site, Value]:
         """Returns the values that a pattern in the configuration gives to the sites."""
-        paths = {module_path(*site): site for site in sites}
+        paths = {self.path(site): site for site in sites}
         try:
             matched = match(pattern, paths)
         except ValueError as error:
@@ -201,16 +213,16 @@ class Placement:
         if not targets.known or self.findings:
             return
         try:
-            expected = targets.promised(candidates, self.base)
+            expected = targets.promised(candidates, self.path)
         except ValueError as error:
             message = f"an expression for modules {error}; list the modules' names"
             self.find(Reason.ADAPTER_UNSUPPORTED, message, "target_modules")
             return
         if unnamed := sorted(set(adapted) - expected):
-            message = f"{module_path(*unnamed[0])} has weights but is not among the target modules"
+            message = f"{self.path(unnamed[0])} has weights but is not among the target modules"
             self.find(Reason.ADAPTER_INVALID, message, "target_modules")
-        if (missing := sorted(expected - set(adapted))) and targets.complete:
-            message = f"{module_path(*missing[0])} is a target but has no weights"
+        if (missing := sorted(expected - set(adapted))) and targets.complete(self.path):
+            message = f"{self.path(missing[0])} is a target but has no weights"
             if missing[0][0] > max((layer for layer, _ in adapted), default=-1) >= 0:
                 message += "; the adapter seems to be for a base with fewer layers"
                 self.find(Reason.BASE_MODEL_MISMATCH, message, "target_modules")
@@ -244,7 +256,7 @@ class Placement:
         if ending is None or rest == tensor.name:
             self._no_tensor(tensor)
             return
-        path = rest[: -len(ending) - 1]
+        path = self.path.plain(rest[: -len(ending) - 1])
         site = self._sites.get(path)
         if site is None:
             self._no_site(tensor, path)
@@ -268,7 +280,34 @@ class Placement:
         found = _LAYER.match(path)
         if found and int(found[1]) >= self.base.config.num_layers:
             message = f"{name} is beyond the base's {self.base.config.num_layers} layers"
+        elif found and (other := self._other_form(path)):
+            message = f"{name} {other}"
+        elif found and _HEAD_NORM.search(path) and has_norm_for_each_head("q_norm", self.base):
+            message = f"{name} changes the norm of a single head, which is not supported"
+            self.find(Reason.ADAPTER_UNSUPPORTED, message, name)
+            return
         self.find(Reason.BASE_MODEL_MISMATCH, message, name)
+
+    def _other_form(self, path: str) -> str:
+        """How the checkpoint that a module is of differs from this base's; "" if it does not.
+
+        Some families hold several projections as one module, and conversions of them divide it.
+        """
+        config, last = self.base.config, path.rpartition(".")[2]
+        for fused, joined in JOINED.items():
+            parts = config.fused[fused]
+            listed = f"{', '.join(parts[:-1])} and {parts[-1]}"
+            if last in parts and fused in config.joined:
+                return (
+                    f"is of a checkpoint that divides {joined}; this base holds {listed} as one "
+                    f"module: serve the checkpoint that the adapter was trained on"
+                )
+            if last == joined and fused not in config.joined and len(parts) > 1:
+                return (
+                    f"is of a checkpoint that joins {listed}; this base holds them as modules of "
+                    f"their own: serve the checkpoint that the adapter was trained on"
+                )
+        return ""
 
     def _within_module(self, path: str) -> bool:
         """Whether the path leads into a module of the base, so that only its end is unknown."""

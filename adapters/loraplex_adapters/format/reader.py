@@ -137,13 +137,18 @@ class Reader:
             return ()
         return tuple(names)
 
-    def token_ids(self, key: str, value: object) -> tuple[int, ...] | None:
-        """`value`, found under `key`, as a list of distinct token ids, in the file's order."""
+    def token_ids(
+        self, key: str, value: object, *, distinct: bool = True
+    ) -> tuple[int, ...] | None:
+        """`value`, found under `key`, as a list of token ids in the file's order, not empty.
+
+        If they must be `distinct`, a token id that occurs twice is invalid.
+        """
         if not isinstance(value, list) or not value:
             self.invalid(key, "is not a list of token ids")
         elif not all(type(item) is int and item >= 0 for item in value):
             self.invalid(key, "has a token id that is not an integer of at least 0")
-        elif len(set(value)) < len(value):
+        elif distinct and len(set(value)) < len(value):
             self.invalid(key, "has a token id twice")
         else:
             return tuple(value)

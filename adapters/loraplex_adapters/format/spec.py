@@ -49,6 +49,22 @@ class TensorLocation:
 
 
 @dataclass(frozen=True, slots=True)
+class Fold:
+    """How the tensors of a module become A [rank, fan_in] and B [fan_out, rank].
+
+    Attributes:
+        arithmetic: name of the function in `load.folded` that computes A and B.
+        fan_in, fan_out: widths of the module's input and output.
+        settings: numbers in the configuration that the arithmetic needs, by name.
+    """
+
+    arithmetic: str
+    fan_in: int
+    fan_out: int
+    settings: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class ModuleSpec:
     """The part of an adapter at one site of the model.
 
@@ -67,14 +83,17 @@ class ModuleSpec:
             rows [n, hidden]: replace the rows `token_ids` of embeddings or head, or of `weight`;
             down [width, in], down_bias [width], up [out, width], up_bias [out]: a bottleneck;
             prompt [n, hidden]: virtual tokens as embeddings;
-            prefix [n, 2 * layers * kv_size]: virtual tokens as keys and values.
-        rank: rank of LoRA's matrices, or width of a bottleneck; 0 for other roles.
+            prefix [n, 2 * layers * kv_size]: virtual tokens as keys and values;
+            any other role: a tensor that `fold` reads, named as in PEFT.
+        rank: rank of LoRA's matrices, also if they are folded, or width of a bottleneck; 0 for
+            other roles.
         scale: factor of B (A x), or of a bottleneck's output.
         token_ids: token ids of `rows`, in the order of the rows; distinct, not sorted.
         changed_rows: token ids of the rows of `weight` that differ from the base's, ascending;
             empty if all may differ.
         activation, reads: names of a bottleneck's `Activation` and `Reads` of
             `loraplex_model.adapters.delta`, in lower case; else "".
+        fold: how A and B are computed from the tensors; None if they are tensors of the file.
     """
 
     layer: int
@@ -86,6 +105,7 @@ class ModuleSpec:
     activation: str = ""
     reads: str = ""
     changed_rows: tuple[int, ...] = ()
+    fold: Fold | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +139,8 @@ class CheckedAdapter:
         size_bytes: size of the weights file.
         base_model: name of the base in the configuration; informational, may be "".
         virtual_tokens: number of virtual tokens, which take positions of the prompt.
+        invocation_tokens: token ids from whose last occurrence in the prompt on the adapter acts,
+            while the base alone computes the tokens before; () if it acts on all tokens.
         provenance: the trainer's stamps by key ("base_fingerprint", "data_sha256", "trainer",
             "peft_version", ...); informational.
         packed_bytes: bytes on the device in the base's dtype, including padding.
@@ -135,6 +157,7 @@ class CheckedAdapter:
     size_bytes: int
     base_model: str
     virtual_tokens: int = 0
+    invocation_tokens: tuple[int, ...] = ()
     provenance: Mapping[str, str] = field(default_factory=dict)
     packed_bytes: int = 0
     copies: tuple[BaseCopy, ...] = ()

@@ -6,11 +6,10 @@ from collections.abc import Collection, Iterable, Mapping, Set
 from dataclasses import dataclass
 from enum import Enum
 
-from loraplex_model.base.config import PROJECTIONS, Site
-from loraplex_model.base.info import BaseInfo
+from loraplex_model.base.config import Site
 
 from loraplex_adapters.format.expressions.automaton import Expression
-from loraplex_adapters.format.modules import EMBEDDING, HEAD, module_path
+from loraplex_adapters.format.modules import EMBEDDING, HEAD, MATRICES, ModulePaths
 from loraplex_adapters.format.patterns import match, suffixes
 
 EMBEDDINGS: tuple[Site, ...] = (EMBEDDING, HEAD)
@@ -31,6 +30,7 @@ LAYERS = "model.layers"
 """Path of the list of layers, which `layers_pattern` describes."""
 
 _BLOCKS = ("model", LAYERS, f"{LAYERS}.0", f"{LAYERS}.0.self_attn", f"{LAYERS}.0.mlp")
+"""Modules above those that are adapted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,65 +58,65 @@ class Targets:
         """Whether `promised` can be computed."""
         return self.names is not Named.UNKNOWN
 
-    @property
-    def complete(self) -> bool:
+    def complete(self, path: ModulePaths) -> bool:
         """Whether every promised site must have weights.
 
         An expression that matches blocks too, such as `.*`, says little about what was trained:
         trainers apply it to some of the modules only, and PEFT refuses it.
         """
         if isinstance(self.names, Expression):
-            return not self.names.matches(_BLOCKS)
+            return not self.names.matches([path.spelt(block) for block in _BLOCKS])
         return self.names is not Named.ALL_LINEAR
 
-    def promised(self, sites: Iterable[Site], base: BaseInfo) -> Set[Site]:
+    def promised(self, sites: Iterable[Site], path: ModulePaths) -> Set[Site]:
         """The `sites` that PEFT would adapt; none if `target_modules` could not be read.
 
-        Raises ValueError if an expression takes too long to evaluate.
+        `path` gives the modules' paths. Raises ValueError if an expression takes too long to
+        evaluate.
         """
-        paths = {module_path(*site): site for site in sites}
-        named, excluded = self._named(paths), _ends(self.excluded, paths)
+        paths = {path(site): site for site in sites}
+        named, excluded = self._named(paths, path.spelt(LAYERS)), _ends(self.excluded, paths)
         found = {
             site
-            for path, site in paths.items()
-            if path not in excluded and path in named and not self._saves(path)
+            for name, site in paths.items()
+            if name not in excluded and name in named and not self._saves(name)
         }
-        return self._with_tied(found, base)
+        return self._with_tied(found, path)
 
-    def _named(self, paths: Mapping[str, Site]) -> Set[str]:
+    def _named(self, paths: Mapping[str, Site], layers: str) -> Set[str]:
         if self.names is Named.UNKNOWN:
             return frozenset()
         if self.names is Named.ALL_LINEAR:
-            return {path for path, site in paths.items() if site[1] in PROJECTIONS}
+            return {path for path, site in paths.items() if site[1] in MATRICES}
         by_name = _ends(self.names, paths)
         if self.layers is None or isinstance(self.names, Expression):
             return by_name
         # A full path in the list applies whatever `layers` is.
-        here = self._transformed()
+        here = self._transformed(layers)
         return {path for path in by_name if paths[path][0] in here or path in self.names}
 
-    def replaced(self, sites: Iterable[Site], base: BaseInfo) -> Set[Site]:
+    def replaced(self, sites: Iterable[Site], path: ModulePaths) -> Set[Site]:
         """The `sites` that PEFT would save completely.
 
         It compares the ends of names as text: "norm" means every module whose name ends with it.
         """
         if not self.saved:
             return frozenset()
-        found = {site for site in sites if module_path(*site).endswith(self.saved)}
-        return self._with_tied(found, base)
+        found = {site for site in sites if path(site).endswith(self.saved)}
+        return self._with_tied(found, path)
 
     def _saves(self, path: str) -> bool:
         """Whether a module is, or is within, a completely saved one, which PEFT does not adapt."""
         return any(f".{name}." in f".{path}." for name in self.saved)
 
-    def _transformed(self) -> Set[int]:
-        """The numbers of `layers`, if `layers_pattern` describes the base's list of layers."""
+    def _transformed(self, layers: str) -> Set[int]:
+        """The numbers of `layers`, if `layers_pattern` describes the path of the list of layers."""
         pattern = dict.fromkeys(self.layers_pattern, 1)
-        known = not pattern or LAYERS in match(pattern, (LAYERS,)).values
+        known = not pattern or layers in match(pattern, (layers,)).values
         return (self.layers or frozenset()) if known else frozenset()
 
-    def _with_tied(self, found: set[Site], base: BaseInfo) -> Set[Site]:
-        if self.tied and base.config.tie_embeddings and found.intersection(EMBEDDINGS):
+    def _with_tied(self, found: set[Site], path: ModulePaths) -> Set[Site]:
+        if self.tied and path.base.config.tie_embeddings and found.intersection(EMBEDDINGS):
             found.update(EMBEDDINGS)
         return frozenset(found)
 

@@ -6,7 +6,8 @@ dequantised NF4 matrices, and replaced weights become differences from the base'
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from loraplex_model.adapters.delta import (
@@ -21,15 +22,14 @@ from loraplex_model.adapters.delta import (
     VirtualTokens,
     is_empty,
 )
-from loraplex_model.adapters.merge import own_bias, own_matrix
-from loraplex_model.base.config import PROJECTIONS, Site
-from loraplex_model.base.weights import BaseWeights, NF4Matrix
-from loraplex_model.ops import nf4
+from loraplex_model.adapters.merge import own_bias, own_weight
+from loraplex_model.base.config import DecoderConfig, Site
+from loraplex_model.base.weights import BaseWeights
 
+from loraplex_adapters.format.modules import MATRICES, VIRTUAL_TOKENS
 from loraplex_adapters.format.spec import CheckedAdapter, ModuleSpec, TensorLocation
-
-Tensors = Mapping[str, torch.Tensor]
-"""A module's tensors by role, in the shapes and types of the file."""
+from loraplex_adapters.load import folded
+from loraplex_adapters.load.folded.base import Tensors
 
 
 def adapter_delta(
@@ -42,25 +42,52 @@ def adapter_delta(
     """
     sites: dict[Site, SiteDelta] = {}
     virtual = None
+    shared = folded.regenerated(spec.modules)
     for module in spec.modules:
-        tensors = {role: read(location) for role, location in module.tensors.items()}
-        if module.module == "virtual_tokens":
+        tensors = {**shared, **{role: read(at) for role, at in module.tensors.items()}}
+        site = module.layer, module.module
+        if site == VIRTUAL_TOKENS:
             virtual = _virtual_tokens(tensors, base)
+        elif is_empty(change := _change(module, tensors, base)):
+            continue  # AdaLoRA leaves modules without any rank
+        elif isinstance(change, ProjectionDelta):
+            sites |= parts_of(site, change, base.config)
         else:
-            change = _change(module, tensors, base)
-            if not is_empty(change):  # AdaLoRA leaves modules without any rank
-                sites[module.layer, module.module] = change
+            sites[site] = change
     return AdapterDelta(sites, virtual)
 
 
+def parts_of(
+    site: Site, change: ProjectionDelta, config: DecoderConfig
+) -> dict[Site, ProjectionDelta]:
+    """The change of one of the checkpoint's matrices as changes of the projections in it.
+
+    Rows are divided; A and the gain of the input are those of all parts. Tensors are views.
+    """
+    parts = config.parts_of(site[1])
+    if parts == (site[1],):
+        return {site: change}
+    found = {}
+    for part in parts:
+        _, start, count = config.place(part)
+        rows = slice(start, start + count)
+        found[site[0], part] = replace(
+            change,
+            b=None if change.b is None else change.b[:, rows],
+            gain=None if change.gain is None else change.gain[rows],
+            bias=None if change.bias is None else change.bias[rows],
+        )
+    return found
+
+
 def _change(module: ModuleSpec, tensors: Tensors, base: BaseWeights) -> SiteDelta:
-    if module.module in PROJECTIONS:
+    if module.module in MATRICES:
         return _projection(module, tensors, base)
     if module.module in ("embed_tokens", "lm_head"):
         return _vocabulary(module, tensors, base)
     if module.module.endswith("_bottleneck"):
         return _bottleneck(module, tensors)
-    return NormDelta(tensors["weight"].float() - _host(_norm(module, base)))
+    return _norm(module, tensors, base)
 
 
 def _projection(module: ModuleSpec, tensors: Tensors, base: BaseWeights) -> ProjectionDelta:
@@ -71,8 +98,9 @@ def _projection(module: ModuleSpec, tensors: Tensors, base: BaseWeights) -> Proj
     DoRA     m / |W + s B A| * (W x + s B A x) + base bias, norms of rows (arXiv 2402.09353)
     IA3      out_gain * (W x + base bias), or W (in_gain * x) + base bias
     biases   W x + bias
+    folded   as LoRA, with the A and B that `load.folded` computes
     """
-    a, b = _factors(module, tensors)
+    a, b = _factors(module, tensors, base)
     gain = tensors["out_gain"].float().reshape(-1) if "out_gain" in tensors else None
     biases: list[torch.Tensor] = []
     if "b_bias" in tensors:
@@ -86,7 +114,7 @@ def _projection(module: ModuleSpec, tensors: Tensors, base: BaseWeights) -> Proj
     if "magnitude" in tensors:
         assert a is not None
         assert b is not None
-        gain = tensors["magnitude"].float() / _row_norms(own_matrix(base, site), a, b)
+        gain = tensors["magnitude"].float() / _row_norms(own_weight(base, site), a, b)
         b = b * gain
         if base_bias is not None:
             biases.append(base_bias * (1 - gain))
@@ -100,7 +128,7 @@ def _projection(module: ModuleSpec, tensors: Tensors, base: BaseWeights) -> Proj
 
 def _vocabulary(module: ModuleSpec, tensors: Tensors, base: BaseWeights) -> RowsDelta:
     """Replaced rows, and B A as in PEFT: x += s B A[:, token] at the embeddings, A [r, vocab]."""
-    a, b = _factors(module, tensors)
+    a, b = _factors(module, tensors, base)
     if module.module == "lm_head":
         return RowsDelta(a, b, *_rows(module, tensors, base.lm_head))
     return RowsDelta(None if a is None else a.T, b, *_rows(module, tensors, base.embed))
@@ -119,9 +147,11 @@ def _bottleneck(module: ModuleSpec, tensors: Tensors) -> BottleneckDelta:
 
 
 def _factors(
-    module: ModuleSpec, tensors: Tensors
+    module: ModuleSpec, tensors: Tensors, base: BaseWeights
 ) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
     """A as in the file, and B transposed and multiplied by the scale; None at rank 0."""
+    if module.fold is not None:
+        return folded.factors(module, tensors, base)
     if "a" not in tensors or not module.rank:
         return None, None
     a = tensors["a"]
@@ -167,20 +197,33 @@ def _virtual_tokens(tensors: Tensors, base: BaseWeights) -> VirtualTokens:
     return VirtualTokens(keys=keys, values=values)
 
 
-def _row_norms(matrix: NF4Matrix, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Norms of the rows of W + s B A, float32 [out], where W is the dequantised base."""
-    weight = nf4.dequantize(matrix)
+def _row_norms(weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Norms of the rows of W + s B A, float32 [out], where W is `weight`, which is overwritten."""
     weight.addmm_(b.T.to(weight.device), a.float().to(weight.device))
     norms: torch.Tensor = torch.linalg.vector_norm(weight, dim=1).cpu()
     return norms
 
 
-def _norm(module: ModuleSpec, base: BaseWeights) -> torch.Tensor:
-    if module.module == "norm":
-        return base.norm
-    weight = base.layers[module.layer].norms[module.module]
-    assert weight is not None
-    return weight
+def _norm(module: ModuleSpec, tensors: Tensors, base: BaseWeights) -> NormDelta:
+    name = module.module
+    if name == "norm":
+        weight, bias = base.norm, base.norm_bias
+    else:
+        layer = base.layers[module.layer]
+        own = layer.norms[name]
+        assert own is not None
+        weight, bias = own, layer.norm_biases.get(name)
+    return NormDelta(
+        _difference(tensors.get("weight"), weight), _difference(tensors.get("bias"), bias)
+    )
+
+
+def _difference(tensor: torch.Tensor | None, base: torch.Tensor | None) -> torch.Tensor | None:
+    """What is added to a norm's vector in the base; None if the file does not have it."""
+    if tensor is None:
+        return None
+    assert base is not None
+    return tensor.float().reshape(-1) - _host(base)
 
 
 def _host(tensor: torch.Tensor) -> torch.Tensor:

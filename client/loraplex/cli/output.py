@@ -64,6 +64,8 @@ def write_summary(done: Completion | Finished) -> None:
         f"{a.weight:g} x {a.name}@{a.version} {short(a.digest)}" for a in done.adapters
     )
     tokens = f"{done.usage.prompt_tokens} + {done.usage.completion_tokens} tokens"
+    if done.usage.base_prompt_tokens:
+        tokens += f" ({done.usage.base_prompt_tokens} of the prompt without the adapter)"
     reason = str(done.finish_reason)
     if done.matched_stop is not None:
         stop = done.matched_stop

@@ -80,7 +80,7 @@ ADAPTER_CHANGE_TYPE_PINNED: AdapterChangeType
 ADAPTER_CHANGE_TYPE_UNPINNED: AdapterChangeType
 
 class Adapter(_message.Message):
-    __slots__ = ("name", "version", "digest", "peft_type", "rank", "target_modules", "size_bytes", "state", "device_bytes", "active_requests", "create_time", "base_model", "tier", "host_bytes", "merged_bytes", "pinned", "last_use_time", "load_duration", "aliases", "labels", "provenance", "virtual_tokens", "base_fingerprint", "base_name", "unservable", "devices", "eos_token_ids", "chat_template_sha256")
+    __slots__ = ("name", "version", "digest", "peft_type", "rank", "target_modules", "size_bytes", "state", "device_bytes", "active_requests", "create_time", "base_model", "tier", "host_bytes", "merged_bytes", "pinned", "last_use_time", "load_duration", "aliases", "labels", "provenance", "virtual_tokens", "base_fingerprint", "base_name", "unservable", "devices", "eos_token_ids", "chat_template_sha256", "invocation_tokens")
     class LabelsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -123,6 +123,7 @@ class Adapter(_message.Message):
     DEVICES_FIELD_NUMBER: _ClassVar[int]
     EOS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     CHAT_TEMPLATE_SHA256_FIELD_NUMBER: _ClassVar[int]
+    INVOCATION_TOKENS_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: int
     digest: str
@@ -151,7 +152,8 @@ class Adapter(_message.Message):
     devices: _containers.RepeatedScalarFieldContainer[str]
     eos_token_ids: _containers.RepeatedScalarFieldContainer[int]
     chat_template_sha256: str
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., peft_type: _Optional[str] = ..., rank: _Optional[int] = ..., target_modules: _Optional[_Iterable[str]] = ..., size_bytes: _Optional[int] = ..., state: _Optional[_Union[AdapterState, str]] = ..., device_bytes: _Optional[int] = ..., active_requests: _Optional[int] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., base_model: _Optional[str] = ..., tier: _Optional[_Union[AdapterTier, str]] = ..., host_bytes: _Optional[int] = ..., merged_bytes: _Optional[int] = ..., pinned: _Optional[bool] = ..., last_use_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., load_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., aliases: _Optional[_Iterable[str]] = ..., labels: _Optional[_Mapping[str, str]] = ..., provenance: _Optional[_Mapping[str, str]] = ..., virtual_tokens: _Optional[int] = ..., base_fingerprint: _Optional[str] = ..., base_name: _Optional[str] = ..., unservable: _Optional[_Union[AdapterFinding, _Mapping]] = ..., devices: _Optional[_Iterable[str]] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., chat_template_sha256: _Optional[str] = ...) -> None: ...
+    invocation_tokens: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., digest: _Optional[str] = ..., peft_type: _Optional[str] = ..., rank: _Optional[int] = ..., target_modules: _Optional[_Iterable[str]] = ..., size_bytes: _Optional[int] = ..., state: _Optional[_Union[AdapterState, str]] = ..., device_bytes: _Optional[int] = ..., active_requests: _Optional[int] = ..., create_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., base_model: _Optional[str] = ..., tier: _Optional[_Union[AdapterTier, str]] = ..., host_bytes: _Optional[int] = ..., merged_bytes: _Optional[int] = ..., pinned: _Optional[bool] = ..., last_use_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., load_duration: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., aliases: _Optional[_Iterable[str]] = ..., labels: _Optional[_Mapping[str, str]] = ..., provenance: _Optional[_Mapping[str, str]] = ..., virtual_tokens: _Optional[int] = ..., base_fingerprint: _Optional[str] = ..., base_name: _Optional[str] = ..., unservable: _Optional[_Union[AdapterFinding, _Mapping]] = ..., devices: _Optional[_Iterable[str]] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., chat_template_sha256: _Optional[str] = ..., invocation_tokens: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class RegisterAdapterRequest(_message.Message):
     __slots__ = ("name", "path", "replace", "load", "labels", "chat_template", "eos_token_ids")
@@ -490,7 +492,7 @@ class AdapterFinding(_message.Message):
     def __init__(self, reason: _Optional[str] = ..., field: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
 
 class AdapterSpec(_message.Message):
-    __slots__ = ("digest", "peft_type", "rank", "target_modules", "size_bytes", "device_bytes", "virtual_tokens", "base_model", "provenance")
+    __slots__ = ("digest", "peft_type", "rank", "target_modules", "size_bytes", "device_bytes", "virtual_tokens", "base_model", "provenance", "invocation_tokens")
     class ProvenanceEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -507,6 +509,7 @@ class AdapterSpec(_message.Message):
     VIRTUAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     BASE_MODEL_FIELD_NUMBER: _ClassVar[int]
     PROVENANCE_FIELD_NUMBER: _ClassVar[int]
+    INVOCATION_TOKENS_FIELD_NUMBER: _ClassVar[int]
     digest: str
     peft_type: str
     rank: int
@@ -516,7 +519,8 @@ class AdapterSpec(_message.Message):
     virtual_tokens: int
     base_model: str
     provenance: _containers.ScalarMap[str, str]
-    def __init__(self, digest: _Optional[str] = ..., peft_type: _Optional[str] = ..., rank: _Optional[int] = ..., target_modules: _Optional[_Iterable[str]] = ..., size_bytes: _Optional[int] = ..., device_bytes: _Optional[int] = ..., virtual_tokens: _Optional[int] = ..., base_model: _Optional[str] = ..., provenance: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    invocation_tokens: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, digest: _Optional[str] = ..., peft_type: _Optional[str] = ..., rank: _Optional[int] = ..., target_modules: _Optional[_Iterable[str]] = ..., size_bytes: _Optional[int] = ..., device_bytes: _Optional[int] = ..., virtual_tokens: _Optional[int] = ..., base_model: _Optional[str] = ..., provenance: _Optional[_Mapping[str, str]] = ..., invocation_tokens: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class WatchAdaptersRequest(_message.Message):
     __slots__ = ()

@@ -121,13 +121,15 @@ class RowsDelta:
 
 @dataclass(frozen=True, slots=True)
 class NormDelta:
-    """Change of an RMSNorm: `y = (base weight + weight) * x / rms(x)`.
+    """Change of a norm: `y = (base weight + weight) * normed(x) + base bias + bias`.
 
     Attributes:
-        weight: float32 [width], added to the base's weight.
+        weight: float32 [width], added to the base's weight, or None.
+        bias: float32 [width], added to the base's bias, or None; for norms with a bias only.
     """
 
-    weight: torch.Tensor = field(metadata=_vector("bias"))
+    weight: torch.Tensor | None = field(default=None, metadata=_vector("bias"))
+    bias: torch.Tensor | None = field(default=None, metadata=_vector("hidden_bias"))
 
 
 @dataclass(frozen=True, slots=True)

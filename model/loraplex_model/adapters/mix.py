@@ -214,13 +214,27 @@ def blend(gains: Sequence[tuple[torch.Tensor | None, float]]) -> torch.Tensor | 
 
 
 def norm_weights(
-    site: Site, weight: torch.Tensor, groups: Sequence[RowGroup]
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Rows and changed norm weight, float32 [width], of each group that changes the norm."""
+    site: Site, weight: torch.Tensor, bias: torch.Tensor | None, groups: Sequence[RowGroup]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+    """Rows and the norm's weight and bias [width] of each group that changes the norm."""
     for group in groups:
-        changes = [change.weight * w for change, w in group.at(site, NormDelta)]  # [width] each
+        changes = list(group.at(site, NormDelta))
         if changes:
-            yield group.rows, autograd.wide(weight) + sum(changes)
+            yield group.rows, *changed_norm(weight, bias, changes)
+
+
+def changed_norm(
+    weight: torch.Tensor, bias: torch.Tensor | None, changes: Sequence[tuple[NormDelta, float]]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A norm's weight and bias with weighted changes added; float32 if it changes."""
+    weights = [change.weight * factor for change, factor in changes if change.weight is not None]
+    biases = [change.bias * factor for change, factor in changes if change.bias is not None]
+    if weights:
+        weight = autograd.wide(weight) + sum(weights)
+    if biases:
+        assert bias is not None, "the base's norm has no bias"
+        bias = autograd.wide(bias) + sum(biases)
+    return weight, bias
 
 
 def add_bottlenecks(

@@ -92,15 +92,19 @@ def pack(
     """Copies an adapter's tensors, back to back, to host memory.
 
     Matrices are converted to `dtype`, vectors to float32, token ids to int32; the tensors may be
-    on any device and in training. `zeros` allocates the host memory, uint8, of a number of bytes.
-    Shapes must be right.
+    on any device and in training. A tensor that several sites have is packed once. `zeros`
+    allocates the host memory, uint8, of a number of bytes. Shapes must be right.
     """
     end = 0
     pieces: list[tuple[Place, torch.Tensor]] = []
+    held: dict[tuple[int, torch.dtype], Place] = {}
 
     def put(tensor: torch.Tensor, kind: torch.dtype) -> Place:
         nonlocal end
-        place = Place(end, tuple(tensor.shape), kind)
+        place = held.get((id(tensor), kind))
+        if place is not None:
+            return place
+        place = held[id(tensor), kind] = Place(end, tuple(tensor.shape), kind)
         pieces.append((place, tensor))
         end += -(-tensor.numel() * kind.itemsize // ALIGNMENT) * ALIGNMENT
         return place

@@ -135,6 +135,7 @@ class DecoderConfig:
         joined: the fused matrices that the checkpoint holds as one module (`JOINED`); it is
             quantised as one.
         embed_scale, residual_scale, logit_scale: factors on embeddings, blocks' outputs and logits.
+        scaled_prompts: True if `embed_scale` multiplies the embeddings of virtual tokens too.
         logit_softcap: c in `c * tanh(logit / c)`, after `logit_scale`; 0 for none.
         attention_scale: factor on queries times keys; 0 for `head_dim ** -0.5`.
         attention_softcap: c in `c * tanh(score / c)`, before the softmax; 0 for none.
@@ -181,6 +182,7 @@ class DecoderConfig:
     gated: bool = True
     joined: tuple[str, ...] = ()
     embed_scale: float = 1.0
+    scaled_prompts: bool = False
     residual_scale: float = 1.0
     logit_scale: float = 1.0
     logit_softcap: float = 0.0
@@ -318,6 +320,12 @@ class DecoderConfig:
     def modules_of(self, fused: str) -> tuple[str, ...]:
         """The checkpoint's modules of a fused matrix; each is quantised on its own."""
         return (JOINED[fused],) if fused in self.joined else self.fused[fused]
+
+    def parts_of(self, module: str) -> tuple[str, ...]:
+        """The projections that a module of `module_shapes` consists of."""
+        return next(
+            (self.fused[fused] for fused in self.joined if JOINED[fused] == module), (module,)
+        )
 
     def place(self, module: str) -> tuple[str, int, int]:
         """A module's fused matrix, and its first row and number of rows there.

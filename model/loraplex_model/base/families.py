@@ -119,6 +119,7 @@ FAMILIES: Mapping[str, Family] = {
         "granite",
         "granite",
         gguf_interleaved=True,
+        fixed={"scaled_prompts": True},
         settings={
             **_BIASES,
             "embed_scale": "embedding_multiplier",
@@ -244,9 +245,15 @@ FAMILIES: Mapping[str, Family] = {
 }
 """The supported families, by the architecture that config.json states."""
 
-TEXT_PARTS = ("Gemma3ForConditionalGeneration", "Mistral3ForConditionalGeneration")
-"""Architectures of multimodal models whose text decoder is of a supported family. Their
+TEXT_PARTS: Mapping[str, tuple[str, ...]] = {
+    "Gemma3ForConditionalGeneration": ("Gemma3ForCausalLM",),
+    "Mistral3ForConditionalGeneration": ("MistralForCausalLM", "Ministral3ForCausalLM"),
+}
+"""Architectures of multimodal models, and the families that their text decoders can be of. Their
 configuration is in `text_config`; images are not read."""
+
+TEXT_FAMILIES = frozenset(family for families in TEXT_PARTS.values() for family in families)
+"""Families that can be the text decoder of a multimodal model."""
 
 ACTIVATIONS: Mapping[str, Gate] = {
     "silu": Gate.SILU,

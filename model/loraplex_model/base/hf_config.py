@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
 from loraplex_model.base.config import NO_ROPE, DecoderConfig, Rope
 from loraplex_model.base.families import ACTIVATIONS, FAMILIES, TEXT_PARTS, Family
-from loraplex_model.base.refusal import model_invalid, model_unsupported
+from loraplex_model.base.fields import check_decoder, check_fields
+from loraplex_model.base.refusal import Refusal, model_invalid, model_unsupported
 
 SCALINGS = ("linear", "llama3", "yarn", "dynamic", "longrope")
 """Supported kinds of RoPE scaling.
@@ -26,6 +28,7 @@ def decoder_config(raw: Mapping[str, Any]) -> DecoderConfig:
     """
     raw = text_part(raw)
     architecture = _architecture(raw)
+    check_fields(raw)
     family = FAMILIES[architecture]
     config = _parse(architecture, raw)
     heads = config.num_attention_heads
@@ -41,7 +44,7 @@ def decoder_config(raw: Mapping[str, Any]) -> DecoderConfig:
     }
     _refuse_unsupported(architecture, config, width, values)
     values |= _rotary(family, config)
-    return DecoderConfig(
+    decoder = DecoderConfig(
         architecture=architecture,
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
@@ -53,13 +56,24 @@ def decoder_config(raw: Mapping[str, Any]) -> DecoderConfig:
         sliding_windows=_sliding_windows(family, config),
         **values,
     )
+    check_decoder(decoder)
+    return decoder
 
 
 def text_part(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     """The configuration of the text decoder, which multimodal models have in a part of theirs."""
     stated = raw.get("architectures") or []
+    if not isinstance(stated, list) or not all(isinstance(each, str) for each in stated):
+        raise model_invalid(
+            "the model's configuration has architectures that are not a list of names; correct "
+            "it, or fetch the model again"
+        )
     if "text_config" not in raw or not set(stated) <= set(TEXT_PARTS):
         return raw
+    if not isinstance(raw["text_config"], dict):
+        raise model_invalid(
+            "the model's configuration has a text_config that is no object; fetch the model again"
+        )
     part = dict(raw["text_config"])
     part.pop("architectures", None)
     for key in ("tie_word_embeddings", "quantization_config", "auto_map"):
@@ -78,7 +92,8 @@ def _architecture(raw: Mapping[str, Any]) -> str:
     stated = raw.get("architectures") or []
     if not stated:
         by_type = {family.model_type: name for name, family in FAMILIES.items()}
-        stated = [by_type.get(raw.get("model_type", ""), raw.get("model_type", "none stated"))]
+        kind = str(raw.get("model_type", "none stated"))
+        stated = [by_type.get(kind, kind)]
     if len(stated) != 1 or stated[0] not in FAMILIES:
         raise model_unsupported(
             f"architecture {', '.join(map(str, stated))} is not supported; supported: {supported}"
@@ -96,9 +111,18 @@ def _parse(architecture: str, raw: Mapping[str, Any]) -> Any:
             f"config.json states {architecture} but model_type {raw['model_type']!r}"
         )
     try:
-        return CONFIG_MAPPING[kind].from_dict(dict(raw))
+        # transformers writes into what it reads
+        return CONFIG_MAPPING[kind].from_dict(copy.deepcopy(dict(raw)))
     except Exception as error:  # transformers raises many kinds for a malformed configuration
-        raise model_invalid(f"config.json cannot be read: {error}") from error
+        raise _unreadable(error) from error
+
+
+def _unreadable(error: Exception) -> Refusal:
+    """The refusal of a configuration that transformers cannot read, with its reason in one line."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    return model_invalid(
+        f"the model's configuration cannot be read: {said}; correct it, or fetch the model again"
+    )
 
 
 def _settings(family: Family, config: Any) -> dict[str, Any]:
@@ -223,9 +247,12 @@ class _Rotary:
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
         further = {} if self._layer_type is None else {"layer_type": self._layer_type}
-        frequencies, scale = ROPE_INIT_FUNCTIONS[self.kind](
-            self._config, "cpu", seq_len=length, **further
-        )
+        try:
+            frequencies, scale = ROPE_INIT_FUNCTIONS[self.kind](
+                self._config, "cpu", seq_len=length, **further
+            )
+        except Exception as error:  # values that miss, or do not fit each other
+            raise _unreadable(error) from error
         return Rope(tuple(frequencies.tolist()), float(scale))
 
     def _default(self) -> Rope:

@@ -54,7 +54,7 @@ class Reason(StrEnum):
     ADAPTER_QUARANTINED = auto()
     """The adapter is quarantined, because engine processes ended while it was loaded or merged."""
     ADAPTER_NOT_MIXABLE = auto()
-    """The adapter has virtual tokens, so it can be used only alone and with weight 1."""
+    """The adapter can be used only alone: it has virtual tokens, or is an activated LoRA."""
     PIN_BUDGET = auto()
     """Pinned and merged adapters would take more of the device than they may."""
     MERGE_BUDGET = auto()

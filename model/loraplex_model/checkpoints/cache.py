@@ -18,9 +18,12 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import shutil
 import uuid
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -33,8 +36,9 @@ from loraplex_model.base.durable import (
 )
 from loraplex_model.base.refusal import Reason, Refusal, model_invalid
 
-FORMAT = 2
-"""Version of the stored form, increased with each change, so that older entries are rebuilt."""
+FORMAT = 3
+"""Version of the stored form and of the checks before it, increased with each change, so that older
+entries are rebuilt. Entries of version 2 may hold a model that is refused now, or another head."""
 
 ENTRY = "entry.json"
 
@@ -171,7 +175,9 @@ def _key(files: Sequence[Path], digests: Sequence[str]) -> str:
 
 
 def _digests_of(files: Sequence[Path]) -> list[str]:
-    return [_of_source(_file_digest, file) for file in files]
+    """SHA-256 of each file, of several at a time, since a hash takes one core."""
+    with ThreadPoolExecutor(min(len(files), os.cpu_count() or 1)) as threads:
+        return list(threads.map(partial(_of_source, _file_digest), files))
 
 
 def _check_unchanged(key: str, files: Sequence[Path]) -> None:

@@ -7,8 +7,10 @@ the last causes network access. Pickled weights are never opened.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +26,20 @@ SINGLE = "model.safetensors"
 _READ = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What is known of a tensor without reading it.
+
+    Attributes:
+        dtype: type of its elements when it is read, by the name in safetensors files: "BF16".
+        nbytes: its size in the file.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
 
 
 class TensorSource(Protocol):
@@ -43,6 +59,9 @@ class TensorSource(Protocol):
 
     def names(self) -> Collection[str]:
         """Hugging Face names of all tensors."""
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape and type of a tensor. Raises `Refusal` (MODEL_INVALID) if it does not exist."""
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor as stored (any floating type, or bitsandbytes' bytes).
@@ -138,20 +157,41 @@ class SafetensorsSource:
                 raise model_invalid(
                     f"{shard} is damaged or cut short ({error}); fetch it again"
                 ) from error
-            names: list[str] = list(file.keys())
-            self._files.update({self._text_name(name): (file, name) for name in names})
+            names: list[str] = file.keys()
+            for name in names:
+                text_name = self._text_name(name)
+                if text_name in self._files:
+                    raise model_invalid(
+                        f"the checkpoint in {directory} holds {text_name} twice, so it is not clear "
+                        "which one is meant; remove files that are not part of the model"
+                    )
+                self._files[text_name] = file, name
 
     def names(self) -> Collection[str]:
         """See `TensorSource`."""
         return self._files.keys()
 
+    def info(self, name: str) -> TensorInfo:
+        """See `TensorSource`."""
+        file, own_name = self._place(name)
+        piece = file.get_slice(own_name)
+        shape, dtype = tuple(piece.get_shape()), str(piece.get_dtype())
+        return TensorInfo(shape, dtype, math.prod(shape) * _bits(dtype) // 8)
+
     def read(self, name: str) -> torch.Tensor:
         """See `TensorSource`. The tensor is a view of the mapped file."""
-        if name not in self._files:
-            raise model_invalid(f"the checkpoint has no tensor {name}")
-        file, own_name = self._files[name]
+        file, own_name = self._place(name)
         tensor: torch.Tensor = file.get_tensor(own_name)
         return tensor
+
+    def _place(self, name: str) -> tuple[Any, str]:
+        """The file that holds a tensor, and the tensor's name there."""
+        if name not in self._files:
+            raise model_invalid(
+                f"the checkpoint has no tensor {name}, which its configuration needs; correct it, "
+                "or fetch the model again"
+            )
+        return self._files[name]
 
     def _text_name(self, name: str) -> str:
         """The name that a tensor of a multimodal model's text decoder has in a text model."""
@@ -187,12 +227,18 @@ def _shards(directory: Path) -> list[Path]:
     return shards
 
 
+def _bits(dtype: str) -> int:
+    """Size of an element, from the number in the name of its type; one byte if there is none."""
+    digits = dtype.lstrip("BFIU").partition("_")[0]
+    return int(digits) if digits.isdecimal() else 8
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises `Refusal` (MODEL_INVALID) if there is none."""
     try:
         value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise model_invalid(f"{path} cannot be read: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise model_invalid(f"{path} cannot be read: {error}; fetch the model again") from error
     if not isinstance(value, dict):
         raise model_invalid(f"{path} is not a JSON object")
     return value

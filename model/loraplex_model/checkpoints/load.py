@@ -76,7 +76,7 @@ def load_base(
         build = partial(_build_default, cache_dir)
     else:
         source, digests = checkpoint.locate(model), []
-        build = partial(_build, source)
+        build = partial(_build, source, cache_dir)
     files = checkpoint.files_of(source)
     if not files:
         raise model_invalid(f"{source} has neither config.json nor safetensors")
@@ -124,12 +124,13 @@ def _known(model: str, cache_dir: Path) -> tuple[Path, Path] | None:
 
 
 def _build_default(cache_dir: Path, directory: Path) -> None:
-    _build(ensure_default_model(cache_dir, verify=True), directory)
+    _build(ensure_default_model(cache_dir, verify=True), cache_dir, directory)
 
 
-def _build(source: Path, directory: Path) -> None:
+def _build(source: Path, cache_dir: Path, directory: Path) -> None:
     tensors = checkpoint.open_source(source)
-    built = convert(tensors, directory / stored.WEIGHTS)
+    weights = directory / stored.WEIGHTS
+    built = convert(tensors, weights, name=source.name, kernels=cache_dir / "kernels")
     text = source if tensors.has_tokenizer else None
     config = built.config
     info = tokenizer.write(

@@ -19,6 +19,9 @@ from loraplex_model.checkpoints.checkpoint import TensorSource
 from loraplex_model.ops.nf4 import NESTED_BLOCK, blocks_of, dynamic_map, nf4_code
 
 _STATE = ".quant_state.bitsandbytes__"
+_FURTHER = (".absmax", ".quant_map", f"{_STATE}nf4", ".nested_absmax", ".nested_quant_map")
+_MOST_STATE = 1 << 16  # bytes of JSON
+_AGAIN = "quantise the model again, or fetch it again"
 
 
 def refuse_unsupported(config: Mapping[str, Any]) -> None:
@@ -26,6 +29,11 @@ def refuse_unsupported(config: Mapping[str, Any]) -> None:
     quantisation = config.get("quantization_config")
     if not quantisation:
         return
+    if not isinstance(quantisation, Mapping):
+        raise model_invalid(
+            "the model's configuration has a quantization_config that is no object; fetch the "
+            "model again"
+        )
     method = quantisation.get("quant_method", "bitsandbytes")
     kind = quantisation.get("bnb_4bit_quant_type", "fp4")
     if method != "bitsandbytes" or not quantisation.get("load_in_4bit") or kind != "nf4":
@@ -43,13 +51,18 @@ def is_nf4(source: TensorSource, name: str) -> bool:
     return f"{name}{_STATE}nf4" in source.names()
 
 
+def tensors(source: TensorSource, name: str) -> list[str]:
+    """Names of all tensors that a module in NF4 consists of."""
+    return [name, *(name + end for end in _FURTHER if name + end in source.names())]
+
+
 def read(source: TensorSource, name: str, shape: tuple[int, int]) -> NF4Matrix:
     """Reads one module of `shape` (out, in).
 
     Raises `Refusal`: MODEL_UNSUPPORTED for other block sizes or codes, MODEL_INVALID for
-    tensors that contradict each other.
+    tensors that contradict each other or are not finite.
     """
-    state = json.loads(bytes(source.read(f"{name}{_STATE}nf4").tolist()))
+    state = _state(source, name)
     nested = "nested_blocksize" in state
     _expect(name, "block size", state.get("blocksize"), BLOCK)
     _same(name, "code", source.read(f"{name}.quant_map"), nf4_code())
@@ -61,7 +74,7 @@ def read(source: TensorSource, name: str, shape: tuple[int, int]) -> NF4Matrix:
     blocks = blocks_of(*shape)
     wanted = torch.uint8 if nested else torch.float32
     if (
-        tuple(state.get("shape") or ()) != shape
+        state.get("shape") != list(shape)
         or packed.numel() * 2 != shape[0] * shape[1]
         or absmax.numel() != blocks
         or absmax.dtype != wanted
@@ -71,12 +84,37 @@ def read(source: TensorSource, name: str, shape: tuple[int, int]) -> NF4Matrix:
             f"{state.get('shape')}, but the configuration needs {list(shape)}"
         )
     if not nested:
+        _finite(name, absmax)
         return NF4Matrix(shape, packed, absmax, (), (), (shape[0],))
     scales = source.read(f"{name}.nested_absmax").reshape(-1)
     if scales.numel() != -(-blocks // NESTED_BLOCK):
         raise model_invalid(f"{name} has {scales.numel()} scales for {blocks} blocks")
-    offset = torch.tensor(state["nested_offset"], dtype=torch.float32).item()
-    return NF4Matrix(shape, packed, absmax, (scales.float(),), (offset,), (shape[0],))
+    offset = state.get("nested_offset")
+    if not isinstance(offset, int | float) or not scales.is_floating_point():
+        raise model_invalid(f"{name} has no scales or no offset of its maxima; {_AGAIN}")
+    held = torch.tensor([offset], dtype=torch.float32)
+    _finite(name, scales.float(), held)
+    return NF4Matrix(shape, packed, absmax, (scales.float(),), (held.item(),), (shape[0],))
+
+
+def _state(source: TensorSource, name: str) -> dict[str, Any]:
+    """What bitsandbytes states of a module: block sizes, shape, offset."""
+    at = f"{name}{_STATE}nf4"
+    info = source.info(at)
+    try:
+        if info.dtype != "U8" or info.nbytes > _MOST_STATE:
+            raise ValueError
+        state = json.loads(bytes(source.read(at).reshape(-1).tolist()))
+        if not isinstance(state, dict):
+            raise ValueError
+    except ValueError as error:  # of JSON and UTF-8, too
+        raise model_invalid(f"{at} is no object of JSON in bytes; {_AGAIN}") from error
+    return state
+
+
+def _finite(name: str, *maxima: torch.Tensor) -> None:
+    if not all(bool(each.isfinite().all()) for each in maxima):
+        raise model_invalid(f"{name} has maxima of blocks that are not finite; {_AGAIN}")
 
 
 def _expect(name: str, what: str, found: Any, wanted: int) -> None:

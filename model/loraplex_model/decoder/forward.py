@@ -56,7 +56,11 @@ def hidden_states(
     config = weights.config
     x = mix.embedded(tokens, weights.embed, activation_dtype(weights.embed), groups)
     if config.embed_scale != 1:
-        x = x * torch.tensor(config.embed_scale, dtype=x.dtype, device=x.device)
+        scale = torch.tensor(config.embed_scale, dtype=x.dtype, device=x.device)
+        scaled = x * scale
+        if not config.scaled_prompts:
+            scaled = torch.where((tokens < len(weights.embed))[:, None], scaled, x)
+        x = scaled
     places = Places.of(config, positions, is_long, x.dtype)
 
     for i, layer in enumerate(weights.layers):
@@ -99,12 +103,18 @@ class Places:
                 for ours, theirs in zip(ropes[0], long, strict=True)
             ]
             ropes[0] = chosen[0], chosen[1]
-        scale = None
-        if config.query_scale:
-            beta, period = config.query_scale
-            scale = (1 + beta * torch.log1p(torch.floor(positions / period)))[:, None, None]
-            scale = scale.to(dtype)
+        scale = query_scale(config, positions)
+        if scale is not None:
+            scale = scale[:, None, None].to(dtype)
         return Places(tuple((cos.to(dtype), sin.to(dtype)) for cos, sin in ropes), scale)
+
+
+def query_scale(config: DecoderConfig, positions: torch.Tensor) -> torch.Tensor | None:
+    """Factors on the queries at int positions [T], float32 [T]; None if they are all 1."""
+    if not config.query_scale:
+        return None
+    beta, period = config.query_scale
+    return 1 + beta * torch.log1p(torch.floor(positions / period))
 
 
 def _tables(each: Rope, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -183,8 +193,8 @@ class _Normed:
         Also returns how to recompute the result, if it is known.
         """
         normed, recompute = self._apply(x, weight, bias)
-        for rows, own in mix.norm_weights(site, weight, self._groups):
-            normed = normed.index_copy(0, rows, self._apply(x[rows], own, bias)[0])
+        for rows, own, own_bias in mix.norm_weights(site, weight, bias, self._groups):
+            normed = normed.index_copy(0, rows, self._apply(x[rows], own, own_bias)[0])
             recompute = None
         return normed, recompute
 

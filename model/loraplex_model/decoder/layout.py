@@ -1,4 +1,4 @@
-"""The structs of `cpu/decoder.h`, `cpu/matmul.h` and `cpu/adapters.h`, field by field.
+"""The structs of `cpu/model.h`, `cpu/matmul.h` and `cpu/adapters.h`, field by field.
 
 tests/kernels/test_layout.py compares them with the headers.
 """
@@ -13,6 +13,7 @@ import torch
 
 from loraplex_model.adapters.table import SlotTable
 from loraplex_model.base.batch import ForwardBatch
+from loraplex_model.base.config import NormSpan
 
 PANEL = 16
 """Number of output rows of a panel, as in `cpu/matmul.h`."""
@@ -24,6 +25,19 @@ class Storage(IntEnum):
     NF4 = 0
     BF16 = 1
     F32 = 2
+
+
+class Span(IntEnum):
+    """What a norm of queries or keys runs over, as `NormSpan` in `cpu/model.h`."""
+
+    HEAD_SPAN = 0
+    EACH_SPAN = 1
+    ALL_SPAN = 2
+
+    @staticmethod
+    def of(span: NormSpan) -> Span:
+        """The number of a span."""
+        return Span[f"{span.name}_SPAN"]
 
 
 class Fault(IntEnum):
@@ -68,14 +82,33 @@ class CMatrix(Structure):
     )
 
 
+class CNormWeights(Structure):
+    """The struct `NormWeights`."""
+
+    _fields_ = (("weight", c_void_p), ("bias", c_void_p))
+
+
+class CRotary(Structure):
+    """The struct `Rotary`."""
+
+    _fields_ = (
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+        ("half", c_int32),
+        ("reserved", c_int32),
+    )
+
+
 class CLayer(Structure):
     """The struct `Layer`."""
 
     _fields_ = (
-        ("input_norm", c_void_p),
-        ("post_norm", c_void_p),
-        ("q_norm", c_void_p),
-        ("k_norm", c_void_p),
+        ("input_norm", CNormWeights),
+        ("post_norm", CNormWeights),
+        ("q_norm", CNormWeights),
+        ("k_norm", CNormWeights),
+        ("attention_output_norm", CNormWeights),
+        ("mlp_output_norm", CNormWeights),
         ("qkv", CMatrix),
         ("o", CMatrix),
         ("gate_up", CMatrix),
@@ -83,7 +116,7 @@ class CLayer(Structure):
         ("keys", c_void_p),
         ("values", c_void_p),
         ("window", c_int32),
-        ("reserved", c_int32),
+        ("rotary", c_int32),
     )
 
 
@@ -108,10 +141,10 @@ class CModel(Structure):
     _fields_ = (
         ("layers", POINTER(CLayer)),
         ("embed", c_void_p),
-        ("norm", c_void_p),
+        ("norm", CNormWeights),
         ("lm_head", CMatrix),
-        ("cos", c_void_p),
-        ("sin", c_void_p),
+        ("rotaries", POINTER(CRotary)),
+        ("query_scale", c_void_p),
         ("adapters", CSlotTable),
         ("num_layers", c_int32),
         ("hidden", c_int32),
@@ -123,8 +156,22 @@ class CModel(Structure):
         ("threads", c_int32),
         ("eps", c_float),
         ("attention_scale", c_float),
+        ("norm_offset", c_float),
+        ("embed_scale", c_float),
+        ("residual_scale", c_float),
+        ("logit_scale", c_float),
+        ("logit_softcap", c_float),
+        ("attention_softcap", c_float),
         ("embed_in_panels", c_int32),
         ("bf16_storage", c_int32),
+        ("layer_norm", c_int32),
+        ("qk_span", c_int32),
+        ("activation", c_int32),
+        ("gated", c_int32),
+        ("parallel", c_int32),
+        ("interleaved", c_int32),
+        ("long_rotary", c_int32),
+        ("scaled_prompts", c_int32),
         ("vocab", c_int32),
         ("positions", c_int32),
         ("blocks", c_int32),
@@ -144,12 +191,13 @@ class CBatch(Structure):
         ("mix_slots", c_void_p),
         ("mix_weights", c_void_p),
         ("logit_rows", c_void_p),
+        ("is_long", c_void_p),
         ("num_tokens", c_int32),
         ("num_sequences", c_int32),
         ("table_width", c_int32),
         ("num_logits", c_int32),
         ("num_mixes", c_int32),
-        ("reserved", c_int32),
+        ("num_long", c_int32),
     )
 
 
@@ -176,6 +224,7 @@ def c_batch(batch: ForwardBatch) -> CBatch:
         table_width=batch.block_tables.shape[1],
         num_logits=len(batch.logit_rows),
         num_mixes=len(batch.mix_slots),
+        num_long=len(batch.is_long),
     )
 
 

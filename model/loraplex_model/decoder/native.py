@@ -13,24 +13,36 @@ from ctypes import addressof, byref, c_void_p
 import numpy as np
 import torch
 
+from loraplex_model.adapters.delta import Activation
 from loraplex_model.adapters.merge import merge_layers
 from loraplex_model.adapters.pack import PackedAdapter
 from loraplex_model.adapters.table import Merged, SlotTable
 from loraplex_model.base.batch import ForwardBatch
-from loraplex_model.base.config import FUSED
+from loraplex_model.base.config import FUSED, Norm, Rope
 from loraplex_model.base.weights import BLOCK, BaseWeights, LayerWeights, NF4Matrix
 from loraplex_model.decoder import layout
+from loraplex_model.decoder.forward import query_scale
 from loraplex_model.decoder.layout import (
     CLayer,
     CMatrix,
     CModel,
+    CNormWeights,
+    CRotary,
     Fault,
     PassOutOfBounds,
+    Span,
     Storage,
 )
 from loraplex_model.decoder.reference import copy_blocks, write_blocks
 from loraplex_model.ops import build, mapping, nf4
 from loraplex_model.ops.rope import tables
+
+_NORMS = {
+    "input_norm": "input_layernorm",
+    "post_norm": "post_attention_layernorm",
+    **{name: name for name in ("q_norm", "k_norm", "attention_output_norm", "mlp_output_norm")},
+}
+"""The norms of a layer in `CLayer`, and the names of their sites."""
 
 
 class NativeDecoder:
@@ -78,10 +90,7 @@ class NativeDecoder:
         self.values = [torch.zeros(shape, dtype=dtype) for _ in weights.layers]
 
         self._layers = (CLayer * config.num_layers)(
-            *(
-                self._layer(i, layer, config.sliding_windows[i])
-                for i, layer in enumerate(weights.layers)
-            )
+            *(self._layer(i, layer) for i, layer in enumerate(weights.layers))
         )
         self._model = self._c_model(block_size, max_positions, threads or torch.get_num_threads())
 
@@ -143,18 +152,17 @@ class NativeDecoder:
         weights, config = self.weights, self.weights.config
         lm_head = self._dense(weights.lm_head, None)
         positions = max_positions or config.max_positions
-        cos, sin = tables(
-            torch.arange(positions),
-            torch.tensor(config.rope_inv_freq),
-            config.rope_scale,
-        )
+        long = () if config.long_rope is None else (config.long_rope,)
+        ropes = (*config.ropes, *long)
+        self._rotaries = (CRotary * len(ropes))(*(self._rotary(rope, positions) for rope in ropes))
+        scale = query_scale(config, torch.arange(positions))
         return CModel(
             layers=self._layers,
             embed=lm_head.data if config.tie_embeddings else self._keep(weights.embed),
-            norm=self._keep(weights.norm),
+            norm=CNormWeights(self._keep(weights.norm), self._keep(weights.norm_bias)),
             lm_head=lm_head,
-            cos=self._keep(cos),
-            sin=self._keep(sin),
+            rotaries=self._rotaries,
+            query_scale=self._keep(scale),
             adapters=layout.c_adapters(self.table),
             num_layers=config.num_layers,
             hidden=config.hidden_size,
@@ -165,27 +173,50 @@ class NativeDecoder:
             block_size=block_size,
             threads=threads,
             eps=config.rms_norm_eps,
-            attention_scale=config.head_dim**-0.5,
+            attention_scale=config.softmax_scale,
+            norm_offset=config.norm_offset,
+            embed_scale=config.embed_scale,
+            residual_scale=config.residual_scale,
+            logit_scale=config.logit_scale,
+            logit_softcap=config.logit_softcap,
+            attention_softcap=config.attention_softcap,
             embed_in_panels=config.tie_embeddings,
             bf16_storage=weights.embed.dtype == torch.bfloat16,
+            layer_norm=config.norm is Norm.LAYER,
+            qk_span=Span.of(config.qk_norm_span),
+            activation=Activation[config.activation.name],
+            gated=config.gated,
+            parallel=config.parallel,
+            interleaved=config.rope_interleaved,
+            long_rotary=len(config.ropes) if long else 0,
+            scaled_prompts=config.scaled_prompts,
             vocab=config.vocab_size,
             positions=positions,
             blocks=len(self.keys[0]),
         )
 
-    def _layer(self, index: int, layer: LayerWeights, window: int | None) -> CLayer:
+    def _rotary(self, rope: Rope, positions: int) -> CRotary:
+        inv_freq = torch.tensor(rope.inv_freq)
+        cos, sin = tables(torch.arange(positions), inv_freq, rope.scale)
+        return CRotary(self._keep(cos), self._keep(sin), len(inv_freq))
+
+    def _layer(self, index: int, layer: LayerWeights) -> CLayer:
+        config = self.weights.config
+        norms = {
+            field: CNormWeights(self._keep(layer.norms[name]), self._keep(bias))
+            for field, name in _NORMS.items()
+            for bias in (layer.norm_biases.get(name),)
+        }
         return CLayer(
-            input_norm=self._keep(layer.input_norm),
-            post_norm=self._keep(layer.post_norm),
-            q_norm=self._keep(layer.q_norm),
-            k_norm=self._keep(layer.k_norm),
+            **norms,
             qkv=self._matrix(layer.qkv, layer.qkv_bias),
             o=self._matrix(layer.o, layer.o_bias),
-            gate_up=self._matrix(layer.gate_up, None),
-            down=self._matrix(layer.down, None),
+            gate_up=self._matrix(layer.gate_up, layer.gate_up_bias),
+            down=self._matrix(layer.down, layer.down_bias),
             keys=self.keys[index].data_ptr(),
             values=self.values[index].data_ptr(),
-            window=window or 0,
+            window=config.sliding_windows[index] or 0,
+            rotary=config.layer_rope(index),
         )
 
     def _matrix(self, matrix: NF4Matrix, bias: torch.Tensor | None) -> CMatrix:

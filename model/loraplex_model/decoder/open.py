@@ -104,7 +104,7 @@ def open_decoder(
     """
     device, dtype = weights.embed.device.type, weights.embed.dtype
     size = block_size(weights)
-    if not kernels_compute(weights.config):
+    if device == "cuda" and not kernels_compute(weights.config):
         return ReferenceDecoder(weights, _blocks(num_blocks, size), size, num_slots)
     if device == "cuda" and (why := _obstacle(weights)) is None:
         return _on_cuda(weights, num_blocks, num_slots, max_positions, cache, serving)
@@ -131,7 +131,7 @@ def open_decoder(
 
 
 def kernels_compute(config: DecoderConfig) -> bool:
-    """Whether the hand-written kernels know all features of a family."""
+    """Whether the kernels for CUDA know all features of a family."""
     plain = {each.name: each.default for each in fields(config) if each.default is not MISSING}
     return all(getattr(config, name) == value for name, value in plain.items())
 

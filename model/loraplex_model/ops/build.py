@@ -30,6 +30,7 @@ from loraplex_model.base.durable import (
     read_regular,
     write_atomically,
 )
+from loraplex_model.base.refusal import Reason, Refusal
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +79,23 @@ def supported_isas() -> list[str]:
     ]
 
 
+def chosen_isa() -> str:
+    """The instruction set of the kernels: that of `LORAPLEX_ISA`, or the fastest one if it is unset.
+
+    Raises `Refusal` (CONFIG_INVALID) if the variable names none that this processor can run.
+    """
+    supported = supported_isas()
+    asked = os.environ.get("LORAPLEX_ISA") or supported[0]
+    if asked not in supported:
+        what = "this processor cannot run" if asked in ISAS else f"is not one of {', '.join(ISAS)}"
+        raise Refusal(
+            Reason.CONFIG_INVALID,
+            f"LORAPLEX_ISA is {asked!r}, which {what}; set it to one that this processor can run "
+            f"({', '.join(supported)}), or unset it for the fastest of them",
+        )
+    return asked
+
+
 @cache
 def source_digest() -> str:
     """Twelve hex digits over the kernels' sources."""
@@ -112,6 +130,11 @@ def builds(isa: str, flags: Sequence[str] = (), directory: Path | None = None) -
     places = [Path(shipped)] if shipped else []
     folders = (place / _name(isa, flags) for place in (*places, directory or default_directory()))
     return [folder / LIBRARY for folder in folders if folder.exists()]
+
+
+def is_built(isa: str, directory: Path | None = None) -> bool:
+    """Whether kernels for `isa` can be used without compiling them."""
+    return (isa, ()) in _loaded or any(map(is_whole, builds(isa, directory=directory)))
 
 
 def is_whole(path: Path) -> bool:
@@ -199,13 +222,16 @@ def _recorded(path: Path) -> str:
 def load(
     isa: str | None = None, flags: tuple[str, ...] = (), directory: Path | None = None
 ) -> Kernels:
-    """The kernels for `isa` (default: the best this processor runs), compiled if need be.
+    """The kernels for `isa` (default: `chosen_isa`), compiled if need be.
 
-    `LORAPLEX_ISA` overrides the default. `directory` holds the builds. A process loads one library
-    per instruction set, from the directory of the first call. A build that is damaged or does not
-    load is built again, once. Raises `KernelsUnavailable`.
+    `directory` holds the builds. A process loads one library per instruction set, from the
+    directory of the first call. A build that is damaged or does not load is built again, once.
+
+    Raises:
+        KernelsUnavailable: they cannot be compiled or loaded.
+        Refusal: `LORAPLEX_ISA` is wrong, and `isa` is not given.
     """
-    isa = isa or os.environ.get("LORAPLEX_ISA") or supported_isas()[0]
+    isa = isa or chosen_isa()
     if isa not in supported_isas():
         raise KernelsUnavailable(f"this processor cannot run {isa}; it runs {supported_isas()}")
     if (isa, flags) not in _loaded:

@@ -1,6 +1,7 @@
 """NF4 with double quantisation (QLoRA, arXiv 2305.14314), as bitsandbytes stores it.
 
-Quantising calls bitsandbytes. Dequantising does not, since importing it takes seconds: a weight is
+Quantising calls bitsandbytes, or a kernel that gives the same bytes in a fraction of the time
+(`ops.quantise`). Dequantising needs neither, since importing bitsandbytes takes seconds: a weight is
 
     code[nibble] * (map[absmax byte] * scale of its 256 blocks + offset)
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -46,32 +48,54 @@ def dynamic_map() -> torch.Tensor:
     return torch.tensor(sorted(values), dtype=torch.float32)
 
 
-def quantise(weight: torch.Tensor) -> NF4Matrix:
+class QuantiseBlocks(Protocol):
+    """A kernel for `quantise`: from flat weights [n], of a floating type, to codes and maxima.
+
+    Codes are uint8 [ceil(n / 2)], maxima float32 [ceil(n / 64)], both as `bnb.quantize_4bit` makes
+    them of the weights widened to float32.
+    """
+
+    def __call__(self, weights: torch.Tensor, /) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+def quantise(weight: torch.Tensor, blocks: QuantiseBlocks | None = None) -> NF4Matrix:
     """Quantises one module's [out, in] to the bytes of bitsandbytes' `Linear4bit`.
 
-    The values are quantised as stored, widened to float32. Blocks are independent, so they are
-    quantised in chunks; the second quantisation is over the whole module.
+    The values are quantised as stored, widened to float32. Blocks are independent, and `blocks`
+    quantises them (default: bitsandbytes); the second quantisation is over the whole module.
+
+    Raises `ValueError` if a weight, or what is stored of the maxima, is not finite.
     """
     quieten_bitsandbytes()
     import bitsandbytes.functional as bnb
 
     rows, fan_in = weight.shape
-    flat = weight.reshape(-1)
+    packed, absmax = (blocks or _with_bitsandbytes)(weight.reshape(-1))
+    offset = absmax.mean()
+    nested, state = bnb.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
+    if not (absmax.isfinite().all() and offset.isfinite() and state.absmax.isfinite().all()):
+        raise ValueError("there are values that are not finite, or too large")
+    return NF4Matrix((rows, fan_in), packed, nested, (state.absmax,), (offset.item(),), (rows,))
+
+
+def _with_bitsandbytes(flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    import bitsandbytes.functional as bnb
+
     packed, maxima = [], []
     for chunk in torch.split(flat, _CHUNK):
         codes, state = bnb.quantize_4bit(chunk.float(), blocksize=BLOCK, quant_type="nf4")
         packed.append(codes.reshape(-1))
         maxima.append(state.absmax)
-    absmax = torch.cat(maxima)
-    offset = absmax.mean()
-    nested, state = bnb.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
-    return NF4Matrix(
-        (rows, fan_in), torch.cat(packed), nested, (state.absmax,), (offset.item(),), (rows,)
-    )
+    return torch.cat(packed), torch.cat(maxima)
 
 
 def stack(parts: Sequence[NF4Matrix]) -> NF4Matrix:
-    """Stacks the rows of several modules, which have the same input, into one matrix."""
+    """Stacks the rows of several modules, which have the same input, into one matrix.
+
+    If only some have double quantisation, the stack has the float32 maxima of all.
+    """
+    if len({bool(part.absmax_scales) for part in parts}) > 1:
+        parts = [replace(p, absmax=maxima(p), absmax_scales=(), absmax_offsets=()) for p in parts]
     return NF4Matrix(
         (sum(part.shape[0] for part in parts), parts[0].shape[1]),
         torch.cat([part.packed for part in parts]),

@@ -86,10 +86,14 @@ def _arithmetic(config: Config) -> Iterator[Check]:
     except Refusal as error:
         yield from (Check("packages", problem.message, False) for problem in error.problems)
     isas = build.supported_isas()
-    yield Check("instructions", f"supported by this processor: {', '.join(isas)}")
+    try:
+        best = build.chosen_isa()
+        yield Check("instructions", f"supported by this processor: {', '.join(isas)}")
+    except Refusal as error:
+        best = isas[0]
+        yield Check("instructions", error.message, good=False)
     compiler = _compiler()
     yield Check("compiler", compiler or "not found")
-    best = os.environ.get("LORAPLEX_ISA") or isas[0]
     builds = build.builds(best, directory=config.cache / "kernels")
     built = next(filter(build.is_whole, builds), None)
     for damaged in builds:
@@ -100,10 +104,11 @@ def _arithmetic(config: Config) -> Iterator[Check]:
         for subject, words in doctor_cuda.examine(config.cache, config.dtype):
             yield Check(subject, words)
         return
+    why = "the fastest supported" if best == isas[0] else "as LORAPLEX_ISA says"
     if built is not None:
-        text = f"C++ for {best}, the fastest supported; built in {built.parent}"
+        text = f"C++ for {best}, {why}; built in {built.parent}"
     elif compiler:
-        text = f"C++ for {best}, the fastest supported; will be compiled at the first start"
+        text = f"C++ for {best}, {why}; will be compiled at the first start"
     else:
         text = "torch reference, many times slower; the C++ kernels need a compiler (g++)"
     yield Check("kernels", text)

@@ -17,8 +17,9 @@ def check_books(requests: Collection[Request], scheduler: Scheduler, adapters: A
     Raises `AssertionError`.
     """
     scheduler.pool.check()
-    held = [block for request in requests for block in request.blocks]
-    assert len(held) == len(set(held)), "two requests hold the same KV block"
+    held = Counter(block for request in requests for block in request.blocks)
+    owners = {block: scheduler.pool.owners(block) for block in held}
+    assert held == owners, "a KV block has other owners than the requests that hold it"
     assert len(held) == scheduler.pool.used, "a KV block belongs to no request"
     states = Counter(request.state for request in requests)
     places = {

@@ -189,7 +189,10 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     """One request's part of a step. The last output of a request has a `finish` or an `error`.
 
     `finish` is "stop" or "length". `stop_token` is the token that stopped the request; it is not in
-    `token_ids`. `started` is set on a request's first output, when its prompt has been computed.
+    `token_ids`. `started` is set on a request's first output, when its prompt has been computed;
+    `base_tokens` is then the number of prompt tokens that the base alone computed, of a request
+    with an activated LoRA, and `cached_tokens` the number of those whose keys and values were found
+    in the KV cache.
     """
 
     id: int
@@ -197,6 +200,8 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     logprobs: list[Logprobs] = []
     prompt_logprobs: list[Logprobs] = []
     started: bool = False
+    base_tokens: int = 0
+    cached_tokens: int = 0
     queue_seconds: float = 0.0
     finish: str | None = None
     error: Failure | None = None

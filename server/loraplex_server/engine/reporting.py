@@ -76,7 +76,7 @@ class Reporter:
         self, rows: Sequence[BatchRow], requests: Collection[Request], step: int, begun: float
     ) -> StepStats:
         decodes = sum(row.count == 1 for row in rows)
-        mixes = [row.request.mix for row in rows]
+        mixes = [row.mix for row in rows]
         adapters, fetching = self._adapters, self._adapters.residency.fetching
         merged = {r.digest for r in adapters.slots.residents.values() if r.merged_bytes}
         return StepStats(
@@ -96,7 +96,7 @@ class Reporter:
             host_bytes=adapters.host.nbytes,
             merged_bytes=adapters.merging.nbytes,
             prefix_blocks=adapters.slots.prefix_blocks,
-            merged_rows=sum(row.request.sole_adapter in merged for row in rows),
+            merged_rows=sum(bool(row.mix) and row.request.sole_adapter in merged for row in rows),
             host_evictions=adapters.host.evictions,
             prefetches=fetching.ahead,
             prefetch_hits=fetching.hits,

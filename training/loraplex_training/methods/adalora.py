@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
-from loraplex_adapters.format.modules import module_path
 from loraplex_model.adapters.delta import AdapterDelta, ProjectionDelta
 from loraplex_model.base.config import Site
 from pydantic import Field
@@ -20,7 +19,7 @@ from pydantic import Field
 from loraplex_training.methods.base import AdapterFiles, Setting, TrainedAdapter
 from loraplex_training.methods.options import OptionProblems, Rank, TargetOptions
 from loraplex_training.methods.plain import config_of, leaf, stored, tensor_name
-from loraplex_training.methods.targets import sites_of
+from loraplex_training.methods.targets import module_path, sites_of
 from loraplex_training.spec.fields import AboveZero, Count, Fraction, NotNegative, Number, Positive
 
 _STD = 0.02  # of A and B at the start; E is 0

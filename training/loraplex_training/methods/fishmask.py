@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 import torch
-from loraplex_adapters.format.modules import module_path
 from loraplex_adapters.format.spec import AdapterLimits
 from loraplex_model.adapters.delta import AdapterDelta, ProjectionDelta
 from loraplex_model.adapters.merge import fused_matrix
@@ -24,7 +23,7 @@ from loraplex_training.methods.base import AdapterFiles, Observe, Setting, Train
 from loraplex_training.methods.lora import names_of
 from loraplex_training.methods.options import OptionProblems, TargetOptions
 from loraplex_training.methods.plain import config_of, leaf, precision, stored
-from loraplex_training.methods.targets import sites_of
+from loraplex_training.methods.targets import module_path, sites_of
 from loraplex_training.spec.fields import Number, Positive
 
 _MASK, _ROWS = "mask.", "rows."

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from typing import Annotated
 
 import torch
-from loraplex_adapters.format.modules import module_path
 from loraplex_adapters.format.spec import AdapterLimits
 from loraplex_model.adapters.delta import AdapterDelta, LoraFactors
 from loraplex_model.adapters.delta import lora as lora_delta
@@ -24,7 +23,7 @@ from loraplex_training.methods.base import AdapterFiles, ParameterGroup, Setting
 from loraplex_training.methods.initial import Initialise, StartOptions, initialisation
 from loraplex_training.methods.options import Alphas, OptionProblems, Rank, Ranks
 from loraplex_training.methods.plain import config_of, leaf, stored, tensor_name
-from loraplex_training.methods.targets import HEAD, Number, by_site, sites_of
+from loraplex_training.methods.targets import HEAD, Number, by_site, module_path, sites_of
 from loraplex_training.spec.fields import AboveZero, Fraction
 
 _FIRST = "first."

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
-from loraplex_adapters.format.modules import PREFIX, module_path
+from loraplex_adapters.format.modules import PREFIX
 from loraplex_model.adapters.delta import AdapterDelta
 from loraplex_model.base.config import Site
 from loraplex_model.base.weights import BaseWeights
 
 from loraplex_training.methods.base import AdapterFiles, ParameterGroup, Setting, TrainedAdapter
+from loraplex_training.methods.targets import module_path
 
 Tensors = Mapping[str, torch.Tensor]
 

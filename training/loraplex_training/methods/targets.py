@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import TypeVar
 
 import torch
-from loraplex_adapters.format.modules import module_path
+from loraplex_adapters.format import modules
 from loraplex_adapters.format.patterns import match, suffixes
 from loraplex_model.adapters.merge import own_matrix
 from loraplex_model.base.config import BLOCKS, MODEL, PROJECTIONS, Site
@@ -29,6 +29,11 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "qv": ("q_proj", "v_proj"),
 }
 """Names for several modules at once."""
+
+
+def module_path(layer: int, module: str) -> str:
+    """A module's path, in families that name their modules as Llama does."""
+    return modules.module_path("LlamaForCausalLM", layer, module)
 
 
 def sites_of(

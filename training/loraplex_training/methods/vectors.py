@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from loraplex_adapters.format.modules import module_path
 from loraplex_adapters.format.patterns import suffixes
 from loraplex_model.adapters.delta import AdapterDelta, ProjectionDelta
 from loraplex_model.base.config import Site
@@ -13,7 +12,7 @@ from loraplex_model.base.config import Site
 from loraplex_training.methods.base import Setting, TrainedAdapter
 from loraplex_training.methods.options import Names, OptionProblems, TargetOptions
 from loraplex_training.methods.plain import PlainAdapter, config_of, leaf, tensor_name
-from loraplex_training.methods.targets import sites_of
+from loraplex_training.methods.targets import module_path, sites_of
 
 
 class Ia3Options(TargetOptions):

@@ -42,6 +42,7 @@ class RunInputs:
     @staticmethod
     def open(spec: RunSpec) -> RunInputs:
         """Loads the base model and the data. Raises Refusal with the problems of all data."""
+        kernels.chosen_isa()  # a wrong one is refused on every device, as the server does
         device = device_of(spec)
         if device.type == "cpu":
             with suppress(kernels.KernelsUnavailable):  # raised again where they are needed

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from loraplex_model.adapters.delta import AdapterDelta
+from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_model.checkpoints.load import LoadedBase, load_base
 
 from loraplex_adapters.format.examine import inspect
@@ -25,6 +26,17 @@ def open_base(model: str, cache: Path) -> LoadedBase:
 
 
 def open_adapter(directory: Path, base: LoadedBase) -> tuple[CheckedAdapter, AdapterDelta]:
-    """Checks and reads an adapter as the server does; raises Refusal as `inspect` does."""
-    digest = inspect(directory, base.weights.info, LIMITS).digest
-    return load(directory, digest, base.weights, LIMITS)
+    """Checks and reads an adapter as the server does; raises Refusal as `inspect` does.
+
+    An activated LoRA is refused with EXPORT_UNSUPPORTED: no format of an export can say that the
+    base alone computes the tokens before the invocation. PEFT refuses to merge it too.
+    """
+    spec = inspect(directory, base.weights.info, LIMITS)
+    if spec.invocation_tokens:
+        message = (
+            f"{directory.name} is an activated LoRA (alora_invocation_tokens), which acts on a "
+            "part of each sequence only, so it cannot be merged, blended or converted; serve the "
+            "adapter itself"
+        )
+        raise Refusal(Reason.EXPORT_UNSUPPORTED, message)
+    return load(directory, spec.digest, base.weights, LIMITS)

@@ -21,7 +21,7 @@ from loraplex_adapters.convert.export.merged import DTYPES, write_dense, write_n
 from loraplex_adapters.convert.export.peft_files import write_peft
 from loraplex_adapters.format.config import FINGERPRINT_KEY
 from loraplex_adapters.format.examine import inspect
-from loraplex_adapters.format.modules import module_path
+from loraplex_adapters.format.modules import ModulePaths
 from loraplex_adapters.format.reader import MAX_STAMP
 from loraplex_adapters.format.spec import AdapterLimits, CheckedAdapter
 
@@ -83,6 +83,7 @@ def run(
     directories = [locate(adapter) for adapter in request.adapters]
     base = open_base(request.model, request.cache)
     accept(base.weights.info.named(request.model))
+    path = ModulePaths(base.weights.info)
     opened = [open_adapter(directory, base) for directory in directories]
     specs = [spec for spec, _ in opened]
     deltas = [delta for _, delta in opened]
@@ -92,14 +93,14 @@ def run(
     factors: FactorsBySite | None = None
     if spec is not None:
         weights = request.weights or (1.0,) * len(deltas)
-        parts = [factors_of(delta, "a blend") for delta in deltas]
+        parts = [factors_of(delta, base.weights.config, "a blend") for delta in deltas]
         blended = blend(list(zip(parts, weights, strict=True)), spec)
         factors = blended.factors
         for site, error in blended.errors.items():
-            lines.append(f"{module_path(*site):<44} rank {factors[site].rank:>4}  {error:9.2%} cut")
+            lines.append(f"{path(site):<44} rank {factors[site].rank:>4}  {error:9.2%} cut")
         figures["largest_cut"] = max(blended.errors.values())
     if request.format in ("hf", "nf4"):
-        delta = deltas[0] if factors is None else delta_of(factors)
+        delta = deltas[0] if factors is None else delta_of(factors, base.weights.config)
         kept, warnings = _merge(request, target, base, delta, dtype, stamps)
         lines += [
             f"{part.name:<52} retained {part.retained:8.2%}  noise {part.noise:8.2%}"
@@ -109,7 +110,7 @@ def run(
         figures |= {"retained": round(whole.retained, 6), "noise": round(whole.noise, 6)}
         return ExportResult(tuple(lines), warnings, figures)
     if factors is None:
-        factors = factors_of(deltas[0], f"a {request.format} adapter")
+        factors = factors_of(deltas[0], base.weights.config, f"a {request.format} adapter")
     figures |= {"modules": len(factors), "max_rank": max(f.rank for f in factors.values())}
     if request.format == "gguf":
         name = "+".join(directory.name for directory in directories)
@@ -117,7 +118,7 @@ def run(
         return ExportResult(tuple(lines), (), figures)
     origin = {spec.base_model for spec in specs}
     origin_name = origin.pop() if len(origin) == 1 else ""
-    write_peft(target, factors, base_model=origin_name, dtype=dtype, stamps=stamps)
+    write_peft(target, factors, path, base_model=origin_name, dtype=dtype, stamps=stamps)
     inspect(target, base.weights.info, LIMITS)  # the result must be an adapter that can be served
     return ExportResult(tuple(lines), _rank_warning(figures["max_rank"]), figures)
 

@@ -52,10 +52,14 @@ def write_gguf(
     }
     kind, file_type = kinds[dtype]
     alpha = Counter(found.rank for found in factors.values()).most_common(1)[0][0]
-    names = GgufNames(FAMILIES[config.architecture].gguf, config.num_layers)
+    architecture = FAMILIES[config.architecture].gguf
+    if not architecture:
+        message = f"llama.cpp has no architecture for {config.architecture}"
+        raise Refusal(Reason.EXPORT_UNSUPPORTED, message, "format")
+    names = GgufNames(architecture, config.num_layers)
     places = {site: tensor_name(site, config.architecture, names) for site in factors}
     target.mkdir()
-    writer = GGUFWriter(target / FILE, FAMILIES[config.architecture].gguf)
+    writer = GGUFWriter(target / FILE, architecture)
     writer.add_type(GGUFType.ADAPTER)
     writer.add_string(Keys.Adapter.TYPE, "lora")
     writer.add_float32(Keys.Adapter.LORA_ALPHA, float(alpha))

@@ -8,7 +8,7 @@ the adapter's changes are added.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,13 +22,23 @@ from loraplex_model.adapters.delta import (
 )
 from loraplex_model.adapters.merge import changes_matrix, merged_module, own_bias, own_matrix
 from loraplex_model.base import families
-from loraplex_model.base.config import MODEL, PROJECTIONS, DecoderConfig
-from loraplex_model.base.families import tensor_name
+from loraplex_model.base.config import MODEL, PROJECTIONS, DecoderConfig, NormSpan, Site
+from loraplex_model.base.families import module_path, tensor_name
 from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_model.base.weights import BaseWeights, NF4Matrix
 from loraplex_model.ops import nf4
 
 from loraplex_adapters.format.modules import EMBEDDING, HEAD
+
+_BIASES: Mapping[str, tuple[str, ...]] = {
+    "qkv_bias": PROJECTIONS[:3],
+    "o_bias": PROJECTIONS[3:4],
+    "mlp_bias": PROJECTIONS[4:],
+}
+"""The projections whose biases a field of `DecoderConfig` is about."""
+
+Changes = Sequence[tuple[slice, ProjectionDelta]]
+"""Changes of one of the checkpoint's matrices, by the rows that each is about."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +62,7 @@ class Form:
     """Differences between a merged checkpoint's configuration and the base's.
 
     Attributes:
-        biased: projections that have a bias, in every layer.
+        biased: modules that have a bias, in every layer.
         tied: whether head and embeddings are one tensor.
         overrides: entries of config.json that replace the base's.
     """
@@ -79,13 +89,17 @@ def merged_form(config: DecoderConfig, delta: AdapterDelta) -> Form:
             changed.add(name)
     overrides: dict[str, bool] = {}
     biased = set(config.biased)
-    for key, names in (("attention_bias", PROJECTIONS[:4]), ("mlp_bias", PROJECTIONS[4:])):
+    settings = families.FAMILIES[config.architecture].settings
+    for field, names in _BIASES.items():
         if missing := sorted(changed.intersection(names) - biased):
-            if key not in families.FAMILIES[config.architecture].settings.values():
-                message = f"{config.architecture} cannot have a bias at {missing[0]}"
-                raise _unsupported(message)
+            key = settings.get(field)
+            if not isinstance(key, str):
+                path = module_path(config.architecture, 0, missing[0]).partition(".0.")[2]
+                raise _unsupported(f"{config.architecture} cannot have a bias at {path}")
             overrides[key] = True
-            biased.update(names)
+            for other, more in _BIASES.items():
+                biased.update(more if settings.get(other) == key else ())
+    biased |= {name for name in config.module_shapes() if biased.issuperset(config.parts_of(name))}
     tied = config.tie_embeddings and _same_rows(
         delta.at(EMBEDDING, RowsDelta), delta.at(HEAD, RowsDelta)
     )
@@ -96,22 +110,24 @@ def merged_form(config: DecoderConfig, delta: AdapterDelta) -> Form:
 
 def parameters(weights: BaseWeights, delta: AdapterDelta, form: Form) -> Iterator[Parameter]:
     """Every tensor of the merged checkpoint, in the order of the model."""
-    architecture = weights.config.architecture
+    config = weights.config
+    architecture = config.architecture
     embed = delta.at(EMBEDDING, RowsDelta)
     yield _vocabulary(families.EMBED, weights.embed, embed, transposed=True)
     for index, layer in enumerate(weights.layers):
         for name, weight in layer.norms.items():
             if weight is not None:
-                own_name = tensor_name(architecture, index, name)
-                yield _norm(own_name, weight, delta.at((index, name), NormDelta))
-        for name in PROJECTIONS:
+                bias = layer.norm_biases.get(name)
+                yield from _norm(config, (index, name), weight, bias, delta)
+        for name in config.module_shapes():
             site = index, name
-            matrix, change = own_matrix(weights, site), delta.at(site, ProjectionDelta)
-            yield _projection(tensor_name(architecture, *site), matrix, change)
+            matrix, bias = own_matrix(weights, site), own_bias(weights, site)
+            changes = _changes(config, delta, site)
+            yield _projection(tensor_name(architecture, *site), matrix, changes)
             if name in form.biased:
-                bias = own_bias(weights, site)
-                yield _bias(tensor_name(architecture, *site, "bias"), bias, matrix.shape[0], change)
-    yield _norm(families.NORM, weights.norm, delta.at((MODEL, "norm"), NormDelta))
+                at = tensor_name(architecture, *site, "bias")
+                yield _bias(at, bias, matrix.shape[0], changes)
+    yield from _norm(config, (MODEL, "norm"), weights.norm, weights.norm_bias, delta)
     if not form.tied:
         head = delta.at(HEAD, RowsDelta)
         yield _vocabulary(families.LM_HEAD, weights.lm_head, head, transposed=False)
@@ -131,30 +147,77 @@ def _copy(own: torch.Tensor) -> torch.Tensor:
     return own.float().clone()
 
 
-def _projection(name: str, matrix: NF4Matrix, change: ProjectionDelta | None) -> Parameter:
+def _changes(config: DecoderConfig, delta: AdapterDelta, site: Site) -> Changes:
+    """The changes of a module of the checkpoint, which may consist of several projections."""
+    found: list[tuple[slice, ProjectionDelta]] = []
+    start = 0
+    for part in config.parts_of(site[1]):
+        end = start + config.place(part)[2]
+        change = delta.at((site[0], part), ProjectionDelta)
+        if change is not None:
+            found.append((slice(start, end), change))
+        start = end
+    return found
+
+
+def _projection(name: str, matrix: NF4Matrix, changes: Changes) -> Parameter:
     base = partial(nf4.dequantize, matrix)
-    if change is None or not changes_matrix(change):
+    changing = [(rows, change) for rows, change in changes if changes_matrix(change)]
+    if not changing:
         return Parameter(name, base, None, matrix)
-    return Parameter(name, base, partial(merged_module, change=change), matrix)
+
+    def merged(weight: torch.Tensor) -> torch.Tensor:
+        total = weight.clone()
+        for rows, change in changing:
+            total[rows] = merged_module(weight[rows], change)
+        return total
+
+    return Parameter(name, base, merged, matrix)
 
 
-def _bias(
-    name: str, own: torch.Tensor | None, width: int, change: ProjectionDelta | None
-) -> Parameter:
+def _bias(name: str, own: torch.Tensor | None, width: int, changes: Changes) -> Parameter:
     base = partial(torch.zeros, width) if own is None else partial(_copy, own)
-    if change is None or (change.gain is None and change.bias is None):
+    if all(change.gain is None and change.bias is None for _, change in changes):
         return Parameter(name, base)
-    gain, added = change.gain, change.bias
 
     def merged(bias: torch.Tensor) -> torch.Tensor:
-        total = bias.clone() if gain is None else bias * gain
-        return total if added is None else total + added
+        total = bias.clone()
+        for rows, change in changes:
+            if change.gain is not None:
+                total[rows] *= change.gain
+            if change.bias is not None:
+                total[rows] += change.bias
+        return total
 
     return Parameter(name, base, merged)
 
 
-def _norm(name: str, own: torch.Tensor, change: NormDelta | None) -> Parameter:
-    return Parameter(name, partial(_copy, own), None if change is None else change.weight.add)
+def _norm(
+    config: DecoderConfig,
+    site: Site,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    delta: AdapterDelta,
+) -> Iterator[Parameter]:
+    """A norm's weight and, if it has one, its bias, in the shapes of the checkpoint."""
+    change = delta.at(site, NormDelta) or NormDelta()
+    own_name = partial(tensor_name, config.architecture, *site)
+    if bias is not None:
+        yield _vector(own_name("bias"), bias, change.bias)
+    name, heads = own_name(), weight.numel() // config.head_dim
+    if "{head}" in name:
+        for head, own in enumerate(weight.view(heads, -1)):
+            added = None if change.weight is None else change.weight.view(heads, -1)[head]
+            yield _vector(name.format(head=head), own, added)
+    elif site[1] in ("q_norm", "k_norm") and config.qk_norm_span is NormSpan.EACH:
+        added = None if change.weight is None else change.weight.view(heads, -1)
+        yield _vector(name, weight.view(heads, -1), added)
+    else:
+        yield _vector(name, weight, change.weight)
+
+
+def _vector(name: str, own: torch.Tensor, added: torch.Tensor | None) -> Parameter:
+    return Parameter(name, partial(_copy, own), None if added is None else added.add)
 
 
 def _vocabulary(

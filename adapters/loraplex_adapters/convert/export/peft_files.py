@@ -13,12 +13,13 @@ from loraplex_model.checkpoints.safetensors_file import SafetensorsFile
 from loraplex_adapters.convert.export.directory import write_json
 from loraplex_adapters.convert.export.factors import FactorsBySite
 from loraplex_adapters.format.files import CONFIG_FILE, WEIGHTS_FILE
-from loraplex_adapters.format.modules import EMBEDDING, PREFIX, module_path
+from loraplex_adapters.format.modules import EMBEDDING, PREFIX, ModulePaths
 
 
 def write_peft(
     target: Path,
     factors: FactorsBySite,
+    path: ModulePaths,
     *,
     base_model: str = "",
     dtype: torch.dtype = torch.float32,
@@ -26,21 +27,21 @@ def write_peft(
 ) -> None:
     """Creates the directory `target`: adapter_config.json and adapter_model.safetensors.
 
-    Modules are named by their full paths and every scale is 1: the most common rank is both `r`
-    and `lora_alpha`, and the others are listed in both patterns. `stamps` become metadata of the
-    weights file, since PEFT would warn about them in the configuration.
+    Modules are named by their full paths, which `path` gives, and every scale is 1: the most common
+    rank is both `r` and `lora_alpha`, and the others are listed in both patterns. `stamps` become
+    metadata of the weights file, since PEFT would warn about them in the configuration.
     """
     target.mkdir()
-    config = lora_config({module_path(*site): f.rank for site, f in factors.items()}, base_model)
+    config = lora_config({path(site): f.rank for site, f in factors.items()}, base_model)
     write_json(target / CONFIG_FILE, config)
     with SafetensorsFile(target / WEIGHTS_FILE, 2 * len(factors), stamps) as file:
         for site, found in factors.items():
             a, b = "lora_A.weight", "lora_B.weight"
             if site == EMBEDDING:
                 a, b = "lora_embedding_A", "lora_embedding_B"
-            path = PREFIX + module_path(*site)
-            file.add(f"{path}.{a}", found.a.to(dtype))
-            file.add(f"{path}.{b}", found.b.to(dtype))
+            at = PREFIX + path(site)
+            file.add(f"{at}.{a}", found.a.to(dtype))
+            file.add(f"{at}.{b}", found.b.to(dtype))
 
 
 def lora_config(ranks: Mapping[str, int], base_model: str) -> dict[str, Any]:

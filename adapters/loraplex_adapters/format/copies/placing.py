@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from loraplex_model.base.config import PROJECTIONS, Site
+from loraplex_model.base.config import Site
 
 from loraplex_adapters.format.copies.names import COPY_ENDINGS, ModuleState
-from loraplex_adapters.format.modules import EMBEDDING, HEAD, PREFIX, base_sites, module_path
+from loraplex_adapters.format.modules import EMBEDDING, HEAD, MATRICES, PREFIX, base_sites
 from loraplex_adapters.format.placement import Placement
 from loraplex_adapters.format.spec import BaseCopy, ModuleSpec, TensorLocation
 
@@ -79,10 +79,10 @@ def _claimed(file: Placement, site: Site) -> Iterator[tuple[ModuleState, TensorL
 def _copy(file: Placement, site: Site, named: ModuleState, tensor: TensorLocation) -> BaseCopy:
     state = _state(file, site)
     if named is not state:
-        name = f"{PREFIX}{module_path(*site)}.{state.value}weight"
+        name = f"{PREFIX}{file.path(site)}.{state.value}weight"
         refusal = f"PEFT does not load it, because the module {_STATES[state]}; if it is meant to "
         return BaseCopy(tensor, site, (), f"{refusal}replace the base's weight, name it {name}")
-    if site[1] in PROJECTIONS:
+    if site[1] in MATRICES:
         return BaseCopy(tensor, site, (), _PROJECTION)
     tied = file.base.config.tie_embeddings and site in _VOCABULARY
     sites = _VOCABULARY if tied else (site,)

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
-from loraplex_model.base.config import LAYER_SITES, MODEL_SITES, PROJECTIONS
 from loraplex_model.base.info import BaseInfo
 from loraplex_model.base.refusal import Problem, Reason
 from loraplex_model.checkpoints.values import BaseValues
 
 from loraplex_adapters.format.copies.comparing import Read, changed_rows, equal, equals_blocks
 from loraplex_adapters.format.files import WEIGHTS_FILE
+from loraplex_adapters.format.modules import MATRICES, shown_modules
 from loraplex_adapters.format.packing import packed_bytes
 from loraplex_adapters.format.spec import AdapterLimits, BaseCopy, CheckedAdapter, ModuleSpec
 from loraplex_adapters.format.strict_json import shown
@@ -102,7 +102,7 @@ def _judge(copy: BaseCopy, read: Read, values: BaseValues | None) -> _Verdict | 
     if values is None:
         return None if copy.refusal else _Verdict(copy, differs=True)
     try:
-        if copy.site[1] in PROJECTIONS:
+        if copy.site[1] in MATRICES:
             return _Verdict(copy, not equals_blocks(copy.tensor, read, values, copy.site))
         rows = changed_rows(copy.tensor, read, values, copy.site)
         return _Verdict(copy, bool(rows), rows)
@@ -117,12 +117,11 @@ def _settled(spec: CheckedAdapter, verdicts: Sequence[_Verdict], base: BaseInfo)
         for found in spec.modules
         if (module := _module(found, by_site.get((found.layer, found.module)))).tensors
     )
-    changed = {module.module for module in modules}
     return replace(
         spec,
         modules=modules,
         rank=max((module.rank for module in modules), default=0),
-        target_modules=tuple(n for n in (*LAYER_SITES, *MODEL_SITES) if n in changed),
+        target_modules=shown_modules(((m.layer, m.module) for m in modules), base),
         packed_bytes=packed_bytes(modules, base),
         copies=(),
         twins=(),

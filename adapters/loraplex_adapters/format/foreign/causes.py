@@ -32,7 +32,18 @@ _OTHER_INPUTS = frozenset(
         "visual",
     }
 )
-_OF_ADAPTERS = ("lora_", "ia3_l", "trainable_tokens", "prompt_", "bottleneck", "modules_to_save")
+_OF_ADAPTERS = (
+    "lora_",
+    "ia3_l",
+    "trainable_tokens",
+    "prompt_",
+    "bottleneck",
+    "modules_to_save",
+    "hada_",
+    "lokr_",
+    "miss_",
+    "vera_",
+)
 _MAX_READ = 512
 _MANY = 8
 """Findings of one kind that are joined. Fewer are listed one by one."""

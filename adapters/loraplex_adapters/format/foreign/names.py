@@ -42,9 +42,22 @@ _ABOVE = frozenset({"base_model", "model", "language_model", "text_model"})
 _MODULES = frozenset({"layers", "embed_tokens", "norm", "lm_head", "unembed_tokens"})
 _NAMED = re.compile(
     r"\.(lora_[AB]|lora_E|lora_ranknum|lora_embedding_[AB]|lora_magnitude_vector|ia3_l|"
+    r"hada_w[12]_[ab]|lokr_w[12](?:_[ab])?|miss_block|gralora_[AB](?:_general)?|"
+    r"randlora_(?:[AB]|lambda|gamma)|vera_lambda_[bd]|"
     r"trainable_tokens_delta|modules_to_save)\.([^.]{1,128})(\.weight|\.bias)?\Z"
 )
-_WITHOUT_WEIGHT = ("lora_E", "lora_embedding", "lora_magnitude", "ia3_l", "trainable_tokens")
+_WITHOUT_WEIGHT = (
+    "lora_E",
+    "lora_embedding",
+    "lora_magnitude",
+    "ia3_l",
+    "trainable_tokens",
+    "hada_",
+    "lokr_",
+    "miss_",
+    "randlora_",
+    "vera_",
+)
 
 
 @dataclass(frozen=True, slots=True)

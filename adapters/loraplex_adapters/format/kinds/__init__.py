@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from loraplex_adapters.format.kinds.adalora import ADALORA
 from loraplex_adapters.format.kinds.base import Kind, Reading
 from loraplex_adapters.format.kinds.bottleneck import BOTTLENECK
+from loraplex_adapters.format.kinds.folded import FOLDED
 from loraplex_adapters.format.kinds.lora import LORA
 from loraplex_adapters.format.kinds.tokens import TRAINABLE_TOKENS
 from loraplex_adapters.format.kinds.vectors import BEFT, IA3, LN_TUNING
@@ -25,6 +26,7 @@ KINDS: Mapping[str, Kind] = {
         P_TUNING,
         PREFIX_TUNING,
         BOTTLENECK,
+        *FOLDED,
     )
 }
 """Every kind by `peft_type`."""

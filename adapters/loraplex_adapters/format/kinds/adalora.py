@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from loraplex_model.base.config import Site
 from loraplex_model.base.refusal import Reason
 
 from loraplex_adapters.format.files import WEIGHTS_FILE
@@ -23,7 +22,7 @@ from loraplex_adapters.format.kinds.lora import (
     place_others,
 )
 from loraplex_adapters.format.kinds.whole import TokenRows, read_rows
-from loraplex_adapters.format.modules import EMBEDDING, module_path
+from loraplex_adapters.format.modules import EMBEDDING
 from loraplex_adapters.format.placement import Placement
 from loraplex_adapters.format.reader import Reader
 from loraplex_adapters.format.spec import ModuleSpec
@@ -59,7 +58,7 @@ class AdaLoraReading:
         file.check_rank("init_r", self.init_r)
         scale = self.lora_alpha / (self.init_r + 1e-5)
         adapted = file.sites(*_FACTORS.values())
-        if unknown := sorted(self.kept.keys() - {module_path(*site) for site in adapted}):
+        if unknown := sorted(self.kept.keys() - {file.path(site) for site in adapted}):
             message = f"rank_pattern names {shown(unknown[0])}, which has no weights"
             file.find(Reason.ADAPTER_INVALID, message, "rank_pattern")
         modules = []
@@ -67,7 +66,7 @@ class AdaLoraReading:
             file.check_scale(site, scale, "lora_alpha")
             tensors = {role: file.require(site, end) for role, end in _FACTORS.items()}
             claim_extras(file, site, self.bias, tensors)
-            rank, field_name = self._rank(site)
+            rank, field_name = self._rank(file.path(site))
             held = file.of_rank(site, tensors, rank, field_name) or {}
             if not rank:
                 held = {role: tensor for role, tensor in held.items() if role not in _FACTORS}
@@ -81,8 +80,7 @@ class AdaLoraReading:
             file.find(Reason.ADAPTER_INVALID, message, WEIGHTS_FILE)
         return modules
 
-    def _rank(self, site: Site) -> tuple[int, str]:
-        path = module_path(*site)
+    def _rank(self, path: str) -> tuple[int, str]:
         if path in self.kept:
             return self.kept[path], "rank_pattern"
         return self.init_r, "init_r"

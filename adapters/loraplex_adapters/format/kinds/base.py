@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from loraplex_adapters.format.placement import Placement
@@ -30,6 +30,8 @@ class Kind:
             needs; "" if it needs none.
         read: reads a configuration; returns None if the tensors cannot be placed by it.
         whole_names: whether tensor names have no module's path (virtual tokens).
+        shared: whole names of tensors that all modules share, with the option that each needs, as
+            for `endings`; they are placed at the site `SHARED`, with their names as endings.
     """
 
     peft_type: str
@@ -38,3 +40,4 @@ class Kind:
     endings: Mapping[str, str]
     read: Callable[[Reader], Reading | None]
     whole_names: bool = False
+    shared: Mapping[str, str] = field(default_factory=dict)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from loraplex_model.base.refusal import Reason
 
 from loraplex_adapters.format.kinds.base import Kind
-from loraplex_adapters.format.modules import BOTTLENECKS, module_path
+from loraplex_adapters.format.modules import BOTTLENECKS
 from loraplex_adapters.format.placement import Placement
 from loraplex_adapters.format.reader import Reader
 from loraplex_adapters.format.spec import ModuleSpec
@@ -61,7 +61,7 @@ class BottleneckReading:
             if held is None:
                 continue
             if site[1] not in self.placements:
-                message = f"{module_path(*site)} has weights but is not among the placements"
+                message = f"{file.path(site)} has weights but is not among the placements"
                 file.find(Reason.ADAPTER_INVALID, message, "placements")
                 continue
             modules.append(

@@ -6,9 +6,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from loraplex_model.base.config import PROJECTIONS, Site
+from loraplex_model.base.config import Site
 
 from loraplex_adapters.format.copies.names import COPY_ENDINGS
+from loraplex_adapters.format.kinds.activation import (
+    INVOCATION_OPTION,
+    MAX_INVOCATION_TOKENS,
+    place_invocation,
+    read_invocation,
+)
 from loraplex_adapters.format.kinds.base import Kind
 from loraplex_adapters.format.kinds.initialisation import check_initialisation
 from loraplex_adapters.format.kinds.whole import (
@@ -20,7 +26,7 @@ from loraplex_adapters.format.kinds.whole import (
     place_saved,
     read_rows,
 )
-from loraplex_adapters.format.modules import EMBEDDING, base_sites
+from loraplex_adapters.format.modules import EMBEDDING, MATRICES, base_sites, role_shapes
 from loraplex_adapters.format.placement import Placement
 from loraplex_adapters.format.reader import Reader
 from loraplex_adapters.format.spec import ModuleSpec, TensorLocation
@@ -83,6 +89,7 @@ class LoraReading:
         rank_pattern, alpha_pattern: by plain module name or dotted suffix, in the file's order.
         bias: "none", "all" or "lora_only".
         rows: the trained token rows.
+        invocation_tokens: as in `CheckedAdapter`.
     """
 
     r: int
@@ -95,6 +102,7 @@ class LoraReading:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     bias: str = "none"
     rows: TokenRows = field(default_factory=dict)
+    invocation_tokens: tuple[int, ...] = ()
 
     def place(self, file: Placement) -> list[ModuleSpec]:
         """LoRA's modules, then biases of other projections, saved modules and trained rows."""
@@ -116,6 +124,7 @@ class LoraReading:
                 modules.append(ModuleSpec(*site, tensors, rank, scale))
         modules += place_others(file, self.targets, self.bias, self.rows, adapted)
         file.check_targets(self.targets, adaptable(file), adapted)
+        place_invocation(file, self.invocation_tokens, adapted)
         return modules
 
     def _claim(self, file: Placement, site: Site) -> dict[str, TensorLocation | None]:
@@ -135,7 +144,7 @@ _FACTORS = ("lora_A.weight", "lora_B.weight", *_EMBEDDING_FACTORS)
 
 def adaptable(file: Placement) -> list[Site]:
     """The modules of the base that LoRA can adapt."""
-    return [s for s in base_sites(file.base) if s[1] in PROJECTIONS or s in EMBEDDINGS]
+    return [s for s in base_sites(file.base) if s[1] in MATRICES or s in EMBEDDINGS]
 
 
 def claim_extras(
@@ -153,7 +162,7 @@ def place_others(
     modules = []
     if bias == "all":
         for site in base_sites(file.base):
-            if site[1] in file.base.config.biased and site not in adapted:
+            if "bias" in role_shapes(site, file.base) and site not in adapted:
                 modules += file.single(site, _BIAS, "bias")
     return modules + place_saved(file, targets) + place_rows(file, rows)
 
@@ -172,6 +181,7 @@ def _read(reader: Reader) -> LoraReading | None:
         alpha_pattern=reader.pattern("alpha_pattern", reader.as_number),
         bias=reader.choice("bias", BIASES, "none"),
         rows=read_rows(reader),
+        invocation_tokens=read_invocation(reader),
     )
     check_initialisation(reader)
     if reading.use_dora and reading.lora_bias:
@@ -181,9 +191,13 @@ def _read(reader: Reader) -> LoraReading | None:
 
 LORA = Kind(
     peft_type="LORA",
-    summary="LoRA, rsLoRA, DoRA",
+    summary="LoRA, rsLoRA, DoRA, activated LoRA",
     options={
         **SHARED_OPTIONS,
+        INVOCATION_OPTION: served(
+            f"activated LoRA, at most {MAX_INVOCATION_TOKENS} tokens; not together with use_dora, "
+            "bias, modules_to_save, trainable_token_indices or LoRA on the embeddings"
+        ),
         "alpha_pattern": served("names or expressions; keys that disagree are refused"),
         "lora_bias": served("projections"),
         "r": served(),

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from loraplex_model.base.config import PROJECTIONS, Site
 from loraplex_model.base.refusal import Reason
 
 from loraplex_adapters.format.copies.names import COPY_ENDINGS
 from loraplex_adapters.format.kinds.base import Kind
-from loraplex_adapters.format.kinds.whole import SAVED_OPTION, place_saved
-from loraplex_adapters.format.modules import NORMS, base_sites, module_path
+from loraplex_adapters.format.kinds.whole import (
+    SAVED_BIAS_ENDING,
+    SAVED_OPTION,
+    norm_or_weight,
+    place_saved,
+)
+from loraplex_adapters.format.modules import MATRICES, NORMS, base_sites
 from loraplex_adapters.format.placement import Placement
 from loraplex_adapters.format.reader import Reader
 from loraplex_adapters.format.spec import ModuleSpec
 from loraplex_adapters.format.support import ignored, served
 from loraplex_adapters.format.targets import Targets
 
+_NORM, _NORM_BIAS = "ln_tuning_layers.weight", "ln_tuning_layers.bias"
+_ENDINGS = {**COPY_ENDINGS, SAVED_BIAS_ENDING: "modules_to_save"}
 _TARGETS = {
     **SAVED_OPTION,
     "target_modules": served("projections; names or an expression"),
@@ -44,25 +50,26 @@ class Ia3Reading:
             role = "in_gain" if tensor.shape[0] == 1 else "out_gain"
             if file.fits(site, {role: tensor}) is None:
                 continue
-            if self.feedforward is not None and self._is_feedforward(site) != (role == "in_gain"):
+            path, is_input = file.path(site), role == "in_gain"
+            if self.feedforward is not None and self._is_feedforward(path) != is_input:
                 side = role.removesuffix("_gain")
-                message = f"{module_path(*site)} has a vector for its {side}put, which contradicts "
+                message = f"{path} has a vector for its {side}put, which contradicts "
                 message += "feedforward_modules"
                 file.find(Reason.ADAPTER_INVALID, message, "feedforward_modules")
                 continue
             modules.append(ModuleSpec(*site, {role: tensor}))
-        projections = [site for site in base_sites(file.base) if site[1] in PROJECTIONS]
+        projections = [site for site in base_sites(file.base) if site[1] in MATRICES]
         file.check_targets(self.targets, projections, adapted)
         return modules + place_saved(file, self.targets)
 
-    def _is_feedforward(self, site: Site) -> bool:
+    def _is_feedforward(self, path: str) -> bool:
         # PEFT compares the ends of the paths as text.
-        return any(module_path(*site).endswith(name) for name in self.feedforward or ())
+        return path.endswith(self.feedforward or ())
 
 
 @dataclass(frozen=True, slots=True)
 class VectorReading:
-    """BEFT and LN_TUNING: one tensor for each module.
+    """BEFT and LN_TUNING: one tensor for each module, or two for a norm with a bias.
 
     Attributes:
         ending, role: end of the tensors' names, and their role.
@@ -75,15 +82,20 @@ class VectorReading:
     modules: tuple[str, ...]
 
     def place(self, file: Placement) -> list[ModuleSpec]:
-        """The tensor of each module."""
+        """The tensors of each module."""
         adapted = file.sites(self.ending)
         modules = []
         for site in adapted:
-            if site[1] in self.modules:
-                modules += file.single(site, self.ending, self.role)
-            elif (tensor := file.claim(site, self.ending)) is not None:
+            if site[1] not in self.modules:
+                tensor = file.claim(site, self.ending)
+                assert tensor is not None, "sites() found it"
                 message = f"{tensor.name} changes {site[1]} in a way that is not supported"
                 file.find(Reason.ADAPTER_UNSUPPORTED, message, tensor.name)
+            elif self.role == "weight":
+                weight = file.require(site, self.ending)
+                modules += norm_or_weight(file, site, [weight], _NORM_BIAS)
+            else:
+                modules += file.single(site, self.ending, self.role)
         candidates = [site for site in base_sites(file.base) if site[1] in self.modules]
         file.check_targets(self.targets, candidates, adapted)
         return modules + place_saved(file, self.targets)
@@ -96,11 +108,11 @@ def _read_ia3(reader: Reader) -> Ia3Reading:
 
 
 def _read_beft(reader: Reader) -> VectorReading:
-    return VectorReading(reader.targets(), "beft_bias", "bias_delta", PROJECTIONS)
+    return VectorReading(reader.targets(), "beft_bias", "bias_delta", MATRICES)
 
 
 def _read_norms(reader: Reader) -> VectorReading:
-    return VectorReading(reader.targets(), "ln_tuning_layers.weight", "weight", NORMS)
+    return VectorReading(reader.targets(), _NORM, "weight", NORMS)
 
 
 IA3 = Kind(
@@ -113,7 +125,7 @@ IA3 = Kind(
         "feedforward_modules": served("those whose input is scaled"),
         "init_ia3_weights": ignored(),
     },
-    endings={"ia3_l": "", **COPY_ENDINGS},
+    endings={"ia3_l": "", **_ENDINGS},
     read=_read_ia3,
 )
 
@@ -121,7 +133,7 @@ BEFT = Kind(
     peft_type="BEFT",
     summary="BEFT: trained biases, also if the base has none",
     options={**_TARGETS, "init_weights": ignored()},
-    endings={"beft_bias": "", **COPY_ENDINGS},
+    endings={"beft_bias": "", **_ENDINGS},
     read=_read_beft,
 )
 
@@ -133,6 +145,6 @@ LN_TUNING = Kind(
         "exclude_modules": served("names or an expression"),
         "target_modules": served("norms; names or an expression"),
     },
-    endings={"ln_tuning_layers.weight": "", **COPY_ENDINGS},
+    endings={_NORM: "", _NORM_BIAS: "", **_ENDINGS},
     read=_read_norms,
 )

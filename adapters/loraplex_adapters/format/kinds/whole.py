@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from loraplex_model.base.config import Site
 from loraplex_model.base.refusal import Reason
 
 from loraplex_adapters.format.copies.names import INFIXES
-from loraplex_adapters.format.modules import EMBEDDING, HEAD, base_sites, module_path
+from loraplex_adapters.format.modules import EMBEDDING, HEAD, base_sites, role_shapes
 from loraplex_adapters.format.placement import Placement
 from loraplex_adapters.format.reader import Reader
 from loraplex_adapters.format.spec import ModuleSpec, TensorLocation
@@ -17,7 +17,7 @@ from loraplex_adapters.format.strict_json import shown
 from loraplex_adapters.format.support import Option, served
 from loraplex_adapters.format.targets import EMBEDDINGS, Targets
 
-SAVED_ENDING = "weight"
+SAVED_ENDING, SAVED_BIAS_ENDING = "weight", "bias"
 SAVED_OPTION: Mapping[str, Option] = {
     "modules_to_save": served("lm_head, embed_tokens and norms; no projections"),
 }
@@ -26,7 +26,13 @@ UNSAVED = ("layers", "mlp", "model", "rotary_emb", "self_attn")
 """Modules of every base that are not served if they are saved completely."""
 
 ROWS_ENDING, ROWS_OPTION = "token_adapter.trainable_tokens_delta", "trainable_token_indices"
-_BY_NAME = {"embed_tokens": EMBEDDING, "model.embed_tokens": EMBEDDING, "lm_head": HEAD}
+_BY_NAME = {
+    "embed_tokens": EMBEDDING,
+    "model.embed_tokens": EMBEDDING,
+    "model.language_model.embed_tokens": EMBEDDING,
+    "language_model.model.embed_tokens": EMBEDDING,
+    "lm_head": HEAD,
+}
 
 TokenRows = Mapping[Site, tuple[int, ...]]
 """Token ids of the trained rows of embeddings and head, by site."""
@@ -40,10 +46,10 @@ def place_saved(file: Placement, targets: Targets) -> list[ModuleSpec]:
     """
     modules = []
     claimed: set[str] = set()
-    sites = sorted(targets.replaced(base_sites(file.base), file.base))
+    sites = sorted(targets.replaced(base_sites(file.base), file.path))
     for site in sites:
         modules += _saved(file, site)
-        claimed.update(n for n in targets.saved if module_path(*site).endswith(n))
+        claimed.update(n for n in targets.saved if file.path(site).endswith(n))
     if unknown := sorted(set(targets.saved) - claimed):
         name = shown(unknown[0])
         if unknown[0] in UNSAVED or unknown[0].endswith(tuple(f".{part}" for part in UNSAVED)):
@@ -60,15 +66,34 @@ def place_saved(file: Placement, targets: Targets) -> list[ModuleSpec]:
 
 
 def _saved(file: Placement, site: Site) -> list[ModuleSpec]:
-    """A completely saved weight, which may be in the file under its names in the model as well."""
+    """A completely saved weight, which may be in the file under its names in the model as well.
+
+    A norm that has a bias is saved with it.
+    """
     named = [tensor for ending in INFIXES if (tensor := file.claim(site, ending)) is not None]
-    if not named:
-        return file.single(site, SAVED_ENDING, "weight")
-    tensor = file.claim(site, SAVED_ENDING) or named[0]
-    file.twins += [(tensor, other) for other in named if other is not tensor]
-    if any(file.fits(site, {"weight": each}) is None for each in {tensor, *named}):
+    tensor = file.claim(site, SAVED_ENDING) if named else file.require(site, SAVED_ENDING)
+    if named:
+        tensor = tensor or named[0]
+        file.twins += [(tensor, other) for other in named if other is not tensor]
+    return norm_or_weight(file, site, [tensor, *named], SAVED_BIAS_ENDING)
+
+
+def norm_or_weight(
+    file: Placement, site: Site, weights: Sequence[TensorLocation | None], bias_ending: str
+) -> list[ModuleSpec]:
+    """The part that replaces a weight, and the bias of a norm that has one.
+
+    The first of `weights` is used; the others have the same values. Empty, with a finding, if one
+    is missing or unfit.
+    """
+    held = {"weight": weights[0]}
+    if "bias" in role_shapes(site, file.base):
+        held["bias"] = file.require(site, bias_ending)
+    if any(file.fits(site, {**held, "weight": each}) is None for each in dict.fromkeys(weights)):
         return []
-    return [ModuleSpec(*site, {"weight": tensor})]
+    return [
+        ModuleSpec(*site, {role: tensor for role, tensor in held.items() if tensor is not None})
+    ]
 
 
 def read_rows(reader: Reader) -> TokenRows:

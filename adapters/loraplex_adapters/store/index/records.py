@@ -58,6 +58,7 @@ class Record:
     base_model: str
     created_at: datetime
     virtual_tokens: int = 0
+    invocation_tokens: tuple[int, ...] = ()
     provenance: Mapping[str, str] = field(default_factory=dict)
     base_fingerprint: str = ""
     deleted_at: datetime | None = None
@@ -127,7 +128,7 @@ is_current = schema.versions.c.version == schema.names.c.current_version
 
 def summary(spec: CheckedAdapter) -> dict[str, object]:
     """The fields of a spec that a blob's row stores, as JSON."""
-    return {
+    about: dict[str, object] = {
         "peft_type": spec.peft_type,
         "rank": spec.rank,
         "target_modules": list(spec.target_modules),
@@ -136,6 +137,9 @@ def summary(spec: CheckedAdapter) -> dict[str, object]:
         "virtual_tokens": spec.virtual_tokens,
         "provenance": dict(spec.provenance),
     }
+    if spec.invocation_tokens:  # so that the rows of other adapters stay as they are
+        about["invocation_tokens"] = list(spec.invocation_tokens)
+    return about
 
 
 def read(connection: sa.Connection, rows: Sequence[Any]) -> tuple[Record, ...]:
@@ -191,6 +195,7 @@ def _record(
         base_model=about["base_model"],
         created_at=moment(row.created_at),
         virtual_tokens=about.get("virtual_tokens", 0),
+        invocation_tokens=tuple(about.get("invocation_tokens", ())),
         provenance=about.get("provenance", {}),
         base_fingerprint=row.base_fingerprint,
         deleted_at=None if row.deleted_at is None else moment(row.deleted_at),

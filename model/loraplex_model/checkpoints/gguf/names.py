@@ -50,6 +50,11 @@ class Piece:
     end: int | None = None
     one: bool = False
 
+    @property
+    def is_zero(self) -> bool:
+        """Whether it stands for zeros, which no file holds."""
+        return self.end == 0
+
 
 Pieces = tuple[Piece, ...]
 """What a Hugging Face tensor is made of, in order."""

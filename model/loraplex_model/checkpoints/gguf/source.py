@@ -18,10 +18,11 @@ import torch
 from loraplex_model.base.families import FAMILIES
 from loraplex_model.base.hf_config import decoder_config
 from loraplex_model.base.refusal import model_invalid, model_unsupported
+from loraplex_model.checkpoints.checkpoint import TensorInfo
 from loraplex_model.checkpoints.gguf import keys, kinds, names, parts
 from loraplex_model.checkpoints.gguf.architectures import ARCHITECTURES, GgufArchitecture
 from loraplex_model.checkpoints.gguf.header import GgufFile, GgufTensor
-from loraplex_model.checkpoints.gguf.names import Piece
+from loraplex_model.checkpoints.gguf.names import Piece, Pieces
 from loraplex_model.checkpoints.gguf.settings import GgufSettings
 
 _END_TOKENS = ("eos_token_id", "eos_token_ids", "eot_token_id", "eom_token_id")
@@ -61,11 +62,29 @@ class GgufSource:
         """See `TensorSource`."""
         return self._pieces.keys()
 
+    def info(self, name: str) -> TensorInfo:
+        """See `TensorSource`."""
+        shapes: list[tuple[int, ...]] = []
+        nbytes = 0
+        for piece in self._pieces_of(name):
+            if piece.is_zero:
+                shapes.append((piece.first,))
+                continue
+            tensor = self._tensors[piece.tensor][1]
+            shape, size = tensor.shape, tensor.size
+            if piece.end is not None:
+                rows = piece.end - piece.first
+                shape, size = (rows, *shape[1:]), size // shape[0] * rows
+            shapes.append(shape[1:] if piece.one else shape)
+            nbytes += size
+        shape = (
+            shapes[0] if len(shapes) == 1 else (sum(rows for rows, *_ in shapes), *shapes[0][1:])
+        )
+        return TensorInfo(shape, "F32", nbytes)
+
     def read(self, name: str) -> torch.Tensor:
         """See `TensorSource`: float32, in Hugging Face's layout."""
-        if name not in self._pieces:
-            raise model_invalid(f"{self._path} has no tensor for {name}")
-        found = [self._piece(piece) for piece in self._pieces[name]]
+        found = [self._piece(piece) for piece in self._pieces_of(name)]
         values = found[0] if len(found) == 1 else torch.cat(found)
         heads = {
             ".q_proj.": self.config["num_attention_heads"],
@@ -79,8 +98,13 @@ class GgufSource:
             values = values - self._offset
         return values
 
+    def _pieces_of(self, name: str) -> Pieces:
+        if name not in self._pieces:
+            raise model_invalid(f"{self._path} has no tensor for {name}")
+        return self._pieces[name]
+
     def _piece(self, piece: Piece) -> torch.Tensor:
-        if piece.end == 0:
+        if piece.is_zero:
             return torch.zeros(piece.first)
         values = self._dequantise(piece.tensor, piece.first, piece.end)
         return values[0] if piece.one else values

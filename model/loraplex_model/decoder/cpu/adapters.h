@@ -88,8 +88,10 @@ struct Batch {
   const int32_t* mix_slots;
   const float* mix_weights;
   const int32_t* logit_rows;
+  const uint8_t* is_long;  // [num_long]
   int32_t num_tokens, num_sequences, table_width, num_logits;
-  int32_t num_mixes, reserved;
+  int32_t num_mixes;
+  int32_t num_long;  // 0 or num_sequences
 };
 
 // An adapter with its weight in the mix of a segment.

@@ -7,11 +7,16 @@
 #include <algorithm>
 #include <cmath>
 
-#include "simd.h"
+#include "activations.h"
 
 namespace loraplex {
 
 constexpr int HEADS_AT_ONCE = 3;  // query heads that read the keys and values in one walk
+
+// How scores are made: softcap * tanh(scale * q . k / softcap), or scale * q . k if softcap is 0.
+struct Scoring {
+  float scale, softcap;
+};
 
 // The keys (or values) of one layer: [blocks][kv_heads][block_size][head_dim], so that the part of a block
 // that one head reads is contiguous.
@@ -97,9 +102,11 @@ inline void weigh(const float* weights, const float* inverse, const Pages<T>& va
 
 template <int G, class T>
 inline void attend_heads(const float* q, const Pages<T>& keys, const Pages<T>& values, int head, int first,
-                         int end, float scale, float* scratch, float* out) {
+                         int end, Scoring scoring, float* scratch, float* out) {
   int d = keys.head_dim, n = end - first;
-  scores<G>(q, keys, head, first, end, scale, scratch);
+  scores<G>(q, keys, head, first, end, scoring.scale, scratch);
+  if (scoring.softcap)
+    for (int g = 0; g < G; g++) cap_row(scratch + size_t(g) * n, n, 1.0f, scoring.softcap);
   float inverse[G];
   for (int g = 0; g < G; g++) inverse[g] = softmax(scratch + size_t(g) * n, n);
   int c = 0;
@@ -119,14 +126,14 @@ inline void attend_heads(const float* q, const Pages<T>& keys, const Pages<T>& v
 // `scratch` holds HEADS_AT_ONCE floats for each of these positions.
 template <class T>
 inline void attend(const float* q, const Pages<T>& keys, const Pages<T>& values, int head, int group,
-                   int position, int window, float scale, float* scratch, float* out) {
+                   int position, int window, Scoring scoring, float* scratch, float* out) {
   int first = window ? std::max(0, position - window + 1) : 0, end = position + 1;
   size_t d = keys.head_dim;
   int g = 0;
   for (; g + HEADS_AT_ONCE <= group; g += HEADS_AT_ONCE)
-    attend_heads<HEADS_AT_ONCE>(q + g * d, keys, values, head, first, end, scale, scratch, out + g * d);
-  if (group - g == 2) attend_heads<2>(q + g * d, keys, values, head, first, end, scale, scratch, out + g * d);
-  if (group - g == 1) attend_heads<1>(q + g * d, keys, values, head, first, end, scale, scratch, out + g * d);
+    attend_heads<HEADS_AT_ONCE>(q + g * d, keys, values, head, first, end, scoring, scratch, out + g * d);
+  if (group - g == 2) attend_heads<2>(q + g * d, keys, values, head, first, end, scoring, scratch, out + g * d);
+  if (group - g == 1) attend_heads<1>(q + g * d, keys, values, head, first, end, scoring, scratch, out + g * d);
 }
 
 }  // namespace loraplex

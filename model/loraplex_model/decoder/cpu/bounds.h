@@ -2,7 +2,7 @@
 // of the batch, before any of them becomes an address.
 #pragma once
 
-#include "decoder.h"
+#include "model.h"
 
 namespace loraplex {
 
@@ -39,6 +39,7 @@ inline Fault check_sequence(const Model& m, const Batch& b, int s) {
 }
 
 inline Fault check(const Model& m, const Batch& b) {
+  if (b.num_long != 0 && b.num_long != b.num_sequences) return BAD_ROWS;
   if (b.num_tokens < 1 || b.num_sequences < 1 || b.num_logits < 0) return BAD_ROWS;
   if (!in_order(b.query_starts, b.num_sequences, b.num_tokens)) return BAD_ROWS;
   if (!in_order(b.mix_starts, b.num_sequences, b.num_mixes)) return BAD_SLOT;

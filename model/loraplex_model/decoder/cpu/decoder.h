@@ -1,7 +1,8 @@
 // One forward pass as one call: embed, layers, norm, logits, for decode rows and prefill chunks alike.
 //
 // A pass is a sequence of phases, and a phase a set of independent units of work (`Team`). Units are rows,
-// rows and heads, or panels of a matrix, so which thread computes one never changes a result.
+// rows and heads, or panels of a matrix, so which thread computes one never changes a result. The steps
+// in which families differ are chosen once for a phase or a row.
 #pragma once
 
 #include <initializer_list>
@@ -9,100 +10,12 @@
 #include <vector>
 
 #include "attention.h"
+#include "model.h"
+#include "product.h"
 #include "sites.h"
 #include "team.h"
 
 namespace loraplex {
-
-// `Layer` and `Model` are filled in by decoder/native.py through decoder/layout.py, which repeats the fields.
-
-struct Layer {
-  const void* input_norm;  // [hidden], of the storage type like the other norms
-  const void* post_norm;   // [hidden]
-  const void* q_norm;      // [head_dim], or null
-  const void* k_norm;
-  Matrix qkv, o, gate_up, down;
-  void* keys;  // [blocks][kv_heads][block_size][head_dim], storage type
-  void* values;
-  int32_t window;  // 0 sees all
-  int32_t reserved;
-};
-
-struct Model {
-  const Layer* layers;
-  const void* embed;  // dense panels if tied to the head, else rows [vocab][hidden]
-  const void* norm;   // [hidden]
-  Matrix lm_head;
-  const float* cos;  // [positions][head_dim / 2]
-  const float* sin;
-  SlotTable adapters;
-  int32_t num_layers, hidden, intermediate, heads, kv_heads, head_dim, block_size, threads;
-  float eps, attention_scale;
-  int32_t embed_in_panels, bf16_storage;
-  int32_t vocab;
-  int32_t positions;  // of cos and sin
-  int32_t blocks;     // of each layer's keys and values
-  int32_t reserved;
-};
-
-// Memory that grows to the size of the largest pass and is reused by later ones. Not initialised.
-class Buffer {
- public:
-  float* data() { return floats_.get(); }
-  void reserve(size_t size) {
-    if (size <= size_) return;
-    floats_.reset(new float[size]);
-    size_ = size;
-  }
-
- private:
-  std::unique_ptr<float[]> floats_;
-  size_t size_ = 0;
-};
-
-// The intermediate results of a pass, by name of the variable in the papers or of the adapters' step.
-struct Workspace {
-  Buffer x, normed, qkv, attended, added, gate_up, gated, gained, h, scores, lora;
-};
-
-// The plan of one matrix product with the adapters' changes. It is the same in every layer.
-struct Product {
-  // Rows that go through one matrix with one input. Base rows and rows of most adapters share a run; rows
-  // with dense matrices of their own have another, and rows with scaled inputs one for each projection.
-  struct Run {
-    Tile tile;
-    int merged;  // slot whose dense matrix replaces the base's, or -1
-    int part;    // projection whose input is scaled, or -1
-  };
-
-  const Plan* plan;
-  Fused fused;
-  int fused_index;  // FusedMatrix; -1 for the head, which has no dense copies
-  std::vector<Run> runs;
-  std::vector<LoraUnit> shrink, expand;
-  int units = 0;
-
-  Product(const Plan& plan, const SlotTable& table, const Fused& fused, int fused_index, int rows, int out, int uses)
-      : plan(&plan), fused(fused), fused_index(fused_index), shrink(shrink_units(plan, table, fused, uses & (FACTORS | HEAD))),
-        expand(expand_units(plan, fused, uses)) {
-    int begin = 0;
-    auto add = [&](int first, int end, int column, int stop, int merged, int part) {
-      if (first < end) runs.push_back({{first, end - first, column, stop}, merged, part});
-    };
-    for (const Segment& segment : plan.segments) {
-      bool scaled = segment.uses & uses & IN_GAIN, dense = segment.merged >= 0 && fused_index >= 0;
-      if (!dense && !scaled) continue;
-      add(begin, segment.first, 0, out, -1, -1);
-      begin = segment.end;
-      if (dense) add(segment.first, segment.end, 0, out, segment.merged, -1);
-      else
-        for (int p = 0; p < fused.parts; p++)
-          add(segment.first, segment.end, fused.column[p], fused.column[p] + fused.width[p], -1, p);
-    }
-    add(begin, rows, 0, out, -1, -1);
-    for (const Run& run : runs) units += run.tile.units();
-  }
-};
 
 // One pass. T is the storage type of dense weights, adapters and cache; sums and activations are float.
 template <class T>
@@ -121,7 +34,9 @@ class Pass {
     w.qkv.reserve(rows * (q_size_ + 2 * kv_size_));
     w.attended.reserve(rows * q_size_);
     w.added.reserve(rows * m.hidden);
-    w.gate_up.reserve(rows * 2 * m.intermediate);
+    if (m.parallel) w.parallel.reserve(rows * m.hidden);
+    gate_up_size_ = (m.gated ? 2 : 1) * m.intermediate;
+    w.gate_up.reserve(rows * gate_up_size_);
     w.gated.reserve(rows * m.intermediate);
     w.h.reserve(MAX_PARTS * std::max(plan_.h_size, head_plan_.h_size));
     longest_ = *std::max_element(b.positions, b.positions + b.num_tokens) + 1;
@@ -135,7 +50,10 @@ class Pass {
     w.lora.reserve(scratch_ * m.threads);
     product({{Q_PROJ, q_size_}, {K_PROJ, kv_size_}, {V_PROJ, kv_size_}});
     product({{O_PROJ, m.hidden}});
-    product({{GATE_PROJ, m.intermediate}, {UP_PROJ, m.intermediate}});
+    if (m.gated)
+      product({{GATE_PROJ, m.intermediate}, {UP_PROJ, m.intermediate}});
+    else
+      product({{UP_PROJ, m.intermediate}});
     product({{DOWN_PROJ, m.hidden}});
     products_.emplace_back(head_plan_, m.adapters, Fused{1, {LM_HEAD}, {0}, {m.lm_head.out}}, -1, b.num_logits,
                            m.lm_head.out, HEAD);
@@ -146,35 +64,47 @@ class Pass {
     {
       int phase = 0;
       team_.run(phase, b.num_tokens, [&](int t) { embed(t); });
-      for (int l = 0; l < m.num_layers; l++) {
-        const Layer& layer = m.layers[l];
-        project(phase, layer.qkv, products_[QKV], l, w.normed.data(), w.qkv.data());
-        team_.run(phase, b.num_tokens, [&](int t) { rotate_and_cache(layer, l, t); });
-        team_.run(phase, b.num_tokens * m.kv_heads, [&](int unit) { attention(layer, unit); });
-        project(phase, layer.o, products_[O], l, w.attended.data(), w.added.data());
-        team_.run(phase, b.num_tokens,
-                  [&](int t) { add_and_norm(t, l, ATTENTION_BOTTLENECK, layer.post_norm, l, POST_ATTENTION_LAYERNORM); });
-        project(phase, layer.gate_up, products_[GATE_UP], l, w.normed.data(), w.gate_up.data());
-        team_.run(phase, b.num_tokens, [&](int t) { gate(t); });
-        project(phase, layer.down, products_[DOWN], l, w.gated.data(), w.added.data());
-        bool last = l + 1 == m.num_layers;
-        const void* next = last ? m.norm : m.layers[l + 1].input_norm;
-        int next_site = last ? int(FINAL_NORM) : int(INPUT_LAYERNORM);
-        team_.run(phase, b.num_tokens,
-                  [&](int t) { add_and_norm(t, l, MLP_BOTTLENECK, next, l + 1, next_site); });
-      }
+      for (int l = 0; l < m.num_layers; l++) layer(phase, l);
       team_.run(phase, b.num_logits, [&](int i) {  // gathers the rows whose logits are wanted at the front of x
         std::copy_n(row(w.normed, b.logit_rows[i], m.hidden), m.hidden, row(w.x, i, m.hidden));
       });
       project(phase, m.lm_head, products_[FUSED_MATRICES], m.num_layers, w.x.data(), logits_);
-      if (head_plan_.uses & HEAD) {
-        int chunks = (m.vocab + HEAD_TOKENS - 1) / HEAD_TOKENS;
+      int chunks = (m.vocab + HEAD_TOKENS - 1) / HEAD_TOKENS;
+      if (head_plan_.uses & HEAD)
         team_.run(phase, b.num_logits * chunks, [&](int unit) { head_rows(unit / chunks, unit % chunks); });
-      }
+      if (m.logit_scale != 1 || m.logit_softcap)
+        team_.run(phase, b.num_logits * chunks, [&](int unit) { finish_logits(unit / chunks, unit % chunks); });
     }
   }
 
  private:
+  // Attention and MLP of layer l, each closed by `end_block`. Parallel ones are closed together.
+  void layer(int& phase, int l) {
+    const Layer& layer = m.layers[l];
+    project(phase, layer.qkv, products_[QKV], l, w.normed.data(), w.qkv.data());
+    team_.run(phase, b.num_tokens, [&](int t) { rotate_and_cache(layer, l, t); });
+    team_.run(phase, b.num_tokens * m.kv_heads, [&](int unit) { attention(layer, unit); });
+    project(phase, layer.o, products_[O], l, w.attended.data(), w.added.data());
+    if (!m.parallel)
+      team_.run(phase, b.num_tokens, [&](int t) {
+        attention_output(t, l);
+        end_block(t, w.added, layer.post_norm, l, POST_ATTENTION_LAYERNORM);
+      });
+    project(phase, layer.gate_up, products_[GATE_UP], l, w.normed.data(), w.gate_up.data());
+    team_.run(phase, b.num_tokens, [&](int t) { gate(t); });
+    Buffer& out = m.parallel ? w.parallel : w.added;
+    project(phase, layer.down, products_[DOWN], l, w.gated.data(), out.data());
+    bool last = l + 1 == m.num_layers;
+    const NormWeights& next = last ? m.norm : m.layers[l + 1].input_norm;
+    int next_site = last ? int(FINAL_NORM) : int(INPUT_LAYERNORM);
+    team_.run(phase, b.num_tokens, [&](int t) {
+      if (m.parallel) attention_output(t, l);
+      block_output(t, layer.mlp_output_norm, l, MLP_OUTPUT_NORM, MLP_BOTTLENECK, out);
+      if (m.parallel) add(row(w.x, t, m.hidden), row(w.added, t, m.hidden), m.hidden);
+      end_block(t, out, next, l + 1, next_site);
+    });
+  }
+
   // Bounds on the phases: a projection takes up to three of them, a layer 17 in all.
   static constexpr int PHASES_PER_LAYER = 20, OTHER_PHASES = 16;
 
@@ -285,30 +215,61 @@ class Pass {
     }
     if (const Segment* segment = adapted(t, EMBEDDING); segment && token < size_t(m.vocab))
       add_embedding<T>(plan_, *segment, m.adapters, token, m.hidden, x, scratch());
+    if (m.embed_scale != 1 && (token < size_t(m.vocab) || m.scaled_prompts)) scale_row(x, m.embed_scale, m.hidden);
     norm(t, m.layers[0].input_norm, 0, INPUT_LAYERNORM);
   }
 
-  // Norms a vector of row t with `weight` as the row's adapters change it.
-  void norm_with(int t, const void* weight, int layer, int site, const float* x, int width, float* out) {
-    const T* base = static_cast<const T*>(weight);
+  template <class W>
+  void norm_row(const float* x, const W* weight, const T* bias, int width, float* out) const {
+    if (m.layer_norm) return layer_norm(x, weight, bias, m.norm_offset, m.eps, width, out);
+    if (m.norm_offset) return rms_norm(x, weight, m.norm_offset, m.eps, width, out);
+    rms_norm(x, weight, m.eps, width, out);
+  }
+
+  // Norms `parts` vectors of row t, side by side in x, with a norm's weights as the row's adapters change
+  // them. The weights of all parts lie `stride` apart: 0 if they are the same.
+  void norm_parts(int t, const NormWeights& norm, int layer, int site, const float* x, int parts, int width,
+                  int stride, float* out) {
+    const T *weight = static_cast<const T*>(norm.weight), *bias = static_cast<const T*>(norm.bias);
+    const float* own = nullptr;
     if (const Segment* segment = adapted(t, NORM))
-      if (const float* own = norm_weight(plan_, *segment, m.adapters, layer, site, base, width, scratch()))
-        return rms_norm(x, own, m.eps, width, out);
-    rms_norm(x, base, m.eps, width, out);
+      own = norm_weight(plan_, *segment, m.adapters, layer, site, weight, stride ? parts * stride : width, scratch());
+    for (int i = 0; i < parts; i++, x += width, out += width) {
+      if (own)
+        norm_row(x, own + i * stride, bias, width, out);
+      else
+        norm_row(x, weight + i * stride, bias, width, out);
+    }
   }
 
-  void norm(int t, const void* weight, int layer, int site) {
-    norm_with(t, weight, layer, site, row(w.x, t, m.hidden), m.hidden, row(w.normed, t, m.hidden));
+  // The residual stream as a block reads it: normed, or as it is in decoders that norm outputs only.
+  void norm(int t, const NormWeights& norm, int layer, int site) {
+    const float* x = row(w.x, t, m.hidden);
+    float* out = row(w.normed, t, m.hidden);
+    if (norm.weight)
+      norm_parts(t, norm, layer, site, x, 1, m.hidden, 0, out);
+    else
+      std::copy_n(x, m.hidden, out);
   }
 
-  // Ends a block of `layer`: adds its output to the residual stream, and norms that for the next block.
-  void add_and_norm(int t, int layer, int bottleneck, const void* weight, int norm_layer, int norm_site) {
-    float *x = row(w.x, t, m.hidden), *added = row(w.added, t, m.hidden);
+  // Turns the output of a block of `layer` into what it adds to the residual stream.
+  void block_output(int t, const NormWeights& norm, int layer, int site, int bottleneck, Buffer& outputs) {
+    float* out = row(outputs, t, m.hidden);
+    if (norm.weight) norm_parts(t, norm, layer, site, out, 1, m.hidden, 0, out);
     if (const Segment* segment = adapted(t, BOTTLENECK))
-      add_bottleneck<T>(plan_, *segment, m.adapters, layer, bottleneck, x, row(w.normed, t, m.hidden), m.hidden,
-                        added, scratch());
-    add(x, added, m.hidden);
-    norm(t, weight, norm_layer, norm_site);
+      add_bottleneck<T>(plan_, *segment, m.adapters, layer, bottleneck, row(w.x, t, m.hidden),
+                        row(w.normed, t, m.hidden), m.hidden, out, scratch());
+    if (m.residual_scale != 1) scale_row(out, m.residual_scale, m.hidden);
+  }
+
+  void attention_output(int t, int l) {
+    block_output(t, m.layers[l].attention_output_norm, l, ATTENTION_OUTPUT_NORM, ATTENTION_BOTTLENECK, w.added);
+  }
+
+  // Adds a block's output to the residual stream, and norms that for the next block.
+  void end_block(int t, Buffer& outputs, const NormWeights& next, int norm_layer, int norm_site) {
+    add(row(w.x, t, m.hidden), row(outputs, t, m.hidden), m.hidden);
+    norm(t, next, norm_layer, norm_site);
   }
 
   void head_rows(int i, int chunk) {
@@ -319,23 +280,48 @@ class Pass {
                      row(w.x, i, m.hidden), m.hidden, logits_ + size_t(i) * m.lm_head.out, scratch());
   }
 
+  void finish_logits(int i, int chunk) const {
+    int first = chunk * HEAD_TOKENS, count = std::min(HEAD_TOKENS, m.vocab - first);
+    float* logits = logits_ + size_t(i) * m.lm_head.out + first;
+    if (m.logit_softcap)
+      cap_row(logits, count, m.logit_scale, m.logit_softcap);
+    else
+      scale_row(logits, m.logit_scale, count);
+  }
+
   Pages<T> pages(void* data, int t) const {
     return {static_cast<T*>(data), b.block_tables + size_t(sequence_[t]) * b.table_width, m.block_size,
             m.kv_heads, m.head_dim};
+  }
+
+  void head_norms(int t, const NormWeights& norm, int layer, int site, float* x, int heads) {
+    if (!norm.weight) return;
+    if (m.qk_span == ALL_SPAN)
+      norm_parts(t, norm, layer, site, x, 1, heads * m.head_dim, 0, x);
+    else
+      norm_parts(t, norm, layer, site, x, heads, m.head_dim, m.qk_span == EACH_SPAN ? m.head_dim : 0, x);
+  }
+
+  void rotate_heads(const Layer& layer, int t, float* q) const {
+    if (layer.rotary < 0) return;
+    bool is_long = b.num_long && b.is_long[sequence_[t]] && layer.rotary == 0;
+    const Rotary& table = m.rotaries[is_long ? m.long_rotary : layer.rotary];
+    const float* cos = table.cos + size_t(b.positions[t]) * table.half;
+    const float* sin = table.sin + size_t(b.positions[t]) * table.half;
+    for (int head = 0; head < m.heads + m.kv_heads; head++) {
+      float* x = q + head * m.head_dim;
+      m.interleaved ? rotate_interleaved(x, cos, sin, table.half) : rotate(x, cos, sin, table.half);
+    }
   }
 
   void rotate_and_cache(const Layer& layer, int l, int t) {
     int d = m.head_dim, position = b.positions[t];
     float* q = row(w.qkv, t, q_size_ + 2 * kv_size_);
     float *k = q + q_size_, *v = k + kv_size_;
-    const float* cos = m.cos + size_t(position) * (d / 2);
-    const float* sin = m.sin + size_t(position) * (d / 2);
-    for (int head = 0; head < m.heads + m.kv_heads; head++) {
-      float* x = q + head * d;
-      const void* weight = head < m.heads ? layer.q_norm : layer.k_norm;
-      if (weight) norm_with(t, weight, l, head < m.heads ? Q_NORM : K_NORM, x, d, x);
-      rotate(x, cos, sin, d / 2);
-    }
+    head_norms(t, layer.q_norm, l, Q_NORM, q, m.heads);
+    head_norms(t, layer.k_norm, l, K_NORM, k, m.kv_heads);
+    rotate_heads(layer, t, q);
+    if (m.query_scale) scale_row(q, m.query_scale[position], q_size_);
     Pages<T> keys = pages(layer.keys, t), values = pages(layer.values, t);
     for (int head = 0; head < m.kv_heads; head++) {
       put(k + head * d, d, keys.at(position, head));
@@ -348,12 +334,13 @@ class Pass {
     const float* q = row(w.qkv, t, q_size_ + 2 * kv_size_) + head * group * m.head_dim;
     float* out = row(w.attended, t, q_size_) + head * group * m.head_dim;
     attend(q, pages(layer.keys, t), pages(layer.values, t), head, group, b.positions[t], layer.window,
-           m.attention_scale, w.scores.data() + omp_get_thread_num() * HEADS_AT_ONCE * longest_, out);
+           {m.attention_scale, m.attention_softcap}, w.scores.data() + omp_get_thread_num() * HEADS_AT_ONCE * longest_, out);
   }
 
   void gate(int t) {
-    float* both = row(w.gate_up, t, 2 * m.intermediate);
-    silu_mul(both, both + m.intermediate, m.intermediate, row(w.gated, t, m.intermediate));
+    const float* gate = row(w.gate_up, t, gate_up_size_);
+    const float* up = m.gated ? gate + m.intermediate : nullptr;
+    activate_row(gate, up, m.activation, m.intermediate, row(w.gated, t, m.intermediate));
   }
 
   const Model& m;
@@ -363,7 +350,7 @@ class Pass {
   std::vector<int> sequence_;
   Plan plan_, head_plan_;
   Team team_;
-  int q_size_, kv_size_;
+  int q_size_, kv_size_, gate_up_size_;
   size_t longest_, scratch_, gained_;
   std::vector<Product> products_;
 };

@@ -2,6 +2,7 @@
 
 #include "bounds.h"
 #include "decoder.h"
+#include "quantise.h"
 #include "train.h"
 #include "unpack.h"
 
@@ -56,6 +57,14 @@ void loraplex_unpack_nf4(const uint8_t* packed, const float* maxima, int64_t cou
   unpack_nf4(packed, maxima, count, out, threads);
 }
 
+void loraplex_quantise_nf4(const void* weights, int is_bf16, int64_t count, uint8_t* packed, float* maxima,
+                           int threads) {
+  if (is_bf16)
+    quantise_nf4(static_cast<const bf16*>(weights), count, packed, maxima, threads);
+  else
+    quantise_nf4(static_cast<const float*>(weights), count, packed, maxima, threads);
+}
+
 void loraplex_matmul(const Matrix* w, const float* x, int rows, float* y, int threads) {
   Team team(1);
 #pragma omp parallel num_threads(threads)
@@ -84,12 +93,12 @@ static void lora(const SlotTable& table, const Batch& batch, const Fused& fused,
 
 template <class T>
 static void attention(const float* q, T* keys, T* values, const int32_t* blocks, int block_size, int kv_heads,
-                      int head_dim, int heads, int position, int window, float scale, float* out) {
+                      int head_dim, int heads, int position, int window, Scoring scoring, float* out) {
   Pages<T> k{keys, blocks, block_size, kv_heads, head_dim}, v{values, blocks, block_size, kv_heads, head_dim};
   std::vector<float> scratch(HEADS_AT_ONCE * size_t(position + 1));
   int group = heads / kv_heads;
   for (int head = 0; head < kv_heads; head++)
-    attend(q + head * group * head_dim, k, v, head, group, position, window, scale, scratch.data(),
+    attend(q + head * group * head_dim, k, v, head, group, position, window, scoring, scratch.data(),
            out + head * group * head_dim);
 }
 
@@ -105,13 +114,13 @@ void loraplex_lora(const SlotTable* table, const Batch* batch, const Fused* fuse
 
 void loraplex_attention(const float* q, void* keys, void* values, const int32_t* blocks, int is_bf16,
                         int block_size, int kv_heads, int head_dim, int heads, int position, int window,
-                        float scale, float* out) {
+                        float scale, float softcap, float* out) {
   if (is_bf16)
     attention(q, static_cast<bf16*>(keys), static_cast<bf16*>(values), blocks, block_size, kv_heads, head_dim,
-              heads, position, window, scale, out);
+              heads, position, window, {scale, softcap}, out);
   else
     attention(q, static_cast<float*>(keys), static_cast<float*>(values), blocks, block_size, kv_heads,
-              head_dim, heads, position, window, scale, out);
+              head_dim, heads, position, window, {scale, softcap}, out);
 }
 
 void loraplex_add_rms_norm(float* x, const float* y, const void* weight, int is_bf16, float eps, int rows,
@@ -125,14 +134,34 @@ void loraplex_add_rms_norm(float* x, const float* y, const void* weight, int is_
   }
 }
 
-void loraplex_rotate(float* x, const float* cos, const float* sin, int rows, int half) {
-  for (int m = 0; m < rows; m++) rotate(x + size_t(m) * 2 * half, cos + size_t(m) * half, sin + size_t(m) * half, half);
+// `bias` may be null; with `is_layer` the mean is subtracted.
+void loraplex_norm(const float* x, const void* weight, const void* bias, int is_bf16, int is_layer, float offset,
+                   float eps, int rows, int width, float* out) {
+  auto norm = [&](auto* w, auto* b) {
+    for (int m = 0; m < rows; m++, x += width, out += width) {
+      if (is_layer)
+        layer_norm(x, w, b, offset, eps, width, out);
+      else
+        rms_norm(x, w, offset, eps, width, out);
+    }
+  };
+  if (is_bf16)
+    norm(static_cast<const bf16*>(weight), static_cast<const bf16*>(bias));
+  else
+    norm(static_cast<const float*>(weight), static_cast<const float*>(bias));
 }
 
-void loraplex_silu_mul(const float* gate_up, int rows, int width, float* out) {
-  for (int m = 0; m < rows; m++)
-    silu_mul(gate_up + size_t(m) * 2 * width, gate_up + size_t(m) * 2 * width + width, width, out + size_t(m) * width);
+void loraplex_rotate(float* x, const float* cos, const float* sin, int interleaved, int rows, int half) {
+  for (int m = 0; m < rows; m++, x += 2 * half, cos += half, sin += half)
+    interleaved ? rotate_interleaved(x, cos, sin, half) : rotate(x, cos, sin, half);
 }
+
+// Activations by their numbers; `up` is null without gates.
+void loraplex_activate(const float* gate, const float* up, int activation, int count, float* out) {
+  activate_row(gate, up, activation, count, out);
+}
+
+void loraplex_cap(float* x, int count, float scale, float cap) { cap_row(x, count, scale, cap); }
 
 // Training: rows in parallel, `out` [rows][width] (of `silu_mul_backward`: [rows][2 * width]).
 void loraplex_train_rms_norm(const float* x, const float* weight, float eps, int rows, int width, float* scale,

@@ -77,35 +77,16 @@ inline Pair load_pair(const bf16* p) {
 }
 constexpr int PAIR = 2 * LANES;
 
-#if LANES == 16
-#define LORAPLEX_LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
-#define LORAPLEX_HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
-#define LORAPLEX_EVEN 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
-#define LORAPLEX_ODD 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
-#elif LANES == 8
-#define LORAPLEX_LOW 0, 8, 1, 9, 2, 10, 3, 11
-#define LORAPLEX_HIGH 4, 12, 5, 13, 6, 14, 7, 15
-#define LORAPLEX_EVEN 0, 2, 4, 6, 8, 10, 12, 14
-#define LORAPLEX_ODD 1, 3, 5, 7, 9, 11, 13, 15
-#else
-#define LORAPLEX_LOW 0, 4, 1, 5
-#define LORAPLEX_HIGH 2, 6, 3, 7
-#define LORAPLEX_EVEN 0, 2, 4, 6
-#define LORAPLEX_ODD 1, 3, 5, 7
-#endif
-
 // Reorders a pair of floats to the order of T's pairs (split) and back (join); nothing to do for float.
 template <class T>
 inline Pair split(Pair p) {
   if constexpr (sizeof(T) == 4) return p;
-  return {__builtin_shufflevector(p.first, p.second, LORAPLEX_EVEN),
-          __builtin_shufflevector(p.first, p.second, LORAPLEX_ODD)};
+  return {even_lanes(p.first, p.second), odd_lanes(p.first, p.second)};
 }
 template <class T>
 inline Pair join(Pair p) {
   if constexpr (sizeof(T) == 4) return p;
-  return {__builtin_shufflevector(p.first, p.second, LORAPLEX_LOW),
-          __builtin_shufflevector(p.first, p.second, LORAPLEX_HIGH)};
+  return {interleave_low(p.first, p.second), interleave_high(p.first, p.second)};
 }
 
 inline void store_pair(float* p, Pair v) {

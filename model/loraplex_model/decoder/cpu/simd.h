@@ -73,6 +73,31 @@ inline void store1(bf16* p, float x) {
   p->bits = x == x ? (u + 0x7fff + ((u >> 16) & 1)) >> 16 : (u >> 16) | 0x40;
 }
 
+#if LANES == 16
+#define LORAPLEX_LOW 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define LORAPLEX_HIGH 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#define LORAPLEX_EVEN 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#define LORAPLEX_ODD 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
+#elif LANES == 8
+#define LORAPLEX_LOW 0, 8, 1, 9, 2, 10, 3, 11
+#define LORAPLEX_HIGH 4, 12, 5, 13, 6, 14, 7, 15
+#define LORAPLEX_EVEN 0, 2, 4, 6, 8, 10, 12, 14
+#define LORAPLEX_ODD 1, 3, 5, 7, 9, 11, 13, 15
+#else
+#define LORAPLEX_LOW 0, 4, 1, 5
+#define LORAPLEX_HIGH 2, 6, 3, 7
+#define LORAPLEX_EVEN 0, 2, 4, 6
+#define LORAPLEX_ODD 1, 3, 5, 7
+#endif
+
+// The elements at even (odd) places of a and b one after the other.
+inline vf even_lanes(vf a, vf b) { return __builtin_shufflevector(a, b, LORAPLEX_EVEN); }
+inline vf odd_lanes(vf a, vf b) { return __builtin_shufflevector(a, b, LORAPLEX_ODD); }
+
+// a and b in turns, a[0], b[0], a[1], ...: the first and the second half.
+inline vf interleave_low(vf a, vf b) { return __builtin_shufflevector(a, b, LORAPLEX_LOW); }
+inline vf interleave_high(vf a, vf b) { return __builtin_shufflevector(a, b, LORAPLEX_HIGH); }
+
 inline float sum(vf v) {  // pairwise: the upper half onto the lower, until one lane is left
 #if LANES == 16
   typedef float v8 __attribute__((vector_size(32)));

@@ -2,6 +2,7 @@
 // norms, bottlenecks, and rows of the head. Called only for rows whose adapters have such a change.
 #pragma once
 
+#include "activations.h"
 #include "lora.h"
 #include "rows.h"
 
@@ -44,22 +45,8 @@ inline const float* norm_weight(const Plan& plan, const Segment& segment, const 
   return any ? out : nullptr;
 }
 
-// The numbers of `Activation` and `Reads` in adapters/delta.py.
-enum Activation { NONE, RELU, SILU, GELU, GELU_TANH, TANH, SIGMOID, LEAKY_RELU };
+// The numbers of `Reads` in adapters/delta.py.
 enum Reads { NORMED, OUTPUT, STREAM, INCOMING };
-
-inline float activate(float x, int activation) {
-  switch (activation) {
-    case RELU: return std::max(x, 0.0f);
-    case SILU: return x / (1.0f + std::exp(-x));
-    case GELU: return 0.5f * x * (1.0f + std::erf(x * 0.70710678f));
-    case GELU_TANH: return 0.5f * x * (1.0f + std::tanh(0.79788456f * (x + 0.044715f * x * x * x)));
-    case TANH: return std::tanh(x);
-    case SIGMOID: return 1.0f / (1.0f + std::exp(-x));
-    case LEAKY_RELU: return x > 0 ? x : 0.01f * x;
-    default: return x;
-  }
-}
 
 constexpr int HEAD_TOKENS = 4096;  // logits of one unit
 

@@ -27,7 +27,7 @@ meanwhile wait until it has been removed and loaded again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 from loraplex_model.base.refusal import Reason
 
@@ -38,7 +38,7 @@ from loraplex_server.engine.adapters.merging import Merging
 from loraplex_server.engine.adapters.slots import PIN_BUDGET, AdapterSlots, Resident
 from loraplex_server.engine.adapters.unloads import Unloads
 from loraplex_server.engine.adapters.wants import LoadOrder, Settled, Want, Wants
-from loraplex_server.engine.batching.admission import prefix_refusal
+from loraplex_server.engine.batching.admission import PromptAdapter, prompt_refusal
 from loraplex_server.engine.batching.request import Request, RequestState
 from loraplex_server.engine.messages import (
     ControlDone,
@@ -207,13 +207,13 @@ class Residency:
             if not all(self._is_open(digest, want is head) for digest in want.refs):
                 continue
             residents = [self._slots.residents[digest] for digest in want.refs]
-            failure = self._unfit(want, max(resident.prefix.count for resident in residents))
+            failure = self._unfit(want, residents)
             if failure is not None:
                 self._refuse(want, failure)
                 continue
             self._wants.remove(want)
             if want.request is not None:
-                self._pin(want.request)
+                self._slots.grant(want.request)
                 self._settled.granted.append(want.request)
             for order in want.orders.values():
                 self._fulfil(order, residents[0])
@@ -276,7 +276,7 @@ class Residency:
             self._slots.drain(resident)
         return True
 
-    # pins and orders
+    # orders
 
     def _is_open(self, digest: str, is_head: bool) -> bool:
         """Whether an adapter is on the device and takes new pins, of the head want or another."""
@@ -284,18 +284,6 @@ class Residency:
         if resident is None or resident.draining:
             return False
         return is_head or digest not in self._closed
-
-    def _pin(self, request: Request) -> None:
-        # In the order of digests, so that neither the order in which a mix is written nor the slots
-        # of its adapters can change the order of summation.
-        weights: dict[str, float] = {}
-        for ref in sorted(request.submit.adapters, key=lambda ref: ref.digest):
-            weights[ref.digest] = weights.get(ref.digest, 0.0) + ref.weight
-        pins = [self._slots.pin(digest) for digest in weights]
-        request.pins = tuple(pins)
-        request.mix = tuple((pin.slot, weights[pin.digest]) for pin in pins)
-        if len(pins) == 1:
-            request.prefix = self._slots.residents[pins[0].digest].prefix
 
     def _fulfil(self, order: LoadOrder, resident: Resident) -> None:
         """Carries out an order whose adapter is on the device."""
@@ -341,21 +329,21 @@ class Residency:
 
     # refusals
 
-    def _unfit(self, want: Want, virtual_tokens: int) -> Failure | None:
-        """Why the want's request cannot use an adapter with `virtual_tokens`; None if it can."""
+    def _unfit(self, want: Want, adapters: Sequence[PromptAdapter]) -> Failure | None:
+        """Why the want's request cannot use these of its adapters; None if it can."""
         if want.request is None:
             return None
         info, size = self._runner.info, self._runner.block_size
         # Virtual tokens are computed once, with the frequencies of short sequences.
         context = min(info.max_context, info.base.config.short_positions or info.max_context)
         cache_tokens = self._runner.num_blocks * size
-        return prefix_refusal(want.request, virtual_tokens, context, cache_tokens, size)
+        return prompt_refusal(want.request, adapters, context, cache_tokens, size)
 
     def _refuse_unfit(self, digest: str, adapter: LoadedAdapter) -> bool:
         """Refuses, before room is made, requests that cannot use an adapter; True if any."""
         refused = False
         for want in self._wants.naming(digest):
-            failure = self._unfit(want, adapter.virtual_tokens)
+            failure = self._unfit(want, [adapter])
             if failure is not None:
                 self._refuse(want, failure)
                 refused = True

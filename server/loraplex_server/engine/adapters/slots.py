@@ -23,8 +23,9 @@ from loraplex_model.base.refusal import Reason
 from loraplex_server.engine.adapters.attempts import LOAD, Announcements
 from loraplex_server.engine.adapters.eviction import GreedyDual
 from loraplex_server.engine.adapters.host_tier import HostAdapter
+from loraplex_server.engine.batching.activation import active_from
 from loraplex_server.engine.batching.kv import BlockPool
-from loraplex_server.engine.batching.request import Pin, Prefix
+from loraplex_server.engine.batching.request import Pin, Prefix, Request
 from loraplex_server.engine.messages import Failure
 from loraplex_server.engine.runner.protocol import LoadedAdapter, ModelRunner
 
@@ -41,6 +42,7 @@ class Resident:
         generation: number of adapters that the slot has held, this one included.
         merge_nbytes: bytes that its dense copies would take; 0 if it cannot be merged.
         prefix: its virtual tokens, in `blocks` of those set aside.
+        invocation_tokens: as in `LoadedAdapter`.
         load_seconds: duration of its load.
         reload_seconds: duration of a load from its files.
         last_used: time on the engine's clock; 0 if never.
@@ -57,6 +59,7 @@ class Resident:
     nbytes: int
     merge_nbytes: int
     prefix: Prefix
+    invocation_tokens: tuple[int, ...]
     blocks: tuple[int, ...]
     load_seconds: float
     reload_seconds: float
@@ -66,6 +69,11 @@ class Resident:
     pinned: bool = False
     merge_ordered: bool = False
     merged_bytes: int = 0
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Number of positions that it puts before every prompt."""
+        return self.prefix.count
 
     @property
     def held(self) -> bool:
@@ -154,6 +162,7 @@ class AdapterSlots:
             nbytes=adapter.nbytes,
             merge_nbytes=adapter.merge_nbytes,
             prefix=Prefix.of(adapter.virtual_tokens, tuple(blocks), self._runner.block_size),
+            invocation_tokens=tuple(adapter.invocation_tokens),
             blocks=tuple(blocks),
             load_seconds=seconds if held.kept else held.read_seconds + seconds,
             reload_seconds=held.read_seconds + seconds,
@@ -197,6 +206,20 @@ class AdapterSlots:
         resident.last_used = self._clock()
         self._touch(resident)
         return Pin(digest, resident.slot, resident.generation)
+
+    def grant(self, request: Request) -> None:
+        """Pins a request's adapters, which are all resident, and says how they act in it."""
+        # In the order of digests, so that neither the order in which a mix is written nor the slots
+        # of its adapters can change the order of summation.
+        weights: dict[str, float] = {}
+        for ref in sorted(request.submit.adapters, key=lambda ref: ref.digest):
+            weights[ref.digest] = weights.get(ref.digest, 0.0) + ref.weight
+        request.pins = tuple(self.pin(digest) for digest in weights)
+        request.mix = tuple((pin.slot, weights[pin.digest]) for pin in request.pins)
+        if len(weights) == 1:
+            resident = self.residents[request.pins[0].digest]
+            request.prefix = resident.prefix
+            request.active_from = active_from(request.tokens, resident.invocation_tokens)
 
     def unpin(self, pin: Pin) -> None:
         """Releases a pin."""

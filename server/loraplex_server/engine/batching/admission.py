@@ -2,19 +2,32 @@
 
 The front has checked every field of a request; what it decides alone is asserted here. A typed
 refusal is left for three things: token ids beyond the model's vocabulary (the front does not check
-those that its tokenizer makes), capacity, and virtual tokens, whose number is certain only once the
-adapter's file has been read.
+those that its tokenizer makes), capacity, and virtual and invocation tokens, which are certain only
+once the adapter's file has been read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 from loraplex_model.base.refusal import Reason
 
 from loraplex_server.engine.batching.request import Request
 from loraplex_server.engine.batching.scheduler import EngineLimits
 from loraplex_server.engine.messages import Failure, ModelInfo, Submit
+
+
+class PromptAdapter(Protocol):
+    """What an adapter asks of the prompts that it is used with."""
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Number of positions that it puts before every prompt."""
+
+    @property
+    def invocation_tokens(self) -> Sequence[int]:
+        """As in `LoadedAdapter`."""
 
 
 def refusal(
@@ -43,18 +56,28 @@ def refusal(
     return None
 
 
-def prefix_refusal(
-    request: Request, virtual_tokens: int, max_context: int, cache_tokens: int, block_size: int
+def prompt_refusal(
+    request: Request,
+    adapters: Sequence[PromptAdapter],
+    max_context: int,
+    cache_tokens: int,
+    block_size: int,
 ) -> Failure | None:
-    """Why a request cannot use an adapter with `virtual_tokens`; None if it can.
+    """Why a request cannot use its adapters, of which `adapters` are known; None if it can.
 
     Virtual tokens have no weight, and those of two adapters have no common order, so such an
-    adapter is used alone and at weight 1.
+    adapter is used alone and at weight 1. An activated LoRA may have any weight, but it is used
+    alone, since the adapters of a mix act on the same tokens.
     """
+    virtual_tokens = max(adapter.virtual_tokens for adapter in adapters)
+    refs = request.submit.adapters
+    is_mix = len({ref.digest for ref in refs}) > 1
+    if is_mix and any(adapter.invocation_tokens for adapter in adapters):
+        text = "an activated LoRA (with invocation tokens) must be used alone"
+        return Failure(Reason.ADAPTER_NOT_MIXABLE, text)
     if not virtual_tokens:
         return None
-    refs = request.submit.adapters
-    if len({ref.digest for ref in refs}) > 1 or sum(ref.weight for ref in refs) != 1.0:
+    if is_mix or sum(ref.weight for ref in refs) != 1.0:
         text = "an adapter with virtual tokens must be used alone and with weight 1"
         return Failure(Reason.ADAPTER_NOT_MIXABLE, text)
     size, new = request.prompt_len, request.submit.max_new_tokens

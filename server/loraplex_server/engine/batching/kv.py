@@ -1,7 +1,15 @@
 """Bookkeeping of KV blocks. The memory itself belongs to the runner.
 
-A block has exactly one owner at a time: the pool, or the one request or adapter that reserved it.
-So every block is either free or used; `check` verifies that.
+A block is either free or used, and `check` verifies that. A used block has one owner, the request
+or adapter that reserved it, unless its content is kept under a key: then several requests may own
+it, and nobody writes to it. A kept block that nobody owns any more is free, and its content can be
+found until the block is reserved for something else.
+
+    reserve -> used --keep--> used, found by its key <--share-- further owners
+       ^        |                   |
+       |     release             last release
+       |        v                   v
+       +----- free             free, found by its key: reserved last, least recently used first
 """
 
 from __future__ import annotations
@@ -26,41 +34,82 @@ class BlockPool:
         self.block_size = block_size
         self._first = first
         self._free = list(range(first + num_blocks - 1, first - 1, -1))
-        self._is_used = bytearray(num_blocks)
+        self._unowned: dict[int, None] = {}  # kept blocks without an owner, the oldest first
+        self._owners = [0] * num_blocks
+        self._keys: dict[int, bytes] = {}
+        self._found: dict[bytes, int] = {}
 
     @property
     def free(self) -> int:
         """Number of blocks that can be reserved now."""
-        return len(self._free)
+        return len(self._free) + len(self._unowned)
 
     @property
     def used(self) -> int:
-        """Number of reserved blocks."""
-        return self.num_blocks - len(self._free)
+        """Number of blocks that have an owner."""
+        return self.num_blocks - self.free
 
     def blocks_for(self, tokens: int) -> int:
         """Number of blocks that hold `tokens` tokens of one sequence."""
         return -(-tokens // self.block_size)
 
+    def owners(self, block: int) -> int:
+        """Number of owners of a block; 0 if it is free."""
+        return self._owners[block - self._first]
+
     def reserve(self, count: int) -> list[int]:
         """Reserves `count` blocks. Raises `OutOfBlocks`, and reserves none, if fewer are free."""
-        if count > len(self._free):
-            raise OutOfBlocks(f"{count} blocks asked for, {len(self._free)} free")
-        taken = [self._free.pop() for _ in range(count)]
+        if count > self.free:
+            raise OutOfBlocks(f"{count} blocks asked for, {self.free} free")
+        taken = [self._free.pop() if self._free else self._forget_oldest() for _ in range(count)]
         for block in taken:
-            self._is_used[block - self._first] = 1
+            self._owners[block - self._first] = 1
         return taken
 
     def release(self, blocks: Iterable[int]) -> None:
-        """Frees reserved blocks."""
+        """Ends an owner's hold on its blocks; those without another owner are free."""
         for block in blocks:
-            assert self._is_used[block - self._first], f"block {block} is free already"
-            self._is_used[block - self._first] = 0
-            self._free.append(block)
+            at = block - self._first
+            assert self._owners[at], f"block {block} is free already"
+            self._owners[at] -= 1
+            if self._owners[at]:
+                continue
+            if block in self._keys:
+                self._unowned[block] = None
+            else:
+                self._free.append(block)
+
+    def keep(self, block: int, key: bytes) -> None:
+        """Lets a used block be found by its content's key. No effect if another one is."""
+        assert self.owners(block), f"the free block {block} is kept"
+        assert block not in self._keys, f"block {block} is kept already"
+        if key not in self._found:
+            self._keys[block] = key
+            self._found[key] = block
+
+    def find(self, key: bytes) -> int | None:
+        """The block whose content is kept under `key`; None if there is none."""
+        return self._found.get(key)
+
+    def share(self, block: int) -> None:
+        """Adds an owner to a kept block."""
+        assert block in self._keys, f"block {block} is shared, but not kept"
+        self._unowned.pop(block, None)
+        self._owners[block - self._first] += 1
 
     def check(self) -> None:
         """Verifies that every block is either free or used. Raises `AssertionError`."""
-        assert len(set(self._free)) == len(self._free), "a block is free twice"
-        assert sum(self._is_used) == self.used, "a block was lost"
-        in_use = (self._is_used[block - self._first] for block in self._free)
-        assert not any(in_use), "a free block is in use"
+        free = [*self._free, *self._unowned]
+        assert len(set(free)) == len(free), "a block is free twice"
+        assert sum(map(bool, self._owners)) == self.used, "a block was lost"
+        assert not any(map(self.owners, free)), "a free block is in use"
+        kept = {key: block for block, key in self._keys.items()}
+        assert kept == self._found, "a kept block cannot be found"
+        assert self._unowned.keys() <= self._keys.keys(), "a block without a key is kept"
+        assert not self._keys.keys() & set(self._free), "a kept block may be overwritten"
+
+    def _forget_oldest(self) -> int:
+        block = next(iter(self._unowned))
+        del self._unowned[block]
+        del self._found[self._keys.pop(block)]
+        return block

@@ -38,7 +38,7 @@ def lay_out(rows: Sequence[BatchRow]) -> ForwardBatch:
         tables[index, shared : widths[index]] = request.blocks
         if row.start == 0 and prefix.tail is not None:
             copies.append((prefix.tail, request.blocks[0]))
-        mix += request.mix
+        mix += row.mix
         mix_starts.append(len(mix))
         if row.logits is Logits.ALL:
             logit_rows.extend(range(at, end))

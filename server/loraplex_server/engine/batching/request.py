@@ -92,6 +92,12 @@ class Request:
         pins: adapters that it was granted; they are pinned until it ends.
         prefix: virtual tokens before its own, of its adapter.
         mix: `(slot, weight)` pairs of its adapters.
+        active_from: index in `tokens` from which on `mix` applies; the base alone computes the
+            tokens before. `NEVER` if it computes all of them. See `activation`.
+        cached: number of its first tokens whose keys and values were found in the KV cache when it
+            was first admitted. See `base_prefix`.
+        keys: keys of its first full blocks, as far as they were needed.
+        kept: number of its blocks that are kept, or need not be kept.
         queue_seconds: time from its arrival to its first step; None before that.
         short_positions: as in the base's `DecoderConfig`; 0 if all sequences are alike.
     """
@@ -112,6 +118,10 @@ class Request:
     pins: tuple[Pin, ...] = ()
     prefix: Prefix = Prefix()
     mix: tuple[tuple[int, float], ...] = ()
+    active_from: int = 0
+    cached: int = 0
+    keys: list[bytes] = field(default_factory=list)
+    kept: int = 0
     queue_seconds: float | None = None
     short_positions: int = 0
 
@@ -156,6 +166,11 @@ class Request:
         0 while the next token is still to be chosen: see `Turns` and `awaits_token`.
         """
         return len(self.tokens) - self.computed
+
+    @property
+    def base_len(self) -> int:
+        """Number of its first tokens that the base alone computes."""
+        return min(self.active_from, len(self.tokens)) if self.mix else len(self.tokens)
 
     @property
     def in_own_blocks(self) -> int:

@@ -19,6 +19,7 @@ from operator import attrgetter
 
 import msgspec
 
+from loraplex_server.engine.batching import base_prefix
 from loraplex_server.engine.batching.kv import BlockPool
 from loraplex_server.engine.batching.request import Request, RequestState
 from loraplex_server.engine.batching.turns import Turns
@@ -41,6 +42,7 @@ class EngineLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             unless nothing waits.
         prompt_logprob_rows: prompt tokens of one step whose logits are all kept, of all requests
             together.
+        share_base_prefixes: whether requests share blocks of the base; see `base_prefix`.
     """
 
     token_budget: int = 512
@@ -48,6 +50,7 @@ class EngineLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_waiting: int = 256
     max_waiting_tokens: int = 1 << 18
     prompt_logprob_rows: int = 128
+    share_base_prefixes: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_running <= self.token_budget:
@@ -66,12 +69,20 @@ class Logits(Enum):
 
 @dataclass(frozen=True, slots=True)
 class BatchRow:
-    """One request's part of a step: `count` of its own tokens from index `start` on."""
+    """One request's part of a step: `count` of its own tokens from index `start` on.
+
+    A row never extends over the request's `active_from`.
+    """
 
     request: Request
     start: int
     count: int
     logits: Logits
+
+    @property
+    def mix(self) -> tuple[tuple[int, float], ...]:
+        """`(slot, weight)` pairs of the adapters that compute it; () for the base alone."""
+        return self.request.mix if self.start >= self.request.active_from else ()
 
     @property
     def completes(self) -> bool:
@@ -117,6 +128,16 @@ class Scheduler:
             _take(self.running, request)
             self._free(request)
 
+    def settle(self, row: BatchRow) -> None:
+        """Notes that a row is computed, before its request gets what it brings.
+
+        A request that was preempted since the row was scheduled is queued now, and has no blocks:
+        it is admitted again by a later `schedule`, when no pass with a row of it is under way.
+        """
+        request = row.request
+        if self.limits.share_base_prefixes and request.state is RequestState.RUNNING:
+            base_prefix.keep(request, row.start + row.count, self.pool)
+
     def narrow(self, tokens: int) -> None:
         """Limits each of the next `NARROW_STEPS` steps to `tokens`, but at least to one."""
         self._token_budget = max(1, min(tokens, self._token_budget))
@@ -134,7 +155,7 @@ class Scheduler:
             if budget and request.remaining > 1:
                 budget -= self._chunk(request, budget, rows)
         self._admit(budget, rows, now)
-        rows.sort(key=lambda row: row.request.mix)
+        rows.sort(key=lambda row: row.mix)
         if self._narrow_steps and rows:
             self._narrow_steps -= 1
             if not self._narrow_steps:
@@ -172,6 +193,8 @@ class Scheduler:
     def _chunk(self, request: Request, budget: int, rows: list[BatchRow]) -> int:
         """Adds the next chunk of a prompt, if it may have one; returns its number of tokens."""
         count = min(request.remaining, budget)
+        if request.computed < request.active_from:  # all tokens of a row have the same mix
+            count = min(count, request.active_from - request.computed)
         if request.wants_prompt_logits:
             scored = sum(row.count for row in rows if row.logits is Logits.ALL)
             count = min(count, self.limits.prompt_logprob_rows - scored)
@@ -194,17 +217,31 @@ class Scheduler:
         for request in self.queue:
             if not budget or self._is_full() or request.awaits_token:
                 break
+            shared: list[int] = []
+            if self.limits.share_base_prefixes:
+                shared = base_prefix.matched(request, self.pool)
             need = self.pool.blocks_for(request.in_own_blocks)
+            need -= sum(self.pool.owners(block) > 0 for block in shared)
             if need + len(self.running) > self.pool.free and self.running:
                 break
-            self._grow(request)
-            request.state = RequestState.RUNNING
-            insort(self.running, request, key=_order)
-            if request.queue_seconds is None:
-                request.queue_seconds = now - request.arrived
+            self._begin(request, shared, now)
             budget -= self._chunk(request, budget, rows)
             started += 1
         del self.queue[:started]
+
+    def _begin(self, request: Request, shared: list[int], now: float) -> None:
+        """Starts a queued request, for which there is room, behind blocks that it shares."""
+        for block in shared:
+            self.pool.share(block)
+        request.blocks.extend(shared)
+        request.kept = len(shared)
+        request.computed = len(shared) * self.pool.block_size
+        self._grow(request)
+        request.state = RequestState.RUNNING
+        insort(self.running, request, key=_order)
+        if request.queue_seconds is None:
+            request.queue_seconds = now - request.arrived
+            request.cached = request.computed
 
     def _is_full(self) -> bool:
         """Whether no more requests may take part in steps. Those that are finishing do not."""

@@ -55,6 +55,8 @@ class LockStep:
         started = start(self._scheduler, self._tally, now, self._forward)
         if started.result is not None:
             self._tally.faults = 0
+            for row in started.rows:
+                self._scheduler.settle(row)
             self._answers.commit(started.rows, started.result)
         elif started.error is not None:
             requests = [row.request for row in started.rows]

@@ -205,6 +205,7 @@ class OneAhead:
                 continue
             self._tally.faults = 0  # a pass that served nobody proves nothing
             row = launched.row
+            self._scheduler.settle(row)
             if launched.completes:
                 request.awaits_token = False
             last = launched.line

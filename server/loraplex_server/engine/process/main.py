@@ -80,7 +80,8 @@ def main() -> int:
         loader = ThreadLoader(runner, wake=lambda: inbox.put(None), attempts=attempts)
         core = EngineCore(runner, setup.limits, loader=loader, attempts=attempts)
     except (Exception, DeviceLost) as error:
-        log.exception("the engine cannot start")
+        if not isinstance(error, Refusal):  # the front tells the operator what a refusal says
+            log.exception("the engine cannot start")
         outbox.send(_fatal(error))
         return EXIT_START_FAILED
     outbox.send(_hello(runner))

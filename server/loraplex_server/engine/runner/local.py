@@ -51,6 +51,7 @@ class ReadAdapter:
 
     packed: PackedAdapter
     merge_nbytes: int
+    invocation_tokens: tuple[int, ...] = ()
 
     @property
     def virtual_tokens(self) -> int:
@@ -115,9 +116,10 @@ class LocalRunner:
 
     def _read(self, ref: AdapterRef) -> ReadAdapter:
         weights = self.decoder.weights
-        _, delta = load(Path(ref.path), ref.digest, weights, self.limits)
+        spec, delta = load(Path(ref.path), ref.digest, weights, self.limits)
         packed = pack(delta, weights.embed.dtype, self.memory.zeros)
-        return ReadAdapter(packed, merged_nbytes(delta, weights.config, self.merge_dtype))
+        merge_nbytes = merged_nbytes(delta, weights.config, self.merge_dtype)
+        return ReadAdapter(packed, merge_nbytes, spec.invocation_tokens)
 
     def prepare_adapter(self, adapter: ReadAdapter) -> bool:
         """Begins or continues to copy an adapter to the device; True once it can be published."""

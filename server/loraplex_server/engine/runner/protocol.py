@@ -44,6 +44,10 @@ class LoadedAdapter(Protocol):
         """Number of positions that it puts before every prompt."""
 
     @property
+    def invocation_tokens(self) -> Sequence[int]:
+        """Token ids from whose last occurrence in a prompt on it acts; empty: on all tokens."""
+
+    @property
     def merge_nbytes(self) -> int:
         """Bytes that its dense copies would take; 0 if it changes no matrix of the layers."""
 

@@ -73,6 +73,10 @@ class CompletionBuilder:
         self._stops = StopMatcher(stop_strings)
         self.tokens = 0
         """Number of tokens returned so far."""
+        self.base_tokens = 0
+        """As in `Output`, of the first one."""
+        self.cached_tokens = 0
+        """As in `Output`, of the first one."""
 
     def take(self, outputs: Sequence[Output]) -> Piece:
         """Adds outputs and returns the new part; not to be called after a part with a `finish`."""

@@ -38,11 +38,11 @@ from loraplex_server.rpc.services.admission import Admission, Ticket, admitted_d
 from loraplex_server.rpc.services.prompts import Prompts
 from loraplex_server.rpc.services.resolve import (
     WeightedAdapter,
-    mixable,
     records,
     references,
     resolve,
     room_beside,
+    unmixable,
 )
 
 DEFAULT_MAX_NEW_TOKENS: Final = 256
@@ -137,6 +137,8 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                             await self._add_logprobs(field, output.prompt_logprobs)
                         if output.started:
                             begun = True
+                            completion.base_tokens = output.base_tokens
+                            completion.cached_tokens = output.cached_tokens
                             self._begin(call, ticket, output)
                             yield started
                     piece = completion.take(batch)
@@ -147,7 +149,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                         # Frees the rows now, without waiting for the client to read the message.
                         self.engine.abort(request_id)
                         code = grpc.StatusCode.OK
-                        yield _finished(piece, len(call.prompt), completion.tokens)
+                        yield _finished(piece, len(call.prompt), completion)
                         return
                     if (failure := batch[-1].error) is not None:
                         failed = Refusal(failure.reason, failure.message)
@@ -181,9 +183,8 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             adapters = await resolve(request, self.registry)
         except Refusal as error:
             raise for_client(error, _subject(request), field) from error
-        if not mixable(adapters):
+        if text := unmixable(adapters):
             reason = Reason.ADAPTER_NOT_MIXABLE
-            text = "an adapter with virtual tokens can only be used alone and with weight 1"
             raise Refusal(reason, text, problems=[Problem(field, text)])
         return adapters
 
@@ -217,7 +218,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         """Records that the prompt of a request is computed."""
         ticket.run()
         self.metrics.series.queue_wait_seconds.observe(output.queue_seconds)
-        self.metrics.generation_started(call.names, len(call.prompt))
+        self.metrics.generation_started(call.names, len(call.prompt), output.cached_tokens)
 
     def _started(self, call: _Call) -> _Event:
         """The first event of a request, still without log-probabilities of the prompt."""
@@ -329,8 +330,13 @@ def _given(message: Message, field: str) -> Any:
     return getattr(message, field) if message.HasField(field) else None
 
 
-def _finished(piece: Piece, prompt: int, tokens: int) -> _Event:
-    usage = generation_pb2.Usage(prompt_tokens=prompt, completion_tokens=tokens)
+def _finished(piece: Piece, prompt: int, completion: CompletionBuilder) -> _Event:
+    usage = generation_pb2.Usage(
+        prompt_tokens=prompt,
+        cached_prompt_tokens=completion.cached_tokens,
+        completion_tokens=completion.tokens,
+        base_prompt_tokens=completion.base_tokens,
+    )
     return _Event(
         finished=generation_pb2.GenerationFinished(
             finish_reason=FINISH_REASONS[piece.finish],

@@ -66,10 +66,14 @@ def room_beside(adapters: Sequence[WeightedAdapter], max_context: int) -> int:
     return max_context - count
 
 
-def mixable(adapters: Sequence[WeightedAdapter]) -> bool:
-    """Whether these adapters can be combined: virtual tokens cannot be weighted or summed."""
+def unmixable(adapters: Sequence[WeightedAdapter]) -> str:
+    """Why these adapters cannot be combined or weighted; "" if they can."""
     used = references(adapters)
-    return not virtual_tokens(adapters) or (len(used) == 1 and used[0].weight == 1.0)
+    if virtual_tokens(adapters) and (len(used) > 1 or used[0].weight != 1.0):
+        return "an adapter with virtual tokens can only be used alone and with weight 1"
+    if len(used) > 1 and any(record.invocation_tokens for record in records(adapters)):
+        return "an activated LoRA (with invocation tokens) can only be used alone"
+    return ""
 
 
 def references(adapters: Sequence[WeightedAdapter]) -> list[AdapterRef]:

@@ -257,7 +257,11 @@ def _using(runs: Sequence[_Run], use: Uses) -> Iterator[_Run]:
 
 def _norm_weight(run: _Run, site: Site, weight: torch.Tensor) -> torch.Tensor | None:
     """The norm weight of the run's rows, float32; None if it is the base's."""
-    changes = [change.weight * factor for change, factor in run.at(site, NormDelta)]
+    changes = [
+        change.weight * factor
+        for change, factor in run.at(site, NormDelta)
+        if change.weight is not None
+    ]
     return autograd.wide(weight) + sum(changes) if changes else None
 
 

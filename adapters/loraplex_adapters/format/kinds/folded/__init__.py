@@ -1,0 +1,22 @@
+"""Kinds whose tensors fold into LoRA's A and B at load, one table each; see `base`."""
+
+from __future__ import annotations
+
+from loraplex_adapters.format.kinds.folded.gralora import GRALORA
+from loraplex_adapters.format.kinds.folded.loha import LOHA
+from loraplex_adapters.format.kinds.folded.lokr import LOKR
+from loraplex_adapters.format.kinds.folded.miss import MISS
+from loraplex_adapters.format.kinds.folded.randlora import RANDLORA
+from loraplex_adapters.format.kinds.folded.vera import VERA
+
+FOLDED = (
+    GRALORA,
+    LOHA,
+    LOKR,
+    MISS,
+    RANDLORA,
+    VERA,
+)
+"""The folded kinds, in the order of the support matrix."""
+
+__all__ = ["FOLDED"]

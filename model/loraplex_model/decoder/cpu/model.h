@@ -1,0 +1,86 @@
+// A decoder's weights and settings, its tables, and the memory of its passes.
+//
+// The structs up to `Model` are filled in by decoder/native.py through decoder/layout.py, which repeats
+// the fields. A setting with its usual value (1 for factors, 0 for caps) is a step that is left out.
+#pragma once
+
+#include <memory>
+
+#include "adapters.h"
+
+namespace loraplex {
+
+// A norm's vectors, of the storage type; `weight` is null where the decoder lacks the norm.
+struct NormWeights {
+  const void* weight;
+  const void* bias;  // or null
+};
+
+// Cosines and sines of the positions' angles: a head's first 2 * half numbers are rotated.
+struct Rotary {
+  const float* cos;  // [positions][half]
+  const float* sin;
+  int32_t half, reserved;
+};
+
+struct Layer {
+  NormWeights input_norm, post_norm, q_norm, k_norm, attention_output_norm, mlp_output_norm;
+  Matrix qkv, o, gate_up, down;  // gate_up is the projection `up` alone in decoders without gates
+  void* keys;  // [blocks][kv_heads][block_size][head_dim], storage type
+  void* values;
+  int32_t window;  // 0 sees all
+  int32_t rotary;  // index in Model::rotaries, or -1 without positions
+};
+
+// What a norm of queries or keys runs over: every head with the same weight, every head with its own, or
+// all heads at once.
+enum NormSpan { HEAD_SPAN, EACH_SPAN, ALL_SPAN };
+
+struct Model {
+  const Layer* layers;
+  const void* embed;  // dense panels if tied to the head, else rows [vocab][hidden]
+  NormWeights norm;   // [hidden]
+  Matrix lm_head;
+  const Rotary* rotaries;
+  const float* query_scale;  // [positions], or null
+  SlotTable adapters;
+  int32_t num_layers, hidden, intermediate, heads, kv_heads, head_dim, block_size, threads;
+  float eps, attention_scale;
+  float norm_offset;  // added to the weights of all norms
+  float embed_scale, residual_scale, logit_scale, logit_softcap, attention_softcap;
+  int32_t embed_in_panels, bf16_storage;
+  int32_t layer_norm;      // norms subtract the mean
+  int32_t qk_span;         // NormSpan
+  int32_t activation;      // Activation of the MLP
+  int32_t gated, parallel;
+  int32_t interleaved;     // rotates pairs (2 i, 2 i + 1)
+  int32_t long_rotary;     // takes the place of table 0 in sequences that are long
+  int32_t scaled_prompts;  // embed_scale holds for virtual tokens, too
+  int32_t vocab;
+  int32_t positions;  // of the tables
+  int32_t blocks;     // of each layer's keys and values
+  int32_t reserved;
+};
+
+// Memory that grows to the size of the largest pass and is reused by later ones. Not initialised.
+class Buffer {
+ public:
+  float* data() { return floats_.get(); }
+  void reserve(size_t size) {
+    if (size <= size_) return;
+    floats_.reset(new float[size]);
+    size_ = size;
+  }
+
+ private:
+  std::unique_ptr<float[]> floats_;
+  size_t size_ = 0;
+};
+
+// The intermediate results of a pass, by name of the variable in the papers or of the adapters' step.
+// `parallel` is the output of an MLP whose layer still needs that of the attention, in `added`.
+struct Workspace {
+  Buffer x, normed, qkv, attended, added, parallel, gate_up, gated, gained, h, scores, lora;
+};
+
+}  // namespace loraplex
