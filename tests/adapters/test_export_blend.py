@@ -25,7 +25,7 @@ from loraplex_adapters.convert.export.blend import (
 from loraplex_adapters.convert.export.factors import Factors, delta_of, factors_of
 from loraplex_adapters.convert.export.peft_files import write_peft
 from loraplex_adapters.format.examine import inspect
-from loraplex_adapters.format.modules import EMBEDDING
+from loraplex_adapters.format.modules import EMBEDDING, ModulePaths
 from loraplex_model.adapters.delta import AdapterDelta
 from loraplex_model.base.config import MODEL
 from loraplex_model.base.families import tensor_name
@@ -97,9 +97,9 @@ def test_cat_is_the_mix_that_the_server_computes(
     bases: Bases, adapters: list[AdapterDelta], tmp_path: Path
 ) -> None:
     base = bases("llama")
-    parts = [factors_of(delta, "a blend") for delta in adapters]
+    parts = [factors_of(delta, base.weights.config, "a blend") for delta in adapters]
     blended = blend(list(zip(parts, WEIGHTS, strict=True)), BlendSpec(BlendMethod.CAT))
-    write_peft(tmp_path / "out", blended.factors, stamps={})
+    write_peft(tmp_path / "out", blended.factors, ModulePaths(base.weights.info), stamps={})
     spec, delta = open_adapter(tmp_path / "out", base)
     assert spec.rank == max(f.rank for f in blended.factors.values())
     mixed = rows(base, *zip(adapters, WEIGHTS, strict=True))
@@ -121,9 +121,9 @@ def test_cut_blends_are_files_that_peft_and_the_server_read_alike(
     recipe: BlendSpec, bases: Bases, adapters: list[AdapterDelta], tmp_path: Path
 ) -> None:
     base = bases("llama")
-    parts = [factors_of(delta, "a blend") for delta in adapters]
+    parts = [factors_of(delta, base.weights.config, "a blend") for delta in adapters]
     blended = blend(list(zip(parts, WEIGHTS, strict=True)), recipe)
-    write_peft(tmp_path / "out", blended.factors, stamps={})
+    write_peft(tmp_path / "out", blended.factors, ModulePaths(base.weights.info), stamps={})
     _, delta = open_adapter(tmp_path / "out", base)
     assert max(f.rank for f in blended.factors.values()) == recipe.rank
     agree(peft_logits(base, tmp_path / "out"), rows(base, (delta, 1.0)))
@@ -174,7 +174,8 @@ def test_ranks_that_differ_are_written_so_that_no_two_keys_overlap(
         EMBEDDING: random_factors(2, 128, 64, 3),
         (MODEL, "lm_head"): random_factors(3, 64, 128, 4),
     }
-    write_peft(tmp_path / "out", factors, base_model="some/base", stamps={"loraplex_x": "y"})
+    path, stamps = ModulePaths(base.weights.info), {"loraplex_x": "y"}
+    write_peft(tmp_path / "out", factors, path, base_model="some/base", stamps=stamps)
     text = (tmp_path / "out/adapter_config.json").read_text()
     config = json.loads(text)
     assert text == json.dumps(config, indent=2, sort_keys=True) + "\n"
@@ -190,7 +191,7 @@ def test_ranks_that_differ_are_written_so_that_no_two_keys_overlap(
     assert spec.base_model == "some/base"
     agree(
         rows(base, (open_adapter(tmp_path / "out", base)[1], 1.0)),
-        rows(base, (delta_of(factors), 1.0)),
+        rows(base, (delta_of(factors, base.weights.config), 1.0)),
         1e-7,
     )
 
@@ -199,9 +200,10 @@ def test_ranks_that_differ_are_written_so_that_no_two_keys_overlap(
     "kind", ["gains", "biases", "input-gains", "norms", "bottlenecks", "token-rows"]
 )
 def test_what_a_and_b_cannot_say_is_refused(kind: str, bases: Bases) -> None:
-    delta = random_adapter(kind, bases("llama").weights.config, seed=0)
+    config = bases("llama").weights.config
+    delta = random_adapter(kind, config, seed=0)
     with pytest.raises(Refusal) as refused:
-        factors_of(delta, "a blend")
+        factors_of(delta, config, "a blend")
     assert refused.value.reason == "EXPORT_UNSUPPORTED"
 
 

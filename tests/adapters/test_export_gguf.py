@@ -75,7 +75,7 @@ def test_products_are_ours_in_llama_cpps_order(
     base = bases(NAMES[name].variant)
     config = base.weights.config
     _, delta = open_adapter(write(NAMES[name], tmp_path / "adapter"), base)
-    factors = factors_of(delta, "a gguf adapter")
+    factors = factors_of(delta, config, "a gguf adapter")
     write_gguf(tmp_path / "out", factors, config, name="test", dtype=dtype)
     metadata, tensors = read(tmp_path / "out" / FILE)
     architecture = {"Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"}
@@ -99,10 +99,10 @@ def test_products_are_ours_in_llama_cpps_order(
 def test_shapes_are_those_that_llama_cpp_checks(bases: Bases, tmp_path: Path) -> None:
     base = bases("llama")
     _, delta = open_adapter(write(NAMES["vocabulary"], tmp_path / "adapter"), base)
-    factors = factors_of(delta, "a gguf adapter")
-    write_gguf(tmp_path / "out", factors, base.weights.config, name="test")
-    _, tensors = read(tmp_path / "out" / FILE)
     config = base.weights.config
+    factors = factors_of(delta, config, "a gguf adapter")
+    write_gguf(tmp_path / "out", factors, config, name="test")
+    _, tensors = read(tmp_path / "out" / FILE)
     hidden, vocab = config.hidden_size, config.vocab_size
     rank = factors[EMBEDDING].rank
     assert tensors["token_embd.weight.lora_a"].shape == (vocab, rank)
@@ -118,7 +118,12 @@ def test_pruned_adalora_is_folded(bases: Bases, tmp_path: Path) -> None:
     plain = {key: value for key, value in case.options.items() if key != "bias"}
     spec_case = type(case)(case.variant, case.kind, plain, case.sites, case.prepare)
     _, delta = open_adapter(write(spec_case, tmp_path / "adapter"), base)
-    write_gguf(tmp_path / "out", factors_of(delta, "x"), base.weights.config, name="test")
+    write_gguf(
+        tmp_path / "out",
+        factors_of(delta, base.weights.config, "x"),
+        base.weights.config,
+        name="test",
+    )
     _, tensors = read(tmp_path / "out" / FILE)
     assert {name for name in tensors if "attn_v" in name} == set()
     assert tensors["blk.0.attn_q.weight.lora_a"].shape[0] == 2
@@ -129,12 +134,12 @@ def test_what_llama_cpp_cannot_apply_is_refused(bases: Bases, tmp_path: Path) ->
     tied = bases("llama-tied-bias").weights.config
     for kind in ("embedding", "head"):
         delta = random_adapter(kind, tied, seed=0)
-        factors = factors_of(delta, "a gguf adapter")
+        factors = factors_of(delta, tied, "a gguf adapter")
         with pytest.raises(Refusal, match="ties") as refused:
             write_gguf(tmp_path / "out", factors, tied, name="test")
         assert refused.value.reason == "EXPORT_UNSUPPORTED"
     with pytest.raises(Refusal, match="changes nothing"):
-        factors_of(AdapterDelta(), "a gguf adapter")
+        factors_of(AdapterDelta(), tied, "a gguf adapter")
 
 
 def test_the_permutation_is_the_inverse_of_the_one_that_reads_models() -> None:

@@ -8,7 +8,6 @@ from functools import lru_cache
 
 from loraplex_model.base import families
 from loraplex_model.base.config import (
-    BLOCKS,
     JOINED,
     LAYER_NORMS,
     LAYER_SITES,
@@ -115,10 +114,9 @@ def shown_modules(sites: Iterable[Site], base: BaseInfo) -> tuple[str, ...]:
 def base_sites(base: BaseInfo) -> Iterator[Site]:
     """Every module of the base that an adapter may change, in the order of the adapter table."""
     config = base.config
+    experts = {*config.fused["gate_up"], "down_proj"} if config.num_experts else set()
     norms = [name for name in config.norm_widths() if not has_norm_for_each_head(name, base)]
-    names = sorted((*config.module_shapes(), *norms), key=_ORDER.__getitem__)
-    if config.num_experts:
-        names = [name for name in names if BLOCKS.get(name) != "mlp"]
+    names = sorted({*config.module_shapes(), *norms} - experts, key=_ORDER.__getitem__)
     for layer in range(config.num_layers):
         for name in names:
             yield layer, name

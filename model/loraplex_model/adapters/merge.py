@@ -27,6 +27,12 @@ def is_mergeable(changes: AdapterDelta) -> bool:
     )
 
 
+def _changes_experts(changes: AdapterDelta, config: DecoderConfig) -> bool:
+    """Whether the adapter has factors for experts, of which there would be too many copies."""
+    names = {*config.fused["gate_up"], "down_proj"} if config.num_experts else set()
+    return any(name in names for _, name in changes.sites)
+
+
 def changes_matrix(change: ProjectionDelta) -> bool:
     """Whether the change concerns the projection's matrix, not only its bias."""
     return any(part is not None for part in (change.b, change.gain, change.in_gain))
@@ -34,7 +40,7 @@ def changes_matrix(change: ProjectionDelta) -> bool:
 
 def merged_nbytes(changes: AdapterDelta, config: DecoderConfig, dtype: torch.dtype) -> int:
     """Size in bytes of the result of `merge_layers`; 0 if there is nothing to merge."""
-    if not is_mergeable(changes):
+    if not is_mergeable(changes) or _changes_experts(changes, config):
         return 0
     shapes = config.projection_shapes()
     total = 0

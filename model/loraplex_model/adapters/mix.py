@@ -203,6 +203,31 @@ def _project_part(
             y.index_add_(0, rows, (change.bias.to(y.dtype) * weight).expand(len(rows), -1))
 
 
+def add_to_expert(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    rows: torch.Tensor,
+    site: Site,
+    expert: tuple[int, int],
+    groups: Sequence[RowGroup],
+) -> None:
+    """Adds the groups' changes of one expert's projection to y [n, out], in place.
+
+    Args:
+        x: [n, in], the expert's inputs.
+        rows: int64 [n], the rows of the pass that they are.
+        expert: the expert's number, and the number of experts; the adapters' factors are [experts *
+            rank, in] and [experts * rank, out].
+    """
+    number, count = expert
+    for group in groups:
+        own = torch.isin(rows, group.rows).nonzero().flatten()
+        for change, weight in group.at(site, ProjectionDelta) if len(own) else ():
+            assert change.factors is not None
+            a, b = (each.chunk(count)[number].to(x.dtype) for each in change.factors)
+            y.index_add_(0, own, by_tiles(by_tiles(x[own], a), b.T) * weight)
+
+
 def blend(gains: Sequence[tuple[torch.Tensor | None, float]]) -> torch.Tensor | None:
     """`1 + sum w (gain - 1)`, or None if there are no gains. A single gain at weight 1 is exact."""
     present = [(gain, weight) for gain, weight in gains if gain is not None]

@@ -29,7 +29,7 @@ from loraplex_model.base.config import (
     Rope,
     Site,
 )
-from loraplex_model.base.weights import BaseWeights, LayerWeights, NF4Matrix
+from loraplex_model.base.weights import BaseWeights, LayerWeights
 from loraplex_model.decoder.attention import Attention
 from loraplex_model.ops import autograd, nf4, rope
 from loraplex_model.ops.autograd import Recompute
@@ -309,17 +309,23 @@ class _Layer:
         activation = _ACTIVATIONS[config.activation]
         for expert in sorted(set(chosen.flatten().tolist())):
             rows, place = torch.where(chosen == expert)
-            gate_up, down = (self._of_expert(name, expert) for name in ("gate_up", "down"))
-            gate, up = self._linear(gate_up, x[rows]).chunk(2, dim=-1)
-            out = self._linear(down, activation(gate) * up)
+            gate, up = self._expert_product("gate_up", expert, x[rows], rows).chunk(2, dim=-1)
+            out = self._expert_product("down", expert, activation(gate) * up, rows)
             result = result.index_add(0, rows, out * shares[rows, place, None])
         return result
 
-    def _of_expert(self, fused: str, expert: int) -> NF4Matrix:
-        """The fused matrix of one expert, a view of the layer's."""
-        matrix, _ = fused_matrix(self._weights, fused)
-        parts, count = nf4.split(matrix), len(self._config.modules_of(fused))
-        return nf4.stack(parts[expert * count : (expert + 1) * count])
+    def _expert_product(
+        self, fused: str, expert: int, x: torch.Tensor, rows: torch.Tensor
+    ) -> torch.Tensor:
+        """One expert's part of a fused matrix with `rows` of the pass, and their adapters."""
+        config = self._config
+        parts = nf4.split(fused_matrix(self._weights, fused)[0])
+        names = config.fused[fused]
+        y = self._linear(nf4.stack(parts[expert * len(names) : (expert + 1) * len(names)]), x)
+        number = expert, config.num_experts
+        for name, part in zip(names, y.chunk(len(names), dim=-1), strict=True):
+            mix.add_to_expert(part, x, rows, (self._index, name), number, self._groups)
+        return y
 
     def _mlp(self, x: torch.Tensor, recompute: Recompute | None) -> torch.Tensor:
         config = self._config

@@ -113,6 +113,7 @@ class CLayer(Structure):
         ("o", CMatrix),
         ("gate_up", CMatrix),
         ("down", CMatrix),
+        ("router", c_void_p),
         ("keys", c_void_p),
         ("values", c_void_p),
         ("window", c_int32),
@@ -175,7 +176,9 @@ class CModel(Structure):
         ("vocab", c_int32),
         ("positions", c_int32),
         ("blocks", c_int32),
-        ("reserved", c_int32),
+        ("num_experts", c_int32),
+        ("experts_per_token", c_int32),
+        ("normalised_experts", c_int32),
     )
 
 

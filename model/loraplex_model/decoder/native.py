@@ -193,6 +193,9 @@ class NativeDecoder:
             vocab=config.vocab_size,
             positions=positions,
             blocks=len(self.keys[0]),
+            num_experts=config.num_experts,
+            experts_per_token=config.experts_per_token,
+            normalised_experts=config.normalised_experts,
         )
 
     def _rotary(self, rope: Rope, positions: int) -> CRotary:
@@ -213,6 +216,7 @@ class NativeDecoder:
             o=self._matrix(layer.o, layer.o_bias),
             gate_up=self._matrix(layer.gate_up, layer.gate_up_bias),
             down=self._matrix(layer.down, layer.down_bias),
+            router=self._keep(layer.router),
             keys=self.keys[index].data_ptr(),
             values=self.values[index].data_ptr(),
             window=config.sliding_windows[index] or 0,

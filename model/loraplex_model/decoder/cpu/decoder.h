@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "experts.h"
 #include "model.h"
 #include "product.h"
 #include "sites.h"
@@ -25,6 +26,7 @@ class Pass {
       : m(model), b(batch), w(workspace), logits_(logits), sequence_(sequences(batch)),
         plan_(make_plan(batch, model.adapters, sequence_)),
         head_plan_(make_plan(batch, model.adapters, logit_sequences(batch, sequence_))),
+        experts_(model, workspace, plan_, batch.num_tokens),
         team_(PHASES_PER_LAYER * model.num_layers + OTHER_PHASES) {
     size_t rows = b.num_tokens;
     q_size_ = m.heads * m.head_dim;
@@ -47,6 +49,7 @@ class Pass {
     scratch_ = plan_.segments.empty()
                    ? 0
                    : std::max(lora_scratch(widest, plan_.max_rank), sites_scratch(widest, widest_site()));
+    if (m.num_experts) scratch_ = std::max(scratch_, experts_scratch(m, plan_.max_rank));
     w.lora.reserve(scratch_ * m.threads);
     product({{Q_PROJ, q_size_}, {K_PROJ, kv_size_}, {V_PROJ, kv_size_}});
     product({{O_PROJ, m.hidden}});
@@ -90,10 +93,14 @@ class Pass {
         attention_output(t, l);
         end_block(t, w.added, layer.post_norm, l, POST_ATTENTION_LAYERNORM);
       });
-    project(phase, layer.gate_up, products_[GATE_UP], l, w.normed.data(), w.gate_up.data());
-    team_.run(phase, b.num_tokens, [&](int t) { gate(t); });
     Buffer& out = m.parallel ? w.parallel : w.added;
-    project(phase, layer.down, products_[DOWN], l, w.gated.data(), out.data());
+    if (layer.router) {
+      experts_.run(team_, phase, layer, l, w.normed.data(), out.data(), [&] { return scratch(); });
+    } else {
+      project(phase, layer.gate_up, products_[GATE_UP], l, w.normed.data(), w.gate_up.data());
+      team_.run(phase, b.num_tokens, [&](int t) { gate(t); });
+      project(phase, layer.down, products_[DOWN], l, w.gated.data(), out.data());
+    }
     bool last = l + 1 == m.num_layers;
     const NormWeights& next = last ? m.norm : m.layers[l + 1].input_norm;
     int next_site = last ? int(FINAL_NORM) : int(INPUT_LAYERNORM);
@@ -105,8 +112,8 @@ class Pass {
     });
   }
 
-  // Bounds on the phases: a projection takes up to three of them, a layer 17 in all.
-  static constexpr int PHASES_PER_LAYER = 20, OTHER_PHASES = 16;
+  // Bounds on the phases: a projection takes up to three of them, a layer 17 in all, or 20 with experts.
+  static constexpr int PHASES_PER_LAYER = 24, OTHER_PHASES = 16;
 
   // The sequence of each row.
   static std::vector<int> sequences(const Batch& b) {
@@ -349,6 +356,7 @@ class Pass {
   float* logits_;
   std::vector<int> sequence_;
   Plan plan_, head_plan_;
+  Experts<T> experts_;
   Team team_;
   int q_size_, kv_size_, gate_up_size_;
   size_t longest_, scratch_, gained_;

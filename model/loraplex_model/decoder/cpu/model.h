@@ -26,6 +26,7 @@ struct Rotary {
 struct Layer {
   NormWeights input_norm, post_norm, q_norm, k_norm, attention_output_norm, mlp_output_norm;
   Matrix qkv, o, gate_up, down;  // gate_up is the projection `up` alone in decoders without gates
+  const void* router;  // [experts][hidden], storage type; gate_up and down are stacks of all experts
   void* keys;  // [blocks][kv_heads][block_size][head_dim], storage type
   void* values;
   int32_t window;  // 0 sees all
@@ -59,7 +60,7 @@ struct Model {
   int32_t vocab;
   int32_t positions;  // of the tables
   int32_t blocks;     // of each layer's keys and values
-  int32_t reserved;
+  int32_t num_experts, experts_per_token, normalised_experts;
 };
 
 // Memory that grows to the size of the largest pass and is reused by later ones. Not initialised.
@@ -80,7 +81,7 @@ class Buffer {
 // The intermediate results of a pass, by name of the variable in the papers or of the adapters' step.
 // `parallel` is the output of an MLP whose layer still needs that of the attention, in `added`.
 struct Workspace {
-  Buffer x, normed, qkv, attended, added, parallel, gate_up, gated, gained, h, scores, lora;
+  Buffer x, normed, qkv, attended, added, parallel, gate_up, gated, gained, h, scores, lora, routed, outputs;
 };
 
 }  // namespace loraplex
