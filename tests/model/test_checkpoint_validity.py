@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from families.variants import rounded
@@ -26,7 +27,7 @@ from model.passes import BLOCK_SIZE, NUM_BLOCKS, Driver, Sequence, token_ids
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from model import tiny
+from model import gguf_files, tiny
 
 Tensors = dict[str, torch.Tensor]
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -138,6 +139,19 @@ def test_a_value_that_float32_cannot_hold_is_refused(tmp_path: Path) -> None:
 
     refusal = refused(edited(tiny.write("llama", tmp_path / "model"), change))
     assert refusal.message.startswith("model.norm.weight has values")
+
+
+@pytest.mark.parametrize(
+    ("gguf_name", "name"),
+    [("blk.1.ffn_up.weight", LAYER + "mlp.up_proj.weight"), ("output_norm.weight", "model.norm")],
+)
+def test_values_of_a_gguf_file_are_finite_too(gguf_name: str, name: str, tmp_path: Path) -> None:
+    shape = tuple(reversed((64,) if "norm" in gguf_name else (64, 128)))
+    wrong = {gguf_name: np.full(shape, np.nan, np.float32)}
+    refusal = refused(gguf_files.write("llama", tmp_path / "m.gguf", tensors=wrong))
+    assert refusal.reason == "MODEL_INVALID"
+    assert refusal.message.startswith(name)
+    assert "values that are NaN" in refusal.message
 
 
 def quantised(directory: Path, double: bool) -> Path:
