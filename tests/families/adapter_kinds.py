@@ -17,15 +17,14 @@ from typing import Any
 
 import peft
 import torch
+from families import variants
 from loraplex_adapters.format.modules import PREFIX, ModulePaths, base_sites
-from loraplex_model.base.config import MODEL, DecoderConfig
+from loraplex_model.base.config import DecoderConfig
 from loraplex_model.base.hf_config import decoder_config
 from loraplex_model.base.info import BaseInfo
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.nn import functional as f
 from transformers import PreTrainedModel
-
-from families import variants
 
 Options = Callable[[BaseInfo], Mapping[str, Any]]
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import adapter_kinds, variants
 from loraplex_adapters.convert.export.base import open_base
 from loraplex_adapters.convert.export.merged import write_dense
 from loraplex_adapters.format.examine import inspect
@@ -19,8 +20,6 @@ from loraplex_model.checkpoints.load import LoadedBase
 from loraplex_model.decoder.reference import ReferenceDecoder
 from model.passes import BLOCK_SIZE, NUM_BLOCKS, Driver, Sequence, token_ids
 from transformers import AutoModelForCausalLM, PreTrainedModel
-
-from families import adapter_kinds, variants
 
 IDS = token_ids(3, 19, variants.VOCAB)
 
