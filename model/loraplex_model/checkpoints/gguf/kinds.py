@@ -42,7 +42,7 @@ def refuse_others(
         if kind == "model" and any(key.startswith(prefix) for key in metadata):
             kind = other
     if kind != "model":
-        what = _TYPES.get(kind, f"of general.type {kind!r}, not a model")
+        what = _TYPES.get(str(kind), f"of general.type {kind!r}, not a model")
         raise model_unsupported(f"{path} is {what}")
     if not isinstance(architecture, str):
         raise model_invalid(f"{path} has no general.architecture")
