@@ -10,8 +10,10 @@ import torch
 from loraplex_model.adapters.table import SlotTable
 from loraplex_model.base.batch import ForwardBatch, Mix
 from loraplex_model.base.config import FUSED
+from loraplex_model.decoder.attention import Scoring
 from loraplex_model.decoder.cuda.kernels import attention, lora, rows
 from loraplex_model.decoder.cuda.kernels import nf4 as nf4_kernels
+from loraplex_model.decoder.cuda.kernels.heads import HeadFormula, rope_cache
 from loraplex_model.decoder.cuda.lora_pass import LoraPass
 from loraplex_model.decoder.cuda.pack import pack_matrix
 from loraplex_model.decoder.cuda.plan import plan_chunks
@@ -141,27 +143,32 @@ def low_rank(report: StageReport) -> None:
         same_twice(report, f"LoRA at {fused}", *results)
         if fused == "gate_up":
             out = poisoned(len(by_row), widths[0], device=device)
-            lora.expand_silu_mul(h, base, out, plan, site)
+            lora.expand_gated(h, base, out, plan, site)
             near(report, "LoRA with SiLU", out, oracles.gated(wanted), LORA)
 
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """A shape of attention: query and key/value heads, their width, and a window."""
+    """A shape of attention: query and key/value heads, their width, a window, a cap of scores."""
 
     heads: int
     kv_heads: int
     head_dim: int
     window: int | None = None
+    softcap: float = 0.0
 
 
 def paged_attention(report: StageReport) -> None:
     """Decode rows and chunks of prompts over a shuffled cache, with grouped heads and windows."""
-    cases = [Heads(4, 2, 32), Heads(3, 3, 16, window=20)]
+    cases = [Heads(4, 2, 32), Heads(3, 3, 16, window=20, softcap=2.0)]
     sequences = [(1, 1), (1, 33), (5, 40), (1, 300)]  # new tokens, context
     if not report.dry:
         cases = [Heads(32, 8, 128), Heads(9, 3, 64), Heads(8, 8, 128), Heads(16, 2, 80)]
-        cases += [Heads(32, 8, 128, window=100), Heads(16, 8, 256)]
+        cases += [
+            Heads(32, 8, 128, window=100),
+            Heads(16, 8, 256),
+            Heads(16, 8, 256, window=100, softcap=2.0),
+        ]
         lengths = (1, 2, 31, 32, 33, 255, 256, 257, 1000, 4097)
         sequences = [(1, length) for length in lengths]
         sequences += [(17, 17), (100, 600), (64, 1000), (200, 200)]
@@ -184,6 +191,7 @@ def attend(report: StageReport, case: Heads, sequences: Sequence[tuple[int, int]
     begins = np.cumsum([0, *(len(table) for table in tables)])
     for fields in (tiles.short, tiles.tall):
         fields[:, 2] = begins[fields[:, 2]]
+    scoring = Scoring(case.window, case.head_dim**-0.5, case.softcap)
     results = []
     for _ in range(2):
         out = poisoned(*q.shape, device=device)
@@ -199,17 +207,15 @@ def attend(report: StageReport, case: Heads, sequences: Sequence[tuple[int, int]
             scratch = poisoned(max(floats, 1), device=device, dtype=torch.float32)
             arguments = (q, keys, values, flat, on_device)
             if chunks:
-                attention.attend_short(*arguments, scratch, out, window=case.window)
+                attention.attend_short(*arguments, scratch, out, scoring)
             elif len(fields):
-                attention.attend_tall(*arguments, out, window=case.window)
+                attention.attend_tall(*arguments, out, scoring)
         results.append(out)
     same_twice(report, f"attention {case}", *results)
     for i, (new, context) in enumerate(sequences):
         mine = slice(int(starts[i]), int(starts[i + 1]))
         positions = range(context - new, context)
-        wanted = oracles.attention(
-            q[mine], keys, values, tables[i].tolist(), positions, case.window
-        )
+        wanted = oracles.attention(q[mine], keys, values, tables[i].tolist(), positions, scoring)
         what = f"attention {case}, {new} of {context} tokens"
         near(report, what, results[0][mine], wanted, ATTENTION)
 
@@ -262,7 +268,9 @@ def row_steps(report: StageReport) -> None:
         q = poisoned(count, heads, width, device=device, dtype=dtype)
         cache_shape = (blocks, kv_heads, block_size, width)
         keys, values = (torch.zeros(cache_shape, dtype=dtype, device=device) for _ in range(2))
-        rows.rope_cache(qkv, positions, slots, cos, sin, q, keys, values, q_norm, k_norm, eps)
+        rope_cache(
+            qkv, positions, slots, cos, sin, q, keys, values, q_norm, k_norm, HeadFormula(eps)
+        )
         parts = qkv.view(count, -1, width).split([heads, kv_heads, kv_heads], 1)
         turned = []
         for part, head_norm in ((parts[0], q_norm), (parts[1], k_norm)):
@@ -279,5 +287,5 @@ def row_steps(report: StageReport) -> None:
 
     gate_up = random(count, 2 * model.intermediate_size)
     out = poisoned(count, model.intermediate_size, device=device, dtype=dtype)
-    rows.silu_mul(gate_up, out)
+    rows.activate(gate_up, out)
     near(report, "gated activation", out, oracles.gated(gate_up), ROWS)

@@ -16,6 +16,7 @@ import torch
 from loraplex_model.adapters.table import SlotTable
 from loraplex_model.base.batch import ForwardBatch
 from loraplex_model.base.config import FUSED
+from loraplex_model.decoder.attention import Scoring
 from loraplex_model.decoder.cuda.draws import DrawTable
 from loraplex_model.decoder.cuda.kernels import attention, lora, sampling
 from loraplex_model.decoder.cuda.kernels import nf4 as nf4_kernels
@@ -177,7 +178,7 @@ def low_rank_call(
     def call() -> None:
         lora.shrink(x, h, plan, site, len(modules))
         if modules[0] == "gate_proj":
-            lora.expand_silu_mul(h, y, active, plan, site)
+            lora.expand_gated(h, y, active, plan, site)
         else:
             lora.expand(h, y, plan, site, widths)
 
@@ -216,8 +217,9 @@ def contexts(report: StageReport) -> None:
         out = torch.empty_like(q)
         floats = attention.scratch_floats(sequences, tiles.chunks, *heads)
         scratch = torch.empty(max(floats, 1), device=device)
+        scoring = Scoring(None, model.head_dim**-0.5)
         calls = [
-            partial(attention.attend_short, q, k, v, order, on_device, scratch, out, window=None)
+            partial(attention.attend_short, q, k, v, order, on_device, scratch, out, scoring)
             for k, v in caches
         ]
         time = replay_seconds(calls, device) / layers

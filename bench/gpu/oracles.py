@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from loraplex_model.adapters.delta import AdapterDelta, ProjectionDelta
 from loraplex_model.base.batch import Mix
+from loraplex_model.decoder.attention import Scoring
 
 
 def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -58,7 +59,7 @@ def attention(
     values: torch.Tensor,
     blocks: Sequence[int],
     positions: Sequence[int],
-    window: int | None,
+    scoring: Scoring,
 ) -> torch.Tensor:
     """Attention of rows q [T, heads, head_dim] of one sequence at the given positions.
 
@@ -70,9 +71,11 @@ def attention(
     k, v = (t.repeat_interleave(heads // kv_heads, 0) for t in (k, v))  # [heads, tokens, head_dim]
     rows = []
     for row, position in zip(q.double(), positions, strict=True):
-        first = 0 if window is None else max(0, position - window + 1)
+        first = 0 if scoring.window is None else max(0, position - scoring.window + 1)
         seen = slice(first, position + 1)
-        scores = torch.einsum("hd,htd->ht", row, k[:, seen]) * q.shape[2] ** -0.5
+        scores = torch.einsum("hd,htd->ht", row, k[:, seen]) * scoring.scale
+        if scoring.softcap:
+            scores = torch.tanh(scores / scoring.softcap) * scoring.softcap
         rows.append(torch.einsum("ht,htd->hd", scores.softmax(1), v[:, seen]))
     return torch.stack(rows)
 

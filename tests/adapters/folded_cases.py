@@ -6,6 +6,8 @@ from typing import Any
 
 from adapters.peft_files import HEAD, TIED, Case, Q
 
+from adapters import served_cases
+
 FIRST, K, DOWN, UP = (0, Q), (0, "k_proj"), (0, "down_proj"), (0, "up_proj")
 LOHA = "hada_w1_a hada_w1_b hada_w2_a hada_w2_b"
 LOKR = "lokr_w1_a lokr_w1_b lokr_w2_a lokr_w2_b"
@@ -129,5 +131,6 @@ CASES: dict[str, Case] = {
         projection_prng_key=7,
         bias="vera_only",
     ),
+    **served_cases.CASES,
 }
 """What is served. PEFT cannot load all of them over `Linear4bit`."""

@@ -8,6 +8,8 @@ import numpy as np
 from adapters.adapter_files import Tensors, llama_path
 from loraplex_adapters.format.modules import PREFIX
 
+from adapters import served_files
+
 Config = dict[str, Any]
 
 Q0, K0, HEAD = (0, "q_proj"), (0, "k_proj"), (-1, "lm_head")  # 32 x 32, 16 x 32, 40 x 32
@@ -88,6 +90,7 @@ SAMPLES: dict[str, tuple[Config, Tensors]] = {
     ),
     "vera": _sample(_VERA, {**_VECTORS, VERA_A: (4, 32), VERA_B: (32, 4)}),
     "vera-seed": _sample({**_VERA, "save_projection": False, "projection_prng_key": 3}, _VECTORS),
+    **served_files.SAMPLES,
 }
 """By name: configuration and tensors."""
 
@@ -100,5 +103,6 @@ PACKED = {
     "randlora": 16 * 128 + 16 * 64,
     "vera": 2 * 4 * 128 + 4 * 128 + 4 * 64,
     "vera-seed": 2 * 4 * 128 + 4 * 128 + 4 * 64,
+    **served_files.PACKED,
 }
 """Packed sizes of the samples in float32: the folded rank times both widths."""

@@ -62,6 +62,7 @@ _BOTTLENECK = {
 
 SAMPLES: dict[str, tuple[Config, Tensors]] = {
     "lora": _sample(_LORA, _Q0),
+    "alora": _sample({**_LORA, "alora_invocation_tokens": [3, 39, 3]}, _Q0),
     "dora": _sample(
         {**_LORA, "use_dora": True, "bias": "lora_only"},
         {
@@ -169,6 +170,27 @@ SAMPLES: dict[str, tuple[Config, Tensors]] = {
             "token_dim": KV,
             "prefix_projection": True,
         },
+        {"prompt_embeddings": (3, 2 * 2 * KV)},
+    ),
+    "cpt": _sample(
+        {"peft_type": "CPT", "num_virtual_tokens": 3, "cpt_token_ids": [1, 2, 3]},
+        {"prompt_embeddings": (3, HIDDEN)},
+    ),
+    "multitask": _sample(
+        {
+            "peft_type": "MULTITASK_PROMPT_TUNING",
+            "num_virtual_tokens": 3,
+            "num_tasks": 1,
+            "num_ranks": 2,
+        },
+        {
+            "prompt_embeddings": (3, HIDDEN),
+            "prefix_task_cols": (1, 3, 2),
+            "prefix_task_rows": (1, 2, HIDDEN),
+        },
+    ),
+    "cartridge": _sample(
+        {"peft_type": "CARTRIDGE", "num_virtual_tokens": 3, "num_frozen_tokens": 1},
         {"prompt_embeddings": (3, 2 * 2 * KV)},
     ),
     "bottleneck": _sample(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,8 @@ class Case:
     """One adapter: the base, PEFT's configuration class and its arguments.
 
     `sites` are the expected roles in the first layer and outside the layers. `prepare` changes
-    the model before it is saved, `edit` the tensors of the file after that.
+    the model before it is saved, `edit` the tensors of the file after that. `added` are keys of
+    the configuration that PEFT does not know. `task` is the task that PEFT computes.
     """
 
     variant: str
@@ -56,6 +58,8 @@ class Case:
     sites: dict[tuple[int, str], str]
     prepare: Callable[[Any], None] | None = None
     edit: Callable[[dict[str, torch.Tensor]], None] | None = None
+    added: dict[str, Any] = field(default_factory=dict)
+    task: int | None = None
 
 
 def write(case: Case, directory: Path, *, seed: int = 0) -> Path:
@@ -79,7 +83,21 @@ def write(case: Case, directory: Path, *, seed: int = 0) -> Path:
         tensors = load_file(file)
         case.edit(tensors)
         save_file(tensors, file, {"format": "pt"})
+    if case.added:
+        file = directory / "adapter_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **case.added}))
     return directory
+
+
+def amplify(name: str, factor: float) -> Callable[[dict[str, torch.Tensor]], None]:
+    """An edit that multiplies the tensors of this name, so that the adapter changes an answer."""
+
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        for key in tensors:
+            if name in key:
+                tensors[key] = tensors[key] * factor
+
+    return edit
 
 
 def prune(masks: dict[str, list[bool]]) -> Callable[[Any], None]:
@@ -309,6 +327,40 @@ CASES: dict[str, Case] = {
         "PrefixTuningConfig",
         {"num_virtual_tokens": 4, "prefix_projection": True, "encoder_hidden_size": 8},
         {VIRTUAL: "prefix"},
+    ),
+    "cartridge": Case(
+        "llama",
+        "CartridgeConfig",
+        {"num_virtual_tokens": 5, "num_frozen_tokens": 2},
+        {VIRTUAL: "prefix"},
+    ),
+    "context-aware prompt": Case(
+        "llama",
+        "CPTConfig",
+        {
+            "cpt_token_ids": [3, 8, 1, 9],
+            "cpt_mask": [1, 1, 1, 1],
+            "cpt_tokens_type_mask": [1, 2, 3, 4],
+            "opt_projection_epsilon": 8.0,
+        },
+        {VIRTUAL: "prompt"},
+    ),
+    "prompt of a task": Case(
+        "llama",
+        "MultitaskPromptTuningConfig",
+        {"num_virtual_tokens": 5, "num_tasks": 3, "num_ranks": 2},
+        {VIRTUAL: "prompt task_cols task_rows"},
+        edit=amplify("prefix_task", 10.0),
+        added={"loraplex_task": 2},
+        task=2,
+    ),
+    "prompt of the only task": Case(
+        TIED,
+        "MultitaskPromptTuningConfig",
+        {"num_virtual_tokens": 3},
+        {VIRTUAL: "prompt task_cols task_rows"},
+        edit=amplify("prefix_task", 10.0),
+        task=0,
     ),
 }
 """What is served, as PEFT writes it."""

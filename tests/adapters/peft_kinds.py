@@ -259,6 +259,8 @@ def _copy(model: Any) -> Any:
 
 def _logits(model: Any, name: str) -> torch.Tensor:
     ids = ids_of(name)
+    task = CASES[name].task if name in CASES else None
+    tasks = {} if task is None else {"task_ids": torch.tensor([task])}
     with torch.no_grad(), one_thread():
-        logits: torch.Tensor = model(input_ids=torch.tensor([ids])).logits[0]
+        logits: torch.Tensor = model(input_ids=torch.tensor([ids]), **tasks).logits[0]
     return logits[-len(ids) :].float()

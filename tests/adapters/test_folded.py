@@ -281,15 +281,8 @@ def test_nothing_larger_than_the_tensors_and_the_change_is_computed(name: str) -
 
 
 def test_every_kind_has_a_sample() -> None:
-    assert {config["peft_type"] for config, _ in SAMPLES.values()} >= {
-        "GRALORA",
-        "LOHA",
-        "LOKR",
-        "MISS",
-        "RANDLORA",
-        "VERA",
-    }
-    assert {config["peft_type"] for config, _ in SAMPLES.values()} <= {k.peft_type for k in FOLDED}
+    found = {config["peft_type"] for config, _ in SAMPLES.values()}
+    assert found == {kind.peft_type for kind in FOLDED} | {"LORA"}  # and variants of LoRA
 
 
 def test_shared_tensors_are_read_for_every_module(tmp_path: Path) -> None:

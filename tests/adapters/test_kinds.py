@@ -54,6 +54,7 @@ def test_every_kind_is_served(name: str, tmp_path: Path) -> None:
 PACKED = {
     # 2 ranks: 64 + 64 elements
     "lora": 256 + 256,
+    "alora": 256 + 256,
     # and a gain and a bias of 32
     "dora": 256 + 256 + 128 + 128,
     # one bias for two of q_proj, then q, k, v of both layers without A and B
@@ -69,6 +70,9 @@ PACKED = {
     "prompt": 384,
     "p-tuning": 384,
     "prefix": 2 * 384,
+    "cpt": 384,
+    "multitask": 384,
+    "cartridge": 2 * 384,
     "bottleneck": 2 * 512 + 64 + 128 + 2 * 768,
     **folded_files.PACKED,
 }

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from loraplex_model.decoder.attention import Scoring
 from loraplex_model.decoder.cuda import tiles
 from loraplex_model.decoder.cuda.kernels import attention
 
@@ -72,12 +73,15 @@ def attend(
     contexts: Sequence[int],
     window: int | None,
     more_chunks: int = 0,
+    scale: float | None = None,
+    softcap: float = 0.0,
 ) -> torch.Tensor:
     """The kernels' result for `counts` new tokens of each sequence; rows in no tile stay NaN."""
     starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
     group = q.shape[1] // cache.keys.shape[1]
     plan = tiles.plan_tiles(starts, np.asarray(contexts, np.int32), group)
     out = torch.full_like(q, NAN)
+    scoring = Scoring(window, scale or q.shape[2] ** -0.5, softcap)
     if len(plan.short):
         short = device_tiles(plan.short, plan.chunks + more_chunks)
         size = attention.scratch_floats(len(short.fields), short.chunks, *q.shape[1:])
@@ -89,10 +93,10 @@ def attend(
             short,
             torch.full((size,), NAN),
             out,
-            window=window,
+            scoring,
         )
     tall = device_tiles(plan.tall)
-    attention.attend_tall(q, cache.keys, cache.values, cache.tables, tall, out, window=window)
+    attention.attend_tall(q, cache.keys, cache.values, cache.tables, tall, out, scoring)
     return out
 
 
@@ -102,6 +106,8 @@ def expected(
     counts: Sequence[int],
     contexts: Sequence[int],
     window: int | None,
+    scale: float | None = None,
+    softcap: float = 0.0,
 ) -> torch.Tensor:
     """The same in float64, sequence by sequence."""
     parts = []
@@ -110,7 +116,10 @@ def expected(
     ):
         group = q.shape[1] // keys.shape[1]
         k, v = (t[:context].double().repeat_interleave(group, dim=1) for t in (keys, values))
-        scores = torch.einsum("nhd,mhd->hnm", own.double(), k) / q.shape[2] ** 0.5
+        scores = torch.einsum("nhd,mhd->hnm", own.double(), k)
+        scores *= scale or q.shape[2] ** -0.5
+        if softcap:
+            scores = torch.tanh(scores / softcap) * softcap
         at = torch.arange(context)
         position = torch.arange(context - len(own), context)[:, None]
         hidden = at > position
@@ -133,14 +142,14 @@ def check(
     contexts: Sequence[int],
     window: int | None = None,
     dtype: torch.dtype = torch.float32,
+    **scoring: float,
 ) -> None:
     cache = Cache.of(heads, contexts, dtype)
     q = queries(heads, sum(counts), dtype)
-    out = attend(cache, q, counts, contexts, window)
+    out = attend(cache, q, counts, contexts, window, **scoring)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
-    torch.testing.assert_close(
-        out.double(), expected(cache, q, counts, contexts, window), rtol=tolerance, atol=tolerance
-    )
+    wanted = expected(cache, q, counts, contexts, window, **scoring)
+    torch.testing.assert_close(out.double(), wanted, rtol=tolerance, atol=tolerance)
 
 
 GROUPS = [Heads(2, 2), Heads(9, 3), Heads(8, 2), Heads(16, 2), Heads(16, 1)]
@@ -181,6 +190,22 @@ def test_prompts_with_a_window(window: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_widths_blocks_and_types_in_mixed_passes(heads: Heads, dtype: torch.dtype) -> None:
     check(heads, [1, 40, 1, 3], [300, 90, 17, 3], dtype=dtype)
+
+
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("softcap", [0.5, 50.0])
+def test_capped_scores_with_a_scale_of_their_own(softcap: float, window: int | None) -> None:
+    """In one and in several chunks, and in tiles of prompts; the cap is far below most scores."""
+    check(Heads(), [1, 1, 40], [300, 17, 90], window, scale=0.7, softcap=softcap)
+
+
+def test_a_score_beyond_the_range_of_powers_is_capped() -> None:
+    heads = Heads(2, 1, 16)
+    cache = Cache.of(heads, [40, 40], torch.float32)
+    q = 1e6 * queries(heads, 3, torch.float32)
+    found = attend(cache, q, [1, 2], [40, 40], None, softcap=2.0)
+    wanted = expected(cache, q, [1, 2], [40, 40], None, softcap=2.0)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("window", [None, 1024])

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from loraplex_model.base.batch import Mix
+from loraplex_model.base.config import Gate
 from loraplex_model.decoder.cuda.kernels import lora as kernels
 from loraplex_model.decoder.cuda.lora_pass import LoraPass
 from loraplex_model.decoder.cuda.plan import PlanCapacity
@@ -212,9 +213,11 @@ def test_the_same_inputs_give_the_same_bits_and_neighbours_change_nothing() -> N
 
 
 @pytest.mark.parametrize("dtype", [FLOAT, BFLOAT])
-@pytest.mark.parametrize("width", [72, 200])
+@pytest.mark.parametrize(
+    ("width", "gate"), [(72, Gate.SILU), (200, Gate.SILU), (72, Gate.GELU_TANH)]
+)
 def test_expanding_with_the_activation_equals_expanding_first(
-    dtype: torch.dtype, width: int
+    dtype: torch.dtype, width: int, gate: Gate
 ) -> None:
     """All rows, those of the bare base and those behind the pass included."""
     widths = [width, width]
@@ -225,14 +228,17 @@ def test_expanding_with_the_activation_equals_expanding_first(
     y = activations(len(mixes), 2 * width, dtype, seed=4)
     lora = loaded(MIXED, adapters)
     expanded = launch(x, y, lora, widths)
-    gate, up = expanded.float().split(width, 1)
-    want = (torch.nn.functional.silu(gate).to(dtype).float() * up).to(dtype)
+    own, up = expanded.float().split(width, 1)
+    active = torch.nn.functional.silu(own)
+    if gate is Gate.GELU_TANH:
+        active = torch.nn.functional.gelu(own, approximate="tanh")
+    want = (active.to(dtype).float() * up).to(dtype)
 
     h = kernels.h_view(torch.full((kernels.h_size(lora, 64, 2),), float("nan")), lora, 64, 2)
     kernels.shrink(x, h, lora, SITE, 2)
     before = y.clone()
     out = torch.full((len(y), width), float("nan"), dtype=dtype)
-    kernels.expand_silu_mul(h, y, out, lora, SITE)
+    kernels.expand_gated(h, y, out, lora, SITE, gate)
     assert torch.equal(bits(y), bits(before)), "the base's result is only read"
     torch.testing.assert_close(
         out[: len(mixes)], want[: len(mixes)], rtol=1e-2 if dtype == BFLOAT else 1e-6, atol=1e-6

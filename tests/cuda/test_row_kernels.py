@@ -1,25 +1,15 @@
-"""Embedding, norms, rotation and SiLU in Triton's interpreter, against float64."""
+"""Embedding, norms, activations and scaled logits in Triton's interpreter, against float64."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from cuda.nearness import near, rounded
+from loraplex_model.base.config import Gate
 from loraplex_model.decoder.cuda.kernels import rows
-from loraplex_model.ops import rope
 
 NAN = float("nan")
 TYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bf16"])
-
-
-def near(found: torch.Tensor, wanted: torch.Tensor, roundings: int = 1) -> None:
-    """The two are apart by no more than `roundings` roundings to the compute type."""
-    tolerance = roundings * (2**-8 if found.dtype == torch.bfloat16 else 4e-6)
-    torch.testing.assert_close(found.double(), wanted.double(), rtol=tolerance, atol=tolerance / 4)
-
-
-def rounded(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """In `dtype`, by way of float32."""
-    return exact.float().to(dtype)
 
 
 @pytest.fixture
@@ -72,74 +62,100 @@ def test_rows_that_are_wanted_are_normed(dtype: torch.dtype, random: torch.Gener
     assert normed[3].isnan().all()
 
 
-def split_heads(qkv: torch.Tensor, heads: int, kv_heads: int) -> tuple[torch.Tensor, ...]:
-    shaped = qkv.view(len(qkv), heads + 2 * kv_heads, -1)
-    return shaped.split([heads, kv_heads, kv_heads], dim=1)
-
-
-def normed_heads(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    wide = x.double()
-    unit = rounded(wide * (wide.pow(2).mean(-1, keepdim=True) + eps).rsqrt(), x.dtype)
-    return rounded(weight.double() * unit.double(), x.dtype)
+@TYPES
+@pytest.mark.parametrize("width", [64, 1030])
+@pytest.mark.parametrize("gate", Gate)
+@pytest.mark.parametrize("is_gated", [True, False])
+def test_activate(
+    is_gated: bool, gate: Gate, width: int, dtype: torch.dtype, random: torch.Generator
+) -> None:
+    """Also where an exponential overflows, and where powers of the input do."""
+    up = 5 * torch.randn(4, (1 + is_gated) * width, generator=random).to(dtype)
+    up[0, :4] = torch.tensor([-200.0, 200.0, -1e20, 1e20])
+    out = torch.full((4, width), NAN, dtype=dtype)
+    rows.activate(up, out, gate, is_gated=is_gated)
+    functions = {
+        Gate.SILU: torch.nn.functional.silu,
+        Gate.GELU: torch.nn.functional.gelu,
+        Gate.GELU_TANH: lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    }
+    first, *others = up.double().split(width, dim=1)
+    wanted = functions[gate](first)
+    for other in others:
+        wanted = wanted * other
+    near(out, wanted, roundings=2)
 
 
 @TYPES
-@pytest.mark.parametrize("has_norms", [False, True])
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "width", "block_size"),
-    [(9, 3, 64, 32), (8, 8, 80, 16), (16, 1, 128, 48), (5, 5, 6, 256)],
+    ("is_layer", "offset", "has_bias"),
+    [(True, 0.0, False), (True, 0.0, True), (False, 1.0, False), (True, 1.0, True)],
 )
-def test_rope_cache(
-    heads: int,
-    kv_heads: int,
-    width: int,
-    block_size: int,
-    has_norms: bool,
+@pytest.mark.parametrize("hidden", [64, 1030])
+def test_norms_of_families(
+    hidden: int,
+    is_layer: bool,
+    offset: float,
+    has_bias: bool,
     dtype: torch.dtype,
     random: torch.Generator,
 ) -> None:
-    positions = torch.tensor([0, 1, 77, 40, 3], dtype=torch.int32)
-    slots = torch.tensor([block_size * 2 + 3, 0, -1, 4 * block_size - 1, 1], dtype=torch.int32)
-    frequencies = 10000.0 ** (-torch.arange(0, width, 2) / width)
-    tables = rope.tables(torch.arange(80), frequencies, 1.25)
-    cos, sin = (table.flatten(1).contiguous() for table in tables)
-    shape = (len(positions), (heads + 2 * kv_heads) * width)
-    qkv = torch.randn(shape, generator=random).to(dtype)
-    norms = [torch.randn(width, generator=random).to(dtype) if has_norms else None for _ in "qk"]
-    q = torch.full((len(positions), heads, width), NAN, dtype=dtype)
-    keys = torch.full((4, kv_heads, block_size, width), NAN, dtype=dtype)
-    values = torch.full_like(keys, NAN)
-    rows.rope_cache(qkv, positions, slots, cos, sin, q, keys, values, *norms, 1e-5)
+    """With two blocks' results and a factor on both."""
+    x, delta, second = (2 + torch.randn(5, hidden, generator=random).to(dtype) for _ in range(3))
+    weight, bias = (torch.randn(hidden, generator=random).to(dtype) for _ in range(2))
+    total = x
+    for added in (delta, second):
+        total = rounded(total.double() + rounded(added.double() * 0.3, dtype).double(), dtype)
+    normed = torch.full_like(x, NAN)
+    rows.norm_residual(
+        x,
+        delta,
+        weight,
+        normed,
+        1e-5,
+        second=second,
+        scale=0.3,
+        bias=bias if has_bias else None,
+        offset=offset,
+        is_layer=is_layer,
+    )
+    near(x, total)
+    wide = x.double()
+    if is_layer:
+        wide = wide - wide.mean(1, keepdim=True)
+    wanted = wide * (wide.pow(2).mean(1, keepdim=True) + 1e-5).rsqrt() * (weight.double() + offset)
+    near(normed, wanted + bias.double() if has_bias else wanted)
 
-    own_q, own_k, own_v = split_heads(qkv, heads, kv_heads)
-    if norms[0] is not None and norms[1] is not None:
-        own_q, own_k = normed_heads(own_q, norms[0], 1e-5), normed_heads(own_k, norms[1], 1e-5)
-    at = [table[positions.long()].double() for table in tables]
-    roundings = 3 if has_norms else 1
-    near(q, rope.rotate(own_q.double(), *at), roundings)
-    turned = rope.rotate(own_k.double(), *at)
-    is_written = torch.zeros(4, block_size, dtype=torch.bool)
-    for row, slot in enumerate(slots.tolist()):
-        if slot < 0:
-            continue
-        block, offset = divmod(slot, block_size)
-        is_written[block, offset] = True
-        near(keys[block, :, offset], turned[row], roundings)
-        assert torch.equal(values[block, :, offset], own_v[row])
-    for cache in (keys, values):
-        assert torch.equal(~cache.isnan().any(-1).any(1), is_written)
-        assert torch.equal(~cache.isnan().all(-1).all(1), is_written)
+
+def test_a_stream_that_is_not_normed_is_added_to(random: torch.Generator) -> None:
+    x, delta = (torch.randn(5, 64, generator=random) for _ in range(2))
+    total, normed = x + delta, torch.full_like(x, NAN)
+    rows.norm_residual(x, delta, None, normed, 1e-5)
+    assert torch.equal(x, total)
+    assert normed.isnan().all()
 
 
 @TYPES
-@pytest.mark.parametrize("width", [64, 1030])
-def test_silu_mul(width: int, dtype: torch.dtype, random: torch.Generator) -> None:
-    gate_up = 20 * torch.randn(4, 2 * width, generator=random).to(dtype)
-    gate_up[0, :2] = torch.tensor([-200.0, 200.0])
-    out = torch.full((4, width), NAN, dtype=dtype)
-    rows.silu_mul(gate_up, out)
-    gate, up = gate_up.double().chunk(2, dim=1)
-    near(out, torch.nn.functional.silu(gate) * up, roundings=2)
+def test_embeddings_are_scaled(dtype: torch.dtype, random: torch.Generator) -> None:
+    table = torch.randn(50, 64, generator=random).to(dtype)
+    scale = float(torch.tensor(50**0.5, dtype=dtype))
+    out = torch.full((2, 64), NAN, dtype=dtype)
+    tokens = torch.tensor([7, 60], dtype=torch.int32)
+    rows.embed(tokens, table, torch.tensor([-1], dtype=torch.int32), out, scale)
+    assert torch.equal(out[0], table[7] * scale)
+    assert not out[1].any()
+
+
+@pytest.mark.parametrize(("scale", "cap"), [(0.25, 0.0), (1.0, 30.0), (3.0, 0.5)])
+def test_finish_logits(scale: float, cap: float, random: torch.Generator) -> None:
+    logits = 40 * torch.randn(3, 1030, generator=random)
+    logits[1, :3] = torch.tensor([1e4, -1e4, 0.0])
+    logits[2, 0] = NAN
+    wanted = logits.double() * scale
+    if cap:
+        wanted = cap * torch.tanh(wanted / cap)
+    rows.finish_logits(logits, scale, cap)
+    torch.testing.assert_close(logits.double(), wanted, rtol=4e-6, atol=4e-6, equal_nan=True)
 
 
 def test_every_configuration_has_a_name_of_its_own() -> None:

@@ -94,13 +94,10 @@ class _Maker:
         }
 
     def norms(self) -> dict[Site, SiteDelta]:
-        config, found = self.config, {(MODEL, "norm"): NormDelta(self.normal(self.hidden))}
-        for layer in range(config.num_layers):
-            for name in ("input_layernorm", "post_attention_layernorm"):
-                found[layer, name] = NormDelta(self.normal(self.hidden))
-            if config.qk_norm:
-                for name in ("q_norm", "k_norm"):
-                    found[layer, name] = NormDelta(self.normal(config.head_dim))
+        found: dict[Site, SiteDelta] = {(MODEL, "norm"): NormDelta(self.normal(self.hidden))}
+        for layer in range(self.config.num_layers):
+            for name, width in self.config.norm_widths().items():
+                found[layer, name] = NormDelta(self.normal(width))
         return found
 
     def bottlenecks(self) -> dict[Site, SiteDelta]:

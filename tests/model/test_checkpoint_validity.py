@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections import namedtuple
 from collections.abc import Callable
@@ -18,6 +20,7 @@ from loraplex_model.base.weights import BaseWeights
 from loraplex_model.checkpoints.checkpoint import SafetensorsSource
 from loraplex_model.checkpoints.convert import convert
 from loraplex_model.checkpoints.load import load_base
+from loraplex_model.checkpoints.safetensors_file import SafetensorsFile
 from loraplex_model.decoder.reference import ReferenceDecoder
 from model.passes import BLOCK_SIZE, NUM_BLOCKS, Driver, Sequence, token_ids
 from safetensors.torch import load_file, save_file
@@ -407,3 +410,27 @@ def test_the_room_that_is_asked_for_is_the_size_of_the_file(tmp_path: Path) -> N
         convert(source, out)
         header = int.from_bytes(out.read_bytes()[:8], "little") + 8
         assert 0 <= out.stat().st_size - header - survey(source).stored_bytes < 300
+
+
+def test_a_disk_that_fills_meanwhile_is_a_refusal_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tiny.write("llama", tmp_path / "model")
+    written = 0
+
+    def write(self: SafetensorsFile, name: str, tensor: torch.Tensor) -> None:
+        nonlocal written
+        written += 1
+        if written == 10:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(self, name, tensor)
+
+    original = SafetensorsFile._write
+    monkeypatch.setattr(SafetensorsFile, "_write", write)
+    with pytest.raises(Refusal, match=r"No space left on device.*free some space") as caught:
+        loaded(directory)
+    assert caught.value.reason is Reason.CACHE_FAILED
+    left = [path for path in (tmp_path / "cache" / "entries").iterdir() if path.is_dir()]
+    assert left == []
+    monkeypatch.undo()
+    assert loaded(directory).fingerprint.startswith("sha256:")

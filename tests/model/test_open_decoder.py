@@ -16,9 +16,12 @@ from loraplex_model.decoder import open as opening
 from loraplex_model.decoder.cuda import support
 
 
-def weights(dtype: torch.dtype = torch.bfloat16, head_dim: int = 64, device: str = "cuda") -> Any:
+def weights(
+    dtype: torch.dtype = torch.bfloat16, head_dim: int = 64, device: str = "cuda", experts: int = 0
+) -> Any:
     embed = SimpleNamespace(device=torch.device(device), dtype=dtype)
-    return SimpleNamespace(embed=embed, config=SimpleNamespace(head_dim=head_dim))
+    config = SimpleNamespace(head_dim=head_dim, num_experts=experts)
+    return SimpleNamespace(embed=embed, config=config)
 
 
 @pytest.fixture
@@ -89,10 +92,12 @@ def test_the_memory_for_copies_can_be_given(made: list[Any], tmp_path: Path) -> 
     ("of", "change", "why"),
     [
         (weights(head_dim=512), None, "512"),
+        (weights(head_dim=75), None, "75, an odd number"),
+        (weights(experts=8), None, "experts"),
         (weights(torch.float64), None, "float64"),
         (weights(), ("obstacle_to_triton", "the package triton is not installed"), "triton"),
     ],
-    ids=["wide heads", "float64", "no triton"],
+    ids=["wide heads", "odd heads", "experts", "float64", "no triton"],
 )
 def test_what_the_kernels_do_not_take_is_computed_by_torch_with_a_warning(
     of: Any,
@@ -118,10 +123,10 @@ def test_what_the_kernels_do_not_take_is_computed_by_torch_with_a_warning(
 def test_an_old_device_or_one_without_a_compiler_is_named(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    device = torch.device("cuda")
-    assert support.obstacle_to_kernels(device, torch.bfloat16, 128) is None
+    device, config = torch.device("cuda"), weights().config
+    assert support.obstacle_to_kernels(device, torch.bfloat16, config) is None
     monkeypatch.delenv("CC")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert "compiler" in (support.obstacle_to_kernels(device, torch.bfloat16, 128) or "")
+    assert "compiler" in (support.obstacle_to_kernels(device, torch.bfloat16, config) or "")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
-    assert "7.5" in (support.obstacle_to_kernels(device, torch.bfloat16, 128) or "")
+    assert "7.5" in (support.obstacle_to_kernels(device, torch.bfloat16, config) or "")

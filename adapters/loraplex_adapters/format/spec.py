@@ -21,6 +21,8 @@ class AdapterLimits:
             number of positions, which is the limit in any case.
         max_scale: |scale| of any module, such as |alpha / r|.
         max_abs_value: |element| of any tensor; the default is float16's largest number.
+        max_decompositions: work for singular vectors of the base's matrices at each load: the sum
+            of k * k * (k + m) over matrices of k by m, k <= m. The default is 100 s of one core.
     """
 
     max_rank: int = 256
@@ -30,6 +32,7 @@ class AdapterLimits:
     max_context: int | None = None
     max_scale: float = 1e4
     max_abs_value: float = 65504.0
+    max_decompositions: float = 5e11
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +85,8 @@ class ModuleSpec:
                 a and b at the same module act on top of it;
             rows [n, hidden]: replace the rows `token_ids` of embeddings or head, or of `weight`;
             down [width, in], down_bias [width], up [out, width], up_bias [out]: a bottleneck;
-            prompt [n, hidden]: virtual tokens as embeddings;
+            prompt [n, hidden]: virtual tokens as embeddings; task_cols [n, ranks] and
+            task_rows [ranks, hidden], whose product they are multiplied by, element by element;
             prefix [n, 2 * layers * kv_size]: virtual tokens as keys and values;
             any other role: a tensor that `fold` reads, named as in PEFT.
         rank: rank of LoRA's matrices, also if they are folded, or width of a bottleneck; 0 for

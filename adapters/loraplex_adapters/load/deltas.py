@@ -188,6 +188,9 @@ def _rows(
 
 
 def _virtual_tokens(tensors: Tensors, base: BaseWeights) -> VirtualTokens:
+    if "task_cols" in tensors:
+        factors = tensors["task_cols"].float() @ tensors["task_rows"].float()
+        return VirtualTokens(embeddings=tensors["prompt"].float() * factors)
     if "prompt" in tensors:
         return VirtualTokens(embeddings=tensors["prompt"])
     config = base.config

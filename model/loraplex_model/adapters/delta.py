@@ -267,7 +267,7 @@ def low_rank(site: Site, a: torch.Tensor, b: torch.Tensor) -> ProjectionDelta | 
 
     Shapes are those of `ProjectionDelta` and `RowsDelta`.
     """
-    return ProjectionDelta(a, b) if site[1] in PROJECTIONS else RowsDelta(a, b)
+    return RowsDelta(a, b) if site[1] in MODEL_SITES else ProjectionDelta(a, b)
 
 
 def lora(modules: Mapping[Site, LoraFactors]) -> AdapterDelta:

@@ -25,7 +25,7 @@ from loraplex_model.adapters.delta import (
 )
 from loraplex_model.adapters.table import DenseMatrices, SlotTable
 from loraplex_model.base.batch import ForwardBatch, Mix
-from loraplex_model.base.config import MODEL, PROJECTIONS, Site
+from loraplex_model.base.config import FUSED, MODEL, PROJECTIONS, Site
 from loraplex_model.ops import autograd
 from loraplex_model.ops.linear import TILE, by_tiles
 
@@ -52,14 +52,19 @@ class Dropout:
 
     A mask depends on `seed` and the site alone. So a layer that is computed again drops the same
     numbers, and a job drops the same ones whatever other jobs share its pass.
+
+    Attributes:
+        joined: as in `DecoderConfig`; parts of one module read the same input.
     """
 
     probability: float
     seed: int
+    joined: tuple[str, ...] = ()
 
     def mask(self, site: Site, like: torch.Tensor) -> torch.Tensor:
         """Mask of the inputs that are kept: bool, with the shape of `like`."""
         layer, name = site
+        name = next((FUSED[fused][0] for fused in self.joined if name in FUSED[fused]), name)
         generator = torch.Generator(like.device)
         generator.manual_seed(self.seed + layer * len(PROJECTIONS) + PROJECTIONS.index(name))
         random = torch.rand(like.shape, generator=generator, device=like.device)

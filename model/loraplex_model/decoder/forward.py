@@ -179,6 +179,23 @@ def layer_norm(
     return result.to(x.dtype)
 
 
+def apply_norm(
+    config: DecoderConfig, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, Recompute | None]:
+    """One of the decoder's norms of x, whose last axis has the size of the weight or is a head.
+
+    A weight of several heads is for the axis before the last, too. Also returns how to recompute
+    the result, if it is known.
+    """
+    if config.norm_offset:
+        weight = autograd.wide(weight) + config.norm_offset
+    if weight.shape[0] != x.shape[-1]:
+        weight = weight.view(-1, x.shape[-1])  # a weight for every head
+    if config.norm is Norm.RMS:
+        return rms_norm(x, weight, config.rms_norm_eps)
+    return layer_norm(x, weight, bias, config.rms_norm_eps), None
+
+
 class _Normed:
     """The norms of one decoder, with the groups' changes of their weights."""
 
@@ -192,23 +209,12 @@ class _Normed:
 
         Also returns how to recompute the result, if it is known.
         """
-        normed, recompute = self._apply(x, weight, bias)
+        normed, recompute = apply_norm(self._config, x, weight, bias)
         for rows, own, own_bias in mix.norm_weights(site, weight, bias, self._groups):
-            normed = normed.index_copy(0, rows, self._apply(x[rows], own, own_bias)[0])
+            changed, _ = apply_norm(self._config, x[rows], own, own_bias)
+            normed = normed.index_copy(0, rows, changed)
             recompute = None
         return normed, recompute
-
-    def _apply(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> tuple[torch.Tensor, Recompute | None]:
-        config = self._config
-        if config.norm_offset:
-            weight = autograd.wide(weight) + config.norm_offset
-        if weight.shape[0] != x.shape[-1]:
-            weight = weight.view(-1, x.shape[-1])  # a weight for every head
-        if config.norm is Norm.RMS:
-            return rms_norm(x, weight, config.rms_norm_eps)
-        return layer_norm(x, weight, bias, config.rms_norm_eps), None
 
 
 _ACTIVATIONS: Mapping[Gate, Callable[[torch.Tensor], torch.Tensor]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -14,7 +14,6 @@ import torch
 from loraplex_model.adapters.pack import PackedAdapter
 from loraplex_model.adapters.table import Merged, SlotTable
 from loraplex_model.base.batch import ForwardBatch
-from loraplex_model.base.config import DecoderConfig
 from loraplex_model.base.weights import BaseWeights
 from loraplex_model.decoder import flash
 from loraplex_model.decoder.cuda import support
@@ -104,8 +103,6 @@ def open_decoder(
     """
     device, dtype = weights.embed.device.type, weights.embed.dtype
     size = block_size(weights)
-    if device == "cuda" and not kernels_compute(weights.config):
-        return ReferenceDecoder(weights, _blocks(num_blocks, size), size, num_slots)
     if device == "cuda" and (why := _obstacle(weights)) is None:
         return _on_cuda(weights, num_blocks, num_slots, max_positions, cache, serving)
     num_blocks = _blocks(num_blocks, size)
@@ -130,12 +127,6 @@ def open_decoder(
     return ReferenceDecoder(weights, num_blocks, size, num_slots)
 
 
-def kernels_compute(config: DecoderConfig) -> bool:
-    """Whether the kernels for CUDA know all features of a family."""
-    plain = {each.name: each.default for each in fields(config) if each.default is not MISSING}
-    return all(getattr(config, name) == value for name, value in plain.items())
-
-
 def _blocks(num_blocks: int | CacheSize, size: int) -> int:
     return num_blocks if isinstance(num_blocks, int) else num_blocks(size, {})
 
@@ -143,7 +134,7 @@ def _blocks(num_blocks: int | CacheSize, size: int) -> int:
 def _obstacle(weights: BaseWeights) -> str | None:
     """Why Triton's kernels cannot compute with weights on CUDA; None if they can."""
     embed = weights.embed
-    return support.obstacle_to_kernels(embed.device, embed.dtype, weights.config.head_dim)
+    return support.obstacle_to_kernels(embed.device, embed.dtype, weights.config)
 
 
 def _on_cuda(

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from loraplex_training.methods.base import AdapterFiles, Setting, TrainedAdapter
 from loraplex_training.methods.options import OptionProblems, Rank, TargetOptions
-from loraplex_training.methods.plain import config_of, leaf, stored, tensor_name
+from loraplex_training.methods.plain import config_of, divided, leaf, stored, tensor_name
 from loraplex_training.methods.targets import module_path, sites_of
 from loraplex_training.spec.fields import AboveZero, Count, Fraction, NotNegative, Number, Positive
 
@@ -131,12 +131,12 @@ class AdaLoraAdapter(TrainedAdapter):
         self.settled = schedule.last
         rank = options.init_r
         parameters: dict[str, torch.Tensor] = {}
-        shapes = setting.base.config.projection_shapes()
+        shapes = setting.base.config.module_shapes()
         for site in sites:
             fan_in, fan_out = shapes[site[1]]
             a = _STD * torch.randn(rank, fan_in, generator=setting.generator)
             b = _STD * torch.randn(fan_out, rank, generator=setting.generator)
-            for name, start in zip(_names(site), (a, b, torch.zeros(rank, 1)), strict=True):
+            for name, start in zip(self._names(site), (a, b, torch.zeros(rank, 1)), strict=True):
                 parameters[name] = leaf(start, setting.base)
         self.parameters: Mapping[str, torch.Tensor] = parameters
         self._sensitivity = {n: torch.zeros_like(p.detach()) for n, p in parameters.items()}
@@ -151,7 +151,14 @@ class AdaLoraAdapter(TrainedAdapter):
         for site in self._sites:
             a, b, e = self._of(site)
             changes[site] = ProjectionDelta(a=a * e, b=b.T * scale)
-        return AdapterDelta(changes)
+        return divided(changes, self._setting.base)
+
+    def _path(self, site: Site) -> str:
+        return module_path(self._setting.base, site)
+
+    def _names(self, site: Site) -> list[str]:
+        """The names of a module's A, B and E in PEFT's files."""
+        return [tensor_name(self._setting.base, site, f"lora_{letter}") for letter in "ABE"]
 
     def penalty(self) -> torch.Tensor | None:
         """Returns the mean of |A A^T - 1| and |B^T B - 1| over all modules, times its weight."""
@@ -178,7 +185,10 @@ class AdaLoraAdapter(TrainedAdapter):
         return {
             **{_SENSITIVITY + name: tensor for name, tensor in self._sensitivity.items()},
             **{_UNCERTAINTY + name: tensor for name, tensor in self._uncertainty.items()},
-            **{_KEPT + module_path(*site): tensor for site, tensor in self._kept.items()},
+            **{
+                _KEPT + module_path(self._setting.base, site): tensor
+                for site, tensor in self._kept.items()
+            },
         }
 
     def files(self) -> AdapterFiles:
@@ -190,8 +200,8 @@ class AdaLoraAdapter(TrainedAdapter):
             # A cut triplet may have grown again before the next cut.
             kept = self._kept[site] | (e.detach()[:, 0] != 0)
             found = (a[kept], b[:, kept], e[kept])
-            tensors.update(zip(_names(site), map(stored, found), strict=True))
-            pattern[f"{module_path(*site)}.lora_E"] = kept.tolist()
+            tensors.update(zip(self._names(site), map(stored, found), strict=True))
+            pattern[f"{self._path(site)}.lora_E"] = kept.tolist()
         options, schedule = self._options, self._schedule
         config = config_of(
             self._setting,
@@ -207,7 +217,7 @@ class AdaLoraAdapter(TrainedAdapter):
             lora_dropout=options.lora_dropout,
             orth_reg_weight=options.orth_reg_weight,
             rank_pattern=pattern,
-            target_modules=[module_path(*site) for site in self._sites],
+            target_modules=[self._path(site) for site in self._sites],
             target_r=self._target_r,
             tfinal=schedule.tfinal,
             tinit=schedule.tinit,
@@ -217,7 +227,7 @@ class AdaLoraAdapter(TrainedAdapter):
 
     def _of(self, site: Site) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns a module's A [r, in], B [out, r] and E [r, 1]."""
-        a, b, e = (self.parameters[name] for name in _names(site))
+        a, b, e = (self.parameters[name] for name in self._names(site))
         return a, b, e
 
     def _watch(self) -> None:
@@ -243,7 +253,7 @@ class AdaLoraAdapter(TrainedAdapter):
 
     def _scores(self, site: Site) -> torch.Tensor:
         """Importances [r]: that of E plus the means over A's row and B's column."""
-        a, b, e = (self._sensitivity[name] * self._uncertainty[name] for name in _names(site))
+        a, b, e = (self._sensitivity[name] * self._uncertainty[name] for name in self._names(site))
         return e[:, 0] + (a.mean(1) + b.mean(0))
 
     def _clear(self) -> None:
@@ -256,8 +266,3 @@ def _skewness(rows: torch.Tensor) -> torch.Tensor:
     unit = torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
     distance: torch.Tensor = torch.linalg.matrix_norm(rows @ rows.T - unit)
     return distance
-
-
-def _names(site: Site) -> Sequence[str]:
-    """Returns the names of a module's A, B and E in PEFT's files."""
-    return [tensor_name(site, f"lora_{letter}") for letter in "ABE"]

@@ -92,10 +92,12 @@ def bottleneck(
     for site in sites:
         starts = _starts(shape.hidden_size, width, setting.generator)
         for part, start in zip(_PARTS, starts, strict=True):
-            parameters[tensor_name(site, part)] = leaf(start, setting.base)
+            parameters[tensor_name(setting.base, site, part)] = leaf(start, setting.base)
 
     def change(site: Site) -> BottleneckDelta:
-        down, down_bias, up, up_bias = (parameters[tensor_name(site, part)] for part in _PARTS)
+        down, down_bias, up, up_bias = (
+            parameters[tensor_name(setting.base, site, part)] for part in _PARTS
+        )
         return BottleneckDelta(
             down=down,
             up=up.T * scaling,

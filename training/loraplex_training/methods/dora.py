@@ -16,9 +16,9 @@ from loraplex_model.adapters.merge import own_bias
 from loraplex_model.base.config import Site
 
 from loraplex_training.methods.base import AdapterFiles, ParameterGroup, Setting, TrainedAdapter
-from loraplex_training.methods.lora import LoraAdapter, LoraOptions, make_lora, names_of
+from loraplex_training.methods.lora import LoraAdapter, LoraOptions, make_lora
 from loraplex_training.methods.options import OptionProblems
-from loraplex_training.methods.plain import leaf, stored, tensor_name
+from loraplex_training.methods.plain import divided, leaf, stored, tensor_name
 from loraplex_training.methods.targets import weight
 
 
@@ -41,7 +41,7 @@ class DoraAdapter(TrainedAdapter):
         self._setting, self._pairs, self._rate = setting, pairs, rate
         self._norms: dict[Site, tuple[tuple[int, ...], torch.Tensor]] = {}
         self._magnitudes = {
-            _name(site): leaf(self._norms_of(site, pairs.at(site)), setting.base)
+            self._name(site): leaf(self._norms_of(site, pairs.at(site)), setting.base)
             for site in pairs.ranks
         }
         self.parameters: Mapping[str, torch.Tensor] = {**pairs.parameters, **self._magnitudes}
@@ -54,7 +54,8 @@ class DoraAdapter(TrainedAdapter):
 
     def delta(self) -> AdapterDelta:
         """See `TrainedAdapter`. Unpacks every adapted matrix, if its A or B has changed since."""
-        return AdapterDelta({site: self._change(site) for site in self._pairs.ranks})
+        changes = {site: self._change(site) for site in self._pairs.ranks}
+        return divided(changes, self._setting.base)
 
     def stepped(self, step: int) -> None:
         """Drops the norms, which the step has changed."""
@@ -77,7 +78,7 @@ class DoraAdapter(TrainedAdapter):
 
     def _change(self, site: Site) -> ProjectionDelta:
         factors = self._pairs.at(site)
-        gain = self._magnitudes[_name(site)] / self._norms_of(site, factors)
+        gain = self._magnitudes[self._name(site)] / self._norms_of(site, factors)
         base_bias = own_bias(self._setting.base, site)
         return ProjectionDelta(
             a=factors.a,
@@ -89,7 +90,9 @@ class DoraAdapter(TrainedAdapter):
     def _norms_of(self, site: Site, factors: LoraFactors) -> torch.Tensor:
         """Returns |W + s B A| of every row, not differentiated; cached until A or B changes."""
         # Optimisers that bypass torch's version counters are covered by `stepped`.
-        versions = tuple(self._pairs.parameters[name]._version for name in names_of(site))
+        versions = tuple(
+            self._pairs.parameters[name]._version for name in self._pairs.names_of(site)
+        )
         kept = self._norms.get(site)
         if kept is not None and kept[0] == versions:
             return kept[1]
@@ -99,6 +102,5 @@ class DoraAdapter(TrainedAdapter):
         self._norms[site] = versions, norms
         return norms
 
-
-def _name(site: Site) -> str:
-    return tensor_name(site, "lora_magnitude_vector")
+    def _name(self, site: Site) -> str:
+        return tensor_name(self._setting.base, site, "lora_magnitude_vector")

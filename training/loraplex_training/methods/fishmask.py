@@ -22,7 +22,7 @@ from pydantic import Field
 from loraplex_training.methods.base import AdapterFiles, Observe, Setting, TrainedAdapter
 from loraplex_training.methods.lora import names_of
 from loraplex_training.methods.options import OptionProblems, TargetOptions
-from loraplex_training.methods.plain import config_of, leaf, precision, stored
+from loraplex_training.methods.plain import config_of, divided, leaf, precision, stored
 from loraplex_training.methods.targets import module_path, sites_of
 from loraplex_training.spec.fields import Number, Positive
 
@@ -52,7 +52,7 @@ def fishmask(
     Saved as PEFT's LORA of rank `rows`.
     """
     sites = sites_of(options, setting.base, problems)
-    shapes = setting.base.config.projection_shapes()
+    shapes = setting.base.config.module_shapes()
     narrowest = min((shapes[name][1] for _, name in sites), default=1)
     rows = min(16, narrowest) if options.rows is None else options.rows
     problems.at_most("rows", rows, min(narrowest, AdapterLimits().max_rank))
@@ -66,7 +66,7 @@ class FishMaskAdapter(TrainedAdapter):
     def __init__(
         self, setting: Setting, sites: Sequence[Site], rows: int, options: FishMaskOptions
     ) -> None:
-        base, shapes = setting.base, setting.base.config.projection_shapes()
+        base, shapes = setting.base, setting.base.config.module_shapes()
         device = base.embed.device
         self._setting, self._sites, self._width, self._options = setting, sites, rows, options
         self._values = {site: leaf(torch.zeros(rows, shapes[site[1]][0]), base) for site in sites}
@@ -76,7 +76,7 @@ class FishMaskAdapter(TrainedAdapter):
         }
         self._rows = {site: torch.arange(rows, device=device) for site in sites}
         self.parameters: Mapping[str, torch.Tensor] = {
-            names_of(site)[0]: values for site, values in self._values.items()
+            names_of(base, site)[0]: values for site, values in self._values.items()
         }
 
     def prepare(self, observe: Observe) -> None:
@@ -107,25 +107,30 @@ class FishMaskAdapter(TrainedAdapter):
 
     def delta(self) -> AdapterDelta:
         """See `TrainedAdapter`. Entries outside the mask are zero and get no gradient."""
-        return AdapterDelta(
-            {
-                site: ProjectionDelta(a=values * self._masks[site], b=self._places(site))
-                for site, values in self._values.items()
-            }
-        )
+        changes = {
+            site: ProjectionDelta(a=values * self._masks[site], b=self._places(site))
+            for site, values in self._values.items()
+        }
+        return divided(changes, self._setting.base)
 
     def state(self) -> Mapping[str, torch.Tensor]:
         """Returns the rows and the masks of the trained entries."""
         return {
-            **{_ROWS + module_path(*site): rows for site, rows in self._rows.items()},
-            **{_MASK + module_path(*site): mask for site, mask in self._masks.items()},
+            **{
+                _ROWS + module_path(self._setting.base, site): rows
+                for site, rows in self._rows.items()
+            },
+            **{
+                _MASK + module_path(self._setting.base, site): mask
+                for site, mask in self._masks.items()
+            },
         }
 
     def files(self) -> AdapterFiles:
         """See `TrainedAdapter`."""
         tensors = {}
         for site, values in self._values.items():
-            a, b = names_of(site)
+            a, b = names_of(self._setting.base, site)
             tensors[a] = stored(values * self._masks[site])
             tensors[b] = stored(self._places(site).T)
         config = config_of(
@@ -137,13 +142,16 @@ class FishMaskAdapter(TrainedAdapter):
             lora_alpha=self._width,
             lora_dropout=0.0,
             r=self._width,
-            target_modules=[module_path(*site) for site in self._sites],
+            target_modules=[self._path(site) for site in self._sites],
         )
         return AdapterFiles(config, tensors)
 
+    def _path(self, site: Site) -> str:
+        return module_path(self._setting.base, site)
+
     def _places(self, site: Site) -> torch.Tensor:
         """Returns B transposed, [rows, out], one-hot: the output row of each trained row."""
-        fan_out = self._setting.base.config.projection_shapes()[site[1]][1]
+        fan_out = self._setting.base.config.module_shapes()[site[1]][1]
         ones = torch.nn.functional.one_hot(self._rows[site], fan_out)
         return ones.to(precision(self._setting.base))
 
@@ -160,9 +168,9 @@ class _Watched:
         self._look = look
         self._parts: dict[int, list[Site | None]] = {}
         for index, layer in enumerate(base.layers):
-            for fused, names in FUSED.items():
+            for fused in FUSED:
                 matrix, _ = fused_matrix(layer, fused)
-                found = [(index, name) for name in names]
+                found = [(index, name) for name in base.config.modules_of(fused)]
                 self._parts[id(matrix)] = [site if site in watched else None for site in found]
         self._unused = torch.zeros((), requires_grad=True, device=base.embed.device)
 

@@ -25,7 +25,6 @@ from loraplex_model.base.config import Site
 from loraplex_model.base.families import tensor_name
 from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_model.base.weights import BaseWeights
-from loraplex_model.checkpoints import prequantised
 from loraplex_model.checkpoints.checkpoint import TensorSource, open_source
 from pydantic import Field
 
@@ -145,7 +144,7 @@ def _open(source: str) -> TensorSource:
     if not path.exists():
         raise ValueError(f"there is no {path}")
     found = open_source(path)
-    if prequantised.is_nf4(found, tensor_name("LlamaForCausalLM", 0, "q_proj")):
+    if any(name.endswith(".weight.absmax") for name in found.names()):
         raise ValueError(f"{path} is quantised itself; give the weights before that")
     return found
 

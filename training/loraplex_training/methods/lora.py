@@ -17,12 +17,13 @@ from loraplex_adapters.format.spec import AdapterLimits
 from loraplex_model.adapters.delta import AdapterDelta, LoraFactors
 from loraplex_model.adapters.delta import lora as lora_delta
 from loraplex_model.base.config import Site
+from loraplex_model.base.weights import BaseWeights
 from pydantic import Field
 
 from loraplex_training.methods.base import AdapterFiles, ParameterGroup, Setting, TrainedAdapter
 from loraplex_training.methods.initial import Initialise, StartOptions, initialisation
 from loraplex_training.methods.options import Alphas, OptionProblems, Rank, Ranks
-from loraplex_training.methods.plain import config_of, leaf, stored, tensor_name
+from loraplex_training.methods.plain import config_of, divided, leaf, stored, tensor_name
 from loraplex_training.methods.targets import HEAD, Number, by_site, module_path, sites_of
 from loraplex_training.spec.fields import AboveZero, Fraction
 
@@ -69,9 +70,9 @@ def make_lora(
     most = AdapterLimits().max_rank // (2 if init == "pissa" else 1)
     r = problems.at_most("r", options.r, most)
     alpha = 2.0 * r if options.lora_alpha is None else options.lora_alpha
-    ranks = by_site("rank_pattern", options.rank_pattern, sites, problems)
+    ranks = by_site("rank_pattern", options.rank_pattern, sites, setting.base, problems)
     problems.at_most("rank_pattern", max(ranks.values(), default=1), most)
-    alphas = by_site("alpha_pattern", options.alpha_pattern, sites, problems)
+    alphas = by_site("alpha_pattern", options.alpha_pattern, sites, setting.base, problems)
     if HEAD in sites and options.lora_dropout:
         text = "lora_dropout: the head's inputs are not dropped; target one or the other"
         problems.add("lora_dropout", text)
@@ -105,7 +106,7 @@ class LoraAdapter(TrainedAdapter):
         parameters: dict[str, torch.Tensor] = {}
         for site, rank in ranks.items():
             start = initialise(site, rank, self._scale(site))
-            for name, value in zip(names_of(site), start, strict=True):
+            for name, value in zip(self.names_of(site), start, strict=True):
                 parameters[name] = leaf(value, setting.base)
         self.parameters: Mapping[str, torch.Tensor] = parameters
         subtracted = parameters if options.init == "pissa" else {}
@@ -116,16 +117,17 @@ class LoraAdapter(TrainedAdapter):
         ratio = self._options.loraplus_lr_ratio
         if ratio == 1.0:
             return [ParameterGroup(tuple(self.parameters))]
-        a, b = zip(*map(names_of, self.ranks), strict=True)
+        a, b = zip(*map(self.names_of, self.ranks), strict=True)
         return [ParameterGroup(a), ParameterGroup(b, ratio)]
 
     def delta(self) -> AdapterDelta:
         """See `TrainedAdapter`."""
-        return lora_delta({site: self.at(site) for site in self.ranks})
+        whole = lora_delta({site: self.at(site) for site in self.ranks})
+        return divided(whole.sites, self._setting.base)
 
     def at(self, site: Site) -> LoraFactors:
         """Returns a module's differentiable factors, of twice the rank if a start is subtracted."""
-        a, b = names_of(site)
+        a, b = self.names_of(site)
         scale = self._scale(site)
         if not self._first:
             return LoraFactors(self.parameters[a], self.parameters[b], scale)
@@ -141,13 +143,13 @@ class LoraAdapter(TrainedAdapter):
 
     def files(self) -> AdapterFiles:
         """See `TrainedAdapter`. Full paths of modules, which no other module matches."""
-        rslora, doubled = self._options.use_rslora, bool(self._first)
+        base, rslora, doubled = self._setting.base, self._options.use_rslora, bool(self._first)
         ranks = {site: rank << doubled for site, rank in self.ranks.items()}
         alphas = {site: alpha * (1 + doubled) for site, alpha in self._alphas.items()}
         if doubled and rslora:  # the root of twice the rank would change the scale
             alphas = {site: self._scale(site) * rank for site, rank in ranks.items()}
-        r, rank_pattern = _common(ranks)
-        alpha, alpha_pattern = _common(alphas)
+        r, rank_pattern = _common(ranks, base)
+        alpha, alpha_pattern = _common(alphas, base)
         config = config_of(
             self._setting,
             "LORA",
@@ -159,14 +161,18 @@ class LoraAdapter(TrainedAdapter):
             lora_dropout=self.dropout,
             r=r,
             rank_pattern=rank_pattern,
-            target_modules=[module_path(*site) for site in ranks],
+            target_modules=[module_path(base, site) for site in ranks],
             use_rslora=rslora and not doubled,
         )
         tensors: dict[str, torch.Tensor] = {}
         for site in ranks:
             factors = self.at(site)
-            tensors |= zip(names_of(site), map(stored, (factors.a, factors.b)), strict=True)
+            tensors |= zip(self.names_of(site), map(stored, (factors.a, factors.b)), strict=True)
         return AdapterFiles(config, tensors)
+
+    def names_of(self, site: Site) -> tuple[str, str]:
+        """Returns the names of a module's parameters A and B, which are those in PEFT's files."""
+        return names_of(self._setting.base, site)
 
     def _scale(self, site: Site) -> float:
         """Returns the factor of B A: alpha / rank, or alpha / sqrt(rank) with `use_rslora`."""
@@ -174,15 +180,15 @@ class LoraAdapter(TrainedAdapter):
         return self._alphas[site] / (math.sqrt(rank) if self._options.use_rslora else rank)
 
 
-def names_of(site: Site) -> tuple[str, str]:
+def names_of(base: BaseWeights, site: Site) -> tuple[str, str]:
     """Returns the names of a module's A and B in PEFT's files."""
-    return tensor_name(site, "lora_A.weight"), tensor_name(site, "lora_B.weight")
+    return tensor_name(base, site, "lora_A.weight"), tensor_name(base, site, "lora_B.weight")
 
 
-def _common(values: Mapping[Site, Number]) -> tuple[Number, dict[str, Number]]:
+def _common(values: Mapping[Site, Number], base: BaseWeights) -> tuple[Number, dict[str, Number]]:
     """Returns the most common value, and the other values by module path."""
     common = Counter(values.values()).most_common(1)[0][0]
-    return common, {module_path(*site): v for site, v in values.items() if v != common}
+    return common, {module_path(base, site): v for site, v in values.items() if v != common}
 
 
 def _plain(number: float) -> int | float:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from loraplex_adapters.format.modules import PREFIX
-from loraplex_model.adapters.delta import AdapterDelta
+from loraplex_adapters.load.deltas import parts_of
+from loraplex_model.adapters.delta import AdapterDelta, ProjectionDelta, SiteDelta
 from loraplex_model.base.config import Site
 from loraplex_model.base.weights import BaseWeights
 
@@ -68,9 +69,20 @@ def config_of(setting: Setting, peft_type: str, **options: object) -> dict[str, 
     }
 
 
-def tensor_name(site: Site, ending: str) -> str:
+def tensor_name(base: BaseWeights, site: Site, ending: str) -> str:
     """Returns the name of a module's tensor in the file."""
-    return f"{PREFIX}{module_path(*site)}.{ending}"
+    return f"{PREFIX}{module_path(base, site)}.{ending}"
+
+
+def divided(changes: Mapping[Site, SiteDelta], base: BaseWeights) -> AdapterDelta:
+    """The adapter with these changes; those of joined matrices by the projections in them."""
+    sites: dict[Site, SiteDelta] = {}
+    for site, change in changes.items():
+        if isinstance(change, ProjectionDelta):
+            sites |= parts_of(site, change, base.config)
+        else:
+            sites[site] = change
+    return AdapterDelta(sites)
 
 
 def stored(tensor: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import torch
 from loraplex_adapters.format import modules
+from loraplex_adapters.format.modules import MATRICES
 from loraplex_adapters.format.patterns import match, suffixes
 from loraplex_model.adapters.merge import own_matrix
 from loraplex_model.base.config import BLOCKS, MODEL, PROJECTIONS, Site
@@ -28,12 +29,13 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "mlp": ("gate_proj", "up_proj", "down_proj"),
     "qv": ("q_proj", "v_proj"),
 }
-"""Names for several modules at once."""
+"""Names for several modules at once. A module that a base holds as a part of a larger one stands
+for the larger one."""
 
 
-def module_path(layer: int, module: str) -> str:
-    """A module's path, in families that name their modules as Llama does."""
-    return modules.module_path("LlamaForCausalLM", layer, module)
+def module_path(base: BaseWeights, site: Site) -> str:
+    """A module's path in the base's Hugging Face model, as PEFT's files name it."""
+    return modules.module_path(base.config.architecture, *site)
 
 
 def sites_of(
@@ -51,19 +53,32 @@ def sites_of(
         text = f"layers: there is no layer {beyond[0]}; the base has 0 to {count - 1}"
         problems.add("layers", text)
         layers = range(count)
-    sites = [(layer, name) for layer in layers for name in PROJECTIONS]
+    names = [name for name in MATRICES if name in trainable(base)]
+    sites = [(layer, name) for layer in layers for name in names]
     sites += [HEAD] if head else []
     chosen: set[Site] = set()
     for name in options.target_modules:
-        found = [site for site in sites if _names(name, site)]
+        found = [site for site in sites if _names(name, site, base)]
         if not found:
             problems.add("target_modules", f"target_modules: {_nothing(name, base, head)}")
         chosen.update(found)
     return tuple(site for site in sites if site in chosen)
 
 
+def trainable(base: BaseWeights) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of each of the checkpoint's matrices in a layer, but not of experts."""
+    shapes = base.config.module_shapes()
+    if base.config.num_experts:
+        shapes = {name: shape for name, shape in shapes.items() if BLOCKS[name] != "mlp"}
+    return shapes
+
+
 def by_site(
-    name: str, pattern: Mapping[str, Number], sites: Collection[Site], problems: OptionProblems
+    name: str,
+    pattern: Mapping[str, Number],
+    sites: Collection[Site],
+    base: BaseWeights,
+    problems: OptionProblems,
 ) -> dict[Site, Number]:
     """The numbers that the option `name` has for some of `sites`.
 
@@ -71,7 +86,7 @@ def by_site(
     problem, and so are two keys with different values for one site.
     """
     pattern = dict(pattern)
-    paths = {module_path(*site): site for site in sites}
+    paths = {module_path(base, site): site for site in sites}
     endings = {ending for path in paths for ending in suffixes(path)}
     for key in [key for key in pattern if key not in endings]:
         near = suggest(key, endings)
@@ -90,22 +105,26 @@ def shape(base: BaseWeights, site: Site) -> tuple[int, int]:
     if site == HEAD:
         vocab, hidden = base.lm_head.shape
         return hidden, vocab
-    return base.config.projection_shapes()[site[1]]
+    return base.config.module_shapes()[site[1]]
 
 
 def weight(base: BaseWeights, site: Site) -> torch.Tensor:
-    """Unpacks a projection's weights: a new float32 tensor [out, in] on the base's device."""
+    """Unpacks a matrix of the checkpoint: a new float32 tensor [out, in] on the base's device."""
     return unpack.dequantize(own_matrix(base, site))
 
 
-def _names(name: str, site: Site) -> bool:
-    return site[1] in GROUPS[name] if name in GROUPS else name in suffixes(module_path(*site))
+def _names(name: str, site: Site, base: BaseWeights) -> bool:
+    if name in GROUPS:
+        return site != HEAD and not {*base.config.parts_of(site[1])}.isdisjoint(GROUPS[name])
+    return name in suffixes(module_path(base, site))
 
 
 def _nothing(name: str, base: BaseWeights, head: bool) -> str:
-    known = [*PROJECTIONS, *GROUPS, *([HEAD[1]] if head else [])]
+    first = next(iter(trainable(base)))
+    example = module_path(base, (0, first))
+    own = [module_path(base, (0, each)).rpartition(".")[2] for each in trainable(base)]
+    known = [*own, *GROUPS, *([HEAD[1]] if head else [])]
     hint = suggest(name, known)
-    example = f"model.layers.0.{BLOCKS[known[0]]}.{known[0]}"
     return (
         f"no module in the chosen layers (of 0 to {base.config.num_layers - 1}) is called "
         f"{name!r}{hint}; there are {', '.join(known)}, and paths such as {example}"

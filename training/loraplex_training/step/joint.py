@@ -14,6 +14,7 @@ from itertools import pairwise
 import torch
 from loraplex_model.adapters.delta import AdapterDelta, VirtualTokens
 from loraplex_model.adapters.mix import Dropout, RowGroup
+from loraplex_model.base.config import DecoderConfig
 from loraplex_model.base.weights import BaseWeights
 from loraplex_model.decoder import forward
 from loraplex_model.decoder.attention import PackedAttention
@@ -102,8 +103,9 @@ class JointPass:
         self, parts: Sequence[Part], linear: BaseLinear, checkpointing: bool = False
     ) -> list[torch.Tensor]:
         deltas = [part.adapter.delta() if part.adapter else None for part in parts]
+        joined = self._base.config.joined
         rows = self._lay_out(
-            [(d, p.batch, _dropout(p)) for d, p in zip(deltas, parts, strict=True)]
+            [(d, p.batch, _dropout(p, joined)) for d, p in zip(deltas, parts, strict=True)]
         )
         hidden = self._hidden(rows, linear, checkpointing)
         return loss.of_parts(self._base, hidden, deltas, rows.learned, rows.targets)
@@ -111,7 +113,14 @@ class JointPass:
     def _hidden(self, rows: _Rows, linear: BaseLinear, checkpointing: bool = False) -> torch.Tensor:
         attention = PackedAttention(self._base.config, rows.starts, rows.virtual)
         return forward.hidden_states(
-            self._base, rows.tokens, rows.positions, rows.groups, linear, attention, checkpointing
+            self._base,
+            rows.tokens,
+            rows.positions,
+            rows.groups,
+            linear,
+            attention,
+            checkpointing,
+            _is_long(rows, self._base.config),
         )
 
     def _lay_out(
@@ -146,13 +155,21 @@ class JointPass:
         return rows
 
 
+def _is_long(rows: _Rows, config: DecoderConfig) -> torch.Tensor | None:
+    """Whether each token is of a sequence with LongRoPE's second frequencies; None if none is."""
+    counts = torch.tensor(rows.starts, device=rows.tokens.device).diff()
+    if config.long_rope is None:
+        return None
+    return torch.repeat_interleave(counts > config.short_positions, counts)
+
+
 def _group(delta: AdapterDelta | None, rows: int) -> list[RowGroup]:
     return [] if delta is None else [RowGroup(torch.arange(rows), ((delta, 1.0),))]
 
 
-def _dropout(part: Part) -> Dropout | None:
+def _dropout(part: Part, joined: tuple[str, ...]) -> Dropout | None:
     """Returns the part's dropout in this pass; draws one number from its generator."""
     if part.adapter is None or part.dropout is None or part.adapter.dropout == 0:
         return None
     seed = torch.randint(1 << 62, (), generator=part.dropout, device=part.dropout.device)
-    return Dropout(part.adapter.dropout, int(seed))
+    return Dropout(part.adapter.dropout, int(seed), joined)

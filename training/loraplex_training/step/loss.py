@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from loraplex_model.adapters.delta import AdapterDelta, RowsDelta
 from loraplex_model.adapters.mix import RowGroup
-from loraplex_model.base.config import MODEL
+from loraplex_model.base.config import MODEL, DecoderConfig
 from loraplex_model.base.weights import BaseWeights
 from loraplex_model.decoder import forward
 
@@ -36,7 +36,7 @@ def token_losses(base: BaseWeights, hidden: torch.Tensor, targets: torch.Tensor)
     """
     wanted = torch.is_grad_enabled() and hidden.requires_grad
     result: torch.Tensor = _TokenLosses.apply(  # type: ignore[no-untyped-call]
-        hidden, targets, base.lm_head, wanted
+        hidden, targets, base, wanted
     )
     return result
 
@@ -65,10 +65,10 @@ def summed_loss(
 class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, head: torch.Tensor, wanted: bool
+        ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, base: BaseWeights, wanted: bool
     ) -> torch.Tensor:
-        rows, vocab = len(hidden), len(head)
-        head = head.to(hidden.dtype)
+        rows, vocab = len(hidden), len(base.lm_head)
+        head, config = base.lm_head.to(hidden.dtype), base.config
         wide = torch.promote_types(hidden.dtype, torch.float32)
         losses = torch.empty(rows, dtype=wide, device=hidden.device)
         gradient = torch.empty_like(hidden) if wanted else None
@@ -78,6 +78,7 @@ class _TokenLosses(torch.autograd.Function):
             chunk = slice(start, min(start + step, rows))
             h, target = hidden[chunk], targets[chunk, None]
             scores = torch.mm(h, head.T, out=buffer[: len(h)])
+            slope = _finish(scores, config)
             largest = scores.amax(-1, keepdim=True).to(wide)
             right = scores.gather(1, target).to(wide)
             if gradient is None:
@@ -89,6 +90,8 @@ class _TokenLosses(torch.autograd.Function):
             # The largest share is exp(0) / sum, which gives the logarithm of the sum.
             losses[chunk] = (largest - shares.amax(-1, keepdim=True).log() - right)[:, 0]
             shares.scatter_add_(1, target, torch.full_like(right, -1.0))
+            if slope is not None:
+                shares.mul_(slope)
             torch.mm(shares.to(head.dtype), head, out=gradient[chunk])
         ctx.save_for_backward(gradient)
         return losses
@@ -97,6 +100,22 @@ class _TokenLosses(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * grads[0][:, None].to(gradient.dtype), None, None, None
+
+
+def _finish(scores: torch.Tensor, config: DecoderConfig) -> torch.Tensor | float | None:
+    """Scales and caps scores in place, as `forward.logits` does.
+
+    Returns the derivative of the result with respect to the scores; None if it is 1.
+    """
+    scale, cap = config.logit_scale, config.logit_softcap
+    if scale != 1:
+        scores.mul_(scale)
+    if not cap:
+        return scale if scale != 1 else None
+    scores.div_(cap).tanh_()
+    slope = scores.square().neg_().add_(1).mul_(scale)
+    scores.mul_(cap)
+    return slope
 
 
 class _SummedLoss(torch.autograd.Function):

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from loraplex_model.base.config import DecoderConfig
+from loraplex_model.base.config import DecoderConfig, Gate
 from loraplex_model.base.weights import BaseWeights
 from loraplex_model.decoder import forward
 
@@ -106,12 +106,18 @@ def peak_bytes() -> int:
 
 def _kept_of_a_layer(config: DecoderConfig, ranks: int) -> int:
     """Returns the number of values per token that a layer keeps until its backward pass."""
-    norms = 2 * (config.hidden_size + 1)  # inputs of both; outputs are computed again
+    # Their inputs; outputs are computed again.
+    norms = 2 * (config.hidden_size + 1) * (1 + (config.output_norms and config.input_norms))
     attention = config.q_size + 2 * config.kv_size  # q, k and v, rotated in place
     if config.qk_norm:  # q and k before their norms as well as rotated
         attention += config.q_size + config.kv_size + config.num_heads + config.num_kv_heads
     attended = 2 * config.q_size + config.num_heads  # twice: per head, and as input of o
-    return norms + attention + attended + 2 * config.intermediate_size + ranks
+    mlp = (2 if config.gated else 1) * config.intermediate_size
+    if config.num_experts:  # and the inputs and outputs of each expert
+        mlp = config.experts_per_token * (2 * mlp + 2 * config.hidden_size) + config.num_experts
+    elif config.gated and config.activation is not Gate.SILU:
+        mlp *= 2  # the activated gate and its product with up, which our own SiLU computes again
+    return norms + attention + attended + mlp + ranks
 
 
 def _of_adapter(adapter: AdapterSize) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from loraplex_adapters.format.examine import inspect
 from loraplex_adapters.format.spec import AdapterLimits, CheckedAdapter
 from loraplex_adapters.load.tensors import load
 
-LIMITS = AdapterLimits(max_rank=1 << 16, max_virtual_tokens=1 << 20)
+LIMITS = AdapterLimits(max_rank=1 << 16, max_virtual_tokens=1 << 20, max_decompositions=math.inf)
 """Limits of exported adapters, which need not fit those of a server."""
 
 

@@ -43,6 +43,10 @@ _OF_ADAPTERS = (
     "lokr_",
     "miss_",
     "vera_",
+    "hra_",
+    "deft_",
+    "peanut_",
+    "poly_",
 )
 _MAX_READ = 512
 _MANY = 8

@@ -44,6 +44,7 @@ _NAMED = re.compile(
     r"\.(lora_[AB]|lora_E|lora_ranknum|lora_embedding_[AB]|lora_magnitude_vector|ia3_l|"
     r"hada_w[12]_[ab]|lokr_w[12](?:_[ab])?|miss_block|gralora_[AB](?:_general)?|"
     r"randlora_(?:[AB]|lambda|gamma)|vera_lambda_[bd]|"
+    r"delora_(?:[AB]|lambda|w_norm)|hra_u|deft_[PR]|peanut_[AB]|poly_lora_[AB]|vblora_logits_[AB]|lora_diag|"
     r"trainable_tokens_delta|modules_to_save)\.([^.]{1,128})(\.weight|\.bias)?\Z"
 )
 _WITHOUT_WEIGHT = (
@@ -57,6 +58,12 @@ _WITHOUT_WEIGHT = (
     "miss_",
     "randlora_",
     "vera_",
+    "delora_",
+    "hra_",
+    "deft_",
+    "vblora_",
+    "poly_lora",
+    "lora_diag",
 )
 
 

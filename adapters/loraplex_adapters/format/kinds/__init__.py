@@ -9,9 +9,16 @@ from loraplex_adapters.format.kinds.base import Kind, Reading
 from loraplex_adapters.format.kinds.bottleneck import BOTTLENECK
 from loraplex_adapters.format.kinds.folded import FOLDED
 from loraplex_adapters.format.kinds.lora import LORA
+from loraplex_adapters.format.kinds.multitask import MULTITASK_PROMPT_TUNING
 from loraplex_adapters.format.kinds.tokens import TRAINABLE_TOKENS
 from loraplex_adapters.format.kinds.vectors import BEFT, IA3, LN_TUNING
-from loraplex_adapters.format.kinds.virtual import P_TUNING, PREFIX_TUNING, PROMPT_TUNING
+from loraplex_adapters.format.kinds.virtual import (
+    CARTRIDGE,
+    CPT,
+    P_TUNING,
+    PREFIX_TUNING,
+    PROMPT_TUNING,
+)
 
 KINDS: Mapping[str, Kind] = {
     kind.peft_type: kind
@@ -24,7 +31,10 @@ KINDS: Mapping[str, Kind] = {
         TRAINABLE_TOKENS,
         PROMPT_TUNING,
         P_TUNING,
+        CPT,
+        MULTITASK_PROMPT_TUNING,
         PREFIX_TUNING,
+        CARTRIDGE,
         BOTTLENECK,
         *FOLDED,
     )

@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping
 from loraplex_model.base.config import Site
 from loraplex_model.base.refusal import Reason
 
-from loraplex_adapters.format.modules import EMBEDDING, module_path
+from loraplex_adapters.format.modules import EMBEDDING
 from loraplex_adapters.format.placement import Placement
 from loraplex_adapters.format.reader import Reader
 from loraplex_adapters.format.support import is_neutral
@@ -65,6 +65,6 @@ def place_invocation(file: Placement, tokens: tuple[int, ...], adapted: Collecti
         message = f"{INVOCATION_OPTION} has the token id {max(tokens)}; this base has {vocabulary}"
         file.find(Reason.BASE_MODEL_MISMATCH, message, INVOCATION_OPTION)
     if tokens and EMBEDDING in adapted:
-        path = module_path(*EMBEDDING)
+        path = file.path(EMBEDDING)
         message = f"{path} is adapted together with {INVOCATION_OPTION}: {_COMBINATION}"
         file.find(Reason.ADAPTER_UNSUPPORTED, message, path)

@@ -19,9 +19,8 @@ from loraplex_adapters.format.kinds.lora import (
     SHARED_OPTIONS,
     adaptable,
     claim_extras,
-    place_others,
 )
-from loraplex_adapters.format.kinds.whole import TokenRows, read_rows
+from loraplex_adapters.format.kinds.whole import TokenRows, place_others, read_rows
 from loraplex_adapters.format.modules import EMBEDDING
 from loraplex_adapters.format.placement import Placement
 from loraplex_adapters.format.reader import Reader

@@ -5,7 +5,7 @@ from __future__ import annotations
 from loraplex_adapters.format.reader import Reader
 from loraplex_adapters.format.strict_json import shown
 
-PLAIN = frozenset({"gaussian", "eva", "orthogonal"})
+PLAIN = frozenset({"eva", "gaussian", "mica", "orthogonal"})
 """Names of initialisations that leave the base unchanged, so that A and B are the whole change."""
 
 MUTATING = ("pissa", "olora", "corda", "lora_ga")

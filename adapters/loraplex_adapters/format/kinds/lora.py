@@ -17,28 +17,35 @@ from loraplex_adapters.format.kinds.activation import (
 )
 from loraplex_adapters.format.kinds.base import Kind
 from loraplex_adapters.format.kinds.initialisation import check_initialisation
+from loraplex_adapters.format.kinds.variants import (
+    VARIANT_ENDINGS,
+    VARIANT_OPTIONS,
+    Rank,
+    Variant,
+    check_work,
+    place_variant,
+    read_unused,
+    read_variant,
+)
 from loraplex_adapters.format.kinds.whole import (
+    BIAS_ENDINGS,
     ROWS_ENDING,
     ROWS_OPTION,
     SAVED_OPTION,
+    WRAPPED_BIAS,
     TokenRows,
-    place_rows,
-    place_saved,
+    place_others,
     read_rows,
 )
-from loraplex_adapters.format.modules import EMBEDDING, MATRICES, base_sites, role_shapes
+from loraplex_adapters.format.modules import EMBEDDING, MATRICES, base_sites
 from loraplex_adapters.format.placement import Placement
 from loraplex_adapters.format.reader import Reader
 from loraplex_adapters.format.spec import ModuleSpec, TensorLocation
 from loraplex_adapters.format.support import Option, ignored, refused, served
 from loraplex_adapters.format.targets import EMBEDDINGS, Targets
 
-_BIAS, _WRAPPED_BIAS = "bias", "base_layer.bias"
-"""A trained bias of a projection without and with A and B."""
-
 SHARED_ENDINGS: Mapping[str, str] = {
-    _WRAPPED_BIAS: "bias",
-    _BIAS: "bias",
+    **BIAS_ENDINGS,
     **COPY_ENDINGS,
     ROWS_ENDING: ROWS_OPTION,
 }
@@ -90,6 +97,8 @@ class LoraReading:
         bias: "none", "all" or "lora_only".
         rows: the trained token rows.
         invocation_tokens: as in `CheckedAdapter`.
+        variant: how A and B are computed; None if they are in the file.
+        unused: ends of names of tensors that are read in training only.
     """
 
     r: int
@@ -103,6 +112,8 @@ class LoraReading:
     bias: str = "none"
     rows: TokenRows = field(default_factory=dict)
     invocation_tokens: tuple[int, ...] = ()
+    variant: Variant | None = None
+    unused: tuple[str, ...] = ()
 
     def place(self, file: Placement) -> list[ModuleSpec]:
         """LoRA's modules, then biases of other projections, saved modules and trained rows."""
@@ -119,9 +130,15 @@ class LoraReading:
             scale = alpha / (math.sqrt(rank) if self.use_rslora else rank)
             file.check_scale(site, scale, "alpha_pattern" if site in alphas else "lora_alpha")
             field_name = "rank_pattern" if site in ranks else "r"
-            tensors = file.of_rank(site, self._claim(file, site), rank, field_name)
+            claimed = self._claim(file, site)
+            if self.variant is not None:
+                stated = Rank(rank, field_name, scale)
+                modules += place_variant(self.variant, file, site, claimed, stated)
+                continue
+            tensors = file.of_rank(site, claimed, rank, field_name)
             if tensors is not None:
                 modules.append(ModuleSpec(*site, tensors, rank, scale))
+        check_work(file, modules)
         modules += place_others(file, self.targets, self.bias, self.rows, adapted)
         file.check_targets(self.targets, adaptable(file), adapted)
         place_invocation(file, self.invocation_tokens, adapted)
@@ -130,11 +147,13 @@ class LoraReading:
     def _claim(self, file: Placement, site: Site) -> dict[str, TensorLocation | None]:
         a, b = ("lora_A.weight", "lora_B.weight") if site != EMBEDDING else _EMBEDDING_FACTORS
         tensors = {"a": file.require(site, a), "b": file.require(site, b)}
-        if self.lora_bias:
+        if self.lora_bias and (self.variant is None or self.variant.has_bias(file, site)):
             tensors["b_bias"] = file.require(site, "lora_B.bias")
         if self.use_dora:
             tensors["magnitude"] = file.require(site, "lora_magnitude_vector")
         claim_extras(file, site, self.bias, tensors)
+        for ending in self.unused:
+            file.claim(site, ending)
         return tensors
 
 
@@ -152,19 +171,7 @@ def claim_extras(
 ) -> None:
     """Adds a projection's trained bias to `tensors`."""
     if bias != "none" and site[1] in file.base.config.biased:
-        tensors["bias"] = file.require(site, _WRAPPED_BIAS)
-
-
-def place_others(
-    file: Placement, targets: Targets, bias: str, rows: TokenRows, adapted: list[Site]
-) -> list[ModuleSpec]:
-    """The parts without A and B: biases, which `bias="all"` saves, saved modules, trained rows."""
-    modules = []
-    if bias == "all":
-        for site in base_sites(file.base):
-            if "bias" in role_shapes(site, file.base) and site not in adapted:
-                modules += file.single(site, _BIAS, "bias")
-    return modules + place_saved(file, targets) + place_rows(file, rows)
+        tensors["bias"] = file.require(site, WRAPPED_BIAS)
 
 
 def _read(reader: Reader) -> LoraReading | None:
@@ -182,6 +189,8 @@ def _read(reader: Reader) -> LoraReading | None:
         bias=reader.choice("bias", BIASES, "none"),
         rows=read_rows(reader),
         invocation_tokens=read_invocation(reader),
+        variant=read_variant(reader),
+        unused=read_unused(reader),
     )
     check_initialisation(reader)
     if reading.use_dora and reading.lora_bias:
@@ -191,9 +200,10 @@ def _read(reader: Reader) -> LoraReading | None:
 
 LORA = Kind(
     peft_type="LORA",
-    summary="LoRA, rsLoRA, DoRA, activated LoRA",
+    summary="LoRA, rsLoRA, DoRA, activated LoRA, BD-LoRA, KaSA, QA-LoRA, MiCA",
     options={
         **SHARED_OPTIONS,
+        **VARIANT_OPTIONS,
         INVOCATION_OPTION: served(
             f"activated LoRA, at most {MAX_INVOCATION_TOKENS} tokens; not together with use_dora, "
             "bias, modules_to_save, trainable_token_indices or LoRA on the embeddings"
@@ -212,6 +222,7 @@ LORA = Kind(
         "lora_embedding_B": "",
         "lora_B.bias": "lora_bias",
         "lora_magnitude_vector": "use_dora",
+        **VARIANT_ENDINGS,
         **SHARED_ENDINGS,
     },
     read=_read,

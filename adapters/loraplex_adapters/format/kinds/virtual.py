@@ -1,6 +1,7 @@
-"""Virtual tokens: PROMPT_TUNING and P_TUNING as embeddings, PREFIX_TUNING as keys and values.
+"""Virtual tokens as embeddings (PROMPT_TUNING, P_TUNING, CPT) or as keys and values (the others).
 
-PEFT saves the output of the encoders of P_TUNING and PREFIX_TUNING, not the encoders.
+PEFT saves the output of the encoders of P_TUNING and PREFIX_TUNING, not the encoders, and the whole
+of what CPT and CARTRIDGE divide into a frozen and a trained part.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from loraplex_adapters.format.support import Option, ignored, refused, served
 ROOM = 2
 """Positions that virtual tokens leave free: one token of the prompt and one of the answer."""
 
-_TENSOR = "prompt_embeddings"
+TENSOR = "prompt_embeddings"
+"""The tensor with the virtual tokens, one a row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +53,12 @@ class VirtualReading:
             if given is not None and given != size:
                 message = f"{key} is {given}; this base has {size}"
                 file.find(Reason.BASE_MODEL_MISMATCH, message, key)
-        tensor = file.require(VIRTUAL_TOKENS, _TENSOR)
+        tensor = file.require(VIRTUAL_TOKENS, TENSOR)
         held = file.fits(VIRTUAL_TOKENS, {self.role: tensor})
         if held is None or tensor is None:
             return []
         if held != self.count:
-            message = f"{_TENSOR} has {held} rows; num_virtual_tokens is {self.count}"
+            message = f"{TENSOR} has {held} rows; num_virtual_tokens is {self.count}"
             file.find(Reason.ADAPTER_INVALID, message, "num_virtual_tokens")
         return [ModuleSpec(*VIRTUAL_TOKENS, {self.role: tensor})]
 
@@ -75,7 +77,8 @@ class VirtualReading:
         file.find(Reason.ADAPTER_TOO_LARGE, message, "num_virtual_tokens")
 
 
-def _read(reader: Reader, role: str) -> VirtualReading | None:
+def read_virtual(reader: Reader, role: str) -> VirtualReading | None:
+    """Reads the options that all kinds of virtual tokens have in common."""
     count = reader.integer("num_virtual_tokens")
     keys = ("token_dim", "num_attention_heads", "num_layers")
     base = {key: reader.optional_integer(key) for key in keys}
@@ -85,7 +88,7 @@ def _read(reader: Reader, role: str) -> VirtualReading | None:
     return VirtualReading(role, count, base) if count else None
 
 
-_OPTIONS: Mapping[str, Option] = {
+VIRTUAL_OPTIONS: Mapping[str, Option] = {
     "modules_to_save": refused("fully trained modules together with virtual tokens"),
     "num_attention_heads": served(),
     "num_layers": served(),
@@ -93,20 +96,26 @@ _OPTIONS: Mapping[str, Option] = {
     "num_virtual_tokens": served(),
     "token_dim": served(),
 }
+"""Options that all kinds of virtual tokens have in common."""
+
+PROMPT_OPTIONS: Mapping[str, Option] = {
+    **VIRTUAL_OPTIONS,
+    "prompt_tuning_init": ignored(),
+    "prompt_tuning_init_text": ignored(),
+    "tokenizer_kwargs": ignored(),
+    "tokenizer_name_or_path": ignored(),
+}
+"""Options of PROMPT_TUNING and of the kinds that PEFT derives from it."""
+
+_TRAINING = ignored("acts in training only")
 _FOLDED = ignored("PEFT folds the encoder into the embeddings that it saves")
 
 PROMPT_TUNING = Kind(
     peft_type="PROMPT_TUNING",
     summary="virtual tokens before the prompt",
-    options={
-        **_OPTIONS,
-        "prompt_tuning_init": ignored(),
-        "prompt_tuning_init_text": ignored(),
-        "tokenizer_kwargs": ignored(),
-        "tokenizer_name_or_path": ignored(),
-    },
-    endings={_TENSOR: ""},
-    read=partial(_read, role="prompt"),
+    options=PROMPT_OPTIONS,
+    endings={TENSOR: ""},
+    read=partial(read_virtual, role="prompt"),
     whole_names=True,
 )
 
@@ -114,14 +123,14 @@ P_TUNING = Kind(
     peft_type="P_TUNING",
     summary="P-tuning: virtual tokens from an encoder",
     options={
-        **_OPTIONS,
+        **VIRTUAL_OPTIONS,
         "encoder_dropout": _FOLDED,
         "encoder_hidden_size": _FOLDED,
         "encoder_num_layers": _FOLDED,
         "encoder_reparameterization_type": _FOLDED,
     },
-    endings={_TENSOR: ""},
-    read=partial(_read, role="prompt"),
+    endings={TENSOR: ""},
+    read=partial(read_virtual, role="prompt"),
     whole_names=True,
 )
 
@@ -129,12 +138,43 @@ PREFIX_TUNING = Kind(
     peft_type="PREFIX_TUNING",
     summary="prefix tuning, P-tuning v2: keys and values before the prompt",
     options={
-        **_OPTIONS,
+        **VIRTUAL_OPTIONS,
         "encoder_hidden_size": _FOLDED,
         "init_weights": ignored(),
         "prefix_projection": _FOLDED,
     },
-    endings={_TENSOR: ""},
-    read=partial(_read, role="prefix"),
+    endings={TENSOR: ""},
+    read=partial(read_virtual, role="prefix"),
+    whole_names=True,
+)
+
+CPT = Kind(
+    peft_type="CPT",
+    summary="context-aware prompt tuning: virtual tokens from examples",
+    options={
+        **VIRTUAL_OPTIONS,
+        "cpt_mask": _TRAINING,
+        "cpt_token_ids": ignored("the embeddings are in the file"),
+        "cpt_tokens_type_mask": _TRAINING,
+        "opt_loss_decay_factor": _TRAINING,
+        "opt_projection_epsilon": _TRAINING,
+        "opt_projection_format_epsilon": _TRAINING,
+        "opt_weighted_loss_type": _TRAINING,
+        "tokenizer_name_or_path": ignored(),
+    },
+    endings={TENSOR: ""},
+    read=partial(read_virtual, role="prompt"),
+    whole_names=True,
+)
+
+CARTRIDGE = Kind(
+    peft_type="CARTRIDGE",
+    summary="cartridges: a trained cache of keys and values before the prompt",
+    options={
+        **VIRTUAL_OPTIONS,
+        "num_frozen_tokens": ignored("the frozen rows are in the file as well"),
+    },
+    endings={TENSOR: ""},
+    read=partial(read_virtual, role="prefix"),
     whole_names=True,
 )

@@ -1,4 +1,4 @@
-"""Tensors that several kinds can have in addition: completely saved modules, trained token rows."""
+"""Tensors that several kinds can have in addition: saved modules, trained rows, trained biases."""
 
 from __future__ import annotations
 
@@ -18,6 +18,12 @@ from loraplex_adapters.format.support import Option, served
 from loraplex_adapters.format.targets import EMBEDDINGS, Targets
 
 SAVED_ENDING, SAVED_BIAS_ENDING = "weight", "bias"
+_BIAS, WRAPPED_BIAS = "bias", "base_layer.bias"
+"""A trained bias of a projection that is not adapted, and of one that is."""
+
+BIAS_ENDINGS: Mapping[str, str] = {WRAPPED_BIAS: "bias", _BIAS: "bias"}
+"""Ends of the names of trained biases, with the option that writes them."""
+
 SAVED_OPTION: Mapping[str, Option] = {
     "modules_to_save": served("lm_head, embed_tokens and norms; no projections"),
 }
@@ -36,6 +42,18 @@ _BY_NAME = {
 
 TokenRows = Mapping[Site, tuple[int, ...]]
 """Token ids of the trained rows of embeddings and head, by site."""
+
+
+def place_others(
+    file: Placement, targets: Targets, bias: str, rows: TokenRows, adapted: list[Site]
+) -> list[ModuleSpec]:
+    """The parts without A and B: biases, which `bias="all"` saves, saved modules, trained rows."""
+    modules = []
+    if bias == "all":
+        for site in base_sites(file.base):
+            if site[1] in file.base.config.biased and site not in adapted:
+                modules += file.single(site, _BIAS, "bias")
+    return modules + place_saved(file, targets) + place_rows(file, rows)
 
 
 def place_saved(file: Placement, targets: Targets) -> list[ModuleSpec]:

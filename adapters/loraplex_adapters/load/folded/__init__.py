@@ -9,20 +9,36 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_model.base.weights import BaseWeights
 
+from loraplex_adapters.format.modules import module_path
 from loraplex_adapters.format.spec import ModuleSpec
 from loraplex_adapters.load.folded.base import Arithmetic, Tensors
 from loraplex_adapters.load.folded.blocks import gralora, miss
+from loraplex_adapters.load.folded.mixtures import poly
 from loraplex_adapters.load.folded.products import loha, lokr
-from loraplex_adapters.load.folded.shared import randlora, regenerated, vera
+from loraplex_adapters.load.folded.served import deft, hra, peanut
+from loraplex_adapters.load.folded.shared import pvera, randlora, regenerated, vera
+from loraplex_adapters.load.folded.variants import blocks, groups, kasa
+from loraplex_adapters.load.folded.vectors import delora, vblora
 
 ARITHMETIC: Mapping[str, Arithmetic] = {
+    "blocks": blocks,
+    "deft": deft,
+    "delora": delora,
     "gralora": gralora,
+    "groups": groups,
+    "hra": hra,
+    "kasa": kasa,
     "loha": loha,
     "lokr": lokr,
     "miss": miss,
+    "peanut": peanut,
+    "poly": poly,
+    "pvera": pvera,
     "randlora": randlora,
+    "vblora": vblora,
     "vera": vera,
 }
 """Every arithmetic by the name in `Fold`."""
@@ -31,7 +47,10 @@ ARITHMETIC: Mapping[str, Arithmetic] = {
 def factors(
     module: ModuleSpec, tensors: Tensors, base: BaseWeights
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns A [rank, fan_in] and B transposed [rank, fan_out], multiplied by the scale."""
+    """Returns A [rank, fan_in] and B transposed [rank, fan_out], multiplied by the scale.
+
+    Raises Refusal(ADAPTER_INVALID) if they have an element that is infinite or not a number.
+    """
     fold = module.fold
     assert fold is not None
     found = ARITHMETIC[fold.arithmetic](module, tensors, base)
@@ -45,7 +64,12 @@ def factors(
     else:
         a, b = torch.eye(fold.fan_in), found
     assert a.shape[0] == module.rank, "the reader computed the rank from the same shapes"
-    return a, b.T * module.scale
+    b = b.T * module.scale
+    if not bool(a.isfinite().all()) or not bool(b.isfinite().all()):
+        path = module_path(module.layer, module.module)
+        message = f"the tensors of {path} are so large that the change has infinite elements"
+        raise Refusal(Reason.ADAPTER_INVALID, message, path)
+    return a, b
 
 
 __all__ = ["ARITHMETIC", "factors", "regenerated"]

@@ -23,14 +23,13 @@ def loha(module: ModuleSpec, tensors: Tensors, base: BaseWeights) -> Factors | t
     return a, (b1[:, :, None] * b2[:, None]).flatten(start_dim=1)
 
 
-def lokr(module: ModuleSpec, tensors: Tensors, base: BaseWeights) -> Factors | torch.Tensor:
+def lokr(module: ModuleSpec, tensors: Tensors, base: BaseWeights) -> Factors:
     """LoKr (arXiv 2309.14859): the Kronecker product of w1 and w2.
 
-    Each is a matrix or the product of two; kron(b1 a1, b2 a2) = kron(b1, b2) kron(a1, a2).
+    Each is a matrix or the product of two; kron(b1 a1, b2 a2) = kron(b1, b2) kron(a1, a2). The rank
+    of either half is at most its smaller side, so their product is at most the module's.
     """
     (b1, a1), (b2, a2) = _half(tensors, "lokr_w1"), _half(tensors, "lokr_w2")
-    if not fits(module, a1.shape[0] * a2.shape[0]):
-        return torch.kron(b1 @ a1, b2 @ a2)
     return torch.kron(a1, a2), torch.kron(b1, b2)
 
 

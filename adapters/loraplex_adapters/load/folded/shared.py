@@ -1,4 +1,4 @@
-"""Kinds whose modules share random matrices and train vectors: VeRA and RandLoRA."""
+"""Kinds whose modules share random matrices and train vectors: VeRA, PVeRA and RandLoRA."""
 
 from __future__ import annotations
 
@@ -19,6 +19,15 @@ def vera(module: ModuleSpec, tensors: Tensors, base: BaseWeights) -> Factors:
     d, b = tensors["vera_lambda_d"].float(), tensors["vera_lambda_b"].float()
     a = tensors["vera_A"][:, : fold.fan_in].float() * d[:, None]
     return a, tensors["vera_B"][: fold.fan_out].float() * b[:, None]
+
+
+def pvera(module: ModuleSpec, tensors: Tensors, base: BaseWeights) -> Factors:
+    """PVeRA: VeRA with the first halves of d and A, which give the means."""
+    rank = tensors["pvera_B"].shape[1]
+    means = {role.removeprefix("p"): tensor for role, tensor in tensors.items()}
+    for role in ("vera_lambda_d", "vera_A"):
+        means[role] = means[role][:rank]
+    return vera(module, means, base)
 
 
 def randlora(module: ModuleSpec, tensors: Tensors, base: BaseWeights) -> Factors:
@@ -42,16 +51,19 @@ def randlora(module: ModuleSpec, tensors: Tensors, base: BaseWeights) -> Factors
 def regenerated(modules: Iterable[ModuleSpec]) -> Tensors:
     """VeRA's shared matrices if the file has their seed instead; empty if it has no seed.
 
-    As in PEFT, A [r, inputs] and then B [outputs, r] are uniform within +-sqrt(6 / columns), drawn
-    by torch's CPU generator.
+    As in PEFT, A [r, inputs], with twice the rows for PVeRA, and then B [outputs, r] are uniform
+    within +-sqrt(6 / columns), drawn by torch's CPU generator.
     """
     fold = next((m.fold for m in modules if m.fold is not None and "seed" in m.fold.settings), None)
     if fold is None:
         return {}
-    rank, inputs, outputs = (int(fold.settings[name]) for name in ("r", "inputs", "outputs"))
+    names = ("r", "rows", "inputs", "outputs")
+    rank, rows, inputs, outputs = (int(fold.settings[name]) for name in names)
     generator = torch.Generator("cpu").manual_seed(int(fold.settings["seed"]))
     found = {}
-    for role, shape in (("vera_A", (rank, inputs)), ("vera_B", (outputs, rank))):
+    for part, shape in (("A", (rows, inputs)), ("B", (outputs, rank))):
         bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(shape[1]))
-        found[role] = torch.empty(shape).uniform_(-bound, bound, generator=generator)
+        found[f"{fold.arithmetic}_{part}"] = torch.empty(shape).uniform_(
+            -bound, bound, generator=generator
+        )
     return found

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from loraplex_model.base.refusal import model_unsupported
+from loraplex_model.checkpoints.gguf.header import shown
 from loraplex_model.checkpoints.gguf.parts import read_parts
 
 _AS = {
@@ -47,9 +48,14 @@ def options_of(path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
     if metadata.get("tokenizer.ggml.model") != "gpt2":
         return metadata, {}
     way = metadata.get("tokenizer.ggml.pre", "default")
-    if way not in {*GGUF_PRE_TOKENIZER_SPLITS, *_AS, *_DIGITS, *_AS_GPT_2}:
+    if not isinstance(way, str) or way not in {
+        *GGUF_PRE_TOKENIZER_SPLITS,
+        *_AS,
+        *_DIGITS,
+        *_AS_GPT_2,
+    }:
         raise model_unsupported(
-            f"{path} has tokenizer.ggml.pre = {way!r}, a way of splitting text that is not known; "
+            f"{path} has tokenizer.ggml.pre = {shown(way)}, a way of splitting text that is not known; "
             "use the model's safetensors"
         )
     begins = way in _BEGINS and "tokenizer.ggml.add_bos_token" not in metadata

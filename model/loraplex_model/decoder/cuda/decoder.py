@@ -182,6 +182,7 @@ class CudaDecoder:
             group=config.num_heads // config.num_kv_heads,
             block_size=self.block_size,
             vocab=config.vocab_size,
+            long_from=self._network.places.long_from,
             draws=draws,
             lines=lines,
         )
@@ -245,7 +246,7 @@ class CudaDecoder:
                 self.table,
                 plan.torch_segments,
                 plan.torch_head_segments,
-                self.weights.config.rms_norm_eps,
+                self.weights.config,
                 plan.has_virtual,
             )
         return self._compute_eagerly(plan.shape, plan.arrays, own)

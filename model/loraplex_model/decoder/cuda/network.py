@@ -12,16 +12,17 @@ from dataclasses import dataclass
 import torch
 
 from loraplex_model.adapters.merge import fused_matrix
-from loraplex_model.base.config import FUSED, MODEL, DecoderConfig
+from loraplex_model.base.config import FUSED, MODEL, DecoderConfig, Norm, Site
 from loraplex_model.base.weights import BaseWeights
-from loraplex_model.decoder.cuda.kernels import attention, lora, rows
+from loraplex_model.decoder.attention import Scoring
+from loraplex_model.decoder.cuda.kernels import attention, heads, lora, rows
 from loraplex_model.decoder.cuda.pack import DeviceMatrix, pack_matrix
+from loraplex_model.decoder.cuda.places import PositionTables
 from loraplex_model.decoder.cuda.products import Products
 from loraplex_model.decoder.cuda.step.own_rows import HeadStates
 from loraplex_model.decoder.cuda.step.passes import DevicePass
 from loraplex_model.decoder.cuda.step.workspace import Workspace
 from loraplex_model.ops.linear import by_tiles
-from loraplex_model.ops.rope import tables
 
 Matrices = Sequence[dict[str, DeviceMatrix]]
 """The matrices of each layer, by their names in `FUSED`."""
@@ -46,7 +47,7 @@ class Network:
     """A base model on a device, with its KV cache.
 
     Attributes:
-        cos, sin: float32 [positions, head_dim / 2].
+        places: what positions mean for attention.
     """
 
     def __init__(
@@ -63,11 +64,10 @@ class Network:
         self._weights, self._keys, self._values = weights, keys, values
         self._products = products
         self._layers = [_fused(config, i, layer) for i, layer in enumerate(matrices)]
-        cos, sin = tables(
-            torch.arange(positions), torch.tensor(config.rope_inv_freq), config.rope_scale
-        )
-        self.cos = cos.view(positions, -1).to(device)
-        self.sin = sin.view(positions, -1).to(device)
+        dtype = weights.embed.dtype
+        self.places = PositionTables.of(config, positions, dtype, device)
+        self._heads = heads.HeadFormula.of(config)
+        self._embed_scale = float(torch.tensor(config.embed_scale, dtype=dtype))
 
     def hidden_states(
         self, step: DevicePass, space: Workspace, last_tokens: torch.Tensor
@@ -76,34 +76,25 @@ class Network:
 
         They lie in the workspace. Rows of padding have arbitrary values.
         """
-        weights, config = self._weights, self._weights.config
-        eps, own = config.rms_norm_eps, step.own
-        x, normed, delta = (t[: step.rows] for t in (space.x, space.normed, space.delta))
-        rows.embed(step.tokens, weights.embed, last_tokens, x)
+        weights, parallel, own = self._weights, self._weights.config.parallel, step.own
+        x, delta, second = (t[: step.rows] for t in (space.x, space.delta, space.second))
+        rows.embed(step.tokens, weights.embed, last_tokens, x, self._embed_scale)
         if own is not None:
-            own.embed(x, step.tokens, last_tokens, config.vocab_size)
-        added = None
-        for i, layer in enumerate(weights.layers):
-            assert layer.input_norm is not None
-            assert layer.post_norm is not None
-            rows.norm_residual(x, added, layer.input_norm, normed, eps)
-            if own is not None:
-                own.norm((i, "input_layernorm"), layer.input_norm, x, normed)
-            self._attention(i, step, space)
-            if own is not None:
-                own.add_bottlenecks(i, "attention_bottleneck", delta, x, normed)
-            rows.norm_residual(x, delta, layer.post_norm, normed, eps)
-            if own is not None:
-                own.norm((i, "post_attention_layernorm"), layer.post_norm, x, normed)
-            self._mlp(i, step, space)
-            if own is not None:
-                own.add_bottlenecks(i, "mlp_bottleneck", delta, x, normed)
-            added = delta
+            own.embed(x, step.tokens, last_tokens, self._embed_scale)
+        added: tuple[torch.Tensor, ...] = ()
+        for i in range(len(weights.layers)):
+            h = self._block_input((i, "input_layernorm"), step, space, added)
+            self._block(i, "attention", step, space, h, delta)
+            if not parallel:
+                h = self._block_input((i, "post_attention_layernorm"), step, space, (delta,))
+            self._block(i, "mlp", step, space, h, second if parallel else delta)
+            added = (delta, second) if parallel else (delta,)
         final = space.normed[: step.logits]
         if step.logits:
-            rows.norm_residual(x, added, weights.norm, final, eps, step.logit_rows)
+            weight, bias = weights.norm, weights.norm_bias
+            self._add_and_norm(x, added, weight, bias, final, step.logit_rows)
             if own is not None:
-                own.final_norm(weights.norm, x, delta, step.logit_rows, final)
+                own.final_norm(weight, bias, x, added, step.logit_rows, final)
         return final
 
     def head(self, step: DevicePass, hidden: torch.Tensor, logits: torch.Tensor) -> None:
@@ -119,64 +110,139 @@ class Network:
             torch.ops.aten.mm.dtype_out(hidden, weight.T, torch.float32, out=logits)
         if step.own is not None:
             step.own.add_head(logits, hidden)
+        config = self._weights.config
+        if config.logit_scale != 1 or config.logit_softcap:
+            rows.finish_logits(logits, config.logit_scale, config.logit_softcap)
 
-    def _attention(self, index: int, step: DevicePass, space: Workspace) -> None:
-        """From `normed` to `delta`."""
-        config, layer = self._weights.config, self._weights.layers[index]
-        window = config.sliding_windows[index]
-        keys, values = self._keys[index], self._values[index]
-        normed, delta, qkv, q, mixed = (
-            t[: step.rows] for t in (space.normed, space.delta, space.qkv, space.q, space.mixed)
+    def _block_input(
+        self, site: Site, step: DevicePass, space: Workspace, added: tuple[torch.Tensor, ...]
+    ) -> torch.Tensor:
+        """Adds to the residual stream; returns it [T, hidden], normed if the layer does so."""
+        layer, name = site
+        weights = self._weights.layers[layer]
+        weight, bias = weights.norms[name], weights.norm_biases.get(name)
+        x, normed = space.x[: step.rows], space.normed[: step.rows]
+        if weight is None and not added:
+            return x
+        self._add_and_norm(x, added, weight, bias, normed)
+        if weight is None:
+            return x
+        if step.own is not None:
+            step.own.norm(site, weight, bias, x, normed)
+        return normed
+
+    def _add_and_norm(
+        self,
+        x: torch.Tensor,
+        added: tuple[torch.Tensor, ...],
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        normed: torch.Tensor,
+        wanted: torch.Tensor | None = None,
+    ) -> None:
+        """`rows.norm_residual` with the formula of the base model."""
+        config = self._weights.config
+        rows.norm_residual(
+            x,
+            added[0] if added else None,
+            weight,
+            normed,
+            config.rms_norm_eps,
+            wanted,
+            second=added[1] if len(added) > 1 else None,
+            scale=config.residual_scale,
+            bias=bias,
+            offset=config.norm_offset,
+            is_layer=config.norm is Norm.LAYER,
         )
-        self._project(index, "qkv", step, space, normed, qkv)
-        rows.rope_cache(
+
+    def _block(
+        self,
+        index: int,
+        name: str,
+        step: DevicePass,
+        space: Workspace,
+        h: torch.Tensor,
+        delta: torch.Tensor,
+    ) -> None:
+        """Writes what the attention or the MLP with input h adds to the residual stream."""
+        compute = self._attention if name == "attention" else self._mlp
+        site = index, f"{name}_output_norm"
+        layer = self._weights.layers[index]
+        weight, bias = layer.norms[site[1]], layer.norm_biases.get(site[1])
+        if weight is None:
+            compute(index, step, space, h, delta)
+        else:
+            out = space.block[: step.rows]
+            compute(index, step, space, h, out)
+            self._add_and_norm(out, (), weight, bias, delta)
+            if step.own is not None:
+                step.own.norm(site, weight, bias, out, delta)
+        if step.own is not None:
+            step.own.add_bottlenecks(index, f"{name}_bottleneck", delta, space.x[: step.rows], h)
+
+    def _attention(
+        self, index: int, step: DevicePass, space: Workspace, h: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """From h to out, both [T, hidden]."""
+        config, layer = self._weights.config, self._weights.layers[index]
+        keys, values = self._keys[index], self._values[index]
+        qkv, q, mixed = (t[: step.rows] for t in (space.qkv, space.q, space.mixed))
+        self._project(index, "qkv", step, space, h, qkv)
+        cos, sin = self.places.of_layer(config, index)
+        heads.rope_cache(
             qkv,
-            step.positions,
+            step.table_rows,
             step.kv_slots,
-            self.cos,
-            self.sin,
+            cos,
+            sin,
             q,
             keys,
             values,
             layer.q_norm,
             layer.k_norm,
-            config.rms_norm_eps,
+            self._heads,
+            self.places.query_scales,
         )
         if step.own is not None and layer.q_norm is not None and layer.k_norm is not None:
             states = HeadStates(
                 qkv=qkv,
-                positions=step.positions,
+                table_rows=step.table_rows,
                 kv_slots=step.kv_slots,
-                cos=self.cos,
-                sin=self.sin,
+                cos=cos,
+                sin=sin,
+                query_scales=self.places.query_scales,
                 q=q,
                 keys=keys,
                 q_norm=layer.q_norm,
                 k_norm=layer.k_norm,
             )
             step.own.head_norms(index, states)
+        scoring = Scoring.of(config, config.sliding_windows[index])
         if step.short is not None:
             attention.attend_short(
-                q, keys, values, step.tables, step.short, space.chunks, mixed, window=window
+                q, keys, values, step.tables, step.short, space.chunks, mixed, scoring
             )
         if step.tall is not None:
-            attention.attend_tall(q, keys, values, step.tables, step.tall, mixed, window=window)
-        self._project(index, "o", step, space, mixed.flatten(1), delta)
+            attention.attend_tall(q, keys, values, step.tables, step.tall, mixed, scoring)
+        self._project(index, "o", step, space, mixed.flatten(1), out)
 
-    def _mlp(self, index: int, step: DevicePass, space: Workspace) -> None:
-        """From `normed` to `delta`."""
-        normed, delta, gate_up, active = (
-            t[: step.rows] for t in (space.normed, space.delta, space.gate_up, space.active)
-        )
+    def _mlp(
+        self, index: int, step: DevicePass, space: Workspace, h: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """From h to out, both [T, hidden]."""
+        config = self._weights.config
+        gate_up, active = space.gate_up[: step.rows], space.active[: step.rows]
         fused = self._layers[index]["gate_up"]
-        self._product(fused, step, normed, gate_up)
-        if step.lora is None:
-            rows.silu_mul(gate_up, active)
+        if step.lora is None or not config.gated:
+            self._project(index, "gate_up", step, space, h, gate_up)
+            rows.activate(gate_up, active, config.activation, is_gated=config.gated)
         else:
-            h = lora.h_view(space.low_rank, step.lora, normed.shape[1], 2)
-            lora.shrink(normed, h, step.lora, fused.site, 2)
-            lora.expand_silu_mul(h, gate_up, active, step.lora, fused.site)
-        self._project(index, "down", step, space, active, delta)
+            self._product(fused, step, h, gate_up)
+            inner = lora.h_view(space.low_rank, step.lora, h.shape[1], 2)
+            lora.shrink(h, inner, step.lora, fused.site, 2)
+            lora.expand_gated(inner, gate_up, active, step.lora, fused.site, config.activation)
+        self._project(index, "down", step, space, active, out)
 
     def _project(
         self,
@@ -228,5 +294,5 @@ def _fused(
             config.site_index((index, modules[0])),
             tuple((module, shapes[module][1]) for module in modules),
         )
-        for name, modules in FUSED.items()
+        for name, modules in config.fused.items()
     }

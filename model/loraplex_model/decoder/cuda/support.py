@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from loraplex_model.base import durable
+from loraplex_model.base.config import DecoderConfig
 
 _WIDEST_HEAD = 256
 _DRIVER = Path("/proc/driver/nvidia/version")
@@ -25,7 +26,9 @@ def obstacle_to_triton() -> str | None:
     return None
 
 
-def obstacle_to_kernels(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+def obstacle_to_kernels(
+    device: torch.device, dtype: torch.dtype, config: DecoderConfig
+) -> str | None:
     """Why the Triton kernels cannot compute with a base model on CUDA; None if they can.
 
     Triton compiles what launches a kernel with the machine's C compiler.
@@ -34,8 +37,12 @@ def obstacle_to_kernels(device: torch.device, dtype: torch.dtype, head_dim: int)
         return why
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"the compute type is {str(dtype).removeprefix('torch.')}"
-    if head_dim > _WIDEST_HEAD:
-        return f"heads have a width of {head_dim}, above {_WIDEST_HEAD}"
+    if config.head_dim > _WIDEST_HEAD:
+        return f"heads have a width of {config.head_dim}, above {_WIDEST_HEAD}"
+    if config.head_dim % 2:
+        return f"heads have a width of {config.head_dim}, an odd number"
+    if config.num_experts:
+        return "the base model is a mixture of experts"
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         return f"the device has compute capability {major}.{minor}, below 8.0"

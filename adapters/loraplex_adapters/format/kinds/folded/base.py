@@ -16,8 +16,11 @@ from loraplex_model.base.refusal import Reason
 
 from loraplex_adapters.format.copies.names import COPY_ENDINGS
 from loraplex_adapters.format.files import CONFIG_FILE
-from loraplex_adapters.format.kinds.lora import place_others
-from loraplex_adapters.format.kinds.whole import SAVED_BIAS_ENDING, SAVED_OPTION
+from loraplex_adapters.format.kinds.whole import (
+    SAVED_BIAS_ENDING,
+    SAVED_OPTION,
+    place_others,
+)
 from loraplex_adapters.format.modules import base_sites, linear_shape
 from loraplex_adapters.format.placement import Placement
 from loraplex_adapters.format.reader import Reader

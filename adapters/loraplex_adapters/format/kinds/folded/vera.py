@@ -1,9 +1,14 @@
-"""VERA: y += diag(b) B diag(d) A x, with one A and one B for all modules."""
+"""VERA, PVERA: y += diag(b) B diag(d) A x, with one A and one B for all modules.
+
+PVERA trains a distribution: the first half of A and d gives means, the second half logarithms of
+variances. The means are served, which is what PEFT computes unless it samples.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from loraplex_model.base.config import Site
 
@@ -27,11 +32,9 @@ from loraplex_adapters.format.modules import SHARED
 from loraplex_adapters.format.placement import Placement
 from loraplex_adapters.format.reader import Reader
 from loraplex_adapters.format.spec import ModuleSpec, TensorLocation
-from loraplex_adapters.format.support import ignored, served
+from loraplex_adapters.format.support import Option, ignored, refused, served
 from loraplex_adapters.format.targets import Targets
 
-_SHARED = {"vera_A": "base_model.vera_A", "vera_B": "base_model.vera_B"}
-_VECTORS = ("vera_lambda_b", "vera_lambda_d")
 _SEEDS = range(-(1 << 63), 1 << 64)
 """Seeds that torch takes."""
 
@@ -41,48 +44,67 @@ class SharedFactors:
     """VeRA's vectors of each module, and the matrices that they share.
 
     Attributes:
+        kind: "vera" or "pvera".
         seed: the seed of the shared matrices; None if they are in the file.
     """
 
+    kind: str
     r: int
     targets: Targets
     seed: int | None
-    marks: Collection[str] = _VECTORS
+
+    @property
+    def marks(self) -> Collection[str]:
+        """The names of the vectors."""
+        return _vectors(self.kind)
+
+    @property
+    def rows(self) -> int:
+        """Rows of A, and elements of d."""
+        return self.r * (2 if self.kind == "pvera" else 1)
 
     def modules(self, file: Placement, adapted: list[Site]) -> list[ModuleSpec]:
         """The modules whose vectors fit, if the shared matrices do."""
         file.check_rank("r", self.r)
         inputs, outputs = widest(file, self.targets)
         shared: dict[str, TensorLocation | None] = {}
-        settings: Mapping[str, float] = {}
+        settings: dict[str, float] = {}
         fits = True
         if self.seed is None:
-            shared = {role: file.require(SHARED, name) for role, name in _SHARED.items()}
-            shapes = {"vera_A": (self.r, inputs), "vera_B": (outputs, self.r)}
+            names = _shared(self.kind)
+            shared = {role: file.require(SHARED, name) for role, name in names.items()}
+            sizes: list[tuple[Size, ...]] = [(self.rows, inputs), (outputs, self.r)]
+            shapes = dict(zip(names, sizes, strict=True))
             owner = "by r and the widest target modules of this base it"
             fits = measured(file, SHARED, shared, shapes, owner) is not None
         else:
             settings = {"seed": self.seed, "r": self.r, "inputs": inputs, "outputs": outputs}
+            settings["rows"] = self.rows
         found = []
         for site in adapted:
-            tensors = {role: file.require(site, role) for role in _VECTORS}
-            widths: dict[str, tuple[Size, ...]] = {
-                "vera_lambda_b": (shape_of(file, site)[1],),
-                "vera_lambda_d": ("r",),
-            }
+            b, d = _vectors(self.kind)
+            tensors = {role: file.require(site, role) for role in (b, d)}
+            widths: dict[str, tuple[Size, ...]] = {b: (shape_of(file, site)[1],), d: ("r",)}
             held = measured(file, site, tensors, widths)
-            if held is None or not states(file, site, held["r"], self.r, "r", "rank"):
+            if held is None or not states(file, site, held["r"], self.rows, "r", "rank"):
                 continue
             if fits and self.r <= file.limits.max_rank:
-                found += folded(
-                    file, site, "vera", {**tensors, **shared}, self.r, settings=settings
-                )
+                every = {**tensors, **shared}
+                found += folded(file, site, self.kind, every, self.r, settings=settings)
         return found
 
 
-def _read(reader: Reader) -> FoldedReading | None:
+def _vectors(kind: str) -> tuple[str, str]:
+    return f"{kind}_lambda_b", f"{kind}_lambda_d"
+
+
+def _shared(kind: str) -> Mapping[str, str]:
+    return {f"{kind}_{part}": f"base_model.{kind}_{part}" for part in "AB"}
+
+
+def _read(reader: Reader, kind: str) -> FoldedReading | None:
     r, targets = reader.integer("r"), reader.targets()
-    bias = read_bias(reader, "vera_only")
+    bias = read_bias(reader, f"{kind}_only")
     seed: int | None = None
     if "save_projection" in reader.config and not reader.flag("save_projection"):
         value = reader.config.get("projection_prng_key", 0)
@@ -92,23 +114,43 @@ def _read(reader: Reader) -> FoldedReading | None:
         seed = value
     if r is None:
         return None
-    return FoldedReading(targets, SharedFactors(r, targets, seed), bias)
+    return FoldedReading(targets, SharedFactors(kind, r, targets, seed), bias)
+
+
+_OPTIONS: Mapping[str, Option] = {
+    **TARGET_OPTIONS,
+    **TRANSPOSED_OPTION,
+    "d_initial": ignored("initial values only"),
+    "projection_prng_key": served("without save_projection, the factors are drawn again"),
+    "r": served(),
+    "save_projection": served(),
+}
+
+
+def _endings(kind: str) -> Mapping[str, str]:
+    return {**dict.fromkeys(_vectors(kind), ""), **BIAS_ENDINGS, **ENDINGS}
 
 
 VERA = Kind(
     peft_type="VERA",
     summary="VeRA: shared random factors",
+    options={**_OPTIONS, "bias": served("none, all, vera_only"), "vera_dropout": DROPOUT},
+    endings=_endings("vera"),
+    shared=dict.fromkeys(_shared("vera").values(), "save_projection"),
+    read=partial(_read, kind="vera"),
+)
+
+PVERA = Kind(
+    peft_type="PVERA",
+    summary="PVeRA: VeRA with trained means and variances, of which the means are served",
     options={
-        **TARGET_OPTIONS,
-        **TRANSPOSED_OPTION,
-        "bias": served("none, all, vera_only"),
-        "d_initial": ignored("initial values only"),
-        "projection_prng_key": served("without save_projection, the factors are drawn again"),
-        "r": served(),
-        "save_projection": served(),
-        "vera_dropout": DROPOUT,
+        **_OPTIONS,
+        "bias": served("none, all, pvera_only"),
+        "generator_seed": ignored("of sampling"),
+        "pvera_dropout": DROPOUT,
+        "sample_at_inference": refused("sampling a change for each call"),
     },
-    endings={**dict.fromkeys(_VECTORS, ""), **BIAS_ENDINGS, **ENDINGS},
-    shared=dict.fromkeys(_SHARED.values(), "save_projection"),
-    read=_read,
+    endings=_endings("pvera"),
+    shared=dict.fromkeys(_shared("pvera").values(), "save_projection"),
+    read=partial(_read, kind="pvera"),
 )

@@ -14,14 +14,18 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 
+from loraplex_model.decoder.attention import Scoring
+from loraplex_model.decoder.cuda.kernels.attention_programs import (
+    UNSPECIALISED,
+    attend_kernel,
+    combine_kernel,
+)
 from loraplex_model.decoder.cuda.kernels.common import (
     TYPES,
     Compilation,
     product_precision,
     product_type,
-    rounded,
 )
 from loraplex_model.decoder.cuda.tiles import CHUNK, FIELDS, MOST_CHUNKS, height
 
@@ -57,8 +61,7 @@ def attend_short(
     tiles: DeviceTiles,
     scratch: torch.Tensor,
     out: torch.Tensor,
-    *,
-    window: int | None,
+    scoring: Scoring,
 ) -> None:
     """Attention of the rows in short tiles; other rows of `out` are left as they are.
 
@@ -69,23 +72,22 @@ def attend_short(
         tiles: `tiles.chunks` must be no less than the chunks of any tile.
         scratch: float32, at least `scratch_floats(capacity, tiles.chunks, heads, head_dim)` long.
         out: [T, heads, head_dim] in the type of q.
-        window: keys that a query sees, itself included; None for all.
     """
     rows, heads = len(tiles.fields), q.shape[1]
     assert 0 < tiles.chunks <= MOST_CHUNKS
     assert scratch.dtype == torch.float32
     assert scratch.numel() >= scratch_floats(rows, tiles.chunks, *q.shape[1:])
-    _launch(q, keys, values, tables, tiles, scratch, out, window)
+    _launch(q, keys, values, tables, tiles, scratch, out, scoring)
     if tiles.chunks > 1:
-        _combine[(rows, heads)](
+        combine_kernel[(rows, heads)](
             out,
             scratch,
             tiles.fields,
             tiles.count,
             rows,
             tiles.chunks,
-            window or 0,
-            **_combine_constants(heads, q.shape[2], window is not None),
+            scoring.window or 0,
+            **_combine_constants(heads, q.shape[2], scoring.window is not None),
             num_warps=4,
         )
 
@@ -97,12 +99,11 @@ def attend_tall(
     tables: torch.Tensor,
     tiles: DeviceTiles,
     out: torch.Tensor,
-    *,
-    window: int | None,
+    scoring: Scoring,
 ) -> None:
     """Attention of the rows in tall tiles; see `attend_short`."""
     assert tiles.chunks == 0
-    _launch(q, keys, values, tables, tiles, out, out, window)
+    _launch(q, keys, values, tables, tiles, out, out, scoring)
 
 
 def _launch(
@@ -113,7 +114,7 @@ def _launch(
     tiles: DeviceTiles,
     scratch: torch.Tensor,
     out: torch.Tensor,
-    window: int | None,
+    scoring: Scoring,
 ) -> None:
     (_, heads, head_dim), (_, kv_heads, block_size, _) = q.shape, keys.shape
     assert q.dtype == keys.dtype == values.dtype == out.dtype
@@ -127,9 +128,15 @@ def _launch(
     assert tables.stride(1) == 1
     is_short, capacity = tiles.chunks > 0, len(tiles.fields)
     constants, options = _configuration(
-        heads, kv_heads, head_dim, block_size, q.dtype, is_short, window is not None
+        heads,
+        kv_heads,
+        head_dim,
+        block_size,
+        q.dtype,
+        is_short,
+        scoring,
     )
-    _attend[(capacity, kv_heads, max(tiles.chunks, 1))](
+    attend_kernel[(capacity, kv_heads, max(tiles.chunks, 1))](
         q,
         keys,
         values,
@@ -141,7 +148,7 @@ def _launch(
         capacity,
         tiles.chunks,
         tables.stride(0),
-        window or 0,
+        scoring.window or 0,
         **constants,
         **options,
     )
@@ -154,9 +161,9 @@ def _configuration(
     block_size: int,
     dtype: torch.dtype,
     is_short: bool,
-    is_windowed: bool,
+    scoring: Scoring,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Constants of `_attend` and the options of its launch.
+    """Constants of `attend_kernel` and the options of its launch.
 
     Short tiles wait for memory, so they have the most stages; blocks of tall tiles are as large as
     registers allow. Products in float32 are computed without tensor cores.
@@ -179,9 +186,10 @@ def _configuration(
         "HEIGHT": height(heads // kv_heads, is_short=is_short),
         "BLOCK": block,
         "FIELDS": FIELDS,
-        "SCALE": head_dim**-0.5 * math.log2(math.e),
+        "SCALE": scoring.scale * math.log2(math.e),
+        "CAP": scoring.softcap * math.log2(math.e),
         "IS_SHORT": is_short,
-        "IS_WINDOWED": is_windowed,
+        "IS_WINDOWED": scoring.window is not None,
         "DT": product_type(dtype),
         "PRECISION": product_precision(dtype),
     }
@@ -199,142 +207,6 @@ def _combine_constants(heads: int, head_dim: int, is_windowed: bool) -> dict[str
     }
 
 
-_UNSPECIALISED = ["capacity", "chunks", "table_stride", "window"]
-
-
-@triton.jit
-def _walk(
-    query, at, start, end, keys, values, table, head, window,
-    KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK: tl.constexpr,
-    SCALE: tl.constexpr, IS_WINDOWED: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Mixed values, highest score and sum of weights of queries at `at` over keys start to end."""
-    HEIGHT: tl.constexpr = query.shape[0]
-    WIDTH: tl.constexpr = query.shape[1]
-    d = tl.arange(0, WIDTH)
-    top = tl.full([HEIGHT], float("-inf"), tl.float32)
-    total = tl.zeros([HEIGHT], tl.float32)
-    acc = tl.zeros([HEIGHT, WIDTH], tl.float32)
-    for block in range(start, end, BLOCK):
-        n = block + tl.arange(0, BLOCK)
-        is_key = n < end
-        page = tl.load(table + n // BLOCK_SIZE, mask=is_key, other=0).to(tl.int64)
-        place = ((page * KV_HEADS + head) * BLOCK_SIZE + n % BLOCK_SIZE) * HEAD_DIM
-        place = place[:, None] + d[None, :]
-        is_cell = is_key[:, None] & (d < HEAD_DIM)[None, :]
-        key = tl.load(keys + place, mask=is_cell, other=0.0).to(DT)  # [BLOCK, WIDTH]
-        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * SCALE
-        is_seen = n[None, :] <= at[:, None]
-        if IS_WINDOWED:
-            is_seen &= n[None, :] > at[:, None] - window
-        scores = tl.where(is_seen, scores, float("-inf"))
-        higher = tl.maximum(top, tl.max(scores, 1))
-        # a row that sees no key so far keeps its sums at zero
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        weights = tl.exp2(scores - base[:, None])
-        shrink = tl.exp2(top - base)
-        total = total * shrink + tl.sum(weights, 1)
-        value = tl.load(values + place, mask=is_cell, other=0.0).to(DT)
-        acc = tl.dot(weights.to(DT), value, acc * shrink[:, None], input_precision=PRECISION)
-        top = higher
-    return acc, top, total
-
-
-@triton.jit(do_not_specialize=_UNSPECIALISED)
-def _attend(
-    q, keys, values, tables, fields, count, out, scratch, capacity, chunks, table_stride, window,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, HEIGHT: tl.constexpr, BLOCK: tl.constexpr, FIELDS: tl.constexpr,
-    SCALE: tl.constexpr, IS_SHORT: tl.constexpr, IS_WINDOWED: tl.constexpr, DT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """One chunk of one tile for one key/value head; grid (capacity, kv_heads, chunks or 1)."""
-    GROUP: tl.constexpr = HEADS // KV_HEADS
-    used, tile = tl.load(count), tl.program_id(0)
-    if tile >= used:
-        return
-    if not IS_SHORT:
-        tile = used - 1 - tile  # the longest contexts of a prompt first
-    fields += tile * FIELDS
-    begin, rows, sequence = tl.load(fields), tl.load(fields + 1), tl.load(fields + 2)
-    position, length = tl.load(fields + 3), tl.load(fields + 4)
-    context, chunk = position + rows, tl.program_id(2)
-    start = chunk * length
-    if IS_WINDOWED:
-        start = tl.maximum(start, tl.maximum(position - window + 1, 0) // BLOCK * BLOCK)
-    end = tl.minimum(chunk * length + length, context)
-    if start >= end:
-        return
-
-    head = tl.program_id(1)
-    m, d = tl.arange(0, HEIGHT), tl.arange(0, WIDTH)
-    row = m // GROUP
-    is_used = (row < rows)[:, None] & (d < HEAD_DIM)[None, :]
-    query_head = head * GROUP + m % GROUP
-    cell = ((begin + row).to(tl.int64) * HEADS + query_head)[:, None] * HEAD_DIM + d[None, :]
-    query = tl.load(q + cell, mask=is_used, other=0.0).to(DT)  # [HEIGHT, WIDTH]
-    acc, top, total = _walk(
-        query,
-        position + row,
-        start,
-        end,
-        keys,
-        values,
-        tables + sequence.to(tl.int64) * table_stride,
-        head,
-        window,
-        KV_HEADS,
-        HEAD_DIM,
-        BLOCK_SIZE,
-        BLOCK,
-        SCALE,
-        IS_WINDOWED,
-        DT,
-        PRECISION,
-    )
-    if IS_SHORT and length < context:
-        part = (tile.to(tl.int64) * HEADS + query_head) * chunks + chunk
-        tl.store(scratch + part[:, None] * HEAD_DIM + d[None, :], acc, mask=is_used)
-        sums = scratch + capacity.to(tl.int64) * HEADS * chunks * HEAD_DIM + part * 2
-        tl.store(sums, top, mask=row < rows)
-        tl.store(sums + 1, total, mask=row < rows)
-        return
-    mixed = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    tl.store(out + cell, rounded(mixed, out.dtype.element_ty), mask=is_used)
-
-
-@triton.jit(do_not_specialize=["capacity", "chunks", "window"])
-def _combine(
-    out, scratch, fields, count, capacity, chunks, window,
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, MOST_CHUNKS: tl.constexpr,
-    FIELDS: tl.constexpr, IS_WINDOWED: tl.constexpr,
-):  # fmt: skip
-    """Adds the chunks of one row for one query head, in one order; grid (capacity, heads)."""
-    tile, head = tl.program_id(0), tl.program_id(1)
-    if tile >= tl.load(count):
-        return
-    fields += tile * FIELDS
-    begin, position, length = tl.load(fields), tl.load(fields + 3), tl.load(fields + 4)
-    context = position + 1
-    if context <= length:
-        return  # `_attend` has written the row
-    c = tl.arange(0, MOST_CHUNKS)
-    d = tl.arange(0, WIDTH)
-    is_part = c * length < context
-    if IS_WINDOWED:
-        is_part &= (c + 1) * length > position - window + 1
-    part = (tile.to(tl.int64) * HEADS + head) * chunks + c
-    sums = scratch + capacity.to(tl.int64) * HEADS * chunks * HEAD_DIM + part * 2
-    tops = tl.load(sums, mask=is_part, other=float("-inf"))
-    weights = tl.exp2(tops - tl.max(tops, 0))
-    total = tl.sum(weights * tl.load(sums + 1, mask=is_part, other=0.0), 0)
-    is_cell = is_part[:, None] & (d < HEAD_DIM)[None, :]
-    parts = tl.load(scratch + part[:, None] * HEAD_DIM + d[None, :], mask=is_cell, other=0.0)
-    mixed = tl.sum(parts * weights[:, None], 0) / total
-    cell = (begin.to(tl.int64) * HEADS + head) * HEAD_DIM + d
-    tl.store(out + cell, rounded(mixed, out.dtype.element_ty), mask=d < HEAD_DIM)
-
-
 _BLOCK_SIZE = 32
 _SHAPES = {
     "llama_8b": (32, 8, 128),
@@ -342,6 +214,8 @@ _SHAPES = {
     "head_80": (32, 8, 80),
     "head_256": (16, 8, 256),
 }
+_CAPPED = {"gemma2_9b": (16, 8, 256), "gemma2_27b": (32, 16, 128)}
+_CAP = 50.0
 
 
 def compilations() -> list[Compilation]:
@@ -355,24 +229,36 @@ def compilations() -> list[Compilation]:
                     for is_short in (True, False)
                 ]
                 found.append(_combine_compilation(model, shape, dtype, is_windowed))
+    for model, shape in _CAPPED.items():
+        for is_windowed in (False, True):
+            found += [
+                _attend_compilation(model, shape, torch.bfloat16, is_short, is_windowed, _CAP)
+                for is_short in (True, False)
+            ]
     return found
 
 
 def _attend_compilation(
-    model: str, shape: tuple[int, int, int], dtype: torch.dtype, is_short: bool, is_windowed: bool
+    model: str,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    is_short: bool,
+    is_windowed: bool,
+    softcap: float = 0.0,
 ) -> Compilation:
     kind = str(TYPES[dtype])
-    constants, options = _configuration(*shape, _BLOCK_SIZE, dtype, is_short, is_windowed)
+    scoring = Scoring(4096 if is_windowed else None, shape[2] ** -0.5, softcap)
+    constants, options = _configuration(*shape, _BLOCK_SIZE, dtype, is_short, scoring)
     signature = {
         **dict.fromkeys(("q", "keys", "values"), f"*{kind}"),
         **dict.fromkeys(("tables", "fields", "count"), "*i32"),
         "out": f"*{kind}",
         "scratch": "*fp32" if is_short else f"*{kind}",
-        **dict.fromkeys(_UNSPECIALISED, "i32"),
+        **dict.fromkeys(UNSPECIALISED, "i32"),
     }
     name = f"attend_{'short' if is_short else 'tall'}_{model}_{kind}{_ending(is_windowed)}"
     is_hot = dtype != torch.float32  # the slow type of comparisons may spill
-    return Compilation(_attend, name, signature, constants, **options, is_hot=is_hot)
+    return Compilation(attend_kernel, name, signature, constants, **options, is_hot=is_hot)
 
 
 def _combine_compilation(
@@ -388,7 +274,7 @@ def _combine_compilation(
     }
     constants = _combine_constants(heads, head_dim, is_windowed)
     name = f"attend_combine_{model}_{kind}{_ending(is_windowed)}"
-    return Compilation(_combine, name, signature, constants, num_warps=4, is_hot=True)
+    return Compilation(combine_kernel, name, signature, constants, num_warps=4, is_hot=True)
 
 
 def _ending(is_windowed: bool) -> str:

@@ -53,6 +53,24 @@ def rounded(x, TYPE: tl.constexpr):
         return x.to(TYPE)
 
 
+@triton.jit
+def activated(x, KIND: tl.constexpr):
+    """The MLP's activation of float32 numbers; KIND is a value of `Gate`."""
+    if KIND == "silu":
+        return x / (1.0 + tl.exp(-x))
+    elif KIND == "gelu":
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    else:  # 1 + tanh(u) is 2 / (1 + exp(-2 u))
+        twice = 1.5957691216057308 * (x + 0.044715 * x * x * x)
+        return x / (1.0 + tl.exp(-twice))
+
+
+@triton.jit
+def softcapped(x, CAP: tl.constexpr):
+    """`CAP * tanh(x / CAP)` of float32 numbers."""
+    return CAP - (2.0 * CAP) / (tl.exp2(x * (2.8853900817779268 / CAP)) + 1.0)
+
+
 TARGETS = (80, 90, 120)
 """Compute capabilities, times ten, for which kernels are compiled ahead of time."""
 

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import triton
 
+from loraplex_model.base.config import Gate
 from loraplex_model.decoder.cuda.kernels.common import (
     TYPES,
     Compilation,
@@ -30,8 +31,8 @@ from loraplex_model.decoder.cuda.kernels.common import (
     product_type,
 )
 from loraplex_model.decoder.cuda.kernels.lora_programs import (
+    expand_gated_kernel,
     expand_kernel,
-    expand_silu_mul_kernel,
     shrink_kernel,
 )
 from loraplex_model.decoder.cuda.lora_pass import LoraPass
@@ -155,22 +156,27 @@ def expand(
     )
 
 
-def expand_silu_mul(
-    h: torch.Tensor, gate_up: torch.Tensor, out: torch.Tensor, lora: LoraPass, site: int
+def expand_gated(
+    h: torch.Tensor,
+    gate_up: torch.Tensor,
+    out: torch.Tensor,
+    lora: LoraPass,
+    site: int,
+    activation: Gate = Gate.SILU,
 ) -> None:
-    """`out = silu(gate) * up`, with the adapters' changes of gate and up, for all rows.
+    """`out = activation(gate) * up`, with the adapters' changes of gate and up, for all rows.
 
     `gate_up` [T, 2 * ff] is the base's result and is only read; `out` is [T, ff], and T is at most
-    the rows of the pass's capacity. Bit for bit what `expand` and `silu_mul` compute one after the
+    the rows of the pass's capacity. Bit for bit what `expand` and `activate` compute one after the
     other.
     """
     rows, width = out.shape
     _check(h, lora, 2, gate_up, out)
     assert gate_up.shape == (rows, 2 * width)
     assert rows <= lora.capacity.rows
-    constants, options = silu_configuration(h.shape[0], width, out.dtype)
+    constants, options = gated_configuration(h.shape[0], width, out.dtype, activation)
     tiles = triton.cdiv(width, constants["BN"])
-    expand_silu_mul_kernel[_grid(lora, tiles, _EXPAND_PROGRAMS)](
+    expand_gated_kernel[_grid(lora, tiles, _EXPAND_PROGRAMS)](
         h,
         gate_up,
         out,
@@ -243,11 +249,12 @@ def expand_configuration(
     return {**constants, **_constants(dtype)}, {"num_warps": _WARPS, "num_stages": 1}
 
 
-def silu_configuration(
-    splits: int, width: int, dtype: torch.dtype
+def gated_configuration(
+    splits: int, width: int, dtype: torch.dtype, activation: Gate = Gate.SILU
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Constants of `expand_silu_mul_kernel`, and its warps and stages."""
-    constants = {"WIDTH": width, "BN": expand_columns([width]), **_sums(splits)}
+    """Constants of `expand_gated_kernel`, and its warps and stages."""
+    constants = {"WIDTH": width, "KIND": activation.value, "BN": expand_columns([width])}
+    constants |= _sums(splits)
     return {**constants, **_constants(dtype)}, {"num_warps": _WARPS, "num_stages": 1}
 
 
@@ -303,14 +310,15 @@ def _of_model(
         yield Compilation(
             expand_kernel, f"expand_{named}", signature, constants, is_hot=is_hot, **options
         )
-    constants, options = silu_configuration(shrink_shape(hidden).splits, ff, dtype)
-    signature = {**weighted, "gate_up": f"*{kind}", "out": f"*{kind}", "row_chunk": "*i32"}
-    signature |= {"rows": "i32"}
-    yield Compilation(
-        expand_silu_mul_kernel,
-        f"expand_silu_mul_{model}_{kind}",
-        signature,
-        constants,
-        is_hot=is_hot,
-        **options,
-    )
+    for activation in (Gate.SILU, *([Gate.GELU_TANH] if is_hot else [])):
+        constants, options = gated_configuration(shrink_shape(hidden).splits, ff, dtype, activation)
+        signature = {**weighted, "gate_up": f"*{kind}", "out": f"*{kind}", "row_chunk": "*i32"}
+        signature |= {"rows": "i32"}
+        yield Compilation(
+            expand_gated_kernel,
+            f"expand_gated_{activation.value}_{model}_{kind}",
+            signature,
+            constants,
+            is_hot=is_hot,
+            **options,
+        )

@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loraplex_model.decoder.cuda.kernels.common import rounded
+from loraplex_model.decoder.cuda.kernels.common import activated, rounded
 from loraplex_model.decoder.cuda.plan import CHUNK_ROWS
 from loraplex_model.decoder.cuda.table import WORDS
 
@@ -189,11 +189,11 @@ def expand_kernel(
 
 
 @triton.jit(do_not_specialize=["h_rows", "rank_stride", "sites", "site", "rows"])
-def expand_silu_mul_kernel(
+def expand_gated_kernel(
     h, gate_up, out, entries, chunk_begin, chunk_end, chunk_count, term_start, term_slot,
     term_weight, term_row, row_chunk, h_rows, rank_stride, sites, site, rows, WIDTH: tl.constexpr,
-    SPLITS: tl.constexpr, SUMS: tl.constexpr, RANKS: tl.constexpr, BN: tl.constexpr,
-    TYPE: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr
+    KIND: tl.constexpr, SPLITS: tl.constexpr, SUMS: tl.constexpr, RANKS: tl.constexpr,
+    BN: tl.constexpr, TYPE: tl.constexpr, DT: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
     """An item is one tile of outputs, for one chunk or for the base rows among `ROWS` rows."""
     TILES: tl.constexpr = (WIDTH + BN - 1) // BN
@@ -214,7 +214,7 @@ def expand_silu_mul_kernel(
             tl.load(term_start + c + 1), h_rows, rank_stride, sites, site, 0, chunk_rows, n, WIDTH,
             2, SPLITS, SUMS, RANKS, BN, TYPE, DT, PRECISION
         )  # fmt: skip
-        active = _silu(_as_stored(gate, TYPE), TYPE)
+        active = _as_stored(activated(_as_stored(gate, TYPE), KIND), TYPE)
         up = tl.load(at + WIDTH, mask=mask, other=0.0).to(tl.float32)
         up, _ = _changed(
             up, h, entries, term_slot, term_weight, term_row, tl.load(term_start + c),
@@ -237,15 +237,10 @@ def expand_silu_mul_kernel(
             gate = tl.load(at, mask=mask, other=0.0).to(tl.float32)
             up = tl.load(at + WIDTH, mask=mask, other=0.0).to(tl.float32)
             own = out + begin.to(tl.int64) * WIDTH
-            result = rounded(_silu(gate, TYPE) * up, TYPE)
+            result = rounded(_as_stored(activated(gate, KIND), TYPE) * up, TYPE)
             tl.store(own + (i[:, None] * WIDTH + n[None, :]), result, mask=mask)
 
 
 @triton.jit
 def _as_stored(x, TYPE: tl.constexpr):
     return rounded(x, TYPE).to(tl.float32)
-
-
-@triton.jit
-def _silu(gate, TYPE: tl.constexpr):
-    return _as_stored(gate / (1.0 + tl.exp(-gate)), TYPE)

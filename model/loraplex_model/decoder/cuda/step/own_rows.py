@@ -23,9 +23,9 @@ from loraplex_model.adapters.delta import (
     RowsDelta,
 )
 from loraplex_model.adapters.table import DenseMatrices, SlotTable, Uses
-from loraplex_model.base.config import MODEL, Site
+from loraplex_model.base.config import MODEL, DecoderConfig, NormSpan, Site
 from loraplex_model.decoder.cuda.plan import RowSegment
-from loraplex_model.decoder.forward import rms_norm
+from loraplex_model.decoder.forward import apply_norm
 from loraplex_model.ops import autograd, rope
 from loraplex_model.ops.linear import by_tiles
 
@@ -58,18 +58,20 @@ class HeadStates:
 
     Attributes:
         qkv: [T, (heads + 2 * kv_heads) * head_dim].
-        positions, kv_slots: int32 [T].
-        cos, sin: float32 [positions, head_dim / 2].
+        table_rows, kv_slots: int32 [T].
+        cos, sin: float32 [positions, width / 2]; None if nothing is rotated.
+        query_scales: float32 [positions]; None for 1.
         q: [T, heads, head_dim].
         keys: [blocks, kv_heads, block_size, head_dim].
-        q_norm, k_norm: [head_dim], the base's weights.
+        q_norm, k_norm: the base's weights.
     """
 
     qkv: torch.Tensor
-    positions: torch.Tensor
+    table_rows: torch.Tensor
     kv_slots: torch.Tensor
-    cos: torch.Tensor
-    sin: torch.Tensor
+    cos: torch.Tensor | None
+    sin: torch.Tensor | None
+    query_scales: torch.Tensor | None
     q: torch.Tensor
     keys: torch.Tensor
     q_norm: torch.Tensor
@@ -84,27 +86,28 @@ class OwnRows:
         table: SlotTable,
         segments: Sequence[RowSegment],
         head_segments: Sequence[RowSegment],
-        eps: float,
+        config: DecoderConfig,
         has_virtual: bool,
     ) -> None:
         """Prepares the rows' changes.
 
         Args:
             segments, head_segments: the rows of the pass and those of the logits, by mix.
-            eps: of the norms.
             has_virtual: whether some of the tokens are virtual.
         """
         self._runs = [_run(segment, table) for segment in segments]
         self._head_runs = [_run(segment, table) for segment in head_segments]
-        self._eps, self._has_virtual = eps, has_virtual
+        self._config, self._has_virtual = config, has_virtual
 
     def embed(
-        self, x: torch.Tensor, tokens: torch.Tensor, last_tokens: torch.Tensor, vocab: int
+        self, x: torch.Tensor, tokens: torch.Tensor, last_tokens: torch.Tensor, scale: float
     ) -> None:
         """Changes embeddings x [T, hidden] of `tokens`, int32 [T], which may refer to drawn ones.
 
-        The embedding of a token that could not be drawn is arbitrary.
+        x has been multiplied by `scale`, as are the changes. The embedding of a token that could
+        not be drawn is arbitrary.
         """
+        vocab = self._config.vocab_size
         for run in self._runs:
             changes = list(run.at((MODEL, "embed_tokens"), RowsDelta))
             virtual = run.adapters[0][0].virtual
@@ -116,70 +119,92 @@ class OwnRows:
             ids = torch.where(given < 0, drawn, given).clamp(min=0)
             own = x[run.rows]
             for change, weight in changes:
-                _change_embeddings(own, change, weight, ids, vocab)
+                _change_embeddings(own, change, weight * scale, ids, vocab)
             if prompts is not None:
                 place = (ids - vocab).clamp(0, len(prompts) - 1)
-                rows = prompts.index_select(0, place).to(x.dtype)
+                rows = prompts.index_select(0, place).to(x.dtype) * scale
                 own.copy_(torch.where((ids < vocab)[:, None], own, rows))
 
-    def norm(self, site: Site, weight: torch.Tensor, x: torch.Tensor, normed: torch.Tensor) -> None:
-        """Norms rows of the residual stream x [T, hidden] again, whose adapters change the norm."""
+    def norm(
+        self,
+        site: Site,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        x: torch.Tensor,
+        normed: torch.Tensor,
+    ) -> None:
+        """Norms rows of x [T, hidden] again, whose adapters change the norm."""
         for run in _using(self._runs, Uses.NORM):
-            self._norm(run, site, weight, x[run.rows], normed)
+            self._norm(run, site, weight, bias, x[run.rows], normed)
 
     def final_norm(
         self,
         weight: torch.Tensor,
+        bias: torch.Tensor | None,
         x: torch.Tensor,
-        delta: torch.Tensor,
+        added: Sequence[torch.Tensor],
         rows: torch.Tensor,
         normed: torch.Tensor,
     ) -> None:
-        """The same for the last norm: x and delta are [T, hidden], rows and normed of the logits.
+        """The same for the last norm: x and `added` are [T, hidden], rows and normed of the logits.
 
-        Reads the sum of x and delta.
+        Reads the sum of x and what the last layer adds to it.
         """
         for run in _using(self._head_runs, Uses.NORM):
             wanted = rows[run.rows]
-            state = x.index_select(0, wanted) + delta.index_select(0, wanted)
-            self._norm(run, (MODEL, "norm"), weight, state, normed)
+            state = x.index_select(0, wanted)
+            for delta in added:
+                state = state + delta.index_select(0, wanted) * self._config.residual_scale
+            self._norm(run, (MODEL, "norm"), weight, bias, state, normed)
 
     def _norm(
         self,
         run: _Run,
         site: Site,
         weight: torch.Tensor,
+        bias: torch.Tensor | None,
         state: torch.Tensor,
         normed: torch.Tensor,
     ) -> None:
-        own = _norm_weight(run, site, weight)
-        if own is not None:
-            normed[run.rows] = rms_norm(state, own, self._eps)[0]
+        changes = list(run.at(site, NormDelta))
+        if changes:
+            own_weight, own_bias = mix.changed_norm(weight, bias, changes)
+            normed[run.rows] = apply_norm(self._config, state, own_weight, own_bias)[0]
 
     def head_norms(self, layer: int, states: HeadStates) -> None:
         """Norms and rotates queries and keys again where an adapter changes the norms of heads."""
+        _, heads, width = states.q.shape
+        _, kv_heads, block_size, _ = states.keys.shape
         for run in _using(self._runs, Uses.NORM):
             q_weight = _norm_weight(run, (layer, "q_norm"), states.q_norm)
             k_weight = _norm_weight(run, (layer, "k_norm"), states.k_norm)
             if q_weight is None and k_weight is None:
                 continue
-            _, heads, width = states.q.shape
-            block_size = states.keys.shape[2]
-            parts = states.qkv[run.rows].view(-1, states.qkv.shape[1] // width, width)
-            q, k = parts[:, :heads], parts[:, heads : heads + states.keys.shape[1]]
-            positions = states.positions[run.rows]
-            cos = states.cos.index_select(0, positions)[:, None]  # [n, 1, head_dim / 2]
-            sin = states.sin.index_select(0, positions)[:, None]
-
-            def turned(x: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-                normed = rms_norm(x, own, self._eps)[0]
-                return rope.rotate(normed.float(), cos, sin).to(x.dtype)  # noqa: B023
-
-            states.q[run.rows] = turned(q, states.q_norm if q_weight is None else q_weight)
+            qkv = states.qkv[run.rows]
+            q, k, _ = qkv.split([heads * width, kv_heads * width, kv_heads * width], dim=1)
+            at = states.table_rows[run.rows]
+            q = self._turned(q, states.q_norm if q_weight is None else q_weight, at, states)
+            if states.query_scales is not None:
+                q = q * states.query_scales.index_select(0, at)[:, None, None].to(q.dtype)
+            states.q[run.rows] = q
             slots = states.kv_slots[run.rows].long()
             place = (slots // block_size, slots % block_size)
-            own_keys = turned(k, states.k_norm if k_weight is None else k_weight)
+            own_keys = self._turned(k, states.k_norm if k_weight is None else k_weight, at, states)
             states.keys.transpose(1, 2).index_put_(place, own_keys)
+
+    def _turned(
+        self, x: torch.Tensor, weight: torch.Tensor, at: torch.Tensor, states: HeadStates
+    ) -> torch.Tensor:
+        """Queries or keys x [n, heads * head_dim], normed and rotated, [n, heads, head_dim]."""
+        config = self._config
+        heads = x.reshape(len(x), -1, config.head_dim)
+        whole = x if config.qk_norm_span is NormSpan.ALL else heads
+        normed = apply_norm(config, whole, weight, None)[0].view(heads.shape)
+        if states.cos is None or states.sin is None:
+            return normed
+        cos, sin = (table.index_select(0, at)[:, None] for table in (states.cos, states.sin))
+        turned = rope.rotate(normed.float(), cos, sin, interleaved=config.rope_interleaved)
+        return turned.to(x.dtype)
 
     def project(
         self,

@@ -68,7 +68,7 @@ class PassShape:
         """The places of the arrays; `unread` is written behind arrays where nothing is read."""
         rows = {
             "tokens": Segment("i4", self.rows, 0),
-            "positions": Segment("i4", self.rows, 0),
+            "table_rows": Segment("i4", self.rows, 0),
             "kv_slots": Segment("i4", self.rows, -1),
             "logit_rows": Segment("i4", self.logits, -1),
         }
@@ -138,6 +138,7 @@ def plan_pass(
     group: int,
     block_size: int,
     vocab: int,
+    long_from: int = 0,
     draws: DrawTable | None = None,
     lines: NDArray[np.int32] | None = None,
 ) -> PassPlan:
@@ -146,6 +147,7 @@ def plan_pass(
     Args:
         group: query heads that share a key/value head.
         vocab: number of token ids; larger ids are virtual tokens.
+        long_from: see `PositionTables`.
         draws: tokens to choose.
         lines: int32 [L], rows of the logits to keep.
     """
@@ -175,7 +177,7 @@ def plan_pass(
     )
     arrays = {
         "tokens": batch.tokens,
-        "positions": batch.positions,
+        "table_rows": _table_rows(batch, counts, long_from),
         "kv_slots": slots,
         "logit_rows": batch.logit_rows,
         **_counted(short=tiles.short, tall=tiles.tall, draw=records, line=kept),
@@ -197,6 +199,15 @@ def _counted(**parts: NDArray[np.int32]) -> dict[str, NDArray[Any]]:
     """Arrays by their names, and the number of rows of each."""
     counts = {f"{name}_count": np.array([len(part)], np.int32) for name, part in parts.items()}
     return {**parts, **counts}
+
+
+def _table_rows(
+    batch: ForwardBatch, counts: NDArray[np.int32], long_from: int
+) -> NDArray[np.int32]:
+    """The rows' places in `PositionTables`."""
+    if not long_from or not batch.is_long.any():
+        return batch.positions
+    return batch.positions + np.repeat(batch.is_long, counts) * np.int32(long_from)
 
 
 def _blocks(
@@ -233,7 +244,8 @@ class DevicePass:
 
     Attributes:
         rows, logits: numbers of rows, padding included.
-        tokens, positions, kv_slots: int32 [rows].
+        tokens, kv_slots: int32 [rows].
+        table_rows: int32 [rows], the place of each row's position in `PositionTables`.
         logit_rows: int32 [logits]; negative for padding.
         tables: int32 [N, 1], block tables; a tile says at which row its own begins.
         short, tall: tiles; None without any.
@@ -247,7 +259,7 @@ class DevicePass:
     rows: int
     logits: int
     tokens: torch.Tensor
-    positions: torch.Tensor
+    table_rows: torch.Tensor
     kv_slots: torch.Tensor
     logit_rows: torch.Tensor
     tables: torch.Tensor
@@ -276,7 +288,7 @@ class DevicePass:
             rows=shape.rows,
             logits=shape.logits,
             tokens=views["tokens"],
-            positions=views["positions"],
+            table_rows=views["table_rows"],
             kv_slots=views["kv_slots"],
             logit_rows=views["logit_rows"],
             tables=views["ragged"][:, None],

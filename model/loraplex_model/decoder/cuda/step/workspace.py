@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from loraplex_model.base.config import FUSED, DecoderConfig
+from loraplex_model.base.config import DecoderConfig
 from loraplex_model.decoder.cuda.kernels import attention, lora
 from loraplex_model.decoder.cuda.step.passes import PassShape
 
@@ -19,10 +19,12 @@ class Workspace:
     Attributes:
         x: [rows, hidden], the residual stream.
         normed: [rows, hidden], the input of a block.
-        delta: [rows, hidden], the output of a block.
+        delta: [rows, hidden], what a block adds to the residual stream.
+        second: [rows, hidden], the same of the MLP, if it is parallel to the attention; else empty.
+        block: [rows, hidden], the output of a block before its norm; empty without such norms.
         qkv: [rows, q_size + 2 * kv_size].
         q, mixed: [rows, heads, head_dim], rotated queries and the result of attention.
-        gate_up: [rows, 2 * intermediate].
+        gate_up: [rows, 2 * intermediate], or [rows, intermediate] without a gate.
         active: [rows, intermediate].
         chunks: float32 [n], sums of the chunks of contexts.
         low_rank: float32 [n], partial sums of A x.
@@ -31,6 +33,8 @@ class Workspace:
     x: torch.Tensor
     normed: torch.Tensor
     delta: torch.Tensor
+    second: torch.Tensor
+    block: torch.Tensor
     qkv: torch.Tensor
     q: torch.Tensor
     mixed: torch.Tensor
@@ -62,10 +66,12 @@ class Workspace:
             x=empty(config.hidden_size),
             normed=empty(config.hidden_size),
             delta=empty(config.hidden_size),
+            second=empty(config.hidden_size if config.parallel else 0),
+            block=empty(config.hidden_size if config.output_norms else 0),
             qkv=empty(config.q_size + 2 * config.kv_size),
             q=empty(config.num_heads, config.head_dim),
             mixed=empty(config.num_heads, config.head_dim),
-            gate_up=empty(2 * config.intermediate_size),
+            gate_up=empty((1 + config.gated) * config.intermediate_size),
             active=empty(config.intermediate_size),
             chunks=torch.empty(chunk_floats, device=device),
             low_rank=torch.empty(low_rank_floats, device=device),
@@ -110,5 +116,6 @@ def _low_rank_floats(config: DecoderConfig, shape: PassShape) -> int:
         return 0
     shapes, room = config.projection_shapes(), shape.lora.h_rows * shape.lora.rank_stride
     return room * max(
-        lora.shrink_shape(shapes[modules[0]][0]).splits * len(modules) for modules in FUSED.values()
+        lora.shrink_shape(shapes[modules[0]][0]).splits * len(modules)
+        for modules in config.fused.values()
     )

@@ -1,0 +1,64 @@
+"""Variants of LoRA: BD-LoRA, QA-LoRA and KaSA."""
+
+from __future__ import annotations
+
+import torch
+from loraplex_model.base.weights import BaseWeights
+
+from loraplex_adapters.format.spec import ModuleSpec
+from loraplex_adapters.load.folded.base import Factors, Tensors
+from loraplex_adapters.load.folded.served import served_weight
+
+_ROWS = 4096
+"""Rows of a weight that are in memory as float64 at once."""
+
+
+def blocks(module: ModuleSpec, tensors: Tensors, base: BaseWeights) -> Factors:
+    """BD-LoRA: the blocks, which are one below the other, on the diagonal of A or B."""
+    assert module.fold is not None
+    counts = (int(module.fold.settings[name]) for name in ("blocks_a", "blocks_b"))
+    parts = zip((tensors["a"].float(), tensors["b"].float()), counts, strict=True)
+    a, b = (torch.block_diag(*stacked.chunk(count)) for stacked, count in parts)
+    return a, b
+
+
+def groups(module: ModuleSpec, tensors: Tensors, base: BaseWeights) -> Factors:
+    """QA-LoRA (arXiv 2309.14717): a column of A for every input of its group, times a factor."""
+    assert module.fold is not None
+    size, factor = int(module.fold.settings["size"]), module.fold.settings["factor"]
+    return tensors["a"].float().repeat_interleave(size, dim=1) * factor, tensors["b"].float()
+
+
+def kasa(module: ModuleSpec, tensors: Tensors, base: BaseWeights) -> Factors:
+    """KaSA (arXiv 2412.06071): s B diag(d) A - the r weakest directions of the served weight.
+
+    With their left singular vectors U, these directions are U U^T W, and likewise W V V^T. The
+    product does not depend on the signs of the vectors, nor on their order.
+    """
+    a, b = tensors["a"].float(), tensors["b"].float()
+    weight = served_weight(module, base)
+    fan_out, fan_in = weight.shape
+    if fan_out <= fan_in:
+        left = _weakest(weight, a.shape[0])
+        removed_b, removed_a = left, left.T @ weight
+    else:
+        right = _weakest(weight.T, a.shape[0])
+        removed_b, removed_a = weight @ right, right.T
+    # The scale multiplies these columns as well, so each factor is divided by its root.
+    root = abs(module.scale) ** 0.5
+    sign = -1.0 if module.scale > 0 else 1.0
+    a = torch.cat([a * tensors["lora_diag"].float()[:, None], removed_a.cpu() / root])
+    return a, torch.cat([b, removed_b.cpu() * (sign / root)], dim=1)
+
+
+def _weakest(weight: torch.Tensor, count: int) -> torch.Tensor:
+    """The left singular vectors [k, count] of the smallest singular values of a weight [k, m].
+
+    They are the eigenvectors of W W^T, in float64, whose rounding is far below that of a singular
+    value decomposition in float32, which PEFT makes.
+    """
+    gram = torch.zeros(weight.shape[0], weight.shape[0], dtype=torch.float64, device=weight.device)
+    for columns in weight.split(_ROWS, dim=1):
+        columns = columns.double()
+        gram.addmm_(columns, columns.T)
+    return torch.linalg.eigh(gram)[1][:, :count].float()
