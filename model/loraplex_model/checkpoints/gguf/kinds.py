@@ -50,8 +50,8 @@ def refuse_others(
     count = metadata.get(f"{architecture}.expert_count")
     if architecture not in mixtures and _states_experts(count):
         raise model_unsupported(
-            f"{path} is a mixture of experts ({architecture}.expert_count = {shown(count)}); mixtures are "
-            f"read from files of the architectures {', '.join(sorted(mixtures))}"
+            f"{path} is a mixture of experts ({architecture}.expert_count = {shown(count)}); "
+            f"mixtures are read from files of the architectures {', '.join(sorted(mixtures))}"
         )
     if architecture not in supported:
         raise model_unsupported(
@@ -63,7 +63,8 @@ def refuse_others(
     version = metadata.get("general.quantization_version", _QUANTISATION)
     if version != _QUANTISATION:
         raise model_unsupported(
-            f"{path} has general.quantization_version = {shown(version)}; supported: {_QUANTISATION}"
+            f"{path} has general.quantization_version = {shown(version)}; "
+            f"supported: {_QUANTISATION}"
         )
     _refuse_other_keys(path, metadata, architecture)
 
@@ -81,5 +82,6 @@ def _refuse_other_keys(path: Path, metadata: Mapping[str, Any], architecture: st
         prefix, _, rest = key.partition(".")
         if rest and prefix in foreign:
             raise model_unsupported(
-                f"{path} is of GGUF architecture {shown(architecture)}, but has {key} = {shown(value)}"
+                f"{path} is of GGUF architecture {shown(architecture)}, but has "
+                f"{key} = {shown(value)}"
             )

@@ -60,7 +60,8 @@ def read_parts(path: Path) -> tuple[Mapping[str, Any], Sequence[GgufFile]]:
     stated = metadata.get("split.tensors.count", len(names))
     if stated != len(names):
         raise model_invalid(
-            f"{files[0].path} states {shown(stated)} tensors in all parts, but they hold {len(names)}"
+            f"{files[0].path} states {shown(stated)} tensors in all parts, "
+            f"but they hold {len(names)}"
         )
     return metadata, files
 

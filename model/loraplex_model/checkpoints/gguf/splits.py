@@ -55,8 +55,8 @@ def options_of(path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
         *_AS_GPT_2,
     }:
         raise model_unsupported(
-            f"{path} has tokenizer.ggml.pre = {shown(way)}, a way of splitting text that is not known; "
-            "use the model's safetensors"
+            f"{path} has tokenizer.ggml.pre = {shown(way)}, a way of splitting text that is not "
+            "known; use the model's safetensors"
         )
     begins = way in _BEGINS and "tokenizer.ggml.add_bos_token" not in metadata
     return metadata, {"add_bos_token": True} if begins else {}
