@@ -213,10 +213,13 @@ _KEY = struct.pack("<Q", 1) + b"k"
         _header(0, 1 << 60, fill=400),
         _header(1 << 20, 0, fill=24 << 20),
         _header(0, 1 << 17, fill=13 << 17),
+        _header(0, 1, struct.pack("<Q", 2) + b"\n\x1b" + struct.pack("<II", 4, 0), 40),
+        _header(0, 1, struct.pack("<Q", 300) + b"k" * 300 + struct.pack("<II", 4, 0), 40),
     ],
     ids=[
         "empty", "magic", "short", "string", "array", "strings", "nested", "type", "text", "twice",
         "dimensions", "size", "tensors", "entries", "many tensors", "many entries",
+        "unprintable", "long name",
     ],
 )  # fmt: skip
 def test_a_malformed_header_is_a_typed_error(content: bytes, tmp_path: Path) -> None:
@@ -225,6 +228,7 @@ def test_a_malformed_header_is_a_typed_error(content: bytes, tmp_path: Path) -> 
     with pytest.raises(Refusal) as caught:
         GgufSource(path)
     assert caught.value.reason == "MODEL_INVALID"
+    assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize("order", ["<", ">"])

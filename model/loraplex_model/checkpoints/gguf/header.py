@@ -29,7 +29,7 @@ _LEAST_TENSOR = 8 + 4 + 4 + 8  # bytes: length of the name, dimensions, type, of
 _MOST_ENTRIES = 1 << 16
 _MOST_TENSORS = 1 << 18
 _MOST_ELEMENTS = 1 << 24
-_LONGEST_NAME = 1 << 16
+_LONGEST_NAME = 1 << 8
 _LONGEST_TEXT = 1 << 20
 _LONGEST_LIST = 1 << 12
 
@@ -64,6 +64,14 @@ class GgufFile:
     data: mmap.mmap
     metadata: Mapping[str, Any]
     tensors: Mapping[str, GgufTensor]
+
+
+def shown(value: Any) -> str:
+    """A metadata value for a message: one line of at most 60 characters."""
+    if isinstance(value, LongValue):
+        return f"{value.length} values"
+    text = f"{value:g}" if isinstance(value, float) else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def read_file(path: Path) -> GgufFile:
@@ -116,7 +124,7 @@ class _HeaderReader:
 
     def _table(self, count: int, alignment: Any) -> Mapping[str, GgufTensor]:
         if type(alignment) is not int or alignment <= 0:
-            raise self._damaged(f"general.alignment is {alignment!r}")
+            raise self._damaged(f"general.alignment is {shown(alignment)}")
         found: dict[str, tuple[tuple[int, ...], int, int]] = {}
         for _ in range(count):
             name, place = self._tensor()
@@ -184,7 +192,10 @@ class _HeaderReader:
             raise self._damaged(f"a name has {length} bytes")
         start = self._at
         self._skip(length)
-        return self._data[start : self._at].decode("utf-8", "replace")
+        name = self._data[start : self._at].decode("utf-8", "replace")
+        if not name.isprintable():
+            raise self._damaged("a name has characters that cannot be printed")
+        return name
 
     def _unpack(self, layout: str) -> tuple[Any, ...]:
         start = self._at

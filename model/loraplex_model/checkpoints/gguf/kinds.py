@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from loraplex_model.base.refusal import model_invalid, model_unsupported
+from loraplex_model.checkpoints.gguf.header import shown
 
 _TYPES = {
     "adapter": "an adapter, not a base model; register the PEFT adapter that it was made from",
@@ -42,19 +43,19 @@ def refuse_others(
         if kind == "model" and any(key.startswith(prefix) for key in metadata):
             kind = other
     if kind != "model":
-        what = _TYPES.get(kind, f"of general.type {kind!r}, not a model")
+        what = _TYPES.get(str(kind), f"of general.type {shown(kind)}, not a model")
         raise model_unsupported(f"{path} is {what}")
     if not isinstance(architecture, str):
         raise model_invalid(f"{path} has no general.architecture")
     count = metadata.get(f"{architecture}.expert_count")
     if architecture not in mixtures and _states_experts(count):
         raise model_unsupported(
-            f"{path} is a mixture of experts ({architecture}.expert_count = {count}); mixtures are "
-            f"read from files of the architectures {', '.join(sorted(mixtures))}"
+            f"{path} is a mixture of experts ({architecture}.expert_count = {shown(count)}); "
+            f"mixtures are read from files of the architectures {', '.join(sorted(mixtures))}"
         )
     if architecture not in supported:
         raise model_unsupported(
-            f"{path} is of GGUF architecture {architecture!r}; "
+            f"{path} is of GGUF architecture {shown(architecture)}; "
             f"supported: {', '.join(sorted(supported))}"
         )
     if not tensors:
@@ -62,7 +63,8 @@ def refuse_others(
     version = metadata.get("general.quantization_version", _QUANTISATION)
     if version != _QUANTISATION:
         raise model_unsupported(
-            f"{path} has general.quantization_version = {version!r}; supported: {_QUANTISATION}"
+            f"{path} has general.quantization_version = {shown(version)}; "
+            f"supported: {_QUANTISATION}"
         )
     _refuse_other_keys(path, metadata, architecture)
 
@@ -80,5 +82,6 @@ def _refuse_other_keys(path: Path, metadata: Mapping[str, Any], architecture: st
         prefix, _, rest = key.partition(".")
         if rest and prefix in foreign:
             raise model_unsupported(
-                f"{path} is of GGUF architecture {architecture!r}, but has {key} = {value!r}"
+                f"{path} is of GGUF architecture {shown(architecture)}, but has "
+                f"{key} = {shown(value)}"
             )

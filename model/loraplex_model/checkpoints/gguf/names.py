@@ -39,7 +39,7 @@ BIASED = {
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TensorPiece:
     """Rows `first` to `end` of a tensor; all if `end` is None. `end` 0 stands for `first` zeros.
 
     With `one` they are a single row, without the dimension of rows.
@@ -56,7 +56,7 @@ class Piece:
         return self.end == 0
 
 
-Pieces = tuple[Piece, ...]
+Pieces = tuple[TensorPiece, ...]
 """What a Hugging Face tensor is made of, in order."""
 
 
@@ -188,12 +188,12 @@ class _Places:
                 f"need {count} in its first dimension"
             )
         for i in range(count):
-            yield tensor.format(head=i, expert=i), (Piece(name, i, i + 1, one=True),)
+            yield tensor.format(head=i, expert=i), (TensorPiece(name, i, i + 1, one=True),)
 
     def _whole(self, tensor: str) -> Pieces | None:
         # in the tables, the files of some architectures never have a head of their own
         name = HEAD if tensor == families.LM_HEAD else self.names.of(tensor)
-        return (Piece(name),) if name is not None and name in self._tensors else None
+        return (TensorPiece(name),) if name is not None and name in self._tensors else None
 
     def _parts(self, layer: int, module: str, kind: str) -> Pieces | None:
         """A module that the file holds in parts, or in one with others, or as a bias of zeros."""
@@ -201,7 +201,7 @@ class _Places:
         parts = [f"{at}.{name}.{kind}" for name in BIASED["qkv_bias"][:3]]
         joined = f"{at}.attn_qkv.{kind}"
         if module == JOINED["qkv"] and all(part in self._tensors for part in parts):
-            return tuple(Piece(part) for part in parts)
+            return tuple(TensorPiece(part) for part in parts)
         if module in ("q_proj", "k_proj", "v_proj") and joined in self._tensors:
             _, first, count = config.place(module)
             if (*self._tensors[joined], 0)[0] < first + count:
@@ -209,10 +209,10 @@ class _Places:
                     f"{self._path}: {joined} has shape {list(self._tensors[joined])}, but the "
                     f"settings need {first + count} rows or more"
                 )
-            return (Piece(joined, first, first + count),)
+            return (TensorPiece(joined, first, first + count),)
         name = self.names.of(families.tensor_name(config.architecture, layer, module, "bias"))
         if kind == "bias" and name is not None and name.split(".", 2)[2] in self._may_lack:
-            return (Piece("", config.module_shapes()[module][1], 0),)
+            return (TensorPiece("", config.module_shapes()[module][1], 0),)
         return None
 
 

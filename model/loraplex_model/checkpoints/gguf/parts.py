@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from loraplex_model.base.refusal import model_invalid
-from loraplex_model.checkpoints.gguf.header import GgufFile, read_file
+from loraplex_model.checkpoints.gguf.header import GgufFile, read_file, shown
 
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
 
@@ -60,7 +60,8 @@ def read_parts(path: Path) -> tuple[Mapping[str, Any], Sequence[GgufFile]]:
     stated = metadata.get("split.tensors.count", len(names))
     if stated != len(names):
         raise model_invalid(
-            f"{files[0].path} states {stated} tensors in all parts, but they hold {len(names)}"
+            f"{files[0].path} states {shown(stated)} tensors in all parts, "
+            f"but they hold {len(names)}"
         )
     return metadata, files
 
@@ -82,5 +83,5 @@ def _check_place(file: GgufFile, index: int, count: int) -> None:
 def _count(file: GgufFile, key: str) -> int:
     value = file.metadata.get(key, 0)
     if not isinstance(value, int):
-        raise model_invalid(f"{file.path} states {key} {value!r}, which is no number of parts")
+        raise model_invalid(f"{file.path} states {key} {shown(value)}, which is no number of parts")
     return value

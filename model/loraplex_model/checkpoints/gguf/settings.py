@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from loraplex_model.base.refusal import Refusal, model_invalid, model_unsupported
-from loraplex_model.checkpoints.gguf.header import LongValue
+from loraplex_model.checkpoints.gguf.header import shown
 
 _MOST = 1 << 31
 
@@ -110,15 +110,15 @@ class GgufSettings:
 
     def unsupported(self, key: str, why: str) -> Refusal:
         """The refusal of a key that exists, with its value."""
-        shown = _shown(self._values[key])
+        value = shown(self._values[key])
         return model_unsupported(
-            f"{self._path} has {self._prefix}{key} = {shown}, which would not be computed; {why}"
+            f"{self._path} has {self._prefix}{key} = {value}, which would not be computed; {why}"
         )
 
     def invalid(self, key: str, value: Any, wanted: str) -> Refusal:
         """The refusal of a key with a value that makes no sense."""
         at = f"{self._path} has {self._prefix}{key}"
-        return model_invalid(f"{at} = {_shown(value)}; it must be {wanted}")
+        return model_invalid(f"{at} = {shown(value)}; it must be {wanted}")
 
     def _value(self, key: str, default: Any) -> Any:
         self._unread.discard(key)
@@ -130,13 +130,6 @@ class GgufSettings:
                 raise self.unsupported(key, "layers that differ in it are not supported")
             value = value[0] if value else None
         return value
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, LongValue):
-        return f"{value.length} values"
-    text = f"{value:g}" if isinstance(value, float) else repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _is_number(*values: Any) -> bool:

@@ -22,7 +22,7 @@ from loraplex_model.checkpoints.checkpoint import TensorInfo
 from loraplex_model.checkpoints.gguf import keys, kinds, names, parts
 from loraplex_model.checkpoints.gguf.architectures import ARCHITECTURES, GgufArchitecture
 from loraplex_model.checkpoints.gguf.header import GgufFile, GgufTensor
-from loraplex_model.checkpoints.gguf.names import Piece, Pieces
+from loraplex_model.checkpoints.gguf.names import TensorPiece, Pieces
 from loraplex_model.checkpoints.gguf.settings import GgufSettings
 from loraplex_model.checkpoints.gguf.values import dequantised
 
@@ -104,7 +104,7 @@ class GgufSource:
             raise model_invalid(f"{self._path} has no tensor for {name}")
         return self._pieces[name]
 
-    def _piece(self, piece: Piece) -> torch.Tensor:
+    def _piece(self, piece: TensorPiece) -> torch.Tensor:
         if piece.is_zero:
             return torch.zeros(piece.first)
         values = self._dequantise(piece.tensor, piece.first, piece.end)
