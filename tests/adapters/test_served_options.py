@@ -11,12 +11,12 @@ from typing import Any
 import peft
 import pytest
 import torch
+from adapters.adapter_files import llama_path
 from adapters.peft_files import TIED, Case, write
 from adapters.peft_kinds import Gallery
 from adapters.test_folded_options import PROJECTIONS, TARGETS, covering
 from loraplex_adapters.format.examine import inspect
 from loraplex_adapters.format.kinds.folded.peanut import ACTIVATIONS
-from loraplex_adapters.format.modules import module_path
 from loraplex_adapters.load.tensors import load
 from loraplex_model.adapters.delta import ProjectionDelta, RowsDelta
 from peft.tuners.lora import BdLoraConfig, KasaConfig, layer, variants
@@ -177,14 +177,14 @@ def equal(
         _, delta = load(tmp_path, spec.digest, gallery.weights(TIED))
         adapted = {name: m for name, m in model.named_modules() if hasattr(m, "base_layer")}
         folded = {(m.layer, m.module): m for m in spec.modules if m.fold is not None}
-        assert {module_path(*site) for site in folded} == adapted.keys()
+        assert {llama_path(*site) for site in folded} == adapted.keys()
         for site, module in folded.items():
             change = delta.sites[site]
             assert isinstance(change, ProjectionDelta | RowsDelta)
             assert change.a is not None
             assert change.b is not None
             assert change.a.shape[0] == change.b.shape[0] == module.rank
-            path = module_path(*site)
+            path = llama_path(*site)
             expected = change_of(adapted[path], weights[path])
             found = change.b.T @ change.a.float()
             torch.testing.assert_close(found, expected, atol=3e-5, rtol=3e-5)
