@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 from families import variants
+from loraplex_adapters.convert.export.exporter import ExportRequest, run
 from loraplex_adapters.format.examine import inspect
 from loraplex_adapters.format.spec import AdapterLimits
 from loraplex_adapters.load.tensors import load
@@ -118,6 +119,18 @@ def test_adapters_of_experts_are_not_merged(root: str, tmp_path: Path) -> None:
     written("mixtral", tmp_path, **CASES["attention and experts"])
     changes = packed(tmp_path, weights).unpack()
     assert merged_nbytes(changes, weights.config, torch.float32) == 0
+
+
+@pytest.mark.parametrize("form", ["hf", "nf4", "peft", "gguf"])
+def test_adapters_of_experts_are_not_exported(form: str, root: str, tmp_path: Path) -> None:
+    base("mixtral", root)
+    written("mixtral", tmp_path / "adapter", **CASES["attention and experts"])
+    request = ExportRequest(("adapter",), form, str(Path(root) / "mixtral"), Path(root) / "cache")
+    with pytest.raises(Refusal) as caught:
+        run(request, tmp_path / "out", lambda name: tmp_path / name)
+    assert caught.value.reason == "EXPORT_UNSUPPORTED"
+    assert "experts" in caught.value.message
+    assert not (tmp_path / "out").exists()
 
 
 def edited(directory: Path, change: Any) -> None:
