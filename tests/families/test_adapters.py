@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from loraplex_model.adapters.delta import AdapterDelta
 from loraplex_model.adapters.merge import is_mergeable
 from loraplex_model.adapters.pack import PackedAdapter, pack
 from loraplex_model.checkpoints.load import LoadedBase
+from loraplex_model.decoder.native import NativeDecoder
 from loraplex_model.decoder.reference import ReferenceDecoder
 from model.passes import BLOCK_SIZE, NUM_BLOCKS, Driver, Sequence, token_ids
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -51,9 +52,15 @@ def theirs(model: Any) -> torch.Tensor:
         return model(torch.tensor([IDS])).logits[0, -len(IDS) :]
 
 
-def ours(base: LoadedBase, delta: AdapterDelta, *, merged: bool = False) -> torch.Tensor:
+DECODERS: dict[str, Any] = {
+    "reference": partial(ReferenceDecoder, keep_dense=True),
+    "native": partial(NativeDecoder, threads=1),
+}
+
+
+def ours(name: str, base: LoadedBase, delta: AdapterDelta, *, merged: bool = False) -> torch.Tensor:
     """Logits [T, vocab] of `IDS` with the adapter, in two chunks."""
-    decoder = ReferenceDecoder(base.weights, NUM_BLOCKS, BLOCK_SIZE, 1, keep_dense=True)
+    decoder = DECODERS[name](base.weights, NUM_BLOCKS, BLOCK_SIZE, 1)
     packed = pack(delta, torch.float32)
     decoder.table.publish(0, packed)
     if merged:
@@ -89,10 +96,11 @@ def test_an_adapter_equals_peft(bases: Bases, variant: str, kind: str, tmp_path:
     spec, delta = load(tmp_path / "adapter", spec.digest, base.weights)
     expected = theirs(peft_model)
     assert (expected - theirs(model)).abs().max() > 3e-2, "parity would prove nothing"
-    assert_equals(ours(base, delta), expected)
+    for decoder in DECODERS:
+        assert_equals(ours(decoder, base, delta), expected)
+        if is_mergeable(delta):
+            assert_equals(ours(decoder, base, delta, merged=True), expected)
     assert pack(delta, torch.float32).nbytes == spec.packed_bytes
-    if is_mergeable(delta):
-        assert_equals(ours(base, delta, merged=True), expected)
     if kind in adapter_kinds.EXPORTED:
         write_dense(tmp_path / "merged", base, delta, torch.float32, stamps={})
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
