@@ -34,6 +34,7 @@ _EXCLUDED: Mapping[str, str] = {
     "kasa_config": _COMBINATION,
     "modules_to_save": BEFORE,
     "monteclora_config": _COMBINATION,
+    "target_parameters": BEFORE,
     "trainable_token_indices": BEFORE,
     "use_bdlora": _COMBINATION,
     "use_dora": _COMBINATION,

@@ -205,8 +205,8 @@ LORA = Kind(
         **SHARED_OPTIONS,
         **VARIANT_OPTIONS,
         INVOCATION_OPTION: served(
-            f"activated LoRA, at most {MAX_INVOCATION_TOKENS} tokens; not together with use_dora, "
-            "bias, modules_to_save, trainable_token_indices or LoRA on the embeddings"
+            f"activated LoRA, at most {MAX_INVOCATION_TOKENS} tokens; not together with DoRA or "
+            "other variants, bias, modules_to_save, trained tokens or LoRA on the embeddings"
         ),
         "alpha_pattern": served("names or expressions; keys that disagree are refused"),
         "lora_bias": served("projections"),
