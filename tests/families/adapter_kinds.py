@@ -22,6 +22,7 @@ from loraplex_adapters.format.modules import PREFIX, ModulePaths, base_sites
 from loraplex_model.base.config import DecoderConfig
 from loraplex_model.base.hf_config import decoder_config
 from loraplex_model.base.info import BaseInfo
+from peft.tuners.lora import KasaConfig
 from safetensors.torch import save_file
 from torch.nn import functional as f
 from transformers import PreTrainedModel
@@ -165,6 +166,11 @@ KINDS: dict[str, tuple[str, Options]] = {
         "VeraConfig",
         lambda base: {"target_modules": names(base), "r": 6, "d_initial": 1.0, "bias": "all"},
     ),
+    "HRA": (
+        "HRAConfig",
+        lambda base: {"target_modules": names(base), "r": 3, "init_weights": False, "bias": "all"},
+    ),
+    "KaSA": ("LoraConfig", _linear(kasa_config=KasaConfig(), lora_bias=True)),
     "BEFT": ("BeftConfig", lambda base: {"target_modules": names(base)}),
     "norms": (
         "LNTuningConfig",
