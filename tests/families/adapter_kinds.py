@@ -34,7 +34,10 @@ POSITIONS = frozenset(
 """Features that concern positions only: they are paired with the kinds that take positions."""
 
 AT_POSITIONS = ("LoRA", "prompt", "prefix")
-OF_NAMES = ("LoRA by expressions", "rsLoRA of some layers")
+OF_NAMES = ("LoRA by expressions", "rsLoRA of some layers", "VeRA", "HRA")
+"""Kinds that are paired with the features of modules and their names only: what they add is LoRA's,
+and VeRA and HRA stand for the kinds that fold into A and B."""
+
 _NAMING = ("joined", "gated", "output_norms")
 _STATED = ("qkv_bias", "o_bias", "qk_norm", "tie_embeddings")
 
@@ -162,6 +165,8 @@ KINDS: dict[str, tuple[str, Options]] = {
     ),
     "IA3": ("IA3Config", _ia3),
     "BEFT": ("BeftConfig", lambda base: {"target_modules": names(base)}),
+    "VeRA": ("VeraConfig", lambda base: {"target_modules": names(base)[:1], "r": 4}),
+    "HRA": ("HRAConfig", lambda base: {"target_modules": names(base), "r": 4}),
     "norms": (
         "LNTuningConfig",
         lambda base: {"target_modules": [*names(base, norms=True), "model.norm"]},
