@@ -18,7 +18,8 @@ from loraplex_adapters.format.modules import EMBEDDING
 from loraplex_model.adapters.delta import AdapterDelta
 from loraplex_model.base.config import DecoderConfig
 from loraplex_model.base.refusal import Refusal
-from loraplex_model.checkpoints.gguf_file import _halves
+from loraplex_model.checkpoints.gguf.names import GgufNames
+from loraplex_model.checkpoints.gguf.source import halves
 from model.changes import random_adapter
 
 NAMES = {
@@ -61,7 +62,7 @@ def applied(metadata: dict[str, Any], tensors: dict[str, torch.Tensor], name: st
 def as_served(dense: torch.Tensor, module: str, config: DecoderConfig) -> torch.Tensor:
     heads = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads}
     if module in heads and config.architecture in ("LlamaForCausalLM", "MistralForCausalLM"):
-        return _halves(dense, heads[module])
+        return halves(dense, heads[module])
     return dense
 
 
@@ -83,8 +84,13 @@ def test_products_are_ours_in_llama_cpps_order(
     assert metadata["general.architecture"] == architecture.get(config.architecture, "llama")
     assert len(tensors) == 2 * len(factors)
     tolerance = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+    names = GgufNames(metadata["general.architecture"], config.num_layers)
     for site, found in factors.items():
-        product = as_served(applied(metadata, tensors, tensor_name(site)), site[1], config)
+        product = as_served(
+            applied(metadata, tensors, tensor_name(site, config.architecture, names)),
+            site[1],
+            config,
+        )
         scale = found.dense().abs().max()
         torch.testing.assert_close(product / scale, found.dense() / scale, rtol=0, atol=tolerance)
 
@@ -140,4 +146,4 @@ def test_the_permutation_is_the_inverse_of_the_one_that_reads_models() -> None:
     from loraplex_adapters.convert.export.gguf_adapter import _interleaved
 
     rows = torch.arange(3 * 8 * 2.0).view(24, 2)
-    assert torch.equal(_halves(_interleaved(rows, 3), 3), rows)
+    assert torch.equal(halves(_interleaved(rows, 3), 3), rows)

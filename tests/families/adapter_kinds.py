@@ -164,6 +164,10 @@ KINDS: dict[str, tuple[str, Options]] = {
         lambda base: {"target_modules": names(base), "init_r": 4, "total_step": 10},
     ),
     "IA3": ("IA3Config", _ia3),
+    "VeRA": (
+        "VeraConfig",
+        lambda base: {"target_modules": names(base), "r": 6, "d_initial": 1.0, "bias": "all"},
+    ),
     "BEFT": ("BeftConfig", lambda base: {"target_modules": names(base)}),
     "VeRA": ("VeraConfig", lambda base: {"target_modules": names(base)[:1], "r": 4}),
     "HRA": ("HRAConfig", lambda base: {"target_modules": names(base), "r": 4}),

@@ -17,7 +17,7 @@ from loraplex_model.base.batch import ForwardBatch
 from loraplex_model.base.hf_config import decoder_config
 from loraplex_model.base.refusal import Refusal
 from loraplex_model.checkpoints import default_model
-from loraplex_model.checkpoints.gguf_file import GgufSource
+from loraplex_model.checkpoints.gguf.source import GgufSource
 from loraplex_model.checkpoints.load import LoadedBase, load_base
 from loraplex_model.checkpoints.tokenizer import TOKENIZER, TokenizerInfo
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast

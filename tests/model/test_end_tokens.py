@@ -12,13 +12,13 @@ import torch
 from loraplex_model.checkpoints import cache, load
 from loraplex_model.checkpoints.chat import ChatTemplate
 from loraplex_model.checkpoints.control.ends import end_of_turn, named_end_tokens
-from loraplex_model.checkpoints.gguf_file import GgufSource
+from loraplex_model.checkpoints.gguf.source import GgufSource
 from loraplex_model.checkpoints.load import known_end_tokens, known_fingerprint, load_base
 from loraplex_model.checkpoints.tokenizer import SpeltToken, TokenizerInfo
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from model import test_gguf, tiny
+from model import gguf_files, tiny
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|eot|>"]
 CHATML = (
@@ -84,8 +84,8 @@ def test_what_is_no_token_is_left_out_with_a_warning(
 
 def test_a_gguf_files_ends_of_text_turn_and_message_all_end_an_answer(tmp_path: Path) -> None:
     names = {"eot_token_id": 5, "eom_token_id": 6}
-    metadata = {f"tokenizer_dot_ggml_dot_{name}": token for name, token in names.items()}
-    path = test_gguf.write("llama", tmp_path / "m.gguf", **metadata)
+    metadata = {f"tokenizer.ggml.{name}": token for name, token in names.items()}
+    path = gguf_files.write("llama", tmp_path / "m.gguf", metadata)
     assert GgufSource(path).config["eos_token_id"] == 2
     assert ends(path, tmp_path) == (2, 5, 6)
 
@@ -135,8 +135,8 @@ def test_a_base_that_an_older_version_converted_gets_its_end_tokens_without_a_co
     if kind == "directory":
         source, right = write(tmp_path / "base", 0, [0, 3], "<|im_end|>"), (0, 3, 2)
     else:
-        metadata = {"tokenizer_dot_ggml_dot_eot_token_id": 5}
-        source, right = test_gguf.write("llama", tmp_path / "m.gguf", **metadata), (2, 5)
+        metadata = {"tokenizer.ggml.eot_token_id": 5}
+        source, right = gguf_files.write("llama", tmp_path / "m.gguf", metadata), (2, 5)
     fresh = load_base(str(source), torch.float32, tmp_path / "cache")
     make_old(fresh.directory)
     before = {path: path.read_bytes() for path in fresh.directory.iterdir()}

@@ -152,7 +152,7 @@ FAMILIES: Mapping[str, Family] = {
         settings=_ATTENTION_BIAS,
         names=_OUTPUT_ONLY,
     ),
-    "GlmForCausalLM": Family("glm", fixed=_GLM, settings={"qkv_bias": "attention_bias"}),
+    "GlmForCausalLM": Family("glm", "chatglm", fixed=_GLM, settings={"qkv_bias": "attention_bias"}),
     "Glm4ForCausalLM": Family(
         "glm4",
         "glm4",
@@ -201,6 +201,8 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "MixtralForCausalLM": Family(
         "mixtral",
+        "llama",
+        gguf_interleaved=True,
         fixed={"normalised_experts": True},
         settings={
             "num_experts": "num_local_experts",
@@ -216,6 +218,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "Qwen3MoeForCausalLM": Family(
         "qwen3_moe",
+        "qwen3moe",
         fixed={"qk_norm": True},
         settings={
             **_ATTENTION_BIAS,

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from loraplex_model.base import families
 from loraplex_model.base.refusal import Reason, Refusal, model_invalid, model_unsupported
+from loraplex_model.checkpoints.gguf import parts
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -76,7 +77,10 @@ def locate(model: str) -> Path:
     """
     path = Path(model).expanduser()
     if path.exists():
-        return path.resolve()
+        if path.is_dir():
+            _refuse_gguf_files(path)
+            return path.resolve()
+        return _first_part(path)
     if path.suffix == ".gguf" or not _HUB_ID.fullmatch(model):
         raise Refusal(
             Reason.MODEL_NOT_FOUND,
@@ -84,6 +88,23 @@ def locate(model: str) -> Path:
             "a .gguf file, a hub id (owner/name), or nothing for the default model",
         )
     return _snapshot(model)
+
+
+def _first_part(path: Path) -> Path:
+    """The first file of a model that is split into several, which has its tokenizer."""
+    # only the directory: the hub's cache holds links to files that are named by their digests
+    path = path.parent.resolve() / path.name
+    first = parts.names_of(path)[0]
+    return first if first.is_file() else path
+
+
+def _refuse_gguf_files(directory: Path) -> None:
+    files = sorted(directory.glob("*.gguf"))
+    if files and not (directory / "config.json").exists():
+        raise model_invalid(
+            f"{directory} holds GGUF files, not a Hugging Face checkpoint; give one of them, such "
+            f"as {files[0]}"
+        )
 
 
 def _snapshot(repository: str) -> Path:
@@ -101,7 +122,7 @@ def _snapshot(repository: str) -> Path:
 def files_of(path: Path) -> tuple[Path, ...]:
     """All files that the loaded model depends on, sorted."""
     if path.is_file():
-        return (path,)
+        return tuple(part for part in parts.names_of(path) if part.is_file())
     found = {file for pattern in _READ for file in path.glob(pattern) if file.is_file()}
     return tuple(sorted(found))
 
@@ -111,7 +132,7 @@ def open_source(path: Path) -> TensorSource:
     if path.is_file():
         if path.suffix != ".gguf":
             raise model_unsupported(f"{path} is neither a directory nor a .gguf file")
-        from loraplex_model.checkpoints.gguf_file import GgufSource
+        from loraplex_model.checkpoints.gguf.source import GgufSource
 
         return GgufSource(path)
     return SafetensorsSource(path)
@@ -141,8 +162,8 @@ class SafetensorsSource:
                 text_name = self._text_name(name)
                 if text_name in self._files:
                     raise model_invalid(
-                        f"the checkpoint in {directory} holds {text_name} twice, so it is not clear "
-                        "which one is meant; remove files that are not part of the model"
+                        f"the checkpoint in {directory} holds {text_name} twice, so it is not "
+                        "clear which one is meant; remove files that are not part of the model"
                     )
                 self._files[text_name] = file, name
 

@@ -20,6 +20,7 @@ from jinja2 import TemplateError
 from loraplex_model.base.refusal import Reason, Refusal, model_invalid
 from loraplex_model.checkpoints.chat import ChatTemplate
 from loraplex_model.checkpoints.control.ends import end_tokens
+from loraplex_model.checkpoints.gguf import splits
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -183,11 +184,16 @@ def _load(source: Path) -> Any:
 
     try:
         if source.is_file():
+            metadata, options = splits.options_of(source)
             # AutoTokenizer returns this class, too, but parses the whole file first (10 s)
-            return PreTrainedTokenizerFast.from_pretrained(
-                str(source.parent), gguf_file=source.name
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(
+                str(source.parent), gguf_file=source.name, **options
             )
+            splits.correct(tokenizer, metadata)
+            return tokenizer
         return AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
+    except Refusal:
+        raise
     except Exception as error:  # transformers raises many kinds for a malformed tokenizer
         raise model_invalid(f"the tokenizer of {source} cannot be read: {error}") from error
 

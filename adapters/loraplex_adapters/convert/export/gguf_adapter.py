@@ -13,10 +13,11 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from loraplex_model.base import families
 from loraplex_model.base.config import MODEL, DecoderConfig, Site
 from loraplex_model.base.families import FAMILIES
 from loraplex_model.base.refusal import Reason, Refusal
-from loraplex_model.checkpoints.gguf_file import MODULES
+from loraplex_model.checkpoints.gguf.names import GgufNames
 
 from loraplex_adapters.convert.export.factors import Factors, FactorsBySite
 from loraplex_adapters.format.modules import EMBEDDING
@@ -51,8 +52,14 @@ def write_gguf(
     }
     kind, file_type = kinds[dtype]
     alpha = Counter(found.rank for found in factors.values()).most_common(1)[0][0]
+    architecture = FAMILIES[config.architecture].gguf
+    if not architecture:
+        message = f"llama.cpp has no architecture for {config.architecture}"
+        raise Refusal(Reason.EXPORT_UNSUPPORTED, message, "format")
+    names = GgufNames(architecture, config.num_layers)
+    places = {site: tensor_name(site, config.architecture, names) for site in factors}
     target.mkdir()
-    writer = GGUFWriter(target / FILE, FAMILIES[config.architecture].gguf)
+    writer = GGUFWriter(target / FILE, architecture)
     writer.add_type(GGUFType.ADAPTER)
     writer.add_string(Keys.Adapter.TYPE, "lora")
     writer.add_float32(Keys.Adapter.LORA_ALPHA, float(alpha))
@@ -60,7 +67,7 @@ def write_gguf(
     writer.add_file_type(file_type)
     writer.add_quantization_version(GGML_QUANT_VERSION)
     for site, found in factors.items():
-        at = tensor_name(site)
+        at = places[site]
         a, b = _as_stored(site, found, config, alpha)
         for ending, tensor in (("lora_a", a), ("lora_b", b)):
             values = tensor.to(dtype).contiguous()
@@ -75,12 +82,17 @@ def write_gguf(
     writer.close()
 
 
-def tensor_name(site: Site) -> str:
+def tensor_name(site: Site, architecture: str, names: GgufNames) -> str:
     """Name of a module's weight in llama.cpp."""
     layer, name = site
     if layer == MODEL:
-        return {"embed_tokens": "token_embd.weight", "lm_head": "output.weight"}[name]
-    return f"blk.{layer}.{MODULES[name]}.weight"
+        ours = {"embed_tokens": families.EMBED, "lm_head": families.LM_HEAD}[name]
+    else:
+        ours = families.tensor_name(architecture, layer, name)
+    theirs = names.of(ours)
+    if theirs is None:
+        raise Refusal(Reason.EXPORT_UNSUPPORTED, f"llama.cpp has no name for {ours}", "format")
+    return theirs
 
 
 def _as_stored(

@@ -233,21 +233,22 @@ class Pass {
     rms_norm(x, weight, m.eps, width, out);
   }
 
-  // Norms `parts` vectors of row t, side by side in x, with a norm's vectors as the row's adapters change
-  // them. The weights of all parts lie `stride` apart: 0 if they are the same.
+  // Norms `parts` vectors of row t, side by side in x, with a norm's weight and bias as the row's adapters
+  // change them. Those of the parts lie `stride` apart: 0 if they are the same.
   void norm_parts(int t, const NormWeights& norm, int layer, int site, const float* x, int parts, int width,
                   int stride, float* out) {
     const T *weight = static_cast<const T*>(norm.weight), *bias = static_cast<const T*>(norm.bias);
     const float *own = nullptr, *own_bias = nullptr;
     if (const Segment* segment = adapted(t, NORM)) {
-      int size = stride ? parts * stride : width;
-      own = norm_vector(plan_, *segment, m.adapters, layer, site, &Entry::bias, weight, size, scratch());
+      int total = stride ? parts * stride : width;
+      float* at = scratch();
+      own = norm_vector(plan_, *segment, m.adapters, layer, site, &Entry::bias, weight, total, at);
       if (bias)
-        own_bias = norm_vector(plan_, *segment, m.adapters, layer, site, &Entry::hidden_bias, bias, width,
-                               scratch() + size);
+        own_bias = norm_vector(plan_, *segment, m.adapters, layer, site, &Entry::hidden_bias, bias, total, at + total);
     }
-    auto apply = [&](const auto* w, const auto* b) {
-      for (int i = 0; i < parts; i++) norm_row(x + i * width, w + i * stride, b, width, out + i * width);
+    auto apply = [&](auto* factors, auto* shifts) {
+      for (int i = 0; i < parts; i++)
+        norm_row(x + i * width, factors + i * stride, shifts ? shifts + i * stride : shifts, width, out + i * width);
     };
     if (own_bias)
       own ? apply(own, own_bias) : apply(weight, own_bias);
