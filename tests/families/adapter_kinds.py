@@ -34,9 +34,9 @@ POSITIONS = frozenset(
 """Features that concern positions only: they are paired with the kinds that take positions."""
 
 AT_POSITIONS = ("LoRA", "prompt", "prefix")
-OF_NAMES = ("LoRA by expressions", "rsLoRA of some layers", "VeRA", "HRA")
-"""Kinds that are paired with the features of modules and their names only: what they add is LoRA's,
-and VeRA and HRA stand for the kinds that fold into A and B."""
+OF_NAMES = ("LoRA by expressions", "rsLoRA of some layers", "HRA")
+"""Kinds that are paired with the features of modules and their names only: what they add is LoRA's.
+VeRA and HRA stand for the kinds that fold into A and B."""
 
 _NAMING = ("joined", "gated", "output_norms")
 _STATED = ("qkv_bias", "o_bias", "qk_norm", "tie_embeddings")
@@ -169,7 +169,6 @@ KINDS: dict[str, tuple[str, Options]] = {
         lambda base: {"target_modules": names(base), "r": 6, "d_initial": 1.0, "bias": "all"},
     ),
     "BEFT": ("BeftConfig", lambda base: {"target_modules": names(base)}),
-    "VeRA": ("VeraConfig", lambda base: {"target_modules": names(base)[:1], "r": 4}),
     "HRA": ("HRAConfig", lambda base: {"target_modules": names(base), "r": 4}),
     "norms": (
         "LNTuningConfig",
