@@ -35,7 +35,10 @@ POSITIONS = frozenset(
 """Features that concern positions only: they are paired with the kinds that take positions."""
 
 AT_POSITIONS = ("LoRA", "prompt", "prefix")
-OF_NAMES = ("LoRA by expressions", "rsLoRA of some layers")
+OF_NAMES = ("LoRA by expressions", "rsLoRA of some layers", "HRA")
+"""Kinds that are paired with the features of modules and their names only: what they add is LoRA's.
+VeRA and HRA stand for the kinds that fold into A and B."""
+
 _NAMING = ("joined", "gated", "output_norms")
 _STATED = ("qkv_bias", "o_bias", "qk_norm", "tie_embeddings")
 
@@ -172,6 +175,7 @@ KINDS: dict[str, tuple[str, Options]] = {
     ),
     "KaSA": ("LoraConfig", _linear(kasa_config=KasaConfig(), lora_bias=True)),
     "BEFT": ("BeftConfig", lambda base: {"target_modules": names(base)}),
+    "HRA": ("HRAConfig", lambda base: {"target_modules": names(base), "r": 4}),
     "norms": (
         "LNTuningConfig",
         lambda base: {"target_modules": [*names(base, norms=True), "model.norm"]},
