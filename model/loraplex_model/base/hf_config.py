@@ -87,9 +87,11 @@ def text_part(raw: Mapping[str, Any]) -> Mapping[str, Any]:
         )
     part = dict(raw["text_config"])
     part.pop("architectures", None)
-    for key in ("tie_word_embeddings", "quantization_config", "auto_map"):
+    for key in ("quantization_config", "auto_map"):
         if key in raw:
             part.setdefault(key, raw[key])
+    if "tie_word_embeddings" in raw:  # the head belongs to the whole model
+        part["tie_word_embeddings"] = raw["tie_word_embeddings"]
     return part
 
 
@@ -131,7 +133,7 @@ def _parse(architecture: str, raw: Mapping[str, Any]) -> Any:
 def _unreadable(error: Exception) -> Refusal:
     """The refusal of a configuration that transformers cannot read, with its reason in one line."""
     said = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, KeyError):
+    if isinstance(error, KeyError) and said.strip("'").isidentifier():
         said = f"{error.args[0]} is missing"
     return model_invalid(
         f"the model's configuration cannot be read: {said}; correct it, or fetch the model again"
