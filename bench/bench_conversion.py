@@ -1,10 +1,10 @@
 """Memory and time of converting a base model to NF4, over synthetic checkpoints of several sizes.
 
-    python bench/bench_conversion.py [--layers 2 4 6 8] [--hidden 2048] [--torch]
+    python bench/bench_conversion.py [--layers 2 4 6 8] [--hidden 2048] [--gguf] [--torch]
 
-Each checkpoint, random bfloat16 in the shape of a Llama, is written to a temporary folder and
-loaded by a process of its own, which converts it: hashing, reading, quantising, writing, hashing
-and mapping of the result. The files are in the page cache, so the time has no reading from a disk.
+Each checkpoint, random bfloat16 in the shape of a Llama, or Q8_0 in a GGUF file, is written to a
+temporary folder and loaded by a process of its own, which converts it: hashing, reading,
+quantising, writing, hashing and mapping of the result. The files are in the page cache, so the time has no reading from a disk.
 
 Memory is the anonymous memory of that process (RssAnon in /proc/PID/status), libraries included,
 looked at every two milliseconds. Mapped pages of the checkpoint and of the stored model (RssFile)
@@ -37,6 +37,7 @@ from loraplex_model.ops import build
 from report import json_line, table
 
 VOCAB = 32_000
+HEAD = 64
 ALLOWANCE = 1e9
 """Bytes of memory beyond the model in NF4 and one tensor."""
 POLL_SECONDS = 0.002
@@ -60,7 +61,7 @@ def shapes(hidden: int, layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
 def write(directory: Path, hidden: int, layers: int) -> int:
     """Writes a checkpoint, and returns the bytes of its largest tensor."""
     directory.mkdir()
-    heads = hidden // 64
+    heads = hidden // HEAD
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -81,6 +82,35 @@ def write(directory: Path, hidden: int, layers: int) -> int:
             largest = max(largest, values.nbytes)
             file.add(name, values)
     return largest
+
+
+def write_gguf(path: Path, hidden: int, layers: int) -> int:
+    """Writes a GGUF file, and returns the bytes of its largest tensor in float32."""
+    import gguf
+    from gguf.quants import quantize
+
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, layers)
+    writer = gguf.GGUFWriter(path, "llama", use_temp_file=True)
+    writer.add_context_length(2048)
+    writer.add_block_count(layers)
+    writer.add_embedding_length(hidden)
+    writer.add_feed_forward_length(4 * hidden)
+    writer.add_head_count(hidden // HEAD)
+    writer.add_head_count_kv(hidden // HEAD)
+    writer.add_layer_norm_rms_eps(1e-6)
+    chance, made = np.random.default_rng(0), {}
+    kind = gguf.GGMLQuantizationType.Q8_0
+    for name, shape in shapes(hidden, layers):
+        if shape not in made:
+            values = 0.02 * chance.standard_normal(shape, np.float32)
+            made[shape] = quantize(values, kind) if len(shape) > 1 else values
+        own = names.get_name(name, try_suffixes=(".weight",))
+        writer.add_tensor(own, made[shape], raw_dtype=kind if len(shape) > 1 else None)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return max(4 * int(np.prod(shape)) for shape in made)
 
 
 def convert(directory: Path, cache: Path, environment: dict[str, str]) -> tuple[float, int]:
@@ -106,9 +136,12 @@ def anonymous(status: str) -> int:
 
 def load(directory: str, cache: str) -> None:
     """Loads a checkpoint into a new cache, and prints the seconds. Imports are not measured."""
-    import bitsandbytes.functional  # noqa: F401
     from loraplex_model.checkpoints.load import load_base
+    from loraplex_model.ops.quiet import quieten_bitsandbytes
     from transformers import CONFIG_MAPPING
+
+    quieten_bitsandbytes()
+    import bitsandbytes.functional  # noqa: F401
 
     CONFIG_MAPPING["llama"]
     begin = time.perf_counter()
@@ -116,19 +149,19 @@ def load(directory: str, cache: str) -> None:
     print(time.perf_counter() - begin)
 
 
-def measure(hidden: int, counts: Sequence[int], environment: dict[str, str]) -> bool:
+def measure(hidden: int, counts: Sequence[int], is_gguf: bool, environment: dict[str, str]) -> bool:
     """Converts models of these numbers of layers, prints the results; True if all are in bounds."""
     rows, largest = [], 0
     with tempfile.TemporaryDirectory(prefix="conversion-") as folder:
         for layers in counts:
-            directory = Path(folder) / f"layers-{layers}"
-            largest = write(directory, hidden, layers)
-            found = survey(open_source(directory))
-            seconds, peak = convert(directory, Path(folder) / "cache", environment)
+            model = Path(folder) / (f"{layers}.gguf" if is_gguf else f"{layers}")
+            largest = (write_gguf if is_gguf else write)(model, hidden, layers)
+            found = survey(open_source(model))
+            seconds, peak = convert(model, Path(folder) / "cache", environment)
             bound = found.stored_bytes + largest + ALLOWANCE
             sizes = found.nbytes / 1e9, found.stored_bytes / 1e9
             rows.append((layers, *sizes, peak / 1e9, bound / 1e9, seconds))
-            for file in directory.iterdir():
+            for file in (model,) if is_gguf else model.iterdir():
                 file.unlink()
     head = ("layers", "checkpoint GB", "NF4 GB", "peak GB", "bound GB", "s")
     print(table(head, rows))
@@ -160,6 +193,7 @@ def main() -> None:
     )
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 4, 6, 8])
     parser.add_argument("--hidden", type=int, default=2048, help="a multiple of 64")
+    parser.add_argument("--gguf", action="store_true", help="GGUF files in Q8_0")
     parser.add_argument("--torch", action="store_true", help="quantise without the C++ kernels")
     parser.add_argument("--load", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -172,7 +206,7 @@ def main() -> None:
     else:
         kernels = build.compile_kernels(build.chosen_isa())
         environment["LORAPLEX_KERNELS_DIR"] = str(kernels.parents[1])
-    if not measure(args.hidden, args.layers, environment):
+    if not measure(args.hidden, args.layers, args.gguf, environment):
         sys.exit("error: a peak is above NF4 + the largest tensor + 1 GB")
 
 

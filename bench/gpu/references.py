@@ -21,8 +21,16 @@ from loraplex_model.base.weights import BaseWeights, LayerWeights, NF4Matrix
 
 ROOT = Path(__file__).resolve().parents[2]
 CARRIED = ROOT / ".gpu" / "ref.npz"
-VARIANTS = ("llama", "llama-rope-llama3", "mistral-window", "qwen2", "qwen3-window-bias")
-"""Names of models in tests/model/tiny.py: biases, norms of heads, windows, tied embeddings."""
+FAMILIES = ("stablelm-parallel", "gemma2-strong-caps")
+"""Names of models in tests/families/variants.py: LayerNorm, parallel blocks, a part of a head
+rotated; norms of outputs, scaled embeddings, capped scores and logits."""
+
+VARIANTS = (
+    *("llama", "llama-rope-llama3", "mistral-window", "qwen2", "qwen3-window-bias"),
+    *FAMILIES,
+)
+"""Names of all models, the others in tests/model/tiny.py: biases, norms of heads, windows, tied
+embeddings."""
 
 LENGTHS = (37, 5, 20)
 
@@ -45,6 +53,7 @@ class ReferenceModel:
 def make(variants: Sequence[str] = VARIANTS) -> dict[str, np.ndarray]:
     """Builds the models and computes their logits; needs transformers and bitsandbytes."""
     sys.path.append(str(ROOT / "tests"))
+    from families import variants as families
     from loraplex_model.checkpoints.load import load_base
 
     from model import passes, tiny
@@ -52,13 +61,17 @@ def make(variants: Sequence[str] = VARIANTS) -> dict[str, np.ndarray]:
     found: dict[str, np.ndarray] = {}
     for variant in variants:
         with tempfile.TemporaryDirectory() as folder:
-            directory = tiny.write(variant, Path(folder) / variant)
+            write = families.write if variant in FAMILIES else tiny.write
+            directory = write(variant, Path(folder) / variant)
             base = load_base(str(directory), torch.float32, Path(folder) / "cache")
             for name, value in as_arrays(base.weights).items():
                 found[f"{variant}/{name}"] = value
-        oracle = tiny.oracle(variant).double()
+        if variant in FAMILIES:
+            oracle, vocab = families.rounded(families.build(variant)).double(), families.VOCAB
+        else:
+            oracle, vocab = tiny.oracle(variant).double(), tiny.VOCAB
         for i, length in enumerate(LENGTHS):
-            ids = passes.token_ids(i, length, tiny.VOCAB)
+            ids = passes.token_ids(i, length, vocab)
             with torch.no_grad():
                 logits = oracle(torch.tensor([ids])).logits[0]
             found[f"{variant}/tokens{i}"] = np.array(ids, np.int32)
@@ -92,8 +105,11 @@ def as_arrays(weights: BaseWeights) -> dict[str, np.ndarray]:
             found[f"{name}.offsets"] = np.array(value.absmax_offsets, np.float64)
             found[f"{name}.rows"] = np.array(value.rows, np.int64)
             found[f"{name}.shape"] = np.array(value.shape, np.int64)
+        elif isinstance(value, Mapping):
+            for key, each in value.items():
+                put(f"{name}.{key}", each)
 
-    for name in ("embed", "norm", "lm_head"):
+    for name in ("embed", "norm", "norm_bias", "lm_head"):
         put(name, getattr(weights, name))
     for i, layer in enumerate(weights.layers):
         for field in fields(LayerWeights):
@@ -103,9 +119,7 @@ def as_arrays(weights: BaseWeights) -> dict[str, np.ndarray]:
 
 def of_arrays(arrays: Mapping[str, np.ndarray], device: str, dtype: torch.dtype) -> BaseWeights:
     """The base that `as_arrays` described."""
-    values = json.loads(str(arrays["config"]))
-    lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-    config = DecoderConfig(**values | lists)
+    config = DecoderConfig.from_json(json.loads(str(arrays["config"])))
 
     def dense(name: str) -> torch.Tensor | None:
         if name not in arrays:
@@ -126,14 +140,19 @@ def of_arrays(arrays: Mapping[str, np.ndarray], device: str, dtype: torch.dtype)
 
     layers = []
     for i in range(config.num_layers):
-        parts = {}
+        parts: dict[str, Any] = {}
         for field in fields(LayerWeights):
             name = f"layer{i}.{field.name}"
             parts[field.name] = matrix(name) if f"{name}.packed" in arrays else dense(name)
-        layers.append(LayerWeights(**parts))  # type: ignore[arg-type]
+        biases = {name: dense(f"layer{i}.norm_biases.{name}") for name in config.norm_widths()}
+        parts["norm_biases"] = {name: bias for name, bias in biases.items() if bias is not None}
+        layers.append(LayerWeights(**parts))
     embed, norm, head = dense("embed"), dense("norm"), dense("lm_head")
     assert embed is not None
     assert norm is not None
     assert head is not None
     head = embed if config.tie_embeddings else head
-    return BaseWeights(config, embed, tuple(layers), norm, head, "sha256:tiny", (2,))
+    bias = dense("norm_bias")
+    return BaseWeights(
+        config, embed, tuple(layers), norm, head, "sha256:tiny", (2,), norm_bias=bias
+    )

@@ -122,6 +122,16 @@ BLENDS: dict[str, tuple[tuple[str, float], ...]] = {
         ("vera", 0.75),
         ("lora", 0.5),
     ),
+    "blend by the served weight": (
+        ("delora with biases", 0.3),
+        ("hra, orthogonal", -0.5),
+        ("para", 0.4),
+        ("deft", 0.5),
+        ("peanut", -0.5),
+        ("kasa with biases", 0.25),
+        ("bd-lora of some", 0.5),
+        ("mica", 1.0),
+    ),
 }
 """Weighted sums of adapters, on the tied base. No module's input and output are scaled by two
 different ones: their product is then no sum of what each changes."""

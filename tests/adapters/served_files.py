@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from adapters.adapter_files import Tensors
-from loraplex_adapters.format.modules import PREFIX, module_path
+from adapters.adapter_files import Tensors, llama_path
+from loraplex_adapters.format.modules import PREFIX
 
 Config = dict[str, Any]
 
@@ -17,7 +17,7 @@ SAMPLER = "lora_monteclora_sampler"
 
 def key(site: tuple[int, str], ending: str) -> str:
     """PEFT's name of a tensor."""
-    return f"{PREFIX}{module_path(*site)}.{ending}"
+    return f"{PREFIX}{llama_path(*site)}.{ending}"
 
 
 def _sample(

@@ -95,7 +95,7 @@ WRONG: list[tuple[str, Any, str]] = [
     ("init_lora_weights", ["pissa"], "ADAPTER_INVALID"),
     *(
         ("init_lora_weights", name, "ADAPTER_UNSUPPORTED")
-        for name in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "mica", "new")
+        for name in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "new")
     ),
     ("bias", "some", "ADAPTER_UNSUPPORTED"),
     ("bias", True, "ADAPTER_UNSUPPORTED"),
@@ -205,13 +205,13 @@ def test_an_option_without_effect_is_no_obstacle(key: str, value: Any, tmp_path:
 
 
 def test_all_findings_are_reported_at_once(tmp_path: Path) -> None:
-    config = lora_config(use_qalora=True, bias="odd", r=5, layer_replication=[[0, 1]])
+    config = lora_config(arrow_config={"top_k": 2}, bias="odd", r=5, layer_replication=[[0, 1]])
     tensors = lora_tensors(everywhere("q_proj", "v_proj"))
     tensors["surprise"] = tensors.popitem()[1]
     with pytest.raises(Refusal) as refused:
         inspect(write_adapter(tmp_path, config, tensors), BASE)
     fields = {f.field for f in refused.value.problems}
-    assert {"use_qalora", "bias", "layer_replication", "r", "surprise"} <= fields
+    assert {"arrow_config", "bias", "layer_replication", "r", "surprise"} <= fields
     first = refused.value.problems[0]
     assert (refused.value.reason, refused.value.message) == (first.reason, first.message)
 

@@ -21,7 +21,9 @@ from adapters.folded_files import (
     key,
 )
 from loraplex_adapters.format.examine import Report, examine, inspect
+from loraplex_adapters.format.foreign.names import spelling
 from loraplex_adapters.format.kinds.folded import FOLDED
+from loraplex_adapters.format.modules import PREFIX
 from loraplex_adapters.format.spec import AdapterLimits, Fold, ModuleSpec
 from loraplex_adapters.load import folded
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -278,6 +280,19 @@ def test_nothing_larger_than_the_tensors_and_the_change_is_computed(name: str) -
         a, b = folded.factors(module, tensors, base)
     assert (a.shape, b.shape) == ((rank, 48), (rank, 32))
     assert largest.elements <= max(48 * 48, *(tensor.numel() for tensor in tensors.values()))
+
+
+OWN = (".hada_", ".lokr_", ".miss_", ".gralora_", ".randlora_", ".vera_")
+NAMES = {name for _, tensors in SAMPLES.values() for name in tensors if name.startswith(PREFIX)}
+
+
+@pytest.mark.parametrize("name", sorted(n for n in NAMES if any(own in n for own in OWN)))
+def test_names_may_contain_the_adapters_name_and_are_known_by_it(name: str) -> None:
+    stem, ending = (name[:-7], ".weight") if name.endswith(".weight") else (name, "")
+    for spelt, adapter in ((name, ""), (f"{stem}.default{ending}", "default")):
+        found = spelling(spelt)
+        assert found is not None
+        assert (found.name, found.adapter) == (name, adapter)
 
 
 def test_every_kind_has_a_sample() -> None:

@@ -26,13 +26,13 @@ TARGETS = {"target_modules": [LISTED, WIDE, "all-linear"]}
 LYCORIS: Mapping[str, Sequence[Any]] = {
     **TARGETS,
     "r": [1, 3, 16],
-    "alpha": [0, 5, -3],
+    "alpha": [-3, 0],
     "rank_pattern": [{}, {"k_proj": 2, r"layers\.1\..*down_proj": 5}],
     "alpha_pattern": [{}, {"o_proj": 9, "layers.0.mlp.down_proj": 1}],
     "exclude_modules": [None, ["v_proj"], r".*layers\.2\..*"],
-    "use_effective_conv2d": [False, True],
-    "rank_dropout": [0.0, 0.5],
-    "module_dropout": [0.0, 0.5],
+    "use_effective_conv2d": [True],
+    "rank_dropout": [0.5],
+    "module_dropout": [0.5],
     "modules_to_save": [None, ["norm"]],
 }
 OPTIONS: dict[str, Mapping[str, Sequence[Any]]] = {
@@ -42,7 +42,7 @@ OPTIONS: dict[str, Mapping[str, Sequence[Any]]] = {
         "init_weights": [True, False, "lycoris"],
         "decompose_both": [False, True],
         "decompose_factor": [-1, 2, 8],
-        "rank_dropout_scale": [False, True],
+        "rank_dropout_scale": [True],
     },
     "MissConfig": {
         **TARGETS,
@@ -50,7 +50,7 @@ OPTIONS: dict[str, Mapping[str, Sequence[Any]]] = {
         "mini_r": [1, 4, 16],
         "init_weights": [True, False, "mini"],
         "bias": ["none", "all", "MiSS_only"],
-        "miss_dropout": [0.0, 0.5],
+        "miss_dropout": [0.5],
         "exclude_modules": [None, ["v_proj"], r".*layers\.2\..*"],
     },
     "GraloraConfig": {
@@ -60,8 +60,8 @@ OPTIONS: dict[str, Mapping[str, Sequence[Any]]] = {
         "hybrid_r": [0, 1, 5],
         "alpha": [0, 3],
         "bias": ["none", "all", "gralora_only"],
-        "gralora_dropout": [0.0, 0.5],
-        "fan_in_fan_out": [False, True],
+        "gralora_dropout": [0.5],
+        "fan_in_fan_out": [True],
         "init_weights": [True, False],
     },
     "RandLoraConfig": {
@@ -72,8 +72,8 @@ OPTIONS: dict[str, Mapping[str, Sequence[Any]]] = {
         "very_sparse": [False, True],
         "projection_prng_key": [0, 5],
         "bias": ["none", "all", "randlora_only"],
-        "randlora_dropout": [0.0, 0.5],
-        "fan_in_fan_out": [False, True],
+        "randlora_dropout": [0.5],
+        "fan_in_fan_out": [True],
         "init_weights": [True, False],
     },
     "VeraConfig": {
@@ -81,10 +81,10 @@ OPTIONS: dict[str, Mapping[str, Sequence[Any]]] = {
         "r": [1, 5, 200],
         "save_projection": [True, False],
         "projection_prng_key": [0, 2**40],
-        "d_initial": [0.1, 1.0],
+        "d_initial": [1.0],
         "bias": ["none", "all", "vera_only"],
-        "vera_dropout": [0.0, 0.5],
-        "fan_in_fan_out": [False, True],
+        "vera_dropout": [0.5],
+        "fan_in_fan_out": [True],
         "init_weights": [True, False],
         "modules_to_save": [None, ["lm_head"]],
     },
@@ -94,19 +94,22 @@ OPTIONS: dict[str, Mapping[str, Sequence[Any]]] = {
 def covering(options: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     """Few combinations in which every two values of different options occur together."""
     left = {
-        ((a, i), (b, j))
+        frozenset({(a, i), (b, j)})
         for a, b in combinations(options, 2)
         for i in range(len(options[a]))
         for j in range(len(options[b]))
     }
     found = []
     while left:
-        chosen: dict[str, int] = {}
-        for pair in sorted(left):
-            if all(chosen.get(name, value) == value for name, value in pair):
-                chosen |= dict(pair)
-        chosen = {name: chosen.get(name, 0) for name in options}
-        left -= set(combinations(chosen.items(), 2))
+        chosen = dict(min(left, key=sorted))
+        for name in options:
+            if name not in chosen:
+                met = [
+                    sum(frozenset({(name, value), other}) in left for other in chosen.items())
+                    for value in range(len(options[name]))
+                ]
+                chosen[name] = met.index(max(met))
+        left -= {frozenset(pair) for pair in combinations(chosen.items(), 2)}
         found.append({name: options[name][value] for name, value in chosen.items()})
     return found
 

@@ -15,10 +15,12 @@ from adapters.peft_files import TIED
 from adapters.peft_kinds import Gallery
 from adapters.served_files import BANK, HEAD, K0, Q0, key
 from adapters.test_kinds import judged, served
+from loraplex_adapters.convert.export.exporter import ExportRequest, run
 from loraplex_adapters.format.examine import examine, inspect
 from loraplex_adapters.format.spec import AdapterLimits
 from loraplex_adapters.load import folded
 from loraplex_adapters.load.tensors import load
+from loraplex_model.adapters.delta import ProjectionDelta
 from loraplex_model.base.refusal import Refusal
 
 LORA_A, LORA_B, DIAG = (key(Q0, f"lora_{part}") for part in ("A.weight", "B.weight", "diag"))
@@ -267,3 +269,30 @@ def test_widths_below_the_rank_are_multiplied_out(tmp_path: Path) -> None:
     spec = served(tmp_path, "deft")
     assert [module.rank for module in spec.modules] == [20, 16]
     assert spec.packed_bytes == inspect(tmp_path, replace(BASE, dtype="float32")).packed_bytes
+
+
+def test_kasa_folds_once_into_plain_lora_whatever_its_work(
+    gallery: Gallery, tmp_path: Path
+) -> None:
+    request = ExportRequest(
+        adapters=(str(gallery.adapter("llama", "kasa")),),
+        weights=(),
+        format="peft",
+        model=str(gallery.checkpoint("llama")),
+        cache=tmp_path / "cache",
+    )
+    out = tmp_path / "out"
+    run(request, out, Path, lambda base: None)
+    base = gallery.weights("llama")
+    spec = inspect(out, base.info, AdapterLimits(max_decompositions=0))
+    _, found = load(out, spec.digest, base)
+    _, expected = gallery.load("llama", "kasa")
+    assert found.sites.keys() == expected.sites.keys()
+    for site, change in expected.sites.items():
+        again = found.sites[site]
+        assert isinstance(change, ProjectionDelta)
+        assert isinstance(again, ProjectionDelta)
+        assert again.a is not None
+        assert change.a is not None
+        assert torch.equal(again.a.float(), change.a.float())
+        torch.testing.assert_close(again.b, change.b)

@@ -11,15 +11,15 @@ from typing import Any
 import peft
 import pytest
 import torch
+from adapters.adapter_files import llama_path
 from adapters.peft_files import TIED, Case, write
 from adapters.peft_kinds import Gallery
 from adapters.test_folded_options import PROJECTIONS, TARGETS, covering
 from loraplex_adapters.format.examine import inspect
 from loraplex_adapters.format.kinds.folded.peanut import ACTIVATIONS
-from loraplex_adapters.format.modules import module_path
 from loraplex_adapters.load.tensors import load
 from loraplex_model.adapters.delta import ProjectionDelta, RowsDelta
-from peft.tuners.lora import BdLoraConfig, KasaConfig
+from peft.tuners.lora import BdLoraConfig, KasaConfig, layer, variants
 
 from model import tiny
 
@@ -122,10 +122,10 @@ CASES = [
 ]
 
 
-def change_of(layer: Any, weight: torch.Tensor) -> torch.Tensor:
+def change_of(module: Any, weight: torch.Tensor) -> torch.Tensor:
     """PEFT's change of a module's weight [fan_out, fan_in], from what the module computes."""
     inputs = torch.eye(weight.shape[1])
-    return (layer(inputs) - layer(torch.zeros_like(inputs))).T - weight
+    return (module(inputs) - module(torch.zeros_like(inputs))).T - weight
 
 
 @pytest.fixture(scope="module")
@@ -134,10 +134,39 @@ def oracle() -> Any:
     return tiny.oracle(TIED)
 
 
+@pytest.mark.parametrize("size", [1, 8, 64])
+def test_qa_lora_acts_on_groups_as_pefts_layers_for_gptq_do(
+    size: int,
+    gallery: Gallery,
+    oracle: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """PEFT has it for bases in GPTQ's format only; here its variant is given to plain layers."""
+
+    def variant(_: Any, *, config: Any, **__: Any) -> Any:
+        return variants.QALoraLinearVariant()
+
+    monkeypatch.setattr(layer.Linear, "resolve_lora_variant", variant)
+    options = {"target_modules": [*PROJECTIONS], "r": 4, "lora_alpha": 1, "use_qalora": True}
+    if size > 1:
+        equal(gallery, oracle, tmp_path, "LoraConfig", {**options, "qalora_group_size": size})
+    monkeypatch.undo()
+    plain = tmp_path / "plain"  # PEFT ignores the option on other bases
+    equal(gallery, oracle, plain, "LoraConfig", {**options, "qalora_group_size": size})
+
+
 @pytest.mark.parametrize(("kind", "options"), CASES)
 def test_a_and_b_multiply_to_what_peft_adds(
     kind: str, options: dict[str, Any], gallery: Gallery, oracle: Any, tmp_path: Path
 ) -> None:
+    equal(gallery, oracle, tmp_path, kind, options)
+
+
+def equal(
+    gallery: Gallery, oracle: Any, tmp_path: Path, kind: str, options: dict[str, Any]
+) -> None:
+    """Compares A and B of every folded module with what PEFT's module computes."""
     write(Case(TIED, kind, options, {}), tmp_path)
     base = copy.deepcopy(oracle)
     weights = {name: m.weight.clone() for name, m in base.named_modules() if hasattr(m, "weight")}
@@ -148,14 +177,14 @@ def test_a_and_b_multiply_to_what_peft_adds(
         _, delta = load(tmp_path, spec.digest, gallery.weights(TIED))
         adapted = {name: m for name, m in model.named_modules() if hasattr(m, "base_layer")}
         folded = {(m.layer, m.module): m for m in spec.modules if m.fold is not None}
-        assert {module_path(*site) for site in folded} == adapted.keys()
+        assert {llama_path(*site) for site in folded} == adapted.keys()
         for site, module in folded.items():
             change = delta.sites[site]
             assert isinstance(change, ProjectionDelta | RowsDelta)
             assert change.a is not None
             assert change.b is not None
             assert change.a.shape[0] == change.b.shape[0] == module.rank
-            path = module_path(*site)
+            path = llama_path(*site)
             expected = change_of(adapted[path], weights[path])
             found = change.b.T @ change.a.float()
             torch.testing.assert_close(found, expected, atol=3e-5, rtol=3e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -85,10 +86,17 @@ def test_packages_travel_in_the_locked_versions(pack: ModuleType) -> None:
 
 def test_a_base_model_is_the_same_after_a_journey_in_a_file(tmp_path: Path) -> None:
     weights = inputs.random_weights(inputs.TINY, torch.float32, "cpu")
+    biases = {"input_layernorm": torch.randn(inputs.TINY.hidden_size)}
+    weights = replace(
+        weights,
+        layers=tuple(replace(layer, norm_biases=biases) for layer in weights.layers),
+        norm_bias=torch.randn(inputs.TINY.hidden_size),
+    )
     np.savez_compressed(tmp_path / "ref.npz", **references.as_arrays(weights))
     arrays = dict(np.load(tmp_path / "ref.npz"))
     again = references.of_arrays(arrays, "cpu", torch.float32)
     assert again.config == weights.config
+    assert {*references.as_arrays(again)} == {*arrays}
     for name, array in references.as_arrays(again).items():
         assert np.array_equal(array, arrays[name]), name
     for layer, own in zip(again.layers, weights.layers, strict=True):

@@ -32,7 +32,7 @@ VARIANTS = (
     "gemma2-strong-caps",  # 1 + w, norms of outputs, GELU, scaled embeddings, capped scores, logits
     "gemma3",  # norms of heads with 1 + w, a rotation for each kind of layer
     "olmo2",  # no norms of inputs, norms over all heads
-    "cohere",  # LayerNorm without bias, a weight for every head, parallel blocks, pairs side by side
+    "cohere",  # LayerNorm, a weight for every head, parallel blocks, pairs side by side
     "stablelm-parallel",  # LayerNorm with bias, a part of a head rotated
     "starcoder2",  # an MLP without a gate, biases everywhere
     "phi4-mini",  # LongRoPE, joined modules
@@ -50,7 +50,10 @@ Load = Callable[..., BaseWeights]
 
 @pytest.fixture(scope="module")
 def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
-    """`(variant, dtype) -> BaseWeights`, of the first layers."""
+    """`(variant, dtype) -> BaseWeights`, of the last layers.
+
+    Factors on queries begin within the length of the tests' sequences.
+    """
     root: Path = tmp_path_factory.mktemp("families")
 
     def load(variant: str, dtype: torch.dtype = torch.float32) -> BaseWeights:
@@ -61,10 +64,11 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
         config = replace(
             weights.config,
             num_layers=LAYERS,
-            sliding_windows=weights.config.sliding_windows[:LAYERS],
-            layer_ropes=weights.config.layer_ropes[:LAYERS],
+            sliding_windows=weights.config.sliding_windows[-LAYERS:],
+            layer_ropes=weights.config.layer_ropes[-LAYERS:],
+            query_scale=(0.3, 4.0) if weights.config.query_scale else (),
         )
-        return replace(weights, config=config, layers=weights.layers[:LAYERS])
+        return replace(weights, config=config, layers=weights.layers[-LAYERS:])
 
     return load
 
@@ -85,25 +89,22 @@ on_cuda = partial(CudaDecoder, max_positions=64, max_rows=64, max_draws=8)
 
 
 def passes(vocab: int, count: int = len(MIXES)) -> list[ForwardBatch]:
-    """A sequence for each mix: chunks of prompts, some long for their family, then a new token.
+    """A sequence for each of the first mixes: chunks of prompts, then a new token.
 
-    The last sequence begins with virtual tokens.
+    Every second sequence is long for its family. With all mixes there is one of virtual tokens too.
     """
-    lengths = [11, 9, 9, 9, 9][:count]
     found = []
-    for first, end in ((0, 5), (5, None), (None, None)):
-        rows, wanted, used = [], [], 0
-        for s, length in enumerate(lengths):
-            ids = token_ids(s, length + 1, 96)
-            ids[:2] = [3, 17]  # the rows that an adapter changes
-            part = ids[first:end] if first is not None else ids[length:]
-            part = part if end is not None or first is None else part[:-1]
-            at = length if first is None else first
-            blocks = list(range(s * 4, s * 4 + 4))
-            rows.append((part, at, blocks, MIXES[s]))
-            wanted += [used, used + len(part) - 1]
-            used += len(part)
-        if first == 0 and count == len(MIXES):
+    for span in (slice(0, 5), slice(5, -1), slice(-1, None)):
+        rows: list[tuple[list[int], int, list[int], Mix]] = []
+        wanted: list[int] = []
+        used = 0
+        for s, mix in enumerate(MIXES[:count]):
+            ids = [3, 17, *token_ids(s, 8 if s else 10, 96)]  # 3 and 17 are changed by adapters
+            first = range(len(ids))[span].start
+            rows.append((ids[span], first, list(range(s * 4, s * 4 + 4)), mix))
+            wanted += [used, used + len(ids[span]) - 1]
+            used += len(ids[span])
+        if span.start == 0 and count == len(MIXES):
             rows.append(([vocab, vocab + 1, 5], 0, [60], ((PROMPT, 1.0),)))
             wanted += [used + 1, used + 2]
         is_long = [s % 2 == 0 for s in range(len(rows))]
@@ -134,15 +135,15 @@ def test_bfloat16_is_rounded_where_the_reference_rounds(
 ) -> None:
     weights = load(variant, torch.bfloat16)
     batches = passes(weights.config.vocab_size)[:2]
-    wanted = [opened(ReferenceDecoder, weights)]
-    exact = [wanted[0].forward(batch) for batch in batches]
-    found = [opened(on_cuda, weights)]
-    ours = [found[0].forward(batch) for batch in batches]
+
+    def logits(kind: Any) -> list[torch.Tensor]:
+        decoder = opened(kind, weights)
+        return [decoder.forward(batch) for batch in batches]
+
+    exact, ours = logits(ReferenceDecoder), logits(on_cuda)
     monkeypatch.setattr(forward, "activation_dtype", lambda stored: stored.dtype)
-    again = opened(ReferenceDecoder, weights)
-    rounded = [again.forward(batch) for batch in batches]
-    for own, near, one in zip(ours, rounded, exact, strict=True):
-        assert distance(own, one) <= 2 * distance(near, one) < 0.5
+    for found, near, wanted in zip(ours, logits(ReferenceDecoder), exact, strict=True):
+        assert distance(found, wanted) <= 2 * distance(near, wanted) < 0.5
 
 
 @pytest.mark.parametrize("variant", ["gemma2-strong-caps", "stablelm-parallel", "olmo2"])

@@ -17,8 +17,9 @@ OTHER_WORDS = {
     "loraplex_model",
     "loraplex_training",
     "loraplex_base_fingerprint",
+    "loraplex_task",
 }
-"""Words that look like a metric: packages (`loraplex_adapters` is both), an adapter's stamp."""
+"""Words that look like a metric: packages (`loraplex_adapters` is both), keys of adapters."""
 
 _NAME = re.compile(r"\bloraplex_[a-z_]+\b(?![-/])")
 

@@ -17,15 +17,14 @@ from typing import Any
 
 import peft
 import torch
+from families import variants
 from loraplex_adapters.format.modules import PREFIX, ModulePaths, base_sites
-from loraplex_model.base.config import MODEL, DecoderConfig
+from loraplex_model.base.config import DecoderConfig
 from loraplex_model.base.hf_config import decoder_config
 from loraplex_model.base.info import BaseInfo
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.nn import functional as f
 from transformers import PreTrainedModel
-
-from families import variants
 
 Options = Callable[[BaseInfo], Mapping[str, Any]]
 
@@ -35,7 +34,12 @@ POSITIONS = frozenset(
 """Features that concern positions only: they are paired with the kinds that take positions."""
 
 AT_POSITIONS = ("LoRA", "prompt", "prefix")
+OF_NAMES = ("LoRA by expressions", "rsLoRA of some layers")
+_NAMING = ("joined", "gated", "output_norms")
 _STATED = ("qkv_bias", "o_bias", "qk_norm", "tie_embeddings")
+
+built = cache(variants.build)
+"""The model of a variant, which tests must not change."""
 
 
 def features(config: DecoderConfig) -> frozenset[str]:
@@ -50,31 +54,41 @@ def features(config: DecoderConfig) -> frozenset[str]:
 
 
 @cache
-def info(variant: str) -> BaseInfo:
-    """A variant as adapters are checked against it."""
-    model = variants.build(variant)
+def features_of(variant: str) -> frozenset[str]:
+    """The features of a variant."""
+    model = built(variant)
     stated = {**model.config.to_dict(), "architectures": [type(model).__name__]}
-    return BaseInfo(decoder_config(stated), "", "float32")
+    return features(decoder_config(stated))
+
+
+def served() -> frozenset[str]:
+    """The variants that are paired: all but mixtures of experts."""
+    return frozenset(v for v in variants.VARIANTS if "num_experts" not in features_of(v))
+
+
+def concerning(kind: str) -> frozenset[str]:
+    """The features that a kind must meet."""
+    found = frozenset().union(*map(features_of, served()))
+    if kind in OF_NAMES:
+        return frozenset(feature for feature in found if feature.startswith(_NAMING))
+    return found if kind in AT_POSITIONS else found - POSITIONS
 
 
 @cache
 def pairs() -> tuple[tuple[str, str], ...]:
-    """The covering set, `(variant, kind)`. Mixtures of experts are not in it."""
-    held = {name: features(info(name).config) for name in variants.VARIANTS}
-    held = {name: found for name, found in held.items() if "num_experts" not in found}
+    """The covering set, `(variant, kind)`, by a greedy choice; in the order of the variants."""
+    order = [variant for variant in variants.VARIANTS if variant in served()]
     found: list[tuple[str, str]] = []
     for turn, kind in enumerate(KINDS):
-        names = [*held][turn % len(held) :] + [*held][: turn % len(held)]
-        left = frozenset().union(*held.values())
-        if kind not in AT_POSITIONS:
-            left -= POSITIONS
+        left = concerning(kind)
+        rotated = order[turn % len(order) :] + order[: turn % len(order)]
         while left:
-            best = max(names, key=lambda name: len(held[name] & left))
+            best = max(rotated, key=lambda variant: len(features_of(variant) & left))
             found.append((best, kind))
-            left -= held[best]
-    unused = [name for name in held if name not in dict(found)]
-    found += [(name, [*KINDS][turn % len(KINDS)]) for turn, name in enumerate(unused)]
-    return tuple(sorted(found, key=lambda pair: [*held].index(pair[0])))
+            left -= features_of(best)
+    unused = [variant for variant in order if variant not in dict(found)]
+    found += [(variant, [*KINDS][turn % len(KINDS)]) for turn, variant in enumerate(unused)]
+    return tuple(sorted(found, key=lambda pair: order.index(pair[0])))
 
 
 def names(base: BaseInfo, *, norms: bool = False) -> list[str]:
@@ -147,6 +161,10 @@ KINDS: dict[str, tuple[str, Options]] = {
         lambda base: {"target_modules": names(base), "init_r": 4, "total_step": 10},
     ),
     "IA3": ("IA3Config", _ia3),
+    "VeRA": (
+        "VeraConfig",
+        lambda base: {"target_modules": names(base), "r": 6, "d_initial": 1.0, "bias": "all"},
+    ),
     "BEFT": ("BeftConfig", lambda base: {"target_modules": names(base)}),
     "norms": (
         "LNTuningConfig",
@@ -161,7 +179,10 @@ KINDS: dict[str, tuple[str, Options]] = {
 """PEFT's configuration class and its options, by kind. PEFT has no bottlenecks: their files are
 written by the documented format, and hooks compute them."""
 
-EXPORTED = ("LoRA with all biases", "DoRA", "IA3", "saved modules")
+MERGED = ("DoRA", "IA3", "BEFT")
+"""Kinds that are merged in memory too."""
+
+EXPORTED = ("LoRA with all biases", "saved modules")
 """Kinds that are merged into checkpoints too."""
 
 

@@ -1,84 +1,31 @@
-"""Adapters of every kind on the families: PEFT's logits on the same NF4 base."""
+"""Adapters of every kind on the families: PEFT's logits on the same NF4 base.
+
+`adapter_kinds.pairs` is the covering set of families and kinds.
+"""
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from loraplex_adapters.convert.export.base import open_base
+from families import adapter_kinds
+from families.adapter_bases import Bases, assert_equals, native, ours, theirs
 from loraplex_adapters.convert.export.merged import write_dense
 from loraplex_adapters.format.examine import inspect
 from loraplex_adapters.load.tensors import load
-from loraplex_model.adapters.delta import AdapterDelta
-from loraplex_model.adapters.merge import is_mergeable
-from loraplex_model.adapters.pack import PackedAdapter, pack
-from loraplex_model.checkpoints.load import LoadedBase
-from loraplex_model.decoder.reference import ReferenceDecoder
-from model.passes import BLOCK_SIZE, NUM_BLOCKS, Driver, Sequence, token_ids
-from transformers import AutoModelForCausalLM, PreTrainedModel
-
-from families import adapter_kinds, variants
-
-IDS = token_ids(3, 19, variants.VOCAB)
+from loraplex_model.adapters.pack import pack
+from transformers import AutoModelForCausalLM
 
 
-class Bases:
-    """Every variant as we serve it, and as transformers computes it on the same NF4 weights."""
-
-    def __init__(self, root: Path) -> None:
-        self._root = root
-        self.ours = cache(self._ours)
-        self.theirs = cache(self._theirs)
-
-    def _ours(self, variant: str) -> LoadedBase:
-        variants.write(variant, self._root / variant)
-        return open_base(str(self._root / variant), self._root / "cache")
-
-    def _theirs(self, variant: str) -> PreTrainedModel:
-        return variants.rounded(variants.build(variant))
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> Bases:
-    return Bases(tmp_path_factory.mktemp("bases"))
-
-
-def theirs(model: Any) -> torch.Tensor:
-    """Logits [T, vocab] of `IDS`, without those of virtual tokens before them."""
-    with torch.no_grad():
-        return model(torch.tensor([IDS])).logits[0, -len(IDS) :]
-
-
-def ours(base: LoadedBase, delta: AdapterDelta, *, merged: bool = False) -> torch.Tensor:
-    """Logits [T, vocab] of `IDS` with the adapter, in two chunks."""
-    decoder = ReferenceDecoder(base.weights, NUM_BLOCKS, BLOCK_SIZE, 1, keep_dense=True)
-    packed = pack(delta, torch.float32)
-    decoder.table.publish(0, packed)
-    if merged:
-        decoder.table.publish_merge(0, decoder.merge(packed, torch.float32))
-    driver = Driver(decoder)
-    sequence = _begin(driver, packed)
-    driver.step((sequence, 11))
-    driver.step((sequence, len(sequence.ids) - sequence.done))
-    return torch.cat(sequence.logits)[-len(IDS) :]
-
-
-def _begin(driver: Driver, packed: PackedAdapter) -> Sequence:
-    virtual, mix = packed.virtual, ((0, 1.0),)
-    if virtual is None:
-        return Sequence(IDS, mix)
-    if virtual.keys is None or virtual.values is None:
-        return Sequence([variants.VOCAB + j for j in range(virtual.count)] + IDS, mix)
-    shared = [driver.free.pop() for _ in range(-(-virtual.count // BLOCK_SIZE))]
-    driver.decoder.write_prefix(shared, virtual.keys, virtual.values)
-    return driver.begin_after(shared, virtual.count, IDS, mix)
-
-
-def assert_equals(found: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(found, expected, atol=3e-5, rtol=1e-5)
+def test_every_kind_meets_every_feature_and_every_variant_some_kind() -> None:
+    pairs = adapter_kinds.pairs()
+    assert {variant for variant, _ in pairs} == adapter_kinds.served()
+    for kind in adapter_kinds.KINDS:
+        met = {f for v, k in pairs if k == kind for f in adapter_kinds.features_of(v)}
+        assert adapter_kinds.concerning(kind) <= met, kind
+    found = adapter_kinds.concerning("norms")
+    assert {"joined ('qkv', 'gate_up')", "norm layer", "norm_bias", "gated", "parallel"} <= found
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -91,9 +38,10 @@ def test_an_adapter_equals_peft(bases: Bases, variant: str, kind: str, tmp_path:
     expected = theirs(peft_model)
     assert (expected - theirs(model)).abs().max() > 3e-2, "parity would prove nothing"
     assert_equals(ours(base, delta), expected)
+    assert_equals(native(base, delta), expected)
     assert pack(delta, torch.float32).nbytes == spec.packed_bytes
-    if is_mergeable(delta):
-        assert_equals(ours(base, delta, merged=True), expected)
+    if kind in adapter_kinds.MERGED:
+        assert_equals(native(base, delta, merged=True), expected)
     if kind in adapter_kinds.EXPORTED:
         write_dense(tmp_path / "merged", base, delta, torch.float32, stamps={})
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)

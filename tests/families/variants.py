@@ -12,7 +12,7 @@ import torch
 from loraplex_model.ops import nf4
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-VOCAB = 96
+VOCAB = 128
 
 _SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB,

@@ -10,4 +10,4 @@ import torch
 def test_a_row_too_many(library: ctypes.CDLL) -> None:
     x, angles = torch.randn(6, 8), torch.randn(6, 4)
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in (x, angles, angles)]
-    library.loraplex_rotate(*pointers, 7, 4)
+    library.loraplex_rotate(*pointers, 0, 7, 4)

@@ -49,7 +49,9 @@ def batch(
 
 def changed(**arrays: list[int]) -> ForwardBatch:
     """A good batch of two sequences of two tokens, with other arrays."""
-    return replace(batch([3, 4]), **{k: np.asarray(v, np.int32) for k, v in arrays.items()})
+    kinds = {"is_long": np.bool_}
+    given = {k: np.asarray(v, kinds.get(k, np.int32)) for k, v in arrays.items()}
+    return replace(batch([3, 4]), **given)
 
 
 GOOD = {
@@ -59,6 +61,7 @@ GOOD = {
     "last virtual token": batch([tiny.VOCAB + VIRTUAL - 1], mix=ALONE),
     "last slot": batch([3], mix=((SLOTS - 1, 1.0),)),
     "no logits": changed(logit_rows=[]),
+    "long sequences": changed(is_long=[1, 1]),
 }
 
 HOSTILE = {
@@ -83,6 +86,8 @@ HOSTILE = {
     "rows that do not start": (changed(query_starts=[1, 2, 4]), "row"),
     "rows that go backwards": (changed(query_starts=[0, 5, 4]), "row"),
     "rows behind the tokens": (changed(query_starts=[0, 2, 5]), "row"),
+    "long sequences too few": (changed(is_long=[1]), "row"),
+    "long sequences too many": (changed(is_long=[0, 0, 1]), "row"),
     "mixes behind the slots": (changed(mix_starts=[0, 0, 1]), "slot"),
     "mixes that go backwards": (changed(mix_starts=[0, -1, 0]), "slot"),
     "nothing": (changed(tokens=[], positions=[], query_starts=[0, 0, 0], logit_rows=[]), "row"),

@@ -9,7 +9,7 @@ from itertools import accumulate
 import pytest
 from loraplex_model.adapters.delta import Activation, Reads, SiteDelta, tensor_fields
 from loraplex_model.adapters.table import ENTRY, Uses
-from loraplex_model.base.config import FUSED, LAYER_SITES, MODEL_SITES
+from loraplex_model.base.config import FUSED, LAYER_SITES, MODEL_SITES, Gate, NormSpan
 from loraplex_model.base.weights import BLOCK
 from loraplex_model.decoder import layout
 from loraplex_model.ops.build import SOURCES
@@ -62,10 +62,23 @@ def test_fused_matrices_lie_in_the_same_order() -> None:
 
 @pytest.mark.parametrize(
     ("name", "ours"),
-    [("Use", Uses), ("Activation", Activation), ("Reads", Reads), ("Fault", layout.Fault)],
+    [
+        ("Use", Uses),
+        ("Activation", Activation),
+        ("Reads", Reads),
+        ("Fault", layout.Fault),
+        ("NormSpan", layout.Span),
+    ],
 )
 def test_enums_have_the_same_numbers(name: str, ours: type[Enum]) -> None:
     assert enum(name) == {member.name: member.value for member in ours}
+
+
+def test_settings_of_a_decoder_have_a_number() -> None:
+    assert {layout.Span.of(span).name.removesuffix("_SPAN") for span in NormSpan} == {
+        span.name for span in NormSpan
+    }
+    assert {gate.name for gate in Gate} <= {activation.name for activation in Activation}
 
 
 def test_kinds_of_matrices_and_sizes_of_blocks_are_the_same() -> None:
@@ -80,7 +93,8 @@ def test_an_entry_has_the_same_fields() -> None:
     assert ENTRY.itemsize == 8 * 8 + 4 * 4
 
 
-@pytest.mark.parametrize("name", ["Matrix", "Layer", "SlotTable", "Model", "Batch"])
+@pytest.mark.parametrize("name", [
+    "Matrix", "NormWeights", "Rotary", "Layer", "SlotTable", "Model", "Batch"])
 def test_structs_have_the_same_fields(name: str) -> None:
     ours = [field[0].removesuffix("_") for field in getattr(layout, f"C{name}")._fields_]
     assert fields(name) == ours

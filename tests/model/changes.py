@@ -65,11 +65,12 @@ class _Maker:
 
     def projections(self) -> list[tuple[Site, int, int]]:
         shapes = self.config.projection_shapes()
+        experts = {*self.config.fused["gate_up"], "down_proj"} if self.config.num_experts else ()
         return [
             ((layer, name), fan_in, out)
             for layer in range(self.config.num_layers)
             for name, (fan_in, out) in shapes.items()
-            if torch.rand((), generator=self.random) < 0.8
+            if name not in experts and torch.rand((), generator=self.random) < 0.8
         ]
 
     def lora(self) -> dict[Site, SiteDelta]:
@@ -94,11 +95,16 @@ class _Maker:
         }
 
     def norms(self) -> dict[Site, SiteDelta]:
-        found: dict[Site, SiteDelta] = {(MODEL, "norm"): NormDelta(self.normal(self.hidden))}
+        found: dict[Site, SiteDelta] = {(MODEL, "norm"): self.norm("norm", self.hidden)}
         for layer in range(self.config.num_layers):
             for name, width in self.config.norm_widths().items():
-                found[layer, name] = NormDelta(self.normal(width))
+                found[layer, name] = self.norm(name, width)
         return found
+
+    def norm(self, name: str, width: int) -> NormDelta:
+        of_stream = name in ("norm", "input_layernorm", "post_attention_layernorm")
+        has_bias = self.config.norm_bias and of_stream
+        return NormDelta(self.normal(width), self.normal(width, scale=0.5) if has_bias else None)
 
     def bottlenecks(self) -> dict[Site, SiteDelta]:
         found: dict[Site, SiteDelta] = {}

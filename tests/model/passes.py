@@ -29,6 +29,7 @@ class Sequence:
     done: int = 0
     blocks: list[int] = field(default_factory=list)
     logits: list[torch.Tensor] = field(default_factory=list)
+    is_long: bool = False
 
 
 class Driver:
@@ -64,7 +65,8 @@ class Driver:
             rows.append((sequence.ids[first:end], first, sequence.blocks, sequence.mix))
             sequence.done = end
         total = sum(n for _, n in parts)
-        batch = ForwardBatch.build(rows, logit_rows=list(range(total)))
+        is_long = [sequence.is_long for sequence, _ in parts]
+        batch = ForwardBatch.build(rows, list(range(total)), is_long)
         if self.copies:
             batch = replace(batch, copies=np.array(self.copies, np.int32))
             self.copies = []

@@ -11,25 +11,14 @@ from loraplex_model.adapters.pack import pack
 from loraplex_model.base.config import MODEL
 from loraplex_model.decoder import forward
 from loraplex_model.decoder.reference import ReferenceDecoder
-from model.changes import KINDS, random_adapter, random_prompt
+from model.changes import KINDS, random_prompt
 from model.conftest import Load
-from model.passes import BLOCK_SIZE, NUM_BLOCKS, Driver, Sequence, token_ids
+from model.mixes import MIXES, distance, ids_of, solo, together, with_adapters
+from model.passes import BLOCK_SIZE, NUM_BLOCKS, token_ids
 
 from model import tiny
 
 VARIANTS = ["llama", "llama-tied-bias", "llama-odd-sizes", "qwen3-window-bias"]
-MIXES: dict[str, Any] = {kind: ((slot, 1.0),) for slot, kind in enumerate(KINDS)} | {
-    "base": (),
-    "half": ((KINDS.index("everything"), 0.5),),
-    "blend": tuple((slot, 0.3 + 0.1 * slot) for slot in range(len(KINDS))),
-}
-
-
-def with_adapters(decoder: Any, dtype: torch.dtype = torch.float32) -> Any:
-    for slot, kind in enumerate(KINDS):
-        adapter = random_adapter(kind, decoder.weights.config, seed=slot)
-        decoder.table.publish(slot, pack(adapter, dtype))
-    return decoder
 
 
 @pytest.fixture
@@ -38,47 +27,19 @@ def decoder(variant: str, decoder_class: Any, load_tiny: Load) -> Any:
     return with_adapters(decoder_class(weights, NUM_BLOCKS, BLOCK_SIZE, len(KINDS)))
 
 
-def ids_of(index: int) -> list[int]:
-    return [3, 17, *token_ids(index, 9, tiny.VOCAB)]
-
-
-def solo(decoder: Any, mix: Any, ids: list[int]) -> torch.Tensor:
-    sequence = Sequence(ids, mix)
-    driver = Driver(decoder)
-    driver.step((sequence, len(ids) - 1))
-    driver.step((sequence, 1))
-    return torch.cat(sequence.logits)
-
-
-def together(decoder: Any) -> dict[str, torch.Tensor]:
-    """The logits of one sequence per mix, all in the same passes, in an order of their own."""
-    sequences = {name: Sequence(ids_of(i), mix) for i, (name, mix) in enumerate(MIXES.items())}
-    driver = Driver(decoder, seed=5)
-    parts = sorted(sequences.values(), key=lambda s: s.ids[-1])
-    driver.step(*((sequence, 4) for sequence in parts))
-    driver.step(*((sequence, len(sequence.ids) - 5) for sequence in reversed(parts)))
-    driver.step(*((sequence, 1) for sequence in parts))
-    return {name: torch.cat(sequence.logits) for name, sequence in sequences.items()}
-
-
 def is_for_cuda(decoder: Any) -> bool:
     return str(decoder.kernels).startswith("Triton")
-
-
-def distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """The largest difference, as a part of the largest number."""
-    return float((found - wanted).abs().max() / wanted.abs().max())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_neighbours_of_every_kind_change_no_bit(decoder: Any) -> None:
     for index, (name, got) in enumerate(together(decoder).items()):
-        assert torch.equal(got, solo(decoder, MIXES[name], ids_of(index))), name
+        assert torch.equal(got, solo(decoder, MIXES[name], ids_of(decoder, index))), name
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_kind_changes_its_rows(decoder: Any) -> None:
-    ids = ids_of(0)
+    ids = ids_of(decoder, 0)
     base = solo(decoder, (), ids)
     for name, mix in MIXES.items():
         if mix:

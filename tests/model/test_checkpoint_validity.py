@@ -1,4 +1,4 @@
-"""A checkpoint is converted to the model that it is, or refused with the tensor or field at fault."""
+"""A checkpoint becomes the model that it is, or is refused with the tensor or field at fault."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from families.variants import rounded
@@ -26,7 +27,7 @@ from model.passes import BLOCK_SIZE, NUM_BLOCKS, Driver, Sequence, token_ids
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from model import tiny
+from model import gguf_files, tiny
 
 Tensors = dict[str, torch.Tensor]
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -91,9 +92,8 @@ def test_a_head_that_is_the_embeddings_stays_tied(case: str, tmp_path: Path) -> 
         tensors[HEAD] = same.bfloat16() if case == "in another type" else same
 
     directory = edited(tiny.write("llama-tied-bias", tmp_path / "model"), change)
-    assert (HEAD in load_file(directory / "model.safetensors")) and HEAD not in load_file(
-        plain / "model.safetensors"
-    )
+    assert HEAD in load_file(directory / "model.safetensors")
+    assert HEAD not in load_file(plain / "model.safetensors")
     weights = loaded(directory)
     assert weights.lm_head is weights.embed
     assert weights.fingerprint == loaded(plain).fingerprint
@@ -139,6 +139,19 @@ def test_a_value_that_float32_cannot_hold_is_refused(tmp_path: Path) -> None:
 
     refusal = refused(edited(tiny.write("llama", tmp_path / "model"), change))
     assert refusal.message.startswith("model.norm.weight has values")
+
+
+@pytest.mark.parametrize(
+    ("gguf_name", "name"),
+    [("blk.1.ffn_up.weight", LAYER + "mlp.up_proj.weight"), ("output_norm.weight", "model.norm")],
+)
+def test_values_of_a_gguf_file_are_finite_too(gguf_name: str, name: str, tmp_path: Path) -> None:
+    shape = tuple(reversed((64,) if "norm" in gguf_name else (64, 128)))
+    wrong = {gguf_name: np.full(shape, np.nan, np.float32)}
+    refusal = refused(gguf_files.write("llama", tmp_path / "m.gguf", tensors=wrong))
+    assert refusal.reason == "MODEL_INVALID"
+    assert refusal.message.startswith(name)
+    assert "values that are NaN" in refusal.message
 
 
 def quantised(directory: Path, double: bool) -> Path:

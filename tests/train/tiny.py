@@ -31,6 +31,7 @@ from loraplex_training.data.samples import IGNORED, MicroBatch, Sample
 from loraplex_training.methods.base import Setting, TrainedAdapter
 from loraplex_training.spec.spec import MethodSpec
 from loraplex_training.step.joint import JointPass, Part
+from families import variants
 from model.passes import token_ids
 
 from model import tiny
@@ -48,7 +49,8 @@ def _root() -> Any:
 @cache
 def checkpoint(variant: str) -> Path:
     """The unquantised model as transformers saves it."""
-    return tiny.write(variant, Path(_root().name) / variant)
+    write = variants.write if variant in variants.VARIANTS else tiny.write
+    return write(variant, Path(_root().name) / variant)
 
 
 @cache
@@ -66,6 +68,8 @@ def joint(variant: str = "llama") -> JointPass:
 
 @cache
 def _model(variant: str) -> Any:
+    if variant in variants.VARIANTS:
+        return variants.rounded(variants.build(variant))
     return tiny.oracle(variant)
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # sizes of adapters are computed from these types without tor
 
 
 class Activation(IntEnum):
-    """Activation between the two matrices of a bottleneck; the numbers of `cpu/sites.h`."""
+    """Activation between the two matrices of a bottleneck; the numbers of `cpu/activations.h`."""
 
     NONE = 0
     RELU = 1

@@ -16,7 +16,7 @@ from loraplex_model.base.refusal import Refusal, model_invalid, model_unsupporte
 
 MAX_LAYERS: Final = 10_000
 MAX_TABLE_BYTES: Final = 2 << 30
-"""Most bytes of the tables of rotations: cosines and sines, float32, 4 * head_dim for each position.
+"""Most bytes of the tables of rotations: cosines and sines, float32, 4 * head_dim bytes a position.
 With heads of 128 these are 4,194,304 positions."""
 
 _WHOLE: Final[Mapping[str, tuple[int, int]]] = {
@@ -169,8 +169,8 @@ def check_decoder(config: DecoderConfig) -> None:
     widths = {2 * len(rope.inv_freq) for rope in config.ropes}
     if not all(2 <= width <= config.head_dim for width in widths):
         raise model_unsupported(
-            f"the model's configuration rotates {max(widths)} of the {config.head_dim} numbers of a "
-            "head; correct its partial_rotary_factor, or fetch the model again"
+            f"the model's configuration rotates {max(widths)} of the {config.head_dim} numbers of "
+            "a head; correct its partial_rotary_factor, or fetch the model again"
         )
     ropes = [*config.ropes, *([config.long_rope] if config.long_rope else [])]
     position_bytes = 8 * sum(len(rope.inv_freq) for rope in ropes)

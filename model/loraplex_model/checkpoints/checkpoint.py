@@ -162,8 +162,8 @@ class SafetensorsSource:
                 text_name = self._text_name(name)
                 if text_name in self._files:
                     raise model_invalid(
-                        f"the checkpoint in {directory} holds {text_name} twice, so it is not clear "
-                        "which one is meant; remove files that are not part of the model"
+                        f"the checkpoint in {directory} holds {text_name} twice, so it is not "
+                        "clear which one is meant; remove files that are not part of the model"
                     )
                 self._files[text_name] = file, name
 

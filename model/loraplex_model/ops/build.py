@@ -80,7 +80,7 @@ def supported_isas() -> list[str]:
 
 
 def chosen_isa() -> str:
-    """The instruction set of the kernels: that of `LORAPLEX_ISA`, or the fastest one if it is unset.
+    """The instruction set of the kernels: that of `LORAPLEX_ISA`; if it is unset, the fastest one.
 
     Raises `Refusal` (CONFIG_INVALID) if the variable names none that this processor can run.
     """

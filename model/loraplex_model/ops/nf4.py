@@ -1,7 +1,8 @@
 """NF4 with double quantisation (QLoRA, arXiv 2305.14314), as bitsandbytes stores it.
 
 Quantising calls bitsandbytes, or a kernel that gives the same bytes in a fraction of the time
-(`ops.quantise`). Dequantising needs neither, since importing bitsandbytes takes seconds: a weight is
+(`ops.quantise`). Dequantising needs neither, since importing bitsandbytes takes seconds:
+a weight is
 
     code[nibble] * (map[absmax byte] * scale of its 256 blocks + offset)
 

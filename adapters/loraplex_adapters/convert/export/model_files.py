@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from loraplex_model.base.hf_config import text_part
 from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_model.checkpoints import checkpoint
 from loraplex_model.checkpoints.load import LoadedBase
@@ -29,7 +30,8 @@ def write_config(
 ) -> None:
     """Writes the base's config.json with the new type of the weights and the form's overrides.
 
-    Raises Refusal(EXPORT_UNSUPPORTED) for a GGUF file that scales positions by a tensor.
+    Of a multimodal model it is that of the text decoder, which is what the weights are of. Raises
+    Refusal(EXPORT_UNSUPPORTED) for a GGUF file that scales positions by a tensor.
     """
     source = checkpoint.open_source(base.source)
     if source.rope_divisors:
@@ -39,7 +41,8 @@ def write_config(
             "use the base as safetensors",
             "model",
         )
-    config: dict[str, Any] = {k: v for k, v in source.config.items() if v is not None}
+    stated = text_part(source.config)
+    config: dict[str, Any] = {k: v for k, v in stated.items() if v is not None}
     config.pop("quantization_config", None)
     name = str(dtype).removeprefix("torch.")
     if "torch_dtype" in config:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from loraplex_model.base.families import TEXT_FAMILIES
 from loraplex_model.base.info import BaseInfo
 from loraplex_model.base.refusal import Problem, Reason
 
@@ -136,7 +137,7 @@ def explained(
     gone: set[str] = set()
     found: dict[tuple[Reason, str, str], list[str]] = {}
     for tensor in about:
-        if (cause := _cause(tensor.name)) is not None:
+        if (cause := _cause(tensor.name, base)) is not None:
             found.setdefault(cause, []).append(shown(tensor.name))
     for (reason, what, way_out), names in found.items():
         message = f"names of tensors {what} ({_counted(names)}); {way_out}"
@@ -181,22 +182,25 @@ def led_by(field: str, findings: Iterable[Problem]) -> list[Problem]:
     return sorted(findings, key=lambda finding: finding.field != field)
 
 
-def _cause(name: str) -> tuple[Reason, str, str] | None:
+def _cause(name: str, base: BaseInfo) -> tuple[Reason, str, str] | None:
     """Reason, description and way out for a refused name; None if it is PEFT's own spelling."""
     name = name[:_MAX_READ]
     for form in _FORMS:
         if form.matches(name):
             return form.reason, form.what, form.way_out
     found = spelling(name)
-    if found is None or not found.wrappers:
+    wrappers = found.wrappers if found else ()
+    if base.config.architecture in TEXT_FAMILIES:  # `ModulePaths` takes such names
+        wrappers = tuple(wrapper for wrapper in wrappers if wrapper is not Wrapper.MULTIMODAL)
+    if found is None or not wrappers:
         return None
     reason = Reason.ADAPTER_INVALID
-    if found.wrappers == (Wrapper.MULTIMODAL,):
+    if wrappers == (Wrapper.MULTIMODAL,):
         reason = Reason.BASE_MODEL_MISMATCH
-    what = " and ".join(wrapper.value for wrapper in found.wrappers)
+    what = " and ".join(wrapper.value for wrapper in wrappers)
     if found.adapter:
         what += f" ({shown(found.adapter)})"
-    return reason, what, f"{WAYS_OUT[found.wrappers[0]]}, or {CONVERT}"
+    return reason, what, f"{WAYS_OUT[wrappers[0]]}, or {CONVERT}"
 
 
 def is_of_another_form(name: str) -> bool:

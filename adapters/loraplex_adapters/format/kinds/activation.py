@@ -33,9 +33,13 @@ _EXCLUDED: Mapping[str, str] = {
     "bias": BEFORE,
     "kasa_config": _COMBINATION,
     "modules_to_save": BEFORE,
+    "monteclora_config": _COMBINATION,
+    "target_parameters": BEFORE,
     "trainable_token_indices": BEFORE,
     "use_bdlora": _COMBINATION,
     "use_dora": _COMBINATION,
+    "use_qalora": _COMBINATION,
+    "velora_config": _COMBINATION,
 }
 
 

@@ -16,11 +16,11 @@ from loraplex_adapters.format.kinds.activation import (
     read_invocation,
 )
 from loraplex_adapters.format.kinds.base import Kind
+from loraplex_adapters.format.kinds.folded.patterns import Rank
 from loraplex_adapters.format.kinds.initialisation import check_initialisation
 from loraplex_adapters.format.kinds.variants import (
     VARIANT_ENDINGS,
     VARIANT_OPTIONS,
-    Rank,
     Variant,
     check_work,
     place_variant,
@@ -205,8 +205,8 @@ LORA = Kind(
         **SHARED_OPTIONS,
         **VARIANT_OPTIONS,
         INVOCATION_OPTION: served(
-            f"activated LoRA, at most {MAX_INVOCATION_TOKENS} tokens; not together with use_dora, "
-            "bias, modules_to_save, trainable_token_indices or LoRA on the embeddings"
+            f"activated LoRA, at most {MAX_INVOCATION_TOKENS} tokens; not together with DoRA or "
+            "other variants, bias, modules_to_save, trained tokens or LoRA on the embeddings"
         ),
         "alpha_pattern": served("names or expressions; keys that disagree are refused"),
         "lora_bias": served("projections"),

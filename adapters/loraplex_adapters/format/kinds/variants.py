@@ -15,6 +15,7 @@ from loraplex_model.base.config import Site
 from loraplex_model.base.refusal import Reason
 
 from loraplex_adapters.format.kinds.folded.base import Size, folded, measured, shape_of, states
+from loraplex_adapters.format.kinds.folded.patterns import Rank
 from loraplex_adapters.format.modules import HEAD, linear_shape
 from loraplex_adapters.format.placement import Placement
 from loraplex_adapters.format.reader import Reader
@@ -27,6 +28,8 @@ _SECONDS = 2e-10
 
 MAX_PATTERNS = 64
 """Most names in each list of BD-LoRA, since every module's path is compared with all of them."""
+
+_OF_A, _OF_B = "target_modules_bd_a", "target_modules_bd_b"
 
 _TRAINING = "differs from LoRA in training only"
 _SAMPLER = "lora_monteclora_sampler."
@@ -54,15 +57,6 @@ VARIANT_ENDINGS: Mapping[str, str] = {"lora_diag": "kasa_config", **TRAINING_END
 _EXCLUSIVE = ("use_dora", "use_bdlora", "kasa_config", "velora_config", "monteclora_config")
 
 Tensors = Mapping[str, TensorLocation | None]
-
-
-@dataclass(frozen=True, slots=True)
-class Rank:
-    """A module's rank, the field that states it, and its scale."""
-
-    rank: int
-    field: str
-    scale: float
 
 
 class Variant(Protocol):
@@ -125,7 +119,7 @@ def read_unused(reader: Reader) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class Blocks:
+class DiagonalBlocks:
     """BD-LoRA: A or B is block-diagonal, and the file has the blocks one below the other.
 
     Attributes:
@@ -182,7 +176,7 @@ class Blocks:
 
 
 @dataclass(frozen=True, slots=True)
-class Groups:
+class PooledGroups:
     """QA-LoRA: A acts on the means of groups of `size` inputs, times the number of groups.
 
     PEFT does so for bases in GPTQ's format, and ignores the option on others; A's width tells.
@@ -217,7 +211,7 @@ class Groups:
 
 
 @dataclass(frozen=True, slots=True)
-class Knowledge:
+class TruncatedBase:
     """KaSA: B diag(d) A, without the r directions of the base's weight that are weakest."""
 
     def has_bias(self, file: Placement, site: Site) -> bool:
@@ -230,7 +224,7 @@ class Knowledge:
         """The module; its folded rank is 2 r."""
         fan_in, fan_out = shape_of(file, site)
         every = {**tensors, "lora_diag": file.require(site, "lora_diag")}
-        shapes: dict[str, tuple[int | str, ...]] = {
+        shapes: dict[str, tuple[Size, ...]] = {
             "a": ("r", fan_in),
             "b": (fan_out, "r"),
             "lora_diag": ("r",),
@@ -271,20 +265,20 @@ def read_variant(reader: Reader) -> Variant | None:
         reader.unsupported(found[1], f"is set together with {found[0]}, which PEFT does not load")
     if "kasa_config" in found:
         _map(reader, "kasa_config")
-        return Knowledge()
+        return TruncatedBase()
     if "use_bdlora" in found:
         return _read_blocks(reader)
     if reader.flag("use_qalora"):
         size = reader.config.get("qalora_group_size")
-        return Groups(16 if size is None else reader.integer("qalora_group_size") or 1)
+        return PooledGroups(16 if size is None else reader.integer("qalora_group_size") or 1)
     return None
 
 
 def _read_blocks(reader: Reader) -> Variant | None:
     key = "use_bdlora"
     options = _map(reader, key)
-    lists = []
-    for name in ("target_modules_bd_a", "target_modules_bd_b"):
+    lists: dict[str, tuple[str, ...]] = {}
+    for name in (_OF_A, _OF_B):
         texts = options.get(name) or []
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             reader.invalid(key, f"has {name}, which is not a list of names")
@@ -292,15 +286,17 @@ def _read_blocks(reader: Reader) -> Variant | None:
         if len(texts) > MAX_PATTERNS:
             reader.unsupported(key, f"has more than {MAX_PATTERNS} names in {name}")
             return None
-        lists.append(tuple(texts))
+        lists[name] = tuple(texts)
     strict = options.get("match_strict", True)
     count = reader.as_integer(key, options.get("nblocks", 1))
     if not isinstance(strict, bool):
         reader.invalid(key, "has match_strict, which is not a boolean")
-    known = {"target_modules_bd_a", "target_modules_bd_b", "match_strict", "nblocks"}
+    known = {_OF_A, _OF_B, "match_strict", "nblocks"}
     if unknown := sorted(options.keys() - known):
         reader.unsupported(key, f"has the unknown key {shown(unknown[0])}")
-    return None if count is None else Blocks(lists[0], lists[1], count, bool(strict))
+    return (
+        None if count is None else DiagonalBlocks(lists[_OF_A], lists[_OF_B], count, bool(strict))
+    )
 
 
 def _map(reader: Reader, key: str) -> Mapping[str, object]:

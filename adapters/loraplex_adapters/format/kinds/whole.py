@@ -51,7 +51,7 @@ def place_others(
     modules = []
     if bias == "all":
         for site in base_sites(file.base):
-            if site[1] in file.base.config.biased and site not in adapted:
+            if "bias" in role_shapes(site, file.base) and site not in adapted:
                 modules += file.single(site, _BIAS, "bias")
     return modules + place_saved(file, targets) + place_rows(file, rows)
 

@@ -9,8 +9,8 @@ from loraplex_adapters.format.spec import ModuleSpec
 from loraplex_adapters.load.folded.base import Factors, Tensors
 from loraplex_adapters.load.folded.served import served_weight
 
-_ROWS = 4096
-"""Rows of a weight that are in memory as float64 at once."""
+_COLUMNS = 4096
+"""Columns of a weight that are in memory as float64 at once."""
 
 
 def blocks(module: ModuleSpec, tensors: Tensors, base: BaseWeights) -> Factors:
@@ -18,8 +18,17 @@ def blocks(module: ModuleSpec, tensors: Tensors, base: BaseWeights) -> Factors:
     assert module.fold is not None
     counts = (int(module.fold.settings[name]) for name in ("blocks_a", "blocks_b"))
     parts = zip((tensors["a"].float(), tensors["b"].float()), counts, strict=True)
-    a, b = (torch.block_diag(*stacked.chunk(count)) for stacked, count in parts)
+    a, b = (_on_diagonal(stacked, count) for stacked, count in parts)
     return a, b
+
+
+def _on_diagonal(stacked: torch.Tensor, count: int) -> torch.Tensor:
+    """`count` blocks [rows, columns], one below the other, as a block-diagonal matrix."""
+    rows, columns = stacked.shape[0] // count, stacked.shape[1]
+    found = torch.zeros(count, rows, count, columns)
+    blocks = torch.arange(count)
+    found[blocks, :, blocks] = stacked.view(count, rows, columns)
+    return found.view(count * rows, count * columns)
 
 
 def groups(module: ModuleSpec, tensors: Tensors, base: BaseWeights) -> Factors:
@@ -58,7 +67,8 @@ def _weakest(weight: torch.Tensor, count: int) -> torch.Tensor:
     value decomposition in float32, which PEFT makes.
     """
     gram = torch.zeros(weight.shape[0], weight.shape[0], dtype=torch.float64, device=weight.device)
-    for columns in weight.split(_ROWS, dim=1):
-        columns = columns.double()
+    for start in range(0, weight.shape[1], _COLUMNS):
+        columns = weight[:, start : start + _COLUMNS].double()
         gram.addmm_(columns, columns.T)
-    return torch.linalg.eigh(gram)[1][:, :count].float()
+    vectors: torch.Tensor = torch.linalg.eigh(gram)[1]
+    return vectors[:, :count].float()

@@ -100,8 +100,8 @@ def _refusal(left: list[str], architecture: str, layers: int) -> Refusal:
     shown = ", ".join(left[:_SHOWN]) + (f" and {len(left) - _SHOWN} more" * (len(left) > _SHOWN))
     if any(part in name for name in left for part in _ADAPTERS):
         return model_unsupported(
-            f"the checkpoint holds tensors of an adapter ({shown}); merge the adapter into its base "
-            "(merge_and_unload in PEFT), or serve the base and register the adapter"
+            f"the checkpoint holds tensors of an adapter ({shown}); merge the adapter into its "
+            "base (merge_and_unload in PEFT), or serve the base and register the adapter"
         )
     beyond = [number for name in left if (number := _layer(name)) is not None and number >= layers]
     if beyond:

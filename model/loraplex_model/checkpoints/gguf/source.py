@@ -24,6 +24,7 @@ from loraplex_model.checkpoints.gguf.architectures import ARCHITECTURES, GgufArc
 from loraplex_model.checkpoints.gguf.header import GgufFile, GgufTensor
 from loraplex_model.checkpoints.gguf.names import Pieces, TensorPiece
 from loraplex_model.checkpoints.gguf.settings import GgufSettings
+from loraplex_model.checkpoints.gguf.values import dequantised
 
 _END_TOKENS = ("eos_token_id", "eos_token_ids", "eot_token_id", "eom_token_id")
 
@@ -112,7 +113,6 @@ class GgufSource:
     def _dequantise(self, gguf_name: str, first: int = 0, end: int | None = None) -> torch.Tensor:
         """Rows `first` to `end` of a tensor, or all of it, in float32."""
         from gguf import GGMLQuantizationType
-        from gguf.quants import dequantize, quant_shape_to_byte_shape
 
         file, tensor = self._tensors[gguf_name]
         kind = GGMLQuantizationType(tensor.kind)
@@ -122,12 +122,9 @@ class GgufSource:
             shape, start, size = (end - first, *shape[1:]), start + first * row, (end - first) * row
         raw = np.frombuffer(file.data, np.uint8, size, start)
         try:
-            values = dequantize(raw.reshape(quant_shape_to_byte_shape(shape, kind)), kind)
+            return dequantised(raw, shape, kind)
         except (NotImplementedError, ValueError) as error:
             raise model_unsupported(f"{file.path}: {gguf_name}: {error}") from error
-        # float32 tensors are views of the read-only file and torch needs writable memory
-        writable = np.require(values, np.float32, ["C", "W"])
-        return torch.from_numpy(writable).reshape(shape)
 
     def _halves(self, name: str, rows: torch.Tensor, heads: int) -> torch.Tensor:
         if rows.ndim == 0 or rows.shape[0] % (2 * heads):

@@ -226,27 +226,34 @@ class Pass {
     norm(t, m.layers[0].input_norm, 0, INPUT_LAYERNORM);
   }
 
-  template <class W>
-  void norm_row(const float* x, const W* weight, const T* bias, int width, float* out) const {
+  template <class W, class B>
+  void norm_row(const float* x, const W* weight, const B* bias, int width, float* out) const {
     if (m.layer_norm) return layer_norm(x, weight, bias, m.norm_offset, m.eps, width, out);
     if (m.norm_offset) return rms_norm(x, weight, m.norm_offset, m.eps, width, out);
     rms_norm(x, weight, m.eps, width, out);
   }
 
-  // Norms `parts` vectors of row t, side by side in x, with a norm's weights as the row's adapters change
-  // them. The weights of all parts lie `stride` apart: 0 if they are the same.
+  // Norms `parts` vectors of row t, side by side in x, with a norm's weight and bias as the row's adapters
+  // change them. Those of the parts lie `stride` apart: 0 if they are the same.
   void norm_parts(int t, const NormWeights& norm, int layer, int site, const float* x, int parts, int width,
                   int stride, float* out) {
     const T *weight = static_cast<const T*>(norm.weight), *bias = static_cast<const T*>(norm.bias);
-    const float* own = nullptr;
-    if (const Segment* segment = adapted(t, NORM))
-      own = norm_weight(plan_, *segment, m.adapters, layer, site, weight, stride ? parts * stride : width, scratch());
-    for (int i = 0; i < parts; i++, x += width, out += width) {
-      if (own)
-        norm_row(x, own + i * stride, bias, width, out);
-      else
-        norm_row(x, weight + i * stride, bias, width, out);
+    const float *own = nullptr, *own_bias = nullptr;
+    if (const Segment* segment = adapted(t, NORM)) {
+      int total = stride ? parts * stride : width;
+      float* at = scratch();
+      own = norm_vector(plan_, *segment, m.adapters, layer, site, &Entry::bias, weight, total, at);
+      if (bias)
+        own_bias = norm_vector(plan_, *segment, m.adapters, layer, site, &Entry::hidden_bias, bias, total, at + total);
     }
+    auto apply = [&](auto* factors, auto* shifts) {
+      for (int i = 0; i < parts; i++)
+        norm_row(x + i * width, factors + i * stride, shifts ? shifts + i * stride : shifts, width, out + i * width);
+    };
+    if (own_bias)
+      own ? apply(own, own_bias) : apply(weight, own_bias);
+    else
+      own ? apply(own, bias) : apply(weight, bias);
   }
 
   // The residual stream as a block reads it: normed, or as it is in decoders that norm outputs only.

@@ -28,19 +28,20 @@ inline void add_embedding(const Plan& plan, const Segment& segment, const SlotTa
   }
 }
 
-// out = weight + sum w delta: a norm's weight as the adapters change it. Returns null if none does.
+// out = vector + sum w delta: a norm's weight or bias as the adapters change it. `delta` is the field of
+// their entries. Returns null if none has it.
 template <class T>
-inline const float* norm_weight(const Plan& plan, const Segment& segment, const SlotTable& table, int layer,
-                                int site, const T* weight, int width, float* out) {
+inline const float* norm_vector(const Plan& plan, const Segment& segment, const SlotTable& table, int layer,
+                                int site, const float* Entry::* delta, const T* vector, int width, float* out) {
   bool any = false;
   for (int t = segment.term_begin; t < segment.term_end; t++) {
     const Term& term = plan.terms[t];
-    const float* delta = table.at(term.slot, layer, site).bias;
-    if (!delta) continue;
+    const float* own = table.at(term.slot, layer, site).*delta;
+    if (!own) continue;
     if (!any)
-      for (int i = 0; i < width; i++) out[i] = load1(weight + i);
+      for (int i = 0; i < width; i++) out[i] = load1(vector + i);
     any = true;
-    for (int i = 0; i < width; i++) out[i] = multiply_add(term.weight, delta[i], out[i]);
+    for (int i = 0; i < width; i++) out[i] = multiply_add(term.weight, own[i], out[i]);
   }
   return any ? out : nullptr;
 }

@@ -19,6 +19,7 @@ from loraplex_adapters.format.kinds.folded.base import (
     TARGET_OPTIONS,
     TRANSPOSED_OPTION,
     FoldedReading,
+    Size,
     folded,
     measured,
     read_bias,
@@ -57,7 +58,10 @@ class Replacements:
             rank = min(self.r, fan_out)
             roles = (_DIRECTIONS,) if self.removes_only else (_DIRECTIONS, _INJECTED)
             tensors = {role: file.require(site, role) for role in roles}
-            shapes = {_DIRECTIONS: (fan_out, "r"), _INJECTED: ("r", fan_in)}
+            shapes: dict[str, tuple[Size, ...]] = {
+                _DIRECTIONS: (fan_out, "r"),
+                _INJECTED: ("r", fan_in),
+            }
             held = measured(file, site, tensors, shapes)
             scale = self.alpha / rank if self.alpha else 1.0
             file.check_scale(site, scale, "alpha")

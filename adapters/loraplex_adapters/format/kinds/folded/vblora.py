@@ -20,6 +20,7 @@ from loraplex_adapters.format.kinds.folded.base import (
     TARGET_OPTIONS,
     TRANSPOSED_OPTION,
     FoldedReading,
+    Size,
     folded,
     measured,
     read_bias,
@@ -64,7 +65,7 @@ class Pieces:
                 message += f"{file.path(site)}, {fan_in} and {fan_out}"
                 file.find(Reason.BASE_MODEL_MISMATCH, message, "vector_length")
                 continue
-            shapes = {
+            shapes: dict[str, tuple[Size, ...]] = {
                 _LOGITS[0]: ("r", fan_in // self.length, self.vectors),
                 _LOGITS[1]: (fan_out // self.length, "r", self.vectors),
             }

@@ -104,8 +104,8 @@ class OwnRows:
     ) -> None:
         """Changes embeddings x [T, hidden] of `tokens`, int32 [T], which may refer to drawn ones.
 
-        x has been multiplied by `scale`, as are the changes. The embedding of a token that could
-        not be drawn is arbitrary.
+        x has been multiplied by `scale`, as are the changes, and virtual tokens where the family
+        does so. The embedding of a token that could not be drawn is arbitrary.
         """
         vocab = self._config.vocab_size
         for run in self._runs:
@@ -122,7 +122,9 @@ class OwnRows:
                 _change_embeddings(own, change, weight * scale, ids, vocab)
             if prompts is not None:
                 place = (ids - vocab).clamp(0, len(prompts) - 1)
-                rows = prompts.index_select(0, place).to(x.dtype) * scale
+                rows = prompts.index_select(0, place).to(x.dtype)
+                if self._config.scaled_prompts:
+                    rows = rows * scale
                 own.copy_(torch.where((ids < vocab)[:, None], own, rows))
 
     def norm(
