@@ -273,6 +273,7 @@ def test_a_count_of_experts_is_called_what_it_is(count: Any, tmp_path: Path) -> 
         ("llama", {"general.type": "adapter"}, "an adapter, not a base model"),
         ("llama", {"adapter.type": "lora"}, "an adapter, not a base model"),
         ("clip", {}, "encoder of a multimodal model"),
+        ("controlvector", {"controlvector.layer_count": 3}, "a control vector"),
         ("llama", {"general.type": "mmproj"}, "encoder of a multimodal model"),
         ("llama", {"clip.has_vision_encoder": True}, "encoder of a multimodal model"),
         ("", {"general.type": "imatrix"}, "an importance matrix"),
