@@ -298,6 +298,16 @@ def test_other_files_are_called_what_they_are(
     refused(tmp_path / "m.gguf", says)
 
 
+def test_every_token_has_an_embedding(tmp_path: Path) -> None:
+    for count in (tiny.VOCAB - 3, tiny.VOCAB + 1):
+        keys = {"tokenizer.ggml.tokens": [f"t{i}" for i in range(count)]}
+        path = gguf_files.write("llama", tmp_path / "m.gguf", keys)
+        if count > tiny.VOCAB:
+            refused(path, "tokenizer.ggml.tokens", "token_embd.weight", reason="MODEL_INVALID")
+        else:
+            GgufSource(path)
+
+
 def test_a_file_without_an_architecture_is_invalid(tmp_path: Path) -> None:
     for value in (None, 7):
         path = gguf_files.write("llama", tmp_path / "m.gguf", {"general.architecture": value})
