@@ -122,6 +122,7 @@ def test_a_setting_that_is_missing_or_wrong_is_named(
         ("phi3", _SHORT),
         ("mixtral", "blk.0.ffn_gate_shexp.weight"),
         ("mixtral", "blk.0.ffn_gate.weight"),
+        ("mixtral", "blk.0.ffn_gate.3.weight"),
         ("qwen3-moe", "blk.0.exp_probs_b.bias"),
         ("ernie4_5", "blk.0.nextn.eh_proj.weight"),
     ],
