@@ -183,7 +183,7 @@ class OwnRows:
             if q_weight is None and k_weight is None:
                 continue
             qkv = states.qkv[run.rows]
-            q, k, _ = qkv.split([heads * width, kv_heads * width, kv_heads * width], dim=1)
+            q, k = qkv[:, : heads * width], qkv[:, heads * width : (heads + kv_heads) * width]
             at = states.table_rows[run.rows]
             q = self._turned(q, states.q_norm if q_weight is None else q_weight, at, states)
             if states.query_scales is not None:
