@@ -8,6 +8,7 @@ pairs within each head, and this module restores Hugging Face's two halves; Gemm
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,15 @@ class GgufSource:
             shapes[0] if len(shapes) == 1 else (sum(rows for rows, *_ in shapes), *shapes[0][1:])
         )
         return TensorInfo(shape, "F32", nbytes)
+
+    def types(self) -> Mapping[str, int]:
+        """Bytes of the tensors of each of GGUF's types: "Q4_K"."""
+        from gguf import GGMLQuantizationType
+
+        types: Counter[str] = Counter()
+        for _, tensor in self._tensors.values():
+            types[GGMLQuantizationType(tensor.kind).name] += tensor.size
+        return types
 
     def read(self, name: str) -> torch.Tensor:
         """See `TensorSource`: float32, in Hugging Face's layout."""
