@@ -235,16 +235,7 @@ def test_lora_on_mixed_rows_is_the_sum_of_its_terms(
 )
 @pytest.mark.parametrize(
     ("position", "window", "softcap"),
-    [
-        (0, 0, 0),
-        (5, 0, 0),
-        (16, 0, 0),
-        (77, 0, 0),
-        (77, 20, 0),
-        (77, 1, 0),
-        (77, 0, 2),
-        (9, 5, 0.5),
-    ],
+    [(0, 0, 0), (5, 0, 0), (16, 0, 0), (77, 0, 0), (77, 20, 0), (77, 1, 0), (77, 0, 2), (9, 5, 0.5)],
 )
 def test_paged_attention_is_causal_softmax_attention(
     library: ctypes.CDLL,

@@ -35,9 +35,7 @@ def sanitized(isa: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("isa", TESTED)
 def test_every_kernel_passes_its_tests_with_sanitizers(isa: str) -> None:
     """On small shapes; `make test-sanitized` runs all of them, and whole passes."""
-    files = [
-        HERE + f"test_{name}.py" for name in ("bounds", "unpack", "elementwise", "kernels", "rows")
-    ]
+    files = [HERE + f"test_{name}.py" for name in ("bounds", "unpack", "elementwise", "kernels", "rows")]
     done = sanitized(isa, "-x", "-k", SMALL, *files)
     assert done.returncode == 0, done.stdout[-5000:]
     assert " passed" in done.stdout or "[100%]" in done.stdout

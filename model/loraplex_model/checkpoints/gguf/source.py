@@ -22,7 +22,7 @@ from loraplex_model.checkpoints.checkpoint import TensorInfo
 from loraplex_model.checkpoints.gguf import keys, kinds, names, parts
 from loraplex_model.checkpoints.gguf.architectures import ARCHITECTURES, GgufArchitecture
 from loraplex_model.checkpoints.gguf.header import GgufFile, GgufTensor
-from loraplex_model.checkpoints.gguf.names import TensorPiece, Pieces
+from loraplex_model.checkpoints.gguf.names import Pieces, TensorPiece
 from loraplex_model.checkpoints.gguf.settings import GgufSettings
 from loraplex_model.checkpoints.gguf.values import dequantised
 
