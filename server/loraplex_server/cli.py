@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import sys
 from importlib.metadata import version as installed
+from pathlib import Path
+from typing import Annotated
 
 import typer
 from loraplex_model.base.terminal import adapt_output
@@ -31,10 +33,24 @@ def serve(config: Config) -> None:
     raise typer.Exit(asyncio.run(server.run(config)))
 
 
-def examine(config: Config) -> None:
-    """Check this machine and the settings; exit with 1 if the server could not serve."""
+def examine(
+    config: Config,
+    *,
+    adapter: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--adapter",
+            metavar="DIR",
+            help="Check this adapter against the model as well; may be repeated.",
+        ),
+    ] = None,
+) -> None:
+    """Check this machine, the settings and the model; exit with 1 if the server could not serve.
+
+    Nothing is converted, fetched or changed.
+    """
     healthy = True
-    for check in doctor.examine(config):
+    for check in doctor.examine(config, adapter or ()):
         typer.echo(f"{'ok' if check.good else '!!'}  {check.subject:<12} {check.text}")
         healthy &= check.good
     raise typer.Exit(ServerExit.OK if healthy else ServerExit.REFUSED)
