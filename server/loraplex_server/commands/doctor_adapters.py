@@ -10,7 +10,7 @@ from loraplex_adapters.format.config import FINGERPRINT_KEY
 from loraplex_adapters.format.examine import Report, examine_header
 from loraplex_adapters.format.examine import examine as examine_values
 from loraplex_adapters.format.files import open_directory
-from loraplex_adapters.format.foreign.folder import MAX_NOTED_FILES, folder_notes
+from loraplex_adapters.format.foreign.notes import MAX_NOTED_FILES, folder_notes
 from loraplex_adapters.format.spec import CheckedAdapter
 from loraplex_adapters.format.support import STAMP
 from loraplex_model.base.info import BaseInfo
