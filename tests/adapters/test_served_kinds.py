@@ -281,10 +281,11 @@ def test_kasa_folds_once_into_plain_lora_whatever_its_work(
         model=str(gallery.checkpoint("llama")),
         cache=tmp_path / "cache",
     )
-    run(request, tmp_path, Path, lambda base: None)
+    out = tmp_path / "out"
+    run(request, out, Path, lambda base: None)
     base = gallery.weights("llama")
-    spec = inspect(tmp_path, base.info, AdapterLimits(max_decompositions=0))
-    _, found = load(tmp_path, spec.digest, base)
+    spec = inspect(out, base.info, AdapterLimits(max_decompositions=0))
+    _, found = load(out, spec.digest, base)
     _, expected = gallery.load("llama", "kasa")
     assert found.sites.keys() == expected.sites.keys()
     for site, change in expected.sites.items():

@@ -10,6 +10,8 @@ import pytest
 import torch
 from families import test_gguf_families as cases
 from families import variants
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize, quantize
 from loraplex_model.base.refusal import Refusal
 from loraplex_model.checkpoints.gguf.architectures import ARCHITECTURES
 from loraplex_model.checkpoints.gguf.keys import config_of
@@ -120,6 +122,7 @@ def test_a_setting_that_is_missing_or_wrong_is_named(
         ("phi3", _SHORT),
         ("mixtral", "blk.0.ffn_gate_shexp.weight"),
         ("mixtral", "blk.0.ffn_gate.weight"),
+        ("mixtral", "blk.0.ffn_gate.3.weight"),
         ("qwen3-moe", "blk.0.exp_probs_b.bias"),
         ("ernie4_5", "blk.0.nextn.eh_proj.weight"),
     ],
@@ -261,3 +264,16 @@ def test_the_largest_gemmas_scale_queries_by_the_stream(
     tensors = [f"t{i}" for i in range(100)]
     config = config_of(settings, ARCHITECTURES[architecture], tensors)
     assert config["query_pre_attn_scalar"] == scalar
+
+
+def test_an_expert_or_a_part_of_quantised_tensors_is_read_alone(tmp_path: Path) -> None:
+    model = cases.build("qwen3-moe")
+    name = "blk.1.ffn_down_exps.weight"
+    packed = quantize(gguf_files.converted(model)[name], GGMLQuantizationType.Q8_0)
+    path = gguf_files.write_model(model, tmp_path / "m.gguf", tensors={name: packed})
+    source, whole = GgufSource(path), dequantize(packed, GGMLQuantizationType.Q8_0)
+    for expert in range(len(whole)):
+        ours = f"model.layers.1.mlp.experts.{expert}.down_proj.weight"
+        assert torch.equal(source.read(ours), torch.from_numpy(whole[expert]))
+        assert source.info(ours).shape == whole.shape[1:]
+        assert source.info(ours).nbytes == packed[expert].nbytes

@@ -28,7 +28,7 @@ def ulps(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def everywhere(low: float, high: float) -> torch.Tensor:
-    """Numbers of all sizes in a range, an odd count of them, so that some are in no whole vector."""
+    """Numbers of all sizes in a range; an odd count, so that some are in no whole vector."""
     small = torch.logspace(-30, 0, 4001)
     between = torch.linspace(low, high, 200_001)
     return torch.cat([-small, small, between, torch.zeros(1)]).clamp(low, high)
@@ -107,8 +107,8 @@ def activated(
 FORMULAS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
     Activation.SILU: torch.nn.functional.silu,
     Activation.GELU: lambda x: x * torch.special.erfc(-x / 2**0.5) / 2,
-    Activation.GELU_TANH: lambda x: x * torch.sigmoid(
-        2 * (2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)
+    Activation.GELU_TANH: lambda x: (
+        x * torch.sigmoid(2 * (2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))
     ),
 }
 

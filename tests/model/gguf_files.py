@@ -58,7 +58,7 @@ def write_model(
     Args:
         keys: further metadata, or other values of the converter's own; None leaves a key out.
             "~" before a key stands for the architecture.
-        tensors: further tensors, or others in place of the model's.
+        tensors: further tensors, or others in place of the model's; uint8 for bytes in Q8_0.
         without: names of tensors that are left out.
         parts: number of tensors in each file of a split model; 0 writes one file.
     """
@@ -70,7 +70,9 @@ def write_model(
     found = converted(model) | dict(tensors or {})
     for name, values in found.items():
         if name not in without:
-            writer.add_tensor(name, values)
+            is_packed = values.dtype == np.uint8
+            kind_of = gguf.GGMLQuantizationType.Q8_0 if is_packed else None
+            writer.add_tensor(name, values, raw_dtype=kind_of)
     writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from families import variants
 from loraplex_adapters.format import matrix
 from loraplex_adapters.format.kinds import KINDS
 from loraplex_model.base.families import FAMILIES, TEXT_PARTS
@@ -21,8 +22,6 @@ from peft import PeftType
 from safetensors.torch import save_file
 from transformers import CONFIG_MAPPING
 from typer.testing import CliRunner
-
-from families import variants
 
 DOCUMENTS = Path(__file__).parents[2] / "docs"
 MARKS = {"models.md": "families", "adapters.md": "support-matrix"}

@@ -134,7 +134,9 @@ def _by_the_book() -> ExitStack:
         normed = w / (w.pow(2).mean(-1, keepdim=True) + eps).sqrt()
         return weight.to(x.dtype) * normed.to(x.dtype), None
 
-    def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def rotate(
+        x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved: bool = False
+    ) -> torch.Tensor:
         first, second = x.chunk(2, dim=-1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 

@@ -221,9 +221,10 @@ def _shards(directory: Path) -> list[Path]:
     index, single = directory / INDEX, directory / SINGLE
     if index.exists():
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise model_invalid(f"{index} has no weight_map")
-        shards = [directory / str(name) for name in sorted(set(weight_map.values()))]
+        names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+        if not names or not all(isinstance(name, str) for name in names):
+            raise model_invalid(f"{index} has no weight_map; fetch the model again")
+        shards = [directory / name for name in sorted(set(names))]
         if any(shard.parent != directory for shard in shards):
             raise model_invalid(f"{index} points outside of its directory")
     elif single.exists():

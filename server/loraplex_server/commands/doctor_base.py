@@ -81,11 +81,10 @@ def _features(found: BaseOutlook) -> Iterator[Check]:
 
 
 def _resources(config: Config, found: BaseOutlook, machine_bytes: int) -> Iterator[Check]:
+    import torch
     from loraplex_model.checkpoints.outlook.footprint import Footprint
     from loraplex_model.ops.devices import resolve
     from loraplex_model.ops.dtypes import BY_NAME
-
-    import torch
 
     sizes, dtype = Footprint.of(found.config), BY_NAME[config.dtype]
     device = resolve(config.engine_device)

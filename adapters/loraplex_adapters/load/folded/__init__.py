@@ -66,7 +66,7 @@ def factors(
     assert a.shape[0] == module.rank, "the reader computed the rank from the same shapes"
     b = b.T * module.scale
     if not bool(a.isfinite().all()) or not bool(b.isfinite().all()):
-        path = module_path(module.layer, module.module)
+        path = module_path(base.config.architecture, module.layer, module.module)
         message = f"the tensors of {path} are so large that the change has infinite elements"
         raise Refusal(Reason.ADAPTER_INVALID, message, path)
     return a, b

@@ -54,10 +54,10 @@ def hra(module: ModuleSpec, tensors: Tensors, base: BaseWeights) -> Factors:
     assert module.fold is not None
     u = tensors["hra_u"].double()  # [fan_in, r]
     if module.fold.settings["orthogonal"]:
-        u = _orthogonal(u, module)
+        u = _orthogonal(u, module, base)
         v = 2 * u
     else:
-        u = u / _lengths(u, module)
+        u = u / _lengths(u, module, base)
         v = torch.empty_like(u)
         for i in range(u.shape[1]):
             v[:, i] = 2 * (u[:, i] - v[:, :i] @ (u[:, :i].T @ u[:, i]))
@@ -65,16 +65,16 @@ def hra(module: ModuleSpec, tensors: Tensors, base: BaseWeights) -> Factors:
     return u.T.float().contiguous(), -(weight @ v.float().to(weight.device)).cpu()
 
 
-def _lengths(u: torch.Tensor, module: ModuleSpec) -> torch.Tensor:
+def _lengths(u: torch.Tensor, module: ModuleSpec, base: BaseWeights) -> torch.Tensor:
     lengths: torch.Tensor = torch.linalg.vector_norm(u, dim=0)
     if not bool((lengths > 0).all()):
-        raise _no_direction(module, "is zero")
+        raise _no_direction(module, base, "is zero")
     return lengths
 
 
-def _orthogonal(u: torch.Tensor, module: ModuleSpec) -> torch.Tensor:
+def _orthogonal(u: torch.Tensor, module: ModuleSpec, base: BaseWeights) -> torch.Tensor:
     """Unit vectors by Gram and Schmidt's method, each from the columns up to its own."""
-    lengths = _lengths(u, module)
+    lengths = _lengths(u, module, base)
     found = torch.empty_like(u)
     for i in range(u.shape[1]):
         column = u[:, i].clone()
@@ -82,13 +82,15 @@ def _orthogonal(u: torch.Tensor, module: ModuleSpec) -> torch.Tensor:
             column -= (found[:, j] @ column) * found[:, j]
         left = column.norm()
         if left <= _DEPENDENT * lengths[i]:
-            raise _no_direction(module, "depends on those before it, so apply_GS leaves rounding")
+            raise _no_direction(
+                module, base, "depends on those before it, so apply_GS leaves rounding"
+            )
         found[:, i] = column / left
     return found
 
 
-def _no_direction(module: ModuleSpec, problem: str) -> Refusal:
-    path = module_path(module.layer, module.module)
+def _no_direction(module: ModuleSpec, base: BaseWeights, problem: str) -> Refusal:
+    path = module_path(base.config.architecture, module.layer, module.module)
     return Refusal(Reason.ADAPTER_INVALID, f"a vector of {path}.hra_u {problem}", path)
 
 

@@ -22,8 +22,8 @@ from loraplex_model.base.refusal import model_invalid, model_unsupported
 from loraplex_model.checkpoints.checkpoint import TensorInfo
 from loraplex_model.checkpoints.gguf import keys, kinds, names, parts
 from loraplex_model.checkpoints.gguf.architectures import ARCHITECTURES, GgufArchitecture
-from loraplex_model.checkpoints.gguf.header import GgufFile, GgufTensor
-from loraplex_model.checkpoints.gguf.names import TensorPiece, Pieces
+from loraplex_model.checkpoints.gguf.header import GgufFile, GgufTensor, LongValue
+from loraplex_model.checkpoints.gguf.names import Pieces, TensorPiece
 from loraplex_model.checkpoints.gguf.settings import GgufSettings
 from loraplex_model.checkpoints.gguf.values import dequantised
 
@@ -150,6 +150,12 @@ class GgufSource:
         if len(shape) != 2:
             raise model_invalid(
                 f"{self._path} has no tensor {names.EMBED} with a row for each token"
+            )
+        tokens = self._metadata.get("tokenizer.ggml.tokens")
+        if isinstance(tokens, LongValue) and tokens.length > shape[0]:
+            raise model_invalid(
+                f"{self._path} has {tokens.length} tokens (tokenizer.ggml.tokens), but "
+                f"{names.EMBED} has {shape[0]} rows"
             )
         biased = names.biased_modules(self._tensors)
         options: dict[str, Any] = {}
