@@ -4,7 +4,8 @@
 
 Each checkpoint, random bfloat16 in the shape of a Llama, or Q8_0 in a GGUF file, is written to a
 temporary folder and loaded by a process of its own, which converts it: hashing, reading,
-quantising, writing, hashing and mapping of the result. The files are in the page cache, so the time has no reading from a disk.
+quantising, writing, hashing and mapping of the result. The files are in the page cache, so the time
+has no reading from a disk.
 
 Memory is the anonymous memory of that process (RssAnon in /proc/PID/status), libraries included,
 looked at every two milliseconds. Mapped pages of the checkpoint and of the stored model (RssFile)

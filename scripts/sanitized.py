@@ -27,6 +27,7 @@ TESTS = (
     "tests/kernels",
     "tests/model/test_batch_invariance.py",
     "tests/model/test_changes.py",
+    "tests/families/test_decoders.py",
     "tests/adapters/test_kinds_runner.py",
 )
 

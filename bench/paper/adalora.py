@@ -16,11 +16,10 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 
-from loraplex_adapters.format.modules import PREFIX
+from loraplex_adapters.format.modules import PREFIX, module_path
 from loraplex_model.adapters.delta import AdapterDelta, SiteDelta
 from loraplex_model.base.config import PROJECTIONS, Site
 from loraplex_training.methods.base import TrainedAdapter
-from loraplex_training.methods.targets import module_path
 from paper import small_model, sweeps
 from paper.conclusion import conclude
 from paper.sweeps import Job, Sweep
@@ -35,7 +34,8 @@ def ranks(adapter: TrainedAdapter, layers: int) -> dict[Site, int]:
     """Remaining rank of every module, read from the tensors that would be saved."""
     tensors = adapter.files().tensors
     sites = [(layer, name) for layer in range(layers) for name in PROJECTIONS]
-    return {site: len(tensors[f"{PREFIX}{module_path(*site)}.lora_E"]) for site in sites}
+    paths = {site: module_path("LlamaForCausalLM", *site) for site in sites}
+    return {site: len(tensors[f"{PREFIX}{path}.lora_E"]) for site, path in paths.items()}
 
 
 def growth(sweep: Sweep, adapter: TrainedAdapter) -> dict[Site, float]:

@@ -39,7 +39,7 @@ from loraplex_server.observing import ServerObserver
 from loraplex_server.registry.quarantine import QuarantineKeeper
 from loraplex_server.registry.registry import Registry
 from loraplex_server.registry.texts import AdapterTexts
-from loraplex_server.rpc.calls.gate import Gate
+from loraplex_server.rpc.calls.gate import CallGate
 from loraplex_server.rpc.calls.interceptor import Interceptor
 from loraplex_server.rpc.messages.validate import ModelBounds
 from loraplex_server.rpc.server import Address, RpcServer
@@ -85,7 +85,7 @@ class Server:
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=collectors)
         self.metrics = Metrics(collectors, version("loraplex"))
-        self._gate = Gate()
+        self._gate = CallGate()
         self._rpc = RpcServer(
             Interceptor(self._gate, self.metrics, config.write_stall_timeout),
             self._gate,

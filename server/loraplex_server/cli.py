@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import sys
 from importlib.metadata import version as installed
+from pathlib import Path
+from typing import Annotated
 
 import typer
 from loraplex_model.base.terminal import adapt_output
 
 from loraplex_server import app as server
 from loraplex_server import logs
-from loraplex_server.commands import doctor, export_cli, store_cli
+from loraplex_server.commands import doctor, export_cli, store_cli, support_matrix
 from loraplex_server.commands.flags import ALL_SETTINGS, with_settings
 from loraplex_server.config import Config
 from loraplex_server.exits import ServerExit
@@ -31,10 +33,24 @@ def serve(config: Config) -> None:
     raise typer.Exit(asyncio.run(server.run(config)))
 
 
-def examine(config: Config) -> None:
-    """Check this machine and the settings; exit with 1 if the server could not serve."""
+def examine(
+    config: Config,
+    *,
+    adapter: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--adapter",
+            metavar="DIR",
+            help="Check this adapter against the model as well; may be repeated.",
+        ),
+    ] = None,
+) -> None:
+    """Check this machine, the settings and the model; exit with 1 if the server could not serve.
+
+    Nothing is converted, fetched or changed.
+    """
     healthy = True
-    for check in doctor.examine(config):
+    for check in doctor.examine(config, adapter or ()):
         typer.echo(f"{'ok' if check.good else '!!'}  {check.subject:<12} {check.text}")
         healthy &= check.good
     raise typer.Exit(ServerExit.OK if healthy else ServerExit.REFUSED)
@@ -42,6 +58,7 @@ def examine(config: Config) -> None:
 
 app.command("serve")(with_settings(serve, ALL_SETTINGS))
 app.command("doctor")(with_settings(examine, ALL_SETTINGS))
+app.command("support-matrix")(support_matrix.print_matrix)
 export_cli.add_commands(app)
 app.add_typer(store_cli.app, name="store")
 

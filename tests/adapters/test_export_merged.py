@@ -19,8 +19,8 @@ from loraplex_model.base.refusal import Refusal
 from loraplex_model.checkpoints.load import LoadedBase
 from loraplex_model.ops import nf4
 from model.changes import random_adapter, random_prompt
+from model.gguf_files import write as write_gguf_base
 from model.peft_oracle import _compute_as_asked
-from model.test_gguf import write as write_gguf_base
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from adapters import folded_cases, peft_files

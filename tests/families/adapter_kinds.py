@@ -22,6 +22,7 @@ from loraplex_adapters.format.modules import PREFIX, ModulePaths, base_sites
 from loraplex_model.base.config import DecoderConfig
 from loraplex_model.base.hf_config import decoder_config
 from loraplex_model.base.info import BaseInfo
+from peft.tuners.lora import KasaConfig
 from safetensors.torch import save_file
 from torch.nn import functional as f
 from transformers import PreTrainedModel
@@ -34,7 +35,10 @@ POSITIONS = frozenset(
 """Features that concern positions only: they are paired with the kinds that take positions."""
 
 AT_POSITIONS = ("LoRA", "prompt", "prefix")
-OF_NAMES = ("LoRA by expressions", "rsLoRA of some layers")
+OF_NAMES = ("LoRA by expressions", "rsLoRA of some layers", "HRA")
+"""Kinds that are paired with the features of modules and their names only: what they add is LoRA's.
+VeRA and HRA stand for the kinds that fold into A and B."""
+
 _NAMING = ("joined", "gated", "output_norms")
 _STATED = ("qkv_bias", "o_bias", "qk_norm", "tie_embeddings")
 
@@ -165,7 +169,13 @@ KINDS: dict[str, tuple[str, Options]] = {
         "VeraConfig",
         lambda base: {"target_modules": names(base), "r": 6, "d_initial": 1.0, "bias": "all"},
     ),
+    "HRA": (
+        "HRAConfig",
+        lambda base: {"target_modules": names(base), "r": 3, "init_weights": False, "bias": "all"},
+    ),
+    "KaSA": ("LoraConfig", _linear(kasa_config=KasaConfig(), lora_bias=True)),
     "BEFT": ("BeftConfig", lambda base: {"target_modules": names(base)}),
+    "HRA": ("HRAConfig", lambda base: {"target_modules": names(base), "r": 4}),
     "norms": (
         "LNTuningConfig",
         lambda base: {"target_modules": [*names(base, norms=True), "model.norm"]},

@@ -8,20 +8,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
 from families import adapter_kinds, variants
 from families.adapter_bases import Bases, assert_equals, ours, theirs
+from gguf import GGUFReader
 from loraplex_adapters.convert.export.base import open_adapter, open_base
 from loraplex_adapters.convert.export.blend import BlendMethod, BlendSpec, blend
 from loraplex_adapters.convert.export.factors import delta_of, factors_of
+from loraplex_adapters.convert.export.gguf_adapter import FILE, write_gguf
 from loraplex_adapters.convert.export.merged import write_dense, write_nf4
 from loraplex_adapters.convert.export.peft_files import write_peft
 from loraplex_adapters.format.examine import examine, inspect
 from loraplex_adapters.format.modules import ModulePaths
 from loraplex_model.adapters.delta import AdapterDelta, ProjectionDelta
+from loraplex_model.base.refusal import Refusal
 from loraplex_model.checkpoints.load import LoadedBase
+from model.gguf_files import converted
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -180,6 +185,42 @@ def test_a_merge_into_nf4_is_quantised_by_the_modules_of_the_checkpoint(
     merged = open_base(str(tmp_path / "nf4"), tmp_path / "cache")
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
     assert_equals(ours(merged, AdapterDelta()), theirs(variants.rounded(dense.eval())))
+
+
+@pytest.mark.parametrize(
+    "variant", ["phi3", "gemma2", "starcoder2", "smollm3", "granite", "glm4", "cohere2", "olmo2"]
+)
+def test_a_gguf_adapter_changes_the_tensors_of_the_familys_files(
+    bases: Bases, variant: str, tmp_path: Path
+) -> None:
+    base, model = bases.ours(variant), adapter_kinds.built(variant)
+    with_adapter = adapter_kinds.adapted("LoRA", base.weights.info, model, tmp_path / "adapter")
+    _, delta = open_adapter(tmp_path / "adapter", base)
+    config = base.weights.config
+    factors = factors_of(delta, config, "a gguf adapter")
+    write_gguf(tmp_path / "out", factors, config, name="test")
+    found = {t.name: torch.tensor(t.data) for t in GGUFReader(tmp_path / "out" / FILE).tensors}
+    before = converted(model)
+    after = converted(with_adapter.merge_and_unload())
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert {name.removesuffix(".lora_a") for name in found if name.endswith("_a")} == changed
+    for name in changed:
+        product = found[f"{name}.lora_b"] @ found[f"{name}.lora_a"]
+        change = torch.from_numpy(after[name] - before[name])
+        torch.testing.assert_close(product, change, atol=2e-6, rtol=0)
+
+
+def test_a_gguf_adapter_of_a_family_without_gguf_files_is_refused(
+    bases: Bases, tmp_path: Path
+) -> None:
+    base = bases.ours("helium")
+    adapter_kinds.adapted("LoRA", base.weights.info, bases.theirs("helium"), tmp_path / "adapter")
+    _, delta = open_adapter(tmp_path / "adapter", base)
+    config = base.weights.config
+    with pytest.raises(Refusal, match="HeliumForCausalLM") as refused:
+        write_gguf(tmp_path / "out", factors_of(delta, config, "x"), config, name="test")
+    assert refused.value.reason == "EXPORT_UNSUPPORTED"
+    assert not (tmp_path / "out").exists()
 
 
 # Names

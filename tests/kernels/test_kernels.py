@@ -19,6 +19,7 @@ from loraplex_model.ops import nf4
 
 NF4 = nf4.nf4_code()
 DTYPES = [torch.float32, torch.bfloat16]
+PLACES = [(0, 0), (5, 0), (16, 0), (77, 0), (77, 20), (77, 1)]  # positions and windows
 
 
 def pointer(tensor: torch.Tensor) -> c_void_p:
@@ -235,7 +236,11 @@ def test_lora_on_mixed_rows_is_the_sum_of_its_terms(
 )
 @pytest.mark.parametrize(
     ("position", "window", "softcap"),
-    [(0, 0, 0), (5, 0, 0), (16, 0, 0), (77, 0, 0), (77, 20, 0), (77, 1, 0), (77, 0, 2), (9, 5, 0.5)],
+    [
+        *((at, window, 0) for at, window in PLACES),
+        (77, 0, 2),
+        (9, 5, 0.5),
+    ],
 )
 def test_paged_attention_is_causal_softmax_attention(
     library: ctypes.CDLL,

@@ -28,7 +28,7 @@ def ulps(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def everywhere(low: float, high: float) -> torch.Tensor:
-    """Numbers of all sizes in a range, an odd count of them, so that some are in no whole vector."""
+    """Numbers of all sizes in a range; an odd count, so that some are in no whole vector."""
     small = torch.logspace(-30, 0, 4001)
     between = torch.linspace(low, high, 200_001)
     return torch.cat([-small, small, between, torch.zeros(1)]).clamp(low, high)

@@ -14,7 +14,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.fault("virtual-tokens-beyond-context
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = "tests/kernels/"
-SMALL = "bounds or unpack or elementwise or attention or norm or rotation or activation or caps or bfloat16"
+SMALL = (
+    "bounds or unpack or elementwise or attention or norm or rotation or activation or caps"
+    " or bfloat16"
+)
 TESTED = [isa for isa in ("portable", "avx2") if isa in build.supported_isas()]
 
 
@@ -35,7 +38,8 @@ def sanitized(isa: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("isa", TESTED)
 def test_every_kernel_passes_its_tests_with_sanitizers(isa: str) -> None:
     """On small shapes; `make test-sanitized` runs all of them, and whole passes."""
-    files = [HERE + f"test_{name}.py" for name in ("bounds", "unpack", "elementwise", "kernels", "rows")]
+    names = ("bounds", "unpack", "elementwise", "kernels", "rows")
+    files = [HERE + f"test_{name}.py" for name in names]
     done = sanitized(isa, "-x", "-k", SMALL, *files)
     assert done.returncode == 0, done.stdout[-5000:]
     assert " passed" in done.stdout or "[100%]" in done.stdout

@@ -95,3 +95,15 @@ def test_a_family_that_computes_like_llama_is_one_row(monkeypatch: pytest.Monkey
     expected = replace(decoder_config(raw("llama")), architecture="OtherForCausalLM")
     monkeypatch.setitem(FAMILIES, "OtherForCausalLM", Family("llama", "other"))
     assert decoder_config(raw("llama", architectures=["OtherForCausalLM"])) == expected
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_head_of_a_multimodal_model_is_tied_as_the_whole_states(tied: bool) -> None:
+    text = raw("mistral", tie_word_embeddings=not tied)
+    whole = {
+        "architectures": ["Mistral3ForConditionalGeneration"],
+        "model_type": "mistral3",
+        "text_config": text,
+        "tie_word_embeddings": tied,
+    }
+    assert decoder_config(whole).tie_embeddings == tied

@@ -273,6 +273,7 @@ def test_a_count_of_experts_is_called_what_it_is(count: Any, tmp_path: Path) -> 
         ("llama", {"general.type": "adapter"}, "an adapter, not a base model"),
         ("llama", {"adapter.type": "lora"}, "an adapter, not a base model"),
         ("clip", {}, "encoder of a multimodal model"),
+        ("controlvector", {"controlvector.layer_count": 3}, "a control vector"),
         ("llama", {"general.type": "mmproj"}, "encoder of a multimodal model"),
         ("llama", {"clip.has_vision_encoder": True}, "encoder of a multimodal model"),
         ("", {"general.type": "imatrix"}, "an importance matrix"),
@@ -295,6 +296,16 @@ def test_other_files_are_called_what_they_are(
     writer.write_kv_data_to_file()
     writer.close()
     refused(tmp_path / "m.gguf", says)
+
+
+def test_every_token_has_an_embedding(tmp_path: Path) -> None:
+    for count in (tiny.VOCAB - 3, tiny.VOCAB + 1):
+        keys = {"tokenizer.ggml.tokens": [f"t{i}" for i in range(count)]}
+        path = gguf_files.write("llama", tmp_path / "m.gguf", keys)
+        if count > tiny.VOCAB:
+            refused(path, "tokenizer.ggml.tokens", "token_embd.weight", reason="MODEL_INVALID")
+        else:
+            GgufSource(path)
 
 
 def test_a_file_without_an_architecture_is_invalid(tmp_path: Path) -> None:

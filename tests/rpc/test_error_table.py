@@ -25,7 +25,7 @@ from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_server.engine.process.limits import SupervisionLimits
 from loraplex_server.registry import name_cache
 from loraplex_server.rpc.calls.errors import TABLE, Detail
-from loraplex_server.rpc.calls.gate import Gate
+from loraplex_server.rpc.calls.gate import CallGate
 from loraplex_server.rpc.services import generation
 from loraplex_server.rpc.services.training import TrainingService
 from rpc.harness import (
@@ -253,7 +253,7 @@ async def upload_offset(up: Running, patch: pytest.MonkeyPatch) -> None:
 
 @raises(Reason.TRAINING_DISABLED)
 async def training_disabled(up: Running, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(TrainingService, "_open", TrainingService(None, Gate())._open)
+    patch.setattr(TrainingService, "_open", TrainingService(None, CallGate())._open)
     await jobs(up).ListJobs(training_pb2.ListJobsRequest())
 
 

@@ -21,10 +21,15 @@ def normal(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=CHANCE, dtype=torch.float64)
 
 
+def base_of(head: torch.Tensor, scale: float = 1.0, cap: float = 0.0) -> Any:
+    """As much of a base as a loss needs."""
+    config = SimpleNamespace(logit_scale=scale, logit_softcap=cap)
+    return SimpleNamespace(lm_head=head, config=config)
+
+
 @pytest.fixture
 def base() -> Any:
-    """As much of a base as a loss needs."""
-    return SimpleNamespace(lm_head=normal(VOCAB, HIDDEN))
+    return base_of(normal(VOCAB, HIDDEN))
 
 
 @pytest.fixture(autouse=True)
@@ -50,10 +55,25 @@ def test_losses_and_gradients_of_rows(base: Any) -> None:
         torch.testing.assert_close(loss.token_losses(base, hidden, TARGETS), wanted)
 
 
+@pytest.mark.parametrize(("scale", "cap"), [(0.25, 0.0), (1.0, 1.5), (3.0, 2.0)])
+def test_scaled_and_capped_logits(scale: float, cap: float) -> None:
+    base = base_of(normal(VOCAB, HIDDEN), scale, cap)
+    hidden = normal(ROWS, HIDDEN).requires_grad_()
+    scores = hidden @ base.lm_head.T * scale
+    if cap:
+        scores = torch.tanh(scores / cap) * cap
+    wanted = cross_entropy(scores, TARGETS, reduction="none")
+    found = loss.token_losses(base, hidden, TARGETS)
+    torch.testing.assert_close(found, wanted)
+    (mine,) = torch.autograd.grad(found.sum(), hidden)
+    (theirs,) = torch.autograd.grad(wanted.sum(), hidden)
+    torch.testing.assert_close(mine, theirs)
+
+
 def test_improbable_targets_have_finite_losses(base: Any) -> None:
     """Their share of the sum is zero in floating point, their loss is not infinite."""
     hidden = (1e4 * normal(ROWS, HIDDEN)).float().requires_grad_()
-    narrow = SimpleNamespace(lm_head=base.lm_head.float())
+    narrow = base_of(base.lm_head.float())
     found = loss.token_losses(narrow, hidden, TARGETS)
     wanted = cross_entropy(hidden @ narrow.lm_head.T, TARGETS, reduction="none")
     assert found.max() > 1e3

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from adapters.adapter_files import llama_path
 from loraplex_model.base.config import PROJECTIONS
 from loraplex_model.base.refusal import Refusal
 from loraplex_model.ops.linear import BaseLinear
 from loraplex_training.data.samples import MicroBatch
 from loraplex_training.methods.base import TrainedAdapter
-from loraplex_training.methods.targets import module_path
 from loraplex_training.step.joint import Part
 
 from train import tiny
@@ -124,7 +124,7 @@ def test_what_is_saved_is_a_plain_lora(tmp_path: Path) -> None:
     config = adapter.files().config
     assert (config["r"], config["lora_alpha"]) == (ROWS, ROWS)
     assert config["target_modules"] == [
-        module_path(layer, name) for layer in (1, 2) for name in PROJECTIONS[:4]
+        llama_path(layer, name) for layer in (1, 2) for name in PROJECTIONS[:4]
     ]
     served = tiny.our_logits(tiny.opened_by_us(directory))
     torch.testing.assert_close(served, trained, atol=1e-5, rtol=1e-5)

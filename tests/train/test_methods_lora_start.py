@@ -9,9 +9,10 @@ from typing import Any
 import peft
 import pytest
 import torch
+from adapters.adapter_files import llama_path
 from loraplex_model.base.config import PROJECTIONS, Site
 from loraplex_model.base.refusal import Refusal
-from loraplex_training.methods.targets import module_path, weight
+from loraplex_training.methods.targets import weight
 from peft.utils.loftq_utils import _low_rank_decomposition
 
 from train import tiny
@@ -20,7 +21,7 @@ SITES: list[Site] = [(layer, name) for layer in range(3) for name in PROJECTIONS
 
 
 def factors(adapter: Any, site: Site) -> tuple[torch.Tensor, torch.Tensor]:
-    path = f"base_model.model.{module_path(*site)}"
+    path = f"base_model.model.{llama_path(*site)}"
     a, b = (adapter.parameters[f"{path}.lora_{letter}.weight"] for letter in "AB")
     return a.detach(), b.detach()
 
@@ -116,7 +117,7 @@ def test_loftq_starts_as_pefts_fit_of_what_quantisation_took() -> None:
     adapter = tiny.make("lora", r=8, lora_alpha=16, **options)
     original = tiny.tiny.build("llama")
     for site in SITES:
-        full = original.get_submodule(module_path(*site)).weight.detach()
+        full = original.get_submodule(llama_path(*site)).weight.detach()
         residual = full - weight(tiny.base(), site)
         fit = _low_rank_decomposition(residual, reduced_rank=8)
         a, b = factors(adapter, site)

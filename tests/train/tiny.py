@@ -19,6 +19,7 @@ from unittest import mock
 import peft
 import safetensors.torch
 import torch
+from families import variants
 from loraplex_adapters.format.examine import inspect
 from loraplex_adapters.format.spec import AdapterLimits
 from loraplex_adapters.load.tensors import load
@@ -31,7 +32,6 @@ from loraplex_training.data.samples import IGNORED, MicroBatch, Sample
 from loraplex_training.methods.base import Setting, TrainedAdapter
 from loraplex_training.spec.spec import MethodSpec
 from loraplex_training.step.joint import JointPass, Part
-from families import variants
 from model.passes import token_ids
 
 from model import tiny

@@ -183,13 +183,13 @@ def examine_parsed(
 def _check_base(
     settings: Settings, header: Header, base: BaseInfo, findings: list[Problem]
 ) -> None:
-    """Compares the fingerprints in configuration and weights file with the base's."""
+    """Compares the fingerprints in configuration and weights file with the base's, if known."""
     stamps = (
         settings.provenance.get(FINGERPRINT_KEY.removeprefix(STAMP)),
         header.metadata.get(FINGERPRINT_KEY),
     )
     for stamp in stamps:
-        if stamp and stamp != base.fingerprint:
+        if stamp and base.fingerprint and stamp != base.fingerprint:
             made_for = f"the adapter was made for the base {shown(stamp)}"
             message = f"{made_for}; this base is {base.fingerprint}"
             findings.append(Problem(FINGERPRINT_KEY, message, Reason.BASE_MODEL_MISMATCH))

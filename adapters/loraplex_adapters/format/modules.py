@@ -37,9 +37,18 @@ BOTTLENECKS = {"attention_bottleneck": "self_attn", "mlp_bottleneck": "mlp"}
 MATRICES = (*PROJECTIONS, *JOINED.values())
 """Names of a layer's matrices as checkpoints hold them; a base has some of them."""
 
+EXPERT_MATRICES = ("experts_gate_up", "experts_down")
+"""Names of the two parameters of a layer that have the matrices of all experts."""
+
 NORMS = (*LAYER_NORMS, "norm")
 
-_FIRST_PARTS = {"qkv_proj": "q_proj", "gate_up_proj": "gate_proj"}
+_FIRST_PARTS = {
+    "qkv_proj": "q_proj",
+    "gate_up_proj": "gate_proj",
+    "experts_gate_up": "gate_proj",
+    "experts_down": "down_proj",
+}
+_EXPERT_PARAMETERS = {"experts_gate_up": "gate_up_proj", "experts_down": "down_proj"}
 _ORDER: Mapping[str, int] = {
     **{name: index for index, name in enumerate(LAYER_SITES)},
     **{name: LAYER_SITES.index(part) for name, part in _FIRST_PARTS.items()},
@@ -57,6 +66,8 @@ def module_path(architecture: str, layer: int, module: str) -> str:
         return module
     if module in BOTTLENECKS:
         return f"model.layers.{layer}.{BOTTLENECKS[module]}"
+    if module in EXPERT_MATRICES:
+        return f"model.layers.{layer}.mlp.experts.{_EXPERT_PARAMETERS[module]}"
     return families.module_path(architecture, layer, module)
 
 
@@ -114,7 +125,7 @@ def shown_modules(sites: Iterable[Site], base: BaseInfo) -> tuple[str, ...]:
 def base_sites(base: BaseInfo) -> Iterator[Site]:
     """Every module of the base that an adapter may change, in the order of the adapter table."""
     config = base.config
-    experts = {*config.fused["gate_up"], "down_proj"} if config.num_experts else set()
+    experts = {*config.fused["gate_up"], "down_proj"} if config.num_experts else set[str]()
     norms = [name for name in config.norm_widths() if not has_norm_for_each_head(name, base)]
     names = sorted({*config.module_shapes(), *norms} - experts, key=_ORDER.__getitem__)
     for layer in range(config.num_layers):
@@ -160,6 +171,10 @@ def role_shapes(site: Site, base: BaseInfo) -> Mapping[str, tuple[int | None, ..
             "copy": (fan_out, fan_in),
             **({"bias": (fan_out,)} if name in config.biased else {}),
         }
+    if name in EXPERT_MATRICES:
+        part = "gate_proj" if name == "experts_gate_up" else "down_proj"
+        fan_in, fan_out = config.projection_shapes()[part]
+        return {"a": (None, fan_in), "b": (fan_out * (2 if part == "gate_proj" else 1), None)}
     if name in NORMS:
         shape: tuple[int, ...] = (config.norm_widths().get(name, hidden),)
         is_of_heads = name in ("q_norm", "k_norm")

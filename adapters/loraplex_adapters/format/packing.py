@@ -11,7 +11,13 @@ from loraplex_model.base.config import MODEL, DecoderConfig
 from loraplex_model.base.dtypes import ALIGNMENT, ITEM_SIZES
 from loraplex_model.base.info import BaseInfo
 
-from loraplex_adapters.format.modules import BOTTLENECKS, MATRICES, NORMS
+from loraplex_adapters.format.modules import (
+    BOTTLENECKS,
+    EXPERT_MATRICES,
+    MATRICES,
+    NORMS,
+    role_shapes,
+)
 from loraplex_adapters.format.spec import ModuleSpec
 from loraplex_adapters.format.targets import EMBEDDINGS
 
@@ -29,13 +35,22 @@ def packed_bytes(modules: Iterable[ModuleSpec], base: BaseInfo) -> int:
     sizes = (
         elements * (4 if name in _VECTORS else item)
         for module in modules
-        for name, elements in _tensors(module, base.config)
+        for name, elements in _tensors(module, base)
     )
     return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
 
 
-def _tensors(module: ModuleSpec, config: DecoderConfig) -> Iterator[tuple[str, int]]:
+def _tensors(module: ModuleSpec, base: BaseInfo) -> Iterator[tuple[str, int]]:
     """Fields and numbers of elements of the tensors that a site is packed as."""
+    config = base.config
+    if module.module in EXPERT_MATRICES:
+        ranks = module.rank * config.num_experts
+        shapes = role_shapes((module.layer, module.module), base)
+        yield "a", ranks * (shapes["a"][1] or 0)
+        parts = 2 if module.module == "experts_gate_up" else 1
+        for _ in range(parts):
+            yield "b", ranks * ((shapes["b"][0] or 0) // parts)
+        return
     if module.module not in MATRICES:
         yield from _elements(module, config).items()
         return

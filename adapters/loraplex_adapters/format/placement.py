@@ -32,6 +32,10 @@ from loraplex_adapters.format.spec import AdapterLimits, ModuleSpec, TensorLocat
 from loraplex_adapters.format.strict_json import shown
 from loraplex_adapters.format.targets import Targets
 
+_EXPERTS = re.compile(r"model\.layers\.(0|[1-9][0-9]{0,4})\.mlp\.experts(\.base_layer)?")
+_EXPERT_FACTOR = re.compile(
+    r"\.layers\.(0|[1-9][0-9]{0,4})\.mlp\.experts\.(base_layer\.)?lora_([AB])\.weight\Z"
+)
 _LAYER = re.compile(r"\Amodel\.layers\.(0|[1-9][0-9]{0,4})\.")
 _HEAD_NORM = re.compile(r"_layernorm\.norms\.[0-9]{1,5}\Z")
 
@@ -74,6 +78,7 @@ class Placement:
         own, layers = base.config.architecture, range(base.config.num_layers)
         bottlenecks = [(layer, name) for layer in layers for name in BOTTLENECKS]
         self._sites = {module_path(own, *s): s for s in (*base_sites(base), *bottlenecks)}
+        self._outer_experts = _down_experts(header, base)
         self._left: dict[Site, dict[str, TensorLocation]] = {}
         self._claimed: dict[Site, set[str]] = {}
         for tensor in header.tensors:
@@ -257,7 +262,7 @@ class Placement:
             self._no_tensor(tensor)
             return
         path = self.path.plain(rest[: -len(ending) - 1])
-        site = self._sites.get(path)
+        site = self._sites.get(path) or self._expert_site(path)
         if site is None:
             self._no_site(tensor, path)
             return
@@ -265,6 +270,21 @@ class Placement:
         first = self._left.setdefault(site, {}).setdefault(ending, tensor)
         if first is not tensor:
             self.twins.append((first, tensor))
+
+    def _expert_site(self, path: str) -> Site | None:
+        """The site of a path that ends at a wrapper of a layer's experts.
+
+        The inner one of two is that of gate and up.
+        """
+        found = _EXPERTS.fullmatch(path)
+        if found is None or int(found[1]) >= self.base.config.num_layers:
+            return None
+        if not self.base.config.num_experts:
+            return None
+        if found[2]:
+            return int(found[1]), "experts_gate_up"
+        is_down = found[1] in self._outer_experts
+        return int(found[1]), "experts_down" if is_down else "experts_gate_up"
 
     def _no_tensor(self, tensor: TensorLocation) -> None:
         name = shown(tensor.name)
@@ -323,6 +343,27 @@ class Placement:
         else:
             message = f"{name} changes {site[1]} in a way that is not supported"
             self.find(Reason.ADAPTER_UNSUPPORTED, message, name)
+
+
+def _down_experts(header: Header, base: BaseInfo) -> frozenset[str]:
+    """The layers whose outer wrapper of experts is that of their down projections.
+
+    That is so if there is an inner one, or if the widths of A and B are those of `down`.
+    """
+    config = base.config
+    if not config.num_experts:
+        return frozenset()
+    inner: set[str] = set()
+    widths: dict[str, dict[str, int]] = {}
+    for tensor in header.tensors:
+        found = _EXPERT_FACTOR.search(tensor.name)
+        if found and found[2]:
+            inner.add(found[1])
+        elif found and len(tensor.shape) == 2:
+            width = tensor.shape[1 if found[3] == "A" else 0]
+            widths.setdefault(found[1], {})[found[3]] = width
+    down = {"A": config.intermediate_size, "B": config.hidden_size}
+    return frozenset(inner | {layer for layer, found in widths.items() if found == down})
 
 
 def _ending(name: str) -> str:

@@ -214,7 +214,7 @@ class Reader:
             if value.lower() == Named.ALL_LINEAR.value:
                 return Named.ALL_LINEAR
             return self._expression("target_modules", value) or Named.UNKNOWN
-        if not value:
+        if not value and not self.config.get("target_parameters"):
             self.invalid("target_modules", "names no module")
         names = self.names("target_modules")
         return names or Named.UNKNOWN

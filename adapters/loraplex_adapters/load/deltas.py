@@ -26,7 +26,7 @@ from loraplex_model.adapters.merge import own_bias, own_weight
 from loraplex_model.base.config import DecoderConfig, Site
 from loraplex_model.base.weights import BaseWeights
 
-from loraplex_adapters.format.modules import MATRICES, VIRTUAL_TOKENS
+from loraplex_adapters.format.modules import EXPERT_MATRICES, MATRICES, VIRTUAL_TOKENS
 from loraplex_adapters.format.spec import CheckedAdapter, ModuleSpec, TensorLocation
 from loraplex_adapters.load import folded
 from loraplex_adapters.load.folded.base import Tensors
@@ -48,6 +48,8 @@ def adapter_delta(
         site = module.layer, module.module
         if site == VIRTUAL_TOKENS:
             virtual = _virtual_tokens(tensors, base)
+        elif module.module in EXPERT_MATRICES:
+            sites |= _experts(module, tensors, base.config)
         elif is_empty(change := _change(module, tensors, base)):
             continue  # AdaLoRA leaves modules without any rank
         elif isinstance(change, ProjectionDelta):
@@ -78,6 +80,23 @@ def parts_of(
             bias=None if change.bias is None else change.bias[rows],
         )
     return found
+
+
+def _experts(
+    module: ModuleSpec, tensors: Tensors, config: DecoderConfig
+) -> dict[Site, ProjectionDelta]:
+    """The factors of all experts one after the other: a [experts * r, in], b [experts * r, out].
+
+    In the file B is [out, r * experts], with the experts' numbers running fastest.
+    """
+    count = config.num_experts
+    b = tensors["b"].float() * module.scale
+    b = b.reshape(len(b), module.rank, count).permute(2, 1, 0)  # [experts, r, out]
+    parts = config.fused["gate_up" if module.module == "experts_gate_up" else "down"]
+    return {
+        (module.layer, part): ProjectionDelta(tensors["a"], own.reshape(-1, own.shape[-1]))
+        for part, own in zip(parts, b.chunk(len(parts), dim=-1), strict=True)
+    }
 
 
 def _change(module: ModuleSpec, tensors: Tensors, base: BaseWeights) -> SiteDelta:

@@ -58,6 +58,9 @@ token_ids; `TensorField.entry` says which tensor of a change each address points
 """
 
 
+_FUSED_OF = {name: fused for fused, names in FUSED.items() for name in names}
+
+
 class Uses(IntFlag):
     """The sorts of changes that an adapter makes, so that a pass skips steps that no row uses.
 
@@ -78,7 +81,7 @@ class SlotTable:
 
     Attributes:
         entries: `ENTRY` [slots, sites], in the order of `DecoderConfig.site_index`.
-        max_ranks: int32 [slots], the largest rank at a projection or the head.
+        max_ranks: int32 [slots], the largest rank at a projection (of one expert) or the head.
         uses: int32 [slots], bits of `Uses`.
         prompts: uint64 [slots], addresses of virtual tokens' embeddings.
         prompt_counts: int32 [slots], number of rows of these embeddings.
@@ -113,7 +116,8 @@ class SlotTable:
             used = _uses(site[1], entry)
             uses |= used
             if used & (Uses.FACTORS | Uses.HEAD):
-                rank = max(rank, int(entry["rank"]))
+                experts = self._config.copies_of(_FUSED_OF.get(site[1], ""))
+                rank = max(rank, int(entry["rank"]) // experts)
         if "embeddings" in adapter.virtual_places:
             place = adapter.virtual_places["embeddings"]
             self.prompts[slot] = adapter.data.data_ptr() + place.start

@@ -61,11 +61,11 @@ _POSITIVE: Final = frozenset(
         "final_logit_softcapping",
         "attention_multiplier",
         "logits_scaling",
-        "short_factor",
-        "long_factor",
     }
 )
-"""Numbers, or lists of numbers, that are positive. float32 holds them without rounding to 0."""
+"""Numbers that are positive. float32 holds them without rounding to 0."""
+
+_POSITIVE_LISTS: Final = frozenset({"short_factor", "long_factor"})
 
 _FINITE: Final = frozenset(
     {
@@ -77,7 +77,7 @@ _FINITE: Final = frozenset(
         "llama_4_scaling_beta",
     }
 )
-_SMALLEST, _LARGEST = 1e-30, 1e30
+_SMALLEST, _LARGEST = 1e-30, 1e18
 
 _MAY_BE_NULL: Final = frozenset(
     {
@@ -114,11 +114,12 @@ def _check(fields: Mapping[str, Any], path: str) -> None:
         if name in _WHOLE:
             _whole(at, value, *_WHOLE[name])
         elif name in _POSITIVE or name in _FINITE:
-            values = value if isinstance(value, list) else [value]
-            if len(values) > _MOST_FACTORS:
-                raise model_unsupported(f"{at} has {len(values)} values, more than are supported")
-            for each in values:
-                _real(at, each, name in _POSITIVE)
+            _real(at, value, name in _POSITIVE)
+        elif name in _POSITIVE_LISTS:
+            if not isinstance(value, list) or not 0 < len(value) <= _MOST_FACTORS:
+                raise _wrong(at, value, f"a list of at most {_MOST_FACTORS} numbers")
+            for each in value:
+                _real(at, each, positive=True)
         elif isinstance(value, Mapping) and (name in _NESTED or path):
             _check(value, f"{at}.")
 
@@ -137,9 +138,11 @@ def _real(name: str, value: object, positive: bool) -> None:
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise _wrong(name, value, "a number")
     if not -_LARGEST <= value <= _LARGEST:  # true for NaN
-        raise _wrong(name, value, "a finite number of at most 1e30")
+        raise _wrong(name, value, f"a finite number of at most {_LARGEST:g}")
     if positive and value < _SMALLEST:
-        raise _wrong(name, value, "a positive number of at least 1e-30")
+        raise _wrong(name, value, f"a positive number of at least {_SMALLEST:g}")
+    if name.endswith("partial_rotary_factor") and value > 1:
+        raise _wrong(name, value, "at most 1")
 
 
 def _wrong(name: str, value: object, needed: str) -> Refusal:

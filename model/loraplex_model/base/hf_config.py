@@ -18,6 +18,9 @@ SCALINGS = ("linear", "llama3", "yarn", "dynamic", "longrope")
 is never served. "longrope" has two sets of them, by the length of the whole sequence.
 """
 
+_MALFORMED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError)
+"""What entries of a configuration raise that are missing, of another type, or do not fit others."""
+
 
 def decoder_config(raw: Mapping[str, Any]) -> DecoderConfig:
     """Reads the contents of a `config.json`.
@@ -29,8 +32,18 @@ def decoder_config(raw: Mapping[str, Any]) -> DecoderConfig:
     raw = text_part(raw)
     architecture = _architecture(raw)
     check_fields(raw)
-    family = FAMILIES[architecture]
     config = _parse(architecture, raw)
+    try:
+        decoder = _decoder(architecture, config)
+    except _MALFORMED as error:
+        raise _unreadable(error) from error
+    check_decoder(decoder)
+    return decoder
+
+
+def _decoder(architecture: str, config: Any) -> DecoderConfig:
+    """The decoder of a configuration as transformers reads it, which is not wholly checked."""
+    family = FAMILIES[architecture]
     heads = config.num_attention_heads
     width = config.head_dim if getattr(config, "head_dim", None) else config.hidden_size // heads
     values: dict[str, Any] = {
@@ -44,7 +57,7 @@ def decoder_config(raw: Mapping[str, Any]) -> DecoderConfig:
     }
     _refuse_unsupported(architecture, config, width, values)
     values |= _rotary(family, config)
-    decoder = DecoderConfig(
+    return DecoderConfig(
         architecture=architecture,
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
@@ -56,8 +69,6 @@ def decoder_config(raw: Mapping[str, Any]) -> DecoderConfig:
         sliding_windows=_sliding_windows(family, config),
         **values,
     )
-    check_decoder(decoder)
-    return decoder
 
 
 def text_part(raw: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -76,9 +87,11 @@ def text_part(raw: Mapping[str, Any]) -> Mapping[str, Any]:
         )
     part = dict(raw["text_config"])
     part.pop("architectures", None)
-    for key in ("tie_word_embeddings", "quantization_config", "auto_map"):
+    for key in ("quantization_config", "auto_map"):
         if key in raw:
             part.setdefault(key, raw[key])
+    if "tie_word_embeddings" in raw:  # the head belongs to the whole model
+        part["tie_word_embeddings"] = raw["tie_word_embeddings"]
     return part
 
 
@@ -120,6 +133,8 @@ def _parse(architecture: str, raw: Mapping[str, Any]) -> Any:
 def _unreadable(error: Exception) -> Refusal:
     """The refusal of a configuration that transformers cannot read, with its reason in one line."""
     said = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, KeyError) and said.strip("'").isidentifier():
+        said = f"{error.args[0]} is missing"
     return model_invalid(
         f"the model's configuration cannot be read: {said}; correct it, or fetch the model again"
     )
@@ -251,7 +266,7 @@ class _Rotary:
             frequencies, scale = ROPE_INIT_FUNCTIONS[self.kind](
                 self._config, "cpu", seq_len=length, **further
             )
-        except Exception as error:  # values that miss, or do not fit each other
+        except Exception as error:  # missing values, and such as do not fit each other
             raise _unreadable(error) from error
         return Rope(tuple(frequencies.tolist()), float(scale))
 

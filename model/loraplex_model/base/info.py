@@ -12,7 +12,8 @@ class BaseInfo:
     """A base model as adapters are checked against it. The engine sends it to the front.
 
     Attributes:
-        fingerprint: "sha256:<hex>" of the weights, compared with an adapter's stamp if it has one.
+        fingerprint: "sha256:<hex>" of the weights, compared with an adapter's stamp if it has one;
+            "" for a base that has not been converted, with which no stamp is compared.
         dtype: compute dtype, in which adapters are packed too: "float32" or "bfloat16".
         name: public name of the model, for messages; "" if it is not known. Not compared.
         weights_file: path of the stored weights on this machine (`checkpoints.values`), with which

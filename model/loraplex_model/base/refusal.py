@@ -102,7 +102,7 @@ class Reason(StrEnum):
 
     # training
     CONFIG_INVALID = auto()
-    """An option of a training run is wrong."""
+    """An option of a training run, or a variable of the environment, is wrong."""
     DATA_INVALID = auto()
     """Lines of a data set are wrong."""
     METHOD_INVALID = auto()

@@ -90,6 +90,20 @@ def locate(model: str) -> Path:
     return _snapshot(model)
 
 
+def locate_here(model: str) -> Path | None:
+    """As `locate`, but nothing is fetched: None for a hub id whose files are not all here."""
+    if Path(model).expanduser().exists() or not _HUB_ID.fullmatch(model):
+        return locate(model)
+    from huggingface_hub import snapshot_download
+
+    try:
+        path = Path(snapshot_download(model, local_files_only=True))
+        _shards(path)
+    except Exception:  # the hub's own errors for what is not here, or only in part
+        return None
+    return path if (path / "config.json").exists() else None
+
+
 def _first_part(path: Path) -> Path:
     """The first file of a model that is split into several, which has its tokenizer."""
     # only the directory: the hub's cache holds links to files that are named by their digests
@@ -207,9 +221,10 @@ def _shards(directory: Path) -> list[Path]:
     index, single = directory / INDEX, directory / SINGLE
     if index.exists():
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise model_invalid(f"{index} has no weight_map")
-        shards = [directory / str(name) for name in sorted(set(weight_map.values()))]
+        names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+        if not names or not all(isinstance(name, str) for name in names):
+            raise model_invalid(f"{index} has no weight_map; fetch the model again")
+        shards = [directory / name for name in sorted(set(names))]
         if any(shard.parent != directory for shard in shards):
             raise model_invalid(f"{index} points outside of its directory")
     elif single.exists():

@@ -50,7 +50,7 @@ def convert(
             room for the stored model.
     """
     found = survey(source)
-    _require_room(path.parent, found.stored_bytes)
+    require_room(path.parent, found.stored_bytes)
     config = found.config
     blocks = quantise.kernel(kernels, found.weights)
     most = OTHERS + PER_LAYER * config.num_layers
@@ -64,9 +64,13 @@ def convert(
     return StoredModel(config, writer.fingerprint, named_ends(source, config.vocab_size))
 
 
-def _require_room(folder: Path, needed: int) -> None:
-    """Raises `Refusal` (CACHE_FAILED) unless the disk of a folder has room for so many bytes."""
-    free = shutil.disk_usage(folder).free
+def require_room(folder: Path, needed: int) -> None:
+    """Raises `Refusal` (CACHE_FAILED) unless the disk of a folder has room for so many bytes.
+
+    A folder that does not exist yet counts as on the disk of the one that will hold it.
+    """
+    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    free = shutil.disk_usage(there).free
     if free < needed:
         raise Refusal(
             Reason.CACHE_FAILED,

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from loraplex_model.base.config import DecoderConfig
-from loraplex_model.base.refusal import model_invalid
+from loraplex_model.base.refusal import Refusal, model_invalid
 from loraplex_model.base.weights import BaseWeights
 from loraplex_model.checkpoints import cache, checkpoint, default_model, stored, tokenizer
 from loraplex_model.checkpoints.convert import convert, named_ends
@@ -88,20 +88,40 @@ def load_base(
     return LoadedBase(model or DEFAULT, weights, source, entry, MappedFile(path))
 
 
-def known_fingerprint(model: str, cache_dir: Path) -> str:
-    """The fingerprint of a model that was converted before; "" if it has to be converted first.
+def present(model: str, cache_dir: Path) -> Path | None:
+    """The path of a model that is on this machine; None if it has to be fetched.
+
+    Raises `Refusal` (MODEL_NOT_FOUND, MODEL_INVALID) for what can be no model.
+    """
+    if model in ("", DEFAULT):
+        path = default_model.path_in(cache_dir)
+        return path if default_model.is_pinned(path, digest=False) else None
+    return checkpoint.locate_here(model)
+
+
+def known_base(model: str, cache_dir: Path) -> tuple[StoredModel, Path] | None:
+    """A model that was converted before, and its entry in the cache; None if it was not.
 
     Nothing is downloaded, no weights are read, and nothing is changed. Raises `Refusal` if the
     model's files cannot be read.
     """
     known = _known(model, cache_dir)
-    return "" if known is None else _read_decoder(known[1] / DECODER).fingerprint
+    return None if known is None else (_read_decoder(known[1] / DECODER), known[1])
+
+
+def known_fingerprint(model: str, cache_dir: Path) -> str:
+    """The fingerprint of a model that was converted before; "" if it has to be converted first.
+
+    As for `known_base`, nothing is changed.
+    """
+    known = known_base(model, cache_dir)
+    return "" if known is None else known[0].fingerprint
 
 
 def known_end_tokens(model: str, cache_dir: Path) -> list[SpeltToken] | None:
     """The end tokens of a model that was converted before; None if it has to be converted first.
 
-    As for `known_fingerprint`, nothing is changed.
+    As for `known_base`, nothing is changed.
     """
     known = _known(model, cache_dir)
     if known is None:
@@ -112,12 +132,13 @@ def known_end_tokens(model: str, cache_dir: Path) -> list[SpeltToken] | None:
 
 def _known(model: str, cache_dir: Path) -> tuple[Path, Path] | None:
     """Source and cache entry of a model that was converted before."""
-    if model in ("", DEFAULT):
-        source, digests = cache_dir / "default" / default_model.FILE, [default_model.SHA256]
-    else:
-        source, digests = Path(model), []
-    if not source.exists():
+    try:
+        source = present(model, cache_dir)
+    except Refusal:
         return None
+    if source is None:
+        return None
+    digests = [default_model.SHA256] if model in ("", DEFAULT) else []
     files = checkpoint.files_of(source)
     entry = cache.known_entry(cache_dir, files, digests) if files else None
     return None if entry is None else (source, entry)

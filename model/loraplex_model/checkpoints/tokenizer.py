@@ -149,6 +149,17 @@ def write(
     return info
 
 
+def check(source: Path) -> None:
+    """Raises `Refusal` (MODEL_INVALID, MODEL_UNSUPPORTED) if the tokenizer cannot be converted.
+
+    Of a GGUF file only the settings are looked at, since its vocabulary takes seconds.
+    """
+    if source.is_file():
+        splits.options_of(source)
+    else:
+        _load(source)
+
+
 def all_end_tokens(
     info: TokenizerInfo, directory: Path, named: tuple[int, ...], vocab_size: int
 ) -> tuple[int, ...]:

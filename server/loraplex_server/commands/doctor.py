@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -17,7 +16,8 @@ from loraplex_adapters.store import survey_at
 from loraplex_model.base.info import public_name
 from loraplex_model.base.refusal import Refusal
 
-from loraplex_server.commands import doctor_cuda
+from loraplex_server.commands import doctor_base, doctor_cuda
+from loraplex_server.commands.checks import Check
 from loraplex_server.config import Config, available_cores
 from loraplex_server.engine.runner.config import CPU_KV_BYTES
 from loraplex_server.registry.census import troubles
@@ -26,26 +26,15 @@ from loraplex_server.runtime.failures import for_operator
 _SHOWN: Final = 5
 
 
-@dataclass(frozen=True, slots=True)
-class Check:
-    """Result of one check.
+def examine(config: Config, adapters: Sequence[Path] = ()) -> Iterator[Check]:
+    """Checks everything that serving needs, without converting a model or changing a file.
 
-    `good` is False for what the server could not serve with, or could not serve all adapters with,
-    and for damage. What is damaged in the cache is built again when it is needed, but something has
-    damaged it.
+    `adapters` are directories of adapters that are checked against the base model.
     """
-
-    subject: str
-    text: str
-    good: bool = True
-
-
-def examine(config: Config) -> Iterator[Check]:
-    """Checks everything that serving needs, without loading a model or changing a file."""
     yield Check("python", f"{platform.python_version()} on {platform.platform()}")
     yield Check("processor", f"{_processor()}, {available_cores()} cores, {_memory()}")
     yield from _arithmetic(config)
-    yield _model(config)
+    yield from doctor_base.examine(config, adapters, _memory_bytes())
     yield from _end_tokens(config)
     yield from _base_cache(config)
     for name in ("store", "cache"):
@@ -141,18 +130,6 @@ def _compiler() -> str:
         return ""
     said = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
     return f"{path}: {said.stdout.partition(chr(10))[0]}"
-
-
-def _model(config: Config) -> Check:
-    entries = len(list(config.cache.glob("entries/*/model.json")))
-    kept = f"{entries} converted models in {config.cache}"
-    if config.model == "default":
-        return Check("model", f"SmolLM2-135M-Instruct (default); {kept}")
-    if Path(config.model).exists():
-        return Check("model", f"{config.model}, a local file or directory; {kept}")
-    if config.model.count("/") == 1 and not config.model.startswith((".", "/")):
-        return Check("model", f"{config.model}, a hub id, downloaded at the first start; {kept}")
-    return Check("model", f"{config.model}: no such file or directory", good=False)
 
 
 def _end_tokens(config: Config) -> Iterator[Check]:

@@ -19,6 +19,7 @@ from rich.console import Console, RenderableType
 
 from loraplex_server.commands import store_import
 from loraplex_server.commands import store_tables as tables
+from loraplex_server.commands.checks import adapter_limits
 from loraplex_server.commands.flags import own_parameters, parameter, with_settings
 from loraplex_server.config import Config
 from loraplex_server.exits import ServerExit
@@ -332,14 +333,7 @@ def load_base_info(config: Config) -> BaseInfo:
 
 def _base(config: Config) -> tuple[BaseInfo, AdapterLimits]:
     """The configured base model, and the limits of the adapters on it."""
-    limits = AdapterLimits(
-        max_rank=config.max_rank,
-        max_weights_bytes=int(config.max_adapter_file),
-        max_device_bytes=int(config.adapter_memory),
-        max_virtual_tokens=config.adapter_virtual_tokens,
-        max_context=config.max_context or None,
-    )
-    return load_base_info(config).named(config.model), limits
+    return load_base_info(config).named(config.model), adapter_limits(config)
 
 
 def _of_other_bases(store: Store, base: BaseInfo) -> list[str]:

@@ -22,7 +22,7 @@ from loraplex.v1 import (
 
 from loraplex_server.rpc.calls.accepting import make_server
 from loraplex_server.rpc.calls.bounds import MAX_MESSAGE_BYTES
-from loraplex_server.rpc.calls.gate import Gate
+from loraplex_server.rpc.calls.gate import CallGate
 from loraplex_server.rpc.calls.interceptor import Interceptor
 from loraplex_server.rpc.services.adapters import AdapterService
 from loraplex_server.rpc.services.generation import GenerationService
@@ -74,7 +74,7 @@ class RpcServer:
     """The services, health checks and, optionally, reflection on one port."""
 
     def __init__(
-        self, interceptor: Interceptor, gate: Gate, max_connections: int, with_reflection: bool
+        self, interceptor: Interceptor, gate: CallGate, max_connections: int, with_reflection: bool
     ) -> None:
         options = (*OPTIONS, ("grpc.max_allowed_incoming_connections", max_connections))
         self._interceptor = interceptor

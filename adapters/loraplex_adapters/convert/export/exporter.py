@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from loraplex_model.adapters.delta import AdapterDelta
+from loraplex_model.base.config import DecoderConfig
 from loraplex_model.base.info import BaseInfo
 from loraplex_model.base.refusal import Reason, Refusal
 from loraplex_model.checkpoints.load import LoadedBase
@@ -87,6 +88,7 @@ def run(
     opened = [open_adapter(directory, base) for directory in directories]
     specs = [spec for spec, _ in opened]
     deltas = [delta for _, delta in opened]
+    _refuse_experts(base.weights.config, deltas, request.format)
     stamps = _stamps(base, specs, request)
     dtype = DTYPES[request.dtype or _DEFAULT_DTYPES[request.format]]
     lines, figures = [], {}
@@ -121,6 +123,20 @@ def run(
     write_peft(target, factors, path, base_model=origin_name, dtype=dtype, stamps=stamps)
     inspect(target, base.weights.info, LIMITS)  # the result must be an adapter that can be served
     return ExportResult(tuple(lines), _rank_warning(figures["max_rank"]), figures)
+
+
+def _refuse_experts(config: DecoderConfig, deltas: Sequence[AdapterDelta], written: str) -> None:
+    """Raises Refusal(EXPORT_UNSUPPORTED) for what cannot be written of a mixture of experts."""
+    if not config.num_experts:
+        return
+    experts = {*config.fused["gate_up"], "down_proj"}
+    message = ""
+    if written in ("hf", "nf4"):
+        message = "merged checkpoints of mixtures of experts are not written; merge it with PEFT"
+    elif any(name in experts for delta in deltas for _, name in delta.sites):
+        message = "adapters of experts are not written in other forms; use the adapter's own files"
+    if message:
+        raise Refusal(Reason.EXPORT_UNSUPPORTED, message, "format")
 
 
 def _blend_spec(request: ExportRequest) -> BlendSpec | None:

@@ -16,6 +16,12 @@ from loraplex_adapters.format.kinds.activation import (
     read_invocation,
 )
 from loraplex_adapters.format.kinds.base import Kind
+from loraplex_adapters.format.kinds.experts import (
+    PARAMETERS_OPTION,
+    check_parameters,
+    expert_module,
+    read_parameters,
+)
 from loraplex_adapters.format.kinds.folded.patterns import Rank
 from loraplex_adapters.format.kinds.initialisation import check_initialisation
 from loraplex_adapters.format.kinds.variants import (
@@ -37,7 +43,7 @@ from loraplex_adapters.format.kinds.whole import (
     place_others,
     read_rows,
 )
-from loraplex_adapters.format.modules import EMBEDDING, MATRICES, base_sites
+from loraplex_adapters.format.modules import EMBEDDING, EXPERT_MATRICES, MATRICES, base_sites
 from loraplex_adapters.format.placement import Placement
 from loraplex_adapters.format.reader import Reader
 from loraplex_adapters.format.spec import ModuleSpec, TensorLocation
@@ -97,6 +103,7 @@ class LoraReading:
         bias: "none", "all" or "lora_only".
         rows: the trained token rows.
         invocation_tokens: as in `CheckedAdapter`.
+        parameters: names of the experts' parameters to adapt.
         variant: how A and B are computed; None if they are in the file.
         unused: ends of names of tensors that are read in training only.
     """
@@ -112,6 +119,7 @@ class LoraReading:
     bias: str = "none"
     rows: TokenRows = field(default_factory=dict)
     invocation_tokens: tuple[int, ...] = ()
+    parameters: tuple[str, ...] = ()
     variant: Variant | None = None
     unused: tuple[str, ...] = ()
 
@@ -131,6 +139,9 @@ class LoraReading:
             file.check_scale(site, scale, "alpha_pattern" if site in alphas else "lora_alpha")
             field_name = "rank_pattern" if site in ranks else "r"
             claimed = self._claim(file, site)
+            if site[1] in EXPERT_MATRICES:
+                modules += expert_module(file, site, claimed, rank, scale, field_name)
+                continue
             if self.variant is not None:
                 stated = Rank(rank, field_name, scale)
                 modules += place_variant(self.variant, file, site, claimed, stated)
@@ -140,7 +151,10 @@ class LoraReading:
                 modules.append(ModuleSpec(*site, tensors, rank, scale))
         check_work(file, modules)
         modules += place_others(file, self.targets, self.bias, self.rows, adapted)
-        file.check_targets(self.targets, adaptable(file), adapted)
+        modular = [site for site in adapted if site[1] not in EXPERT_MATRICES]
+        if modular or not self.parameters:
+            file.check_targets(self.targets, adaptable(file), modular)
+        check_parameters(file, self.parameters, adapted)
         place_invocation(file, self.invocation_tokens, adapted)
         return modules
 
@@ -189,6 +203,7 @@ def _read(reader: Reader) -> LoraReading | None:
         bias=reader.choice("bias", BIASES, "none"),
         rows=read_rows(reader),
         invocation_tokens=read_invocation(reader),
+        parameters=read_parameters(reader),
         variant=read_variant(reader),
         unused=read_unused(reader),
     )
@@ -204,6 +219,7 @@ LORA = Kind(
     options={
         **SHARED_OPTIONS,
         **VARIANT_OPTIONS,
+        PARAMETERS_OPTION: served("gate_up_proj and down_proj of a mixture's experts"),
         INVOCATION_OPTION: served(
             f"activated LoRA, at most {MAX_INVOCATION_TOKENS} tokens; not together with DoRA or "
             "other variants, bias, modules_to_save, trained tokens or LoRA on the embeddings"

@@ -21,10 +21,11 @@ from loraplex_model.checkpoints import prequantised
 from loraplex_model.checkpoints.checkpoint import TensorInfo, TensorSource
 from loraplex_model.checkpoints.conversion.parts import write_parts
 from loraplex_model.checkpoints.conversion.unread import refuse_unread
+from loraplex_model.checkpoints.prequantised import FLOATS
 from loraplex_model.ops.nf4 import NESTED_BLOCK, blocks_of
 
-_FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _COMPARED = 1 << 22  # numbers of the head that are compared with the embeddings at once
+_SAMPLE, _SAMPLES = 1 << 12, 64  # numbers of a sample, and number of samples
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,7 @@ class Survey:
         tensors, nbytes: number and bytes of the tensors that are read.
         weights: number of weights that are quantised; those in NF4 already do not count.
         stored_bytes: size of the stored model.
+        largest: bytes of the largest tensor that is read.
     """
 
     config: DecoderConfig
@@ -44,10 +46,14 @@ class Survey:
     nbytes: int
     weights: int
     stored_bytes: int
+    largest: int
 
 
-def survey(source: TensorSource) -> Survey:
+def survey(source: TensorSource, *, sampled: bool = False) -> Survey:
     """Checks a checkpoint's configuration, and the types and shapes of its tensors.
+
+    With `sampled` only some values of a head are compared with the embeddings, so that one that
+    differs in a few others only passes for equal.
 
     Raises:
         Refusal: MODEL_UNSUPPORTED or MODEL_INVALID, with the name of the field or the tensor.
@@ -56,7 +62,7 @@ def survey(source: TensorSource) -> Survey:
     config = decoder_config(source.config)
     if source.rope_divisors:
         config = _divided(config, source.rope_divisors)
-    config, embed = _with_head(source, config)
+    config, embed = _with_head(source, config, sampled)
     looked, counted = _Looked(source, embed), _Counted()
     write_parts(config, looked, counted)
     left = set(source.names()) - looked.names
@@ -64,7 +70,13 @@ def survey(source: TensorSource) -> Survey:
         left.discard(families.LM_HEAD)  # equal to the embeddings
     refuse_unread(left, source.config, config.architecture, config.num_layers)
     return Survey(
-        config, embed, len(looked.names), looked.nbytes, looked.weights, counted.stored_bytes
+        config,
+        embed,
+        len(looked.names),
+        looked.nbytes,
+        looked.weights,
+        counted.stored_bytes,
+        looked.largest,
     )
 
 
@@ -81,7 +93,9 @@ def _divided(config: DecoderConfig, divisors: tuple[float, ...]) -> DecoderConfi
     return config
 
 
-def _with_head(source: TensorSource, config: DecoderConfig) -> tuple[DecoderConfig, str]:
+def _with_head(
+    source: TensorSource, config: DecoderConfig, sampled: bool
+) -> tuple[DecoderConfig, str]:
     """The configuration with a head of its own if the checkpoint has one, and the embeddings' name.
 
     As in transformers, a head that differs from the embeddings is used although the configuration
@@ -100,18 +114,19 @@ def _with_head(source: TensorSource, config: DecoderConfig) -> tuple[DecoderConf
         return config, families.EMBED
     if families.EMBED not in names:
         return config, families.LM_HEAD
-    if _are_equal(source, families.EMBED, families.LM_HEAD):
+    if _are_equal(source, families.EMBED, families.LM_HEAD, sampled):
         return config, families.EMBED
     return dataclasses.replace(config, tie_embeddings=False), families.EMBED
 
 
-def _are_equal(source: TensorSource, one: str, other: str) -> bool:
+def _are_equal(source: TensorSource, one: str, other: str, sampled: bool) -> bool:
     if source.info(one).shape != source.info(other).shape:
         return False
     first, second = source.read(one).reshape(-1), source.read(other).reshape(-1)
-    starts = range(0, first.numel(), _COMPARED)
+    count, length = first.numel(), _SAMPLE if sampled else _COMPARED
+    starts = range(0, count, max(length, count // _SAMPLES) if sampled else length)
     return all(
-        torch.equal(first[at : at + _COMPARED].double(), second[at : at + _COMPARED].double())
+        torch.equal(first[at : at + length].double(), second[at : at + length].double())
         for at in starts
     )
 
@@ -123,16 +138,17 @@ class _Looked:
         names: the tensors that were asked for, by their names in the checkpoint.
         nbytes: their bytes.
         weights: how many weights have to be quantised.
+        largest: bytes of the largest tensor.
     """
 
     def __init__(self, source: TensorSource, embed: str) -> None:
         self._source, self._embed = source, embed
         self.names: set[str] = set()
-        self.nbytes = self.weights = 0
+        self.nbytes = self.weights = self.largest = 0
 
     def dense(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         info = self._use(self._embed if name == families.EMBED else name)
-        if info.dtype not in _FLOATS:
+        if info.dtype not in FLOATS:
             raise model_unsupported(
                 f"{name} is of type {info.dtype}, so the checkpoint is quantised in a way that is "
                 "not supported; use a checkpoint that is not quantised, or one in bitsandbytes NF4"
@@ -143,13 +159,14 @@ class _Looked:
                 f"{list(shape)}; correct it, or fetch the model again"
             )
         # as it is stored: F64 becomes F32
-        dtype = torch.float32 if _FLOATS[info.dtype] > 2 else torch.bfloat16
+        dtype = torch.float32 if FLOATS[info.dtype] > 2 else torch.bfloat16
         return torch.empty(shape, dtype=dtype, device="meta")
 
     def matrix(self, name: str, shape: tuple[int, int]) -> NF4Matrix:
         if prequantised.is_nf4(self._source, name):
             for each in prequantised.tensors(self._source, name):
                 self._use(each)
+            prequantised.check(self._source, name, shape)
         else:
             self.dense(name, shape)
             self.weights += shape[0] * shape[1]
@@ -168,6 +185,7 @@ class _Looked:
         if name not in self.names:
             self.names.add(name)
             self.nbytes += info.nbytes
+            self.largest = max(self.largest, info.nbytes)
         return info
 
 

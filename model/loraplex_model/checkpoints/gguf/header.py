@@ -151,7 +151,9 @@ class _HeaderReader:
         try:
             weights, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
         except ValueError as error:
-            raise model_unsupported(f"{self._path}: {name}: {error}") from error
+            raise model_unsupported(
+                f"{self._path} holds {name} in ggml's type {kind}, which is not supported"
+            ) from error
         total = prod(shape) // weights * size
         if base + offset + total > len(self._data):
             raise self._damaged(f"{name} exceeds the file; the download may be incomplete")

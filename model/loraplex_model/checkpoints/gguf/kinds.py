@@ -12,10 +12,12 @@ from loraplex_model.checkpoints.gguf.header import shown
 _TYPES = {
     "adapter": "an adapter, not a base model; register the PEFT adapter that it was made from",
     "imatrix": "an importance matrix for quantising, not a model",
+    "control vector": "a control vector, not a model",
     "mmproj": "the vision or audio encoder of a multimodal model; give the file of the text model",
 }
 """What a file of each `general.type` is, other than "model"."""
 
+_BY_ARCHITECTURE = {"clip": "mmproj", "controlvector": "control vector"}
 _PREFIXES = {"adapter.": "adapter", "imatrix.": "imatrix", "clip.": "mmproj"}
 """Keys of files of these types, some of which state none."""
 
@@ -37,8 +39,8 @@ def refuse_others(
     """
     architecture = metadata.get("general.architecture")
     kind = metadata.get("general.type", "model")
-    if architecture == "clip":
-        kind = "mmproj"
+    if isinstance(architecture, str):
+        kind = _BY_ARCHITECTURE.get(architecture, kind)
     for prefix, other in _PREFIXES.items():
         if kind == "model" and any(key.startswith(prefix) for key in metadata):
             kind = other

@@ -27,6 +27,7 @@ _HARMLESS = re.compile(r"blk\.\d+\.attn_rot_embd(\.weight)?")
 """Rotary frequencies of early converters. llama.cpp skips them: they follow from the metadata."""
 
 _EXPERT = re.compile(r"blk\.\d+\.(ffn_\w+_(exps|shexp|chexps)|ffn_gate_inp\w*|ffn_\w+\.\d+)\..*")
+_EARLY_EXPERT = re.compile(r"blk\.\d+\.ffn_\w+\.\d+\.weight")
 _BIAS = re.compile(r"blk\.\d+\.(\w+)\.bias")
 _LAYER = re.compile(r"blk\.(\d+)\..*")
 
@@ -105,6 +106,12 @@ def assign(
         Refusal: MODEL_INVALID for a missing tensor, MODEL_UNSUPPORTED for one that would not be
             used. Both name it.
     """
+    for name in sorted(shapes):
+        if _EARLY_EXPERT.fullmatch(name):
+            raise model_unsupported(
+                f"{path} is a mixture of experts with tensors of its own for each expert ({name}), "
+                "as early converters wrote it; convert the model again"
+            )
     layers = config.num_layers
     place = _Places(path, shapes, architecture, config)
     found: dict[str, Pieces] = {}

@@ -8,6 +8,7 @@ pairs within each head, and this module restores Hugging Face's two halves; Gemm
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from loraplex_model.base.refusal import model_invalid, model_unsupported
 from loraplex_model.checkpoints.checkpoint import TensorInfo
 from loraplex_model.checkpoints.gguf import keys, kinds, names, parts
 from loraplex_model.checkpoints.gguf.architectures import ARCHITECTURES, GgufArchitecture
-from loraplex_model.checkpoints.gguf.header import GgufFile, GgufTensor
+from loraplex_model.checkpoints.gguf.header import GgufFile, GgufTensor, LongValue
 from loraplex_model.checkpoints.gguf.names import Pieces, TensorPiece
 from loraplex_model.checkpoints.gguf.settings import GgufSettings
 from loraplex_model.checkpoints.gguf.values import dequantised
@@ -83,6 +84,15 @@ class GgufSource:
         )
         return TensorInfo(shape, "F32", nbytes)
 
+    def types(self) -> Mapping[str, int]:
+        """Bytes of the tensors of each of GGUF's types: "Q4_K"."""
+        from gguf import GGMLQuantizationType
+
+        types: Counter[str] = Counter()
+        for _, tensor in self._tensors.values():
+            types[GGMLQuantizationType(tensor.kind).name] += tensor.size
+        return types
+
     def read(self, name: str) -> torch.Tensor:
         """See `TensorSource`: float32, in Hugging Face's layout."""
         found = [self._piece(piece) for piece in self._pieces_of(name)]
@@ -140,6 +150,12 @@ class GgufSource:
         if len(shape) != 2:
             raise model_invalid(
                 f"{self._path} has no tensor {names.EMBED} with a row for each token"
+            )
+        tokens = self._metadata.get("tokenizer.ggml.tokens")
+        if isinstance(tokens, LongValue) and tokens.length > shape[0]:
+            raise model_invalid(
+                f"{self._path} has {tokens.length} tokens (tokenizer.ggml.tokens), but "
+                f"{names.EMBED} has {shape[0]} rows"
             )
         biased = names.biased_modules(self._tensors)
         options: dict[str, Any] = {}

@@ -11,7 +11,7 @@ from typing import Final, NamedTuple, TypeVar
 
 from loraplex_model.base.refusal import Reason, Refusal
 
-from loraplex_server.rpc.calls.gate import Gate
+from loraplex_server.rpc.calls.gate import CallGate
 
 ARRIVAL_SECONDS: Final = 30.0
 """Seconds that a request has to arrive completely."""
@@ -41,7 +41,7 @@ class Arrivals:
     each.
     """
 
-    def __init__(self, gate: Gate) -> None:
+    def __init__(self, gate: CallGate) -> None:
         self._waiting: dict[int, _Arrival] = {}
         self._count = 0
         self._timer: asyncio.TimerHandle | None = None
@@ -94,7 +94,7 @@ class Arrivals:
 
 
 async def messages(
-    requests: AsyncIterator[M], gate: Gate, draining: str, silence: str
+    requests: AsyncIterator[M], gate: CallGate, draining: str, silence: str
 ) -> AsyncGenerator[M, None]:
     """Yields the messages of a stream of requests, each within SILENCE_SECONDS.
 

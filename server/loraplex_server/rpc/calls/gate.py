@@ -12,7 +12,7 @@ from loraplex_model.base.refusal import Reason, Refusal
 T = TypeVar("T")
 
 
-class Gate:
+class CallGate:
     """Counts the running calls of our services and signals when the server drains."""
 
     def __init__(self) -> None:

@@ -25,7 +25,7 @@ from loraplex_server.metrics import Metrics
 from loraplex_server.rpc.calls.arriving import Arrivals
 from loraplex_server.rpc.calls.bounds import beyond_bounds
 from loraplex_server.rpc.calls.errors import TABLE, require, status_of, trailers_of
-from loraplex_server.rpc.calls.gate import Gate
+from loraplex_server.rpc.calls.gate import CallGate
 from loraplex_server.rpc.calls.ids import is_request_id
 from loraplex_server.rpc.calls.intake import Intake, Reader
 from loraplex_server.rpc.calls.remains import forget_after_call
@@ -58,7 +58,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
     A stream is ended after `write_stall_seconds` in which its client does not read.
     """
 
-    def __init__(self, gate: Gate, metrics: Metrics, write_stall_seconds: float) -> None:
+    def __init__(self, gate: CallGate, metrics: Metrics, write_stall_seconds: float) -> None:
         self._gate = gate
         self._metrics = metrics
         self.arrivals = Arrivals(gate)
@@ -190,7 +190,7 @@ class Interceptor(grpc.aio.ServerInterceptor):
 class _Call:
     """One call: its id, the status of its failure, and the log line and metrics of its end."""
 
-    def __init__(self, gate: Gate, metrics: Metrics, method: str, context: _Context) -> None:
+    def __init__(self, gate: CallGate, metrics: Metrics, method: str, context: _Context) -> None:
         self.id = uuid.uuid4().hex
         self._gate = gate
         self._metrics = metrics

@@ -9,7 +9,7 @@ from typing import Any, Final
 import grpc
 from google.protobuf.message import Message
 
-from loraplex_server.rpc.calls.gate import Gate
+from loraplex_server.rpc.calls.gate import CallGate
 
 DRAIN_STALL_SECONDS: Final = 3.0
 """Longest time for one write while the server drains."""
@@ -18,7 +18,7 @@ DRAIN_STALL_SECONDS: Final = 3.0
 class StreamWriter:
     """Writes to streams. Each write may take `seconds`, and less once the gate closes."""
 
-    def __init__(self, gate: Gate, seconds: float) -> None:
+    def __init__(self, gate: CallGate, seconds: float) -> None:
         self._seconds = seconds
         self._timers: dict[Callable[[], None], asyncio.TimerHandle] = {}
         gate.when_closing(self._hurry)

@@ -20,7 +20,7 @@ from loraplex_server.registry.feed import AdapterRow
 from loraplex_server.registry.registry import Registry
 from loraplex_server.registry.terms import Registered, RegistrationTerms
 from loraplex_server.rpc.calls.errors import for_client, require
-from loraplex_server.rpc.calls.gate import Gate
+from loraplex_server.rpc.calls.gate import CallGate
 from loraplex_server.rpc.calls.peers import peer_address
 from loraplex_server.rpc.messages import describe
 from loraplex_server.rpc.messages import validate_adapters as validate
@@ -64,7 +64,7 @@ class AdapterService(adapter_pb2_grpc.AdapterServiceServicer):
     move an adapter within the engine use these directly; all others go through the registry.
     """
 
-    def __init__(self, registry: Registry, gate: Gate) -> None:
+    def __init__(self, registry: Registry, gate: CallGate) -> None:
         self._registry = registry
         self._store = registry.store
         self._engine = registry.engine

@@ -11,7 +11,7 @@ from grpc_reflection.v1alpha import reflection
 from loraplex_model.base.refusal import Reason, Refusal
 
 from loraplex_server.rpc.calls.arriving import SILENCE_SECONDS, messages
-from loraplex_server.rpc.calls.gate import Gate
+from loraplex_server.rpc.calls.gate import CallGate
 
 MAX_REFLECTIONS: Final = 16
 
@@ -19,7 +19,7 @@ MAX_REFLECTIONS: Final = 16
 class ReflectionService:
     """grpcio's reflection of `services` and of itself."""
 
-    def __init__(self, services: Iterable[str], gate: Gate) -> None:
+    def __init__(self, services: Iterable[str], gate: CallGate) -> None:
         self._answers = reflection.aio.ReflectionServicer((*services, reflection.SERVICE_NAME))
         self._gate = gate
         self._calls = 0

@@ -11,7 +11,7 @@ from loraplex.v1 import training_pb2, training_pb2_grpc
 from loraplex_model.base.refusal import Problem, Reason, Refusal, Subject
 
 from loraplex_server.rpc.calls.errors import for_client, invalid
-from loraplex_server.rpc.calls.gate import Gate
+from loraplex_server.rpc.calls.gate import CallGate
 from loraplex_server.rpc.messages import describe_training as describe
 from loraplex_server.rpc.messages import validate_training as validate
 from loraplex_server.rpc.messages.slices import extend_in_slices
@@ -29,7 +29,7 @@ T = TypeVar("T")
 class TrainingService(training_pb2_grpc.TrainingServiceServicer):
     """The service of loraplex/v1/training.proto. Without a queue it refuses every call."""
 
-    def __init__(self, queue: JobQueue | None, gate: Gate) -> None:
+    def __init__(self, queue: JobQueue | None, gate: CallGate) -> None:
         self._queue = queue
         self._gate = gate
 

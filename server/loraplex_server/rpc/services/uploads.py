@@ -18,7 +18,7 @@ from loraplex_server.registry.registry import Registry
 from loraplex_server.registry.terms import Registered, RegistrationTerms
 from loraplex_server.rpc.calls.arriving import SILENCE_SECONDS, messages
 from loraplex_server.rpc.calls.errors import invalid, require
-from loraplex_server.rpc.calls.gate import Gate
+from loraplex_server.rpc.calls.gate import CallGate
 from loraplex_server.rpc.messages import validate_adapters as validate
 
 MAX_STREAMS: Final = 16
@@ -49,7 +49,7 @@ class UploadOutcome:
 class UploadReceiver:
     """Receives uploads. Each chunk is on disk before the next one is read from the stream."""
 
-    def __init__(self, registry: Registry, gate: Gate) -> None:
+    def __init__(self, registry: Registry, gate: CallGate) -> None:
         self._registry = registry
         self._gate = gate
         self._streams: Counter[str] = Counter()

@@ -9,7 +9,7 @@ from loraplex.v1 import adapter_pb2
 from loraplex_model.base.refusal import Reason, Refusal
 
 from loraplex_server.registry.feed import AdapterFeed, Event, FeedTable
-from loraplex_server.rpc.calls.gate import Gate
+from loraplex_server.rpc.calls.gate import CallGate
 from loraplex_server.rpc.messages import describe
 
 MAX_WATCHERS: Final = 64
@@ -19,7 +19,7 @@ _PART: Final = 100
 _Message = adapter_pb2.WatchAdaptersResponse
 
 
-async def watch(feed: AdapterFeed, gate: Gate) -> AsyncGenerator[_Message, None]:
+async def watch(feed: AdapterFeed, gate: CallGate) -> AsyncGenerator[_Message, None]:
     """Yields the table, then every change until the server drains.
 
     Raises Refusal: OVERLOADED if there are too many watchers, DRAINING at the end.
