@@ -18,12 +18,12 @@ Setting = str | Callable[[Any], Any]
 a function of the configuration as transformers reads it."""
 
 
-class Windows(Enum):
+class WindowLayers(Enum):
     """For which layers of a family `sliding_window` holds, whatever else its configuration says."""
 
-    NEVER = auto()
-    ALWAYS = auto()
-    BY_LAYER_TYPE = auto()
+    NONE = auto()
+    ALL = auto()
+    BY_TYPE = auto()
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Family:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Setting] = field(default_factory=dict)
     names: Mapping[str, str] = field(default_factory=dict)
-    windows: Windows = Windows.NEVER
+    windows: WindowLayers = WindowLayers.NONE
     partial_rotary: bool = False
     layer_ropes: Callable[[Any], list[bool]] | None = None
 
@@ -88,24 +88,26 @@ _COHERE_SETTINGS: Mapping[str, Setting] = {
 
 FAMILIES: Mapping[str, Family] = {
     "LlamaForCausalLM": Family("llama", "llama", gguf_interleaved=True, settings=_BIASES),
-    "MistralForCausalLM": Family("mistral", "llama", gguf_interleaved=True, windows=Windows.ALWAYS),
+    "MistralForCausalLM": Family(
+        "mistral", "llama", gguf_interleaved=True, windows=WindowLayers.ALL
+    ),
     "Ministral3ForCausalLM": Family(
         "ministral3",
         "mistral3",
         gguf_interleaved=True,
         settings={"query_scale": lambda config: _query_scale(config.rope_parameters)},
-        windows=Windows.ALWAYS,
+        windows=WindowLayers.ALL,
     ),
-    "MinistralForCausalLM": Family("ministral", windows=Windows.BY_LAYER_TYPE),
+    "MinistralForCausalLM": Family("ministral", windows=WindowLayers.BY_TYPE),
     "Qwen2ForCausalLM": Family(
-        "qwen2", "qwen2", fixed={"qkv_bias": True}, windows=Windows.BY_LAYER_TYPE
+        "qwen2", "qwen2", fixed={"qkv_bias": True}, windows=WindowLayers.BY_TYPE
     ),
     "Qwen3ForCausalLM": Family(
         "qwen3",
         "qwen3",
         fixed={"qk_norm": True},
         settings=_ATTENTION_BIAS,
-        windows=Windows.BY_LAYER_TYPE,
+        windows=WindowLayers.BY_TYPE,
     ),
     "GemmaForCausalLM": Family("gemma", "gemma", fixed=_GEMMA, settings=_GEMMA_SETTINGS),
     "Gemma2ForCausalLM": Family(
@@ -114,7 +116,7 @@ FAMILIES: Mapping[str, Family] = {
         fixed={**_GEMMA, "output_norms": True},
         settings={**_LATER_GEMMA_SETTINGS, "attention_softcap": "attn_logit_softcapping"},
         names=_SANDWICH,
-        windows=Windows.BY_LAYER_TYPE,
+        windows=WindowLayers.BY_TYPE,
     ),
     "Gemma3ForCausalLM": Family(
         "gemma3_text",
@@ -122,13 +124,13 @@ FAMILIES: Mapping[str, Family] = {
         fixed={**_GEMMA, "output_norms": True, "qk_norm": True},
         settings=_LATER_GEMMA_SETTINGS,
         names=_SANDWICH,
-        windows=Windows.BY_LAYER_TYPE,
+        windows=WindowLayers.BY_TYPE,
     ),
     "Phi3ForCausalLM": Family(
         "phi3",
         "phi3",
         fixed={"joined": ("qkv", "gate_up")},
-        windows=Windows.ALWAYS,
+        windows=WindowLayers.ALL,
         partial_rotary=True,
     ),
     "SmolLM3ForCausalLM": Family(
@@ -137,7 +139,7 @@ FAMILIES: Mapping[str, Family] = {
         gguf_interleaved=True,
         settings=_BIASES,
         layer_ropes=lambda config: [bool(used) for used in config.no_rope_layers],
-        windows=Windows.BY_LAYER_TYPE,
+        windows=WindowLayers.BY_TYPE,
     ),
     "GraniteForCausalLM": Family(
         "granite",
@@ -175,7 +177,7 @@ FAMILIES: Mapping[str, Family] = {
         },
         settings=_ATTENTION_BIAS,
         names=_OUTPUT_ONLY,
-        windows=Windows.BY_LAYER_TYPE,
+        windows=WindowLayers.BY_TYPE,
     ),
     "GlmForCausalLM": Family(
         "glm",
@@ -207,7 +209,7 @@ FAMILIES: Mapping[str, Family] = {
         fixed=_COHERE,
         settings=_COHERE_SETTINGS,
         layer_ropes=lambda config: [kind == "sliding_attention" for kind in config.layer_types],
-        windows=Windows.BY_LAYER_TYPE,
+        windows=WindowLayers.BY_TYPE,
     ),
     "Starcoder2ForCausalLM": Family(
         "starcoder2",
@@ -215,7 +217,7 @@ FAMILIES: Mapping[str, Family] = {
         fixed={"norm": Norm.LAYER, "norm_bias": True, "gated": False},
         settings={**_ALL_BIASES, "rms_norm_eps": "norm_epsilon"},
         names={"up_proj": "mlp.c_fc", "down_proj": "mlp.c_proj"},
-        windows=Windows.ALWAYS,
+        windows=WindowLayers.ALL,
     ),
     "StableLmForCausalLM": Family(
         "stablelm",
@@ -248,7 +250,7 @@ FAMILIES: Mapping[str, Family] = {
             "up_proj": "block_sparse_moe.experts.{expert}.w3",
             "down_proj": "block_sparse_moe.experts.{expert}.w2",
         },
-        windows=Windows.ALWAYS,
+        windows=WindowLayers.ALL,
     ),
     "Qwen3MoeForCausalLM": Family(
         "qwen3_moe",
@@ -267,7 +269,7 @@ FAMILIES: Mapping[str, Family] = {
             "up_proj": "mlp.experts.{expert}.up_proj",
             "down_proj": "mlp.experts.{expert}.down_proj",
         },
-        windows=Windows.ALWAYS,
+        windows=WindowLayers.ALL,
     ),
     "HeliumForCausalLM": Family(
         "helium",

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from loraplex_model.base.config import NO_ROPE, DecoderConfig, Rope
-from loraplex_model.base.families import ACTIVATIONS, FAMILIES, TEXT_PARTS, Family, Windows
+from loraplex_model.base.families import ACTIVATIONS, FAMILIES, TEXT_PARTS, Family, WindowLayers
 from loraplex_model.base.fields import check_decoder, check_fields
 from loraplex_model.base.refusal import Refusal, model_invalid, model_unsupported
 
@@ -183,8 +183,8 @@ def _refuse_unsupported(
 def _sliding_windows(family: Family, config: Any) -> tuple[int | None, ...]:
     layers: int = config.num_hidden_layers
     window: int | None = getattr(config, "sliding_window", None)
-    if family.windows is not Windows.BY_LAYER_TYPE:
-        return (window if family.windows is Windows.ALWAYS else None,) * layers
+    if family.windows is not WindowLayers.BY_TYPE:
+        return (window if family.windows is WindowLayers.ALL else None,) * layers
     kinds = _layer_types(config)
     unknown = set(kinds) - {"full_attention", "sliding_attention"}
     if unknown or len(kinds) != layers:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from loraplex_model.base.config import JOINED, NO_ROPE, DecoderConfig, Gate, Norm, NormSpan
-from loraplex_model.base.families import Family, Windows
+from loraplex_model.base.families import Family, WindowLayers
 
 PHRASES: Mapping[str, str] = {
     "qkv_bias": "biases of q, k and v",
@@ -43,10 +43,10 @@ SILENT = frozenset(
 )
 """Fields of a family's row that its features do not mention."""
 
-_WINDOWS: Mapping[Windows, tuple[str, ...]] = {
-    Windows.NEVER: (),
-    Windows.ALWAYS: ("a window in all layers",),
-    Windows.BY_LAYER_TYPE: ("windows by layer",),
+_WINDOWS: Mapping[WindowLayers, tuple[str, ...]] = {
+    WindowLayers.NONE: (),
+    WindowLayers.ALL: ("a window in all layers",),
+    WindowLayers.BY_TYPE: ("windows by layer",),
 }
 _ACTIVATIONS = {Gate.SILU: "SiLU", Gate.GELU: "GELU", Gate.GELU_TANH: "GELU (tanh)"}
 _SPANS = {
