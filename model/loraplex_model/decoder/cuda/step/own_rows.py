@@ -236,11 +236,12 @@ class OwnRows:
         added: torch.Tensor,
         stream: torch.Tensor,
         normed: torch.Tensor,
+        residual_scale: float,
     ) -> None:
         """Adds the outputs of the bottlenecks after a block to the block's output `added`.
 
-        `stream` is the residual stream before `added` is added, and `normed` the block's input; all
-        are [T, hidden].
+        `stream` is the residual stream before `residual_scale` times `added` is added, and `normed`
+        the block's input; all are [T, hidden].
         """
         for run in _using(self._runs, Uses.BOTTLENECK):
             own = added[run.rows]
@@ -249,7 +250,7 @@ class OwnRows:
                 read = {
                     Reads.NORMED: normed[run.rows],
                     Reads.OUTPUT: own,
-                    Reads.STREAM: stream[run.rows] + own,
+                    Reads.STREAM: stream[run.rows] + own * residual_scale,
                     Reads.INCOMING: stream[run.rows],
                 }[change.reads]
                 total = total + mix.bottleneck(change, read) * weight
