@@ -69,6 +69,12 @@ _GEMMA_2_SETTINGS: Mapping[str, Setting] = {
     "attention_softcap": "attn_logit_softcapping",
     "logit_softcap": "final_logit_softcapping",
 }
+_OLMO: Mapping[str, Any] = {
+    "input_norms": False,
+    "output_norms": True,
+    "qk_norm": True,
+    "qk_norm_span": NormSpan.ALL,
+}
 _GLM: Mapping[str, Any] = {"rope_interleaved": True, "joined": ("gate_up",)}
 _COHERE: Mapping[str, Any] = {"norm": Norm.LAYER, "parallel": True, "rope_interleaved": True}
 _COHERE_SETTINGS: Mapping[str, Setting] = {
@@ -129,28 +135,10 @@ FAMILIES: Mapping[str, Family] = {
         },
     ),
     "Olmo2ForCausalLM": Family(
-        "olmo2",
-        "olmo2",
-        fixed={
-            "input_norms": False,
-            "output_norms": True,
-            "qk_norm": True,
-            "qk_norm_span": NormSpan.ALL,
-        },
-        settings=_ATTENTION_BIAS,
-        names=_OUTPUT_ONLY,
+        "olmo2", "olmo2", fixed=_OLMO, settings=_ATTENTION_BIAS, names=_OUTPUT_ONLY
     ),
     "Olmo3ForCausalLM": Family(
-        "olmo3",
-        "olmo2",
-        fixed={
-            "input_norms": False,
-            "output_norms": True,
-            "qk_norm": True,
-            "qk_norm_span": NormSpan.ALL,
-        },
-        settings=_ATTENTION_BIAS,
-        names=_OUTPUT_ONLY,
+        "olmo3", "olmo2", fixed=_OLMO, settings=_ATTENTION_BIAS, names=_OUTPUT_ONLY
     ),
     "GlmForCausalLM": Family("glm", "chatglm", fixed=_GLM, settings={"qkv_bias": "attention_bias"}),
     "Glm4ForCausalLM": Family(

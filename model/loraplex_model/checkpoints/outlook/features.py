@@ -53,15 +53,15 @@ _SPANS = {
 
 def of_family(family: Family) -> tuple[Sequence[str], Sequence[str]]:
     """The features that all models of a family have, and those that a configuration decides."""
-    always = [_fixed(name, value) for name, value in family.fixed.items() if _is_told(name, value)]
-    stated = [PHRASES[name] for name in family.settings if _is_told(name, True)]
+    always = [_fixed(name, value) for name, value in family.fixed.items() if _is_shown(name, value)]
+    stated = [PHRASES[name] for name in family.settings if _is_shown(name, True)]
     stated += ["a window in all layers" if family.window_everywhere else "windows by layer"]
     if family.layer_ropes is not None:
         stated.append("layers without positions")
     return always, stated
 
 
-def _is_told(name: str, value: Any) -> bool:
+def _is_shown(name: str, value: Any) -> bool:
     return name not in SILENT and (value is not False or name in ("input_norms", "gated"))
 
 
