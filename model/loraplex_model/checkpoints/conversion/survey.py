@@ -21,9 +21,9 @@ from loraplex_model.checkpoints import prequantised
 from loraplex_model.checkpoints.checkpoint import TensorInfo, TensorSource
 from loraplex_model.checkpoints.conversion.parts import write_parts
 from loraplex_model.checkpoints.conversion.unread import refuse_unread
+from loraplex_model.checkpoints.prequantised import FLOATS
 from loraplex_model.ops.nf4 import NESTED_BLOCK, blocks_of
 
-_FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _COMPARED = 1 << 22  # numbers of the head that are compared with the embeddings at once
 _SAMPLE, _SAMPLES = 1 << 12, 64  # numbers of a sample, and number of samples
 
@@ -148,7 +148,7 @@ class _ShapeReader:
 
     def dense(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         info = self._use(self._embed if name == families.EMBED else name)
-        if info.dtype not in _FLOATS:
+        if info.dtype not in FLOATS:
             raise model_unsupported(
                 f"{name} is of type {info.dtype}, so the checkpoint is quantised in a way that is "
                 "not supported; use a checkpoint that is not quantised, or one in bitsandbytes NF4"
@@ -159,13 +159,14 @@ class _ShapeReader:
                 f"{list(shape)}; correct it, or fetch the model again"
             )
         # as it is stored: F64 becomes F32
-        dtype = torch.float32 if _FLOATS[info.dtype] > 2 else torch.bfloat16
+        dtype = torch.float32 if FLOATS[info.dtype] > 2 else torch.bfloat16
         return torch.empty(shape, dtype=dtype, device="meta")
 
     def matrix(self, name: str, shape: tuple[int, int]) -> NF4Matrix:
         if prequantised.is_nf4(self._source, name):
             for each in prequantised.tensors(self._source, name):
                 self._use(each)
+            prequantised.check(self._source, name, shape)
         else:
             self.dense(name, shape)
             self.weights += shape[0] * shape[1]

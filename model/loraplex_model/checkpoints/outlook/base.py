@@ -116,7 +116,8 @@ def _stored_as(tensors: TensorSource, source: Path) -> str:
     size = sum(types.values())
     shown = ", ".join(f"{kind} {100 * types[kind] / size:.0f}%" for kind in _by_size(types))
     count = "1 file" if len(files) == 1 else f"{len(files)} files"
-    return f"{name} in {count}, {size / 1e9:.2f} GB: {shown}"
+    total = f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.3g} MB"
+    return f"{name} in {count}, {total}: {shown}"
 
 
 def _by_size(types: Mapping[str, int]) -> list[str]:

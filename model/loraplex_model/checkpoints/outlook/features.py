@@ -55,7 +55,8 @@ def of_family(family: Family) -> tuple[Sequence[str], Sequence[str]]:
     """The features that all models of a family have, and those that a configuration decides."""
     always = [_fixed(name, value) for name, value in family.fixed.items() if _is_shown(name, value)]
     stated = [PHRASES[name] for name in family.settings if _is_shown(name, True)]
-    stated += ["a window in all layers" if family.window_everywhere else "windows by layer"]
+    if family.window_everywhere:
+        stated.append("a window in all layers")
     if family.layer_ropes is not None:
         stated.append("layers without positions")
     return always, stated
