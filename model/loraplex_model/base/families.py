@@ -78,6 +78,12 @@ _LATER_GEMMA_SETTINGS: Mapping[str, Setting] = {
     "attention_scale": lambda config: config.query_pre_attn_scalar**-0.5,
     "logit_softcap": "final_logit_softcapping",
 }
+_OLMO: Mapping[str, Any] = {
+    "input_norms": False,
+    "output_norms": True,
+    "qk_norm": True,
+    "qk_norm_span": NormSpan.ALL,
+}
 _GLM: Mapping[str, Any] = {"rope_interleaved": True, "joined": ("gate_up",)}
 _COHERE: Mapping[str, Any] = {"norm": Norm.LAYER, "parallel": True, "rope_interleaved": True}
 _COHERE_SETTINGS: Mapping[str, Setting] = {
@@ -155,26 +161,12 @@ FAMILIES: Mapping[str, Family] = {
         },
     ),
     "Olmo2ForCausalLM": Family(
-        "olmo2",
-        "olmo2",
-        fixed={
-            "input_norms": False,
-            "output_norms": True,
-            "qk_norm": True,
-            "qk_norm_span": NormSpan.ALL,
-        },
-        settings=_ATTENTION_BIAS,
-        names=_OUTPUT_ONLY,
+        "olmo2", "olmo2", fixed=_OLMO, settings=_ATTENTION_BIAS, names=_OUTPUT_ONLY
     ),
     "Olmo3ForCausalLM": Family(
         "olmo3",
         "olmo2",
-        fixed={
-            "input_norms": False,
-            "output_norms": True,
-            "qk_norm": True,
-            "qk_norm_span": NormSpan.ALL,
-        },
+        fixed=_OLMO,
         settings=_ATTENTION_BIAS,
         names=_OUTPUT_ONLY,
         windows=WindowLayers.BY_TYPE,

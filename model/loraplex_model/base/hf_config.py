@@ -45,7 +45,7 @@ def decoder_config(raw: Mapping[str, Any]) -> DecoderConfig:
 
 
 def _decoder(architecture: str, config: Any) -> DecoderConfig:
-    """The decoder of a configuration as transformers reads it, which is not wholly checked."""
+    """The decoder of a configuration as transformers reads it; some of its values are unchecked."""
     family = FAMILIES[architecture]
     heads = config.num_attention_heads
     width = config.head_dim if getattr(config, "head_dim", None) else config.hidden_size // heads

@@ -141,7 +141,7 @@ def logits(
 
 
 def softcapped(x: torch.Tensor, cap: float) -> torch.Tensor:
-    """`cap * tanh(x / cap)`: values pressed into (-cap, cap)."""
+    """`cap * tanh(x / cap)`: values limited to the range from -cap to cap."""
     return torch.tanh(x / cap) * cap
 
 

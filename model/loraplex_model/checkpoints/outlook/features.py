@@ -58,8 +58,8 @@ _SPANS = {
 
 def of_family(family: Family) -> tuple[Sequence[str], Sequence[str]]:
     """The features that all models of a family have, and those that a configuration decides."""
-    always = [_fixed(name, value) for name, value in family.fixed.items() if _is_told(name, value)]
-    stated = [PHRASES[name] for name in family.settings if _is_told(name, True)]
+    always = [_fixed(name, value) for name, value in family.fixed.items() if _is_shown(name, value)]
+    stated = [PHRASES[name] for name in family.settings if _is_shown(name, True)]
     stated += _WINDOWS[family.windows]
     if family.partial_rotary:
         stated.append("a rotated part of each head")
@@ -68,7 +68,7 @@ def of_family(family: Family) -> tuple[Sequence[str], Sequence[str]]:
     return always, stated
 
 
-def _is_told(name: str, value: Any) -> bool:
+def _is_shown(name: str, value: Any) -> bool:
     return name not in SILENT and (value is not False or name in ("input_norms", "gated"))
 
 
