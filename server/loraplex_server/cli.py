@@ -13,7 +13,7 @@ from loraplex_model.base.terminal import adapt_output
 
 from loraplex_server import app as server
 from loraplex_server import logs
-from loraplex_server.commands import doctor, export_cli, store_cli
+from loraplex_server.commands import doctor, export_cli, store_cli, support_matrix
 from loraplex_server.commands.flags import ALL_SETTINGS, with_settings
 from loraplex_server.config import Config
 from loraplex_server.exits import ServerExit
@@ -58,6 +58,7 @@ def examine(
 
 app.command("serve")(with_settings(serve, ALL_SETTINGS))
 app.command("doctor")(with_settings(examine, ALL_SETTINGS))
+app.command("support-matrix")(support_matrix.print_matrix)
 export_cli.add_commands(app)
 app.add_typer(store_cli.app, name="store")
 

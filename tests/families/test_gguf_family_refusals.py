@@ -24,6 +24,8 @@ from model import gguf_files
 _EIGHT = np.ones(8, np.float32)
 _LONG = "rope_factors_long.weight"
 _SHORT = "rope_factors_short.weight"
+_WHOLE_HEADS = {**variants._DEFAULT, "partial_rotary_factor": 1.0}
+_MOST = {**variants._DEFAULT, "partial_rotary_factor": 0.75}
 
 
 def write(case: str, tmp_path: Path, keys: dict[str, Any] | None = None, **options: Any) -> Path:
@@ -182,6 +184,10 @@ def test_long_rope_has_a_divisor_for_each_pair(name: str, tmp_path: Path) -> Non
         ("granite", {"~.rope.scaling.finetuned": True}, {}),
         ("olmo3", {"~.attention.sliding_window_pattern": 2}, {}),
         ("cohere2", {"~.attention.sliding_window_pattern": [1, 1, 1, 0, 1]}, {}),
+        ("glm4", {"~.rope.dimension_count": None}, {"rope_parameters": _WHOLE_HEADS}),
+        ("glm", {"~.rope.dimension_count": 32}, {"rope_parameters": _WHOLE_HEADS}),
+        ("stablelm", {"~.rope.dimension_count": None}, {"rope_parameters": _WHOLE_HEADS}),
+        ("stablelm", {"~.rope.dimension_count": 12}, {"rope_parameters": _MOST}),
         ("stablelm", {"~.use_parallel_residual": True}, {}),
         ("stablelm-parallel", {"~.use_parallel_residual": False}, {}),
         ("ministral3", {"~.attention.temperature_length": 16}, {}),

@@ -11,7 +11,7 @@ import torch
 from loraplex_model.checkpoints import default_model, load
 from loraplex_model.decoder.cuda.choices import FILE, Timings
 from loraplex_model.ops import build, known_faults
-from loraplex_server.commands import doctor, doctor_cuda
+from loraplex_server.commands import doctor, doctor_base, doctor_cuda
 from loraplex_server.config import Config
 from loraplex_server.config import load as load_config
 
@@ -114,6 +114,7 @@ def test_a_gpu_that_is_not_there_is_named(config: Config, monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: f"card {number}")
     monkeypatch.setattr(known_faults, "check", lambda device: None)
     monkeypatch.setattr(doctor_cuda, "examine", lambda cache, dtype: [])
+    monkeypatch.setattr(doctor_base, "examine", lambda config, adapters, machine_bytes: [])
     two = config.model_copy(update={"devices": "1,2"})
     checks = [c for c in doctor.examine(two) if c.subject == "device"]
     assert [(c.text, c.good) for c in checks] == [

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ from loraplex_model.ops.nf4 import NESTED_BLOCK, blocks_of, dynamic_map, nf4_cod
 
 _STATE = ".quant_state.bitsandbytes__"
 _FURTHER = (".absmax", ".quant_map", f"{_STATE}nf4", ".nested_absmax", ".nested_quant_map")
+FLOATS: Mapping[str, int] = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+"""Types of numbers in safetensors files that are read, and their sizes in bytes."""
+
 _MOST_STATE = 1 << 16  # bytes of JSON
 _AGAIN = "quantise the model again, or fetch it again"
 
@@ -56,45 +60,56 @@ def tensors(source: TensorSource, name: str) -> list[str]:
     return [name, *(name + end for end in _FURTHER if name + end in source.names())]
 
 
-def read(source: TensorSource, name: str, shape: tuple[int, int]) -> NF4Matrix:
-    """Reads one module of `shape` (out, in).
+def check(source: TensorSource, name: str, shape: tuple[int, int]) -> Mapping[str, Any]:
+    """Checks one module of `shape` (out, in), all but its values; returns what it states.
 
     Raises `Refusal`: MODEL_UNSUPPORTED for other block sizes or codes, MODEL_INVALID for
-    tensors that contradict each other or are not finite.
+    tensors that contradict each other.
     """
     state = _state(source, name)
     nested = "nested_blocksize" in state
     _expect(name, "block size", state.get("blocksize"), BLOCK)
-    _same(name, "code", source.read(f"{name}.quant_map"), nf4_code())
+    _same(source, name, "quant_map", nf4_code())
     if nested:
         _expect(name, "nested block size", state["nested_blocksize"], NESTED_BLOCK)
-        _same(name, "nested code", source.read(f"{name}.nested_quant_map"), dynamic_map())
-    packed = source.read(name).contiguous().view(torch.uint8).reshape(-1)
-    absmax = source.read(f"{name}.absmax").reshape(-1)
+        _same(source, name, "nested_quant_map", dynamic_map())
+    packed, absmax = source.info(name), source.info(f"{name}.absmax")
     blocks = blocks_of(*shape)
-    wanted = torch.uint8 if nested else torch.float32
     if (
         state.get("shape") != list(shape)
-        or packed.numel() * 2 != shape[0] * shape[1]
-        or absmax.numel() != blocks
-        or absmax.dtype != wanted
+        or packed.nbytes * 2 != shape[0] * shape[1]
+        or prod(absmax.shape) != blocks
+        or absmax.dtype != ("U8" if nested else "F32")
     ):
         raise model_invalid(
-            f"{name} has {packed.numel()} bytes and {absmax.numel()} maxima for shape "
+            f"{name} has {packed.nbytes} bytes and {prod(absmax.shape)} maxima for shape "
             f"{state.get('shape')}, but the configuration needs {list(shape)}"
         )
     if not nested:
+        return state
+    scales = source.info(f"{name}.nested_absmax")
+    if prod(scales.shape) != -(-blocks // NESTED_BLOCK):
+        raise model_invalid(f"{name} has {prod(scales.shape)} scales for {blocks} blocks")
+    if not isinstance(state.get("nested_offset"), int | float) or scales.dtype not in FLOATS:
+        raise model_invalid(f"{name} has no scales or no offset of its maxima; {_AGAIN}")
+    return state
+
+
+def read(source: TensorSource, name: str, shape: tuple[int, int]) -> NF4Matrix:
+    """Reads one module of `shape` (out, in).
+
+    Raises `Refusal` as `check` does, and MODEL_INVALID for maxima that are not finite.
+    """
+    state = check(source, name, shape)
+    packed = source.read(name).contiguous().view(torch.uint8).reshape(-1)
+    absmax = source.read(f"{name}.absmax").reshape(-1)
+    if "nested_blocksize" not in state:
         _finite(name, absmax)
         return NF4Matrix(shape, packed, absmax, (), (), (shape[0],))
-    scales = source.read(f"{name}.nested_absmax").reshape(-1)
-    if scales.numel() != -(-blocks // NESTED_BLOCK):
-        raise model_invalid(f"{name} has {scales.numel()} scales for {blocks} blocks")
-    offset = state.get("nested_offset")
-    if not isinstance(offset, int | float) or not scales.is_floating_point():
-        raise model_invalid(f"{name} has no scales or no offset of its maxima; {_AGAIN}")
-    held = torch.tensor([offset], dtype=torch.float32)
-    _finite(name, scales.float(), held)
-    return NF4Matrix(shape, packed, absmax, (scales.float(),), (held.item(),), (shape[0],))
+    scales = source.read(f"{name}.nested_absmax").reshape(-1).float()
+    held = torch.tensor([state["nested_offset"]], dtype=torch.float32)
+    _finite(name, scales, held)
+    return NF4Matrix(shape, packed, absmax, (scales,), (held.item(),), (shape[0],))
 
 
 def _state(source: TensorSource, name: str) -> dict[str, Any]:
@@ -122,6 +137,10 @@ def _expect(name: str, what: str, found: Any, wanted: int) -> None:
         raise model_unsupported(f"{name} has {what} {found}, not {wanted}")
 
 
-def _same(name: str, what: str, found: torch.Tensor, wanted: torch.Tensor) -> None:
-    if found.shape != wanted.shape or not torch.allclose(found, wanted, rtol=0, atol=1e-7):
+def _same(source: TensorSource, name: str, what: str, wanted: torch.Tensor) -> None:
+    """Refuses another table of codes than bitsandbytes' own."""
+    found = None
+    if source.info(f"{name}.{what}").shape == tuple(wanted.shape):
+        found = source.read(f"{name}.{what}")
+    if found is None or not torch.allclose(found.float(), wanted, rtol=0, atol=1e-7):
         raise model_unsupported(f"{name} uses another {what} than bitsandbytes' own")

@@ -88,21 +88,37 @@ def _resources(config: Config, found: BaseOutlook, machine_bytes: int) -> Iterat
 
     sizes, dtype = Footprint.of(found.config), BY_NAME[config.dtype]
     device = resolve(config.engine_device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        return  # another check reports it
+    if device.type == "cuda":
+        number = config.placements[0].number if config.placements else 0
+        if not torch.cuda.is_available() or number >= torch.cuda.device_count():
+            return  # another check reports it
+        device = torch.device("cuda", number)
     decoder, is_native = _decoder(config, found.config, device, dtype)
-    on_disk = f"{sizes.parameters / 1e6:,.0f} million weights, {_gb(found.nf4)} in NF4 on the disk"
+    on_disk = f"{sizes.parameters:,} weights, {_gb(found.nf4)} in NF4 on the disk"
     if found.entry is None:
         on_disk += f"; the conversion takes at most {_gb(found.peak)} of memory"
     yield Check("size", on_disk)
-    yield _memory(config, sizes, dtype.itemsize, is_native, machine_bytes)
+    yield _memory(
+        config,
+        sizes,
+        dtype.itemsize,
+        is_native=is_native,
+        is_cuda=device.type == "cuda",
+        machine_bytes=machine_bytes,
+    )
     if decoder:
         yield Check("decoder", decoder)
     yield _step(config, sizes, device, dtype)
 
 
 def _memory(
-    config: Config, sizes: Footprint, item_size: int, is_native: bool, machine_bytes: int
+    config: Config,
+    sizes: Footprint,
+    item_size: int,
+    *,
+    is_native: bool,
+    is_cuda: bool,
+    machine_bytes: int,
 ) -> Check:
     """Memory of the engines; not good if the machine has less of it."""
     from loraplex_server.engine.runner.sizing import given_blocks
@@ -115,11 +131,11 @@ def _memory(
         cached = given_blocks(config.runner_config(), 1, token) * token
     except Refusal as refusal:
         return Check("memory", refusal.message, good=False)
-    if not is_native and config.engine_device != "cpu" and not (config.kv_memory):
-        return Check("memory", text)
+    if is_cuda and not (config.kv_memory or config.kv_tokens):
+        return Check("memory", f"{text}; the cache gets what gpu_memory leaves")
     text += f", {_gb(cached)} for the cache of {cached // token:,} tokens"
     needed = config.engine_count * (weights + cached)
-    if is_native and 0 < machine_bytes < needed:
+    if not is_cuda and 0 < machine_bytes < needed:
         text += f"; together {_gb(needed)}, but the machine has {_gb(machine_bytes)}: lower"
         return Check("memory", f"{text} kv_memory, or choose a smaller model", good=False)
     return Check("memory", text)
@@ -152,7 +168,10 @@ def _step(config: Config, sizes: Footprint, device: torch.device, dtype: torch.d
     from loraplex_server.config import available_cores
 
     threads = config.engine_threads or available_cores()
-    speed = measure(device, dtype, threads)
+    try:
+        speed = measure(device, dtype, threads)
+    except RuntimeError as error:  # a device without memory, or in a mode that allows no use
+        return Check("step time", f"not measured: {str(error).partition(chr(10))[0]}")
     tokens = min(_TOKENS, config.max_context or _TOKENS, sizes.config.max_positions)
     times = [
         f"{1000 * speed.step_seconds(sizes, rows, tokens, dtype.itemsize):.3g} ms for "

@@ -1,4 +1,4 @@
-"""Commands on the files of adapters: `export`, `convert`, `import-adapterhub`, `support-matrix`."""
+"""Commands on the files of adapters: `export`, `convert`, `import-adapterhub`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from loraplex_adapters.convert.export.directory import staged
 from loraplex_adapters.convert.importers import adapterhub
-from loraplex_adapters.format import matrix
 from loraplex_adapters.store import Record, Store, require_store
 from loraplex_model.base.info import BaseInfo
 from loraplex_model.base.refusal import Reason, Refusal
@@ -125,14 +124,8 @@ def import_adapterhub(source: Path, target: Path) -> None:
     typer.echo(_CONVERTED.format(target))
 
 
-def support_matrix() -> None:
-    """Print the supported kinds of adapters and their supported options as Markdown."""
-    typer.echo(matrix.markdown())
-
-
 def add_commands(app: typer.Typer) -> None:
     """Adds the commands to `app`."""
-    app.command("support-matrix")(support_matrix)
     app.command("import-adapterhub")(import_adapterhub)
     app.command("export")(with_settings(export, ("model", "store", "store_url", "cache")))
     app.command("convert")(convert)

@@ -1,7 +1,7 @@
-"""Looking at a checkpoint before it is converted: whether all that is needed is there, and no more.
+"""The survey of a checkpoint before its conversion: whether exactly the needed tensors exist.
 
-Every fault that names, types, shapes and the configuration show is found here in a moment, and not
-after gigabytes have been converted.
+Every fault that the configuration and the names, types and shapes of tensors show is found here,
+before gigabytes are converted.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from loraplex_model.checkpoints import prequantised
 from loraplex_model.checkpoints.checkpoint import TensorInfo, TensorSource
 from loraplex_model.checkpoints.conversion.parts import write_parts
 from loraplex_model.checkpoints.conversion.unread import refuse_unread
+from loraplex_model.checkpoints.prequantised import FLOATS
 from loraplex_model.ops.nf4 import NESTED_BLOCK, blocks_of
 
-_FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _COMPARED = 1 << 22  # numbers of the head that are compared with the embeddings at once
 _SAMPLE, _SAMPLES = 1 << 12, 64  # numbers of a sample, and number of samples
 
@@ -63,20 +63,20 @@ def survey(source: TensorSource, *, sampled: bool = False) -> Survey:
     if source.rope_divisors:
         config = _divided(config, source.rope_divisors)
     config, embed = _with_head(source, config, sampled)
-    looked, counted = _Looked(source, embed), _Counted()
-    write_parts(config, looked, counted)
-    left = set(source.names()) - looked.names
+    reader, counter = _ShapeReader(source, embed), _ByteCounter()
+    write_parts(config, reader, counter)
+    left = set(source.names()) - reader.names
     if config.tie_embeddings:
         left.discard(families.LM_HEAD)  # equal to the embeddings
     refuse_unread(left, source.config, config.architecture, config.num_layers)
     return Survey(
         config,
         embed,
-        len(looked.names),
-        looked.nbytes,
-        looked.weights,
-        counted.stored_bytes,
-        looked.largest,
+        len(reader.names),
+        reader.nbytes,
+        reader.weights,
+        counter.stored_bytes,
+        reader.largest,
     )
 
 
@@ -131,13 +131,13 @@ def _are_equal(source: TensorSource, one: str, other: str, sampled: bool) -> boo
     )
 
 
-class _Looked:
-    """A `PartReader` that checks what it is asked for, and gives tensors without values.
+class _ShapeReader:
+    """A `PartReader` that checks types and shapes, and returns tensors without values.
 
     Attributes:
-        names: the tensors that were asked for, by their names in the checkpoint.
+        names: the tensors that were read, by their names in the checkpoint.
         nbytes: their bytes.
-        weights: how many weights have to be quantised.
+        weights: number of weights that have to be quantised.
         largest: bytes of the largest tensor.
     """
 
@@ -148,7 +148,7 @@ class _Looked:
 
     def dense(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         info = self._use(self._embed if name == families.EMBED else name)
-        if info.dtype not in _FLOATS:
+        if info.dtype not in FLOATS:
             raise model_unsupported(
                 f"{name} is of type {info.dtype}, so the checkpoint is quantised in a way that is "
                 "not supported; use a checkpoint that is not quantised, or one in bitsandbytes NF4"
@@ -159,13 +159,14 @@ class _Looked:
                 f"{list(shape)}; correct it, or fetch the model again"
             )
         # as it is stored: F64 becomes F32
-        dtype = torch.float32 if _FLOATS[info.dtype] > 2 else torch.bfloat16
+        dtype = torch.float32 if FLOATS[info.dtype] > 2 else torch.bfloat16
         return torch.empty(shape, dtype=dtype, device="meta")
 
     def matrix(self, name: str, shape: tuple[int, int]) -> NF4Matrix:
         if prequantised.is_nf4(self._source, name):
             for each in prequantised.tensors(self._source, name):
                 self._use(each)
+            prequantised.check(self._source, name, shape)
         else:
             self.dense(name, shape)
             self.weights += shape[0] * shape[1]
@@ -188,7 +189,7 @@ class _Looked:
         return info
 
 
-class _Counted:
+class _ByteCounter:
     """A `PartWriter` that only adds up bytes."""
 
     def __init__(self) -> None:

@@ -86,7 +86,7 @@ def config_of(
     for key in ("attention.value_length", "attention.key_length_swa", "attention.value_length_swa"):
         settings.expect(key, width)
     if settings.is_unread("attention.scale"):
-        settings.expect("attention.scale", 0, width**-0.5)
+        settings.expect("attention.scale", 0, config.get("query_pre_attn_scalar", width) ** -0.5)
     for key, values in {**_NEUTRAL, **row.neutral}.items():
         if settings.is_unread(key):
             settings.expect(key, *values)
@@ -176,7 +176,7 @@ def _add_positions(
     rotated = settings.integer("rope.dimension_count", width)
     if rotated > width or (rotated < width and not row.partial):
         raise settings.unsupported("rope.dimension_count", f"the heads have {width} numbers")
-    if rotated < width:
+    if row.partial:  # stated also if all are rotated, since it is not every family's default
         # transformers rounds the product with the width down
         factor = rotated / width
         parameters["partial_rotary_factor"] = (

@@ -1,4 +1,4 @@
-"""What becomes of a base model, found without converting it."""
+"""Whether a base model would be served, and as what, found without converting it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class BaseOutlook:
         entry: the folder of the converted model; None if it has not been converted.
         fingerprint: that of the converted model; "" if it has not been converted.
         peak: bound on the memory of the conversion, in bytes; 0 if there is none.
-        later: what only the conversion can check, each a noun.
+        later: what only the conversion can check, each as a noun for a message.
     """
 
     config: DecoderConfig
@@ -51,7 +51,7 @@ class BaseOutlook:
 
 
 def look(model: str, cache_dir: Path) -> BaseOutlook | None:
-    """Looks at a model as `load_base` would, from the headers of its files.
+    """Examines a model as `load_base` would, from the headers of its files.
 
     Nothing is fetched and nothing is written. Returns None if the model has to be fetched before
     anything can be said of it.
@@ -116,7 +116,8 @@ def _stored_as(tensors: TensorSource, source: Path) -> str:
     size = sum(types.values())
     shown = ", ".join(f"{kind} {100 * types[kind] / size:.0f}%" for kind in _by_size(types))
     count = "1 file" if len(files) == 1 else f"{len(files)} files"
-    return f"{name} in {count}, {size / 1e9:.2f} GB: {shown}"
+    total = f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.3g} MB"
+    return f"{name} in {count}, {total}: {shown}"
 
 
 def _by_size(types: Mapping[str, int]) -> list[str]:
