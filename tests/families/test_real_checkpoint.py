@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import real_checkpoint, variants
+from families import forms, real_checkpoint, variants
 from field.bases import CACHE, serving
 from loraplex import Client
 from loraplex_model.base.batch import ForwardBatch
@@ -92,7 +92,7 @@ def logits(decoder: NativeDecoder, ids: Sequence[int]) -> torch.Tensor:
 
 
 def test_logits_equal_transformers(real: Real, record_property: Any) -> None:
-    record_property("family", type(real.theirs).__name__)
+    record_property("family", forms.family(real.theirs))
     decoder = NativeDecoder(real.ours.weights, 64, BLOCK_SIZE, 1, threads=1)
     window = real.ours.weights.config.sliding_windows[0]
     longest, worst = 0, 0.0

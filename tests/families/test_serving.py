@@ -172,7 +172,7 @@ def test_answers_are_those_of_transformers_and_peft(
     variant: str, tmp_path: Path, record_property: Any
 ) -> None:
     served = Served(variant)
-    record_property("family", type(served.build()).__name__)
+    record_property("family", forms.family(served.build()))
     running = serving(served, "--dtype", "float32")
     base = served.rounded()
     peft_model = served.adapted(served.rounded(), running.import_root / "noise")
