@@ -33,7 +33,7 @@ KEPT = 24
 BLOCK_SIZE = 16
 
 QUESTION = "The capital of Italy is Rome. The capital of France is"
-"""Alone, the second sentence goes on with "a city that ..."; the model was not trained to answer."""
+"""The second sentence alone goes on with "a city that is known for"; the model only continues text."""
 PROMPTS = (
     QUESTION,
     "def fibonacci(n):\n    if n < 2:\n        return n\n",
@@ -42,7 +42,15 @@ PROMPTS = (
 )
 """The last is longer than the window of 512 positions."""
 
-TEXTS = (*PROMPTS, "a   12", "x\n\n34", "naïve — 東京 😀", "<start_of_turn>user\n", " leading", "\t\t")
+TEXTS = (
+    *PROMPTS,
+    "a   12",
+    "x\n\n34",
+    "naïve — 東京 😀",
+    "<start_of_turn>user\n",
+    " leading",
+    "\t\t",
+)
 
 
 @dataclass(frozen=True)
