@@ -1,6 +1,6 @@
-"""`loraplex-server doctor` says whether a base model and adapters will be served, without a change.
+"""`loraplex-server doctor` says whether a base and adapters will be served, and changes nothing.
 
-What it says is compared with what loading, converting and registering do.
+Its answers are compared with what loading, converting and registering do.
 """
 
 from __future__ import annotations

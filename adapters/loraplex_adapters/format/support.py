@@ -105,7 +105,7 @@ UNSERVED: Mapping[str, str] = {
     "OSF": "new weights in all but the base's strongest directions",
     "PSOFT": "rotations of the base's singular vectors, whose signs depend on a library",
     "ROAD": "rotations of pairs of outputs, whose change has full rank",
-    "SHADOW": "a second network beside the base",
+    "SHADOW": "a second network in parallel to the base",
     "SHIRA": "changes of single weights, which have full rank in general",
     "SUPERTUNING": "changes of single weights, which have full rank in general",
     "TINYLORA": "vectors that belong to modules by an order that is not in the file",

@@ -67,7 +67,7 @@ class MultitaskReading:
             return None
         if tensor.shape != (self.tasks, *shape):
             message = f"{shown(name)} has shape {list(tensor.shape)}; num_tasks, num_ranks and "
-            message += f"num_virtual_tokens ask for {[self.tasks, *shape]}"
+            message += f"num_virtual_tokens need {[self.tasks, *shape]}"
             file.find(Reason.ADAPTER_INVALID, message, shown(name))
             return None
         return of_task(tensor, self.task)

@@ -24,7 +24,7 @@ from loraplex_adapters.format.strict_json import shown
 from loraplex_adapters.format.support import Option, ignored, is_neutral, served
 
 _SECONDS = 2e-10
-"""Seconds that one core takes for one unit of `AdapterLimits.max_decompositions`, about."""
+"""Approximate seconds of one core for one unit of `AdapterLimits.max_decompositions`."""
 
 MAX_PATTERNS = 64
 """Most names in each list of BD-LoRA, since every module's path is compared with all of them."""
@@ -164,11 +164,11 @@ class DiagonalBlocks:
             tensor = tensors[role]
             if held[name] != expected[name] and tensor is not None:
                 message = f"{shown(tensor.name)} has width {held[name]}; use_bdlora and the base's "
-                message += f"{site[1]} ask for {expected[name]}"
+                message += f"{site[1]} need {expected[name]}"
                 file.find(Reason.ADAPTER_INVALID, message, shown(tensor.name))
                 return []
         settings = {"blocks_a": float(a), "blocks_b": float(b)}
-        return folded(file, site, "blocks", tensors, rank.rank, scale=rank.scale, settings=settings)
+        return folded(file, site, "bdlora", tensors, rank.rank, scale=rank.scale, settings=settings)
 
     def _matches(self, file: Placement, site: Site, texts: tuple[str, ...]) -> bool:
         path = file.path(site)
@@ -179,7 +179,8 @@ class DiagonalBlocks:
 class PooledGroups:
     """QA-LoRA: A acts on the means of groups of `size` inputs, times the number of groups.
 
-    PEFT does so for bases in GPTQ's format, and ignores the option on others; A's width tells.
+    PEFT does so for bases in GPTQ's format, and ignores the option on others. The width of A shows
+    which of the two the file was trained on.
     """
 
     size: int
@@ -207,7 +208,7 @@ class PooledGroups:
             return []
         factor = fan_in / size / size if grouped else 1.0
         settings = {"size": float(size), "factor": factor}
-        return folded(file, site, "groups", tensors, rank.rank, scale=rank.scale, settings=settings)
+        return folded(file, site, "qalora", tensors, rank.rank, scale=rank.scale, settings=settings)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Kinds that fold into A and B: their arithmetic, by name, done once at load.
 
-`factors` is what callers use, with what `regenerated` returns among the tensors. `base` has the
-contract of a function of `ARITHMETIC`.
+Callers use `factors`, and pass it what `regenerated` returns with the other tensors. `base` has
+the contract of the functions in `ARITHMETIC`.
 """
 
 from __future__ import annotations
@@ -20,15 +20,14 @@ from loraplex_adapters.load.folded.mixtures import poly
 from loraplex_adapters.load.folded.products import loha, lokr
 from loraplex_adapters.load.folded.served import deft, hra, peanut
 from loraplex_adapters.load.folded.shared import pvera, randlora, regenerated, vera
-from loraplex_adapters.load.folded.variants import blocks, groups, kasa
+from loraplex_adapters.load.folded.variants import bdlora, kasa, qalora
 from loraplex_adapters.load.folded.vectors import delora, vblora
 
 ARITHMETIC: Mapping[str, Arithmetic] = {
-    "blocks": blocks,
+    "bdlora": bdlora,
     "deft": deft,
     "delora": delora,
     "gralora": gralora,
-    "groups": groups,
     "hra": hra,
     "kasa": kasa,
     "loha": loha,
@@ -37,6 +36,7 @@ ARITHMETIC: Mapping[str, Arithmetic] = {
     "peanut": peanut,
     "poly": poly,
     "pvera": pvera,
+    "qalora": qalora,
     "randlora": randlora,
     "vblora": vblora,
     "vera": vera,

@@ -1,7 +1,8 @@
-"""Kinds whose change depends on the base's weight W, as it is served: HRA, DEFT, PEANuT, KaSA.
+"""Kinds whose change depends on the base's weight W, as it is served: HRA, DEFT and PEANuT.
 
 PEFT computes them from the weight in the model that it adapts, which must not be quantised. With
-the dequantised NF4 weights in that model, the results are the same.
+the dequantised NF4 weights in that model, the results are the same. This holds for KaSA
+(`variants`) too.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ _FUNCTIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def served_weight(module: ModuleSpec, base: BaseWeights) -> torch.Tensor:
-    """The weight of a linear module as it is computed with, float32 [fan_out, fan_in]."""
+    """The dequantised weight of a linear module, float32 [fan_out, fan_in]."""
     if module.module == "lm_head":
         return base.lm_head.float()
     return own_weight(base, (module.layer, module.module))

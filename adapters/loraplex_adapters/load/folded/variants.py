@@ -13,8 +13,8 @@ _COLUMNS = 4096
 """Columns of a weight that are in memory as float64 at once."""
 
 
-def blocks(module: ModuleSpec, tensors: Tensors, base: BaseWeights) -> Factors:
-    """BD-LoRA: the blocks, which are one below the other, on the diagonal of A or B."""
+def bdlora(module: ModuleSpec, tensors: Tensors, base: BaseWeights) -> Factors:
+    """BD-LoRA: the blocks of A or B, which the file has one below the other, on a diagonal."""
     assert module.fold is not None
     counts = (int(module.fold.settings[name]) for name in ("blocks_a", "blocks_b"))
     parts = zip((tensors["a"].float(), tensors["b"].float()), counts, strict=True)
@@ -31,7 +31,7 @@ def _on_diagonal(stacked: torch.Tensor, count: int) -> torch.Tensor:
     return found.view(count * rows, count * columns)
 
 
-def groups(module: ModuleSpec, tensors: Tensors, base: BaseWeights) -> Factors:
+def qalora(module: ModuleSpec, tensors: Tensors, base: BaseWeights) -> Factors:
     """QA-LoRA (arXiv 2309.14717): a column of A for every input of its group, times a factor."""
     assert module.fold is not None
     size, factor = int(module.fold.settings["size"]), module.fold.settings["factor"]
@@ -39,7 +39,7 @@ def groups(module: ModuleSpec, tensors: Tensors, base: BaseWeights) -> Factors:
 
 
 def kasa(module: ModuleSpec, tensors: Tensors, base: BaseWeights) -> Factors:
-    """KaSA (arXiv 2412.06071): s B diag(d) A - the r weakest directions of the served weight.
+    """KaSA (arXiv 2412.06071): s B diag(d) A minus the r weakest directions of the served weight.
 
     With their left singular vectors U, these directions are U U^T W, and likewise W V V^T. The
     product does not depend on the signs of the vectors, nor on their order.

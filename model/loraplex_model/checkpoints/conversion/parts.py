@@ -1,4 +1,4 @@
-"""The tensors of a stored model, in their order, and what of the checkpoint each is made of."""
+"""The tensors of a stored model, in order, and the checkpoint's tensors that each is made of."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ OTHERS = 4
 
 
 class PartReader(Protocol):
-    """Reads tensors of a checkpoint by their Hugging Face names, or only looks at them."""
+    """Reads tensors of a checkpoint by their Hugging Face names, or only their types and shapes."""
 
     def dense(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """A tensor of floats. Raises `Refusal` if it is missing or another one than expected."""
+        """A tensor of floats. Raises `Refusal` if it is missing, or of another type or shape."""
 
     def matrix(self, name: str, shape: tuple[int, int]) -> NF4Matrix:
         """One module's matrix (out, in) in NF4. Raises `Refusal` as `dense`."""

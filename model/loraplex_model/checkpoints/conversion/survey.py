@@ -1,7 +1,7 @@
-"""Looking at a checkpoint before it is converted: whether all that is needed is there, and no more.
+"""The survey of a checkpoint before its conversion: whether exactly the needed tensors exist.
 
-Every fault that names, types, shapes and the configuration show is found here in a moment, and not
-after gigabytes have been converted.
+Every fault that the configuration and the names, types and shapes of tensors show is found here,
+before gigabytes are converted.
 """
 
 from __future__ import annotations
@@ -63,20 +63,20 @@ def survey(source: TensorSource, *, sampled: bool = False) -> Survey:
     if source.rope_divisors:
         config = _divided(config, source.rope_divisors)
     config, embed = _with_head(source, config, sampled)
-    looked, counted = _Looked(source, embed), _Counted()
-    write_parts(config, looked, counted)
-    left = set(source.names()) - looked.names
+    reader, counter = _ShapeReader(source, embed), _ByteCounter()
+    write_parts(config, reader, counter)
+    left = set(source.names()) - reader.names
     if config.tie_embeddings:
         left.discard(families.LM_HEAD)  # equal to the embeddings
     refuse_unread(left, source.config, config.architecture, config.num_layers)
     return Survey(
         config,
         embed,
-        len(looked.names),
-        looked.nbytes,
-        looked.weights,
-        counted.stored_bytes,
-        looked.largest,
+        len(reader.names),
+        reader.nbytes,
+        reader.weights,
+        counter.stored_bytes,
+        reader.largest,
     )
 
 
@@ -131,13 +131,13 @@ def _are_equal(source: TensorSource, one: str, other: str, sampled: bool) -> boo
     )
 
 
-class _Looked:
-    """A `PartReader` that checks what it is asked for, and gives tensors without values.
+class _ShapeReader:
+    """A `PartReader` that checks types and shapes, and returns tensors without values.
 
     Attributes:
-        names: the tensors that were asked for, by their names in the checkpoint.
+        names: the tensors that were read, by their names in the checkpoint.
         nbytes: their bytes.
-        weights: how many weights have to be quantised.
+        weights: number of weights that have to be quantised.
         largest: bytes of the largest tensor.
     """
 
@@ -189,7 +189,7 @@ class _Looked:
         return info
 
 
-class _Counted:
+class _ByteCounter:
     """A `PartWriter` that only adds up bytes."""
 
     def __init__(self) -> None:

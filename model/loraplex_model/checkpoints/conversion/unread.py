@@ -1,8 +1,8 @@
 """Tensors of a checkpoint that the decoder does not read: ignored if harmless, else refused.
 
-transformers ignores every tensor that it does not know, with a warning. Most of them show that a
-checkpoint is not what its configuration says, and the model would answer without them as another
-one. So only the kinds in `_HARMLESS` and `_HARMLESS_ENDINGS` are ignored.
+transformers ignores every tensor that its model does not have, with a warning. Most of them show
+that a checkpoint is not what its configuration says; without them, it would answer as another
+model. So only the kinds in `_HARMLESS` and `_HARMLESS_ENDINGS` are ignored.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ _QUANTISED = (
     "__nf4",
     "__fp4",
 )
-"""Endings of what other methods of quantisation store beside a weight, or instead of it."""
+"""Endings of what other methods of quantisation store with a weight, or instead of it."""
 
 _LAYER = "model.layers."
 _SHOWN = 3
@@ -74,7 +74,7 @@ _SHOWN = 3
 def refuse_unread(
     names: Collection[str], raw: Mapping[str, Any], architecture: str, layers: int
 ) -> None:
-    """Looks at the tensors that are not read, by their Hugging Face names.
+    """Refuses tensors that are not read, by their Hugging Face names, unless they are harmless.
 
     Args:
         raw: the contents of config.json.

@@ -50,7 +50,7 @@ class GgufExperts:
 
 @dataclass(frozen=True, slots=True)
 class GgufArchitecture:
-    """What the files of one architecture state beside the settings that all have.
+    """What the files of one architecture state in addition to the settings that all have.
 
     Attributes:
         family: the architecture of Hugging Face's checkpoints.

@@ -118,7 +118,7 @@ class _HeaderReader:
         for _ in range(entries):
             key = self._name()
             if key in metadata:
-                raise self._damaged(f"{key} stands in it twice")
+                raise self._damaged(f"{key} occurs twice")
             metadata[key] = self._value(*self._unpack("<I"))
         return metadata, self._table(tensors, metadata.get("general.alignment", 32))
 
@@ -129,7 +129,7 @@ class _HeaderReader:
         for _ in range(count):
             name, place = self._tensor()
             if name in found:
-                raise self._damaged(f"tensor {name} stands in it twice")
+                raise self._damaged(f"tensor {name} occurs twice")
             found[name] = place
         base = -(-self._at // alignment) * alignment
         return {name: self._place(name, base, *place) for name, place in found.items()}

@@ -1,4 +1,4 @@
-"""GGUF files that are no base models, called what they are."""
+"""Refusals of GGUF files that are not base models; each names what the file is."""
 
 from __future__ import annotations
 

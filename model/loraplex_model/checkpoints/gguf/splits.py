@@ -1,4 +1,4 @@
-"""How a GGUF file's vocabulary splits text before its merges, where transformers does not know it.
+"""How a GGUF file's vocabulary splits text before its merges, where transformers does not have it.
 
 A file names the way (`tokenizer.ggml.pre`) for vocabularies of bytes. transformers reads the
 commonest, and splits as GPT-2 does for all others, which gives other tokens than those on which the
@@ -21,7 +21,7 @@ _AS = {
     "stablelm2": "qwen2",
     "hunyuan": "qwen2",
 }
-"""Ways that transformers does not know, and equal ones that it knows."""
+"""Ways that transformers does not have, and equal ones that it has."""
 
 _DIGITS = frozenset({"starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"})
 """Ways that take every digit by itself, and the rest as GPT-2 does."""

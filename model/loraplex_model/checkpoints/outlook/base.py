@@ -1,4 +1,4 @@
-"""What becomes of a base model, found without converting it."""
+"""Whether a base model would be served, and as what, found without converting it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class BaseOutlook:
         entry: the folder of the converted model; None if it has not been converted.
         fingerprint: that of the converted model; "" if it has not been converted.
         peak: bound on the memory of the conversion, in bytes; 0 if there is none.
-        later: what only the conversion can check, each a noun.
+        later: what only the conversion can check, each as a noun for a message.
     """
 
     config: DecoderConfig
@@ -51,7 +51,7 @@ class BaseOutlook:
 
 
 def look(model: str, cache_dir: Path) -> BaseOutlook | None:
-    """Looks at a model as `load_base` would, from the headers of its files.
+    """Examines a model as `load_base` would, from the headers of its files.
 
     Nothing is fetched and nothing is written. Returns None if the model has to be fetched before
     anything can be said of it.

@@ -10,7 +10,7 @@ another request, whatever is loaded, replaced or merged meanwhile.
 
 A key is the SHA-256 of the key of the block before and of the block's tokens. So it stands for all
 tokens up to the end of the block, and no two different beginnings have the same key. Sequences that
-will be long are told apart from their first block on, since a base may rotate their keys otherwise.
+will be long have other keys from their first block on, since a base may rotate them differently.
 """
 
 from __future__ import annotations

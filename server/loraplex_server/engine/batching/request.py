@@ -189,9 +189,9 @@ class Request:
 
     @property
     def is_long(self) -> bool:
-        """Whether the base's frequencies for long sequences apply: known before its first token.
+        """Whether the base's frequencies for long sequences apply.
 
-        So its keys in the cache never have to be rotated anew.
+        It follows from the request alone, so keys in the cache are never rotated again.
         """
         return 0 < self.short_positions < self.prefix.count + self.most_tokens
 

@@ -19,6 +19,7 @@ from loraplex_adapters.format.files import CONFIG_FILE
 from loraplex_adapters.format.kinds.whole import (
     SAVED_BIAS_ENDING,
     SAVED_OPTION,
+    WRAPPED_BIAS,
     place_others,
 )
 from loraplex_adapters.format.modules import base_sites, linear_shape
@@ -31,9 +32,6 @@ from loraplex_adapters.format.targets import Targets
 
 Size = int | str
 """A width in a shape: one that the base fixes, or the name of one that the file chooses."""
-
-BIAS_ENDINGS: Mapping[str, str] = {"base_layer.bias": "bias", "bias": "bias"}
-"""Ends of the names of trained biases, of adapted modules and of others."""
 
 TARGET_OPTIONS: Mapping[str, Option] = {
     **SAVED_OPTION,
@@ -112,7 +110,7 @@ class FoldedReading:
     def _bias(self, file: Placement, site: Site) -> Mapping[str, TensorLocation]:
         if self.bias == "none" or site[1] not in file.base.config.biased:
             return {}
-        tensor = file.require(site, "base_layer.bias")
+        tensor = file.require(site, WRAPPED_BIAS)
         if tensor is None or file.fits(site, {"bias": tensor}) is None:
             return {}
         return {"bias": tensor}

@@ -12,7 +12,6 @@ from loraplex_model.base.config import Site
 
 from loraplex_adapters.format.kinds.base import Kind
 from loraplex_adapters.format.kinds.folded.base import (
-    BIAS_ENDINGS,
     DROPOUT,
     ENDINGS,
     EXCLUDED_OPTION,
@@ -26,6 +25,7 @@ from loraplex_adapters.format.kinds.folded.base import (
     shape_of,
     states,
 )
+from loraplex_adapters.format.kinds.whole import BIAS_ENDINGS
 from loraplex_adapters.format.placement import Placement
 from loraplex_adapters.format.reader import Reader
 from loraplex_adapters.format.spec import ModuleSpec

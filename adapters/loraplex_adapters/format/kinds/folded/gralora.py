@@ -1,4 +1,4 @@
-"""GRALORA: k * k blocks with factors of their own, of folded rank k * r, and plain LoRA beside."""
+"""GRALORA: k * k blocks with factors of their own, of folded rank k * r, plus a plain LoRA."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from loraplex_model.base.refusal import Reason
 
 from loraplex_adapters.format.kinds.base import Kind
 from loraplex_adapters.format.kinds.folded.base import (
-    BIAS_ENDINGS,
     DROPOUT,
     ENDINGS,
     TARGET_OPTIONS,
@@ -23,6 +22,7 @@ from loraplex_adapters.format.kinds.folded.base import (
     shape_of,
     states,
 )
+from loraplex_adapters.format.kinds.whole import BIAS_ENDINGS
 from loraplex_adapters.format.placement import Placement
 from loraplex_adapters.format.reader import Reader
 from loraplex_adapters.format.spec import ModuleSpec
@@ -39,7 +39,7 @@ class BlockFactors:
     Attributes:
         r: rank of a block of the input, which k blocks of the output share.
         k: number of blocks of the input, and of the output.
-        hybrid_r: rank of the plain LoRA beside; 0 if there is none.
+        hybrid_r: rank of the plain LoRA that is added to the blocks; 0 if there is none.
     """
 
     r: int

@@ -12,7 +12,6 @@ from loraplex_model.base.config import Site
 
 from loraplex_adapters.format.kinds.base import Kind
 from loraplex_adapters.format.kinds.folded.base import (
-    BIAS_ENDINGS,
     DROPOUT,
     ENDINGS,
     TARGET_OPTIONS,
@@ -26,6 +25,7 @@ from loraplex_adapters.format.kinds.folded.base import (
     states,
     widest,
 )
+from loraplex_adapters.format.kinds.whole import BIAS_ENDINGS
 from loraplex_adapters.format.modules import SHARED
 from loraplex_adapters.format.placement import Placement
 from loraplex_adapters.format.reader import Reader

@@ -13,7 +13,6 @@ from loraplex_model.base.refusal import Reason
 
 from loraplex_adapters.format.kinds.base import Kind
 from loraplex_adapters.format.kinds.folded.base import (
-    BIAS_ENDINGS,
     DROPOUT,
     ENDINGS,
     EXCLUDED_OPTION,
@@ -27,6 +26,7 @@ from loraplex_adapters.format.kinds.folded.base import (
     shape_of,
     states,
 )
+from loraplex_adapters.format.kinds.whole import BIAS_ENDINGS
 from loraplex_adapters.format.modules import SHARED
 from loraplex_adapters.format.placement import Placement
 from loraplex_adapters.format.reader import Reader
@@ -39,7 +39,7 @@ _LOGITS = ("vblora_logits_A", "vblora_logits_B")
 
 @dataclass(frozen=True, slots=True)
 class Pieces:
-    """The bank, and the logits of each module."""
+    """VB-LoRA's bank of vectors, and the logits of each module."""
 
     r: int
     topk: int
@@ -52,8 +52,8 @@ class Pieces:
         file.check_rank("r", self.r)
         bank = file.require(SHARED, _BANK)
         if bank is not None and bank.shape != (self.vectors, self.length):
-            message = f"{_BANK} has shape {list(bank.shape)}; num_vectors and vector_length ask "
-            message += f"for {[self.vectors, self.length]}"
+            message = f"{_BANK} has shape {list(bank.shape)}; num_vectors and vector_length "
+            message += f"need {[self.vectors, self.length]}"
             file.find(Reason.ADAPTER_INVALID, message, _BANK)
             bank = None
         found = []
