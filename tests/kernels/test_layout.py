@@ -93,8 +93,9 @@ def test_an_entry_has_the_same_fields() -> None:
     assert ENTRY.itemsize == 8 * 8 + 4 * 4
 
 
-@pytest.mark.parametrize("name", [
-    "Matrix", "NormWeights", "Rotary", "Layer", "SlotTable", "Model", "Batch"])
+@pytest.mark.parametrize(
+    "name", ["Matrix", "NormWeights", "Rotary", "Layer", "SlotTable", "Model", "Batch"]
+)
 def test_structs_have_the_same_fields(name: str) -> None:
     ours = [field[0].removesuffix("_") for field in getattr(layout, f"C{name}")._fields_]
     assert fields(name) == ours

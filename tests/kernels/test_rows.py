@@ -107,8 +107,8 @@ def activated(
 FORMULAS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
     Activation.SILU: torch.nn.functional.silu,
     Activation.GELU: lambda x: x * torch.special.erfc(-x / 2**0.5) / 2,
-    Activation.GELU_TANH: lambda x: x * torch.sigmoid(
-        2 * (2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)
+    Activation.GELU_TANH: lambda x: (
+        x * torch.sigmoid(2 * (2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))
     ),
 }
 
