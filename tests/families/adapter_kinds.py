@@ -175,7 +175,6 @@ KINDS: dict[str, tuple[str, Options]] = {
     ),
     "KaSA": ("LoraConfig", _linear(kasa_config=KasaConfig(), lora_bias=True)),
     "BEFT": ("BeftConfig", lambda base: {"target_modules": names(base)}),
-    "HRA": ("HRAConfig", lambda base: {"target_modules": names(base), "r": 4}),
     "norms": (
         "LNTuningConfig",
         lambda base: {"target_modules": [*names(base, norms=True), "model.norm"]},

@@ -219,6 +219,21 @@ def test_damaged_nf4_is_refused_by_the_module(
     assert name in refusal.message
 
 
+def test_a_file_that_does_not_fit_the_memory_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch maps a file only if the machine has memory for all of it."""
+
+    def no_memory(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("unable to mmap 141107505384 bytes: Cannot allocate memory (12)")
+
+    directory = tiny.write("llama", tmp_path / "model")
+    monkeypatch.setattr("loraplex_model.checkpoints.checkpoint.safe_open", no_memory)
+    refusal = refused(directory)
+    assert refusal.reason == "MODEL_UNSUPPORTED"
+    assert refusal.message.startswith(f"{directory / 'model.safetensors'} cannot be mapped")
+
+
 # Tensors that the decoder does not have.
 
 BIAS = torch.zeros(64)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from loraplex_model.base.families import FAMILIES, Family
 from loraplex_model.base.hf_config import decoder_config
 from loraplex_model.base.refusal import Refusal
+from transformers import CONFIG_MAPPING
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from model import tiny
@@ -107,3 +109,56 @@ def test_the_head_of_a_multimodal_model_is_tied_as_the_whole_states(tied: bool) 
         "tie_word_embeddings": tied,
     }
     assert decoder_config(whole).tie_embeddings == tied
+
+
+def test_a_multimodal_model_that_does_not_say_ties_its_head() -> None:
+    text = raw("mistral", tie_word_embeddings=False)
+    whole = {"architectures": ["Mistral3ForConditionalGeneration"], "text_config": text}
+    assert decoder_config({**whole, "model_type": "mistral3"}).tie_embeddings
+
+
+HALF = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+LOCAL = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "field", "value"),
+    [
+        ("llama", LOCAL, "sliding_windows", (None, None)),
+        ("granite", LOCAL, "sliding_windows", (None, None)),
+        ("mixtral", LOCAL, "sliding_windows", (6, 6)),
+        (
+            "qwen3_moe",
+            {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
+            "sliding_windows",
+            (6, 6),
+        ),
+        ("qwen3", {**LOCAL, "use_sliding_window": True}, "sliding_windows", (6, None)),
+        ("llama", {"rope_parameters": HALF}, "rope_inv_freq", 8),
+        ("stablelm", {"rope_parameters": HALF}, "rope_inv_freq", 4),
+        ("gemma3_text", {"attn_logit_softcapping": 2.0}, "attention_softcap", 0.0),
+        ("gemma2", {"attn_logit_softcapping": 2.0}, "attention_softcap", 2.0),
+    ],
+)
+def test_an_entry_counts_only_in_families_that_read_it(
+    kind: str, options: dict[str, Any], field: str, value: object
+) -> None:
+    """As in transformers, which ignores it elsewhere."""
+    names = {family.model_type: name for name, family in FAMILIES.items()}
+    shape = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
+    config = CONFIG_MAPPING[kind](**shape, num_key_value_heads=2, head_dim=16).to_dict()
+    found = getattr(decoder_config({**config, "architectures": [names[kind]], **options}), field)
+    assert (len(found) if field == "rope_inv_freq" else found) == value
+
+
+def test_a_part_of_a_head_is_not_scaled_in_families_that_rotate_all() -> None:
+    rope = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0, "partial_rotary_factor": 0.5}
+    with pytest.raises(Refusal, match="partial_rotary_factor is not supported for a llama"):
+        decoder_config(raw("llama", rope_parameters=rope))
+
+
+def test_mistral_with_kinds_of_layers_is_ministral() -> None:
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    found = decoder_config(raw("mistral", sliding_window=6, layer_types=kinds))
+    assert found.architecture == "MinistralForCausalLM"
+    assert found.sliding_windows == (6, None, 6)

@@ -23,6 +23,7 @@ from loraplex_model.checkpoints.conversion.survey import survey
 from loraplex_model.checkpoints.outlook.base import look
 from loraplex_model.checkpoints.outlook.footprint import Footprint
 from loraplex_model.checkpoints.outlook.speed import DeviceSpeed
+from loraplex_model.decoder.cuda import support
 from loraplex_model.decoder.native import NativeDecoder
 from loraplex_server.cli import app
 from loraplex_server.commands import doctor_base
@@ -80,12 +81,13 @@ SAYS = {
     "gemma2": ("a window of 7 tokens in 2 layers", "before and after blocks", "scores capped at"),
     "gemma3": ("other rotary frequencies for 32 of 32 numbers of a head in 2 layers",),
     "phi4-mini": ("joined qkv_proj and gate_up_proj", "sequences of more than 24 tokens", "tied"),
-    "smollm3": ("none in 2 layers", "a head of its own"),
+    "smollm3": ("none in 2 layers", "tied head"),
     "granite": ("embeddings scaled by 3, blocks scaled by 0.4", "logits scaled by 0.25"),
     "olmo2": ("RMSNorm, after blocks", "norms of queries and keys over all heads"),
     "glm": ("in interleaved pairs", "rotary frequencies for 16 of 32 numbers"),
     "starcoder2": ("LayerNorm", "without a gate", "biases of the MLP"),
     "stablelm-parallel": ("attention and MLP in parallel", "with a weight for each"),
+    "mixtral": ("a head of its own", "2 of 4 experts"),
     "qwen3-moe": ("3 of 6 experts for each token, each of width 64",),
 }
 
@@ -338,6 +340,30 @@ def test_the_time_of_a_step_is_the_longer_of_reading_and_multiplying(tmp_path: P
     assert "for 8 sequences of 256 tokens" in step
 
 
+@pytest.mark.parametrize("obstacle", [None, "the base model is a mixture of experts"])
+def test_on_a_gpu_the_base_decides_with_what_it_is_computed(
+    obstacle: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    asked: list[torch.device] = []
+
+    def obstacle_to_kernels(device: torch.device, dtype: Any, config: DecoderConfig) -> str | None:
+        asked.append(device)
+        return obstacle
+
+    monkeypatch.setattr(support, "obstacle_to_kernels", obstacle_to_kernels)
+    directory = tiny.write("llama", tmp_path / "model")
+    checks = examined(settings(tmp_path, directory, devices="1"))
+    assert asked == [torch.device("cuda", 1)]
+    (decoder,) = texts(checks, "decoder")
+    slow = f"torch on CUDA, many times slower: {obstacle}"
+    assert decoder == (slow if obstacle else "Triton kernels")
+    assert texts(checks, "memory")[0].endswith("the cache gets what gpu_memory leaves")
+    gone = examined(settings(tmp_path, directory, devices="2"))
+    assert not texts(gone, "step time")  # another check names the missing card
+
+
 # Adapters.
 
 
@@ -372,16 +398,18 @@ def test_an_adapter_is_checked_as_for_a_registration(
     good = lora(tmp_path / "good")
     wide = lora(tmp_path / "wide", rank=16)
     other = lora(tmp_path / "other", peft_type="OFT")
-    checks = [c for c in examined(config, good, wide, other) if c.subject == "adapter"]
-    assert [check.good for check in checks] == [True, False, False]
-    assert "LORA will be served, rank 4, " in checks[0].text
-    assert checks[0].text.endswith("changes q_proj")
+    first, *bad = [c for c in examined(config, good, wide, other) if c.subject == "adapter"]
+    assert first.good
+    assert "LORA will be served, rank 4, " in first.text
+    assert first.text.endswith("changes q_proj")
     info = load.load_base(config.model, torch.float32, tmp_path / "other-cache").weights.info
-    for directory, check in ((wide, checks[1]), (other, checks[2])):
+    wanted = []
+    for directory in (wide, other):
         with pytest.raises(Refusal) as caught:
             examine.inspect(directory, info.named(config.model), adapter_limits(config))
-        (problem, *_) = caught.value.problems
-        assert check.text == f"{directory}: {problem.reason}: {problem.message}"
+        wanted += [f"{directory}: {p.reason}: {p.message}" for p in caught.value.problems]
+    assert [check.text for check in bad] == wanted
+    assert not any(check.good for check in bad)
 
 
 def test_a_stamp_is_compared_once_the_base_is_converted(base: Path, tmp_path: Path) -> None:

@@ -273,11 +273,12 @@ def add_bottlenecks(
     normed: torch.Tensor,
     site: Site,
     groups: Sequence[RowGroup],
+    residual_scale: float = 1.0,
 ) -> torch.Tensor:
     """A block's output with the outputs of the groups' bottlenecks after that block added to it.
 
-    `added` is the block's output, `stream` the residual stream before it was added, and `normed`
-    the block's input; all are [T, hidden].
+    `added` is the block's output, `stream` the residual stream before `residual_scale` times the
+    output is added to it, and `normed` the block's input; all are [T, hidden].
     """
     result = added
     for group in groups:
@@ -285,7 +286,7 @@ def add_bottlenecks(
             read = {
                 Reads.NORMED: normed,
                 Reads.OUTPUT: added,
-                Reads.STREAM: stream + added,
+                Reads.STREAM: stream + added * residual_scale,
                 Reads.INCOMING: stream,
             }[change.reads][group.rows]
             result = result.index_add(0, group.rows, bottleneck(change, read) * weight)

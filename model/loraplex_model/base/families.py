@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from typing import Any
 
 from loraplex_model.base.config import BLOCKS, MODEL, Gate, Norm, NormSpan
@@ -15,6 +16,14 @@ from loraplex_model.base.config import BLOCKS, MODEL, Gate, Norm, NormSpan
 Setting = str | Callable[[Any], Any]
 """Where a field of `DecoderConfig` comes from: an entry of config.json (null keeps the default), or
 a function of the configuration as transformers reads it."""
+
+
+class WindowLayers(Enum):
+    """For which layers of a family `sliding_window` holds, whatever else its configuration says."""
+
+    NONE = auto()
+    ALL = auto()
+    BY_TYPE = auto()
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +39,8 @@ class Family:
         names: path within a layer of each module that Llama names otherwise or does not have, by
             its name in `DecoderConfig`; "{head}" and "{expert}" in a path stand for the number of a
             head or of an expert, each of which has a tensor of its own.
-        window_everywhere: `sliding_window` holds for every layer; elsewhere, `layer_types` says for
-            which.
+        windows: for which layers `sliding_window` holds.
+        partial_rotary: `partial_rotary_factor` is read; elsewhere, whole heads are rotated.
         layer_ropes: gives for each layer whether it is rotated; None if all are.
     """
 
@@ -41,7 +50,8 @@ class Family:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Setting] = field(default_factory=dict)
     names: Mapping[str, str] = field(default_factory=dict)
-    window_everywhere: bool = False
+    windows: WindowLayers = WindowLayers.NONE
+    partial_rotary: bool = False
     layer_ropes: Callable[[Any], list[bool]] | None = None
 
 
@@ -62,11 +72,10 @@ _GEMMA_SETTINGS: Mapping[str, Setting] = {
     **_ATTENTION_BIAS,
     "embed_scale": lambda config: config.hidden_size**0.5,
 }
-_GEMMA_2_SETTINGS: Mapping[str, Setting] = {
+_LATER_GEMMA_SETTINGS: Mapping[str, Setting] = {
     **_GEMMA_SETTINGS,
     "activation": "hidden_activation",
     "attention_scale": lambda config: config.query_pre_attn_scalar**-0.5,
-    "attention_softcap": "attn_logit_softcapping",
     "logit_softcap": "final_logit_softcapping",
 }
 _OLMO: Mapping[str, Any] = {
@@ -85,34 +94,50 @@ _COHERE_SETTINGS: Mapping[str, Setting] = {
 
 FAMILIES: Mapping[str, Family] = {
     "LlamaForCausalLM": Family("llama", "llama", gguf_interleaved=True, settings=_BIASES),
-    "MistralForCausalLM": Family("mistral", "llama", gguf_interleaved=True, window_everywhere=True),
+    "MistralForCausalLM": Family(
+        "mistral", "llama", gguf_interleaved=True, windows=WindowLayers.ALL
+    ),
     "Ministral3ForCausalLM": Family(
         "ministral3",
         "mistral3",
         gguf_interleaved=True,
         settings={"query_scale": lambda config: _query_scale(config.rope_parameters)},
-        window_everywhere=True,
+        windows=WindowLayers.ALL,
     ),
-    "MinistralForCausalLM": Family("ministral"),
-    "Qwen2ForCausalLM": Family("qwen2", "qwen2", fixed={"qkv_bias": True}),
-    "Qwen3ForCausalLM": Family("qwen3", "qwen3", fixed={"qk_norm": True}, settings=_ATTENTION_BIAS),
+    "MinistralForCausalLM": Family("ministral", windows=WindowLayers.BY_TYPE),
+    "Qwen2ForCausalLM": Family(
+        "qwen2", "qwen2", fixed={"qkv_bias": True}, windows=WindowLayers.BY_TYPE
+    ),
+    "Qwen3ForCausalLM": Family(
+        "qwen3",
+        "qwen3",
+        fixed={"qk_norm": True},
+        settings=_ATTENTION_BIAS,
+        windows=WindowLayers.BY_TYPE,
+    ),
     "GemmaForCausalLM": Family("gemma", "gemma", fixed=_GEMMA, settings=_GEMMA_SETTINGS),
     "Gemma2ForCausalLM": Family(
         "gemma2",
         "gemma2",
         fixed={**_GEMMA, "output_norms": True},
-        settings=_GEMMA_2_SETTINGS,
+        settings={**_LATER_GEMMA_SETTINGS, "attention_softcap": "attn_logit_softcapping"},
         names=_SANDWICH,
+        windows=WindowLayers.BY_TYPE,
     ),
     "Gemma3ForCausalLM": Family(
         "gemma3_text",
         "gemma3",
         fixed={**_GEMMA, "output_norms": True, "qk_norm": True},
-        settings=_GEMMA_2_SETTINGS,
+        settings=_LATER_GEMMA_SETTINGS,
         names=_SANDWICH,
+        windows=WindowLayers.BY_TYPE,
     ),
     "Phi3ForCausalLM": Family(
-        "phi3", "phi3", fixed={"joined": ("qkv", "gate_up")}, window_everywhere=True
+        "phi3",
+        "phi3",
+        fixed={"joined": ("qkv", "gate_up")},
+        windows=WindowLayers.ALL,
+        partial_rotary=True,
     ),
     "SmolLM3ForCausalLM": Family(
         "smollm3",
@@ -120,6 +145,7 @@ FAMILIES: Mapping[str, Family] = {
         gguf_interleaved=True,
         settings=_BIASES,
         layer_ropes=lambda config: [bool(used) for used in config.no_rope_layers],
+        windows=WindowLayers.BY_TYPE,
     ),
     "GraniteForCausalLM": Family(
         "granite",
@@ -138,9 +164,20 @@ FAMILIES: Mapping[str, Family] = {
         "olmo2", "olmo2", fixed=_OLMO, settings=_ATTENTION_BIAS, names=_OUTPUT_ONLY
     ),
     "Olmo3ForCausalLM": Family(
-        "olmo3", "olmo2", fixed=_OLMO, settings=_ATTENTION_BIAS, names=_OUTPUT_ONLY
+        "olmo3",
+        "olmo2",
+        fixed=_OLMO,
+        settings=_ATTENTION_BIAS,
+        names=_OUTPUT_ONLY,
+        windows=WindowLayers.BY_TYPE,
     ),
-    "GlmForCausalLM": Family("glm", "chatglm", fixed=_GLM, settings={"qkv_bias": "attention_bias"}),
+    "GlmForCausalLM": Family(
+        "glm",
+        "chatglm",
+        fixed=_GLM,
+        settings={"qkv_bias": "attention_bias"},
+        partial_rotary=True,
+    ),
     "Glm4ForCausalLM": Family(
         "glm4",
         "glm4",
@@ -150,6 +187,7 @@ FAMILIES: Mapping[str, Family] = {
             "attention_output_norm": "post_self_attn_layernorm",
             "mlp_output_norm": "post_mlp_layernorm",
         },
+        partial_rotary=True,
     ),
     "CohereForCausalLM": Family(
         "cohere",
@@ -163,6 +201,7 @@ FAMILIES: Mapping[str, Family] = {
         fixed=_COHERE,
         settings=_COHERE_SETTINGS,
         layer_ropes=lambda config: [kind == "sliding_attention" for kind in config.layer_types],
+        windows=WindowLayers.BY_TYPE,
     ),
     "Starcoder2ForCausalLM": Family(
         "starcoder2",
@@ -170,7 +209,7 @@ FAMILIES: Mapping[str, Family] = {
         fixed={"norm": Norm.LAYER, "norm_bias": True, "gated": False},
         settings={**_ALL_BIASES, "rms_norm_eps": "norm_epsilon"},
         names={"up_proj": "mlp.c_fc", "down_proj": "mlp.c_proj"},
-        window_everywhere=True,
+        windows=WindowLayers.ALL,
     ),
     "StableLmForCausalLM": Family(
         "stablelm",
@@ -186,6 +225,7 @@ FAMILIES: Mapping[str, Family] = {
             "q_norm": "self_attn.q_layernorm.norms.{head}",
             "k_norm": "self_attn.k_layernorm.norms.{head}",
         },
+        partial_rotary=True,
     ),
     "MixtralForCausalLM": Family(
         "mixtral",
@@ -202,7 +242,7 @@ FAMILIES: Mapping[str, Family] = {
             "up_proj": "block_sparse_moe.experts.{expert}.w3",
             "down_proj": "block_sparse_moe.experts.{expert}.w2",
         },
-        window_everywhere=True,
+        windows=WindowLayers.ALL,
     ),
     "Qwen3MoeForCausalLM": Family(
         "qwen3_moe",
@@ -221,6 +261,7 @@ FAMILIES: Mapping[str, Family] = {
             "up_proj": "mlp.experts.{expert}.up_proj",
             "down_proj": "mlp.experts.{expert}.down_proj",
         },
+        windows=WindowLayers.ALL,
     ),
     "HeliumForCausalLM": Family(
         "helium",

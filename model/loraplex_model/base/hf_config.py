@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from loraplex_model.base.config import NO_ROPE, DecoderConfig, Rope
-from loraplex_model.base.families import ACTIVATIONS, FAMILIES, TEXT_PARTS, Family
+from loraplex_model.base.families import ACTIVATIONS, FAMILIES, TEXT_PARTS, Family, WindowLayers
 from loraplex_model.base.fields import check_decoder, check_fields
 from loraplex_model.base.refusal import Refusal, model_invalid, model_unsupported
 
@@ -29,6 +29,9 @@ def decoder_config(raw: Mapping[str, Any]) -> DecoderConfig:
         Refusal: the architecture is not supported, needs code of its own, or has a feature that
             the decoder lacks.
     """
+    if raw.get("model_type") == "mistral" and "layer_types" in raw:
+        # Ministral 8B states the wrong name; transformers tells the two by this entry, too
+        raw = {**raw, "architectures": ["MinistralForCausalLM"], "model_type": "ministral"}
     raw = text_part(raw)
     architecture = _architecture(raw)
     check_fields(raw)
@@ -90,8 +93,8 @@ def text_part(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     for key in ("quantization_config", "auto_map"):
         if key in raw:
             part.setdefault(key, raw[key])
-    if "tie_word_embeddings" in raw:  # the head belongs to the whole model
-        part["tie_word_embeddings"] = raw["tie_word_embeddings"]
+    # the head belongs to the whole model, whose configurations tie it if they do not say
+    part["tie_word_embeddings"] = raw.get("tie_word_embeddings", True)
     return part
 
 
@@ -180,8 +183,8 @@ def _refuse_unsupported(
 def _sliding_windows(family: Family, config: Any) -> tuple[int | None, ...]:
     layers: int = config.num_hidden_layers
     window: int | None = getattr(config, "sliding_window", None)
-    if family.window_everywhere:
-        return (window,) * layers
+    if family.windows is not WindowLayers.BY_TYPE:
+        return (window if family.windows is WindowLayers.ALL else None,) * layers
     kinds = _layer_types(config)
     unknown = set(kinds) - {"full_attention", "sliding_attention"}
     if unknown or len(kinds) != layers:
@@ -200,7 +203,7 @@ def _rotary(family: Family, config: Any) -> dict[str, Any]:
     nested = all(isinstance(value, dict) for value in parameters.values()) and bool(parameters)
     kinds = _layer_types(config) if nested else ["full_attention"] * config.num_hidden_layers
     order = sorted(set(kinds))  # full attention first
-    found = [_Rotary(config, kind if nested else None) for kind in order]
+    found = [_Rotary(family, config, kind if nested else None) for kind in order]
     rotated = family.layer_ropes(config) if family.layer_ropes else [True] * len(kinds)
     if len(rotated) != config.num_hidden_layers:
         raise model_unsupported(f"positions are stated for {len(rotated)} layers")
@@ -232,7 +235,7 @@ class _Rotary:
         most: the longest sequence for which the frequencies hold.
     """
 
-    def __init__(self, config: Any, layer_type: str | None) -> None:
+    def __init__(self, family: Family, config: Any, layer_type: str | None) -> None:
         """`layer_type` is None if all layers have the same parameters."""
         parameters = config.rope_parameters
         if layer_type is not None:
@@ -244,6 +247,14 @@ class _Rotary:
                 f"rope_type {self.kind!r} is not supported; supported are default, "
                 f"{', '.join(SCALINGS)}"
             )
+        self._part = parameters.get("partial_rotary_factor") or 1.0
+        if not family.partial_rotary:
+            if self._part != 1 and self.kind != "default":
+                raise model_unsupported(
+                    f"rope_type {self.kind!r} with a partial_rotary_factor is not supported for a "
+                    f"{family.model_type}"
+                )
+            self._part = 1.0  # transformers does not read it
         self.most: int = config.max_position_embeddings
         self.long: Rope | None = None
         self.short_positions = 0
@@ -276,6 +287,6 @@ class _Rotary:
         config = self._config
         heads = config.num_attention_heads
         head = getattr(config, "head_dim", None) or config.hidden_size // heads
-        width = int(head * self._parameters.get("partial_rotary_factor", 1.0))
+        width = int(head * self._part)
         exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
         return Rope(tuple((1.0 / self._parameters["rope_theta"] ** exponents).tolist()))

@@ -171,6 +171,11 @@ class SafetensorsSource:
                 raise model_invalid(
                     f"{shard} is damaged or cut short ({error}); fetch it again"
                 ) from error
+            except RuntimeError as error:  # of torch, which maps the file
+                raise model_unsupported(
+                    f"{shard} cannot be mapped ({error}); save the model again in files that are "
+                    "smaller than the memory of the machine (max_shard_size)"
+                ) from error
             names: list[str] = file.keys()
             for name in names:
                 text_name = self._text_name(name)

@@ -254,8 +254,9 @@ class _Layer:
     ) -> torch.Tensor:
         """What a block with input h and output `out` adds to the residual stream x."""
         out, _ = self._norm(f"{block}_output_norm", out)
-        out = mix.add_bottlenecks(out, x, h, (self._index, f"{block}_bottleneck"), self._groups)
         scale = self._config.residual_scale
+        site = self._index, f"{block}_bottleneck"
+        out = mix.add_bottlenecks(out, x, h, site, self._groups, scale)
         return out if scale == 1 else out * scale
 
     def _norm(self, name: str, x: torch.Tensor) -> tuple[torch.Tensor, Recompute | None]:

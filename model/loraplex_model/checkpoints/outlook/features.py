@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from loraplex_model.base.config import JOINED, NO_ROPE, DecoderConfig, Gate, Norm, NormSpan
-from loraplex_model.base.families import Family
+from loraplex_model.base.families import Family, WindowLayers
 
 PHRASES: Mapping[str, str] = {
     "qkv_bias": "biases of q, k and v",
@@ -43,6 +43,11 @@ SILENT = frozenset(
 )
 """Fields of a family's row that its features do not mention."""
 
+_WINDOWS: Mapping[WindowLayers, tuple[str, ...]] = {
+    WindowLayers.NONE: (),
+    WindowLayers.ALL: ("a window in all layers",),
+    WindowLayers.BY_TYPE: ("windows by layer",),
+}
 _ACTIVATIONS = {Gate.SILU: "SiLU", Gate.GELU: "GELU", Gate.GELU_TANH: "GELU (tanh)"}
 _SPANS = {
     NormSpan.HEAD: "of each head, with one weight for all heads",
@@ -55,8 +60,9 @@ def of_family(family: Family) -> tuple[Sequence[str], Sequence[str]]:
     """The features that all models of a family have, and those that a configuration decides."""
     always = [_fixed(name, value) for name, value in family.fixed.items() if _is_shown(name, value)]
     stated = [PHRASES[name] for name in family.settings if _is_shown(name, True)]
-    if family.window_everywhere:
-        stated.append("a window in all layers")
+    stated += _WINDOWS[family.windows]
+    if family.partial_rotary:
+        stated.append("a rotated part of each head")
     if family.layer_ropes is not None:
         stated.append("layers without positions")
     return always, stated

@@ -272,7 +272,7 @@ class Pass {
     if (norm.weight) norm_parts(t, norm, layer, site, out, 1, m.hidden, 0, out);
     if (const Segment* segment = adapted(t, BOTTLENECK))
       add_bottleneck<T>(plan_, *segment, m.adapters, layer, bottleneck, row(w.x, t, m.hidden),
-                        row(w.normed, t, m.hidden), m.hidden, out, scratch());
+                        row(w.normed, t, m.hidden), m.residual_scale, m.hidden, out, scratch());
     if (m.residual_scale != 1) scale_row(out, m.residual_scale, m.hidden);
   }
 

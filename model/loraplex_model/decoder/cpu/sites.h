@@ -57,11 +57,12 @@ inline size_t sites_scratch(int hidden, int widest) {
   return 3 * size_t(hidden) + std::max(widest, HEAD_TOKENS);
 }
 
-// added += w up(f(down(input))) for every term's bottleneck; `added` is the block's output.
+// added += w up(f(down(input))) for every term's bottleneck; `added` is the block's output, of which
+// `residual_scale` times is added to the stream.
 template <class T>
 inline void add_bottleneck(const Plan& plan, const Segment& segment, const SlotTable& table, int layer,
-                           int site, const float* stream, const float* normed, int hidden, float* added,
-                           float* scratch) {
+                           int site, const float* stream, const float* normed, float residual_scale,
+                           int hidden, float* added, float* scratch) {
   float *before = scratch, *input = scratch + hidden, *h = input + 2 * size_t(hidden);
   std::copy_n(added, hidden, before);
   for (int t = segment.term_begin; t < segment.term_end; t++) {
@@ -70,7 +71,7 @@ inline void add_bottleneck(const Plan& plan, const Segment& segment, const SlotT
     if (!entry.a) continue;
     const float* read = entry.reads == NORMED ? normed : entry.reads == INCOMING ? stream : before;
     if (entry.reads == STREAM) {
-      for (int i = 0; i < hidden; i++) input[hidden + i] = stream[i] + before[i];
+      for (int i = 0; i < hidden; i++) input[hidden + i] = stream[i] + residual_scale * before[i];
       read = input + hidden;
     }
     split_rows<T>(read, 1, hidden, input);

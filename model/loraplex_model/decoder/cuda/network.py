@@ -179,7 +179,8 @@ class Network:
             if step.own is not None:
                 step.own.norm(site, weight, bias, out, delta)
         if step.own is not None:
-            step.own.add_bottlenecks(index, f"{name}_bottleneck", delta, space.x[: step.rows], h)
+            scale, stream = self._weights.config.residual_scale, space.x[: step.rows]
+            step.own.add_bottlenecks(index, f"{name}_bottleneck", delta, stream, h, scale)
 
     def _attention(
         self, index: int, step: DevicePass, space: Workspace, h: torch.Tensor, out: torch.Tensor

@@ -90,25 +90,10 @@ def attend_kernel(
     cell = ((begin + row).to(tl.int64) * HEADS + query_head)[:, None] * HEAD_DIM + d[None, :]
     query = tl.load(q + cell, mask=is_used, other=0.0).to(DT)  # [HEIGHT, WIDTH]
     acc, top, total = _walk(
-        query,
-        position + row,
-        start,
-        end,
-        keys,
-        values,
-        tables + sequence.to(tl.int64) * table_stride,
-        head,
-        window,
-        KV_HEADS,
-        HEAD_DIM,
-        BLOCK_SIZE,
-        BLOCK,
-        SCALE,
-        CAP,
-        IS_WINDOWED,
-        DT,
-        PRECISION,
-    )
+        query, position + row, start, end, keys, values,
+        tables + sequence.to(tl.int64) * table_stride, head, window, KV_HEADS, HEAD_DIM, BLOCK_SIZE,
+        BLOCK, SCALE, CAP, IS_WINDOWED, DT, PRECISION
+    )  # fmt: skip
     if IS_SHORT and length < context:
         part = (tile.to(tl.int64) * HEADS + query_head) * chunks + chunk
         tl.store(scratch + part[:, None] * HEAD_DIM + d[None, :], acc, mask=is_used)

@@ -83,26 +83,14 @@ def rope_cache(
     """
     _, heads, head_dim = q.shape
     _, kv_heads, block_size, _ = keys.shape
-    assert (q_norm is None) == (k_norm is None)
-    assert qkv.shape[1] == (heads + 2 * kv_heads) * head_dim
     for tensor in (qkv, q, keys, values, cos, sin, q_norm, k_norm, query_scales):
         assert tensor is None or tensor.is_contiguous()
-    turned = 0
-    if cos is not None and sin is not None:
-        turned = cos.shape[1]
-        assert cos.shape == sin.shape
-        assert 0 < 2 * turned <= head_dim
-    shared = formula.span is NormSpan.HEAD
-    if q_norm is not None and k_norm is not None:
-        assert q_norm.numel() == (1 if shared else heads) * head_dim
-        assert k_norm.numel() == (1 if shared else kv_heads) * head_dim
+    assert qkv.shape[1] == (heads + 2 * kv_heads) * head_dim
+    _check_norms(q_norm, k_norm, heads, kv_heads, head_dim, formula)
+    assert cos is None or sin is None or cos.shape == sin.shape
     constants, options = _rope_configuration(
-        heads,
-        kv_heads,
-        head_dim,
-        block_size,
-        q_norm is not None,
-        turned=turned,
+        *(heads, kv_heads, head_dim, block_size, q_norm is not None),
+        turned=0 if cos is None else cos.shape[1],
         formula=formula,
         is_scaled=query_scales is not None,
     )
@@ -126,6 +114,20 @@ def rope_cache(
     )
 
 
+def _check_norms(
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    formula: HeadFormula,
+) -> None:
+    assert (q_norm is None) == (k_norm is None)
+    shared = formula.span is NormSpan.HEAD
+    for weight, count in ((q_norm, heads), (k_norm, kv_heads)):
+        assert weight is None or weight.numel() == (1 if shared else count) * head_dim
+
+
 def _rope_configuration(
     heads: int,
     kv_heads: int,
@@ -141,6 +143,7 @@ def _rope_configuration(
 
     Where the heads of a row are normed together, one program has all of them.
     """
+    assert 2 * turned <= head_dim
     has_all = has_norms and formula.span is NormSpan.ALL
     most, half = _HEADS, triton.next_power_of_2(head_dim // 2)
     if has_all:
@@ -195,6 +198,73 @@ def _mean(
         return sums / HEAD_DIM
 
 
+@triton.jit
+def _normed(
+    a, b, q_norm, k_norm, place, apart, head, is_q, is_k, is_half, eps,
+    Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, HEADS: tl.constexpr,
+    ROWS: tl.constexpr, NORMS: tl.constexpr, IS_LAYER: tl.constexpr, OFFSET: tl.constexpr,
+    TYPE: tl.constexpr
+):  # fmt: skip
+    """Both halves of heads, normed; those of values are not defined."""
+    if IS_LAYER:
+        mean = _mean(
+            tl.sum(a, 1) + tl.sum(b, 1), is_q, is_k, Q_HEADS, KV_HEADS, HEAD_DIM, HEADS, ROWS, NORMS
+        )[:, None]  # fmt: skip
+        a, b = tl.where(is_half, a - mean, 0.0), tl.where(is_half, b - mean, 0.0)
+    squares = _mean(
+        tl.sum(a * a, 1) + tl.sum(b * b, 1), is_q, is_k, Q_HEADS, KV_HEADS, HEAD_DIM, HEADS, ROWS,
+        NORMS
+    )  # fmt: skip
+    scale = tl.rsqrt(squares + eps)[:, None]
+    q_cell, k_cell = is_q[:, None] & is_half, is_k[:, None] & is_half
+    if NORMS == "head":
+        q_at = place[None, :] + (head * 0)[:, None]
+        k_at = q_at
+    else:
+        q_at = place[None, :] + (head * HEAD_DIM)[:, None]
+        k_at = q_at - Q_HEADS * HEAD_DIM
+    a = _weighted(a * scale, q_norm + q_at, k_norm + k_at, q_cell, k_cell, TYPE, IS_LAYER, OFFSET)
+    b = _weighted(
+        b * scale, q_norm + q_at + apart, k_norm + k_at + apart, q_cell, k_cell, TYPE, IS_LAYER,
+        OFFSET
+    )  # fmt: skip
+    return a, b
+
+
+@triton.jit
+def _rotated(
+    a, b, cos, sin, position, d, is_half, WIDTH: tl.constexpr, TURNED: tl.constexpr,
+    TYPE: tl.constexpr
+):  # fmt: skip
+    """Both halves of heads, rotated and rounded."""
+    if TURNED == 0:
+        return rounded(a, TYPE), rounded(b, TYPE)
+    else:
+        angle = position[:, None] * TURNED + d[None, :]
+        if TURNED == WIDTH:
+            c = tl.load(cos + angle, mask=is_half, other=0.0)
+            s = tl.load(sin + angle, mask=is_half, other=0.0)
+        else:  # numbers that are not rotated have an angle of zero
+            c = tl.load(cos + angle, mask=(d < TURNED)[None, :], other=1.0)
+            s = tl.load(sin + angle, mask=(d < TURNED)[None, :], other=0.0)
+        return rounded(a * c - b * s, TYPE), rounded(b * c + a * s, TYPE)
+
+
+@triton.jit
+def _pairs(d, WIDTH: tl.constexpr, TURNED: tl.constexpr, IS_INTERLEAVED: tl.constexpr):
+    """Where in a head the first number of each pair is, and how far the second is from it.
+
+    Of a head of which `2 * TURNED` numbers are rotated the other numbers form pairs too.
+    """
+    if IS_INTERLEAVED:
+        return 2 * d, 1
+    elif TURNED == 0 or TURNED == WIDTH:
+        return d, WIDTH
+    else:
+        apart = tl.where(d < TURNED, TURNED, WIDTH - TURNED)[None, :]
+        return tl.where(d < TURNED, d, d + TURNED), apart
+
+
 @triton.jit(do_not_specialize=["count"])
 def _rope_cache(
     qkv, positions, kv_slots, cos, sin, query_scales, q, keys, values, q_norm, k_norm, count, eps,
@@ -203,11 +273,7 @@ def _rope_cache(
     IS_LAYER: tl.constexpr, OFFSET: tl.constexpr, TURNED: tl.constexpr,
     IS_INTERLEAVED: tl.constexpr, IS_SCALED: tl.constexpr
 ):  # fmt: skip
-    """`HEADS` heads of some rows, each in two halves; grid (T / ROWS, heads / HEADS).
-
-    A pair is a number of the first half and the one of the second that it is rotated with. In a
-    head of which `2 * TURNED` numbers are rotated the other numbers form pairs too.
-    """
+    """`HEADS` heads of some rows, each in two halves; grid (T / ROWS, heads / HEADS)."""
     WIDTH: tl.constexpr = HEAD_DIM // 2
     TYPE: tl.constexpr = qkv.dtype.element_ty
     m = tl.arange(0, ROWS * HEADS)
@@ -219,68 +285,28 @@ def _rope_cache(
     is_q, is_k = head < Q_HEADS, (head >= Q_HEADS) & (head < Q_HEADS + KV_HEADS)
     is_v = (head >= Q_HEADS + KV_HEADS) & (head < Q_HEADS + 2 * KV_HEADS)
     is_cell = (is_row & (is_q | is_k | is_v))[:, None] & is_half
-    if IS_INTERLEAVED:
-        place = 2 * d
-        apart: tl.constexpr = 1
-    elif TURNED == 0 or TURNED == WIDTH:
-        place = d
-        apart: tl.constexpr = WIDTH
-    else:
-        place = tl.where(d < TURNED, d, d + TURNED)
-        apart = tl.where(d < TURNED, TURNED, WIDTH - TURNED)[None, :]
+    place, apart = _pairs(d, WIDTH, TURNED, IS_INTERLEAVED)
     at = (row * (Q_HEADS + 2 * KV_HEADS) + head)[:, None] * HEAD_DIM + place[None, :]
     first = tl.load(qkv + at, mask=is_cell, other=0.0)
     second = tl.load(qkv + at + apart, mask=is_cell, other=0.0)
     a, b = first.to(tl.float32), second.to(tl.float32)
     if NORMS != "":
-        if IS_LAYER:
-            mean = _mean(
-                tl.sum(a, 1) + tl.sum(b, 1), is_q, is_k, Q_HEADS, KV_HEADS, HEAD_DIM, HEADS, ROWS,
-                NORMS
-            )[:, None]  # fmt: skip
-            a, b = tl.where(is_half, a - mean, 0.0), tl.where(is_half, b - mean, 0.0)
-        squares = _mean(
-            tl.sum(a * a, 1) + tl.sum(b * b, 1), is_q, is_k, Q_HEADS, KV_HEADS, HEAD_DIM, HEADS,
-            ROWS, NORMS
-        )  # fmt: skip
-        scale = tl.rsqrt(squares + eps)[:, None]
-        q_cell, k_cell = is_q[:, None] & is_half, is_k[:, None] & is_half
-        if NORMS == "head":
-            q_at = place[None, :] + (head * 0)[:, None]
-            k_at = q_at
-        else:
-            q_at = place[None, :] + (head * HEAD_DIM)[:, None]
-            k_at = q_at - Q_HEADS * HEAD_DIM
-        a = _weighted(
-            a * scale, q_norm + q_at, k_norm + k_at, q_cell, k_cell, TYPE, IS_LAYER, OFFSET
-        )
-        b = _weighted(
-            b * scale, q_norm + q_at + apart, k_norm + k_at + apart, q_cell, k_cell, TYPE, IS_LAYER,
-            OFFSET
+        a, b = _normed(
+            a, b, q_norm, k_norm, place, apart, head, is_q, is_k, is_half, eps, Q_HEADS, KV_HEADS,
+            HEAD_DIM, HEADS, ROWS, NORMS, IS_LAYER, OFFSET, TYPE
         )  # fmt: skip
     position = tl.load(positions + row, mask=is_row, other=0).to(tl.int64)
-    if TURNED > 0:
-        angle = position[:, None] * TURNED + d[None, :]
-        if TURNED == WIDTH:
-            c = tl.load(cos + angle, mask=is_half, other=0.0)
-            s = tl.load(sin + angle, mask=is_half, other=0.0)
-        else:  # numbers that are not rotated have an angle of zero
-            c = tl.load(cos + angle, mask=(d < TURNED)[None, :], other=1.0)
-            s = tl.load(sin + angle, mask=(d < TURNED)[None, :], other=0.0)
-        turned, turned_too = rounded(a * c - b * s, TYPE), rounded(b * c + a * s, TYPE)
-    else:
-        turned, turned_too = rounded(a, TYPE), rounded(b, TYPE)
+    turned, turned_too = _rotated(a, b, cos, sin, position, d, is_half, WIDTH, TURNED, TYPE)
 
-    query = (row * Q_HEADS + head)[:, None] * HEAD_DIM + place[None, :]
-    query_cell = (is_row & is_q)[:, None] & is_half
+    query, query_too = turned, turned_too
     if IS_SCALED:
         factor = tl.load(query_scales + position)[:, None]
-        tl.store(q + query, rounded(turned.to(tl.float32) * factor, TYPE), mask=query_cell)
-        scaled_too = rounded(turned_too.to(tl.float32) * factor, TYPE)
-        tl.store(q + query + apart, scaled_too, mask=query_cell)
-    else:
-        tl.store(q + query, turned, mask=query_cell)
-        tl.store(q + query + apart, turned_too, mask=query_cell)
+        query = rounded(turned.to(tl.float32) * factor, TYPE)
+        query_too = rounded(turned_too.to(tl.float32) * factor, TYPE)
+    at = (row * Q_HEADS + head)[:, None] * HEAD_DIM + place[None, :]
+    query_cell = (is_row & is_q)[:, None] & is_half
+    tl.store(q + at, query, mask=query_cell)
+    tl.store(q + at + apart, query_too, mask=query_cell)
     slot = tl.load(kv_slots + row, mask=is_row, other=-1).to(tl.int64)
     block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
     is_kept = slot >= 0

@@ -352,7 +352,7 @@ def compilations() -> list[Compilation]:
 def _activate_compilation(
     name: str, p: str, width: int, gate: Gate, is_gated: bool = True
 ) -> Compilation:
-    constants = {"WIDTH": width, "BLOCK": _BLOCK, "ROWS": _ROWS}
+    constants: dict[str, Any] = {"WIDTH": width, "BLOCK": _BLOCK, "ROWS": _ROWS}
     constants |= {"KIND": gate.value, "IS_GATED": is_gated}
     signature = {"up": p, "out": p, "count": "i32"}
     return Compilation(_activate, name, signature, constants, is_hot=True)

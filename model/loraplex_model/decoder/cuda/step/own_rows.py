@@ -183,7 +183,7 @@ class OwnRows:
             if q_weight is None and k_weight is None:
                 continue
             qkv = states.qkv[run.rows]
-            q, k, _ = qkv.split([heads * width, kv_heads * width, kv_heads * width], dim=1)
+            q, k = qkv[:, : heads * width], qkv[:, heads * width : (heads + kv_heads) * width]
             at = states.table_rows[run.rows]
             q = self._turned(q, states.q_norm if q_weight is None else q_weight, at, states)
             if states.query_scales is not None:
@@ -236,11 +236,12 @@ class OwnRows:
         added: torch.Tensor,
         stream: torch.Tensor,
         normed: torch.Tensor,
+        residual_scale: float,
     ) -> None:
         """Adds the outputs of the bottlenecks after a block to the block's output `added`.
 
-        `stream` is the residual stream before `added` is added, and `normed` the block's input; all
-        are [T, hidden].
+        `stream` is the residual stream before `residual_scale` times `added` is added, and `normed`
+        the block's input; all are [T, hidden].
         """
         for run in _using(self._runs, Uses.BOTTLENECK):
             own = added[run.rows]
@@ -249,7 +250,7 @@ class OwnRows:
                 read = {
                     Reads.NORMED: normed[run.rows],
                     Reads.OUTPUT: own,
-                    Reads.STREAM: stream[run.rows] + own,
+                    Reads.STREAM: stream[run.rows] + own * residual_scale,
                     Reads.INCOMING: stream[run.rows],
                 }[change.reads]
                 total = total + mix.bottleneck(change, read) * weight

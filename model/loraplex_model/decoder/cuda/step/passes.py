@@ -185,14 +185,8 @@ def plan_pass(
         "copies": batch.copies.T.astype(np.int64),
         "ragged": np.concatenate([tables, lists]),
     }
-    return PassPlan(
-        shape,
-        arrays,
-        chunks,
-        chunks.segments if needs_torch else (),
-        head_segments if needs_torch else (),
-        has_virtual,
-    )
+    own = (chunks.segments, head_segments) if needs_torch else ((), ())
+    return PassPlan(shape, arrays, chunks, *own, has_virtual)
 
 
 def _counted(**parts: NDArray[np.int32]) -> dict[str, NDArray[Any]]:
