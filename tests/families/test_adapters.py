@@ -22,6 +22,8 @@ from safetensors.torch import load_file
 from torch.nn.functional import linear, silu
 from transformers import AutoModelForCausalLM
 
+pytestmark = pytest.mark.slow
+
 
 def test_every_kind_meets_every_feature_and_every_variant_some_kind() -> None:
     pairs = adapter_kinds.pairs()

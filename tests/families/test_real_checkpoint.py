@@ -42,7 +42,15 @@ PROMPTS = (
 )
 """The last is longer than the window of 512 positions."""
 
-TEXTS = (*PROMPTS, "a   12", "x\n\n34", "naïve — 東京 😀", "<start_of_turn>user\n", " leading", "\t\t")
+TEXTS = (
+    *PROMPTS,
+    "a   12",
+    "x\n\n34",
+    "naïve — 東京 😀",
+    "<start_of_turn>user\n",
+    " leading",
+    "\t\t",
+)
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ CHANGES: dict[str, dict[str, Any]] = {
             **variants._LONG,
             "original_max_position_embeddings": SHORT_CONTEXT,
         },
-    }
+    },
 }
 
 FORMS = {"gemma3": "nf4", "phi4-mini": "safetensors", "mixtral": "nf4", "cohere2": "safetensors"}
