@@ -149,8 +149,8 @@ class Config(BaseSettings):
     """Recognise control tokens that messages spell out, also in the data of training jobs, so that
     a message can end its turn and open another. By default they are text."""
     share_base_prefixes: bool = False
-    """Let prompts that begin alike share keys and values that the base alone has computed. Clients
-    can then learn by time whether someone has sent a prompt that begins like theirs."""
+    """Let prompts that begin alike share keys and values that the base alone has computed. Response
+    times can then show clients whether someone has sent a prompt that begins like theirs."""
     token_budget: int = Field(512, ge=1)
     """Most tokens in one step: decode rows and prompt chunks together."""
     max_running: int = Field(64, ge=1)

@@ -125,9 +125,9 @@ def shown_modules(sites: Iterable[Site], base: BaseInfo) -> tuple[str, ...]:
 def base_sites(base: BaseInfo) -> Iterator[Site]:
     """Every module of the base that an adapter may change, in the order of the adapter table."""
     config = base.config
-    experts = {*config.fused["gate_up"], "down_proj"} if config.num_experts else set[str]()
     norms = [name for name in config.norm_widths() if not has_norm_for_each_head(name, base)]
-    names = sorted({*config.module_shapes(), *norms} - experts, key=_ORDER.__getitem__)
+    modules = {*config.module_shapes(), *norms} - config.expert_projections
+    names = sorted(modules, key=_ORDER.__getitem__)
     for layer in range(config.num_layers):
         for name in names:
             yield layer, name

@@ -29,8 +29,7 @@ def is_mergeable(changes: AdapterDelta) -> bool:
 
 def _changes_experts(changes: AdapterDelta, config: DecoderConfig) -> bool:
     """Whether the adapter has factors for experts, of which there would be too many copies."""
-    names = {*config.fused["gate_up"], "down_proj"} if config.num_experts else set()
-    return any(name in names for _, name in changes.sites)
+    return any(name in config.expert_projections for _, name in changes.sites)
 
 
 def changes_matrix(change: ProjectionDelta) -> bool:

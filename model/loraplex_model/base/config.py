@@ -262,6 +262,11 @@ class DecoderConfig:
         """As `FUSED`, with the modules that this decoder has; of experts, those of one."""
         return FUSED if self.gated else {**FUSED, "gate_up": ("up_proj",)}
 
+    @property
+    def expert_projections(self) -> frozenset[str]:
+        """Names of the projections that each expert has; empty for one MLP without a router."""
+        return frozenset((*self.fused["gate_up"], "down_proj") if self.num_experts else ())
+
     def copies_of(self, fused: str) -> int:
         """How often the modules of a fused matrix are stacked in it: once, or for each expert."""
         return (self.num_experts or 1) if fused in ("gate_up", "down") else 1

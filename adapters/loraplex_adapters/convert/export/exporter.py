@@ -129,8 +129,7 @@ def _refuse_experts(config: DecoderConfig, deltas: Sequence[AdapterDelta], writt
     """Raises Refusal(EXPORT_UNSUPPORTED) for what cannot be written of a mixture of experts."""
     if not config.num_experts:
         return
-    experts = {*config.fused["gate_up"], "down_proj"}
-    message = ""
+    experts, message = config.expert_projections, ""
     if written in ("hf", "nf4"):
         message = "merged checkpoints of mixtures of experts are not written; merge it with PEFT"
     elif any(name in experts for delta in deltas for _, name in delta.sites):

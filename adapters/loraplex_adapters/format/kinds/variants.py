@@ -103,12 +103,10 @@ def check_work(file: Placement, modules: Sequence[ModuleSpec]) -> None:
     seconds = [_SECONDS * number for number in (work, file.limits.max_decompositions)]
     message = (
         f"KaSA needs the singular vectors of {len(folds)} of the base's matrices, which takes "
+        f"about {seconds[0]:.0f} s of one core whenever it is loaded; at most {seconds[1]:.0f} s "
+        "are allowed: fold it once, with loraplex-server export --format peft, and register the "
+        "result"
     )
-    message += f"about {seconds[0]:.0f} s of one core whenever it is loaded; at most "
-    message += (
-        f"{seconds[1]:.0f} s are allowed: fold it once, with loraplex-server export --format "
-    )
-    message += "peft, and register the result"
     file.find(Reason.ADAPTER_TOO_LARGE, message, "kasa_config")
 
 
@@ -237,8 +235,8 @@ class TruncatedBase:
         if site == HEAD:
             message = (
                 f"{path} is adapted by KaSA, which changes the head's own weight in the file; "
+                "train it without the head"
             )
-            message += "train it without the head"
             file.find(Reason.ADAPTER_UNSUPPORTED, message, path)
             return []
         if rank.rank >= min(fan_in, fan_out):

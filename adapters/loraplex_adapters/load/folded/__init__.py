@@ -55,6 +55,7 @@ def factors(
     assert fold is not None
     found = ARITHMETIC[fold.arithmetic](module, tensors, base)
     least = min(fold.fan_in, fold.fan_out)
+    # above the smaller width, the whole change with an identity is the smaller pair of factors
     if not isinstance(found, torch.Tensor) and found[0].shape[0] > least:
         found = found[1] @ found[0]
     if not isinstance(found, torch.Tensor):

@@ -28,7 +28,7 @@ inline float activate(float x, int activation) {
 
 inline vf magnitude(vf x) { return bit_cast<vf>(bit_cast<vu>(x) & 0x7fffffffu); }
 
-// x to `magnitude` and the sign of `sign`.
+// The magnitude of x with the sign of `sign`.
 inline vf with_sign(vf x, vf sign) {
   return bit_cast<vf>((bit_cast<vu>(x) & 0x7fffffffu) | (bit_cast<vu>(sign) & 0x80000000u));
 }

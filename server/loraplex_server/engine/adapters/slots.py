@@ -208,7 +208,7 @@ class AdapterSlots:
         return Pin(digest, resident.slot, resident.generation)
 
     def grant(self, request: Request) -> None:
-        """Pins a request's adapters, which are all resident, and says how they act in it."""
+        """Pins a request's adapters, which are all resident, and sets how they act in it."""
         # In the order of digests, so that neither the order in which a mix is written nor the slots
         # of its adapters can change the order of summation.
         weights: dict[str, float] = {}

@@ -19,7 +19,7 @@ from loraplex_server.engine.messages import Failure, ModelInfo, Submit
 
 
 class PromptAdapter(Protocol):
-    """What an adapter asks of the prompts that it is used with."""
+    """What of an adapter limits the prompts that it can be used with."""
 
     @property
     def virtual_tokens(self) -> int:

@@ -61,6 +61,6 @@ def _key(request: Request, at: int, size: int) -> bytes:
         start = len(keys) * size
         before = keys[-1] if keys else _LONG * request.is_long
         tokens = request.tokens[start : start + size]
-        assert min(tokens) >= 0, "a key of tokens that the host does not know yet"
+        assert min(tokens) >= 0, "a key of tokens that are not on the host yet"
         keys.append(hashlib.sha256(before + tokens.tobytes()).digest())
     return keys[at]

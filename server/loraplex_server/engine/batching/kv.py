@@ -2,8 +2,8 @@
 
 A block is either free or used, and `check` verifies that. A used block has one owner, the request
 or adapter that reserved it, unless its content is kept under a key: then several requests may own
-it, and nobody writes to it. A kept block that nobody owns any more is free, and its content can be
-found until the block is reserved for something else.
+it, and it is not written. A kept block without an owner is free, and its content can be found until
+the block is reserved again.
 
     reserve -> used --keep--> used, found by its key <--share-- further owners
        ^        |                   |

@@ -129,7 +129,7 @@ class Scheduler:
             self._free(request)
 
     def settle(self, row: BatchRow) -> None:
-        """Notes that a row is computed, before its request gets what it brings.
+        """Records that a row is computed, before its results are given to its request.
 
         A request that was preempted since the row was scheduled is queued now, and has no blocks:
         it is admitted again by a later `schedule`, when no pass with a row of it is under way.

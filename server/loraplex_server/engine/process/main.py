@@ -80,7 +80,7 @@ def main() -> int:
         loader = ThreadLoader(runner, wake=lambda: inbox.put(None), attempts=attempts)
         core = EngineCore(runner, setup.limits, loader=loader, attempts=attempts)
     except (Exception, DeviceLost) as error:
-        if not isinstance(error, Refusal):  # the front tells the operator what a refusal says
+        if not isinstance(error, Refusal):  # the front reports refusals to the operator
             log.exception("the engine cannot start")
         outbox.send(_fatal(error))
         return EXIT_START_FAILED
