@@ -11,6 +11,9 @@ import pytest
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
     parser.addoption("--field", action="store_true", help="run the tests in tests/field too")
+    parser.addoption(
+        "--real", action="store_true", help="run the tests of a published checkpoint too"
+    )
     parser.addoption("--fault", metavar="NAME", help="run only the tests of this fault")
     parser.addoption(
         "--without-fsync",
@@ -46,6 +49,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if wanted in faults(item)]
     if not config.getoption("--slow"):
         _skip(items, "slow", "slow: runs with --slow")
+    if not config.getoption("--real"):
+        _skip(items, "real", "real: runs with --real")
     if any(item.get_closest_marker("gpu") for item in items):
         import torch  # seconds, so only where a test asks for it
 

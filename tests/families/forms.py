@@ -1,7 +1,7 @@
 """Checkpoints of the families in every form that is served, with the model they were made of.
 
-A case is a variant in one form: "safetensors", "nf4" (quantised by bitsandbytes beforehand) or
-"gguf".
+A case is a variant in one form: "safetensors", "nf4" (quantised by bitsandbytes beforehand), "gguf"
+or "multimodal" (the text decoder of a model that reads images, with all of its tensors).
 """
 
 from __future__ import annotations
@@ -15,12 +15,25 @@ import bitsandbytes.functional as bnb
 import torch
 from families import test_gguf_families, variants
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from model import gguf_files, tiny
 
 OLDER = ("mistral-window", "qwen2", "qwen3")
 """Variants of `model.tiny`: families that compute like Llama."""
+
+MULTIMODAL = {"gemma3": "gemma3", "mistral-text": "mistral3", "ministral3": "mistral3"}
+"""`model_type` of the models that read images, by the variant of their text decoder."""
+
+VISION: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
 
 NF4 = {
     "quant_method": "bitsandbytes",
@@ -35,14 +48,34 @@ def cases() -> list[tuple[str, str]]:
     """`(form, variant)` of every case; variants in GGUF are those of `test_gguf_families.CASES`."""
     named = [*OLDER, *variants.VARIANTS]
     gguf = [("gguf", case) for case in (*OLDER[1:], *test_gguf_families.CASES)]
-    return [(form, variant) for form in ("safetensors", "nf4") for variant in named] + gguf
+    images = [("multimodal", variant) for variant in MULTIMODAL]
+    both = [(form, variant) for form in ("safetensors", "nf4") for variant in named]
+    return [*both, *gguf, *images]
 
 
 def build(form: str, variant: str) -> PreTrainedModel:
     """The model of a case, in float32."""
+    if form == "multimodal":
+        return _reading_images(variant)
     if variant in OLDER:
         return tiny.build(variant)
     return (test_gguf_families if form == "gguf" else variants).build(variant)
+
+
+def family(model: PreTrainedModel) -> str:
+    """The architecture of a model, or of its text decoder."""
+    kind = model.config.get_text_config().model_type
+    return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind])
+
+
+def _reading_images(variant: str) -> PreTrainedModel:
+    kind, settings = variants.VARIANTS.get(variant, ("mistral", {"sliding_window": 7}))
+    text = CONFIG_MAPPING[kind](**{**variants._SHAPE, **settings})
+    options = {"mm_tokens_per_image": 1} if MULTIMODAL[variant] == "gemma3" else {}
+    vision = {**VISION, "model_type": "siglip_vision_model" if options else "pixtral"}
+    config = CONFIG_MAPPING[MULTIMODAL[variant]](text_config=text, vision_config=vision, **options)
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    return variants.randomised(model, 0)
 
 
 def write(form: str, model: PreTrainedModel, directory: Path) -> Path:
@@ -82,6 +115,7 @@ _WRITERS: dict[str, Callable[[PreTrainedModel, Path], Path]] = {
     "safetensors": _safetensors,
     "nf4": _nf4,
     "gguf": _gguf,
+    "multimodal": _safetensors,
 }
 
 

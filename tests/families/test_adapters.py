@@ -22,6 +22,8 @@ from safetensors.torch import load_file
 from torch.nn.functional import linear, silu
 from transformers import AutoModelForCausalLM
 
+pytestmark = pytest.mark.slow
+
 
 def test_every_kind_meets_every_feature_and_every_variant_some_kind() -> None:
     pairs = adapter_kinds.pairs()
@@ -56,17 +58,18 @@ def test_an_adapter_equals_peft(bases: Bases, variant: str, kind: str, tmp_path:
 @pytest.mark.filterwarnings("ignore")
 def test_a_bottleneck_reads_the_stream_with_the_scaled_output(bases: Bases, tmp_path: Path) -> None:
     base, model = bases.ours("granite"), copy.deepcopy(bases.theirs("granite"))
-    adapter_kinds.adapted("bottleneck", base.weights.info, model, tmp_path)
-    file = tmp_path / "adapter_config.json"
+    folder = tmp_path / "adapter"
+    adapter_kinds.adapted("bottleneck", base.weights.info, model, folder)
+    file = folder / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "reads": "stream"}))
-    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    tensors = load_file(folder / "adapter_model.safetensors")
     for i, layer in enumerate(model.model.layers):
         for block, norm in (("self_attn", "input_layernorm"), ("mlp", "post_attention_layernorm")):
             prefix = f"base_model.model.model.layers.{i}.{block}.bottleneck_"
             own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
             _add_after_stream(getattr(layer, norm), getattr(layer, block), own, model.config)
-    spec = inspect(tmp_path, base.weights.info)
-    _, delta = load(tmp_path, spec.digest, base.weights)
+    spec = inspect(folder, base.weights.info)
+    _, delta = load(folder, spec.digest, base.weights)
     expected = theirs(model)
     assert_equals(ours(base, delta), expected)
     assert_equals(native(base, delta), expected)

@@ -22,6 +22,8 @@ from model.changes import KINDS
 from model.mixes import MIXES, distance, ids_of, solo, together, with_adapters
 from model.passes import BLOCK_SIZE, NUM_BLOCKS, Driver, Sequence, token_ids
 
+pytestmark = pytest.mark.slow
+
 LONG, SHORT = 40, 20
 """Lengths of two sequences, on both sides of `short_positions` and longer than any window."""
 

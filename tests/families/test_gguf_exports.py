@@ -18,6 +18,8 @@ from loraplex_model.base.refusal import Refusal
 
 from model import gguf_files
 
+pytestmark = pytest.mark.slow
+
 CASES = ("gemma3", "phi3", "smollm3", "granite", "olmo3", "glm", "glm4", "cohere2", "starcoder2",
          "stablelm", "ministral3", "ernie4_5", "mixtral")  # fmt: skip
 

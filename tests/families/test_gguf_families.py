@@ -23,6 +23,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from model import gguf_files
 
+pytestmark = pytest.mark.slow
+
 _SCALAR = {"query_pre_attn_scalar": 32}
 _SHORT = {"rope_parameters": {**variants._LONG, "original_max_position_embeddings": 256}}
 

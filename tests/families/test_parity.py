@@ -140,7 +140,7 @@ def test_logits_equal_transformers(
     form: str, variant: str, tmp_path: Path, cache: Path, record_property: Any
 ) -> None:
     model = forms.build(form, variant)
-    record_property("family", type(model).__name__)
+    record_property("family", forms.family(model))
     path = str(forms.write(form, model, tmp_path / "model"))
     model = variants.rounded(model)
     decoders = by_decoders(load_base(path, torch.float32, cache).weights, model)
@@ -161,5 +161,5 @@ def test_logits_equal_transformers(
 
 
 def test_every_family_has_a_case() -> None:
-    shown = {type(forms.build(*case)).__name__ for case in forms.cases()}
+    shown = {forms.family(forms.build(*case)) for case in forms.cases()}
     assert shown == {*FAMILIES}

@@ -16,6 +16,8 @@ from loraplex_training.step.joint import Part
 from train import tiny
 from train.test_methods_lora_fishmask import Observed
 
+pytestmark = pytest.mark.slow
+
 JOINED = ("phi3", "phi4-mini", "glm4")
 LONG = (30, 9, 14)
 """Lengths of examples; the first is beyond the short context of the variant with LongRoPE."""

@@ -10,6 +10,7 @@ import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from tokenizers import (
@@ -79,6 +80,25 @@ def _with_special(tokenizer: Tokenizer, begins: bool, ends: bool) -> Tokenizer:
     return tokenizer
 
 
+def chat_tokenizer(tokenizer: Tokenizer, template: str = CHATML) -> PreTrainedTokenizerFast:
+    """The tokenizer with the names of its special tokens, as a checkpoint has it."""
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        unk_token="<unk>",
+    )
+    fast.chat_template = template or None
+    return fast
+
+
+class Servable(Protocol):
+    """A base of the tests, which can be a key."""
+
+    def folder(self) -> Path:
+        """The Hugging Face directory."""
+
+
 TOKENIZERS = {
     "bytes": byte_level,
     "bytes-begin": lambda: byte_level(begins=True),
@@ -116,14 +136,7 @@ class TinyBase:
             tie_word_embeddings=self.tied,
         )
         LlamaForCausalLM(config).save_pretrained(place)
-        fast = PreTrainedTokenizerFast(
-            tokenizer_object=TOKENIZERS[self.tokenizer](),
-            bos_token="<|im_start|>",
-            eos_token="<|im_end|>",
-            unk_token="<unk>",
-        )
-        fast.chat_template = self.template or None
-        fast.save_pretrained(place)
+        chat_tokenizer(TOKENIZERS[self.tokenizer](), self.template).save_pretrained(place)
         return place
 
 
@@ -141,7 +154,7 @@ class Running:
 
 
 @cache
-def serving(base: TinyBase | None = None, *flags: str) -> Running:
+def serving(base: Servable | None = None, *flags: str) -> Running:
     """A server on a tiny base, or on the default one, started once and stopped at the end."""
     place = Path(tempfile.mkdtemp(dir=_scratch().name))
     (place / "import").mkdir()

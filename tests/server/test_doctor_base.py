@@ -248,6 +248,9 @@ def test_a_missing_model_and_a_full_disk(tmp_path: Path, monkeypatch: pytest.Mon
     (check,) = examined(settings(tmp_path, tmp_path / "none"))
     assert not check.good
     assert "MODEL_NOT_FOUND: there is no model at" in check.text
+    (tmp_path / "empty").mkdir()
+    (check,) = examined(settings(tmp_path, tmp_path / "empty"))
+    assert check.text.endswith("has neither config.json nor safetensors")
     directory = tiny.write("llama", tmp_path / "model")
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)

@@ -77,15 +77,21 @@ def load_base(
     else:
         source, digests = checkpoint.locate(model), []
         build = partial(_build, source, cache_dir)
-    files = checkpoint.files_of(source)
-    if not files:
-        raise model_invalid(f"{source} has neither config.json nor safetensors")
+    files = files_at(source)
     entry = cache.entry_for(cache_dir, files, build, digests=digests)
     built = _read_decoder(entry / DECODER)
     built = dataclasses.replace(built, eos_token_ids=_end_tokens(source, entry, built))
     path = entry / stored.WEIGHTS
     weights = stored.read_weights(path, built, dtype, device)
     return LoadedBase(model or DEFAULT, weights, source, entry, MappedFile(path))
+
+
+def files_at(source: Path) -> tuple[Path, ...]:
+    """The files of a model. Raises `Refusal` (MODEL_INVALID) if there are none."""
+    files = checkpoint.files_of(source)
+    if not files:
+        raise model_invalid(f"{source} has neither config.json nor safetensors")
+    return files
 
 
 def present(model: str, cache_dir: Path) -> Path | None:

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from loraplex_model.base import families
 from loraplex_model.base.config import DecoderConfig
-from loraplex_model.base.refusal import Refusal
+from loraplex_model.base.refusal import Refusal, model_invalid
 from loraplex_model.checkpoints import checkpoint, stored, tokenizer
 from loraplex_model.checkpoints.checkpoint import TensorSource
 from loraplex_model.checkpoints.conversion.survey import Survey, survey
 from loraplex_model.checkpoints.convert import require_room
 from loraplex_model.checkpoints.gguf.source import GgufSource
-from loraplex_model.checkpoints.load import known_base, present
+from loraplex_model.checkpoints.load import files_at, known_base, present
 from loraplex_model.checkpoints.outlook.footprint import conversion_peak
 
 _WEIGHTS = (".gguf", ".safetensors")
@@ -65,7 +65,10 @@ def look(model: str, cache_dir: Path) -> BaseOutlook | None:
         return None
     known = known_base(model, cache_dir)
     if known is None:
-        return _unconverted(source, cache_dir)
+        try:
+            return _unconverted(source, cache_dir)
+        except OSError as error:
+            raise model_invalid(f"{source} cannot be read: {error}") from error
     found, entry = known
     return BaseOutlook(
         found.config,
@@ -78,6 +81,7 @@ def look(model: str, cache_dir: Path) -> BaseOutlook | None:
 
 
 def _unconverted(source: Path, cache_dir: Path) -> BaseOutlook:
+    files_at(source)
     tensors = checkpoint.open_source(source)
     found = survey(tensors, sampled=True)
     require_room(cache_dir, found.stored_bytes)
@@ -110,7 +114,7 @@ def _stored_as_if_readable(source: Path) -> str:
 def _stored_as(tensors: TensorSource, source: Path) -> str:
     """The format of a checkpoint, the types of its tensors by their bytes, and its files."""
     is_gguf = isinstance(tensors, GgufSource)
-    files = [file for file in checkpoint.files_of(source) if file.suffix in _WEIGHTS]
+    files = [file for file in files_at(source) if file.suffix in _WEIGHTS]
     name = "GGUF" if is_gguf else "safetensors"
     types = tensors.types() if isinstance(tensors, GgufSource) else _types(tensors)
     size = sum(types.values())
