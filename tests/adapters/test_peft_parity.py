@@ -127,12 +127,12 @@ SERVED: dict[str, dict[str, Any]] = {
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "PiSSA": ({"init_lora_weights": "pissa"}, "init_lora_weights"),
     "OLoRA": ({"init_lora_weights": "olora"}, "init_lora_weights"),
-    "aLoRA beside biases": ({"alora_invocation_tokens": [3, 4], "bias": "all"}, "bias"),
-    "aLoRA beside a saved head": (
+    "aLoRA with biases": ({"alora_invocation_tokens": [3, 4], "bias": "all"}, "bias"),
+    "aLoRA with a saved head": (
         {"alora_invocation_tokens": [3, 4], "modules_to_save": ["lm_head"]},
         "modules_to_save",
     ),
-    "aLoRA beside trained tokens": (
+    "aLoRA with trained tokens": (
         {"alora_invocation_tokens": [3, 4], "trainable_token_indices": [5]},
         "trainable_token_indices",
     ),

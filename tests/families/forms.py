@@ -1,4 +1,4 @@
-"""Checkpoints of the families in every form that is served, beside the model they were made of.
+"""Checkpoints of the families in every form that is served, with the model they were made of.
 
 A case is a variant in one form: "safetensors", "nf4" (quantised by bitsandbytes beforehand), "gguf"
 or "multimodal" (the text decoder of a model that reads images, with all of its tensors).

@@ -1,4 +1,4 @@
-"""What a family's GGUF files state beside Llama's settings is used, or refused by its name."""
+"""What a family's GGUF files state beyond Llama's settings is used, or refused by its name."""
 
 from __future__ import annotations
 
@@ -263,7 +263,7 @@ def test_a_head_beside_the_embeddings_is_used(case: str, tmp_path: Path) -> None
 def test_the_largest_gemmas_scale_queries_by_the_stream(
     architecture: str, layers: int, scalar: int
 ) -> None:
-    """The scale is in no file: llama.cpp knows the models by their numbers of layers."""
+    """The scale is in no file: llama.cpp identifies the models by their numbers of layers."""
     stated = gguf_files.settings(cases.built(architecture)) | {"~.block_count": layers}
     metadata = {key.replace("~", architecture): v for key, v in stated.items() if v is not None}
     settings = GgufSettings(Path("m.gguf"), architecture, metadata)

@@ -24,7 +24,7 @@ def values(kind: str, count: int) -> torch.Tensor:
             return weights * 1e-39
         case "spread":
             return weights * torch.exp(12 * torch.randn(count, generator=chance))
-        case "on the edges":  # exactly at midpoints between codes, and beside them
+        case "on the edges":  # exactly at midpoints between codes, and next to them
             code = nf4.nf4_code()
             edges = (code[1:] + code[:-1]) / 2
             edges = torch.cat([edges, edges.nextafter(torch.tensor(1.0)), torch.tensor([1.0])])

@@ -225,7 +225,7 @@ _OWN = {
     "stablelm": lambda config: {"~.use_parallel_residual": config.use_parallel_residual},
     "mistral3": _ministral3,
 }
-"""What the converters of single architectures write beside the others' metadata."""
+"""What the converters of single architectures write in addition to the others' metadata."""
 
 
 def head_dim(config: Any) -> int:

@@ -30,7 +30,7 @@ def decoder_config(raw: Mapping[str, Any]) -> DecoderConfig:
             the decoder lacks.
     """
     if raw.get("model_type") == "mistral" and "layer_types" in raw:
-        # Ministral 8B states the wrong name; transformers tells the two by this entry, too
+        # Ministral 8B states the wrong name; transformers distinguishes the two by this entry, too
         raw = {**raw, "architectures": ["MinistralForCausalLM"], "model_type": "ministral"}
     raw = text_part(raw)
     architecture = _architecture(raw)

@@ -10,7 +10,7 @@ from loraplex_adapters.format import modules
 from loraplex_adapters.format.modules import MATRICES
 from loraplex_adapters.format.patterns import match, suffixes
 from loraplex_model.adapters.merge import own_matrix
-from loraplex_model.base.config import BLOCKS, MODEL, PROJECTIONS, Site
+from loraplex_model.base.config import MODEL, PROJECTIONS, Site
 from loraplex_model.base.names import suggest
 from loraplex_model.base.weights import BaseWeights
 from loraplex_model.ops import unpack
@@ -67,10 +67,9 @@ def sites_of(
 
 def trainable(base: BaseWeights) -> dict[str, tuple[int, int]]:
     """Inputs and outputs of each of the checkpoint's matrices in a layer, but not of experts."""
-    shapes = base.config.module_shapes()
-    if base.config.num_experts:
-        shapes = {name: shape for name, shape in shapes.items() if BLOCKS[name] != "mlp"}
-    return shapes
+    experts = base.config.expert_projections
+    shapes = base.config.module_shapes().items()
+    return {name: shape for name, shape in shapes if name not in experts}
 
 
 def by_site(

@@ -89,7 +89,7 @@ class Footprint:
         return codes + item_size * (self.embed + self.others + rows * self._seen(tokens))
 
     def _seen(self, tokens: int) -> int:
-        """Numbers of the keys and values that a token after `tokens` others sees."""
+        """Numbers of the keys and values that a token after `tokens` others attends to."""
         windows = self.config.sliding_windows
         return 2 * self.config.kv_size * sum(min(tokens, window or tokens) for window in windows)
 

@@ -17,7 +17,7 @@ _TRIES = 4
 
 @dataclass(frozen=True, slots=True)
 class DeviceSpeed:
-    """What a device did in a fraction of a second.
+    """Speeds of a device, measured in a fraction of a second.
 
     Attributes:
         read: bytes that it read in a second.
