@@ -170,7 +170,7 @@ REFUSED = {
     "is not named": _not_named,
     "cannot share": _other_count,
     "has rank 4 in the weights and 2": _other_rank,
-    "mlp.gate.weight": _other_parameter,
+    "mlp.gate.weight (the router, which all-linear includes)": _other_parameter,
 }
 
 

@@ -25,9 +25,12 @@ def read_parameters(reader: Reader) -> tuple[str, ...]:
     names = reader.names(PARAMETERS_OPTION)
     for name in names:
         if name.rpartition(".")[2] not in ("gate_up_proj", "down_proj"):
+            router = name.endswith("gate.weight")
+            what = " (the router, which all-linear includes)" if router else ""
             reader.unsupported(
                 PARAMETERS_OPTION,
-                f"names {name}; only gate_up_proj and down_proj of experts are served",
+                f"names {name}{what}; only gate_up_proj and down_proj of experts are served: train "
+                "with these, and with modules of the attention",
             )
             return ()
     return names
