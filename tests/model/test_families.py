@@ -162,3 +162,6 @@ def test_mistral_with_kinds_of_layers_is_ministral() -> None:
     found = decoder_config(raw("mistral", sliding_window=6, layer_types=kinds))
     assert found.architecture == "MinistralForCausalLM"
     assert found.sliding_windows == (6, None, 6)
+    other = raw("mistral", layer_types=kinds, architectures=["MistralForTokenClassification"])
+    with pytest.raises(Refusal, match="MistralForTokenClassification is not supported"):
+        decoder_config(other)

@@ -29,7 +29,8 @@ def decoder_config(raw: Mapping[str, Any]) -> DecoderConfig:
         Refusal: the architecture is not supported, needs code of its own, or has a feature that
             the decoder lacks.
     """
-    if raw.get("model_type") == "mistral" and "layer_types" in raw:
+    is_mistral = raw.get("architectures") in (None, [], ["MistralForCausalLM"])
+    if is_mistral and raw.get("model_type") == "mistral" and "layer_types" in raw:
         # Ministral 8B states the wrong name; transformers distinguishes the two by this entry, too
         raw = {**raw, "architectures": ["MinistralForCausalLM"], "model_type": "ministral"}
     raw = text_part(raw)
