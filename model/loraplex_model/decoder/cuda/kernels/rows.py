@@ -1,7 +1,7 @@
 """The steps that work on single rows: embedding, norms, the MLP's activation, scaled logits.
 
 Sums are float32, and results are rounded to the compute type where Hugging Face rounds them. What a
-family does otherwise than Llama is a constant, so Llama's kernels hold no code for it.
+family does differently from Llama is a constant, so kernels for Llama contain no code for it.
 """
 
 from __future__ import annotations
