@@ -33,7 +33,7 @@ KEPT = 24
 BLOCK_SIZE = 16
 
 QUESTION = "The capital of Italy is Rome. The capital of France is"
-"""Alone, the second sentence goes on with "a city that is known for"; the model continues text."""
+"""The second sentence alone goes on with "a city that is known for its beautiful architecture"."""
 PROMPTS = (
     QUESTION,
     "def fibonacci(n):\n    if n < 2:\n        return n\n",
