@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from families import variants
 from families.variants import rounded
 from loraplex_model.base.fields import MAX_TABLE_BYTES
 from loraplex_model.base.refusal import Reason, Refusal
@@ -361,7 +362,6 @@ def test_impossible_numbers_are_refused_by_their_field(
         {"rope_type": "yarn", "factor": 2.0, "beta_fast": -1.0},
         {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": "1"},
         {"rope_type": "default", "partial_rotary_factor": 3.0},
-        {"rope_type": "default", "partial_rotary_factor": 0.01},
         "default",
     ],
     ids=str,
@@ -370,6 +370,14 @@ def test_impossible_rotations_are_refused(parameters: Any, tmp_path: Path) -> No
     directory = edited(tiny.write("llama", tmp_path / "model"), lambda _: None)
     if isinstance(parameters, dict):
         parameters = {"rope_theta": 1e4} | parameters
+    refusal = refused(edited(directory, lambda _: None, rope_parameters=parameters))
+    assert refusal.reason in ("MODEL_INVALID", "MODEL_UNSUPPORTED")
+
+
+@pytest.mark.parametrize("part", [3.0, 0.01, 0.0, -0.5, "0.5"])
+def test_an_impossible_part_of_a_head_is_refused(part: Any, tmp_path: Path) -> None:
+    directory = variants.write("stablelm", tmp_path / "model")
+    parameters = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": part}
     refusal = refused(edited(directory, lambda _: None, rope_parameters=parameters))
     assert refusal.reason in ("MODEL_INVALID", "MODEL_UNSUPPORTED")
 
