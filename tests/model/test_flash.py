@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -51,6 +52,7 @@ def faulty_varlen_attn(
     seqused_k: torch.Tensor | None = None,
     block_table: torch.Tensor | None = None,
     num_splits: int | None = None,
+    scale: float | None = None,
 ) -> torch.Tensor:
     """What torch 2.13 computes, with pytorch#194167: if the keys are split, the rows of all
     sequences but the first stay as they were. Also refuses what FlashAttention refuses."""
@@ -82,7 +84,7 @@ def faulty_varlen_attn(
             key[blocks].flatten(0, 1)[:used],
             value[blocks].flatten(0, 1)[:used],
             positions,
-            None if left < 0 else left + 1,
+            attention.Scoring(None if left < 0 else left + 1, scale or query.shape[-1] ** -0.5),
         )
     return out
 
@@ -99,12 +101,15 @@ def logits(weights: Any) -> torch.Tensor:
     return torch.cat([first, *(decoder.forward(ForwardBatch.build(p)) for p in (more, last))])
 
 
-@pytest.mark.parametrize("variant", ["llama", "mistral-window"])
+@pytest.mark.parametrize(
+    ("variant", "scale"), [("llama", 0), ("llama", 0.7), ("mistral-window", 0)]
+)
 def test_every_sequence_of_a_small_batch_is_written(
-    variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    variant: str, scale: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = tiny.write(variant, tmp_path / "model")
     weights = load.load_base(str(checkpoint), torch.float32, tmp_path / "cache").weights
+    weights = replace(weights, config=replace(weights.config, attention_scale=scale))
     plain = logits(weights)
     calls: list[dict[str, Any]] = []
 
@@ -162,7 +167,7 @@ def test_an_old_device_or_torch_uses_the_fallback(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(varlen, "varlen_attn", of_2_11)
     flash._missing.cache_clear()
-    assert "block_table, enable_gqa, num_splits, seqused_k" in (usable() or "")
+    assert "block_table, enable_gqa, num_splits, scale, seqused_k" in (usable() or "")
 
 
 def test_the_fallback_is_logged_once_at_the_start(

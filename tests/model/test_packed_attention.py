@@ -38,6 +38,7 @@ class VarlenAttention:
         *,
         window_size: tuple[int, int] = (-1, -1),
         enable_gqa: bool = False,
+        scale: float | None = None,
     ) -> torch.Tensor:
         self.calls += 1
         assert enable_gqa
@@ -48,13 +49,20 @@ class VarlenAttention:
         spans = zip(pairwise(cu_seq_q.tolist()), pairwise(cu_seq_k.tolist()), strict=True)
         return torch.cat(
             [
-                self._one(query[slice(*rows)], key[slice(*all_)], value[slice(*all_)], window_size)
+                self._one(
+                    query[slice(*rows)], key[slice(*all_)], value[slice(*all_)], window_size, scale
+                )
                 for rows, all_ in spans
             ]
         )
 
     def _one(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window_size: tuple[int, int]
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        window_size: tuple[int, int],
+        scale: float | None,
     ) -> torch.Tensor:
         n, m = len(q), len(k)
         at, positions = torch.arange(m), torch.arange(m - n, m)[:, None]
@@ -62,7 +70,7 @@ class VarlenAttention:
         if window_size[0] >= 0:
             seen &= at >= positions - window_size[0]
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
-        scores = torch.einsum("nhd,mhd->hnm", q, k) * q.shape[2] ** -0.5
+        scores = torch.einsum("nhd,mhd->hnm", q, k) * (scale or q.shape[2] ** -0.5)
         weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
         return torch.einsum("hnm,mhd->nhd", weights, v)
 
@@ -80,7 +88,7 @@ def normal(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
 
-@pytest.mark.parametrize("window", [None, 1, 3, 100])
+@pytest.mark.parametrize(("window", "scale"), [(None, 0), (1, 0), (3, 0.7), (100, 0)])
 @pytest.mark.parametrize(
     ("starts", "past"),
     [
@@ -94,12 +102,14 @@ def test_one_call_has_the_numbers_and_gradients_of_the_plain_attention(
     starts: list[int],
     past: list[int],
     window: int | None,
+    scale: float,
     load_tiny: Load,
     monkeypatch: pytest.MonkeyPatch,
     torch_function: VarlenAttention,
 ) -> None:
     torch.manual_seed(len(starts) + (window or 0))
-    config = replace(load_tiny("llama").weights.config, sliding_windows=(window,) * 3)
+    config = load_tiny("llama").weights.config
+    config = replace(config, sliding_windows=(window,) * 3, attention_scale=scale)
     q, k, v = normal(starts[-1], HEADS, WIDTH), *(normal(starts[-1], KV_HEADS, WIDTH) for _ in "kv")
     keys, values = (normal(3, 3, KV_HEADS, WIDTH) for _ in "kv")
     prefix = VirtualTokens(keys=keys, values=values)

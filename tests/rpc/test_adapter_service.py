@@ -156,13 +156,13 @@ async def test_nothing_is_registered_from_outside_the_import_root(tmp_path: Path
 
 async def test_all_that_is_wrong_with_an_adapter_is_told(tmp_path: Path) -> None:
     async with running(tmp_path) as up:
-        write_adapter(tmp_path / "import" / "x", layer_replication=[[0, 1]], use_qalora=True)
+        write_adapter(tmp_path / "import" / "x", layer_replication=[[0, 1]], arrow_config={"k": 1})
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await up.adapters.RegisterAdapter(pb.RegisterAdapterRequest(name="a", path="x"))
         seen = refusal(caught.value)
         assert seen.reason == "ADAPTER_UNSUPPORTED"
         failed = seen.detail(error_details_pb2.PreconditionFailure).violations
-        assert {"layer_replication", "use_qalora"} <= {violation.subject for violation in failed}
+        assert {"layer_replication", "arrow_config"} <= {violation.subject for violation in failed}
 
 
 async def test_a_damaged_blob_fails_its_own_requests_only(tmp_path: Path) -> None:

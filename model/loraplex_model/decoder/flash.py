@@ -11,10 +11,12 @@ BLOCK = 256
 """FlashAttention 2 needs a paged cache with blocks of a multiple of this."""
 
 _WIDEST = 256
-_OPTIONS = frozenset({"block_table", "seqused_k", "num_splits", "enable_gqa", "window_size"})
+_OPTIONS = frozenset(
+    {"block_table", "seqused_k", "num_splits", "enable_gqa", "window_size", "scale"}
+)
 
 
-_PACKED_OPTIONS = frozenset({"enable_gqa", "window_size"})
+_PACKED_OPTIONS = frozenset({"enable_gqa", "window_size", "scale"})
 
 
 def packed_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
