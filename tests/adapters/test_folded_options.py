@@ -20,6 +20,8 @@ from loraplex_model.adapters.delta import ProjectionDelta, RowsDelta
 
 from model import tiny
 
+pytestmark = pytest.mark.slow
+
 PROJECTIONS = ("q_proj", "k_proj", "o_proj", "up_proj", "down_proj")
 LISTED, WIDE = [*PROJECTIONS, "lm_head"], r".*layers\.\d+\.(self_attn|mlp)\.[qkvd].*_proj"
 TARGETS = {"target_modules": [LISTED, WIDE, "all-linear"]}

@@ -23,6 +23,8 @@ from peft.tuners.lora import BdLoraConfig, KasaConfig, layer, variants
 
 from model import tiny
 
+pytestmark = pytest.mark.slow
+
 PATTERN = {"k_proj": 4, r"layers\.1\..*down_proj": 8}
 EXCLUDED = [None, ["v_proj"], r".*layers\.2\..*"]
 BLOCKS = [
