@@ -374,6 +374,14 @@ def test_impossible_rotations_are_refused(parameters: Any, tmp_path: Path) -> No
     assert refusal.reason in ("MODEL_INVALID", "MODEL_UNSUPPORTED")
 
 
+@pytest.mark.parametrize("count", [0, 5, 9])
+def test_more_experts_for_a_token_than_there_are_are_refused(count: int, tmp_path: Path) -> None:
+    directory = variants.write("mixtral", tmp_path / "model")
+    refusal = refused(edited(directory, lambda _: None, num_experts_per_tok=count))
+    assert refusal.reason == "MODEL_INVALID"
+    assert f"num_experts_per_tok {count}" in refusal.message
+
+
 @pytest.mark.parametrize("part", [3.0, 0.01, 0.0, -0.5, "0.5"])
 def test_an_impossible_part_of_a_head_is_refused(part: Any, tmp_path: Path) -> None:
     directory = variants.write("stablelm", tmp_path / "model")

@@ -169,6 +169,9 @@ def check_decoder(config: DecoderConfig) -> None:
         for number in _floats(getattr(config, field.name)):
             if not math.isfinite(number):
                 raise _wrong(field.name, number, "finite, and so must what it is made of")
+    if config.num_experts and not 1 <= config.experts_per_token <= config.num_experts:
+        needed = f"1 to {config.num_experts}, the number of experts"
+        raise _wrong("num_experts_per_tok", config.experts_per_token, needed)
     widths = {2 * len(rope.inv_freq) for rope in config.ropes}
     if not all(2 <= width <= config.head_dim for width in widths):
         raise model_unsupported(
