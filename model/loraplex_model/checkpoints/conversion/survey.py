@@ -150,8 +150,9 @@ class _ShapeReader:
         info = self._use(self._embed if name == families.EMBED else name)
         if info.dtype not in FLOATS:
             raise model_unsupported(
-                f"{name} is of type {info.dtype}, so the checkpoint is quantised in a way that is "
-                "not supported; use a checkpoint that is not quantised, or one in bitsandbytes NF4"
+                f"{name} is of type {info.dtype}, so it is quantised in a way that is not "
+                "supported; use a checkpoint that is not quantised, or one whose layers' matrices "
+                "are in bitsandbytes NF4, but not its embeddings, head, norms and routers"
             )
         if info.shape != shape:
             raise model_invalid(
