@@ -30,10 +30,14 @@ HOSTILE = st.builds(
 )
 
 
+_UNENCODED = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
+"""What gRPC's protocol leaves as it is in a message: printable ASCII but the percent sign."""
+
+
 def on_the_wire(error: Refusal) -> int:
     """Bytes of the trailers and the message, with the overhead that HTTP/2 counts."""
     status = status_of(error, REQUEST_ID)
-    sent = [("grpc-message", quote(status.message)), ("grpc-status", "13")]
+    sent = [("grpc-message", quote(status.message, safe=_UNENCODED)), ("grpc-status", "13")]
     for name, value in trailers_of(status, error.reason, REQUEST_ID):
         size = -(-len(value) // 3) * 4 if isinstance(value, bytes) else len(value)
         sent.append((name, "x" * size))
