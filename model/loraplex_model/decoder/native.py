@@ -21,7 +21,7 @@ from loraplex_model.adapters.table import Merged, SlotTable
 from loraplex_model.base.batch import ForwardBatch
 from loraplex_model.base.config import FUSED, Norm, Rope
 from loraplex_model.base.weights import BLOCK, BaseWeights, LayerWeights, NF4Matrix
-from loraplex_model.decoder import layout
+from loraplex_model.decoder import layout, paired
 from loraplex_model.decoder.forward import query_scale
 from loraplex_model.decoder.layout import (
     CLayer,
@@ -55,7 +55,8 @@ class NativeDecoder:
         block_size: tokens of a KV block.
         kernels: what computes the passes, for people.
         table: the resident adapters.
-        keys, values: per layer [blocks, kv_heads, block_size, head_dim], compute dtype.
+        keys, values: per layer [blocks, kv_heads, block_size, head_dim], compute dtype; for products of
+            bfloat16 in the form of `paired.shapes`.
     """
 
     def __init__(
@@ -87,9 +88,15 @@ class NativeDecoder:
         self._bf16_products = dtype == torch.bfloat16 and self._library.loraplex_bf16_order() > 0
         self.kernels = f"C++ {self.isa}{', bfloat16 products' * self._bf16_products}"
         self.table = SlotTable(num_slots, config)
-        shape = (num_blocks, config.num_kv_heads, block_size, config.head_dim)
-        self.keys = [torch.zeros(shape, dtype=dtype) for _ in weights.layers]
-        self.values = [torch.zeros(shape, dtype=dtype) for _ in weights.layers]
+        part = (block_size, config.head_dim)
+        shapes = paired.shapes(*part) if self._bf16_products else (part, part)
+        self.keys, self.values = (
+            [
+                torch.zeros(num_blocks, config.num_kv_heads, *shape, dtype=dtype)
+                for _ in weights.layers
+            ]
+            for shape in shapes
+        )
 
         self._layers = (CLayer * config.num_layers)(
             *(self._layer(i, layer) for i, layer in enumerate(weights.layers))
@@ -139,6 +146,10 @@ class NativeDecoder:
 
     def write_prefix(self, blocks: Sequence[int], keys: torch.Tensor, values: torch.Tensor) -> None:
         """Writes keys and values [layers, n, kv_heads, head_dim] to the start of `blocks`."""
+        if self._bf16_products:
+            for layer in zip(keys, values, self.keys, self.values, strict=True):
+                paired.write(blocks, *layer)
+            return
         for states, caches in ((keys, self.keys), (values, self.values)):
             write_blocks(blocks, states, [cache.transpose(1, 2) for cache in caches])
 
