@@ -61,7 +61,7 @@ SHAPES = [
 
 
 class Context:
-    """Random queries, keys and values of one sequence, and a cache of NaN to which they are written."""
+    """Random queries, keys and values of a sequence, and a cache of NaN for them."""
 
     def __init__(self, library: ctypes.CDLL, shape: Shape) -> None:
         torch.manual_seed(shape.tokens + shape.head_dim)

@@ -8,6 +8,7 @@ only, so its bits are the same alone, in any batch, and for any division of its 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from ctypes import addressof, byref, c_void_p
 
@@ -55,8 +56,8 @@ class NativeDecoder:
         block_size: tokens of a KV block.
         kernels: what computes the passes, for people.
         table: the resident adapters.
-        keys, values: per layer [blocks, kv_heads, block_size, head_dim], compute dtype; for products of
-            bfloat16 in the form of `paired.shapes`.
+        keys, values: per layer [blocks, kv_heads, block_size, head_dim], compute dtype; for
+            products of bfloat16 in the form of `paired.shapes`.
     """
 
     def __init__(
@@ -89,13 +90,17 @@ class NativeDecoder:
         self.kernels = f"C++ {self.isa}{', bfloat16 products' * self._bf16_products}"
         self.table = SlotTable(num_slots, config)
         part = (block_size, config.head_dim)
-        shapes = paired.shapes(*part) if self._bf16_products else (part, part)
+        forms = paired.shapes(*part) if self._bf16_products else (part, part)
         self.keys, self.values = (
-            [
-                torch.zeros(num_blocks, config.num_kv_heads, *shape, dtype=dtype)
-                for _ in weights.layers
-            ]
-            for shape in shapes
+            [self._pages(num_blocks, form, dtype) for _ in weights.layers] for form in forms
+        )
+        self._arena = mapping.Arena(
+            sum(
+                layout.nf4_room(*matrix.shape)
+                for layer in weights.layers
+                for matrix in (layer.qkv, layer.o, layer.gate_up, layer.down)
+                if matrix.shape[1] % BLOCK == 0
+            )
         )
 
         self._layers = (CLayer * config.num_layers)(
@@ -152,6 +157,11 @@ class NativeDecoder:
             return
         for states, caches in ((keys, self.keys), (values, self.values)):
             write_blocks(blocks, states, [cache.transpose(1, 2) for cache in caches])
+
+    def _pages(self, num_blocks: int, form: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A layer's keys or values, zeros: [num_blocks, kv_heads, *form]."""
+        shape = (num_blocks, self.weights.config.num_kv_heads, *form)
+        return mapping.zeros(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
 
     def _keep(self, tensor: torch.Tensor | None) -> int | None:
         if tensor is None:
@@ -248,6 +258,7 @@ class NativeDecoder:
             out,
             fan_in,
             bf16_products=self._bf16_products,
+            empty=self._arena.take,
         )
         return CMatrix(
             data=self._keep(codes),
