@@ -102,8 +102,9 @@ def test_instructions_give_the_bits_of_the_software_version(isa: str) -> None:
     assert software.loraplex_bf16_order() == hardware.loraplex_bf16_order()
     torch.manual_seed(3)
     x = torch.randn(21, 576)
-    matrices = [(library, Nf4(library, 80, 576)) for library in (hardware, software)]
-    assert torch.equal(*(multiply(library, nf4.matrix, x) for library, nf4 in matrices))
+    ours, theirs = Nf4(hardware, 80, 576), Nf4(software, 80, 576)
+    got = multiply(hardware, ours.matrix, x)
+    assert torch.equal(got, multiply(software, theirs.matrix, x))
     weight = torch.randn(80, 576).bfloat16()
     results = []
     for library in (hardware, software):
