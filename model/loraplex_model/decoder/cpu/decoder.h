@@ -67,7 +67,7 @@ class Pass {
       product({{UP_PROJ, m.intermediate}});
     product({{DOWN_PROJ, m.hidden}});
     products_.emplace_back(head_plan_, m.adapters, Fused{1, {LM_HEAD}, {0}, {m.lm_head.out}}, -1, b.num_logits,
-                           m.lm_head.out, HEAD);
+                           m.lm_head.out, HEAD, UNIT_ROWS<X>);
   }
 
   void run() {
@@ -155,7 +155,7 @@ class Pass {
       out += width;
     }
     products_.emplace_back(plan_, m.adapters, fused, int(products_.size()), b.num_tokens, out,
-                           FACTORS | GAIN | IN_GAIN);
+                           FACTORS | GAIN | IN_GAIN, UNIT_ROWS<X>);
   }
 
   // The largest width of a bottleneck, or rank at the embeddings, among the adapters of this pass.
@@ -182,20 +182,14 @@ class Pass {
     bool gains = product.plan->uses & IN_GAIN && product.fused_index >= 0;
     if (gains) gain(phase, product, layer, x, matrix.in);
     auto rows = Multiplied<X>::rows(x, inputs);
-    int shrinks = product.shrink.size(), units = 0, count = product.rows;
+    int shrinks = product.shrink.size(), units = 0;
     for (const Product::Run& run : product.runs) units += matmul_units(run.tile, rows);
-    auto shrink_unit = [&](int unit) {
-      shrink<T>(*product.plan, m.adapters, product.fused, layer, product.shrink[unit], x, matrix.in, w.h.data(),
-                scratch());
-    };
-    if (int exchanges = Multiplied<X>::exchange_units(rows, count)) {  // what a product reads is ready after them
-      team_.run(phase, shrinks + exchanges, [&](int unit) {
-        unit < shrinks ? shrink_unit(unit) : Multiplied<X>::exchange(rows, count, unit - shrinks);
-      });
-      shrinks = 0;
-    }
+    if (int exchanges = Multiplied<X>::exchange_units(rows, product.rows))
+      team_.run(phase, exchanges, [&](int unit) { Multiplied<X>::exchange(rows, product.rows, unit); });
     team_.run(phase, shrinks + units, [&](int unit) {
-      if (unit < shrinks) return shrink_unit(unit);
+      if (unit < shrinks)
+        return shrink<T>(*product.plan, m.adapters, product.fused, layer, product.shrink[unit], rows, matrix.in,
+                         w.h.data(), scratch());
       unit -= shrinks;
       const Product::Run* run = product.runs.data();
       for (int own; unit >= (own = matmul_units(run->tile, rows)); run++) unit -= own;
@@ -205,7 +199,7 @@ class Pass {
     });
     if (product.expand.empty()) return;
     team_.run(phase, product.expand.size(), [&](int unit) {
-      expand<T>(*product.plan, m.adapters, product.fused, layer, product.expand[unit], w.h.data(), y, y_stride,
+      expand<T, X>(*product.plan, m.adapters, product.fused, layer, product.expand[unit], w.h.data(), y, y_stride,
                 scratch());
     });
   }
