@@ -47,6 +47,9 @@ PANELS: Final = {
 }
 """Titles of the panels of `--help`, each by its first setting in the order of `Config`."""
 
+FORMER: Final = {"share_base_prefixes": "prefix_cache"}
+"""Settings of earlier versions, and those that took their place. They are refused."""
+
 
 class ConfigError(Exception):
     """Settings that cannot be used. The message names every wrong setting, for the operator."""
@@ -148,9 +151,10 @@ class Config(BaseSettings):
     special_tokens_in_messages: bool = False
     """Recognise control tokens that messages spell out, also in the data of training jobs, so that
     a message can end its turn and open another. By default they are text."""
-    share_base_prefixes: bool = False
-    """Let prompts that begin alike share keys and values that the base alone has computed. Response
-    times can then show clients whether someone has sent a prompt that begins like theirs."""
+    prefix_cache: bool = True
+    """Keep keys and values of prompts and answers, and let later requests that begin alike use
+    them. Response times can then show whether somebody who sends the same cache_salt, or none
+    either, has sent a prompt that begins like one's own."""
     token_budget: int = Field(512, ge=1)
     """Most tokens in one step: decode rows and prompt chunks together."""
     max_running: int = Field(64, ge=1)
@@ -352,7 +356,7 @@ class Config(BaseSettings):
             max_running=self.max_running,
             max_waiting=self.max_requests,
             max_waiting_tokens=2 * self.max_waiting_tokens,
-            share_base_prefixes=self.share_base_prefixes,
+            prefix_cache=self.prefix_cache,
         )
 
 
@@ -370,9 +374,10 @@ def load(file: Path | None, flags: Mapping[str, Any]) -> Config:
         from_environment = EnvSettingsSource(Config)()
     except SettingsError as error:  # a list or a table that is not JSON
         raise ConfigError(f"the environment cannot be read: {error}") from error
-    given = {**from_file, **from_environment, **flags}
+    former = {name for name in FORMER if f"LORAPLEX_{name.upper()}" in os.environ}
+    given = {**from_file, **dict.fromkeys(former), **from_environment, **flags}
     unknown = given.keys() - Config.model_fields.keys()
-    problems = [f"{name}: there is no such setting" for name in sorted(unknown)]
+    problems = [f"{name}: {_unknown(name)}" for name in sorted(unknown)]
     try:
         config = Config(**{name: given[name] for name in given if name not in unknown})
     except ValidationError as error:
@@ -380,6 +385,14 @@ def load(file: Path | None, flags: Mapping[str, Any]) -> Config:
     if problems:
         raise ConfigError("; ".join(problems))
     return config
+
+
+def _unknown(name: str) -> str:
+    """What is said of a setting that does not exist."""
+    if name not in FORMER:
+        return "there is no such setting"
+    now = FORMER[name]
+    return f"this setting is now called {now} (default: {Config.model_fields[now].default}); set that"
 
 
 def _explain(error: Any) -> str:

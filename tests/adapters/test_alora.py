@@ -297,7 +297,7 @@ def test_keys_and_values_of_the_base_are_shared_and_change_no_bit(
         for name in ("", "alora", "lora")
     }
     for first, second in (("", "alora"), ("alora", ""), ("alora", "alora"), ("lora", "alora")):
-        served = Served(world, decoder, share_base_prefixes=True)
+        served = Served(world, decoder, prefix_cache=True)
         rest = whole if first == "lora" else whole - 2 * size
         for name, computed in ((first, whole), (second, rest)):
             served.computed = 0

@@ -94,7 +94,7 @@ async def test_it_is_used_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("shares", [False, True])
 async def test_what_was_found_in_the_cache_is_counted(tmp_path: Path, shares: bool) -> None:
     """The oracle's blocks hold 4 tokens, of which the first is the base's."""
-    async with running(tmp_path, share_base_prefixes=shares) as up:
+    async with running(tmp_path, prefix_cache=shares) as up:
         digest = (await register(up, "judge")).adapter.digest
         first = await up.generation.Generate(ask(*PROMPT, new=3))
         assert first.usage.cached_prompt_tokens == 0
