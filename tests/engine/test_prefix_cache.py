@@ -232,6 +232,24 @@ class TestBothPaces:
             assert engine.outputs[id][0].cached_tokens == 0
         engine.core.check()
 
+    def test_one_that_is_preempted_before_its_turn_computes_its_last_token_again(self) -> None:
+        """Its blocks hold all of its tokens, and its next one is chosen from the last logits."""
+        engine = engine_with(num_blocks=9)
+        hostile = SamplingParams(temperature=50.0, top_p=0.5, seed=3)
+        ids = (1, 2, 3)
+        for id in ids:
+            engine.submit(id, [id, *HEAD[:7]], 2, sampling=hostile)
+        scheduler = engine.core._scheduler
+        for _ in range(3):
+            rows = scheduler.schedule(0.0)
+            for row in rows:
+                row.request.computed += row.count
+                scheduler.settle(row)
+            assert len(rows) == (3 if not _ else 0)
+        scheduler._preempt(scheduler.running.pop())
+        (row,) = scheduler.schedule(0.0)
+        assert (row.request.id, row.start, row.count, row.completes) == (3, 4, 4, True)
+
     def test_merged_and_unmerged_rows_share_nothing(self) -> None:
         """Dense copies round otherwise, and those of another merge may too."""
         engine = engine_with()
@@ -356,6 +374,15 @@ class TestTogether:
         assert engine.last is not None
         assert engine.last.stats.prefix_hits == 3
         engine.core.check()
+
+    def test_what_a_preempted_request_has_computed_itself_is_not_counted(self) -> None:
+        engine = engine_with(token_budget=16, max_running=4)
+        for id in (1, 2, 3):
+            engine.submit(id, HEAD, 2)
+        engine.step()
+        engine.core._requests[2].runs = 2  # as after a preemption
+        engine.run()
+        assert [engine.outputs[id][0].cached_tokens for id in (1, 2, 3)] == [0, 0, 8]
 
     def test_another_prompt_is_computed_meanwhile(self) -> None:
         engine = engine_with(token_budget=8, max_running=8)

@@ -110,6 +110,7 @@ class TreeMachine(RuleBasedStateMachine):
     def admit(self, data: st.DataObject) -> None:
         request = data.draw(st.sampled_from(self.queued))
         found = list(self.cache.find(request))
+        self.note_drops()
         self.found_is_right(request, [node.block for node in found])
         need = self.pool.blocks_for(request.in_own_blocks) - len(found)
         unowned = sum(not self.pool.owners(node.block) for node in found)
@@ -120,7 +121,6 @@ class TreeMachine(RuleBasedStateMachine):
         request.blocks.extend(self.pool.reserve(need))
         request.state = RequestState.RUNNING
         self.running.append(request)
-        self.note_drops()
 
     def found_is_right(self, request: Request, blocks: list[int]) -> None:
         """Exactly the longest beginning that the dictionary has, but for one token."""
@@ -171,6 +171,11 @@ class TreeMachine(RuleBasedStateMachine):
             if node.is_kept:
                 assert self.kept.setdefault((salt, is_long, content), node.block) == node.block
 
+    def answer(self, request: Request) -> None:
+        """Its logits were finite, if there are any."""
+        if request.computed == len(request.tokens):
+            vouch(request)
+
     def note_drops(self) -> None:
         self.kept = {key: one for key, one in self.kept.items() if one in self.pool._kept}
 
@@ -193,7 +198,7 @@ class TreeMachine(RuleBasedStateMachine):
         request = data.draw(st.sampled_from(self.running))
         self.running.remove(request)
         if how == "finish":
-            request.computed == len(request.tokens) and vouch(request)
+            self.answer(request)
         if how == "poison":
             path = [node.block for node in request.path]
             self.cache.poison(request)
@@ -247,7 +252,7 @@ class TreeMachine(RuleBasedStateMachine):
 
 
 TreeMachine.TestCase.settings = settings(
-    max_examples=120,
+    max_examples=300,
     stateful_step_count=40,
     deadline=None,
     print_blob=True,

@@ -62,8 +62,9 @@ class PrefixCache:
             found.clear()
         if request.wants_prompt_logits:
             return found
-        while found and not found[-1].is_kept:
-            found.pop()
+        size = len(request.tokens)
+        while found and (not found[-1].is_kept or self._end(request, len(found)) >= size):
+            self._drop_unsound(found.pop())
         while node := self._next(request, found):
             found.append(node)
         return found
@@ -128,8 +129,7 @@ class PrefixCache:
         for node in reversed(request.found):
             if node.is_sound:
                 break
-            if node.is_kept and not self._pool.owners(node.block):
-                self._tree.drop(node)
+            self._drop_unsound(node)
 
     def poison(self, request: Request) -> None:
         """Drops everything that a request with wrong numbers holds, and all that follows it."""
@@ -140,6 +140,11 @@ class PrefixCache:
     def check(self) -> None:
         """Verifies trees and pool. Raises `AssertionError`."""
         self._tree.check()
+
+    def _drop_unsound(self, node: KeptBlock) -> None:
+        """Drops a block that no request vouches for and none can any more."""
+        if node.is_kept and not node.is_sound and not self._pool.owners(node.block):
+            self._tree.drop(node)
 
     def _catch_up(self, request: Request) -> None:
         """Takes kept blocks in place of own ones that are still empty."""
