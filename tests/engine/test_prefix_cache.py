@@ -128,6 +128,19 @@ class TestBothPaces:
         assert ask(engine, 2, [*short, 7, 8], alora("i")) == 4
         assert ask(engine, 3, [*short, 60], alora("i")) == 16
 
+    def test_a_generated_invocation_does_not_act_and_one_in_the_prompt_does(self) -> None:
+        """Both begin inside one block, which has the same tokens in both requests."""
+        said = [7, 8, 60, 61, 62]
+        engine = Engine(OracleRunner(block_size=8, scripts={50: said}))
+        ref = alora("i")
+        engine.submit(1, [1, 7, 8, 50], 6, adapters=[ref])
+        engine.run()
+        assert engine.tokens(1)[:5] == said
+        for id, found in ((2, 0), (3, 8)):
+            engine.submit(id, [1, 7, 8, 50, *said], 2, adapters=[ref])
+            engine.run()
+            assert engine.outputs[id][0].cached_tokens == found
+
     def test_one_token_is_always_computed(self) -> None:
         engine = engine_with()
         assert ask(engine, 1, HEAD[:8]) == 0
@@ -169,10 +182,11 @@ class TestBothPaces:
         info = engine.runner.info
         config = replace(info.base.config, short_positions=16)
         engine.runner.info = structs.replace(info, base=replace(info.base, config=config))
-        ask(engine, 1, HEAD)
-        assert ask(engine, 2, HEAD, new=10) == 0
-        assert ask(engine, 3, HEAD, new=12) == 8
-        assert ask(engine, 4, HEAD) == 8
+        for at, refs in enumerate(([], [adapter("a")])):
+            ask(engine, 10 * at, HEAD, *refs)
+            assert ask(engine, 10 * at + 1, HEAD, *refs, new=10) == 0
+            assert ask(engine, 10 * at + 2, HEAD, *refs, new=12) == 8
+            assert ask(engine, 10 * at + 3, HEAD, *refs) == 8
 
     def test_running_requests_share_blocks_and_each_frees_its_own(self) -> None:
         engine = engine_with()
@@ -265,6 +279,24 @@ class TestBothPaces:
         order(engine, Merge(3, ref))
         assert ask(engine, 7, HEAD, ref) == 0
 
+    def test_a_merge_between_two_runs_of_a_request_lets_it_find_nothing(self) -> None:
+        engine = engine_with()
+        ref = adapter("a", merge_nbytes=10)
+        engine.submit(1, HEAD, 6, adapters=[ref])
+        for _ in range(4):
+            while engine.loader.jobs:
+                engine.loader.finish()
+            engine.step()
+        scheduler = engine.core._scheduler
+        (request,) = scheduler.running
+        scheduler.running.clear()
+        scheduler._preempt(request)
+        assert request.found
+        request.copies.change(1)
+        assert scheduler.prefixes.find(request) == []
+        engine.run()
+        assert engine.tokens(1) == expected(HEAD, [ref], 6)
+
     def test_a_request_that_a_merge_meets_keeps_nothing_from_then_on(self) -> None:
         engine = engine_with(token_budget=4, max_running=4)
         ref = adapter("a", merge_nbytes=10)
@@ -302,6 +334,17 @@ class TestBothPaces:
         assert engine.outcome(2) == "NON_FINITE_LOGITS"
         assert engine.core._pool.kept == 0
         assert ask(engine, 3, HEAD) == 0
+
+    def test_one_that_shares_with_a_poisoned_request_goes_on_and_keeps_nothing(self) -> None:
+        engine = Engine(OracleRunner(nonfinite_token=400), token_budget=8, max_running=3)
+        engine.submit(1, HEAD, 20)
+        engine.step()
+        engine.submit(2, [*HEAD[:8], 1, 2, 3, 4, 5, 400], 2)
+        engine.run()
+        assert engine.outcome(2) == "NON_FINITE_LOGITS"
+        assert engine.tokens(1) == expected(HEAD, [], 20)
+        assert engine.core._pool.kept == 0
+        engine.core.check()
 
     def test_what_nobody_vouches_for_goes_with_its_request(self) -> None:
         """Whether the numbers of a prompt are finite is seen at its end, which is not reached."""
