@@ -392,7 +392,9 @@ def _unknown(name: str) -> str:
     if name not in FORMER:
         return "there is no such setting"
     now = FORMER[name]
-    return f"this setting is now called {now} (default: {Config.model_fields[now].default}); set that"
+    return (
+        f"this setting is now called {now} (default: {Config.model_fields[now].default}); set that"
+    )
 
 
 def _explain(error: Any) -> str:

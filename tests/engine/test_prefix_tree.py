@@ -90,9 +90,7 @@ class TreeMachine(RuleBasedStateMachine):
         refs = [AdapterRef(name, "", weight) for name in names]
         most = 40 if is_long else 1
         wanted = 0 if scored else None
-        submit = Submit(
-            self.submitted, prompt, most, refs, cache_salt=salt, prompt_logprobs=wanted
-        )
+        submit = Submit(self.submitted, prompt, most, refs, cache_salt=salt, prompt_logprobs=wanted)
         request = Request(submit, (0.0, self.submitted), 0.0, Draw(SamplingParams(), prompt))
         request.short_positions = 30
         request.pins = tuple(Pin(name, at, 1) for at, name in enumerate(names))
