@@ -22,6 +22,7 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict, SettingsError
 
+from loraplex_server import former_settings
 from loraplex_server.engine.batching.scheduler import EngineLimits
 from loraplex_server.engine.group import devices
 from loraplex_server.engine.group.devices import EnginePlacement
@@ -46,9 +47,6 @@ PANELS: Final = {
     "log_format": "Logging",
 }
 """Titles of the panels of `--help`, each by its first setting in the order of `Config`."""
-
-FORMER: Final = {"share_base_prefixes": "prefix_cache"}
-"""Settings of earlier versions, and those that took their place. They are refused."""
 
 
 class ConfigError(Exception):
@@ -152,9 +150,7 @@ class Config(BaseSettings):
     """Recognise control tokens that messages spell out, also in the data of training jobs, so that
     a message can end its turn and open another. By default they are text."""
     prefix_cache: bool = True
-    """Keep keys and values of prompts and answers, and let later requests that begin alike use
-    them. Response times can then show whether somebody who sends the same cache_salt, or none
-    either, has sent a prompt that begins like one's own."""
+    """Keep keys and values of prompts and answers, for later requests that begin alike."""
     token_budget: int = Field(512, ge=1)
     """Most tokens in one step: decode rows and prompt chunks together."""
     max_running: int = Field(64, ge=1)
@@ -374,10 +370,10 @@ def load(file: Path | None, flags: Mapping[str, Any]) -> Config:
         from_environment = EnvSettingsSource(Config)()
     except SettingsError as error:  # a list or a table that is not JSON
         raise ConfigError(f"the environment cannot be read: {error}") from error
-    former = {name for name in FORMER if f"LORAPLEX_{name.upper()}" in os.environ}
-    given = {**from_file, **dict.fromkeys(former), **from_environment, **flags}
+    former = former_settings.in_environment(os.environ)
+    given = {**from_file, **former, **from_environment, **flags}
     unknown = given.keys() - Config.model_fields.keys()
-    problems = [f"{name}: {_unknown(name)}" for name in sorted(unknown)]
+    problems = [f"{name}: {former_settings.objection(name)}" for name in sorted(unknown)]
     try:
         config = Config(**{name: given[name] for name in given if name not in unknown})
     except ValidationError as error:
@@ -385,16 +381,6 @@ def load(file: Path | None, flags: Mapping[str, Any]) -> Config:
     if problems:
         raise ConfigError("; ".join(problems))
     return config
-
-
-def _unknown(name: str) -> str:
-    """What is said of a setting that does not exist."""
-    if name not in FORMER:
-        return "there is no such setting"
-    now = FORMER[name]
-    return (
-        f"this setting is now called {now} (default: {Config.model_fields[now].default}); set that"
-    )
 
 
 def _explain(error: Any) -> str:

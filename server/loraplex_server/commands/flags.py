@@ -11,8 +11,9 @@ import typer
 from pydantic import ByteSize
 from pydantic.fields import FieldInfo
 
-from loraplex_server.config import FORMER, PANELS, Config, ConfigError, load
+from loraplex_server.config import PANELS, Config, ConfigError, load
 from loraplex_server.exits import ServerExit
+from loraplex_server.former_settings import FORMER
 
 ALL_SETTINGS: Final = tuple(name for name, field in Config.model_fields.items() if field.repr)
 
