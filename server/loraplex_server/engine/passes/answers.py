@@ -13,6 +13,7 @@ import numpy as np
 from loraplex_model.base.faults import reach
 from loraplex_model.base.refusal import Reason
 
+from loraplex_server.engine.batching.prefix_cache import vouch
 from loraplex_server.engine.batching.request import Request
 from loraplex_server.engine.batching.sampler import (
     NON_FINITE,
@@ -148,6 +149,7 @@ class Answers:
             count = request.submit.prompt_logprobs or 0
             request.prompt_logprobs.append(logprobs(line, token, count))
             request.scored += 1
+        vouch(request)
         return True
 
     def give(self, request: Request, token: int, logits: Floats | None) -> None:
@@ -158,6 +160,7 @@ class Answers:
         if token == NON_FINITE:
             self._end(request, NOT_FINITE)
             return
+        vouch(request)
         started = request.generated == 0
         finish: str | None = None
         if token in request.stops:
