@@ -12,7 +12,7 @@ namespace loraplex::sampling {
 template <class Work>
 inline bool each_row(int rows, int vocab, int threads, Work work) {
   std::atomic<bool> fits{true};
-#pragma omp parallel for num_threads(threads < rows ? threads : rows) schedule(dynamic, 1)
+#pragma omp parallel for num_threads(std::max(1, std::min(threads, rows))) schedule(dynamic, 1)
   for (int row = 0; row < rows; row++) {
     thread_local Scratch scratch;
     thread_local std::vector<double> ends;
@@ -54,7 +54,7 @@ int loraplex_score(const float* logits, int vocab, const int32_t* lines, const i
 
 // Which lines of `logits` [rows][vocab] are finite.
 void loraplex_finite(const float* logits, int vocab, int rows, int32_t* finite, int threads) {
-#pragma omp parallel for num_threads(threads < rows ? threads : rows) schedule(static)
+#pragma omp parallel for num_threads(std::max(1, std::min(threads, rows))) schedule(static)
   for (int row = 0; row < rows; row++) {
     float most = loraplex::sampling::largest_finite(logits + size_t(row) * vocab, vocab);
     finite[row] = most == most;
