@@ -36,6 +36,7 @@ from loraplex_model.decoder.layout import (
     Storage,
 )
 from loraplex_model.decoder.reference import copy_blocks, write_blocks
+from loraplex_model.decoder.sampling import NativeSampling
 from loraplex_model.ops import build, mapping, nf4
 from loraplex_model.ops.rope import tables
 
@@ -106,7 +107,8 @@ class NativeDecoder:
         self._layers = (CLayer * config.num_layers)(
             *(self._layer(i, layer) for i, layer in enumerate(weights.layers))
         )
-        self._model = self._c_model(block_size, max_positions, threads or torch.get_num_threads())
+        self._threads = threads or torch.get_num_threads()
+        self._model = self._c_model(block_size, max_positions, self._threads)
 
     def __del__(self) -> None:
         if hasattr(self, "_workspace"):
@@ -130,6 +132,10 @@ class NativeDecoder:
         if fault:
             raise PassOutOfBounds(f"a pass was not computed: {layout.FAULTS[fault]}")
         return logits
+
+    def sampling(self) -> NativeSampling:
+        """The sampler of the same kernels, with as many threads."""
+        return NativeSampling(self._library, self._threads)
 
     def merge(self, adapter: PackedAdapter, dtype: torch.dtype) -> Merged:
         """Merges an adapter: dense copies, in `dtype` and in panels, of the matrices it changes.

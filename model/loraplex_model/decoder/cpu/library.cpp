@@ -3,6 +3,7 @@
 #include "bounds.h"
 #include "decoder.h"
 #include "quantise.h"
+#include "sampling/exports.h"
 #include "train.h"
 #include "unpack.h"
 
