@@ -80,8 +80,8 @@ class Attention<bf16, bf16> {
     rows_.reserve(attention_scratch(m.head_dim, m.block_size));
     for (int s = 0; s < b.num_sequences; s++) {
       int rows = (b.query_starts[s + 1] - b.query_starts[s]) * rows_.group();
-      for (int first = 0; first < rows; first += UNIT_ROWS)
-        runs_.push_back({b.query_starts[s], first, std::min(UNIT_ROWS, rows - first)});
+      for (int first = 0; first < rows; first += QUERY_ROWS)
+        runs_.push_back({b.query_starts[s], first, std::min(QUERY_ROWS, rows - first)});
     }
   }
 

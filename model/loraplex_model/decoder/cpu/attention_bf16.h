@@ -26,7 +26,7 @@ namespace loraplex {
 #if LORAPLEX_ORDER
 
 constexpr int SPAN = 256;        // positions whose scores are kept at once
-constexpr int UNIT_ROWS = 2 * TILE_ROWS;
+constexpr int QUERY_ROWS = 2 * TILE_ROWS;
 constexpr float BELOW_ALL = -3e38f;  // the maximum of no scores
 
 // 2^x for x <= 0, within 3e-6 of itself, and 1 for 0; 0 below -126. NaN stays NaN.
@@ -187,7 +187,7 @@ class TileAttention {
   void find_tops() {
     constexpr float LOG2E = 1.44269504f;
     exponent_scale_ = (scoring_.softcap ? 1.0f : scoring_.scale) * LOG2E;
-    alignas(64) float growth[UNIT_ROWS] = {};
+    alignas(64) float growth[QUERY_ROWS] = {};
     bool grown = false;
     for (int r = 0; r < count_; r++) {
       float top = std::max(tops_[r], highest(r));
@@ -196,7 +196,7 @@ class TileAttention {
       tops_[r] = top;
     }
     if (!grown) return;
-    for (int r = 0; r < UNIT_ROWS; r += LANES) store(growth + r, power2(load(growth + r)));
+    for (int r = 0; r < QUERY_ROWS; r += LANES) store(growth + r, power2(load(growth + r)));
     for (int r = 0; r < count_; r++) {
       totals_[r] *= growth[r];
       for (int n = 0; n < tiles_; n++) store(sum(n, r), load(sum(n, r)) * growth[r]);
@@ -360,8 +360,8 @@ class TileAttention {
   float exponent_scale_ = 0;
   int span_ = 0, begin_ = 0, end_ = 0;  // the current span, and the positions of it that some row sees
   Range some_, every_;                  // what some row sees, and what every row sees
-  Range context_[UNIT_ROWS];
-  float tops_[UNIT_ROWS], totals_[UNIT_ROWS];
+  Range context_[QUERY_ROWS];
+  float tops_[QUERY_ROWS], totals_[QUERY_ROWS];
   float *scores_, *sums_, *spare_;
   bf16 *weights_, *q_, *key_copies_, *value_copies_;
 };

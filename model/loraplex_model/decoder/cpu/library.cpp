@@ -198,9 +198,9 @@ void loraplex_attention_bf16(const float* q, bf16* keys, bf16* values, const int
   int group = heads / kv_heads, rows = count * group;
   size_t stride = size_t(heads) * head_dim;
   for (int head = 0; head < kv_heads; head++)
-    for (int first = 0; first < rows; first += UNIT_ROWS) {
+    for (int first = 0; first < rows; first += QUERY_ROWS) {
       size_t column = size_t(head) * group * head_dim;
-      QueryRows queries{q + column, stride, positions, group, first, std::min(UNIT_ROWS, rows - first)};
+      QueryRows queries{q + column, stride, positions, group, first, std::min(QUERY_ROWS, rows - first)};
       attend_rows(queries, pages, head, window, {scale, softcap}, scratch.data(), [&](int r) {
         return out + (first + r) / group * stride + column + (first + r) % group * head_dim;
       });
