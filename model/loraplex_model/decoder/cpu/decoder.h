@@ -68,7 +68,7 @@ class Pass {
       product({{UP_PROJ, m.intermediate}});
     product({{DOWN_PROJ, m.hidden}});
     products_.emplace_back(head_plan_, m.adapters, Fused{1, {LM_HEAD}, {0}, {m.lm_head.out}}, -1, b.num_logits,
-                           m.lm_head.out, HEAD, UNIT_ROWS<X>);
+                           m.lm_head.out, HEAD, LORA_UNITS<X>);
   }
 
   void run() {
@@ -154,7 +154,7 @@ class Pass {
       out += width;
     }
     products_.emplace_back(plan_, m.adapters, fused, int(products_.size()), b.num_tokens, out,
-                           FACTORS | GAIN | IN_GAIN, UNIT_ROWS<X>);
+                           FACTORS | GAIN | IN_GAIN, LORA_UNITS<X>);
   }
 
   // The largest width of a bottleneck, or rank at the embeddings, among the adapters of this pass.
@@ -185,22 +185,45 @@ class Pass {
     for (const Product::Run& run : product.runs) units += matmul_units(run.tile, rows);
     if (int exchanges = Multiplied<X>::exchange_units(rows, product.rows))
       team_.run(phase, exchanges, [&](int unit) { Multiplied<X>::exchange(rows, product.rows, unit); });
+    auto shrink_unit = [&](int unit) {
+      shrink<T>(*product.plan, m.adapters, product.fused, layer, product.shrink[unit], rows, matrix.in, w.h.data(),
+                scratch(), ahead(product, layer, matrix.in, unit + m.threads));
+    };
+    if (product.joins) {  // the product's units need all of A x
+      team_.run(phase, shrinks, shrink_unit);
+      shrinks = 0;
+    }
     team_.run(phase, shrinks + units, [&](int unit) {
-      if (unit < shrinks)
-        return shrink<T>(*product.plan, m.adapters, product.fused, layer, product.shrink[unit], rows, matrix.in,
-                         w.h.data(), scratch());
+      if (unit < shrinks) return shrink_unit(unit);
       unit -= shrinks;
       const Product::Run* run = product.runs.data();
       for (int own; unit >= (own = matmul_units(run->tile, rows)); run++) unit -= own;
       const Matrix* dense = run->merged < 0 ? nullptr : m.adapters.dense(run->merged, layer, product.fused_index);
       bool gained = run->part >= 0 && gains_input(product, *product.plan->segment(run->tile.first), layer, run->part);
       matmul_unit(dense ? *dense : matrix, run->tile, gained ? gained_rows(run->part) : rows, y, y_stride, unit);
+      if constexpr (TILED<X>)
+        if (product.joins) {
+          auto part = part_of(run->tile, rows, unit);
+          expand_joined<T, X>(*product.plan, m.adapters, product.fused, product.uses, layer, part.first_row(run->tile),
+                              part.end_row(run->tile), part.first_column(run->tile), part.end_column(run->tile),
+                              w.h.data(), y, y_stride, scratch());
+        }
     });
     if (product.expand.empty()) return;
     team_.run(phase, product.expand.size(), [&](int unit) {
       expand<T, X>(*product.plan, m.adapters, product.fused, layer, product.expand[unit], w.h.data(), y, y_stride,
-                scratch());
+                   scratch(), ahead(product, layer, matrix.in, product.shrink.size() + unit + m.threads));
     });
+  }
+
+  // What the unit reads that a thread will probably take next: of `shrink`, then of `expand`.
+  Ahead ahead(const Product& product, int layer, int in, size_t unit) const {
+    const Plan& plan = *product.plan;
+    if (unit < product.shrink.size())
+      return shrink_ahead<T>(plan, m.adapters, product.fused, layer, product.shrink[unit], in);
+    unit -= product.shrink.size();
+    if (unit < product.expand.size()) return expand_ahead<T>(plan, m.adapters, product.fused, layer, product.expand[unit]);
+    return {};
   }
 
   typename Multiplied<X>::Rows gained_rows(int part) {

@@ -20,19 +20,21 @@ struct Product {
   const Plan* plan;
   Fused fused;
   int fused_index;  // FusedMatrix; -1 for the head, which has no dense copies
-  int rows;
+  int rows, uses;
+  bool joins = false;  // some segments are expanded by the product's units
   std::vector<Run> runs;
   std::vector<LoraUnit> shrink, expand;
 
-  Product(const Plan& plan, const SlotTable& table, const Fused& fused, int fused_index, int rows, int out, int uses, int unit_rows)
-      : plan(&plan), fused(fused), fused_index(fused_index), rows(rows), 
-        shrink(shrink_units(plan, table, fused, uses & (FACTORS | HEAD), unit_rows)),
-        expand(expand_units(plan, fused, uses, unit_rows)) {
+  Product(const Plan& plan, const SlotTable& table, const Fused& fused, int fused_index, int rows, int out, int uses, LoraUnits sizes)
+      : plan(&plan), fused(fused), fused_index(fused_index), rows(rows), uses(uses), 
+        shrink(shrink_units(plan, table, fused, uses & (FACTORS | HEAD), sizes)),
+        expand(expand_units(plan, fused, uses, sizes)) {
     int begin = 0;
     auto add = [&](int first, int end, int column, int stop, int merged, int part) {
       if (first < end) runs.push_back({{first, end - first, column, stop}, merged, part});
     };
     for (const Segment& segment : plan.segments) {
+      joins |= segment.uses & uses && sizes.joined(segment);
       bool scaled = segment.uses & uses & IN_GAIN, dense = segment.merged >= 0 && fused_index >= 0;
       if (!dense && !scaled) continue;
       add(begin, segment.first, 0, out, -1, -1);
