@@ -3,6 +3,7 @@
 #include "bounds.h"
 #include "decoder.h"
 #include "quantise.h"
+#include "sampling/exports.h"
 #include "train.h"
 #include "unpack.h"
 
@@ -187,6 +188,30 @@ void loraplex_attention(const float* q, void* keys, void* values, const int32_t*
     attention(q, static_cast<float*>(keys), static_cast<float*>(values), blocks, block_size, kv_heads,
               head_dim, heads, position, window, {scale, softcap}, out);
 }
+
+#if LORAPLEX_ORDER
+
+// Attention in products of bfloat16 of `count` queries of one sequence, q and out [count][heads][head_dim];
+// keys and values as in attention_bf16.h.
+void loraplex_attention_bf16(const float* q, bf16* keys, bf16* values, const int32_t* blocks, int block_size,
+                             int kv_heads, int head_dim, int heads, const int32_t* positions, int count, int window,
+                             float scale, float softcap, float* out) {
+  TileRegisters registers;
+  PairedPages pages{keys, values, blocks, block_size, kv_heads, head_dim};
+  std::vector<float> scratch(attention_scratch(head_dim, block_size));
+  int group = heads / kv_heads, rows = count * group;
+  size_t stride = size_t(heads) * head_dim;
+  for (int head = 0; head < kv_heads; head++)
+    for (int first = 0; first < rows; first += QUERY_ROWS) {
+      size_t column = size_t(head) * group * head_dim;
+      QueryRows queries{q + column, stride, positions, group, first, std::min(QUERY_ROWS, rows - first)};
+      attend_rows(queries, pages, head, window, {scale, softcap}, scratch.data(), [&](int r) {
+        return out + (first + r) / group * stride + column + (first + r) % group * head_dim;
+      });
+    }
+}
+
+#endif
 
 void loraplex_add_rms_norm(float* x, const float* y, const void* weight, int is_bf16, float eps, int rows,
                            int width, float* out) {
