@@ -186,45 +186,23 @@ class Pass {
     for (const Product::Run& run : product.runs) units += matmul_units(run.tile, rows);
     if (int exchanges = Multiplied<X>::exchange_units(rows, product.rows))
       team_.run(phase, exchanges, [&](int unit) { Multiplied<X>::exchange(rows, product.rows, unit); });
-    auto shrink_unit = [&](int unit) {
-      shrink<T>(*product.plan, m.adapters, product.fused, layer, product.shrink[unit], rows, matrix.in, w.h.data(),
-                scratch(), ahead(product, layer, matrix.in, unit + m.threads));
-    };
+    AdapterWork<T, X> work{product, m.adapters, layer, matrix.in, m.threads, w.h.data(), y, y_stride};
     if (product.joins) {  // the product's units need all of A x
-      team_.run(phase, shrinks, shrink_unit);
+      team_.run(phase, shrinks, [&](int unit) { work.shrink_unit(unit, rows, scratch()); });
       shrinks = 0;
     }
     team_.run(phase, shrinks + units, [&](int unit) {
-      if (unit < shrinks) return shrink_unit(unit);
+      if (unit < shrinks) return work.shrink_unit(unit, rows, scratch());
       unit -= shrinks;
       const Product::Run* run = product.runs.data();
       for (int own; unit >= (own = matmul_units(run->tile, rows)); run++) unit -= own;
       const Matrix* dense = run->merged < 0 ? nullptr : m.adapters.dense(run->merged, layer, product.fused_index);
       bool gained = run->part >= 0 && gains_input(product, *product.plan->segment(run->tile.first), layer, run->part);
       matmul_unit(dense ? *dense : matrix, run->tile, gained ? gained_rows(run->part) : rows, y, y_stride, unit);
-      if constexpr (TILED<X>)
-        if (product.joins) {
-          auto part = part_of(run->tile, rows, unit);
-          expand_joined<T, X>(*product.plan, m.adapters, product.fused, product.uses, layer, part.first_row(run->tile),
-                              part.end_row(run->tile), part.first_column(run->tile), part.end_column(run->tile),
-                              w.h.data(), y, y_stride, scratch());
-        }
+      if (product.joins) work.join(run->tile, rows, unit, scratch());
     });
     if (product.expand.empty()) return;
-    team_.run(phase, product.expand.size(), [&](int unit) {
-      expand<T, X>(*product.plan, m.adapters, product.fused, layer, product.expand[unit], w.h.data(), y, y_stride,
-                   scratch(), ahead(product, layer, matrix.in, product.shrink.size() + unit + m.threads));
-    });
-  }
-
-  // What the unit reads that a thread will probably take next: of `shrink`, then of `expand`.
-  Ahead ahead(const Product& product, int layer, int in, size_t unit) const {
-    const Plan& plan = *product.plan;
-    if (unit < product.shrink.size())
-      return shrink_ahead<T>(plan, m.adapters, product.fused, layer, product.shrink[unit], in);
-    unit -= product.shrink.size();
-    if (unit < product.expand.size()) return expand_ahead<T>(plan, m.adapters, product.fused, layer, product.expand[unit]);
-    return {};
+    team_.run(phase, product.expand.size(), [&](int unit) { work.expand_unit(unit, scratch()); });
   }
 
   typename Multiplied<X>::Rows gained_rows(int part) {

@@ -37,7 +37,8 @@ struct LoraUnits {
   bool joined(const Segment& segment) const { return joins && segment.end - segment.first >= LONG_ROWS; }
 };
 template <class X>
-constexpr LoraUnits LORA_UNITS = TILED<X> ? LoraUnits{240, MOST_COLUMNS, true} : LoraUnits{LORA_ROWS, LORA_COLUMNS, false};
+constexpr LoraUnits LORA_UNITS =
+    TILED<X> ? LoraUnits{240, MOST_COLUMNS, true} : LoraUnits{LORA_ROWS, LORA_COLUMNS, false};
 
 // The projections of one fused matrix and their columns in its output. The head counts as one as well, in
 // the layer after the last.
@@ -168,8 +169,8 @@ inline size_t lora_scratch(int widest_in, int max_rank) {
 }
 
 template <class T>
-inline void shrink_factor(const float* x, int in, LoraRows rows, const T* a, int rank, int ranks, float weight, float* h,
-                          int h_stride, float* scratch, Ahead&) {
+inline void shrink_factor(const float* x, int in, LoraRows rows, const T* a, int rank, int ranks, float weight,
+                          float* h, int h_stride, float* scratch, Ahead&) {
   int count = rows.end - rows.first;
   h += size_t(rows.first - rows.origin) * h_stride + rank;
   split_rows<T>(x + size_t(rows.first) * in, count, in, scratch);
@@ -196,7 +197,8 @@ inline Ahead shrink_ahead(const Plan& plan, const SlotTable& table, const Fused&
   return {static_cast<const T*>(entry.a) + size_t(unit.rank) * in, 1, 0, size_t(ranks) * in * sizeof(T)};
 }
 template <class T>
-inline Ahead expand_ahead(const Plan& plan, const SlotTable& table, const Fused& fused, int layer, const LoraUnit& unit) {
+inline Ahead expand_ahead(const Plan& plan, const SlotTable& table, const Fused& fused, int layer,
+                          const LoraUnit& unit) {
   int slot = plan.terms[plan.segments[unit.segment].term_begin].slot, width = fused.width[unit.part];
   const Entry& entry = table.at(slot, layer, fused.projection[unit.part]);
   if (!entry.rank) return {};
@@ -318,8 +320,8 @@ inline void expand(const Plan& plan, const SlotTable& table, const Fused& fused,
       expand_tiles({unit.first, unit.end, segment.origin()}, b, width, ranks, columns, of_term, h_stride, y, y_stride,
                    ahead);
     else
-      expand_factor(of_term + size_t(unit.first - segment.origin()) * h_stride, h_stride, b, width, ranks, rows, columns, y,
-                    y_stride, scratch);
+      expand_factor(of_term + size_t(unit.first - segment.origin()) * h_stride, h_stride, b, width, ranks, rows,
+                    columns, y, y_stride, scratch);
   }
 }
 

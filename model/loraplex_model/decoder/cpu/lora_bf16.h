@@ -3,8 +3,9 @@
 // PAIRS: an element of h is a sum of 16 lanes, lane l of the products of pairs l, l + 16, ... of the inputs.
 //   It stays in float32, and y += B h is that of lora.h.
 // TILES: A multiplies the exchanged rows as a weight matrix does, without being packed. Each element of h is
-//   rounded to bfloat16, and h lies in the form of blocked.h, with the groups of 16 rows of x. For each 32 ranks, even + odd is added to y, which are chains over the even and the odd ranks. For many rows
-//   AMX computes the chains; for a few, FMAs do so faster, with the same bits.
+//   rounded to bfloat16, and h lies in the form of blocked.h, with the groups of 16 rows of x. For each 32
+//   ranks, even + odd is added to y, which are chains over the even and the odd ranks. For many rows AMX
+//   computes the chains; for a few, FMAs do so faster, with the same bits.
 #pragma once
 
 #include "inputs.h"
@@ -72,7 +73,8 @@ inline void pair_dots(const bf16* const* x, const bf16* a, int in, float scale, 
 }
 
 template <int M>
-inline void pair_ranks(const Inputs& x, int in, int row, const bf16* a, int ranks, float weight, float* h, int h_stride) {
+inline void pair_ranks(const Inputs& x, int in, int row, const bf16* a, int ranks, float weight, float* h,
+                       int h_stride) {
   const bf16* rows[M];
   for (int m = 0; m < M; m++) rows[m] = x.rows.at(row + m, 0);
   int r = 0;
@@ -84,9 +86,10 @@ inline void pair_ranks(const Inputs& x, int in, int row, const bf16* a, int rank
 // rows of `h_stride` floats.
 inline void shrink_factor(const Inputs& x, int in, LoraRows rows, const bf16* a, int rank, int ranks, float weight,
                           float* h, int h_stride, float*, Ahead&) {
+  auto at = [&](int row) { return h + size_t(row - rows.origin) * h_stride + rank; };
   int row = rows.first;
-  for (; row + 4 <= rows.end; row += 4) pair_ranks<4>(x, in, row, a, ranks, weight, h + size_t(row - rows.origin) * h_stride + rank, h_stride);
-  for (; row < rows.end; row++) pair_ranks<1>(x, in, row, a, ranks, weight, h + size_t(row - rows.origin) * h_stride + rank, h_stride);
+  for (; row + 4 <= rows.end; row += 4) pair_ranks<4>(x, in, row, a, ranks, weight, at(row), h_stride);
+  for (; row < rows.end; row++) pair_ranks<1>(x, in, row, a, ranks, weight, at(row), h_stride);
 }
 
 #elif LORAPLEX_ORDER == 2
@@ -132,7 +135,8 @@ inline void rank_tiles(const bf16* a, size_t a_stride, const bf16* x, size_t x_g
 
 // Rounds the sums of a group and up to 16 ranks, and writes those of its rows to h, with zeros after the
 // last rank.
-inline void put_hidden(const float* sums, int group, LoraRows rows, int rank, int ranks, float weight, const Blocked& h) {
+inline void put_hidden(const float* sums, int group, LoraRows rows, int rank, int ranks, float weight,
+                       const Blocked& h) {
   vf values[16];
   for (int r = 0; r < 16; r++) values[r] = r < ranks ? load(sums + r * 16) * weight : vf{};
   transpose(values);
@@ -184,7 +188,8 @@ inline void pair_tiles(const bf16* b, size_t stride, int ranks, int columns, bf1
       if (columns < TILE_INPUTS) std::copy_n(row, columns, part[i]);
       rows[i] = load_pairs(columns < TILE_INPUTS ? part[i] : row);
     }
-    vf evens = bit_cast<vf>((rows[0] & 0xffff) | rows[1] << 16), odds = bit_cast<vf>(rows[0] >> 16 | (rows[1] & 0xffff0000u));
+    vf evens = bit_cast<vf>((rows[0] & 0xffff) | rows[1] << 16);
+    vf odds = bit_cast<vf>(rows[0] >> 16 | (rows[1] & 0xffff0000u));
     vf low = interleave_low(evens, odds), high = interleave_high(evens, odds);
     std::memcpy(tiles + r * TILE_ROWS, &low, sizeof low);
     std::memcpy(tiles + TILE + r * TILE_ROWS, &high, sizeof high);
@@ -252,8 +257,10 @@ inline void add_rows(const bf16* hidden, const bf16* b, size_t b_stride, int ran
   for (int i = 0; i < M * TILE_INPUTS; i += LANES) store(h + i, load(hidden + i));
   int c = 0;
   if constexpr (M == 1)
-    for (; c + 2 * TILE_INPUTS <= columns; c += 2 * TILE_INPUTS) add_chains<M, 2>(h, b + c, b_stride, ranks, y + c, y_stride, ahead);
-  for (; c + TILE_INPUTS <= columns; c += TILE_INPUTS) add_chains<M, 1>(h, b + c, b_stride, ranks, y + c, y_stride, ahead);
+    for (; c + 2 * TILE_INPUTS <= columns; c += 2 * TILE_INPUTS)
+      add_chains<M, 2>(h, b + c, b_stride, ranks, y + c, y_stride, ahead);
+  for (; c + TILE_INPUTS <= columns; c += TILE_INPUTS)
+    add_chains<M, 1>(h, b + c, b_stride, ranks, y + c, y_stride, ahead);
   for (; c < columns; c++)
     for (int m = 0; m < M; m++) {
       float chains[2] = {};
