@@ -6,11 +6,13 @@
 #pragma once
 
 #include <initializer_list>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "attending.h"
 #include "experts.h"
+#include "gated.h"
 #include "model.h"
 #include "product.h"
 #include "sites.h"
@@ -96,7 +98,11 @@ class Pass {
   void layer(int& phase, int l) {
     const Layer& layer = m.layers[l];
     project(phase, layer.qkv, products_[QKV], l, w.normed.data(), w.normed_inputs, w.qkv.data(), qkv_stride_);
-    team_.run(phase, b.num_tokens, [&](int t) { rotate_and_cache(layer, l, t); });
+    int at_once = b.num_tokens < 32 * m.threads ? 1 : 16;  // adjacent positions share lines of the cache
+    team_.run(phase, (b.num_tokens + at_once - 1) / at_once, [&](int unit) {
+      int end = std::min(b.num_tokens, (unit + 1) * at_once);
+      for (int t = unit * at_once; t < end; t++) rotate_and_cache(layer, l, t);
+    });
     team_.run(phase, attention_.units(), [&](int unit) {
       attention_.run(layer, unit, w.qkv.data(), qkv_stride_, w.attended.data(), w.attended_inputs);
     });
@@ -109,6 +115,9 @@ class Pass {
     Buffer& out = m.parallel ? w.parallel : w.added;
     if (layer.router) {
       experts_.run(team_, phase, layer, l, w.normed.data(), out.data(), out_stride_, [&] { return scratch(); });
+    } else if (gates_at_once(layer)) {
+      gated_product(phase, layer.gate_up);
+      project(phase, layer.down, products_[DOWN], l, w.gated.data(), w.gated_inputs, out.data(), out_stride_, true);
     } else {
       project(phase, layer.gate_up, products_[GATE_UP], l, w.normed.data(), w.normed_inputs, w.gate_up.data(),
               gate_up_stride_);
@@ -177,14 +186,15 @@ class Pass {
 
   // y = W x + bias, then the adapters' changes, which leave base rows untouched. `inputs` are the rows of x for
   // products of bfloat16; rows of y are `y_stride` apart.
+  // With `exchanged` the inputs are ready already.
   void project(int& phase, const Matrix& matrix, const Product& product, int layer, const float* x,
-               InputRows& inputs, float* y, size_t y_stride) {
+               InputRows& inputs, float* y, size_t y_stride, bool exchanged = false) {
     bool gains = product.plan->uses & IN_GAIN && product.fused_index >= 0;
     if (gains) gain(phase, product, layer, x, matrix.in);
     auto rows = Multiplied<X>::rows(x, inputs);
     int shrinks = product.shrink.size(), units = 0;
     for (const Product::Run& run : product.runs) units += matmul_units(run.tile, rows);
-    if (int exchanges = Multiplied<X>::exchange_units(rows, product.rows))
+    if (int exchanges = exchanged ? 0 : Multiplied<X>::exchange_units(rows, product.rows))
       team_.run(phase, exchanges, [&](int unit) { Multiplied<X>::exchange(rows, product.rows, unit); });
     AdapterWork<T, X> work{product, m.adapters, layer, matrix.in, m.threads, w.h.data(), y, y_stride};
     if (product.joins) {  // the product's units need all of A x
@@ -203,6 +213,33 @@ class Pass {
     });
     if (product.expand.empty()) return;
     team_.run(phase, product.expand.size(), [&](int unit) { work.expand_unit(unit, scratch()); });
+  }
+
+  // Whether gate, up and activation are one product: no adapter of the pass changes gate, up or down.
+  bool gates_at_once(const Layer& layer) const {
+#if LORAPLEX_ORDER
+    if constexpr (!std::is_same_v<X, float>) {
+      auto is_plain = [](const Product& p) {
+        return p.shrink.empty() && p.expand.empty() && p.runs.size() == 1 && p.runs[0].merged < 0 && p.runs[0].part < 0;
+      };
+      return m.gated && gates_fit(layer.gate_up) && layer.down.kind == Kind::nf4_packed &&
+             is_plain(products_[GATE_UP]) && is_plain(products_[DOWN]);
+    }
+#endif
+    return false;
+  }
+
+  // Fills `gated_inputs`.
+  void gated_product(int& phase, const Matrix& gate_up) {
+#if LORAPLEX_ORDER
+    if constexpr (!std::is_same_v<X, float>) {
+      Inputs x = w.normed_inputs.get(), out = w.gated_inputs.get();
+      if (int exchanges = x.units(b.num_tokens))
+        team_.run(phase, exchanges, [&](int unit) { x.exchange(b.num_tokens, unit); });
+      team_.run(phase, gated_units(gate_up, b.num_tokens),
+                [&](int unit) { gated_unit(gate_up, m.activation, b.num_tokens, x, out, unit); });
+    }
+#endif
   }
 
   typename Multiplied<X>::Rows gained_rows(int part) {
