@@ -220,7 +220,8 @@ class Pass {
 #if LORAPLEX_ORDER
     if constexpr (!std::is_same_v<X, float>) {
       auto is_plain = [](const Product& p) {
-        return p.shrink.empty() && p.expand.empty() && p.runs.size() == 1 && p.runs[0].merged < 0 && p.runs[0].part < 0;
+        return p.shrink.empty() && p.expand.empty() && !p.joins && p.runs.size() == 1 && p.runs[0].merged < 0 &&
+               p.runs[0].part < 0;
       };
       return m.gated && gates_fit(layer.gate_up) && layer.down.kind == Kind::nf4_packed &&
              is_plain(products_[GATE_UP]) && is_plain(products_[DOWN]);
