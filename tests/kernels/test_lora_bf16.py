@@ -1,4 +1,4 @@
-"""Adapters' factors on rows of bfloat16: their values, and that a row's bits depend on itself alone."""
+"""Adapters' factors on rows of bfloat16: their values, and that bits depend on the row alone."""
 
 from __future__ import annotations
 
@@ -112,9 +112,7 @@ def hidden_error(library: ctypes.CDLL) -> float:
 
 
 @pytest.mark.parametrize(("fan_in", "out"), [(64, 32), (1, 1), (48, 80), (81, 33), (576, 192)])
-def test_changes_are_those_of_the_factors(
-    bf16_library: ctypes.CDLL, fan_in: int, out: int
-) -> None:
+def test_changes_are_those_of_the_factors(bf16_library: ctypes.CDLL, fan_in: int, out: int) -> None:
     adapters = Adapters(fan_in, out, RANKS)
     mixes: list[Mix] = [((slot, 1.0),) for slot in range(len(RANKS))]
     blends: list[Mix] = [((0, 0.5), (3, -1.5)), ((5, 2.0), (1, 1.0), (7, 0.25))]

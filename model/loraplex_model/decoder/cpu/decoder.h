@@ -69,7 +69,7 @@ class Pass {
       product({{UP_PROJ, m.intermediate}});
     product({{DOWN_PROJ, m.hidden}});
     products_.emplace_back(head_plan_, m.adapters, Fused{1, {LM_HEAD}, {0}, {m.lm_head.out}}, -1, b.num_logits,
-                           m.lm_head.out, HEAD, UNIT_ROWS<X>);
+                           m.lm_head.out, HEAD, LORA_UNITS<X>);
   }
 
   void run() {
@@ -164,7 +164,7 @@ class Pass {
       out += width;
     }
     products_.emplace_back(plan_, m.adapters, fused, int(products_.size()), b.num_tokens, out,
-                           FACTORS | GAIN | IN_GAIN, UNIT_ROWS<X>);
+                           FACTORS | GAIN | IN_GAIN, LORA_UNITS<X>);
   }
 
   // The largest width of a bottleneck, or rank at the embeddings, among the adapters of this pass.
@@ -196,22 +196,23 @@ class Pass {
     for (const Product::Run& run : product.runs) units += matmul_units(run.tile, rows);
     if (int exchanges = exchanged ? 0 : Multiplied<X>::exchange_units(rows, product.rows))
       team_.run(phase, exchanges, [&](int unit) { Multiplied<X>::exchange(rows, product.rows, unit); });
+    AdapterWork<T, X> work{product, m.adapters, layer, matrix.in, m.threads, w.h.data(), y, y_stride};
+    if (product.joins) {  // the product's units need all of A x
+      team_.run(phase, shrinks, [&](int unit) { work.shrink_unit(unit, rows, scratch()); });
+      shrinks = 0;
+    }
     team_.run(phase, shrinks + units, [&](int unit) {
-      if (unit < shrinks)
-        return shrink<T>(*product.plan, m.adapters, product.fused, layer, product.shrink[unit], rows, matrix.in,
-                         w.h.data(), scratch());
+      if (unit < shrinks) return work.shrink_unit(unit, rows, scratch());
       unit -= shrinks;
       const Product::Run* run = product.runs.data();
       for (int own; unit >= (own = matmul_units(run->tile, rows)); run++) unit -= own;
       const Matrix* dense = run->merged < 0 ? nullptr : m.adapters.dense(run->merged, layer, product.fused_index);
       bool gained = run->part >= 0 && gains_input(product, *product.plan->segment(run->tile.first), layer, run->part);
       matmul_unit(dense ? *dense : matrix, run->tile, gained ? gained_rows(run->part) : rows, y, y_stride, unit);
+      if (product.joins) work.join(run->tile, rows, unit, scratch());
     });
     if (product.expand.empty()) return;
-    team_.run(phase, product.expand.size(), [&](int unit) {
-      expand<T, X>(*product.plan, m.adapters, product.fused, layer, product.expand[unit], w.h.data(), y, y_stride,
-                scratch());
-    });
+    team_.run(phase, product.expand.size(), [&](int unit) { work.expand_unit(unit, scratch()); });
   }
 
   // Whether gate, up and activation are one product: no adapter of the pass changes gate, up or down.
@@ -219,7 +220,8 @@ class Pass {
 #if LORAPLEX_ORDER
     if constexpr (!std::is_same_v<X, float>) {
       auto is_plain = [](const Product& p) {
-        return p.shrink.empty() && p.expand.empty() && p.runs.size() == 1 && p.runs[0].merged < 0 && p.runs[0].part < 0;
+        return p.shrink.empty() && p.expand.empty() && !p.joins && p.runs.size() == 1 && p.runs[0].merged < 0 &&
+               p.runs[0].part < 0;
       };
       return m.gated && gates_fit(layer.gate_up) && layer.down.kind == Kind::nf4_packed &&
              is_plain(products_[GATE_UP]) && is_plain(products_[DOWN]);

@@ -131,10 +131,14 @@ static void lora(const SlotTable& table, const Batch& batch, const Fused& fused,
     std::fill(sequence.begin() + batch.query_starts[s], sequence.begin() + batch.query_starts[s + 1], s);
   Plan plan = make_plan(batch, table, sequence);
   std::vector<float> h(MAX_PARTS * plan.h_size), scratch(lora_scratch(in, plan.max_rank));
-  for (const LoraUnit& unit : shrink_units(plan, table, fused, FACTORS, UNIT_ROWS<X>))
+  for (const LoraUnit& unit : shrink_units(plan, table, fused, FACTORS, LORA_UNITS<X>))
     shrink<T>(plan, table, fused, layer, unit, rows, in, h.data(), scratch.data());
-  for (const LoraUnit& unit : expand_units(plan, fused, FACTORS | GAIN, UNIT_ROWS<X>))
+  for (const LoraUnit& unit : expand_units(plan, fused, FACTORS | GAIN, LORA_UNITS<X>))
     expand<T, X>(plan, table, fused, layer, unit, h.data(), y, out, scratch.data());
+  for (int row = 0; row < batch.num_tokens; row += 256)  // as a product's units do
+    for (int column = 0; column < out; column += 32)
+      expand_joined<T, X>(plan, table, fused, FACTORS | GAIN, layer, row, std::min(row + 256, batch.num_tokens), column,
+                          std::min(column + 32, out), h.data(), y, out, scratch.data());
 }
 
 template <class T>

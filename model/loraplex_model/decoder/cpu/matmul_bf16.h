@@ -84,6 +84,12 @@ struct Part {
     group = tile.first / TILE_ROWS + unit / panel_chunks(tile) * GROUPS_AT_ONCE;
     groups = std::min(GROUPS_AT_ONCE, last + 1 - group);
   }
+
+  // What it writes: rows and columns of the tile.
+  int first_row(const Tile& tile) const { return std::max(tile.first, group * TILE_ROWS); }
+  int end_row(const Tile& tile) const { return std::min(tile.first + tile.rows, (group + groups) * TILE_ROWS); }
+  int first_column(const Tile& tile) const { return std::max(tile.column, panel * PANEL); }
+  int end_column(const Tile& tile) const { return std::min(tile.end, (panel + panels) * PANEL); }
 };
 
 // Adds the bias to the sums [16 rows][16 outputs] of a group and a panel, and writes what lies in the tile.
@@ -377,6 +383,8 @@ inline void wide_unit(const Matrix& w, const Tile& tile, const Blocked& x, float
 }
 
 inline int matmul_units(const Tile& tile, const Inputs&) { return Part::units(tile); }
+
+inline Part part_of(const Tile& tile, const Inputs&, int unit) { return Part(tile, unit); }
 
 inline void matmul_unit(const Matrix& w, const Tile& tile, const Inputs& x, float* y, size_t y_stride, int unit) {
   if (w.kind == Kind::f32)
