@@ -28,6 +28,7 @@ from loraplex_training.step.joint import JointPass, Part
 
 RANK, JOBS = 16, 4
 LR = 1e-4
+PRODUCTS = {"float32": None, "bfloat16": torch.bfloat16}
 
 
 class Job:
@@ -81,7 +82,7 @@ def train(passes: JointPass, jobs: Sequence[Job], batches: Sequence[MicroBatch])
 
 def single(args: argparse.Namespace, base: BaseWeights) -> dict[str, object]:
     """Tokens per second and peak memory of one job."""
-    passes = JointPass(base, checkpointing=args.checkpointing)
+    passes = JointPass(base, checkpointing=args.checkpointing, products=PRODUCTS[args.products])
     job = Job(base, 0, args.steps)
     batch = examples(0, args.rows, args.tokens)
     first = train(passes, [job], [batch])[0]
@@ -100,7 +101,7 @@ def single(args: argparse.Namespace, base: BaseWeights) -> dict[str, object]:
 
 def joint(args: argparse.Namespace, base: BaseWeights) -> dict[str, object]:
     """Compares four jobs in one pass with the same four in turn."""
-    passes = JointPass(base, checkpointing=args.checkpointing)
+    passes = JointPass(base, checkpointing=args.checkpointing, products=PRODUCTS[args.products])
     jobs = [Job(base, seed, args.steps) for seed in range(JOBS)]
     batches = [examples(seed, 1, args.tokens) for seed in range(JOBS)]
     for job, batch in zip(jobs, batches, strict=True):  # B leaves zero, so that A has a gradient
@@ -180,9 +181,11 @@ def main(argv: list[str] | None = None) -> int:
     add("--tokens", type=int, default=256, help="tokens per example")
     add("--steps", type=int, default=3, help="timed steps, after one for warm-up")
     add("--checkpointing", action="store_true")
+    add("--products", choices=list(PRODUCTS), default="float32", help="type of matrix products")
     args = parser.parse_args(argv)
     kernels.load(directory=args.cache / "kernels")
-    base = load_base(str(args.base), torch.float32, args.cache).weights
+    dtype = PRODUCTS[args.products] or torch.float32
+    base = load_base(str(args.base), dtype, args.cache).weights
     result = single(args, base) if args.case == "single" else joint(args, base)
     print(report.json_line({**result, "threads": torch.get_num_threads()}))
     return 0

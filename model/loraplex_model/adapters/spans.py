@@ -16,6 +16,7 @@ import torch
 from loraplex_model.adapters.delta import ProjectionDelta
 from loraplex_model.adapters.mix import Dropout, Product, RowGroup
 from loraplex_model.base.config import Site
+from loraplex_model.ops import products
 from loraplex_model.ops.autograd import Recompute
 
 
@@ -144,13 +145,16 @@ class _Adapted(torch.autograd.Function):
                 part.mul_(tensors[c.gain].to(y.dtype))
             if c.bias >= 0:
                 part.add_(tensors[c.bias].to(y.dtype))
-        for batch in _read_together(changes):
-            a = torch.cat([tensors[c.a] for c in batch]).to(x.dtype)
-            read, mask = _dropped(x[batch[0].rows], batch[0])
-            reduced = read @ a.T  # [rows, sum of ranks]
-            saved += [reduced] if mask is None else [reduced, mask]
-            for c, h in _by_rank(batch, tensors, reduced):
-                y[c.rows, c.columns].addmm_(h, tensors[c.b].to(y.dtype))
+        batches = list(_read_together(changes))
+        if batches and _in_kernels(x, y, tensors):
+            readings = []
+            for batch in batches:
+                read, mask = _dropped(x[batch[0].rows], batch[0])
+                readings.append(_reading(batch, tensors, read))
+                saved += [readings[-1].reduced] if mask is None else [readings[-1].reduced, mask]
+            products.add_low_rank(y, readings)
+        else:
+            saved += _add_factors(y, x, batches, tensors)
         sources = recompute.sources if any(c.a >= 0 for c in changes) else ()
         ctx.make, ctx.changes = recompute.make, changes
         ctx.counts = len(sources), len(tensors), len(saved)
@@ -172,12 +176,91 @@ class _Adapted(torch.autograd.Function):
         if sources:
             x = ctx.make(*sources)
             to_x = _zeroed(torch.empty_like(x), changes) if wanted[1] else None
-            _through_factors(gy, x, changes, tensors, numbers, out, to_x)
+            in_kernels = _in_kernels(x, gy, tensors)
+            through = _through_factors_in_kernels if in_kernels else _through_factors
+            through(gy, x, changes, tensors, numbers, out, to_x)
         typed = [
             None if g is None or not needed else g.to(t.dtype)
             for g, t, needed in zip(out, tensors, wanted[4:], strict=True)
         ]
         return (to_y, to_x, None, None, *typed)
+
+
+def _add_factors(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    batches: Sequence[Sequence[_Change]],
+    tensors: Sequence[torch.Tensor],
+) -> list[torch.Tensor]:
+    """Adds `(A x) B` of every change to y. Returns what the backward pass needs of each batch."""
+    saved = []
+    for batch in batches:
+        a = torch.cat([tensors[c.a] for c in batch]).to(x.dtype)
+        read, mask = _dropped(x[batch[0].rows], batch[0])
+        reduced = read @ a.T  # [rows, sum of ranks]
+        saved += [reduced] if mask is None else [reduced, mask]
+        for c, h in _by_rank(batch, tensors, reduced):
+            y[c.rows, c.columns].addmm_(h, tensors[c.b].to(y.dtype))
+    return saved
+
+
+def _in_kernels(x: torch.Tensor, y: torch.Tensor, tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether the kernels for bfloat16 products on the CPU compute the changes."""
+    narrow = x.dtype == y.dtype == torch.bfloat16 and not x.is_cuda
+    return (
+        narrow
+        and x.is_contiguous()
+        and y.is_contiguous()
+        and all(tensor.dtype == torch.float32 for tensor in tensors)
+        and products.available()
+    )
+
+
+def _reading(
+    batch: Sequence[_Change],
+    tensors: Sequence[torch.Tensor],
+    read: torch.Tensor,
+    reduced: torch.Tensor | None = None,
+) -> products.Reading:
+    """A batch in the form of the kernels; without `reduced` there is new memory for it."""
+    if reduced is None:
+        reduced = read.new_empty(len(read), sum(len(tensors[c.a]) for c in batch))
+    changes = [
+        products.LowRank(tensors[c.a].detach().contiguous(), tensors[c.b].detach(), c.columns.start)
+        for c in batch
+    ]
+    return products.Reading(batch[0].rows.start, read, reduced, changes)
+
+
+def _through_factors_in_kernels(
+    gy: torch.Tensor,
+    x: torch.Tensor,
+    changes: Sequence[_Change],
+    tensors: Sequence[torch.Tensor],
+    saved: Iterator[torch.Tensor],
+    out: list[torch.Tensor | None],
+    to_x: torch.Tensor | None,
+) -> None:
+    """`_through_factors` by the kernels for bfloat16 products, with gradients in float32."""
+    batches = list(_read_together(changes))
+    readings, masks, into = [], [], []
+    for batch in batches:
+        reduced = next(saved)
+        mask = next(saved) if batch[0].dropout is not None else None
+        own = x[batch[0].rows]
+        read = own if mask is None else _kept(own, mask, batch[0])
+        readings.append(_reading(batch, tensors, read, reduced))
+        masks.append(mask)
+        if to_x is None:
+            into.append(None)
+        else:
+            into.append(to_x[batch[0].rows] if mask is None else torch.empty_like(read))
+    found = products.low_rank_gradients(gy, readings, into)
+    for batch, gradients, mask, part in zip(batches, found, masks, into, strict=True):
+        for c, (to_a, to_b) in zip(batch, gradients, strict=True):
+            out[c.a], out[c.b] = to_a, to_b
+        if to_x is not None and mask is not None and part is not None:
+            to_x[batch[0].rows].add_(_kept(part, mask, batch[0]))
 
 
 def _through_vectors(

@@ -40,6 +40,8 @@ DIGEST = LIBRARY + ".sha256"
 """Name of the file beside a library with the SHA-256 of its bytes, in hex."""
 
 ISAS: dict[str, tuple[str, ...]] = {
+    "amx": ("-mamx-tile", "-mamx-bf16", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mavx2", "-mfma"),
+    "avx512bf16": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mavx2", "-mfma"),
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma"),
     "avx2": ("-mavx2", "-mfma"),
     "portable": (),
@@ -75,7 +77,10 @@ def supported_isas() -> list[str]:
     return [
         isa
         for isa, flags in ISAS.items()
-        if cpu_flags().issuperset(flag.removeprefix("-m") for flag in flags)
+        if cpu_flags().issuperset(
+            flag.removeprefix("-m").replace("amx-", "amx_").replace("512bf", "512_bf")
+            for flag in flags
+        )
     ]
 
 
@@ -100,7 +105,7 @@ def chosen_isa() -> str:
 def source_digest() -> str:
     """Twelve hex digits over the kernels' sources."""
     digest = hashlib.sha256()
-    for path in sorted(SOURCES.iterdir()):
+    for path in sorted(SOURCES.rglob("*")):
         if path.suffix in {".h", ".cpp"}:
             digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
