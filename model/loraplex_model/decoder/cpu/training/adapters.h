@@ -5,7 +5,7 @@
 
 #include "multiply.h"
 
-#if LANES == 16
+#if LORAPLEX_ORDER
 namespace loraplex {
 
 // The change of one module: A is [rank][in], B [rank][columns] with any strides, its outputs begin at `column` of y.
@@ -41,11 +41,11 @@ inline void right_tiles(const float* from, int64_t stride, int64_t step, int row
     std::swap(stride, step);
     std::swap(rows, columns);
   }
-  int steps = tiles(rows, STEP);
-  for (int t = 0; t < tiles(columns, STEP) * 2; t++)
+  int steps = tiles(rows, TILE_INPUTS);
+  for (int t = 0; t < tiles(columns, TILE_INPUTS) * 2; t++)
     for (int s = 0; s < steps; s++, to += TILE) {
-      int depth = rows - s * STEP, left = std::max(0, columns - t * GROUP);
-      const float* at = from + s * STEP * stride + t * GROUP * step;
+      int depth = rows - s * TILE_INPUTS, left = std::max(0, columns - t * TILE_ROWS);
+      const float* at = from + s * TILE_INPUTS * stride + t * TILE_ROWS * step;
       if (step == 1)
         tile_of_pairs(at, stride, depth, left, to);
       else
@@ -53,7 +53,7 @@ inline void right_tiles(const float* from, int64_t stride, int64_t step, int row
     }
 }
 
-inline size_t right_size(int inputs, int columns) { return size_t(tiles(columns, STEP)) * 2 * tiles(inputs, STEP) * TILE; }
+inline size_t right_size(int inputs, int columns) { return size_t(tiles(columns, TILE_INPUTS)) * 2 * tiles(inputs, TILE_INPUTS) * TILE; }
 
 // Where a change's tiles begin in the shared memory: A and B as the pass needs them.
 struct Places {
@@ -92,19 +92,19 @@ inline bf16* adapter_tiles(const Changed& y, bool back, int threads, Scratch<bf1
 
 // c [32][columns rounded up to 32] of left tiles [2][steps] and right tiles [columns][steps].
 inline void block_product(const bf16* left, const bf16* right, int steps, int columns, float* c, bool add) {
-  int width = tiles(columns, STEP) * STEP;
+  int width = tiles(columns, TILE_INPUTS) * TILE_INPUTS;
   size_t next = size_t(steps) * TILE;
   for (int column = 0; column < columns; column += 32)
-    multiply<2, 2>(left, next, right + column / GROUP * next, next, steps, c + column, width, add);
+    multiply<2, 2>(left, next, right + column / TILE_ROWS * next, next, steps, c + column, width, add);
 }
 
 // Left tiles [2 groups][steps] of up to 32 rows.
 template <class T>
 inline void left_tiles(const T* from, int64_t stride, int rows, int width, bf16* to) {
-  int steps = tiles(width, STEP);
+  int steps = tiles(width, TILE_INPUTS);
   for (int g = 0; g < 2; g++)
     for (int s = 0; s < steps; s++, to += TILE)
-      tile_of_rows(from + g * GROUP * stride + s * STEP, stride, std::max(0, rows - g * GROUP), width - s * STEP, to);
+      tile_of_rows(from + g * TILE_ROWS * stride + s * TILE_INPUTS, stride, std::max(0, rows - g * TILE_ROWS), width - s * TILE_INPUTS, to);
 }
 
 // The blocks of 32 rows of all readings, as (reading, first row of it).
@@ -126,7 +126,7 @@ inline int widest(const Changed& y) {
   for (int r = 0; r < y.count; r++)
     for (int i = 0; i < y.readings[r].count; i++)
       most = std::max({most, y.readings[r].changes[i].columns, y.readings[r].changes[i].rank});
-  return tiles(most, STEP) * STEP;
+  return tiles(most, TILE_INPUTS) * TILE_INPUTS;
 }
 
 inline void add_adapters(const Changed& y, int threads) {
@@ -141,7 +141,7 @@ inline void add_adapters(const Changed& y, int threads) {
     bf16* x = memory.narrow.of(size_t(2) * 32 * most);
     bf16* h = x + 32 * most;
     float* c = memory.wide.of(size_t(32) * most);
-    Multiplying state;
+    TileRegisters registers;
 #pragma omp for schedule(dynamic, 1)
     for (int unit = 0; unit < int(blocks.size()); unit++) {
       auto [r, row] = blocks[unit];
@@ -150,13 +150,13 @@ inline void add_adapters(const Changed& y, int threads) {
       left_tiles(reading.x + size_t(row) * y.in, y.in, rows, y.in, x);
       for (int i = 0; i < reading.count; i++) {
         const LowRank& change = reading.changes[i];
-        int width = tiles(change.rank, STEP) * STEP;
-        block_product(x, right + places[r][i].a, tiles(y.in, STEP), change.rank, c, false);
+        int width = tiles(change.rank, TILE_INPUTS) * TILE_INPUTS;
+        block_product(x, right + places[r][i].a, tiles(y.in, TILE_INPUTS), change.rank, c, false);
         bf16* kept = reading.reduced + size_t(row) * reading.ranks + first;
         put_rows(c, width, rows, change.rank, kept, reading.ranks, false);
         left_tiles(kept, reading.ranks, rows, change.rank, h);
-        block_product(h, right + places[r][i].b, width / STEP, change.columns, c, false);
-        put_rows(c, tiles(change.columns, STEP) * STEP, rows, change.columns,
+        block_product(h, right + places[r][i].b, width / TILE_INPUTS, change.columns, c, false);
+        put_rows(c, tiles(change.columns, TILE_INPUTS) * TILE_INPUTS, rows, change.columns,
                  y.y + (reading.row + row) * y.width + change.column, y.width, true);
         first += change.rank;
       }
@@ -167,27 +167,27 @@ inline void add_adapters(const Changed& y, int threads) {
 // to [rows][columns] = left^T right, sums over `depth` rows of both: of 32 columns of `right` from `column` on.
 inline void outer_product(const bf16* turned, int rows, const bf16* pairs, int depth, int column, int columns,
                           float* to, float* c) {
-  int steps = tiles(depth, STEP), count = std::min(32, columns - column);
+  int steps = tiles(depth, TILE_INPUTS), count = std::min(32, columns - column);
   size_t next = size_t(steps) * TILE;
-  for (int g = 0; g < tiles(rows, GROUP); g++) {
+  for (int g = 0; g < tiles(rows, TILE_ROWS); g++) {
     multiply<1, 2>(turned + g * next, next, pairs, next, steps, c, 32, false);
-    put_rows(c, 32, std::min(GROUP, rows - g * GROUP), count, to + size_t(g) * GROUP * columns + column, columns,
+    put_rows(c, 32, std::min(TILE_ROWS, rows - g * TILE_ROWS), count, to + size_t(g) * TILE_ROWS * columns + column, columns,
              false);
   }
 }
 
 // Left tiles [groups of columns][steps of rows] of a matrix's transpose: from [depth][..stride], `columns` of it.
 inline void turned_tiles(const bf16* from, int64_t stride, int depth, int columns, bf16* to) {
-  for (int g = 0; g < tiles(columns, GROUP); g++)
-    for (int s = 0; s < tiles(depth, STEP); s++, to += TILE)
-      tile_of_turned(from + s * STEP * stride + g * GROUP, stride, columns - g * GROUP, depth - s * STEP, to);
+  for (int g = 0; g < tiles(columns, TILE_ROWS); g++)
+    for (int s = 0; s < tiles(depth, TILE_INPUTS); s++, to += TILE)
+      tile_of_turned(from + s * TILE_INPUTS * stride + g * TILE_ROWS, stride, columns - g * TILE_ROWS, depth - s * TILE_INPUTS, to);
 }
 
 // Right tiles of 32 columns: [2][steps of rows].
 inline void pair_tiles(const bf16* from, int64_t stride, int depth, int columns, bf16* to) {
   for (int t = 0; t < 2; t++)
-    for (int s = 0; s < tiles(depth, STEP); s++, to += TILE)
-      tile_of_pairs(from + s * STEP * stride + t * GROUP, stride, depth - s * STEP, std::max(0, columns - t * GROUP), to);
+    for (int s = 0; s < tiles(depth, TILE_INPUTS); s++, to += TILE)
+      tile_of_pairs(from + s * TILE_INPUTS * stride + t * TILE_ROWS, stride, depth - s * TILE_INPUTS, std::max(0, columns - t * TILE_ROWS), to);
 }
 
 // Gradients of A, B and x for y's gradient; `slopes` [readings] are g B^T [rows][ranks], which is written first.
@@ -197,7 +197,7 @@ inline void adapters_back(const Changed& y, bf16* const* slopes, int threads) {
   const bf16* right = adapter_tiles(y, true, threads, shared, places);
   auto blocks = blocks_of(y);
   int most = widest(y), deepest = 0;
-  for (int r = 0; r < y.count; r++) deepest = std::max(deepest, tiles(y.readings[r].rows, STEP));
+  for (int r = 0; r < y.count; r++) deepest = std::max(deepest, tiles(y.readings[r].rows, TILE_INPUTS));
   // Work of the second part: 32 columns of x (change -1) or of one change's outputs.
   struct Unit {
     int reading, change, column, first;
@@ -213,17 +213,17 @@ inline void adapters_back(const Changed& y, bf16* const* slopes, int threads) {
   size_t size = 0;
   for (int r = 0; r < y.count; r++) {
     const Reading& reading = y.readings[r];
-    size_t depth = tiles(reading.rows, STEP), start = size;
+    size_t depth = tiles(reading.rows, TILE_INPUTS), start = size;
     for (int i = 0, first = 0; i < reading.count; first += reading.changes[i++].rank) {
       turns.push_back({slopes[r], r, first, reading.changes[i].rank, size});
-      size += tiles(reading.changes[i].rank, GROUP) * depth * TILE;
+      size += tiles(reading.changes[i].rank, TILE_ROWS) * depth * TILE;
     }
     for (int column = 0; column < y.in; column += 32) units.push_back({r, -1, column, 0, start});
     for (int i = 0, first = 0; i < reading.count; first += reading.changes[i++].rank) {
       turns.push_back({reading.reduced, r, first, reading.changes[i].rank, size});
       for (int column = 0; column < reading.changes[i].columns; column += 32)
         units.push_back({r, i, column, first, size});
-      size += tiles(reading.changes[i].rank, GROUP) * depth * TILE;
+      size += tiles(reading.changes[i].rank, TILE_ROWS) * depth * TILE;
     }
   }
   bf16* turned = turned_memory.of(size);
@@ -233,13 +233,13 @@ inline void adapters_back(const Changed& y, bf16* const* slopes, int threads) {
     size_t left_size = size_t(32) * most, ranks = 0;
     for (int r = 0; r < y.count; r++) {
       size_t own = 0;
-      for (int i = 0; i < y.readings[r].count; i++) own += tiles(y.readings[r].changes[i].rank, STEP) * STEP;
+      for (int i = 0; i < y.readings[r].count; i++) own += tiles(y.readings[r].changes[i].rank, TILE_INPUTS) * TILE_INPUTS;
       ranks = std::max(ranks, own);
     }
     bf16* g = memory.narrow.of(std::max(left_size + 32 * ranks, size_t(2) * deepest * TILE));
     bf16* h = g + left_size;
     float* c = memory.wide.of(size_t(32) * most + 32 * 32);
-    Multiplying state;
+    TileRegisters registers;
 #pragma omp for schedule(dynamic, 1)
     for (int unit = 0; unit < int(blocks.size()); unit++) {
       auto [r, row] = blocks[unit];
@@ -249,9 +249,9 @@ inline void adapters_back(const Changed& y, bf16* const* slopes, int threads) {
       bf16* to = h;
       for (int i = 0; i < reading.count; i++) {
         const LowRank& change = reading.changes[i];
-        int width = tiles(change.rank, STEP) * STEP;
+        int width = tiles(change.rank, TILE_INPUTS) * TILE_INPUTS;
         left_tiles(gy + change.column, y.width, rows, change.columns, g);
-        block_product(g, right + places[r][i].b, tiles(change.columns, STEP), change.rank, c, false);
+        block_product(g, right + places[r][i].b, tiles(change.columns, TILE_INPUTS), change.rank, c, false);
         bf16* kept = slopes[r] + size_t(row) * reading.ranks + first;
         put_rows(c, width, rows, change.rank, kept, reading.ranks, false);
         left_tiles(kept, reading.ranks, rows, change.rank, to);
@@ -261,11 +261,11 @@ inline void adapters_back(const Changed& y, bf16* const* slopes, int threads) {
       if (!reading.to_x) continue;
       const bf16* left = h;
       for (int i = 0; i < reading.count; i++) {
-        int steps = tiles(reading.changes[i].rank, STEP);
+        int steps = tiles(reading.changes[i].rank, TILE_INPUTS);
         block_product(left, right + places[r][i].a, steps, y.in, c, i > 0);
-        left += size_t(32) * steps * STEP;
+        left += size_t(32) * steps * TILE_INPUTS;
       }
-      put_rows(c, tiles(y.in, STEP) * STEP, rows, y.in, reading.to_x + size_t(row) * y.in, y.in, false);
+      put_rows(c, tiles(y.in, TILE_INPUTS) * TILE_INPUTS, rows, y.in, reading.to_x + size_t(row) * y.in, y.in, false);
     }
 #pragma omp for schedule(dynamic, 1)
     for (int i = 0; i < int(turns.size()); i++) {
@@ -283,7 +283,7 @@ inline void adapters_back(const Changed& y, bf16* const* slopes, int threads) {
         for (int j = 0; j < reading.count; j++) {
           const LowRank& change = reading.changes[j];
           outer_product(turned + at, change.rank, g, reading.rows, unit.column, y.in, change.to_a, c);
-          at += size_t(tiles(change.rank, GROUP)) * tiles(reading.rows, STEP) * TILE;
+          at += size_t(tiles(change.rank, TILE_ROWS)) * tiles(reading.rows, TILE_INPUTS) * TILE;
         }
         continue;
       }

@@ -6,7 +6,7 @@
 
 #include "multiply.h"
 
-#if LANES == 16
+#if LORAPLEX_ORDER
 namespace loraplex {
 
 constexpr int QUERIES = 32;  // of a block
@@ -31,41 +31,41 @@ struct Seen {
   int first, steps;
 
   Seen(int query, int queries, int window) {
-    first = window ? std::max(0, query - window + 1) / STEP * STEP : 0;
-    steps = tiles(query + queries - first, STEP);
+    first = window ? std::max(0, query - window + 1) / TILE_INPUTS * TILE_INPUTS : 0;
+    steps = tiles(query + queries - first, TILE_INPUTS);
   }
-  int keys() const { return steps * STEP; }
+  int keys() const { return steps * TILE_INPUTS; }
 };
 
 // Left tiles of a block's rows of one head: [2 groups][steps].
 inline void block_rows(const bf16* from, int64_t stride, int rows, int width, int steps, bf16* to) {
   for (int g = 0; g < 2; g++)
     for (int s = 0; s < steps; s++)
-      tile_of_rows(from + g * GROUP * stride + s * STEP, stride, std::max(0, rows - g * GROUP), width - s * STEP,
+      tile_of_rows(from + g * TILE_ROWS * stride + s * TILE_INPUTS, stride, std::max(0, rows - g * TILE_ROWS), width - s * TILE_INPUTS,
                    to + (g * steps + s) * TILE);
 }
 
 // Right tiles of keys as columns, [tiles of 16 keys][steps of the width].
 inline void keys_as_columns(const bf16* from, int64_t stride, int keys, int width, int steps, bf16* to) {
-  for (int t = 0; t < tiles(keys, STEP) * 2; t++)
+  for (int t = 0; t < tiles(keys, TILE_INPUTS) * 2; t++)
     for (int s = 0; s < steps; s++)
-      tile_of_columns(from + t * GROUP * stride + s * STEP, stride, width - s * STEP, std::max(0, keys - t * GROUP),
+      tile_of_columns(from + t * TILE_ROWS * stride + s * TILE_INPUTS, stride, width - s * TILE_INPUTS, std::max(0, keys - t * TILE_ROWS),
                       to + (t * steps + s) * TILE);
 }
 
 // Right tiles of keys as inputs, [tiles of 16 columns][steps of keys].
 inline void keys_as_inputs(const bf16* from, int64_t stride, int keys, int width, bf16* to) {
-  int steps = tiles(keys, STEP);
-  for (int t = 0; t < tiles(width, STEP) * 2; t++)
+  int steps = tiles(keys, TILE_INPUTS);
+  for (int t = 0; t < tiles(width, TILE_INPUTS) * 2; t++)
     for (int s = 0; s < steps; s++)
-      tile_of_pairs(from + s * STEP * stride + t * GROUP, stride, keys - s * STEP, std::max(0, width - t * GROUP),
+      tile_of_pairs(from + s * TILE_INPUTS * stride + t * TILE_ROWS, stride, keys - s * TILE_INPUTS, std::max(0, width - t * TILE_ROWS),
                     to + (t * steps + s) * TILE);
 }
 
 // scores [32][keys] of a block's left tiles with keys as columns.
 inline void block_scores(const bf16* left, const bf16* columns, int steps, const Seen& seen, float* scores) {
   for (int key = 0; key < seen.keys(); key += 32) {
-    const bf16* b = columns + size_t(seen.first + key) / GROUP * steps * TILE;
+    const bf16* b = columns + size_t(seen.first + key) / TILE_ROWS * steps * TILE;
     multiply<2, 2>(left, size_t(steps) * TILE, b, size_t(steps) * TILE, steps, scores + key, seen.keys(), false);
   }
 }
@@ -94,19 +94,19 @@ inline float weights_of(float* scores, const Seen& seen, int query, const Attend
 inline void as_left(const float* values, const Seen& seen, bf16* to) {
   for (int g = 0; g < 2; g++)
     for (int s = 0; s < seen.steps; s++)
-      tile_of_rows(values + g * GROUP * seen.keys() + s * STEP, seen.keys(), GROUP, STEP,
+      tile_of_rows(values + g * TILE_ROWS * seen.keys() + s * TILE_INPUTS, seen.keys(), TILE_ROWS, TILE_INPUTS,
                    to + (size_t(g) * seen.steps + s) * TILE);
 }
 
 // One head of a sequence of n rows from row `start`: writes out, and each query's log of its sum to `logs` [n].
 inline void attend(const Attending& a, int start, int n, int head, const Heads<bf16>& out, float* logs,
                    Scratch<bf16>& small, Scratch<float>& wide) {
-  int kv = head / (a.heads / a.kv_heads), steps = tiles(a.width, STEP), all = tiles(n, STEP);
+  int kv = head / (a.heads / a.kv_heads), steps = tiles(a.width, TILE_INPUTS), all = tiles(n, TILE_INPUTS);
   size_t area = size_t(all) * steps * 2 * TILE;
   bf16* columns = small.of(2 * area + size_t(2) * (steps + all) * TILE);
   bf16 *inputs = columns + area, *left = inputs + area, *weights = left + 2 * steps * TILE;
-  float* scores = wide.of(size_t(QUERIES) * all * STEP + QUERIES * 32);
-  float* c = scores + size_t(QUERIES) * all * STEP;
+  float* scores = wide.of(size_t(QUERIES) * all * TILE_INPUTS + QUERIES * 32);
+  float* c = scores + size_t(QUERIES) * all * TILE_INPUTS;
   keys_as_columns(a.k(start, kv, a.width), a.k.stride, n, a.width, steps, columns);
   keys_as_inputs(a.v(start, kv, a.width), a.v.stride, n, a.width, inputs);
   for (int query = 0; query < n; query += QUERIES) {
@@ -127,7 +127,7 @@ inline void attend(const Attending& a, int start, int n, int head, const Heads<b
     }
     as_left(scores, seen, weights);
     for (int column = 0; column < a.width; column += 32) {
-      const bf16* b = inputs + (size_t(column / GROUP) * all + seen.first / STEP) * TILE;
+      const bf16* b = inputs + (size_t(column / TILE_ROWS) * all + seen.first / TILE_INPUTS) * TILE;
       multiply<2, 2>(weights, size_t(seen.steps) * TILE, b, size_t(all) * TILE, seen.steps, c, 32, false);
       for (int r = 0; r < count; r++) {
         for (int i = 0; i < 32; i += 16) store(c + r * 32 + i, load(c + r * 32 + i) * shares[r]);
@@ -149,7 +149,7 @@ class AttendBack {
  public:
   AttendBack(const Attending& a, const Derivative& d, int start, int n, int kv, Scratch<bf16>& small,
              Scratch<float>& wide)
-      : a_(a), d_(d), start_(start), n_(n), kv_(kv), steps_(tiles(a.width, STEP)), all_(tiles(n, STEP)) {
+      : a_(a), d_(d), start_(start), n_(n), kv_(kv), steps_(tiles(a.width, TILE_INPUTS)), all_(tiles(n, TILE_INPUTS)) {
     size_t area = size_t(all_) * steps_ * 2 * TILE, block = size_t(2) * steps_ * TILE;
     columns_ = small.of(3 * area + 4 * block + size_t(2) * all_ * TILE + 4 * TILE);
     values_ = columns_ + area;
@@ -160,8 +160,8 @@ class AttendBack {
     g_pairs_ = q_pairs_ + block;
     left_ = g_pairs_ + block;
     turned_ = left_ + size_t(2) * all_ * TILE;
-    wide_ = steps_ * STEP;
-    size_t sums = size_t(all_) * STEP * wide_, scores = size_t(QUERIES) * all_ * STEP;
+    wide_ = steps_ * TILE_INPUTS;
+    size_t sums = size_t(all_) * TILE_INPUTS * wide_, scores = size_t(QUERIES) * all_ * TILE_INPUTS;
     to_k_ = wide.of(2 * sums + 2 * scores + QUERIES * 32);
     to_v_ = to_k_ + sums;
     scores_ = to_v_ + sums;
@@ -189,9 +189,9 @@ class AttendBack {
     block_rows(q, a_.q.stride, count, w, steps_, q_);
     block_rows(g, d_.to_out.stride, count, w, steps_, g_);
     for (int t = 0; t < steps_ * 2; t++) {
-      int left = std::max(0, w - t * GROUP);
-      tile_of_pairs(q + t * GROUP, a_.q.stride, count, left, q_pairs_ + t * TILE);
-      tile_of_pairs(g + t * GROUP, d_.to_out.stride, count, left, g_pairs_ + t * TILE);
+      int left = std::max(0, w - t * TILE_ROWS);
+      tile_of_pairs(q + t * TILE_ROWS, a_.q.stride, count, left, q_pairs_ + t * TILE);
+      tile_of_pairs(g + t * TILE_ROWS, d_.to_out.stride, count, left, g_pairs_ + t * TILE);
     }
     block_scores(q_, columns_, steps_, seen, scores_);
     block_scores(g_, values_, steps_, seen, slopes_);
@@ -200,7 +200,7 @@ class AttendBack {
     accumulate(slopes_, seen, q_pairs_, to_k_);
     as_left(slopes_, seen, left_);
     for (int column = 0; column < w; column += 32) {
-      const bf16* b = inputs_ + (size_t(column / GROUP) * all_ + seen.first / STEP) * TILE;
+      const bf16* b = inputs_ + (size_t(column / TILE_ROWS) * all_ + seen.first / TILE_INPUTS) * TILE;
       multiply<2, 2>(left_, size_t(seen.steps) * TILE, b, size_t(all_) * TILE, seen.steps, c_, 32, false);
       put_rows(c_, 32, count, std::min(32, w - column), d_.to_q(row, head, w) + column, d_.to_q.stride, false);
     }
@@ -228,9 +228,9 @@ class AttendBack {
   void accumulate(const float* values, const Seen& seen, const bf16* pairs, float* sums) {
     for (int key = 0; key < seen.keys(); key += 32) {
       for (int g = 0; g < 2; g++)
-        tile_of_turned(values + key + g * GROUP, seen.keys(), GROUP, QUERIES, turned_ + g * TILE);
+        tile_of_turned(values + key + g * TILE_ROWS, seen.keys(), TILE_ROWS, QUERIES, turned_ + g * TILE);
       for (int column = 0; column < wide_; column += 32)
-        multiply<2, 2>(turned_, TILE, pairs + column / GROUP * TILE, TILE, 1,
+        multiply<2, 2>(turned_, TILE, pairs + column / TILE_ROWS * TILE, TILE, 1,
                        sums + size_t(seen.first + key) * wide_ + column, wide_, true);
     }
   }

@@ -108,18 +108,12 @@ void loraplex_train_cross_entropy(loraplex::bf16* scores, const int64_t* targets
 
 }  // extern "C"
 
-// Products of bf16, in builds with 16 lanes.
+// Products of bf16, in builds with an order of sums (tiles.h).
 extern "C" {
 
-int loraplex_train_has_products() {
-#if LANES == 16
-  return loraplex::has_products();
-#else
-  return 0;
-#endif
-}
+int loraplex_train_has_products() { return LORAPLEX_ORDER != 0; }
 
-#if LANES == 16
+#if LORAPLEX_ORDER
 // See `base_product`; `in` is a multiple of 64.
 void loraplex_train_product(const uint8_t* codes, const float* maxima, int out, int in, const loraplex::bf16* x,
                             int rows, int back, loraplex::bf16* y, int threads) {
@@ -147,7 +141,7 @@ void loraplex_train_attend(const loraplex::Attending* a, const int32_t* starts, 
   {
     static thread_local Scratch<bf16> small;
     static thread_local Scratch<float> wide;
-    Multiplying state;
+    TileRegisters registers;
 #pragma omp for schedule(dynamic, 1)
     for (int unit = 0; unit < sequences * a->heads; unit++) {
       int s = unit / a->heads, head = unit % a->heads, start = starts[s];
@@ -163,7 +157,7 @@ void loraplex_train_attend_back(const loraplex::Attending* a, const loraplex::De
   {
     static thread_local Scratch<bf16> small;
     static thread_local Scratch<float> wide;
-    Multiplying state;
+    TileRegisters registers;
 #pragma omp for schedule(dynamic, 1)
     for (int unit = 0; unit < sequences * a->kv_heads; unit++) {
       int s = unit / a->kv_heads, start = starts[s];

@@ -3,7 +3,7 @@
 //   a tile of the left matrix   [16 rows][32 inputs]           1 KB
 //   a tile of the right matrix  [16 pairs of inputs][16 columns][2]   1 KB
 //
-// AMX multiplies such tiles in one instruction, VDPBF16PS in 256; elsewhere floats do the same. Needs LANES == 16.
+// AMX multiplies such tiles in one instruction; otherwise pairs are added one by one (tiles.h). In builds with an order of sums only.
 #pragma once
 
 #include <algorithm>
@@ -11,51 +11,12 @@
 #include <memory>
 #include <new>
 
-#include "../simd.h"
+#include "../tiles.h"
 
-#if defined(__AVX512BF16__)
-#include <immintrin.h>
-#endif
-#if defined(__AMX_BF16__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
+#if LORAPLEX_ORDER
 namespace loraplex {
 
-constexpr int TILE = 512;  // bf16 values of a tile
-constexpr int GROUP = 16;  // rows or columns of a tile
-constexpr int STEP = 32;   // inputs of a tile
-
 inline int tiles(int count, int size) { return (count + size - 1) / size; }
-
-// Whether this build multiplies bf16 by instructions made for it, and the processor lets the process use them.
-inline bool has_products() {
-#if defined(__AMX_BF16__)
-  static const bool granted = syscall(SYS_arch_prctl, 0x1023, 18) == 0;  // ARCH_REQ_XCOMP_PERM, tile data
-  return granted;
-#elif defined(__AVX512BF16__) || defined(LORAPLEX_BF16)
-  return true;
-#else
-  return false;
-#endif
-}
-
-// The state that `multiply` needs on a thread.
-struct Multiplying {
-#if defined(__AMX_BF16__)
-  Multiplying() {
-    struct alignas(64) {
-      uint8_t palette = 1, start = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {};
-      uint8_t rows[16] = {};
-    } config;
-    for (int i = 0; i < 8; i++) config.row_bytes[i] = 64, config.rows[i] = 16;
-    _tile_loadconfig(&config);
-  }
-  ~Multiplying() { _tile_release(); }
-#endif
-};
 
 // Memory of a thread that grows and is kept, aligned for tiles. Not cleared.
 template <class T>
@@ -78,7 +39,7 @@ class Scratch {
   size_t size_ = 0;
 };
 
-#if defined(__AMX_BF16__)
+#ifdef LORAPLEX_AMX
 // c [16 M][width] = a b, or += if `add`; a's groups of rows lie `a_next` apart, b's groups of columns `b_next`.
 template <int M, int N>
 inline void multiply(const bf16* a, size_t a_next, const bf16* b, size_t b_next, int steps, float* c, int width,
@@ -110,37 +71,22 @@ inline void multiply(const bf16* a, size_t a_next, const bf16* b, size_t b_next,
   if constexpr (M == 2) _tile_stored(2, c + 16 * width, stride);
   if constexpr (M == 2 && N == 2) _tile_stored(3, c + 16 * width + 16, stride);
 }
-#elif LANES == 16
-inline uint32_t pair(const bf16* at) {
-  uint32_t both;
-  std::memcpy(&both, at, sizeof both);
-  return both;
-}
-
-inline vf add_pairs(vf sum, vu a, vu b) {
-#if defined(__AVX512BF16__)
-  return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
 #else
-  sum = bit_cast<vf>(a & 0xffff0000u) * bit_cast<vf>(b & 0xffff0000u) + sum;
-  return bit_cast<vf>(a << 16) * bit_cast<vf>(b << 16) + sum;
-#endif
-}
-
 template <int M, int N>
 inline void multiply(const bf16* a, size_t a_next, const bf16* b, size_t b_next, int steps, float* c, int width,
                      bool add) {
   constexpr int ROWS = 8;
   for (int m = 0; m < M * 16; m += ROWS) {
-    const bf16* from = a + m / 16 * a_next + m % 16 * STEP;
+    const bf16* from = a + m / 16 * a_next + m % 16 * TILE_INPUTS;
     vf sums[ROWS][N];
     for (int r = 0; r < ROWS; r++)
       for (int n = 0; n < N; n++) sums[r][n] = add ? load(c + size_t(m + r) * width + n * 16) : vf{};
     for (int s = 0; s < steps; s++)
       for (int p = 0; p < 16; p++) {
         vu right[N];
-        for (int n = 0; n < N; n++) std::memcpy(&right[n], b + n * b_next + s * TILE + p * STEP, 64);
+        for (int n = 0; n < N; n++) right[n] = load_pairs(b + n * b_next + s * TILE + p * TILE_INPUTS);
         for (int r = 0; r < ROWS; r++) {
-          vu left = pair(from + s * TILE + r * STEP + 2 * p) - vu{};
+          vu left = broadcast_pair(from + s * TILE + r * TILE_INPUTS + 2 * p);
           for (int n = 0; n < N; n++) sums[r][n] = add_pairs(sums[r][n], left, right[n]);
         }
       }
@@ -150,7 +96,6 @@ inline void multiply(const bf16* a, size_t a_next, const bf16* b, size_t b_next,
 }
 #endif
 
-#if LANES == 16
 // The 16 x 16 pairs of a tile, rows and columns exchanged.
 inline void transpose(const bf16* from, bf16* to) {
   vu v[16], w[16];
@@ -179,7 +124,7 @@ inline void transpose(const bf16* from, bf16* to) {
 
 // Rounded to bf16, as `store` does; the instruction takes the smallest floats, below 1.2e-38, for zero.
 inline void put16(bf16* to, vf v) {
-#if defined(__AVX512BF16__)
+#if defined(LORAPLEX_AMX) || defined(LORAPLEX_VDPBF16PS)
   auto narrow = _mm512_cvtneps_pbh((__m512)v);
   std::memcpy(to, &narrow, 32);
 #else
@@ -196,20 +141,20 @@ inline void copy32(const float* from, bf16* to) {
 // A tile of rows: from[r * stride + i], for `rows` rows and `width` inputs; the rest is zero.
 template <class T>
 inline void tile_of_rows(const T* from, size_t stride, int rows, int width, bf16* to) {
-  if (rows < 16 || width < STEP) std::memset(to, 0, TILE * sizeof(bf16));
+  if (rows < 16 || width < TILE_INPUTS) std::memset(to, 0, TILE * sizeof(bf16));
   for (int r = 0; r < std::min(rows, 16); r++) {
     const T* row = from + r * stride;
-    if (width >= STEP) {
-      copy32(row, to + r * STEP);
+    if (width >= TILE_INPUTS) {
+      copy32(row, to + r * TILE_INPUTS);
     } else {
-      for (int i = 0; i < width; i++) store1(to + r * STEP + i, load1(row + i));
+      for (int i = 0; i < width; i++) store1(to + r * TILE_INPUTS + i, load1(row + i));
     }
   }
 }
 
 // bf16 bits of two vectors in pairs: lane i has a[i] in its lower half and b[i] in its upper.
 inline vu paired(vf a, vf b) {
-#if defined(__AVX512BF16__)
+#if defined(LORAPLEX_AMX) || defined(LORAPLEX_VDPBF16PS)
   auto low = (vh)_mm512_cvtneps_pbh((__m512)a), high = (vh)_mm512_cvtneps_pbh((__m512)b);
   return __builtin_convertvector(low, vu) | __builtin_convertvector(high, vu) << 16;
 #else
@@ -254,7 +199,7 @@ inline void tile_of_pairs(const T* from, size_t stride, int depth, int columns, 
   for (int p = 0; p < 16; p++) {
     const T* row = from + size_t(2 * p) * stride;
     vu both = row_pairs(2 * p < depth ? row : nullptr, 2 * p + 1 < depth ? row + stride : nullptr, columns);
-    std::memcpy(to + p * STEP, &both, 64);
+    std::memcpy(to + p * TILE_INPUTS, &both, 64);
   }
 }
 
@@ -285,6 +230,6 @@ inline void put_rows(const float* c, int width, int rows, int columns, T* out, s
     for (; i < columns; i++) store1(to + i, add ? load1(to + i) + row[i] : row[i]);
   }
 }
-#endif
 
 }  // namespace loraplex
+#endif

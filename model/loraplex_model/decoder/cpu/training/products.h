@@ -4,7 +4,7 @@
 #include "multiply.h"
 #include "unpack.h"
 
-#if LANES == 16
+#if LORAPLEX_ORDER
 namespace loraplex {
 
 constexpr int MOST_ROWS = 2048;         // that are in tiles at a time
@@ -13,8 +13,8 @@ constexpr size_t PANEL_BYTES = 600000;  // of right tiles of a unit of work, whi
 // Tiles of columns of a unit of work: several, so that left tiles are read less often, but units for all threads.
 inline int panel_tiles(int columns, int depth, int threads) {
   for (int count : {6, 4}) {
-    bool fits = size_t(count) * GROUP * depth * sizeof(bf16) <= PANEL_BYTES;
-    if (fits && tiles(columns, count * GROUP) >= 2 * threads) return count;
+    bool fits = size_t(count) * TILE_ROWS * depth * sizeof(bf16) <= PANEL_BYTES;
+    if (fits && tiles(columns, count * TILE_ROWS) >= 2 * threads) return count;
   }
   return 2;
 }
@@ -24,26 +24,26 @@ inline int panel_tiles(int columns, int depth, int threads) {
 template <class Left, class Right, class Put>
 inline void product(int rows, int depth, int columns, int threads, Left left, Right right, Put put) {
   static thread_local Scratch<bf16> shared;
-  int steps = tiles(depth, STEP), width = panel_tiles(columns, depth, threads);
+  int steps = tiles(depth, TILE_INPUTS), width = panel_tiles(columns, depth, threads);
   int most = std::min(rows, MOST_ROWS);
-  bf16* a = shared.of(size_t(tiles(most, 2 * GROUP)) * 2 * steps * TILE);
+  bf16* a = shared.of(size_t(tiles(most, 2 * TILE_ROWS)) * 2 * steps * TILE);
   for (int first = 0; first < rows; first += MOST_ROWS) {
-    int groups = tiles(std::min(rows - first, MOST_ROWS), GROUP), panels = tiles(columns, width * GROUP);
+    int groups = tiles(std::min(rows - first, MOST_ROWS), TILE_ROWS), panels = tiles(columns, width * TILE_ROWS);
 #pragma omp parallel num_threads(threads)
     {
       static thread_local Scratch<bf16> own;
       bf16* b = own.of(size_t(width) * steps * TILE);
       alignas(64) float c[32 * 32];
-      Multiplying state;
+      TileRegisters registers;
 #pragma omp for schedule(static)
       for (int g = 0; g < groups; g++)
-        for (int s = 0; s < steps; s++) left(first + g * GROUP, s * STEP, a + (size_t(g) * steps + s) * TILE);
+        for (int s = 0; s < steps; s++) left(first + g * TILE_ROWS, s * TILE_INPUTS, a + (size_t(g) * steps + s) * TILE);
 #pragma omp for schedule(dynamic, 1)
       for (int panel = 0; panel < panels; panel++) {
-        int column = panel * width * GROUP, count = std::min(width, tiles(columns - column, GROUP));
+        int column = panel * width * TILE_ROWS, count = std::min(width, tiles(columns - column, TILE_ROWS));
         for (int t = 0; t < count; t++)
           for (int s = 0; s < steps; s++)
-            right(s * STEP, column + t * GROUP, b + (size_t(t) * steps + s) * TILE);
+            right(s * TILE_INPUTS, column + t * TILE_ROWS, b + (size_t(t) * steps + s) * TILE);
         size_t next = size_t(steps) * TILE;
         for (int g = 0; g < groups; g += 2)
           for (int t = 0; t < count; t += 2) {
@@ -57,7 +57,7 @@ inline void product(int rows, int depth, int columns, int threads, Left left, Ri
               multiply<1, 2>(at, next, bt, next, steps, c, 32, false);
             else
               multiply<1, 1>(at, next, bt, next, steps, c, 32, false);
-            put(first + g * GROUP, column + t * GROUP, c);
+            put(first + g * TILE_ROWS, column + t * TILE_ROWS, c);
           }
       }
     }
@@ -79,8 +79,8 @@ struct Packed {
     alignas(64) bf16 rows[TILE];
     if (row + 16 > out) std::memset(rows, 0, sizeof rows);
     for (int r = 0; r < std::min(16, out - row); r++) {
-      put16(rows + r * STEP, weights(row + r, input));
-      put16(rows + r * STEP + 16, weights(row + r, input + 16));
+      put16(rows + r * TILE_INPUTS, weights(row + r, input));
+      put16(rows + r * TILE_INPUTS + 16, weights(row + r, input + 16));
     }
     transpose(rows, to);
   }
@@ -89,7 +89,7 @@ struct Packed {
       vf even = row + 2 * p < out ? weights(row + 2 * p, column) : vf{};
       vf odd = row + 2 * p + 1 < out ? weights(row + 2 * p + 1, column) : vf{};
       vu both = paired(even, odd);
-      std::memcpy(to + p * STEP, &both, 64);
+      std::memcpy(to + p * TILE_INPUTS, &both, 64);
     }
   }
 };
