@@ -7,7 +7,7 @@ few numbers per row that A gives, and x or the tensors that x is recomputed from
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,12 +48,13 @@ def project(
     modules: Sequence[tuple[str, int]],
     groups: Sequence[RowGroup],
     recompute: Recompute | None = None,
+    back: Back | None = None,
 ) -> torch.Tensor:
     """`mix.project` for groups that are slices, each with one adapter at weight 1.
 
-    x [T, in] -> [T, out]. Given how to `recompute` x, the backward pass does not keep x.
+    x [T, in] -> [T, out]. Given how to `recompute` x, the backward pass does not keep x. Given the
+    base's product's derivative `back`, it adds the adapters' part to its result in one pass.
     """
-    y = _base(product, x, layer, modules, groups)
     changes: list[_Change] = []
     tensors: list[torch.Tensor] = []
 
@@ -70,12 +71,19 @@ def project(
             group.span, columns, site, group.dropout, a, b, put(delta.gain), put(delta.bias)
         )
         changes.append(change)
+    if not tensors or any(d.in_gain is not None for _, _, _, d in _sites(layer, modules, groups)):
+        back = None
+    y = _base(product, x if back is None else x.detach(), layer, modules, groups)
     if not tensors:
         return y
     result: torch.Tensor = _Adapted.apply(  # type: ignore[no-untyped-call]
-        y, x, recompute or Recompute(_itself, (x,)), changes, *tensors
+        y, x, recompute or Recompute(_itself, (x,)), changes, back, *tensors
     )
     return result
+
+
+Back = Callable[[torch.Tensor], torch.Tensor]
+"""The derivative of a product by its input: from the gradient [T, out] to [T, in], in new memory."""
 
 
 def _itself(x: torch.Tensor) -> torch.Tensor:
@@ -135,6 +143,7 @@ class _Adapted(torch.autograd.Function):
         x: torch.Tensor,
         recompute: Recompute,
         changes: Sequence[_Change],
+        back: Back | None,
         *tensors: torch.Tensor,
     ) -> torch.Tensor:
         saved: list[torch.Tensor] = []
@@ -156,7 +165,7 @@ class _Adapted(torch.autograd.Function):
         else:
             saved += _add_factors(y, x, batches, tensors)
         sources = recompute.sources if any(c.a >= 0 for c in changes) else ()
-        ctx.make, ctx.changes = recompute.make, changes
+        ctx.make, ctx.changes, ctx.back = recompute.make, changes, back
         ctx.counts = len(sources), len(tensors), len(saved)
         ctx.save_for_backward(*sources, *tensors, *saved)
         ctx.mark_dirty(y)
@@ -173,17 +182,23 @@ class _Adapted(torch.autograd.Function):
         out: list[torch.Tensor | None] = [None] * len(tensors)
         to_y = _through_vectors(gy, changes, tensors, numbers, out)
         to_x = None
+        if ctx.back is not None and wanted[1]:
+            to_x = ctx.back(to_y)
         if sources:
             x = ctx.make(*sources)
-            to_x = _zeroed(torch.empty_like(x), changes) if wanted[1] else None
-            in_kernels = _in_kernels(x, gy, tensors)
-            through = _through_factors_in_kernels if in_kernels else _through_factors
-            through(gy, x, changes, tensors, numbers, out, to_x)
+            if _in_kernels(x, gy, tensors):
+                if to_x is None and wanted[1]:
+                    to_x = torch.zeros_like(x)
+                _through_factors_in_kernels(gy, x, changes, tensors, numbers, out, to_x)
+            else:
+                own = _zeroed(torch.empty_like(x), changes) if wanted[1] else None
+                _through_factors(gy, x, changes, tensors, numbers, out, own)
+                to_x = own if to_x is None or own is None else to_x.add_(own)
         typed = [
             None if g is None or not needed else g.to(t.dtype)
-            for g, t, needed in zip(out, tensors, wanted[4:], strict=True)
+            for g, t, needed in zip(out, tensors, wanted[5:], strict=True)
         ]
-        return (to_y, to_x, None, None, *typed)
+        return (to_y if ctx.back is None else None, to_x, None, None, None, *typed)
 
 
 def _add_factors(
@@ -241,7 +256,10 @@ def _through_factors_in_kernels(
     out: list[torch.Tensor | None],
     to_x: torch.Tensor | None,
 ) -> None:
-    """`_through_factors` by the kernels for bfloat16 products, with gradients in float32."""
+    """`_through_factors` by the kernels for bfloat16 products, with gradients in float32.
+
+    Adds to what `to_x` has.
+    """
     batches = list(_read_together(changes))
     readings, masks, into = [], [], []
     for batch in batches:
@@ -255,7 +273,7 @@ def _through_factors_in_kernels(
             into.append(None)
         else:
             into.append(to_x[batch[0].rows] if mask is None else torch.empty_like(read))
-    found = products.low_rank_gradients(gy, readings, into)
+    found = products.low_rank_gradients(gy, readings, into, [mask is None for mask in masks])
     for batch, gradients, mask, part in zip(batches, found, masks, into, strict=True):
         for c, (to_a, to_b) in zip(batch, gradients, strict=True):
             out[c.a], out[c.b] = to_a, to_b

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -33,7 +34,7 @@ from loraplex_model.base.weights import BaseWeights, LayerWeights
 from loraplex_model.decoder.attention import Attention
 from loraplex_model.ops import autograd, nf4, rope
 from loraplex_model.ops.autograd import Recompute
-from loraplex_model.ops.linear import BaseLinear, by_tiles
+from loraplex_model.ops.linear import BaseLinear, ScratchLinear, by_tiles
 
 
 def hidden_states(
@@ -379,5 +380,10 @@ class _Layer:
         shapes = self._config.projection_shapes()
         modules = [(name, shapes[name][1]) for name in self._config.fused[fused]]
         if self._groups and all(group.span is not None for group in self._groups):
-            return spans.project(product, x, self._index, fused, modules, self._groups, recompute)
+            linear, back = self._linear, None
+            if isinstance(linear, ScratchLinear) and linear.in_kernels(matrix, x):
+                back = partial(linear.back, matrix)
+            return spans.project(
+                product, x, self._index, fused, modules, self._groups, recompute, back
+            )
         return mix.project(product, x, self._index, fused, modules, self._groups)

@@ -116,11 +116,19 @@ class ScratchLinear:
     def __call__(self, matrix: NF4Matrix, x: torch.Tensor) -> torch.Tensor:
         """See `BaseLinear`."""
         result: torch.Tensor
-        if x.dtype == torch.bfloat16 and products.fits(matrix) and products.available():
+        if self.in_kernels(matrix, x):
             result = _InKernels.apply(x, matrix, self._maxima_of(matrix))  # type: ignore[no-untyped-call]
         else:
             result = _Unpacked.apply(x, matrix, self._weight)  # type: ignore[no-untyped-call]
         return result
+
+    def in_kernels(self, matrix: NF4Matrix, x: torch.Tensor) -> bool:
+        """Whether the kernels for bfloat16 products multiply x by the matrix."""
+        return x.dtype == torch.bfloat16 and products.fits(matrix) and products.available()
+
+    def back(self, matrix: NF4Matrix, gradient: torch.Tensor) -> torch.Tensor:
+        """The gradient of x for that of the product, if `in_kernels` is true of both."""
+        return products.product(matrix, self._maxima_of(matrix), gradient, back=True)
 
     def _maxima_of(self, matrix: NF4Matrix) -> torch.Tensor:
         if matrix not in self._maxima:

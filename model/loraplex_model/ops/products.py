@@ -93,20 +93,22 @@ def add_low_rank(y: torch.Tensor, readings: Sequence[Reading]) -> None:
 
 
 def low_rank_gradients(
-    gradient: torch.Tensor, readings: Sequence[Reading], to_x: Sequence[torch.Tensor | None]
+    gradient: torch.Tensor,
+    readings: Sequence[Reading],
+    to_x: Sequence[torch.Tensor | None],
+    adds: Sequence[bool],
 ) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
     """The gradients of A and B, float32, of every change of every reading, for that of y.
 
-    Also writes each reading's gradient of x, bfloat16 [rows, in], where there is a tensor for it.
+    Also writes each reading's gradient of x, bfloat16 [rows, in], where there is a tensor for it,
+    or adds it to what the tensor has, as `adds` says.
     """
     found = [
         [(torch.empty_like(c.a), c.b.new_empty(c.b.shape)) for c in reading.changes]
         for reading in readings
     ]
-    slopes = [torch.empty_like(reading.reduced) for reading in readings]
-    pointers = (c_void_p * len(slopes))(*(slope.data_ptr() for slope in slopes))
-    pointer, _keep = _changed(gradient, readings, found, to_x)
-    _call("adapters_back", byref(pointer), pointers)
+    pointer, _keep = _changed(gradient, readings, found, to_x, adds)
+    _call("adapters_back", byref(pointer))
     return found
 
 
@@ -134,6 +136,7 @@ class _Reading(Structure):
         ("rows", c_int),
         ("count", c_int),
         ("ranks", c_int),
+        ("adds", c_int),
     )
 
 
@@ -152,6 +155,7 @@ def _changed(
     readings: Sequence[Reading],
     found: Sequence[Sequence[tuple[torch.Tensor, torch.Tensor]]] | None,
     to_x: Sequence[torch.Tensor | None] | None,
+    adds: Sequence[bool] = (),
 ) -> tuple[_Changed, list[object]]:
     """The kernels' form of the changes, and what must be kept while it is used."""
     _check(y)
@@ -182,6 +186,7 @@ def _changed(
                 len(reading.x),
                 len(changes),
                 reading.reduced.shape[1],
+                int(bool(adds) and adds[number]),
             )
         )
         kept.append(array)

@@ -20,9 +20,9 @@ struct LowRank {
 struct Reading {
   const bf16* x;
   bf16* reduced;
-  bf16* to_x;  // gradient [rows][in], or null
+  bf16* to_x;  // gradient [rows][in], or null; with `adds` it is added to what is there
   const LowRank* changes;
-  int row, rows, count, ranks;
+  int row, rows, count, ranks, adds;
 };
 
 // A product that is changed: y [..][width], or in the derivative its gradient.
@@ -164,136 +164,166 @@ inline void add_adapters(const Changed& y, int threads) {
   }
 }
 
-// to [rows][columns] = left^T right, sums over `depth` rows of both: of 32 columns of `right` from `column` on.
-inline void outer_product(const bf16* turned, int rows, const bf16* pairs, int depth, int column, int columns,
-                          float* to, float* c) {
-  int steps = tiles(depth, TILE_INPUTS), count = std::min(32, columns - column);
-  size_t next = size_t(steps) * TILE;
-  for (int g = 0; g < tiles(rows, TILE_ROWS); g++) {
-    multiply<1, 2>(turned + g * next, next, pairs, next, steps, c, 32, false);
-    put_rows(c, 32, std::min(TILE_ROWS, rows - g * TILE_ROWS), count, to + size_t(g) * TILE_ROWS * columns + column, columns,
-             false);
+// sums [rows of 16][width] += left^T right, for up to 32 rows of both: the block's `rows` columns of `left` as tiles, and
+// the tiles of pairs of `columns` of `right`.
+inline void outer_product(const bf16* left, int64_t stride, int depth, int rows, const bf16* pairs, int columns,
+                          float* sums, bool add) {
+  alignas(64) bf16 turned[TILE];
+  int width = tiles(columns, TILE_INPUTS) * TILE_INPUTS;
+  for (int row = 0; row < rows; row += TILE_ROWS) {
+    tile_of_turned(left + row, stride, rows - row, depth, turned);
+    for (int column = 0; column < columns; column += 32)
+      multiply<1, 2>(turned, 0, pairs + column / TILE_ROWS * TILE, TILE, 1, sums + size_t(row) * width + column, width,
+                     add);
   }
 }
 
-// Left tiles [groups of columns][steps of rows] of a matrix's transpose: from [depth][..stride], `columns` of it.
-inline void turned_tiles(const bf16* from, int64_t stride, int depth, int columns, bf16* to) {
-  for (int g = 0; g < tiles(columns, TILE_ROWS); g++)
-    for (int s = 0; s < tiles(depth, TILE_INPUTS); s++, to += TILE)
-      tile_of_turned(from + s * TILE_INPUTS * stride + g * TILE_ROWS, stride, columns - g * TILE_ROWS, depth - s * TILE_INPUTS, to);
-}
-
-// Right tiles of 32 columns: [2][steps of rows].
+// Right tiles of up to 32 rows: [tiles of 16 columns], an even number.
 inline void pair_tiles(const bf16* from, int64_t stride, int depth, int columns, bf16* to) {
-  for (int t = 0; t < 2; t++)
-    for (int s = 0; s < tiles(depth, TILE_INPUTS); s++, to += TILE)
-      tile_of_pairs(from + s * TILE_INPUTS * stride + t * TILE_ROWS, stride, depth - s * TILE_INPUTS, std::max(0, columns - t * TILE_ROWS), to);
+  for (int t = 0; t < tiles(columns, TILE_INPUTS) * 2; t++)
+    tile_of_pairs(from + t * TILE_ROWS, stride, depth, std::max(0, columns - t * TILE_ROWS), to + t * TILE);
 }
 
-// Gradients of A, B and x for y's gradient; `slopes` [readings] are g B^T [rows][ranks], which is written first.
-inline void adapters_back(const Changed& y, bf16* const* slopes, int threads) {
-  static thread_local Scratch<bf16> shared, turned_memory;
-  std::vector<std::vector<Places>> places;
-  const bf16* right = adapter_tiles(y, true, threads, shared, places);
-  auto blocks = blocks_of(y);
-  int most = widest(y), deepest = 0;
-  for (int r = 0; r < y.count; r++) deepest = std::max(deepest, tiles(y.readings[r].rows, TILE_INPUTS));
-  // Work of the second part: 32 columns of x (change -1) or of one change's outputs.
-  struct Unit {
-    int reading, change, column, first;
-    size_t turned;
-  };
-  std::vector<Unit> units;
-  struct Turn {
-    const bf16* from;
-    int reading, first, rank;
-    size_t to;
-  };
-  std::vector<Turn> turns;
-  size_t size = 0;
-  for (int r = 0; r < y.count; r++) {
-    const Reading& reading = y.readings[r];
-    size_t depth = tiles(reading.rows, TILE_INPUTS), start = size;
-    for (int i = 0, first = 0; i < reading.count; first += reading.changes[i++].rank) {
-      turns.push_back({slopes[r], r, first, reading.changes[i].rank, size});
-      size += tiles(reading.changes[i].rank, TILE_ROWS) * depth * TILE;
-    }
-    for (int column = 0; column < y.in; column += 32) units.push_back({r, -1, column, 0, start});
-    for (int i = 0, first = 0; i < reading.count; first += reading.changes[i++].rank) {
-      turns.push_back({reading.reduced, r, first, reading.changes[i].rank, size});
-      for (int column = 0; column < reading.changes[i].columns; column += 32)
-        units.push_back({r, i, column, first, size});
-      size += tiles(reading.changes[i].rank, TILE_ROWS) * depth * TILE;
-    }
-  }
-  bf16* turned = turned_memory.of(size);
-#pragma omp parallel num_threads(threads)
-  {
-    static thread_local BlockMemory memory;
-    size_t left_size = size_t(32) * most, ranks = 0;
+// Sums of a matrix [rows][columns] with room for whole tiles.
+inline size_t sums_size(int rows, int columns) {
+  return size_t(tiles(rows, TILE_ROWS)) * TILE_ROWS * tiles(columns, TILE_INPUTS) * TILE_INPUTS;
+}
+
+// Rows of a reading whose gradients of A and B are summed by one thread. It depends on the reading alone, and with it the
+// order of all sums.
+inline int part_rows(const Reading& reading) {
+  return std::clamp(tiles(tiles(reading.rows, TILE_ROWS), TILE_INPUTS) * TILE_INPUTS, 32, 256);
+}
+
+// The derivative of `add_adapters`, in two parts: blocks of rows, with sums of A's and B's gradients for each part of
+// the rows; then the sums of the parts.
+class AdaptersBack {
+ public:
+  AdaptersBack(const Changed& y, int threads) : y_(y), threads_(threads), most_(widest(y)) {
+    static thread_local Scratch<bf16> memory;
+    right_ = adapter_tiles(y, true, threads, memory, places_);
     for (int r = 0; r < y.count; r++) {
-      size_t own = 0;
-      for (int i = 0; i < y.readings[r].count; i++) own += tiles(y.readings[r].changes[i].rank, TILE_INPUTS) * TILE_INPUTS;
-      ranks = std::max(ranks, own);
-    }
-    bf16* g = memory.narrow.of(std::max(left_size + 32 * ranks, size_t(2) * deepest * TILE));
-    bf16* h = g + left_size;
-    float* c = memory.wide.of(size_t(32) * most + 32 * 32);
-    TileRegisters registers;
-#pragma omp for schedule(dynamic, 1)
-    for (int unit = 0; unit < int(blocks.size()); unit++) {
-      auto [r, row] = blocks[unit];
       const Reading& reading = y.readings[r];
-      int rows = std::min(32, reading.rows - row), first = 0;
-      const bf16* gy = y.y + (reading.row + row) * y.width;
-      bf16* to = h;
+      size_t size = 0;
+      int ranks = 0;
       for (int i = 0; i < reading.count; i++) {
         const LowRank& change = reading.changes[i];
-        int width = tiles(change.rank, TILE_INPUTS) * TILE_INPUTS;
-        left_tiles(gy + change.column, y.width, rows, change.columns, g);
-        block_product(g, right + places[r][i].b, tiles(change.columns, TILE_INPUTS), change.rank, c, false);
-        bf16* kept = slopes[r] + size_t(row) * reading.ranks + first;
-        put_rows(c, width, rows, change.rank, kept, reading.ranks, false);
-        left_tiles(kept, reading.ranks, rows, change.rank, to);
-        to += 32 * width;
-        first += change.rank;
+        results_.push_back({r, size, change.rank, y.in, change.to_a});
+        size += sums_size(change.rank, y.in);
+        results_.push_back({r, size, change.rank, change.columns, change.to_b});
+        size += sums_size(change.rank, change.columns);
+        ranks += tiles(change.rank, TILE_INPUTS) * TILE_INPUTS;
       }
-      if (!reading.to_x) continue;
-      const bf16* left = h;
-      for (int i = 0; i < reading.count; i++) {
-        int steps = tiles(reading.changes[i].rank, TILE_INPUTS);
-        block_product(left, right + places[r][i].a, steps, y.in, c, i > 0);
-        left += size_t(32) * steps * TILE_INPUTS;
+      ranks_ = std::max(ranks_, ranks);
+      firsts_.push_back(units_.size());
+      for (int row = 0; row < reading.rows; row += part_rows(reading)) {
+        units_.push_back({r, row, size_});
+        size_ += size;
       }
-      put_rows(c, tiles(y.in, TILE_INPUTS) * TILE_INPUTS, rows, y.in, reading.to_x + size_t(row) * y.in, y.in, false);
     }
+    firsts_.push_back(units_.size());
+  }
+
+  void run() {
+    static thread_local Scratch<float> kept;
+    float* sums = kept.of(size_);
+#pragma omp parallel num_threads(threads_)
+    {
+      static thread_local Scratch<bf16> narrow;
+      static thread_local Scratch<float> wide;
+      Memory memory;
+      memory.left = narrow.of(size_t(96) * most_ + size_t(64) * ranks_);
+      memory.pairs = memory.left + size_t(32) * most_;
+      memory.x = memory.pairs + size_t(32) * most_;
+      memory.slopes = memory.x + size_t(32) * most_;
+      memory.plain = memory.slopes + size_t(32) * ranks_;
+      memory.c = wide.of(size_t(32) * most_);
+      TileRegisters registers;
 #pragma omp for schedule(dynamic, 1)
-    for (int i = 0; i < int(turns.size()); i++) {
-      const Turn& turn = turns[i];
-      const Reading& reading = y.readings[turn.reading];
-      turned_tiles(turn.from + turn.first, reading.ranks, reading.rows, turn.rank, turned + turn.to);
-    }
-#pragma omp for schedule(dynamic, 1)
-    for (int i = 0; i < int(units.size()); i++) {
-      const Unit& unit = units[i];
-      const Reading& reading = y.readings[unit.reading];
-      if (unit.change < 0) {
-        pair_tiles(reading.x + unit.column, y.in, reading.rows, y.in - unit.column, g);
-        size_t at = unit.turned;
-        for (int j = 0; j < reading.count; j++) {
-          const LowRank& change = reading.changes[j];
-          outer_product(turned + at, change.rank, g, reading.rows, unit.column, y.in, change.to_a, c);
-          at += size_t(tiles(change.rank, TILE_ROWS)) * tiles(reading.rows, TILE_INPUTS) * TILE;
-        }
-        continue;
+      for (int unit = 0; unit < int(units_.size()); unit++) {
+        const Unit& part = units_[unit];
+        int end = std::min(y_.readings[part.reading].rows, part.row + part_rows(y_.readings[part.reading]));
+        for (int row = part.row; row < end; row += 32) block(part, row, std::min(32, end - row), sums, memory);
       }
-      const LowRank& change = reading.changes[unit.change];
-      const bf16* gy = y.y + reading.row * y.width + change.column + unit.column;
-      pair_tiles(gy, y.width, reading.rows, change.columns - unit.column, g);
-      outer_product(turned + unit.turned, change.rank, g, reading.rows, unit.column, change.columns, change.to_b, c);
+#pragma omp for schedule(dynamic, 1)
+      for (int i = 0; i < int(results_.size()); i++) add_parts(results_[i], sums);
     }
   }
-}
+
+ private:
+  struct Unit {
+    int reading, row;
+    size_t sums;  // of A and of B, change by change
+  };
+  // A gradient [rows][columns], whose sums lie at `at` within those of each unit of the reading.
+  struct Sum {
+    int reading;
+    size_t at;
+    int rows, columns;
+    float* to;
+  };
+  // A thread's: left tiles of gradients, right tiles of them and of x, left tiles of slopes and the slopes themselves.
+  struct Memory {
+    bf16 *left, *pairs, *x, *slopes, *plain;
+    float* c;
+  };
+
+  void block(const Unit& part, int row, int rows, float* sums, const Memory& m) const {
+    const Reading& reading = y_.readings[part.reading];
+    const bf16* gradient = y_.y + (reading.row + row) * y_.width;
+    float* into = sums + part.sums;
+    bool add = row > part.row;
+    bf16* slopes = m.slopes;
+    pair_tiles(reading.x + size_t(row) * y_.in, y_.in, rows, y_.in, m.x);
+    for (int i = 0, first = 0; i < reading.count; first += reading.changes[i++].rank) {
+      const LowRank& change = reading.changes[i];
+      const bf16* own = gradient + change.column;
+      int width = tiles(change.rank, TILE_INPUTS) * TILE_INPUTS;
+      left_tiles(own, y_.width, rows, change.columns, m.left);
+      block_product(m.left, right_ + places_[part.reading][i].b, tiles(change.columns, TILE_INPUTS), change.rank, m.c,
+                    false);
+      put_rows(m.c, width, rows, change.rank, m.plain, width, false);
+      left_tiles(m.plain, width, rows, change.rank, slopes);
+      slopes += size_t(32) * width;
+      outer_product(m.plain, width, rows, change.rank, m.x, y_.in, into, add);
+      into += sums_size(change.rank, y_.in);
+      pair_tiles(own, y_.width, rows, change.columns, m.pairs);
+      outer_product(reading.reduced + size_t(row) * reading.ranks + first, reading.ranks, rows, change.rank, m.pairs,
+                    change.columns, into, add);
+      into += sums_size(change.rank, change.columns);
+    }
+    if (reading.to_x) to_inputs(part, row, rows, m);
+  }
+
+  void to_inputs(const Unit& part, int row, int rows, const Memory& m) const {
+    const Reading& reading = y_.readings[part.reading];
+    const bf16* left = m.slopes;
+    for (int i = 0; i < reading.count; i++) {
+      int steps = tiles(reading.changes[i].rank, TILE_INPUTS);
+      block_product(left, right_ + places_[part.reading][i].a, steps, y_.in, m.c, i > 0);
+      left += size_t(32) * steps * TILE_INPUTS;
+    }
+    put_rows(m.c, tiles(y_.in, TILE_INPUTS) * TILE_INPUTS, rows, y_.in, reading.to_x + size_t(row) * y_.in, y_.in,
+             reading.adds);
+  }
+
+  void add_parts(const Sum& sum, const float* sums) const {
+    size_t width = tiles(sum.columns, TILE_INPUTS) * TILE_INPUTS, first = firsts_[sum.reading];
+    for (size_t unit = first; unit < firsts_[sum.reading + 1]; unit++)
+      for (int row = 0; row < sum.rows; row++)
+        put_rows(sums + units_[unit].sums + sum.at + row * width, 0, 1, sum.columns, sum.to + size_t(row) * sum.columns,
+                 0, unit > first);
+  }
+
+  const Changed& y_;
+  int threads_, most_, ranks_ = 0;
+  size_t size_ = 0;
+  std::vector<std::vector<Places>> places_;
+  std::vector<Unit> units_;
+  std::vector<size_t> firsts_;
+  std::vector<Sum> results_;
+  const bf16* right_;
+};
 
 }  // namespace loraplex
 #endif

@@ -168,8 +168,8 @@ void loraplex_train_attend_back(const loraplex::Attending* a, const loraplex::De
 
 void loraplex_train_add_adapters(const loraplex::Changed* y, int threads) { loraplex::add_adapters(*y, threads); }
 
-void loraplex_train_adapters_back(const loraplex::Changed* y, loraplex::bf16* const* slopes, int threads) {
-  loraplex::adapters_back(*y, slopes, threads);
+void loraplex_train_adapters_back(const loraplex::Changed* y, int threads) {
+  loraplex::AdaptersBack(*y, threads).run();
 }
 #endif
 
