@@ -88,7 +88,9 @@ def single(args: argparse.Namespace, base: BaseWeights) -> dict[str, object]:
     first = train(passes, [job], [batch])[0]
     seconds = [timed(lambda: train(passes, [job], [batch])) for _ in range(args.steps)]
     size = memory.AdapterSize(job.parameters, ranks=7 * RANK)
-    expected = memory.estimate(base, len(batch.tokens), [size], args.checkpointing)
+    expected = memory.estimate(
+        base, len(batch.tokens), [size], args.checkpointing, products=PRODUCTS[args.products]
+    )
     return {
         "tok_s": len(batch.tokens) / report.median(seconds),
         "seconds": seconds,

@@ -261,7 +261,9 @@ def _through_factors_in_kernels(
     Adds to what `to_x` has.
     """
     batches = list(_read_together(changes))
-    readings, masks, into = [], [], []
+    readings: list[products.Reading] = []
+    masks: list[torch.Tensor | None] = []
+    into: list[torch.Tensor | None] = []
     for batch in batches:
         reduced = next(saved)
         mask = next(saved) if batch[0].dropout is not None else None

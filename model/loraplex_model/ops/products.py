@@ -159,7 +159,8 @@ def _changed(
 ) -> tuple[_Changed, list[object]]:
     """The kernels' form of the changes, and what must be kept while it is used."""
     _check(y)
-    rows, kept = [], []
+    rows: list[_Reading] = []
+    kept: list[object] = []
     for number, reading in enumerate(readings):
         _check(reading.x, reading.reduced)
         changes = []
