@@ -7,13 +7,14 @@ float32: n terms are within n 2^-23 of the sum of their magnitudes.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from unittest import mock
 
 import pytest
 import torch
 from loraplex_model.ops import elementwise, nf4, products
 from loraplex_model.ops.build import Kernels
-from loraplex_model.ops.products import Attending, LowRank, Reading
+from loraplex_model.ops.products import Attending, LowRank, LowRankRows
 
 ROUNDING = 2.0**-8
 SUM = 2.0**-23
@@ -93,7 +94,9 @@ def test_the_head_its_gradient_and_the_loss_between_them() -> None:
     before = into.double()
     products.head_gradient(weight, scores, into)
     wanted = before + scores.double() @ weight.double()
-    within(into, wanted, 3400 * SUM * (before.abs() + (scores.abs().double() @ weight.abs().double())))
+    within(
+        into, wanted, 3400 * SUM * (before.abs() + (scores.abs().double() @ weight.abs().double()))
+    )
 
 
 @pytest.mark.parametrize(
@@ -119,7 +122,7 @@ def test_attention(
     grads = products.attend_back(q, k, v, how, found, g)
     wide = [t.double().requires_grad_() for t in (q, k, v)]
     outs, magnitudes = [], []
-    for start, end in zip(spans, spans[1:], strict=False):
+    for start, end in pairwise(spans):
         at = torch.arange(end - start)
         seen = at <= at[:, None]
         if window:
@@ -182,7 +185,7 @@ def test_low_rank_changes(rows: tuple[int, ...], rank: int) -> None:
         ]
         assert not changes[-1].b.is_contiguous()
         reduced = torch.empty(count, rank + 3, dtype=torch.bfloat16)
-        readings.append(Reading(start, own, reduced, changes))
+        readings.append(LowRankRows(start, own, reduced, changes))
         start += count
     before = y.clone()
     products.add_low_rank(y, readings)
@@ -203,7 +206,9 @@ def test_low_rank_changes(rows: tuple[int, ...], rank: int) -> None:
             kept = reading.reduced[:, first : first + len(a)].double()
             within(kept, h, h.abs() * ROUNDING + 80 * SUM * (own.abs() @ a.abs().T))
             wanted = before[span, columns].double() + kept @ b
-            within(y[span, columns], wanted, wanted.abs() * ROUNDING + 80 * SUM * kept.abs() @ b.abs())
+            within(
+                y[span, columns], wanted, wanted.abs() * ROUNDING + 80 * SUM * kept.abs() @ b.abs()
+            )
             many = len(own) * SUM
             within(to_b, kept.T @ part, many * (kept.abs().T @ part.abs()))
             slope = part @ b.T

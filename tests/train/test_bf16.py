@@ -52,7 +52,11 @@ def part(kind: str, variant: str, seed: int, dtype: torch.dtype) -> Part:
 
 
 def run(
-    kinds: tuple[str, ...], variant: str, dtype: torch.dtype, narrow: torch.dtype | None, **options: Any
+    kinds: tuple[str, ...],
+    variant: str,
+    dtype: torch.dtype,
+    narrow: torch.dtype | None,
+    **options: Any,
 ) -> tuple[list[float], list[dict[str, torch.Tensor]]]:
     wide = torch.float32 if dtype == NARROW else dtype
     parts = [part(kind, variant, seed, wide) for seed, kind in enumerate(kinds)]
@@ -131,7 +135,9 @@ def test_gradients_are_no_further_from_the_exact_ones_than_those_of_peft() -> No
     JointPass(base("llama", NARROW), products=NARROW).backward(
         [Part(made, batch, 1 / batch.learned)]
     )
-    found = {_key(n, values): p.grad.double() for n, p in made.parameters.items() if p.grad is not None}
+    found = {
+        _key(n, values): p.grad.double() for n, p in made.parameters.items() if p.grad is not None
+    }
     size = sum(float(g.norm() ** 2) for g in exact.values())
     mine = sum(float((found[ours[n]] - g).norm() ** 2) for n, g in exact.items()) / size
     peers = sum(float((rounded[n] - g).norm() ** 2) for n, g in exact.items()) / size

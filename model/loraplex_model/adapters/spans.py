@@ -83,7 +83,7 @@ def project(
 
 
 Back = Callable[[torch.Tensor], torch.Tensor]
-"""The derivative of a product by its input: from the gradient [T, out] to [T, in], in new memory."""
+"""A product's derivative by its input: from a gradient [T, out] to one [T, in], in new memory."""
 
 
 def _itself(x: torch.Tensor) -> torch.Tensor:
@@ -236,7 +236,7 @@ def _reading(
     tensors: Sequence[torch.Tensor],
     read: torch.Tensor,
     reduced: torch.Tensor | None = None,
-) -> products.Reading:
+) -> products.LowRankRows:
     """A batch in the form of the kernels; without `reduced` there is new memory for it."""
     if reduced is None:
         reduced = read.new_empty(len(read), sum(len(tensors[c.a]) for c in batch))
@@ -244,7 +244,7 @@ def _reading(
         products.LowRank(tensors[c.a].detach().contiguous(), tensors[c.b].detach(), c.columns.start)
         for c in batch
     ]
-    return products.Reading(batch[0].rows.start, read, reduced, changes)
+    return products.LowRankRows(batch[0].rows.start, read, reduced, changes)
 
 
 def _through_factors_in_kernels(
@@ -261,7 +261,7 @@ def _through_factors_in_kernels(
     Adds to what `to_x` has.
     """
     batches = list(_read_together(changes))
-    readings: list[products.Reading] = []
+    readings: list[products.LowRankRows] = []
     masks: list[torch.Tensor | None] = []
     into: list[torch.Tensor | None] = []
     for batch in batches:

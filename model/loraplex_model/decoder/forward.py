@@ -159,8 +159,9 @@ def rms_norm(
 ) -> tuple[torch.Tensor, Recompute | None]:
     """`weight * x / rms(x)` over the last axis, computed in float32 at least.
 
-    The result has the type `dtype` (None: that of x). Also returns how to recompute the result, if it is known. Differentiable in x and in the weight;
-    with our own derivative if x alone needs a gradient.
+    The result has the type `dtype` (None: that of x). Also returns how to recompute the result, if
+    it is known. Differentiable in x and in the weight; with our own derivative if x alone needs a
+    gradient.
     """
     if torch.is_grad_enabled() and x.requires_grad and not weight.requires_grad:
         return autograd.rms_norm(x, weight, eps, dtype)

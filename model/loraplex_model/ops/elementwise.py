@@ -14,7 +14,6 @@ import torch
 
 from loraplex_model.ops import build
 
-
 _TYPES = (torch.float32, torch.bfloat16)
 
 

@@ -75,9 +75,7 @@ class _InKernels(torch.autograd.Function):
     """`_Unpacked` for bfloat16 on the CPU: the kernels unpack parts of the matrix as they go."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, matrix: NF4Matrix, maxima: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, matrix: NF4Matrix, maxima: torch.Tensor) -> torch.Tensor:
         ctx.matrix, ctx.maxima = matrix, maxima
         return products.product(matrix, maxima, x)
 

@@ -73,7 +73,7 @@ class LowRank:
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class LowRankRows:
     """Changes of the rows of a product from `row` on, which read the same x [rows, in].
 
     Attributes:
@@ -86,7 +86,7 @@ class Reading:
     changes: Sequence[LowRank]
 
 
-def add_low_rank(y: torch.Tensor, readings: Sequence[Reading]) -> None:
+def add_low_rank(y: torch.Tensor, readings: Sequence[LowRankRows]) -> None:
     """Adds the changes to y [T, out] in place and writes each reading's `reduced`."""
     pointer, _keep = _changed(y, readings, None, None)
     _call("add_adapters", byref(pointer))
@@ -94,7 +94,7 @@ def add_low_rank(y: torch.Tensor, readings: Sequence[Reading]) -> None:
 
 def low_rank_gradients(
     gradient: torch.Tensor,
-    readings: Sequence[Reading],
+    readings: Sequence[LowRankRows],
     to_x: Sequence[torch.Tensor | None],
     adds: Sequence[bool],
 ) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
@@ -152,7 +152,7 @@ class _Changed(Structure):
 
 def _changed(
     y: torch.Tensor,
-    readings: Sequence[Reading],
+    readings: Sequence[LowRankRows],
     found: Sequence[Sequence[tuple[torch.Tensor, torch.Tensor]]] | None,
     to_x: Sequence[torch.Tensor | None] | None,
     adds: Sequence[bool] = (),
@@ -265,9 +265,7 @@ def attend_back(
     return into[0], into[1], into[2]
 
 
-def _attending(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, how: Attending
-) -> _Attending:
+def _attending(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, how: Attending) -> _Attending:
     assert how.starts.dtype == torch.int32
     assert int(how.starts[-1]) == len(q)
     for t in (q, k, v):

@@ -1,4 +1,4 @@
-"""The types in which a run computes. They are chosen once, when it starts, and stay when it resumes."""
+"""The types in which a run computes: chosen when it starts, and kept when it is resumed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ def chosen(spec: RunSpec, device: torch.device) -> RunSpec:
     """
     if spec.products == "bfloat16" and (device.type != "cpu" or spec.dtype == "float64"):
         why = (
-            f"dtype is {spec.dtype}" if device.type == "cpu" else f"this run is on the {device.type}"
+            f"dtype is {spec.dtype}"
+            if device.type == "cpu"
+            else f"this run is on the {device.type}"
         )
         text = f"products can be bfloat16 on a CPU with dtype float32 or bfloat16, and {why}"
         raise refusal(

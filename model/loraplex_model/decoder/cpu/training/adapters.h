@@ -34,7 +34,7 @@ struct Changed {
   int count;
 };
 
-// Right tiles of a matrix [rows][columns] with any strides, as inputs x columns: [tiles of columns][steps of inputs].
+// Right tiles of a matrix [rows][columns] with any strides, as inputs x columns: [tiles of columns][steps].
 // With `turned` its rows are the columns.
 inline void right_tiles(const float* from, int64_t stride, int64_t step, int rows, int columns, bool turned, bf16* to) {
   if (turned) {
@@ -53,7 +53,9 @@ inline void right_tiles(const float* from, int64_t stride, int64_t step, int row
     }
 }
 
-inline size_t right_size(int inputs, int columns) { return size_t(tiles(columns, TILE_INPUTS)) * 2 * tiles(inputs, TILE_INPUTS) * TILE; }
+inline size_t right_size(int inputs, int columns) {
+  return size_t(tiles(columns, TILE_INPUTS)) * 2 * tiles(inputs, TILE_INPUTS) * TILE;
+}
 
 // Where a change's tiles begin in the shared memory: A and B as the pass needs them.
 struct Places {
@@ -104,7 +106,8 @@ inline void left_tiles(const T* from, int64_t stride, int rows, int width, bf16*
   int steps = tiles(width, TILE_INPUTS);
   for (int g = 0; g < 2; g++)
     for (int s = 0; s < steps; s++, to += TILE)
-      tile_of_rows(from + g * TILE_ROWS * stride + s * TILE_INPUTS, stride, std::max(0, rows - g * TILE_ROWS), width - s * TILE_INPUTS, to);
+      tile_of_rows(from + g * TILE_ROWS * stride + s * TILE_INPUTS, stride, std::max(0, rows - g * TILE_ROWS),
+                   width - s * TILE_INPUTS, to);
 }
 
 // The blocks of 32 rows of all readings, as (reading, first row of it).
@@ -164,8 +167,8 @@ inline void add_adapters(const Changed& y, int threads) {
   }
 }
 
-// sums [rows of 16][width] += left^T right, for up to 32 rows of both: the block's `rows` columns of `left` as tiles, and
-// the tiles of pairs of `columns` of `right`.
+// sums [rows of 16][width] += left^T right, for up to 32 rows of both: the block's `rows` columns of `left` as
+// tiles, and the tiles of pairs of `columns` of `right`.
 inline void outer_product(const bf16* left, int64_t stride, int depth, int rows, const bf16* pairs, int columns,
                           float* sums, bool add) {
   alignas(64) bf16 turned[TILE];
@@ -189,8 +192,8 @@ inline size_t sums_size(int rows, int columns) {
   return size_t(tiles(rows, TILE_ROWS)) * TILE_ROWS * tiles(columns, TILE_INPUTS) * TILE_INPUTS;
 }
 
-// Rows of a reading whose gradients of A and B are summed by one thread. It depends on the reading alone, and with it the
-// order of all sums.
+// Rows of a reading whose gradients of A and B are summed by one thread. It depends on the reading alone, and
+// with it the order of all sums.
 inline int part_rows(const Reading& reading) {
   return std::clamp(tiles(tiles(reading.rows, TILE_ROWS), TILE_INPUTS) * TILE_INPUTS, 32, 256);
 }

@@ -1,5 +1,5 @@
-// Causal attention within whole sequences and its derivative (FlashAttention, Dao et al., arXiv 2205.14135): scores exist
-// for 32 queries at a time, and one number per query and head is kept.
+// Causal attention within whole sequences and its derivative (FlashAttention, Dao et al., arXiv 2205.14135):
+// scores exist for 32 queries at a time, and one number per query and head is kept.
 #pragma once
 
 #include <cmath>
@@ -41,16 +41,16 @@ struct Seen {
 inline void block_rows(const bf16* from, int64_t stride, int rows, int width, int steps, bf16* to) {
   for (int g = 0; g < 2; g++)
     for (int s = 0; s < steps; s++)
-      tile_of_rows(from + g * TILE_ROWS * stride + s * TILE_INPUTS, stride, std::max(0, rows - g * TILE_ROWS), width - s * TILE_INPUTS,
-                   to + (g * steps + s) * TILE);
+      tile_of_rows(from + g * TILE_ROWS * stride + s * TILE_INPUTS, stride, std::max(0, rows - g * TILE_ROWS),
+                   width - s * TILE_INPUTS, to + (g * steps + s) * TILE);
 }
 
 // Right tiles of keys as columns, [tiles of 16 keys][steps of the width].
 inline void keys_as_columns(const bf16* from, int64_t stride, int keys, int width, int steps, bf16* to) {
   for (int t = 0; t < tiles(keys, TILE_INPUTS) * 2; t++)
     for (int s = 0; s < steps; s++)
-      tile_of_columns(from + t * TILE_ROWS * stride + s * TILE_INPUTS, stride, width - s * TILE_INPUTS, std::max(0, keys - t * TILE_ROWS),
-                      to + (t * steps + s) * TILE);
+      tile_of_columns(from + t * TILE_ROWS * stride + s * TILE_INPUTS, stride, width - s * TILE_INPUTS,
+                      std::max(0, keys - t * TILE_ROWS), to + (t * steps + s) * TILE);
 }
 
 // Right tiles of keys as inputs, [tiles of 16 columns][steps of keys].
@@ -58,8 +58,8 @@ inline void keys_as_inputs(const bf16* from, int64_t stride, int keys, int width
   int steps = tiles(keys, TILE_INPUTS);
   for (int t = 0; t < tiles(width, TILE_INPUTS) * 2; t++)
     for (int s = 0; s < steps; s++)
-      tile_of_pairs(from + s * TILE_INPUTS * stride + t * TILE_ROWS, stride, keys - s * TILE_INPUTS, std::max(0, width - t * TILE_ROWS),
-                    to + (t * steps + s) * TILE);
+      tile_of_pairs(from + s * TILE_INPUTS * stride + t * TILE_ROWS, stride, keys - s * TILE_INPUTS,
+                    std::max(0, width - t * TILE_ROWS), to + (t * steps + s) * TILE);
 }
 
 // scores [32][keys] of a block's left tiles with keys as columns.

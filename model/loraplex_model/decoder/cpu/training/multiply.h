@@ -3,7 +3,8 @@
 //   a tile of the left matrix   [16 rows][32 inputs]           1 KB
 //   a tile of the right matrix  [16 pairs of inputs][16 columns][2]   1 KB
 //
-// AMX multiplies such tiles in one instruction; otherwise pairs are added one by one (tiles.h). In builds with an order of sums only.
+// AMX multiplies such tiles in one instruction; otherwise pairs are added one by one (tiles.h). In builds with
+// an order of sums only.
 #pragma once
 
 #include <algorithm>

@@ -19,8 +19,8 @@ inline int panel_tiles(int columns, int depth, int threads) {
   return 2;
 }
 
-// c = left * right. left(row, input, tile) and right(input, column, tile) write tiles, whatever they contain; put(row,
-// column, c) takes products [32][32], of which those within `rows` and `columns` count.
+// c = left * right. left(row, input, tile) and right(input, column, tile) write tiles, whatever they contain;
+// put(row, column, c) takes products [32][32], of which those within `rows` and `columns` count.
 template <class Left, class Right, class Put>
 inline void product(int rows, int depth, int columns, int threads, Left left, Right right, Put put) {
   static thread_local Scratch<bf16> shared;
