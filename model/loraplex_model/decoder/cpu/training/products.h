@@ -37,7 +37,8 @@ inline void product(int rows, int depth, int columns, int threads, Left left, Ri
       TileRegisters registers;
 #pragma omp for schedule(static)
       for (int g = 0; g < groups; g++)
-        for (int s = 0; s < steps; s++) left(first + g * TILE_ROWS, s * TILE_INPUTS, a + (size_t(g) * steps + s) * TILE);
+        for (int s = 0; s < steps; s++)
+          left(first + g * TILE_ROWS, s * TILE_INPUTS, a + (size_t(g) * steps + s) * TILE);
 #pragma omp for schedule(dynamic, 1)
       for (int panel = 0; panel < panels; panel++) {
         int column = panel * width * TILE_ROWS, count = std::min(width, tiles(columns - column, TILE_ROWS));
