@@ -36,7 +36,7 @@ struct Changed {
 
 // Right tiles of a matrix [rows][columns] with any strides, as inputs x columns: [tiles of columns][steps].
 // With `turned` its rows are the columns.
-inline void right_tiles(const float* from, int64_t stride, int64_t step, int rows, int columns, bool turned, bf16* to) {
+inline void factor_tiles(const float* from, int64_t stride, int64_t step, int rows, int columns, bool turned, bf16* to) {
   if (turned) {
     std::swap(stride, step);
     std::swap(rows, columns);
@@ -85,9 +85,9 @@ inline bf16* adapter_tiles(const Changed& y, bool back, int threads, Scratch<bf1
     const LowRank& c = y.readings[r].changes[i];
     const Places& at = places[r][i];
     if (unit % 2)
-      right_tiles(c.a, y.in, 1, c.rank, y.in, !back, to + at.a);
+      factor_tiles(c.a, y.in, 1, c.rank, y.in, !back, to + at.a);
     else
-      right_tiles(c.b, c.b_stride, c.b_step, c.rank, c.columns, back, to + at.b);
+      factor_tiles(c.b, c.b_stride, c.b_step, c.rank, c.columns, back, to + at.b);
   }
   return to;
 }
@@ -102,7 +102,7 @@ inline void block_product(const bf16* left, const bf16* right, int steps, int co
 
 // Left tiles [2 groups][steps] of up to 32 rows.
 template <class T>
-inline void left_tiles(const T* from, int64_t stride, int rows, int width, bf16* to) {
+inline void block_lefts(const T* from, int64_t stride, int rows, int width, bf16* to) {
   int steps = tiles(width, TILE_INPUTS);
   for (int g = 0; g < 2; g++)
     for (int s = 0; s < steps; s++, to += TILE)
@@ -150,14 +150,14 @@ inline void add_adapters(const Changed& y, int threads) {
       auto [r, row] = blocks[unit];
       const Reading& reading = y.readings[r];
       int rows = std::min(32, reading.rows - row), first = 0;
-      left_tiles(reading.x + size_t(row) * y.in, y.in, rows, y.in, x);
+      block_lefts(reading.x + size_t(row) * y.in, y.in, rows, y.in, x);
       for (int i = 0; i < reading.count; i++) {
         const LowRank& change = reading.changes[i];
         int width = tiles(change.rank, TILE_INPUTS) * TILE_INPUTS;
         block_product(x, right + places[r][i].a, tiles(y.in, TILE_INPUTS), change.rank, c, false);
         bf16* kept = reading.reduced + size_t(row) * reading.ranks + first;
         put_rows(c, width, rows, change.rank, kept, reading.ranks, false);
-        left_tiles(kept, reading.ranks, rows, change.rank, h);
+        block_lefts(kept, reading.ranks, rows, change.rank, h);
         block_product(h, right + places[r][i].b, width / TILE_INPUTS, change.columns, c, false);
         put_rows(c, tiles(change.columns, TILE_INPUTS) * TILE_INPUTS, rows, change.columns,
                  y.y + (reading.row + row) * y.width + change.column, y.width, true);
@@ -182,7 +182,7 @@ inline void outer_product(const bf16* left, int64_t stride, int depth, int rows,
 }
 
 // Right tiles of up to 32 rows: [tiles of 16 columns], an even number.
-inline void pair_tiles(const bf16* from, int64_t stride, int depth, int columns, bf16* to) {
+inline void block_pairs(const bf16* from, int64_t stride, int depth, int columns, bf16* to) {
   for (int t = 0; t < tiles(columns, TILE_INPUTS) * 2; t++)
     tile_of_pairs(from + t * TILE_ROWS, stride, depth, std::max(0, columns - t * TILE_ROWS), to + t * TILE);
 }
@@ -277,20 +277,20 @@ class AdaptersBack {
     float* into = sums + part.sums;
     bool add = row > part.row;
     bf16* slopes = m.slopes;
-    pair_tiles(reading.x + size_t(row) * y_.in, y_.in, rows, y_.in, m.x);
+    block_pairs(reading.x + size_t(row) * y_.in, y_.in, rows, y_.in, m.x);
     for (int i = 0, first = 0; i < reading.count; first += reading.changes[i++].rank) {
       const LowRank& change = reading.changes[i];
       const bf16* own = gradient + change.column;
       int width = tiles(change.rank, TILE_INPUTS) * TILE_INPUTS;
-      left_tiles(own, y_.width, rows, change.columns, m.left);
+      block_lefts(own, y_.width, rows, change.columns, m.left);
       block_product(m.left, right_ + places_[part.reading][i].b, tiles(change.columns, TILE_INPUTS), change.rank, m.c,
                     false);
       put_rows(m.c, width, rows, change.rank, m.plain, width, false);
-      left_tiles(m.plain, width, rows, change.rank, slopes);
+      block_lefts(m.plain, width, rows, change.rank, slopes);
       slopes += size_t(32) * width;
       outer_product(m.plain, width, rows, change.rank, m.x, y_.in, into, add);
       into += sums_size(change.rank, y_.in);
-      pair_tiles(own, y_.width, rows, change.columns, m.pairs);
+      block_pairs(own, y_.width, rows, change.columns, m.pairs);
       outer_product(reading.reduced + size_t(row) * reading.ranks + first, reading.ranks, rows, change.rank, m.pairs,
                     change.columns, into, add);
       into += sums_size(change.rank, change.columns);
