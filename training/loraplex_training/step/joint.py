@@ -83,10 +83,12 @@ class JointPass:
         """Adds each part's gradient to its adapter's parameters (`.grad`).
 
         Returns each part's unweighted sum of token losses (cross-entropy, nats), without penalties.
-        If a part's sum is not finite, neither are its gradients; other parts are not affected.
+        If a part's sum is not finite, neither are its gradients; other parts are not affected. A
+        `linear` that is given multiplies in the type of all other states.
         """
         with torch.enable_grad():
-            sums = self._sums(parts, linear or self._linear, self._checkpointing)
+            products = self._products if linear is None else None
+            sums = self._sums(parts, linear or self._linear, self._checkpointing, products)
             total = torch.stack([s * p.weight for s, p in zip(sums, parts, strict=True)]).sum()
             if total.requires_grad:
                 total.backward()  # type: ignore[no-untyped-call]
@@ -96,7 +98,8 @@ class JointPass:
         """Returns the sums of `backward` without computing gradients, and without dropout."""
         plain = [replace(part, dropout=None) for part in parts]
         with torch.no_grad():
-            return [float(s) for s in self._sums(plain, self._linear)]
+            sums = self._sums(plain, self._linear, products=self._products)
+            return [float(s) for s in sums]
 
     def logits(self, delta: AdapterDelta | None, tokens: Sequence[int]) -> torch.Tensor:
         """Returns the logits of one sequence, float32 [T, vocab]. None is the plain base model.
@@ -112,14 +115,18 @@ class JointPass:
             return forward.logits(self._base, hidden, _group(delta, len(ids)))
 
     def _sums(
-        self, parts: Sequence[Part], linear: BaseLinear, checkpointing: bool = False
+        self,
+        parts: Sequence[Part],
+        linear: BaseLinear,
+        checkpointing: bool = False,
+        products: torch.dtype | None = None,
     ) -> list[torch.Tensor]:
         deltas = [part.adapter.delta() if part.adapter else None for part in parts]
         joined = self._base.config.joined
         rows = self._lay_out(
             [(d, p.batch, _dropout(p, joined)) for d, p in zip(deltas, parts, strict=True)]
         )
-        hidden = self._hidden(rows, linear, checkpointing, self._products)
+        hidden = self._hidden(rows, linear, checkpointing, products)
         return loss.of_parts(self._base, hidden, deltas, rows.learned, rows.targets)
 
     def _hidden(
