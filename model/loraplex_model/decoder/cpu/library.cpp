@@ -4,8 +4,7 @@
 #include "decoder.h"
 #include "quantise.h"
 #include "sampling/exports.h"
-#include "train.h"
-#include "unpack.h"
+#include "training/interface.h"
 
 using namespace loraplex;
 
@@ -97,10 +96,6 @@ void loraplex_matmul_bf16(const Matrix* w, const float* x, int rows, float* y, i
 }
 
 #endif
-
-void loraplex_unpack_nf4(const uint8_t* packed, const float* maxima, int64_t count, float* out, int threads) {
-  unpack_nf4(packed, maxima, count, out, threads);
-}
 
 void loraplex_quantise_nf4(const void* weights, int is_bf16, int64_t count, uint8_t* packed, float* maxima,
                            int threads) {
@@ -254,49 +249,6 @@ void loraplex_activate(const float* gate, const float* up, int activation, int c
 void loraplex_cap(float* x, int count, float scale, float cap) { cap_row(x, count, scale, cap); }
 
 // Training: rows in parallel, `out` [rows][width] (of `silu_mul_backward`: [rows][2 * width]).
-void loraplex_train_rms_norm(const float* x, const float* weight, float eps, int rows, int width, float* scale,
-                             float* out, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int m = 0; m < rows; m++) {
-    scale[m] = inverse_rms(x + size_t(m) * width, width, eps);
-    scaled(x + size_t(m) * width, scale[m], weight, width, out + size_t(m) * width);
-  }
-}
-
-void loraplex_train_scaled(const float* x, const float* scale, const float* weight, int rows, int width,
-                           float* out, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int m = 0; m < rows; m++)
-    scaled(x + size_t(m) * width, scale[m], weight, width, out + size_t(m) * width);
-}
-
-void loraplex_train_rms_norm_backward(const float* x, const float* scale, const float* weight, const float* g,
-                                      int rows, int width, float* out, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int m = 0; m < rows; m++) {
-    size_t at = size_t(m) * width;
-    rms_norm_backward(x + at, scale[m], weight, g + at, width, out + at);
-  }
-}
-
-void loraplex_train_silu_mul(const float* gate_up, int rows, int width, float* out, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int m = 0; m < rows; m++) {
-    const float* gate = gate_up + size_t(m) * 2 * width;
-    silu_mul(gate, gate + width, width, out + size_t(m) * width);
-  }
-}
-
-void loraplex_train_silu_mul_backward(const float* gate_up, const float* g, int rows, int width, float* out,
-                                      int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int m = 0; m < rows; m++) {
-    const float* gate = gate_up + size_t(m) * 2 * width;
-    float* d_gate = out + size_t(m) * 2 * width;
-    silu_mul_backward(gate, gate + width, g + size_t(m) * width, width, d_gate, d_gate + width);
-  }
-}
-
 void loraplex_to_bf16(const float* x, int count, void* out) { put(x, count, static_cast<bf16*>(out)); }
 
 }  // extern "C"
