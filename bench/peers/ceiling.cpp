@@ -53,6 +53,7 @@ static void amx() {
             TileConfig config = {};
             config.palette = 1;
             for (int i = 0; i < 8; i++) config.bytes[i] = 64, config.rows[i] = 16;
+            asm volatile("" : : "r"(&config) : "memory");  // GCC 12 takes only its first 8 bytes as used
             _tile_loadconfig(&config);
             for (long i = 0; i < count; i++) {  // tiles 4 and 5 are zero after the configuration
               _tile_dpbf16ps(0, 4, 5);

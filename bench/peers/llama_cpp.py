@@ -28,6 +28,8 @@ from peers.face import Fleet, PeerError, PeerMissing, Run, Timing, checked
 
 VARIABLE = "LORAPLEX_PEER_LLAMA_CPP"
 START_S, RUN_S = 300.0, 900.0
+LAYOUTS: tuple[tuple[str, ...], ...] = ((), ("--no-repack",))
+"""Flags to choose from: weights rearranged for the processor (also for AMX), or as in the file."""
 
 
 class LlamaServer:
@@ -37,6 +39,7 @@ class LlamaServer:
         self,
         program: Path,
         model: Path,
+        flags: Sequence[str],
         fleet: Fleet,
         adapters: Sequence[Path],
         log: Path,
@@ -58,13 +61,14 @@ class LlamaServer:
             ),
             *("--parallel", str(fleet.rows), "--ctx-size", str(fleet.rows * (fleet.context + 8))),
             *("--threads", cores, "--threads-batch", cores, "--no-ui", "--no-kv-unified"),
+            *flags,
         ]
         if adapters:
             command += ["--lora", ",".join(map(str, adapters)), "--lora-init-without-apply"]
         self._numbers = {path.name: i for i, path in enumerate(fleet.adapters)}
         self._cache = fleet.prefix_cache
         self._child = Child(command, log)
-        self.about: Mapping[str, object] = {"base": model.stem}
+        self.about: Mapping[str, object] = {"base": model.stem, "flags": " ".join(flags) or None}
         try:
             self._await_ready()
         except BaseException:
@@ -130,7 +134,7 @@ class LlamaServer:
 
 
 class LlamaCpp:
-    """llama.cpp with the base in the faster one of its 4-bit types."""
+    """llama.cpp with the base in the fastest one of its 4-bit types and layouts of weights."""
 
     name = "llama.cpp"
     most_adapters = 64
@@ -142,30 +146,32 @@ class LlamaCpp:
         if not self._program.is_file():
             raise PeerMissing(f"{VARIABLE} names no build directory of llama.cpp")
         self._base, self._gguf, self._work = base, gguf, work / "gguf"
-        self._types = list(types)
+        self._settings = [(kind, flags) for kind in types for flags in LAYOUTS]
 
     def open(self, fleet: Fleet, log: Path) -> LlamaServer:
         adapters = [self._adapter(path) for path in fleet.adapters]
-        if len(self._types) > 1:
-            self._types = [self._faster(log)]
-        return LlamaServer(self._program, self._model(self._types[0]), fleet, adapters, log)
+        if len(self._settings) > 1:
+            self._settings = [self._fastest(log)]
+        ((kind, flags),) = self._settings
+        return LlamaServer(self._program, self._model(kind), flags, fleet, adapters, log)
 
-    def _faster(self, log: Path) -> str:
-        """The type that answers sixteen short base requests in the shortest time."""
+    def _fastest(self, log: Path) -> tuple[str, tuple[str, ...]]:
+        """The type and flags that answer sixteen short base requests in the shortest time."""
         fleet = Fleet((), 0, rows=16, context=96)
         jobs = [Job("", tuple(range(1000 + i, 1064 + i)), 24) for i in range(16)]
         seconds = {}
-        for kind in self._types:
-            server = LlamaServer(self._program, self._model(kind), fleet, [], log)
+        for kind, flags in self._settings:
+            server = LlamaServer(self._program, self._model(kind), flags, fleet, [], log)
             try:
                 server.run(jobs, GREEDY)
-                seconds[kind] = min(server.run(jobs, GREEDY).seconds for _ in range(2))
+                seconds[kind, flags] = min(server.run(jobs, GREEDY).seconds for _ in range(2))
             finally:
                 server.close()
-        print(
-            "llama.cpp, seconds by type: " + ", ".join(f"{k} {s:.2f}" for k, s in seconds.items())
+        told = ", ".join(
+            f"{' '.join((kind, *flags))} {taken:.2f}" for (kind, flags), taken in seconds.items()
         )
-        return min(seconds, key=lambda kind: seconds[kind])
+        print(f"llama.cpp, seconds by type: {told}", flush=True)
+        return min(seconds, key=lambda setting: seconds[setting])
 
     def _model(self, kind: str) -> Path:
         target = self._work / f"{kind}.gguf"

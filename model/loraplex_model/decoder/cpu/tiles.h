@@ -52,6 +52,7 @@ class TileRegisters {
       uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
       uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
     } config;
+    asm volatile("" : : "r"(&config) : "memory");  // GCC 12 takes only the first 8 bytes as used
     _tile_loadconfig(&config);
 #endif
   }
