@@ -53,6 +53,7 @@ class Exchange:
 
     job: Job
     sent: float = 0.0
+    ended: float = 0.0
     messages: list[tuple[float, bytes]] = field(default_factory=list)
     error: str = ""
 
@@ -208,3 +209,4 @@ async def send(call: Call, request: bytes, exchange: Exchange, end: float) -> No
             exchange.messages.append((time.perf_counter(), message))
     except grpc.aio.AioRpcError as e:
         exchange.error = e.code().name
+    exchange.ended = time.perf_counter()
