@@ -32,8 +32,8 @@ def main() -> None:
         settings["base"],
         dtype="bfloat16",
         enable_prefix_caching=settings["prefix_cache"],
-        max_model_len=settings["context"],
-        max_num_seqs=settings["rows"],
+        max_model_len=max(2048, settings["context"]),
+        max_num_seqs=max(64, settings["rows"]),  # the same for all cases: each setting is compiled
         disable_log_stats=False,  # their per-request times are read below
         **(lora if adapters else {}),
     )
