@@ -71,7 +71,11 @@ class Loraplex:
         settings: dict[str, object] = {"store": store, **self._settings}
         if fleet.adapters:
             settings["import_root"] = fleet.adapters[0].parent
-        return LoraplexEngine(Server(settings, log), fleet, dict(self._settings))
+        return LoraplexEngine(
+            Server(settings, log),
+            fleet,
+            {name: str(value) for name, value in self._settings.items()},
+        )
 
 
 def _timing(answer: load.Answer) -> Timing:
