@@ -83,19 +83,19 @@ class Child:
     def failed(self, why: str) -> PeerError:
         return PeerError(f"the compared program {why}; see its log: {self._log}")
 
-    def close(self, grace: float = 20.0) -> None:
-        """Closes its input, which ends a worker; sends SIGTERM, and SIGKILL if it stays."""
+    def close(self, grace: float = 20.0, reads_input: bool = True) -> None:
+        """Closes its input, which ends a program that reads it; then SIGTERM, then SIGKILL."""
         process = self.process
         self.resume()
         for pipe in (process.stdin, process.stdout):
             if pipe is not None:
                 with contextlib.suppress(OSError):
                     pipe.close()
-        for sent, wait in ((None, grace / 2), (signal.SIGTERM, grace), (signal.SIGKILL, grace)):
+        for sent in (None, signal.SIGTERM, signal.SIGKILL)[0 if reads_input else 1 :]:
             if sent is not None:
                 self._signal(sent)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(wait)
+                process.wait(grace)
                 break
         self._signal(signal.SIGKILL)  # children that outlived it
 

@@ -72,7 +72,7 @@ class LlamaServer:
         try:
             self._await_ready()
         except BaseException:
-            self._child.close()
+            self._child.close(reads_input=False)
             raise
         self._child.pause()
 
@@ -130,7 +130,7 @@ class LlamaServer:
             connection.close()
 
     def close(self) -> None:
-        self._child.close()
+        self._child.close(reads_input=False)
 
 
 class LlamaCpp:
