@@ -146,9 +146,10 @@ def once(
     number: int,
     results: show.Results,
 ) -> None:
-    """One run, with prompts of its own. Run 0 has short answers, and is not counted."""
+    """One run, with prompts of its own. Run 0 loads adapters and prefixes, and is not counted."""
     if number == 0:
-        short = replace(case, output=min(case.output, 4))
+        prompt = case.prompt if case.prefix else min(case.prompt, 16)
+        short = replace(case, prompt=prompt, output=min(case.output, 4))
         engine.run(short.jobs(names, seed=0), case.sampling)
         return
     run = engine.run(case.jobs(names, seed=number), case.sampling)
