@@ -22,7 +22,6 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict, SettingsError
 
-from loraplex_server import former_settings
 from loraplex_server.engine.batching.scheduler import EngineLimits
 from loraplex_server.engine.group import devices
 from loraplex_server.engine.group.devices import EnginePlacement
@@ -30,6 +29,7 @@ from loraplex_server.engine.process.limits import SupervisionLimits
 from loraplex_server.engine.process.pulse import BEAT_SECONDS
 from loraplex_server.engine.process.setup import EngineSetup
 from loraplex_server.engine.runner.config import CustomRunner, RunnerConfig
+from loraplex_server.former_settings import in_environment, objection
 
 DEFAULT_MODEL: Final = "default"
 
@@ -370,10 +370,9 @@ def load(file: Path | None, flags: Mapping[str, Any]) -> Config:
         from_environment = EnvSettingsSource(Config)()
     except SettingsError as error:  # a list or a table that is not JSON
         raise ConfigError(f"the environment cannot be read: {error}") from error
-    former = former_settings.in_environment(os.environ)
-    given = {**from_file, **former, **from_environment, **flags}
+    given = {**from_file, **in_environment(os.environ), **from_environment, **flags}
     unknown = given.keys() - Config.model_fields.keys()
-    problems = [f"{name}: {former_settings.objection(name)}" for name in sorted(unknown)]
+    problems = [f"{name}: {objection(name)}" for name in sorted(unknown)]
     try:
         config = Config(**{name: given[name] for name in given if name not in unknown})
     except ValidationError as error:
