@@ -33,7 +33,7 @@ from loraplex_server.engine.messages import (
     Submit,
     Unload,
 )
-from loraplex_server.engine.passes.answers import Answers
+from loraplex_server.engine.passes.answers import NOT_FINITE, Answers
 from loraplex_server.engine.passes.choices import Choices
 from loraplex_server.engine.passes.lock_step import LockStep, Passes
 from loraplex_server.engine.passes.one_ahead import OneAhead
@@ -239,6 +239,8 @@ class EngineCore:
 
     def _end(self, request: Request, failure: Failure | None = None) -> None:
         """Ends a request and releases everything it holds, whatever its state."""
+        if failure is NOT_FINITE:
+            self._scheduler.prefixes.poison(request)
         self._scheduler.remove(request)
         self.adapters.release(request)
         self._forget(request)

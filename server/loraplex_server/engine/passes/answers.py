@@ -13,6 +13,7 @@ import numpy as np
 from loraplex_model.base.faults import reach
 from loraplex_model.base.refusal import Reason
 
+from loraplex_server.engine.batching.prefix_cache import vouch
 from loraplex_server.engine.batching.request import Request
 from loraplex_server.engine.batching.sampler import NON_FINITE, Floats
 from loraplex_server.engine.batching.scheduler import BatchRow, Logits
@@ -172,6 +173,7 @@ class Answers:
         counts = [request.submit.prompt_logprobs or 0] * len(wanted)
         request.prompt_logprobs += self._choices.logprobs(wanted, lines, tokens, counts)
         request.scored += len(wanted)
+        vouch(request)
         return True
 
     def give(self, request: Request, token: int, entries: list[Logprobs]) -> None:
@@ -182,6 +184,7 @@ class Answers:
         if token == NON_FINITE:
             self._end(request, NOT_FINITE)
             return
+        vouch(request)
         started = request.generated == 0
         finish: str | None = None
         if token in request.stops:
