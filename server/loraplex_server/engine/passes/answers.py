@@ -54,7 +54,10 @@ class Answers:
         end: Callable[[Request, Failure | None], None],
         on_fault: OnFault,
     ) -> None:
-        """`choices` chooses tokens; `end` ends a request; `on_fault` ends those for which choosing a token has failed."""
+        """`choices` chooses tokens; `end` ends a request; `on_fault` ends those without a token.
+
+        These are requests for which choosing a token has failed.
+        """
         self._choices = choices
         self._turns = turns
         self._clock = clock
@@ -146,7 +149,8 @@ class Answers:
             return
         at = self._clock()
         turns.earn(at - begun)
-        is_shared = any(not self._choices.takes_long(row.request.draw) for row in (*read.rows, *read.ahead))
+        draws = [row.request.draw for row in (*read.rows, *read.ahead)]
+        is_shared = not all(map(self._choices.takes_long, draws))
         while turns and not (is_shared and turns.is_over):
             request, logits = turns.take()
             self.sample([request], logits[np.newaxis], [0])
