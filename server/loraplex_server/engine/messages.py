@@ -41,6 +41,7 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
 
     `stop_token_ids` includes the EOS ids unless they are to be ignored. `logprobs` and
     `prompt_logprobs` are numbers of alternatives to report; None reports no log-probabilities.
+    `account` is whom the tokens are charged to; `priority` orders the requests of one account.
     """
 
     id: int
@@ -53,6 +54,7 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     prompt_logprobs: int | None = None
     priority: int = 0
     deadline: float | None = None
+    account: str = ""
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):

@@ -1,18 +1,26 @@
 """The scheduler: which tokens of which requests are computed in the next step.
 
 Continuous batching: every step first computes one token for each decoding request, then fills the
-rest of the token budget with chunks of prompts. Requests are served in the order of their arrival,
-each level of priority counting as `PRIORITY_SECONDS` of waiting; none overtakes another. So however
-many requests of a higher priority keep arriving, a request is overtaken only by those that arrive
-within a bounded time after it. When KV blocks run out while decoding, the request that is last in
-order returns its blocks and queues again (preemption); its generated tokens stay and are recomputed
-as if they were prompt. The first in order is never preempted for another, and no request larger
-than the whole cache is accepted, so at least one request always makes progress.
+rest of the token budget, or as much of it as `StepCosts` has time for, with chunks of prompts. The
+prompt of the account with the smallest counter comes first, whether it has begun or waits in the
+`FairQueue`; equal counters are served in order. Nobody is skipped because a later request is
+smaller.
+
+When KV blocks run out while decoding, a request returns its blocks and queues again (preemption):
+the last in order of the account with the largest counter. Its generated tokens stay and are
+recomputed as if they were prompt. The running request that is first in order is never preempted for
+another, and no request larger than the whole cache is accepted, so at least one request always
+makes progress.
+
+While several accounts send requests, none of them takes the last eighth of the places or of the
+blocks, so that those of another need not wait until some of its requests end.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from operator import attrgetter
@@ -20,12 +28,17 @@ from operator import attrgetter
 import msgspec
 
 from loraplex_server.engine.batching import base_prefix
+from loraplex_server.engine.batching.fair_queue import Account, FairQueue
 from loraplex_server.engine.batching.kv import BlockPool
 from loraplex_server.engine.batching.request import Request, RequestState
+from loraplex_server.engine.batching.step_costs import StepCosts
 from loraplex_server.engine.batching.turns import Turns
 
-PRIORITY_SECONDS = 0.1
-"""Seconds of waiting that one level of priority is worth."""
+RESERVED = 8
+"""One in so many places and blocks is reserved for accounts that have few."""
+
+ACTIVE_SECONDS = 60.0
+"""Seconds for which places and blocks are reserved after a request of another account."""
 
 NARROW_STEPS = 32
 """Number of steps with fewer tokens after a step for which device memory did not suffice."""
@@ -43,6 +56,12 @@ class EngineLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         prompt_logprob_rows: prompt tokens of one step whose logits are all kept, of all requests
             together.
         share_base_prefixes: whether requests share blocks of the base; see `base_prefix`.
+        prompt_step_ratio: how many times as long as one that only decodes a step may take if rows
+            decode; 0 sets no limit. See `StepCosts`.
+        fair_weights: shares of accounts by name, in proportion to each other; else 1.
+        max_queue_seconds: predicted wait above which a request is refused; 0 accepts any.
+        adapter_turn: seconds that requests may keep an adapter on the device while another one
+            waits for its place; 0 sets no limit.
     """
 
     token_budget: int = 512
@@ -51,12 +70,18 @@ class EngineLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_waiting_tokens: int = 1 << 18
     prompt_logprob_rows: int = 128
     share_base_prefixes: bool = False
+    prompt_step_ratio: float = 2.5
+    fair_weights: Mapping[str, float] = {}
+    max_queue_seconds: float = 60.0
+    adapter_turn: float = 30.0
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_running <= self.token_budget:
             raise ValueError("max_running must be between 1 and token_budget")
         if min(self.max_waiting, self.max_waiting_tokens, self.prompt_logprob_rows) < 1:
             raise ValueError("every limit must be positive")
+        if not all(0 < weight < float("inf") for weight in self.fair_weights.values()):
+            raise ValueError("every weight must be positive")
 
 
 class Logits(Enum):
@@ -94,19 +119,26 @@ _order = attrgetter("order")
 
 
 class Scheduler:
-    """Queued and running requests, both in serving order, and their KV blocks.
+    """Queued and running requests, and their KV blocks.
 
     Attributes:
+        running: the running requests, in order.
         turns: running requests whose last token is computed and whose next one is not chosen yet.
+        costs: what steps cost; whoever measures them notes it there.
+        held_up: whether the last step left requests waiting for a place or for blocks.
+        passed_at: time of the last step that left requests waiting for anything.
     """
 
     def __init__(self, pool: BlockPool, limits: EngineLimits) -> None:
         self.pool = pool
         self.limits = limits
-        self.queue: list[Request] = []
+        self.queue = FairQueue(limits.fair_weights)
         self.running: list[Request] = []
         self.turns = Turns()
+        self.costs = StepCosts(limits.prompt_step_ratio)
         self.preemptions = 0
+        self.held_up = False
+        self.passed_at = float("-inf")
         self._token_budget = limits.token_budget
         self._narrow_steps = 0
 
@@ -115,18 +147,24 @@ class Scheduler:
         """Whether no request is queued or running."""
         return not self.queue and not self.running
 
+    @property
+    def places(self) -> int:
+        """Number of requests that may start now, as far as places and blocks decide that."""
+        return 0 if self.held_up else max(0, self.limits.max_running - len(self.running))
+
     def enqueue(self, request: Request) -> None:
         """Adds a request that can start as soon as there is room for it."""
         request.state = RequestState.QUEUED
-        insort(self.queue, request, key=_order)
+        self.queue.join(request)
 
     def remove(self, request: Request) -> None:
         """Removes a queued or running request and frees its blocks. No effect on others."""
         if request.state is RequestState.QUEUED:
-            _take(self.queue, request)
+            self.queue.drop(request)
         elif request.state is RequestState.RUNNING:
             _take(self.running, request)
             self._free(request)
+            self.queue.leave(request)
 
     def settle(self, row: BatchRow) -> None:
         """Records that a row is computed, before its results are given to its request.
@@ -149,12 +187,13 @@ class Scheduler:
         Calling it again without computing the rows gives them again, as far as the budget allows.
         """
         rows: list[BatchRow] = []
-        self._schedule_decodes(rows)
-        budget = self._token_budget - len(rows)
-        for request in self.running:
-            if budget and request.remaining > 1:
-                budget -= self._chunk(request, budget, rows)
-        self._admit(budget, rows, now)
+        prompts = self._schedule_decodes(rows)
+        if prompts or self.queue:
+            budget = self.costs.allowance(len(rows), self._token_budget - len(rows))
+            if budget > 0:
+                self._schedule_prompts(prompts, budget, rows, now)
+        else:
+            self.held_up = False
         rows.sort(key=lambda row: row.mix)
         if self._narrow_steps and rows:
             self._narrow_steps -= 1
@@ -162,24 +201,33 @@ class Scheduler:
                 self._token_budget = self.limits.token_budget
         return rows
 
-    def _schedule_decodes(self, rows: list[BatchRow]) -> None:
-        """Adds every decode row; preempts the last in order while a row lacks a block.
+    def _schedule_decodes(self, rows: list[BatchRow]) -> list[Request]:
+        """Adds every decode row; returns the running requests with a part of a prompt to compute.
 
-        The budget has room for all of them, unless memory has run out lately.
+        Requests are preempted while a row lacks a block. The budget has room for all rows, unless
+        memory has run out lately.
         """
-        at = 0
-        while at < len(self.running) and len(rows) < self._token_budget:
-            request = self.running[at]
-            at += 1
-            if request.remaining != 1:  # a part of its prompt is missing, or it waits for its turn
-                continue
-            while not self._grow(request):
-                victim = self.running.pop()
-                self._preempt(victim)
-                if victim is request:
-                    break
-            else:
-                rows.append(BatchRow(request, request.computed, 1, Logits.LAST))
+        prompts: list[Request] = []
+        for request in self.running.copy():
+            start = request.computed
+            remaining = len(request.tokens) - start
+            if remaining == 1:
+                if len(rows) < self._token_budget and self._make_room(request, rows):
+                    self._add(BatchRow(request, start, 1, Logits.LAST), rows)
+            elif remaining > 1:
+                prompts.append(request)
+        return [each for each in prompts if each.state is RequestState.RUNNING]
+
+    def _make_room(self, request: Request, rows: list[BatchRow]) -> bool:
+        """Reserves the blocks of a decode row; False if the request itself was preempted."""
+        while request.state is RequestState.RUNNING:
+            if self._grow(request):
+                return True
+            first, *others = self.running
+            victim = max(others, key=_by_counter, default=first)
+            rows[:] = [row for row in rows if row.request is not victim]
+            self._preempt(victim)
+        return False
 
     def _grow(self, request: Request) -> bool:
         """Reserves the blocks that all its tokens need; False if too few are free."""
@@ -189,6 +237,29 @@ class Scheduler:
         if missing > 0:
             request.blocks.extend(self.pool.reserve(missing))
         return True
+
+    def _schedule_prompts(
+        self, prompts: list[Request], budget: int, rows: list[BatchRow], now: float
+    ) -> None:
+        """Gives the budget to `prompts`, which have begun, and to queued requests, which start."""
+        may_start, self.held_up = bool(self.queue), False
+        while budget > 0:
+            prompt = min(prompts, key=_by_counter, default=None)
+            found = self._next_start(now) if may_start else None
+            if found is None:
+                may_start = False
+            elif prompt is None or found[1] or _by_counter(found[0]) < _by_counter(prompt):
+                may_start = self._start(found[0], now)
+                if may_start:
+                    budget -= self._chunk(found[0], budget, rows)
+                    may_start = bool(self.queue)
+                continue
+            if prompt is None:
+                break
+            prompts.remove(prompt)
+            budget -= self._chunk(prompt, budget, rows)
+        if self.queue:
+            self.passed_at = now
 
     def _chunk(self, request: Request, budget: int, rows: list[BatchRow]) -> int:
         """Adds the next chunk of a prompt, if it may have one; returns its number of tokens."""
@@ -204,30 +275,34 @@ class Scheduler:
             logits = Logits.ALL
         else:
             logits = Logits.LAST if count == request.remaining else Logits.NONE
-        rows.append(BatchRow(request, request.computed, count, logits))
+        self._add(BatchRow(request, request.computed, count, logits), rows)
         return count
 
-    def _admit(self, budget: int, rows: list[BatchRow], now: float) -> None:
-        """Starts queued requests, strictly in order, while budget, places and blocks last.
+    def _add(self, row: BatchRow, rows: list[BatchRow]) -> None:
+        """Adds a row, and charges it."""
+        rows.append(row)
+        account = row.request.account
+        assert account is not None, "a running request has no account"
+        account.charge(row.request, row.start + row.count)
+
+    def _start(self, request: Request, now: float) -> bool:
+        """Starts a queued request if there are blocks for it; else it is waited for.
 
         One free block per running request is left over, so that the next step does not preempt the
         request just started.
         """
-        started = 0
-        for request in self.queue:
-            if not budget or self._is_full() or request.awaits_token:
-                break
-            shared: list[int] = []
-            if self.limits.share_base_prefixes:
-                shared = base_prefix.matched(request, self.pool)
-            need = self.pool.blocks_for(request.in_own_blocks)
-            need -= sum(self.pool.owners(block) > 0 for block in shared)
-            if need + len(self.running) > self.pool.free and self.running:
-                break
-            self._begin(request, shared, now)
-            budget -= self._chunk(request, budget, rows)
-            started += 1
-        del self.queue[:started]
+        if request.awaits_token:
+            return False
+        shared: list[int] = []
+        if self.limits.share_base_prefixes:
+            shared = base_prefix.matched(request, self.pool)
+        need = self.pool.blocks_for(request.in_own_blocks)
+        need -= sum(self.pool.owners(block) > 0 for block in shared)
+        if need + len(self.running) > self.pool.free and self.running:
+            self.held_up = True
+            return False
+        self._begin(request, shared, now)
+        return True
 
     def _begin(self, request: Request, shared: list[int], now: float) -> None:
         """Starts a queued request, for which there is room, behind blocks that it shares."""
@@ -236,30 +311,69 @@ class Scheduler:
         request.blocks.extend(shared)
         request.kept = len(shared)
         request.computed = len(shared) * self.pool.block_size
+        request.charged = max(request.charged, request.computed)
         self._grow(request)
-        request.state = RequestState.RUNNING
+        self.queue.take(request)
+        request.state, request.begun = RequestState.RUNNING, now
         insort(self.running, request, key=_order)
         if request.queue_seconds is None:
             request.queue_seconds = now - request.arrived
             request.cached = request.computed
 
-    def _is_full(self) -> bool:
-        """Whether no more requests may take part in steps. Those that are finishing do not."""
+    def _next_start(self, now: float) -> tuple[Request, bool] | None:
+        """The queued request that starts next, as far as places decide; see `FairQueue.first`.
+
+        Requests that are finishing take part in no more steps, so they take no place.
+        """
         most = self.limits.max_running
-        if len(self.running) < most:
-            return False
-        return sum(not request.is_finishing for request in self.running) >= most
+        free = most - len(self.running)
+        if free <= most // RESERVED:
+            free += sum(request.is_finishing for request in self.running)
+        found = None
+        if free > 0:
+            few_places = free <= most // RESERVED
+            few_blocks = self.pool.free < self.pool.num_blocks // RESERVED
+            found = self.queue.first(self._beyond_reserve(few_places, few_blocks, now))
+        self.held_up = found is None
+        return found
+
+    def _beyond_reserve(self, few_places: bool, few_blocks: bool, now: float) -> set[Account]:
+        """Accounts that leave what is left of the places or of the blocks to others."""
+        if not (few_places or few_blocks):
+            return set()
+        places: Counter[Account] = Counter()
+        blocks: Counter[Account] = Counter()
+        for request in self.running:
+            if request.account is not None:
+                places[request.account] += 1
+                blocks[request.account] += len(request.blocks)
+        most_places = self.limits.max_running // RESERVED
+        most_blocks = self.pool.num_blocks // RESERVED
+        return {
+            account
+            for account, count in places.items()
+            if (few_places and count > most_places) or (few_blocks and blocks[account] > most_blocks)
+            if self.queue.others_since(account, now - ACTIVE_SECONDS)
+        }
 
     def _preempt(self, request: Request) -> None:
+        _take(self.running, request)
         self._free(request)
         request.computed = 0
         self.preemptions += 1
-        self.enqueue(request)
+        request.state = RequestState.QUEUED
+        self.queue.put_back(request)
 
     def _free(self, request: Request) -> None:
         self.pool.release(request.blocks)
         del request.blocks[:]
         self.turns.drop(request)
+
+
+def _by_counter(request: Request) -> tuple[float, tuple[float, int]]:
+    """Sort key: the counter of its account, then its order."""
+    assert request.account is not None, "a request without an account is scheduled"
+    return request.account.counter, request.order
 
 
 def _take(ordered: list[Request], request: Request) -> None:
