@@ -121,11 +121,13 @@ class Metrics:
             stats.adapter_bytes, stats.host_bytes, stats.merged_bytes, stats.prefix_blocks
         )
         series.sampling_waiting_requests.set(stats.waiting_turns)
+        series.waiting_accounts.set(stats.waiting_accounts)
         series.engine_memory_bytes.labels("used").set(stats.memory_bytes)
         series.engine_memory_bytes.labels("accounted").set(stats.accounted_bytes)
         for counter, value in (
             (series.preemptions, stats.preemptions),
             (series.wasted_rows, stats.wasted_rows),
+            (series.set_back_requests, stats.set_back),
             (series.out_of_memory, stats.out_of_memory),
             (series.adapter_evictions.labels("device"), stats.evictions),
             (series.adapter_evictions.labels("host"), stats.host_evictions),
@@ -168,6 +170,7 @@ class Metrics:
         """Sets the gauges of an engine without adapters."""
         self._set_held(0, 0, 0, 0)
         self.series.sampling_waiting_requests.set(0)
+        self.series.waiting_accounts.set(0)
         for kind in ("used", "accounted"):
             self.series.engine_memory_bytes.labels(kind).set(0)
         for state in ADAPTER_STATES:

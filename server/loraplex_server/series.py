@@ -105,6 +105,8 @@ class Series:
     sampling_waiting_requests = _gauge("Requests that wait for their turn of costly sampling.")
     kv_blocks = _gauge("KV cache blocks.", state=("free", "used"))
     preemptions = _counter("Requests put back into the queue for lack of KV blocks.")
+    waiting_accounts = _gauge("Accounts with a request that waits for its start.")
+    set_back_requests = _counter("Requests that gave up their adapter's place for another one.")
     wasted_rows = _counter("Rows computed for requests that had ended meanwhile.")
     out_of_memory = _counter("Passes for which device memory did not suffice.")
     adapter_requests = _counter("Generations that ended, by adapter.", adapter=_NAMES, code=())

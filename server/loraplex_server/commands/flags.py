@@ -11,7 +11,8 @@ import typer
 from pydantic import ByteSize
 from pydantic.fields import FieldInfo
 
-from loraplex_server.config import PANELS, Config, ConfigError, load
+from loraplex_server.config import PANELS, Config
+from loraplex_server.config_sources import ConfigError, load
 from loraplex_server.exits import ServerExit
 
 ALL_SETTINGS: Final = tuple(name for name, field in Config.model_fields.items() if field.repr)

@@ -277,6 +277,7 @@ class EngineCore:
                 self._scheduler.remove(request)
                 self.adapters.release(request)
                 request.set_back()
+                self._tally.set_back += 1
                 self.adapters.want(request)
         self._woken = True
 

@@ -287,6 +287,10 @@ class StepStats(msgspec.Struct, frozen=True):
     """Rows computed for requests that had ended meanwhile, since the engine started."""
     out_of_memory: int = 0
     """Passes for which device memory did not suffice, since the engine started."""
+    waiting_accounts: int = 0
+    """Accounts with a request that waits for its start."""
+    set_back: int = 0
+    """Requests that had to give up their adapter's place, since the engine started."""
 
 
 class StepReport(msgspec.Struct, frozen=True, tag="step"):

@@ -105,4 +105,6 @@ class Reporter:
             accounted_bytes=self._memory.at_start + adapters.process_bytes,
             wasted_rows=self._tally.wasted_rows,
             out_of_memory=self._tally.out_of_memory,
+            waiting_accounts=self._scheduler.queue.waiting_accounts,
+            set_back=self._tally.set_back,
         )

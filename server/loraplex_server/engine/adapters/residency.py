@@ -7,8 +7,8 @@ available, but room is made for the oldest want only (the head), and its adapter
 before it has them all. If adapters in use hold that room, the first of them in eviction order take
 no new pins until they are free, the longest resident first, however many requests for them keep
 coming. Once the head has waited for a turn, their requests that have run for a turn are set back:
-they return their pins and want their adapters again, as the newest. So every want is met, and if A
-adapters are wanted and S of them fit, within about A / S turns, rounded up, and the time of loading.
+they return their pins and want their adapters again, as the newest. So every want is met: if A
+adapters are wanted and S of them fit, within about A / S turns, rounded up, and the time of loads.
 
 An adapter is taken from host memory if it is there, else read from its files, and it is staged
 before anything is evicted for it: a bad adapter harms only the requests that want it. Later wants'

@@ -273,9 +273,9 @@ class AdapterSlots:
         """Adapters whose removal makes room for `adapter`; None if no removal makes enough.
 
         Draining adapters come first, then those without pins in the order of `GreedyDual`, then the
-        others, the longest on the device first. Adapters in `keep`, adapters held by order, and adapters that take nothing of
-        what is short are passed over. With `past_drains` so are those that drain and are in use, as
-        far as the others make enough room.
+        others, the longest on the device first. Adapters in `keep`, adapters held by order, and
+        adapters that take nothing of what is short are passed over. With `past_drains` so are those
+        that drain and are in use, as far as the others make enough room.
         """
         if past_drains:
             drained = {r.digest for r in self.residents.values() if r.draining and r.refs}

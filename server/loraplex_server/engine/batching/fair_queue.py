@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 PRIORITY_SECONDS = 0.2
 """Seconds of waiting that one level of priority is worth."""
 
+MAX_PRIORITY = 10
+"""Highest priority; the lowest is its negative. So no priority is worth more than 4 s of waiting
+over another."""
+
 NEW_COST = 2
 """Cost of a generated token, where a token of a prompt costs 1."""
 
@@ -101,6 +105,11 @@ class FairQueue:
     def waiting(self) -> list[Account]:
         """The accounts with a waiting request."""
         return list(self._waiting)
+
+    @property
+    def waiting_accounts(self) -> int:
+        """Number of accounts with a waiting request."""
+        return len(self._waiting)
 
     def join(self, request: Request) -> None:
         """Adds a request that has not been in the queue before, or that comes back to it."""

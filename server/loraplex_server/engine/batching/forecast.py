@@ -1,6 +1,6 @@
 """When a request would start and end, by measured rates, and what is refused because of that.
 
-    arrival ---- waits: cost ahead / rate ----> starts -- own prompt --> first token -- answer --> end
+    arrival -- waits: cost ahead / rate --> starts -- own prompt --> first token -- answer --> end
 
 The cost ahead of a request is what its account has waiting before it, and what the other accounts
 have waiting until their counters reach the one that its account will have then: see `FairQueue`.

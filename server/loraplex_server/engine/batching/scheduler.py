@@ -352,7 +352,8 @@ class Scheduler:
         return {
             account
             for account, count in places.items()
-            if (few_places and count > most_places) or (few_blocks and blocks[account] > most_blocks)
+            if (few_places and count > most_places)
+            or (few_blocks and blocks[account] > most_blocks)
             if self.queue.others_since(account, now - ACTIVE_SECONDS)
         }
 

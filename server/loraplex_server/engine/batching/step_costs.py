@@ -7,8 +7,9 @@ While rows decode, every prompt token of a step delays their next tokens. So a s
     |<-- d(n) --->|<- at most (ratio-1) d ->|
 
 `d(n)`, the time of a step with `n` decode rows alone, and the time of a prompt token are averages
-of recent steps. After `PROBE_EVERY` steps with prompt tokens one has none, so that d is
-known for the present rows. When nothing decodes, the whole budget is used. How prompts are cut changes no result.
+of recent steps. After `PROBE_EVERY` steps with prompt tokens one has none, so that d is known for
+the present rows. When nothing decodes, the whole budget is used. How prompts are cut changes no
+result.
 """
 
 from __future__ import annotations
