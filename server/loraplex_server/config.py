@@ -22,7 +22,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from loraplex_server import fair_weights
 from loraplex_server.engine.batching.fair_queue import MAX_PRIORITY
-from loraplex_server.engine.batching.scheduler import RESERVED, EngineLimits
+from loraplex_server.engine.batching.limits import EngineLimits
+from loraplex_server.engine.batching.shares import RESERVED
 from loraplex_server.engine.group import devices
 from loraplex_server.engine.group.devices import EnginePlacement
 from loraplex_server.engine.process.limits import SupervisionLimits
@@ -149,7 +150,7 @@ class Config(BaseSettings):
     times can then show clients whether someone has sent a prompt that begins like theirs."""
     token_budget: int = Field(512, ge=1)
     """Most tokens in one step: decode rows and prompt chunks together."""
-    prompt_step_ratio: float = Field(2.5, ge=0, le=1000)
+    prompt_step_ratio: float = Field(2.0, ge=0, le=1000)
     """How many times as long as a step that only decodes a step with prompt chunks may take. Lower
     values keep the time between tokens even, higher ones compute prompts faster; 0 sets no limit.
     """

@@ -23,9 +23,10 @@ from loraplex_server.engine.batching.deadlines import Deadlines
 from loraplex_server.engine.batching.fair_queue import PRIORITY_SECONDS
 from loraplex_server.engine.batching.forecast import LATE, Forecast
 from loraplex_server.engine.batching.kv import BlockPool
+from loraplex_server.engine.batching.limits import EngineLimits
 from loraplex_server.engine.batching.request import Request, RequestState
 from loraplex_server.engine.batching.sampler import Draw
-from loraplex_server.engine.batching.scheduler import EngineLimits, Scheduler
+from loraplex_server.engine.batching.scheduler import Scheduler
 from loraplex_server.engine.batching.step_costs import WorkRates
 from loraplex_server.engine.books import check_books
 from loraplex_server.engine.messages import (

@@ -75,17 +75,20 @@ class Reporter:
     def _stats(
         self, rows: Sequence[BatchRow], requests: Collection[Request], step: int, begun: float
     ) -> StepStats:
-        decodes = sum(row.count == 1 for row in rows)
+        counts = [row.count for row in rows]
+        decodes = counts.count(1)
         mixes = [row.mix for row in rows]
         adapters, fetching = self._adapters, self._adapters.residency.fetching
-        merged = {r.digest for r in adapters.slots.residents.values() if r.merged_bytes}
+        merged: set[str] = set()
+        if adapters.merging.nbytes:
+            merged = {r.digest for r in adapters.slots.residents.values() if r.merged_bytes}
         return StepStats(
             step=step,
             step_seconds=self._clock() - begun,
             decode_rows=decodes,
-            prefill_tokens=sum(row.count for row in rows) - decodes,
-            distinct_adapters=len({slot for mix in mixes for slot, _ in mix}),
-            base_rows=sum(not mix for mix in mixes),
+            prefill_tokens=sum(counts) - decodes,
+            distinct_adapters=len({slot for mix in {*mixes} for slot, _ in mix}),
+            base_rows=mixes.count(()),
             running=len(self._scheduler.running),
             waiting=sum(r.state is not RequestState.RUNNING for r in requests),
             free_blocks=self._scheduler.pool.free,
@@ -96,7 +99,7 @@ class Reporter:
             host_bytes=adapters.host.nbytes,
             merged_bytes=adapters.merging.nbytes,
             prefix_blocks=adapters.slots.prefix_blocks,
-            merged_rows=sum(bool(row.mix) and row.request.sole_adapter in merged for row in rows),
+            merged_rows=_rows_of(merged, rows) if merged else 0,
             host_evictions=adapters.host.evictions,
             prefetches=fetching.ahead,
             prefetch_hits=fetching.hits,
@@ -108,3 +111,8 @@ class Reporter:
             waiting_accounts=self._scheduler.queue.waiting_accounts,
             set_back=self._tally.set_back,
         )
+
+
+def _rows_of(adapters: set[str], rows: Sequence[BatchRow]) -> int:
+    """Number of rows that one of these adapters alone computes, at weight 1."""
+    return sum(bool(row.mix) and row.request.sole_adapter in adapters for row in rows)

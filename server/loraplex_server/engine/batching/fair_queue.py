@@ -162,9 +162,12 @@ class FairQueue:
         least = min(able, key=lambda each: (each.counter, len(each.queue), each.queue[0].order))
         return least.queue[0], False
 
-    def others_since(self, account: Account, time: float) -> bool:
-        """Whether a request of another account has arrived since `time`."""
-        return any(each is not account and seen >= time for each, seen in self._seen)
+    def is_shared(self, time: float) -> bool:
+        """Whether two accounts or more have requests, or have sent one since `time`."""
+        if len(self._seen) < 2:
+            return False
+        account, seen = self._seen[1]
+        return account.open > 0 or seen >= time
 
     def _account(self, name: str) -> Account:
         account = self._accounts.get(name)

@@ -12,76 +12,31 @@ recomputed as if they were prompt. The running request that is first in order is
 another, and no request larger than the whole cache is accepted, so at least one request always
 makes progress.
 
-While several accounts send requests, none of them takes the last eighth of the places or of the
-blocks, so that those of another need not wait until some of its requests end.
+While several accounts send requests, `Shares` says what each of them leaves to the others.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection
 from enum import Enum
 from operator import attrgetter
-
-import msgspec
+from typing import NamedTuple
 
 from loraplex_server.engine.batching import base_prefix
 from loraplex_server.engine.batching.fair_queue import Account, FairQueue
 from loraplex_server.engine.batching.kv import BlockPool
+from loraplex_server.engine.batching.limits import EngineLimits
 from loraplex_server.engine.batching.request import Request, RequestState
+from loraplex_server.engine.batching.shares import Shares
 from loraplex_server.engine.batching.step_costs import StepCosts
 from loraplex_server.engine.batching.turns import Turns
 
-RESERVED = 8
-"""One in so many places and blocks is reserved for accounts that have few."""
-
 ACTIVE_SECONDS = 60.0
-"""Seconds for which places and blocks are reserved after a request of another account."""
+"""Seconds for which an account counts as sending requests after its last one."""
 
 NARROW_STEPS = 32
 """Number of steps with fewer tokens after a step for which device memory did not suffice."""
-
-
-class EngineLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Bounds of the engine.
-
-    Attributes:
-        token_budget: tokens of one step, decode rows and prefill chunks together.
-        max_running: requests that take part in a step.
-        max_waiting: requests that wait for their first step; more are refused.
-        max_waiting_tokens: prompt tokens of the waiting requests; a prompt beyond it is refused
-            unless nothing waits.
-        prompt_logprob_rows: prompt tokens of one step whose logits are all kept, of all requests
-            together.
-        share_base_prefixes: whether requests share blocks of the base; see `base_prefix`.
-        prompt_step_ratio: how many times as long as one that only decodes a step may take if rows
-            decode; 0 sets no limit. See `StepCosts`.
-        fair_weights: shares of accounts by name, in proportion to each other; else 1.
-        max_queue_seconds: predicted wait above which a request is refused; 0 accepts any.
-        adapter_turn: seconds that requests may keep an adapter on the device while another one
-            waits for its place; 0 sets no limit.
-    """
-
-    token_budget: int = 512
-    max_running: int = 64
-    max_waiting: int = 256
-    max_waiting_tokens: int = 1 << 18
-    prompt_logprob_rows: int = 128
-    share_base_prefixes: bool = False
-    prompt_step_ratio: float = 2.5
-    fair_weights: Mapping[str, float] = {}
-    max_queue_seconds: float = 60.0
-    adapter_turn: float = 30.0
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.max_running <= self.token_budget:
-            raise ValueError("max_running must be between 1 and token_budget")
-        if min(self.max_waiting, self.max_waiting_tokens, self.prompt_logprob_rows) < 1:
-            raise ValueError("every limit must be positive")
-        if not all(0 < weight < float("inf") for weight in self.fair_weights.values()):
-            raise ValueError("every weight must be positive")
 
 
 class Logits(Enum):
@@ -92,8 +47,7 @@ class Logits(Enum):
     ALL = "all"
 
 
-@dataclass(frozen=True, slots=True)
-class BatchRow:
+class BatchRow(NamedTuple):
     """One request's part of a step: `count` of its own tokens from index `start` on.
 
     A row never extends over the request's `active_from`.
@@ -141,6 +95,7 @@ class Scheduler:
         self.passed_at = float("-inf")
         self._token_budget = limits.token_budget
         self._narrow_steps = 0
+        self._left_some_out = False
 
     @property
     def is_idle(self) -> bool:
@@ -187,33 +142,61 @@ class Scheduler:
         Calling it again without computing the rows gives them again, as far as the budget allows.
         """
         rows: list[BatchRow] = []
-        prompts = self._schedule_decodes(rows)
-        if prompts or self.queue:
+        shares = None
+        prompts = [each for each in self.running if len(each.tokens) > each.computed + 1]
+        if (prompts or self.queue) and self.queue.is_shared(now - ACTIVE_SECONDS):
+            shares = Shares(self.running, self.limits.max_running, self.pool.num_blocks)
+        left_out = self._left_out(shares, prompts)
+        if left_out:
+            prompts = [each for each in prompts if each.account not in left_out]
+            budget = self._token_budget - len(self.running)
+            self._schedule_prompts(prompts, budget, rows, now, shares, left_out)
+        self._left_some_out = bool(rows)
+        prompts = self._schedule_decodes(rows, left_out if rows else ())
+        if not self._left_some_out:
             budget = self.costs.allowance(len(rows), self._token_budget - len(rows))
-            if budget > 0:
-                self._schedule_prompts(prompts, budget, rows, now)
-        else:
-            self.held_up = False
-        rows.sort(key=lambda row: row.mix)
+            self._schedule_prompts(prompts, budget, rows, now, shares)
+        rows.sort(key=_mix)
         if self._narrow_steps and rows:
             self._narrow_steps -= 1
             if not self._narrow_steps:
                 self._token_budget = self.limits.token_budget
         return rows
 
-    def _schedule_decodes(self, rows: list[BatchRow]) -> list[Request]:
+    def _left_out(self, shares: Shares | None, prompts: Collection[Request]) -> set[Account]:
+        """The accounts without rows in this step, for a prompt of a light one; mostly none."""
+        if shares is None or self._left_some_out:
+            return set()
+        heavy = shares.heavy
+        if not heavy:
+            return heavy
+        is_light = shares.is_light
+        begun = any(is_light(request.account) for request in prompts)
+        return heavy if begun or any(map(is_light, self.queue.waiting)) else set()
+
+    def _schedule_decodes(
+        self, rows: list[BatchRow], left_out: Collection[Account] = ()
+    ) -> list[Request]:
         """Adds every decode row; returns the running requests with a part of a prompt to compute.
+
+        Rows of the accounts in `left_out` are not added.
 
         Requests are preempted while a row lacks a block. The budget has room for all rows, unless
         memory has run out lately.
         """
         prompts: list[Request] = []
+        size, budget, add = self.pool.block_size, self._token_budget, self._add
         for request in self.running.copy():
             start = request.computed
             remaining = len(request.tokens) - start
+            if request.state is not RequestState.RUNNING or request.account in left_out:
+                continue  # it has been preempted for a row before it, or has no row now
             if remaining == 1:
-                if len(rows) < self._token_budget and self._make_room(request, rows):
-                    self._add(BatchRow(request, start, 1, Logits.LAST), rows)
+                if len(rows) < budget and (
+                    len(request.blocks) * size >= request.prefix.rest + start + 1
+                    or self._make_room(request, rows)
+                ):
+                    add(BatchRow(request, start, 1, Logits.LAST), rows)
             elif remaining > 1:
                 prompts.append(request)
         return [each for each in prompts if each.state is RequestState.RUNNING]
@@ -239,17 +222,24 @@ class Scheduler:
         return True
 
     def _schedule_prompts(
-        self, prompts: list[Request], budget: int, rows: list[BatchRow], now: float
+        self,
+        prompts: list[Request],
+        budget: int,
+        rows: list[BatchRow],
+        now: float,
+        shares: Shares | None,
+        left_out: Collection[Account] = (),
     ) -> None:
         """Gives the budget to `prompts`, which have begun, and to queued requests, which start."""
-        may_start, self.held_up = bool(self.queue), False
+        may_start = bool(self.queue)
+        self.held_up &= may_start
         while budget > 0:
             prompt = min(prompts, key=_by_counter, default=None)
-            found = self._next_start(now) if may_start else None
+            found = self._next_start(shares, left_out) if may_start else None
             if found is None:
                 may_start = False
             elif prompt is None or found[1] or _by_counter(found[0]) < _by_counter(prompt):
-                may_start = self._start(found[0], now)
+                may_start = self._start(found[0], now, shares)
                 if may_start:
                     budget -= self._chunk(found[0], budget, rows)
                     may_start = bool(self.queue)
@@ -260,6 +250,29 @@ class Scheduler:
             budget -= self._chunk(prompt, budget, rows)
         if self.queue:
             self.passed_at = now
+
+    def _next_start(
+        self, shares: Shares | None, left_out: Collection[Account]
+    ) -> tuple[Request, bool] | None:
+        """The queued request that starts next, as far as places decide; see `FairQueue.first`."""
+        free, found = self._free_places, None
+        if shares is None:
+            found = self.queue.first() if free > 0 else None
+        else:
+            barred = shares.barred(free, self.pool.free).union(left_out)
+            if free <= 0 and shares.heaviest is not None:
+                barred.update(each for each in self.queue.waiting if not shares.is_light(each))
+                found = self.queue.first(barred)
+            elif free > 0:
+                found = self.queue.first(barred)
+        self.held_up = found is None
+        return found
+
+    @property
+    def _free_places(self) -> int:
+        """Places for requests that start. Those that are finishing take none, as they are done."""
+        free = self.limits.max_running - len(self.running)
+        return free if free > 0 else free + sum(request.is_finishing for request in self.running)
 
     def _chunk(self, request: Request, budget: int, rows: list[BatchRow]) -> int:
         """Adds the next chunk of a prompt, if it may have one; returns its number of tokens."""
@@ -285,7 +298,7 @@ class Scheduler:
         assert account is not None, "a running request has no account"
         account.charge(row.request, row.start + row.count)
 
-    def _start(self, request: Request, now: float) -> bool:
+    def _start(self, request: Request, now: float, shares: Shares | None) -> bool:
         """Starts a queued request if there are blocks for it; else it is waited for.
 
         One free block per running request is left over, so that the next step does not preempt the
@@ -301,6 +314,11 @@ class Scheduler:
         if need + len(self.running) > self.pool.free and self.running:
             self.held_up = True
             return False
+        if shares is not None:
+            if self._free_places <= 0:
+                heaviest = shares.heaviest
+                self._preempt([r for r in self.running if r.account is heaviest][-1])
+            shares.note_start(request)
         self._begin(request, shared, now)
         return True
 
@@ -320,43 +338,6 @@ class Scheduler:
             request.queue_seconds = now - request.arrived
             request.cached = request.computed
 
-    def _next_start(self, now: float) -> tuple[Request, bool] | None:
-        """The queued request that starts next, as far as places decide; see `FairQueue.first`.
-
-        Requests that are finishing take part in no more steps, so they take no place.
-        """
-        most = self.limits.max_running
-        free = most - len(self.running)
-        if free <= most // RESERVED:
-            free += sum(request.is_finishing for request in self.running)
-        found = None
-        if free > 0:
-            few_places = free <= most // RESERVED
-            few_blocks = self.pool.free < self.pool.num_blocks // RESERVED
-            found = self.queue.first(self._beyond_reserve(few_places, few_blocks, now))
-        self.held_up = found is None
-        return found
-
-    def _beyond_reserve(self, few_places: bool, few_blocks: bool, now: float) -> set[Account]:
-        """Accounts that leave what is left of the places or of the blocks to others."""
-        if not (few_places or few_blocks):
-            return set()
-        places: Counter[Account] = Counter()
-        blocks: Counter[Account] = Counter()
-        for request in self.running:
-            if request.account is not None:
-                places[request.account] += 1
-                blocks[request.account] += len(request.blocks)
-        most_places = self.limits.max_running // RESERVED
-        most_blocks = self.pool.num_blocks // RESERVED
-        return {
-            account
-            for account, count in places.items()
-            if (few_places and count > most_places)
-            or (few_blocks and blocks[account] > most_blocks)
-            if self.queue.others_since(account, now - ACTIVE_SECONDS)
-        }
-
     def _preempt(self, request: Request) -> None:
         _take(self.running, request)
         self._free(request)
@@ -369,6 +350,12 @@ class Scheduler:
         self.pool.release(request.blocks)
         del request.blocks[:]
         self.turns.drop(request)
+
+
+def _mix(row: BatchRow) -> tuple[tuple[int, float], ...]:
+    """As `BatchRow.mix`."""
+    request = row[0]
+    return request.mix if row[1] >= request.active_from else ()
 
 
 def _by_counter(request: Request) -> tuple[float, tuple[float, int]]:

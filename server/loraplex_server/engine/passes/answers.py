@@ -158,12 +158,17 @@ class Answers:
         if token == NON_FINITE:
             self._end(request, NOT_FINITE)
             return
-        started = request.generated == 0
+        generated = request.generated
+        started = generated == 0
         finish: str | None = None
         if token in request.stops:
             finish = "stop"
-        elif request.generated + 1 == request.submit.max_new_tokens:
+        elif generated + 1 == request.submit.max_new_tokens:
             finish = "length"
+        elif not started and request.submit.logprobs is None:
+            self._outputs.append(Output(request.id, [token]))
+            request.append(token)
+            return
         entries: list[Logprobs] = []
         if request.submit.logprobs is not None and finish != "stop":
             assert logits is not None, "log-probabilities without logits"
