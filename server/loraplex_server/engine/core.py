@@ -268,12 +268,13 @@ class EngineCore:
         return settled.replies
 
     def _set_back(self, digest: str, now: float) -> None:
-        """Lets requests that have run for a turn wait for their adapter again.
+        """Lets requests wait for their adapter again, so that another adapter gets its place.
 
-        So another adapter gets its place. Their tokens stay, and are recomputed when it is back.
+        Their tokens stay, and are recomputed when it is back. Those that have just started run for
+        a quarter of a turn first, so that each start is worth its cost.
         """
         for request in self._scheduler.running.copy():
-            is_over = now - request.begun >= self._limits.adapter_turn
+            is_over = now - request.begun >= self._limits.adapter_turn / 4
             if is_over and any(pin.digest == digest for pin in request.pins):
                 self._scheduler.remove(request)
                 self.adapters.release(request)
@@ -289,8 +290,8 @@ class EngineCore:
         prompt_tokens = sum(row.count for row in read.rows) - decodes
         if read.rows:
             self._scheduler.costs.note(decodes, prompt_tokens, seconds)
-            held_up = self._scheduler.held_up
-            self._rates.note(decodes, prompt_tokens, seconds, held_up)
+            is_busy = len(self._scheduler.queue) > 0
+            self._rates.note(decodes, prompt_tokens, seconds, is_busy)
 
     def _fault(self, requests: Sequence[Request], text: str, error: Exception) -> None:
         """Ends the requests that a failure has hit; `text` is for the log."""

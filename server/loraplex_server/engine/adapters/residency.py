@@ -6,9 +6,9 @@ so two mixes cannot block each other. Wants are granted in whatever order their 
 available, but room is made for the oldest want only (the head), and its adapters are not evicted
 before it has them all. If adapters in use hold that room, the first of them in eviction order take
 no new pins until they are free, the longest resident first, however many requests for them keep
-coming. Once the head has waited for a turn, their requests that have run for a turn are set back:
-they return their pins and want their adapters again, as the newest. So every want is met: if A
-adapters are wanted and S of them fit, within about A / S turns, rounded up, and the time of loads.
+coming. Once the head has waited for a turn and they have been there for a turn, their requests are
+set back: they return their pins and want their adapters again, as the newest. So every want is met:
+if A adapters are wanted and S of them fit, within A / S times 1.25 turns, and the time of loads.
 
 An adapter is taken from host memory if it is there, else read from its files, and it is staged
 before anything is evicted for it: a bad adapter harms only the requests that want it. Later wants'
@@ -264,9 +264,9 @@ class Residency:
             self._closed = {victim.digest for victim in victims}
             self._settled.more = not in_use
             if is_late:
-                self._settled.blocking += [
-                    each.digest for each in victims if each.refs and not each.draining
-                ]
+                since = self._clock() - self._turn
+                in_turn = [each for each in victims if each.refs and each.published <= since]
+                self._settled.blocking += [e.digest for e in in_turn if not e.draining]
             return False
         for victim in victims:
             self._remove(victim, evicted=True)

@@ -34,7 +34,7 @@ class Settled:
 
     Attributes:
         granted: requests that have all their adapters pinned now.
-        blocking: adapters in use whose place a want has waited for longer than a turn.
+        blocking: adapters in use that were there for a turn and whose place is waited for as long.
         refused: requests that cannot have their adapters, each with the reason.
         replies: answers to orders, and notices of loads and merges that ended.
         published: an adapter was put on the device.

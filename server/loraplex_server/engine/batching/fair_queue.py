@@ -169,6 +169,11 @@ class FairQueue:
         account, seen = self._seen[1]
         return account.open > 0 or seen >= time
 
+    @property
+    def least_weight(self) -> float:
+        """The smaller weight of the two accounts of the latest requests."""
+        return min((account.weight for account, _ in self._seen), default=1.0)
+
     def _account(self, name: str) -> Account:
         account = self._accounts.get(name)
         if account is None:

@@ -22,6 +22,12 @@ if TYPE_CHECKING:
     from loraplex_server.engine.batching.request import Request
     from loraplex_server.engine.batching.step_costs import StepCosts, WorkRates
 
+MARGIN = 1.15
+"""Time that a request must have when it is accepted, over that which it takes at measured rates."""
+
+LATE_MARGIN = 1.05
+"""The same when it has waited. It is smaller, so that few are accepted and then not computed."""
+
 LATE = Failure(
     Reason.DEADLINE_UNMEETABLE,
     "the request has waited for so long that it would not end before its deadline; "
@@ -51,12 +57,12 @@ class Forecast:
         if most_seconds and wait > most_seconds:
             text = f"the wait would be about {wait:.0f} s, more than {most_seconds:g}"
             return Failure(Reason.OVERLOADED, f"{text}; try again later")
-        deadline = request.submit.deadline
-        if deadline is None or now + wait + self.own_seconds(request) <= deadline:
+        deadline, own = request.submit.deadline, self.own_seconds(request)
+        if deadline is None or now + wait + MARGIN * own <= deadline:
             return None
         text = (
-            f"the request would wait about {wait:.1f} s and take {self.own_seconds(request):.1f} s,"
-            f" but its deadline is in {deadline - now:.1f} s"
+            f"the request would wait about {wait:.1f} s and take {own:.1f} s, "
+            f"but its deadline is in {deadline - now:.1f} s"
         )
         return Failure(Reason.DEADLINE_UNMEETABLE, f"{text}; set a longer one or try again later")
 
@@ -67,7 +73,7 @@ class Forecast:
             for request in self._queue
             if request.submit.deadline is not None
             and request.queue_seconds is None
-            and now + self.own_seconds(request) > request.submit.deadline
+            and now + LATE_MARGIN * self.own_seconds(request) > request.submit.deadline
         ]
 
     def own_seconds(self, request: Request) -> float:
@@ -101,8 +107,7 @@ class Forecast:
             cost += part * waiting
             prompts += part * sum(each.prompt_len for each in account.queue)
             count += part * len(account.queue)
-        if count <= places:
-            return prompts / rates.prompt_rate if rates.prompt_rate else 0.0
-        if not rates.work_rate:
-            return 0.0
-        return cost * (count + 1.0 - places) / (count + 1.0) / rates.work_rate
+        wait = cost / rates.work_rate if rates.work_rate else 0.0
+        if count <= places and rates.prompt_rate:
+            wait = min(wait, prompts / rates.prompt_rate)
+        return wait

@@ -145,7 +145,8 @@ class Scheduler:
         shares = None
         prompts = [each for each in self.running if len(each.tokens) > each.computed + 1]
         if (prompts or self.queue) and self.queue.is_shared(now - ACTIVE_SECONDS):
-            shares = Shares(self.running, self.limits.max_running, self.pool.num_blocks)
+            most, least = self.limits.max_running, self.queue.least_weight
+            shares = Shares(self.running, most, self.pool.num_blocks, least)
         left_out = self._left_out(shares, prompts)
         if left_out:
             prompts = [each for each in prompts if each.account not in left_out]

@@ -7,6 +7,7 @@ another one has filled the engine:
                                     an eighth is free; likewise beyond an eighth of the blocks
     if there is no free place       the first request of a light account displaces the last one of
                                     an account that holds more than half
+    a weight above that of others   makes that half larger: w / (w + the smallest of their weights)
     if a light account's prompt     every other step leaves out the rows of heavy accounts, so that
     is to be computed               it is computed nearly as fast as alone
 
@@ -28,7 +29,11 @@ RESERVED = 8
 class Shares:
     """The places and blocks of accounts at one moment, kept up to date by `note_start`."""
 
-    def __init__(self, running: Iterable[Request], most_places: int, most_blocks: int) -> None:
+    def __init__(
+        self, running: Iterable[Request], most_places: int, most_blocks: int, least_weight: float
+    ) -> None:
+        """`least_weight` is the smallest weight of the accounts that send requests."""
+        self._least_weight = least_weight
         self._most_places = most_places
         self._few_places = most_places // RESERVED
         self._few_blocks = most_blocks // RESERVED
@@ -57,19 +62,22 @@ class Shares:
     def heaviest(self) -> Account | None:
         """The account with more than half of the places, if there is one."""
         for account, count in self._places.items():
-            if 2 * count > self._most_places:
+            if count > self._half(account):
                 return account
         return None
 
     def barred(self, free_places: int, free_blocks: int) -> set[Account]:
         """The accounts that start nothing now."""
-        half = max(1, self._most_places // 2)
         few_places = free_places <= self._few_places
         few_blocks = free_blocks < self._few_blocks
         return {
             account
             for account, count in self._places.items()
-            if count >= half
+            if count >= self._half(account)
             or (few_places and count > max(1, self._few_places))
             or (few_blocks and self._blocks[account] > self._few_blocks)
         }
+
+    def _half(self, account: Account) -> int:
+        weight = account.weight
+        return max(1, int(self._most_places * weight / (weight + min(weight, self._least_weight))))

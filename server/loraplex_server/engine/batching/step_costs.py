@@ -22,7 +22,7 @@ FLOOR = 16
 PROBE_EVERY = 48
 """Steps with decode rows and prompt tokens after which one has decode rows only."""
 
-_PACE = 0.2
+_PACE = 0.3
 """Weight of a new measurement in an average."""
 
 _MOST = 2.0
@@ -93,8 +93,9 @@ class WorkRates:
 
     Attributes:
         prompt_rate: prompt tokens per second, of steps that had any; 0 if unknown.
-        work_rate: cost of the tokens per second, of steps that left requests waiting for places
-            or blocks; 0 if unknown. Costs are those of `FairQueue`.
+        work_rate: cost of the tokens per second, of steps that left requests waiting; 0 if unknown.
+            Costs are those of `FairQueue`. While as many requests end as start, requests of this
+            cost start per second.
         mean_new: number of tokens of an answer; 0 if unknown.
     """
 
@@ -111,13 +112,13 @@ class WorkRates:
     def work_rate(self) -> float:
         return self._work.value
 
-    def note(self, decodes: int, prompt_tokens: int, seconds: float, held_up: bool) -> None:
-        """Notes a step; `held_up` as described above."""
+    def note(self, decodes: int, prompt_tokens: int, seconds: float, is_busy: bool) -> None:
+        """Notes a step, and whether it left requests waiting."""
         if seconds <= 0.0:
             return
         if prompt_tokens:
             self._prompt.note(prompt_tokens, seconds)
-        if held_up:
+        if is_busy:
             self._work.note(NEW_COST * decodes + prompt_tokens, seconds)
 
     def note_answer(self, tokens: int) -> None:
