@@ -94,8 +94,8 @@ class Simulation(Engine):
     def simulate(self, arrivals: Iterable[Arrival], until: float = float("inf")) -> None:
         """Lets requests arrive, in the order of time, until the time or until all have ended."""
         coming = sorted(arrivals, key=lambda each: each.at)
-        while self.now < until:
-            while coming and coming[0].at <= self.now:
+        while self.now < until - 1e-9:
+            while coming and coming[0].at <= self.now + 1e-9:  # times are rounded
                 self.arrive(coming.pop(0))
             self._note(self.core.take_refusals())
             if not self.core.idle:

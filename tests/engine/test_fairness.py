@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -191,13 +192,11 @@ def test_the_oldest_request_starts_within_some_starts_whatever_arrives() -> None
     queue = FairQueue({str(i): 1000.0 for i in range(5)})
     for number in range(20):
         queue.join(request(number, "poor" if number % 2 else str(number % 5), at=0.0))
-    starts = 0
-    for number in range(20, 400):
+    for starts, number in enumerate(range(20, 400), 1):
         queue.join(request(number, str(rng.randrange(5)), at=float(number)))
         found = queue.first()
         assert found is not None
         queue.take(found[0])
-        starts += 1
         account = found[0].account
         assert account is not None
         account.charge(found[0], 4)
@@ -240,7 +239,7 @@ def test_rows_of_a_heavy_account_go_on_beside_many_light_ones() -> None:
     ]
     simulation.simulate(light, until=10.0)
     heavy = simulation.courses[1].tokens
-    gaps = [after - before for before, after in zip(heavy, heavy[1:], strict=False) if after > 2.5]
+    gaps = [after - before for before, after in itertools.pairwise(heavy) if after > 2.5]
     longest = simulation.costs.seconds(64, 512) + simulation.costs.seconds(64, 512)
     assert max(gaps) <= longest
     assert len(gaps) > 20

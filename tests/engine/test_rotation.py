@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from engine.driving import Engine, adapter
 from engine.oracle import OracleRunner, continuation
@@ -38,7 +40,7 @@ def test_every_adapter_comes_to_the_device_within_its_turns(slots: int, adapters
         tokens = simulation.courses[id].tokens
         assert tokens, f"{name} was never on the device"
         assert simulation.courses[id].first_token <= (rounds - 1) * (1.25 * TURN + 0.2)
-        gaps = [after - before for before, after in zip(tokens, tokens[1:], strict=False)]
+        gaps = [after - before for before, after in itertools.pairwise(tokens)]
         # Each set-back request is the newest want then, so it waits for the others' turns.
         assert max(gaps) <= rounds * (1.25 * TURN + 0.2)
         # Between two set-backs it runs for a turn: loads are a small part of the time.
@@ -106,4 +108,4 @@ def test_an_order_to_load_gets_its_place_too() -> None:
 
 
 def _pairs(times: list[float]) -> list[tuple[float, float]]:
-    return list(zip(times, times[1:], strict=False))
+    return list(itertools.pairwise(times))
