@@ -8,6 +8,7 @@ only, so its bits are the same alone, in any batch, and for any division of its 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from ctypes import addressof, byref, c_void_p
 
@@ -88,8 +89,19 @@ class NativeDecoder:
         self.kernels = f"C++ {self.isa}{', bfloat16 products' * self._bf16_products}"
         self.table = SlotTable(num_slots, config)
         shape = (num_blocks, config.num_kv_heads, block_size, config.head_dim)
-        self.keys = [torch.zeros(shape, dtype=dtype) for _ in weights.layers]
-        self.values = [torch.zeros(shape, dtype=dtype) for _ in weights.layers]
+        nbytes = math.prod(shape) * dtype.itemsize
+        self.keys, self.values = (
+            [mapping.zeros(nbytes).view(dtype).view(shape) for _ in weights.layers]
+            for _ in range(2)
+        )
+        self._arena = mapping.Arena(
+            sum(
+                layout.nf4_room(*matrix.shape)
+                for layer in weights.layers
+                for matrix in (layer.qkv, layer.o, layer.gate_up, layer.down)
+                if matrix.shape[1] % BLOCK == 0
+            )
+        )
 
         self._layers = (CLayer * config.num_layers)(
             *(self._layer(i, layer) for i, layer in enumerate(weights.layers))
@@ -237,6 +249,7 @@ class NativeDecoder:
             out,
             fan_in,
             bf16_products=self._bf16_products,
+            empty=self._arena.take,
         )
         return CMatrix(
             data=self._keep(codes),

@@ -34,12 +34,14 @@ class Pass {
     kv_size_ = m.kv_heads * m.head_dim;
     w.x.reserve(rows * m.hidden);
     w.normed.reserve(rows * m.hidden);
-    w.qkv.reserve(rows * (q_size_ + 2 * kv_size_));
+    qkv_stride_ = row_stride(q_size_ + 2 * kv_size_);
+    out_stride_ = row_stride(m.hidden);
+    w.qkv.reserve(rows * qkv_stride_);
     w.attended.reserve(rows * q_size_);
-    w.added.reserve(rows * m.hidden);
-    if (m.parallel) w.parallel.reserve(rows * m.hidden);
-    gate_up_size_ = (m.gated ? 2 : 1) * m.intermediate;
-    w.gate_up.reserve(rows * gate_up_size_);
+    w.added.reserve(rows * out_stride_);
+    if (m.parallel) w.parallel.reserve(rows * out_stride_);
+    gate_up_stride_ = row_stride((m.gated ? 2 : 1) * m.intermediate);
+    w.gate_up.reserve(rows * gate_up_stride_);
     w.gated.reserve(rows * m.intermediate);
     w.h.reserve(MAX_PARTS * std::max(plan_.h_size, head_plan_.h_size));
     longest_ = *std::max_element(b.positions, b.positions + b.num_tokens) + 1;
@@ -80,7 +82,8 @@ class Pass {
         std::copy_n(row(w.normed, b.logit_rows[i], m.hidden), m.hidden, row(w.x, i, m.hidden));
         Multiplied<X>::put(w.head_inputs, i, 0, m.hidden, row(w.x, i, m.hidden));
       });
-      project(phase, m.lm_head, products_[FUSED_MATRICES], m.num_layers, w.x.data(), w.head_inputs, logits_);
+      project(phase, m.lm_head, products_[FUSED_MATRICES], m.num_layers, w.x.data(), w.head_inputs, logits_,
+              m.lm_head.out);
       int chunks = (m.vocab + HEAD_TOKENS - 1) / HEAD_TOKENS;
       if (head_plan_.uses & HEAD)
         team_.run(phase, b.num_logits * chunks, [&](int unit) { head_rows(unit / chunks, unit % chunks); });
@@ -93,10 +96,10 @@ class Pass {
   // Attention and MLP of layer l, each closed by `end_block`. Parallel ones are closed together.
   void layer(int& phase, int l) {
     const Layer& layer = m.layers[l];
-    project(phase, layer.qkv, products_[QKV], l, w.normed.data(), w.normed_inputs, w.qkv.data());
+    project(phase, layer.qkv, products_[QKV], l, w.normed.data(), w.normed_inputs, w.qkv.data(), qkv_stride_);
     team_.run(phase, b.num_tokens, [&](int t) { rotate_and_cache(layer, l, t); });
     team_.run(phase, b.num_tokens * m.kv_heads, [&](int unit) { attention(layer, unit); });
-    project(phase, layer.o, products_[O], l, w.attended.data(), w.attended_inputs, w.added.data());
+    project(phase, layer.o, products_[O], l, w.attended.data(), w.attended_inputs, w.added.data(), out_stride_);
     if (!m.parallel)
       team_.run(phase, b.num_tokens, [&](int t) {
         attention_output(t, l);
@@ -104,11 +107,12 @@ class Pass {
       });
     Buffer& out = m.parallel ? w.parallel : w.added;
     if (layer.router) {
-      experts_.run(team_, phase, layer, l, w.normed.data(), out.data(), [&] { return scratch(); });
+      experts_.run(team_, phase, layer, l, w.normed.data(), out.data(), out_stride_, [&] { return scratch(); });
     } else {
-      project(phase, layer.gate_up, products_[GATE_UP], l, w.normed.data(), w.normed_inputs, w.gate_up.data());
+      project(phase, layer.gate_up, products_[GATE_UP], l, w.normed.data(), w.normed_inputs, w.gate_up.data(),
+              gate_up_stride_);
       team_.run(phase, b.num_tokens, [&](int t) { gate(t); });
-      project(phase, layer.down, products_[DOWN], l, w.gated.data(), w.gated_inputs, out.data());
+      project(phase, layer.down, products_[DOWN], l, w.gated.data(), w.gated_inputs, out.data(), out_stride_);
     }
     bool last = l + 1 == m.num_layers;
     const NormWeights& next = last ? m.norm : m.layers[l + 1].input_norm;
@@ -116,7 +120,7 @@ class Pass {
     team_.run(phase, b.num_tokens, [&](int t) {
       if (m.parallel) attention_output(t, l);
       block_output(t, layer.mlp_output_norm, l, MLP_OUTPUT_NORM, MLP_BOTTLENECK, out);
-      if (m.parallel) add(row(w.x, t, m.hidden), row(w.added, t, m.hidden), m.hidden);
+      if (m.parallel) add(row(w.x, t, m.hidden), row(w.added, t, out_stride_), m.hidden);
       end_block(t, out, next, l + 1, next_site);
     });
   }
@@ -170,10 +174,10 @@ class Pass {
 
   static float* row(Buffer& rows, int t, int width) { return rows.data() + size_t(t) * width; }
 
-  // y = W x + bias, then the adapters' changes, which leave base rows untouched. `inputs` are the same rows
-  // for products of bfloat16.
+  // y = W x + bias, then the adapters' changes, which leave base rows untouched. `inputs` are the rows of x for
+  // products of bfloat16; rows of y are `y_stride` apart.
   void project(int& phase, const Matrix& matrix, const Product& product, int layer, const float* x,
-               InputRows& inputs, float* y) {
+               InputRows& inputs, float* y, size_t y_stride) {
     bool gains = product.plan->uses & IN_GAIN && product.fused_index >= 0;
     if (gains) gain(phase, product, layer, x, matrix.in);
     auto rows = Multiplied<X>::rows(x, inputs);
@@ -196,11 +200,11 @@ class Pass {
       for (int own; unit >= (own = matmul_units(run->tile, rows)); run++) unit -= own;
       const Matrix* dense = run->merged < 0 ? nullptr : m.adapters.dense(run->merged, layer, product.fused_index);
       bool gained = run->part >= 0 && gains_input(product, *product.plan->segment(run->tile.first), layer, run->part);
-      matmul_unit(dense ? *dense : matrix, run->tile, gained ? gained_rows(run->part) : rows, y, matrix.out, unit);
+      matmul_unit(dense ? *dense : matrix, run->tile, gained ? gained_rows(run->part) : rows, y, y_stride, unit);
     });
     if (product.expand.empty()) return;
     team_.run(phase, product.expand.size(), [&](int unit) {
-      expand<T>(*product.plan, m.adapters, product.fused, layer, product.expand[unit], w.h.data(), y, matrix.out,
+      expand<T>(*product.plan, m.adapters, product.fused, layer, product.expand[unit], w.h.data(), y, y_stride,
                 scratch());
     });
   }
@@ -310,7 +314,7 @@ class Pass {
 
   // Turns the output of a block of `layer` into what it adds to the residual stream.
   void block_output(int t, const NormWeights& norm, int layer, int site, int bottleneck, Buffer& outputs) {
-    float* out = row(outputs, t, m.hidden);
+    float* out = row(outputs, t, out_stride_);
     if (norm.weight) norm_parts(t, norm, layer, site, out, 1, m.hidden, 0, out);
     if (const Segment* segment = adapted(t, BOTTLENECK))
       add_bottleneck<T>(plan_, *segment, m.adapters, layer, bottleneck, row(w.x, t, m.hidden),
@@ -324,7 +328,7 @@ class Pass {
 
   // Adds a block's output to the residual stream, and norms that for the next block.
   void end_block(int t, Buffer& outputs, const NormWeights& next, int norm_layer, int norm_site) {
-    add(row(w.x, t, m.hidden), row(outputs, t, m.hidden), m.hidden);
+    add(row(w.x, t, m.hidden), row(outputs, t, out_stride_), m.hidden);
     norm(t, next, norm_layer, norm_site);
   }
 
@@ -372,7 +376,7 @@ class Pass {
 
   void rotate_and_cache(const Layer& layer, int l, int t) {
     int d = m.head_dim, position = b.positions[t];
-    float* q = row(w.qkv, t, q_size_ + 2 * kv_size_);
+    float* q = row(w.qkv, t, qkv_stride_);
     float *k = q + q_size_, *v = k + kv_size_;
     head_norms(t, layer.q_norm, l, Q_NORM, q, m.heads);
     head_norms(t, layer.k_norm, l, K_NORM, k, m.kv_heads);
@@ -387,7 +391,7 @@ class Pass {
 
   void attention(const Layer& layer, int unit) {
     int t = unit / m.kv_heads, head = unit % m.kv_heads, group = m.heads / m.kv_heads;
-    const float* q = row(w.qkv, t, q_size_ + 2 * kv_size_) + head * group * m.head_dim;
+    const float* q = row(w.qkv, t, qkv_stride_) + head * group * m.head_dim;
     float* out = row(w.attended, t, q_size_) + head * group * m.head_dim;
     attend(q, pages(layer.keys, t), pages(layer.values, t), head, group, b.positions[t], layer.window,
            {m.attention_scale, m.attention_softcap}, w.scores.data() + omp_get_thread_num() * HEADS_AT_ONCE * longest_, out);
@@ -395,7 +399,7 @@ class Pass {
   }
 
   void gate(int t) {
-    const float* gate = row(w.gate_up, t, gate_up_size_);
+    const float* gate = row(w.gate_up, t, gate_up_stride_);
     const float* up = m.gated ? gate + m.intermediate : nullptr;
     float* gated = row(w.gated, t, m.intermediate);
     activate_row(gate, up, m.activation, m.intermediate, gated);
@@ -410,7 +414,7 @@ class Pass {
   Plan plan_, head_plan_;
   Experts<T, X> experts_;
   Team team_;
-  int q_size_, kv_size_, gate_up_size_;
+  int q_size_, kv_size_, qkv_stride_, gate_up_stride_, out_stride_;  // strides of rows in floats
   size_t longest_, scratch_, gained_;
   std::vector<Product> products_;
 };
