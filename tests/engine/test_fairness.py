@@ -46,6 +46,22 @@ def test_a_hundred_times_the_load_of_another_account_at_most_doubles_ones_wait(p
     assert p95(first) > 4 * p95(waits(alone, "light")), "the load is no load"
 
 
+@pytest.mark.parametrize(
+    ("prompt", "new", "priority", "factor"),
+    [(1000, 64, 0, 3), (16, 500, 0, 3), (2000, 2, 0, 3), (128, 64, 10, 2)],
+)
+def test_load_of_any_shape_leaves_the_wait_of_another_account_bounded(
+    prompt: int, new: int, priority: int, factor: int
+) -> None:
+    light = steadily(0.93, 8, 1.37, account="light")
+    alone = Simulation(**ROOMY)
+    alone.simulate(light)
+    beside = Simulation(**ROOMY)
+    shape = {"prompt": prompt, "new": new, "fields": (("priority", priority),)}
+    beside.simulate([*light, *steadily(40, 9, account="heavy", **shape)], until=10)
+    assert p95(waits(beside, "light")) <= factor * p95(waits(alone, "light"))
+
+
 def test_the_heavy_account_loses_little_of_its_throughput() -> None:
     heavy = steadily(50, 10, account="heavy")
     alone = Simulation(**ROOMY)

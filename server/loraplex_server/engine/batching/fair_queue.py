@@ -4,17 +4,19 @@ Each account has a counter of the tokens that were computed for it, divided by i
 request is that of the waiting account with the smallest counter: the virtual token counter of
 Y. Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024. An account that returns
 after a pause, or is new, starts at the smallest counter of those that wait, so nobody saves up for
-later by asking for nothing. Within an account requests are served in their order: the time of
-arrival, less `PRIORITY_SECONDS` for each level of priority. A priority therefore moves a request
-ahead of others of its own account only, and by a bounded time.
+later by asking for nothing; less `HEAD_START`, so that its first request is not one of many.
+
+Within an account requests are served in their order: the time of arrival, less `PRIORITY_SECONDS`
+for each level of priority. A priority therefore moves a request ahead of others of its own account
+only, and by a bounded time.
 
     account a   counter 1200   r1 r4 r5      starts third
     account b   counter  900   r2            starts first: r2
     account c   counter  900   r3 r6         starts second: equal counters, more requests
 
-Counters alone do not rule out that new accounts keep arriving, each at the smallest counter, before
-an account with a larger one. So one start in `OLDEST_EVERY` goes to the first request in order,
-whatever the counters are. It is charged like any other, so lasting shares are as the weights say.
+Counters alone do not rule out that new accounts keep arriving, all with counters below that of an
+account. So one start in `OLDEST_EVERY` goes to the first request in order, whatever the counters
+are. It is charged like any other, so lasting shares are as the weights say.
 """
 
 from __future__ import annotations
@@ -36,6 +38,9 @@ over another."""
 
 NEW_COST = 2
 """Cost of a generated token, where a token of a prompt costs 1."""
+
+HEAD_START = 256.0
+"""Cost, as of one short request, by which an account that returns is ahead of those that wait."""
 
 OLDEST_EVERY = 8
 """One start in so many goes to the first request in order."""
@@ -91,6 +96,7 @@ class FairQueue:
         self._waiting: dict[Account, None] = {}
         self._last = Account("", 1.0, 0.0)
         self._seen: tuple[tuple[Account, float], ...] = ()
+        self._level = 0.0
         self._count = 0
         self._starts = 0
 
@@ -116,7 +122,8 @@ class FairQueue:
         account = self._account(request.submit.account)
         if not account.queue:
             floor = min((each.counter for each in self._waiting), default=self._last.counter)
-            account.counter = max(account.counter, floor)
+            self._level = max(self._level, floor)
+            account.counter = max(account.counter, self._level - HEAD_START)
         account.open += 1
         request.account = account
         seen = [each for each in self._seen if each[0] is not account][:1]

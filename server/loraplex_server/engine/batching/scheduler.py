@@ -28,7 +28,7 @@ from loraplex_server.engine.batching.fair_queue import Account, FairQueue
 from loraplex_server.engine.batching.kv import BlockPool
 from loraplex_server.engine.batching.limits import EngineLimits
 from loraplex_server.engine.batching.request import Request, RequestState
-from loraplex_server.engine.batching.shares import Shares
+from loraplex_server.engine.batching.shares import PROMPT_PARTS, Shares
 from loraplex_server.engine.batching.step_costs import StepCosts
 from loraplex_server.engine.batching.turns import Turns
 
@@ -150,12 +150,14 @@ class Scheduler:
         left_out = self._left_out(shares, prompts)
         if left_out:
             prompts = [each for each in prompts if each.account not in left_out]
-            budget = self._token_budget - len(self.running)
+            budget = min(self._token_budget // 2, self._token_budget - len(self.running))
             self._schedule_prompts(prompts, budget, rows, now, shares, left_out)
         self._left_some_out = bool(rows)
         prompts = self._schedule_decodes(rows, left_out if rows else ())
         if not self._left_some_out:
             budget = self.costs.allowance(len(rows), self._token_budget - len(rows))
+            if not rows and shares is not None and shares.has_majority(prompts, self.queue.waiting):
+                budget = -(-budget // PROMPT_PARTS)
             self._schedule_prompts(prompts, budget, rows, now, shares)
         rows.sort(key=_mix)
         if self._narrow_steps and rows:

@@ -8,10 +8,13 @@ another one has filled the engine:
     if there is no free place       the first request of a light account displaces the last one of
                                     an account that holds more than half
     a weight above that of others   makes that half larger: w / (w + the smallest of their weights)
-    if a light account's prompt     every other step leaves out the rows of heavy accounts, so that
-    is to be computed               it is computed nearly as fast as alone
+    if a light account's prompt     every other step leaves out the rows of heavy accounts and has
+    is to be computed               half of the budget for it: it is nearly as fast as alone
 
-An account is light while it holds at most an eighth of the places, heavy with more than a quarter.
+    if nothing decodes, and most    a step has a quarter of the budget, so that whoever comes need
+    requests are one account's      not wait for a whole one
+
+An account is light while it holds at most an eighth of the places, else heavy.
 """
 
 from __future__ import annotations
@@ -24,6 +27,9 @@ from loraplex_server.engine.batching.request import Request
 
 RESERVED = 8
 """One in so many places and blocks is for accounts that hold few."""
+
+PROMPT_PARTS = 4
+"""Steps into which a budget of prompt tokens is divided, as described above."""
 
 
 class Shares:
@@ -55,8 +61,7 @@ class Shares:
     @property
     def heavy(self) -> set[Account]:
         """As described above."""
-        most = max(1, self._most_places // 4)
-        return {account for account, count in self._places.items() if count > most}
+        return {account for account in self._places if not self.is_light(account)}
 
     @property
     def heaviest(self) -> Account | None:
@@ -65,6 +70,12 @@ class Shares:
             if count > self._half(account):
                 return account
         return None
+
+    def has_majority(self, prompts: Iterable[Request], waiting: Iterable[Account]) -> bool:
+        """Whether more than half of all requests are one account's, of those with work to do."""
+        accounts = {each.account for each in prompts if each.account is not None}.union(waiting)
+        counts = [account.open for account in accounts]
+        return 2 * max(counts, default=0) > sum(counts)
 
     def barred(self, free_places: int, free_blocks: int) -> set[Account]:
         """The accounts that start nothing now."""

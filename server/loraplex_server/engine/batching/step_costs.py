@@ -7,9 +7,9 @@ While rows decode, every prompt token of a step delays their next tokens. So a s
     |<-- d(n) --->|<- at most (ratio-1) d ->|
 
 `d(n)`, the time of a step with `n` decode rows alone, and the time of a prompt token are averages
-of recent steps. After `PROBE_EVERY` steps with prompt tokens one has none, so that d is known for
-the present rows. When nothing decodes, the whole budget is used. How prompts are cut changes no
-result.
+of recent steps. A step has no prompt tokens if d is not known, and one after `PROBE_EVERY` steps
+with some, so that d is known for the present rows. When nothing decodes, the whole budget is used.
+How prompts are cut changes no result.
 """
 
 from __future__ import annotations
@@ -80,9 +80,7 @@ class StepCosts:
         if not (rows and self._ratio and self.token_seconds):
             return most
         alone = self.decode_seconds(rows)
-        if not alone:
-            return most
-        if self._mixed >= PROBE_EVERY:
+        if not alone or self._mixed >= PROBE_EVERY:
             self._mixed = 0
             return 0
         return min(most, max(FLOOR, int((self._ratio - 1.0) * alone / self.token_seconds)))
