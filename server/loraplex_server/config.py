@@ -161,8 +161,7 @@ class Config(BaseSettings):
     max_waiting_tokens: int = Field(1 << 18, ge=1)
     """Most prompt tokens that may wait; further requests are refused."""
     max_queue_seconds: float = Field(60.0, ge=0, le=86_400)
-    """Longest time that a request may have to wait, as predicted from recent steps; others are
-    refused. 0 accepts any wait."""
+    """Longest predicted wait with which a request is accepted; 0 accepts any."""
     fair_weights: str = ""
     """Shares of adapters while requests wait, in proportion to each other, as name=weight,...;
     `_base` is the base without an adapter, a+b a mix. Those that are not named have 1."""
