@@ -182,18 +182,19 @@ class Scheduler:
     ) -> list[Request]:
         """Adds every decode row; returns the running requests with a part of a prompt to compute.
 
-        Rows of the accounts in `left_out` are not added.
-
-        Requests are preempted while a row lacks a block. The budget has room for all rows, unless
-        memory has run out lately.
+        Rows of the accounts in `left_out` are not added. Requests are preempted while a row lacks a
+        block. The budget has room for all rows, unless memory has run out lately.
         """
         prompts: list[Request] = []
+        placed = {row.request for row in rows}
         size, budget, add = self.pool.block_size, self._token_budget, self._add
         for request in self.running.copy():
             start = request.computed
             remaining = len(request.tokens) - start
-            if request.state is not RequestState.RUNNING or request.account in left_out:
-                continue  # it has been preempted for a row before it, or has no row now
+            if request.state is not RequestState.RUNNING:
+                continue  # it has been preempted for a row before it
+            if request in placed or request.account in left_out:
+                continue
             if remaining == 1:
                 if len(rows) < budget and (
                     len(request.blocks) * size >= request.prefix.rest + start + 1
@@ -210,9 +211,7 @@ class Scheduler:
             if self._grow(request):
                 return True
             first, *others = self.running
-            victim = max(others, key=_by_counter, default=first)
-            rows[:] = [row for row in rows if row.request is not victim]
-            self._preempt(victim)
+            self._preempt(max(others, key=_by_counter, default=first), rows)
         return False
 
     def _grow(self, request: Request) -> bool:
@@ -242,10 +241,11 @@ class Scheduler:
             if found is None:
                 may_start = False
             elif prompt is None or found[1] or _by_counter(found[0]) < _by_counter(prompt):
-                may_start = self._start(found[0], now, shares)
+                may_start = self._start(found[0], rows, now, shares)
                 if may_start:
                     budget -= self._chunk(found[0], budget, rows)
                     may_start = bool(self.queue)
+                    prompts = [each for each in prompts if each.state is RequestState.RUNNING]
                 continue
             if prompt is None:
                 break
@@ -301,7 +301,9 @@ class Scheduler:
         assert account is not None, "a running request has no account"
         account.charge(row.request, row.start + row.count)
 
-    def _start(self, request: Request, now: float, shares: Shares | None) -> bool:
+    def _start(
+        self, request: Request, rows: list[BatchRow], now: float, shares: Shares | None
+    ) -> bool:
         """Starts a queued request if there are blocks for it; else it is waited for.
 
         One free block per running request is left over, so that the next step does not preempt the
@@ -320,7 +322,7 @@ class Scheduler:
         if shares is not None:
             if self._free_places <= 0:
                 heaviest = shares.heaviest
-                self._preempt([r for r in self.running if r.account is heaviest][-1])
+                self._preempt([r for r in self.running if r.account is heaviest][-1], rows)
             shares.note_start(request)
         self._begin(request, shared, now)
         return True
@@ -341,7 +343,9 @@ class Scheduler:
             request.queue_seconds = now - request.arrived
             request.cached = request.computed
 
-    def _preempt(self, request: Request) -> None:
+    def _preempt(self, request: Request, rows: list[BatchRow]) -> None:
+        """Puts a running request back into the queue, and takes its row from those of this step."""
+        rows[:] = [row for row in rows if row.request is not request]
         _take(self.running, request)
         self._free(request)
         request.computed = 0

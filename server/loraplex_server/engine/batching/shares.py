@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from math import ceil
 
 from loraplex_server.engine.batching.fair_queue import Account
 from loraplex_server.engine.batching.request import Request
@@ -91,4 +92,4 @@ class Shares:
 
     def _half(self, account: Account) -> int:
         weight = account.weight
-        return max(1, int(self._most_places * weight / (weight + min(weight, self._least_weight))))
+        return ceil(self._most_places * weight / (weight + min(weight, self._least_weight)))
