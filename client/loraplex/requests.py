@@ -77,6 +77,7 @@ class GenerateOptions(ConversationOptions, total=False):
     prompt_logprobs: int | None  # alternatives per prompt token
     request_id: str | None  # appears in trailers and logs; default: chosen by the server
     priority: int | None  # [-10, 10]; higher is admitted first among requests for the same adapters
+    cache_salt: str | None  # share computed prompts only with requests that send the same
 
 
 def generate(

@@ -145,9 +145,8 @@ class Config(BaseSettings):
     special_tokens_in_messages: bool = False
     """Recognise control tokens that messages spell out, also in the data of training jobs, so that
     a message can end its turn and open another. By default they are text."""
-    share_base_prefixes: bool = False
-    """Let prompts that begin alike share keys and values that the base alone has computed. Response
-    times can then show clients whether someone has sent a prompt that begins like theirs."""
+    prefix_cache: bool = True
+    """Keep keys and values of prompts and answers, for later requests that begin alike."""
     token_budget: int = Field(512, ge=1)
     """Most tokens in one step: decode rows and prompt chunks together."""
     prompt_step_ratio: float = Field(2.0, ge=0, le=1000)
@@ -380,7 +379,7 @@ class Config(BaseSettings):
             max_running=self.max_running,
             max_waiting=self.max_requests + self.reserved_requests,
             max_waiting_tokens=2 * self.max_waiting_tokens,
-            share_base_prefixes=self.share_base_prefixes,
+            prefix_cache=self.prefix_cache,
             prompt_step_ratio=self.prompt_step_ratio,
             fair_weights=fair_weights.parse(self.fair_weights),
             max_queue_seconds=self.max_queue_seconds,

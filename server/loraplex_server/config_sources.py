@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_settings import EnvSettingsSource, SettingsError
 
+from loraplex_server import former_settings
 from loraplex_server.config import Config
 
 
@@ -31,9 +33,10 @@ def load(file: Path | None, flags: Mapping[str, Any]) -> Config:
         from_environment = EnvSettingsSource(Config)()
     except SettingsError as error:  # a list or a table that is not JSON
         raise ConfigError(f"the environment cannot be read: {error}") from error
-    given = {**from_file, **from_environment, **flags}
+    former = former_settings.in_environment(os.environ)
+    given = {**from_file, **former, **from_environment, **flags}
     unknown = given.keys() - Config.model_fields.keys()
-    problems = [f"{name}: there is no such setting" for name in sorted(unknown)]
+    problems = [f"{name}: {former_settings.objection(name)}" for name in sorted(unknown)]
     try:
         config = Config(**{name: given[name] for name in given if name not in unknown})
     except ValidationError as error:

@@ -79,6 +79,7 @@ class Reporter:
         decodes = counts.count(1)
         mixes = [row.mix for row in rows]
         adapters, fetching = self._adapters, self._adapters.residency.fetching
+        prefixes = self._scheduler.prefixes
         merged: set[str] = set()
         if adapters.merging.nbytes:
             merged = {r.digest for r in adapters.slots.residents.values() if r.merged_bytes}
@@ -110,6 +111,10 @@ class Reporter:
             out_of_memory=self._tally.out_of_memory,
             waiting_accounts=self._scheduler.queue.waiting_accounts,
             set_back=self._tally.set_back,
+            kept_blocks=self._scheduler.pool.kept,
+            prefix_lookups=prefixes.lookups,
+            prefix_hits=prefixes.hits,
+            prefix_evictions=prefixes.evictions,
         )
 
 

@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "attention.h"
+#include "attending.h"
 #include "experts.h"
 #include "model.h"
 #include "product.h"
@@ -28,6 +28,7 @@ class Pass {
         plan_(make_plan(batch, model.adapters, sequence_)),
         head_plan_(make_plan(batch, model.adapters, logit_sequences(batch, sequence_))),
         experts_(model, workspace, plan_, batch.num_tokens),
+        attention_(model, batch, sequence_, workspace.scores),
         team_(PHASES_PER_LAYER * model.num_layers + OTHER_PHASES) {
     size_t rows = b.num_tokens;
     q_size_ = m.heads * m.head_dim;
@@ -44,8 +45,6 @@ class Pass {
     w.gate_up.reserve(rows * gate_up_stride_);
     w.gated.reserve(rows * m.intermediate);
     w.h.reserve(MAX_PARTS * std::max(plan_.h_size, head_plan_.h_size));
-    longest_ = *std::max_element(b.positions, b.positions + b.num_tokens) + 1;
-    w.scores.reserve(HEADS_AT_ONCE * longest_ * m.threads);
     int widest = std::max({m.hidden, q_size_, m.intermediate});
     gained_ = plan_.uses & IN_GAIN ? rows * widest : 0;
     w.gained.reserve(MAX_PARTS * gained_);
@@ -68,7 +67,7 @@ class Pass {
       product({{UP_PROJ, m.intermediate}});
     product({{DOWN_PROJ, m.hidden}});
     products_.emplace_back(head_plan_, m.adapters, Fused{1, {LM_HEAD}, {0}, {m.lm_head.out}}, -1, b.num_logits,
-                           m.lm_head.out, HEAD);
+                           m.lm_head.out, HEAD, UNIT_ROWS<X>);
   }
 
   void run() {
@@ -98,7 +97,9 @@ class Pass {
     const Layer& layer = m.layers[l];
     project(phase, layer.qkv, products_[QKV], l, w.normed.data(), w.normed_inputs, w.qkv.data(), qkv_stride_);
     team_.run(phase, b.num_tokens, [&](int t) { rotate_and_cache(layer, l, t); });
-    team_.run(phase, b.num_tokens * m.kv_heads, [&](int unit) { attention(layer, unit); });
+    team_.run(phase, attention_.units(), [&](int unit) {
+      attention_.run(layer, unit, w.qkv.data(), qkv_stride_, w.attended.data(), w.attended_inputs);
+    });
     project(phase, layer.o, products_[O], l, w.attended.data(), w.attended_inputs, w.added.data(), out_stride_);
     if (!m.parallel)
       team_.run(phase, b.num_tokens, [&](int t) {
@@ -154,7 +155,7 @@ class Pass {
       out += width;
     }
     products_.emplace_back(plan_, m.adapters, fused, int(products_.size()), b.num_tokens, out,
-                           FACTORS | GAIN | IN_GAIN);
+                           FACTORS | GAIN | IN_GAIN, UNIT_ROWS<X>);
   }
 
   // The largest width of a bottleneck, or rank at the embeddings, among the adapters of this pass.
@@ -181,20 +182,14 @@ class Pass {
     bool gains = product.plan->uses & IN_GAIN && product.fused_index >= 0;
     if (gains) gain(phase, product, layer, x, matrix.in);
     auto rows = Multiplied<X>::rows(x, inputs);
-    int shrinks = product.shrink.size(), units = 0, count = product.rows;
+    int shrinks = product.shrink.size(), units = 0;
     for (const Product::Run& run : product.runs) units += matmul_units(run.tile, rows);
-    auto shrink_unit = [&](int unit) {
-      shrink<T>(*product.plan, m.adapters, product.fused, layer, product.shrink[unit], x, matrix.in, w.h.data(),
-                scratch());
-    };
-    if (int exchanges = Multiplied<X>::exchange_units(rows, count)) {  // what a product reads is ready after them
-      team_.run(phase, shrinks + exchanges, [&](int unit) {
-        unit < shrinks ? shrink_unit(unit) : Multiplied<X>::exchange(rows, count, unit - shrinks);
-      });
-      shrinks = 0;
-    }
+    if (int exchanges = Multiplied<X>::exchange_units(rows, product.rows))
+      team_.run(phase, exchanges, [&](int unit) { Multiplied<X>::exchange(rows, product.rows, unit); });
     team_.run(phase, shrinks + units, [&](int unit) {
-      if (unit < shrinks) return shrink_unit(unit);
+      if (unit < shrinks)
+        return shrink<T>(*product.plan, m.adapters, product.fused, layer, product.shrink[unit], rows, matrix.in,
+                         w.h.data(), scratch());
       unit -= shrinks;
       const Product::Run* run = product.runs.data();
       for (int own; unit >= (own = matmul_units(run->tile, rows)); run++) unit -= own;
@@ -204,7 +199,7 @@ class Pass {
     });
     if (product.expand.empty()) return;
     team_.run(phase, product.expand.size(), [&](int unit) {
-      expand<T>(*product.plan, m.adapters, product.fused, layer, product.expand[unit], w.h.data(), y, y_stride,
+      expand<T, X>(*product.plan, m.adapters, product.fused, layer, product.expand[unit], w.h.data(), y, y_stride,
                 scratch());
     });
   }
@@ -349,11 +344,6 @@ class Pass {
       scale_row(logits, m.logit_scale, count);
   }
 
-  Pages<T> pages(void* data, int t) const {
-    return {static_cast<T*>(data), b.block_tables + size_t(sequence_[t]) * b.table_width, m.block_size,
-            m.kv_heads, m.head_dim};
-  }
-
   void head_norms(int t, const NormWeights& norm, int layer, int site, float* x, int heads) {
     if (!norm.weight) return;
     if (m.qk_span == ALL_SPAN)
@@ -375,27 +365,13 @@ class Pass {
   }
 
   void rotate_and_cache(const Layer& layer, int l, int t) {
-    int d = m.head_dim, position = b.positions[t];
     float* q = row(w.qkv, t, qkv_stride_);
     float *k = q + q_size_, *v = k + kv_size_;
     head_norms(t, layer.q_norm, l, Q_NORM, q, m.heads);
     head_norms(t, layer.k_norm, l, K_NORM, k, m.kv_heads);
     rotate_heads(layer, t, q);
-    if (m.query_scale) scale_row(q, m.query_scale[position], q_size_);
-    Pages<T> keys = pages(layer.keys, t), values = pages(layer.values, t);
-    for (int head = 0; head < m.kv_heads; head++) {
-      put(k + head * d, d, keys.at(position, head));
-      put(v + head * d, d, values.at(position, head));
-    }
-  }
-
-  void attention(const Layer& layer, int unit) {
-    int t = unit / m.kv_heads, head = unit % m.kv_heads, group = m.heads / m.kv_heads;
-    const float* q = row(w.qkv, t, qkv_stride_) + head * group * m.head_dim;
-    float* out = row(w.attended, t, q_size_) + head * group * m.head_dim;
-    attend(q, pages(layer.keys, t), pages(layer.values, t), head, group, b.positions[t], layer.window,
-           {m.attention_scale, m.attention_softcap}, w.scores.data() + omp_get_thread_num() * HEADS_AT_ONCE * longest_, out);
-    Multiplied<X>::put(w.attended_inputs, t, head * group * m.head_dim, group * m.head_dim, out);
+    if (m.query_scale) scale_row(q, m.query_scale[b.positions[t]], q_size_);
+    attention_.write(layer, t, k, v);
   }
 
   void gate(int t) {
@@ -413,9 +389,10 @@ class Pass {
   std::vector<int> sequence_;
   Plan plan_, head_plan_;
   Experts<T, X> experts_;
+  Attention<T, X> attention_;
   Team team_;
   int q_size_, kv_size_, qkv_stride_, gate_up_stride_, out_stride_;  // strides of rows in floats
-  size_t longest_, scratch_, gained_;
+  size_t scratch_, gained_;
   std::vector<Product> products_;
 };
 

@@ -62,6 +62,7 @@ inline void Inputs::exchange(int count, int unit) const {
     transpose(pairs);
     for (int r = 0; r < 16; r++) std::memcpy(exchanged + size_t(i) * TILE + r * TILE_INPUTS, &pairs[r], 64);
   }
+  written(exchanged);
 }
 
 // The groups of 16 rows, and the panels, that a unit of a tile computes.
@@ -244,6 +245,7 @@ struct PanelTiles {
       size_t at = (size_t(panel + p) * blocks + block) * PANEL;
       unpack_block(static_cast<const uint8_t*>(w.data) + at * (BLOCK / 2), w.absmax + at, kept(p, step));
     }
+    written(scratch);
   }
 };
 

@@ -18,7 +18,7 @@ class EngineLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             unless nothing waits.
         prompt_logprob_rows: prompt tokens of one step whose logits are all kept, of all requests
             together.
-        share_base_prefixes: whether requests share blocks of the base; see `base_prefix`.
+        prefix_cache: whether requests that begin alike share blocks; see `prefix_cache`.
         prompt_step_ratio: how many times as long as one that only decodes a step may take if rows
             decode; 0 sets no limit. See `StepCosts`.
         fair_weights: shares of accounts by name, in proportion to each other; else 1.
@@ -32,7 +32,7 @@ class EngineLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_waiting: int = 256
     max_waiting_tokens: int = 1 << 18
     prompt_logprob_rows: int = 128
-    share_base_prefixes: bool = False
+    prefix_cache: bool = True
     prompt_step_ratio: float = 2.0
     fair_weights: Mapping[str, float] = {}
     max_queue_seconds: float = 60.0

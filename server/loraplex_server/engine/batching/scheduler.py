@@ -18,15 +18,16 @@ While several accounts send requests, `Shares` says what each of them leaves to 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Collection
+from collections.abc import Collection, Hashable
 from enum import Enum
 from operator import attrgetter
 from typing import NamedTuple
 
-from loraplex_server.engine.batching import base_prefix
 from loraplex_server.engine.batching.fair_queue import Account, FairQueue
 from loraplex_server.engine.batching.kv import BlockPool
 from loraplex_server.engine.batching.limits import EngineLimits
+from loraplex_server.engine.batching.prefix_cache import PrefixCache
+from loraplex_server.engine.batching.prefix_tree import KeptBlock, Root
 from loraplex_server.engine.batching.request import Request, RequestState
 from loraplex_server.engine.batching.shares import PROMPT_PARTS, Shares
 from loraplex_server.engine.batching.step_costs import StepCosts
@@ -71,11 +72,15 @@ class BatchRow(NamedTuple):
 
 _order = attrgetter("order")
 
+_Coming = set[tuple[KeptBlock | Root, Hashable]]
+"""Blocks that running requests are about to keep; see `PrefixCache.awaits`."""
+
 
 class Scheduler:
     """Queued and running requests, and their KV blocks.
 
     Attributes:
+        prefixes: blocks of the pool that are kept for requests that begin alike.
         running: the running requests, in order.
         turns: running requests whose last token is computed and whose next one is not chosen yet.
         costs: what steps cost; whoever measures them notes it there.
@@ -86,6 +91,7 @@ class Scheduler:
     def __init__(self, pool: BlockPool, limits: EngineLimits) -> None:
         self.pool = pool
         self.limits = limits
+        self.prefixes = PrefixCache(pool, limits.prefix_cache)
         self.queue = FairQueue(limits.fair_weights)
         self.running: list[Request] = []
         self.turns = Turns()
@@ -120,6 +126,7 @@ class Scheduler:
             _take(self.running, request)
             self._free(request)
             self.queue.leave(request)
+        self.prefixes.end(request)
 
     def settle(self, row: BatchRow) -> None:
         """Records that a row is computed, before its results are given to its request.
@@ -128,8 +135,8 @@ class Scheduler:
         it is admitted again by a later `schedule`, when no pass with a row of it is under way.
         """
         request = row.request
-        if self.limits.share_base_prefixes and request.state is RequestState.RUNNING:
-            base_prefix.keep(request, row.start + row.count, self.pool)
+        if request.state is RequestState.RUNNING:
+            self.prefixes.keep(request, row.start + row.count)
 
     def narrow(self, tokens: int) -> None:
         """Limits each of the next `NARROW_STEPS` steps to `tokens`, but at least to one."""
@@ -235,6 +242,11 @@ class Scheduler:
         """Gives the budget to `prompts`, which have begun, and to queued requests, which start."""
         may_start = bool(self.queue)
         self.held_up &= may_start
+        coming: _Coming = set()
+        if prompts or may_start:
+            for request in self.running:
+                if request.remaining <= 1:
+                    self.prefixes.awaits(request, coming)
         while budget > 0:
             prompt = min(prompts, key=_by_counter, default=None)
             found = self._next_start(shares, left_out) if may_start else None
@@ -243,14 +255,14 @@ class Scheduler:
             elif prompt is None or found[1] or _by_counter(found[0]) < _by_counter(prompt):
                 may_start = self._start(found[0], rows, now, shares)
                 if may_start:
-                    budget -= self._chunk(found[0], budget, rows)
+                    budget -= self._next_chunk(found[0], budget, rows, coming)
                     may_start = bool(self.queue)
                     prompts = [each for each in prompts if each.state is RequestState.RUNNING]
                 continue
             if prompt is None:
                 break
             prompts.remove(prompt)
-            budget -= self._chunk(prompt, budget, rows)
+            budget -= self._next_chunk(prompt, budget, rows, coming)
         if self.queue:
             self.passed_at = now
 
@@ -277,6 +289,14 @@ class Scheduler:
         free = self.limits.max_running - len(self.running)
         return free if free > 0 else free + sum(request.is_finishing for request in self.running)
 
+    def _next_chunk(
+        self, request: Request, budget: int, rows: list[BatchRow], coming: _Coming
+    ) -> int:
+        """As `_chunk`, unless another request is computing what this one can share."""
+        if self.prefixes.awaits(request, coming):
+            return 0
+        return self._chunk(request, budget, rows)
+
     def _chunk(self, request: Request, budget: int, rows: list[BatchRow]) -> int:
         """Adds the next chunk of a prompt, if it may have one; returns its number of tokens."""
         count = min(request.remaining, budget)
@@ -299,6 +319,7 @@ class Scheduler:
         rows.append(row)
         account = row.request.account
         assert account is not None, "a running request has no account"
+        row.request.charged = max(row.request.charged, row.start)  # what others computed is free
         account.charge(row.request, row.start + row.count)
 
     def _start(
@@ -311,11 +332,10 @@ class Scheduler:
         """
         if request.awaits_token:
             return False
-        shared: list[int] = []
-        if self.limits.share_base_prefixes:
-            shared = base_prefix.matched(request, self.pool)
-        need = self.pool.blocks_for(request.in_own_blocks)
-        need -= sum(self.pool.owners(block) > 0 for block in shared)
+        found = self.prefixes.find(request)
+        # Of the blocks found, those without an owner are the last ones, and count as free.
+        owned = bisect_left(found, True, key=lambda node: not self.pool.owners(node.block))
+        need = self.pool.blocks_for(request.in_own_blocks) - owned
         if need + len(self.running) > self.pool.free and self.running:
             self.held_up = True
             return False
@@ -324,18 +344,14 @@ class Scheduler:
                 heaviest = shares.heaviest
                 self._preempt([r for r in self.running if r.account is heaviest][-1], rows)
             shares.note_start(request)
-        self._begin(request, shared, now)
+        self._begin(request, now)
         return True
 
-    def _begin(self, request: Request, shared: list[int], now: float) -> None:
-        """Starts a queued request, for which there is room, behind blocks that it shares."""
-        for block in shared:
-            self.pool.share(block)
-        request.blocks.extend(shared)
-        request.kept = len(shared)
-        request.computed = len(shared) * self.pool.block_size
-        request.charged = max(request.charged, request.computed)
+    def _begin(self, request: Request, now: float) -> None:
+        """Starts a queued request, for which there is room, behind the blocks found for it."""
+        self.prefixes.begin(request)
         self._grow(request)
+        request.runs += 1
         self.queue.take(request)
         request.state, request.begun = RequestState.RUNNING, now
         insort(self.running, request, key=_order)
@@ -354,8 +370,7 @@ class Scheduler:
         self.queue.put_back(request)
 
     def _free(self, request: Request) -> None:
-        self.pool.release(request.blocks)
-        del request.blocks[:]
+        self.prefixes.release(request)
         self.turns.drop(request)
 
 

@@ -15,6 +15,7 @@ from loraplex_model.base.refusal import Problem
 
 from loraplex_server.engine.batching.fair_queue import MAX_PRIORITY
 from loraplex_server.rpc.calls.bounds import (
+    MAX_CACHE_SALT,
     MAX_JSON_BYTES,
     MAX_LOGIT_BIAS,
     MAX_MIX,
@@ -132,6 +133,8 @@ def generate(
             f"must be 1 to {MAX_REQUEST_ID} printable ASCII characters",
         )
     checks.between("priority", request.priority, -MAX_PRIORITY, MAX_PRIORITY)
+    if request.cache_salt:
+        checks.size("cache_salt", request.cache_salt, MAX_CACHE_SALT)
     return checks.problems
 
 

@@ -310,6 +310,7 @@ class _Call:
             priority=min(request.priority, self.max_priority),
             deadline=self.deadline,
             account=account_of(self.names),
+            cache_salt=request.cache_salt,
         )
 
 
