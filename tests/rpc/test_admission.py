@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 from loraplex_model.base.refusal import Reason, Refusal
+from loraplex_server.engine.messages import Submit
 from loraplex_server.metrics import Metrics
 from loraplex_server.rpc.services.admission import Admission
 from prometheus_client import CollectorRegistry
+from rpc.harness import ask, running
 
 
 def admission(requests: int = 16, tokens: int = 800) -> Admission:
@@ -47,3 +50,26 @@ def test_an_account_whose_prompts_fill_the_queue_leaves_tokens_to_others() -> No
             more.wait(600)
     assert not doors._account_tokens
     assert not doors._accounts
+
+
+async def test_requests_are_charged_to_their_adapter_and_priorities_are_capped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(tmp_path, max_priority=2) as up:
+        await up.register("alpha", 1)
+        seen: list[Submit] = []
+        submit = up.server.engine.submit
+
+        def noting(request: Submit) -> object:
+            seen.append(request)
+            return submit(request)
+
+        monkeypatch.setattr(up.server.engine, "submit", noting)
+        await up.generation.Generate(ask(new=1, priority=9))
+        await up.generation.Generate(ask(new=1, priority=-9, adapter="alpha"))
+        await up.generation.Generate(ask(new=1, adapter="alpha@1"))
+        assert [(each.account, each.priority) for each in seen] == [
+            ("_base", 2),
+            ("alpha", -9),
+            ("alpha", 0),
+        ]

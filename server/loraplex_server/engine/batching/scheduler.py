@@ -33,7 +33,7 @@ from loraplex_server.engine.batching.shares import PROMPT_PARTS, Shares
 from loraplex_server.engine.batching.step_costs import StepCosts
 from loraplex_server.engine.batching.turns import Turns
 
-ACTIVE_SECONDS = 60.0
+ACTIVE_SECONDS = 10.0
 """Seconds for which an account counts as sending requests after its last one."""
 
 NARROW_STEPS = 32
