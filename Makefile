@@ -32,7 +32,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup model prometheus demo serve train-adapter test test-seams test-field test-families test-real test-sanitized test-triton test-gpu fuzz lint house proto \
-        bench bench-peers bench-load bench-step bench-peft bench-prefix bench-kernels bench-train bench-adapters bench-conversion bench-paper bench-gpu bench-gpu-launches gpu-aot gpu-check gpu-pack figures \
+        bench bench-peers bench-load bench-step bench-peft bench-prefix bench-kernels bench-train bench-adapters bench-fairness bench-conversion bench-paper bench-gpu bench-gpu-launches gpu-aot gpu-check gpu-pack figures \
         lock clean distclean
 
 help: ## Show this list of targets
@@ -148,6 +148,9 @@ bench-kernels: setup ## Compare the NF4 matrix product with those of bitsandbyte
 
 bench-train: setup model ## Compare training with PEFT on the same NF4 base, and four jobs in one pass with four in turn
 	$(BIN)/python bench/bench_train.py $(ARGS)
+
+bench-fairness: setup model ## Measure what a tenant with 100 times the load, and hostile sampling, cost the others
+	$(BIN)/python bench/bench_fairness.py $(ARGS)
 
 bench-adapters: setup model ## Measure adapter management: loads, replacement, merges, 1,000 adapters, kill -9
 	$(BIN)/python bench/bench_adapters.py $(ARGS)

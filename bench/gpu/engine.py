@@ -23,7 +23,7 @@ from loraplex_model.base.weights import BaseWeights
 from loraplex_model.checkpoints.mapped import MappedFile
 from loraplex_model.decoder.cuda.decoder import CudaDecoder
 from loraplex_model.decoder.open import Decoder, ServingSizes, open_decoder
-from loraplex_server.engine.batching.scheduler import EngineLimits
+from loraplex_server.engine.batching.limits import EngineLimits
 from loraplex_server.engine.core import EngineCore
 from loraplex_server.engine.messages import (
     AdapterRef,

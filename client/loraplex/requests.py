@@ -76,7 +76,7 @@ class GenerateOptions(ConversationOptions, total=False):
     logprobs: int | None  # alternatives per generated token; 0: only the chosen token
     prompt_logprobs: int | None  # alternatives per prompt token
     request_id: str | None  # appears in trailers and logs; default: chosen by the server
-    priority: int | None  # [-100, 100]; higher is admitted first
+    priority: int | None  # [-10, 10]; higher is admitted first among requests for the same adapters
     cache_salt: str | None  # share computed prompts only with requests that send the same
 
 

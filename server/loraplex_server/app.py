@@ -146,7 +146,12 @@ class Server:
         self, model: ModelInfo, registry: Registry, tokenizer: TextTokenizer, context: int
     ) -> None:
         config = self._config
-        admission = Admission(config.max_requests, config.max_waiting_tokens, self.metrics)
+        admission = Admission(
+            config.max_requests,
+            config.max_waiting_tokens,
+            self.metrics,
+            reserved=config.reserved_requests,
+        )
         prompts = Prompts(tokenizer, self._lanes.text)
         bounds = ModelBounds(model.base.config.vocab_size, context, tokenizer.eos_token_ids)
         generation = GenerationService(
@@ -157,6 +162,7 @@ class Server:
             self.metrics,
             bounds,
             config.stream_writes,
+            config.max_priority,
         )
         template_source = "model" if config.chat_template is None else "operator"
         await self._rpc.start(

@@ -1,11 +1,10 @@
-"""The server's settings: flags over environment (`LORAPLEX_*`) over a TOML file over defaults."""
+"""The server's settings; `config_sources` reads them."""
 
 from __future__ import annotations
 
 import errno
 import ipaddress
 import os
-import tomllib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,20 +15,21 @@ from pydantic import (
     ByteSize,
     Field,
     SecretStr,
-    ValidationError,
     field_validator,
     model_validator,
 )
-from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict, SettingsError
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from loraplex_server.engine.batching.scheduler import EngineLimits
+from loraplex_server import fair_weights
+from loraplex_server.engine.batching.fair_queue import MAX_PRIORITY
+from loraplex_server.engine.batching.limits import EngineLimits
+from loraplex_server.engine.batching.shares import RESERVED
 from loraplex_server.engine.group import devices
 from loraplex_server.engine.group.devices import EnginePlacement
 from loraplex_server.engine.process.limits import SupervisionLimits
 from loraplex_server.engine.process.pulse import BEAT_SECONDS
 from loraplex_server.engine.process.setup import EngineSetup
 from loraplex_server.engine.runner.config import CustomRunner, RunnerConfig
-from loraplex_server.former_settings import in_environment, objection
 
 DEFAULT_MODEL: Final = "default"
 
@@ -47,10 +47,6 @@ PANELS: Final = {
     "log_format": "Logging",
 }
 """Titles of the panels of `--help`, each by its first setting in the order of `Config`."""
-
-
-class ConfigError(Exception):
-    """Settings that cannot be used. The message names every wrong setting, for the operator."""
 
 
 class Config(BaseSettings):
@@ -153,12 +149,26 @@ class Config(BaseSettings):
     """Keep keys and values of prompts and answers, for later requests that begin alike."""
     token_budget: int = Field(512, ge=1)
     """Most tokens in one step: decode rows and prompt chunks together."""
+    prompt_step_ratio: float = Field(2.0, ge=0, le=1000)
+    """How many times as long as a step that only decodes a step with prompt chunks may take. Lower
+    values keep the time between tokens even, higher ones compute prompts faster; 0 sets no limit.
+    """
     max_running: int = Field(64, ge=1)
     """Most requests in one step."""
     max_waiting: int = Field(256, ge=0)
     """Most requests that may wait beyond the running ones; further ones are refused."""
     max_waiting_tokens: int = Field(1 << 18, ge=1)
     """Most prompt tokens that may wait; further requests are refused."""
+    max_queue_seconds: float = Field(60.0, ge=0, le=86_400)
+    """Longest predicted wait with which a request is accepted; 0 accepts any."""
+    fair_weights: str = ""
+    """Shares of adapters while requests wait, in proportion to each other, as name=weight,...;
+    `_base` is the base without an adapter, a+b a mix. Those that are not named have 1."""
+    max_priority: int = Field(MAX_PRIORITY, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
+    """Highest priority of a request; a higher one counts as this."""
+    adapter_turn: float = Field(30.0, ge=0, le=86_400)
+    """Time that a request may keep its adapter on the device while others wait for the place; it
+    then goes on when the adapter is back. 0 sets no limit."""
     stream_writes: int = Field(256, ge=0)
     """Messages per second over all streams above which tokens are sent several at a time; 0 sends
     each token at once."""
@@ -209,6 +219,18 @@ class Config(BaseSettings):
         if isinstance(given, list):
             return ",".join(map(str, given))
         return str(given) if type(given) is int else given
+
+    @field_validator("fair_weights", mode="before")
+    @classmethod
+    def _listed(cls, given: object) -> object:
+        """Accepts a table from a TOML file."""
+        return fair_weights.listed(given) if isinstance(given, dict) else given
+
+    @field_validator("fair_weights")
+    @classmethod
+    def _weighed(cls, text: str) -> str:
+        fair_weights.parse(text)
+        return text
 
     @field_validator("devices")
     @classmethod
@@ -345,47 +367,24 @@ class Config(BaseSettings):
         """Most requests in the server, running and waiting."""
         return self.engine_count * self.max_running + self.max_waiting
 
+    @property
+    def reserved_requests(self) -> int:
+        """Places in the server beyond `max_requests`, for accounts that have few requests."""
+        return self.max_requests // RESERVED
+
     def engine_limits(self) -> EngineLimits:
         """Limits of an engine. Its queue is longer than the front's, which refuses first."""
         return EngineLimits(
             token_budget=self.token_budget,
             max_running=self.max_running,
-            max_waiting=self.max_requests,
+            max_waiting=self.max_requests + self.reserved_requests,
             max_waiting_tokens=2 * self.max_waiting_tokens,
             prefix_cache=self.prefix_cache,
+            prompt_step_ratio=self.prompt_step_ratio,
+            fair_weights=fair_weights.parse(self.fair_weights),
+            max_queue_seconds=self.max_queue_seconds,
+            adapter_turn=self.adapter_turn,
         )
-
-
-def load(file: Path | None, flags: Mapping[str, Any]) -> Config:
-    """Reads the settings from all sources; `flags` holds the given flags. Raises ConfigError."""
-    from_file: dict[str, Any] = {}
-    if file is not None:
-        try:
-            from_file = tomllib.loads(file.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"cannot read {file}: {error.strerror}") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{file} is not TOML: {error}") from error
-    try:
-        from_environment = EnvSettingsSource(Config)()
-    except SettingsError as error:  # a list or a table that is not JSON
-        raise ConfigError(f"the environment cannot be read: {error}") from error
-    given = {**from_file, **in_environment(os.environ), **from_environment, **flags}
-    unknown = given.keys() - Config.model_fields.keys()
-    problems = [f"{name}: {objection(name)}" for name in sorted(unknown)]
-    try:
-        config = Config(**{name: given[name] for name in given if name not in unknown})
-    except ValidationError as error:
-        problems += map(_explain, error.errors())
-    if problems:
-        raise ConfigError("; ".join(problems))
-    return config
-
-
-def _explain(error: Any) -> str:
-    where = ".".join(str(part) for part in error["loc"])
-    text = str(error["msg"]).removeprefix("Value error, ")
-    return f"{where}: {text}" if where else text
 
 
 def _is_loopback(host: str) -> bool:

@@ -122,6 +122,7 @@ class Metrics:
             stats.adapter_bytes, stats.host_bytes, stats.merged_bytes, stats.prefix_blocks
         )
         series.sampling_waiting_requests.set(stats.waiting_turns)
+        series.waiting_accounts.set(stats.waiting_accounts)
         series.engine_memory_bytes.labels("used").set(stats.memory_bytes)
         series.engine_memory_bytes.labels("accounted").set(stats.accounted_bytes)
         for counter, value in (
@@ -130,6 +131,7 @@ class Metrics:
             (series.prefix_cache_hits, stats.prefix_hits),
             (series.prefix_cache_evictions, stats.prefix_evictions),
             (series.wasted_rows, stats.wasted_rows),
+            (series.set_back_requests, stats.set_back),
             (series.out_of_memory, stats.out_of_memory),
             (series.adapter_evictions.labels("device"), stats.evictions),
             (series.adapter_evictions.labels("host"), stats.host_evictions),
@@ -172,6 +174,7 @@ class Metrics:
         """Sets the gauges of an engine without adapters."""
         self._set_held(0, 0, 0, 0)
         self.series.sampling_waiting_requests.set(0)
+        self.series.waiting_accounts.set(0)
         self.series.prefix_cache_blocks.set(0)
         for kind in ("used", "accounted"):
             self.series.engine_memory_bytes.labels(kind).set(0)

@@ -109,6 +109,8 @@ class Series:
     prefix_cache_hits = _counter("Admissions of requests that used kept blocks.")
     prefix_cache_evictions = _counter("Kept blocks that were reserved for other content.")
     preemptions = _counter("Requests put back into the queue for lack of KV blocks.")
+    waiting_accounts = _gauge("Accounts with a request that waits for its start.")
+    set_back_requests = _counter("Requests that gave up their adapter's place for another one.")
     wasted_rows = _counter("Rows computed for requests that had ended meanwhile.")
     out_of_memory = _counter("Passes for which device memory did not suffice.")
     adapter_requests = _counter("Generations that ended, by adapter.", adapter=_NAMES, code=())

@@ -24,7 +24,7 @@ from loraplex_model.base.config import PROJECTIONS
 from loraplex_model.base.refusal import Refusal
 from loraplex_model.decoder.reference import ReferenceDecoder
 from loraplex_server.engine.adapters.loader import LoaderResult, LoaderTask, execute
-from loraplex_server.engine.batching.scheduler import EngineLimits
+from loraplex_server.engine.batching.limits import EngineLimits
 from loraplex_server.engine.core import EngineCore
 from loraplex_server.engine.messages import (
     AdapterRef,

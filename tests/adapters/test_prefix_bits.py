@@ -15,7 +15,7 @@ from adapters.peft_kinds import Gallery, names_on
 from adapters.test_alora import AtOnce
 from families import variants
 from loraplex_adapters.format.examine import inspect
-from loraplex_server.engine.batching.scheduler import EngineLimits
+from loraplex_server.engine.batching.limits import EngineLimits
 from loraplex_server.engine.core import EngineCore
 from loraplex_server.engine.messages import (
     AdapterRef,

@@ -20,7 +20,7 @@ import torch
 from adapters.adapter_files import everywhere, lora_config, lora_tensors, write_adapter
 from loraplex_adapters.store import Store
 from loraplex_model.base.config import PROJECTIONS
-from loraplex_server.engine.batching.scheduler import EngineLimits
+from loraplex_server.engine.batching.limits import EngineLimits
 from loraplex_server.engine.core import EngineCore
 from loraplex_server.engine.messages import AdapterRef, LoadDone, SamplingParams, StepReport, Submit
 from loraplex_server.engine.runner.config import RunnerConfig

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, cast
 from engine.ahead_oracle import AheadOracle
 from engine.oracle import OracleRunner
 from loraplex_server.engine.adapters.loader import LoaderResult, LoaderTask, Read, execute
-from loraplex_server.engine.batching.scheduler import EngineLimits
+from loraplex_server.engine.batching.limits import EngineLimits
 from loraplex_server.engine.core import EngineCore
 from loraplex_server.engine.messages import (
     AdapterRef,

@@ -256,6 +256,7 @@ class EngineMachine(RuleBasedStateMachine):
             deadline=deadline,
             priority=priority,
             prompt_logprobs=1 if prompt_logprobs else None,
+            account="+".join(names),
         )
 
     @rule(

@@ -14,7 +14,7 @@ from engine.test_sampling_cost import COSTLY, COSTLY_SECONDS, FORWARD_SECONDS, w
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loraplex_server.engine.batching.request import Request
-from loraplex_server.engine.batching.scheduler import Scheduler
+from loraplex_server.engine.batching.scheduler import BatchRow, Scheduler
 from loraplex_server.engine.batching.turns import SHARE
 from loraplex_server.engine.core import MAX_FAULTS
 from loraplex_server.engine.messages import Load, Merge, SamplingParams, Unload, Unmerge
@@ -394,9 +394,9 @@ def test_costly_rows_of_the_host_that_are_preempted_are_computed_again(
     engine = with_costs(monkeypatch, rows=8, num_blocks=14)
     preempt, met = Scheduler._preempt, []
 
-    def noting(scheduler: Scheduler, request: Request) -> None:
+    def noting(scheduler: Scheduler, request: Request, rows: list[BatchRow]) -> None:
         met.append(request.awaits_token and request.draw.is_costly)
-        preempt(scheduler, request)
+        preempt(scheduler, request, rows)
 
     monkeypatch.setattr(Scheduler, "_preempt", noting)
     for id, params in costly.items():

@@ -218,7 +218,7 @@ class TestBothPaces:
                 row.request.computed += row.count
                 scheduler.settle(row)
             assert len(rows) == (3 if not _ else 0)
-        scheduler._preempt(scheduler.running.pop())
+        scheduler._preempt(scheduler.running[-1], [])
         (row,) = scheduler.schedule(0.0)
         assert (row.request.id, row.start, row.count, row.completes) == (3, 4, 4, True)
 
@@ -247,8 +247,7 @@ class TestBothPaces:
             engine.step()
         scheduler = engine.core._scheduler
         (request,) = scheduler.running
-        scheduler.running.clear()
-        scheduler._preempt(request)
+        scheduler._preempt(request, [])
         assert request.found
         request.copies.change(1)
         assert scheduler.prefixes.find(request) == []

@@ -10,9 +10,10 @@ import pytest
 from engine.driving import GREEDY, Engine, adapter
 from engine.oracle import OracleRunner, continuation
 from loraplex_server.engine.batching.kv import BlockPool
+from loraplex_server.engine.batching.limits import EngineLimits
 from loraplex_server.engine.batching.request import Request
 from loraplex_server.engine.batching.sampler import Draw
-from loraplex_server.engine.batching.scheduler import EngineLimits, Scheduler
+from loraplex_server.engine.batching.scheduler import Scheduler
 from loraplex_server.engine.messages import Submit
 
 pytestmark = pytest.mark.usefixtures("pace")

@@ -16,7 +16,7 @@ from loraplex_model.base.families import FAMILIES
 from loraplex_model.checkpoints.load import load_base
 from loraplex_model.decoder.native import NativeDecoder
 from loraplex_model.decoder.reference import ReferenceDecoder
-from loraplex_server.engine.batching.scheduler import EngineLimits
+from loraplex_server.engine.batching.limits import EngineLimits
 from loraplex_server.engine.core import EngineCore
 from loraplex_server.engine.messages import Logprobs, Output, SamplingParams, StepReport, Submit
 from loraplex_server.engine.runner.config import RunnerConfig

@@ -353,6 +353,19 @@ async def deadline_exceeded(up: Running, patch: pytest.MonkeyPatch) -> None:
     await up.generation.Generate(ask(new=500))
 
 
+@raises(Reason.DEADLINE_UNMEETABLE)
+async def deadline_unmeetable(up: Running, patch: pytest.MonkeyPatch) -> None:
+    await asyncio.gather(*(up.generation.Generate(ask(new=400)) for _ in range(3)))
+    calls = [up.generation.GenerateStream(streamed(ask(new=500))) for _ in range(3)]
+    try:
+        for call in calls:
+            await call.read()
+        await up.generation.Generate(ask(new=500), timeout=0.4)
+    finally:
+        for call in calls:
+            call.cancel()
+
+
 @raises(Reason.NON_FINITE_LOGITS)
 async def non_finite_logits(up: Running, patch: pytest.MonkeyPatch) -> None:
     await up.generation.Generate(ask(20, NONFINITE))

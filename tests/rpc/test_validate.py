@@ -49,8 +49,8 @@ GOOD = [
     {"stop": {"max_new_tokens": 1, "strings": ["x" * 64] * 16, "token_ids": [99] * 64}},
     {"stop": {"max_new_tokens": 2**32 - 1}},
     {"logprobs": 20, "prompt_logprobs": 0},
-    {"request_id": "~" * 128, "priority": -100},
-    {"priority": 100},
+    {"request_id": "~" * 128, "priority": -10},
+    {"priority": 10},
     {"cache_salt": "ä" * 64},
     {"cache_salt": ""},
 ]
@@ -100,12 +100,12 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"request_id": "x" * 129}, ["request_id"]),
     ({"request_id": "two\nlines"}, ["request_id"]),
     ({"request_id": "é"}, ["request_id"]),
-    ({"priority": 101}, ["priority"]),
+    ({"priority": 11}, ["priority"]),
     ({"cache_salt": "s" * 129}, ["cache_salt"]),
     ({"cache_salt": "ä" * 65}, ["cache_salt"]),
     ({"priority": -(2**31)}, ["priority"]),
     (
-        {"adapter_id": "..", "sampling": {"top_p": 2, "min_p": 2}, "priority": 101},
+        {"adapter_id": "..", "sampling": {"top_p": 2, "min_p": 2}, "priority": 11},
         ["adapter_id", "sampling.min_p", "sampling.top_p", "priority"],
     ),
 ]

@@ -13,7 +13,7 @@ from loraplex_model.decoder.cuda.choices import FILE, Timings
 from loraplex_model.ops import build, known_faults
 from loraplex_server.commands import doctor, doctor_base, doctor_cuda
 from loraplex_server.config import Config
-from loraplex_server.config import load as load_config
+from loraplex_server.config_sources import load as load_config
 
 from model import tiny
 

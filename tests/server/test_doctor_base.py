@@ -29,7 +29,7 @@ from loraplex_server.commands import doctor_base
 from loraplex_server.commands.checks import Check, adapter_limits
 from loraplex_server.commands.program import app
 from loraplex_server.config import Config
-from loraplex_server.config import load as load_config
+from loraplex_server.config_sources import load as load_config
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 

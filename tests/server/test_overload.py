@@ -40,7 +40,7 @@ LIMITS = {"Check": 2.0, "GetAdapter": 2.0, "ListAdapters": 2.0, "Generate": 5.0}
 """Generous bounds, in seconds, on the bystander's calls. Two cores may be shared with other work,
 and a generation shares the engine's steps with what others generate."""
 
-HIGH_PRIORITY = 20
+HIGH_PRIORITY = 10
 HEAD_START_SECONDS = 10.0
 """Bound on a generation while others use `HIGH_PRIORITY`, which is a head start of 2 s."""
 

@@ -19,7 +19,7 @@ from loraplex_adapters.store import Store
 from loraplex_model.base import faults
 from loraplex_server import app, cli
 from loraplex_server.commands import program, store_cli
-from loraplex_server.config import ConfigError, load
+from loraplex_server.config_sources import ConfigError, load
 from rpc.harness import config_for
 from server.test_process import TESTS, outcome, start, write_config
 from typer.testing import CliRunner

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from loraplex_model.checkpoints.chat import ChatTemplate
 from loraplex_model.checkpoints.tokenizer import SpeltToken, TokenizerInfo
-from loraplex_server.config import load
+from loraplex_server.config_sources import load
 from loraplex_server.runtime.lanes import Lanes
 from loraplex_server.text.tokenizer import TextTokenizer
 from loraplex_training.data.text import BaseText

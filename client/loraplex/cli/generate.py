@@ -35,7 +35,7 @@ _COMPLETION: Mapping[str, Any] = {
         "--skip-special-tokens/--no-skip-special-tokens",
     ),
     "logprobs": option("Output", "Alternatives reported for each token, with --json."),
-    "priority": option("Server", "Priority of the request, -100 to 100; higher is admitted first."),
+    "priority": option("Server", "Priority of the request, -10 to 10; higher is admitted first."),
     "cache_salt": option(
         "Server", "Share computed prompts only with requests that send the same text."
     ),

@@ -151,6 +151,8 @@ class Reason(StrEnum):
     """The engine is starting, or it died while the request ran."""
     DEADLINE_EXCEEDED = auto()
     """The call's deadline passed, or an upload or the check of a job took too long."""
+    DEADLINE_UNMEETABLE = auto()
+    """By measured rates the request would not end before its deadline, so it is not computed."""
     READER_STALLED = auto()
     """The client stopped reading its stream."""
     NON_FINITE_LOGITS = auto()

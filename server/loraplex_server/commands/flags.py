@@ -11,7 +11,8 @@ import typer
 from pydantic import ByteSize
 from pydantic.fields import FieldInfo
 
-from loraplex_server.config import PANELS, Config, ConfigError, load
+from loraplex_server.config import PANELS, Config
+from loraplex_server.config_sources import ConfigError, load
 from loraplex_server.exits import ServerExit
 from loraplex_server.former_settings import FORMER
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Collection
 
 from loraplex_server.engine.adapters.adapters import Adapters
+from loraplex_server.engine.batching.fair_queue import FairQueue
 from loraplex_server.engine.batching.request import Request, RequestState
 from loraplex_server.engine.batching.scheduler import Scheduler
 
@@ -26,7 +27,7 @@ def check_books(requests: Collection[Request], scheduler: Scheduler, adapters: A
     assert held == owners, "a KV block has other owners than the requests that hold it"
     assert len(held) == scheduler.pool.used, "a KV block belongs to no request"
     states = Counter(request.state for request in requests)
-    places = {
+    places: dict[RequestState, Collection[Request] | FairQueue] = {
         RequestState.QUEUED: scheduler.queue,
         RequestState.RUNNING: scheduler.running,
         RequestState.FETCHING: adapters.residency.waiting,

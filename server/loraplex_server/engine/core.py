@@ -20,10 +20,14 @@ from loraplex_server.engine.adapters.loader import Loader, ThreadLoader
 from loraplex_server.engine.adapters.residency import UNLOADED
 from loraplex_server.engine.batching.admission import refusal
 from loraplex_server.engine.batching.deadlines import Deadlines
+from loraplex_server.engine.batching.fair_queue import PRIORITY_SECONDS
+from loraplex_server.engine.batching.forecast import LATE, Forecast
 from loraplex_server.engine.batching.kv import BlockPool
+from loraplex_server.engine.batching.limits import EngineLimits
 from loraplex_server.engine.batching.request import Request, RequestState
 from loraplex_server.engine.batching.sampler import Draw
-from loraplex_server.engine.batching.scheduler import PRIORITY_SECONDS, EngineLimits, Scheduler
+from loraplex_server.engine.batching.scheduler import Scheduler
+from loraplex_server.engine.batching.step_costs import WorkRates
 from loraplex_server.engine.books import check_books
 from loraplex_server.engine.messages import (
     Control,
@@ -33,7 +37,7 @@ from loraplex_server.engine.messages import (
     Submit,
     Unload,
 )
-from loraplex_server.engine.passes.answers import NOT_FINITE, Answers
+from loraplex_server.engine.passes.answers import NOT_FINITE, Answers, ReadPass
 from loraplex_server.engine.passes.choices import Choices
 from loraplex_server.engine.passes.lock_step import LockStep, Passes
 from loraplex_server.engine.passes.one_ahead import OneAhead
@@ -45,6 +49,9 @@ log = logging.getLogger(__name__)
 
 MAX_FAULTS = 3
 """Number of failed forward passes in a row after which the process should be replaced."""
+
+LATE_SECONDS = 0.1
+"""Seconds between two looks for waiting requests that cannot end before their deadlines."""
 
 CHECK_SECONDS = 60.0
 """Seconds after which a busy engine verifies its books; an idle one does so whenever it rests."""
@@ -78,12 +85,19 @@ class EngineCore:
         self._pool = BlockPool(runner.num_blocks, runner.block_size)
         self._scheduler = Scheduler(self._pool, self._limits)
         self._tally = PassTally()
+        self._rates = WorkRates()
+        self._forecast = Forecast(self._scheduler.queue, self._scheduler.costs, self._rates)
         choices = Choices(sampler_of(runner))
-        self._answers = Answers(choices, self._scheduler.turns, clock, self._end, self._fault)
+        self._answers = Answers(choices, self._scheduler.turns, clock, self._finish, self._fault)
         self._passes = self._choose_passes(runner)
         settle_slot = self._passes.settle_slot
         self.adapters = Adapters(
-            runner, loader or ThreadLoader(runner), clock, attempts, settle_slot
+            runner,
+            loader or ThreadLoader(runner),
+            clock,
+            attempts,
+            settle_slot,
+            self._limits.adapter_turn,
         )
         self._reporter = Reporter(self._scheduler, self.adapters, self._tally, clock)
         self._requests: dict[int, Request] = {}
@@ -91,7 +105,7 @@ class EngineCore:
         self._arrivals = 0
         self._steps = 0
         self._woken = False
-        self._checked_at = clock()
+        self._checked_at = self._looked_at = clock()
 
     def _choose_passes(self, runner: ModelRunner) -> Passes:
         """One pass ahead if the runner can; else one after the other."""
@@ -126,6 +140,14 @@ class EngineCore:
             self.adapters.want(request)
         else:
             self._scheduler.enqueue(request)
+            self._refuse_hopeless(request, now)
+
+    def _refuse_hopeless(self, request: Request, now: float) -> None:
+        """Ends a request just queued whose wait would be too long, by measured rates."""
+        scheduler, most = self._scheduler, self._limits.max_queue_seconds
+        failure = self._forecast.refusal(request, now, scheduler.places, most)
+        if failure is not None:
+            self._end(request, failure)
 
     def reject(self, request_id: int) -> None:
         """Fails a request whose `add` raised an exception, however far it came."""
@@ -164,16 +186,24 @@ class EngineCore:
         begun = self._clock()
         self._woken = False
         self._expire(begun)
-        replies = self._settle()
+        replies = self._settle(begun)
         read = self._passes.run(begun)
         self._steps += bool(read.rows)
         self._answers.take_turns(read, begun)
+        self._note_costs(read)
         if begun - self._checked_at >= CHECK_SECONDS:
             self._checked_at = begun
             self.check_books()
         outputs, requests = self._answers.take(), self._requests.values()
         done = self._reporter.report(read.rows, outputs, requests, self._steps, read.begun)
         return [*replies] if done is None else [done, *replies]
+
+    def take_refusals(self) -> StepReport | None:
+        """The outputs of requests that were refused since the last step, to be sent before it."""
+        outputs, requests = self._answers.take(), self._requests.values()
+        if not outputs:
+            return None
+        return self._reporter.report((), outputs, requests, self._steps, self._clock())
 
     @property
     def idle(self) -> bool:
@@ -211,6 +241,11 @@ class EngineCore:
             self._end(self._requests[request_id], EXPIRED)
         for digest, waiting in self.adapters.overdue_unloads(now):
             self._evacuate(digest, waiting)
+        if now - self._looked_at >= LATE_SECONDS:
+            self._looked_at = now
+            for request in self._forecast.late(now):
+                if request.arrived < self._scheduler.passed_at:
+                    self._end(request, LATE)
 
     def _evacuate(self, digest: str, waiting: bool) -> None:
         """Ends the requests that use an adapter, and with `waiting` those that wait for it."""
@@ -219,16 +254,46 @@ class EngineCore:
             if named and (request.pins or waiting):
                 self._end(request, UNLOADED)
 
-    def _settle(self) -> list[Reply]:
+    def _settle(self, now: float) -> list[Reply]:
         """Lets the adapters' side move on: queues granted requests and ends refused ones."""
         settled = self.adapters.settle()
         self._woken |= settled.more
         for request in settled.granted:
             self._scheduler.enqueue(request)
+            if request.queue_seconds is None:
+                self._refuse_hopeless(request, now)
+        for digest in settled.blocking:
+            self._set_back(digest, now)
         for request, failure in settled.refused:
             self._forget(request)
             self._answers.fail(request.id, failure)
         return settled.replies
+
+    def _set_back(self, digest: str, now: float) -> None:
+        """Lets requests wait for their adapter again, so that another adapter gets its place.
+
+        Their tokens stay, and are recomputed when it is back. Those that have just started run for
+        a quarter of a turn first, so that each start is worth its cost.
+        """
+        for request in self._scheduler.running.copy():
+            is_over = now - request.begun >= self._limits.adapter_turn / 4
+            if is_over and any(pin.digest == digest for pin in request.pins):
+                self._scheduler.remove(request)
+                self.adapters.release(request)
+                request.set_back()
+                self._tally.set_back += 1
+                self.adapters.want(request)
+        self._woken = True
+
+    def _note_costs(self, read: ReadPass) -> None:
+        """Notes the duration of a pass, with its part of choosing tokens."""
+        seconds = self._clock() - read.begun
+        decodes = sum(row.count == 1 for row in read.rows)
+        prompt_tokens = sum(row.count for row in read.rows) - decodes
+        if read.rows:
+            self._scheduler.costs.note(decodes, prompt_tokens, seconds)
+            is_busy = len(self._scheduler.queue) > 0
+            self._rates.note(decodes, prompt_tokens, seconds, is_busy)
 
     def _fault(self, requests: Sequence[Request], text: str, error: Exception) -> None:
         """Ends the requests that a failure has hit; `text` is for the log."""
@@ -236,6 +301,12 @@ class EngineCore:
         self._tally.faults += 1
         for request in requests:
             self._end(request, FAULT)
+
+    def _finish(self, request: Request, failure: Failure | None) -> None:
+        """Ends a request whose last token was chosen, or whose logits are not finite."""
+        if failure is None:
+            self._rates.note_answer(request.generated + 1)
+        self._end(request, failure)
 
     def _end(self, request: Request, failure: Failure | None = None) -> None:
         """Ends a request and releases everything it holds, whatever its state."""

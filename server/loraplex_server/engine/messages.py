@@ -41,6 +41,7 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
 
     `stop_token_ids` includes the EOS ids unless they are to be ignored. `logprobs` and
     `prompt_logprobs` are numbers of alternatives to report; None reports no log-probabilities.
+    `account` is whom the tokens are charged to; `priority` orders the requests of one account.
     Only requests with the same `cache_salt` share keys and values.
     """
 
@@ -54,6 +55,7 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     prompt_logprobs: int | None = None
     priority: int = 0
     deadline: float | None = None
+    account: str = ""
     cache_salt: str = ""
 
 
@@ -287,6 +289,10 @@ class StepStats(msgspec.Struct, frozen=True):
     """Rows computed for requests that had ended meanwhile, since the engine started."""
     out_of_memory: int = 0
     """Passes for which device memory did not suffice, since the engine started."""
+    waiting_accounts: int = 0
+    """Accounts with a request that waits for its start."""
+    set_back: int = 0
+    """Requests that had to give up their adapter's place, since the engine started."""
     kept_blocks: int = 0
     """Blocks that the prefix cache has kept, in use or free."""
     prefix_lookups: int = 0

@@ -75,18 +75,21 @@ class Reporter:
     def _stats(
         self, rows: Sequence[BatchRow], requests: Collection[Request], step: int, begun: float
     ) -> StepStats:
-        decodes = sum(row.count == 1 for row in rows)
+        counts = [row.count for row in rows]
+        decodes = counts.count(1)
         mixes = [row.mix for row in rows]
         adapters, fetching = self._adapters, self._adapters.residency.fetching
         prefixes = self._scheduler.prefixes
-        merged = {r.digest for r in adapters.slots.residents.values() if r.merged_bytes}
+        merged: set[str] = set()
+        if adapters.merging.nbytes:
+            merged = {r.digest for r in adapters.slots.residents.values() if r.merged_bytes}
         return StepStats(
             step=step,
             step_seconds=self._clock() - begun,
             decode_rows=decodes,
-            prefill_tokens=sum(row.count for row in rows) - decodes,
-            distinct_adapters=len({slot for mix in mixes for slot, _ in mix}),
-            base_rows=sum(not mix for mix in mixes),
+            prefill_tokens=sum(counts) - decodes,
+            distinct_adapters=len({slot for mix in {*mixes} for slot, _ in mix}),
+            base_rows=mixes.count(()),
             running=len(self._scheduler.running),
             waiting=sum(r.state is not RequestState.RUNNING for r in requests),
             free_blocks=self._scheduler.pool.free,
@@ -97,7 +100,7 @@ class Reporter:
             host_bytes=adapters.host.nbytes,
             merged_bytes=adapters.merging.nbytes,
             prefix_blocks=adapters.slots.prefix_blocks,
-            merged_rows=sum(bool(row.mix) and row.request.sole_adapter in merged for row in rows),
+            merged_rows=_rows_of(merged, rows) if merged else 0,
             host_evictions=adapters.host.evictions,
             prefetches=fetching.ahead,
             prefetch_hits=fetching.hits,
@@ -106,8 +109,15 @@ class Reporter:
             accounted_bytes=self._memory.at_start + adapters.process_bytes,
             wasted_rows=self._tally.wasted_rows,
             out_of_memory=self._tally.out_of_memory,
+            waiting_accounts=self._scheduler.queue.waiting_accounts,
+            set_back=self._tally.set_back,
             kept_blocks=self._scheduler.pool.kept,
             prefix_lookups=prefixes.lookups,
             prefix_hits=prefixes.hits,
             prefix_evictions=prefixes.evictions,
         )
+
+
+def _rows_of(adapters: set[str], rows: Sequence[BatchRow]) -> int:
+    """Number of rows that one of these adapters alone computes, at weight 1."""
+    return sum(bool(row.mix) and row.request.sole_adapter in adapters for row in rows)

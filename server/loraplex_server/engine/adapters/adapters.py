@@ -49,15 +49,21 @@ class Adapters:
         clock: Callable[[], float],
         attempts: Announcements | None = None,
         settle_slot: Callable[[int], None] = lambda slot: None,
+        turn: float = 0.0,
     ) -> None:
-        """`settle_slot` returns when no pass reads a slot, whose contents are to change then."""
+        """`settle_slot` returns when no pass reads a slot, whose contents are to change then.
+
+        `turn` is as in `Residency`.
+        """
         self._replies: list[Reply] = []
         self._lanes = LoadLanes(loader)
         reply = self._replies.append
         self.slots = AdapterSlots(runner, clock, attempts, settle_slot)
         self.host = HostTier(runner.host_budget_bytes, runner.info.device.startswith("cpu"))
         self.merging = Merging(runner, self.slots, self.host, self._lanes, clock, reply, attempts)
-        self.residency = Residency(runner, self.slots, self.host, self._lanes, self.merging, reply)
+        self.residency = Residency(
+            runner, self.slots, self.host, self._lanes, self.merging, reply, clock, turn
+        )
 
     def want(self, request: Request) -> None:
         """Adds a request that needs adapters; a later `settle` grants or refuses it."""

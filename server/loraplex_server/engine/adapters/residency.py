@@ -5,7 +5,10 @@ in which the last one arrives. A request never holds some of its adapters while 
 so two mixes cannot block each other. Wants are granted in whatever order their adapters become
 available, but room is made for the oldest want only (the head), and its adapters are not evicted
 before it has them all. If adapters in use hold that room, the first of them in eviction order take
-no new pins until they are free. So every want is met as long as running requests end.
+no new pins until they are free, the longest resident first, however many requests for them keep
+coming. Once the head has waited for a turn and they have been there for a turn, their requests are
+set back: they return their pins and want their adapters again, as the newest. So every want is met:
+if A adapters are wanted and S of them fit, within A / S times 1.25 turns, and the time of loads.
 
 An adapter is taken from host memory if it is there, else read from its files, and it is staged
 before anything is evicted for it: a bad adapter harms only the requests that want it. Later wants'
@@ -73,13 +76,20 @@ class Residency:
         lanes: LoadLanes,
         merging: Merging,
         reply: Callable[[Reply], None],
+        clock: Callable[[], float],
+        turn: float,
     ) -> None:
-        """`reply` receives answers to orders, and a `LoadDone` for every load."""
+        """`reply` receives answers to orders, and a `LoadDone` for every load.
+
+        `turn` is in seconds; with 0, running requests are never set back.
+        """
         self._runner = runner
         self._slots = slots
         self._host = host
         self._merging = merging
         self._reply = reply
+        self._clock = clock
+        self._turn = turn
         self._wants = Wants(slots.residents)
         self._unloads = Unloads()
         self._closed: set[str] = set()
@@ -90,7 +100,7 @@ class Residency:
 
     def want(self, request: Request) -> None:
         """Adds a request's want; a later `settle` grants or refuses it."""
-        self._wants.add(request)
+        self._wants.add(request, self._clock())
 
     def release(self, request: Request) -> None:
         """Drops a request's want, or the pins that it was granted."""
@@ -108,7 +118,7 @@ class Residency:
             return
         if isinstance(order, Merge):
             self._merging.expect(order)
-        self._wants.add_order(order)
+        self._wants.add_order(order, self._clock())
 
     def withdraw(self, op: int) -> None:
         """Drops an order that nobody waits for any more, and what is wanted for it alone.
@@ -242,8 +252,9 @@ class Residency:
         if self._refuse_unfit(staged.digest, adapter):
             return True
         if not self._slots.fits_alone(adapter):
-            return self._fail_staged(staged, self._too_large(adapter))
-        victims = self._slots.victims(adapter, keep=head.refs.keys())
+            return self._fail_staged(staged, self._slots.too_large(adapter))
+        is_late = 0.0 < self._turn <= self._clock() - head.since
+        victims = self._slots.victims(adapter, keep=head.refs.keys(), past_drains=is_late)
         if victims is None:
             self._refuse(head, TOGETHER)
             return True
@@ -252,6 +263,10 @@ class Residency:
             # Victims accept no new pins meanwhile, or they would never drain.
             self._closed = {victim.digest for victim in victims}
             self._settled.more = not in_use
+            if is_late:
+                since = self._clock() - self._turn
+                in_turn = [each for each in victims if each.refs and each.published <= since]
+                self._settled.blocking += [e.digest for e in in_turn if not e.draining]
             return False
         for victim in victims:
             self._remove(victim, evicted=True)
@@ -380,11 +395,3 @@ class Residency:
     def _answer_unloads(self, digest: str) -> None:
         for done in self._unloads.answered(digest):
             self._reply(done)
-
-    def _too_large(self, adapter: LoadedAdapter) -> Failure:
-        text = (
-            f"the adapter takes {adapter.nbytes} bytes and {adapter.virtual_tokens} virtual tokens;"
-            f" the server has {self._runner.adapter_budget_bytes} bytes and "
-            f"{self._runner.prefix_blocks * self._runner.block_size} tokens for all adapters"
-        )
-        return Failure(Reason.ADAPTER_TOO_LARGE, text)

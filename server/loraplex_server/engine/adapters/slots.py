@@ -43,6 +43,7 @@ class Resident:
         merge_nbytes: bytes that its dense copies would take; 0 if it cannot be merged.
         prefix: its virtual tokens, in `blocks` of those set aside.
         invocation_tokens: as in `LoadedAdapter`.
+        published: time at which it was put there, on the engine's clock.
         load_seconds: duration of its load.
         reload_seconds: duration of a load from its files.
         last_used: time on the engine's clock; 0 if never.
@@ -62,6 +63,7 @@ class Resident:
     prefix: Prefix
     invocation_tokens: tuple[int, ...]
     blocks: tuple[int, ...]
+    published: float
     load_seconds: float
     reload_seconds: float
     last_used: float = 0.0
@@ -166,6 +168,7 @@ class AdapterSlots:
             prefix=Prefix.of(adapter.virtual_tokens, tuple(blocks), self._runner.block_size),
             invocation_tokens=tuple(adapter.invocation_tokens),
             blocks=tuple(blocks),
+            published=begun + seconds,
             load_seconds=seconds if held.kept else held.read_seconds + seconds,
             reload_seconds=held.read_seconds + seconds,
         )
@@ -222,7 +225,9 @@ class AdapterSlots:
             resident = self.residents[request.pins[0].digest]
             request.prefix = resident.prefix
             request.copies = resident.copies
-            request.active_from = active_from(request.tokens, resident.invocation_tokens)
+            request.active_from = active_from(
+                request.tokens[: request.prompt_len], resident.invocation_tokens
+            )
 
     def unpin(self, pin: Pin) -> None:
         """Releases a pin."""
@@ -256,21 +261,38 @@ class AdapterSlots:
             and 2 * sum(len(r.blocks) for r in held) <= self._blocks.num_blocks
         )
 
-    def victims(self, adapter: LoadedAdapter, keep: Collection[str]) -> list[Resident] | None:
+    def too_large(self, adapter: LoadedAdapter) -> Failure:
+        """The refusal of an adapter that does not fit alone."""
+        text = (
+            f"the adapter takes {adapter.nbytes} bytes and {adapter.virtual_tokens} virtual tokens;"
+            f" the server has {self._runner.adapter_budget_bytes} bytes and "
+            f"{self._runner.prefix_blocks * self._runner.block_size} tokens for all adapters"
+        )
+        return Failure(Reason.ADAPTER_TOO_LARGE, text)
+
+    def victims(
+        self, adapter: LoadedAdapter, keep: Collection[str], past_drains: bool = False
+    ) -> list[Resident] | None:
         """Adapters whose removal makes room for `adapter`; None if no removal makes enough.
 
-        Draining adapters come first, then those without pins, then the others, each in the order of
-        `GreedyDual`. Adapters in `keep`, adapters held by order, and adapters that take nothing of
-        what is short are passed over.
+        Draining adapters come first, then those without pins in the order of `GreedyDual`, then the
+        others, the longest on the device first. Adapters in `keep`, adapters held by order, and
+        adapters that take nothing of what is short are passed over. With `past_drains` so are those
+        that drain and are in use, as far as the others make enough room.
         """
+        if past_drains:
+            drained = {r.digest for r in self.residents.values() if r.draining and r.refs}
+            chosen = self.victims(adapter, {*keep, *drained}) if drained else None
+            if chosen is not None:
+                return chosen
         nbytes = self.nbytes + adapter.nbytes - self._runner.adapter_budget_bytes
         blocks = self._blocks.blocks_for(adapter.virtual_tokens) - self._blocks.free
         slots = 1 - len(self._free)
-        chosen: list[Resident] = []
+        chosen = []
         if max(nbytes, blocks, slots) <= 0:
             return chosen
         candidates = [r for r in self.residents.values() if r.draining or not r.held]
-        candidates.sort(key=lambda r: (not r.draining, r.refs > 0, self._order.worth(r.digest)))
+        candidates.sort(key=self._eviction_key)
         for resident in [r for r in candidates if r.digest not in keep]:
             if slots > 0 or (nbytes > 0 and resident.nbytes) or (blocks > 0 and resident.blocks):
                 chosen.append(resident)
@@ -292,6 +314,11 @@ class AdapterSlots:
         )
         self._blocks.check()
         assert self._blocks.used == sum(len(r.blocks) for r in residents), "a block was lost"
+
+    def _eviction_key(self, resident: Resident) -> tuple[bool, bool, tuple[float, int]]:
+        age = (resident.published, resident.slot)
+        worth = age if resident.refs else self._order.worth(resident.digest)
+        return not resident.draining, resident.refs > 0, worth
 
     def _touch(self, resident: Resident) -> None:
         self._order.touch(resident.digest, resident.nbytes, resident.reload_seconds)

@@ -18,10 +18,12 @@ class Want:
     """Adapters by digest that a request needs together, or the one adapter of some orders.
 
     Attributes:
+        since: time of its beginning on the engine's clock.
         orders: by their `op`, in the order in which they are carried out; empty for a request.
     """
 
     refs: dict[str, AdapterRef]
+    since: float
     request: Request | None = None
     orders: dict[int, LoadOrder] = field(default_factory=dict)
 
@@ -32,6 +34,7 @@ class Settled:
 
     Attributes:
         granted: requests that have all their adapters pinned now.
+        blocking: adapters in use that were there for a turn and whose place is waited for as long.
         refused: requests that cannot have their adapters, each with the reason.
         replies: answers to orders, and notices of loads and merges that ended.
         published: an adapter was put on the device.
@@ -39,6 +42,7 @@ class Settled:
     """
 
     granted: list[Request] = field(default_factory=list)
+    blocking: list[str] = field(default_factory=list)
     refused: list[tuple[Request, Failure]] = field(default_factory=list)
     replies: list[Reply] = field(default_factory=list)
     published: bool = False
@@ -106,16 +110,16 @@ class Wants:
         """Whether any want names an adapter that is not on the device."""
         return digest in self._naming and digest not in self._residents
 
-    def add(self, request: Request) -> None:
+    def add(self, request: Request, now: float) -> None:
         """Adds the want of a request as the newest."""
         refs = {ref.digest: ref for ref in request.submit.adapters}
-        self._requests[request] = self._add(Want(refs, request))
+        self._requests[request] = self._add(Want(refs, now, request))
 
-    def add_order(self, order: LoadOrder) -> None:
+    def add_order(self, order: LoadOrder, now: float) -> None:
         """Adds an order to the want of its adapter's orders, or as the newest want."""
         digest = order.adapter.digest
         if digest not in self._ordered:
-            self._ordered[digest] = self._add(Want({digest: order.adapter}))
+            self._ordered[digest] = self._add(Want({digest: order.adapter}, now))
         self._wants[self._ordered[digest]].orders[order.op] = order
         self._digests[order.op] = digest
 

@@ -13,8 +13,8 @@ from typing import Protocol
 
 from loraplex_model.base.refusal import Reason
 
+from loraplex_server.engine.batching.limits import EngineLimits
 from loraplex_server.engine.batching.request import Request
-from loraplex_server.engine.batching.scheduler import EngineLimits
 from loraplex_server.engine.messages import Failure, ModelInfo, Submit
 
 

@@ -17,9 +17,10 @@ def lay_out(rows: Sequence[BatchRow]) -> ForwardBatch:
     np.cumsum(counts, out=starts[1:])
     total = int(starts[-1])
     tokens = np.empty(total, np.int32)
+    requests = [row.request for row in rows]
     first = np.array([row.request.prefix.count + row.start for row in rows], np.int32)
     positions = np.arange(total, dtype=np.int32) + np.repeat(first - starts[:-1], counts)
-    widths = [len(row.request.prefix.shared) + len(row.request.blocks) for row in rows]
+    widths = [len(each.prefix.shared) + len(each.blocks) for each in requests]
     tables = np.zeros((len(rows), max(widths)), np.int32)
     mix_starts = [0]
     mix: list[tuple[int, float]] = []
@@ -27,25 +28,27 @@ def lay_out(rows: Sequence[BatchRow]) -> ForwardBatch:
     copies: list[tuple[int, int]] = []
     at = 0
     for index, row in enumerate(rows):
-        request, end = row.request, at + row.count
-        prefix = request.prefix
-        if row.count == 1:
-            tokens[at] = request.tokens[row.start]
+        request, start, count, logits = row
+        end, prefix = at + count, request.prefix
+        if count == 1:
+            tokens[at] = request.tokens[start]
         else:
-            tokens[at:end] = request.tokens[row.start : row.start + row.count]
+            tokens[at:end] = request.tokens[start : start + count]
         shared = len(prefix.shared)
-        tables[index, :shared] = prefix.shared
+        if shared:
+            tables[index, :shared] = prefix.shared
         tables[index, shared : widths[index]] = request.blocks
-        if row.start == 0 and prefix.tail is not None:
+        if start == 0 and prefix.tail is not None:
             copies.append((prefix.tail, request.blocks[0]))
-        mix += row.mix
+        if start >= request.active_from:
+            mix += request.mix
         mix_starts.append(len(mix))
-        if row.logits is Logits.ALL:
-            logit_rows.extend(range(at, end))
-        elif row.logits is Logits.LAST:
+        if logits is Logits.LAST:
             logit_rows.append(end - 1)
+        elif logits is Logits.ALL:
+            logit_rows.extend(range(at, end))
         at = end
-    any_long = any(row.request.is_long for row in rows)
+    any_long = any(each.short_positions and each.is_long for each in requests)
     return ForwardBatch(
         tokens=tokens,
         positions=positions,
@@ -57,5 +60,5 @@ def lay_out(rows: Sequence[BatchRow]) -> ForwardBatch:
         mix_weights=np.array([weight for _, weight in mix], np.float32),
         logit_rows=np.array(logit_rows, np.int32),
         copies=np.array(copies, np.int32).reshape(-1, 2),
-        is_long=np.array([row.request.is_long for row in rows] if any_long else [], np.bool_),
+        is_long=np.array([each.is_long for each in requests] if any_long else [], np.bool_),
     )

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from loraplex_server.engine.messages import Logprobs, Submit
 
 if TYPE_CHECKING:
+    from loraplex_server.engine.batching.fair_queue import Account
     from loraplex_server.engine.batching.prefix_tree import KeptBlock, Root
     from loraplex_server.engine.batching.sampler import Draw
 
@@ -94,8 +95,8 @@ class Request:
     """The state of one request.
 
     Attributes:
-        order: sort key; smaller is served earlier: the time of arrival less the seconds that the
-            priority is worth, then the number of the arrival.
+        order: sort key within its account; smaller is served earlier: the time of arrival less the
+            seconds that the priority is worth, then the number of the arrival.
         arrived: time of arrival on the engine's clock.
         draw: state of sampling.
         tokens: the prompt, then the generated tokens (int32). The last `pending` ones are not known
@@ -123,6 +124,9 @@ class Request:
         runs: number of times that it was admitted.
         queue_seconds: time from its arrival to its first step; None before that.
         short_positions: as in the base's `DecoderConfig`; 0 if all sequences are alike.
+        account: whom its tokens are charged to; None before it is queued.
+        begun: time of its last start on the engine's clock.
+        charged: number of its first tokens that were charged, or found in the KV cache.
     """
 
     submit: Submit
@@ -151,6 +155,9 @@ class Request:
     runs: int = 0
     queue_seconds: float | None = None
     short_positions: int = 0
+    account: Account | None = None
+    begun: float = 0.0
+    charged: int = 0
 
     def __post_init__(self) -> None:
         self.tokens = array("i", self.submit.token_ids)
@@ -216,6 +223,14 @@ class Request:
         It follows from the request alone, so keys in the cache are never rotated again.
         """
         return 0 < self.short_positions < self.prefix.count + self.most_tokens
+
+    def set_back(self) -> None:
+        """Goes back to waiting for its adapters, with the tokens that it has; it holds nothing."""
+        self.state = RequestState.FETCHING
+        self.pins, self.mix, self.prefix = (), (), Prefix()
+        self.copies = MergeState()
+        self.active_from = 0
+        self.computed = 0
 
     def expect(self, draw: int) -> None:
         """Adds the token that draw `draw` of a launch will choose."""

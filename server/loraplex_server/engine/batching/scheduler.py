@@ -1,64 +1,43 @@
 """The scheduler: which tokens of which requests are computed in the next step.
 
 Continuous batching: every step first computes one token for each decoding request, then fills the
-rest of the token budget with chunks of prompts. Requests are served in the order of their arrival,
-each level of priority counting as `PRIORITY_SECONDS` of waiting; none overtakes another. So however
-many requests of a higher priority keep arriving, a request is overtaken only by those that arrive
-within a bounded time after it. When KV blocks run out while decoding, the request that is last in
-order returns its blocks and queues again (preemption); its generated tokens stay and are recomputed
-as if they were prompt. The first in order is never preempted for another, and no request larger
-than the whole cache is accepted, so at least one request always makes progress.
+rest of the token budget, or as much of it as `StepCosts` has time for, with chunks of prompts. The
+prompt of the account with the smallest counter comes first, whether it has begun or waits in the
+`FairQueue`; equal counters are served in order. Nobody is skipped because a later request is
+smaller.
+
+When KV blocks run out while decoding, a request returns its blocks and queues again (preemption):
+the last in order of the account with the largest counter. Its generated tokens stay and are
+recomputed as if they were prompt. The running request that is first in order is never preempted for
+another, and no request larger than the whole cache is accepted, so at least one request always
+makes progress.
+
+While several accounts send requests, `Shares` says what each of them leaves to the others.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Hashable
-from dataclasses import dataclass
+from collections.abc import Collection, Hashable
 from enum import Enum
 from operator import attrgetter
+from typing import NamedTuple
 
-import msgspec
-
+from loraplex_server.engine.batching.fair_queue import Account, FairQueue
 from loraplex_server.engine.batching.kv import BlockPool
+from loraplex_server.engine.batching.limits import EngineLimits
 from loraplex_server.engine.batching.prefix_cache import PrefixCache
 from loraplex_server.engine.batching.prefix_tree import KeptBlock, Root
 from loraplex_server.engine.batching.request import Request, RequestState
+from loraplex_server.engine.batching.shares import PROMPT_PARTS, Shares
+from loraplex_server.engine.batching.step_costs import StepCosts
 from loraplex_server.engine.batching.turns import Turns
 
-PRIORITY_SECONDS = 0.1
-"""Seconds of waiting that one level of priority is worth."""
+ACTIVE_SECONDS = 10.0
+"""Seconds for which an account counts as sending requests after its last one."""
 
 NARROW_STEPS = 32
 """Number of steps with fewer tokens after a step for which device memory did not suffice."""
-
-
-class EngineLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Bounds of the engine.
-
-    Attributes:
-        token_budget: tokens of one step, decode rows and prefill chunks together.
-        max_running: requests that take part in a step.
-        max_waiting: requests that wait for their first step; more are refused.
-        max_waiting_tokens: prompt tokens of the waiting requests; a prompt beyond it is refused
-            unless nothing waits.
-        prompt_logprob_rows: prompt tokens of one step whose logits are all kept, of all requests
-            together.
-        prefix_cache: whether requests that begin alike share blocks; see `prefix_cache`.
-    """
-
-    token_budget: int = 512
-    max_running: int = 64
-    max_waiting: int = 256
-    max_waiting_tokens: int = 1 << 18
-    prompt_logprob_rows: int = 128
-    prefix_cache: bool = True
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.max_running <= self.token_budget:
-            raise ValueError("max_running must be between 1 and token_budget")
-        if min(self.max_waiting, self.max_waiting_tokens, self.prompt_logprob_rows) < 1:
-            raise ValueError("every limit must be positive")
 
 
 class Logits(Enum):
@@ -69,8 +48,7 @@ class Logits(Enum):
     ALL = "all"
 
 
-@dataclass(frozen=True, slots=True)
-class BatchRow:
+class BatchRow(NamedTuple):
     """One request's part of a step: `count` of its own tokens from index `start` on.
 
     A row never extends over the request's `active_from`.
@@ -99,41 +77,55 @@ _Coming = set[tuple[KeptBlock | Root, Hashable]]
 
 
 class Scheduler:
-    """Queued and running requests, both in serving order, and their KV blocks.
+    """Queued and running requests, and their KV blocks.
 
     Attributes:
         prefixes: blocks of the pool that are kept for requests that begin alike.
+        running: the running requests, in order.
         turns: running requests whose last token is computed and whose next one is not chosen yet.
+        costs: what steps cost; whoever measures them notes it there.
+        held_up: whether the last step left requests waiting for a place or for blocks.
+        passed_at: time of the last step that left requests waiting for anything.
     """
 
     def __init__(self, pool: BlockPool, limits: EngineLimits) -> None:
         self.pool = pool
         self.limits = limits
         self.prefixes = PrefixCache(pool, limits.prefix_cache)
-        self.queue: list[Request] = []
+        self.queue = FairQueue(limits.fair_weights)
         self.running: list[Request] = []
         self.turns = Turns()
+        self.costs = StepCosts(limits.prompt_step_ratio)
         self.preemptions = 0
+        self.held_up = False
+        self.passed_at = float("-inf")
         self._token_budget = limits.token_budget
         self._narrow_steps = 0
+        self._left_some_out = False
 
     @property
     def is_idle(self) -> bool:
         """Whether no request is queued or running."""
         return not self.queue and not self.running
 
+    @property
+    def places(self) -> int:
+        """Number of requests that may start now, as far as places and blocks decide that."""
+        return 0 if self.held_up else max(0, self.limits.max_running - len(self.running))
+
     def enqueue(self, request: Request) -> None:
         """Adds a request that can start as soon as there is room for it."""
         request.state = RequestState.QUEUED
-        insort(self.queue, request, key=_order)
+        self.queue.join(request)
 
     def remove(self, request: Request) -> None:
         """Removes a queued or running request and frees its blocks. No effect on others."""
         if request.state is RequestState.QUEUED:
-            _take(self.queue, request)
+            self.queue.drop(request)
         elif request.state is RequestState.RUNNING:
             _take(self.running, request)
             self._free(request)
+            self.queue.leave(request)
         self.prefixes.end(request)
 
     def settle(self, row: BatchRow) -> None:
@@ -157,40 +149,77 @@ class Scheduler:
         Calling it again without computing the rows gives them again, as far as the budget allows.
         """
         rows: list[BatchRow] = []
-        self._schedule_decodes(rows)
-        budget = self._token_budget - len(rows)
-        coming: _Coming = set()
-        for request in self.running:
-            if not budget:
-                break
-            if not self.prefixes.awaits(request, coming) and request.remaining > 1:
-                budget -= self._chunk(request, budget, rows)
-        self._admit(budget, rows, coming, now)
-        rows.sort(key=lambda row: row.mix)
+        shares = None
+        prompts = [each for each in self.running if len(each.tokens) > each.computed + 1]
+        if (prompts or self.queue) and self.queue.is_shared(now - ACTIVE_SECONDS):
+            most, least = self.limits.max_running, self.queue.least_weight
+            shares = Shares(self.running, most, self.pool.num_blocks, least)
+        left_out = self._left_out(shares, prompts)
+        if left_out:
+            prompts = [each for each in prompts if each.account not in left_out]
+            budget = min(self._token_budget // 2, self._token_budget - len(self.running))
+            self._schedule_prompts(prompts, budget, rows, now, shares, left_out)
+        self._left_some_out = bool(rows)
+        prompts = self._schedule_decodes(rows, left_out if rows else ())
+        if not self._left_some_out:
+            budget = self.costs.allowance(len(rows), self._token_budget - len(rows))
+            if not rows and shares is not None and shares.has_majority(prompts, self.queue.waiting):
+                budget = -(-budget // PROMPT_PARTS)
+            self._schedule_prompts(prompts, budget, rows, now, shares)
+        rows.sort(key=_mix)
         if self._narrow_steps and rows:
             self._narrow_steps -= 1
             if not self._narrow_steps:
                 self._token_budget = self.limits.token_budget
         return rows
 
-    def _schedule_decodes(self, rows: list[BatchRow]) -> None:
-        """Adds every decode row; preempts the last in order while a row lacks a block.
+    def _left_out(self, shares: Shares | None, prompts: Collection[Request]) -> set[Account]:
+        """The accounts without rows in this step, for a prompt of a light one; mostly none."""
+        if shares is None or self._left_some_out:
+            return set()
+        heavy = shares.heavy
+        if not heavy:
+            return heavy
+        is_light = shares.is_light
+        begun = any(is_light(request.account) for request in prompts)
+        return heavy if begun or any(map(is_light, self.queue.waiting)) else set()
 
-        The budget has room for all of them, unless memory has run out lately.
+    def _schedule_decodes(
+        self, rows: list[BatchRow], left_out: Collection[Account] = ()
+    ) -> list[Request]:
+        """Adds every decode row; returns the running requests with a part of a prompt to compute.
+
+        Rows of the accounts in `left_out` are not added. Requests are preempted while a row lacks a
+        block. The budget has room for all rows, unless memory has run out lately.
         """
-        at = 0
-        while at < len(self.running) and len(rows) < self._token_budget:
-            request = self.running[at]
-            at += 1
-            if request.remaining != 1:  # a part of its prompt is missing, or it waits for its turn
+        prompts: list[Request] = []
+        placed = {row.request for row in rows}
+        size, budget, add = self.pool.block_size, self._token_budget, self._add
+        for request in self.running.copy():
+            start = request.computed
+            remaining = len(request.tokens) - start
+            if request.state is not RequestState.RUNNING:
+                continue  # it has been preempted for a row before it
+            if request in placed or request.account in left_out:
                 continue
-            while not self._grow(request):
-                victim = self.running.pop()
-                self._preempt(victim)
-                if victim is request:
-                    break
-            else:
-                rows.append(BatchRow(request, request.computed, 1, Logits.LAST))
+            if remaining == 1:
+                if len(rows) < budget and (
+                    len(request.blocks) * size >= request.prefix.rest + start + 1
+                    or self._make_room(request, rows)
+                ):
+                    add(BatchRow(request, start, 1, Logits.LAST), rows)
+            elif remaining > 1:
+                prompts.append(request)
+        return [each for each in prompts if each.state is RequestState.RUNNING]
+
+    def _make_room(self, request: Request, rows: list[BatchRow]) -> bool:
+        """Reserves the blocks of a decode row; False if the request itself was preempted."""
+        while request.state is RequestState.RUNNING:
+            if self._grow(request):
+                return True
+            first, *others = self.running
+            self._preempt(max(others, key=_by_counter, default=first), rows)
+        return False
 
     def _grow(self, request: Request) -> bool:
         """Reserves the blocks that all its tokens need; False if too few are free."""
@@ -200,6 +229,73 @@ class Scheduler:
         if missing > 0:
             request.blocks.extend(self.pool.reserve(missing))
         return True
+
+    def _schedule_prompts(
+        self,
+        prompts: list[Request],
+        budget: int,
+        rows: list[BatchRow],
+        now: float,
+        shares: Shares | None,
+        left_out: Collection[Account] = (),
+    ) -> None:
+        """Gives the budget to `prompts`, which have begun, and to queued requests, which start."""
+        may_start = bool(self.queue)
+        self.held_up &= may_start
+        coming: _Coming = set()
+        if prompts or may_start:
+            for request in self.running:
+                if request.remaining <= 1:
+                    self.prefixes.awaits(request, coming)
+        while budget > 0:
+            prompt = min(prompts, key=_by_counter, default=None)
+            found = self._next_start(shares, left_out) if may_start else None
+            if found is None:
+                may_start = False
+            elif prompt is None or found[1] or _by_counter(found[0]) < _by_counter(prompt):
+                may_start = self._start(found[0], rows, now, shares)
+                if may_start:
+                    budget -= self._next_chunk(found[0], budget, rows, coming)
+                    may_start = bool(self.queue)
+                    prompts = [each for each in prompts if each.state is RequestState.RUNNING]
+                continue
+            if prompt is None:
+                break
+            prompts.remove(prompt)
+            budget -= self._next_chunk(prompt, budget, rows, coming)
+        if self.queue:
+            self.passed_at = now
+
+    def _next_start(
+        self, shares: Shares | None, left_out: Collection[Account]
+    ) -> tuple[Request, bool] | None:
+        """The queued request that starts next, as far as places decide; see `FairQueue.first`."""
+        free, found = self._free_places, None
+        if shares is None:
+            found = self.queue.first() if free > 0 else None
+        else:
+            barred = shares.barred(free, self.pool.free).union(left_out)
+            if free <= 0 and shares.heaviest is not None:
+                barred.update(each for each in self.queue.waiting if not shares.is_light(each))
+                found = self.queue.first(barred)
+            elif free > 0:
+                found = self.queue.first(barred)
+        self.held_up = found is None
+        return found
+
+    @property
+    def _free_places(self) -> int:
+        """Places for requests that start. Those that are finishing take none, as they are done."""
+        free = self.limits.max_running - len(self.running)
+        return free if free > 0 else free + sum(request.is_finishing for request in self.running)
+
+    def _next_chunk(
+        self, request: Request, budget: int, rows: list[BatchRow], coming: _Coming
+    ) -> int:
+        """As `_chunk`, unless another request is computing what this one can share."""
+        if self.prefixes.awaits(request, coming):
+            return 0
+        return self._chunk(request, budget, rows)
 
     def _chunk(self, request: Request, budget: int, rows: list[BatchRow]) -> int:
         """Adds the next chunk of a prompt, if it may have one; returns its number of tokens."""
@@ -215,58 +311,79 @@ class Scheduler:
             logits = Logits.ALL
         else:
             logits = Logits.LAST if count == request.remaining else Logits.NONE
-        rows.append(BatchRow(request, request.computed, count, logits))
+        self._add(BatchRow(request, request.computed, count, logits), rows)
         return count
 
-    def _admit(self, budget: int, rows: list[BatchRow], coming: _Coming, now: float) -> None:
-        """Starts queued requests, strictly in order, while budget, places and blocks last.
+    def _add(self, row: BatchRow, rows: list[BatchRow]) -> None:
+        """Adds a row, and charges it."""
+        rows.append(row)
+        account = row.request.account
+        assert account is not None, "a running request has no account"
+        row.request.charged = max(row.request.charged, row.start)  # what others computed is free
+        account.charge(row.request, row.start + row.count)
+
+    def _start(
+        self, request: Request, rows: list[BatchRow], now: float, shares: Shares | None
+    ) -> bool:
+        """Starts a queued request if there are blocks for it; else it is waited for.
 
         One free block per running request is left over, so that the next step does not preempt the
         request just started.
         """
-        started = 0
-        for request in self.queue:
-            if not budget or self._is_full() or request.awaits_token:
-                break
-            found = self.prefixes.find(request)
-            # Of the blocks found, those without an owner are the last ones, and count as free.
-            owned = bisect_left(found, True, key=lambda node: not self.pool.owners(node.block))
-            need = self.pool.blocks_for(request.in_own_blocks) - owned
-            if need + len(self.running) > self.pool.free and self.running:
-                break
-            self._begin(request, now)
-            if not self.prefixes.awaits(request, coming):
-                budget -= self._chunk(request, budget, rows)
-            started += 1
-        del self.queue[:started]
+        if request.awaits_token:
+            return False
+        found = self.prefixes.find(request)
+        # Of the blocks found, those without an owner are the last ones, and count as free.
+        owned = bisect_left(found, True, key=lambda node: not self.pool.owners(node.block))
+        need = self.pool.blocks_for(request.in_own_blocks) - owned
+        if need + len(self.running) > self.pool.free and self.running:
+            self.held_up = True
+            return False
+        if shares is not None:
+            if self._free_places <= 0:
+                heaviest = shares.heaviest
+                self._preempt([r for r in self.running if r.account is heaviest][-1], rows)
+            shares.note_start(request)
+        self._begin(request, now)
+        return True
 
     def _begin(self, request: Request, now: float) -> None:
         """Starts a queued request, for which there is room, behind the blocks found for it."""
         self.prefixes.begin(request)
         self._grow(request)
         request.runs += 1
-        request.state = RequestState.RUNNING
+        self.queue.take(request)
+        request.state, request.begun = RequestState.RUNNING, now
         insort(self.running, request, key=_order)
         if request.queue_seconds is None:
             request.queue_seconds = now - request.arrived
             request.cached = request.computed
 
-    def _is_full(self) -> bool:
-        """Whether no more requests may take part in steps. Those that are finishing do not."""
-        most = self.limits.max_running
-        if len(self.running) < most:
-            return False
-        return sum(not request.is_finishing for request in self.running) >= most
-
-    def _preempt(self, request: Request) -> None:
+    def _preempt(self, request: Request, rows: list[BatchRow]) -> None:
+        """Puts a running request back into the queue, and takes its row from those of this step."""
+        rows[:] = [row for row in rows if row.request is not request]
+        _take(self.running, request)
         self._free(request)
         request.computed = 0
         self.preemptions += 1
-        self.enqueue(request)
+        request.state = RequestState.QUEUED
+        self.queue.put_back(request)
 
     def _free(self, request: Request) -> None:
         self.prefixes.release(request)
         self.turns.drop(request)
+
+
+def _mix(row: BatchRow) -> tuple[tuple[int, float], ...]:
+    """As `BatchRow.mix`."""
+    request = row[0]
+    return request.mix if row[1] >= request.active_from else ()
+
+
+def _by_counter(request: Request) -> tuple[float, tuple[float, int]]:
+    """Sort key: the counter of its account, then its order."""
+    assert request.account is not None, "a request without an account is scheduled"
+    return request.account.counter, request.order
 
 
 def _take(ordered: list[Request], request: Request) -> None:

@@ -149,8 +149,9 @@ class Answers:
             return
         at = self._clock()
         turns.earn(at - begun)
-        draws = [row.request.draw for row in (*read.rows, *read.ahead)]
-        is_shared = not all(map(self._choices.takes_long, draws))
+        is_shared = any(
+            not self._choices.takes_long(row.request.draw) for row in (*read.rows, *read.ahead)
+        )
         while turns and not (is_shared and turns.is_over):
             request, logits = turns.take()
             self.sample([request], logits[np.newaxis], [0])
@@ -185,12 +186,17 @@ class Answers:
             self._end(request, NOT_FINITE)
             return
         vouch(request)
-        started = request.generated == 0
+        generated = request.generated
+        started = generated == 0
         finish: str | None = None
         if token in request.stops:
             finish = "stop"
-        elif request.generated + 1 == request.submit.max_new_tokens:
+        elif generated + 1 == request.submit.max_new_tokens:
             finish = "length"
+        elif not started and request.submit.logprobs is None:
+            self._outputs.append(Output(request.id, [token]))
+            request.append(token)
+            return
         output = Output(
             id=request.id,
             token_ids=[] if finish == "stop" else [token],

@@ -135,6 +135,9 @@ def serve(core: EngineCore, inbox: Inbox, outbox: Outbox, pulse: Pulse) -> int:
             failed = handler.handle(message)
             if failed is not None:
                 outbox.send(failed)
+        refused = core.take_refusals()
+        if refused is not None:
+            outbox.send(refused)
         done = core.step()
         if done:
             outbox.send(*done)

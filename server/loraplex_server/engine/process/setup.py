@@ -6,7 +6,7 @@ import sys
 
 import msgspec
 
-from loraplex_server.engine.batching.scheduler import EngineLimits
+from loraplex_server.engine.batching.limits import EngineLimits
 from loraplex_server.engine.process.pulse import BEAT_SECONDS
 from loraplex_server.engine.runner.config import CustomRunner, RunnerConfig
 

@@ -216,7 +216,9 @@ class Suspects:
 
 
 def content_of(request: Submit) -> bytes:
-    """Digest of what a request computes, without its id, deadline, priority and seed."""
+    """Digest of what a request computes, without its id, deadline, priority, account and seed."""
     sampling = msgspec.structs.replace(request.sampling, seed=0)
-    plain = msgspec.structs.replace(request, id=0, deadline=None, priority=0, sampling=sampling)
+    plain = msgspec.structs.replace(
+        request, id=0, deadline=None, priority=0, account="", sampling=sampling
+    )
     return hashlib.blake2b(msgspec.msgpack.encode(plain), digest_size=16).digest()

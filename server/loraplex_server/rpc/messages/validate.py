@@ -13,6 +13,7 @@ from typing import Final
 from loraplex.v1 import generation_pb2, model_pb2
 from loraplex_model.base.refusal import Problem
 
+from loraplex_server.engine.batching.fair_queue import MAX_PRIORITY
 from loraplex_server.rpc.calls.bounds import (
     MAX_CACHE_SALT,
     MAX_JSON_BYTES,
@@ -131,7 +132,7 @@ def generate(
             "request_id",
             f"must be 1 to {MAX_REQUEST_ID} printable ASCII characters",
         )
-    checks.between("priority", request.priority, -100, 100)
+    checks.between("priority", request.priority, -MAX_PRIORITY, MAX_PRIORITY)
     if request.cache_salt:
         checks.size("cache_salt", request.cache_salt, MAX_CACHE_SALT)
     return checks.problems

@@ -1,8 +1,13 @@
-"""Admission of requests: bounds on the requests in the server and on waiting prompt tokens."""
+"""Admission of requests: bounds on the requests in the server and on waiting prompt tokens.
+
+An account that fills the server must not keep others out. So some places beyond the bound, and the
+same part of the waiting tokens, are for accounts that have few requests in the server.
+"""
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from typing import Final
 
 from loraplex_model.base.refusal import Reason, Refusal
@@ -32,8 +37,14 @@ class Admission:
     here, so they are right even while the engine is restarting.
     """
 
-    def __init__(self, max_requests: int, max_waiting_tokens: int, metrics: Metrics) -> None:
+    def __init__(
+        self, max_requests: int, max_waiting_tokens: int, metrics: Metrics, reserved: int = 0
+    ) -> None:
+        """`reserved` places are for accounts with fewer requests than that."""
         self._max_requests = max_requests
+        self._reserved = reserved
+        self._accounts: Counter[str] = Counter()
+        self._account_tokens: Counter[str] = Counter()
         self._max_waiting_tokens = max_waiting_tokens
         self._metrics = metrics
         self._requests = 0
@@ -45,13 +56,28 @@ class Admission:
         """Number of requests that are producing tokens."""
         return self._running
 
-    def enter(self) -> Ticket:
+    def enter(self, account: str = "") -> Ticket:
         """Takes a place in the queue, a context manager. Raises Refusal(OVERLOADED)."""
-        if self._requests >= self._max_requests:
+        most = self._max_requests
+        if self._accounts[account] < self._reserved:
+            most += self._reserved
+        if self._requests >= most:
             raise Refusal(
                 Reason.OVERLOADED, f"{self._requests} requests are in the server; try again later"
             )
-        return Ticket(self)
+        return Ticket(self, account)
+
+    def _count(self, account: str, requests: int) -> None:
+        self._accounts[account] += requests
+        if not self._accounts[account]:
+            del self._accounts[account]
+        self._change(requests=requests)
+
+    def _wait(self, account: str, tokens: int) -> None:
+        self._account_tokens[account] += tokens
+        if not self._account_tokens[account]:
+            del self._account_tokens[account]
+        self._change(tokens=tokens)
 
     def _change(self, requests: int = 0, running: int = 0, tokens: int = 0) -> None:
         self._requests += requests
@@ -61,37 +87,47 @@ class Admission:
         self._metrics.series.queued_tokens.set(self._waiting_tokens)
         self._metrics.series.running_requests.set(self._running)
 
-    def _room_for(self, tokens: int) -> bool:
+    def _room_for(self, tokens: int, account: str) -> bool:
         # A prompt of any size may wait alone; otherwise a long one could never be answered.
-        return not self._waiting_tokens or self._waiting_tokens + tokens <= self._max_waiting_tokens
+        if not self._waiting_tokens:
+            return True
+        most = self._max_waiting_tokens
+        reserved = most * self._reserved // self._max_requests
+        if self._account_tokens[account] + tokens <= reserved:
+            most += reserved
+        return self._waiting_tokens + tokens <= most
 
 
 class Ticket:
     """Place of one request in the queue; leaving the context frees it."""
 
-    __slots__ = ("_admission", "_running", "_tokens")
+    __slots__ = ("_account", "_admission", "_running", "_tokens")
 
-    def __init__(self, admission: Admission) -> None:
+    def __init__(self, admission: Admission, account: str) -> None:
         self._admission = admission
+        self._account = account
         self._tokens = 0
         self._running = False
 
     def __enter__(self) -> Ticket:
-        self._admission._change(requests=1)
+        self._admission._count(self._account, 1)
         return self
 
     def wait(self, tokens: int) -> None:
         """Counts the prompt's tokens as waiting. Raises Refusal(OVERLOADED)."""
-        if not self._admission._room_for(tokens):
+        if not self._admission._room_for(tokens, self._account):
             raise Refusal(Reason.OVERLOADED, "too many prompt tokens are waiting; try again later")
         self._tokens = tokens
-        self._admission._change(tokens=tokens)
+        self._admission._wait(self._account, tokens)
 
     def run(self) -> None:
         """Counts the request as running, because its prompt is computed."""
-        self._admission._change(running=1, tokens=-self._tokens)
+        self._admission._change(running=1)
+        self._admission._wait(self._account, -self._tokens)
         self._running = True
         self._tokens = 0
 
     def __exit__(self, *_: object) -> None:
-        self._admission._change(requests=-1, running=-int(self._running), tokens=-self._tokens)
+        self._admission._change(running=-int(self._running))
+        self._admission._wait(self._account, -self._tokens)
+        self._admission._count(self._account, -1)

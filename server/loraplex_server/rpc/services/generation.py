@@ -18,8 +18,10 @@ from google.protobuf.message import Message
 from loraplex.v1 import generation_pb2, generation_pb2_grpc
 from loraplex_model.base.refusal import Problem, Reason, Refusal, Subject
 
+from loraplex_server.engine.batching.fair_queue import MAX_PRIORITY
 from loraplex_server.engine.group.face import Engine
 from loraplex_server.engine.messages import Failure, Logprobs, Output, SamplingParams, Submit
+from loraplex_server.fair_weights import account_of
 from loraplex_server.logs import REQUEST_ID
 from loraplex_server.metrics import Metrics
 from loraplex_server.registry.registry import Registry
@@ -62,6 +64,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     metrics: Metrics
     bounds: validate.ModelBounds
     stream_writes: int
+    max_priority: int = MAX_PRIORITY
     ids: Iterator[int] = field(default_factory=itertools.count)
 
     async def Generate(
@@ -107,13 +110,22 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         field_path = "request." if streaming else ""
         clock = _Clock(self.metrics)
         require(validate.generate(request, self.bounds, field_path))
-        with self.admission.enter() as ticket:
+        with self.admission.enter(_asked(request)) as ticket:
             adapters = await self._resolve(request, field_path)
             room = room_beside(adapters, self.bounds.max_context)
             prompt = await self._prompt(request, adapters, field_path, room)
             require(validate.scores(request, len(prompt), field_path))
             ticket.wait(len(prompt))
-            call = _Call(request, adapters, prompt, room, _deadline(context), field_path, streaming)
+            call = _Call(
+                request=request,
+                adapters=adapters,
+                prompt=prompt,
+                room=room,
+                deadline=_deadline(context),
+                field_path=field_path,
+                streaming=streaming,
+                max_priority=self.max_priority,
+            )
             with self.metrics.generation(call.names):
                 async with aclosing(self._run(call, ticket, clock)) as events:
                     async for event in events:
@@ -268,6 +280,7 @@ class _Call:
     deadline: float | None
     field_path: str
     streaming: bool
+    max_priority: int
 
     @property
     def names(self) -> list[str]:
@@ -294,8 +307,9 @@ class _Call:
             stop_token_ids=sorted({*ends, *stop.token_ids}),
             logprobs=_given(request, "logprobs"),
             prompt_logprobs=_given(request, "prompt_logprobs"),
-            priority=request.priority,
+            priority=min(request.priority, self.max_priority),
             deadline=self.deadline,
+            account=account_of(self.names),
             cache_salt=request.cache_salt,
         )
 
@@ -345,6 +359,12 @@ def _finished(piece: Piece, prompt: int, completion: CompletionBuilder) -> _Even
             matched_stop=piece.matched_stop,
         )
     )
+
+
+def _asked(request: generation_pb2.GenerateRequest) -> str:
+    """The account that a request names, before its names are resolved."""
+    ids = [request.adapter_id] if request.adapter_id else [term.adapter_id for term in request.mix]
+    return account_of([each.partition("@")[0] for each in ids])
 
 
 def _deadline(context: _Context) -> float | None:

@@ -1,0 +1,113 @@
+"""When a request would start and end, by measured rates, and what is refused because of that.
+
+    arrival -- waits: cost ahead / rate --> starts -- own prompt --> first token -- answer --> end
+
+The cost ahead of a request is what its account has waiting before it, and what the other accounts
+have waiting until their counters reach the one that its account will have then: see `FairQueue`.
+Nothing is refused while there is nothing to wait for, or before rates are known. So an idle server
+never refuses, however short a deadline is.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from loraplex_model.base.refusal import Reason
+
+from loraplex_server.engine.batching.fair_queue import NEW_COST
+from loraplex_server.engine.messages import Failure
+
+if TYPE_CHECKING:
+    from loraplex_server.engine.batching.fair_queue import FairQueue
+    from loraplex_server.engine.batching.request import Request
+    from loraplex_server.engine.batching.step_costs import StepCosts, WorkRates
+
+MARGIN = 1.15
+"""Time that a request must have when it is accepted, over that which it takes at measured rates."""
+
+LATE_MARGIN = 1.05
+"""The same when it has waited. It is smaller, so that few are accepted and then not computed."""
+
+LATE = Failure(
+    Reason.DEADLINE_UNMEETABLE,
+    "the request has waited for so long that it would not end before its deadline; "
+    "try again later, or set a longer deadline",
+)
+
+
+class Forecast:
+    """Predictions for waiting requests, from the queue and the measured rates."""
+
+    def __init__(self, queue: FairQueue, costs: StepCosts, rates: WorkRates) -> None:
+        self._queue = queue
+        self._costs = costs
+        self._rates = rates
+
+    def refusal(
+        self, request: Request, now: float, places: int, most_seconds: float
+    ) -> Failure | None:
+        """Why a request that was just queued is not accepted; None if it is.
+
+        `places` is the number of requests that may start at once; `most_seconds` is the longest
+        wait that is accepted, 0 for any.
+        """
+        wait = self._wait_seconds(request, places)
+        if wait <= 0.0:
+            return None
+        if most_seconds and wait > most_seconds:
+            text = f"the wait would be about {wait:.0f} s, more than {most_seconds:g}"
+            return Failure(Reason.OVERLOADED, f"{text}; try again later")
+        deadline, own = request.submit.deadline, self.own_seconds(request)
+        if deadline is None or now + wait + MARGIN * own <= deadline:
+            return None
+        text = (
+            f"the request would wait about {wait:.1f} s and take {own:.1f} s, "
+            f"but its deadline is in {deadline - now:.1f} s"
+        )
+        return Failure(Reason.DEADLINE_UNMEETABLE, f"{text}; set a longer one or try again later")
+
+    def late(self, now: float) -> list[Request]:
+        """Waiting requests, not begun, that cannot end before their deadlines any more."""
+        return [
+            request
+            for request in self._queue
+            if request.submit.deadline is not None
+            and request.queue_seconds is None
+            and now + LATE_MARGIN * self.own_seconds(request) > request.submit.deadline
+        ]
+
+    def own_seconds(self, request: Request) -> float:
+        """Time from the start of a request to its end, if its answer is of usual length."""
+        rate = self._rates.prompt_rate
+        prompt = request.prompt_len / rate if rate else 0.0
+        return prompt + (self._new_tokens(request) - 1.0) * self._costs.step_seconds
+
+    def _new_tokens(self, request: Request) -> float:
+        most = float(request.submit.max_new_tokens)
+        return min(most, max(1.0, self._rates.mean_new or most))
+
+    def _cost(self, request: Request) -> float:
+        return request.prompt_len + NEW_COST * self._new_tokens(request)
+
+    def _wait_seconds(self, request: Request, places: int) -> float:
+        """Time until a request starts, at measured rates; 0 if it is unknown or starts at once."""
+        rates, own = self._rates, request.account
+        assert own is not None, "the wait of a request without an account"
+        ahead = [each for each in own.queue if each.order < request.order]
+        cost = sum(map(self._cost, ahead))
+        prompts = float(sum(each.prompt_len for each in ahead))
+        count = float(len(ahead))
+        level = own.counter + cost / own.weight
+        for account in self._queue.waiting:
+            before = (level - account.counter) * account.weight
+            if account is own or before <= 0.0:
+                continue
+            waiting = sum(map(self._cost, account.queue))
+            part = min(1.0, before / waiting)
+            cost += part * waiting
+            prompts += part * sum(each.prompt_len for each in account.queue)
+            count += part * len(account.queue)
+        wait = cost / rates.work_rate if rates.work_rate else 0.0
+        if count <= places and rates.prompt_rate:
+            wait = min(wait, prompts / rates.prompt_rate)
+        return wait

@@ -1,0 +1,81 @@
+"""Requests that would not end before their deadlines are refused before they cost anything."""
+
+from __future__ import annotations
+
+import pytest
+from engine.simulation import Arrival, Simulation, p95, steadily
+
+CAPACITY = 18.0
+"""Requests per second that the simulated machine serves, of the usual lengths; tested below."""
+
+ROOMY = {"max_waiting": 4000, "max_waiting_tokens": 1 << 20, "max_queue_seconds": 0.0}
+
+
+def served(simulation: Simulation, begin: float, end: float) -> float:
+    """Requests per second that ended well."""
+    good = [c for c in simulation.courses.values() if c.outcome == "length"]
+    return sum(begin <= (c.ended or 0.0) < end for c in good) / (end - begin)
+
+
+def test_at_twice_the_capacity_the_goodput_is_the_capacity_and_refusals_are_at_once() -> None:
+    alone = Simulation(**ROOMY)
+    alone.simulate(steadily(2 * CAPACITY, 24), until=24)
+    capacity = served(alone, 12, 24)
+    assert capacity == pytest.approx(CAPACITY, rel=0.1)
+    simulation = Simulation(**ROOMY)
+    simulation.simulate(steadily(2 * CAPACITY, 24, patience=8.0), until=24)
+    assert served(simulation, 12, 24) > 0.9 * capacity
+    refused, wasted, work = [], 0, 0
+    for course in simulation.courses.values():
+        if course.outcome == "DEADLINE_UNMEETABLE" and not course.tokens:
+            refused.append((course.ended or 0.0) - course.asked.at)
+        if course.outcome not in ("length", None):
+            wasted += len(course.tokens)
+        work += len(course.tokens)
+    assert wasted < 0.05 * work, "requests end at their deadlines after they have been computed"
+    assert len(refused) > 100
+    assert p95(refused) < 0.05
+
+
+def test_an_idle_server_refuses_nobody_however_short_the_deadline_is() -> None:
+    simulation = Simulation(**ROOMY)
+    simulation.simulate(steadily(2 * CAPACITY, 4), until=20)  # rates are known
+    assert simulation.core.idle
+    for patience in (0.001, 0.01, 0.1, 0.5):
+        id = simulation.arrive(Arrival(simulation.now, new=400, patience=patience))
+        simulation.simulate([])
+        assert simulation.courses[id].outcome == "DEADLINE_EXCEEDED"
+
+
+def test_a_light_account_is_not_refused_for_the_queue_of_another() -> None:
+    simulation = Simulation(**ROOMY)
+    heavy = steadily(2 * CAPACITY, 12, account="heavy")
+    light = steadily(1, 8, 4.0, account="light", patience=2.0)
+    simulation.simulate([*heavy, *light], until=16)
+    ends = {c.outcome for c in simulation.courses.values() if c.asked.account == "light"}
+    assert ends == {"length"}
+    late = simulation.arrive(Arrival(simulation.now, "heavy", patience=2.0))
+    simulation.simulate([], until=simulation.now + 0.2)
+    assert simulation.courses[late].outcome == "DEADLINE_UNMEETABLE"
+
+
+def test_who_waits_too_long_is_ended_before_its_deadline_and_costs_nothing() -> None:
+    """Its deadline could be met when it arrived; then an account with a larger share came."""
+    simulation = Simulation(**ROOMY, max_running=8, fair_weights={"large": 9.0})
+    simulation.simulate(steadily(40, 4, account="other"), until=4)
+    id = simulation.arrive(Arrival(simulation.now, "other", patience=12.0))
+    simulation.simulate(steadily(40, 8, simulation.now, account="large"), until=17)
+    course = simulation.courses[id]
+    assert course.outcome == "DEADLINE_UNMEETABLE"
+    assert not course.tokens
+    assert course.ended is not None
+    assert 10.0 < course.ended - course.asked.at < 12.0
+
+
+def test_a_wait_beyond_the_setting_is_refused_as_an_overload() -> None:
+    simulation = Simulation(**{**ROOMY, "max_queue_seconds": 3.0})
+    simulation.simulate(steadily(2 * CAPACITY, 16), until=16)
+    outcomes = {course.outcome for course in simulation.courses.values()}
+    assert outcomes == {"length", "OVERLOADED", None}
+    started = [c.first_token for c in simulation.courses.values() if c.tokens and c.asked.at > 8]
+    assert p95(started) < 4.5
