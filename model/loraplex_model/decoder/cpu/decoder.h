@@ -27,7 +27,7 @@ class Pass {
         plan_(make_plan(batch, model.adapters, sequence_)),
         head_plan_(make_plan(batch, model.adapters, logit_sequences(batch, sequence_))),
         experts_(model, workspace, plan_, batch.num_tokens),
-        team_(PHASES_PER_LAYER * model.num_layers + OTHER_PHASES) {
+        team_(std::min(model.threads, processors())) {
     size_t rows = b.num_tokens;
     q_size_ = m.heads * m.head_dim;
     kv_size_ = m.kv_heads * m.head_dim;
@@ -63,8 +63,7 @@ class Pass {
   }
 
   void run() {
-#pragma omp parallel num_threads(m.threads)
-    {
+    team_.pass([&] {
       int phase = 0;
       team_.run(phase, b.num_tokens, [&](int t) { embed(t); });
       for (int l = 0; l < m.num_layers; l++) layer(phase, l);
@@ -77,7 +76,7 @@ class Pass {
         team_.run(phase, b.num_logits * chunks, [&](int unit) { head_rows(unit / chunks, unit % chunks); });
       if (m.logit_scale != 1 || m.logit_softcap)
         team_.run(phase, b.num_logits * chunks, [&](int unit) { finish_logits(unit / chunks, unit % chunks); });
-    }
+    });
   }
 
  private:
@@ -111,9 +110,6 @@ class Pass {
       end_block(t, out, next, l + 1, next_site);
     });
   }
-
-  // Bounds on the phases: a projection takes up to three of them, a layer 17 in all, or 20 with experts.
-  static constexpr int PHASES_PER_LAYER = 24, OTHER_PHASES = 16;
 
   // The sequence of each row.
   static std::vector<int> sequences(const Batch& b) {
@@ -157,7 +153,7 @@ class Pass {
     return widest;
   }
 
-  float* scratch() { return w.lora.data() + omp_get_thread_num() * scratch_; }
+  float* scratch() { return w.lora.data() + Team::index() * scratch_; }
 
   static float* row(Buffer& rows, int t, int width) { return rows.data() + size_t(t) * width; }
 
@@ -348,7 +344,7 @@ class Pass {
     const float* q = row(w.qkv, t, q_size_ + 2 * kv_size_) + head * group * m.head_dim;
     float* out = row(w.attended, t, q_size_) + head * group * m.head_dim;
     attend(q, pages(layer.keys, t), pages(layer.values, t), head, group, b.positions[t], layer.window,
-           {m.attention_scale, m.attention_softcap}, w.scores.data() + omp_get_thread_num() * HEADS_AT_ONCE * longest_, out);
+           {m.attention_scale, m.attention_softcap}, w.scores.data() + Team::index() * HEADS_AT_ONCE * longest_, out);
   }
 
   void gate(int t) {

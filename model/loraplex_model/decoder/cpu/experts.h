@@ -99,11 +99,12 @@ class Experts {
 
   // y[p] = W_e x[p] for every pair; W_e are `width` rows of the stacked matrix.
   void product(Team& team, int& phase, const Matrix& stacked, const float* x, int width, float* y) {
-    int units = 0;
-    for (int e = 0; e < m.num_experts; e++) units += tile(e, width).units();
-    team.run(phase, units, [&](int unit) {
+    // The number of units is known once the rows are grouped, and that of a phase before: so this is a bound.
+    int chunks = std::min(m.num_experts, pairs_) + pairs_ / CHUNK_ROWS;
+    team.run(phase, chunks * (width / PANEL + 2), [&](int unit) {
       int e = 0;
-      for (; unit >= tile(e, width).units(); e++) unit -= tile(e, width).units();
+      for (; e < m.num_experts && unit >= tile(e, width).units(); e++) unit -= tile(e, width).units();
+      if (e == m.num_experts) return;
       matmul_unit(stacked, tile(e, width), x, y - size_t(e) * width, width, unit);
     });
   }
