@@ -13,18 +13,38 @@ BUILDS = [(isa, ()) for isa in build.supported_isas()]
 if "avx512" not in build.supported_isas() and "avx2" in build.supported_isas():
     BUILDS.append(("avx2", ("-DLANES=16",)))
 
+# Products of bfloat16, by the processor's instructions and by the software versions of both orders.
+BF16_ISAS = [isa for isa in ("amx", "avx512bf16") if isa in build.supported_isas()]
+SOFTWARE_ISA = next(isa for isa in ("avx512", "avx2", "portable") if isa in build.supported_isas())
+SOFTWARE = [(SOFTWARE_ISA, ("-DLANES=16", f"-DLORAPLEX_BF16={order}")) for order in (1, 2)]
+BF16_BUILDS = [*((isa, ()) for isa in BF16_ISAS), *SOFTWARE]
+
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Every build in turn; with --sanitized the sanitized one alone."""
     if "library" in metafunc.fixturenames:
         is_sanitized = metafunc.config.getoption("--sanitized")
         builds = [(sanitized.isa(), sanitized.FLAGS)] if is_sanitized else BUILDS
-        names = ["-".join([isa, *flags]) for isa, flags in builds]
-        metafunc.parametrize("library", builds, ids=names, indirect=True, scope="session")
+        metafunc.parametrize("library", builds, ids=_names(builds), indirect=True, scope="session")
+    if "bf16_library" in metafunc.fixturenames:
+        metafunc.parametrize(
+            "bf16_library", BF16_BUILDS, ids=_names(BF16_BUILDS), indirect=True, scope="session"
+        )
+
+
+def _names(builds: list[tuple[str, tuple[str, ...]]]) -> list[str]:
+    return ["-".join([isa, *flags]) for isa, flags in builds]
 
 
 @pytest.fixture(scope="session")
 def library(request: pytest.FixtureRequest) -> ctypes.CDLL:
     """One build of the kernels."""
+    isa, flags = request.param
+    return build.load(isa, flags)
+
+
+@pytest.fixture(scope="session")
+def bf16_library(request: pytest.FixtureRequest) -> ctypes.CDLL:
+    """One build of the kernels with products of bfloat16."""
     isa, flags = request.param
     return build.load(isa, flags)

@@ -25,6 +25,8 @@ class Storage(IntEnum):
     NF4 = 0
     BF16 = 1
     F32 = 2
+    NF4_PACKED = 3
+    BF16_PACKED = 4
 
 
 class Span(IntEnum):
@@ -179,6 +181,7 @@ class CModel(Structure):
         ("num_experts", c_int32),
         ("experts_per_token", c_int32),
         ("normalised_experts", c_int32),
+        ("bf16_products", c_int32),
     )
 
 
@@ -232,16 +235,26 @@ def c_batch(batch: ForwardBatch) -> CBatch:
 
 
 def nf4_panels(
-    library: ctypes.CDLL, packed: torch.Tensor, absmax: torch.Tensor, out: int, fan_in: int
+    library: ctypes.CDLL,
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    out: int,
+    fan_in: int,
+    *,
+    bf16_products: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rearranges codes, uint8 [out * in / 2], and absmax, float32 [out, in / 64], into panels."""
+    """Rearranges codes, uint8 [out * in / 2], and absmax, float32 [out, in / 64], into panels.
+
+    With `bf16_products` they have the library's form for products of bfloat16.
+    """
     assert packed.numel() * 2 == out * fan_in
     assert absmax.numel() * 64 == out * fan_in
     count = -(-out // PANEL)
     codes = torch.empty(count * fan_in // 8 * PANEL, dtype=torch.int32)
     scales = torch.empty(count * (fan_in // 64) * PANEL, dtype=torch.float32)
     absmax = absmax.contiguous()
-    library.loraplex_pack_nf4(
+    pack = library.loraplex_pack_nf4_bf16 if bf16_products else library.loraplex_pack_nf4
+    pack(
         c_void_p(packed.data_ptr()),
         c_void_p(absmax.data_ptr()),
         out,
@@ -257,3 +270,13 @@ def dense_panels(rows: torch.Tensor) -> torch.Tensor:
     out, fan_in = rows.shape
     padded = torch.nn.functional.pad(rows, (0, 0, 0, -out % PANEL))
     return padded.view(-1, PANEL, fan_in).transpose(1, 2).contiguous().view(-1)
+
+
+def packed_panels(library: ctypes.CDLL, rows: torch.Tensor) -> torch.Tensor:
+    """Rearranges a dense matrix [out, in], bfloat16, for the library's products of bfloat16."""
+    assert rows.dtype == torch.bfloat16
+    rows = rows.contiguous()
+    out, fan_in = rows.shape
+    panels = torch.zeros(-(-out // PANEL) * PANEL * (-(-fan_in // 32) * 32), dtype=torch.bfloat16)
+    library.loraplex_pack_bf16(c_void_p(rows.data_ptr()), out, fan_in, c_void_p(panels.data_ptr()))
+    return panels

@@ -1,8 +1,9 @@
 """The decoder on the CPU, which computes the whole pass in one call into the C++ kernels.
 
 Weights, cache and adapters are stored in the compute dtype (bfloat16 or float32); activations and
-sums are float32. The arithmetic of a row depends on its own sequence only, so its bits are the same
-alone, in any batch, and for any division of its prompt into chunks.
+sums are float32. If the dtype is bfloat16 and the library has products of bfloat16 (`cpu/tiles.h`),
+the inputs of products are rounded to bfloat16. The arithmetic of a row depends on its own sequence
+only, so its bits are the same alone, in any batch, and for any division of its prompt into chunks.
 """
 
 from __future__ import annotations
@@ -83,7 +84,8 @@ class NativeDecoder:
         self._workspace = c_void_p(self._library.loraplex_workspace())
         self._kept: list[torch.Tensor] = []
         self.isa = self._library.isa
-        self.kernels = f"C++ {self.isa}"
+        self._bf16_products = dtype == torch.bfloat16 and self._library.loraplex_bf16_order() > 0
+        self.kernels = f"C++ {self.isa}{', bfloat16 products' * self._bf16_products}"
         self.table = SlotTable(num_slots, config)
         shape = (num_blocks, config.num_kv_heads, block_size, config.head_dim)
         self.keys = [torch.zeros(shape, dtype=dtype) for _ in weights.layers]
@@ -128,9 +130,9 @@ class NativeDecoder:
         kept: list[torch.Tensor] = []
         addresses = np.zeros((config.num_layers, len(FUSED)), np.uint64)
         for (layer, fused), dense in merge_layers(self.weights, changes, dtype):
-            panels = mapping.moved(layout.dense_panels(dense.weight))
+            matrix, panels = self._packed(dense.weight, dense.bias)
             kept += [panels] if dense.bias is None else [panels, dense.bias]
-            structs.append(_dense_matrix(panels, dense.weight.shape, dense.bias))
+            structs.append(matrix)
             addresses[layer, list(FUSED).index(fused)] = addressof(structs[-1])
         nbytes = sum(tensor.nbytes for tensor in kept)
         return Merged({}, addresses, nbytes, (*structs, *kept))
@@ -196,6 +198,7 @@ class NativeDecoder:
             num_experts=config.num_experts,
             experts_per_token=config.experts_per_token,
             normalised_experts=config.normalised_experts,
+            bf16_products=self._bf16_products,
         )
 
     def _rotary(self, rope: Rope, positions: int) -> CRotary:
@@ -228,7 +231,12 @@ class NativeDecoder:
         if fan_in % BLOCK:  # panels cannot hold blocks that cross rows, so keep the dense values
             return self._dense(nf4.dequantize(matrix), bias)
         codes, scales = layout.nf4_panels(
-            self._library, matrix.packed, nf4.absmax_float(matrix), out, fan_in
+            self._library,
+            matrix.packed,
+            nf4.absmax_float(matrix),
+            out,
+            fan_in,
+            bf16_products=self._bf16_products,
         )
         return CMatrix(
             data=self._keep(codes),
@@ -236,24 +244,35 @@ class NativeDecoder:
             bias=self._keep(None if bias is None else bias.float()),
             out=out,
             in_=fan_in,
-            kind=Storage.NF4,
+            kind=Storage.NF4_PACKED if self._bf16_products else Storage.NF4,
         )
 
     def _dense(self, rows: torch.Tensor, bias: torch.Tensor | None) -> CMatrix:
-        panels = layout.dense_panels(rows)
         bias = None if bias is None else bias.float().contiguous()
+        matrix, panels = self._packed(rows, bias)
         self._keep(panels)
         self._keep(bias)
-        return _dense_matrix(panels, rows.shape, bias)
+        return matrix
 
+    def _packed(
+        self, rows: torch.Tensor, bias: torch.Tensor | None
+    ) -> tuple[CMatrix, torch.Tensor]:
+        """A matrix of dense rows, and its weights in panels, which must outlive it as the bias must.
 
-def _dense_matrix(panels: torch.Tensor, shape: Sequence[int], bias: torch.Tensor | None) -> CMatrix:
-    """A matrix that points to panels and a float32 bias, which must outlive it."""
-    return CMatrix(
-        data=panels.data_ptr(),
-        absmax=None,
-        bias=bias.data_ptr() if bias is not None else None,
-        out=shape[0],
-        in_=shape[1],
-        kind=Storage.BF16 if panels.dtype == torch.bfloat16 else Storage.F32,
-    )
+        The bias is float32.
+        """
+        if self._bf16_products and rows.dtype == torch.bfloat16:
+            panels, kind = layout.packed_panels(self._library, rows), Storage.BF16_PACKED
+        else:
+            panels = layout.dense_panels(rows)
+            kind = Storage.BF16 if rows.dtype == torch.bfloat16 else Storage.F32
+        panels = mapping.moved(panels)
+        matrix = CMatrix(
+            data=panels.data_ptr(),
+            absmax=None,
+            bias=bias.data_ptr() if bias is not None else None,
+            out=rows.shape[0],
+            in_=rows.shape[1],
+            kind=kind,
+        )
+        return matrix, panels

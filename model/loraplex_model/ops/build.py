@@ -39,12 +39,19 @@ LIBRARY = "loraplex_cpu.so"
 DIGEST = LIBRARY + ".sha256"
 """Name of the file beside a library with the SHA-256 of its bytes, in hex."""
 
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma")
+
 ISAS: dict[str, tuple[str, ...]] = {
-    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma"),
+    "amx": (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
+    "avx512bf16": (*_AVX512, "-mavx512bf16"),
+    "avx512": _AVX512,
     "avx2": ("-mavx2", "-mfma"),
     "portable": (),
 }
 """Compiler flags by instruction set, fastest first: "-m" and a feature that it needs."""
+
+_FEATURES = {"avx512bf16": "avx512_bf16", "amx-tile": "amx_tile", "amx-bf16": "amx_bf16"}
+"""Features by their names in Linux, where the compiler has others."""
 
 
 class Kernels(ctypes.CDLL):
@@ -58,25 +65,41 @@ class KernelsUnavailable(Exception):
 
 
 @cache
+def _processor() -> dict[str, str]:
+    """What Linux says of the first processor, by field; empty if it cannot be read."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
+    except OSError:
+        return {}
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
 def cpu_flags() -> frozenset[str]:
     """The processor's features, by their names in Linux; empty if they cannot be read."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return frozenset()
-    for line in lines:
-        if line.startswith("flags"):
-            return frozenset(line.partition(":")[2].split())
-    return frozenset()
+    return frozenset(_processor().get("flags", "").split())
+
+
+@cache
+def _may_use_tiles() -> bool:
+    """Whether Linux lets this process use AMX, for which each process must ask once."""
+    permission, tile_data = 0x1023, 18
+    return ctypes.CDLL(None).syscall(158, permission, tile_data) == 0  # arch_prctl
 
 
 def supported_isas() -> list[str]:
     """Instruction sets that this processor can run, fastest first."""
-    return [
+    flags = cpu_flags()
+    supported = [
         isa
-        for isa, flags in ISAS.items()
-        if cpu_flags().issuperset(flag.removeprefix("-m") for flag in flags)
+        for isa, options in ISAS.items()
+        if flags.issuperset(_FEATURES.get(name := o.removeprefix("-m"), name) for o in options)
+        and (isa != "amx" or _may_use_tiles())
     ]
+    if "avx512bf16" in supported and _processor().get("vendor_id") == "GenuineIntel":
+        # Intel's processors multiply bfloat16 at half the rate of float32 unless they use AMX.
+        at = supported.index("avx512bf16")
+        supported[at : at + 2] = supported[at + 1], supported[at]
+    return supported
 
 
 def chosen_isa() -> str:

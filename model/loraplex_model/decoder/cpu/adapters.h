@@ -34,6 +34,7 @@ enum LayerSite {
 enum ModelSite { EMBED_TOKENS, LM_HEAD, FINAL_NORM, MODEL_SITES };
 
 // The fused matrices of a layer, in the order of SlotTable::merged.
+constexpr int MAX_PARTS = 3;  // projections of a fused matrix: q, k and v
 enum FusedMatrix { QKV, O, GATE_UP, DOWN, FUSED_MATRICES };
 
 // The sorts of changes that an adapter makes. Steps that no row of a pass uses are skipped.

@@ -18,8 +18,9 @@
 
 namespace loraplex {
 
-// One pass. T is the storage type of dense weights, adapters and cache; sums and activations are float.
-template <class T>
+// One pass. T is the storage type of dense weights, adapters and cache; X the type in which rows are
+// multiplied with matrices. Sums and all other arithmetic are float.
+template <class T, class X>
 class Pass {
  public:
   Pass(const Model& model, const Batch& batch, Workspace& workspace, float* logits)
@@ -46,6 +47,12 @@ class Pass {
     int widest = std::max({m.hidden, q_size_, m.intermediate});
     gained_ = plan_.uses & IN_GAIN ? rows * widest : 0;
     w.gained.reserve(MAX_PARTS * gained_);
+    if (gained_)
+      for (InputRows& inputs : w.gained_inputs) Multiplied<X>::reserve(inputs, rows, widest);
+    Multiplied<X>::reserve(w.normed_inputs, rows, m.hidden);
+    Multiplied<X>::reserve(w.attended_inputs, rows, q_size_);
+    if (!m.num_experts) Multiplied<X>::reserve(w.gated_inputs, rows, m.intermediate);
+    Multiplied<X>::reserve(w.head_inputs, b.num_logits, m.hidden);
     scratch_ = plan_.segments.empty()
                    ? 0
                    : std::max(lora_scratch(widest, plan_.max_rank), sites_scratch(widest, widest_site()));
@@ -64,13 +71,15 @@ class Pass {
 
   void run() {
     team_.pass([&] {
+      typename Multiplied<X>::Registers registers;
       int phase = 0;
       team_.run(phase, b.num_tokens, [&](int t) { embed(t); });
       for (int l = 0; l < m.num_layers; l++) layer(phase, l);
       team_.run(phase, b.num_logits, [&](int i) {  // gathers the rows whose logits are wanted at the front of x
         std::copy_n(row(w.normed, b.logit_rows[i], m.hidden), m.hidden, row(w.x, i, m.hidden));
+        Multiplied<X>::put(w.head_inputs, i, 0, m.hidden, row(w.x, i, m.hidden));
       });
-      project(phase, m.lm_head, products_[FUSED_MATRICES], m.num_layers, w.x.data(), logits_);
+      project(phase, m.lm_head, products_[FUSED_MATRICES], m.num_layers, w.x.data(), w.head_inputs, logits_);
       int chunks = (m.vocab + HEAD_TOKENS - 1) / HEAD_TOKENS;
       if (head_plan_.uses & HEAD)
         team_.run(phase, b.num_logits * chunks, [&](int unit) { head_rows(unit / chunks, unit % chunks); });
@@ -83,10 +92,10 @@ class Pass {
   // Attention and MLP of layer l, each closed by `end_block`. Parallel ones are closed together.
   void layer(int& phase, int l) {
     const Layer& layer = m.layers[l];
-    project(phase, layer.qkv, products_[QKV], l, w.normed.data(), w.qkv.data());
+    project(phase, layer.qkv, products_[QKV], l, w.normed.data(), w.normed_inputs, w.qkv.data());
     team_.run(phase, b.num_tokens, [&](int t) { rotate_and_cache(layer, l, t); });
     team_.run(phase, b.num_tokens * m.kv_heads, [&](int unit) { attention(layer, unit); });
-    project(phase, layer.o, products_[O], l, w.attended.data(), w.added.data());
+    project(phase, layer.o, products_[O], l, w.attended.data(), w.attended_inputs, w.added.data());
     if (!m.parallel)
       team_.run(phase, b.num_tokens, [&](int t) {
         attention_output(t, l);
@@ -96,9 +105,9 @@ class Pass {
     if (layer.router) {
       experts_.run(team_, phase, layer, l, w.normed.data(), out.data(), [&] { return scratch(); });
     } else {
-      project(phase, layer.gate_up, products_[GATE_UP], l, w.normed.data(), w.gate_up.data());
+      project(phase, layer.gate_up, products_[GATE_UP], l, w.normed.data(), w.normed_inputs, w.gate_up.data());
       team_.run(phase, b.num_tokens, [&](int t) { gate(t); });
-      project(phase, layer.down, products_[DOWN], l, w.gated.data(), out.data());
+      project(phase, layer.down, products_[DOWN], l, w.gated.data(), w.gated_inputs, out.data());
     }
     bool last = l + 1 == m.num_layers;
     const NormWeights& next = last ? m.norm : m.layers[l + 1].input_norm;
@@ -157,27 +166,53 @@ class Pass {
 
   static float* row(Buffer& rows, int t, int width) { return rows.data() + size_t(t) * width; }
 
-  // y = W x + bias, then the adapters' changes, which leave base rows untouched.
-  void project(int& phase, const Matrix& matrix, const Product& product, int layer, const float* x, float* y) {
-    if (product.plan->uses & IN_GAIN && product.fused_index >= 0)
-      team_.run(phase, b.num_tokens, [&](int t) { gain_inputs(product, layer, t, x, matrix.in); });
-    int shrinks = product.shrink.size();
-    team_.run(phase, shrinks + product.units, [&](int unit) {
-      if (unit < shrinks)
-        return shrink<T>(*product.plan, m.adapters, product.fused, layer, product.shrink[unit], x, matrix.in,
-                         w.h.data(), scratch());
+  // y = W x + bias, then the adapters' changes, which leave base rows untouched. `inputs` are the same rows
+  // for products of bfloat16.
+  void project(int& phase, const Matrix& matrix, const Product& product, int layer, const float* x,
+               InputRows& inputs, float* y) {
+    bool gains = product.plan->uses & IN_GAIN && product.fused_index >= 0;
+    if (gains) gain(phase, product, layer, x, matrix.in);
+    auto rows = Multiplied<X>::rows(x, inputs);
+    int shrinks = product.shrink.size(), units = 0, count = product.rows;
+    for (const Product::Run& run : product.runs) units += matmul_units(run.tile, rows);
+    auto shrink_unit = [&](int unit) {
+      shrink<T>(*product.plan, m.adapters, product.fused, layer, product.shrink[unit], x, matrix.in, w.h.data(),
+                scratch());
+    };
+    if (int exchanges = Multiplied<X>::exchange_units(rows, count)) {  // what a product reads is ready after them
+      team_.run(phase, shrinks + exchanges, [&](int unit) {
+        unit < shrinks ? shrink_unit(unit) : Multiplied<X>::exchange(rows, count, unit - shrinks);
+      });
+      shrinks = 0;
+    }
+    team_.run(phase, shrinks + units, [&](int unit) {
+      if (unit < shrinks) return shrink_unit(unit);
       unit -= shrinks;
       const Product::Run* run = product.runs.data();
-      for (; unit >= run->tile.units(); run++) unit -= run->tile.units();
+      for (int own; unit >= (own = matmul_units(run->tile, rows)); run++) unit -= own;
       const Matrix* dense = run->merged < 0 ? nullptr : m.adapters.dense(run->merged, layer, product.fused_index);
       bool gained = run->part >= 0 && gains_input(product, *product.plan->segment(run->tile.first), layer, run->part);
-      matmul_unit(dense ? *dense : matrix, run->tile, gained ? w.gained.data() + run->part * gained_ : x, y, matrix.out, unit);
+      matmul_unit(dense ? *dense : matrix, run->tile, gained ? gained_rows(run->part, matrix.in) : rows, y, matrix.out, unit);
     });
     if (product.expand.empty()) return;
     team_.run(phase, product.expand.size(), [&](int unit) {
       expand<T>(*product.plan, m.adapters, product.fused, layer, product.expand[unit], w.h.data(), y, matrix.out,
                 scratch());
     });
+  }
+
+  typename Multiplied<X>::Rows gained_rows(int part, int in) {
+    return Multiplied<X>::rows(w.gained.data() + part * gained_, w.gained_inputs[part], in);
+  }
+
+  // The inputs times the gains of each projection's adapters, for the rows that have any.
+  void gain(int& phase, const Product& product, int layer, const float* x, int in) {
+    team_.run(phase, b.num_tokens, [&](int t) { gain_inputs(product, layer, t, x, in); });
+    int each = Multiplied<X>::exchange_units(gained_rows(0, in), b.num_tokens);
+    if (each)
+      team_.run(phase, each * MAX_PARTS, [&](int unit) {
+        Multiplied<X>::exchange(gained_rows(unit / each, in), b.num_tokens, unit % each);
+      });
   }
 
   bool gains_input(const Product& product, const Segment& segment, int layer, int part) const {
@@ -194,6 +229,7 @@ class Pass {
       auto pick = [&](int slot) { return m.adapters.at(slot, layer, product.fused.projection[part]).in_gain; };
       if (blend_gains(plan_, *segment, in, pick, out))
         for (int i = 0; i < in; i++) out[i] *= x[size_t(t) * in + i];
+      Multiplied<X>::put_row(w.gained_inputs[part], t, in, out);
     }
   }
 
@@ -210,6 +246,8 @@ class Pass {
     if (token >= size_t(m.vocab)) {  // a virtual token of the row's only adapter
       const T* prompt = static_cast<const T*>(m.adapters.prompts[plan_.terms[plan_.segment(t)->term_begin].slot]);
       for (int i = 0; i < m.hidden; i++) x[i] = load1(prompt + (token - m.vocab) * m.hidden + i);
+    } else if (m.embed_in_panels && m.lm_head.kind == Kind::bf16_packed) {
+      for (int i = 0; i < m.hidden; i++) x[i] = load1(table + packed_place(token, i, m.hidden));
     } else if (m.embed_in_panels) {
       const T* at = table + token / PANEL * PANEL * m.hidden + token % PANEL;
       for (int i = 0; i < m.hidden; i++) x[i] = load1(at + size_t(i) * PANEL);
@@ -260,6 +298,7 @@ class Pass {
       norm_parts(t, norm, layer, site, x, 1, m.hidden, 0, out);
     else
       std::copy_n(x, m.hidden, out);
+    Multiplied<X>::put(w.normed_inputs, t, 0, m.hidden, out);
   }
 
   // Turns the output of a block of `layer` into what it adds to the residual stream.
@@ -345,12 +384,15 @@ class Pass {
     float* out = row(w.attended, t, q_size_) + head * group * m.head_dim;
     attend(q, pages(layer.keys, t), pages(layer.values, t), head, group, b.positions[t], layer.window,
            {m.attention_scale, m.attention_softcap}, w.scores.data() + Team::index() * HEADS_AT_ONCE * longest_, out);
+    Multiplied<X>::put(w.attended_inputs, t, head * group * m.head_dim, group * m.head_dim, out);
   }
 
   void gate(int t) {
     const float* gate = row(w.gate_up, t, gate_up_size_);
     const float* up = m.gated ? gate + m.intermediate : nullptr;
-    activate_row(gate, up, m.activation, m.intermediate, row(w.gated, t, m.intermediate));
+    float* gated = row(w.gated, t, m.intermediate);
+    activate_row(gate, up, m.activation, m.intermediate, gated);
+    Multiplied<X>::put(w.gated_inputs, t, 0, m.intermediate, gated);
   }
 
   const Model& m;
@@ -359,7 +401,7 @@ class Pass {
   float* logits_;
   std::vector<int> sequence_;
   Plan plan_, head_plan_;
-  Experts<T> experts_;
+  Experts<T, X> experts_;
   Team team_;
   int q_size_, kv_size_, gate_up_size_;
   size_t longest_, scratch_, gained_;

@@ -6,6 +6,7 @@
 // their experts change a row's bits.
 #pragma once
 
+#include <atomic>
 #include <vector>
 
 #include "lora.h"
@@ -20,7 +21,7 @@ inline size_t experts_scratch(const Model& m, int max_rank) {
   return 2 * size_t(std::max(m.hidden, m.intermediate)) + m.num_experts + max_rank;
 }
 
-template <class T>
+template <class T, class X>
 class Experts {
  public:
   Experts(const Model& model, Workspace& workspace, const Plan& plan, int rows)
@@ -31,6 +32,8 @@ class Experts {
     w.gate_up.reserve(size_t(pairs_) * 2 * m.intermediate);
     w.gated.reserve(size_t(pairs_) * m.intermediate);
     w.outputs.reserve(size_t(pairs_) * m.hidden);
+    Multiplied<X>::reserve(w.routed_inputs, pairs_, m.hidden);
+    Multiplied<X>::reserve(w.gated_inputs, pairs_, m.intermediate);
   }
 
   // out[t] = sum over the experts e of row t of share * down_e(activation(gate_e x[t]) * up_e x[t]).
@@ -38,20 +41,27 @@ class Experts {
   template <class Scratch>
   void run(Team& team, int& phase, const Layer& layer, int l, const float* x, float* out, Scratch scratch) {
     team.run(phase, rows_, [&](int t) { route(static_cast<const T*>(layer.router), x, t, scratch()); });
-    team.run(phase, 1, [&](int) { group(); });
+    int both = 2 * m.intermediate;
+    team.run(phase, 1, [&](int) {
+      group();
+      gate_up_units_ = units(both, Multiplied<X>::rows(w.routed.data(), w.routed_inputs));
+      down_units_ = units(m.hidden, Multiplied<X>::rows(w.gated.data(), w.gated_inputs));
+    });
     team.run(phase, pairs_, [&](int p) {
       std::copy_n(x + size_t(row_[p]) * m.hidden, m.hidden, w.routed.data() + size_t(p) * m.hidden);
+      Multiplied<X>::put(w.routed_inputs, p, 0, m.hidden, w.routed.data() + size_t(p) * m.hidden);
     });
-    int both = 2 * m.intermediate;
-    product(team, phase, layer.gate_up, w.routed.data(), both, w.gate_up.data());
+    product(team, phase, layer.gate_up, w.routed.data(), w.routed_inputs, both, gate_up_units_, w.gate_up.data());
     adapt(team, phase, l, GATE_PROJ, w.routed.data(), m.hidden, w.gate_up.data(), m.intermediate, both, scratch);
     adapt(team, phase, l, UP_PROJ, w.routed.data(), m.hidden, w.gate_up.data() + m.intermediate, m.intermediate, both,
           scratch);
     team.run(phase, pairs_, [&](int p) {
       const float* gate = w.gate_up.data() + size_t(p) * both;
-      activate_row(gate, gate + m.intermediate, m.activation, m.intermediate, w.gated.data() + size_t(p) * m.intermediate);
+      float* gated = w.gated.data() + size_t(p) * m.intermediate;
+      activate_row(gate, gate + m.intermediate, m.activation, m.intermediate, gated);
+      Multiplied<X>::put(w.gated_inputs, p, 0, m.intermediate, gated);
     });
-    product(team, phase, layer.down, w.gated.data(), m.hidden, w.outputs.data());
+    product(team, phase, layer.down, w.gated.data(), w.gated_inputs, m.hidden, down_units_, w.outputs.data());
     adapt(team, phase, l, DOWN_PROJ, w.gated.data(), m.intermediate, w.outputs.data(), m.hidden, m.hidden, scratch);
     team.run(phase, rows_, [&](int t) { combine(t, out + size_t(t) * m.hidden); });
   }
@@ -97,15 +107,24 @@ class Experts {
     return {first_[expert], first_[expert + 1] - first_[expert], expert * width, (expert + 1) * width};
   }
 
+  // Units of the products of all experts.
+  template <class Rows>
+  int units(int width, const Rows& rows) const {
+    int units = 0;
+    for (int e = 0; e < m.num_experts; e++) units += matmul_units(tile(e, width), rows);
+    return units;
+  }
+
   // y[p] = W_e x[p] for every pair; W_e are `width` rows of the stacked matrix.
-  void product(Team& team, int& phase, const Matrix& stacked, const float* x, int width, float* y) {
-    // The number of units is known once the rows are grouped, and that of a phase before: so this is a bound.
-    int chunks = std::min(m.num_experts, pairs_) + pairs_ / CHUNK_ROWS;
-    team.run(phase, chunks * (width / PANEL + 2), [&](int unit) {
+  void product(Team& team, int& phase, const Matrix& stacked, const float* x, InputRows& inputs, int width,
+               const std::atomic<int>& units, float* y) {
+    auto rows = Multiplied<X>::rows(x, inputs);
+    if (int exchanges = Multiplied<X>::exchange_units(rows, pairs_))
+      team.run(phase, exchanges, [&](int unit) { Multiplied<X>::exchange(rows, pairs_, unit); });
+    team.run(phase, units, [&](int unit) {
       int e = 0;
-      for (; e < m.num_experts && unit >= tile(e, width).units(); e++) unit -= tile(e, width).units();
-      if (e == m.num_experts) return;
-      matmul_unit(stacked, tile(e, width), x, y - size_t(e) * width, width, unit);
+      for (int own; unit >= (own = matmul_units(tile(e, width), rows)); e++) unit -= own;
+      matmul_unit(stacked, tile(e, width), rows, y - size_t(e) * width, width, unit);
     });
   }
 
@@ -154,6 +173,7 @@ class Experts {
   std::vector<int> chosen_, pair_, row_;  // [rows][per token]: experts, pairs; [pairs]: rows
   std::vector<float> shares_;             // [rows][per token]
   std::vector<int> first_;                // [experts + 1], the first pair of each expert
+  std::atomic<int> gate_up_units_{0}, down_units_{0};
 };
 
 }  // namespace loraplex

@@ -12,6 +12,9 @@ extern "C" {
 
 int loraplex_lanes() { return LANES; }
 
+// The order of sums of products of bfloat16 (tiles.h); 0 if the library has none.
+int loraplex_bf16_order() { return LORAPLEX_ORDER; }
+
 Workspace* loraplex_workspace() { return new Workspace; }
 void loraplex_free_workspace(Workspace* workspace) { delete workspace; }
 
@@ -19,10 +22,16 @@ void loraplex_free_workspace(Workspace* workspace) { delete workspace; }
 int loraplex_forward(const Model* model, const Batch* batch, Workspace* workspace, float* logits) {
   if (Fault fault = check(*model, *batch)) return fault;
   try {
+#if LORAPLEX_ORDER
+    if (model->bf16_products) {
+      Pass<bf16, bf16>(*model, *batch, *workspace, logits).run();
+      return NO_FAULT;
+    }
+#endif
     if (model->bf16_storage)
-      Pass<bf16>(*model, *batch, *workspace, logits).run();
+      Pass<bf16, float>(*model, *batch, *workspace, logits).run();
     else
-      Pass<float>(*model, *batch, *workspace, logits).run();
+      Pass<float, float>(*model, *batch, *workspace, logits).run();
     return NO_FAULT;
   } catch (const std::bad_alloc&) {
     return NO_MEMORY;
@@ -87,6 +96,40 @@ void loraplex_pack_nf4(const uint8_t* packed, const float* absmax, int out, int 
     }
   }
 }
+
+#if LORAPLEX_ORDER
+
+// The same for products of bfloat16 (matmul_bf16.h).
+void loraplex_pack_nf4_bf16(const uint8_t* packed, const float* absmax, int out, int in, void* codes, float* scales) {
+#pragma omp parallel for
+  for (int panel = 0; panel < (out + PANEL - 1) / PANEL; panel++)
+    pack_nf4(packed, absmax, out, in, codes, scales, panel);
+}
+
+// Packs a dense matrix [out][in]; `packed` has zeros and room for whole tiles of both.
+void loraplex_pack_bf16(const bf16* weights, int out, int in, bf16* packed) {
+#pragma omp parallel for
+  for (int o = 0; o < out; o++)
+    for (int i = 0; i < in; i++) packed[packed_place(o, i, in)] = weights[size_t(o) * in + i];
+}
+
+// y = x W^T + bias, with x rounded to bfloat16.
+void loraplex_matmul_bf16(const Matrix* w, const float* x, int rows, float* y, int threads) {
+  InputRows inputs;
+  inputs.reserve(rows, w->in);
+  for (int t = 0; t < rows; t++) inputs.put(t, 0, w->in, x + size_t(t) * w->in);
+  Inputs in = inputs.get();
+  Tile tile = whole(*w, rows);
+  Team team(threads);
+  team.pass([&] {
+    TileRegisters registers;
+    int phase = 0;
+    team.run(phase, in.units(rows), [&](int unit) { in.exchange(rows, unit); });
+    team.run(phase, matmul_units(tile, in), [&](int unit) { matmul_unit(*w, tile, in, y, w->out, unit); });
+  });
+}
+
+#endif
 
 void loraplex_unpack_nf4(const uint8_t* packed, const float* maxima, int64_t count, float* out, int threads) {
   unpack_nf4(packed, maxima, count, out, threads);

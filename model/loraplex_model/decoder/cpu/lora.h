@@ -14,7 +14,6 @@ constexpr int LORA_ROWS = 48;      // rows of a unit
 constexpr int SHARED = 3;          // with this many rows or more, weights are widened to float once for all
 constexpr int LORA_RANKS = 32;     // ranks of a shrink unit
 constexpr int LORA_COLUMNS = 512;  // outputs of an expand unit
-constexpr int MAX_PARTS = 3;       // projections of a fused matrix: q, k and v
 
 // An adapter used by a single row comes from memory in runs of a few cache lines, too short for the
 // hardware prefetcher to detect. So the kernels prefetch this many columns ahead.

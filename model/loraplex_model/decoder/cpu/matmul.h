@@ -24,7 +24,8 @@ constexpr int MAX_DIRECT = 4;        // up to so many rows, weights are not expa
 
 static_assert(PANEL % LANES == 0);
 
-enum class Kind : int32_t { nf4 = 0, bf16 = 1, f32 = 2 };
+// How the weights of a matrix lie in memory: the packed kinds as in matmul_bf16.h.
+enum class Kind : int32_t { nf4 = 0, bf16 = 1, f32 = 2, nf4_packed = 3, bf16_packed = 4 };
 
 struct Matrix {
   const void* data;
@@ -189,6 +190,8 @@ struct Tile {
   int units() const { return panels() * ((rows + CHUNK_ROWS - 1) / CHUNK_ROWS); }
 };
 
+inline int matmul_units(const Tile& tile, const float*) { return tile.units(); }
+
 inline Tile whole(const Matrix& w, int rows) { return {0, rows, 0, w.out}; }
 
 // One unit of a tile of y[rows][out] = x[rows][in] W^T + bias: one panel for a chunk of rows. x and y point
@@ -208,7 +211,7 @@ inline void matmul_unit(const Matrix& w, const Tile& tile, const float* x, float
   switch (w.kind) {
     case Kind::nf4: panel_product(Nf4Panel(w, panel), w.in, x, w.in, rows, sums); break;
     case Kind::bf16: panel_product(DensePanel<bf16>(w, panel), w.in, x, w.in, rows, sums); break;
-    case Kind::f32: panel_product(DensePanel<float>(w, panel), w.in, x, w.in, rows, sums); break;
+    default: panel_product(DensePanel<float>(w, panel), w.in, x, w.in, rows, sums); break;
   }
   int from = std::max(0, tile.column - panel * PANEL), to = std::min(width, tile.end - panel * PANEL);
   for (int m = 0; m < rows; m++) std::copy(sums + m * PANEL + from, sums + m * PANEL + to, y + m * y_stride + from);

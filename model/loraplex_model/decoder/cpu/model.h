@@ -7,6 +7,7 @@
 #include <memory>
 
 #include "adapters.h"
+#include "inputs.h"
 
 namespace loraplex {
 
@@ -61,27 +62,15 @@ struct Model {
   int32_t positions;  // of the tables
   int32_t blocks;     // of each layer's keys and values
   int32_t num_experts, experts_per_token, normalised_experts;
-};
-
-// Memory that grows to the size of the largest pass and is reused by later ones. Not initialised.
-class Buffer {
- public:
-  float* data() { return floats_.get(); }
-  void reserve(size_t size) {
-    if (size <= size_) return;
-    floats_.reset(new float[size]);
-    size_ = size;
-  }
-
- private:
-  std::unique_ptr<float[]> floats_;
-  size_t size_ = 0;
+  int32_t bf16_products;  // inputs of products are rounded to bfloat16
 };
 
 // The intermediate results of a pass, by name of the variable in the papers or of the adapters' step.
 // `parallel` is the output of an MLP whose layer still needs that of the attention, in `added`.
 struct Workspace {
   Buffer x, normed, qkv, attended, added, parallel, gate_up, gated, gained, h, scores, lora, routed, outputs;
+  // The inputs of products once more in bfloat16, if they are multiplied so.
+  InputRows normed_inputs, attended_inputs, gated_inputs, head_inputs, routed_inputs, gained_inputs[MAX_PARTS];
 };
 
 }  // namespace loraplex

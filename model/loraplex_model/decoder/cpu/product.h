@@ -20,12 +20,12 @@ struct Product {
   const Plan* plan;
   Fused fused;
   int fused_index;  // FusedMatrix; -1 for the head, which has no dense copies
+  int rows;
   std::vector<Run> runs;
   std::vector<LoraUnit> shrink, expand;
-  int units = 0;
 
   Product(const Plan& plan, const SlotTable& table, const Fused& fused, int fused_index, int rows, int out, int uses)
-      : plan(&plan), fused(fused), fused_index(fused_index), shrink(shrink_units(plan, table, fused, uses & (FACTORS | HEAD))),
+      : plan(&plan), fused(fused), fused_index(fused_index), rows(rows), shrink(shrink_units(plan, table, fused, uses & (FACTORS | HEAD))),
         expand(expand_units(plan, fused, uses)) {
     int begin = 0;
     auto add = [&](int first, int end, int column, int stop, int merged, int part) {
@@ -42,7 +42,6 @@ struct Product {
           add(segment.first, segment.end, fused.column[p], fused.column[p] + fused.width[p], -1, p);
     }
     add(begin, rows, 0, out, -1, -1);
-    for (const Run& run : runs) units += run.tile.units();
   }
 };
 

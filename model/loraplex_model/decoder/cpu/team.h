@@ -38,8 +38,8 @@ class Team {
   }
 
   // Runs `work(unit)` for every unit in [0, units), and returns when all of them are finished. All threads call
-  // it for the same phases in the same order. A late thread does so at any time of the pass, so neither `units`
-  // nor whatever else is read between two phases may be changed by a phase.
+  // it for the same phases in the same order. A late thread does so at any time of the pass, when its `units` has
+  // no effect. So only `work` may read what a phase writes, unless it is an atomic variable.
   template <class Work>
   void run(int& phase, int units, Work work) {
     Crew& crew = *crew_;

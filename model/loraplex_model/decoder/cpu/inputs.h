@@ -1,0 +1,87 @@
+// The memory of the rows that matrix products read, in the type X in which they are multiplied.
+//
+// float: the rows themselves. bfloat16: a rounded copy in the form of blocked.h, which whoever computes a
+// row's elements writes beside them.
+#pragma once
+
+#include <memory>
+
+#include "matmul_bf16.h"
+
+namespace loraplex {
+
+// Memory that grows to the size of the largest pass and is reused by later ones. Not initialised.
+template <class T>
+class Memory {
+ public:
+  T* data() { return elements_.get(); }
+  void reserve(size_t size) {
+    if (size <= size_) return;
+    elements_.reset(new T[size]);
+    size_ = size;
+  }
+
+ private:
+  std::unique_ptr<T[]> elements_;
+  size_t size_ = 0;
+};
+using Buffer = Memory<float>;
+
+// Rows of bfloat16 for products. Nothing in libraries without such products.
+class InputRows {
+ public:
+#if LORAPLEX_ORDER
+  void reserve(int rows, int width) {
+    width_ = width;
+    // Tiles are aligned as cache lines are, and `new` aligns less.
+    rows_.reserve(Blocked::size(rows, width) + TILE_INPUTS);
+    if (ORDER == Order::TILES) exchanged_.reserve(Blocked::size(rows, width) + TILE_INPUTS);
+  }
+  Inputs get() { return get(width_); }
+  // The memory for rows of another width, for which there must be room.
+  Inputs get(int width) { return {{aligned(rows_), width}, aligned(exchanged_)}; }
+  void put(int t, int first, int count, const float* x) { get().rows.put(t, first, count, x); }
+
+ private:
+  static bf16* aligned(Memory<bf16>& memory) {
+    return reinterpret_cast<bf16*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
+  }
+  int width_ = 0;
+  Memory<bf16> rows_, exchanged_;
+#endif
+};
+
+// What a product reads: rows of type X.
+template <class X>
+struct Multiplied;
+
+template <>
+struct Multiplied<float> {
+  struct Registers {
+    Registers() {}
+  };
+  using Rows = const float*;
+  static void reserve(InputRows&, int, int) {}
+  static void put(InputRows&, int, int, int, const float*) {}
+  static void put_row(InputRows&, int, int, const float*) {}
+  static Rows rows(const float* x, InputRows&, int = 0) { return x; }
+  static int exchange_units(Rows, int) { return 0; }
+  static void exchange(Rows, int, int) {}
+};
+
+#if LORAPLEX_ORDER
+template <>
+struct Multiplied<bf16> {
+  using Registers = TileRegisters;
+  using Rows = Inputs;
+  static void reserve(InputRows& inputs, int rows, int width) { inputs.reserve(rows, width); }
+  static void put(InputRows& inputs, int t, int first, int count, const float* x) { inputs.put(t, first, count, x); }
+  static void put_row(InputRows& inputs, int t, int width, const float* x) { inputs.get(width).rows.put(t, 0, width, x); }
+  static Rows rows(const float*, InputRows& inputs) { return inputs.get(); }
+  static Rows rows(const float*, InputRows& inputs, int width) { return inputs.get(width); }
+  static int exchange_units(const Rows& x, int count) { return x.units(count); }
+  static void exchange(const Rows& x, int count, int unit) { x.exchange(count, unit); }
+};
+#endif
+
+}  // namespace loraplex
