@@ -7,6 +7,7 @@ import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import c_int32, c_uint32
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -112,7 +113,7 @@ def test_threads_have_names_and_block_signals(library: ctypes.CDLL) -> None:
     phases(library, 3, MANY)
     names, blocked = set(), []
     for task in os.listdir("/proc/self/task"):
-        lines = open(f"/proc/self/task/{task}/status").read().splitlines()
+        lines = Path(f"/proc/self/task/{task}/status").read_text().splitlines()
         fields = dict(line.split(":\t", 1) for line in lines)
         if fields["Name"].startswith("loraplex "):
             names.add(fields["Name"])
