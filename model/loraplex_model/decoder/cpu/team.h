@@ -63,7 +63,7 @@ class Team {
     if (phase_of(progress) == mine) {
       Crew::Seat& seat = *seat_;
       crew.leave(seat);  // from here on, this object may end
-      crew.progressed.wait([&] {
+      crew.wait(crew.progressed, seat, [&] {
         progress = crew.progress.load();
         return phase_of(progress) != mine || !crew.is_open(seat);
       });

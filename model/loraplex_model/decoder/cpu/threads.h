@@ -55,8 +55,7 @@ bool spin(Done done) {
 class Event {
  public:
   template <class Done>
-  void wait(Done done) {
-    if (spin(done)) return;
+  void sleep(Done done) {
     while (!done()) {
       sleepers_.fetch_add(1);
       uint32_t seen = changes_.load();
@@ -99,10 +98,10 @@ class Crew {
 
   struct alignas(64) Seat {
     std::atomic<bool> inside{false};
-    std::atomic<int> processor{-1};  // at the start of its last round
-    int index = 0;                   // 0 is the caller's
+    int index = 0;  // 0 is the caller's
     uint64_t round = 0;
     Crew* crew = nullptr;
+    pthread_t thread{};
   };
 
   // Lends a crew with up to `threads` threads, the caller's included; fewer if the system has no more.
@@ -138,7 +137,7 @@ class Crew {
     function_ = function;
     argument_ = argument;
     round_++;
-    place(seats_[0]);
+    note_caller();
     gate_.store(round_ << 16 | uint64_t(wanted_ - 1));
     opened_.notify(wanted_ == size_ ? WOKEN_BY_ONE : INT_MAX);  // a thread that is not wanted wakes no other
     function(argument, seats_[0]);
@@ -162,6 +161,18 @@ class Crew {
     if (gate_.load() == seat.round) return true;
     seat.inside.store(false, std::memory_order_release);
     return false;
+  }
+
+  // Waits until `done()`, which becomes true with a `notify` of `event`. The seat must be outside.
+  template <class Done>
+  void wait(Event& event, Seat& seat, Done done) {
+    if (spin(done)) return;
+    if (seat.index) keep_off(true);
+    event.sleep(done);
+    if (seat.index)
+      spread();
+    else
+      caller_processor_.store(sched_getcpu(), std::memory_order_relaxed);
   }
 
   // Progress of a round, kept here because threads outside of the round read it.
@@ -208,6 +219,7 @@ class Crew {
     bool started = !pthread_create(&thread, nullptr, main, &seats_[size_]);
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
     if (!started) return false;
+    seats_[size_].thread = thread;
     char name[16];
     snprintf(name, sizeof name, "loraplex %d", size_);
     pthread_setname_np(thread, name);
@@ -219,43 +231,57 @@ class Crew {
   [[noreturn]] void serve(Seat& seat) {
     for (;;) {
       uint64_t gate = 0;
-      opened_.wait([&] {
+      wait(opened_, seat, [&] {
         gate = gate_.load();
         return gate != seat.round && int(gate & 0xffff) >= seat.index;
       });
       opened_.notify(WOKEN_BY_ONE);
       seat.round = gate;
-      place(seat);
       if (!enter(seat)) continue;
       function_(argument_, seat);
       leave(seat);
     }
   }
 
-  // Notes the processor of a thread. If a thread of the round with a lower index has the same one, moves to
-  // another: two threads on one processor only take turns, and the system may leave them there for long.
-  void place(Seat& seat) {
+  // The threads of a pass should have processors of their own. Linux wakes a thread on the waking one's
+  // processor if the others are busy for a moment, and may leave it there for long. So threads sleep with an
+  // affinity without the caller's processor. Awake they have the caller's affinity, so that the system can move
+  // a paused one to any idle processor.
+
+  // Gives the calling thread the caller's affinity, without the caller's processor if `off`.
+  void keep_off(bool off) {
+    cpu_set_t set;
+    int processor = caller_processor_.load(std::memory_order_relaxed);
+    if (sched_getaffinity(caller_.load(std::memory_order_relaxed), sizeof set, &set)) return;
+    if (off && processor >= 0 && processor < CPU_SETSIZE) CPU_CLR(processor, &set);
+    if (CPU_COUNT(&set)) sched_setaffinity(0, sizeof set, &set);
+  }
+
+  // Moves the calling thread off the caller's processor if it is there, and gives it the caller's affinity.
+  void spread() {
+    if (sched_getcpu() == caller_processor_.load(std::memory_order_relaxed)) keep_off(true);
+    keep_off(false);
+  }
+
+  // Notes the calling thread as the caller. If it is on another processor than before, the sleeping threads may
+  // be kept off the wrong one.
+  void note_caller() {
+    caller_.store(syscall(SYS_gettid), std::memory_order_relaxed);
     int here = sched_getcpu();
-    bool shared = false;
-    for (int i = 0; i < seat.index; i++) shared |= seats_[i].processor.load(std::memory_order_relaxed) == here;
-    cpu_set_t allowed, other;
-    if (shared && here >= 0 && !sched_getaffinity(0, sizeof allowed, &allowed)) {
-      other = allowed;
-      for (int i = 0; i < seat.index; i++)
-        if (int taken = seats_[i].processor.load(std::memory_order_relaxed); taken >= 0 && taken < CPU_SETSIZE)
-          CPU_CLR(taken, &other);
-      if (CPU_COUNT(&other) && !sched_setaffinity(0, sizeof other, &other)) {
-        sched_setaffinity(0, sizeof allowed, &allowed);
-        here = sched_getcpu();
-      }
-    }
-    seat.processor.store(here, std::memory_order_relaxed);
+    if (caller_processor_.exchange(here, std::memory_order_relaxed) == here) return;
+    cpu_set_t set;
+    if (here < 0 || here >= CPU_SETSIZE || sched_getaffinity(0, sizeof set, &set)) return;
+    CPU_CLR(here, &set);
+    if (CPU_COUNT(&set))
+      for (int i = 1; i < size_; i++) pthread_setaffinity_np(seats_[i].thread, sizeof set, &set);
   }
 
   alignas(64) std::atomic<uint64_t> gate_{0};  // round << 16 | threads that may enter; none if it is closed
   Event opened_;
   void (*function_)(void*, Seat&) = nullptr;
   void* argument_ = nullptr;
+  std::atomic<pid_t> caller_{0};
+  std::atomic<int> caller_processor_{-1};
   uint64_t round_ = 0;
   int size_ = 1, wanted_ = 1;
   std::unique_ptr<Seat[]> seats_;
