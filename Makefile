@@ -32,7 +32,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup model prometheus demo serve train-adapter test test-seams test-field test-families test-real test-sanitized test-triton test-gpu fuzz lint house proto \
-        bench bench-peft bench-kernels bench-train bench-adapters bench-neighbour bench-conversion bench-paper bench-gpu bench-gpu-launches gpu-aot gpu-check gpu-pack figures \
+        bench bench-peft bench-prefix bench-kernels bench-train bench-adapters bench-neighbour bench-conversion bench-paper bench-gpu bench-gpu-launches gpu-aot gpu-check gpu-pack figures \
         lock clean distclean
 
 help: ## Show this list of targets
@@ -128,6 +128,9 @@ bench: setup model ## Measure this server with base and adapters, by adapter pop
 
 bench-peft: setup model ## Compare this server with PEFT on the same NF4 base
 	$(BIN)/python bench/bench_peft.py $(ARGS)
+
+bench-prefix: setup model ## Compare the prefill of requests with a shared beginning with that of others
+	$(BIN)/python bench/bench_prefix.py $(ARGS)
 
 bench-kernels: setup ## Compare the NF4 matrix product with those of bitsandbytes and torch
 	$(BIN)/python bench/bench_kernels.py $(ARGS)

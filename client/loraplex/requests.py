@@ -77,6 +77,7 @@ class GenerateOptions(ConversationOptions, total=False):
     prompt_logprobs: int | None  # alternatives per prompt token
     request_id: str | None  # appears in trailers and logs; default: chosen by the server
     priority: int | None  # [-100, 100]; higher is admitted first
+    cache_salt: str | None  # share computed prompts only with requests that send the same
 
 
 def generate(

@@ -82,7 +82,8 @@ class ResolvedAdapter:
 class Usage:
     """Numbers of tokens.
 
-    `cached_prompt_tokens` are those of the prompt that were in the server's KV cache already.
+    `cached_prompt_tokens` are those of the prompt that the server had computed for an earlier
+    request and did not compute again.
     `base_prompt_tokens` are those that the base model alone computed before an activated LoRA; if
     they are all of the prompt, it does not contain the adapter's invocation tokens, and the
     completion is the base model's.

@@ -22,6 +22,7 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, EnvSettingsSource, SettingsConfigDict, SettingsError
 
+from loraplex_server import former_settings
 from loraplex_server.engine.batching.scheduler import EngineLimits
 from loraplex_server.engine.group import devices
 from loraplex_server.engine.group.devices import EnginePlacement
@@ -148,9 +149,8 @@ class Config(BaseSettings):
     special_tokens_in_messages: bool = False
     """Recognise control tokens that messages spell out, also in the data of training jobs, so that
     a message can end its turn and open another. By default they are text."""
-    share_base_prefixes: bool = False
-    """Let prompts that begin alike share keys and values that the base alone has computed. Response
-    times can then show clients whether someone has sent a prompt that begins like theirs."""
+    prefix_cache: bool = True
+    """Keep keys and values of prompts and answers, for later requests that begin alike."""
     token_budget: int = Field(512, ge=1)
     """Most tokens in one step: decode rows and prompt chunks together."""
     max_running: int = Field(64, ge=1)
@@ -352,7 +352,7 @@ class Config(BaseSettings):
             max_running=self.max_running,
             max_waiting=self.max_requests,
             max_waiting_tokens=2 * self.max_waiting_tokens,
-            share_base_prefixes=self.share_base_prefixes,
+            prefix_cache=self.prefix_cache,
         )
 
 
@@ -370,9 +370,10 @@ def load(file: Path | None, flags: Mapping[str, Any]) -> Config:
         from_environment = EnvSettingsSource(Config)()
     except SettingsError as error:  # a list or a table that is not JSON
         raise ConfigError(f"the environment cannot be read: {error}") from error
-    given = {**from_file, **from_environment, **flags}
+    former = former_settings.in_environment(os.environ)
+    given = {**from_file, **former, **from_environment, **flags}
     unknown = given.keys() - Config.model_fields.keys()
-    problems = [f"{name}: there is no such setting" for name in sorted(unknown)]
+    problems = [f"{name}: {former_settings.objection(name)}" for name in sorted(unknown)]
     try:
         config = Config(**{name: given[name] for name in given if name not in unknown})
     except ValidationError as error:

@@ -117,6 +117,7 @@ class Metrics:
             series.prefill_tokens.inc(stats.prefill_tokens)
         series.kv_blocks.labels("free").set(stats.free_blocks)
         series.kv_blocks.labels("used").set(stats.used_blocks)
+        series.prefix_cache_blocks.set(stats.kept_blocks)
         self._set_held(
             stats.adapter_bytes, stats.host_bytes, stats.merged_bytes, stats.prefix_blocks
         )
@@ -125,6 +126,9 @@ class Metrics:
         series.engine_memory_bytes.labels("accounted").set(stats.accounted_bytes)
         for counter, value in (
             (series.preemptions, stats.preemptions),
+            (series.prefix_cache_lookups, stats.prefix_lookups),
+            (series.prefix_cache_hits, stats.prefix_hits),
+            (series.prefix_cache_evictions, stats.prefix_evictions),
             (series.wasted_rows, stats.wasted_rows),
             (series.out_of_memory, stats.out_of_memory),
             (series.adapter_evictions.labels("device"), stats.evictions),
@@ -168,6 +172,7 @@ class Metrics:
         """Sets the gauges of an engine without adapters."""
         self._set_held(0, 0, 0, 0)
         self.series.sampling_waiting_requests.set(0)
+        self.series.prefix_cache_blocks.set(0)
         for kind in ("used", "accounted"):
             self.series.engine_memory_bytes.labels(kind).set(0)
         for state in ADAPTER_STATES:

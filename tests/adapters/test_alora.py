@@ -276,7 +276,7 @@ def test_preempted_it_has_the_same_bits(world: World, monkeypatch: pytest.Monkey
     monkeypatch.setitem(PROMPTS, "long", [11] * 29 + [7, 3])
     asked = [("alora", "long"), ("alora", "long")]
     alone = Served(world, "native").run(asked[0])[0]
-    served = Served(world, "native", kv_tokens=80)
+    served = Served(world, "native", kv_tokens=80, prefix_cache=False)
     for found in served.run(*asked):
         assert found[0] == alone[0]
         assert np.array_equal(found[1], alone[1])
@@ -297,7 +297,7 @@ def test_keys_and_values_of_the_base_are_shared_and_change_no_bit(
         for name in ("", "alora", "lora")
     }
     for first, second in (("", "alora"), ("alora", ""), ("alora", "alora"), ("lora", "alora")):
-        served = Served(world, decoder, share_base_prefixes=True)
+        served = Served(world, decoder, prefix_cache=True)
         rest = whole if first == "lora" else whole - 2 * size
         for name, computed in ((first, whole), (second, rest)):
             served.computed = 0

@@ -75,6 +75,7 @@ def test_generate_sends_every_flag(run, server: FakeServer):
         *("--top-k", "3", "--min-p", "0.25", "--repetition-penalty", "1.5", "--seed", "9"),
         *("--presence-penalty", "-1", "--frequency-penalty", "0.5", "--stop", "END"),
         *("--ignore-eos", "--logprobs", "2", "--priority", "-3", "--timeout", "9"),
+        *("--cache-salt", "tenant"),
     )
     request = server.calls[0].request
     assert [(term.adapter_id, term.HasField("weight")) for term in request.mix] == [
@@ -89,6 +90,7 @@ def test_generate_sends_every_flag(run, server: FakeServer):
     assert (request.stop.max_new_tokens, list(request.stop.strings)) == (5, ["END"])
     assert request.stop.ignore_eos
     assert (request.logprobs, request.priority) == (2, -3)
+    assert request.cache_salt == "tenant"
     remaining = server.calls[0].time_remaining
     assert remaining is not None
     assert remaining < 10

@@ -41,6 +41,7 @@ def test_every_option_lands_in_its_field():
         prompt_logprobs=1,
         request_id="mine",
         priority=-4,
+        cache_salt="tenant",
         skip_special_tokens=False,
     )
     assert request == generation_pb2.GenerateRequest(
@@ -64,6 +65,7 @@ def test_every_option_lands_in_its_field():
         prompt_logprobs=1,
         request_id="mine",
         priority=-4,
+        cache_salt="tenant",
         skip_special_tokens=False,
     )
 

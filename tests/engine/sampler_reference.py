@@ -81,6 +81,5 @@ def top_logprobs(logits: Floats, count: int) -> list[tuple[int, float]]:
     largest = logits.max()
     total = np.exp(logits - largest).sum(dtype=np.float64)
     shift = np.float32(np.float64(largest) + np.log(total))
-    best = np.argpartition(-logits, count - 1)[:count]
-    best = best[np.lexsort((best, -logits[best]))]
+    best = np.argsort(-logits, kind="stable")[:count]
     return [(int(i), float(logits[i] - shift)) for i in best]

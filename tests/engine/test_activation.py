@@ -86,7 +86,7 @@ def test_kinds_of_rows_share_a_batch() -> None:
 
 
 def test_a_preempted_request_keeps_its_beginning() -> None:
-    engine = Engine(OracleRunner(num_blocks=7), max_running=2)
+    engine = Engine(OracleRunner(num_blocks=7), max_running=2, prefix_cache=False)
     prompt = [1, 2, 3, 7, 8, 4]
     engine.submit(1, prompt, 14, adapters=[alora()], priority=1)
     engine.submit(2, prompt, 12, adapters=[alora()])

@@ -316,7 +316,7 @@ def test_adapters_are_read_on_a_thread_of_the_engine_by_default() -> None:
 
 def test_the_oracle_notices_a_block_that_was_mixed_up() -> None:
     """The oracle itself: it must not give the right answer from the wrong memory."""
-    engine = Engine(OracleRunner(num_blocks=8, block_size=2))
+    engine = Engine(OracleRunner(num_blocks=8, block_size=2), prefix_cache=False)
     engine.submit(1, [1, 2, 3], 6)
     engine.step()
     request = engine.core._requests[1]

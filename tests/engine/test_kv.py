@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -50,3 +52,42 @@ def test_blocks_are_conserved(moves: list[int]) -> None:
 def test_an_empty_cache_is_refused(blocks: int, size: int) -> None:
     with pytest.raises(ValueError, match="at least one"):
         BlockPool(blocks, size)
+
+
+MISTAKES: dict[str, Callable[[BlockPool, int], object]] = {
+    "freed while it is used": lambda pool, block: pool.release([block, block]),
+    "kept twice": lambda pool, block: pool.keep(block),
+    "shared without being kept": lambda pool, _: pool.share(pool.reserve(1)[0]),
+    "kept while it is free": lambda pool, _: pool.keep(7),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_with_kept_blocks_is_noticed(mistake: Callable[[BlockPool, int], object]) -> None:
+    pool = BlockPool(8, 4)
+    (block,) = pool.reserve(1)
+    pool.keep(block)
+    pool.check()
+    with pytest.raises(AssertionError):
+        mistake(pool, block)
+
+
+def test_a_kept_block_is_forgotten_when_it_is_reserved_and_not_before() -> None:
+    pool = BlockPool(4, 4)
+    forgotten: list[int] = []
+    pool.on_forget = forgotten.append
+    one, two, three = pool.reserve(3)
+    for block in (one, two, three):
+        pool.keep(block)
+    pool.release([one, two, three])
+    assert (pool.kept, pool.free, pool.used) == (3, 4, 0)
+    pool.share(one)
+    assert (pool.owners(one), pool.free) == (1, 3)
+    pool.drop(three)
+    free = pool.reserve(2)
+    assert (three in free, forgotten) == (True, [])
+    pool.release([one])
+    assert pool.reserve(1) == [two]
+    assert pool.reserve(1) == [one]
+    assert (forgotten, pool.kept) == ([two, one], 0)
+    pool.check()

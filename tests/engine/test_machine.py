@@ -162,7 +162,7 @@ class EngineMachine(RuleBasedStateMachine):
             max_waiting=self.max_waiting,
             max_waiting_tokens=100,
             prompt_logprob_rows=3,
-            share_base_prefixes=self.shares,
+            prefix_cache=self.shares,
         )
         self.asked: dict[int, Asked] = {}
         self.ops: set[int] = set()

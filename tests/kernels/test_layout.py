@@ -10,11 +10,12 @@ import pytest
 from loraplex_model.adapters.delta import Activation, Reads, SiteDelta, tensor_fields
 from loraplex_model.adapters.table import ENTRY, Uses
 from loraplex_model.base.config import FUSED, LAYER_SITES, MODEL_SITES, Gate, NormSpan
+from loraplex_model.base.draws import DrawState
 from loraplex_model.base.weights import BLOCK
 from loraplex_model.decoder import layout
 from loraplex_model.ops.build import SOURCES
 
-CODE = re.sub(r"//[^\n]*", "", "".join(path.read_text() for path in SOURCES.glob("*.h")))
+CODE = re.sub(r"//[^\n]*", "", "".join(path.read_text() for path in SOURCES.rglob("*.h")))
 
 
 def enum(name: str) -> dict[str, int]:
@@ -86,6 +87,10 @@ def test_kinds_of_matrices_and_sizes_of_blocks_are_the_same() -> None:
     assert kinds == {kind.name: kind.value for kind in layout.Storage}
     assert constant("PANEL") == layout.PANEL
     assert constant("BLOCK") == BLOCK
+
+
+def test_the_state_of_a_draw_has_the_same_fields() -> None:
+    assert fields("Draw") == [name for name, *_ in DrawState._fields_]
 
 
 def test_an_entry_has_the_same_fields() -> None:

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HERE = "tests/kernels/"
 SMALL = (
     "bounds or unpack or elementwise or attention or norm or rotation or activation or caps"
-    " or bfloat16"
+    " or bfloat16 or token or line"
 )
 TESTED = [isa for isa in ("portable", "avx2") if isa in build.supported_isas()]
 

@@ -19,6 +19,7 @@ from rpc.harness import (
     rest,
     running,
     streamed,
+    until,
     write_adapter,
 )
 
@@ -94,7 +95,7 @@ async def test_it_is_used_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("shares", [False, True])
 async def test_what_was_found_in_the_cache_is_counted(tmp_path: Path, shares: bool) -> None:
     """The oracle's blocks hold 4 tokens, of which the first is the base's."""
-    async with running(tmp_path, share_base_prefixes=shares) as up:
+    async with running(tmp_path, prefix_cache=shares) as up:
         digest = (await register(up, "judge")).adapter.digest
         first = await up.generation.Generate(ask(*PROMPT, new=3))
         assert first.usage.cached_prompt_tokens == 0
@@ -104,3 +105,17 @@ async def test_what_was_found_in_the_cache_is_counted(tmp_path: Path, shares: bo
         assert second.usage.base_prompt_tokens == len(BEFORE)
         assert up.metric("prompt_tokens_total") == 2 * len(PROMPT)
         assert up.metric("cached_prompt_tokens_total") == (4 if shares else 0)
+
+
+async def test_requests_with_another_salt_find_nothing(tmp_path: Path) -> None:
+    async with running(tmp_path) as up:
+        for salt in ("", "tenant", "other"):
+            for found in (0, 8):
+                request = ask(*range(20, 31), new=2)
+                request.cache_salt = salt
+                reply = await up.generation.Generate(request)
+                assert reply.usage.cached_prompt_tokens == found
+                assert list(reply.token_ids) == expected(list(range(20, 31)), 2)
+        await until(lambda: up.metric("prefix_cache_hits_total") == 3)
+        assert up.metric("prefix_cache_lookups_total") == 6
+        assert up.metric("prefix_cache_blocks") >= 6

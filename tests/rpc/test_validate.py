@@ -51,6 +51,8 @@ GOOD = [
     {"logprobs": 20, "prompt_logprobs": 0},
     {"request_id": "~" * 128, "priority": -100},
     {"priority": 100},
+    {"cache_salt": "ä" * 64},
+    {"cache_salt": ""},
 ]
 
 
@@ -99,6 +101,8 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"request_id": "two\nlines"}, ["request_id"]),
     ({"request_id": "é"}, ["request_id"]),
     ({"priority": 101}, ["priority"]),
+    ({"cache_salt": "s" * 129}, ["cache_salt"]),
+    ({"cache_salt": "ä" * 65}, ["cache_salt"]),
     ({"priority": -(2**31)}, ["priority"]),
     (
         {"adapter_id": "..", "sampling": {"top_p": 2, "min_p": 2}, "priority": 101},

@@ -33,6 +33,7 @@ def test_flags_beat_the_environment_which_beats_the_file(
         ({"port": "70000"}, "port: "),
         ({"port": "x"}, "port: "),
         ({"no_such": "1"}, "no_such: there is no such setting"),
+        ({"share_base_prefixes": True}, "share_base_prefixes: this setting is now called prefix_"),
         ({"dtype": "int8"}, "dtype: "),
         ({"max_running": "1000", "token_budget": "10"}, "max_running must be at most"),
         ({"kv_memory": "lots"}, "kv_memory: "),
@@ -179,3 +180,20 @@ def test_a_wrong_flag_ends_every_command_with_the_same_code(tmp_path: Path) -> N
 def test_the_largest_weights_file_is_a_setting_of_the_server_and_its_engines() -> None:
     assert load(None, {}).runner_config().max_adapter_file == 4 << 30
     assert load(None, {"max_adapter_file": "6GiB"}).runner_config().max_adapter_file == 6 << 30
+
+
+@pytest.mark.parametrize("flag", ["--share-base-prefixes", "--no-share-base-prefixes"])
+def test_a_setting_of_an_earlier_version_is_refused_with_its_new_name(
+    flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = CliRunner().invoke(app, ["serve", flag])
+    assert found.exit_code == ServerExit.BAD_CONFIG
+    assert "now called prefix_cache" in found.output
+    assert "share-base" not in CliRunner().invoke(app, ["serve", "--help"]).output
+    file = tmp_path / "server.toml"
+    file.write_text("share_base_prefixes = false\n")
+    with pytest.raises(ConfigError, match="now called prefix_cache"):
+        load(file, {})
+    monkeypatch.setenv("LORAPLEX_SHARE_BASE_PREFIXES", "")
+    with pytest.raises(ConfigError, match="now called prefix_cache"):
+        load(None, {})

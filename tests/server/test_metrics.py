@@ -93,6 +93,20 @@ def test_counters_go_on_over_a_restart_of_the_engine() -> None:
     assert value(metrics, "engine_restarts_total") == 1
 
 
+def test_use_of_the_prefix_cache_is_counted_over_a_restart_and_its_blocks_are_not() -> None:
+    metrics = Metrics(CollectorRegistry())
+    before = step(kept_blocks=9, prefix_lookups=7, prefix_hits=3, prefix_evictions=2)
+    metrics.on_step(StepReport([], before))
+    assert value(metrics, "prefix_cache_blocks") == 9
+    metrics.on_restart()
+    assert value(metrics, "prefix_cache_blocks") == 0
+    metrics.on_step(StepReport([], step(kept_blocks=1, prefix_lookups=2, prefix_hits=1)))
+    assert value(metrics, "prefix_cache_blocks") == 1
+    assert value(metrics, "prefix_cache_lookups_total") == 9
+    assert value(metrics, "prefix_cache_hits_total") == 4
+    assert value(metrics, "prefix_cache_evictions_total") == 2
+
+
 def test_wasted_rows_and_lacks_of_memory_go_on_over_a_restart_too() -> None:
     metrics = fresh()
     metrics.on_step(StepReport([], step(wasted_rows=7, out_of_memory=1)))

@@ -36,6 +36,9 @@ _COMPLETION: Mapping[str, Any] = {
     ),
     "logprobs": option("Output", "Alternatives reported for each token, with --json."),
     "priority": option("Server", "Priority of the request, -100 to 100; higher is admitted first."),
+    "cache_salt": option(
+        "Server", "Share computed prompts only with requests that send the same text."
+    ),
 }
 
 

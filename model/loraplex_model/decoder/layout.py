@@ -6,6 +6,7 @@ tests/kernels/test_layout.py compares them with the headers.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from ctypes import POINTER, Structure, c_float, c_int32, c_void_p
 from enum import IntEnum
 
@@ -14,6 +15,7 @@ import torch
 from loraplex_model.adapters.table import SlotTable
 from loraplex_model.base.batch import ForwardBatch
 from loraplex_model.base.config import NormSpan
+from loraplex_model.ops import mapping
 
 PANEL = 16
 """Number of output rows of a panel, as in `cpu/matmul.h`."""
@@ -234,6 +236,16 @@ def c_batch(batch: ForwardBatch) -> CBatch:
     )
 
 
+def nf4_room(out: int, fan_in: int) -> int:
+    """Bytes that `nf4_panels` takes from an arena for a matrix [out, in]."""
+    weights = -(-out // PANEL) * PANEL * fan_in
+    return mapping.Arena.room(weights // 2) + mapping.Arena.room(weights // 64 * 4)
+
+
+def _empty(count: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(count, dtype=dtype)
+
+
 def nf4_panels(
     library: ctypes.CDLL,
     packed: torch.Tensor,
@@ -242,16 +254,18 @@ def nf4_panels(
     fan_in: int,
     *,
     bf16_products: bool = False,
+    empty: Callable[[int, torch.dtype], torch.Tensor] = _empty,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rearranges codes, uint8 [out * in / 2], and absmax, float32 [out, in / 64], into panels.
 
-    With `bf16_products` they have the library's form for products of bfloat16.
+    With `bf16_products` they have the library's form for products of bfloat16. `empty` makes
+    tensors of a number of elements and a type.
     """
     assert packed.numel() * 2 == out * fan_in
     assert absmax.numel() * 64 == out * fan_in
     count = -(-out // PANEL)
-    codes = torch.empty(count * fan_in // 8 * PANEL, dtype=torch.int32)
-    scales = torch.empty(count * (fan_in // 64) * PANEL, dtype=torch.float32)
+    codes = empty(count * fan_in // 8 * PANEL, torch.int32)
+    scales = empty(count * (fan_in // 64) * PANEL, torch.float32)
     absmax = absmax.contiguous()
     pack = library.loraplex_pack_nf4_bf16 if bf16_products else library.loraplex_pack_nf4
     pack(

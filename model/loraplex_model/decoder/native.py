@@ -8,6 +8,7 @@ only, so its bits are the same alone, in any batch, and for any division of its 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from ctypes import addressof, byref, c_void_p
 
@@ -21,7 +22,7 @@ from loraplex_model.adapters.table import Merged, SlotTable
 from loraplex_model.base.batch import ForwardBatch
 from loraplex_model.base.config import FUSED, Norm, Rope
 from loraplex_model.base.weights import BLOCK, BaseWeights, LayerWeights, NF4Matrix
-from loraplex_model.decoder import layout
+from loraplex_model.decoder import layout, paired
 from loraplex_model.decoder.forward import query_scale
 from loraplex_model.decoder.layout import (
     CLayer,
@@ -35,6 +36,7 @@ from loraplex_model.decoder.layout import (
     Storage,
 )
 from loraplex_model.decoder.reference import copy_blocks, write_blocks
+from loraplex_model.decoder.sampling import NativeSampling
 from loraplex_model.ops import build, mapping, nf4
 from loraplex_model.ops.rope import tables
 
@@ -55,7 +57,8 @@ class NativeDecoder:
         block_size: tokens of a KV block.
         kernels: what computes the passes, for people.
         table: the resident adapters.
-        keys, values: per layer [blocks, kv_heads, block_size, head_dim], compute dtype.
+        keys, values: per layer [blocks, kv_heads, block_size, head_dim], compute dtype; for
+            products of bfloat16 in the form of `paired.shapes`.
     """
 
     def __init__(
@@ -87,14 +90,25 @@ class NativeDecoder:
         self._bf16_products = dtype == torch.bfloat16 and self._library.loraplex_bf16_order() > 0
         self.kernels = f"C++ {self.isa}{', bfloat16 products' * self._bf16_products}"
         self.table = SlotTable(num_slots, config)
-        shape = (num_blocks, config.num_kv_heads, block_size, config.head_dim)
-        self.keys = [torch.zeros(shape, dtype=dtype) for _ in weights.layers]
-        self.values = [torch.zeros(shape, dtype=dtype) for _ in weights.layers]
+        part = (block_size, config.head_dim)
+        forms = paired.shapes(*part) if self._bf16_products else (part, part)
+        self.keys, self.values = (
+            [self._pages(num_blocks, form, dtype) for _ in weights.layers] for form in forms
+        )
+        self._arena = mapping.Arena(
+            sum(
+                layout.nf4_room(*matrix.shape)
+                for layer in weights.layers
+                for matrix in (layer.qkv, layer.o, layer.gate_up, layer.down)
+                if matrix.shape[1] % BLOCK == 0
+            )
+        )
 
         self._layers = (CLayer * config.num_layers)(
             *(self._layer(i, layer) for i, layer in enumerate(weights.layers))
         )
-        self._model = self._c_model(block_size, max_positions, threads or torch.get_num_threads())
+        self._threads = threads or torch.get_num_threads()
+        self._model = self._c_model(block_size, max_positions, self._threads)
 
     def __del__(self) -> None:
         if hasattr(self, "_workspace"):
@@ -119,6 +133,10 @@ class NativeDecoder:
             raise PassOutOfBounds(f"a pass was not computed: {layout.FAULTS[fault]}")
         return logits
 
+    def sampling(self) -> NativeSampling:
+        """The sampler of the same kernels, with as many threads."""
+        return NativeSampling(self._library, self._threads)
+
     def merge(self, adapter: PackedAdapter, dtype: torch.dtype) -> Merged:
         """Merges an adapter: dense copies, in `dtype` and in panels, of the matrices it changes.
 
@@ -139,8 +157,17 @@ class NativeDecoder:
 
     def write_prefix(self, blocks: Sequence[int], keys: torch.Tensor, values: torch.Tensor) -> None:
         """Writes keys and values [layers, n, kv_heads, head_dim] to the start of `blocks`."""
+        if self._bf16_products:
+            for layer in zip(keys, values, self.keys, self.values, strict=True):
+                paired.write(blocks, *layer)
+            return
         for states, caches in ((keys, self.keys), (values, self.values)):
             write_blocks(blocks, states, [cache.transpose(1, 2) for cache in caches])
+
+    def _pages(self, num_blocks: int, form: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A layer's keys or values, zeros: [num_blocks, kv_heads, *form]."""
+        shape = (num_blocks, self.weights.config.num_kv_heads, *form)
+        return mapping.zeros(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
 
     def _keep(self, tensor: torch.Tensor | None) -> int | None:
         if tensor is None:
@@ -237,6 +264,7 @@ class NativeDecoder:
             out,
             fan_in,
             bf16_products=self._bf16_products,
+            empty=self._arena.take,
         )
         return CMatrix(
             data=self._keep(codes),

@@ -14,6 +14,8 @@ import torch
 
 _LARGE = 1 << 17
 """Bytes from which a tensor gets a mapping of its own; smaller ones fill the heap's gaps."""
+_LINE = 64
+"""Bytes of a cache line."""
 _HUGE_PAGE = 1 << 21
 """Bytes of a huge page, where there are any."""
 
@@ -35,3 +37,25 @@ def moved(tensor: torch.Tensor) -> torch.Tensor:
     """A copy of a tensor on the host in memory from `zeros`."""
     copy = zeros(tensor.nbytes).view(tensor.dtype).view(tensor.shape)
     return copy.copy_(tensor)
+
+
+class Arena:
+    """One mapping from which tensors that live equally long are taken, on large pages if possible."""
+
+    def __init__(self, nbytes: int) -> None:
+        """`nbytes` is the total of `room` of all tensors. Raises OSError if there is no memory."""
+        self._memory = zeros(nbytes)
+        self._used = 0
+
+    @staticmethod
+    def room(nbytes: int) -> int:
+        """Bytes that a tensor of `nbytes` takes: it begins at a cache line."""
+        return -(-nbytes // _LINE) * _LINE
+
+    def take(self, count: int, dtype: torch.dtype) -> torch.Tensor:
+        """Zeros, [count]."""
+        end = self._used + count * dtype.itemsize
+        assert end <= len(self._memory), "an arena is used up"
+        taken = self._memory[self._used : end].view(dtype)
+        self._used += self.room(count * dtype.itemsize)
+        return taken

@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 
 from loraplex_server.config import PANELS, Config, ConfigError, load
 from loraplex_server.exits import ServerExit
+from loraplex_server.former_settings import FORMER
 
 ALL_SETTINGS: Final = tuple(name for name, field in Config.model_fields.items() if field.repr)
 
@@ -33,8 +34,10 @@ def with_settings(
     of `run` after its first. Wrong settings end the command with exit code BAD_CONFIG.
     """
 
+    former = [name for name, now in FORMER.items() if now in names]
+
     def command(config: Path | None = None, **given: Any) -> None:
-        flags = {name: given.pop(name) for name in names}
+        flags = {name: given.pop(name) for name in (*names, *former)}
         try:
             settings = load(config, {k: value for k, value in flags.items() if value is not None})
         except ConfigError as error:
@@ -44,7 +47,7 @@ def with_settings(
 
     if own is None:
         own = own_parameters(run)
-    parameters = [*own, parameter("config", _FILE), *map(_setting, names)]
+    parameters = [*own, parameter("config", _FILE), *map(_setting, names), *map(_former, former)]
     command.__doc__ = run.__doc__
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {each.name: each.annotation for each in parameters}
@@ -74,6 +77,13 @@ def _setting(name: str) -> inspect.Parameter:
         flag, help=_help(field), metavar=_metavar(field.annotation), rich_help_panel=_panel(name)
     )
     return parameter(name, Annotated[kind, option])
+
+
+def _former(name: str) -> inspect.Parameter:
+    """A hidden flag for a setting of an earlier version, which is refused with its new name."""
+    flag = name.replace("_", "-")
+    option = typer.Option(f"--{flag}/--no-{flag}", hidden=True)
+    return parameter(name, Annotated[bool | None, option])
 
 
 def _panel(name: str) -> str:

@@ -17,6 +17,10 @@ def check_books(requests: Collection[Request], scheduler: Scheduler, adapters: A
     Raises `AssertionError`.
     """
     scheduler.pool.check()
+    scheduler.prefixes.check()
+    for request in requests:
+        path = [node.block for node in request.path]
+        assert path == request.blocks[: len(path)].tolist(), "a request's kept blocks are others"
     held = Counter(block for request in requests for block in request.blocks)
     owners = {block: scheduler.pool.owners(block) for block in held}
     assert held == owners, "a KV block has other owners than the requests that hold it"

@@ -33,12 +33,13 @@ from loraplex_server.engine.messages import (
     Submit,
     Unload,
 )
-from loraplex_server.engine.passes.answers import Answers
+from loraplex_server.engine.passes.answers import NOT_FINITE, Answers
+from loraplex_server.engine.passes.choices import Choices
 from loraplex_server.engine.passes.lock_step import LockStep, Passes
 from loraplex_server.engine.passes.one_ahead import OneAhead
 from loraplex_server.engine.passes.tally import PassTally
 from loraplex_server.engine.reporting import Reporter
-from loraplex_server.engine.runner.protocol import ModelRunner, works_ahead
+from loraplex_server.engine.runner.protocol import ModelRunner, sampler_of, works_ahead
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +78,8 @@ class EngineCore:
         self._pool = BlockPool(runner.num_blocks, runner.block_size)
         self._scheduler = Scheduler(self._pool, self._limits)
         self._tally = PassTally()
-        self._answers = Answers(self._scheduler.turns, clock, self._end, self._fault)
+        choices = Choices(sampler_of(runner))
+        self._answers = Answers(choices, self._scheduler.turns, clock, self._end, self._fault)
         self._passes = self._choose_passes(runner)
         settle_slot = self._passes.settle_slot
         self.adapters = Adapters(
@@ -237,6 +239,8 @@ class EngineCore:
 
     def _end(self, request: Request, failure: Failure | None = None) -> None:
         """Ends a request and releases everything it holds, whatever its state."""
+        if failure is NOT_FINITE:
+            self._scheduler.prefixes.poison(request)
         self._scheduler.remove(request)
         self.adapters.release(request)
         self._forget(request)

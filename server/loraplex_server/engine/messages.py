@@ -41,6 +41,7 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
 
     `stop_token_ids` includes the EOS ids unless they are to be ignored. `logprobs` and
     `prompt_logprobs` are numbers of alternatives to report; None reports no log-probabilities.
+    Only requests with the same `cache_salt` share keys and values.
     """
 
     id: int
@@ -53,6 +54,7 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     prompt_logprobs: int | None = None
     priority: int = 0
     deadline: float | None = None
+    cache_salt: str = ""
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
@@ -192,7 +194,7 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     `token_ids`. `started` is set on a request's first output, when its prompt has been computed;
     `base_tokens` is then the number of prompt tokens that the base alone computed, of a request
     with an activated LoRA, and `cached_tokens` the number of those whose keys and values were found
-    in the KV cache.
+    in the KV cache, of any request.
     """
 
     id: int
@@ -285,6 +287,14 @@ class StepStats(msgspec.Struct, frozen=True):
     """Rows computed for requests that had ended meanwhile, since the engine started."""
     out_of_memory: int = 0
     """Passes for which device memory did not suffice, since the engine started."""
+    kept_blocks: int = 0
+    """Blocks that the prefix cache has kept, in use or free."""
+    prefix_lookups: int = 0
+    """Admissions of requests that may use blocks of the prefix cache, since the engine started."""
+    prefix_hits: int = 0
+    """Number of these that used some."""
+    prefix_evictions: int = 0
+    """Blocks of the prefix cache that were reserved for other content, since the engine started."""
 
 
 class StepReport(msgspec.Struct, frozen=True, tag="step"):

@@ -78,6 +78,7 @@ class Reporter:
         decodes = sum(row.count == 1 for row in rows)
         mixes = [row.mix for row in rows]
         adapters, fetching = self._adapters, self._adapters.residency.fetching
+        prefixes = self._scheduler.prefixes
         merged = {r.digest for r in adapters.slots.residents.values() if r.merged_bytes}
         return StepStats(
             step=step,
@@ -105,4 +106,8 @@ class Reporter:
             accounted_bytes=self._memory.at_start + adapters.process_bytes,
             wasted_rows=self._tally.wasted_rows,
             out_of_memory=self._tally.out_of_memory,
+            kept_blocks=self._scheduler.pool.kept,
+            prefix_lookups=prefixes.lookups,
+            prefix_hits=prefixes.hits,
+            prefix_evictions=prefixes.evictions,
         )

@@ -99,7 +99,7 @@ struct Batch {
 struct Term {
   int slot;
   float weight;
-  size_t h;  // offset of this term's A x, [rows][max_rank] floats, for each projection of a fused matrix
+  size_t h;  // offset of this term's A x for each projection of a fused matrix
 };
 
 // Adjacent rows with the same mix.
@@ -109,6 +109,12 @@ struct Segment {
   int uses;                  // of all its terms, without those that dense matrices contain
   int merged;                // the slot whose dense matrices these rows use, or -1
 };
+
+// Floats of A x for so many rows and ranks: as rows of floats, or rounded to bfloat16 and padded to tiles of
+// 16 rows and 32 ranks.
+inline size_t hidden_size(int rows, int rank) {
+  return std::max(size_t(rows) * rank, size_t(rows + 15) / 16 * 16 * (size_t(rank + 31) / 32 * 32) / 2);
+}
 
 // The segments of a pass. Rows of the bare base are in none.
 struct Plan {
@@ -165,7 +171,7 @@ inline Plan make_plan(const Batch& b, const SlotTable& table, const std::vector<
     for (int t = segment.term_begin; t < segment.term_end; t++) {
       int rank = table.max_ranks[plan.terms[t].slot];
       plan.terms[t].h = plan.h_size;
-      plan.h_size += size_t(segment.end - segment.first) * rank;
+      plan.h_size += hidden_size(segment.end - segment.first, rank);
       plan.max_rank = std::max(plan.max_rank, rank);
     }
   }

@@ -6,11 +6,13 @@
 #pragma once
 
 #include <initializer_list>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
-#include "attention.h"
+#include "attending.h"
 #include "experts.h"
+#include "gated.h"
 #include "model.h"
 #include "product.h"
 #include "sites.h"
@@ -28,22 +30,23 @@ class Pass {
         plan_(make_plan(batch, model.adapters, sequence_)),
         head_plan_(make_plan(batch, model.adapters, logit_sequences(batch, sequence_))),
         experts_(model, workspace, plan_, batch.num_tokens),
+        attention_(model, batch, sequence_, workspace.scores),
         team_(std::min(model.threads, processors())) {
     size_t rows = b.num_tokens;
     q_size_ = m.heads * m.head_dim;
     kv_size_ = m.kv_heads * m.head_dim;
     w.x.reserve(rows * m.hidden);
     w.normed.reserve(rows * m.hidden);
-    w.qkv.reserve(rows * (q_size_ + 2 * kv_size_));
+    qkv_stride_ = row_stride(q_size_ + 2 * kv_size_);
+    out_stride_ = row_stride(m.hidden);
+    w.qkv.reserve(rows * qkv_stride_);
     w.attended.reserve(rows * q_size_);
-    w.added.reserve(rows * m.hidden);
-    if (m.parallel) w.parallel.reserve(rows * m.hidden);
-    gate_up_size_ = (m.gated ? 2 : 1) * m.intermediate;
-    w.gate_up.reserve(rows * gate_up_size_);
+    w.added.reserve(rows * out_stride_);
+    if (m.parallel) w.parallel.reserve(rows * out_stride_);
+    gate_up_stride_ = row_stride((m.gated ? 2 : 1) * m.intermediate);
+    w.gate_up.reserve(rows * gate_up_stride_);
     w.gated.reserve(rows * m.intermediate);
     w.h.reserve(MAX_PARTS * std::max(plan_.h_size, head_plan_.h_size));
-    longest_ = *std::max_element(b.positions, b.positions + b.num_tokens) + 1;
-    w.scores.reserve(HEADS_AT_ONCE * longest_ * m.threads);
     int widest = std::max({m.hidden, q_size_, m.intermediate});
     gained_ = plan_.uses & IN_GAIN ? rows * widest : 0;
     w.gained.reserve(MAX_PARTS * gained_);
@@ -66,7 +69,7 @@ class Pass {
       product({{UP_PROJ, m.intermediate}});
     product({{DOWN_PROJ, m.hidden}});
     products_.emplace_back(head_plan_, m.adapters, Fused{1, {LM_HEAD}, {0}, {m.lm_head.out}}, -1, b.num_logits,
-                           m.lm_head.out, HEAD);
+                           m.lm_head.out, HEAD, UNIT_ROWS<X>);
   }
 
   void run() {
@@ -79,7 +82,8 @@ class Pass {
         std::copy_n(row(w.normed, b.logit_rows[i], m.hidden), m.hidden, row(w.x, i, m.hidden));
         Multiplied<X>::put(w.head_inputs, i, 0, m.hidden, row(w.x, i, m.hidden));
       });
-      project(phase, m.lm_head, products_[FUSED_MATRICES], m.num_layers, w.x.data(), w.head_inputs, logits_);
+      project(phase, m.lm_head, products_[FUSED_MATRICES], m.num_layers, w.x.data(), w.head_inputs, logits_,
+              m.lm_head.out);
       int chunks = (m.vocab + HEAD_TOKENS - 1) / HEAD_TOKENS;
       if (head_plan_.uses & HEAD)
         team_.run(phase, b.num_logits * chunks, [&](int unit) { head_rows(unit / chunks, unit % chunks); });
@@ -92,10 +96,16 @@ class Pass {
   // Attention and MLP of layer l, each closed by `end_block`. Parallel ones are closed together.
   void layer(int& phase, int l) {
     const Layer& layer = m.layers[l];
-    project(phase, layer.qkv, products_[QKV], l, w.normed.data(), w.normed_inputs, w.qkv.data());
-    team_.run(phase, b.num_tokens, [&](int t) { rotate_and_cache(layer, l, t); });
-    team_.run(phase, b.num_tokens * m.kv_heads, [&](int unit) { attention(layer, unit); });
-    project(phase, layer.o, products_[O], l, w.attended.data(), w.attended_inputs, w.added.data());
+    project(phase, layer.qkv, products_[QKV], l, w.normed.data(), w.normed_inputs, w.qkv.data(), qkv_stride_);
+    int at_once = b.num_tokens < 32 * m.threads ? 1 : 16;  // adjacent positions share lines of the cache
+    team_.run(phase, (b.num_tokens + at_once - 1) / at_once, [&](int unit) {
+      int end = std::min(b.num_tokens, (unit + 1) * at_once);
+      for (int t = unit * at_once; t < end; t++) rotate_and_cache(layer, l, t);
+    });
+    team_.run(phase, attention_.units(), [&](int unit) {
+      attention_.run(layer, unit, w.qkv.data(), qkv_stride_, w.attended.data(), w.attended_inputs);
+    });
+    project(phase, layer.o, products_[O], l, w.attended.data(), w.attended_inputs, w.added.data(), out_stride_);
     if (!m.parallel)
       team_.run(phase, b.num_tokens, [&](int t) {
         attention_output(t, l);
@@ -103,11 +113,15 @@ class Pass {
       });
     Buffer& out = m.parallel ? w.parallel : w.added;
     if (layer.router) {
-      experts_.run(team_, phase, layer, l, w.normed.data(), out.data(), [&] { return scratch(); });
+      experts_.run(team_, phase, layer, l, w.normed.data(), out.data(), out_stride_, [&] { return scratch(); });
+    } else if (gates_at_once(layer)) {
+      gated_product(phase, layer.gate_up);
+      project(phase, layer.down, products_[DOWN], l, w.gated.data(), w.gated_inputs, out.data(), out_stride_, true);
     } else {
-      project(phase, layer.gate_up, products_[GATE_UP], l, w.normed.data(), w.normed_inputs, w.gate_up.data());
+      project(phase, layer.gate_up, products_[GATE_UP], l, w.normed.data(), w.normed_inputs, w.gate_up.data(),
+              gate_up_stride_);
       team_.run(phase, b.num_tokens, [&](int t) { gate(t); });
-      project(phase, layer.down, products_[DOWN], l, w.gated.data(), w.gated_inputs, out.data());
+      project(phase, layer.down, products_[DOWN], l, w.gated.data(), w.gated_inputs, out.data(), out_stride_);
     }
     bool last = l + 1 == m.num_layers;
     const NormWeights& next = last ? m.norm : m.layers[l + 1].input_norm;
@@ -115,7 +129,7 @@ class Pass {
     team_.run(phase, b.num_tokens, [&](int t) {
       if (m.parallel) attention_output(t, l);
       block_output(t, layer.mlp_output_norm, l, MLP_OUTPUT_NORM, MLP_BOTTLENECK, out);
-      if (m.parallel) add(row(w.x, t, m.hidden), row(w.added, t, m.hidden), m.hidden);
+      if (m.parallel) add(row(w.x, t, m.hidden), row(w.added, t, out_stride_), m.hidden);
       end_block(t, out, next, l + 1, next_site);
     });
   }
@@ -146,7 +160,7 @@ class Pass {
       out += width;
     }
     products_.emplace_back(plan_, m.adapters, fused, int(products_.size()), b.num_tokens, out,
-                           FACTORS | GAIN | IN_GAIN);
+                           FACTORS | GAIN | IN_GAIN, UNIT_ROWS<X>);
   }
 
   // The largest width of a bottleneck, or rank at the embeddings, among the adapters of this pass.
@@ -166,39 +180,61 @@ class Pass {
 
   static float* row(Buffer& rows, int t, int width) { return rows.data() + size_t(t) * width; }
 
-  // y = W x + bias, then the adapters' changes, which leave base rows untouched. `inputs` are the same rows
-  // for products of bfloat16.
+  // y = W x + bias, then the adapters' changes, which leave base rows untouched. `inputs` are the rows of x for
+  // products of bfloat16; rows of y are `y_stride` apart.
+  // With `exchanged` the inputs are ready already.
   void project(int& phase, const Matrix& matrix, const Product& product, int layer, const float* x,
-               InputRows& inputs, float* y) {
+               InputRows& inputs, float* y, size_t y_stride, bool exchanged = false) {
     bool gains = product.plan->uses & IN_GAIN && product.fused_index >= 0;
     if (gains) gain(phase, product, layer, x, matrix.in);
     auto rows = Multiplied<X>::rows(x, inputs);
-    int shrinks = product.shrink.size(), units = 0, count = product.rows;
+    int shrinks = product.shrink.size(), units = 0;
     for (const Product::Run& run : product.runs) units += matmul_units(run.tile, rows);
-    auto shrink_unit = [&](int unit) {
-      shrink<T>(*product.plan, m.adapters, product.fused, layer, product.shrink[unit], x, matrix.in, w.h.data(),
-                scratch());
-    };
-    if (int exchanges = Multiplied<X>::exchange_units(rows, count)) {  // what a product reads is ready after them
-      team_.run(phase, shrinks + exchanges, [&](int unit) {
-        unit < shrinks ? shrink_unit(unit) : Multiplied<X>::exchange(rows, count, unit - shrinks);
-      });
-      shrinks = 0;
-    }
+    if (int exchanges = exchanged ? 0 : Multiplied<X>::exchange_units(rows, product.rows))
+      team_.run(phase, exchanges, [&](int unit) { Multiplied<X>::exchange(rows, product.rows, unit); });
     team_.run(phase, shrinks + units, [&](int unit) {
-      if (unit < shrinks) return shrink_unit(unit);
+      if (unit < shrinks)
+        return shrink<T>(*product.plan, m.adapters, product.fused, layer, product.shrink[unit], rows, matrix.in,
+                         w.h.data(), scratch());
       unit -= shrinks;
       const Product::Run* run = product.runs.data();
       for (int own; unit >= (own = matmul_units(run->tile, rows)); run++) unit -= own;
       const Matrix* dense = run->merged < 0 ? nullptr : m.adapters.dense(run->merged, layer, product.fused_index);
       bool gained = run->part >= 0 && gains_input(product, *product.plan->segment(run->tile.first), layer, run->part);
-      matmul_unit(dense ? *dense : matrix, run->tile, gained ? gained_rows(run->part, matrix.in) : rows, y, matrix.out, unit);
+      matmul_unit(dense ? *dense : matrix, run->tile, gained ? gained_rows(run->part, matrix.in) : rows, y, y_stride, unit);
     });
     if (product.expand.empty()) return;
     team_.run(phase, product.expand.size(), [&](int unit) {
-      expand<T>(*product.plan, m.adapters, product.fused, layer, product.expand[unit], w.h.data(), y, matrix.out,
+      expand<T, X>(*product.plan, m.adapters, product.fused, layer, product.expand[unit], w.h.data(), y, y_stride,
                 scratch());
     });
+  }
+
+  // Whether gate, up and activation are one product: no adapter of the pass changes gate, up or down.
+  bool gates_at_once(const Layer& layer) const {
+#if LORAPLEX_ORDER
+    if constexpr (!std::is_same_v<X, float>) {
+      auto is_plain = [](const Product& p) {
+        return p.shrink.empty() && p.expand.empty() && p.runs.size() == 1 && p.runs[0].merged < 0 && p.runs[0].part < 0;
+      };
+      return m.gated && gates_fit(layer.gate_up) && layer.down.kind == Kind::nf4_packed &&
+             is_plain(products_[GATE_UP]) && is_plain(products_[DOWN]);
+    }
+#endif
+    return false;
+  }
+
+  // Fills `gated_inputs`.
+  void gated_product(int& phase, const Matrix& gate_up) {
+#if LORAPLEX_ORDER
+    if constexpr (!std::is_same_v<X, float>) {
+      Inputs x = w.normed_inputs.get(), out = w.gated_inputs.get();
+      if (int exchanges = x.units(b.num_tokens))
+        team_.run(phase, exchanges, [&](int unit) { x.exchange(b.num_tokens, unit); });
+      team_.run(phase, gated_units(gate_up, b.num_tokens),
+                [&](int unit) { gated_unit(gate_up, m.activation, b.num_tokens, x, out, unit); });
+    }
+#endif
   }
 
   typename Multiplied<X>::Rows gained_rows(int part, int in) {
@@ -303,7 +339,7 @@ class Pass {
 
   // Turns the output of a block of `layer` into what it adds to the residual stream.
   void block_output(int t, const NormWeights& norm, int layer, int site, int bottleneck, Buffer& outputs) {
-    float* out = row(outputs, t, m.hidden);
+    float* out = row(outputs, t, out_stride_);
     if (norm.weight) norm_parts(t, norm, layer, site, out, 1, m.hidden, 0, out);
     if (const Segment* segment = adapted(t, BOTTLENECK))
       add_bottleneck<T>(plan_, *segment, m.adapters, layer, bottleneck, row(w.x, t, m.hidden),
@@ -317,7 +353,7 @@ class Pass {
 
   // Adds a block's output to the residual stream, and norms that for the next block.
   void end_block(int t, Buffer& outputs, const NormWeights& next, int norm_layer, int norm_site) {
-    add(row(w.x, t, m.hidden), row(outputs, t, m.hidden), m.hidden);
+    add(row(w.x, t, m.hidden), row(outputs, t, out_stride_), m.hidden);
     norm(t, next, norm_layer, norm_site);
   }
 
@@ -336,11 +372,6 @@ class Pass {
       cap_row(logits, count, m.logit_scale, m.logit_softcap);
     else
       scale_row(logits, m.logit_scale, count);
-  }
-
-  Pages<T> pages(void* data, int t) const {
-    return {static_cast<T*>(data), b.block_tables + size_t(sequence_[t]) * b.table_width, m.block_size,
-            m.kv_heads, m.head_dim};
   }
 
   void head_norms(int t, const NormWeights& norm, int layer, int site, float* x, int heads) {
@@ -364,31 +395,17 @@ class Pass {
   }
 
   void rotate_and_cache(const Layer& layer, int l, int t) {
-    int d = m.head_dim, position = b.positions[t];
-    float* q = row(w.qkv, t, q_size_ + 2 * kv_size_);
+    float* q = row(w.qkv, t, qkv_stride_);
     float *k = q + q_size_, *v = k + kv_size_;
     head_norms(t, layer.q_norm, l, Q_NORM, q, m.heads);
     head_norms(t, layer.k_norm, l, K_NORM, k, m.kv_heads);
     rotate_heads(layer, t, q);
-    if (m.query_scale) scale_row(q, m.query_scale[position], q_size_);
-    Pages<T> keys = pages(layer.keys, t), values = pages(layer.values, t);
-    for (int head = 0; head < m.kv_heads; head++) {
-      put(k + head * d, d, keys.at(position, head));
-      put(v + head * d, d, values.at(position, head));
-    }
-  }
-
-  void attention(const Layer& layer, int unit) {
-    int t = unit / m.kv_heads, head = unit % m.kv_heads, group = m.heads / m.kv_heads;
-    const float* q = row(w.qkv, t, q_size_ + 2 * kv_size_) + head * group * m.head_dim;
-    float* out = row(w.attended, t, q_size_) + head * group * m.head_dim;
-    attend(q, pages(layer.keys, t), pages(layer.values, t), head, group, b.positions[t], layer.window,
-           {m.attention_scale, m.attention_softcap}, w.scores.data() + Team::index() * HEADS_AT_ONCE * longest_, out);
-    Multiplied<X>::put(w.attended_inputs, t, head * group * m.head_dim, group * m.head_dim, out);
+    if (m.query_scale) scale_row(q, m.query_scale[b.positions[t]], q_size_);
+    attention_.write(layer, t, k, v);
   }
 
   void gate(int t) {
-    const float* gate = row(w.gate_up, t, gate_up_size_);
+    const float* gate = row(w.gate_up, t, gate_up_stride_);
     const float* up = m.gated ? gate + m.intermediate : nullptr;
     float* gated = row(w.gated, t, m.intermediate);
     activate_row(gate, up, m.activation, m.intermediate, gated);
@@ -402,9 +419,10 @@ class Pass {
   std::vector<int> sequence_;
   Plan plan_, head_plan_;
   Experts<T, X> experts_;
+  Attention<T, X> attention_;
   Team team_;
-  int q_size_, kv_size_, gate_up_size_;
-  size_t longest_, scratch_, gained_;
+  int q_size_, kv_size_, qkv_stride_, gate_up_stride_, out_stride_;  // strides of rows in floats
+  size_t scratch_, gained_;
   std::vector<Product> products_;
 };
 

@@ -29,7 +29,7 @@ class Experts {
         chosen_(pairs_), pair_(pairs_), row_(pairs_), shares_(pairs_) {
     if (!m.num_experts) return;
     w.routed.reserve(size_t(pairs_) * m.hidden);
-    w.gate_up.reserve(size_t(pairs_) * 2 * m.intermediate);
+    w.gate_up.reserve(size_t(pairs_) * row_stride(2 * m.intermediate));
     w.gated.reserve(size_t(pairs_) * m.intermediate);
     w.outputs.reserve(size_t(pairs_) * m.hidden);
     Multiplied<X>::reserve(w.routed_inputs, pairs_, m.hidden);
@@ -39,7 +39,8 @@ class Experts {
   // out[t] = sum over the experts e of row t of share * down_e(activation(gate_e x[t]) * up_e x[t]).
   // `scratch` returns the calling thread's scratch memory.
   template <class Scratch>
-  void run(Team& team, int& phase, const Layer& layer, int l, const float* x, float* out, Scratch scratch) {
+  void run(Team& team, int& phase, const Layer& layer, int l, const float* x, float* out, size_t out_stride,
+           Scratch scratch) {
     team.run(phase, rows_, [&](int t) { route(static_cast<const T*>(layer.router), x, t, scratch()); });
     int both = 2 * m.intermediate;
     team.run(phase, 1, [&](int) {
@@ -51,19 +52,20 @@ class Experts {
       std::copy_n(x + size_t(row_[p]) * m.hidden, m.hidden, w.routed.data() + size_t(p) * m.hidden);
       Multiplied<X>::put(w.routed_inputs, p, 0, m.hidden, w.routed.data() + size_t(p) * m.hidden);
     });
-    product(team, phase, layer.gate_up, w.routed.data(), w.routed_inputs, both, gate_up_units_, w.gate_up.data());
-    adapt(team, phase, l, GATE_PROJ, w.routed.data(), m.hidden, w.gate_up.data(), m.intermediate, both, scratch);
-    adapt(team, phase, l, UP_PROJ, w.routed.data(), m.hidden, w.gate_up.data() + m.intermediate, m.intermediate, both,
+    int stride = row_stride(both);
+    product(team, phase, layer.gate_up, w.routed.data(), w.routed_inputs, both, gate_up_units_, w.gate_up.data(), stride);
+    adapt(team, phase, l, GATE_PROJ, w.routed.data(), m.hidden, w.gate_up.data(), m.intermediate, stride, scratch);
+    adapt(team, phase, l, UP_PROJ, w.routed.data(), m.hidden, w.gate_up.data() + m.intermediate, m.intermediate, stride,
           scratch);
     team.run(phase, pairs_, [&](int p) {
-      const float* gate = w.gate_up.data() + size_t(p) * both;
+      const float* gate = w.gate_up.data() + size_t(p) * stride;
       float* gated = w.gated.data() + size_t(p) * m.intermediate;
       activate_row(gate, gate + m.intermediate, m.activation, m.intermediate, gated);
       Multiplied<X>::put(w.gated_inputs, p, 0, m.intermediate, gated);
     });
-    product(team, phase, layer.down, w.gated.data(), w.gated_inputs, m.hidden, down_units_, w.outputs.data());
+    product(team, phase, layer.down, w.gated.data(), w.gated_inputs, m.hidden, down_units_, w.outputs.data(), m.hidden);
     adapt(team, phase, l, DOWN_PROJ, w.gated.data(), m.intermediate, w.outputs.data(), m.hidden, m.hidden, scratch);
-    team.run(phase, rows_, [&](int t) { combine(t, out + size_t(t) * m.hidden); });
+    team.run(phase, rows_, [&](int t) { combine(t, out + t * out_stride); });
   }
 
  private:
@@ -115,16 +117,16 @@ class Experts {
     return units;
   }
 
-  // y[p] = W_e x[p] for every pair; W_e are `width` rows of the stacked matrix.
+  // y[p] = W_e x[p] for every pair, rows `stride` apart; W_e are `width` rows of the stacked matrix.
   void product(Team& team, int& phase, const Matrix& stacked, const float* x, InputRows& inputs, int width,
-               const std::atomic<int>& units, float* y) {
+               const std::atomic<int>& units, float* y, int stride) {
     auto rows = Multiplied<X>::rows(x, inputs);
     if (int exchanges = Multiplied<X>::exchange_units(rows, pairs_))
       team.run(phase, exchanges, [&](int unit) { Multiplied<X>::exchange(rows, pairs_, unit); });
     team.run(phase, units, [&](int unit) {
       int e = 0;
       for (int own; unit >= (own = matmul_units(tile(e, width), rows)); e++) unit -= own;
-      matmul_unit(stacked, tile(e, width), rows, y - size_t(e) * width, width, unit);
+      matmul_unit(stacked, tile(e, width), rows, y - size_t(e) * width, stride, unit);
     });
   }
 

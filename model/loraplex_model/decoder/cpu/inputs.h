@@ -4,25 +4,40 @@
 // row's elements writes beside them.
 #pragma once
 
+#include <sys/mman.h>
+
+#include <cstdlib>
 #include <memory>
+#include <new>
 
 #include "matmul_bf16.h"
 
 namespace loraplex {
 
-// Memory that grows to the size of the largest pass and is reused by later ones. Not initialised.
+// Memory that grows to the size of the largest pass and is reused by later ones. Not initialised; begins at
+// a cache line. Large memory asks for large pages, since products write many rows that lie far apart.
 template <class T>
 class Memory {
  public:
   T* data() { return elements_.get(); }
   void reserve(size_t size) {
     if (size <= size_) return;
-    elements_.reset(new T[size]);
-    size_ = size;
+    constexpr size_t LARGE_PAGE = 1 << 21;
+    size_t bytes = size * sizeof(T), unit = bytes < LARGE_PAGE ? 64 : LARGE_PAGE;
+    bytes = (bytes + unit - 1) / unit * unit;
+    elements_.reset(static_cast<T*>(std::aligned_alloc(unit, bytes)));
+    size_ = elements_ ? size : 0;
+    if (!elements_) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+    if (unit == LARGE_PAGE) madvise(elements_.get(), bytes, MADV_HUGEPAGE);
+#endif
   }
 
  private:
-  std::unique_ptr<T[]> elements_;
+  struct Free {
+    void operator()(T* elements) const { std::free(elements); }
+  };
+  std::unique_ptr<T, Free> elements_;
   size_t size_ = 0;
 };
 using Buffer = Memory<float>;
@@ -33,19 +48,15 @@ class InputRows {
 #if LORAPLEX_ORDER
   void reserve(int rows, int width) {
     width_ = width;
-    // Tiles are aligned as cache lines are, and `new` aligns less.
-    rows_.reserve(Blocked::size(rows, width) + TILE_INPUTS);
-    if (ORDER == Order::TILES) exchanged_.reserve(Blocked::size(rows, width) + TILE_INPUTS);
+    rows_.reserve(Blocked::size(rows, width));
+    if (ORDER == Order::TILES) exchanged_.reserve(Blocked::size(rows, width));
   }
   Inputs get() { return get(width_); }
   // The memory for rows of another width, for which there must be room.
-  Inputs get(int width) { return {{aligned(rows_), width}, aligned(exchanged_)}; }
+  Inputs get(int width) { return {{rows_.data(), width}, exchanged_.data()}; }
   void put(int t, int first, int count, const float* x) { get().rows.put(t, first, count, x); }
 
  private:
-  static bf16* aligned(Memory<bf16>& memory) {
-    return reinterpret_cast<bf16*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
-  }
   int width_ = 0;
   Memory<bf16> rows_, exchanged_;
 #endif

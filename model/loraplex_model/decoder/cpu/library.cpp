@@ -3,6 +3,7 @@
 #include "bounds.h"
 #include "decoder.h"
 #include "quantise.h"
+#include "sampling/exports.h"
 #include "train.h"
 #include "unpack.h"
 
@@ -154,18 +155,19 @@ void loraplex_matmul(const Matrix* w, const float* x, int rows, float* y, int th
 
 }  // extern "C"
 
-template <class T>
-static void lora(const SlotTable& table, const Batch& batch, const Fused& fused, int layer, const float* x,
-                 int in, float* y, int out) {
+// The adapters' changes of `rows`, which are of type X.
+template <class T, class X, class Rows>
+static void lora(const SlotTable& table, const Batch& batch, const Fused& fused, int layer, const Rows& rows, int in,
+                 float* y, int out) {
   std::vector<int> sequence(batch.num_tokens);
   for (int s = 0; s < batch.num_sequences; s++)
     std::fill(sequence.begin() + batch.query_starts[s], sequence.begin() + batch.query_starts[s + 1], s);
   Plan plan = make_plan(batch, table, sequence);
   std::vector<float> h(MAX_PARTS * plan.h_size), scratch(lora_scratch(in, plan.max_rank));
-  for (const LoraUnit& unit : shrink_units(plan, table, fused, FACTORS))
-    shrink<T>(plan, table, fused, layer, unit, x, in, h.data(), scratch.data());
-  for (const LoraUnit& unit : expand_units(plan, fused, FACTORS | GAIN))
-    expand<T>(plan, table, fused, layer, unit, h.data(), y, out, scratch.data());
+  for (const LoraUnit& unit : shrink_units(plan, table, fused, FACTORS, UNIT_ROWS<X>))
+    shrink<T>(plan, table, fused, layer, unit, rows, in, h.data(), scratch.data());
+  for (const LoraUnit& unit : expand_units(plan, fused, FACTORS | GAIN, UNIT_ROWS<X>))
+    expand<T, X>(plan, table, fused, layer, unit, h.data(), y, out, scratch.data());
 }
 
 template <class T>
@@ -184,10 +186,26 @@ extern "C" {
 void loraplex_lora(const SlotTable* table, const Batch* batch, const Fused* fused, int layer, int is_bf16,
                    const float* x, int in, float* y, int out) {
   if (is_bf16)
-    lora<bf16>(*table, *batch, *fused, layer, x, in, y, out);
+    lora<bf16, float>(*table, *batch, *fused, layer, x, in, y, out);
   else
-    lora<float>(*table, *batch, *fused, layer, x, in, y, out);
+    lora<float, float>(*table, *batch, *fused, layer, x, in, y, out);
 }
+
+#if LORAPLEX_ORDER
+
+// The same for adapters in bfloat16, with x rounded to bfloat16.
+void loraplex_lora_bf16(const SlotTable* table, const Batch* batch, const Fused* fused, int layer, const float* x,
+                        int in, float* y, int out) {
+  TileRegisters registers;
+  InputRows inputs;
+  inputs.reserve(batch->num_tokens, in);
+  for (int t = 0; t < batch->num_tokens; t++) inputs.put(t, 0, in, x + size_t(t) * in);
+  Inputs rows = inputs.get();
+  for (int unit = 0; unit < rows.units(batch->num_tokens); unit++) rows.exchange(batch->num_tokens, unit);
+  lora<bf16, bf16>(*table, *batch, *fused, layer, rows, in, y, out);
+}
+
+#endif
 
 void loraplex_attention(const float* q, void* keys, void* values, const int32_t* blocks, int is_bf16,
                         int block_size, int kv_heads, int head_dim, int heads, int position, int window,
@@ -199,6 +217,30 @@ void loraplex_attention(const float* q, void* keys, void* values, const int32_t*
     attention(q, static_cast<float*>(keys), static_cast<float*>(values), blocks, block_size, kv_heads,
               head_dim, heads, position, window, {scale, softcap}, out);
 }
+
+#if LORAPLEX_ORDER
+
+// Attention in products of bfloat16 of `count` queries of one sequence, q and out [count][heads][head_dim];
+// keys and values as in attention_bf16.h.
+void loraplex_attention_bf16(const float* q, bf16* keys, bf16* values, const int32_t* blocks, int block_size,
+                             int kv_heads, int head_dim, int heads, const int32_t* positions, int count, int window,
+                             float scale, float softcap, float* out) {
+  TileRegisters registers;
+  PairedPages pages{keys, values, blocks, block_size, kv_heads, head_dim};
+  std::vector<float> scratch(attention_scratch(head_dim, block_size));
+  int group = heads / kv_heads, rows = count * group;
+  size_t stride = size_t(heads) * head_dim;
+  for (int head = 0; head < kv_heads; head++)
+    for (int first = 0; first < rows; first += QUERY_ROWS) {
+      size_t column = size_t(head) * group * head_dim;
+      QueryRows queries{q + column, stride, positions, group, first, std::min(QUERY_ROWS, rows - first)};
+      attend_rows(queries, pages, head, window, {scale, softcap}, scratch.data(), [&](int r) {
+        return out + (first + r) / group * stride + column + (first + r) % group * head_dim;
+      });
+    }
+}
+
+#endif
 
 void loraplex_add_rms_norm(float* x, const float* y, const void* weight, int is_bf16, float eps, int rows,
                            int width, float* out) {

@@ -7,10 +7,11 @@
 #pragma once
 
 #include "adapters.h"
+#include "lora_bf16.h"
 
 namespace loraplex {
 
-constexpr int LORA_ROWS = 48;      // rows of a unit
+constexpr int LORA_ROWS = 48;      // rows of a unit with float
 constexpr int SHARED = 3;          // with this many rows or more, weights are widened to float once for all
 constexpr int LORA_RANKS = 32;     // ranks of a shrink unit
 constexpr int LORA_COLUMNS = 512;  // outputs of an expand unit
@@ -26,6 +27,10 @@ struct LoraUnit {
   int column;      // expand: the first output
 };
 
+// Rows of a unit where the product's rows are of type X.
+template <class X>
+constexpr int UNIT_ROWS = TILED<X> ? 240 : LORA_ROWS;
+
 // The projections of one fused matrix and their columns in its output. The head counts as one as well, in
 // the layer after the last.
 struct Fused {
@@ -34,9 +39,9 @@ struct Fused {
   int column[MAX_PARTS], width[MAX_PARTS];
 };
 
-// The units are the same in every layer. Segments with none of `uses` have no units.
+// The units, of up to `rows` rows, are the same in every layer. Segments with none of `uses` have no units.
 inline std::vector<LoraUnit> shrink_units(const Plan& plan, const SlotTable& table, const Fused& fused,
-                                          int uses) {
+                                          int uses, int rows) {
   std::vector<LoraUnit> units;
   for (int s = 0; s < int(plan.segments.size()); s++) {
     const Segment& segment = plan.segments[s];
@@ -44,21 +49,21 @@ inline std::vector<LoraUnit> shrink_units(const Plan& plan, const SlotTable& tab
     for (int t = segment.term_begin; t < segment.term_end; t++)
       for (int part = 0; part < fused.parts; part++)
         for (int rank = 0; rank < table.max_ranks[plan.terms[t].slot]; rank += LORA_RANKS)
-          for (int row = segment.first; row < segment.end; row += LORA_ROWS)
-            units.push_back({s, part, row, std::min(row + LORA_ROWS, segment.end), t, rank, 0});
+          for (int row = segment.first; row < segment.end; row += rows)
+            units.push_back({s, part, row, std::min(row + rows, segment.end), t, rank, 0});
   }
   return units;
 }
 
-inline std::vector<LoraUnit> expand_units(const Plan& plan, const Fused& fused, int uses) {
+inline std::vector<LoraUnit> expand_units(const Plan& plan, const Fused& fused, int uses, int rows) {
   std::vector<LoraUnit> units;
   for (int s = 0; s < int(plan.segments.size()); s++) {
     const Segment& segment = plan.segments[s];
     if (!(segment.uses & uses)) continue;
     for (int part = 0; part < fused.parts; part++)
       for (int column = 0; column < fused.width[part]; column += LORA_COLUMNS)
-        for (int row = segment.first; row < segment.end; row += LORA_ROWS)
-          units.push_back({s, part, row, std::min(row + LORA_ROWS, segment.end), 0, 0, column});
+        for (int row = segment.first; row < segment.end; row += rows)
+          units.push_back({s, part, row, std::min(row + rows, segment.end), 0, 0, column});
   }
   return units;
 }
@@ -147,36 +152,45 @@ inline void shrink_rows(const float* x, const W* a, int in, int ranks, float sca
 
 // Number of floats of scratch memory that `shrink` and `expand` need.
 inline size_t lora_scratch(int widest_in, int max_rank) {
-  return std::max(size_t(LORA_ROWS + LORA_RANKS) * widest_in, size_t(LORA_COLUMNS) * max_rank);
+  return std::max(size_t(LORA_ROWS + LORA_RANKS) * std::max(widest_in, 16), size_t(LORA_COLUMNS) * max_rank);
 }
 
 template <class T>
+inline void shrink_factor(const float* x, int in, LoraRows rows, const T* a, int rank, int ranks, float weight, float* h,
+                          int h_stride, float* scratch) {
+  int count = rows.end - rows.first;
+  h += size_t(rows.first - rows.origin) * h_stride + rank;
+  split_rows<T>(x + size_t(rows.first) * in, count, in, scratch);
+  int m = 0;
+  if (count >= SHARED) {
+    float* wide = scratch + size_t(LORA_ROWS) * in;
+    widen(a, ranks, in, in, wide);
+    for (; m + 3 <= count; m += 3)
+      shrink_rows<3>(scratch + size_t(m) * in, wide, in, ranks, weight, h + m * h_stride, h_stride);
+    for (; m < count; m++)
+      shrink_rows<1>(scratch + size_t(m) * in, wide, in, ranks, weight, h + m * h_stride, h_stride);
+  }
+  for (; m < count; m++)
+    shrink_rows<1>(scratch + size_t(m) * in, a, in, ranks, weight, h + m * h_stride, h_stride);
+}
+
+// `x` are the product's rows, `float*` or `Inputs`.
+template <class T, class Rows>
 inline void shrink(const Plan& plan, const SlotTable& table, const Fused& fused, int layer,
-                   const LoraUnit& unit, const float* x, int in, float* h, float* scratch) {
+                   const LoraUnit& unit, const Rows& x, int in, float* h, float* scratch) {
   const Term& term = plan.terms[unit.term];
   const Entry& entry = table.at(term.slot, layer, fused.projection[unit.part]);
   int ranks = std::min(entry.rank - unit.rank, LORA_RANKS);
   if (ranks <= 0) return;
-  int h_stride = table.max_ranks[term.slot], rows = unit.end - unit.first, width = fused.width[unit.part];
+  int width = fused.width[unit.part];
   const T* a = static_cast<const T*>(entry.a) + size_t(unit.rank) * in;
   const T* b = static_cast<const T*>(entry.b) + size_t(unit.rank) * width;
   for (int r = 0; r < ranks; r++)  // the first columns of B, for the expansion
     for (int c = 0; c < COLUMNS_AHEAD; c += 64 / sizeof(T))
       __builtin_prefetch(b + size_t(r) * width + c, 0, 2);
-  h += unit.part * plan.h_size + term.h + unit.rank +
-       size_t(unit.first - plan.segments[unit.segment].first) * h_stride;
-  split_rows<T>(x + size_t(unit.first) * in, rows, in, scratch);
-  int m = 0;
-  if (rows >= SHARED) {
-    float* wide = scratch + size_t(LORA_ROWS) * in;
-    widen(a, ranks, in, in, wide);
-    for (; m + 3 <= rows; m += 3)
-      shrink_rows<3>(scratch + size_t(m) * in, wide, in, ranks, term.weight, h + m * h_stride, h_stride);
-    for (; m < rows; m++)
-      shrink_rows<1>(scratch + size_t(m) * in, wide, in, ranks, term.weight, h + m * h_stride, h_stride);
-  }
-  for (; m < rows; m++)
-    shrink_rows<1>(scratch + size_t(m) * in, a, in, ranks, term.weight, h + m * h_stride, h_stride);
+  LoraRows rows{unit.first, unit.end, plan.segments[unit.segment].first};
+  shrink_factor(x, in, rows, a, unit.rank, ranks, term.weight, h + unit.part * plan.h_size + term.h,
+                table.max_ranks[term.slot], scratch);
 }
 
 // y[m][0:C pairs] += sum over r of h[m][r] * b[r], for M rows. The elements of b are in the order of T's
@@ -220,7 +234,24 @@ inline void expand_rows(const float* h, int h_stride, const W* b, size_t b_strid
     }
 }
 
+// y[m] += B h[m] for the rows of a unit.
 template <class T>
+inline void expand_factor(const float* h, int h_stride, const T* b, size_t b_stride, int ranks, int rows, int columns,
+                          float* y, size_t y_stride, float* scratch) {
+  int m = 0;
+  if (rows >= SHARED) {
+    widen(b, ranks, b_stride, columns, scratch);
+    for (; m + 3 <= rows; m += 3)
+      expand_rows<T, 3>(h + m * h_stride, h_stride, scratch, columns, ranks, columns, y + m * y_stride, y_stride);
+    for (; m < rows; m++)
+      expand_rows<T, 1>(h + m * h_stride, h_stride, scratch, columns, ranks, columns, y + m * y_stride, y_stride);
+  }
+  for (; m < rows; m++)
+    expand_rows<T, 1>(h + m * h_stride, h_stride, b, b_stride, ranks, columns, y + m * y_stride, y_stride);
+}
+
+// X is the type of the product's rows.
+template <class T, class X>
 inline void expand(const Plan& plan, const SlotTable& table, const Fused& fused, int layer,
                    const LoraUnit& unit, const float* h, float* y, size_t y_stride, float* scratch) {
   const Segment& segment = plan.segments[unit.segment];
@@ -250,17 +281,12 @@ inline void expand(const Plan& plan, const SlotTable& table, const Fused& fused,
     int ranks = entry.rank, h_stride = table.max_ranks[term.slot];
     if (!ranks) continue;
     const T* b = static_cast<const T*>(entry.b) + unit.column;
-    const float* at = h + unit.part * plan.h_size + term.h + size_t(unit.first - segment.first) * h_stride;
-    int m = 0;
-    if (rows >= SHARED) {
-      widen(b, ranks, width, columns, scratch);
-      for (; m + 3 <= rows; m += 3)
-        expand_rows<T, 3>(at + m * h_stride, h_stride, scratch, columns, ranks, columns, y + m * y_stride, y_stride);
-      for (; m < rows; m++)
-        expand_rows<T, 1>(at + m * h_stride, h_stride, scratch, columns, ranks, columns, y + m * y_stride, y_stride);
-    }
-    for (; m < rows; m++)
-      expand_rows<T, 1>(at + m * h_stride, h_stride, b, width, ranks, columns, y + m * y_stride, y_stride);
+    const float* of_term = h + unit.part * plan.h_size + term.h;
+    if constexpr (TILED<X>)
+      expand_tiles({unit.first, unit.end, segment.first}, b, width, ranks, columns, of_term, h_stride, y, y_stride);
+    else
+      expand_factor(of_term + size_t(unit.first - segment.first) * h_stride, h_stride, b, width, ranks, rows, columns, y,
+                    y_stride, scratch);
   }
 }
 

@@ -190,6 +190,14 @@ struct Tile {
   int units() const { return panels() * ((rows + CHUNK_ROWS - 1) / CHUNK_ROWS); }
 };
 
+// Floats from one row of a product's output to the next, so that 16 adjacent rows do not compete for the
+// same places of a cache.
+inline int row_stride(int width) {
+  int lines = (width + 15) / 16;
+  while (lines % 8 == 0) lines++;
+  return lines * 16;
+}
+
 inline int matmul_units(const Tile& tile, const float*) { return tile.units(); }
 
 inline Tile whole(const Matrix& w, int rows) { return {0, rows, 0, w.out}; }

@@ -24,6 +24,7 @@
 namespace loraplex {
 
 constexpr int GROUPS_AT_ONCE = 16;  // groups of 16 rows of a unit, so that unpacked weights are used often
+constexpr int UNITS_AHEAD = 2;  // a guess: the number of threads
 constexpr int UNIT_PANELS = ORDER == Order::TILES ? 2 : 1;
 
 // The rows of a product: as they are, and for TILES with rows and pairs of inputs of each tile exchanged.
@@ -62,6 +63,7 @@ inline void Inputs::exchange(int count, int unit) const {
     transpose(pairs);
     for (int r = 0; r < 16; r++) std::memcpy(exchanged + size_t(i) * TILE + r * TILE_INPUTS, &pairs[r], 64);
   }
+  written(exchanged);
 }
 
 // The groups of 16 rows, and the panels, that a unit of a tile computes.
@@ -194,7 +196,9 @@ inline void packed_unit(const Matrix& w, const Tile& tile, const Inputs& x, floa
 
 #else  // TILES
 
-constexpr int SLAB = 1024;  // inputs whose weights are unpacked before they are used
+// Tiles of a panel whose weights are kept unpacked, while they pass through the first-level cache: units of
+// many groups go through the inputs in slabs of so many tiles, and others overwrite the oldest.
+constexpr int KEPT_TILES = 8;
 
 // Two tiles: 16 outputs times the 64 inputs of a block.
 inline void unpack_block(const uint8_t* codes, const float* absmax, bf16* out) {
@@ -221,55 +225,64 @@ inline void unpack_block(const uint8_t* codes, const float* absmax, bf16* out) {
 }
 
 // The weights of up to two panels, tile by tile: dense ones where they lie, NF4 unpacked into `scratch`.
+// While one is read, that which is `ahead` panels further is fetched from memory: a unit's weights are too
+// few for the hardware to detect, and the thread's next unit is probably so far away.
 struct PanelTiles {
   const Matrix& w;
   int panel, panels;
-  bf16* scratch;  // [UNIT_PANELS][SLAB / 32] tiles
+  int step_to_second;  // from the first panel to the second
+  int ahead;
+  bf16* scratch;  // [UNIT_PANELS][KEPT_TILES] tiles
 
   bool is_packed() const { return w.kind == Kind::nf4_packed; }
 
-  // Tile `step` after input `first`, which is a multiple of SLAB.
-  const bf16* at(int p, int first, int step) const {
-    if (is_packed()) return scratch + size_t(p * (SLAB / TILE_INPUTS) + step) * TILE;
-    return static_cast<const bf16*>(w.data) +
-           (size_t(panel + p) * Blocked::tiles(w.in) + first / TILE_INPUTS + step) * TILE;
+  bf16* kept(int p, int step) const { return scratch + (p * KEPT_TILES + step % KEPT_TILES) * TILE; }
+
+  const bf16* at(int p, int step) const {
+    if (is_packed()) return kept(p, step);
+    return static_cast<const bf16*>(w.data) + (size_t(panel + p * step_to_second) * Blocked::tiles(w.in) + step) * TILE;
   }
 
-  void unpack(int first, int step) const {
-    int blocks = w.in / BLOCK, block = (first + step * TILE_INPUTS) / BLOCK;
+  // Unpacks tiles `step`, which is even, and `step + 1`.
+  void unpack(int step) const {
+    int blocks = w.in / BLOCK, block = step * TILE_INPUTS / BLOCK;
     for (int p = 0; p < panels; p++) {
-      size_t at = (size_t(panel + p) * blocks + block) * PANEL;
-      unpack_block(static_cast<const uint8_t*>(w.data) + at * (BLOCK / 2), w.absmax + at,
-                   scratch + size_t(p * (SLAB / TILE_INPUTS) + step) * TILE);
+      size_t at = (size_t(panel + p * step_to_second) * blocks + block) * PANEL;
+      const uint8_t* codes = static_cast<const uint8_t*>(w.data) + at * (BLOCK / 2);
+      const float* absmax = w.absmax + at;
+      size_t next = size_t(ahead) * blocks * PANEL;
+      for (int i = 0; i < BLOCK / 2 * PANEL; i += 64) __builtin_prefetch(codes + next * (BLOCK / 2) + i, 0, 2);
+      __builtin_prefetch(absmax + next, 0, 2);
+      unpack_block(codes, absmax, kept(p, step));
     }
+    written(scratch);
   }
 };
 
-// sums[g][p] += weights . x for P panels and G groups, as tiles [16 outputs][16 rows], over `steps` tiles
-// from input `first` on. With `fresh` the sums begin at zero. With UNPACK the weights are unpacked on the
-// way, so that the arithmetic of one hides the other.
+// sums[g][p] += weights . x for P panels and G groups, as tiles [16 outputs][16 rows], over the tiles of
+// inputs in [first, end). x points to the first one. Sums that begin with tile 0 begin at zero. With UNPACK
+// the weights are unpacked on the way, so that one hides the time of the other.
 template <int P, int G, bool UNPACK>
-inline void multiply_tiles(const PanelTiles& weights, int first, int steps, const bf16* x, size_t x_group, bool fresh,
-                           float* sums) {
+inline void multiply_tiles(const PanelTiles& weights, int first, int end, const bf16* x, size_t x_group, float* sums) {
 #ifdef LORAPLEX_AMX
   constexpr int SIZE = 256;
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
-  if (!fresh) {
+  if (first) {
     _tile_loadd(0, sums, 64);
     if constexpr (P == 2) _tile_loadd(1, sums + SIZE, 64);
     if constexpr (G == 2) _tile_loadd(2, sums + P * SIZE, 64);
     if constexpr (P == 2 && G == 2) _tile_loadd(3, sums + 3 * SIZE, 64);
   }
-  for (int s = 0; s < steps; s++, x += TILE) {
-    if (UNPACK && s % 2 == 0) weights.unpack(first, s);
-    _tile_loadd(4, weights.at(0, first, s), 64);
+  for (int s = first; s < end; s++, x += TILE) {
+    if (UNPACK && s % 2 == 0) weights.unpack(s);
+    _tile_loadd(4, weights.at(0, s), 64);
     _tile_loadd(6, x, 64);
     _tile_dpbf16ps(0, 4, 6);
     if constexpr (P == 2) {
-      _tile_loadd(5, weights.at(1, first, s), 64);
+      _tile_loadd(5, weights.at(1, s), 64);
       _tile_dpbf16ps(1, 5, 6);
     }
     if constexpr (G == 2) {
@@ -283,51 +296,53 @@ inline void multiply_tiles(const PanelTiles& weights, int first, int steps, cons
   if constexpr (G == 2) _tile_stored(2, sums + P * SIZE, 64);
   if constexpr (P == 2 && G == 2) _tile_stored(3, sums + 3 * SIZE, 64);
 #else
-  for (int s = 0; s < steps; s++, x += TILE) {
-    if (UNPACK && s % 2 == 0) weights.unpack(first, s);
+  for (int s = first; s < end; s++, x += TILE) {
+    if (UNPACK && s % 2 == 0) weights.unpack(s);
     for (int tile = 0; tile < P * G; tile++)
       for (int o = 0; o < PANEL; o++) {
         float* at = sums + tile * 256 + o * 16;
         vf evens = {}, odds = {};
         for (int k = 0; k < TILE_INPUTS / 2; k++) {
-          vu a = broadcast_pair(weights.at(tile % P, first, s) + o * TILE_INPUTS + 2 * k);
+          vu a = broadcast_pair(weights.at(tile % P, s) + o * TILE_INPUTS + 2 * k);
           vu b = load_pairs(x + tile / P * x_group + k * TILE_INPUTS);
           evens = even(a) * even(b) + evens;
           odds = odd(a) * odd(b) + odds;
         }
-        store(at, fresh && s == 0 ? evens + odds : load(at) + (evens + odds));
+        store(at, s == 0 ? evens + odds : load(at) + (evens + odds));
       }
   }
 #endif
 }
 
 template <bool UNPACK>
-inline void multiply_groups(const PanelTiles& weights, int groups, int first, int steps, const bf16* x, size_t x_group,
-                            bool fresh, float* sums) {
+inline void multiply_groups(const PanelTiles& weights, int groups, int first, int end, const bf16* x, size_t x_group,
+                            float* sums) {
   if (weights.panels == 2)
-    groups == 2 ? multiply_tiles<2, 2, UNPACK>(weights, first, steps, x, x_group, fresh, sums)
-                : multiply_tiles<2, 1, UNPACK>(weights, first, steps, x, x_group, fresh, sums);
+    groups == 2 ? multiply_tiles<2, 2, UNPACK>(weights, first, end, x, x_group, sums)
+                : multiply_tiles<2, 1, UNPACK>(weights, first, end, x, x_group, sums);
   else
-    groups == 2 ? multiply_tiles<1, 2, UNPACK>(weights, first, steps, x, x_group, fresh, sums)
-                : multiply_tiles<1, 1, UNPACK>(weights, first, steps, x, x_group, fresh, sums);
+    groups == 2 ? multiply_tiles<1, 2, UNPACK>(weights, first, end, x, x_group, sums)
+                : multiply_tiles<1, 1, UNPACK>(weights, first, end, x, x_group, sums);
+}
+
+// Sums [groups][panels] of tiles [16 outputs][16 rows] for the groups of rows from `group` on.
+inline void sum_tiles(const PanelTiles& weights, const Inputs& x, int group, int groups, float* sums) {
+  int steps = Blocked::tiles(weights.w.in), slab = weights.is_packed() && groups > 2 ? KEPT_TILES : steps;
+  size_t x_group = size_t(steps) * TILE;
+  for (int step = 0; step < steps; step += slab)
+    for (int g = 0; g < groups; g += 2) {
+      const bf16* from = x.exchanged + (group + g) * x_group + size_t(step) * TILE;
+      auto multiply = g == 0 && weights.is_packed() ? multiply_groups<true> : multiply_groups<false>;
+      multiply(weights, std::min(2, groups - g), step, std::min(step + slab, steps), from, x_group,
+               sums + g * weights.panels * 256);
+    }
 }
 
 inline void packed_unit(const Matrix& w, const Tile& tile, const Inputs& x, float* y, size_t y_stride, int unit) {
   Part part(tile, unit);
-  alignas(64) bf16 scratch[UNIT_PANELS * SLAB * PANEL];
+  alignas(64) bf16 scratch[UNIT_PANELS * KEPT_TILES * TILE];
   alignas(64) float sums[GROUPS_AT_ONCE * UNIT_PANELS * 256];
-  PanelTiles weights{w, part.panel, part.panels, scratch};
-  int steps = Blocked::tiles(w.in), slab = SLAB / TILE_INPUTS;
-  size_t x_group = size_t(steps) * TILE;
-  for (int step = 0; step < steps; step += slab) {
-    int count = std::min(slab, steps - step);
-    for (int g = 0; g < part.groups; g += 2) {
-      const bf16* from = x.exchanged + (part.group + g) * x_group + size_t(step) * TILE;
-      auto multiply = g == 0 && weights.is_packed() ? multiply_groups<true> : multiply_groups<false>;
-      multiply(weights, std::min(2, part.groups - g), step * TILE_INPUTS, count, from, x_group, step == 0,
-               sums + g * part.panels * 256);
-    }
-  }
+  sum_tiles({w, part.panel, part.panels, 1, UNITS_AHEAD * UNIT_PANELS, scratch}, x, part.group, part.groups, sums);
   for (int g = 0; g < part.groups; g++)
     for (int p = 0; p < part.panels; p++) {
       float* at = sums + (g * part.panels + p) * 256;

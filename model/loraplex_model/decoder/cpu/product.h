@@ -24,9 +24,10 @@ struct Product {
   std::vector<Run> runs;
   std::vector<LoraUnit> shrink, expand;
 
-  Product(const Plan& plan, const SlotTable& table, const Fused& fused, int fused_index, int rows, int out, int uses)
-      : plan(&plan), fused(fused), fused_index(fused_index), rows(rows), shrink(shrink_units(plan, table, fused, uses & (FACTORS | HEAD))),
-        expand(expand_units(plan, fused, uses)) {
+  Product(const Plan& plan, const SlotTable& table, const Fused& fused, int fused_index, int rows, int out, int uses, int unit_rows)
+      : plan(&plan), fused(fused), fused_index(fused_index), rows(rows), 
+        shrink(shrink_units(plan, table, fused, uses & (FACTORS | HEAD), unit_rows)),
+        expand(expand_units(plan, fused, uses, unit_rows)) {
     int begin = 0;
     auto add = [&](int first, int end, int column, int stop, int merged, int part) {
       if (first < end) runs.push_back({{first, end - first, column, stop}, merged, part});

@@ -203,6 +203,7 @@ class Merging:
         resident.merged_bytes = merge.copies.nbytes
         self._current = None
         self.version += 1
+        resident.copies.change(self.version)
         seconds = merge.seconds + self._clock() - begun
         self._reply(MergeDone(resident.digest, True, seconds))
         self.answer(merge.op)
@@ -274,6 +275,7 @@ class Merging:
         resident.merged_bytes = 0
         resident.merge_ordered = False
         self.version += 1
+        resident.copies.change(0)
         self._reply(MergeDone(resident.digest, False, seconds))
 
     def _is_resident(self, merge: _Merge) -> bool:

@@ -15,7 +15,7 @@ those set aside. Both are freed with the slot, and not before.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from loraplex_model.base.faults import reach
 from loraplex_model.base.refusal import Reason
@@ -25,7 +25,7 @@ from loraplex_server.engine.adapters.eviction import GreedyDual
 from loraplex_server.engine.adapters.host_tier import HostAdapter
 from loraplex_server.engine.batching.activation import active_from
 from loraplex_server.engine.batching.kv import BlockPool
-from loraplex_server.engine.batching.request import Pin, Prefix, Request
+from loraplex_server.engine.batching.request import MergeState, Pin, Prefix, Request
 from loraplex_server.engine.messages import Failure
 from loraplex_server.engine.runner.protocol import LoadedAdapter, ModelRunner
 
@@ -50,6 +50,7 @@ class Resident:
         draining: it takes no new pins and is removed with the last one.
         pinned, merge_ordered: held on the device by an operator's order.
         merged_bytes: bytes of its dense copies; 0 unless merged.
+        copies: whether they are in use, for the requests that have it pinned.
     """
 
     digest: str
@@ -69,6 +70,7 @@ class Resident:
     pinned: bool = False
     merge_ordered: bool = False
     merged_bytes: int = 0
+    copies: MergeState = field(default_factory=MergeState)
 
     @property
     def virtual_tokens(self) -> int:
@@ -219,6 +221,7 @@ class AdapterSlots:
         if len(weights) == 1:
             resident = self.residents[request.pins[0].digest]
             request.prefix = resident.prefix
+            request.copies = resident.copies
             request.active_from = active_from(request.tokens, resident.invocation_tokens)
 
     def unpin(self, pin: Pin) -> None:

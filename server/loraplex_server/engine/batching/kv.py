@@ -1,20 +1,20 @@
 """Bookkeeping of KV blocks. The memory itself belongs to the runner.
 
 A block is either free or used, and `check` verifies that. A used block has one owner, the request
-or adapter that reserved it, unless its content is kept under a key: then several requests may own
-it, and it is not written. A kept block without an owner is free, and its content can be found until
-the block is reserved again.
+or adapter that reserved it, unless its content is kept: then several requests may own it, and it is
+not written. A kept block without an owner is free, and its content stays until the block is
+reserved again. What is kept and how it is found is known to the owner of `on_forget` alone.
 
-    reserve -> used --keep--> used, found by its key <--share-- further owners
+    reserve -> used ---keep---> used, kept <--share-- further owners
        ^        |                   |
        |     release             last release
        |        v                   v
-       +----- free             free, found by its key: reserved last, least recently used first
+       +----- free             free, kept: reserved last, least recently used first
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 
 class OutOfBlocks(Exception):
@@ -25,6 +25,9 @@ class BlockPool:
     """`num_blocks` blocks of `block_size` tokens each, numbered from `first` on.
 
     The cache proper starts at block 0 and cannot be empty; a region set aside behind it can.
+
+    Attributes:
+        on_forget: called with each kept block that is reserved again, whose content is lost then.
     """
 
     def __init__(self, num_blocks: int, block_size: int, first: int = 0) -> None:
@@ -32,12 +35,12 @@ class BlockPool:
             raise ValueError("a KV cache needs at least one block of at least one token")
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self.on_forget: Callable[[int], None] = lambda block: None
         self._first = first
         self._free = list(range(first + num_blocks - 1, first - 1, -1))
         self._unowned: dict[int, None] = {}  # kept blocks without an owner, the oldest first
         self._owners = [0] * num_blocks
-        self._keys: dict[int, bytes] = {}
-        self._found: dict[bytes, int] = {}
+        self._kept: set[int] = set()
 
     @property
     def free(self) -> int:
@@ -67,33 +70,42 @@ class BlockPool:
         return taken
 
     def release(self, blocks: Iterable[int]) -> None:
-        """Ends an owner's hold on its blocks; those without another owner are free."""
+        """Ends an owner's hold on its blocks; those without another owner are free.
+
+        Of kept blocks, those that come first in `blocks` are reserved again first.
+        """
         for block in blocks:
             at = block - self._first
             assert self._owners[at], f"block {block} is free already"
             self._owners[at] -= 1
             if self._owners[at]:
                 continue
-            if block in self._keys:
+            if block in self._kept:
                 self._unowned[block] = None
             else:
                 self._free.append(block)
 
-    def keep(self, block: int, key: bytes) -> None:
-        """Lets a used block be found by its content's key. No effect if another one is."""
-        assert self.owners(block), f"the free block {block} is kept"
-        assert block not in self._keys, f"block {block} is kept already"
-        if key not in self._found:
-            self._keys[block] = key
-            self._found[key] = block
+    @property
+    def kept(self) -> int:
+        """Number of blocks whose content is kept, with and without an owner."""
+        return len(self._kept)
 
-    def find(self, key: bytes) -> int | None:
-        """The block whose content is kept under `key`; None if there is none."""
-        return self._found.get(key)
+    def keep(self, block: int) -> None:
+        """Keeps the content of a used block."""
+        assert self.owners(block), f"the free block {block} is kept"
+        assert block not in self._kept, f"block {block} is kept already"
+        self._kept.add(block)
+
+    def drop(self, block: int) -> None:
+        """Ends that a block's content is kept, without a call of `on_forget`."""
+        self._kept.remove(block)
+        if block in self._unowned:
+            del self._unowned[block]
+            self._free.append(block)
 
     def share(self, block: int) -> None:
         """Adds an owner to a kept block."""
-        assert block in self._keys, f"block {block} is shared, but not kept"
+        assert block in self._kept, f"block {block} is shared, but not kept"
         self._unowned.pop(block, None)
         self._owners[block - self._first] += 1
 
@@ -103,13 +115,12 @@ class BlockPool:
         assert len(set(free)) == len(free), "a block is free twice"
         assert sum(map(bool, self._owners)) == self.used, "a block was lost"
         assert not any(map(self.owners, free)), "a free block is in use"
-        kept = {key: block for block, key in self._keys.items()}
-        assert kept == self._found, "a kept block cannot be found"
-        assert self._unowned.keys() <= self._keys.keys(), "a block without a key is kept"
-        assert not self._keys.keys() & set(self._free), "a kept block may be overwritten"
+        assert self._unowned.keys() <= self._kept, "a block that is not kept waits to be found"
+        assert not self._kept & set(self._free), "a kept block may be overwritten"
 
     def _forget_oldest(self) -> int:
         block = next(iter(self._unowned))
         del self._unowned[block]
-        del self._found[self._keys.pop(block)]
+        self._kept.remove(block)
+        self.on_forget(block)
         return block

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from loraplex_server.engine.messages import Logprobs, Submit
 
 if TYPE_CHECKING:
+    from loraplex_server.engine.batching.prefix_tree import KeptBlock, Root
     from loraplex_server.engine.batching.sampler import Draw
 
 
@@ -70,6 +71,24 @@ class Prefix:
         return Prefix(count, blocks[:full], rest, blocks[full] if rest else None)
 
 
+@dataclass(slots=True)
+class MergeState:
+    """Whether an adapter's dense copies are in use, which round otherwise than its factors.
+
+    Attributes:
+        merge: 0 without copies; otherwise a number that no other merge of the engine has.
+        changes: number of merges and unmerges of the adapter since it came onto the device.
+    """
+
+    merge: int = 0
+    changes: int = 0
+
+    def change(self, merge: int) -> None:
+        """Notes that the copies of merge number `merge` are in use from now on; 0: none are."""
+        self.merge = merge
+        self.changes += 1
+
+
 @dataclass(slots=True, eq=False)
 class Request:
     """The state of one request.
@@ -94,10 +113,14 @@ class Request:
         mix: `(slot, weight)` pairs of its adapters.
         active_from: index in `tokens` from which on `mix` applies; the base alone computes the
             tokens before. `NEVER` if it computes all of them. See `activation`.
-        cached: number of its first tokens whose keys and values were found in the KV cache when it
-            was first admitted. See `base_prefix`.
-        keys: keys of its first full blocks, as far as they were needed.
-        kept: number of its blocks that are kept, or need not be kept.
+        copies: whether the dense copies of its adapter are in use, if it has just one.
+        merges_seen: `copies.changes` when it was last admitted.
+        root: the root of its tree in the prefix cache, as it was last admitted or looked up.
+        path: those of its first blocks that are kept. See `prefix_cache`.
+        found: while it is queued, the blocks that were last found for it; it does not own them.
+        cached: number of its first tokens whose keys and values were not computed for it, since
+            they were found in the KV cache before its first answer.
+        runs: number of times that it was admitted.
         queue_seconds: time from its arrival to its first step; None before that.
         short_positions: as in the base's `DecoderConfig`; 0 if all sequences are alike.
     """
@@ -119,9 +142,13 @@ class Request:
     prefix: Prefix = Prefix()
     mix: tuple[tuple[int, float], ...] = ()
     active_from: int = 0
+    copies: MergeState = field(default_factory=MergeState)
+    merges_seen: int = 0
+    root: Root | None = None
+    path: list[KeptBlock] = field(default_factory=list)
+    found: list[KeptBlock] = field(default_factory=list)
     cached: int = 0
-    keys: list[bytes] = field(default_factory=list)
-    kept: int = 0
+    runs: int = 0
     queue_seconds: float | None = None
     short_positions: int = 0
 
@@ -166,11 +193,6 @@ class Request:
         0 while the next token is still to be chosen: see `Turns` and `awaits_token`.
         """
         return len(self.tokens) - self.computed
-
-    @property
-    def base_len(self) -> int:
-        """Number of its first tokens that the base alone computes."""
-        return min(self.active_from, len(self.tokens)) if self.mix else len(self.tokens)
 
     @property
     def in_own_blocks(self) -> int:

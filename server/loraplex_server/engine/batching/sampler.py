@@ -1,4 +1,7 @@
-"""Choosing the next token of each row.
+"""Choosing the next token of each row, with numpy.
+
+On a processor with kernels the same is done by `decoder/cpu/sampling`, with equal tokens and many
+times faster; this form serves decoders without kernels, and is what tests compare the kernels with.
 
 A row's token depends on its own logits, parameters, seed and position alone: reductions over the
 vocabulary run row by row, so not one bit of the result can depend on the other rows of the batch.
@@ -11,9 +14,12 @@ the output.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
+from ctypes import addressof
 
 import numpy as np
+from loraplex_model.base.draws import DrawState
 from numpy.typing import NDArray
 
 from loraplex_server.engine.messages import Logprobs, SamplingParams
@@ -32,6 +38,7 @@ _HOT = 2.0
 """Temperature above which top-p counts as costly before the first token."""
 _LARGE_PART = 0.25
 """Part of the vocabulary that top-p may put in order before it counts as costly."""
+_MOST = (1 << 31) - 1
 _NO_IDS = np.empty(0, np.int32)
 _NO_COUNTS = np.empty(0, np.float32)
 
@@ -58,6 +65,7 @@ class _Tokens:
         return self._counts[: len(self._places)]
 
     def add(self, token: int) -> None:
+        """Notes a token. The arrays may be others afterwards."""
         at = self._places.setdefault(token, len(self._places))
         if at == len(self._ids):
             more = max(at, 64)
@@ -71,7 +79,8 @@ class Draw:
     """State of one request's sampling: its parameters, random numbers and tokens so far.
 
     Attributes:
-        is_costly: the next choice is likely to sort a large part of the vocabulary.
+        is_costly: with numpy, the next choice is likely to sort a large part of the vocabulary.
+        address: of the `DrawState` from which kernels choose; valid as long as this object lives.
     """
 
     __slots__ = (
@@ -81,6 +90,8 @@ class Draw:
         "_index",
         "_is_plain",
         "_seen",
+        "_state",
+        "address",
         "is_costly",
         "params",
     )
@@ -96,6 +107,34 @@ class Draw:
         self._counts = _Tokens() if counted else None
         self._is_plain = not (params.logit_bias or penalised or counted)
         self.is_costly = params.top_p < 1.0 and params.temperature > _HOT
+        self._state = DrawState(
+            seed=params.seed & _MASK,
+            top_p=params.top_p,
+            bias_ids=self._bias_ids.ctypes.data,
+            bias_values=self._bias_values.ctypes.data,
+            biased=len(self._bias_ids),
+            top_k=min(params.top_k, _MOST),
+            divisor=max(params.temperature, _TINY),
+            min_p=params.min_p,
+            log_min_p=math.log(params.min_p) if params.min_p > 0.0 else -math.inf,
+            repetition=max(params.repetition_penalty, _TINY),
+            presence=params.presence_penalty,
+            frequency=params.frequency_penalty,
+            greedy=params.temperature == 0.0,
+            plain=self._is_plain,
+        )
+        self.address = addressof(self._state)
+        self._point()
+
+    def _point(self) -> None:
+        """Lets the kernels see the tokens so far."""
+        state = self._state
+        state.index = self._index
+        if self._seen is not None:
+            state.seen, state.seen_ids = len(self._seen), self._seen.ids.ctypes.data
+        if self._counts is not None:
+            state.counted, state.counted_ids = len(self._counts), self._counts.ids.ctypes.data
+            state.counts = self._counts.counts.ctypes.data
 
     @property
     def is_plain_greedy(self) -> bool:
@@ -130,6 +169,7 @@ class Draw:
             self._seen.add(token)
         if self._counts is not None:
             self._counts.add(token)
+        self._point()
 
     def choose(self, logits: Floats) -> int:
         """The next token, from finite logits [vocab]. Repeating the call gives the same token."""
@@ -293,8 +333,11 @@ def logprobs(logits: Floats, token: int, count: int) -> Logprobs:
 
 
 def _largest(logits: Floats, count: int) -> NDArray[np.int64]:
-    """Indices of the `count` largest logits, in no order."""
-    # Values alone are partitioned many times faster than indices. If more logits than asked for
-    # reach the smallest of the values, which of the equal ones are meant is left to argpartition.
-    found = np.flatnonzero(logits >= np.partition(logits, -count)[-count])
-    return found if len(found) == count else np.argpartition(-logits, count - 1)[:count]
+    """Indices of the `count` largest logits, of equals the first, in no order."""
+    # Values alone are partitioned many times faster than indices.
+    least = np.partition(logits, -count)[-count]
+    found = np.flatnonzero(logits >= least)
+    if len(found) > count:
+        equal = np.flatnonzero(logits[found] == least)
+        found = np.delete(found, equal[count - len(found) :])
+    return found

@@ -13,14 +13,16 @@ than the whole cache is accepted, so at least one request always makes progress.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Hashable
 from dataclasses import dataclass
 from enum import Enum
 from operator import attrgetter
 
 import msgspec
 
-from loraplex_server.engine.batching import base_prefix
 from loraplex_server.engine.batching.kv import BlockPool
+from loraplex_server.engine.batching.prefix_cache import PrefixCache
+from loraplex_server.engine.batching.prefix_tree import KeptBlock, Root
 from loraplex_server.engine.batching.request import Request, RequestState
 from loraplex_server.engine.batching.turns import Turns
 
@@ -42,7 +44,7 @@ class EngineLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             unless nothing waits.
         prompt_logprob_rows: prompt tokens of one step whose logits are all kept, of all requests
             together.
-        share_base_prefixes: whether requests share blocks of the base; see `base_prefix`.
+        prefix_cache: whether requests that begin alike share blocks; see `prefix_cache`.
     """
 
     token_budget: int = 512
@@ -50,7 +52,7 @@ class EngineLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_waiting: int = 256
     max_waiting_tokens: int = 1 << 18
     prompt_logprob_rows: int = 128
-    share_base_prefixes: bool = False
+    prefix_cache: bool = True
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_running <= self.token_budget:
@@ -92,17 +94,22 @@ class BatchRow:
 
 _order = attrgetter("order")
 
+_Coming = set[tuple[KeptBlock | Root, Hashable]]
+"""Blocks that running requests are about to keep; see `PrefixCache.awaits`."""
+
 
 class Scheduler:
     """Queued and running requests, both in serving order, and their KV blocks.
 
     Attributes:
+        prefixes: blocks of the pool that are kept for requests that begin alike.
         turns: running requests whose last token is computed and whose next one is not chosen yet.
     """
 
     def __init__(self, pool: BlockPool, limits: EngineLimits) -> None:
         self.pool = pool
         self.limits = limits
+        self.prefixes = PrefixCache(pool, limits.prefix_cache)
         self.queue: list[Request] = []
         self.running: list[Request] = []
         self.turns = Turns()
@@ -127,6 +134,7 @@ class Scheduler:
         elif request.state is RequestState.RUNNING:
             _take(self.running, request)
             self._free(request)
+        self.prefixes.end(request)
 
     def settle(self, row: BatchRow) -> None:
         """Records that a row is computed, before its results are given to its request.
@@ -135,8 +143,8 @@ class Scheduler:
         it is admitted again by a later `schedule`, when no pass with a row of it is under way.
         """
         request = row.request
-        if self.limits.share_base_prefixes and request.state is RequestState.RUNNING:
-            base_prefix.keep(request, row.start + row.count, self.pool)
+        if request.state is RequestState.RUNNING:
+            self.prefixes.keep(request, row.start + row.count)
 
     def narrow(self, tokens: int) -> None:
         """Limits each of the next `NARROW_STEPS` steps to `tokens`, but at least to one."""
@@ -151,10 +159,13 @@ class Scheduler:
         rows: list[BatchRow] = []
         self._schedule_decodes(rows)
         budget = self._token_budget - len(rows)
+        coming: _Coming = set()
         for request in self.running:
-            if budget and request.remaining > 1:
+            if not budget:
+                break
+            if not self.prefixes.awaits(request, coming) and request.remaining > 1:
                 budget -= self._chunk(request, budget, rows)
-        self._admit(budget, rows, now)
+        self._admit(budget, rows, coming, now)
         rows.sort(key=lambda row: row.mix)
         if self._narrow_steps and rows:
             self._narrow_steps -= 1
@@ -207,7 +218,7 @@ class Scheduler:
         rows.append(BatchRow(request, request.computed, count, logits))
         return count
 
-    def _admit(self, budget: int, rows: list[BatchRow], now: float) -> None:
+    def _admit(self, budget: int, rows: list[BatchRow], coming: _Coming, now: float) -> None:
         """Starts queued requests, strictly in order, while budget, places and blocks last.
 
         One free block per running request is left over, so that the next step does not preempt the
@@ -217,26 +228,23 @@ class Scheduler:
         for request in self.queue:
             if not budget or self._is_full() or request.awaits_token:
                 break
-            shared: list[int] = []
-            if self.limits.share_base_prefixes:
-                shared = base_prefix.matched(request, self.pool)
-            need = self.pool.blocks_for(request.in_own_blocks)
-            need -= sum(self.pool.owners(block) > 0 for block in shared)
+            found = self.prefixes.find(request)
+            # Of the blocks found, those without an owner are the last ones, and count as free.
+            owned = bisect_left(found, True, key=lambda node: not self.pool.owners(node.block))
+            need = self.pool.blocks_for(request.in_own_blocks) - owned
             if need + len(self.running) > self.pool.free and self.running:
                 break
-            self._begin(request, shared, now)
-            budget -= self._chunk(request, budget, rows)
+            self._begin(request, now)
+            if not self.prefixes.awaits(request, coming):
+                budget -= self._chunk(request, budget, rows)
             started += 1
         del self.queue[:started]
 
-    def _begin(self, request: Request, shared: list[int], now: float) -> None:
-        """Starts a queued request, for which there is room, behind blocks that it shares."""
-        for block in shared:
-            self.pool.share(block)
-        request.blocks.extend(shared)
-        request.kept = len(shared)
-        request.computed = len(shared) * self.pool.block_size
+    def _begin(self, request: Request, now: float) -> None:
+        """Starts a queued request, for which there is room, behind the blocks found for it."""
+        self.prefixes.begin(request)
         self._grow(request)
+        request.runs += 1
         request.state = RequestState.RUNNING
         insort(self.running, request, key=_order)
         if request.queue_seconds is None:
@@ -257,8 +265,7 @@ class Scheduler:
         self.enqueue(request)
 
     def _free(self, request: Request) -> None:
-        self.pool.release(request.blocks)
-        del request.blocks[:]
+        self.prefixes.release(request)
         self.turns.drop(request)
 
 

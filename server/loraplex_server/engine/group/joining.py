@@ -19,12 +19,13 @@ OF_THE_STEP: Final = (
 SUMMED: Final = (
     "running", "waiting", "free_blocks", "used_blocks", "adapter_bytes", "host_bytes",
     "merged_bytes", "prefix_blocks", "waiting_turns", "memory_bytes", "accounted_bytes",
+    "kept_blocks",
 )  # fmt: skip
 """States of an engine; together they are the sums over the engines that are up."""
 
 COUNTED: Final = (
     "preemptions", "evictions", "host_evictions", "prefetches", "prefetch_hits", "wasted_rows",
-    "out_of_memory",
+    "out_of_memory", "prefix_lookups", "prefix_hits", "prefix_evictions",
 )  # fmt: skip
 """Numbers since an engine started; together they also count those of lost engines."""
 

@@ -13,17 +13,13 @@ import numpy as np
 from loraplex_model.base.faults import reach
 from loraplex_model.base.refusal import Reason
 
+from loraplex_server.engine.batching.prefix_cache import vouch
 from loraplex_server.engine.batching.request import Request
-from loraplex_server.engine.batching.sampler import (
-    NON_FINITE,
-    Floats,
-    finite_rows,
-    logprobs,
-    sample,
-)
+from loraplex_server.engine.batching.sampler import NON_FINITE, Floats
 from loraplex_server.engine.batching.scheduler import BatchRow, Logits
 from loraplex_server.engine.batching.turns import Turns
 from loraplex_server.engine.messages import Failure, Logprobs, Output
+from loraplex_server.engine.passes.choices import Choices
 
 NOT_FINITE = Failure(Reason.NON_FINITE_LOGITS, "the model's output for this request is not finite")
 
@@ -52,12 +48,14 @@ class Answers:
 
     def __init__(
         self,
+        choices: Choices,
         turns: Turns,
         clock: Callable[[], float],
         end: Callable[[Request, Failure | None], None],
         on_fault: OnFault,
     ) -> None:
-        """`end` ends a request; `on_fault` ends those for which choosing a token has failed."""
+        """`choices` chooses tokens; `end` ends a request; `on_fault` ends those for which choosing a token has failed."""
+        self._choices = choices
         self._turns = turns
         self._clock = clock
         self._end = end
@@ -95,25 +93,48 @@ class Answers:
             is_sound = not is_all or self.score(row, logits[at : at + row.count])
             if is_sound and row.completes:
                 line = at + (row.count - 1 if is_all else 0)
-                if row.request.draw.is_costly:
+                if self._choices.takes_long(row.request.draw):
                     self._turns.wait(row.request, logits[line])
                 else:
                     due.append(row.request)
                     lines.append(line)
             at += row.count if is_all else row.logits is Logits.LAST
         if due:
-            self.sample(due, logits if len(lines) == len(logits) else logits[lines])
+            self.sample(due, logits, lines)
 
-    def sample(self, due: Sequence[Request], logits: Floats) -> None:
-        """Gives each request its next token, chosen from its row of `logits`."""
+    def sample(self, due: Sequence[Request], logits: Floats, lines: Sequence[int]) -> None:
+        """Gives each request its next token, chosen from its line of `logits`."""
         try:
-            tokens = sample(logits, [request.draw for request in due])
+            tokens = self._choices.choose(logits, lines, [request.draw for request in due])
+            entries = self._entries(due, logits, lines, tokens)
             reach("engine.after_sample")
         except Exception as error:
             self._on_fault(due, "sampling failed; its %d requests fail", error)
             return
-        for request, line, token in zip(due, logits, tokens, strict=True):
-            self.give(request, token, line)
+        for request, token, entry in zip(due, tokens, entries, strict=True):
+            self.give(request, token, entry)
+
+    def _entries(
+        self, due: Sequence[Request], logits: Floats, lines: Sequence[int], tokens: Sequence[int]
+    ) -> list[list[Logprobs]]:
+        """The log-probabilities that belong to each request's new token, at most one of them."""
+        entries: list[list[Logprobs]] = [[] for _ in due]
+        wanted = [
+            (at, request.submit.logprobs)
+            for at, (request, token) in enumerate(zip(due, tokens, strict=True))
+            if request.submit.logprobs is not None
+            and token != NON_FINITE
+            and token not in request.stops
+        ]
+        scored = self._choices.logprobs(
+            logits,
+            [lines[at] for at, _ in wanted],
+            [tokens[at] for at, _ in wanted],
+            [count for _, count in wanted],
+        )
+        for (at, _), entry in zip(wanted, scored, strict=True):
+            entries[at].append(entry)
+        return entries
 
     def take_turns(self, read: ReadPass, begun: float) -> None:
         """Samples requests for which that is costly, for as long as the other rows allow.
@@ -125,10 +146,10 @@ class Answers:
             return
         at = self._clock()
         turns.earn(at - begun)
-        is_shared = any(not row.request.draw.is_costly for row in (*read.rows, *read.ahead))
+        is_shared = any(not self._choices.takes_long(row.request.draw) for row in (*read.rows, *read.ahead))
         while turns and not (is_shared and turns.is_over):
             request, logits = turns.take()
-            self.sample([request], logits[np.newaxis])
+            self.sample([request], logits[np.newaxis], [0])
             began, at = at, self._clock()
             turns.spend(at - began)
 
@@ -140,34 +161,32 @@ class Answers:
         request = row.request
         skipped = request.scored - 1 - row.start
         wanted = logits[skipped : request.prompt_len - 1 - row.start]
-        if not all(finite_rows(wanted)):
+        if not self._choices.all_finite(wanted):
             self._end(request, NOT_FINITE)
             return False
-        for line in wanted:
-            token = request.tokens[request.scored]
-            count = request.submit.prompt_logprobs or 0
-            request.prompt_logprobs.append(logprobs(line, token, count))
-            request.scored += 1
+        lines = range(len(wanted))
+        tokens = request.tokens[request.scored : request.scored + len(wanted)]
+        counts = [request.submit.prompt_logprobs or 0] * len(wanted)
+        request.prompt_logprobs += self._choices.logprobs(wanted, lines, tokens, counts)
+        request.scored += len(wanted)
+        vouch(request)
         return True
 
-    def give(self, request: Request, token: int, logits: Floats | None) -> None:
+    def give(self, request: Request, token: int, entries: list[Logprobs]) -> None:
         """Gives a request its next token, and adds it to the outputs.
 
-        `logits` [vocab] may be None if the request wants no log-probabilities of new tokens.
+        `entries` are the log-probabilities of the token, if the request wants them.
         """
         if token == NON_FINITE:
             self._end(request, NOT_FINITE)
             return
+        vouch(request)
         started = request.generated == 0
         finish: str | None = None
         if token in request.stops:
             finish = "stop"
         elif request.generated + 1 == request.submit.max_new_tokens:
             finish = "length"
-        entries: list[Logprobs] = []
-        if request.submit.logprobs is not None and finish != "stop":
-            assert logits is not None, "log-probabilities without logits"
-            entries.append(logprobs(logits, token, request.submit.logprobs))
         output = Output(
             id=request.id,
             token_ids=[] if finish == "stop" else [token],

@@ -214,7 +214,7 @@ class OneAhead:
                 if not self._answers.score(row, result.lines[launched.line : last + 1]):
                     continue
             if launched.draw != NOWHERE:
-                self._answers.give(request, tokens[launched.draw], None)
+                self._answers.give(request, tokens[launched.draw], [])
             elif launched.completes and not request.draw.is_costly:
                 due.append(request)
                 lines.append(last)
@@ -222,7 +222,7 @@ class OneAhead:
                 self._scheduler.turns.wait(request, result.lines[last])
             # A costly row that was preempted meanwhile is computed again before it is chosen.
         if due:
-            self._answers.sample(due, result.lines[lines])
+            self._answers.sample(due, result.lines, lines)
 
     def _fail(self, requests: Sequence[Request], error: Exception) -> None:
         """Ends those requests of a failed pass that have not ended meanwhile."""

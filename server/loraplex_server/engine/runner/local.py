@@ -35,6 +35,7 @@ from loraplex_server.engine.runner.adapter_memory import (
 from loraplex_server.engine.runner.config import RunnerConfig
 from loraplex_server.engine.runner.device_errors import DeviceErrors
 from loraplex_server.engine.runner.launching import Launcher, LaunchingDecoder
+from loraplex_server.engine.runner.sampling import NativeSampler
 from loraplex_server.engine.runner.sizing import CacheSizer, token_bytes
 
 log = logging.getLogger(__name__)
@@ -78,6 +79,7 @@ class LocalRunner:
 
     Attributes:
         launch: the method of an `AheadRunner`; None if the decoder computes passes one by one.
+        sampler: the kernels' sampler; None if the decoder has no kernels.
     """
 
     decoder: Decoder
@@ -100,6 +102,9 @@ class LocalRunner:
         self.launch: Launcher | None = None
         if isinstance(self.decoder, LaunchingDecoder):
             self.launch = Launcher(self.decoder, self._errors, self._mapped)
+        self.sampler: NativeSampler | None = None
+        if isinstance(self.decoder, NativeDecoder):
+            self.sampler = NativeSampler(self.decoder.sampling())
         self._need_file()  # most of it was read to pack it for the kernels
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
@@ -226,8 +231,8 @@ def build(config: RunnerConfig) -> LocalRunner:
     prefix_blocks = sizer.prefix_blocks(block_size)
     num_blocks = len(decoder.keys[0]) - prefix_blocks
     context = min(positions, num_blocks * block_size)
-    # Sampling works on a few rows; there torch's threads would only wait for each other and for
-    # those of the decoder.
+    # What torch still does works on a few rows; there its threads would only wait for each other and
+    # for those of the decoder.
     if isinstance(decoder, NativeDecoder):
         torch.set_num_threads(1)
     return LocalRunner(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol, TypeGuard
 import numpy as np
 from numpy.typing import NDArray
 
-from loraplex_server.engine.messages import AdapterRef, ModelInfo
+from loraplex_server.engine.messages import AdapterRef, Logprobs, ModelInfo
 
 if TYPE_CHECKING:
     import torch
@@ -58,6 +58,33 @@ class MergedWeights(Protocol):
     @property
     def nbytes(self) -> int:
         """Bytes on the device."""
+
+
+class RowSampler(Protocol):
+    """Chooses tokens and computes log-probabilities, for all rows of a step in one call.
+
+    Logits are float32 [lines, vocab]. Row r takes its logits from line `lines[r]`.
+    """
+
+    def choose(
+        self, logits: NDArray[np.float32], lines: Sequence[int], draws: Sequence[int]
+    ) -> list[int]:
+        """The next token of each row, the one that `batching.sampler` chooses.
+
+        `draws` are the addresses of the rows' `DrawState`.
+        """
+
+    def logprobs(
+        self,
+        logits: NDArray[np.float32],
+        lines: Sequence[int],
+        tokens: Sequence[int],
+        counts: Sequence[int],
+    ) -> list[Logprobs]:
+        """For each row, the log-probabilities of its token and of its `counts` best tokens."""
+
+    def finite(self, logits: NDArray[np.float32]) -> list[bool]:
+        """For each line, whether all its logits are finite."""
 
 
 class ModelRunner(Protocol):
@@ -213,6 +240,11 @@ class AheadRunner(ModelRunner, Protocol):
                 may be launched instead. The tokens of the launch before remain available to it.
             DeviceLost: the device cannot be used any more.
         """
+
+
+def sampler_of(runner: ModelRunner) -> RowSampler | None:
+    """The sampler of a runner. A runner without kernels has no `sampler`, or None in its place."""
+    return getattr(runner, "sampler", None)
 
 
 def works_ahead(runner: ModelRunner) -> TypeGuard[AheadRunner]:

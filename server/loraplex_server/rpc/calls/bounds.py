@@ -33,6 +33,7 @@ MAX_STOP_STRINGS: Final = 16
 MAX_STOP_STRING_BYTES: Final = 64
 MAX_STOP_TOKENS: Final = 64
 MAX_REQUEST_ID: Final = 128
+MAX_CACHE_SALT: Final = 128
 MAX_LABELS: Final = 32
 MAX_LABEL_VALUE: Final = 256
 MAX_STATES: Final = 16
@@ -91,6 +92,7 @@ LENGTHS: Final[Mapping[str, int]] = MappingProxyType(
             "GenerateRequest.adapter_id": MAX_NAME,
             "GenerateRequest.prompt": MAX_MESSAGE_BYTES,
             "GenerateRequest.request_id": MAX_REQUEST_ID,
+            "GenerateRequest.cache_salt": MAX_CACHE_SALT,
             "AdapterWeight.adapter_id": MAX_NAME,
             "ChatMessage.role": MAX_NAME,
             "ChatMessage.content": MAX_MESSAGE_BYTES,

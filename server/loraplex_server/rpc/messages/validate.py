@@ -14,6 +14,7 @@ from loraplex.v1 import generation_pb2, model_pb2
 from loraplex_model.base.refusal import Problem
 
 from loraplex_server.rpc.calls.bounds import (
+    MAX_CACHE_SALT,
     MAX_JSON_BYTES,
     MAX_LOGIT_BIAS,
     MAX_MIX,
@@ -131,6 +132,8 @@ def generate(
             f"must be 1 to {MAX_REQUEST_ID} printable ASCII characters",
         )
     checks.between("priority", request.priority, -100, 100)
+    if request.cache_salt:
+        checks.size("cache_salt", request.cache_salt, MAX_CACHE_SALT)
     return checks.problems
 
 

@@ -296,6 +296,7 @@ class _Call:
             prompt_logprobs=_given(request, "prompt_logprobs"),
             priority=request.priority,
             deadline=self.deadline,
+            cache_salt=request.cache_salt,
         )
 
 

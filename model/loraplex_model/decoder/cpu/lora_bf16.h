@@ -1,0 +1,272 @@
+// The adapters' factors on rows of bfloat16: h = A x and y += B h in the library's order of sums (tiles.h).
+//
+// PAIRS: an element of h is a sum of 16 lanes, lane l of the products of pairs l, l + 16, ... of the inputs.
+//   It stays in float32, and y += B h is that of lora.h.
+// TILES: A multiplies the exchanged rows as a weight matrix does, without being packed. Each element of h is
+//   rounded to bfloat16, and h lies in the form of blocked.h, its first row being that of the segment. For
+//   each 32 ranks, even + odd is added to y, which are chains over the even and the odd ranks. For many rows
+//   AMX computes the chains; for a few, FMAs do so faster, with the same bits.
+#pragma once
+
+#include "inputs.h"
+
+namespace loraplex {
+
+// The rows [first, end) whose factors are applied, of a segment that begins at row `origin`.
+struct LoraRows {
+  int first, end, origin;
+};
+
+// Whether products with rows of type X compute A x rounded and in tiles.
+template <class X>
+constexpr bool TILED = sizeof(X) == sizeof(bf16) && ORDER == Order::TILES;
+
+#if LORAPLEX_ORDER == 1
+
+// h[m][r] = scale * x[m] . a[r], for M rows and R ranks at once.
+template <int M, int R>
+inline void pair_dots(const bf16* const* x, const bf16* a, int in, float scale, float* h, int h_stride) {
+  vf sums[M][R] = {};
+  int k = 0;
+  auto add = [&](const bf16* ranks, int stride) {
+    vu xs[M];
+    for (int m = 0; m < M; m++) xs[m] = load_pairs(x[m] + size_t(k) * TILE_ROWS);
+    for (int r = 0; r < R; r++) {
+      vu pairs = load_pairs(ranks + size_t(r) * stride);
+      for (int m = 0; m < M; m++) sums[m][r] = add_pairs(sums[m][r], xs[m], pairs);
+    }
+  };
+  for (; k + TILE_INPUTS <= in; k += TILE_INPUTS) {
+    if constexpr (M == 1)  // a single row: the weights of the next ranks come from memory as well
+      for (int r = 0; r < R; r++) __builtin_prefetch(a + size_t(R + r) * in + k);
+    add(a + k, in);
+  }
+  if (k < in) {
+    bf16 last[R][TILE_INPUTS] = {};
+    for (int r = 0; r < R; r++) std::copy(a + size_t(r) * in + k, a + size_t(r + 1) * in, last[r]);
+    add(last[0], TILE_INPUTS);
+  }
+  for (int m = 0; m < M; m++)
+    for (int r = 0; r < R; r++) h[m * h_stride + r] = sum(sums[m][r]) * scale;
+}
+
+template <int M>
+inline void pair_ranks(const Inputs& x, int in, int row, const bf16* a, int ranks, float weight, float* h, int h_stride) {
+  const bf16* rows[M];
+  for (int m = 0; m < M; m++) rows[m] = x.rows.at(row + m, 0);
+  int r = 0;
+  for (; r + 4 <= ranks; r += 4) pair_dots<M, 4>(rows, a + size_t(r) * in, in, weight, h + r, h_stride);
+  for (; r < ranks; r++) pair_dots<M, 1>(rows, a + size_t(r) * in, in, weight, h + r, h_stride);
+}
+
+// Ranks [rank, rank + ranks) of h = weight * A x; `a` points to the first of them, and h to the segment's
+// rows of `h_stride` floats.
+inline void shrink_factor(const Inputs& x, int in, LoraRows rows, const bf16* a, int rank, int ranks, float weight,
+                          float* h, int h_stride, float*) {
+  int row = rows.first;
+  for (; row + 4 <= rows.end; row += 4) pair_ranks<4>(x, in, row, a, ranks, weight, h + size_t(row - rows.origin) * h_stride + rank, h_stride);
+  for (; row < rows.end; row++) pair_ranks<1>(x, in, row, a, ranks, weight, h + size_t(row - rows.origin) * h_stride + rank, h_stride);
+}
+
+#elif LORAPLEX_ORDER == 2
+
+constexpr int FEW_ROWS = 8;  // with fewer rows than these of a tile, FMAs are faster
+
+// sums[g][16 ranks][16 rows] = a . x for G groups of rows.
+template <int G>
+inline void rank_tiles(const bf16* a, size_t a_stride, const bf16* x, size_t x_group, int steps, float* sums) {
+#ifdef LORAPLEX_AMX
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int s = 0; s < steps; s++, a += TILE_INPUTS, x += TILE) {
+    _tile_loadd(4, a, a_stride * sizeof(bf16));
+    _tile_loadd(5, x, 64);
+    _tile_dpbf16ps(0, 4, 5);
+    if constexpr (G >= 2) {
+      _tile_loadd(6, x + x_group, 64);
+      _tile_dpbf16ps(1, 4, 6);
+    }
+    if constexpr (G == 4) {
+      _tile_loadd(7, x + 2 * x_group, 64);
+      _tile_dpbf16ps(2, 4, 7);
+      _tile_loadd(5, x + 3 * x_group, 64);
+      _tile_dpbf16ps(3, 4, 5);
+    }
+  }
+  _tile_stored(0, sums, 64);
+  if constexpr (G >= 2) _tile_stored(1, sums + 256, 64);
+  if constexpr (G == 4) {
+    _tile_stored(2, sums + 512, 64);
+    _tile_stored(3, sums + 768, 64);
+  }
+#else
+  for (int g = 0; g < G; g++)
+    tile_product(TILE_ROWS, a, a_stride, TILE_INPUTS, x + g * x_group, TILE_INPUTS, TILE, steps, sums + g * 256);
+#endif
+}
+
+// Rounds the sums of a group and up to 16 ranks, and writes those of its rows to h, with zeros after the
+// last rank.
+inline void put_hidden(const float* sums, int group, LoraRows rows, int rank, int ranks, float weight, const Blocked& h) {
+  vf values[16];
+  for (int r = 0; r < 16; r++) values[r] = r < ranks ? load(sums + r * 16) * weight : vf{};
+  transpose(values);
+  int row = std::max(rows.first, group * TILE_ROWS), end = std::min(rows.end, (group + 1) * TILE_ROWS);
+  for (; row < end; row++) store(h.at(row - rows.origin, rank), values[row % TILE_ROWS]);
+  written(h.data);
+}
+
+// Ranks [rank, rank + ranks) of h = weight * A x; `a` points to the first of them, `rank` is a multiple of
+// 32, and `scratch` holds 16 rows of A.
+inline void shrink_factor(const Inputs& x, int in, LoraRows rows, const bf16* a, int rank, int ranks, float weight,
+                          float* h, int h_stride, float* scratch) {
+  Blocked hidden{reinterpret_cast<bf16*>(h), h_stride};
+  int steps = Blocked::tiles(in), last = (rows.end - 1) / TILE_ROWS;
+  size_t x_group = size_t(steps) * TILE;
+  alignas(64) float sums[4 * 256];
+  for (int first = 0; first < TILE_INPUTS; first += TILE_ROWS, a += size_t(TILE_ROWS) * in) {
+    int count = std::min(ranks - first, TILE_ROWS);
+    const bf16* from = a;
+    size_t stride = in;
+    if (count > 0 && (count < TILE_ROWS || in % TILE_INPUTS)) {  // a tile would reach beyond A
+      bf16* copy = reinterpret_cast<bf16*>(scratch);
+      stride = size_t(steps) * TILE_INPUTS;
+      for (int r = 0; r < count; r++)
+        std::fill(std::copy_n(a + size_t(r) * in, in, copy + r * stride), copy + (r + 1) * stride, bf16{0});
+      written(copy);
+      from = copy;
+    }
+    for (int group = rows.first / TILE_ROWS, groups; group <= last; group += groups) {
+      const bf16* at = x.exchanged + group * x_group;
+      groups = last + 1 - group >= 4 ? 4 : last > group ? 2 : 1;
+      if (count > 0)
+        (groups == 4   ? rank_tiles<4>
+         : groups == 2 ? rank_tiles<2>
+                       : rank_tiles<1>)(from, stride, at, x_group, steps, sums);
+      for (int g = 0; g < groups; g++)
+        put_hidden(sums + g * 256, group + g, rows, rank + first, count, weight, hidden);
+    }
+  }
+}
+
+// Two tiles [16 pairs of ranks][16 columns][2] of B, zeros after the last rank and column.
+inline void pair_tiles(const bf16* b, size_t stride, int ranks, int columns, bf16* tiles) {
+  bf16 part[2][TILE_INPUTS] = {};
+  for (int r = 0; r < TILE_INPUTS; r += 2) {
+    vu rows[2] = {};
+    for (int i = 0; i < 2 && r + i < ranks; i++) {
+      const bf16* row = b + (r + i) * stride;
+      if (columns < TILE_INPUTS) std::copy_n(row, columns, part[i]);
+      rows[i] = load_pairs(columns < TILE_INPUTS ? part[i] : row);
+    }
+    vf evens = bit_cast<vf>((rows[0] & 0xffff) | rows[1] << 16), odds = bit_cast<vf>(rows[0] >> 16 | (rows[1] & 0xffff0000u));
+    vf low = interleave_low(evens, odds), high = interleave_high(evens, odds);
+    std::memcpy(tiles + r * TILE_ROWS, &low, sizeof low);
+    std::memcpy(tiles + TILE + r * TILE_ROWS, &high, sizeof high);
+  }
+  written(tiles);
+}
+
+// y[16][32] += h[16][32] . the two tiles of B.
+inline void add_tiles(const bf16* h, const bf16* tiles, float* y, size_t y_stride) {
+#ifdef LORAPLEX_AMX
+  _tile_loadd(4, h, 64);
+  _tile_loadd(0, y, y_stride * sizeof(float));
+  _tile_loadd(6, tiles, 64);
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_loadd(1, y + 16, y_stride * sizeof(float));
+  _tile_loadd(7, tiles + TILE, 64);
+  _tile_dpbf16ps(1, 4, 7);
+  _tile_stored(0, y, y_stride * sizeof(float));
+  _tile_stored(1, y + 16, y_stride * sizeof(float));
+#else
+  for (int m = 0; m < TILE_ROWS; m++)
+    for (int half = 0; half < 2; half++) {
+      float* at = y + m * y_stride + half * 16;
+      vf evens = {}, odds = {};
+      for (int k = 0; k < TILE_INPUTS / 2; k++) {
+        vu pair = broadcast_pair(h + m * TILE_INPUTS + 2 * k), w = load_pairs(tiles + half * TILE + k * TILE_INPUTS);
+        evens = even(pair) * even(w) + evens;
+        odds = odd(pair) * odd(w) + odds;
+      }
+      store(at, load(at) + (evens + odds));
+    }
+#endif
+}
+
+// The same for `rows` rows and `columns` columns of a tile.
+inline void add_part(const bf16* h, const bf16* tiles, int rows, int columns, float* y, size_t y_stride) {
+  if (rows == TILE_ROWS && columns == TILE_INPUTS) return add_tiles(h, tiles, y, y_stride);
+  alignas(64) float copy[TILE_ROWS * TILE_INPUTS] = {};
+  for (int m = 0; m < rows; m++) std::copy_n(y + m * y_stride, columns, copy + m * TILE_INPUTS);
+  written(copy);
+  add_tiles(h, tiles, copy, TILE_INPUTS);
+  for (int m = 0; m < rows; m++) std::copy_n(copy + m * TILE_INPUTS, columns, y + m * y_stride);
+}
+
+// y[m][0:32 C] += h[m] . b for M rows and up to 32 ranks, as `add_tiles` does.
+template <int M, int C>
+inline void add_chains(const float* h, const bf16* b, size_t b_stride, int ranks, float* y, size_t y_stride) {
+  vf sums[M][C][2][2] = {};  // [even or odd ranks][even or odd columns]
+  for (int r = 0; r < ranks; r++)
+    for (int c = 0; c < C; c++) {
+      vu columns = load_pairs(b + r * b_stride + c * TILE_INPUTS);
+      for (int m = 0; m < M; m++) {
+        vf(&chain)[2] = sums[m][c][r % 2];
+        chain[0] = h[m * TILE_INPUTS + r] * even(columns) + chain[0];
+        chain[1] = h[m * TILE_INPUTS + r] * odd(columns) + chain[1];
+      }
+    }
+  for (int m = 0; m < M; m++)
+    for (int c = 0; c < C; c++) {
+      vf(&chains)[2][2] = sums[m][c];
+      vf evens = chains[0][0] + chains[1][0], odds = chains[0][1] + chains[1][1];
+      float* at = y + m * y_stride + c * TILE_INPUTS;
+      store(at, load(at) + interleave_low(evens, odds));
+      store(at + LANES, load(at + LANES) + interleave_high(evens, odds));
+    }
+}
+
+template <int M>
+inline void add_rows(const bf16* hidden, const bf16* b, size_t b_stride, int ranks, int columns, float* y,
+                     size_t y_stride) {
+  alignas(64) float h[M * TILE_INPUTS];
+  for (int i = 0; i < M * TILE_INPUTS; i += LANES) store(h + i, load(hidden + i));
+  int c = 0;
+  if constexpr (M == 1)
+    for (; c + 2 * TILE_INPUTS <= columns; c += 2 * TILE_INPUTS) add_chains<M, 2>(h, b + c, b_stride, ranks, y + c, y_stride);
+  for (; c + TILE_INPUTS <= columns; c += TILE_INPUTS) add_chains<M, 1>(h, b + c, b_stride, ranks, y + c, y_stride);
+  for (; c < columns; c++)
+    for (int m = 0; m < M; m++) {
+      float chains[2] = {};
+      for (int r = 0; r < ranks; r++)
+        chains[r % 2] = multiply_add(h[m * TILE_INPUTS + r], load1(b + r * b_stride + c), chains[r % 2]);
+      y[m * y_stride + c] += chains[0] + chains[1];
+    }
+}
+
+// y[m][0:columns] += B h[m] for the rows of a unit, whose first is a multiple of 16 after the segment's
+// first. `y` points to the first row.
+inline void expand_tiles(LoraRows rows, const bf16* b, size_t b_stride, int ranks, int columns, const float* h,
+                          int h_stride, float* y, size_t y_stride) {
+  Blocked hidden{const_cast<bf16*>(reinterpret_cast<const bf16*>(h)), h_stride};
+  int count = rows.end - rows.first, begin = rows.first - rows.origin, few = count % TILE_ROWS < FEW_ROWS ? count % TILE_ROWS : 0;
+  alignas(64) bf16 tiles[2 * TILE];
+  for (int rank = 0; rank < ranks; rank += TILE_INPUTS, b += TILE_INPUTS * b_stride) {
+    int step = std::min(ranks - rank, TILE_INPUTS), m = count - few;
+    for (int c = 0; m && c < columns; c += TILE_INPUTS) {
+      int width = std::min(columns - c, TILE_INPUTS);
+      pair_tiles(b + c, b_stride, step, width, tiles);
+      for (int row = 0; row < m; row += TILE_ROWS)
+        add_part(hidden.at(begin + row, rank), tiles, std::min(m - row, TILE_ROWS), width, y + row * y_stride + c, y_stride);
+    }
+    for (; m + 4 <= count; m += 4) add_rows<4>(hidden.at(begin + m, rank), b, b_stride, step, columns, y + m * y_stride, y_stride);
+    for (; m < count; m++) add_rows<1>(hidden.at(begin + m, rank), b, b_stride, step, columns, y + m * y_stride, y_stride);
+  }
+}
+
+#endif
+
+}  // namespace loraplex
