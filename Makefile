@@ -32,7 +32,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup model prometheus demo serve train-adapter test test-seams test-field test-families test-real test-sanitized test-triton test-gpu fuzz lint house proto \
-        bench bench-peers bench-load bench-step bench-peft bench-prefix bench-kernels bench-train bench-adapters bench-fairness bench-conversion bench-paper bench-gpu bench-gpu-launches gpu-aot gpu-check gpu-pack figures \
+        bench bench-peers bench-load bench-step bench-peft bench-prefix bench-kernels bench-train bench-adapters bench-fairness bench-neighbour bench-conversion bench-paper bench-gpu bench-gpu-launches gpu-aot gpu-check gpu-pack figures \
         lock clean distclean
 
 help: ## Show this list of targets
@@ -154,6 +154,9 @@ bench-fairness: setup model ## Measure what a tenant with 100 times the load, an
 
 bench-adapters: setup model ## Measure adapter management: loads, replacement, merges, 1,000 adapters, kill -9
 	$(BIN)/python bench/bench_adapters.py $(ARGS)
+
+bench-neighbour: setup model ## Measure this server beside busy processes; BEFORE names a checkout to compare with
+	BEFORE="$(BEFORE)" $(BIN)/python bench/bench_neighbour.py $(ARGS)
 
 bench-conversion: setup ## Measure memory and time of converting base models of several sizes to NF4
 	$(BIN)/python bench/bench_conversion.py $(ARGS)

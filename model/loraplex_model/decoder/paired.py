@@ -33,7 +33,7 @@ def write(
     for place, block in enumerate(blocks):
         own = slice(place * block_size, (place + 1) * block_size)
         k, v = padded[own], values[own]
-        pairs = k.unflatten(2, (-1, 2)).permute(1, 2, 0, 3)  # [kv_heads, head_dim / 2, n, 2]
+        pairs = k.view(*k.shape[:2], -1, 2).permute(1, 2, 0, 3)  # [kv_heads, head_dim / 2, n, 2]
         key_cache[block, :, :, : len(k)] = pairs.to(key_cache)
         for parity in (0, 1):
             half = v[parity::2].transpose(0, 1)

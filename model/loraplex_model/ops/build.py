@@ -83,7 +83,7 @@ def cpu_flags() -> frozenset[str]:
 def _may_use_tiles() -> bool:
     """Whether Linux lets this process use AMX, for which each process must ask once."""
     permission, tile_data = 0x1023, 18
-    return ctypes.CDLL(None).syscall(158, permission, tile_data) == 0  # arch_prctl
+    return bool(ctypes.CDLL(None).syscall(158, permission, tile_data) == 0)  # arch_prctl
 
 
 def supported_isas() -> list[str]:

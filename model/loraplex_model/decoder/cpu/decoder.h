@@ -31,7 +31,7 @@ class Pass {
         head_plan_(make_plan(batch, model.adapters, logit_sequences(batch, sequence_))),
         experts_(model, workspace, plan_, batch.num_tokens),
         attention_(model, batch, sequence_, workspace.scores),
-        team_(PHASES_PER_LAYER * model.num_layers + OTHER_PHASES) {
+        team_(std::min(model.threads, processors())) {
     size_t rows = b.num_tokens;
     q_size_ = m.heads * m.head_dim;
     kv_size_ = m.kv_heads * m.head_dim;
@@ -73,8 +73,7 @@ class Pass {
   }
 
   void run() {
-#pragma omp parallel num_threads(m.threads)
-    {
+    team_.pass([&] {
       typename Multiplied<X>::Registers registers;
       int phase = 0;
       team_.run(phase, b.num_tokens, [&](int t) { embed(t); });
@@ -90,7 +89,7 @@ class Pass {
         team_.run(phase, b.num_logits * chunks, [&](int unit) { head_rows(unit / chunks, unit % chunks); });
       if (m.logit_scale != 1 || m.logit_softcap)
         team_.run(phase, b.num_logits * chunks, [&](int unit) { finish_logits(unit / chunks, unit % chunks); });
-    }
+    });
   }
 
  private:
@@ -135,9 +134,6 @@ class Pass {
     });
   }
 
-  // Bounds on the phases: a projection takes up to four of them, a layer 21 in all, or 24 with experts.
-  static constexpr int PHASES_PER_LAYER = 28, OTHER_PHASES = 16;
-
   // The sequence of each row.
   static std::vector<int> sequences(const Batch& b) {
     std::vector<int> sequence(b.num_tokens);
@@ -180,7 +176,7 @@ class Pass {
     return widest;
   }
 
-  float* scratch() { return w.lora.data() + omp_get_thread_num() * scratch_; }
+  float* scratch() { return w.lora.data() + Team::index() * scratch_; }
 
   static float* row(Buffer& rows, int t, int width) { return rows.data() + size_t(t) * width; }
 
@@ -208,7 +204,7 @@ class Pass {
       for (int own; unit >= (own = matmul_units(run->tile, rows)); run++) unit -= own;
       const Matrix* dense = run->merged < 0 ? nullptr : m.adapters.dense(run->merged, layer, product.fused_index);
       bool gained = run->part >= 0 && gains_input(product, *product.plan->segment(run->tile.first), layer, run->part);
-      matmul_unit(dense ? *dense : matrix, run->tile, gained ? gained_rows(run->part) : rows, y, y_stride, unit);
+      matmul_unit(dense ? *dense : matrix, run->tile, gained ? gained_rows(run->part, matrix.in) : rows, y, y_stride, unit);
       if (product.joins) work.join(run->tile, rows, unit, scratch());
     });
     if (product.expand.empty()) return;
@@ -243,20 +239,17 @@ class Pass {
 #endif
   }
 
-  typename Multiplied<X>::Rows gained_rows(int part) {
-    return Multiplied<X>::rows(w.gained.data() + part * gained_, w.gained_inputs[part]);
+  typename Multiplied<X>::Rows gained_rows(int part, int in) {
+    return Multiplied<X>::rows(w.gained.data() + part * gained_, w.gained_inputs[part], in);
   }
 
   // The inputs times the gains of each projection's adapters, for the rows that have any.
   void gain(int& phase, const Product& product, int layer, const float* x, int in) {
-    team_.run(phase, 1, [&](int) {  // the memory is large enough for every width
-      for (InputRows& inputs : w.gained_inputs) Multiplied<X>::reserve(inputs, b.num_tokens, in);
-    });
     team_.run(phase, b.num_tokens, [&](int t) { gain_inputs(product, layer, t, x, in); });
-    int each = Multiplied<X>::exchange_units(gained_rows(0), b.num_tokens);
+    int each = Multiplied<X>::exchange_units(gained_rows(0, in), b.num_tokens);
     if (each)
       team_.run(phase, each * MAX_PARTS, [&](int unit) {
-        Multiplied<X>::exchange(gained_rows(unit / each), b.num_tokens, unit % each);
+        Multiplied<X>::exchange(gained_rows(unit / each, in), b.num_tokens, unit % each);
       });
   }
 
@@ -274,7 +267,7 @@ class Pass {
       auto pick = [&](int slot) { return m.adapters.at(slot, layer, product.fused.projection[part]).in_gain; };
       if (blend_gains(plan_, *segment, in, pick, out))
         for (int i = 0; i < in; i++) out[i] *= x[size_t(t) * in + i];
-      Multiplied<X>::put(w.gained_inputs[part], t, 0, in, out);
+      Multiplied<X>::put_row(w.gained_inputs[part], t, in, out);
     }
   }
 

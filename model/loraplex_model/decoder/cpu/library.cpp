@@ -38,6 +38,41 @@ int loraplex_forward(const Model* model, const Batch* batch, Workspace* workspac
   }
 }
 
+// For tests of the threads: passes over two arrays of `width` numbers, of which each phase computes one from
+// the other. Phase p has units[p] units, or none and then computes nothing. `failure` makes the first unit of
+// phase `at` throw: 1 as an allocation does, 2 by running a pass within the pass. Returns NO_FAULT, NO_MEMORY, or
+// -1 for the refusal of the inner pass.
+int loraplex_phases(int threads, int passes, int phases, const int32_t* units, int width, uint32_t* numbers,
+                    int failure, int at) {
+  try {
+    for (int i = 0; i < passes; i++) {
+      Team team(threads);
+      team.pass([&] {
+        const uint32_t* from = numbers;
+        uint32_t* to = numbers + width;
+        for (int phase = 0, p = 0; p < phases; p++) {
+          team.run(phase, units[p], [&](int unit) {
+            if (p == at && unit == 0 && failure == 1) throw std::bad_alloc();
+            if (p == at && unit == 0 && failure == 2) Team(threads).pass([] {});
+            int end = int64_t(unit + 1) * width / units[p];
+            for (int j = int64_t(unit) * width / units[p]; j < end; j++)
+              to[j] = (from[j] ^ from[(7 * j + 3) % width]) * 2654435761u + p;
+          });
+          if (!units[p]) continue;
+          uint32_t* computed = to;
+          to = const_cast<uint32_t*>(from);
+          from = computed;
+        }
+      });
+    }
+    return NO_FAULT;
+  } catch (const std::bad_alloc&) {
+    return NO_MEMORY;
+  } catch (const std::logic_error&) {
+    return -1;
+  }
+}
+
 // Rearranges packed [out][in / 2], two codes per byte with the first in the high half, and absmax
 // [out][in / 64] into panels (see matmul.h).
 void loraplex_pack_nf4(const uint8_t* packed, const float* absmax, int out, int in, uint32_t* codes,
@@ -80,19 +115,18 @@ void loraplex_pack_bf16(const bf16* weights, int out, int in, bf16* packed) {
 
 // y = x W^T + bias, with x rounded to bfloat16.
 void loraplex_matmul_bf16(const Matrix* w, const float* x, int rows, float* y, int threads) {
-  Team team(2);
   InputRows inputs;
   inputs.reserve(rows, w->in);
   for (int t = 0; t < rows; t++) inputs.put(t, 0, w->in, x + size_t(t) * w->in);
   Inputs in = inputs.get();
-#pragma omp parallel num_threads(threads)
-  {
+  Tile tile = whole(*w, rows);
+  Team team(threads);
+  team.pass([&] {
     TileRegisters registers;
     int phase = 0;
-    Tile tile = whole(*w, rows);
     team.run(phase, in.units(rows), [&](int unit) { in.exchange(rows, unit); });
     team.run(phase, matmul_units(tile, in), [&](int unit) { matmul_unit(*w, tile, in, y, w->out, unit); });
-  }
+  });
 }
 
 #endif
@@ -106,13 +140,12 @@ void loraplex_quantise_nf4(const void* weights, int is_bf16, int64_t count, uint
 }
 
 void loraplex_matmul(const Matrix* w, const float* x, int rows, float* y, int threads) {
-  Team team(1);
-#pragma omp parallel num_threads(threads)
-  {
+  Tile tile = whole(*w, rows);
+  Team team(threads);
+  team.pass([&] {
     int phase = 0;
-    Tile tile = whole(*w, rows);
     team.run(phase, tile.units(), [&](int unit) { matmul_unit(*w, tile, x, y, w->out, unit); });
-  }
+  });
 }
 
 }  // extern "C"
