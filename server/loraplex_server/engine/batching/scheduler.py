@@ -19,9 +19,9 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Collection, Hashable
-from dataclasses import dataclass
 from enum import Enum
 from operator import attrgetter
+from typing import NamedTuple
 
 from loraplex_server.engine.batching.fair_queue import Account, FairQueue
 from loraplex_server.engine.batching.kv import BlockPool
@@ -48,8 +48,7 @@ class Logits(Enum):
     ALL = "all"
 
 
-@dataclass(frozen=True, slots=True)
-class BatchRow:
+class BatchRow(NamedTuple):
     """One request's part of a step: `count` of its own tokens from index `start` on.
 
     A row never extends over the request's `active_from`.
@@ -57,7 +56,7 @@ class BatchRow:
 
     request: Request
     start: int
-    count: int
+    count: int  # type: ignore[assignment]  # takes the place of the method of tuples
     logits: Logits
 
     @property
