@@ -23,8 +23,10 @@
 
 namespace loraplex {
 
-// Time for which a waiting thread spins: more than a unit of work takes, and far less than a time slice.
-constexpr std::chrono::microseconds SPIN{50};
+// Times for which a waiting thread spins. At the end of a phase: about what a unit of work takes, and far less
+// than a time slice. Between two passes: what the host needs to prepare the next one, since a thread that sleeps
+// starts late, and often on the processor of the thread that has woken it.
+constexpr std::chrono::microseconds SPIN{100}, SPIN_BETWEEN{3000};
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -34,16 +36,16 @@ inline void relax() {
 #endif
 }
 
-// Spins until `done()`, for at most `SPIN`. Returns whether it is done.
+// Spins until `done()`, for at most `time`. Returns whether it is done.
 template <class Done>
-bool spin(Done done) {
+bool spin(Done done, std::chrono::microseconds time = SPIN) {
   constexpr int LOOKS = 16;  // between two looks at the clock
   std::chrono::steady_clock::time_point end{};
   for (int i = 1; !done(); i++) {
     relax();
     if (i % LOOKS) continue;
     auto now = std::chrono::steady_clock::now();
-    if (i == LOOKS) end = now + SPIN;
+    if (i == LOOKS) end = now + time;
     if (now >= end) return false;
   }
   return true;
@@ -165,8 +167,8 @@ class Crew {
 
   // Waits until `done()`, which becomes true with a `notify` of `event`. The seat must be outside.
   template <class Done>
-  void wait(Event& event, Seat& seat, Done done) {
-    if (spin(done)) return;
+  void wait(Event& event, Seat& seat, Done done, std::chrono::microseconds time = SPIN) {
+    if (spin(done, time)) return;
     if (seat.index) keep_off(true);
     event.sleep(done);
     if (seat.index)
@@ -234,7 +236,7 @@ class Crew {
       wait(opened_, seat, [&] {
         gate = gate_.load();
         return gate != seat.round && int(gate & 0xffff) >= seat.index;
-      });
+      }, SPIN_BETWEEN);
       opened_.notify(WOKEN_BY_ONE);
       seat.round = gate;
       if (!enter(seat)) continue;
