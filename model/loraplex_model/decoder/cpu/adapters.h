@@ -144,6 +144,21 @@ inline bool same_mix(const Batch& b, int s, int t) {
   return true;
 }
 
+// The sequence of each row.
+inline std::vector<int> sequences(const Batch& b) {
+  std::vector<int> sequence(b.num_tokens);
+  for (int s = 0; s < b.num_sequences; s++)
+    std::fill(sequence.begin() + b.query_starts[s], sequence.begin() + b.query_starts[s + 1], s);
+  return sequence;
+}
+
+// The sequence of each row whose logits are wanted.
+inline std::vector<int> logit_sequences(const Batch& b, const std::vector<int>& sequence) {
+  std::vector<int> wanted(b.num_logits);
+  for (int i = 0; i < b.num_logits; i++) wanted[i] = sequence[b.logit_rows[i]];
+  return wanted;
+}
+
 // Groups adjacent rows with equal mixes into segments; `sequence` is each row's sequence.
 inline Plan make_plan(const Batch& b, const SlotTable& table, const std::vector<int>& sequence) {
   constexpr int IN_PROJECTIONS = FACTORS | GAIN | IN_GAIN;  // what dense matrices contain
@@ -200,6 +215,19 @@ inline bool blend_gains(const Plan& plan, const Segment& segment, int width, Pic
     any = true;
   }
   return any;
+}
+
+// The largest width of a bottleneck, or rank at the embeddings, among the adapters of a pass.
+inline int widest_site(const Plan& plan, const SlotTable& table) {
+  int widest = 0;
+  if (!(plan.uses & (BOTTLENECK | EMBEDDING))) return widest;
+  for (const Term& term : plan.terms) {
+    widest = std::max(widest, table.at(term.slot, table.layers, EMBED_TOKENS).rank);
+    for (int l = 0; l < table.layers; l++)
+      for (int site : {ATTENTION_BOTTLENECK, MLP_BOTTLENECK})
+        widest = std::max(widest, table.at(term.slot, l, site).rank);
+  }
+  return widest;
 }
 
 }  // namespace loraplex

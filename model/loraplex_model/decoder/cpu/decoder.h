@@ -58,7 +58,7 @@ class Pass {
     Multiplied<X>::reserve(w.head_inputs, b.num_logits, m.hidden);
     scratch_ = plan_.segments.empty()
                    ? 0
-                   : std::max(lora_scratch(widest, plan_.max_rank), sites_scratch(widest, widest_site()));
+                   : std::max(lora_scratch(widest, plan_.max_rank), sites_scratch(widest, widest_site(plan_, model.adapters)));
     if (m.num_experts) scratch_ = std::max(scratch_, experts_scratch(m, plan_.max_rank));
     w.lora.reserve(scratch_ * m.threads);
     product({{Q_PROJ, q_size_}, {K_PROJ, kv_size_}, {V_PROJ, kv_size_}});
@@ -134,21 +134,6 @@ class Pass {
     });
   }
 
-  // The sequence of each row.
-  static std::vector<int> sequences(const Batch& b) {
-    std::vector<int> sequence(b.num_tokens);
-    for (int s = 0; s < b.num_sequences; s++)
-      std::fill(sequence.begin() + b.query_starts[s], sequence.begin() + b.query_starts[s + 1], s);
-    return sequence;
-  }
-
-  // The sequence of each row whose logits are wanted.
-  static std::vector<int> logit_sequences(const Batch& b, const std::vector<int>& sequence) {
-    std::vector<int> wanted(b.num_logits);
-    for (int i = 0; i < b.num_logits; i++) wanted[i] = sequence[b.logit_rows[i]];
-    return wanted;
-  }
-
   // Adds the next fused matrix: projections side by side, each with its width.
   void product(std::initializer_list<std::pair<LayerSite, int>> projections) {
     Fused fused = {};
@@ -163,26 +148,12 @@ class Pass {
                            FACTORS | GAIN | IN_GAIN, LORA_UNITS<X>);
   }
 
-  // The largest width of a bottleneck, or rank at the embeddings, among the adapters of this pass.
-  int widest_site() const {
-    int widest = 0;
-    if (!(plan_.uses & (BOTTLENECK | EMBEDDING))) return widest;
-    for (const Term& term : plan_.terms) {
-      widest = std::max(widest, m.adapters.at(term.slot, m.num_layers, EMBED_TOKENS).rank);
-      for (int l = 0; l < m.num_layers; l++)
-        for (int site : {ATTENTION_BOTTLENECK, MLP_BOTTLENECK})
-          widest = std::max(widest, m.adapters.at(term.slot, l, site).rank);
-    }
-    return widest;
-  }
-
   float* scratch() { return w.lora.data() + Team::index() * scratch_; }
 
   static float* row(Buffer& rows, int t, int width) { return rows.data() + size_t(t) * width; }
 
   // y = W x + bias, then the adapters' changes, which leave base rows untouched. `inputs` are the rows of x for
-  // products of bfloat16; rows of y are `y_stride` apart.
-  // With `exchanged` the inputs are ready already.
+  // products of bfloat16, ready already with `exchanged`; rows of y are `y_stride` apart.
   void project(int& phase, const Matrix& matrix, const Product& product, int layer, const float* x,
                InputRows& inputs, float* y, size_t y_stride, bool exchanged = false) {
     bool gains = product.plan->uses & IN_GAIN && product.fused_index >= 0;
@@ -215,12 +186,8 @@ class Pass {
   bool gates_at_once(const Layer& layer) const {
 #if LORAPLEX_ORDER
     if constexpr (!std::is_same_v<X, float>) {
-      auto is_plain = [](const Product& p) {
-        return p.shrink.empty() && p.expand.empty() && !p.joins && p.runs.size() == 1 && p.runs[0].merged < 0 &&
-               p.runs[0].part < 0;
-      };
       return m.gated && gates_fit(layer.gate_up) && layer.down.kind == Kind::nf4_packed &&
-             is_plain(products_[GATE_UP]) && is_plain(products_[DOWN]);
+             products_[GATE_UP].is_plain() && products_[DOWN].is_plain();
     }
 #endif
     return false;
