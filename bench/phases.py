@@ -65,6 +65,7 @@ NAMES = {
     r"\bembed\(": "embeddings",
     r"\brotate_and_cache\(": "rotary embedding, cache",
     r"\battention\(|\battend": "attention",
+    r"\bgated_unit": "product: gate_up, activation",
     r"\bgate\(|\bactivate": "activation",
     r"\bend_block\(": "norms, residuals",
     r"\blogit_rows\b": "rows of the head",
