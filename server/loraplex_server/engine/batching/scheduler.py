@@ -56,7 +56,7 @@ class BatchRow(NamedTuple):
 
     request: Request
     start: int
-    count: int
+    count: int  # type: ignore[assignment]  # of tokens; nobody counts the members of a row
     logits: Logits
 
     @property
