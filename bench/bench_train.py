@@ -5,8 +5,9 @@
 PEFT is measured twice: prepared as in QLoRA's recipe (`prepare_model_for_kbit_training`, which
 recomputes layers to save memory; `ratio_tok_s` and `ratio_peak_memory` refer to this), and without
 that preparation, which is faster and needs twice the memory (`fast_*`). Both use the type and the
-attention implementation that a short run finds to be fastest on this machine. The base's matrix
-products alone are measured too (`products_*`): no float32 pass can be faster than these.
+attention implementation that a short run finds to be fastest on this machine. Our products have the
+type that a run chooses on this processor (`--products` gives another). The same products alone,
+of dense matrices by torch, are measured too (`products_*`).
 
 Every measurement runs in a process of its own, so that its peak memory is its own. Rounds of all
 measurements follow one another, and the fastest step of each side counts, because other processes
@@ -37,7 +38,7 @@ ROWS, TOKENS = 4, 256
 PROBE = ("--rows", "1", "--tokens", "64", "--steps", "2")
 ALIKE = 1e-4
 """Largest relative difference between the first losses of both sides. It allows for float32 sums in
-another order; PEFT in bfloat16 differs by 100 times that.
+another order; a side in bfloat16 differs by 100 times that.
 """
 
 
@@ -55,20 +56,23 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run("train_ours.py", "single", "--base", directory, *PROBE)  # converts, compiles: once
         settings, probes = fastest(args, directory)
-        steps = ("--steps", args.steps)
-        work = ("--base", directory, "--rows", ROWS, "--tokens", TOKENS, *steps)
+        steps = ("--steps", args.steps, "--products", args.products)
+        peer_steps = ("--steps", args.steps)
+        size = ("--base", directory, "--rows", ROWS, "--tokens", TOKENS)
+        work, peer_work = (*size, *steps), (*size, *peer_steps)
         ours, peer, fast, joint = [], [], [], {64: [], 256: []}
         for number in range(1, args.rounds + 1):
             ours.append(run("train_ours.py", "single", *work))
-            peer.append(run("train_peer.py", *work, *settings, "--recipe"))
-            fast.append(run("train_peer.py", *work, *settings))
+            peer.append(run("train_peer.py", *peer_work, *settings, "--recipe"))
+            fast.append(run("train_peer.py", *peer_work, *settings))
             for tokens, found in joint.items():
                 case = ("joint", "--base", directory, "--tokens", tokens, *steps)
                 found.append(run("train_ours.py", *case))
             latest = {tokens: runs[-1] for tokens, runs in joint.items()}
             show_round(number, ours[-1], peer[-1], fast[-1], latest)
         sparing = run("train_ours.py", "single", *work, "--checkpointing")
-        tolerance = ALIKE * (100 if "bfloat16" in settings else 1)
+        narrow = "bfloat16" in (*settings, ours[0]["products"])
+        tolerance = ALIKE * (100 if narrow else 1)
         same_work([*ours, sparing], [*peer, *fast], tolerance)
     except BenchmarkError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -85,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
         ),
         "fast_ratio_tok_s": speed(ours) / speed(fast),
         "fast_ratio_peak_memory": middle(ours, "peak_bytes") / middle(fast, "peak_bytes"),
-        # The best that a float32 pass could reach: the products of the base and nothing else.
+        # The products of the base and nothing else, by torch.
         "products_ratio_tok_s": seconds(peer) / products,
         "products_fast_ratio_tok_s": seconds(fast) / products,
         "products_joint4_ratio": middle(joint[64], "products_ratio"),
@@ -114,6 +118,8 @@ def main(argv: list[str] | None = None) -> int:
         ],
         "peft_settings": " ".join(settings),
         "peft_probes_tok_s": probes,
+        "products": ours[0]["products"],
+        "isa": ours[0]["isa"],
         "threads": ours[0]["threads"],
         "load_before": busy,
         "seconds": time.monotonic() - began,
@@ -204,12 +210,16 @@ def show(
 ) -> None:
     peft = f"PEFT {' '.join(settings)}"
     rows: list[list[object]] = [
-        ["loraplex", speed(ours), middle(ours, "peak_bytes") / 1e9],
+        [
+            f"loraplex, products in {ours[0]['products']}",
+            speed(ours),
+            middle(ours, "peak_bytes") / 1e9,
+        ],
         ["loraplex, checkpointing", speed([sparing]), sparing["peak_bytes"] / 1e9],
         [f"{peft}, QLoRA's recipe", speed(peer), middle(peer, "peak_bytes") / 1e9],
         [f"{peft}, no checkpointing", speed(fast), middle(fast, "peak_bytes") / 1e9],
         [
-            "the base's products alone",
+            "the base's products alone, by torch",
             ROWS * TOKENS / min(one["products_s"] for one in ours),
             math.nan,
         ],
@@ -227,6 +237,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--cache", type=Path, default=base.CACHE)
     add("--rounds", type=int, default=3)
     add("--steps", type=int, default=2, help="timed steps per measurement")
+    add("--products", choices=("auto", "float32", "bfloat16"), default="auto", help="of our side")
     add("--peer-settings", default="", help='for example "--dtype float32"; empty: the fastest')
     return parser.parse_args(argv)
 

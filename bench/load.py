@@ -36,12 +36,24 @@ class Pace:
     limit_s: float = 300.0
 
 
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are drawn: greedily by default, or as most clients ask (`ORDINARY`)."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+
+GREEDY, ORDINARY = Sampling(), Sampling(0.7, 0.95)
+
+
 @dataclass(slots=True)
 class Exchange:
     """A request and the raw messages of its answer. Times are seconds of `time.perf_counter()`."""
 
     job: Job
     sent: float = 0.0
+    ended: float = 0.0
     messages: list[tuple[float, bytes]] = field(default_factory=list)
     error: str = ""
 
@@ -91,12 +103,14 @@ class Measurement:
     reasons: dict[str, int]
 
 
-async def run(target: str, jobs: Sequence[Job], pace: Pace) -> list[Answer]:
+async def run(
+    target: str, jobs: Sequence[Job], pace: Pace, sampling: Sampling = GREEDY
+) -> list[Answer]:
     """Sends the jobs over one connection and returns their answers in the same order."""
     options = [("grpc.max_receive_message_length", 64 << 20)]
     async with grpc.aio.insecure_channel(target, options=options) as channel:
         call: Call = channel.unary_stream(METHOD)  # no deserialiser: messages stay bytes
-        requests = [_request(job) for job in jobs]
+        requests = [request(job, sampling) for job in jobs]
         exchanges = [Exchange(job) for job in jobs]
         end = time.perf_counter() + pace.limit_s
         if pace.arrivals is None:
@@ -104,7 +118,7 @@ async def run(target: str, jobs: Sequence[Job], pace: Pace) -> list[Answer]:
 
             async def worker() -> None:
                 for i in turns:
-                    await _exchange(call, requests[i], exchanges[i], end)
+                    await send(call, requests[i], exchanges[i], end)
 
             await asyncio.gather(*(worker() for _ in range(pace.concurrency)))
         else:
@@ -112,7 +126,7 @@ async def run(target: str, jobs: Sequence[Job], pace: Pace) -> list[Answer]:
 
             async def arrive(i: int, at: float) -> None:
                 await asyncio.sleep(start + at - time.perf_counter())
-                await _exchange(call, requests[i], exchanges[i], end)
+                await send(call, requests[i], exchanges[i], end)
 
             await asyncio.gather(*(arrive(i, at) for i, at in enumerate(pace.arrivals)))
     return [read(exchange) for exchange in exchanges]
@@ -171,19 +185,21 @@ def percentile(values: Sequence[float], p: float) -> float:
     return ranked[max(0, math.ceil(len(ranked) * p / 100) - 1)]
 
 
-def _request(job: Job) -> bytes:
+def request(job: Job, sampling: Sampling = GREEDY) -> bytes:
+    """The serialised request of a job. It asks for exactly the job's number of tokens."""
     message = pb.GenerateStreamRequest(
         request=pb.GenerateRequest(
             adapter_id=job.adapter,
             token_ids=pb.TokenIds(ids=job.token_ids),
-            sampling=pb.SamplingParams(temperature=0.0),
+            sampling=pb.SamplingParams(temperature=sampling.temperature, top_p=sampling.top_p),
             stop=pb.StopConditions(max_new_tokens=job.output_tokens, ignore_eos=True),
         )
     )
     return bytes(message.SerializeToString())
 
 
-async def _exchange(call: Call, request: bytes, exchange: Exchange, end: float) -> None:
+async def send(call: Call, request: bytes, exchange: Exchange, end: float) -> None:
+    """Sends one request and stores the messages of its answer until `end`, of the same clock."""
     exchange.sent = now = time.perf_counter()
     if now >= end:
         exchange.error = "OUT_OF_TIME"
@@ -193,3 +209,4 @@ async def _exchange(call: Call, request: bytes, exchange: Exchange, end: float) 
             exchange.messages.append((time.perf_counter(), message))
     except grpc.aio.AioRpcError as e:
         exchange.error = e.code().name
+    exchange.ended = time.perf_counter()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 MODULES = (
@@ -40,11 +40,22 @@ def write(
     A is drawn as by PEFT, B from a normal distribution with standard deviation 0.002. Returns the
     directories.
     """
+    return write_ranks(base, out, [rank] * count, modules, seed)
+
+
+def write_ranks(
+    base: Path,
+    out: Path,
+    ranks: Sequence[int],
+    modules: Collection[str] | None = None,
+    seed: int = 0,
+) -> list[Path]:
+    """Writes an adapter for each rank, as `write` does. Returns the directories."""
     shapes, layers = _shapes(json.loads((base / "config.json").read_text()))
     if modules is not None:
         shapes = {path: shape for path, shape in shapes.items() if path.split(".")[1] in modules}
-    directories = [out / f"a{i}" for i in range(count)]
-    for i, directory in enumerate(directories):
+    directories = [out / f"a{i}" for i in range(len(ranks))]
+    for i, (rank, directory) in enumerate(zip(ranks, directories, strict=True)):
         stamp = {"rank": str(rank), "seed": str(seed + i), "shapes": repr((layers, shapes))}
         if _stamp(directory) != stamp:
             _write_one(directory, shapes, layers, rank, stamp, str(base))

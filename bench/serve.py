@@ -4,8 +4,8 @@
     python bench/serve.py --adapters zipf --names a0,a1,a2,a3 --rate 4 --requests 100
 
 Runs a closed loop by default, and an open loop with `--rate` (Poisson arrivals). Decoding is greedy
-and continues after the end-of-sequence token, so every request yields exactly the requested number
-of tokens. The last line of output is one JSON object.
+unless `--temperature` is given, and continues after the end-of-sequence token, so every request
+yields exactly the requested number of tokens. The last line of output is one JSON object.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ def main(argv: list[str] | None = None) -> int:
         "zipf_alpha": args.zipf_alpha if args.adapters is Popularity.ZIPF else None,
         "seed": args.seed,
         "warmup": args.warmup,
+        "temperature": args.temperature,
+        "top_p": args.top_p,
     }
     head = [
         "requests",
@@ -72,16 +74,17 @@ def main(argv: list[str] | None = None) -> int:
 
 async def drive(args: argparse.Namespace, workload: Workload) -> load.Measurement:
     """Warms up with requests of the same kind but with other prompts, then measures."""
+    sampling = load.Sampling(args.temperature, args.top_p)
     if args.warmup:
         warm = replace(workload, requests=args.warmup, seed=workload.seed + 1)
         await load.run(
-            args.target, plan(warm), load.Pace(args.concurrency, limit_s=args.max_seconds)
+            args.target, plan(warm), load.Pace(args.concurrency, limit_s=args.max_seconds), sampling
         )
     times = None
     if args.rate is not None:
         times = tuple(arrivals(workload.requests, args.rate, workload.seed))
     pace = load.Pace(args.concurrency, times, args.max_seconds)
-    return load.measure(await load.run(args.target, plan(workload), pace))
+    return load.measure(await load.run(args.target, plan(workload), pace, sampling))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -115,6 +118,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default=Span(256, 49_000),
         help="token ids that prompts are made of",
     )
+    add("--temperature", type=float, default=0.0, help="0: greedy")
+    add("--top-p", type=float, default=1.0)
     add("--warmup", type=int, default=16, help="requests for warm-up, not measured")
     add(
         "--max-seconds",

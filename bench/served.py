@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import select
 import signal
@@ -46,12 +47,17 @@ class Server:
         log: Path,
         progress: Progress | None = None,
         timeout: float = 300.0,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
-        """`settings` become flags of `loraplex-server serve`, which writes its log to `log`."""
+        """`settings` become flags of `loraplex-server serve`, which writes its log to `log`.
+
+        `environment` is added to the variables of this process.
+        """
         self._settings = {"port": 0, "admin_port": 0, **settings}
         self._log = log
         self._progress = progress
         self._timeout = timeout
+        self._environment = environment or {}
         self._process: subprocess.Popen[str] | None = None
         self.address = ""
         self.admin = ""
@@ -73,6 +79,7 @@ class Server:
                     stdout=subprocess.PIPE,
                     stderr=log,
                     text=True,
+                    env={**os.environ, **self._environment},
                     start_new_session=True,  # Ctrl-C reaches this process, which stops that one
                 )
         except OSError as error:

@@ -19,6 +19,7 @@ import torch
 from loraplex_model.base.weights import BaseWeights
 from loraplex_model.checkpoints.load import load_base
 from loraplex_model.ops import build as kernels
+from loraplex_model.ops import products as fast_products
 from loraplex_training import methods
 from loraplex_training.data.samples import IGNORED, MicroBatch
 from loraplex_training.methods.base import Setting, TrainedAdapter
@@ -28,6 +29,8 @@ from loraplex_training.step.joint import JointPass, Part
 
 RANK, JOBS = 16, 4
 LR = 1e-4
+PRODUCTS = {"float32": None, "bfloat16": torch.bfloat16}
+AUTO = "auto"
 
 
 class Job:
@@ -81,26 +84,28 @@ def train(passes: JointPass, jobs: Sequence[Job], batches: Sequence[MicroBatch])
 
 def single(args: argparse.Namespace, base: BaseWeights) -> dict[str, object]:
     """Tokens per second and peak memory of one job."""
-    passes = JointPass(base, checkpointing=args.checkpointing)
+    passes = JointPass(base, checkpointing=args.checkpointing, products=PRODUCTS[args.products])
     job = Job(base, 0, args.steps)
     batch = examples(0, args.rows, args.tokens)
     first = train(passes, [job], [batch])[0]
     seconds = [timed(lambda: train(passes, [job], [batch])) for _ in range(args.steps)]
     size = memory.AdapterSize(job.parameters, ranks=7 * RANK)
-    expected = memory.estimate(base, len(batch.tokens), [size], args.checkpointing)
+    expected = memory.estimate(
+        base, len(batch.tokens), [size], args.checkpointing, products=PRODUCTS[args.products]
+    )
     return {
         "tok_s": len(batch.tokens) / report.median(seconds),
         "seconds": seconds,
         "first_loss": first,
         "peak_bytes": memory.peak_bytes(),
         "estimated_bytes": expected.total,
-        "products_s": products(base, len(batch.tokens)),
+        "products_s": products(base, len(batch.tokens), dtype_of(args)),
     }
 
 
 def joint(args: argparse.Namespace, base: BaseWeights) -> dict[str, object]:
     """Compares four jobs in one pass with the same four in turn."""
-    passes = JointPass(base, checkpointing=args.checkpointing)
+    passes = JointPass(base, checkpointing=args.checkpointing, products=PRODUCTS[args.products])
     jobs = [Job(base, seed, args.steps) for seed in range(JOBS)]
     batches = [examples(seed, 1, args.tokens) for seed in range(JOBS)]
     for job, batch in zip(jobs, batches, strict=True):  # B leaves zero, so that A has a gradient
@@ -119,22 +124,29 @@ def joint(args: argparse.Namespace, base: BaseWeights) -> dict[str, object]:
         "together_seconds": together,
         "apart_seconds": apart,
         "grad_rel_difference": difference(passes, jobs, batches),
-        "products_ratio": JOBS * products(base, args.tokens) / products(base, tokens),
+        "products_ratio": JOBS
+        * products(base, args.tokens, dtype_of(args))
+        / products(base, tokens, dtype_of(args)),
     }
 
 
-def products(base: BaseWeights, rows: int) -> float:
-    """Seconds of the float32 products, computed by torch, that a pass of so many rows needs.
+def dtype_of(args: argparse.Namespace) -> torch.dtype:
+    return PRODUCTS[args.products] or torch.float32
+
+
+def products(base: BaseWeights, rows: int, dtype: torch.dtype) -> float:
+    """Seconds of the products of this type, computed by torch, that a pass of so many rows needs.
 
     These are the products with every base matrix and with the head, forward and backward to their
-    inputs, of dense matrices that exist already. No float32 pass on this machine can be faster.
+    inputs, of dense matrices that exist already.
     """
     shapes = [matrix.shape for matrix in (base.layers[0].qkv, base.layers[0].o)]
     shapes += [matrix.shape for matrix in (base.layers[0].gate_up, base.layers[0].down)]
     head = tuple(base.lm_head.shape)
     total = 0.0
     for count, (out, width) in (*((len(base.layers), shape) for shape in shapes), (1, head)):
-        weight, x, y = torch.randn(out, width), torch.randn(rows, width), torch.empty(rows, out)
+        weight, x = torch.randn(out, width).to(dtype), torch.randn(rows, width).to(dtype)
+        y = x.new_empty(rows, out)
         repeats = range(max(1, 100_000_000 // (rows * out * width)))
 
         def both(x: torch.Tensor = x, y: torch.Tensor = y, weight: torch.Tensor = weight) -> None:
@@ -180,11 +192,17 @@ def main(argv: list[str] | None = None) -> int:
     add("--tokens", type=int, default=256, help="tokens per example")
     add("--steps", type=int, default=3, help="timed steps, after one for warm-up")
     add("--checkpointing", action="store_true")
+    help_ = "type of matrix products; auto: as a run chooses it on this processor"
+    add("--products", choices=(AUTO, *PRODUCTS), default=AUTO, help=help_)
     args = parser.parse_args(argv)
-    kernels.load(directory=args.cache / "kernels")
-    base = load_base(str(args.base), torch.float32, args.cache).weights
+    isa = kernels.load(directory=args.cache / "kernels").isa
+    if args.products == AUTO:
+        args.products = "bfloat16" if fast_products.available() else "float32"
+    dtype = PRODUCTS[args.products] or torch.float32
+    base = load_base(str(args.base), dtype, args.cache).weights
     result = single(args, base) if args.case == "single" else joint(args, base)
-    print(report.json_line({**result, "threads": torch.get_num_threads()}))
+    facts = {"products": args.products, "isa": isa, "threads": torch.get_num_threads()}
+    print(report.json_line({**result, **facts}))
     return 0
 
 

@@ -49,6 +49,8 @@ class Workload:
         adapters: the registered names to choose from, most popular first; unused for BASE.
         prompt_tokens, output_tokens: lengths in tokens. Every request produces exactly the length
             drawn for it: the end-of-sequence token is ignored.
+        shared_prefix: number of tokens with which every prompt begins, the same ones whatever the
+            seed; they count towards `prompt_tokens`.
         token_ids: range of the random token ids of the prompts.
     """
 
@@ -60,6 +62,7 @@ class Workload:
     token_ids: Span
     zipf_alpha: float = 1.0
     seed: int = 0
+    shared_prefix: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +81,13 @@ def plan(workload: Workload) -> list[Job]:
     """
     rng = random.Random(workload.seed)
     names = _adapters(workload, rng)
+    shared = random.Random(0)
+    prefix = tuple(workload.token_ids.pick(shared) for _ in range(workload.shared_prefix))
     jobs = []
     for name in names:
         length = workload.prompt_tokens.pick(rng)
-        prompt = tuple(workload.token_ids.pick(rng) for _ in range(length))
+        own = max(0, length - len(prefix))
+        prompt = (*prefix[:length], *(workload.token_ids.pick(rng) for _ in range(own)))
         jobs.append(Job(name, prompt, workload.output_tokens.pick(rng)))
     return jobs
 

@@ -191,7 +191,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--cache", type=Path, default=ROOT / "var" / "cache")
-    parser.add_argument("--dtype", default="float32", help="type of the base in training")
+    parser.add_argument("--dtype", default="auto", help="type of the base in training")
     parser.add_argument("--ask", type=int, default=12, help="number of rows sent to the server")
     parser.add_argument(
         "--timeout", type=float, default=600.0, help="seconds to wait for the start"

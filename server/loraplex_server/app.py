@@ -30,6 +30,7 @@ from loraplex_server.config import Config
 from loraplex_server.engine.group.face import Engine
 from loraplex_server.engine.group.group import EngineGroup, members
 from loraplex_server.engine.messages import Hello, ModelInfo
+from loraplex_server.engine.process.child import SpawnedEngine
 from loraplex_server.engine.process.client import EngineClient
 from loraplex_server.engine.process.descriptors import raise_descriptor_limit
 from loraplex_server.engine.process.identity import BaseChanged
@@ -78,7 +79,8 @@ log = logging.getLogger(__name__)
 class Server:
     """The front process: `start`, then `drain`. `close` undoes a start, even an incomplete one."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, engine: SpawnedEngine | None = None) -> None:
+        """`engine` is the engine's process, if it was started already."""
         self._config = config
         self._closing = AsyncExitStack()
         collectors = CollectorRegistry()
@@ -93,7 +95,7 @@ class Server:
             config.reflection,
         )
         self._observer = ServerObserver(self.metrics, self._rpc)
-        self.engine: Engine = _engine(config, self._observer)
+        self.engine: Engine = _engine(config, self._observer, engine)
         self._lanes = Lanes()
         self._training: JobQueue | None = None
         self._accepting: WatchedTask | None = None
@@ -302,30 +304,31 @@ class Server:
         return store
 
 
-def _engine(config: Config, observer: ServerObserver) -> Engine:
+def _engine(config: Config, observer: ServerObserver, spawned: SpawnedEngine | None) -> Engine:
     """The engine of a server: one process, or one for each of several devices."""
     command, limits = config.engine_setup().command(), config.supervision_limits()
     if not config.placements:
-        return EngineClient(command, observer, limits=limits)
+        return EngineClient(command, observer, limits=limits, spawned=spawned)
     return EngineGroup([(each, command) for each in config.placements], observer, limits)
 
 
-async def run(config: Config) -> ServerExit:
+async def run(config: Config, engine: SpawnedEngine | None = None) -> ServerExit:
     """Serves until SIGTERM or SIGINT, then drains. A second signal ends the process at once.
 
+    `engine` is the process of the one engine, if it was started already.
     Also ends when the server cannot go on; the exit code gives the reason.
     """
     raise_descriptor_limit()
     try:
         with needed(ServerExit.BAD_CONFIG, "cannot read"):
             build.chosen_isa()
-        return await _serve(config)
+        return await _serve(config, engine)
     except StartFailure as failure:
         print(f"error: {failure.message}", file=sys.stderr, flush=True)
         return failure.code
 
 
-async def _serve(config: Config) -> ServerExit:
+async def _serve(config: Config, engine: SpawnedEngine | None) -> ServerExit:
     began = time.monotonic()
     stop = asyncio.Event()
     server: Server | None = None
@@ -349,7 +352,7 @@ async def _serve(config: Config) -> ServerExit:
         loop.add_signal_handler(number, on_signal, number)
     for line in config.lines():
         log.info("config: %s", line)
-    server = Server(config)
+    server = Server(config, engine)
     stopping = asyncio.create_task(stop.wait())
     starting = asyncio.create_task(server.start())
     ends: set[asyncio.Future[Any]] = {stopping, failing}

@@ -1,81 +1,38 @@
-"""`loraplex-server`: the server itself, and commands that work without a running server."""
+"""`loraplex-server`: finds the command, and imports only what that command needs."""
 
 from __future__ import annotations
 
-import asyncio
+import gc
 import sys
-from importlib.metadata import version as installed
-from pathlib import Path
-from typing import Annotated
 
 import typer
 from loraplex_model.base.terminal import adapt_output
-
-from loraplex_server import app as server
-from loraplex_server import logs
-from loraplex_server.commands import doctor, export_cli, store_cli, support_matrix
-from loraplex_server.commands.flags import ALL_SETTINGS, with_settings
-from loraplex_server.config import Config
-from loraplex_server.exits import ServerExit
-from loraplex_server.runtime.failures import unexpected
-
-app = typer.Typer(
-    help="Serve one NF4 base model and many LoRA adapters over gRPC.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-
-
-def serve(config: Config) -> None:
-    """Load the base model and serve until SIGTERM."""
-    logs.configure(config.log_format, config.log_level)
-    raise typer.Exit(asyncio.run(server.run(config)))
-
-
-def examine(
-    config: Config,
-    *,
-    adapter: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--adapter",
-            metavar="DIR",
-            help="Check this adapter against the model as well; may be repeated.",
-        ),
-    ] = None,
-) -> None:
-    """Check this machine, the settings and the model; exit with 1 if the server could not serve.
-
-    Nothing is converted, fetched or changed.
-    """
-    healthy = True
-    for check in doctor.examine(config, adapter or ()):
-        typer.echo(f"{'ok' if check.good else '!!'}  {check.subject:<12} {check.text}")
-        healthy &= check.good
-    raise typer.Exit(ServerExit.OK if healthy else ServerExit.REFUSED)
-
-
-app.command("serve")(with_settings(serve, ALL_SETTINGS))
-app.command("doctor")(with_settings(examine, ALL_SETTINGS))
-app.command("support-matrix")(support_matrix.print_matrix)
-export_cli.add_commands(app)
-app.add_typer(store_cli.app, name="store")
-
-
-@app.command()
-def version() -> None:
-    """Print the version."""
-    typer.echo(f"loraplex-server {installed('loraplex')} (Python {sys.version.split()[0]})")
 
 
 def main() -> None:
     """The console script. An error that nothing has handled is logged, and is an exit code too."""
     adapt_output()
     try:
-        app()
+        _program()()
     except Exception as error:
+        from loraplex_server.runtime.failures import unexpected
+
         sys.exit(unexpected(error))
+
+
+def _program() -> typer.Typer:
+    """The program of `serve` alone, which is there sooner, or that of all commands."""
+    gc.disable()  # imports leave no garbage
+    try:
+        if sys.argv[1:2] == ["serve"]:
+            from loraplex_server.commands import serve
+
+            return serve.program()
+        from loraplex_server.commands import program
+
+        return program.app
+    finally:
+        gc.enable()
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from loraplex_adapters.convert.export.directory import staged
 from loraplex_adapters.format.examine import inspect
 from loraplex_adapters.store import Store
 from loraplex_model.base.refusal import Refusal
-from loraplex_server.cli import app
+from loraplex_server.commands.program import app
 from typer.testing import CliRunner
 
 

@@ -29,6 +29,7 @@ from loraplex_server.engine.messages import (
     Submit,
 )
 from loraplex_server.engine.process import wire
+from loraplex_server.engine.process.child import spawn
 from loraplex_server.engine.process.client import EngineClient
 from loraplex_server.engine.process.stream import OutputStream
 from loraplex_server.engine.process.supervisor import Cause
@@ -356,3 +357,25 @@ def test_the_front_needs_neither_torch_nor_numpy_to_speak_to_the_engine() -> Non
         "sys.exit(any(name in sys.modules for name in ('torch', 'numpy', 'grpc')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+async def test_a_process_that_was_started_early_is_the_first_engine() -> None:
+    arguments = command()
+    spawned = spawn(arguments)
+    observer = Observer()
+    client = EngineClient(arguments, observer, BACKOFF, spawned=spawned)
+    try:
+        await client.start()
+        assert client.pids == [spawned.process.pid]
+        os.kill(spawned.process.pid, signal.SIGKILL)
+        await observer.until(lambda: client.restarts == 1 and client.ready)
+        assert client.pid != spawned.process.pid
+        assert spawned.process.poll() == -signal.SIGKILL
+    finally:
+        await client.stop()
+
+
+def test_a_process_that_nobody_takes_over_ends_by_itself() -> None:
+    spawned = spawn(command())
+    spawned.abandon()
+    assert spawned.process.wait(30) == 0

@@ -1,4 +1,4 @@
-"""Adapters' factors on rows of bfloat16: their values, and that a row's bits depend on itself alone."""
+"""Adapters' factors on rows of bfloat16: their values, and that bits depend on the row alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Products of bfloat16: their values, their order of sums, and the software versions of both orders."""
+"""Products of bfloat16: values, order of sums, and the software versions of both orders."""
 
 from __future__ import annotations
 

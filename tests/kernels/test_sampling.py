@@ -9,8 +9,9 @@ from loraplex_model.ops.build import Kernels, cpu_flags
 from loraplex_server.engine.batching.sampler import NON_FINITE, Draw, logprobs, sample
 from loraplex_server.engine.messages import SamplingParams
 
-# numpy rounds exponentials as the kernels do on every x86 processor with FMA. Elsewhere weights differ
-# in their last bit, which changes the token if the random number lies that close to a boundary.
+# numpy rounds exponentials as the kernels do on every x86 processor with FMA. Elsewhere weights
+# differ in their last bit, which changes the token if the random number lies that close to a
+# boundary.
 SAME_EXPONENTIALS = "fma" in cpu_flags()
 VOCABS = (1, 2, 15, 16, 17, 63, 300, 3000, 8192, 9001)
 SCALES = (0.0, 0.01, 1.0, 3.0, 8.0, 40.0, 1e6)
@@ -27,7 +28,8 @@ def some_logits(rng: np.random.Generator, rows: int, vocab: int) -> np.ndarray:
     values[::3] = np.round(values[::3])
     values[rng.random(rows) < 0.1] += 12.0 * (np.arange(vocab) == vocab // 2)
     logits = values.astype(np.float32)
-    logits[rng.random(rows) < 0.03] *= np.float32(1e32)
+    with np.errstate(over="ignore"):
+        logits[rng.random(rows) < 0.03] *= np.float32(1e32)
     logits[rng.random(rows) < 0.02, vocab // 3] = np.nan
     logits[rng.random(rows) < 0.02, vocab - 1] = np.inf
     logits[rng.random(rows) < 0.02] = -np.inf

@@ -25,9 +25,9 @@ from loraplex_model.checkpoints.outlook.footprint import Footprint
 from loraplex_model.checkpoints.outlook.speed import DeviceSpeed
 from loraplex_model.decoder.cuda import support
 from loraplex_model.decoder.native import NativeDecoder
-from loraplex_server.cli import app
 from loraplex_server.commands import doctor_base
 from loraplex_server.commands.checks import Check, adapter_limits
+from loraplex_server.commands.program import app
 from loraplex_server.config import Config
 from loraplex_server.config_sources import load as load_config
 from safetensors.torch import load_file, save_file

@@ -16,8 +16,8 @@ from loraplex_model.base.families import FAMILIES, TEXT_PARTS
 from loraplex_model.base.hf_config import decoder_config
 from loraplex_model.checkpoints.outlook import features
 from loraplex_model.decoder.cuda import support
-from loraplex_server.cli import app
 from loraplex_server.commands import export_cli, support_matrix
+from loraplex_server.commands.program import app
 from peft import PeftType
 from safetensors.torch import save_file
 from transformers import CONFIG_MAPPING

@@ -299,7 +299,10 @@ def test_sigterm_while_the_model_loads_ends_it_well(tmp_path: Path) -> None:
 
 
 def test_the_front_process_never_imports_torch() -> None:
-    program = "import sys, loraplex_server.cli; sys.exit('torch' in sys.modules)"
+    program = (
+        "import sys, loraplex_server.app, loraplex_server.commands.program;"
+        "sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 

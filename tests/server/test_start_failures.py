@@ -18,7 +18,7 @@ from adapters.adapter_files import BASE
 from loraplex_adapters.store import Store
 from loraplex_model.base import faults
 from loraplex_server import app, cli
-from loraplex_server.commands import store_cli
+from loraplex_server.commands import program, store_cli
 from loraplex_server.config_sources import ConfigError, load
 from rpc.harness import config_for
 from server.test_process import TESTS, outcome, start, write_config
@@ -143,7 +143,7 @@ def test_a_damaged_store_is_reported(
     code, said = starts(tmp_path, capsys)
     assert (code, said[:7]) == (STORE, "error: ")
     # The commands on the store say the same.
-    result = CliRunner().invoke(cli.app, ["store", "ls", "--store", str(root)])
+    result = CliRunner().invoke(program.app, ["store", "ls", "--store", str(root)])
     assert result.exit_code == STORE, result.output
     assert isinstance(result.exception, SystemExit)
     assert result.stderr.splitlines()[-1].startswith("error: STORE_UNAVAILABLE: ")

@@ -12,8 +12,8 @@ import pytest
 from adapters.adapter_files import BASE
 from loraplex_adapters.format.config import FINGERPRINT_KEY
 from loraplex_adapters.store import Store
-from loraplex_server.cli import app
 from loraplex_server.commands import store_cli
+from loraplex_server.commands.program import app
 from loraplex_server.config_sources import load
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner, Result

@@ -289,7 +289,8 @@ def add_bottlenecks(
                 Reads.STREAM: stream + added * residual_scale,
                 Reads.INCOMING: stream,
             }[change.reads][group.rows]
-            result = result.index_add(0, group.rows, bottleneck(change, read) * weight)
+            own = bottleneck(change, read.to(normed.dtype)) * weight
+            result = result.index_add(0, group.rows, own.to(result.dtype))
     return result
 
 

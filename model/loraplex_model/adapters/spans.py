@@ -7,7 +7,7 @@ few numbers per row that A gives, and x or the tensors that x is recomputed from
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from loraplex_model.adapters.delta import ProjectionDelta
 from loraplex_model.adapters.mix import Dropout, Product, RowGroup
 from loraplex_model.base.config import Site
+from loraplex_model.ops import products
 from loraplex_model.ops.autograd import Recompute
 
 
@@ -47,12 +48,13 @@ def project(
     modules: Sequence[tuple[str, int]],
     groups: Sequence[RowGroup],
     recompute: Recompute | None = None,
+    back: Back | None = None,
 ) -> torch.Tensor:
     """`mix.project` for groups that are slices, each with one adapter at weight 1.
 
-    x [T, in] -> [T, out]. Given how to `recompute` x, the backward pass does not keep x.
+    x [T, in] -> [T, out]. Given how to `recompute` x, the backward pass does not keep x. Given the
+    base's product's derivative `back`, it adds the adapters' part to its result in one pass.
     """
-    y = _base(product, x, layer, modules, groups)
     changes: list[_Change] = []
     tensors: list[torch.Tensor] = []
 
@@ -69,12 +71,19 @@ def project(
             group.span, columns, site, group.dropout, a, b, put(delta.gain), put(delta.bias)
         )
         changes.append(change)
+    if not tensors or any(d.in_gain is not None for _, _, _, d in _sites(layer, modules, groups)):
+        back = None
+    y = _base(product, x if back is None else x.detach(), layer, modules, groups)
     if not tensors:
         return y
     result: torch.Tensor = _Adapted.apply(  # type: ignore[no-untyped-call]
-        y, x, recompute or Recompute(_itself, (x,)), changes, *tensors
+        y, x, recompute or Recompute(_itself, (x,)), changes, back, *tensors
     )
     return result
+
+
+Back = Callable[[torch.Tensor], torch.Tensor]
+"""A product's derivative by its input: from a gradient [T, out] to one [T, in], in new memory."""
 
 
 def _itself(x: torch.Tensor) -> torch.Tensor:
@@ -134,6 +143,7 @@ class _Adapted(torch.autograd.Function):
         x: torch.Tensor,
         recompute: Recompute,
         changes: Sequence[_Change],
+        back: Back | None,
         *tensors: torch.Tensor,
     ) -> torch.Tensor:
         saved: list[torch.Tensor] = []
@@ -144,15 +154,18 @@ class _Adapted(torch.autograd.Function):
                 part.mul_(tensors[c.gain].to(y.dtype))
             if c.bias >= 0:
                 part.add_(tensors[c.bias].to(y.dtype))
-        for batch in _read_together(changes):
-            a = torch.cat([tensors[c.a] for c in batch]).to(x.dtype)
-            read, mask = _dropped(x[batch[0].rows], batch[0])
-            reduced = read @ a.T  # [rows, sum of ranks]
-            saved += [reduced] if mask is None else [reduced, mask]
-            for c, h in _by_rank(batch, tensors, reduced):
-                y[c.rows, c.columns].addmm_(h, tensors[c.b].to(y.dtype))
+        batches = list(_read_together(changes))
+        if batches and _in_kernels(x, y, tensors):
+            readings = []
+            for batch in batches:
+                read, mask = _dropped(x[batch[0].rows], batch[0])
+                readings.append(_reading(batch, tensors, read))
+                saved += [readings[-1].reduced] if mask is None else [readings[-1].reduced, mask]
+            products.add_low_rank(y, readings)
+        else:
+            saved += _add_factors(y, x, batches, tensors)
         sources = recompute.sources if any(c.a >= 0 for c in changes) else ()
-        ctx.make, ctx.changes = recompute.make, changes
+        ctx.make, ctx.changes, ctx.back = recompute.make, changes, back
         ctx.counts = len(sources), len(tensors), len(saved)
         ctx.save_for_backward(*sources, *tensors, *saved)
         ctx.mark_dirty(y)
@@ -169,15 +182,105 @@ class _Adapted(torch.autograd.Function):
         out: list[torch.Tensor | None] = [None] * len(tensors)
         to_y = _through_vectors(gy, changes, tensors, numbers, out)
         to_x = None
+        if ctx.back is not None and wanted[1]:
+            to_x = ctx.back(to_y)
         if sources:
             x = ctx.make(*sources)
-            to_x = _zeroed(torch.empty_like(x), changes) if wanted[1] else None
-            _through_factors(gy, x, changes, tensors, numbers, out, to_x)
+            if _in_kernels(x, gy, tensors):
+                if to_x is None and wanted[1]:
+                    to_x = torch.zeros_like(x)
+                _through_factors_in_kernels(gy, x, changes, tensors, numbers, out, to_x)
+            else:
+                own = _zeroed(torch.empty_like(x), changes) if wanted[1] else None
+                _through_factors(gy, x, changes, tensors, numbers, out, own)
+                to_x = own if to_x is None or own is None else to_x.add_(own)
         typed = [
             None if g is None or not needed else g.to(t.dtype)
-            for g, t, needed in zip(out, tensors, wanted[4:], strict=True)
+            for g, t, needed in zip(out, tensors, wanted[5:], strict=True)
         ]
-        return (to_y, to_x, None, None, *typed)
+        return (to_y if ctx.back is None else None, to_x, None, None, None, *typed)
+
+
+def _add_factors(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    batches: Sequence[Sequence[_Change]],
+    tensors: Sequence[torch.Tensor],
+) -> list[torch.Tensor]:
+    """Adds `(A x) B` of every change to y. Returns what the backward pass needs of each batch."""
+    saved = []
+    for batch in batches:
+        a = torch.cat([tensors[c.a] for c in batch]).to(x.dtype)
+        read, mask = _dropped(x[batch[0].rows], batch[0])
+        reduced = read @ a.T  # [rows, sum of ranks]
+        saved += [reduced] if mask is None else [reduced, mask]
+        for c, h in _by_rank(batch, tensors, reduced):
+            y[c.rows, c.columns].addmm_(h, tensors[c.b].to(y.dtype))
+    return saved
+
+
+def _in_kernels(x: torch.Tensor, y: torch.Tensor, tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether the kernels for bfloat16 products on the CPU compute the changes."""
+    narrow = x.dtype == y.dtype == torch.bfloat16 and not x.is_cuda
+    return (
+        narrow
+        and x.is_contiguous()
+        and y.is_contiguous()
+        and all(tensor.dtype == torch.float32 for tensor in tensors)
+        and products.available()
+    )
+
+
+def _reading(
+    batch: Sequence[_Change],
+    tensors: Sequence[torch.Tensor],
+    read: torch.Tensor,
+    reduced: torch.Tensor | None = None,
+) -> products.LowRankRows:
+    """A batch in the form of the kernels; without `reduced` there is new memory for it."""
+    if reduced is None:
+        reduced = read.new_empty(len(read), sum(len(tensors[c.a]) for c in batch))
+    changes = [
+        products.LowRank(tensors[c.a].detach().contiguous(), tensors[c.b].detach(), c.columns.start)
+        for c in batch
+    ]
+    return products.LowRankRows(batch[0].rows.start, read, reduced, changes)
+
+
+def _through_factors_in_kernels(
+    gy: torch.Tensor,
+    x: torch.Tensor,
+    changes: Sequence[_Change],
+    tensors: Sequence[torch.Tensor],
+    saved: Iterator[torch.Tensor],
+    out: list[torch.Tensor | None],
+    to_x: torch.Tensor | None,
+) -> None:
+    """`_through_factors` by the kernels for bfloat16 products, with gradients in float32.
+
+    Adds to what `to_x` has.
+    """
+    batches = list(_read_together(changes))
+    readings: list[products.LowRankRows] = []
+    masks: list[torch.Tensor | None] = []
+    into: list[torch.Tensor | None] = []
+    for batch in batches:
+        reduced = next(saved)
+        mask = next(saved) if batch[0].dropout is not None else None
+        own = x[batch[0].rows]
+        read = own if mask is None else _kept(own, mask, batch[0])
+        readings.append(_reading(batch, tensors, read, reduced))
+        masks.append(mask)
+        if to_x is None:
+            into.append(None)
+        else:
+            into.append(to_x[batch[0].rows] if mask is None else torch.empty_like(read))
+    found = products.low_rank_gradients(gy, readings, into, [mask is None for mask in masks])
+    for batch, gradients, mask, part in zip(batches, found, masks, into, strict=True):
+        for c, (to_a, to_b) in zip(batch, gradients, strict=True):
+            out[c.a], out[c.b] = to_a, to_b
+        if to_x is not None and mask is not None and part is not None:
+            to_x[batch[0].rows].add_(_kept(part, mask, batch[0]))
 
 
 def _through_vectors(

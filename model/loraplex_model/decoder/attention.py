@@ -13,6 +13,7 @@ from loraplex_model.adapters.delta import VirtualTokens
 from loraplex_model.base.batch import ForwardBatch
 from loraplex_model.base.config import DecoderConfig
 from loraplex_model.decoder import flash
+from loraplex_model.ops import autograd, products
 from loraplex_model.ops.linear import TILE
 
 _PAD = 64  # keys are padded to a multiple of this, so that sums over them have one order
@@ -120,6 +121,7 @@ class PackedAttention:
         self._config = config
         self._starts = starts
         self._runs = _runs(starts, virtual or [None] * (len(starts) - 1))
+        self._rows = torch.tensor(starts, dtype=torch.int32)
         self._masks: dict[tuple[int, int, int | None], torch.Tensor] = {}
         self._bounds: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -132,6 +134,9 @@ class PackedAttention:
             config.attention_softcap or flash.packed_obstacle(q.device, q.dtype, config.head_dim)
         ):
             return self._all_at_once(layer, q, k, v, window)
+        if self._in_kernels(q):
+            how = products.Attending(self._rows, window or 0, config.softmax_scale)
+            return autograd.attend(q, k, v, how)
         parts = []
         for run in self._runs:
             rows = slice(run.start, run.start + run.count * run.length)
@@ -165,6 +170,16 @@ class PackedAttention:
             )
             parts.append(out.transpose(1, 2).flatten(0, 1).flatten(1))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _in_kernels(self, q: torch.Tensor) -> bool:
+        """Whether the kernels for bfloat16 products on the CPU compute this attention."""
+        return (
+            q.dtype == torch.bfloat16
+            and not q.is_cuda
+            and not self._config.attention_softcap
+            and all(run.past is None for run in self._runs)
+            and products.available()
+        )
 
     def _all_at_once(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -33,7 +34,7 @@ from loraplex_model.base.weights import BaseWeights, LayerWeights
 from loraplex_model.decoder.attention import Attention
 from loraplex_model.ops import autograd, nf4, rope
 from loraplex_model.ops.autograd import Recompute
-from loraplex_model.ops.linear import BaseLinear, by_tiles
+from loraplex_model.ops.linear import BaseLinear, ScratchLinear, by_tiles
 
 
 def hidden_states(
@@ -45,13 +46,15 @@ def hidden_states(
     attention: Attention,
     checkpointing: bool = False,
     is_long: torch.Tensor | None = None,
+    products: torch.dtype | None = None,
 ) -> torch.Tensor:
     """The final, normed states [T, hidden] of `tokens` [T] at `positions` [T].
 
     `is_long` is bool [T]: whether a token is of a sequence that `config.long_rope` is for; None if
     none is. With `checkpointing` only the states between layers are kept, and each layer is
     computed again in the backward pass (Chen et al., arXiv 1604.06174), with the same gradients bit
-    for bit.
+    for bit. `products` is the type of what matrix products read and give, and of the result; None
+    is that of the residual stream, which does not change.
     """
     config = weights.config
     x = mix.embedded(tokens, weights.embed, activation_dtype(weights.embed), groups)
@@ -64,7 +67,7 @@ def hidden_states(
     places = Places.of(config, positions, is_long, x.dtype)
 
     for i, layer in enumerate(weights.layers):
-        block = _Layer(config, i, layer, groups, linear)
+        block = _Layer(config, i, layer, groups, linear, products)
         if checkpointing and torch.is_grad_enabled():
             x = checkpoint(
                 block, x, places, attention, use_reentrant=False, preserve_rng_state=False
@@ -72,7 +75,7 @@ def hidden_states(
         else:
             x = block(x, places, attention)
     norm = _Normed(config, groups)
-    return norm((MODEL, "norm"), weights.norm, weights.norm_bias, x)[0]
+    return norm((MODEL, "norm"), weights.norm, weights.norm_bias, x, products)[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,22 +155,28 @@ def activation_dtype(stored: torch.Tensor) -> torch.dtype:
 
 
 def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float
+    x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype | None = None
 ) -> tuple[torch.Tensor, Recompute | None]:
-    """`weight * x / rms(x)` over the last axis, computed in float32 at least, in the type of x.
+    """`weight * x / rms(x)` over the last axis, computed in float32 at least.
 
-    Also returns how to recompute the result, if it is known. Differentiable in x and in the weight;
-    with our own derivative if x alone needs a gradient.
+    The result has the type `dtype` (None: that of x). Also returns how to recompute the result, if
+    it is known. Differentiable in x and in the weight; with our own derivative if x alone needs a
+    gradient.
     """
     if torch.is_grad_enabled() and x.requires_grad and not weight.requires_grad:
-        return autograd.rms_norm(x, weight, eps)
+        return autograd.rms_norm(x, weight, eps, dtype)
+    dtype = dtype or x.dtype
     wide = autograd.wide(x)
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return weight.to(x.dtype) * normed.to(x.dtype), None
+    return weight.to(dtype) * normed.to(dtype), None
 
 
 def layer_norm(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """`weight * (x - mean) / deviation + bias` over the last axis, as `rms_norm` otherwise."""
     wide = autograd.wide(x)
@@ -176,24 +185,28 @@ def layer_norm(
     result = weight.to(wide.dtype) * normed
     if bias is not None:
         result = result + bias.to(wide.dtype)
-    return result.to(x.dtype)
+    return result.to(dtype or x.dtype)
 
 
 def apply_norm(
-    config: DecoderConfig, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    config: DecoderConfig,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, Recompute | None]:
     """One of the decoder's norms of x, whose last axis has the size of the weight or is a head.
 
-    A weight of several heads is for the axis before the last, too. Also returns how to recompute
-    the result, if it is known.
+    A weight of several heads is for the axis before the last, too. The result has the type `dtype`
+    (None: that of x). Also returns how to recompute the result, if it is known.
     """
     if config.norm_offset:
         weight = autograd.wide(weight) + config.norm_offset
     if weight.shape[0] != x.shape[-1]:
         weight = weight.view(-1, x.shape[-1])  # a weight for every head
     if config.norm is Norm.RMS:
-        return rms_norm(x, weight, config.rms_norm_eps)
-    return layer_norm(x, weight, bias, config.rms_norm_eps), None
+        return rms_norm(x, weight, config.rms_norm_eps, dtype)
+    return layer_norm(x, weight, bias, config.rms_norm_eps, dtype), None
 
 
 class _Normed:
@@ -203,15 +216,21 @@ class _Normed:
         self._config, self._groups = config, groups
 
     def __call__(
-        self, site: Site, weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor
+        self,
+        site: Site,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        x: torch.Tensor,
+        dtype: torch.dtype | None = None,
     ) -> tuple[torch.Tensor, Recompute | None]:
         """The normed x, whose last axis has the size of the weight or is a head of it.
 
-        Also returns how to recompute the result, if it is known.
+        It has the type `dtype` (None: that of x). Also returns how to recompute the result, if it
+        is known.
         """
-        normed, recompute = apply_norm(self._config, x, weight, bias)
+        normed, recompute = apply_norm(self._config, x, weight, bias, dtype)
         for rows, own, own_bias in mix.norm_weights(site, weight, bias, self._groups):
-            changed, _ = apply_norm(self._config, x[rows], own, own_bias)
+            changed, _ = apply_norm(self._config, x[rows], own, own_bias, dtype)
             normed = normed.index_copy(0, rows, changed)
             recompute = None
         return normed, recompute
@@ -234,38 +253,41 @@ class _Layer:
         weights: LayerWeights,
         groups: Sequence[RowGroup],
         linear: BaseLinear,
+        products: torch.dtype | None,
     ) -> None:
         self._config, self._index, self._weights = config, index, weights
-        self._groups, self._linear = groups, linear
+        self._groups, self._linear, self._products = groups, linear, products
         self._normed = _Normed(config, groups)
 
     def __call__(self, x: torch.Tensor, places: Places, attend: Attention) -> torch.Tensor:
-        h, recompute = self._norm("input_layernorm", x)
+        h, recompute = self._norm("input_layernorm", x, self._products)
         attended = self._attention(h, recompute, places, attend)
         added = self._output("attention", attended, x, h)
         if self._config.parallel:
             return x + added + self._output("mlp", self._mlp(h, recompute), x, h)
         x = x + added
-        h, recompute = self._norm("post_attention_layernorm", x)
+        h, recompute = self._norm("post_attention_layernorm", x, self._products)
         return x + self._output("mlp", self._mlp(h, recompute), x, h)
 
     def _output(
         self, block: str, out: torch.Tensor, x: torch.Tensor, h: torch.Tensor
     ) -> torch.Tensor:
         """What a block with input h and output `out` adds to the residual stream x."""
-        out, _ = self._norm(f"{block}_output_norm", out)
+        out, _ = self._norm(f"{block}_output_norm", out, x.dtype)
         scale = self._config.residual_scale
         site = self._index, f"{block}_bottleneck"
         out = mix.add_bottlenecks(out, x, h, site, self._groups, scale)
         return out if scale == 1 else out * scale
 
-    def _norm(self, name: str, x: torch.Tensor) -> tuple[torch.Tensor, Recompute | None]:
-        """The normed x, or x itself if the layer does not have the norm."""
+    def _norm(
+        self, name: str, x: torch.Tensor, dtype: torch.dtype | None = None
+    ) -> tuple[torch.Tensor, Recompute | None]:
+        """The normed x, or x itself if the layer does not have the norm, in the type `dtype`."""
         weight = self._weights.norms[name]
         if weight is None:
-            return x, None
+            return x.to(dtype or x.dtype), None
         bias = self._weights.norm_biases.get(name)
-        return self._normed((self._index, name), weight, bias, x)
+        return self._normed((self._index, name), weight, bias, x, dtype)
 
     def _attention(
         self,
@@ -294,7 +316,7 @@ class _Layer:
             k = rope.rotate(k, cos, sin, interleaved=config.rope_interleaved)
         if places.query_scale is not None:
             q = q * places.query_scale
-        return self._project("o", attend(self._index, q, k, v))
+        return self._project("o", attend(self._index, q.to(v.dtype), k.to(v.dtype), v))
 
     def _head_norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """Queries or keys [T, heads * head_dim], normed and as heads [T, heads, head_dim]."""
@@ -359,5 +381,10 @@ class _Layer:
         shapes = self._config.projection_shapes()
         modules = [(name, shapes[name][1]) for name in self._config.fused[fused]]
         if self._groups and all(group.span is not None for group in self._groups):
-            return spans.project(product, x, self._index, fused, modules, self._groups, recompute)
+            linear, back = self._linear, None
+            if isinstance(linear, ScratchLinear) and linear.in_kernels(matrix, x):
+                back = partial(linear.back, matrix)
+            return spans.project(
+                product, x, self._index, fused, modules, self._groups, recompute, back
+            )
         return mix.project(product, x, self._index, fused, modules, self._groups)

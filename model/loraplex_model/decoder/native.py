@@ -285,7 +285,7 @@ class NativeDecoder:
     def _packed(
         self, rows: torch.Tensor, bias: torch.Tensor | None
     ) -> tuple[CMatrix, torch.Tensor]:
-        """A matrix of dense rows, and its weights in panels, which must outlive it as the bias must.
+        """A matrix of dense rows, and its weights in panels; both and the bias must live as long.
 
         The bias is float32.
         """

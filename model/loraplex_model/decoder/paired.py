@@ -30,11 +30,11 @@ def write(
     """
     block_size = key_cache.shape[3]
     padded = torch.nn.functional.pad(keys, (0, keys.shape[2] % 2))
-    for block, k, v in zip(
-        blocks, padded.split(block_size), values.split(block_size), strict=False
-    ):
-        pairs = k.unflatten(2, (-1, 2)).permute(1, 2, 0, 3)  # [kv_heads, head_dim / 2, n, 2]
+    for place, block in enumerate(blocks):
+        own = slice(place * block_size, (place + 1) * block_size)
+        k, v = padded[own], values[own]
+        pairs = k.view(*k.shape[:2], -1, 2).permute(1, 2, 0, 3)  # [kv_heads, head_dim / 2, n, 2]
         key_cache[block, :, :, : len(k)] = pairs.to(key_cache)
         for parity in (0, 1):
-            own = v[parity::2].transpose(0, 1)
-            value_cache[block, :, : own.shape[1], :, parity] = own.to(value_cache)
+            half = v[parity::2].transpose(0, 1)
+            value_cache[block, :, : half.shape[1], :, parity] = half.to(value_cache)

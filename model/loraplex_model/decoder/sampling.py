@@ -87,7 +87,8 @@ class NativeSampling:
             _address(finite),
             self._threads,
         )
-        return finite.astype(bool).tolist()
+        found: list[bool] = finite.astype(bool).tolist()
+        return found
 
 
 def _address(array: NDArray[np.generic]) -> c_void_p:

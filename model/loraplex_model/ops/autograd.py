@@ -3,7 +3,7 @@
 Autograd would keep every intermediate of a norm, a rotation or a gated product; these keep the
 input and one number per row, or nothing. Their readers need not keep the result either: a
 `Recompute` makes it again. Sums are taken in float32 at least, as in the plain formulas. On a CPU
-in float32, compiled kernels do the same in one pass over memory (`ops.elementwise`).
+in float32 and bfloat16, compiled kernels do the same in one pass over memory (`ops.elementwise`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from loraplex_model.ops import elementwise
+from loraplex_model.ops import elementwise, products
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +26,17 @@ class Recompute:
     sources: tuple[torch.Tensor, ...]
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, Recompute]:
-    """`weight * x / rms(x)` over the last axis (Zhang & Sennrich, arXiv 1910.07467), in x's type.
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype | None = None
+) -> tuple[torch.Tensor, Recompute]:
+    """`weight * x / rms(x)` over the last axis (Zhang & Sennrich, arXiv 1910.07467).
 
-    Differentiable in x only. Keeps x and one number per row.
+    The result has the type `dtype` (None: x's). Differentiable in x only. Keeps x and one number
+    per row.
     """
-    normed, scale = _RmsNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
-    return normed, Recompute(partial(_normed, weight), (x, scale))
+    dtype = dtype or x.dtype
+    normed, scale = _RmsNorm.apply(x, weight, eps, dtype)  # type: ignore[no-untyped-call]
+    return normed, Recompute(partial(_normed, weight, dtype), (x, scale))
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -60,43 +64,59 @@ def silu_mul(gate_up: torch.Tensor) -> tuple[torch.Tensor, Recompute]:
     return result, Recompute(_gated, (gate_up,))
 
 
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, how: products.Attending
+) -> torch.Tensor:
+    """`products.attend`, differentiable: keeps its inputs, its result and a number per head."""
+    result: torch.Tensor = _Attend.apply(q, k, v, how)  # type: ignore[no-untyped-call]
+    return result
+
+
 def wide(x: torch.Tensor) -> torch.Tensor:
     """x in the type in which sums are taken: float64 if x has it, else float32."""
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _normed(weight: torch.Tensor, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    if elementwise.usable(x, scale):
-        return elementwise.scaled(x, scale, weight.to(x.dtype))
-    return (wide(x) * scale).to(x.dtype).mul_(weight.to(x.dtype))
+def _normed(
+    weight: torch.Tensor, dtype: torch.dtype, x: torch.Tensor, scale: torch.Tensor
+) -> torch.Tensor:
+    if _in_one_pass(x, dtype):
+        return elementwise.scaled(x, scale, weight.float(), dtype)
+    return (wide(x) * scale).to(dtype).mul_(weight.to(dtype))
+
+
+def _in_one_pass(x: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether the kernels normalise x and give the type."""
+    known = dtype in (torch.float32, torch.bfloat16)
+    return x.dtype == torch.float32 and known and elementwise.usable(x)
 
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if elementwise.usable(x):
-            normed, scale = elementwise.rms_norm(x, weight.to(x.dtype), eps)
+        if _in_one_pass(x, dtype):
+            normed, scale = elementwise.rms_norm(x, weight.float(), eps, dtype)
         else:
             scale = torch.rsqrt(wide(x).pow(2).mean(-1, keepdim=True) + eps)
-            normed = _normed(weight, x, scale)
+            normed = _normed(weight, dtype, x, scale)
         ctx.save_for_backward(x, scale)
         ctx.mark_non_differentiable(scale)
         ctx.weight = weight
         return normed, scale
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         # With n = x * scale and h = g * weight: scale * (h - n * mean(h * n)).
         x, scale = ctx.saved_tensors
-        if elementwise.usable(x, grads[0]):
-            weight = ctx.weight.to(x.dtype)
-            return elementwise.rms_norm_backward(x, scale, weight, grads[0]), None, None
+        if x.dtype == torch.float32 and elementwise.usable(x, grads[0]):
+            weight = ctx.weight.float()
+            return elementwise.rms_norm_backward(x, scale, weight, grads[0]), None, None, None
         normed = wide(x) * scale
         h = wide(grads[0]) * ctx.weight.to(normed.dtype)
         mean = torch.linalg.vecdot(h, normed).div_(x.shape[-1])[..., None]
-        return h.sub_(normed.mul_(mean)).mul_(scale).to(x.dtype), None, None
+        return h.sub_(normed.mul_(mean)).mul_(scale).to(x.dtype), None, None, None
 
 
 class _RotateFirst(torch.autograd.Function):
@@ -107,15 +127,24 @@ class _RotateFirst(torch.autograd.Function):
         ctx.save_for_backward(cos, sin)
         ctx.heads = heads
         ctx.mark_dirty(x)
-        _rotate_(_first(x, heads, cos), cos, sin)
+        _rotate_first_(x, heads, cos, sin)
         return x
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         cos, sin = ctx.saved_tensors
         gradient = grads[0].clone(memory_format=torch.contiguous_format)
-        _rotate_(_first(gradient, ctx.heads, cos), cos, -sin)
+        _rotate_first_(gradient, ctx.heads, cos, sin, back=True)
         return gradient, None, None, None
+
+
+def _rotate_first_(
+    x: torch.Tensor, heads: int, cos: torch.Tensor, sin: torch.Tensor, back: bool = False
+) -> None:
+    if x.dtype == torch.bfloat16 and cos.dtype == torch.float32 and elementwise.usable(x, cos, sin):
+        elementwise.rotate_(x, heads, cos, sin, back=back)
+    else:
+        _rotate_(_first(x, heads, cos), cos, -sin if back else sin)
 
 
 def _first(x: torch.Tensor, heads: int, cos: torch.Tensor) -> torch.Tensor:
@@ -161,3 +190,23 @@ class _SiluMul(torch.autograd.Function):
         torch.mul(silu, grads[0], out=d_gate)
         d_gate.mul_(up)
         return out
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        how: products.Attending,
+    ) -> torch.Tensor:
+        out, logs = products.attend(q, k, v, how)
+        ctx.save_for_backward(q, k, v, out, logs)
+        ctx.how = how
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, out, logs = ctx.saved_tensors
+        return (*products.attend_back(q, k, v, ctx.how, (out, logs), grads[0]), None)

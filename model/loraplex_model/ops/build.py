@@ -83,7 +83,7 @@ def cpu_flags() -> frozenset[str]:
 def _may_use_tiles() -> bool:
     """Whether Linux lets this process use AMX, for which each process must ask once."""
     permission, tile_data = 0x1023, 18
-    return ctypes.CDLL(None).syscall(158, permission, tile_data) == 0  # arch_prctl
+    return bool(ctypes.CDLL(None).syscall(158, permission, tile_data) == 0)  # arch_prctl
 
 
 def supported_isas() -> list[str]:
@@ -125,7 +125,9 @@ def source_digest() -> str:
     digest = hashlib.sha256()
     for path in sorted(SOURCES.rglob("*")):
         if path.suffix in {".h", ".cpp"}:
-            digest.update(path.relative_to(SOURCES).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+            digest.update(
+                path.relative_to(SOURCES).as_posix().encode() + b"\0" + path.read_bytes() + b"\0"
+            )
     return digest.hexdigest()[:12]
 
 

@@ -1,7 +1,8 @@
 """Elementwise steps of training in compiled kernels, each one pass over memory, on all threads.
 
-Tensors are float32, on the CPU and contiguous; leading axes are rows. `autograd` has the same steps
-in torch for all other tensors, and the formulas of the derivatives.
+Tensors are on the CPU and contiguous; leading axes are rows. The residual stream is float32; what
+products read and give is float32 or bfloat16. `autograd` has the same steps in torch for all other
+tensors, and the formulas of the derivatives.
 """
 
 from __future__ import annotations
@@ -13,37 +14,47 @@ import torch
 
 from loraplex_model.ops import build
 
+_TYPES = (torch.float32, torch.bfloat16)
+
 
 def usable(*tensors: torch.Tensor) -> bool:
     """Whether the functions below accept these tensors and the kernels are available."""
-    fit = all(t.dtype == torch.float32 and not t.is_cuda and t.is_contiguous() for t in tensors)
+    fit = all(t.dtype in _TYPES and not t.is_cuda and t.is_contiguous() for t in tensors)
     return fit and _library() is not None
 
 
 def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float
+    x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype = torch.float32
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`weight * x * scale`, and `scale = 1 / rms(x)` [..., 1]."""
-    out, scale = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1)
-    _call("rms_norm", _at(x), _at(weight), c_float(eps), *_sizes(x), _at(scale), _at(out))
+    """`weight * x * scale` in `dtype`, and `scale = 1 / rms(x)` [..., 1]; x and weight float32."""
+    _check(x, weight)
+    out, scale = torch.empty_like(x, dtype=dtype), x.new_empty(*x.shape[:-1], 1)
+    sizes = _sizes(x)
+    _call("rms_norm", _at(x), _at(weight), c_float(eps), *sizes, _at(scale), _at(out), _narrow(out))
     return out, scale
 
 
-def scaled(x: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`weight * x * scale`, where `scale` has one number per row."""
-    out = torch.empty_like(x)
-    _call("scaled", _at(x), _at(scale), _at(weight), *_sizes(x), _at(out))
+def scaled(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """`weight * x * scale` in `dtype`, where `scale` has one number per row; inputs float32."""
+    _check(x, scale, weight)
+    out = torch.empty_like(x, dtype=dtype)
+    _call("scaled", _at(x), _at(scale), _at(weight), *_sizes(x), _at(out), _narrow(out))
     return out
 
 
 def rms_norm_backward(
     x: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, gradient: torch.Tensor
 ) -> torch.Tensor:
-    """Gradient of `rms_norm` with respect to x; `gradient` is that of its result."""
+    """Gradient of `rms_norm` with respect to x, float32; `gradient` is that of its result."""
+    _check(x, scale, weight)
     out = torch.empty_like(x)
-    _call(
-        "rms_norm_backward", _at(x), _at(scale), _at(weight), _at(gradient), *_sizes(x), _at(out)
-    )  # fmt: skip
+    inputs = _at(x), _at(scale), _at(weight), _at(gradient)
+    _call("rms_norm_backward", *inputs, *_sizes(x), _at(out), _narrow(gradient))
     return out
 
 
@@ -51,15 +62,42 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """`silu(gate) * up`, with gate and up side by side: [T, 2 * width] -> [T, width]."""
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, width)
-    _call("silu_mul", _at(gate_up), rows, width, _at(out))
+    _call("silu_mul", _at(gate_up), rows, width, _at(out), _narrow(out))
     return out
 
 
 def silu_mul_backward(gate_up: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """Gradient [T, 2 * width] of `silu_mul` with respect to its input."""
+    """Gradient [T, 2 * width] of `silu_mul` with respect to its input, which has its type."""
+    assert gate_up.dtype == gradient.dtype
     out = torch.empty_like(gate_up)
-    _call("silu_mul_backward", _at(gate_up), _at(gradient), *_sizes(gradient), _at(out))
+    sizes = _sizes(gradient)
+    _call("silu_mul_backward", _at(gate_up), _at(gradient), *sizes, _at(out), _narrow(out))
     return out
+
+
+def rotate_(
+    x: torch.Tensor, heads: int, cos: torch.Tensor, sin: torch.Tensor, *, back: bool = False
+) -> None:
+    """Rotates the first heads of x [T, width], bfloat16, in place; cos and sin float32.
+
+    With `back` in the opposite direction.
+    """
+    assert x.dtype == torch.bfloat16
+    _check(cos, sin)
+    sizes = *_sizes(x), heads, cos.shape[-1]
+    _call("rotate", _at(x), *sizes, _at(cos), _at(sin), c_float(-1 if back else 1))
+
+
+def cross_entropy(scores: torch.Tensor, targets: torch.Tensor, *, slope: bool) -> torch.Tensor:
+    """Cross-entropy, float32 [rows], of scores bfloat16 [rows, vocab] at int64 targets [rows].
+
+    With `slope` the scores become its derivative: the softmax minus one at the target.
+    """
+    assert scores.dtype == torch.bfloat16
+    assert targets.dtype == torch.int64
+    losses = scores.new_empty(len(scores), dtype=torch.float32)
+    _call("cross_entropy", _at(scores), _at(targets), *_sizes(scores), int(slope), _at(losses))
+    return losses
 
 
 @cache
@@ -72,6 +110,14 @@ def _library() -> build.Kernels | None:
 
 def _call(name: str, *arguments: object) -> None:
     getattr(_library(), f"loraplex_train_{name}")(*arguments, torch.get_num_threads())
+
+
+def _check(*tensors: torch.Tensor) -> None:
+    assert all(tensor.dtype == torch.float32 for tensor in tensors)
+
+
+def _narrow(tensor: torch.Tensor) -> int:
+    return int(tensor.dtype == torch.bfloat16)
 
 
 def _at(tensor: torch.Tensor) -> c_void_p:

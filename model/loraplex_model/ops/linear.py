@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from loraplex_model.base.weights import BLOCK, NF4Matrix
-from loraplex_model.ops import nf4
+from loraplex_model.ops import nf4, products
 from loraplex_model.ops.nf4 import absmax_float, dequantize, nf4_code
 from loraplex_model.ops.quiet import quieten_bitsandbytes
 
@@ -45,8 +45,12 @@ class DequantisedLinear:
         """See `BaseLinear`."""
         if not torch.is_grad_enabled():
             return by_tiles(x, dequantize(matrix).to(x.dtype))
-        result: torch.Tensor = _Unpacked.apply(x, matrix, dequantize)  # type: ignore[no-untyped-call]
+        result: torch.Tensor = _Unpacked.apply(x, matrix, _dequantised)  # type: ignore[no-untyped-call]
         return result
+
+
+def _dequantised(matrix: NF4Matrix, dtype: torch.dtype) -> torch.Tensor:
+    return dequantize(matrix).to(dtype)
 
 
 class _Unpacked(torch.autograd.Function):
@@ -57,14 +61,27 @@ class _Unpacked(torch.autograd.Function):
         ctx: Any,
         x: torch.Tensor,
         matrix: NF4Matrix,
-        unpack: Callable[[NF4Matrix], torch.Tensor],
+        unpack: Callable[[NF4Matrix, torch.dtype], torch.Tensor],
     ) -> torch.Tensor:
         ctx.matrix, ctx.unpack = matrix, unpack
-        return x @ unpack(matrix).to(x.dtype).T
+        return x @ unpack(matrix, x.dtype).T
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return grads[0] @ ctx.unpack(ctx.matrix).to(grads[0].dtype), None, None
+        return grads[0] @ ctx.unpack(ctx.matrix, grads[0].dtype), None, None
+
+
+class _InKernels(torch.autograd.Function):
+    """`_Unpacked` for bfloat16 on the CPU: the kernels unpack parts of the matrix as they go."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, matrix: NF4Matrix, maxima: torch.Tensor) -> torch.Tensor:
+        ctx.matrix, ctx.maxima = matrix, maxima
+        return products.product(matrix, maxima, x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return products.product(ctx.matrix, ctx.maxima, grads[0], back=True), None, None
 
 
 class DenseLinear:
@@ -84,32 +101,50 @@ class ScratchLinear:
     """For training on the CPU: unpacks every matrix into the same scratch memory, in both passes.
 
     Keeps each block's absmax in float32 (1/64 of the weight count) and one scratch matrix as large
-    as the largest weight. Multiplies all rows at once. Not thread-safe.
+    as the largest weight, in bfloat16 for inputs of that type. Multiplies all rows at once. Not
+    thread-safe.
     """
 
     def __init__(self, unpack: nf4.Unpack | None = None) -> None:
         """`unpack` is the kernel that unpacks; without one, `nf4.dequantize` does."""
         self._unpack = unpack
         self._maxima: dict[NF4Matrix, torch.Tensor] = {}
-        self._scratch = torch.empty(0)
+        self._scratch: dict[torch.dtype, torch.Tensor] = {}
 
     def __call__(self, matrix: NF4Matrix, x: torch.Tensor) -> torch.Tensor:
         """See `BaseLinear`."""
-        result: torch.Tensor = _Unpacked.apply(x, matrix, self._weight)  # type: ignore[no-untyped-call]
+        result: torch.Tensor
+        if self.in_kernels(matrix, x):
+            result = _InKernels.apply(x, matrix, self._maxima_of(matrix))  # type: ignore[no-untyped-call]
+        else:
+            result = _Unpacked.apply(x, matrix, self._weight)  # type: ignore[no-untyped-call]
         return result
 
-    def _weight(self, matrix: NF4Matrix) -> torch.Tensor:
-        """The weights, float32 [out, in], valid until the next call."""
-        if self._unpack is None:
-            return nf4.dequantize(matrix)
+    def in_kernels(self, matrix: NF4Matrix, x: torch.Tensor) -> bool:
+        """Whether the kernels for bfloat16 products multiply x by the matrix."""
+        return x.dtype == torch.bfloat16 and products.fits(matrix) and products.available()
+
+    def back(self, matrix: NF4Matrix, gradient: torch.Tensor) -> torch.Tensor:
+        """The gradient of x for that of the product, if `in_kernels` is true of both."""
+        return products.product(matrix, self._maxima_of(matrix), gradient, back=True)
+
+    def _maxima_of(self, matrix: NF4Matrix) -> torch.Tensor:
         if matrix not in self._maxima:
             self._maxima[matrix] = nf4.maxima(matrix)
+        return self._maxima[matrix]
+
+    def _weight(self, matrix: NF4Matrix, dtype: torch.dtype) -> torch.Tensor:
+        """The weights [out, in], valid until the next call."""
+        if self._unpack is None:
+            return nf4.dequantize(matrix).to(dtype)
         count = matrix.shape[0] * matrix.shape[1]
-        if self._scratch.numel() < count:
-            self._scratch = torch.empty(count)
-        weight = self._scratch[:count]
-        self._unpack(matrix, self._maxima[matrix], weight)
-        return weight.view(matrix.shape)
+        kept = dtype if dtype == torch.bfloat16 else torch.float32
+        scratch = self._scratch.get(kept)
+        if scratch is None or scratch.numel() < count:
+            scratch = self._scratch[kept] = torch.empty(count, dtype=kept)
+        weight = scratch[:count]
+        self._unpack(matrix, self._maxima_of(matrix), weight)
+        return weight.view(matrix.shape).to(dtype)
 
 
 class FusedLinear:

@@ -40,7 +40,7 @@ def moved(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class Arena:
-    """One mapping from which tensors that live equally long are taken, on large pages if possible."""
+    """One mapping for tensors that live equally long, on large pages if possible."""
 
     def __init__(self, nbytes: int) -> None:
         """`nbytes` is the total of `room` of all tensors. Raises OSError if there is no memory."""

@@ -138,9 +138,9 @@ def maxima(matrix: NF4Matrix) -> torch.Tensor:
 
 
 class Unpack(Protocol):
-    """A kernel for `dequantize`: writes the weights of `matrix` to `into`, float32 [out * in].
+    """A kernel for `dequantize`: writes the weights of `matrix` to `into` [out * in].
 
-    `maxima` are those of `matrix`.
+    `into` is float32, or bfloat16 for rounded weights. `maxima` are those of `matrix`.
     """
 
     def __call__(self, matrix: NF4Matrix, maxima: torch.Tensor, into: torch.Tensor, /) -> None: ...

@@ -24,7 +24,7 @@ def kernel() -> nf4.Unpack | None:
 
     def unpack(matrix: NF4Matrix, maxima: torch.Tensor, into: torch.Tensor) -> None:
         assert into.is_contiguous()
-        assert into.dtype == torch.float32
+        assert into.dtype in (torch.float32, torch.bfloat16)
         count = matrix.shape[0] * matrix.shape[1]
         assert count <= min(into.numel(), 2 * matrix.packed.numel())
         fan_in = matrix.shape[1]
@@ -34,7 +34,8 @@ def kernel() -> nf4.Unpack | None:
                 c_void_p(matrix.packed.data_ptr() + code // 2),
                 c_void_p(maxima.data_ptr() + 4 * block),
                 c_int64(rows * fan_in),
-                c_void_p(into.data_ptr() + 4 * code),
+                c_void_p(into.data_ptr() + into.itemsize * code),
+                int(into.dtype == torch.bfloat16),
                 torch.get_num_threads(),
             )
             code += rows * fan_in

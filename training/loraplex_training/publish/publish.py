@@ -210,6 +210,7 @@ def _facts(job: Job, run: Run) -> Facts:
         data=run.datasets[job.name].digest,
         template=run.text.template_digest,
         step=job.progress.best_step,
+        precision=f"products in {run.spec.products}, dense tensors in {run.spec.dtype}",
     )
 
 

@@ -28,6 +28,7 @@ class Facts:
         data: SHA-256 (hex) of the training data.
         template: SHA-256 (hex) of the chat template, or "".
         step: step of the adapter's parameters, the one with the lowest evaluation loss.
+        precision: types of the products and of the base's dense tensors in training.
     """
 
     base: str
@@ -37,6 +38,7 @@ class Facts:
     data: str
     template: str
     step: int
+    precision: str = ""
 
 
 def card(job: JobSpec, facts: Facts, events: Sequence[Event]) -> str:
@@ -90,6 +92,7 @@ def _made(job: JobSpec, facts: Facts) -> str:
         "optimiser": f"{optim.name}, learning rate {optim.lr:g}, {optim.schedule}",
         "length": f"{length}, {job.batch_size} x {job.accumulation} examples a step",
         "seed": str(job.seed),
+        "precision": facts.precision,
         **{key: f"{count:,}" for key, count in facts.counts.items()},
         "data, SHA-256": _code(facts.data),
         "chat template, SHA-256": _code(facts.template) if facts.template else "",

@@ -40,6 +40,8 @@ class RunStarted(_Event, frozen=True):
         steps: optimiser steps of each job.
         estimated_bytes: estimated peak memory of the process.
         optimisers: for each job, the state that its optimiser keeps ("AdamW, float32, 1.2 MB").
+        precision: the types of the pass ("products in bfloat16, dense tensors in bfloat16"); empty
+            in records of earlier versions.
     """
 
     jobs: tuple[str, ...]
@@ -48,6 +50,7 @@ class RunStarted(_Event, frozen=True):
     device: str
     estimated_bytes: int
     optimisers: tuple[str, ...]
+    precision: str = ""
 
 
 class StepDone(_Event, frozen=True):

@@ -112,6 +112,8 @@ class ProgressDisplay:
         jobs = "1 job" if len(event.jobs) == 1 else f"{len(event.jobs)} jobs in one pass"
         expected = size_text(event.estimated_bytes) if event.estimated_bytes else "unknown"
         self._print(f"{jobs} on {event.device}{goes_on}; expected peak memory: {expected}")
+        if event.precision:
+            self._print(event.precision)
         for name, optimiser in zip(event.jobs, event.optimisers, strict=True):
             self._print(f"{name}: {self._jobs[name].steps} steps, {optimiser}")
         if self._console.is_terminal:

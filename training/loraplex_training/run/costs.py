@@ -10,6 +10,7 @@ from loraplex_model.adapters.delta import BottleneckDelta, ProjectionDelta
 from loraplex_model.base.config import MODEL
 from loraplex_model.base.weights import BaseWeights
 
+from loraplex_training.run import precision
 from loraplex_training.run.evaluate import SHOWN
 from loraplex_training.run.evaluate import delta as delta_of
 from loraplex_training.run.generate import CACHE_TOKENS
@@ -28,7 +29,9 @@ def of(base: BaseWeights, jobs: Sequence[Job], spec: RunSpec) -> Estimate:
     By then training still holds its memory or has not returned it to the operating system.
     """
     tokens, learned, sizes = zip(*map(_sizes, jobs), strict=True)
-    trained = estimate(base, sum(tokens), sizes, spec.checkpointing, sum(learned))
+    trained = estimate(
+        base, sum(tokens), sizes, spec.checkpointing, sum(learned), precision.products_of(spec)
+    )
     return Estimate({**trained.items, "generating answers": _generating(base, jobs)})
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -18,6 +17,7 @@ from loraplex_training import data, methods
 from loraplex_training.data import Batches, Dataset
 from loraplex_training.data.text import BaseText
 from loraplex_training.methods.base import Setting
+from loraplex_training.run import precision
 from loraplex_training.spec.fields import refusal
 from loraplex_training.spec.spec import DataSpec, JobSpec, RunSpec
 from loraplex_training.step.job import Job
@@ -44,9 +44,7 @@ class RunInputs:
         """Loads the base model and the data. Raises Refusal with the problems of all data."""
         kernels.chosen_isa()  # a wrong one is refused on every device, as the server does
         device = device_of(spec)
-        if device.type == "cpu":
-            with suppress(kernels.KernelsUnavailable):  # raised again where they are needed
-                kernels.load(directory=spec.cache / "kernels")  # shared with a server
+        spec = precision.chosen(spec, device)
         try:
             base = load_base(spec.model, BY_NAME[spec.dtype], spec.cache, device=device)
         except Refusal as error:

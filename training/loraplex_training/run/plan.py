@@ -20,8 +20,8 @@ from loraplex_training.data import Dataset
 from loraplex_training.data.show import report, show
 from loraplex_training.methods import METHODS
 from loraplex_training.report.progress import duration_text, size_text
-from loraplex_training.run import costs, preflight
-from loraplex_training.run.inputs import RunInputs
+from loraplex_training.run import costs, precision, preflight
+from loraplex_training.run.inputs import RunInputs, device_of
 from loraplex_training.run.process_settings import process_settings
 from loraplex_training.spec.flags import default_text
 from loraplex_training.spec.spec import RATES, OptimSpec, RunSpec
@@ -48,6 +48,7 @@ def plan(spec: RunSpec, console: Console, as_json: bool = False) -> None:
     Refusal.
     """
     with process_settings(spec):
+        spec = precision.chosen(spec, device_of(spec))
         inputs = RunInputs.open(spec)
         jobs = inputs.jobs(spec)
         preflight.check(jobs, inputs.base.weights.info)
@@ -159,7 +160,11 @@ def _tokens(job: Job) -> int:
 
 def _seconds(inputs: RunInputs, jobs: Sequence[Job], spec: RunSpec) -> float:
     """Extrapolates the time of all steps from a pass over the first micro-batch of each job."""
-    joint = JointPass(inputs.base.weights, checkpointing=spec.checkpointing)
+    joint = JointPass(
+        inputs.base.weights,
+        checkpointing=spec.checkpointing,
+        products=precision.products_of(spec),
+    )
     first = [Part(None, job.batches.step(0)[0]) for job in jobs]
     joint.losses(first)  # one-off work, so that it is not timed
     began = time.monotonic()

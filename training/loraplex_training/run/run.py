@@ -23,10 +23,10 @@ from loraplex_model.ops.linear import BaseLinear
 
 from loraplex_training.methods.base import Observe
 from loraplex_training.report.events import Event, JobStatus, Observer, RunEnded, RunStarted, Saved
-from loraplex_training.run import costs, evaluate, preflight
+from loraplex_training.run import costs, evaluate, precision, preflight
 from loraplex_training.run.checkpoint import CONFIG, RunFolder, RunSnapshot, is_run
 from loraplex_training.run.evaluate import Answer
-from loraplex_training.run.inputs import RunInputs
+from loraplex_training.run.inputs import RunInputs, device_of
 from loraplex_training.run.process_settings import process_settings
 from loraplex_training.spec.parse import (
     absolute,
@@ -63,7 +63,11 @@ class Run:
         """Use `start` or `resume`."""
         self.spec, self.inputs = spec, inputs
         self.base, self.text, self.datasets = inputs.base, inputs.text, inputs.datasets
-        self.joint = JointPass(inputs.base.weights, checkpointing=spec.checkpointing)
+        self.joint = JointPass(
+            inputs.base.weights,
+            checkpointing=spec.checkpointing,
+            products=precision.products_of(spec),
+        )
         self.round = 0
         self.seconds = 0.0
         self._answer: Answer | None = None
@@ -97,6 +101,7 @@ class Run:
                 f"{spec.out} already holds a run; resume it, or choose another --out",
             )
         with process_settings(spec):
+            spec = precision.chosen(spec, device_of(spec))
             inputs = inputs or RunInputs.open(spec)
             jobs = inputs.jobs(spec)
             preflight.check(jobs, inputs.base.weights.info, saved)
@@ -128,6 +133,7 @@ class Run:
             spec = _spec_of(out, snapshot)
             folder.keep = spec.keep
             with process_settings(spec):
+                spec = precision.chosen(spec, device_of(spec))
                 inputs = inputs or RunInputs.open(spec)
                 if snapshot is not None:
                     inputs.check_same(snapshot.values["identity"], spec)
@@ -297,6 +303,7 @@ class Run:
             str(self.base.weights.embed.device),
             costs.of(self.base.weights, self._jobs, self.spec).total,
             tuple(job.optimiser for job in self._jobs),
+            f"products in {self.spec.products}, dense tensors in {self.spec.dtype}",
         )
 
     def _emit(self, events: Iterable[Event]) -> None:
@@ -319,5 +326,8 @@ def _spec_of(out: Path, snapshot: RunSnapshot | None) -> RunSpec:
             f"trainer reads format {_FORMAT}; resume with the version that wrote them",
         )
     else:
-        spec = from_mapping(snapshot.values["spec"])
+        saved = snapshot.values["spec"]
+        # Runs of earlier versions do not name the type of their products, which was float32.
+        options = {"products": "float32", **saved["run"]}
+        spec = from_mapping({**saved, "run": options})
     return replace(spec, out=out)

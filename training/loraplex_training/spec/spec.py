@@ -252,9 +252,12 @@ class RunSpec:
     special_tokens_in_messages: bool = False
     """Recognise control tokens that messages spell out; the server needs the same setting. By
     default they are text."""
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    """Data type of the base model's dense tensors: float32 or bfloat16, or float64 for numerical
-    checks (slow)."""
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    """Data type of the base model's dense tensors: float32, bfloat16, float64 for numerical checks
+    (slow), or auto, which is bfloat16 if products are and otherwise float32."""
+    products: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Data type in which matrix products on a CPU read and write; they sum in float32. auto is
+    bfloat16 if the processor has instructions for it and dtype is auto or bfloat16."""
     device: Annotated[str, AfterValidator(_device)] = "auto"
     """Device to compute on: cpu, cuda, or auto, which uses CUDA if available."""
     threads: Annotated[Count, Field(le=1024)] = 0

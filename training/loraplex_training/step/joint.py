@@ -63,22 +63,32 @@ class JointPass:
     """Computes losses and gradients over one base model."""
 
     def __init__(
-        self, base: BaseWeights, linear: BaseLinear | None = None, checkpointing: bool = False
+        self,
+        base: BaseWeights,
+        linear: BaseLinear | None = None,
+        checkpointing: bool = False,
+        products: torch.dtype | None = None,
     ) -> None:
-        """`checkpointing` recomputes each layer in the backward pass to save memory."""
+        """`checkpointing` recomputes each layer in the backward pass to save memory.
+
+        `products` is the type of what matrix products read and give, None that of all other states.
+        """
         self._base = base
         on_cuda = base.embed.is_cuda
         self._linear = linear or (FusedLinear() if on_cuda else ScratchLinear(unpack.kernel()))
         self._checkpointing = checkpointing
+        self._products = products
 
     def backward(self, parts: Sequence[Part], linear: BaseLinear | None = None) -> list[float]:
         """Adds each part's gradient to its adapter's parameters (`.grad`).
 
         Returns each part's unweighted sum of token losses (cross-entropy, nats), without penalties.
-        If a part's sum is not finite, neither are its gradients; other parts are not affected.
+        If a part's sum is not finite, neither are its gradients; other parts are not affected. A
+        `linear` that is given multiplies in the type of all other states.
         """
         with torch.enable_grad():
-            sums = self._sums(parts, linear or self._linear, self._checkpointing)
+            products = self._products if linear is None else None
+            sums = self._sums(parts, linear or self._linear, self._checkpointing, products)
             total = torch.stack([s * p.weight for s, p in zip(sums, parts, strict=True)]).sum()
             if total.requires_grad:
                 total.backward()  # type: ignore[no-untyped-call]
@@ -88,10 +98,15 @@ class JointPass:
         """Returns the sums of `backward` without computing gradients, and without dropout."""
         plain = [replace(part, dropout=None) for part in parts]
         with torch.no_grad():
-            return [float(s) for s in self._sums(plain, self._linear)]
+            sums = self._sums(plain, self._linear, products=self._products)
+            return [float(s) for s in sums]
 
     def logits(self, delta: AdapterDelta | None, tokens: Sequence[int]) -> torch.Tensor:
-        """Returns the logits of one sequence, float32 [T, vocab]. None is the plain base model."""
+        """Returns the logits of one sequence, float32 [T, vocab]. None is the plain base model.
+
+        The products are not those of `products`, so that the result can be compared with the
+        server's closely.
+        """
         ids = torch.tensor(tokens)
         batch = MicroBatch(ids, (0, len(ids)), torch.zeros_like(ids))
         with torch.no_grad():
@@ -100,17 +115,27 @@ class JointPass:
             return forward.logits(self._base, hidden, _group(delta, len(ids)))
 
     def _sums(
-        self, parts: Sequence[Part], linear: BaseLinear, checkpointing: bool = False
+        self,
+        parts: Sequence[Part],
+        linear: BaseLinear,
+        checkpointing: bool = False,
+        products: torch.dtype | None = None,
     ) -> list[torch.Tensor]:
         deltas = [part.adapter.delta() if part.adapter else None for part in parts]
         joined = self._base.config.joined
         rows = self._lay_out(
             [(d, p.batch, _dropout(p, joined)) for d, p in zip(deltas, parts, strict=True)]
         )
-        hidden = self._hidden(rows, linear, checkpointing)
+        hidden = self._hidden(rows, linear, checkpointing, products)
         return loss.of_parts(self._base, hidden, deltas, rows.learned, rows.targets)
 
-    def _hidden(self, rows: _Rows, linear: BaseLinear, checkpointing: bool = False) -> torch.Tensor:
+    def _hidden(
+        self,
+        rows: _Rows,
+        linear: BaseLinear,
+        checkpointing: bool = False,
+        products: torch.dtype | None = None,
+    ) -> torch.Tensor:
         attention = PackedAttention(self._base.config, rows.starts, rows.virtual)
         return forward.hidden_states(
             self._base,
@@ -121,6 +146,7 @@ class JointPass:
             attention,
             checkpointing,
             _is_long(rows, self._base.config),
+            products,
         )
 
     def _lay_out(

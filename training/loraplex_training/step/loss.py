@@ -18,6 +18,7 @@ from loraplex_model.adapters.mix import RowGroup
 from loraplex_model.base.config import MODEL, DecoderConfig
 from loraplex_model.base.weights import BaseWeights
 from loraplex_model.decoder import forward
+from loraplex_model.ops import elementwise, products
 
 _CHUNK_BYTES = 100 << 20  # of logits; less is slower, since every chunk reads the whole head
 _MOST_ROWS = 512
@@ -68,11 +69,15 @@ class _TokenLosses(torch.autograd.Function):
         ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, base: BaseWeights, wanted: bool
     ) -> torch.Tensor:
         rows, vocab = len(hidden), len(base.lm_head)
+        ctx.dtype = hidden.dtype
         head, config = base.lm_head.to(hidden.dtype), base.config
         wide = torch.promote_types(hidden.dtype, torch.float32)
         losses = torch.empty(rows, dtype=wide, device=hidden.device)
         gradient = torch.empty_like(hidden) if wanted else None
         step = chunk_rows(vocab, wide.itemsize)
+        if _in_kernels(hidden, head, config):
+            ctx.save_for_backward(_in_chunks(hidden, targets, head, step, losses, wanted))
+            return losses
         buffer = torch.empty(min(step, rows), vocab, dtype=hidden.dtype, device=hidden.device)
         for start in range(0, rows, step):
             chunk = slice(start, min(start + step, rows))
@@ -99,7 +104,37 @@ class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grads[0][:, None].to(gradient.dtype), None, None, None
+        slope = gradient * grads[0][:, None].to(gradient.dtype)
+        return slope.to(ctx.dtype), None, None, None
+
+
+def _in_kernels(hidden: torch.Tensor, head: torch.Tensor, config: DecoderConfig) -> bool:
+    """Whether the kernels for bfloat16 products on the CPU compute the loss."""
+    narrow = hidden.dtype == head.dtype == torch.bfloat16 and not hidden.is_cuda
+    plain = config.logit_scale == 1 and not config.logit_softcap
+    return narrow and plain and head.is_contiguous() and products.available()
+
+
+def _in_chunks(
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    head: torch.Tensor,
+    step: int,
+    losses: torch.Tensor,
+    wanted: bool,
+) -> torch.Tensor | None:
+    """Writes the losses; returns their gradient by `hidden`, float32, if it is wanted."""
+    gradient = torch.zeros(hidden.shape) if wanted else None
+    buffer = torch.empty(min(step, len(hidden)), len(head), dtype=torch.bfloat16)
+    for start in range(0, len(hidden), step):
+        chunk = slice(start, min(start + step, len(hidden)))
+        h = hidden[chunk].contiguous()
+        scores = buffer[: len(h)]
+        products.head(head, h, scores)
+        losses[chunk] = elementwise.cross_entropy(scores, targets[chunk].contiguous(), slope=wanted)
+        if gradient is not None:
+            products.head_gradient(head, scores, gradient[chunk])
+    return gradient
 
 
 def _finish(scores: torch.Tensor, config: DecoderConfig) -> torch.Tensor | float | None:

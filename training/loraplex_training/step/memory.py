@@ -62,26 +62,28 @@ def estimate(
     adapters: Sequence[AdapterSize],
     checkpointing: bool = False,
     learned: int | None = None,
+    products: torch.dtype | None = None,
 ) -> Estimate:
     """Estimates the memory of the largest pass.
 
     `tokens` counts the tokens of all its jobs, virtual ones included, and `learned` those of them
-    that are learned (None: all).
+    that are learned (None: all). `products` is that of `JointPass`.
     """
     config, on_cuda = base.config, base.embed.is_cuda
     item = forward.activation_dtype(base.embed).itemsize
     learned = tokens if learned is None else learned
     ranks = max((adapter.ranks for adapter in adapters), default=0)
-    layer = tokens * _kept_of_a_layer(config, ranks) * item
+    narrow = item if products is None else products.itemsize
+    layer = tokens * (_kept_by_norms(config) * item + _kept_by_products(config, ranks, narrow))
     if checkpointing:
         kept = config.num_layers * tokens * config.hidden_size * item + layer
     else:
         kept = config.num_layers * layer
     rows = min(learned, chunk_rows(config.vocab_size))
     copies = 3 if any(adapter.head for adapter in adapters) else 1  # autograd has its own
-    loss = copies * rows * config.vocab_size * max(item, 4)
+    loss = copies * rows * config.vocab_size * (max(item, 4) if products is None else narrow)
     loss += 4 * learned * config.hidden_size * item
-    if not on_cuda and base.lm_head.element_size() < item:
+    if not on_cuda and base.lm_head.element_size() < narrow:
         loss += base.lm_head.numel() * item
     return Estimate(
         {
@@ -90,7 +92,7 @@ def estimate(
             "adapters": sum(_of_adapter(adapter) for adapter in adapters),
             "activations": kept,
             "loss": loss,
-            "unpacked matrix": _largest_matrix(config) * item,
+            "unpacked matrix": _largest_matrix(config) * narrow,
             # Freed blocks that do not fit later allocations. Measured.
             "allocator": kept // 5 + (0 if on_cuda else 10 * layer),
         }
@@ -104,20 +106,26 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _kept_of_a_layer(config: DecoderConfig, ranks: int) -> int:
-    """Returns the number of values per token that a layer keeps until its backward pass."""
+def _kept_by_norms(config: DecoderConfig) -> int:
+    """Returns the number of values per token that a layer's norms keep until its backward pass."""
     # Their inputs; outputs are computed again.
-    norms = 2 * (config.hidden_size + 1) * (1 + (config.output_norms and config.input_norms))
+    return 2 * (config.hidden_size + 1) * (1 + (config.output_norms and config.input_norms))
+
+
+def _kept_by_products(config: DecoderConfig, ranks: int, item: int) -> int:
+    """Returns the bytes per token that all else in a layer keeps, in values of `item` bytes."""
     attention = config.q_size + 2 * config.kv_size  # q, k and v, rotated in place
     if config.qk_norm:  # q and k before their norms as well as rotated
         attention += config.q_size + config.kv_size + config.num_heads + config.num_kv_heads
     attended = 2 * config.q_size + config.num_heads  # twice: per head, and as input of o
+    if item == 2:  # the kernels' result is both, and the number per head is float32
+        attended = config.q_size + 2 * config.num_heads
     mlp = (2 if config.gated else 1) * config.intermediate_size
     if config.num_experts:  # and the inputs and outputs of each expert
         mlp = config.experts_per_token * (2 * mlp + 2 * config.hidden_size) + config.num_experts
     elif config.gated and config.activation is not Gate.SILU:
         mlp *= 2  # the activated gate and its product with up, which our own SiLU computes again
-    return norms + attention + attended + mlp + ranks
+    return (attention + attended + mlp + ranks) * item
 
 
 def _of_adapter(adapter: AdapterSize) -> int:

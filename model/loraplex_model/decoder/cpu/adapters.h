@@ -108,6 +108,10 @@ struct Segment {
   int term_begin, term_end;  // into Plan::terms
   int uses;                  // of all its terms, without those that dense matrices contain
   int merged;                // the slot whose dense matrices these rows use, or -1
+
+  // The row at which its A x begins in memory: its first or, so that tiles of A x hold the rows of whole tiles
+  // of x, one before that.
+  int origin() const { return first / 16 * 16; }
 };
 
 // Floats of A x for so many rows and ranks: as rows of floats, or rounded to bfloat16 and padded to tiles of
@@ -171,7 +175,7 @@ inline Plan make_plan(const Batch& b, const SlotTable& table, const std::vector<
     for (int t = segment.term_begin; t < segment.term_end; t++) {
       int rank = table.max_ranks[plan.terms[t].slot];
       plan.terms[t].h = plan.h_size;
-      plan.h_size += hidden_size(segment.end - segment.first, rank);
+      plan.h_size += hidden_size(segment.end - segment.origin(), rank);
       plan.max_rank = std::max(plan.max_rank, rank);
     }
   }

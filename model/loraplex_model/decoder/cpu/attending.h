@@ -1,12 +1,11 @@
 // The attention of a pass: its units of work, and the writing of keys and values, by the type X of products.
 #pragma once
 
-#include <omp.h>
-
 #include <vector>
 
 #include "attention_bf16.h"
 #include "model.h"
+#include "team.h"
 
 namespace loraplex {
 
@@ -21,7 +20,7 @@ struct AttentionRows {
   int group() const { return m.heads / m.kv_heads; }
   const int32_t* blocks(int t) const { return b.block_tables + size_t(sequence[t]) * b.table_width; }
   Scoring scoring() const { return {m.attention_scale, m.attention_softcap}; }
-  float* own_scratch() const { return scratch.data() + omp_get_thread_num() * scratch_size; }
+  float* own_scratch() const { return scratch.data() + Team::index() * scratch_size; }
   void reserve(size_t floats) {
     scratch_size = floats;
     scratch.reserve(floats * m.threads);

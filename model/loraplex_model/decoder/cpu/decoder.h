@@ -6,11 +6,13 @@
 #pragma once
 
 #include <initializer_list>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "attending.h"
 #include "experts.h"
+#include "gated.h"
 #include "model.h"
 #include "product.h"
 #include "sites.h"
@@ -29,7 +31,7 @@ class Pass {
         head_plan_(make_plan(batch, model.adapters, logit_sequences(batch, sequence_))),
         experts_(model, workspace, plan_, batch.num_tokens),
         attention_(model, batch, sequence_, workspace.scores),
-        team_(PHASES_PER_LAYER * model.num_layers + OTHER_PHASES) {
+        team_(std::min(model.threads, processors())) {
     size_t rows = b.num_tokens;
     q_size_ = m.heads * m.head_dim;
     kv_size_ = m.kv_heads * m.head_dim;
@@ -67,12 +69,11 @@ class Pass {
       product({{UP_PROJ, m.intermediate}});
     product({{DOWN_PROJ, m.hidden}});
     products_.emplace_back(head_plan_, m.adapters, Fused{1, {LM_HEAD}, {0}, {m.lm_head.out}}, -1, b.num_logits,
-                           m.lm_head.out, HEAD, UNIT_ROWS<X>);
+                           m.lm_head.out, HEAD, LORA_UNITS<X>);
   }
 
   void run() {
-#pragma omp parallel num_threads(m.threads)
-    {
+    team_.pass([&] {
       typename Multiplied<X>::Registers registers;
       int phase = 0;
       team_.run(phase, b.num_tokens, [&](int t) { embed(t); });
@@ -88,7 +89,7 @@ class Pass {
         team_.run(phase, b.num_logits * chunks, [&](int unit) { head_rows(unit / chunks, unit % chunks); });
       if (m.logit_scale != 1 || m.logit_softcap)
         team_.run(phase, b.num_logits * chunks, [&](int unit) { finish_logits(unit / chunks, unit % chunks); });
-    }
+    });
   }
 
  private:
@@ -96,7 +97,11 @@ class Pass {
   void layer(int& phase, int l) {
     const Layer& layer = m.layers[l];
     project(phase, layer.qkv, products_[QKV], l, w.normed.data(), w.normed_inputs, w.qkv.data(), qkv_stride_);
-    team_.run(phase, b.num_tokens, [&](int t) { rotate_and_cache(layer, l, t); });
+    int at_once = b.num_tokens < 32 * m.threads ? 1 : 16;  // adjacent positions share lines of the cache
+    team_.run(phase, (b.num_tokens + at_once - 1) / at_once, [&](int unit) {
+      int end = std::min(b.num_tokens, (unit + 1) * at_once);
+      for (int t = unit * at_once; t < end; t++) rotate_and_cache(layer, l, t);
+    });
     team_.run(phase, attention_.units(), [&](int unit) {
       attention_.run(layer, unit, w.qkv.data(), qkv_stride_, w.attended.data(), w.attended_inputs);
     });
@@ -109,6 +114,9 @@ class Pass {
     Buffer& out = m.parallel ? w.parallel : w.added;
     if (layer.router) {
       experts_.run(team_, phase, layer, l, w.normed.data(), out.data(), out_stride_, [&] { return scratch(); });
+    } else if (gates_at_once(layer)) {
+      gated_product(phase, layer.gate_up);
+      project(phase, layer.down, products_[DOWN], l, w.gated.data(), w.gated_inputs, out.data(), out_stride_, true);
     } else {
       project(phase, layer.gate_up, products_[GATE_UP], l, w.normed.data(), w.normed_inputs, w.gate_up.data(),
               gate_up_stride_);
@@ -125,9 +133,6 @@ class Pass {
       end_block(t, out, next, l + 1, next_site);
     });
   }
-
-  // Bounds on the phases: a projection takes up to four of them, a layer 21 in all, or 24 with experts.
-  static constexpr int PHASES_PER_LAYER = 28, OTHER_PHASES = 16;
 
   // The sequence of each row.
   static std::vector<int> sequences(const Batch& b) {
@@ -155,7 +160,7 @@ class Pass {
       out += width;
     }
     products_.emplace_back(plan_, m.adapters, fused, int(products_.size()), b.num_tokens, out,
-                           FACTORS | GAIN | IN_GAIN, UNIT_ROWS<X>);
+                           FACTORS | GAIN | IN_GAIN, LORA_UNITS<X>);
   }
 
   // The largest width of a bottleneck, or rank at the embeddings, among the adapters of this pass.
@@ -171,53 +176,80 @@ class Pass {
     return widest;
   }
 
-  float* scratch() { return w.lora.data() + omp_get_thread_num() * scratch_; }
+  float* scratch() { return w.lora.data() + Team::index() * scratch_; }
 
   static float* row(Buffer& rows, int t, int width) { return rows.data() + size_t(t) * width; }
 
   // y = W x + bias, then the adapters' changes, which leave base rows untouched. `inputs` are the rows of x for
   // products of bfloat16; rows of y are `y_stride` apart.
+  // With `exchanged` the inputs are ready already.
   void project(int& phase, const Matrix& matrix, const Product& product, int layer, const float* x,
-               InputRows& inputs, float* y, size_t y_stride) {
+               InputRows& inputs, float* y, size_t y_stride, bool exchanged = false) {
     bool gains = product.plan->uses & IN_GAIN && product.fused_index >= 0;
     if (gains) gain(phase, product, layer, x, matrix.in);
     auto rows = Multiplied<X>::rows(x, inputs);
     int shrinks = product.shrink.size(), units = 0;
     for (const Product::Run& run : product.runs) units += matmul_units(run.tile, rows);
-    if (int exchanges = Multiplied<X>::exchange_units(rows, product.rows))
+    if (int exchanges = exchanged ? 0 : Multiplied<X>::exchange_units(rows, product.rows))
       team_.run(phase, exchanges, [&](int unit) { Multiplied<X>::exchange(rows, product.rows, unit); });
+    AdapterWork<T, X> work{product, m.adapters, layer, matrix.in, m.threads, w.h.data(), y, y_stride};
+    if (product.joins) {  // the product's units need all of A x
+      team_.run(phase, shrinks, [&](int unit) { work.shrink_unit(unit, rows, scratch()); });
+      shrinks = 0;
+    }
     team_.run(phase, shrinks + units, [&](int unit) {
-      if (unit < shrinks)
-        return shrink<T>(*product.plan, m.adapters, product.fused, layer, product.shrink[unit], rows, matrix.in,
-                         w.h.data(), scratch());
+      if (unit < shrinks) return work.shrink_unit(unit, rows, scratch());
       unit -= shrinks;
       const Product::Run* run = product.runs.data();
       for (int own; unit >= (own = matmul_units(run->tile, rows)); run++) unit -= own;
       const Matrix* dense = run->merged < 0 ? nullptr : m.adapters.dense(run->merged, layer, product.fused_index);
       bool gained = run->part >= 0 && gains_input(product, *product.plan->segment(run->tile.first), layer, run->part);
-      matmul_unit(dense ? *dense : matrix, run->tile, gained ? gained_rows(run->part) : rows, y, y_stride, unit);
+      matmul_unit(dense ? *dense : matrix, run->tile, gained ? gained_rows(run->part, matrix.in) : rows, y, y_stride, unit);
+      if (product.joins) work.join(run->tile, rows, unit, scratch());
     });
     if (product.expand.empty()) return;
-    team_.run(phase, product.expand.size(), [&](int unit) {
-      expand<T, X>(*product.plan, m.adapters, product.fused, layer, product.expand[unit], w.h.data(), y, y_stride,
-                scratch());
-    });
+    team_.run(phase, product.expand.size(), [&](int unit) { work.expand_unit(unit, scratch()); });
   }
 
-  typename Multiplied<X>::Rows gained_rows(int part) {
-    return Multiplied<X>::rows(w.gained.data() + part * gained_, w.gained_inputs[part]);
+  // Whether gate, up and activation are one product: no adapter of the pass changes gate, up or down.
+  bool gates_at_once(const Layer& layer) const {
+#if LORAPLEX_ORDER
+    if constexpr (!std::is_same_v<X, float>) {
+      auto is_plain = [](const Product& p) {
+        return p.shrink.empty() && p.expand.empty() && !p.joins && p.runs.size() == 1 && p.runs[0].merged < 0 &&
+               p.runs[0].part < 0;
+      };
+      return m.gated && gates_fit(layer.gate_up) && layer.down.kind == Kind::nf4_packed &&
+             is_plain(products_[GATE_UP]) && is_plain(products_[DOWN]);
+    }
+#endif
+    return false;
+  }
+
+  // Fills `gated_inputs`.
+  void gated_product(int& phase, const Matrix& gate_up) {
+#if LORAPLEX_ORDER
+    if constexpr (!std::is_same_v<X, float>) {
+      Inputs x = w.normed_inputs.get(), out = w.gated_inputs.get();
+      if (int exchanges = x.units(b.num_tokens))
+        team_.run(phase, exchanges, [&](int unit) { x.exchange(b.num_tokens, unit); });
+      team_.run(phase, gated_units(gate_up, b.num_tokens),
+                [&](int unit) { gated_unit(gate_up, m.activation, b.num_tokens, x, out, unit); });
+    }
+#endif
+  }
+
+  typename Multiplied<X>::Rows gained_rows(int part, int in) {
+    return Multiplied<X>::rows(w.gained.data() + part * gained_, w.gained_inputs[part], in);
   }
 
   // The inputs times the gains of each projection's adapters, for the rows that have any.
   void gain(int& phase, const Product& product, int layer, const float* x, int in) {
-    team_.run(phase, 1, [&](int) {  // the memory is large enough for every width
-      for (InputRows& inputs : w.gained_inputs) Multiplied<X>::reserve(inputs, b.num_tokens, in);
-    });
     team_.run(phase, b.num_tokens, [&](int t) { gain_inputs(product, layer, t, x, in); });
-    int each = Multiplied<X>::exchange_units(gained_rows(0), b.num_tokens);
+    int each = Multiplied<X>::exchange_units(gained_rows(0, in), b.num_tokens);
     if (each)
       team_.run(phase, each * MAX_PARTS, [&](int unit) {
-        Multiplied<X>::exchange(gained_rows(unit / each), b.num_tokens, unit % each);
+        Multiplied<X>::exchange(gained_rows(unit / each, in), b.num_tokens, unit % each);
       });
   }
 
@@ -235,7 +267,7 @@ class Pass {
       auto pick = [&](int slot) { return m.adapters.at(slot, layer, product.fused.projection[part]).in_gain; };
       if (blend_gains(plan_, *segment, in, pick, out))
         for (int i = 0; i < in; i++) out[i] *= x[size_t(t) * in + i];
-      Multiplied<X>::put(w.gained_inputs[part], t, 0, in, out);
+      Multiplied<X>::put_row(w.gained_inputs[part], t, in, out);
     }
   }
 

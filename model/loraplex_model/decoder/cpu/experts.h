@@ -6,6 +6,7 @@
 // their experts change a row's bits.
 #pragma once
 
+#include <atomic>
 #include <vector>
 
 #include "lora.h"
@@ -41,13 +42,18 @@ class Experts {
   void run(Team& team, int& phase, const Layer& layer, int l, const float* x, float* out, size_t out_stride,
            Scratch scratch) {
     team.run(phase, rows_, [&](int t) { route(static_cast<const T*>(layer.router), x, t, scratch()); });
-    team.run(phase, 1, [&](int) { group(); });
+    int both = 2 * m.intermediate;
+    team.run(phase, 1, [&](int) {
+      group();
+      gate_up_units_ = units(both, Multiplied<X>::rows(w.routed.data(), w.routed_inputs));
+      down_units_ = units(m.hidden, Multiplied<X>::rows(w.gated.data(), w.gated_inputs));
+    });
     team.run(phase, pairs_, [&](int p) {
       std::copy_n(x + size_t(row_[p]) * m.hidden, m.hidden, w.routed.data() + size_t(p) * m.hidden);
       Multiplied<X>::put(w.routed_inputs, p, 0, m.hidden, w.routed.data() + size_t(p) * m.hidden);
     });
-    int both = 2 * m.intermediate, stride = row_stride(both);
-    product(team, phase, layer.gate_up, w.routed.data(), w.routed_inputs, both, w.gate_up.data(), stride);
+    int stride = row_stride(both);
+    product(team, phase, layer.gate_up, w.routed.data(), w.routed_inputs, both, gate_up_units_, w.gate_up.data(), stride);
     adapt(team, phase, l, GATE_PROJ, w.routed.data(), m.hidden, w.gate_up.data(), m.intermediate, stride, scratch);
     adapt(team, phase, l, UP_PROJ, w.routed.data(), m.hidden, w.gate_up.data() + m.intermediate, m.intermediate, stride,
           scratch);
@@ -57,7 +63,7 @@ class Experts {
       activate_row(gate, gate + m.intermediate, m.activation, m.intermediate, gated);
       Multiplied<X>::put(w.gated_inputs, p, 0, m.intermediate, gated);
     });
-    product(team, phase, layer.down, w.gated.data(), w.gated_inputs, m.hidden, w.outputs.data(), m.hidden);
+    product(team, phase, layer.down, w.gated.data(), w.gated_inputs, m.hidden, down_units_, w.outputs.data(), m.hidden);
     adapt(team, phase, l, DOWN_PROJ, w.gated.data(), m.intermediate, w.outputs.data(), m.hidden, m.hidden, scratch);
     team.run(phase, rows_, [&](int t) { combine(t, out + t * out_stride); });
   }
@@ -103,14 +109,20 @@ class Experts {
     return {first_[expert], first_[expert + 1] - first_[expert], expert * width, (expert + 1) * width};
   }
 
+  // Units of the products of all experts.
+  template <class Rows>
+  int units(int width, const Rows& rows) const {
+    int units = 0;
+    for (int e = 0; e < m.num_experts; e++) units += matmul_units(tile(e, width), rows);
+    return units;
+  }
+
   // y[p] = W_e x[p] for every pair, rows `stride` apart; W_e are `width` rows of the stacked matrix.
-  void product(Team& team, int& phase, const Matrix& stacked, const float* x, InputRows& inputs, int width, float* y,
-               int stride) {
+  void product(Team& team, int& phase, const Matrix& stacked, const float* x, InputRows& inputs, int width,
+               const std::atomic<int>& units, float* y, int stride) {
     auto rows = Multiplied<X>::rows(x, inputs);
     if (int exchanges = Multiplied<X>::exchange_units(rows, pairs_))
       team.run(phase, exchanges, [&](int unit) { Multiplied<X>::exchange(rows, pairs_, unit); });
-    int units = 0;
-    for (int e = 0; e < m.num_experts; e++) units += matmul_units(tile(e, width), rows);
     team.run(phase, units, [&](int unit) {
       int e = 0;
       for (int own; unit >= (own = matmul_units(tile(e, width), rows)); e++) unit -= own;
@@ -163,6 +175,7 @@ class Experts {
   std::vector<int> chosen_, pair_, row_;  // [rows][per token]: experts, pairs; [pairs]: rows
   std::vector<float> shares_;             // [rows][per token]
   std::vector<int> first_;                // [experts + 1], the first pair of each expert
+  std::atomic<int> gate_up_units_{0}, down_units_{0};
 };
 
 }  // namespace loraplex

@@ -51,7 +51,9 @@ class InputRows {
     rows_.reserve(Blocked::size(rows, width));
     if (ORDER == Order::TILES) exchanged_.reserve(Blocked::size(rows, width));
   }
-  Inputs get() { return {{rows_.data(), width_}, exchanged_.data()}; }
+  Inputs get() { return get(width_); }
+  // The memory for rows of another width, for which there must be room.
+  Inputs get(int width) { return {{rows_.data(), width}, exchanged_.data()}; }
   void put(int t, int first, int count, const float* x) { get().rows.put(t, first, count, x); }
 
  private:
@@ -72,7 +74,8 @@ struct Multiplied<float> {
   using Rows = const float*;
   static void reserve(InputRows&, int, int) {}
   static void put(InputRows&, int, int, int, const float*) {}
-  static Rows rows(const float* x, InputRows&) { return x; }
+  static void put_row(InputRows&, int, int, const float*) {}
+  static Rows rows(const float* x, InputRows&, int = 0) { return x; }
   static int exchange_units(Rows, int) { return 0; }
   static void exchange(Rows, int, int) {}
 };
@@ -84,7 +87,9 @@ struct Multiplied<bf16> {
   using Rows = Inputs;
   static void reserve(InputRows& inputs, int rows, int width) { inputs.reserve(rows, width); }
   static void put(InputRows& inputs, int t, int first, int count, const float* x) { inputs.put(t, first, count, x); }
+  static void put_row(InputRows& inputs, int t, int width, const float* x) { inputs.get(width).rows.put(t, 0, width, x); }
   static Rows rows(const float*, InputRows& inputs) { return inputs.get(); }
+  static Rows rows(const float*, InputRows& inputs, int width) { return inputs.get(width); }
   static int exchange_units(const Rows& x, int count) { return x.units(count); }
   static void exchange(const Rows& x, int count, int unit) { x.exchange(count, unit); }
 };

@@ -4,8 +4,7 @@
 #include "decoder.h"
 #include "quantise.h"
 #include "sampling/exports.h"
-#include "train.h"
-#include "unpack.h"
+#include "training/interface.h"
 
 using namespace loraplex;
 
@@ -36,6 +35,41 @@ int loraplex_forward(const Model* model, const Batch* batch, Workspace* workspac
     return NO_FAULT;
   } catch (const std::bad_alloc&) {
     return NO_MEMORY;
+  }
+}
+
+// For tests of the threads: passes over two arrays of `width` numbers, of which each phase computes one from
+// the other. Phase p has units[p] units, or none and then computes nothing. `failure` makes the first unit of
+// phase `at` throw: 1 as an allocation does, 2 by running a pass within the pass. Returns NO_FAULT, NO_MEMORY, or
+// -1 for the refusal of the inner pass.
+int loraplex_phases(int threads, int passes, int phases, const int32_t* units, int width, uint32_t* numbers,
+                    int failure, int at) {
+  try {
+    for (int i = 0; i < passes; i++) {
+      Team team(threads);
+      team.pass([&] {
+        const uint32_t* from = numbers;
+        uint32_t* to = numbers + width;
+        for (int phase = 0, p = 0; p < phases; p++) {
+          team.run(phase, units[p], [&](int unit) {
+            if (p == at && unit == 0 && failure == 1) throw std::bad_alloc();
+            if (p == at && unit == 0 && failure == 2) Team(threads).pass([] {});
+            int end = int64_t(unit + 1) * width / units[p];
+            for (int j = int64_t(unit) * width / units[p]; j < end; j++)
+              to[j] = (from[j] ^ from[(7 * j + 3) % width]) * 2654435761u + p;
+          });
+          if (!units[p]) continue;
+          uint32_t* computed = to;
+          to = const_cast<uint32_t*>(from);
+          from = computed;
+        }
+      });
+    }
+    return NO_FAULT;
+  } catch (const std::bad_alloc&) {
+    return NO_MEMORY;
+  } catch (const std::logic_error&) {
+    return -1;
   }
 }
 
@@ -81,26 +115,21 @@ void loraplex_pack_bf16(const bf16* weights, int out, int in, bf16* packed) {
 
 // y = x W^T + bias, with x rounded to bfloat16.
 void loraplex_matmul_bf16(const Matrix* w, const float* x, int rows, float* y, int threads) {
-  Team team(2);
   InputRows inputs;
   inputs.reserve(rows, w->in);
   for (int t = 0; t < rows; t++) inputs.put(t, 0, w->in, x + size_t(t) * w->in);
   Inputs in = inputs.get();
-#pragma omp parallel num_threads(threads)
-  {
+  Tile tile = whole(*w, rows);
+  Team team(threads);
+  team.pass([&] {
     TileRegisters registers;
     int phase = 0;
-    Tile tile = whole(*w, rows);
     team.run(phase, in.units(rows), [&](int unit) { in.exchange(rows, unit); });
     team.run(phase, matmul_units(tile, in), [&](int unit) { matmul_unit(*w, tile, in, y, w->out, unit); });
-  }
+  });
 }
 
 #endif
-
-void loraplex_unpack_nf4(const uint8_t* packed, const float* maxima, int64_t count, float* out, int threads) {
-  unpack_nf4(packed, maxima, count, out, threads);
-}
 
 void loraplex_quantise_nf4(const void* weights, int is_bf16, int64_t count, uint8_t* packed, float* maxima,
                            int threads) {
@@ -111,13 +140,12 @@ void loraplex_quantise_nf4(const void* weights, int is_bf16, int64_t count, uint
 }
 
 void loraplex_matmul(const Matrix* w, const float* x, int rows, float* y, int threads) {
-  Team team(1);
-#pragma omp parallel num_threads(threads)
-  {
+  Tile tile = whole(*w, rows);
+  Team team(threads);
+  team.pass([&] {
     int phase = 0;
-    Tile tile = whole(*w, rows);
     team.run(phase, tile.units(), [&](int unit) { matmul_unit(*w, tile, x, y, w->out, unit); });
-  }
+  });
 }
 
 }  // extern "C"
@@ -131,10 +159,14 @@ static void lora(const SlotTable& table, const Batch& batch, const Fused& fused,
     std::fill(sequence.begin() + batch.query_starts[s], sequence.begin() + batch.query_starts[s + 1], s);
   Plan plan = make_plan(batch, table, sequence);
   std::vector<float> h(MAX_PARTS * plan.h_size), scratch(lora_scratch(in, plan.max_rank));
-  for (const LoraUnit& unit : shrink_units(plan, table, fused, FACTORS, UNIT_ROWS<X>))
+  for (const LoraUnit& unit : shrink_units(plan, table, fused, FACTORS, LORA_UNITS<X>))
     shrink<T>(plan, table, fused, layer, unit, rows, in, h.data(), scratch.data());
-  for (const LoraUnit& unit : expand_units(plan, fused, FACTORS | GAIN, UNIT_ROWS<X>))
+  for (const LoraUnit& unit : expand_units(plan, fused, FACTORS | GAIN, LORA_UNITS<X>))
     expand<T, X>(plan, table, fused, layer, unit, h.data(), y, out, scratch.data());
+  for (int row = 0; row < batch.num_tokens; row += 256)  // as a product's units do
+    for (int column = 0; column < out; column += 32)
+      expand_joined<T, X>(plan, table, fused, FACTORS | GAIN, layer, row, std::min(row + 256, batch.num_tokens), column,
+                          std::min(column + 32, out), h.data(), y, out, scratch.data());
 }
 
 template <class T>
@@ -250,49 +282,6 @@ void loraplex_activate(const float* gate, const float* up, int activation, int c
 void loraplex_cap(float* x, int count, float scale, float cap) { cap_row(x, count, scale, cap); }
 
 // Training: rows in parallel, `out` [rows][width] (of `silu_mul_backward`: [rows][2 * width]).
-void loraplex_train_rms_norm(const float* x, const float* weight, float eps, int rows, int width, float* scale,
-                             float* out, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int m = 0; m < rows; m++) {
-    scale[m] = inverse_rms(x + size_t(m) * width, width, eps);
-    scaled(x + size_t(m) * width, scale[m], weight, width, out + size_t(m) * width);
-  }
-}
-
-void loraplex_train_scaled(const float* x, const float* scale, const float* weight, int rows, int width,
-                           float* out, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int m = 0; m < rows; m++)
-    scaled(x + size_t(m) * width, scale[m], weight, width, out + size_t(m) * width);
-}
-
-void loraplex_train_rms_norm_backward(const float* x, const float* scale, const float* weight, const float* g,
-                                      int rows, int width, float* out, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int m = 0; m < rows; m++) {
-    size_t at = size_t(m) * width;
-    rms_norm_backward(x + at, scale[m], weight, g + at, width, out + at);
-  }
-}
-
-void loraplex_train_silu_mul(const float* gate_up, int rows, int width, float* out, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int m = 0; m < rows; m++) {
-    const float* gate = gate_up + size_t(m) * 2 * width;
-    silu_mul(gate, gate + width, width, out + size_t(m) * width);
-  }
-}
-
-void loraplex_train_silu_mul_backward(const float* gate_up, const float* g, int rows, int width, float* out,
-                                      int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int m = 0; m < rows; m++) {
-    const float* gate = gate_up + size_t(m) * 2 * width;
-    float* d_gate = out + size_t(m) * 2 * width;
-    silu_mul_backward(gate, gate + width, g + size_t(m) * width, width, d_gate, d_gate + width);
-  }
-}
-
 void loraplex_to_bf16(const float* x, int count, void* out) { put(x, count, static_cast<bf16*>(out)); }
 
 }  // extern "C"

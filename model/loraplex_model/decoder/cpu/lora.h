@@ -14,7 +14,9 @@ namespace loraplex {
 constexpr int LORA_ROWS = 48;      // rows of a unit with float
 constexpr int SHARED = 3;          // with this many rows or more, weights are widened to float once for all
 constexpr int LORA_RANKS = 32;     // ranks of a shrink unit
-constexpr int LORA_COLUMNS = 512;  // outputs of an expand unit
+constexpr int LORA_COLUMNS = 512;  // outputs of an expand unit with float
+constexpr int MOST_COLUMNS = 1024;  // of any
+constexpr int LONG_ROWS = 16;      // segments of so many rows are expanded by the product's units
 
 // An adapter used by a single row comes from memory in runs of a few cache lines, too short for the
 // hardware prefetcher to detect. So the kernels prefetch this many columns ahead.
@@ -23,13 +25,20 @@ constexpr int COLUMNS_AHEAD = 96;
 // A unit of work: rows [first, end) of a segment, for one part (projection) of a fused matrix.
 struct LoraUnit {
   int segment, part, first, end;
-  int term, rank;  // shrink: the term, and the first of its ranks
-  int column;      // expand: the first output
+  int term, rank;       // shrink: the term, and the first of its ranks
+  int column, columns;  // expand: the first output, and how many
 };
 
-// Rows of a unit where the product's rows are of type X.
+// How the work on rows of type X is divided.
+struct LoraUnits {
+  int rows, columns;  // of a unit, at most
+  bool joins;         // long segments are expanded where the product's unit has just written them
+
+  bool joined(const Segment& segment) const { return joins && segment.end - segment.first >= LONG_ROWS; }
+};
 template <class X>
-constexpr int UNIT_ROWS = TILED<X> ? 240 : LORA_ROWS;
+constexpr LoraUnits LORA_UNITS =
+    TILED<X> ? LoraUnits{240, MOST_COLUMNS, true} : LoraUnits{LORA_ROWS, LORA_COLUMNS, false};
 
 // The projections of one fused matrix and their columns in its output. The head counts as one as well, in
 // the layer after the last.
@@ -39,9 +48,9 @@ struct Fused {
   int column[MAX_PARTS], width[MAX_PARTS];
 };
 
-// The units, of up to `rows` rows, are the same in every layer. Segments with none of `uses` have no units.
+// The units are the same in every layer. Segments with none of `uses` have no units.
 inline std::vector<LoraUnit> shrink_units(const Plan& plan, const SlotTable& table, const Fused& fused,
-                                          int uses, int rows) {
+                                          int uses, LoraUnits sizes) {
   std::vector<LoraUnit> units;
   for (int s = 0; s < int(plan.segments.size()); s++) {
     const Segment& segment = plan.segments[s];
@@ -49,21 +58,25 @@ inline std::vector<LoraUnit> shrink_units(const Plan& plan, const SlotTable& tab
     for (int t = segment.term_begin; t < segment.term_end; t++)
       for (int part = 0; part < fused.parts; part++)
         for (int rank = 0; rank < table.max_ranks[plan.terms[t].slot]; rank += LORA_RANKS)
-          for (int row = segment.first; row < segment.end; row += rows)
-            units.push_back({s, part, row, std::min(row + rows, segment.end), t, rank, 0});
+          for (int row = segment.first; row < segment.end; row += sizes.rows)
+            units.push_back({s, part, row, std::min(row + sizes.rows, segment.end), t, rank, 0, 0});
   }
   return units;
 }
 
-inline std::vector<LoraUnit> expand_units(const Plan& plan, const Fused& fused, int uses, int rows) {
+inline std::vector<LoraUnit> expand_units(const Plan& plan, const Fused& fused, int uses, LoraUnits sizes) {
   std::vector<LoraUnit> units;
   for (int s = 0; s < int(plan.segments.size()); s++) {
     const Segment& segment = plan.segments[s];
-    if (!(segment.uses & uses)) continue;
-    for (int part = 0; part < fused.parts; part++)
-      for (int column = 0; column < fused.width[part]; column += LORA_COLUMNS)
-        for (int row = segment.first; row < segment.end; row += rows)
-          units.push_back({s, part, row, std::min(row + rows, segment.end), 0, 0, column});
+    if (!(segment.uses & uses) || sizes.joined(segment)) continue;
+    for (int part = 0; part < fused.parts; part++) {
+      int width = fused.width[part], pieces = (width + sizes.columns - 1) / sizes.columns;
+      int columns = sizes.joins ? ((width + pieces - 1) / pieces + 31) / 32 * 32 : sizes.columns;
+      for (int column = 0; column < width; column += columns)
+        for (int row = segment.first; row < segment.end; row += sizes.rows)
+          units.push_back({s, part, row, std::min(row + sizes.rows, segment.end), 0, 0, column,
+                           std::min(columns, width - column)});
+    }
   }
   return units;
 }
@@ -156,8 +169,8 @@ inline size_t lora_scratch(int widest_in, int max_rank) {
 }
 
 template <class T>
-inline void shrink_factor(const float* x, int in, LoraRows rows, const T* a, int rank, int ranks, float weight, float* h,
-                          int h_stride, float* scratch) {
+inline void shrink_factor(const float* x, int in, LoraRows rows, const T* a, int rank, int ranks, float weight,
+                          float* h, int h_stride, float* scratch, Ahead&) {
   int count = rows.end - rows.first;
   h += size_t(rows.first - rows.origin) * h_stride + rank;
   split_rows<T>(x + size_t(rows.first) * in, count, in, scratch);
@@ -174,10 +187,31 @@ inline void shrink_factor(const float* x, int in, LoraRows rows, const T* a, int
     shrink_rows<1>(scratch + size_t(m) * in, a, in, ranks, weight, h + m * h_stride, h_stride);
 }
 
-// `x` are the product's rows, `float*` or `Inputs`.
+// The weights of A or B that a unit reads for its segment's first term.
+template <class T>
+inline Ahead shrink_ahead(const Plan& plan, const SlotTable& table, const Fused& fused, int layer, const LoraUnit& unit,
+                          int in) {
+  const Entry& entry = table.at(plan.terms[unit.term].slot, layer, fused.projection[unit.part]);
+  int ranks = std::min(entry.rank - unit.rank, LORA_RANKS);
+  if (ranks <= 0) return {};
+  return {static_cast<const T*>(entry.a) + size_t(unit.rank) * in, 1, 0, size_t(ranks) * in * sizeof(T)};
+}
+template <class T>
+inline Ahead expand_ahead(const Plan& plan, const SlotTable& table, const Fused& fused, int layer,
+                          const LoraUnit& unit) {
+  int slot = plan.terms[plan.segments[unit.segment].term_begin].slot, width = fused.width[unit.part];
+  const Entry& entry = table.at(slot, layer, fused.projection[unit.part]);
+  if (!entry.rank) return {};
+  size_t row = size_t(width) * sizeof(T);
+  const T* b = static_cast<const T*>(entry.b) + unit.column;
+  if (unit.columns == width) return {b, 1, 0, row * entry.rank};
+  return {b, entry.rank, row, unit.columns * sizeof(T)};
+}
+
+// `x` are the product's rows, `float*` or `Inputs`. `ahead` is what the thread will probably read next.
 template <class T, class Rows>
 inline void shrink(const Plan& plan, const SlotTable& table, const Fused& fused, int layer,
-                   const LoraUnit& unit, const Rows& x, int in, float* h, float* scratch) {
+                   const LoraUnit& unit, const Rows& x, int in, float* h, float* scratch, Ahead ahead = {}) {
   const Term& term = plan.terms[unit.term];
   const Entry& entry = table.at(term.slot, layer, fused.projection[unit.part]);
   int ranks = std::min(entry.rank - unit.rank, LORA_RANKS);
@@ -188,9 +222,9 @@ inline void shrink(const Plan& plan, const SlotTable& table, const Fused& fused,
   for (int r = 0; r < ranks; r++)  // the first columns of B, for the expansion
     for (int c = 0; c < COLUMNS_AHEAD; c += 64 / sizeof(T))
       __builtin_prefetch(b + size_t(r) * width + c, 0, 2);
-  LoraRows rows{unit.first, unit.end, plan.segments[unit.segment].first};
+  LoraRows rows{unit.first, unit.end, plan.segments[unit.segment].origin()};
   shrink_factor(x, in, rows, a, unit.rank, ranks, term.weight, h + unit.part * plan.h_size + term.h,
-                table.max_ranks[term.slot], scratch);
+                table.max_ranks[term.slot], scratch, ahead);
 }
 
 // y[m][0:C pairs] += sum over r of h[m][r] * b[r], for M rows. The elements of b are in the order of T's
@@ -253,16 +287,16 @@ inline void expand_factor(const float* h, int h_stride, const T* b, size_t b_str
 // X is the type of the product's rows.
 template <class T, class X>
 inline void expand(const Plan& plan, const SlotTable& table, const Fused& fused, int layer,
-                   const LoraUnit& unit, const float* h, float* y, size_t y_stride, float* scratch) {
+                   const LoraUnit& unit, const float* h, float* y, size_t y_stride, float* scratch, Ahead ahead = {}) {
   const Segment& segment = plan.segments[unit.segment];
   int width = fused.width[unit.part];
-  int columns = std::min(LORA_COLUMNS, width - unit.column), rows = unit.end - unit.first;
+  int columns = unit.columns, rows = unit.end - unit.first;
   y += fused.column[unit.part] + unit.column + unit.first * y_stride;
   auto entry_of = [&](int slot) -> const Entry& {
     return table.at(slot, layer, fused.projection[unit.part]);
   };
   if (segment.uses & GAIN) {
-    float gains[LORA_COLUMNS];
+    float gains[MOST_COLUMNS];
     auto pick = [&](int slot) {
       const float* gain = entry_of(slot).gain;
       return gain ? gain + unit.column : nullptr;
@@ -283,10 +317,30 @@ inline void expand(const Plan& plan, const SlotTable& table, const Fused& fused,
     const T* b = static_cast<const T*>(entry.b) + unit.column;
     const float* of_term = h + unit.part * plan.h_size + term.h;
     if constexpr (TILED<X>)
-      expand_tiles({unit.first, unit.end, segment.first}, b, width, ranks, columns, of_term, h_stride, y, y_stride);
+      expand_tiles({unit.first, unit.end, segment.origin()}, b, width, ranks, columns, of_term, h_stride, y, y_stride,
+                   ahead);
     else
-      expand_factor(of_term + size_t(unit.first - segment.first) * h_stride, h_stride, b, width, ranks, rows, columns, y,
-                    y_stride, scratch);
+      expand_factor(of_term + size_t(unit.first - segment.origin()) * h_stride, h_stride, b, width, ranks, rows,
+                    columns, y, y_stride, scratch);
+  }
+}
+
+// The changes of the long segments within a part of the output that the product has just written: rows
+// [first, end) and columns [from, to).
+template <class T, class X>
+inline void expand_joined(const Plan& plan, const SlotTable& table, const Fused& fused, int uses, int layer, int first,
+                          int end, int from, int to, const float* h, float* y, size_t y_stride, float* scratch) {
+  for (int s = 0; s < int(plan.segments.size()); s++) {
+    const Segment& segment = plan.segments[s];
+    if (!(segment.uses & uses) || !LORA_UNITS<X>.joined(segment)) continue;
+    LoraUnit unit = {s, 0, std::max(first, segment.first), std::min(end, segment.end), 0, 0, 0, 0};
+    if (unit.first >= unit.end) continue;
+    for (unit.part = 0; unit.part < fused.parts; unit.part++) {
+      int column = fused.column[unit.part];
+      unit.column = std::max(from - column, 0);
+      unit.columns = std::min(to - column, fused.width[unit.part]) - unit.column;
+      if (unit.columns > 0) expand<T, X>(plan, table, fused, layer, unit, h, y, y_stride, scratch);
+    }
   }
 }
 

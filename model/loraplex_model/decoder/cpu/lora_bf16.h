@@ -3,18 +3,40 @@
 // PAIRS: an element of h is a sum of 16 lanes, lane l of the products of pairs l, l + 16, ... of the inputs.
 //   It stays in float32, and y += B h is that of lora.h.
 // TILES: A multiplies the exchanged rows as a weight matrix does, without being packed. Each element of h is
-//   rounded to bfloat16, and h lies in the form of blocked.h, its first row being that of the segment. For
-//   each 32 ranks, even + odd is added to y, which are chains over the even and the odd ranks. For many rows
-//   AMX computes the chains; for a few, FMAs do so faster, with the same bits.
+//   rounded to bfloat16, and h lies in the form of blocked.h, with the groups of 16 rows of x. For each 32
+//   ranks, even + odd is added to y, which are chains over the even and the odd ranks. For many rows AMX
+//   computes the chains; for a few, FMAs do so faster, with the same bits.
 #pragma once
 
 #include "inputs.h"
 
 namespace loraplex {
 
-// The rows [first, end) whose factors are applied, of a segment that begins at row `origin`.
+// The rows [first, end) whose factors are applied; A x of row `origin` is the first in memory.
 struct LoraRows {
   int first, end, origin;
+};
+
+// Fetches the weights that a thread will probably read next into its cache, a few lines at a time: rows of
+// `size` bytes, `stride` bytes apart. The processor's own prefetching begins late in each short matrix.
+class Ahead {
+ public:
+  Ahead() = default;
+  Ahead(const void* first, int rows, size_t stride, size_t size)
+      : at_(static_cast<const char*>(first)), end_(at_ + size), rows_(rows), stride_(stride), size_(size) {}
+  void fetch(int lines) {
+    for (; lines && at_ < end_; lines--, at_ += 64) __builtin_prefetch(at_, 0, 2);
+    if (at_ >= end_ && rows_ > 1) {
+      rows_--;
+      at_ = end_ - size_ + stride_;
+      end_ = at_ + size_;
+    }
+  }
+
+ private:
+  const char *at_ = nullptr, *end_ = nullptr;
+  int rows_ = 0;
+  size_t stride_ = 0, size_ = 0;
 };
 
 // Whether products with rows of type X compute A x rounded and in tiles.
@@ -51,7 +73,8 @@ inline void pair_dots(const bf16* const* x, const bf16* a, int in, float scale, 
 }
 
 template <int M>
-inline void pair_ranks(const Inputs& x, int in, int row, const bf16* a, int ranks, float weight, float* h, int h_stride) {
+inline void pair_ranks(const Inputs& x, int in, int row, const bf16* a, int ranks, float weight, float* h,
+                       int h_stride) {
   const bf16* rows[M];
   for (int m = 0; m < M; m++) rows[m] = x.rows.at(row + m, 0);
   int r = 0;
@@ -62,10 +85,11 @@ inline void pair_ranks(const Inputs& x, int in, int row, const bf16* a, int rank
 // Ranks [rank, rank + ranks) of h = weight * A x; `a` points to the first of them, and h to the segment's
 // rows of `h_stride` floats.
 inline void shrink_factor(const Inputs& x, int in, LoraRows rows, const bf16* a, int rank, int ranks, float weight,
-                          float* h, int h_stride, float*) {
+                          float* h, int h_stride, float*, Ahead&) {
+  auto at = [&](int row) { return h + size_t(row - rows.origin) * h_stride + rank; };
   int row = rows.first;
-  for (; row + 4 <= rows.end; row += 4) pair_ranks<4>(x, in, row, a, ranks, weight, h + size_t(row - rows.origin) * h_stride + rank, h_stride);
-  for (; row < rows.end; row++) pair_ranks<1>(x, in, row, a, ranks, weight, h + size_t(row - rows.origin) * h_stride + rank, h_stride);
+  for (; row + 4 <= rows.end; row += 4) pair_ranks<4>(x, in, row, a, ranks, weight, at(row), h_stride);
+  for (; row < rows.end; row++) pair_ranks<1>(x, in, row, a, ranks, weight, at(row), h_stride);
 }
 
 #elif LORAPLEX_ORDER == 2
@@ -74,13 +98,15 @@ constexpr int FEW_ROWS = 8;  // with fewer rows than these of a tile, FMAs are f
 
 // sums[g][16 ranks][16 rows] = a . x for G groups of rows.
 template <int G>
-inline void rank_tiles(const bf16* a, size_t a_stride, const bf16* x, size_t x_group, int steps, float* sums) {
+inline void rank_tiles(const bf16* a, size_t a_stride, const bf16* x, size_t x_group, int steps, float* sums,
+                       Ahead& ahead) {
 #ifdef LORAPLEX_AMX
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
   for (int s = 0; s < steps; s++, a += TILE_INPUTS, x += TILE) {
+    ahead.fetch(TILE_ROWS);
     _tile_loadd(4, a, a_stride * sizeof(bf16));
     _tile_loadd(5, x, 64);
     _tile_dpbf16ps(0, 4, 5);
@@ -109,7 +135,8 @@ inline void rank_tiles(const bf16* a, size_t a_stride, const bf16* x, size_t x_g
 
 // Rounds the sums of a group and up to 16 ranks, and writes those of its rows to h, with zeros after the
 // last rank.
-inline void put_hidden(const float* sums, int group, LoraRows rows, int rank, int ranks, float weight, const Blocked& h) {
+inline void put_hidden(const float* sums, int group, LoraRows rows, int rank, int ranks, float weight,
+                       const Blocked& h) {
   vf values[16];
   for (int r = 0; r < 16; r++) values[r] = r < ranks ? load(sums + r * 16) * weight : vf{};
   transpose(values);
@@ -121,7 +148,7 @@ inline void put_hidden(const float* sums, int group, LoraRows rows, int rank, in
 // Ranks [rank, rank + ranks) of h = weight * A x; `a` points to the first of them, `rank` is a multiple of
 // 32, and `scratch` holds 16 rows of A.
 inline void shrink_factor(const Inputs& x, int in, LoraRows rows, const bf16* a, int rank, int ranks, float weight,
-                          float* h, int h_stride, float* scratch) {
+                          float* h, int h_stride, float* scratch, Ahead& ahead) {
   Blocked hidden{reinterpret_cast<bf16*>(h), h_stride};
   int steps = Blocked::tiles(in), last = (rows.end - 1) / TILE_ROWS;
   size_t x_group = size_t(steps) * TILE;
@@ -144,7 +171,7 @@ inline void shrink_factor(const Inputs& x, int in, LoraRows rows, const bf16* a,
       if (count > 0)
         (groups == 4   ? rank_tiles<4>
          : groups == 2 ? rank_tiles<2>
-                       : rank_tiles<1>)(from, stride, at, x_group, steps, sums);
+                       : rank_tiles<1>)(from, stride, at, x_group, steps, sums, ahead);
       for (int g = 0; g < groups; g++)
         put_hidden(sums + g * 256, group + g, rows, rank + first, count, weight, hidden);
     }
@@ -161,7 +188,8 @@ inline void pair_tiles(const bf16* b, size_t stride, int ranks, int columns, bf1
       if (columns < TILE_INPUTS) std::copy_n(row, columns, part[i]);
       rows[i] = load_pairs(columns < TILE_INPUTS ? part[i] : row);
     }
-    vf evens = bit_cast<vf>((rows[0] & 0xffff) | rows[1] << 16), odds = bit_cast<vf>(rows[0] >> 16 | (rows[1] & 0xffff0000u));
+    vf evens = bit_cast<vf>((rows[0] & 0xffff) | rows[1] << 16);
+    vf odds = bit_cast<vf>(rows[0] >> 16 | (rows[1] & 0xffff0000u));
     vf low = interleave_low(evens, odds), high = interleave_high(evens, odds);
     std::memcpy(tiles + r * TILE_ROWS, &low, sizeof low);
     std::memcpy(tiles + TILE + r * TILE_ROWS, &high, sizeof high);
@@ -196,21 +224,13 @@ inline void add_tiles(const bf16* h, const bf16* tiles, float* y, size_t y_strid
 #endif
 }
 
-// The same for `rows` rows and `columns` columns of a tile.
-inline void add_part(const bf16* h, const bf16* tiles, int rows, int columns, float* y, size_t y_stride) {
-  if (rows == TILE_ROWS && columns == TILE_INPUTS) return add_tiles(h, tiles, y, y_stride);
-  alignas(64) float copy[TILE_ROWS * TILE_INPUTS] = {};
-  for (int m = 0; m < rows; m++) std::copy_n(y + m * y_stride, columns, copy + m * TILE_INPUTS);
-  written(copy);
-  add_tiles(h, tiles, copy, TILE_INPUTS);
-  for (int m = 0; m < rows; m++) std::copy_n(copy + m * TILE_INPUTS, columns, y + m * y_stride);
-}
-
 // y[m][0:32 C] += h[m] . b for M rows and up to 32 ranks, as `add_tiles` does.
 template <int M, int C>
-inline void add_chains(const float* h, const bf16* b, size_t b_stride, int ranks, float* y, size_t y_stride) {
+inline void add_chains(const float* h, const bf16* b, size_t b_stride, int ranks, float* y, size_t y_stride,
+                       Ahead& ahead) {
   vf sums[M][C][2][2] = {};  // [even or odd ranks][even or odd columns]
-  for (int r = 0; r < ranks; r++)
+  for (int r = 0; r < ranks; r++) {
+    ahead.fetch(C);
     for (int c = 0; c < C; c++) {
       vu columns = load_pairs(b + r * b_stride + c * TILE_INPUTS);
       for (int m = 0; m < M; m++) {
@@ -219,6 +239,7 @@ inline void add_chains(const float* h, const bf16* b, size_t b_stride, int ranks
         chain[1] = h[m * TILE_INPUTS + r] * odd(columns) + chain[1];
       }
     }
+  }
   for (int m = 0; m < M; m++)
     for (int c = 0; c < C; c++) {
       vf(&chains)[2][2] = sums[m][c];
@@ -231,13 +252,15 @@ inline void add_chains(const float* h, const bf16* b, size_t b_stride, int ranks
 
 template <int M>
 inline void add_rows(const bf16* hidden, const bf16* b, size_t b_stride, int ranks, int columns, float* y,
-                     size_t y_stride) {
+                     size_t y_stride, Ahead& ahead) {
   alignas(64) float h[M * TILE_INPUTS];
   for (int i = 0; i < M * TILE_INPUTS; i += LANES) store(h + i, load(hidden + i));
   int c = 0;
   if constexpr (M == 1)
-    for (; c + 2 * TILE_INPUTS <= columns; c += 2 * TILE_INPUTS) add_chains<M, 2>(h, b + c, b_stride, ranks, y + c, y_stride);
-  for (; c + TILE_INPUTS <= columns; c += TILE_INPUTS) add_chains<M, 1>(h, b + c, b_stride, ranks, y + c, y_stride);
+    for (; c + 2 * TILE_INPUTS <= columns; c += 2 * TILE_INPUTS)
+      add_chains<M, 2>(h, b + c, b_stride, ranks, y + c, y_stride, ahead);
+  for (; c + TILE_INPUTS <= columns; c += TILE_INPUTS)
+    add_chains<M, 1>(h, b + c, b_stride, ranks, y + c, y_stride, ahead);
   for (; c < columns; c++)
     for (int m = 0; m < M; m++) {
       float chains[2] = {};
@@ -247,23 +270,48 @@ inline void add_rows(const bf16* hidden, const bf16* b, size_t b_stride, int ran
     }
 }
 
-// y[m][0:columns] += B h[m] for the rows of a unit, whose first is a multiple of 16 after the segment's
-// first. `y` points to the first row.
+// The same for rows [row, end) of a group, whose A x is the tile `h`. `y` points to row 0.
+inline void add_group(const bf16* h, const bf16* tiles, int row, int end, int columns, float* y, size_t y_stride) {
+  if (end - row == TILE_ROWS && columns == TILE_INPUTS) return add_tiles(h, tiles, y + row * y_stride, y_stride);
+  alignas(64) float copy[TILE_ROWS * TILE_INPUTS] = {};
+  for (int m = row; m < end; m++) std::copy_n(y + m * y_stride, columns, copy + m % TILE_ROWS * TILE_INPUTS);
+  written(copy);
+  add_tiles(h, tiles, copy, TILE_INPUTS);
+  for (int m = row; m < end; m++) std::copy_n(copy + m % TILE_ROWS * TILE_INPUTS, columns, y + m * y_stride);
+}
+
+// y[m][0:columns] += B h[m] for the rows of a unit; `y` points to its first.
 inline void expand_tiles(LoraRows rows, const bf16* b, size_t b_stride, int ranks, int columns, const float* h,
-                          int h_stride, float* y, size_t y_stride) {
+                         int h_stride, float* y, size_t y_stride, Ahead& ahead) {
   Blocked hidden{const_cast<bf16*>(reinterpret_cast<const bf16*>(h)), h_stride};
-  int count = rows.end - rows.first, begin = rows.first - rows.origin, few = count % TILE_ROWS < FEW_ROWS ? count % TILE_ROWS : 0;
+  y -= rows.first * y_stride;
   alignas(64) bf16 tiles[2 * TILE];
   for (int rank = 0; rank < ranks; rank += TILE_INPUTS, b += TILE_INPUTS * b_stride) {
-    int step = std::min(ranks - rank, TILE_INPUTS), m = count - few;
-    for (int c = 0; m && c < columns; c += TILE_INPUTS) {
+    int step = std::min(ranks - rank, TILE_INPUTS);
+    // Calls use(row, end) for the rows of each group that has few of them, or many.
+    auto each_group = [&](bool few, auto use) {
+      for (int row = rows.first, end; row < rows.end; row = end) {
+        end = std::min((row / TILE_ROWS + 1) * TILE_ROWS, rows.end);
+        if ((end - row < FEW_ROWS) == few) use(row, end);
+      }
+    };
+    bool any = false;
+    each_group(false, [&](int, int) { any = true; });
+    for (int c = 0; any && c < columns; c += TILE_INPUTS) {
       int width = std::min(columns - c, TILE_INPUTS);
       pair_tiles(b + c, b_stride, step, width, tiles);
-      for (int row = 0; row < m; row += TILE_ROWS)
-        add_part(hidden.at(begin + row, rank), tiles, std::min(m - row, TILE_ROWS), width, y + row * y_stride + c, y_stride);
+      each_group(false, [&](int row, int end) {
+        const bf16* tile = hidden.at((row - rows.origin) / TILE_ROWS * TILE_ROWS, rank);
+        add_group(tile, tiles, row, end, width, y + c, y_stride);
+      });
     }
-    for (; m + 4 <= count; m += 4) add_rows<4>(hidden.at(begin + m, rank), b, b_stride, step, columns, y + m * y_stride, y_stride);
-    for (; m < count; m++) add_rows<1>(hidden.at(begin + m, rank), b, b_stride, step, columns, y + m * y_stride, y_stride);
+    each_group(true, [&](int row, int end) {
+      auto add = [&](auto kernel, int m) {
+        kernel(hidden.at(m - rows.origin, rank), b, b_stride, step, columns, y + m * y_stride, y_stride, ahead);
+      };
+      for (; row + 4 <= end; row += 4) add(add_rows<4>, row);
+      for (; row < end; row++) add(add_rows<1>, row);
+    });
   }
 }
 

@@ -24,6 +24,7 @@
 namespace loraplex {
 
 constexpr int GROUPS_AT_ONCE = 16;  // groups of 16 rows of a unit, so that unpacked weights are used often
+constexpr int UNITS_AHEAD = 2;  // a guess: the number of threads
 constexpr int UNIT_PANELS = ORDER == Order::TILES ? 2 : 1;
 
 // The rows of a product: as they are, and for TILES with rows and pairs of inputs of each tile exchanged.
@@ -83,6 +84,12 @@ struct Part {
     group = tile.first / TILE_ROWS + unit / panel_chunks(tile) * GROUPS_AT_ONCE;
     groups = std::min(GROUPS_AT_ONCE, last + 1 - group);
   }
+
+  // What it writes: rows and columns of the tile.
+  int first_row(const Tile& tile) const { return std::max(tile.first, group * TILE_ROWS); }
+  int end_row(const Tile& tile) const { return std::min(tile.first + tile.rows, (group + groups) * TILE_ROWS); }
+  int first_column(const Tile& tile) const { return std::max(tile.column, panel * PANEL); }
+  int end_column(const Tile& tile) const { return std::min(tile.end, (panel + panels) * PANEL); }
 };
 
 // Adds the bias to the sums [16 rows][16 outputs] of a group and a panel, and writes what lies in the tile.
@@ -224,9 +231,13 @@ inline void unpack_block(const uint8_t* codes, const float* absmax, bf16* out) {
 }
 
 // The weights of up to two panels, tile by tile: dense ones where they lie, NF4 unpacked into `scratch`.
+// While one is read, that which is `ahead` panels further is fetched from memory: a unit's weights are too
+// few for the hardware to detect, and the thread's next unit is probably so far away.
 struct PanelTiles {
   const Matrix& w;
   int panel, panels;
+  int step_to_second;  // from the first panel to the second
+  int ahead;
   bf16* scratch;  // [UNIT_PANELS][KEPT_TILES] tiles
 
   bool is_packed() const { return w.kind == Kind::nf4_packed; }
@@ -235,15 +246,20 @@ struct PanelTiles {
 
   const bf16* at(int p, int step) const {
     if (is_packed()) return kept(p, step);
-    return static_cast<const bf16*>(w.data) + (size_t(panel + p) * Blocked::tiles(w.in) + step) * TILE;
+    return static_cast<const bf16*>(w.data) + (size_t(panel + p * step_to_second) * Blocked::tiles(w.in) + step) * TILE;
   }
 
   // Unpacks tiles `step`, which is even, and `step + 1`.
   void unpack(int step) const {
     int blocks = w.in / BLOCK, block = step * TILE_INPUTS / BLOCK;
     for (int p = 0; p < panels; p++) {
-      size_t at = (size_t(panel + p) * blocks + block) * PANEL;
-      unpack_block(static_cast<const uint8_t*>(w.data) + at * (BLOCK / 2), w.absmax + at, kept(p, step));
+      size_t at = (size_t(panel + p * step_to_second) * blocks + block) * PANEL;
+      const uint8_t* codes = static_cast<const uint8_t*>(w.data) + at * (BLOCK / 2);
+      const float* absmax = w.absmax + at;
+      size_t next = size_t(ahead) * blocks * PANEL;
+      for (int i = 0; i < BLOCK / 2 * PANEL; i += 64) __builtin_prefetch(codes + next * (BLOCK / 2) + i, 0, 2);
+      __builtin_prefetch(absmax + next, 0, 2);
+      unpack_block(codes, absmax, kept(p, step));
     }
     written(scratch);
   }
@@ -315,21 +331,24 @@ inline void multiply_groups(const PanelTiles& weights, int groups, int first, in
                 : multiply_tiles<1, 1, UNPACK>(weights, first, end, x, x_group, sums);
 }
 
+// Sums [groups][panels] of tiles [16 outputs][16 rows] for the groups of rows from `group` on.
+inline void sum_tiles(const PanelTiles& weights, const Inputs& x, int group, int groups, float* sums) {
+  int steps = Blocked::tiles(weights.w.in), slab = weights.is_packed() && groups > 2 ? KEPT_TILES : steps;
+  size_t x_group = size_t(steps) * TILE;
+  for (int step = 0; step < steps; step += slab)
+    for (int g = 0; g < groups; g += 2) {
+      const bf16* from = x.exchanged + (group + g) * x_group + size_t(step) * TILE;
+      auto multiply = g == 0 && weights.is_packed() ? multiply_groups<true> : multiply_groups<false>;
+      multiply(weights, std::min(2, groups - g), step, std::min(step + slab, steps), from, x_group,
+               sums + g * weights.panels * 256);
+    }
+}
+
 inline void packed_unit(const Matrix& w, const Tile& tile, const Inputs& x, float* y, size_t y_stride, int unit) {
   Part part(tile, unit);
   alignas(64) bf16 scratch[UNIT_PANELS * KEPT_TILES * TILE];
   alignas(64) float sums[GROUPS_AT_ONCE * UNIT_PANELS * 256];
-  PanelTiles weights{w, part.panel, part.panels, scratch};
-  int steps = Blocked::tiles(w.in), slab = weights.is_packed() && part.groups > 2 ? KEPT_TILES : steps;
-  size_t x_group = size_t(steps) * TILE;
-  for (int step = 0; step < steps; step += slab) {
-    for (int g = 0; g < part.groups; g += 2) {
-      const bf16* from = x.exchanged + (part.group + g) * x_group + size_t(step) * TILE;
-      auto multiply = g == 0 && weights.is_packed() ? multiply_groups<true> : multiply_groups<false>;
-      multiply(weights, std::min(2, part.groups - g), step, std::min(step + slab, steps), from, x_group,
-               sums + g * part.panels * 256);
-    }
-  }
+  sum_tiles({w, part.panel, part.panels, 1, UNITS_AHEAD * UNIT_PANELS, scratch}, x, part.group, part.groups, sums);
   for (int g = 0; g < part.groups; g++)
     for (int p = 0; p < part.panels; p++) {
       float* at = sums + (g * part.panels + p) * 256;
@@ -364,6 +383,8 @@ inline void wide_unit(const Matrix& w, const Tile& tile, const Blocked& x, float
 }
 
 inline int matmul_units(const Tile& tile, const Inputs&) { return Part::units(tile); }
+
+inline Part part_of(const Tile& tile, const Inputs&, int unit) { return Part(tile, unit); }
 
 inline void matmul_unit(const Matrix& w, const Tile& tile, const Inputs& x, float* y, size_t y_stride, int unit) {
   if (w.kind == Kind::f32)

@@ -56,7 +56,7 @@ class BatchRow(NamedTuple):
 
     request: Request
     start: int
-    count: int  # type: ignore[assignment]  # of tokens; nobody counts the members of a row
+    count: int  # type: ignore[assignment]  # takes the place of the method of tuples
     logits: Logits
 
     @property

@@ -54,7 +54,10 @@ class Answers:
         end: Callable[[Request, Failure | None], None],
         on_fault: OnFault,
     ) -> None:
-        """`choices` chooses tokens; `end` ends a request; `on_fault` ends those for which choosing a token has failed."""
+        """`choices` chooses tokens; `end` ends a request; `on_fault` ends those without a token.
+
+        These are requests for which choosing a token has failed.
+        """
         self._choices = choices
         self._turns = turns
         self._clock = clock

@@ -7,8 +7,10 @@ import contextlib
 import logging
 import os
 import socket
+import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from loraplex_model.base.refusal import Reason, Refusal
 
@@ -20,10 +22,52 @@ END_SECONDS = 1.0
 """Seconds that a process which has closed its socket may take to end by itself."""
 KILL_SECONDS = 10.0
 """Seconds that a killed process may take to end; one that waits for a device may never end."""
+LOOK_SECONDS = 0.01
+"""Seconds between two looks at a process that is about to end."""
 
 _now = time.monotonic
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class SpawnedEngine:
+    """A process that was started, and the front's end of the socket to it.
+
+    The process ends when that end is closed, whoever closes it.
+    """
+
+    process: subprocess.Popen[bytes]
+    front: socket.socket
+
+    def abandon(self) -> None:
+        """Lets the process end, unless somebody else uses the socket. Idempotent."""
+        self.front.close()
+
+
+def spawn(command: Sequence[str], environment: Mapping[str, str] | None = None) -> SpawnedEngine:
+    """Starts a process with one end of a socket. Raises OSError.
+
+    `environment` is added to that of this process.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        with theirs:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=2,  # the front's standard output belongs to the front
+                pass_fds=[theirs.fileno()],
+                env={
+                    **os.environ,
+                    **(environment or {}),
+                    wire.SOCKET_VARIABLE: str(theirs.fileno()),
+                },
+            )
+    except BaseException:
+        ours.close()
+        raise
+    return SpawnedEngine(process, ours)
 
 
 class EngineProcess(asyncio.Protocol):
@@ -34,15 +78,17 @@ class EngineProcess(asyncio.Protocol):
         command: Sequence[str],
         receive: Callable[[FromEngine], None],
         environment: Mapping[str, str] | None = None,
+        spawned: SpawnedEngine | None = None,
     ) -> None:
         """`receive` is called on the loop with every message after the first.
 
-        `environment` is added to that of this process.
+        `environment` is added to that of this process. `spawned` is a process that was started by
+        the same command already.
         """
         self._command = command
-        self._environment = environment or {}
+        self._environment = environment
         self._receive = receive
-        self._child: asyncio.subprocess.Process | None = None
+        self._spawned = spawned
         self._transport: asyncio.Transport | None = None
         self._frames = wire.Frames()
         self._first: asyncio.Future[FromEngine | None] = asyncio.get_running_loop().create_future()
@@ -52,7 +98,7 @@ class EngineProcess(asyncio.Protocol):
     @property
     def pid(self) -> int | None:
         """Process id; None before the process exists."""
-        return self._child.pid if self._child is not None else None
+        return self._spawned.process.pid if self._spawned is not None else None
 
     async def start(self) -> Hello:
         """Starts the process and waits until it is ready. Raises `Refusal`.
@@ -73,25 +119,15 @@ class EngineProcess(asyncio.Protocol):
         return first
 
     async def _connect(self) -> None:
-        """Starts the process with one end of a socket; the other end is ours. Raises OSError."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        """Starts the process, if that has not been done, and connects to it. Raises OSError."""
+        if self._spawned is None:
+            self._spawned = spawn(self._command, self._environment)
+        sock = self._spawned.front
         try:
-            with theirs:
-                self._child = await asyncio.create_subprocess_exec(
-                    *self._command,
-                    stdin=asyncio.subprocess.DEVNULL,
-                    stdout=2,  # the front's standard output belongs to the front
-                    pass_fds=[theirs.fileno()],
-                    env={
-                        **os.environ,
-                        **self._environment,
-                        wire.SOCKET_VARIABLE: str(theirs.fileno()),
-                    },
-                )
-            await asyncio.get_running_loop().create_unix_connection(lambda: self, sock=ours)
+            await asyncio.get_running_loop().create_unix_connection(lambda: self, sock=sock)
         except BaseException:
             # A process that was started after all ends when it finds its socket closed.
-            ours.close()
+            self._spawned.abandon()
             raise
 
     def send(self, message: ToEngine) -> None:
@@ -123,22 +159,23 @@ class EngineProcess(asyncio.Protocol):
         """
         if self._transport is not None:
             self._transport.abort()
-        if self._child is None:
+        if self._spawned is None:
             return None
+        process = self._spawned.process
         try:
             if self._lost.is_set():
                 # It has closed its socket, so it is ending by itself: its own status is wanted.
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(END_SECONDS):
-                        return await self._child.wait()
+                        return await _end_of(process)
         finally:
             with contextlib.suppress(ProcessLookupError):
-                self._child.kill()
+                process.kill()
         try:
             async with asyncio.timeout(KILL_SECONDS):
-                return await self._child.wait()
+                return await _end_of(process)
         except TimeoutError:
-            log.error("the engine process %d does not end although it was killed", self._child.pid)
+            log.error("the engine process %d does not end although it was killed", process.pid)
             return None
 
     # asyncio.Protocol
@@ -166,3 +203,10 @@ class EngineProcess(asyncio.Protocol):
         if not self._first.done():
             self._first.set_result(None)
         self._lost.set()
+
+
+async def _end_of(process: subprocess.Popen[bytes]) -> int:
+    """Waits until a process has ended; returns its status, as `EngineProcess.kill`."""
+    while (status := process.poll()) is None:  # noqa: ASYNC110 - a process sets no event
+        await asyncio.sleep(LOOK_SECONDS)
+    return status

@@ -40,6 +40,7 @@ from loraplex_server.engine.messages import (
     Unmerge,
     Withdraw,
 )
+from loraplex_server.engine.process.child import SpawnedEngine
 from loraplex_server.engine.process.limits import SupervisionLimits
 from loraplex_server.engine.process.observer import EngineObserver
 from loraplex_server.engine.process.restoring import Restoration
@@ -84,17 +85,20 @@ class EngineClient:
         environment: Mapping[str, str] | None = None,
         evidence: Evidence | None = None,
         is_last: Callable[[], bool] = lambda: True,
+        spawned: SpawnedEngine | None = None,
     ) -> None:
         """`command` starts the process, which finds its socket through `wire.SOCKET_VARIABLE`.
 
         `backoff` replaces the first and the longest pause of `limits`. Engines of one server share
-        `evidence`; for `environment` and `is_last` see `Supervisor`.
+        `evidence`; for `environment`, `is_last` and `spawned` see `Supervisor`.
         """
         limits = limits or SupervisionLimits()
         if backoff is not None:
             limits = replace(limits, first_pause=backoff[0], longest_pause=backoff[1])
         self._observer = observer
-        self._supervisor = Supervisor(command, self._receive, self, limits, environment, is_last)
+        self._supervisor = Supervisor(
+            command, self._receive, self, limits, environment, is_last, spawned
+        )
         evidence = evidence or Evidence()
         self._suspects = Suspects(limits, evidence=evidence)
         self._suspect_loads = SuspectLoads(self._suspects)

@@ -56,6 +56,7 @@ Inbox = queue.SimpleQueue[ToEngine | None]
 
 def main() -> int:
     """Runs the engine until the front is gone; returns the exit status."""
+    gc.disable()  # importing torch leaves no garbage, but looking for it takes a quarter second
     # The front decides when the engine ends: a Ctrl-C in the terminal must not cut its drain short.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -90,6 +91,7 @@ def main() -> int:
     gc.collect()
     sys.setswitchinterval(SWITCH_SECONDS)
     gc.freeze()  # the model's objects are never freed; no later collection visits them
+    gc.enable()
     try:
         return serve(core, inbox, outbox, pulse)
     except DeviceLost:

@@ -21,7 +21,7 @@ from typing import Protocol
 from loraplex_model.base.refusal import Reason, Refusal
 
 from loraplex_server.engine.messages import FromEngine, Hello, Shutdown, ToEngine
-from loraplex_server.engine.process.child import EngineProcess
+from loraplex_server.engine.process.child import EngineProcess, SpawnedEngine
 from loraplex_server.engine.process.identity import BaseChanged, differences, tokenizer_digests
 from loraplex_server.engine.process.limits import RestartPolicy, SupervisionLimits
 from loraplex_server.engine.process.pulse import Hang, PulseCheck
@@ -85,15 +85,18 @@ class Supervisor:
         limits: SupervisionLimits,
         environment: Mapping[str, str] | None = None,
         is_last: Callable[[], bool] = lambda: True,
+        spawned: SpawnedEngine | None = None,
     ) -> None:
         """`command` starts the process, which finds its socket through `wire.SOCKET_VARIABLE`.
 
-        `environment` is added to that of this process. `is_last` tells whether no other engine of
+        `spawned` is the first process, if it was started already. `environment` is added to that of
+        this process. `is_last` tells whether no other engine of
         the server is left; until then this one is not given up for good.
         """
         self._command = list(command)
         self._environment = environment
         self._is_last = is_last
+        self._spawned = spawned
         self._receive = receive
         self._events = events
         self._limits = limits
@@ -187,7 +190,8 @@ class Supervisor:
 
     async def _start(self, seconds: float) -> Hello:
         """Starts a process, which has `seconds` to become ready. Raises `Refusal`."""
-        self._process = EngineProcess(self._command, self._receive, self._environment)
+        spawned, self._spawned = self._spawned, None
+        self._process = EngineProcess(self._command, self._receive, self._environment, spawned)
         try:
             async with asyncio.timeout(seconds):
                 return await self._process.start()

@@ -231,8 +231,8 @@ def build(config: RunnerConfig) -> LocalRunner:
     prefix_blocks = sizer.prefix_blocks(block_size)
     num_blocks = len(decoder.keys[0]) - prefix_blocks
     context = min(positions, num_blocks * block_size)
-    # What torch still does works on a few rows; there its threads would only wait for each other and
-    # for those of the decoder.
+    # What torch still does works on a few rows; there its threads would only wait for each other
+    # and for those of the decoder.
     if isinstance(decoder, NativeDecoder):
         torch.set_num_threads(1)
     return LocalRunner(

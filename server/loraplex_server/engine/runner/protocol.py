@@ -244,7 +244,8 @@ class AheadRunner(ModelRunner, Protocol):
 
 def sampler_of(runner: ModelRunner) -> RowSampler | None:
     """The sampler of a runner. A runner without kernels has no `sampler`, or None in its place."""
-    return getattr(runner, "sampler", None)
+    sampler: RowSampler | None = getattr(runner, "sampler", None)
+    return sampler
 
 
 def works_ahead(runner: ModelRunner) -> TypeGuard[AheadRunner]:

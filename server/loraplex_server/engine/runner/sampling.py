@@ -21,7 +21,8 @@ class NativeSampler:
         self, logits: NDArray[np.float32], lines: Sequence[int], draws: Sequence[int]
     ) -> list[int]:
         """One token for each row; -1 if its logits are not finite."""
-        return self._native.choose(logits, np.array(lines, np.int32), draws).tolist()
+        tokens: list[int] = self._native.choose(logits, np.array(lines, np.int32), draws).tolist()
+        return tokens
 
     def logprobs(
         self,

@@ -1,7 +1,7 @@
-// NF4 codes to floats: code[nibble] * maximum with one rounding, as in `nf4.dequantize`.
+// NF4 codes to floats: code[nibble] * maximum with one rounding, as in `nf4.dequantize`; or rounded to bf16.
 #pragma once
 
-#include "matmul.h"
+#include "../matmul.h"
 
 namespace loraplex {
 
@@ -22,17 +22,18 @@ inline vu neighbours(const uint8_t* packed) {
 }
 
 // Unpacks the `count` weights of one module; maxima [ceil(count / 64)]. The last block may be short.
-inline void unpack_nf4(const uint8_t* packed, const float* maxima, int64_t count, float* out, int threads) {
+template <class T>
+inline void unpack_nf4(const uint8_t* packed, const float* maxima, int64_t count, T* out, int threads) {
   Nf4Table table;
   int64_t blocks = (count + BLOCK - 1) / BLOCK;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t block = 0; block < blocks; block++) {
     const uint8_t* bytes = packed + block * BLOCK / 2;
-    float* at = out + block * BLOCK;
+    T* at = out + block * BLOCK;
     int width = int(std::min<int64_t>(BLOCK, count - block * BLOCK)), i = 0;
     vf scale = set1(maxima[block]);
     for (; i + LANES <= width; i += LANES) store(at + i, table(neighbours(bytes + i / 2), 0) * scale);
-    for (; i < width; i++) at[i] = NF4[bytes[i / 2] >> (i % 2 ? 0 : 4) & 15] * maxima[block];
+    for (; i < width; i++) store1(at + i, NF4[bytes[i / 2] >> (i % 2 ? 0 : 4) & 15] * maxima[block]);
   }
 }
 
