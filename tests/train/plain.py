@@ -129,7 +129,10 @@ class _Scores:
 def _by_the_book() -> ExitStack:
     """The decoder without the derivatives that we wrote."""
 
-    def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, None]:
+    def rms_norm(
+        x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype | None = None
+    ) -> tuple[torch.Tensor, None]:
+        assert dtype in (None, x.dtype)
         w = autograd.wide(x)
         normed = w / (w.pow(2).mean(-1, keepdim=True) + eps).sqrt()
         return weight.to(x.dtype) * normed.to(x.dtype), None

@@ -93,8 +93,8 @@ def job(name: str, path: Path, **changes: Any) -> JobSpec:
 def spec(top: Path, out: str, *jobs: JobSpec, **changes: Any) -> RunSpec:
     """A run of these jobs on the base in `top`, in float32."""
     made = RunSpec(
-        jobs, top / out, str(top / MODEL), dtype="float32", device="cpu", threads=1,
-        cache=top / CACHE, save_every=3,
+        jobs, top / out, str(top / MODEL), dtype="float32", products="float32", device="cpu",
+        threads=1, cache=top / CACHE, save_every=3,
     )  # fmt: skip
     return replace(made, **changes)
 

@@ -170,7 +170,7 @@ def test_float32_does_not_use_the_kernels() -> None:
 def test_types_that_auto_stands_for(
     tmp_path: Path, options: dict[str, str], has: bool, expected: tuple[str, str]
 ) -> None:
-    spec = runs.spec(tmp_path, "a", **{"dtype": "auto", **options})
+    spec = runs.spec(tmp_path, "a", **{"dtype": "auto", "products": "auto", **options})
     with mock.patch.object(products, "available", return_value=has):
         found = precision.chosen(spec, torch.device("cpu"))
         assert (found.dtype, found.products) == expected
