@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import signal
+import sys
 from contextlib import suppress
 
 import typer
@@ -19,6 +21,8 @@ HELP = "Serve one NF4 base model and many LoRA adapters over gRPC."
 def serve(config: Config) -> None:
     """Load the base model and serve until SIGTERM."""
     logs.configure(config.log_format, config.log_level)
+    for number in (signal.SIGTERM, signal.SIGINT):  # until the server has handlers of its own
+        signal.signal(number, lambda *_: sys.exit(0))
     engine = _start_early(config)
     try:
         # These imports take as long as half of the engine's start, so both run at the same time.

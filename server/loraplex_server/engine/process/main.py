@@ -172,6 +172,8 @@ def _receive(front: socket.socket, inbox: Inbox) -> None:
     except wire.WireError as error:
         log.error("the front sent bytes that are not a message: %s", error)
         status = EXIT_BAD_FRAME
+    except ConnectionResetError:
+        pass  # the front ended without reading all: it says itself why
     except OSError as error:
         log.error("the socket to the front failed: %s", error)
     os._exit(status)
