@@ -169,12 +169,7 @@ class Crew {
   template <class Done>
   void wait(Event& event, Seat& seat, Done done, std::chrono::microseconds time = SPIN) {
     if (spin(done, time)) return;
-    if (seat.index) keep_off(true);
     event.sleep(done);
-    if (seat.index)
-      spread();
-    else
-      caller_processor_.store(sched_getcpu(), std::memory_order_relaxed);
   }
 
   // Progress of a round, kept here because threads outside of the round read it.
@@ -245,32 +240,12 @@ class Crew {
     }
   }
 
-  // The threads of a pass should have processors of their own. Linux wakes a thread on the waking one's
-  // processor if the others are busy for a moment, and may leave it there for long. So threads sleep with an
-  // affinity without the caller's processor. Awake they have the caller's affinity, so that the system can move
-  // a paused one to any idle processor.
-
-  // Gives the calling thread the caller's affinity, without the caller's processor if `off`.
-  void keep_off(bool off) {
-    cpu_set_t set;
-    int processor = caller_processor_.load(std::memory_order_relaxed);
-    if (sched_getaffinity(caller_.load(std::memory_order_relaxed), sizeof set, &set)) return;
-    if (off && processor >= 0 && processor < CPU_SETSIZE) CPU_CLR(processor, &set);
-    if (CPU_COUNT(&set)) sched_setaffinity(0, sizeof set, &set);
-  }
-
-  // Moves the calling thread off the caller's processor if it is there, and gives it the caller's affinity.
-  void spread() {
-    if (sched_getcpu() == caller_processor_.load(std::memory_order_relaxed)) keep_off(true);
-    keep_off(false);
-  }
-
-  // Notes the calling thread as the caller. If it is on another processor than before, the sleeping threads may
-  // be kept off the wrong one.
+  // Keeps the crew's threads off the caller's processor. Linux wakes a thread on the waking one's processor, and
+  // may leave both there for seconds although another processor is idle.
   void note_caller() {
-    caller_.store(syscall(SYS_gettid), std::memory_order_relaxed);
     int here = sched_getcpu();
-    if (caller_processor_.exchange(here, std::memory_order_relaxed) == here) return;
+    if (here == caller_processor_) return;
+    caller_processor_ = here;
     cpu_set_t set;
     if (here < 0 || here >= CPU_SETSIZE || sched_getaffinity(0, sizeof set, &set)) return;
     CPU_CLR(here, &set);
@@ -282,8 +257,7 @@ class Crew {
   Event opened_;
   void (*function_)(void*, Seat&) = nullptr;
   void* argument_ = nullptr;
-  std::atomic<pid_t> caller_{0};
-  std::atomic<int> caller_processor_{-1};
+  int caller_processor_ = -1;  // when a round was last opened
   uint64_t round_ = 0;
   int size_ = 1, wanted_ = 1;
   std::unique_ptr<Seat[]> seats_;
