@@ -27,6 +27,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says which kernels ran, since that depends on the machine."""
+    from loraplex_model.ops import build
+
+    isas = build.supported_isas()
+    tested = [isa for isa in ("amx", "avx512bf16") if isa in isas]
+    products = f"by {' and '.join(tested)}, and by" if tested else "by"
+    terminalreporter.write_line(
+        f"kernels: {isas[0]} by default, of {', '.join(isas)}; products of bfloat16 {products} "
+        "the software versions of both orders"
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # A script's background job ignores SIGINT, and so would the trainers that tests interrupt.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
