@@ -149,7 +149,7 @@ class Config(BaseSettings):
     """Keep keys and values of prompts and answers, for later requests that begin alike."""
     token_budget: int = Field(512, ge=1)
     """Most tokens in one step: decode rows and prompt chunks together."""
-    prompt_step_ratio: float = Field(3.0, ge=0, le=1000)
+    prompt_step_ratio: float = Field(2.0, ge=0, le=1000)
     """How many times as long as a step that only decodes a step with prompt chunks may take. Lower
     values keep the time between tokens even, higher ones compute prompts faster; 0 sets no limit.
     """

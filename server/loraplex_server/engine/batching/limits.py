@@ -33,7 +33,7 @@ class EngineLimits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_waiting_tokens: int = 1 << 18
     prompt_logprob_rows: int = 128
     prefix_cache: bool = True
-    prompt_step_ratio: float = 3.0
+    prompt_step_ratio: float = 2.0
     fair_weights: Mapping[str, float] = {}
     max_queue_seconds: float = 60.0
     adapter_turn: float = 30.0

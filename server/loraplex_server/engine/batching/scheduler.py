@@ -162,8 +162,7 @@ class Scheduler:
         self._left_some_out = bool(rows)
         prompts = self._schedule_decodes(rows, left_out if rows else ())
         if not self._left_some_out:
-            count = len(prompts) + min(len(self.queue), self.places)
-            budget = self.costs.allowance(len(rows), self._token_budget - len(rows), count)
+            budget = self.costs.allowance(len(rows), self._token_budget - len(rows))
             if not rows and shares is not None and shares.has_majority(prompts, self.queue.waiting):
                 budget = -(-budget // PROMPT_PARTS)
             self._schedule_prompts(prompts, budget, rows, now, shares)

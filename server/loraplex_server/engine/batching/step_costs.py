@@ -6,10 +6,6 @@ While rows decode, every prompt token of a step delays their next tokens. So a s
     | decode rows | prompt tokens          |
     |<-- d(n) --->|<- at most (ratio-1) d ->|
 
-If more prompts can be computed than rows decode, they have up to `MOST_PROMPTS` times as long:
-steps with few rows cost almost as much as those with many, so rows that are ahead of many others
-gain little and cost the others much.
-
 `d(n)`, the time of a step with `n` decode rows alone, and the time of a prompt token are averages
 of recent steps. A step has no prompt tokens if d is not known, and one after `PROBE_EVERY` steps
 with some, so that d is known for the present rows. When nothing decodes, the whole budget is used.
@@ -22,9 +18,6 @@ from loraplex_server.engine.batching.fair_queue import NEW_COST
 
 FLOOR = 16
 """Prompt tokens that a step may always have."""
-
-MOST_PROMPTS = 4.0
-"""How many times as long a step may spend on prompts if few rows decode beside many prompts."""
 
 PROBE_EVERY = 48
 """Steps with decode rows and prompt tokens after which one has decode rows only."""
@@ -82,19 +75,15 @@ class StepCosts:
             known = self._decode[min(self._decode, key=lambda each: abs(each - rows))]
         return known
 
-    def allowance(self, rows: int, most: int, prompts: int = 1) -> int:
-        """Number of prompt tokens, at most `most`, for a step with `rows` decode rows.
-
-        `prompts` is the number of requests whose prompts can be computed now.
-        """
+    def allowance(self, rows: int, most: int) -> int:
+        """Number of prompt tokens, at most `most`, for a step with `rows` decode rows."""
         if not (rows and self._ratio and self.token_seconds):
             return most
         alone = self.decode_seconds(rows)
         if not alone or self._mixed >= PROBE_EVERY:
             self._mixed = 0
             return 0
-        times = min(max(prompts / rows, 1.0), MOST_PROMPTS)
-        return min(most, max(FLOOR, int((self._ratio - 1.0) * times * alone / self.token_seconds)))
+        return min(most, max(FLOOR, int((self._ratio - 1.0) * alone / self.token_seconds)))
 
 
 class WorkRates:
