@@ -70,7 +70,15 @@ def main(argv: list[str] | None = None) -> int:
 
 def found_programs(args: argparse.Namespace, directory: Path, results: show.Results) -> list[Peer]:
     """Loraplex and the wanted peers that are on this machine; the others are noted as skipped."""
-    settings = {"cache": args.cache, "device": "cpu", "dtype": args.dtype, "kv_memory": "2GiB"}
+    settings = {
+        "cache": args.cache,
+        "device": "cpu",
+        "dtype": args.dtype,
+        "kv_memory": "2GiB",
+        # As the peers, which set no limit to the prompts of a step: the default, 2, keeps the time
+        # between tokens even, which costs throughput when many prompts arrive at once.
+        "prompt_step_ratio": 4,
+    }
     found: list[Peer] = [Loraplex(args.work, settings)]
     gguf = next(iter(sorted((args.cache / "default").glob("*.gguf"))), directory)
     makers = {
