@@ -312,11 +312,13 @@ async def store_unavailable(up: Running, patch: pytest.MonkeyPatch) -> None:
 
 @raises(Reason.OVERLOADED)
 async def overloaded(up: Running, patch: pytest.MonkeyPatch) -> None:
-    calls = [up.generation.GenerateStream(streamed(ask(new=500))) for _ in range(4)]
+    calls = []
     try:
-        for call in calls[:3]:
-            await call.read()
-        await up.generation.Generate(ask())
+        for _ in range(3):  # one after the other: calls that are sent together arrive in any order
+            calls.append(up.generation.GenerateStream(streamed(ask(new=500))))
+            await calls[-1].read()
+        calls.append(up.generation.GenerateStream(streamed(ask(new=500))))
+        await until(lambda: up.metric("queue_depth") == 1)
         await up.generation.Generate(ask())
     finally:
         for call in calls:
