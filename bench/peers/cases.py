@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +77,7 @@ class Case:
         return self.popularity is Popularity.BASE
 
     def jobs(self, names: Sequence[str], seed: int) -> list[Job]:
-        """The requests. Each seed has other prompts, which share only the prefix with others."""
+        """The requests. Each case and seed has other prompts, which share the prefix alone."""
         workload = Workload(
             popularity=self.popularity,
             adapters=tuple(names),
@@ -84,7 +85,7 @@ class Case:
             prompt_tokens=Span(self.prompt, self.prompt),
             output_tokens=Span(self.output, self.output),
             token_ids=TOKEN_IDS,
-            seed=seed,
+            seed=zlib.crc32(f"{self.name} {seed}".encode()),
             shared_prefix=self.prefix,
         )
         return plan(workload)
