@@ -18,6 +18,7 @@ from loraplex_model.base.weights import BaseWeights
 from loraplex_model.checkpoints.load import load_base
 from loraplex_model.decoder.native import NativeDecoder
 from loraplex_model.decoder.reference import ReferenceDecoder
+from loraplex_model.ops import build
 from model.changes import KINDS
 from model.mixes import MIXES, distance, ids_of, solo, together, with_adapters
 from model.passes import BLOCK_SIZE, NUM_BLOCKS, Driver, Sequence, token_ids
@@ -144,12 +145,16 @@ def test_adapters_equal_the_reference(variant: str, known: Callable[[str], Known
 
 @pytest.mark.parametrize("variant", ["gemma3", "cohere", "stablelm", "olmo2", "mixtral"])
 def test_adapters_equal_the_reference_in_bfloat16(
-    variant: str, known: Callable[[str], Known]
+    variant: str, known: Callable[[str], Known], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Norms in each of their forms; elsewhere, families do not depend on the storage type.
 
-    Keys and values are rounded to it, at places that differ in the last bit.
+    Keys and values are rounded to it, at places that differ in the last bit. Mixtures are computed
+    without products of bfloat16: after their rounding, an expert that wins narrowly may lose.
     """
+    if variant in EXPERTS:
+        floats = (isa for isa in build.supported_isas() if isa not in ("amx", "avx512bf16"))
+        monkeypatch.setenv("LORAPLEX_ISA", next(floats))
     reference, native = reference_and_native(known(variant), torch.bfloat16)
     found = together(native, ("everything", "norms"))
     for name, wanted in together(reference, found).items():
@@ -189,14 +194,17 @@ def test_adapters_of_all_kinds_change_no_bit_of_others_and_merge(
 def test_bfloat16_storage(variant: str, known: Callable[[str], Known]) -> None:
     """The variants' weights are bfloat16 numbers, so that only keys and values are rounded.
 
-    Each is by at most 2^-9 of itself, in every layer.
+    Each is by at most 2^-9 of itself, in every layer. Products of bfloat16 round the inputs of the
+    four products of a layer as well.
     """
     family = known(variant)
     driver = Driver(family.native(torch.bfloat16))
     sequences = family.sequences()
     driver.step(*((sequence, len(sequence.ids)) for sequence in sequences))
     for sequence, expected in zip(sequences, family.logits, strict=True):
-        assert 0 < distance(sequence.logits[0], expected) < 2 * len(driver.decoder.keys) * 2**-9
+        roundings = 6 if "bfloat16 products" in driver.decoder.kernels else 2
+        bound = roundings * len(driver.decoder.keys) * 2**-9
+        assert 0 < distance(sequence.logits[0], expected) < bound
 
 
 def test_a_long_sequence_has_other_positions(known: Callable[[str], Known]) -> None:
