@@ -291,6 +291,7 @@ def packed_panels(library: ctypes.CDLL, rows: torch.Tensor) -> torch.Tensor:
     assert rows.dtype == torch.bfloat16
     rows = rows.contiguous()
     out, fan_in = rows.shape
-    panels = torch.zeros(-(-out // PANEL) * PANEL * (-(-fan_in // 32) * 32), dtype=torch.bfloat16)
+    count = -(-out // PANEL) * PANEL * (-(-fan_in // 32) * 32)
+    panels = mapping.zeros(2 * count).view(torch.bfloat16)
     library.loraplex_pack_bf16(c_void_p(rows.data_ptr()), out, fan_in, c_void_p(panels.data_ptr()))
     return panels

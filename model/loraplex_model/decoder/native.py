@@ -292,9 +292,8 @@ class NativeDecoder:
         if self._bf16_products and rows.dtype == torch.bfloat16:
             panels, kind = layout.packed_panels(self._library, rows), Storage.BF16_PACKED
         else:
-            panels = layout.dense_panels(rows)
+            panels = mapping.moved(layout.dense_panels(rows))
             kind = Storage.BF16 if rows.dtype == torch.bfloat16 else Storage.F32
-        panels = mapping.moved(panels)
         matrix = CMatrix(
             data=panels.data_ptr(),
             absmax=None,

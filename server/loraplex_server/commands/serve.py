@@ -25,8 +25,8 @@ def serve(config: Config) -> None:
         signal.signal(number, lambda *_: sys.exit(0))
     engine = _start_early(config)
     try:
-        # These imports take as long as half of the engine's start, so both run at the same time.
-        # No garbage arises from imports, and looking for it costs a fifth of their time.
+        # These imports and the engine's start take long, so both run at once.
+        # No garbage arises from imports, and looking for it takes time.
         gc.disable()
         from loraplex_server import app as server
 

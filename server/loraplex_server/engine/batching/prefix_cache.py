@@ -11,7 +11,7 @@ memory is needed.
 
 A request does not compute what an earlier one is about to keep: it waits for that block, takes it,
 and computes what is left. Who waits for whom follows from one pass over the running requests, in
-their order and in each step anew; a request never waits for a later one, so none waits for ever,
+their order and again in each step; a request never waits for a later one, so none waits for ever,
 whoever is cancelled or preempted meanwhile.
 
 What a request has kept is trusted once logits computed from it were finite. If a request ends

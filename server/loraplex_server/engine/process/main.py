@@ -56,7 +56,7 @@ Inbox = queue.SimpleQueue[ToEngine | None]
 
 def main() -> int:
     """Runs the engine until the front is gone; returns the exit status."""
-    gc.disable()  # importing torch leaves no garbage, but looking for it takes a quarter second
+    gc.disable()  # importing torch leaves no garbage, but looking for it takes time
     # The front decides when the engine ends: a Ctrl-C in the terminal must not cut its drain short.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

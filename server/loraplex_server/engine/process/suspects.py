@@ -216,9 +216,18 @@ class Suspects:
 
 
 def content_of(request: Submit) -> bytes:
-    """Digest of what a request computes, without its id, deadline, priority, account and seed."""
+    """Digest of what a request computes.
+
+    Its id, deadline, priority, account, salt of the prefix cache and seed are left out.
+    """
     sampling = msgspec.structs.replace(request.sampling, seed=0)
     plain = msgspec.structs.replace(
-        request, id=0, deadline=None, priority=0, account="", sampling=sampling
+        request,
+        id=0,
+        deadline=None,
+        priority=0,
+        account="",
+        cache_salt="",
+        sampling=sampling,
     )
     return hashlib.blake2b(msgspec.msgpack.encode(plain), digest_size=16).digest()
