@@ -314,7 +314,7 @@ async def store_unavailable(up: Running, patch: pytest.MonkeyPatch) -> None:
 async def overloaded(up: Running, patch: pytest.MonkeyPatch) -> None:
     calls = [up.generation.GenerateStream(streamed(ask(new=500))) for _ in range(4)]
     try:
-        # They arrive in any order, and how many of them run depends on who has sent requests lately.
+        # They arrive in any order, and how many run depends on who has sent requests lately.
         await until(lambda: up.metric("queue_depth") + up.metric("running_requests") == len(calls))
         await up.generation.Generate(ask())
     finally:
