@@ -294,6 +294,8 @@ class Story:
                 allowed.add("ADAPTER_NOT_MIXABLE")
             if len(operation.adapters) > 1:  # what is pinned or merged may leave no room for all
                 allowed |= {"ADAPTER_NOT_MIXABLE", "ADAPTER_TOO_LARGE"}
+            if operation.deadline is not None:  # it cannot end in time, by measured rates
+                allowed.add("DEADLINE_UNMEETABLE")
         if isinstance(operation, Pin | Merge):
             allowed |= {"PIN_BUDGET", "MERGE_BUDGET", "MERGE_UNSUPPORTED"}
         if isinstance(operation, Merge):  # it does not hold its adapter before it has begun

@@ -61,8 +61,8 @@ class Forecast:
         if deadline is None or now + wait + MARGIN * own <= deadline:
             return None
         text = (
-            f"the request would wait about {wait:.1f} s and take {own:.1f} s, "
-            f"but its deadline is in {deadline - now:.1f} s"
+            f"the request would wait about {wait:.3f} s and take {own:.3f} s, "
+            f"but its deadline is in {deadline - now:.3f} s"
         )
         return Failure(Reason.DEADLINE_UNMEETABLE, f"{text}; set a longer one or try again later")
 
