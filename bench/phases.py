@@ -50,7 +50,7 @@ void timed_run(const char* file, int line, T& team, int& phase, int units, Work 
 
 READER = r"""
 // Writes a line for each phase of this thread's passes, and forgets them. Returns the length.
-extern "C" int loraplex_phases(char* out, int size) {
+extern "C" int loraplex_phase_times(char* out, int size) {
   std::string text;
   for (auto& [key, seconds] : loraplex::PhaseClock::seconds)
     text += std::get<0>(key) + "\t" + std::to_string(std::get<1>(key)) + "\t" + std::get<2>(key) +
@@ -103,8 +103,8 @@ def timed(source: str, name: str) -> str:
 def read(library: build.Kernels, folder: Path) -> Counter[str]:
     """Milliseconds by phase of the passes since the last call."""
     buffer = create_string_buffer(1 << 20)
-    library.loraplex_phases.argtypes = [c_char_p, c_int]
-    length = library.loraplex_phases(buffer, len(buffer))
+    library.loraplex_phase_times.argtypes = [c_char_p, c_int]
+    length = library.loraplex_phase_times(buffer, len(buffer))
     assert length < len(buffer)
     found: Counter[str] = Counter()
     sources: dict[str, str] = {}
