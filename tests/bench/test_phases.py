@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+from pathlib import Path
 
 import phases
+import pytest
 from loraplex_model.ops import build
 
 SOURCE = """\
@@ -47,3 +51,15 @@ def test_the_decoder_has_no_phase_without_a_name() -> None:
     assert {"embeddings", "attention", "activation", "product: qkv", "LoRA expand"} <= set(names)
     calls = re.findall(r'PhaseClock::part = "(\w+)"', source)
     assert {"qkv", "o", "gate_up", "down", "lm_head"} <= set(calls)
+
+
+def test_sources_with_clocks_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "SOURCES", build.SOURCES)  # restored at the end
+    folder = tmp_path / "sources"
+    phases.instrument(folder)
+    build.source_digest.cache_clear()
+    compiler = os.environ.get("CXX", "c++")
+    for flags in (build.ISAS["portable"], ["-DLORAPLEX_BF16=2", "-DLANES=16"]):
+        command = [compiler, "-std=c++20", "-fopenmp", "-Wno-psabi", "-fsyntax-only", *flags]
+        done = subprocess.run([*command, folder / "library.cpp"], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
