@@ -84,9 +84,9 @@ def passes(args: argparse.Namespace) -> tuple[dict[str, Counter[str]], str]:
     each = (max(PROMPTS) + BLOCK) // BLOCK
     blocks = each + (CONTEXT // BLOCK + 1) * max(DECODE_ROWS)
     decoder = NativeDecoder(weights, blocks, BLOCK, 64, max_positions=2048, library=library)
-    adapter = pack(random_lora(weights.config, 16), dtype)
-    for slot in range(max(DECODE_ROWS)):
-        decoder.table.publish(slot, adapter)
+    adapter = random_lora(weights.config, 16)
+    for slot in range(max(DECODE_ROWS)):  # copies, since adapters of a server share no memory
+        decoder.table.publish(slot, pack(adapter, dtype))
     columns = {}
     for name, batch in batches().items():
         times: list[float] = []
