@@ -69,20 +69,12 @@ struct Inputs {
       for (int r = 0; r < used; r++) put(t + r, first, count, x + r * stride);
       return;
     }
-    for (int i = 0; i < count; i += TILE_INPUTS) {
-      vf pairs[TILE_ROWS] = {};
-      for (int r = 0; r < used; r++) {
-        const float* from = x + r * stride + i;
-        float last[TILE_INPUTS] = {};
-        if (count - i < TILE_INPUTS) {
-          std::copy_n(from, count - i, last);
-          from = last;
-        }
-        pairs[r] = bit_cast<vf>(round_pairs(from));
-      }
-      transpose(pairs);
-      bf16* to = at(t, first + i);
-      for (int k = 0; k < TILE_ROWS; k++) std::memcpy(to + k * TILE_INPUTS, &pairs[k], sizeof pairs[k]);
+    int i = 0;
+    for (; i + TILE_INPUTS <= count; i += TILE_INPUTS) put_tile(at(t, first + i), used, x + i, stride);
+    if (i < count) {
+      float last[TILE_ROWS * TILE_INPUTS] = {};
+      for (int r = 0; r < used; r++) std::copy_n(x + r * stride + i, count - i, last + r * TILE_INPUTS);
+      put_tile(at(t, first + i), used, last, TILE_INPUTS);
     }
     written(exchanged);
   }
@@ -94,6 +86,14 @@ struct Inputs {
   }
 
  private:
+  static void put_tile(bf16* to, int used, const float* x, size_t stride) {
+    vf pairs[TILE_ROWS];
+#pragma GCC unroll 16
+    for (int r = 0; r < TILE_ROWS; r++) pairs[r] = bit_cast<vf>(round_pairs(x + std::min(r, used - 1) * stride));
+    transpose(pairs);
+    for (int k = 0; k < TILE_ROWS; k++) std::memcpy(to + k * TILE_INPUTS, &pairs[k], sizeof pairs[k]);
+  }
+
   // Element i of row t in `exchanged`.
   bf16* at(int t, int i) const {
     return exchanged + (rows.group(t) - rows.data) + size_t(i / TILE_INPUTS) * TILE +
