@@ -112,7 +112,7 @@ class Pass {
       attention_.run(layer, unit, w.qkv.data(), qkv_stride_, w.attended.data(), w.attended_inputs);
     });
     if (!attention_.puts_inputs())
-      team_.run(phase, groups(b.num_tokens), [&](int group) {  // exchange
+      team_.run(phase, groups(b.num_tokens), [&](int group) {  // in the form in which their pairs are exchanged
         put_group(w.attended_inputs, group, b.num_tokens, w.attended, q_size_);
       });
     project(phase, layer.o, products_[O], l, w.attended.data(), w.attended_inputs, w.added.data(), out_stride_);
@@ -271,30 +271,17 @@ class Pass {
 
   void embed(int t) {
     float* x = row(w.x, t, m.hidden);
-    const T* table = static_cast<const T*>(m.embed);
     size_t token = b.tokens[t];
     if (token >= size_t(m.vocab)) {  // a virtual token of the row's only adapter
       const T* prompt = static_cast<const T*>(m.adapters.prompts[plan_.terms[plan_.segment(t)->term_begin].slot]);
       for (int i = 0; i < m.hidden; i++) x[i] = load1(prompt + (token - m.vocab) * m.hidden + i);
-    } else if (m.embed_in_panels && m.lm_head.kind == Kind::bf16_packed) {
-      for (int i = 0; i < m.hidden; i++) x[i] = load1(table + packed_place(token, i, m.hidden));
-    } else if (m.embed_in_panels) {
-      const T* at = table + token / PANEL * PANEL * m.hidden + token % PANEL;
-      for (int i = 0; i < m.hidden; i++) x[i] = load1(at + size_t(i) * PANEL);
     } else {
-      for (int i = 0; i < m.hidden; i++) x[i] = load1(table + token * m.hidden + i);
+      read_embedding<T>(m, token, x);
     }
     if (const Segment* segment = adapted(t, EMBEDDING); segment && token < size_t(m.vocab))
       add_embedding<T>(plan_, *segment, m.adapters, token, m.hidden, x, scratch());
     if (m.embed_scale != 1 && (token < size_t(m.vocab) || m.scaled_prompts)) scale_row(x, m.embed_scale, m.hidden);
     norm(t, m.layers[0].input_norm, 0, INPUT_LAYERNORM);
-  }
-
-  template <class W, class B>
-  void norm_row(const float* x, const W* weight, const B* bias, int width, float* out) const {
-    if (m.layer_norm) return layer_norm(x, weight, bias, m.norm_offset, m.eps, width, out);
-    if (m.norm_offset) return rms_norm(x, weight, m.norm_offset, m.eps, width, out);
-    rms_norm(x, weight, m.eps, width, out);
   }
 
   // Norms `parts` vectors of row t, side by side in x, with a norm's weight and bias as the row's adapters
@@ -312,7 +299,7 @@ class Pass {
     }
     auto apply = [&](auto* factors, auto* shifts) {
       for (int i = 0; i < parts; i++)
-        norm_row(x + i * width, factors + i * stride, shifts ? shifts + i * stride : shifts, width, out + i * width);
+        norm_row(m, x + i * width, factors + i * stride, shifts ? shifts + i * stride : shifts, width, out + i * width);
     };
     if (own_bias)
       own ? apply(own, own_bias) : apply(weight, own_bias);
@@ -375,24 +362,12 @@ class Pass {
       norm_parts(t, norm, layer, site, x, heads, m.head_dim, m.qk_span == EACH_SPAN ? m.head_dim : 0, x);
   }
 
-  void rotate_heads(const Layer& layer, int t, float* q) const {
-    if (layer.rotary < 0) return;
-    bool is_long = b.num_long && b.is_long[sequence_[t]] && layer.rotary == 0;
-    const Rotary& table = m.rotaries[is_long ? m.long_rotary : layer.rotary];
-    const float* cos = table.cos + size_t(b.positions[t]) * table.half;
-    const float* sin = table.sin + size_t(b.positions[t]) * table.half;
-    for (int head = 0; head < m.heads + m.kv_heads; head++) {
-      float* x = q + head * m.head_dim;
-      m.interleaved ? rotate_interleaved(x, cos, sin, table.half) : rotate(x, cos, sin, table.half);
-    }
-  }
-
   void rotate_and_cache(const Layer& layer, int l, int t) {
     float* q = row(w.qkv, t, qkv_stride_);
     float *k = q + q_size_, *v = k + kv_size_;
     head_norms(t, layer.q_norm, l, Q_NORM, q, m.heads);
     head_norms(t, layer.k_norm, l, K_NORM, k, m.kv_heads);
-    rotate_heads(layer, t, q);
+    rotate_heads(m, layer, b.positions[t], b.num_long && b.is_long[sequence_[t]], q);
     if (m.query_scale) scale_row(q, m.query_scale[b.positions[t]], q_size_);
     attention_.write(layer, t, k, v);
   }

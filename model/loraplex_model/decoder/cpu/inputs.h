@@ -48,15 +48,16 @@ class InputRows {
 #if LORAPLEX_ORDER
   void reserve(int rows, int width) {
     width_ = width;
+    for (columns_ = 1; columns_ < std::min(rows, TILE_ROWS);) columns_ *= 2;
     rows_.reserve(Blocked::size(rows, width));
   }
   Inputs get() { return get(width_); }
   // The memory for rows of another width, for which there must be room.
-  Inputs get(int width) { return {{rows_.data(), width}, rows_.data()}; }
+  Inputs get(int width) { return {{rows_.data(), width}, rows_.data(), columns_}; }
   void put(int t, int first, int count, const float* x) { get().put(t, first, count, x); }
 
  private:
-  int width_ = 0;
+  int width_ = 0, columns_ = TILE_ROWS;
   Memory<bf16> rows_;
 #endif
 };

@@ -38,10 +38,14 @@ inline vu round_pairs(const float* x) {
 }
 
 // The rows of a product, in the form that its order reads. PAIRS: `rows`. TILES: `exchanged`, which is the same
-// memory, with the tiles of blocked.h as 16 pairs of inputs for 16 rows. So a row has four bytes of every line.
+// memory, with rows and pairs of inputs of each tile exchanged: [16 pairs][columns][2]. With fewer than 16 rows the
+// lines of a tile that AMX loads overlap: they end with what belongs to no row. So few rows need few lines of cache.
 struct Inputs {
   Blocked rows;
   bf16* exchanged;
+  int columns;  // a power of two, at most 16, for as many rows of a group
+
+  int tile() const { return columns * TILE_INPUTS; }  // elements from one tile to the next
 
   // Writes elements [first, first + count) of row t. The padding is written with the last of them.
   void put(int t, int first, int count, const float* x) const {
@@ -53,7 +57,7 @@ struct Inputs {
       vu rounded = round_pairs(x + i - first);
       std::memcpy(pairs, &rounded, sizeof pairs);
       bf16* to = at(t, i);
-      for (int k = 0; k < LANES; k++) std::memcpy(to + k * 2 * TILE_ROWS, pairs + k, sizeof pairs[k]);
+      for (int k = 0; k < LANES; k++) std::memcpy(to + k * 2 * columns, pairs + k, sizeof pairs[k]);
     }
     for (; i < end; i++) store1(at(t, i), x[i - first]);
     if (end == rows.width)
@@ -70,11 +74,11 @@ struct Inputs {
       return;
     }
     int i = 0;
-    for (; i + TILE_INPUTS <= count; i += TILE_INPUTS) put_tile(at(t, first + i), used, x + i, stride);
+    for (; i + TILE_INPUTS <= count; i += TILE_INPUTS) put_tile(used, x + i, stride, at(t, first + i));
     if (i < count) {
       float last[TILE_ROWS * TILE_INPUTS] = {};
       for (int r = 0; r < used; r++) std::copy_n(x + r * stride + i, count - i, last + r * TILE_INPUTS);
-      put_tile(at(t, first + i), used, last, TILE_INPUTS);
+      put_tile(used, last, TILE_INPUTS, at(t, first + i));
     }
     written(exchanged);
   }
@@ -86,18 +90,21 @@ struct Inputs {
   }
 
  private:
-  static void put_tile(bf16* to, int used, const float* x, size_t stride) {
+  // Writes a tile of more than four rows; those after the last one repeat it.
+  void put_tile(int used, const float* x, size_t stride, bf16* to) const {
     vf pairs[TILE_ROWS];
 #pragma GCC unroll 16
     for (int r = 0; r < TILE_ROWS; r++) pairs[r] = bit_cast<vf>(round_pairs(x + std::min(r, used - 1) * stride));
     transpose(pairs);
-    for (int k = 0; k < TILE_ROWS; k++) std::memcpy(to + k * TILE_INPUTS, &pairs[k], sizeof pairs[k]);
+    if (columns == TILE_ROWS)
+      for (int k = 0; k < TILE_ROWS; k++) std::memcpy(to + k * TILE_INPUTS, &pairs[k], sizeof pairs[k]);
+    else
+      for (int k = 0; k < TILE_ROWS; k++) std::memcpy(to + k * TILE_ROWS, &pairs[k], sizeof pairs[k] / 2);
   }
 
   // Element i of row t in `exchanged`.
   bf16* at(int t, int i) const {
-    return exchanged + (rows.group(t) - rows.data) + size_t(i / TILE_INPUTS) * TILE +
-           i % TILE_INPUTS / 2 * (2 * TILE_ROWS) + t % TILE_ROWS * 2 + i % 2;
+    return exchanged + (rows.group(t) - rows.data) + size_t(i / 2) * (2 * columns) + t % TILE_ROWS * 2 + i % 2;
   }
 };
 
