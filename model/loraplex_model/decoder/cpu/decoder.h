@@ -128,7 +128,7 @@ class Pass {
     if (layer.router) {
       experts_.run(team_, phase, layer, l, w.normed.data(), out.data(), out_stride_, [&] { return scratch(); });
     } else if (gates_at_once(layer)) {
-      gated_product(phase, layer.gate_up);
+      gated_product(phase, layer.gate_up, l);
       project(phase, layer.down, products_[DOWN], l, w.gated.data(), w.gated_inputs, out.data(), out_stride_);
     } else {
       project(phase, layer.gate_up, products_[GATE_UP], l, w.normed.data(), w.normed_inputs, w.gate_up.data(),
@@ -214,24 +214,27 @@ class Pass {
     team_.run(phase, product.expand.size(), [&](int unit) { work.expand_unit(unit, scratch()); });
   }
 
-  // Whether gate, up and activation are one product: no adapter of the pass changes gate, up or down.
+  // Whether gate, up and activation are one product.
   bool gates_at_once(const Layer& layer) const {
 #if LORAPLEX_ORDER
     if constexpr (!std::is_same_v<X, float>) {
       return m.gated && gates_fit(layer.gate_up) && layer.down.kind == Kind::nf4_packed &&
-             products_[GATE_UP].is_plain() && products_[DOWN].is_plain();
+             products_[GATE_UP].is_whole() && products_[GATE_UP].expand.empty() && products_[DOWN].is_whole();
     }
 #endif
     return false;
   }
 
   // Fills `gated_inputs`.
-  void gated_product(int& phase, const Matrix& gate_up) {
+  void gated_product(int& phase, const Matrix& gate_up, int layer) {
 #if LORAPLEX_ORDER
     if constexpr (!std::is_same_v<X, float>) {
       Inputs x = w.normed_inputs.get(), out = w.gated_inputs.get();
+      const Product& product = products_[GATE_UP];
+      AdapterWork<T, X> work{product, m.adapters, layer, gate_up.in, m.threads, w.h.data(), nullptr, 0};
+      team_.run(phase, product.shrink.size(), [&](int unit) { work.shrink_unit(unit, x, scratch()); });
       team_.run(phase, gated_units(gate_up, b.num_tokens),
-                [&](int unit) { gated_unit(gate_up, m.activation, b.num_tokens, x, out, unit); });
+                [&](int unit) { gated_unit(gate_up, m.activation, b.num_tokens, x, out, work, unit); });
     }
 #endif
   }

@@ -281,6 +281,47 @@ inline void add_group(const bf16* h, const bf16* tiles, int row, int end, int co
   for (int m = row; m < end; m++) std::copy_n(copy + m % TILE_ROWS * TILE_INPUTS, columns, y + m * y_stride);
 }
 
+// Exchanges rows and columns of a tile's pairs.
+inline void exchange_pairs(const bf16* from, bf16* to) {
+  vf pairs[16];
+  for (int r = 0; r < TILE_ROWS; r++) std::memcpy(&pairs[r], from + r * TILE_INPUTS, sizeof pairs[r]);
+  transpose(pairs);
+  for (int r = 0; r < TILE_ROWS; r++) std::memcpy(to + r * TILE_INPUTS, &pairs[r], sizeof pairs[r]);
+  written(to);
+}
+
+// The tile [16 columns][32 ranks] of B.
+inline void column_tile(const bf16* b, size_t stride, int ranks, bf16* tile) {
+  alignas(64) bf16 tiles[2 * TILE];
+  pair_tiles(b, stride, ranks, TILE_ROWS, tiles);
+  exchange_pairs(tiles, tile);
+}
+
+// sums[16 columns][16 rows] += columns . h, which are tiles [16 columns][32 ranks] and [16 rows][32 ranks], as
+// `add_tiles` does.
+inline void add_columns(const bf16* columns, const bf16* h, float* sums) {
+  alignas(64) bf16 rows[TILE];
+  exchange_pairs(h, rows);
+#ifdef LORAPLEX_AMX
+  written(sums);
+  _tile_loadd(0, sums, 64);
+  _tile_loadd(4, columns, 64);
+  _tile_loadd(6, rows, 64);
+  _tile_dpbf16ps(0, 4, 6);
+  _tile_stored(0, sums, 64);
+#else
+  for (int c = 0; c < TILE_ROWS; c++) {
+    vf evens = {}, odds = {};
+    for (int k = 0; k < TILE_INPUTS / 2; k++) {
+      vu pair = broadcast_pair(columns + c * TILE_INPUTS + 2 * k), row = load_pairs(rows + k * TILE_INPUTS);
+      evens = even(pair) * even(row) + evens;
+      odds = odd(pair) * odd(row) + odds;
+    }
+    store(sums + c * 16, load(sums + c * 16) + (evens + odds));
+  }
+#endif
+}
+
 // y[m][0:columns] += B h[m] for the rows of a unit; `y` points to its first.
 inline void expand_tiles(LoraRows rows, const bf16* b, size_t b_stride, int ranks, int columns, const float* h,
                          int h_stride, float* y, size_t y_stride, Ahead& ahead) {

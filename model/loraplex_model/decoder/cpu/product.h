@@ -25,10 +25,8 @@ struct Product {
   std::vector<Run> runs;
   std::vector<LoraUnit> shrink, expand;
 
-  // Whether no adapter of the pass has a part in it.
-  bool is_plain() const {
-    return shrink.empty() && expand.empty() && !joins && runs.size() == 1 && runs[0].merged < 0 && runs[0].part < 0;
-  }
+  // Whether all rows go through the base's matrix with the same input.
+  bool is_whole() const { return runs.size() == 1 && runs[0].merged < 0 && runs[0].part < 0; }
 
   Product(const Plan& plan, const SlotTable& table, const Fused& fused, int fused_index, int rows, int out, int uses,
           LoraUnits sizes)
