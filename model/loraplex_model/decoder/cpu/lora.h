@@ -15,7 +15,6 @@ constexpr int LORA_ROWS = 48;      // rows of a unit with float
 constexpr int SHARED = 3;          // with this many rows or more, weights are widened to float once for all
 constexpr int LORA_RANKS = 32;     // ranks of a shrink unit
 constexpr int LORA_COLUMNS = 512;  // outputs of an expand unit with float
-constexpr int MOST_COLUMNS = 1024;  // of any
 constexpr int LONG_ROWS = 16;      // segments of so many rows are expanded by the product's units
 
 // An adapter used by a single row comes from memory in runs of a few cache lines, too short for the

@@ -12,6 +12,8 @@
 
 namespace loraplex {
 
+constexpr int MOST_COLUMNS = 2048;  // outputs of a unit that adds B h
+
 // The rows [first, end) whose factors are applied; A x of row `origin` is the first in memory.
 struct LoraRows {
   int first, end, origin;
@@ -225,30 +227,51 @@ inline void add_tiles(const bf16* h, const bf16* tiles, float* y, size_t y_strid
 #endif
 }
 
-// y[m][0:32 C] += h[m] . b for M rows and up to 32 ranks, as `add_tiles` does.
-template <int M, int C>
-inline void add_chains(const float* h, const bf16* b, size_t b_stride, int ranks, float* y, size_t y_stride,
-                       Ahead& ahead) {
-  vf sums[M][C][2][2] = {};  // [even or odd ranks][even or odd columns]
-  for (int r = 0; r < ranks; r++) {
-    ahead.fetch(C);
-    for (int c = 0; c < C; c++) {
-      vu columns = load_pairs(b + r * b_stride + c * TILE_INPUTS);
-      for (int m = 0; m < M; m++) {
-        vf(&chain)[2] = sums[m][c][r % 2];
-        chain[0] = h[m * TILE_INPUTS + r] * even(columns) + chain[0];
-        chain[1] = h[m * TILE_INPUTS + r] * odd(columns) + chain[1];
+// y[0:columns] += h . b for up to 32 ranks and whole tiles of columns, as `add_tiles` does. B is read in the order
+// in which it lies in memory, two rows at once: the processor's prefetching keeps up with few streams only.
+inline void add_row(const float* h, const bf16* b, size_t b_stride, int ranks, int columns, float* y, Ahead& ahead) {
+  alignas(64) float chains[2 * MOST_COLUMNS];  // [tile][even or odd ranks][even or odd columns]
+  std::fill_n(chains, 2 * columns, 0.0f);
+  for (int r = 0; r < ranks; r += 2) {
+    int count = std::min(ranks - r, 2);
+    for (int c = 0; c < columns; c += TILE_INPUTS) {
+      ahead.fetch(count);
+      for (int i = 0; i < count; i++) {
+        vu pairs = load_pairs(b + (r + i) * b_stride + c);
+        float* at = chains + 2 * c + i * TILE_INPUTS;
+        store(at, h[r + i] * even(pairs) + load(at));
+        store(at + LANES, h[r + i] * odd(pairs) + load(at + LANES));
       }
     }
   }
-  for (int m = 0; m < M; m++)
-    for (int c = 0; c < C; c++) {
-      vf(&chains)[2][2] = sums[m][c];
-      vf evens = chains[0][0] + chains[1][0], odds = chains[0][1] + chains[1][1];
-      float* at = y + m * y_stride + c * TILE_INPUTS;
-      store(at, load(at) + interleave_low(evens, odds));
-      store(at + LANES, load(at + LANES) + interleave_high(evens, odds));
+  for (int c = 0; c < columns; c += TILE_INPUTS) {
+    const float* at = chains + 2 * c;
+    vf evens = load(at) + load(at + TILE_INPUTS), odds = load(at + LANES) + load(at + TILE_INPUTS + LANES);
+    store(y + c, load(y + c) + interleave_low(evens, odds));
+    store(y + c + LANES, load(y + c + LANES) + interleave_high(evens, odds));
+  }
+}
+
+// The same for M rows of y.
+template <int M>
+inline void add_chains(const float* h, const bf16* b, size_t b_stride, int ranks, float* y, size_t y_stride,
+                       Ahead& ahead) {
+  vf sums[M][2][2] = {};  // [even or odd ranks][even or odd columns]
+  for (int r = 0; r < ranks; r++) {
+    ahead.fetch(1);
+    vu columns = load_pairs(b + r * b_stride);
+    for (int m = 0; m < M; m++) {
+      vf(&chain)[2] = sums[m][r % 2];
+      chain[0] = h[m * TILE_INPUTS + r] * even(columns) + chain[0];
+      chain[1] = h[m * TILE_INPUTS + r] * odd(columns) + chain[1];
     }
+  }
+  for (int m = 0; m < M; m++) {
+    vf evens = sums[m][0][0] + sums[m][1][0], odds = sums[m][0][1] + sums[m][1][1];
+    float* at = y + m * y_stride;
+    store(at, load(at) + interleave_low(evens, odds));
+    store(at + LANES, load(at + LANES) + interleave_high(evens, odds));
+  }
 }
 
 template <int M>
@@ -257,11 +280,12 @@ inline void add_rows(const bf16* hidden, const bf16* b, size_t b_stride, int ran
   alignas(64) float h[M * TILE_INPUTS];
   for (int i = 0; i < M * TILE_INPUTS; i += LANES) store(h + i, load(hidden + i));
   int c = 0;
-  if constexpr (M == 1)
-    for (; c + 2 * TILE_INPUTS <= columns; c += 2 * TILE_INPUTS)
-      add_chains<M, 2>(h, b + c, b_stride, ranks, y + c, y_stride, ahead);
+  if constexpr (M == 1) {
+    c = columns / TILE_INPUTS * TILE_INPUTS;
+    add_row(h, b, b_stride, ranks, c, y, ahead);
+  }
   for (; c + TILE_INPUTS <= columns; c += TILE_INPUTS)
-    add_chains<M, 1>(h, b + c, b_stride, ranks, y + c, y_stride, ahead);
+    add_chains<M>(h, b + c, b_stride, ranks, y + c, y_stride, ahead);
   for (; c < columns; c++)
     for (int m = 0; m < M; m++) {
       float chains[2] = {};
