@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from loraplex_model.adapters.delta import LoraFactors, lora
+from loraplex_model.adapters.delta import AdapterDelta, LoraFactors, ProjectionDelta, lora
 from loraplex_model.adapters.pack import pack
 from model.conftest import Load
 from model.passes import BLOCK_SIZE, NUM_BLOCKS, Driver, Sequence, token_ids
@@ -26,7 +26,7 @@ def decoder(
     weights = load_tiny(variant, dtype).weights
     decoder = decoder_class(weights, NUM_BLOCKS, BLOCK_SIZE, 3)
     random = torch.Generator().manual_seed(1)
-    for slot, rank in enumerate((4, 16, 3)):
+    for slot, rank in enumerate((4, 16, 35)):
         modules = {
             (layer, name): LoraFactors(
                 0.1 * torch.randn(rank, fan_in, generator=random),
@@ -36,8 +36,19 @@ def decoder(
             for layer in range(weights.config.num_layers)
             for name, (fan_in, fan_out) in weights.config.projection_shapes().items()
         }
-        decoder.table.publish(slot, pack(lora(modules), dtype))
+        delta = lora(modules)
+        if slot == 2:  # with all that a projection can have
+            delta = AdapterDelta(
+                {site: whole(change, random) for site, change in delta.sites.items()}
+            )
+        decoder.table.publish(slot, pack(delta, dtype))
     return decoder
+
+
+def whole(change: Any, random: torch.Generator) -> ProjectionDelta:
+    """The factors of a change with a gain and a bias."""
+    gain, bias = torch.randn(2, change.b.shape[1], generator=random)
+    return ProjectionDelta(a=change.a, b=change.b, gain=1 + 0.1 * gain, bias=0.1 * bias)
 
 
 def alone(decoder: Any, mix: Any, ids: list[int]) -> torch.Tensor:
