@@ -133,9 +133,10 @@ class Pass {
     } else {
       project(phase, layer.gate_up, products_[GATE_UP], l, w.normed.data(), w.normed_inputs, w.gate_up.data(),
               gate_up_stride_);
-      team_.run(phase, groups(b.num_tokens), [&](int group) {
-        each_row(group, b.num_tokens, [&](int t) { gate(t); });
-        put_group(w.gated_inputs, group, b.num_tokens, w.gated, m.intermediate);
+      int columns = TILED<X> ? GATED_COLUMNS : m.intermediate, pieces = (m.intermediate + columns - 1) / columns;
+      team_.run(phase, groups(b.num_tokens) * pieces, [&](int unit) {
+        int first = unit % pieces * columns;
+        gate(unit / pieces, first, std::min(first + columns, m.intermediate));
       });
       project(phase, layer.down, products_[DOWN], l, w.gated.data(), w.gated_inputs, out.data(), out_stride_);
     }
@@ -180,10 +181,10 @@ class Pass {
     for (int t = group * at_once_; t < end; t++) use(t);
   }
 
-  // Rounds the rows of a group for products.
-  void put_group(InputRows& inputs, int group, int rows, Buffer& x, int width) const {
-    int first = group * at_once_, used = std::min(at_once_, rows - first);
-    Multiplied<X>::put_group(inputs, first, used, 0, width, row(x, first, width), width);
+  // Rounds the rows of a group for products, or columns [first, end) of them.
+  void put_group(InputRows& inputs, int group, int rows, Buffer& x, int width, int first = 0, int end = INT_MAX) const {
+    int t = group * at_once_, used = std::min(at_once_, rows - t), count = std::min(end, width) - first;
+    Multiplied<X>::put_group(inputs, t, used, first, count, row(x, t, width) + first, width);
   }
 
   // y = W x + bias, then the adapters' changes, which leave base rows untouched. `inputs` are the rows of x for
@@ -287,27 +288,9 @@ class Pass {
     norm(t, m.layers[0].input_norm, 0, INPUT_LAYERNORM);
   }
 
-  // Norms `parts` vectors of row t, side by side in x, with a norm's weight and bias as the row's adapters
-  // change them. Those of the parts lie `stride` apart: 0 if they are the same.
   void norm_parts(int t, const NormWeights& norm, int layer, int site, const float* x, int parts, int width,
                   int stride, float* out) {
-    const T *weight = static_cast<const T*>(norm.weight), *bias = static_cast<const T*>(norm.bias);
-    const float *own = nullptr, *own_bias = nullptr;
-    if (const Segment* segment = adapted(t, NORM)) {
-      int total = stride ? parts * stride : width;
-      float* at = scratch();
-      own = norm_vector(plan_, *segment, m.adapters, layer, site, &Entry::bias, weight, total, at);
-      if (bias)
-        own_bias = norm_vector(plan_, *segment, m.adapters, layer, site, &Entry::hidden_bias, bias, total, at + total);
-    }
-    auto apply = [&](auto* factors, auto* shifts) {
-      for (int i = 0; i < parts; i++)
-        norm_row(m, x + i * width, factors + i * stride, shifts ? shifts + i * stride : shifts, width, out + i * width);
-    };
-    if (own_bias)
-      own ? apply(own, own_bias) : apply(weight, own_bias);
-    else
-      own ? apply(own, bias) : apply(weight, bias);
+    norm_vectors<T>(m, plan_, adapted(t, NORM), norm, layer, site, x, parts, width, stride, scratch(), out);
   }
 
   // The residual stream as a block reads it: normed, or as it is in decoders that norm outputs only.
@@ -375,11 +358,13 @@ class Pass {
     attention_.write(layer, t, k, v);
   }
 
-  void gate(int t) {
-    const float* gate = row(w.gate_up, t, gate_up_stride_);
-    const float* up = m.gated ? gate + m.intermediate : nullptr;
-    float* gated = row(w.gated, t, m.intermediate);
-    activate_row(gate, up, m.activation, m.intermediate, gated);
+  void gate(int group, int first, int end) {
+    each_row(group, b.num_tokens, [&](int t) {
+      const float* gate = row(w.gate_up, t, gate_up_stride_) + first;
+      const float* up = m.gated ? gate + m.intermediate : nullptr;
+      activate_row(gate, up, m.activation, end - first, row(w.gated, t, m.intermediate) + first);
+    });
+    put_group(w.gated_inputs, group, b.num_tokens, w.gated, m.intermediate, first, end);
   }
 
   const Model& m;

@@ -117,8 +117,9 @@ void loraplex_pack_bf16(const bf16* weights, int out, int in, bf16* packed) {
 void loraplex_matmul_bf16(const Matrix* w, const float* x, int rows, float* y, int threads) {
   InputRows inputs;
   inputs.reserve(rows, w->in);
-  for (int t = 0; t < rows; t++) inputs.put(t, 0, w->in, x + size_t(t) * w->in);
   Inputs in = inputs.get();
+  for (int t = 0; t < rows; t += TILE_ROWS)
+    in.put_group(t, std::min(TILE_ROWS, rows - t), 0, w->in, x + size_t(t) * w->in, w->in);
   Tile tile = whole(*w, rows);
   Team team(threads);
   team.pass([&] {
