@@ -123,7 +123,8 @@ class NativeDecoder:
         shape = (len(batch.logit_rows), self.weights.config.vocab_size)
         if logits is None:
             logits = torch.empty(shape)
-        assert logits.shape == shape and logits.dtype == torch.float32 and logits.is_contiguous()
+        assert (logits.shape, logits.dtype) == (shape, torch.float32)
+        assert logits.is_contiguous()
         fault = self._library.loraplex_forward(
             byref(self._model),
             byref(layout.c_batch(batch)),
