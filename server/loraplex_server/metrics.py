@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
-from prometheus_client import CollectorRegistry, Counter
+from prometheus_client import CollectorRegistry
 
 from loraplex_server.engine.messages import Hello, LoadDone, MergeDone, StepReport
 from loraplex_server.series import ADAPTER_STATES, BASE_LABEL, OTHER_LABEL, Series
+from loraplex_server.step_series import StepSeries
 
 
 class AdapterLabels:
@@ -60,8 +61,7 @@ class Metrics:
         self.registry = registry
         self.series = Series(registry)
         self._labels = AdapterLabels(adapter_labels)
-        self._since_start: dict[Counter, int] = {}
-        self._prefix_blocks = 0
+        self._steps = StepSeries(self.series)
         self.series.build_info.labels(version).set(1)
 
     # events of the engine
@@ -78,24 +78,22 @@ class Metrics:
             model.kernels,
             model.base.fingerprint,
         ).set(1)
-        series.kv_blocks.labels("free").set(hello.num_blocks)
-        series.kv_blocks.labels("used").set(0)
         for tier, budget in (
             ("device", hello.adapter_budget_bytes),
             ("host", hello.host_budget_bytes),
             ("merged", hello.merge_budget_bytes),
         ):
             series.adapter_budget_bytes.labels(tier).set(budget)
-        self._prefix_blocks = hello.prefix_blocks
-        self._set_empty()
+        self._steps.show_ready(hello.num_blocks, hello.prefix_blocks)
+        self._clear_adapters()
         series.engine_ready.set(1)
 
     def on_restart(self) -> None:
         """The engine was lost. Its successor starts without adapters and counts from 0."""
         self.series.engine_restarts.inc()
         self.series.engine_ready.set(0)
-        self._since_start.clear()
-        self._set_empty()
+        self._steps.show_lost()
+        self._clear_adapters()
 
     def on_partial_loss(self) -> None:
         """One of several engines was lost, and others are up."""
@@ -106,41 +104,9 @@ class Metrics:
         self.series.engine_deaths.labels(cause).inc()
 
     def on_step(self, done: StepReport) -> None:
-        """Records the statistics of one step."""
-        series, stats = self.series, done.stats
-        if stats.decode_rows or stats.prefill_tokens:
-            series.batch_rows.labels("decode").observe(stats.decode_rows)
-            series.batch_rows.labels("base").observe(stats.base_rows)
-            series.batch_rows.labels("merged").observe(stats.merged_rows)
-            series.batch_distinct_adapters.observe(stats.distinct_adapters)
-            series.engine_step_seconds.observe(stats.step_seconds)
-            series.prefill_tokens.inc(stats.prefill_tokens)
-        series.kv_blocks.labels("free").set(stats.free_blocks)
-        series.kv_blocks.labels("used").set(stats.used_blocks)
-        series.prefix_cache_blocks.set(stats.kept_blocks)
-        self._set_held(
-            stats.adapter_bytes, stats.host_bytes, stats.merged_bytes, stats.prefix_blocks
-        )
-        series.sampling_waiting_requests.set(stats.waiting_turns)
-        series.waiting_accounts.set(stats.waiting_accounts)
-        series.engine_memory_bytes.labels("used").set(stats.memory_bytes)
-        series.engine_memory_bytes.labels("accounted").set(stats.accounted_bytes)
-        for counter, value in (
-            (series.preemptions, stats.preemptions),
-            (series.prefix_cache_lookups, stats.prefix_lookups),
-            (series.prefix_cache_hits, stats.prefix_hits),
-            (series.prefix_cache_evictions, stats.prefix_evictions),
-            (series.wasted_rows, stats.wasted_rows),
-            (series.set_back_requests, stats.set_back),
-            (series.out_of_memory, stats.out_of_memory),
-            (series.adapter_evictions.labels("device"), stats.evictions),
-            (series.adapter_evictions.labels("host"), stats.host_evictions),
-            (series.adapter_prefetches, stats.prefetches),
-            (series.adapter_prefetch_hits, stats.prefetch_hits),
-        ):
-            # The engine counts from its own start; a Prometheus counter continues over restarts.
-            counter.inc(max(0, value - self._since_start.get(counter, 0)))
-            self._since_start[counter] = value
+        """Records the statistics of one step, and the table of adapters if it has changed."""
+        self._steps.show(done.stats)
+        series = self.series
         if done.adapters is not None:
             states = [adapter.state for adapter in done.adapters]
             states += ["pinned" for adapter in done.adapters if adapter.pinned]
@@ -163,21 +129,8 @@ class Metrics:
         if done.error is None and done.merged:
             self.series.adapter_merge_seconds.observe(done.seconds)
 
-    def _set_held(self, device: int, host: int, merged: int, prefix_blocks: int) -> None:
-        """Sets the bytes that adapters take in each tier, and the KV blocks of virtual tokens."""
-        for tier, size in (("device", device), ("host", host), ("merged", merged)):
-            self.series.adapter_bytes.labels(tier).set(size)
-        self.series.adapter_prefix_blocks.labels("used").set(prefix_blocks)
-        self.series.adapter_prefix_blocks.labels("free").set(self._prefix_blocks - prefix_blocks)
-
-    def _set_empty(self) -> None:
-        """Sets the gauges of an engine without adapters."""
-        self._set_held(0, 0, 0, 0)
-        self.series.sampling_waiting_requests.set(0)
-        self.series.waiting_accounts.set(0)
-        self.series.prefix_cache_blocks.set(0)
-        for kind in ("used", "accounted"):
-            self.series.engine_memory_bytes.labels(kind).set(0)
+    def _clear_adapters(self) -> None:
+        """Sets the numbers of adapters of an engine that has none."""
         for state in ADAPTER_STATES:
             self.series.adapters.labels(state).set(0)
 

@@ -98,7 +98,7 @@ def test_an_adapter_of_the_store_changes_its_rows_and_no_others(
     checkpoint: Path, tmp_path: Path
 ) -> None:
     runner = start(checkpoint, Path("var/cache"))
-    before = runner.forward(PROMPT)
+    before = runner.forward(PROMPT).clone()
     loaded = runner.read_adapter(registered(runner, tmp_path))
     runner.publish_adapter(0, loaded, [])
     mixed = runner.forward(

@@ -9,6 +9,7 @@ import ctypes
 from collections.abc import Callable
 from ctypes import POINTER, Structure, c_float, c_int32, c_void_p
 from enum import IntEnum
+from functools import cache
 
 import torch
 
@@ -211,9 +212,17 @@ class CBatch(Structure):
 
 def _pointers(struct: type[Structure], arrays: object) -> dict[str, int]:
     """Addresses of the C-contiguous arrays that are attributes with the names of void pointers."""
-    names = [name for name, kind, *_ in struct._fields_ if kind is c_void_p]
-    assert all(getattr(arrays, name).flags.c_contiguous for name in names)
-    return {name: getattr(arrays, name).ctypes.data for name in names}
+    found = {}
+    for name in _pointer_names(struct):
+        array = getattr(arrays, name)
+        assert array.flags.c_contiguous
+        found[name] = array.ctypes.data
+    return found
+
+
+@cache
+def _pointer_names(struct: type[Structure]) -> list[str]:
+    return [name for name, kind, *_ in struct._fields_ if kind is c_void_p]
 
 
 def c_adapters(table: SlotTable) -> CSlotTable:

@@ -114,13 +114,17 @@ class NativeDecoder:
         if hasattr(self, "_workspace"):
             self._library.loraplex_free_workspace(self._workspace)
 
-    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+    def forward(self, batch: ForwardBatch, logits: torch.Tensor | None = None) -> torch.Tensor:
         """Computes a pass and fills the cache; returns logits, float32 [R, vocab].
 
-        Raises `MemoryError` and `PassOutOfBounds`.
+        They are written to `logits` if it is given. Raises `MemoryError` and `PassOutOfBounds`.
         """
         copy_blocks(batch, self.keys, self.values)
-        logits = torch.empty(len(batch.logit_rows), self.weights.config.vocab_size)
+        shape = (len(batch.logit_rows), self.weights.config.vocab_size)
+        if logits is None:
+            logits = torch.empty(shape)
+        assert (logits.shape, logits.dtype) == (shape, torch.float32)
+        assert logits.is_contiguous()
         fault = self._library.loraplex_forward(
             byref(self._model),
             byref(layout.c_batch(batch)),

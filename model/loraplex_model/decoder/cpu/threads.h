@@ -36,7 +36,8 @@ inline void relax() {
 #endif
 }
 
-// Spins until `done()`, for at most `time`. Returns whether it is done.
+// Spins until `done()`, for at most `time`. Returns whether it is done. In a long wait the processor is left to
+// other threads that are ready, such as those that send what the last pass has computed.
 template <class Done>
 bool spin(Done done, std::chrono::microseconds time = SPIN) {
   constexpr int LOOKS = 16;  // between two looks at the clock
@@ -47,6 +48,7 @@ bool spin(Done done, std::chrono::microseconds time = SPIN) {
     auto now = std::chrono::steady_clock::now();
     if (i == LOOKS) end = now + time;
     if (now >= end) return false;
+    if (time > SPIN) sched_yield();
   }
   return true;
 }

@@ -42,6 +42,12 @@ log = logging.getLogger(__name__)
 
 NUM_SLOTS = 1024
 
+KEPT_LINES = 64
+"""Lines of logits whose memory is kept for the next pass on the CPU.
+
+The system would take back and clear so much memory after every pass.
+"""
+
 EXIT_BASE_CHANGED = 6
 """Exit status of an engine whose base model was changed on the disk while it was mapped."""
 
@@ -99,6 +105,7 @@ class LocalRunner:
     def __post_init__(self) -> None:
         self._device = self.decoder.weights.embed.device
         self._errors = DeviceErrors(self._device)
+        self._lines = torch.empty(0, self.info.base.config.vocab_size)
         self.launch: Launcher | None = None
         if isinstance(self.decoder, LaunchingDecoder):
             self.launch = Launcher(self.decoder, self._errors, self._mapped)
@@ -108,11 +115,19 @@ class LocalRunner:
         self._need_file()  # most of it was read to pack it for the kernels
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
-        """Logits, float32 [R, vocab], on the CPU."""
+        """Logits, float32 [R, vocab], on the CPU; the next call may overwrite them."""
         with self._mapped(), torch.inference_mode():
-            return self._errors.replace(
-                lambda: self.decoder.forward(batch).to("cpu", torch.float32)
-            )
+            return self._errors.replace(lambda: self._forward(batch))
+
+    def _forward(self, batch: ForwardBatch) -> torch.Tensor:
+        if not isinstance(self.decoder, NativeDecoder):
+            return self.decoder.forward(batch).to("cpu", torch.float32)
+        lines = len(batch.logit_rows)
+        if lines > KEPT_LINES:
+            return self.decoder.forward(batch)
+        if lines > len(self._lines):
+            self._lines = torch.empty(lines, self.info.base.config.vocab_size)
+        return self.decoder.forward(batch, self._lines[:lines])
 
     def read_adapter(self, ref: AdapterRef) -> ReadAdapter:
         """Reads, verifies and packs an adapter's files. Raises `Refusal`."""

@@ -108,7 +108,10 @@ class ModelRunner(Protocol):
     merge_budget_bytes: int
 
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
-        """Computes a forward pass; returns logits, float32 [R, vocab], on the CPU."""
+        """Computes a forward pass; returns logits, float32 [R, vocab], on the CPU.
+
+        The next call may overwrite them.
+        """
 
     def read_adapter(self, ref: AdapterRef) -> LoadedAdapter:
         """Reads and packs an adapter's files. Raises `Refusal`. Changes no slot."""

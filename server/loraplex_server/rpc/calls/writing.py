@@ -16,11 +16,15 @@ DRAIN_STALL_SECONDS: Final = 3.0
 
 
 class StreamWriter:
-    """Writes to streams. Each write may take `seconds`, and less once the gate closes."""
+    """Writes to streams. Each write may take `seconds`, and less once the gate closes.
+
+    Nearly every write ends soon, so one timer serves all of them: that of the oldest.
+    """
 
     def __init__(self, gate: CallGate, seconds: float) -> None:
         self._seconds = seconds
-        self._timers: dict[Callable[[], None], asyncio.TimerHandle] = {}
+        self._ends: dict[Callable[[], None], float] = {}  # the earliest first
+        self._timer: asyncio.TimerHandle | None = None
         gate.when_closing(self._hurry)
 
     async def write(
@@ -42,22 +46,36 @@ class StreamWriter:
             on_stall()
             closing.append(loop.create_task(events.aclose()))
 
-        self._timers[give_up] = loop.call_later(self._seconds, give_up)
+        self._ends[give_up] = loop.time() + self._seconds
+        if self._timer is None:
+            self._timer = loop.call_later(self._seconds, self._look)
         try:
             await context.write(event)
         except Exception as error:
             # A write fails only if the client is gone; its cancellation is about to arrive.
             raise asyncio.CancelledError from error
         finally:
-            self._timers.pop(give_up).cancel()
+            self._ends.pop(give_up, None)
             if closing:
                 await closing[0]
+
+    def _look(self) -> None:
+        """Gives up the writes that have taken too long; looks again when the next one will have."""
+        loop = asyncio.get_running_loop()
+        self._timer = None
+        for give_up, end in list(self._ends.items()):
+            if end > loop.time():
+                self._timer = loop.call_at(end, self._look)
+                return
+            del self._ends[give_up]
+            give_up()
 
     def _hurry(self) -> None:
         """Shortens the limit, also of the writes in progress."""
         loop = asyncio.get_running_loop()
         self._seconds = min(self._seconds, DRAIN_STALL_SECONDS)
-        for give_up, timer in self._timers.items():
-            if not timer.cancelled() and timer.when() > loop.time() + self._seconds:
-                timer.cancel()
-                self._timers[give_up] = loop.call_later(self._seconds, give_up)
+        latest = loop.time() + self._seconds
+        self._ends = {give_up: min(end, latest) for give_up, end in self._ends.items()}
+        if self._timer is not None:
+            self._timer.cancel()
+            self._look()
