@@ -164,9 +164,13 @@ inline void add_adapters(const Changed& y, int threads) {
         bf16* kept = reading.reduced + size_t(row) * reading.ranks + first;
         put_rows(c, width, rows, change.rank, kept, reading.ranks, false);
         block_lefts(kept, reading.ranks, rows, change.rank, h);
-        block_product(h, right + places[r][i].b, width / TILE_INPUTS, change.columns, c, false);
-        put_rows(c, tiles(change.columns, TILE_INPUTS) * TILE_INPUTS, rows, change.columns,
-                 y.y + (reading.row + row) * y.width + change.column, y.width, true);
+        const bf16* b = right + places[r][i].b;
+        size_t next = size_t(width) / TILE_INPUTS * TILE;
+        bf16* to = y.y + (reading.row + row) * y.width + change.column;
+        for (int column = 0; column < change.columns; column += 32) {  // the products stay in the first-level cache
+          multiply<2, 2>(h, next, b + column / TILE_ROWS * next, next, width / TILE_INPUTS, c, 32, false);
+          put_rows(c, 32, rows, std::min(32, change.columns - column), to + column, y.width, true);
+        }
         first += change.rank;
       }
     }
