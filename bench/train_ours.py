@@ -23,6 +23,7 @@ from loraplex_model.ops import products as fast_products
 from loraplex_training import methods
 from loraplex_training.data.samples import IGNORED, MicroBatch
 from loraplex_training.methods.base import Setting, TrainedAdapter
+from loraplex_training.run.process_settings import keep_freed_memory
 from loraplex_training.spec.spec import MethodSpec
 from loraplex_training.step import memory
 from loraplex_training.step.joint import JointPass, Part
@@ -195,6 +196,7 @@ def main(argv: list[str] | None = None) -> int:
     help_ = "type of matrix products; auto: as a run chooses it on this processor"
     add("--products", choices=(AUTO, *PRODUCTS), default=AUTO, help=help_)
     args = parser.parse_args(argv)
+    keep_freed_memory()  # as a run does
     isa = kernels.load(directory=args.cache / "kernels").isa
     if args.products == AUTO:
         args.products = "bfloat16" if fast_products.available() else "float32"

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from loraplex_model.adapters.delta import ProjectionDelta
+from loraplex_model.adapters.delta import BottleneckDelta, ProjectionDelta
 from loraplex_model.adapters.mix import Dropout, Product, RowGroup
 from loraplex_model.base.config import Site
 from loraplex_model.ops import products
@@ -80,6 +80,16 @@ def project(
         y, x, recompute or Recompute(_itself, (x,)), changes, back, *tensors
     )
     return result
+
+
+def reads_output(
+    layer: int, modules: Sequence[str], bottleneck: str, groups: Sequence[RowGroup]
+) -> bool:
+    """Whether an adapter's derivative reads the values of a block's last product."""
+    sites = _sites(layer, [(name, 0) for name in modules], groups)
+    return any(delta.gain is not None for _, _, _, delta in sites) or any(
+        found for group in groups for found in group.at((layer, bottleneck), BottleneckDelta)
+    )
 
 
 Back = Callable[[torch.Tensor], torch.Tensor]

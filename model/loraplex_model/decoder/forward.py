@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from loraplex_model.adapters import mix, spans
 from loraplex_model.adapters.merge import fused_matrix
@@ -32,6 +31,7 @@ from loraplex_model.base.config import (
 )
 from loraplex_model.base.weights import BaseWeights, LayerWeights
 from loraplex_model.decoder.attention import Attention
+from loraplex_model.decoder.checkpointing import Checkpointed, unread
 from loraplex_model.ops import autograd, nf4, rope
 from loraplex_model.ops.autograd import Recompute
 from loraplex_model.ops.linear import BaseLinear, ScratchLinear, by_tiles
@@ -51,10 +51,10 @@ def hidden_states(
     """The final, normed states [T, hidden] of `tokens` [T] at `positions` [T].
 
     `is_long` is bool [T]: whether a token is of a sequence that `config.long_rope` is for; None if
-    none is. With `checkpointing` only the states between layers are kept, and each layer is
-    computed again in the backward pass (Chen et al., arXiv 1604.06174), with the same gradients bit
-    for bit. `products` is the type of what matrix products read and give, and of the result; None
-    is that of the residual stream, which does not change.
+    none is. With `checkpointing` the backward pass computes the MLP of each layer again up to its
+    last product (Chen et al., arXiv 1604.06174), with the same gradients bit for bit; what
+    attention keeps is kept. `products` is the type of what matrix products read and give, and of
+    the result; None is that of the residual stream, which does not change.
     """
     config = weights.config
     x = mix.embedded(tokens, weights.embed, activation_dtype(weights.embed), groups)
@@ -67,13 +67,7 @@ def hidden_states(
     places = Places.of(config, positions, is_long, x.dtype)
 
     for i, layer in enumerate(weights.layers):
-        block = _Layer(config, i, layer, groups, linear, products)
-        if checkpointing and torch.is_grad_enabled():
-            x = checkpoint(
-                block, x, places, attention, use_reentrant=False, preserve_rng_state=False
-            )
-        else:
-            x = block(x, places, attention)
+        x = _Layer(config, i, layer, groups, linear, products, checkpointing)(x, places, attention)
     norm = _Normed(config, groups)
     return norm((MODEL, "norm"), weights.norm, weights.norm_bias, x, products)[0]
 
@@ -254,20 +248,34 @@ class _Layer:
         groups: Sequence[RowGroup],
         linear: BaseLinear,
         products: torch.dtype | None,
+        checkpointing: bool,
     ) -> None:
         self._config, self._index, self._weights = config, index, weights
         self._groups, self._linear, self._products = groups, linear, products
         self._normed = _Normed(config, groups)
+        self._checkpointed = Checkpointed(checkpointing)
 
     def __call__(self, x: torch.Tensor, places: Places, attend: Attention) -> torch.Tensor:
         h, recompute = self._norm("input_layernorm", x, self._products)
         attended = self._attention(h, recompute, places, attend)
         added = self._output("attention", attended, x, h)
-        if self._config.parallel:
+
+        def beside(x: torch.Tensor, added: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
             return x + added + self._output("mlp", self._mlp(h, recompute), x, h)
-        x = x + added
-        h, recompute = self._norm("post_attention_layernorm", x, self._products)
-        return x + self._output("mlp", self._mlp(h, recompute), x, h)
+
+        def after(x: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
+            x = x + added
+            h, recompute = self._norm("post_attention_layernorm", x, self._products)
+            return x + self._output("mlp", self._mlp(h, recompute), x, h)
+
+        inputs = (x, added, h) if self._config.parallel else (x, added)
+        return self._checkpointed(beside if self._config.parallel else after, *inputs)
+
+    def _reads_mlp(self) -> bool:
+        """Whether the derivative of the layer reads the values of the MLP's last product."""
+        modules = self._config.fused["down"]
+        adapted = spans.reads_output(self._index, modules, "mlp_bottleneck", self._groups)
+        return adapted or self._weights.norms["mlp_output_norm"] is not None
 
     def _output(
         self, block: str, out: torch.Tensor, x: torch.Tensor, h: torch.Tensor
@@ -384,6 +392,8 @@ class _Layer:
             linear, back = self._linear, None
             if isinstance(linear, ScratchLinear) and linear.in_kernels(matrix, x):
                 back = partial(linear.back, matrix)
+            if fused == "down" and self._checkpointed.recomputes and not self._reads_mlp():
+                product = partial(unread, matrix.shape[0])
             return spans.project(
                 product, x, self._index, fused, modules, self._groups, recompute, back
             )

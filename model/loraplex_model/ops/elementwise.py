@@ -96,7 +96,9 @@ def cross_entropy(scores: torch.Tensor, targets: torch.Tensor, *, slope: bool) -
     assert scores.dtype == torch.bfloat16
     assert targets.dtype == torch.int64
     losses = scores.new_empty(len(scores), dtype=torch.float32)
-    _call("cross_entropy", _at(scores), _at(targets), *_sizes(scores), int(slope), _at(losses))
+    inputs = _at(scores), _at(targets), *_sizes(scores)
+    if _call("cross_entropy", *inputs, int(slope), _at(losses)):
+        raise MemoryError("no memory for the kernel `cross_entropy` of a training pass")
     return losses
 
 
@@ -108,8 +110,10 @@ def _library() -> build.Kernels | None:
         return None  # `unpack.kernel` logs the warning
 
 
-def _call(name: str, *arguments: object) -> None:
-    getattr(_library(), f"loraplex_train_{name}")(*arguments, torch.get_num_threads())
+def _call(name: str, *arguments: object) -> int:
+    """What the kernel returns, which has a meaning for those that allocate: a `Fault`."""
+    found: int = getattr(_library(), f"loraplex_train_{name}")(*arguments, torch.get_num_threads())
+    return found
 
 
 def _check(*tensors: torch.Tensor) -> None:

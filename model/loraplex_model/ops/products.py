@@ -285,7 +285,10 @@ def _library() -> build.Kernels | None:
 
 
 def _call(name: str, *arguments: object) -> None:
-    getattr(_library(), f"loraplex_train_{name}")(*arguments, torch.get_num_threads())
+    """Calls a kernel. Raises MemoryError."""
+    call = getattr(_library(), f"loraplex_train_{name}")
+    if call(*arguments, torch.get_num_threads()):
+        raise MemoryError(f"no memory for the kernel `{name}` of a training pass")
 
 
 def _check(*tensors: torch.Tensor) -> None:

@@ -30,8 +30,8 @@ from loraplex_training.step.joint import JointPass, Part
 
 BACKWARD: Final = 3.0
 """Cost of a forward and backward pass in forward passes, roughly. The frozen base model needs no
-gradients of its weights, but its products are computed again: twice, or three times with
-checkpointing."""
+gradients of its weights, but its products are computed again, and with checkpointing half of
+the forward pass."""
 
 
 def inspect(spec: RunSpec, console: Console, count: int) -> None:
@@ -170,5 +170,5 @@ def _seconds(inputs: RunInputs, jobs: Sequence[Job], spec: RunSpec) -> float:
     began = time.monotonic()
     joint.losses(first)
     per_token = (time.monotonic() - began) / sum(len(part.batch.tokens) for part in first)
-    factor = BACKWARD + spec.checkpointing
+    factor = BACKWARD + 0.5 * spec.checkpointing
     return factor * per_token * sum(_tokens(job) for job in jobs)

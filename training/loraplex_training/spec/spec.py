@@ -265,7 +265,7 @@ class RunSpec:
     cache: Path = Path("var/cache")
     """Directory for converted base models and compiled kernels."""
     checkpointing: bool = False
-    """Recompute activations in the backward pass. Saves memory and takes longer."""
+    """Recompute the MLPs' activations in the backward pass. Saves memory and takes longer."""
     save_every: Positive = 50
     """Optimiser steps between checkpoints of the run."""
     keep: Positive = 2

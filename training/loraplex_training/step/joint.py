@@ -69,7 +69,7 @@ class JointPass:
         checkpointing: bool = False,
         products: torch.dtype | None = None,
     ) -> None:
-        """`checkpointing` recomputes each layer in the backward pass to save memory.
+        """`checkpointing` recomputes each MLP in the backward pass to save memory.
 
         `products` is the type of what matrix products read and give, None that of all other states.
         """

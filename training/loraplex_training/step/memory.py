@@ -76,7 +76,7 @@ def estimate(
     narrow = item if products is None else products.itemsize
     layer = tokens * (_kept_by_norms(config) * item + _kept_by_products(config, ranks, narrow))
     if checkpointing:
-        kept = config.num_layers * tokens * config.hidden_size * item + layer
+        kept = config.num_layers * tokens * _kept_by_attention(config, ranks, item, narrow) + layer
     else:
         kept = config.num_layers * layer
     rows = min(learned, chunk_rows(config.vocab_size))
@@ -114,18 +114,37 @@ def _kept_by_norms(config: DecoderConfig) -> int:
 
 def _kept_by_products(config: DecoderConfig, ranks: int, item: int) -> int:
     """Returns the bytes per token that all else in a layer keeps, in values of `item` bytes."""
+    mlp = (2 if config.gated else 1) * config.intermediate_size
+    if config.num_experts:  # and the inputs and outputs of each expert
+        mlp = config.experts_per_token * (2 * mlp + 2 * config.hidden_size) + config.num_experts
+    elif config.gated and config.activation is not Gate.SILU:
+        mlp *= 2  # the activated gate and its product with up, which our own SiLU computes again
+    return (_kept_in_attention(config, item) + mlp + ranks) * item
+
+
+def _kept_in_attention(config: DecoderConfig, item: int) -> int:
+    """Returns the number of values of `item` bytes per token that attention keeps in a layer."""
     attention = config.q_size + 2 * config.kv_size  # q, k and v, rotated in place
     if config.qk_norm:  # q and k before their norms as well as rotated
         attention += config.q_size + config.kv_size + config.num_heads + config.num_kv_heads
     attended = 2 * config.q_size + config.num_heads  # twice: per head, and as input of o
     if item == 2:  # the kernels' result is both, and the number per head is float32
         attended = config.q_size + 2 * config.num_heads
-    mlp = (2 if config.gated else 1) * config.intermediate_size
-    if config.num_experts:  # and the inputs and outputs of each expert
-        mlp = config.experts_per_token * (2 * mlp + 2 * config.hidden_size) + config.num_experts
-    elif config.gated and config.activation is not Gate.SILU:
-        mlp *= 2  # the activated gate and its product with up, which our own SiLU computes again
-    return (attention + attended + mlp + ranks) * item
+    return attention + attended
+
+
+def _kept_by_attention(config: DecoderConfig, ranks: int, item: int, narrow: int) -> int:
+    """Returns the bytes per token of a layer whose MLP is computed again.
+
+    These are the layer's input and what attention adds to it, from which the MLP is computed, and
+    what attention keeps. `item` is the size of a value of the residual stream, `narrow` that of
+    one that products read or give.
+    """
+    norms = _kept_by_norms(config) * item // 2  # of the block's two
+    added = config.hidden_size * (item if config.output_norms else narrow)
+    if config.parallel:
+        added += config.hidden_size * narrow  # the norm's result, which the MLP reads too
+    return norms + added + (_kept_in_attention(config, narrow) + ranks) * narrow
 
 
 def _of_adapter(adapter: AdapterSize) -> int:

@@ -138,15 +138,21 @@ inline void add_adapters(const Changed& y, int threads) {
   const bf16* right = adapter_tiles(y, false, threads, shared, places);
   auto blocks = blocks_of(y);
   int most = widest(y);
+  Units units;
 #pragma omp parallel num_threads(threads)
   {
     static thread_local BlockMemory memory;
-    bf16* x = memory.narrow.of(size_t(2) * 32 * most);
+    bf16* x = nullptr;
+    float* c = nullptr;
+    units.run([&] {
+      x = memory.narrow.of(size_t(2) * 32 * most);
+      c = memory.wide.of(size_t(32) * most);
+    });
     bf16* h = x + 32 * most;
-    float* c = memory.wide.of(size_t(32) * most);
     TileRegisters registers;
 #pragma omp for schedule(dynamic, 1)
     for (int unit = 0; unit < int(blocks.size()); unit++) {
+      if (!c) continue;
       auto [r, row] = blocks[unit];
       const Reading& reading = y.readings[r];
       int rows = std::min(32, reading.rows - row), first = 0;
@@ -158,13 +164,18 @@ inline void add_adapters(const Changed& y, int threads) {
         bf16* kept = reading.reduced + size_t(row) * reading.ranks + first;
         put_rows(c, width, rows, change.rank, kept, reading.ranks, false);
         block_lefts(kept, reading.ranks, rows, change.rank, h);
-        block_product(h, right + places[r][i].b, width / TILE_INPUTS, change.columns, c, false);
-        put_rows(c, tiles(change.columns, TILE_INPUTS) * TILE_INPUTS, rows, change.columns,
-                 y.y + (reading.row + row) * y.width + change.column, y.width, true);
+        const bf16* b = right + places[r][i].b;
+        size_t next = size_t(width) / TILE_INPUTS * TILE;
+        bf16* to = y.y + (reading.row + row) * y.width + change.column;
+        for (int column = 0; column < change.columns; column += 32) {  // the products stay in the first-level cache
+          multiply<2, 2>(h, next, b + column / TILE_ROWS * next, next, width / TILE_INPUTS, c, 32, false);
+          put_rows(c, 32, rows, std::min(32, change.columns - column), to + column, y.width, true);
+        }
         first += change.rank;
       }
     }
   }
+  units.check();
 }
 
 // sums [rows of 16][width] += left^T right, for up to 32 rows of both: the block's `rows` columns of `left` as
@@ -230,27 +241,32 @@ class AdaptersBack {
   void run() {
     static thread_local Scratch<float> kept;
     float* sums = kept.of(size_);
+    Units units;
 #pragma omp parallel num_threads(threads_)
     {
       static thread_local Scratch<bf16> narrow;
       static thread_local Scratch<float> wide;
-      Memory memory;
-      memory.left = narrow.of(size_t(96) * most_ + size_t(64) * ranks_);
+      Memory memory{};
+      units.run([&] {
+        memory.left = narrow.of(size_t(96) * most_ + size_t(64) * ranks_);
+        memory.c = wide.of(size_t(32) * most_);
+      });
       memory.pairs = memory.left + size_t(32) * most_;
       memory.x = memory.pairs + size_t(32) * most_;
       memory.slopes = memory.x + size_t(32) * most_;
       memory.plain = memory.slopes + size_t(32) * ranks_;
-      memory.c = wide.of(size_t(32) * most_);
       TileRegisters registers;
 #pragma omp for schedule(dynamic, 1)
       for (int unit = 0; unit < int(units_.size()); unit++) {
+        if (!memory.c) continue;
         const Unit& part = units_[unit];
         int end = std::min(y_.readings[part.reading].rows, part.row + part_rows(y_.readings[part.reading]));
         for (int row = part.row; row < end; row += 32) block(part, row, std::min(32, end - row), sums, memory);
       }
 #pragma omp for schedule(dynamic, 1)
-      for (int i = 0; i < int(results_.size()); i++) add_parts(results_[i], sums);
+      for (int i = 0; i < int(results_.size()); i++) units.run([&] { add_parts(results_[i], sums); });
     }
+    units.check();
   }
 
  private:

@@ -4,10 +4,11 @@
 #include "adapters.h"
 #include "attention.h"
 #include "elementwise.h"
+#include "memory.h"
 #include "products.h"
 #include "unpack.h"
 
-// The C interface. `narrow` says that T is bf16.
+// The C interface. `narrow` says that T is bf16. Functions that allocate return a Fault.
 extern "C" {
 
 void loraplex_unpack_nf4(const uint8_t* packed, const float* maxima, int64_t count, void* out, int narrow,
@@ -94,16 +95,21 @@ void loraplex_train_rotate(loraplex::bf16* x, int rows, int width, int heads, in
 }
 
 // scores [rows][width]; see `cross_entropy`.
-void loraplex_train_cross_entropy(loraplex::bf16* scores, const int64_t* targets, int rows, int width, int slope,
+int loraplex_train_cross_entropy(loraplex::bf16* scores, const int64_t* targets, int rows, int width, int slope,
                                   float* losses, int threads) {
   using namespace loraplex;
+  Units units;
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<float> buffer(width);
+    std::vector<float> buffer;
 #pragma omp for schedule(static)
     for (int m = 0; m < rows; m++)
-      losses[m] = cross_entropy(scores + size_t(m) * width, targets[m], width, slope, buffer.data());
+      units.run([&] {
+        buffer.resize(width);
+        losses[m] = cross_entropy(scores + size_t(m) * width, targets[m], width, slope, buffer.data());
+      });
   }
+  return fault_of([&] { units.check(); });
 }
 
 }  // extern "C"
@@ -115,28 +121,29 @@ int loraplex_train_has_products() { return LORAPLEX_ORDER != 0; }
 
 #if LORAPLEX_ORDER
 // See `base_product`; `in` is a multiple of 64.
-void loraplex_train_product(const uint8_t* codes, const float* maxima, int out, int in, const loraplex::bf16* x,
+int loraplex_train_product(const uint8_t* codes, const float* maxima, int out, int in, const loraplex::bf16* x,
                             int rows, int back, loraplex::bf16* y, int threads) {
   using namespace loraplex;
-  base_product(Packed{codes, maxima, out, in, {}}, x, rows, back, y, threads);
+  return fault_of([&] { base_product(Packed{codes, maxima, out, in, {}}, x, rows, back, y, threads); });
 }
 
-void loraplex_train_head(const loraplex::bf16* head, int vocab, int width, const loraplex::bf16* x, int rows,
+int loraplex_train_head(const loraplex::bf16* head, int vocab, int width, const loraplex::bf16* x, int rows,
                          loraplex::bf16* scores, int threads) {
-  loraplex::head_product(head, vocab, width, x, rows, scores, threads);
+  return loraplex::fault_of([&] { loraplex::head_product(head, vocab, width, x, rows, scores, threads); });
 }
 
-void loraplex_train_head_gradient(const loraplex::bf16* head, int vocab, int width, const loraplex::bf16* g, int rows,
+int loraplex_train_head_gradient(const loraplex::bf16* head, int vocab, int width, const loraplex::bf16* g, int rows,
                                   float* out, int threads) {
-  loraplex::head_gradient(head, vocab, width, g, rows, out, threads);
+  return loraplex::fault_of([&] { loraplex::head_gradient(head, vocab, width, g, rows, out, threads); });
 }
 
 // Attention of `sequences` from starts[s] to starts[s + 1] - 1; logs [heads][rows]. Strides are of rows, in elements.
-void loraplex_train_attend(const loraplex::Attending* a, const int32_t* starts, int sequences, loraplex::bf16* out,
+int loraplex_train_attend(const loraplex::Attending* a, const int32_t* starts, int sequences, loraplex::bf16* out,
                            float* logs, int threads) {
   using namespace loraplex;
   Heads<bf16> to{out, int64_t(a->heads) * a->width};
   int64_t rows = starts[sequences];
+  Units units;
 #pragma omp parallel num_threads(threads)
   {
     static thread_local Scratch<bf16> small;
@@ -145,14 +152,18 @@ void loraplex_train_attend(const loraplex::Attending* a, const int32_t* starts, 
 #pragma omp for schedule(dynamic, 1)
     for (int unit = 0; unit < sequences * a->heads; unit++) {
       int s = unit / a->heads, head = unit % a->heads, start = starts[s];
-      attend(*a, start, starts[s + 1] - start, head, to, logs + head * rows + start, small, wide);
+      units.run([&] {
+        attend(*a, start, starts[s + 1] - start, head, to, logs + head * rows + start, small, wide);
+      });
     }
   }
+  return fault_of([&] { units.check(); });
 }
 
-void loraplex_train_attend_back(const loraplex::Attending* a, const loraplex::Derivative* d, const int32_t* starts,
+int loraplex_train_attend_back(const loraplex::Attending* a, const loraplex::Derivative* d, const int32_t* starts,
                                 int sequences, const float* logs, int threads) {
   using namespace loraplex;
+  Units units;
 #pragma omp parallel num_threads(threads)
   {
     static thread_local Scratch<bf16> small;
@@ -161,15 +172,20 @@ void loraplex_train_attend_back(const loraplex::Attending* a, const loraplex::De
 #pragma omp for schedule(dynamic, 1)
     for (int unit = 0; unit < sequences * a->kv_heads; unit++) {
       int s = unit / a->kv_heads, start = starts[s];
-      AttendBack(*a, *d, start, starts[s + 1] - start, unit % a->kv_heads, small, wide).run(logs, starts[sequences]);
+      units.run([&] {
+        AttendBack(*a, *d, start, starts[s + 1] - start, unit % a->kv_heads, small, wide).run(logs, starts[sequences]);
+      });
     }
   }
+  return fault_of([&] { units.check(); });
 }
 
-void loraplex_train_add_adapters(const loraplex::Changed* y, int threads) { loraplex::add_adapters(*y, threads); }
+int loraplex_train_add_adapters(const loraplex::Changed* y, int threads) {
+  return loraplex::fault_of([&] { loraplex::add_adapters(*y, threads); });
+}
 
-void loraplex_train_adapters_back(const loraplex::Changed* y, int threads) {
-  loraplex::AdaptersBack(*y, threads).run();
+int loraplex_train_adapters_back(const loraplex::Changed* y, int threads) {
+  return loraplex::fault_of([&] { loraplex::AdaptersBack(*y, threads).run(); });
 }
 #endif
 

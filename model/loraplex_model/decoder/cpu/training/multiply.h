@@ -8,37 +8,14 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
-#include <new>
 
 #include "../tiles.h"
+#include "memory.h"
 
 #if LORAPLEX_ORDER
 namespace loraplex {
 
 inline int tiles(int count, int size) { return (count + size - 1) / size; }
-
-// Memory of a thread that grows and is kept, aligned for tiles. Not cleared.
-template <class T>
-class Scratch {
- public:
-  T* of(size_t count) {
-    if (count > size_) {
-      memory_.reset(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64)));
-      if (!memory_) throw std::bad_alloc();
-      size_ = count;
-    }
-    return memory_.get();
-  }
-
- private:
-  struct Free {
-    void operator()(T* p) const { std::free(p); }
-  };
-  std::unique_ptr<T, Free> memory_;
-  size_t size_ = 0;
-};
 
 #ifdef LORAPLEX_AMX
 // c [16 M][width] = a b, or += if `add`; a's groups of rows lie `a_next` apart, b's groups of columns `b_next`.

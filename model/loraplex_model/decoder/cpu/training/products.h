@@ -29,10 +29,12 @@ inline void product(int rows, int depth, int columns, int threads, Left left, Ri
   bf16* a = shared.of(size_t(tiles(most, 2 * TILE_ROWS)) * 2 * steps * TILE);
   for (int first = 0; first < rows; first += MOST_ROWS) {
     int groups = tiles(std::min(rows - first, MOST_ROWS), TILE_ROWS), panels = tiles(columns, width * TILE_ROWS);
+    Units units;
 #pragma omp parallel num_threads(threads)
     {
       static thread_local Scratch<bf16> own;
-      bf16* b = own.of(size_t(width) * steps * TILE);
+      bf16* b = nullptr;
+      units.run([&] { b = own.of(size_t(width) * steps * TILE); });
       alignas(64) float c[32 * 32];
       TileRegisters registers;
 #pragma omp for schedule(static)
@@ -41,6 +43,7 @@ inline void product(int rows, int depth, int columns, int threads, Left left, Ri
           left(first + g * TILE_ROWS, s * TILE_INPUTS, a + (size_t(g) * steps + s) * TILE);
 #pragma omp for schedule(dynamic, 1)
       for (int panel = 0; panel < panels; panel++) {
+        if (!b) continue;
         int column = panel * width * TILE_ROWS, count = std::min(width, tiles(columns - column, TILE_ROWS));
         for (int t = 0; t < count; t++)
           for (int s = 0; s < steps; s++)
@@ -62,6 +65,7 @@ inline void product(int rows, int depth, int columns, int threads, Left left, Ri
           }
       }
     }
+    units.check();
   }
 }
 
