@@ -286,8 +286,8 @@ class TileAttention {
     for (int j = begin_; j < end_;) {
       int steps = 0;
       while (j + steps * TILE_INPUTS < end_ && !special_[step(j) + steps]) steps++;
-      auto value = [&](int s, int n) { return values_ + ((step(j) + s) * tiles_ + column + n) * TILE; };
-      if (steps) chain<R, C, false>(in_group_, weight(j, 0), steps, value, 32, sums);
+      auto value = [&](int s, int n) { return values_ + (step(j) + s) * tiles_ * TILE + (column + n) * 32; };
+      if (steps) chain<R, C, false>(in_group_, weight(j, 0), steps, value, 32 * tiles_, sums);
       j += steps * TILE_INPUTS;
       if (j >= end_) break;
       weigh_special<C>(j, column, sums);
@@ -298,11 +298,11 @@ class TileAttention {
   // A step in which not every row sees all values, and some of them are not finite: each row with values of its own.
   template <int C>
   void weigh_special(int j, int column, float* sums) {
-    auto value = [&](int, int n) { return spare_values_ + n * TILE; };
+    auto value = [&](int, int n) { return spare_values_ + n * 32; };
     for (int r = 0; r < in_group_; r++) {
       copy_seen(j, column, C, context_[group_ + r], spare_values_);
       std::memcpy(spare_, sums, R * C * 256 * sizeof(float));
-      chain<R, C, false>(in_group_, weight(j, 0), 1, value, 32, spare_);
+      chain<R, C, false>(in_group_, weight(j, 0), 1, value, 32 * C, spare_);
       for (int n = 0; n < C; n++) {
         float* to = sum(column + n, group_ + r);
         std::memcpy(to, spare_ + (to - sums), 16 * sizeof(float));
@@ -319,14 +319,14 @@ class TileAttention {
       special_[step(j)] = false;
       if (j >= every_.first && j + TILE_INPUTS <= every_.end && pages_.head_dim % 16 == 0)
         each_pair(j, every_, [&](int p, const bf16* at, uint32_t) {
-          for (int n = 0; n < tiles_; n++) std::memcpy(out + n * TILE + p * 32, at + n * 32, 32 * sizeof(bf16));
+          for (int n = 0; n < tiles_; n++) std::memcpy(out + (p * tiles_ + n) * 32, at + n * 32, 32 * sizeof(bf16));
         });
       else if (!copy_seen(j, 0, tiles_, some_, out))
         special_[step(j)] = j < every_.first || j + TILE_INPUTS > every_.end;
     }
   }
 
-  // Copies the values at the 32 positions from j on as `tiles` tiles, zeros outside of `range`. Returns whether all
+  // Copies the values at the 32 positions from j on, [16 pairs][tiles][16][2], zeros outside of `range`. Returns whether all
   // of them are finite.
   bool copy_seen(int j, int column, int tiles, Range range, bf16* out) const {
     int width = std::min(tiles * 16, pages_.head_dim - column * 16);
@@ -337,7 +337,7 @@ class TileAttention {
         vu pairs = {};
         std::memcpy(&pairs, at + (column + n) * 32, std::min(16, width - n * 16) * 2 * sizeof(bf16));
         pairs &= mask;
-        std::memcpy(out + n * TILE + p * 32, &pairs, sizeof pairs);
+        std::memcpy(out + (p * tiles + n) * 32, &pairs, sizeof pairs);
         special |= (vu)((pairs & 0x7f80u) == 0x7f80u) | (vu)((pairs & 0x7f800000u) == 0x7f800000u);
       }
     });
