@@ -77,7 +77,7 @@ class TileAttention {
   static size_t scratch_size(int head_dim, int block_size) {  // in floats
     size_t steps = key_steps(head_dim), tiles = column_tiles(head_dim), groups = QUERY_ROWS / GROUP;
     return 16 + GROUP * SPAN + GROUP * SPAN / 2 + groups * R * (steps * TILE / 2 + tiles * 256) + R * N * 256 +
-           N * TILE / 2 + SPAN / TILE_INPUTS * tiles * TILE / 2 + KEY_TILES * steps * 8 * key_stride(block_size);
+           N * TILE / 2 + (SPAN / TILE_INPUTS + 2) * tiles * TILE / 2 + KEY_TILES * steps * 8 * key_stride(block_size);
   }
 
   TileAttention(const QueryRows& rows, const PairedPages& pages, int head, int window, Scoring scoring, float* scratch)
@@ -93,7 +93,7 @@ class TileAttention {
     sums_ = take(groups * R * tiles_ * 256);
     spare_ = take(R * N * 256);
     spare_values_ = reinterpret_cast<bf16*>(take(N * TILE / 2));
-    values_ = reinterpret_cast<bf16*>(take(SPAN / TILE_INPUTS * tiles_ * TILE / 2));
+    values_ = reinterpret_cast<bf16*>(take((SPAN / TILE_INPUTS + 2) * tiles_ * TILE / 2));
     key_copies_ = reinterpret_cast<bf16*>(scratch);
     exponent_scale_ = (scoring.softcap ? 1.0f : scoring.scale) * 1.44269504f;
     lowest_ = -120.0f / exponent_scale_;
@@ -108,7 +108,7 @@ class TileAttention {
     for (span_ = some_.first / SPAN * SPAN; span_ < some_.end; span_ += SPAN) {
       begin_ = std::max(span_, some_.first / TILE_INPUTS * TILE_INPUTS);
       end_ = std::min(span_ + SPAN, some_.end);
-      copy_values();
+      copy_others();
       for (group_ = 0; group_ < count_; group_ += GROUP) {
         in_group_ = std::min(GROUP, count_ - group_);
         score();
@@ -286,7 +286,14 @@ class TileAttention {
     for (int j = begin_; j < end_;) {
       int steps = 0;
       while (j + steps * TILE_INPUTS < end_ && !special_[step(j) + steps]) steps++;
-      auto value = [&](int s, int n) { return values_ + (step(j) + s) * tiles_ * TILE + (column + n) * 32; };
+      auto prepare = [&](int s) {
+        if (!group_ && !column && s < steps && is_whole(j + s * TILE_INPUTS)) copy_whole(j + s * TILE_INPUTS);
+      };
+      prepare(0);
+      auto value = [&](int s, int n) {
+        if (!n) prepare(s + 1);
+        return copied(j + s * TILE_INPUTS) + (column + n) * 32;
+      };
       if (steps) chain<R, C, false>(in_group_, weight(j, 0), steps, value, 32 * tiles_, sums);
       j += steps * TILE_INPUTS;
       if (j >= end_) break;
@@ -312,17 +319,31 @@ class TileAttention {
 
   int step(int j) const { return unsigned(j - span_) / TILE_INPUTS; }
 
-  // Copies the values of the span.
-  void copy_values() {
+  // Whether every row sees all of the 32 positions from j on. Then their values are copied as they are, when the
+  // first group reads them; the others beforehand.
+  bool is_whole(int j) const {
+    return j >= every_.first && j + TILE_INPUTS <= every_.end && pages_.head_dim % 16 == 0;
+  }
+
+  // Where the values of 32 positions are copied to. Those that are read once take turns in two places, so that they
+  // stay in the cache.
+  bf16* copied(int j) const {
+    bool once = count_ <= GROUP && tiles_ <= N && is_whole(j);
+    return values_ + size_t(once ? SPAN / TILE_INPUTS + step(j) % 2 : step(j)) * tiles_ * TILE;
+  }
+
+  void copy_whole(int j) const {
+    bf16* out = copied(j);
+    each_pair(j, every_, [&](int p, const bf16* at, uint32_t) {
+      for (int n = 0; n < tiles_; n++) std::memcpy(out + (p * tiles_ + n) * 32, at + n * 32, 32 * sizeof(bf16));
+    });
+  }
+
+  void copy_others() {
     for (int j = begin_; j < end_; j += TILE_INPUTS) {
-      bf16* out = values_ + step(j) * tiles_ * TILE;
       special_[step(j)] = false;
-      if (j >= every_.first && j + TILE_INPUTS <= every_.end && pages_.head_dim % 16 == 0)
-        each_pair(j, every_, [&](int p, const bf16* at, uint32_t) {
-          for (int n = 0; n < tiles_; n++) std::memcpy(out + (p * tiles_ + n) * 32, at + n * 32, 32 * sizeof(bf16));
-        });
-      else if (!copy_seen(j, 0, tiles_, some_, out))
-        special_[step(j)] = j < every_.first || j + TILE_INPUTS > every_.end;
+      if (is_whole(j) || copy_seen(j, 0, tiles_, some_, copied(j))) continue;
+      special_[step(j)] = j < every_.first || j + TILE_INPUTS > every_.end;
     }
   }
 
