@@ -334,9 +334,13 @@ class TileAttention {
 
   void copy_whole(int j) const {
     bf16* out = copied(j);
-    each_pair(j, every_, [&](int p, const bf16* at, uint32_t) {
-      for (int n = 0; n < tiles_; n++) std::memcpy(out + (p * tiles_ + n) * 32, at + n * 32, 32 * sizeof(bf16));
-    });
+    int d = pages_.head_dim;
+    for (int end = j + TILE_INPUTS; j < end;) {
+      int count = std::min(end - j, pages_.block_size - j % pages_.block_size);
+      const bf16* at = pages_.value(j, head_);
+      for (int i = 0; i < count * d; i += 128) for (int k = 0; k < 128; k += 32) { vu x = load_pairs(at + i + k); std::memcpy(out + i + k, &x, 64); }
+      j += count, out += count * d;
+    }
   }
 
   void copy_others() {
