@@ -1,11 +1,11 @@
 // Causal attention in products of bfloat16, for decode rows and prompt chunks alike.
 //
-// A unit of work is one key/value head and up to 32 rows: the queries of one sequence in this pass times the
-// query heads that share the head. Positions are taken in spans of 256 that begin at multiples of 256. For a
-// span, a row's scores are computed and its maximum updated; its sums are scaled if the maximum has grown;
-// then its weights, rounded to bfloat16, times the values are added to them. Products run over positions in
-// steps of 32 at multiples of 32. So a query's bits depend on its own context alone, and neither on its chunk
-// nor on the other rows of the unit, for which only zeros are added.
+// A unit of work is one key/value head and some rows: the queries of one sequence in this pass times the query
+// heads that share the head. Positions are taken in spans of 256 that begin at multiples of 256. For a span, the
+// scores of a group of rows are computed and their maxima updated; sums are scaled if a maximum has grown; then
+// weights, rounded to bfloat16, times the values are added to them. Products run over positions in steps of 32 at
+// multiples of 32. So a query's bits depend on its own context alone, and neither on its chunk nor on the other
+// rows of the unit, for which only zeros are added.
 //
 // A row never multiplies what lies outside of its context. These positions may hold NaN, because another
 // sequence wrote them, or because a later query of the same sequence is NaN.
@@ -29,46 +29,7 @@ constexpr int SPAN = 256;        // positions whose scores are kept at once
 constexpr int QUERY_ROWS = 6 * TILE_ROWS;
 constexpr float BELOW_ALL = -3e38f;  // the maximum of no scores
 
-// 2^(scale d) for d <= 0, within 3e-6 of itself, and 1 for 0; below `lowest`, what it is there. The result at
-// `lowest` must be a normal number. NaN stays NaN.
-inline vf power2(vf d, float scale, float lowest) {
-  d = lowest > d ? set1(lowest) : d;
-  vf rounded = d * scale + 12582912.0f, r = d * scale - (rounded - 12582912.0f);
-  vf p = r * 9.582853095e-03f + 5.590642460e-02f;
-  p = p * r + 2.402409861e-01f;
-  p = p * r + 6.931241934e-01f;
-  p = p * r + 1.0f;
-  return bit_cast<vf>(bit_cast<vu>(p) + (bit_cast<vu>(rounded) << 23));
-}
-
-// Two vectors, one after the other, rounded to bfloat16, as pairs of neighbours.
-inline vu rounded_pairs(vf a, vf b) {
-#if defined(LORAPLEX_AMX) || defined(LORAPLEX_VDPBF16PS)
-  return (vu)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
-#else
-  bf16 both[2 * LANES];
-  store(both, a);
-  store(both + LANES, b);
-  return load_pairs(both);
-#endif
-}
-
 inline vi lane_numbers() { return vi{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
-
-// The greatest lane of each of 16 vectors, which are changed.
-inline vf greatest_lanes(vf* x) {
-  for (int n = LANES / 2; n; n /= 2)
-    for (int i = 0; i < n; i++) x[i] = max(even_lanes(x[2 * i], x[2 * i + 1]), odd_lanes(x[2 * i], x[2 * i + 1]));
-  return x[0];
-}
-
-// Rows [first, first + count) of a run of queries. Row i is head i % group of query i / group.
-struct QueryRows {
-  const float* q;            // the group's first head in the run's first query
-  size_t stride;             // from a query to the next
-  const int32_t* positions;  // of the run's queries
-  int group, first, count;
-};
 
 // Attention of rows in groups of R tiles.
 template <int R>
@@ -338,7 +299,11 @@ class TileAttention {
     for (int end = j + TILE_INPUTS; j < end;) {
       int count = std::min(end - j, pages_.block_size - j % pages_.block_size);
       const bf16* at = pages_.value(j, head_);
-      for (int i = 0; i < count * d; i += 128) for (int k = 0; k < 128; k += 32) { vu x = load_pairs(at + i + k); std::memcpy(out + i + k, &x, 64); }
+#pragma GCC unroll 4
+      for (int i = 0; i < count * d; i += 32) {
+        vu pairs = load_pairs(at + i);
+        std::memcpy(out + i, &pairs, sizeof pairs);
+      }
       j += count, out += count * d;
     }
   }
@@ -422,7 +387,7 @@ inline size_t attention_scratch(int head_dim, int block_size) {
                   TileAttention<2>::scratch_size(head_dim, block_size));
 }
 
-// Attention of up to 32 rows; the head_dim outputs of row r are written to out(r). A row sees positions
+// Attention of up to QUERY_ROWS rows; the head_dim outputs of row r are written to out(r). A row sees positions
 // (position - window, position], or all up to its own if window is 0.
 template <class Out>
 inline void attend_rows(const QueryRows& rows, const PairedPages& pages, int head, int window, Scoring scoring,
