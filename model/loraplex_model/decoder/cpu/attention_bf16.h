@@ -67,8 +67,7 @@ class TileAttention {
   template <class Out>
   void run(Out out) {
     for (span_ = some_.first / SPAN * SPAN; span_ < some_.end; span_ += SPAN) {
-      begin_ = std::max(span_, some_.first / TILE_INPUTS * TILE_INPUTS);
-      end_ = std::min(span_ + SPAN, some_.end);
+      begin_ = std::max(span_, some_.first / TILE_INPUTS * TILE_INPUTS), end_ = std::min(span_ + SPAN, some_.end);
       copy_others();
       for (group_ = 0; group_ < count_; group_ += GROUP) {
         in_group_ = std::min(GROUP, count_ - group_);
@@ -107,7 +106,8 @@ class TileAttention {
   float* total(int r) { return totals_ + r * LANES; }
 
   void begin(int window) {
-    int d = pages_.head_dim, groups = (count_ + GROUP - 1) / GROUP, query = rows_.first / rows_.group, own = rows_.first % rows_.group;
+    int d = pages_.head_dim, groups = (count_ + GROUP - 1) / GROUP;
+    int query = rows_.first / rows_.group, own = rows_.first % rows_.group;
     std::memset(sums_, 0, groups * R * tiles_ * 256 * sizeof(float));
     std::memset(totals_, 0, count_ * LANES * sizeof(float));
     std::fill_n(tops_, groups * GROUP, BELOW_ALL);
@@ -279,7 +279,6 @@ class TileAttention {
   }
 
   int step(int j) const { return unsigned(j - span_) / TILE_INPUTS; }
-
   // Whether every row sees all of the 32 positions from j on. Then their values are copied as they are, when the
   // first group reads them; the others beforehand.
   bool is_whole(int j) const {
@@ -295,16 +294,15 @@ class TileAttention {
 
   void copy_whole(int j) const {
     bf16* out = copied(j);
-    int d = pages_.head_dim;
     for (int end = j + TILE_INPUTS; j < end;) {
       int count = std::min(end - j, pages_.block_size - j % pages_.block_size);
       const bf16* at = pages_.value(j, head_);
 #pragma GCC unroll 4
-      for (int i = 0; i < count * d; i += 32) {
+      for (int i = 0; i < count * pages_.head_dim; i += 32) {
         vu pairs = load_pairs(at + i);
         std::memcpy(out + i, &pairs, sizeof pairs);
       }
-      j += count, out += count * d;
+      j += count, out += count * pages_.head_dim;
     }
   }
 
@@ -316,8 +314,7 @@ class TileAttention {
     }
   }
 
-  // Copies the values at the 32 positions from j on, [16 pairs][tiles][16][2], zeros outside of `range`. Returns whether all
-  // of them are finite.
+  // The same with zeros outside of `range`, [16 pairs][tiles][16][2]. Returns whether all are finite.
   bool copy_seen(int j, int column, int tiles, Range range, bf16* out) const {
     int width = std::min(tiles * 16, pages_.head_dim - column * 16);
     vu special = {};
