@@ -23,7 +23,7 @@ CLOCKS = r"""
 namespace loraplex {
 
 struct PhaseClock {
-  using Key = std::tuple<std::string, int, std::string>;
+  using Key = std::tuple<const char*, int, const char*>;  // file, line, matrix; by address
   static thread_local inline std::map<Key, double> seconds;
   static thread_local inline const char* part = "";
 
@@ -53,8 +53,8 @@ READER = r"""
 extern "C" int loraplex_phase_times(char* out, int size) {
   std::string text;
   for (auto& [key, seconds] : loraplex::PhaseClock::seconds)
-    text += std::get<0>(key) + "\t" + std::to_string(std::get<1>(key)) + "\t" + std::get<2>(key) +
-            "\t" + std::to_string(seconds * 1e3) + "\n";
+    text += std::string(std::get<0>(key)) + "\t" + std::to_string(std::get<1>(key)) + "\t" +
+            std::get<2>(key) + "\t" + std::to_string(seconds * 1e3) + "\n";
   loraplex::PhaseClock::seconds.clear();
   if (int(text.size()) < size) std::copy_n(text.c_str(), text.size() + 1, out);
   return text.size();

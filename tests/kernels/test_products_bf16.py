@@ -59,7 +59,7 @@ def multiply(
 
 
 @pytest.mark.parametrize(("out", "fan_in"), [(16, 64), (40, 128), (208, 576), (130, 2112)])
-@pytest.mark.parametrize("rows", [1, 3, 15, 16, 17, 33, 97, 300])
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 15, 16, 17, 33, 97, 300])
 def test_nf4_product_is_that_of_the_rounded_matrix(
     bf16_library: ctypes.CDLL, out: int, fan_in: int, rows: int
 ) -> None:
@@ -78,7 +78,7 @@ def test_nf4_product_is_that_of_the_rounded_matrix(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("out", "fan_in"), [(1, 16), (17, 48), (512, 81), (300, 576)])
-@pytest.mark.parametrize("rows", [1, 4, 16, 37, 100])
+@pytest.mark.parametrize("rows", [1, 4, 8, 16, 37, 100])
 def test_dense_product_is_the_matrix_product(
     bf16_library: ctypes.CDLL, dtype: torch.dtype, out: int, fan_in: int, rows: int
 ) -> None:

@@ -9,6 +9,8 @@
 
 namespace loraplex {
 
+constexpr int GATED_COLUMNS = 512;  // of a group of rows, in a unit of work that applies an activation
+
 // The numbers of `Activation` in adapters/delta.py.
 enum Activation { NONE, RELU, SILU, GELU, GELU_TANH, TANH, SIGMOID, LEAKY_RELU };
 

@@ -41,6 +41,7 @@ class Attention<T, float> {
   }
 
   int units() const { return rows_.b.num_tokens * rows_.m.kv_heads; }
+  bool puts_inputs() const { return true; }
 
   // Writes the keys and values [kv_heads][head_dim] of row t to the cache.
   void write(const Layer& layer, int t, const float* k, const float* v) const {
@@ -95,7 +96,6 @@ class Attention<bf16, bf16> {
       cache.put(rows_.b.positions[t], head, k + head * d, v + head * d);
   }
 
-  // The outputs are also written to `inputs`.
   void run(const Layer& layer, int unit, const float* q, size_t stride, float* out, InputRows& inputs) const {
     const Model& m = rows_.m;
     const Run& run = runs_[unit / m.kv_heads];
@@ -106,8 +106,12 @@ class Attention<bf16, bf16> {
     QueryRows queries = {q + run.row * stride + column(0) - run.first % group * m.head_dim, stride,
                          rows_.b.positions + run.row, group, run.first, run.count};
     attend_rows(queries, pages(layer, run.row), head, layer.window, rows_.scoring(), rows_.own_scratch(), to);
-    for (int r = 0; r < run.count; r++) inputs.put(row(r), column(r), m.head_dim, to(r));
+    if (puts_inputs())
+      for (int r = 0; r < run.count; r++) inputs.put(row(r), column(r), m.head_dim, to(r));
   }
+
+  // Whether `run` writes its outputs to `inputs`, too: not if units of several rows would write the same lines.
+  bool puts_inputs() const { return ORDER != Order::TILES || rows_.b.num_tokens == 1; }
 
  private:
   struct Run {

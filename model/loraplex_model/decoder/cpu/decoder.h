@@ -31,7 +31,8 @@ class Pass {
         head_plan_(make_plan(batch, model.adapters, logit_sequences(batch, sequence_))),
         experts_(model, workspace, plan_, batch.num_tokens),
         attention_(model, batch, sequence_, workspace.scores),
-        team_(std::min(model.threads, processors())) {
+        team_(std::min(model.threads, processors())),
+        at_once_(TILED<X> || batch.num_tokens >= 32 * model.threads ? TILE_ROWS : 1) {
     size_t rows = b.num_tokens;
     q_size_ = m.heads * m.head_dim;
     kv_size_ = m.kv_heads * m.head_dim;
@@ -76,11 +77,16 @@ class Pass {
     team_.pass([&] {
       typename Multiplied<X>::Registers registers;
       int phase = 0;
-      team_.run(phase, b.num_tokens, [&](int t) { embed(t); });
+      team_.run(phase, groups(b.num_tokens), [&](int group) {
+        each_row(group, b.num_tokens, [&](int t) { embed(t); });
+        put_group(w.normed_inputs, group, b.num_tokens, w.normed, m.hidden);
+      });
       for (int l = 0; l < m.num_layers; l++) layer(phase, l);
-      team_.run(phase, b.num_logits, [&](int i) {  // gathers the rows whose logits are wanted at the front of x
-        std::copy_n(row(w.normed, b.logit_rows[i], m.hidden), m.hidden, row(w.x, i, m.hidden));
-        Multiplied<X>::put(w.head_inputs, i, 0, m.hidden, row(w.x, i, m.hidden));
+      team_.run(phase, groups(b.num_logits), [&](int group) {  // the rows whose logits are wanted, to the front of x
+        each_row(group, b.num_logits, [&](int i) {
+          std::copy_n(row(w.normed, b.logit_rows[i], m.hidden), m.hidden, row(w.x, i, m.hidden));
+        });
+        put_group(w.head_inputs, group, b.num_logits, w.x, m.hidden);
       });
       project(phase, m.lm_head, products_[FUSED_MATRICES], m.num_layers, w.x.data(), w.head_inputs, logits_,
               m.lm_head.out);
@@ -105,32 +111,46 @@ class Pass {
     team_.run(phase, attention_.units(), [&](int unit) {
       attention_.run(layer, unit, w.qkv.data(), qkv_stride_, w.attended.data(), w.attended_inputs);
     });
+    if (!attention_.puts_inputs())
+      team_.run(phase, groups(b.num_tokens), [&](int group) {  // in the form in which their pairs are exchanged
+        put_group(w.attended_inputs, group, b.num_tokens, w.attended, q_size_);
+      });
     project(phase, layer.o, products_[O], l, w.attended.data(), w.attended_inputs, w.added.data(), out_stride_);
     if (!m.parallel)
-      team_.run(phase, b.num_tokens, [&](int t) {
-        attention_output(t, l);
-        end_block(t, w.added, layer.post_norm, l, POST_ATTENTION_LAYERNORM);
+      team_.run(phase, groups(b.num_tokens), [&](int group) {
+        each_row(group, b.num_tokens, [&](int t) {
+          attention_output(t, l);
+          end_block(t, w.added, layer.post_norm, l, POST_ATTENTION_LAYERNORM);
+        });
+        put_group(w.normed_inputs, group, b.num_tokens, w.normed, m.hidden);
       });
     Buffer& out = m.parallel ? w.parallel : w.added;
     if (layer.router) {
       experts_.run(team_, phase, layer, l, w.normed.data(), out.data(), out_stride_, [&] { return scratch(); });
     } else if (gates_at_once(layer)) {
       gated_product(phase, layer.gate_up);
-      project(phase, layer.down, products_[DOWN], l, w.gated.data(), w.gated_inputs, out.data(), out_stride_, true);
+      project(phase, layer.down, products_[DOWN], l, w.gated.data(), w.gated_inputs, out.data(), out_stride_);
     } else {
       project(phase, layer.gate_up, products_[GATE_UP], l, w.normed.data(), w.normed_inputs, w.gate_up.data(),
               gate_up_stride_);
-      team_.run(phase, b.num_tokens, [&](int t) { gate(t); });
+      int columns = TILED<X> ? GATED_COLUMNS : m.intermediate, pieces = (m.intermediate + columns - 1) / columns;
+      team_.run(phase, groups(b.num_tokens) * pieces, [&](int unit) {
+        int first = unit % pieces * columns;
+        gate(unit / pieces, first, std::min(first + columns, m.intermediate));
+      });
       project(phase, layer.down, products_[DOWN], l, w.gated.data(), w.gated_inputs, out.data(), out_stride_);
     }
     bool last = l + 1 == m.num_layers;
     const NormWeights& next = last ? m.norm : m.layers[l + 1].input_norm;
     int next_site = last ? int(FINAL_NORM) : int(INPUT_LAYERNORM);
-    team_.run(phase, b.num_tokens, [&](int t) {
-      if (m.parallel) attention_output(t, l);
-      block_output(t, layer.mlp_output_norm, l, MLP_OUTPUT_NORM, MLP_BOTTLENECK, out);
-      if (m.parallel) add(row(w.x, t, m.hidden), row(w.added, t, out_stride_), m.hidden);
-      end_block(t, out, next, l + 1, next_site);
+    team_.run(phase, groups(b.num_tokens), [&](int group) {
+      each_row(group, b.num_tokens, [&](int t) {
+        if (m.parallel) attention_output(t, l);
+        block_output(t, layer.mlp_output_norm, l, MLP_OUTPUT_NORM, MLP_BOTTLENECK, out);
+        if (m.parallel) add(row(w.x, t, m.hidden), row(w.added, t, out_stride_), m.hidden);
+        end_block(t, out, next, l + 1, next_site);
+      });
+      put_group(w.normed_inputs, group, b.num_tokens, w.normed, m.hidden);
     });
   }
 
@@ -152,17 +172,30 @@ class Pass {
 
   static float* row(Buffer& rows, int t, int width) { return rows.data() + size_t(t) * width; }
 
+  // Units of phases that compute whole rows: groups of rows, whose inputs of products share lines of the cache.
+  int groups(int rows) const { return (rows + at_once_ - 1) / at_once_; }
+
+  template <class Use>
+  void each_row(int group, int rows, Use use) const {
+    int end = std::min(rows, (group + 1) * at_once_);
+    for (int t = group * at_once_; t < end; t++) use(t);
+  }
+
+  // Rounds the rows of a group for products, or columns [first, end) of them.
+  void put_group(InputRows& inputs, int group, int rows, Buffer& x, int width, int first = 0, int end = INT_MAX) const {
+    int t = group * at_once_, used = std::min(at_once_, rows - t), count = std::min(end, width) - first;
+    Multiplied<X>::put_group(inputs, t, used, first, count, row(x, t, width) + first, width);
+  }
+
   // y = W x + bias, then the adapters' changes, which leave base rows untouched. `inputs` are the rows of x for
-  // products of bfloat16, ready already with `exchanged`; rows of y are `y_stride` apart.
+  // products of bfloat16; rows of y are `y_stride` apart.
   void project(int& phase, const Matrix& matrix, const Product& product, int layer, const float* x,
-               InputRows& inputs, float* y, size_t y_stride, bool exchanged = false) {
+               InputRows& inputs, float* y, size_t y_stride) {
     bool gains = product.plan->uses & IN_GAIN && product.fused_index >= 0;
     if (gains) gain(phase, product, layer, x, matrix.in);
     auto rows = Multiplied<X>::rows(x, inputs);
     int shrinks = product.shrink.size(), units = 0;
     for (const Product::Run& run : product.runs) units += matmul_units(run.tile, rows);
-    if (int exchanges = exchanged ? 0 : Multiplied<X>::exchange_units(rows, product.rows))
-      team_.run(phase, exchanges, [&](int unit) { Multiplied<X>::exchange(rows, product.rows, unit); });
     AdapterWork<T, X> work{product, m.adapters, layer, matrix.in, m.threads, w.h.data(), y, y_stride};
     if (product.joins) {  // the product's units need all of A x
       team_.run(phase, shrinks, [&](int unit) { work.shrink_unit(unit, rows, scratch()); });
@@ -198,8 +231,6 @@ class Pass {
 #if LORAPLEX_ORDER
     if constexpr (!std::is_same_v<X, float>) {
       Inputs x = w.normed_inputs.get(), out = w.gated_inputs.get();
-      if (int exchanges = x.units(b.num_tokens))
-        team_.run(phase, exchanges, [&](int unit) { x.exchange(b.num_tokens, unit); });
       team_.run(phase, gated_units(gate_up, b.num_tokens),
                 [&](int unit) { gated_unit(gate_up, m.activation, b.num_tokens, x, out, unit); });
     }
@@ -213,11 +244,6 @@ class Pass {
   // The inputs times the gains of each projection's adapters, for the rows that have any.
   void gain(int& phase, const Product& product, int layer, const float* x, int in) {
     team_.run(phase, b.num_tokens, [&](int t) { gain_inputs(product, layer, t, x, in); });
-    int each = Multiplied<X>::exchange_units(gained_rows(0, in), b.num_tokens);
-    if (each)
-      team_.run(phase, each * MAX_PARTS, [&](int unit) {
-        Multiplied<X>::exchange(gained_rows(unit / each, in), b.num_tokens, unit % each);
-      });
   }
 
   bool gains_input(const Product& product, const Segment& segment, int layer, int part) const {
@@ -246,18 +272,12 @@ class Pass {
 
   void embed(int t) {
     float* x = row(w.x, t, m.hidden);
-    const T* table = static_cast<const T*>(m.embed);
     size_t token = b.tokens[t];
     if (token >= size_t(m.vocab)) {  // a virtual token of the row's only adapter
       const T* prompt = static_cast<const T*>(m.adapters.prompts[plan_.terms[plan_.segment(t)->term_begin].slot]);
       for (int i = 0; i < m.hidden; i++) x[i] = load1(prompt + (token - m.vocab) * m.hidden + i);
-    } else if (m.embed_in_panels && m.lm_head.kind == Kind::bf16_packed) {
-      for (int i = 0; i < m.hidden; i++) x[i] = load1(table + packed_place(token, i, m.hidden));
-    } else if (m.embed_in_panels) {
-      const T* at = table + token / PANEL * PANEL * m.hidden + token % PANEL;
-      for (int i = 0; i < m.hidden; i++) x[i] = load1(at + size_t(i) * PANEL);
     } else {
-      for (int i = 0; i < m.hidden; i++) x[i] = load1(table + token * m.hidden + i);
+      read_embedding<T>(m, token, x);
     }
     if (const Segment* segment = adapted(t, EMBEDDING); segment && token < size_t(m.vocab))
       add_embedding<T>(plan_, *segment, m.adapters, token, m.hidden, x, scratch());
@@ -265,34 +285,9 @@ class Pass {
     norm(t, m.layers[0].input_norm, 0, INPUT_LAYERNORM);
   }
 
-  template <class W, class B>
-  void norm_row(const float* x, const W* weight, const B* bias, int width, float* out) const {
-    if (m.layer_norm) return layer_norm(x, weight, bias, m.norm_offset, m.eps, width, out);
-    if (m.norm_offset) return rms_norm(x, weight, m.norm_offset, m.eps, width, out);
-    rms_norm(x, weight, m.eps, width, out);
-  }
-
-  // Norms `parts` vectors of row t, side by side in x, with a norm's weight and bias as the row's adapters
-  // change them. Those of the parts lie `stride` apart: 0 if they are the same.
   void norm_parts(int t, const NormWeights& norm, int layer, int site, const float* x, int parts, int width,
                   int stride, float* out) {
-    const T *weight = static_cast<const T*>(norm.weight), *bias = static_cast<const T*>(norm.bias);
-    const float *own = nullptr, *own_bias = nullptr;
-    if (const Segment* segment = adapted(t, NORM)) {
-      int total = stride ? parts * stride : width;
-      float* at = scratch();
-      own = norm_vector(plan_, *segment, m.adapters, layer, site, &Entry::bias, weight, total, at);
-      if (bias)
-        own_bias = norm_vector(plan_, *segment, m.adapters, layer, site, &Entry::hidden_bias, bias, total, at + total);
-    }
-    auto apply = [&](auto* factors, auto* shifts) {
-      for (int i = 0; i < parts; i++)
-        norm_row(x + i * width, factors + i * stride, shifts ? shifts + i * stride : shifts, width, out + i * width);
-    };
-    if (own_bias)
-      own ? apply(own, own_bias) : apply(weight, own_bias);
-    else
-      own ? apply(own, bias) : apply(weight, bias);
+    norm_vectors<T>(m, plan_, adapted(t, NORM), norm, layer, site, x, parts, width, stride, scratch(), out);
   }
 
   // The residual stream as a block reads it: normed, or as it is in decoders that norm outputs only.
@@ -303,7 +298,6 @@ class Pass {
       norm_parts(t, norm, layer, site, x, 1, m.hidden, 0, out);
     else
       std::copy_n(x, m.hidden, out);
-    Multiplied<X>::put(w.normed_inputs, t, 0, m.hidden, out);
   }
 
   // Turns the output of a block of `layer` into what it adds to the residual stream.
@@ -351,34 +345,23 @@ class Pass {
       norm_parts(t, norm, layer, site, x, heads, m.head_dim, m.qk_span == EACH_SPAN ? m.head_dim : 0, x);
   }
 
-  void rotate_heads(const Layer& layer, int t, float* q) const {
-    if (layer.rotary < 0) return;
-    bool is_long = b.num_long && b.is_long[sequence_[t]] && layer.rotary == 0;
-    const Rotary& table = m.rotaries[is_long ? m.long_rotary : layer.rotary];
-    const float* cos = table.cos + size_t(b.positions[t]) * table.half;
-    const float* sin = table.sin + size_t(b.positions[t]) * table.half;
-    for (int head = 0; head < m.heads + m.kv_heads; head++) {
-      float* x = q + head * m.head_dim;
-      m.interleaved ? rotate_interleaved(x, cos, sin, table.half) : rotate(x, cos, sin, table.half);
-    }
-  }
-
   void rotate_and_cache(const Layer& layer, int l, int t) {
     float* q = row(w.qkv, t, qkv_stride_);
     float *k = q + q_size_, *v = k + kv_size_;
     head_norms(t, layer.q_norm, l, Q_NORM, q, m.heads);
     head_norms(t, layer.k_norm, l, K_NORM, k, m.kv_heads);
-    rotate_heads(layer, t, q);
+    rotate_heads(m, layer, b.positions[t], b.num_long && b.is_long[sequence_[t]], q);
     if (m.query_scale) scale_row(q, m.query_scale[b.positions[t]], q_size_);
     attention_.write(layer, t, k, v);
   }
 
-  void gate(int t) {
-    const float* gate = row(w.gate_up, t, gate_up_stride_);
-    const float* up = m.gated ? gate + m.intermediate : nullptr;
-    float* gated = row(w.gated, t, m.intermediate);
-    activate_row(gate, up, m.activation, m.intermediate, gated);
-    Multiplied<X>::put(w.gated_inputs, t, 0, m.intermediate, gated);
+  void gate(int group, int first, int end) {
+    each_row(group, b.num_tokens, [&](int t) {
+      const float* gate = row(w.gate_up, t, gate_up_stride_) + first;
+      const float* up = m.gated ? gate + m.intermediate : nullptr;
+      activate_row(gate, up, m.activation, end - first, row(w.gated, t, m.intermediate) + first);
+    });
+    put_group(w.gated_inputs, group, b.num_tokens, w.gated, m.intermediate, first, end);
   }
 
   const Model& m;
@@ -390,6 +373,7 @@ class Pass {
   Experts<T, X> experts_;
   Attention<T, X> attention_;
   Team team_;
+  int at_once_;  // rows of a unit in phases that compute whole rows
   int q_size_, kv_size_, qkv_stride_, gate_up_stride_, out_stride_;  // strides of rows in floats
   size_t scratch_, gained_;
   std::vector<Product> products_;

@@ -121,8 +121,6 @@ class Experts {
   void product(Team& team, int& phase, const Matrix& stacked, const float* x, InputRows& inputs, int width,
                const std::atomic<int>& units, float* y, int stride) {
     auto rows = Multiplied<X>::rows(x, inputs);
-    if (int exchanges = Multiplied<X>::exchange_units(rows, pairs_))
-      team.run(phase, exchanges, [&](int unit) { Multiplied<X>::exchange(rows, pairs_, unit); });
     team.run(phase, units, [&](int unit) {
       int e = 0;
       for (int own; unit >= (own = matmul_units(tile(e, width), rows)); e++) unit -= own;

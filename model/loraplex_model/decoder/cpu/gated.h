@@ -51,8 +51,7 @@ inline void gated_unit(const Matrix& w, int activation, int rows, const Inputs& 
   sum_tiles({w, panel, 2, panels, UNITS_AHEAD, scratch}, x, group, groups, sums);
   for (int g = 0; g < groups; g++) {
     const float *gate = sums + g * 512, *up = gate + 256;
-    bf16* to = out.exchanged + size_t(group + g) * Blocked::tiles(w.out / 2) * TILE +
-               panel * PANEL / TILE_INPUTS * TILE + panel % 2 * (TILE / 2);
+    bf16* to = out.exchanged + size_t(group + g) * Blocked::tiles(w.out / 2) * TILE + panel * PANEL * out.columns;
     auto value = [&](int o) {
       vf a = load(gate + o * 16), b = load(up + o * 16);
       if (w.bias) a += w.bias[panel * PANEL + o], b += w.bias[(panels + panel) * PANEL + o];
@@ -60,9 +59,9 @@ inline void gated_unit(const Matrix& w, int activation, int rows, const Inputs& 
     };
     for (int o = 0; o < PANEL; o += 2) {
       vu pairs = lane_pairs(value(o), value(o + 1));
-      std::memcpy(to + o * TILE_ROWS, &pairs, sizeof pairs);
+      std::memcpy(to + o * out.columns, &pairs, 4 * out.columns);
     }
-    if (panels % 2 && panel + 1 == panels) std::fill_n(to + TILE / 2, TILE / 2, bf16{0});
+    if (panels % 2 && panel + 1 == panels) std::fill_n(to + out.tile() / 2, out.tile() / 2, bf16{0});
   }
 }
 

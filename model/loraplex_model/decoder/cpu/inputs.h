@@ -1,6 +1,6 @@
 // The memory of the rows that matrix products read, in the type X in which they are multiplied.
 //
-// float: the rows themselves. bfloat16: a rounded copy in the form of blocked.h, which whoever computes a
+// float: the rows themselves. bfloat16: a rounded copy in the form of parts.h, which whoever computes a
 // row's elements writes beside them.
 #pragma once
 
@@ -48,17 +48,17 @@ class InputRows {
 #if LORAPLEX_ORDER
   void reserve(int rows, int width) {
     width_ = width;
+    for (columns_ = 1; columns_ < std::min(rows, TILE_ROWS);) columns_ *= 2;
     rows_.reserve(Blocked::size(rows, width));
-    if (ORDER == Order::TILES) exchanged_.reserve(Blocked::size(rows, width));
   }
   Inputs get() { return get(width_); }
   // The memory for rows of another width, for which there must be room.
-  Inputs get(int width) { return {{rows_.data(), width}, exchanged_.data()}; }
-  void put(int t, int first, int count, const float* x) { get().rows.put(t, first, count, x); }
+  Inputs get(int width) { return {{rows_.data(), width}, rows_.data(), columns_}; }
+  void put(int t, int first, int count, const float* x) { get().put(t, first, count, x); }
 
  private:
-  int width_ = 0;
-  Memory<bf16> rows_, exchanged_;
+  int width_ = 0, columns_ = TILE_ROWS;
+  Memory<bf16> rows_;
 #endif
 };
 
@@ -76,8 +76,7 @@ struct Multiplied<float> {
   static void put(InputRows&, int, int, int, const float*) {}
   static void put_row(InputRows&, int, int, const float*) {}
   static Rows rows(const float* x, InputRows&, int = 0) { return x; }
-  static int exchange_units(Rows, int) { return 0; }
-  static void exchange(Rows, int, int) {}
+  static void put_group(InputRows&, int, int, int, int, const float*, size_t) {}
 };
 
 #if LORAPLEX_ORDER
@@ -87,11 +86,12 @@ struct Multiplied<bf16> {
   using Rows = Inputs;
   static void reserve(InputRows& inputs, int rows, int width) { inputs.reserve(rows, width); }
   static void put(InputRows& inputs, int t, int first, int count, const float* x) { inputs.put(t, first, count, x); }
-  static void put_row(InputRows& inputs, int t, int width, const float* x) { inputs.get(width).rows.put(t, 0, width, x); }
+  static void put_row(InputRows& inputs, int t, int width, const float* x) { inputs.get(width).put(t, 0, width, x); }
   static Rows rows(const float*, InputRows& inputs) { return inputs.get(); }
   static Rows rows(const float*, InputRows& inputs, int width) { return inputs.get(width); }
-  static int exchange_units(const Rows& x, int count) { return x.units(count); }
-  static void exchange(const Rows& x, int count, int unit) { x.exchange(count, unit); }
+  static void put_group(InputRows& inputs, int t, int used, int first, int count, const float* x, size_t stride) {
+    inputs.get().put_group(t, used, first, count, x, stride);
+  }
 };
 #endif
 

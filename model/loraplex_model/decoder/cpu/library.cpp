@@ -117,14 +117,14 @@ void loraplex_pack_bf16(const bf16* weights, int out, int in, bf16* packed) {
 void loraplex_matmul_bf16(const Matrix* w, const float* x, int rows, float* y, int threads) {
   InputRows inputs;
   inputs.reserve(rows, w->in);
-  for (int t = 0; t < rows; t++) inputs.put(t, 0, w->in, x + size_t(t) * w->in);
   Inputs in = inputs.get();
+  for (int t = 0; t < rows; t += TILE_ROWS)
+    in.put_group(t, std::min(TILE_ROWS, rows - t), 0, w->in, x + size_t(t) * w->in, w->in);
   Tile tile = whole(*w, rows);
   Team team(threads);
   team.pass([&] {
     TileRegisters registers;
     int phase = 0;
-    team.run(phase, in.units(rows), [&](int unit) { in.exchange(rows, unit); });
     team.run(phase, matmul_units(tile, in), [&](int unit) { matmul_unit(*w, tile, in, y, w->out, unit); });
   });
 }
@@ -200,7 +200,6 @@ void loraplex_lora_bf16(const SlotTable* table, const Batch* batch, const Fused*
   inputs.reserve(batch->num_tokens, in);
   for (int t = 0; t < batch->num_tokens; t++) inputs.put(t, 0, in, x + size_t(t) * in);
   Inputs rows = inputs.get();
-  for (int unit = 0; unit < rows.units(batch->num_tokens); unit++) rows.exchange(batch->num_tokens, unit);
   lora<bf16, bf16>(*table, *batch, *fused, layer, rows, in, y, out);
 }
 

@@ -96,19 +96,19 @@ inline void shrink_factor(const Inputs& x, int in, LoraRows rows, const bf16* a,
 
 constexpr int FEW_ROWS = 8;  // with fewer rows than these of a tile, FMAs are faster
 
-// sums[g][16 ranks][16 rows] = a . x for G groups of rows.
+// sums[g][16 ranks][16 rows] = a . x for G groups of rows, `x_tile` elements from one tile to the next.
 template <int G>
-inline void rank_tiles(const bf16* a, size_t a_stride, const bf16* x, size_t x_group, int steps, float* sums,
-                       Ahead& ahead) {
+inline void rank_tiles(const bf16* a, size_t a_stride, const bf16* x, int x_tile, size_t x_group, int steps,
+                       float* sums, Ahead& ahead) {
 #ifdef LORAPLEX_AMX
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
-  for (int s = 0; s < steps; s++, a += TILE_INPUTS, x += TILE) {
+  for (int s = 0; s < steps; s++, a += TILE_INPUTS, x += x_tile) {
     ahead.fetch(TILE_ROWS);
     _tile_loadd(4, a, a_stride * sizeof(bf16));
-    _tile_loadd(5, x, 64);
+    _tile_loadd(5, x, x_tile / 8);
     _tile_dpbf16ps(0, 4, 5);
     if constexpr (G >= 2) {
       _tile_loadd(6, x + x_group, 64);
@@ -129,7 +129,8 @@ inline void rank_tiles(const bf16* a, size_t a_stride, const bf16* x, size_t x_g
   }
 #else
   for (int g = 0; g < G; g++)
-    tile_product(TILE_ROWS, a, a_stride, TILE_INPUTS, x + g * x_group, TILE_INPUTS, TILE, steps, sums + g * 256);
+    tile_product(TILE_ROWS, a, a_stride, TILE_INPUTS, x + g * x_group, x_tile / 16, x_tile, steps,
+                 sums + g * 256);
 #endif
 }
 
@@ -171,7 +172,7 @@ inline void shrink_factor(const Inputs& x, int in, LoraRows rows, const bf16* a,
       if (count > 0)
         (groups == 4   ? rank_tiles<4>
          : groups == 2 ? rank_tiles<2>
-                       : rank_tiles<1>)(from, stride, at, x_group, steps, sums, ahead);
+                       : rank_tiles<1>)(from, stride, at, x.tile(), x_group, steps, sums, ahead);
       for (int g = 0; g < groups; g++)
         put_hidden(sums + g * 256, group + g, rows, rank + first, count, weight, hidden);
     }

@@ -25,7 +25,7 @@ namespace loraplex {
 
 // One unit of y = x W^T + bias for weights in float32, whatever the order of the library is: the arithmetic
 // of matmul.h, on rows of bfloat16.
-inline void wide_unit(const Matrix& w, const Tile& tile, const Blocked& x, float* y, size_t y_stride, int unit) {
+inline void wide_unit(const Matrix& w, const Tile& tile, const Inputs& x, float* y, size_t y_stride, int unit) {
   Part part(tile, unit);
   DensePanel<float> panels[] = {{w, part.panel}, {w, part.panel + part.panels - 1}};
   for (int group = part.group; group < part.group + part.groups; group++)
@@ -49,7 +49,7 @@ inline Part part_of(const Tile& tile, const Inputs&, int unit) { return Part(til
 
 inline void matmul_unit(const Matrix& w, const Tile& tile, const Inputs& x, float* y, size_t y_stride, int unit) {
   if (w.kind == Kind::f32)
-    wide_unit(w, tile, x.rows, y, y_stride, unit);
+    wide_unit(w, tile, x, y, y_stride, unit);
   else
     packed_unit(w, tile, x, y, y_stride, unit);
 }

@@ -72,10 +72,11 @@ struct PanelTiles {
 };
 
 // sums[g][p] += weights . x for P panels and G groups, as tiles [16 outputs][16 rows], over the tiles of
-// inputs in [first, end). x points to the first one. Sums that begin with tile 0 begin at zero. With UNPACK
-// the weights are unpacked on the way, so that one hides the time of the other.
+// inputs in [first, end). x points to the first one, and the next one is `x_tile` elements further. Sums that begin
+// with tile 0 begin at zero. With UNPACK the weights are unpacked on the way, so that one hides the time of the other.
 template <int P, int G, bool UNPACK>
-inline void multiply_tiles(const PanelTiles& weights, int first, int end, const bf16* x, size_t x_group, float* sums) {
+inline void multiply_tiles(const PanelTiles& weights, int first, int end, const bf16* x, int x_tile, size_t x_group,
+                           float* sums) {
 #ifdef LORAPLEX_AMX
   constexpr int SIZE = 256;
   _tile_zero(0);
@@ -88,10 +89,10 @@ inline void multiply_tiles(const PanelTiles& weights, int first, int end, const 
     if constexpr (G == 2) _tile_loadd(2, sums + P * SIZE, 64);
     if constexpr (P == 2 && G == 2) _tile_loadd(3, sums + 3 * SIZE, 64);
   }
-  for (int s = first; s < end; s++, x += TILE) {
+  for (int s = first; s < end; s++, x += x_tile) {
     if (UNPACK && s % 2 == 0) weights.unpack(s);
     _tile_loadd(4, weights.at(0, s), 64);
-    _tile_loadd(6, x, 64);
+    _tile_loadd(6, x, x_tile / 8);
     _tile_dpbf16ps(0, 4, 6);
     if constexpr (P == 2) {
       _tile_loadd(5, weights.at(1, s), 64);
@@ -108,7 +109,7 @@ inline void multiply_tiles(const PanelTiles& weights, int first, int end, const 
   if constexpr (G == 2) _tile_stored(2, sums + P * SIZE, 64);
   if constexpr (P == 2 && G == 2) _tile_stored(3, sums + 3 * SIZE, 64);
 #else
-  for (int s = first; s < end; s++, x += TILE) {
+  for (int s = first; s < end; s++, x += x_tile) {
     if (UNPACK && s % 2 == 0) weights.unpack(s);
     for (int tile = 0; tile < P * G; tile++)
       for (int o = 0; o < PANEL; o++) {
@@ -116,7 +117,7 @@ inline void multiply_tiles(const PanelTiles& weights, int first, int end, const 
         vf evens = {}, odds = {};
         for (int k = 0; k < TILE_INPUTS / 2; k++) {
           vu a = broadcast_pair(weights.at(tile % P, s) + o * TILE_INPUTS + 2 * k);
-          vu b = load_pairs(x + tile / P * x_group + k * TILE_INPUTS);
+          vu b = load_pairs(x + tile / P * x_group + k * (x_tile / 16));
           evens = even(a) * even(b) + evens;
           odds = odd(a) * odd(b) + odds;
         }
@@ -127,14 +128,14 @@ inline void multiply_tiles(const PanelTiles& weights, int first, int end, const 
 }
 
 template <bool UNPACK>
-inline void multiply_groups(const PanelTiles& weights, int groups, int first, int end, const bf16* x, size_t x_group,
-                            float* sums) {
+inline void multiply_groups(const PanelTiles& weights, int groups, int first, int end, const bf16* x, int x_tile,
+                            size_t x_group, float* sums) {
   if (weights.panels == 2)
-    groups == 2 ? multiply_tiles<2, 2, UNPACK>(weights, first, end, x, x_group, sums)
-                : multiply_tiles<2, 1, UNPACK>(weights, first, end, x, x_group, sums);
+    groups == 2 ? multiply_tiles<2, 2, UNPACK>(weights, first, end, x, x_tile, x_group, sums)
+                : multiply_tiles<2, 1, UNPACK>(weights, first, end, x, x_tile, x_group, sums);
   else
-    groups == 2 ? multiply_tiles<1, 2, UNPACK>(weights, first, end, x, x_group, sums)
-                : multiply_tiles<1, 1, UNPACK>(weights, first, end, x, x_group, sums);
+    groups == 2 ? multiply_tiles<1, 2, UNPACK>(weights, first, end, x, x_tile, x_group, sums)
+                : multiply_tiles<1, 1, UNPACK>(weights, first, end, x, x_tile, x_group, sums);
 }
 
 // Sums [groups][panels] of tiles [16 outputs][16 rows] for the groups of rows from `group` on.
@@ -143,9 +144,9 @@ inline void sum_tiles(const PanelTiles& weights, const Inputs& x, int group, int
   size_t x_group = size_t(steps) * TILE;
   for (int step = 0; step < steps; step += slab)
     for (int g = 0; g < groups; g += 2) {
-      const bf16* from = x.exchanged + (group + g) * x_group + size_t(step) * TILE;
+      const bf16* from = x.exchanged + (group + g) * x_group + size_t(step) * x.tile();
       auto multiply = g == 0 && weights.is_packed() ? multiply_groups<true> : multiply_groups<false>;
-      multiply(weights, std::min(2, groups - g), step, std::min(step + slab, steps), from, x_group,
+      multiply(weights, std::min(2, groups - g), step, std::min(step + slab, steps), from, x.tile(), x_group,
                sums + g * weights.panels * 256);
     }
 }

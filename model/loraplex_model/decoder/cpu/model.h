@@ -1,4 +1,4 @@
-// A decoder's weights and settings, its tables, and the memory of its passes.
+// A decoder's weights and settings, its tables, and the memory of its passes; and what reads them by the settings.
 //
 // The structs up to `Model` are filled in by decoder/native.py through decoder/layout.py, which repeats
 // the fields. A setting with its usual value (1 for factors, 0 for caps) is a step that is left out.
@@ -8,6 +8,7 @@
 
 #include "adapters.h"
 #include "inputs.h"
+#include "rows.h"
 
 namespace loraplex {
 
@@ -64,6 +65,39 @@ struct Model {
   int32_t num_experts, experts_per_token, normalised_experts;
   int32_t bf16_products;  // inputs of products are rounded to bfloat16
 };
+
+// out = x as one of the model's norms leaves it. `bias` may be null.
+template <class W, class B>
+inline void norm_row(const Model& m, const float* x, const W* weight, const B* bias, int width, float* out) {
+  if (m.layer_norm) return layer_norm(x, weight, bias, m.norm_offset, m.eps, width, out);
+  if (m.norm_offset) return rms_norm(x, weight, m.norm_offset, m.eps, width, out);
+  rms_norm(x, weight, m.eps, width, out);
+}
+
+// Rotates the queries and keys of a row, which lie side by side.
+inline void rotate_heads(const Model& m, const Layer& layer, int position, bool is_long, float* q) {
+  if (layer.rotary < 0) return;
+  const Rotary& table = m.rotaries[is_long && layer.rotary == 0 ? m.long_rotary : layer.rotary];
+  const float *cos = table.cos + size_t(position) * table.half, *sin = table.sin + size_t(position) * table.half;
+  for (int head = 0; head < m.heads + m.kv_heads; head++) {
+    float* x = q + head * m.head_dim;
+    m.interleaved ? rotate_interleaved(x, cos, sin, table.half) : rotate(x, cos, sin, table.half);
+  }
+}
+
+// The embedding of a token, from whichever form the table has.
+template <class T>
+inline void read_embedding(const Model& m, size_t token, float* x) {
+  const T* table = static_cast<const T*>(m.embed);
+  if (m.embed_in_panels && m.lm_head.kind == Kind::bf16_packed) {
+    for (int i = 0; i < m.hidden; i++) x[i] = load1(table + packed_place(token, i, m.hidden));
+  } else if (m.embed_in_panels) {
+    const T* at = table + token / PANEL * PANEL * m.hidden + token % PANEL;
+    for (int i = 0; i < m.hidden; i++) x[i] = load1(at + size_t(i) * PANEL);
+  } else {
+    for (int i = 0; i < m.hidden; i++) x[i] = load1(table + token * m.hidden + i);
+  }
+}
 
 // The intermediate results of a pass, by name of the variable in the papers or of the adapters' step.
 // `parallel` is the output of an MLP whose layer still needs that of the attention, in `added`.

@@ -13,22 +13,6 @@ constexpr int GROUPS_AT_ONCE = 16;  // groups of 16 rows of a unit, so that unpa
 constexpr int UNITS_AHEAD = 2;  // a guess: the number of threads
 constexpr int UNIT_PANELS = ORDER == Order::TILES ? 2 : 1;
 
-// The rows of a product: as they are, and for TILES with rows and pairs of inputs of each tile exchanged.
-struct Inputs {
-  Blocked rows;
-  bf16* exchanged;
-
-  // Units of `exchange`.
-  int units(int count) const {
-    if (ORDER != Order::TILES) return 0;
-    return (int(Blocked::size(count, rows.width) / TILE) + TILES_AT_ONCE - 1) / TILES_AT_ONCE;
-  }
-  void exchange(int count, int unit) const;
-
- private:
-  static constexpr int TILES_AT_ONCE = 6;
-};
-
 // Exchanges rows and columns of 16 x 16 elements of four bytes.
 inline void transpose(vf (&rows)[16]) {
   for (int stage = 0; stage < 4; stage++) {
@@ -41,16 +25,88 @@ inline void transpose(vf (&rows)[16]) {
   }
 }
 
-inline void Inputs::exchange(int count, int unit) const {
-  int end = std::min(int(Blocked::size(count, rows.width) / TILE), (unit + 1) * TILES_AT_ONCE);
-  for (int i = unit * TILES_AT_ONCE; i < end; i++) {
-    vf pairs[16];
-    for (int r = 0; r < 16; r++) std::memcpy(&pairs[r], rows.data + size_t(i) * TILE + r * TILE_INPUTS, 64);
-    transpose(pairs);
-    for (int r = 0; r < 16; r++) std::memcpy(exchanged + size_t(i) * TILE + r * TILE_INPUTS, &pairs[r], 64);
-  }
-  written(exchanged);
+// 32 floats as pairs of bfloat16.
+inline vu round_pairs(const float* x) {
+#ifdef LORAPLEX_AMX
+  return (vu)_mm512_cvtne2ps_pbh((__m512)load(x + LANES), (__m512)load(x));
+#else
+  bf16 rounded[2 * LANES];
+  store(rounded, load(x));
+  store(rounded + LANES, load(x + LANES));
+  return load_pairs(rounded);
+#endif
 }
+
+// The rows of a product, in the form that its order reads. PAIRS: `rows`. TILES: `exchanged`, which is the same
+// memory, with rows and pairs of inputs of each tile exchanged: [16 pairs][columns][2]. With fewer than 16 rows the
+// lines of a tile that AMX loads overlap: they end with what belongs to no row. So few rows need few lines of cache.
+struct Inputs {
+  Blocked rows;
+  bf16* exchanged;
+  int columns;  // a power of two, at most 16, for as many rows of a group
+
+  int tile() const { return columns * TILE_INPUTS; }  // elements from one tile to the next
+
+  // Writes elements [first, first + count) of row t. The padding is written with the last of them.
+  void put(int t, int first, int count, const float* x) const {
+    if (ORDER != Order::TILES) return rows.put(t, first, count, x);
+    int i = first, end = first + count;
+    for (; i < end && i % TILE_INPUTS; i++) store1(at(t, i), x[i - first]);
+    for (; i + TILE_INPUTS <= end; i += TILE_INPUTS) {
+      alignas(64) uint32_t pairs[LANES];
+      vu rounded = round_pairs(x + i - first);
+      std::memcpy(pairs, &rounded, sizeof pairs);
+      bf16* to = at(t, i);
+      for (int k = 0; k < LANES; k++) std::memcpy(to + k * 2 * columns, pairs + k, sizeof pairs[k]);
+    }
+    for (; i < end; i++) store1(at(t, i), x[i - first]);
+    if (end == rows.width)
+      for (; i < Blocked::tiles(end) * TILE_INPUTS; i++) *at(t, i) = {0};
+    written(exchanged);
+  }
+
+  // The same for `count` elements of each of the first `used` rows of the group of row t, whose other rows it may
+  // overwrite. `first` begins a tile; the rows of x are `stride` floats apart.
+  void put_group(int t, int used, int first, int count, const float* x, size_t stride) const {
+    constexpr int FEW = 4;  // rows that are faster written one by one
+    if (ORDER != Order::TILES || used <= FEW) {
+      for (int r = 0; r < used; r++) put(t + r, first, count, x + r * stride);
+      return;
+    }
+    int i = 0;
+    for (; i + TILE_INPUTS <= count; i += TILE_INPUTS) put_tile(used, x + i, stride, at(t, first + i));
+    if (i < count) {
+      float last[TILE_ROWS * TILE_INPUTS] = {};
+      for (int r = 0; r < used; r++) std::copy_n(x + r * stride + i, count - i, last + r * TILE_INPUTS);
+      put_tile(used, last, TILE_INPUTS, at(t, first + i));
+    }
+    written(exchanged);
+  }
+
+  // Reads elements [first, first + count) of row t.
+  void get(int t, int first, int count, float* x) const {
+    if (ORDER != Order::TILES) return rows.get(t, first, count, x);
+    for (int i = first; i < first + count; i++) x[i - first] = load1(at(t, i));
+  }
+
+ private:
+  // Writes a tile of more than four rows; those after the last one repeat it.
+  void put_tile(int used, const float* x, size_t stride, bf16* to) const {
+    vf pairs[TILE_ROWS];
+#pragma GCC unroll 16
+    for (int r = 0; r < TILE_ROWS; r++) pairs[r] = bit_cast<vf>(round_pairs(x + std::min(r, used - 1) * stride));
+    transpose(pairs);
+    if (columns == TILE_ROWS)
+      for (int k = 0; k < TILE_ROWS; k++) std::memcpy(to + k * TILE_INPUTS, &pairs[k], sizeof pairs[k]);
+    else
+      for (int k = 0; k < TILE_ROWS; k++) std::memcpy(to + k * TILE_ROWS, &pairs[k], sizeof pairs[k] / 2);
+  }
+
+  // Element i of row t in `exchanged`.
+  bf16* at(int t, int i) const {
+    return exchanged + (rows.group(t) - rows.data) + size_t(i / 2) * (2 * columns) + t % TILE_ROWS * 2 + i % 2;
+  }
+};
 
 // The groups of 16 rows, and the panels, that a unit of a tile computes.
 struct Part {

@@ -4,7 +4,7 @@
 
 #include "activations.h"
 #include "lora.h"
-#include "rows.h"
+#include "model.h"
 
 namespace loraplex {
 
@@ -44,6 +44,30 @@ inline const float* norm_vector(const Plan& plan, const Segment& segment, const 
     for (int i = 0; i < width; i++) out[i] = multiply_add(term.weight, own[i], out[i]);
   }
   return any ? out : nullptr;
+}
+
+// Norms `parts` vectors of a row, side by side in x, with a norm's weight and bias as the adapters of `segment`
+// change them, which may be null. Those of the parts lie `stride` apart: 0 if they are the same.
+template <class T>
+inline void norm_vectors(const Model& m, const Plan& plan, const Segment* segment, const NormWeights& norm, int layer,
+                         int site, const float* x, int parts, int width, int stride, float* scratch, float* out) {
+  const T *weight = static_cast<const T*>(norm.weight), *bias = static_cast<const T*>(norm.bias);
+  const float *own = nullptr, *own_bias = nullptr;
+  if (segment) {
+    int total = stride ? parts * stride : width;
+    own = norm_vector(plan, *segment, m.adapters, layer, site, &Entry::bias, weight, total, scratch);
+    if (bias)
+      own_bias =
+          norm_vector(plan, *segment, m.adapters, layer, site, &Entry::hidden_bias, bias, total, scratch + total);
+  }
+  auto apply = [&](auto* factors, auto* shifts) {
+    for (int i = 0; i < parts; i++)
+      norm_row(m, x + i * width, factors + i * stride, shifts ? shifts + i * stride : shifts, width, out + i * width);
+  };
+  if (own_bias)
+    own ? apply(own, own_bias) : apply(weight, own_bias);
+  else
+    own ? apply(own, bias) : apply(weight, bias);
 }
 
 // The numbers of `Reads` in adapters/delta.py.

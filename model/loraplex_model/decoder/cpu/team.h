@@ -17,7 +17,7 @@ namespace loraplex {
 class Team {
  public:
   // `threads` is the most that compute at once, the caller's included. Throws std::bad_alloc.
-  explicit Team(int threads) : crew_(Crew::lend(threads)) {}
+  explicit Team(int threads) : crew_(Crew::lend(threads)), share_(8 * std::max(threads, 1)) {}
   ~Team() { Crew::give_back(crew_); }
   Team(const Team&) = delete;
 
@@ -37,9 +37,11 @@ class Team {
     if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
   }
 
-  // Runs `work(unit)` for every unit in [0, units), and returns when all of them are finished. All threads call
-  // it for the same phases in the same order. A late thread does so at any time of the pass, when its `units` has
-  // no effect. So only `work` may read what a phase writes, unless it is an atomic variable.
+  // Runs `work(unit)` for every unit in [0, units), and returns when all of them are finished. A thread takes several
+  // adjacent units at once, fewer towards the end. So it reads memory in order, and seldom waits for the counter.
+  //
+  // All threads call it for the same phases in the same order. A late thread does so at any time of the pass, when
+  // its `units` has no effect. So only `work` may read what a phase writes, unless it is an atomic variable.
   template <class Work>
   void run(int& phase, int units, Work work) {
     Crew& crew = *crew_;
@@ -48,11 +50,12 @@ class Team {
     if (!count && progress == begin(mine) && crew.progress.compare_exchange_strong(progress, begin(mine + 1)))
       return crew.progressed.notify();
     while (phase_of(progress) == mine && uint32_t(progress) < count) {  // the next unit is the lower half
-      if (!crew.progress.compare_exchange_weak(progress, progress + 1, std::memory_order_acq_rel,
+      uint32_t first = uint32_t(progress), taken = std::max(1u, (count - first) / share_);
+      if (!crew.progress.compare_exchange_weak(progress, progress + taken, std::memory_order_acq_rel,
                                                std::memory_order_acquire))
         continue;
-      work(int(uint32_t(progress)));
-      finished++;
+      for (uint32_t unit = first; unit < first + taken; unit++) work(int(unit));
+      finished += taken;
       progress = crew.progress.load(std::memory_order_acquire);
     }
     if (finished && crew.finished.fetch_add(finished, std::memory_order_acq_rel) + finished == count) {
@@ -112,6 +115,7 @@ class Team {
   static inline thread_local Crew::Seat* seat_ = nullptr;
 
   Crew* crew_;
+  uint32_t share_;  // of the units that are left, a thread takes one in so many
   std::mutex failing_;
   std::exception_ptr failure_;
 };
