@@ -35,6 +35,18 @@ inline vf with_sign(vf x, vf sign) {
   return bit_cast<vf>((bit_cast<vu>(x) & 0x7fffffffu) | (bit_cast<vu>(sign) & 0x80000000u));
 }
 
+// 2^(scale d) for d <= 0, within 3e-6 of itself, and 1 for 0; below `lowest`, what it is there. The result at
+// `lowest` must be a normal number. NaN stays NaN.
+inline vf power2(vf d, float scale, float lowest) {
+  d = lowest > d ? set1(lowest) : d;
+  vf rounded = d * scale + 12582912.0f, r = d * scale - (rounded - 12582912.0f);
+  vf p = r * 9.582853095e-03f + 5.590642460e-02f;
+  p = p * r + 2.402409861e-01f;
+  p = p * r + 6.931241934e-01f;
+  p = p * r + 1.0f;
+  return bit_cast<vf>(bit_cast<vu>(p) + (bit_cast<vu>(rounded) << 23));
+}
+
 // Within 2 ulp. Below 0.625 a polynomial, fitted to tanh(x) / x; elsewhere by the exponential.
 inline vf tanh(vf x) {
   vf u = x * x, a = magnitude(x);

@@ -71,17 +71,20 @@ class Attention<T, float> {
 
 #if LORAPLEX_ORDER
 
-// Up to 32 rows, which are a sequence's queries times a group's heads, and one key/value head at a time.
+// Up to QUERY_ROWS rows, which are a sequence's queries times a group's heads, and one key/value head at a time.
 template <>
 class Attention<bf16, bf16> {
  public:
   Attention(const Model& m, const Batch& b, const std::vector<int>& sequence, Buffer& scratch)
       : rows_{m, b, sequence, scratch} {
     rows_.reserve(attention_scratch(m.head_dim, m.block_size));
+    // Large units read keys and values less often; but every thread needs some.
+    int rows_of_all = b.num_tokens * rows_.group() * m.kv_heads;
+    int at_once = rows_of_all < 8 * m.threads * QUERY_ROWS ? 2 * TILE_ROWS : QUERY_ROWS;
     for (int s = 0; s < b.num_sequences; s++) {
       int rows = (b.query_starts[s + 1] - b.query_starts[s]) * rows_.group();
-      for (int first = 0; first < rows; first += QUERY_ROWS)
-        runs_.push_back({b.query_starts[s], first, std::min(QUERY_ROWS, rows - first)});
+      for (int first = 0; first < rows; first += at_once)
+        runs_.push_back({b.query_starts[s], first, std::min(at_once, rows - first)});
     }
   }
 

@@ -44,4 +44,12 @@ struct PairedPages {
   }
 };
 
+// Rows [first, first + count) of a run of queries. Row i is head i % group of query i / group.
+struct QueryRows {
+  const float* q;            // the group's first head in the run's first query
+  size_t stride;             // from a query to the next
+  const int32_t* positions;  // of the run's queries
+  int group, first, count;
+};
+
 }  // namespace loraplex

@@ -132,6 +132,13 @@ inline float max_lane(vf v) {
   return m;
 }
 
+// The greatest lane of each of LANES vectors, which are changed.
+inline vf greatest_lanes(vf* x) {
+  for (int n = LANES / 2; n; n /= 2)
+    for (int i = 0; i < n; i++) x[i] = max(even_lanes(x[2 * i], x[2 * i + 1]), odd_lanes(x[2 * i], x[2 * i + 1]));
+  return x[0];
+}
+
 // e^x within 2 ulp for x in [-87, 88], clamped outside; NaN stays NaN.
 inline vf exp(vf x) {
   vf clamped = x > 88.0f ? set1(88.0f) : (x < -87.0f ? set1(-87.0f) : x);

@@ -94,6 +94,18 @@ inline vu broadcast_pair(const bf16* p) {
   return pair - vu{};
 }
 
+// Two vectors, one after the other, rounded to bfloat16, as pairs of neighbours.
+inline vu rounded_pairs(vf a, vf b) {
+#if defined(LORAPLEX_AMX) || defined(LORAPLEX_VDPBF16PS)
+  return (vu)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+#else
+  bf16 both[2 * LANES];
+  store(both, a);
+  store(both + LANES, b);
+  return load_pairs(both);
+#endif
+}
+
 // sum + a . b for a pair of each lane, in the order PAIRS.
 inline vf add_pairs(vf sum, vu a, vu b) {
 #ifdef LORAPLEX_VDPBF16PS
