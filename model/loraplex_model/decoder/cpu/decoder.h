@@ -196,7 +196,7 @@ class Pass {
     auto rows = Multiplied<X>::rows(x, inputs);
     int shrinks = product.shrink.size(), units = 0;
     for (const Product::Run& run : product.runs) units += matmul_units(run.tile, rows);
-    AdapterWork<T, X> work{product, m.adapters, layer, matrix.in, m.threads, w.h.data(), y, y_stride};
+    AdapterWork<T, X> work{product, m.adapters, layer, matrix.in, w.h.data(), y, y_stride};
     if (product.joins) {  // the product's units need all of A x
       team_.run(phase, shrinks, [&](int unit) { work.shrink_unit(unit, rows, scratch()); });
       shrinks = 0;
@@ -232,7 +232,7 @@ class Pass {
     if constexpr (!std::is_same_v<X, float>) {
       Inputs x = w.normed_inputs.get(), out = w.gated_inputs.get();
       const Product& product = products_[GATE_UP];
-      AdapterWork<T, X> work{product, m.adapters, layer, gate_up.in, m.threads, w.h.data(), nullptr, 0};
+      AdapterWork<T, X> work{product, m.adapters, layer, gate_up.in, w.h.data(), nullptr, 0};
       team_.run(phase, product.shrink.size(), [&](int unit) { work.shrink_unit(unit, x, scratch()); });
       team_.run(phase, gated_units(gate_up, b.num_tokens),
                 [&](int unit) { gated_unit(gate_up, m.activation, b.num_tokens, x, out, work, unit); });

@@ -113,7 +113,7 @@ inline void gated_unit(const Matrix& w, int activation, int rows, const Inputs& 
   int groups = std::min(GROUPS_AT_ONCE, (rows + TILE_ROWS - 1) / TILE_ROWS - group);
   alignas(64) bf16 scratch[2 * KEPT_TILES * TILE];
   alignas(64) float sums[GROUPS_AT_ONCE * 2 * 256];
-  sum_tiles({w, panel, 2, panels, UNITS_AHEAD, scratch}, x, group, groups, sums);
+  sum_tiles({w, panel, 2, panels, 1, scratch}, x, group, groups, sums);
   if (w.bias)
     for (int i = 0; i < groups * 2 * PANEL; i++) {
       float bias = w.bias[(i / PANEL % 2 * panels + panel) * PANEL + i % PANEL];

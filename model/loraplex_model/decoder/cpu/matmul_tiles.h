@@ -155,7 +155,7 @@ inline void packed_unit(const Matrix& w, const Tile& tile, const Inputs& x, floa
   Part part(tile, unit);
   alignas(64) bf16 scratch[UNIT_PANELS * KEPT_TILES * TILE];
   alignas(64) float sums[GROUPS_AT_ONCE * UNIT_PANELS * 256];
-  sum_tiles({w, part.panel, part.panels, 1, UNITS_AHEAD * UNIT_PANELS, scratch}, x, part.group, part.groups, sums);
+  sum_tiles({w, part.panel, part.panels, 1, UNIT_PANELS, scratch}, x, part.group, part.groups, sums);
   for (int g = 0; g < part.groups; g++)
     for (int p = 0; p < part.panels; p++) {
       float* at = sums + (g * part.panels + p) * 256;

@@ -10,7 +10,6 @@
 namespace loraplex {
 
 constexpr int GROUPS_AT_ONCE = 16;  // groups of 16 rows of a unit, so that unpacked weights are used often
-constexpr int UNITS_AHEAD = 2;  // a guess: the number of threads
 constexpr int UNIT_PANELS = ORDER == Order::TILES ? 2 : 1;
 
 // Exchanges rows and columns of 16 x 16 elements of four bytes.

@@ -57,7 +57,7 @@ template <class T, class X>
 struct AdapterWork {
   const Product& product;
   const SlotTable& table;
-  int layer, in, threads;
+  int layer, in;
   float *h, *y;
   size_t y_stride;
 
@@ -82,9 +82,9 @@ struct AdapterWork {
   }
 
  private:
-  // What the unit reads that a thread will probably take after `unit`: of `shrink`, then of `expand`.
+  // What the unit after `unit` reads, of `shrink`, then of `expand`: a thread takes adjacent units.
   Ahead ahead(size_t unit) const {
-    size_t next = unit + threads, shrinks = product.shrink.size();
+    size_t next = unit + 1, shrinks = product.shrink.size();
     if (next < shrinks) return shrink_ahead<T>(*product.plan, table, product.fused, layer, product.shrink[next], in);
     next -= shrinks;
     if (next >= product.expand.size()) return {};

@@ -102,6 +102,7 @@ class Crew {
 
   struct alignas(64) Seat {
     std::atomic<bool> inside{false};
+    std::atomic<uint64_t> taken{0};
     int index = 0;  // 0 is the caller's
     uint64_t round = 0;
     Crew* crew = nullptr;
@@ -174,10 +175,16 @@ class Crew {
     event.sleep(done);
   }
 
+  // Threads of a round, the caller's included.
+  int threads() const { return wanted_; }
+
+  // What is taken of the range of units of thread `index`.
+  std::atomic<uint64_t>& taken(int index) { return seats_[index].taken; }
+
   // Progress of a round, kept here because threads outside of the round read it.
-  alignas(64) std::atomic<uint64_t> progress{0};
+  alignas(64) std::atomic<uint32_t> phase{0};
   alignas(64) std::atomic<uint32_t> finished{0};
-  // Threads outside of the round wait here for `progress`, or until the round is closed.
+  // Threads outside of the round wait here for `phase`, or until the round is closed.
   Event progressed;
 
  private:
