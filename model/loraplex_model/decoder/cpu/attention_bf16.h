@@ -153,7 +153,7 @@ class TileAttention {
     for (int i = 0; i < 16 && (whole || j + i < end_); i++) {
       if (!whole) at = pages_.key(j + i, head_) + size_t(s) * 16 * 2 * block_size;
       for (int p = 0; p < pairs; p++)
-        std::memcpy(copy + p * stride_ + 2 * i, at + (whole ? 2 * i : 0) + size_t(p) * 2 * block_size, 2 * sizeof(bf16));
+        std::memcpy(copy + p * stride_ + 2 * i, at + (whole ? 2 * i : 0) + size_t(p) * 2 * block_size, sizeof(bf16[2]));
     }
     return copy;
   }

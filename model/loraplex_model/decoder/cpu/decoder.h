@@ -59,7 +59,8 @@ class Pass {
     Multiplied<X>::reserve(w.head_inputs, b.num_logits, m.hidden);
     scratch_ = plan_.segments.empty()
                    ? 0
-                   : std::max(lora_scratch(widest, plan_.max_rank), sites_scratch(widest, widest_site(plan_, model.adapters)));
+                   : std::max(lora_scratch(widest, plan_.max_rank),
+                              sites_scratch(widest, widest_site(plan_, model.adapters)));
     if (m.num_experts) scratch_ = std::max(scratch_, experts_scratch(m, plan_.max_rank));
     w.lora.reserve(scratch_ * m.threads);
     product({{Q_PROJ, q_size_}, {K_PROJ, kv_size_}, {V_PROJ, kv_size_}});
@@ -208,7 +209,8 @@ class Pass {
       for (int own; unit >= (own = matmul_units(run->tile, rows)); run++) unit -= own;
       const Matrix* dense = run->merged < 0 ? nullptr : m.adapters.dense(run->merged, layer, product.fused_index);
       bool gained = run->part >= 0 && gains_input(product, *product.plan->segment(run->tile.first), layer, run->part);
-      matmul_unit(dense ? *dense : matrix, run->tile, gained ? gained_rows(run->part, matrix.in) : rows, y, y_stride, unit);
+      auto from = gained ? gained_rows(run->part, matrix.in) : rows;
+      matmul_unit(dense ? *dense : matrix, run->tile, from, y, y_stride, unit);
       if (product.joins) work.join(run->tile, rows, unit, scratch());
     });
     if (product.expand.empty()) return;

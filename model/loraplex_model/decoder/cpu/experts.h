@@ -53,7 +53,8 @@ class Experts {
       Multiplied<X>::put(w.routed_inputs, p, 0, m.hidden, w.routed.data() + size_t(p) * m.hidden);
     });
     int stride = row_stride(both);
-    product(team, phase, layer.gate_up, w.routed.data(), w.routed_inputs, both, gate_up_units_, w.gate_up.data(), stride);
+    product(team, phase, layer.gate_up, w.routed.data(), w.routed_inputs, both, gate_up_units_, w.gate_up.data(),
+            stride);
     adapt(team, phase, l, GATE_PROJ, w.routed.data(), m.hidden, w.gate_up.data(), m.intermediate, stride, scratch);
     adapt(team, phase, l, UP_PROJ, w.routed.data(), m.hidden, w.gate_up.data() + m.intermediate, m.intermediate, stride,
           scratch);

@@ -30,7 +30,7 @@ struct Product {
 
   Product(const Plan& plan, const SlotTable& table, const Fused& fused, int fused_index, int rows, int out, int uses,
           LoraUnits sizes)
-      : plan(&plan), fused(fused), fused_index(fused_index), rows(rows), uses(uses), 
+      : plan(&plan), fused(fused), fused_index(fused_index), rows(rows), uses(uses),
         shrink(shrink_units(plan, table, fused, uses & (FACTORS | HEAD), sizes)),
         expand(expand_units(plan, fused, uses, sizes)) {
     int begin = 0;

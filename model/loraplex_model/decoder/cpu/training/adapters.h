@@ -36,7 +36,8 @@ struct Changed {
 
 // Right tiles of a matrix [rows][columns] with any strides, as inputs x columns: [tiles of columns][steps].
 // With `turned` its rows are the columns.
-inline void factor_tiles(const float* from, int64_t stride, int64_t step, int rows, int columns, bool turned, bf16* to) {
+inline void factor_tiles(const float* from, int64_t stride, int64_t step, int rows, int columns, bool turned,
+                         bf16* to) {
   if (turned) {
     std::swap(stride, step);
     std::swap(rows, columns);
