@@ -203,8 +203,11 @@ class Pass {
       shrinks = 0;
     }
     team_.run(phase, shrinks + units, [&](int unit) {
-      if (unit < shrinks) return work.shrink_unit(unit, rows, scratch());
-      unit -= shrinks;
+      // Shrinks are spread evenly among all units, so that each thread's range has its share.
+      auto shrinks_before = [&](int64_t end) { return shrinks ? int(end * shrinks / (shrinks + units)) : 0; };
+      int shrink = shrinks_before(unit);
+      if (shrinks_before(unit + 1) > shrink) return work.shrink_unit(shrink, rows, scratch());
+      unit -= shrink;
       const Product::Run* run = product.runs.data();
       for (int own; unit >= (own = matmul_units(run->tile, rows)); run++) unit -= own;
       const Matrix* dense = run->merged < 0 ? nullptr : m.adapters.dense(run->merged, layer, product.fused_index);

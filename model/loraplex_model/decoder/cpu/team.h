@@ -3,7 +3,7 @@
 //
 // A phase is over when its units are finished, whichever threads did them. A thread that the system has paused
 // delays the others only if it holds a unit; if it holds none, they finish the phase and begin the next ones,
-// and it passes over those when it runs again.
+// and it passes over those when it runs again. So each thread lets the system pause it between two phases, often.
 #pragma once
 
 #include <exception>
@@ -47,6 +47,7 @@ class Team {
   template <class Work>
   void run(int& phase, int units, Work work) {
     Crew& crew = *crew_;
+    if (seat_->turn.is_over()) end_turn();
     uint32_t mine = phase++, count = std::max(units, 0), finished = 0, now = crew.phase.load();
     if (!count && now == mine && crew.phase.compare_exchange_strong(now, mine + 1)) return crew.progressed.notify();
     if (now == mine)
@@ -112,6 +113,15 @@ class Team {
       finished++;
       seen = uint64_t(mine) << 32 | (next + 1);
     }
+  }
+
+  // Gives up the processor while the calling thread holds no unit.
+  void end_turn() {
+    Crew& crew = *crew_;
+    Crew::Seat& seat = *seat_;
+    crew.leave(seat);  // from here on, this object may end
+    seat.turn.give_up();
+    if (!crew.enter(seat)) throw Stopped();
   }
 
   // The unit that has failed is never finished, so nobody else ends its phase.

@@ -53,6 +53,28 @@ bool spin(Done done, std::chrono::microseconds time = SPIN) {
   return true;
 }
 
+// How long a thread has run since the system gave it a processor. Beside busy programs the system takes the processor
+// away after a few milliseconds, at any place. A thread that gives it up before, where it holds no work, holds up no
+// other thread while it waits for its next turn. On an idle machine it goes on at once.
+class Turn {
+ public:
+  bool is_over() {
+    auto now = std::chrono::steady_clock::now();
+    if (now - seen_ > PAUSE) begun_ = now;  // the processor was taken away meanwhile
+    seen_ = now;
+    return now - begun_ > LENGTH;
+  }
+  void give_up() {
+    sched_yield();
+    begun_ = seen_ = std::chrono::steady_clock::now();
+  }
+
+ private:
+  static constexpr std::chrono::microseconds LENGTH{1000}, PAUSE{2000};  // PAUSE is longer than most phases
+
+  std::chrono::steady_clock::time_point begun_, seen_;
+};
+
 // Lets threads wait until a condition on atomic variables holds. Whoever makes it true calls `notify`
 // afterwards. Both sides use sequentially consistent accesses: either the waiting thread sees the change,
 // or the changing thread sees that somebody sleeps.
@@ -105,6 +127,7 @@ class Crew {
     std::atomic<uint64_t> taken{0};
     int index = 0;  // 0 is the caller's
     uint64_t round = 0;
+    Turn turn;
     Crew* crew = nullptr;
     pthread_t thread{};
   };
