@@ -24,18 +24,6 @@ inline void transpose(vf (&rows)[16]) {
   }
 }
 
-// 32 floats as pairs of bfloat16.
-inline vu round_pairs(const float* x) {
-#ifdef LORAPLEX_AMX
-  return (vu)_mm512_cvtne2ps_pbh((__m512)load(x + LANES), (__m512)load(x));
-#else
-  bf16 rounded[2 * LANES];
-  store(rounded, load(x));
-  store(rounded + LANES, load(x + LANES));
-  return load_pairs(rounded);
-#endif
-}
-
 // The rows of a product, in the form that its order reads. PAIRS: `rows`. TILES: `exchanged`, which is the same
 // memory, with rows and pairs of inputs of each tile exchanged: [16 pairs][columns][2]. With fewer than 16 rows the
 // lines of a tile that AMX loads overlap: they end with what belongs to no row. So few rows need few lines of cache.
@@ -53,7 +41,7 @@ struct Inputs {
     for (; i < end && i % TILE_INPUTS; i++) store1(at(t, i), x[i - first]);
     for (; i + TILE_INPUTS <= end; i += TILE_INPUTS) {
       alignas(64) uint32_t pairs[LANES];
-      vu rounded = round_pairs(x + i - first);
+      vu rounded = rounded_pairs(load(x + i - first), load(x + i - first + LANES));
       std::memcpy(pairs, &rounded, sizeof pairs);
       bf16* to = at(t, i);
       for (int k = 0; k < LANES; k++) std::memcpy(to + k * 2 * columns, pairs + k, sizeof pairs[k]);
@@ -93,7 +81,10 @@ struct Inputs {
   void put_tile(int used, const float* x, size_t stride, bf16* to) const {
     vf pairs[TILE_ROWS];
 #pragma GCC unroll 16
-    for (int r = 0; r < TILE_ROWS; r++) pairs[r] = bit_cast<vf>(round_pairs(x + std::min(r, used - 1) * stride));
+    for (int r = 0; r < TILE_ROWS; r++) {
+      const float* from = x + std::min(r, used - 1) * stride;
+      pairs[r] = bit_cast<vf>(rounded_pairs(load(from), load(from + LANES)));
+    }
     transpose(pairs);
     if (columns == TILE_ROWS)
       for (int k = 0; k < TILE_ROWS; k++) std::memcpy(to + k * TILE_INPUTS, &pairs[k], sizeof pairs[k]);

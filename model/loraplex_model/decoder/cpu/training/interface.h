@@ -96,7 +96,7 @@ void loraplex_train_rotate(loraplex::bf16* x, int rows, int width, int heads, in
 
 // scores [rows][width]; see `cross_entropy`.
 int loraplex_train_cross_entropy(loraplex::bf16* scores, const int64_t* targets, int rows, int width, int slope,
-                                  float* losses, int threads) {
+                                 float* losses, int threads) {
   using namespace loraplex;
   Units units;
 #pragma omp parallel num_threads(threads)
@@ -122,24 +122,24 @@ int loraplex_train_has_products() { return LORAPLEX_ORDER != 0; }
 #if LORAPLEX_ORDER
 // See `base_product`; `in` is a multiple of 64.
 int loraplex_train_product(const uint8_t* codes, const float* maxima, int out, int in, const loraplex::bf16* x,
-                            int rows, int back, loraplex::bf16* y, int threads) {
+                           int rows, int back, loraplex::bf16* y, int threads) {
   using namespace loraplex;
   return fault_of([&] { base_product(Packed{codes, maxima, out, in, {}}, x, rows, back, y, threads); });
 }
 
 int loraplex_train_head(const loraplex::bf16* head, int vocab, int width, const loraplex::bf16* x, int rows,
-                         loraplex::bf16* scores, int threads) {
+                        loraplex::bf16* scores, int threads) {
   return loraplex::fault_of([&] { loraplex::head_product(head, vocab, width, x, rows, scores, threads); });
 }
 
 int loraplex_train_head_gradient(const loraplex::bf16* head, int vocab, int width, const loraplex::bf16* g, int rows,
-                                  float* out, int threads) {
+                                 float* out, int threads) {
   return loraplex::fault_of([&] { loraplex::head_gradient(head, vocab, width, g, rows, out, threads); });
 }
 
 // Attention of `sequences` from starts[s] to starts[s + 1] - 1; logs [heads][rows]. Strides are of rows, in elements.
 int loraplex_train_attend(const loraplex::Attending* a, const int32_t* starts, int sequences, loraplex::bf16* out,
-                           float* logs, int threads) {
+                          float* logs, int threads) {
   using namespace loraplex;
   Heads<bf16> to{out, int64_t(a->heads) * a->width};
   int64_t rows = starts[sequences];
@@ -161,7 +161,7 @@ int loraplex_train_attend(const loraplex::Attending* a, const int32_t* starts, i
 }
 
 int loraplex_train_attend_back(const loraplex::Attending* a, const loraplex::Derivative* d, const int32_t* starts,
-                                int sequences, const float* logs, int threads) {
+                               int sequences, const float* logs, int threads) {
   using namespace loraplex;
   Units units;
 #pragma omp parallel num_threads(threads)
