@@ -267,10 +267,41 @@ inline void expand_rows(const float* h, int h_stride, const W* b, size_t b_strid
     }
 }
 
+// The same for a single row and up to LORA_COLUMNS columns. B is read in the order in which it lies in memory, two
+// rows at once: the processor's prefetching keeps up with few streams only.
+template <class T>
+inline void expand_row(const float* h, const T* b, size_t b_stride, int ranks, int columns, float* y, Ahead& ahead) {
+  int whole = columns / PAIR * PAIR;
+  alignas(64) float chains[LORA_COLUMNS];  // in the order of the pairs
+  auto add = [&](int r, auto count, auto first) {
+    for (int c = 0; c < whole; c += PAIR) {
+      ahead.fetch(count);
+      Pair sums = first ? Pair{} : load_pair(chains + c);
+      for (int i = 0; i < count; i++) {
+        Pair bs = load_pair(b + (r + i) * b_stride + c);
+        sums.first = h[r + i] * bs.first + sums.first;
+        sums.second = h[r + i] * bs.second + sums.second;
+      }
+      store_pair(chains + c, sums);
+    }
+  };
+  using One = std::integral_constant<int, 1>;
+  using Two = std::integral_constant<int, 2>;
+  int r = ranks % 2;
+  r ? add(0, One{}, std::true_type{}) : add(0, Two{}, std::true_type{});
+  for (r = r ? 1 : 2; r < ranks; r += 2) add(r, Two{}, std::false_type{});
+  for (int c = 0; c < whole; c += PAIR) {
+    Pair old = load_pair(y + c), delta = join<T>(load_pair(chains + c));
+    store_pair(y + c, {old.first + delta.first, old.second + delta.second});
+  }
+  if (whole < columns)
+    expand_rows<T, 1>(h, 0, b + whole, b_stride, ranks, columns - whole, y + whole, 0);
+}
+
 // y[m] += B h[m] for the rows of a unit.
 template <class T>
 inline void expand_factor(const float* h, int h_stride, const T* b, size_t b_stride, int ranks, int rows, int columns,
-                          float* y, size_t y_stride, float* scratch) {
+                          float* y, size_t y_stride, float* scratch, Ahead& ahead) {
   int m = 0;
   if (rows >= SHARED) {
     widen(b, ranks, b_stride, columns, scratch);
@@ -279,8 +310,7 @@ inline void expand_factor(const float* h, int h_stride, const T* b, size_t b_str
     for (; m < rows; m++)
       expand_rows<T, 1>(h + m * h_stride, h_stride, scratch, columns, ranks, columns, y + m * y_stride, y_stride);
   }
-  for (; m < rows; m++)
-    expand_rows<T, 1>(h + m * h_stride, h_stride, b, b_stride, ranks, columns, y + m * y_stride, y_stride);
+  for (; m < rows; m++) expand_row(h + m * h_stride, b, b_stride, ranks, columns, y + m * y_stride, ahead);
 }
 
 // X is the type of the product's rows.
@@ -320,7 +350,7 @@ inline void expand(const Plan& plan, const SlotTable& table, const Fused& fused,
                    ahead);
     else
       expand_factor(of_term + size_t(unit.first - segment.origin()) * h_stride, h_stride, b, width, ranks, rows,
-                    columns, y, y_stride, scratch);
+                    columns, y, y_stride, scratch, ahead);
   }
 }
 

@@ -60,11 +60,7 @@ inline void pair_dots(const bf16* const* x, const bf16* a, int in, float scale, 
       for (int m = 0; m < M; m++) sums[m][r] = add_pairs(sums[m][r], xs[m], pairs);
     }
   };
-  for (; k + TILE_INPUTS <= in; k += TILE_INPUTS) {
-    if constexpr (M == 1)  // a single row: the weights of the next ranks come from memory as well
-      for (int r = 0; r < R; r++) __builtin_prefetch(a + size_t(R + r) * in + k);
-    add(a + k, in);
-  }
+  for (; k + TILE_INPUTS <= in; k += TILE_INPUTS) add(a + k, in);
   if (k < in) {
     bf16 last[R][TILE_INPUTS] = {};
     for (int r = 0; r < R; r++) std::copy(a + size_t(r) * in + k, a + size_t(r + 1) * in, last[r]);
@@ -74,11 +70,30 @@ inline void pair_dots(const bf16* const* x, const bf16* a, int in, float scale, 
     for (int r = 0; r < R; r++) h[m * h_stride + r] = sum(sums[m][r]) * scale;
 }
 
+// h[r] = scale * x . a[r] for a single row: A is read in the order in which it lies in memory.
+inline void row_ranks(const bf16* x, int in, const bf16* a, int ranks, float scale, float* h, Ahead& ahead) {
+  int whole = in / TILE_INPUTS * TILE_INPUTS;
+  vu last = {};
+  for (int r = 0; r < ranks; r++, a += in) {
+    vf sums = {};
+    for (int k = 0; k < whole; k += TILE_INPUTS) {
+      ahead.fetch(1);
+      sums = add_pairs(sums, load_pairs(x + size_t(k) * TILE_ROWS), load_pairs(a + k));
+    }
+    if (whole < in) {
+      std::memcpy(&last, a + whole, (in - whole) * sizeof(bf16));
+      sums = add_pairs(sums, load_pairs(x + size_t(whole) * TILE_ROWS), last);
+    }
+    h[r] = sum(sums) * scale;
+  }
+}
+
 template <int M>
 inline void pair_ranks(const Inputs& x, int in, int row, const bf16* a, int ranks, float weight, float* h,
-                       int h_stride) {
+                       int h_stride, Ahead& ahead) {
   const bf16* rows[M];
   for (int m = 0; m < M; m++) rows[m] = x.rows.at(row + m, 0);
+  if constexpr (M == 1) return row_ranks(rows[0], in, a, ranks, weight, h, ahead);
   int r = 0;
   for (; r + 4 <= ranks; r += 4) pair_dots<M, 4>(rows, a + size_t(r) * in, in, weight, h + r, h_stride);
   for (; r < ranks; r++) pair_dots<M, 1>(rows, a + size_t(r) * in, in, weight, h + r, h_stride);
@@ -87,11 +102,11 @@ inline void pair_ranks(const Inputs& x, int in, int row, const bf16* a, int rank
 // Ranks [rank, rank + ranks) of h = weight * A x; `a` points to the first of them, and h to the segment's
 // rows of `h_stride` floats.
 inline void shrink_factor(const Inputs& x, int in, LoraRows rows, const bf16* a, int rank, int ranks, float weight,
-                          float* h, int h_stride, float*, Ahead&) {
+                          float* h, int h_stride, float*, Ahead& ahead) {
   auto at = [&](int row) { return h + size_t(row - rows.origin) * h_stride + rank; };
   int row = rows.first;
-  for (; row + 4 <= rows.end; row += 4) pair_ranks<4>(x, in, row, a, ranks, weight, at(row), h_stride);
-  for (; row < rows.end; row++) pair_ranks<1>(x, in, row, a, ranks, weight, at(row), h_stride);
+  for (; row + 4 <= rows.end; row += 4) pair_ranks<4>(x, in, row, a, ranks, weight, at(row), h_stride, ahead);
+  for (; row < rows.end; row++) pair_ranks<1>(x, in, row, a, ranks, weight, at(row), h_stride, ahead);
 }
 
 #elif LORAPLEX_ORDER == 2
