@@ -1,27 +1,17 @@
-"""The server's settings; `config_sources` reads them."""
+"""The server's configuration: the settings, checked, and what its parts take from them."""
 
 from __future__ import annotations
 
 import errno
-import ipaddress
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Literal
 
-from pydantic import (
-    BeforeValidator,
-    ByteSize,
-    Field,
-    SecretStr,
-    field_validator,
-    model_validator,
-)
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import field_validator, model_validator
 
 from loraplex_server import fair_weights
-from loraplex_server.engine.batching.fair_queue import MAX_PRIORITY
+from loraplex_server.access import settings as access
 from loraplex_server.engine.batching.limits import EngineLimits
 from loraplex_server.engine.batching.shares import RESERVED
 from loraplex_server.engine.group import devices
@@ -30,187 +20,11 @@ from loraplex_server.engine.process.limits import SupervisionLimits
 from loraplex_server.engine.process.pulse import BEAT_SECONDS
 from loraplex_server.engine.process.setup import EngineSetup
 from loraplex_server.engine.runner.config import CustomRunner, RunnerConfig
-
-DEFAULT_MODEL: Final = "default"
-
-Port = Annotated[int, Field(ge=0, le=65535)]
-PathOrNone = Annotated[Path | None, BeforeValidator(lambda given: given or None)]  # "" is no path
-
-PANELS: Final = {
-    "model": "Model",
-    "store": "Files",
-    "host": "Network",
-    "gpu_memory": "Memory",
-    "max_rank": "Adapters",
-    "max_context": "Requests",
-    "training": "Training",
-    "log_format": "Logging",
-}
-"""Titles of the panels of `--help`, each by its first setting in the order of `Config`."""
+from loraplex_server.settings import Settings
 
 
-class Config(BaseSettings):
-    """The server's settings. Sizes are bytes, or text such as "512MiB"; times are seconds.
-
-    A field's docstring is the help of its flag. Fields with `repr=False` have no flag.
-    """
-
-    model_config = SettingsConfigDict(
-        env_prefix="LORAPLEX_",
-        frozen=True,
-        use_attribute_docstrings=True,
-        protected_namespaces=(),
-    )
-
-    model: str = Field(DEFAULT_MODEL, min_length=1)
-    """Base model: a directory, a GGUF file or a hub id of a causal language model in Hugging Face
-    format. `default` is SmolLM2-135M-Instruct."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Compute type. The base's weights are NF4 in any case."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device to compute on. `auto` uses CUDA if it is available."""
-    devices: str = ""
-    """Several devices, with an engine process for each: numbers of GPUs (0,1 or cuda:0,cuda:1), or
-    cpu once for each engine; if empty, there is one engine on device. Budgets of memory and
-    max_running are those of each engine."""
-    threads: int = Field(0, ge=0)
-    """CPU threads of the engine; 0 uses all cores that the process may use. Several engines on the
-    CPU divide them among each other."""
-    cuda_graphs: bool = True
-    """On a GPU, capture the kernel launches of decode steps at start and replay each step as
-    a whole (CUDA graphs). Without effect on a CPU."""
-
-    store: Path = Path("var/store")
-    """Directory of the adapter store, which holds the registered adapters."""
-    store_url: SecretStr = SecretStr("")
-    """PostgreSQL URL of the store's index, needed if several servers share the store; if empty, the
-    index is an SQLite file in the store."""
-    cache: Path = Path("var/cache")
-    """Directory for quantised base models and compiled kernels."""
-    import_root: Path = Path("var/import")
-    """Directory below which clients may name files of the server: adapters and training data. It
-    must exist, unless it is the default or is called `import` and lies beside the store."""
-
-    host: str = "127.0.0.1"
-    """Address that the gRPC services listen on."""
-    port: Port = 50051
-    """Port of the gRPC services; 0 picks a free one."""
-    admin_host: str = "127.0.0.1"
-    """Address that the metrics endpoint (/metrics over HTTP) listens on."""
-    admin_port: Port = 9464
-    """Port of the metrics endpoint; 0 picks a free one."""
-    insecure: bool = False
-    """Allow addresses that other machines can reach, although callers are not authenticated."""
-    max_connections: int = Field(1024, ge=1, le=1 << 20)
-    """Most connections to the gRPC port; further ones are closed at once."""
-    reflection: bool = True
-    """Serve gRPC reflection."""
-
-    gpu_memory: float = Field(0.9, gt=0, le=1)
-    """Fraction of a GPU's memory that may be in use, that of other processes included. Without
-    effect on a CPU."""
-    kv_memory: ByteSize = ByteSize(0)
-    """Memory of the KV cache; 0 uses 512 MiB on a CPU, and on a GPU what gpu_memory leaves."""
-    kv_tokens: int = Field(0, ge=0)
-    """Size of the KV cache in tokens; 0 sizes it by kv_memory."""
-    adapter_memory: ByteSize = ByteSize(1 << 30)
-    """Device memory for adapters."""
-    host_adapter_memory: ByteSize = ByteSize(1 << 30)
-    """Host memory for adapters that were evicted from the device or will be needed next; with 0
-    they are read from disk each time."""
-    merge_memory: ByteSize = ByteSize(1 << 30)
-    """Device memory for the dense weights of merged adapters; with 0 no adapter can be merged."""
-    virtual_tokens: int = Field(1024, ge=0, le=1 << 20)
-    """KV cache tokens reserved for the virtual tokens of adapters; with 0, adapters that have
-    virtual tokens are not served."""
-
-    max_rank: int = Field(256, ge=1, le=4096)
-    """Largest rank of an adapter."""
-    max_adapter_file: ByteSize = Field(ByteSize(4 << 30), ge=1)
-    """Largest weights file of an adapter, sent by a client or imported."""
-    max_virtual_tokens: int = Field(512, ge=0, le=1 << 20)
-    """Largest number of virtual tokens of one adapter, at most virtual_tokens. Above token_budget,
-    loading such an adapter can make a step longer than any prompt does."""
-    merge_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of the dense weights of merged adapters; `auto` uses dtype."""
-
-    adapter_chat_templates: bool = False
-    """Let clients register adapters with a chat template of their own, and render conversations
-    for such an adapter with it. Templates run in a sandbox."""
-
-    max_context: int = Field(0, ge=0)
-    """Longest prompt and answer together, in tokens; 0 uses the model's context length."""
-    chat_template: PathOrNone = None
-    """File with a chat template (Jinja), in place of the model's. If empty, the model's is used."""
-    special_tokens_in_messages: bool = False
-    """Recognise control tokens that messages spell out, also in the data of training jobs, so that
-    a message can end its turn and open another. By default they are text."""
-    prefix_cache: bool = True
-    """Keep keys and values of prompts and answers, for later requests that begin alike."""
-    token_budget: int = Field(512, ge=1)
-    """Most tokens in one step: decode rows and prompt chunks together."""
-    prompt_step_ratio: float = Field(2.0, ge=0, le=1000)
-    """How many times as long as a step that only decodes a step with prompt chunks may take. Lower
-    values keep the time between tokens even, higher ones compute prompts faster; 0 sets no limit.
-    """
-    max_running: int = Field(64, ge=1)
-    """Most requests in one step."""
-    max_waiting: int = Field(256, ge=0)
-    """Most requests that may wait beyond the running ones; further ones are refused."""
-    max_waiting_tokens: int = Field(1 << 18, ge=1)
-    """Most prompt tokens that may wait; further requests are refused."""
-    max_queue_seconds: float = Field(60.0, ge=0, le=86_400)
-    """Longest predicted wait with which a request is accepted; 0 accepts any."""
-    fair_weights: str = ""
-    """Shares of adapters while requests wait, in proportion to each other, as name=weight,...;
-    `_base` is the base without an adapter, a+b a mix. Those that are not named have 1."""
-    max_priority: int = Field(MAX_PRIORITY, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
-    """Highest priority of a request; a higher one counts as this."""
-    adapter_turn: float = Field(30.0, ge=0, le=86_400)
-    """Time that a request may keep its adapter on the device while others wait for the place; it
-    then goes on when the adapter is back. 0 sets no limit."""
-    stream_writes: int = Field(256, ge=0)
-    """Messages per second over all streams above which tokens are sent several at a time; 0 sends
-    each token at once."""
-    drain_timeout: float = Field(30.0, ge=0, le=86_400)
-    """Seconds that running requests have to finish after SIGTERM."""
-    write_stall_timeout: float = Field(30.0, gt=0, le=86_400)
-    """Seconds after which a request is ended because its client does not read the stream."""
-    engine_start_timeout: float = Field(1800.0, ge=1, le=86_400)
-    """Seconds that the engine may take to become ready when the server starts. A restart may take
-    two minutes, or four times as long as the first start, and longer after one that was cut off."""
-    engine_hang_timeout: float = Field(300.0, ge=1, le=86_400)
-    """Seconds that one step of the engine may take before its process is replaced. A process
-    that gives no sign of life for half a minute is replaced as well."""
-
-    training: bool = False
-    """Train adapters on request, in a process of their own."""
-    training_jobs_dir: Path = Path("var/training")
-    """Directory of the training jobs: data, checkpoints and records."""
-    training_max_jobs: int = Field(16, ge=0)
-    """Most training jobs that may wait beyond the running one; further ones are refused."""
-    training_keep_jobs: int = Field(100, ge=1)
-    """Number of ended training jobs to keep; older ones are removed."""
-    training_memory: ByteSize = ByteSize(0)
-    """Most memory that a training job may use; 0 allows all free memory."""
-    training_threads: int = Field(0, ge=0)
-    """CPU threads of a training job; 0 uses half of the cores."""
-    training_timeout: float = Field(86_400.0, ge=0, le=31_536_000)
-    """Seconds that a training job may run; 0 sets no limit."""
-    training_data: ByteSize = ByteSize(256 << 20)
-    """Largest data file that is accepted from below the import root."""
-
-    log_format: Literal["text", "json"] = "text"
-    """Format of log lines: `text` for people, `json` for programs."""
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """Lowest level that is logged."""
-
-    engine_factory: str = Field("", repr=False, pattern=r"^([\w.]+:\w+)?$")
-    """Function that builds the engine's runner in tests, as `module:name`; empty: a real model."""
-    engine_options: dict[str, Any] | None = Field(None, repr=False)
-    """Keyword arguments of `engine_factory`."""
-    trainer: list[str] | None = Field(None, repr=False)
-    """Command line that starts the trainer. Tests set their own."""
+class Config(Settings):
+    """The settings of a server, which agree with each other. `config_sources` reads them."""
 
     @field_validator("devices", mode="before")
     @classmethod
@@ -243,13 +57,7 @@ class Config(BaseSettings):
         devices.require_agreement(self.placements, self.device)
         if self.max_running > self.token_budget:
             raise ValueError("max_running must be at most token_budget")
-        for name in ("host", "admin_host"):
-            host = getattr(self, name)
-            if not self.insecure and not _is_loopback(host):
-                raise ValueError(
-                    f"{name} {host!r} can be reached from other machines, and callers are not "
-                    "authenticated; listen on 127.0.0.1, or allow it with --insecure"
-                )
+        access.require_coherent(self)
         return self
 
     def lines(self) -> list[str]:
@@ -385,13 +193,6 @@ class Config(BaseSettings):
             max_queue_seconds=self.max_queue_seconds,
             adapter_turn=self.adapter_turn,
         )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 def available_cores() -> int:

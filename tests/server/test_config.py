@@ -8,8 +8,9 @@ from typing import Any, get_type_hints
 import pytest
 from loraplex_server.commands.flags import ALL_SETTINGS
 from loraplex_server.commands.program import app
-from loraplex_server.config import PANELS, Config
+from loraplex_server.config import Config
 from loraplex_server.config_sources import ConfigError, load
+from loraplex_server.settings import PANELS
 from loraplex_server.engine.process.setup import EngineSetup
 from loraplex_server.exits import ServerExit
 from typer.testing import CliRunner

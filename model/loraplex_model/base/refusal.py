@@ -32,6 +32,16 @@ class Reason(StrEnum):
     REQUEST_MALFORMED = auto()
     """The bytes are not a message of the called method."""
 
+    # callers
+    CREDENTIALS_MISSING = auto()
+    """The call has no credential, and the method is not for everybody."""
+    CREDENTIALS_INVALID = auto()
+    """The credential is unknown, has expired or was revoked."""
+    PERMISSION_DENIED = auto()
+    """The caller is known and may not do this, whether or not what it named exists."""
+    QUOTA_EXCEEDED = auto()
+    """The caller has used what it may use of the server."""
+
     # adapters
     ADAPTER_NOT_FOUND = auto()
     """No such adapter, or no such version of it."""

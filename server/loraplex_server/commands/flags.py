@@ -11,10 +11,11 @@ import typer
 from pydantic import ByteSize
 from pydantic.fields import FieldInfo
 
-from loraplex_server.config import PANELS, Config
+from loraplex_server.config import Config
 from loraplex_server.config_sources import ConfigError, load
 from loraplex_server.exits import ServerExit
 from loraplex_server.former_settings import FORMER
+from loraplex_server.settings import PANELS
 
 ALL_SETTINGS: Final = tuple(name for name, field in Config.model_fields.items() if field.repr)
 
