@@ -10,7 +10,7 @@ from loraplex_server.series import Series
 from loraplex_server.settings import Settings
 
 
-class Directory:
+class PrincipalDirectory:
     """The principals and their credentials, as the files say now.
 
     `identify` may be called from any thread while `refresh` runs in another.
@@ -42,7 +42,7 @@ class Directory:
         raise NotImplementedError
 
 
-def open_directory(settings: Settings) -> Directory | None:
+def open_directory(settings: Settings) -> PrincipalDirectory | None:
     """Reads the files of principals and credentials; None if callers are not authenticated.
 
     Raises AccessFault, whose text names the file and every fault in it: exit code BAD_CONFIG.
