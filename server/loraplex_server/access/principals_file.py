@@ -56,7 +56,7 @@ def read_principals(path: Path) -> KnownPrincipals:
         document = tomllib.loads(read_regular(path).decode())
     except OSError as error:
         raise unreadable(path, error) from error
-    # A number of thousands of digits and tables of any depth raise other errors than TOMLDecodeError.
+    # Numbers of thousands of digits and deep tables raise other errors than TOMLDecodeError.
     except (ValueError, RecursionError) as error:
         raise unusable(path, [f"is not TOML: {error}"]) from error
     faults = [f"{key}: there is no such key" for key in document if key != "principals"]
