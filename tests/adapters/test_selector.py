@@ -136,6 +136,7 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Database]:
     """The index of a store with many versions, whose labels are all combinations of a few."""
     opened = Database(tmp_path_factory.mktemp("index") / "index.db", "")
     with opened.writing() as connection:
+        schema.prepare(connection, None, has_blobs=False)
         connection.execute(schema.blobs.insert(), {"digest": "d", "summary": {}, "created_at": 0})
         for index in range(200):
             name = f"n{index}"

@@ -70,7 +70,8 @@ def read_principals(path: Path) -> KnownPrincipals:
         if entry is not None:
             entries[name] = entry
     principals = {name: entry.principal(name) for name, entry in entries.items()}
-    certificates, subjects = {}, {}
+    certificates: dict[str, Principal] = {}
+    subjects: dict[str, Principal] = {}
     for name, entry in entries.items():
         faults += _assign(certificates, principals[name], entry.certificates, "certificates")
         faults += _assign(subjects, principals[name], entry.subjects, "subjects")

@@ -9,7 +9,7 @@ from typing import Any, Final
 from joserfc import jwt
 from joserfc.errors import JoseError, UnsupportedAlgorithmError
 from joserfc.jwk import JWKRegistry, Key, KeySet, RSAKey
-from joserfc.jws import JWSAlgModel, JWSRegistry
+from joserfc.jws import JWSRegistry
 from loraplex_model.base.durable import read_regular
 
 from loraplex_server.access.refused import BadCredential, unreadable, unusable
@@ -84,7 +84,7 @@ class TokenVerifier:
 class _Signatures(JWSRegistry):
     """The library's signatures, as far as they are in `ALGORITHMS`."""
 
-    def get_alg(self, name: str) -> JWSAlgModel:
+    def get_alg(self, name: str) -> Any:
         """The algorithm of this name, without a warning about the name EdDSA."""
         if name not in ALGORITHMS:
             raise UnsupportedAlgorithmError(name)
