@@ -267,6 +267,42 @@ def test_a_file_that_is_replaced_while_it_is_read_is_read_again(tmp_path: Path) 
     assert seen == ["one", "two", "three"]
 
 
+def test_a_file_that_could_not_be_read_for_a_moment_is_read_again(tmp_path: Path) -> None:
+    """Nothing about the file changes when the disk answers again."""
+    file, faults = tmp_path / "file", [""]
+
+    def read(path: Path) -> str:
+        if fault := faults.pop(0):
+            raise Refusal(Reason.CONFIG_INVALID, fault)
+        return path.read_text()
+
+    file.write_text("one")
+    watched = WatchedFile(file, read)
+    replace(file, "two")
+    faults += ["input/output error", "input/output error", ""]
+    assert [(watched.refresh(), watched.value, watched.fault) for _ in range(4)] == [
+        (False, "one", "input/output error"),
+        (False, "one", "input/output error"),
+        (True, "two", ""),
+        (False, "two", ""),
+    ]
+
+
+def test_files_of_a_mounted_secret_change_by_their_links(tmp_path: Path) -> None:
+    """Kubernetes puts new files into a new folder and turns a link to it, whose target is read."""
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    (tmp_path / "..data").symlink_to("first")
+    (tmp_path / "file").symlink_to("..data/file")
+    watched = WatchedFile(tmp_path / "file", Path.read_text)
+    assert watched.value == "first"
+    (tmp_path / "..fresh").symlink_to("second")
+    (tmp_path / "..fresh").rename(tmp_path / "..data")
+    assert watched.refresh()
+    assert watched.value == "second"
+
+
 def test_calls_are_identified_while_files_change(tmp_path: Path, keys: KeyFile) -> None:
     """Every call sees one state of the file of principals, and none fails."""
     _, text = keys.add("search")
