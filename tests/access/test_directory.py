@@ -116,7 +116,7 @@ def test_all_bad_credentials_are_refused_alike_and_only_the_cause_says_why(
     )
     both = frozenset({"search.example", "ops.example"})
     assert "several principals: ops, search" in why_refused(known, Credentials(certificate=both))
-    # Anybody can cause these at any rate, so no line of the log is for one; the audit log bounds it.
+    # Anybody can cause these at any rate, so none has a line of the log; the audit log bounds them.
     assert not caplog.records
     for each in (secret, wrong, secret.upper(), *(t[15:] for t in (expired_text, gone_text))):
         assert not any(each in text for text in told)
