@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from access.access_files import NOON, Clock, bearer, directory, replace, why_refused
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from joserfc import jws, jwt
 from joserfc.jwk import ECKey, Key, KeySet, OctKey, OKPKey, RSAKey
@@ -214,6 +214,7 @@ def test_hostile_texts_are_refused(checks: TokenVerifier) -> None:
     assert "more than" in refused(checks, "x" * (MAX_TOKEN + 1))
 
 
+@settings(deadline=None)
 @given(
     st.text() | st.text(alphabet="eyJhbGciOi.-_0=") | st.lists(st.binary(), min_size=3, max_size=3)
 )
@@ -225,6 +226,7 @@ def test_no_text_raises_anything_but_the_typed_error(text: str | list[bytes]) ->
     assert text not in str(found.value) or len(text) < 3
 
 
+@settings(deadline=None)
 @given(st.recursive(
     st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
