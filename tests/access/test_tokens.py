@@ -68,8 +68,10 @@ def checks(tmp_path_factory: pytest.TempPathFactory) -> TokenVerifier:
 
 
 def refused(checks: TokenVerifier, token: str, now: float = NOW) -> str:
+    """Why a token is refused. The words must repeat no part of it that is long enough to matter."""
     with pytest.raises(BadCredential) as found:
         checks.subject(token, now)
+    assert not any(part in str(found.value) for part in token.split(".") if len(part) > 20)
     return str(found.value)
 
 
@@ -221,9 +223,8 @@ def test_hostile_texts_are_refused(checks: TokenVerifier) -> None:
 def test_no_text_raises_anything_but_the_typed_error(text: str | list[bytes]) -> None:
     if isinstance(text, list):
         text = ".".join(base64.urlsafe_b64encode(each).rstrip(b"=").decode() for each in text)
-    with pytest.raises(BadCredential) as found:
+    with pytest.raises(BadCredential):
         KNOWN.subject(text, NOW)
-    assert text not in str(found.value) or len(text) < 3
 
 
 @settings(deadline=None)
