@@ -26,7 +26,7 @@ from loraplex_server.access.directory import open_directory
 from loraplex_server.access.key_file import KeyFile
 from loraplex_server.access.watched_file import WatchedFile
 from loraplex_server.series import Series
-from loraplex_server.settings import Settings
+from loraplex_server.settings import ServerSettings
 from prometheus_client import CollectorRegistry
 
 
@@ -36,7 +36,7 @@ def keys(tmp_path: Path) -> KeyFile:
 
 
 def test_nobody_is_identified_where_no_file_of_principals_is_set() -> None:
-    assert open_directory(Settings()) is None
+    assert open_directory(ServerSettings()) is None
 
 
 @pytest.mark.parametrize("form", ["Bearer {}", "bearer {}", "BEARER {}", "Bearer  {} "])
