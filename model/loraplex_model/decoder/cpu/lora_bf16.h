@@ -47,7 +47,7 @@ constexpr bool TILED = sizeof(X) == sizeof(bf16) && ORDER == Order::TILES;
 
 #if LORAPLEX_ORDER == 1
 
-// h[m][r] = scale * x[m] . a[r], for M rows and R ranks at once.
+// h[m][r] = scale * x[m] . a[r], for M rows and R ranks.
 template <int M, int R>
 inline void pair_dots(const bf16* const* x, const bf16* a, int in, float scale, float* h, int h_stride) {
   vf sums[M][R] = {};
@@ -73,7 +73,6 @@ inline void pair_dots(const bf16* const* x, const bf16* a, int in, float scale, 
 // h[r] = scale * x . a[r] for a single row: A is read in the order in which it lies in memory.
 inline void row_ranks(const bf16* x, int in, const bf16* a, int ranks, float scale, float* h, Ahead& ahead) {
   int whole = in / TILE_INPUTS * TILE_INPUTS;
-  vu last = {};
   for (int r = 0; r < ranks; r++, a += in) {
     vf sums = {};
     for (int k = 0; k < whole; k += TILE_INPUTS) {
@@ -81,6 +80,7 @@ inline void row_ranks(const bf16* x, int in, const bf16* a, int ranks, float sca
       sums = add_pairs(sums, load_pairs(x + size_t(k) * TILE_ROWS), load_pairs(a + k));
     }
     if (whole < in) {
+      vu last = {};
       std::memcpy(&last, a + whole, (in - whole) * sizeof(bf16));
       sums = add_pairs(sums, load_pairs(x + size_t(whole) * TILE_ROWS), last);
     }
@@ -91,16 +91,15 @@ inline void row_ranks(const bf16* x, int in, const bf16* a, int ranks, float sca
 template <int M>
 inline void pair_ranks(const Inputs& x, int in, int row, const bf16* a, int ranks, float weight, float* h,
                        int h_stride, Ahead& ahead) {
+  if constexpr (M == 1) return row_ranks(x.rows.at(row, 0), in, a, ranks, weight, h, ahead);
   const bf16* rows[M];
   for (int m = 0; m < M; m++) rows[m] = x.rows.at(row + m, 0);
-  if constexpr (M == 1) return row_ranks(rows[0], in, a, ranks, weight, h, ahead);
   int r = 0;
   for (; r + 4 <= ranks; r += 4) pair_dots<M, 4>(rows, a + size_t(r) * in, in, weight, h + r, h_stride);
   for (; r < ranks; r++) pair_dots<M, 1>(rows, a + size_t(r) * in, in, weight, h + r, h_stride);
 }
 
-// Ranks [rank, rank + ranks) of h = weight * A x; `a` points to the first of them, and h to the segment's
-// rows of `h_stride` floats.
+// Ranks [rank, rank + ranks) of h = weight * A x; `a` points to the first, h to rows of `h_stride` floats.
 inline void shrink_factor(const Inputs& x, int in, LoraRows rows, const bf16* a, int rank, int ranks, float weight,
                           float* h, int h_stride, float*, Ahead& ahead) {
   auto at = [&](int row) { return h + size_t(row - rows.origin) * h_stride + rank; };

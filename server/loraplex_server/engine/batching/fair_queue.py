@@ -26,7 +26,7 @@ from collections.abc import Collection, Iterator, Mapping
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
-from loraplex_server.engine.batching.recent_rate import RecentRate
+from loraplex_server.engine.batching.step_costs import NEW_COST, RecentRate
 
 if TYPE_CHECKING:
     from loraplex_server.engine.batching.request import Request
@@ -37,9 +37,6 @@ PRIORITY_SECONDS = 0.2
 MAX_PRIORITY = 10
 """Highest priority; the lowest is its negative. So no priority is worth more than 4 s of waiting
 over another."""
-
-NEW_COST = 2
-"""Cost of a generated token, where a token of a prompt costs 1."""
 
 HEAD_START = 256.0
 """Cost, as of one short request, by which an account that returns is ahead of those that wait."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from loraplex_model.base.refusal import Reason
 
-from loraplex_server.engine.batching.fair_queue import NEW_COST
+from loraplex_server.engine.batching.step_costs import NEW_COST
 from loraplex_server.engine.messages import Failure
 
 if TYPE_CHECKING:

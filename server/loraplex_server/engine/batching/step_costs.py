@@ -14,8 +14,8 @@ How prompts are cut changes no result.
 
 from __future__ import annotations
 
-from loraplex_server.engine.batching.fair_queue import NEW_COST
-from loraplex_server.engine.batching.recent_rate import RecentRate
+NEW_COST = 2
+"""Cost of a generated token, where a token of a prompt costs 1."""
 
 FLOOR = 16
 """Prompt tokens that a step may always have."""
@@ -130,6 +130,30 @@ class WorkRates:
         """The length to expect of an answer that may have `most` tokens."""
         early = min(float(most), self._early or most)
         return max(1.0, self._full * most + (1.0 - self._full) * early)
+
+
+class RecentRate:
+    """An amount over the seconds that it took; a step counts less the longer it is ago."""
+
+    __slots__ = ("_amount", "_keep", "_left", "_seconds")
+
+    def __init__(self, least: int, steps: int = 32) -> None:
+        """The rate is 0 before `least` steps; `steps` is about how many it is taken over."""
+        self._left = least
+        self._keep = 1.0 - 1.0 / steps
+        self._amount = 0.0
+        self._seconds = 0.0
+
+    def note(self, amount: float, seconds: float) -> None:
+        """Notes a step."""
+        self._left -= self._left > 0
+        self._amount = self._keep * self._amount + amount
+        self._seconds = self._keep * self._seconds + seconds
+
+    @property
+    def value(self) -> float:
+        """The amount per second; 0 if it is not known."""
+        return 0.0 if self._left or not self._seconds else self._amount / self._seconds
 
 
 def _average(average: float, seconds: float) -> float:
