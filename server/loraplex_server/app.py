@@ -64,6 +64,7 @@ from loraplex_server.runtime.shutdown import (
     within,
 )
 from loraplex_server.runtime.watched import WatchedTask, while_alive
+from loraplex_server.telemetry.states import watch_front
 from loraplex_server.text.tokenizer import TextTokenizer
 from loraplex_server.training.delivery import RegistryDestination
 from loraplex_server.training.queue import JobLimits, JobQueue
@@ -97,6 +98,7 @@ class Server:
         self._observer = ServerObserver(self.metrics, self._rpc)
         self.engine: Engine = _engine(config, self._observer, engine)
         self._lanes = Lanes()
+        watch_front(self.metrics, self._lanes, self._gate)
         self._training: JobQueue | None = None
         self._accepting: WatchedTask | None = None
         self.address = Address(config.host, config.port)
@@ -109,6 +111,8 @@ class Server:
         """
         config = self._config
         self._bind()
+        self.metrics.trace_to(config.otlp_endpoint)
+        self._close_later(PART_SECONDS, "the last spans stay behind", self.metrics.tracing.close)
         watching = asyncio.create_task(watch_event_loop(self.metrics.series), name="event loop lag")
         self._closing.callback(watching.cancel)
         store = await self._open_store()
@@ -200,7 +204,7 @@ class Server:
                 hello = await self.engine.start()
             except BaseChanged as error:
                 raise StartFailure(ServerExit.BASE_CHANGED, str(error)) from error
-        self._observer.devices.watch(members(self.engine))
+        self._observer.watch(members(self.engine))
         return hello
 
     def _tokenizer(self, model: ModelInfo, context: int) -> TextTokenizer:

@@ -15,6 +15,8 @@ from prometheus_client import CollectorRegistry
 from loraplex_server.engine.messages import Hello, LoadDone, MergeDone, StepReport
 from loraplex_server.series import ADAPTER_STATES, BASE_LABEL, OTHER_LABEL, Series
 from loraplex_server.step_series import StepSeries
+from loraplex_server.telemetry.residency import AdapterResidency
+from loraplex_server.telemetry.trace import NO_TRACING, Tracing, open_tracing
 
 
 class AdapterLabels:
@@ -53,16 +55,30 @@ class AdapterLabels:
 
 
 class Metrics:
-    """Writes the series of one server. It is also an observer of the engine."""
+    """Writes the series of one server. It is also an observer of the engine.
+
+    Attributes:
+        series: the families that it writes.
+        residency: which adapters are on the devices, for inference gateways.
+        tracing: makes the spans of calls; by default it makes none.
+    """
 
     def __init__(
         self, registry: CollectorRegistry, version: str = "", adapter_labels: int = 200
     ) -> None:
         self.registry = registry
         self.series = Series(registry)
+        self.residency = AdapterResidency()
+        registry.register(self.residency)
+        self.tracing: Tracing = NO_TRACING
+        self._version = version
         self._labels = AdapterLabels(adapter_labels)
         self._steps = StepSeries(self.series)
         self.series.build_info.labels(version).set(1)
+
+    def trace_to(self, endpoint: str) -> None:
+        """Sends the spans of calls to `endpoint`, if that is not empty. Raises StartFailure."""
+        self.tracing = open_tracing(endpoint, self._version, self.spans_ended)
 
     # events of the engine
 
@@ -85,6 +101,8 @@ class Metrics:
         ):
             series.adapter_budget_bytes.labels(tier).set(budget)
         self._steps.show_ready(hello.num_blocks, hello.prefix_blocks)
+        series.kv_cache_info.clear()
+        series.kv_cache_info.labels(str(hello.block_size), str(hello.num_blocks)).set(1)
         self._clear_adapters()
         series.engine_ready.set(1)
 
@@ -135,6 +153,10 @@ class Metrics:
             self.series.adapters.labels(state).set(0)
 
     # events of the RPC layer
+
+    def spans_ended(self, result: str, spans: int) -> None:
+        """Records that spans were "exported" or that this has "failed". Called in any thread."""
+        self.series.trace_spans.labels(result).inc(spans)
 
     def rpc_ended(self, method: str, code: str, seconds: float, reason: str = "") -> None:
         """Records an RPC's gRPC code and, if it failed, its reason of the error table."""

@@ -43,6 +43,7 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     `prompt_logprobs` are numbers of alternatives to report; None reports no log-probabilities.
     `account` is whom the tokens are charged to; `priority` orders the requests of one account.
     Only requests with the same `cache_salt` share keys and values.
+    `request_id` is the id that the client knows, for log lines.
     """
 
     id: int
@@ -57,6 +58,7 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     deadline: float | None = None
     account: str = ""
     cache_salt: str = ""
+    request_id: str = ""
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
@@ -165,6 +167,8 @@ class Hello(msgspec.Struct, frozen=True, tag="hello"):
     merge_budget_bytes: int = 0
     prefix_blocks: int = 0
     """KV blocks beyond `num_blocks`, set aside for adapters' virtual tokens."""
+    num_slots: int = 0
+    """Most adapters on the device, whatever their size."""
 
 
 class Fatal(msgspec.Struct, frozen=True, tag="fatal"):
@@ -196,7 +200,8 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     `token_ids`. `started` is set on a request's first output, when its prompt has been computed;
     `base_tokens` is then the number of prompt tokens that the base alone computed, of a request
     with an activated LoRA, and `cached_tokens` the number of those whose keys and values were found
-    in the KV cache, of any request.
+    in the KV cache, of any request. `queue_seconds` is then the time from its arrival to its first
+    step, and `load_seconds` the part of it in which some of its adapters were not on the device.
     """
 
     id: int
@@ -207,6 +212,7 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     base_tokens: int = 0
     cached_tokens: int = 0
     queue_seconds: float = 0.0
+    load_seconds: float = 0.0
     finish: str | None = None
     error: Failure | None = None
     stop_token: int | None = None

@@ -20,6 +20,7 @@ import grpc
 from google.protobuf.message import Message
 from loraplex_model.base.refusal import Reason, Refusal
 
+from loraplex_server.access.principals import caller
 from loraplex_server.logs import REQUEST_ID
 from loraplex_server.metrics import Metrics
 from loraplex_server.rpc.calls.arriving import Arrivals
@@ -30,6 +31,7 @@ from loraplex_server.rpc.calls.ids import is_request_id
 from loraplex_server.rpc.calls.intake import Intake, Reader
 from loraplex_server.rpc.calls.remains import forget_after_call
 from loraplex_server.rpc.calls.writing import StreamWriter
+from loraplex_server.telemetry.trace import TRACE, CallTrace
 
 log = logging.getLogger(__name__)
 
@@ -196,7 +198,9 @@ class _Call:
         self._metrics = metrics
         self._context = context
         self._ours = method.startswith(_OURS)
+        self._path = method
         self._method = method.rpartition("/")[2]
+        self._trace: CallTrace | None = None
         self._code = grpc.StatusCode.OK
         self._reason = ""
         self._began = time.monotonic()
@@ -207,6 +211,7 @@ class _Call:
     async def __aenter__(self) -> Self:
         self._token = REQUEST_ID.set(self.id)
         if self._ours:
+            self._begin_trace()
             self._gate.enter()
             self._counted = True
         return self
@@ -222,6 +227,7 @@ class _Call:
             self._leave()
             if self._ours:
                 self._report(time.monotonic() - self._began)
+            self._end_trace()
             REQUEST_ID.reset(self._token)
 
     def stall(self) -> None:
@@ -241,6 +247,17 @@ class _Call:
         if self._reason:
             extra["reason"] = self._reason
         log.info("call ended", extra=extra)
+
+    def _begin_trace(self) -> None:
+        metadata: Any = self._context.invocation_metadata()
+        self._trace = self._metrics.tracing.begin(self._path, metadata or ())
+        self._outer_trace = TRACE.set(self._trace)
+
+    def _end_trace(self) -> None:
+        if self._trace is not None:
+            named = {"loraplex.request_id": self.id, **_principal()}
+            self._trace.end(self._code.name, self._reason, named)
+            TRACE.reset(self._outer_trace)
 
     def check(self, request: Message) -> Message:
         """Takes the request's id and returns the request.
@@ -290,6 +307,15 @@ class _Call:
         except grpc.aio.AbortError as aborted:
             forget_after_call(aborted)
             raise
+
+
+def _principal() -> dict[str, str]:
+    """The name of the caller, as an attribute of a span; empty if callers are not identified."""
+    try:
+        name = caller().name
+    except LookupError:  # the call was refused before its caller was known
+        name = ""
+    return {"loraplex.principal": name} if name else {}
 
 
 def _given_id(request: Any) -> str:

@@ -46,6 +46,7 @@ from loraplex_server.rpc.services.resolve import (
     room_beside,
     unmixable,
 )
+from loraplex_server.rpc.services.timing import GenerationTimes
 
 DEFAULT_MAX_NEW_TOKENS: Final = 256
 
@@ -108,7 +109,8 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         streaming: bool = False,
     ) -> AsyncGenerator[_Event, None]:
         field_path = "request." if streaming else ""
-        clock = _Clock(self.metrics)
+        base = self.engine.hello.model.name
+        times = GenerationTimes(self.metrics, request, base, streaming)
         require(validate.generate(request, self.bounds, field_path))
         with self.admission.enter(_asked(request)) as ticket:
             adapters = await self._resolve(request, field_path)
@@ -127,12 +129,12 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                 max_priority=self.max_priority,
             )
             with self.metrics.generation(call.names):
-                async with aclosing(self._run(call, ticket, clock)) as events:
+                async with aclosing(self._run(call, ticket, times)) as events:
                     async for event in events:
                         yield event
 
     async def _run(
-        self, call: _Call, ticket: Ticket, clock: _Clock
+        self, call: _Call, ticket: Ticket, times: GenerationTimes
     ) -> AsyncGenerator[_Event, None]:
         request_id = next(self.ids)
         completion = self._completion(call)
@@ -140,6 +142,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         try:
             started, begun = self._started(call), False
             not_before = 0.0
+            times.submit(records(call.adapters))
             outputs = self.engine.submit(call.submit(request_id, self.bounds))
             while taken := await outputs.take(not_before):
                 for batch in slices(taken):
@@ -152,12 +155,14 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                             completion.base_tokens = output.base_tokens
                             completion.cached_tokens = output.cached_tokens
                             self._begin(call, ticket, output)
+                            times.start(output)
                             yield started
                     piece = completion.take(batch)
-                    clock.tokens(len(piece.token_ids))
+                    times.tokens(len(piece.token_ids))
                     if piece.token_ids or piece.text:
                         yield await self._delta(piece)
                     if piece.finish:
+                        times.finish(piece.finish)
                         # Frees the rows now, without waiting for the client to read the message.
                         self.engine.abort(request_id)
                         code = grpc.StatusCode.OK
@@ -180,6 +185,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         finally:
             self.engine.abort(request_id)
             self.metrics.generation_ended(call.names, code.name, completion.tokens)
+            times.end(len(call.prompt), completion.tokens)
 
     def _completion(self, call: _Call) -> CompletionBuilder:
         request = call.request
@@ -229,7 +235,6 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     def _begin(self, call: _Call, ticket: Ticket, output: Output) -> None:
         """Records that the prompt of a request is computed."""
         ticket.run()
-        self.metrics.series.queue_wait_seconds.observe(output.queue_seconds)
         self.metrics.generation_started(call.names, len(call.prompt), output.cached_tokens)
 
     def _started(self, call: _Call) -> _Event:
@@ -311,27 +316,8 @@ class _Call:
             deadline=self.deadline,
             account=account_of(self.names),
             cache_salt=request.cache_salt,
+            request_id=REQUEST_ID.get(),
         )
-
-
-class _Clock:
-    """Measures the times of tokens since the call's arrival."""
-
-    def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
-        self._last = time.monotonic()
-        self._first = True
-
-    def tokens(self, count: int) -> None:
-        if not count:
-            return
-        now = time.monotonic()
-        if self._first:
-            self._metrics.series.time_to_first_token_seconds.observe(now - self._last)
-            self._first = False
-        else:
-            self._metrics.series.inter_token_latency_seconds.observe((now - self._last) / count)
-        self._last = now
 
 
 def _sampling(wire: generation_pb2.SamplingParams) -> SamplingParams:
