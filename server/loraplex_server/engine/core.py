@@ -175,6 +175,11 @@ class EngineCore:
         if isinstance(message, Unload) and message.force:
             self._evacuate(message.digest, waiting=True)
 
+    def limit_host(self, nbytes: int | None) -> None:
+        """Limits the adapters in host memory, in bytes; None lifts the limit."""
+        self._woken = True
+        self.adapters.limit_host(nbytes)
+
     # the step
 
     def step(self) -> list[StepReport | Reply]:
