@@ -26,9 +26,11 @@ from prometheus_client import (
     ProcessCollector,
 )
 
+from loraplex_server.access.quotas import Quotas
 from loraplex_server.config import Config
 from loraplex_server.engine.group.face import Engine
 from loraplex_server.engine.group.group import EngineGroup, members
+from loraplex_server.engine.group.shedding import HostShedding
 from loraplex_server.engine.messages import Hello, ModelInfo
 from loraplex_server.engine.process.child import SpawnedEngine
 from loraplex_server.engine.process.client import EngineClient
@@ -55,6 +57,8 @@ from loraplex_server.runtime.ending import CLOSE_SECONDS, unexpected_end
 from loraplex_server.runtime.failures import StartFailure, needed
 from loraplex_server.runtime.lanes import Lanes
 from loraplex_server.runtime.loop_lag import watch_event_loop
+from loraplex_server.runtime.pressure import MemoryPressure
+from loraplex_server.runtime.process_memory import default_limit, give_back, used_bytes
 from loraplex_server.runtime.shutdown import (
     ENGINE_SECONDS,
     EXIT_SECONDS,
@@ -66,10 +70,8 @@ from loraplex_server.runtime.shutdown import (
 from loraplex_server.runtime.watched import WatchedTask, while_alive
 from loraplex_server.telemetry.states import watch_front
 from loraplex_server.text.tokenizer import TextTokenizer
-from loraplex_server.training.delivery import RegistryDestination
-from loraplex_server.training.queue import JobLimits, JobQueue
-from loraplex_server.training.records import Records
-from loraplex_server.training.trainer import Trainer
+from loraplex_server.training.opening import job_queue
+from loraplex_server.training.queue import JobQueue
 
 STOP_GRACE: Final = 2.0
 """Seconds that finished calls have to reach their clients before connections are closed."""
@@ -97,6 +99,14 @@ class Server:
         )
         self._observer = ServerObserver(self.metrics, self._rpc)
         self.engine: Engine = _engine(config, self._observer, engine)
+        self._pressure = MemoryPressure(
+            int(config.memory_limit) or default_limit(),
+            used_bytes,
+            HostShedding(lambda: members(self.engine)),
+            self.metrics.series,
+            give_back,
+        )
+        self._gate.require_memory = self._pressure.require
         self._lanes = Lanes()
         watch_front(self.metrics, self._lanes, self._gate)
         self._training: JobQueue | None = None
@@ -163,6 +173,7 @@ class Server:
             registry,
             prompts,
             admission,
+            Quotas(config.max_requests, config.max_waiting_tokens),
             self.metrics,
             bounds,
             config.stream_writes,
@@ -227,7 +238,11 @@ class Server:
             self.metrics,
         )
         self._observer.on_quarantine = keeper.wake
-        for work, name in ((registry.census.run(), "census"), (keeper.run(), "quarantines")):
+        for work, name in (
+            (registry.census.run(), "census"),
+            (keeper.run(), "quarantines"),
+            (self._pressure.watch(), "memory"),
+        ):
             self._closing.push_async_callback(WatchedTask(work, name).stop)
 
     def _bind(self) -> None:
@@ -245,30 +260,9 @@ class Server:
 
     async def _open_training(self, registry: Registry) -> JobQueue | None:
         """Opens the queue of training jobs; None if training is off. Raises StartFailure."""
-        config = self._config
-        if not config.training:
+        if not self._config.training:
             return None
-        program = config.trainer or [sys.executable, "-m", "loraplex_training"]
-        trainer = Trainer(
-            program,
-            {**config.trainer_options(), "device": self.engine.hello.model.device},
-            memory=int(config.training_memory),
-            threads=config.trainer_threads,
-            timeout=config.training_timeout,
-            lane=self._lanes.training,
-            environment=config.trainer_environment(os.environ),
-        )
-        bounds = JobLimits(
-            config.training_max_jobs, config.training_keep_jobs, int(config.training_data)
-        )
-        queue = JobQueue(
-            Records(config.training_jobs_dir),
-            trainer,
-            RegistryDestination(registry),
-            self.metrics,
-            config.import_root,
-            bounds,
-        )
+        queue = job_queue(self._config, registry, self.metrics)
         with needed(ServerExit.STORE_UNUSABLE, "cannot use"):
             await queue.open()
         stop = partial(self._stop_training, STOP_GRACE)

@@ -13,45 +13,12 @@ from contextlib import contextmanager
 from prometheus_client import CollectorRegistry
 
 from loraplex_server.engine.messages import Hello, LoadDone, MergeDone, StepReport
-from loraplex_server.series import ADAPTER_STATES, BASE_LABEL, OTHER_LABEL, Series
+from loraplex_server.name_labels import NameLabels
+from loraplex_server.principal_series import PrincipalSeries
+from loraplex_server.series import ADAPTER_STATES, Series
 from loraplex_server.step_series import StepSeries
 from loraplex_server.telemetry.residency import AdapterResidency
 from loraplex_server.telemetry.trace import NO_TRACING, Tracing, open_tracing
-
-
-class AdapterLabels:
-    """Chooses the adapter names that become labels: the first `limit` registered ones in use."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._registered: set[str] = set()
-        self._labels: set[str] = set()
-
-    def __len__(self) -> int:
-        return len(self._registered)
-
-    def add(self, name: str) -> None:
-        """Records that the name is registered. Idempotent."""
-        self._registered.add(name)
-
-    def label(self, name: str) -> str:
-        """Label for an adapter's name; "" is the base model."""
-        if not name:
-            return BASE_LABEL
-        if name in self._labels:
-            return name
-        if name not in self._registered or len(self._labels) >= self._limit:
-            return OTHER_LABEL
-        self._labels.add(name)
-        return name
-
-    def remove(self, name: str) -> bool:
-        """Records that the name is no longer registered; returns whether it was a label."""
-        self._registered.discard(name)
-        if name not in self._labels:
-            return False
-        self._labels.remove(name)
-        return True
 
 
 class Metrics:
@@ -61,6 +28,7 @@ class Metrics:
         series: the families that it writes.
         residency: which adapters are on the devices, for inference gateways.
         tracing: makes the spans of calls; by default it makes none.
+        principals: the series of identified callers.
     """
 
     def __init__(
@@ -72,8 +40,9 @@ class Metrics:
         registry.register(self.residency)
         self.tracing: Tracing = NO_TRACING
         self._version = version
-        self._labels = AdapterLabels(adapter_labels)
+        self._labels = NameLabels(adapter_labels)
         self._steps = StepSeries(self.series)
+        self.principals = PrincipalSeries(self.series)
         self.series.build_info.labels(version).set(1)
 
     def trace_to(self, endpoint: str) -> None:

@@ -160,6 +160,9 @@ class Series:
     adapter_bytes = _gauge("Bytes that adapters take.", tier=_TIERS)
     adapter_budget_bytes = _gauge("Bytes that adapters may take.", tier=_TIERS)
     adapter_prefix_blocks = _gauge("KV blocks for virtual tokens.", state=("free", "used"))
+    access_reload_failed = _gauge(
+        "1 while a file of principals or credentials is wrong and what it said before holds."
+    )
     training_jobs = _gauge("Training jobs by state.", state=("queued", "running"))
     training_jobs_ended = _counter(
         "Training jobs that ended, by result.", result=("succeeded", "failed", "cancelled")
@@ -179,6 +182,17 @@ class Series:
         "Memory that the process of the engine on a device uses.", device=()
     )
     engine_device_restarts = _counter("Restarts of the engine on a device.", device=())
+    principal_requests = _counter(
+        "Generations of a principal that ended or were refused.", principal=(), code=()
+    )
+    principal_tokens = _counter("Tokens by principal.", principal=(), kind=())
+    principal_active_requests = _gauge("Generations that run or wait, by principal.", principal=())
+    principal_limit = _gauge("Limits of the principals that have some.", principal=(), limit=())
+    quota_refusals = _counter("Calls refused for a limit.", principal=(), limit=())
+    memory_bytes = _gauge(
+        "Memory of all processes of the server, and what they may use.", kind=("used", "limit")
+    )
+    memory_pressure = _gauge("What is refused for lack of memory, from 0 to 3.")
     trace_spans = _counter("Spans of traces that were sent.", result=("exported", "failed"))
     build_info = _gauge("Constant 1.", version=())
     model_info = _gauge(

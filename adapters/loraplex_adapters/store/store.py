@@ -23,6 +23,7 @@ from loraplex_adapters.store.files.uploads import UploadBounds, Uploads
 from loraplex_adapters.store.garbage import Collected
 from loraplex_adapters.store.index import schema
 from loraplex_adapters.store.index.aliases import Aliases
+from loraplex_adapters.store.index.allotment import Allotment, Allotments
 from loraplex_adapters.store.index.database import Database
 from loraplex_adapters.store.index.ids import AdapterId, check_name, parse_id
 from loraplex_adapters.store.index.index import Index
@@ -57,6 +58,7 @@ class Store:
 
     Attributes:
         uploads: the unfinished uploads, which `finish_upload` registers.
+        allotments: what principals have in the store, and early refusals because of it.
     """
 
     def __init__(self, root: Path, url: str = "", uploads: UploadBounds | None = None) -> None:
@@ -80,6 +82,7 @@ class Store:
                 self._aliases = Aliases(self._database)
                 self._quarantines = Quarantines(self._database)
                 self._rebases = Rebases(self._database)
+                self.allotments = Allotments(self._database)
                 self.uploads = Uploads(root, uploads or UploadBounds())
                 self.uploads.clear()
                 self.uploads.expire()
@@ -99,6 +102,7 @@ class Store:
         *,
         expected_digest: str = "",
         text: VersionText | None = None,
+        allotment: Allotment | None = None,
     ) -> tuple[Record, bool]:
         """Checks and copies the adapter in `source` and points `name` to it, as a new version.
 
@@ -109,7 +113,8 @@ class Store:
         version.
         Raises Refusal: FIELD_INVALID (name, labels, text), ADAPTER_CONFLICT (the name points to
         other content and `replace` is not set, or it is an alias), ADAPTER_INVALID (field "digest":
-        the digest is not `expected_digest`), and as `format.examine.inspect` does.
+        the digest is not `expected_digest`), QUOTA_EXCEEDED (more than `allotment` allows), and as
+        `format.examine.inspect` does.
         """
         check_name(name)
         checked = check_labels(labels or {})
@@ -124,7 +129,7 @@ class Store:
                 raise Refusal.of(findings)
             with self._staged(src, base, limits, expected_digest) as staged:
                 record, created = self._index.point(
-                    name, staged.spec, base, checked, replace, staged.place, text
+                    name, staged.spec, base, checked, replace, staged.place, text, allotment=allotment
                 )
                 return record.noted(staged.spec.notes), created
 
@@ -255,13 +260,13 @@ class Store:
         """
         self._index.delete(check_name(name))
 
-    def restore(self, name: str) -> Record:
+    def restore(self, name: str, allotment: Allotment | None = None) -> Record:
         """Undoes the last deletion of a name; returns its current version.
 
         Raises Refusal: FIELD_INVALID, ADAPTER_NOT_FOUND (all its versions have been collected),
-        ADAPTER_CONFLICT (the name has been given to an adapter or an alias since).
+        ADAPTER_CONFLICT (the name has been given to an adapter or an alias since), QUOTA_EXCEEDED.
         """
-        return self._index.restore(check_name(name))
+        return self._index.restore(check_name(name), allotment=allotment)
 
     def deleted(self) -> tuple[Record, ...]:
         """The deleted versions that are not collected yet, in order of names and versions."""
@@ -329,6 +334,7 @@ class Store:
         labels: Mapping[str, str] | None = None,
         *,
         text: VersionText | None = None,
+        allotment: Allotment | None = None,
     ) -> tuple[Record, bool]:
         """Registers an upload whose digest is `expected_digest` ("" for any), and removes it.
 
@@ -337,7 +343,9 @@ class Store:
         """
         with self.uploads.reading(upload_id, remove=True) as source:
             terms = (name, source, base, limits, replace, labels)
-            return self.register(*terms, expected_digest=expected_digest, text=text)
+            return self.register(
+                *terms, expected_digest=expected_digest, text=text, allotment=allotment
+            )
 
     def path(self, digest: str) -> Path:
         """Returns the directory of the adapter with this digest.

@@ -48,6 +48,7 @@ class Principal:
         imports: directory below the import root that its paths are relative to and stay in; ""
             for the import root itself, None if it may not name files of the server.
         cache_group: principals with the same value may use each other's prefix cache.
+        weight: its share of the engine while others wait, in proportion to theirs.
         limits: what it may use.
     """
 
@@ -58,6 +59,7 @@ class Principal:
     name_prefix: str = ""
     imports: str | None = None
     cache_group: str = ""
+    weight: float = 1.0
     limits: PrincipalLimits = field(default_factory=PrincipalLimits)
 
     @property

@@ -179,6 +179,11 @@ class EngineCore:
         if isinstance(message, Unload) and message.force:
             self._evacuate(message.digest, waiting=True)
 
+    def limit_host(self, nbytes: int | None) -> None:
+        """Limits the adapters in host memory, in bytes; None lifts the limit."""
+        self._woken = True
+        self.adapters.limit_host(nbytes)
+
     # the step
 
     def step(self) -> list[StepReport | Reply]:
@@ -302,8 +307,11 @@ class EngineCore:
 
     def _fault(self, requests: Sequence[Request], text: str, error: Exception) -> None:
         """Ends the requests that a failure has hit; `text` is for the log."""
-        ids = [request.submit.request_id for request in requests]
-        log.error(text, len(requests), exc_info=error, extra={"request_ids": ids})
+        extra = {
+            "request_ids": [request.submit.request_id for request in requests],
+            "principals": sorted({request.submit.principal for request in requests} - {""}),
+        }
+        log.error(text, len(requests), exc_info=error, extra=extra)
         self._tally.faults += 1
         for request in requests:
             self._end(request, FAULT)

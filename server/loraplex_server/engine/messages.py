@@ -41,7 +41,8 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
 
     `stop_token_ids` includes the EOS ids unless they are to be ignored. `logprobs` and
     `prompt_logprobs` are numbers of alternatives to report; None reports no log-probabilities.
-    `account` is whom the tokens are charged to; `priority` orders the requests of one account.
+    `account` is whom the tokens are charged to, and part of the account of `principal` unless that is
+    "", whose share is `weight`. `priority` orders the requests of one account.
     Only requests with the same `cache_salt` share keys and values.
     `request_id` is the id that the client knows, for log lines.
     """
@@ -58,6 +59,8 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     deadline: float | None = None
     account: str = ""
     cache_salt: str = ""
+    principal: str = ""
+    weight: float = 1.0
     request_id: str = ""
 
 
@@ -132,6 +135,15 @@ class Withdraw(msgspec.Struct, frozen=True, tag="withdraw"):
     op: int
 
 
+class LimitHost(msgspec.Struct, frozen=True, tag="limit_host"):
+    """Keep at most so many bytes of adapters in host memory; None: as many as were configured.
+
+    Adapters that requests wait for stay. Not answered.
+    """
+
+    nbytes: int | None
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
     """End the engine process now. The front drains before it sends this."""
 
@@ -139,7 +151,18 @@ class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
 Control = Load | Unload | SetPinned | Merge | Unmerge | Withdraw
 """Orders about adapters, and their withdrawal."""
 
-ToEngine = Submit | Abort | Load | Unload | SetPinned | Merge | Unmerge | Withdraw | Shutdown
+ToEngine = (
+    Submit
+    | Abort
+    | Load
+    | Unload
+    | SetPinned
+    | Merge
+    | Unmerge
+    | Withdraw
+    | LimitHost
+    | Shutdown
+)
 
 # engine -> front
 

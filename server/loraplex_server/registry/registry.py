@@ -14,7 +14,7 @@ from loraplex_adapters.format.examine import Report, examine
 from loraplex_adapters.format.files import Directory, open_below
 from loraplex_adapters.format.foreign.notes import MAX_NOTED_FILES
 from loraplex_adapters.format.spec import AdapterLimits
-from loraplex_adapters.store import Record, Store
+from loraplex_adapters.store import Allotment, Record, Store
 from loraplex_model.base.info import BaseInfo
 from loraplex_model.base.refusal import Problem, Reason, Refusal
 from loraplex_model.checkpoints.chat import ChatTemplate
@@ -206,6 +206,7 @@ class Registry:
                     terms.replace,
                     labels=terms.labels or {},
                     text=terms.text,
+                    allotment=terms.allotment,
                 )
 
         return await self._name(terms, source, record, lane or self.lanes.registrations)
@@ -225,6 +226,7 @@ class Registry:
                 terms.replace,
                 terms.labels or {},
                 text=terms.text,
+                allotment=terms.allotment,
             )
 
         source = partial(self.store.uploads.reading, upload_id)
@@ -242,6 +244,9 @@ class Registry:
         A replacement is loaded first: its files are copied into the store without a name.
         """
         await self._names.freshness.require()
+        if terms.allotment is not None:  # before gigabytes are copied
+            allowed, labels = self.store.allotments.require, terms.labels or {}
+            await self.read(allowed, terms.allotment, terms.name, labels)
         await lane.run(partial(self._texts.check, terms.text))
         if terms.load and terms.replace:
 
@@ -292,9 +297,10 @@ class Registry:
         await self._change(self.lanes.changes, name, partial(self.store.delete, name))
         self._metrics.adapter_deleted(name)
 
-    async def restore(self, name: str) -> Record:
+    async def restore(self, name: str, allotment: Allotment | None = None) -> Record:
         """Restores a deleted name."""
-        record = await self._move(name, partial(self.store.restore, name))
+        restore = partial(self.store.restore, name, allotment=allotment)
+        record = await self._move(name, restore)
         self._metrics.adapter_registered(name)
         return record
 

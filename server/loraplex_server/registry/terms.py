@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from loraplex_adapters.store import Record, VersionText
+from loraplex_adapters.store import Allotment, Record, VersionText
 from loraplex_model.base.refusal import Problem, Refusal
 
 from loraplex_server.engine.messages import AdapterRef
@@ -17,6 +17,7 @@ class RegistrationTerms:
 
     With `load`, a name that is replaced moves to the new content only once that is on the device,
     so that no request waits for it. If it cannot be loaded, the name does not move.
+    `allotment` is what its owner may have in the store.
     """
 
     name: str
@@ -25,6 +26,7 @@ class RegistrationTerms:
     expected_digest: str = ""
     load: bool = False
     text: VersionText = field(default_factory=VersionText)
+    allotment: Allotment | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from loraplex_model.base.refusal import Reason, Refusal
 
 from loraplex_adapters.format.spec import CheckedAdapter
 from loraplex_adapters.store.index import lookup, rebases, records, schema, texts
+from loraplex_adapters.store.index.allotment import Allotment, holding, require_room
 from loraplex_adapters.store.index.database import Database
 from loraplex_adapters.store.index.ids import AdapterId
 from loraplex_adapters.store.index.labels import check_count
@@ -40,6 +41,7 @@ class Index:
         replace: bool,
         place: Callable[[], bool],
         text: VersionText | None = None,
+        allotment: Allotment | None = None,
     ) -> tuple[Record, bool]:
         """Points a name to content; returns the version, and True if the version is new.
 
@@ -49,7 +51,8 @@ class Index:
         the store, unless it is there, and returns whether it did. It is called within the change,
         so that the content cannot be collected before a name points to it.
         Raises Refusal: ADAPTER_CONFLICT if the name points to other content and `replace` is not
-        set, or is an alias; FIELD_INVALID for too many labels.
+        set, or is an alias; FIELD_INVALID for too many labels; QUOTA_EXCEEDED if the version would
+        be more than `allotment` allows.
         """
         with self._database.writing() as connection:
             if lookup.alias_row(connection, name) is not None:
@@ -60,6 +63,10 @@ class Index:
             text = text or VersionText()
             same_content = current is not None and current.digest == spec.digest
             if current is not None and same_content and _has_text(current, text):
+                if allotment is not None and labels:
+                    old = records.read(connection, [current])[0]
+                    carried = {**old.labels, **labels}
+                    require_room(connection, allotment, name, carried, spec.size_bytes)
                 changed = place()
                 changed |= _describe(connection, spec)
                 changed |= rebases.move(connection, current, base)
@@ -76,6 +83,8 @@ class Index:
                     message = f"{name} has this content with another chat template or end tokens"
                 message += "; replace it or use another name"
                 raise Refusal(Reason.ADAPTER_CONFLICT, message, name)
+            if allotment is not None:
+                require_room(connection, allotment, name, labels, spec.size_bytes)
             place()
             version = _add_version(connection, name, spec, base)
             _put_labels(connection, name, version, labels)
@@ -160,11 +169,11 @@ class Index:
             )
             schema.count_change(connection)
 
-    def restore(self, name: str) -> Record:
+    def restore(self, name: str, allotment: Allotment | None = None) -> Record:
         """Undoes a name's last deletion; returns its current version.
 
         Raises Refusal: ADAPTER_NOT_FOUND if all its versions have been collected, ADAPTER_CONFLICT
-        if the name has been registered again or is an alias now.
+        if the name has been registered again or is an alias now, QUOTA_EXCEEDED as `point`.
         """
         with self._database.writing() as connection:
             if lookup.is_name(connection, name) or lookup.alias_row(connection, name) is not None:
@@ -178,10 +187,13 @@ class Index:
             last = connection.execute(latest).first()
             if last is None:
                 raise lookup.not_found(name)
+            before = None if allotment is None else holding(connection, allotment.selector)
             deletion = sa.and_(of_name, _versions.deleted_at == last.deleted_at)
             connection.execute(sa.update(schema.versions).where(deletion).values(deleted_at=None))
             of_row = sa.update(schema.names).where(_names.name == name)
             connection.execute(of_row.values(current_version=last.version))
+            if allotment is not None and before is not None:
+                allotment.require(before, holding(connection, allotment.selector))
             schema.count_change(connection)
             return lookup.find(connection, AdapterId(name))
 

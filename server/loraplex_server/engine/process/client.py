@@ -26,6 +26,7 @@ from loraplex_server.engine.messages import (
     Fatal,
     FromEngine,
     Hello,
+    LimitHost,
     Load,
     LoadDone,
     Merge,
@@ -227,12 +228,13 @@ class EngineClient:
         self._restoration.merged.discard(digest)
         await self._order(Unmerge(next(self._ops), digest))
 
+    def limit_host(self, nbytes: int | None) -> None:
+        """Limits the bytes of adapters in host memory; None lifts the limit. Not answered."""
+        self._supervisor.send(LimitHost(nbytes))
+
     def forget(self, digest: str, only_pin: bool = False) -> None:
         """Has an adapter, or its pin, not restored by the next process."""
-        if only_pin:
-            self._restoration.unpin(digest)
-        else:
-            self._restoration.drop(digest)
+        (self._restoration.unpin if only_pin else self._restoration.drop)(digest)
 
     async def _order_load(self, message: Load | SetPinned | Merge) -> None:
         """Sends an order that may load or merge its adapter; a suspect waits for the others."""

@@ -13,6 +13,7 @@ from loraplex_server.engine.messages import (
     Abort,
     Control,
     ControlDone,
+    LimitHost,
     Shutdown,
     Submit,
     ToEngine,
@@ -60,6 +61,9 @@ class Handler:
                 case Abort():
                     self._core.abort(message.id)
                     return None
+                case LimitHost():
+                    self._core.limit_host(message.nbytes)
+                    return None
                 case Unload():
                     self._core.control(within_reach(message))
                 case _:
@@ -72,8 +76,8 @@ class Handler:
         self._failures = 0
         return None
 
-    def _failed(self, message: Submit | Abort | Control) -> ControlDone | None:
-        if isinstance(message, Abort):
+    def _failed(self, message: Submit | Abort | LimitHost | Control) -> ControlDone | None:
+        if isinstance(message, Abort | LimitHost):
             return None
         self._failures += 1
         if isinstance(message, Submit):

@@ -218,7 +218,8 @@ class Suspects:
 def content_of(request: Submit) -> bytes:
     """Digest of what a request computes.
 
-    Its ids, deadline, priority, account, salt of the prefix cache and seed are left out.
+    Its ids, deadline, priority, whom it is charged to, salt of the prefix cache and seed are left out,
+    so that no other principal repeats it.
     """
     sampling = msgspec.structs.replace(request.sampling, seed=0)
     plain = msgspec.structs.replace(
@@ -229,6 +230,8 @@ def content_of(request: Submit) -> bytes:
         priority=0,
         account="",
         cache_salt="",
+        principal="",
+        weight=1.0,
         sampling=sampling,
     )
     return hashlib.blake2b(msgspec.msgpack.encode(plain), digest_size=16).digest()

@@ -13,10 +13,16 @@ T = TypeVar("T")
 
 
 class CallGate:
-    """Counts the running calls of our services and signals when the server drains."""
+    """Counts the running calls of our services and signals when the server drains.
+
+    Attributes:
+        draining: new calls are refused.
+        require_memory: raises Refusal for a method whose calls must wait for memory.
+    """
 
     def __init__(self) -> None:
         self.draining = False
+        self.require_memory: Callable[[str], None] = lambda method: None
         self._calls = 0
         self._closing = asyncio.Event()
         self._idle = asyncio.Event()

@@ -18,7 +18,7 @@ from typing import Any, Final, Self, TypeAlias
 
 import grpc
 from google.protobuf.message import Message
-from loraplex_model.base.refusal import Reason, Refusal
+from loraplex_model.base.refusal import PRINCIPAL_PREFIX, Reason, Refusal
 
 from loraplex_server.access.principals import caller
 from loraplex_server.logs import REQUEST_ID
@@ -205,6 +205,7 @@ class _Call:
         self._reason = ""
         self._began = time.monotonic()
         self._counted = False
+        self._admitted = False
         self.stalled = False
         """Whether the request was ended because its client does not read."""
 
@@ -273,9 +274,12 @@ class _Call:
         return request
 
     def require_open(self) -> None:
-        """Raises Refusal if the server is draining."""
+        """Raises Refusal if the server is draining, or too short of memory for the call."""
         if self._ours and self._gate.draining:
             raise Refusal(Reason.DRAINING, "the server is shutting down")
+        if self._ours and not self._admitted:  # once: a stream that has begun is not cut
+            self._gate.require_memory(self._method)
+            self._admitted = True
 
     async def _fail(self, error: BaseException) -> None:
         """Ends the call with the error's status. Returns only if there is no status to send."""
@@ -298,8 +302,11 @@ class _Call:
             error = Refusal(Reason.ENGINE_FAULT, "internal error")
         self._code = TABLE[error.reason].code
         self._reason = error.reason.name
+        if error.reason is Reason.QUOTA_EXCEEDED:
+            name = error.subject.name.removeprefix(PRINCIPAL_PREFIX)
+            self._metrics.principals.quota_refused(name, error.field)
         status = status_of(error, self.id)
-        trailers = trailers_of(status, error.reason, self.id)
+        trailers = trailers_of(status, error, self.id)
         try:
             await self._context.abort(self._code, status.message, trailers)
         except grpc.aio.InternalError as failed:  # the client is gone

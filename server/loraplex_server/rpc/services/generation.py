@@ -18,6 +18,8 @@ from google.protobuf.message import Message
 from loraplex.v1 import generation_pb2, generation_pb2_grpc
 from loraplex_model.base.refusal import Problem, Reason, Refusal, Subject
 
+from loraplex_server.access.principals import Principal, caller
+from loraplex_server.access.quotas import Allowance, Quotas
 from loraplex_server.engine.batching.fair_queue import MAX_PRIORITY
 from loraplex_server.engine.group.face import Engine
 from loraplex_server.engine.messages import Failure, Logprobs, Output, SamplingParams, Submit
@@ -37,6 +39,7 @@ from loraplex_server.rpc.messages.completion import (
 )
 from loraplex_server.rpc.messages.slices import extend_in_slices
 from loraplex_server.rpc.services.admission import Admission, Ticket, admitted_deadline
+from loraplex_server.rpc.services.counted import counted
 from loraplex_server.rpc.services.prompts import Prompts
 from loraplex_server.rpc.services.resolve import (
     WeightedAdapter,
@@ -62,6 +65,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     registry: Registry
     prompts: Prompts
     admission: Admission
+    quotas: Quotas
     metrics: Metrics
     bounds: validate.ModelBounds
     stream_writes: int
@@ -111,27 +115,36 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         field_path = "request." if streaming else ""
         base = self.engine.hello.model.name
         times = GenerationTimes(self.metrics, request, base, streaming)
-        require(validate.generate(request, self.bounds, field_path))
-        with self.admission.enter(_asked(request)) as ticket:
-            adapters = await self._resolve(request, field_path)
-            room = room_beside(adapters, self.bounds.max_context)
-            prompt = await self._prompt(request, adapters, field_path, room)
-            require(validate.scores(request, len(prompt), field_path))
-            ticket.wait(len(prompt))
-            call = _Call(
-                request=request,
-                adapters=adapters,
-                prompt=prompt,
-                room=room,
-                deadline=_deadline(context),
-                field_path=field_path,
-                streaming=streaming,
-                max_priority=self.max_priority,
-            )
-            with self.metrics.generation(call.names):
-                async with aclosing(self._run(call, ticket, times)) as events:
-                    async for event in events:
-                        yield event
+        principal, deadline = caller(), admitted_deadline(context.time_remaining())
+        with counted(self.metrics.principals, principal.name, deadline):
+            require(validate.generate(request, self.bounds, field_path))
+            account = principal.name or _asked(request)
+            with (
+                self.quotas.enter(principal) as allowance,
+                self.admission.enter(account) as ticket,
+            ):
+                adapters = await self._resolve(request, field_path)
+                room = room_beside(adapters, self.bounds.max_context)
+                prompt = await self._prompt(request, adapters, field_path, room)
+                require(validate.scores(request, len(prompt), field_path))
+                allowance.prompt(len(prompt))
+                ticket.wait(len(prompt))
+                call = _Call(
+                    request=request,
+                    adapters=adapters,
+                    prompt=prompt,
+                    room=room,
+                    deadline=deadline,
+                    field_path=field_path,
+                    streaming=streaming,
+                    max_priority=self.max_priority,
+                    principal=principal,
+                    allowance=allowance,
+                )
+                with self.metrics.generation(call.names):
+                    async with aclosing(self._run(call, ticket, times)) as events:
+                        async for event in events:
+                            yield event
 
     async def _run(
         self, call: _Call, ticket: Ticket, times: GenerationTimes
@@ -159,6 +172,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                             yield started
                     piece = completion.take(batch)
                     times.tokens(len(piece.token_ids))
+                    call.allowance.generated(len(piece.token_ids))
                     if piece.token_ids or piece.text:
                         yield await self._delta(piece)
                     if piece.finish:
@@ -185,6 +199,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         finally:
             self.engine.abort(request_id)
             self.metrics.generation_ended(call.names, code.name, completion.tokens)
+            self.metrics.principals.used(call.principal.name, "completion", completion.tokens)
             times.end(len(call.prompt), completion.tokens)
 
     def _completion(self, call: _Call) -> CompletionBuilder:
@@ -235,7 +250,9 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     def _begin(self, call: _Call, ticket: Ticket, output: Output) -> None:
         """Records that the prompt of a request is computed."""
         ticket.run()
+        call.allowance.begin()
         self.metrics.generation_started(call.names, len(call.prompt), output.cached_tokens)
+        self.metrics.principals.used(call.principal.name, "prompt", len(call.prompt))
 
     def _started(self, call: _Call) -> _Event:
         """The first event of a request, still without log-probabilities of the prompt."""
@@ -286,11 +303,18 @@ class _Call:
     field_path: str
     streaming: bool
     max_priority: int
+    principal: Principal
+    allowance: Allowance
 
     @property
     def names(self) -> list[str]:
         """Names of the adapters, each once, for metrics."""
         return list(dict.fromkeys(each.adapter.record.name for each in self.adapters))
+
+    @property
+    def _priority_ceiling(self) -> int:
+        own = self.principal.limits.max_priority
+        return self.max_priority if own is None else min(self.max_priority, own)
 
     def field_of(self, failure: Failure) -> str:
         """Path of the request's field that a failure is about."""
@@ -312,9 +336,11 @@ class _Call:
             stop_token_ids=sorted({*ends, *stop.token_ids}),
             logprobs=_given(request, "logprobs"),
             prompt_logprobs=_given(request, "prompt_logprobs"),
-            priority=min(request.priority, self.max_priority),
+            priority=min(request.priority, self._priority_ceiling),
             deadline=self.deadline,
             account=account_of(self.names),
+            principal=self.principal.name,
+            weight=self.principal.weight,
             cache_salt=request.cache_salt,
             request_id=REQUEST_ID.get(),
         )
@@ -351,10 +377,6 @@ def _asked(request: generation_pb2.GenerateRequest) -> str:
     """The account that a request names, before its names are resolved."""
     ids = [request.adapter_id] if request.adapter_id else [term.adapter_id for term in request.mix]
     return account_of([each.partition("@")[0] for each in ids])
-
-
-def _deadline(context: _Context) -> float | None:
-    return admitted_deadline(context.time_remaining())
 
 
 def _subject(request: generation_pb2.GenerateRequest) -> Subject:
