@@ -31,7 +31,7 @@ FUZZ_SECONDS ?= 20
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model prometheus demo serve train-adapter test test-seams test-field test-families test-real test-sanitized test-triton test-gpu fuzz lint house proto \
+.PHONY: help setup model prometheus demo serve train-adapter test check-observability test-seams test-field test-families test-real test-sanitized test-triton test-gpu fuzz lint house proto \
         bench bench-peers bench-load bench-step bench-peft bench-prefix bench-kernels bench-train bench-adapters bench-fairness bench-neighbour bench-conversion bench-paper bench-gpu bench-gpu-launches gpu-aot gpu-check gpu-pack figures \
         lock clean distclean
 
@@ -81,6 +81,9 @@ endif
 
 test: setup model prometheus ## Run the test suite (ARGS='tests/engine -k preempt')
 	OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python -m pytest -rs $(ARGS)
+
+check-observability: setup model prometheus ## Ask a real Prometheus for every query of the dashboards and alerts, after traffic of every kind (about a minute)
+	@OMP_NUM_THREADS=1 $(BIN)/python scripts/check_observability.py $(ARGS)
 
 test-seams: setup model ## Run the tests of every fault in docs/faults.md, long ones included (under 10 minutes)
 	@OMP_NUM_THREADS=$(TEST_THREADS) $(BIN)/python scripts/seams.py $(ARGS)

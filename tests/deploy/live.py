@@ -132,6 +132,12 @@ def prometheus(binary: str, folder: Path, target: str) -> Iterator[Prometheus]:
         process.wait(60)
 
 
+def scraped(prometheus: Prometheus) -> int:
+    """How often the server has been scraped."""
+    data = prometheus.api("query", query='count_over_time(up{job="loraplex"}[10m])')
+    return int(float(data["result"][0]["value"][1])) if data["result"] else 0
+
+
 def wait_for(condition: Callable[[], bool], seconds: float) -> None:
     """Polls until the condition holds. Raises TimeoutError."""
     end = time.monotonic() + seconds
