@@ -1,4 +1,4 @@
-"""Log lines as text or JSON, each with the id of its request. Prompts are never logged."""
+"""Log lines as text or JSON, each with its request's id and caller. Prompts are never logged."""
 
 from __future__ import annotations
 
@@ -12,6 +12,16 @@ from typing import Any, Final, Literal
 
 REQUEST_ID: Final[ContextVar[str]] = ContextVar("loraplex_request_id", default="")
 """Id of the RPC that the current task serves; "" outside of RPCs."""
+
+PRINCIPAL: Final[ContextVar[str]] = ContextVar("loraplex_principal", default="")
+"""Name of the principal whose RPC the current task serves; "" outside of RPCs, or if callers are not
+authenticated."""
+
+NOTES: Final[ContextVar[dict[str, Any] | None]] = ContextVar("loraplex_notes", default=None)
+"""Fields for the line that reports the end of the current RPC; None outside of RPCs."""
+
+AUDIT: Final = "loraplex.audit"
+"""Name of the logger of the audit log, if that has no file of its own."""
 
 _SPECIAL: Final = frozenset('"=\\')
 """Characters, besides white space, for which the value of a field is quoted."""
@@ -90,13 +100,20 @@ def _argument(value: object) -> object:
     return json.dumps(text, ensure_ascii=False) if looks_like_fields else value
 
 
+def note(**fields: Any) -> None:
+    """Adds fields to the line that reports the end of the current RPC, if there is one."""
+    if (notes := NOTES.get()) is not None:
+        notes.update(fields)
+
+
 def configure(form: Literal["text", "json"], level: str) -> None:
     """Sends log lines to standard error in the given format. To be called once, at start."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
-    handler.addFilter(_add_request_id)
+    handler.addFilter(_add_call)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.getLogger("asyncio").setLevel(logging.WARNING)
+    logging.getLogger(AUDIT).setLevel(logging.INFO)  # kept whatever the level of other lines
 
 
 def configure_engine(device: str = "") -> None:
@@ -110,9 +127,11 @@ def configure_engine(device: str = "") -> None:
     logging.basicConfig(level=logging.INFO, handlers=[handler])
 
 
-def _add_request_id(record: logging.LogRecord) -> bool:
+def _add_call(record: logging.LogRecord) -> bool:
     if request_id := REQUEST_ID.get():
         record.request_id = request_id
+    if principal := PRINCIPAL.get():
+        record.principal = principal
     return True
 
 

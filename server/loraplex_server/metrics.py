@@ -136,6 +136,10 @@ class Metrics:
 
     # events of the RPC layer
 
+    def audit_lines(self, result: str, count: int) -> None:
+        """Counts lines of the audit log: "written", "lost", or "left_out" for too many refusals."""
+        self.series.audit_lines.labels(result).inc(count)
+
     def rpc_ended(self, method: str, code: str, seconds: float, reason: str = "") -> None:
         """Records an RPC's gRPC code and, if it failed, its reason of the error table."""
         self.series.requests.labels(method, code).inc()
