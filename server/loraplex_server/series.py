@@ -149,6 +149,9 @@ class Series:
     adapter_bytes = _gauge("Bytes that adapters take.", tier=_TIERS)
     adapter_budget_bytes = _gauge("Bytes that adapters may take.", tier=_TIERS)
     adapter_prefix_blocks = _gauge("KV blocks for virtual tokens.", state=("free", "used"))
+    access_reload_failed = _gauge(
+        "1 while a file of principals or credentials is wrong and what it said before holds."
+    )
     training_jobs = _gauge("Training jobs by state.", state=("queued", "running"))
     training_jobs_ended = _counter(
         "Training jobs that ended, by result.", result=("succeeded", "failed", "cancelled")

@@ -10,9 +10,9 @@ from loraplex_server.commands.flags import ALL_SETTINGS
 from loraplex_server.commands.program import app
 from loraplex_server.config import Config
 from loraplex_server.config_sources import ConfigError, load
-from loraplex_server.settings import PANELS
 from loraplex_server.engine.process.setup import EngineSetup
 from loraplex_server.exits import ServerExit
+from loraplex_server.settings import PANELS
 from typer.testing import CliRunner
 
 
@@ -42,7 +42,12 @@ def test_flags_beat_the_environment_which_beats_the_file(
         ({"host": "0.0.0.0"}, "--insecure"),
         ({"host": "::"}, "--insecure"),
         ({"host": "example.org"}, "--insecure"),
-        ({"admin_host": "10.0.0.1"}, "--insecure"),
+        ({"manage_host": "0.0.0.0"}, "manage_host '"),
+        ({"admin_host": "10.0.0.1"}, "--public-metrics"),
+        ({"tls_certificate": "a"}, "tls_certificate and tls_key belong together"),
+        ({"tls_key": "a"}, "tls_certificate and tls_key belong together"),
+        ({"tls_client_ca": "a"}, "tls_client_ca needs tls_certificate"),
+        ({"jwks": "a"}, "jwks needs principals"),
         ({"engine_factory": "os.system('x')"}, "engine_factory: "),
         ({"devices": "gpu0"}, "devices: 'gpu0' is no device"),
         ({"devices": "0,"}, "devices: '' is no device"),
@@ -98,13 +103,58 @@ def test_engines_on_the_cpu_share_its_threads_and_the_front_counts_all(
     assert config.engine_limits().max_running == 10
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
-def test_the_loopback_needs_no_consent(host: str) -> None:
-    assert load(None, {"host": host}).host == host
+LOOPBACK = ["127.0.0.1", "127.8.8.8", "::1", "[::1]", "localhost"]
+PUBLIC = [
+    *("0.0.0.0", "::", "[::]", "10.0.0.1", "fe80::1", "127.1"),
+    *("example.org", "localhost.example", " ", "127.0.0.1 "),
+]
+WHO = {"principals": "principals.toml"}
+TLS = {"tls_certificate": "server.crt", "tls_key": "server.key"}
 
 
-def test_the_world_is_served_only_with_consent() -> None:
-    assert load(None, {"host": "0.0.0.0", "insecure": True}).host == "0.0.0.0"
+@pytest.mark.parametrize("setting", ["host", "manage_host", "admin_host"])
+@pytest.mark.parametrize("host", LOOPBACK)
+def test_the_loopback_needs_no_consent(host: str, setting: str) -> None:
+    assert getattr(load(None, {setting: host}), setting) == host
+
+
+@pytest.mark.parametrize("setting", ["host", "manage_host"])
+@pytest.mark.parametrize("host", PUBLIC)
+def test_others_reach_the_calls_only_if_they_are_identified_and_encrypted_or_with_consent(
+    host: str, setting: str
+) -> None:
+    for given in ({"insecure": True}, {**WHO, **TLS}, {**WHO, "insecure": True}):
+        assert getattr(load(None, {setting: host, **given}), setting) == host
+    for given, lacking in (
+        ({}, {"principals", "tls_certificate"}),
+        (WHO, {"tls_certificate"}),
+        (TLS, {"principals"}),
+        ({"public_metrics": True}, {"principals", "tls_certificate"}),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            load(None, {setting: host, **given})
+        said = str(caught.value)
+        assert said.startswith(f"{setting} {host!r} can be reached from other machines")
+        assert "--insecure" in said
+        named = {name for name in ("principals", "tls_certificate") if f"({name})" in said}
+        assert named == lacking
+
+
+@pytest.mark.parametrize("host", PUBLIC)
+def test_others_reach_the_metrics_only_with_consent(host: str) -> None:
+    """Neither principals nor TLS count here: nobody is identified at the metrics endpoint."""
+    for given in ({"public_metrics": True}, {"insecure": True}):
+        assert load(None, {"admin_host": host, **given}).admin_host == host
+    for given in ({}, {**WHO, **TLS}):
+        with pytest.raises(ConfigError, match="--public-metrics"):
+            load(None, {"admin_host": host, **given})
+
+
+def test_an_empty_address_is_every_address_except_for_managing() -> None:
+    assert load(None, {"manage_host": ""}).manage_host == ""
+    for setting in ("host", "admin_host"):
+        with pytest.raises(ConfigError, match="can be reached from other machines"):
+            load(None, {setting: ""})
 
 
 @pytest.mark.parametrize("content", ["port = ", "port = 1\nport = 2\n", "\xff\x00"])

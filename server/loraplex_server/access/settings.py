@@ -17,7 +17,8 @@ def require_coherent(settings: Settings) -> None:
         raise ValueError("jwks needs principals, which say what the owner of a token may do")
     if not settings.insecure:
         for name in ("host", "manage_host"):
-            _require_safe(settings, name)
+            if name == "host" or settings.manage_host:  # an empty host is every address
+                _require_safe(settings, name)
         if not (settings.public_metrics or is_loopback(settings.admin_host)):
             raise ValueError(
                 f"admin_host {settings.admin_host!r} can be reached from other machines, and "
@@ -28,7 +29,7 @@ def require_coherent(settings: Settings) -> None:
 
 def _require_safe(settings: Settings, name: str) -> None:
     host = getattr(settings, name)
-    if not host or is_loopback(host):
+    if is_loopback(host):
         return
     lacking = []
     if not settings.principals:
