@@ -29,11 +29,10 @@ from prometheus_client import (
 from loraplex_server.access.quotas import Quotas
 from loraplex_server.config import Config
 from loraplex_server.engine.group.face import Engine
-from loraplex_server.engine.group.group import EngineGroup, members
+from loraplex_server.engine.group.group import members
 from loraplex_server.engine.group.shedding import HostShedding
 from loraplex_server.engine.messages import Hello, ModelInfo
 from loraplex_server.engine.process.child import SpawnedEngine
-from loraplex_server.engine.process.client import EngineClient
 from loraplex_server.engine.process.descriptors import raise_descriptor_limit
 from loraplex_server.engine.process.identity import BaseChanged
 from loraplex_server.exits import ServerExit
@@ -43,7 +42,7 @@ from loraplex_server.registry.quarantine import QuarantineKeeper
 from loraplex_server.registry.registry import Registry
 from loraplex_server.registry.texts import AdapterTexts
 from loraplex_server.rpc.calls.gate import CallGate
-from loraplex_server.rpc.calls.interceptor import Interceptor
+from loraplex_server.rpc.calls.interceptor import CallPath, Interceptor
 from loraplex_server.rpc.messages.validate import ModelBounds
 from loraplex_server.rpc.server import Address, RpcServer
 from loraplex_server.rpc.services.adapters import AdapterService
@@ -52,6 +51,7 @@ from loraplex_server.rpc.services.generation import GenerationService
 from loraplex_server.rpc.services.model import ModelService
 from loraplex_server.rpc.services.prompts import Prompts
 from loraplex_server.rpc.services.training import TrainingService
+from loraplex_server.runtime import parts
 from loraplex_server.runtime.admin import MetricsServer
 from loraplex_server.runtime.ending import CLOSE_SECONDS, unexpected_end
 from loraplex_server.runtime.failures import StartFailure, needed
@@ -83,7 +83,7 @@ class Server:
     """The front process: `start`, then `drain`. `close` undoes a start, even an incomplete one."""
 
     def __init__(self, config: Config, engine: SpawnedEngine | None = None) -> None:
-        """`engine` is the engine's process, if it was started already."""
+        """`engine` is the engine's process, if it was started already. Raises StartFailure."""
         self._config = config
         self._closing = AsyncExitStack()
         collectors = CollectorRegistry()
@@ -91,14 +91,19 @@ class Server:
             collector(registry=collectors)
         self.metrics = Metrics(collectors, version("loraplex"))
         self._gate = CallGate()
+        self._directory = parts.principals_of(config)
+        self._audit = parts.audit_log_of(config, self.metrics)
+        self._close_later(PART_SECONDS, "the audit log does not close", self._close_audit)
+        self._path = CallPath(self._gate, self.metrics, self._audit, config.write_stall_timeout)
+        checks = parts.access_checks_of(config, self._directory)
         self._rpc = RpcServer(
-            Interceptor(self._gate, self.metrics, config.write_stall_timeout),
+            [Interceptor(self._path, check) for check in checks],
             self._gate,
             config.max_connections,
             config.reflection,
         )
         self._observer = ServerObserver(self.metrics, self._rpc)
-        self.engine: Engine = _engine(config, self._observer, engine)
+        self.engine: Engine = parts.engine_of(config, self._observer, engine)
         self._pressure = MemoryPressure(
             int(config.memory_limit) or default_limit(),
             used_bytes,
@@ -111,8 +116,18 @@ class Server:
         watch_front(self.metrics, self._lanes, self._gate)
         self._training: JobQueue | None = None
         self._accepting: WatchedTask | None = None
-        self.address = Address(config.host, config.port)
+        self.addresses = parts.addresses_of(config)
         self.admin_address = Address(config.admin_host, config.admin_port)
+
+    @property
+    def address(self) -> Address:
+        """Address of the services, for all callers."""
+        return self.addresses[0]
+
+    @property
+    def manage_address(self) -> Address | None:
+        """Address for calls that manage adapters and training jobs, if it is apart."""
+        return self.addresses[1] if len(self.addresses) > 1 else None
 
     async def start(self) -> None:
         """Starts all parts; the server is ready when it returns. Raises StartFailure.
@@ -123,6 +138,9 @@ class Server:
         self._bind()
         self.metrics.trace_to(config.otlp_endpoint)
         self._close_later(PART_SECONDS, "the last spans stay behind", self.metrics.tracing.close)
+        if self._directory is not None:
+            following = WatchedTask(self._directory.watch(self.metrics.series), "principals")
+            self._closing.push_async_callback(following.stop)
         watching = asyncio.create_task(watch_event_loop(self.metrics.series), name="event loop lag")
         self._closing.callback(watching.cancel)
         store = await self._open_store()
@@ -136,7 +154,9 @@ class Server:
             hello.num_blocks * hello.block_size,
         )
         with needed(ServerExit.NO_MODEL, "cannot read"):
-            tokenizer = await asyncio.to_thread(self._tokenizer, model, context)
+            tokenizer = await asyncio.to_thread(
+                parts.tokenizer_of, config, model, context, self._lanes.text
+            )
         limits = AdapterLimits(
             max_rank=config.max_rank,
             max_weights_bytes=int(config.max_adapter_file),
@@ -218,16 +238,6 @@ class Server:
         self._observer.watch(members(self.engine))
         return hello
 
-    def _tokenizer(self, model: ModelInfo, context: int) -> TextTokenizer:
-        return TextTokenizer(
-            Path(model.tokenizer_path),
-            context,
-            self._lanes.text,
-            eos_token_ids=model.eos_token_ids,
-            special_tokens_in_messages=self._config.special_tokens_in_messages,
-            chat_template=self._config.chat_template,
-        )
-
     def _keep_running(self, registry: Registry) -> None:
         """Starts the tasks that run as long as the server."""
         store = registry.store
@@ -254,9 +264,10 @@ class Server:
         watch = WatchedTask(while_alive(metrics.thread), "metrics endpoint")
         self._closing.push_async_callback(watch.stop)
         self.admin_address = Address(admin.host, metrics.port)
-        with needed(ServerExit.PORT_IN_USE, f"cannot listen on {self.address}"):
-            self.address = self._rpc.bind(self.address)
         self._close_later(PART_SECONDS, "the connections do not close", self._stop_rpc)
+        for which, address in enumerate(self.addresses):
+            with needed(ServerExit.PORT_IN_USE, f"cannot listen on {address}"):
+                self.addresses[which] = self._rpc.bind(address, which)
 
     async def _open_training(self, registry: Registry) -> JobQueue | None:
         """Opens the queue of training jobs; None if training is off. Raises StartFailure."""
@@ -268,6 +279,10 @@ class Server:
         stop = partial(self._stop_training, STOP_GRACE)
         self._close_later(TRAINING_SECONDS, "the training does not stop", stop)
         return queue
+
+    async def _close_audit(self) -> None:
+        self._audit.finish()
+        await asyncio.to_thread(self._audit.sink.close)
 
     async def _stop_rpc(self) -> None:
         if self._accepting is not None:
@@ -300,14 +315,6 @@ class Server:
         close = partial(asyncio.to_thread, store.close)
         self._close_later(PART_SECONDS, "the store does not close", close)
         return store
-
-
-def _engine(config: Config, observer: ServerObserver, spawned: SpawnedEngine | None) -> Engine:
-    """The engine of a server: one process, or one for each of several devices."""
-    command, limits = config.engine_setup().command(), config.supervision_limits()
-    if not config.placements:
-        return EngineClient(command, observer, limits=limits, spawned=spawned)
-    return EngineGroup([(each, command) for each in config.placements], observer, limits)
 
 
 async def run(config: Config, engine: SpawnedEngine | None = None) -> ServerExit:
@@ -385,6 +392,8 @@ def _announce(server: Server, seconds: float) -> None:
     """Prints that the server is ready."""
     model = server.engine.hello.model
     where = f"grpc {server.address} admin {server.admin_address}"
+    if server.manage_address is not None:
+        where += f" manage {server.manage_address}"
     devices = ", ".join(member.device for member in members(server.engine))
     what = f"{model.name} ({model.base.dtype} on {devices})"
     print(f"ready: {where} model {what} in {seconds:.1f} s", flush=True)

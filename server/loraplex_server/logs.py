@@ -1,4 +1,4 @@
-"""Log lines as text or JSON, each with the id of its request. Prompts are never logged."""
+"""Log lines as text or JSON, each with its request's id and caller. Prompts are never logged."""
 
 from __future__ import annotations
 
@@ -14,6 +14,16 @@ from loraplex_server.telemetry.trace import TRACE
 
 REQUEST_ID: Final[ContextVar[str]] = ContextVar("loraplex_request_id", default="")
 """Id of the RPC that the current task serves; "" outside of RPCs."""
+
+PRINCIPAL: Final[ContextVar[str]] = ContextVar("loraplex_principal", default="")
+"""Name of the principal whose RPC the current task serves; "" outside of RPCs, or if callers are not
+authenticated."""
+
+NOTES: Final[ContextVar[dict[str, Any] | None]] = ContextVar("loraplex_notes", default=None)
+"""Fields for the line that reports the end of the current RPC; None outside of RPCs."""
+
+AUDIT: Final = "loraplex.audit"
+"""Name of the logger of the audit log, if that has no file of its own."""
 
 LogFormat: TypeAlias = Literal["text", "json"]
 
@@ -102,13 +112,20 @@ def _argument(value: object) -> object:
     return json.dumps(text, ensure_ascii=False) if looks_like_fields else value
 
 
+def note(**fields: Any) -> None:
+    """Adds fields to the line that reports the end of the current RPC, if there is one."""
+    if (notes := NOTES.get()) is not None:
+        notes.update(fields)
+
+
 def configure(form: LogFormat, level: str) -> None:
     """Sends log lines to standard error in the given format. To be called once, at start."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
-    handler.addFilter(_add_ids)
+    handler.addFilter(_add_call)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.getLogger("asyncio").setLevel(logging.WARNING)
+    logging.getLogger(AUDIT).setLevel(logging.INFO)  # kept whatever the level of other lines
     _log_warnings(form)
 
 
@@ -134,9 +151,11 @@ def _log_warnings(form: LogFormat) -> None:
     logging.captureWarnings(form == "json")
 
 
-def _add_ids(record: logging.LogRecord) -> bool:
+def _add_call(record: logging.LogRecord) -> bool:
     if request_id := REQUEST_ID.get():
         record.request_id = request_id
+    if principal := PRINCIPAL.get():
+        record.principal = principal
     if (trace := TRACE.get()) is not None:
         record.trace_id = trace.trace_id
     return True

@@ -74,6 +74,7 @@ class Series:
 
     requests = _counter("RPCs that ended.", method=(), code=())
     rejected_requests = _counter("Requests refused or failed.", reason=())
+    audit_lines = _counter("Lines of the audit log.", result=("written", "lost", "left_out"))
     queue_depth = _gauge("Requests whose prompt is not computed yet.")
     queued_tokens = _gauge("Prompt tokens of the requests in the queue.")
     running_requests = _gauge("Requests that are producing tokens.")

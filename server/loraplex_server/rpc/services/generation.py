@@ -24,7 +24,7 @@ from loraplex_server.engine.batching.fair_queue import MAX_PRIORITY
 from loraplex_server.engine.group.face import Engine
 from loraplex_server.engine.messages import Failure, Logprobs, Output, SamplingParams, Submit
 from loraplex_server.fair_weights import account_of
-from loraplex_server.logs import REQUEST_ID
+from loraplex_server.logs import REQUEST_ID, note
 from loraplex_server.metrics import Metrics
 from loraplex_server.registry.registry import Registry
 from loraplex_server.registry.texts import end_tokens
@@ -216,6 +216,8 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             adapters = await resolve(request, self.registry)
         except Refusal as error:
             raise for_client(error, _subject(request), field) from error
+        if adapters:
+            note(digest=",".join(each.adapter.record.digest for each in adapters))
         if text := unmixable(adapters):
             reason = Reason.ADAPTER_NOT_MIXABLE
             raise Refusal(reason, text, problems=[Problem(field, text)])
