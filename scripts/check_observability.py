@@ -79,7 +79,6 @@ def main() -> int:
 def drive(folder: Path, server: live.Server, prometheus: live.Prometheus) -> None:
     """Sends traffic of every kind, for some scrapes before and after a crash of the engine."""
     with traffic.callers(folder, server.target) as callers:
-        live.wait_for(lambda: accepted(callers), 30)
         traffic.prepare(callers.operator)
         traffic.train(callers.operator, folder)
         for _ in range(2):
@@ -92,17 +91,7 @@ def drive(folder: Path, server: live.Server, prometheus: live.Prometheus) -> Non
 
             live.wait_for(enough, 120)
             traffic.crash(callers.operator)
-            live.wait_for(callers.operator.health, 60)
-
-
-def accepted(callers: traffic.Callers) -> bool:
-    """Whether the server has read the callers' keys."""
-    try:
-        callers.operator.get_model()
-        callers.search.get_model()
-    except traffic.LoraplexError:
-        return False
-    return True
+            live.wait_for(lambda: traffic.answers(callers.operator), 60)
 
 
 def report(prometheus: live.Prometheus, start: float, end: float) -> int:

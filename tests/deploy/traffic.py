@@ -44,6 +44,9 @@ def settings(folder: Path) -> dict[str, Any]:
         write_adapter(folder / "import" / name, seed)
     write_prompt(folder / "import" / SOFT, 4)
     (folder / "principals.toml").write_text(PRINCIPALS)
+    for name in ("operator", "search"):
+        _, key = KeyFile(folder / "keys.json").add(name)
+        (folder / f"{name}.key").write_text(key)
     return {
         "engine_options": {
             "num_slots": 3,
@@ -74,12 +77,11 @@ class Callers:
 
 @contextlib.contextmanager
 def callers(folder: Path, target: str) -> Iterator[Callers]:
-    """Clients with a key of each principal. The server reads the keys within seconds."""
-    file = KeyFile(folder / "keys.json")
+    """Clients with the key of each principal, for a server with these `settings`."""
     with ExitStack() as stack:
 
         def client(principal: str) -> Client:
-            _, key = file.add(principal)
+            key = (folder / f"{principal}.key").read_text()
             metadata = [("authorization", f"Bearer {key}")]
             return stack.enter_context(Client(target, timeout=30.0, metadata=metadata))
 
@@ -135,6 +137,15 @@ def trouble(by: Callers) -> None:
 def crash(operator: Client) -> None:
     """The engine's process ends."""
     attempt(operator.generate, token_ids=[20, CRASH], max_new_tokens=2, timeout=5.0)
+
+
+def answers(client: Client) -> bool:
+    """Whether the server generates."""
+    try:
+        client.generate("the", max_new_tokens=1, timeout=5.0)
+    except LoraplexError:
+        return False
+    return True
 
 
 def attempt(call: Callable[..., object], *arguments: Any, **options: Mapping[str, Any]) -> None:
