@@ -4,8 +4,8 @@
     python scripts/check_observability.py
 
 Starts a server over the tests' oracle engine and a Prometheus that scrapes it every second, sends
-traffic of every kind (adapters, merges, refusals, training jobs, limits, a crash of the engine), and
-then evaluates the queries of all panels of all dashboards. Of each rule the health, the series and
+traffic of every kind (adapters, merges, refusals, training jobs, limits, a lost engine), and then
+evaluates the queries of all panels of all dashboards. Of each rule the health, the series and
 the labels that it matches are looked up, since the expression of an alert that does not fire
 returns nothing. The tests of the rules are run with promtool, and each rule must have one in which
 it fires. The last line of output is one JSON object:
@@ -39,8 +39,9 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from deploy import dashboard, live, traffic  # noqa: E402
 from telemetry.collector import collecting  # noqa: E402
+
+from deploy import dashboard, live, traffic  # noqa: E402
 
 FOLDER = ROOT / "deploy" / "prometheus"
 VARIABLES = {

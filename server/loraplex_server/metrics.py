@@ -126,6 +126,7 @@ class Metrics:
     def spans_ended(self, result: str, spans: int) -> None:
         """Records that spans were "exported" or that this has "failed". Called in any thread."""
         self.series.trace_spans.labels(result).inc(spans)
+
     def audit_lines(self, result: str, count: int) -> None:
         """Counts lines of the audit log: "written", "lost", or "left_out" for too many refusals."""
         self.series.audit_lines.labels(result).inc(count)

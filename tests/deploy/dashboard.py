@@ -1,4 +1,4 @@
-"""The Grafana dashboards as the tests see them: panels, and queries with the variables filled in."""
+"""The Grafana dashboards as the tests see them: panels, and queries with their variables."""
 
 from __future__ import annotations
 

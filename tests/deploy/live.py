@@ -37,7 +37,9 @@ def server(folder: Path, **settings: Any) -> Iterator[Server]:
     `settings` are passed on in its environment.
     """
     given = {
-        f"LORAPLEX_{name.upper()}": json.dumps(value) if isinstance(value, list | bool) else str(value)
+        f"LORAPLEX_{name.upper()}": json.dumps(value)
+        if isinstance(value, list | bool)
+        else str(value)
         for name, value in settings.items()
     }
     config = config_for(folder, **settings)

@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 import yaml
+from deploy.dashboard import ROOT
 from prometheus_client.parser import text_string_to_metric_families
 from rpc.conftest import _engine_finds_the_oracle
 from rpc.harness import ask, running
-
-from deploy.dashboard import ROOT
 
 __all__ = ["_engine_finds_the_oracle"]
 

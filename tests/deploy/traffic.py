@@ -1,4 +1,4 @@
-"""Traffic that moves every panel and every series that an alert asks for: use, trouble and limits."""
+"""Traffic that moves every panel and every series of an alert: use, trouble and limits."""
 
 from __future__ import annotations
 

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from deploy import live
 from loraplex import Client, LoraplexError
 from loraplex_server.logs import JsonFormatter, configure_engine
 from rpc.harness import CRASH, FAULT, NONFINITE
+
+from deploy import live
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:

@@ -12,9 +12,10 @@ from typing import Any
 
 import grpc
 import pytest
-from deploy import live
 from loraplex import Client
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc
+
+from deploy import live
 
 
 @contextmanager

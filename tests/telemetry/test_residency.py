@@ -142,7 +142,9 @@ class FakeEngine:
     adapters: dict[str, AdapterStatus] = field(default_factory=dict)
     requests: dict[int, Submit] = field(default_factory=dict)
     ready: bool = True
-    hello: Hello = Hello(None, 1, 16, 1000, num_slots=4)  # type: ignore[arg-type]
+    hello: Hello = field(
+        default_factory=lambda: Hello(None, 1, 16, 1000, num_slots=4)  # type: ignore[arg-type]
+    )
 
 
 @dataclass
@@ -193,7 +195,11 @@ def test_adapters_that_drain_or_are_in_host_memory_take_no_requests() -> None:
 
 
 def test_waiting_are_those_being_loaded_and_those_that_open_requests_name() -> None:
-    table = {"A": resident("A", 0, "loading"), "B": resident("B", 10), "C": resident("C", 0, "host")}
+    table = {
+        "A": resident("A", 0, "loading"),
+        "B": resident("B", 10),
+        "C": resident("C", 0, "host"),
+    }
     refs = [AdapterRef(digest, "") for digest in "BC"]
     engine = FakeEngine(table, {1: Submit(1, [1], 1, adapters=refs)})
     names = [(name.lower(), name) for name in "ABCD"]

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
 import pytest
-from deploy import live
 from loraplex import AsyncClient, Client
 from loraplex.v1 import adapter_pb2, generation_pb2
 from opentelemetry.sdk.trace import TracerProvider
 from rpc.harness import FAULT, Running, ask, running, streamed, write_adapter
-
 from telemetry.collector import Collector, Span, collecting, values
+
+from deploy import live
 
 SERVER = Span.SpanKind.SPAN_KIND_SERVER
 ERROR = 2
@@ -70,7 +71,7 @@ def test_one_trace_covers_client_front_and_engine(
         ordered = [children[name] for name in PHASES if name in children]
         assert ordered[0].start_time_unix_nano >= span.start_time_unix_nano
         assert ordered[-1].end_time_unix_nano <= span.end_time_unix_nano
-        for before, after in zip(ordered, ordered[1:], strict=False):
+        for before, after in itertools.pairwise(ordered):
             assert before.end_time_unix_nano == pytest.approx(after.start_time_unix_nano, abs=1e4)
             assert after.end_time_unix_nano >= after.start_time_unix_nano
             assert after.trace_id == span.trace_id

@@ -152,16 +152,7 @@ Control = Load | Unload | SetPinned | Merge | Unmerge | Withdraw
 """Orders about adapters, and their withdrawal."""
 
 ToEngine = (
-    Submit
-    | Abort
-    | Load
-    | Unload
-    | SetPinned
-    | Merge
-    | Unmerge
-    | Withdraw
-    | LimitHost
-    | Shutdown
+    Submit | Abort | Load | Unload | SetPinned | Merge | Unmerge | Withdraw | LimitHost | Shutdown
 )
 
 # engine -> front

@@ -21,8 +21,8 @@ _SAMPLING: Final = (
     "frequency_penalty",
     "presence_penalty",
 )
-"""Fields of `SamplingParams` for which there is an attribute. The seed is left out: it may exceed the
-largest integer of an attribute."""
+"""Fields of `SamplingParams` for which there is an attribute. The seed is left out, since it may
+exceed the largest integer of an attribute."""
 
 
 def request_attributes(

@@ -69,9 +69,7 @@ class OtlpTracing:
         self._tracer = self._provider.get_tracer("loraplex", version)
         self._propagator = TraceContextTextMapPropagator()
 
-    def begin(
-        self, method: str, metadata: Iterable[tuple[str, str | bytes]]
-    ) -> CallTrace | None:
+    def begin(self, method: str, metadata: Iterable[tuple[str, str | bytes]]) -> CallTrace | None:
         """See `Tracing`."""
         clock = _Clock()
         try:

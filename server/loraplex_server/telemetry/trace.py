@@ -42,9 +42,7 @@ class CallTrace(Protocol):
 class Tracing(Protocol):
     """Makes traces of calls and exports them."""
 
-    def begin(
-        self, method: str, metadata: Iterable[tuple[str, str | bytes]]
-    ) -> CallTrace | None:
+    def begin(self, method: str, metadata: Iterable[tuple[str, str | bytes]]) -> CallTrace | None:
         """Begins the span of a call of `method` ("/package.Service/Method").
 
         It continues the trace that the call's metadata name in `traceparent`, if that is well
