@@ -95,9 +95,9 @@ async def test_an_adapter_that_requests_wait_for_is_waiting(tmp_path: Path) -> N
     async with running(tmp_path, engine_options=ONE_SLOT) as up:
         await up.register("alpha", 1)
         await up.register("beta", 2)
-        holding = asyncio.create_task(up.generation.Generate(ask(new=60, adapter="alpha")))
+        holding = up.generation.Generate(ask(new=60, adapter="alpha"))
         await until(lambda: of(up).running == ["alpha"])
-        waiting = asyncio.create_task(up.generation.Generate(ask(new=2, adapter="beta")))
+        waiting = up.generation.Generate(ask(new=2, adapter="beta"))
         await until(lambda: of(up).waiting == ["beta"])
         assert of(up).running == ["alpha"]
         assert of(up).most == 1, "there is no room for another one"
@@ -109,7 +109,7 @@ async def test_an_engine_that_is_lost_has_no_adapters(tmp_path: Path) -> None:
     async with running(tmp_path) as up:
         await up.register("alpha", 1)
         await up.generation.Generate(ask(adapter="alpha"))
-        lost = asyncio.create_task(up.generation.Generate(ask(CRASH)))
+        lost = up.generation.Generate(ask(CRASH))
         await until(lambda: of(up).running == [])
         await asyncio.gather(lost, return_exceptions=True)
         # A resident adapter is restored.

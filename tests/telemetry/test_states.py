@@ -107,13 +107,13 @@ async def test_the_part_of_the_kv_cache_in_use_follows_its_blocks(tmp_path: Path
         labels = {"block_size": "4", "num_blocks": "64"}
         assert up.metric("kv_cache_info", **labels) == 1
         assert up.metric("kv_usage_ratio") == 0
-        call = asyncio.create_task(up.generation.Generate(ask(new=40)))
+        call = up.generation.Generate(ask(new=40))
         await until(lambda: used() >= 4)
         assert up.metric("kv_usage_ratio") == used() / 64
         await call
         await until(lambda: used() == 0)
         assert up.metric("kv_usage_ratio") == 0
-        crash = asyncio.create_task(up.generation.Generate(ask(CRASH)))
+        crash = up.generation.Generate(ask(CRASH))
         await asyncio.gather(crash, return_exceptions=True)
         await until(lambda: up.metric("engine_ready") == 1)
         assert up.metric("kv_cache_info", **labels) == 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
 import time
 import uuid
@@ -29,6 +30,13 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from loraplex_server.telemetry.trace import CallTrace, Value
 
 _HEADERS: Final = ("traceparent", "tracestate")
+_FILES: Final = tuple(
+    f"OTEL_EXPORTER_OTLP_{signal}{file}"
+    for signal in ("", "TRACES_")
+    for file in ("CERTIFICATE", "CLIENT_CERTIFICATE", "CLIENT_KEY")
+)
+"""Variables that name files of the exporter, which would go on without them."""
+
 _LOOK_SECONDS: Final = 0.02
 
 _SERVER_ERRORS: Final = frozenset(
@@ -54,6 +62,9 @@ class OtlpTracing:
 
         `count` is called with "exported" or "failed" and a number of spans.
         """
+        for name in _FILES:
+            if file := os.environ.get(name):
+                open(file, "rb").close()
         exporter = OTLPSpanExporter(endpoint=endpoint, insecure=endpoint.startswith("http://"))
         resource = Resource.create(
             {
