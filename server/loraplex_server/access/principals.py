@@ -7,7 +7,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Final
 
-from loraplex_adapters.store import LabelSelector
+from loraplex_adapters.store import EVERYTHING, NOTHING, LabelSelector
 
 from loraplex_server.access.roles import ALL_ROLES, Role
 
@@ -49,6 +49,8 @@ class Principal:
             for the import root itself, None if it may not name files of the server.
         cache_group: principals with the same value may use each other's prefix cache.
         limits: what it may use.
+        own_copies: whether the engine loads adapters for the cache group alone, so that loads,
+            evictions and use by others do not show in the times and states of its adapters.
     """
 
     name: str
@@ -59,6 +61,12 @@ class Principal:
     imports: str | None = None
     cache_group: str = ""
     limits: PrincipalLimits = field(default_factory=PrincipalLimits)
+    own_copies: bool = False
+
+    @property
+    def seen(self) -> LabelSelector:
+        """Selects the adapters that exist for it."""
+        return NOTHING if self.adapters is None else self.adapters
 
     @property
     def sees_all(self) -> bool:
@@ -69,8 +77,18 @@ class Principal:
         """Whether an adapter with these labels exists for it."""
         return self.adapters is not None and self.adapters.matches(labels)
 
+    @property
+    def owner(self) -> str | None:
+        """Whose uploads and training jobs exist for it: its own; None stands for everybody's."""
+        return None if self.sees_all else self.name
 
-EVERYBODY: Final = Principal(name="", roles=ALL_ROLES, adapters=LabelSelector(), imports="")
+    @property
+    def copies(self) -> str:
+        """Whose copies of adapters the engine uses for it; "" for those that callers share."""
+        return (self.cache_group or self.name) if self.own_copies else ""
+
+
+EVERYBODY: Final = Principal(name="", roles=ALL_ROLES, adapters=EVERYTHING, imports="")
 """The caller of every call where callers are not authenticated."""
 
 _CALLER: Final[ContextVar[Principal]] = ContextVar("loraplex_caller")

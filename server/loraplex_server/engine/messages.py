@@ -1,7 +1,8 @@
 """The messages between the front process and the engine process: msgpack on a unix socket.
 
 Each frame is a 4-byte little-endian length and one msgpack-encoded message. Digests are
-`sha256:<64 hex>`. Times are seconds of `time.monotonic()`, which both processes share.
+`sha256:<64 hex>`, with an addition for copies of some callers (`held_by`). Times are seconds of
+`time.monotonic()`, which both processes share.
 """
 
 from __future__ import annotations
@@ -26,11 +27,33 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class AdapterRef(msgspec.Struct, frozen=True):
-    """An adapter by its digest, the directory of its files, and the weight to apply."""
+    """An adapter by its digest, the directory of its files, and the weight to apply.
+
+    The digest of a copy that only some callers use is followed by their name (`held_by`): the
+    engine loads, uses and evicts it apart from the adapter of the same files that others use.
+    """
 
     digest: str
     path: str
     weight: float = 1.0
+
+
+def held_by(holder: str, digest: str) -> str:
+    """The engine's digest for the copy of `holder`; "" stands for all who have none of their own.
+
+    `digest` is that of the adapter's files.
+    """
+    return f"{digest}/{holder}" if holder else digest
+
+
+def files_digest(digest: str) -> str:
+    """The digest of the files of an adapter, from the engine's digest."""
+    return digest.partition("/")[0]
+
+
+def holder_of(digest: str) -> str:
+    """Whose copy the engine's digest stands for; "" for the one that callers share."""
+    return digest.partition("/")[2]
 
 
 # front -> engine

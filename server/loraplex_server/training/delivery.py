@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Final
 
 from loraplex_adapters.format.files import open_directory
+from loraplex_adapters.store import LabelSelector
 from loraplex_model.base.refusal import Reason, Refusal, Subject
 
+from loraplex_server.access.principals import EVERYBODY, Principal
 from loraplex_server.registry.registry import Registry
 from loraplex_server.registry.terms import Registered, RegistrationTerms
-from loraplex_server.training.jobs import ADAPTER, JobOrder, ResultRecord
+from loraplex_server.training.jobs import ADAPTER, JobOrder, JobOwner, ResultRecord
 
 _RETRY_SECONDS: Final = (0.5, 1.0, 2.0)
 """Pauses before each retry on an unavailable store; hours of training would be lost otherwise."""
@@ -24,9 +27,12 @@ class RegistryDestination:
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
 
-    async def check(self, order: JobOrder) -> None:
-        """Raises Refusal(ADAPTER_CONFLICT) if the adapter's name or its alias is taken."""
-        known = await self._find(order.name)
+    async def check(self, order: JobOrder, principal: Principal) -> None:
+        """Raises Refusal(ADAPTER_CONFLICT) if the adapter's name or its alias is taken.
+
+        For a version that the principal does not see, it is PERMISSION_DENIED.
+        """
+        known = await self._find(order.name, principal)
         if known is not None and known.record.name != order.name:
             raise _conflict(order.name, f"{order.name!r} is an alias")
         if known is not None and not order.replace:
@@ -35,38 +41,45 @@ class RegistryDestination:
             )
             raise _conflict(order.name, text)
         if order.alias:
-            known = await self._find(order.alias)
+            known = await self._find(order.alias, principal)
             if known is not None and known.record.name == order.alias:
                 raise _conflict(order.alias, f"{order.alias!r} is an adapter, not an alias")
 
-    async def deliver(self, folder: Path, order: JobOrder) -> ResultRecord:
-        """Registers the adapter, then loads and aliases it as ordered.
+    async def deliver(self, folder: Path, order: JobOrder, owner: JobOwner) -> ResultRecord:
+        """Registers the adapter, then loads and aliases it as ordered by `owner`.
 
         Raises Refusal if it is not registered; later failures become the result's warning.
         """
         problems = []
         loaded = order.load
+        terms = RegistrationTerms(
+            order.name,
+            order.replace,
+            order.labels,
+            load=order.load,
+            seen=LabelSelector.parse(owner.seen),
+            copies=owner.copies,
+        )
         try:
-            adapter = await self._register(folder, order, order.load)
+            adapter = await self._register(folder, terms)
         except Refusal as refusal:
             if not order.load:
                 raise
             # If the store itself refuses, it refuses again here, and that refusal is raised.
-            adapter = await self._register(folder, order, load=False)
+            adapter = await self._register(folder, replace(terms, load=False))
             problems.append(f"the adapter was not loaded: {refusal.message}")
             loaded = False
         record = adapter.record
         if order.alias:
             try:
-                await self._registry.set_alias(order.alias, record.id, None)
+                await self._registry.set_alias(order.alias, record.id, None, terms.seen)
             except Refusal as error:
                 problems.append(f"the alias was not set: {error.message}")
         return ResultRecord(
             version=record.version, digest=record.digest, loaded=loaded, warning="; ".join(problems)
         )
 
-    async def _register(self, folder: Path, order: JobOrder, load: bool) -> Registered:
-        terms = RegistrationTerms(order.name, order.replace, order.labels, load=load)
+    async def _register(self, folder: Path, terms: RegistrationTerms) -> Registered:
         # Not in a lane that clients' registrations can fill.
         source, lane = partial(open_directory, folder), self._registry.lanes.training
         pauses = iter(_RETRY_SECONDS)
@@ -76,16 +89,20 @@ class RegistryDestination:
             except Refusal as error:
                 pause = next(pauses, None) if error.reason is Reason.STORE_UNAVAILABLE else None
                 if pause is None:
-                    raise _refusal(error, order.name) from error
+                    raise _refusal(error, terms.name) from error
             await asyncio.sleep(pause)
 
-    async def _find(self, name: str) -> Registered | None:
+    async def _find(self, name: str, principal: Principal) -> Registered | None:
+        """What a name or an alias means. Raises Refusal(PERMISSION_DENIED) if that is hidden."""
         try:
-            return await self._registry.resolve(name)
+            found = await self._registry.resolve(name, EVERYBODY)
         except Refusal as error:
             if error.reason is Reason.ADAPTER_NOT_FOUND:
                 return None
             raise _refusal(error, name) from error
+        if not principal.sees(found.record.labels):
+            raise Refusal(Reason.PERMISSION_DENIED, f"{name} is not available to this caller")
+        return found
 
 
 def _conflict(name: str, text: str) -> Refusal:

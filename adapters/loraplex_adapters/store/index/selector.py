@@ -17,6 +17,9 @@ from loraplex_adapters.store.index.labels import MAX_LABELS, MAX_VALUE, check_ke
 MAX_SELECTOR: Final = 4096
 """Most characters of a selector."""
 
+_PLAIN: Final = re.compile(r"[^\s=!,()]*")
+"""A value that needs no parentheses."""
+
 _TERM: Final = re.compile(
     r"\s*(?:(?P<absent>!)\s*(?P<absent_key>[^\s=!,()]+)"
     r"|(?P<key>[^\s=!,()]+)\s*"
@@ -129,6 +132,13 @@ class LabelSelector:
         return ",".join(map(_text, self.terms))
 
 
+EVERYTHING: Final = LabelSelector()
+"""Selects every adapter."""
+
+NOTHING: Final = LabelSelector((Term("none", Operator.IN, ()),))
+"""Selects no adapter: no value is among none. Its text is not one that `parse` reads."""
+
+
 def _term(found: re.Match[str]) -> Term:
     if found["absent"]:
         return Term(found["absent_key"], Operator.ABSENT)
@@ -157,7 +167,7 @@ def _text(term: Term) -> str:
             return term.key
         case Operator.ABSENT, _:
             return f"!{term.key}"
-        case operator, (value,):
+        case operator, (value,) if _PLAIN.fullmatch(value):
             return f"{term.key}{'=' if operator is Operator.IN else '!='}{value}"
         case operator, values:
             return f"{term.key} {operator.value} ({','.join(values)})"

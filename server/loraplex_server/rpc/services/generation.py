@@ -18,6 +18,8 @@ from google.protobuf.message import Message
 from loraplex.v1 import generation_pb2, generation_pb2_grpc
 from loraplex_model.base.refusal import Problem, Reason, Refusal, Subject
 
+from loraplex_server.access.principals import Principal, caller
+from loraplex_server.access.rules import cache_salt
 from loraplex_server.engine.batching.fair_queue import MAX_PRIORITY
 from loraplex_server.engine.group.face import Engine
 from loraplex_server.engine.messages import Failure, Logprobs, Output, SamplingParams, Submit
@@ -110,8 +112,9 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         field_path = "request." if streaming else ""
         clock = _Clock(self.metrics)
         require(validate.generate(request, self.bounds, field_path))
-        with self.admission.enter(_asked(request)) as ticket:
-            adapters = await self._resolve(request, field_path)
+        principal = caller()
+        with self.admission.enter(_asked(request, principal)) as ticket:
+            adapters = await self._resolve(request, field_path, principal)
             room = room_beside(adapters, self.bounds.max_context)
             prompt = await self._prompt(request, adapters, field_path, room)
             require(validate.scores(request, len(prompt), field_path))
@@ -125,6 +128,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                 field_path=field_path,
                 streaming=streaming,
                 max_priority=self.max_priority,
+                cache_salt=cache_salt(principal, request.cache_salt),
             )
             with self.metrics.generation(call.names):
                 async with aclosing(self._run(call, ticket, clock)) as events:
@@ -188,11 +192,11 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         return CompletionBuilder(self.prompts.tokenizer, call.prompt, strings, skip)
 
     async def _resolve(
-        self, request: generation_pb2.GenerateRequest, field_path: str
+        self, request: generation_pb2.GenerateRequest, field_path: str, principal: Principal
     ) -> Sequence[WeightedAdapter]:
         field = field_path + ("adapter_id" if request.adapter_id else "mix")
         try:
-            adapters = await resolve(request, self.registry)
+            adapters = await resolve(request, self.registry, principal)
         except Refusal as error:
             raise for_client(error, _subject(request), field) from error
         if text := unmixable(adapters):
@@ -281,6 +285,7 @@ class _Call:
     field_path: str
     streaming: bool
     max_priority: int
+    cache_salt: str
 
     @property
     def names(self) -> list[str]:
@@ -310,7 +315,7 @@ class _Call:
             priority=min(request.priority, self.max_priority),
             deadline=self.deadline,
             account=account_of(self.names),
-            cache_salt=request.cache_salt,
+            cache_salt=self.cache_salt,
         )
 
 
@@ -361,10 +366,14 @@ def _finished(piece: Piece, prompt: int, completion: CompletionBuilder) -> _Even
     )
 
 
-def _asked(request: generation_pb2.GenerateRequest) -> str:
-    """The account that a request names, before its names are resolved."""
+def _asked(request: generation_pb2.GenerateRequest, principal: Principal) -> str:
+    """The account that a request names, before its names are resolved.
+
+    It is the principal's, because the request may name adapters that others use.
+    """
     ids = [request.adapter_id] if request.adapter_id else [term.adapter_id for term in request.mix]
-    return account_of([each.partition("@")[0] for each in ids])
+    account = account_of([each.partition("@")[0] for each in ids])
+    return f"{principal.name}/{account}" if principal.name else account
 
 
 def _deadline(context: _Context) -> float | None:
