@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, suppress
 from functools import partial
 from importlib.metadata import version
@@ -26,6 +26,7 @@ from prometheus_client import (
     ProcessCollector,
 )
 
+from loraplex_server.access.principals import Principal
 from loraplex_server.access.quotas import Quotas
 from loraplex_server.config import Config
 from loraplex_server.engine.group.face import Engine
@@ -56,6 +57,7 @@ from loraplex_server.runtime.admin import MetricsServer
 from loraplex_server.runtime.ending import CLOSE_SECONDS, unexpected_end
 from loraplex_server.runtime.failures import StartFailure, needed
 from loraplex_server.runtime.lanes import Lanes
+from loraplex_server.runtime.following import follow_principals
 from loraplex_server.runtime.loop_lag import watch_event_loop
 from loraplex_server.runtime.pressure import MemoryPressure
 from loraplex_server.runtime.process_memory import default_limit, give_back, used_bytes
@@ -79,7 +81,11 @@ log = logging.getLogger(__name__)
 
 
 class Server:
-    """The front process: `start`, then `drain`. `close` undoes a start, even an incomplete one."""
+    """The front process: `start`, then `drain`. `close` undoes a start, even an incomplete one.
+
+    Attributes:
+        principals: returns the principals by name; none where callers are not authenticated.
+    """
 
     def __init__(self, config: Config, engine: SpawnedEngine | None = None) -> None:
         """`engine` is the engine's process, if it was started already."""
@@ -106,6 +112,8 @@ class Server:
             give_back,
         )
         self._gate.require_memory = self._pressure.require
+        self._quotas = Quotas(config.max_requests, config.max_waiting_tokens)
+        self.principals: Callable[[], Mapping[str, Principal]] = dict
         self._lanes = Lanes()
         self._training: JobQueue | None = None
         self._accepting: WatchedTask | None = None
@@ -169,7 +177,7 @@ class Server:
             registry,
             prompts,
             admission,
-            Quotas(config.max_requests, config.max_waiting_tokens),
+            self._quotas,
             self.metrics,
             bounds,
             config.stream_writes,
@@ -234,10 +242,14 @@ class Server:
             self.metrics,
         )
         self._observer.on_quarantine = keeper.wake
+        following = follow_principals(
+            lambda: self.principals(), self._quotas, self.metrics.principals
+        )
         for work, name in (
             (registry.census.run(), "census"),
             (keeper.run(), "quarantines"),
             (self._pressure.watch(), "memory"),
+            (following, "principals"),
         ):
             self._closing.push_async_callback(WatchedTask(work, name).stop)
 
@@ -258,7 +270,7 @@ class Server:
         """Opens the queue of training jobs; None if training is off. Raises StartFailure."""
         if not self._config.training:
             return None
-        queue = job_queue(self._config, registry, self.metrics)
+        queue = job_queue(self._config, registry, self.metrics, lambda: self.principals())
         with needed(ServerExit.STORE_UNUSABLE, "cannot use"):
             await queue.open()
         stop = partial(self._stop_training, STOP_GRACE)

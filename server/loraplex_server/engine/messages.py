@@ -1,7 +1,8 @@
 """The messages between the front process and the engine process: msgpack on a unix socket.
 
 Each frame is a 4-byte little-endian length and one msgpack-encoded message. Digests are
-`sha256:<64 hex>`. Times are seconds of `time.monotonic()`, which both processes share.
+`sha256:<64 hex>`, with an addition for copies of some callers (`held_by`). Times are seconds of
+`time.monotonic()`, which both processes share.
 """
 
 from __future__ import annotations
@@ -26,11 +27,33 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class AdapterRef(msgspec.Struct, frozen=True):
-    """An adapter by its digest, the directory of its files, and the weight to apply."""
+    """An adapter by its digest, the directory of its files, and the weight to apply.
+
+    The digest of a copy that only some callers use is followed by their name (`held_by`): the
+    engine loads, uses and evicts it apart from the adapter of the same files that others use.
+    """
 
     digest: str
     path: str
     weight: float = 1.0
+
+
+def held_by(holder: str, digest: str) -> str:
+    """The engine's digest for the copy of `holder`; "" stands for all who have none of their own.
+
+    `digest` is that of the adapter's files.
+    """
+    return f"{digest}/{holder}" if holder else digest
+
+
+def files_digest(digest: str) -> str:
+    """The digest of the files of an adapter, from the engine's digest."""
+    return digest.partition("/")[0]
+
+
+def holder_of(digest: str) -> str:
+    """Whose copy the engine's digest stands for; "" for the one that callers share."""
+    return digest.partition("/")[2]
 
 
 # front -> engine
@@ -41,9 +64,8 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
 
     `stop_token_ids` includes the EOS ids unless they are to be ignored. `logprobs` and
     `prompt_logprobs` are numbers of alternatives to report; None reports no log-probabilities.
-    `account` is whom the tokens are charged to, and part of the account of `principal` unless that is
-    "", whose share is `weight`. `priority` orders the requests of one account.
-    Only requests with the same `cache_salt` share keys and values.
+    `account`, as a part of that of `principal` with its `weight` if there is one, pays for the tokens;
+    `priority` orders its requests. Only requests with the same `cache_salt` share keys and values.
     """
 
     id: int
@@ -134,10 +156,7 @@ class Withdraw(msgspec.Struct, frozen=True, tag="withdraw"):
 
 
 class LimitHost(msgspec.Struct, frozen=True, tag="limit_host"):
-    """Keep at most so many bytes of adapters in host memory; None: as many as were configured.
-
-    Adapters that requests wait for stay. Not answered.
-    """
+    """Keep so many bytes of idle adapters in host memory; None: the budget. Not answered."""
 
     nbytes: int | None
 
@@ -149,18 +168,7 @@ class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
 Control = Load | Unload | SetPinned | Merge | Unmerge | Withdraw
 """Orders about adapters, and their withdrawal."""
 
-ToEngine = (
-    Submit
-    | Abort
-    | Load
-    | Unload
-    | SetPinned
-    | Merge
-    | Unmerge
-    | Withdraw
-    | LimitHost
-    | Shutdown
-)
+ToEngine = Submit | Abort | Control | LimitHost | Shutdown
 
 # engine -> front
 
@@ -388,6 +396,4 @@ class Beat(msgspec.Struct, frozen=True, tag="beat"):
 Reply = ControlDone | LoadDone | MergeDone
 """Answers to orders, and notices of ended loads and merges."""
 
-FromEngine = (
-    Hello | Fatal | StepReport | PromptScores | LoadDone | MergeDone | ControlDone | Attempt | Beat
-)
+FromEngine = Hello | Fatal | StepReport | PromptScores | Reply | Attempt | Beat

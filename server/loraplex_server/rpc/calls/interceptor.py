@@ -20,6 +20,7 @@ import grpc
 from google.protobuf.message import Message
 from loraplex_model.base.refusal import PRINCIPAL_PREFIX, Reason, Refusal
 
+from loraplex_server.access.principals import EVERYBODY, reset_caller, set_caller
 from loraplex_server.logs import REQUEST_ID
 from loraplex_server.metrics import Metrics
 from loraplex_server.rpc.calls.arriving import Arrivals
@@ -207,6 +208,7 @@ class _Call:
 
     async def __aenter__(self) -> Self:
         self._token = REQUEST_ID.set(self.id)
+        self._caller = set_caller(EVERYBODY)
         if self._ours:
             self._gate.enter()
             self._counted = True
@@ -223,6 +225,7 @@ class _Call:
             self._leave()
             if self._ours:
                 self._report(time.monotonic() - self._began)
+            reset_caller(self._caller)
             REQUEST_ID.reset(self._token)
 
     def stall(self) -> None:
