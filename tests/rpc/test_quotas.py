@@ -29,6 +29,7 @@ from rpc.harness import (
     write_adapter,
 )
 from rpc.principals import Acting, acting, limited
+from rpc.training_jobs import training
 
 
 @pytest_asyncio.fixture
@@ -331,3 +332,29 @@ async def test_a_limit_below_what_the_server_takes_refuses_from_the_start(tmp_pa
         assert (await refused(server.generation.Generate(ask()))).reason == "OVERLOADED"
         assert server.metric("memory_bytes", kind="limit") == 1
         assert server.metric("memory_bytes", kind="used") > 1 << 20
+
+
+async def test_a_trained_adapter_is_checked_when_it_is_ordered_and_when_it_is_delivered(
+    tmp_path: Path, who: Acting
+) -> None:
+    one = limited(adapters=1)
+    async with training(tmp_path) as trains:
+        trains.up.server.principals = lambda: {"search": one}
+        with who.as_(one):
+            made = trains.adapter(3)
+            job = await trains.create("step 1", "hold", f"publish {made}", name="trained")
+            await trains.holding(job, 1)
+            await trains.up.register("registered", 1)  # meanwhile, within the limit
+            trains.release(job)
+            ended = await trains.ended(job)
+            assert ended.error.reason == "QUOTA_EXCEEDED"
+            assert "may have 1 adapters" in ended.error.message
+            seen = await refused(trains.create("step 1", name="another"))
+            assert seen.reason == "QUOTA_EXCEEDED"
+            (violation,) = seen.detail(error_details_pb2.QuotaFailure).violations
+            assert (violation.subject, violation.quota_id) == ("principal:search", "adapters")
+            name = adapter_pb2.DeleteAdapterRequest(name="registered")
+            await trains.up.adapters.DeleteAdapter(name)
+            job = await trains.create("step 1", f"publish {made}", name="trained")
+            ended = await trains.ended(job)
+            assert ended.result.version == 1
