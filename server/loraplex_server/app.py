@@ -56,8 +56,8 @@ from loraplex_server.rpc.services.training import TrainingService
 from loraplex_server.runtime.admin import MetricsServer
 from loraplex_server.runtime.ending import CLOSE_SECONDS, unexpected_end
 from loraplex_server.runtime.failures import StartFailure, needed
-from loraplex_server.runtime.lanes import Lanes
 from loraplex_server.runtime.following import follow_principals
+from loraplex_server.runtime.lanes import Lanes
 from loraplex_server.runtime.loop_lag import watch_event_loop
 from loraplex_server.runtime.pressure import MemoryPressure
 from loraplex_server.runtime.process_memory import default_limit, give_back, used_bytes

@@ -37,13 +37,18 @@ def acting(patch: pytest.MonkeyPatch) -> Acting:
 
 
 def limited(
-    name: str = "search", *, weight: float = 1.0, adapters: str = "", prefix: str = "", **limits: Any
+    name: str = "search",
+    *,
+    weight: float = 1.0,
+    seen: str = "",
+    prefix: str = "",
+    **limits: Any,
 ) -> Principal:
     """A principal with all roles."""
     return Principal(
         name,
         roles=ALL_ROLES,
-        adapters=LabelSelector.parse(adapters),
+        adapters=LabelSelector.parse(seen),
         name_prefix=prefix,
         imports="",
         cache_group=name,

@@ -73,8 +73,9 @@ async def test_a_refusal_names_the_limit_and_the_time(up: Running, who: Acting) 
         await up.generation.Generate(ask(new=1))
     await up.generation.Generate(ask(new=1))
     await until(
-        lambda: up.metric("quota_refusals_total", principal="_other", limit="requests_per_minute")
-        == 1
+        lambda: (
+            up.metric("quota_refusals_total", principal="_other", limit="requests_per_minute") == 1
+        )
     )
 
 
@@ -92,9 +93,7 @@ async def test_a_stream_is_never_cut_and_the_next_request_is_told_the_true_time(
         assert "tokens_per_minute" in seen.message
 
 
-async def test_a_prompt_that_never_fits_is_refused_without_a_time(
-    up: Running, who: Acting
-) -> None:
+async def test_a_prompt_that_never_fits_is_refused_without_a_time(up: Running, who: Acting) -> None:
     with who.as_(limited(tokens_per_minute=3)):
         seen = await refused(up.generation.Generate(ask(20, 21, 22, 23)))
         assert [type(detail).__name__ for detail in seen.details] == ["ErrorInfo", "QuotaFailure"]
@@ -268,18 +267,21 @@ async def test_unfinished_uploads_count_their_bytes_until_they_are_aborted(
     up: Running, who: Acting
 ) -> None:
     size = (await up.register("measure", 1)).size_bytes
-    room = limited(adapters="team=search", prefix="search-", store_bytes=2 * size + 2000)
+    room = limited(seen="team=search", prefix="search-", store_bytes=2 * size + 4)
     with who.as_(room):
         await upload(up, "search-a", 2)
-        part = await refused(upload(up, "search-b", 3, pause=1500))
+        part = await refused(upload(up, "search-b", 3, pause=8))
         assert part.reason == "UPLOAD_OFFSET"
-        await upload(up, "search-c", 4)
-        # Of 2000 bytes beyond the two adapters, the unfinished upload has all but a few.
-        seen = await refused(upload(up, "search-d", 5))
+        # There is room for one more, but for the few bytes that have arrived of another.
+        seen = await refused(upload(up, "search-c", 4))
         assert seen.reason == "QUOTA_EXCEEDED"
         assert "unfinished uploads" in seen.message
         (violation,) = seen.detail(error_details_pb2.QuotaFailure).violations
         assert violation.quota_id == "store_bytes"
+        for each in (await up.adapters.ListUploads(adapter_pb2.ListUploadsRequest())).uploads:
+            abort = adapter_pb2.AbortUploadRequest(upload_id=each.upload_id)
+            await up.adapters.AbortUpload(abort)
+        await upload(up, "search-c", 4)
 
 
 async def test_a_full_principal_begins_no_upload(up: Running, who: Acting) -> None:

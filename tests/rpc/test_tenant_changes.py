@@ -14,7 +14,7 @@ from loraplex.v1 import adapter_pb2 as pb
 from loraplex_adapters.store.files.uploads import Uploads
 from loraplex_server.rpc.services.uploads import MAX_STREAMS_PER_PEER
 from rpc.harness import ask, refusal, write_adapter
-from rpc.tenants import Tenant, Tenants, answer_of, tenant, tenants
+from rpc.tenants import Tenant, answer_of, tenant, tenants
 from rpc.test_uploads import pieces
 
 

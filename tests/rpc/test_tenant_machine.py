@@ -73,9 +73,7 @@ class Look:
     id: tuple[str, str]
 
 
-callers, names, called = (
-    st.sampled_from(each) for each in (CALLERS, NAMES, [*NAMES, *ALIASES])
-)
+callers, names, called = (st.sampled_from(each) for each in (CALLERS, NAMES, [*NAMES, *ALIASES]))
 ids = st.tuples(called, st.sampled_from(["", "", "first", "last"]))
 """A name or an alias, and whether its first or last version is pinned."""
 

@@ -152,7 +152,7 @@ class Store:
     def _staged(
         self, source: Directory, base: BaseInfo, limits: AdapterLimits, expected_digest: str
     ) -> Iterator[tuple[CheckedAdapter, Callable[[], bool]]]:
-        """A checked copy, removed at the end unless it was placed, and what places it in a change."""
+        """A checked copy, removed at the end unless placed, and what places it in a change."""
         with self._blobs.staged(source, limits.max_weights_bytes) as copy:
             spec = inspect(copy, base, limits)
             if expected_digest not in ("", spec.digest):

@@ -15,6 +15,4 @@ def allotment_of(principal: Principal, arriving_bytes: int = 0) -> Allotment | N
     limits, selector = principal.limits, principal.adapters
     if selector is None or (limits.adapters is None and limits.store_bytes is None):
         return None
-    return Allotment(
-        principal.name, selector, limits.adapters, limits.store_bytes, arriving_bytes
-    )
+    return Allotment(principal.name, selector, limits.adapters, limits.store_bytes, arriving_bytes)

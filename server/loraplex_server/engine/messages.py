@@ -64,7 +64,7 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
 
     `stop_token_ids` includes the EOS ids unless they are to be ignored. `logprobs` and
     `prompt_logprobs` are numbers of alternatives to report; None reports no log-probabilities.
-    `account`, as a part of that of `principal` with its `weight` if there is one, pays for the tokens;
+    `account`, as a part of that of `principal` if there is one, with its `weight`, pays for tokens;
     `priority` orders its requests. Only requests with the same `cache_salt` share keys and values.
     """
 

@@ -43,6 +43,7 @@ READ_SECONDS: Final = 3.0
 CATALOGUE_SECONDS: Final = 30.0
 """Seconds that reading all names may take."""
 
+
 class Registry:
     """Registers adapters, changes their names, and resolves adapter ids.
 

@@ -24,7 +24,7 @@ _TERM: Final = re.compile(
     r"\s*(?:(?P<absent>!)\s*(?P<absent_key>[^\s=!,()]+)"
     r"|(?P<key>[^\s=!,()]+)\s*"
     r"(?:(?P<equals>==?|!=)\s*(?P<value>[^\s=!,()]*)"
-    r"|\s(?P<set>in|notin)\s*\((?P<values>[^()]*)\))?)\s*"
+    r"|(?<=\s)(?P<set>in|notin)\s*\((?P<values>[^()]*)\))?)\s*"
 )
 
 

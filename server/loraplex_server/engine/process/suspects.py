@@ -219,8 +219,7 @@ class Suspects:
 def content_of(request: Submit) -> bytes:
     """Digest of what a request computes.
 
-    Its id, deadline, priority, whom it is charged to, salt of the prefix cache and seed are left out,
-    so that no other principal repeats it.
+    Its id, deadline, priority, payer, salt of the prefix cache and seed are left out.
     """
     sampling = msgspec.structs.replace(request.sampling, seed=0)
     plain = msgspec.structs.replace(

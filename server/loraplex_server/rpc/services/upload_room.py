@@ -1,4 +1,4 @@
-"""The room that principals have in the store for uploads: the bytes of those that are unfinished."""
+"""The room that principals have in the store for uploads, beside those that are unfinished."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from loraplex_server.registry.registry import Registry
 class UploadRoom:
     """Early refusals of uploads that could not be registered, before their bytes are sent.
 
-    An upload counts with the bytes that have arrived or, while it is sent, with those announced.
+    An upload counts with the bytes of weights that have arrived or, while it is sent, that were
+    announced.
     The methods raise Refusal(QUOTA_EXCEEDED). Principals without limits in the store cost nothing.
     """
 
@@ -30,7 +31,7 @@ class UploadRoom:
         lane, uploads = self._registry.lanes.uploads, self._registry.store.uploads
         found = await lane.run(uploads.all, principal.owner)
         arriving = sum(
-            max(self._announced(upload.id), upload.config_bytes + upload.weights_bytes)
+            max(self._announced(upload.id), upload.weights_bytes)
             for upload in found
             if upload.id != without
         )

@@ -90,7 +90,7 @@ class UploadReceiver:
     ) -> UploadOutcome | None:
         header = await self._header(requests)
         terms = None if header.stage_only else _terms(header, principal)
-        size = header.config_size + header.weights_size
+        size = header.weights_size  # what `store_bytes` counts
         await self._require_room(header, terms, size, principal)
         with self._room.sending(header.upload_id, size):
             await self._receive_files(header, requests, principal)
