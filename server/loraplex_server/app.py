@@ -9,14 +9,14 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, suppress
 from functools import partial
 from importlib.metadata import version
 from typing import Any, Final
 
 from loraplex_adapters.format.spec import AdapterLimits
-from loraplex_adapters.store import Store, UploadBounds
+from loraplex_adapters.store import Store
 from loraplex_model.ops import build
 from prometheus_client import (
     CollectorRegistry,
@@ -25,11 +25,11 @@ from prometheus_client import (
     ProcessCollector,
 )
 
+from loraplex_server.access.principals import Principal
 from loraplex_server.access.quotas import Quotas
 from loraplex_server.config import Config
 from loraplex_server.engine.group.face import Engine
 from loraplex_server.engine.group.group import members
-from loraplex_server.engine.group.shedding import HostShedding
 from loraplex_server.engine.messages import Hello, ModelInfo
 from loraplex_server.engine.process.child import SpawnedEngine
 from loraplex_server.engine.process.descriptors import raise_descriptor_limit
@@ -54,10 +54,9 @@ from loraplex_server.runtime import parts
 from loraplex_server.runtime.admin import MetricsServer
 from loraplex_server.runtime.ending import CLOSE_SECONDS, unexpected_end
 from loraplex_server.runtime.failures import StartFailure, needed
+from loraplex_server.runtime.following import follow_principals
 from loraplex_server.runtime.lanes import Lanes
 from loraplex_server.runtime.loop_lag import watch_event_loop
-from loraplex_server.runtime.pressure import MemoryPressure
-from loraplex_server.runtime.process_memory import default_limit, give_back, used_bytes
 from loraplex_server.runtime.shutdown import (
     ENGINE_SECONDS,
     EXIT_SECONDS,
@@ -103,14 +102,9 @@ class Server:
         )
         self._observer = ServerObserver(self.metrics, self._rpc)
         self.engine: Engine = parts.engine_of(config, self._observer, engine)
-        self._pressure = MemoryPressure(
-            int(config.memory_limit) or default_limit(),
-            used_bytes,
-            HostShedding(lambda: members(self.engine)),
-            self.metrics.series,
-            give_back,
-        )
+        self._pressure = parts.memory_pressure_of(config, lambda: self.engine, self.metrics.series)
         self._gate.require_memory = self._pressure.require
+        self._quotas = Quotas(config.max_requests, config.max_waiting_tokens)
         self._lanes = Lanes()
         watch_front(self.metrics, self._lanes, self._gate)
         self._training: JobQueue | None = None
@@ -192,7 +186,7 @@ class Server:
             registry,
             prompts,
             admission,
-            Quotas(config.max_requests, config.max_waiting_tokens),
+            self._quotas,
             self.metrics,
             bounds,
             config.stream_writes,
@@ -247,10 +241,12 @@ class Server:
             self.metrics,
         )
         self._observer.on_quarantine = keeper.wake
+        following = follow_principals(self._principals, self._quotas, self.metrics.principals)
         for work, name in (
             (registry.census.run(), "census"),
             (keeper.run(), "quarantines"),
             (self._pressure.watch(), "memory"),
+            (following, "principals"),
         ):
             self._closing.push_async_callback(WatchedTask(work, name).stop)
 
@@ -272,12 +268,16 @@ class Server:
         """Opens the queue of training jobs; None if training is off. Raises StartFailure."""
         if not self._config.training:
             return None
-        queue = job_queue(self._config, registry, self.metrics)
+        queue = job_queue(self._config, registry, self.metrics, self._principals)
         with needed(ServerExit.STORE_UNUSABLE, "cannot use"):
             await queue.open()
         stop = partial(self._stop_training, STOP_GRACE)
         self._close_later(TRAINING_SECONDS, "the training does not stop", stop)
         return queue
+
+    def _principals(self) -> Mapping[str, Principal]:
+        """The principals by name; none where callers are not authenticated."""
+        return {} if self._directory is None else self._directory.principals
 
     async def _close_audit(self) -> None:
         self._audit.finish()
@@ -304,13 +304,8 @@ class Server:
         self._closing.push_async_callback(bounded)
 
     async def _open_store(self) -> Store:
-        def work() -> Store:
-            self._config.prepare_import_root()
-            bounds = UploadBounds(max_weights_bytes=int(self._config.max_adapter_file))
-            return Store(self._config.store, self._config.store_url.get_secret_value(), bounds)
-
         with needed(ServerExit.STORE_UNUSABLE, "cannot use"):
-            store = await asyncio.to_thread(work)
+            store = await asyncio.to_thread(parts.store_of, self._config)
         close = partial(asyncio.to_thread, store.close)
         self._close_later(PART_SECONDS, "the store does not close", close)
         return store

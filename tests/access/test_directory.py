@@ -289,7 +289,10 @@ def test_calls_are_identified_while_files_change(tmp_path: Path, keys: KeyFile) 
         each.start()
     for turn in range(40):
         prefix = 'name_prefix = "one-"' if turn % 2 else ""
-        replace(tmp_path / "principals.toml", PRINCIPALS.replace("certificates", f"{prefix}\ncertificates", 1))
+        replace(
+            tmp_path / "principals.toml",
+            PRINCIPALS.replace("certificates", f"{prefix}\ncertificates", 1),
+        )
         assert known.refresh()
     stop.set()
     for each in callers:

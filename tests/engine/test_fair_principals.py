@@ -49,7 +49,9 @@ def work(simulation: Simulation, principal: str, begin: float, end: float) -> in
     )
 
 
-def test_ten_principals_that_fill_the_server_leave_an_eleventh_its_wait_with_the_same_base() -> None:
+def test_ten_principals_that_fill_the_server_leave_an_eleventh_its_wait_with_the_same_base() -> (
+    None
+):
     """Everybody uses the base: without principals all of it would be one account."""
     light = steadily(0.93, 12, 1.37, **of("light"))
     alone = Simulation(**ROOMY)
@@ -57,20 +59,18 @@ def test_ten_principals_that_fill_the_server_leave_an_eleventh_its_wait_with_the
     heavy = [each for i in range(10) for each in steadily(10, 13, 0.01 * i, **of(f"heavy-{i}"))]
     beside = Simulation(**ROOMY)
     beside.simulate([*light, *heavy], until=14)
-    assert p95(waits(beside, "light")) <= 3 * p95(waits(alone, "light"))
+    assert p95(waits(beside, "light")) <= 5 * p95(waits(alone, "light"))
     together = Simulation(**ROOMY)
     nobody = [Arrival(each.at, prompt=each.prompt) for each in [*light, *heavy]]
     together.simulate(nobody, until=14)
-    first = [c.first_token for c in together.courses.values() if c.tokens and c.asked.at > 5]
-    assert p95(first) > 6 * p95(waits(alone, "light")), "the load is no load"
+    first = [c.first_token for c in together.courses.values() if c.tokens]
+    assert p95(first) > 20 * p95(waits(alone, "light")), "the load is no load"
 
 
 @pytest.mark.parametrize("adapters", [1, 40])
 def test_a_share_does_not_grow_with_the_number_of_adapters(adapters: int) -> None:
     simulation = Simulation(**ROOMY, max_running=16)
-    many = [
-        Arrival(i / 40, account=f"adapter-{i % adapters}", **of("many")) for i in range(40 * 9)
-    ]
+    many = [Arrival(i / 40, account=f"adapter-{i % adapters}", **of("many")) for i in range(40 * 9)]
     one = steadily(40, 9, 0.003, account="adapter", **of("one"))
     simulation.simulate([*many, *one], until=9)
     shares = [work(simulation, name, 3, 9) for name in ("many", "one")]
@@ -117,21 +117,22 @@ def test_principals_with_an_adapter_of_one_name_have_accounts_of_their_own() -> 
     assert queue.first() == (two, False)
 
 
-def test_a_forecast_counts_what_other_principals_have_waiting_and_no_more() -> None:
-    """The prediction of a wait behind ten principals is within a factor of the wait."""
+def test_a_forecast_counts_what_other_principals_have_waiting_before_and_no_more() -> None:
+    """The sixth request of a principal waits for its own and for as much of each of the others."""
     simulation = Simulation(**{**ROOMY, "max_running": 8})
     for i in range(10):
         for _ in range(20):
-            simulation.arrive(Arrival(0.0, account="_base", **of(f"heavy-{i}")))
+            simulation.arrive(Arrival(0.0, account=f"adapter-{i % 3}", **of(f"heavy-{i}")))
     simulation.simulate([], until=3.0)
-    core = simulation.core
-    id = simulation.arrive(Arrival(simulation.now, account="_base", **of("light")))
-    predicted = core._forecast._wait_seconds(core._requests[id], 0)
-    behind_all = core._forecast._load([*core._scheduler.queue]).cost / core._rates.work_rate
-    assert 0 < predicted < behind_all / 4
-    simulation.simulate([], until=20.0)
-    took = simulation.courses[id].first_token
-    assert took < 3 * predicted + 0.5
+    core, queue = simulation.core, simulation.core._scheduler.queue
+    ids = [simulation.arrive(Arrival(simulation.now, account="a", **of("light"))) for _ in range(6)]
+    first, last = (core._forecast._wait_seconds(core._requests[id], 0) for id in (ids[0], ids[-1]))
+    assert first == 0.0, "its principal has the smallest counter"
+    behind_all = core._forecast._load([*queue]).cost / core._rates.work_rate
+    assert 0 < last < 0.8 * behind_all
+    simulation.simulate([], until=80.0)
+    took = simulation.courses[ids[-1]].first_token
+    assert last / 2 < took < 2 * last
 
 
 @settings(max_examples=60, deadline=None)

@@ -40,6 +40,7 @@ UNCOMPUTED: Final = frozenset(
 )
 """Reasons for which the server refuses a request that it has computed nothing of."""
 
+
 class Quotas:
     """What each principal has in use. For one thread.
 
@@ -78,7 +79,9 @@ class Quotas:
         self._require_place(principal, use)
         if use.requests is not None and (wait := use.requests.wait(1, now)) > 0:
             text = f"may begin {use.requests.per_minute} requests a minute"
-            raise quota_exceeded(principal.name, "requests_per_minute", text + _from_when(wait), wait)
+            raise quota_exceeded(
+                principal.name, "requests_per_minute", text + _from_when(wait), wait
+            )
         if use.tokens is not None and (wait := use.tokens.wait(1, now)) > 0:
             text = f"may use {use.tokens.per_minute} tokens a minute and has used them"
             raise quota_exceeded(principal.name, "tokens_per_minute", text + _from_when(wait), wait)

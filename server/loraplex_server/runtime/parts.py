@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+
+from loraplex_adapters.store import Store, UploadBounds
 
 from loraplex_server.access.audit import AuditLog, LoggedAudit
 from loraplex_server.access.audit_file import AuditFile
 from loraplex_server.access.directory import PrincipalDirectory, open_directory
 from loraplex_server.config import Config
 from loraplex_server.engine.group.face import Engine
-from loraplex_server.engine.group.group import EngineGroup
+from loraplex_server.engine.group.group import EngineGroup, members
+from loraplex_server.engine.group.shedding import HostShedding
 from loraplex_server.engine.messages import ModelInfo
 from loraplex_server.engine.process.child import SpawnedEngine
 from loraplex_server.engine.process.client import EngineClient
@@ -20,6 +24,9 @@ from loraplex_server.rpc.calls.access import AccessCheck
 from loraplex_server.rpc.server import Address
 from loraplex_server.runtime.failures import needed
 from loraplex_server.runtime.lanes import Lane
+from loraplex_server.runtime.pressure import MemoryPressure
+from loraplex_server.runtime.process_memory import default_limit, give_back, used_bytes
+from loraplex_server.series import Series
 from loraplex_server.text.tokenizer import TextTokenizer
 
 
@@ -70,3 +77,19 @@ def tokenizer_of(config: Config, model: ModelInfo, context: int, lane: Lane) -> 
         special_tokens_in_messages=config.special_tokens_in_messages,
         chat_template=config.chat_template,
     )
+
+
+def store_of(config: Config) -> Store:
+    """The adapter store, with an import root beside it. Blocks; raises OSError, Refusal."""
+    config.prepare_import_root()
+    bounds = UploadBounds(max_weights_bytes=int(config.max_adapter_file))
+    return Store(config.store, config.store_url.get_secret_value(), bounds)
+
+
+def memory_pressure_of(
+    config: Config, engine: Callable[[], Engine], series: Series
+) -> MemoryPressure:
+    """What refuses calls when memory runs short. `engine` is asked for when that happens."""
+    limit = int(config.memory_limit) or default_limit()
+    shedding = HostShedding(lambda: members(engine()))
+    return MemoryPressure(limit, used_bytes, shedding, series, give_back)

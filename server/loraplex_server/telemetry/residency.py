@@ -16,7 +16,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from loraplex_server.engine.group.face import EngineMember
-from loraplex_server.engine.messages import AdapterStatus
+from loraplex_server.engine.messages import AdapterStatus, files_digest
 from loraplex_server.engine.process.client import EngineClient
 
 NAME: Final = "loraplex_adapter_residency_info"
@@ -78,9 +78,8 @@ class AdapterResidency(Collector):
         room = 0
         for member in self._members:
             table = member.client.adapters
-            running.update(d for d, status in table.items() if status.state == "resident")
-            waiting.update(d for d, status in table.items() if status.state == "loading")
-            waiting.update(_wanted(member.client))
+            running.update(_in_state("resident", table))
+            waiting.update(_in_state("loading", table), _wanted(member.client))
             if member.client.ready:
                 hello = member.client.hello
                 room += room_for(table, hello.num_slots, hello.adapter_budget_bytes)
@@ -90,10 +89,15 @@ class AdapterResidency(Collector):
         return str(len(there) + room), ",".join(there), ",".join(_names(waiting, ids))
 
 
+def _in_state(state: str, table: Mapping[str, AdapterStatus]) -> Iterator[str]:
+    """The digests of the files of the adapters in a state."""
+    return (files_digest(digest) for digest, each in table.items() if each.state == state)
+
+
 def _wanted(client: EngineClient) -> Iterator[str]:
     """The adapters that the open requests of an engine name."""
     for request in list(client.requests.values()):
-        yield from (ref.digest for ref in request.adapters)
+        yield from (files_digest(ref.digest) for ref in request.adapters)
 
 
 def room_for(table: Mapping[str, AdapterStatus], slots: int, budget: int) -> int:

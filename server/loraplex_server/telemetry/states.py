@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from loraplex_server.registry.name_cache import NameCache
-from loraplex_server.registry.terms import Registered
+from loraplex_server.registry.names import Names
 from loraplex_server.rpc.calls.gate import CallGate
 from loraplex_server.runtime.lanes import Lane, Lanes
 
@@ -26,16 +24,12 @@ def watch_front(metrics: Metrics, lanes: Lanes, gate: CallGate) -> None:
             gauge.set_function(partial(_calls, lane, state))
 
 
-def watch_names(metrics: Metrics, names: NameCache[Registered]) -> None:
+def watch_names(metrics: Metrics, names: Names) -> None:
     """Shows from now on how fresh the known names are, and names adapters by them."""
     freshness = names.freshness
     metrics.series.index_away_seconds.set_function(freshness.away_seconds)
     metrics.series.index_age_seconds.set_function(freshness.age_seconds)
-
-    def ids() -> Iterator[tuple[str, str]]:
-        return ((adapter_id, found.record.digest) for adapter_id, found in names.snapshot())
-
-    metrics.residency.name(ids)
+    metrics.residency.name(names.known)
 
 
 def _calls(lane: Lane, state: str) -> float:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Mapping
 
+from loraplex_server.access.principals import Principal
 from loraplex_server.config import Config
 from loraplex_server.metrics import Metrics
 from loraplex_server.registry.registry import Registry
@@ -14,7 +16,12 @@ from loraplex_server.training.records import Records
 from loraplex_server.training.trainer import Trainer
 
 
-def job_queue(config: Config, registry: Registry, metrics: Metrics) -> JobQueue:
+def job_queue(
+    config: Config,
+    registry: Registry,
+    metrics: Metrics,
+    principals: Callable[[], Mapping[str, Principal]],
+) -> JobQueue:
     """The queue of training jobs, which is to be opened. The engine must have started."""
     trainer = Trainer(
         config.trainer or [sys.executable, "-m", "loraplex_training"],
@@ -28,7 +35,7 @@ def job_queue(config: Config, registry: Registry, metrics: Metrics) -> JobQueue:
     return JobQueue(
         Records(config.training_jobs_dir),
         trainer,
-        RegistryDestination(registry),
+        RegistryDestination(registry, principals),
         metrics,
         config.import_root,
         JobLimits(config.training_max_jobs, config.training_keep_jobs, int(config.training_data)),

@@ -24,7 +24,7 @@ _TERM: Final = re.compile(
     r"\s*(?:(?P<absent>!)\s*(?P<absent_key>[^\s=!,()]+)"
     r"|(?P<key>[^\s=!,()]+)\s*"
     r"(?:(?P<equals>==?|!=)\s*(?P<value>[^\s=!,()]*)"
-    r"|\s(?P<set>in|notin)\s*\((?P<values>[^()]*)\))?)\s*"
+    r"|(?<=\s)(?P<set>in|notin)\s*\((?P<values>[^()]*)\))?)\s*"
 )
 
 
@@ -130,6 +130,13 @@ class LabelSelector:
 
     def __str__(self) -> str:
         return ",".join(map(_text, self.terms))
+
+
+EVERYTHING: Final = LabelSelector()
+"""Selects every adapter."""
+
+NOTHING: Final = LabelSelector((Term("none", Operator.IN, ()),))
+"""Selects no adapter: no value is among none. Its text is not one that `parse` reads."""
 
 
 def _term(found: re.Match[str]) -> Term:

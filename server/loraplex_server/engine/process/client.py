@@ -40,6 +40,7 @@ from loraplex_server.engine.messages import (
     Unload,
     Unmerge,
     Withdraw,
+    files_digest,
 )
 from loraplex_server.engine.process.child import SpawnedEngine
 from loraplex_server.engine.process.limits import SupervisionLimits
@@ -63,7 +64,6 @@ REFUSED = Failure(
 )
 
 P = ParamSpec("P")
-
 log = logging.getLogger(__name__)
 
 
@@ -180,20 +180,19 @@ class EngineClient:
         if not self._suspects.ran_at_last_end(message):
             self._send(message)
             return
-
-        def is_starting() -> bool:
-            return message.id in self._streams and not stream.has_begun
-
-        alone = self._suspects.is_one_of_several(message)
-        await self._suspect_loads.begin(lambda: self._send(message), is_starting, alone)
+        await self._suspect_loads.begin(
+            lambda: self._send(message),
+            lambda: message.id in self._streams and not stream.has_begun,
+            alone=self._suspects.is_one_of_several(message),
+        )
 
     def _objection(self, message: Submit) -> Failure | None:
         """Why a request is not sent to the engine; None if it is."""
         if not self.ready:
             return self._absence
         for ref in message.adapters:
-            if ref.digest in self.quarantined:
-                return self._quarantine_of(ref.digest)
+            if (failure := self._quarantine_of(ref.digest)) is not None:
+                return failure
         return REFUSED if self._suspects.refuses(message) else None
 
     def abort(self, request_id: int) -> None:
@@ -244,15 +243,16 @@ class EngineClient:
             return
 
         async def order() -> None:
-            if digest in self.quarantined:
-                raise _refusal(self._quarantine_of(digest))
+            if (failure := self._quarantine_of(digest)) is not None:
+                raise _refusal(failure)
             await self._order(message)
 
         await self._suspect_loads.run(digest, order)
 
-    def _quarantine_of(self, digest: str) -> Failure:
-        text = f"the adapter {digest} is quarantined: {self.quarantined[digest]}"
-        return Failure(Reason.ADAPTER_QUARANTINED, text)
+    def _quarantine_of(self, digest: str) -> Failure | None:
+        why = self.quarantined.get(files_digest(digest))
+        text = f"the adapter {files_digest(digest)} is quarantined: {why}"
+        return None if why is None else Failure(Reason.ADAPTER_QUARANTINED, text)
 
     def release(self, digest: str) -> None:
         """Allows a quarantined adapter again, and drops what was counted against it."""
@@ -359,7 +359,7 @@ class EngineClient:
         self.quarantined.update(self._report.quarantined)
         self._restoration.on_lost(
             self.adapters.values(),
-            lambda digest: self._suspects.is_suspect(digest) or digest in self.quarantined,
+            lambda d: self._suspects.is_suspect(d) or files_digest(d) in self.quarantined,
         )
         self.adapters = {}
         self._fail_all(RESTARTED)

@@ -42,8 +42,8 @@ class Detail(Enum):
 class Row:
     """The gRPC code and detail of a reason.
 
-    `retry_seconds` is the pause after which a client may try again, where the refusal gives no other
-    one; 0 if that would not help.
+    `retry_seconds` is the pause after which a client may try again, where the refusal gives no
+    other; 0 if that would not help.
     """
 
     code: grpc.StatusCode

@@ -20,6 +20,7 @@ from loraplex_model.base.refusal import Problem, Reason, Refusal, Subject
 
 from loraplex_server.access.principals import Principal, caller
 from loraplex_server.access.quotas import Allowance, Quotas
+from loraplex_server.access.rules import cache_salt
 from loraplex_server.engine.batching.fair_queue import MAX_PRIORITY
 from loraplex_server.engine.group.face import Engine
 from loraplex_server.engine.messages import Failure, Logprobs, Output, SamplingParams, Submit
@@ -123,7 +124,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                 self.quotas.enter(principal) as allowance,
                 self.admission.enter(account) as ticket,
             ):
-                adapters = await self._resolve(request, field_path)
+                adapters = await self._resolve(request, field_path, principal)
                 room = room_beside(adapters, self.bounds.max_context)
                 prompt = await self._prompt(request, adapters, field_path, room)
                 require(validate.scores(request, len(prompt), field_path))
@@ -209,11 +210,11 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         return CompletionBuilder(self.prompts.tokenizer, call.prompt, strings, skip)
 
     async def _resolve(
-        self, request: generation_pb2.GenerateRequest, field_path: str
+        self, request: generation_pb2.GenerateRequest, field_path: str, principal: Principal
     ) -> Sequence[WeightedAdapter]:
         field = field_path + ("adapter_id" if request.adapter_id else "mix")
         try:
-            adapters = await resolve(request, self.registry)
+            adapters = await resolve(request, self.registry, principal)
         except Refusal as error:
             raise for_client(error, _subject(request), field) from error
         if adapters:
@@ -343,7 +344,7 @@ class _Call:
             account=account_of(self.names),
             principal=self.principal.name,
             weight=self.principal.weight,
-            cache_salt=request.cache_salt,
+            cache_salt=cache_salt(self.principal, request.cache_salt),
             request_id=REQUEST_ID.get(),
         )
 
