@@ -25,6 +25,7 @@ PRINCIPALS = """
 roles = ["infer", "read", "register", "admin", "train"]
 adapters = "*"
 base = true
+imports = ""
 
 [principals.search]
 roles = ["infer", "read"]

@@ -47,7 +47,7 @@ def held_by(holder: str, digest: str) -> str:
 
 
 def files_digest(digest: str) -> str:
-    """The digest of the files of an adapter, from the engine's digest."""
+    """The digest of an adapter's files, from the engine's digest."""
     return digest.partition("/")[0]
 
 
@@ -60,7 +60,7 @@ def holder_of(digest: str) -> str:
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit"):
-    """A new request, `request_id` in logs. Answered by `Output`s; the last has a finish or an error.
+    """A new request, answered by `Output`s; the last has a finish or an error.
 
     `stop_token_ids` includes the EOS ids unless they are to be ignored. `logprobs` and
     `prompt_logprobs` are numbers of alternatives to report; None reports no log-probabilities.
