@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from loraplex import Client, LoraplexError
 from loraplex_server.access.key_file import KeyFile
@@ -19,6 +19,9 @@ from rpc.training_jobs import SCRIPT, lines
 ADAPTERS = ("alpha", "beta", "gamma", "delta", "epsilon")
 SOFT = "soft"
 """An adapter with virtual tokens."""
+
+GREEDY: Final = {"temperature": 0.0}
+"""The oracle says no token that ends its process, but sampling may choose one."""
 
 PRINCIPALS = """
 [principals.operator]
@@ -99,13 +102,13 @@ def use(by: Callers) -> None:
     """Calls of every kind that succeed; more adapters than there are places for."""
     for prompt in ("the quick brown fox", "over the lazy dog " * 10):
         for client in (by.operator, by.search):
-            attempt(client.generate, prompt, max_new_tokens=8, temperature=0.0, ignore_eos=True)
+            attempt(client.generate, prompt, max_new_tokens=8, **GREEDY, ignore_eos=True)
         for name in (*ADAPTERS, SOFT):
-            for _ in by.operator.stream(prompt, adapter=name, max_new_tokens=8, temperature=0.0):
+            for _ in by.operator.stream(prompt, adapter=name, max_new_tokens=8, **GREEDY):
                 pass
-    by.operator.generate("the", mix={"alpha": 1.0, "beta": 0.5}, max_new_tokens=4)
+    by.operator.generate("the", mix={"alpha": 1.0, "beta": 0.5}, max_new_tokens=4, **GREEDY)
     by.operator.merge_adapter("alpha")
-    by.operator.generate("the quick", adapter="alpha", max_new_tokens=4)
+    by.operator.generate("the quick", adapter="alpha", max_new_tokens=4, **GREEDY)
     by.operator.unmerge_adapter("alpha")
     by.operator.unload_adapter("alpha")
 
@@ -128,9 +131,9 @@ def trouble(by: Callers) -> None:
     attempt(by.operator.generate, token_ids=[20, FAULT], max_new_tokens=2)
     attempt(by.operator.generate, token_ids=[20, NONFINITE], max_new_tokens=2)
     for _ in range(35):
-        attempt(by.search.generate, "the", max_new_tokens=1)
+        attempt(by.search.generate, "the", max_new_tokens=1, **GREEDY)
     with ThreadPoolExecutor(24) as pool:
-        options = {"max_new_tokens": 60, "ignore_eos": True}
+        options = {"max_new_tokens": 60, "ignore_eos": True, **GREEDY}
         for _ in range(24):
             pool.submit(attempt, by.operator.generate, "the lazy dog", **options)
 
@@ -143,7 +146,7 @@ def crash(operator: Client) -> None:
 def answers(client: Client) -> bool:
     """Whether the server generates."""
     try:
-        client.generate("the", max_new_tokens=1, timeout=5.0)
+        client.generate("the", max_new_tokens=1, timeout=5.0, **GREEDY)
     except LoraplexError:
         return False
     return True
