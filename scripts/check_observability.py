@@ -12,11 +12,12 @@ it fires. The last line of output is one JSON object:
 
 panels                panels of all dashboards
 panels_without_data   those of which some query returned nothing
+series_without_data   series that the server exports, by its code, and that were never scraped
 rules                 alerting and recording rules
 rules_without_data    those that name a series or a label which there is not
 rule_tests            cases in the tests of the rules
 
-Exit code 1 if a panel or a rule has no data, or a rule has no test or fails it; 2 if there is no
+Exit code 1 if a panel, a series or a rule has no data, or a rule has no test or fails it; 2 if there is no
 Prometheus (`make prometheus`).
 """
 
@@ -41,7 +42,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from telemetry.collector import collecting  # noqa: E402
 
-from deploy import dashboard, live, traffic  # noqa: E402
+from deploy import dashboard, exposition, live, traffic  # noqa: E402
 
 FOLDER = ROOT / "deploy" / "prometheus"
 VARIABLES = {
@@ -108,9 +109,13 @@ def report(prometheus: live.Prometheus, start: float, end: float) -> int:
     rules = [rule for group in prometheus.api("rules")["groups"] for rule in group["rules"]]
     faulty = {rule["name"] for rule in rules for _ in faults(rule, prometheus, start, end)}
     cases, untested = tests_of({rule["name"] for rule in rules})
+    missing = exposition.series_names() - set(prometheus.api("label/__name__/values"))
+    for name in sorted(missing):
+        print(f"never scraped: {name}")
     figures = {
         "panels": panels,
         "panels_without_data": len(empty),
+        "series_without_data": len(missing),
         "rules": len(rules),
         "rules_without_data": len(faulty),
         "rule_tests": cases,
@@ -119,7 +124,7 @@ def report(prometheus: live.Prometheus, start: float, end: float) -> int:
         print(f"no test in which it fires: {name}")
     is_tested = promtool("test", "rules", "alerts_test.yml")
     print(json.dumps(figures))
-    return int(bool(empty or faulty or untested or not is_tested))
+    return int(bool(empty or missing or faulty or untested or not is_tested))
 
 
 def faults(

@@ -92,7 +92,10 @@ def test_the_panels_that_must_move_under_load_have_moved(watched: Watched) -> No
 
 def test_every_series_that_the_documents_list_is_in_the_scrape(watched: Watched) -> None:
     names = set(watched.prometheus.api("label/__name__/values"))
-    assert exposition.series_names() <= names
+    # Nobody is identified here; `make check-observability` looks for these too.
+    of_principals = ("loraplex_principal_", "loraplex_quota_")
+    missing = exposition.series_names() - names
+    assert not {name for name in missing if not name.startswith(of_principals)}
 
 
 def test_the_variables_of_the_dashboard_find_the_server(watched: Watched) -> None:
