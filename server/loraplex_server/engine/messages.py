@@ -375,7 +375,6 @@ class ControlDone(msgspec.Struct, frozen=True, tag="done"):
 
 class Attempt(msgspec.Struct, frozen=True, tag="attempt"):
     """Work on an adapter begins, or has ended. `work` is "load" or "merge".
-
     Sent at once and before the work begins, because the process may not survive the work.
     """
 
