@@ -17,8 +17,8 @@ rules                 alerting and recording rules
 rules_without_data    those that name a series or a label which there is not
 rule_tests            cases in the tests of the rules
 
-Exit code 1 if a panel, a series or a rule has no data, or a rule has no test or fails it; 2 if there
-is no Prometheus (`make prometheus`).
+Exit code 1 if a panel, a series or a rule has no data, or a rule has no test or fails it; 2 if
+there is no Prometheus (`make prometheus`).
 """
 
 from __future__ import annotations
